@@ -51,7 +51,7 @@ def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: 
                 straggler_delay=delay,
                 seed=os.getpid(),
             )
-            self.worker = Worker(self.program, faults, 0, 0, lambda: None)
+            self.worker = Worker(self.program, faults.at(0, 0), lambda: None)
             self.busy = asyncio.Lock()
 
         async def __call__(self, request: Request) -> Response:

@@ -27,7 +27,7 @@ from nercc_jax.cli._workload import load_worker_model
 from nercc_jax.evaluation import Estimate
 from nercc_jax.evaluation._answers import batched
 from nercc_jax.inference import order_points
-from nercc_jax.planning import Plan, load_plan
+from nercc_jax.planning import Plan
 from nercc_jax.pools import AbstractPool, Batch, Fault, Faults
 from nercc_jax.stragglers._waiting import own_workers
 from nercc_jax.surrogates._surrogate import decode_with_deviation
@@ -203,7 +203,7 @@ def run_plan(path: Path, data_dir: Path | None, batches: int) -> dict[str, Any]:
     On test images, which chose nothing in the plan, batch after batch, round and round. They are
     put in order before the clock runs.
     """
-    plan = load_plan(path)
+    plan = Plan.load(path)
     row, asked = plan.recommended, plan.asked
     if row.order == "surrogate":
         raise ValueError("a plan that orders by a surrogate cannot be carried out here")

@@ -35,8 +35,9 @@ from _report import environment, write_json
 from _settings import PACKAGES
 
 from nercc_jax.compilation import enable_compilation_cache
-from nercc_jax.pools import AbstractPool, Overdue, RowProgress, run_rows
+from nercc_jax.pools import AbstractPool, Overdue, run_rows
 from nercc_jax.pools._backend import OnOutcome, WorkerBackend, WorkerDied
+from nercc_jax.pools._row_settings import RowProgress
 from nercc_jax.pools._scheduler import Scheduler
 
 RESULTS = Path(__file__).parent / "results" / "spot.json"

@@ -109,3 +109,9 @@ def dispatch(scheduler, count, needed=None, copies=2):
     batch = scheduler.open(count, needed, copies, None, None)
     scheduler.add(batch, range(count), np.arange(count, dtype=float)[:, None, None], [0] * count)
     return batch
+
+
+def next_call(faults, batch=None):
+    """Seconds by which a worker's next call is delayed, and the kinds of its other faults."""
+    struck = faults.strike(batch)
+    return struck.seconds, struck.kinds | {fault.kind for fault in struck.wrong}

@@ -11,13 +11,13 @@ from nercc_jax import NeRCC, Scheme, coded_inference
 from nercc_jax.risk._target import AccuracyTarget
 from nercc_jax.serving.adapt._online_calibration import BATCH, LEAST, OnlineCalibration, _tuned
 from nercc_jax.surrogates import (
-    ComponentLearner,
     LearnerTuning,
     fit_learner,
     load_learner,
     save_learner,
     tune_learner,
 )
+from nercc_jax.surrogates._components import ComponentLearner
 
 K, N = 6, 9
 TUNING = LearnerTuning(shapes=("squared_exponential",), steps=20)

@@ -15,7 +15,8 @@ from nercc_jax import (
     Replication,
     evaluate,
 )
-from nercc_jax.evaluation import Estimate, Evaluation, Evaluations
+from nercc_jax.evaluation import Estimate, Evaluation
+from nercc_jax.evaluation._evaluation import Evaluations
 
 WEIGHTS = np.random.default_rng(5).normal(size=(3, 4)).astype("float32")
 CODES = {"NeRCC": NeRCC(5, 12), "BACC": Berrut(5, 12), "copies": Replication(5, 12)}

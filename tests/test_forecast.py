@@ -112,32 +112,6 @@ def test_evaluate_says_the_same(name, key):
     np.testing.assert_allclose(forecast.disagreement(mask), 1 - row.rel_acc.mean, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", CODES)
-def test_each_place_by_itself(name):
-    """Decoded group by group, each place's column compared in plain NumPy."""
-    code, x = CODES[name], data()
-    forecast = make_forecast(models(name), code, x)
-    groups = x[: len(x) // K * K].reshape(-1, K, 3)
-    for mask in MASKS[:-1]:
-        decoded = [code.try_decode(jnp.asarray(y), mask) for y in forecast.answers.coded]
-        predictions = np.stack([np.asarray(each.predictions) for each in decoded])
-        recovered = np.stack([np.asarray(each.recovered) for each in decoded])
-        own = np.asarray(model(groups))
-        error, disagreement = map(np.asarray, forecast.by_place(mask))
-        assert error.shape == disagreement.shape == (K,)
-        for place in range(K):
-            known = recovered[:, place]
-            square = np.sum((predictions[known, place] - own[known, place]) ** 2, axis=-1)
-            wanted = np.sqrt(square.mean()) if known.any() else np.nan
-            np.testing.assert_allclose(error[place], wanted, atol=1e-5, rtol=1e-4)
-            same = predictions[:, place].argmax(-1) == own[:, place].argmax(-1)
-            np.testing.assert_allclose(disagreement[place], 1 - np.mean(known & same), atol=1e-6)
-        assert disagreement.mean() == pytest.approx(float(forecast.disagreement(mask)), abs=1e-6)
-    nobody = forecast.by_place(MASKS[-1])
-    assert np.isnan(nobody[0]).all()
-    assert (np.asarray(nobody[1]) == 1).all()
-
-
 def test_a_broken_answer_makes_a_straggler_in_its_group():
     x = data()
     forecast = make_forecast(broken_at_mixtures, CODES["NeRCC"], x)

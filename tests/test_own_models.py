@@ -14,7 +14,7 @@ from nercc_jax import load_code
 from nercc_jax.cli._app import app
 from nercc_jax.cli._workload import find_workload
 from nercc_jax.codes import LearnedDecoder, code_card
-from nercc_jax.planning import load_plan
+from nercc_jax.planning import Plan
 
 MODEL = "their_model:model"
 PARTS = """
@@ -165,7 +165,7 @@ def test_plan_writes_a_plan_and_a_picture(folder):
     for word in ("uncoded", "hedged", "NeRCC interleaved", "recommended:", "*"):
         assert word in reported
     assert (folder / "a/b/plan.png").read_bytes().startswith(b"\x89PNG")
-    back = load_plan(folder / "a/b/plan.json")
+    back = Plan.load(folder / "a/b/plan.json")
     assert back.about["latency"] == "stragglers:0.05:0.08:10"
     assert back.feasible(back.recommended)
 

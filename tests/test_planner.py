@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from nercc_jax import NeRCC, Replication, coded_inference, plan
 from nercc_jax.inference import order_points
-from nercc_jax.planning import Plan, load_plan
+from nercc_jax.planning import Plan
 from nercc_jax.planning._candidates import make_candidate, waits
 from nercc_jax.planning._codes import Codes, Half
 from nercc_jax.planning._plan import _reason
@@ -317,7 +317,7 @@ def test_numbers_to_wait_for_leave_half_a_group():
 def test_a_plan_comes_back_from_its_file(coded, exact, tmp_path):
     for found in (coded, exact):
         found.save(tmp_path / "plan.json", {"model": "none"})
-        back = load_plan(tmp_path / "plan.json")
+        back = Plan.load(tmp_path / "plan.json")
         assert back.recommended == found.recommended
         assert len(back.candidates) == len(found.candidates)
         assert back.reason == found.reason
@@ -333,7 +333,7 @@ def test_a_file_that_is_no_plan_says_so(tmp_path, content):
     path = tmp_path / "other.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"other\.json holds no plan"):
-        load_plan(path)
+        Plan.load(path)
 
 
 @pytest.mark.parametrize(

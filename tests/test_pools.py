@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import require
-from schedulers import SOON, soon
+from schedulers import SOON, next_call, soon
 
 from nercc_jax import (
     Berrut,
@@ -623,7 +623,7 @@ def test_errors_in_a_pools_numbers(untyped):
 
 def strikes(fault, calls=2000, seed=0, worker=0, life=0):
     law = Faults([fault], seed).at(worker, life)
-    return [law.next() for _ in range(calls)]
+    return [next_call(law) for _ in range(calls)]
 
 
 def test_faults_strike_as_often_as_they_should_and_alike_for_a_seed():
@@ -641,7 +641,7 @@ def test_delays_follow_their_law():
     assert 0.45 < np.mean([seconds for seconds, _ in drawn]) < 0.55
     assert drawn == strikes(Fault("delay", latency=ExponentialLatency(0.5)))
     both = Faults([Fault("delay", latency=TraceLatency(jax.numpy.array([0.25])))] * 2).at(0, 0)
-    assert both.next() == (0.5, set())
+    assert next_call(both) == (0.5, set())
 
 
 def test_delays_differ_by_worker_life_and_fault():
@@ -653,7 +653,7 @@ def test_delays_differ_by_worker_life_and_fault():
             seconds for seconds, _ in strikes(fault, 50, **other)
         }
     both = Faults([fault, fault]).at(0, 0)
-    sums = np.array([both.next()[0] for _ in range(50)])
+    sums = np.array([next_call(both)[0] for _ in range(50)])
     others = sums - [seconds for seconds, _ in first]
     assert not np.isclose(others, [seconds for seconds, _ in first]).any()
 
@@ -662,7 +662,7 @@ def test_what_strikes_some_calls_shifts_no_other_faults_draws():
     error, nan = Fault("error", 0.5), Fault("nan", 0.5)
     rare = dataclasses.replace(error, calls=(0,))
     often, seldom = (Faults([first, nan]).at(0, 0) for first in (error, rare))
-    drawn = [("nan" in often.next()[1], "nan" in seldom.next()[1]) for _ in range(100)]
+    drawn = [("nan" in next_call(often)[1], "nan" in next_call(seldom)[1]) for _ in range(100)]
     assert all(one == other for one, other in drawn)
     assert 20 < sum(one for one, _ in drawn) < 80
 
@@ -670,7 +670,7 @@ def test_what_strikes_some_calls_shifts_no_other_faults_draws():
 def test_faults_by_their_rates():
     options = {"straggler_rate": 0.25, "straggler_delay": 2.0, "death_rate": 0.125, "seed": 5}
     law = Faults.from_rates(service_delay=0.5, **options).at(0, 0)
-    drawn = [law.next() for _ in range(2000)]
+    drawn = [next_call(law) for _ in range(2000)]
     assert {seconds for seconds, _ in drawn} == {0.5, 2.5}
     assert 0.2 < np.mean([seconds > 1 for seconds, _ in drawn]) < 0.3
     assert 0.1 < np.mean([kinds == {"death"} for _, kinds in drawn]) < 0.15
@@ -684,11 +684,16 @@ def test_faults_by_a_score_of_the_rows():
     law = RowLatency.leaning_to(delay, delay, 0.1, leaning=0.5, hardest=0.25)
     scores = np.arange(100.0)
     faults = Faults.from_rows(law, lambda batch: batch[:, 0], scores).at(0, 0)
-    drawn = {row: [faults.next(np.array([[row]]))[0] > 0 for _ in range(2000)] for row in (10, 90)}
+    drawn = {
+        row: [next_call(faults, np.array([[row]]))[0] > 0 for _ in range(2000)] for row in (10, 90)
+    }
     assert np.mean(drawn[10]) == pytest.approx(0.05, abs=0.02)
     assert np.mean(drawn[90]) == pytest.approx(0.05 + 0.05 / 0.25, abs=0.03)
     extreme = Faults.from_rows(RowLatency.extreme(delay, delay, 0.1), lambda x: x[:, 0], scores)
-    assert [extreme.at(0, 0).next(np.array([[row], [1.0]]))[0] for row in (50, 95)] == [0.0, 2.0]
+    assert [next_call(extreme.at(0, 0), np.array([[row], [1.0]]))[0] for row in (50, 95)] == [
+        0.0,
+        2.0,
+    ]
 
 
 @pytest.mark.parametrize("leaning", [1.0, 0.5])
@@ -699,14 +704,14 @@ def test_faults_by_scores_that_workers_have_seen(leaning):
     rates |= {"straggler_score": row_norm, "straggler_leaning": leaning}
     faults = Faults.from_rates(**rates).at(0, 0)
     rows = random.normal(size=(4000, 1, 3))
-    struck = np.array([faults.next({"x": row})[0] == 2.0 for row in rows])
+    struck = np.array([next_call(faults, {"x": row})[0] == 2.0 for row in rows])
     norms = np.linalg.norm(rows[:, 0], axis=1)
     hard = norms > np.quantile(norms, 0.9 if leaning == 1 else 0.88)
     assert np.mean(struck) == pytest.approx(0.1, abs=0.02)
     assert np.mean(struck[hard]) == pytest.approx(0.95 if leaning == 1 else 0.45, abs=0.08)
     assert np.mean(struck[~hard]) == pytest.approx(0.005 if leaning == 1 else 0.05, abs=0.02)
     alone = Faults.from_rates(**rates | {"straggler_leaning": 1.0}).at(0, 0)
-    assert not any(alone.next(row)[0] for row in np.arange(10.0)[:, None, None])
+    assert not any(next_call(alone, row)[0] for row in np.arange(10.0)[:, None, None])
 
 
 def test_faults_of_some_workers_and_calls():
@@ -738,7 +743,7 @@ def test_a_rack_is_slow_together():
     laws = [Faults([fault]).at(worker, 0, lambda: now) for worker in range(3)]
     slow = []
     for now in np.arange(0.0, 200.0, 0.5).tolist():  # noqa: B007
-        slow.append([law.next()[0] > 0 for law in laws])
+        slow.append([next_call(law)[0] > 0 for law in laws])
     slow = np.array(slow)
     np.testing.assert_array_equal(slow[:, 0], slow[:, 1])
     assert not slow[:, 2].any()

@@ -178,7 +178,7 @@ def test_a_worker_that_was_placed_elsewhere_than_planned_is_counted_where_it_is(
         ready = threading.Event()
         backend.start(worker, 0, lambda *outcome, ready=ready: ready.set())
         assert ready.wait(60)
-    assert backend.nodes() == [SECOND] * 4
+    assert [place.node for place in backend.places()] == [SECOND] * 4
     assert backend.held() == {SECOND: 4}
     backend.close()
     # None of them lies on the first, so that is where each of them was asked to be.

@@ -28,7 +28,7 @@ from nercc_jax import (
 from nercc_jax.evaluation import Estimate, make_forecast, nested_objective, record_answers
 from nercc_jax.inference import CalibrationWarning, cast_model, partial_inference
 from nercc_jax.inference._conditions import Conditions, current_conditions
-from nercc_jax.planning import Plan, load_plan
+from nercc_jax.planning import Plan
 from nercc_jax.planning._candidates import Candidate
 from nercc_jax.serving import CodedBatcher, Coder
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
@@ -437,11 +437,11 @@ def test_a_plan_keeps_its_doubts_conditions(tmp_path, doubts):
     plan = Plan((best,), best, "why", doubts["bfloat16"], {"buffer_size": 8}, {})
     path = tmp_path / "plan.json"
     plan.save(path)
-    assert load_plan(path).error_probability.conditions == doubts["bfloat16"].conditions
+    assert Plan.load(path).error_probability.conditions == doubts["bfloat16"].conditions
     content = json.loads(path.read_text())
     del content["conditions"]  # as files were before
     path.write_text(json.dumps(content))
-    old = load_plan(path).error_probability
+    old = Plan.load(path).error_probability
     assert old.conditions == Conditions()
     assert "unknown workers on platform unknown" in str(old.conditions)
     coded_inference(small(), Scheme(REGRESSION, error_probability=old), worker_dtype="bfloat16")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import require
-from schedulers import SOON
+from schedulers import SOON, next_call
 
 from nercc_jax import DevicePool, RayPool
 from nercc_jax.pools import Fault, Faults
@@ -247,12 +247,12 @@ def test_weights_of_some_calls():
 
 def test_by_workers_and_rates():
     faults = Faults.from_rates(wrong_workers={"swap": [1]}, wrong_rate=0.25, seed=1)
-    assert not any(faults.at(0, 0).next()[1] for _ in range(100))
+    assert not any(next_call(faults.at(0, 0))[1] for _ in range(100))
     worker = faults.at(1, 0)
-    struck = np.mean([worker.next()[1] == {"swap"} for _ in range(2000)])
+    struck = np.mean([next_call(worker)[1] == {"swap"} for _ in range(2000)])
     assert struck == pytest.approx(0.25, abs=0.04)
     for kind in WRONG_KINDS:
-        assert Faults.from_rates(wrong_workers={kind: [0]}).at(0, 0).next() == (0.0, {kind})
+        assert next_call(Faults.from_rates(wrong_workers={kind: [0]}).at(0, 0)) == (0.0, {kind})
 
 
 @pytest.mark.parametrize("kind", ["stale", "flip_weight"])

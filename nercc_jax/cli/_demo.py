@@ -99,9 +99,7 @@ def demo(
             "LCC": Lagrange(num_data, num_workers),
             "replication": Replication(num_data, num_workers),
         }
-        workload = find_workload(
-            model, weights=weights, inputs=inputs, data_dir=data_dir, outputs=outputs
-        )
+        workload = find_workload(model, weights, inputs, data_dir, outputs)
         x = workload.points("test", max_inputs, seed)
         x = require_groups(x, workload.source, num_data, 1, f"--max-inputs {max_inputs}")
         compile_quickly(workload.model, x, 20 * len(x))

@@ -37,7 +37,6 @@ class Kept:
     kept: Estimate
 
     def record(self) -> dict[str, Any]:
-        """Return the numbers of this row, for a JSON file."""
         low, high = self.kept.interval(share=True)
         record = {"system": self.system, "workers": self.workers, "calls": self.calls}
         return record | {"kept": self.kept.mean, "kept_low": low, "kept_high": high}
@@ -174,7 +173,6 @@ def _labels(predictions: Any) -> np.ndarray:
 
 
 def kept_table(rows: Sequence[Kept]) -> Table:
-    """Return a table of labels kept and calls."""
     title = (
         f"Labels kept against work, where {100 * RATE:g} % of the workers straggle. A repeated "
         "call is exact, and its\nanswer comes later. The scheme: repeated points, similar queries "
@@ -194,7 +192,6 @@ def kept_table(rows: Sequence[Kept]) -> Table:
 
 
 def draw_kept(rows: Sequence[Kept]) -> Callable[[Any], Any]:
-    """Return a function that draws labels kept against calls for a query."""
 
     def draw(part: Any) -> None:
         axis = part.subplots()

@@ -82,24 +82,19 @@ def distill_command(
 
         served, x, test, about = _find_base(model, weights, inputs, data_dir, seed)
         queries = max(2 * len(x), 4000) if answers is None else answers
-        about |= {
-            "num_queries": queries,
-            "epochs": epochs,
-            "mixed": mixed,
-            "learning_rate": learning_rate,
-            "seed": seed,
-            "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "made_by": "nercc distill",
-        }
-        console = Console()
         options = {
             "num_queries": queries,
             "epochs": epochs,
             "mixed": mixed,
             "learning_rate": learning_rate,
-            "batch_size": min(128, max(queries // 8, 1)),
             "seed": seed,
         }
+        about |= options | {
+            "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "made_by": "nercc distill",
+        }
+        options["batch_size"] = min(128, max(queries // 8, 1))
+        console = Console()
         card = _distill(console, served, x, test, share, output, about, options)
         console.print(summary(card), soft_wrap=True, highlight=False, markup=False)
         agreement = card["score"]["agreement"]
@@ -121,7 +116,7 @@ def _find_base(
     from ..serving import make_servable
     from ._workload import find_workload
 
-    found = find_workload(model, weights=weights, inputs=inputs, data_dir=data_dir)
+    found = find_workload(model, weights, inputs, data_dir)
     x, test = found.points("train", 1 << 30, seed), found.points("test", 1000, seed)
     if not len(test):
         raise ValueError(f"{found.source} has {len(x)} inputs: needs five or more")

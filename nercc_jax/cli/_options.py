@@ -28,11 +28,8 @@ RESULTS = "Results"
 def option(help: str, panel: str | None = None, *names: str, **limits: Any) -> Any:
     """Return an option with its help, in a panel of `--help`, with its limits.
 
-    Args:
-        help: What the option is, its unit, and its default where that is no value.
-        panel: Title of the panel.
-        *names: Names of the option (default: that of the parameter).
-        **limits: Further arguments of `typer.Option`.
+    The help says what the option is, its unit, and its default where that is no value. It has the
+    parameter's name unless names are given. Limits are further arguments of `typer.Option`.
     """
     return typer.Option(*names, help=help, rich_help_panel=panel, **limits)
 
@@ -125,33 +122,24 @@ class RunOptions:
     seed: int
 
 
-def check_shipped(model: str) -> None:
-    """Raise ValueError, listing what exists, for a name that no shipped model has.
-
-    At once, whereas importing JAX and the models takes seconds.
-    """
-    from nercc_models.names import check_model_name
-
-    with of_option("--model"):
-        check_model_name(model)
-
-
 def check_files(model: str, weights: Path | None, inputs: Path | None) -> None:
     """Check the options of a model as far as possible before JAX is imported.
 
-    Raises:
-        ValueError: If there is no such model or file.
+    Raises ValueError if there is no such model or file.
     """
     if model.startswith(HUB):
         hub_name(model)
     elif not is_own(model):
-        check_shipped(model)
+        from nercc_models.names import check_model_name  # it imports neither JAX nor the models
+
+        with of_option("--model"):
+            check_model_name(model)
     if weights is not None:
         if not is_own(model):
             raise ValueError(f"--weights is for a model of your own, module:name, not {model!r}")
         check_weights(model, weights)
-    if inputs is not None:
-        check_file("--inputs", inputs)
+    if inputs is not None and not inputs.is_file():
+        raise ValueError(f"--inputs {inputs}: there is no such file")
 
 
 def check_folder(option: str, path: Path | None) -> None:
@@ -165,18 +153,8 @@ def check_folder(option: str, path: Path | None) -> None:
         raise ValueError(f"{option} {path}: {there.resolve()} may not be written to")
 
 
-def check_file(option: str, path: Path) -> None:
-    """Raise ValueError if there is no such file."""
-    if not path.is_file():
-        raise ValueError(f"{option} {path}: there is no such file")
-
-
 def check_positive_options(*options: Any) -> None:
-    """Raise ValueError if an option is given and not positive.
-
-    Args:
-        *options: Options and their values in turn.
-    """
+    """Raise ValueError if an option is given and not positive: options and values in turn."""
     for option, value in zip(options[::2], options[1::2], strict=True):
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{option} must be positive, not {value}")

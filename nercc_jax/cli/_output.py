@@ -44,7 +44,6 @@ def write_json(
 
 
 def summary_table(lines: Iterable[tuple[str, str]]) -> Table:
-    """Return a table of names and values, below each other."""
     table = Table(box=box.SIMPLE_HEAD, show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")

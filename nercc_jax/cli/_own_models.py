@@ -15,12 +15,10 @@ EXAMPLES = "example_inputs"  # function of a module with a model, for commands w
 
 
 def is_own(model: str) -> bool:
-    """Return whether a model is named `module:name`."""
     return ":" in model and not model.startswith(HUB)
 
 
 def is_shipped(model: str) -> bool:
-    """Return whether a model is a shipped one, by its name."""
     return ":" not in model
 
 
@@ -33,12 +31,8 @@ def look_here() -> None:
 def load_callable(spec: str, weights: Path | None, option: str = "--model") -> Callable[..., Any]:
     """Return the model that `module:name` names, or that it makes from weights.
 
-    Modules are looked for in the working directory, too.
-
-    Args:
-        spec: `module:name`.
-        weights: Path that the named function takes, or `hf:owner/name/file` on the hub.
-        option: Its name in errors.
+    These are a path that the named function takes, or `hf:owner/name/file` on the hub. Modules are
+    looked for in the working directory, too. Errors name the option.
 
     Raises:
         ValueError: If there is no such model, or it cannot be called.
@@ -74,7 +68,6 @@ def example_inputs(spec: str) -> Any:
 
 
 def check_weights(spec: str, weights: Path) -> None:
-    """Raise ValueError if there are no such weights."""
     if not str(weights).startswith(HUB) and not weights.exists():
         raise ValueError(f"--weights {weights}: there are no weights at {weights}")
 
@@ -95,12 +88,9 @@ def hub_name(spec: str) -> str:
 
 
 def find_surrogate(asked: str, model: str, outputs: str) -> Callable[..., Any]:
-    """Return a cheap model that stands in for another one.
+    """Return a cheap model that stands in for another one, which returns these outputs.
 
-    Args:
-        asked: `student`, the shipped one; a file that `nercc distill` wrote; or module:function.
-        model: The other model.
-        outputs: What that returns.
+    It is `student`, the shipped one; a file that `nercc distill` wrote; or module:function.
 
     Raises:
         ValueError: If there is no such surrogate.
@@ -125,11 +115,7 @@ def find_surrogate(asked: str, model: str, outputs: str) -> Callable[..., Any]:
 def find_score(asked: str) -> Callable[[Any], Any]:
     """Return the function that scores rows, by which injected stragglers are chosen.
 
-    Args:
-        asked: `norm`, or module:function.
-
-    Raises:
-        ValueError: If there is no such function.
+    It is `norm`, or module:function. Raises ValueError if there is no such function.
     """
     if asked != "norm":
         return load_callable(asked, None, "--straggler-score")

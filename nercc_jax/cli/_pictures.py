@@ -24,14 +24,9 @@ from ..tuning._tune import TuningStep
 def straggler_table(rows: Sequence[Evaluation], metric: str, title: str, *, best: str) -> Table:
     """Return a table of one metric: codes in columns, laws in rows, the best of a row with *.
 
-    Shares are in %, with the ends of their intervals. A code that lost predictions cannot win on an
-    error that leaves them out; the last columns have the share, in %, that such codes lost.
-
-    Args:
-        rows: The evaluations.
-        metric: Of an evaluation.
-        title: Of the table.
-        best: "min" or "max".
+    The best is the "min" or the "max". Shares are in %, with the ends of their intervals. A code
+    that lost predictions cannot win on an error that leaves them out; the last columns have the
+    share, in %, that such codes lost.
     """
     laws, codes = laws_and_codes(rows)
     by_pair = {(row.stragglers, row.code): row for row in rows}
@@ -59,12 +54,8 @@ def straggler_plot(
 ) -> None:
     """Write a picture with a panel for each metric, over the laws.
 
-    Args:
-        rows: The evaluations.
-        panels: For each metric its label, and whether its axis is logarithmic.
-        title: Of the picture.
-        path: Of its file.
-        above: Functions that draw into parts of the figure above the panels, side by side.
+    A metric has its label, and whether its axis is logarithmic. Functions `above` draw into parts
+    of the figure above the panels, side by side.
     """
     lines = 1 + bool(above)
     width = 6.2 * max(len(panels), len(above))
@@ -86,11 +77,7 @@ def draw_batch(
 ) -> Callable[[Any], Any]:
     """Return a function that draws one batch: K images, N coded ones, K labels.
 
-    Args:
-        model: The model.
-        code: The code.
-        x: Images (K, height, width, 1 or 3), as the model takes them.
-        available: Which workers answer.
+    Images are (K, height, width, 1 or 3), as the model takes them; some workers are available.
     """
     coded = np.asarray(code.encode(x))
     run = batched(model, len(coded))
@@ -111,13 +98,8 @@ def tuning_plot(
 ) -> None:
     """Write a picture of a tuning run.
 
-    Args:
-        history: The run's steps: objective and lambdas are drawn along them.
-        lambdas: The grid of both lambdas.
-        landscape: The objective over (lambda_enc, lambda_dec) on that grid; the run's path is drawn
-            on it.
-        title: Of the picture.
-        path: Of its file.
+    Objective and lambdas are drawn along the run's steps, and its path over the landscape, the
+    objective over (lambda_enc, lambda_dec) on a grid of both lambdas.
     """
     figure, (first, second, third) = plt.subplots(1, 3, figsize=(15, 4.2))
     steps = [entry.step for entry in history if entry.objective is not None]

@@ -139,9 +139,7 @@ def plan_command(
             cheap = find_surrogate(surrogate, model, outputs)
         law = latency_law(latency)
         output.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
-        workload = find_workload(
-            model, weights=weights, inputs=inputs, data_dir=data_dir, outputs=outputs
-        )
+        workload = find_workload(model, weights, inputs, data_dir, outputs)
         x = workload.points(split, max_inputs, seed)
         compile_quickly(workload.model, x, _RUNS * len(x))
         console = Console()

@@ -37,9 +37,7 @@ _LAWS = {
 def latency_law(text: str) -> AbstractLatency:
     """Return the law that an option names.
 
-    Raises:
-        ValueError: If there is no such law, or its numbers do not fit.
-        OSError: If a trace cannot be read.
+    Raises ValueError if there is no such law, or as `TraceLatency.from_file`.
     """
     name, _, rest = text.partition(":")
     if name == "trace" and rest:

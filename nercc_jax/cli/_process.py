@@ -60,14 +60,9 @@ def keep_lapack_to_one_thread() -> None:
 def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> bool:
     """Have programs compiled without most of LLVM's optimisations where they have little to do.
 
-    They have little to do if the model takes only seconds on a CPU. With `compile_plainly`, a step
-    of `nercc tune` then compiles in 1.6 s, and runs in 33 ms instead of 6. The number of turns of a
-    loop is not known here, so a model with loops is left alone.
-
-    Args:
-        model: The model.
-        x: Some of its inputs.
-        rows: How many rows it runs on in all.
+    They have little to do if the model, on so many rows in all, takes only seconds on a CPU. With
+    `compile_plainly`, a step of `nercc tune` then compiles in 1.6 s, and runs in 33 ms instead of
+    6. The number of turns of a loop is not known here, so a model with loops is left alone.
 
     Returns:
         Whether programs are compiled that way.
@@ -91,8 +86,7 @@ def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> bo
 def start_parallel(work: Callable[[], R]) -> Callable[[], R]:
     """Begin work on a thread that a process does not wait for when it ends.
 
-    Returns:
-        A function that waits for the result, and raises what the work raised.
+    Return a function that waits for the result, and raises what the work raised.
     """
     result: concurrent.futures.Future[R] = concurrent.futures.Future()
 

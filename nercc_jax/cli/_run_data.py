@@ -19,9 +19,10 @@ from ..codes import AbstractCode, NeRCC
 from ..evaluation import make_forecast
 from ..evaluation._answers import batched
 from ..inference._models import Model, call_model
-from ..pools import AbstractPool, BatchOutcome, PoolReport, run_batches
+from ..pools import AbstractPool, PoolReport, run_batches
 from ..pools._backend import pool_counts
 from ..pools._batch import answers_to_wait_for
+from ..pools._inference import BatchOutcome
 from ..pools._row_engine import reason_to_stop
 from ..pools._row_files import Parts, check_parts, fingerprint
 from ..pools._row_settings import ATTEMPTS
@@ -47,9 +48,7 @@ _COMPARED = 1000  # data points that are compared with the model
 def run_data(options: RunOptions, pool: ChosenPool, output: Path, resume: bool) -> None:
     """Run a model over a data set, as the command's options say.
 
-    Raises:
-        ValueError: If an option does not fit.
-        typer.Exit: With the command's exit code, if not everything is done.
+    Raises ValueError if one does not fit, and exits with a code if not everything is done.
     """
     check_result_file(output, _FILES)
     folder = parts_folder(output)
@@ -57,13 +56,8 @@ def run_data(options: RunOptions, pool: ChosenPool, output: Path, resume: bool) 
     code = _chosen_code(options)
     number = _number_to_wait_for(code, options)
     model, groups = options.model, options.groups or 1
-    workload = find_workload(
-        model,
-        weights=options.weights,
-        inputs=options.inputs,
-        data_dir=options.data_dir,
-        outputs=options.outputs,
-    )
+    asked = options.weights, options.inputs, options.data_dir, options.outputs
+    workload = find_workload(model, *asked)
     network, source = workload.model, workload.rows(options.split)
     job = _Job.of(source, code, options.max_inputs, options.batches, groups)
     rows = job.batches.size * code.num_workers // code.num_data
@@ -73,8 +67,9 @@ def run_data(options: RunOptions, pool: ChosenPool, output: Path, resume: bool) 
     if number is None:
         with console.status(f"calibrating on {CALIBRATION:,} training images ..."):
             enough = _enough_by_forecast(network, code, options, pool.worker_dtype)
-    size, outputs = job.batches.shape[1], job.num_outputs(network)
-    results = _Results(job.rows, size, outputs, code.num_workers)
+    one = jnp.asarray(job.inputs(job.rows[:1]))
+    outputs = jax.eval_shape(lambda x: call_model(network, x), one).shape[-1]
+    results = _Results(job.rows, job.batches.shape[1], outputs, code.num_workers)
     settings = {
         "model": model,
         "weights": fingerprint(options.weights),
@@ -88,7 +83,8 @@ def run_data(options: RunOptions, pool: ChosenPool, output: Path, resume: bool) 
     }
     parts = Parts(folder, settings, results)
     sizes = code.num_data, code.num_workers
-    with pool.open(console, network, model, *sizes, example=job.example()) as opened:
+    example = job.batch(job.batches[0])[:, 0]  # as a worker gets it at once
+    with pool.open(console, network, model, *sizes, example=example) as opened:
         until = _describe_rule(number, options.max_disagreement)
         console.print(
             f"{model}, {len(job.rows):,} data points of {source.name!r}, {_describe(code)}; "
@@ -148,22 +144,11 @@ class _Job:
         return cls(images, labels, source.preprocess, groups, rows, filled.reshape(number, -1))
 
     def inputs(self, rows: np.ndarray) -> np.ndarray:
-        """Return the model's inputs of some rows."""
         return np.asarray(self.preprocess(self.images[rows]))
 
     def batch(self, rows: np.ndarray) -> np.ndarray:
-        """Return the inputs of a batch, (groups, K, ...)."""
         x = self.inputs(rows)
         return x.reshape(self.groups, -1, *x.shape[1:])
-
-    def example(self) -> np.ndarray:
-        """Return (groups, ...), as a worker gets it at once."""
-        return self.batch(self.batches[0])[:, 0]
-
-    def num_outputs(self, network: Model) -> int:
-        """Return the number of the model's outputs."""
-        one = jnp.asarray(self.inputs(self.rows[:1]))
-        return jax.eval_shape(lambda x: call_model(network, x), one).shape[-1]
 
 
 def _chosen_code(options: RunOptions) -> AbstractCode:
@@ -227,7 +212,6 @@ class _Counts:
     interrupted: bool = False  # by Ctrl-C
 
     def add(self, outcome: BatchOutcome, rows: int, num_workers: int) -> None:
-        """Count one batch."""
         self.seconds = time.monotonic() - self.start
         self.rows += rows
         if not self.batches:
@@ -241,7 +225,6 @@ class _Counts:
 
     @property
     def mean_stragglers(self) -> float:
-        """The stragglers of a batch."""
         return self.stragglers / max(self.batches, 1)
 
     @property
@@ -370,7 +353,6 @@ class _Results:
 
     @property
     def lost(self) -> int:
-        """The number of rows that are lost."""
         return int(np.sum(~self["recovered"]))
 
 
@@ -435,7 +417,6 @@ def _numbers(
 
 
 def _summary(numbers: dict[str, Any], report: PoolReport) -> Iterator[tuple[str, str]]:
-    """Yield the lines of the summary, each with its name."""
     batches = f"{numbers['batches']:,} batches, {numbers['seconds']:.1f} s"
     yield "data points", f"{numbers['data_points']:,} in {batches}"
     first = f"after {numbers['first_batch_seconds']:.1f} s for the first batch"

@@ -38,7 +38,6 @@ class ChosenPool:
     worker_dtype: str | None = None
 
     def count(self, num_workers: int) -> int:
-        """Return the number of workers, for a code of N = `num_workers`."""
         return num_workers if self.workers is None else self.workers
 
     def open(

@@ -11,9 +11,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..pools import RowProgress, RowResult, run_rows
+from ..pools import RowResult, run_rows
 from ..pools._row_files import check_parts, fingerprint
-from ..pools._row_settings import RowSettings
+from ..pools._row_settings import RowProgress, RowSettings
 from ._errors import fail
 from ._options import RunOptions
 from ._output import summary_table, write_json
@@ -34,9 +34,7 @@ _FILES = (".npz", ".csv", ".parquet")  # or a folder, of parts
 def run_function(options: RunOptions, pool: ChosenPool, output: Path, resume: bool) -> None:
     """Run a function on rows, as the command's options say.
 
-    Raises:
-        ValueError: If an option does not fit.
-        typer.Exit: With the command's exit code, if not everything is done.
+    Raises ValueError if one does not fit, and exits with a code if not everything is done.
     """
     check_result_file(output, _FILES)
     if output.suffix == ".parquet":
@@ -59,14 +57,8 @@ def run_function(options: RunOptions, pool: ChosenPool, output: Path, resume: bo
         settings = RowSettings(**numbers)
     folder = parts_folder(output)
     check_parts(folder, resume)
-    workload = find_workload(
-        options.model,
-        weights=options.weights,
-        inputs=options.inputs,
-        data_dir=options.data_dir,
-        outputs=options.outputs,
-        traced=False,
-    )
+    asked = options.weights, options.inputs, options.data_dir, options.outputs
+    workload = find_workload(options.model, *asked, traced=False)
     source = workload.rows(options.split)
     x = np.asarray(source.preprocess(source.images[: options.max_inputs]))
     console = Console()
@@ -139,7 +131,6 @@ class _Bar(contextlib.ExitStack):
         self._bar: Progress | None = None
 
     def show(self, progress: RowProgress) -> None:
-        """Show progress."""
         if self._bar is None:
             if progress.done:
                 self._console.print(f"{progress.done:,} rows are done already")
@@ -168,7 +159,6 @@ def _target_text(settings: RowSettings) -> str:
 
 
 def _summary(result: RowResult, settings: RowSettings) -> Iterator[tuple[str, str]]:
-    """Yield the lines of the summary, each with its name."""
     numbers, report = result.summary, result.report
     done = f"{numbers['rows_done']:,} of {len(result.status):,}, {numbers['seconds']:.1f} s"
     yield "rows", f"{done}, {numbers['rows_per_second']:,.1f} rows/s"

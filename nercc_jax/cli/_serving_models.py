@@ -54,12 +54,8 @@ def starts_of(
 ) -> dict[str, Callable[[], ServedModel]]:
     """Return functions that start each model with its workers, by name.
 
-    A start raises ValueError for settings that do not fit, `StartFailed`, and what `join` raises.
-
-    Args:
-        chosen: the models' settings.
-        registry: of their metrics.
-        join: called before a model whose workers are Ray actors.
+    A start raises ValueError for settings that do not fit, `StartFailed`, and what `join` raises,
+    which is called before a model whose workers are Ray actors.
 
     Raises:
         ValueError: for mistakes that are found without loading a model.
@@ -128,7 +124,6 @@ def _start(
 
 
 def servable_of(settings: ModelSettings) -> Servable:
-    """Return the model that the settings name."""
     assert settings.model is not None
     name = settings.served_name
     model = find_model(settings.model, settings.weights, settings.outputs)
@@ -158,7 +153,8 @@ def _inputs(settings: ModelSettings, model: Any) -> Any:
     if settings.inputs is not None:
         return read_named_inputs(settings.inputs)
     if is_shipped(name):
-        return functools.partial(_images, model) if _has_data(model) else None
+        comes_with_a_package = model.network.data == "digits"
+        return functools.partial(_images, model) if comes_with_a_package else None
     found = example_inputs(name) if is_own(name) else None
     if settings.preprocess is not None:  # in the datatypes that clients send
         return found
@@ -166,7 +162,6 @@ def _inputs(settings: ModelSettings, model: Any) -> Any:
 
 
 def _row_shape(inputs: Any) -> Any:
-    """Return the shape of a query; None where there are no inputs."""
     if isinstance(inputs, dict):
         return {name: each.shape[1:] for name, each in inputs.items()}
     return None if inputs is None else inputs.shape[1:]
@@ -175,8 +170,7 @@ def _row_shape(inputs: Any) -> Any:
 def predictor_of(settings: ModelSettings, servable: Servable) -> Predictor | None:
     """Return the predictor that the setting `surrogate` names; None for none.
 
-    Raises:
-        ValueError: where there is no such surrogate, or nothing can be predicted.
+    Raises ValueError where there is no such surrogate, or nothing can be predicted.
     """
     asked, name = settings.surrogate, servable.name
     if asked in (None, "none"):
@@ -197,8 +191,7 @@ def predictor_of(settings: ModelSettings, servable: Servable) -> Predictor | Non
 def fitting_code(code: AbstractCode, settings: ModelSettings, servable: Servable) -> AbstractCode:
     """Return the code, or `UNCODED` where the model cannot be coded and no code was asked for.
 
-    Raises:
-        ValueError: where one was.
+    Raises ValueError where one was.
     """
     if servable.uncodable is None or code.num_data == 1:
         return code
@@ -212,13 +205,7 @@ def fitting_code(code: AbstractCode, settings: ModelSettings, servable: Servable
 
 
 def _images(network: Any) -> np.ndarray:
-    """Return the images that a shipped model is calibrated on."""
     return network.images("train", None, _CALIBRATION, 0)[0]
-
-
-def _has_data(network: Any) -> bool:
-    """Return whether the model's own data come with an installed package."""
-    return network.network.data == "digits"
 
 
 def code_of(settings: ModelSettings) -> AbstractCode:

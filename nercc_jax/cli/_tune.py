@@ -101,8 +101,13 @@ def tune_command(
         import jax
         from rich.console import Console
 
+<<<<<<< HEAD
         from ..codes import AbstractCode, save_code
         from ..evaluation import Evaluations
+=======
+        from ..codes import save_code
+        from ..evaluation._evaluation import Evaluations
+>>>>>>> h1
         from ..evaluation._trial import Trial
         from ..tuning import Descent, LayoutTuning
         from ._output import write_json
@@ -129,9 +134,7 @@ def tune_command(
                 f"--num-workers {num_workers}: without stragglers, and with a worker for each data "
                 "point, there is nothing to tune; say --max-stragglers"
             )
-        workload = find_workload(
-            model, weights=weights, inputs=inputs, data_dir=data_dir, outputs=outputs
-        )
+        workload = find_workload(model, weights, inputs, data_dir, outputs)
         network = workload.model
         kept, option = (workload.source, num_data), f"--max-inputs {max_inputs}"
         x = require_groups(workload.points("train", max_inputs, seed), *kept, 2, option)

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, LearnedDecoder, NeRCC, Replication
 from ..codes._points import coincident
-from ..evaluation import Evaluations, evaluate
+from ..evaluation import evaluate
+from ..evaluation._evaluation import Evaluations
 from ..evaluation._looks import system_look
 from ..evaluation._trial import Trial, landscape, make_trial
 from ..inference._models import Model
@@ -42,7 +43,6 @@ def start_code(num_data: int, num_workers: int, layout: str) -> NeRCC:
 def tune_with_bar(
     console: Console, network: Model, start: NeRCC, x, laws, descent: Descent, **options: Any
 ) -> Tuned[NeRCC]:
-    """Tune a code, with a progress bar."""
     with steps_bar(console) as progress:
         task = progress.add_task("compiling ...", total=descent.steps)
 
@@ -67,8 +67,7 @@ def search_with_status(
 ) -> tuple[NeRCC, dict[str, Any]]:
     """Search for a layout, and show the candidates as a table and as a picture.
 
-    Returns:
-        The code of the best layout, and its description by name.
+    Return the code of the best layout, and its description by name.
     """
     with console.status("searching ...") as status:
         search = search_layout(
@@ -104,14 +103,12 @@ class Comparison(NamedTuple):
     seed: int
 
     def rows(self, codes: Mapping[str, AbstractCode], **options: Any) -> Evaluations:
-        """Evaluate codes under the laws."""
         key = jax.random.key(self.seed)
         return evaluate(
             self.network, codes, self.held, self.laws, key=key, num_sets=self.sets, **options
         )
 
     def others(self) -> dict[str, AbstractCode]:
-        """Return the codes to compare with, by name."""
         size = self.start.num_data, self.start.num_workers
         codes: dict[str, AbstractCode] = {
             "untuned": self.start,
@@ -165,7 +162,6 @@ def compare(
 
 
 def tuned_words(tuned: Tuned[NeRCC]) -> dict[str, Any]:
-    """Return the description of a tuned code, by name."""
     numbers = ", ".join(
         f"{name} {float(getattr(tuned.code, name)):.3g}"
         for name in ("lambda_enc", "lambda_dec", "gap_exponent")
@@ -177,7 +173,6 @@ def tuned_words(tuned: Tuned[NeRCC]) -> dict[str, Any]:
 
 
 def draw(comparison: Comparison, trial: Trial, tuned: Tuned, model: str, plot: Path) -> None:
-    """Write the picture of a tuning run."""
     grid = landscape(comparison.network, tuned.code, trial, _GRID, _GRID)
     start = comparison.start
     what = f"{model}, K={start.num_data}, N={start.num_workers}"

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from ..codes import AbstractCode, load_code
 from ..inference._models import call_model, check_model
+from ..pools._batch import reason_of
 from ..pools._row_files import fingerprint_of_array
 from ..stragglers import AbstractStragglers, ExactStragglers
 from ._errors import of_option
@@ -64,7 +65,6 @@ class Points:
 
 
 def inputs_of(network: WorkerModel, split: str, data_dir: Path | None) -> Points:
-    """Return a split of a shipped model's data set."""
     from nercc_models import load_data
 
     try:
@@ -92,8 +92,7 @@ class Workload:
     def points(self, split: str, count: int, seed: int) -> np.ndarray:
         """Return at most `count` data points of a split, shuffled.
 
-        Raises:
-            ValueError: If there is no such split.
+        Raises ValueError if there is no such split.
         """
         if self.x is None:
             return self.model.images(split, self.data_dir, count, seed)[0]
@@ -117,23 +116,17 @@ class Workload:
 
 def find_workload(
     name: str,
-    *,
     weights: Path | None = None,
     inputs: Path | None = None,
     data_dir: Path | None = None,
     outputs: Returned = "logits",
+    *,
     traced: bool = True,
 ) -> Workload:
     """Return the model and data points that the options of the command line select.
 
-    Args:
-        name: The model's name.
-        weights: File with the weights of your own model.
-        inputs: File of data points.
-        data_dir: Folder with the data sets.
-        outputs: What workers return.
-        traced: Whether JAX calls the model. If so, inputs of your own are
-            converted to float32; otherwise they keep the type in which they were read.
+    Where JAX calls the model (`traced`), inputs of your own are converted to float32; otherwise
+    they keep the type in which they were read.
 
     Raises:
         ValueError: If there is no such model, no inputs are known, or the model does not run on
@@ -182,9 +175,9 @@ def _check_runs(name: str, model: Any, x: np.ndarray, source: str) -> None:
     try:
         answer: Any = eqx.filter_eval_shape(lambda batch: call_model(model, batch), one)
     except Exception as error:
-        first = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"--model {name} does not run on a batch of shape {one.shape} of {source}: {first}"
+            f"--model {name} does not run on a batch of shape {one.shape} of {source}: "
+            f"{reason_of(error)}"
         ) from error
     if getattr(answer, "shape", ())[:1] != (1,) or len(answer.shape) < 2:
         wanted = f"--model {name} must give an array, a row for each of a batch"
@@ -204,9 +197,7 @@ def load_worker_model(model: str, outputs: Returned) -> WorkerModel:
 def load_plain_code(path: Path, option: str) -> AbstractCode:
     """Return a code from its file, for workers that all run the served model.
 
-    Args:
-        path: The file.
-        option: Its name in errors.
+    Errors name the option.
 
     Raises:
         ValueError: If some workers would run other models; and as `load_code`.
@@ -297,9 +288,6 @@ def read_named_inputs(path: Path) -> np.ndarray | dict[str, np.ndarray]:
     """Return inputs as `read_inputs` does, but float32, and of an .npz file its arrays by name.
 
     For models that take a dict.
-
-    Raises:
-        ValueError: As `read_inputs` does.
     """
     if path.suffix != ".npz" or not path.is_file():
         return read_inputs(path).astype(np.float32)

@@ -83,12 +83,7 @@ class CodedServer:
     _telemetry: Telemetry | None = None
 
     async def __init__(self, models: Sequence[ModelSettings], limits: Mapping[str, Any]):
-        """Start the models.
-
-        Args:
-            models: their settings.
-            limits: the server's settings of requests, by name.
-        """
+        """Start the models; `limits` are the server's settings of requests, by name."""
         _log_by_serve()
         settings = read_settings(None, **limits)
         self._registry = CollectorRegistry()

@@ -1,7 +1,7 @@
 """Recorded answers, codes side by side, the nested objective, forecasts."""
 
 from ._answers import Answers, record_answers
-from ._evaluation import Estimate, Evaluation, Evaluations, evaluate
+from ._evaluation import Estimate, Evaluation, evaluate
 from ._forecast import Forecast, make_forecast
 from ._functions import coverage
 from ._objective import nested_objective
@@ -10,7 +10,6 @@ __all__ = [
     "Answers",
     "Estimate",
     "Evaluation",
-    "Evaluations",
     "Forecast",
     "coverage",
     "evaluate",

@@ -216,16 +216,9 @@ class Recorder:
         batch_size: int,
         own: tuple[Float[np.ndarray, "groups num_data m"], Form] | None = None,
     ):
-        """Start a record.
+        """Start a record of a model (`batched`) on groups, whose own outputs may be known already.
 
-        Args:
-            run: The model (`batched`).
-            groups: Data points in groups of K.
-            batch_size: The number of data points in a call of the model.
-            own: The model's outputs on the data points, where they are known already.
-
-        Raises:
-            ValueError: The model's outputs are not finite.
+        Raises ValueError if the model's outputs are not finite.
         """
         self._run, self._groups, self._batch_size = run, groups, batch_size
         self._shape = jax.tree.leaves(groups)[0].shape[:2]
@@ -318,8 +311,7 @@ def own_outputs(
 ) -> tuple[Float[Array, "groups num_data m"], Form]:
     """Return the served model's outputs for the data points themselves, and their form.
 
-    Raises:
-        ValueError: They are not finite.
+    Raises ValueError if they are not finite.
     """
     shape = jax.tree.leaves(groups)[0].shape[:2]
     flat, form = join(run(points_of(groups)), 1)
@@ -335,10 +327,8 @@ def own_outputs(
 def batched(model: Model, batch_size: int) -> Callable[[PyTree], PyTree]:
     """Return the model for any number of data points, in batches of one shape: one compilation.
 
-    Fewer data points than that are filled up to a power of two.
-
-    Raises:
-        ValueError: The model is in training mode.
+    Fewer data points than that are filled up to a power of two. Raises ValueError if the model is
+    in training mode.
     """
     check_model(model)
     compiled = eqx.filter_jit(call_on_batch)

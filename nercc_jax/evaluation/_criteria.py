@@ -32,9 +32,7 @@ def point_criterion(criterion: Criterion) -> Callable[[PyTree, PyTree], Float[Ar
 def labels_of(outputs: PyTree, axes: int) -> PyTree[Int[Array, "..."]]:
     """Return the labels of data points: the largest outputs along the last axis of every part.
 
-    Args:
-        outputs: Outputs with data points in their first axes.
-        axes: The number of these axes. An output without any other axis has the label 0.
+    Data points are the first axes. An output without any other axis has the label 0.
     """
 
     def of_leaf(leaf: Array) -> Array:

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import ArrayLike, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded
+from ..codes import AbstractCode
 from ..codes._checks import check_count
 from ..codes._trees import join, leaves_of
 from ..inference import cast_model
@@ -97,6 +97,7 @@ class Evaluation:
 
 
 SHARES = ("rel_acc", "accuracy", "lost")
+_SCORES = eqx.filter_jit(Answers.scores_of)
 _METRICS = ("mse", "rmse", "mean_l2", *SHARES)
 
 
@@ -120,13 +121,8 @@ class Evaluations(list[Evaluation]):
     def plot(self, metrics: Sequence[str] = ("mse", "rel_acc"), title: str = "") -> Any:
         """Return a matplotlib figure with a panel for each metric and a curve for each code.
 
-        Args:
-            metrics: Names of metrics.
-            title: The title of the figure.
-
-        Raises:
-            ImportError: There is no matplotlib (the extra `demo`).
-            ValueError: Laws are not named by numbers of stragglers.
+        Raises ImportError without matplotlib (the extra `demo`), and ValueError if laws are not
+        named by numbers of stragglers.
         """
         from ._pictures import straggler_figure
 
@@ -201,7 +197,8 @@ def evaluate(
         progress: A wrapper of the sequence of (law, set) pairs, for a progress bar.
 
     Returns:
-        One `Evaluation` for each law and code.
+        A list with an `Evaluation` for each law and code, which is shown as a table, and has
+        `records`, `to_pandas`, and `plot(metrics, title)`, a figure.
 
     Raises:
         ValueError: The codes differ in K or N, there are fewer than K data points, data points or
@@ -240,7 +237,7 @@ def evaluate(
         for name, answers in recorded.items():
             if channel is not None:
                 answers = _send(channel, answers, jax.random.fold_in(draw, _CHANNEL))
-            score = _scores(answers, available, targets)
+            score = _SCORES(answers, answers.decode(available), targets)
             scores.setdefault((name, law), []).append({m: float(v) for m, v in score.items()})
     return Evaluations(
         Evaluation(
@@ -270,15 +267,6 @@ def _send(
     if shapes[0] != shapes[1]:
         raise ValueError(f"the channel made {shapes[0]} of answers {shapes[1]}")
     return eqx.tree_at(lambda known: known.coded, answers, join(received, 2)[0])
-
-
-def _scores(answers: Answers, available: Array, labels: PyTree) -> dict[str, Array]:
-    return _scores_of(answers, answers.decode(available), labels)
-
-
-@eqx.filter_jit
-def _scores_of(answers: Answers, decoded: Decoded, labels: PyTree) -> dict[str, Array]:
-    return answers.scores_of(decoded, labels)
 
 
 def _estimates(scores: list[dict[str, float]]) -> dict[str, Any]:

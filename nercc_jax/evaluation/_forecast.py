@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
@@ -67,18 +66,6 @@ class Forecast(AbstractCalibrated):
             ValueError: The mask has another shape or dtype.
         """
         return _expect(self, available)[1]
-
-    def by_place(
-        self, available: Bool[ArrayLike, " num_workers"]
-    ) -> tuple[Float[Array, " num_data"], Float[Array, " num_data"]]:
-        """Return `error` and `disagreement` of each of the K places of a group.
-
-        They differ much where points are interleaved: a place whose own worker answered is exact.
-
-        Raises:
-            ValueError: The mask has another shape or dtype.
-        """
-        return _expect_by_place(self, available)
 
     def below(
         self, *, max_disagreement: float | int | None = None, max_error: float | int | None = None
@@ -177,16 +164,3 @@ def _expect(forecast: Forecast, available: Bool[ArrayLike, " num_workers"]) -> t
     available = as_mask(available, (forecast.answers.code.num_workers,))
     score = forecast.answers.scores(available)
     return score["rmse"], 1 - score["rel_acc"], score["lost"]
-
-
-@eqx.filter_jit
-def _expect_by_place(
-    forecast: Forecast, available: Bool[ArrayLike, " num_workers"]
-) -> tuple[Array, Array]:
-    answers = forecast.answers
-    decoded = answers.decode(as_mask(available, (answers.code.num_workers,)))
-    recovered = decoded.recovered
-    square = jnp.sum((decoded.predictions - answers.own) ** 2, axis=-1, where=recovered[..., None])
-    error = jnp.sqrt(jnp.sum(square, axis=0) / jnp.sum(recovered, axis=0))
-    same = answers.same_labels(decoded.predictions)
-    return error, 1 - jnp.mean(recovered & same, axis=0)

@@ -18,13 +18,9 @@ def straggler_figure(
     title: str,
     into: Any = None,
 ) -> "Figure":
-    """Return a figure with a panel for each metric, with intervals.
+    """Return a figure, or a part of one, with a panel for each metric, with intervals.
 
-    Args:
-        rows: Evaluations.
-        panels: For each metric its label, and whether its axis is logarithmic.
-        title: The title.
-        into: A part of another figure to draw in.
+    A metric has its label, and whether its axis is logarithmic.
     """
     import matplotlib.pyplot as plt
 
@@ -89,7 +85,8 @@ def straggler_curves(
 
 def _top(rows: Sequence[Any], metric: str, codes: Sequence[str]) -> float:
     """Return the upper end of a panel of errors; a code that explodes leaves others room."""
-    tops = _maxima(rows, metric, codes)
+    means = ([getattr(row, metric).mean for row in rows if row.code == code] for code in codes)
+    tops = [top for of_code in means if (top := np.nanmax(of_code)) > 0]
     return min(max(tops), 100 * float(np.median(tops))) * 2 if len(tops) > 1 else np.inf
 
 
@@ -145,13 +142,8 @@ def batch_figure(
 ) -> "Figure":
     """Draw K images, the N mixtures that workers get, with lost ones crossed out, and K labels.
 
-    Args:
-        images: (K, height, width) in grey, or (K, height, width, 3).
-        coded: The N mixtures, as `images`.
-        available: Which of the N workers answered.
-        decoded: K decoded labels, drawn as text.
-        own: The model's K labels.
-        into: A part of another figure to draw in.
+    Images are (K, height, width) in grey, or (K, height, width, 3). Decoded labels are drawn as
+    text, the model's own where they differ. It draws into a part of another figure if given.
     """
     import matplotlib.pyplot as plt
 
@@ -221,9 +213,3 @@ def laws_and_codes(rows: Sequence[Any]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(r.stragglers for r in rows)), list(
         dict.fromkeys(r.code for r in rows)
     )
-
-
-def _maxima(rows: Sequence[Any], metric: str, codes: Sequence[str]) -> list[float]:
-    """Return the largest mean of each code that has a positive one."""
-    means = {code: [getattr(r, metric).mean for r in rows if r.code == code] for code in codes}
-    return [top for values in means.values() if (top := np.nanmax(values)) > 0]

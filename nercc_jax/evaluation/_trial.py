@@ -69,18 +69,9 @@ def make_trial(
     """Draw what the nested objective averages over, and weigh laws by a starting code's errors.
 
     An error counts relative to that of `code` under the same law: with more stragglers errors are a
-    hundred times larger, and the plain mean would see nothing else.
-
-    Args:
-        model: A function of a batch.
-        code: The starting code.
-        x: Data points in groups.
-        stragglers: Laws by name.
-        key: Random key of the draws.
-        num_sets: Straggler sets drawn for each law; all of a law's sets if they are fewer.
-        criterion: As in `nested_objective`.
-        power: The power of the mean over laws, 1 or more. The higher it is, the more the law that
-            gains least counts.
+    hundred times larger, and the plain mean would see nothing else. The mean over laws has a power
+    of 1 or more: the higher it is, the more the law that gains least counts. `num_sets` straggler
+    sets are drawn for each law; all of a law's sets if they are fewer.
 
     Raises:
         ValueError: There is no law, or an error of `code` is not finite.

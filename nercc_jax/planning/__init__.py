@@ -1,9 +1,8 @@
 """Planning: the code, the number of workers, and the rule of waiting for a service; or none."""
 
-from ._plan import Plan, load_plan, plan
+from ._plan import Plan, plan
 
 __all__ = [
     "Plan",
-    "load_plan",
     "plan",
 ]

@@ -52,20 +52,20 @@ class Candidate:
     num_workers: int
     wait_for: int
     min_wait: float
-    points: str | None
-    order: str | None
-    copies: int
-    hedge_after: float | None
-    hedge_copies: int
-    limit: float | None
-    resent: float
-    extra_work: float
-    disagreement: Estimate
-    most_disagreement: float
-    p50: float
-    p99: float
-    exact: bool
-    held_out: bool
+    points: str | None = None
+    order: str | None = None
+    copies: int = 1
+    hedge_after: float | None = None
+    hedge_copies: int = 1
+    limit: float | None = None
+    resent: float = 0.0
+    extra_work: float = dataclasses.field(kw_only=True)
+    disagreement: Estimate = Estimate(0.0, 0.0)  # noqa: RUF009, it is frozen
+    most_disagreement: float = 0.0
+    p50: float = dataclasses.field(kw_only=True)
+    p99: float = dataclasses.field(kw_only=True)
+    exact: bool = True
+    held_out: bool = True
 
     @property
     def code(self) -> AbstractCode:
@@ -158,33 +158,10 @@ def make_candidate(
     times: np.ndarray,
     **summary: Any,
 ) -> Candidate:
-    defaults = {
-        "points": None,
-        "order": None,
-        "copies": 1,
-        "hedge_after": None,
-        "hedge_copies": 1,
-        "limit": None,
-        "resent": 0.0,
-        "disagreement": Estimate(0.0, 0.0),
-        "most_disagreement": 0.0,
-        "exact": True,
-        "held_out": True,
-    }
-    summary = defaults | summary
     p50, p99 = (float(np.quantile(times, q)) for q in (0.5, PROMISED))
-    extra = num_workers / num_data - 1 + summary["resent"]
-    return Candidate(
-        system=system,
-        num_data=num_data,
-        num_workers=num_workers,
-        wait_for=wait_for,
-        min_wait=float(min_wait),
-        extra_work=extra,
-        p50=p50,
-        p99=p99,
-        **summary,
-    )
+    extra = num_workers / num_data - 1 + summary.get("resent", 0.0)
+    numbers = num_data, num_workers, wait_for, float(min_wait)
+    return Candidate(system, *numbers, extra_work=extra, p50=p50, p99=p99, **summary)
 
 
 def at_most(share: Estimate, points: int) -> float:

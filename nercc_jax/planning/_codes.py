@@ -81,7 +81,6 @@ class Half:
 
     @functools.cached_property
     def _cheap(self) -> PyTree[Float[Array, "points ..."]]:
-        """Return the surrogate's outputs."""
         assert self._surrogate is not None
         return self._surrogate(self.x)
 
@@ -91,7 +90,6 @@ class Half:
         return join(self._cheap, 1)[0], jnp.asarray(self._own), form
 
     def _places(self, order: str | None, num_data: int) -> Int[np.ndarray, "groups num_data"]:
-        """Return the data points of each group."""
         places = np.arange(len(self.x))
         if order is not None:
             features = None

@@ -82,8 +82,41 @@ class Plan:
         """Return whether a candidate keeps to what was asked for, with enough certainty."""
         return feasible(candidate, self.asked)
 
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read the plan that `save` wrote.
+
+        The conditions of its error probability are "unknown", so that it warns of none, where the
+        file does not have them.
+
+        Raises:
+            ValueError: The file, which is named, holds no plan.
+            OSError: As `open`.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            if content["format"] != _FORMAT or content["version"] != _VERSION:
+                raise ValueError(f"it does not say 'format': {_FORMAT!r}, 'version': {_VERSION}")
+            error_probability: Any = content["doubt"] and {
+                name: jnp.asarray(value, float) for name, value in content["doubt"].items()
+            }
+            conditions = Conditions(**(content.get("conditions") or {}))
+            rows = tuple(_candidate(row) for row in content["candidates"])
+            return cls(
+                rows,
+                _candidate(content["recommended"]),
+                content["reason"],
+                ErrorProbability(**error_probability, conditions=conditions)
+                if error_probability
+                else None,
+                content["asked"],
+                content["about"],
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no plan: {error}") from error
+
     def save(self, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
-        """Write the plan as JSON, which `load_plan` reads.
+        """Write the plan as JSON, which `load` reads.
 
         Args:
             path: The file.
@@ -114,43 +147,11 @@ class Plan:
         Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def load_plan(path: str | Path) -> Plan:
-    """Read the plan that `Plan.save` wrote.
-
-    The conditions of its error probability are "unknown", so that it warns of none, where the file
-    does not have them.
-
-    Raises:
-        ValueError: The file, which is named, holds no plan.
-        OSError: As `open`.
-    """
-    try:
-        content = json.loads(Path(path).read_text())
-        if content["format"] != _FORMAT or content["version"] != _VERSION:
-            raise ValueError(f"it does not say 'format': {_FORMAT!r}, 'version': {_VERSION}")
-        error_probability: Any = content["doubt"] and {
-            name: jnp.asarray(value, float) for name, value in content["doubt"].items()
-        }
-        conditions = Conditions(**(content.get("conditions") or {}))
-        rows = tuple(_candidate(row) for row in content["candidates"])
-        return Plan(
-            rows,
-            _candidate(content["recommended"]),
-            content["reason"],
-            ErrorProbability(**error_probability, conditions=conditions)
-            if error_probability
-            else None,
-            content["asked"],
-            content["about"],
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no plan: {error}") from error
-
-
 def _candidate(row: dict[str, Any]) -> Candidate:
     # Plans of an earlier version call the least time to wait `patience`.
     row = {"min_wait" if name == "patience" else name: value for name, value in row.items()}
-    return Candidate(**{"hedge_copies": 1, **row, "disagreement": Estimate(**row["disagreement"])})
+    row["disagreement"] = Estimate(**row["disagreement"])
+    return Candidate(**row)
 
 
 def plan(
@@ -262,7 +263,10 @@ def plan(
     coded, of_codes = codes.measure(screened, keys[2])
     probabilities |= of_codes
     found = (*exact, *known, *coded, *(entry.row for entry in screened))
-    rows = tuple(_later(row, asked["overhead"]) for row in found)
+    rows = tuple(
+        dataclasses.replace(row, p50=row.p50 + asked["overhead"], p99=row.p99 + asked["overhead"])
+        for row in found
+    )
     best = _best(rows, asked)
     about = {
         "calibration_points": len(halves[0].x),
@@ -272,10 +276,6 @@ def plan(
     }
     error_probability = probabilities.get(found[rows.index(best)])
     return Plan(rows, best, _reason(best, rows, asked), error_probability, asked, about)
-
-
-def _later(row: Candidate, seconds: float) -> Candidate:
-    return dataclasses.replace(row, p50=row.p50 + seconds, p99=row.p99 + seconds)
 
 
 def _in_halves(x: np.ndarray, key: PRNGKeyArray) -> list[np.ndarray]:

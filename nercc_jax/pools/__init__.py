@@ -1,40 +1,33 @@
 """Pools of independent workers, and coded inference, batches and rows on them."""
 
-from ._backend import PoolReport, WorkerReport
-from ._batch import Batch, BatchAnswers, Failure
+from ._backend import PoolReport
+from ._batch import Batch, BatchAnswers
 from ._devices import DevicePool
-from ._faults import Episodes, Fault, Faults, InjectedError
-from ._inference import BatchOutcome, PoolResult, Timing, pool_inference, run_batches
+from ._faults import Episodes, Fault, Faults
+from ._inference import PoolResult, pool_inference, run_batches
 from ._pool import AbstractPool
 from ._ray import RayPool
 from ._ray_cluster import join_ray, leave_ray, ray_is_lost
 from ._row_engine import run_rows
-from ._row_settings import RowProgress, RowResult
+from ._row_settings import RowResult
 from ._rows import RowFunction
-from ._times import Call, Overdue
+from ._times import Overdue
 from .ray_data import map_rows
 
 __all__ = [
     "AbstractPool",
     "Batch",
     "BatchAnswers",
-    "BatchOutcome",
-    "Call",
     "DevicePool",
     "Episodes",
-    "Failure",
     "Fault",
     "Faults",
-    "InjectedError",
     "Overdue",
     "PoolReport",
     "PoolResult",
     "RayPool",
     "RowFunction",
-    "RowProgress",
     "RowResult",
-    "Timing",
-    "WorkerReport",
     "join_ray",
     "leave_ray",
     "map_rows",

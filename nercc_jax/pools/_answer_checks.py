@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from ..risk import WorkerMonitor
+from ..risk._worker_monitor import WorkerMonitor
 from ._backend import PoolReport
 
 _LOG = logging.getLogger(__name__)
@@ -35,11 +35,9 @@ _SEEN, _FEWEST = 64, 8  # answers by which the spread is known
 
 
 class Verdict(NamedTuple):
-    """The answer that is given out of several workers' answers to one query.
+    """The answer to a query that is given out, and the workers that gave it.
 
-    Attributes:
-        value: the answer.
-        givers: the workers that gave it; twice the same if no two agreed.
+    They are twice the same if no two agreed.
     """
 
     value: np.ndarray
@@ -47,7 +45,6 @@ class Verdict(NamedTuple):
 
     @property
     def agreed(self) -> bool:
-        """Return whether two workers gave it."""
         return self.givers[0] != self.givers[1]
 
 
@@ -80,13 +77,8 @@ class AnswerChecks:
     ):
         """Start without answers.
 
-        Args:
-            num_workers: Workers.
-            max_fenced: The largest share of the workers that is fenced.
-            worker_dtype: The dtype in which they compute.
-            observe: Receives metrics.
-            first: Right answers with which a new worker's probation ends.
-            most: Workers that compute a query until two agree.
+        `first` right answers end a new worker's probation; `most` workers compute a query, until
+        two agree. `max_fenced` is the largest share of the workers that is fenced.
         """
         self._observe, self._first, self._most_workers = observe, first, most
         self._monitor = WorkerMonitor(num_workers)
@@ -113,12 +105,7 @@ class AnswerChecks:
     def screen(
         self, worker: int, suspicious: Bool[np.ndarray, " queries"]
     ) -> Bool[np.ndarray, " queries"]:
-        """Return which answers of a worker to hold back until another worker has answered, too.
-
-        Args:
-            worker: the worker.
-            suspicious: which of them look wrong.
-        """
+        """Return which answers of a worker to hold back until another worker has answered, too."""
         # What a fenced worker answers was sent before it was.
         if worker in self._fenced:
             return np.ones(len(suspicious), bool)
@@ -131,15 +118,11 @@ class AnswerChecks:
     def compare(
         self, x: np.ndarray | None, candidates: Mapping[int, np.ndarray], *, last: bool = False
     ) -> Verdict | None:
-        """Compare several workers' answers to one query.
-
-        Args:
-            x: the query.
-            candidates: the answers, by worker, in the order in which they came.
-            last: whether there will be no more answers, for all that other workers could do.
+        """Compare workers' answers to one query, by worker, in the order in which they came.
 
         Returns:
-            The answer to give out; None to wait for one more worker's.
+            The answer to give out; None to wait for one more worker's. There will be no more after
+            the `last` one, for all that other workers could do.
         """
         latest = list(candidates.values())[-1]
         if np.isfinite(latest).all():
@@ -167,8 +150,7 @@ class AnswerChecks:
     def audits(self, report: PoolReport) -> list[tuple[int, np.ndarray]]:
         """Return workers to be asked a query whose answer is known, and the query for each.
 
-        Args:
-            report: the state of the workers: one that was replaced is fenced no more.
+        By the state of the workers, one that was replaced is fenced no more.
         """
         for worker, (record, seen) in enumerate(zip(self._records, report.workers, strict=True)):
             if seen.deaths != record.deaths:
@@ -194,7 +176,6 @@ class AnswerChecks:
             self._release(worker, f"its last {record.clean} answers to audits were right")
 
     def status(self) -> dict[str, Any]:
-        """Return the checks' part of a server's status."""
         monitor = self._monitor
         reasons = {
             worker: record.reason

@@ -64,16 +64,7 @@ class WorkerBackend(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class WorkerReport:
-    """The state of one worker.
-
-    Attributes:
-        state: "idle", "busy", "overdue", "starting", or "fenced", where it answers wrongly and gets
-            no traffic.
-        busy_seconds: For how long it has had its task; 0 without one.
-        deaths: How many of its lives ended.
-        failed_starts: How many of its lives, one after the other, ended before it was ready: the
-            next begins after a pause that grows with them. 0 where it is ready.
-    """
+    """The state of one worker: see `PoolReport`."""
 
     state: WorkerState
     busy_seconds: float
@@ -102,7 +93,11 @@ class PoolReport:
             callers' callbacks. The log has each.
         seconds: Workers' time that the tasks took.
         wasted_seconds: The part of it that went into answers that were not used.
-        workers: The state of each worker.
+        workers: Of each worker: its `state`, "idle", "busy", "overdue", "starting", or "fenced",
+            where it answers wrongly and gets no traffic; for how long it has had its task
+            (`busy_seconds`, 0 without one); how many of its lives ended (`deaths`); and how many,
+            one after the other, ended before it was ready (`failed_starts`): the next begins after
+            a pause that grows with them.
     """
 
     num_workers: int
@@ -155,7 +150,6 @@ class WorkerSlot:
 
     @property
     def state(self) -> WorkerState:
-        """The state that reports show."""
         if not self.ready:
             return "starting"
         if self.fenced:
@@ -172,7 +166,6 @@ class WorkerSlot:
         return self.since + limit
 
     def report(self, now: float) -> WorkerReport:
-        """Return the worker's state at the time `now`."""
         busy_seconds = 0.0 if self.task is None else now - self.since
         return WorkerReport(self.state, busy_seconds, self.deaths, self.failed_starts)
 
@@ -180,12 +173,8 @@ class WorkerSlot:
 class StartUp:
     """The start of a pool: waits until enough workers are ready, or until they cannot be.
 
-    Args:
-        lock: The scheduler's lock.
-        slots: The workers' records.
-        least: Workers that are enough to begin with; all if None.
-        missing: Returns what workers that did not start may be waiting for, if known.
-        clock: The pool's clock.
+    `least` are enough to begin with; all if None. `missing()` returns what workers that did not
+    start may be waiting for, if known.
 
     Raises:
         ValueError: If `least` is not from 1 to the number of workers.
@@ -213,11 +202,7 @@ class StartUp:
         self._changed.notify_all()
 
     def wait(self, broken: Callable[[], str | None], timeout: float) -> str | None:
-        """Wait until enough workers are ready.
-
-        Args:
-            broken: Returns why the pool is broken, if it is.
-            timeout: Seconds to wait at most.
+        """Wait some seconds until enough workers are ready, or the pool is `broken()` for a reason.
 
         Returns:
             None, or the reason why there are not enough.

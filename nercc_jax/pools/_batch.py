@@ -24,16 +24,7 @@ Refuse: TypeAlias = Callable[[PyTree[np.ndarray]], str | None]
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """An attempt at a coded data point that gave no answer.
-
-    Attributes:
-        worker: The worker that had it; -1 where the whole pool failed.
-        point: The coded data point.
-        reason: What went wrong, in one line.
-        raised: Whether the model raised, or its answer could not be used; otherwise the worker died
-            or hung.
-        refused: Whether there was an answer that could not be used.
-    """
+    """An attempt at a coded data point that gave no answer: see `BatchAnswers`."""
 
     worker: int
     point: int
@@ -52,7 +43,10 @@ class BatchAnswers:
         seconds: From the moment a coded data point was handed to the pool to its answer; NaN where
             there is none.
         waited: From the batch's dispatch to the end of the wait, in seconds.
-        failures: Attempts that went wrong.
+        failures: Attempts that went wrong: `worker` (-1 where the whole pool failed), the coded
+            data point `point`, `reason` in one line, whether the model raised or its answer could
+            not be used (`raised`; otherwise the worker died or hung), and whether there was an
+            answer that could not be used (`refused`).
     """
 
     values: PyTree[Float[np.ndarray, "num_points ..."]] | None
@@ -82,50 +76,31 @@ def arrays_of(tree: PyTree) -> list[Any]:
     return [tree] if type(tree) is np.ndarray else jax.tree.leaves(tree)
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Task:
     """One coded data point to be computed: waiting, at one worker or more, or settled."""
 
-    __slots__ = (
-        "attempts",
-        "avoid",
-        "batch",
-        "failed",
-        "given",
-        "kind",
-        "on_time",
-        "only",
-        "point",
-        "refusals",
-        "running",
-        "sent",
-        "settled",
-        "settled_at",
-        "size",
-        "value",
-        "wanted",
-    )
+    batch: "Batch"
+    point: int
+    kind: int
+    value: PyTree
+    avoid: frozenset[int] = frozenset()  # workers that must not get it
+    only: int | None = None  # the worker that must
+    size: int = dataclasses.field(init=False)  # data points
+    given: float = dataclasses.field(init=False)
+    attempts: int = 0
+    failed: set[int] = dataclasses.field(default_factory=set)  # workers at which it failed
+    refusals: int = 0  # answers that could not be used
+    running: int = 0  # workers that have it
+    on_time: int = 0  # those of them that are not overdue
+    wanted: int = dataclasses.field(init=False)  # as many of these as it should have
+    settled: bool = False
+    sent: float = math.nan  # when the latest worker got it
+    settled_at: float = math.nan
 
-    def __init__(
-        self,
-        batch: "Batch",
-        point: int,
-        kind: int,
-        value: PyTree,
-        avoid: frozenset[int] = frozenset(),
-        only: int | None = None,
-    ):
-        self.batch, self.point, self.kind, self.value = batch, point, kind, value
-        self.avoid, self.only = avoid, only  # workers
-        self.size = len(arrays_of(value)[0])  # data points
-        self.given = batch.clock.now()
-        self.attempts = 0
-        self.failed: set[int] = set()  # workers at which it failed
-        self.refusals = 0  # answers that could not be used
-        self.running = 0  # workers that have it
-        self.on_time = 0  # those of them that are not overdue
-        self.wanted = batch.at_once  # as many of these as it should have
-        self.settled = False
-        self.sent = self.settled_at = math.nan  # when the latest worker got it, and when it ended
+    def __post_init__(self):
+        self.size, self.given = len(arrays_of(self.value)[0]), self.batch.clock.now()
+        self.wanted = self.batch.at_once
 
     @property
     def pending(self) -> bool:

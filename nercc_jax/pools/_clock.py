@@ -133,7 +133,6 @@ class ErrorCounter:
         return None
 
     def count(self, what: str) -> None:
-        """Log and count the exception that is being handled."""
         with self._lock:
             self.errors += 1
         _LOG.exception("%s failed", what)
@@ -142,14 +141,9 @@ class ErrorCounter:
 class Watcher:
     """A supervised task: calls `look` again and again, whatever one of its turns raises.
 
-    After a turn that raises, which is counted, the next one comes after a pause that grows.
-
-    Args:
-        name: The name of its thread, and of the task in the log.
-        look: Returns the time at which its next turn is due; `wake` makes that now.
-        errors: Where exceptions are counted.
-        end: Called last, should the turns end nevertheless.
-        clock: By which time passes.
+    `look()` returns the time at which its next turn is due; `wake` makes that now. After a turn
+    that raises, which is counted, the next one comes after a pause that grows. `end()` is called
+    last, should the turns end nevertheless.
     """
 
     def __init__(

@@ -47,14 +47,7 @@ def weights_checksum(models: PyTree) -> int:
 
 
 def check_versions(wanted: Mapping[str, str]) -> None:
-    """Check that modules are of the same version here.
-
-    Args:
-        wanted: Their checksums where the pool is.
-
-    Raises:
-        RuntimeError: If the source of one differs.
-    """
+    """Raise RuntimeError if a module's source has another checksum here than where the pool is."""
     here = code_versions(wanted)
     other = [name for name in here if here[name] != wanted[name]]
     if other:

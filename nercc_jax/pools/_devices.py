@@ -109,10 +109,7 @@ class DevicePool(AbstractPool):
 class _ThreadBackend(WorkerBackend):
     """One thread for each worker, with a queue of its own that holds one task at most.
 
-    Args:
-        programs: The models, on each device.
-        faults: Faults to inject.
-        cores: Cores that all threads share; infinite where it is not known.
+    All threads share the cores, whose number is infinite where it is not known.
     """
 
     def __init__(self, programs: Sequence[Program], faults: Faults, cores: float):
@@ -171,9 +168,8 @@ class _WorkerThread:
     def _work(self) -> None:
         end = "its thread ended"
         try:
-            worker = Worker(
-                self._program, self._faults, self._worker, self._life, _die, self._ended.wait
-            )
+            faults = self._faults.at(self._worker, self._life)
+            worker = Worker(self._program, faults, _die, self._ended.wait)
             with self._program.at_home():
                 self._on_outcome(self._worker, self._life, None)
                 self._answer(worker)

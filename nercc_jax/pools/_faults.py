@@ -156,13 +156,7 @@ class Fault:
 
 
 class StruckCall(NamedTuple):
-    """The faults of one call.
-
-    Attributes:
-        seconds: By which it is delayed.
-        kinds: The kinds of its other faults.
-        wrong: The faults that make its answer wrong.
-    """
+    """A call's delay in seconds, the kinds of its other faults, and those that make it wrong."""
 
     seconds: float
     kinds: set[FaultKind]
@@ -176,7 +170,7 @@ class Faults:
     Example:
         >>> faults = Faults([Fault("error", probability=0.5)], seed=3)
         >>> injected = faults.at(worker=0, life=0)
-        >>> [sorted(injected.next()[1]) for _ in range(4)]
+        >>> [sorted(injected.strike().kinds) for _ in range(4)]
         [['error'], ['error'], [], []]
     """
 
@@ -301,18 +295,8 @@ class WorkerFaults:
         self._seen = [collections.deque[float](maxlen=_SCORES) for _ in self._faults]
         self._call = 0
 
-    def next(self, batch: PyTree | None = None) -> tuple[float, set[FaultKind]]:
-        """Return the seconds by which the next call is delayed, and the kinds of other faults.
-
-        Args:
-            batch: The call's rows, for faults that strike rows by their score.
-        """
-        struck = self.strike(batch)
-        struck.kinds.update(fault.kind for fault in struck.wrong)
-        return struck.seconds, struck.kinds
-
     def strike(self, batch: PyTree | None = None) -> StruckCall:
-        """Return the faults of the next call; `batch` as for `next`."""
+        """Return the faults of the next call; faults may strike rows of the batch by a score."""
         call, self._call = self._call, self._call + 1
         seconds, kinds, wrong = 0.0, set[FaultKind](), []
         parts = zip(self._faults, self._delays, self._spells, self._seen, strict=True)
@@ -361,7 +345,6 @@ class _Spells:
         self._start, self._end = next(self._coming)
 
     def now(self) -> bool:
-        """Return whether a spell is on."""
         time_now = self._time()
         while self._end <= time_now:
             self._start, self._end = next(self._coming)

@@ -28,16 +28,7 @@ from ._worker import no_mesh, off_meshes
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """The seconds of each step of a call; together they make up the whole call.
-
-    Attributes:
-        encode: Encoding.
-        dispatch: Handing coded data points to the pool.
-        wait: From the last dispatch until the answers were enough: the workers' time, transport
-            included.
-        decode: Decoding.
-        reexecute: Running uncertain data points again.
-    """
+    """The seconds of each step of a call: see `PoolResult`."""
 
     encode: float
     dispatch: float
@@ -47,7 +38,6 @@ class Timing:
 
     @property
     def total(self) -> float:
-        """The seconds of the whole call."""
         return self.encode + self.dispatch + self.wait + self.decode + self.reexecute
 
 
@@ -58,7 +48,9 @@ class PoolResult:
     Attributes:
         decoded: Predictions, and which of them were recovered.
         answers: The answers to coded data points.
-        timing: Seconds of each step.
+        timing: Seconds of each step: `encode`; `dispatch`, handing coded data points to the pool;
+            `wait`, until the answers were enough: the workers' time, transport included; `decode`;
+            `reexecute`; and of the whole call, `total`.
         error_probability: The probability that a label is not the model's own; None without an
         error probability.
         reexecuted: Which predictions are the model's own because they were run again; their error
@@ -261,8 +253,7 @@ def _reexecute(
 ) -> tuple[ScoredPredictions, Bool[np.ndarray, "groups num_data"]]:
     """Have the pool run some data points themselves.
 
-    Returns:
-        The predictions, with the model's own in place, and which of them those are.
+    Return predictions with the model's own in place, and which of them those are.
     """
     decoded = found.decoded
     again = np.zeros(decoded.recovered.shape, bool)
@@ -319,18 +310,7 @@ def _nobody(pool: AbstractPool, answers: BatchAnswers, deadline: float) -> Excep
 
 @dataclasses.dataclass(frozen=True)
 class BatchOutcome:
-    """The outcome of one batch of many.
-
-    Attributes:
-        number: Of the batch, from 0.
-        attempts: How often the batch was dispatched.
-        result: Of the attempt that recovered the most; None where none recovered anything.
-            `result.decoded.recovered` says which data points it recovers.
-        short: Whether it was decoded at the deadline, or because no more could come, from fewer
-            answers than `enough`.
-        trouble: What went wrong in the last attempt that did not recover everything; None where
-            every attempt did.
-    """
+    """The outcome of one batch of many: see `run_batches`."""
 
     number: int
     attempts: int
@@ -361,6 +341,13 @@ def run_batches(
         enough: When to decode, as in `pool_inference`.
         deadline: Seconds for each attempt.
         attempts: How often a batch is dispatched at most.
+
+    Yields:
+        The batch's `number`, from 0; how often it was dispatched (`attempts`); the `result` of the
+        attempt that recovered the most, a `PoolResult`, None where none recovered anything; whether
+        that was decoded from fewer answers than `enough` (`short`), at the deadline or because no
+        more could come; and what went wrong in the last attempt that did not recover everything
+        (`trouble`), None where every attempt did.
 
     Raises:
         ValueError: At once, for fewer than one attempt, or a deadline that is not positive; in its

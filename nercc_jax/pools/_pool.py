@@ -198,7 +198,11 @@ class AbstractPool(abc.ABC):
         return self._scheduler.report()
 
     def calls(self) -> list[Call]:
-        """Return the latest 4,096 calls that were answered, or given up as hanging."""
+        """Return the latest 4,096 calls that were answered, or given up as hanging.
+
+        Each is of `size` data points, was sent at `sent` by the pool's clock, in seconds, to
+        `worker`, and took `seconds`; if the worker hung, as long as it was given.
+        """
         return self._scheduler.calls()
 
     @property

@@ -38,12 +38,9 @@ class RayPool(AbstractPool):
     as a pool of this process is open. The models are sent to the actors by pickle, with classes and
     functions of a script or a notebook.
 
+    Further arguments are as for `DevicePool`.
+
     Args:
-        model: As for `DevicePool`.
-        num_workers: Workers.
-        example: As for `DevicePool`.
-        compiled: As for `DevicePool`.
-        worker_dtype: As for `DevicePool`.
         address: Of Ray's head: "HOST:6379", "ray://HOST:10001" from outside of the cluster, "auto"
             for the Ray that runs on this machine, "local" for a new one.
         runtime_env: Ray's, for all workers: `{"working_dir": FOLDER}` sends a folder along.
@@ -54,10 +51,6 @@ class RayPool(AbstractPool):
         max_per_node: Workers that may be lost together, N - K; a node with more causes a warning.
         rebalance_every: Seconds between two checks whether a worker should move.
         min_workers: Workers to wait for (default: all); the others come in while the pool runs.
-        faults: As for `DevicePool`.
-        overdue: As for `DevicePool`.
-        max_attempts: As for `DevicePool`.
-        hang_timeout: As for `DevicePool`.
         start_timeout: Seconds until `min_workers` must be ready.
 
     Raises:
@@ -139,11 +132,11 @@ class RayPool(AbstractPool):
 
     def processes(self) -> list[int | None]:
         """Return the process id of each worker, on whatever machine; None while it is replaced."""
-        return self._backend.processes()
+        return [place and place.process for place in self._backend.places()]
 
     def nodes(self) -> list[str | None]:
         """Return the node of each worker, by Ray's id; None while it is replaced."""
-        return self._backend.nodes()
+        return [place and place.node for place in self._backend.places()]
 
     @property
     def alarm(self) -> str | None:

@@ -55,11 +55,7 @@ _FEWEST_STARTS = 4  # starts under way at once, at least; otherwise as many as t
 class EncodedInputs:
     """A pickled value, with its arrays' bytes apart, which Ray does not copy.
 
-    Attributes:
-        pickled: The value without them.
-        arrays: The arrays' bytes.
-        checksum: Of these.
-        code: The checksums of the modules that it is imported from.
+    `code` are the checksums of the modules that it is imported from.
     """
 
     pickled: bytes
@@ -70,8 +66,7 @@ class EncodedInputs:
     def unpack(self) -> Any:
         """Return the value; JAX's arrays are on the default device, at this thread's precision.
 
-        Raises:
-            RuntimeError: If its arrays or its code are not those that were packed.
+        Raises RuntimeError if its arrays or its code are not those that were packed.
         """
         if checksum(self.arrays) != self.checksum:
             raise RuntimeError("a worker has received other weights than were sent")
@@ -83,8 +78,7 @@ class EncodedInputs:
 def pack(value: Any) -> EncodedInputs:
     """Pickle a value, which may hold functions and classes of a script or a notebook.
 
-    Raises:
-        ValueError: If pickle cannot take it.
+    Raises ValueError if pickle cannot take it.
     """
     from ray.cloudpickle import cloudpickle  # Ray's own, which knows its actors and references
 
@@ -163,22 +157,19 @@ class Actor:
     """A worker in a process of Ray: placed by Ray first, and ready once it has loaded."""
 
     def where(self) -> NodePlacement:
-        """Return the place of this worker."""
         node = ray_module().get_runtime_context().get_node_id()
         return NodePlacement(os.getpid(), jax.default_backend(), node)
 
     def load(self, load: EncodedInputs, precision: tuple[Any, Any], worker: int, life: int) -> None:
-        """Load the models, and compile them."""
         x64, products = precision
         jax.config.update("jax_enable_x64", x64)
         jax.config.update("jax_default_matmul_precision", products)
         models, example, compiled, faults = _unpack(load)
         self._program = Program(models, jax.local_devices()[0], compiled)
         warm_up([self._program], len(models), example)
-        self._worker = Worker(self._program, faults, worker, life, _die)
+        self._worker = Worker(self._program, faults.at(worker, life), _die)
 
     def run(self, kind: int, batch: PyTree) -> PyTree:
-        """Answer a batch, by model number `kind`."""
         with self._program.at_home():
             return self._worker(kind, batch)
 
@@ -218,14 +209,9 @@ class ActorBackend(WorkerBackend):
     """One actor for each worker. Ray reports answers and deaths by callbacks on futures.
 
     Those come from Ray's own threads, in which a call that makes or ends an actor would wait for
-    itself: a thread of ours does that.
-
-    Args:
-        load: The models and what else an actor loads.
-        precision: JAX's `jax_enable_x64` and `jax_default_matmul_precision` there.
-        options: Ray's options of an actor.
-        gone: Returns whether the cluster's head is gone, without which actors can neither be made
-            nor ended.
+    itself: a thread of ours does that. `precision` is that of JAX there (`jax_enable_x64`,
+    `jax_default_matmul_precision`). While the cluster's head is `gone()`, actors can neither be
+    made nor ended.
     """
 
     def __init__(
@@ -349,19 +335,9 @@ class ActorBackend(WorkerBackend):
             # `ray.shutdown`.
             concurrent.futures.wait(tuple(self._pending), timeout=_END)
 
-    def processes(self) -> list[int | None]:
-        """Return the process id of each worker; None while it is replaced."""
-        # Not of `_actors`, which lacks a worker for a moment while it is replaced.
-        places = self._ready_places()
-        return [None if each is None else each.process for each in places]
-
-    def nodes(self) -> list[str | None]:
-        """Return the node of each worker, by Ray's id; None while it is replaced."""
-        places = self._ready_places()
-        return [None if each is None else each.node for each in places]
-
-    def _ready_places(self) -> list[NodePlacement | None]:
-        """Return the place of each worker, None where it is not ready."""
+    def places(self) -> list[NodePlacement | None]:
+        """Return the place of each worker; None while it is replaced."""
+        # Not of `_actors`, which lacks a worker for a moment then.
         ready = {worker for worker, _ in tuple(self._ready)}
         return [
             self._places.get(worker) if worker in ready else None
@@ -369,7 +345,6 @@ class ActorBackend(WorkerBackend):
         ]
 
     def held(self) -> collections.Counter[str]:
-        """Return how many workers each node has, or is to have."""
         known = {worker: place.node for worker, place in tuple(self._places.items())}
         return by_node((self._planned | known).values())
 
@@ -382,7 +357,6 @@ class ActorBackend(WorkerBackend):
         return next(there, None)
 
     def platform(self) -> str:
-        """Return the platform of all workers, if they share one."""
         found = {place.platform for place in self._places.values()}
         return found.pop() if len(found) == 1 else UNKNOWN
 
@@ -406,7 +380,6 @@ class _StoredInputs:
 
 
 def _reason(error: BaseException | None) -> str:
-    """Return why an actor did not start."""
     from ray.exceptions import RayTaskError
 
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):

@@ -86,7 +86,6 @@ class HeadProbe:
 
     @property
     def gone(self) -> bool:
-        """True if the head does not answer."""
         return self._misses >= _MISSES
 
     @property
@@ -99,7 +98,6 @@ class HeadProbe:
 
     @property
     def alarm(self) -> str | None:
-        """The fault of the head, if there is one."""
         if not self.gone:
             return None
         if self._frozen:
@@ -133,20 +131,10 @@ class Membership:
         runtime_env: Mapping[str, Any] | None,
         elsewhere: Mapping[str, Any] | None = None,
     ) -> HeadProbe:
-        """Connect this process, unless it is connected; `leave` must follow.
-
-        Args:
-            address: As for `RayPool`.
-            runtime_env: Ray's runtime environment.
-            elsewhere: The runtime environment for a Ray that is joined, which may have other
-                machines (default: `runtime_env`).
+        """Connect this process, unless it is connected, as `join_ray`; `leave` must follow.
 
         Returns:
             The probe of the cluster's head, one for all users.
-
-        Raises:
-            ConnectionError: If no Ray is at the address, or it does not let us in.
-            ValueError: If a runtime environment comes too late, or does not fit.
         """
         with self._lock:
             ray = ray_module()
@@ -167,7 +155,6 @@ class Membership:
 
     @property
     def lost(self) -> bool:
-        """True if the cluster's head is gone."""
         return self._probe is not None and self._probe.gone
 
     def leave(self) -> None:
@@ -187,7 +174,6 @@ MEMBERSHIP = Membership()
 
 
 def _head(address: str | None) -> str:
-    """Return where the head listens for us, as HOST:PORT."""
     address = address or os.environ.get("RAY_ADDRESS") or ""
     if "://" in address:
         return urllib.parse.urlsplit(address).netloc
@@ -198,7 +184,6 @@ def _head(address: str | None) -> str:
 
 
 def _job() -> str:
-    """Return the number of this connection to Ray."""
     return ray_module().get_runtime_context().get_job_id()
 
 

@@ -137,7 +137,6 @@ def missing_resources(
 
 
 def by_node(places: Iterable[str | None]) -> collections.Counter[str]:
-    """Return how many workers are at each node."""
     return collections.Counter(place for place in places if place is not None)
 
 
@@ -147,15 +146,8 @@ def by_node(places: Iterable[str | None]) -> collections.Counter[str]:
 class NodeWatch:
     """The watch over the places of workers, once all are ready: logs them, then moves workers.
 
-    A worker moves to a node that has fewer: one at a time, every `every` seconds at most.
-
-    Args:
-        probe: Of the head.
-        settled: Returns whether all workers are ready.
-        log_places: Logs where they are; called once.
-        misplaced: Returns a worker that should move, if any.
-        restart: Restarts a worker elsewhere, if it is idle, and returns whether it was.
-        every: Seconds between two moves.
+    A worker moves to a node that has fewer: one at a time, every `every` seconds at most. `restart`
+    moves a worker if it is idle, and returns whether it was.
     """
 
     def __init__(

@@ -58,17 +58,7 @@ class RowChecks:
     """
 
     def __init__(self, num_rows: int, pool: AbstractPool, max_fenced: float, rate: float):
-        """Start without answers.
-
-        Args:
-            num_rows: Rows.
-            pool: The pool.
-            max_fenced: The largest share of its workers that is fenced.
-            rate: The share of right answers that may look wrong.
-
-        Raises:
-            ValueError: If the pool has fewer than three workers.
-        """
+        """Start without answers; raise ValueError if the pool has fewer than three workers."""
         if pool.num_workers < 3:
             raise ValueError(
                 "check_answers needs three workers or more, of which two agree; this pool has "
@@ -95,7 +85,6 @@ class RowChecks:
         self.suspicious = self.corrected = 0
 
     def in_doubt(self, rows: Int[np.ndarray, " some"]) -> Bool[np.ndarray, " some"]:
-        """Return which rows are in doubt."""
         return np.array([row in self._answers for row in rows.tolist()], bool)
 
     def avoid(self, rows: Int[np.ndarray, " some"]) -> set[int]:
@@ -114,15 +103,10 @@ class RowChecks:
         known: Bool[np.ndarray, " some"],
         residuals: Float[np.ndarray, "some outputs"],
     ) -> tuple[Bool[np.ndarray, " some"], Float[np.ndarray, "some ..."]]:
-        """Take a worker's answers.
+        """Take a worker's answers to rows that have no value.
 
-        Args:
-            worker: The worker.
-            rows: Rows that have no value.
-            values: Its answers.
-            looks_wrong: Which of them look wrong.
-            known: Of which of them that could be told.
-            residuals: How far these are off, in units of deviations, uncorrelated.
+        They look wrong or not, as far as that is `known`. Residuals are in units of deviations,
+        uncorrelated.
 
         Returns:
             Which rows have a value now, and the values; another worker is to compute the others.
@@ -212,7 +196,6 @@ class RowChecks:
         values: Float[np.ndarray, "some ..."],
         looks_wrong: Bool[np.ndarray, " some"],
     ) -> Bool[np.ndarray, " some"]:
-        """Return which answers are in doubt from now on."""
         held = self._checks.screen(worker, looks_wrong)
         if worker in self._accused:
             held = np.ones(len(rows), bool)
@@ -233,9 +216,6 @@ class RowChecks:
 
         And doubt a row of each call whose answers look most wrong together. These are as many as
         may look wrong; those whose row was outvoted do not count.
-
-        Args:
-            values: The values of all rows.
 
         Returns:
             The rows whose values are to be taken back.
@@ -263,13 +243,9 @@ class RowChecks:
     ) -> Int[np.ndarray, " few"] | None:
         """Have the pool send nothing to workers that are fenced now, and distrust the accused.
 
-        Args:
-            computed: Which rows have computed values.
-            values: The values of all rows.
-
         Returns:
-            The rows whose values are to be taken back, since only accused workers gave them; None
-            if there are no values, or nobody was accused since the last call.
+            The computed rows whose values are to be taken back, since only accused workers gave
+            them; None if there are no values, or nobody was accused since the last call.
         """
         fenced, accused = self._checks.fenced, self._checks.accused
         if fenced != self._fenced:
@@ -307,7 +283,6 @@ class RowChecks:
         self._checks.audits(report)
 
     def counts(self) -> dict[str, Any]:
-        """Return the part of a summary that is about checks."""
         status = self._checks.status()
         return {
             "checked": int(self.checked.sum()),

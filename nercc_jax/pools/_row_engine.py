@@ -108,7 +108,9 @@ def run_rows(
         about: What else the values depend on, such as a version of the function, as JSON takes it;
             a run with other values cannot be resumed.
         on_progress: Called at the beginning, at the end, and in between when rows came, ten times a
-            second at most.
+            second at most, with numbers of rows: `rows` in all, `computed`, `predicted` (not to be
+            computed, as things are), `done` (both), `unknown` (after all attempts), `waiting`, and
+            `late`; `workers` alive, `seconds` since the run began, `rows_per_second` computed.
         on_rows: Called with rows as soon as they have values, each once: their numbers, their
             values, and whether they were computed. Rows of a folder that is resumed come first. A
             row whose value was taken back by `check_answers` comes again.
@@ -174,6 +176,7 @@ class _RowRun:
         self._pool, self._x, self._settings = pool, x, settings
         self._table, self._parts = table, parts
         self._begin = time.monotonic()
+        self._ends_at = self._begin + (settings.job_deadline or math.inf)
         order = np.random.default_rng(settings.seed).permutation(len(x))
         # Rows that are computed before anything is learned: a tenth, within limits. These and some
         # of the others, all of them at random, judge the learner's error bars.
@@ -242,7 +245,6 @@ class _RowRun:
         return stopped
 
     def _judge_bars(self, result: RowResult) -> None:
-        """Judge the bars of a result by the answers that come within the time of grace."""
         try:
             answers = late_answers(self._calls.values(), self._settings.grace)
         except KeyboardInterrupt:
@@ -279,14 +281,9 @@ class _RowRun:
                 yield
                 shown = time.monotonic()
 
-    @property
-    def _ends_at(self) -> float:
-        return self._begin + (self._settings.job_deadline or math.inf)
-
     # Sending.
 
     def _send(self) -> None:
-        """Keep all workers busy."""
         out = sum(not call.given_up for call in self._calls.values())
         ahead = _AHEAD if self._queue.timed else 1  # calls are about to grow
         room = max(ahead * self._workers - out, self._pool.idle)  # newcomers are idle
@@ -406,7 +403,6 @@ class _RowRun:
         return self._learner.at_work
 
     def _forget_reasons(self, rows: Int[np.ndarray, " few"]) -> None:
-        """Forget why rows were unknown, which are known now."""
         for row in rows.tolist() if self._unknown else ():
             self._unknown.pop(row, None)
 
@@ -499,7 +495,6 @@ class _RowRun:
         self._learner.begin(*known, rows, self._late_rows(), hurry, self._unchecked())
 
     def _late_rows(self) -> Bool[np.ndarray, " rows"]:
-        """Return which rows came late, or are late."""
         late = self._late.copy()
         for call in self._calls.values():
             late[call.rows] |= call.late or call.given_up

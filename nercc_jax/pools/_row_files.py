@@ -62,10 +62,8 @@ def check_parts(folder: Path, resume: bool) -> None:
 class Parts:
     """The folder of one run, with its parts and their manifest.
 
-    Args:
-        folder: Where the parts are; made when something is written.
-        settings: All that the run's numbers depend on, as JSON takes it.
-        results: Takes the parts that an earlier run has written.
+    It is made when something is written. `settings` are all that the run's numbers depend on, as
+    JSON takes it. The results take the parts that an earlier run has written.
 
     Raises:
         ValueError: If the folder holds a run with other settings.
@@ -91,7 +89,6 @@ class Parts:
             self.flush()
 
     def flush(self, complete: bool = False) -> None:
-        """Write all that has not been written."""
         self._folder.mkdir(exist_ok=True)
         if self._pending:
             name = f"part-{len(self._manifest['parts']):06d}.npz"
@@ -111,11 +108,9 @@ class Parts:
         self.flush()
 
     def kept(self, name: str) -> Path | None:
-        """Return the file that was kept under a name, if any."""
         return self._folder / self._manifest[name] if name in self._manifest else None
 
     def remove(self) -> None:
-        """Remove the folder, if it is there."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -127,7 +122,6 @@ def fingerprint(path: Path | None) -> str | None:
 
 
 def fingerprint_of_array(x: np.ndarray) -> str:
-    """Return a hash of an array's content."""
     return hashlib.sha256(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data).hexdigest()
 
 
@@ -171,11 +165,7 @@ class RowTable:
         score: Float[np.ndarray, " few"],
         exact: bool | Bool[np.ndarray, " few"],
     ) -> None:
-        """Take the values of some rows, computed ones if `exact`.
-
-        Raises:
-            ValueError: They have another shape than those of other rows.
-        """
+        """Take the values of some rows; raise ValueError if their shape is not that of others."""
         if self.predictions is None:
             self.predictions = np.full((len(self), *values.shape[1:]), np.nan, values.dtype)
         elif values.shape[1:] != self.predictions.shape[1:]:
@@ -213,13 +203,11 @@ class RowTable:
 
     @property
     def vectors(self) -> Float[np.ndarray, "rows outputs"]:
-        """The predictions, each as a vector."""
         assert self.predictions is not None
         return self.predictions.reshape(len(self), -1)
 
     @property
     def learnable(self) -> Int[np.ndarray, " few"]:
-        """The rows that were computed, and are finite."""
         return np.flatnonzero(self.exact & np.isfinite(self.vectors).all(axis=1))
 
 
@@ -243,11 +231,7 @@ def row_code() -> NeRCC:
 
 
 def load_fitted(path: Path) -> FittedScheme:
-    """Return what `save_fitted` wrote.
-
-    Raises:
-        ValueError: As `load_learner` does, naming the file.
-    """
+    """Return what `save_fitted` wrote; raise as `load_learner` does, naming the file."""
     learner, about = load_learner(path), learner_card(path)
     bars, error_probability = about["bars"], about["doubt"]
     scheme = Scheme(

@@ -15,11 +15,9 @@ from ._rows import RowCall
 def late_answers(
     calls: Collection[RowCall], seconds: float
 ) -> dict[int, Float[np.ndarray, " outputs"]]:
-    """Wait for the calls that workers have, and return the values that came, by row.
+    """Wait some seconds for the calls that workers have; return the values that came, by row.
 
-    Args:
-        calls: The calls; those that no worker has are dropped.
-        seconds: How long to wait, at most.
+    Calls that no worker has are dropped.
     """
     end = time.monotonic() + seconds
     for call in calls:
@@ -39,10 +37,8 @@ def bars_that_held(
 ) -> tuple[int, int]:
     """Return how many of the error bars of rows that came late held, and how many there are.
 
-    Args:
-        result: The result, whose values and bars are judged.
-        answers: The function's own values, by row.
-        labels: Whether outputs are scores of labels: then predictions are judged by their label.
+    The answers are the function's own values, by row. Where outputs are scores of labels,
+    predictions are judged by their label.
     """
     barred = result.status == "predicted" if labels else np.isfinite(result.score)
     barred &= result.status != "computed"

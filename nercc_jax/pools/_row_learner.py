@@ -64,13 +64,9 @@ _BLATANT = 0.25  # of the answers that may look wrong: those with the largest re
 
 
 class CheckedRows(NamedTuple):
-    """Computed rows that a learner has looked at.
+    """Computed rows that a learner has looked at, with the check, for rows to come.
 
-    Attributes:
-        rows: The rows.
-        looks_wrong: Which of their values look wrong.
-        residuals: How far they are off, in units of deviations, uncorrelated.
-        check: The check, for rows to come.
+    Residuals are in units of deviations, uncorrelated.
     """
 
     rows: Int[np.ndarray, " rows"]
@@ -80,19 +76,12 @@ class CheckedRows(NamedTuple):
 
 
 class RowEstimates(NamedTuple):
-    """Predictions of some rows.
+    """Predictions of some rows, as vectors, and how far they may be off, in units of the outputs.
 
-    Attributes:
-        rows: The rows.
-        mean: Their predicted values, as vectors.
-        deviation: How far these may be off, in units of the outputs.
-        plain: The learner's own deviations (`predict`).
-        like_late: Whether rows like these came late.
-        telling: The rows that tell most about the others, in that order.
-        fitted: The learner that made them, with its calibration.
-        left_out: Its predictions of the late rows that had come when it was begun.
-        audited: Its predictions of the audits that had.
-        checked: Rows that were computed, and that nobody had looked at.
+    `plain` are the learner's own deviations (`predict`). Rows are `like_late` if such rows came
+    late; the `telling` ones tell most about the others, in that order. `left_out` and `audited` are
+    predictions of the late rows and the audits that had come when the learner was begun, and
+    `checked` are computed rows that nobody had looked at.
     """
 
     rows: Int[np.ndarray, " rows"]
@@ -197,13 +186,8 @@ class RowLearner:
     ) -> None:
         """Learn computed rows, if there are enough new ones, and predict the open ones.
 
-        Args:
-            computed: All rows that have finite values.
-            y: The values of all rows.
-            open_rows: Rows to predict.
-            late: Which rows came late, or are late.
-            hurry: Whether a first fit does with as few rows as there may be.
-            unchecked: Computed rows to predict, too, since nobody has looked at their values.
+        All computed rows have finite values. In a `hurry`, a first fit does with as few as there
+        may be. Nobody has looked at the values of `unchecked` ones, which are predicted, too.
         """
         if self.busy or len(computed) < _FIRST // 4:
             return
@@ -285,9 +269,7 @@ class RowLearner:
     def _compare_again(self, left_out: LeftOut | None, late: bool) -> None:
         """Replace evidence on the learner before by comparisons of this one, if there are enough.
 
-        Args:
-            left_out: Its predictions of rows that had come when it was begun.
-            late: Whether these came late.
+        `left_out` are its predictions of rows that had come when it was begun, late or not.
         """
         assert self.mean is not None
         parts = [] if left_out is None else [left_out]
@@ -377,12 +359,8 @@ class RowLearner:
 
         There are two checks, each of which looks at the rows from which it has learned nothing but
         its limit. They go by the learner's own deviations: a wrong value makes those of its
-        neighbours large.
-
-        Args:
-            rows: The rows.
-            places: Their places among those that were predicted; the others calibrate, too.
-            left_out: The predictions.
+        neighbours large. The rows have these places among those that were predicted; the others
+        calibrate, too.
         """
         if self._check_rate is None or left_out is None:
             return None
@@ -426,11 +404,8 @@ class RowLearner:
     ) -> Float[np.ndarray, " some"]:
         """Return the rows' error bars or error probabilities; infinite where nothing is known.
 
-        Args:
-            rows: The rows.
-            late: Whether these straggle. Such rows, and those like them, may be harder than others.
-                So their bars are those of other rows that came late, and infinite before there are
-                enough.
+        Late rows, and those like them, may be harder than others. So their bars are those of other
+        rows that came late, and infinite before there are enough.
         """
         score = np.full(len(rows), np.inf)
         known = self.known[rows]
@@ -505,7 +480,6 @@ class RowLearner:
 
     @property
     def limit(self) -> float:
-        """The largest score that will do."""
         if self._target.tolerance is not None:
             return self._target.tolerance or -math.inf  # 0 computes all
         assert self.fitted is not None
@@ -591,5 +565,4 @@ def _errors(
 def _ratios(
     error: Float[np.ndarray, " rows"], deviation: Float[np.ndarray, " rows"]
 ) -> list[float]:
-    """Return the errors of predictions over their deviations."""
     return (error[deviation > 0] / deviation[deviation > 0]).tolist()

@@ -35,11 +35,7 @@ _TELLING = 64  # that are picked
 class LeftOut(NamedTuple):
     """Predictions of rows that have come, each by a learner that does not know that row.
 
-    Attributes:
-        mean: Their predicted values.
-        deviation: How far these may be off.
-        y: Their own values.
-        plain: The learner's own deviations (`predict`).
+    `y` are the rows' own values, and `plain` the learner's own deviations (`predict`).
     """
 
     mean: Float[np.ndarray, "rows outputs"]
@@ -51,12 +47,8 @@ class LeftOut(NamedTuple):
 class Window(NamedTuple):
     """A learner's pairs, each predicted from the others.
 
-    Attributes:
-        inputs: Their inputs.
-        mean: Their predicted values.
-        plain: The learner's own deviations.
-        ratios: Their errors, in units of these.
-        scale: The ratio of the nearest other pairs (`predict`).
+    `plain` are the learner's own deviations, `ratios` errors in units of these, and `scale` the
+    ratios of the nearest other pairs (`predict`).
     """
 
     inputs: Float[np.ndarray, "pairs inputs"]
@@ -123,10 +115,8 @@ def _learner_of(fitted: FittedScheme) -> Learner:
 def window_of(fitted: FittedScheme, local: bool = True) -> Window:
     """Return what the learner predicts of its pairs.
 
-    Args:
-        fitted: The learner.
-        local: Whether deviations go by errors nearby. If not, or where outputs are labels, whose
-            error probabilities are calibrated for the learner's own deviations, ratios are 1.
+    Deviations go by errors nearby where they are `local`. If not, or where outputs are labels,
+    whose error probabilities are calibrated for the learner's own deviations, ratios are 1.
     """
     learner = _learner_of(fitted)
     filled = np.asarray(learner.filled)
@@ -174,12 +164,7 @@ def _local_scale(
 ) -> Float[np.ndarray, " rows"]:
     """Return the root mean square ratio of the pairs nearest to each row, by the kernel's widths.
 
-    Args:
-        learner: The learner.
-        ratios: The pairs' errors over their deviations.
-        inputs: The pairs' inputs.
-        features: The rows' inputs.
-        own: The pair that each row is, which does not count (default: none).
+    A row that is a pair of its `own` is not among them.
     """
     kernel = learner.kernel
     unit = np.asarray(kernel.unit * kernel.widths[kernel.groups])
@@ -194,7 +179,6 @@ def _predictions(learner: Learner, x: ArrayLike) -> tuple[Array, Array]:
 
 @eqx.filter_jit
 def _covariance(learner: Learner, x: ArrayLike) -> Array:
-    """Return the posterior covariance of points."""
     return learner.window_posterior(jnp.asarray(x)[None])[1][0]
 
 

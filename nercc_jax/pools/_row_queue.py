@@ -24,11 +24,6 @@ class RowQueue:
 
     Rows of a call that raised come first, in halves, so that those that raise are found in a few
     calls, and rows whose answers look wrong; then rows that had no answer in time; then all others.
-
-    Args:
-        rows: The rows, in that order.
-        num_workers: The pool's workers.
-        settings: Of the run.
     """
 
     def __init__(self, rows: Int[np.ndarray, " rows"], num_workers: int, settings: RowSettings):
@@ -44,7 +39,6 @@ class RowQueue:
         self._sent = 0  # rows that waited, and were sent
 
     def __len__(self) -> int:
-        """Return the number of rows that wait."""
         return len(self.waiting) + len(self._again) + sum(map(len, self._apart))
 
     @property
@@ -104,7 +98,6 @@ class RowQueue:
 
     @property
     def call_size(self) -> int:
-        """The rows of the next call."""
         if self._settings.rows_per_call is not None:
             return self._settings.rows_per_call
         return min(self._size, max(self._share, self._least))
@@ -112,7 +105,7 @@ class RowQueue:
     @property
     def _share(self) -> int:
         """The rows of a call that leave each worker several calls: a power of two."""
-        return _power_of_two(len(self.waiting) / (_CALLS * self._num_workers))
+        return power_of_two(len(self.waiting) / (_CALLS * self._num_workers))
 
     @property
     def timed(self) -> bool:
@@ -122,15 +115,12 @@ class RowQueue:
     def observe(self, size: int, times: AnswerTimes, row_bytes: int) -> None:
         """Fit the size of calls to the time that they take, transport and all.
 
-        Args:
-            size: The rows of a call that was answered.
-            times: The pool's service times.
-            row_bytes: Bytes of a row's inputs and outputs.
+        A call of so many rows was answered, with inputs and outputs of `row_bytes` a row.
         """
         usual = times.median_of_latest(size)
         if self._settings.rows_per_call is not None or not np.isfinite(usual):
             return
-        self._least = _power_of_two(size * _SHORT / usual)
+        self._least = power_of_two(size * _SHORT / usual)
         self._timed += size == self._size
         if size != self._size or not self.timed:
             return
@@ -142,13 +132,13 @@ class RowQueue:
             return
         row_seconds = max(usual - seconds, usual / 8) / (size - before)
         longest = size + (_CALL - usual) / row_seconds
-        most = _power_of_two(min(longest, _BYTES / row_bytes, float(self._share)))
+        most = power_of_two(min(longest, _BYTES / row_bytes, float(self._share)))
         if most > size and self._grows:
             self._smaller, self._size, self._timed = (size, usual), most, 0
         elif usual > 2 * _CALL and size > 1:
             self._smaller, self._size, self._timed = (0, 0.0), size // 2, 0
 
 
-def _power_of_two(number: float) -> int:
+def power_of_two(number: int | float) -> int:
     """Return the largest power of two that is not larger, from 1 on."""
     return 1 << max(int(number), 1).bit_length() - 1

@@ -20,18 +20,7 @@ _HANG = 10.0  # seconds before which no worker is taken to hang
 
 @dataclasses.dataclass(frozen=True)
 class RowProgress:
-    """The state of a run over rows.
-
-    Attributes:
-        rows: Rows in all.
-        computed: Rows that were computed.
-        predicted: Rows that need not be computed, as things are.
-        unknown: Rows without a value after all attempts.
-        late: Rows with workers that take longer than usual.
-        workers: Workers that are alive.
-        seconds: Since the run began.
-        rows_per_second: Rows computed by this run in a second.
-    """
+    """The state of a run over rows: see `run_rows`."""
 
     rows: int
     computed: int
@@ -44,12 +33,10 @@ class RowProgress:
 
     @property
     def done(self) -> int:
-        """The rows that have a value, or need none."""
         return self.computed + self.predicted
 
     @property
     def waiting(self) -> int:
-        """The rows that have no value yet."""
         return self.rows - self.done - self.unknown
 
 
@@ -159,7 +146,6 @@ class RowSettings:
 
     @property
     def target(self) -> AccuracyTarget:
-        """The accuracy at which a row is known well enough."""
         return AccuracyTarget(self.tolerance, self.max_disagreement, self.coverage)
 
     def kept(self) -> dict[str, Any]:

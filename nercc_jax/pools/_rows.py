@@ -59,15 +59,9 @@ def checked_rows(rows: Any) -> Shaped[np.ndarray, "rows ..."]:
 class RowCall:
     """Some rows that one worker computes. A pool tries others if it dies or the function raises.
 
-    Args:
-        pool: The pool.
-        rows: The rows' numbers.
-        x: All inputs.
-        size: The rows of a call: fewer are filled up with their own once more, for functions that
-            are compiled for each shape.
-        copy: Whether another call has the same rows.
-        on_change: Called by one of the pool's threads when there may be something to take.
-        avoid: Workers that must not get it.
+    Fewer rows than `size` are filled up with their own once more, for functions that are compiled
+    for each shape. A `copy` has the rows of another call. One of the pool's threads calls
+    `on_change` when there may be something to take.
     """
 
     def __init__(
@@ -96,7 +90,6 @@ class RowCall:
 
     @property
     def running(self) -> bool:
-        """Return whether a worker has it."""
         task = self.batch.tasks.get(0)
         return task is not None and task.running > 0
 
@@ -117,7 +110,6 @@ class RowCall:
 
     @property
     def worker(self) -> int:
-        """The worker that gave the values."""
         return self.batch.workers[0]
 
     def raised(self) -> str | None:
@@ -126,5 +118,4 @@ class RowCall:
         return reasons[-1] if reasons else None
 
     def failure(self) -> str:
-        """Return why there are no values."""
         return self.batch.failures[-1].reason if self.batch.failures else "no answer"

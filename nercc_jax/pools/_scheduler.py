@@ -43,10 +43,7 @@ class SendQueue:
     share. Each worker is in the queue once, whatever happens to it. One that is fenced gets only
     tasks that are for it alone. Not thread-safe.
 
-    Args:
-        slots: The workers' records.
-        capacity: Returns how many more workers could run next to so many busy ones and slow none of
-            them down.
+    `capacity(busy)` is `WorkerBackend.spare_capacity`.
     """
 
     def __init__(self, slots: Sequence[WorkerSlot], capacity: Callable[[int], float]):
@@ -58,7 +55,6 @@ class SendQueue:
         self._fenced_idle: dict[int, None] = {}
 
     def open(self, batch: Batch) -> None:
-        """Add a batch that has something to send."""
         self.batches[batch] = self._sending[batch] = None
 
     def close(self, batch: Batch) -> None:
@@ -69,7 +65,6 @@ class SendQueue:
 
     @property
     def idle(self) -> int:
-        """The number of idle workers."""
         return len(self._idle)
 
     @property
@@ -83,7 +78,6 @@ class SendQueue:
         return float(room if room == math.inf else max(min(self.idle, room), 0))
 
     def free(self, worker: int) -> None:
-        """Add an idle worker."""
         (self._fenced_idle if self._slots[worker].fenced else self._idle)[worker] = None
 
     def take(self, worker: int) -> None:
@@ -151,23 +145,13 @@ class SendQueue:
 
     @property
     def _serving(self) -> int:
-        """The number of workers that are not fenced."""
         return sum(not slot.fenced for slot in self._slots)
 
 
 class Scheduler:
-    """The scheduler of one pool. Every public method may be called from any thread.
+    """The scheduler of one pool, for the models of each worker; other arguments are as for pools.
 
-    Args:
-        backend: How workers are started, reached and ended.
-        num_workers: Workers.
-        num_models: Models that each worker has.
-        overdue: When a task counts as overdue.
-        max_attempts: Workers that are tried for a coded data point that fails.
-        hang_timeout: Seconds after which a worker that has not answered is replaced.
-        start_timeout: Seconds until a worker must be ready.
-        min_workers: Workers to wait for (default: all).
-        clock: By which time passes.
+    Every public method may be called from any thread. Those of a pool are described there.
 
     Raises:
         ValueError: If a number does not fit.
@@ -237,7 +221,6 @@ class Scheduler:
         *,
         at_once: int = 1,
     ) -> Batch:
-        """Return a new batch: see `AbstractPool.open`."""
         with self._lock:
             times = self._times.under(overdue or self._overdue)
         context = BatchContext(self._lock, self.clock, self._forget)
@@ -252,7 +235,6 @@ class Scheduler:
         avoid: frozenset[int] = frozenset(),
         only: int | None = None,
     ) -> None:
-        """Send coded data points of a batch: see `AbstractPool.send`."""
         if any(not WEIGHTS <= kind < self.num_models for kind in kinds):
             raise ValueError(
                 f"the workers of this pool run {self.num_models} model(s), but {max(kinds) + 1} "
@@ -279,7 +261,6 @@ class Scheduler:
         self._send(sends)
 
     def report(self) -> PoolReport:
-        """Return what the pool has seen so far."""
         with self._lock:
             busy = sum(slot.task is not None for slot in self._slots)
             ready = sum(slot.ready for slot in self._slots)
@@ -299,46 +280,38 @@ class Scheduler:
             )
 
     def calls(self) -> list[Call]:
-        """Return the latest calls that ended."""
         with self._lock:
             return list(self._calls)
 
     @property
     def idle(self) -> int:
-        """The number of idle workers."""
         return self._queue.idle
 
     @property
     def spare(self) -> float:
-        """The number of idle workers that would slow down no other: see `SendQueue.spare`."""
         return self._queue.spare
 
     @property
     def heartbeat(self) -> float:
-        """The time at which the watcher last looked after the workers."""
         return self._watcher.heartbeat
 
     @property
     def trouble(self) -> str | None:
-        """Why no answer will come any more, if so."""
         return "this pool is closed" if self._closed else self._broken
 
     def on_idle(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called whenever a worker is left without a task."""
         self._on_idle = callback
 
     def fence(self, workers: Iterable[int]) -> None:
-        """Send these workers nothing but what is for them alone: see `AbstractPool.fence`."""
         with self._lock:
             self._queue.fence(frozenset(workers))
             sends = self._assign_waiting()
         self._send(sends)
 
     def restart(self, worker: int) -> bool:
-        """Begin a new life of a worker, if it is idle, for its backend to find it a better place.
+        """Begin a new life of a worker, for its backend to find it a better place.
 
-        Returns:
-            Whether it was idle.
+        Return whether it was idle, and was restarted.
         """
         with self._lock:
             slot = self._slots[worker]
@@ -350,7 +323,6 @@ class Scheduler:
         return True
 
     def close(self) -> None:
-        """End the workers; batches that still wait return what they have."""
         with self._lock:
             if self._closed:
                 return

@@ -16,11 +16,8 @@ class TimeShare:
     ):
         """Start with nothing to make up for.
 
-        Args:
-            clock: the clock that the work is timed by.
-            share: the largest share of the time.
-            longest: the longest pause that one piece of work costs, in seconds.
-            at_once: seconds of work beyond the share that may be done without a pause.
+        One piece of work costs a pause of `longest` seconds at most. `at_once` seconds of work
+        beyond the share may be done without a pause.
         """
         self._clock, self._share, self._longest = clock, share, longest
         self._at_once = at_once
@@ -28,7 +25,6 @@ class TimeShare:
 
     @property
     def next(self) -> float:
-        """The time at which work may begin again."""
         return self._paid_until - self._at_once / self._share
 
     def spend(self, begin: float, share: float | None = None) -> float:

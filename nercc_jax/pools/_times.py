@@ -11,10 +11,7 @@ _REFRESH = 16  # answers between two updates of that quantile
 
 
 class Call(NamedTuple):
-    """One call of a worker: `size` data points, sent at `sent` by the pool's clock, in seconds.
-
-    A worker that hung took as long as it was given.
-    """
+    """One call of a worker: see `AbstractPool.calls`."""
 
     sent: float
     seconds: float
@@ -93,11 +90,7 @@ class AnswerTimes:
         self._limits: dict[int, float] = {}
 
     def add(self, size: int, seconds: float) -> bool:
-        """Record how long an answer to `size` data points took.
-
-        Returns:
-            Whether the limit of that size fell.
-        """
+        """Record how long an answer to `size` data points took; return whether their limit fell."""
         times = self._times.setdefault(size, collections.deque(maxlen=_WINDOW))
         times.append(seconds)
         self._seen[size] += 1

@@ -20,8 +20,8 @@ from ..inference._conditions import matmul_precision
 from ..inference._models import Model, call_model, check_model
 from ..inference._precision import cast_floats, worker_dtype_of
 from ._code_versions import WEIGHTS, weights_checksum
-from ._faults import Faults, InjectedError
-from ._wrong_answers import ActivationFlip, ChangedModels, ModelChange, WrongAnswers
+from ._faults import InjectedError, StruckCall, WorkerFaults
+from ._wrong_answers import ActivationFlip, ModelChange, WrongAnswers
 
 Device: TypeAlias = Any  # `jax.Device`, which pyright does not take for a type
 
@@ -130,7 +130,6 @@ class _CompiledModel:
 
     @classmethod
     def on_device(cls, model: Model, device: Device) -> "_CompiledModel":
-        """Return a model on a device."""
         arrays, rest = eqx.partition(model, eqx.is_array)
         # A device alone would leave an array of an explicit mesh typed by that mesh.
         arrays = jax.device_put(arrays, SingleDeviceSharding(device))
@@ -161,8 +160,7 @@ def as_models(
 ) -> tuple[Model, ...]:
     """Return one model, or the served and further ones, as a tuple, in the workers' dtype.
 
-    Raises:
-        ValueError: If there is none, one is in training mode, or one cannot be cast.
+    Raises ValueError if there is none, one is in training mode, or one cannot be cast.
     """
     models = (model,) if callable(model) else tuple(model)
     if not models or not all(callable(model) for model in models):
@@ -174,8 +172,7 @@ def as_models(
 def warm_up(programs: Sequence[Program], num_models: int, example: Examples) -> None:
     """Compile all models for batches like the examples, without injected faults.
 
-    Raises:
-        RuntimeError: If a model does not run on one.
+    Raises RuntimeError if a model does not run on one.
     """
     examples = () if example is None else example
     if not isinstance(examples, Sequence):
@@ -203,27 +200,34 @@ class Worker:
     def __init__(
         self,
         program: Program,
-        faults: Faults,
-        index: int,
-        life: int,
+        faults: WorkerFaults,
         die: Callable[[], Any],
         wait: Callable[[float], Any] = time.sleep,
     ):
-        self._faults = faults.at(index, life)
-        self._wrong = WrongAnswers(self._faults.wrong_random)
-        self._programs = ChangedModels(program, self._faults.model_changes, program.changed)
+        self._program, self.faults = program, faults
+        self._changed = {id(each.fault): program.changed(each) for each in faults.model_changes}
+        self._wrong = WrongAnswers(faults.wrong_random)
         self._die, self._wait = die, wait
 
     def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
-        """Answer a batch, unless a fault prevents it."""
-        seconds, kinds, wrong = self._faults.strike(batch)
-        if "death" in kinds:
+        struck = self.faults.strike(batch)
+        if "death" in struck.kinds:
             self._die()
-        if "hang" in kinds:
+        if "hang" in struck.kinds:
             self._wait(_FOREVER)
-        if seconds > 0:
-            self._wait(min(seconds, _FOREVER))
-        if "error" in kinds:
+        if struck.seconds > 0:
+            self._wait(min(struck.seconds, _FOREVER))
+        return self.answer(struck, kind, batch)
+
+    def answer(self, struck: StruckCall, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
+        """Answer a batch, unless a fault of the call prevents it.
+
+        Models are changed by the first fault that does so.
+        """
+        if "error" in struck.kinds:
             raise InjectedError("injected on purpose")
-        y = self._wrong.change(kind, self._programs.under(wrong)(kind, batch), wrong)
-        return jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), y) if "nan" in kinds else y
+        changed = (self._changed[id(each)] for each in struck.wrong if id(each) in self._changed)
+        y = next(changed, self._program)(kind, batch)
+        y = self._wrong.change(kind, y, struck.wrong)
+        nan = "nan" in struck.kinds
+        return jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), y) if nan else y

@@ -7,7 +7,7 @@ on the way. All follow from the seed of `Faults`.
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.extend.core
@@ -44,12 +44,9 @@ class WrongAnswers:
     def change(
         self, model: int, answer: PyTree[np.ndarray], faults: Sequence[Any]
     ) -> PyTree[np.ndarray]:
-        """Return the answer that is given instead of a computed one.
+        """Return the answer that is given instead of what a model, by number, has computed.
 
-        Args:
-            model: Number of the model that computed it.
-            answer: The computed answer; leaves share the axis of rows.
-            faults: The faults that struck the call (`Fault`).
+        The faults are those that struck the call (`Fault`). Leaves share the axis of rows.
         """
         given = answer
         for fault in faults:
@@ -83,13 +80,7 @@ def _rows_like(previous: PyTree, answer: PyTree) -> PyTree:
 def flip_bit(
     x: Shaped[np.ndarray, "..."], bits: BitField, random: np.random.Generator
 ) -> Shaped[np.ndarray, "..."]:
-    """Return floats with one random bit of one random element flipped.
-
-    Args:
-        x: An array of floats.
-        bits: The bits to choose from; "any" has the sign, too.
-        random: Chooses the element and the bit.
-    """
+    """Return floats with one random bit of a random element flipped; "any" has the sign, too."""
     flipped = np.array(x)
     words = flipped.reshape(-1).view(f"u{x.dtype.itemsize}")
     bit = random.choice(_bit_fields(x.dtype)[bits])
@@ -115,10 +106,7 @@ def flip_bit_of_tree(tree: PyTree, bits: BitField, random: np.random.Generator) 
 def stale(tree: PyTree, size: float, random: np.random.Generator) -> PyTree:
     """Return parameters with Gaussian noise, as those of an earlier training are different.
 
-    Args:
-        tree: The parameters; what is no array of floats stays.
-        size: The standard deviation, as a multiple of each array's root mean square.
-        random: Of the noise.
+    Its standard deviation is this multiple of each array's root mean square.
     """
 
     def change(leaf: Any) -> Any:
@@ -139,18 +127,12 @@ def is_parameter(leaf: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class WeightChange:
-    """A change of a model's parameters, the same whenever it is made.
-
-    Attributes:
-        fault: A fault of a kind in `WEIGHT_KINDS`.
-        seed: Of the random numbers.
-    """
+    """A change of a model's parameters by a fault of `WEIGHT_KINDS`, the same each time."""
 
     fault: Any
     seed: tuple[int, ...]
 
     def __call__(self, tree: PyTree) -> PyTree:
-        """Return the parameters after the change."""
         random = np.random.default_rng(self.seed)
         if self.fault.kind == "stale":
             size = SIZES["stale"] if self.fault.size is None else self.fault.size
@@ -160,12 +142,7 @@ class WeightChange:
 
 @dataclasses.dataclass(frozen=True)
 class ActivationFlip:
-    """A change of a model of JAX arrays: in each call a bit of one intermediate result is flipped.
-
-    Attributes:
-        fault: A fault "flip_activation".
-        seed: Of the random numbers.
-    """
+    """A change of a model of JAX arrays: each call has a bit of an intermediate result flipped."""
 
     fault: Any
     seed: tuple[int, ...]
@@ -236,24 +213,7 @@ def _evaluate(program: Any, args: Sequence[Any], change: Callable[[Any], Any]) -
     return [read(name) for name in program.jaxpr.outvars]
 
 
-T = TypeVar("T")
 ModelChange: TypeAlias = WeightChange | ActivationFlip
-
-
-class ChangedModels(Generic[T]):
-    """A worker's models, or the program that runs them: unchanged, and changed by each fault."""
-
-    def __init__(
-        self, unchanged: T, changes: Sequence[ModelChange], make: Callable[[ModelChange], T]
-    ):
-        """Make all of them; `make` makes those of a change."""
-        self._unchanged = unchanged
-        self._changed = {id(change.fault): make(change) for change in changes}
-
-    def under(self, faults: Sequence[Any]) -> T:
-        """Return those of a call, by the first of its faults that changes models."""
-        found = (self._changed[id(fault)] for fault in faults if id(fault) in self._changed)
-        return next(found, self._unchanged)
 
 
 def check_faults(models: Sequence[Any], faults: Sequence[Any]) -> None:

@@ -51,8 +51,8 @@ def map_rows(
             by side as (rows, inputs).
         tolerance: As for `run_rows`: the largest error bar of a predicted row. 0 computes all rows.
         num_workers: Actors (default: one for each CPU; those that find none free join later).
-        deadline: Seconds that a call may take before its rows are sent again.
-        job_deadline: Seconds after which the run ends, with what is known by then (default: none).
+        deadline: As for `run_rows`, in seconds.
+        job_deadline: As for `run_rows`, in seconds.
         on_progress: As for `run_rows`.
         **options: Further ones of `run_rows`: `coverage`, `compute`, `max_calls`, `folder`, ...
 

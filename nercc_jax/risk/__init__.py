@@ -4,13 +4,11 @@ from ._error_bars import ErrorBars, calibrate_learner_bars
 from ._error_probability import ErrorProbability
 from ._logistic import logistic_regression
 from ._monitor import RiskMonitor
-from ._worker_monitor import WorkerMonitor
 
 __all__ = [
     "ErrorBars",
     "ErrorProbability",
     "RiskMonitor",
-    "WorkerMonitor",
     "calibrate_learner_bars",
     "logistic_regression",
 ]

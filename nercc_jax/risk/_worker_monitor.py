@@ -35,7 +35,7 @@ class WorkerMonitor:
         wrong: The wrong ones among them.
 
     Example:
-        >>> from nercc_jax.risk import WorkerMonitor
+        >>> from nercc_jax.risk._worker_monitor import WorkerMonitor
         >>> monitor = WorkerMonitor(8)
         >>> monitor.add(3, right=1000)
         False

@@ -188,11 +188,9 @@ class Meter:
         self._responded = np.zeros(code.num_workers + 1, int)
 
     def watch_queue(self, waiting: Callable[[], int]) -> None:
-        """Take the number of waiting queries from a function."""
         self._waiting.set_function(waiting)
 
     def observe(self, what: str, number: int | float) -> None:
-        """Take a measurement, from any thread."""
         number = float(number)
         if np.isnan(number):  # an expected disagreement that is not known yet
             return
@@ -218,12 +216,10 @@ class Meter:
 
     @property
     def answered(self) -> int:
-        """The number of queries that were answered."""
         with self._lock:
             return int(sum(self._sums[f"query_{answer}"] for answer in ANSWERS))
 
     def status(self) -> dict[str, Any]:
-        """Return the parts of a model's status that are counted here."""
         with self._lock:
             counts, sums = dict(self._counts), dict(self._sums)
             recent = list(self._recent)
@@ -277,7 +273,6 @@ class _PoolReports(Collector):
         self.served: dict[str, tuple[AbstractPool, AbstractCode]] = {}  # by model
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics."""
         served = dict(self.served)  # models come and go
         reports = {model: pool.report() for model, (pool, _) in served.items()}
         workers = GaugeMetricFamily("nercc_workers", "Workers by state.", labels=["model", "state"])

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import logging
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from jaxtyping import Shaped
 
 from ..codes import AbstractCode
 from ..pools import AbstractPool, DevicePool, Faults, PoolReport, RayPool
+from ..pools._clock import WALL
 from ._batcher import CodedBatcher
 from ._metrics import Meter, Metrics
 from ._settings import ModelSettings
@@ -70,14 +70,8 @@ class ServedModel:
     ):
         """Start the workers, and compile everything, so that no request waits for the compiler.
 
-        Args:
-            servable: the model and its tensors.
-            code: the code.
-            settings: the model's settings.
-            metrics: the server's metrics.
-            cache: the file for results of calibration; None for no cache.
-            predictor: a surrogate, see `CodedBatcher`.
-            straggler_score: the score of rows by which injected stragglers are chosen.
+        `cache` is a file for results of calibration. Injected stragglers are chosen by the score of
+        rows. The predictor is as for `CodedBatcher`.
 
         Raises:
             ValueError: for a code where nothing can be coded (`Servable.uncodable`), or where
@@ -145,15 +139,10 @@ class ServedModel:
         exact: bool = False,
         high: bool = False,
     ) -> Reply:
-        """Answer queries.
+        """Answer queries: an array, or arrays by name where the model takes a dict of arrays.
 
         Cancelling it drops what has not been sent. The deadline is kept whatever the batcher does.
-
-        Args:
-            queries: an array, or arrays by name where the model takes a dict of arrays.
-            deadline: as for `CodedBatcher.submit`, which also says what it raises.
-            exact: likewise.
-            high: likewise.
+        Options and errors are those of `CodedBatcher.submit`.
 
         Returns:
             A reply whose values are an array or a dict of arrays, as the model returns.
@@ -273,26 +262,15 @@ class HintLog:
     """A thread that logs each hint when it has lasted, and when it is over."""
 
     def __init__(self, model: str, look: Callable[[], Sequence[str]]):
-        """Create the thread.
-
-        Args:
-            model: the model's name.
-            look: returns the present hints. Hints that differ only in numbers are the same.
-        """
+        """Create the thread; `look` returns the hints, which are the same but for their numbers."""
         self._model, self._look = model, look
         self._logged: dict[str, str] = {}
         self._changes: collections.Counter[str] = collections.Counter()  # looks that saw a change
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="nercc-hints", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        self._turns = WALL.turns("nercc-hints", self._turn)
+        self.start = self._turns.start
 
     def close(self) -> None:
-        """End the thread."""
-        self._closing.set()
-        self._thread.join(_LOOK)
+        self._turns.close(_LOOK)
 
     def update(self, hints: Sequence[str]) -> None:
         """Log the changes that have lasted long enough."""
@@ -309,12 +287,12 @@ class HintLog:
             else:
                 _LOG.info("over: %s", self._logged.pop(kind), extra={"model": self._model})
 
-    def _run(self) -> None:
-        while not self._closing.wait(_LOOK):
-            try:
-                self.update(self._look())
-            except Exception:
-                _LOG.exception("looking for hints failed", extra={"model": self._model})
+    def _turn(self) -> float:
+        try:
+            self.update(self._look())
+        except Exception:
+            _LOG.exception("looking for hints failed", extra={"model": self._model})
+        return time.monotonic() + _LOOK
 
 
 @contextlib.contextmanager

@@ -54,20 +54,12 @@ _MANY, _QUERIES, _BYTES, _DAY_S = 10_000, 10**6, 2**40, 86_400.0
 
 
 def _setting(default: Any, text: str, example: Any = None, **bounds: Any) -> Any:
-    """Return a field.
-
-    Args:
-        default: the default.
-        text: the help.
-        example: a value to show in the reference where the default is None.
-        **bounds: pydantic's.
-    """
+    """Return a field; `example` is shown in the reference where the default is None."""
     examples = None if example is None else [example]
     return Field(default=default, description=text, examples=examples, **bounds)
 
 
 def _of_policy(name: str, example: Any = None, **changes: Any) -> Any:
-    """Return the field of a `BatchingPolicy`'s option."""
     default = changes.pop("default", getattr(_POLICY, name))
     return _setting(default, POLICY_HELP[name], example, **changes)
 
@@ -579,7 +571,6 @@ def as_toml(server: ServerSettings, models: Sequence[ModelSettings]) -> str:
 
 
 def to_toml(value: Any) -> str:
-    """Return a setting's value as TOML."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(k)} = {to_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):

@@ -39,7 +39,6 @@ def read_table(value: Any) -> Any:
 
 
 def read_paths(value: Any) -> Any:
-    """Return paths that are separated by commas."""
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 

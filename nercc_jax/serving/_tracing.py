@@ -39,13 +39,9 @@ class TraceStep:
 
 
 class GroupTrace:
-    """The trace of a group. The scheduler's thread writes, others read copies.
+    """The trace of a group: its workers' calls by coded data point, and other steps.
 
-    Attributes:
-        number: of the group, unique in this process.
-        requests: the ids of the requests with queries in it.
-        calls: the calls of workers, by coded data point.
-        steps: encoding, decoding, and so on.
+    The scheduler's thread writes, others read copies.
     """
 
     def __init__(self):
@@ -55,18 +51,15 @@ class GroupTrace:
         self.steps: list[TraceStep] = []
 
     def sent(self, points: Iterable[int], now: float) -> None:
-        """Record that coded data points were sent."""
         for point in points:
             self.calls[point] = TraceStep("worker call", now, None, self._details(point=point))
 
     def answered(self, point: int, now: float, worker: int) -> None:
-        """Record that a worker answered."""
         if point in self.calls:  # it may have been sent before the trace began
             details = self._details(point=point, worker=worker)
             self.calls[point] = dataclasses.replace(self.calls[point], end=now, details=details)
 
     def add(self, name: str, begin: float, end: float, **details: Any) -> None:
-        """Record a step."""
         self.steps.append(TraceStep(name, begin, end, self._details(**details)))
 
     def _details(self, **details: Any) -> Mapping[str, Any]:
@@ -77,13 +70,7 @@ class RequestTrace:
     """The trace of a request. The scheduler's thread writes; its caller reads at the end.
 
     A trace that is neither logged nor a span still tells its `id` to those that share its groups.
-
-    Attributes:
-        logged: whether the request log gets a line of it.
-        span: OpenTelemetry's span, if there is one.
-        id: the request's id.
-        error: the error that ended it.
-        answers: by query, where its answer came from.
+    `span` is OpenTelemetry's, and `answers` are the sources of answers, by query.
     """
 
     def __init__(self, model: str, logged: bool):
@@ -98,7 +85,6 @@ class RequestTrace:
         self._resent_at: dict[int, float] = {}  # by query
 
     def enter(self, group: GroupTrace, query: int, arrived: float) -> None:
-        """Record that a query goes out in a group."""
         group.requests.append(self.id)
         if not self.logged and self.span is None:
             return
@@ -109,7 +95,6 @@ class RequestTrace:
         self._groups.setdefault(group, []).append(query)
 
     def send_again(self, query: int) -> None:
-        """Record that a query waits a second time."""
         self._resent_at[query] = time.monotonic()
 
     def queue_seconds(self) -> float | None:
@@ -137,7 +122,6 @@ class RequestTrace:
         return found
 
     def steps(self) -> Iterator[TraceStep]:
-        """Yield all steps, in no order."""
         yield from list(self._waits)
         for group in list(self._groups):
             yield from list(group.steps)
@@ -152,21 +136,11 @@ class RequestLog:
     """Starts a trace for each request, and reports it at the end. It never fails a request."""
 
     def __init__(self, rate: float = 0.0, telemetry: "Telemetry | None" = None):
-        """Create a log.
-
-        Args:
-            rate: the share of requests that the log has a line of.
-            telemetry: makes spans.
-        """
+        """Create a log with a line of this share of requests, and with spans by `telemetry`."""
         self._rate, self._telemetry = rate, telemetry
 
     def start(self, model: str, headers: Callable[[], Mapping[str, str]]) -> RequestTrace | None:
-        """Start a trace; None where nobody wants one.
-
-        Args:
-            model: the model's name.
-            headers: returns the request's headers, which may name a trace.
-        """
+        """Start a trace, which `headers()` may name; None where nobody wants one."""
         if not self._rate and self._telemetry is None:
             return None
         trace = RequestTrace(model, random.random() < self._rate)
@@ -179,7 +153,6 @@ class RequestLog:
         return trace
 
     def end(self, trace: RequestTrace, outcome: str) -> None:
-        """Log the request, and make its spans."""
         current.set(None)
         try:
             if trace.logged:
@@ -283,17 +256,14 @@ class Telemetry:
 
 
 def _wall_ns(moment: float, trace: RequestTrace) -> int:
-    """Return a monotonic time as nanoseconds of the wall clock."""
     return trace.arrived_ns + round(1e9 * (moment - trace.arrived))
 
 
 def telemetry_from_environment() -> Telemetry | None:
     """Return the telemetry that OpenTelemetry's variables ask for; None without an endpoint.
 
-    The SDK and its exporter read all other variables: sampling, headers, the service's name.
-
-    Raises:
-        ImportError: where the packages are missing.
+    The SDK and its exporter read all other variables: sampling, headers, the service's name. Raises
+    ImportError where the packages are missing.
     """
     off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if off or os.environ.get("OTEL_TRACES_EXPORTER") == "none":

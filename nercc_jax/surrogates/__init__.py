@@ -1,6 +1,5 @@
 """Cheap models of the served one: fixed ones, and learners from past answers."""
 
-from ._components import ComponentLearner
 from ._fit_learner import fit_learner, tune_learner
 from ._interface import AbstractLearner, AbstractSurrogate
 from ._kernels import Kernel
@@ -13,7 +12,6 @@ from ._tune_kernel import LearnerTuning
 __all__ = [
     "AbstractLearner",
     "AbstractSurrogate",
-    "ComponentLearner",
     "Kernel",
     "Learner",
     "LearnerTuning",

@@ -80,8 +80,8 @@ def fit_learner(
         x: Inputs.
         y: Answers.
         capacity: The most pairs that the learner holds; then the oldest are replaced.
-        components: A number of principal components of the outputs, each with a kernel of its own
-            (`ComponentLearner`); there may be fewer. Default: one kernel for all outputs. Which is
+        components: A number of principal components of the outputs, each with a kernel of its own;
+            there may be fewer. Default: one kernel for all outputs. Which is
             better depends on the function.
         features: A function of a batch that returns what inputs are compared by. Default: their
             floats.

@@ -8,17 +8,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import PyTree
 
 from ..inference._models import Model
-from ..pools import AbstractPool, Faults, InjectedError, Overdue
+from ..pools import AbstractPool, Faults, Overdue
 from ..pools._backend import OnOutcome, WorkerBackend, WorkerDied
 from ..pools._clock import BEAT, AbstractClock, AbstractTurns
-from ..pools._code_versions import WEIGHTS, weights_checksum
-from ..pools._faults import Fault, WorkerFaults
+from ..pools._code_versions import weights_checksum
 from ..pools._scheduler import Scheduler
-from ..pools._wrong_answers import ChangedModels, WrongAnswers, check_faults
+from ..pools._worker import Program, Worker
+from ..pools._wrong_answers import check_faults
 
 
 class SimulatedClock(AbstractClock):
@@ -108,22 +107,18 @@ class SimulatedPool(AbstractPool):
     """A pool of simulated workers, with the scheduler of all pools and a clock that jumps.
 
     Everything happens in one thread, as time goes on: by `clock.run`, or by waiting for a batch.
-    The workers are ready at once.
+    The workers are ready at once. Further arguments are as for `DevicePool`.
 
     Args:
         model: As for `DevicePool`, on NumPy arrays; it is called at the moment of an answer.
-        num_workers: Workers.
         seconds: Returns the seconds that an answer to a batch of so many data points takes.
         clock: Of this pool, and of all else that lives by it (default: a new one).
         faults: Faults to inject, and how much longer an answer takes. Origins of episodes are times
             of the clock.
         start_seconds: Seconds that a worker's further lives take to begin.
-        overdue: When a task counts as overdue.
-        max_attempts: As for `DevicePool`.
-        hang_timeout: As for `DevicePool`.
-        start_timeout: As for `DevicePool`.
 
     Example:
+        >>> import numpy as np
         >>> with SimulatedPool(np.negative, 2, seconds=lambda size: 5.0) as pool:
         ...     with pool.dispatch(np.ones((4, 1, 3))) as batch:
         ...         answers = batch.wait(deadline=60.0)
@@ -166,19 +161,20 @@ class _SimulatedBackend(WorkerBackend):
 
     def __init__(
         self,
-        models: Sequence[Model],
+        models: tuple[Model, ...],
         seconds: Callable[[int], float],
         clock: SimulatedClock,
         faults: Faults | None,
         start_seconds: float,
     ):
-        self._models, self._seconds, self._clock = models, seconds, clock
+        self._program = Program(models, jax.local_devices()[0], compiled=False)
+        self._seconds, self._clock = seconds, clock
         self._faults, self._start_seconds = faults or Faults(), start_seconds
-        self._lives: dict[int, tuple[_SimulatedLife, OnOutcome]] = {}
+        self._lives: dict[int, tuple[Worker, OnOutcome]] = {}
 
     def start(self, worker: int, life: int, on_outcome: OnOutcome) -> None:
         faults = self._faults.at(worker, life, self._clock.now)
-        self._lives[worker] = _SimulatedLife(self._models, faults), on_outcome
+        self._lives[worker] = Worker(self._program, faults, die=lambda: None), on_outcome
         ready = self._clock.now() + (self._start_seconds if life else 0.0)
         self._clock.at(ready, lambda: on_outcome(worker, life, None))
 
@@ -187,43 +183,24 @@ class _SimulatedBackend(WorkerBackend):
 
     def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
         simulated, on_outcome = self._lives[worker]
-        delay, kinds, wrong = simulated.faults.strike(batch)
-        if "hang" in kinds:
+        struck = simulated.faults.strike(batch)
+        if "hang" in struck.kinds:
             return
+
+        def answer() -> Any:
+            if "death" in struck.kinds:
+                return WorkerDied("it died on purpose")
+            try:
+                return simulated.answer(struck, kind, batch)
+            except Exception as error:  # as in every pool: that answer's trouble
+                return error
+
         size = len(jax.tree.leaves(batch)[0])
-        end = self._clock.now() + self._seconds(size) + delay
-        self._clock.at(
-            end, lambda: on_outcome(worker, life, simulated.outcome(kinds, wrong, kind, batch))
-        )
+        end = self._clock.now() + self._seconds(size) + struck.seconds
+        self._clock.at(end, lambda: on_outcome(worker, life, answer()))
 
     def missing(self) -> None:
         """Return None: all workers start."""
 
     def close(self) -> None:
         """Do nothing: the scheduler ignores what is still planned."""
-
-
-class _SimulatedLife:
-    """One life of a worker: its faults, and its models as these change them."""
-
-    def __init__(self, models: Sequence[Model], faults: WorkerFaults):
-        self.faults = faults
-        self._wrong = WrongAnswers(faults.wrong_random)
-        changes = faults.model_changes
-        self._models = ChangedModels(models, changes, lambda change: tuple(map(change, models)))
-
-    def outcome(self, kinds: set, wrong: Sequence[Fault], kind: int, batch: PyTree) -> Any:
-        """Return the outcome of a call with these faults."""
-        if "death" in kinds:
-            return WorkerDied("it died on purpose")
-        if "error" in kinds:
-            return InjectedError("injected on purpose")
-        models = self._models.under(wrong)
-        if kind == WEIGHTS:
-            return np.array([[weights_checksum(models)]], float)
-        try:
-            y = jax.tree.map(np.asarray, models[kind](batch))
-        except Exception as error:  # as in every pool: that answer's trouble
-            return error
-        y = self._wrong.change(kind, y, wrong)
-        return jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), y) if "nan" in kinds else y

@@ -8,7 +8,8 @@ from batching import INTERLEAVED
 from traffic import SERVICE, Traffic, labels_right, model
 
 from nercc_jax import Berrut, Replication, Uncoded
-from nercc_jax.pools import Call, Overdue
+from nercc_jax.pools import Overdue
+from nercc_jax.pools._times import Call
 from nercc_jax.serving import BatchingPolicy, Coder, Predictor
 from nercc_jax.serving.adapt._setting_controller import CallReplay, SettingController, replay_calls
 from nercc_jax.serving.core._adaptation import DispatchSetting, Predictions

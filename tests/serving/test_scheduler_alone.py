@@ -3,6 +3,7 @@
 import ast
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,12 @@ import nercc_jax.serving
 from nercc_jax import Uncoded
 from nercc_jax.pools._batch import refuse_odd
 from nercc_jax.serving import BatchingPolicy, Coder
-from nercc_jax.serving.core._adaptation import AbstractAdaptation, ExpectedError, fixed_setting
+from nercc_jax.serving.core._adaptation import (
+    AbstractAdaptation,
+    DispatchSetting,
+    ExpectedError,
+    overdue_rule,
+)
 from nercc_jax.serving.core._error_probability import uncalibrated
 from nercc_jax.serving.core._group import Cell, Group, LateGroups
 from nercc_jax.serving.core._request import Answer, ApproximateAnswer, BatchSpec, Request
@@ -28,16 +34,11 @@ class NoAdaptation(AbstractAdaptation):
     setting = checks = None
 
     def __init__(self, policy):
-        self.setting = fixed_setting(policy)
+        self.setting = DispatchSetting(overdue_rule(policy), policy.redundancy)
         self.given = self.audited = 0
 
     def expect(self, x):
         return []
-
-    def start(self):
-        pass
-
-    close = start
 
     def observe(self, what, number):
         assert what != "internal_error"
@@ -140,6 +141,7 @@ def group_given(value):
     """A group whose only query was given an answer of so many numbers."""
     coder = Coder(Uncoded(1))
     group = Group(coder, 0.0)
+    group.batch = SimpleNamespace(drop_answers=lambda: None)
     query = Request(np.zeros((1, 3), np.float32), np.zeros((1, value)), 0.0, 1.0, False).queries[0]
     answer = Answer(np.zeros(value, np.float32), "predicted", 1, 0)
     query.approximate["predicted"] = ApproximateAnswer(answer, query.x, 0, given=True)

@@ -25,7 +25,7 @@ from ..core._adaptation import (
     Expectation,
     ExpectedError,
     Predictions,
-    fixed_setting,
+    overdue_rule,
 )
 from ..core._coder import Coder
 from ..core._error_probability import DecodingErrorProbability
@@ -70,11 +70,9 @@ class BackgroundCalibrator:
 
     @property
     def accepts_samples(self) -> bool:
-        """Return whether `add_group` would use a group now."""
         return self._group is None
 
     def needs_samples(self, queries: int) -> bool:
-        """Return whether groups of this size should be sent whole."""
         return self.accepts_samples and self._estimator.needs_samples(queries)
 
     def add_group(
@@ -146,14 +144,6 @@ class Adaptation(AbstractAdaptation):
     ):
         """Attach the parts to each other, without starting their threads.
 
-        Args:
-            pool: the workers, whose latest calls settings are chosen by.
-            coder: the code.
-            policy: the batching policy.
-            estimator: the error of decoded answers.
-            predictor: a surrogate.
-            observe: receives all metrics.
-
         Raises:
             ValueError: for a policy that does not fit the code or the predictor.
         """
@@ -163,7 +153,8 @@ class Adaptation(AbstractAdaptation):
             if policy.max_calls is None
             else SettingController(policy, coder, pool, predictor, observe)
         )
-        self._fixed, self._policy = fixed_setting(policy), policy
+        self._policy = policy
+        self._fixed = DispatchSetting(overdue_rule(policy), policy.redundancy)
         self._observe = observe if self._controller is None else self._controller.observe
         decoding = AccuracyTarget(max_disagreement=policy.max_disagreement)
         self.decoding_risk = StragglerRisk(decoding, needs_evidence=False)
@@ -205,10 +196,12 @@ class Adaptation(AbstractAdaptation):
         return [] if self.predictor is None else self.predictor.expect(x)
 
     def start(self) -> None:
+        """Start the threads."""
         for each in self._parts:
             each.start()
 
     def close(self) -> None:
+        """End the threads."""
         for each in self._parts:
             each.close()
 
@@ -216,7 +209,6 @@ class Adaptation(AbstractAdaptation):
         self._observe(what, number)
 
     def status(self) -> dict[str, Any]:
-        """Return the parts of a server's status that belong to it; see `CodedBatcher.status`."""
         controller, predictor, checks = self._controller, self.predictor, self._checks
         ready = predictor is not None and predictor.checks_answers
         return {
@@ -228,7 +220,6 @@ class Adaptation(AbstractAdaptation):
         }
 
     def hints(self) -> list[str]:
-        """Return why nothing is decoded or predicted, and which workers answer wrongly."""
         found, risk = [], self.decoding_risk
         if self._policy.max_disagreement:
             evidence = risk.status()

@@ -47,7 +47,6 @@ class ErrorEstimator:
     """
 
     def __init__(self, coder: Coder):
-        """Create an estimator without groups."""
         self._coder = coder
         self.conditions = Conditions()  # of the calibration
         self._width = _GROUPS  # that a step looks at, at most
@@ -70,11 +69,8 @@ class ErrorEstimator:
     ) -> None:
         """Run the model on unlabelled data points, coded and uncoded, in groups of every size.
 
-        Args:
-            model: the served model, or all models of the code, the served one first.
-            x: the data points.
-            worker_dtype: the pool's, for both, because a query's own answer is a worker's, too. The
-                batcher warns of a pool whose `conditions` differ.
+        Both in the pool's dtype, because a query's own answer is a worker's, too. The batcher warns
+        of a pool whose `conditions` differ.
 
         Raises:
             ValueError: where x fills no group, is not floating point, or not finite.
@@ -108,12 +104,10 @@ class ErrorEstimator:
         return [mask for mask in masks if mask.any()]
 
     def compile(self, outputs: Sequence[int], width: int) -> None:
-        """Compile for a model's outputs, so that no query waits for it.
+        """Compile for a model's outputs of this shape, so that no query waits for it.
 
-        Args:
-            outputs: the shape of an answer.
-            width: the largest number of rows of a group. Updates run the same programs with as many
-                groups a step, so that a step takes no longer than a decoding.
+        Updates run the same programs with `width` groups a step, as many as a group has rows at
+        most, so that a step takes no longer than a decoding.
         """
         self._width = width
         if not self._coder.can_decode:
@@ -124,7 +118,6 @@ class ErrorEstimator:
         self._coder.agree(zeros[0, 0], zeros[0, 0])
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the results of calibration as arrays by name."""
         samples = self._samples.items()
         return {f"{few} {name}": x for few, each in samples for name, x in each.state().items()}
 
@@ -192,19 +185,15 @@ class ErrorEstimator:
             samples.discard()
 
     def agrees(self, decoded: np.ndarray, own: np.ndarray) -> bool:
-        """Return whether a decoded answer has the label of the model's own."""
         return bool(self._coder.agree(decoded.ravel(), own.ravel()))
 
 
 class _GroupSamples:
     """The last `_GROUPS` groups of one size, and the estimates they give.
 
-    Attributes:
-        known: the number of groups so far.
-        error_probability: the latest calibration.
-        epoch: how often the expected errors became out of date.
-        expected: by mask: disagreement and error by alpha, and their epoch, the oldest first. Each
-            entry is replaced as a whole, so that other threads may read meanwhile.
+    The epoch is how often the expected errors became out of date. These are by mask, the oldest
+    first: disagreement and error by alpha, and their epoch. Each entry is replaced as a whole, so
+    that other threads may read meanwhile.
     """
 
     def __init__(self, coder: Coder, simulation: StragglerSimulation | None):
@@ -265,7 +254,6 @@ class _GroupSamples:
 
     @property
     def enough(self) -> bool:
-        """Return whether there is an estimate for each query."""
         return self.known >= _LEAST and (
             self._simulation is None or self.error_probability.num_queries > 0
         )
@@ -341,16 +329,8 @@ def calibrate_or_restore(
 ) -> None:
     """Calibrate an estimator, or restore it from a cache file: calibration takes seconds.
 
-    Args:
-        estimator: the estimator.
-        model: the served model.
-        x: unlabelled data points, or a function that returns them.
-        worker_dtype: the dtype in which workers compute.
-        cache: the file, named after all that calibration depends on; None for no cache. It is
-            written if it is not there or cannot be read.
-
-    Raises:
-        ValueError: as `ErrorEstimator.calibrate`.
+    The file is named after all that calibration depends on. It is written if it is not there or
+    cannot be read. Raises as `ErrorEstimator.calibrate`.
     """
     state = None if cache is None else _read(cache)
     if state is not None:

@@ -33,13 +33,13 @@ from ...risk._target import AccuracyTarget, error_ratios
 from ...surrogates import (
     AbstractLearner,
     AbstractSurrogate,
-    ComponentLearner,
     Learner,
     LearnerTuning,
     init_learner,
     principal_components,
     tune_learner,
 )
+from ...surrogates._components import ComponentLearner
 from ...surrogates._host import HostPredictions, Pending, predictions_on_host
 from ...surrogates._tune_kernel import widths_of
 from ..core._adaptation import Predictions
@@ -101,7 +101,6 @@ class CalibratedSurrogate:
     def is_sure(
         self, probability: Float[np.ndarray, " queries"], bound: Float[np.ndarray, " queries"]
     ) -> Bool[np.ndarray, " queries"]:
-        """Return which answers may be given out."""
         within = bound <= self.tolerance
         return within if self.error_probability is None else within & (probability <= self.limit)
 
@@ -129,15 +128,8 @@ class ExpectedAnswers:
 class ValidationBatch:
     """A surrogate's answers to some queries, compared with the model's own.
 
-    Attributes:
-        features: of the error probability.
-        deviation: the surrogate's own.
-        error: the root mean squared error.
-        wrong: whether the label differs.
-        probability: the calibrated probability of that; NaN before calibration.
-        mean: the answers that the check expects; empty where they are not checked.
-        spread: their deviations; likewise.
-        own: the model's answers; likewise.
+    `probability` is that of a wrong label, NaN before calibration. `mean` and `spread` are the
+    answers that the check expects, and `own` the model's; empty where they are not checked.
     """
 
     features: Float[np.ndarray, "queries features"]
@@ -153,9 +145,8 @@ class ValidationBatch:
 class OnlineCalibration:
     """A surrogate that is validated, calibrated and trained batch by batch, by one thread.
 
-    Attributes:
-        calibrated: the latest calibration, for other threads; None until there is one.
-        drifts: how often drift was detected.
+    Other threads may read `calibrated`, the latest calibration, and `drifts`, how often drift was
+    detected.
     """
 
     def __init__(
@@ -168,16 +159,7 @@ class OnlineCalibration:
         form: Form | None = None,
         check_rate: float | None = None,
     ):
-        """Start without data.
-
-        Args:
-            surrogate: the surrogate; None for a learner that is made from the first answers.
-            target: what may be given out.
-            features: of queries, for such a learner; by default their principal components.
-            capacity: the number of answers that such a learner keeps.
-            form: the parts of an answer, where each has a label of its own.
-            check_rate: the share of right answers that may look wrong; None for no check.
-        """
+        """Start without data; arguments are those of `Predictor` and `Predictor.attach`."""
         self._check_rate = check_rate
         self._target = target
         self._set_surrogate(surrogate)
@@ -208,7 +190,6 @@ class OnlineCalibration:
         return needed if self.calibrated is not None else min(done, needed), needed
 
     def add(self, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]) -> None:
-        """Take the model's own answers to `BATCH` queries."""
         if self._surrogate is None:
             self._first += zip(x, own, strict=True)
             if len(self._first) >= FIRST:
@@ -245,7 +226,6 @@ class OnlineCalibration:
         self._restart_validation()
 
     def compare(self, answer: Answer, own: Float[np.ndarray, " m"]) -> StragglerRow:
-        """Compare an answer to a straggler's query with the model's own."""
         value = answer.value.ravel()
         wrong = not bool(_agree(value, own, self._form))
         error = np.sqrt(np.mean((value - own) ** 2))
@@ -295,7 +275,6 @@ class OnlineCalibration:
             self.calibrated, self._current = self._calibrate(), True
 
     def _calibrate(self) -> CalibratedSurrogate:
-        """Calibrate the surrogate on the latest validation batches."""
         assert self._surrogate is not None
         batches = list(self._validation)
         features, deviation, error, wrong = (

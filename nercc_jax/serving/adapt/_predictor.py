@@ -87,7 +87,7 @@ class Predictor:
             maxlen=_WAITING
         )
         self._drift_detected = False
-        self._calibration: OnlineCalibration | None = None
+        self._attached = False
 
     def attach(
         self,
@@ -100,19 +100,14 @@ class Predictor:
     ) -> None:
         """Attach the predictor to its batcher, which starts and closes it.
 
-        Args:
-            target: what may be given out.
-            width: the number of queries that programs are compiled for.
-            form: the parts of an answer, where each has a label of its own.
-            observe: receives metrics.
-            clock: the batcher's clock.
-            check_rate: the share of the model's right answers that may look wrong to it; None where
-                they are not checked.
+        Answers are given out by the target; `form` are their parts that have a label each. Programs
+        are compiled for `width` queries. `check_rate` of the model's right answers may look wrong
+        to it, if they are checked.
 
         Raises:
             ValueError: where it has a batcher already, or nothing says what may be given out.
         """
-        if self._calibration is not None:
+        if self._attached:
             raise ValueError("this predictor is another batcher's: make one for each")
         if target.max_disagreement is None and target.tolerance is None:
             raise ValueError(
@@ -121,6 +116,7 @@ class Predictor:
         self._calibration = OnlineCalibration(
             self._surrogate, target, form=form, check_rate=check_rate, **self._options
         )
+        self._attached = True
         self._target, self.risk = target, StragglerRisk(target, needs_evidence=True)
         self._followed = 0  # the drifts of calibration that `risk` knows
         self._width, self._observe, self._clock = width, observe, clock
@@ -132,7 +128,6 @@ class Predictor:
     @property
     def state(self) -> State:
         """The state: it answers, it still learns, or drift has reset it."""
-        assert self._calibration is not None
         calibrated = self._calibration.calibrated is not None
         if calibrated and self._compiled and not self._drift_detected:
             return "answering"
@@ -141,7 +136,6 @@ class Predictor:
     @property
     def share(self) -> float:
         """The share of stragglers' queries that it would answer."""
-        assert self._calibration is not None
         calibrated = self._calibration.calibrated
         if calibrated is None or self.state != "answering":
             return 0.0
@@ -149,7 +143,6 @@ class Predictor:
 
     def status(self) -> dict[str, Any]:
         """Return the predictor's part of a server's status."""
-        assert self._calibration is not None
         known, needed = self.progress()
         calibrated = self._calibration.calibrated
         return {
@@ -164,7 +157,6 @@ class Predictor:
 
     def progress(self) -> tuple[int, int]:
         """Return the number of answers used so far, and the number that it needs to answer."""
-        assert self._calibration is not None
         return self._calibration.progress()
 
     def hints(self) -> list[str]:
@@ -186,7 +178,6 @@ class Predictor:
 
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions | None:
         """Return its answers to some queries; None while it is not calibrated."""
-        assert self._calibration is not None
         calibrated = self._calibration.calibrated
         if calibrated is None or not self._compiled or self._drift_detected:
             return None
@@ -204,7 +195,6 @@ class Predictor:
 
         It returns before JAX has computed it. Empty while it is not calibrated.
         """
-        assert self._calibration is not None
         calibrated = self._calibration.calibrated
         if calibrated is None or not self.checks_answers:
             return []
@@ -218,7 +208,6 @@ class Predictor:
     @property
     def checks_answers(self) -> bool:
         """True once `expect` knows enough to find wrong answers."""
-        assert self._calibration is not None
         calibrated = self._calibration.calibrated
         return calibrated is not None and calibrated.check is not None and self._compiled
 
@@ -239,17 +228,13 @@ class Predictor:
     def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
         """Compare an answer to a straggler's query with the model's own, which came late.
 
-        If too many of those given out are wrong, nothing more is given out until it is calibrated
-        again, and there is evidence on other stragglers.
-
-        Args:
-            given: the answer, whether it was given out or not.
-            own: the model's own answer; None if it will never come, which counts as wrong.
+        If that will never come, the answer counts as wrong. If too many of those given out are
+        wrong, nothing more is given out until it is calibrated again, and there is evidence on
+        other stragglers.
 
         Returns:
             Whether the label, or the error bound, was right.
         """
-        assert self._calibration is not None
         self._follow_drifts()
         answer = given.answer
         if own is None:
@@ -264,7 +249,6 @@ class Predictor:
 
     def _follow_drifts(self) -> None:
         """Discard the evidence on stragglers where calibration began again."""
-        assert self._calibration is not None
         if self._calibration.drifts != self._followed:
             self._followed = self._calibration.drifts
             self.risk.restart()
@@ -280,14 +264,12 @@ class Predictor:
                 # Earlier results stay; the next answers may do better.
                 _LOG.exception("learning from the traffic failed")
                 self._observe("internal_error", 1)
-            assert self._calibration is not None
             share = _LATER if self._calibration.settled else _SHARE
             self._observe("learn_seconds", self._time.spend(now, share))
         return math.inf
 
     def _learn(self) -> None:
         calibration = self._calibration
-        assert calibration is not None
         pairs = [self._inbox.popleft() for _ in range(BATCH)]
         x, own = map(np.stack, zip(*pairs, strict=True))
         drifts = calibration.drifts

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ...pools import AbstractPool, Call, Overdue
+from ...pools import AbstractPool, Overdue
 from ...pools._time_share import TimeShare
+from ...pools._times import Call
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import DispatchSetting, Redundancy, overdue_rule
 from ..core._coder import Coder
@@ -33,13 +34,9 @@ _P999, _P99 = (0.998, 0.9998), (0.99, 0.999)
 
 @dataclasses.dataclass(frozen=True)
 class TailForecast:
-    """The forecast for a setting, in medians of answer times.
+    """The forecast for a setting: mean latencies around p99.9 and from p99 to p99.9, in medians.
 
-    Attributes:
-        tail: the mean latency around p99.9.
-        p99: the mean latency from p99 to p99.9.
-        calls: the calls per query.
-        late: the share of queries whose own worker straggles.
+    And the calls per query, and the share of queries whose own worker straggles.
     """
 
     tail: float
@@ -50,13 +47,10 @@ class TailForecast:
 
 @dataclasses.dataclass(frozen=True)
 class CallReplay:
-    """Times of calls in medians of their size.
+    """Times of queries' own calls and of their copies, in turn, in medians of their size.
 
-    Attributes:
-        own: of queries' own calls.
-        copies: of their copies, in turn.
-        draws: uniform in [0, 1), to draw which queries a surrogate can answer.
-        median: of single queries, in seconds.
+    `draws` are uniform in [0, 1), to draw which queries a surrogate can answer; `median` is that of
+    single queries, in seconds.
     """
 
     own: Float[np.ndarray, " queries"]
@@ -67,13 +61,9 @@ class CallReplay:
     def forecast(
         self, setting: DispatchSetting, *, known: float, extra: int, extra_calls: float
     ) -> TailForecast:
-        """Return the forecast for a setting.
+        """Return the forecast for a setting, of whose stragglers' queries some are known at once.
 
-        Args:
-            setting: the setting.
-            known: the share of stragglers' queries that are answered at once.
-            extra: the copies that go out with a query where redundancy is sent.
-            extra_calls: the calls that redundancy adds to a query.
+        Where redundancy is sent, `extra` copies go out with a query, and calls are added to it.
         """
         overdue = setting.overdue
         usual = self.median * float(np.quantile(self.own, overdue.quantile))
@@ -101,16 +91,9 @@ class CallReplay:
 
 
 def replay_calls(calls: Sequence[Call], copies: int, workers: int, seed: int) -> CallReplay | None:
-    """Return a replay of the calls of sizes that are known well enough.
+    """Return a replay of the calls of sizes that are known well enough; None if there are too few.
 
-    Args:
-        calls: a pool's latest calls.
-        copies: the largest number of copies of a query, beyond its own call.
-        workers: the number of workers.
-        seed: of the draws.
-
-    Returns:
-        The replay; None where there are too few calls.
+    A query has `copies` at most, beyond its own call.
     """
     if not calls:
         return None
@@ -140,13 +123,11 @@ def replay_calls(calls: Sequence[Call], copies: int, workers: int, seed: int) ->
 
 
 def p99_in_medians(seconds: Sequence[float]) -> float:
-    """Return the mean latency from p99 to p99.9, in medians."""
     ordered = np.sort(np.asarray(seconds))
     return _mean_between(ordered, _P99) / float(ordered[len(ordered) // 2])
 
 
 def _mean_between(ordered: Float[np.ndarray, " queries"], quantiles: tuple[float, float]) -> float:
-    """Return the mean of sorted numbers between two quantiles."""
     begin, end = (int(quantile * len(ordered)) for quantile in quantiles)
     return float(ordered[begin : max(end, begin + 1)].mean())
 
@@ -191,11 +172,7 @@ class SettingController:
         predictor: Predictor | None,
         observe: Observe,
     ):
-        """Create a controller with the policy's own rule and no redundancy.
-
-        Raises:
-            ValueError: for a code whose redundancy cannot be left out.
-        """
+        """Start with the policy's rule. Raises ValueError for a code that needs its redundancy."""
         assert policy.max_calls is not None
         if not coder.systematic:
             raise ValueError(
@@ -244,7 +221,6 @@ class SettingController:
                 self._turns.wake()
 
     def status(self) -> dict[str, Any]:
-        """Return the controller's part of a server's status."""
         setting = self.setting
         return {
             "straggler_threshold": setting.overdue.factor,

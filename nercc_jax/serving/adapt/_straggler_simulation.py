@@ -39,13 +39,9 @@ class StragglerSimulation:
         known: int,
         width: int,
     ) -> Iterator[None]:
-        """Simulate one set of stragglers in all groups, in steps.
+        """Simulate one set of stragglers in all groups, in steps that decode `width` at once.
 
-        Args:
-            answers: the workers' answers.
-            originals: the model's own answers, by alpha.
-            known: the number of groups that count; the rest keeps shapes fixed.
-            width: the number of groups that one step decodes at once.
+        Originals are by alpha. Only the first `known` groups count; the rest keeps shapes fixed.
         """
         looks = self._draw_looks()
         layout = self._coder.layout(self._queries)
@@ -70,11 +66,9 @@ class StragglerSimulation:
         )
 
     def discard(self) -> None:
-        """Forget the simulations so far."""
         self._seen.clear()
 
     def calibrate(self, known: int) -> DecodingErrorProbability:
-        """Return the error probability that the simulations of `known` groups give."""
         parts = (np.concatenate(part) for part in zip(*self._seen, strict=True))
         return calibrate(*parts, number=known * self._queries)
 
@@ -108,13 +102,8 @@ def calibrate(
 
     A query is answered at the first look at which it is certain enough. Here it counts as wrong
     from the least probability on that it had at any look with a wrong label: that bounds the share
-    of wrong labels from above, and grows with the limit.
-
-    Args:
-        features: of the samples at each look, as answers come in.
-        informative: mask of the features that say anything.
-        wrong: whether the label differs from the model's own.
-        number: the number of different queries among the samples.
+    of wrong labels from above, and grows with the limit. There are `number` different queries among
+    the samples.
     """
     thin = slice(None, None, -(-informative.size // _SAMPLES))
     flat = features[informative][thin].astype(np.float64)

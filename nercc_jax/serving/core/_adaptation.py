@@ -35,12 +35,9 @@ class DispatchSetting(NamedTuple):
 
 
 class ExpectedError(NamedTuple):
-    """The error to expect of each query of a group; NaN where it is unknown.
+    """The error to expect of each query of a group, by label and by distance; NaN where unknown.
 
-    Attributes:
-        disagreement: the probability of another label than the model's own.
-        error: the root mean squared distance to the model's answers.
-        current: whether nothing has been observed since that would change the estimate.
+    `current` says whether nothing has been observed since that would change the estimate.
     """
 
     disagreement: Float[np.ndarray, " queries"]
@@ -50,13 +47,10 @@ class ExpectedError(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """A surrogate's answers to some queries.
+    """A surrogate's answers to some queries, and which may be given out.
 
-    Attributes:
-        values: the answers.
-        disagreement: the probability of another label; NaN where labels do not matter.
-        error_bound: the error that nine of ten answers do not exceed, in units of the outputs.
-        sure: whether the answers may be given out.
+    Disagreement is the probability of another label, NaN where labels do not matter. Nine of ten
+    answers do not exceed the error bound, in units of the outputs.
     """
 
     values: Float[np.ndarray, "queries m"]
@@ -66,12 +60,7 @@ class Predictions:
 
 
 class Expectation(NamedTuple):
-    """The expectation of the model's own answer to a query.
-
-    Attributes:
-        answers: Predictions of several queries' answers, for whoever checks them.
-        row: The query's row among them.
-    """
+    """The expectation of the model's own answer: a row of the predictions of several queries."""
 
     answers: Any
     row: int
@@ -112,14 +101,6 @@ class AbstractAdaptation(abc.ABC):
         """
 
     @abc.abstractmethod
-    def start(self) -> None:
-        """Start the threads."""
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """End the threads."""
-
-    @abc.abstractmethod
     def observe(self, what: str, number: int | float) -> None:
         """Take a measurement of the scheduler's."""
 
@@ -157,9 +138,7 @@ class AbstractAdaptation(abc.ABC):
     def admits(self, answer: Answer, *, calibrated: bool) -> bool:
         """Return whether an approximate answer may be given out, by what stragglers showed.
 
-        Args:
-            answer: the answer.
-            calibrated: whether it is within the limit of a calibration.
+        It is `calibrated` if it is within the limit of a calibration.
         """
 
     @abc.abstractmethod
@@ -172,11 +151,7 @@ class AbstractAdaptation(abc.ABC):
 
     @abc.abstractmethod
     def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
-        """Compare an answer to a straggler's query with the model's own, which came late.
-
-        Args:
-            given: the answer, whether it was given out or not.
-            own: the model's own answer; None if it will never come.
+        """Compare an answer with the model's own, which came late, or is None and will never come.
 
         Returns:
             Whether it was right.
@@ -195,11 +170,5 @@ class AbstractAdaptation(abc.ABC):
         """Return a surrogate's answers; None while there is none that is calibrated."""
 
 
-def fixed_setting(policy: BatchingPolicy) -> DispatchSetting:
-    """Return the setting that a policy names."""
-    return DispatchSetting(overdue_rule(policy), policy.redundancy)
-
-
 def overdue_rule(policy: BatchingPolicy) -> Overdue:
-    """Return a policy's own rule for calls that are late."""
     return Overdue(policy.quantile, policy.straggler_threshold, copies=policy.hedge_copies)

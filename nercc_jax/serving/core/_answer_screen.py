@@ -51,13 +51,7 @@ class Settled(NamedTuple):
 
 @dataclasses.dataclass
 class _Call:
-    """A worker's answers in doubt, and others of the same call that wait for what becomes of them.
-
-    Attributes:
-        worker: the worker.
-        doubted: the queries whose answers are in doubt.
-        others: queries of the same requests.
-    """
+    """A worker's answers in doubt, and others of the same call and requests that wait for them."""
 
     worker: int
     doubted: list[Query]
@@ -79,15 +73,7 @@ class AnswerScreen:
         events: EventQueue,
         observe: Observe,
     ):
-        """Create a screen that holds nothing.
-
-        Args:
-            checks: decides.
-            expect: says what to expect of answers.
-            pool: the workers.
-            events: receives an `Audit` when it is answered.
-            observe: receives metrics.
-        """
+        """Create a screen that holds nothing; `events` receives an `Audit` when it is answered."""
         self._checks, self._expect, self._pool = checks, expect, pool
         self._events, self._observe = events, observe
         self._fenced: frozenset[int] = frozenset()
@@ -101,7 +87,6 @@ class AnswerScreen:
 
     @property
     def next_due(self) -> float:
-        """The time at which to call `pop_due` and `look`."""
         return min(self._due[0][0] if self._due else math.inf, self._look_at)
 
     def expect(self, queries: Sequence[Query]) -> None:
@@ -205,7 +190,6 @@ class AnswerScreen:
         self._follow_fences()
 
     def _screen(self, worker: int, queries: Sequence[Query], values: np.ndarray) -> np.ndarray:
-        """Return which answers to hold back."""
         if not queries:
             return np.zeros(0, bool)
         self.expect(queries)

@@ -90,13 +90,7 @@ class Coder:
     def __init__(
         self, code: AbstractCode, models: Sequence[int] = (0,), *, form: Form | None = None
     ):
-        """Prepare a code.
-
-        Args:
-            code: the code.
-            models: the pool's models for the code's `worker_models`, the served one first.
-            form: the parts of an answer, where each has a label of its own.
-        """
+        """Prepare a code; `models` are the pool's for its `worker_models`, the served one first."""
         self.code, self.form = code, form
         self.num_data, self.num_workers = code.num_data, code.num_workers
         self.kinds = [models[kind] for kind in code.worker_models]
@@ -147,13 +141,10 @@ class Coder:
         Bool[np.ndarray, " num_data"],
         Float[np.ndarray, "rows num_data"],
     ]:
-        """Decode, in the queries' order.
+        """Decode, in the queries' order, answers that are zero where there is none.
 
-        Args:
-            values: the workers' answers, zero where there is none.
-            mask: the workers that answered.
-            width: the number of rows that the program is compiled for, at least `rows`.
-            weights: those of a `DecodingErrorProbability`.
+        The program is compiled for `width` rows, at least as many as there are. Weights are those
+        of a `DecodingErrorProbability`.
 
         Returns:
             Predictions, a mask of those that are recovered, and each one's probability of a wrong

@@ -20,6 +20,7 @@ from ...inference._ordering import projection_on_host
 from ...inference._paths import short_path
 from ...pools import AbstractPool
 from ...pools._batch import Refuse
+from ...pools._row_queue import power_of_two
 from .._policy import BatchingPolicy
 from ._adaptation import AbstractAdaptation, DispatchSetting
 from ._coder import Coder
@@ -41,21 +42,11 @@ class QueryOrdering:
 
     Distances are those of random projections (`random_projection`): queries are compared as they
     come, without a model. Programs are compiled for a few numbers of queries; other numbers are
-    filled up.
-
-    Attributes:
-        seconds: the time that the longest path takes; infinite before `compile`.
+    filled up. The longest path takes some `seconds`; infinitely many before `compile`.
     """
 
     def __init__(self, coder: Coder, shape: Sequence[int], rows: int):
-        """Prepare the ordering.
-
-        Args:
-            coder: the code.
-            shape: the shape of a query.
-            rows: the largest number of rows of a group; the longest path has as many queries as
-                such a group.
-        """
+        """Prepare for queries of a shape; the longest path has those of a group of `rows` rows."""
         self._coder = coder
         powers = {*range(0, rows.bit_length(), _STEP), rows.bit_length() - 1}
         self._sizes = [coder.num_data << power for power in sorted(powers)]
@@ -75,18 +66,11 @@ class QueryOrdering:
     def assign(
         self, queries: Sequence[Query], sizes: Sequence[int], place: int
     ) -> list[list[Query]]:
-        """Distribute queries over cells.
+        """Distribute queries over cells of these sizes, and return the queries of each cell.
 
-        A row of a group is a stretch of the path, with its queries at the alphas in order.
-
-        Args:
-            queries: as many as the cells hold.
-            sizes: the cells' sizes.
-            place: the first cell's place in its group; after a group's last place the next group's
-                first follows.
-
-        Returns:
-            The queries of each cell.
+        A row of a group is a stretch of the path, with its queries at the alphas in order. The
+        first cell has this place in its group; after a group's last place the next group's first
+        follows.
         """
         order = iter(self.path(queries))
         cells: list[list[Query]] = [[] for _ in sizes]
@@ -131,11 +115,7 @@ _ORDERING, _ORDERING_SHARE = 0.002, 0.05
 class DispatchRules:
     """The fixed rules by which groups are opened at the pool.
 
-    Attributes:
-        policy: the batching policy.
-        enough: the number of answers with which a group of a code that is not systematic can be
-            decoded.
-        refuse: tells which answers of workers are not valid.
+    With `enough` answers a group of a code that is not systematic can be decoded.
     """
 
     policy: BatchingPolicy
@@ -146,30 +126,14 @@ class DispatchRules:
 class Turn(NamedTuple):
     """The circumstances of one turn of the scheduler.
 
-    Attributes:
-        now: the time.
-        setting: the setting that holds.
-        answer_time: the median seconds that an answer takes; infinite if unknown.
-        at_once: do not wait for groups to fill up.
+    An answer usually takes `answer_time` seconds, infinitely many if unknown. `at_once`, groups do
+    not wait to fill up.
     """
 
     now: float
     setting: DispatchSetting
     answer_time: float
     at_once: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Dispatched:
-    """The result of a dispatch.
-
-    Attributes:
-        groups: the coded groups of which something was sent.
-        due: when to dispatch again although nothing happens; infinite if never.
-    """
-
-    groups: list[Group]
-    due: float
 
 
 class Dispatcher:
@@ -191,18 +155,7 @@ class Dispatcher:
         adaptation: AbstractAdaptation,
         ordering: QueryOrdering | None,
     ):
-        """Create a dispatcher without groups.
-
-        Args:
-            pool: the workers.
-            coder: the code.
-            queue: the queue that queries are taken from.
-            events: receives each group to which something happens.
-            rules: how groups are opened at the pool.
-            predictor: the surrogate's answers to a group's queries.
-            adaptation: takes metrics, and says when whole groups are wanted.
-            ordering: the order of queries; None to take them as they come.
-        """
+        """Create a dispatcher; without an ordering, queries are taken as they come."""
         self._pool, self._coder, self._queue, self._events = pool, coder, queue, events
         self._rules, self._policy, self._ordering = rules, rules.policy, ordering
         self._predictor, self._adaptation = predictor, adaptation
@@ -212,8 +165,13 @@ class Dispatcher:
         self.filling: Group | None = None
         self.groups: set[Group] = set()
 
-    def dispatch(self, turn: Turn) -> Dispatched:
-        """Send what waits while workers are idle, then the coded data points of full groups."""
+    def dispatch(self, turn: Turn) -> tuple[list[Group], float]:
+        """Send what waits while workers are idle, then the coded data points of full groups.
+
+        Returns:
+            The coded groups of which something was sent, and when to dispatch again although
+            nothing happens.
+        """
         sent: list[Group] = []
         due = math.inf
         while self._pool.idle and (lane := self._queue.next_lane(hold_coded=due < math.inf)):
@@ -232,7 +190,7 @@ class Dispatcher:
         for group in groups:
             if group is not self.filling:
                 self.complete(group, turn)
-        return Dispatched(groups, due)
+        return groups, due
 
     def complete(self, group: Group, turn: Turn) -> None:
         """Close a group for further queries, and send its coded data points if they are of use."""
@@ -260,8 +218,7 @@ class Dispatcher:
             self.filling = None
         group.closed = True
         self.groups.discard(group)
-        if group.batch is not None:
-            group.batch.forget()
+        group.batch.forget()
 
     def _redundancy(self, group: Group, turn: Turn) -> Int[np.ndarray, " points"]:
         """Return the coded data points to send beyond the queries themselves."""
@@ -303,10 +260,9 @@ class Dispatcher:
         return sent
 
     def _send_group(self, turn: Turn) -> list[Group]:
-        """Form a group of a code that is not systematic."""
         num_data, lane = self._coder.num_data, self._queue.coded
         number = len(lane)
-        rows = _power_of_two(min(max(number // num_data, 1), self._policy.max_batch_size))
+        rows = power_of_two(min(max(number // num_data, 1), self._policy.max_batch_size))
         columns = min(number, num_data)
         queries = self._pop(lane, rows * columns, turn.now)
         cells = self._assign(queries, [rows] * columns, 0, turn)
@@ -326,7 +282,7 @@ class Dispatcher:
         queries = self._next_batch(lane, turn.now)
         avoid = queries[0].candidates.keys()
         same = [query for query in queries if query.candidates.keys() == avoid]
-        same = same[: _power_of_two(len(same))]
+        same = same[: power_of_two(len(same))]
         self._queue.resend([query for query in queries if query not in same])
         at_once = 1 if avoid else turn.setting.overdue.copies
         self._send_alone(_cell(same), turn, avoid, at_once)
@@ -369,7 +325,6 @@ class Dispatcher:
         now: float,
         avoid: Iterable[int] = (),
     ) -> None:
-        assert group.batch is not None
         group.sent_at[points] = now
         if group.trace is not None:
             group.trace.sent(points.tolist(), now)
@@ -386,7 +341,6 @@ class Dispatcher:
         return self._pop(lane, size, now)
 
     def _next_cells(self, lane: Lane, turn: Turn) -> list[Cell]:
-        """Take the next batches for all workers that a lane may use."""
         sizes: list[int] = []
         left, idle = len(lane), self._queue.workers_for(lane, self._pool.idle)
         spare = self._pool.spare
@@ -400,7 +354,7 @@ class Dispatcher:
     def _size(self, waiting: int, workers: int | float) -> int:
         """Return the size of a batch if workers that slow down no other share what waits."""
         share = math.ceil(waiting / max(workers, 1))
-        return _power_of_two(min(share, self._policy.max_batch_size))
+        return power_of_two(min(share, self._policy.max_batch_size))
 
     def _assign(self, queries: list[Query], sizes: list[int], place: int, turn: Turn) -> list[Cell]:
         """Distribute queries over cells of these sizes, for a group's places from `place` on."""
@@ -432,11 +386,6 @@ def _coder_of_one(model: int) -> Coder:
 def _longest_ordering(answer_time: float) -> float:
     """Return the seconds that ordering may take. Where answer times are unknown, be quick."""
     return max(_ORDERING, _ORDERING_SHARE * answer_time if answer_time < math.inf else 0.0)
-
-
-def _power_of_two(number: int) -> int:
-    """Return the largest power of two that is no larger than a positive number."""
-    return 1 << (number.bit_length() - 1)
 
 
 def _cell(queries: Sequence[Query]) -> Cell:

@@ -45,13 +45,6 @@ class GroupPredictor:
     ):
         """Create a lookup.
 
-        Args:
-            adaptation: has the surrogate, if there is one.
-            policy: the batching policy.
-            queries: the shape and dtype of queries.
-            answers: the shape and dtype of answers.
-            clock: the scheduler's clock.
-
         Raises:
             ValueError: where the policy needs a surrogate and there is none, or where queries or
                 answers cannot be predicted.
@@ -81,7 +74,9 @@ class GroupPredictor:
         new = [each for each in waiting if each[:2] not in group.predictions]
         if new:
             begin = self._clock.now()
-            found = self._adaptation.predict(np.stack([_data_of(query.x) for *_, query in new]))
+            x = [query.x for *_, query in new if query.x is not None]
+            assert len(x) == len(new), "queries that somebody waits for have their data"
+            found = self._adaptation.predict(np.stack(x))
             if found is None:
                 return {}
             end = self._clock.now()
@@ -98,7 +93,6 @@ class GroupPredictor:
         return {each[:2]: group.predictions[each[:2]] for each in waiting}
 
     def uncertain_cells(self, group: Group) -> set[int]:
-        """Return the cells with a query that the surrogate could not answer."""
         found = self.predictions(group, range(len(group.cells)))
         return {cell for (cell, _), prediction in found.items() if not prediction.sure}
 
@@ -113,17 +107,7 @@ class GroupDecoder:
         adaptation: AbstractAdaptation,
         clock: AbstractClock,
     ):
-        """Create a decoder.
-
-        Args:
-            coder: the code.
-            policy: the batching policy, its `max_disagreement` being that of decoded answers.
-            adaptation: knows the error to expect.
-            clock: the scheduler's clock.
-
-        Raises:
-            ValueError: where `wait_for` does not fit the code.
-        """
+        """Create a decoder. Raises ValueError where `wait_for` does not fit the code."""
         self._coder, self._adaptation, self._clock = coder, adaptation, clock
         self._width, self._resends_within_budget = (
             policy.max_batch_size,
@@ -137,13 +121,10 @@ class GroupDecoder:
     def decode_group(
         self, group: Group, cells: list[int], last: bool, skip: Container[tuple[int, int]]
     ) -> tuple[list[GroupAnswer], list[GroupAnswer]]:
-        """Decode the queries of some cells.
+        """Decode the queries of cells whose own workers will not answer in time.
 
-        Args:
-            group: the group.
-            cells: the cells whose own workers will not answer in time.
-            last: whether no further answers are waited for.
-            skip: cells and rows of queries that have an answer already.
+        If this is the `last` time, no further answers are waited for. Cells and rows to skip have
+        an answer already.
 
         Returns:
             The answers that may be given out, and the best there are to other queries. Both are
@@ -219,11 +200,6 @@ class GroupDecoder:
         return answers >= enough or (last and answers >= least)
 
 
-def _data_of(x: np.ndarray | None) -> np.ndarray:
-    assert x is not None, "queries that somebody waits for have their data"
-    return x
-
-
 def _enough(coder: Coder, policy: BatchingPolicy) -> int:
     """Return the number of answers that suffice to decode a full group if no error is estimated."""
     num_data, num_workers = coder.num_data, coder.num_workers
@@ -251,16 +227,13 @@ class Budget:
         self._share, self._left = share, 0.0
 
     def earn(self, queries: int) -> None:
-        """Add the share of this number of queries."""
         if self._share is not None:
             self._left = min(self._left + self._share * queries, max(self._share * self._SAVED, 1))
 
     def affords(self) -> bool:
-        """Return whether one more call is within the budget."""
         return self._share is None or self._left >= 1
 
     def spend(self) -> None:
-        """Spend one call, even if that makes the budget negative."""
         if self._share is not None:
             self._left -= 1
 
@@ -287,23 +260,16 @@ class FallbackPolicy:
         predictor: GroupPredictor,
         decoder: GroupDecoder,
     ):
-        """Create a policy with an empty budget."""
         self._coder, self._adaptation, self._observe = coder, adaptation, adaptation.observe
         self._hedges = policy.copies > 1
         self._predictor, self._decoder = predictor, decoder
         self._budget = Budget(policy.max_reexecution)
 
     def earn(self, queries: int) -> None:
-        """Add queries that were sent for the first time to the budget."""
         self._budget.earn(queries)
 
     def decide(self, group: Group, late: np.ndarray) -> Fallback:
-        """Decide about a group's queries.
-
-        Args:
-            group: the group.
-            late: mask of the coded data points that are not waited for any more.
-        """
+        """Decide about a group's queries; coded data points that are late are not waited for."""
         if self._coder.systematic and not late.any():
             return Fallback([], [])  # each query has a worker of its own that is in time
         lost = [
@@ -391,7 +357,6 @@ class FallbackPolicy:
 
 def _has_failed(group: Group, cell: int) -> bool:
     """Return whether a cell's own coded data points will get no answer."""
-    assert group.batch is not None
     points: Iterable[int] = group.layout.own[cell].tolist()
     return all(group.batch.abandoned(point) for point in points if group.sent[point])
 

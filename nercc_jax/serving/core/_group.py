@@ -42,7 +42,6 @@ class Cell:
 
     @property
     def pending(self) -> bool:
-        """Return whether somebody waits for one of its queries."""
         return any(not query.done for query in self.queries)
 
 
@@ -54,18 +53,12 @@ class Group:
     """
 
     def __init__(self, coder: Coder, now: float, *, alone: bool = False):
-        """Create an empty group.
-
-        Args:
-            coder: the code, made ready for streams.
-            now: the time.
-            alone: the group is a single batch that goes to one worker uncoded.
-        """
+        """Create an empty group; `alone` is a single batch that goes to one worker uncoded."""
         self.coder, self.began, self.alone = coder, now, alone
         self.cells: list[Cell] = []
         self.rows = 0  # of the largest cell
         self.layout = coder.layout(coder.num_data)  # of a full group, until it is complete
-        self.batch: Batch | None = None
+        self.batch: Batch  # at the pool, which its opener sets
         # By coded data point.
         self.mask = np.zeros(coder.num_workers, bool)
         self.sent_at = np.full(coder.num_workers, np.nan)
@@ -82,26 +75,21 @@ class Group:
 
     @property
     def full(self) -> bool:
-        """Return whether all K places are taken."""
         return len(self.cells) == self.coder.num_data
 
     @property
     def pending(self) -> bool:
-        """Return whether somebody waits for one of its queries."""
         return any(cell.pending for cell in self.cells)
 
     @property
     def sent(self) -> np.ndarray:
-        """Mask of the coded data points that were sent."""
         return ~np.isnan(self.sent_at)
 
     @property
     def outstanding(self) -> np.ndarray:
-        """Mask of the coded data points that were sent and not answered yet."""
         return self.sent & ~self.mask
 
     def add(self, cell: Cell) -> None:
-        """Add a cell at the next place."""
         self.cells.append(cell)
         self.rows = max(self.rows, len(cell.queries))
         for query in cell.queries:
@@ -112,7 +100,6 @@ class Group:
                 request.trace.enter(self.trace, query.place, request.arrived)
 
     def add_answer(self, point: int, answer: np.ndarray, now: float, worker: int) -> None:
-        """Store the answer to a coded data point."""
         self.answers[point], self.mask[point] = answer, True
         if self.trace is not None:
             self.trace.answered(point, now, worker)
@@ -125,7 +112,6 @@ class Group:
                     yield number, row, query
 
     def inputs(self) -> np.ndarray:
-        """Return the queries' data, (rows, cells, ...)."""
         return np.stack([_repeated(cell.x, self.rows) for cell in self.cells], axis=1)
 
     def drop_inputs(self) -> None:
@@ -147,7 +133,6 @@ class Group:
 
         Each comes with its query, and with whether that answer may still come.
         """
-        assert self.batch is not None
         for place, cell in enumerate(self.cells):
             own = self.layout.own[place]
             left = [point for point in own.tolist() if self.outstanding[point]]
@@ -167,8 +152,7 @@ class Group:
             cell.queries = [_stripped(query) for query in cell.queries]
         self.answers = [None] * len(self.answers)
         self.predictions, self.trace = {}, None
-        if self.batch is not None:
-            self.batch.drop_answers()
+        self.batch.drop_answers()
 
     @property
     def kept_bytes(self) -> int:
@@ -239,7 +223,6 @@ class LateGroups:
         return evicted
 
     def discard(self, group: Group) -> None:
-        """Forget a group."""
         self._left += self._groups.pop(group, 0)
 
     def __len__(self) -> int:
@@ -255,7 +238,6 @@ class GroupTimers:
 
     @property
     def next(self) -> float:
-        """The time of the next one; infinite if there is none."""
         return self._heap[0][0] if self._heap else math.inf
 
     def set(self, group: Group, due: float, now: float) -> None:

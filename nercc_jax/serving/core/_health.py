@@ -18,13 +18,7 @@ _SUSPICIOUS, _PROBE_EVERY = 3, 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Health:
-    """The health of a batcher or a model.
-
-    Attributes:
-        live: False where only a restart would help.
-        ready: whether a query would be answered now.
-        trouble: the reason if it is not.
-    """
+    """The health of a batcher or a model: where it is not live, only a restart would help."""
 
     live: bool
     ready: bool
@@ -68,11 +62,7 @@ class HealthMonitor:
         self._probe_error: str | None = None
 
     def report_turn(self, open_requests: bool) -> float:
-        """Record a turn of the batcher's thread, and return the time.
-
-        Args:
-            open_requests: whether requests wait for answers.
-        """
+        """Record a turn of the batcher's thread, and return the time."""
         now = self._last_turn = self._clock.now()
         if not open_requests:
             self._silent_since = math.inf
@@ -81,15 +71,12 @@ class HealthMonitor:
         return now
 
     def report_answer(self, now: float) -> None:
-        """Record that a query was answered."""
         self._silent_since, self._failed_in_a_row, self._probe_error = now, 0, None
 
     def report_failure(self) -> None:
-        """Record that a request failed."""
         self._failed_in_a_row += 1
 
     def report_failed_probe(self, reason: str) -> None:
-        """Record that a probe got no answer."""
         self._probe_error = reason
 
     def probe_due(self, now: float) -> bool:
@@ -101,11 +88,7 @@ class HealthMonitor:
         return due
 
     def trouble(self, answer_time: float) -> Health | None:
-        """Return what is wrong, if anything.
-
-        Args:
-            answer_time: the median seconds that an answer takes; infinite if unknown.
-        """
+        """Return what is wrong, if anything; an answer usually takes `answer_time` seconds."""
         now = self._clock.now()
         if now - self._last_turn > STUCK:
             return Health(False, False, f"the batcher is stuck for {now - self._last_turn:.0f} s")

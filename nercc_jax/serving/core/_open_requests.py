@@ -41,13 +41,6 @@ class OpenRequests:
     """
 
     def __init__(self, queue: QueryQueue, observe: Observe, clock: AbstractClock):
-        """Create an empty set.
-
-        Args:
-            queue: the queue that reserves room for accepted requests.
-            observe: receives the metrics of requests and queries.
-            clock: the scheduler's clock.
-        """
         self._queue, self._observe, self._clock = queue, observe, clock
         self._settled = threading.Condition()
         self._open: set[Request] = set()
@@ -110,17 +103,14 @@ class OpenRequests:
         return True
 
     def keep_deadline(self, request: Request) -> None:
-        """Include the request in `pop_expired`."""
         end = request.arrived + request.deadline
         heapq.heappush(self._deadlines, (end, next(self._numbers), request))
 
     @property
     def next_deadline(self) -> float:
-        """The time of the next deadline; infinite if there is none."""
         return self._deadlines[0][0] if self._deadlines else math.inf
 
     def pop_expired(self, now: float) -> Iterator[Request]:
-        """Yield the requests whose deadlines have passed."""
         if len(self._deadlines) > 2 * len(self._open) + _STALE:
             self._deadlines = [each for each in self._deadlines if each[2] in self._open]
             heapq.heapify(self._deadlines)
@@ -128,13 +118,7 @@ class OpenRequests:
             yield heapq.heappop(self._deadlines)[2]
 
     def answer(self, queries: Sequence[Query], answer: Answer, now: float) -> list[Group]:
-        """Give queries their answers, but not those that nobody waits for any more.
-
-        Args:
-            queries: the queries, of any requests.
-            answer: the answers, one row each.
-            now: the time.
-        """
+        """Give queries of any requests their answers, except those that nobody waits for."""
         groups: list[Group] = []
         rows: dict[Request, list[int]] = {}
         for row, query in enumerate(queries):
@@ -187,14 +171,12 @@ class OpenRequests:
         return groups
 
     def cancel(self, request: Request, now: float) -> list[Group]:
-        """End a request that its client gave up."""
         if request not in self._open:
             return []
         self._observe("request_cancelled", now - request.arrived)
         return self._drop(request)
 
     def close(self) -> None:
-        """Accept no more requests."""
         with self._settled:
             self.closing = True
 

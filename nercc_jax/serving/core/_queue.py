@@ -16,19 +16,12 @@ class EventQueue:
     """
 
     def __init__(self, clock: AbstractClock, name: str, turn: Callable[[], float]):
-        """Create the thread, which calls `turn()` after each event and when it asked to be called.
-
-        Args:
-            clock: the clock that drives the thread.
-            name: the thread's name.
-            turn: handles what is due, and returns the time of the next turn.
-        """
+        """Create the thread, which calls `turn()` after each event and when that asked for it."""
         self._events: collections.deque[Any] = collections.deque()
         self._turns = clock.turns(name, turn)
         self.start, self.wake, self.close = self._turns.start, self._turns.wake, self._turns.close
 
     def post(self, event: Any) -> None:
-        """Add an event, and wake the scheduler."""
         self._events.append(event)
         self._turns.wake()
 
@@ -69,18 +62,15 @@ class Lane:
 
     @property
     def first(self) -> Query:
-        """The query whose turn is next."""
         return self._next()[0]
 
     @property
     def since(self) -> float:
-        """The arrival of the query that has waited longest."""
         return min(
             queries[0].request.arrived for queries in (self._high, self._ordinary) if queries
         )
 
     def add(self, request: Request) -> None:
-        """Append the queries of a request."""
         (self._high if request.high else self._ordinary).extend(request.queries)
 
     def add_first(self, queries: Iterable[Query]) -> None:
@@ -88,13 +78,11 @@ class Lane:
         self._ordinary.extendleft(reversed([*queries]))
 
     def pop(self, number: int) -> list[Query]:
-        """Take out the first queries."""
         if not self._high:
             return [self._ordinary.popleft() for _ in range(number)]
         return [self._next().popleft() for _ in range(number)]
 
     def sweep(self) -> None:
-        """Remove the queries that nobody waits for."""
         for queries in (self._high, self._ordinary):
             alive = [query for query in queries if not query.done]
             queries.clear()
@@ -110,11 +98,10 @@ class QueryQueue:
     """
 
     def __init__(self, capacity: int):
-        """Create an empty queue.
+        """Create an empty queue, in which so many queries may wait.
 
-        Args:
-            capacity: the number of queries that may wait. Those of high priority find room for a
-                quarter more. Resent queries count, but are never refused.
+        Those of high priority find room for a quarter more. Resent ones count, and are never
+        refused.
         """
         self.resent, self.exact, self.coded = Lane(), Lane(), Lane()
         self.capacity, self.waiting = capacity, 0
@@ -131,7 +118,6 @@ class QueryQueue:
         return reserved
 
     def add(self, request: Request) -> None:
-        """Add the queries of a request for which room was reserved."""
         (self.exact if request.exact_only else self.coded).add(request)
 
     def resend(self, queries: list[Query]) -> None:
@@ -142,11 +128,7 @@ class QueryQueue:
         self.resent.add_first(queries)
 
     def next_lane(self, *, hold_coded: bool = False) -> Lane | None:
-        """Return the lane to serve next, or None.
-
-        Args:
-            hold_coded: leave out the queries that are to be coded.
-        """
+        """Return the lane to serve next, or None; without queries to be coded if these are held."""
         self._sweep()
         if not self.waiting:
             return None
@@ -163,7 +145,6 @@ class QueryQueue:
         return max(workers * own // total, 1) if own < total else workers
 
     def pop(self, lane: Lane, number: int) -> list[Query]:
-        """Take the first queries out of a lane."""
         queries = lane.pop(number)
         self._popped += queries
         for query in queries:
@@ -172,7 +153,6 @@ class QueryQueue:
         return queries
 
     def take_popped(self) -> list[Query]:
-        """Return the queries that were popped since the last call."""
         popped, self._popped = self._popped, []
         return popped
 

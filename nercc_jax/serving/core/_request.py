@@ -135,16 +135,10 @@ class Request:
         lead: float = 0.0,
         trace: RequestTrace | None = None,
     ):
-        """Create a request.
+        """Create a request of queries (B, ...), whose answers are written into `values`.
 
-        Args:
-            x: the queries, (B, ...).
-            values: the array that answers are written into.
-            arrived: the time of arrival by the scheduler's clock.
-            deadline: seconds from arrival until the request fails.
-            exact: accept only the model's own answers.
-            lead: seconds by which the request overtakes earlier ones; 0 for ordinary priority.
-            trace: a record of the request's life, if somebody wants one.
+        It fails `deadline` seconds after it arrived. `exact` accepts only the model's own answers.
+        It overtakes requests that arrived up to `lead` seconds earlier; 0 is ordinary priority.
         """
         size = len(x)
         self.x: np.ndarray | None = x  # all queries, until the request is over
@@ -196,7 +190,6 @@ class Request:
         return self._left == 0
 
     def reply(self, now: float) -> Reply:
-        """Return the reply of a request whose queries are all answered."""
         return Reply(
             self._values,
             self._exact,
@@ -268,14 +261,12 @@ class BatchSpec:
     dtype: np.dtype = CODED
 
     def zeros(self, number: int) -> Shaped[np.ndarray, "number ..."]:
-        """Return this number of rows of zeros."""
         return np.zeros((number, *self.shape), self.dtype)
 
     def check(self, x: np.ndarray) -> Shaped[np.ndarray, "batch ..."]:
         """Return queries as workers receive them.
 
-        Raises:
-            ValueError: where they are not one or more rows of this shape and kind, or not finite.
+        Raises ValueError where they are not rows of this shape and kind, or not finite.
         """
         x = np.asarray(x)
         if x.ndim != len(self.shape) + 1 or x.shape[1:] != self.shape or not len(x):
@@ -344,7 +335,6 @@ def message_of(error: BaseException) -> str:
 
 
 def shorten(text: str) -> str:
-    """Return the text, or its beginning and its length."""
     if len(text) <= _LONGEST_MESSAGE:
         return text
     return f"{text[:_LONGEST_MESSAGE]}... ({len(text)} characters)"

@@ -71,14 +71,7 @@ class QueryScheduler:
     ):
         """Compile the scheduler's own programs, without starting the thread.
 
-        Args:
-            pool: the workers; the caller closes it, after the scheduler.
-            coder: the code.
-            queries: the shape and dtype of queries.
-            answers: the shape and dtype of answers.
-            policy: the batching policy.
-            adaptation: calibration, prediction, and the setting that holds.
-            refuse: tells which answers of workers are not valid.
+        The caller closes the pool, after the scheduler.
 
         Raises:
             ValueError: for a policy that does not fit the code or the adaptation.
@@ -114,7 +107,6 @@ class QueryScheduler:
         self._worker_free_posted = False
 
     def start(self) -> None:
-        """Start the thread."""
         self._pool.on_idle(self._worker_free)
         self._events.start()
 
@@ -149,16 +141,13 @@ class QueryScheduler:
 
     @property
     def waiting(self) -> int:
-        """The number of queries that wait to be sent."""
         return self._queue.waiting
 
     @property
     def in_flight(self) -> int:
-        """The number of requests without a reply."""
         return len(self._open)
 
     def health(self) -> Health:
-        """Return whether the scheduler is alive and would answer a query now."""
         trouble = self._open.trouble(self._times.median(self.policy.max_batch_size))
         return pool_health(self._pool, self._coder) if trouble is None else trouble
 
@@ -173,7 +162,6 @@ class QueryScheduler:
         self._events.close(_LAST_TURN)
 
     def fail_open(self) -> None:
-        """Fail what has no reply after `close`."""
         for request in self._open:
             self._open.fail(request, ServerClosing("the server shut down before it could answer"))
 
@@ -196,7 +184,6 @@ class QueryScheduler:
             self._decoder.decode(zeros, everyone, self._coder.num_data)
 
     def _run(self) -> float:
-        """Take a turn, and return when the next one is due."""
         try:
             self._turn()
         except BaseException as error:
@@ -286,7 +273,6 @@ class QueryScheduler:
             self._enqueue(probe, now)
 
     def _expire(self, now: float) -> None:
-        """Fail the requests whose deadlines have passed."""
         for request in self._open.pop_expired(now):
             why = (
                 f"not answered within {request.deadline:g} s: {self.waiting} queries wait, "
@@ -310,9 +296,8 @@ class QueryScheduler:
 
     def _dispatch(self, now: float) -> None:
         self._dispatch_due = math.inf
-        sent = self._dispatcher.dispatch(self._turn_at(now))
-        self._dispatch_due = sent.due
-        for group in sent.groups:
+        groups, self._dispatch_due = self._dispatcher.dispatch(self._turn_at(now))
+        for group in groups:
             self._guard(self._set_timer, group, now, concerned=group)
 
     def _turn_at(self, now: float) -> Turn:
@@ -320,9 +305,8 @@ class QueryScheduler:
         return Turn(now, self._setting, answer_time, self._open.closing)
 
     def _receive(self, group: Group, now: float) -> None:
-        """Take a group's new answers from the pool."""
         batch = group.batch
-        if group.closed or batch is None:
+        if group.closed:
             return
         for point in np.flatnonzero(batch.available & ~group.mask).tolist():
             value = batch.answer(point)
@@ -339,7 +323,6 @@ class QueryScheduler:
     def _receive_own(
         self, group: Group, place: int, value: np.ndarray, worker: int, now: float
     ) -> None:
-        """Take the model's own answers to the queries of a cell."""
         own = group.layout.own[place]
         asked, responded = int(group.sent[own].sum()), int(group.mask[own].sum())
         queries = group.cells[place].queries
@@ -375,7 +358,6 @@ class QueryScheduler:
         self._queue.resend(queries)
 
     def _settle(self, settled: Sequence[Settled], now: float) -> None:
-        """Give out answers that were held back."""
         for query, verdict, suspicious in settled:
             number = max(len(query.candidates), 1)
             if not suspicious:
@@ -445,7 +427,6 @@ class QueryScheduler:
 
     def _late(self, group: Group, now: float) -> np.ndarray:
         """Return the mask of coded data points not to wait for: late ones, and failed ones."""
-        assert group.batch is not None
         outstanding = group.outstanding
         late = outstanding & (now - group.sent_at >= self._times.limit(group.rows))
         for point in np.flatnonzero(outstanding & ~late).tolist():
@@ -453,7 +434,6 @@ class QueryScheduler:
         return late
 
     def _fail_if_lost(self, group: Group) -> None:
-        assert group.batch is not None
         if not group.batch.lost(0):
             return
         failures = group.batch.failures
@@ -470,7 +450,6 @@ class QueryScheduler:
 
     def _close_group(self, group: Group, now: float) -> None:
         """Close a group whose queries are answered, or keep it to receive stragglers' answers."""
-        assert group.batch is not None
         if not group.alone and group.outstanding.any() and now < group.linger_until:
             kept = len(self._dispatcher.groups) - len(self._late_groups)
             if math.isinf(group.linger_until) and kept < _LINGERING and not group.stripped:
@@ -495,7 +474,6 @@ class QueryScheduler:
         if not any(coming for coming, *_ in awaited):
             self._late_groups.discard(group)
             return False
-        assert group.batch is not None
         group.batch.suffice()
         group.linger_until = math.inf
         for evicted in self._late_groups.add(group):

@@ -45,12 +45,7 @@ class TooManyNumbers(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class JsonBounds:
-    """The most that the JSON of a request for a model may hold.
-
-    Attributes:
-        numbers: numbers of all tensors.
-        lists: lists of all tensors, nested as their shapes.
-    """
+    """The most numbers and lists, nested as their shapes, that a request's tensors may have."""
 
     numbers: int
     lists: int
@@ -65,7 +60,6 @@ class JsonBounds:
 
     @property
     def bytes(self) -> int:
-        """The size of the JSON."""
         return NUMBER_BYTES * self.numbers + _OTHER_BYTES
 
     @property
@@ -83,12 +77,7 @@ class JsonCounter:
     """Counts the parts of JSON as it arrives, and refuses more than the bounds."""
 
     def __init__(self, bounds: JsonBounds, length: int | None):
-        """Create a counter.
-
-        Args:
-            bounds: the bounds.
-            length: the bytes of JSON, if something else follows it.
-        """
+        """Create a counter; JSON has `length` bytes, if something else follows it."""
         self._bounds, self._left = bounds, math.inf if length is None else length
         self._seen = 0
         self._counts: dict[str, int] = {}
@@ -116,7 +105,6 @@ class JsonCounter:
 
     @property
     def counting(self) -> bool:
-        """True if more JSON is to come."""
         return self._left > 0
 
     @property
@@ -135,10 +123,7 @@ def loads(text: bytes | bytearray | memoryview) -> tuple[Any, list[np.ndarray | 
 
     Returns:
         The request without the data of its inputs, and those data: arrays of one axis, or what is
-        wrong with them; None for an input without data.
-
-    Raises:
-        ValueError: where it is no JSON.
+        wrong with them; None for an input without data. Raises ValueError where it is no JSON.
     """
     request = orjson.loads(text)
     inputs = request.get("inputs") if isinstance(request, dict) else None
@@ -196,11 +181,9 @@ class JsonProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def loads(self, text: bytes | bytearray | memoryview) -> Any:
-        """Parse as `loads` does. It blocks; `end` interrupts it.
+        """Parse as `loads` does, and raise OSError where the process ends meanwhile.
 
-        Raises:
-            ValueError: as `loads`.
-            OSError: where the process ended meanwhile.
+        It blocks; `end` interrupts it.
         """
         with self._lock:
             process = self._running()

@@ -10,7 +10,7 @@ import sys
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Set
-from typing import Any, NamedTuple, TypeAlias, TypedDict
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import orjson
@@ -19,7 +19,7 @@ from pydantic import BaseModel, StrictBool, StrictFloat, StrictInt, ValidationEr
 from .._policy import MAX_DEADLINE_S
 from ..core._request import Reply
 from ._errors import InvalidInput, TooLarge, UnsupportedEncoding
-from ._json import JsonBounds, loads
+from ._json import loads
 from ._servable import ADDED_OUTPUTS, Servable, Tensor
 
 # The value of a probability or an error that is unknown: JSON has no NaN.
@@ -102,15 +102,7 @@ class RequestedOutput(NamedTuple):
 
 @dataclasses.dataclass
 class InferRequest:
-    """An inference request of either transport.
-
-    Attributes:
-        inputs: the tensors.
-        id: the client's id, or one of ours.
-        parameters: the request's parameters.
-        outputs: the outputs asked for; all if empty.
-        binary_outputs: whether to send all outputs as binary data.
-    """
+    """An inference request of either transport; all outputs are asked for if none is."""
 
     inputs: list[InputTensor]
     id: str | None = None
@@ -119,24 +111,11 @@ class InferRequest:
     binary_outputs: bool = False
 
 
-class AnswerOptions(TypedDict):
-    """The options with which a request is answered: the keywords of `ServedModel.infer`."""
-
-    deadline: float | None
-    exact: bool
-    high: bool
-
-
 def decompress(body: bytes | bytearray, encoding: str, limit: int) -> Iterator[bytes]:
-    """Yield the pieces of a body as it was before compression.
-
-    Args:
-        body: the compressed body.
-        encoding: the Content-Encoding.
-        limit: the largest size of the result, in bytes.
+    """Yield the pieces of a body as it was before compression, by its Content-Encoding.
 
     Raises:
-        TooLarge: where the result is larger.
+        TooLarge: where the result is larger than the limit, in bytes.
         UnsupportedEncoding: for an unknown encoding.
         InvalidInput: where the body is not compressed so.
     """
@@ -165,12 +144,7 @@ def decompress(body: bytes | bytearray, encoding: str, limit: int) -> Iterator[b
 
 
 def json_size(size: int, json_length: str | None, limit: int = sys.maxsize) -> int:
-    """Return how many of a body's bytes are JSON.
-
-    Args:
-        size: the body's size.
-        json_length: the length that the request's header gives, if binary tensors follow the JSON.
-        limit: the largest JSON, in bytes.
+    """Return how many of a body's bytes are JSON: all, unless the request's header gives a length.
 
     Raises:
         InvalidInput: where `json_length` is not a length within the body.
@@ -194,11 +168,6 @@ def json_size(size: int, json_length: str | None, limit: int = sys.maxsize) -> i
     return length
 
 
-def json_bounds(servable: Servable, rows: int) -> JsonBounds:
-    """Return the most that the JSON of a request of this number of queries may hold."""
-    return JsonBounds.of(tuple(part.shape for part in servable.inputs.parts), rows)
-
-
 def read_request(
     body: bytes | bytearray,
     json_length: str | None,
@@ -206,13 +175,7 @@ def read_request(
 ) -> InferRequest:
     """Read a REST body: JSON, which ends at `json_length` if binary tensors follow it.
 
-    Args:
-        body: the body.
-        json_length: the length of the JSON by the request's header.
-        parsed: the JSON as `_json.loads` parses it, if that was done elsewhere.
-
-    Raises:
-        InvalidInput: where it is not such a body.
+    `_json.loads` may have parsed it elsewhere. Raises InvalidInput where it is not such a body.
     """
     size = json_size(len(body), json_length)
     try:
@@ -260,14 +223,9 @@ def queries_of(
 ) -> np.ndarray | dict[str, np.ndarray]:
     """Return a request's queries, (B, *shape), by name where the model takes a dict of arrays.
 
-    Args:
-        request: the request.
-        servable: the model.
-        most: the largest B, beyond which there would never be room.
-
     Raises:
         InvalidInput: for anything but tensors of the names, types and shapes in the metadata.
-        TooLarge: for a larger B.
+        TooLarge: for more queries than `most`, for which there would never be room.
     """
     inputs = servable.inputs
     given = {each.name: each for each in request.inputs}
@@ -308,8 +266,8 @@ def _read_tensor(given: InputTensor, wanted: Tensor) -> np.ndarray:
     return given.data.reshape(shape)
 
 
-def answer_options(request: InferRequest) -> AnswerOptions:
-    """Return the deadline in seconds, exactness and priority that a request asks for.
+def answer_options(request: InferRequest) -> dict[str, Any]:
+    """Return the keywords of `ServedModel.infer` that a request asks for.
 
     They are the parameters `nercc_exact` (a boolean), `nercc_deadline_ms`, and Triton's `timeout`
     in microseconds and `priority`, 1 or 2 (0 means the default).
@@ -435,7 +393,6 @@ def check_outputs(request: InferRequest, servable: Servable) -> None:
 
 
 def input_types(servable: Servable) -> list[dict[str, Any]]:
-    """Return the inputs as the metadata have them."""
     return _types(servable.inputs.parts)
 
 

@@ -34,13 +34,9 @@ class Preprocessing:
             self._compute({p.name: np.zeros((size, *p.shape), p.dtype) for p in self._inputs.parts})
 
     def __call__(self, given: Any) -> Float[np.ndarray, "batch ..."]:
-        """Return rows of floats.
+        """Return rows of floats from an array (B, *shape), or by name if there are several.
 
-        Args:
-            given: an array (B, *shape), or arrays by name where the model has several inputs.
-
-        Raises:
-            ValueError: for inputs that do not fit, or whose preprocessing is not finite.
+        Raises ValueError for inputs that do not fit, or whose preprocessing is not finite.
         """
         columns = self._inputs.fit(given)
         number = len(columns[self._inputs.names[0]])
@@ -50,8 +46,9 @@ class Preprocessing:
             size = next(size for size in self._sizes if size >= few)
             piece = {name: fill_up(x[begin : begin + few], size) for name, x in columns.items()}
             pieces.append(jax.tree.map(lambda y, few=few: y[:few], self._compute(piece)))
-        whole = pieces[0] if len(pieces) == 1 else jax.tree.map(_joined, *pieces)
-        return self._queries.pack(whole)
+        if len(pieces) > 1:
+            pieces = [jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)]
+        return self._queries.pack(pieces[0])
 
     def _compute(self, columns: dict[str, np.ndarray]) -> PyTree[Float[np.ndarray, "batch ..."]]:
         given = columns[self._inputs.names[0]] if self._inputs.alone else columns
@@ -59,13 +56,7 @@ class Preprocessing:
             return jax.tree.map(lambda y: np.asarray(y, np.float32), self._function(given))
 
     async def run(self, given: Any) -> Float[np.ndarray, "batch ..."]:
-        """Return rows of floats, by another thread."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, self, given)
 
     def close(self) -> None:
-        """End the threads; nothing is waited for."""
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-
-def _joined(*pieces: np.ndarray) -> np.ndarray:
-    return np.concatenate(pieces)

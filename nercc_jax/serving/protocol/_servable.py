@@ -20,6 +20,7 @@ from jaxtyping import Array, PyTree, Shaped
 
 from ...codes._trees import Form
 from ...inference._models import Model, call_model, check_model
+from ...pools._batch import reason_of
 
 FLOAT = "FP32"
 # By the protocol's datatype, the dtype on the wire.
@@ -66,14 +67,12 @@ class Tensor:
 
     @property
     def batch_shape(self) -> list[int]:
-        """The shape of a batch in the protocol's terms."""
         return [-1, *self.shape]
 
     def fit(self, x: np.ndarray) -> np.ndarray:
         """Return queries (B, *shape) in the model's dtype.
 
-        Raises:
-            ValueError: where they have another shape or kind, or do not fit into the dtype.
+        Raises ValueError where they have another shape or kind, or do not fit into the dtype.
         """
         if x.ndim != len(self.shape) + 1 or x.shape[1:] != self.shape or not len(x):
             raise ValueError(f"the model takes {self}, not of shape {list(x.shape)}")
@@ -103,14 +102,10 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
-    """The tensors of a query or an answer.
+    """The tensors of a query or an answer; `alone` if the model has one array instead of a dict.
 
     A row is the tensor itself where there is one, (d,) float32 where all are floats, and otherwise
     the bytes of all, which are never coded.
-
-    Attributes:
-        parts: the tensors.
-        alone: whether the model has one array instead of a dict.
     """
 
     parts: tuple[Tensor, ...]
@@ -118,18 +113,15 @@ class Tensors:
 
     @property
     def names(self) -> list[str]:
-        """The tensors' names."""
         return [part.name for part in self.parts]
 
     @functools.cached_property
     def dtype(self) -> np.dtype:
-        """The dtype of rows."""
         kinds = {part.dtype for part in self.parts}
         return kinds.pop() if len(self.parts) == 1 or kinds == {DTYPES[FLOAT]} else _BYTES
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
-        """The shape of a row."""
         return self.parts[0].shape if len(self.parts) == 1 else (sum(self._widths),)
 
     @functools.cached_property
@@ -148,7 +140,6 @@ class Tensors:
 
     @property
     def plain(self) -> bool:
-        """Return whether it is one array of floats."""
         return self.alone and self.parts[0].datatype == FLOAT
 
     @property
@@ -162,9 +153,8 @@ class Tensors:
     def pack(self, given: Any) -> np.ndarray:
         """Return rows of queries from arrays (B, *shape) by name, or from one array.
 
-        Raises:
-            ValueError: where a name is missing or unknown, the numbers of queries differ, or as
-                `Tensor.fit`.
+        Raises ValueError where a name is missing or unknown, the numbers of queries differ, or as
+        `Tensor.fit`.
         """
         columns = self.fit(given)
         if len(columns) == 1:
@@ -211,7 +201,6 @@ class Tensors:
         return None
 
     def named(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Return rows, on the host, as arrays by name."""
         return dict(zip(self.names, self._split(rows, _view), strict=True))
 
     def split(self, rows: Array) -> PyTree[Array]:
@@ -411,8 +400,9 @@ def make_servable(
     try:
         answer: Any = eqx.filter_eval_shape(lambda x: call_model(model, x), batch)
     except Exception as error:
-        first = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{name} does not run on a batch of {queries}: {first}") from error
+        raise ValueError(
+            f"{name} does not run on a batch of {queries}: {reason_of(error)}"
+        ) from error
     outputs = _outputs(name, answer, output_name)
     if not (queries.alone and outputs.alone):
         model = RowModel(model, queries, outputs)
@@ -429,12 +419,12 @@ def make_servable(
 
 
 def _prepared(name: str, preprocess: Callable[..., Any], inputs: Tensors) -> Tensors:
-    """Return the tensors that preprocessing makes of the inputs."""
     try:
         found: Any = eqx.filter_eval_shape(preprocess, _example(inputs))
     except Exception as error:
-        first = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{name}: preprocessing does not run on {inputs}: {first}") from error
+        raise ValueError(
+            f"{name}: preprocessing does not run on {inputs}: {reason_of(error)}"
+        ) from error
     alone = not isinstance(found, Mapping)
     named: Mapping[str, Any] = {INPUT: found} if alone else found
     for each, leaf in named.items():
@@ -462,7 +452,6 @@ def _inputs(name: str, shape: Shapes, datatype: str | Mapping[str, str]) -> Tens
 
 
 def _example(inputs: Tensors) -> Any:
-    """Return one query as shapes and dtypes."""
     each = {p.name: jax.ShapeDtypeStruct((1, *p.shape), p.dtype) for p in inputs.parts}
     return each[INPUT] if inputs.alone else each
 

@@ -242,10 +242,9 @@ def _client(context: Any) -> str:
 
 
 def read_message(request: messages.ModelInferRequest) -> InferRequest:
-    """Return an inference request's message as an `InferRequest`.
+    """Return a message as an `InferRequest`.
 
-    Raises:
-        InvalidInput: where raw contents do not fit the inputs.
+    Raises InvalidInput where raw contents do not fit the inputs.
     """
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):

@@ -31,10 +31,9 @@ from ..protocol._errors import (
     TooLarge,
     Unauthenticated,
 )
-from ..protocol._json import JsonCounter, TooManyNumbers
+from ..protocol._json import JsonBounds, JsonCounter, TooManyNumbers
 from ..protocol._messages import (
     decompress,
-    json_bounds,
     json_size,
     read_request,
     write_reply,
@@ -49,9 +48,7 @@ class BoundedHttp(HttpToolsProtocol):
     A connection reads nothing, the head of a request, or its body.
     """
 
-    def __init__(
-        self, settings: ServerSettings, shared: "Connections[BoundedHttp]", **options: Any
-    ):
+    def __init__(self, settings: ServerSettings, shared: Connections, **options: Any):
         """Create a connection; `options` are uvicorn's."""
         HttpToolsProtocol.__init__(self, **options)
         self._settings, self._shared = settings, shared
@@ -143,8 +140,7 @@ class BoundedHttp(HttpToolsProtocol):
     def _count(self, size: int) -> None:
         """Count bytes of the head, or of a chunked body's trailer.
 
-        Raises:
-            RuntimeError: above the limit, to end the parser.
+        Raises RuntimeError above the limit, to end the parser.
         """
         self._head += size
         if self._head > self._settings.max_header_bytes:
@@ -293,7 +289,6 @@ class InferenceEndpoint:
 
 
 def error_response(error: Exception) -> Response:
-    """Return the response to an error that has a status."""
     status = KINDS[type(error)].http
     return JSONResponse({"error": message_of(error)}, status, _HEADERS.get(status))
 
@@ -301,13 +296,9 @@ def error_response(error: Exception) -> Response:
 def seconds_since_proxy(headers: Iterable[tuple[bytes, bytes]], now: float) -> float:
     """Return the seconds since a proxy took the request, by the `X-Request-Start` header.
 
-    Args:
-        headers: the request's headers.
-        now: the wall clock's time.
-
-    Returns:
-        The seconds; 0 without the header, and for a time in the future or more than an hour ago,
-        longer than any deadline, by which clocks of machines differ and not requests.
+    They are 0 without the header, and for a time in the future or more than an hour ago, longer
+    than any deadline, by which clocks of machines differ and not requests. `now` is the wall
+    clock's time.
     """
     for name, value in headers:
         if name == REQUEST_START and (found := _TIME.fullmatch(value.strip())) is not None:
@@ -333,7 +324,8 @@ async def _read(
         None if name not in headers else headers[name].decode("latin-1")
         for name in (b"inference-header-content-length", b"content-encoding")
     )
-    bounds = json_bounds(model.servable, model.settings.max_queue_size)
+    shapes = tuple(part.shape for part in model.servable.inputs.parts)
+    bounds = JsonBounds.of(shapes, model.settings.max_queue_size)
     most = min(bounds.bytes, settings.max_json_bytes)
     announced = headers.get(b"content-length", b"0")
     _check_announced(announced, length is None and encoding is None, settings, most)
@@ -433,12 +425,7 @@ async def read_body(
 
 
 async def _while_connected(receive: Receive, answer: Coroutine[Any, Any, Reply]) -> Reply:
-    """Await the answer, and give it up once the client has gone away.
-
-    Raises:
-        ClientDisconnect: then.
-        Exception: as the answer does.
-    """
+    """Await the answer; raise ClientDisconnect once the client has gone away."""
     asker = asyncio.current_task()
     assert asker is not None
     gone = False

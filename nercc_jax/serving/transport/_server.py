@@ -76,13 +76,9 @@ class Server:
     ):
         """Create a server that does not listen yet.
 
-        Args:
-            starts: by each model's key (`Servable.key`) a function that starts it, which may take
-                minutes.
-            settings: the server's settings.
-            registry: of the metrics; by default a new one.
-            telemetry: makes spans of requests, and is closed at the end; by default as
-                OpenTelemetry's variables say.
+        By each model's key (`Servable.key`), a function starts it, which may take minutes.
+        Telemetry makes spans of requests, and is closed at the end; by default it is as
+        OpenTelemetry's variables say.
 
         Raises:
             ImportError: where they ask for packages that are missing.
@@ -286,14 +282,17 @@ class Server:
 
     def _start_each(self, failures: list[BaseException]) -> None:
         try:
-            for name, start in self.starts.items():
+            for name in self.starts:
                 if self.state.draining:
                     return
-                self._open[name] = self.state.models[name] = start()
-                if self.state.draining:  # the others may have been closed by now
-                    self._close(name)
+                self._start(name)
         except BaseException as error:
             failures.append(error)
+
+    def _start(self, name: str) -> None:
+        self._open[name] = self.state.models[name] = self.starts[name]()
+        if self.state.draining:  # the others may have been closed by now
+            self._close(name)
 
     async def _drain(self, http: asyncio.Task) -> None:
         """Be not ready, then accept nothing new, and fail what takes too long."""
@@ -319,7 +318,6 @@ class Server:
         http.cancel()
 
     def _count_lost(self) -> None:
-        """Count and log the requests that will not be answered."""
         found = {name: model.in_flight for name, model in self._open.items()}
         self.lost = {name: number for name, number in found.items() if number}
         if self.lost:
@@ -396,9 +394,7 @@ class _ExplicitControl(ModelControl):
 
         def start(key: str) -> None:
             try:
-                server._open[key] = state.models[key] = server.starts[key]()
-                if state.draining:
-                    server._close(key)
+                server._start(key)
             except Exception as error:
                 failures.append(error)
 
@@ -531,11 +527,7 @@ def serve(
 ) -> None:
     """Serve a model behind a code until SIGTERM or SIGINT, as `nercc serve` does.
 
-    Args:
-        model: a callable on a batch, or the result of `make_servable`.
-        code: the code of its queries; by default NeRCC.
-        shape: the shape of one query without the batch axis.
-        **options: further arguments of `make_server`.
+    Arguments are those of `make_server`.
 
     Raises:
         OSError: where a port is taken.

@@ -7,7 +7,7 @@ import asyncio
 import collections
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from ..protocol._errors import Overloaded
 from ..protocol._json import JsonProcess
@@ -24,8 +24,6 @@ PIECE, _PIECE_PAUSE = 2**18, 0.004
 _FEW, _KEPT_FOR_FEW = 8, 16
 # Seconds between two pieces of refused bodies that are still received, over all connections.
 _DRAIN_PAUSE = 0.01
-
-C = TypeVar("C")
 
 
 class RequestMemory:
@@ -81,7 +79,6 @@ class Turns:
         self._waiting: dict[str, collections.deque[asyncio.Future[None]]] = {}  # next client first
 
     async def acquire(self, client: str) -> None:
-        """Wait for a turn."""
         if not self._held:
             self._held = True
             return
@@ -124,12 +121,7 @@ class JsonReader:
         asyncio.get_running_loop().call_later(_PIECE_PAUSE, self._receiving.release)
 
     async def loads(self, client: str, text: bytes | bytearray | memoryview, seconds: float) -> Any:
-        """Parse as `_json.loads`, and raise as it does.
-
-        Args:
-            client: the client.
-            text: the JSON.
-            seconds: how long to wait for a turn at most.
+        """Parse as `_json.loads`, and raise as it does; wait some seconds for a turn at most.
 
         Raises:
             Overloaded: where no turn comes, or the process fails.
@@ -152,11 +144,10 @@ class JsonReader:
             self._parsing.release()
 
     def close(self) -> None:
-        """End the process."""
         self._process.end()
 
 
-class Connections(Generic[C]):
+class Connections:
     """The connections of a server: which there may be, and which make room for others.
 
     At the limit, the connection that has been silent for longest is closed, of the client that has
@@ -167,12 +158,12 @@ class Connections(Generic[C]):
     def __init__(self, limit: int):
         """Create an empty set with the number of connections that there may be."""
         self.limit = limit
-        self._clients: dict[C, str] = {}
+        self._clients: dict[Any, str] = {}
         self._counts: collections.Counter[str] = collections.Counter()
-        self._silent: dict[str, dict[C, None]] = {}  # by client, longest first
+        self._silent: dict[str, dict[Any, None]] = {}  # by client, longest first
         self._drained: collections.deque[Any] = collections.deque()
 
-    def admit(self, connection: C, client: str) -> C | None:
+    def admit(self, connection: Any, client: str) -> Any:
         """Add a silent connection, and return the one to close instead: it itself at worst."""
         self._clients[connection] = client
         self._counts[client] += 1
@@ -187,8 +178,7 @@ class Connections(Generic[C]):
             self.remove(closed)
         return closed
 
-    def remove(self, connection: C) -> None:
-        """Remove a connection, if it is there."""
+    def remove(self, connection: Any) -> None:
         if connection not in self._clients:
             return
         self.remove_silent(connection)
@@ -197,13 +187,12 @@ class Connections(Generic[C]):
         if not self._counts[client]:
             del self._counts[client]
 
-    def add_silent(self, connection: C) -> None:
+    def add_silent(self, connection: Any) -> None:
         """Note that a connection waits for its next request, or its first."""
         if (client := self._clients.get(connection)) is not None:
             self._silent.setdefault(client, {})[connection] = None
 
-    def remove_silent(self, connection: C) -> None:
-        """Note that a request has begun."""
+    def remove_silent(self, connection: Any) -> None:
         client = self._clients.get(connection)
         if client is not None and (silent := self._silent.get(client)) is not None:
             silent.pop(connection, None)

@@ -45,9 +45,8 @@ _EXTENSIONS = ("model_configuration", "model_repository", "schedule_policy", "st
 class ModelControl:
     """Loads and unloads the models of a server; this one refuses to.
 
-    Attributes:
-        known: the keys of all models that can be loaded.
-        loading: the keys of those that are being loaded, which the server does not wait for.
+    `known` are the keys of all models that can be loaded, and `loading` of those that are being
+    loaded, for which the server does not wait.
     """
 
     known: Sequence[str] = ()
@@ -60,9 +59,7 @@ class ModelControl:
     async def unload(self, name: str) -> None:
         """Answer what was accepted by a model, and end it.
 
-        Raises:
-            NotImplementedError: where clients may not do so.
-            ModelNotFound: where no such model is configured.
+        Raises NotImplementedError where clients may not do so, and ModelNotFound.
         """
         raise NotImplementedError("clients may unload models only with --model-control explicit")
 
@@ -70,14 +67,8 @@ class ModelControl:
 class ServerState:
     """The models of a server, and the answers to what clients ask.
 
-    Attributes:
-        models: the models that are started, by key (`Servable.key`).
-        names: the keys of all models that are started or will be.
-        control: loads and unloads models, where clients may do so.
-        settings: the server's settings.
-        memory: the bytes of the requests in progress.
-        reader: parses large JSON.
-        draining: whether the server answers its last requests.
+    `models` are those that are started, by key (`Servable.key`), and `names` the keys of all that
+    are started or will be.
     """
 
     def __init__(
@@ -87,14 +78,7 @@ class ServerState:
         starting: Sequence[str] = (),
         telemetry: Telemetry | None = None,
     ):
-        """Create the state.
-
-        Args:
-            models: started models, by key.
-            settings: the server's settings.
-            starting: the keys of further models, which are put into `models` once they answer.
-            telemetry: makes spans of requests.
-        """
+        """Create the state; `starting` are put into `models` once they answer. All are keys."""
         self.models = dict(models)
         self.settings = settings
         self.names = [*models, *starting]
@@ -108,7 +92,6 @@ class ServerState:
 
     @property
     def phase(self) -> Literal["starting", "serving", "draining"]:
-        """The phase of the server's life."""
         if self.draining:
             return "draining"
         waits = any(
@@ -118,15 +101,10 @@ class ServerState:
 
     @property
     def needs_token(self) -> bool:
-        """True if clients must send a token."""
         return bool(self._tokens)
 
     def check_token(self, authorization: bytes) -> None:
-        """Raise Unauthenticated unless a token is needed and given, or none is needed.
-
-        Args:
-            authorization: the header, or gRPC's metadata, of this name; empty where there is none.
-        """
+        """Raise Unauthenticated unless a header or gRPC's metadata have a token that is needed."""
         kind, _, token = authorization.strip().partition(b" ")
         known = [hmac.compare_digest(token.strip(), each) for each in self._tokens]
         if self._tokens and not (kind.lower() == b"bearer" and any(known)):
@@ -141,7 +119,6 @@ class ServerState:
                 raise ServerNotReady(f"{name}: {health.trouble}")
 
     def ready(self) -> bool:
-        """Return whether all models would answer now."""
         return self.phase == "serving" and all(health.ready for _, health in self._health())
 
     def model_ready(self, name: str, version: str = "") -> bool:
@@ -177,8 +154,7 @@ class ServerState:
     def check(self, name: str, version: str = "") -> str:
         """Return the key of a model's version, by default of the latest that is started.
 
-        Raises:
-            ModelNotFound: where there is no such model, nor will be.
+        Raises ModelNotFound where there is no such model, nor will be.
         """
         key = model_key(name, version or "1")
         if key in self.names and (version or len(self.names) == 1):
@@ -194,9 +170,7 @@ class ServerState:
     def find(self, name: str, version: str = "") -> ServedModel:
         """Return a model's version, by default the latest that is started.
 
-        Raises:
-            ModelNotFound: where there is no such model.
-            ServerNotReady: while it is started.
+        Raises ModelNotFound, and ServerNotReady while it is started.
         """
         key = self.check(name, version)
         if key not in self.models:
@@ -206,12 +180,7 @@ class ServerState:
     async def answer(
         self, model: ServedModel, request: InferRequest, elapsed: float = 0.0
     ) -> Reply:
-        """Answer a request.
-
-        Args:
-            model: the model.
-            request: the request.
-            elapsed: the seconds of its deadline that passed before it arrived.
+        """Answer a request, of whose deadline some seconds have passed before it arrived.
 
         Raises:
             InvalidInput: where it does not fit the model.
@@ -238,12 +207,7 @@ class ServerState:
 
     @contextlib.contextmanager
     def watch(self, name: str, headers: Callable[[], Mapping[str, str]]) -> Iterator[None]:
-        """Log and trace the request of this block, and count it if it is refused.
-
-        Args:
-            name: the model's name.
-            headers: returns the request's headers, which may name a trace.
-        """
+        """Log and trace the request of this block, and count it if it is refused."""
         trace = self._log.start(name, headers)
         outcome = "ok"
         try:
@@ -282,7 +246,6 @@ class ServerState:
         return index
 
     def metadata(self) -> dict[str, Any]:
-        """Return the server's metadata."""
         version = importlib.metadata.version("nercc-jax")
         extensions = ["binary_tensor_data", *_EXTENSIONS]
         return {"name": "nercc_jax", "version": version, "extensions": extensions}
@@ -332,7 +295,6 @@ class ServerState:
         return dict(zip(pools, await asyncio.gather(*checks), strict=True))
 
     def status(self) -> dict[str, Any]:
-        """Return all that the status page shows."""
         metadata = self.metadata()
         return {
             "server": {
