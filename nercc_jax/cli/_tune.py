@@ -101,13 +101,8 @@ def tune_command(
         import jax
         from rich.console import Console
 
-<<<<<<< HEAD
         from ..codes import AbstractCode, save_code
-        from ..evaluation import Evaluations
-=======
-        from ..codes import save_code
         from ..evaluation._evaluation import Evaluations
->>>>>>> h1
         from ..evaluation._trial import Trial
         from ..tuning import Descent, LayoutTuning
         from ._output import write_json
