@@ -42,9 +42,9 @@ def learn_decoder(
         code: A code with regression points `alpha` and `beta`.
         x: Unlabelled data points, such as will be served; at least K, better thousands.
         key: Random key.
-        num_groups: How many groups; 8 (N + K) unless given. Fewer cost less and decode worse:
-            on LeNet5 (100, 20) the mean error was 24 % below the tuned spline's by 20 groups, 37 %
-            by 200.
+        num_groups: How many groups; 8 (N + K) unless given. Fewer cost less and decode worse: on
+            LeNet5 (100, 20) the mean RMSE was 44 % below the tuned spline's by 960 groups, 39 % by
+            200, 22 % by 20, and 20 % above it by 5.
         batch_size: The number of data points in a call of the model.
 
     Raises:
