@@ -97,6 +97,16 @@ def test_float32_keeps_its_digits_where_few_straggle(learned):
         np.testing.assert_allclose(got, wanted, atol=5e-5)
 
 
+@pytest.mark.parametrize("unit", [1e-25, 1e25])
+def test_units_do_not_matter(learned, unit):
+    """Also where float32 holds no squares."""
+    code = learn_decoder(lambda x: unit * model(x), NeRCC(K, N), X[:600], key=KEY)
+    decode = jax.jit(LearnedDecoder.decoder_matrix)
+    for mask in MASKS:
+        wanted, got = (decode(each, jnp.asarray(mask)) for each in (learned, code))
+        np.testing.assert_allclose(got, wanted, atol=1e-3)
+
+
 def test_how_sure_it_is(learned):
     """Deviations are of this group, not of all; host and program agree."""
     infer = coded_inference(model, learned)

@@ -138,6 +138,10 @@ class _Regression:
         self.xp = xp = namespace(root, available)
         number = available.shape[0]
         self.available = available
+        # In units of the largest moment, whose square float32 might not hold.
+        largest = xp.max(xp.abs(root))
+        self.unit = xp.where(largest > 0, largest, 1)
+        root = root / self.unit
         noise = xp.sqrt(_NOISE * xp.mean(xp.sum(root[:, :number] ** 2, axis=0)))
         # Where no answer was ever other than 0, none tells anything.
         noise = xp.where(noise > 0, noise, 1)
@@ -177,7 +181,8 @@ class _Regression:
         """Return the expected squared errors of the predictions, (K,)."""
         some = self.weight > 0
         missing = (1 - self.xp.sum(self.free, axis=1)) ** 2 / self.xp.where(some, self.weight, 1)
-        return self.xp.where(some, self.xp.sum(self.left**2, axis=0) + missing, self.xp.inf)
+        total = self.unit**2 * (self.xp.sum(self.left**2, axis=0) + missing)
+        return self.xp.where(some, total, self.xp.inf)
 
     def whitening(self) -> Any:
         """Return S: for one output |S y|^2 is about 1, and it is how much the answers y vary.
@@ -187,4 +192,4 @@ class _Regression:
         count = self.xp.sum(self.available) - 1
         centred = self.white - self.xp.sum(self.white, axis=1)[:, None] * self.common
         several = self.xp.where(count > 0, count, 1)
-        return self.xp.where(count > 0, centred / self.xp.sqrt(several), 0)
+        return self.xp.where(count > 0, centred / (self.unit * self.xp.sqrt(several)), 0)
