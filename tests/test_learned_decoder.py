@@ -12,7 +12,7 @@ from nercc_jax import Berrut, NeRCC, Replication, coded_inference
 from nercc_jax.codes import LearnedDecoder
 from nercc_jax.codes._kept import kept_matrices
 from nercc_jax.evaluation import record_answers
-from nercc_jax.tuning import learn_decoder
+from nercc_jax.tuning import learn_decoder, parametrize
 
 K, N, OUTPUTS = 6, 15, 5
 WEIGHTS = np.random.default_rng(4).normal(size=(12, OUTPUTS)).astype("float32")
@@ -158,6 +158,10 @@ def test_data_points_are_pytrees_and_workers_images():
         (
             lambda: learn_decoder(jnp.log, NeRCC(K, N), np.abs(X) + 1e-3, key=KEY),
             r"answers to coded data points must be finite; they are not for workers \[",
+        ),
+        (
+            lambda: parametrize(LearnedDecoder(np.ones((3, 2)), np.eye(5))),
+            "nothing to tune: tune the code before",
         ),
         (lambda: LearnedDecoder(np.ones(3), np.eye(3)), r"encoder must be \(num_workers"),
         (lambda: LearnedDecoder(np.ones((3, 2)), np.eye(4)), r"root must be of shape \(5, 5\), no"),

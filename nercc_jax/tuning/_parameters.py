@@ -91,6 +91,7 @@ def parametrize(
         free |= shifts
     if not free:
         also = " except its points, which stay fixed" if "alpha" in leaves else ""
+        also = ": tune the code before its decoder is learned" if "encoder" in leaves else also
         raise ValueError(f"{type(code).__name__} has nothing to tune{also}")
 
     def rebuild(parameters: Parameters) -> Code:
