@@ -161,7 +161,7 @@ def add_codes(
         with steps_bar(console) as bar:
             codes, summary = make(data, bar)
             rows = _evaluate(data, codes, bar)
-        save_codes(data, RESULTS / "codes", codes)
+        save_codes(data, RESULTS, codes)
         old = [row for row in part[outputs]["rows"] if row["code"] not in codes]
         added[outputs] = part[outputs] | {
             "rows": [*old, *rows],
@@ -202,20 +202,24 @@ def _run_outputs(data: Data, folder: Path, bar: Progress, *, noise: bool) -> dic
     codes, tuning = _codes(data, bar)
     further = _add_parm(data.setting, data.outputs, codes)
     rows = _evaluate(data, codes, bar, further_models=further)
-    folder = folder / ("codes-quick" if data.size is QUICK else "codes")
     save_codes(data, folder, codes)
     found = {"rows": rows, "tuning": tuning}
     return found | ({"noise": _noise(data, codes)} if noise else {})
 
 
 def save_codes(data: Data, folder: Path, codes: Mapping[str, AbstractCode]) -> None:
-    """Write what was tuned and learned into a folder, each with a card."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write what was tuned and learned, each with a card, where `_code_file` says."""
     card = {"model": data.setting.model, "outputs": data.outputs, "laws": list(data.laws)}
     for name, end in (("NeRCC tuned", ""), ("NeRCC learned", "-learned")):
         if name in codes:
-            path = folder / f"{data.setting.name.replace(':', '-')}-{data.outputs}{end}.json"
+            path = _code_file(data, folder, end)
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_code(path, codes[name], card | {"by": "bench/paper.py"})
+
+
+def _code_file(data: Data, folder: Path, end: str = "") -> Path:
+    codes = folder / ("codes-quick" if data.size == QUICK else "codes")
+    return codes / f"{data.setting.name.replace(':', '-')}-{data.outputs}{end}.json"
 
 
 def _evaluate(
@@ -281,8 +285,7 @@ def _learned(
     data: Data, bar: Progress, tuned: AbstractCode | None = None
 ) -> tuple[dict[str, AbstractCode], dict[str, Any]]:
     """Return the encoders of tuned NeRCC and of BACC, each with the decoder learned for it."""
-    file = f"{data.setting.name.replace(':', '-')}-{data.outputs}.json"
-    tuned = load_code(RESULTS / "codes" / file) if tuned is None else tuned
+    tuned = load_code(_code_file(data, RESULTS)) if tuned is None else tuned
     # Groups of LeNet5 are cheap; RepVGG at (30, 20) was 0.3 points better with 500 than with 200.
     groups = None if data.setting.model.startswith("lenet5") else 200
     bar.add_task("learning decoders", total=None)

@@ -107,12 +107,13 @@ class LearnedDecoder(AbstractCode):
 
         About 1 for a group like them, more for one whose path is rougher; infinite with one answer.
         """
+        return _Regression(self.root, available).process(y)
+
+    def variances(
+        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
+    ) -> tuple[Float[Array, " num_data"], Float[Array, ""]]:
         regression = _Regression(self.root, available)
-        known = jnp.where(available[:, None], y, 0).astype(
-            jnp.promote_types(y.dtype, self.root.dtype)
-        )
-        varies = jnp.sum(jnp.mean(product(regression.whitening(), known) ** 2, axis=1))
-        return jnp.where(jnp.sum(available) > 1, varies, jnp.inf)
+        return regression.variance(), regression.process(y)
 
     def variances_on_host(
         self, available: Bool[np.ndarray, " num_workers"]
@@ -183,6 +184,13 @@ class _Regression:
         missing = (1 - self.xp.sum(self.free, axis=1)) ** 2 / self.xp.where(some, self.weight, 1)
         total = self.unit**2 * (self.xp.sum(self.left**2, axis=0) + missing)
         return self.xp.where(some, total, self.xp.inf)
+
+    def process(self, y: Array) -> Array:
+        """Return how much finite answers y vary, in a program; infinite with one."""
+        dtype = jnp.promote_types(y.dtype, self.white.dtype)
+        known = jnp.where(self.available[:, None], y, 0).astype(dtype)
+        varies = jnp.sum(jnp.mean(product(self.whitening(), known) ** 2, axis=1))
+        return jnp.where(jnp.sum(self.available) > 1, varies, jnp.inf)
 
     def whitening(self) -> Any:
         """Return S: for one output |S y|^2 is about 1, and it is how much the answers y vary.
