@@ -31,6 +31,10 @@ def picky(batch):
         raise ArithmeticError("no solution here")
     return np.asarray(batch)
 
+def holes(batch):  # it has nothing of some mixtures
+    rows = np.asarray(batch, "float32")
+    return np.where(abs(rows[:, :1] - rows[:, :1].round()) > 0.3, np.nan, rows)
+
 def load(path):
     return lambda batch: batch * np.load(path)
 
@@ -101,6 +105,13 @@ def test_what_a_function_raises_on_the_host_is_one_line(folder):
     result = CliRunner().invoke(app, ["demo", "--model", "own_parts:picky", *options])
     assert result.exit_code == 1
     assert result.output == "error: the model failed: ArithmeticError: no solution here\n"
+
+
+def test_the_demo_goes_on_where_some_mixtures_have_no_answer(folder):
+    code = ("--num-data", "2", "--num-workers", "4", "--sets", "2", "--max-stragglers", "1")
+    report = run("demo", "--model", "own_parts:holes", *code, "--outputs", "values")
+    assert "no decoder was learned: the model's answers to coded data points must be" in report
+    assert "MSE of decoded values" in report
 
 
 @pytest.mark.slow

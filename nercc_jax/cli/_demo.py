@@ -108,10 +108,14 @@ def demo(
         codes: dict[str, AbstractCode] = {**tuned_codes, "NeRCC": nercc}
         training = workload.points("train", max_inputs, seed)
         if len(training) >= num_data:
-            with console.status("learning a decoder ..."):
-                codes["NeRCC learned"] = learn_decoder(
-                    workload.model, nercc, training, key=jax.random.key(seed), num_groups=_GROUPS
-                )
+            try:
+                with console.status("learning a decoder ..."):
+                    codes["NeRCC learned"] = learn_decoder(
+                        workload.model, nercc, training, key=jax.random.key(seed),
+                        num_groups=_GROUPS,
+                    )  # fmt: skip
+            except ValueError as error:  # other codes take what is not finite for stragglers
+                console.print(f"no decoder was learned: {error}", soft_wrap=True)
         codes |= rivals
         with evaluating(console) as progress:
             rows = evaluate(
