@@ -17,6 +17,7 @@ from nercc_jax import (
 )
 from nercc_jax.evaluation import Estimate, Evaluation
 from nercc_jax.evaluation._evaluation import Evaluations
+from nercc_jax.evaluation._evaluation import _values as values_of
 
 WEIGHTS = np.random.default_rng(5).normal(size=(3, 4)).astype("float32")
 CODES = {"NeRCC": NeRCC(5, 12), "BACC": Berrut(5, 12), "copies": Replication(5, 12)}
@@ -48,20 +49,20 @@ def test_metrics_are_what_they_say(x, key):
             decoded = np.concatenate([p.predictions for p in parts])
             kept = np.concatenate([p.recovered for p in parts])
             error = (decoded - original)[kept]
-            values["mse"].append((error**2).mean())
-            values["rmse"].append(np.sqrt((error**2).sum(axis=1).mean()))
-            values["mean_l2"].append(np.sqrt((error**2).sum(axis=1)).mean())
+            values["mse"].append(error**2)
+            values["rmse"].append((error**2).sum(axis=1))
+            values["mean_l2"].append(np.sqrt((error**2).sum(axis=1)))
             right = np.zeros(30)
             right[kept] = decoded[kept].argmax(axis=1) == original[kept].argmax(axis=1)
-            values["rel_acc"].append(right.mean())
+            values["rel_acc"].append(right)
+            right = np.zeros(30)
             right[kept] = decoded[kept].argmax(axis=1) == labels[:30][kept]
-            values["accuracy"].append(right.mean())
-            values["lost"].append(1 - kept.mean())
-        for metric, expected in values.items():
-            got = getattr(row, metric)
-            np.testing.assert_allclose(got.mean, np.mean(expected), rtol=1e-4, atol=1e-6)
-            half = scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(expected)
-            np.testing.assert_allclose(got.half_width, half, rtol=1e-3, atol=1e-5)
+            values["accuracy"].append(right)
+            values["lost"].append(~kept)
+        expected = {metric: np.concatenate(each).mean() for metric, each in values.items()}
+        expected["rmse"] **= 0.5
+        for metric, mean in expected.items():
+            np.testing.assert_allclose(getattr(row, metric).mean, mean, rtol=1e-4, atol=1e-6)
         assert (row.num_data_points, row.num_sets) == (30, 3)
     lost = {row.code: row.lost.mean for row in rows if row.stragglers == "many"}
     assert lost["copies"] > 0
@@ -139,6 +140,89 @@ def test_one_set_has_no_spread(x, key):
     (row,) = evaluate(model, {"n": NeRCC(5, 12)}, x, {"1": ExactStragglers(1)}, key=key, num_sets=1)
     assert np.isnan(row.mse.half_width)
     assert Estimate.over([1.0, 1.0]).half_width == 0
+
+
+@pytest.mark.parametrize(
+    ("sets", "groups", "rest"), [(1, 1, 1), (0, 1, 0.1), (1, 0, 0.1), (0, 0, 1), (0.3, 1, 3)]
+)
+def test_an_estimate_covers_other_sets_and_other_groups(sets, groups, rest):
+    """Of 95 % intervals of tables around zero, by sets, groups and both, so many hold it."""
+    draw = np.random.default_rng(3).normal
+    tables = (
+        sets * draw(size=(500, 12, 1)) + groups * draw(size=(500, 1, 30))
+        + rest * draw(size=(500, 12, 30))
+    )  # fmt: skip
+    found = [Estimate.over(table) for table in tables]
+    assert 0.92 <= np.mean([abs(e.mean) <= e.half_width for e in found]) <= 0.985
+
+
+def test_one_group_leaves_students_interval_over_sets():
+    values = [0.3, 0.1, 0.4, 0.2]
+    half = scipy.stats.t.ppf(0.975, 3) * scipy.stats.sem(values)
+    for shape in ((4,), (4, 1)):
+        assert Estimate.over(np.reshape(values, shape)).half_width == pytest.approx(half)
+
+
+@pytest.fixture(scope="module")
+def draws():
+    """Tables (draws, sets, groups): counts, a rival's squares, and lower ones like them."""
+    rng = np.random.default_rng(1)
+    hard = rng.gamma(2, size=(300, 30, 1)) * rng.gamma(2, size=(300, 1, 40))
+    rival, mine = (hard * rng.gamma(4, size=(300, 30, 40)) for _ in "12")
+    return rng.integers(2, 6, (300, 30, 40)).astype(float), rival, mine / 2
+
+
+def test_intervals_are_as_wide_as_metrics_vary(draws):
+    """Errors are ratios, of what is recovered, and a root: their intervals are approximations."""
+    estimates, numbers = {}, {}
+    for count, squares, _ in zip(*draws, strict=True):
+        sums = {"recovered": count, "squares": squares, "norms": np.sqrt(squares), "rel_acc": count}
+        rows = [{name: jnp.asarray(table[i]) for name, table in sums.items()} for i in range(30)]
+        here = {
+            "mse": squares.sum() / count.sum() / 2,
+            "rmse": np.sqrt(squares.sum() / count.sum()),
+            "mean_l2": np.sqrt(squares).sum() / count.sum(),
+            "lost": 1 - count.mean() / 5,
+        }
+        for metric, each in values_of(rows, 5, 2).items():
+            estimates.setdefault(metric, []).append(Estimate.over(each))
+        for metric, value in here.items():
+            numbers.setdefault(metric, []).append(value)
+    for metric, values in numbers.items():
+        np.testing.assert_allclose([e.mean for e in estimates[metric]], values, rtol=1e-5)
+        half = np.mean([e.half_width for e in estimates[metric]])
+        assert half == pytest.approx(2 * np.std(values), rel=0.15), metric
+
+
+def test_a_gain_is_paired(draws):
+    gains = []
+    for _, rival, mine in zip(*draws, strict=True):
+        both = {("mine", "1"): mine, ("rival", "1"): rival, ("poor", "1"): 3 * rival}
+        rows = Evaluations([], both)
+        gains.append(rows.gain("mine", "rival"))
+        assert rows.gain("mine", ["poor", "rival"]) == rows.gain("mine", "rival", "1") == gains[-1]
+    alone = [1 - np.sqrt(mine.mean() / rival.mean()) for _, rival, mine in zip(*draws, strict=True)]
+    np.testing.assert_allclose([gain.mean for gain in gains], alone)
+    half = np.mean([gain.half_width for gain in gains])
+    assert half == pytest.approx(2 * np.std(alone), rel=0.15)
+
+
+def test_gains_of_rows(x, key):
+    """The mean over laws of what each saves over the better of two, by the rows themselves."""
+    codes = CODES | {"BACC, other points": Berrut(5, 12, points="approxifer")}
+    rows = evaluate(model, codes, x, LAWS, key=key, num_sets=3)
+    mse = {(row.code, row.stragglers): row.mse.mean for row in rows}
+    rivals = ("BACC", "BACC, other points")
+    each = [1 - np.sqrt(mse["NeRCC", s] / min(mse[name, s] for name in rivals)) for s in LAWS]
+    assert rows.gain("NeRCC", rivals).mean == pytest.approx(np.mean(each), rel=1e-5)
+    assert rows.gain("NeRCC", rivals, "many").mean == pytest.approx(each[1], rel=1e-5)
+    for names, message in (
+        (("NeRC", "BACC"), r"no rows of \['NeRC'\], only of \['BACC', .*'copies'\]"),
+        (("NeRCC", "BACC", "few"), r"no rows under 'few', only under \['some', 'many'\]"),
+        (("NeRCC", "copies"), r"under some, the best of \['copies'\] has no error"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rows.gain(*names)
 
 
 @pytest.mark.parametrize(

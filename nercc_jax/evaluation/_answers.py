@@ -118,29 +118,45 @@ class Answers(eqx.Module):
         available: Bool[Array, " num_workers"],
         labels: PyTree[Int[Array, "points ..."]] | None = None,
     ) -> dict[str, Float[Array, ""]]:
-        """Return the metrics of `Evaluation` for one straggler set, the same for all groups."""
-        return self.scores_of(self.decode(available), labels)
+        """Return the metrics of `Evaluation` for one straggler set, the same for all groups.
 
-    def scores_of(
+        Errors are NaN where nothing is recovered.
+        """
+        sums = {m: jnp.sum(v) for m, v in self.sums_of(self.decode(available), labels).items()}
+        count, total = sums.pop("recovered"), self.own.shape[0] * self.own.shape[1]
+        squares = sums.pop("squares") / count
+        scores = {
+            "mse": squares / self.own.shape[-1],
+            "rmse": jnp.sqrt(squares),
+            "mean_l2": sums.pop("norms") / count,
+            "lost": 1 - count / total,
+        }
+        return scores | {metric: value / total for metric, value in sums.items()}
+
+    def sums_of(
         self, decoded: Decoded, labels: PyTree[Int[Array, "points ..."]] | None = None
-    ) -> dict[str, Float[Array, ""]]:
-        """Return `scores` of what `decode` gave."""
+    ) -> dict[str, Float[Array, " groups"]]:
+        """Return, for each group, what the metrics are means of.
+
+        Added up over its data points: those recovered, squared norms of errors, norms, and labels
+        that are the model's own (`rel_acc`) and the true ones (`accuracy`).
+        """
         recovered = decoded.recovered
         error = jnp.where(recovered[..., None], decoded.predictions - self.own, 0)
-        squared_norm = jnp.sum(error**2, axis=-1)
-        count = jnp.sum(recovered)  # 0 gives NaN errors: there is nothing to compare
-        score = {
-            "mse": jnp.sum(squared_norm) / count / self.own.shape[-1],
-            "rmse": jnp.sqrt(jnp.sum(squared_norm) / count),
-            "mean_l2": jnp.sum(jnp.sqrt(squared_norm)) / count,
-            "rel_acc": jnp.mean(recovered & self.same_labels(decoded.predictions)),
-            "lost": jnp.mean(~recovered),
+        squares = jnp.sum(error**2, axis=-1)
+        points = {
+            "recovered": recovered,
+            "squares": squares,
+            "norms": jnp.sqrt(squares),
+            "rel_acc": recovered & self.same_labels(decoded.predictions),
         }
         if labels is not None:
             labels = groups_of(labels, recovered.shape[1])
             found = labels_of(self.form.split(decoded.predictions), 2)
-            score["accuracy"] = jnp.mean(recovered & same_labels(found, labels, 2))
-        return score
+            points["accuracy"] = recovered & same_labels(found, labels, 2)
+        return {
+            metric: jnp.sum(value, axis=1, dtype=error.dtype) for metric, value in points.items()
+        }
 
 
 @eqx.filter_jit

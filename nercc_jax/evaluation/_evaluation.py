@@ -3,14 +3,14 @@
 import dataclasses
 import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import ArrayLike, Int, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode
 from ..codes._checks import check_count
@@ -25,24 +25,39 @@ _CHANNEL = 1  # of a set's key: the mask takes the key itself
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over straggler sets and the half width of its 95 % interval (Student's t).
+    """A mean and the half width of its 95 % interval (Student's t).
 
-    The half width is NaN for a single set, which has no spread.
+    The half width is NaN for a single straggler set, which has no spread.
     """
 
     mean: float
     half_width: float
 
     @classmethod
-    def over(cls, values: Sequence[float]) -> "Estimate":
-        """Return the estimate for one value of each straggler set."""
-        count, mean = len(values), float(np.mean(values))
-        if count < 2:
-            return cls(mean, float("nan"))
+    def over(cls, values: Sequence[float] | Float[np.ndarray, "sets *groups"]) -> "Estimate":
+        """Return the estimate for one value of each straggler set, or of each set and group.
+
+        Sets and groups are both drawn at random, and every group meets every set: the variance is
+        that of two crossed factors, with Satterthwaite's degrees of freedom (Searle, Casella and
+        McCulloch, Variance Components, 1992, section 4.3).
+        """
+        table = np.asarray(values, float)
+        table = table.reshape(len(table), -1)
+        mean = table.mean()
+        if len(table) < 2:
+            return cls(float(mean), float("nan"))
         from scipy.special import stdtrit  # late: a fifth of a worker's import time
 
-        error = np.std(values, ddof=1) / np.sqrt(count)
-        return cls(mean, float(stdtrit(count - 1, 0.975) * error))
+        of_sets, of_groups = table.mean(axis=1) - mean, table.mean(axis=0) - mean
+        rest = table - mean - of_sets[:, None] - of_groups
+        freedom = np.maximum(np.array(table.shape) - 1, 1)  # 1 of a single group, which adds 0
+        squares = np.array([np.sum(of_sets**2), np.sum(of_groups**2)]) / freedom / table.shape
+        common = np.sum(rest**2) / freedom.prod() / table.size  # a part of both
+        variance = max(squares.sum() - common, squares.max())
+        if variance == 0:
+            return cls(float(mean), 0.0)
+        degrees = squares.sum() ** 2 / np.sum(squares**2 / freedom)
+        return cls(float(mean), float(stdtrit(degrees, 0.975) * np.sqrt(variance)))
 
     def interval(self, *, share: bool = False) -> tuple[float, float]:
         """Return the ends of the 95 % interval; NaN for a single set.
@@ -67,7 +82,7 @@ class Evaluation:
     """The metrics of one code under one law of stragglers.
 
     u_k are the decoded and f_k the model's own outputs (m numbers each) of the K data points of a
-    group, over all groups and straggler sets.
+    group, over all groups and straggler sets, as intervals are (of a single group, over sets only).
 
     Attributes:
         code: The name of the code.
@@ -96,13 +111,50 @@ class Evaluation:
     num_sets: int
 
 
+_Errors: TypeAlias = Mapping[tuple[str, str], Float[np.ndarray, "sets groups"]]
+
 SHARES = ("rel_acc", "accuracy", "lost")
-_SCORES = eqx.filter_jit(Answers.scores_of)
+_SUMS = eqx.filter_jit(Answers.sums_of)
 _METRICS = ("mse", "rmse", "mean_l2", *SHARES)
 
 
 class Evaluations(list[Evaluation]):
     """The result of `evaluate`: a list of rows, which is a table and a picture, too."""
+
+    def __init__(self, rows: Iterable[Evaluation], errors: _Errors | None = None) -> None:
+        super().__init__(rows)
+        self._errors = errors or {}
+
+    def gain(
+        self, code: str, rival: str | Sequence[str], stragglers: str | None = None
+    ) -> Estimate:
+        """Return the share of a rival's RMSE that a code saves, with its interval.
+
+        It is paired: both met the same straggler sets and groups.
+
+        Args:
+            code: The code's name.
+            rival: The rival's name, or several, of which the one with the lowest error counts under
+                each law.
+            stragglers: A law's name. Default: the mean of the gains under all laws.
+
+        Raises:
+            ValueError: A name is unknown, or a rival makes no error, so that there is no share.
+        """
+        rivals = [rival] if isinstance(rival, str) else list(rival)
+        laws = list(dict.fromkeys(law for _, law in self._errors))
+        names = {name for name, _ in self._errors}
+        if unknown := {code, *rivals} - names:
+            raise ValueError(f"there are no rows of {sorted(unknown)}, only of {sorted(names)}")
+        if stragglers is not None and stragglers not in laws:
+            raise ValueError(f"there are no rows under {stragglers!r}, only under {laws}")
+        gains = []
+        for law in laws if stragglers is None else [stragglers]:
+            best = min((self._errors[name, law] for name in rivals), key=np.mean)
+            if not best.mean() > 0:
+                raise ValueError(f"under {law}, the best of {rivals} has no error to save from")
+            gains.append(1 - _root(_ratio(self._errors[code, law], best)))
+        return Estimate.over(np.mean(gains, axis=0))
 
     def records(self) -> list[dict[str, Any]]:
         """Return one flat dict for each row: `mse`, `mse_low`, `mse_high`, and so on."""
@@ -177,7 +229,7 @@ def evaluate(
     """Evaluate codes by name under laws of stragglers by name.
 
     A straggler set is one mask for all groups, the same for all codes. The model runs once on each
-    data point and coded data point.
+    data point and coded data point. Intervals are over straggler sets and groups of data points.
 
     Args:
         model: A function of a batch, (B, ...) to (B, outputs...); outputs may be pytrees.
@@ -198,7 +250,8 @@ def evaluate(
 
     Returns:
         A list with an `Evaluation` for each law and code, which is shown as a table, and has
-        `records`, `to_pandas`, and `plot(metrics, title)`, a figure.
+        `records`, `to_pandas`, `plot(metrics, title)`, a figure, and `gain(code, rival)`, how much
+        lower a code's error is.
 
     Raises:
         ValueError: The codes differ in K or N, there are fewer than K data points, data points or
@@ -229,7 +282,7 @@ def evaluate(
     }
 
     pairs = [(law, index) for law in stragglers for index in range(num_sets)]
-    scores: dict[tuple[str, str], list[dict[str, float]]] = {}
+    sums: dict[tuple[str, str], list[dict[str, Array]]] = {}
     for law, index in progress(pairs):
         place = list(stragglers).index(law)
         draw = jax.random.fold_in(jax.random.fold_in(key, place), index)
@@ -237,15 +290,19 @@ def evaluate(
         for name, answers in recorded.items():
             if channel is not None:
                 answers = _send(channel, answers, jax.random.fold_in(draw, _CHANNEL))
-            score = _SCORES(answers, answers.decode(available), targets)
-            scores.setdefault((name, law), []).append({m: float(v) for m, v in score.items()})
-    return Evaluations(
-        Evaluation(
-            name, law, **_estimates(scores[name, law]), num_data_points=used, num_sets=num_sets
-        )
+            found = _SUMS(answers, answers.decode(available), targets)
+            sums.setdefault((name, law), []).append(found)
+    tables = {
+        (name, law): _values(sums[name, law], num_data, own.shape[-1])
         for law in stragglers
         for name in codes
-    )
+    }
+    rows = []
+    for (name, law), table in tables.items():
+        found: dict[str, Any] = {metric: Estimate.over(each) for metric, each in table.items()}
+        found = {"accuracy": None, "num_data_points": used, "num_sets": num_sets} | found
+        rows.append(Evaluation(name, law, **found))
+    return Evaluations(rows, {pair: table["mse"] for pair, table in tables.items()})
 
 
 def _common_size(codes: Mapping[str, AbstractCode]) -> tuple[int, int]:
@@ -269,7 +326,31 @@ def _send(
     return eqx.tree_at(lambda known: known.coded, answers, join(received, 2)[0])
 
 
-def _estimates(scores: list[dict[str, float]]) -> dict[str, Any]:
-    """Return an `Estimate` for each metric; accuracy is None without labels."""
-    estimates = {metric: Estimate.over([score[metric] for score in scores]) for metric in scores[0]}
-    return {"accuracy": None, **estimates}
+def _values(
+    sums: Sequence[Mapping[str, Float[Array, " groups"]]], num_data: int, num_outputs: int
+) -> dict[str, Float[np.ndarray, "sets groups"]]:
+    """Return the values of each metric, whose mean is the metric, and which vary as it does."""
+    tables = {name: np.array([each[name] for each in sums], float) for name in sums[0]}
+    count = tables.pop("recovered")
+    squares = _ratio(tables.pop("squares"), count)
+    return {
+        "mse": squares / num_outputs,
+        "rmse": _root(squares),
+        "mean_l2": _ratio(tables.pop("norms"), count),
+        "lost": 1 - count / num_data,
+        **{metric: table / num_data for metric, table in tables.items()},
+    }
+
+
+def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Return values whose mean is the sums' ratio, and which vary as it does (delta method)."""
+    if not count.any():
+        return np.full(total.shape, np.nan)  # there is nothing to compare
+    mean = total.sum() / count.sum()
+    return mean + (total - mean * count) / count.mean()
+
+
+def _root(values: np.ndarray) -> np.ndarray:
+    """Return values whose mean is the root of these values' mean, and which vary as it does."""
+    root = np.sqrt(values.mean())
+    return root + (values - root**2) / (2 * root) if root else values
