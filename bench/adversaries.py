@@ -14,7 +14,7 @@ all groups. Four attacks:
   as the model would with its labels moved on by one: smooth, plausible, and agreed.
 
 The liars of the first three are drawn at random. The rate: a smooth function of one number, A = N^a
-neighbours that answer an end of the range, all placements of twenty.
+neighbours that answer an end of the range, all placements of twenty; mean square and sup norm.
 
 Writes `results/adversaries.json`, which docs/adversaries.md shows. `--only` runs one part, whose
 results replace those in the file.
@@ -70,7 +70,7 @@ class Size:
 FULL = Size()
 QUICK = Size(points=100, sets=3, adversaries=(5,), workers=(32, 64, 128))
 EXPONENTS = (0.3, 0.4, 0.5, 0.6)
-RATE_DATA = 8
+RATE_DATA = 64
 RATE_CONSTANTS = tuple(10.0**p for p in np.arange(-4, 1.5, 0.5))
 
 
@@ -313,7 +313,8 @@ def rate(size: Size) -> dict[str, Any]:
     """Error against N at A = N^a, of a smooth function whose truth is known."""
     middle = size.workers[len(size.workers) // 2]
     tried = {
-        c: np.mean(_rate_errors(middle, round(middle**0.5), "smooth", c)) for c in RATE_CONSTANTS
+        c: np.mean(_rate_errors(middle, round(middle**0.5), "smooth", c)["mse"])
+        for c in RATE_CONSTANTS
     }
     constant = min(tried, key=lambda c: tried[c])
     points = []
@@ -324,8 +325,8 @@ def rate(size: Size) -> dict[str, Any]:
                 errors = _rate_errors(num_workers, count, method, constant)
                 points.append(
                     {"num_workers": num_workers, "exponent": exponent, "adversaries": count,
-                     "method": method, "mse": dataclasses.asdict(Estimate.over(errors)),
-                     "largest": max(errors)}
+                     "method": method, "largest": {k: float(e.max()) for k, e in errors.items()}}
+                    | {k: dataclasses.asdict(Estimate.over(e)) for k, e in errors.items()}
                 )  # fmt: skip
         print(f"rate: N = {num_workers}", flush=True)
     return {
@@ -337,10 +338,12 @@ def rate(size: Size) -> dict[str, Any]:
     }
 
 
-def _rate_errors(num_workers: int, count: int, method: Any, constant: float) -> list[float]:
-    """Return the squared error for each of twenty placements of neighbours who all answer 1.
+def _rate_errors(
+    num_workers: int, count: int, method: Any, constant: float
+) -> dict[str, np.ndarray]:
+    """Return the squared error's mean and largest value for twenty placements of neighbours.
 
-    1 is the end of sin's range; the function is sin of three times a number from -1 to 1.
+    All answer 1, the end of sin's range; the function is sin of three times a number from -1 to 1.
     """
     code = NeRCC(RATE_DATA, num_workers)
     y = np.asarray(jnp.sin(3 * code.encode(code.alpha[:, None])))
@@ -357,7 +360,8 @@ def _rate_errors(num_workers: int, count: int, method: Any, constant: float) -> 
         predictions = np.asarray(
             _decode_each(code, lying, jnp.asarray(count), method, jnp.asarray(constant))[0]
         )
-    return [float(e) for e in np.mean((predictions - own) ** 2, axis=(1, 2))]
+    squares = (predictions - own) ** 2
+    return {"mse": squares.mean(axis=(1, 2)), "sup": squares.max(axis=(1, 2))}
 
 
 def _merge(path: Path, news: Mapping[str, Any]) -> dict[str, Any]:
