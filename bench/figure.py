@@ -34,7 +34,7 @@ def main() -> None:
     size = dataclasses.replace(paper.FULL, steps=options.steps)
     kinds = ("logits",) if options.logits else ("probabilities",)
     part = paper.run_setting(
-        setting, size, options.data_dir, console, options.output, kinds=kinds, noise=False
+        setting, size, options.data_dir, console, options.output, kinds=kinds, further=False
     )
     seconds = {"seconds": round(time.perf_counter() - start)}
     seconds |= {"cpu_seconds": round(time.process_time())}

@@ -1,19 +1,23 @@
 """The paper's experiments on this machine: NeRCC beside every rival, each at its best.
 
 `python bench/paper.py` runs everything (about an hour on two cores), `--quick` a small version of
-it, `--only lenet5-mnist:100:20` one part, whose results replace those in the file, and `--add`
-some codes by themselves, beside what the file has. Writes results/paper.json, which docs/results.md
-shows, and a picture of each part. Needs MNIST and CIFAR-10 as parquet files (`models/data.py` says
-where). `figure.py` runs one part into a folder of one's own.
+it, `--only lenet5-mnist:100:20` one part, whose results replace those in the file, and `--evaluate`
+evaluates NeRCC's codes in results/codes instead of tuning anew (rivals are tuned again). Writes
+results/paper.json, which docs/results.md shows, and a picture of each part. Needs MNIST and
+CIFAR-10 as parquet files (`models/data.py` says where). `figure.py` runs one part into a folder of
+one's own.
+
+Intervals are over straggler sets and groups of images. At the paper's settings NeRCC is tuned, and
+its decoder learned, with two more seeds.
 """
 
 import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import _convergence
 import equinox as eqx
@@ -45,6 +49,7 @@ from nercc_jax.cli._output import steps_bar
 from nercc_jax.cli._workload import WorkerModel, load_worker_model
 from nercc_jax.codes import BerrutSpline
 from nercc_jax.evaluation import Estimate, Evaluation
+from nercc_jax.evaluation._evaluation import Evaluations
 from nercc_jax.evaluation._pictures import straggler_curves
 from nercc_jax.evaluation._trial import landscape, make_trial
 from nercc_jax.tuning import Descent, Tuned, learn_decoder
@@ -73,6 +78,7 @@ class Size:
 
 FULL = Size()
 QUICK = Size(points=240, sets=5, cells=3, steps=20, grid_groups=4)
+BACC = ("BACC", "ApproxIFER")  # the rival: the better of two point sets, law by law
 NOISES = ("bfloat16", "0.01", "0.1", "0.3")
 
 
@@ -83,14 +89,13 @@ def main() -> None:
     size = QUICK if options.quick else FULL
     for setting in SETTINGS:
         if options.only in (None, setting.name):
-            if options.add is not None:
+            known = None
+            if options.evaluate:
                 known = json.loads(path.read_text())["parts"][setting.name]
-                part = add_codes(setting, known, ADDED[options.add], options.data_dir, console)
-            else:
-                part = run_setting(setting, size, options.data_dir, console, path.parent)
+            part = run_setting(setting, size, options.data_dir, console, path.parent, known=known)
             _merge(path, {"parts": {setting.name: part}})
             console.print(f"picture: {draw(part, path.with_suffix(''), setting)}")
-    if options.only in (None, "convergence") and options.add is None:
+    if options.only in (None, "convergence") and not options.evaluate:
         measured = _convergence.measure(options.quick, options.data_dir, console.log)
         _merge(path, {"convergence": measured})
     console.print(f"results: {path}")
@@ -127,12 +132,15 @@ def run_setting(
     folder: Path,
     *,
     kinds: Sequence[Outputs] = ("probabilities", "logits"),
-    noise: bool = True,
+    known: Mapping[str, Any] | None = None,
+    further: bool = True,
 ) -> dict[str, Any]:
     """Measure everything about one model at one (N, K), for these kinds of output.
 
-    Tuned codes are written into `folder`.
+    Tuned codes are written into `folder`; of a `known` part, NeRCC's are read from there, and what
+    was measured of noise stays. Without `further`, noise and seeds are left out.
     """
+    size = Size(**known["size"]) if known else size
     part: dict[str, Any] = {"setting": dataclasses.asdict(setting), "size": vars(size).copy()}
     part["environment"] = environment(PACKAGES)
     for outputs in kinds:
@@ -140,36 +148,12 @@ def run_setting(
         with steps_bar(console) as bar:
             bar.add_task(f"{outputs}: the model and its images", total=None)
             data = Data.load(setting, size, outputs, data_dir)
-            part[outputs] = _run_outputs(data, folder, bar, noise=noise)
+            old = known[outputs] if known else None
+            part[outputs] = _run_outputs(data, folder, bar, old, further=further)
         part[outputs]["seconds"] = round(time.perf_counter() - start, 1)
         console.log(f"{setting.name} {outputs}: {part[outputs]['seconds']} s")
         jax.clear_caches()  # XLA maps memory for every program, and a process has a limit
     return part
-
-
-# Codes to evaluate, by name, and a summary of how they were tuned.
-MakeCodes: TypeAlias = Callable[["Data", Progress], tuple[dict[str, AbstractCode], dict[str, Any]]]
-
-
-def add_codes(
-    setting: Setting, part: Mapping[str, Any], make: MakeCodes, data_dir: Path, console: Console
-) -> dict[str, Any]:
-    """Return a part with more codes' rows, on the images and straggler sets that the others met."""
-    size, added = Size(**part["size"]), dict(part)
-    for outputs in _OUTPUTS:
-        data = Data.load(setting, size, outputs, data_dir)
-        with steps_bar(console) as bar:
-            codes, summary = make(data, bar)
-            rows = _evaluate(data, codes, bar)
-        save_codes(data, RESULTS, codes)
-        old = [row for row in part[outputs]["rows"] if row["code"] not in codes]
-        added[outputs] = part[outputs] | {
-            "rows": [*old, *rows],
-            "tuning": part[outputs]["tuning"] | summary,
-        }
-        console.log(f"{setting.name} {outputs}: {', '.join(codes)}")
-        jax.clear_caches()
-    return added
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,107 +182,124 @@ class Data:
         return self.setting.num_data, self.setting.num_workers
 
 
-def _run_outputs(data: Data, folder: Path, bar: Progress, *, noise: bool) -> dict[str, Any]:
-    codes, tuning = _codes(data, bar)
-    further = _add_parm(data.setting, data.outputs, codes)
-    rows = _evaluate(data, codes, bar, further_models=further)
+def _run_outputs(
+    data: Data, folder: Path, bar: Progress, known: Mapping[str, Any] | None, *, further: bool
+) -> dict[str, Any]:
+    codes, tuning = _codes(data, bar, None if known is None else folder)
+    parity_models = _add_parm(data.setting, data.outputs, codes)
+    rows = _evaluate(data, codes, bar, further_models=parity_models)
+    found = {"rows": [dataclasses.asdict(row) for row in rows], "gains": _gains(rows)}
+    if further and data.setting in PAPER:
+        found["seeds"] = _seeds(data, codes, bar)
+    if known is not None:
+        return {**known, **found, "tuning": known["tuning"] | tuning}
     save_codes(data, folder, codes)
-    found = {"rows": rows, "tuning": tuning}
-    return found | ({"noise": _noise(data, codes)} if noise else {})
+    return found | {"tuning": tuning} | ({"noise": _noise(data, codes)} if further else {})
+
+
+def _gains(rows: Evaluations) -> dict[str, dict[str, Any]]:
+    """Return what each kind of NeRCC saves of the better BACC's RMSE, by law and on average."""
+    return {
+        name: {law or "mean": dataclasses.asdict(rows.gain(name, BACC, law)) for law in laws}
+        for laws in [(None, *dict.fromkeys(row.stragglers for row in rows))]
+        for name in dict.fromkeys(row.code for row in rows)
+        if name.startswith("NeRCC")
+    }
+
+
+def _seeds(data: Data, codes: Mapping[str, AbstractCode], bar: Progress) -> dict[str, list[Any]]:
+    """Return the mean gains of what is tuned, and learned, with each of three seeds."""
+    found = {kind: [codes[f"NeRCC {kind}"]] for kind in ("tuned", "learned")}
+    for seed in (1, 2):
+        code = tune_code(data, NeRCC(*data.shape), f"NeRCC, seed {seed}", bar, seed).code
+        found["tuned"].append(code)
+        found["learned"].append(_learn(data, code, bar, seed))
+    named = {f"{k} {i}": code for k, each in found.items() for i, code in enumerate(each)}
+    rows = _evaluate(data, named | {name: codes[name] for name in BACC}, bar)
+    return {
+        kind: [dataclasses.asdict(rows.gain(f"{kind} {i}", BACC)) for i in range(len(each))]
+        for kind, each in found.items()
+    }
 
 
 def save_codes(data: Data, folder: Path, codes: Mapping[str, AbstractCode]) -> None:
     """Write what was tuned and learned, each with a card, where `_code_file` says."""
     card = {"model": data.setting.model, "outputs": data.outputs, "laws": list(data.laws)}
-    for name, end in (("NeRCC tuned", ""), ("NeRCC learned", "-learned")):
-        if name in codes:
-            path = _code_file(data, folder, end)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_code(path, codes[name], card | {"by": "bench/paper.py"})
+    for kind in ("tuned", "learned"):
+        path = _code_file(data, folder, kind)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_code(path, codes[f"NeRCC {kind}"], card | {"by": "bench/paper.py"})
 
 
-def _code_file(data: Data, folder: Path, end: str = "") -> Path:
+def _code_file(data: Data, folder: Path, kind: str) -> Path:
     codes = folder / ("codes-quick" if data.size == QUICK else "codes")
+    end = "" if kind == "tuned" else f"-{kind}"
     return codes / f"{data.setting.name.replace(':', '-')}-{data.outputs}{end}.json"
 
 
 def _evaluate(
     data: Data, codes: Mapping[str, AbstractCode], bar: Progress, **options: Any
-) -> list[dict[str, Any]]:
+) -> Evaluations:
     """Return the rows of these codes on the test images; straggler sets depend on the laws only."""
-    rows = evaluate(
+    return evaluate(
         data.network, codes, data.test, data.laws,
         labels=data.labels, key=jax.random.key(1), num_sets=data.size.sets,
         progress=lambda pairs: bar.track(list(pairs), description="straggler sets"), **options,
     )  # fmt: skip
-    return [dataclasses.asdict(row) for row in rows]
 
 
-def _codes(data: Data, bar: Progress) -> tuple[dict[str, AbstractCode], dict[str, Any]]:
-    """Return all codes at this (N, K), tuned on training images without labels where possible."""
+def _codes(
+    data: Data, bar: Progress, folder: Path | None
+) -> tuple[dict[str, AbstractCode], dict[str, Any]]:
+    """Return all codes at this (N, K), tuned on training images without labels where possible.
+
+    NeRCC's tuned and learned codes are read from a folder where one is given.
+    """
     nercc, bacc = NeRCC(*data.shape), Berrut(*data.shape)
-    tuned, rival = tune_code(data, nercc, "NeRCC", bar), tune_code(data, bacc, "BACC", bar)
-    bscc, summary = _bscc(data, bar)
+    rival = tune_code(data, bacc, "BACC", bar)
+    bscc = tune_code(data, BerrutSpline(*data.shape, ends="natural"), "BSCC", bar)
+    summary: dict[str, Any] = {
+        "BACC": {"objective": rival.objective, "seconds": rival.seconds},
+        "BSCC": {"objective": bscc.objective, "seconds": bscc.seconds,
+                 "lambda_dec": float(bscc.code.lambda_dec)},
+    }  # fmt: skip
+    if folder is None:
+        ours = tune_code(data, nercc, "NeRCC", bar)
+        tuned, learned = ours.code, _learn(data, ours.code, bar)
+        summary["NeRCC"] = {"objective": ours.objective, "steps": len(ours.history) - 1,
+                            "seconds": ours.seconds, "rejected": ours.rejected,
+                            **{n: float(getattr(tuned, n)) for n in NUMBERS}}  # fmt: skip
+    else:
+        tuned, learned = (load_code(_code_file(data, folder, k)) for k in ("tuned", "learned"))
     bar.add_task("the published form: a grid", total=None)
     published = _best_of_grid(data)
+    summary["NeRCC published"] = {n: float(getattr(published, n)) for n in NUMBERS[:2]}
     codes: dict[str, AbstractCode] = {
-        "NeRCC tuned": tuned.code,
+        "NeRCC tuned": tuned,
         "NeRCC untuned": nercc,
         "NeRCC published": published,
         "BACC": bacc,
         "ApproxIFER": Berrut(*data.shape, points="approxifer"),
         "BACC tuned": rival.code,
-        **bscc,
-        **_rational(data, bar)[0],
-        **_learned(data, bar, tuned.code)[0],
+        "BSCC": BerrutSpline(*data.shape),
+        "BSCC tuned": bscc.code,
+        "SBACC": Berrut(*data.shape, points="sbacc"),
+        **{f"FH, d = {d}": Berrut(*data.shape, degree=d) for d in (1, 2, 3)},
+        "NeRCC learned": learned,
+        "BACC learned": _learn(data, bacc, bar),
         "LCC": Lagrange(*data.shape),
         "replication": Replication(*data.shape),
     }
-    summary |= {
-        "NeRCC": {"objective": tuned.objective, "steps": len(tuned.history) - 1,
-                  "seconds": tuned.seconds, "rejected": tuned.rejected,
-                  **{n: float(getattr(tuned.code, n)) for n in NUMBERS}},
-        "NeRCC published": {n: float(getattr(published, n)) for n in NUMBERS[:2]},
-        "BACC": {"objective": rival.objective, "seconds": rival.seconds},
-    }  # fmt: skip
     return codes, summary
 
 
-def _bscc(data: Data, bar: Progress) -> tuple[dict[str, AbstractCode], dict[str, Any]]:
-    """Return BSCC as published, and with lambda_dec and points tuned as NeRCC's are.
-
-    What is tuned has natural ends.
-    """
-    tuned = tune_code(data, BerrutSpline(*data.shape, ends="natural"), "BSCC", bar)
-    codes: dict[str, AbstractCode] = {"BSCC": BerrutSpline(*data.shape), "BSCC tuned": tuned.code}
-    summary = {"objective": tuned.objective, "seconds": tuned.seconds}
-    return codes, {"BSCC": summary | {"lambda_dec": float(tuned.code.lambda_dec)}}
-
-
-def _rational(data: Data, bar: Progress) -> tuple[dict[str, AbstractCode], dict[str, Any]]:
-    """Return BACC with SBACC's points, and interpolants of higher degree than its, as they are."""
-    codes: dict[str, AbstractCode] = {"SBACC": Berrut(*data.shape, points="sbacc")}
-    return codes | {f"FH, d = {d}": Berrut(*data.shape, degree=d) for d in (1, 2, 3)}, {}
-
-
-def _learned(
-    data: Data, bar: Progress, tuned: AbstractCode | None = None
-) -> tuple[dict[str, AbstractCode], dict[str, Any]]:
-    """Return the encoders of tuned NeRCC and of BACC, each with the decoder learned for it."""
-    tuned = load_code(_code_file(data, RESULTS)) if tuned is None else tuned
+def _learn(data: Data, code: AbstractCode, bar: Progress, seed: int = 0) -> AbstractCode:
+    """Return a code's encoder with the decoder that is learned for it from training images."""
     # Groups of LeNet5 are cheap; RepVGG at (30, 20) was 0.3 points better with 500 than with 200.
     groups = None if data.setting.model.startswith("lenet5") else 200
-    bar.add_task("learning decoders", total=None)
-    codes: dict[str, AbstractCode] = {
-        name: learn_decoder(
-            data.network, code, data.train, key=jax.random.key(4), num_groups=groups
-        )
-        for name, code in (("NeRCC learned", tuned), ("BACC learned", Berrut(*data.shape)))
-    }
-    return codes, {}
-
-
-ADDED: dict[str, MakeCodes] = {"bscc": _bscc, "learned": _learned, "rational": _rational}
+    bar.add_task("learning a decoder", total=None)
+    key = jax.random.key(4 + seed)
+    return learn_decoder(data.network, code, data.train, key=key, num_groups=groups)
 
 
 def tune_code(data: Data, code: Code, name: str, bar: Progress, seed: int = 0) -> Tuned[Code]:
@@ -370,7 +371,7 @@ def _noise(data: Data, codes: Mapping[str, AbstractCode]) -> dict[str, dict[str,
             "NeRCC, lambda_dec for this noise": candidates[chosen],
             "NeRCC, lambda_dec = 0": _scaled(tuned, 0.0),
             "NeRCC tuned": tuned,
-            **{name: codes[name] for name in ("BACC", "ApproxIFER")},
+            **{name: codes[name] for name in BACC},
         }
         rows = evaluate(
             network, compared, test, some, key=jax.random.key(1), num_sets=data.size.sets,
@@ -424,7 +425,7 @@ def _parse() -> argparse.Namespace:
         choices=[*(setting.name for setting in SETTINGS), "convergence"],
         help="run one part",
     )
-    parser.add_argument("--add", choices=list(ADDED), help="add codes to what the results have")
+    parser.add_argument("--evaluate", action="store_true", help="NeRCC as in results/codes")
     parser.add_argument("--data-dir", type=Path, default=HERE.parent.parent / "shared" / "data")
     return parser.parse_args()
 
