@@ -207,6 +207,18 @@ def test_a_gain_is_paired(draws):
     assert half == pytest.approx(2 * np.std(alone), rel=0.15)
 
 
+def test_a_rival_that_recovers_nothing_is_none():
+    errors = {
+        "mine": np.ones((3, 2)),
+        "rival": np.full((3, 2), 4.0),
+        "lost": np.full((3, 2), np.nan),
+    }
+    rows = Evaluations([], {(name, "1"): table for name, table in errors.items()})
+    assert rows.gain("mine", ["lost", "rival"]).mean == 0.5
+    with pytest.raises(ValueError, match="recovers nothing"):
+        rows.gain("mine", "lost")
+
+
 def test_gains_of_rows(x, key):
     """The mean over laws of what each saves over the better of two, by the rows themselves."""
     codes = CODES | {"BACC, other points": Berrut(5, 12, points="approxifer")}
@@ -219,7 +231,7 @@ def test_gains_of_rows(x, key):
     for names, message in (
         (("NeRC", "BACC"), r"no rows of \['NeRC'\], only of \['BACC', .*'copies'\]"),
         (("NeRCC", "BACC", "few"), r"no rows under 'few', only under \['some', 'many'\]"),
-        (("NeRCC", "copies"), r"under some, the best of \['copies'\] has no error"),
+        (("NeRCC", "copies"), r"under some, there is no share: the best of \['copies'\] is exact"),
     ):
         with pytest.raises(ValueError, match=message):
             rows.gain(*names)

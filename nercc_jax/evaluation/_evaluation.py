@@ -139,7 +139,8 @@ class Evaluations(list[Evaluation]):
             stragglers: A law's name. Default: the mean of the gains under all laws.
 
         Raises:
-            ValueError: A name is unknown, or a rival makes no error, so that there is no share.
+            ValueError: A name is unknown, or there is no share: a rival is exact, or recovers
+                nothing.
         """
         rivals = [rival] if isinstance(rival, str) else list(rival)
         laws = list(dict.fromkeys(law for _, law in self._errors))
@@ -150,9 +151,11 @@ class Evaluations(list[Evaluation]):
             raise ValueError(f"there are no rows under {stragglers!r}, only under {laws}")
         gains = []
         for law in laws if stragglers is None else [stragglers]:
-            best = min((self._errors[name, law] for name in rivals), key=np.mean)
+            errors = (self._errors[name, law] for name in rivals)
+            best = min(errors, key=lambda each: np.nan_to_num(each.mean(), nan=np.inf))
             if not best.mean() > 0:
-                raise ValueError(f"under {law}, the best of {rivals} has no error to save from")
+                found = "is exact" if best.mean() == 0 else "recovers nothing"
+                raise ValueError(f"under {law}, there is no share: the best of {rivals} {found}")
             gains.append(1 - _root(_ratio(self._errors[code, law], best)))
         return Estimate.over(np.mean(gains, axis=0))
 
