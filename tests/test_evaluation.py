@@ -335,3 +335,10 @@ def test_rows_are_a_table_and_a_picture():
     assert "<td>a&lt;b</td>" in html
     assert html.count("<tr>") == 3
     assert [axis.get_ylabel() for axis in rows.plot().axes] == ["mse", "rel_acc"]
+
+
+def test_a_picture_of_a_code_that_recovers_nothing_anywhere(x, key):
+    pytest.importorskip("matplotlib").use("Agg")
+    codes = {"a": NeRCC(5, 12), "b": Berrut(5, 12)}
+    rows = evaluate(model, codes, x, {"12": ExactStragglers(12)}, key=key, num_sets=2)
+    assert "all lost: a, b" in rows.plot(["mse"]).axes[0].get_title(loc="left")

@@ -86,7 +86,7 @@ def straggler_curves(
 def _top(rows: Sequence[Any], metric: str, codes: Sequence[str]) -> float:
     """Return the upper end of a panel of errors; a code that explodes leaves others room."""
     means = ([getattr(row, metric).mean for row in rows if row.code == code] for code in codes)
-    tops = [top for of_code in means if (top := np.nanmax(of_code)) > 0]
+    tops = [top for of_code in means if (top := np.nanmax([0, *of_code])) > 0]
     return min(max(tops), 100 * float(np.median(tops))) * 2 if len(tops) > 1 else np.inf
 
 
