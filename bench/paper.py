@@ -223,15 +223,15 @@ def _seeds(data: Data, codes: Mapping[str, AbstractCode], bar: Progress) -> dict
 
 
 def save_codes(data: Data, folder: Path, codes: Mapping[str, AbstractCode]) -> None:
-    """Write what was tuned and learned, each with a card, where `_code_file` says."""
+    """Write what was tuned and learned, each with a card, where `code_file` says."""
     card = {"model": data.setting.model, "outputs": data.outputs, "laws": list(data.laws)}
     for kind in ("tuned", "learned"):
-        path = _code_file(data, folder, kind)
+        path = code_file(data, folder, kind)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_code(path, codes[f"NeRCC {kind}"], card | {"by": "bench/paper.py"})
 
 
-def _code_file(data: Data, folder: Path, kind: str) -> Path:
+def code_file(data: Data, folder: Path, kind: str) -> Path:
     codes = folder / ("codes-quick" if data.size == QUICK else "codes")
     end = "" if kind == "tuned" else f"-{kind}"
     return codes / f"{data.setting.name.replace(':', '-')}-{data.outputs}{end}.json"
@@ -270,7 +270,7 @@ def _codes(
                             "seconds": ours.seconds, "rejected": ours.rejected,
                             **{n: float(getattr(tuned, n)) for n in NUMBERS}}  # fmt: skip
     else:
-        tuned, learned = (load_code(_code_file(data, folder, k)) for k in ("tuned", "learned"))
+        tuned, learned = (load_code(code_file(data, folder, k)) for k in ("tuned", "learned"))
     bar.add_task("the published form: a grid", total=None)
     published = _best_of_grid(data)
     summary["NeRCC published"] = {n: float(getattr(published, n)) for n in NUMBERS[:2]}
