@@ -101,7 +101,7 @@ def test_a_large_request_is_answered_among_attackers_elsewhere(server):
     large = json.dumps({"inputs": [tensor]}).encode()
     body = BODIES["an unknown output"]
     with attacking(server.http_port, PATH, body, 60, source="127.0.0.2"):
-        times, faults = ask(server.http_port, PATH, large, 1, 8 * SHORT)
+        times, faults = ask(server.http_port, PATH, large, 1, 5 * SHORT)
     assert {status for status, _ in faults} <= {503}
     assert len(times) > len(faults)
     assert max(times) < DEADLINE
@@ -111,8 +111,9 @@ def test_a_large_request_is_answered_among_attackers_elsewhere(server):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["127.0.0.1", "127.0.0.2"])
-@pytest.mark.parametrize("number", [2100, 10_000])
-def test_idle_connections_lock_nobody_out(server, number, source):
+def test_idle_connections_lock_nobody_out(server, source):
+    """Five times as many as there may be."""
+    number = 10_000
     resource = pytest.importorskip("resource")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < number + 1000:
