@@ -20,7 +20,7 @@ from conftest import require
 
 pytestmark = pytest.mark.slow
 
-SECONDS = float(os.environ.get("NERCC_CHAOS_SECONDS", "16"))
+SECONDS = float(os.environ.get("NERCC_CHAOS_SECONDS", "20"))
 SILENT = 500  # connections
 HONEST, GRACE = 24, 3.0  # clients; seconds beyond a deadline in which its error must have come
 TRUTH = 5.0  # seconds in which health must tell what is so
