@@ -1,7 +1,7 @@
 """Every Python block of README and of the documentation's pages runs as it stands, page by page.
 
-Pages with code cells are run where the site is built; the blocks of docs/extending.md and of
-docs/deploy have tests of their own.
+Pages with code cells are run where the site is built; the blocks of docs/extending.md,
+docs/cluster.md and docs/deploy have tests of their own.
 """
 
 import os
@@ -16,9 +16,8 @@ from conftest import require
 from pages import blocks, options_of
 
 ROOT = Path(__file__).parents[1]
-ELSEWHERE = {"docs/extending.md", "docs/deploy/README.md"}
+ELSEWHERE = {"docs/cluster.md", "docs/deploy/README.md", "docs/extending.md"}
 EXTRA = {
-    "docs/cluster.md": ("ray", "ray"),
     "docs/devices.md": ("ray", "ray"),
     "docs/run.md": ("ray.data", "ray-data"),
     "docs/stiff.md": ("diffrax", "dev"),

@@ -230,20 +230,3 @@ class Answers:
             np.testing.assert_array_equal(
                 outcome.result.decoded.predictions, np.concatenate([3 * x + 1, -x], axis=-1)
             )
-
-
-def test_ray_logs_where_its_process_does(cluster):
-    """A server's log is JSON: a Ray that does not start would write lines of its own into it."""
-    source = """
-        import logging
-        import numpy as np
-        from nercc_jax import RayPool
-        logging.basicConfig(format="FORMAT %(name)s %(message)s")
-        with RayPool(np.negative, 1, address="local", compiled=False):
-            logging.getLogger("ray._private.services").error("the dashboard is dead")
-    """
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    options = {"capture_output": True, "text": True, "timeout": STARTS, "env": environment}
-    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], **options)
-    assert ran.returncode == 0, ran.stderr
-    assert "FORMAT ray._private.services the dashboard is dead\n" in ran.stderr

@@ -92,7 +92,8 @@ def test_at_the_deadline_every_row_has_a_value_or_a_reason(data):
         time.sleep(1.0 * len(x))
         return swing(x)
 
-    found = map_rows(dataset(data), slow, COLUMNS, tolerance=0.0, job_deadline=6.0)
+    options = {"tolerance": 0.0, "job_deadline": 6.0, "num_workers": 2}
+    found = map_rows(dataset(data), slow, COLUMNS, **options)
     rows = read(found).values()
     computed = [row for row in rows if row["status"] == "computed"]
     assert 0 < len(computed) < 120
@@ -117,7 +118,8 @@ def test_a_row_that_raises_is_unknown_and_a_worker_that_dies_loses_none(data, tm
             raise ArithmeticError("no solution here")
         return swing(x)
 
-    for row in read(map_rows(dataset(data), dies, COLUMNS, tolerance=0.0)).values():
+    found = map_rows(dataset(data), dies, COLUMNS, tolerance=0.0, num_workers=2)
+    for row in read(found).values():
         if row["angle"] < -0.95:
             assert row["status"] == "unknown"
             assert "no solution here" in row["reason"]

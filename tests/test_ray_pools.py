@@ -85,12 +85,22 @@ def test_models_of_a_script_run_and_two_pools_share_a_ray():
 
 
 def test_the_pages_example_runs_as_a_notebook_would():
-    """From a `__main__` without a file."""
+    """From a `__main__` without a file; and Ray logs where its process does.
+
+    A server's log is JSON: a Ray that does not start would write lines of its own into it.
+    """
     (example,) = blocks(PAGE, "python")
-    example = example.replace("RayPool(net, 3,", 'RayPool(net, 1, address="local",')
-    example += "\nprint(np.abs(predictions - net(x)).max())"
+    example = example.replace("RayPool(net, 3,", 'RayPool(net, 3, address="local",')
+    program = f"""
+import logging
+logging.basicConfig(format="FORMAT %(name)s %(message)s")
+{example}
+print(np.abs(predictions - net(x)).max())
+logging.getLogger("ray._private.services").error("the dashboard is dead")
+"""
     done = subprocess.run(
-        [sys.executable, "-"], input=example, capture_output=True, text=True, timeout=2 * SOON
+        [sys.executable, "-"], input=program, capture_output=True, text=True, timeout=2 * SOON
     )
     assert done.returncode == 0, done.stderr
     assert 0 <= float(done.stdout.splitlines()[-1]) < 1
+    assert "FORMAT ray._private.services the dashboard is dead\n" in done.stderr

@@ -129,8 +129,11 @@ def test_workers_spread_by_shard_map(name):
         close(found[device], case(name)[3][0])
 
 
-@pytest.mark.parametrize("name", CODES)
-@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize(
+    ("within", "name"),
+    [(True, name) for name in CODES]
+    + [(False, name) for name in ("nercc", "parity", "replication")],
+)
 def test_explicit_axes(name, within):
     """The default of `jax.make_mesh`: answers lie by worker, or groups by device."""
     code, mask, y, wanted, _ = case(name)

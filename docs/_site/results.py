@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import HTML, Markdown
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from nercc_jax.evaluation import Estimate
 
@@ -41,7 +41,7 @@ def mean_and_half_width(values: Sequence[float] | np.ndarray) -> tuple[float, fl
     if len(values) < 2:
         return float(values.mean()), float("nan")
     error = values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean()), float(student_t.ppf(0.975, len(values) - 1) * error)
+    return float(values.mean()), float(stdtrit(len(values) - 1, 0.975) * error)
 
 
 def ratio(ours: Iterable[float], theirs: Iterable[float]) -> tuple[float, float, float]:

@@ -1,6 +1,6 @@
 """Requests that are refused cost the others nothing that they would notice.
 
-Longer, and with 60 attackers: NERCC_CHAOS_SECONDS=600 pytest -m slow tests/serving/test_attack.py
+Longer: NERCC_CHAOS_SECONDS=600 pytest -m slow tests/serving/test_attack.py
 """
 
 # ruff: noqa: E402 (`require` comes before what needs it)
@@ -25,7 +25,7 @@ SHAPE = (28, 28)
 PATH = "/v2/models/own.wide/infer"
 BODIES = bodies(SHAPE)
 DEADLINE = 10.0
-SECONDS = float(os.environ.get("NERCC_CHAOS_SECONDS", "60"))
+SECONDS = float(os.environ.get("NERCC_CHAOS_SECONDS", "0"))
 CLIENTS, SHORT = 4, 1.5
 TURN = 0.03  # seconds that p99 may vary by where other processes share the cores, as in CI
 # What requests may hold (`max_bytes_in_flight`), and what the process that parses takes at most.
@@ -75,12 +75,11 @@ def test_others_hardly_notice_what_is_refused(server, undisturbed, what):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attackers", [4, 60])
 @pytest.mark.parametrize("what", BODIES)
-def test_attacks(server, undisturbed, what, attackers):
+def test_attacks(server, undisturbed, what):
     before, bound = memory(server), 3 * max(percentile(undisturbed, 0.99), TURN)
-    with attacking(server.http_port, PATH, BODIES[what], attackers):
-        for _ in range(3):  # an attack lasts, and other processes that take the cores do not
+    with attacking(server.http_port, PATH, BODIES[what], 60):
+        for _ in range(6):  # an attack lasts, and other processes that take the cores do not
             times = look(server, max(SECONDS / 2 / len(BODIES), SHORT))
             if percentile(times, 0.99) < bound:
                 break
@@ -102,7 +101,7 @@ def test_a_large_request_is_answered_among_attackers_elsewhere(server):
     large = json.dumps({"inputs": [tensor]}).encode()
     body = BODIES["an unknown output"]
     with attacking(server.http_port, PATH, body, 60, source="127.0.0.2"):
-        times, faults = ask(server.http_port, PATH, large, 1, 8 * SHORT)
+        times, faults = ask(server.http_port, PATH, large, 1, 5 * SHORT)
     assert {status for status, _ in faults} <= {503}
     assert len(times) > len(faults)
     assert max(times) < DEADLINE
@@ -112,8 +111,9 @@ def test_a_large_request_is_answered_among_attackers_elsewhere(server):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["127.0.0.1", "127.0.0.2"])
-@pytest.mark.parametrize("number", [2100, 10_000])
-def test_idle_connections_lock_nobody_out(server, number, source):
+def test_idle_connections_lock_nobody_out(server, source):
+    """Five times as many as there may be."""
+    number = 10_000
     resource = pytest.importorskip("resource")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < number + 1000:

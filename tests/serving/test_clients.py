@@ -1,7 +1,5 @@
 """The protocol's clients: Triton's and kserve's, each by REST and by gRPC, of coded models."""
 
-# ruff: noqa: E402 (`require` comes before what needs it)
-
 import asyncio
 import concurrent.futures
 import multiprocessing
@@ -20,20 +18,6 @@ httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
 require("fastapi", "serve")
 require("tritonclient", "serve-test")
-
-# It reads the command line of its process when it is imported.
-_arguments, sys.argv = sys.argv, sys.argv[:1]
-require("kserve", "serve-test")
-sys.argv = _arguments
-
-from kserve import (
-    InferenceGRPCClient,
-    InferenceRESTClient,
-    InferInput,
-    InferRequest,
-    RESTConfig,
-)
-from kserve.protocol.infer_type import RequestedOutput
 
 pytestmark = pytest.mark.slow
 
@@ -262,24 +246,44 @@ def test_perf_analyzer_runs_to_its_end(server, face):
 # kserve's.
 
 
-def request_of(x, model="double", *, binary=True, name="input", datatype="FP32", **more):
-    tensor = InferInput(name, list(x.shape), datatype)
-    tensor.set_data_from_numpy(x, binary_data=binary)
-    return InferRequest(model, [tensor], **more)
+@pytest.fixture(scope="module")
+def library():
+    """The package: importing it takes a second, and reads the command line of the process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", sys.argv[:1])
+        return require("kserve", "serve-test")
+
+
+@pytest.fixture
+def request_of(library):
+    """Makes a request; `outputs` are the arguments of what it asks for."""
+
+    def make(
+        x, model="double", *, binary=True, name="input", datatype="FP32", outputs=None, **more
+    ):
+        tensor = library.InferInput(name, list(x.shape), datatype)
+        tensor.set_data_from_numpy(x, binary_data=binary)
+        if outputs is not None:
+            requested = library.protocol.infer_type.RequestedOutput
+            more["request_outputs"] = [requested(*each) for each in outputs]
+        return library.InferRequest(model, [tensor], **more)
+
+    return make
 
 
 @pytest.fixture(params=["rest", "grpc"])
-def kserve(request, server):
+def kserve(request, server, library):
     """Asks by kserve's client; also for its method's name."""
 
     async def by_rest(message, method=None, *arguments):
-        async with InferenceRESTClient(RESTConfig(protocol="v2", timeout=ENDS)) as client:
+        config = library.RESTConfig(protocol="v2", timeout=ENDS)
+        async with library.InferenceRESTClient(config) as client:
             if method is not None:
                 return await getattr(client, method)(server.url, *arguments)
             return await client.infer(server.url, message, model_name=message.model_name)
 
     async def by_grpc(message, method=None, *arguments):
-        async with InferenceGRPCClient(server.grpc, timeout=ENDS) as client:
+        async with library.InferenceGRPCClient(server.grpc, timeout=ENDS) as client:
             if method is not None:
                 return await getattr(client, method)(*arguments)
             return await client.infer(message)
@@ -295,7 +299,7 @@ def kserve(request, server):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 17, 100])
 @pytest.mark.parametrize("binary", [True, False])
-def test_kserve_gets_right_answers(kserve, count, binary):
+def test_kserve_gets_right_answers(kserve, request_of, count, binary):
     x = numbers(count)
     answer = kserve(request_of(x, binary=binary, request_id="mine"))
     assert (answer.id, answer.model_name) == ("mine", "double")
@@ -305,14 +309,14 @@ def test_kserve_gets_right_answers(kserve, count, binary):
 
 
 @pytest.mark.parametrize("raw", [True, False])
-def test_kserve_gets_the_outputs_it_asks_for(kserve, raw):
-    asked = [RequestedOutput(name, {"binary_data": raw}) for name in ("exact", "output")]
-    answer = kserve(request_of(numbers(3), request_outputs=asked))
+def test_kserve_gets_the_outputs_it_asks_for(kserve, request_of, raw):
+    asked = [(name, {"binary_data": raw}) for name in ("exact", "output")]
+    answer = kserve(request_of(numbers(3), outputs=asked))
     assert [output.name for output in answer.outputs] == ["exact", "output"]
     np.testing.assert_array_equal(answer.outputs[1].as_numpy(), 2 * numbers(3)[:, :3])
 
 
-def test_kserve_needs_no_id(kserve):
+def test_kserve_needs_no_id(kserve, request_of):
     assert len({kserve(request_of(numbers(1))).id for _ in range(2)}) == 2
 
 
@@ -329,7 +333,7 @@ def test_kserve_learns_what_is_ready(kserve):
         ({"datatype": "FP64"}, 400, "INVALID_ARGUMENT", "not FP64"),
         ({"x": np.zeros((2, 5))}, 400, "INVALID_ARGUMENT", "not of shape [2, 5]"),
         ({"x": np.full((2, 4), np.nan)}, 400, "INVALID_ARGUMENT", "queries [0, 1] are not finite"),
-        ({"request_outputs": [RequestedOutput("no")]}, 400, "INVALID_ARGUMENT", "has outputs"),
+        ({"outputs": [("no",)]}, 400, "INVALID_ARGUMENT", "has outputs"),
         ({"model": "nothing"}, 404, "NOT_FOUND", "nothing"),
         (
             {"model": "slow", "parameters": {"nercc_deadline_ms": 50}},
@@ -341,7 +345,7 @@ def test_kserve_learns_what_is_ready(kserve):
         ({"x": np.zeros((101, 4)), "model": "slow"}, 413, "RESOURCE_EXHAUSTED", "holds 100"),
     ],
 )
-def test_kserve_gets_the_reason(kserve, options, status, code, words):
+def test_kserve_gets_the_reason(kserve, request_of, options, status, code, words):
     options = dict(options)
     x = options.pop("x", numbers(2))
     kind = np.float64 if options.get("datatype") == "FP64" else np.float32
