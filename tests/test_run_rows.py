@@ -29,7 +29,6 @@ from nercc_jax.pools import AbstractPool, Faults, RowFunction, RowResult, run_ro
 from nercc_jax.pools._backend import WorkerDied
 from nercc_jax.pools._row_engine import _RowRun
 from nercc_jax.pools._row_files import RowTable, row_code
-from nercc_jax.pools._row_grace import bars_that_held, late_answers
 from nercc_jax.pools._row_learner import (
     RowEstimates,
     RowLearner,
@@ -37,11 +36,10 @@ from nercc_jax.pools._row_learner import (
 )
 from nercc_jax.pools._row_predictions import LeftOut, leave_out, window_of
 from nercc_jax.pools._row_queue import RowQueue
-from nercc_jax.pools._row_settings import RowSettings
-from nercc_jax.pools._rows import RowCall
+from nercc_jax.pools._rows import RowCall, RowSettings, bars_that_held, late_answers
 from nercc_jax.pools._times import AnswerTimes
 from nercc_jax.risk import ErrorBars, ErrorProbability
-from nercc_jax.risk._target import AccuracyTarget
+from nercc_jax.risk._straggler_risk import AccuracyTarget
 from nercc_jax.schemes import Scheme, fit_scheme
 from nercc_jax.schemes._fit_scheme import FittedScheme
 from nercc_jax.surrogates import LearnerTuning, init_learner

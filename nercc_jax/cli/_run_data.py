@@ -25,7 +25,7 @@ from ..pools._batch import answers_to_wait_for
 from ..pools._inference import BatchOutcome
 from ..pools._row_engine import reason_to_stop
 from ..pools._row_files import Parts, check_parts, fingerprint
-from ..pools._row_settings import ATTEMPTS
+from ..pools._rows import ATTEMPTS
 from ._errors import fail
 from ._options import CALIBRATION, RunOptions
 from ._output import summary_table, write_json

@@ -16,7 +16,7 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
 from ..pools import AbstractPool, DevicePool, Faults, PoolReport, RayPool
-from ..pools._row_settings import hang_timeout
+from ..pools._rows import hang_timeout
 from ._errors import fail
 from ._options import check_positive_options
 from ._own_models import find_score

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..pools import RowResult, run_rows
 from ..pools._row_files import check_parts, fingerprint
-from ..pools._row_settings import RowProgress, RowSettings
+from ..pools._rows import RowProgress, RowSettings
 from ._errors import fail
 from ._options import RunOptions
 from ._output import summary_table, write_json

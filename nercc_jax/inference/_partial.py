@@ -17,9 +17,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 from ..codes import AbstractCode, Decoded, decode_groups
 from ..codes._decoding import Matrices
 from ..codes._kept import known_decoders
+from ._conditions import cast_model
 from ._groups import group_points
 from ._models import check_model
-from ._precision import cast_model
 from ._spmd import Placed, place, put, work
 from ._workers import Model
 

@@ -7,11 +7,9 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from ..codes._kept import x64_enabled
-from ..inference._conditions import current_conditions, matmul_precision
+from ..inference._conditions import check_worker_dtype, current_conditions, matmul_precision
 from ..inference._models import Model
-from ..inference._precision import check_worker_dtype
 from ._clock import ErrorCounter, Watcher
-from ._code_versions import weights_checksum
 from ._faults import Faults
 from ._pool import AbstractPool
 from ._ray_backend import ActorBackend, pack
@@ -19,7 +17,7 @@ from ._ray_cluster import MEMBERSHIP
 from ._ray_nodes import NodeWatch, by_node, crowding, worker_options
 from ._scheduler import Scheduler
 from ._times import Overdue
-from ._worker import Examples, as_models
+from ._worker import Examples, as_models, weights_checksum
 from ._wrong_answers import check_faults
 
 _LOG = logging.getLogger(__name__)

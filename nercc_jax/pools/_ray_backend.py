@@ -29,7 +29,6 @@ from jaxtyping import PyTree
 from ..inference._conditions import UNKNOWN
 from ._backend import OnOutcome, WorkerBackend, WorkerDied
 from ._batch import arrays_of
-from ._code_versions import check_versions, checksum, code_versions
 from ._ray_cluster import last_line, ray_module
 from ._ray_nodes import (
     by_node,
@@ -39,7 +38,7 @@ from ._ray_nodes import (
     missing_resources,
     node_to_leave,
 )
-from ._worker import Program, Worker, warm_up
+from ._worker import Program, Worker, check_versions, checksum, code_versions, warm_up
 
 # Size in bytes from which on Ray would put an argument into its store, again for each call.
 _LARGE = 100_000

@@ -24,10 +24,15 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from ..risk._answer_check import AnswerCheck, fit_answer_check
-from ..risk._straggler_risk import StragglerRisk, StragglerRow, conformal_quantile
-from ..risk._target import AccuracyTarget, error_ratios
+from ..risk._straggler_risk import (
+    AccuracyTarget,
+    StragglerRisk,
+    StragglerRow,
+    conformal_quantile,
+    error_ratios,
+)
 from ..schemes._fit_scheme import FittedScheme
-from ._clock import WallClock
+from ._clock import TimeShare, WallClock
 from ._row_checks import OF_CALLS
 from ._row_files import RowTable
 from ._row_predictions import (
@@ -45,7 +50,6 @@ from ._row_predictions import (
     update_job,
     window_of,
 )
-from ._time_share import TimeShare
 
 _LOG = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ..risk._target import AccuracyTarget
+from ..risk._straggler_risk import AccuracyTarget
 from ..schemes import fit_scheme
 from ..schemes._fit_scheme import SHAPE, FittedScheme, filled
 from ..surrogates import Learner, LearnerTuning

@@ -32,8 +32,8 @@ from ..codes._checks import check_counts
 from ._backend import PoolReport, StartUp, WorkerBackend, WorkerDied, WorkerSlot
 from ._batch import Batch, BatchContext, Failure, Refuse, Task, reason_of, refuse_odd
 from ._clock import WALL, AbstractClock, ErrorCounter, Watcher, pause_after
-from ._code_versions import WEIGHTS
 from ._times import CALLS_KEPT, Call, Overdue, TimesByRule
+from ._worker import WEIGHTS
 
 
 class SendQueue:

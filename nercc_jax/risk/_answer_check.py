@@ -23,7 +23,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ._logistic import logistic_regression
+from ._calibration import logistic_regression
 from ._straggler_risk import conformal_quantile
 
 _REFERENCES = 256  # right answers that others are compared with

@@ -14,10 +14,8 @@ from jaxtyping import Bool, Float, Shaped
 
 from ...pools import AbstractPool
 from ...pools._answer_checks import AnswerChecks
-from ...pools._clock import AbstractClock
-from ...pools._time_share import TimeShare
-from ...risk._straggler_risk import StragglerRisk, StragglerRow
-from ...risk._target import AccuracyTarget
+from ...pools._clock import AbstractClock, TimeShare
+from ...risk._straggler_risk import AccuracyTarget, StragglerRisk, StragglerRow
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import (
     AbstractAdaptation,

@@ -28,8 +28,13 @@ from ...evaluation._functions import row_errors
 from ...risk import ErrorProbability, RiskMonitor
 from ...risk._answer_check import AnswerCheck, fit_answer_check
 from ...risk._error_probability import error_features, fit_error_probability_of_points
-from ...risk._straggler_risk import StragglerRow, conformal_quantile, least_factor
-from ...risk._target import AccuracyTarget, error_ratios
+from ...risk._straggler_risk import (
+    AccuracyTarget,
+    StragglerRow,
+    conformal_quantile,
+    error_ratios,
+    least_factor,
+)
 from ...surrogates import (
     AbstractLearner,
     AbstractSurrogate,

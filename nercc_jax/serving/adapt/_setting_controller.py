@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ...pools import AbstractPool, Overdue
-from ...pools._time_share import TimeShare
+from ...pools._clock import TimeShare
 from ...pools._times import Call
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import DispatchSetting, Redundancy, overdue_rule
