@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ._options import read_table
+
 # Set by `ray job submit`, which has sent a folder of its own.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # Never sent with the folder of a model, whatever .gitignore says.
@@ -139,10 +141,5 @@ def actor_options(cpus: float | None, gpus: float | None, resources: str | None)
     """Return Ray's options of an actor; raise ValueError if the resources are no table."""
     options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
     if resources is not None:
-        try:
-            options["resources"] = tomllib.loads(f"table = {resources}")["table"]
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(
-                f"--worker-resources: a table is needed, '{{TPU = 4}}', not {resources!r}"
-            ) from error
+        options["resources"] = read_table("--worker-resources", resources, "{TPU = 4}")
     return {name: value for name, value in options.items() if value is not None}

@@ -39,7 +39,6 @@ from pydantic_settings import (
 
 from ._policy import MAX_DEADLINE_S, POLICY_HELP, BatchingPolicy
 
-
 # Settings as text, from a flag or a variable, where a file has tables and lists.
 
 

@@ -3,7 +3,6 @@
 Calibration of decoding has a thread of its own: the scheduler's does nothing but answer queries.
 """
 
-import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -249,12 +248,11 @@ class Adaptation(AbstractAdaptation):
         if self.predictor is not None:
             self.predictor.add_answer(x, own)
 
-    def epoch(self, source: Source) -> int:
-        return self._risk(source).epoch
-
-    @property
-    def decoding_waits(self) -> bool:
-        return self.decoding_risk.waits
+    def risk(self, source: Source) -> StragglerRisk:
+        if source == "decoded":
+            return self.decoding_risk
+        assert self.predictor is not None
+        return self.predictor.risk
 
     def admits(self, answer: Answer, *, calibrated: bool) -> bool:
         if answer.source == "predicted":
@@ -262,20 +260,6 @@ class Adaptation(AbstractAdaptation):
             return calibrated and self.predictor.admits(answer)
         risk = self.decoding_risk
         return bool(risk.admits(answer.disagreement, 0.0, calibrated=calibrated))
-
-    def expected(self, answer: Answer) -> Answer:
-        risk = self._risk(answer.source)
-        disagreement, error = map(float, risk.expected(answer.disagreement, answer.error))
-        return dataclasses.replace(answer, disagreement=disagreement, error=error)
-
-    def give(self, answer: Answer) -> None:
-        self._risk(answer.source).give()
-
-    def _risk(self, source: Source) -> StragglerRisk:
-        if source == "decoded":
-            return self.decoding_risk
-        assert self.predictor is not None
-        return self.predictor.risk
 
     def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
         if given.answer.source == "predicted":

@@ -423,7 +423,7 @@ class QueryScheduler:
         else:
             record.given = not given.forced
         if record.given:
-            self._adaptation.give(given.answer)
+            self._adaptation.risk(given.answer.source).give()
 
     def _late(self, group: Group, now: float) -> np.ndarray:
         """Return the mask of coded data points not to wait for: late ones, and failed ones."""
