@@ -162,18 +162,13 @@ class Plan:
             content = json.loads(Path(path).read_text())
             if content["format"] != _FORMAT or content["version"] != _VERSION:
                 raise ValueError(f"it does not say 'format': {_FORMAT!r}, 'version': {_VERSION}")
-            error_probability: Any = content["doubt"] and {
-                name: jnp.asarray(value, float) for name, value in content["doubt"].items()
-            }
-            conditions = Conditions(**(content.get("conditions") or {}))
+            conditions, doubt = Conditions(**(content.get("conditions") or {})), content["doubt"]
             rows = tuple(_candidate(row) for row in content["candidates"])
             return cls(
                 rows,
                 _candidate(content["recommended"]),
                 content["reason"],
-                ErrorProbability(**error_probability, conditions=conditions)
-                if error_probability
-                else None,
+                doubt and ErrorProbability.from_json(doubt, conditions),
                 content["asked"],
                 content["about"],
             )
@@ -192,11 +187,6 @@ class Plan:
             OSError: As `open`.
         """
         rows = [dataclasses.asdict(candidate) for candidate in self.candidates]
-        error_probability = self.error_probability and {
-            field.name: np.asarray(getattr(self.error_probability, field.name)).tolist()
-            for field in dataclasses.fields(self.error_probability)
-            if field.name not in ("form", "conditions")  # plans are for vectors
-        }
         content = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -204,7 +194,7 @@ class Plan:
             "reason": self.reason,
             "asked": self.asked,
             "about": self.about | dict(about or {}),
-            "doubt": error_probability,
+            "doubt": self.error_probability and self.error_probability.to_json(),
             "conditions": self.error_probability
             and dataclasses.asdict(self.error_probability.conditions),
             "candidates": rows,
@@ -313,14 +303,15 @@ def plan(
     probabilities: dict[Candidate, ErrorProbability] = {}
     fastest = min(row.p99 for row in exact if row.exact and feasible(row, asked))
     on_stage("the model's own answers")
-    halves = [
-        Half(model, part, asked["buffer_size"], surrogate, batch_size)
-        for part in _in_halves(np.asarray(x), keys[1])
-    ]
+    order, x = np.asarray(jax.random.permutation(keys[1], len(np.asarray(x)))), np.asarray(x)
+    first, second = (
+        Half(model, x[np.sort(part)], asked["buffer_size"], surrogate, batch_size)
+        for part in (order[: len(x) // 2], order[len(x) // 2 :])
+    )
     known: list[Candidate] = []
     if surrogate is not None:
-        known, probabilities = known_systems(latencies, asked, (halves[0], halves[1]))
-    codes = Codes(latencies, asked, (halves[0], halves[1]), fastest)
+        known, probabilities = known_systems(latencies, asked, (first, second))
+    codes = Codes(latencies, asked, (first, second), fastest)
     on_stage("screening codes")
     orders = (None, "pixels") + (() if surrogate is None else ("surrogate",))
     screened = codes.screen(sizes, layouts, orders)
@@ -334,19 +325,13 @@ def plan(
     )
     best = _best(rows, asked)
     about = {
-        "calibration_points": len(halves[0].x),
-        "held_out_points": len(halves[1].x),
+        "calibration_points": len(first.x),
+        "held_out_points": len(second.x),
         "straggler_sets": TOLD_SETS,
         "seconds": round(time.perf_counter() - begin, 1),
     }
     error_probability = probabilities.get(found[rows.index(best)])
     return Plan(rows, best, _reason(best, rows, asked), error_probability, asked, about)
-
-
-def _in_halves(x: np.ndarray, key: PRNGKeyArray) -> list[np.ndarray]:
-    """Return a random half and the other half, each in the order given."""
-    order = np.asarray(jax.random.permutation(key, len(x)))
-    return [x[np.sort(part)] for part in (order[: len(x) // 2], order[len(x) // 2 :])]
 
 
 def _check(asked: Mapping[str, Any], shape: tuple[int, ...]) -> None:

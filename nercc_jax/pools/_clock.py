@@ -1,4 +1,4 @@
-"""The clock that pools and servers live by, tasks that it repeats, their supervision and share of time."""
+"""The clock that pools and servers live by, and tasks that it repeats, supervised and paced."""
 
 import abc
 import logging

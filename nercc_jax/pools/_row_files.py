@@ -25,14 +25,6 @@ from ..surrogates import learner_card, load_learner, save_learner
 
 _MANIFEST = "manifest.json"
 _EVERY = 1.0  # seconds between two parts, at least
-_PROBABILITY_FIELDS = (
-    "weights",
-    "knots",
-    "shifts",
-    "levels",
-    "risks",
-    "shares",
-)  # fields that are written
 
 
 @runtime_checkable
@@ -216,11 +208,12 @@ def save_fitted(path: Path, fitted: FittedScheme) -> None:
     scheme: Any = fitted.scheme
     about = {
         "pairs": fitted.pairs,
-        "bars": {name: _listed(getattr(scheme.bars, name)) for name in ("coverages", "factors")},
-        "doubt": scheme.error_probability
-        and {
-            name: _listed(getattr(scheme.error_probability, name)) for name in _PROBABILITY_FIELDS
+        # JSON has no infinity.
+        "bars": {
+            name: np.nan_to_num(np.asarray(getattr(scheme.bars, name), np.float32)).tolist()
+            for name in ("coverages", "factors")
         },
+        "doubt": scheme.error_probability and scheme.error_probability.to_json(),
     }
     save_learner(path, scheme.surrogate, about)
 
@@ -237,18 +230,8 @@ def load_fitted(path: Path) -> FittedScheme:
     scheme = Scheme(
         row_code(),
         surrogate=learner,
-        bars=ErrorBars(**{name: _array(each) for name, each in bars.items()}),
-        error_probability=error_probability
-        and ErrorProbability(**{name: _array(each) for name, each in error_probability.items()}),
+        bars=ErrorBars(**{name: jnp.asarray(each, float) for name, each in bars.items()}),
+        error_probability=error_probability and ErrorProbability.from_json(error_probability),
         redundancy="uncertain",
     )
     return FittedScheme(scheme, about["pairs"])
-
-
-def _listed(numbers: Any) -> list[float]:
-    """Return numbers for JSON, which has no infinity."""
-    return np.nan_to_num(np.asarray(numbers, np.float32)).tolist()
-
-
-def _array(numbers: list[float]) -> Any:
-    return jnp.asarray(numbers, float)

@@ -173,7 +173,7 @@ def calibrate_error_bars(
     masks, _ = draw_sets(stragglers, key, scheme.code.num_workers, num_sets)
     served = model if callable(model) else model[0]
     workers = cast_model(model if callable(model) else tuple(model), worker_dtype)
-    ratios = _ratios(workers, scheme, x, _served(served, x), masks)
+    ratios = _ratios(workers, scheme, x, eqx.filter_jit(call_model)(served, x), masks)
     return error_bars_from_ratios(np.asarray(ratios), current_conditions(worker_dtype))
 
 
@@ -250,18 +250,8 @@ def _ratios(
     encoder = known_encoder(scheme.code)
     # Three programs: the model's is the same for all schemes that send alike shapes.
     prepared, coded = eqx.filter_jit(scheme.encode)(x, encoder)
-    y = _answers(workers, scheme.code, coded)
+    y = eqx.filter_jit(run_workers)(workers, scheme.code, coded)
     return _judged(scheme, x, prepared, y, own, masks, encoder)
-
-
-@eqx.filter_jit
-def _served(model: Model, x: PyTree) -> PyTree:
-    return call_model(model, x)
-
-
-@eqx.filter_jit
-def _answers(workers: Any, code: AbstractCode, coded: PyTree) -> PyTree:
-    return run_workers(workers, code, coded)
 
 
 @eqx.filter_jit

@@ -76,7 +76,9 @@ def fit_scheme(
     first, second = ((filled(x[chosen], most), filled(y[chosen], most)) for chosen in (~held, held))
     if tuning is None:
         tuning = LearnerTuning(widths=widths_of(x.shape[1]), rows=_JUDGED)
-    learner = tune_learner(_start(*first, capacity), tuning)
+    learner = tune_learner(
+        eqx.filter_jit(init_learner)(*first, capacity=capacity, kernel=SHAPE), tuning
+    )
     knows, mean, deviation = _tried(learner, *second)
     count = int(held.sum())
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -101,13 +103,6 @@ def filled(rows: Float[np.ndarray, "few n"], number: int) -> Float[np.ndarray, "
     filled = np.full((number, rows.shape[1]), np.nan, np.float32)
     filled[: len(rows)] = rows
     return filled
-
-
-@eqx.filter_jit
-def _start(
-    x: Float[ArrayLike, "pairs features"], y: Float[ArrayLike, "pairs outputs"], capacity: int
-) -> Learner:
-    return init_learner(x, y, capacity=capacity, kernel=SHAPE)
 
 
 @eqx.filter_jit

@@ -143,7 +143,7 @@ _RANGES = {
 }
 
 
-def _is_within(value: float, interval: str) -> bool:
+def _is_within(value: int | float, interval: str) -> bool:
     """Return whether a number lies in an interval; NaN lies in none."""
     low, high = map(float, interval[1:-1].split(","))
     inside = low <= value if interval[0] == "[" else low < value
