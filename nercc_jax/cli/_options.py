@@ -124,7 +124,7 @@ def check_folder(option: str, path: Path | None) -> None:
         raise ValueError(f"{option} {path}: {there.resolve()} may not be written to")
 
 
-def read_table(option: str, text: str, example: str) -> dict[str, Any]:
+def table_of_option(option: str, text: str, example: str) -> dict[str, Any]:
     """Return a table that is written as in TOML; raise ValueError, naming the option, if wrong."""
     try:
         return tomllib.loads(f"table = {text}")["table"]

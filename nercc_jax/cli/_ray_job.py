@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ._options import read_table
+from ._options import table_of_option
 
 # Set by `ray job submit`, which has sent a folder of its own.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -141,5 +141,5 @@ def actor_options(cpus: float | None, gpus: float | None, resources: str | None)
     """Return Ray's options of an actor; raise ValueError if the resources are no table."""
     options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
     if resources is not None:
-        options["resources"] = read_table("--worker-resources", resources, "{TPU = 4}")
+        options["resources"] = table_of_option("--worker-resources", resources, "{TPU = 4}")
     return {name: value for name, value in options.items() if value is not None}

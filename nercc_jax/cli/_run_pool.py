@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 from ..pools import AbstractPool, DevicePool, Faults, PoolReport, RayPool
 from ..pools._rows import hang_timeout
 from ._errors import fail
-from ._options import check_positive_options, read_table
+from ._options import check_positive_options, table_of_option
 from ._own_models import find_score
 from ._ray_job import RayJob
 
@@ -82,7 +82,7 @@ def make_faults(options: Any) -> Faults:
             raise ValueError(f"{option} is a share of the calls, from 0 to 1, not {value}")
     check_positive_options("--straggler-delay-s", options.straggler_delay_s)
     score, wrong, example = options.straggler_score, options.wrong_workers, "{stale = [0]}"
-    found = read_table("--wrong-workers", wrong or "{}", example)
+    found = table_of_option("--wrong-workers", wrong or "{}", example)
     if not all(isinstance(each, list) and {*map(type, each)} <= {int} for each in found.values()):
         raise ValueError(f"--wrong-workers: a table of workers is needed, '{example}', not {wrong}")
     return Faults.from_rates(
