@@ -19,7 +19,7 @@ from ..inference._groups import group_points
 from ..risk import ErrorProbability
 from ..risk._straggler_risk import AccuracyTarget
 from ..schemes import Scheme
-from ..schemes._reexecute import select_uncertain
+from ..schemes._scheme import select_uncertain
 from ._batch import BatchAnswers, Enough, check_deadline
 from ._pool import AbstractPool
 from ._steps import ScoredPredictions, code_steps, scheme_steps, score_of

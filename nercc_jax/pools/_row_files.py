@@ -20,7 +20,7 @@ from ..codes import NeRCC
 from ..codes._whole import write_whole
 from ..risk import ErrorBars, ErrorProbability
 from ..schemes import Scheme
-from ..schemes._fit_scheme import FittedScheme
+from ..schemes._calibrate import FittedScheme
 from ..surrogates import learner_card, load_learner, save_learner
 
 _MANIFEST = "manifest.json"

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from ..codes._trees import is_float
-from ..evaluation._functions import row_errors
+from ..evaluation._criteria import row_errors
 from ..risk._straggler_risk import AccuracyTarget
-from ..schemes._fit_scheme import FittedScheme
+from ..schemes._calibrate import FittedScheme
 from ._backend import PoolReport
 from ._batch import Batch, check_deadline
 from ._pool import AbstractPool

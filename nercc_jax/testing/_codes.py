@@ -23,10 +23,12 @@ from ._matrices import (
     check_matrices,
     check_on_host,
     check_recovered,
+    check_structure,
     describe,
     float64_product,
+    require,
+    try_decode,
 )
-from ._structure import check_structure, require, try_decode
 
 _OUTPUTS = 3
 _RANDOM_SETS = 6
