@@ -53,7 +53,10 @@ def run_data(options: Any, pool: ChosenPool, output: Path, resume: bool) -> None
     check_result_file(output, _FILES)
     folder = parts_folder(output)
     check_parts(folder, resume)
-    code = _chosen_code(options)
+    if options.code is None:
+        code = NeRCC(8 if options.num_data is None else options.num_data, options.num_workers)
+    else:
+        code = load_plain_code(options.code, f"--code {options.code}")
     number = _number_to_wait_for(code, options)
     model, groups = options.model, options.groups or 1
     asked = options.weights, options.inputs, options.data_dir, options.outputs
@@ -149,12 +152,6 @@ class _Job:
     def batch(self, rows: np.ndarray) -> np.ndarray:
         x = self.inputs(rows)
         return x.reshape(self.groups, -1, *x.shape[1:])
-
-
-def _chosen_code(options: Any) -> AbstractCode:
-    if options.code is None:
-        return NeRCC(8 if options.num_data is None else options.num_data, options.num_workers)
-    return load_plain_code(options.code, f"--code {options.code}")
 
 
 def _number_to_wait_for(code: AbstractCode, options: Any) -> int | None:

@@ -183,15 +183,13 @@ class _WorkerThread:
         while (item := self.inbox.get()) is not None and not self._ended.is_set():
             life, kind, batch = item
             if life == self._life:
-                self._on_outcome(self._worker, self._life, _outcome(worker, kind, batch))
+                try:
+                    outcome = worker(kind, batch)
+                except Exception as error:  # that answer's trouble, whatever it is
+                    outcome = error
+                self._on_outcome(self._worker, self._life, outcome)
+                del outcome
             del item, batch  # it may be large, and the next may not come soon
-
-
-def _outcome(worker: Worker, kind: int, batch: PyTree) -> PyTree | Exception:
-    try:
-        return worker(kind, batch)
-    except Exception as error:  # whatever a model raises is that answer's trouble, not the pool's
-        return error
 
 
 def _cores() -> float:

@@ -132,12 +132,8 @@ def _fields(module: type[eqx.Module]) -> dict[str, Any]:
     }
     found["__annotations__"] = {field.name: Any for field in own}
     if not module.__dataclass_params__.init:  # pyright: ignore[reportAttributeAccessIssue]
-        found["__init__"] = _no_init
+        found["__init__"] = lambda self: None
     return found
-
-
-def _no_init(self: Any) -> None:
-    """Stand in for the `__init__` of a class."""
 
 
 # What runs in the process of an actor.
@@ -163,7 +159,11 @@ class Actor:
         x64, products = precision
         jax.config.update("jax_enable_x64", x64)
         jax.config.update("jax_default_matmul_precision", products)
-        models, example, compiled, faults = _unpack(load)
+        try:
+            models, example, compiled, faults = load.unpack()
+        except ImportError as error:
+            node = f"node {ray_module().util.get_node_ip_address()}"
+            raise RuntimeError(cannot_import(str(error), node)) from error
         self._program = Program(models, jax.local_devices()[0], compiled)
         warm_up([self._program], len(models), example)
         self._worker = Worker(self._program, faults.at(worker, life), _die)
@@ -177,13 +177,6 @@ class Actor:
         threading.Event().wait()
 
 
-def _unpack(load: EncodedInputs) -> Any:
-    try:
-        return load.unpack()
-    except ImportError as error:
-        raise RuntimeError(cannot_import(str(error), f"node {_address()}")) from error
-
-
 def cannot_import(reason: str, where: str) -> str:
     """Return a message for a worker that cannot import what it needs."""
     return (
@@ -191,10 +184,6 @@ def cannot_import(reason: str, where: str) -> str:
         "along: --working-dir FOLDER or --py-modules FOLDER of `nercc`, runtime_env={'working_dir':"
         " FOLDER} of RayPool or ray.init"
     )
-
-
-def _address() -> str:
-    return ray_module().util.get_node_ip_address()
 
 
 def _die() -> None:

@@ -222,7 +222,10 @@ class Dispatcher:
 
     def _redundancy(self, group: Group, turn: Turn) -> Int[np.ndarray, " points"]:
         """Return the coded data points to send beyond the queries themselves."""
-        points = group.layout.extras[: self._room()]
+        points = group.layout.extras
+        # A code that mixes queries sends all of them.
+        if self._coder.systematic:
+            points = points[: int(min(self._pool.spare, self._coder.num_workers))]
         redundancy = turn.setting.redundancy
         if redundancy == "always" or not len(points):
             return points
@@ -237,11 +240,6 @@ class Dispatcher:
             self._budget.spend()
             number += 1
         return wanted[:number]
-
-    def _room(self) -> int:
-        """Return how many coded data points may be sent: all, of a code that mixes queries."""
-        most = self._coder.num_workers
-        return int(min(self._pool.spare, most)) if self._coder.systematic else most
 
     def _send_own(self, turn: Turn) -> list[Group]:
         """Send queries as they came, each to its own worker, and return their groups."""
@@ -358,7 +356,10 @@ class Dispatcher:
 
     def _assign(self, queries: list[Query], sizes: list[int], place: int, turn: Turn) -> list[Cell]:
         """Distribute queries over cells of these sizes, for a group's places from `place` on."""
-        if self._ordering is None or self._ordering.seconds > _longest_ordering(turn.answer_time):
+        # Where answer times are unknown, be quick.
+        known = turn.answer_time if turn.answer_time < math.inf else 0.0
+        longest = max(_ORDERING, _ORDERING_SHARE * known)
+        if self._ordering is None or self._ordering.seconds > longest:
             rest = iter(queries)
             assigned = [list(itertools.islice(rest, size)) for size in sizes]
         else:
@@ -381,11 +382,6 @@ class Dispatcher:
 def _coder_of_one(model: int) -> Coder:
     """Return the coder of a query that is sent alone: the same for all dispatchers."""
     return Coder(Uncoded(1), (model,))
-
-
-def _longest_ordering(answer_time: float) -> float:
-    """Return the seconds that ordering may take. Where answer times are unknown, be quick."""
-    return max(_ORDERING, _ORDERING_SHARE * answer_time if answer_time < math.inf else 0.0)
 
 
 def _cell(queries: Sequence[Query]) -> Cell:

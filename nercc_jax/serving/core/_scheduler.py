@@ -269,7 +269,7 @@ class QueryScheduler:
         """Send a query of zeros, to notice when workers answer again."""
         now, zeros = self._clock.now(), (self._queries.zeros(1), self._answers.zeros(1))
         probe = Request(*zeros, now, _PROBE, True)
-        if self._open.accept_probe(probe):
+        if self._open.accept_own(probe, audits=False):
             self._enqueue(probe, now)
 
     def _expire(self, now: float) -> None:
@@ -378,7 +378,7 @@ class QueryScheduler:
             return False
         zeros = self._answers.zeros(1)
         request = Request(given.x[None], zeros, self._clock.now(), MAX_DEADLINE_S, True)
-        if not self._open.accept_audit(request):
+        if not self._open.accept_own(request, audits=True):
             return False
         given.repeated = True
         request.queries[0].approximate[given.answer.source] = given

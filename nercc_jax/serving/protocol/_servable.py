@@ -205,7 +205,8 @@ class Tensors:
         return None
 
     def named(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(zip(self.names, self._split(rows, _view), strict=True))
+        arrays = self._split(rows, lambda column, to: np.ascontiguousarray(column).view(to))
+        return dict(zip(self.names, arrays, strict=True))
 
     def split(self, rows: Array) -> PyTree[Array]:
         """Return rows as the model takes them; to be compiled."""
@@ -218,7 +219,9 @@ class Tensors:
         if len(leaves) == 1:
             return leaves[0]
         if self.dtype == _BYTES:
-            leaves = [_bytes(x, p.dtype) for x, p in zip(leaves, self.parts, strict=True)]
+            dtypes = (np.uint8 if p.dtype.kind == "b" else p.dtype for p in self.parts)
+            leaves = [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
+            leaves = [jax.lax.bitcast_convert_type(leaf, np.uint8) for leaf in leaves]
         return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=-1)
 
     def _split(self, rows: Any, of_bytes: Callable[[Any, np.dtype], Any]) -> Iterator[Any]:
@@ -255,22 +258,12 @@ class RowModel:
         return self.outputs.join(self.func(self.inputs.split(rows)))
 
 
-def _view(column: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    return np.ascontiguousarray(column).view(dtype)
-
-
 def _bitcast(column: Array, dtype: np.dtype) -> Array:
     if dtype.kind == "b":
         return column != 0
     if dtype.itemsize > 1:
         column = column.reshape(len(column), -1, dtype.itemsize)
     return jax.lax.bitcast_convert_type(column, dtype)
-
-
-def _bytes(leaf: Array, dtype: np.dtype) -> Array:
-    return jax.lax.bitcast_convert_type(
-        leaf.astype(np.uint8 if dtype.kind == "b" else dtype), np.uint8
-    )
 
 
 # The name of a model's only input.
