@@ -4,15 +4,14 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
-import logging
 import os
-import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ._options import table_of_option
+from ._process import leave
 
 # Set by `ray job submit`, which has sent a folder of its own.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -86,10 +85,7 @@ def end_at_once(code: int) -> None:
     from ..pools import ray_is_lost
 
     if ray_is_lost():
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave(code)
 
 
 def own_folders(models: Sequence[str]) -> dict[str, Any]:

@@ -226,11 +226,12 @@ def row_code() -> NeRCC:
 def load_fitted(path: Path) -> FittedScheme:
     """Return what `save_fitted` wrote; raise as `load_learner` does, naming the file."""
     learner, about = load_learner(path), learner_card(path)
-    bars, error_probability = about["bars"], about["doubt"]
+    error_probability = about["doubt"]
+    bars: Any = {name: jnp.asarray(each, float) for name, each in about["bars"].items()}
     scheme = Scheme(
         row_code(),
         surrogate=learner,
-        bars=ErrorBars(**{name: jnp.asarray(each, float) for name, each in bars.items()}),
+        bars=ErrorBars(**bars),
         error_probability=error_probability and ErrorProbability.from_json(error_probability),
         redundancy="uncertain",
     )

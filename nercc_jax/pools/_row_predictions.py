@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ from ._row_files import row_code
 _LOG = logging.getLogger(__name__)
 
 # Compiled: one program serves all learners of one shape.
-_predictions, _updated = eqx.filter_jit(Learner.predict), eqx.filter_jit(Learner.update)
+_predictions = eqx.filter_jit(Learner.predict)
+_updated: Any = eqx.filter_jit(Learner.update)
 
 CAPACITY = 1024  # rows that the learner holds at most
 FEW = 512  # rows up to which a smaller learner is fitted, in a third of the time

@@ -264,8 +264,7 @@ class Scheme(AbstractScheme):
             raise ValueError(f"follow must be 'inputs' or a function, not {self.follow!r}")
         if self.redundancy not in (None, "code", "uncertain"):
             raise ValueError(f"redundancy must be 'code' or 'uncertain', not {self.redundancy!r}")
-        summary = self.surrogate is not None and self.surrogate.has_deviation
-        if self.redundancy == "uncertain" and not summary:
+        if self.redundancy == "uncertain" and not self._has_deviation:
             raise ValueError(
                 "copies of uncertain points need a surrogate with deviations, such as a learner"
             )
@@ -279,8 +278,12 @@ class Scheme(AbstractScheme):
         """Return whether the redundant workers get copies of uncertain data points."""
         if self.redundancy is not None:
             return self.redundancy == "uncertain"
-        summary = self.surrogate is not None and self.surrogate.has_deviation
-        return summary and has_points(self.code) and self.code.num_workers > self.code.num_data
+        more = self.code.num_workers > self.code.num_data
+        return self._has_deviation and has_points(self.code) and more
+
+    @property
+    def _has_deviation(self) -> bool:
+        return self.surrogate is not None and self.surrogate.has_deviation
 
     def arrange(self, x: PyTree[Shaped[ArrayLike, "points ..."]]) -> Int[Array, " points"]:
         """Return the order in which data points are coded: `x[order]` is cut into groups of K.

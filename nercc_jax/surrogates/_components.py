@@ -125,7 +125,7 @@ class ComponentGroupPrior(AbstractGroupPrior):
         form: The structure of the outputs.
     """
 
-    own: GaussianGroupPrior  # with a second axis of components
+    own: GaussianGroupPrior
     rest: GaussianGroupPrior
     prior: Float[Array, "groups points m"] | None
     directions: Float[Array, "groups m components"]

@@ -3,7 +3,6 @@
 Within a group, similar queries get neighbouring places (`QueryOrdering`).
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -111,18 +110,6 @@ class QueryOrdering:
 _ORDERING, _ORDERING_SHARE = 0.002, 0.05
 
 
-@dataclasses.dataclass(frozen=True)
-class DispatchRules:
-    """The fixed rules by which groups are opened at the pool.
-
-    With `enough` answers a group of a code that is not systematic can be decoded.
-    """
-
-    policy: BatchingPolicy
-    enough: int
-    refuse: Refuse
-
-
 class Turn(NamedTuple):
     """The circumstances of one turn of the scheduler.
 
@@ -150,14 +137,20 @@ class Dispatcher:
         coder: Coder,
         queue: QueryQueue,
         events: EventQueue,
-        rules: DispatchRules,
+        policy: BatchingPolicy,
+        enough: int,
+        refuse: Refuse,
         predictor: GroupPredictor,
         adaptation: AbstractAdaptation,
         ordering: QueryOrdering | None,
     ):
-        """Create a dispatcher; without an ordering, queries are taken as they come."""
+        """Create a dispatcher; without an ordering, queries are taken as they come.
+
+        With `enough` answers a group of a code that is not systematic can be decoded.
+        """
         self._pool, self._coder, self._queue, self._events = pool, coder, queue, events
-        self._rules, self._policy, self._ordering = rules, rules.policy, ordering
+        self._policy, self._enough, self._refuse = policy, enough, refuse
+        self._ordering = ordering
         self._predictor, self._adaptation = predictor, adaptation
         self._budget = Budget(self._policy.max_redundancy)
         self._observe, self._clock = adaptation.observe, pool.clock
@@ -305,12 +298,12 @@ class Dispatcher:
 
         group.batch = self._pool.open(
             coder.num_workers,
-            needed=coder.num_data if coder.systematic else self._rules.enough,
+            needed=coder.num_data if coder.systematic else self._enough,
             copies=self._policy.copies if alone else 1,
             at_once=at_once,
             on_change=changed,
             overdue=turn.setting.overdue,
-            refuse=self._rules.refuse,
+            refuse=self._refuse,
         )
         self.groups.add(group)
         return group

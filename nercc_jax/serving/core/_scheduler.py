@@ -22,7 +22,7 @@ from .._tracing import RequestTrace
 from ._adaptation import AbstractAdaptation
 from ._answer_screen import AnswerScreen, Audit, Settled
 from ._coder import Coder
-from ._dispatch import Dispatcher, DispatchRules, QueryOrdering, Turn
+from ._dispatch import Dispatcher, QueryOrdering, Turn
 from ._fallback import FallbackPolicy, GroupAnswer, GroupDecoder, GroupPredictor
 from ._group import Group, GroupTimers, LateGroups
 from ._health import Health, pool_health
@@ -96,10 +96,9 @@ class QueryScheduler:
         )
         self._setting = adaptation.setting
         self._times = AnswerTimes(self._setting.overdue)
-        rules = DispatchRules(policy, self._decoder.enough, refuse)
-        self._dispatcher = Dispatcher(
-            pool, coder, self._queue, self._events, rules, predictor, adaptation, ordering
-        )
+        parts = pool, coder, self._queue, self._events
+        rules = policy, self._decoder.enough, refuse
+        self._dispatcher = Dispatcher(*parts, *rules, predictor, adaptation, ordering)
         self._timers = GroupTimers()
         self._late_groups = LateGroups()
         self._random = np.random.default_rng(0)
