@@ -19,7 +19,7 @@ from nercc_jax import AbstractCode, Berrut, NeRCC, Scheme, fit_surrogate
 from nercc_jax.codes import encode_groups
 from nercc_jax.codes._decoding import decode_vectors
 from nercc_jax.codes._kept import CachedMatrices, known_encoder
-from nercc_jax.evaluation._functions import row_errors
+from nercc_jax.evaluation._criteria import row_errors
 from nercc_jax.inference import order_points
 from nercc_jax.risk import ErrorBars
 from nercc_jax.schemes import AssessedPredictions, cross_validate_error_bars

@@ -24,8 +24,7 @@ from scipy.special import betainc, expit
 
 from nercc_jax.risk import logistic_regression
 from nercc_jax.risk._error_probability import error_features
-from nercc_jax.risk._straggler_risk import StragglerRisk, StragglerRow, risk_cap
-from nercc_jax.risk._target import AccuracyTarget
+from nercc_jax.risk._straggler_risk import AccuracyTarget, StragglerRisk, StragglerRow, risk_cap
 from nercc_jax.serving.adapt._online_calibration import BATCH, OnlineCalibration
 from nercc_jax.stragglers import RowLatency, TraceLatency
 

@@ -37,7 +37,7 @@ from _settings import PACKAGES
 from nercc_jax.compilation import enable_compilation_cache
 from nercc_jax.pools import AbstractPool, Overdue, run_rows
 from nercc_jax.pools._backend import OnOutcome, WorkerBackend, WorkerDied
-from nercc_jax.pools._row_settings import RowProgress
+from nercc_jax.pools._rows import RowProgress
 from nercc_jax.pools._scheduler import Scheduler
 
 RESULTS = Path(__file__).parent / "results" / "spot.json"

@@ -38,7 +38,7 @@ from nercc_jax.pools import DevicePool, Fault, Faults, run_rows
 from nercc_jax.pools._answer_checks import AnswerChecks
 from nercc_jax.pools._wrong_answers import ActivationFlip, WeightChange, WrongAnswers
 from nercc_jax.risk._answer_check import AnswerCheck, fit_answer_check
-from nercc_jax.risk._target import AccuracyTarget
+from nercc_jax.risk._straggler_risk import AccuracyTarget
 from nercc_jax.serving.adapt._online_calibration import (
     BATCH,
     CalibratedSurrogate,

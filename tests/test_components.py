@@ -8,7 +8,7 @@ from oracle import relative_rmse
 from scipy.spatial.distance import cdist
 
 from nercc_jax import NeRCC, Scheme, coded_inference
-from nercc_jax.risk._target import AccuracyTarget
+from nercc_jax.risk._straggler_risk import AccuracyTarget
 from nercc_jax.serving.adapt._online_calibration import BATCH, LEAST, OnlineCalibration, _tuned
 from nercc_jax.surrogates import (
     LearnerTuning,

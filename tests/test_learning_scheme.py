@@ -22,7 +22,7 @@ from nercc_jax import (
     reexecute,
 )
 from nercc_jax.evaluation import coverage
-from nercc_jax.evaluation._functions import row_errors
+from nercc_jax.evaluation._criteria import row_errors
 from nercc_jax.risk import calibrate_learner_bars
 from nercc_jax.schemes import calibrate_error_bars, cross_validate_error_bars
 from nercc_jax.surrogates import Kernel, LearnerTuning, Surrogate, fit_learner, init_learner

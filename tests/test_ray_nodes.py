@@ -12,6 +12,7 @@ import time
 import types
 import warnings
 from concurrent.futures import Future
+from unittest import mock
 
 import equinox as eqx
 import jax
@@ -21,16 +22,11 @@ import pytest
 from conftest import require
 
 from nercc_jax import RayPool
+from nercc_jax.pools._ray import NodeWatch
 from nercc_jax.pools._ray_backend import ActorBackend, EncodedInputs, NodePlacement, pack
 from nercc_jax.pools._ray_cluster import HeadProbe
-from nercc_jax.pools._ray_nodes import (
-    Node,
-    NodeWatch,
-    choose_node,
-    crowding,
-    demand_of,
-    node_to_leave,
-)
+from nercc_jax.pools._ray_nodes import Node, choose_node, crowding, demand_of, node_to_leave
+from nercc_jax.pools._scheduler import Scheduler
 
 FIRST, SECOND = "1" * 56, "2" * 56  # as Ray names nodes
 BACKEND_FILES = ("_ray_backend", "_ray_nodes")
@@ -99,29 +95,23 @@ def test_crowded_nodes_are_reported():
 
 
 def test_moves_are_one_at_a_time_and_not_while_workers_start():
-    moved, settled, changes = [], [False], []
-    probe = HeadProbe("127.0.0.1:1")
+    scheduler, backend = mock.Mock(spec=Scheduler), mock.Mock(spec=ActorBackend)
+    scheduler.report.return_value.starting = 1
+    backend.misplaced.return_value, backend.places.return_value = 3, []
 
     def watch(every):
-        return NodeWatch(
-            probe,
-            lambda: settled[0],
-            lambda: changes.append(True),
-            lambda: 3,
-            lambda worker: not moved.append(worker),
-            every,
-        )
+        return NodeWatch(HeadProbe("127.0.0.1:1"), scheduler, backend, None, every)
 
     often = watch(every=0.0)
     often.look()
-    assert not moved
-    settled[0] = True
+    assert not scheduler.restart.called
+    scheduler.report.return_value.starting = 0
     often.look()
     often.look()
-    assert moved == [3, 3]
-    assert changes == [True]
+    assert scheduler.restart.call_args_list == [mock.call(3), mock.call(3)]
+    assert backend.places.call_count == 1
     watch(every=1e3).look()
-    assert len(moved) == 2
+    assert scheduler.restart.call_count == 2
 
 
 class PlacedElsewhere:

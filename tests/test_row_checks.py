@@ -15,11 +15,11 @@ from nercc_jax.pools._row_files import Parts, RowTable, row_code
 from nercc_jax.pools._row_learner import CheckedRows, RowEstimates, RowLearner
 from nercc_jax.pools._row_predictions import LeftOut
 from nercc_jax.pools._row_queue import RowQueue
-from nercc_jax.pools._row_settings import RowSettings
+from nercc_jax.pools._rows import RowSettings
 from nercc_jax.risk._answer_check import fit_answer_check
-from nercc_jax.risk._target import AccuracyTarget
+from nercc_jax.risk._straggler_risk import AccuracyTarget
 from nercc_jax.schemes import Scheme
-from nercc_jax.schemes._fit_scheme import FittedScheme
+from nercc_jax.schemes._calibrate import FittedScheme
 from nercc_jax.testing import SimulatedPool
 
 ROWS = np.random.default_rng(0).uniform(-1, 1, (600, 1))

@@ -29,7 +29,6 @@ from nercc_jax.pools import AbstractPool, Faults, RowFunction, RowResult, run_ro
 from nercc_jax.pools._backend import WorkerDied
 from nercc_jax.pools._row_engine import _RowRun
 from nercc_jax.pools._row_files import RowTable, row_code
-from nercc_jax.pools._row_grace import bars_that_held, late_answers
 from nercc_jax.pools._row_learner import (
     RowEstimates,
     RowLearner,
@@ -37,13 +36,12 @@ from nercc_jax.pools._row_learner import (
 )
 from nercc_jax.pools._row_predictions import LeftOut, leave_out, window_of
 from nercc_jax.pools._row_queue import RowQueue
-from nercc_jax.pools._row_settings import RowSettings
-from nercc_jax.pools._rows import RowCall
+from nercc_jax.pools._rows import RowCall, RowSettings, bars_that_held, late_answers
 from nercc_jax.pools._times import AnswerTimes
 from nercc_jax.risk import ErrorBars, ErrorProbability
-from nercc_jax.risk._target import AccuracyTarget
+from nercc_jax.risk._straggler_risk import AccuracyTarget
 from nercc_jax.schemes import Scheme, fit_scheme
-from nercc_jax.schemes._fit_scheme import FittedScheme
+from nercc_jax.schemes._calibrate import FittedScheme
 from nercc_jax.surrogates import LearnerTuning, init_learner
 
 # As users write them: NumPy, which JAX cannot trace.
@@ -546,9 +544,8 @@ def test_a_hurried_fit_is_small_only_where_nothing_is_to_be_predicted(
 
     def fit_nothing(x, y, target):
         sizes.append(len(x))
-        return lambda: None
 
-    monkeypatch.setattr("nercc_jax.pools._row_learner.fit_job", fit_nothing)
+    monkeypatch.setattr("nercc_jax.pools._row_learner.fit_rows", fit_nothing)
     features, nothing = np.zeros((700, 1), np.float32), np.zeros(700, bool)
     learner = RowLearner(AccuracyTarget(1.0, None, 0.9), features, nothing)
     rest = np.arange(600, 600 + open_rows)

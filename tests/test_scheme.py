@@ -14,7 +14,7 @@ from nercc_jax import (
     reexecute,
 )
 from nercc_jax.schemes import AssessedPredictions
-from nercc_jax.schemes._reexecute import select_uncertain
+from nercc_jax.schemes._scheme import select_uncertain
 from nercc_jax.surrogates import Surrogate
 
 K, N, OUTPUTS = 4, 7, 3

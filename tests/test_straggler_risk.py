@@ -8,13 +8,13 @@ import scipy.stats
 
 from nercc_jax.risk import RiskMonitor
 from nercc_jax.risk._straggler_risk import (
+    AccuracyTarget,
     StragglerRisk,
     StragglerRow,
     allowed_errors,
     conformal_quantile,
     risk_cap,
 )
-from nercc_jax.risk._target import AccuracyTarget
 
 RATE = 2e-5  # of false alarms, by default
 LABELS = AccuracyTarget(max_disagreement=0.1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nercc_jax import NeRCC
-from nercc_jax.risk._worker_monitor import WorkerMonitor
+from nercc_jax.risk._monitor import WorkerMonitor
 
 
 def test_what_is_no_array():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from nercc_jax.risk._worker_monitor import WorkerMonitor
+from nercc_jax.risk._monitor import WorkerMonitor
 
 RATE, USUAL = 1e-6, 5e-4  # by default
 POOL = 8

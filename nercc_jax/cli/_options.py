@@ -1,8 +1,8 @@
 """Options that several commands share, and checks of them that need no JAX."""
 
-import dataclasses
 import math
 import os
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -93,35 +93,6 @@ LATENCIES = (
 CALIBRATION = 1000  # training images that a run's forecast is calibrated on
 
 
-@dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """The options of `nercc run` that say what is run, by their names."""
-
-    model: str
-    weights: Path | None
-    inputs: Path | None
-    data_dir: Path | None
-    split: str
-    outputs: Returned
-    max_inputs: int | None
-    code: Path | None
-    num_data: int | None
-    num_workers: int
-    wait_for: int | None
-    max_disagreement: float | None
-    tolerance: float | None
-    coverage: float
-    compute: Literal["needed", "all"]
-    groups: int | None
-    job_deadline: float | None
-    grace: float
-    max_calls: int | None
-    check_answers: float | None
-    max_fenced: float
-    batches: int | None
-    seed: int
-
-
 def check_files(model: str, weights: Path | None, inputs: Path | None) -> None:
     """Check the options of a model as far as possible before JAX is imported.
 
@@ -151,6 +122,14 @@ def check_folder(option: str, path: Path | None) -> None:
     there = path if path.exists() else path.parent
     if not os.access(there, os.W_OK):
         raise ValueError(f"{option} {path}: {there.resolve()} may not be written to")
+
+
+def table_of_option(option: str, text: str, example: str) -> dict[str, Any]:
+    """Return a table that is written as in TOML; raise ValueError, naming the option, if wrong."""
+    try:
+        return tomllib.loads(f"table = {text}")["table"]
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{option}: a table is needed, '{example}', not {text!r}") from error
 
 
 def check_positive_options(*options: Any) -> None:

@@ -4,13 +4,14 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
-import logging
 import os
-import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ._options import table_of_option
+from ._process import leave
 
 # Set by `ray job submit`, which has sent a folder of its own.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -84,10 +85,7 @@ def end_at_once(code: int) -> None:
     from ..pools import ray_is_lost
 
     if ray_is_lost():
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave(code)
 
 
 def own_folders(models: Sequence[str]) -> dict[str, Any]:
@@ -139,10 +137,5 @@ def actor_options(cpus: float | None, gpus: float | None, resources: str | None)
     """Return Ray's options of an actor; raise ValueError if the resources are no table."""
     options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
     if resources is not None:
-        try:
-            options["resources"] = tomllib.loads(f"table = {resources}")["table"]
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(
-                f"--worker-resources: a table is needed, '{{TPU = 4}}', not {resources!r}"
-            ) from error
+        options["resources"] = table_of_option("--worker-resources", resources, "{TPU = 4}")
     return {name: value for name, value in options.items() if value is not None}

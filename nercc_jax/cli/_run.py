@@ -1,6 +1,7 @@
 """`nercc run`: coded batch inference over a data set, or a function row by row, on a pool."""
 
 import importlib.util
+import types
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,7 +23,6 @@ from ._options import (
     ModelName,
     NumWorkers,
     OutputsOption,
-    RunOptions,
     Seed,
     Weights,
     check_files,
@@ -233,6 +233,7 @@ def run_command(
     everything is done, 1 nothing is, 2 an option does not fit, 3 a part is missing or lost, 130
     Ctrl-C.
     """
+    options = types.SimpleNamespace(**locals())  # by their names
     with report_errors():
         check_folder("--output", output)
         check_files(model, weights, inputs)
@@ -245,11 +246,6 @@ def run_command(
         job_of_ray = RayJob(address, working_dir, tuple(py_modules or ()), runtime_env)
         if pool == "ray":
             leave_accelerators()
-        options = RunOptions(
-            model, weights, inputs, data_dir, split, outputs, max_inputs, code, num_data,
-            num_workers, wait_for, max_disagreement, tolerance, coverage, compute, groups,
-            job_deadline_s, grace_s, max_calls, check_answers, max_fenced, batches, seed,
-        )  # fmt: skip
         # JAX takes a second or two to import: not for --help, nor for a misspelt option.
         from ..pools import leave_ray
         from ._run_pool import ChosenPool, make_faults
@@ -259,15 +255,7 @@ def run_command(
             workers,
             job_of_ray,
             actor_options(worker_cpus, worker_gpus, worker_resources) if pool == "ray" else {},
-            make_faults(
-                straggler_rate,
-                straggler_delay_s,
-                death_rate,
-                seed,
-                straggler_score,
-                straggler_leaning,
-                (wrong_workers, wrong_rate),
-            ),
+            make_faults(options),
             deadline_s,
             worker_dtype,
         )

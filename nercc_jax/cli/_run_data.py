@@ -25,9 +25,9 @@ from ..pools._batch import answers_to_wait_for
 from ..pools._inference import BatchOutcome
 from ..pools._row_engine import reason_to_stop
 from ..pools._row_files import Parts, check_parts, fingerprint
-from ..pools._row_settings import ATTEMPTS
+from ..pools._rows import ATTEMPTS
 from ._errors import fail
-from ._options import CALIBRATION, RunOptions
+from ._options import CALIBRATION
 from ._output import summary_table, write_json
 from ._process import compile_quickly
 from ._run_pool import (
@@ -45,7 +45,7 @@ _FILES = (".npz", ".csv")  # or a folder, of parts
 _COMPARED = 1000  # data points that are compared with the model
 
 
-def run_data(options: RunOptions, pool: ChosenPool, output: Path, resume: bool) -> None:
+def run_data(options: Any, pool: ChosenPool, output: Path, resume: bool) -> None:
     """Run a model over a data set, as the command's options say.
 
     Raises ValueError if one does not fit, and exits with a code if not everything is done.
@@ -53,7 +53,10 @@ def run_data(options: RunOptions, pool: ChosenPool, output: Path, resume: bool) 
     check_result_file(output, _FILES)
     folder = parts_folder(output)
     check_parts(folder, resume)
-    code = _chosen_code(options)
+    if options.code is None:
+        code = NeRCC(8 if options.num_data is None else options.num_data, options.num_workers)
+    else:
+        code = load_plain_code(options.code, f"--code {options.code}")
     number = _number_to_wait_for(code, options)
     model, groups = options.model, options.groups or 1
     asked = options.weights, options.inputs, options.data_dir, options.outputs
@@ -151,13 +154,7 @@ class _Job:
         return x.reshape(self.groups, -1, *x.shape[1:])
 
 
-def _chosen_code(options: RunOptions) -> AbstractCode:
-    if options.code is None:
-        return NeRCC(8 if options.num_data is None else options.num_data, options.num_workers)
-    return load_plain_code(options.code, f"--code {options.code}")
-
-
-def _number_to_wait_for(code: AbstractCode, options: RunOptions) -> int | None:
+def _number_to_wait_for(code: AbstractCode, options: Any) -> int | None:
     """Return how many answers are enough; None where a forecast decides."""
     wait_for, share = options.wait_for, options.max_disagreement
     if wait_for is not None and share is not None:
@@ -174,7 +171,7 @@ def _number_to_wait_for(code: AbstractCode, options: RunOptions) -> int | None:
 
 
 def _enough_by_forecast(
-    network: WorkerModel, code: AbstractCode, options: RunOptions, worker_dtype: str | None
+    network: WorkerModel, code: AbstractCode, options: Any, worker_dtype: str | None
 ) -> Any:
     """Return a rule for when to decode; raise ValueError if even all answers would not do."""
     limit = options.max_disagreement

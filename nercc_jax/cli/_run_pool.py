@@ -4,8 +4,6 @@ import csv
 import dataclasses
 import functools
 import logging
-import operator
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +14,9 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
 from ..pools import AbstractPool, DevicePool, Faults, PoolReport, RayPool
-from ..pools._row_settings import hang_timeout
+from ..pools._rows import hang_timeout
 from ._errors import fail
-from ._options import check_positive_options
+from ._options import check_positive_options, table_of_option
 from ._own_models import find_score
 from ._ray_job import RayJob
 
@@ -76,43 +74,27 @@ class ChosenPool:
             fail(f"the pool did not start: {error}", 1)
 
 
-def make_faults(
-    rate: float,
-    delay: float,
-    death_rate: float,
-    seed: int,
-    score: str | None,
-    leaning: float,
-    wrong: tuple[str | None, float],
-) -> Faults:
+def make_faults(options: Any) -> Faults:
     """Return the faults that the options ask for; raise ValueError, naming the option, if wrong."""
-    shares = {"--straggler-rate": rate, "--straggler-leaning": leaning, "--death-rate": death_rate}
-    shares["--wrong-rate"] = wrong[1]
-    for option, value in shares.items():
-        if not 0 <= value <= 1:
+    for name in ("straggler_rate", "straggler_leaning", "death_rate", "wrong_rate"):
+        if not 0 <= (value := getattr(options, name)) <= 1:
+            option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} is a share of the calls, from 0 to 1, not {value}")
-    check_positive_options("--straggler-delay-s", delay)
+    check_positive_options("--straggler-delay-s", options.straggler_delay_s)
+    score, wrong, example = options.straggler_score, options.wrong_workers, "{stale = [0]}"
+    found = table_of_option("--wrong-workers", wrong or "{}", example)
+    if not all(isinstance(each, list) and {*map(type, each)} <= {int} for each in found.values()):
+        raise ValueError(f"--wrong-workers: a table of workers is needed, '{example}', not {wrong}")
     return Faults.from_rates(
-        straggler_rate=rate,
-        straggler_delay=delay,
+        straggler_rate=options.straggler_rate,
+        straggler_delay=options.straggler_delay_s,
         straggler_score=None if score is None else find_score(score),
-        straggler_leaning=leaning,
-        death_rate=death_rate,
-        wrong_workers=_wrong_workers(wrong[0]),
-        wrong_rate=wrong[1],
-        seed=seed,
+        straggler_leaning=options.straggler_leaning,
+        death_rate=options.death_rate,
+        wrong_workers=found,
+        wrong_rate=options.wrong_rate,
+        seed=options.seed,
     )
-
-
-def _wrong_workers(text: str | None) -> dict[str, Any]:
-    """Return the workers of each kind of fault; raise ValueError if the text is no such table."""
-    try:
-        found = tomllib.loads(f"table = {text or '{}'}")["table"]
-        return {kind: [operator.index(worker) for worker in found[kind]] for kind in found}
-    except (tomllib.TOMLDecodeError, TypeError) as error:
-        raise ValueError(
-            f"--wrong-workers: a table of workers is needed, '{{stale = [0]}}', not {text!r}"
-        ) from error
 
 
 def _show_log(console: Console) -> None:

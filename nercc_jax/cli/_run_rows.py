@@ -13,9 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..pools import RowResult, run_rows
 from ..pools._row_files import check_parts, fingerprint
-from ..pools._row_settings import RowProgress, RowSettings
+from ..pools._rows import RowProgress, RowSettings
 from ._errors import fail
-from ._options import RunOptions
 from ._output import summary_table, write_json
 from ._run_pool import (
     PARTIAL,
@@ -29,9 +28,14 @@ from ._run_pool import (
 from ._workload import find_workload, needs_pyarrow
 
 _FILES = (".npz", ".csv", ".parquet")  # or a folder, of parts
+# By the settings of `run_rows`, the options.
+_SETTINGS = {field.name: field.name for field in dataclasses.fields(RowSettings)} | {
+    "rows_per_call": "groups",
+    **{name: f"{name}_s" for name in ("deadline", "job_deadline", "grace")},
+}
 
 
-def run_function(options: RunOptions, pool: ChosenPool, output: Path, resume: bool) -> None:
+def run_function(options: Any, pool: ChosenPool, output: Path, resume: bool) -> None:
     """Run a function on rows, as the command's options say.
 
     Raises ValueError if one does not fit, and exits with a code if not everything is done.
@@ -39,20 +43,7 @@ def run_function(options: RunOptions, pool: ChosenPool, output: Path, resume: bo
     check_result_file(output, _FILES)
     if output.suffix == ".parquet":
         needs_pyarrow(f"--output {output}")
-    numbers = {
-        "tolerance": options.tolerance,
-        "max_disagreement": options.max_disagreement,
-        "coverage": options.coverage,
-        "compute": options.compute,
-        "rows_per_call": options.groups,
-        "deadline": pool.deadline,
-        "job_deadline": options.job_deadline,
-        "grace": options.grace,
-        "max_calls": options.max_calls,
-        "check_answers": options.check_answers,
-        "max_fenced": options.max_fenced,
-        "seed": options.seed,
-    }
+    numbers = {name: getattr(options, option) for name, option in _SETTINGS.items()}
     with _naming_options():
         settings = RowSettings(**numbers)
     folder = parts_folder(output)
@@ -110,16 +101,9 @@ def _naming_options() -> Iterator[None]:
         yield
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
-        if name not in {field.name for field in dataclasses.fields(RowSettings)}:
+        if name not in _SETTINGS:
             raise
-        renamed = {
-            "rows_per_call": "groups",
-            "deadline": "deadline_s",
-            "job_deadline": "job_deadline_s",
-            "grace": "grace_s",
-        }
-        option = renamed.get(name, name)
-        raise ValueError(f"--{option.replace('_', '-')} {rest}") from error
+        raise ValueError(f"--{_SETTINGS[name].replace('_', '-')} {rest}") from error
 
 
 class _Bar(contextlib.ExitStack):

@@ -21,7 +21,7 @@ import typer
 
 from ._errors import PlainCommand, fail, report_errors
 from ._options import check_files
-from ._process import keep_programs
+from ._process import keep_programs, leave
 from ._ray_job import RayJob, end_at_once, leave_accelerators
 
 if TYPE_CHECKING:
@@ -103,10 +103,8 @@ def _options(settings: "type[ModelSettings] | type[ServerSettings]") -> Iterator
             help=field.description, rich_help_panel=None if name in _FIRST else panel
         )
         kind, default = field.annotation, field.default
-        if any(
-            isinstance(each, BeforeValidator) for each in field.metadata
-        ):  # it reads text by itself
-            kind, default = str, default or None
+        if any(isinstance(each, BeforeValidator) for each in field.metadata):
+            kind, default = str, default or None  # it reads text by itself
         yield inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
@@ -220,7 +218,7 @@ def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:
     if any(thread.name.startswith("nercc-worker-") for thread in threading.enumerate()):
         # Python's own end stops a hung worker's thread when it comes back from compiled code, and
         # XLA aborts then.
-        _leave(code)
+        leave(code)
     sys.exit(code)
 
 
@@ -254,21 +252,13 @@ def _leaving_in_time(server: "Server") -> Iterator[None]:
         while not ended.wait(_MOMENT):
             if time.monotonic() > server.ends_by + _MOMENT:
                 logging.getLogger(__name__).warning("ending with something left behind")
-                _leave(1)
+                leave(1)
 
     threading.Thread(target=look, daemon=True).start()
     try:
         yield
     finally:
         ended.set()
-
-
-def _leave(code: int) -> None:
-    """End the process at once, whatever threads it has."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _check(chosen: "list[ModelSettings]") -> None:

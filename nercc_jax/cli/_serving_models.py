@@ -153,8 +153,9 @@ def _inputs(settings: ModelSettings, model: Any) -> Any:
     if settings.inputs is not None:
         return read_named_inputs(settings.inputs)
     if is_shipped(name):
-        comes_with_a_package = model.network.data == "digits"
-        return functools.partial(_images, model) if comes_with_a_package else None
+        if model.network.data != "digits":  # which come with a package
+            return None
+        return lambda: model.images("train", None, _CALIBRATION, 0)[0]
     found = example_inputs(name) if is_own(name) else None
     if settings.preprocess is not None:  # in the datatypes that clients send
         return found
@@ -202,10 +203,6 @@ def fitting_code(code: AbstractCode, settings: ModelSettings, servable: Servable
         f"{servable.name} cannot have {asked}: {servable.uncodable}. Say scheme = 'uncoded' (or "
         "'replication') for it, or nothing; or serve what follows its embedding, which takes floats"
     )
-
-
-def _images(network: Any) -> np.ndarray:
-    return network.images("train", None, _CALIBRATION, 0)[0]
 
 
 def code_of(settings: ModelSettings) -> AbstractCode:

@@ -1,9 +1,9 @@
 """Recorded answers, codes side by side, the nested objective, forecasts."""
 
 from ._answers import Answers, record_answers
+from ._criteria import coverage
 from ._evaluation import Estimate, Evaluation, evaluate
 from ._forecast import Forecast, make_forecast
-from ._functions import coverage
 from ._objective import nested_objective
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import equinox as eqx
 import numpy as np
@@ -154,8 +153,9 @@ def make_forecast(
     Raises:
         ValueError: As `record_answers`.
     """
-    options: Any = {"batch_size": batch_size, "worker_dtype": worker_dtype}
-    return Forecast(record_answers(model, code, x, **options))
+    return Forecast(
+        record_answers(model, code, x, batch_size=batch_size, worker_dtype=worker_dtype)
+    )
 
 
 @eqx.filter_jit

@@ -1,6 +1,7 @@
 """Codes on one objective: the same groups, the same straggler sets, no law drowned by another."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -48,11 +49,15 @@ class Trial(eqx.Module):
         return _relative(self, *_judged(self, model, code))
 
 
-@eqx.filter_jit  # one program for errors and objectives: seconds to compile
-def _judged(
+def _errors_by_law(
     trial: Trial, model: Model, code: AbstractCode
 ) -> tuple[Float[Array, " laws"], Bool[Array, " laws"]]:
-    return _by_law(trial, code, _errors(trial, model, code))
+    options: Any = {"criterion": trial.criterion, "originals": trial.originals}
+    return _by_law(trial, code, nested_errors(model, code, trial.x, trial.available, **options))
+
+
+# One program for errors and objectives: seconds to compile.
+_judged = eqx.filter_jit(_errors_by_law)
 
 
 def make_trial(
@@ -114,16 +119,16 @@ def draw_sets(
 
 def relative_objective(trial: Trial, model: Model, code: AbstractCode) -> Float[Array, ""]:
     """Return `Trial.objective` without its compilation."""
-    return _relative(trial, *_by_law(trial, code, _errors(trial, model, code)))
+    return _relative(trial, *_errors_by_law(trial, model, code))
 
 
 @eqx.filter_jit
 def _relative(
-    trial: Trial, errors: Float[Array, " laws"], summary: Bool[Array, " laws"]
+    trial: Trial, errors: Float[Array, " laws"], counts: Bool[Array, " laws"]
 ) -> Float[Array, ""]:
     relative = errors / jnp.maximum(trial.scales, _LEAST)
-    powers = jnp.where(summary, jnp.where(summary, relative, 1) ** trial.power, 0)
-    return (jnp.sum(powers) / jnp.maximum(jnp.sum(summary), 1)) ** (1 / trial.power)
+    powers = jnp.where(counts, jnp.where(counts, relative, 1) ** trial.power, 0)
+    return (jnp.sum(powers) / jnp.maximum(jnp.sum(counts), 1)) ** (1 / trial.power)
 
 
 def landscape(
@@ -153,8 +158,8 @@ def _row(
 
     def cell(dec: Float[Array, ""]) -> Float[Array, ""]:
         here = _with_lambdas(code, code.lambda_enc, dec)
-        summary = eqx.tree_at(lambda known: known.code, answers, here)
-        losses = summary.losses(trial.available, trial.criterion)
+        decoded_so = eqx.tree_at(lambda known: known.code, answers, here)
+        losses = decoded_so.losses(trial.available, trial.criterion)
         return _relative(trial, *_by_law(trial, here, losses))
 
     return jax.lax.map(cell, lambda_dec)
@@ -166,24 +171,13 @@ def _with_lambdas(code: NeRCC, lambda_enc: ArrayLike, lambda_dec: ArrayLike) -> 
     return eqx.tree_at(lambda c: (c.lambda_enc, c.lambda_dec), code, values)
 
 
-def _errors(trial: Trial, model: Model, code: AbstractCode) -> Float[Array, " sets"]:
-    return nested_errors(
-        model,
-        code,
-        trial.x,
-        trial.available,
-        criterion=trial.criterion,
-        originals=trial.originals,
-    )
-
-
 def _by_law(
     trial: Trial, code: AbstractCode, errors: Float[Array, " sets"]
 ) -> tuple[Float[Array, " laws"], Bool[Array, " laws"]]:
     """Return the mean error under each law; NaN where none of its sets recovers anything."""
-    summary = jnp.any(jax.vmap(code.recovered)(trial.available), axis=1)
+    counts = jnp.any(jax.vmap(code.recovered)(trial.available), axis=1)
     total, count = (
         jax.ops.segment_sum(values, trial.law, len(trial.laws), indices_are_sorted=True)
-        for values in (jnp.where(summary, errors, 0), summary.astype(errors.dtype))
+        for values in (jnp.where(counts, errors, 0), counts.astype(errors.dtype))
     )
     return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan), count > 0

@@ -1,10 +1,9 @@
 """Encode, model, decode: on one device, on a mesh, partly, in order, among liars."""
 
 from ._coded import coded_inference
-from ._conditions import CalibrationWarning
+from ._conditions import CalibrationWarning, cast_model
 from ._ordering import order_points, ordered
 from ._partial import partial_inference
-from ._precision import cast_model
 from ._robust import RobustDecoded, robust_decode
 
 __all__ = [

@@ -20,10 +20,9 @@ from ..codes._groups import multiply_groups
 from ..codes._kept import CachedMatrices, known_matrices
 from ..codes._meshes import coded_on_mesh
 from ..codes._trees import any_tracer, check_finite, groups_of, is_float, points_of, to_device
-from ._conditions import check_conditions, current_conditions
+from ._conditions import cast_model, check_conditions, current_conditions
 from ._groups import as_groups
 from ._models import Model, check_model
-from ._precision import cast_model
 from ._spmd import Placed, enter, place, place_inputs, spmd_answers, spmd_decoded
 from ._workers import run_workers
 

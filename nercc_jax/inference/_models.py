@@ -54,18 +54,21 @@ def check_model(model: Model | Sequence[Model]) -> None:
             )
 
 
-def modules_of(model: Any) -> Iterator[tuple[str, Any]]:
-    """Return all modules that a model holds, with their names in it; where, see `check_model`."""
-    yield from _layers(model, "", {})
+def modules_of(
+    node: Any, name: str = "", seen: dict[int, Any] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Yield all modules that a model holds, with their names in it; where, see `check_model`.
 
-
-def _layers(node: Any, name: str, seen: dict[int, Any]) -> Iterator[tuple[str, Any]]:
-    """Return `modules_of` a node by this name; `seen` are nodes by their id."""
+    Of a node of a model by this `name`; `seen` are nodes by their id.
+    """
+    seen = {} if seen is None else seen
     if id(node) in seen:
         return
     seen[id(node)] = node  # alive, so that no other gets its id
     children: dict[str, Any] = {}
-    if _is_module(node):
+    # Whoever has a module of Flax has imported it, which takes most of a second.
+    nnx = sys.modules.get("flax.nnx")
+    if isinstance(node, eqx.Module) or (nnx is not None and isinstance(node, nnx.Module)):
         yield name, node
         children = {f".{field}": value for field, value in vars(node).items()}
     elif isinstance(node, dict):
@@ -73,19 +76,13 @@ def _layers(node: Any, name: str, seen: dict[int, Any]) -> Iterator[tuple[str, A
     elif isinstance(node, list | tuple):
         children = {f"[{place}]": value for place, value in enumerate(node)}
     for field, value in children.items():
-        yield from _layers(value, f"{name}{field}".lstrip("."), seen)
+        yield from modules_of(value, f"{name}{field}".lstrip("."), seen)
     if callable(node) and not isinstance(node, type):
         inner = [getattr(node, field, None) for field in _INNER]
         if isinstance(node, functools.partial):
             inner += [*node.args, *node.keywords.values()]
         for value in inner:
-            yield from _layers(value, name, seen)
-
-
-def _is_module(node: Any) -> bool:
-    # Whoever has a module of Flax has imported it, which takes most of a second.
-    nnx = sys.modules.get("flax.nnx")
-    return isinstance(node, eqx.Module) or (nnx is not None and isinstance(node, nnx.Module))
+            yield from modules_of(value, name, seen)
 
 
 def _remedy(layer: Any) -> str | None:

@@ -17,9 +17,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 from ..codes import AbstractCode, Decoded, decode_groups
 from ..codes._decoding import Matrices
 from ..codes._kept import known_decoders
+from ._conditions import cast_model
 from ._groups import group_points
 from ._models import check_model
-from ._precision import cast_model
 from ._spmd import Placed, place, put, work
 from ._workers import Model
 
@@ -111,7 +111,9 @@ def partial_inference(
         with jax.set_mesh(Mesh([_decoding_device(placed.mesh, arrivals)], ("decoding",))):
             decoded = _decode(code, arrivals.answers(), there, many, given)
             # Nothing is recovered from broken data points either: then that is the result.
-            if not np.any(decoded.recovered) and not np.any(_recovered(code, there)):
+            if not np.any(decoded.recovered) and not np.any(
+                eqx.filter_jit(type(code).recovered)(code, there)
+            ):
                 error = ValueError if enough else TimeoutError
                 raise error(f"{answered}, from which no prediction can be recovered")
         return decoded
@@ -204,8 +206,3 @@ def _decode(
     masks = jnp.broadcast_to(there, (groups, code.num_workers))
     decoded = decode_groups(code, y, masks, given)
     return decoded if grouped else jax.tree.map(lambda leaf: leaf[0], decoded)
-
-
-@eqx.filter_jit
-def _recovered(code: AbstractCode, there: ArrayLike) -> Bool[Array, " num_data"]:
-    return code.recovered(there)

@@ -68,15 +68,9 @@ def short_path(features: Float[ArrayLike, "n d"]) -> Int[Array, " n"]:
         raise ValueError(f"features must be (n, d) with n of 1 or more, not {features.shape}")
     if not jnp.issubdtype(features.dtype, jnp.floating):
         raise ValueError(f"features are {features.dtype}: convert them to floats first")
-    order, finite = _short_path(features)
+    order, finite = jax.tree.map(lambda each: each[0], short_paths(features[None]))
     check_rows_finite(finite, "rows of features")
     return order
-
-
-@eqx.filter_jit
-def _short_path(features: Float[Array, "n d"]) -> tuple[Int[Array, " n"], Bool[Array, " n"]]:
-    orders, finite = short_paths(features[None])
-    return orders[0], finite[0]
 
 
 @eqx.filter_jit

@@ -24,7 +24,7 @@ from ..codes._decoding import Matrices, decode_vectors
 from ..codes._groups import encode_leaf
 from ..codes._kept import encoder_of
 from ..codes._trees import any_tracer, join
-from ._precision import cast_floats, worker_dtype_of
+from ._conditions import cast_floats, worker_dtype_of
 from ._workers import Model, run_models
 
 WORKERS = "workers"  # the axis of that name is taken, unless another one is named

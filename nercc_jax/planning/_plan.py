@@ -15,16 +15,81 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from ..codes import regression_points
 from ..codes._checks import check_counts, check_not_negative
 from ..evaluation import Estimate
+from ..evaluation._criteria import agree_on_labels
 from ..inference._conditions import Conditions
 from ..inference._models import Model, check_model
 from ..risk import ErrorProbability
+from ..risk._error_probability import fit_error_probability_of_predictions
 from ..schemes import Scheme
 from ..stragglers import AbstractLatency
-from ..stragglers._waiting import Latencies
+from ..stragglers._waiting import Latencies, draw_hedged
 from ..surrogates import Surrogate
-from ._candidates import Candidate, feasible, uncoded_systems
+from ._candidates import (
+    DRAWS,
+    QUANTILES,
+    Candidate,
+    at_most,
+    feasible,
+    make_candidate,
+    number_of_draws,
+    uncoded_systems,
+)
 from ._codes import TOLD_SETS, Codes, Half
-from ._known import KNOWN, known_systems
+
+KNOWN = "known, else hedged"
+
+_STREAM, _CHOSEN = 9, 10  # of draws: of latencies, and of data points
+_COPIES = 3  # that a query whose answer is not known may have
+
+
+def known_systems(
+    latencies: Latencies, asked: Mapping[str, Any], halves: tuple[Half, Half]
+) -> tuple[list[Candidate], dict[Candidate, ErrorProbability]]:
+    """Evaluate the surrogate at each straggler threshold, on the half that set no limit.
+
+    Its error probability is that of predictions without answers; it serves a scheme with `Uncoded`,
+    too.
+    """
+    (cheap, answers, form), (held_out, theirs, _) = (half.outputs() for half in halves)
+    no_answers = jnp.full(len(cheap), jnp.inf)
+    error_probability = fit_error_probability_of_predictions(cheap, no_answers, answers, form)
+    no_answers = jnp.full(len(held_out), jnp.inf)
+    probabilities = np.asarray(error_probability(held_out, no_answers, held_out))
+    wrong = np.asarray(~agree_on_labels(held_out, theirs, form))
+    queries = asked["num_queries"]
+    shape = (number_of_draws(DRAWS, _COPIES * queries), queries)
+    own = latencies.draw(_STREAM, (_COPIES, *shape))[0]
+    point = latencies.random(_CHOSEN).integers(0, len(probabilities), shape)
+    found: dict[Candidate, ErrorProbability] = {}
+    for share in QUANTILES:
+        after = latencies.quantile(share)
+        late = float(np.mean(own > after))
+        if not late:
+            continue
+        there, sent = draw_hedged(latencies, _STREAM, shape, after, _COPIES)
+        wanted = min(asked["max_disagreement"] / late, 1.0)
+        # Half of what may be wrong leaves room for chance on the other half.
+        for limit in sorted(
+            {error_probability.limit(wanted), error_probability.limit(wanted / 2)} - {0.0}
+        ):
+            sure = probabilities <= limit
+            known = (own > after) & sure[point]
+            wrongly = Estimate.over((sure & wrong).astype(float).tolist())
+            row = make_candidate(
+                KNOWN,
+                *(queries, queries, queries, 0.0),
+                times=np.max(np.where(known, after, there), axis=1),
+                copies=_COPIES,
+                hedge_after=after,
+                limit=limit,
+                resent=float(np.mean(np.where(known, 1, sent))) - 1,
+                disagreement=Estimate(late * wrongly.mean, late * wrongly.half_width),
+                most_disagreement=late * at_most(wrongly, len(probabilities)),
+                exact=False,
+            )
+            found[row] = error_probability
+    return list(found), found
+
 
 PLANNED = ("chebyshev", "interleaved", "repeated")
 
@@ -97,18 +162,13 @@ class Plan:
             content = json.loads(Path(path).read_text())
             if content["format"] != _FORMAT or content["version"] != _VERSION:
                 raise ValueError(f"it does not say 'format': {_FORMAT!r}, 'version': {_VERSION}")
-            error_probability: Any = content["doubt"] and {
-                name: jnp.asarray(value, float) for name, value in content["doubt"].items()
-            }
-            conditions = Conditions(**(content.get("conditions") or {}))
+            conditions, doubt = Conditions(**(content.get("conditions") or {})), content["doubt"]
             rows = tuple(_candidate(row) for row in content["candidates"])
             return cls(
                 rows,
                 _candidate(content["recommended"]),
                 content["reason"],
-                ErrorProbability(**error_probability, conditions=conditions)
-                if error_probability
-                else None,
+                doubt and ErrorProbability.from_json(doubt, conditions),
                 content["asked"],
                 content["about"],
             )
@@ -127,11 +187,6 @@ class Plan:
             OSError: As `open`.
         """
         rows = [dataclasses.asdict(candidate) for candidate in self.candidates]
-        error_probability = self.error_probability and {
-            field.name: np.asarray(getattr(self.error_probability, field.name)).tolist()
-            for field in dataclasses.fields(self.error_probability)
-            if field.name not in ("form", "conditions")  # plans are for vectors
-        }
         content = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -139,7 +194,7 @@ class Plan:
             "reason": self.reason,
             "asked": self.asked,
             "about": self.about | dict(about or {}),
-            "doubt": error_probability,
+            "doubt": self.error_probability and self.error_probability.to_json(),
             "conditions": self.error_probability
             and dataclasses.asdict(self.error_probability.conditions),
             "candidates": rows,
@@ -248,14 +303,15 @@ def plan(
     probabilities: dict[Candidate, ErrorProbability] = {}
     fastest = min(row.p99 for row in exact if row.exact and feasible(row, asked))
     on_stage("the model's own answers")
-    halves = [
-        Half(model, part, asked["buffer_size"], surrogate, batch_size)
-        for part in _in_halves(np.asarray(x), keys[1])
-    ]
+    order, x = np.asarray(jax.random.permutation(keys[1], len(np.asarray(x)))), np.asarray(x)
+    first, second = (
+        Half(model, x[np.sort(part)], asked["buffer_size"], surrogate, batch_size)
+        for part in (order[: len(x) // 2], order[len(x) // 2 :])
+    )
     known: list[Candidate] = []
     if surrogate is not None:
-        known, probabilities = known_systems(latencies, asked, (halves[0], halves[1]))
-    codes = Codes(latencies, asked, (halves[0], halves[1]), fastest)
+        known, probabilities = known_systems(latencies, asked, (first, second))
+    codes = Codes(latencies, asked, (first, second), fastest)
     on_stage("screening codes")
     orders = (None, "pixels") + (() if surrogate is None else ("surrogate",))
     screened = codes.screen(sizes, layouts, orders)
@@ -269,19 +325,13 @@ def plan(
     )
     best = _best(rows, asked)
     about = {
-        "calibration_points": len(halves[0].x),
-        "held_out_points": len(halves[1].x),
+        "calibration_points": len(first.x),
+        "held_out_points": len(second.x),
         "straggler_sets": TOLD_SETS,
         "seconds": round(time.perf_counter() - begin, 1),
     }
     error_probability = probabilities.get(found[rows.index(best)])
     return Plan(rows, best, _reason(best, rows, asked), error_probability, asked, about)
-
-
-def _in_halves(x: np.ndarray, key: PRNGKeyArray) -> list[np.ndarray]:
-    """Return a random half and the other half, each in the order given."""
-    order = np.asarray(jax.random.permutation(key, len(x)))
-    return [x[np.sort(part)] for part in (order[: len(x) // 2], order[len(x) // 2 :])]
 
 
 def _check(asked: Mapping[str, Any], shape: tuple[int, ...]) -> None:

@@ -9,8 +9,7 @@ from ._pool import AbstractPool
 from ._ray import RayPool
 from ._ray_cluster import join_ray, leave_ray, ray_is_lost
 from ._row_engine import run_rows
-from ._row_settings import RowResult
-from ._rows import RowFunction
+from ._rows import RowFunction, RowResult
 from ._times import Overdue
 from .ray_data import map_rows
 

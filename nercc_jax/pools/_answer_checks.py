@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from ..risk._worker_monitor import WorkerMonitor
+from ..risk._monitor import WorkerMonitor
 from ._backend import PoolReport
 
 _LOG = logging.getLogger(__name__)

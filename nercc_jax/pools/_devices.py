@@ -11,17 +11,15 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ..inference._conditions import UNKNOWN, current_conditions
+from ..inference._conditions import UNKNOWN, check_worker_dtype, current_conditions
 from ..inference._models import Model
-from ..inference._precision import check_worker_dtype
 from ._backend import OnOutcome, WorkerBackend, WorkerDied
 from ._batch import reason_of
-from ._code_versions import weights_checksum
 from ._faults import Faults
 from ._pool import AbstractPool
 from ._scheduler import Scheduler
 from ._times import Overdue
-from ._worker import Device, Examples, Program, Worker, as_models, warm_up
+from ._worker import Device, Examples, Program, Worker, as_models, warm_up, weights_checksum
 from ._wrong_answers import check_faults
 
 _LAST_CALL = 1.0  # seconds for which closing waits for calls under way
@@ -185,15 +183,13 @@ class _WorkerThread:
         while (item := self.inbox.get()) is not None and not self._ended.is_set():
             life, kind, batch = item
             if life == self._life:
-                self._on_outcome(self._worker, self._life, _outcome(worker, kind, batch))
+                try:
+                    outcome = worker(kind, batch)
+                except Exception as error:  # that answer's trouble, whatever it is
+                    outcome = error
+                self._on_outcome(self._worker, self._life, outcome)
+                del outcome
             del item, batch  # it may be large, and the next may not come soon
-
-
-def _outcome(worker: Worker, kind: int, batch: PyTree) -> PyTree | Exception:
-    try:
-        return worker(kind, batch)
-    except Exception as error:  # whatever a model raises is that answer's trouble, not the pool's
-        return error
 
 
 def _cores() -> float:

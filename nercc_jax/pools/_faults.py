@@ -280,8 +280,11 @@ class WorkerFaults:
         self._random = np.random.default_rng([faults.seed, worker, life])
         # Of wrong answers, so that these shift no other draws.
         self.wrong_random = np.random.default_rng([faults.seed, worker, life, 0xBAD])
-        self.model_changes = [
-            _model_change(fault, faults.seed, number, worker, life)
+        self.model_changes: list[ModelChange] = [
+            # Parameters of an earlier training are the same everywhere.
+            (ActivationFlip if fault.kind == "flip_activation" else WeightChange)(
+                fault, (faults.seed, number, *(() if fault.kind == "stale" else (worker, life)))
+            )
             for number, fault in mine
             if fault.kind in MODEL_KINDS
         ]
@@ -314,12 +317,6 @@ class WorkerFaults:
                 else:
                     kinds.add(fault.kind)
         return StruckCall(seconds, kinds, wrong)
-
-
-def _model_change(fault: Fault, seed: int, number: int, worker: int, life: int) -> ModelChange:
-    """Return a change of models. Parameters of an earlier training are the same everywhere."""
-    own = (seed, number) if fault.kind == "stale" else (seed, number, worker, life)
-    return (ActivationFlip if fault.kind == "flip_activation" else WeightChange)(fault, own)
 
 
 def row_norm(batch: PyTree) -> np.ndarray:

@@ -17,9 +17,9 @@ from ..codes._trees import check_finite, points_of
 from ..inference._conditions import check_conditions
 from ..inference._groups import group_points
 from ..risk import ErrorProbability
-from ..risk._target import AccuracyTarget
+from ..risk._straggler_risk import AccuracyTarget
 from ..schemes import Scheme
-from ..schemes._reexecute import select_uncertain
+from ..schemes._scheme import select_uncertain
 from ._batch import BatchAnswers, Enough, check_deadline
 from ._pool import AbstractPool
 from ._steps import ScoredPredictions, code_steps, scheme_steps, score_of

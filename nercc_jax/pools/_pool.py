@@ -9,14 +9,13 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree, Shaped
 
-from ..inference._conditions import Conditions
-from ..inference._precision import cast_floats
+from ..inference._conditions import Conditions, cast_floats
 from ._backend import PoolReport
 from ._batch import Batch, Refuse, refuse_odd
 from ._clock import AbstractClock
-from ._code_versions import WEIGHTS
 from ._scheduler import Scheduler
 from ._times import Call, Overdue
+from ._worker import WEIGHTS
 
 
 class AbstractPool(abc.ABC):

@@ -1,28 +1,29 @@
 """A pool of Ray actors, on one machine or a cluster."""
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.typing import DTypeLike
 
 from ..codes._kept import x64_enabled
-from ..inference._conditions import current_conditions, matmul_precision
+from ..inference._conditions import check_worker_dtype, current_conditions, matmul_precision
 from ..inference._models import Model
-from ..inference._precision import check_worker_dtype
 from ._clock import ErrorCounter, Watcher
-from ._code_versions import weights_checksum
 from ._faults import Faults
 from ._pool import AbstractPool
 from ._ray_backend import ActorBackend, pack
-from ._ray_cluster import MEMBERSHIP
-from ._ray_nodes import NodeWatch, by_node, crowding, worker_options
+from ._ray_cluster import MEMBERSHIP, HeadProbe
+from ._ray_nodes import by_node, crowding, worker_options
 from ._scheduler import Scheduler
 from ._times import Overdue
-from ._worker import Examples, as_models
+from ._worker import Examples, as_models, weights_checksum
 from ._wrong_answers import check_faults
 
 _LOG = logging.getLogger(__name__)
+
+_EVERY = 1.0  # seconds between two checks of the nodes
 
 
 class RayPool(AbstractPool):
@@ -114,15 +115,8 @@ class RayPool(AbstractPool):
             raise
         self._conditions = current_conditions(worker_dtype, self._backend.platform())
         self._open = True
-        self._max_per_node = max_per_node
-        watch = NodeWatch(
-            self._probe,
-            self._settled,
-            self._log_places,
-            self._backend.misplaced,
-            self._scheduler.restart,
-            rebalance_every,
-        )
+        parts = self._probe, self._scheduler, self._backend
+        watch = NodeWatch(*parts, max_per_node, rebalance_every)
         looks = {"nercc-head": self._probe.turn, "nercc-nodes": watch.look}
         self._watchers = [
             Watcher(name, look, ErrorCounter(), lambda: None) for name, look in looks.items()
@@ -155,12 +149,50 @@ class RayPool(AbstractPool):
             self._scheduler.close()
             MEMBERSHIP.leave()
 
-    def _settled(self) -> bool:
-        return self._scheduler.report().starting == 0
+
+class NodeWatch:
+    """The watch over the places of workers, once all are ready: logs them, then moves workers.
+
+    A worker moves to a node that has fewer: one at a time, every `every` seconds at most. A node
+    with more than `max_per_node` causes a warning.
+    """
+
+    def __init__(
+        self,
+        probe: HeadProbe,
+        scheduler: Scheduler,
+        backend: ActorBackend,
+        max_per_node: int | None,
+        every: float,
+    ):
+        self._probe, self._scheduler, self._backend = probe, scheduler, backend
+        self._max_per_node, self._every = max_per_node, every
+        self._logged, self._due = False, time.monotonic() + every
+
+    def look(self) -> float:
+        """Move a worker if one should move, and return the time of the next turn."""
+        # Without a head, we would wait for Ray's answer about nodes until it ends us.
+        if not self._probe.gone and self._scheduler.report().starting == 0:
+            if not self._logged:
+                self._log_places()
+            if time.monotonic() >= self._due:
+                self._move()
+        return time.monotonic() + _EVERY
 
     def _log_places(self) -> None:
-        held = by_node(self.nodes())
+        self._logged = True
+        held = by_node(place and place.node for place in self._backend.places())
         each = ", ".join(str(number) for number in sorted(held.values(), reverse=True))
         _LOG.info("workers on %d node(s): %s", len(held), each)
         if (trouble := crowding(held, self._max_per_node)) is not None:
             _LOG.warning("%s", trouble)
+
+    def _move(self) -> None:
+        self._due = time.monotonic() + self._every
+        worker = self._backend.misplaced()
+        if worker is None:
+            return
+        if self._scheduler.restart(worker):
+            _LOG.info("worker %d moves to a node that has fewer of them", worker)
+        else:
+            self._due = 0.0  # it was busy

@@ -29,7 +29,6 @@ from jaxtyping import PyTree
 from ..inference._conditions import UNKNOWN
 from ._backend import OnOutcome, WorkerBackend, WorkerDied
 from ._batch import arrays_of
-from ._code_versions import check_versions, checksum, code_versions
 from ._ray_cluster import last_line, ray_module
 from ._ray_nodes import (
     by_node,
@@ -39,7 +38,7 @@ from ._ray_nodes import (
     missing_resources,
     node_to_leave,
 )
-from ._worker import Program, Worker, warm_up
+from ._worker import Program, Worker, check_versions, checksum, code_versions, warm_up
 
 # Size in bytes from which on Ray would put an argument into its store, again for each call.
 _LARGE = 100_000
@@ -133,12 +132,8 @@ def _fields(module: type[eqx.Module]) -> dict[str, Any]:
     }
     found["__annotations__"] = {field.name: Any for field in own}
     if not module.__dataclass_params__.init:  # pyright: ignore[reportAttributeAccessIssue]
-        found["__init__"] = _no_init
+        found["__init__"] = lambda self: None
     return found
-
-
-def _no_init(self: Any) -> None:
-    """Stand in for the `__init__` of a class."""
 
 
 # What runs in the process of an actor.
@@ -164,7 +159,11 @@ class Actor:
         x64, products = precision
         jax.config.update("jax_enable_x64", x64)
         jax.config.update("jax_default_matmul_precision", products)
-        models, example, compiled, faults = _unpack(load)
+        try:
+            models, example, compiled, faults = load.unpack()
+        except ImportError as error:
+            node = f"node {ray_module().util.get_node_ip_address()}"
+            raise RuntimeError(cannot_import(str(error), node)) from error
         self._program = Program(models, jax.local_devices()[0], compiled)
         warm_up([self._program], len(models), example)
         self._worker = Worker(self._program, faults.at(worker, life), _die)
@@ -178,13 +177,6 @@ class Actor:
         threading.Event().wait()
 
 
-def _unpack(load: EncodedInputs) -> Any:
-    try:
-        return load.unpack()
-    except ImportError as error:
-        raise RuntimeError(cannot_import(str(error), f"node {_address()}")) from error
-
-
 def cannot_import(reason: str, where: str) -> str:
     """Return a message for a worker that cannot import what it needs."""
     return (
@@ -192,10 +184,6 @@ def cannot_import(reason: str, where: str) -> str:
         "along: --working-dir FOLDER or --py-modules FOLDER of `nercc`, runtime_env={'working_dir':"
         " FOLDER} of RayPool or ray.init"
     )
-
-
-def _address() -> str:
-    return ray_module().util.get_node_ip_address()
 
 
 def _die() -> None:

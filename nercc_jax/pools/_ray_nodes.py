@@ -4,11 +4,10 @@ import collections
 import dataclasses
 import logging
 import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ._ray_cluster import HeadProbe, ray_module
+from ._ray_cluster import ray_module
 
 _LOG = logging.getLogger(__name__)
 
@@ -18,7 +17,6 @@ _CPUS, _FREE = 0.5, 0.8
 # Share of a GPU's memory that its workers take together: the rest is XLA's and the driver's.
 _MEMORY = 0.9
 _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-_EVERY = 1.0  # seconds between two checks of the nodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,49 +136,3 @@ def missing_resources(
 
 def by_node(places: Iterable[str | None]) -> collections.Counter[str]:
     return collections.Counter(place for place in places if place is not None)
-
-
-# The watch while a pool runs.
-
-
-class NodeWatch:
-    """The watch over the places of workers, once all are ready: logs them, then moves workers.
-
-    A worker moves to a node that has fewer: one at a time, every `every` seconds at most. `restart`
-    moves a worker if it is idle, and returns whether it was.
-    """
-
-    def __init__(
-        self,
-        probe: HeadProbe,
-        settled: Callable[[], bool],
-        log_places: Callable[[], None],
-        misplaced: Callable[[], int | None],
-        restart: Callable[[int], bool],
-        every: float,
-    ):
-        self._probe, self._settled = probe, settled
-        self._log_places: Callable[[], None] | None = log_places
-        self._misplaced, self._restart, self._every = misplaced, restart, every
-        self._due = time.monotonic() + every
-
-    def look(self) -> float:
-        """Move a worker if one should move, and return the time of the next turn."""
-        # Without a head, we would wait for Ray's answer about nodes until it ends us.
-        if not self._probe.gone and self._settled():
-            if self._log_places is not None:
-                self._log_places()
-                self._log_places = None
-            if time.monotonic() >= self._due:
-                self._move()
-        return time.monotonic() + _EVERY
-
-    def _move(self) -> None:
-        self._due = time.monotonic() + self._every
-        worker = self._misplaced()
-        if worker is None:
-            return
-        if self._restart(worker):
-            _LOG.info("worker %d moves to a node that has fewer of them", worker)
-        else:
-            self._due = 0.0  # it was busy

@@ -132,7 +132,10 @@ class RowChecks:
         self.checked[rows[seen]] = True
         if len(seen) > 1:
             self._rank(call, rows[seen], residuals[seen])
-        self._count_corrected(rows[given], values[given])
+        came = zip(rows[given].tolist(), values[given], strict=True) if self._came_first else ()
+        for row, value in came:
+            if (before := self._came_first.pop(row, None)) is not None:
+                self.corrected += not self._checks.agree(before, value)
         return given, values
 
     def _settle(self, row: int, verdict: Verdict) -> None:
@@ -142,13 +145,6 @@ class RowChecks:
         self._calls[row] = [answers[giver].call for giver in verdict.givers]
         if verdict.agreed:
             self._outvoted |= {answer.call for answer in answers.values()} - {*self._calls[row]}
-
-    def _count_corrected(
-        self, rows: Int[np.ndarray, " some"], values: Float[np.ndarray, "some ..."]
-    ) -> None:
-        for row, value in zip(rows.tolist(), values, strict=True) if self._came_first else ():
-            if (before := self._came_first.pop(row, None)) is not None:
-                self.corrected += not self._checks.agree(before, value)
 
     def recheck(
         self,

@@ -27,19 +27,22 @@ from ._row_files import (
     load_fitted,
     save_fitted,
 )
-from ._row_grace import bars_that_held, late_answers
 from ._row_learner import RowLearner
 from ._row_predictions import NEWS
 from ._row_queue import RowQueue
-from ._row_settings import (
+from ._rows import (
     ATTEMPTS,
     Compute,
+    RowCall,
+    RowFunction,
     RowProgress,
     RowResult,
     RowSettings,
+    bars_that_held,
+    checked_rows,
     hang_timeout,
+    late_answers,
 )
-from ._rows import RowCall, RowFunction, checked_rows
 
 _LAST_SECONDS = 10.0  # a run stops itself so long before something else ends its process
 _AHEAD = 2  # calls for each live worker that are with the pool, so that none waits for the next

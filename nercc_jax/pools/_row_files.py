@@ -20,19 +20,11 @@ from ..codes import NeRCC
 from ..codes._whole import write_whole
 from ..risk import ErrorBars, ErrorProbability
 from ..schemes import Scheme
-from ..schemes._fit_scheme import FittedScheme
+from ..schemes._calibrate import FittedScheme
 from ..surrogates import learner_card, load_learner, save_learner
 
 _MANIFEST = "manifest.json"
 _EVERY = 1.0  # seconds between two parts, at least
-_PROBABILITY_FIELDS = (
-    "weights",
-    "knots",
-    "shifts",
-    "levels",
-    "risks",
-    "shares",
-)  # fields that are written
 
 
 @runtime_checkable
@@ -216,11 +208,12 @@ def save_fitted(path: Path, fitted: FittedScheme) -> None:
     scheme: Any = fitted.scheme
     about = {
         "pairs": fitted.pairs,
-        "bars": {name: _listed(getattr(scheme.bars, name)) for name in ("coverages", "factors")},
-        "doubt": scheme.error_probability
-        and {
-            name: _listed(getattr(scheme.error_probability, name)) for name in _PROBABILITY_FIELDS
+        # JSON has no infinity.
+        "bars": {
+            name: np.nan_to_num(np.asarray(getattr(scheme.bars, name), np.float32)).tolist()
+            for name in ("coverages", "factors")
         },
+        "doubt": scheme.error_probability and scheme.error_probability.to_json(),
     }
     save_learner(path, scheme.surrogate, about)
 
@@ -233,22 +226,13 @@ def row_code() -> NeRCC:
 def load_fitted(path: Path) -> FittedScheme:
     """Return what `save_fitted` wrote; raise as `load_learner` does, naming the file."""
     learner, about = load_learner(path), learner_card(path)
-    bars, error_probability = about["bars"], about["doubt"]
+    error_probability = about["doubt"]
+    bars: Any = {name: jnp.asarray(each, float) for name, each in about["bars"].items()}
     scheme = Scheme(
         row_code(),
         surrogate=learner,
-        bars=ErrorBars(**{name: _array(each) for name, each in bars.items()}),
-        error_probability=error_probability
-        and ErrorProbability(**{name: _array(each) for name, each in error_probability.items()}),
+        bars=ErrorBars(**bars),
+        error_probability=error_probability and ErrorProbability.from_json(error_probability),
         redundancy="uncertain",
     )
     return FittedScheme(scheme, about["pairs"])
-
-
-def _listed(numbers: Any) -> list[float]:
-    """Return numbers for JSON, which has no infinity."""
-    return np.nan_to_num(np.asarray(numbers, np.float32)).tolist()
-
-
-def _array(numbers: list[float]) -> Any:
-    return jnp.asarray(numbers, float)

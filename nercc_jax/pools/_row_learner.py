@@ -24,10 +24,15 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from ..risk._answer_check import AnswerCheck, fit_answer_check
-from ..risk._straggler_risk import StragglerRisk, StragglerRow, conformal_quantile
-from ..risk._target import AccuracyTarget, error_ratios
-from ..schemes._fit_scheme import FittedScheme
-from ._clock import WallClock
+from ..risk._straggler_risk import (
+    AccuracyTarget,
+    StragglerRisk,
+    StragglerRow,
+    conformal_quantile,
+    error_ratios,
+)
+from ..schemes._calibrate import FittedScheme
+from ._clock import TimeShare, WallClock
 from ._row_checks import OF_CALLS
 from ._row_files import RowTable
 from ._row_predictions import (
@@ -36,16 +41,15 @@ from ._row_predictions import (
     NEWS,
     LeftOut,
     Neighbours,
-    fit_job,
+    fit_rows,
     leave_out,
     like_late,
     most_telling,
     part_of,
     predict,
-    update_job,
+    update,
     window_of,
 )
-from ._time_share import TimeShare
 
 _LOG = logging.getLogger(__name__)
 
@@ -200,11 +204,11 @@ class RowLearner:
             chosen, self._due = self._chosen(computed, most), 2 * len(computed)
             if len(computed) < FEW:  # a larger learner as soon as there may be one
                 self._due = min(self._due, FEW)
-            job = fit_job(self._features[chosen], y[chosen], self._target)
+            job = functools.partial(fit_rows, self._features[chosen], y[chosen], self._target)
             self._learned[computed] = True
         elif fitted is not None and len(new) >= NEWS:
             new = new[-CAPACITY:]
-            job = update_job(fitted, self._features[new], y[new])
+            job = functools.partial(update, fitted, self._features[new], y[new])
             self._learned[new] = True
         elif fitted is not None and len(unchecked):
             job = lambda: fitted  # noqa: E731

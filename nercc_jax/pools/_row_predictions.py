@@ -2,22 +2,25 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
-from ..risk._target import AccuracyTarget
+from ..risk._straggler_risk import AccuracyTarget
 from ..schemes import fit_scheme
-from ..schemes._fit_scheme import SHAPE, FittedScheme, filled
+from ..schemes._calibrate import SHAPE, FittedScheme, filled
 from ..surrogates import Learner, LearnerTuning
 from ..surrogates._tune_kernel import widths_of
 from ._row_files import row_code
 
 _LOG = logging.getLogger(__name__)
+
+# Compiled: one program serves all learners of one shape.
+_predictions = eqx.filter_jit(Learner.predict)
+_updated: Any = eqx.filter_jit(Learner.update)
 
 CAPACITY = 1024  # rows that the learner holds at most
 FEW = 512  # rows up to which a smaller learner is fitted, in a third of the time
@@ -65,45 +68,36 @@ class Neighbours(NamedTuple):
     late: Bool[np.ndarray, " others"]
 
 
-def fit_job(
+def fit_rows(
     x: Float[np.ndarray, "pairs inputs"],
     y: Float[np.ndarray, "pairs outputs"],
     target: AccuracyTarget,
-) -> Callable[[], FittedScheme | None]:
-    """Return a function that fits a learner; it returns None where nothing could be learned."""
-
-    def job() -> FittedScheme | None:
-        labels = target.max_disagreement is not None
-        try:
-            widths = widths_of(x.shape[1])
-            if len(x) >= FEW:
-                tuning = LearnerTuning(widths=widths, rows=_JUDGED)
-                return fit_scheme(x, y, row_code(), capacity=CAPACITY, labels=labels, tuning=tuning)
-            quick = LearnerTuning(shapes=(SHAPE,), widths=widths, steps=40, rows=64)
-            return fit_scheme(x, y, row_code(), capacity=FEW, labels=labels, tuning=quick)
-        except ValueError as error:  # a function that is constant, for example
-            _LOG.warning("nothing could be learned from %d rows: %s", len(x), error)
-            return None
-
-    return job
+) -> FittedScheme | None:
+    """Fit a learner; return None where nothing could be learned."""
+    labels, widths = target.max_disagreement is not None, widths_of(x.shape[1])
+    capacity, tuning = CAPACITY, LearnerTuning(widths=widths, rows=_JUDGED)
+    if len(x) < FEW:
+        capacity = FEW
+        tuning = LearnerTuning(shapes=(SHAPE,), widths=widths, steps=40, rows=64)
+    try:
+        return fit_scheme(x, y, row_code(), capacity=capacity, labels=labels, tuning=tuning)
+    except ValueError as error:  # a function that is constant, for example
+        _LOG.warning("nothing could be learned from %d rows: %s", len(x), error)
+        return None
 
 
-def update_job(
+def update(
     fitted: FittedScheme,
     x: Float[np.ndarray, "news inputs"],
     y: Float[np.ndarray, "news outputs"],
-) -> Callable[[], FittedScheme]:
-    """Return a function that returns the learner after these rows, a few at a time."""
-
-    def job() -> FittedScheme:
-        learner = _learner_of(fitted)
-        for place in range(0, len(x), NEWS):
-            pairs = (each[place : place + NEWS] for each in (x, y))
-            learner = _updated(learner, *(filled(each, NEWS) for each in pairs))
-        scheme = eqx.tree_at(lambda scheme: scheme.surrogate, fitted.scheme, learner)
-        return dataclasses.replace(fitted, scheme=scheme)
-
-    return job
+) -> FittedScheme:
+    """Return the learner after these rows, a few at a time."""
+    learner = _learner_of(fitted)
+    for place in range(0, len(x), NEWS):
+        pairs = (each[place : place + NEWS] for each in (x, y))
+        learner = _updated(learner, *(filled(each, NEWS) for each in pairs))
+    scheme = eqx.tree_at(lambda scheme: scheme.surrogate, fitted.scheme, learner)
+    return dataclasses.replace(fitted, scheme=scheme)
 
 
 def _learner_of(fitted: FittedScheme) -> Learner:
@@ -172,16 +166,6 @@ def _local_scale(
     return np.sqrt(np.mean(ratios[nearest] ** 2, axis=1))
 
 
-@eqx.filter_jit
-def _predictions(learner: Learner, x: ArrayLike) -> tuple[Array, Array]:
-    return learner.predict(jnp.asarray(x))
-
-
-@eqx.filter_jit
-def _covariance(learner: Learner, x: ArrayLike) -> Array:
-    return learner.window_posterior(jnp.asarray(x)[None])[1][0]
-
-
 def leave_out(
     fitted: FittedScheme,
     window: Window,
@@ -204,11 +188,6 @@ def part_of(left_out: LeftOut, places: Int[np.ndarray, " few"]) -> LeftOut:
     return LeftOut(*(each[places] for each in left_out))
 
 
-@eqx.filter_jit
-def _updated(learner: Learner, x: ArrayLike, y: ArrayLike) -> Learner:
-    return learner.update(jnp.asarray(x), jnp.asarray(y))
-
-
 def most_telling(
     fitted: FittedScheme,
     features: Float[np.ndarray, "rows inputs"],
@@ -222,7 +201,8 @@ def most_telling(
     places = np.argsort(-deviation, kind="stable")[:_UNSURE]
     if len(places) < _UNSURE:
         return places
-    covariance = np.array(_covariance(_learner_of(fitted), features[places]), float)
+    posterior = _learner_of(fitted).window_posterior(jnp.asarray(features[places])[None])
+    covariance = np.array(posterior[1][0], float)
     chosen, left = [], np.diag(covariance).copy()
     least = 1e-4 * left.max()  # what is left then is float32's rounding
     factor = np.zeros((_UNSURE, _TELLING))

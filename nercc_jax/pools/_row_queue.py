@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Bool, Int
 
-from ._row_settings import RowSettings
+from ._rows import RowSettings
 from ._times import AnswerTimes
 
 _CALL = 0.25  # seconds of a call, where rows are so quick that several go together

@@ -32,8 +32,8 @@ from ..codes._checks import check_counts
 from ._backend import PoolReport, StartUp, WorkerBackend, WorkerDied, WorkerSlot
 from ._batch import Batch, BatchContext, Failure, Refuse, Task, reason_of, refuse_odd
 from ._clock import WALL, AbstractClock, ErrorCounter, Watcher, pause_after
-from ._code_versions import WEIGHTS
 from ._times import CALLS_KEPT, Call, Overdue, TimesByRule
+from ._worker import WEIGHTS
 
 
 class SendQueue:
@@ -137,15 +137,12 @@ class SendQueue:
         if task.only is not None:
             idle = task.only in self._idle or task.only in self._fenced_idle
             return task.only if idle else None
-        barred = task.failed if task.failed and len(task.failed) < self._serving else ()
+        serving = sum(not slot.fenced for slot in self._slots) if task.failed else 0
+        barred = task.failed if task.failed and len(task.failed) < serving else ()
         if not barred and not task.avoid:
             return next(iter(self._idle), None)
         barred = task.avoid.union(barred)
         return next((worker for worker in self._idle if worker not in barred), None)
-
-    @property
-    def _serving(self) -> int:
-        return sum(not slot.fenced for slot in self._slots)
 
 
 class Scheduler:
@@ -196,7 +193,10 @@ class Scheduler:
         self._wake = False  # whether it must be woken to look earlier
         self._on_idle: Callable[[], None] | None = None
         self._errors = ErrorCounter()
-        self._watcher = Watcher("nercc-scheduler", self._look, self._errors, self._ended, clock)
+        ended = "the pool's watcher ended, so nobody would replace workers that hang"
+        self._watcher = Watcher(
+            "nercc-scheduler", self._look, self._errors, lambda: self._break(ended), clock
+        )
         with self._lock:
             for worker in range(num_workers):
                 self._start(worker)
@@ -558,9 +558,6 @@ class Scheduler:
             self._next_turn, self._wake = at, True
 
     # Failures of the scheduler itself.
-
-    def _ended(self) -> None:
-        self._break("the pool's watcher ended, so nobody would replace workers that hang")
 
     def _break(self, reason: str) -> None:
         """Fail all that is open at once: nothing more can be answered."""

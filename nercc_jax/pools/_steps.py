@@ -17,7 +17,7 @@ from ..codes._kept import CachedMatrices, encoder_rows, known_decoders, known_en
 from ..codes._trees import is_float, join, points_of
 from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars
-from ..risk._target import AccuracyTarget
+from ..risk._straggler_risk import AccuracyTarget
 from ..schemes import Scheme
 from ..schemes._scheme import PreparedInputs
 from ..surrogates._surrogate import decode_with_deviation

@@ -143,10 +143,8 @@ class TimesByRule:
 
     def add(self, size: int, seconds: float) -> bool:
         """Record an answer under every rule; return whether any limit fell."""
-        fell = False
-        for times in self._times.values():
-            fell |= times.add(size, seconds)
-        return fell
+        fell = [times.add(size, seconds) for times in self._times.values()]
+        return any(fell)
 
 
 def _bound(known: dict[int, float], size: int) -> float:

@@ -1,13 +1,25 @@
-"""The code that runs at a worker, in whichever thread or process it lives."""
+"""The code that runs at a worker, in whichever thread or process it lives, and checksums of it.
+
+A worker in another process gets its weights from the pool, but it imports code from where it runs,
+which may be of another version: one that has other code or weights is refused before it answers.
+The workers of a `DevicePool` share the pool's own objects. Code stays what it was when it was
+imported. Weights may change in memory: workers are asked for them.
+"""
 
 import contextlib
 import copy
+import hashlib
+import platform
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.typing import DTypeLike
@@ -16,12 +28,50 @@ from jaxtyping import PyTree
 from ..codes._kept import x64_enabled
 from ..codes._trees import is_float
 from ..inference import cast_model
-from ..inference._conditions import matmul_precision
+from ..inference._conditions import cast_floats, matmul_precision, worker_dtype_of
 from ..inference._models import Model, call_model, check_model
-from ..inference._precision import cast_floats, worker_dtype_of
-from ._code_versions import WEIGHTS, weights_checksum
 from ._faults import InjectedError, StruckCall, WorkerFaults
 from ._wrong_answers import ActivationFlip, ModelChange, WrongAnswers
+
+WEIGHTS = -1  # in place of the number of a worker's model: asks for its `weights_checksum`
+
+
+def code_versions(modules: Iterable[str]) -> dict[str, str]:
+    """Return a checksum of the source file of each module that is imported from one."""
+    found = {}
+    for name in sorted(modules):
+        path = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+        if path.suffix == ".py" and path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return found
+
+
+def checksum(arrays: Iterable[np.ndarray]) -> int:
+    """Return a checksum of contiguous arrays, which shows accidental changes."""
+    found = 0
+    for each in arrays:
+        found = zlib.crc32(each.data, found)
+    return found
+
+
+def weights_checksum(models: PyTree) -> int:
+    """Return a checksum of the JAX arrays of models, wherever they lie."""
+    arrays = jax.tree.leaves(eqx.filter(models, eqx.is_array))
+    plain = (each for each in arrays if not jnp.issubdtype(each.dtype, jax.dtypes.extended))
+    return checksum(np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in plain)
+
+
+def check_versions(wanted: Mapping[str, str]) -> None:
+    """Raise RuntimeError if a module's source has another checksum here than where the pool is."""
+    here = code_versions(wanted)
+    other = [name for name in here if here[name] != wanted[name]]
+    if other:
+        raise RuntimeError(
+            f"a worker on {platform.node()} has other code than the pool: {', '.join(other)}. "
+            "Install the same version there, or send it along: --working-dir FOLDER or "
+            "--py-modules FOLDER of `nercc`, runtime_env={'working_dir': FOLDER} of RayPool"
+        )
+
 
 Device: TypeAlias = Any  # `jax.Device`, which pyright does not take for a type
 

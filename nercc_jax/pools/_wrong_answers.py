@@ -53,7 +53,11 @@ class WrongAnswers:
             if fault.kind == "swap":
                 given = self._swap(given, self._computed.get(model))
             elif fault.kind == "repeat":
-                given = _rows_like(self._given.get(model, given), given)
+                places = np.arange(len(jax.tree.leaves(given)[0]))  # previous rows, in turn
+                given = jax.tree.map(
+                    lambda leaf, places=places: leaf[places % len(leaf)],
+                    self._given.get(model, given),
+                )
             elif fault.kind == "bias":
                 size = np.float32(SIZES["bias"] if fault.size is None else fault.size)
                 given = jax.tree.map(lambda leaf, size=size: leaf + size, given)
@@ -69,12 +73,6 @@ class WrongAnswers:
             places = np.roll(np.arange(number), self._random.integers(1, number))
             return jax.tree.map(lambda leaf: leaf[places], answer)
         return answer if previous is None else jax.tree.map(lambda leaf: leaf[-1:], previous)
-
-
-def _rows_like(previous: PyTree, answer: PyTree) -> PyTree:
-    """Return the rows of a previous answer, in turn, as many as an answer has."""
-    number = len(jax.tree.leaves(answer)[0])
-    return jax.tree.map(lambda leaf: leaf[np.arange(number) % len(leaf)], previous)
 
 
 def flip_bit(

@@ -10,8 +10,7 @@ from jaxtyping import Shaped
 from ._ray import RayPool
 from ._ray_cluster import ray_module
 from ._row_engine import run_rows
-from ._row_settings import RowProgress, RowResult, hang_timeout
-from ._rows import RowFunction
+from ._rows import RowFunction, RowProgress, RowResult, hang_timeout
 
 _LOG = logging.getLogger(__name__)
 

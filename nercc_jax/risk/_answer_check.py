@@ -19,11 +19,12 @@ This file needs NumPy only: every answer is checked, and a call of JAX costs mor
 """
 
 import dataclasses
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ._logistic import logistic_regression
+from ._calibration import logistic_regression
 from ._straggler_risk import conformal_quantile
 
 _REFERENCES = 256  # right answers that others are compared with
@@ -39,6 +40,10 @@ _NEAR = 0.05  # the share of right answers that are nearer to a reference than i
 _DRAWS, _ROWS = 3, 1024
 _NOISE = (0.3, 0.6, 1.0)
 _ALONG, _ACROSS = 0.7, 0.3  # of the noise, as outputs vary together, and each by itself
+
+
+_Numbers: TypeAlias = Float[np.ndarray, " queries"]
+_Vectors: TypeAlias = Float[np.ndarray, "queries m"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +83,7 @@ class AnswerCheck:
     limit: float = np.inf
 
     def features(
-        self,
-        mean: Float[np.ndarray, "queries m"],
-        deviation: Float[np.ndarray, " queries"],
-        answers: Float[np.ndarray, "queries m"],
+        self, mean: _Vectors, deviation: _Numbers, answers: _Vectors
     ) -> Float[np.ndarray, "queries features"]:
         """Return the features of the regression.
 
@@ -110,12 +112,7 @@ class AnswerCheck:
             found[:, 7], found[:, 8] = margin, np.vecdot(own, expected) / (lengths + _LEAST)
         return found
 
-    def residuals(
-        self,
-        mean: Float[np.ndarray, "queries m"],
-        deviation: Float[np.ndarray, " queries"],
-        answers: Float[np.ndarray, "queries m"],
-    ) -> Float[np.ndarray, "queries m"]:
+    def residuals(self, mean: _Vectors, deviation: _Numbers, answers: _Vectors) -> _Vectors:
         """Return residuals over deviations, uncorrelated; arguments as for `features`."""
         with np.errstate(all="ignore"):
             _, ratios = self._ratios(mean, np.maximum(deviation, _LEAST), answers)
@@ -123,22 +120,17 @@ class AnswerCheck:
 
     def _ratios(
         self, mean: np.ndarray, deviation: np.ndarray, answers: np.ndarray
-    ) -> tuple[Float[np.ndarray, "queries m"], Float[np.ndarray, "queries m"]]:
+    ) -> tuple[_Vectors, _Vectors]:
         """Return the answers that are expected, and the residuals over deviations."""
         mean = _mapped(mean, self.slope) + self.offset
         return mean, (answers - mean) / deviation[:, None]
 
-    def _distance(self, mapped: Float[np.ndarray, "queries m"]) -> Float[np.ndarray, " queries"]:
+    def _distance(self, mapped: _Vectors) -> _Numbers:
         """Return the squares of the distances of mapped answers to the nearest reference."""
         nearest = (self.squares - 2 * mapped @ self.references).min(axis=1)
         return np.maximum(nearest + _square(mapped), 0)
 
-    def scores(
-        self,
-        mean: Float[np.ndarray, "queries m"],
-        deviation: Float[np.ndarray, " queries"],
-        answers: Float[np.ndarray, "queries m"],
-    ) -> Float[np.ndarray, " queries"]:
+    def scores(self, mean: _Vectors, deviation: _Numbers, answers: _Vectors) -> _Numbers:
         """Return how wrong answers look; arguments as for `features`."""
         assert self.weights is not None
         features = self.features(mean, deviation, answers)
@@ -147,19 +139,13 @@ class AnswerCheck:
         return np.where((features[:, 1:4] > self.far).any(axis=1), np.inf, found)
 
     def cleared(
-        self,
-        mean: Float[np.ndarray, "queries m"],
-        deviation: Float[np.ndarray, " queries"],
-        answers: Float[np.ndarray, "queries m"],
+        self, mean: _Vectors, deviation: _Numbers, answers: _Vectors
     ) -> Bool[np.ndarray, " queries"]:
         """Return which answers are so near that they do not look wrong, whatever their scores."""
         return _ratio(mean, deviation, answers) <= self.clear
 
     def suspicious(
-        self,
-        mean: Float[np.ndarray, "queries m"],
-        deviation: Float[np.ndarray, " queries"],
-        answers: Float[np.ndarray, "queries m"],
+        self, mean: _Vectors, deviation: _Numbers, answers: _Vectors
     ) -> Bool[np.ndarray, " queries"]:
         """Return which answers look wrong; arguments as for `features`."""
         with np.errstate(all="ignore"):
@@ -171,9 +157,9 @@ class AnswerCheck:
 
 
 def fit_answer_check(
-    mean: Float[np.ndarray, "queries m"],
-    deviation: Float[np.ndarray, " queries"],
-    answers: Float[np.ndarray, "queries m"],
+    mean: _Vectors,
+    deviation: _Numbers,
+    answers: _Vectors,
     rate: float,
     *,
     labels: bool,
@@ -245,9 +231,7 @@ def _regressed(
 
 
 def _correction(
-    mean: Float[np.ndarray, "rows m"],
-    deviation: Float[np.ndarray, " rows"],
-    answers: Float[np.ndarray, "rows m"],
+    mean: _Vectors, deviation: _Numbers, answers: _Vectors
 ) -> tuple[np.ndarray, Float[np.ndarray, " m"]]:
     """Return slope and offset of answers by predictions: weighted least squares.
 
@@ -295,7 +279,7 @@ def _wrong(
     return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
 
 
-def _whitening(x: Float[np.ndarray, "rows m"]) -> np.ndarray:
+def _whitening(x: _Vectors) -> np.ndarray:
     """Return the map to coordinates of variance 1 that are uncorrelated, if there are few."""
     if x.shape[1] > _COVARIANCES:
         return (1 / np.sqrt(np.var(x, axis=0) + _LEAST)).astype(np.float32)
@@ -309,16 +293,12 @@ def _mapped(x: np.ndarray, by: np.ndarray) -> np.ndarray:
     return x @ by if by.ndim == 2 else x * by
 
 
-def _ratio(
-    mean: Float[np.ndarray, "queries m"],
-    deviation: Float[np.ndarray, " queries"],
-    answers: Float[np.ndarray, "queries m"],
-) -> Float[np.ndarray, " queries"]:
+def _ratio(mean: _Vectors, deviation: _Numbers, answers: _Vectors) -> _Numbers:
     """Return mean squares of residuals over the squares of deviations."""
     return _square(answers - mean) / (answers.shape[1] * np.maximum(deviation, _LEAST) ** 2)
 
 
-def _square(x: Float[np.ndarray, "queries m"]) -> Float[np.ndarray, " queries"]:
+def _square(x: _Vectors) -> _Numbers:
     return np.vecdot(x, x)
 
 

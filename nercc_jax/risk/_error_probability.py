@@ -34,6 +34,7 @@ from ._calibration import correction, regression, risks
 from ._straggler_risk import risk_cap
 
 _RATIOS = (1, 2)  # features that must not raise the probability of an error
+_NO_NUMBERS = ("form", "conditions")  # fields
 _LEAST = 1e-30  # added to a margin and a deviation before their logarithms are taken
 
 
@@ -103,6 +104,20 @@ class ErrorProbability(AbstractCalibrated):
         )
         logit = features @ weights
         return jax.nn.sigmoid(logit + jnp.interp(logit, knots, shifts))
+
+    def to_json(self) -> dict[str, list[float]]:
+        """Return the numbers by name for JSON, which has no infinity; they are for vectors."""
+        names = (each.name for each in dataclasses.fields(self))
+        numbers = {name: getattr(self, name) for name in names if name not in _NO_NUMBERS}
+        return {name: np.nan_to_num(each).tolist() for name, each in numbers.items()}
+
+    @classmethod
+    def from_json(
+        cls, numbers: Mapping[str, list[float]], conditions: Conditions | None = None
+    ) -> "ErrorProbability":
+        """Return what `to_json` wrote; raise TypeError for other names."""
+        arrays: Any = {name: jnp.asarray(each, float) for name, each in numbers.items()}
+        return cls(**arrays, conditions=conditions or Conditions())
 
     def limit(self, max_disagreement: float) -> float:
         """Return the largest probability at which a prediction may be given out.

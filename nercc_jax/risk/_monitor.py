@@ -1,4 +1,4 @@
-"""A sequential test of a promise: at most this share of the answers is wrong.
+"""Sequential tests: of workers, and of a promise: at most this share of the answers is wrong.
 
 The test bets against the promise. If each answer is wrong with a probability of at most m, given
 all that came before, then the product of `1 + bet * (wrong - m)` is a nonnegative supermartingale,
@@ -12,6 +12,7 @@ time, however often one looks.
 This file needs NumPy only.
 """
 
+import functools
 from collections.abc import Iterable
 
 import numpy as np
@@ -82,3 +83,129 @@ class RiskMonitor:
                 self._sums = (self._sums + 1) * (1 + self._bets * (float(loss) - self._share))
                 self.alarm = bool(self._sums.mean() >= self._threshold)
         return self.alarm
+
+
+# Ratios of the odds of a wrong answer to those allowed that the bets are best for.
+_WORKER_RATIOS = np.array([4.0, 16.0, 64.0, 256.0, 1024.0])
+# Answers of all workers in a stretch, and those that a share of wrong ones refers to at least.
+_STRETCH, _FEWEST = 256, 128
+_MOST = 0.5  # that the others' share may allow
+_LARGEST = 1e100  # of the sums, which many wrong answers at once would make infinite
+
+
+class WorkerMonitor:
+    """Sequential tests of the workers of a pool: is one wrong more often than the others are?
+
+    An answer is known to be wrong where two other workers agree on another one. So the comparison
+    is made on the same query, and a change of the queries alone accuses nobody. What may still make
+    right workers differ, such as a model that draws random numbers, does so at all of them: the
+    share of wrong answers that a worker is allowed is that of the other workers in the same stretch
+    of answers, and no less than a usual share.
+
+    The statistic is that of `RiskMonitor`, with larger bets, because a few wrong answers have to
+    do. A run of right answers is taken in one step, so that a server's answers cost it nothing.
+    While a worker is wrong no more often than it is allowed, it is accused within its first n
+    answers with a probability of at most `n * false_alarms`.
+
+    Attributes:
+        number: The answers of each worker since its test began.
+        wrong: The wrong ones among them.
+
+    Example:
+        >>> from nercc_jax.risk._monitor import WorkerMonitor
+        >>> monitor = WorkerMonitor(8)
+        >>> monitor.add(3, right=1000)
+        False
+        >>> [monitor.add(3, wrong=1) for _ in range(3)]
+        [False, False, True]
+    """
+
+    def __init__(self, num_workers: int, *, usual: float = 5e-4, false_alarms: float = 1e-6):
+        """Start without answers.
+
+        Args:
+            num_workers: Workers.
+            usual: The share of wrong answers that each worker is allowed, whatever the others do.
+            false_alarms: The rate of false accusations per answer.
+
+        Raises:
+            ValueError: A share is outside (0, 1).
+        """
+        if not 0 < usual < 1 or not 0 < false_alarms < 1:
+            raise ValueError(
+                f"usual {usual} and false_alarms {false_alarms} must be between 0 and 1"
+            )
+        self._usual, self._threshold = usual, 1 / false_alarms
+        self._sums = np.zeros((num_workers, len(_WORKER_RATIOS)))
+        self.number, self.wrong = [0] * num_workers, [0] * num_workers
+        # Right answers that are not in the sums yet, and the share that they were allowed.
+        self._right, self._shares = [0] * num_workers, [usual] * num_workers
+        # By worker, of this stretch and the one before: answers, and wrong ones.
+        self._stretches = [[[0, 0] for _ in range(num_workers)] for _ in range(2)]
+        self._totals = [[0, 0], [0, 0]]  # of all workers
+        self._left = _STRETCH
+
+    def allowed(self, worker: int) -> float:
+        """Return the share of wrong answers that a worker is allowed now."""
+        found = self._usual
+        for stretch, total in zip(self._stretches, self._totals, strict=True):
+            number, wrong = total[0] - stretch[worker][0], total[1] - stretch[worker][1]
+            found = max(found, wrong / max(number, _FEWEST))
+        return min(found, _MOST)
+
+    def add(self, worker: int, *, right: int = 0, wrong: int = 0) -> bool:
+        """Take answers of a worker, the right ones first; return whether to accuse it.
+
+        Right ones alone accuse nobody.
+        """
+        share = self.allowed(worker)
+        if share != self._shares[worker]:
+            self._take_right(worker)
+            self._shares[worker] = share
+        self._right[worker] += right
+        self._count(worker, right, wrong)
+        if not wrong:
+            return False
+        sums = self._take_right(worker)
+        for _ in range(wrong):
+            sums = np.minimum((sums + 1) * _bets(share)[0] / share, _LARGEST)
+        self._sums[worker] = sums
+        return bool(sums.mean() >= self._threshold)
+
+    def _take_right(self, worker: int) -> np.ndarray:
+        """Return a worker's sums after its right answers."""
+        right, self._right[worker] = self._right[worker], 0
+        if right:
+            less = _bets(self._shares[worker])[1]
+            power = less**right
+            self._sums[worker] = self._sums[worker] * power + less * (1 - power) / (1 - less)
+        return self._sums[worker]
+
+    def restart(self, worker: int) -> None:
+        """Begin a worker's test again, and forget its answers."""
+        self._sums[worker] = self._right[worker] = 0
+        self.number[worker] = self.wrong[worker] = 0
+        for stretch, total in zip(self._stretches, self._totals, strict=True):
+            for what, number in enumerate(stretch[worker]):
+                total[what] -= number
+            stretch[worker] = [0, 0]
+
+    def _count(self, worker: int, right: int, wrong: int) -> None:
+        self.number[worker] += right + wrong
+        self.wrong[worker] += wrong
+        for each in (self._stretches[-1][worker], self._totals[-1]):
+            each[0] += right + wrong
+            each[1] += wrong
+        self._left -= right + wrong
+        if self._left <= 0:
+            self._left = _STRETCH
+            self._stretches = [self._stretches[-1], [[0, 0] for _ in self.number]]
+            self._totals = [self._totals[-1], [0, 0]]
+
+
+@functools.lru_cache(maxsize=64)
+def _bets(share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best bets against an allowed share, and the factors of right answers."""
+    odds = _WORKER_RATIOS * share / (1 - share)
+    best = odds / (1 + odds)
+    return best, (1 - best) / (1 - share)

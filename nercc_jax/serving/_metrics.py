@@ -45,10 +45,8 @@ class _Row(NamedTuple):
     buckets: tuple[int | float, ...] | None = None
 
 
-def _one(
-    name: str, text: str, measure: str, buckets: tuple[int | float, ...] | None = None
-) -> _Row:
-    return _Row(name, text, {measure: ""}, None, buckets)
+def _one(name: str, text: str, *buckets: int | float, measure: str | None = None) -> _Row:
+    return _Row(name, text, {measure or name: ""}, None, buckets or None)
 
 
 _TENTHS = tuple(np.linspace(0.1, 1, 10).round(1).tolist())
@@ -65,41 +63,28 @@ _TABLE = (
         {f"query_{each}": each for each in ANSWERS},
         "answer",
     ),
-    _one("high_priority_queries", "Queries of high priority.", "high_priority"),
-    _one("request_seconds", "Seconds from arrival to answer.", "request_ok", _SECONDS),
-    _one(
-        "queue_seconds", "Seconds from arrival until sent to a worker.", "queue_seconds", _SECONDS
-    ),
-    _one("compute_seconds", "Seconds from sent until answered.", "compute_seconds", _SECONDS),
-    _one("group_fill", "Share of a group's places that queries took.", "group_fill", _TENTHS),
-    _one("batch_size", "Queries in one worker call.", "batch_size", (1, 2, 4, 8, 16, 32, 64, 128)),
-    _one(
-        "workers_responded",
-        "Answers of a group when it was decoded.",
-        "workers_responded",
-        tuple(range(1, 33)),
-    ),
-    _one("stragglers", "Coded data points that were not waited for.", "straggler"),
-    _one("order_seconds", "Seconds to order the queries of a batch.", "order_seconds", _SHORT),
-    _one("encode_seconds", "Seconds to encode a group.", "encode_seconds", _SHORT),
-    _one("decode_seconds", "Seconds to decode a group.", "decode_seconds", _SHORT),
-    _one("predict_seconds", "Seconds to predict a group's queries.", "predict_seconds", _SHORT),
-    _one(
-        "learn_seconds",
-        "Seconds of a learning step, on a thread of its own.",
-        "learn_seconds",
-        _SECONDS,
-    ),
-    _one("internal_errors", "Failures of the server itself, see its log.", "internal_error"),
-    _one("drifts", "Times that predictions were wrong more often than promised.", "drift"),
-    _one("policy_changes", "Times that another setting was picked.", "policy_change"),
-    _one("reexecutions", "Queries sent a second time.", "reexecution"),
-    _one("over_budget", "Uncertain answers given because the budget was spent.", "over_budget"),
+    _one("high_priority_queries", "Queries of high priority.", measure="high_priority"),
+    _one("request_seconds", "Seconds from arrival to answer.", *_SECONDS, measure="request_ok"),
+    _one("queue_seconds", "Seconds from arrival until sent to a worker.", *_SECONDS),
+    _one("compute_seconds", "Seconds from sent until answered.", *_SECONDS),
+    _one("group_fill", "Share of a group's places that queries took.", *_TENTHS),
+    _one("batch_size", "Queries in one worker call.", *(2**power for power in range(8))),
+    _one("workers_responded", "Answers of a group when it was decoded.", *range(1, 33)),
+    _one("stragglers", "Coded data points that were not waited for.", measure="straggler"),
+    _one("order_seconds", "Seconds to order the queries of a batch.", *_SHORT),
+    _one("encode_seconds", "Seconds to encode a group.", *_SHORT),
+    _one("decode_seconds", "Seconds to decode a group.", *_SHORT),
+    _one("predict_seconds", "Seconds to predict a group's queries.", *_SHORT),
+    _one("learn_seconds", "Seconds of a learning step, on a thread of its own.", *_SECONDS),
+    _one("internal_errors", "Failures of the server, see its log.", measure="internal_error"),
+    _one("drifts", "Times that predictions were wrong more often than promised.", measure="drift"),
+    _one("policy_changes", "Times that another setting was picked.", measure="policy_change"),
+    _one("reexecutions", "Queries sent a second time.", measure="reexecution"),
+    _one("over_budget", "Uncertain answers given because the budget was spent."),
     _one(
         "expected_disagreement",
         "Probability that the label of a decoded or predicted query is not the model's own.",
-        "expected_disagreement",
-        _SHARES,
+        *_SHARES,
     ),
     _Row(
         "audited",
@@ -114,8 +99,8 @@ _TABLE = (
         {f"check_{each}": each for each in ("again", "agreed", "open", "wrong")},
         "result",
     ),
-    _one("fenced_workers", "Times that a worker was fenced.", "worker_fenced"),
-    _one("released_workers", "Times that a fenced worker was released.", "worker_released"),
+    _one("fenced_workers", "Times that a worker was fenced.", measure="worker_fenced"),
+    _one("released_workers", "Fenced workers that were released.", measure="worker_released"),
 )
 
 

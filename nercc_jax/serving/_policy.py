@@ -1,7 +1,6 @@
 """The batching policy: how groups are formed, how long they wait, and what is given out."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -112,53 +111,43 @@ class BatchingPolicy:
     )
 
     def __post_init__(self):
-        if self.max_batch_size < 1 or self.max_batch_size & (self.max_batch_size - 1):
+        for interval, names in _RANGES.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not _is_within(value, interval):
+                    raise ValueError(f"{name} must be in {interval}, not {value}")
+        if self.max_batch_size & (self.max_batch_size - 1):
             raise ValueError(f"max_batch_size must be a power of two, not {self.max_batch_size}")
-        if self.max_queue_size < 1 or self.copies < 1:
-            raise ValueError(
-                f"max_queue_size {self.max_queue_size} and copies {self.copies} must be 1 or more"
-            )
-        if not 1 <= self.hedge_copies <= self.copies:
-            raise ValueError(
-                f"hedge_copies {self.hedge_copies} must be from 1 to copies, {self.copies}"
-            )
-        if not (
-            0 <= self.batch_wait_timeout_s < math.inf
-            and 0 < self.deadline_s <= MAX_DEADLINE_S
-            and self.straggler_threshold > 0
-        ):
-            raise ValueError(
-                f"batch_wait_timeout_s {self.batch_wait_timeout_s} must be 0 or more, deadline_s "
-                f"{self.deadline_s} from above 0 to {MAX_DEADLINE_S:g}, and straggler_threshold "
-                f"{self.straggler_threshold} positive"
-            )
-        if not 0 < self.quantile < 1:
-            raise ValueError(f"quantile must be between 0 and 1, not {self.quantile}")
-        if not 0 <= self.priority_lead_s < math.inf:
-            raise ValueError(f"priority_lead_s must be 0 or more, not {self.priority_lead_s}")
-        if self.max_disagreement is not None and not 0 <= self.max_disagreement < 1:
-            raise ValueError(f"max_disagreement must be in [0, 1), not {self.max_disagreement}")
-        if self.tolerance is not None and not 0 < self.tolerance < math.inf:
-            raise ValueError(f"tolerance must be positive, not {self.tolerance}")
+        if self.hedge_copies > self.copies:
+            raise ValueError(f"hedge_copies {self.hedge_copies} is more than copies {self.copies}")
         if self.redundancy not in ("always", "uncertain"):
             raise ValueError(f"redundancy must be 'always' or 'uncertain', not {self.redundancy!r}")
-        if self.max_redundancy is not None and not self.max_redundancy >= 0:
-            raise ValueError(f"max_redundancy must be 0 or more, not {self.max_redundancy}")
-        if self.max_calls is not None and not 1 <= self.max_calls < math.inf:
-            raise ValueError(
-                f"max_calls must be 1 or more, the call of each query, not {self.max_calls}"
-            )
-        if self.check_answers is not None and not 0 < self.check_answers < 1:
-            raise ValueError(f"check_answers must be between 0 and 1, not {self.check_answers}")
-        if not 0 <= self.max_fenced < 1:
-            raise ValueError(f"max_fenced must be in [0, 1), not {self.max_fenced}")
-        if self.max_reexecution is not None and not 0 <= self.max_reexecution <= 1:
-            raise ValueError(f"max_reexecution must be in [0, 1], not {self.max_reexecution}")
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
         """The sizes of batches that workers receive."""
         return tuple(1 << power for power in range(self.max_batch_size.bit_length()))
+
+
+_RANGES = {
+    "[1, inf]": "max_batch_size max_queue_size copies hedge_copies",
+    "[1, inf)": "max_calls",
+    "[0, inf]": "max_redundancy",
+    "[0, inf)": "batch_wait_timeout_s priority_lead_s",
+    "(0, inf]": "straggler_threshold",
+    "(0, inf)": "tolerance",
+    f"(0, {MAX_DEADLINE_S:g}]": "deadline_s",
+    "[0, 1]": "max_reexecution",
+    "[0, 1)": "max_disagreement max_fenced",
+    "(0, 1)": "quantile check_answers",
+}
+
+
+def _is_within(value: int | float, interval: str) -> bool:
+    """Return whether a number lies in an interval; NaN lies in none."""
+    low, high = map(float, interval[1:-1].split(","))
+    inside = low <= value if interval[0] == "[" else low < value
+    return inside and (value <= high if interval[-1] == "]" else value < high)
 
 
 POLICY_HELP = {each.name: each.metadata["help"] for each in dataclasses.fields(BatchingPolicy)}

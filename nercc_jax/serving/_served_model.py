@@ -28,8 +28,7 @@ from .core._adaptation import overdue_rule
 from .core._coder import Coder
 from .core._health import Health
 from .core._request import DeadlineExceeded, Reply
-from .protocol._preprocessing import Preprocessing
-from .protocol._servable import Servable
+from .protocol._servable import Preprocessing, Servable
 
 _LOG = logging.getLogger(__name__)
 

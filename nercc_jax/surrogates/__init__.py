@@ -5,7 +5,7 @@ from ._interface import AbstractLearner, AbstractSurrogate
 from ._kernels import Kernel
 from ._learner import Learner, init_learner
 from ._learner_files import learner_card, load_learner, save_learner
-from ._projection import Projection, principal_components
+from ._pairs import Projection, principal_components
 from ._surrogate import Surrogate, fit_surrogate
 from ._tune_kernel import LearnerTuning
 

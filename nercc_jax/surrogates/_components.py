@@ -15,7 +15,6 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes._products import multiply
 from ..codes._trees import Form, join
-from ._conditioning import GaussianGroupPrior, whiten_group
 from ._interface import (
     AbstractGroupPrior,
     AbstractLearner,
@@ -23,7 +22,7 @@ from ._interface import (
     outputs_of_groups,
 )
 from ._kernels import safe_sqrt
-from ._learner import Learner
+from ._learner import GaussianGroupPrior, Learner, whiten_group
 from ._pairs import Function, features_of, pairs_of, prior_of_groups
 
 
@@ -70,7 +69,7 @@ class ComponentLearner(AbstractLearner):
         """Return the learner that knows these pairs, too; see `AbstractLearner.update`."""
         x, y = jax.tree.map(jnp.asarray, (x, y))
         z, r, _, known = pairs_of(self.features, self.prior, self.form, x, y, observed)
-        along, left = self._cut(r)
+        along, left = split_outputs(r, self.directions)
         rest = self.rest.update(z, left, known, version=version)
         own = eqx.filter_vmap(
             lambda one, t: one.update(z, t[:, None], known), in_axes=(eqx.if_array(0), 1)
@@ -114,9 +113,6 @@ class ComponentLearner(AbstractLearner):
             form=self.form,
         )
 
-    def _cut(self, r: Float[Array, "rows m"]) -> tuple[Array, Array]:
-        return split_outputs(r, self.directions)
-
 
 class ComponentGroupPrior(AbstractGroupPrior):
     """A component learner's knowledge of groups: a Gaussian process for each component.
@@ -129,7 +125,7 @@ class ComponentGroupPrior(AbstractGroupPrior):
         form: The structure of the outputs.
     """
 
-    own: GaussianGroupPrior  # with a second axis of components
+    own: GaussianGroupPrior
     rest: GaussianGroupPrior
     prior: Float[Array, "groups points m"] | None
     directions: Float[Array, "groups m components"]

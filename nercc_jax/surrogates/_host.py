@@ -25,7 +25,7 @@ from ..codes._trees import join
 from ._interface import AbstractLearner, AbstractSurrogate
 from ._kernels import Shape
 from ._learner import Learner
-from ._projection import Projection
+from ._pairs import Projection
 
 # A function that returns the means of answers as vectors, and their deviations; and one that starts
 # to predict the answers to queries. JAX computes meanwhile; NumPy begins when it is asked, because

@@ -23,8 +23,12 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 from ..codes._checks import check_count
 from ..codes._products import multiply
 from ..codes._trees import Form, check_floats, join
-from ._conditioning import GaussianGroupPrior
-from ._interface import AbstractLearner, outputs_of_groups
+from ._interface import (
+    AbstractGroupPrior,
+    AbstractLearner,
+    SurrogatePredictions,
+    outputs_of_groups,
+)
 from ._kernels import Kernel, Shape, safe_sqrt, wide_kernel
 from ._pairs import (
     Function,
@@ -37,7 +41,7 @@ from ._pairs import (
     write_rows,
 )
 from ._surrogate import trust
-from ._whitening import condition, replace_rows, sound_or_anew, soundly_whitened
+from ._whitening import cholesky_factor, condition, replace_rows, sound_or_anew, soundly_whitened
 
 # Beyond this share of the window a new factor is cheaper than replacing its rows.
 _MANY = 0.25
@@ -54,6 +58,83 @@ _MISSED = 0.5
 _MIXED = 8  # mixtures of the outputs that this is looked at for
 
 L = TypeVar("L", bound="Learner")
+
+
+class GaussianGroupPrior(AbstractGroupPrior):
+    """A Gaussian process on groups' data points and coded data points, in this order.
+
+    Attributes:
+        mean: The means, given the window.
+        covariance: The covariances within each group, in units of the process's variance.
+        noise: The variance of the noise, in the same units.
+        unit: The process's standard deviation in units of the outputs; infinite where it is
+            unknown.
+        form: The structure of the outputs.
+    """
+
+    mean: Float[Array, "groups points m"]
+    covariance: Float[Array, "groups points points"]
+    noise: Float[Array, " groups"]
+    unit: Float[Array, " groups"]
+    form: Form = eqx.field(static=True)
+
+    def condition(
+        self,
+        y: Float[Array, "groups num_workers m"],
+        responded: Bool[Array, "groups num_workers"],
+    ) -> SurrogatePredictions:
+        known, white = jax.vmap(whiten_group)(self.covariance, self.noise, responded)
+        return self.condition_whitened(known, white, y, responded)
+
+    def condition_whitened(
+        self,
+        known: Float[Array, "groups num_workers points"],
+        white: Float[Array, "groups num_workers num_workers"],
+        y: Float[Array, "groups num_workers m"],
+        responded: Bool[Array, "groups num_workers"],
+    ) -> SurrogatePredictions:
+        """Condition groups that are whitened already (`whiten_group`)."""
+        mean, variance = jax.vmap(_posterior)(
+            self.mean, self.covariance, self.noise, known, white, y, responded
+        )
+        num_data = mean.shape[1] - y.shape[1]
+        deviation = self.unit[:, None] * safe_sqrt(variance[:, :num_data])
+        return SurrogatePredictions(mean[:, :num_data], mean[:, num_data:], deviation)
+
+
+def whiten_group(
+    covariance: Float[Array, "points points"],
+    noise: Float[Array, ""],
+    responded: Bool[Array, " num_workers"],
+) -> tuple[Float[Array, "num_workers points"], Float[Array, "num_workers num_workers"]]:
+    """Return L^-1 C and L^-1, with L the factor of the answers' covariances.
+
+    C are the covariances of the answers that came with all points of the group.
+    """
+    num_workers = len(responded)
+    cross = jnp.where(responded[:, None], covariance[-num_workers:], 0)
+    own = jnp.where(responded, cross[:, -num_workers:], 0) + jnp.diag(
+        jnp.where(responded, noise, 1)
+    )
+    factor, _ = cholesky_factor(own)
+    right = jnp.concatenate([cross, jnp.eye(num_workers, dtype=cross.dtype)], axis=1)
+    both = jax.lax.linalg.triangular_solve(factor, right, left_side=True, lower=True)
+    return both[:, : len(covariance)], both[:, len(covariance) :]
+
+
+def _posterior(
+    mean: Float[Array, "points m"],
+    covariance: Float[Array, "points points"],
+    noise: Float[Array, ""],
+    known: Float[Array, "num_workers points"],
+    white: Float[Array, "num_workers num_workers"],
+    y: Float[Array, "num_workers m"],
+    responded: Bool[Array, " num_workers"],
+) -> tuple[Float[Array, "points m"], Float[Array, " points"]]:
+    """Return one group's posterior mean and variance, noise included."""
+    residual = jnp.where(responded[:, None], y.astype(mean.dtype) - mean[-len(responded) :], 0)
+    variance = jnp.maximum(jnp.diagonal(covariance) - jnp.sum(known**2, axis=0), 0) + noise
+    return mean + multiply(known.T, multiply(white, residual)), variance
 
 
 class Learner(AbstractLearner):
@@ -285,7 +366,7 @@ class Learner(AbstractLearner):
 
     def refactorized(self: L) -> L:
         """Return the same learner with its covariances and their factor computed again."""
-        return self._with_factor(*self._factored())
+        return self._with_factor(*_factored(self.kernel, self.inputs, self.filled))
 
     def _with_pairs(
         self: L, x: PyTree, y: PyTree, observed: Bool[Array, " pairs"] | None = None
@@ -310,9 +391,6 @@ class Learner(AbstractLearner):
             known = write_rows(self.priors, priors, *rows)
             learned = eqx.tree_at(lambda learner: learner.priors, learned, known)
         return learned, places
-
-    def _factored(self) -> tuple[Array, ...]:
-        return _factored(self.kernel, self.inputs, self.filled)
 
     def _replaced(self: L, places: Int[Array, " b"]) -> L:
         """Return the learner with covariances and factor updated for the written rows."""
@@ -354,14 +432,7 @@ class Learner(AbstractLearner):
 
     def _with_factor(self: L, *numbers: Array) -> L:
         return eqx.tree_at(
-            lambda learner: (
-                learner.covariance,
-                learner.whitening,
-                learner.jitter,
-                learner.error,
-            ),
-            self,
-            numbers,
+            lambda one: (one.covariance, one.whitening, one.jitter, one.error), self, numbers
         )
 
     def _centred(self) -> Float[Array, "capacity m"]:
@@ -415,12 +486,9 @@ def init_learner(
     learner = Learner(
         kernel, form, capacity=capacity, features=features, prior=prior, version=version
     )
-    return _filled(learner, x, y).refactorized() if pairs else learner
-
-
-@eqx.filter_jit
-def _filled(learner: L, x: PyTree, y: PyTree) -> L:
-    return learner._with_pairs(x, y)[0]
+    if not pairs:
+        return learner
+    return eqx.filter_jit(Learner._with_pairs)(learner, x, y)[0].refactorized()
 
 
 @eqx.filter_jit

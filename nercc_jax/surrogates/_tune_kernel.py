@@ -286,7 +286,8 @@ def _tuned(
         if criterion == "labels":
             loss = _log_loss(out.errors, outputs, mask, known.form, jnp.exp(free["sharpness"]))
         else:
-            loss = _density(out, residuals, mask) if criterion == "density" else _mse(out, mask)
+            mse = jnp.log(jnp.mean(jnp.mean(out.errors**2, axis=1), where=mask))
+            loss = _density(out, residuals, mask) if criterion == "density" else mse
         return loss + price
 
     first = _free(start)
@@ -365,10 +366,6 @@ def _variance(residuals: Array, mask: Array) -> Array:
     count = jnp.maximum(jnp.sum(mask), 1)
     mean = jnp.sum(residuals, axis=0, where=mask[:, None]) / count
     return jnp.sum(jnp.where(mask[:, None], (residuals - mean) ** 2, 0)) / residuals[0].size / count
-
-
-def _mse(out: LeaveOneOut, mask: Array) -> Array:
-    return jnp.log(jnp.mean(jnp.mean(out.errors**2, axis=1), where=mask))
 
 
 def _density(out: LeaveOneOut, residuals: Array, mask: Array) -> Array:

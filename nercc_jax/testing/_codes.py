@@ -16,9 +16,19 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..codes import AbstractCode, Decoded
-from ._cases import Cases, check_close, check_matrices, describe, float64_product
-from ._matrices import check_decoder, check_on_host, check_recovered
-from ._structure import check_structure, require, try_decode
+from ._matrices import (
+    Cases,
+    check_close,
+    check_decoder,
+    check_matrices,
+    check_on_host,
+    check_recovered,
+    check_structure,
+    describe,
+    float64_product,
+    require,
+    try_decode,
+)
 
 _OUTPUTS = 3
 _RANDOM_SETS = 6

@@ -14,9 +14,8 @@ from ..inference._models import Model
 from ..pools import AbstractPool, Faults, Overdue
 from ..pools._backend import OnOutcome, WorkerBackend, WorkerDied
 from ..pools._clock import BEAT, AbstractClock, AbstractTurns
-from ..pools._code_versions import weights_checksum
 from ..pools._scheduler import Scheduler
-from ..pools._worker import Program, Worker
+from ..pools._worker import Program, Worker, weights_checksum
 from ..pools._wrong_answers import check_faults
 
 

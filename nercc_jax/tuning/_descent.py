@@ -127,7 +127,10 @@ def descend(
         if number % descent.check_every == 0 or number == descent.steps:
             judgement = validate(here)
             judgements, stale = judgements + 1, stale + 1
-            if best is None or _better(judgement, best.judgement):
+            better = judgement.allowed and (
+                best is None or judgement.objective < best.judgement.objective
+            )
+            if best is None or better:
                 best, stale = Best(here, judgement), 0
         ends = number == descent.steps or stale == descent.stop_after
         if not ends:
@@ -140,46 +143,30 @@ def descend(
         if ends:
             break
     assert best is not None
-    _warn_of_rejected(rejected, done)
+    if rejected:
+        warnings.warn(
+            f"{rejected} of {done} steps were rejected: their objective or gradient was not finite",
+            RuntimeWarning,
+            stacklevel=3,  # the caller of `tune` or `fine_tune`
+        )
     return History(tuple(records), best, judgements, done)
-
-
-def _better(judgement: Judgement, best: Judgement) -> bool:
-    return judgement.allowed and judgement.objective < best.objective
 
 
 def _compiled(
     objective: Callable[..., Float[Array, ""]], optimizer: optax.GradientTransformation
 ) -> Callable[..., Any]:
+    """Return a step: to the objective, whether all was finite, and parameters and state after."""
+
     @eqx.filter_jit
-    def step(parameters: PyTree, state: Any, arguments: tuple, key: PRNGKeyArray, number: Array):
+    def step(
+        parameters: PyTree, state: Any, arguments: tuple, key: PRNGKeyArray, number: Array
+    ) -> tuple[Float[Array, ""], Bool[Array, ""], PyTree, Any]:
         drawn = jax.random.fold_in(key, number)
-        return _sound_step(optimizer, objective, parameters, state, (*arguments, drawn))
+        value, slopes = jax.value_and_grad(objective)(parameters, *arguments, drawn)
+        # A broken objective must not move anything, whatever its gradient says.
+        slopes = jax.tree.map(lambda slope: jnp.where(jnp.isfinite(value), slope, jnp.nan), slopes)
+        finite = [jnp.all(jnp.isfinite(slope)) for slope in jax.tree.leaves(slopes)]
+        updates, state = optimizer.update(slopes, state, parameters)
+        return value, jnp.all(jnp.stack(finite)), optax.apply_updates(parameters, updates), state
 
     return step
-
-
-def _sound_step(
-    optimizer: optax.GradientTransformation,
-    objective: Callable[..., Float[Array, ""]],
-    parameters: PyTree,
-    state: Any,
-    arguments: tuple,
-) -> tuple[Float[Array, ""], Bool[Array, ""], PyTree, Any]:
-    """Return the objective, whether all was finite, and parameters and state after the step."""
-    value, slopes = jax.value_and_grad(objective)(parameters, *arguments)
-    # A broken objective must not move anything, whatever its gradient says.
-    slopes = jax.tree.map(lambda slope: jnp.where(jnp.isfinite(value), slope, jnp.nan), slopes)
-    finite = [jnp.all(jnp.isfinite(slope)) for slope in jax.tree.leaves(slopes)]
-    updates, state = optimizer.update(slopes, state, parameters)
-    return value, jnp.all(jnp.stack(finite)), optax.apply_updates(parameters, updates), state
-
-
-def _warn_of_rejected(rejected: int, steps: int) -> None:
-    if rejected:
-        warnings.warn(
-            f"{rejected} of {steps} steps were rejected: their objective or gradient was not "
-            "finite",
-            RuntimeWarning,
-            stacklevel=4,  # the caller of `tune` or `fine_tune`
-        )

@@ -192,7 +192,7 @@ def fine_tune(
     history = descend(
         [goal.of_pair(free, *pair) for pair in pairs],
         [jax.tree.leaves(model)[place] for place in free],
-        (model, f, jnp.asarray(split.training), _optional(split.training_labels)),
+        (model, f, *jax.tree.map(jnp.asarray, (split.training, split.training_labels))),
         descent=descent,
         optimizer=_optimizer(descent, target.weight_decay),
         key=key_steps,
@@ -263,13 +263,11 @@ class _Looks:
         self.evaluations += self._look
         objectives = [float(trial.objective(model, code)) for trial, code in self._trials]
         right = self._right(self._choose(model))
-        return Judgement(float(np.mean(objectives)), self._allows(right), right)
-
-    def _allows(self, right: _Labels) -> bool:
-        """Return whether a model is still as good as the original on the data points themselves."""
-        if self.original_accuracy is None or right.accuracy is None:
-            return right.agreement >= 1 - self._tolerance
-        return right.accuracy >= self.original_accuracy - self._tolerance
+        # It must be as good as the original on the data points themselves.
+        allowed = right.agreement >= 1 - self._tolerance
+        if self.original_accuracy is not None and right.accuracy is not None:
+            allowed = right.accuracy >= self.original_accuracy - self._tolerance
+        return Judgement(float(np.mean(objectives)), allowed, right)
 
     def _right(self, choice: np.ndarray) -> _Labels:
         accuracy = None if self._labels is None else float(np.mean(choice == self._labels))
@@ -323,7 +321,8 @@ class _Goal:
         kept = nested_objective(lambda batch: clean, identity, x, everyone, **options)
         total = coded + self.target.fidelity * kept
         if labels is not None:
-            wrong = jax.vmap(self.target.label_criterion or _cross_entropy)
+            cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+            wrong = jax.vmap(self.target.label_criterion or cross_entropy)
             total = total + self.target.label_weight * jnp.mean(wrong(clean, labels.reshape(-1)))
         return total
 
@@ -368,10 +367,6 @@ def _with(model: M, free: Sequence[int], parameters: Sequence[Array]) -> M:
     return jax.tree.unflatten(structure, leaves)
 
 
-def _cross_entropy(logits: Array, label: Array) -> Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, label)
-
-
 def _count(
     pairs: Sequence[Pair], sampling: Sampling, steps: int, num_training: int
 ) -> tuple[int, int]:
@@ -383,10 +378,6 @@ def _count(
         evaluations += groups * (2 * code.num_data + code.num_workers)
         differentiated += groups * (code.num_data + code.num_workers)
     return evaluations, differentiated
-
-
-def _optional(labels: np.ndarray | None) -> Array | None:
-    return None if labels is None else jnp.asarray(labels)
 
 
 def _pair(

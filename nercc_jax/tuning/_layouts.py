@@ -200,6 +200,9 @@ def search_layout(
         )
         return _Scores(recorder, tuple(stragglers), sets, (criterion, slope), power, plain[0][1])
 
+    # Groups are made as those that judge.
+    made = {name: getattr(sampling, name) for name in ("grouped", "order", "buffer_size")}
+    drawn = dataclasses.replace(tuning.sampling, **made)
     on_stage(f"judging {len(plain)} untuned codes")
     first = score(split.training, _FIRST_SETS)
     best: dict[str, NeRCC] = {}
@@ -213,7 +216,7 @@ def search_layout(
             tuned = tune(
                 model, best[name], split.training, {law: stragglers[law] for law in laws},
                 key=jax.random.fold_in(key, _TUNING), points=tuning.points, criterion=slope,
-                power=power, sampling=_alike(tuning.sampling, sampling), descent=tuning.descent,
+                power=power, sampling=drawn, descent=tuning.descent,
                 on_step=tuning.on_step,
             )  # fmt: skip
             candidates.append((name, tuned.code, True))
@@ -228,12 +231,6 @@ def search_layout(
     evaluations += first.recorder.evaluations + second.recorder.evaluations
     judged.sort(key=lambda candidate: candidate.objective)
     return LayoutSearch(tuple(judged), evaluations, time.perf_counter() - start)
-
-
-def _alike(sampling: Sampling, other: Sampling) -> Sampling:
-    """Return a sampling with groups that are made as the other's."""
-    made = {name: getattr(other, name) for name in ("grouped", "order", "buffer_size")}
-    return dataclasses.replace(sampling, **made)
 
 
 def _plain_codes(

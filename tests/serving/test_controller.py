@@ -265,9 +265,9 @@ def test_hedging_that_is_picked_has_no_trigger_that_jumps_to_a_stragglers_time()
 
 def test_arguments():
     for wrong in (0, 3):
-        with pytest.raises(ValueError, match="must be from 1 to copies, 2"):
+        with pytest.raises(ValueError, match=f"hedge_copies .*{wrong}"):
             BatchingPolicy(hedge_copies=wrong)
-    with pytest.raises(ValueError, match="max_calls must be 1 or more"):
+    with pytest.raises(ValueError, match=r"max_calls must be in \[1, inf\)"):
         BatchingPolicy(max_calls=0.9)
     with pytest.raises(ValueError, match="sends queries as they came"):
         Traffic(None, BatchingPolicy(max_calls=1.1), code=Berrut(3, 5))

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from nercc_jax.risk._straggler_risk import risk_cap
 from nercc_jax.serving import Coder
-from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
-from nercc_jax.serving.adapt._straggler_simulation import calibrate
+from nercc_jax.serving.adapt._error_estimator import ErrorEstimator, calibrate
 from nercc_jax.serving.core._error_probability import DecodingErrorProbability, uncalibrated
 from nercc_jax.serving.core._fallback import Budget
 

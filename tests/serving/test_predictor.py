@@ -8,7 +8,7 @@ import pytest
 from traffic import OUT, SERVICE, SHAPE, WEIGHTS, Traffic, labels_right, model
 
 from nercc_jax import Replication
-from nercc_jax.risk._target import AccuracyTarget
+from nercc_jax.risk._straggler_risk import AccuracyTarget
 from nercc_jax.serving import BatchingPolicy, Predictor
 from nercc_jax.serving.adapt._online_calibration import BATCH, OnlineCalibration
 from nercc_jax.serving.core._adaptation import Predictions

@@ -23,7 +23,7 @@ from nercc_server import ENDS
 
 from nercc_jax import NeRCC
 from nercc_jax.serving import ModelSettings, ServerSettings, make_servable, make_server
-from nercc_jax.serving.protocol._preprocessing import Preprocessing
+from nercc_jax.serving.protocol._servable import Preprocessing
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 ROOT = Path(__file__).parents[2]

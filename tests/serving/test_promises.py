@@ -182,8 +182,8 @@ def test_nothing_is_decoded_after_a_drift_until_new_stragglers_were_compared():
     adaptation = traffic.batcher._adaptation
     while not traffic.drifts:
         answer = Answer(np.eye(3, dtype=np.float32)[0], "decoded", 8, 7, disagreement=0.01)
-        adaptation.give(answer)
-        given = ApproximateAnswer(answer, None, adaptation.epoch("decoded"), given=True)
+        adaptation.risk("decoded").give()
+        given = ApproximateAnswer(answer, None, adaptation.risk("decoded").epoch, given=True)
         adaptation.audit(given, np.eye(3, dtype=np.float32)[1])
     assert not adaptation.admits(answer, calibrated=True)
     sent_as = traffic.send(20)

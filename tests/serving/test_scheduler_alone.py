@@ -30,7 +30,7 @@ from nercc_jax.testing import SimulatedClock, SimulatedPool
 class NoAdaptation(AbstractAdaptation):
     """A policy's own setting for good; nothing is estimated or predicted."""
 
-    predicts = can_predict = accepts_samples = decoding_waits = False
+    predicts = can_predict = accepts_samples = False
     setting = checks = None
 
     def __init__(self, policy):
@@ -52,17 +52,16 @@ class NoAdaptation(AbstractAdaptation):
     def add_answer(self, x, own):
         pass
 
-    def epoch(self, source):
-        return 0
+    def risk(self, source):
+        return SimpleNamespace(
+            epoch=0, waits=False, give=self._give, expected=lambda *errors: errors
+        )
+
+    def _give(self):
+        self.given += 1
 
     def admits(self, answer, *, calibrated=True):
         return calibrated
-
-    def expected(self, answer):
-        return answer
-
-    def give(self, answer):
-        self.given += 1
 
     def audit(self, given, own):
         self.audited += given.given

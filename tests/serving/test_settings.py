@@ -399,7 +399,7 @@ def refused(message, *arguments, **variables):
         ("[defaults]\ndeadline_s = nan", "deadline_s: input should be less than or equal to 3600"),
         ("[defaults]\ndeadline_s = 9e14", "deadline_s: input should be less than or equal to 3600"),
         ("[defaults]\ndeadline_s = 0", "deadline_s: input should be greater than 0, not 0"),
-        ("[defaults]\nmax_queue_size = 0", "max_queue_size 0"),
+        ("[defaults]\nmax_queue_size = 0", "max_queue_size must be in [1, inf], not 0"),
         ("[defaults]\nmax_disagreement = -0.5", "max_disagreement must be in [0, 1), not -0.5"),
         ("[defaults]\nmax_disagreement = 7", "max_disagreement: input should be less than"),
         ("[defaults]\nmax_reexecution = 1.5", "max_reexecution must be in [0, 1], not 1.5"),

@@ -3,7 +3,6 @@
 Calibration of decoding has a thread of its own: the scheduler's does nothing but answer queries.
 """
 
-import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -14,10 +13,8 @@ from jaxtyping import Bool, Float, Shaped
 
 from ...pools import AbstractPool
 from ...pools._answer_checks import AnswerChecks
-from ...pools._clock import AbstractClock
-from ...pools._time_share import TimeShare
-from ...risk._straggler_risk import StragglerRisk, StragglerRow
-from ...risk._target import AccuracyTarget
+from ...pools._clock import AbstractClock, TimeShare
+from ...risk._straggler_risk import AccuracyTarget, StragglerRisk, StragglerRow
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import (
     AbstractAdaptation,
@@ -251,12 +248,11 @@ class Adaptation(AbstractAdaptation):
         if self.predictor is not None:
             self.predictor.add_answer(x, own)
 
-    def epoch(self, source: Source) -> int:
-        return self._risk(source).epoch
-
-    @property
-    def decoding_waits(self) -> bool:
-        return self.decoding_risk.waits
+    def risk(self, source: Source) -> StragglerRisk:
+        if source == "decoded":
+            return self.decoding_risk
+        assert self.predictor is not None
+        return self.predictor.risk
 
     def admits(self, answer: Answer, *, calibrated: bool) -> bool:
         if answer.source == "predicted":
@@ -264,20 +260,6 @@ class Adaptation(AbstractAdaptation):
             return calibrated and self.predictor.admits(answer)
         risk = self.decoding_risk
         return bool(risk.admits(answer.disagreement, 0.0, calibrated=calibrated))
-
-    def expected(self, answer: Answer) -> Answer:
-        risk = self._risk(answer.source)
-        disagreement, error = map(float, risk.expected(answer.disagreement, answer.error))
-        return dataclasses.replace(answer, disagreement=disagreement, error=error)
-
-    def give(self, answer: Answer) -> None:
-        self._risk(answer.source).give()
-
-    def _risk(self, source: Source) -> StragglerRisk:
-        if source == "decoded":
-            return self.decoding_risk
-        assert self.predictor is not None
-        return self.predictor.risk
 
     def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
         if given.answer.source == "predicted":

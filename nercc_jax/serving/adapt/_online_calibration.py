@@ -23,13 +23,17 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
 from ...codes._trees import Form, join
-from ...evaluation._criteria import agree_on_labels
-from ...evaluation._functions import row_errors
+from ...evaluation._criteria import agree_on_labels, row_errors
 from ...risk import ErrorProbability, RiskMonitor
 from ...risk._answer_check import AnswerCheck, fit_answer_check
 from ...risk._error_probability import error_features, fit_error_probability_of_points
-from ...risk._straggler_risk import StragglerRow, conformal_quantile, least_factor
-from ...risk._target import AccuracyTarget, error_ratios
+from ...risk._straggler_risk import (
+    AccuracyTarget,
+    StragglerRow,
+    conformal_quantile,
+    error_ratios,
+    least_factor,
+)
 from ...surrogates import (
     AbstractLearner,
     AbstractSurrogate,
@@ -277,9 +281,9 @@ class OnlineCalibration:
     def _calibrate(self) -> CalibratedSurrogate:
         assert self._surrogate is not None
         batches = list(self._validation)
-        features, deviation, error, wrong = (
+        features, deviation, error, wrong, mean, spread, own = (
             np.concatenate([getattr(batch, part) for batch in batches])
-            for part in ("features", "deviation", "error", "wrong")
+            for part in ("features", "deviation", "error", "wrong", "mean", "spread", "own")
         )
         coverage = self._target.coverage
         factor = conformal_quantile(error_ratios(error, deviation), coverage)
@@ -301,10 +305,6 @@ class OnlineCalibration:
         check = None
         if self._check_rate is not None:
             labels = wanted is not None and (self._form is None or self._form.is_vector)
-            mean, spread, own = (
-                np.concatenate([getattr(batch, part) for batch in batches])
-                for part in ("mean", "spread", "own")
-            )
             check = fit_answer_check(mean, spread, own, self._check_rate, labels=labels)
         return CalibratedSurrogate(
             self._surrogate,
@@ -352,13 +352,6 @@ def _validated(
     return features, deviation, row_errors(values, own), wrong, probability
 
 
-@eqx.filter_jit
-def _updated(
-    learner: AbstractLearner, x: Shaped[ArrayLike, "pairs ..."], own: Float[ArrayLike, "pairs m"]
-) -> AbstractLearner:
-    return learner.update(jnp.asarray(x), jnp.asarray(own))
-
-
 def _tuning_of(features: int) -> LearnerTuning:
     """Return the tuning of a learner that is made here.
 
@@ -400,3 +393,4 @@ def _without_levels(error_probability: ErrorProbability | None) -> ErrorProbabil
 
 
 _agree = eqx.filter_jit(agree_on_labels)
+_updated = eqx.filter_jit(lambda learner, x, own: learner.update(x, own))

@@ -12,10 +12,8 @@ from jaxtyping import Shaped
 from ...codes._checks import check_count
 from ...codes._trees import Form
 from ...inference._models import Model
-from ...pools._clock import AbstractClock
-from ...pools._time_share import TimeShare
-from ...risk._straggler_risk import StragglerRisk, StragglerRow
-from ...risk._target import AccuracyTarget
+from ...pools._clock import AbstractClock, TimeShare
+from ...risk._straggler_risk import AccuracyTarget, StragglerRisk, StragglerRow
 from ...surrogates import AbstractSurrogate, Surrogate
 from ...surrogates._host import repeat_rows
 from .._policy import Observe

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ...pools import AbstractPool, Overdue
-from ...pools._time_share import TimeShare
+from ...pools._clock import TimeShare
 from ...pools._times import Call
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import DispatchSetting, Redundancy, overdue_rule
@@ -252,9 +252,14 @@ class SettingController:
         replay = replay_calls(calls, copies, self._pool.num_workers, self._decisions)
         if replay is None:
             return
-        forecasts = {each: self._forecast(replay, each) for each in self.settings}
+        options = {"extra": self._copies, "extra_calls": self._extra_calls}
+        forecasts = {
+            each: replay.forecast(each, known=self._answered_share(each), **options)
+            for each in self.settings
+        }
         current = self.setting
-        self._correct(forecasts[current], calls)
+        self._learn_factors(forecasts[current], calls)
+        forecasts = {each: self._corrected(each, found) for each, found in forecasts.items()}
         most_late = forecasts[self.settings[0]].late * (1 + _MORE_LATE) + _LATE_OF_ALL
         predicts = self._predictor is not None and self._predictor.state == "answering"
         candidates = [
@@ -264,23 +269,15 @@ class SettingController:
             and (predicts or each.redundancy != "uncertain")  # nothing says what is uncertain
         ]
         # If all cost more than may be spent, the cheapest.
-        least = min(self._cost(each, forecasts) for each in candidates)
-        allowed = [e for e in candidates if self._cost(e, forecasts) <= max(self._most, least)]
+        least = min(forecasts[each].calls for each in candidates)
+        allowed = [e for e in candidates if forecasts[e].calls <= max(self._most, least)]
         # Where p99.9 cannot be helped, p99 may.
-        same = _least(allowed, lambda each: self._tail(each, forecasts), _SAME)
+        same = _least(allowed, lambda each: forecasts[each].tail, _SAME)
         same = _least(same, lambda each: forecasts[each].p99, _SAME_P99)
-        cheapest = min(self._cost(each, forecasts) for each in same)
-        if current in same and self._cost(current, forecasts) <= cheapest + _SAME_CALLS:
+        cheapest = min(same, key=lambda each: forecasts[each].calls)
+        if current in same and forecasts[current].calls <= forecasts[cheapest].calls + _SAME_CALLS:
             return
-        self._change(min(same, key=lambda each: self._cost(each, forecasts)), forecasts)
-
-    def _forecast(self, replay: CallReplay, setting: DispatchSetting) -> TailForecast:
-        return replay.forecast(
-            setting,
-            known=self._answered_share(setting),
-            extra=self._copies,
-            extra_calls=self._extra_calls,
-        )
+        self._change(cheapest, forecasts)
 
     def _answered_share(self, setting: DispatchSetting) -> float:
         """Return the share of stragglers' queries that are predicted or decoded."""
@@ -288,7 +285,7 @@ class SettingController:
         decodes = setting.redundancy == "always" and self._coder.can_decode
         return max(predicted, self._decoded) if decodes else predicted
 
-    def _correct(self, forecast: TailForecast, calls: Sequence[Call]) -> None:
+    def _learn_factors(self, forecast: TailForecast, calls: Sequence[Call]) -> None:
         """Correct forecasts by what was measured since the present setting holds."""
         for each, (tail, cost) in self._factors.items():
             self._factors[each] = 1 + (tail - 1) * _DECAY, 1 + (cost - 1) * _DECAY
@@ -314,22 +311,19 @@ class SettingController:
         self._seconds, self._since = [], self._pool.clock.now()
         self._counts = collections.Counter()
 
-    def _tail(
-        self, setting: DispatchSetting, forecasts: dict[DispatchSetting, TailForecast]
-    ) -> float:
-        return forecasts[setting].tail * self._factors.get(setting.redundancy, (1.0, 1.0))[0]
-
-    def _cost(
-        self, setting: DispatchSetting, forecasts: dict[DispatchSetting, TailForecast]
-    ) -> float:
-        return forecasts[setting].calls * self._factors.get(setting.redundancy, (1.0, 1.0))[1]
+    def _corrected(self, setting: DispatchSetting, forecast: TailForecast) -> TailForecast:
+        tail, calls = self._factors.get(setting.redundancy, (1.0, 1.0))
+        return dataclasses.replace(
+            forecast, tail=tail * forecast.tail, calls=calls * forecast.calls
+        )
 
     def _change(
         self, chosen: DispatchSetting, forecasts: dict[DispatchSetting, TailForecast]
     ) -> None:
         def describe(setting: DispatchSetting) -> str:
-            tail, cost = self._tail(setting, forecasts), self._cost(setting, forecasts)
-            return f"{_words(setting)}: p99.9 of {tail:.2f} medians at {cost:.2f} calls a query"
+            forecast = forecasts[setting]
+            numbers = f"p99.9 of {forecast.tail:.2f} medians at {forecast.calls:.2f} calls a query"
+            return f"{_words(setting)}: {numbers}"
 
         reason = f"{describe(chosen)}; before, {describe(self.setting)}"
         self.setting, self._reason = chosen, reason

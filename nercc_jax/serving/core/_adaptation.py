@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from ...pools import Overdue
 from ...pools._answer_checks import AnswerChecks
+from ...risk._straggler_risk import StragglerRisk
 from .._policy import BatchingPolicy
 from ._error_probability import DecodingErrorProbability
 from ._request import Answer, ApproximateAnswer, Source
@@ -126,13 +127,11 @@ class AbstractAdaptation(abc.ABC):
         """Take the model's own answer to a query."""
 
     @abc.abstractmethod
-    def epoch(self, source: Source) -> int:
-        """Return how often the evidence on approximate answers of this source began again."""
+    def risk(self, source: Source) -> StragglerRisk:
+        """Return what other stragglers showed of approximate answers of this source.
 
-    @property
-    @abc.abstractmethod
-    def decoding_waits(self) -> bool:
-        """True if nothing decoded may be given out before other stragglers were compared."""
+        Answers that are given out are counted there, and their `audit` follows.
+        """
 
     @abc.abstractmethod
     def admits(self, answer: Answer, *, calibrated: bool) -> bool:
@@ -140,14 +139,6 @@ class AbstractAdaptation(abc.ABC):
 
         It is `calibrated` if it is within the limit of a calibration.
         """
-
-    @abc.abstractmethod
-    def expected(self, answer: Answer) -> Answer:
-        """Return an answer to a straggler's query with what others showed of its errors."""
-
-    @abc.abstractmethod
-    def give(self, answer: Answer) -> None:
-        """Count an answer that is given out; its `audit` will follow."""
 
     @abc.abstractmethod
     def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:

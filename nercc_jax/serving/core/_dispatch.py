@@ -3,7 +3,6 @@
 Within a group, similar queries get neighbouring places (`QueryOrdering`).
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -111,18 +110,6 @@ class QueryOrdering:
 _ORDERING, _ORDERING_SHARE = 0.002, 0.05
 
 
-@dataclasses.dataclass(frozen=True)
-class DispatchRules:
-    """The fixed rules by which groups are opened at the pool.
-
-    With `enough` answers a group of a code that is not systematic can be decoded.
-    """
-
-    policy: BatchingPolicy
-    enough: int
-    refuse: Refuse
-
-
 class Turn(NamedTuple):
     """The circumstances of one turn of the scheduler.
 
@@ -150,14 +137,20 @@ class Dispatcher:
         coder: Coder,
         queue: QueryQueue,
         events: EventQueue,
-        rules: DispatchRules,
+        policy: BatchingPolicy,
+        enough: int,
+        refuse: Refuse,
         predictor: GroupPredictor,
         adaptation: AbstractAdaptation,
         ordering: QueryOrdering | None,
     ):
-        """Create a dispatcher; without an ordering, queries are taken as they come."""
+        """Create a dispatcher; without an ordering, queries are taken as they come.
+
+        With `enough` answers a group of a code that is not systematic can be decoded.
+        """
         self._pool, self._coder, self._queue, self._events = pool, coder, queue, events
-        self._rules, self._policy, self._ordering = rules, rules.policy, ordering
+        self._policy, self._enough, self._refuse = policy, enough, refuse
+        self._ordering = ordering
         self._predictor, self._adaptation = predictor, adaptation
         self._budget = Budget(self._policy.max_redundancy)
         self._observe, self._clock = adaptation.observe, pool.clock
@@ -222,7 +215,10 @@ class Dispatcher:
 
     def _redundancy(self, group: Group, turn: Turn) -> Int[np.ndarray, " points"]:
         """Return the coded data points to send beyond the queries themselves."""
-        points = group.layout.extras[: self._room()]
+        points = group.layout.extras
+        # A code that mixes queries sends all of them.
+        if self._coder.systematic:
+            points = points[: int(min(self._pool.spare, self._coder.num_workers))]
         redundancy = turn.setting.redundancy
         if redundancy == "always" or not len(points):
             return points
@@ -237,11 +233,6 @@ class Dispatcher:
             self._budget.spend()
             number += 1
         return wanted[:number]
-
-    def _room(self) -> int:
-        """Return how many coded data points may be sent: all, of a code that mixes queries."""
-        most = self._coder.num_workers
-        return int(min(self._pool.spare, most)) if self._coder.systematic else most
 
     def _send_own(self, turn: Turn) -> list[Group]:
         """Send queries as they came, each to its own worker, and return their groups."""
@@ -307,12 +298,12 @@ class Dispatcher:
 
         group.batch = self._pool.open(
             coder.num_workers,
-            needed=coder.num_data if coder.systematic else self._rules.enough,
+            needed=coder.num_data if coder.systematic else self._enough,
             copies=self._policy.copies if alone else 1,
             at_once=at_once,
             on_change=changed,
             overdue=turn.setting.overdue,
-            refuse=self._rules.refuse,
+            refuse=self._refuse,
         )
         self.groups.add(group)
         return group
@@ -358,7 +349,10 @@ class Dispatcher:
 
     def _assign(self, queries: list[Query], sizes: list[int], place: int, turn: Turn) -> list[Cell]:
         """Distribute queries over cells of these sizes, for a group's places from `place` on."""
-        if self._ordering is None or self._ordering.seconds > _longest_ordering(turn.answer_time):
+        # Where answer times are unknown, be quick.
+        known = turn.answer_time if turn.answer_time < math.inf else 0.0
+        longest = max(_ORDERING, _ORDERING_SHARE * known)
+        if self._ordering is None or self._ordering.seconds > longest:
             rest = iter(queries)
             assigned = [list(itertools.islice(rest, size)) for size in sizes]
         else:
@@ -381,11 +375,6 @@ class Dispatcher:
 def _coder_of_one(model: int) -> Coder:
     """Return the coder of a query that is sent alone: the same for all dispatchers."""
     return Coder(Uncoded(1), (model,))
-
-
-def _longest_ordering(answer_time: float) -> float:
-    """Return the seconds that ordering may take. Where answer times are unknown, be quick."""
-    return max(_ORDERING, _ORDERING_SHARE * answer_time if answer_time < math.inf else 0.0)
 
 
 def _cell(queries: Sequence[Query]) -> Cell:

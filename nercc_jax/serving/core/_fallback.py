@@ -109,10 +109,7 @@ class GroupDecoder:
     ):
         """Create a decoder. Raises ValueError where `wait_for` does not fit the code."""
         self._coder, self._adaptation, self._clock = coder, adaptation, clock
-        self._width, self._resends_within_budget = (
-            policy.max_batch_size,
-            policy.max_reexecution is not None,
-        )
+        self._width, self._resends = policy.max_batch_size, policy.max_reexecution is not None
         # The distance of a decoded answer to the function's own is not estimated: none is given.
         function = policy.max_disagreement is None and policy.tolerance is not None
         self._max_disagreement = 0.0 if function else policy.max_disagreement
@@ -140,7 +137,7 @@ class GroupDecoder:
         else:
             good = expected.disagreement <= self._max_disagreement
         # After a drift, what would be decoded is compared without being given out.
-        wanted = self._resends_within_budget or self._adaptation.decoding_waits
+        wanted = self._resends or self._adaptation.risk("decoded").waits
         if not (good[cells].any() or (last and wanted)):
             return [], []
         begin = self._clock.now()
@@ -309,18 +306,22 @@ class FallbackPolicy:
     ) -> list[GroupAnswer]:
         """Return the answers that may be given out by what was seen of other stragglers."""
         self._remember(group, answers)
-        return [
-            dataclasses.replace(each, answer=self._adaptation.expected(each.answer))
-            for each in answers
-            if self._adaptation.admits(each.answer, calibrated=calibrated)
-        ]
+        found = []
+        for each in answers:
+            if self._adaptation.admits(each.answer, calibrated=calibrated):
+                risk = self._adaptation.risk(each.answer.source)
+                shown = map(float, risk.expected(each.answer.disagreement, each.answer.error))
+                disagreement, error = shown
+                answer = dataclasses.replace(each.answer, disagreement=disagreement, error=error)
+                found.append(dataclasses.replace(each, answer=answer))
+        return found
 
     def _remember(self, group: Group, answers: list[GroupAnswer]) -> None:
         """Have answers compared with the model's own, whether they are given out or not."""
         for each in answers:
             query = group.cells[each.cell].queries[each.row]
             source = each.answer.source
-            epoch = self._adaptation.epoch(source)
+            epoch = self._adaptation.risk(source).epoch
             query.approximate[source] = ApproximateAnswer(each.answer, query.x, epoch)
 
     def _resend(

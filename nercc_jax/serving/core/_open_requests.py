@@ -81,25 +81,17 @@ class OpenRequests:
                 )
             self._open.add(request)
 
-    def accept_probe(self, probe: Request) -> bool:
-        """Accept a request of the batcher's own, unless there is one, and return whether."""
-        with self._settled:
-            if self.closing or self._probe in self._open or not self._queue.reserve(1):
-                return False
-            self._probe = probe
-            self._open.add(probe)
-        return True
+    def accept_own(self, request: Request, *, audits: bool) -> bool:
+        """Accept a request of the batcher's own, which is not counted, and return whether.
 
-    def accept_audit(self, audit: Request) -> bool:
-        """Accept a request of the batcher's own that nobody counts, and return whether.
-
-        It is not accepted where queries wait.
+        There is one probe at a time. An audit is not accepted where queries wait.
         """
         with self._settled:
-            if self.closing or self._queue.waiting or not self._queue.reserve(len(audit.queries)):
+            barred = self._queue.waiting > 0 if audits else self._probe in self._open
+            if self.closing or barred or not self._queue.reserve(len(request.queries)):
                 return False
-            audit.audits = True
-            self._open.add(audit)
+            self._probe, request.audits = self._probe if audits else request, audits
+            self._open.add(request)
         return True
 
     def keep_deadline(self, request: Request) -> None:

@@ -129,7 +129,9 @@ class QueryQueue:
 
     def next_lane(self, *, hold_coded: bool = False) -> Lane | None:
         """Return the lane to serve next, or None; without queries to be coded if these are held."""
-        self._sweep()
+        for lane in (self.resent, self.exact, self.coded) if self._dead else ():
+            lane.sweep()
+        self._dead = 0
         if not self.waiting:
             return None
         if self.resent:
@@ -167,9 +169,3 @@ class QueryQueue:
     def _count(self, change: int) -> None:
         with self._lock:
             self.waiting += change
-
-    def _sweep(self) -> None:
-        if self._dead:
-            for lane in (self.resent, self.exact, self.coded):
-                lane.sweep()
-            self._dead = 0

@@ -22,7 +22,7 @@ from .._tracing import RequestTrace
 from ._adaptation import AbstractAdaptation
 from ._answer_screen import AnswerScreen, Audit, Settled
 from ._coder import Coder
-from ._dispatch import Dispatcher, DispatchRules, QueryOrdering, Turn
+from ._dispatch import Dispatcher, QueryOrdering, Turn
 from ._fallback import FallbackPolicy, GroupAnswer, GroupDecoder, GroupPredictor
 from ._group import Group, GroupTimers, LateGroups
 from ._health import Health, pool_health
@@ -96,10 +96,9 @@ class QueryScheduler:
         )
         self._setting = adaptation.setting
         self._times = AnswerTimes(self._setting.overdue)
-        rules = DispatchRules(policy, self._decoder.enough, refuse)
-        self._dispatcher = Dispatcher(
-            pool, coder, self._queue, self._events, rules, predictor, adaptation, ordering
-        )
+        parts = pool, coder, self._queue, self._events
+        rules = policy, self._decoder.enough, refuse
+        self._dispatcher = Dispatcher(*parts, *rules, predictor, adaptation, ordering)
         self._timers = GroupTimers()
         self._late_groups = LateGroups()
         self._random = np.random.default_rng(0)
@@ -269,7 +268,7 @@ class QueryScheduler:
         """Send a query of zeros, to notice when workers answer again."""
         now, zeros = self._clock.now(), (self._queries.zeros(1), self._answers.zeros(1))
         probe = Request(*zeros, now, _PROBE, True)
-        if self._open.accept_probe(probe):
+        if self._open.accept_own(probe, audits=False):
             self._enqueue(probe, now)
 
     def _expire(self, now: float) -> None:
@@ -378,7 +377,7 @@ class QueryScheduler:
             return False
         zeros = self._answers.zeros(1)
         request = Request(given.x[None], zeros, self._clock.now(), MAX_DEADLINE_S, True)
-        if not self._open.accept_audit(request):
+        if not self._open.accept_own(request, audits=True):
             return False
         given.repeated = True
         request.queries[0].approximate[given.answer.source] = given
@@ -423,7 +422,7 @@ class QueryScheduler:
         else:
             record.given = not given.forced
         if record.given:
-            self._adaptation.give(given.answer)
+            self._adaptation.risk(given.answer.source).give()
 
     def _late(self, group: Group, now: float) -> np.ndarray:
         """Return the mask of coded data points not to wait for: late ones, and failed ones."""

@@ -100,8 +100,12 @@ class JsonCounter:
             for sign, limit in limits.items():
                 count = self._counts.get(sign, 0) + int(np.count_nonzero(piece == ord(sign)))
                 self._counts[sign] = count
+                if count > limit and sign == ",":
+                    raise TooManyNumbers(
+                        f"the JSON has more than {limit} numbers: send fewer queries"
+                    )
                 if count > limit:
-                    self._refuse(sign, limit)
+                    raise ValueError(f"the JSON has more than {limit} {sign!r}, as no request has")
 
     @property
     def counting(self) -> bool:
@@ -111,11 +115,6 @@ class JsonCounter:
     def numbers(self) -> int:
         """The most numbers that there are so far."""
         return self._counts.get(",", 0)
-
-    def _refuse(self, sign: str, limit: int) -> None:
-        if sign == ",":
-            raise TooManyNumbers(f"the JSON has more than {limit} numbers: send fewer queries")
-        raise ValueError(f"the JSON has more than {limit} {sign!r}, as no request has")
 
 
 def loads(text: bytes | bytearray | memoryview) -> tuple[Any, list[np.ndarray | str | None]]:

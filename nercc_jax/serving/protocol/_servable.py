@@ -6,9 +6,12 @@ batcher, and unpacked in front of the model, in its own program. A model of one 
 that.
 """
 
+import asyncio
+import concurrent.futures
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,11 +19,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree, Shaped
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from ...codes._trees import Form
 from ...inference._models import Model, call_model, check_model
 from ...pools._batch import reason_of
+from ..core._request import fill_up
 
 FLOAT = "FP32"
 # By the protocol's datatype, the dtype on the wire.
@@ -201,7 +205,8 @@ class Tensors:
         return None
 
     def named(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(zip(self.names, self._split(rows, _view), strict=True))
+        arrays = self._split(rows, lambda column, to: np.ascontiguousarray(column).view(to))
+        return dict(zip(self.names, arrays, strict=True))
 
     def split(self, rows: Array) -> PyTree[Array]:
         """Return rows as the model takes them; to be compiled."""
@@ -214,7 +219,9 @@ class Tensors:
         if len(leaves) == 1:
             return leaves[0]
         if self.dtype == _BYTES:
-            leaves = [_bytes(x, p.dtype) for x, p in zip(leaves, self.parts, strict=True)]
+            dtypes = (np.uint8 if p.dtype.kind == "b" else p.dtype for p in self.parts)
+            leaves = [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
+            leaves = [jax.lax.bitcast_convert_type(leaf, np.uint8) for leaf in leaves]
         return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=-1)
 
     def _split(self, rows: Any, of_bytes: Callable[[Any, np.dtype], Any]) -> Iterator[Any]:
@@ -251,22 +258,12 @@ class RowModel:
         return self.outputs.join(self.func(self.inputs.split(rows)))
 
 
-def _view(column: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    return np.ascontiguousarray(column).view(dtype)
-
-
 def _bitcast(column: Array, dtype: np.dtype) -> Array:
     if dtype.kind == "b":
         return column != 0
     if dtype.itemsize > 1:
         column = column.reshape(len(column), -1, dtype.itemsize)
     return jax.lax.bitcast_convert_type(column, dtype)
-
-
-def _bytes(leaf: Array, dtype: np.dtype) -> Array:
-    return jax.lax.bitcast_convert_type(
-        leaf.astype(np.uint8 if dtype.kind == "b" else dtype), np.uint8
-    )
 
 
 # The name of a model's only input.
@@ -479,3 +476,48 @@ def _name_of(path: tuple[Any, ...], output_name: str) -> str:
         return output_name
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     return f"{output_name}_{name}" if isinstance(path[0], jax.tree_util.SequenceKey) else name
+
+
+# Threads of a model's preprocessing; a compiled function leaves Python's lock.
+_THREADS = min(os.cpu_count() or 1, 4)
+
+
+class Preprocessing:
+    """A servable's preprocessing: compiled, in batches, on the host's CPU, off the event loop."""
+
+    def __init__(self, servable: Servable, sizes: Sequence[int]):
+        """Compile it for batches of these sizes, in ascending order; others are filled up."""
+        assert servable.preprocess is not None
+        self._inputs, self._queries = servable.inputs, servable.queries
+        self._sizes, self._function = sizes, jax.jit(servable.preprocess)
+        self._executor = concurrent.futures.ThreadPoolExecutor(_THREADS, "nercc-preprocess")
+        for size in sizes:
+            self._compute({p.name: np.zeros((size, *p.shape), p.dtype) for p in self._inputs.parts})
+
+    def __call__(self, given: Any) -> Float[np.ndarray, "batch ..."]:
+        """Return rows of floats from an array (B, *shape), or by name if there are several.
+
+        Raises ValueError for inputs that do not fit, or whose preprocessing is not finite.
+        """
+        columns = self._inputs.fit(given)
+        number = len(columns[self._inputs.names[0]])
+        pieces = []
+        for begin in range(0, number, self._sizes[-1]):
+            few = min(self._sizes[-1], number - begin)
+            size = next(size for size in self._sizes if size >= few)
+            piece = {name: fill_up(x[begin : begin + few], size) for name, x in columns.items()}
+            pieces.append(jax.tree.map(lambda y, few=few: y[:few], self._compute(piece)))
+        if len(pieces) > 1:
+            pieces = [jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)]
+        return self._queries.pack(pieces[0])
+
+    def _compute(self, columns: dict[str, np.ndarray]) -> PyTree[Float[np.ndarray, "batch ..."]]:
+        given = columns[self._inputs.names[0]] if self._inputs.alone else columns
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return jax.tree.map(lambda y: np.asarray(y, np.float32), self._function(given))
+
+    async def run(self, given: Any) -> Float[np.ndarray, "batch ..."]:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self, given)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)

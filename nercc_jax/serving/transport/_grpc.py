@@ -108,7 +108,8 @@ class InferenceService:
         state = self._state
         with (
             state.watch(request.model_name, metadata),
-            state.memory.request(_client(context)) as add,
+            # By the client's address, without its port.
+            state.memory.request(context.peer().rpartition(":")[0]) as add,
         ):
             add(request.ByteSize())
             model = state.find(request.model_name, request.model_version)
@@ -234,11 +235,6 @@ def _with_statuses(method: Method) -> Method:
             await context.abort(grpc.StatusCode.INTERNAL, INTERNAL)
 
     return answer
-
-
-def _client(context: Any) -> str:
-    """Return the address of a call's client, without its port."""
-    return context.peer().rpartition(":")[0]
 
 
 def read_message(request: messages.ModelInferRequest) -> InferRequest:

@@ -236,18 +236,16 @@ class Server:
             server = make_grpc_server(self.state)
             address = f"{self.settings.host}:{self.settings.grpc_port}"
             try:
-                self.grpc_port = self._add_grpc_port(server, address)
+                if self._tls_pair is None:
+                    self.grpc_port = server.add_insecure_port(address)
+                else:
+                    credentials = grpc.ssl_server_credentials([self._tls_pair])
+                    self.grpc_port = server.add_secure_port(address, credentials)
             except RuntimeError as error:
                 raise self.settings.cannot_listen(self.settings.grpc_port) from error
             await server.start()
             self._grpc = server
         _LOG.info("listening", extra=self._address())
-
-    def _add_grpc_port(self, server: grpc.aio.Server, address: str) -> int:
-        """Add the port, with TLS if there is a certificate. Raises RuntimeError if it is taken."""
-        if self._tls_pair is None:
-            return server.add_insecure_port(address)
-        return server.add_secure_port(address, grpc.ssl_server_credentials([self._tls_pair]))
 
     def _address(self) -> dict[str, Any]:
         return {
