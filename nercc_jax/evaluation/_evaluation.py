@@ -121,7 +121,7 @@ _METRICS = ("mse", "rmse", "mean_l2", *SHARES)
 class Evaluations(list[Evaluation]):
     """The result of `evaluate`: a list of rows, which is a table and a picture, too."""
 
-    def __init__(self, rows: Iterable[Evaluation], errors: _Errors | None = None) -> None:
+    def __init__(self, rows: Iterable[Evaluation] = (), errors: _Errors | None = None) -> None:
         super().__init__(rows)
         self._errors = errors or {}
 
