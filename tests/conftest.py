@@ -31,7 +31,7 @@ type_checks.install()
 LONGEST = (
     *("test_answer_checks.py", "test_codes.py", "test_shutdown.py", "test_predictor.py"),
     *("test_schedules.py", "test_ray_cluster.py", "test_compositions.py", "test_attack.py"),
-    *("test_dissection.py", "test_learning_scheme.py", "test_run_rows.py", "test_pools.py"),
+    *("test_dissection.py", "test_learning_scheme.py", "test_run_command.py", "test_pools.py"),
     *("test_batcher.py", "test_deploy.py", "test_splines.py", "test_ray_data.py"),
     *("test_tuning.py", "test_soak.py", "test_layouts.py", "test_own_models.py"),
     *("test_planner.py", "test_ray_pools.py", "test_user_programs.py"),

@@ -1,6 +1,5 @@
 """Pools of workers: one contract for all of them, the scheduler's rules, and faults on purpose."""
 
-import dataclasses
 import logging
 import os
 import re
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import require
-from schedulers import SOON, next_call, soon
+from schedulers import SOON, soon
 
 from nercc_jax import (
     Berrut,
@@ -29,10 +28,9 @@ from nercc_jax import (
 )
 from nercc_jax.evaluation import make_forecast
 from nercc_jax.inference._conditions import Conditions
-from nercc_jax.pools import Episodes, Fault, Faults, Overdue
-from nercc_jax.pools._faults import row_norm
+from nercc_jax.pools import Fault, Faults, Overdue
 from nercc_jax.risk import ErrorProbability
-from nercc_jax.stragglers import ExponentialLatency, RowLatency, TraceLatency
+from nercc_jax.stragglers import TraceLatency
 
 K, N = 8, 20
 
@@ -616,153 +614,6 @@ def test_errors_in_a_pools_numbers(untyped):
         DevicePool([], 1)
     with pytest.raises(ValueError, match="a quantile in"):
         Overdue(1.5)
-
-
-# Faults.
-
-
-def strikes(fault, calls=2000, seed=0, worker=0, life=0):
-    law = Faults([fault], seed).at(worker, life)
-    return [next_call(law) for _ in range(calls)]
-
-
-def test_faults_strike_as_often_as_they_should_and_alike_for_a_seed():
-    error = Fault("error", probability=0.1)
-    drawn = strikes(error)
-    assert 150 < sum("error" in kinds for _, kinds in drawn) < 250
-    assert drawn == strikes(error)
-    assert drawn != strikes(error, seed=1)
-    assert drawn != strikes(error, worker=1)
-    assert drawn != strikes(error, life=1)
-
-
-def test_delays_follow_their_law():
-    drawn = strikes(Fault("delay", latency=ExponentialLatency(0.5)))
-    assert 0.45 < np.mean([seconds for seconds, _ in drawn]) < 0.55
-    assert drawn == strikes(Fault("delay", latency=ExponentialLatency(0.5)))
-    both = Faults([Fault("delay", latency=TraceLatency(jax.numpy.array([0.25])))] * 2).at(0, 0)
-    assert next_call(both) == (0.5, set())
-
-
-def test_delays_differ_by_worker_life_and_fault():
-    """A worker that comes back is not as slow as before, and two do not move as one."""
-    fault = Fault("delay", latency=ExponentialLatency(0.5))
-    first = strikes(fault, 50)
-    for other in ({"life": 1}, {"worker": 1}):
-        assert not {seconds for seconds, _ in first} & {
-            seconds for seconds, _ in strikes(fault, 50, **other)
-        }
-    both = Faults([fault, fault]).at(0, 0)
-    sums = np.array([next_call(both)[0] for _ in range(50)])
-    others = sums - [seconds for seconds, _ in first]
-    assert not np.isclose(others, [seconds for seconds, _ in first]).any()
-
-
-def test_what_strikes_some_calls_shifts_no_other_faults_draws():
-    error, nan = Fault("error", 0.5), Fault("nan", 0.5)
-    rare = dataclasses.replace(error, calls=(0,))
-    often, seldom = (Faults([first, nan]).at(0, 0) for first in (error, rare))
-    drawn = [("nan" in next_call(often)[1], "nan" in next_call(seldom)[1]) for _ in range(100)]
-    assert all(one == other for one, other in drawn)
-    assert 20 < sum(one for one, _ in drawn) < 80
-
-
-def test_faults_by_their_rates():
-    options = {"straggler_rate": 0.25, "straggler_delay": 2.0, "death_rate": 0.125, "seed": 5}
-    law = Faults.from_rates(service_delay=0.5, **options).at(0, 0)
-    drawn = [next_call(law) for _ in range(2000)]
-    assert {seconds for seconds, _ in drawn} == {0.5, 2.5}
-    assert 0.2 < np.mean([seconds > 1 for seconds, _ in drawn]) < 0.3
-    assert 0.1 < np.mean([kinds == {"death"} for _, kinds in drawn]) < 0.15
-    assert Faults.from_rates(seed=5) == Faults([], 5), "nothing is asked for"
-    with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], not 1.5"):
-        Faults.from_rates(death_rate=1.5)
-
-
-def test_faults_by_a_score_of_the_rows():
-    delay = TraceLatency(jax.numpy.array([2.0]))
-    law = RowLatency.leaning_to(delay, delay, 0.1, leaning=0.5, hardest=0.25)
-    scores = np.arange(100.0)
-    faults = Faults.from_rows(law, lambda batch: batch[:, 0], scores).at(0, 0)
-    drawn = {
-        row: [next_call(faults, np.array([[row]]))[0] > 0 for _ in range(2000)] for row in (10, 90)
-    }
-    assert np.mean(drawn[10]) == pytest.approx(0.05, abs=0.02)
-    assert np.mean(drawn[90]) == pytest.approx(0.05 + 0.05 / 0.25, abs=0.03)
-    extreme = Faults.from_rows(RowLatency.extreme(delay, delay, 0.1), lambda x: x[:, 0], scores)
-    assert [next_call(extreme.at(0, 0), np.array([[row], [1.0]]))[0] for row in (50, 95)] == [
-        0.0,
-        2.0,
-    ]
-
-
-@pytest.mark.parametrize("leaning", [1.0, 0.5])
-def test_faults_by_scores_that_workers_have_seen(leaning):
-    """As `--straggler-score` has them: of the first rows none is known to be among the hardest."""
-    random = np.random.default_rng(0)
-    rates = {"straggler_rate": 0.1, "straggler_delay": 2.0}
-    rates |= {"straggler_score": row_norm, "straggler_leaning": leaning}
-    faults = Faults.from_rates(**rates).at(0, 0)
-    rows = random.normal(size=(4000, 1, 3))
-    struck = np.array([next_call(faults, {"x": row})[0] == 2.0 for row in rows])
-    norms = np.linalg.norm(rows[:, 0], axis=1)
-    hard = norms > np.quantile(norms, 0.9 if leaning == 1 else 0.88)
-    assert np.mean(struck) == pytest.approx(0.1, abs=0.02)
-    assert np.mean(struck[hard]) == pytest.approx(0.95 if leaning == 1 else 0.45, abs=0.08)
-    assert np.mean(struck[~hard]) == pytest.approx(0.005 if leaning == 1 else 0.05, abs=0.02)
-    alone = Faults.from_rates(**rates | {"straggler_leaning": 1.0}).at(0, 0)
-    assert not any(next_call(alone, row)[0] for row in np.arange(10.0)[:, None, None])
-
-
-def test_faults_of_some_workers_and_calls():
-    fault = Fault("nan", workers=(1, 2), calls=(0, 3))
-    assert strikes(fault, 5, worker=0) == [(0.0, set())] * 5
-    struck = [bool(kinds) for _, kinds in strikes(fault, 5, worker=2)]
-    assert struck == [True, False, False, True, False]
-
-
-def test_episodes_are_the_same_everywhere_and_as_long_as_they_should_be():
-    episodes = Episodes(every=10.0, lasting=2.0, seed=4, origin=1000.0)
-    spells = [spell for spell, _ in zip(episodes.spells(), range(4000), strict=False)]
-    again = [spell for spell, _ in zip(episodes.spells(), range(4000), strict=False)]
-    assert spells == again
-    start, end = np.transpose(spells)
-    assert (np.diff(np.ravel(spells)) > 0).all()
-    assert 1.8 < np.mean(end - start) < 2.2
-    assert 9.5 < np.mean(np.diff(start)) < 10.5
-
-
-def test_a_rack_is_slow_together():
-    fault = Fault(
-        "delay",
-        workers=(0, 1),
-        latency=TraceLatency(jax.numpy.array([1.0])),
-        episodes=Episodes(every=10.0, lasting=5.0, origin=0.0),
-    )
-    now = 0.0
-    laws = [Faults([fault]).at(worker, 0, lambda: now) for worker in range(3)]
-    slow = []
-    for now in np.arange(0.0, 200.0, 0.5).tolist():  # noqa: B007
-        slow.append([next_call(law)[0] > 0 for law in laws])
-    slow = np.array(slow)
-    np.testing.assert_array_equal(slow[:, 0], slow[:, 1])
-    assert not slow[:, 2].any()
-    assert 0.3 < slow[:, 0].mean() < 0.7
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Fault("late"), "a fault is one of"),
-        (lambda: Fault("nan", probability=1.5), r"in \[0, 1\]"),
-        (lambda: Fault("delay"), "needs a latency law"),
-        (lambda: Fault("nan", latency=ExponentialLatency(1.0)), "nothing else takes one"),
-        (lambda: Episodes(1.0, 2.0), "end before the next begins"),
-    ],
-)
-def test_errors_in_faults(make, message, untyped):
-    with pytest.raises(ValueError, match=message):
-        make()
 
 
 # What is uncertain is run again.

@@ -1,0 +1,349 @@
+"""`nercc run --inputs`: a function of one's own on each row, within a tolerance or computed."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import require
+from typer.testing import CliRunner
+
+from nercc_jax import DevicePool
+from nercc_jax.cli._app import app
+from nercc_jax.cli._run_rows import _write_rows
+from nercc_jax.cli._workload import read_inputs
+from nercc_jax.pools import RowResult
+
+# As users write them: NumPy, which JAX cannot trace.
+OWN = '''
+import os
+import time
+import numpy as np
+
+
+def swing(x, cost=0.0):
+    """A damped pendulum by Runge and Kutta: 3 parameters, 20 outputs."""
+    time.sleep(cost * len(x))
+    damping, drive, angle = 0.2 + 0.2 * x[:, 0], 0.5 + 0.3 * x[:, 1], 0.5 + 0.5 * x[:, 2]
+    state, outputs, step = np.stack([angle, 0 * angle]), [], 0.15
+
+    def slope(t, s):
+        return np.stack([s[1], -damping * s[1] - np.sin(s[0]) + drive * np.cos(0.8 * t)])
+
+    for count in range(60):
+        t = count * step
+        a = slope(t, state)
+        b = slope(t + step / 2, state + step / 2 * a)
+        c = slope(t + step / 2, state + step / 2 * b)
+        d = slope(t + step, state + step * c)
+        state = state + step / 6 * (a + 2 * b + 2 * c + d)
+        if count % 3 == 2:
+            outputs.append(state[0])
+    return np.stack(outputs, axis=1)
+
+
+def slow(x):
+    """Until somebody has seen enough of it; then still no faster than a learner is loaded."""
+    return swing(x, cost=0.05 if os.path.exists("FOLDER/seen") else 0.25)
+
+
+def flat(x):
+    return swing(x)[:, 0]
+
+
+def boxes(x):
+    return swing(x)[:, :12].reshape(-1, 3, 4)
+
+
+def some_nan(x):
+    y = swing(x)
+    y[x[:, 0] > 0.9] = np.nan
+    return y
+
+
+def picky(x):
+    if (x[:, 0] > 0.9).any():
+        raise ArithmeticError("there is no solution here")
+    return swing(x)
+
+
+def broken(x):
+    return {"y": x}
+'''
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where the user works: a module, and inputs of it."""
+    (tmp_path / "nercc_own_rows.py").write_text(OWN.replace("FOLDER", str(tmp_path)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "nercc_own_rows", raising=False)
+    np.save("x.npy", np.random.default_rng(0).uniform(-1, 1, (50, 3)))
+    return tmp_path
+
+
+def run(function, *arguments, inputs="x.npy"):
+    command = ["run", "--model", f"nercc_own_rows:{function}", "--inputs", inputs, *arguments]
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, command)
+
+
+def load(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+def own(function):
+    import nercc_own_rows  # pyright: ignore[reportMissingImports]
+
+    return getattr(nercc_own_rows, function)(np.load("x.npy"))
+
+
+SMALL = ("--tolerance", "0.01", "--num-workers", "4", "--deadline-s", "20")
+
+
+@pytest.mark.parametrize("function", ["swing", "flat", "boxes"])
+def test_rows_are_what_the_function_gives_to_the_bit(folder, function):
+    result = run(function, *SMALL, "--output", "y.npz")
+    assert result.exit_code == 0, result.output
+    assert "computed 50, predicted 0, waiting 0" in result.output
+    rows = load("y.npz")
+    assert rows["predictions"].dtype == np.float64
+    np.testing.assert_array_equal(rows["predictions"], own(function))
+    assert rows["exact"].all()
+    assert not rows["deviation"].any()
+    assert not rows["bar"].any()
+    assert not (folder / "y.npz.parts").exists()
+    summary = json.loads((folder / "y.summary.json").read_text())
+    assert (summary["rows_done"], summary["computed"], summary["predicted"]) == (50, 50, 0)
+    assert summary["learned_from"] is None
+
+
+def test_what_the_function_gives_is_kept_though_it_be_nan(folder):
+    result = run("some_nan", *SMALL, "--output", "y.npz")
+    assert result.exit_code == 0, result.output
+    assert "of them not finite" in result.output
+    np.testing.assert_array_equal(load("y.npz")["predictions"], own("some_nan"))
+
+
+def test_rows_on_which_the_function_raises_are_reported_and_no_others_are_lost(folder):
+    result = run("picky", *SMALL, "--groups", "4", "--output", "y.npz")
+    odd = np.load("x.npy")[:, 0] > 0.9
+    assert result.exit_code == 3
+    assert f"{odd.sum()} rows are unknown" in result.output
+    assert f"row {np.argmax(odd)}: ArithmeticError: there is no solution here" in result.output
+    rows = load("y.npz")
+    np.testing.assert_array_equal(rows["exact"], ~odd)
+    assert np.isnan(rows["predictions"][odd]).all()
+    assert np.isinf(rows["deviation"][odd]).all()
+    again = run("swing", *SMALL, "--output", "y.npz", "--resume")
+    assert again.exit_code == 2
+    assert "model was 'nercc_own_rows:picky' and is 'nercc_own_rows:swing'" in again.output
+    again = run("picky", *SMALL, "--output", "y.npz", "--resume")
+    assert again.exit_code == 3  # once more, and only those
+    assert f"{50 - odd.sum()} rows are done already" in again.output
+
+
+def test_a_function_that_gives_no_array_ends_the_run_in_words(folder):
+    result = run("broken", *SMALL)
+    assert result.exit_code == 1
+    assert "the function gave a dict: an array (rows, ...) is needed" in result.output
+    assert "Traceback" not in result.output
+    assert not list(folder.glob("*.parts"))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_tables_have_a_column_for_each_output(folder, suffix):
+    require("pyarrow", "data")
+    result = run("boxes", *SMALL, "--max-inputs", "20", "--output", f"y.{suffix}")
+    assert result.exit_code == 0, result.output
+    wanted = own("boxes")[:20].reshape(20, -1)
+    names = [f"output_{place}" for place in range(12)]
+    names += ["deviation", "bar", "exact", "status", "reason"]
+    if suffix == "parquet":
+        from pyarrow import parquet
+
+        table = parquet.read_table("y.parquet")
+        assert table.column_names == names
+        found = [table[name].to_numpy() for name in names[:12]]
+        assert table["exact"].to_pylist() == [True] * 20
+    else:
+        with open("y.csv") as file:
+            rows = list(csv.DictReader(file))
+        assert list(rows[0]) == names
+        found = [[float(row[name]) for row in rows] for name in names[:12]]
+    np.testing.assert_array_equal(np.stack(found, axis=1), wanted)
+
+
+def test_inputs_come_as_arrays_or_tables(tmp_path):
+    require("pyarrow", "data")
+    import pyarrow
+    from pyarrow import parquet
+
+    x = np.random.default_rng(1).normal(size=(7, 2))
+    np.savez(tmp_path / "x.npz", x)
+    np.savetxt(tmp_path / "x.csv", x, delimiter=",", fmt="%.17g", header="a,b", comments="")
+    np.savetxt(tmp_path / "plain.csv", x, delimiter=",", fmt="%.17g")
+    parquet.write_table(pyarrow.table({"a": x[:, 0], "b": x[:, 1]}), tmp_path / "x.parquet")
+    for name in ("x.npz", "x.csv", "plain.csv", "x.parquet"):
+        np.testing.assert_array_equal(read_inputs(tmp_path / name), x)
+    np.save(tmp_path / "x.npy", x.astype(np.float32))
+    assert read_inputs(tmp_path / "x.npy").dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.npy", np.zeros((0, 3)), r"needs shape \(rows, \*shape of a data point\), not \(0, 3\)"),
+        (
+            "x.npy",
+            np.array([[1.0], [np.nan], [np.inf]]),
+            "2 rows are not finite, the first is row 1",
+        ),
+        ("x.npy", np.array([["a"]]), "numbers are needed"),
+        ("x.npz", {"a": np.ones((2, 2)), "b": np.ones((2, 2))}, "holds 2 arrays"),
+        ("x.csv", "a,b\n1,2\n3\n", "cannot be read"),
+        ("x.parquet", "nothing", "cannot be read"),
+        ("x.txt", "1", "ends in .npy, .npz, .csv, .parquet"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_reported_by_their_option(tmp_path, name, content, message):
+    path = tmp_path / name
+    if isinstance(content, str):
+        path.write_text(content)
+    elif isinstance(content, dict):
+        np.savez(path, **content)
+    else:
+        np.save(path, content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_inputs(path)
+    assert str(error.value).startswith(f"--inputs {path}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model a:b --inputs no.npy", "--inputs no.npy: there is no such file"),
+        ("--model nercc_own_rows:swing", "needs data points: use --inputs"),
+        ("--inputs x.npy --weights x.npy", "--weights is for a model of your own"),
+        ("--model a:b --weights no.npy", "there are no weights at no.npy"),
+        ("--model a:b --inputs x.npy --tolerance nan", "--tolerance must be 0 or positive"),
+        ("--model a:b --inputs x.npy --tolerance 1 --max-disagreement 0.1", "not both"),
+        ("--model a:b --inputs x.npy --max-disagreement 2", "--max-disagreement must be in [0, 1]"),
+        ("--model a:b --inputs x.npy --tolerance 1 --coverage 1", "--coverage is a share"),
+        ("--model a:b --inputs x.npy --tolerance 1 --num-data 2", "go with --tolerance"),
+        ("--model a:b --inputs x.npy --tolerance 1 --wait-for 2", "go with --tolerance"),
+        ("--model a:b --inputs x.npy --tolerance 1 --job-deadline-s 0", "--job-deadline-s is a"),
+        ("--model a:b --inputs x.npy --tolerance 1 --grace-s -1", "--grace-s is a number"),
+        ("--grace-s 3", "--grace-s does not go with a coded run"),
+        ("--model a:b --inputs x.npy --tolerance 1 --max-calls 0", "--max-calls must be positive"),
+        ("--check-answers 0.1", "--check-answers does not go with a coded run"),
+        ("--model a:b --inputs x.npy --tolerance 1 --max-fenced 1", "--max-fenced must be in"),
+        ("--max-calls 3", "--max-calls does not go with a coded run"),
+        (
+            "--model a:b --inputs x.npy --tolerance 1 --batches 2",
+            "go with --tolerance",
+        ),
+        ("--model a:b --inputs x.npy --tolerance 1 --output x.txt", ".npz, .csv or .parquet"),
+        ("--model nercc_own_rows:no --inputs x.npy --tolerance 1", "no attribute 'no'"),
+    ],
+)
+def test_errors_are_one_sentence(folder, arguments, message):
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["run", *arguments.split()])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert {path.name for path in folder.iterdir()} <= {"nercc_own_rows.py", "x.npy", "__pycache__"}
+
+
+def test_a_file_has_what_was_computed_apart_from_what_was_predicted(tmp_path):
+    status = np.array(["computed", "predicted", "unknown"])
+    values, score = np.array([[1.0], [2.0], [np.nan]]), np.array([0.0, 0.1, np.inf])
+    with DevicePool(np.negative, 1, compiled=False) as pool:
+        report = pool.report()
+    result = RowResult(values, status, score, score, {2: "why"}, {}, report, None, None)
+    _write_rows(tmp_path / "y.npz", result)
+    _write_rows(tmp_path / "y.csv", result)
+    assert load(tmp_path / "y.npz")["exact"].tolist() == [True, False, False]
+    with (tmp_path / "y.csv").open() as file:
+        assert [row["exact"] for row in csv.DictReader(file)] == ["True", "False", "False"]
+
+
+# With a learner.
+
+
+def command(*arguments):
+    code = "from nercc_jax.cli import main; main()"
+    return [sys.executable, "-c", code, "run", "--inputs", "x.npy", *arguments]
+
+
+def parts_of(folder):
+    """All rows that the parts hold, by name, and whether a learner has been kept."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        parts = [load(folder / part["file"]) for part in manifest["parts"]]
+    except FileNotFoundError:
+        return None, {}
+    names = parts[0] if parts else ()
+    rows = {name: np.concatenate([each[name] for each in parts]) for name in names}
+    return manifest.get("learner"), rows
+
+
+@pytest.mark.slow
+def test_a_run_with_stragglers_and_deaths_that_is_killed_and_goes_on(folder):
+    """Every row is within the tolerance by its own error bar, or computed; none is lost."""
+    require("ray", "ray")
+    tolerance, rows = 0.1, 1500  # which a learner of 200 rows keeps easily
+    x = np.random.default_rng(0).uniform(-1, 1, (rows, 3))
+    np.save("x.npy", x)
+    asked = "--pool ray --address local --num-workers 5 --worker-cpus 0.1 --output results"
+    faults = "--straggler-rate 0.05 --straggler-delay-s 1 --death-rate 0.005"
+    arguments = command(
+        *("--model", "nercc_own_rows:slow", "--tolerance", str(tolerance)),
+        *(*asked.split(), *faults.split()),
+    )
+    cache = jax.config.jax_compilation_cache_dir or ""
+    options = {"cwd": folder, "env": os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}}
+    with open("log", "w") as log:
+        first = subprocess.Popen(arguments, stdout=log, stderr=log, **options)
+        try:
+            end = time.monotonic() + 300
+            learner, before = parts_of(folder / "results")
+            while learner is None or int(learner[len("learner-") :].split(".")[0]) < 100:
+                assert first.poll() is None, (folder / "log").read_text()
+                assert time.monotonic() < end
+                time.sleep(0.1)
+                learner, before = parts_of(folder / "results")
+        finally:
+            first.send_signal(signal.SIGKILL)
+            first.wait()
+    learner, before = parts_of(folder / "results")
+    assert len(before["index"]) < rows
+    (folder / "seen").touch()
+    again = subprocess.run([*arguments, "--resume"], capture_output=True, text=True, **options)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"{len(before['index'])} rows are done already" in again.stdout
+    after_learner, after = parts_of(folder / "results")
+    assert (folder / "results" / learner).exists()
+    assert after_learner >= learner
+    # What was done is as it was, and all the rest is there, once.
+    for name, values in before.items():
+        np.testing.assert_array_equal(after[name][: len(values)], values)
+    order = np.argsort(after["index"])
+    after = {name: values[order] for name, values in after.items()}
+    np.testing.assert_array_equal(after["index"], np.arange(rows))
+    sys.path.insert(0, str(folder))
+    import nercc_own_rows  # pyright: ignore[reportMissingImports]
+
+    y, exact = nercc_own_rows.swing(x), after["exact"]
+    np.testing.assert_array_equal(after["predictions"][exact], y[exact])
+    assert (after["score"] <= tolerance).all()
+    assert (~exact).sum() > 5
+    error = np.sqrt(np.mean((after["predictions"] - y) ** 2, axis=1))
+    assert np.mean(error[~exact] <= after["score"][~exact]) > 0.7  # nine tenths are promised
