@@ -1,0 +1,133 @@
+"""What bench/paper.py measured, by setting and as cells: one (N, K), kind of outputs and S each."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nercc_jax.evaluation import Estimate, Evaluation
+
+from .results import load, plus_minus, strong
+
+PAPER = load("paper")
+PARTS: Mapping[str, Any] = PAPER["parts"]
+# Average gains over BACC in the follow-up (arXiv 2406.00300): RMSE in %, RelAcc in points.
+PUBLISHED = {"lenet5": ("LeNet5", 15, 2), "repvgg": ("RepVGG", 17, 5), "vit": ("ViT", 9, 4)}
+OUTPUTS, RIVALS = ("probabilities", "logits"), ("BACC", "ApproxIFER")
+RATIONAL = ["SBACC", *(f"FH, d = {d}" for d in (1, 2, 3))]
+KINDS = ("learned", "tuned", "untuned", "published")
+
+
+def where(part: Mapping[str, Any]) -> str:
+    """Return the model and its (N, K)."""
+    setting = part["setting"]
+    return f"{setting['model']} ({setting['num_workers']}, {setting['num_data']})"
+
+
+def by_pair(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Evaluation]:
+    """Return rows by code and number of stragglers."""
+    made: list[Any] = [{k: Estimate(**v) if isinstance(v, dict) else v for k, v in row.items()}
+                       for row in rows]  # fmt: skip
+    return {(row["code"], row["stragglers"]): Evaluation(**row) for row in made}
+
+
+def laws(rows: Mapping[tuple[str, str], Any]) -> list[str]:
+    """Return the numbers of stragglers."""
+    return list(dict.fromkeys(s for _, s in rows))
+
+
+def each_output() -> Iterator[tuple[Mapping[str, Any], str, Mapping[str, Any]]]:
+    """Yield part, kind of outputs, and what was measured of it."""
+    for part in PARTS.values():
+        for outputs in OUTPUTS:
+            yield part, outputs, part[outputs]
+
+
+def all_cells() -> Iterator[dict[str, Any]]:
+    """Yield the mean squared errors (RelAcc) of every cell."""
+    for part, outputs, found in each_output():
+        rows = by_pair(found["rows"])
+        for s in laws(rows):
+            rival = min((rows[name, s] for name in RIVALS), key=lambda row: row.mse.mean)
+            cell = {"family": part["setting"]["model"].split("-")[0], "where": where(part)}
+            cell |= {"outputs": outputs, "S": int(s), "rival": rival.mse.mean}
+            cell |= {"rival rel_acc": rival.rel_acc.mean}
+            cell["replication rel_acc"] = rows["replication", s].rel_acc.mean
+            for name in ("BACC tuned", "BACC learned", "BSCC", "BSCC tuned", *RATIONAL):
+                cell[name] = rows[name, s].mse.mean
+            for kind in KINDS:
+                row = rows[f"NeRCC {kind}", s]
+                cell |= {kind: row.mse.mean, f"{kind} rel_acc": row.rel_acc.mean}
+            yield cell
+
+
+CELLS = list(all_cells())
+
+
+def gain(cells: Sequence[Mapping[str, Any]], kind: str, rival: str = "rival") -> float:
+    """Return the mean share of a rival's RMSE that is saved, in per cent.
+
+    Where the rival is exact, as SBACC is if all answer and N / K is odd, there is no share.
+    """
+    some = [cell for cell in cells if cell[rival] > 1e-9]
+    return float(np.mean([100 * (1 - np.sqrt(cell[kind] / cell[rival])) for cell in some]))
+
+
+def gains() -> Iterator[dict[str, str]]:
+    """Yield the mean gains over the better BACC of each model and kind of outputs."""
+    for family, (name, rmse, labels) in PUBLISHED.items():
+        for outputs in OUTPUTS:
+            some = [c for c in CELLS if (c["family"], c["outputs"]) == (family, outputs)]
+            ours = [mean_gain(family, outputs, kind) for kind in KINDS]
+            points = [
+                f"{np.mean([100 * (c[f'{k} rel_acc'] - c['rival rel_acc']) for c in some]):+.1f}"
+                for k in KINDS[:3]
+            ]
+            yield {
+                "": name, "outputs": outputs, "RMSE: learned, %": strong(ours[0]), "tuned": ours[1],
+                "untuned": ours[2], "published form": ours[3], "the follow-up's": str(rmse),
+                "RelAcc: learned": strong(points[0]), "RelAcc: tuned": points[1],
+                "RelAcc: untuned": points[2], "RelAcc: the follow-up's": f"+{labels}",
+            }  # fmt: skip
+
+
+def mean_gain(family: str, outputs: str, kind: str) -> str:
+    """Return the mean over cells, in per cent; settings are taken to err together."""
+    parts = [part for part in PARTS.values() if part["setting"]["model"].startswith(family)]
+    found = [part[outputs]["gains"][f"NeRCC {kind}"] for part in parts]
+    weights = [len(each) - 1 for each in found]  # one is the mean
+    mean, half = (
+        100 * np.average([each["mean"][end] for each in found], weights=weights)
+        for end in ("mean", "half_width")
+    )
+    return plus_minus(mean, half, ".0f")
+
+
+def above_zero(kind: str) -> int:
+    """Return in how many cells the interval of the gain over the better BACC is above zero."""
+    return sum(
+        each["mean"] > each["half_width"]
+        for _, _, found in each_output()
+        for law, each in found["gains"][f"NeRCC {kind}"].items()
+        if law != "mean"
+    )
+
+
+def seeds() -> Iterator[dict[str, str]]:
+    """Yield the mean gains with each tuning seed, in per cent."""
+    for part, outputs, found in each_output():
+        if "seeds" in found:
+            yield {"": where(part), "outputs": outputs} | {
+                kind: ", ".join(f"{100 * each['mean']:.1f}" for each in of)
+                for kind, of in found["seeds"].items()
+            }
+
+
+def gains_of(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield the gains over the better BACC at every number of stragglers, in per cent."""
+    for s in next(iter(found["gains"].values())):
+        ends = {name: of[s] for name, of in found["gains"].items()}
+        yield {"S": s} | {
+            name: plus_minus(100 * each["mean"], 100 * each["half_width"], ".1f")
+            for name, each in ends.items()
+        }
