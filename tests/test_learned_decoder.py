@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matrices
@@ -63,6 +64,20 @@ def test_no_other_matrix_fits_the_recorded_answers_better(learned):
         assert (error < 1.25 * best).all()
         expected = np.asarray(learned.posterior_variance(mask))
         np.testing.assert_allclose(expected.sum(), best.sum(), rtol=0.25)
+
+
+def test_two_workers_that_hardly_ever_differ_are_not_told_apart(monkeypatch):
+    """Their difference tells nothing of most groups, and is wild in a few."""
+    beta = jnp.linspace(-1, 1, 10).at[4].set(1 / 9 - 3e-4)  # 1/9 is the fifth's
+    code = eqx.tree_at(lambda code: code.beta, NeRCC(6, 10), beta)
+
+    def largest():
+        found = learn_decoder(lambda x: jax.nn.softmax(20 * x @ WEIGHTS), code, X[:600], key=KEY)
+        return np.abs(found.decoder_matrix(np.arange(10) != 2)).max()
+
+    assert largest() < 1.5
+    monkeypatch.setattr("nercc_jax.tuning._learn_decoder._NOISES", (0.0,))
+    assert largest() > 4
 
 
 @pytest.mark.parametrize("groups", [1, 5])

@@ -82,10 +82,10 @@ class LearnedDecoder(AbstractCode):
     def decoder_matrix(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data num_workers"]:
-        return _Regression(self.root, as_mask(available, (self.num_workers,))).matrix()
+        return Regression(self.root, as_mask(available, (self.num_workers,))).matrix()
 
     def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
-        matrix = _Regression(np.asarray(self.root, np.float64), available).matrix()
+        matrix = Regression(np.asarray(self.root, np.float64), available).matrix()
         return matrix, np.full(self.num_data, available.any())
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
@@ -98,7 +98,7 @@ class LearnedDecoder(AbstractCode):
 
         It is of groups and outputs as the recorded ones; `process_variance` has this group's scale.
         """
-        return _Regression(self.root, as_mask(available, (self.num_workers,))).variance()
+        return Regression(self.root, as_mask(available, (self.num_workers,))).variance()
 
     def process_variance(
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
@@ -107,23 +107,23 @@ class LearnedDecoder(AbstractCode):
 
         About 1 for a group like them, more for one whose path is rougher; infinite with one answer.
         """
-        return _Regression(self.root, available).process(y)
+        return Regression(self.root, available).process(y)
 
     def variances(
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
     ) -> tuple[Float[Array, " num_data"], Float[Array, ""]]:
-        regression = _Regression(self.root, available)
+        regression = Regression(self.root, available)
         return regression.variance(), regression.process(y)
 
     def variances_on_host(
         self, available: Bool[np.ndarray, " num_workers"]
     ) -> tuple[Float[np.ndarray, " num_data"], Float[np.ndarray, "num_workers num_workers"]]:
         """As that of `NeRCC`."""
-        regression = _Regression(np.asarray(self.root, np.float64), available)
+        regression = Regression(np.asarray(self.root, np.float64), available)
         return regression.variance(), regression.whitening()
 
 
-class _Regression:
+class Regression:
     """The regression of the data points' outputs on some workers' answers, one after the other.
 
     Answers are known to a small noise. Each one, made independent of those before, corrects the
