@@ -322,9 +322,7 @@ class _Results:
         """Take what `rows_of` returned of some batches in another process."""
         rows = np.concatenate([np.r_[self._rows(batch)] for batch in arrays["batches"].tolist()])
         for name in ("predictions", "recovered", "responded"):
-            # Runs of an earlier version call it "heard".
-            stored = "heard" if name == "responded" and name not in arrays else name
-            self._arrays[name][rows] = arrays[stored]
+            self._arrays[name][rows] = arrays[name]
         self._done[rows] = True
 
     def rows_of(self, batches: Sequence[int]) -> dict[str, np.ndarray]:

@@ -203,8 +203,6 @@ class Plan:
 
 
 def _candidate(row: dict[str, Any]) -> Candidate:
-    # Plans of an earlier version call the least time to wait `patience`.
-    row = {"min_wait" if name == "patience" else name: value for name, value in row.items()}
     row["disagreement"] = Estimate(**row["disagreement"])
     return Candidate(**row)
 

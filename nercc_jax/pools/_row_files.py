@@ -190,8 +190,7 @@ class RowTable:
         """Take what `rows_of` returned in another process."""
         names = ("index", "predictions", "deviation", "score", "exact")
         self.add(*(arrays[name] for name in names))
-        if "done" in arrays:  # not in files of earlier versions
-            self.take_back(arrays["index"][~arrays["done"]])
+        self.take_back(arrays["index"][~arrays["done"]])
 
     @property
     def vectors(self) -> Float[np.ndarray, "rows outputs"]:
