@@ -30,6 +30,7 @@ from nercc_jax import AbstractCode, NeRCC, evaluate, load_code
 from nercc_jax.codes import LearnedDecoder
 from nercc_jax.evaluation import Answers, record_answers
 from nercc_jax.stragglers import straggler_sets
+from nercc_jax.tuning._learn_decoder import places_of, root_of
 
 KERNELS = {
     "Matern 1/2": lambda d: np.exp(-d),
@@ -45,11 +46,10 @@ OURS = "cubic spline"
 
 def decoder_by_kernel(code: NeRCC, kernel: str, length: float, noise: float) -> LearnedDecoder:
     """Return a code's encoder with the regression by a kernel of its points."""
-    places = np.concatenate([np.asarray(code.beta), np.asarray(code.alpha)]).astype(np.float64)
+    places = places_of(code).astype(np.float64)
     moments = KERNELS[kernel](np.abs(places[:, None] - places) / length)
     answers = np.arange(len(places)) < code.num_workers
-    values, vectors = np.linalg.eigh(moments + noise * np.diag(answers))
-    root = np.linalg.qr(np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T, mode="r")
+    root = np.linalg.qr(root_of(moments + noise * np.diag(answers)), mode="r")
     encoder = code.encoder_matrix()
     return LearnedDecoder(encoder, np.asarray(root, encoder.dtype))
 
@@ -96,12 +96,8 @@ def measure(data: paper.Data) -> dict[str, Any]:
     )
     return {
         "chosen": {kernel: {"length": a, "noise": b} for kernel, (a, b) in chosen.items()},
-        "gains": {
-            name: {law or "mean": dataclasses.asdict(rows.gain(name, OURS, law))
-                   for law in (None, *data.laws)}
-            for name in codes if name != OURS
-        },
-    }  # fmt: skip
+        "gains": paper.gains(rows, [name for name in codes if name != OURS], OURS),
+    }
 
 
 def main() -> None:

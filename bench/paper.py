@@ -188,7 +188,9 @@ def _run_outputs(
     codes, tuning = _codes(data, bar, None if known is None else folder)
     parity_models = _add_parm(data.setting, data.outputs, codes)
     rows = _evaluate(data, codes, bar, further_models=parity_models)
-    found = {"rows": [dataclasses.asdict(row) for row in rows], "gains": _gains(rows)}
+    ours = [name for name in codes if name.startswith("NeRCC")]
+    found: dict[str, Any] = {"gains": gains(rows, ours, BACC)}
+    found["rows"] = [dataclasses.asdict(row) for row in rows]
     if further and data.setting in PAPER:
         found["seeds"] = _seeds(data, codes, bar)
     if known is not None:
@@ -197,13 +199,14 @@ def _run_outputs(
     return found | {"tuning": tuning} | ({"noise": _noise(data, codes)} if further else {})
 
 
-def _gains(rows: Evaluations) -> dict[str, dict[str, Any]]:
-    """Return what each kind of NeRCC saves of the better BACC's RMSE, by law and on average."""
+def gains(
+    rows: Evaluations, names: Sequence[str], rival: str | Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Return what each of these codes saves of a rival's RMSE, on average and by law."""
+    laws = (None, *dict.fromkeys(row.stragglers for row in rows))
     return {
-        name: {law or "mean": dataclasses.asdict(rows.gain(name, BACC, law)) for law in laws}
-        for laws in [(None, *dict.fromkeys(row.stragglers for row in rows))]
-        for name in dict.fromkeys(row.code for row in rows)
-        if name.startswith("NeRCC")
+        name: {law or "mean": dataclasses.asdict(rows.gain(name, rival, law)) for law in laws}
+        for name in names
     }
 
 

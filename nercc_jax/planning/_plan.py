@@ -301,7 +301,8 @@ def plan(
     probabilities: dict[Candidate, ErrorProbability] = {}
     fastest = min(row.p99 for row in exact if row.exact and feasible(row, asked))
     on_stage("the model's own answers")
-    order, x = np.asarray(jax.random.permutation(keys[1], len(np.asarray(x)))), np.asarray(x)
+    x = np.asarray(x)
+    order = np.asarray(jax.random.permutation(keys[1], len(x)))
     first, second = (
         Half(model, x[np.sort(part)], asked["buffer_size"], surrogate, batch_size)
         for part in (order[: len(x) // 2], order[len(x) // 2 :])

@@ -1,6 +1,7 @@
 """A decoder learned from the model's answers to coded data points, without gradients."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -65,7 +66,7 @@ def learn_decoder(
     >>> code.decode(model(code.encode(x[:4])), jnp.arange(10) != 2).shape
     (4, 3)
     """
-    places = _places(code)
+    places = places_of(code)
     groups = num_groups if num_groups is not None else _GROUPS * len(places)
     if groups < 1:
         raise ValueError(f"num_groups must be at least 1, not {num_groups}")
@@ -110,11 +111,36 @@ class _Moments:
     ) -> Float[np.ndarray, "places places"]:
         """Return a root of the moments of a share of the outputs, whose triangle the rows are."""
         total, prior = share * self.total, _PRIOR * len(self.places)
-        smooth = np.sqrt(prior) * _smooth_path(self.places, rows / np.sqrt(total))
+        smooth = np.sqrt(prior) * self._smooth_path(rows / np.sqrt(total))
         answers = np.eye(len(self.places))[: self.num_workers]
         spread = np.sqrt(noise * np.sum(rows[:, : self.num_workers] ** 2) / self.num_workers)
         further = np.concatenate([smooth, spread * answers])
         return _triangle(rows, further) / np.sqrt(total + prior)
+
+    @functools.cached_property
+    def _line_and_bends(self) -> tuple[np.ndarray, np.ndarray]:
+        """Roots of the moments of straight paths, and of the rest of a cubic spline's."""
+        t = self.places.astype(np.float64) + 1
+        least, most = np.minimum.outer(t, t), np.maximum.outer(t, t)
+        line = np.linalg.qr(np.stack([np.ones_like(t), t], axis=1))[0].T
+        return line, root_of(least**2 * (3 * most - least) / 6)
+
+    def _smooth_path(
+        self, recorded: Float[np.ndarray, "rows places"]
+    ) -> Float[np.ndarray, "some places"]:
+        """Return a root of a smooth path's moments, of which a cubic spline is the regression.
+
+        Its straight line and the rest have the sizes that they have in the recorded moments' root.
+        """
+        line, bent = self._line_and_bends
+
+        def sizes(root: np.ndarray) -> tuple[float, float]:
+            straight = np.sum((root @ line.T) ** 2)
+            return straight, np.sum(root**2) - straight
+
+        straight, rest = sizes(recorded)
+        bent = np.sqrt(rest / sizes(bent)[1]) * bent
+        return np.concatenate([bent, np.sqrt(straight) * line])
 
     def best_noise(self, parts: list[Float[np.ndarray, "rows places"]], key: PRNGKeyArray) -> float:
         """Return the noise with which most parts predict one that was left out.
@@ -150,7 +176,7 @@ class _Moments:
         return float(np.sum((answers @ matrix.T - outputs) ** 2))
 
 
-def _places(code: AbstractCode) -> Float[np.ndarray, " places"]:
+def places_of(code: AbstractCode) -> Float[np.ndarray, " places"]:
     """Return beta and alpha.
 
     Raises:
@@ -185,23 +211,7 @@ def _triangle(
     return np.asarray(np.linalg.qr(np.concatenate([rows, further]), mode="r"))
 
 
-def _smooth_path(
-    places: Float[np.ndarray, " places"], recorded: Float[np.ndarray, "rows places"]
-) -> Float[np.ndarray, "some places"]:
-    """Return a root of a smooth path's moments, of which a cubic spline is the regression.
-
-    Its straight line and the rest have the sizes that they have in the recorded moments' root.
-    """
-    t = places.astype(np.float64) + 1
-    least, most = np.minimum.outer(t, t), np.maximum.outer(t, t)
-    values, vectors = np.linalg.eigh(least**2 * (3 * most - least) / 6)
-    bent = np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T
-    line = np.linalg.qr(np.stack([np.ones_like(t), t], axis=1))[0].T
-
-    def sizes(root: np.ndarray) -> tuple[float, float]:
-        straight = np.sum((root @ line.T) ** 2)
-        return straight, np.sum(root**2) - straight
-
-    straight, rest = sizes(recorded)
-    bent *= np.sqrt(rest / sizes(bent)[1])
-    return np.concatenate([bent, np.sqrt(straight) * line])
+def root_of(moments: Float[np.ndarray, "places places"]) -> Float[np.ndarray, "places places"]:
+    """Return a root of second moments, which rounding may have left slightly negative."""
+    values, vectors = np.linalg.eigh(moments)
+    return np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T
