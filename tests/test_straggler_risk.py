@@ -140,6 +140,17 @@ def test_a_calibration_counts_less_beside_stragglers():
         assert risk.admits(0.01, 0.0) == admitted
 
 
+def test_a_calibration_admits_nothing_as_uncertain_as_a_wrong_answer_without_evidence():
+    """One wrong answer of sixteen forbids others like it until 27 were compared."""
+    risk = StragglerRisk(LABELS, needs_evidence=False)
+    for number in range(16):
+        risk.add(row(0.02 if number == 15 else 0.01, wrong=number == 15), given=False)
+    assert (risk.admits(0.01, 0.0), risk.admits(0.02, 0.0)) == (True, False)
+    for _ in range(11):
+        risk.add(row(0.02), given=False)
+    assert risk.admits(0.02, 0.0)
+
+
 def test_error_bounds_are_widened_until_they_are_right_for_rows_that_straggle():
     risk = StragglerRisk(AccuracyTarget(tolerance=1.0), needs_evidence=True)
     random = np.random.default_rng(0)
