@@ -106,12 +106,12 @@ def mean_gain(family: str, outputs: str, kind: str) -> str:
     return plus_minus(mean, half, ".0f")
 
 
-def above_zero(kind: str) -> int:
-    """Return in how many cells the interval of the gain over the better BACC is above zero."""
+def above_zero(kind: str, over: str = "gains") -> int:
+    """Return in how many cells the interval of the gain, over the better BACC, is above zero."""
     return sum(
         each["mean"] > each["half_width"]
         for _, _, found in each_output()
-        for law, each in found["gains"][f"NeRCC {kind}"].items()
+        for law, each in found[over][f"NeRCC {kind}"].items()
         if law != "mean"
     )
 
@@ -140,21 +140,13 @@ def saved(gain: Mapping[str, float]) -> str:
 def over_tuned() -> Iterator[dict[str, str]]:
     """Yield the mean gains over BACC with tuned points, and RelAcc at the largest S."""
     for part, outputs, found in each_output():
-        rows, some = by_pair(found["rows"]), cells_of(part, outputs)
-        row = {"": where(part), "outputs": outputs}
+        rows, row = by_pair(found["rows"]), {"": where(part), "outputs": outputs}
         for kind in KINDS[:3]:
-            plain = {"mean": gain(some, kind, "BACC tuned") / 100, "half_width": 0.0}
-            paired = found.get("gains over BACC tuned", {}).get(f"NeRCC {kind}", {"mean": plain})
-            row[f"RMSE: {kind}, %"] = saved(paired["mean"])
+            row[f"RMSE: {kind}, %"] = saved(found["gains over BACC tuned"][f"NeRCC {kind}"]["mean"])
         for name in ("NeRCC learned", "NeRCC tuned", "BACC tuned"):
             kept = rows[name, laws(rows)[-1]].rel_acc
             row[f"RelAcc: {name}, %"] = percent(kept.mean, kept.half_width)
         yield row
-
-
-def cells_of(part: Mapping[str, Any], outputs: str) -> list[dict[str, Any]]:
-    """Return the cells of a setting."""
-    return [c for c in CELLS if (c["where"], c["outputs"]) == (where(part), outputs)]
 
 
 def against_copies() -> Iterator[dict[str, str]]:
@@ -163,10 +155,10 @@ def against_copies() -> Iterator[dict[str, str]]:
     Differences that the intervals of both allow to be none are left out.
     """
     for part, outputs, _ in each_output():
+        some = [c for c in CELLS if (c["where"], c["outputs"]) == (where(part), outputs)]
         row = {"": where(part), "outputs": outputs}
         for name, sign in (("replication wins", 1), ("NeRCC wins", -1)):
-            each = ((c["S"], sign * c["copies win"][0], c["copies win"][1])
-                    for c in cells_of(part, outputs))  # fmt: skip
+            each = ((c["S"], sign * c["copies win"][0], c["copies win"][1]) for c in some)
             won = {s: 100 * gap for s, gap, half in each if gap > half}
             row[f"{name} at S"] = ", ".join(map(str, won))
             row[f"{name}, by at most"] = f"{max(won.values()):.1f} points" if won else ""
