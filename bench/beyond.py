@@ -109,8 +109,7 @@ def main() -> None:
                 summary = results.setdefault(name, {})
                 summary |= {"outputs": outputs, "student": student_card(name)}
                 here = environment(PACKAGES)
-                if part == "cells":  # those of older cells, which have none of their own
-                    summary["environment"] = here
+                summary.setdefault("environment", here)  # of older cells, which have none
                 summary.setdefault(part, {})[cell.name] = {
                     "rows": bench.rows, "size": vars(own_size), "seconds": seconds,
                     "environment": here,
