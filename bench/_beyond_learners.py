@@ -136,7 +136,7 @@ def _wrong(
     order: Order,
     part: str,
     masks: Bool[np.ndarray | Array, "sets num_workers"],
-) -> Float[np.ndarray, " sets"]:
+) -> Float[np.ndarray, "sets groups"]:
     """Return the share of labels that are not the model's own under each set."""
     x = jnp.asarray(bench.points(part, order))
     prepared, coded = eqx.filter_jit(scheme.encode)(x, known_encoder(scheme.code))
@@ -155,7 +155,7 @@ def _differ(
     y: Array,
     own: Array,
     masks: Array,
-) -> Float[Array, " sets"]:
+) -> Float[Array, "sets groups"]:
     """Decode under each set, with the surrogate's knowledge of the images made once."""
     code, surrogate, points = scheme.code, scheme.surrogate, prepared.points
     assert surrogate is not None
@@ -170,6 +170,6 @@ def _differ(
         else:
             decoded, _ = assess_each(code, points, surrogate, y, available, prior)
         same = jnp.argmax(decoded.predictions, axis=-1) == jnp.argmax(own, axis=-1)
-        return jnp.mean(~(same & decoded.recovered))
+        return jnp.mean(~(same & decoded.recovered), axis=-1)
 
     return jax.lax.map(of_set, masks)

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ from nercc_jax import (
     fit_surrogate,
     search_layout,
 )
-from nercc_jax.evaluation import Answers, Estimate, Forecast
+from nercc_jax.evaluation import Answers, Estimate
 from nercc_jax.evaluation._answers import Recorder, all_answers, batched, mean_losses
 from nercc_jax.evaluation._trial import draw_sets
 from nercc_jax.inference import order_points
@@ -30,6 +31,7 @@ from nercc_jax.surrogates._interface import FixedOutputs
 from nercc_jax.tuning import Descent, LayoutTuning, Sampling
 
 Model = Callable[..., Array]
+_KEPT = eqx.filter_jit(lambda known, mask: known.sums_of(known.decode(mask))["rel_acc"])
 
 # The further layouts are searched too; these are shown by themselves.
 SHOWN = ("chebyshev", "interleaved", "repeated")
@@ -142,7 +144,7 @@ class Bench:
     ) -> None:
         """Measure a code by itself."""
         known = self.answers(part, order).of(code)
-        self.add(mode, _disagreements(known, self.masks), order, **more)
+        self.add(mode, _wrong(known, self.masks), order, **more)
 
     def rivals(self, parity_model: Callable[[int], Model | None]) -> None:
         """Replication, alone and with the surrogate behind it; ParM; the surrogate alone."""
@@ -153,15 +155,15 @@ class Bench:
         cheap = self.answers("judged", order, "student").own
         off = cheap.argmax(-1) != given.own.argmax(-1)
         lost = np.stack([~np.asarray(copies.recovered(mask)) for mask in self.masks])
-        self.add("replication, else surrogate", (lost[:, None] & off).mean((1, 2)), order)
-        self.add("surrogate alone", np.full(len(self.masks), off.mean()), order)
+        self.add("replication, else surrogate", (lost[:, None] & off).mean(-1), order)
+        self.add("surrogate alone", np.tile(off.mean(-1), (len(self.masks), 1)), order)
         parities = cell.num_workers - cell.num_data
         if cell.num_data % parities == 0 and (model := parity_model(cell.num_data // parities)):
             code = Parity(cell.num_data, cell.num_workers)
             runs = [batched(each, 256) for each in (self.work.model, model)]
             coded, form = all_answers(runs, code, self.groups("judged", order))
             known = Answers(code, coded, jnp.asarray(given.own), form)
-            self.add("ParM", _disagreements(known, self.masks), order)
+            self.add("ParM", _wrong(known, self.masks), order)
 
     def published(self) -> NeRCC:
         """Measure the paper's points with the best lambda_dec of a grid, by MSE."""
@@ -226,16 +228,15 @@ class Bench:
     def tell(self, mode: str, judged: Judged, order: Order, **more: Any) -> None:
         """Record a mode as it is, with 5 % by the model, and with as many as are needed."""
         score, wrong = judged.error_probability, judged.wrong
-        self.add(mode, wrong.mean((1, 2)), order, **more, bins=_bins(score, wrong))
-        flat_score, flat_wrong = score.reshape(len(score), -1), wrong.reshape(len(wrong), -1)
-        ranked = np.take_along_axis(flat_wrong, np.argsort(-flat_score, axis=1), axis=1)
-        again = int(SHARE * ranked.shape[1])
-        rest = ranked[:, again:].sum(1) / ranked.shape[1]
-        self.add(f"{mode}, {SHARE:.0%} again", rest, order, **more, again=SHARE)
+        self.add(mode, wrong.mean(-1), order, **more, bins=_bins(score, wrong))
+        rest, flat = wrong.copy(), score.reshape(len(score), -1)
+        again = np.argsort(-flat, axis=1)[:, : int(SHARE * flat.shape[1])]
+        np.put_along_axis(rest.reshape(flat.shape), again, False, axis=1)
+        self.add(f"{mode}, {SHARE:.0%} again", rest.mean(-1), order, **more, again=SHARE)
         for share, kept in zip(WANTED, np.moveaxis(judged.kept, -1, 0), strict=True):
             given = kept & (score > 0)
             self.add(
-                f"{mode}, at most {share:.1%}", (wrong & kept).mean((1, 2)), order, **more,
+                f"{mode}, at most {share:.1%}", (wrong & kept).mean(-1), order, **more,
                 again=float(1 - kept.mean()), promised=share, given=float(given.mean()),
                 wrong_of_given=_share(wrong & given, given),
             )  # fmt: skip
@@ -268,8 +269,11 @@ class Bench:
         )
         return np.asarray(jnp.where(sure, 0, score)), np.asarray(wrong)
 
-    def add(self, mode: str, wrong: np.ndarray, order: Order, **more: Any) -> None:
-        estimate = Estimate.over([float(each) for each in wrong])
+    def add(
+        self, mode: str, wrong: Float[np.ndarray, "sets groups"], order: Order, **more: Any
+    ) -> None:
+        """Add a row of the share of labels that are not the model's own."""
+        estimate = Estimate.over(wrong)
         self.rows.append(
             {"mode": mode, "order": order.name, "disagreement": estimate.mean,
              "half_width": estimate.half_width, **more}
@@ -280,12 +284,11 @@ def _share(
     some: Bool[np.ndarray, "sets groups num_data"], of: Bool[np.ndarray, "sets groups num_data"]
 ) -> tuple[float, float] | None:
     """Return a share of data points over all sets, and half of its 95 % interval; None of none."""
-    part, whole = some.sum((1, 2)), of.sum((1, 2))
+    part, whole = some.sum(-1), of.sum(-1)
     if not whole.any():
         return None
     share = float(part.sum() / whole.sum())
-    residuals = (part - share * whole) / whole.mean()
-    return share, Estimate.over(residuals.tolist()).half_width
+    return share, Estimate.over((part - share * whole) / whole.mean()).half_width
 
 
 def _bins(
@@ -307,9 +310,9 @@ def _bins(
     return bins
 
 
-def _disagreements(
+def _wrong(
     known: Answers, masks: Bool[Array, "sets num_workers"]
-) -> Float[np.ndarray, " sets"]:
+) -> Float[np.ndarray, "sets groups"]:
     """Return the share of labels that are not the model's own; lost ones are wrong."""
-    forecast = Forecast(known)
-    return np.asarray([forecast.disagreement(mask) for mask in masks])
+    kept = [_KEPT(known, mask) for mask in masks]
+    return 1 - np.asarray(kept) / known.code.num_data

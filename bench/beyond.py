@@ -4,11 +4,11 @@
         [--data-dir FOLDER]
 
 Measures the disagreement (1 - RelAcc) of every mode for each model at each (N, K, S), with its 95 %
-interval over straggler sets, the same for all. Whatever is chosen (lambdas, layouts, shrinkage,
-error probability) is chosen on other test images than those that judge: unlabelled, and as new to
-the model and its student as queries will be. Writes results/beyond.json, which
-docs/beyond.md shows. An hour for a model on one core. Needs MNIST and
-CIFAR-10 as parquet files (`models/data.py` says where).
+interval over straggler sets and groups of images, the same for all. Whatever is chosen (lambdas,
+layouts, shrinkage, error probability) is chosen on other test images than those that judge:
+unlabelled, and as new to the model and its student as queries will be. Writes results/beyond.json,
+which docs/beyond.md shows. An hour for a model on one core. Needs MNIST and CIFAR-10 as parquet
+files (`models/data.py` says where).
 """
 
 import argparse
@@ -109,8 +109,7 @@ def main() -> None:
                 summary = results.setdefault(name, {})
                 summary |= {"outputs": outputs, "student": student_card(name)}
                 here = environment(PACKAGES)
-                if part == "cells":  # those of older cells, which have none of their own
-                    summary["environment"] = here
+                summary.setdefault("environment", here)  # of older cells, which have none
                 summary.setdefault(part, {})[cell.name] = {
                     "rows": bench.rows, "size": vars(own_size), "seconds": seconds,
                     "environment": here,

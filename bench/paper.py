@@ -1,11 +1,11 @@
 """The paper's experiments on this machine: NeRCC beside every rival, each at its best.
 
-`python bench/paper.py` runs everything (about an hour on two cores), `--quick` a small version of
-it, `--only lenet5-mnist:100:20` one part, whose results replace those in the file, and `--evaluate`
-evaluates NeRCC's codes in results/codes instead of tuning anew (rivals are tuned again). Writes
-results/paper.json, which docs/results.md shows, and a picture of each part. Needs MNIST and
-CIFAR-10 as parquet files (`models/data.py` says where). `figure.py` runs one part into a folder of
-one's own.
+`python bench/paper.py` runs everything (about three hours on two cores), `--quick` a small version
+of it, `--only lenet5-mnist:100:20` one part, whose results replace those in the file, and
+`--evaluate` evaluates NeRCC's codes in results/codes instead of tuning anew (rivals are tuned
+again); `--again noise`, or `--again bacc`, measures nothing else. Writes results/paper.json, which
+docs/results.md shows, and a picture of each part. Needs MNIST and CIFAR-10 as parquet files
+(`models/data.py` says where). `figure.py` runs one part into a folder of one's own.
 
 Intervals are over straggler sets and groups of images. At the paper's settings NeRCC is tuned, and
 its decoder learned, with two more seeds.
@@ -49,7 +49,8 @@ from nercc_jax.cli._output import steps_bar
 from nercc_jax.cli._workload import WorkerModel, load_worker_model
 from nercc_jax.codes import BerrutSpline
 from nercc_jax.evaluation import Estimate, Evaluation
-from nercc_jax.evaluation._evaluation import Evaluations
+from nercc_jax.evaluation._answers import Recorder, batched, cut_groups
+from nercc_jax.evaluation._evaluation import Evaluations, evaluate_answers
 from nercc_jax.evaluation._pictures import straggler_curves
 from nercc_jax.evaluation._trial import landscape, make_trial
 from nercc_jax.tuning import Descent, Tuned, learn_decoder
@@ -90,12 +91,15 @@ def main() -> None:
     for setting in SETTINGS:
         if options.only in (None, setting.name):
             known = None
-            if options.evaluate:
+            if options.evaluate or options.again:
                 known = json.loads(path.read_text())["parts"][setting.name]
-            part = run_setting(setting, size, options.data_dir, console, path.parent, known=known)
+            part = run_setting(
+                setting, size, options.data_dir, console, path.parent,
+                known=known, again=options.again,
+            )  # fmt: skip
             _merge(path, {"parts": {setting.name: part}})
             console.print(f"picture: {draw(part, path.with_suffix(''), setting)}")
-    if options.only in (None, "convergence") and not options.evaluate:
+    if options.only in (None, "convergence") and not (options.evaluate or options.again):
         measured = _convergence.measure(options.quick, options.data_dir, console.log)
         _merge(path, {"convergence": measured})
     console.print(f"results: {path}")
@@ -134,24 +138,30 @@ def run_setting(
     kinds: Sequence[Outputs] = ("probabilities", "logits"),
     known: Mapping[str, Any] | None = None,
     further: bool = True,
+    again: str | None = None,
 ) -> dict[str, Any]:
     """Measure everything about one model at one (N, K), for these kinds of output.
 
-    Tuned codes are written into `folder`; of a `known` part, NeRCC's are read from there, and what
-    was measured of noise stays. Without `further`, noise and seeds are left out.
+    Tuned codes are written into `folder`; of a `known` part, NeRCC's are read from there. Of all
+    that is known, only what `again` names is measured, if it names something. Without `further`,
+    noise and seeds are left out.
     """
     size = Size(**known["size"]) if known else size
     part: dict[str, Any] = {"setting": dataclasses.asdict(setting), "size": vars(size).copy()}
-    part["environment"] = environment(PACKAGES)
+    part["environment"] = known["environment"] if again and known else environment(PACKAGES)
     for outputs in kinds:
         start = time.perf_counter()
         with steps_bar(console) as bar:
             bar.add_task(f"{outputs}: the model and its images", total=None)
             data = Data.load(setting, size, outputs, data_dir)
             old = known[outputs] if known else None
-            part[outputs] = _run_outputs(data, folder, bar, old, further=further)
-        part[outputs]["seconds"] = round(time.perf_counter() - start, 1)
-        console.log(f"{setting.name} {outputs}: {part[outputs]['seconds']} s")
+            if again and old:
+                part[outputs] = old | _AGAIN[again](data, folder, bar, old)
+                part[f"{again}, environment"] = environment(PACKAGES)
+            else:
+                part[outputs] = _run_outputs(data, folder, bar, old, further=further)
+                part[outputs]["seconds"] = round(time.perf_counter() - start, 1)
+        console.log(f"{setting.name} {outputs}: {time.perf_counter() - start:.1f} s")
         jax.clear_caches()  # XLA maps memory for every program, and a process has a limit
     return part
 
@@ -189,14 +199,50 @@ def _run_outputs(
     parity_models = _add_parm(data.setting, data.outputs, codes)
     rows = _evaluate(data, codes, bar, further_models=parity_models)
     ours = [name for name in codes if name.startswith("NeRCC")]
-    found: dict[str, Any] = {"gains": gains(rows, ours, BACC)}
+    found: dict[str, Any] = _gains(rows, ours)
     found["rows"] = [dataclasses.asdict(row) for row in rows]
+    if further:
+        found["noise"] = _noise(data, codes)
     if further and data.setting in PAPER:
         found["seeds"] = _seeds(data, codes, bar)
     if known is not None:
-        return {**known, **found, "tuning": known["tuning"] | tuning}
+        return {**found, "tuning": known["tuning"] | tuning}
     save_codes(data, folder, codes)
-    return found | {"tuning": tuning} | ({"noise": _noise(data, codes)} if further else {})
+    return found | {"tuning": tuning}
+
+
+def _noise_again(data: Data, folder: Path, bar: Progress, known: Mapping[str, Any]) -> Any:
+    """Measure noise again, with the code that is in the folder."""
+    bar.add_task("noise", total=None)
+    codes: dict[str, AbstractCode] = {"NeRCC tuned": load_code(code_file(data, folder, "tuned"))}
+    return {"noise": _noise(data, codes | _bacc(data))}
+
+
+def _bacc_again(data: Data, folder: Path, bar: Progress, known: Mapping[str, Any]) -> Any:
+    """Measure gains again, those of the published form left out, beside BACC that is tuned."""
+    ours = {f"NeRCC {k}": load_code(code_file(data, folder, k)) for k in ("tuned", "learned")}
+    ours["NeRCC untuned"] = NeRCC(*data.shape)
+    tuned = {"BACC tuned": tune_code(data, Berrut(*data.shape), "BACC", bar).code}
+    found = _gains(_evaluate(data, ours | _bacc(data) | tuned, bar), list(ours))
+    return found | {"gains": known["gains"] | found["gains"]}
+
+
+_AGAIN = {"noise": _noise_again, "bacc": _bacc_again}
+
+
+def _bacc(data: Data) -> dict[str, AbstractCode]:
+    return {
+        "BACC": Berrut(*data.shape),
+        "ApproxIFER": Berrut(*data.shape, points="approxifer"),
+    }
+
+
+def _gains(rows: Evaluations, ours: Sequence[str]) -> dict[str, Any]:
+    """Return what our codes and tuned BACC save of BACC's RMSE, and ours of tuned BACC's."""
+    return {
+        "gains": gains(rows, [*ours, "BACC tuned"], BACC),
+        "gains over BACC tuned": gains(rows, ours, "BACC tuned"),
+    }
 
 
 def gains(
@@ -258,8 +304,8 @@ def _codes(
 
     NeRCC's tuned and learned codes are read from a folder where one is given.
     """
-    nercc, bacc = NeRCC(*data.shape), Berrut(*data.shape)
-    rival = tune_code(data, bacc, "BACC", bar)
+    nercc, both = NeRCC(*data.shape), _bacc(data)
+    rival = tune_code(data, Berrut(*data.shape), "BACC", bar)
     bscc = tune_code(data, BerrutSpline(*data.shape, ends="natural"), "BSCC", bar)
     summary: dict[str, Any] = {
         "BACC": {"objective": rival.objective, "seconds": rival.seconds},
@@ -281,15 +327,14 @@ def _codes(
         "NeRCC tuned": tuned,
         "NeRCC untuned": nercc,
         "NeRCC published": published,
-        "BACC": bacc,
-        "ApproxIFER": Berrut(*data.shape, points="approxifer"),
+        **both,
         "BACC tuned": rival.code,
         "BSCC": BerrutSpline(*data.shape),
         "BSCC tuned": bscc.code,
         "SBACC": Berrut(*data.shape, points="sbacc"),
         **{f"FH, d = {d}": Berrut(*data.shape, degree=d) for d in (1, 2, 3)},
         "NeRCC learned": learned,
-        "BACC learned": _learn(data, bacc, bar),
+        "BACC learned": _learn(data, both["BACC"], bar),
         "LCC": Lagrange(*data.shape),
         "replication": Replication(*data.shape),
     }
@@ -353,7 +398,8 @@ def _noise(data: Data, codes: Mapping[str, AbstractCode]) -> dict[str, dict[str,
 
     Noise has a deviation of so many times the root mean square of the network's outputs. NeRCC's
     lambda_dec for it is the best of seven on training images; beside it stands the same code with
-    lambda_dec = 0, and as tuned without noise.
+    lambda_dec = 0, and as tuned without noise. Gains of both are over lambda_dec = 0, and of the
+    first over the better BACC, in RMSE.
     """
     laws, network, test = data.laws, data.network, data.test
     names = [list(laws)[round(q * (len(laws) - 1))] for q in (0, 0.25, 0.5)]
@@ -361,27 +407,36 @@ def _noise(data: Data, codes: Mapping[str, AbstractCode]) -> dict[str, dict[str,
     tuned = codes["NeRCC tuned"]
     assert isinstance(tuned, NeRCC)
     scale = float(jnp.sqrt(jnp.mean(network(jnp.asarray(test[:100])) ** 2)))
+    few = data.train[: max(len(data.train) // 5, data.setting.num_data)]
+    # Most codes have one encoder, and no answer depends on the noise.
+    ask_few, ask = (
+        Recorder(batched(network, 256), cut_groups(x, data.setting.num_data), 256).of
+        for x in (few, test)
+    )
     summary = {}
     for noise in NOISES:
         channel = _Bfloat16() if noise == "bfloat16" else _Noise(jnp.asarray(float(noise) * scale))
         candidates = {str(p): _scaled(tuned, 10.0**p) for p in range(-1, 6)}
-        few = data.train[: max(len(data.train) // 5, data.setting.num_data)]
-        tried = evaluate(
-            network, candidates, few, some, key=jax.random.key(3), num_sets=5, channel=channel
-        )
+        tried = evaluate_answers(
+            {name: ask_few(code) for name, code in candidates.items()}, some,
+            key=jax.random.key(3), num_sets=5, channel=channel,
+        )  # fmt: skip
         chosen = min(candidates, key=lambda name: _relative(tried, name))
+        ours, zero = "NeRCC, lambda_dec for this noise", "NeRCC, lambda_dec = 0"
         compared = {
-            "NeRCC, lambda_dec for this noise": candidates[chosen],
-            "NeRCC, lambda_dec = 0": _scaled(tuned, 0.0),
+            ours: candidates[chosen],
+            zero: _scaled(tuned, 0.0),
             "NeRCC tuned": tuned,
             **{name: codes[name] for name in BACC},
         }
-        rows = evaluate(
-            network, compared, test, some, key=jax.random.key(1), num_sets=data.size.sets,
-            channel=channel,
+        rows = evaluate_answers(
+            {name: ask(code) for name, code in compared.items()}, some,
+            key=jax.random.key(1), num_sets=data.size.sets, channel=channel,
         )  # fmt: skip
         summary[noise] = {
             "lambda_factor": 10.0 ** int(chosen),
+            "gains": gains(rows, [ours, "NeRCC tuned"], zero),
+            "gains over BACC": gains(rows, [ours], BACC)[ours],
             "rows": [dataclasses.asdict(row) for row in rows],
         }
     return summary
@@ -429,6 +484,7 @@ def _parse() -> argparse.Namespace:
         help="run one part",
     )
     parser.add_argument("--evaluate", action="store_true", help="NeRCC as in results/codes")
+    parser.add_argument("--again", choices=list(_AGAIN), help="measure only this, the same codes")
     parser.add_argument("--data-dir", type=Path, default=HERE.parent.parent / "shared" / "data")
     return parser.parse_args()
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from nercc_jax.evaluation import Estimate, Evaluation
 
-from .results import load, plus_minus, strong
+from .results import load, percent, plus_minus, strong
 
 PAPER = load("paper")
 PARTS: Mapping[str, Any] = PAPER["parts"]
@@ -15,6 +15,7 @@ PARTS: Mapping[str, Any] = PAPER["parts"]
 PUBLISHED = {"lenet5": ("LeNet5", 15, 2), "repvgg": ("RepVGG", 17, 5), "vit": ("ViT", 9, 4)}
 OUTPUTS, RIVALS = ("probabilities", "logits"), ("BACC", "ApproxIFER")
 RATIONAL = ["SBACC", *(f"FH, d = {d}" for d in (1, 2, 3))]
+FOR_NOISE = "NeRCC, lambda_dec for this noise"
 KINDS = ("learned", "tuned", "untuned", "published")
 
 
@@ -52,7 +53,9 @@ def all_cells() -> Iterator[dict[str, Any]]:
             cell = {"family": part["setting"]["model"].split("-")[0], "where": where(part)}
             cell |= {"outputs": outputs, "S": int(s), "rival": rival.mse.mean}
             cell |= {"rival rel_acc": rival.rel_acc.mean}
-            cell["replication rel_acc"] = rows["replication", s].rel_acc.mean
+            ours, copies = (rows[name, s].rel_acc for name in ("NeRCC learned", "replication"))
+            both = np.hypot(copies.half_width, ours.half_width)
+            cell["copies win"] = copies.mean - ours.mean, both
             for name in ("BACC tuned", "BACC learned", "BSCC", "BSCC tuned", *RATIONAL):
                 cell[name] = rows[name, s].mse.mean
             for kind in KINDS:
@@ -103,12 +106,12 @@ def mean_gain(family: str, outputs: str, kind: str) -> str:
     return plus_minus(mean, half, ".0f")
 
 
-def above_zero(kind: str) -> int:
-    """Return in how many cells the interval of the gain over the better BACC is above zero."""
+def above_zero(kind: str, over: str = "gains") -> int:
+    """Return in how many cells the interval of the gain, over the better BACC, is above zero."""
     return sum(
         each["mean"] > each["half_width"]
         for _, _, found in each_output()
-        for law, each in found["gains"][f"NeRCC {kind}"].items()
+        for law, each in found[over][f"NeRCC {kind}"].items()
         if law != "mean"
     )
 
@@ -126,8 +129,58 @@ def seeds() -> Iterator[dict[str, str]]:
 def gains_of(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """Yield the gains over the better BACC at every number of stragglers, in per cent."""
     for s in next(iter(found["gains"].values())):
-        ends = {name: of[s] for name, of in found["gains"].items()}
-        yield {"S": s} | {
-            name: plus_minus(100 * each["mean"], 100 * each["half_width"], ".1f")
-            for name, each in ends.items()
-        }
+        yield {"S": s} | {name: saved(of[s]) for name, of in found["gains"].items()}
+
+
+def saved(gain: Mapping[str, float]) -> str:
+    """Return a gain in per cent, with its interval."""
+    return plus_minus(100 * gain["mean"], 100 * gain["half_width"], ".1f")
+
+
+def over_tuned() -> Iterator[dict[str, str]]:
+    """Yield the mean gains over BACC with tuned points, and RelAcc at the largest S."""
+    for part, outputs, found in each_output():
+        rows, row = by_pair(found["rows"]), {"": where(part), "outputs": outputs}
+        for kind in KINDS[:3]:
+            row[f"RMSE: {kind}, %"] = saved(found["gains over BACC tuned"][f"NeRCC {kind}"]["mean"])
+        for name in ("NeRCC learned", "NeRCC tuned", "BACC tuned"):
+            kept = rows[name, laws(rows)[-1]].rel_acc
+            row[f"RelAcc: {name}, %"] = percent(kept.mean, kept.half_width)
+        yield row
+
+
+def against_copies() -> Iterator[dict[str, str]]:
+    """Yield where copies keep more labels than a learned decoder, and where fewer.
+
+    Differences that the intervals of both allow to be none are left out.
+    """
+    for part, outputs, _ in each_output():
+        some = [c for c in CELLS if (c["where"], c["outputs"]) == (where(part), outputs)]
+        row = {"": where(part), "outputs": outputs}
+        for name, sign in (("replication wins", 1), ("NeRCC wins", -1)):
+            each = ((c["S"], sign * c["copies win"][0], c["copies win"][1]) for c in some)
+            won = {s: 100 * gap for s, gap, half in each if gap > half}
+            row[f"{name} at S"] = ", ".join(map(str, won))
+            row[f"{name}, by at most"] = f"{max(won.values()):.1f} points" if won else ""
+        yield row
+
+
+def noise() -> Iterator[dict[str, str]]:
+    """Yield what lambda_dec > 0 saves of the RMSE, in per cent, when answers are noisy."""
+    for part, outputs, found in each_output():
+        for level, entry in found["noise"].items():
+            yield {
+                "": where(part), "outputs": outputs,
+                "noise": level if level == "bfloat16" else f"{level} rms",
+                "as tuned": saved(entry["gains"]["NeRCC tuned"]["mean"]),
+                "for this noise": saved(entry["gains"][FOR_NOISE]["mean"]),
+                "its factor": f"{entry['lambda_factor']:g}",
+                "its gain over BACC": saved(entry["gains over BACC"]["mean"]),
+            }  # fmt: skip
+
+
+def better_with_noise(sign: int, *levels: str) -> int:
+    """Return in how many cases the interval of what lambda_dec > 0 saves has this sign."""
+    pairs = (pair for *_, found in each_output() for pair in found["noise"].items())
+    gains = [of["gains"][FOR_NOISE]["mean"] for level, of in pairs if level in (levels or [level])]
+    return sum(sign * each["mean"] > each["half_width"] for each in gains)

@@ -37,7 +37,8 @@ class Berrut(AbstractCode):
     Source: Jahani-Nezhad and Maddah-Ali 2022 (points "chebyshev"); ApproxIFER, AAAI 2022 (points
     "approxifer"); Borah and Harshan 2025, arXiv 2507.01330 (points "sbacc", without its DCT codes
     against wrong answers); Floater and Hormann 2007, "Barycentric rational interpolation with no
-    poles and high rates of approximation", eq. 18 (`degree`).
+    poles and high rates of approximation", eq. 18 (`degree`), which BRI codes encode and decode
+    with (Qiu et al. 2025, arXiv 2509.09435).
     """
 
     num_data: int = eqx.field(static=True)

@@ -261,7 +261,7 @@ def evaluate(
             outputs are not finite floats, shapes do not agree, the model is in training mode, or
             the further models are not those that the codes' workers run.
     """
-    num_data, num_workers = _common_size(codes)
+    num_data, _ = _common_size(codes)
     groups = cut_groups(x, num_data)
     points = len(jax.tree.leaves(x)[0])
     used = len(jax.tree.leaves(groups)[0]) * num_data
@@ -284,26 +284,46 @@ def evaluate(
         for name, code in codes.items()
     }
 
+    return evaluate_answers(
+        recorded, stragglers,
+        key=key, num_sets=num_sets, labels=targets, channel=channel, progress=progress,
+    )  # fmt: skip
+
+
+def evaluate_answers(
+    recorded: Mapping[str, Answers],
+    stragglers: Mapping[str, AbstractStragglers],
+    *,
+    key: PRNGKeyArray,
+    num_sets: int = 20,
+    labels: PyTree[Int[Array, "points ..."]] | None = None,
+    channel: Callable[[PyTree, PRNGKeyArray], PyTree] | None = None,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Evaluations:
+    """Evaluate codes by their recorded answers to the same groups, as `evaluate` does."""
+    first = next(iter(recorded.values()))
+    groups, num_data, num_outputs = first.own.shape
     pairs = [(law, index) for law in stragglers for index in range(num_sets)]
     sums: dict[tuple[str, str], list[dict[str, Array]]] = {}
     for law, index in progress(pairs):
         place = list(stragglers).index(law)
         draw = jax.random.fold_in(jax.random.fold_in(key, place), index)
-        available = stragglers[law].available(draw, num_workers)
+        available = stragglers[law].available(draw, first.code.num_workers)
         for name, answers in recorded.items():
             if channel is not None:
                 answers = _send(channel, answers, jax.random.fold_in(draw, _CHANNEL))
-            found = _SUMS(answers, answers.decode(available), targets)
+            found = _SUMS(answers, answers.decode(available), labels)
             sums.setdefault((name, law), []).append(found)
     tables = {
-        (name, law): _values(sums[name, law], num_data, own.shape[-1])
+        (name, law): _values(sums[name, law], num_data, num_outputs)
         for law in stragglers
-        for name in codes
+        for name in recorded
     }
     rows = []
     for (name, law), table in tables.items():
         found: dict[str, Any] = {metric: Estimate.over(each) for metric, each in table.items()}
-        found = {"accuracy": None, "num_data_points": used, "num_sets": num_sets} | found
+        found = {"accuracy": None, "num_sets": num_sets} | found
+        found["num_data_points"] = groups * num_data
         rows.append(Evaluation(name, law, **found))
     return Evaluations(rows, {pair: table["mse"] for pair, table in tables.items()})
 
