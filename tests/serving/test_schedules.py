@@ -42,13 +42,13 @@ CODES = (Uncoded(1), Replication(1, 2), Replication(3, 6), INTERLEAVED, Berrut(3
 class Studied(ErrorEstimator):
     """One that learns nothing more: a schedule must not depend on those played before it."""
 
-    def hungry(self, queries):
+    def needs_samples(self, queries):
         return False
 
     def add_group(self, answers, originals):
         return iter(())
 
-    def doubt(self, queries):
+    def error_probability(self, queries):
         return BY_MARGIN
 
 
