@@ -307,10 +307,10 @@ def test_a_few_schedules(coders):
 def test_many_schedules():
     """In a process of its own, as users run it: without types checked at every call.
 
-    Schedules 500 to 2000 took no line of serving, pools or testing after another one than the first
-    500 had. Ten thousand by hand: `python tests/serving/test_schedules.py 0 10000`.
+    Schedules 400 to 1000 took no line of serving, pools or testing after another one than the first
+    400 had. Ten thousand by hand: `python tests/serving/test_schedules.py 0 10000`.
     """
-    command = [sys.executable, __file__, "0", "2000"]
+    command = [sys.executable, __file__, "0", "1000"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
