@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import os
@@ -12,6 +13,7 @@ import sys
 import threading
 import types
 import warnings
+import zlib
 
 # As the `nercc` command does, before anything loads OpenBLAS: its idle threads keep busy the cores
 # that XLA's need (48 tests of learners: 22 s instead of 53, on two).
@@ -22,6 +24,7 @@ import jax
 import jaxtyping
 import pytest
 import type_checks
+from jax._src import compilation_cache
 from jax._src.interpreters import mlir
 
 type_checks.install()
@@ -103,10 +106,13 @@ def compile_quickly(request):
 def pytest_configure(config):
     """Compiled programs are kept on disk, between workers and runs: compiling is most of the time.
 
-    All of them, however quickly compiled: thousands of small ones come again in every file.
+    All of them, however quickly compiled: thousands of small ones come again in every file. To
+    compress CI's 14,400 took 21 s of CPU time; as they are, they take 0.9 GB instead of 0.4.
     """
+    if getattr(compilation_cache, "zstandard", 0) is None is getattr(compilation_cache, "zstd", 0):
+        compilation_cache.compress_executable = functools.partial(zlib.compress, level=0)
     folder = config.cache.mkdir("programs")
-    if not hasattr(config, "workerinput") and _bytes_in(folder) > 1 << 30:
+    if not hasattr(config, "workerinput") and _bytes_in(folder) > 2 << 30:
         shutil.rmtree(folder)  # of older sources, mostly
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -11,7 +11,6 @@ from conftest import require
 from typer.testing import CliRunner
 
 from nercc_jax.cli._app import app
-from nercc_jax.cli._pictures import _share
 from nercc_jax.cli._process import compile_quickly, start_parallel
 from nercc_jax.evaluation import Estimate
 
@@ -195,6 +194,8 @@ def test_only_models_with_little_to_do_are_compiled_quickly(monkeypatch):
     [(np.nan, "50.0"), (0.0003, "50.0"), (0.01, "50.0 49.0–51.0"), (0.05, "50.0 45–55")],
 )
 def test_a_share_has_as_many_digits_as_its_interval_gives_reason_for(half_width, text):
+    from nercc_jax.cli._pictures import _share  # late, as matplotlib takes a second to import
+
     assert _share(Estimate(0.5, half_width)) == text
 
 

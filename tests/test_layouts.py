@@ -12,8 +12,6 @@ from typer.testing import CliRunner
 import nercc_jax as nj
 from nercc_jax import search_layout
 from nercc_jax.cli._app import app
-from nercc_jax.cli._pictures import tuning_plot
-from nercc_jax.cli._tune_job import start_code
 from nercc_jax.codes import code_card, regression_points
 from nercc_jax.evaluation._answers import Recorder
 from nercc_jax.evaluation._objective import nested_errors
@@ -313,6 +311,8 @@ def test_the_command_searches_and_writes_what_it_found(tmp_path, monkeypatch):
     [("chebyshev", False), ("systematic:0.5", False), ("systematic:1", True), ("mixed:0.5", True)],
 )
 def test_the_command_starts_exact_where_every_data_point_has_a_worker(layout, exact):
+    from nercc_jax.cli._tune_job import start_code  # late, as matplotlib takes a second to import
+
     start = start_code(4, 10, layout)
     assert start.exact is exact
     assert np.isin(start.alpha, start.beta).all() == exact
@@ -320,6 +320,8 @@ def test_the_command_starts_exact_where_every_data_point_has_a_worker(layout, ex
 
 @pytest.mark.slow
 def test_a_run_that_keeps_lambda_enc_zero_can_be_drawn(tmp_path):
+    from nercc_jax.cli._pictures import tuning_plot
+
     numbers = {"lambda_enc": 0.0, "lambda_dec": 1e-6, "gap_exponent": 4.0}
     history = [TuningStep(step, 1.0, 0.9, False, numbers) for step in range(3)]
     grid = np.logspace(-9, 0, 4)

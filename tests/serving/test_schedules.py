@@ -42,13 +42,13 @@ CODES = (Uncoded(1), Replication(1, 2), Replication(3, 6), INTERLEAVED, Berrut(3
 class Studied(ErrorEstimator):
     """One that learns nothing more: a schedule must not depend on those played before it."""
 
-    def hungry(self, queries):
+    def needs_samples(self, queries):
         return False
 
     def add_group(self, answers, originals):
         return iter(())
 
-    def doubt(self, queries):
+    def error_probability(self, queries):
         return BY_MARGIN
 
 
@@ -307,10 +307,10 @@ def test_a_few_schedules(coders):
 def test_many_schedules():
     """In a process of its own, as users run it: without types checked at every call.
 
-    Schedules 500 to 2000 took no line of serving, pools or testing after another one than the first
-    500 had. Ten thousand by hand: `python tests/serving/test_schedules.py 0 10000`.
+    Schedules 400 to 1000 took no line of serving, pools or testing after another one than the first
+    400 had. Ten thousand by hand: `python tests/serving/test_schedules.py 0 10000`.
     """
-    command = [sys.executable, __file__, "0", "2000"]
+    command = [sys.executable, __file__, "0", "1000"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -16,7 +16,7 @@ from conftest import require
 pytestmark = pytest.mark.slow
 
 CLIENTS = 500
-SECONDS = float(os.environ.get("NERCC_SOAK_SECONDS", "16"))
+SECONDS = float(os.environ.get("NERCC_SOAK_SECONDS", "10"))
 WORKERS = 6
 KILL_EVERY = 2.0
 STRAGGLERS = 0.15
@@ -188,7 +188,7 @@ def test_trouble_under_full_load(server):
     assert sum(before.values()) < 0.2 * answered
     # The second half of the run needs no more memory than the first.
     half = len(memory) // 2
-    assert max(memory[half:]) < max(memory[:half]) + 100
+    assert max(memory[half:]) < max(memory[:half]) + 60
     log = server.log()
     assert any(line["message"] == "draining" for line in log)
     # A Ray that is slow to start on a busy machine is started again.
