@@ -94,19 +94,22 @@ def test_a_large_request_is_answered_among_attackers_elsewhere(server):
     """Clients take turns: those of another address wait for each other.
 
     On a machine that does something else, too, memory may be short for a moment, and then the
-    answer is an honest 503.
+    answer is an honest 503. So there are up to three looks: an attack's effect would last.
     """
     rows = 200
     tensor = _TENSOR | {"shape": [rows, *SHAPE], "data": _TENSOR["data"] * rows}
     large = json.dumps({"inputs": [tensor]}).encode()
     body = BODIES["an unknown output"]
     with attacking(server.http_port, PATH, body, 60, source="127.0.0.2"):
-        times, faults = ask(server.http_port, PATH, large, 1, 5 * SHORT)
-    assert {status for status, _ in faults} <= {503}
-    assert len(times) > len(faults)
-    assert max(times) < DEADLINE
-    # A refusal at the deadline has still to be read.
-    assert all(took < DEADLINE + 1 for _, took in faults)
+        for _ in range(3):
+            times, faults = ask(server.http_port, PATH, large, 1, 5 * SHORT)
+            assert {status for status, _ in faults} <= {503}
+            assert max(times, default=0.0) < DEADLINE
+            # A refusal at the deadline has still to be read.
+            assert all(took < DEADLINE + 1 for _, took in faults)
+            if len(times) > len(faults):
+                return
+    pytest.fail(f"{len(times)} large requests were answered, {len(faults)} refused")
 
 
 @pytest.mark.slow
