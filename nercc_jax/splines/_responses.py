@@ -18,15 +18,18 @@ Forces f on the unknowns act as observations do, with s = (M'M)^-1 f, e = -M s, 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ._knots import by_observation
 from ._namespace import product, where
 from ._root_information import Pivots, Rows, factorize_beside, root, shears_of
+
+_Columns: TypeAlias = Array | np.ndarray
 
 
 class Problem(NamedTuple):
@@ -50,13 +53,18 @@ class Problem(NamedTuple):
         """Return the columns of predictions and forces, for values and slopes."""
         return _beside(self.values, self.pushes), _beside(self.slopes, self.torques)
 
-    def split(self, columns: Array) -> tuple[Array, Array, Array]:
-        """Return the columns of predictions, of forces and, if there are any, of observations."""
-        predictions, forces, count = self.values.shape[1], self.pushes.shape[1], columns.shape[1]
-        if count == predictions:
-            return columns, columns[:, :0], columns[:, :0]
+    def split(self, columns: Array) -> tuple[Array, _Columns, _Columns]:
+        """Return the columns of predictions, of forces and, if there are any, of observations.
+
+        Where there are none they are NumPy's, which compile to nothing.
+        """
+        predictions, forces = self.values.shape[1], self.pushes.shape[1]
+        nothing = np.zeros((len(columns), 0), columns.dtype)
+        if columns.shape[1] == predictions:
+            return columns, nothing, nothing
         both = predictions + forces
-        return columns[:, :predictions], columns[:, predictions:both], columns[:, both:]
+        acting = columns[:, predictions:both] if forces else nothing
+        return columns[:, :predictions], acting, columns[:, both:]
 
 
 class Responses(NamedTuple):
@@ -166,7 +174,8 @@ def _change(problem: Problem, change: Problem, solutions: Solutions) -> Response
     left, right = (jnp.concatenate(each) for each in zip(*pairs, strict=True))
     made = product(left.T, right)
     matrix, forced = made[:, : len(problem.weights)], made[:, len(problem.weights) :]
-    forced += _together((values[0], slopes[0]), (change.pushes, change.torques))
+    if forced.shape[1]:
+        forced += _together((values[0], slopes[0]), (change.pushes, change.torques))
     return Responses(matrix, jnp.zeros((len(matrix), len(problem.gaps)), matrix.dtype), forced)
 
 
@@ -186,14 +195,14 @@ def _from_shear(
     return Responses(matrix, differences, forced)
 
 
-def _together(columns: Sequence[Array], forces: Sequence[Array]) -> Float[Array, "k forces"]:
+def _together(columns: Sequence[Array], forces: Sequence[_Columns]) -> Float[Array, "k forces"]:
     """Return the products of columns with forces, in parts that are to be added."""
     if not forces[0].shape[1]:
         return jnp.zeros((columns[0].shape[1], 0), columns[0].dtype)
     return product(jnp.concatenate(columns).T, jnp.concatenate(forces))
 
 
-def _beside(columns: Array, more: Array) -> Array:
+def _beside(columns: Array, more: _Columns) -> Array:
     return jnp.concatenate([columns, more], axis=1) if more.shape[1] else columns
 
 
