@@ -18,7 +18,7 @@ Forces f on the unknowns act as observations do, with s = (M'M)^-1 f, e = -M s, 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,6 @@ from jaxtyping import Array, Float, Int
 from ._knots import by_observation
 from ._namespace import product, where
 from ._root_information import Pivots, Rows, factorize_beside, root, shears_of
-
-_Columns: TypeAlias = Array | np.ndarray
 
 
 class Problem(NamedTuple):
@@ -53,7 +51,7 @@ class Problem(NamedTuple):
         """Return the columns of predictions and forces, for values and slopes."""
         return _beside(self.values, self.pushes), _beside(self.slopes, self.torques)
 
-    def split(self, columns: Array) -> tuple[Array, _Columns, _Columns]:
+    def split(self, columns: Array) -> tuple[Array, Any, Any]:
         """Return the columns of predictions, of forces and, if there are any, of observations.
 
         Where there are none they are NumPy's, which compile to nothing.
@@ -195,14 +193,16 @@ def _from_shear(
     return Responses(matrix, differences, forced)
 
 
-def _together(columns: Sequence[Array], forces: Sequence[_Columns]) -> Float[Array, "k forces"]:
+def _together(
+    columns: Sequence[Array], forces: Sequence[Array | np.ndarray]
+) -> Float[Array, "k forces"]:
     """Return the products of columns with forces, in parts that are to be added."""
     if not forces[0].shape[1]:
         return jnp.zeros((columns[0].shape[1], 0), columns[0].dtype)
     return product(jnp.concatenate(columns).T, jnp.concatenate(forces))
 
 
-def _beside(columns: Array, more: _Columns) -> Array:
+def _beside(columns: Array, more: Array | np.ndarray) -> Array:
     return jnp.concatenate([columns, more], axis=1) if more.shape[1] else columns
 
 
