@@ -205,9 +205,10 @@ def _run_outputs(
         found["noise"] = _noise(data, codes)
     if further and data.setting in PAPER:
         found["seeds"] = _seeds(data, codes, bar)
-    if known is not None:
-        return {**found, "tuning": known["tuning"] | tuning}
-    save_codes(data, folder, codes)
+    if known is None:
+        save_codes(data, folder, codes)
+    else:
+        tuning = known["tuning"] | tuning
     return found | {"tuning": tuning}
 
 

@@ -543,8 +543,9 @@ def test_a_full_queue_has_room_for_high_priority():
 @pytest.mark.parametrize("spare", [8, 1, 0])
 def test_redundancy_slows_nobody_down(spare, monkeypatch):
     """The first of what would be sent, while others have something in hand."""
-    gates, kept = Gates(), {"batch_wait_timeout_s": LONG, "straggler_threshold": 1e6}
-    with serving(INTERLEAVED, gates, estimator=knowing, **kept) as batcher:
+    gates = Gates()
+    policy = {"batch_wait_timeout_s": LONG, "straggler_threshold": 1e6}  # nothing is sent again
+    with serving(INTERLEAVED, gates, estimator=knowing, **policy) as batcher:
         monkeypatch.setattr(
             batcher._scheduler._pool._scheduler._queue, "_capacity", lambda busy: float(spare)
         )
