@@ -6,6 +6,7 @@ NumPy, the model by hand.
 
 import functools
 
+import equinox as eqx
 import extending
 import jax
 import jax.numpy as jnp
@@ -317,3 +318,16 @@ def test_programs_are_small():
     loss = jax.grad(lambda code, y: code.decode(y, mask).sum(), argnums=(0, 1), allow_int=True)
     assert decode.as_text().count("\n") <= 1500
     assert jax.jit(loss).lower(code, y).as_text().count("\n") <= 2530
+
+
+def test_forward_mode_where_all_else_is_constant():
+    """A program that holds answers and mask as constants gave NaN, by a product with zeros."""
+    code, mask = NeRCC(9, 30, lambda_dec=1e-4), np.arange(30) % 7 != 3
+    y = np.random.default_rng(0).normal(size=(30, 1000)).astype("float32")
+
+    def loss(lambda_dec):
+        moved = eqx.tree_at(lambda code: code.lambda_dec, code, lambda_dec)
+        return jnp.sum(moved.decode(y, mask) ** 2)
+
+    forward = jax.jit(lambda v: jax.jvp(loss, (v,), (jnp.ones_like(v),))[1])(code.lambda_dec)
+    np.testing.assert_allclose(forward, jax.grad(loss)(code.lambda_dec), rtol=1e-4)

@@ -1,10 +1,12 @@
 """One fit of a smoothing spline, and all that can be asked of it."""
 
+import functools
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from ._dissection import Dissection, dissect
@@ -59,10 +61,15 @@ def _product_of(matrix: Array, y: Array, value: Array) -> Array:
     return value
 
 
-@_product_of.defjvp
+@functools.partial(_product_of.defjvp, symbolic_zeros=True)
 def _(primals, tangents):
+    # A product for each factor that moves, one at least: XLA sums the product with a tangent of
+    # zeros as garbage where all else is constant (jaxlib 0.10.2, YNNPACK's fusion).
+    (matrix, y, _), (of_matrix, of_y, _) = primals, tangents
+    pairs = (of_matrix, y), (matrix, of_y)
+    moved = [product(*pair) for pair in pairs if not any(isinstance(p, SymbolicZero) for p in pair)]
     # The function itself again, not its value: that has no derivative of second order.
-    return _product_of(*primals), jax.jvp(product, primals[:2], tangents[:2])[1]
+    return _product_of(*primals), functools.reduce(jnp.add, moved)
 
 
 class Fit(eqx.Module):
