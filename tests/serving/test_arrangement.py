@@ -112,6 +112,25 @@ def test_what_takes_long_to_order_goes_out_as_it_comes(seconds, share, ordered, 
         assert bool(count(batcher, "order_seconds")) == (seconds > 0)
 
 
+@pytest.mark.parametrize(("share", "again"), [(1e-3, False), (1.0, True)])
+def test_ordering_takes_no_more_than_its_share_of_the_time(share, again, monkeypatch):
+    """What comes soon after an ordering that took long goes out as it comes."""
+    assign = QueryOrdering.assign
+
+    def slow(*args):
+        time.sleep(0.05)
+        return assign(*args)
+
+    monkeypatch.setattr(QueryOrdering, "assign", slow)
+    monkeypatch.setattr(_dispatch, "_ORDERING", LONG)
+    monkeypatch.setattr(_dispatch, "_OF_THE_TIME", share)
+    with serving(CODE, workers=8, ordering=True) as batcher:
+        for _ in range(2):
+            batcher.submit(batching.queries(8)).result(LONG)
+            settled(batcher)
+        assert (count(batcher, "order_seconds") > 1) == again
+
+
 def test_what_ordering_takes_is_measured_by_the_most_that_are_ordered(monkeypatch):
     """As of images: when it is compiled, before there is anything to be late."""
     ready = arranger(rows=4)
