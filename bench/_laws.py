@@ -1,8 +1,11 @@
 """Laws by which workers straggle in benchmarks of tails."""
 
 import dataclasses
+import functools
+import json
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,6 +28,15 @@ class Law:
     hardest: float = 0.0
 
 
+# Seconds of calls, over their median (`python bench/tails.py --record`).
+RECORDED = Path(__file__).parent / "results" / "service_times.json"
+
+
+@functools.cache
+def _recorded() -> np.ndarray:
+    return np.array(json.loads(RECORDED.read_text())["ratios"])
+
+
 # Service times as multiples of the base, for a generator of random numbers.
 SERVICES: dict[str, tuple[str, Callable[[np.random.Generator], float]]] = {
     "constant": ("the base", lambda random: 1.0),
@@ -43,6 +55,10 @@ SERVICES: dict[str, tuple[str, Callable[[np.random.Generator], float]]] = {
     "bimodal by query": (
         "one query in five is large: each of its calls, copies too, takes twice as long",
         lambda random: 1.0,
+    ),
+    "recorded": (
+        "what calls of LeNet5 on Ray actors took on a machine of two cores, one drawn for each",
+        lambda random: random.choice(_recorded()),
     ),
 }
 

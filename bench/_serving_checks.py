@@ -1,9 +1,9 @@
 """The cost of checking answers, for serving.py: a server without, beside the same with checks.
 
 As in `_serving_price.py` no worker sleeps, nothing straggles, and servers are asked in turn. They
-serve a fast model, LeNet5 on scikit-learn's digits, and have learned before from as many of these
-as they keep. Beside requests a second and latencies stands the time of all CPU cores that a server
-took for a request, which depends little on what else the machine does.
+serve a fast model, LeNet5 on scikit-learn's digits, and RepVGG on CIFAR-10, and have learned before
+from as many of these images as they keep. Beside requests a second and latencies stands the time of
+all CPU cores that a server took for a request, which depends little on what else the machine does.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ from _serving_process import cpu_seconds, load, nercc_serve, running_on
 
 from nercc_models import load_data, load_model
 
-MODEL = "lenet5-digits"
 _UNCODED = {"scheme": "uncoded", "copies": 1}
 _CHECKS = {"check_answers": 0.01}
 SYSTEMS = {
@@ -31,55 +30,67 @@ SYSTEMS = {
     "student": _UNCODED | {"surrogate": "student"},
     "student, checks": _UNCODED | {"surrogate": "student"} | _CHECKS,
 }
+# A learner of the pixels knows little about what RepVGG says.
+MODELS = {
+    "lenet5-digits": tuple(SYSTEMS),
+    "repvgg-cifar10": ("uncoded", "student", "student, checks"),
+}
+IMAGES = 2000  # at most, that are asked about
 CLIENTS = (1, 8)  # closed loops
 LOADS = (*(("closed", clients) for clients in CLIENTS), ("paced", PACED))
 
 
-def measure_checks(seconds: float, rounds: int, warm: float = 60.0) -> dict[str, Any]:
+def measure_checks(
+    seconds: float, rounds: int, warm: float = 60.0, *, data_dir: Path | None = None
+) -> dict[str, Any]:
     """Measure each load: `seconds` for each of `rounds` turns of each server.
 
-    Before that each server is asked for `warm` seconds.
+    Before that each server is asked for `warm` seconds. `data_dir` has CIFAR-10.
     """
-    rows: list[dict[str, Any]] = [
-        {
-            "model": MODEL,
-            "loop": loop,
-            "clients": clients,
-            "servers": {each: [] for each in SYSTEMS},
-        }
-        for loop, clients in LOADS
-    ]
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        queries = Path(folder) / "queries.npz"
-        _write_queries(queries)
-        servers = {}
-        for name, settings in SYSTEMS.items():
-            servers[name] = stack.enter_context(running_on(*nercc_serve(MODEL, settings)))
-            load(queries, _url(servers[name]), "closed", 8, warm, 99)
-        for turn in range(rounds):
-            for row in rows:
-                names = list(SYSTEMS)
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                    found = _asked(queries, servers[name], row, seconds, turn)
-                    row["servers"][name].append(found)
-    for row in rows:
-        _tell(row)
     return {
         "environment": environment(PACKAGES),
         "seconds": seconds,
         "rounds": rounds,
         "paced": {"clients": PACED, "period_s": PERIOD},
-        "rows": rows,
+        "rows": [row for model in MODELS for row in _loads(model, seconds, rounds, warm, data_dir)],
     }
 
 
+def _loads(
+    model: str, seconds: float, rounds: int, warm: float, data_dir: Path | None
+) -> list[dict[str, Any]]:
+    """Return what each load of a model's servers came to, in each turn."""
+    names = MODELS[model]
+    rows: list[dict[str, Any]] = [
+        {"model": model, "loop": loop, "clients": clients, "servers": {each: [] for each in names}}
+        for loop, clients in LOADS
+    ]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        queries = Path(folder) / "queries.npz"
+        _write_queries(model, queries, data_dir)
+        servers: dict[str, tuple[str, int]] = {}
+        for name in names:
+            server = stack.enter_context(running_on(*nercc_serve(model, SYSTEMS[name])))
+            url = f"http://127.0.0.1:{server['http_port']}/v2/models/{model}/infer"
+            servers[name] = url, server["pid"]
+            load(queries, url, "closed", 8, warm, 99)
+        for turn in range(rounds):
+            for row in rows:
+                for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                    found = _asked(queries, *servers[name], row, seconds, turn)
+                    row["servers"][name].append(found)
+    for row in rows:
+        _tell(row)
+    return rows
+
+
 def _asked(
-    queries: Path, server: dict[str, Any], row: dict[str, Any], seconds: float, seed: int
+    queries: Path, url: str, process: int, row: dict[str, Any], seconds: float, seed: int
 ) -> dict[str, float]:
     """Return what one load of a server came to."""
-    before = cpu_seconds(server["pid"])
-    done = load(queries, _url(server), row["loop"], row["clients"], seconds, seed)
-    spent = cpu_seconds(server["pid"]) - before
+    before = cpu_seconds(process)
+    done = load(queries, url, row["loop"], row["clients"], seconds, seed)
+    spent = cpu_seconds(process) - before
     answered = [each for each in done["latency"] if each is not None]
     return {
         "requests": len(answered),
@@ -90,22 +101,20 @@ def _asked(
     }
 
 
-def _url(server: dict[str, Any]) -> str:
-    return f"http://127.0.0.1:{server['http_port']}/v2/models/{MODEL}/infer"
-
-
-def _write_queries(path: Path) -> None:
-    network = load_model(MODEL)
-    parts = [load_data(network.data, part).images for part in ("train", "test")]
-    x = np.asarray(network.preprocess(np.concatenate(parts)), np.float32)
-    np.savez(path, queries=x, labels=np.asarray(network(jnp.asarray(x))).argmax(1))
+def _write_queries(name: str, path: Path, data_dir: Path | None) -> None:
+    network = load_model(name)
+    parts = ("train", "test") if network.data == "digits" else ("test",)
+    found = [load_data(network.data, part, data_dir=data_dir, limit=IMAGES) for part in parts]
+    x = np.concatenate([np.asarray(network.preprocess(each.images), np.float32) for each in found])
+    y = [np.asarray(network(jnp.asarray(few))) for few in np.array_split(x, len(x) // 100)]
+    np.savez(path, queries=x, labels=np.concatenate(y).argmax(1))
 
 
 def _tell(row: dict[str, Any]) -> None:
     servers = row["servers"]
     for name in servers:
         base = "uncoded" if "," not in name else name.partition(",")[0]
-        text = f"{row['loop']} {row['clients']} {name:16}"
+        text = f"{row['model']} {row['loop']} {row['clients']} {name:16}"
         for what in ("per_second", "p50_ms", "cpu_ms"):
             own, other, first = (
                 np.array([each[what] for each in servers[key]]) for key in (name, base, "uncoded")
@@ -116,4 +125,4 @@ def _tell(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":  # to look at while the server is worked on
-    measure_checks(float(sys.argv[1]), int(sys.argv[2]), *map(float, sys.argv[3:]))
+    measure_checks(float(sys.argv[1]), int(sys.argv[2]), data_dir=Path(sys.argv[3]))

@@ -180,13 +180,16 @@ async def main(path: str, url: str, loop: str, amount: float, seconds: float, *r
         with np.load(path) as data:
             load = Load(data["queries"], data["labels"], server, rows)
         runs = {"open": load.open_loop, "closed": load.closed_loop, "paced": load.paced}
+        begun = time.process_time()
         await runs[loop](amount, seconds, seed)
+        spent = time.process_time() - begun
     latency, same, exact = np.array(load.rows, float).T
     result: dict[str, Any] = {
         "latency": latency.round(6).tolist(),
         "same": same.astype(bool).tolist(),
         "exact": exact.astype(bool).tolist(),
         "errors": load.errors,
+        "cpu_s": spent,
         "lateness_p99": float(np.quantile(load.lateness, 0.99)) if load.lateness else 0.0,
     }
     # NaN is no JSON.

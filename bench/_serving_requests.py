@@ -23,6 +23,9 @@ MODEL = "lenet5-digits"
 ROWS = 16
 _FLOATS = {"input_shape": "224,224,3"}
 _BYTES = _FLOATS | {"input_datatype": "UINT8", "preprocess": "_serving_models:prepare"}
+SERVED = ("uncoded", "coded (8, 4)")
+LARGER = {f"{name}, calls of 32": dict(SYSTEMS[name] or {}, max_batch_size=32) for name in SERVED}
+BARE_GRPC = "bare gRPC"  # the bare handler, by `grpc.aio`
 
 
 class Cell(NamedTuple):
@@ -44,10 +47,13 @@ class Running(NamedTuple):
 
 # By table: the cells, the first of which the others are compared with.
 TABLES = {
-    "batches": [Cell(name, "REST", 8, ROWS) for name in ("bare", "uncoded", "coded (8, 4)")],
+    "batches": [Cell(name, "REST", 8, ROWS) for name in ("bare", *SERVED, *LARGER)],
     **{
-        f"gRPC, {name}, {clients} clients": [Cell(name, kind, clients) for kind in ("REST", "gRPC")]
-        for name in ("uncoded", "coded (8, 4)")
+        f"gRPC, {name}, {clients} clients": [
+            *(Cell(name, kind, clients) for kind in ("REST", "gRPC")),
+            Cell(BARE_GRPC, "gRPC", clients),
+        ]
+        for name in SERVED
         for clients in (8, 64)
     },
     **{
@@ -78,8 +84,11 @@ def measure_requests(seconds: float, rounds: int) -> dict[str, Any]:
 def _table(
     name: str, cells: list[Cell], servers: dict[str, Running], seconds: float, rounds: int
 ) -> list[dict[str, Any]]:
-    """Return for each cell requests a second and the server's CPU time a request, by round."""
-    rows = [{**cell._asdict(), "rates": [], "cpu_ms": [], "errors": 0} for cell in cells]
+    """Return for each cell requests a second and both sides' CPU time a request, by round."""
+    rows: list[dict[str, Any]] = [
+        cell._asdict() | {"rates": [], "cpu_ms": [], "client_cpu_ms": [], "errors": 0}
+        for cell in cells
+    ]
     for seed in range(-1, rounds):  # the first is to warm up
         turn = [(cell, row) for cell, row in zip(cells, rows, strict=True)]
         for cell, row in turn[seed % len(cells) :] + turn[: seed % len(cells)]:
@@ -91,6 +100,7 @@ def _table(
             if seed >= 0:
                 row["rates"].append(answered / seconds)
                 row["cpu_ms"].append(1e3 * spent / max(answered, 1))
+                row["client_cpu_ms"].append(1e3 * found["cpu_s"] / max(answered, 1))
                 row["errors"] += len(found["latency"]) - answered
     first = np.array(rows[0]["rates"])
     for row in rows:
@@ -98,7 +108,8 @@ def _table(
         print(
             f"{name}: {row['server']} {row['transport']} {np.median(row['rates']):.0f}/s "
             f"({np.median(ratio):.2f}: {ratio.min():.2f} to {ratio.max():.2f}), "
-            f"{np.median(row['cpu_ms']):.2f} ms of CPU, errors {row['errors']}",
+            f"{np.median(row['cpu_ms']):.2f} ms of CPU, {np.median(row['client_cpu_ms']):.2f} of "
+            f"the client's, errors {row['errors']}",
             flush=True,
         )
     return rows
@@ -114,15 +125,16 @@ def _serve(name: str, folder: Path) -> Iterator[Running]:
         command, summary = nercc_serve(served, _BYTES if name == "bytes" else _FLOATS)
     else:
         write_queries(MODEL, queries)
-        settings = SYSTEMS[name]
+        settings = (SYSTEMS | LARGER).get(name)
         if settings is None:
             command, summary = [sys.executable, str(HERE / "_serving_bare.py"), MODEL], {}
+            command += ["gRPC"] if name == BARE_GRPC else []
         else:
             command, summary = nercc_serve(served, settings)
     called = served.replace(":", ".")
     with running_on(command, summary) as ready:
         urls = {
-            "REST": f"http://127.0.0.1:{ready['http_port']}/v2/models/{called}/infer",
+            "REST": f"http://127.0.0.1:{ready.get('http_port')}/v2/models/{called}/infer",
             "gRPC": f"grpc://127.0.0.1:{ready.get('grpc_port')}/{called}",
         }
         yield Running(urls, psutil.Process(ready["pid"]), queries)

@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--requests", action="store_true", help="only batches, gRPC and bytes")
     parser.add_argument("--seconds", type=float, default=25.0, help="of each open-loop cell")
     parser.add_argument("--only", nargs="*", help="some systems, to try")
+    parser.add_argument("--data-dir", type=Path, help="the folder of CIFAR-10, else downloaded")
     arguments = parser.parse_args()
     quick = "-quick" if arguments.quick else ""
     path, price = RESULTS / f"serving{quick}.json", RESULTS / f"serving_price{quick}.json"
@@ -117,7 +118,8 @@ def main() -> None:
     if not arguments.requests:
         write_json(price, measure_price(*((1.0, 1) if quick else (1.5, 3))))
         checks = RESULTS / f"serving_checks{quick}.json"
-        write_json(checks, measure_checks(1.0, 1, 5.0) if quick else measure_checks(2.0, 7))
+        much = (1.0, 1, 5.0) if quick else (2.0, 7)
+        write_json(checks, measure_checks(*much, data_dir=arguments.data_dir))
     if not arguments.price and not arguments.requests:
         seconds = 4.0 if quick else arguments.seconds
         write_json(path, measure(seconds, arguments.only))

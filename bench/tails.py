@@ -1,13 +1,15 @@
 """Tails of a stream of single queries: what `CodedBatcher` makes of stragglers, and its rivals.
 
-    python bench/tails.py [--only PATTERN ...] [--queries NUMBER] [--real | --services [--seed N]]
+    python bench/tails.py [--only PATTERN ...] [--queries NUMBER]
+                          [--threads | --ray | --record | --services [--seed N]]
 
 Every cell is `CodedBatcher` as it is shipped, before workers on paper (`SimulatedPool`): a clock
-that jumps, so that an hour of traffic takes a minute, and the same each time. `--real` runs some
-cells before threads that sleep (`DevicePool`), for what is seen on paper to be held against. Both
-go into results/tails.json, cell by cell, which docs/tails.md shows. `--services` crosses laws of
-service times with ways to straggle, for what the server picks and for rivals in their best form,
-tuned on other traffic; each run has one seed of arrivals, service times and faults.
+that jumps, so that an hour of traffic takes a minute, and the same each time. `--threads` and
+`--ray` run some cells before real workers that sleep (`DevicePool`, or Ray actors on this machine),
+for what is seen on paper to be held against. All go into results/tails.json, cell by cell, which
+docs/tails.md shows. `--services` crosses laws of service times with ways to straggle, for what the
+server picks and for rivals in their best form, tuned on other traffic; each run has one seed of
+arrivals, service times and faults. One of these laws is what `--record` measures on this machine.
 `--only 'lenet5/5 %/*'` names cells: work/law/system. Needs MNIST and CIFAR-10 as parquet files
 (`models/data.py` says where).
 """
@@ -16,6 +18,7 @@ import argparse
 import collections
 import dataclasses
 import fnmatch
+import functools
 import gc
 import json
 import os
@@ -29,11 +32,11 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from _balancers import Balancer
-from _laws import SERVICES, Law, large_queries, laws
+from _laws import RECORDED, SERVICES, Law, large_queries, laws
 from _report import block_bootstrap, environment, write_json
 from _tails_systems import ANY, System, Work, parity_models, rivals, systems, tune_rivals, works
 
-from nercc_jax.pools import AbstractPool, DevicePool, Fault, Faults
+from nercc_jax.pools import AbstractPool, DevicePool, Fault, Faults, RayPool
 from nercc_jax.serving import CodedBatcher, Coder, Reply
 from nercc_jax.stragglers import TraceLatency
 from nercc_jax.testing import SimulatedPool
@@ -47,8 +50,10 @@ REAL_WARM_UP = 8000
 _FEWEST_P9999 = 100_000  # judged queries
 _BLOCK, _ROUNDS = 100, 400  # queries that the bootstrap keeps together, and its rounds
 _COUNTED = ("predict_seconds", "audit_same", "audit_other", "drift", "reexecution")
+_RECORDED, _UNRECORDED = 5000, 500  # calls, after so many to warm up
 _WIDTH = 8  # rows that the model is compiled for
-# The grounds that both are tried on.
+REAL_WORKERS = {"threads": DevicePool, "ray": functools.partial(RayPool, address="local")}
+# What is tried before these, too.
 REAL = (
     *("hedged, p90", "hedged, 1.35 x median", "two copies"),
     *("known, else hedged", "picked, 1.1 calls"),
@@ -88,12 +93,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN")
     parser.add_argument("--queries", type=int, default=Load.queries)
     ground = parser.add_mutually_exclusive_group()
-    ground.add_argument("--real", dest="ground", action="store_const", const="real")
+    for name in REAL_WORKERS:
+        ground.add_argument(f"--{name}", dest="ground", action="store_const", const=name)
+    ground.add_argument("--record", dest="ground", action="store_const", const="record")
     ground.add_argument("--services", dest="ground", action="store_const", const="services")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(ground="paper")
     parser.add_argument("--data-dir", type=Path, default=None)
     options = parser.parse_args()
+    if options.ground == "record":
+        record(works(options.data_dir)["lenet5"]())
+        return
     for name, make in works(options.data_dir).items():
         _run(name, make, options, RESULTS / "tails.json")
 
@@ -109,7 +119,7 @@ def _run(name: str, make: Callable[[], Work], options: argparse.Namespace, path:
     }
     laws_of: dict[str, tuple[str, ...]] = {suffix: ("5 %",) for suffix in loads}
     laws_of[""] = tuple(law for law in chosen if law != "hard queries")
-    tried = REAL if ground == "real" else None
+    tried = REAL if ground in REAL_WORKERS else None
     if ground == "services":
         loads = {f", {each}": dataclasses.replace(load, service=each) for each in SERVICES}
         laws_of, tried = dict.fromkeys(loads, STRAGGLE), TRIED
@@ -131,10 +141,24 @@ def _run(name: str, make: Callable[[], Work], options: argparse.Namespace, path:
                     continue
                 cell = f"{name}/{law_name}{suffix}/{system.name}"
                 rounds = 0 if ground == "services" else _ROUNDS
-                real = ground == "real"
-                measured = serve(work, system, law, heavier, real=real, rounds=rounds)
+                measured = serve(work, system, law, heavier, ground=ground, rounds=rounds)
                 print(ground, cell, _described(measured), flush=True)
                 _keep(path, ground, cell, measured, load)
+
+
+def record(work: Work) -> None:
+    """Write what calls of one query on Ray actors take, over their median."""
+    found = []
+    with RayPool(load_model(str(work.model)), 2, example=work.queries[:1], address="local") as pool:
+        for query in work.queries[: _RECORDED + _UNRECORDED]:
+            begin = time.perf_counter()
+            with pool.dispatch(query[None, None], copies=1) as batch:
+                batch.wait()
+            found.append(time.perf_counter() - begin)
+    seconds = np.array(found[_UNRECORDED:])
+    median = float(np.median(seconds))
+    about = {"environment": environment((*PACKAGES, "ray")), "median_ms": 1e3 * median}
+    write_json(RECORDED, about | {"ratios": np.round(seconds / median, 3).tolist()})
 
 
 def _keep(path: Path, ground: str, cell: str, measured: dict[str, Any], load: Load) -> None:
@@ -200,10 +224,16 @@ def _matching(patterns: list[str], *parts: str) -> list[str]:
 
 
 def serve(
-    work: Work, system: System, law: Law, load: Load, *, real: bool = False, rounds: int = _ROUNDS
+    work: Work,
+    system: System,
+    law: Law,
+    load: Load,
+    *,
+    ground: str = "paper",
+    rounds: int = _ROUNDS,
 ) -> dict[str, Any]:
     """Run one cell: a Poisson stream, each query's seconds, and its answer."""
-    random = np.random.default_rng(100 * load.seed)
+    random, real = np.random.default_rng(100 * load.seed), ground in REAL_WORKERS
     warm_up = REAL_WARM_UP if real else WARM_UP
     queries = load.queries - WARM_UP + warm_up
     arrivals = np.cumsum(random.exponential(1 / load.rate, queries))
@@ -211,7 +241,7 @@ def serve(
     order = np.resize(
         np.random.default_rng(100 * load.seed + 1).permutation(len(work.queries)), queries
     )
-    pool = _pool(work, system, law, load, real=real)
+    pool = _pool(work, system, law, load, ground)
     counts: collections.Counter[str] = collections.Counter()
 
     def observe(what: str, number: float) -> None:
@@ -250,28 +280,34 @@ def serve(
     }
 
 
-def _pool(work: Work, system: System, law: Law, load: Load, *, real: bool) -> AbstractPool:
-    table = {x.tobytes(): y for x, y in zip(work.queries, work.answers, strict=True)}
+class Table:
+    """The model's own answers, looked up, and `otherwise` for rows that are no queries."""
 
-    def served(batch: Any) -> np.ndarray:
+    def __init__(self, work: Work, otherwise: Callable[[np.ndarray], np.ndarray] | None):
+        self.answers = {x.tobytes(): y for x, y in zip(work.queries, work.answers, strict=True)}
+        self.otherwise = otherwise
+
+    def __call__(self, batch: Any) -> np.ndarray:
         rows = np.asarray(batch, np.float32)
-        known = [table.get(row.tobytes()) for row in rows]
+        known = [self.answers.get(row.tobytes()) for row in rows]
         if all(each is not None for each in known):
             return np.stack([each for each in known if each is not None])
-        return mixed(rows)  # coded data points, which are no queries
+        assert self.otherwise is not None
+        return self.otherwise(rows)  # coded data points
 
-    # Compiled when some come; of a function, none do.
+
+def _pool(work: Work, system: System, law: Law, load: Load, ground: str) -> AbstractPool:
+    # Compiled when coded data points come; of a function, none do, nor in what Ray's actors get.
     model = None if work.model is None else eqx.filter_jit(load_model(work.model))
-    mixed = _narrow(model)
-    models: list[Any] = [served]
+    models: list[Any] = [Table(work, None if ground == "ray" else _narrow(model))]
     if len(system.models) > 1:
         models += [_narrow(parity) for parity in parity_models(work)]
     hangs = any(fault.kind == "hang" for fault in law.faults)
     options: dict[str, Any] = {"hang_timeout": 1.0 if hangs else 600.0}
-    if real:
+    if ground in REAL_WORKERS:
         base = Fault("delay", latency=TraceLatency(jnp.array([load.base])))
         faults = Faults((base, *map(_from_now, law.faults)), seed=7)
-        return DevicePool(models, load.workers, compiled=False, faults=faults, **options)
+        return REAL_WORKERS[ground](models, load.workers, compiled=False, faults=faults, **options)
     noise, draw = np.random.default_rng(100 * load.seed + 2), SERVICES[load.service][1]
     large = large_queries(load.service, load.base)
     faults = (*law.faults, *_slow_queries(work, law.hardest, load.base), *large)

@@ -12,15 +12,19 @@ Cell = Mapping[str, Any]
 
 def saved() -> Iterator[dict[str, str]]:
     """Yield the times of `run_rows` and of an executor, by function and by which rows are slow."""
-    for cell in load("rows")["cells"]:
+    for law, function, cells in _grouped(load("rows")["cells"], "law", "function"):
+        slow = [cell for cell in cells if cell["slow_predicted"]]
+        held = sum(cell["slow_predicted"] * cell["slow_coverage"] for cell in slow)
+        number = sum(cell["slow_predicted"] for cell in slow)
         yield {
-            "function": cell["function"],
-            "slow": cell["law"],
-            "executor": f"{cell['executor_s']:.1f} s",
-            "tolerance 0": f"{cell['tolerance_0_s']:.1f} s",
-            "tolerance 10 %": f"{cell['seconds']:.1f} s",
-            "computed": _percent([cell["computed"]]),
-            "bars held": _percent([cell["coverage"]]) if cell["coverage"] is not None else "",
+            "function": function,
+            "slow": law,
+            "executor": _range([cell["executor_s"] for cell in cells], _seconds),
+            "tolerance 0": _range([cell["tolerance_0_s"] for cell in cells], _seconds),
+            "tolerance 10 %": _range([cell["seconds"] for cell in cells], _seconds),
+            "computed": _percent([cell["computed"] for cell in cells]),
+            "bars held": _percent([cell["coverage"] for cell in cells]),
+            "of slow rows": f"{100 * held / number:.0f} % of {number}" if number else "",
         }
 
 
@@ -77,6 +81,10 @@ def _shares(cells: Sequence[Cell], part: str, whole: str) -> list[float]:
 
 def _percent(shares: Sequence[float]) -> str:
     return _range(shares, lambda share: f"{100 * share:.0f}") + " %" if len(shares) else ""
+
+
+def _seconds(number: float) -> str:
+    return f"{number:.1f} s"
 
 
 def _count(number: float) -> str:
