@@ -118,8 +118,9 @@ def main() -> None:
     if not arguments.requests:
         write_json(price, measure_price(*((1.0, 1) if quick else (1.5, 3))))
         checks = RESULTS / f"serving_checks{quick}.json"
-        much = (1.0, 1, 5.0) if quick else (2.0, 7)
-        write_json(checks, measure_checks(*much, data_dir=arguments.data_dir))
+        seconds, rounds, warm = (1.0, 1, 5.0) if quick else (2.0, 7, 60.0)
+        found = measure_checks(seconds, rounds, warm, data_dir=arguments.data_dir)
+        write_json(checks, found)
     if not arguments.price and not arguments.requests:
         seconds = 4.0 if quick else arguments.seconds
         write_json(path, measure(seconds, arguments.only))
