@@ -17,7 +17,7 @@ import numpy as np
 from _report import environment
 from _serving_load import PERIOD
 from _serving_price import PACED, PACKAGES
-from _serving_process import cpu_seconds, load, nercc_serve, running_on
+from _serving_process import cpu_seconds, in_turn, load, nercc_serve, running_on
 
 from nercc_models import load_data, load_model
 
@@ -76,7 +76,7 @@ def _loads(
             load(queries, url, "closed", 8, warm, 99)
         for turn in range(rounds):
             for row in rows:
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                for name in in_turn(names, turn):
                     found = _asked(queries, *servers[name], row, seconds, turn)
                     row["servers"][name].append(found)
     for row in rows:

@@ -17,7 +17,7 @@ import equinox as eqx
 import numpy as np
 from _report import environment
 from _serving_load import PERIOD
-from _serving_process import load, nercc_serve, running
+from _serving_process import in_turn, load, nercc_serve, running
 
 HERE = Path(__file__).parent
 MODELS = ("lenet5-digits", "wide", "images")
@@ -83,7 +83,7 @@ def _throughput(
     rates: dict[str, list[float]] = {name: [] for name in urls}
     errors = 0
     for seed in range(rounds):
-        for name in _turn(urls, seed):
+        for name in in_turn(list(urls), seed):
             result = load(queries, urls[name], "closed", clients, seconds, seed)
             answered = sum(each is not None for each in result["latency"])
             errors += len(result["latency"]) - answered
@@ -100,7 +100,7 @@ def _tail(
     rounds_of: dict[str, list[list[float]]] = {name: [] for name in urls}
     errors, exact = 0, {name: [] for name in urls}
     for seed in range(rounds):
-        for name in _turn(urls, seed):
+        for name in in_turn(list(urls), seed):
             result = load(queries, urls[name], "paced", PACED, seconds, seed)
             answered = [each for each in result["latency"] if each is not None]
             errors += len(result["latency"]) - len(answered)
@@ -125,12 +125,6 @@ def _tail(
 
 def _ms(latencies: Sequence[float] | np.ndarray, share: float) -> float:
     return 1e3 * float(np.quantile(latencies, share))
-
-
-def _turn(urls: dict[str, str], seed: int) -> list[str]:
-    """Return the order of servers in a round, which changes from round to round."""
-    names = list(urls)
-    return names[seed % len(names) :] + names[: seed % len(names)]
 
 
 def _tell(

@@ -9,10 +9,11 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 HERE = Path(__file__).parent
 _ENDS = 60.0  # seconds that a server may take to end
+_Each = TypeVar("_Each")
 
 
 def nercc_serve(model: str, settings: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
@@ -73,6 +74,12 @@ def load(
     command += [str(amount), str(seconds), str(seed), str(rows)]
     done = subprocess.run(command, check=True, capture_output=True, timeout=seconds + 120)
     return json.loads(done.stdout)
+
+
+def in_turn(each: Sequence[_Each], turn: int) -> list[_Each]:
+    """Return the order in which to ask servers in a turn: another one is first each time."""
+    first = turn % len(each)
+    return [*each[first:], *each[:first]]
 
 
 def cpu_seconds(process: int) -> float:

@@ -17,7 +17,7 @@ import psutil
 from _report import environment
 from _serving_models import images, prepare
 from _serving_price import HERE, PACKAGES, SYSTEMS, write_queries
-from _serving_process import load, nercc_serve, running_on
+from _serving_process import in_turn, load, nercc_serve, running_on
 
 MODEL = "lenet5-digits"
 ROWS = 16
@@ -90,8 +90,7 @@ def _table(
         for cell in cells
     ]
     for seed in range(-1, rounds):  # the first is to warm up
-        turn = [(cell, row) for cell, row in zip(cells, rows, strict=True)]
-        for cell, row in turn[seed % len(cells) :] + turn[: seed % len(cells)]:
+        for cell, row in in_turn(list(zip(cells, rows, strict=True)), seed):
             urls, process, queries = servers[cell.server]
             url, before = urls[cell.transport], sum(process.cpu_times()[:2])
             found = load(queries, url, "closed", cell.clients, seconds, max(seed, 0), cell.rows)
