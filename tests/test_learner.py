@@ -118,7 +118,7 @@ def test_on_the_host_it_has_the_same_means_and_the_deviation_given_the_nearest_p
     z = np.asarray(features(jnp.asarray(X, jnp.float32))) if features is not None else X
     kernel = Kernel(shape, centre=z.mean(0), unit=z.std(0), widths=[1.5], linear=0.3, noise=1e-3)
     learner = init_learner(x, y, capacity=CAPACITY, kernel=kernel, features=features)
-    mean, deviation = predictions_on_host(learner)(X[-B:].astype(np.float32))()
+    mean, deviation = predictions_on_host(learner)(X[-B:].astype(np.float32)).wait()
     wanted, _ = exact(kernel, z[:30], y, z[-B:])
     np.testing.assert_allclose(mean, wanted, atol=1e-3)
     scaled = z / np.float64(kernel.unit) / 1.5
@@ -130,11 +130,11 @@ def test_on_the_host_it_has_the_same_means_and_the_deviation_given_the_nearest_p
 def test_on_the_host_others_predict_as_they_do():
     x = X[:20].astype(np.float32)
     learner = init_learner(x, model(x), prior=rough)
-    mean, deviation = predictions_on_host(learner)(x[:5])()
+    mean, deviation = predictions_on_host(learner)(x[:5]).wait()
     wanted, wanted_deviation = predict(learner, x[:5])
     np.testing.assert_allclose(mean, wanted, atol=1e-5)
     np.testing.assert_allclose(deviation, wanted_deviation, rtol=1e-5)
-    mean, deviation = predictions_on_host(Surrogate(rough))(x[:5])()
+    mean, deviation = predictions_on_host(Surrogate(rough))(x[:5]).wait()
     np.testing.assert_allclose(mean, np.asarray(rough(x[:5])), atol=1e-6)
     np.testing.assert_array_equal(deviation, 1)
 

@@ -142,14 +142,23 @@ class AnswerCheck:
         self, mean: _Vectors, deviation: _Numbers, answers: _Vectors
     ) -> Bool[np.ndarray, " queries"]:
         """Return which answers are so near that they do not look wrong, whatever their scores."""
-        return _ratio(mean, deviation, answers) <= self.clear
+        return _square(answers - mean) <= self.clear_squares(mean, deviation)
+
+    def clear_squares(self, mean: _Vectors, deviation: _Numbers) -> _Numbers:
+        """Return the squares of residuals up to which answers are cleared."""
+        return self.clear * mean.shape[1] * np.maximum(deviation, _LEAST) ** 2
 
     def suspicious(
-        self, mean: _Vectors, deviation: _Numbers, answers: _Vectors
+        self,
+        mean: _Vectors,
+        deviation: _Numbers,
+        answers: _Vectors,
+        clear: _Numbers | None = None,
     ) -> Bool[np.ndarray, " queries"]:
-        """Return which answers look wrong; arguments as for `features`."""
+        """Return which answers look wrong; `clear` is `clear_squares`, others as for `features`."""
         with np.errstate(all="ignore"):
-            found = ~self.cleared(mean, deviation, answers)
+            clear = self.clear_squares(mean, deviation) if clear is None else clear
+            found = ~(_square(answers - mean) <= clear)  # NaN is wrong
             if found.any():
                 scores = self.scores(mean[found], deviation[found], answers[found])
                 found[found] = ~(scores <= self.limit)  # NaN is wrong

@@ -12,7 +12,7 @@ pairs. Whoever calibrates by it loses little: deviations are compared with each 
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -27,10 +27,21 @@ from ._kernels import Shape
 from ._learner import Learner
 from ._pairs import Projection
 
-# A function that returns the means of answers as vectors, and their deviations; and one that starts
-# to predict the answers to queries. JAX computes meanwhile; NumPy begins when it is asked, because
-# it would compete with the thread that sends the queries to the model.
-Pending: TypeAlias = Callable[[], tuple[np.ndarray, np.ndarray]]
+
+class Pending(NamedTuple):
+    """Predictions that are asked for.
+
+    Attributes:
+        wait: Returns the means of answers as vectors, and their deviations.
+        begun: Whether JAX computes them already. NumPy begins when it is waited for: at once it
+            would compete with the thread that sends the queries to the model.
+    """
+
+    wait: Callable[[], tuple[np.ndarray, np.ndarray]]
+    begun: bool
+
+
+# A function that asks for the answers to queries.
 HostPredictions: TypeAlias = Callable[[np.ndarray], Pending]
 
 _OUTPUTS = 256  # at most: the weights have to be solved for at every update
@@ -96,7 +107,7 @@ def predictions_on_host(surrogate: AbstractSurrogate) -> HostPredictions:
         fits = surrogate.form.size <= _OUTPUTS
         if fits and isinstance(surrogate.features, Projection | None):
             on_host = learner_on_host(surrogate)
-            return lambda x: lambda: on_host.predict(x)
+            return lambda x: Pending(lambda: on_host.predict(x), begun=False)
     if isinstance(surrogate, AbstractLearner):
         # It changes: one program serves all.
         return lambda x: _first(len(x), _predicted(surrogate, _padded(x)))
@@ -123,7 +134,7 @@ def _first(number: int, found: tuple[Array | np.ndarray, ...]) -> Pending:
         mean, deviation = map(np.asarray, found)
         return mean[:number], deviation[:number]
 
-    return wait
+    return Pending(wait, begun=True)
 
 
 def repeat_rows(x: Shaped[np.ndarray, "few ..."], number: int) -> Shaped[np.ndarray, "number ..."]:

@@ -174,8 +174,13 @@ class Doubling(Predictor):
 
 
 class Doubled:
+    begun = False
+
     def __init__(self, x):
-        self._x = x
+        self._x, self.computed = x, 0
+
+    def compute(self):
+        self.computed += 1
 
     def suspicious(self, rows, own):
         return np.any(own != 2 * self._x[rows], axis=1)
@@ -212,6 +217,26 @@ def test_queries_that_are_sent_together_are_predicted_together_and_once():
     rows, again, settled = screen.receive(1, queries[2:], answers[2:])
     assert (rows, again, settled) == ([0, 1], [queries[4]], [])
     assert predictor.sizes == [3, 2]
+
+
+def test_what_is_expected_is_computed_while_workers_compute():
+    policy = BatchingPolicy(max_disagreement=0.1, check_answers=0.01, max_batch_size=4)
+    predictor = FirstOnly()
+    traffic = Traffic(predictor, policy, share=0.0, num_workers=4, model=lambda x: 2 * x[:, :3])
+    traffic.batcher.submit(np.ones((2, 4), np.float32))
+    traffic.clock.run(traffic.clock.now() + 1e-3)
+    assert [each.computed for each in predictor.expected] == [1], "no worker answers so early"
+
+
+def test_what_jax_computes_already_is_not_waited_for():
+    class Begun(Doubled):
+        begun = True
+
+    predictor = Doubling()
+    predictor.expect = lambda x: [Expectation(Begun(np.stack(x)), row) for row in range(len(x))]
+    screen, queries, _ = screen_of(predictor)
+    screen.expect(queries)
+    assert screen.is_ahead
 
 
 def test_answers_are_checked_if_nothing_was_known_when_their_queries_were_sent():
@@ -269,11 +294,12 @@ class FirstOnly(Doubling):
     """Knows the answers only to queries whose first number is positive."""
 
     def expect(self, x):
-        return [Expectation(FirstKnown(np.stack(x)), row) for row in range(len(x))]
+        self.expected.append(FirstKnown(np.stack(x)))
+        return [Expectation(self.expected[-1], row) for row in range(len(x))]
 
     def __init__(self):
         super().__init__()
-        self.learned = []
+        self.learned, self.expected = [], []
 
     def add_answer(self, x, own):
         self.learned.append((x, own))

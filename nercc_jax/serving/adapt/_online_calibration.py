@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -114,18 +114,27 @@ class ExpectedAnswers:
 
     def __init__(self, check: AnswerCheck, predictions: Pending):
         """Keep predictions without waiting for them."""
-        self._check, self._wait = check, predictions
+        self._check, self._pending = check, predictions
+        self.begun = predictions.begun
+
+    def compute(self) -> None:
+        """Compute what the answers are compared with, if it has not been yet."""
+        self._predictions  # noqa: B018 - a cached property
 
     @functools.cached_property
-    def _predictions(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._wait()
+    def _predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The means, the deviations, and the squares of residuals that look right at once."""
+        mean, deviation = self._pending.wait()
+        return mean, deviation, self._check.clear_squares(mean, deviation)
 
     def suspicious(
-        self, rows: Sequence[int], own: Float[np.ndarray, "some m"]
+        self, rows: list[int], own: Float[np.ndarray, "some m"]
     ) -> Bool[np.ndarray, " some"]:
         """Return which of the model's own answers to some of the queries look wrong."""
-        mean, deviation = self._predictions
-        return self._check.suspicious(mean[rows], deviation[rows], own)
+        mean, deviation, clear = self._predictions
+        if rows != list(range(len(mean))):
+            mean, deviation, clear = mean[rows], deviation[rows], clear[rows]
+        return self._check.suspicious(mean, deviation, own, clear)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +271,7 @@ class OnlineCalibration:
         features, deviation, error, wrong, probability = map(np.asarray, found)
         mean, spread, checked = own[:0], own[:0, 0], own[:0]
         if self._expected is not None:
-            (mean, spread), checked = self._expected(x)(), own
+            (mean, spread), checked = self._expected(x).wait(), own
         batch = ValidationBatch(
             features, deviation, error, wrong, probability, mean, spread, checked
         )

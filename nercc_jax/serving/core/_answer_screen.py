@@ -9,12 +9,13 @@ Other answers that came in the same call to the same request wait as well, which
 one of the call is outvoted, they are computed again, too.
 """
 
+import collections
 import dataclasses
 import heapq
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -32,6 +33,7 @@ _LEFT = 0.1
 _EVERY = 1.0  # seconds between audits of a fenced worker
 # Queries held back, as a share of all: more would double the load where the queries have changed.
 _MOST, _FIRST = 0.2, 1000  # ... and what the budget begins with, in queries
+_AHEAD = 64  # expectations, at most, that wait for the scheduler to be idle
 
 
 class Audit(NamedTuple):
@@ -84,6 +86,7 @@ class AnswerScreen:
         self._numbers = itertools.count()
         self._look_at = -math.inf
         self._audits: dict[int, Batch] = {}
+        self._ahead: collections.deque[Any] = collections.deque(maxlen=_AHEAD)
 
     @property
     def next_due(self) -> float:
@@ -96,6 +99,21 @@ class AnswerScreen:
             found = self._expect([x for _, x in new])
             for (query, _), expected in zip(new, found, strict=bool(found)):
                 query.expected = expected
+                if expected.row == 0 and not expected.answers.begun:
+                    self._ahead.append(expected.answers)
+
+    def compute_ahead(self) -> None:
+        """Compute one expectation, for a thread that has nothing else to do while models run.
+
+        What it does not come to is computed once the answers are there.
+        """
+        if self._ahead:
+            self._ahead.popleft().compute()
+
+    @property
+    def is_ahead(self) -> bool:
+        """True if there is nothing for `compute_ahead` to do."""
+        return not self._ahead
 
     def receive(
         self, worker: int, queries: Sequence[Query], values: np.ndarray
@@ -130,6 +148,8 @@ class AnswerScreen:
             found = set(itertools.compress(fresh, suspicious | waits))
             rows = [row for row in rows if row not in found]
         self._follow_fences()
+        if not verdicts:
+            return rows, [], []
         again = [query for query, verdict in verdicts if verdict is None]
         settled = [
             Settled(query, verdict, not verdict.agreed)

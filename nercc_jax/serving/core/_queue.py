@@ -31,6 +31,10 @@ class EventQueue:
             group.posted = True
             self.post(group)
 
+    def __bool__(self) -> bool:
+        """Return whether there is any event."""
+        return bool(self._events)
+
     def take(self) -> list[Any]:
         """Return the events so far; what comes meanwhile is left for the next turn."""
         return [self._events.popleft() for _ in range(len(self._events))]

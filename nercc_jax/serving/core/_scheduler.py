@@ -203,6 +203,9 @@ class QueryScheduler:
         if monitor.probe_due(now):
             self._guard(self._send_probe)
         self._guard(self._dispatch, now)
+        # The workers compute meanwhile.
+        while self._screen is not None and not self._screen.is_ahead and not self._events:
+            self._guard(self._screen.compute_ahead)
 
     def _guard(self, step: Callable[..., None], *args: Any, concerned: Any = None) -> None:
         """Run a step. If it fails, fail the requests it concerns instead of the thread.
