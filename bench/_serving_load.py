@@ -120,8 +120,9 @@ class Load:
         places = (np.arange(len(queries))[:, None] + np.arange(rows)) % len(queries)
         self.labels, self.server = labels[places], server
         self.requests = [server.pack(queries[each]) for each in places]
-        # One row a request: latency in seconds, same labels, exact; NaN latency where it failed.
-        self.rows: list[tuple[float, bool, bool]] = []
+        # One row a request: when it was due and latency in seconds, NaN where it failed, and
+        # whether its labels are the same, and it is exact.
+        self.rows: list[tuple[float, float, bool, bool]] = []
         self.errors: dict[str, int] = {}
         self.lateness: list[float] = []
 
@@ -131,10 +132,10 @@ class Load:
         now = time.monotonic()
         if error is not None or values is None:
             self.errors[str(error)] = self.errors.get(str(error), 0) + 1
-            self.rows.append((float("nan"), False, False))
+            self.rows.append((since, float("nan"), False, False))
             return
         same = bool((values.argmax(axis=1) == self.labels[query]).all())
-        self.rows.append((now - since, same, exact))
+        self.rows.append((since, now - since, same, exact))
 
     async def open_loop(self, rate: float, seconds: float, seed: int) -> None:
         random = np.random.default_rng(seed)
@@ -183,8 +184,9 @@ async def main(path: str, url: str, loop: str, amount: float, seconds: float, *r
         begun = time.process_time()
         await runs[loop](amount, seconds, seed)
         spent = time.process_time() - begun
-    latency, same, exact = np.array(load.rows, float).T
+    due, latency, same, exact = np.array(load.rows, float).T
     result: dict[str, Any] = {
+        "due": (due - due.min()).round(6).tolist(),
         "latency": latency.round(6).tolist(),
         "same": same.astype(bool).tolist(),
         "exact": exact.astype(bool).tolist(),

@@ -183,8 +183,9 @@ def _keep(path: Path, ground: str, cell: str, measured: dict[str, Any], load: Lo
 
 def over_seeds(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the median of each number over seeds, of latencies with the least and the largest."""
-    first, cells = next(iter(seeds.values())), list(seeds.values())
-    numbers = {key: [cell[key] for cell in cells if key in cell] for key in first}
+    cells = list(seeds.values())
+    keys = dict.fromkeys(key for cell in cells for key in cell)  # p99.99 where there is enough
+    numbers = {key: [cell[key] for cell in cells if key in cell] for key in keys}
     return {"seeds": seeds} | {
         key: [round(float(of(found)), 3) for of in (np.median, np.min, np.max)]
         if key.startswith("p") and key != "predicted"
