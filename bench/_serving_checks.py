@@ -12,14 +12,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from _report import environment
 from _serving_load import PERIOD
 from _serving_price import PACED, PACKAGES
-from _serving_process import cpu_seconds, in_turn, load, nercc_serve, running_on
-
-from nercc_models import load_data, load_model
+from _serving_process import cpu_seconds, in_turn, load, nercc_serve, running_on, write_images
 
 _UNCODED = {"scheme": "uncoded", "copies": 1}
 _CHECKS = {"check_answers": 0.01}
@@ -35,7 +32,7 @@ MODELS = {
     "lenet5-digits": tuple(SYSTEMS),
     "repvgg-cifar10": ("uncoded", "student", "student, checks"),
 }
-IMAGES = 2000  # at most, that are asked about
+IMAGES = 2000  # at most, of each split that is asked about
 CLIENTS = (1, 8)  # closed loops
 LOADS = (*(("closed", clients) for clients in CLIENTS), ("paced", PACED))
 
@@ -67,7 +64,8 @@ def _loads(
     ]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         queries = Path(folder) / "queries.npz"
-        _write_queries(model, queries, data_dir)
+        splits = ("train", "test") if model == "lenet5-digits" else ("test",)
+        write_images(queries, model, splits, limit=IMAGES, data_dir=data_dir)
         servers: dict[str, tuple[str, int]] = {}
         for name in names:
             server = stack.enter_context(running_on(*nercc_serve(model, SYSTEMS[name])))
@@ -99,15 +97,6 @@ def _asked(
         "p50_ms": 1e3 * float(np.median(answered)),
         "cpu_ms": 1e3 * spent / max(len(answered), 1),
     }
-
-
-def _write_queries(name: str, path: Path, data_dir: Path | None) -> None:
-    network = load_model(name)
-    parts = ("train", "test") if network.data == "digits" else ("test",)
-    found = [load_data(network.data, part, data_dir=data_dir, limit=IMAGES) for part in parts]
-    x = np.concatenate([np.asarray(network.preprocess(each.images), np.float32) for each in found])
-    y = [np.asarray(network(jnp.asarray(few))) for few in np.array_split(x, len(x) // 100)]
-    np.savez(path, queries=x, labels=np.concatenate(y).argmax(1))
 
 
 def _tell(row: dict[str, Any]) -> None:

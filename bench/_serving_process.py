@@ -11,6 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax.numpy as jnp
+import numpy as np
+
+from nercc_models import load_data, load_model
+
 HERE = Path(__file__).parent
 _ENDS = 60.0  # seconds that a server may take to end
 _Each = TypeVar("_Each")
@@ -74,6 +79,27 @@ def load(
     command += [str(amount), str(seconds), str(seed), str(rows)]
     done = subprocess.run(command, check=True, capture_output=True, timeout=seconds + 120)
     return json.loads(done.stdout)
+
+
+def write_images(
+    path: Path,
+    model: str,
+    splits: Sequence[str] = ("test",),
+    *,
+    limit: int | None = None,
+    data_dir: Path | None = None,
+) -> int:
+    """Write a model's images, at most `limit` of each split, and its own labels for `load`.
+
+    Returns:
+        The number of images.
+    """
+    network = load_model(model)
+    found = [load_data(network.data, each, data_dir=data_dir, limit=limit) for each in splits]
+    x = np.concatenate([np.asarray(network.preprocess(each.images), np.float32) for each in found])
+    y = [np.asarray(network(jnp.asarray(few))) for few in np.array_split(x, len(x) // 100)]
+    np.savez(path, queries=x, labels=np.concatenate(y).argmax(1))
+    return len(x)
 
 
 def in_turn(each: Sequence[_Each], turn: int) -> list[_Each]:

@@ -1,16 +1,18 @@
 """Coded serving beside uncoded, hedged and replicated serving, and Ray Serve: latency, throughput.
 
-    python bench/serving.py [--quick] [--price] [--requests]
+    python bench/serving.py [--quick] [--price] [--requests] [--minutes]
 
 Some 55 minutes. `--price`: only the cells without stragglers and sleep, and what checks of answers
-cost, 30 minutes; `--requests`: only those of batches, gRPC and bytes, 4 minutes.
+cost, 30 minutes; `--requests`: only those of batches, gRPC and bytes, 4 minutes; `--minutes`: only
+ten minutes of an open loop, for each of two systems.
 
 One run: the same model (LeNet5 on scikit-learn's digits), the same number of workers, all of them
 Ray actors, the same load from a second process, with and without stragglers. Every call takes
 `SERVICE` seconds longer than the model does, during which the worker sleeps: two cores then stand
 for many machines. What the server itself costs is measured without, by `_serving_price.py`. Writes
 `results/serving.json`, `results/serving_price.json` and `results/serving_requests.json`, which
-docs/serving.md shows, and `results/serving_checks.json`.
+docs/serving.md shows, `results/serving_checks.json`, and with `--minutes`
+`results/serving_minutes.json`.
 """
 
 import argparse
@@ -25,16 +27,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
 from _report import block_bootstrap, environment, write_json
 from _serving_checks import measure_checks
+from _serving_minutes import measure_minutes
 from _serving_price import measure_price
-from _serving_process import load, nercc_serve, running
+from _serving_process import load, nercc_serve, running, write_images
 from _serving_requests import measure_requests
-
-from nercc_models import load_data, load_model
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -107,11 +106,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few seconds each: does it run?")
     parser.add_argument("--price", action="store_true", help="only what the server itself costs")
     parser.add_argument("--requests", action="store_true", help="only batches, gRPC and bytes")
+    parser.add_argument("--minutes", action="store_true", help="only ten minutes of an open loop")
     parser.add_argument("--seconds", type=float, default=25.0, help="of each open-loop cell")
     parser.add_argument("--only", nargs="*", help="some systems, to try")
-    parser.add_argument("--data-dir", type=Path, help="the folder of CIFAR-10, else downloaded")
+    parser.add_argument(
+        "--data-dir", type=Path, help="the folder of MNIST and CIFAR-10, else downloaded"
+    )
     arguments = parser.parse_args()
     quick = "-quick" if arguments.quick else ""
+    if arguments.minutes:
+        seconds, warm = (10.0, 10.0) if quick else (600.0, 60.0)
+        minutes = measure_minutes(seconds, warm, data_dir=arguments.data_dir)
+        write_json(RESULTS / f"serving_minutes{quick}.json", minutes)
+        return
     path, price = RESULTS / f"serving{quick}.json", RESULTS / f"serving_price{quick}.json"
     requests = RESULTS / f"serving_requests{quick}.json"
     write_json(requests, measure_requests(*((1.0, 1) if quick else (1.5, 7))))
@@ -129,7 +136,7 @@ def main() -> None:
 def measure(seconds: float, only: list[str] | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         queries = Path(folder) / "queries.npz"
-        number = _write_queries(queries)
+        number = write_images(queries, MODEL)
         rows = []
         systems = [each for each in SYSTEMS if not only or each.name in only]
         for rate in RATES:
@@ -152,15 +159,6 @@ def measure(seconds: float, only: list[str] | None) -> dict[str, Any]:
         },
         "rows": rows,
     }
-
-
-def _write_queries(path: Path) -> int:
-    """Test images and the model's own labels: what clients send, and what is right."""
-    network = load_model(MODEL)
-    images = np.asarray(network.preprocess(load_data(network.data, "test").images))
-    labels = np.asarray(eqx.filter_jit(network)(jnp.asarray(images))).argmax(axis=1)
-    np.savez(path, queries=images, labels=labels)
-    return len(images)
 
 
 def _cell(system: System, rate: float, queries: Path, seconds: float) -> dict[str, Any]:

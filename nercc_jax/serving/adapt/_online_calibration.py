@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -128,11 +128,11 @@ class ExpectedAnswers:
         return mean, deviation, self._check.clear_squares(mean, deviation)
 
     def suspicious(
-        self, rows: list[int], own: Float[np.ndarray, "some m"]
+        self, rows: Sequence[int], own: Float[np.ndarray, "some m"]
     ) -> Bool[np.ndarray, " some"]:
         """Return which of the model's own answers to some of the queries look wrong."""
         mean, deviation, clear = self._predictions
-        if rows != list(range(len(mean))):
+        if list(rows) != list(range(len(mean))):
             mean, deviation, clear = mean[rows], deviation[rows], clear[rows]
         return self._check.suspicious(mean, deviation, own, clear)
 
