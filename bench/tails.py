@@ -19,7 +19,6 @@ import collections
 import dataclasses
 import fnmatch
 import functools
-import gc
 import json
 import os
 import time
@@ -37,6 +36,7 @@ from _report import block_bootstrap, environment, write_json
 from _tails_systems import ANY, System, Work, parity_models, rivals, systems, tune_rivals, works
 
 from nercc_jax.pools import AbstractPool, DevicePool, Fault, Faults, RayPool
+from nercc_jax.pools._garbage import short_collections
 from nercc_jax.serving import CodedBatcher, Coder, Reply
 from nercc_jax.stragglers import TraceLatency
 from nercc_jax.testing import SimulatedPool
@@ -384,17 +384,15 @@ class Outcomes:
 
     def stream(self, arrivals: np.ndarray) -> None:
         """Run the stream as time goes by; latencies count from the scheduled arrival."""
-        gc.collect()
-        gc.freeze()
-        begin = self._pool.clock.now()
-        for number, when in enumerate(arrivals):
-            left = begin + when - self._pool.clock.now()
-            if left > 0:
-                time.sleep(left)
-            self._send(number, begin + when)
-        while self.ended < len(arrivals):
-            time.sleep(0.01)
-        gc.unfreeze()
+        with short_collections():  # as `nercc serve` does
+            begin = self._pool.clock.now()
+            for number, when in enumerate(arrivals):
+                left = begin + when - self._pool.clock.now()
+                if left > 0:
+                    time.sleep(left)
+                self._send(number, begin + when)
+            while self.ended < len(arrivals):
+                time.sleep(0.01)
 
     def _send(self, number: int, scheduled: float) -> None:
         place = self._order[number]

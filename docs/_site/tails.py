@@ -165,3 +165,18 @@ def described(cells: Mapping[str, Cell]) -> str:
         f"Medians over {' or '.join(map(str, seeds))} seeds of arrivals, service times and faults, "
         f"{' or '.join(f'{number:,}' for number in judged)} judged queries each."
     )
+
+
+def minutes(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield what each system made of an open loop of minutes."""
+    for row in found["rows"]:
+        yield {
+            "system": row["system"],
+            "p50, ms": f"{row['p50_ms']:.0f}",
+            "p99, ms": f"{row['p99_ms']:.0f}",
+            "p99.9, ms": f"{row['p999_ms']:.0f}",
+            "p99 / p50": f"{row['p99_by_p50']:.2f}",
+            "p99 of the worst second, ms": f"{1e3 * row['worst_second_p99_s']:.0f}",
+            "labels right": f"{100 * row['right']:.2f} %",
+            "failed": str(sum(row["errors"].values())),
+        }

@@ -6,7 +6,7 @@ NERCC_MODELS='[{"model": "lenet5-digits"}]' serve build nercc_jax.cli.ray_serve:
 """
 
 import asyncio
-import gc
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +20,7 @@ from ray import serve
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..pools._garbage import short_collections
 from ..serving._settings import ModelSettings, ServerSettings, read_settings
 from ..serving._tracing import Telemetry, telemetry_from_environment
 from ..serving.transport._http import REQUEST_START
@@ -92,8 +93,8 @@ class CodedServer:
         served = await asyncio.to_thread(start_models, models, self._registry)
         self._telemetry = telemetry_from_environment()
         self._server_state = ServerState(served, settings, telemetry=self._telemetry)
-        gc.collect()
-        gc.freeze()  # as in `Server.serve`
+        self._collections = contextlib.ExitStack()
+        self._collections.enter_context(short_collections())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application, which Serve asks for."""

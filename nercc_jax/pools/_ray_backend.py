@@ -7,6 +7,7 @@ a machine, whatever holds them: modules, closures, bound methods.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import inspect
 import io
@@ -29,6 +30,7 @@ from jaxtyping import PyTree
 from ..inference._conditions import UNKNOWN
 from ._backend import OnOutcome, WorkerBackend, WorkerDied
 from ._batch import arrays_of
+from ._garbage import short_collections
 from ._ray_cluster import last_line, ray_module
 from ._ray_nodes import (
     by_node,
@@ -167,6 +169,8 @@ class Actor:
         self._program = Program(models, jax.local_devices()[0], compiled)
         warm_up([self._program], len(models), example)
         self._worker = Worker(self._program, faults.at(worker, life), _die)
+        self._collections = contextlib.ExitStack()
+        self._collections.enter_context(short_collections())
 
     def run(self, kind: int, batch: PyTree) -> PyTree:
         with self._program.at_home():

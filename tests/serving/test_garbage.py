@@ -1,13 +1,14 @@
 """What is over goes by itself: to look for garbage stops all threads of a server."""
 
 import gc
+import weakref
 
 import numpy as np
 import pytest
 from traffic import SERVICE, SHAPE, Traffic
 
 from nercc_jax import Replication, Uncoded
-from nercc_jax.pools import Batch
+from nercc_jax.pools import Batch, _garbage
 from nercc_jax.pools._batch import Task
 from nercc_jax.serving import BatchingPolicy
 from nercc_jax.serving.core._group import Group
@@ -43,3 +44,34 @@ def test_what_is_over_goes_without_a_look_for_garbage(code, untyped):
         gc.enable()
     traffic.batcher.close()
     traffic.pool.close()
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_what_survived_a_long_collection_is_left_out_of_later_ones(monkeypatch, long):
+    monkeypatch.setattr(_garbage, "_LONG", 0.0 if long else 60.0)
+    with _garbage.short_collections():
+        frozen = gc.get_freeze_count()
+        kept = [[] for _ in range(1000)]
+        gc.collect(1)
+        assert gc.get_freeze_count() == frozen, "it was not a full one"
+        gc.collect()
+        assert (gc.get_freeze_count() >= frozen + len(kept)) == long
+    gc.unfreeze()
+    gc.collect()
+    assert gc.get_freeze_count() == 0, "nothing is left out any more"
+
+
+def test_what_was_left_out_and_refers_to_itself_can_be_freed():
+    class Loop:
+        pass
+
+    loop = Loop()
+    loop.itself = loop
+    there = weakref.ref(loop)
+    with _garbage.short_collections():
+        del loop
+        gc.collect()
+        assert there() is not None
+        _garbage.collect_all()
+        assert there() is None
+    gc.unfreeze()

@@ -23,6 +23,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from ...codes import AbstractCode, NeRCC, Uncoded
 from ...inference._models import Model
+from ...pools._garbage import collect_all, short_collections
 from .._metrics import Metrics
 from .._served_model import ServedModel
 from .._settings import ModelSettings, ServerSettings
@@ -127,6 +128,7 @@ class Server:
         self._at_once = False
         self._signal: signal.Signals | None = None
         self._started = False
+        self._collections = contextlib.ExitStack()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -223,6 +225,7 @@ class Server:
             raise
         finally:
             await self._drain(http)
+            self._collections.close()
 
     def _must_end(self) -> bool:
         """Return whether to drain because something will end this process soon."""
@@ -271,8 +274,7 @@ class Server:
         if len(self.state.models) < len(self.starts):  # it drains
             return
         self._started = True
-        gc.collect()
-        gc.freeze()  # JAX leaves so many objects that collecting them stops all for 0.2 s
+        self._collections.enter_context(short_collections())
         gc.enable()  # `nercc serve` starts without
         seconds = round(time.monotonic() - begin, 3)
         models = list(self.state.models)
@@ -423,7 +425,7 @@ class _ExplicitControl(ModelControl):
                     close = functools.partial(server._close, key, server.settings.drain_timeout_s)
                     server._closing[key] = _in_background(close)
                     await _ended(server._closing.pop(key))
-            await _ended(_in_background(_collect_garbage))
+            await _ended(_in_background(collect_all))
 
     def _keys(self, name: str) -> list[str]:
         """Return the keys of a model's versions. Raises ModelNotFound, and ServerNotReady."""
@@ -433,13 +435,6 @@ class _ExplicitControl(ModelControl):
         if self._state.phase == "draining" or not self._server._started:
             raise ServerNotReady(f"It is {self._state.phase}.")
         return keys
-
-
-def _collect_garbage() -> None:
-    """Free what was frozen at the start, too, which stops all threads for a moment."""
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
 
 
 async def _ended(thread: threading.Thread) -> None:
