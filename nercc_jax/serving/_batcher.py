@@ -32,6 +32,10 @@ class CodedBatcher:
     Use it as a context manager, or `close` it. The pool is the caller's, who must not give it to
     another batcher, and must keep it open until the batcher is closed.
 
+    JAX leaves so many objects that a full garbage collection stops all threads for 60 ms and more.
+    A process of your own that serves should call `gc.collect()` and `gc.freeze()` once it has
+    compiled; `nercc serve` does.
+
     Attributes:
         policy: the batching policy.
         estimator: the estimator of decoding errors.
