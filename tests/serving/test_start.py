@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
+import gc
 import socket
 import threading
 
@@ -127,6 +128,16 @@ def test_a_model_answers_while_another_starts():
         assert client.get("/v2/health/ready").status_code == 503
         second.may.set()
         assert ready(client)
+
+
+def test_collections_of_garbage_are_short_from_its_start_to_its_end():
+    before = list(gc.callbacks)
+    with listening({"digits": Doubles}) as server:
+        for _ in patience(ENDS):
+            if server.state.phase == "serving":
+                break
+        assert len(gc.callbacks) == len(before) + 1
+    assert gc.callbacks == before
 
 
 def test_a_start_that_fails_ends_it_with_the_reason():
