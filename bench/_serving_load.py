@@ -120,8 +120,8 @@ class Load:
         places = (np.arange(len(queries))[:, None] + np.arange(rows)) % len(queries)
         self.labels, self.server = labels[places], server
         self.requests = [server.pack(queries[each]) for each in places]
-        # One row a request: when it was due and latency in seconds, NaN where it failed, and
-        # whether its labels are the same, and it is exact.
+        # One row a request: when it was due, its latency in seconds (NaN where it failed), whether
+        # its labels are the same, and whether it is exact.
         self.rows: list[tuple[float, float, bool, bool]] = []
         self.errors: dict[str, int] = {}
         self.lateness: list[float] = []
