@@ -50,23 +50,23 @@ def runs(rows: Sequence[Row]) -> Iterator[Row]:
 def prices(rows: Sequence[Row]) -> Iterator[Row]:
     """Yield what a server with checks makes of the requests, or the latency, of one without."""
     for model, surrogate in itertools.product(_MODELS, ("learner", "student")):
-        entry = {"model": _MODELS[model], "surrogate": surrogate}
-        for row in rows:
-            if row["model"] != model or surrogate not in row["servers"]:
-                continue
-            closed = row["loop"] == "closed"
-            what = "per_second" if closed else "p50_ms"
-            without, checked = (
-                np.array([each[what] for each in row["servers"][name]])
-                for name in (surrogate, f"{surrogate}, checks")
-            )
-            if closed:
-                ratios = checked / without
-                entry[f"requests a second, {row['clients']} client{'s' * (row['clients'] > 1)}"] = (
-                    f"{np.median(ratios):.2f} [{ratios.min():.2f},\u00a0{ratios.max():.2f}]"
-                )
-            else:
-                medians = np.median(without), np.median(checked)
-                entry["p50 at 80 a second, ms"] = "{:.1f} to {:.1f}".format(*medians)
-        if len(entry) > 2:
-            yield entry
+        some = [row for row in rows if row["model"] == model and surrogate in row["servers"]]
+        if some:
+            about = {"model": _MODELS[model], "surrogate": surrogate}
+            yield about | dict(_price(row, surrogate) for row in some)
+
+
+def _price(row: Row, surrogate: str) -> tuple[str, str]:
+    """Return the name of a load, and what checks make of it."""
+    closed, clients = row["loop"] == "closed", row["clients"]
+    what = "per_second" if closed else "p50_ms"
+    without, checked = (
+        np.array([each[what] for each in row["servers"][name]])
+        for name in (surrogate, f"{surrogate}, checks")
+    )
+    if not closed:
+        medians = np.median(without), np.median(checked)
+        return "p50 at 80 a second, ms", "{:.1f} to {:.1f}".format(*medians)
+    ratios = checked / without
+    found = f"{np.median(ratios):.2f} [{ratios.min():.2f},\u00a0{ratios.max():.2f}]"
+    return f"requests a second, {clients} client{'s' * (clients > 1)}", found

@@ -146,7 +146,7 @@ class AnswerCheck:
 
     def clear_squares(self, mean: _Vectors, deviation: _Numbers) -> _Numbers:
         """Return the squares of residuals up to which answers are cleared."""
-        return self.clear * mean.shape[1] * np.maximum(deviation, _LEAST) ** 2
+        return self.clear * _usual_squares(deviation, mean.shape[1])
 
     def suspicious(
         self,
@@ -304,7 +304,12 @@ def _mapped(x: np.ndarray, by: np.ndarray) -> np.ndarray:
 
 def _ratio(mean: _Vectors, deviation: _Numbers, answers: _Vectors) -> _Numbers:
     """Return mean squares of residuals over the squares of deviations."""
-    return _square(answers - mean) / (answers.shape[1] * np.maximum(deviation, _LEAST) ** 2)
+    return _square(answers - mean) / _usual_squares(deviation, mean.shape[1])
+
+
+def _usual_squares(deviation: _Numbers, outputs: int) -> _Numbers:
+    """Return the squares of residuals that are as large as deviations say."""
+    return outputs * np.maximum(deviation, _LEAST) ** 2
 
 
 def _square(x: _Vectors) -> _Numbers:

@@ -119,7 +119,7 @@ class ExpectedAnswers:
 
     def compute(self) -> None:
         """Compute what the answers are compared with, if it has not been yet."""
-        self._predictions  # noqa: B018 - a cached property
+        _ = self._predictions
 
     @functools.cached_property
     def _predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -102,18 +102,17 @@ class AnswerScreen:
                 if expected.row == 0 and not expected.answers.begun:
                     self._ahead.append(expected.answers)
 
+    @property
+    def is_ahead(self) -> bool:
+        """True if there is nothing for `compute_ahead` to do."""
+        return not self._ahead
+
     def compute_ahead(self) -> None:
         """Compute one expectation, for a thread that has nothing else to do while models run.
 
         What it does not come to is computed once the answers are there.
         """
-        if self._ahead:
-            self._ahead.popleft().compute()
-
-    @property
-    def is_ahead(self) -> bool:
-        """True if there is nothing for `compute_ahead` to do."""
-        return not self._ahead
+        self._ahead.popleft().compute()
 
     def receive(
         self, worker: int, queries: Sequence[Query], values: np.ndarray

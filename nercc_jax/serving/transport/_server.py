@@ -224,8 +224,8 @@ class Server:
             self._at_once = True
             raise
         finally:
-            await self._drain(http)
-            self._collections.close()
+            with self._collections:
+                await self._drain(http)
 
     def _must_end(self) -> bool:
         """Return whether to drain because something will end this process soon."""
