@@ -80,6 +80,12 @@ _TABLE = (
     _one("drifts", "Times that predictions were wrong more often than promised.", measure="drift"),
     _one("policy_changes", "Times that another setting was picked.", measure="policy_change"),
     _one("reexecutions", "Queries sent a second time.", measure="reexecution"),
+    _one(
+        "hedge_limits",
+        "Time that copies of late queries took, over the time after which a call is late: where "
+        "most are over 1, copies are as slow as what they copy.",
+        *(0.25, 0.5, 1, 2, 5, 10, 20),
+    ),
     _one("over_budget", "Uncertain answers given because the budget was spent."),
     _one(
         "expected_disagreement",

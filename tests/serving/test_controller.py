@@ -1,18 +1,26 @@
 """Settings that are picked by the tail: what is foreseen, what is picked, and what it costs."""
 
+import itertools
 import logging
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from batching import INTERLEAVED
 from traffic import SERVICE, Traffic, labels_right, model
 
 from nercc_jax import Berrut, Replication, Uncoded
-from nercc_jax.pools import Overdue
+from nercc_jax.pools import Fault, Faults, Overdue
 from nercc_jax.pools._times import Call
 from nercc_jax.serving import BatchingPolicy, Coder, Predictor
-from nercc_jax.serving.adapt._setting_controller import CallReplay, SettingController, replay_calls
+from nercc_jax.serving.adapt._setting_controller import (
+    CallReplay,
+    CopyTrials,
+    SettingController,
+    replay_calls,
+)
 from nercc_jax.serving.core._adaptation import DispatchSetting, Predictions
+from nercc_jax.stragglers import TraceLatency
 from nercc_jax.testing import SimulatedPool
 
 REPLICATION = Coder(Replication(1, 2))
@@ -75,6 +83,42 @@ def test_copies_are_other_workers_calls_of_the_same_time():
     together = [Call(float(i), 1.0 if 200 <= i < 400 else 0.1, 1, i % 4) for i in range(600)]
     replay = replay_calls(together, 1, workers=4, seed=0)
     assert np.mean(replay.own == replay.copies[0]) > 0.97
+
+
+def test_copies_of_slow_queries_are_as_slow_up_to_what_was_seen():
+    own, quick = np.ones(10_000), np.ones((2, 10_000))
+    own[:500], own[500:1500] = 11.0, 4.0  # by their worker, and by themselves
+    replay = CallReplay(own, quick, np.random.default_rng(0).random(10_000), 0.05)
+    alike = replay.alike(1.0, 4.4)
+    assert (alike.copies[:, :500] == 1).all()
+    assert (alike.copies[:, 500:1500] == 4).all()
+    assert foresee(alike, "none", 0.0, extra=0).tail == pytest.approx(4.0)
+    never = DispatchSetting(MEDIAN, "none", hedges=False)
+    found = alike.forecast(never, known=0.0, extra=0, extra_calls=0.0)
+    assert (found.tail, found.calls) == (11.0, 1.0)
+    half = replay.alike(0.5, 4.4).copies[0, 500:1500]
+    assert 0.4 < np.mean(half == 4) < 0.6
+    assert foresee(alike, "none", 0.0, extra=0).late_copies == pytest.approx(2 / 3)
+
+
+def test_trials_show_that_copies_are_as_slow_only_beyond_chance():
+    random, limit = np.random.default_rng(0), 1.35
+
+    def trials(share, number=500):
+        found = CopyTrials()
+        for _ in range(number // 50):
+            waits = np.where(random.random(50) < share, 4.0 / limit, 1.0 / limit)
+            found.add(waits.tolist(), limit, apart=0.2, alike=1.0, decay=0.97)
+        return found
+
+    assert max(trials(0.2).share for _ in range(20)) < 0.05
+    assert trials(1.0).share > 0.9
+    assert 0.3 < trials(0.6).share < 0.5  # (0.6 - 0.2) / (1 - 0.2), less what chance does
+    assert trials(1.0).slowest == pytest.approx(4.4)
+    few = CopyTrials()
+    assert few.slowest == 0
+    few.add([9.0] * 19, limit, apart=0.0, alike=1.0, decay=0.97)
+    assert few.share == 0
 
 
 class Sure(Predictor):
@@ -248,6 +292,51 @@ def test_two_copies_at_once_halve_the_tail_of_those_that_straggle_twice():
     assert tails[0] > 3.5, "a copy in five straggles, and one more goes out after it"
     assert tails[1] < 3
     assert calls == pytest.approx([1.25, 1.4], abs=0.08)
+
+
+def slow_queries():
+    """Traffic in which nobody straggles, but one query in twenty takes long until it is stopped."""
+    limits = [1.645]
+    latency = TraceLatency(jnp.array([10 * SERVICE]))
+
+    def score(batch):
+        return np.asarray(batch)[:, 0] > limits[-1]
+
+    faults = Faults([Fault("delay", latency=latency, score=score, least_score=1.0)])
+    policy = BatchingPolicy(straggler_threshold=1.35, copies=3, max_calls=1.1, ordering=False)
+    traffic = Traffic(None, policy, share=0.0, rate=130, num_workers=28, faults=faults)
+    traffic.settle = 60 * SERVICE
+    traffic.send(1500)
+    return traffic, lambda: limits.append(np.inf)
+
+
+def test_queries_that_are_slow_themselves_are_not_copied_unless_a_worker_hangs():
+    traffic, _ = slow_queries()
+    assert not traffic.batcher._adaptation.setting.hedges
+    assert "no copies" in traffic.batcher.status()["policy"]["reason"]
+    before, replies = traffic.calls(), traffic.send(500)
+    assert traffic.calls() - before == 500
+    assert max(seconds for seconds, *_ in replies) < 12 * SERVICE
+    calls = itertools.count()
+    traffic.pool_seconds = lambda size: SERVICE * (1000 if next(calls) == 100 else 1)
+    seconds = sorted(seconds for seconds, *_ in traffic.send(400))
+    assert seconds[-2] < 12 * SERVICE
+    assert 20 * 1.35 * SERVICE < seconds[-1] < (20 * 1.35 + 12) * SERVICE
+
+
+@pytest.mark.slow
+def test_copies_are_tried_again():
+    traffic, stop = slow_queries()
+    stop()
+    traffic.share, tried, adaptation = 0.05, 0, traffic.batcher._adaptation
+    assert not adaptation.setting.hedges
+    while not adaptation.setting.hedges:
+        traffic.send(500)
+        tried += 1
+    assert tried < 20
+    traffic.send(1000)
+    tail = np.quantile([seconds for seconds, *_ in traffic.send(1000)], 0.99)
+    assert tail < 4 * SERVICE
 
 
 @pytest.mark.slow

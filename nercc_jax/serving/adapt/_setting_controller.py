@@ -2,7 +2,8 @@
 
 Tails are forecast by replaying a pool's calls: for each as a query's own call, calls of other
 workers that were sent soon after represent its copies, so that whatever slows many workers at once
-slows copies, too. Only queueing is left out, so forecasts are corrected by what is measured.
+slows copies, too. What slows a query, whoever computes it, is told by copies that were sent, and
+makes them useless. Only queueing is left out, so forecasts are corrected by what is measured.
 """
 
 import collections
@@ -36,13 +37,15 @@ _P999, _P99 = (0.998, 0.9998), (0.99, 0.999)
 class TailForecast:
     """The forecast for a setting: mean latencies around p99.9 and from p99 to p99.9, in medians.
 
-    And the calls per query, and the share of queries whose own worker straggles.
+    And the calls per query, the share of queries whose own worker straggles, and that of hedged
+    ones whose copies straggle, too.
     """
 
     tail: float
     p99: float
     calls: float
     late: float
+    late_copies: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,22 @@ class CallReplay:
     draws: Float[np.ndarray, " queries"]
     median: float
 
+    def alike(self, share: float, most: float = math.inf) -> "CallReplay":
+        """Return the replay with this share of the queries, up to so many medians, as slow twice.
+
+        Copies of these take as long as the query's own call.
+        """
+        if not share:
+            return self
+        # Those which a surrogate knows are drawn in the other order.
+        as_slow = (self.draws[::-1] < share) & (self.own <= most)
+        return dataclasses.replace(self, copies=np.where(as_slow, self.own, self.copies))
+
+    def limit(self, setting: DispatchSetting) -> float:
+        """Return the medians after which a call is late."""
+        usual = self.median * float(np.quantile(self.own, setting.overdue.quantile))
+        return setting.overdue.after(usual) / self.median
+
     def forecast(
         self, setting: DispatchSetting, *, known: float, extra: int, extra_calls: float
     ) -> TailForecast:
@@ -65,9 +84,7 @@ class CallReplay:
 
         Where redundancy is sent, `extra` copies go out with a query, and calls are added to it.
         """
-        overdue = setting.overdue
-        usual = self.median * float(np.quantile(self.own, overdue.quantile))
-        limit = overdue.after(usual) / self.median
+        overdue, limit = setting.overdue, self.limit(setting)
         sure = self.draws < known
         twice = {"none": np.zeros_like(sure), "uncertain": ~sure, "always": np.ones_like(sure)}
         first, doubled = self.own, twice[setting.redundancy]
@@ -75,7 +92,9 @@ class CallReplay:
             first = np.where(doubled, np.minimum(first, copy), first)
         late = first > limit
         calls = 1.0 + extra_calls * float(doubled.mean())
-        seconds, again = first, late & ~sure
+        seconds, again = first, late & ~sure & setting.hedges
+        again_late = again & (self.copies[extra : extra + overdue.copies] > limit).all(axis=0)
+        late_copies = float(again_late.sum()) / max(float(again.sum()), 1.0)
         for number, place in enumerate(range(extra, len(self.copies), overdue.copies), start=1):
             again = again & (seconds > number * limit)
             for copy in self.copies[place : place + overdue.copies]:
@@ -87,6 +106,7 @@ class CallReplay:
             _mean_between(seconds, _P99),
             calls,
             float(late.mean()),
+            late_copies,
         )
 
 
@@ -132,6 +152,48 @@ def _mean_between(ordered: Float[np.ndarray, " queries"], quantiles: tuple[float
     return float(ordered[begin : max(end, begin + 1)].mean())
 
 
+class CopyTrials:
+    """What hedged queries show of their copies: whether these are as slow as their queries.
+
+    Their copies are late, too, or not. How often that is to be expected, the replay says: of
+    copies that are other calls of that time (`apart`), and of those that are as slow as their
+    queries (`alike`).
+    """
+
+    _FEWEST, _SURE = 20, 3.0  # trials; standard deviations beyond what chance does
+    _RECENT = 200  # late trials whose times are kept
+
+    def __init__(self):
+        self._counts = np.zeros(4)  # trials, late ones, and those to expect
+        self._times: collections.deque[float] = collections.deque(maxlen=self._RECENT)
+
+    def add(
+        self, waits: Sequence[float], limit: float, *, apart: float, alike: float, decay: float
+    ) -> None:
+        """Note how many limits copies took, and the shares of late ones to expect.
+
+        A limit is in medians. What is known already counts less, by the factor `decay`.
+        """
+        late = [limit * wait for wait in waits if wait > 1]
+        number = len(waits)
+        self._counts = decay * self._counts + (number, len(late), apart * number, alike * number)
+        self._times.extend(late)
+
+    @property
+    def share(self) -> float:
+        """The share of late queries whose copies are as slow: what is sure of it."""
+        trials, late, apart, alike = self._counts.tolist()
+        if trials < self._FEWEST:
+            return 0.0
+        chance = self._SURE * math.sqrt(apart * (1 - apart / trials) + 1)
+        return min(max((late - apart - chance) / max(alike - apart, 1), 0.0), 1.0)
+
+    @property
+    def slowest(self) -> float:
+        """How slow these are, in medians. Others, which are slower, have not shown to be alike."""
+        return 1.1 * float(np.quantile(self._times, 0.9)) if self._times else 0.0
+
+
 _LOG = logging.getLogger(__name__)
 
 # Candidates besides the policy's own rule: multiples of the median.
@@ -147,6 +209,8 @@ _MORE_LATE, _LATE_OF_ALL = 0.1, 0.001
 # The correction of forecasts decays at each decision, by half in some 11,000 queries, because load
 # comes and goes; and its largest factor.
 _DECAY, _WORST = 0.97, 5.0
+# Without hedging, more of the slow queries than this have copies that are as slow.
+_USELESS = 0.5
 _SHARE = 0.02  # of the time, that decisions may take
 
 
@@ -157,7 +221,8 @@ class SettingController:
     was measured when that redundancy was last tried. Among the settings that cost at most
     `max_calls`, and with which hardly more queries straggle than with the policy's own rule, the
     one with the least p99.9 is taken; among equivalent ones that with the least p99, and then the
-    cheapest. Hedging is always a candidate.
+    cheapest. Hedging is always a candidate; where copies are as slow as their queries, so is not to
+    hedge.
 
     Attributes:
         setting: the setting that holds; immutable, and replaced as a whole.
@@ -197,6 +262,8 @@ class SettingController:
             DispatchSetting(rule, each) for each in allowed for rule in dict.fromkeys(rules)
         ]
         self.setting, self._reason = self.settings[0], "nothing is known yet"
+        self._trials = CopyTrials()
+        self._waits: list[float] = []  # for copies, in limits of the setting
         self._factors: dict[Redundancy, tuple[float, float]] = {}  # of tails, and of calls
         # The share of stragglers' queries that redundancy answers, until it was tried.
         self._decoded = 1.0
@@ -211,6 +278,8 @@ class SettingController:
         self._pass_on(what, number)
         if what in ("request_ok", "request_deadline"):
             self._seconds.append(number)
+        elif what == "hedge_limits":
+            self._waits.append(number)
         elif what == "reexecution":
             self._counts[what] += int(number)
         elif what.startswith("query_"):
@@ -227,6 +296,7 @@ class SettingController:
             "quantile": setting.overdue.quantile,
             "hedge_copies": setting.overdue.copies,
             "redundancy": setting.redundancy,
+            "hedges": setting.hedges,
             "reason": self._reason,
         }
 
@@ -252,20 +322,23 @@ class SettingController:
         replay = replay_calls(calls, copies, self._pool.num_workers, self._decisions)
         if replay is None:
             return
-        options = {"extra": self._copies, "extra_calls": self._extra_calls}
-        forecasts = {
-            each: replay.forecast(each, known=self._answered_share(each), **options)
-            for each in self.settings
-        }
         current = self.setting
+        self._learn_copies(replay)
+        replay = replay.alike(self._trials.share, self._trials.slowest)
+        useless = self._trials.share > _USELESS
+        settings = list(self.settings)
+        if useless or not current.hedges:
+            settings += [each._replace(hedges=False) for each in settings]
+        forecasts = {each: self._forecast(each, replay) for each in settings}
         self._learn_factors(forecasts[current], calls)
         forecasts = {each: self._corrected(each, found) for each, found in forecasts.items()}
         most_late = forecasts[self.settings[0]].late * (1 + _MORE_LATE) + _LATE_OF_ALL
         predicts = self._predictor is not None and self._predictor.state == "answering"
         candidates = [
             each
-            for each in self.settings
+            for each in settings
             if (forecasts[each].late <= most_late or self._answered_share(each) == 0)
+            and (useless or each.hedges)
             and (predicts or each.redundancy != "uncertain")  # nothing says what is uncertain
         ]
         # If all cost more than may be spent, the cheapest.
@@ -278,6 +351,20 @@ class SettingController:
         if current in same and forecasts[current].calls <= forecasts[cheapest].calls + _SAME_CALLS:
             return
         self._change(cheapest, forecasts)
+
+    def _forecast(self, setting: DispatchSetting, replay: CallReplay) -> TailForecast:
+        known = self._answered_share(setting)
+        extra, calls = self._copies, self._extra_calls
+        return replay.forecast(setting, known=known, extra=extra, extra_calls=calls)
+
+    def _learn_copies(self, replay: CallReplay) -> None:
+        """Learn from the queries that were hedged since the last decision."""
+        waits, self._waits = self._waits, []
+        apart, alike = (
+            self._forecast(self.setting, replay.alike(share)).late_copies for share in (0.0, 1.0)
+        )
+        limit = replay.limit(self.setting)
+        self._trials.add(waits, limit, apart=apart, alike=alike, decay=_DECAY)
 
     def _answered_share(self, setting: DispatchSetting) -> float:
         """Return the share of stragglers' queries that are predicted or decoded."""
@@ -327,6 +414,7 @@ class SettingController:
 
         reason = f"{describe(chosen)}; before, {describe(self.setting)}"
         self.setting, self._reason = chosen, reason
+        self._waits = []
         self._start_measuring()
         self._pass_on("policy_change", 1)
         _LOG.info("policy: %s", reason)
@@ -351,4 +439,5 @@ def _words(setting: DispatchSetting) -> str:
     }
     times = "" if overdue.factor == 1 else f"{overdue.factor:g} times "
     copies = f", {overdue.copies} copies at once" if overdue.copies > 1 else ""
+    copies = copies if setting.hedges else ", no copies, which are as late"
     return f"late after {times}{when}{copies}, {redundancy[setting.redundancy]}"

@@ -29,10 +29,12 @@ class DispatchSetting(NamedTuple):
         overdue: the rule by which a call counts as late, and the copies that follow at once.
         redundancy: the coded data points that are sent beyond the queries: all that the code has
             ("always"), those for queries that a surrogate could not answer ("uncertain"), or none.
+        hedges: whether late queries are sent again soon, where the policy hedges at all.
     """
 
     overdue: Overdue
     redundancy: Redundancy
+    hedges: bool = True
 
 
 class ExpectedError(NamedTuple):

@@ -280,17 +280,19 @@ class Dispatcher:
         same = same[: power_of_two(len(same))]
         self._queue.resend([query for query in queries if query not in same])
         at_once = 1 if avoid else turn.setting.overdue.copies
-        self._send_alone(_cell(same), turn, avoid, at_once)
+        group = self._send_alone(_cell(same), turn, avoid, at_once)
+        group.hedges = not avoid
 
     def _send_alone(
         self, cell: Cell, turn: Turn, avoid: Iterable[int] = (), at_once: int = 1
-    ) -> None:
+    ) -> Group:
         """Send a batch to one worker, but not to some, hedged: the answers are exact."""
         group = self._new_group(self._alone, turn, alone=True, at_once=at_once)
         group.add(cell)
         assert cell.x is not None
         self._send(group, np.arange(1), [cell.x], turn.now, avoid)
         group.drop_inputs()
+        return group
 
     def _new_group(
         self, coder: Coder, turn: Turn, *, alone: bool = False, at_once: int = 1

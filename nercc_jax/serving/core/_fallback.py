@@ -265,8 +265,11 @@ class FallbackPolicy:
     def earn(self, queries: int) -> None:
         self._budget.earn(queries)
 
-    def decide(self, group: Group, late: np.ndarray) -> Fallback:
-        """Decide about a group's queries; coded data points that are late are not waited for."""
+    def decide(self, group: Group, late: np.ndarray, *, hedges: bool = True) -> Fallback:
+        """Decide about a group's queries; coded data points that are late are not waited for.
+
+        Unless it hedges, late queries that are not answered go on waiting for their workers.
+        """
         if self._coder.systematic and not late.any():
             return Fallback([], [])  # each query has a worker of its own that is in time
         lost = [
@@ -289,6 +292,8 @@ class FallbackPolicy:
             good += admitted
         if not last:
             return Fallback(good, [])
+        if not (hedges and self._hedges):
+            lost = [number for number in lost if _has_failed(group, number)]
         more, resend = self._resend(group, lost, good, best)
         return Fallback(good + more, resend)
 
@@ -327,12 +332,7 @@ class FallbackPolicy:
     def _resend(
         self, group: Group, cells: list[int], good: list[GroupAnswer], best: list[GroupAnswer]
     ) -> Fallback:
-        """Send queries again, once each and the least certain first; beyond the budget give `best`.
-
-        Without hedging, only queries whose calls have failed are sent again.
-        """
-        if not self._hedges:
-            cells = [number for number in cells if _has_failed(group, number)]
+        """Send queries again, once each, the least certain first; beyond the budget give `best`."""
         uncertain = {(given.cell, given.row): given for given in best}
         answered = {(given.cell, given.row) for given in good}
         left = [

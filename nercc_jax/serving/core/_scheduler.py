@@ -46,6 +46,8 @@ _LOG = logging.getLogger(__name__)
 # Groups that may be kept after their queries are answered, to receive their stragglers' answers,
 # and for how many median answer times (but at least a second).
 _LINGERING, _LINGER = 256, 20
+# While queries that are late are not hedged, they are after so many limits: their worker may hang.
+_PATIENCE = 20
 # The share of approximate answers whose queries nobody has as they came that is computed, too.
 _AUDITED = 0.02
 _PROBE = 5.0  # seconds that a probe may take
@@ -398,7 +400,11 @@ class QueryScheduler:
         if group.pending and group.alone:
             self._fail_if_lost(group)
         elif group.pending:
-            answers, resend = self._fallback.decide(group, self._late(group, now))
+            patient = now - np.min(group.sent_at[group.outstanding], initial=now) < (
+                _PATIENCE * self._times.limit(group.rows)
+            )
+            hedges = self._setting.hedges or not patient
+            answers, resend = self._fallback.decide(group, self._late(group, now), hedges=hedges)
             for each in answers:
                 query = group.cells[each.cell].queries[each.row]
                 self._give(group, query, each)
@@ -408,6 +414,7 @@ class QueryScheduler:
             self._queue.resend(resend)
         # What is held back of a single batch goes on by itself.
         if not group.pending or (group.alone and group.mask.all()):
+            self._count_hedge(group, now)
             self._close_group(group, now)
         if not group.closed:
             self._set_timer(group, now)
@@ -449,6 +456,13 @@ class QueryScheduler:
                 self._settle([self._screen.give_up(query)], self._clock.now())
             elif not query.done:
                 self._fail(query.request, InferenceFailed(why, public))
+
+    def _count_hedge(self, group: Group, now: float) -> None:
+        """Note, once, how long a copy of late queries took, whether it came first or not."""
+        limit = self._times.limit(group.rows)
+        if group.hedges and limit < math.inf:
+            self._observe("hedge_limits", (now - float(group.sent_at[0])) / limit)
+        group.hedges = False
 
     def _close_group(self, group: Group, now: float) -> None:
         """Close a group whose queries are answered, or keep it to receive stragglers' answers."""
@@ -498,6 +512,8 @@ class QueryScheduler:
         elif group.linger_until < math.inf:
             due = group.linger_until
         elif not group.alone:
-            ends = group.sent_at[group.outstanding] + self._times.limit(group.rows)
+            sent, limit = group.sent_at[group.outstanding], self._times.limit(group.rows)
+            limits = (limit,) if self._setting.hedges else (limit, _PATIENCE * limit)
+            ends = np.add.outer(sent, limits)
             due = float(np.min(ends[ends > now], initial=math.inf))
         self._timers.set(group, due, now)
