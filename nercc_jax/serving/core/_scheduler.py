@@ -46,7 +46,7 @@ _LOG = logging.getLogger(__name__)
 # Groups that may be kept after their queries are answered, to receive their stragglers' answers,
 # and for how many median answer times (but at least a second).
 _LINGERING, _LINGER = 256, 20
-# While queries that are late are not hedged, they are after so many limits: their worker may hang.
+# The limits after which a query is hedged even where copies are as slow: its worker may hang.
 _PATIENCE = 20
 # The share of approximate answers whose queries nobody has as they came that is computed, too.
 _AUDITED = 0.02
@@ -400,11 +400,8 @@ class QueryScheduler:
         if group.pending and group.alone:
             self._fail_if_lost(group)
         elif group.pending:
-            patient = now - np.min(group.sent_at[group.outstanding], initial=now) < (
-                _PATIENCE * self._times.limit(group.rows)
-            )
-            hedges = self._setting.hedges or not patient
-            answers, resend = self._fallback.decide(group, self._late(group, now), hedges=hedges)
+            late, hedges = self._late(group, now), self._hedges(group, now)
+            answers, resend = self._fallback.decide(group, late, hedges=hedges)
             for each in answers:
                 query = group.cells[each.cell].queries[each.row]
                 self._give(group, query, each)
@@ -441,6 +438,13 @@ class QueryScheduler:
         for point in np.flatnonzero(outstanding & ~late).tolist():
             late[point] = group.batch.abandoned(point)
         return late
+
+    def _hedges(self, group: Group, now: float) -> bool:
+        """Return whether to send late queries again: always, if a worker may well hang."""
+        if self._setting.hedges:
+            return True
+        longest = now - float(np.min(group.sent_at[group.outstanding], initial=now))
+        return longest >= _PATIENCE * self._times.limit(group.rows)
 
     def _fail_if_lost(self, group: Group) -> None:
         if not group.batch.lost(0):
