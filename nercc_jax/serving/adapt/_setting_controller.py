@@ -347,7 +347,8 @@ class SettingController:
         # Where p99.9 cannot be helped, p99 may.
         same = _least(allowed, lambda each: forecasts[each].tail, _SAME)
         same = _least(same, lambda each: forecasts[each].p99, _SAME_P99)
-        cheapest = min(same, key=lambda each: forecasts[each].calls)
+        # Of equal calls, by the approximate answers: they cost labels.
+        cheapest = min(same, key=lambda each: (forecasts[each].calls, forecasts[each].late))
         if current in same and forecasts[current].calls <= forecasts[cheapest].calls + _SAME_CALLS:
             return
         self._change(cheapest, forecasts)

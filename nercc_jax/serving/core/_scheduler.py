@@ -46,8 +46,9 @@ _LOG = logging.getLogger(__name__)
 # Groups that may be kept after their queries are answered, to receive their stragglers' answers,
 # and for how many median answer times (but at least a second).
 _LINGERING, _LINGER = 256, 20
-# The limits after which a query is hedged even where copies are as slow: its worker may hang.
-_PATIENCE = 20
+# The median answer times after which a query is sent again even where copies are as slow as what
+# they copy: its worker may hang.
+_PATIENCE = 30
 # The share of approximate answers whose queries nobody has as they came that is computed, too.
 _AUDITED = 0.02
 _PROBE = 5.0  # seconds that a probe may take
@@ -444,7 +445,7 @@ class QueryScheduler:
         if self._setting.hedges:
             return True
         longest = now - float(np.min(group.sent_at[group.outstanding], initial=now))
-        return longest >= _PATIENCE * self._times.limit(group.rows)
+        return longest >= _PATIENCE * self._times.median(group.rows)
 
     def _fail_if_lost(self, group: Group) -> None:
         if not group.batch.lost(0):
@@ -517,7 +518,7 @@ class QueryScheduler:
             due = group.linger_until
         elif not group.alone:
             sent, limit = group.sent_at[group.outstanding], self._times.limit(group.rows)
-            limits = (limit,) if self._setting.hedges else (limit, _PATIENCE * limit)
-            ends = np.add.outer(sent, limits)
+            patience = _PATIENCE * self._times.median(group.rows)
+            ends = np.add.outer(sent, (limit,) if self._setting.hedges else (limit, patience))
             due = float(np.min(ends[ends > now], initial=math.inf))
         self._timers.set(group, due, now)
