@@ -440,5 +440,5 @@ def _words(setting: DispatchSetting) -> str:
     }
     times = "" if overdue.factor == 1 else f"{overdue.factor:g} times "
     copies = f", {overdue.copies} copies at once" if overdue.copies > 1 else ""
-    copies = copies if setting.hedges else ", no copies, which are as late"
+    copies = copies if setting.hedges else ", no copies (as slow as their queries)"
     return f"late after {times}{when}{copies}, {redundancy[setting.redundancy]}"
