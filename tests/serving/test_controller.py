@@ -96,6 +96,7 @@ def test_copies_of_slow_queries_are_as_slow_up_to_what_was_seen():
     never = DispatchSetting(MEDIAN, "none", hedges=False)
     found = alike.forecast(never, known=0.0, extra=0, extra_calls=0.0)
     assert (found.tail, found.calls) == (11.0, 1.0)
+    assert found.late_copies > 0.5, "there are trials without hedging, too"
     half = replay.alike(0.5, 4.4).copies[0, 500:1500]
     assert 0.4 < np.mean(half == 4) < 0.6
     assert foresee(alike, "none", 0.0, extra=0).late_copies == pytest.approx(2 / 3)
@@ -315,7 +316,7 @@ def test_queries_that_are_slow_themselves_are_not_copied_unless_a_worker_hangs()
     assert not traffic.batcher._adaptation.setting.hedges
     assert "no copies" in traffic.batcher.status()["policy"]["reason"]
     before, replies = traffic.calls(), traffic.send(500)
-    assert traffic.calls() - before == 500
+    assert 500 <= traffic.calls() - before <= 515  # but for trials
     assert max(seconds for seconds, *_ in replies) < 12 * SERVICE
     calls = itertools.count()
     traffic.pool_seconds = lambda size: SERVICE * (1000 if next(calls) == 100 else 1)
@@ -336,7 +337,7 @@ def test_copies_are_tried_again():
     assert tried < 20
     traffic.send(1000)
     tail = np.quantile([seconds for seconds, *_ in traffic.send(1000)], 0.99)
-    assert tail < 4 * SERVICE
+    assert tail < 7 * SERVICE, "11 without copies"
 
 
 @pytest.mark.slow

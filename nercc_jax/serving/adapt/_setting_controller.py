@@ -92,9 +92,10 @@ class CallReplay:
             first = np.where(doubled, np.minimum(first, copy), first)
         late = first > limit
         calls = 1.0 + extra_calls * float(doubled.mean())
-        seconds, again = first, late & ~sure & setting.hedges
+        seconds, again = first, late & ~sure
         again_late = again & (self.copies[extra : extra + overdue.copies] > limit).all(axis=0)
         late_copies = float(again_late.sum()) / max(float(again.sum()), 1.0)
+        again = again & setting.hedges
         for number, place in enumerate(range(extra, len(self.copies), overdue.copies), start=1):
             again = again & (seconds > number * limit)
             for copy in self.copies[place : place + overdue.copies]:

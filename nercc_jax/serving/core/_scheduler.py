@@ -49,6 +49,8 @@ _LINGERING, _LINGER = 256, 20
 # The median answer times after which a query is sent again even where copies are as slow as what
 # they copy: its worker may hang.
 _PATIENCE = 30
+# The share of late queries that are copied all the same, to see whether that is so still.
+_TRIED = 0.1
 # The share of approximate answers whose queries nobody has as they came that is computed, too.
 _AUDITED = 0.02
 _PROBE = 5.0  # seconds that a probe may take
@@ -443,6 +445,10 @@ class QueryScheduler:
     def _hedges(self, group: Group, now: float) -> bool:
         """Return whether to send late queries again: always, if a worker may well hang."""
         if self._setting.hedges:
+            return True
+        if group.tried is None:
+            group.tried = self._random.random() < _TRIED
+        if group.tried:
             return True
         longest = now - float(np.min(group.sent_at[group.outstanding], initial=now))
         return longest >= _PATIENCE * self._times.median(group.rows)
