@@ -281,7 +281,7 @@ class Dispatcher:
         self._queue.resend([query for query in queries if query not in same])
         at_once = 1 if avoid else turn.setting.overdue.copies
         group = self._send_alone(_cell(same), turn, avoid, at_once)
-        group.hedges = not avoid
+        group.is_copy = not avoid
 
     def _send_alone(
         self, cell: Cell, turn: Turn, avoid: Iterable[int] = (), at_once: int = 1

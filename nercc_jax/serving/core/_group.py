@@ -67,7 +67,7 @@ class Group:
         # By cell and row: predictions, looked up once for each query.
         self.predictions: dict[tuple[int, int], GroupPrediction] = {}
         self.tried: bool | None = None  # whether it is hedged for a trial; None if not drawn yet
-        self.hedges = False  # it is a copy of queries that were late, until they are answered
+        self.is_copy = False  # of late queries, until it is answered
         self.stripped = False  # of all but what is to be compared with late answers
         self.posted = False  # it is in the scheduler's inbox
         self.closed = False

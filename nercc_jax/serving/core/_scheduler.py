@@ -471,9 +471,9 @@ class QueryScheduler:
     def _count_hedge(self, group: Group, now: float) -> None:
         """Note, once, how long a copy of late queries took, whether it came first or not."""
         limit = self._times.limit(group.rows)
-        if group.hedges and limit < math.inf:
+        if group.is_copy and limit < math.inf:
             self._observe("hedge_limits", (now - float(group.sent_at[0])) / limit)
-        group.hedges = False
+        group.is_copy = False
 
     def _close_group(self, group: Group, now: float) -> None:
         """Close a group whose queries are answered, or keep it to receive stragglers' answers."""
