@@ -48,7 +48,7 @@ _LOG = logging.getLogger(__name__)
 _LINGERING, _LINGER = 256, 20
 # The median answer times after which a query is sent again even where copies are as slow as what
 # they copy: its worker may hang.
-_PATIENCE = 30
+_LONGEST = 30
 # The share of late queries that are copied all the same, to see whether that is so still.
 _TRIED = 0.1
 # The share of approximate answers whose queries nobody has as they came that is computed, too.
@@ -450,8 +450,8 @@ class QueryScheduler:
             group.tried = self._random.random() < _TRIED
         if group.tried:
             return True
-        longest = now - float(np.min(group.sent_at[group.outstanding], initial=now))
-        return longest >= _PATIENCE * self._times.median(group.rows)
+        waited = now - float(np.min(group.sent_at[group.outstanding], initial=now))
+        return waited >= _LONGEST * self._times.median(group.rows)
 
     def _fail_if_lost(self, group: Group) -> None:
         if not group.batch.lost(0):
@@ -524,7 +524,7 @@ class QueryScheduler:
             due = group.linger_until
         elif not group.alone:
             sent, limit = group.sent_at[group.outstanding], self._times.limit(group.rows)
-            patience = _PATIENCE * self._times.median(group.rows)
-            ends = np.add.outer(sent, (limit,) if self._setting.hedges else (limit, patience))
+            longest = _LONGEST * self._times.median(group.rows)
+            ends = np.add.outer(sent, (limit,) if self._setting.hedges else (limit, longest))
             due = float(np.min(ends[ends > now], initial=math.inf))
         self._timers.set(group, due, now)
