@@ -85,41 +85,49 @@ def test_copies_are_other_workers_calls_of_the_same_time():
     assert np.mean(replay.own == replay.copies[0]) > 0.97
 
 
-def test_copies_of_slow_queries_are_as_slow_up_to_what_was_seen():
+def test_copies_of_slow_queries_are_as_slow_where_that_was_seen():
     own, quick = np.ones(10_000), np.ones((2, 10_000))
     own[:500], own[500:1500] = 11.0, 4.0  # by their worker, and by themselves
     replay = CallReplay(own, quick, np.random.default_rng(0).random(10_000), 0.05)
-    alike = replay.alike(1.0, 4.4)
+    fours = np.arange(8) == 3  # of 3 to 5 medians
+    alike = replay.alike(1.0 * fours)
     assert (alike.copies[:, :500] == 1).all()
     assert (alike.copies[:, 500:1500] == 4).all()
     assert foresee(alike, "none", 0.0, extra=0).tail == pytest.approx(4.0)
     never = DispatchSetting(MEDIAN, "none", hedges=False)
     found = alike.forecast(never, known=0.0, extra=0, extra_calls=0.0)
     assert (found.tail, found.calls) == (11.0, 1.0)
-    assert found.late_copies > 0.5, "there are trials without hedging, too"
-    half = replay.alike(0.5, 4.4).copies[0, 500:1500]
+    half = replay.alike(0.5 * fours).copies[0, 500:1500]
     assert 0.4 < np.mean(half == 4) < 0.6
-    assert foresee(alike, "none", 0.0, extra=0).late_copies == pytest.approx(2 / 3)
+    # There are trials without hedging, too.
+    slow, copies = alike.hedged(never, known=0.0, extra=0)
+    assert (np.sort(slow) == np.repeat([4.0, 11.0], [1000, 500])).all()
+    assert (np.sort(copies) == np.repeat([1.0, 4.0], [500, 1000])).all()
+    # A second copy goes out after the first was late, or with it.
+    quick[0] = 11.0
+    for at_once, time in ((1, 2.5), (2, 1.0)):
+        rule = Overdue(0.5, 1.5, floor=0.0, copies=at_once)
+        _, copies = replay.hedged(DispatchSetting(rule, "none"), known=0.0, extra=0)
+        assert copies == pytest.approx(np.full(1500, time))
 
 
 def test_trials_show_that_copies_are_as_slow_only_beyond_chance():
-    random, limit = np.random.default_rng(0), 1.35
+    random, fours = np.random.default_rng(0), 3
 
     def trials(share, number=500):
         found = CopyTrials()
         for _ in range(number // 50):
-            waits = np.where(random.random(50) < share, 4.0 / limit, 1.0 / limit)
-            found.add(waits.tolist(), limit, apart=0.2, alike=1.0, decay=0.97)
-        return found
+            times = np.where(random.random(50) < share, 4.0, 1.0)
+            found.add(times.tolist(), apart=[4.0, 1.0, 1.0, 1.0, 1.0], alike=[4.0], decay=0.97)
+        return found.shares
 
-    assert max(trials(0.2).share for _ in range(20)) < 0.05
-    assert trials(1.0).share > 0.9
-    assert 0.3 < trials(0.6).share < 0.5  # (0.6 - 0.2) / (1 - 0.2), less what chance does
-    assert trials(1.0).slowest == pytest.approx(4.4)
+    assert max(trials(0.2)[fours] for _ in range(20)) < 0.05
+    assert trials(1.0)[fours] > 0.9
+    assert trials(1.0).sum() == trials(1.0)[fours]
+    assert 0.3 < trials(0.6)[fours] < 0.5  # (0.6 - 0.2) / (1 - 0.2), less what chance does
     few = CopyTrials()
-    assert few.slowest == 0
-    few.add([9.0] * 19, limit, apart=0.0, alike=1.0, decay=0.97)
-    assert few.share == 0
+    few.add([9.0] * 19, apart=[1.0], alike=[9.0], decay=0.97)
+    assert not few.shares.any()
 
 
 class Sure(Predictor):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from ...pools import AbstractPool, Overdue
 from ...pools._clock import TimeShare
@@ -37,15 +37,13 @@ _P999, _P99 = (0.998, 0.9998), (0.99, 0.999)
 class TailForecast:
     """The forecast for a setting: mean latencies around p99.9 and from p99 to p99.9, in medians.
 
-    And the calls per query, the share of queries whose own worker straggles, and that of hedged
-    ones whose copies straggle, too.
+    And the calls per query, and the share of queries whose own worker straggles.
     """
 
     tail: float
     p99: float
     calls: float
     late: float
-    late_copies: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +59,42 @@ class CallReplay:
     draws: Float[np.ndarray, " queries"]
     median: float
 
-    def alike(self, share: float, most: float = math.inf) -> "CallReplay":
-        """Return the replay with this share of the queries, up to so many medians, as slow twice.
+    def alike(self, shares: Float[np.ndarray, " bins"]) -> "CallReplay":
+        """Return the replay with these shares of the queries, by `_EDGES`, as slow each time.
 
         Copies of these take as long as the query's own call.
         """
-        if not share:
+        if not shares.any():
             return self
         # Those which a surrogate knows are drawn in the other order.
-        as_slow = (self.draws[::-1] < share) & (self.own <= most)
+        as_slow = self.draws[::-1] < shares[np.digitize(self.own, _EDGES)]
         return dataclasses.replace(self, copies=np.where(as_slow, self.own, self.copies))
 
     def limit(self, setting: DispatchSetting) -> float:
         """Return the medians after which a call is late."""
         usual = self.median * float(np.quantile(self.own, setting.overdue.quantile))
         return setting.overdue.after(usual) / self.median
+
+    def hedged(
+        self, setting: DispatchSetting, *, known: float, extra: int
+    ) -> tuple[Float[np.ndarray, " hedged"], Float[np.ndarray, " hedged"]]:
+        """Return the times of late queries that no surrogate knows, and of their copies."""
+        limit, (first, sure, _) = self.limit(setting), self._first(setting, known, extra)
+        hedged = (first > limit) & ~sure
+        copies = self.copies[extra:, hedged]
+        rounds = np.arange(len(copies))[:, None] // setting.overdue.copies
+        return self.own[hedged], np.min(rounds * limit + copies, axis=0)
+
+    def _first(
+        self, setting: DispatchSetting, known: float, extra: int
+    ) -> tuple[Float[np.ndarray, " queries"], Bool[np.ndarray, " queries"], float]:
+        """Return the times of first answers, what is known, and the share with redundancy."""
+        sure = self.draws < known
+        twice = {"none": np.zeros_like(sure), "uncertain": ~sure, "always": np.ones_like(sure)}
+        first, doubled = self.own, twice[setting.redundancy]
+        for copy in self.copies[:extra]:
+            first = np.where(doubled, np.minimum(first, copy), first)
+        return first, sure, float(doubled.mean())
 
     def forecast(
         self, setting: DispatchSetting, *, known: float, extra: int, extra_calls: float
@@ -85,17 +104,10 @@ class CallReplay:
         Where redundancy is sent, `extra` copies go out with a query, and calls are added to it.
         """
         overdue, limit = setting.overdue, self.limit(setting)
-        sure = self.draws < known
-        twice = {"none": np.zeros_like(sure), "uncertain": ~sure, "always": np.ones_like(sure)}
-        first, doubled = self.own, twice[setting.redundancy]
-        for copy in self.copies[:extra]:
-            first = np.where(doubled, np.minimum(first, copy), first)
+        first, sure, doubled = self._first(setting, known, extra)
         late = first > limit
-        calls = 1.0 + extra_calls * float(doubled.mean())
-        seconds, again = first, late & ~sure
-        again_late = again & (self.copies[extra : extra + overdue.copies] > limit).all(axis=0)
-        late_copies = float(again_late.sum()) / max(float(again.sum()), 1.0)
-        again = again & setting.hedges
+        calls = 1.0 + extra_calls * doubled
+        seconds, again = first, late & ~sure & setting.hedges
         for number, place in enumerate(range(extra, len(self.copies), overdue.copies), start=1):
             again = again & (seconds > number * limit)
             for copy in self.copies[place : place + overdue.copies]:
@@ -107,7 +119,6 @@ class CallReplay:
             _mean_between(seconds, _P99),
             calls,
             float(late.mean()),
-            late_copies,
         )
 
 
@@ -153,46 +164,54 @@ def _mean_between(ordered: Float[np.ndarray, " queries"], quantiles: tuple[float
     return float(ordered[begin : max(end, begin + 1)].mean())
 
 
+# Between these times, in medians, shares of queries that are slow each time are told apart.
+_EDGES = np.array([1.5, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0])
+
+
 class CopyTrials:
     """What hedged queries show of their copies: whether these are as slow as their queries.
 
-    Their copies are late, too, or not. How often that is to be expected, the replay says: of
+    Their times are counted between `_EDGES`. How often each is to be expected, the replay says: of
     copies that are other calls of that time (`apart`), and of those that are as slow as their
     queries (`alike`).
     """
 
     _FEWEST, _SURE = 20, 3.0  # trials; standard deviations beyond what chance does
-    _RECENT = 200  # late trials whose times are kept
 
     def __init__(self):
-        self._counts = np.zeros(4)  # trials, late ones, and those to expect
-        self._times: collections.deque[float] = collections.deque(maxlen=self._RECENT)
+        self._seen, self._apart, self._alike = np.zeros((3, len(_EDGES) + 1))
 
     def add(
-        self, waits: Sequence[float], limit: float, *, apart: float, alike: float, decay: float
+        self,
+        times: Sequence[float],
+        *,
+        apart: Sequence[float] | np.ndarray,
+        alike: Sequence[float] | np.ndarray,
+        decay: float,
     ) -> None:
-        """Note how many limits copies took, and the shares of late ones to expect.
+        """Note copies' times, in medians, and samples of those to expect.
 
-        A limit is in medians. What is known already counts less, by the factor `decay`.
+        What is known already counts less, by the factor `decay`.
         """
-        late = [limit * wait for wait in waits if wait > 1]
-        number = len(waits)
-        self._counts = decay * self._counts + (number, len(late), apart * number, alike * number)
-        self._times.extend(late)
+        number = len(times)
+        self._seen = decay * self._seen + number * _shares_by_time(times)
+        self._apart = decay * self._apart + number * _shares_by_time(apart)
+        self._alike = decay * self._alike + number * _shares_by_time(alike)
 
     @property
-    def share(self) -> float:
-        """The share of late queries whose copies are as slow: what is sure of it."""
-        trials, late, apart, alike = self._counts.tolist()
+    def shares(self) -> Float[np.ndarray, " bins"]:
+        """The shares of slow queries, by their time, whose copies are as slow: what is sure."""
+        trials = float(self._seen.sum())
         if trials < self._FEWEST:
-            return 0.0
-        chance = self._SURE * math.sqrt(apart * (1 - apart / trials) + 1)
-        return min(max((late - apart - chance) / max(alike - apart, 1), 0.0), 1.0)
+            return np.zeros_like(self._seen)
+        chance = self._SURE * np.sqrt(self._apart * (1 - self._apart / trials) + 1)
+        more = self._seen - self._apart - chance
+        return np.clip(more / np.maximum(self._alike - self._apart, 1), 0, 1)
 
-    @property
-    def slowest(self) -> float:
-        """How slow these are, in medians. Others, which are slower, have not shown to be alike."""
-        return 1.1 * float(np.quantile(self._times, 0.9)) if self._times else 0.0
+
+def _shares_by_time(times: Sequence[float] | np.ndarray) -> Float[np.ndarray, " bins"]:
+    counts = np.bincount(np.digitize(times, _EDGES), minlength=len(_EDGES) + 1)
+    return counts / max(len(times), 1)
 
 
 _LOG = logging.getLogger(__name__)
@@ -210,8 +229,8 @@ _MORE_LATE, _LATE_OF_ALL = 0.1, 0.001
 # The correction of forecasts decays at each decision, by half in some 11,000 queries, because load
 # comes and goes; and its largest factor.
 _DECAY, _WORST = 0.97, 5.0
-# Without hedging, more of the slow queries than this have copies that are as slow.
-_USELESS = 0.5
+# Not to hedge is a candidate where of the time that late queries lose copies save less than this.
+_SAVED = 0.5
 _SHARE = 0.02  # of the time, that decisions may take
 
 
@@ -325,8 +344,11 @@ class SettingController:
             return
         current = self.setting
         self._learn_copies(replay)
-        replay = replay.alike(self._trials.share, self._trials.slowest)
-        useless = self._trials.share > _USELESS
+        shares = self._trials.shares
+        lost = np.maximum(replay.own - replay.limit(current), 0)
+        wasted = lost @ shares[np.digitize(replay.own, _EDGES)]
+        useless = bool(wasted > (1 - _SAVED) * lost.sum())
+        replay = replay.alike(shares)
         settings = list(self.settings)
         if useless or not current.hedges:
             settings += [each._replace(hedges=False) for each in settings]
@@ -362,11 +384,11 @@ class SettingController:
     def _learn_copies(self, replay: CallReplay) -> None:
         """Learn from the queries that were hedged since the last decision."""
         waits, self._waits = self._waits, []
-        apart, alike = (
-            self._forecast(self.setting, replay.alike(share)).late_copies for share in (0.0, 1.0)
-        )
-        limit = replay.limit(self.setting)
-        self._trials.add(waits, limit, apart=apart, alike=alike, decay=_DECAY)
+        setting = self.setting
+        known, limit = self._answered_share(setting), replay.limit(setting)
+        own, copies = replay.hedged(setting, known=known, extra=self._copies)
+        times = [limit * each for each in waits]
+        self._trials.add(times, apart=copies, alike=own, decay=_DECAY)
 
     def _answered_share(self, setting: DispatchSetting) -> float:
         """Return the share of stragglers' queries that are predicted or decoded."""
