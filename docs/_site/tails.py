@@ -140,6 +140,18 @@ def _named(where: list[str]) -> str:
     return f"for {'; '.join(where)}." if where else "nowhere."
 
 
+def longest(cells: Mapping[str, Cell]) -> str:
+    """Return p99.99 over p50, and calls, where it was measured with constant service times."""
+    found: dict[str, list[str]] = {}
+    for name, cell in cells.items():
+        if "p9999_ms" in cell:
+            place, system = name.rsplit("/", 1)
+            number = cell["p9999_ms"] / cell["p50_ms"][0]
+            where = f"{place.replace('/', ', ')}, {int(cell['queries']):,} queries"
+            found.setdefault(where, []).append(f"{system} {number:.2f} at {cell['calls']:.2f}")
+    return "\n".join(f"- p99.99 for {where}: {'; '.join(each)}." for where, each in found.items())
+
+
 def every(cells: Mapping[str, Cell]) -> Iterator[dict[str, str]]:
     """Yield all that was measured."""
     for name, cell in cells.items():
