@@ -238,11 +238,11 @@ class SettingController:
     """Picks the settings that a policy with `max_calls` leaves open, every 500 queries.
 
     The tail of each setting is forecast by replaying the pool's latest calls, and corrected by what
-    was measured when that redundancy was last tried. Among the settings that cost at most
-    `max_calls`, and with which hardly more queries straggle than with the policy's own rule, the
-    one with the least p99.9 is taken; among equivalent ones that with the least p99, and then the
-    cheapest. Hedging is always a candidate; where copies are as slow as their queries, so is not to
-    hedge.
+    was measured when that redundancy was last tried, hedged or not. Among the settings that cost at
+    most `max_calls`, and with which hardly more queries straggle than with the policy's own rule,
+    the one with the least p99.9 is taken; among equivalent ones that with the least p99, and then
+    the cheapest. Hedging is always a candidate; where copies are as slow as their queries, so is
+    not to hedge.
 
     Attributes:
         setting: the setting that holds; immutable, and replaced as a whole.
@@ -284,7 +284,8 @@ class SettingController:
         self.setting, self._reason = self.settings[0], "nothing is known yet"
         self._trials = CopyTrials()
         self._waits: list[float] = []  # for copies, in limits of the setting
-        self._factors: dict[Redundancy, tuple[float, float]] = {}  # of tails, and of calls
+        # Of tails, and of calls, by redundancy and whether it is hedged.
+        self._factors: dict[tuple[Redundancy, bool], tuple[float, float]] = {}
         # The share of stragglers' queries that redundancy answers, until it was tried.
         self._decoded = 1.0
         self._queries = self._decided_at = self._decisions = 0
@@ -412,7 +413,8 @@ class SettingController:
         known = queries and len(sent) < len(calls)
         cost = sum(sent) / queries / forecast.calls if known else 1.0
         redundancy = self.setting.redundancy
-        self._factors[redundancy] = min(max(tail, 1.0), _WORST), min(max(cost, 1.0), _WORST)
+        factors = min(max(tail, 1.0), _WORST), min(max(cost, 1.0), _WORST)
+        self._factors[redundancy, self.setting.hedges] = factors
         if redundancy == "always" and given + again >= _MEASURED_LATE:
             self._decoded = given / (given + again)
         self._start_measuring()
@@ -423,7 +425,8 @@ class SettingController:
         self._counts = collections.Counter()
 
     def _corrected(self, setting: DispatchSetting, forecast: TailForecast) -> TailForecast:
-        tail, calls = self._factors.get(setting.redundancy, (1.0, 1.0))
+        kind = setting.redundancy, setting.hedges
+        tail, calls = self._factors.get(kind, (1.0, 1.0))
         return dataclasses.replace(
             forecast, tail=tail * forecast.tail, calls=calls * forecast.calls
         )
