@@ -83,7 +83,7 @@ def test_a_step_that_fails_is_reported_at_once_and_the_next_works(step, monkeypa
 
 
 def test_a_group_that_cannot_be_decided_is_reported_at_once(monkeypatch):
-    def fails(self, group, late):
+    def fails(self, group, late, *, hedges):
         raise RuntimeError("a bug of ours")
 
     held = Held()
