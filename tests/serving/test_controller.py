@@ -118,7 +118,8 @@ def test_trials_show_that_copies_are_as_slow_only_beyond_chance():
         found = CopyTrials()
         for _ in range(number // 50):
             times = np.where(random.random(50) < share, 4.0, 1.0)
-            found.add(times.tolist(), apart=[4.0, 1.0, 1.0, 1.0, 1.0], alike=[4.0], decay=0.97)
+            apart, alike = np.array([4.0, 1.0, 1.0, 1.0, 1.0]), np.array([4.0])
+            found.add(times, apart=apart, alike=alike, decay=0.97)
         return found.shares
 
     assert max(trials(0.2)[fours] for _ in range(20)) < 0.05
@@ -126,7 +127,7 @@ def test_trials_show_that_copies_are_as_slow_only_beyond_chance():
     assert trials(1.0).sum() == trials(1.0)[fours]
     assert 0.3 < trials(0.6)[fours] < 0.5  # (0.6 - 0.2) / (1 - 0.2), less what chance does
     few = CopyTrials()
-    few.add([9.0] * 19, apart=[1.0], alike=[9.0], decay=0.97)
+    few.add(np.full(19, 9.0), apart=np.ones(1), alike=np.full(1, 9.0), decay=0.97)
     assert not few.shares.any()
 
 

@@ -56,6 +56,7 @@ def test_it_says_by_rest_that_it_starts():
         for path in ("/v2/health/ready", "/v2/models/digits/ready", "/v2/models/digits"):
             answer = client.get(path)
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert list(answer.json()) == ["error"]
             assert answer.json()["error"].startswith("Server is not ready.")
         answer = infer(client, "digits")
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")

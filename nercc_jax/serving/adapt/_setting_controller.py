@@ -67,8 +67,16 @@ class CallReplay:
         if not shares.any():
             return self
         # Those which a surrogate knows are drawn in the other order.
-        as_slow = self.draws[::-1] < shares[np.digitize(self.own, _EDGES)]
+        as_slow = self.draws[::-1] < self._by_time(shares)
         return dataclasses.replace(self, copies=np.where(as_slow, self.own, self.copies))
+
+    def lost_anyway(self, setting: DispatchSetting, shares: Float[np.ndarray, " bins"]) -> float:
+        """Return the share of the time beyond the limit that is lost with copies, too."""
+        lost = np.maximum(self.own - self.limit(setting), 0)
+        return float(lost @ self._by_time(shares)) / max(float(lost.sum()), 1e-9)
+
+    def _by_time(self, shares: Float[np.ndarray, " bins"]) -> Float[np.ndarray, " queries"]:
+        return shares[np.digitize(self.own, _EDGES)]
 
     def limit(self, setting: DispatchSetting) -> float:
         """Return the medians after which a call is late."""
@@ -169,7 +177,7 @@ _EDGES = np.array([1.5, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0])
 
 
 class CopyTrials:
-    """What hedged queries show of their copies: whether these are as slow as their queries.
+    """A record of the copies of hedged queries, which shows whether they are as slow as these.
 
     Their times are counted between `_EDGES`. How often each is to be expected, the replay says: of
     copies that are other calls of that time (`apart`), and of those that are as slow as their
@@ -183,10 +191,10 @@ class CopyTrials:
 
     def add(
         self,
-        times: Sequence[float],
+        times: Float[np.ndarray, " copies"],
         *,
-        apart: Sequence[float] | np.ndarray,
-        alike: Sequence[float] | np.ndarray,
+        apart: Float[np.ndarray, " _"],
+        alike: Float[np.ndarray, " _"],
         decay: float,
     ) -> None:
         """Note copies' times, in medians, and samples of those to expect.
@@ -209,7 +217,7 @@ class CopyTrials:
         return np.clip(more / np.maximum(self._alike - self._apart, 1), 0, 1)
 
 
-def _shares_by_time(times: Sequence[float] | np.ndarray) -> Float[np.ndarray, " bins"]:
+def _shares_by_time(times: Float[np.ndarray, " times"]) -> Float[np.ndarray, " bins"]:
     counts = np.bincount(np.digitize(times, _EDGES), minlength=len(_EDGES) + 1)
     return counts / max(len(times), 1)
 
@@ -229,8 +237,8 @@ _MORE_LATE, _LATE_OF_ALL = 0.1, 0.001
 # The correction of forecasts decays at each decision, by half in some 11,000 queries, because load
 # comes and goes; and its largest factor.
 _DECAY, _WORST = 0.97, 5.0
-# Not to hedge is a candidate where of the time that late queries lose copies save less than this.
-_SAVED = 0.5
+# Not to hedge is a candidate where more of the time that late queries lose is lost anyway.
+_LOST = 0.5
 _SHARE = 0.02  # of the time, that decisions may take
 
 
@@ -346,9 +354,7 @@ class SettingController:
         current = self.setting
         self._learn_copies(replay)
         shares = self._trials.shares
-        lost = np.maximum(replay.own - replay.limit(current), 0)
-        wasted = lost @ shares[np.digitize(replay.own, _EDGES)]
-        useless = bool(wasted > (1 - _SAVED) * lost.sum())
+        useless = replay.lost_anyway(current, shares) > _LOST
         replay = replay.alike(shares)
         settings = list(self.settings)
         if useless or not current.hedges:
@@ -386,9 +392,9 @@ class SettingController:
         """Learn from the queries that were hedged since the last decision."""
         waits, self._waits = self._waits, []
         setting = self.setting
-        known, limit = self._answered_share(setting), replay.limit(setting)
+        known = self._answered_share(setting)
         own, copies = replay.hedged(setting, known=known, extra=self._copies)
-        times = [limit * each for each in waits]
+        times = replay.limit(setting) * np.array(waits, float)
         self._trials.add(times, apart=copies, alike=own, decay=_DECAY)
 
     def _answered_share(self, setting: DispatchSetting) -> float:

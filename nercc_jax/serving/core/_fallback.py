@@ -258,17 +258,16 @@ class FallbackPolicy:
         decoder: GroupDecoder,
     ):
         self._coder, self._adaptation, self._observe = coder, adaptation, adaptation.observe
-        self._hedges = policy.copies > 1
         self._predictor, self._decoder = predictor, decoder
         self._budget = Budget(policy.max_reexecution)
 
     def earn(self, queries: int) -> None:
         self._budget.earn(queries)
 
-    def decide(self, group: Group, late: np.ndarray, *, hedges: bool = True) -> Fallback:
+    def decide(self, group: Group, late: np.ndarray, *, hedges: bool) -> Fallback:
         """Decide about a group's queries; coded data points that are late are not waited for.
 
-        Unless it hedges, late queries that are not answered go on waiting for their workers.
+        Without hedging, only queries whose calls have failed are sent again.
         """
         if self._coder.systematic and not late.any():
             return Fallback([], [])  # each query has a worker of its own that is in time
@@ -292,7 +291,7 @@ class FallbackPolicy:
             good += admitted
         if not last:
             return Fallback(good, [])
-        if not (hedges and self._hedges):
+        if not hedges:
             lost = [number for number in lost if _has_failed(group, number)]
         more, resend = self._resend(group, lost, good, best)
         return Fallback(good + more, resend)

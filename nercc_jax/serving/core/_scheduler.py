@@ -443,7 +443,12 @@ class QueryScheduler:
         return late
 
     def _hedges(self, group: Group, now: float) -> bool:
-        """Return whether to send late queries again: always, if a worker may well hang."""
+        """Return whether to send late queries again: if the policy hedges, and it is of use.
+
+        Of use or not, some are tried, and so are all whose worker may well hang.
+        """
+        if self.policy.copies == 1:
+            return False
         if self._setting.hedges:
             return True
         if group.tried is None:
@@ -470,10 +475,10 @@ class QueryScheduler:
 
     def _count_hedge(self, group: Group, now: float) -> None:
         """Note, once, how long a copy of late queries took, whether it came first or not."""
-        limit = self._times.limit(group.rows)
-        if group.is_copy and limit < math.inf:
-            self._observe("hedge_limits", (now - float(group.sent_at[0])) / limit)
-        group.is_copy = False
+        if group.is_copy:
+            group.is_copy, limit = False, self._times.limit(group.rows)
+            if limit < math.inf:
+                self._observe("hedge_limits", (now - float(group.sent_at[0])) / limit)
 
     def _close_group(self, group: Group, now: float) -> None:
         """Close a group whose queries are answered, or keep it to receive stragglers' answers."""
@@ -523,8 +528,9 @@ class QueryScheduler:
         elif group.linger_until < math.inf:
             due = group.linger_until
         elif not group.alone:
-            sent, limit = group.sent_at[group.outstanding], self._times.limit(group.rows)
-            longest = _LONGEST * self._times.median(group.rows)
-            ends = np.add.outer(sent, (limit,) if self._setting.hedges else (limit, longest))
+            sent = group.sent_at[group.outstanding]
+            ends = sent + self._times.limit(group.rows)
+            if not self._setting.hedges:
+                ends = np.append(ends, sent + _LONGEST * self._times.median(group.rows))
             due = float(np.min(ends[ends > now], initial=math.inf))
         self._timers.set(group, due, now)
