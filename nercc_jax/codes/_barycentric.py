@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ..splines._namespace import namespace
+from ..splines.arrays import namespace
 
 
 def barycentric_matrix(

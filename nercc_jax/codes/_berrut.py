@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..splines._knots import gather_knots
-from ..splines._namespace import namespace
+from ..splines.arrays import namespace
 from ._barycentric import barycentric_matrix
 from ._checks import check_counts
 from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..splines._knots import Knots, gather_knots
-from ..splines._namespace import namespace, product
+from ..splines.arrays import namespace, product
 from ._barycentric import barycentric_matrix
 from ._checks import check_count, check_counts
 from ._code import AbstractCode, MatrixOnHost, as_mask

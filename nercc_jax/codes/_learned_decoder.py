@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..splines._namespace import namespace, product
 from ..splines._platforms import alike_in_shard_map
+from ..splines.arrays import namespace, product
 from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
 from ._trees import any_tracer, check_floats
 

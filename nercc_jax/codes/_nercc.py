@@ -11,9 +11,9 @@ from ..splines import posterior_variance, process_variance, smoothing_matrix
 from ..splines._ends import Ends, check_ends
 from ..splines._fit import LinearMap
 from ..splines._host import smoothing_matrix_on_host, variances_on_host
-from ..splines._namespace import namespace
 from ..splines._posterior import posterior_variances
 from ..splines._smoothing import smoothing_map
+from ..splines.arrays import namespace
 from ._checks import check_counts
 from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
 from ._points import Points, coincident, mean_gap, regression_points

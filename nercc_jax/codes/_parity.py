@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ..splines._namespace import namespace
+from ..splines.arrays import namespace
 from ._checks import check_counts
 from ._code import AbstractCode, MatrixOnHost, as_mask
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ..splines._namespace import namespace
+from ..splines.arrays import namespace
 from ._checks import check_counts
 from ._trees import to_device
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from ..splines._namespace import namespace
+from ..splines.arrays import namespace
 
 
 def leaves_of(name: str, tree: PyTree) -> Iterator[tuple[str, Any]]:

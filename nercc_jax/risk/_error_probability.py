@@ -25,7 +25,7 @@ from ..evaluation import Answers
 from ..evaluation._criteria import agree_on_labels
 from ..evaluation._trial import draw_sets
 from ..inference._conditions import AbstractCalibrated, Conditions
-from ..splines._namespace import namespace
+from ..splines.arrays import namespace
 from ..stragglers import AbstractStragglers
 from ..surrogates import AbstractSurrogate
 from ..surrogates._interface import AbstractGroupPrior

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ._knots import Knots
-from ._namespace import namespace, where
+from .arrays import namespace, where
 
 Ends: TypeAlias = Literal["natural", "not-a-knot"]
 

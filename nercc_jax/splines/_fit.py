@@ -19,9 +19,9 @@ from ._knots import (
     gather_knots,
     moving,
 )
-from ._namespace import namespace, product, taken, where, within
 from ._responses import Problem, Responses, Solutions, known_responses, responses, solve
 from ._root_information import RootInformation, factorize
+from .arrays import namespace, product, taken, where, within
 
 # By platform, how many rows may join two knots that are eliminated in parallel before a QR makes
 # four of them; None eliminates one knot after the other. More rows are fewer kernels, which is what

@@ -26,8 +26,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ._knots import by_observation
-from ._namespace import product, where
 from ._root_information import Pivots, Rows, factorize_beside, root, shears_of
+from .arrays import product, where
 
 
 class Problem(NamedTuple):

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ._namespace import where
+from .arrays import where
 
 Row = tuple[Any, ...]
 
