@@ -185,3 +185,26 @@ def test_unknown_ends_are_reported(untyped):
         nj.NeRCC(4, 6, ends="clamped")
     with pytest.raises(ValueError, match="ends must be one of"):
         smoothing_matrix([0.0, 1.0], [0.5], 0.0, ends="clamped")
+
+
+@pytest.mark.parametrize("price", [1e10, 1e20, 3e38, np.inf])
+def test_ends_of_any_price_are_flat(price, dtype):
+    """The docstring names infinity; infinity times a penalty is NaN."""
+    t = np.linspace(-1, 1, 6).astype(dtype)
+    prices = np.full(2, price, np.float64).astype(dtype)
+    spline = smoothing_spline(t, np.sin(3 * t), 0.1, end_weights=prices)
+    beyond = spline.evaluate(np.array([-1.4, -1.2, 1.2, 1.4], dtype))
+    np.testing.assert_allclose(beyond[:2], beyond[0], atol=1e-6)
+    np.testing.assert_allclose(beyond[2:], beyond[3], atol=1e-6)
+    host = smoothing_matrix_on_host(t, t, 0.1, end_weights=prices) @ np.sin(3 * t)
+    np.testing.assert_allclose(spline.evaluate(t), host, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"lambda_dec": 1e38, "end_penalty": 1e32}, {"lambda_dec": 1.0, "end_penalty": 3e38}]
+)
+def test_penalties_that_overflow_decode_all_the_same(numbers):
+    code, mask = nj.NeRCC(4, 9, **numbers), np.isin(np.arange(9), [3, 4])
+    found = jax.jit(code.try_decode)(np.ones((9, 1), np.float32), mask)
+    assert np.all(found.recovered)
+    np.testing.assert_allclose(found.predictions, 1, atol=1e-6)

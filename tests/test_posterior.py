@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from nercc_jax.codes import regression_points
+from nercc_jax import NeRCC
+from nercc_jax.codes import BerrutSpline, LearnedDecoder, regression_points
 from nercc_jax.splines import posterior_variance, process_variance, smoothing_spline
 from nercc_jax.splines._host import variances_on_host
 from nercc_jax.splines._posterior import posterior_variances
@@ -186,10 +187,26 @@ def test_gradients_against_finite_differences():
 
 def test_one_compilation_serves_every_mask():
     t = jnp.linspace(-1.0, 1.0, 12)
-    before = posterior_variance._cache_size()
+    compiled = posterior_variance.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+    before = compiled._cache_size()
     for missing in range(5):
         posterior_variance(t, t[:3], 0.0, available=np.arange(12) != missing)
-    assert posterior_variance._cache_size() <= before + 1
+    assert compiled._cache_size() <= before + 1
+
+
+@pytest.mark.parametrize("code", ["spline", "berrut", "learned"])
+@pytest.mark.parametrize("scale", [1e-25, 1e-19, 1e18, 1e25])
+def test_deviations_scale_with_the_answers(code, scale, key):
+    """Their squares are 0 or infinite in float32."""
+    codes = {"spline": NeRCC, "berrut": BerrutSpline}
+    root = jax.random.normal(key, (13, 13), jnp.float32)
+    made = codes[code](4, 9) if code in codes else LearnedDecoder(np.ones((9, 4)) / 4, root * scale)
+    y, mask = jax.random.normal(key, (9, 2), jnp.float32), np.arange(9) != 4
+    unit = made if code in codes else LearnedDecoder(np.ones((9, 4)) / 4, root)
+    _, wanted = unit.decode(y, mask, return_uncertainty=True)
+    for decode in (made.decode, jax.jit(made.decode, static_argnames="return_uncertainty")):
+        _, got = decode(y * scale, mask, return_uncertainty=True)
+        np.testing.assert_allclose(got / scale, wanted, rtol=1e-5)
 
 
 def test_groups_of_groups_of_groups():

@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
+from ..splines.arrays import native
 from ._decoding import Decoded, Matrices, decode_sets_in_program, sets_multiplied
 from ._groups import decode_groups_in_program, multiply_groups
 from ._kept import KeptMatrices, kept_matrices, known_decoders
@@ -69,6 +70,7 @@ def decode_groups(
         available: The workers of each group that answered.
         given: The decoder's matrices for these workers, where they are made already.
     """
+    y = native(y, "y")
 
     def in_program() -> Decoded:
         answers = jax.tree.map(jnp.asarray, y)
@@ -102,6 +104,7 @@ def decode_sets(
     In a program each set's matrix is made once, outside on the host. An answer that is not finite
     makes its worker a straggler in its own group only, as everywhere.
     """
+    y = native(y, "y")
     if any_tracer(code, y, available):
         return decode_sets_in_program(code, y, jnp.asarray(available))
     kept, masks = kept_matrices(code), np.asarray(available)

@@ -17,6 +17,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
+from ..splines.arrays import native
 from ._at_hand import decode_at_hand
 from ._decoding import Decoded, DecoderMap, PlainMap
 from ._groups import decode_groups_in_program, encode_groups
@@ -198,7 +199,7 @@ class AbstractCode(eqx.Module):
 
         Source: arXiv 2402.04377.
         """
-        x = to_device(x)
+        x = to_device(native(x, "x"))
         check_leading("x", x, (self.num_data,), "data points")
         check_floats("x", x, beside=True)
         coded, finite = _encode(self, x, known_encoder(self))
@@ -277,7 +278,7 @@ class AbstractCode(eqx.Module):
                 )
         if return_uncertainty:
             flat, _ = joined_answers(self, y)
-            spread = deviation(*variances(self, flat[None], decoded.responded[None]))[0]
+            spread = deviations(self, flat[None], decoded.responded[None])[0]
             return decoded.predictions, spread
         return decoded.predictions
 
@@ -295,6 +296,7 @@ class AbstractCode(eqx.Module):
 
 
 def _try_to_decode(code: AbstractCode, y: PyTree, available: ArrayLike) -> Decoded:
+    y = native(y, "y")
     found = decode_at_hand(code, y, available)
     return _try_decode(code, y, available) if found is None else found
 
@@ -328,7 +330,7 @@ def checked_answers(code: AbstractCode, y: PyTree) -> PyTree[Float[Array, "num_w
     Raises:
         ValueError: They are not one for each worker, or no floats.
     """
-    y = jax.tree.map(jnp.asarray, y)
+    y = to_device(y)
     check_leading("y", y, (code.num_workers,), "workers")
     check_floats("y", y)
     return y
@@ -348,20 +350,41 @@ def variances(
     code: AbstractCode,
     y: Float[Array, "groups num_workers m"],
     responded: Bool[Array, "groups num_workers"],
-) -> tuple[Float[Array, "groups num_data"], Float[Array, "groups 1"]]:
-    """Posterior and process variance of groups, whatever workers that did not respond say."""
-    posterior, process = jax.vmap(code.variances)(jnp.where(responded[..., None], y, 0), responded)
-    return posterior, process[:, None]
+) -> tuple[
+    Float[Array, "groups num_data"], tuple[Float[Array, "groups 1"], Float[Array, "groups 1"]]
+]:
+    """Return the posterior variance of groups, and their process variance, for `deviation`.
+
+    The latter is in units of the square of the group's largest answer, which comes with it: squares
+    of 1e19 are infinite in float32, and those of 1e-23 are zero. What workers say that did not
+    respond is ignored.
+    """
+    y = jnp.where(responded[..., None], y, 0)
+    largest = jnp.max(jnp.abs(y), axis=(1, 2), keepdims=True, initial=0)
+    unit = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))
+    posterior, process = jax.vmap(code.variances)(y / unit, responded)
+    return posterior, (process[:, None], unit[..., 0])
 
 
 @jax.jit
-def deviation(share: Float[Array, "..."], process: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Return the standard deviation of predictions from posterior and process variance.
+def deviation(
+    share: Float[Array, "..."], process: tuple[Float[Array, "..."], Float[Array, "..."]]
+) -> Float[Array, "..."]:
+    """Return the standard deviation of predictions from what `variances` returns.
 
     What is known (0) stays 0 however much the process varies, which may be unknown (infinite).
     """
-    known = share == 0
-    return jnp.where(known, 0, jnp.sqrt(jnp.where(known, 1, share) * process))
+    known, (variance, unit) = share == 0, process
+    return jnp.where(known, 0, unit * jnp.sqrt(jnp.where(known, 1, share) * variance))
+
+
+def deviations(
+    code: AbstractCode,
+    y: Float[Array, "groups num_workers m"],
+    responded: Bool[Array, "groups num_workers"],
+) -> Float[Array, "groups num_data"]:
+    """Return the standard deviation of each group's predictions from these answers."""
+    return deviation(*variances(code, y, responded))
 
 
 def as_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:

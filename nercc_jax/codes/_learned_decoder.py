@@ -94,18 +94,19 @@ class LearnedDecoder(AbstractCode):
     def posterior_variance(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, " num_data"]:
-        """Return the mean squared error to expect of each prediction, in squared outputs.
+        """Return the mean squared error to expect of each prediction, by `process_variance`.
 
-        It is of groups and outputs as the recorded ones; `process_variance` has this group's scale.
+        That is of groups as the recorded ones, over the square of the largest recorded moment.
         """
         return Regression(self.root, as_mask(available, (self.num_workers,))).variance()
 
     def process_variance(
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
     ) -> Float[Array, ""]:
-        """Return how much these answers vary along the path, in units of those that were recorded.
+        """Return how much these answers vary along the path, in squared outputs.
 
-        About 1 for a group like them, more for one whose path is rougher; infinite with one answer.
+        For a group like those that were recorded it is about the square of their largest moment,
+        and more for one whose path is rougher; infinite with one answer.
         """
         return Regression(self.root, available).process(y)
 
@@ -179,10 +180,10 @@ class Regression:
         return self.free + (1 - self.xp.sum(self.free, axis=1))[:, None] * self.common
 
     def variance(self) -> Any:
-        """Return the expected squared errors of the predictions, (K,)."""
+        """Return the expected squared errors of the predictions, (K,), over the unit's square."""
         some = self.weight > 0
         missing = (1 - self.xp.sum(self.free, axis=1)) ** 2 / self.xp.where(some, self.weight, 1)
-        total = self.unit**2 * (self.xp.sum(self.left**2, axis=0) + missing)
+        total = self.xp.sum(self.left**2, axis=0) + missing
         return self.xp.where(some, total, self.xp.inf)
 
     def process(self, y: Array) -> Array:
@@ -193,11 +194,11 @@ class Regression:
         return jnp.where(jnp.sum(self.available) > 1, varies, jnp.inf)
 
     def whitening(self) -> Any:
-        """Return S: for one output |S y|^2 is about 1, and it is how much the answers y vary.
+        """Return S: for one output |S y|^2 is how much the answers y vary.
 
         What all answers have in common counts for nothing.
         """
         count = self.xp.sum(self.available) - 1
         centred = self.white - self.xp.sum(self.white, axis=1)[:, None] * self.common
         several = self.xp.where(count > 0, count, 1)
-        return self.xp.where(count > 0, centred / (self.unit * self.xp.sqrt(several)), 0)
+        return self.xp.where(count > 0, centred / self.xp.sqrt(several), 0)

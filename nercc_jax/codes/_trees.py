@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from ..splines.arrays import namespace
+from ..splines.arrays import namespace, native
 
 
 def leaves_of(name: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
@@ -40,12 +40,15 @@ def to_device(tree: PyTree[Shaped[ArrayLike, "..."]]) -> PyTree[Shaped[Array, ".
     """Return the leaves as JAX's arrays.
 
     Of NumPy's arrays `jnp.asarray` makes them by a program that is compiled for each shape.
+
+    Raises:
+        ValueError: As `native`.
     """
 
     def moved(leaf: Any) -> Array:
         return jax.device_put(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
 
-    return jax.tree.map(moved, tree)
+    return jax.tree.map(moved, native(tree))
 
 
 def scalar_leaf(

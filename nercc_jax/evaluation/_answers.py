@@ -27,11 +27,13 @@ from ..codes._trees import (
     join,
     leaves_of,
     points_of,
+    to_device,
 )
 from ..inference import cast_model
 from ..inference._conditions import Conditions, current_conditions
 from ..inference._models import Model, call_on_batch, check_model
 from ..inference._workers import run_workers
+from ..splines.arrays import native
 from ._criteria import Criterion, labels_of, point_criterion, same_labels
 
 
@@ -278,7 +280,7 @@ class Recorder:
         self, function: Callable[[PyTree], PyTree] | None
     ) -> Float[np.ndarray, "groups num_data d"]:
         """Return the data points' coordinates: a function's of the batch, or their own floats."""
-        flat = jax.tree.map(jnp.asarray, points_of(self._groups))
+        flat = to_device(points_of(self._groups))
         found = flat if function is None else function(flat)
         leaves = [leaf for _, leaf in leaves_of("coordinates", found) if is_float(leaf)]
         return np.asarray(join(leaves, 1)[0]).reshape(*self._shape, -1)
@@ -308,7 +310,7 @@ def cut_groups(x: PyTree, num_data: int) -> PyTree[Shaped[np.ndarray, "groups nu
     Raises:
         ValueError: There is no whole group, or data points are not finite floats.
     """
-    x = jax.tree.map(np.asarray, x)
+    x = jax.tree.map(np.asarray, native(x, "x"))
     sizes = {leaf.shape[:1] for _, leaf in leaves_of("x", x)}
     if len(sizes) != 1 or () in sizes:
         shapes = ", ".join(f"{label} {leaf.shape}" for label, leaf in leaves_of("x", x))
@@ -350,7 +352,7 @@ def batched(model: Model, batch_size: int) -> Callable[[PyTree], PyTree]:
     compiled = eqx.filter_jit(call_on_batch)
 
     def run(x: PyTree) -> PyTree:
-        x = jax.tree.map(np.asarray, x)
+        x = jax.tree.map(np.asarray, native(x))
         points = len(jax.tree.leaves(x)[0])
         size = min(batch_size, 1 << (points - 1).bit_length())  # a model may be expensive
 
@@ -374,9 +376,7 @@ def all_answers(
     models: Sequence[Model], code: AbstractCode, groups: PyTree
 ) -> tuple[Float[Array, "groups num_workers m"], Form]:
     """Return all workers' answers to groups as vectors, and their form."""
-    coded = eqx.filter_jit(encode_groups)(
-        code, jax.tree.map(jnp.asarray, groups), known_encoder(code)
-    )
+    coded = eqx.filter_jit(encode_groups)(code, to_device(groups), known_encoder(code))
     return join(run_workers(models, code, coded), 2)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..codes._trees import Form, join
+from ..codes._trees import Form, join, to_device
 
 CriterionName: TypeAlias = Literal["mse", "cross_entropy", "disagreement"]
 Criterion: TypeAlias = CriterionName | Callable[[PyTree, PyTree], Float[Array, ""]]
@@ -120,7 +120,7 @@ def coverage(
 
 
 def _vectors(decoded: PyTree, own: PyTree) -> tuple[Array, Array]:
-    decoded, own = jax.tree.map(jnp.asarray, (decoded, own))
+    decoded, own = to_device((decoded, own))
     (decoded, form), (own, other) = join(decoded, 1), join(own, 1)
     if (form.structure, form.shapes) != (other.structure, other.shapes):
         raise ValueError(f"decoded outputs have shapes {form.shapes}, the model's {other.shapes}")

@@ -17,6 +17,7 @@ from ..codes._checks import check_count
 from ..codes._trees import join, leaves_of
 from ..inference import cast_model
 from ..inference._models import Model
+from ..splines.arrays import native
 from ..stragglers import AbstractStragglers
 from ._answers import Answers, all_answers, batched, cut_groups, own_outputs
 
@@ -269,7 +270,9 @@ def evaluate(
     for label, leaf in [] if labels is None else leaves_of("labels", labels):
         if np.shape(leaf)[:1] != (points,):
             raise ValueError(f"{label} have shape {np.shape(leaf)}; x has {points} data points")
-    targets = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[:used]), labels)
+    targets = jax.tree.map(
+        lambda leaf: jnp.asarray(np.asarray(leaf)[:used]), native(labels, "labels")
+    )
 
     own, form = own_outputs(batched(model, batch_size), groups)
     run = batched(cast_model(model, worker_dtype), batch_size)

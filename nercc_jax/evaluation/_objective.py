@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..codes import AbstractCode, encode_groups
-from ..codes._trees import check_leading, groups_of, join, points_of
+from ..codes._trees import check_leading, groups_of, join, points_of, to_device
 from ..inference._models import Model, call_model
 from ..inference._workers import run_workers
 from ._answers import Answers
@@ -85,7 +85,7 @@ def nested_answers(
     model: Model | Sequence[Model], code: AbstractCode, x: PyTree, originals: PyTree | None
 ) -> Answers:
     """Return groups' answers as a function of all that makes them; raise as `nested_objective`."""
-    x = jax.tree.map(jnp.asarray, x)
+    x = to_device(x)
     groups = jax.tree.leaves(x)[0].shape[:1]
     if groups in [(), (0,)]:
         raise ValueError(f"x must be (groups, {code.num_data}, ...), with one group at least")
@@ -93,7 +93,7 @@ def nested_answers(
     answers = run_workers(model, code, encode_groups(code, x))
     if originals is None:
         originals = original_predictions(model, x)
-    originals = jax.tree.map(jnp.asarray, originals)
+    originals = to_device(originals)
     wanted = jax.tree.map(lambda leaf: (*groups, code.num_data, *leaf.shape[2:]), answers)
     got = jax.tree.map(lambda leaf: leaf.shape, originals)
     if got != wanted:

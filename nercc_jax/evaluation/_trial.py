@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode, NeRCC
+from ..codes._trees import to_device
 from ..inference._models import Model, check_model
 from ..stragglers import AbstractStragglers, straggler_sets
 from ._criteria import Criterion
@@ -86,7 +87,7 @@ def make_trial(
     if not power >= 1:
         raise ValueError(f"power must be 1 or more, not {power}")
     check_model(model)
-    x = jax.tree.map(jnp.asarray, x)
+    x = to_device(x)
     originals = eqx.filter_jit(original_predictions)(model, x)
     available, law = draw_sets(stragglers, key, code.num_workers, num_sets)
     laws = tuple(stragglers)

@@ -20,6 +20,7 @@ from ..codes._groups import multiply_groups
 from ..codes._kept import CachedMatrices, known_matrices
 from ..codes._meshes import coded_on_mesh
 from ..codes._trees import any_tracer, check_finite, groups_of, is_float, points_of, to_device
+from ..splines.arrays import native
 from ._conditions import cast_model, check_conditions, current_conditions
 from ._groups import as_groups
 from ._models import Model, check_model
@@ -73,7 +74,7 @@ def coded_predictions(
     Source: arXiv 2402.04377, the three steps of NeRCC.
     """
     known = known or CachedMatrices()
-    x = jax.tree.map(jnp.asarray, x)
+    x = to_device(x)
     y = run_workers(model, code, encode_groups(code, x, known.encoder), *args)
     available = as_mask(available, jax.tree.leaves(y)[0].shape[:2])
     return decode_groups(code, y, *mask_mixed_groups(x, available, known.decoders))
@@ -170,6 +171,7 @@ class CodedInference:
 
     def __call__(self, x: PyTree, available: ArrayLike, *args: Any) -> Any:
         """Return the predictions, or all that is known of them `with_status`."""
+        args = native(args, "an argument of the model")
         if isinstance(self.code, AbstractScheme):
             grouped = self.grouped or False
             result = _infer_scheme(self.workers, self.code, grouped, x, available, args)
@@ -288,7 +290,7 @@ def _run_known(
     known: CachedMatrices,
 ) -> tuple[Decoded, Array, PyTree]:
     """Return predictions by one product, whether that is sound, and the answers."""
-    x = jax.tree.map(jnp.asarray, x)
+    x = to_device(x)
     y = run_workers(model, code, encode_groups(code, x, known.encoder), *args)
     assert known.decoders is not None
     decoded, sound = multiply_groups(y, available, known.decoders)

@@ -8,6 +8,7 @@ from jaxtyping import Array, ArrayLike, Bool, PyTree
 from ..codes import AbstractCode
 from ..codes._code import check_mask
 from ..codes._trees import any_tracer, check_beside, check_floats, leaves_of
+from ..splines.arrays import native
 
 
 def as_groups(
@@ -45,6 +46,7 @@ def group_points(
         ValueError: Shapes or dtypes do not fit, there is no group, or a part that is not coded
             differs within a group.
     """
+    x = native(x, "x")
     x = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), x)
     check_floats("x", x, beside=True)
     x = jax.tree.map(_in_working_precision, x)

@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from ..codes._trees import leaves_of
+from ..splines.arrays import native
 
 Model: TypeAlias = Callable[..., Array]
 
@@ -202,7 +203,7 @@ def _example(call: Callable[[PyTree], PyTree], batch: PyTree) -> PyTree:
 
 def _on_device_dtype(value: Any) -> np.ndarray:
     """Return an array of the dtype that it would have in JAX."""
-    array = np.asarray(value)
+    array = np.asarray(native(value, "the model's answer"))
     return array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
 
 

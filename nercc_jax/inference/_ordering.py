@@ -17,6 +17,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 from ..codes import Decoded
 from ..codes._checks import check_count
 from ..codes._trees import is_float, join, leaves_of, points_of, to_device
+from ..splines.arrays import native
 from ._groups import is_grouped
 from ._paths import check_rows_finite, short_paths
 
@@ -54,6 +55,7 @@ def order_points(
             each data point, or, outside jit, features are not finite.
     """
     x = to_device(x)
+    features = native(features, "features")
     order, finite = _order(x, features, _whole_groups(num_data, buffer_size))
     check_rows_finite(finite, "the features of data points")
     return order
@@ -88,10 +90,10 @@ def ordered(
     size = _whole_groups(num_data, buffer_size)
 
     def infer_ordered(x: PyTree, available: ArrayLike, *args: Any):
-        x = jax.tree.map(jnp.asarray, x)
+        x = to_device(x)
         many = is_grouped(num_data, x, np.ndim(available), grouped)
         flat = points_of(x) if many else x
-        sent, back = _there_and_back(flat, features, size)
+        sent, back = _there_and_back(flat, native(features, "features"), size)
         sent = jax.tree.map(lambda row, leaf: row.reshape(leaf.shape), sent, x)
         return _in_place(infer(sent, available, *args), back, many)
 
@@ -185,7 +187,7 @@ def _rows(x: PyTree, features: Features | None) -> Float[Array, "points features
                 f"{label} have shape {jnp.shape(leaf)}; of {points} data points they must be "
                 f"({points}, ...)"
             )
-    rows, _ = join(jax.tree.map(jnp.asarray, made), 1)
+    rows, _ = join(to_device(made), 1)
     return rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
 
 

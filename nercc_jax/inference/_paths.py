@@ -18,6 +18,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ..splines._platforms import by_platform
+from ..splines.arrays import native
 
 Search: TypeAlias = Callable[[Float[Array, "buffers n d"]], Int[Array, "buffers n"]]
 
@@ -63,7 +64,7 @@ def short_path(features: Float[ArrayLike, "n d"]) -> Int[Array, " n"]:
     Source: nearest neighbour, greedy links and 2-opt are those of the travelling salesman (Croes
     1958; Bentley 1992).
     """
-    features = jnp.asarray(features)
+    features = jnp.asarray(native(features, "features"))
     if features.ndim != 2 or len(features) == 0:
         raise ValueError(f"features must be (n, d) with n of 1 or more, not {features.shape}")
     if not jnp.issubdtype(features.dtype, jnp.floating):

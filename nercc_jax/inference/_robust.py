@@ -15,6 +15,7 @@ from ..codes._nercc import decoding_options
 from ..codes._products import multiply
 from ..splines import smoothing_matrix
 from ..splines._knots import gather_knots
+from ..splines.arrays import native
 
 RobustMethod: TypeAlias = Literal["reject", "smooth"]
 
@@ -97,7 +98,7 @@ def robust_decode(
     """
     return _robust_decode(
         _checked(code, max_adversaries, method, bounds),
-        y,
+        native(y, "y"),
         available,
         jnp.asarray(max_adversaries),
         method,

@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, decode_groups
 from ..codes._kept import CachedMatrices, encoder_rows, known_decoders, known_encoder
-from ..codes._trees import is_float, join, points_of
+from ..codes._trees import is_float, join, points_of, to_device
 from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars
 from ..risk._straggler_risk import AccuracyTarget
@@ -170,7 +170,7 @@ def scheme_steps(scheme: Scheme) -> tuple[Encode, Decode]:
 
 @eqx.filter_jit
 def _prepare(scheme: Scheme, points: PyTree) -> tuple[PreparedInputs, Array | None]:
-    points = jax.tree.map(jnp.asarray, points)
+    points = to_device(points)
     prepared = scheme.prepare(points)
     return prepared, scheme.encoders(prepared)
 
@@ -184,7 +184,7 @@ def _decode(
     available: ArrayLike,
     known: CachedMatrices,
 ) -> tuple[Decoded, Array, Array]:
-    points = jax.tree.map(jnp.asarray, points)
+    points = to_device(points)
     y = jax.tree.map(lambda leaf: jnp.swapaxes(jnp.asarray(leaf), 0, 1), values)
     groups = len(jax.tree.leaves(y)[0])
     masks = jnp.broadcast_to(available, (groups, scheme.code.num_workers))

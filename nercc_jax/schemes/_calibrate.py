@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shape
 from ..codes import AbstractCode
 from ..codes._checks import check_count
 from ..codes._kept import CachedMatrices, known_encoder
-from ..codes._trees import Form, join, points_of
+from ..codes._trees import Form, join, points_of, to_device
 from ..evaluation import record_answers
 from ..evaluation._answers import cut_groups
 from ..evaluation._criteria import labels_of, row_errors, same_labels
@@ -101,7 +101,7 @@ def _of_scheme(
     worker_dtype: DTypeLike | None,
 ) -> ErrorProbability:
     check_model(model)
-    x = jax.tree.map(jnp.asarray, points_of(cut_groups(x, scheme.code.num_data)))
+    x = to_device(points_of(cut_groups(x, scheme.code.num_data)))
     masks, _ = draw_sets(stragglers, key, scheme.code.num_workers, num_sets)
     workers = cast_model(model, worker_dtype)
     form, seen = _observe_errors(model, workers, scheme, x, masks, known_encoder(scheme.code))
@@ -171,7 +171,7 @@ def calibrate_error_bars(
     if not stragglers:
         raise ValueError("there are no stragglers to calibrate the error bars under")
     scheme = Scheme(scheme) if isinstance(scheme, AbstractCode) else scheme
-    x = jax.tree.map(jnp.asarray, points_of(cut_groups(x, scheme.code.num_data)))
+    x = to_device(points_of(cut_groups(x, scheme.code.num_data)))
     masks, _ = draw_sets(stragglers, key, scheme.code.num_workers, num_sets)
     served = model if callable(model) else model[0]
     workers = cast_model(model if callable(model) else tuple(model), worker_dtype)
@@ -215,7 +215,7 @@ def cross_validate_error_bars(
     """
     if not stragglers:
         raise ValueError("there are no stragglers to calibrate the error bars under")
-    x, y = jax.tree.map(jnp.asarray, (x, y))
+    x, y = to_device((x, y))
     size = scheme.code.num_data
     groups = len(jax.tree.leaves(cut_groups(x, size))[0])
     folds = min(check_count("folds", folds, 2), groups)

@@ -19,7 +19,7 @@ from ..codes._grouped import (
     has_points,
 )
 from ..codes._kept import CachedMatrices
-from ..codes._trees import Form, groups_of, join
+from ..codes._trees import Form, groups_of, join, to_device
 from ..inference import order_points
 from ..inference._coded import AbstractScheme, Work
 from ..inference._models import Model, call_model, check_model
@@ -294,7 +294,7 @@ class Scheme(AbstractScheme):
             ValueError: As `order_points`.
         """
         cheap = None if self.surrogate is None else self.surrogate.outputs
-        return self._arrange(jax.tree.map(jnp.asarray, x), cheap)
+        return self._arrange(to_device(x), cheap)
 
     def _arrange(self, x: PyTree, surrogate: Features | None) -> Int[Array, " points"]:
         """Return the order, given the surrogate's outputs on x or a function that makes them."""

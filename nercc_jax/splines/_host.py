@@ -226,7 +226,8 @@ def _system(
     put(gap + 4, shear, mu * scale[1:])
     put(gap, shear, -mu * scale[:-1])
     ends = np.zeros(len(t))
-    ends[[0, -1]] = 0 if end_weights is None else np.asarray(end_weights, np.float64)
+    if end_weights is not None:  # infinity is a price, too
+        ends[[0, -1]] = np.minimum(end_weights, np.finfo(np.float64).max)
     steady = 1 / np.maximum(1, ends)
     put(knot + 1, knot + 1, ends * steady)
     for slope, after in ((gap + 5, steady[1:]), (gap + 1, -steady[:-1])):

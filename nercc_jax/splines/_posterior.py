@@ -8,15 +8,15 @@ Source: Wahba 1978, JRSS B 40, "Improper priors, spline smoothing and the proble
 against model errors in regression"; Wecker and Ansley 1983, JASA 78.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ._fit import fit, observations_of, regression_of, rows_of
 from ._platforms import by_platform
+from .arrays import jitted
 
 
-@jax.jit
+@jitted
 def posterior_variance(
     t: Float[ArrayLike, " n"],
     at: Float[ArrayLike, " k"],
@@ -47,7 +47,7 @@ def _variance(platform: str, *arguments: Array) -> tuple[Array]:
     return (found.variance(found.factor(), at),)
 
 
-@jax.jit
+@jitted
 def process_variance(
     t: Float[ArrayLike, " n"],
     y: Float[ArrayLike, "n *m"],
@@ -77,7 +77,7 @@ def _process(platform: str, *arguments: Array) -> tuple[Array]:
     return (found.process(found.factor(), flat),)
 
 
-@jax.jit
+@jitted
 def posterior_variances(
     t: Float[ArrayLike, " n"],
     y: Float[ArrayLike, "n *m"],

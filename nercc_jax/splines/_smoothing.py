@@ -15,6 +15,7 @@ from ._knots import Knots
 from ._platforms import Shape, by_platform
 from ._responses import Solutions, solution_shapes
 from ._root_information import Rows
+from .arrays import jitted
 
 
 class SmoothingSpline(eqx.Module):
@@ -27,14 +28,14 @@ class SmoothingSpline(eqx.Module):
     values: Float[Array, "n *m"]
     slopes: Float[Array, "n *m"]
 
-    @jax.jit
+    @jitted
     def evaluate(self, t: Float[ArrayLike, " k"]) -> Float[Array, "k *m"]:
         """Return the spline at the points t; straight lines beyond the outermost observed knots."""
         at = jnp.asarray(t, self.knots.dtype)
         return hermite(self.knots, self.values, self.slopes, at)
 
 
-@partial(jax.jit, static_argnames="ends")
+@partial(jitted, static_argnames="ends")
 def smoothing_spline(
     t: Float[ArrayLike, " n"],
     y: Float[ArrayLike, "n *m"],
@@ -98,7 +99,7 @@ def _spline(platform: str, ends: Ends, *arguments: Array) -> tuple[Array, ...]:
     return found.knots.t, *found.values(flat)
 
 
-@partial(jax.jit, static_argnames="ends")
+@partial(jitted, static_argnames="ends")
 def smoothing_matrix(
     t: Float[ArrayLike, " n"],
     at: Float[ArrayLike, " k"],

@@ -2,13 +2,62 @@
 
 What is known before a program runs is computed on the host, where nothing is compiled; what is
 traced becomes part of the program. Functions that begin with `xp = namespace(...)` are for both.
+`native` is the door that all arrays of users pass.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def native(tree: PyTree, name: str = "an argument") -> PyTree:
+    """Return the tree with NumPy's arrays in the machine's byte order.
+
+    JAX 0.10 looks compiled programs up by shape and kind of number, and reads the bytes of a
+    big-endian array (FITS, netCDF) as if they were the machine's. Leaves that are no arrays stay as
+    they are, and so do JAX's arrays.
+
+    Raises:
+        ValueError: An array has masked values, or holds objects, text, times, or numbers that JAX
+            has no type for.
+    """
+
+    def of_leaf(leaf: Any) -> Any:
+        is_array = hasattr(leaf, "__array__") or isinstance(leaf, memoryview)
+        if isinstance(leaf, jax.Array) or not is_array:
+            return leaf
+        if np.ma.is_masked(leaf):
+            raise ValueError(
+                f"{name} has {np.ma.count_masked(leaf)} masked values: fill them (`.filled(...)`) "
+                "or leave these data points out"
+            )
+        array = np.asarray(leaf)
+        if array.dtype.kind in "OSUMm" or array.dtype.char in "gG":
+            raise ValueError(
+                f"{name} is {array.dtype}, which JAX has no type for: convert it first, for "
+                "example by `.astype(np.float32)`"
+            )
+        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+    return jax.tree.map(of_leaf, tree)
+
+
+def jitted(function: Function, **options: Any) -> Function:
+    """Return `jax.jit(function, **options)`, which is `__wrapped__`, behind `native`."""
+    compiled: Any = jax.jit(function, **options)
+
+    @functools.wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled(*native(args), **native(kwargs))
+
+    return call  # pyright: ignore[reportReturnType]
 
 
 def namespace(*arrays: Any) -> Any:

@@ -22,7 +22,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, encode_groups
-from ..codes._code import deviation, variances
+from ..codes._code import deviation, deviations, variances
 from ..codes._decoding import Matrices, decode_vectors
 from ..codes._kept import known_encoder
 from ..evaluation import Answers, record_answers
@@ -38,7 +38,6 @@ from ._interface import (
     fixed_outputs,
     outputs_of_groups,
 )
-from ._kernels import safe_sqrt
 
 _THETAS = np.linspace(0, 1, 9)
 # By the reciprocal of a typical posterior variance.
@@ -144,9 +143,10 @@ def decode_with_surrogate(
         share = jnp.where(known, 0, 1 / (1 / jnp.where(known, 1, variance) + kappa))
         return Decoded(predictions, decoded.responded, recovered), deviation(share, process)
     own = expected.deviation
-    by_code = jnp.where(rho > 0, rho, 1) * deviation(variance, process) ** 2
-    square = jnp.where(rho > 0, by_code, 0) + jnp.where(rho < 1, (1 - rho) * own**2, 0)
-    spread = safe_sqrt(square)
+    by_code = jnp.sqrt(jnp.where(rho > 0, rho, 1)) * deviation(variance, process)
+    by_own = jnp.sqrt(jnp.where(rho < 1, 1 - rho, 1)) * own
+    # Not a sum of squares, which outputs of 1e19 or 1e-23 would not survive in float32.
+    spread = jnp.hypot(jnp.where(rho > 0, by_code, 0), jnp.where(rho < 1, by_own, 0))
     # Without a pair or an answer to go by, a learner's output is no prediction.
     recovered &= jnp.isfinite(spread)
     predictions = jnp.where(recovered[..., None], predictions, jnp.nan)
@@ -166,7 +166,7 @@ def decode_with_deviation(
         assert prior is not None
         return decode_with_surrogate(code, surrogate, y, available, prior, given)
     decoded = decode_vectors(code, y, available, given)
-    return decoded, deviation(*variances(code, y, decoded.responded))
+    return decoded, deviations(code, y, decoded.responded)
 
 
 def _code_share(kappa: Array, variance: Float[Array, "*points"]) -> Float[Array, "*points"]:

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..codes._checks import check_fields
-from ..codes._trees import leaves_of
+from ..codes._trees import leaves_of, to_device
 from ..evaluation._answers import cut_groups
+from ..splines.arrays import native
 
 # Data points (points, ...) to a permutation of them, and to changed ones.
 Order: TypeAlias = Callable[[Any], Int[Array, " points"]]
@@ -91,7 +92,7 @@ class Sampling:
     def cut_held_out(self, held: PyTree, num_data: int) -> PyTree:
         """Return the held-out data points in groups (groups, K, ...), as they are judged."""
         if self.order is not None:
-            places = np.asarray(self.order(jax.tree.map(jnp.asarray, held)))
+            places = np.asarray(self.order(to_device(held)))
             held = jax.tree.map(lambda leaf: leaf[places], held)
         return cut_groups(held, num_data)
 
@@ -119,6 +120,7 @@ def split_points(
         ValueError: There are fewer than two groups, data points are not finite floats, or labels
             are not one for each.
     """
+    x, labels = native(x, "x"), native(labels, "labels")
     x = jax.tree.map(np.asarray, x)
     shapes = [leaf.shape for _, leaf in leaves_of("x", x)]
     points = min((shape[0] if shape else 0) for shape in shapes)

@@ -7,11 +7,11 @@ from typing import Generic
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode
+from ..codes._trees import to_device
 from ..evaluation._criteria import Criterion
 from ..evaluation._trial import Trial, draw_sets, make_trial, relative_objective
 from ..inference._models import Model, check_model
@@ -119,7 +119,7 @@ def tune(
     check_model(model)
     split = split_points(x, code.num_data, sampling, jax.random.fold_in(key, _SPLIT))
     held = sampling.cut_held_out(split.held, code.num_data)
-    training = jax.tree.map(jnp.asarray, split.training)
+    training = to_device(split.training)
     key_held, key_steps = jax.random.split(jax.random.fold_in(key, _DRAWS))
     validate = make_trial(
         model, code, held, stragglers,

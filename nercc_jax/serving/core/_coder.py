@@ -179,7 +179,10 @@ class Coder:
         flat = values.reshape(*values.shape[:2], -1)
         # What all answers have in common is taken off, since the product's rounding is its share.
         flat = np.where(responded[:, None, None], flat - flat[np.argmax(responded)], 0)
-        roughness = np.mean(np.tensordot(root, flat, 1) ** 2, axis=2).sum(axis=0)
+        varies = np.tensordot(root, flat, 1).astype(
+            np.float64
+        )  # whose squares float32 may not hold
+        roughness = np.mean(varies**2, axis=2).sum(axis=0)
         outputs = predictions.reshape(*predictions.shape[:2], -1)
         found = decoding_features(outputs, roughness, variance, self.form)
         return DecodedGroup(predictions, recovered, *found)

@@ -1,0 +1,88 @@
+"""NumPy's arrays at every door: byte orders that JAX misreads, and kinds it has no type for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nercc_jax import (
+    ExactStragglers,
+    NeRCC,
+    coded_inference,
+    evaluate,
+    nested_objective,
+    pool_inference,
+)
+from nercc_jax.codes import decode_groups
+from nercc_jax.inference import order_points, robust_decode
+from nercc_jax.pools import DevicePool
+from nercc_jax.splines import process_variance, smoothing_spline
+
+CODE = NeRCC(4, 9)
+MASK = np.arange(9) != 5
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(8, 3)).astype(np.float32), RNG.normal(size=(9, 3)).astype(np.float32)
+T = np.linspace(-1, 1, 9).astype(np.float32)
+INFER = coded_inference(jnp.tanh, CODE)
+ON_HOST = coded_inference(lambda x: np.tanh(np.asarray(x)).astype(">f4"), CODE)
+
+
+def in_pool(x):
+    with DevicePool(lambda batch: np.tanh(np.asarray(batch)), 9, compiled=False) as pool:
+        return pool_inference(pool, CODE)(x)
+
+
+DOORS = {
+    "encode": lambda x, y: CODE.encode(x[:4]),
+    "decode": lambda x, y: CODE.decode(y, MASK),
+    "uncertainty": lambda x, y: CODE.decode(y, MASK, return_uncertainty=True)[1],
+    "decode_groups": lambda x, y: decode_groups(CODE, y[None], MASK[None]).predictions,
+    "coded_inference": lambda x, y: INFER(x[:4], MASK),
+    "arguments of the model": lambda x, y: coded_inference(lambda x, w: x * w, CODE)(
+        x[:4], MASK, y[0]
+    ),
+    "a model on the host": lambda x, y: ON_HOST(x[:4], MASK),
+    "robust_decode": lambda x, y: (
+        robust_decode(CODE, y, MASK, max_adversaries=1).decoded.predictions
+    ),
+    "smoothing_spline": lambda x, y: smoothing_spline(T, y, 0.1).evaluate(T),
+    "process_variance": lambda x, y: process_variance(T, y, 0.1),
+    "order_points": lambda x, y: order_points(x, 4, features=x),
+    "points of a code": lambda x, y: NeRCC(3, 9, points=(y[0] / 4, T.astype(y.dtype))).alpha,
+    "nested_objective": lambda x, y: nested_objective(jnp.tanh, CODE, x[None, :4], MASK[None]),
+    "evaluate": lambda x, y: [
+        row.mse.mean
+        for row in evaluate(
+            jnp.tanh, {"n": CODE}, x, {"1": ExactStragglers(1)}, key=jax.random.key(0), num_sets=2
+        )
+    ],
+    "pool_inference": lambda x, y: in_pool(x[:4]),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_big_endian_arrays_are_read_as_such(door):
+    """JAX reads them as native ones once it has compiled a program for that shape."""
+    wanted = DOORS[door](X, Y)
+    np.testing.assert_array_equal(DOORS[door](X.astype(">f4"), Y.astype(">f4")), wanted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (lambda y: y.astype(np.longdouble), r"y is float128, .* no type for: convert it"),
+        (lambda y: y.astype(object), r"y is object, .* no type for: convert it"),
+        (lambda y: np.ma.array(y, mask=y > 1), r"y has \d+ masked values: fill them"),
+    ],
+    ids=["longdouble", "object", "masked"],
+)
+def test_what_jax_has_no_type_for_is_refused_by_name(kind, words, untyped):
+    with pytest.raises(ValueError, match=words):
+        CODE.decode(kind(Y), MASK)
+
+
+@pytest.mark.parametrize(
+    "kind", [np.asfortranarray, memoryview, lambda y: np.ma.array(y), lambda y: y.astype(">f8")]
+)
+def test_other_arrays_are_what_they_hold(kind, untyped):
+    np.testing.assert_array_equal(CODE.decode(kind(Y), MASK), CODE.decode(Y, MASK))
