@@ -94,13 +94,18 @@ def test_contract(code):
     check_code(code)
 
 
+decoder_in_program = eqx.filter_jit(lambda code, mask: code.decoder_matrix(jnp.asarray(mask)))
+encoder_in_program = eqx.filter_jit(lambda code: code.encoder_matrix())
+
+
 def check_against_matrices(code, shape, dtype):
     x, y = data(code, *shape), answers(code, *shape)
     coded, encoder = code.encode(x), matrices.encoder_matrix(code)
     assert coded.shape == (code.num_workers, *shape)
     expected = np.tensordot(encoder, np.asarray(x, float), 1)
     np.testing.assert_allclose(coded, expected, atol=EPS[dtype])
-    np.testing.assert_allclose(code.encoder_matrix(), encoder, atol=EPS[dtype])
+    for matrix in (code.encoder_matrix(), encoder_in_program(code)):
+        np.testing.assert_allclose(matrix, encoder, atol=EPS[dtype])
     for mask in (everyone(code), all_but_one(code)):
         decoder = matrices.decoder_matrix(code, mask)
         kept = decoder.any(axis=1)
@@ -110,7 +115,9 @@ def check_against_matrices(code, shape, dtype):
         np.testing.assert_array_equal(decoded.recovered, kept)
         expected = np.tensordot(decoder, np.asarray(y, float), 1)[kept]
         np.testing.assert_allclose(decoded.predictions[kept], expected, atol=10 * EPS[dtype])
-        np.testing.assert_allclose(code.decoder_matrix(mask), decoder, atol=10 * EPS[dtype])
+        # On the host where code and mask are known, else in a program.
+        for matrix in (code.decoder_matrix(mask), decoder_in_program(code, mask)):
+            np.testing.assert_allclose(matrix, decoder, atol=10 * EPS[dtype])
 
 
 @in_both_precisions

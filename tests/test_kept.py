@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array
 
 from nercc_jax import AbstractCode, Berrut, NeRCC, Uncoded, coded_inference
-from nercc_jax.codes import _kept
+from nercc_jax.codes import BerrutSpline, _kept, decode_groups
 from nercc_jax.codes._kept import Lookups, kept_matrices, known_decoders
 
 MASK = np.array([1, 1, 0, 1, 1, 1], bool)
@@ -27,8 +27,13 @@ def infer(code, **options):
     return coded_inference(jnp.sin, code, **options)
 
 
+@eqx.filter_jit
+def in_program(code, mask):
+    return code.encoder_matrix(), code.decoder_matrix(jnp.asarray(mask))
+
+
 def matrices(code, mask):
-    return tuple(np.asarray(each) for each in (code.encoder_matrix(), code.decoder_matrix(mask)))
+    return tuple(np.asarray(each) for each in in_program(code, mask))
 
 
 def by_hand(code, mask, x=X):
@@ -222,3 +227,42 @@ def test_what_a_code_raises_comes_through(untyped):
 
     with pytest.raises(ArithmeticError, match="no such matrix"):
         Broken(3, 6, jax.random.key(0)).decode(np.ones((6, 1), "float32"), MASK)
+
+
+def compiled_by(run):
+    """The number of programs that are compiled, or read from the cache on disk, in a call."""
+    names = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: names.append(name))
+    try:
+        run()
+    finally:
+        jax.monitoring.clear_event_listeners()
+    return sum(name.endswith("backend_compile_duration") for name in names)
+
+
+@pytest.mark.parametrize("make", [NeRCC, BerrutSpline, Berrut], ids=lambda make: make.__name__)
+def test_matrices_of_what_is_known_are_the_hosts(make):
+    """Each call outside a program compiled the regression anew: 1.4 s for (20, 8)."""
+    code, masks = make(5, 11), np.random.default_rng(0).random((3, 11)) < 0.8
+    assert not compiled_by(lambda: [code.encoder_matrix(), *map(code.decoder_matrix, masks)])
+
+
+def test_groups_with_many_masks_have_matrices_that_are_kept(monkeypatch):
+    """By the host, or, once it has made many, by one program for all that are new."""
+    code, rng = NeRCC(4, 12), np.random.default_rng(0)
+    y = rng.normal(size=(40, 12, 3)).astype(np.float32)
+    y[3, 1] = np.nan
+    for most in (4096, 0):
+        monkeypatch.setattr("nercc_jax.codes._kept.MANY_SETS", most)
+        masks = rng.random((40, 12)) < 0.7
+        masks[:, 0] = True
+        for _ in range(2):
+            misses = kept_matrices(code).lookups.misses
+            found = decode_groups(code, y, masks)
+        assert kept_matrices(code).lookups.misses == misses
+        responded = masks & np.isfinite(y).all(axis=2)
+        np.testing.assert_array_equal(found.responded, responded)
+        for group, mask in enumerate(responded):
+            exact = kept_matrices(code).exact_decoder(mask).decoder[0]
+            exact = exact @ np.where(mask[:, None], y[group], 0)
+            np.testing.assert_allclose(found.predictions[group], exact, atol=1e-5)

@@ -13,17 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from ..splines.arrays import native
-from ._decoding import Decoded, Matrices, decode_sets_in_program, sets_multiplied
+from ._decoding import (
+    AMPLIFICATION,
+    Decoded,
+    Matrices,
+    all_finite,
+    decode_sets_in_program,
+    sets_multiplied,
+)
 from ._groups import decode_groups_in_program, multiply_groups
-from ._kept import KeptMatrices, kept_matrices, known_decoders
+from ._kept import MANY_SETS, kept_matrices, known_decoders
+from ._products import multiply
 from ._trees import any_tracer, check_floats, check_leading, join, to_device
-
-# Up to this many straggler sets, all their matrices on the host (0.3 ms each) take less than the
-# compilation of a program that makes them.
-MANY_SETS = 4096
 
 
 def decode_at_hand(code: Any, y: PyTree, available: ArrayLike) -> Decoded | None:
@@ -48,7 +52,7 @@ def decode_at_hand(code: Any, y: PyTree, available: ArrayLike) -> Decoded | None
         return None
     if sound:
         return decoded
-    found = _groups_on_host(code, jax.tree.map(lambda leaf: leaf[None], y), mask[None])
+    found = _without_broken(code, jax.tree.map(lambda leaf: leaf[None], y), mask[None])
     return None if found is None else jax.tree.map(lambda leaf: leaf[0], found)
 
 
@@ -79,7 +83,7 @@ def decode_groups(
     if any_tracer(code, y, available, given):
         return in_program()
     masks = np.asarray(available)
-    given = known_decoders(code, masks) if given is None else given
+    given = known_decoders(code, masks, MANY_SETS) if given is None else given
     if given is not None:
         decoded, sound = _multiply_groups(y, masks, given)
         if isinstance(sound, Tracer):
@@ -88,7 +92,7 @@ def decode_groups(
             return decoded
     elif isinstance(jnp.zeros(()), Tracer):
         return in_program()
-    found = _groups_on_host(code, y, masks)
+    found = _without_broken(code, y, masks)
     if found is not None:
         return found
     return _decode_groups(code, to_device(y), to_device(masks))
@@ -119,9 +123,11 @@ def decode_sets(
         return decode_sets_in_program(code, y, jnp.asarray(masks))
     if sound:
         return decoded
-    groups = np.tile(np.arange(len(y)), sets)
-    made = _on_host(kept, np.asarray(y), groups, masks.repeat(len(y), axis=0))
-    return Decoded(*to_device([part.reshape(sets, len(y), *part.shape[1:]) for part in made]))
+    # As groups of their own: every answer once for each set.
+    every = jnp.tile(to_device(y), (sets, 1, 1))
+    found = _without_broken(code, every, masks.repeat(len(y), axis=0))
+    assert found is not None
+    return jax.tree.map(lambda leaf: leaf.reshape(sets, len(y), *leaf.shape[1:]), found)
 
 
 @jax.jit
@@ -141,43 +147,52 @@ _multiply_sets = jax.jit(sets_multiplied)
 _decode_sets = eqx.filter_jit(decode_sets_in_program)
 
 
-def _groups_on_host(code: Any, y: PyTree, available: np.ndarray) -> Decoded | None:
-    """`decode_groups` by NumPy in float64, or None for a code without matrices there."""
+def _without_broken(
+    code: Any, y: PyTree, available: Bool[np.ndarray, "groups num_workers"]
+) -> Decoded | None:
+    """`decode_groups` where one product will not do, or None for a code without matrices there.
+
+    Broken answers are left out, with the matrices of those that are left. Where a matrix would lose
+    digits its product is NumPy's, in float64.
+    """
     kept = kept_matrices(code)
     if kept is None or not kept.on_host or not _is_here(y):
         return None
     vectors, form = join(to_device(y), 2)
-    made = _on_host(kept, np.asarray(vectors), np.arange(len(vectors)), available)
-    predictions, responded, recovered = to_device(made)
-    return Decoded(form.split(predictions), responded, recovered)
+    responded = available & np.asarray(_all_finite(vectors))
+    given = kept.decoders(responded, max(len(responded), MANY_SETS))
+    assert given is not None
+    predictions = _multiply_clean(vectors, responded, given)
+    steady = np.abs(given.decoder).sum(axis=-1).max(axis=-1) <= AMPLIFICATION
+    rough = np.flatnonzero(~np.broadcast_to(steady, len(responded)))
+    if rough.size:
+        predictions = np.array(predictions)
+        for place in rough:
+            exact = kept.exact_decoder(responded[place])
+            assert exact is not None
+            answers = np.where(responded[place][:, None], vectors[place], 0).astype(np.float64)
+            with np.errstate(over="ignore"):  # it becomes infinite, as in a program
+                values = (exact.decoder[0] @ answers).astype(predictions.dtype)
+            predictions[place] = np.where(exact.recovered[0][:, None], values, np.nan)
+    recovered = np.broadcast_to(given.recovered, (len(responded), code.num_data))
+    predictions, *status = to_device((predictions, responded, recovered))
+    return Decoded(form.split(predictions), *status)
+
+
+_all_finite = jax.jit(all_finite)
+
+
+@jax.jit
+def _multiply_clean(
+    y: Float[Array, "groups num_workers m"],
+    responded: Bool[Array, "groups num_workers"],
+    given: Matrices,
+) -> Float[Array, "groups num_data m"]:
+    """Return predictions from the answers of those that responded."""
+    predictions = multiply(jnp.asarray(given.decoder), jnp.where(responded[..., None], y, 0))
+    return jnp.where(jnp.asarray(given.recovered)[..., None], predictions, jnp.nan)
 
 
 def _is_here(y: PyTree) -> bool:
     """Return whether this process holds all of the answers."""
     return all(leaf.is_fully_addressable for leaf in jax.tree.leaves(y) if isinstance(leaf, Array))
-
-
-def _on_host(
-    kept: KeptMatrices,
-    y: Float[np.ndarray, "groups num_workers m"],
-    group: Int[np.ndarray, " rows"],
-    available: Bool[np.ndarray, "rows num_workers"],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return predictions, which workers they rest on, and which are recovered, of these groups."""
-    finite = np.all(np.isfinite(y), axis=-1, keepdims=True)
-    responded = available & finite[group][..., 0]
-    matrices: dict[bytes, Matrices] = {}
-    dtype = jnp.promote_types(y.dtype, jnp.float32)
-    predictions, recovered = [], []
-    with np.errstate(all="ignore"):  # what overflows becomes infinite, as in a program
-        for place, mask in zip(group, responded, strict=True):
-            name = mask.tobytes()
-            made = matrices.get(name) or kept.exact_decoder(mask)
-            assert made is not None
-            matrices[name] = made
-            answers = np.where(finite[place], y[place], 0).astype(np.float64)
-            values = made.decoder[0] @ answers
-            known = np.asarray(made.recovered[0])
-            predictions.append(np.where(known[:, None], values, np.nan).astype(dtype))
-            recovered.append(known)
-    return np.stack(predictions), responded, np.stack(recovered)

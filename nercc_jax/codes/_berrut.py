@@ -12,6 +12,7 @@ from ..splines.arrays import namespace
 from ._barycentric import barycentric_matrix
 from ._checks import check_counts
 from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
+from ._kept import decoder_at_hand, encoder_at_hand
 from ._points import Points, regression_points
 
 _MOST_DEGREES = 8  # beyond which float32 rounds more away than is gained
@@ -63,11 +64,15 @@ class Berrut(AbstractCode):
         self.alpha, self.beta = regression_points(self.num_data, self.num_workers, points)
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
+        if (at_hand := encoder_at_hand(self)) is not None:
+            return at_hand
         return berrut_matrix(self.alpha, self.beta, jnp.ones(self.num_data, bool), self.degree)
 
     def decoder_matrix(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data num_workers"]:
+        if (at_hand := decoder_at_hand(self, available)) is not None:
+            return at_hand
         available = as_mask(available, (self.num_workers,))
         return berrut_matrix(self.beta, self.alpha, available, self.degree)
 

@@ -13,6 +13,7 @@ from ..splines._smoothing import smoothing_map
 from ._berrut import berrut_matrix
 from ._checks import check_counts
 from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
+from ._kept import decoder_at_hand, encoder_at_hand
 from ._points import Points, coincident, regression_points
 from ._trees import scalar_leaf
 
@@ -78,11 +79,15 @@ class BerrutSpline(AbstractCode):
         self.lambda_dec = scalar_leaf("lambda_dec", lambda_dec, dtype, least=0.0, most=np.inf)
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
+        if (at_hand := encoder_at_hand(self)) is not None:
+            return at_hand
         return berrut_matrix(self.alpha, self.beta, jnp.ones(self.num_data, bool))
 
     def decoder_matrix(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data num_workers"]:
+        if (at_hand := decoder_at_hand(self, available)) is not None:
+            return at_hand
         return self.decoder_map(available).matrix
 
     def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> LinearMap:

@@ -134,7 +134,7 @@ def _in_a_loop(code: Decoder, y: Array, available: Array) -> Decoded:
         maps, recovered = _fitted(code, responded)
         decoded = _multiplied(y, responded, maps.matrix, recovered)
         broken = first & ~_finite(decoded)
-        known = _unless(~broken, responded, lambda: responded & _all_finite(y))
+        known = _unless(~broken, responded, lambda: responded & all_finite(y))
         steady = _is_steady(maps.matrix)
         # Else the product still holds an answer that is left out, or what is not recovered.
         done = broken | (first & steady & jnp.all(recovered))
@@ -197,7 +197,7 @@ def _sets_from_scratch(code: Decoder, y: Array, available: Array, given: None) -
         so_far, turn = state
         first, group = turn < 0, jnp.maximum(turn, 0)
         own = jax.lax.dynamic_index_in_dim(y, group, keepdims=False)
-        responded = available & (first | _all_finite(own))
+        responded = available & (first | all_finite(own))
         maps, recovered = _fitted(code, responded)
 
         def of_all() -> Decoded:
@@ -325,7 +325,7 @@ def _merging(decode: Callable[..., Decoded]) -> Callable[..., Decoded]:
 
 def _carefully(code: Decoder, y: Array, available: Array) -> Decoded:
     """Decode answers of which some may be broken, or whose matrix would lose digits."""
-    responded = available & _all_finite(y)
+    responded = available & all_finite(y)
     maps, recovered = _fitted(code, responded)
     return _accurately(maps, y, responded, recovered)
 
@@ -368,7 +368,7 @@ def _fitted(code: Decoder, responded: Bool[Array, "sets num_workers"]) -> tuple[
     return jax.vmap(lambda mask: (code.decoder_map(mask), code.recovered(mask)))(responded)
 
 
-def _all_finite(y: Float[Array, "*groups num_workers m"]) -> Bool[Array, "*groups num_workers"]:
+def all_finite(y: Float[Array, "*groups num_workers m"]) -> Bool[Array, "*groups num_workers"]:
     return jnp.all(jnp.isfinite(y), axis=-1)
 
 

@@ -28,9 +28,12 @@ from ._trees import any_tracer
 
 # Of one code's decoders: 4,096 of (100, 20), 340 of (100, 240).
 _MOST_BYTES = 1 << 25
-# A call with more straggler sets than this makes its matrices itself, all at once: one by one on
-# the host they would take longer (0.3 ms each), and so many differ that few come again.
+# A call of coded inference with more straggler sets than this makes its matrices itself, all at
+# once: one by one on the host they would take longer (0.3 ms each), and few come again.
 FEW_SETS = 4
+# So many matrices take about as long on the host as the compilation of a program that makes many at
+# once: a code for which more were made has such a program.
+MANY_SETS = 4096
 
 
 class CachedMatrices(eqx.Module):
@@ -95,7 +98,13 @@ class KeptMatrices:
         sets = dict(zip(names, available, strict=True))
         if not 1 <= len(sets) <= most:
             return None
-        found = {name: self._decoder(name, mask) for name, mask in sets.items()}
+        new = [name for name in sets if name not in self._decoders]
+        found = {}
+        if len(new) > FEW_SETS and not (self.on_host and self._misses < MANY_SETS):
+            found = dict(zip(new, self._compiled.decoders([sets[n] for n in new]), strict=True))
+            self._misses += len(new)
+            self._keep(found)
+        found |= {n: self._decoder(n, mask) for n, mask in sets.items() if n not in found}
         if len(found) == 1:
             return found[names[0]]
         each = [found[name] for name in names]
@@ -131,13 +140,16 @@ class KeptMatrices:
             made = self._compiled.decoder(mask)
         else:
             made = Matrices(exact.decoder.astype(self._dtype), exact.recovered)
-        with self._lock:
-            self._decoders[name] = made
-            while (
-                len(self._decoders) * made.decoder.nbytes > _MOST_BYTES and len(self._decoders) > 1
-            ):
-                self._decoders.popitem(last=False)
+        self._keep({name: made})
         return made
+
+    def _keep(self, made: dict[bytes, Matrices]) -> None:
+        with self._lock:
+            for name, each in made.items():
+                self._decoders[name] = each
+                most = max(_MOST_BYTES // each.decoder.nbytes, 1)
+                while len(self._decoders) > most:
+                    self._decoders.popitem(last=False)
 
 
 class _Compiled:
@@ -154,6 +166,13 @@ class _Compiled:
     def decoder(self, mask: Bool[np.ndarray, " num_workers"]) -> Matrices:
         return self._made(_decoder, mask)
 
+    def decoders(self, masks: list[Bool[np.ndarray, " num_workers"]]) -> list[Matrices]:
+        """Return the matrices of many masks by one program for up to a power of two of them."""
+        padded = np.stack(masks + masks[:1] * ((1 << (len(masks) - 1).bit_length()) - len(masks)))
+        decoder, recovered = self._made(_many_decoders, padded)
+        each = zip(decoder, recovered, strict=True)
+        return [Matrices(*parts) for _, parts in zip(masks, each, strict=False)]
+
     def _made(self, make: Any, *args: Any) -> Any:
         """Return what `make` gives, as NumPy's arrays."""
 
@@ -169,22 +188,37 @@ def known_matrices(code: Any, available: ArrayLike) -> CachedMatrices:
     return CachedMatrices(known_encoder(code), known_decoders(code, available))
 
 
-def known_decoders(code: Any, available: ArrayLike) -> Matrices | None:
+def known_decoders(code: Any, available: ArrayLike, most: int = FEW_SETS) -> Matrices | None:
     """Return the decoder's matrices for a mask, or one for each group, where they are known.
 
-    They are where code and masks are known, and the masks are few different ones.
+    They are where code and masks are known, and the masks are at most so many different ones.
     """
     if isinstance(available, Tracer):
         return None
     kept, masks = kept_matrices(code), np.atleast_2d(np.asarray(available))
     fits = masks.dtype == bool and masks.shape[1:] == (code.num_workers,)
-    return kept.decoders(masks) if kept is not None and fits else None
+    return kept.decoders(masks, most) if kept is not None and fits else None
 
 
 def known_encoder(code: Any) -> np.ndarray | None:
     """Return the encoder's matrix, where the code is known."""
     kept = kept_matrices(code)
     return None if kept is None else kept.encoder()
+
+
+def decoder_at_hand(code: Any, available: ArrayLike) -> Array | None:
+    """Return the decoder's matrix for one mask from the host, or None where a program makes it.
+
+    Outside a program the regression's loops would be compiled in each call: 1.4 s for (20, 8).
+    """
+    given = known_decoders(code, available) if np.ndim(available) == 1 else None
+    return None if given is None else jax.device_put(np.asarray(given.decoder[0]))
+
+
+def encoder_at_hand(code: Any) -> Array | None:
+    """Return the encoder's matrix from the host, or None where a program makes it."""
+    known = known_encoder(code)
+    return None if known is None else jax.device_put(known)
 
 
 def encoder_of(code: Any) -> Float[Array | np.ndarray, "num_workers num_data"]:
@@ -273,6 +307,12 @@ def _encoder(static: Any, arrays: PyTree) -> Array:
 def _decoder(static: Any, arrays: PyTree, mask: Array) -> Matrices:
     code = _code(static, arrays)
     return Matrices(code.decoder_matrix(mask)[None], code.recovered(mask)[None])
+
+
+_many_decoders = jax.jit(
+    lambda static, arrays, masks: jax.vmap(lambda mask: _decoder(static, arrays, mask))(masks),
+    static_argnums=0,
+)
 
 
 def _code(static: Any, arrays: PyTree) -> Any:

@@ -12,6 +12,7 @@ from ..splines.arrays import namespace, product
 from ._barycentric import barycentric_matrix
 from ._checks import check_count, check_counts
 from ._code import AbstractCode, MatrixOnHost, as_mask
+from ._kept import decoder_at_hand, encoder_at_hand
 from ._points import Points, regression_points
 
 
@@ -57,11 +58,15 @@ class Lagrange(AbstractCode):
         return (self.num_data - 1) * self.degree + 1
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
+        if (at_hand := encoder_at_hand(self)) is not None:
+            return at_hand
         return barycentric_matrix(self.alpha, _lagrange_weights(self.alpha), self.beta)
 
     def decoder_matrix(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data num_workers"]:
+        if (at_hand := decoder_at_hand(self, available)) is not None:
+            return at_hand
         return self._decoder(self._responded(as_mask(available, (self.num_workers,))))
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:

@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from ..splines._platforms import alike_in_shard_map
 from ..splines.arrays import namespace, product
 from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
+from ._kept import decoder_at_hand
 from ._trees import any_tracer, check_floats
 
 # Mean squared noise that answers are taken to have, of their mean square. In float32 the
@@ -82,6 +83,8 @@ class LearnedDecoder(AbstractCode):
     def decoder_matrix(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data num_workers"]:
+        if (at_hand := decoder_at_hand(self, available)) is not None:
+            return at_hand
         return Regression(self.root, as_mask(available, (self.num_workers,))).matrix()
 
     def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:

@@ -16,6 +16,7 @@ from ..splines._smoothing import smoothing_map
 from ..splines.arrays import namespace
 from ._checks import check_counts
 from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
+from ._kept import decoder_at_hand, encoder_at_hand
 from ._points import Points, coincident, mean_gap, regression_points
 from ._trees import any_tracer, scalar_leaf
 
@@ -124,11 +125,15 @@ class NeRCC(AbstractCode):
         return _penalty(self, as_mask(available, (self.num_workers,)))
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
+        if (at_hand := encoder_at_hand(self)) is not None:
+            return at_hand
         return smoothing_matrix(self.alpha, self.beta, self.lambda_enc)
 
     def decoder_matrix(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data num_workers"]:
+        if (at_hand := decoder_at_hand(self, available)) is not None:
+            return at_hand
         return self.decoder_map(available).matrix
 
     def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> LinearMap:
