@@ -15,8 +15,8 @@ import oracle
 import pytest
 import scipy.interpolate
 
-from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
-from nercc_jax.codes import BerrutSpline
+from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded, coded_inference
+from nercc_jax.codes import BerrutSpline, decode_groups
 from nercc_jax.testing import check_code
 
 K, N = 4, 11
@@ -92,6 +92,25 @@ def all_but_one(code):
 )
 def test_contract(code):
     check_code(code)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("berrut", "parity") else pytest.param(name, marks=pytest.mark.slow)
+        for name in CODES
+        if name not in ("moving-averages", "nercc-few-workers", "one-for-one")
+    ],
+)
+def test_contract_where_a_program_promotes_no_dtypes_and_no_ranks(name):
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        code = CODES[name]()
+        check_code(code)
+        if name == "nercc":
+            x, mask = np.ones((3, K, 2), np.float32), np.arange(N) != 2
+            infer = coded_inference(jnp.tanh, code)
+            for predictions in (infer(x, mask), jax.jit(infer)(x, mask)):
+                np.testing.assert_allclose(predictions, np.tanh(x), atol=1e-4)
 
 
 decoder_in_program = eqx.filter_jit(lambda code, mask: code.decoder_matrix(jnp.asarray(mask)))
@@ -656,3 +675,20 @@ def test_replace_keeps_what_is_not_named(untyped):
         code.replace(lamda=1.0)
     with pytest.raises(ValueError, match="lambda_dec must be 0 or positive, not -1"):
         code.replace(lambda_dec=-1.0)
+
+
+@pytest.mark.parametrize("setting", ["disable_jit", "debug_nans", "debug_infs"])
+def test_settings_that_people_debug_with(setting):
+    """A straggler's NaN is no fault, and what lowering chooses runs without jit, too."""
+    code, mask = NeRCC(4, 8), np.arange(8) != 2
+    y = np.ones((8, 2), np.float32)
+    y[2] = np.nan if setting == "debug_nans" else np.inf
+    clean = np.where(mask[:, None], y, 0)
+    with getattr(jax, setting)(True):
+        for values in (y, clean):
+            np.testing.assert_allclose(code.decode(values, mask), 1, atol=1e-6)
+            np.testing.assert_allclose(jax.jit(code.decode)(values, mask), 1, atol=1e-6)
+        groups = decode_groups(code, np.stack([y, clean]), np.stack([mask, mask]))
+        np.testing.assert_allclose(groups.predictions, 1, atol=1e-6)
+        slope = jax.grad(lambda code: jnp.sum(code.decode(clean, mask) ** 2))(code).lambda_dec
+        assert np.isfinite(slope)

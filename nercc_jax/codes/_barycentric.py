@@ -22,12 +22,12 @@ def barycentric_matrix(
     Source: Berrut and Trefethen 2004, SIAM Review 46(3), eq. 4.2.
     """
     xp = namespace(nodes, weights, at)
-    used = weights != 0
-    distance = at[:, None] - nodes
+    used = (weights != 0)[None]
+    distance = at[:, None] - nodes[None]
     nearest = xp.argmin(xp.where(used, xp.abs(distance), np.inf), axis=1)
-    here = xp.arange(nodes.shape[0]) == nearest[:, None]
+    here = xp.arange(nodes.shape[0])[None] == nearest[:, None]
     close = xp.take_along_axis(distance, nearest[:, None], axis=1)
     ratio = xp.where(here, 1, close / xp.where(here | ~used, 1, distance))
-    terms = xp.where(used, weights * ratio, 0)
+    terms = xp.where(used, weights[None] * ratio, 0)
     total = xp.sum(terms, axis=1, keepdims=True)
     return terms / xp.where(xp.any(used), total, 1)

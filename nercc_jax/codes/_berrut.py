@@ -98,7 +98,7 @@ def berrut_matrix(
     knots = gather_knots(points, available.astype(points.dtype))
     counts = knots.weights > 0
     place = xp.cumsum(counts) - 1
-    weights = (1.0 - 2.0 * (place % 2)).astype(points.dtype)
+    weights = (1 - 2 * (place % 2)).astype(points.dtype)
     if degree:
         weights = weights * _sizes(knots.t, counts, degree)[place]
     return knots.spread(barycentric_matrix(knots.t, xp.where(counts, weights, 0), at))

@@ -10,6 +10,7 @@ from ..splines._ends import Ends, check_ends
 from ..splines._fit import LinearMap
 from ..splines._host import smoothing_matrix_on_host
 from ..splines._smoothing import smoothing_map
+from ..splines.arrays import working_dtype
 from ._berrut import berrut_matrix
 from ._checks import check_counts
 from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
@@ -118,5 +119,5 @@ class BerrutSpline(AbstractCode):
     def process_variance(
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
     ) -> Float[Array, ""]:
-        y = y.astype(jnp.promote_types(y.dtype, self.beta.dtype))
+        y = y.astype(working_dtype(y.dtype, self.beta.dtype))
         return process_variance(self.beta, y, self.lambda_dec, available=available)

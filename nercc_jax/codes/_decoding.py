@@ -20,6 +20,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from ..splines._platforms import alike_in_shard_map
+from ..splines.arrays import working_dtype
 from ._products import multiply, multiply_sets
 from ._trees import is_float, same_within_group
 
@@ -150,7 +151,7 @@ def _nothing(code: Decoder, lead: tuple[int, ...], y: Array, responded: Array) -
     workers, size = y.shape[1:]
     mask = jax.ShapeDtypeStruct((workers,), bool)
     (points,) = jax.eval_shape(lambda mask: code.recovered(mask), mask).shape
-    dtype = jnp.promote_types(y.dtype, jnp.float32)
+    dtype = working_dtype(y.dtype)
     return Decoded(
         jnp.zeros((*lead, points, size), dtype),
         jnp.broadcast_to(responded, (*lead, workers)),
@@ -344,7 +345,7 @@ def _accurately(
 
     def of_group(group: tuple[Any, ...]) -> Array:
         one, y, responded, recovered = group
-        clean = jnp.where(responded[:, None], y, 0).astype(jnp.promote_types(y.dtype, jnp.float32))
+        clean = jnp.where(responded[:, None], y, 0).astype(working_dtype(y.dtype))
         if steady is None:
             predictions = one.apply(clean)
         else:

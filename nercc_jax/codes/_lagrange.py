@@ -89,7 +89,7 @@ class Lagrange(AbstractCode):
         chosen = xp.where(number >= self.threshold, chosen, step)
         nodes = knots.t[chosen]
         matrix = barycentric_matrix(nodes, _lagrange_weights(nodes), self.alpha)
-        places = (chosen[:, None] == np.arange(len(knots.t))).astype(matrix.dtype)
+        places = (chosen[:, None] == np.arange(len(knots.t))[None]).astype(matrix.dtype)
         decoder = knots.spread(product(matrix, places))
         return xp.where(number >= self.threshold, decoder, 0)
 
@@ -100,7 +100,7 @@ class Lagrange(AbstractCode):
 def _lagrange_weights(nodes: Float[Any, " n"]) -> Float[Any, " n"]:
     """Barycentric weights 1 / prod_j (t_i - t_j), times a factor that keeps them in range."""
     xp = namespace(nodes)
-    difference = nodes[:, None] - nodes
+    difference = nodes[:, None] - nodes[None]
     difference = xp.where(np.eye(nodes.shape[0], dtype=bool), 1, difference)
     size = -xp.sum(xp.log(xp.abs(difference)), axis=1)
     sign = xp.prod(xp.sign(difference), axis=1)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..splines._platforms import alike_in_shard_map
-from ..splines.arrays import namespace, product
+from ..splines.arrays import namespace, product, working_dtype
 from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
 from ._kept import decoder_at_hand
 from ._trees import any_tracer, check_floats
@@ -158,10 +158,10 @@ class Regression:
             own, which = left[:, worker], xp.arange(number) == worker
             square = xp.sum(own**2) + noise**2
             size = xp.sqrt(square)
-            white = known[worker] * (which - predictions[worker]) / size
+            white = known[worker] * (which.astype(root.dtype) - predictions[worker]) / size
             shared = product(own, left)
-            left = left - known[worker] / (square + noise * size) * own[:, None] * shared
-            return (left, predictions + (shared / size)[:, None] * white), white
+            left = left - known[worker] / (square + noise * size) * own[:, None] * shared[None]
+            return (left, predictions + (shared / size)[:, None] * white[None]), white
 
         if xp is np:
             whites = np.zeros((number, number))
@@ -180,7 +180,7 @@ class Regression:
 
     def matrix(self) -> Any:
         """Return the decoder's matrix, (K, N)."""
-        return self.free + (1 - self.xp.sum(self.free, axis=1))[:, None] * self.common
+        return self.free + (1 - self.xp.sum(self.free, axis=1))[:, None] * self.common[None]
 
     def variance(self) -> Any:
         """Return the expected squared errors of the predictions, (K,), over the unit's square."""
@@ -191,7 +191,7 @@ class Regression:
 
     def process(self, y: Array) -> Array:
         """Return how much finite answers y vary, in a program; infinite with one."""
-        dtype = jnp.promote_types(y.dtype, self.white.dtype)
+        dtype = working_dtype(y.dtype, self.white.dtype)
         known = jnp.where(self.available[:, None], y, 0).astype(dtype)
         varies = jnp.sum(jnp.mean(product(self.whitening(), known) ** 2, axis=1))
         return jnp.where(jnp.sum(self.available) > 1, varies, jnp.inf)
@@ -202,6 +202,6 @@ class Regression:
         What all answers have in common counts for nothing.
         """
         count = self.xp.sum(self.available) - 1
-        centred = self.white - self.xp.sum(self.white, axis=1)[:, None] * self.common
+        centred = self.white - self.xp.sum(self.white, axis=1)[:, None] * self.common[None]
         several = self.xp.where(count > 0, count, 1)
         return self.xp.where(count > 0, centred / self.xp.sqrt(several), 0)

@@ -13,7 +13,7 @@ from ..splines._fit import LinearMap
 from ..splines._host import smoothing_matrix_on_host, variances_on_host
 from ..splines._posterior import posterior_variances
 from ..splines._smoothing import smoothing_map
-from ..splines.arrays import namespace
+from ..splines.arrays import namespace, working_dtype
 from ._checks import check_counts
 from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
 from ._kept import decoder_at_hand, encoder_at_hand
@@ -182,13 +182,13 @@ class NeRCC(AbstractCode):
     def process_variance(
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
     ) -> Float[Array, ""]:
-        y = y.astype(jnp.promote_types(y.dtype, self.beta.dtype))
+        y = y.astype(working_dtype(y.dtype, self.beta.dtype))
         return process_variance(self.beta, y, **decoding_options(self, available))
 
     def variances(
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
     ) -> tuple[Float[Array, " num_data"], Float[Array, ""]]:
-        y = y.astype(jnp.promote_types(y.dtype, self.beta.dtype))
+        y = y.astype(working_dtype(y.dtype, self.beta.dtype))
         options = decoding_options(self, available)
         posterior, process = posterior_variances(self.beta, y, self.alpha, **options)
         return jnp.where(self._kept(available), 0, posterior), process
@@ -218,7 +218,7 @@ def decoding_options(code: NeRCC, available: Bool[Any, " num_workers"]) -> dict[
         weights = xp.where(own, 1 / np.finfo(code.beta.dtype).eps, 1).astype(code.beta.dtype)
         # lambda is taken times the sum of weights: heavy answers must not add to the penalty.
         total = xp.sum(weights, where=available)
-        options["lambda_"] *= xp.sum(available) / xp.where(total > 0, total, 1)
+        options["lambda_"] *= xp.sum(available, dtype=total.dtype) / xp.where(total > 0, total, 1)
         options["weights"] = weights
     return options
 

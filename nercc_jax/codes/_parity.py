@@ -89,5 +89,5 @@ class Parity(AbstractCode):
         """Return whose own worker answered, and which others the parity workers can rebuild."""
         own, parity = available[: self.num_data], available[self.num_data :]
         protects = self._protects()
-        alone = (protects & ~own).sum(axis=1) == 1
+        alone = (protects & ~own[None]).sum(axis=1) == 1
         return own, ~own & (protects & (alone & parity)[:, None]).any(axis=0)

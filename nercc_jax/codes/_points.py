@@ -93,7 +93,7 @@ def coincident(points: Float[Any, " n"], others: Float[Any, " k"]) -> Bool[Any, 
     """Return which points lie at one of the others, to a few roundings, as `gather_knots` does."""
     xp = namespace(points, others)
     tolerance = 4 * np.finfo(points.dtype).eps
-    return xp.min(xp.abs(points[:, None] - others), axis=1) <= tolerance
+    return xp.min(xp.abs(points[:, None] - others[None]), axis=1) <= tolerance
 
 
 def mean_gap(points: Float[Any, " n"], available: Bool[Any, "*sets n"]) -> Float[Any, "*sets"]:
@@ -113,11 +113,11 @@ def mean_gap(points: Float[Any, " n"], available: Bool[Any, "*sets n"]) -> Float
         gaps = [_gap_of(np.sort(_angle(points[each]))) for each in sets]
         return np.array(gaps, points.dtype).reshape(available.shape[:-1])
     angles, place = _angle(points), jnp.arange(points.shape[0])
-    here, there = angles[:, None], angles[None, :]
+    here, there = angles[:, None], angles[None]
     # Each with each, not sorted: on an accelerator, and in its derivative, that is one kernel. Over
     # the end of the interval a square counts twice, for which nothing follows the last point.
-    later = (there > here) | ((there == here) & (place > place[:, None]))
-    follows = available[..., None, :] & later
+    later = (there > here) | ((there == here) & (place[None] > place[:, None]))
+    follows = available[..., None, :] & later.reshape(*(1,) * (available.ndim - 1), *later.shape)
     steps = jnp.min(jnp.where(follows, there - here, 2**0.5 * (np.pi - here)), axis=-1)
     first = jnp.min(jnp.where(available, angles, np.pi), axis=-1)
     squares = jnp.sum(jnp.where(available, steps**2, 0), axis=-1) + 2 * first**2

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..splines.arrays import working_dtype
+
 # TPUs and GPUs would round the factors of a float32 product.
 FULL = jax.lax.Precision.HIGHEST
 
@@ -12,7 +14,7 @@ def multiply(
     matrix: Float[Array, "... a b"], x: Float[Array, "... b m"]
 ) -> Float[Array, "... a m"]:
     """Return matrix @ x in x's precision, float32 at least; one matrix may be for many groups."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = working_dtype(x.dtype)
     matrix, x = matrix.astype(dtype), x.astype(dtype)
     one = matrix.ndim == 2 or matrix.shape[0] == 1
     if x.ndim != 3 or not one:
@@ -32,7 +34,7 @@ def multiply_sets(
     matrices: Float[Array, "sets a b"], x: Float[Array, "groups b m"]
 ) -> Float[Array, "sets groups a m"]:
     """Every matrix times every group, as one product of two matrices."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = working_dtype(x.dtype)
     product = jnp.tensordot(
         matrices.astype(dtype), x.astype(dtype), axes=((2,), (1,)), precision=FULL
     )

@@ -64,8 +64,8 @@ class Replication(AbstractCopies):
 
     def _first(self, available: Bool[Any, " num_workers"]) -> Bool[Any, "num_data num_workers"]:
         """Return which worker's answer is taken for each data point."""
-        holds = copies(self.num_data, self.num_workers) == np.arange(self.num_data)[:, None]
-        answered = holds & available
+        holds = copies(self.num_data, self.num_workers)[None] == np.arange(self.num_data)[:, None]
+        answered = holds & available[None]
         return answered & (namespace(available).cumsum(answered, axis=1) == 1)
 
 

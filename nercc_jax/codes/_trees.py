@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from ..splines.arrays import namespace, native
+from ..splines.arrays import namespace, native, working_dtype
 
 
 def leaves_of(name: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
@@ -136,10 +136,10 @@ def join(tree: PyTree, axes: int) -> tuple[Float[Array, "*lead m"], Form]:
     `axes` is the number of first axes, which all leaves share.
     """
     leaves, structure = jax.tree.flatten(tree)
-    dtypes = [jnp.promote_types(leaf.dtype, jnp.float32) for leaf in leaves]
+    dtypes = [working_dtype(leaf.dtype) for leaf in leaves]
     flat = [leaf.reshape(*leaf.shape[:axes], -1) for leaf in leaves]
     if len(flat) > 1:
-        together = jnp.result_type(*dtypes)
+        together = working_dtype(*dtypes)
         flat = [jnp.concatenate([part.astype(together) for part in flat], axis=-1)]
     shapes = tuple(leaf.shape[axes:] for leaf in leaves)
     return flat[0], Form(structure, shapes, tuple(map(str, dtypes)))

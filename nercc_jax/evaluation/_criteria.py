@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from ..codes._trees import Form, join, to_device
+from ..splines.arrays import working_dtype
 
 CriterionName: TypeAlias = Literal["mse", "cross_entropy", "disagreement"]
 Criterion: TypeAlias = CriterionName | Callable[[PyTree, PyTree], Float[Array, ""]]
@@ -87,7 +88,7 @@ def _cross_entropy(decoded: Array, original: Array) -> Float[Array, ""]:
 
 
 def _disagreement(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
-    dtype = jnp.result_type(*jax.tree.leaves(decoded))
+    dtype = working_dtype(*(leaf.dtype for leaf in jax.tree.leaves(decoded)))
     return (~same_labels(labels_of(decoded, 0), labels_of(original, 0), 0)).astype(dtype)
 
 
@@ -99,7 +100,11 @@ def row_errors(
 ) -> Float[Array, " points"]:
     """Return each data point's error: the root mean square over its outputs."""
     decoded, own = _vectors(decoded, own)
-    return jnp.sqrt(jnp.mean((decoded - own) ** 2, axis=-1))
+    error = jnp.abs(decoded - own)
+    # In units of the largest, whose square may be 0 or infinite in float32.
+    largest = jnp.max(error, axis=-1, initial=0, keepdims=True)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return unit[..., 0] * jnp.sqrt(jnp.mean((error / unit) ** 2, axis=-1))
 
 
 def coverage(

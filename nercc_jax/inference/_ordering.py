@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 from ..codes import Decoded
 from ..codes._checks import check_count
 from ..codes._trees import is_float, join, leaves_of, points_of, to_device
-from ..splines.arrays import native
+from ..splines.arrays import native, working_dtype
 from ._groups import is_grouped
 from ._paths import check_rows_finite, short_paths
 
@@ -115,7 +115,7 @@ def random_projection(x: PyTree, size: int = 128) -> Float[Array, "points featur
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(x)]
     # Token ids beside say nothing by their size; bytes of an image by themselves do.
     leaves = [leaf for leaf in leaves if is_float(leaf)] or leaves
-    wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
+    wide = [leaf.astype(working_dtype(leaf.dtype)) for leaf in leaves]
     flat, _ = join(wide, 1)
     number = flat.shape[1]
     if number <= size:
@@ -188,7 +188,7 @@ def _rows(x: PyTree, features: Features | None) -> Float[Array, "points features
                 f"({points}, ...)"
             )
     rows, _ = join(to_device(made), 1)
-    return rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+    return rows.astype(working_dtype(rows.dtype))
 
 
 @eqx.filter_jit

@@ -18,7 +18,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ..splines._platforms import by_platform
-from ..splines.arrays import native
+from ..splines.arrays import native, working_dtype
 
 Search: TypeAlias = Callable[[Float[Array, "buffers n d"]], Int[Array, "buffers n"]]
 
@@ -84,7 +84,7 @@ def short_paths(
     """
     # An order has no derivative, and loops of unknown length have none in reverse.
     features = jax.lax.stop_gradient(features)
-    features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+    features = features.astype(working_dtype(features.dtype))
     if on_cpu is not None:
         return _searched_on("cpu" if on_cpu else "other", features)
     shape = features.shape[:2]

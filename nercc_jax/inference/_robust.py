@@ -15,7 +15,7 @@ from ..codes._nercc import decoding_options
 from ..codes._products import multiply
 from ..splines import smoothing_matrix
 from ..splines._knots import gather_knots
-from ..splines.arrays import native
+from ..splines.arrays import native, working_dtype
 
 RobustMethod: TypeAlias = Literal["reject", "smooth"]
 
@@ -235,7 +235,7 @@ def _rejected(
     length = _JUDGED_OVER * jnp.pi / number * distinct**_COPIES_VOTE
     if threshold is None:
         threshold = jnp.asarray(_LEAST_THRESHOLD + _FEW_OUTPUTS / max(flat.shape[1], 1) ** 0.5)
-    dtype = jnp.promote_types(flat.dtype, code.beta.dtype)
+    dtype = working_dtype(flat.dtype, code.beta.dtype)
     return find_adversaries(
         jax.lax.stop_gradient(code.beta),
         jax.lax.stop_gradient(flat.astype(dtype)),

@@ -344,7 +344,7 @@ def _basis_between(left: Any, right: Any, at: Any) -> tuple[Any, tuple[Any, Any,
 def _gap_of(t: Float[Any, " n"], at: Float[Any, " k"]) -> Int[Any, " k"]:
     xp = namespace(t, at)
     if t.shape[0] * at.shape[0] <= COMPARED_WITH_ALL:
-        upto = xp.sum(t <= at[:, None], axis=1)
+        upto = xp.sum(t[None] <= at[:, None], axis=1)
     else:
         upto = xp.searchsorted(t, at, side="right")
     return xp.minimum(xp.maximum(upto - 1, 0), t.shape[0] - 2)

@@ -49,12 +49,12 @@ class Knots(NamedTuple):
         slots = len(self.t)
         if slots * len(self.knot) > COMPARED_WITH_ALL:
             return _by_knot(self.share[:, None] * y, self.knot, slots)[self.shown]
-        shares = where(self.knot == self.shown[:, None], self.share, 0)
+        shares = where(self.knot[None] == self.shown[:, None], self.share[None], 0)
         return product(shares.astype(y.dtype), y)
 
     def spread(self, matrix: Float[Any, "k n"]) -> Float[Any, "k points"]:
         """Return the matrix on points, whose product with y is that of `matrix` with y's means."""
-        return taken(matrix, self.knot, axis=1) * self.share
+        return taken(matrix, self.knot, axis=1) * self.share[None]
 
     @property
     def number(self) -> Int[Any, ""]:
@@ -74,7 +74,7 @@ def by_observation(
     matrix = direct + padded[:, :-1] - padded[:, 1:]
     if len(shown) ** 2 > COMPARED_WITH_ALL:
         return _by_knot(matrix.T, shown, len(shown)).T
-    belongs = shown[:, None] == jnp.arange(len(shown))
+    belongs = shown[:, None] == jnp.arange(len(shown))[None]
     return product(matrix, belongs.astype(matrix.dtype))
 
 
@@ -146,12 +146,12 @@ def _knot_of(xp: Any, fixed: Any, held: Any) -> tuple[Any, Any]:
     place = xp.arange(len(fixed))
     # In a program few points need no sort and no scatter.
     if xp is jnp and len(fixed) ** 2 <= COMPARED_WITH_ALL:
-        same, before = fixed == fixed[:, None], place < place[:, None]
-        earlier = (fixed < fixed[:, None]) | (same & before)
+        same, before = fixed[None] == fixed[:, None], place[None] < place[:, None]
+        earlier = (fixed[None] < fixed[:, None]) | (same & before)
         previous = xp.max(where(earlier, fixed, -np.inf), axis=1)
         opens = held & (fixed - previous > tolerance)
-        upto = earlier | (place == place[:, None])
-        return xp.maximum(xp.sum(opens & upto, axis=1) - 1, 0), opens
+        upto = earlier | (place[None] == place[:, None])
+        return xp.maximum(xp.sum(opens[None] & upto, axis=1) - 1, 0), opens
     order = xp.argsort(fixed)
     ordered = taken(fixed, order)
     apart = ordered[1:] - ordered[:-1] > tolerance
@@ -168,7 +168,7 @@ def _by_knot(values: Any, knot: Any, slots: int, dense: bool = False) -> Any:
         return np.bincount(knot, values, slots).astype(values.dtype)
     if not dense:
         return jax.ops.segment_sum(values, knot, slots)
-    return jnp.sum(where(knot == jnp.arange(slots)[:, None], values, 0), axis=1)
+    return jnp.sum(where(knot[None] == jnp.arange(slots)[:, None], values[None], 0), axis=1)
 
 
 def _shown(xp: Any, counts: Bool[Any, " n"]) -> Int[Any, " n"]:
@@ -178,7 +178,7 @@ def _shown(xp: Any, counts: Bool[Any, " n"]) -> Int[Any, " n"]:
     if xp is np:
         last = np.maximum.accumulate(own)
     elif len(counts) ** 2 <= COMPARED_WITH_ALL:
-        last = jnp.max(where(place <= place[:, None], own, -1), axis=1)
+        last = jnp.max(where(place[None] <= place[:, None], own[None], -1), axis=1)
     else:
         last = jax.lax.cummax(own)
     return where(last < 0, xp.min(where(counts, place, len(counts) - 1)), last)

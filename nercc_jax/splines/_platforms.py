@@ -171,7 +171,8 @@ def _(*arguments: Any, call: _Call, shapes: tuple[Shape, ...]) -> list[Any]:
 
 @_primitive.def_impl
 def _(*arguments: Any, **parameters: Any) -> list[Array]:
-    return jax.jit(lambda *given: _primitive.bind(*given, **parameters))(*arguments)
+    with jax.disable_jit(False):  # what is chosen by lowering has no other way to run
+        return jax.jit(lambda *given: _primitive.bind(*given, **parameters))(*arguments)
 
 
 @functools.lru_cache(maxsize=256)
@@ -186,7 +187,9 @@ def _lowered_for(platform: str) -> Callable[..., Any]:
         plain = [ShapedArray(each.shape, each.dtype) for each in ctx.avals_in]
         function = mlir.lower_fun(_traced_once(call, platform))
         no_mesh = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
-        with no_mesh, jax.enable_x64(call.x64):
+        # What the user's own program may not promote (strict dtypes, ranks) is not this function's.
+        promotion = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+        with no_mesh, jax.enable_x64(call.x64), promotion[0], promotion[1]:
             return function(ctx.replace(avals_in=plain), *values)
 
     return lower

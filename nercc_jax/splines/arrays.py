@@ -49,6 +49,12 @@ def native(tree: PyTree, name: str = "an argument") -> PyTree:
     return jax.tree.map(of_leaf, tree)
 
 
+def working_dtype(*dtypes: Any) -> Any:
+    """Return the dtype that holds them all, float32 at least, under strict promotion, too."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(jnp.float32, *dtypes)
+
+
 def jitted(function: Function, **options: Any) -> Function:
     """Return `jax.jit(function, **options)`, which is `__wrapped__`, behind `native`."""
     compiled: Any = jax.jit(function, **options)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..codes import AbstractCode, Decoded
+from ..splines.arrays import working_dtype
 
 _OUTPUTS = 3
 # Each of these says that a program asked for the value of a traced array.
@@ -115,7 +116,7 @@ def _check_shapes(code: AbstractCode) -> None:
         coded = _trace("encode(x)", lambda code, x: code.encode(x), code, x)
         _check_array("encode(x)", coded, (n, _OUTPUTS), (str(jnp.dtype(dtype)),))
         decoded = _trace("try_decode(y, available)", try_decode, code, y, mask)
-        wanted = str(jnp.promote_types(dtype, jnp.float32))
+        wanted = str(working_dtype(dtype))
         _check_array("predictions", decoded.predictions, (k, _OUTPUTS), (wanted,))
     # In a traced function, too: JAX shows a code's `repr` in error messages.
     _trace("repr", lambda code: jnp.zeros(len(repr(code))), code)
