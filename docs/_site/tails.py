@@ -146,14 +146,14 @@ def _verdicts(cells: Mapping[str, Cell], budget: float) -> Iterator[str]:
     longer = [name for name, ours, best, _ in pairs if tail(ours) >= tail(best)]
     dearer = [name for name, ours, *_ in pairs if ours["calls"] > budget + _ROUNDING]
     shortest = len(pairs) - len({*longer, *dearer})
+    more = f" Ours sends more calls {_named(dearer)}" if dearer else ""
     several = [(ours, best) for _, ours, best, _ in pairs if len(ours["seeds"]) > 1]
     clear = sum(ours["p999_ms"][2] < best["p999_ms"][1] for ours, best in several)
     third = sum(tail(ours) <= tail(best) * 2 / 3 for _, ours, best, _ in pairs)
     yield (
         f"Within {budget:g} calls, ours is the shortest in {shortest} of "
         f"{len(pairs)} cells, in {third} by a third or more; beyond the spread over seeds in "
-        f"{clear} of the {len(several)} with several. A rival is shorter {_named(longer)} Ours "
-        f"sends more calls {_named(dearer)}"
+        f"{clear} of the {len(several)} with several. A rival is shorter {_named(longer)}{more}"
     )
     if budget == min(BUDGETS):
         twice = [name for name, ours, _, two in pairs if tail(two) < tail(ours)]
