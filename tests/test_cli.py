@@ -1,5 +1,6 @@
 """The command as a person meets it."""
 
+import re
 import subprocess
 import sys
 
@@ -31,6 +32,8 @@ def test_demo_prints_a_table_and_draws_a_picture(demo):
     words = ("NeRCC", "BACC", "LCC", "replication", "MSE", "RelAcc", "K=8, N=20", "*")
     for word in (*words, "Labels kept against work", "scheme, uncertain 5 % again"):
         assert word in result.output
+    kept = re.search(r"copies, else the student +10 +1\.32 +([\d.]+)", result.output)
+    assert float(kept[1]) > 99, result.output  # the student has 99.1 % of the model's labels
     assert str(plot) in result.output
     assert plot.read_bytes().startswith(b"\x89PNG")
 

@@ -7,6 +7,7 @@ from .results import load, percent
 
 Results = Mapping[str, Mapping[str, Any]]
 UNORDERED, PIXELS, ORDERED = "no order", "pixels, buffer 1024", "surrogate, buffer 1024"
+RESCUED = "replication, else surrogate"
 LAYOUTS = ("published", "search", "repeated", "interleaved", "chebyshev")
 
 
@@ -53,12 +54,14 @@ def learners(results: Results) -> Iterator[dict[str, str]]:
                 if row["mode"] in LAYOUTS and row["order"] == PIXELS
             ]
             best, learner = min(plain, key=_wrong), rows["learner", PIXELS]
+            copies = next(r for r in recorded["cells"][cell]["rows"] if r["mode"] == RESCUED)
             layout = learner["layout"].removesuffix(" of the most uncertain")
             yield {
                 "model": model,
                 "(N, K, S)": cell,
                 "best layout": f"{_percent(best)} ({best['mode']})",
                 "learner, no student": f"{_percent(learner)} ({layout})",
+                "copies, else the student": _percent(copies),
                 **{
                     f"{mode}, {name}": _percent(rows[mode, order])
                     for order, name in ((ORDERED, "ordered"), (UNORDERED, "no order"))

@@ -3,12 +3,18 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from .results import strong
+import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+from nercc_jax.evaluation._looks import system_look
+
+from .results import WIDTH, strong
 
 Cell = Mapping[str, Any]
+Cells = Mapping[tuple[str, ...], Mapping[str, Cell]]
 
 BUDGETS = (1.1, 1.35)  # calls a query
-OURS = {"lenet5": "LeNet5", "repvgg": "RepVGG", "lotka-volterra": "Lotka-Volterra"}
+OURS = {"lenet5": "LeNet5", "repvgg": "RepVGG", "vit": "ViT", "lotka-volterra": "Lotka-Volterra"}
 _ANY, _TWICE = "any model", "two at once, 1.2 x median"
 _RIVALS = {
     "hedging, tuned": "least loaded, hedged",
@@ -18,6 +24,21 @@ _RIVALS = {
 _LAWS = ("5 %", "slow workers", "slow rack", "hard queries")
 _SERVICE_MS = 50.0  # the median of a service time
 _ROUNDING = 0.005  # calls beyond a budget that do not count
+
+# With constant service times: the systems in order, and what is served.
+_HEDGED = ("hedged, p95", "hedged, p90", "hedged, 1.35 x median")
+_PICKED, _MORE = "picked, 1.1 calls", "picked, 1.35 calls"
+_BY_HAND = ("known, else hedged", "known, uncertain twice")
+_SYSTEMS = (
+    "as it comes", *_HEDGED, "two copies", "ParM, k = 2", "ParM, k = 4", "BACC (12, 8)",
+    "NeRCC (6, 4)", "NeRCC (8, 4)", "surrogate alone", *_BY_HAND, _PICKED, _MORE,
+)  # fmt: skip
+WORKS = {
+    "lenet5": "LeNet5 on MNIST, no student: it learns from the traffic",
+    "repvgg": "RepVGG on CIFAR-10, with its student",
+    "vit": "Vision Transformer on CIFAR-10, with its student",
+    "lotka-volterra": "Lotka-Volterra's equations, within 5 % of the outputs' spread; it learns",
+}
 
 
 def places(cells: Mapping[str, Cell]) -> Iterable[str]:
@@ -123,13 +144,16 @@ def _verdicts(cells: Mapping[str, Cell], budget: float) -> Iterator[str]:
         for work, ours in _ours(cells, place, budget).items()
     ]
     longer = [name for name, ours, best, _ in pairs if tail(ours) >= tail(best)]
+    dearer = [name for name, ours, *_ in pairs if ours["calls"] > budget + _ROUNDING]
+    shortest = len(pairs) - len({*longer, *dearer})
+    more = f" Ours sends more calls {_named(dearer)}" if dearer else ""
     several = [(ours, best) for _, ours, best, _ in pairs if len(ours["seeds"]) > 1]
     clear = sum(ours["p999_ms"][2] < best["p999_ms"][1] for ours, best in several)
     third = sum(tail(ours) <= tail(best) * 2 / 3 for _, ours, best, _ in pairs)
     yield (
-        f"Within {budget:g} calls, ours is the shortest in {len(pairs) - len(longer)} of "
+        f"Within {budget:g} calls, ours is the shortest in {shortest} of "
         f"{len(pairs)} cells, in {third} by a third or more; beyond the spread over seeds in "
-        f"{clear} of the {len(several)} with several. A rival is shorter {_named(longer)}"
+        f"{clear} of the {len(several)} with several. A rival is shorter {_named(longer)}{more}"
     )
     if budget == min(BUDGETS):
         twice = [name for name, ours, _, two in pairs if tail(two) < tail(ours)]
@@ -191,4 +215,155 @@ def minutes(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
             "p99 of the worst second, ms": f"{1e3 * row['worst_second_p99_s']:.0f}",
             "labels right": f"{100 * row['right']:.2f} %",
             "failed": str(sum(row["errors"].values())),
+        }
+
+
+def constant(found: Mapping[str, Cell]) -> Cells:
+    """Return the cells with constant service times, by work and law, then by system."""
+    cells: dict[tuple[str, ...], dict[str, Cell]] = {}
+    for name, cell in found.items():
+        *where, system = name.split("/")
+        cells.setdefault(tuple(where), {})[system] = cell
+    places = sorted(cells, key=lambda where: list(WORKS).index(where[0]))
+    return {w: {s: cells[w][s] for s in _SYSTEMS if s in cells[w]} for w in places}
+
+
+def best_of_each(cells: Cells) -> Iterator[dict[str, str]]:
+    """Yield the tail of what is picked, and of the best rival of each kind."""
+    for (work, law), found in cells.items():
+        if _PICKED in found:
+            yield {
+                "work and law": f"{work}, {law}",
+                "hedged, best of three": _shortest(found, _HEDGED),
+                "two copies": _shortest(found, ["two copies"]),
+                _PICKED: _shortest(found, [_PICKED]),
+                "labels right": f"{100 * found[_PICKED]['right']:.2f} %",
+                _MORE: _shortest(found, [_MORE]),
+                "by hand": _shortest(found, _BY_HAND),
+            }
+
+
+def _shortest(found: Mapping[str, Cell], names: Iterable[str]) -> str:
+    some = [found[name] for name in names if name in found]
+    return _tail_and_calls(min(some, key=lambda c: c["p999_by_p50"][0])) if some else ""
+
+
+def _tail_and_calls(cell: Cell) -> str:
+    return f"{cell['p999_by_p50'][0]:.2f} at {cell['calls']:.2f}"
+
+
+def shorter_rivals(cells: Cells) -> str:
+    """Return the exact rivals whose tail is shorter than that of what is picked."""
+    shorter = [
+        f"{name} for {'/'.join(where)} (p99.9 of {_tail_and_calls(found[name])})"
+        for where, found in cells.items()
+        if _PICKED in found
+        for name in (*_HEDGED, "two copies")
+        if name in found and found[name]["p999_by_p50"][2] < found[_PICKED]["p999_by_p50"][1]
+    ]
+    return (
+        f"Exact rivals with a p99.9 below that of *{_PICKED}*, beyond the intervals: "
+        f"{'; '.join(shorter) or 'none'}."
+    )
+
+
+def picture(cells: Cells) -> None:
+    """Draw p99.9 against calls, a panel for each work and law."""
+    columns = 3
+    lines = -(-len(cells) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(WIDTH, 2.3 * lines + 1.2), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(cells) :]:
+        axis.axis("off")
+    shown: dict[str, Any] = {}
+    for axis, ((work, law), found) in zip(axes.flat, cells.items(), strict=False):
+        for name, cell in found.items():
+            look: dict[str, Any] = system_look(name) | {"linestyle": "none"}
+            now, low, high = cell["p999_by_p50"]
+            axis.plot([cell["calls"]] * 2, [low, high], color=look["color"], lw=1, alpha=0.6)
+            size = 8 if name in (_PICKED, _MORE, *_BY_HAND) else 5
+            (shown[name],) = axis.plot(cell["calls"], now, markersize=size, **look)
+        axis.set_title(f"{work}: {law}")
+        axis.set_yscale("log")
+        axis.set_yticks([1, 2, 4, 8, 16, 32])
+        axis.set_ylim(0.95, 1.2 * max(cell["p999_by_p50"][0] for cell in found.values()))
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlim(min(0.95, *(cell["calls"] - 0.05 for cell in found.values())), 2.1)
+        axis.grid(alpha=0.25)
+    for axis in axes[-1]:
+        axis.set_xlabel("calls for each query")
+    figure.supylabel("p99.9 / p50")
+    names = [name for name in _SYSTEMS if name in shown]
+    figure.legend([shown[n] for n in names], names, ncols=4, loc="outside lower center")
+
+
+def setting(about: Mapping[str, Any], cells: Cells) -> str:
+    """Return the workers, the load, and how many queries are judged."""
+    load = about["load"]
+    judged = sorted({cell["queries"] for found in cells.values() for cell in found.values()})
+    return (
+        f"{load['workers']} workers; a call takes {1000 * load['base']:.0f} ms; single queries "
+        f"come as a Poisson stream of {load['rate']:.0f} a second "
+        f"({100 * load['rate'] * load['base'] / load['workers']:.0f} % of capacity); "
+        f"{' or '.join(f'{number:,}' for number in judged)} queries are judged after "
+        f"{about['warm_up']:,} to learn from."
+    )
+
+
+def row(name: str, cell: Cell) -> dict[str, str]:
+    """Return all that was measured of a cell with constant service times."""
+
+    def of(key: str) -> str:
+        now, low, high = cell[key]
+        return f"{now:.2f} [{low:.2f},\u00a0{high:.2f}]"
+
+    return {
+        "": name,
+        "p50, ms": f"{cell['p50_ms'][0]:.1f}",
+        "p99 / p50": of("p99_by_p50"),
+        "p99.9 / p50": of("p999_by_p50"),
+        "calls": f"{cell['calls']:.3f}",
+        "right, %": f"{100 * cell['right']:.2f}",
+        "predicted, %": f"{100 * cell['predicted']:.1f}",
+        "decoded, %": f"{100 * cell['decoded']:.1f}",
+        "audited: wrong": f"{cell['audited']}: {cell['audited_other']}",
+        "drifts": str(cell["drifts"]),
+        "lost": str(cell["lost"]),
+    }
+
+
+_QUANTILES = ("p50_ms", "p99_ms", "p999_ms")
+
+
+def _ratios(found: Mapping[str, Mapping[str, Cell]]) -> Iterator[tuple[str, str, dict[str, float]]]:
+    for workers in ("threads", "ray"):
+        for name, cell in found.get(workers, {}).items():
+            simulated = found["paper"][name]
+            yield workers, name, {key: cell[key][0] / simulated[key][0] for key in _QUANTILES}
+
+
+def agreement(found: Mapping[str, Mapping[str, Cell]]) -> str:
+    """Return how near the tails before real workers are to the simulated ones."""
+    ratios = list(_ratios(found))
+    close = {k: sum(abs(each[k] - 1) <= 0.15 for *_, each in ratios) for k in _QUANTILES}
+    threads, ray = (
+        max(each["p999_ms"] for workers, name, each in ratios if workers == w and _PICKED in name)
+        for w in ("threads", "ray")
+    )
+    return (
+        f"Within 15 %: p99 in {close['p99_ms']} and p99.9 in {close['p999_ms']} of {len(ratios)}. "
+        f"p99.9 of what is *picked* is up to {threads:.2f} times the simulated one before threads, "
+        f"and {ray:.2f} before Ray actors."
+    )
+
+
+def real_workers(found: Mapping[str, Mapping[str, Cell]]) -> Iterator[dict[str, str]]:
+    """Yield latencies before real workers, and before simulated ones."""
+    for workers, name, ratios in _ratios(found):
+        real, simulated = found[workers][name], found["paper"][name]
+        yield {"workers": workers, "cell": name, "queries": str(real["queries"])} | {
+            key.removesuffix("_ms"): f"{real[key][0]:.0f} / {simulated[key][0]:.0f} ({ratio:.2f})"
+            for key, ratio in ratios.items()
         }

@@ -18,7 +18,7 @@ from ._serve import serve_command
 from ._tune import tune_command
 
 app = typer.Typer(
-    help="Coded computing for model serving: no straggler slows a batch down.",
+    help="Coded computing: approximate predictions from whichever workers answered.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

@@ -50,7 +50,7 @@ def demo(
     plot: Annotated[Path, option("File for the picture.", RESULTS)] = Path("nercc-demo.png"),
     numbers: Numbers = None,
 ) -> None:
-    """Compare NeRCC with BACC, BSCC, LCC and replication when workers straggle.
+    """Compare NeRCC with BACC, BSCC, LCC, replication and a student when workers straggle.
 
     Each group of K data points is encoded as N coded data points, and each worker runs the model
     on one of them. S of the N workers straggle. All K predictions are recovered from the answers

@@ -85,8 +85,8 @@ def kept_labels(queries: Queries, num_data: int, num_workers: int, seed: int) ->
     """Return the labels kept by the published method, its rivals, and a scheme on few workers."""
     judged = queries.test[len(queries.test) // 2 :]
     judged = judged[: len(judged) // num_data * num_data]
-    run = batched(queries.model, 256)
-    own = np.asarray(run(judged)).argmax(-1)
+    run, student = batched(queries.model, 256), batched(queries.student, 256)
+    own, guess = (np.asarray(each(judged)).argmax(-1) for each in (run, student))
     few, many = num_data + max(num_data // 4, 1), num_workers
 
     def kept(infer: Callable[[np.ndarray], np.ndarray], workers: int) -> Estimate:
@@ -102,7 +102,13 @@ def kept_labels(queries: Queries, num_data: int, num_workers: int, seed: int) ->
         y = form.split(answers)
         return lambda masks: _labels(decode_groups(code, y, masks).predictions).ravel()
 
+    def else_student(masks: np.ndarray) -> np.ndarray:
+        """Return the labels of copies, and the student's where no copy answers."""
+        found = copies(masks)
+        return np.where(found < 0, guess, found)
+
     published = NeRCC(num_data, many, lambda_dec=0.0)
+    copies = labels(Replication(num_data, few))
     return [
         # Known without being run: a straggling call is lost, or exact.
         Kept("one worker a query", "uncoded", num_data, 1.0, Estimate(1 - RATE, 0.0)),
@@ -114,6 +120,13 @@ def kept_labels(queries: Queries, num_data: int, num_workers: int, seed: int) ->
                 ("BACC", "BACC", many, Berrut(num_data, many)),
                 ("NeRCC as published", "NeRCC published", many, published),
             )
+        ),
+        Kept(
+            "copies, else the student",
+            "replication, else surrogate",
+            few,
+            few / num_data + queries.cost,
+            kept(else_student, few),
         ),
         *_with_scheme(queries, judged, own, NeRCC(num_data, few, points="repeated"), kept, seed),
     ]

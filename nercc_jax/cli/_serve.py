@@ -36,10 +36,10 @@ def serve_command(arguments: Annotated[list[str] | None, typer.Argument()] = Non
     """Serve models behind a code: Open Inference Protocol, REST and gRPC.
 
     Clients' queries are coded in groups; one whose worker straggles is decoded
-    from the others' answers, and its response says so. All settings can also
-    be given by environment (NERCC_...) and file; flags come first. SIGTERM
-    answers what was accepted, and ends. It listens at once, and says that it is
-    ready once its models are compiled.
+    from the others' answers, and its response says so, or it is sent again. All
+    settings can also be given by environment (NERCC_...) and file; flags come
+    first. SIGTERM answers what was accepted, and ends. It listens at once, and
+    says that it is ready once its models are compiled.
     """
     # Imports and programs leave little garbage, and to look for it takes a tenth of a start. Once
     # the server is ready, it looks again.

@@ -57,10 +57,11 @@ class BatchingPolicy:
     )
     max_disagreement: float | None = _option(
         None,
-        "Maximum share of wrong labels among the answers that are not the model's own; no single "
-        "one may be wrong with more than five times that probability, or a half. Answers that are "
-        "too uncertain wait for more workers, and are sent again if none are left. 1 in settings, "
-        "None in Python: decode as soon as `wait_for` answers are in.",
+        "Maximum share of wrong labels among the answers that are not the model's own, by a bound "
+        "that fails with a probability of 0.25; no single one may be wrong with more than five "
+        "times that share, or a half. Answers that are too uncertain wait for more workers, and "
+        "are sent again if none are left. 1 in settings, None in Python: decode as soon as "
+        "`wait_for` answers are in.",
     )
     max_reexecution: float | None = _option(
         None,
