@@ -29,7 +29,8 @@ def parametrize(
 
     - "log_lambda_enc", "log_lambda_dec", "log_end_penalty": natural logarithms. As 0 has none, a
       lambda of 0 starts at (g / 30)**4, with g the mean gap between its points, where smoothing
-      has almost no effect; an `end_penalty` of 0 starts at 1. But if an `exact` code has a
+      has almost no effect; an `end_penalty` of 0 starts at 1. A lambda of 1 or more starts there,
+      too: its fit is nearly a straight line, and the objective is flat. But if an `exact` code has a
       lambda_enc of 0, that is left at 0 and is not a parameter: otherwise its workers would no
       longer run on the data points themselves.
     - "gap_exponent": itself.
@@ -111,7 +112,7 @@ def parametrize(
 
 def _logarithm(value: Float[Array, ""], points: Float[Array, " n"]) -> Float[Array, ""]:
     start = (mean_gap(points, jnp.ones(points.shape, bool)) / 30) ** 4
-    return jnp.log(jnp.where(value > 0, value, start))
+    return jnp.log(jnp.where((value > 0) & (value < 1), value, start))
 
 
 def _shifts_of_points(
