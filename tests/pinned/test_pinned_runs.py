@@ -79,7 +79,7 @@ def test_run_rows_keeps_what_is_done_and_goes_on(tmp_path):
     with np.load(options["folder"] / "part-000000.npz") as part:
         assert {"index", "predictions", "deviation", "score", "exact", "done"} <= set(part)
     for other, resume in ((rows, False), (rows + 1, True)):
-        with pytest.raises(ValueError, match="earlier run|inputs was"):
+        with pytest.raises(ValueError, match=r"earlier run|inputs was"):
             run_rows(function, other, DevicePool, **options, resume=resume)
     calls.clear()
     second = run_rows(function, rows, DevicePool, **options, resume=True)
