@@ -20,7 +20,8 @@ from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
 from nercc_jax.cli import main
 from nercc_jax.codes import BerrutSpline
 
-VALUES = Path(__file__).with_name("values.json")
+VALUES, TABLES = (Path(__file__).with_name(f"{name}.json") for name in ("values", "tables"))
+TABLES = json.loads(TABLES.read_text())  # by hand: names, choices and statuses
 K, N = 4, 11
 CODES = {
     "nercc": lambda: NeRCC(K, N),
