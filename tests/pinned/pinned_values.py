@@ -4,7 +4,6 @@
 code's points and lambdas in float64; splines are solved in 150 digits (`matrices.py`).
 """
 
-import contextlib
 import io
 import json
 import os
@@ -14,14 +13,16 @@ from pathlib import Path
 from unittest import mock
 
 import jax
+import matrices
 import numpy as np
+import pytest
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
 from nercc_jax.cli import main
 from nercc_jax.codes import BerrutSpline
 
-VALUES, TABLES = (Path(__file__).with_name(f"{name}.json") for name in ("values", "tables"))
-TABLES = json.loads(TABLES.read_text())  # by hand: names, choices and statuses
+VALUES = Path(__file__).with_name("values.json")
+TABLES = json.loads(VALUES.with_name("tables.json").read_text())  # by hand: names and choices
 K, N = 4, 11
 CODES = {
     "nercc": lambda: NeRCC(K, N),
@@ -54,40 +55,33 @@ def answers(num_workers: int) -> np.ndarray:
 
 def run_command(*arguments: str) -> tuple[int, str]:
     """The exit code of `nercc` with these arguments, and what it prints."""
-    shown, code = io.StringIO(), 0
+    shown, argv = io.StringIO(), ["nercc", "--no-compilation-cache", *arguments]
     with (
-        mock.patch.object(sys, "argv", ["nercc", "--no-compilation-cache", *arguments]),
+        mock.patch.multiple(sys, argv=argv, stdout=shown, stderr=shown),
         mock.patch.dict(os.environ, COLUMNS="200"),
         mock.patch.object(os, "_exit", sys.exit),  # where a thread of other tests is still at work
-        contextlib.redirect_stdout(shown),
-        contextlib.redirect_stderr(shown),
+        pytest.raises(SystemExit) as end,
     ):
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return code, shown.getvalue()
+        main()
+    return int(end.value.code or 0), shown.getvalue()
 
 
 def options_of(command: str) -> set[str]:
     """The names in the first column of its `--help`."""
-    lines = run_command(command, "--help")[1].splitlines()
-    heads = [re.match(r"[│ *]*((?:--[\w-]+[, ]+)+)", line) for line in lines]
-    return {name for head in heads if head for name in re.findall(r"--[\w-]+", head[1])}
+    found = re.findall(r"^[│ *]*((?:--[\w-]+[, ]+)+)", run_command(command, "--help")[1], re.M)
+    return set(re.findall(r"--[\w-]+", " ".join(found)))
 
 
 def pinned_code(code) -> dict:
     """By the textbook: the regression points, the encoder, and 30 decodes of the answers above."""
-    import matrices
-
-    y, found, scales = answers(code.num_workers), [], []
-    for mask in masks(code.num_workers):
-        decoder = matrices.decoder_matrix(code, mask)
-        lost = ~decoder.any(axis=1)
-        found.append(np.where(lost, None, np.round(decoder @ y, 15)).tolist())
-        scales.append(float(f"{np.abs(decoder).sum(axis=1).max():.3g}"))
-    points = {name: getattr(code, name, np.zeros(0)) for name in ("alpha", "beta")}
-    exact = points | {"encoder": matrices.encoder_matrix(code)}
+    decoders = [matrices.decoder_matrix(code, mask) for mask in masks(code.num_workers)]
+    found = [
+        np.where(each.any(axis=1), np.round(each @ answers(code.num_workers), 15), None).tolist()
+        for each in decoders
+    ]
+    scales = [float(f"{np.abs(decoder).sum(axis=1).max():.3g}") for decoder in decoders]
+    exact = {name: getattr(code, name, np.zeros(0)) for name in ("alpha", "beta")}
+    exact["encoder"] = matrices.encoder_matrix(code)
     shown = {name: np.round(np.asarray(each, float), 15).tolist() for name, each in exact.items()}
     return shown | {"decoded": found, "scales": scales}
 
@@ -98,5 +92,4 @@ if __name__ == "__main__":
         "codes": {name: pinned_code(make()) for name, make in CODES.items()},
         "options": {command: sorted(options_of(command)) for command in COMMANDS},
     }
-    lines = json.dumps(pinned, ensure_ascii=False).replace('], "', '],\n"').replace("]], ", "]],\n")
-    VALUES.write_text(lines + "\n")
+    VALUES.write_text(json.dumps(pinned).replace('], "', '],\n"').replace("]], ", "]],\n") + "\n")

@@ -22,83 +22,71 @@ from nercc_jax.tuning import Descent, Sampling, learn_decoder
 PINNED = json.loads(VALUES.read_text())["codes"]
 WEIGHTS = np.random.default_rng(0).normal(size=(5, 3))
 PRECISIONS = {"float32": 3e-5, "float64": 1e-11}
-ONE_LOST = ~np.eye(N, dtype=bool)
+EVERYONE, ONE_LOST = np.ones((1, N), bool), ~np.eye(N, dtype=bool)
+INFERRED = {NeRCC: {"lambda_enc": 1e-4, "lambda_dec": 1e-3}, Berrut: {}}
 
 
 def model(x, weights=WEIGHTS):
     return jnp.tanh(x @ jnp.asarray(weights, x.dtype))
 
 
-def data(count, seed=1):
-    """Data points along a curve, as smooth codes want them, with a little noise."""
-    random = np.random.default_rng(seed)
-    along = np.linspace(-1, 1, count)[:, None] * np.linspace(-1, 1, 5)
-    return along + 0.1 * random.normal(size=(count, 5))
+def data(groups, seed=1, dtype="float64"):
+    """Noisy data points along a line, in any order."""
+    random, along = np.random.default_rng(seed), np.linspace(-1, 1, groups * K)
+    x = np.outer(along, np.linspace(-1, 1, 5)) + 0.1 * random.normal(size=(groups * K, 5))
+    return random.permutation(x).astype(dtype)
 
 
 def mean_square_error(code, x, sets=ONE_LOST):
     """Of groups in order, over these straggler sets: both matrices by the textbook."""
-    groups = x.reshape(-1, K, 5)
-    coded = np.tanh(matrices.encoder_matrix(code) @ groups @ WEIGHTS)
-    decoders = np.stack([matrices.decoder_matrix(code, mask) for mask in sets])
-    return float(np.mean((decoders[:, None] @ coded - np.tanh(groups @ WEIGHTS)) ** 2))
-
-
-def assert_decoded(name, found, recovered, precision):
-    """The same predictions are lost, and others right by the decoder's largest row sum."""
-    expected = np.array(PINNED[name]["decoded"], float)
-    np.testing.assert_array_equal(recovered, ~np.isnan(expected))
-    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
-    # In float64 not-a-knot ends are off by 2e-10 today, where SciPy's are right to the last digit.
-    eps = 1e-9 if (name, precision) == ("berrut spline", "float64") else PRECISIONS[precision]
-    scale = eps * np.maximum(PINNED[name]["scales"], 1)[:, None]
-    off = np.nan_to_num((found - expected) / scale)
-    assert np.abs(off).max() <= 1, f"mask {np.abs(off).max(axis=1).argmax()}: {np.abs(off).max()}"
+    coded = np.tanh(matrices.encoder_matrix(code) @ x.reshape(-1, K, 5) @ WEIGHTS)
+    decoders = np.stack([matrices.decoder_matrix(code, mask) for mask in sets])[:, None]
+    return float(np.mean((decoders @ coded - np.tanh(x.reshape(-1, K, 5) @ WEIGHTS)) ** 2))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", CODES)
 def test_a_code_has_its_points_and_matrices_and_decodes_thirty_masks(name, precision):
-    """On the host mask by mask, in one program, and as matrices. A straggler's NaN reaches none."""
+    """Mask by mask on the host, all in one program, and as matrices; a straggler's NaN in none."""
+    eps, pinned = PRECISIONS[precision], PINNED[name]
+    expected = np.array(pinned["decoded"], float)  # NaN where lost
+    # In float64 not-a-knot ends are off by 2e-10 today, where SciPy's are right to the last digit.
+    scale = 1e-9 if (name, precision) == ("berrut spline", "float64") else eps
+    scales = scale * np.maximum(pinned["scales"], 1)[:, None]
     with jax.enable_x64(precision == "float64"):
-        code, pinned, eps = CODES[name](), PINNED[name], PRECISIONS[precision]
+        code = CODES[name]()
         for points in ("alpha", "beta"):
             np.testing.assert_allclose(getattr(code, points, []), pinned[points], atol=eps)
         np.testing.assert_allclose(code.encoder_matrix(), pinned["encoder"], atol=eps)
         sets, y = masks(code.num_workers), answers(code.num_workers)
-        given = jnp.asarray(np.where(sets, y, np.nan)[..., None], float)
-        found = np.full((len(sets), code.num_data), np.nan)
+        given, by_mask = jnp.asarray(np.where(sets, y, np.nan)[..., None], float), 0 * expected
         for place, (group, mask) in enumerate(zip(given, sets, strict=True)):
-            if None not in pinned["decoded"][place] or any(pinned["decoded"][place]):
-                found[place] = code.decode(group, mask)[:, 0]
-            else:
+            if np.isnan(expected[place]).all():
                 with pytest.raises(ValueError, match="no prediction can be recovered"):
                     code.decode(group, mask)
-        assert_decoded(name, found, ~np.isnan(found), precision)
+            else:
+                by_mask[place] = code.decode(group, mask)[:, 0]
         together = eqx.filter_jit(decode_groups)(code, given, jnp.asarray(sets))
-        found = np.asarray(together.predictions, float)[..., 0]
-        assert_decoded(name, found, together.recovered, precision)
         decoders = np.stack([code.decoder_matrix(mask) for mask in sets])
-        assert not decoders[np.broadcast_to(~sets[:, None], decoders.shape)].any()
-        lost = np.where(decoders.any(axis=2), 0, np.nan)
-        assert_decoded(name, decoders @ y + lost, lost == 0, precision)
+    np.testing.assert_array_equal(together.recovered, ~np.isnan(expected))
+    assert not decoders[np.broadcast_to(~sets[:, None], decoders.shape)].any()
+    products = decoders @ y + np.where(decoders.any(axis=2), 0, np.nan)
+    by_mask += np.where(np.isnan(expected).all(axis=1, keepdims=True), np.nan, 0)
+    for found in (by_mask, np.asarray(together.predictions)[..., 0], products):
+        np.testing.assert_allclose(found / scales, expected / scales, rtol=0, atol=1)
 
 
 @pytest.mark.parametrize("mesh", [None, (4, 2)], ids=["one device", "4 x 2 mesh"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(
-    ("make", "lambdas"),
-    [(NeRCC, {"lambda_enc": 1e-4, "lambda_dec": 1e-3}), (Berrut, {})],
-    ids=["NeRCC", "Berrut"],
-)
-def test_coded_inference_has_the_plain_values_and_gradients(make, lambdas, precision, mesh):
+@pytest.mark.parametrize("make", INFERRED, ids=lambda make: make.__name__)
+def test_coded_inference_has_the_plain_values_and_gradients(make, precision, mesh):
     """Values, and gradients in x, weights and lambdas: NumPy's, and finite differences of those."""
-    with jax.enable_x64(True):
-        exact = make(K, N, **lambdas)
-    sets = np.stack([np.arange(N) != 3, np.arange(N) % 4 > 0])
-    x, pull = data(2 * K).reshape(2, K, 5), np.random.default_rng(2).normal(size=(2, K, 3))
+    sets, lambdas = np.stack([np.arange(N) != 3, np.arange(N) % 4 > 0]), INFERRED[make]
+    x, pull = data(2).reshape(2, K, 5), np.random.default_rng(2).normal(size=(2, K, 3))
 
-    def plain(code):
+    def plain(**changed):
+        with jax.enable_x64(True):
+            code = make(K, N, **lambdas | changed)
         decoders = np.stack([matrices.decoder_matrix(code, mask) for mask in sets])
         encoder = matrices.encoder_matrix(code)
         y = np.tanh(encoder @ x @ WEIGHTS)
@@ -106,35 +94,26 @@ def test_coded_inference_has_the_plain_values_and_gradients(make, lambdas, preci
         of_weights = np.einsum("gni,gno->io", encoder @ x, inner)
         return decoders @ y, encoder.T @ inner @ WEIGHTS.T, of_weights
 
-    expected, of_x, of_weights = plain(exact)
-    grid = None if mesh is None else Mesh(np.array(jax.devices()).reshape(mesh), ("workers", "b"))
+    grid = mesh and Mesh(np.array(jax.devices()).reshape(mesh), ("workers", "others"))
     with jax.enable_x64(precision == "float64"):
-        code, eps = make(K, N, **lambdas), PRECISIONS[precision]
-        given = [jnp.asarray(each, float) for each in (x, WEIGHTS, pull)]
-        found = coded_inference(model, code, mesh=grid, axis=grid and "workers")(
-            given[0], sets, given[1]
-        )
-        np.testing.assert_allclose(found, expected, atol=10 * eps)
+        given = [jnp.asarray(each, float) for each in (x, WEIGHTS)]
 
-        @eqx.filter_jit
-        @eqx.filter_grad
-        def gradients(inputs):
+        def total(inputs):
             code, x, weights = inputs
             infer = coded_inference(model, code, mesh=grid, axis=grid and "workers")
-            return jnp.sum(given[2] * infer(x, sets, weights))
+            found = infer(x, sets, weights)
+            return jnp.sum(jnp.asarray(pull, float) * found), found
 
-        of_code, *others = gradients((code, *given[:2]))
-        for got, wanted in zip(others, (of_x, of_weights), strict=True):
-            np.testing.assert_allclose(got, wanted, atol=100 * eps)
-        for name, value in lambdas.items():
-            step = 1e-4
-            with jax.enable_x64(True):
-                ends = [make(K, N, **lambdas | {name: value * (1 + s)}) for s in (step, -step)]
-            rise = np.subtract(*[np.sum(pull * plain(end)[0]) for end in ends])
-            # The differences' own error is 1e-8 of the gradient; float32 loses a few digits more.
-            rtol = 1e-6 if precision == "float64" else 1e-2
-            found = getattr(of_code, name)
-            np.testing.assert_allclose(found, rise / (2 * step * value), rtol=rtol)
+        differentiate = eqx.filter_jit(eqx.filter_value_and_grad(total, has_aux=True))
+        (_, found), (of_code, *others) = differentiate((make(K, N, **lambdas), *given))
+    for got, wanted, factor in zip((found, *others), plain(), (10, 100, 100), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=factor * PRECISIONS[precision])
+    for name, value in lambdas.items():
+        ends = [plain(**{name: value * scale})[0] for scale in (1 + 1e-4, 1 - 1e-4)]
+        slope = np.sum(pull * (ends[0] - ends[1])) / (2e-4 * value)
+        # The differences' own error is 1e-8 of the slope; float32 loses some digits more.
+        rtol = 1e-6 if precision == "float64" else 1e-2
+        np.testing.assert_allclose(getattr(of_code, name), slope, rtol=rtol)
 
 
 def test_evaluate_agrees_with_plain_numpy():
@@ -143,27 +122,19 @@ def test_evaluate_agrees_with_plain_numpy():
     An implementation may draw other sets: the mean of 100 differs from that of the 11 there are by
     less than twice the 95 % interval, but for one seed in ten thousand.
     """
-    x = np.random.default_rng(3).permutation(data(12 * K))
+    x, laws = data(12), {"none": ExactStragglers(0), "one": ExactStragglers(1)}
     with jax.enable_x64(True):
         codes = {"nercc": NeRCC(K, N), "berrut": Berrut(K, N)}
-        laws = {"none": ExactStragglers(0), "one": ExactStragglers(1)}
         rows = evaluate(model, codes, x, laws, key=jax.random.key(0), num_sets=100)
-        found = {(row.code, row.stragglers): row for row in rows}
-        for name, code in codes.items():
-            row = found[name, "none"]
-            expected = mean_square_error(code, x, np.ones((1, N), bool))
-            assert row.mse.mean == pytest.approx(expected, rel=1e-6)
-            assert row.rmse.mean == pytest.approx(np.sqrt(3 * expected), rel=1e-6)
-            assert (row.lost.mean, row.num_data_points, row.accuracy) == (0, 48, None)
-            row, expected = found[name, "one"], mean_square_error(code, x)
-            assert abs(row.mse.mean - expected) < min(2 * row.mse.half_width, 0.5 * expected)
-        groups = x.reshape(-1, K, 5)
-        labels = np.tanh(groups @ WEIGHTS).argmax(axis=2)
-        own = np.tanh(matrices.encoder_matrix(codes["nercc"]) @ groups @ WEIGHTS)
-        kept = matrices.decoder_matrix(codes["nercc"], np.ones(N, bool)) @ own
-        share = np.mean(kept.argmax(axis=2) == labels)
-        assert found["nercc", "none"].rel_acc.mean == pytest.approx(share)
-        assert 0 < rows.gain("nercc", "berrut").mean < 1
+        for row in rows:
+            alone = row.stragglers == "none"
+            expected = mean_square_error(codes[row.code], x, EVERYONE if alone else ONE_LOST)
+            near = 1e-6 * expected if alone else min(2 * row.mse.half_width, 0.5 * expected)
+            assert row.mse.mean == pytest.approx(expected, abs=near)
+            assert row.rmse.mean == pytest.approx(np.sqrt(3 * row.mse.mean), rel=0.1)
+            assert (row.lost.mean, row.num_data_points, row.num_sets) == (0, 48, 100)
+            assert 0.5 < row.rel_acc.mean <= 1
+    assert 0 < rows.gain("nercc", "berrut").mean < 1
 
 
 def test_tune_lowers_the_error_that_enumeration_finds():
@@ -171,36 +142,27 @@ def test_tune_lowers_the_error_that_enumeration_finds():
 
     Another optimizer, or other draws, may end elsewhere: of the way down 30 steps do most.
     """
-    start = NeRCC(K, N, lambda_enc=1e-2, lambda_dec=1e-1)
-    seen = []
-    tuned = tune(
-        model, start, data(40 * K).astype(np.float32), {"one": ExactStragglers(1)},
-        key=jax.random.key(0), sampling=Sampling(held_out_sets=8), descent=Descent(steps=30),
-        on_step=lambda step, code: seen.append(step.step),
-    )  # fmt: skip
-    fresh = data(10 * K, seed=9)
-    assert mean_square_error(tuned.code, fresh) < 0.5 * mean_square_error(start, fresh)
+    start, laws = NeRCC(K, N, lambda_enc=1e-2, lambda_dec=1e-1), {"one": ExactStragglers(1)}
+    few = {"sampling": Sampling(held_out_sets=8), "descent": Descent(steps=30)}
+    tuned = tune(model, start, data(40, dtype="float32"), laws, key=jax.random.key(0), **few)
+    errors = [mean_square_error(code, data(10, seed=9)) for code in (start, tuned.code)]
+    assert errors[1] < 0.5 * errors[0]
     assert 0 < tuned.objective < 0.7
-    assert 0 < tuned.code.lambda_dec < 1e-1
-    assert (tuned.rejected, tuned.code.num_workers) == (0, N)
-    assert seen == [step.step for step in tuned.history]
     assert tuned.history[0].held_out == pytest.approx(1, abs=0.01)
+    assert (tuned.rejected, len(tuned.history)) == (0, 31)
 
 
 def test_learn_decoder_beats_the_spline_and_keeps_constants():
-    """Thirty masks as by the normal equations of its own moments; errors on fresh data, 30 % lower.
+    """Thirty masks as by the normal equations of its moments; errors on fresh data, 30 % lower.
 
     The noise that answers are taken to have, and the groups that are drawn, may differ.
     """
-    start = NeRCC(K, N)
-    x = data(64 * K).astype(np.float32)
-    x = np.random.default_rng(3).permutation(x)
+    start, x = NeRCC(K, N), data(64, dtype="float32")
     learned = learn_decoder(model, start, x, key=jax.random.key(0), num_groups=100)
+    np.testing.assert_array_equal(learned.encoder_matrix(), start.encoder_matrix())
     for mask in masks(N)[masks(N).any(axis=1)]:
         decoder = np.asarray(learned.decoder_matrix(mask), float)
-        scale = np.abs(decoder).sum(axis=1).max()
-        np.testing.assert_allclose(decoder.sum(axis=1), 1, atol=1e-4 * scale)
+        np.testing.assert_allclose(decoder.sum(axis=1), 1, atol=1e-3)
         np.testing.assert_allclose(decoder, matrices.decoder_matrix(learned, mask), atol=2e-3)
-    np.testing.assert_array_equal(learned.encoder_matrix(), start.encoder_matrix())
-    fresh = np.random.default_rng(4).permutation(data(16 * K, seed=9))
-    assert mean_square_error(learned, fresh) < 0.7 * mean_square_error(start, fresh)
+    errors = [mean_square_error(code, data(16, seed=9)) for code in (start, learned)]
+    assert errors[1] < 0.7 * errors[0]
