@@ -119,8 +119,7 @@ def test_a_transcript_of_one_server(tmp_path):
             assert data[2] == data[3] == np.where(exact, 0.0, -1.0).tolist()
             assert np.isnan(reply.expected_error).tolist() == np.logical_not(exact).tolist()
 
-        refused = next(rows for name, rows in NAMES.items() if name.startswith("refused"))
-        for queries, given, model, token, status, code, error in refused:
+        for queries, given, model, token, status, code, error in NAMES["refused"]:
             RELEASED.clear()
             rows = QUERIES[queries]
             found = [ask(server, rows, given, model, token) for ask in (by_rest, by_grpc)]
