@@ -4,24 +4,19 @@
 code's points and lambdas in float64; splines are solved in 150 digits (`matrices.py`).
 """
 
-import io
 import json
-import os
-import re
-import sys
 from pathlib import Path
-from unittest import mock
 
 import jax
 import matrices
 import numpy as np
-import pytest
+from commands import options_of
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
-from nercc_jax.cli import main
 from nercc_jax.codes import BerrutSpline
 
 VALUES = Path(__file__).with_name("values.json")
+PINNED = json.loads(VALUES.read_text())
 TABLES = json.loads(VALUES.with_name("tables.json").read_text())  # by hand: names and choices
 K, N = 4, 11
 CODES = {
@@ -38,7 +33,6 @@ CODES = {
     "replication": lambda: Replication(K, N),
     "uncoded": lambda: Uncoded(K),
 }
-COMMANDS = ("demo", "distill", "models", "new-model", "plan", "run", "tune", "serve")
 
 
 def masks(num_workers: int) -> np.ndarray:
@@ -53,43 +47,25 @@ def answers(num_workers: int) -> np.ndarray:
     return np.cos(1.0 + np.arange(num_workers) ** 2)
 
 
-def run_command(*arguments: str) -> tuple[int, str]:
-    """The exit code of `nercc` with these arguments, and what it prints."""
-    shown, argv = io.StringIO(), ["nercc", "--no-compilation-cache", *arguments]
-    with (
-        mock.patch.multiple(sys, argv=argv, stdout=shown, stderr=shown),
-        mock.patch.dict(os.environ, COLUMNS="200"),
-        mock.patch.object(os, "_exit", sys.exit),  # where a thread of other tests is still at work
-        pytest.raises(SystemExit) as end,
-    ):
-        main()
-    return int(end.value.code or 0), shown.getvalue()
-
-
-def options_of(command: str) -> set[str]:
-    """The names in the first column of its `--help`."""
-    found = re.findall(r"^[│ *]*((?:--[\w-]+[, ]+)+)", run_command(command, "--help")[1], re.M)
-    return set(re.findall(r"--[\w-]+", " ".join(found)))
-
-
 def pinned_code(code) -> dict:
     """By the textbook: the regression points, the encoder, and 30 decodes of the answers above."""
-    decoders = [matrices.decoder_matrix(code, mask) for mask in masks(code.num_workers)]
-    found = [
-        np.where(each.any(axis=1), np.round(each @ answers(code.num_workers), 15), None).tolist()
-        for each in decoders
-    ]
-    scales = [float(f"{np.abs(decoder).sum(axis=1).max():.3g}") for decoder in decoders]
+    decoders = np.stack([matrices.decoder_matrix(code, mask) for mask in masks(code.num_workers)])
+    scales = np.abs(decoders).sum(axis=2).max(axis=1)
+    decoded = np.round(decoders @ answers(code.num_workers), 15)
     exact = {name: getattr(code, name, np.zeros(0)) for name in ("alpha", "beta")}
-    exact["encoder"] = matrices.encoder_matrix(code)
-    shown = {name: np.round(np.asarray(each, float), 15).tolist() for name, each in exact.items()}
-    return shown | {"decoded": found, "scales": scales}
+    exact |= {"encoder": matrices.encoder_matrix(code)}
+    return {
+        name: np.round(np.asarray(each, float), 15).tolist() for name, each in exact.items()
+    } | {
+        "decoded": np.where(decoders.any(axis=2), decoded, None).tolist(),
+        "scales": [float(f"{scale:.3g}") for scale in scales],
+    }
 
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
     pinned = {
         "codes": {name: pinned_code(make()) for name, make in CODES.items()},
-        "options": {command: sorted(options_of(command)) for command in COMMANDS},
+        "options": {command: sorted(options_of(command)) for command in PINNED["options"]},
     }
     VALUES.write_text(json.dumps(pinned).replace('], "', '],\n"').replace("]], ", "]],\n") + "\n")

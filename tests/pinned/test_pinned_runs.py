@@ -5,12 +5,14 @@ Names of files and options may be added, and a learner may predict other rows wi
 
 import json
 import threading
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pinned_values import TABLES, VALUES, options_of, run_command
+from commands import options_of, run_command
+from pinned_values import PINNED, TABLES
 
 from nercc_jax import DevicePool, Replication, plan
 from nercc_jax.pools import Fault, Faults, run_rows
@@ -19,30 +21,23 @@ from nercc_jax.stragglers import TraceLatency
 from nercc_jax.testing import SimulatedPool
 
 NAMES = {name: set(names) for name, names in TABLES["runs"].items()}
-OPTIONS = json.loads(VALUES.read_text())["options"]
 SERVICE = 0.05  # seconds of a call that does not straggle; others take eleven times as long
-OWN = """import numpy as np
+
+
 def swing(x):
     if (x[:, 0] > 0.9).any():
         raise ArithmeticError("no solution here")
     return np.sin(3 * x).cumsum(axis=1)
-"""
 
 
 def test_run_rows_predicts_within_the_tolerance_or_computes():
     """How many rows are predicted is the learner's affair; that some are, and how well, is not."""
-    known, x = threading.Event(), np.random.default_rng(0).uniform(-1, 1, (3000, 1))
+    known, x = threading.Event(), np.random.default_rng(0).uniform(-1, 0.9, (3000, 1))
     options = {"num_workers": 4, "tolerance": 0.1, "rows_per_call": 2}
-
-    def function(x):
-        known.wait(0.1)  # 38 s in all for four workers, which a learner saves
-        return np.concatenate([np.sin(3 * x), np.cos(2 * x)], axis=1)
-
-    def wake(news):
-        if news.predicted:
-            known.set()
-
-    found = run_rows(function, x, DevicePool, **options, on_progress=wake)
+    # A call takes 0.1 s, and the run 38 s, unless a learner saves them.
+    function = lambda x: (known.wait(0.1), swing(x))[1]  # noqa: E731
+    options["on_progress"] = lambda news: news.predicted and known.set()
+    found = run_rows(function, x, DevicePool, **options)
     errors = np.sqrt(np.mean((found.values - function(x)) ** 2, axis=1))
     predicted = found.status == "predicted"
     assert set(found.status.tolist()) == {"computed", "predicted"}
@@ -56,14 +51,13 @@ def test_run_rows_predicts_within_the_tolerance_or_computes():
 
 def test_run_rows_keeps_what_is_done_and_goes_on(tmp_path):
     """Statuses after an interruption, the folder's files, and who may resume."""
-    x, calls, folder = np.arange(200.0)[:, None], [], tmp_path / "rows"
+    x, folder, function = (
+        np.linspace(-1, 0.8, 200)[:, None],
+        tmp_path / "rows",
+        mock.Mock(wraps=swing),
+    )
     options = {"tolerance": 0.0, "num_workers": 2, "folder": folder, "rows_per_call": 1}
-
-    def function(x):
-        calls.append(len(x))
-        if (x == 7).any():
-            raise ArithmeticError("no solution here")
-        return 2 * x
+    x[7] = 1.0
 
     def interrupt(news):
         if news.done:
@@ -80,23 +74,24 @@ def test_run_rows_keeps_what_is_done_and_goes_on(tmp_path):
     for other, resume in ((x, False), (x + 1, True)):
         with pytest.raises(ValueError, match=r"earlier run|inputs was"):
             run_rows(function, other, DevicePool, **options, resume=resume)
-    calls.clear()
+    function.reset_mock()
     second = run_rows(function, x, DevicePool, **options, resume=True)
     assert second.status.tolist() == ["computed"] * 7 + ["unknown"] + ["computed"] * 192
-    np.testing.assert_array_equal(second.values, np.where(x == 7, np.nan, 2 * x))
+    np.testing.assert_array_equal(second.values, np.where(x == 1.0, np.nan, np.sin(3 * x)))
     assert second.reasons == {7: "ArithmeticError: no solution here"}
-    assert len(calls) < 200, "what was done is not computed again"
+    again = [call.args[0].item() for call in function.call_args_list]
+    assert not np.isin(x[first.status == "computed"], again).any()
 
 
 def test_the_command_run_has_its_exit_codes_and_files_and_resumes(tmp_path, monkeypatch):
     """0 done, 2 an option does not fit, 3 rows are missing; a table, or a folder of parts."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "pinned_own.py").write_text(OWN)
     x = np.random.default_rng(0).uniform(-1, 0.8, (40, 3))
     np.save("x.npy", x)
     np.save("odd.npy", np.where(np.arange(40)[:, None] == 5, 1.0, x))
-    command = "run --model pinned_own:swing --num-workers 4 --groups 4 --tolerance 0.01 --inputs "
+    command = (
+        "run --model test_pinned_runs:swing --num-workers 4 --groups 4 --tolerance 0.01 --inputs "
+    )
     for arguments, code in (
         ("x.npy --output y.npz", 0),
         ("x.npy --output y.csv", 0),
@@ -109,20 +104,15 @@ def test_the_command_run_has_its_exit_codes_and_files_and_resumes(tmp_path, monk
         assert run_command(*(command + arguments).split())[0] == code, arguments
     with np.load("y.npz") as found:
         assert NAMES["npz"] <= set(found)
-        np.testing.assert_array_equal(found["predictions"], np.sin(3 * x).cumsum(axis=1))
+        np.testing.assert_array_equal(found["predictions"], swing(x))
     assert NAMES["summary"] <= set(json.loads((tmp_path / "y.summary.json").read_text()))
     assert NAMES["csv"] <= set((tmp_path / "y.csv").read_text().splitlines()[0].split(","))
     assert NAMES["folder"] <= {path.name for path in (tmp_path / "folder").iterdir()}
 
 
 @pytest.mark.parametrize(("trace", "most", "redundancy", "hedges", "tail"), TABLES["picker"])
-def test_the_picker_chooses_what_the_trace_and_the_budget_allow(
-    trace, most, redundancy, hedges, tail
-):
-    """Thresholds may differ by what forecasts cannot tell apart; the kind of setting may not.
-
-    Queries of ten simulated seconds on 24 workers, as `serve --max-calls` picks for real ones.
-    """
+def test_the_picker_chooses_by_trace_and_budget(trace, most, redundancy, hedges, tail):
+    """As `serve --max-calls` does; thresholds that foresee the same may differ, no more."""
     random, seconds, number = np.random.default_rng(1), [], 1300
     struck = {
         "late calls": {"probability": 0.05},
@@ -151,10 +141,7 @@ def test_the_picker_chooses_what_the_trace_and_the_budget_allow(
 
 @pytest.mark.parametrize(("trace", "disagreement", "extra", "system", "tail"), TABLES["plan"])
 def test_plan_recommends_what_the_trace_allows(trace, disagreement, extra, system, tail):
-    """Each is the best by more than the 3 % below which the planner takes the cheaper one.
-
-    To a planner a trace is a law of calls: a slow worker is one call in twenty.
-    """
+    """To a planner a slow worker is one call in twenty; each is the best by more than 3 %."""
     random = np.random.default_rng(0)
     x = random.normal(size=(480, 1)) * [0.5, -0.3, 0.8] + 0.05 * random.normal(size=(480, 3))
     calls, usual = np.arange(2000), SERVICE * random.uniform(0.95, 1.05, 2000)
@@ -179,6 +166,6 @@ def test_plan_recommends_what_the_trace_allows(trace, disagreement, extra, syste
     assert (best.extra_work <= extra, best.most_disagreement <= disagreement) == (True, True)
 
 
-@pytest.mark.parametrize("command", OPTIONS)
+@pytest.mark.parametrize("command", PINNED["options"])
 def test_help_lists_the_options(command):
-    assert not set(OPTIONS[command]) - options_of(command), "they have gone"
+    assert not set(PINNED["options"][command]) - options_of(command), "they have gone"

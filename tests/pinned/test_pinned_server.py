@@ -5,24 +5,24 @@ Further fields may come, and messages may change; what tables.json names may not
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
-import asyncio
 import threading
 
 import numpy as np
 from conftest import require
 from pinned_values import TABLES
 
-httpx, grpc = require("httpx", "serve-test"), require("grpc", "serve-test")
+httpx = require("httpx", "serve-test")
+require("grpc", "serve-test")
 require("fastapi", "serve")
 
-from serving.grpc_stub import GRPCInferenceServiceStub
+from serving.faces import by_grpc, by_python, by_rest
 from serving.nercc_server import patience
 
 from nercc_jax import NeRCC, serving
-from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 NAMES, WEIGHTS = TABLES["server"], np.random.default_rng(0).normal(size=(4, 3))
-USUAL, HARD, MODEL, TOKEN, LONG = [0.1, 0.2, 0.3, 0.4], [7.0] * 4, "classifier", "a token", 60.0
+USUAL, HARD, LONG = [0.1, 0.2, 0.3, 0.4], [7.0] * 4, 60.0
+CLIENT = MODEL, TOKEN = "classifier", "a token"
 QUERIES = {"usual": [USUAL], "hard": [HARD], "many": [USUAL] * 30, "short": [[1.0, 2.0]]}
 EXACT, RELEASED = {"nercc_exact": True}, threading.Event()  # hard queries are answered after it
 
@@ -32,39 +32,6 @@ def classify(x):
     if (x[:, 0] == HARD[0]).any():
         RELEASED.wait(LONG)
     return np.tanh(x @ WEIGHTS).astype(np.float32)
-
-
-def by_rest(server, rows, parameters, model=MODEL, token=TOKEN):
-    tensor = {"name": "input", "datatype": "FP32", "shape": np.shape(rows), "data": rows}
-    content = {"id": "mine", "parameters": parameters, "inputs": [tensor]}
-    url, given = f"http://127.0.0.1:{server.http_port}/v2/models/{model}/infer", f"Bearer {token}"
-    options = {"headers": {"Authorization": given}, "timeout": LONG, "trust_env": False}
-    answer = httpx.post(url, json=content, **options)
-    return answer.status_code, answer.json()
-
-
-def by_grpc(server, rows, parameters, model=MODEL, token=TOKEN):
-    request = messages.ModelInferRequest(model_name=model, id="mine")
-    tensor = request.inputs.add(name="input", datatype="FP32", shape=np.shape(rows))
-    tensor.contents.fp32_contents.extend(np.ravel(rows).tolist())
-    for name, value in parameters.items():
-        kind = "bool_param" if value is True else "int64_param"
-        setattr(request.parameters[name], kind, value)
-    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
-        infer, given = GRPCInferenceServiceStub(channel).ModelInfer, f"Bearer {token}"
-        try:
-            return "OK", infer(request, metadata=[("authorization", given)], timeout=LONG)
-        except grpc.RpcError as error:
-            return error.code().name, error.details()
-
-
-def by_python(model, rows, parameters):
-    options = {"deadline": parameters.get("nercc_deadline_ms", 1e4) / 1000}
-    infer = model.infer(np.array(rows), exact="nercc_exact" in parameters, **options)
-    try:
-        return None, asyncio.run(infer)
-    except Exception as error:
-        return type(error).__name__, str(error)
 
 
 def test_a_transcript_of_one_server(tmp_path):
@@ -93,10 +60,12 @@ def test_a_transcript_of_one_server(tmp_path):
             assert index == [{"name": MODEL, "version": "1", "state": "READY", "reason": ""}]
 
         for _ in range(30):  # medians, by which stragglers are known
-            by_rest(server, [USUAL], {})
+            by_rest(server, [USUAL], {}, *CLIENT)
         for rows, given, exact in (([USUAL], EXACT, [True]), ([HARD, USUAL], {}, [False, True])):
             RELEASED.clear()
-            (status, rest), (code, rpc) = (ask(server, rows, given) for ask in (by_rest, by_grpc))
+            (status, rest), (code, rpc) = (
+                ask(server, rows, given, *CLIENT) for ask in (by_rest, by_grpc)
+            )
             error, reply = by_python(models[0], rows, given)
             RELEASED.set()
             assert (status, code, error) == (200, "OK", None)
@@ -131,13 +100,17 @@ def test_a_transcript_of_one_server(tmp_path):
         # It drains: it is not ready, then takes nothing new, and answers what it accepted.
         RELEASED.clear()
         held = []
-        thread = threading.Thread(target=lambda: held.append(by_rest(server, [HARD], EXACT)))
+        thread = threading.Thread(
+            target=lambda: held.append(by_rest(server, [HARD], EXACT, *CLIENT))
+        )
         thread.start()
         assert any(models[0].in_flight for _ in patience(LONG))
         server.stop()
         ready = httpx.get(f"{url}/v2/health/ready", headers=bearer, trust_env=False)
-        assert (ready.status_code, by_rest(server, [USUAL], {})[0]) == (503, 200)
-        assert any(by_grpc(server, [USUAL], {})[0] == "UNAVAILABLE" for _ in patience(LONG))
+        assert (ready.status_code, by_rest(server, [USUAL], {}, *CLIENT)[0]) == (503, 200)
+        assert any(
+            by_grpc(server, [USUAL], {}, *CLIENT)[0] == "UNAVAILABLE" for _ in patience(LONG)
+        )
         assert not held
         RELEASED.set()
         thread.join(LONG)
