@@ -30,7 +30,7 @@ def parametrize(
     - "log_lambda_enc", "log_lambda_dec", "log_end_penalty": natural logarithms. As 0 has none, a
       lambda of 0 starts at (g / 30)**4, with g the mean gap between its points, where smoothing
       has almost no effect; an `end_penalty` of 0 starts at 1. A lambda of 1 or more starts there,
-      too: its fit is nearly a straight line, and the objective is flat. But if an `exact` code has a
+      too: its fit is nearly a line, and the objective is flat. But if an `exact` code has a
       lambda_enc of 0, that is left at 0 and is not a parameter: otherwise its workers would no
       longer run on the data points themselves.
     - "gap_exponent": itself.
