@@ -18,9 +18,9 @@ from ._learned_decoder import LearnedDecoder
 from ._nercc import NeRCC
 from ._parity import Parity
 from ._replication import Replication, Uncoded
+from .whole_files import JsonFormat
 
-_FORMAT = "nercc-jax code"
-_VERSION = 1
+_FORMAT = JsonFormat("code", frozenset({"code", "numbers", "dtypes", "about"}), editable=True)
 # Numbers that codes got since: files without them mean the constructor's default.
 _LATER = {"exact", "ends", "degree"}
 _KINDS = {
@@ -57,15 +57,13 @@ def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | N
         name: each.astype(str).astype(float).tolist() for name, each in arrays.items()
     }
     content = {
-        "format": _FORMAT,
-        "version": _VERSION,
         "code": kind,
         "numbers": numbers,
         "dtypes": {name: str(value.dtype) for name, value in arrays.items()},
         "about": dict(about or {}),
     }
-    text = json.dumps(content, indent=1, allow_nan=False)  # raises before the file is touched
-    Path(path).write_text(text + "\n")
+    json.dumps(content, allow_nan=False)  # which raises for what other programs cannot read
+    _FORMAT.write(Path(path), content)
 
 
 def load_code(path: str | Path) -> AbstractCode:
@@ -74,11 +72,12 @@ def load_code(path: str | Path) -> AbstractCode:
     A code of float64 numbers loses digits where JAX's x64 is off.
 
     Raises:
-        ValueError: The file, which is named, is no such file, of a later version, or its numbers
-            make no code.
+        ValueError: The file, which is named, is damaged, is no such file, of a later version, or
+            its numbers make no code. A file without a checksum, such as one that you wrote, is
+            read as it stands.
         OSError: As `open`.
     """
-    content = _read(path)
+    content = _FORMAT.read(Path(path))
     kind = _KINDS.get(str(content["code"]))
     if kind is None:
         raise ValueError(f"{path} holds a {content['code']!r}; known: {', '.join(_KINDS)}")
@@ -98,20 +97,4 @@ def load_code(path: str | Path) -> AbstractCode:
 
 def code_card(path: str | Path) -> dict[str, Any]:
     """Return what `save_code` was given as `about`."""
-    return _read(path)["about"]
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON, so no file of a code: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(f"{path} does not say 'format': {_FORMAT!r}: it is no file of a code")
-    if content.get("version") != _VERSION:
-        raise ValueError(
-            f"{path} is of version {content.get('version')}; this nercc-jax reads {_VERSION}"
-        )
-    if missing := {"code", "numbers", "dtypes", "about"} - content.keys():
-        raise ValueError(f"{path} lacks {sorted(missing)}")
-    return content
+    return _FORMAT.read(Path(path))["about"]
