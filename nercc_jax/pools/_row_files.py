@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from ..codes import NeRCC
 from ..codes.whole_files import JsonFormat, read_arrays, write_arrays
@@ -32,7 +32,10 @@ _EVERY = 1.0  # seconds between two parts, at least
 
 @runtime_checkable
 class PartResults(Protocol):
-    """Results of numbered pieces, such as batches, that are saved as named arrays."""
+    """Results of numbered pieces, such as batches, that are saved as named arrays.
+
+    The array "index" has the numbers of their rows.
+    """
 
     def rows_of(self, pieces: Sequence[int], /) -> dict[str, np.ndarray]:
         """Return the results of some pieces as arrays by name."""
@@ -58,14 +61,23 @@ class Parts:
     """The folder of one run, with its parts and their manifest.
 
     It is made when something is written. `settings` are all that the run's numbers depend on, as
-    JSON takes it. The results take the parts that an earlier run has written.
+    JSON takes it. The results take the parts that an earlier run has written. Each part has the
+    ids of its rows, if rows have ids.
 
     Raises:
         ValueError: The folder holds a run with other settings, or a file is damaged or missing.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], results: PartResults):
-        self._folder, self._results = folder, results
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        results: PartResults,
+        ids: Shaped[np.ndarray, " rows"] | None = None,
+    ):
+        self._folder, self._results, self._ids = folder, results, ids
+        if ids is not None:
+            settings = settings | {"ids": fingerprint_of_array(ids)}
         self._manifest: dict[str, Any] = {"settings": settings, "complete": False, "parts": []}
         if (folder / _MANIFEST).is_file():
             earlier = _FORMAT.read(folder / _MANIFEST)
@@ -89,7 +101,10 @@ class Parts:
         self._folder.mkdir(exist_ok=True)
         if self._pending:
             name = f"part-{len(self._manifest['parts']):06d}.npz"
-            write_arrays(self._folder / name, self._results.rows_of(self._pending))
+            arrays = self._results.rows_of(self._pending)
+            if self._ids is not None:
+                arrays["id"] = self._ids[arrays["index"]]
+            write_arrays(self._folder / name, arrays)
             self._manifest["parts"].append({"file": name})
         self._manifest["complete"] = complete
         _FORMAT.write(self._folder / _MANIFEST, self._manifest)
