@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from nercc_jax import DevicePool
 from nercc_jax.cli._app import app
 from nercc_jax.cli._run_rows import _write_rows
-from nercc_jax.cli._workload import read_table
+from nercc_jax.cli._workload import read_input_file
 from nercc_jax.pools import RowResult
 
 # As users write them: NumPy, which JAX cannot trace.
@@ -197,9 +197,9 @@ def test_inputs_come_as_arrays_or_tables(tmp_path):
     np.savetxt(tmp_path / "plain.csv", x, delimiter=",", fmt="%.17g")
     parquet.write_table(pyarrow.table({"a": x[:, 0], "b": x[:, 1]}), tmp_path / "x.parquet")
     for name in ("x.npz", "x.csv", "plain.csv", "x.parquet"):
-        np.testing.assert_array_equal(read_table(tmp_path / name)[0], x)
+        np.testing.assert_array_equal(read_input_file(tmp_path / name)[0], x)
     np.save(tmp_path / "x.npy", x.astype(np.float32))
-    assert read_table(tmp_path / "x.npy")[0].dtype == np.float32
+    assert read_input_file(tmp_path / "x.npy")[0].dtype == np.float32
 
 
 NAMED = {"b": [2.0, 4.0, 6.0], "name": ["x,1", "#2", "z"], "a": [1.0, 3.0, 5.0], "n": [7, 8, 9]}
@@ -225,13 +225,13 @@ def named_table(suffix, **changes):
 def test_tables_name_their_inputs_and_ids(folder, suffix):
     require("pyarrow", "data")
     path = named_table(suffix)
-    x, ids = read_table(path, "a,b", "name")
+    x, ids = read_input_file(path, "a,b", "name")
     np.testing.assert_array_equal(x, [[1, 2], [3, 4], [5, 6]])
     assert ids.tolist() == NAMED["name"]
-    x, ids = read_table(path, "n")
+    x, ids = read_input_file(path, "n")
     np.testing.assert_array_equal(x, [[7], [8], [9]])
     assert ids is None
-    x, ids = read_table(named_table(suffix, name=[1, 2, 3]), None, "n")
+    x, ids = read_input_file(named_table(suffix, name=[1, 2, 3]), None, "n")
     np.testing.assert_array_equal(x, [[2, 1, 1], [4, 2, 3], [6, 3, 5]])
     assert ids.astype(str).tolist() == ["7", "8", "9"]
     for columns, id_column, message in (
@@ -240,7 +240,7 @@ def test_tables_name_their_inputs_and_ids(folder, suffix):
         (None, None, "cannot be read|holds object"),
     ):
         with pytest.raises(ValueError, match=message):
-            read_table(named_table(suffix), columns, id_column)
+            read_input_file(named_table(suffix), columns, id_column)
 
 
 @pytest.mark.parametrize("output", ["y.npz", "y.csv", "y.parquet", "y"])
@@ -301,7 +301,7 @@ def test_inputs_that_do_not_fit_are_reported_by_their_option(tmp_path, name, con
     else:
         np.save(path, content)
     with pytest.raises(ValueError, match=message) as error:
-        read_table(path)
+        read_input_file(path)
     assert str(error.value).startswith(f"--inputs {path}")
 
 

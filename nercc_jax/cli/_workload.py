@@ -165,7 +165,7 @@ def own_inputs(
 ) -> tuple[np.ndarray, str, np.ndarray | None]:
     """Return data points, one a row, their source and ids; raise ValueError if there are none."""
     if path is not None:
-        x, ids = read_table(path, columns, id_column)
+        x, ids = read_input_file(path, columns, id_column)
         return x, str(path), ids
     found = example_inputs(name) if is_own(name) else None
     if found is None:
@@ -264,7 +264,7 @@ def needs_pyarrow(option: str) -> None:
         raise ImportError(f"{option} needs pyarrow: pip install '.[data]' in a clone")
 
 
-def read_table(
+def read_input_file(
     path: Path, columns: str | None = None, id_column: str | None = None
 ) -> tuple[Float[np.ndarray, "rows ..."], Shaped[np.ndarray, " rows"] | None]:
     """Return a row for each input of a file, and the rows' ids if a column holds them.
@@ -311,12 +311,12 @@ def read_table(
 
 
 def read_named_inputs(path: Path) -> np.ndarray | dict[str, np.ndarray]:
-    """Return inputs as `read_table` does, but float32, and of an .npz file its arrays by name.
+    """Return inputs as `read_input_file` does, but float32, and of an .npz file its arrays by name.
 
     For models that take a dict.
     """
     if path.suffix != ".npz" or not path.is_file():
-        return read_table(path)[0].astype(np.float32)
+        return read_input_file(path)[0].astype(np.float32)
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name].astype(np.float32) for name in file.files}
