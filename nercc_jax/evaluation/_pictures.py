@@ -1,5 +1,6 @@
 """Pictures of evaluations: curves over the number of stragglers, each as `_looks` has it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +46,11 @@ def straggler_curves(
     from matplotlib.ticker import MaxNLocator
 
     laws, codes = laws_and_codes(rows)
-    try:
-        places = np.array([float(law) for law in laws])
-        numbered = np.isfinite(places).all() and len(np.unique(places)) == len(places)
-    except ValueError:
-        numbered = False
-    if not numbered:
-        places = np.arange(float(len(laws)))
+    places = np.arange(len(laws), dtype=float)
+    numbers = [float(law) for law in laws if re.fullmatch(r"\d+(\.\d*)?", law)]
+    numbered = len({*numbers}) == len(laws)
+    if numbered:
+        places = np.array(numbers)
     apart = np.diff(np.sort(places)).min() if len(places) > 1 else 1.0
     top = _top(rows, metric, codes) if logarithmic else np.inf
     ends: dict[str, tuple[float, float]] = {}
