@@ -34,6 +34,9 @@ _KINDS = {
 def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | None = None) -> None:
     """Write a code as JSON: version, kind, numbers (points and lambdas), their dtype.
 
+    A code of your own is a pytree, which `eqx.tree_serialise_leaves(path, code)` writes, and
+    `eqx.tree_deserialise_leaves(path, like)` reads into a code of the same class and sizes.
+
     Args:
         path: The file.
         code: The code.
@@ -47,7 +50,10 @@ def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | N
     """
     kind = type(code).__name__
     if _KINDS.get(kind) is not type(code):
-        raise ValueError(f"{kind} is none of the codes that files hold: {', '.join(_KINDS)}")
+        raise ValueError(
+            f"{kind} is none of the codes that files hold: {', '.join(_KINDS)}; save the numbers "
+            "of another one by eqx.tree_serialise_leaves(path, code)"
+        )
     leaves = {field.name: getattr(code, field.name) for field in dataclasses.fields(code)}
     arrays = {name: np.asarray(leaf) for name, leaf in leaves.items() if eqx.is_array(leaf)}
     if broken := [name for name, value in arrays.items() if not np.isfinite(value).all()]:

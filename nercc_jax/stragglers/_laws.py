@@ -129,14 +129,16 @@ def check_alike(law: AbstractLatency, remedy: str) -> None:
     For a law that is the same at each place, draws in rows are those in a line with the same key,
     whichever of the functions in `jax.random` draws them.
     """
-    key = jax.random.key(0)
+    key, name = jax.random.key(0), type(law).__name__
     try:
         line, rows = (np.asarray(law.sample(key, shape)) for shape in ((6,), (2, 3)))
         alike = rows.shape == (2, 3) and np.allclose(line, rows.ravel(), rtol=1e-4, equal_nan=True)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{type(law).__name__} cannot draw an array of every shape: {remedy}") from error
+        raise ValueError(
+            f"{type(law).__name__} cannot draw an array of every shape: {remedy}"
+        ) from error
     if not alike:
-        raise ValueError(f"the draws of {type(law).__name__} depend on their place: {remedy}")
+        raise ValueError(f"the draws of {name} depend on their place: {remedy}")
 
 
 class ExponentialLatency(AbstractLatency):
