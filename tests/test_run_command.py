@@ -234,6 +234,11 @@ def test_tables_name_their_inputs_and_ids(folder, suffix):
     x, ids = read_input_file(named_table(suffix, name=[1, 2, 3]), None, "n")
     np.testing.assert_array_equal(x, [[2, 1, 1], [4, 2, 3], [6, 3, 5]])
     assert ids.astype(str).tolist() == ["7", "8", "9"]
+    spreadsheet = Path("spreadsheet.csv")
+    spreadsheet.write_text("a, b\n1,2\n\n3,4\n", encoding="utf-8-sig")
+    np.testing.assert_array_equal(read_input_file(spreadsheet, "b,a")[0], [[2, 1], [4, 3]])
+    spreadsheet.write_text("1,2\n3,4\n", encoding="utf-8-sig")
+    np.testing.assert_array_equal(read_input_file(spreadsheet)[0], [[1, 2], [3, 4]])
     for columns, id_column, message in (
         ("a,c", None, "it has no column 'c', but b, name, a, n"),
         ("a", "c", "it has no column 'c'"),

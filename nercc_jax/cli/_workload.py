@@ -339,12 +339,13 @@ def _array(path: Path, *columns: str | None) -> tuple[np.ndarray, None]:
 def _csv(
     path: Path, columns: str | None, id_column: str | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark
         reader = csv.reader(file)
-        names = next(reader, [])
+        names = [name.strip() for name in next(reader, [])]
         named = not all(_is_number(cell) for cell in names)
         if columns is None and id_column is None:
-            return np.loadtxt(path, delimiter=",", skiprows=int(named), ndmin=2), None
+            options: dict[str, Any] = {"skiprows": int(named), "encoding": "utf-8-sig"}
+            return np.loadtxt(path, delimiter=",", ndmin=2, **options), None
         if not named:
             raise ValueError("its first line has no names of columns")
         chosen, place = _chosen_columns(names, columns, id_column)
