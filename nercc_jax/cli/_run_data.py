@@ -23,9 +23,8 @@ from ..pools import AbstractPool, PoolReport, run_batches
 from ..pools._backend import pool_counts
 from ..pools._batch import answers_to_wait_for
 from ..pools._inference import BatchOutcome
-from ..pools._row_engine import reason_to_stop
 from ..pools._row_files import Parts, check_parts, fingerprint
-from ..pools._rows import ATTEMPTS
+from ..pools._rows import ATTEMPTS, reason_to_stop
 from ._errors import fail
 from ._options import CALIBRATION
 from ._output import summary_table, write_json

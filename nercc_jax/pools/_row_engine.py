@@ -45,9 +45,9 @@ from ._rows import (
     checked_rows,
     hang_timeout,
     late_answers,
+    reason_to_stop,
 )
 
-_LAST_SECONDS = 10.0  # a run stops itself so long before something else ends its process
 _AHEAD = 2  # calls for each live worker that are with the pool, so that none waits for the next
 _COPIES = 2  # further calls with the rows of a late one, at most
 _AUDITED = 20  # of so many rows one is computed whatever is known of it
@@ -142,12 +142,13 @@ def run_rows(
         >>> result.values.shape, set(result.status.tolist())
         ((200, 2), {'computed'})
     """
+    x, names = checked_rows(rows), checked_ids(ids, len(rows))
     settings = RowSettings(
         tolerance=tolerance,
         max_disagreement=max_disagreement,
         coverage=coverage,
         compute=compute,
-        rows_per_call=rows_per_call,
+        rows_per_call=None if rows_per_call is None else min(rows_per_call, len(x)),
         deadline=deadline,
         job_deadline=job_deadline,
         grace=grace,
@@ -156,10 +157,6 @@ def run_rows(
         max_fenced=max_fenced,
         seed=seed,
     )
-    x = checked_rows(rows)
-    if rows_per_call is not None:  # a call is filled up to its size, and never beyond all rows
-        settings = dataclasses.replace(settings, rows_per_call=min(rows_per_call, len(x)))
-    names = checked_ids(ids, len(x))
     kept = {"rows": len(x)} | settings.kept() | dict(about or {})
     table, parts = RowTable(len(x)), None
     if folder is not None:
@@ -167,7 +164,7 @@ def run_rows(
         parts = Parts(Path(folder), {"inputs": fingerprint_of_array(x)} | kept, table, names)
     opening: Any = contextlib.nullcontext(pool)
     if not isinstance(pool, AbstractPool):
-        options: dict[str, Any] = {"compiled": False, "hang_timeout": hang_timeout(deadline)}
+        options: Any = {"compiled": False, "hang_timeout": hang_timeout(deadline)}
         opening = pool(RowFunction(function), num_workers or 20, **options)
     with opening as opened:
         run = _RowRun(opened, x, settings, table, parts, on_rows)
@@ -700,10 +697,3 @@ class _RowRun:
             "unknown": progress.unknown,
             **({} if self._checks is None else self._checks.counts()),
         }
-
-
-def reason_to_stop(pool: AbstractPool) -> str | None:
-    """Return why a run must end now: something else is about to end its process."""
-    if pool.ends_at - time.monotonic() >= _LAST_SECONDS:
-        return None
-    return "stopped before Ray ends this process, whose head is gone"

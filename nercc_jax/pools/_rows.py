@@ -144,6 +144,7 @@ RowStatus: TypeAlias = Literal["computed", "predicted", "unknown", "waiting"]
 Compute: TypeAlias = Literal["needed", "all"]
 
 ATTEMPTS = 3  # how often a row is sent before it is unknown
+_LAST_SECONDS = 10.0  # a run stops itself so long before something else ends its process
 _HANG = 10.0  # seconds before which no worker is taken to hang
 
 
@@ -298,6 +299,13 @@ def hang_timeout(deadline: float) -> float:
     10 s at least, since a worker may just straggle, and a new one needs time to start.
     """
     return max((ATTEMPTS - 1) * deadline, _HANG)
+
+
+def reason_to_stop(pool: AbstractPool) -> str | None:
+    """Return why a run must end now: something else is about to end its process."""
+    if pool.ends_at - time.monotonic() >= _LAST_SECONDS:
+        return None
+    return "stopped before Ray ends this process, whose head is gone"
 
 
 def late_answers(
