@@ -1,5 +1,6 @@
 """The results of a training run: weights in half precision, and a card."""
 
+import hashlib
 import json
 import os
 import platform
@@ -25,9 +26,16 @@ DATA_TERMS = {
 
 def store(folder: str | Path, name: str, state: nnx.State) -> dict[str, Any]:
     """Write `<name>.safetensors`, and return what the card says about the file."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    size = save_weights(Path(folder) / f"{name}.safetensors", state, np.float16)
-    return {"num_parameters": num_parameters(state), "bytes": size, "precision": "float16"}
+    path = Path(folder) / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = save_weights(path, state, np.float16)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {
+        "num_parameters": num_parameters(state),
+        "bytes": size,
+        "sha256": digest,
+        "precision": "float16",
+    }
 
 
 def write_card(folder: str | Path, card: dict[str, Any]) -> None:
