@@ -442,7 +442,7 @@ def test_a_file_holds_it(tmp_path):
     with pytest.raises(ValueError, match="was made with `prior`: load it so"):
         load_learner(path)
     path.write_bytes(b"no such file")
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match="has no checksum: it is another file"):
         load_learner(path)
 
 

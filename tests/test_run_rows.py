@@ -46,6 +46,30 @@ def test_rows_whose_workers_die_are_computed_by_others():
     np.testing.assert_array_equal(result.values, 2 * x)
 
 
+def test_a_call_has_no_more_rows_than_there_are():
+    """Calls are filled up to their size: one of a billion rows would need memory without end."""
+    seen = []
+
+    def function(batch):
+        seen.append(len(batch))
+        return 2 * batch
+
+    x, options = np.ones((40, 2)), {"num_workers": 3, "tolerance": 0.0}
+    run_rows(function, x, DevicePool, rows_per_call=10**9, **options)
+    assert seen == [40]
+
+
+def test_ids_come_back_with_the_rows(tmp_path):
+    x, options = np.ones((4, 2)), {"num_workers": 2, "tolerance": 0.0, "folder": tmp_path / "run"}
+    result = run_rows(np.negative, x, DevicePool, ids=["a", "b", "c", "d"], **options)
+    assert result.ids is not None
+    assert result.columns()["id"].tolist() == result.ids.tolist() == ["a", "b", "c", "d"]
+    with pytest.raises(ValueError, match="ids was"):
+        run_rows(np.negative, x, DevicePool, ids=[1, 2, 3, 4], resume=True, **options)
+    with pytest.raises(ValueError, match="each of 4 rows, not <U"):
+        run_rows(np.negative, x, DevicePool, ids=["a", 1, 2], **options)
+
+
 def test_rows_whose_workers_all_die_are_unknown_for_that_reason():
     faults = Faults.from_rates(death_rate=1.0, seed=3)
     with DevicePool(RowFunction(np.negative), 2, compiled=False, faults=faults) as pool:

@@ -23,9 +23,8 @@ from ..pools import AbstractPool, PoolReport, run_batches
 from ..pools._backend import pool_counts
 from ..pools._batch import answers_to_wait_for
 from ..pools._inference import BatchOutcome
-from ..pools._row_engine import reason_to_stop
 from ..pools._row_files import Parts, check_parts, fingerprint
-from ..pools._rows import ATTEMPTS
+from ..pools._rows import ATTEMPTS, reason_to_stop
 from ._errors import fail
 from ._options import CALIBRATION
 from ._output import summary_table, write_json
@@ -60,7 +59,8 @@ def run_data(options: Any, pool: ChosenPool, output: Path, resume: bool) -> None
     number = _number_to_wait_for(code, options)
     model, groups = options.model, options.groups or 1
     asked = options.weights, options.inputs, options.data_dir, options.outputs
-    workload = find_workload(model, *asked)
+    table = {"columns": options.columns, "id_column": options.id_column}
+    workload = find_workload(model, *asked, **table)
     network, source = workload.model, workload.rows(options.split)
     job = _Job.of(source, code, options.max_inputs, options.batches, groups)
     rows = job.batches.size * code.num_workers // code.num_data
@@ -80,11 +80,11 @@ def run_data(options: Any, pool: ChosenPool, output: Path, resume: bool) -> None
         "data": workload.fingerprint(options.split),
         "rows": len(job.rows),
         "points": len(job.labels),
-        "groups": groups,
+        "groups": job.groups,
         "code": fingerprint(options.code) or _describe(code),
         "worker_dtype": pool.worker_dtype,
     }
-    parts = Parts(folder, settings, results)
+    parts = Parts(folder, settings, results, source.ids)
     sizes = code.num_data, code.num_workers
     example = job.batch(job.batches[0])[:, 0]  # as a worker gets it at once
     with pool.open(console, network, model, *sizes, example=example) as opened:
@@ -101,7 +101,7 @@ def run_data(options: Any, pool: ChosenPool, output: Path, resume: bool) -> None
         report = opened.report()
     if len(results):
         if output != folder:
-            _write(output, results, job.labels)
+            _write(output, results, source)
         numbers = _numbers(network, code, job, results, counts, report)
         console.print(summary_table(_summary(numbers, report)))
         console.print(f"results: {output.resolve()}", soft_wrap=True)
@@ -137,9 +137,13 @@ class _Job:
         batches: int | None,
         groups: int,
     ) -> "_Job":
-        """Take rows in the split's order, from its start again if it ends before the batches do."""
-        batch_size = groups * code.num_data
+        """Take rows in the split's order, from its start again if it ends before the batches do.
+
+        A batch has as many groups as are asked for, at most as many as all data points fill.
+        """
         labels = source.labels[:points]
+        groups = min(groups, math.ceil(len(labels) / code.num_data))
+        batch_size = groups * code.num_data
         number = math.ceil(len(labels) / batch_size) if batches is None else batches
         filled = np.arange(number * batch_size) % len(labels)
         rows = filled[: len(labels)] if batches is None else filled
@@ -351,12 +355,14 @@ class _Results:
         return int(np.sum(~self["recovered"]))
 
 
-def _write(path: Path, results: _Results, labels: Int[np.ndarray, " points"]) -> None:
+def _write(path: Path, results: _Results, source: Points) -> None:
     """Write the rows with the true labels; a .csv has the number of workers that responded."""
-    columns: dict[str, Any] = {
-        "index": results["index"],
+    index = results["index"]
+    columns: dict[str, Any] = {} if source.ids is None else {"id": source.ids[index]}
+    columns |= {
+        "index": index,
         "batch": results["batch"],
-        "label": labels[results["index"]],
+        "label": source.labels[index],
         "predicted": results.predicted,
         "recovered": results["recovered"],
     }

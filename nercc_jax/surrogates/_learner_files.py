@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..codes._trees import Form, join
-from ..codes._whole import write_whole
+from ..codes.whole_files import NO_CHECKSUM, read_checked, write_checked
 from ._components import ComponentLearner
 from ._kernels import Kernel
 from ._learner import Learner
@@ -62,6 +62,7 @@ def save_learner(
     header = {
         "format": _FORMAT,
         "format_version": _VERSION,
+        "checksum": NO_CHECKSUM,
         "shape": whole.kernel.shape,
         "version": learner.version,
         "features": str(learner.features is not None),
@@ -69,8 +70,7 @@ def save_learner(
         "outputs": json.dumps([learner.form.shapes, learner.form.dtypes]),
         "about": json.dumps(dict(about or {}), allow_nan=False),
     }
-    content = save(arrays, metadata=header)
-    write_whole(Path(path), lambda file: file.write(content))
+    write_checked(Path(path), save(arrays, metadata=header))
 
 
 def _named(of: Any, names: Sequence[str], prefix: str = "") -> dict[str, Any]:
@@ -95,8 +95,8 @@ def load_learner(
         version: A model version; a learner of another one is refused.
 
     Raises:
-        ValueError: The file, which is named, holds no sound learner or one of another version, or a
-            function is missing or superfluous.
+        ValueError: The file, which is named, is damaged, has no checksum, holds no sound learner or
+            one of another version, or a function is missing or superfluous.
         OSError: As `open`.
     """
     header, arrays = _read(path)
@@ -121,14 +121,16 @@ def learner_card(path: str | Path) -> dict[str, Any]:
 
 def _read(path: str | Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     _needs_safetensors()
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
 
+    content = read_checked(Path(path), "restore it from a copy, or learn and save it again")
     try:
-        with safe_open(Path(path), framework="numpy") as file:
-            header = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, so none of a learner: {error}") from error
+        arrays = load(content)
+        # The header's length in eight bytes, and then the header, as JSON.
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is no safetensors file of a learner: {error}") from error
     if header.get("format") != _FORMAT:
         raise ValueError(f"{path} does not say format {_FORMAT!r}: it is no file of a learner")
     if header.get("format_version") != _VERSION:

@@ -2,7 +2,7 @@
 
 import collections
 import contextlib
-import zipfile
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, Bool, Float
 
-from ...codes._whole import write_whole
+from ...codes.whole_files import read_arrays, write_arrays
 from ...evaluation._answers import batched, cut_groups
 from ...inference import cast_model
 from ...inference._conditions import Conditions, current_conditions
@@ -22,6 +22,8 @@ from ...risk import logistic_regression
 from ..core._adaptation import ExpectedError
 from ..core._coder import Coder
 from ..core._error_probability import DecodingErrorProbability, error_probability, uncalibrated
+
+_LOG = logging.getLogger(__name__)
 
 DRAWS = 32  # sets of stragglers
 _LOOKS = 3  # decodings for each set: before the last two answers, the last one, and with all
@@ -437,27 +439,24 @@ def calibrate_or_restore(
 ) -> None:
     """Calibrate an estimator, or restore it from a cache file: calibration takes seconds.
 
-    The file is named after all that calibration depends on. It is written if it is not there or
-    cannot be read. Raises as `ErrorEstimator.calibrate`.
+    The file is named after all that calibration depends on. It is written if it is not there, or
+    is damaged, which is logged. Raises as `ErrorEstimator.calibrate`.
     """
-    state = None if cache is None else _read(cache)
-    if state is not None:
-        estimator.restore(state, current_conditions(worker_dtype))
-        return
+    if cache is not None:
+        try:
+            state = read_arrays(cache, "it is made again")
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, ValueError) as error:
+            _LOG.warning("%s", error)
+        else:
+            estimator.restore(state, current_conditions(worker_dtype))
+            return
     estimator.calibrate(model, x() if callable(x) else x, worker_dtype=worker_dtype)
     if cache is not None:
-        state = estimator.state()
         with contextlib.suppress(OSError):
             cache.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(cache, lambda file: np.savez(file, **state))  # pyright: ignore[reportArgumentType]
-
-
-def _read(path: Path) -> dict[str, np.ndarray] | None:
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        return None
+            write_arrays(cache, estimator.state())
 
 
 def _run_all(steps: Iterable[None]) -> None:
