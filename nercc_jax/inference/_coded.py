@@ -292,12 +292,12 @@ def _infer_with_error(
 def _run_with_error(
     workers: Any, code: AbstractCode, x: PyTree, available: ArrayLike, args: tuple, grouped: bool
 ) -> Decoded:
-    x, available = to_device((x, available))
+    x = to_device(x)
     if isinstance(workers, Placed):
         y = spmd_answers(workers, x, args)
     else:
         y = run_workers(workers, code, encode_groups(code, x, known_encoder(code)), *args)
-    there, _ = mask_mixed_groups(x, available, None)
+    there, _ = mask_mixed_groups(x, jnp.asarray(available), None)
     decoded = decode_groups(code, y, there)
     try:
         errors = deviations(code, join(y, 2)[0], decoded.responded)
