@@ -237,6 +237,11 @@ def run_command(
     with report_errors():
         check_folder("--output", output)
         check_files(model, weights, inputs)
+        if outputs == "values" and max_disagreement is not None:
+            raise ValueError(
+                "--max-disagreement is about labels, and --outputs values have none: give "
+                "--tolerance"
+            )
         own = inputs is not None or not is_shipped(model)
         by_row = tolerance is not None or (own and max_disagreement is not None)
         check_positive_options("--groups", groups, "--max-inputs", max_inputs, "--batches", batches)

@@ -42,11 +42,11 @@ def why_no_scores(answers: Float[np.ndarray, "rows m"], form: Form | None = None
         form: The structure of the outputs, where they are not vectors.
     """
     shapes = [(answers.shape[1],)] if form is None else form.shapes
+    if any(shape[-1:] in ((), (1,)) for shape in shapes):
+        return "an output has one number a row"
     begin = 0
     for shape in shapes:
         size = int(np.prod(shape, dtype=int))
-        if shape[-1:] in ((), (1,)):
-            return "an output has one number a row"
         part = answers[:, begin : begin + size].reshape(-1, shape[-1])[:_MOST]
         begin += size
         if (why := _why(part.astype(np.float64))) is not None:

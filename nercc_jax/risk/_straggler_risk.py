@@ -4,8 +4,8 @@ Rows may be slow because of what they are, so evidence on all rows says little a
 straggle. Each straggling row for which there was an approximate answer is compared with the
 model's own answer once that comes, whether the approximate one was given out or not. The limit is
 the largest score up to which no more answers were wrong than a finite-sample bound allows (Clopper
-and Pearson 1934), error bars are widened until they are right for those that are given out (split
-conformal prediction), and a `RiskMonitor` tests all that was given out.
+and Pearson 1934), error bars are widened until no more of those that are given out are too short
+than the same bound allows, and a `RiskMonitor` tests all that was given out.
 
 Decoded and predicted answers of a server, and rows that `run_rows` predicts, go by the same
 evidence; so does the limit of `DecodingErrorProbability`.
@@ -359,7 +359,7 @@ class StragglerRisk:
         factor, shift = 1.0, 0.0
         if self._tolerance is not None:
             looks = bound[:, None], excess[:, None]
-            factor = least_factor(*looks, self._tolerance, self._coverage)
+            factor = least_factor(*looks, self._tolerance, self._coverage, len(rows))
             if math.isinf(factor):
                 factor = max(conformal_quantile(excess, self._coverage), 1.0)
                 # Too few rows within the tolerance show nothing about these. So they are admitted
@@ -402,7 +402,7 @@ def bar_factor(
     deviation: Float[np.ndarray, "rows looks"],
     error: Float[np.ndarray, "rows looks"],
     target: AccuracyTarget,
-    number: int | None = None,
+    number: int,
 ) -> float:
     """Return the factor by which deviations become error bars of the target's coverage.
 
@@ -412,8 +412,7 @@ def bar_factor(
         deviation: Deviations, at each look at which a row may be given out; infinite for unknown.
         error: Errors.
         target: The coverage, and the tolerance if there is one.
-        number: The number of different rows, where the same ones come several times. As these are
-            not independent, a bound takes the quantile's place (`allowed_errors`).
+        number: The number of different rows, where the same ones come several times.
     """
     ratios = error_ratios(error, deviation)
     factor = conformal_quantile(ratios[np.isfinite(deviation)], target.coverage)
@@ -429,9 +428,12 @@ def least_factor(
     excess: Float[np.ndarray, "rows looks"],
     tolerance: float,
     coverage: float,
-    number: int | None = None,
+    number: int,
 ) -> float:
     """Return the least factor of error bounds with which they are right for what is given out.
+
+    They are right where no more errors are beyond them than a finite-sample bound allows
+    (`allowed_errors`).
 
     Args:
         bounds: Error bounds; a row is given out at the first look at which its bound is within the
@@ -444,17 +446,12 @@ def least_factor(
     Returns:
         The factor; infinite where none would do.
     """
-    rows = np.arange(len(bounds))
+    rows, times = np.arange(len(bounds)), number / len(bounds)
+    allowed = allowed_errors(1 - coverage, max(number, 2 * _ROWS))
     for factor in _FACTORS.tolist():
         within = bounds * factor <= tolerance
         given = excess[rows, within.argmax(axis=1)][within.any(axis=1)]
-        if number is None:
-            enough = conformal_quantile(given, coverage) <= factor
-        else:
-            times = number / len(bounds)
-            allowed = allowed_errors(1 - coverage, number)[int(times * len(given))]
-            enough = times * np.sum(given > factor) <= allowed
-        if enough:
+        if times * np.sum(given > factor) <= allowed[int(times * len(given))]:
             return factor
     return math.inf
 

@@ -296,7 +296,8 @@ class OnlineCalibration:
         )
         wanted, tolerance = self._target.max_disagreement, self._target.tolerance
         # It has to be right for those that are given out, not for all.
-        factor = bar_factor(deviation[:, None], error[:, None], self._target)
+        looks = deviation[:, None], error[:, None]
+        factor = bar_factor(*looks, self._target, len(error))
         error_probability, limit, share = None, 1.0, 1.0
         if wanted is not None:
             error_probability = fit_error_probability_of_points(
