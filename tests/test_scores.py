@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nercc_jax import ExactStragglers, NeRCC, Scheme, calibrate_error_probability
 from nercc_jax.codes._trees import join
+from nercc_jax.evaluation import make_forecast
 from nercc_jax.risk._scores import ROWS, why_no_scores
 from nercc_models import list_models, load_data, load_model
 
@@ -74,3 +76,22 @@ def test_every_part_has_to_look_like_scores(logits):
     ):
         vectors, form = join(jax.tree.map(jnp.asarray, parts), 1)
         assert (why_no_scores(np.asarray(vectors), form) is None) == scores
+
+
+def single(x):
+    return jnp.tanh(x[:, :1])
+
+
+@pytest.mark.parametrize("scheme", [NeRCC(2, 4), Scheme(NeRCC(2, 4))])
+def test_no_label_is_promised_of_a_single_number(scheme):
+    x = RANDOM.normal(size=(8, 3)).astype(np.float32)
+    laws = {"1": ExactStragglers(1)}
+    with pytest.raises(ValueError, match="which is no label"):
+        calibrate_error_probability(single, scheme, x, laws, key=jax.random.key(0), num_sets=1)
+
+
+def test_no_forecast_of_labels_of_a_single_number():
+    forecast = make_forecast(single, NeRCC(2, 4), RANDOM.normal(size=(8, 3)).astype(np.float32))
+    with pytest.raises(ValueError, match="give max_error"):
+        forecast.below(max_disagreement=0.1)
+    assert callable(forecast.below(max_error=10.0))
