@@ -116,6 +116,11 @@ class Form:
         """Return whether it was one array of vectors."""
         return self.structure == jax.tree.structure(0) and len(self.shapes[0]) == 1
 
+    @property
+    def has_labels(self) -> bool:
+        """Return whether all parts have two numbers or more, of which the largest is a label."""
+        return all(shape[-1:] not in ((), (1,)) for shape in self.shapes)
+
     def split(self, vectors: Float[Any, "*lead m"]) -> PyTree[Float[Any, "..."]]:
         """Return the tree of vectors with any first axes, in its precision, float32 at least."""
         parts = [vectors]

@@ -173,12 +173,22 @@ def error_probability_from_answers(
         surrogate: The surrogate that predictions are decoded with, if any.
         prior: The surrogate's outputs on the same groups.
     """
+    check_labels(own.form)
     masks, _ = draw_sets(stragglers, key, own.code.num_workers, num_sets)
     observed = observe_errors(own, surrogate, prior, masks)
     form = None if own.form.is_vector else own.form
     features, sure, wrong = map(np.asarray, observed)
     fitted = fit_error_probability(features, sure, wrong, form)
     return dataclasses.replace(fitted, conditions=own.conditions)
+
+
+def check_labels(form: Form) -> None:
+    """Raise ValueError for outputs without labels: a single number is its own largest."""
+    if not form.has_labels:
+        raise ValueError(
+            f"outputs of shapes {list(form.shapes)} have one number a row, which is no label: "
+            "calibrate_error_bars and a tolerance are for values"
+        )
 
 
 def fit_error_probability_of_predictions(

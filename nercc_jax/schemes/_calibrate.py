@@ -26,6 +26,7 @@ from ..inference._workers import run_workers
 from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars_from_ratios
 from ..risk._error_probability import (
+    check_labels,
     error_features,
     error_probability_from_answers,
     fit_error_probability,
@@ -74,8 +75,9 @@ def calibrate_error_probability(
             from the model's own, which are what predictions are compared with.
 
     Raises:
-        ValueError: There are no stragglers, the data are not what `evaluate` accepts, the code is
-            no regression, a surrogate is given with a scheme, or `worker_dtype` is no float.
+        ValueError: There are no stragglers, the data are not what `evaluate` accepts, the model
+            returns one number a row, which has no label, the code is no regression, a surrogate is
+            given with a scheme, or `worker_dtype` is no float.
     """
     if not stragglers:
         raise ValueError("there are no stragglers to calibrate the error probability under")
@@ -105,6 +107,7 @@ def _of_scheme(
     masks, _ = draw_sets(stragglers, key, scheme.code.num_workers, num_sets)
     workers = cast_model(model, worker_dtype)
     form, seen = _observe_errors(model, workers, scheme, x, masks, known_encoder(scheme.code))
+    check_labels(form)
     features, sure, wrong = map(np.asarray, seen)
     error_probability = fit_error_probability(
         features, sure, wrong, None if form.is_vector else form

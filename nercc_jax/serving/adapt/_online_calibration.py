@@ -30,9 +30,8 @@ from ...risk._error_probability import error_features, fit_error_probability_of_
 from ...risk._straggler_risk import (
     AccuracyTarget,
     StragglerRow,
-    conformal_quantile,
+    bar_factor,
     error_ratios,
-    least_factor,
 )
 from ...surrogates import (
     AbstractLearner,
@@ -240,7 +239,8 @@ class OnlineCalibration:
 
     def compare(self, answer: Answer, own: Float[np.ndarray, " m"]) -> StragglerRow:
         value = answer.value.ravel()
-        wrong = not bool(_agree(value, own, self._form))
+        labels = self._target.max_disagreement is not None
+        wrong = labels and not bool(_agree(value, own, self._form))
         error = np.sqrt(np.mean((value - own) ** 2))
         excess = error_ratios(error, np.asarray(answer.error))
         return StragglerRow(answer.disagreement, answer.error, wrong, float(excess))
@@ -294,9 +294,10 @@ class OnlineCalibration:
             np.concatenate([getattr(batch, part) for batch in batches])
             for part in ("features", "deviation", "error", "wrong", "mean", "spread", "own")
         )
-        coverage = self._target.coverage
-        factor = conformal_quantile(error_ratios(error, deviation), coverage)
         wanted, tolerance = self._target.max_disagreement, self._target.tolerance
+        # It has to be right for those that are given out, not for all.
+        looks = deviation[:, None], error[:, None]
+        factor = bar_factor(*looks, self._target, len(error))
         error_probability, limit, share = None, 1.0, 1.0
         if wanted is not None:
             error_probability = fit_error_probability_of_points(
@@ -305,9 +306,6 @@ class OnlineCalibration:
             limit = error_probability.limit(wanted)
             share = 1 - error_probability.share(limit)
         if tolerance is not None:
-            # It has to be right for those that are given out, not for all.
-            bound = factor * deviation
-            factor *= least_factor(bound, error_ratios(error, bound), tolerance, coverage)
             share *= float(np.mean(factor * deviation <= tolerance))
         tolerance = math.inf if tolerance is None else tolerance
         disagreement = float(np.mean(wrong))
