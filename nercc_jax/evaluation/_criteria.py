@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from ..codes._trees import Form, join
+from ..splines._namespace import namespace
 
 CriterionName: TypeAlias = Literal["mse", "cross_entropy", "disagreement"]
 Criterion: TypeAlias = CriterionName | Callable[[PyTree, PyTree], Float[Array, ""]]
@@ -29,37 +30,39 @@ def point_criterion(criterion: Criterion) -> Callable[[PyTree, PyTree], Float[Ar
     return found  # pyright: ignore[reportReturnType]
 
 
-def labels_of(outputs: PyTree, axes: int) -> PyTree[Int[Array, "..."]]:
+def labels_of(outputs: PyTree, axes: int) -> PyTree[Int[Any, "..."]]:
     """Return the labels of data points: the largest outputs along the last axis of every part.
 
     Data points are the first axes. An output without any other axis has the label 0.
     """
 
-    def of_leaf(leaf: Array) -> Array:
-        return jnp.argmax(leaf if leaf.ndim > axes else leaf[..., None], axis=-1)
+    def of_leaf(leaf: Any) -> Any:
+        return namespace(leaf).argmax(leaf if leaf.ndim > axes else leaf[..., None], axis=-1)
 
     return jax.tree.map(of_leaf, outputs)
 
 
-def same_labels(labels: PyTree, others: PyTree, axes: int) -> Bool[Array, "*lead"]:
+def same_labels(labels: PyTree, others: PyTree, axes: int) -> Bool[Any, "*lead"]:
     """Return whether all labels of data points are the same; `axes` as in `labels_of`."""
+    xp = namespace(*jax.tree.leaves((labels, others)))
     same = [
-        jnp.all((mine.reshape(theirs.shape) == theirs).reshape(*theirs.shape[:axes], -1), axis=-1)
+        xp.all((mine.reshape(theirs.shape) == theirs).reshape(*theirs.shape[:axes], -1), axis=-1)
         for mine, theirs in zip(jax.tree.leaves(labels), jax.tree.leaves(others), strict=True)
     ]
-    return jnp.all(jnp.stack(same), axis=0)
+    return xp.all(xp.stack(same), axis=0)
 
 
 def agree_on_labels(
     vectors: Float[ArrayLike, "*points m"],
     others: Float[ArrayLike, "*points m"],
     form: Form | None = None,
-) -> Bool[Array, "*points"]:
+) -> Bool[Any, "*points"]:
     """Return whether outputs, as vectors, have the same labels (`form` splits several)."""
-    vectors, others = jnp.asarray(vectors), jnp.asarray(others)
+    xp = namespace(vectors, others)
+    vectors, others = xp.asarray(vectors), xp.asarray(others)
     axes = vectors.ndim - 1
 
-    def labels(outputs: Array) -> PyTree:
+    def labels(outputs: Any) -> PyTree:
         return labels_of(outputs if form is None else form.split(outputs), axes)
 
     return same_labels(labels(vectors), labels(others), axes)

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
@@ -130,7 +129,7 @@ class RowLearner:
         self.known = np.zeros(len(x), bool)  # rows that have an estimate
         self.mean: Float[np.ndarray, "rows outputs"] | None = None
         self.deviation, self._plain = np.full(len(x), np.inf), np.full(len(x), np.inf)
-        self.seconds = 5.0  # that the last fit took; a guess before the first, which compiles
+        self.seconds = 0.5  # that the last fit took; a guess before the first
         self._learned = np.zeros(len(x), bool)  # rows that the learner has been given
         self._like_late = np.zeros(len(x), bool)  # rows whose neighbours came late
         self._late = np.zeros(len(x), bool)  # rows that were late when these were last looked for
@@ -436,9 +435,7 @@ class RowLearner:
         scheme, nothing = self.fitted.scheme, np.full(len(mean), np.nan)
         if self._target.tolerance is None:
             assert scheme.error_probability is not None
-            outputs = jnp.asarray(mean)
-            found = scheme.error_probability(outputs, jnp.asarray(deviation), outputs)
-            return np.asarray(found, float), nothing
+            return scheme.error_probability(mean, deviation, mean), nothing
         return nothing, deviation * self._factor(late)
 
     def _factor(self, late: bool) -> float:

@@ -11,12 +11,13 @@ import dataclasses
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from ..codes._checks import check_count
+from ..codes._trees import to_device
 from ..inference._conditions import AbstractCalibrated, Conditions
-from ..surrogates import Kernel, Learner, LearnerTuning
-from ..surrogates._kernels import wide_kernel
+from ..surrogates import Learner, LearnerTuning
+from ..surrogates._kernels import root_mean_square, wide_kernel
 from ..surrogates._tune_kernel import find_kernel
 
 _LEVELS = 1024  # of coverage that are kept
@@ -50,7 +51,8 @@ class ErrorBars(AbstractCalibrated):
             ValueError: The coverage is outside (0, 1).
         """
         factor = self.factor(coverage)
-        return jnp.where(deviation == 0, 0, deviation * factor)
+        bars = jnp.where(deviation == 0, 0, deviation * factor)
+        return jnp.where(jnp.isposinf(deviation), jnp.inf, bars)  # a factor may be 0
 
     def factor(self, coverage: float) -> Float[Array, ""]:
         """Return the factor for a coverage; infinite where the calibration had too few points."""
@@ -89,17 +91,23 @@ def calibrate_learner_bars(
     if len(pairs) == 0:
         raise ValueError("this learner's window is empty: there are no errors to calibrate on")
     folds = min(check_count("folds", folds, 2), len(pairs))
-    own = learner.kernel
+    own, learner = learner.kernel, learner.on_host()
     start = wide_kernel(own.shape, own.centre, own.unit)
+    window = learner.window
     ratios = np.full(learner.capacity, np.nan)
     for held in np.array_split(np.random.default_rng(0).permutation(pairs), folds):
         numbers = own, learner.scale
         if tuning is not None:
             alike = dataclasses.replace(tuning, shapes=(own.shape,))
             numbers = find_kernel(learner, start, np.setdiff1d(pairs, held), alike)
-        others = np.asarray(learner.filled).copy()
-        others[held] = False
-        ratios[held] = np.asarray(_ratios(learner, *numbers, jnp.asarray(others)))[held]
+        counts = window.counts.copy()
+        counts[held] = 0
+        known = eqx.tree_at(lambda one: one.window.counts, learner, counts).with_kernel(*numbers)
+        mean, covariance = known.window_posterior(window.inputs[held][:, None])
+        deviation = known.deviation_of(np.maximum(covariance[:, 0, 0], 0) + known.kernel.noise)
+        off = root_mean_square(mean[:, 0] - window.residuals[held], axis=1)
+        error = root_mean_square(np.stack([off, window.scatter[held]]), axis=0) * np.sqrt(2)
+        ratios[held] = np.where(np.isfinite(deviation), error / deviation, np.nan)
     return error_bars_from_ratios(ratios)
 
 
@@ -125,7 +133,7 @@ def error_bars_from_ratios(
     coverages, factors = np.ones(_LEVELS), np.full(_LEVELS, np.inf)
     coverages[: len(places)] = (places + 1) / (ratios.size + 1)
     factors[: len(places)] = ratios[places]
-    return ErrorBars(jnp.asarray(coverages, float), jnp.asarray(factors, float), conditions)
+    return ErrorBars(*to_device((coverages, factors)), conditions)
 
 
 def error_bars(
@@ -143,18 +151,3 @@ def error_bars(
     from scipy.special import ndtri  # late: a fifth of a worker's import time
 
     return deviation * float(ndtri((1 + coverage) / 2))
-
-
-@eqx.filter_jit
-def _ratios(
-    learner: Learner, kernel: Kernel, scale: Float[Array, ""], others: Bool[Array, " capacity"]
-) -> Float[Array, " capacity"]:
-    """Return the window's errors over the deviations of a learner that knows only `others`.
-
-    A ratio is NaN where that learner knows nothing.
-    """
-    known = eqx.tree_at(lambda learner: learner.filled, learner, others).with_kernel(kernel, scale)
-    mean, covariance = known.window_posterior(learner.inputs[:, None])
-    error = jnp.sqrt(jnp.mean((mean[:, 0] - learner.residuals) ** 2, axis=1))
-    deviation = known.deviation_of(jnp.maximum(covariance[:, 0, 0], 0) + kernel.noise)
-    return jnp.where(jnp.isfinite(deviation), error / deviation, jnp.nan)
