@@ -127,7 +127,7 @@ class Form:
         return jax.tree.unflatten(self.structure, whole)
 
 
-def join(tree: PyTree, axes: int) -> tuple[Float[Array, "*lead m"], Form]:
+def join(tree: PyTree, axes: int) -> tuple[Float[Any, "*lead m"], Form]:
     """Return the leaves as vectors, next to each other, and the way back.
 
     `axes` is the number of first axes, which all leaves share.
@@ -137,7 +137,7 @@ def join(tree: PyTree, axes: int) -> tuple[Float[Array, "*lead m"], Form]:
     flat = [leaf.reshape(*leaf.shape[:axes], -1) for leaf in leaves]
     if len(flat) > 1:
         together = jnp.result_type(*dtypes)
-        flat = [jnp.concatenate([part.astype(together) for part in flat], axis=-1)]
+        flat = [namespace(*flat).concatenate([part.astype(together) for part in flat], axis=-1)]
     shapes = tuple(leaf.shape[axes:] for leaf in leaves)
     return flat[0], Form(structure, shapes, tuple(map(str, dtypes)))
 

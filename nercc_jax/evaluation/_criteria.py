@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from ..codes._trees import Form, join
-from ..splines._namespace import namespace
+from ..splines._namespace import constant, namespace
 
 CriterionName: TypeAlias = Literal["mse", "cross_entropy", "disagreement"]
 Criterion: TypeAlias = CriterionName | Callable[[PyTree, PyTree], Float[Array, ""]]
@@ -97,12 +97,35 @@ def _disagreement(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
 _NAMED = {"mse": _mse, "cross_entropy": _mean(_cross_entropy), "disagreement": _disagreement}
 
 
+def safe_sqrt(square: Float[Any, "..."]) -> Float[Any, "..."]:
+    """Return the square root, which is 0 below 0 and has a derivative of 0 there."""
+    xp, positive = namespace(square), square > 0
+    return xp.where(positive, xp.sqrt(xp.where(positive, square, 1)), 0)
+
+
+def root_mean_square(
+    x: Float[Any, "..."], axis: int | None = None, where: Bool[Any, "..."] | None = None
+) -> Float[Any, "..."]:
+    """Return the root of the mean square; 0 for none.
+
+    Numbers are scaled before they are squared: squares of 1e20 or 1e-23 are no float32.
+    """
+    xp = namespace(x)
+    where = xp.ones((), bool) if where is None else where
+    x = xp.where(where, x, 0)
+    size = constant(xp.max(xp.abs(x), axis=axis, keepdims=True, initial=0))
+    unit = xp.where((size > 0) & xp.isfinite(size), size, 1)
+    count = xp.sum(xp.broadcast_to(where, x.shape), axis=axis)
+    square = xp.sum((x / unit) ** 2, axis=axis) / xp.maximum(count, 1)
+    return xp.squeeze(unit, axis=axis) * safe_sqrt(square)
+
+
 def row_errors(
     decoded: PyTree[Float[ArrayLike, "points ..."]], own: PyTree[Float[ArrayLike, "points ..."]]
-) -> Float[Array, " points"]:
+) -> Float[Any, " points"]:
     """Return each data point's error: the root mean square over its outputs."""
     decoded, own = _vectors(decoded, own)
-    return jnp.sqrt(jnp.mean((decoded - own) ** 2, axis=-1))
+    return root_mean_square(decoded - own, axis=-1)
 
 
 def coverage(
@@ -122,8 +145,9 @@ def coverage(
     return jnp.mean(within, where=uncertain)
 
 
-def _vectors(decoded: PyTree, own: PyTree) -> tuple[Array, Array]:
-    decoded, own = jax.tree.map(jnp.asarray, (decoded, own))
+def _vectors(decoded: PyTree, own: PyTree) -> tuple[Any, Any]:
+    xp = namespace(*jax.tree.leaves((decoded, own)))
+    decoded, own = jax.tree.map(xp.asarray, (decoded, own))
     (decoded, form), (own, other) = join(decoded, 1), join(own, 1)
     if (form.structure, form.shapes) != (other.structure, other.shapes):
         raise ValueError(f"decoded outputs have shapes {form.shapes}, the model's {other.shapes}")

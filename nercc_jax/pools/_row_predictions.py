@@ -8,10 +8,10 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from ..evaluation._criteria import root_mean_square
 from ..risk._straggler_risk import AccuracyTarget
 from ..schemes._calibrate import SHAPE, FittedScheme, fit_scheme_on_host
 from ..surrogates import Learner, LearnerTuning
-from ..surrogates._kernels import root_mean_square
 from ..surrogates._tune_kernel import widths_of
 from ._row_files import row_code
 
@@ -97,6 +97,13 @@ def _learner_of(fitted: FittedScheme) -> Learner:
     learner = fitted.scheme.surrogate
     assert isinstance(learner, Learner)
     return learner.on_host()  # nothing that a run waits for is compiled
+
+
+def knows(
+    fitted: FittedScheme, features: Float[np.ndarray, "rows inputs"]
+) -> Bool[np.ndarray, " rows"]:
+    """Return which rows have the input of a row that was learned: their errors say little."""
+    return _learner_of(fitted).knows(features)
 
 
 def window_of(fitted: FittedScheme, local: bool = True) -> Window:

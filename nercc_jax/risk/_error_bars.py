@@ -15,9 +15,10 @@ from jaxtyping import Array, Float
 
 from ..codes._checks import check_count
 from ..codes._trees import to_device
+from ..evaluation._criteria import root_mean_square
 from ..inference._conditions import AbstractCalibrated, Conditions
 from ..surrogates import Learner, LearnerTuning
-from ..surrogates._kernels import root_mean_square, wide_kernel
+from ..surrogates._kernels import wide_kernel
 from ..surrogates._tune_kernel import find_kernel
 
 _LEVELS = 1024  # of coverage that are kept

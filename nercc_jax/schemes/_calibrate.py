@@ -17,7 +17,7 @@ from ..codes._kept import CachedMatrices, known_encoder
 from ..codes._trees import Form, join, points_of
 from ..evaluation import record_answers
 from ..evaluation._answers import cut_groups
-from ..evaluation._criteria import labels_of, row_errors, same_labels
+from ..evaluation._criteria import labels_of, root_mean_square, row_errors, same_labels
 from ..evaluation._trial import draw_sets
 from ..inference import cast_model
 from ..inference._conditions import current_conditions
@@ -34,7 +34,7 @@ from ..risk._error_probability import (
 from ..stragglers import AbstractStragglers
 from ..surrogates import AbstractSurrogate, Learner, LearnerTuning, tune_learner
 from ..surrogates._interface import check_like
-from ..surrogates._kernels import Shape, root_mean_square
+from ..surrogates._kernels import Shape
 from ..surrogates._learner import first_kernel, init_learner_on_host
 from ..surrogates._pairs import length_of
 from ..surrogates._surrogate import group_prior_of_points

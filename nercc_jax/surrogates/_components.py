@@ -15,13 +15,13 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes._products import multiply
 from ..codes._trees import Form, join
+from ..evaluation._criteria import safe_sqrt
 from ._interface import (
     AbstractGroupPrior,
     AbstractLearner,
     SurrogatePredictions,
     outputs_of_groups,
 )
-from ._kernels import safe_sqrt
 from ._learner import GaussianGroupPrior, Learner, whiten_group
 from ._pairs import Function, features_of, pairs_of, prior_of_groups
 

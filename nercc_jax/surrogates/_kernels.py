@@ -14,7 +14,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ..splines._namespace import constant, namespace, product
+from ..evaluation._criteria import safe_sqrt
+from ..splines._namespace import namespace, product
 
 Shape: TypeAlias = Literal["squared_exponential", "matern32", "matern52"]
 SHAPES: tuple[str, ...] = get_args(Shape)
@@ -138,7 +139,7 @@ class Kernel(eqx.Module):
 
 
 def wide_kernel(
-    shape: Shape, centre: Float[Array, " features"], unit: Float[Array, " features"]
+    shape: Shape, centre: Float[Any, " features"], unit: Float[Any, " features"]
 ) -> Kernel:
     """Return a kernel to start from, with one width, the square root of the number of features."""
     return Kernel(shape, centre=centre, unit=unit, widths=[float(np.sqrt(max(len(centre), 1)))])
@@ -166,29 +167,6 @@ def _leaf(value: Any, dtype: type) -> Array:
     if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)):
         return jnp.asarray(value, dtype)
     return jax.device_put(np.asarray(value, jax.dtypes.canonicalize_dtype(dtype)))
-
-
-def safe_sqrt(square: Float[Any, "..."]) -> Float[Any, "..."]:
-    """Return the square root, which is 0 below 0 and has a derivative of 0 there."""
-    xp, positive = namespace(square), square > 0
-    return xp.where(positive, xp.sqrt(xp.where(positive, square, 1)), 0)
-
-
-def root_mean_square(
-    x: Float[Any, "..."], axis: int | None = None, where: Bool[Any, "..."] | None = None
-) -> Float[Any, "..."]:
-    """Return the root of the mean square; 0 for none.
-
-    Numbers are scaled before they are squared: squares of 1e20 or 1e-23 are no float32.
-    """
-    xp = namespace(x)
-    where = xp.ones((), bool) if where is None else where
-    x = xp.where(where, x, 0)
-    size = constant(xp.max(xp.abs(x), axis=axis, keepdims=True, initial=0))
-    unit = xp.where((size > 0) & xp.isfinite(size), size, 1)
-    count = xp.sum(xp.broadcast_to(where, x.shape), axis=axis)
-    square = xp.sum((x / unit) ** 2, axis=axis) / xp.maximum(count, 1)
-    return xp.squeeze(unit, axis=axis) * safe_sqrt(square)
 
 
 def covariances(shape: Shape, square: Float[Any, "..."]) -> Float[Any, "..."]:

@@ -28,14 +28,15 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 from ..codes._checks import check_count
 from ..codes._products import multiply
 from ..codes._trees import Form, check_floats, join, to_device
-from ..splines._namespace import constant, namespace
+from ..evaluation._criteria import root_mean_square, safe_sqrt
+from ..splines._namespace import namespace
 from ._interface import (
     AbstractGroupPrior,
     AbstractLearner,
     SurrogatePredictions,
     outputs_of_groups,
 )
-from ._kernels import Kernel, Shape, root_mean_square, safe_sqrt, wide_kernel
+from ._kernels import Kernel, Shape, wide_kernel
 from ._pairs import (
     Function,
     Window,
@@ -270,9 +271,9 @@ class Learner(AbstractLearner):
 
     def update(
         self: L,
-        x: PyTree[Shaped[Array, "pairs ..."]],
-        y: PyTree[Float[Array, "pairs ..."]],
-        observed: Bool[Array, " pairs"] | None = None,
+        x: PyTree[Shaped[Any, "pairs ..."]],
+        y: PyTree[Float[Any, "pairs ..."]],
+        observed: Bool[Any, " pairs"] | None = None,
         *,
         version: str | None = None,
     ) -> L:
@@ -287,15 +288,14 @@ class Learner(AbstractLearner):
             )
         x, y = self._own_arrays((x, y))
         learned, changed = self._with_pairs(x, y, observed)
-        # A learner on the host has no covariances, nor one that came from there.
-        factored = len(self.covariance) == self.capacity and not self.is_on_host
-        if not factored or len(changed) > _MANY * self.capacity:
+        # On the host, a factor of the filled rows alone takes no longer than replacing some.
+        if self.is_on_host or len(changed) > _MANY * self.capacity:
             return learned.refactorized()
-        return learned._replaced(changed)
+        return learned._with_covariances()._replaced(changed)
 
     def predict(
-        self, x: PyTree[Shaped[ArrayLike, "points ..."]]
-    ) -> tuple[PyTree[Float[Array, "points ..."]], Float[Array, " points"]]:
+        self, x: PyTree[Shaped[Any, "points ..."]]
+    ) -> tuple[PyTree[Float[Any, "points ..."]], Float[Any, " points"]]:
         """Return the mean, in the structure of the model's outputs, and each point's deviation.
 
         The deviation is a standard deviation of an answer (noise included) in units of the outputs:
@@ -349,6 +349,16 @@ class Learner(AbstractLearner):
         """
         return (_posterior_on_host if self.is_on_host else _window_posterior)(self, z)
 
+    def knows(self, x: PyTree[Shaped[Any, "points ..."]]) -> Bool[Any, " points"]:
+        """Return which inputs the window has answers to.
+
+        Predictions of these are nearly the answers themselves, and say nothing of how far others
+        may be off.
+        """
+        z = features_of(self.features, self._own_arrays(x))
+        same = self.kernel.same(z, self.window.inputs) & self.filled
+        return same.any(axis=1)
+
     def left_out(self) -> tuple[Float[Any, "capacity m"], Float[Any, " capacity"]]:
         """Return the errors of predicting each pair of the window from the others, and deviations.
 
@@ -360,11 +370,12 @@ class Learner(AbstractLearner):
 
     def mean_weights(self) -> tuple[Float[Any, "capacity m"], Float[Any, " m"]]:
         """Return the weights of covariances with the window's pairs in a mean, and its constant."""
-        centred, whitening = self._centred(), constant(self.whitening)
+        centred = self._centred()
         if self.is_on_host:
             weights = np.zeros(centred.shape)
-            weights[self.filled] = whitening.T @ (whitening @ centred[self.filled])
+            weights[self.filled] = self.whitening.T @ (self.whitening @ centred[self.filled])
             return weights, self._centre()
+        whitening = jax.lax.stop_gradient(self.whitening)
         weights, _ = condition(self.covariance, whitening, centred.T, centred.shape[1])
         return weights.T, self._centre()
 
@@ -411,6 +422,10 @@ class Learner(AbstractLearner):
         """Return the same learner with its covariances and their factor computed again."""
         factored = _factored_on_host if self.is_on_host else _factored
         return self._with_factor(*factored(self.kernel, self.window.inputs, self.window.counts))
+
+    def _with_covariances(self: L) -> L:
+        """Return the same learner, which may come from the host, as programs need it."""
+        return self if len(self.covariance) == self.capacity else self.refactorized()
 
     def _own_arrays(self, tree: PyTree) -> PyTree:
         return jax.tree.map(np.asarray if self.is_on_host else jnp.asarray, tree)
@@ -490,8 +505,7 @@ class Learner(AbstractLearner):
 def _window_posterior(
     learner: Learner, z: Float[Array, "groups points features"]
 ) -> tuple[Float[Array, "groups points m"], Float[Array, "groups points points"]]:
-    if len(learner.covariance) < learner.capacity:  # it comes from the host
-        learner = learner.refactorized()
+    learner = learner._with_covariances()
     groups, points, features = z.shape
     window, kernel = learner.window, learner.kernel
     cross = kernel(z.reshape(-1, features), window.inputs) * learner.filled
@@ -515,22 +529,24 @@ def _posterior_on_host(
         mean = white @ whitening @ centred
     else:
         mean = white @ (whitening @ centred)
+    mean = (mean + learner._centre()).reshape(groups, points, -1)
     if points == 1:
         own = kernel.variance(z[:, 0]) - np.vecdot(white, white)
         own = own[:, None, None]
     else:
         white = white.reshape(groups, points, -1)
         own = np.stack([kernel(each, each) for each in z]) - white @ white.swapaxes(1, 2)
-    mean = (mean + learner._centre()).reshape(groups, points, -1)
     return mean.astype(learner.window.residuals.dtype), own
 
 
 def _left_out(learner: Learner) -> tuple[Float[Any, "capacity m"], Float[Any, " capacity"]]:
     weights, _ = learner.mean_weights()
-    precision = constant(learner.whitening**2).sum(axis=0)
     counts, noise = learner.window.counts, learner.kernel.noise
     if learner.is_on_host:
-        precision = precision[np.cumsum(learner.filled) - 1] if learner.size else counts + 1.0
+        precision = np.ones(len(counts))
+        precision[learner.filled] = np.sum(learner.whitening**2, axis=0)
+    else:
+        precision = jnp.sum(jax.lax.stop_gradient(learner.whitening) ** 2, axis=0)
     xp = namespace(precision)
     single = 1 / precision + noise * (1 - 1 / xp.maximum(counts, 1))
     return -weights / precision[:, None], learner.deviation_of(single)

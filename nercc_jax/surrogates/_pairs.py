@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes._checks import check_count
-from ..codes._trees import Form, finite_points, is_float, join, leaves_of
+from ..codes._trees import Form, finite_points, is_float, join, leaves_of, to_device
+from ..evaluation._criteria import root_mean_square, safe_sqrt
 from ..splines._namespace import constant, namespace, product
 from ._interface import check_like, outputs_of_groups
-from ._kernels import Kernel, root_mean_square, safe_sqrt
+from ._kernels import Kernel
 
 Function = Callable[[PyTree], PyTree]
 
@@ -222,7 +223,7 @@ def principal_components(
         ValueError: There is no float, fewer than two data points, or the number is not positive.
     """
     number = check_count("number", number)
-    floats = np.asarray(features_of(None, jax.tree.map(jnp.asarray, x)), np.float64)
+    floats = np.asarray(features_of(None, jax.tree.map(np.asarray, x)), np.float64)
     check_count("data points", len(floats), 2)
     centre = floats.mean(axis=0)
     deviations = floats - centre
@@ -236,4 +237,4 @@ def principal_components(
         directions = vectors[:, :few][:, kept] / np.sqrt(values[:few][kept])
     else:
         directions = np.linalg.eigh(deviations.T @ deviations)[1][:, ::-1][:, :few]
-    return Projection(jnp.asarray(centre, jnp.float32), jnp.asarray(directions, jnp.float32))
+    return Projection(*to_device((centre.astype(np.float32), directions.astype(np.float32))))

@@ -27,6 +27,7 @@ from ..codes._kept import known_encoder
 from ..codes._trees import scalar_leaf
 from ..evaluation import Answers, record_answers
 from ..evaluation._answers import cut_groups
+from ..evaluation._criteria import safe_sqrt
 from ..evaluation._trial import draw_sets
 from ..inference._models import Model
 from ..stragglers import AbstractStragglers
@@ -38,7 +39,6 @@ from ._interface import (
     fixed_outputs,
     outputs_of_groups,
 )
-from ._kernels import safe_sqrt
 
 _THETAS = np.linspace(0, 1, 9)
 # By the reciprocal of a typical posterior variance.

@@ -24,7 +24,8 @@ from jaxtyping import Float, Int
 
 from ..codes._checks import check_count
 from ..codes._trees import Form, to_device
-from ._kernels import Kernel, Shape, check_shape, covariances, root_mean_square, slopes
+from ..evaluation._criteria import root_mean_square
+from ._kernels import Kernel, Shape, check_shape, covariances, slopes
 from ._learner import Learner
 from ._whitening import whiten_on_host
 
