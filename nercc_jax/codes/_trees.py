@@ -134,7 +134,10 @@ def join(tree: PyTree, axes: int) -> tuple[Float[Any, "*lead m"], Form]:
     """
     leaves, structure = jax.tree.flatten(tree)
     dtypes = [jnp.promote_types(leaf.dtype, jnp.float32) for leaf in leaves]
-    flat = [leaf.reshape(*leaf.shape[:axes], -1) for leaf in leaves]
+    sizes = [math.prod(leaf.shape[axes:]) for leaf in leaves]  # there may be no row
+    flat = [
+        leaf.reshape(*leaf.shape[:axes], size) for leaf, size in zip(leaves, sizes, strict=True)
+    ]
     if len(flat) > 1:
         together = jnp.result_type(*dtypes)
         flat = [namespace(*flat).concatenate([part.astype(together) for part in flat], axis=-1)]
@@ -158,7 +161,8 @@ def finite_points(x: PyTree, axes: int) -> Bool[Any, "*lead"]:
     finite = xp.ones(jax.tree.leaves(x)[0].shape[:axes], bool)
     for leaf in jax.tree.leaves(x):
         if is_float(leaf):
-            finite &= xp.all(xp.isfinite(leaf.reshape(*leaf.shape[:axes], -1)), axis=-1)
+            own = tuple(range(axes, leaf.ndim))  # there may be no data point
+            finite &= xp.all(xp.isfinite(leaf), axis=own)
     return finite
 
 

@@ -540,7 +540,7 @@ class RowLearner:
 
     def _tells(self, rows: Int[np.ndarray, " some"]) -> Bool[np.ndarray, " some"]:
         """Return which rows' errors count: those of inputs that the learner has no answer to."""
-        if not len(rows) or self.fitted is None or self.fitted.scheme.surrogate is None:
+        if self.fitted is None or self.fitted.scheme.surrogate is None:
             return np.ones(len(rows), bool)
         return ~knows(self.fitted, self._features[rows])
 

@@ -95,8 +95,8 @@ def calibrate_learner_bars(
     own, learner = learner.kernel, learner.on_host()
     start = wide_kernel(own.shape, own.centre, own.unit)
     window = learner.window
-    ratios = np.full(learner.capacity, np.nan)
-    for held in np.array_split(np.random.default_rng(0).permutation(pairs), folds):
+    ratios, random = np.full(learner.capacity, np.nan), np.random.default_rng(0)
+    for held in np.array_split(random.permutation(pairs), folds):
         numbers = own, learner.scale
         if tuning is not None:
             alike = dataclasses.replace(tuning, shapes=(own.shape,))
@@ -106,8 +106,10 @@ def calibrate_learner_bars(
         known = eqx.tree_at(lambda one: one.window.counts, learner, counts).with_kernel(*numbers)
         mean, covariance = known.window_posterior(window.inputs[held][:, None])
         deviation = known.deviation_of(np.maximum(covariance[:, 0, 0], 0) + known.kernel.noise)
-        off = root_mean_square(mean[:, 0] - window.residuals[held], axis=1)
-        error = root_mean_square(np.stack([off, window.scatter[held]]), axis=0) * np.sqrt(2)
+        # Bars are for single answers. Of several to one input, the distance of one from their mean
+        # is not kept: it is drawn from a normal distribution.
+        noise = random.normal(size=(len(held), mean.shape[2])) * window.scatter[held][:, None]
+        error = root_mean_square(mean[:, 0] - window.residuals[held] - noise, axis=1)
         ratios[held] = np.where(np.isfinite(deviation), error / deviation, np.nan)
     return error_bars_from_ratios(ratios)
 

@@ -144,7 +144,9 @@ class ErrorProbability(AbstractCalibrated):
         shares = np.asarray(self.shares)
         given = shares[:1] - shares  # the first level is that of exact answers
         kept = np.flatnonzero(np.asarray(self.risks) <= max_disagreement * given)
-        return min(float(self.levels[kept[-1]]), risk_cap(max_disagreement)) if kept.size else 0.0
+        if not kept.size:
+            return 0.0
+        return min(float(np.asarray(self.levels)[kept[-1]]), risk_cap(max_disagreement))
 
     def share(self, limit: float) -> float:
         """Return the share of the calibration's data points above a limit.

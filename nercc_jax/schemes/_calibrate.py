@@ -35,8 +35,8 @@ from ..stragglers import AbstractStragglers
 from ..surrogates import AbstractSurrogate, Learner, LearnerTuning, tune_learner
 from ..surrogates._interface import check_like
 from ..surrogates._kernels import Shape
-from ..surrogates._learner import first_kernel, init_learner_on_host
-from ..surrogates._pairs import length_of
+from ..surrogates._learner import init_learner_on_host, same_inputs
+from ..surrogates._pairs import features_of, length_of
 from ..surrogates._surrogate import group_prior_of_points
 from ..surrogates._tune_kernel import widths_of
 from ._scheme import PreparedInputs, Scheme
@@ -196,9 +196,9 @@ def cross_validate_error_bars(
 
     Decoding with a group's own answers, and copies of uncertain data points, change the ratios of
     errors to deviations that `calibrate_learner_bars` measures. So the pairs are cut into groups of
-    K, and these into folds. For each fold `fit(x, y)` makes a learner of all other pairs, and the
-    scheme with that learner decodes the fold's groups. The model runs on the groups' coded data
-    points: N - K queries a group or more, none where they are copies.
+    K, and these into folds. For each fold `fit(x, y)` makes a learner of all pairs of other inputs,
+    and the scheme with that learner decodes the fold's groups. The model runs on the groups' coded
+    data points: N - K queries a group or more, none where they are copies.
 
     Args:
         model: The served model, or one for each worker, the served one first.
@@ -226,10 +226,11 @@ def cross_validate_error_bars(
         )
     masks, _ = draw_sets(stragglers, key, scheme.code.num_workers, num_sets)
     workers = model if callable(model) else tuple(model)
-    ratios = []
+    same, ratios = same_inputs(np.asarray(features_of(None, x))), []
     for part in np.array_split(np.arange(groups), folds):
         held = np.concatenate([np.arange(size) + size * group for group in part])
         others = np.setdiff1d(np.arange(length_of("y", y)), held)
+        others = others[~same[np.ix_(others, held)].any(axis=1)]
         fitted = fit(*jax.tree.map(lambda leaf: leaf[others], (x, y)))  # noqa: B023
         if scheme.surrogate is not None:
             numbers = scheme.surrogate.theta, scheme.surrogate.kappa
@@ -348,7 +349,7 @@ def fit_scheme_on_host(
 ) -> FittedScheme:
     """Fit a scheme as `fit_scheme` does, with a learner on the host: no program is compiled."""
     check_count("pairs", len(x), 16)
-    first = np.argmax(jax.device_get(first_kernel(SHAPE, x)).same(x, x), axis=1)
+    first = np.argmax(same_inputs(x), axis=1)
     inputs = np.unique(first)[_HELD_OUT - 1 :: _HELD_OUT]
     held = np.isin(first, inputs[:_MOST_HELD_OUT])
     if tuning is None:

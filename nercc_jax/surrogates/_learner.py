@@ -288,6 +288,8 @@ class Learner(AbstractLearner):
             )
         x, y = self._own_arrays((x, y))
         learned, changed = self._with_pairs(x, y, observed)
+        if not len(changed):
+            return self
         # On the host, a factor of the filled rows alone takes no longer than replacing some.
         if self.is_on_host or len(changed) > _MANY * self.capacity:
             return learned.refactorized()
@@ -600,7 +602,7 @@ def init_learner_on_host(
     """Make a learner as `init_learner` does, of NumPy's arrays and without a program."""
     x, y = jax.tree.map(lambda a: a.astype(jax.dtypes.canonicalize_dtype(a.dtype)), (x, y))
     learner = empty_learner(x, y, capacity, features, None, kernel, "")
-    return jax.device_get(learner).update(x, y)
+    return learner.on_host().update(x, y)
 
 
 def empty_learner(
@@ -657,6 +659,11 @@ def _factored_on_host(
     covariance = kernel(inputs[filled], inputs[filled])
     np.fill_diagonal(covariance, diagonal_of(kernel, inputs[filled], counts[filled]))
     return np.zeros((0, 0)), whiten_on_host(covariance), nothing, nothing
+
+
+def same_inputs(z: Float[np.ndarray, "pairs features"]) -> Bool[np.ndarray, "pairs pairs"]:
+    """Return which pairs' inputs differ by no more than rounding, by the spreads of features."""
+    return jax.device_get(first_kernel("matern52", z)).same(z, z)
 
 
 def first_kernel(shape: Shape, z: Float[Any, "pairs features"]) -> Kernel:

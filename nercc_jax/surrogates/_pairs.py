@@ -134,6 +134,8 @@ def learn_pairs(window: Window, new: Pairs, kernel: Kernel) -> tuple[Window, Int
     """
     z, r, priors, known = new
     xp, size, number = namespace(z), len(window.counts), len(known)
+    if number == 0:
+        return window, xp.zeros(0, int)
     width, rows = min(number, size), xp.arange(size)
 
     # Which row or, for an input that is new, which earlier pair has the same input.

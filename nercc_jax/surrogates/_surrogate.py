@@ -27,7 +27,7 @@ from ..codes._kept import known_encoder
 from ..codes._trees import scalar_leaf
 from ..evaluation import Answers, record_answers
 from ..evaluation._answers import cut_groups
-from ..evaluation._criteria import safe_sqrt
+from ..evaluation._criteria import root_mean_square, safe_sqrt
 from ..evaluation._trial import draw_sets
 from ..inference._models import Model
 from ..stragglers import AbstractStragglers
@@ -140,10 +140,10 @@ def decode_with_surrogate(
         # v / (1 + kappa v), written so that it has a value where v is infinite.
         share = jnp.where(known, 0, 1 / (1 / jnp.where(known, 1, variance) + kappa))
         return Decoded(predictions, decoded.responded, recovered), deviation(share, process)
-    own = expected.deviation
-    by_code = jnp.where(rho > 0, rho, 1) * deviation(variance, process) ** 2
-    square = jnp.where(rho > 0, by_code, 0) + jnp.where(rho < 1, (1 - rho) * own**2, 0)
-    spread = safe_sqrt(square)
+    by_code = safe_sqrt(jnp.where(rho > 0, rho, 1)) * deviation(variance, process)
+    own = safe_sqrt(1 - rho) * expected.deviation
+    parts = jnp.stack([jnp.where(rho > 0, by_code, 0), jnp.where(rho < 1, own, 0)])
+    spread = np.sqrt(2.0).astype(parts.dtype) * root_mean_square(parts, axis=0)
     # Without a pair or an answer to go by, a learner's output is no prediction.
     recovered &= jnp.isfinite(spread)
     predictions = jnp.where(recovered[..., None], predictions, jnp.nan)

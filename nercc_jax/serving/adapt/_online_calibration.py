@@ -54,6 +54,7 @@ from ..core._request import Answer
 # Answers that a learner takes at once, that it starts from, and after which the kernel found on
 # those is tuned again.
 BATCH, FIRST, RETUNE = 32, 256, 1024
+_NEWS = 0.125  # of the pairs that a learner on the host knows, which it learns together
 _SETTLED = 1024  # validation answers after which little is left to learn
 # Validation answers that calibration looks at, at most and at least, and the share by which their
 # number grows until the next calibration.
@@ -185,6 +186,7 @@ class OnlineCalibration:
         self._set_surrogate(surrogate)
         self._features, self._capacity, self._form = features, capacity, form
         self._first: list[tuple[np.ndarray, np.ndarray]] = []
+        self._unlearned: list[tuple[np.ndarray, np.ndarray]] = []
         self._learned = 0
         # The ratios of widths that were given stay.
         self._tuning = dataclasses.replace(_TUNING, widths="kept")
@@ -219,6 +221,14 @@ class OnlineCalibration:
         self._validate(x, own)
         if isinstance(self._surrogate, AbstractLearner):
             self._learned += len(x)
+            self._unlearned.append((x, own))
+            if is_on_host(self._surrogate):
+                # Its time grows with the pairs known, by whose number it is divided, therefore.
+                waiting = sum(len(own) for _, own in self._unlearned)
+                if waiting < _NEWS * self._surrogate.size and self._learned != RETUNE:
+                    return
+                x, own = map(np.concatenate, zip(*self._unlearned, strict=True))
+            self._unlearned = []
             learner = _updated(self._surrogate, x, own)
             tuning = self._tuning
             if self._learned == RETUNE and (tuned := _tuned(learner, tuning)) is not learner:
@@ -288,7 +298,8 @@ class OnlineCalibration:
             if self._monitor.add(failed[sure].tolist()):
                 self.discard()
         # Queries that come again are predicted better than new ones, whose bars they would shorten.
-        new = ~_known(self._surrogate, x)
+        # Where nothing is known of errors yet, there is nothing to calibrate.
+        new = ~_known(self._surrogate, x) & np.isfinite(deviation)
         fields = (features, deviation, error, wrong, probability, mean, spread, checked)
         batch = ValidationBatch(*(each[new[: len(each)]] for each in fields))
         self._validation.append(batch)
@@ -442,7 +453,7 @@ def _without_levels(error_probability: ErrorProbability | None) -> ErrorProbabil
     """Drop the limits, whose number differs between calibrations: one program serves all."""
     if error_probability is None:
         return None
-    none = jnp.zeros(0)
+    none = np.zeros(0, np.float32)
     return eqx.tree_at(
         lambda d: (d.levels, d.risks, d.shares), error_probability, (none, none, none)
     )
