@@ -21,7 +21,7 @@ from nercc_jax.surrogates import (
     tune_learner,
 )
 from nercc_jax.surrogates._host import predictions_on_host
-from nercc_jax.surrogates._tune_kernel import Judge, _known
+from nercc_jax.surrogates._tune_kernel import LeaveOneOut, _known
 from nercc_jax.surrogates._whitening import cholesky_factor, condition, replace_rows, whiten
 
 CAPACITY, B = 48, 6
@@ -311,7 +311,7 @@ def test_left_out_is_left_out():
     learner = init_learner(x, y, capacity=16)
     pairs = np.arange(12)
     known, _ = _known(learner, pairs, LearnerTuning("labels"))  # in units of the outputs' spread
-    found = Judge(jax.device_get(learner.kernel), known)
+    found = LeaveOneOut(jax.device_get(learner.kernel), known)
     errors, deviation = learner.left_out()
     centred = y - y.mean(axis=0)  # the mean stays that of all
     for row in range(12):

@@ -17,7 +17,7 @@ from nercc_jax.risk._straggler_risk import AccuracyTarget
 from nercc_jax.schemes import cross_validate_error_bars, fit_scheme
 from nercc_jax.serving.adapt._online_calibration import BATCH, OnlineCalibration
 from nercc_jax.stragglers import ExactStragglers
-from nercc_jax.surrogates import LearnerTuning, fit_learner, init_learner
+from nercc_jax.surrogates import Learner, LearnerTuning, fit_learner, init_learner
 from nercc_jax.surrogates._learner import init_learner_on_host
 
 RNG = np.random.default_rng(7)
@@ -201,11 +201,13 @@ def test_held_out_inputs_leave_with_all_answers_to_them():
     for times in (1, 4):
         x = repeated(times)
         fitted = fit_scheme(x, smooth(x), NeRCC(1, 2), capacity=256, tuning=tuning)
-        bars = fitted.scheme.bars
-        scheme = Scheme(NeRCC(4, 6, points="interleaved"), fitted.scheme.surrogate)
+        bars, learner = fitted.scheme.bars, fitted.scheme.surrogate
+        assert bars is not None
+        assert isinstance(learner, Learner)
+        scheme = Scheme(NeRCC(4, 6, points="interleaved"), learner)
 
-        def fit(x, y):
-            return init_learner(x, y, capacity=256, kernel=fitted.scheme.surrogate.kernel)  # noqa: B023
+        def fit(x, y, kernel=learner.kernel):
+            return init_learner(x, y, capacity=256, kernel=kernel)
 
         cross = cross_validate_error_bars(
             smooth_jnp, scheme, x[:40], smooth(x[:40]), {"two": ExactStragglers(2)}, fit,
@@ -221,6 +223,7 @@ def test_rows_that_come_again_have_bars_that_hold():
     x = np.random.default_rng(2).permutation(np.repeat(base, 6, axis=0))
     result = run_rows(slow, x, DevicePool, num_workers=4, tolerance=0.05, rows_per_call=4)
     predicted = result.status == "predicted"
+    assert result.values is not None
     error = np.sqrt(np.mean((result.values - smooth(x)) ** 2, axis=1))
     assert predicted.sum() > 100
     assert np.mean(error[predicted] <= result.score[predicted]) > 0.85

@@ -59,13 +59,13 @@ def agree_on_labels(
 ) -> Bool[Any, "*points"]:
     """Return whether outputs, as vectors, have the same labels (`form` splits several)."""
     xp = namespace(vectors, others)
-    vectors, others = xp.asarray(vectors), xp.asarray(others)
-    axes = vectors.ndim - 1
+    mine, theirs = xp.asarray(vectors), xp.asarray(others)
+    axes = mine.ndim - 1
 
     def labels(outputs: Any) -> PyTree:
         return labels_of(outputs if form is None else form.split(outputs), axes)
 
-    return same_labels(labels(vectors), labels(others), axes)
+    return same_labels(labels(mine), labels(theirs), axes)
 
 
 def _mean(of_leaf: Callable[[Array, Array], Array]) -> Callable[[PyTree, PyTree], Array]:

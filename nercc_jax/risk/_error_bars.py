@@ -136,7 +136,7 @@ def error_bars_from_ratios(
     coverages, factors = np.ones(_LEVELS), np.full(_LEVELS, np.inf)
     coverages[: len(places)] = (places + 1) / (ratios.size + 1)
     factors[: len(places)] = ratios[places]
-    return ErrorBars(*to_device((coverages, factors)), conditions)
+    return ErrorBars(to_device(coverages), to_device(factors), conditions)
 
 
 def error_bars(

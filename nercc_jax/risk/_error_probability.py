@@ -157,7 +157,7 @@ class ErrorProbability(AbstractCalibrated):
         if not limit >= 0:
             raise ValueError(f"a limit of error probabilities must be 0 or positive, not {limit}")
         place = np.searchsorted(np.asarray(self.levels), limit, side="right") - 1
-        return float(self.shares[place])
+        return float(np.asarray(self.shares)[place])
 
 
 def error_probability_from_answers(

@@ -12,7 +12,7 @@ pairs. Whoever calibrates by it loses little: deviations are compared with each 
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -107,6 +107,8 @@ def predictions_on_host(surrogate: AbstractSurrogate) -> HostPredictions:
         if fits and isinstance(surrogate.features, Projection | None):
             on_host = learner_on_host(surrogate)
             return lambda x: Pending(lambda: on_host.predict(x), begun=False)
+    if isinstance(surrogate, Learner) and surrogate.is_on_host:
+        return lambda x: Pending(lambda: _vectors(surrogate.predict(x)), begun=False)
     if isinstance(surrogate, AbstractLearner):
         # It changes: one program serves all.
         return lambda x: _first(len(x), _predicted(surrogate, _padded(x)))
@@ -119,6 +121,10 @@ def predictions_on_host(surrogate: AbstractSurrogate) -> HostPredictions:
         return join(whole.outputs(x), 1)[0]
 
     return lambda x: _first(len(x), (outputs(leaves, _padded(x)), np.ones(len(x), np.float32)))
+
+
+def _vectors(found: tuple[Any, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(join(found[0], 1)[0]), found[1]
 
 
 def _padded(x: Shaped[np.ndarray, "queries ..."]) -> Shaped[np.ndarray, "padded ..."]:
@@ -167,12 +173,12 @@ def learner_on_host(surrogate: Learner) -> LearnerOnHost:
     constant = 0.5 - np.vecdot(pairs, pairs) / 2
     pairs = np.column_stack([pairs, constant, np.ones_like(constant)])
     return LearnerOnHost(
-        directions=directions,
+        directions=np.asarray(directions),
         origin=np.append(origin, np.array([-1.0, 0.0], origin.dtype)),
         pairs=np.ascontiguousarray(pairs.T),
         weights=weights,
         line=np.concatenate([line, centre[None], np.zeros_like(centre)[None]]),
-        noise=kernel.noise,
+        noise=np.asarray(kernel.noise),
         unit=learner.deviation_of(np.ones((), kernel.noise.dtype)),
         shape=kernel.shape,
     )

@@ -39,7 +39,7 @@ from ._interface import (
 from ._kernels import Kernel, Shape, wide_kernel
 from ._pairs import (
     Function,
-    Window,
+    PairWindow,
     features_of,
     learn_pairs,
     length_of,
@@ -176,7 +176,7 @@ class Learner(AbstractLearner):
         theta: See `AbstractSurrogate`.
         kappa: See `AbstractSurrogate`. Default: infinite, the learner alone, which knows the
             group's answers, too.
-        window: The pairs (`Window`).
+        window: The pairs (`PairWindow`).
         covariance: The covariances of the window's pairs; on the host none.
         whitening: Their whitening matrix (`_whitening.py`); on the host that of the filled rows,
             in float64.
@@ -193,7 +193,7 @@ class Learner(AbstractLearner):
     scale: Float[Array, ""]
     theta: Float[Array, ""]
     kappa: Float[Array, ""]
-    window: Window
+    window: PairWindow
     covariance: Float[Array, "capacity capacity"]
     whitening: Float[Array, "capacity capacity"]
     jitter: Float[Array, ""]
@@ -225,7 +225,7 @@ class Learner(AbstractLearner):
         dtype = kernel.centre.dtype
         outputs = jnp.result_type(jnp.float32, *form.dtypes)
         residuals = np.zeros((capacity, form.size), outputs)
-        window = Window(
+        window = PairWindow(
             np.zeros((capacity, len(kernel.centre)), dtype),
             residuals,
             None if prior is None else residuals,
@@ -554,7 +554,7 @@ def _left_out(learner: Learner) -> tuple[Float[Any, "capacity m"], Float[Any, " 
     return -weights / precision[:, None], learner.deviation_of(single)
 
 
-_left_out_compiled = eqx.filter_jit(_left_out)
+_left_out_compiled = eqx.filter_jit(lambda learner: _left_out(learner._with_covariances()))
 
 
 def init_learner(

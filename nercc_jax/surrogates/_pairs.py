@@ -103,7 +103,7 @@ def one_row(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: namespace(leaf).zeros((1, *leaf.shape[1:]), leaf.dtype), tree)
 
 
-class Window(eqx.Module):
+class PairWindow(eqx.Module):
     """The latest pairs, in a ring of rows. Answers to the same input are one pair.
 
     Left apart, copies of a pair would vouch for each other: leaving one out would leave its copy.
@@ -126,7 +126,9 @@ class Window(eqx.Module):
     place: Int[Any, ""]
 
 
-def learn_pairs(window: Window, new: Pairs, kernel: Kernel) -> tuple[Window, Int[Any, " changed"]]:
+def learn_pairs(
+    window: PairWindow, new: Pairs, kernel: Kernel
+) -> tuple[PairWindow, Int[Any, " changed"]]:
     """Return the window with new pairs in place of the oldest, and the rows that may differ.
 
     Of more inputs than the window holds, the last are taken. Rows whose input has come again are
@@ -177,7 +179,7 @@ def learn_pairs(window: Window, new: Pairs, kernel: Kernel) -> tuple[Window, Int
     square = counts * ((before / unit) ** 2 + (moved / unit) ** 2)
     square = _add(square, at, (apart / unit) ** 2) / each
     scatter = xp.where(added > 0, unit * safe_sqrt(square), before)
-    learned = Window(
+    learned = PairWindow(
         start(window.inputs, z),
         mean,
         None if window.priors is None else start(window.priors, priors),

@@ -135,7 +135,7 @@ def find_kernels(
 
 
 class KnownPairs(eqx.Module):
-    """Pairs to judge kernels on, in float64.
+    """Pairs to compare kernels on, in float64.
 
     Attributes:
         inputs: Features.
@@ -182,7 +182,7 @@ def _known(
         unit = float(root_mean_square(answers - answers.mean(axis=0))) or 1.0
         answers = answers / unit
     elif outputs > number:
-        centred = np.linalg.qr(centred.T / unit, mode="r").T * unit
+        centred = np.asarray(np.linalg.qr(centred.T, mode="r")).T
     squares, counts = (scatter / unit) ** 2, np.asarray(window.counts)[rows]
     known = KnownPairs(inputs, centred / unit, outputs, squares, counts, answers, learner.form)
     return known, least
@@ -254,19 +254,17 @@ def _tuned(
             np.exp(free[few + 1]) if linear > 0 else 0.0,  # one without a line keeps none
             np.exp(free[few]) + least_noise,
         )
-        return eqx.tree_at(
-            lambda kernel: (kernel.widths, kernel.linear, kernel.noise), start, numbers
-        )
+        return eqx.tree_at(_numbers, start, numbers)
 
     def objective(
         free: Float[np.ndarray, " free"], slope: bool = True
     ) -> tuple[float, Float[np.ndarray, " free"]]:
         kernel = kernel_of(free)
-        judge = Judge(kernel, known)
-        if not judge.sound:
+        out = LeaveOneOut(kernel, known)
+        if not out.sound:
             return np.inf, np.zeros_like(free)
         value, by_errors, by_variance, by_sharpness = _LOSSES[tuning.criterion](
-            judge, known, math.exp(free[-1])
+            out, known, math.exp(free[-1])
         )
         # Of how unlike widths are.
         unlike = free[:few] - free[:few].mean()
@@ -276,7 +274,7 @@ def _tuned(
             return np.inf, np.zeros_like(free)
         if not slope:
             return value, free
-        by_widths, by_linear, by_noise = judge.slopes(by_errors, by_variance)
+        by_widths, by_linear, by_noise = out.slopes(by_errors, by_variance)
         slopes = np.zeros_like(free)
         slopes[:few] = by_widths + 2 * price * unlike
         slopes[few] = by_noise * np.exp(free[few])
@@ -295,10 +293,10 @@ def _tuned(
     if np.isfinite(value):
         best, value = _descend(objective, best, value, tuning.steps)
     kernel = kernel_of(best)
-    judge = Judge(kernel, known)
+    out = LeaveOneOut(kernel, known)
     square = np.sum(known.residuals**2) / known.residuals.shape[0] / known.outputs
     spread = math.sqrt(square + np.mean(known.squares))
-    scale = float(np.sqrt(np.mean(judge.squares / judge.variance)))
+    scale = float(np.sqrt(np.mean(out.squares / out.variance)))
     rounded = [np.asarray(each, dtype) for each in _numbers(kernel)]
     kernel = to_device(eqx.tree_at(_numbers, kernel, rounded))
     return value, kernel, scale / spread if scale > 0 < spread else 1.0
@@ -314,7 +312,7 @@ def _descend(
 ) -> tuple[np.ndarray, float]:
     """Return the best parameters along a descent by Adam (Kingma and Ba 2015), and their value.
 
-    SciPy's L-BFGS finds no better ones, and its import takes longer than a first fit.
+    (The import of SciPy's optimizers takes longer than a first fit.)
     """
     here, first, second = best, np.zeros_like(best), np.zeros_like(best)
     for step in range(steps):
@@ -330,7 +328,7 @@ def _descend(
     return best, value
 
 
-class Judge:
+class LeaveOneOut:
     """A kernel's predictions of pairs by the others, and derivatives of functions of them.
 
     Attributes:
@@ -397,28 +395,28 @@ class Judge:
 _Loss: TypeAlias = tuple[float, np.ndarray, np.ndarray | None, float]
 
 
-def _density(judge: Judge, known: KnownPairs, sharpness: float) -> _Loss:
+def _density(out: LeaveOneOut, known: KnownPairs, sharpness: float) -> _Loss:
     """Return minus the log predictive density but for constants, with the best process variance."""
-    square, variance = judge.squares, judge.variance
-    rows, ratios = len(square), judge.squares / judge.variance
+    square, variance = out.squares, out.variance
+    rows, ratios = len(square), out.squares / out.variance
     total = max(float(ratios.sum()), np.finfo(float).tiny)
     value = math.log(total / rows) + float(np.mean(np.log(variance)))
-    by_errors = 2 * judge.errors / (known.outputs * total * variance[:, None])
+    by_errors = 2 * out.errors / (known.outputs * total * variance[:, None])
     by_variance = 1 / (rows * variance) - ratios / (variance * total)
     return value, by_errors, by_variance, 0.0
 
 
-def _mse(judge: Judge, known: KnownPairs, sharpness: float) -> _Loss:
+def _mse(out: LeaveOneOut, known: KnownPairs, sharpness: float) -> _Loss:
     """Return the logarithm of the mean squared error."""
-    total = max(float(judge.squares.sum()), np.finfo(float).tiny)
-    by_errors = 2 * judge.errors / (known.outputs * total)
-    return math.log(total / len(judge.squares)), by_errors, None, 0.0
+    total = max(float(out.squares.sum()), np.finfo(float).tiny)
+    by_errors = 2 * out.errors / (known.outputs * total)
+    return math.log(total / len(out.squares)), by_errors, None, 0.0
 
 
-def _log_loss(judge: Judge, known: KnownPairs, sharpness: float) -> _Loss:
+def _log_loss(out: LeaveOneOut, known: KnownPairs, sharpness: float) -> _Loss:
     """Return the log loss of the answers' own labels under a softmax of the predictions."""
     assert known.answers is not None
-    predicted, value, by_sharpness, place = known.answers + judge.errors, 0.0, 0.0, 0
+    predicted, value, by_sharpness, place = known.answers + out.errors, 0.0, 0.0, 0
     by_errors = np.empty_like(predicted)
     for shape in known.form.shapes:
         classes, size = (shape[-1] if shape else 1), math.prod(shape)
@@ -438,7 +436,7 @@ def _log_loss(judge: Judge, known: KnownPairs, sharpness: float) -> _Loss:
     return value, by_errors, None, by_sharpness
 
 
-_LOSSES: dict[str, Callable[[Judge, KnownPairs, float], _Loss]] = {
+_LOSSES: dict[str, Callable[[LeaveOneOut, KnownPairs, float], _Loss]] = {
     "density": _density,
     "mse": _mse,
     "labels": _log_loss,

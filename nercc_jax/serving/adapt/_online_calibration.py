@@ -222,7 +222,7 @@ class OnlineCalibration:
         if isinstance(self._surrogate, AbstractLearner):
             self._learned += len(x)
             self._unlearned.append((x, own))
-            if is_on_host(self._surrogate):
+            if isinstance(self._surrogate, Learner) and self._surrogate.is_on_host:
                 # Its time grows with the pairs known, by whose number it is divided, therefore.
                 waiting = sum(len(own) for _, own in self._unlearned)
                 if waiting < _NEWS * self._surrogate.size and self._learned != RETUNE:
