@@ -181,7 +181,9 @@ class Predictor:
         if calibrated is None or not self._compiled or self._drift_detected:
             return None
         parts = [x[begin : begin + self._width] for begin in range(0, len(x), self._width)]
-        found = [calibrated.predict(repeat_rows(part, self._width)) for part in parts]
+        if calibrated.is_compiled:  # for one number of queries
+            parts = [repeat_rows(part, self._width) for part in parts]
+        found = [calibrated.predict(part) for part in parts]
         return Predictions(
             *(
                 np.concatenate([getattr(each, name) for each in found])[: len(x)]
