@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
 from ..codes._checks import check_count
 from ..codes._products import multiply
-from ..codes._trees import check_floats, join
+from ..codes._trees import check_floats, join, to_device
 from ._components import ComponentLearner, split_outputs
 from ._kernels import Kernel
 from ._learner import Learner, init_learner
@@ -100,7 +100,7 @@ def fit_learner(
         return tune_learner(learner, tuning)
     check_count("components", components)
     _check_criterion(tuning)
-    x, y = jax.tree.map(jnp.asarray, (x, y))
+    x, y = to_device((x, y))
     check_floats("y", y)
     form = join(one_row(y), 1)[1]
     z, r, _, known = pairs_of(features, prior, form, x, y)

@@ -29,7 +29,7 @@ from ..codes._checks import check_count
 from ..codes._products import multiply
 from ..codes._trees import Form, check_floats, join, to_device
 from ..evaluation._criteria import root_mean_square, safe_sqrt
-from ..splines.arrays import namespace
+from ..splines.arrays import namespace, native
 from ._interface import (
     AbstractGroupPrior,
     AbstractLearner,
@@ -430,7 +430,7 @@ class Learner(AbstractLearner):
         return self if len(self.covariance) == self.capacity else self.refactorized()
 
     def _own_arrays(self, tree: PyTree) -> PyTree:
-        return jax.tree.map(np.asarray if self.is_on_host else jnp.asarray, tree)
+        return jax.tree.map(np.asarray, native(tree)) if self.is_on_host else to_device(tree)
 
     def _with_pairs(
         self: L, x: PyTree, y: PyTree, observed: Bool[Any, " pairs"] | None = None
@@ -584,7 +584,7 @@ def init_learner(
         ValueError: The capacity is no positive integer, x and y have different lengths, outputs are
             no floats, the prior has other outputs, or the kernel is for other features.
     """
-    x, y = jax.tree.map(jnp.asarray, (x, y))
+    x, y = to_device((x, y))
     learner = empty_learner(x, y, capacity, features, prior, kernel, version)
     if not length_of("y", y):
         return learner

@@ -5,14 +5,13 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes._checks import check_count
 from ..codes._trees import Form, finite_points, is_float, join, leaves_of, to_device
 from ..evaluation._criteria import root_mean_square, safe_sqrt
-from ..splines.arrays import constant, namespace, product
+from ..splines.arrays import constant, namespace, product, working_dtype
 from ._interface import check_like, outputs_of_groups
 from ._kernels import Kernel
 
@@ -86,7 +85,7 @@ def features_of(
     if not floats:
         raise ValueError("there is no float among the data points to learn by: give `features`")
     vectors = join(floats, 1)[0]
-    return vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
+    return vectors.astype(working_dtype(vectors.dtype))
 
 
 def length_of(name: str, tree: PyTree) -> int:
