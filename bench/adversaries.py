@@ -236,14 +236,14 @@ def run_setting(setting: Setting, size: Size, data_dir: Path) -> dict[str, Any]:
     train, _ = network.images("train", data_dir, 1000, 0)
     run = batched(network, 256)
     groups = cut_groups(images, setting.num_data)
-    own = np.asarray(own_outputs(run, groups)).reshape(len(groups), setting.num_data, -1)
+    own = np.asarray(own_outputs(run, groups)[0]).reshape(len(groups), setting.num_data, -1)
     largest = float(np.abs(run(train)).max())
     limits = (0.0, 1.0) if SETTINGS[setting] == "probabilities" else (-largest, largest)
     compared = methods(setting)
     answers: dict[int, np.ndarray] = {}
     for method in compared.values():
         if id(method.code) not in answers:
-            answers[id(method.code)] = np.asarray(all_answers((run,), method.code, groups))
+            answers[id(method.code)] = np.asarray(all_answers((run,), method.code, groups)[0])
     rows = []
     for name, method in compared.items():
         honest = answers[id(method.code)]

@@ -29,8 +29,12 @@ def model_card(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> dict[str,
 
 
 def read_card(file: str, weights_dir: str | Path) -> dict[str, Any]:
-    """Return the JSON that belongs to a file of weights."""
-    return json.loads((Path(weights_dir) / f"{file}.json").read_text())
+    """Return the JSON that belongs to a file of weights; raise ValueError if it is damaged."""
+    path = Path(weights_dir) / f"{file}.json"
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # UnicodeDecodeError is one, too
+        raise ValueError(f"{path} is no card: {error}; restore it from a copy") from error
 
 
 def check_model_name(name: str, weights_dir: str | Path = WEIGHTS_DIR) -> None:

@@ -107,13 +107,14 @@ def load_model(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> ReadyMode
 
 def _ready(recipe: Recipe, file: str, weights_dir: str | Path) -> ReadyModel:
     graphdef, blank = nnx.split(blank_model(recipe))
+    card, path = read_card(file, weights_dir), Path(weights_dir) / f"{file}.safetensors"
     return ReadyModel(
-        state=load_weights(Path(weights_dir) / f"{file}.safetensors", blank),
+        state=load_weights(path, blank, card.get("sha256")),
         graphdef=graphdef,
         name=file,
         data=recipe.data,
         input_shape=recipe.input_shape,
-        classes=tuple(read_card(file, weights_dir)["classes"]),
+        classes=tuple(card["classes"]),
         preprocess=recipe.preprocess,
     )
 

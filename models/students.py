@@ -7,7 +7,6 @@ cheap, and their files: `<name>-student.safetensors` with the card `<name>-stude
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .names import WEIGHTS_DIR
+from .names import WEIGHTS_DIR, read_card
 from .repvgg import RepVGG, reparameterize
 from .weights import load_weights, num_parameters
 
@@ -198,26 +197,26 @@ def load_student_file(path: str | Path) -> Student:
 
     Raises:
         FileNotFoundError: The weights or their card are missing.
-        ValueError: The card is no student's, or the weights do not fit it.
+        ValueError: A file is damaged, the card is no student's, or the weights do not fit it.
     """
     path = Path(path)
     card_path = path.with_suffix(".json")
     for file in (path, card_path):
         if not file.is_file():
             raise FileNotFoundError(f"There is no file {file.resolve()}.")
-    card = json.loads(card_path.read_text())
+    card = read_card(path.stem, path.parent)
     if not isinstance(card, dict) or "plan" not in card:
         raise ValueError(f"{card_path} is not the card of a student: it has no 'plan'.")
     plan = _plan_of(card["plan"])
     graphdef, blank = nnx.split(plan.blank())
-    state = load_weights(path, blank)
+    state = load_weights(path, blank, card.get("sha256"))
     return Student(state, graphdef, card["base"], plan.input_shape, plan.output_shape)
 
 
 def student_card(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> dict[str, Any]:
     """Return the card of a model's student: its making, its cost, its agreement."""
     _check_student(name, weights_dir)
-    return json.loads((Path(weights_dir) / f"{student_name(name)}.json").read_text())
+    return read_card(student_name(name), weights_dir)
 
 
 def _check_student(name: str, weights_dir: str | Path) -> None:

@@ -1,5 +1,6 @@
 """Parameters to and from safetensors files: one flat table of dotted names."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,26 @@ def save_weights(path: str | Path, state: nnx.State, dtype: Any = np.float16) ->
     return Path(path).stat().st_size
 
 
-def load_weights(path: str | Path, state: nnx.State) -> nnx.State:
-    """Read the arrays that `save_weights` wrote into a state of the same structure."""
-    return with_arrays(state, _import_safetensors().load_file(str(path)))
+def load_weights(path: str | Path, state: nnx.State, sha256: str | None = None) -> nnx.State:
+    """Read the arrays that `save_weights` wrote into a state of the same structure.
+
+    Raises:
+        ValueError: The file does not have the given hash, is no such file, or does not fit.
+    """
+    content = Path(path).read_bytes()
+    if sha256 not in (None, hashlib.sha256(content).hexdigest()):
+        raise ValueError(
+            f"{path} is damaged, or its card is another file's: its SHA-256 is not the card's; "
+            "restore both from a copy, or train again"
+        )
+    safetensors = _import_safetensors()
+    from safetensors import SafetensorError
+
+    try:
+        arrays = safetensors.load(content)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+    return with_arrays(state, arrays)
 
 
 def num_parameters(state: Any) -> int:

@@ -9,7 +9,14 @@ from schedulers import next_call
 
 from nercc_jax.pools import Episodes, Fault, Faults
 from nercc_jax.pools._faults import row_norm
-from nercc_jax.stragglers import ExponentialLatency, RowLatency, TraceLatency
+from nercc_jax.stragglers import (
+    AbstractLatency,
+    ExponentialLatency,
+    RowLatency,
+    TraceLatency,
+    WaitFor,
+)
+from nercc_jax.stragglers._waiting import Latencies
 
 
 def strikes(fault, calls=2000, seed=0, worker=0, life=0):
@@ -33,6 +40,32 @@ def test_delays_follow_their_law():
     assert drawn == strikes(Fault("delay", latency=ExponentialLatency(0.5)))
     both = Faults([Fault("delay", latency=TraceLatency(jax.numpy.array([0.25])))] * 2).at(0, 0)
     assert next_call(both) == (0.5, set())
+
+
+class WorkerLatency(AbstractLatency):
+    """Each worker has a mean of its own."""
+
+    means: jax.Array
+
+    def sample(self, key, shape):
+        return self.means * jax.random.exponential(key, shape)
+
+
+class LaterLatency(AbstractLatency):
+    def sample(self, key, shape):
+        return 0.1 * jax.numpy.arange(shape[-1]) + jax.random.exponential(key, shape)
+
+
+@pytest.mark.parametrize(
+    "law", [*(WorkerLatency(jax.numpy.arange(1.0, n + 1)) for n in (3, 6, 20)), LaterLatency()]
+)
+def test_a_law_that_differs_between_workers_is_refused_with_a_way_out(law):
+    """Of each worker's delays 4,096 are drawn at once, which were taken for so many workers."""
+    with pytest.raises(ValueError, match=r'own, Fault\("delay", workers=\[0\], latency=...\)'):
+        Fault("delay", latency=law)
+    with pytest.raises(ValueError, match="give one law for all workers"):
+        Latencies(law, jax.random.key(0))
+    assert WaitFor(law, 2).latency is law
 
 
 def test_delays_differ_by_worker_life_and_fault():

@@ -1,6 +1,7 @@
 """Codes to files and back: every bit, and every way in which a file is no code."""
 
 import json
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -11,7 +12,12 @@ import pytest
 
 import nercc_jax as nj
 from nercc_jax.codes._points import LAYOUTS
-from nercc_jax.codes._whole import write_whole
+from nercc_jax.codes.whole_files import NO_CHECKSUM, read_checked, write_checked
+from nercc_jax.evaluation import Estimate
+from nercc_jax.planning import Plan
+from nercc_jax.planning._candidates import Candidate
+from nercc_jax.pools import DevicePool, run_rows
+from nercc_jax.surrogates import init_learner, load_learner, save_learner
 
 K, N = 3, 7
 # No short decimal says these.
@@ -57,7 +63,11 @@ def test_the_file_says_what_it_is(tmp_path):
     about = {"model": "lenet", "objective": 0.5, "stragglers": [0, 1, None], "points": True}
     nj.save_code(path, CODES["chebyshev"](), about)
     content = json.loads(path.read_text())
-    assert {"format", "version", "code", "numbers", "dtypes", "about"} == content.keys()
+    assert {"code", "numbers", "dtypes", "about"} == content.keys() - {
+        "format",
+        "version",
+        "checksum",
+    }
     assert (content["format"], content["version"], content["code"]) == (
         "nercc-jax code",
         1,
@@ -87,6 +97,7 @@ def edited(path, **changes):
     """Writes a sound file with entries replaced or (None) left out; "numbers.beta" is inside."""
     nj.save_code(path, CODES["chebyshev"]())
     content = json.loads(path.read_text())
+    del content["checksum"]
     for name, value in changes.items():
         *outer, last = name.split(".")
         place = content[outer[0]] if outer else content
@@ -117,6 +128,8 @@ def test_a_file_from_before_a_number_was_there(tmp_path):
         ),
         ({"code": ["NeRCC"]}, r"holds a \['NeRCC'\]"),
         ({"about": None}, r"lacks \['about'\]"),
+        ({"abouts": {}}, r"has \['abouts'\], which no file of a code has"),
+        ({"checksum": "none"}, "has no checksum"),
         ({"numbers": None, "dtypes": None}, r"lacks \['dtypes', 'numbers'\]"),
         ({"numbers.lambda_dec": None}, "holds no sound NeRCC: 'lambda_dec'"),
         ({"numbers.num_data": None}, "holds no sound NeRCC: .*num_data"),
@@ -192,7 +205,7 @@ renamed = type("Uncoded", (Mine,), {"__module__": __name__})
     ("code", "about", "error", "message"),
     [
         (lambda: nj.NeRCC(K, N, lambda_dec=np.inf), {}, ValueError, "lambda_dec of this code"),
-        (lambda: Mine(2, 2), {}, ValueError, "Mine is none of the codes that files hold: Berrut"),
+        (lambda: Mine(2, 2), {}, ValueError, "Mine is none of .* by eqx.tree_serialise"),
         (lambda: renamed(2, 2), {}, ValueError, "Uncoded is none of the codes"),
         (lambda: nj.Uncoded(2), {"x": object()}, TypeError, "not JSON serializable"),
         (lambda: nj.Uncoded(2), {"x": np.nan}, ValueError, "not JSON compliant"),
@@ -206,17 +219,116 @@ def test_what_cannot_be_saved_leaves_the_file_alone(code, about, error, message,
     assert path.read_text() == "mine"
 
 
-def test_a_file_is_there_whole_or_as_it_was(tmp_path):
-    path = tmp_path / "numbers"
-    write_whole(path, lambda file: file.write(b"one"))
-
+def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
     def fails(file):
-        file.write(b"t")
         raise OSError("the disk is full")
 
-    with pytest.raises(OSError, match="full"):
-        write_whole(path, fails)
-    assert path.read_bytes() == b"one"
-    write_whole(path, lambda file: file.write(b"two"))
-    assert path.read_bytes() == b"two"
+    path, texts = tmp_path / "numbers", [f"{n} {NO_CHECKSUM}".encode() for n in ("one", "two")]
+    write_checked(path, texts[0])
+    written = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fails)
+        with pytest.raises(OSError, match="full"):
+            write_checked(path, texts[1])
+    assert path.read_bytes() == written
+    write_checked(path, texts[1])
+    assert read_checked(path, "").startswith(b"two nercc-sha256:")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checksum_among_others(tmp_path):
+    """A caller's data may hold the checksums of other files."""
+    path = tmp_path / "code.json"
+    nj.save_code(path, CODES["berrut"]())
+    about = json.loads(path.read_text())
+    nj.save_code(path, CODES["lagrange"](), about)
+    assert nj.codes.code_card(path) == about
+    assert isinstance(nj.load_code(path), nj.Lagrange)
+
+
+def test_an_edited_code_is_read_once_its_checksum_is_gone(tmp_path):
+    path = tmp_path / "code.json"
+    nj.save_code(path, CODES["exact"]())
+    path.write_text(path.read_text().replace('"exact": true', '"exact": false'))
+    with pytest.raises(ValueError, match="if you edited it, remove its entry 'checksum'"):
+        nj.load_code(path)
+    lines = [line for line in path.read_text().splitlines() if '"checksum"' not in line]
+    path.write_text("\n".join(lines))
+    assert nj.load_code(path).exact is False
+
+
+# Damage.
+
+ROWS = np.random.default_rng(8).uniform(-1, 1, (40, 2))
+
+
+def a_code(folder):
+    path = folder / "code.json"
+    nj.save_code(path, CODES["own-points"](), {"of": "a test"})
+    return path, lambda: nj.load_code(path)
+
+
+def a_plan(folder):
+    path, numbers = folder / "plan.json", dict.fromkeys(("resent", "extra_work", "p50", "p99"), 0.0)
+    best = Candidate(
+        "NeRCC", K, N, N, 0.0, copies=1, disagreement=Estimate(0.0, 0.0), most_disagreement=0.0,
+        points="chebyshev", order=None, hedge_after=None, limit=None, exact=False, held_out=True,
+        hedge_copies=1, **numbers,
+    )  # fmt: skip
+    Plan((best,), best, "why", None, {"buffer_size": 8}, {}).save(path)
+    return path, lambda: Plan.load(path)
+
+
+def a_learner(folder):
+    path = folder / "learner.safetensors"
+    save_learner(path, init_learner(ROWS[:4].astype("float32"), np.sin(ROWS[:4], dtype="float32")))
+    return path, lambda: load_learner(path)
+
+
+def a_run(folder, name):
+    options = {"num_workers": 2, "tolerance": 0.0, "folder": folder / "run", "resume": True}
+    return folder / "run" / name, lambda: run_rows(np.sin, ROWS, DevicePool, **options)
+
+
+DAMAGED = {
+    "code": a_code,
+    "plan": a_plan,
+    "learner": a_learner,
+    "manifest": lambda folder: a_run(folder, "manifest.json"),
+    "part": lambda folder: a_run(folder, "part-000000.npz"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_file_is_refused_by_name(kind, tmp_path):
+    """Every fourth is cut, the others have a flipped bit."""
+    path, read = DAMAGED[kind](tmp_path)
+    read()
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    for case in range(120):
+        place, bit = int(random.integers(len(whole))), 1 << int(random.integers(8))
+        rest = bytes([whole[place] ^ bit]) + whole[place + 1 :] if case % 4 else b""
+        path.write_bytes(whole[:place] + rest)
+        with pytest.raises(ValueError, match=path.name) as error:
+            read()
+        assert type(error.value) is ValueError
+        assert "restore it from a copy, or" in str(error.value), "says the way out"
+    path.write_bytes(whole)
+    read()
+
+
+def test_a_part_that_is_missing_is_named(tmp_path):
+    path, read = a_run(tmp_path, "part-000000.npz")
+    read()
+    path.unlink()
+    with pytest.raises(ValueError, match=r"part-000000\.npz is missing; restore it"):
+        read()
+
+
+def test_a_code_that_is_shipped_has_its_checksum():
+    folder = Path(nj.__file__).parent / "cli" / "codes"
+    paths = list(folder.glob("*.json"))
+    assert paths
+    for path in paths:
+        read_checked(path, "")
+        nj.load_code(path)

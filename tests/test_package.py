@@ -1,6 +1,7 @@
 """What holds for the package as a whole."""
 
 import importlib.metadata
+import json
 import re
 import runpy
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import nercc_jax
+from nercc_models.cards import DATA_TERMS
 
 
 @pytest.mark.parametrize("name", nercc_jax.__all__)
@@ -61,6 +63,23 @@ def test_every_package_is_shipped():
     found = [path.parent for path in (ROOT / "nercc_jax").rglob("__init__.py")]
     names = {".".join(path.relative_to(ROOT).parts) for path in found}
     assert set(packages["packages"]) == {"nercc_models", *names}
+
+
+def test_what_comes_from_others_is_named():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["license-files"] == ["LICENSE", "NOTICE"]
+    weights = ROOT / "models" / "weights"
+    cards = {path.stem: json.loads(path.read_text()) for path in weights.glob("*.json")}
+    assert cards.keys() == {path.stem for path in weights.glob("*.safetensors")}
+    for name, card in cards.items():
+        assert card["license"] == project["license"], name
+        assert card["data_terms"] == DATA_TERMS[card["data"]], name
+    notice = " ".join((ROOT / "NOTICE").read_text().split())
+    for terms in DATA_TERMS.values():
+        assert terms.partition("; ")[2] in notice
+    for word in ("bench/h100_sxm.txtpb", "openxla/xla", "open_inference.proto", "2402.04377"):
+        assert word in notice
+    assert "The OpenXLA Authors" in (ROOT / "bench" / "h100_sxm.txtpb").read_text()
 
 
 @pytest.mark.parametrize("home", [None, "https://example.org/them/it"])

@@ -1,10 +1,13 @@
 """What the demo's picture must not do: bars beyond 0 and 1, names of curves that are not there."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import require
 
 from nercc_jax.evaluation import Estimate, Evaluation
+from nercc_jax.evaluation._evaluation import Evaluations
 
 LAWS = ("0", "2", "4")
 MSE = {"NeRCC": (0.1, 0.2, 0.4), "BACC": (0.2, 0.3, 0.5), "LCC": (3.0, 1e5, 1e7)}
@@ -69,6 +72,33 @@ def test_only_curves_that_are_there_are_named_and_apart(draw):
     for code, line in zip(MSE, axis.lines[::3], strict=False):
         shown = np.asarray(line.get_ydata(), float)
         assert np.sum(shown > top) == (code == "LCC")  # it leaves, and does not come back
+
+
+@pytest.mark.parametrize("names", [("2 of 20", "heavy tail", "4"), ("1", "1.0", "inf")])
+def test_laws_have_any_names(names):
+    require("matplotlib", "demo")
+    import matplotlib.pyplot as plt
+
+    renamed = dict(zip(LAWS, names, strict=True))
+    named = [dataclasses.replace(row, stragglers=renamed[row.stragglers]) for row in rows()]
+    figure = Evaluations(named).plot()
+    for axis in figure.axes:
+        assert [text.get_text() for text in axis.get_xticklabels()] == list(names)
+        assert axis.get_xticks().tolist() == [0, 1, 2]
+    plt.close(figure)
+
+
+def test_a_table_is_printed():
+    labelled = [dataclasses.replace(row, accuracy=Estimate(0.75, np.nan)) for row in rows()[:1]]
+    lines = str(Evaluations(labelled + rows()[1:3])).splitlines()
+    assert lines[0].split() == (
+        ["code", "stragglers", "mse", "rmse", "mean_l2", "rel_acc", "accuracy", "lost"]
+    )
+    assert len(lines) == 4
+    assert lines[1].startswith("NeRCC  0           0.1 ± 0.06")
+    assert "0.75 ± nan" in lines[1]
+    assert lines[2].index("0.2 ±") == lines[0].index("mse"), "columns stand under their names"
+    assert str(Evaluations()).split() == ["code", "stragglers"]
 
 
 def test_a_system_looks_the_same_under_all_its_names():

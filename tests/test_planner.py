@@ -332,7 +332,7 @@ def test_a_plan_comes_back_from_its_file(coded, exact, tmp_path):
 def test_a_file_that_is_no_plan_says_so(tmp_path, content):
     path = tmp_path / "other.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"other\.json holds no plan"):
+    with pytest.raises(ValueError, match=r"other\.json .* no file of a plan"):
         Plan.load(path)
 
 

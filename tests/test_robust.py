@@ -349,3 +349,20 @@ def test_bad_shapes(untyped):
         robust_decode(code, np.zeros((11, 2), "float32"), mask(12), max_adversaries=1)
     with pytest.raises(ValueError, match=r"boolean mask of shape \(12,\)"):
         robust_decode(code, np.zeros((12, 2), "float32"), mask(11), max_adversaries=1)
+
+
+@pytest.mark.parametrize("lie", [10.0, 1e30])
+def test_liars_who_agree_are_found_wherever_they_are(lie):
+    """Neighbours with one lie look like a bend: their honest neighbours were left out instead."""
+    rng = np.random.default_rng(6)
+    code, weights = NeRCC(8, 40), rng.normal(size=(2, 6))
+    x = np.stack([np.cos(np.linspace(0, 2, 8)), np.linspace(-1, 1, 8)], 1).astype(np.float32)
+    honest_answers = np.tanh(np.asarray(code.encode(x)) @ weights).astype(np.float32)
+    who = [[30, 31, 32, 38], [9, 26, 27, 31], [3, 11, 23, 24], [14, 15, 16, 17], [0, 1, 2, 3]]
+    decode = jax.jit(lambda y: robust_decode(code, y, np.ones(40, bool), max_adversaries=4))
+    for liars in who:
+        y = honest_answers.copy()
+        y[liars] = lie
+        found = decode(y)
+        assert set(liars) <= set(np.flatnonzero(found.suspected)), liars
+        assert np.abs(found.decoded.predictions - np.tanh(x @ weights)).max() < 0.2

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from nercc_jax import DevicePool
 from nercc_jax.cli._app import app
 from nercc_jax.cli._run_rows import _write_rows
-from nercc_jax.cli._workload import read_inputs
+from nercc_jax.cli._workload import read_input_file
 from nercc_jax.pools import RowResult
 
 # As users write them: NumPy, which JAX cannot trace.
@@ -75,6 +76,10 @@ def picky(x):
 
 def broken(x):
     return {"y": x}
+
+
+def traced(x):
+    return x[:, :1] * np.array([1.0, -1.0])
 '''
 
 
@@ -192,9 +197,88 @@ def test_inputs_come_as_arrays_or_tables(tmp_path):
     np.savetxt(tmp_path / "plain.csv", x, delimiter=",", fmt="%.17g")
     parquet.write_table(pyarrow.table({"a": x[:, 0], "b": x[:, 1]}), tmp_path / "x.parquet")
     for name in ("x.npz", "x.csv", "plain.csv", "x.parquet"):
-        np.testing.assert_array_equal(read_inputs(tmp_path / name), x)
+        np.testing.assert_array_equal(read_input_file(tmp_path / name)[0], x)
     np.save(tmp_path / "x.npy", x.astype(np.float32))
-    assert read_inputs(tmp_path / "x.npy").dtype == np.float32
+    assert read_input_file(tmp_path / "x.npy")[0].dtype == np.float32
+
+
+NAMED = {"b": [2.0, 4.0, 6.0], "name": ["x,1", "#2", "z"], "a": [1.0, 3.0, 5.0], "n": [7, 8, 9]}
+
+
+def named_table(suffix, **changes):
+    """Writes `table.csv` or `table.parquet` with columns of numbers and texts."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path, columns = Path(f"table.{suffix}"), NAMED | changes
+    if suffix == "parquet":
+        parquet.write_table(pyarrow.table(columns), path)
+        return path
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_tables_name_their_inputs_and_ids(folder, suffix):
+    require("pyarrow", "data")
+    path = named_table(suffix)
+    x, ids = read_input_file(path, "a,b", "name")
+    np.testing.assert_array_equal(x, [[1, 2], [3, 4], [5, 6]])
+    assert ids.tolist() == NAMED["name"]
+    x, ids = read_input_file(path, "n")
+    np.testing.assert_array_equal(x, [[7], [8], [9]])
+    assert ids is None
+    x, ids = read_input_file(named_table(suffix, name=[1, 2, 3]), None, "n")
+    np.testing.assert_array_equal(x, [[2, 1, 1], [4, 2, 3], [6, 3, 5]])
+    assert ids.astype(str).tolist() == ["7", "8", "9"]
+    spreadsheet = Path("spreadsheet.csv")
+    spreadsheet.write_text("a, b\n1,2\n\n3,4\n", encoding="utf-8-sig")
+    np.testing.assert_array_equal(read_input_file(spreadsheet, "b,a")[0], [[2, 1], [4, 3]])
+    spreadsheet.write_text("1,2\n3,4\n", encoding="utf-8-sig")
+    np.testing.assert_array_equal(read_input_file(spreadsheet)[0], [[1, 2], [3, 4]])
+    for columns, id_column, message in (
+        ("a,c", None, "it has no column 'c', but b, name, a, n"),
+        ("a", "c", "it has no column 'c'"),
+        (None, None, "cannot be read|holds object"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_input_file(named_table(suffix), columns, id_column)
+
+
+@pytest.mark.parametrize("output", ["y.npz", "y.csv", "y.parquet", "y"])
+def test_results_carry_the_ids_and_a_run_with_others_is_not_resumed(folder, output):
+    require("pyarrow", "data")
+    path, table = str(named_table("csv")), ["--columns", "a,b,n", "--id-column"]
+    result = run("swing", *SMALL, *table, "name", "--output", output, inputs=path)
+    assert result.exit_code == 0, result.output
+    if output == "y":
+        found = load(Path(output) / "part-000000.npz")["id"].tolist()
+        table[-1:] = ["--id-column", "n", "--output", output, "--resume"]
+        again = run("swing", *SMALL, *table, inputs=path)
+        assert again.exit_code == 2
+        assert "ids was" in again.output
+    elif output == "y.npz":
+        found = load(output)["id"].tolist()
+    elif output == "y.csv":
+        with open(output) as file:
+            found = [row["id"] for row in csv.DictReader(file)]
+    else:
+        from pyarrow import parquet
+
+        found = parquet.read_table(output)["id"].to_pylist()
+    assert found == NAMED["name"]
+
+
+def test_a_coded_run_carries_ids_too(folder):
+    table = ["--columns", "a,b", "--id-column", "name"]
+    code = ["--num-data", "2", "--num-workers", "4", "--groups", "1000000000"]
+    result = run("traced", *table, *code, "--output", "y.csv", inputs=str(named_table("csv")))
+    assert result.exit_code == 0, result.output
+    with open("y.csv") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == NAMED["name"]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +306,7 @@ def test_inputs_that_do_not_fit_are_reported_by_their_option(tmp_path, name, con
     else:
         np.save(path, content)
     with pytest.raises(ValueError, match=message) as error:
-        read_inputs(path)
+        read_input_file(path)
     assert str(error.value).startswith(f"--inputs {path}")
 
 
@@ -241,6 +325,7 @@ def test_inputs_that_do_not_fit_are_reported_by_their_option(tmp_path, name, con
         ("--model a:b --inputs x.npy --tolerance 1 --wait-for 2", "go with --tolerance"),
         ("--model a:b --inputs x.npy --tolerance 1 --job-deadline-s 0", "--job-deadline-s is a"),
         ("--model a:b --inputs x.npy --tolerance 1 --grace-s -1", "--grace-s is a number"),
+        ("--model a:b --inputs x.npy --columns a", "--columns does not go with inputs other than"),
         ("--grace-s 3", "--grace-s does not go with a coded run"),
         ("--model a:b --inputs x.npy --tolerance 1 --max-calls 0", "--max-calls must be positive"),
         ("--check-answers 0.1", "--check-answers does not go with a coded run"),

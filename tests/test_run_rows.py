@@ -29,8 +29,8 @@ from nercc_jax.pools._rows import RowCall, RowSettings, bars_that_held, late_ans
 from nercc_jax.pools._times import AnswerTimes
 from nercc_jax.risk import ErrorBars, ErrorProbability
 from nercc_jax.risk._straggler_risk import AccuracyTarget
-from nercc_jax.schemes import Scheme, fit_scheme
-from nercc_jax.schemes._calibrate import FittedScheme
+from nercc_jax.schemes import Scheme
+from nercc_jax.schemes._calibrate import FittedScheme, fit_scheme_on_host
 from nercc_jax.surrogates import LearnerTuning, init_learner
 
 
@@ -44,6 +44,30 @@ def test_rows_whose_workers_die_are_computed_by_others():
         assert pool.report().deaths > 0
     assert set(result.status.tolist()) == {"computed"}
     np.testing.assert_array_equal(result.values, 2 * x)
+
+
+def test_a_call_has_no_more_rows_than_there_are():
+    """Calls are filled up to their size: one of a billion rows would need memory without end."""
+    seen = []
+
+    def function(batch):
+        seen.append(len(batch))
+        return 2 * batch
+
+    x, options = np.ones((40, 2)), {"num_workers": 3, "tolerance": 0.0}
+    run_rows(function, x, DevicePool, rows_per_call=10**9, **options)
+    assert seen == [40]
+
+
+def test_ids_come_back_with_the_rows(tmp_path):
+    x, options = np.ones((4, 2)), {"num_workers": 2, "tolerance": 0.0, "folder": tmp_path / "run"}
+    result = run_rows(np.negative, x, DevicePool, ids=["a", "b", "c", "d"], **options)
+    assert result.ids is not None
+    assert result.columns()["id"].tolist() == result.ids.tolist() == ["a", "b", "c", "d"]
+    with pytest.raises(ValueError, match="ids was"):
+        run_rows(np.negative, x, DevicePool, ids=[1, 2, 3, 4], resume=True, **options)
+    with pytest.raises(ValueError, match="each of 4 rows, not <U"):
+        run_rows(np.negative, x, DevicePool, ids=["a", 1, 2], **options)
 
 
 def test_rows_whose_workers_all_die_are_unknown_for_that_reason():
@@ -222,9 +246,9 @@ def quick_fit(monkeypatch):
 
     def fit(x, y, code, *, capacity, labels, tuning=None):
         quick = LearnerTuning(rows=32, steps=2)
-        return fit_scheme(x, y, code, capacity=QUICK_WINDOW, labels=labels, tuning=quick)
+        return fit_scheme_on_host(x, y, code, capacity=QUICK_WINDOW, labels=labels, tuning=quick)
 
-    monkeypatch.setattr("nercc_jax.pools._row_predictions.fit_scheme", fit)
+    monkeypatch.setattr("nercc_jax.pools._row_predictions.fit_scheme_on_host", fit)
 
 
 def test_a_row_is_predicted_without_itself_and_as_far_off_as_its_neighbours_were():
@@ -235,8 +259,8 @@ def test_a_row_is_predicted_without_itself_and_as_far_off_as_its_neighbours_were
     fitted = FittedScheme(Scheme(row_code(), surrogate=learner), 24)
     wanted, plain = np.zeros_like(y), np.zeros(24)
     for place in range(24):
-        filled = learner.filled.at[place].set(False)
-        others = eqx.tree_at(lambda one: one.filled, learner, filled)
+        counts = learner.window.counts.at[place].set(0)
+        others = eqx.tree_at(lambda one: one.window.counts, learner, counts)
         others = others.with_kernel(learner.kernel, learner.scale)
         mean, deviation = others.predict(x[place : place + 1])
         wanted[place], plain[place] = np.asarray(mean)[0], float(deviation[0])

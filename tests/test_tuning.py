@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import equinox as eqx
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -176,6 +177,31 @@ def test_one_point_moves_alone_to_first_order():
 def test_nothing_to_tune(code, points):
     with pytest.raises(ValueError, match=f"{type(code()).__name__} has nothing to tune"):
         parametrize(code(), points=points)
+
+
+def own_code(**metadata):
+    """A code with one number, as someone declares it."""
+
+    class Own(nj.Uncoded):
+        width: jax.Array = eqx.field(default=2.0, converter=jnp.asarray, metadata=metadata)
+
+    return Own(K)
+
+
+@pytest.mark.parametrize(("scale", "name"), [("log", "log_width"), ("plain", "width")])
+def test_a_code_of_ones_own_declares_what_can_be_tuned(scale, name):
+    free, rebuild = parametrize(own_code(tune=scale))
+    assert free.keys() == {name}
+    assert float(rebuild(free).width) == pytest.approx(2.0)
+    moved = rebuild({name: free[name] + 1}).width
+    assert float(moved) == pytest.approx(2 * np.e if scale == "log" else 3.0)
+
+
+def test_a_code_of_ones_own_that_declares_nothing_is_told_how():
+    with pytest.raises(ValueError, match=r"nothing to tune: declare a number by eqx\.field"):
+        parametrize(own_code())
+    with pytest.raises(ValueError, match="width: 'tune' is 'log' or 'plain', not 'linear'"):
+        parametrize(own_code(tune="linear"))
 
 
 @pytest.mark.parametrize("kind", [nj.Berrut, nj.Lagrange])
@@ -540,3 +566,13 @@ def plain_objective(code, groups, masks):
         decoded = decoder @ np.tanh(3 * (encoder @ group) @ WEIGHTS)
         errors.append(np.mean((decoded - np.tanh(3 * group @ WEIGHTS)) ** 2))
     return np.mean(errors)
+
+
+@pytest.mark.parametrize("lambda_", [1.0, 1e6, np.inf])
+def test_a_lambda_too_large_to_descend_from_starts_where_none_does(lambda_):
+    """From 1e6 the objective is flat, and tuning stayed there."""
+    free, rebuild = parametrize(nj.NeRCC(4, 9, lambda_enc=lambda_, lambda_dec=lambda_))
+    none, _ = parametrize(nj.NeRCC(4, 9, lambda_enc=0.0, lambda_dec=0.0))
+    for name in ("log_lambda_enc", "log_lambda_dec"):
+        np.testing.assert_array_equal(free[name], none[name])
+    assert float(rebuild(free).lambda_dec) < 1e-6

@@ -439,7 +439,7 @@ def test_a_plan_keeps_its_doubts_conditions(tmp_path, doubts):
     plan.save(path)
     assert Plan.load(path).error_probability.conditions == doubts["bfloat16"].conditions
     content = json.loads(path.read_text())
-    del content["conditions"]  # as files were before
+    del content["conditions"], content["checksum"]  # as files were before
     path.write_text(json.dumps(content))
     old = Plan.load(path).error_probability
     assert old.conditions == Conditions()

@@ -39,6 +39,22 @@ def run_command(
     model: ModelName = "lenet5-digits",
     weights: Weights = None,
     inputs: Inputs = None,
+    columns: Annotated[
+        str | None,
+        option(
+            "Columns of --inputs (.csv, .parquet) that are inputs, by name, separated by commas "
+            "(default: all but --id-column).",
+            MODEL,
+        ),
+    ] = None,
+    id_column: Annotated[
+        str | None,
+        option(
+            "Column of --inputs that holds an id of each row, a text or a whole number, which "
+            "results carry as `id` (default: none).",
+            MODEL,
+        ),
+    ] = None,
     data_dir: DataDir = None,
     split: Annotated[str, option("Split of the data set.", MODEL)] = "test",
     max_inputs: Annotated[
@@ -69,7 +85,7 @@ def run_command(
         int | None,
         option(
             "Groups of K data points in a batch (default: 1); row by row, rows in one call "
-            "(default: as many as take 0.05 to 0.25 s).",
+            "(default: as many as take 0.05 to 0.25 s). At most as many as there are.",
             CODE,
         ),
     ] = None,
@@ -237,6 +253,13 @@ def run_command(
     with report_errors():
         check_folder("--output", output)
         check_files(model, weights, inputs)
+        if inputs is None or inputs.suffix not in (".csv", ".parquet"):
+            refuse("inputs other than a .csv or .parquet", columns=columns, id_column=id_column)
+        if outputs == "values" and max_disagreement is not None:
+            raise ValueError(
+                "--max-disagreement is about labels, and --outputs values have none: give "
+                "--tolerance"
+            )
         own = inputs is not None or not is_shipped(model)
         by_row = tolerance is not None or (own and max_disagreement is not None)
         check_positive_options("--groups", groups, "--max-inputs", max_inputs, "--batches", batches)

@@ -49,8 +49,10 @@ def run_function(options: Any, pool: ChosenPool, output: Path, resume: bool) -> 
     folder = parts_folder(output)
     check_parts(folder, resume)
     asked = options.weights, options.inputs, options.data_dir, options.outputs
-    workload = find_workload(options.model, *asked, traced=False)
+    table = {"columns": options.columns, "id_column": options.id_column}
+    workload = find_workload(options.model, *asked, traced=False, **table)
     source = workload.rows(options.split)
+    ids = None if source.ids is None else source.ids[: options.max_inputs]
     x = np.asarray(source.preprocess(source.images[: options.max_inputs]))
     console = Console()
 
@@ -77,6 +79,7 @@ def run_function(options: Any, pool: ChosenPool, output: Path, resume: bool) -> 
                 folder=folder,
                 resume=resume,
                 about=about,
+                ids=ids,
                 on_progress=bar.show,
                 num_workers=options.num_workers,
                 **numbers,
@@ -208,7 +211,8 @@ def _write_rows(path: Path, result: RowResult) -> None:
     columns: dict[str, Any] = result.columns()
     if path.suffix == ".npz":
         names = ("deviation", result.score_name, "exact")
-        arrays = {"predictions": result.values} | {name: columns[name] for name in names}
+        arrays = {} if result.ids is None else {"id": result.ids}
+        arrays |= {"predictions": result.values} | {name: columns[name] for name in names}
         np.savez(path, **arrays)  # pyright: ignore
     elif path.suffix == ".parquet":
         import pyarrow

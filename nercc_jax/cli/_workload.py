@@ -3,6 +3,7 @@
 A shipped model with its data set, or any other (`_own_models.py`) with inputs from a file.
 """
 
+import csv
 import dataclasses
 import importlib.util
 import zipfile
@@ -13,7 +14,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from ..codes import AbstractCode, load_code
 from ..inference._models import call_model, check_model
@@ -56,12 +57,16 @@ class WorkerModel(eqx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """Data points as they are stored, their preprocessing, and labels (-1 where unknown)."""
+    """Data points as they are stored, their preprocessing, and labels (-1 where unknown).
+
+    They may have `ids` of the user's choice, such as names.
+    """
 
     name: str
     images: np.ndarray
     labels: np.ndarray
     preprocess: Callable[[np.ndarray], Any]
+    ids: np.ndarray | None = None
 
 
 def inputs_of(network: WorkerModel, split: str, data_dir: Path | None) -> Points:
@@ -88,6 +93,7 @@ class Workload:
     source: str
     x: np.ndarray | None
     data_dir: Path | None
+    ids: np.ndarray | None = None
 
     def points(self, split: str, count: int, seed: int) -> np.ndarray:
         """Return at most `count` data points of a split, shuffled.
@@ -111,7 +117,8 @@ class Workload:
         """Return all data points of a split, or all of `x`, in their order."""
         if self.x is None:
             return inputs_of(self.model, split, self.data_dir)
-        return Points(Path(self.source).name, self.x, np.full(len(self.x), -1), np.asarray)
+        labels = np.full(len(self.x), -1)
+        return Points(Path(self.source).name, self.x, labels, np.asarray, self.ids)
 
 
 def find_workload(
@@ -122,6 +129,8 @@ def find_workload(
     outputs: Returned = "logits",
     *,
     traced: bool = True,
+    columns: str | None = None,
+    id_column: str | None = None,
 ) -> Workload:
     """Return the model and data points that the options of the command line select.
 
@@ -136,11 +145,16 @@ def find_workload(
     model = find_model(name, weights, outputs)
     if inputs is None and is_shipped(name):
         return Workload(name, model, model.network.data, None, data_dir)
-    x, source = own_inputs(name, inputs)
+    x, source, ids = own_inputs(name, inputs, columns, id_column)
     if traced:
         x = x.astype(np.float32)
-        _check_runs(name, model, x, source)
-    return Workload(name, model, source, x, None)
+        shape = _check_runs(name, model, x, source)
+        if outputs != "values" and shape[-1] == 1:
+            raise ValueError(
+                f"--outputs {outputs}: {name} gives one number a row, whose largest is always "
+                "itself, so that there are no labels: say --outputs values"
+            )
+    return Workload(name, model, source, x, None, ids)
 
 
 def find_model(name: str, weights: Path | None, outputs: Returned) -> Any:
@@ -151,10 +165,13 @@ def find_model(name: str, weights: Path | None, outputs: Returned) -> Any:
     return WorkerModel(network, outputs) if outputs == "probabilities" else network
 
 
-def own_inputs(name: str, path: Path | None) -> tuple[np.ndarray, str]:
-    """Return data points, one a row, and their source; raise ValueError if there are none."""
+def own_inputs(
+    name: str, path: Path | None, columns: str | None = None, id_column: str | None = None
+) -> tuple[np.ndarray, str, np.ndarray | None]:
+    """Return data points, one a row, their source and ids; raise ValueError if there are none."""
     if path is not None:
-        return read_inputs(path), str(path)
+        x, ids = read_input_file(path, columns, id_column)
+        return x, str(path), ids
     found = example_inputs(name) if is_own(name) else None
     if found is None:
         module = f", or define {EXAMPLES}() in its module" if is_own(name) else ""
@@ -165,11 +182,14 @@ def own_inputs(name: str, path: Path | None) -> tuple[np.ndarray, str]:
             f"--model {name}: {EXAMPLES}() gave {x.dtype} of shape {x.shape}: an array of "
             "numbers is needed, of shape (rows, *shape of a data point)"
         )
-    return x, f"{EXAMPLES}() of {name.partition(':')[0]}"
+    return x, f"{EXAMPLES}() of {name.partition(':')[0]}", None
 
 
-def _check_runs(name: str, model: Any, x: np.ndarray, source: str) -> None:
-    """Raise ValueError if JAX cannot run the model on rows of `x`, or it gives no row for each."""
+def _check_runs(name: str, model: Any, x: np.ndarray, source: str) -> tuple[int, ...]:
+    """Return the shape of the model's answer to one row of `x`.
+
+    Raises ValueError if JAX cannot run it on rows of `x`, or it gives no row for each.
+    """
     check_model(model)
     one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     try:
@@ -185,6 +205,7 @@ def _check_runs(name: str, model: Any, x: np.ndarray, source: str) -> None:
         if isinstance(answer, jax.ShapeDtypeStruct):
             got = f"{answer.dtype} of shape {answer.shape} for {one.shape}"
         raise ValueError(f"{wanted}, not {got}")
+    return answer.shape
 
 
 def load_worker_model(model: str, outputs: Returned) -> WorkerModel:
@@ -252,15 +273,24 @@ def needs_pyarrow(option: str) -> None:
         raise ImportError(f"{option} needs pyarrow: pip install '.[data]' in a clone")
 
 
-def read_inputs(path: Path) -> Float[np.ndarray, "rows ..."]:
-    """Return a row for each input of a file: float32 where the file has that, otherwise float64.
+def read_input_file(
+    path: Path, columns: str | None = None, id_column: str | None = None
+) -> tuple[Float[np.ndarray, "rows ..."], Shaped[np.ndarray, " rows"] | None]:
+    """Return a row for each input of a file, and the rows' ids if a column holds them.
 
-    The file is .npy, .npz with one array, or a table (.csv or .parquet) with one input a row and
-    one number of it in each column. A .csv may begin with a line of column names.
+    Inputs are float32 where the file has that, otherwise float64. The file is .npy, .npz with one
+    array, or a table (.csv or .parquet) with one input a row and one number of it in each column. A
+    .csv may begin with a line of column names.
+
+    Args:
+        path: The file.
+        columns: The names of a table's columns that are inputs, in the order of the inputs,
+            separated by commas (default: all but that of the ids).
+        id_column: The name of the column that holds ids: texts or whole numbers.
 
     Raises:
-        ValueError: If there is no such file, or it has anything but finite numbers; it names the
-            option.
+        ValueError: There is no such file or column, or inputs are anything but finite numbers; it
+            names the option.
     """
     option = f"--inputs {path}"
     if not path.is_file():
@@ -268,7 +298,7 @@ def read_inputs(path: Path) -> Float[np.ndarray, "rows ..."]:
     if path.suffix not in _FILES:
         raise ValueError(f"{option}: a file ends in {', '.join(_FILES)}")
     try:
-        found = _READERS[path.suffix](path)
+        found, ids = _READERS[path.suffix](path, columns, id_column)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{option} cannot be read: {error}") from error
     if found.dtype.kind not in "biuf":
@@ -281,16 +311,21 @@ def read_inputs(path: Path) -> Float[np.ndarray, "rows ..."]:
     if not sound.all():
         row, count = int(np.argmin(sound)), int(np.sum(~sound))
         raise ValueError(f"{option}: {count} rows are not finite, the first is row {row}")
-    return found
+    if ids is not None and (ids.dtype.kind not in "iuU" or len(ids) != len(found)):
+        raise ValueError(
+            f"--id-column {id_column}: {len(ids)} ids of type {ids.dtype} for {len(found)} rows; "
+            "each row needs a text or a whole number"
+        )
+    return found, ids
 
 
 def read_named_inputs(path: Path) -> np.ndarray | dict[str, np.ndarray]:
-    """Return inputs as `read_inputs` does, but float32, and of an .npz file its arrays by name.
+    """Return inputs as `read_input_file` does, but float32, and of an .npz file its arrays by name.
 
     For models that take a dict.
     """
     if path.suffix != ".npz" or not path.is_file():
-        return read_inputs(path).astype(np.float32)
+        return read_input_file(path)[0].astype(np.float32)
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name].astype(np.float32) for name in file.files}
@@ -298,18 +333,52 @@ def read_named_inputs(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         raise ValueError(f"--inputs {path} has no arrays of numbers by name: {error}") from error
 
 
-def _npz(path: Path) -> np.ndarray:
-    with np.load(path, allow_pickle=False) as file:
+def _array(path: Path, *columns: str | None) -> tuple[np.ndarray, None]:
+    if any(columns):
+        raise ValueError("--columns and --id-column are for .csv and .parquet files")
+    file = np.load(path, allow_pickle=False)
+    if path.suffix == ".npy":
+        return file, None
+    with file:
         if len(file.files) != 1:
             raise ValueError(f"it holds {len(file.files)} arrays, {file.files}: one is needed")
-        return file[file.files[0]]
+        return file[file.files[0]], None
 
 
-def _csv(path: Path) -> np.ndarray:
-    with path.open() as file:
-        first = file.readline().rstrip("\n").split(",")
-    named = not all(_is_number(cell) for cell in first)
-    return np.loadtxt(path, delimiter=",", skiprows=int(named), ndmin=2)
+def _csv(
+    path: Path, columns: str | None, id_column: str | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark
+        reader = csv.reader(file)
+        names = [name.strip() for name in next(reader, [])]
+        named = not all(_is_number(cell) for cell in names)
+        if columns is None and id_column is None:
+            options: dict[str, Any] = {"skiprows": int(named), "encoding": "utf-8-sig"}
+            return np.loadtxt(path, delimiter=",", ndmin=2, **options), None
+        if not named:
+            raise ValueError("its first line has no names of columns")
+        chosen, place = _chosen_columns(names, columns, id_column)
+        # As text the ids may hold quotes and commas, and anything else.
+        rows = [row for row in reader if row]
+    if short := next((row for row in rows if len(row) != len(names)), None):
+        raise ValueError(f"a row has {len(short)} cells under {len(names)} names: {short}")
+    x = np.array([[float(row[each]) for each in chosen] for row in rows])
+    return x, None if place is None else np.array([row[place] for row in rows], str)
+
+
+def _chosen_columns(
+    names: list[str], columns: str | None, id_column: str | None
+) -> tuple[list[int], int | None]:
+    """Return the places of input columns, and that of the ids; raise ValueError where one lacks."""
+    asked = [] if columns is None else columns.split(",")
+    for name in (*asked, *([] if id_column is None else [id_column])):
+        if names.count(name) != 1:
+            count = "no column" if name not in names else f"{names.count(name)} columns"
+            raise ValueError(f"it has {count} {name!r}, but {', '.join(names)}")
+    if columns is None:
+        asked = [name for name in names if name != id_column]
+    place = None if id_column is None else names.index(id_column)
+    return [names.index(each) for each in asked], place
 
 
 def _is_number(cell: str) -> bool:
@@ -320,7 +389,9 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _parquet(path: Path) -> np.ndarray:
+def _parquet(
+    path: Path, columns: str | None, id_column: str | None
+) -> tuple[np.ndarray, np.ndarray | None]:
     needs_pyarrow(f"--inputs {path}")
     import pyarrow
     from pyarrow import parquet
@@ -329,12 +400,15 @@ def _parquet(path: Path) -> np.ndarray:
         table = parquet.read_table(path)
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from error
-    return np.column_stack([column.to_numpy() for column in table.columns])
+    chosen, place = _chosen_columns(table.column_names, columns, id_column)
+    x = np.column_stack([table.column(each).to_numpy() for each in chosen])
+    if place is None:
+        return x, None
+    ids = table.column(place)
+    if ids.null_count:
+        raise ValueError(f"{ids.null_count} rows have no {id_column!r}")
+    text = pyarrow.types.is_string(ids.type) or pyarrow.types.is_large_string(ids.type)
+    return x, ids.to_numpy().astype(str) if text else ids.to_numpy()
 
 
-_READERS: dict[str, Any] = {
-    ".npy": lambda path: np.load(path, allow_pickle=False),
-    ".npz": _npz,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
+_READERS: dict[str, Any] = {".npy": _array, ".npz": _array, ".csv": _csv, ".parquet": _parquet}

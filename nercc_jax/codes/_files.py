@@ -18,9 +18,9 @@ from ._learned_decoder import LearnedDecoder
 from ._nercc import NeRCC
 from ._parity import Parity
 from ._replication import Replication, Uncoded
+from .whole_files import JsonFormat
 
-_FORMAT = "nercc-jax code"
-_VERSION = 1
+_FORMAT = JsonFormat("code", frozenset({"code", "numbers", "dtypes", "about"}), editable=True)
 # Numbers that codes got since: files without them mean the constructor's default.
 _LATER = {"exact", "ends", "degree"}
 _KINDS = {
@@ -33,6 +33,9 @@ _KINDS = {
 
 def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | None = None) -> None:
     """Write a code as JSON: version, kind, numbers (points and lambdas), their dtype.
+
+    A code of your own is a pytree, which `eqx.tree_serialise_leaves(path, code)` writes, and
+    `eqx.tree_deserialise_leaves(path, like)` reads into a code of the same class and sizes.
 
     Args:
         path: The file.
@@ -47,7 +50,10 @@ def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | N
     """
     kind = type(code).__name__
     if _KINDS.get(kind) is not type(code):
-        raise ValueError(f"{kind} is none of the codes that files hold: {', '.join(_KINDS)}")
+        raise ValueError(
+            f"{kind} is none of the codes that files hold: {', '.join(_KINDS)}; save the numbers "
+            "of another one by eqx.tree_serialise_leaves(path, code)"
+        )
     leaves = {field.name: getattr(code, field.name) for field in dataclasses.fields(code)}
     arrays = {name: np.asarray(leaf) for name, leaf in leaves.items() if eqx.is_array(leaf)}
     if broken := [name for name, value in arrays.items() if not np.isfinite(value).all()]:
@@ -57,15 +63,13 @@ def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | N
         name: each.astype(str).astype(float).tolist() for name, each in arrays.items()
     }
     content = {
-        "format": _FORMAT,
-        "version": _VERSION,
         "code": kind,
         "numbers": numbers,
         "dtypes": {name: str(value.dtype) for name, value in arrays.items()},
         "about": dict(about or {}),
     }
-    text = json.dumps(content, indent=1, allow_nan=False)  # raises before the file is touched
-    Path(path).write_text(text + "\n")
+    json.dumps(content, allow_nan=False)  # which raises for what other programs cannot read
+    _FORMAT.write(Path(path), content)
 
 
 def load_code(path: str | Path) -> AbstractCode:
@@ -74,11 +78,12 @@ def load_code(path: str | Path) -> AbstractCode:
     A code of float64 numbers loses digits where JAX's x64 is off.
 
     Raises:
-        ValueError: The file, which is named, is no such file, of a later version, or its numbers
-            make no code.
+        ValueError: The file, which is named, is damaged, is no such file, of a later version, or
+            its numbers make no code. A file without a checksum, such as one that you wrote, is
+            read as it stands.
         OSError: As `open`.
     """
-    content = _read(path)
+    content = _FORMAT.read(Path(path))
     kind = _KINDS.get(str(content["code"]))
     if kind is None:
         raise ValueError(f"{path} holds a {content['code']!r}; known: {', '.join(_KINDS)}")
@@ -98,20 +103,4 @@ def load_code(path: str | Path) -> AbstractCode:
 
 def code_card(path: str | Path) -> dict[str, Any]:
     """Return what `save_code` was given as `about`."""
-    return _read(path)["about"]
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON, so no file of a code: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(f"{path} does not say 'format': {_FORMAT!r}: it is no file of a code")
-    if content.get("version") != _VERSION:
-        raise ValueError(
-            f"{path} is of version {content.get('version')}; this nercc-jax reads {_VERSION}"
-        )
-    if missing := {"code", "numbers", "dtypes", "about"} - content.keys():
-        raise ValueError(f"{path} lacks {sorted(missing)}")
-    return content
+    return _FORMAT.read(Path(path))["about"]

@@ -70,7 +70,7 @@ def decode_groups_in_program(
 
 
 def multiply_groups(
-    y: PyTree[Float[Array, "groups num_workers ..."]],
+    y: PyTree[Float[ArrayLike, "groups num_workers ..."]],
     available: Bool[ArrayLike, "groups num_workers"],
     given: Matrices,
 ) -> tuple[Decoded, Bool[Array, ""]]:

@@ -28,6 +28,10 @@ _CHANNEL = 1  # of a set's key: the mask takes the key itself
 class Estimate:
     """A mean and the half width of its 95 % interval (Student's t).
 
+    With few groups of skewed errors the interval is a little short: of 150 draws of 10 groups and
+    10 straggler sets, 93 % held the true MSE, 91 % the true RMSE, and 93 % the true share by
+    `interval(share=True)` (90 % by the half width alone).
+
     The half width is NaN for a single straggler set, which has no spread.
     """
 
@@ -177,13 +181,27 @@ class Evaluations(list[Evaluation]):
     def plot(self, metrics: Sequence[str] = ("mse", "rel_acc"), title: str = "") -> Any:
         """Return a matplotlib figure with a panel for each metric and a curve for each code.
 
-        Raises ImportError without matplotlib (the extra `demo`), and ValueError if laws are not
-        named by numbers of stragglers.
+        Laws that are named by numbers of stragglers have these places, others stand side by side.
+
+        Raises:
+            ImportError: There is no matplotlib (the extra `demo`).
         """
         from ._pictures import straggler_figure
 
         panels = {metric: (metric, metric not in SHARES) for metric in metrics}
         return straggler_figure(self, panels, title)
+
+    def __str__(self) -> str:
+        """Return means and half widths of their intervals as a table."""
+        names = [each for each in _METRICS if any(getattr(row, each) is not None for row in self)]
+        table = [["code", "stragglers", *names]]
+        for row in self:
+            found = (getattr(row, name) for name in names)
+            cells = (f"{each.mean:.4g} ± {each.half_width:.2g}" if each else "" for each in found)
+            table.append([row.code, row.stragglers, *cells])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = (map(str.ljust, line, widths) for line in table)
+        return "\n".join("  ".join(line).rstrip() for line in lines)
 
     def _repr_html_(self) -> str:
         return _as_html(self.records())
@@ -253,7 +271,7 @@ def evaluate(
         progress: A wrapper of the sequence of (law, set) pairs, for a progress bar.
 
     Returns:
-        A list with an `Evaluation` for each law and code, which is shown as a table, and has
+        A list with an `Evaluation` for each law and code, which is printed as a table, and has
         `records`, `to_pandas`, `plot(metrics, title)`, a figure, and `gain(code, rival)`, how much
         lower a code's error is.
 

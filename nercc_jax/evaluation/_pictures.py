@@ -1,5 +1,6 @@
 """Pictures of evaluations: curves over the number of stragglers, each as `_looks` has it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,15 +38,20 @@ def straggler_curves(
 ) -> None:
     """Draw one metric of each code against the number of stragglers, with intervals.
 
-    Each curve has its name at its right end. A logarithmic metric is an error: a code without any
-    is named and not drawn, and one that explodes leaves the panel by its upper edge, where its name
-    stands. Any other metric is a share, whose intervals end at 0 and 1.
+    Laws whose names are no numbers stand side by side, in their order. Each curve has its name at
+    its right end. A logarithmic metric is an error: a code without any is named and not drawn, and
+    one that explodes leaves the panel by its upper edge, where its name stands. Any other metric is
+    a share, whose intervals end at 0 and 1.
     """
     from matplotlib.ticker import MaxNLocator
 
     laws, codes = laws_and_codes(rows)
-    places = np.array([float(law) for law in laws])
-    apart = np.diff(places).min() if len(places) > 1 else 1.0
+    places = np.arange(len(laws), dtype=float)
+    numbers = [float(law) for law in laws if re.fullmatch(r"\d+(\.\d*)?", law)]
+    numbered = len({*numbers}) == len(laws)
+    if numbered:
+        places = np.array(numbers)
+    apart = np.diff(np.sort(places)).min() if len(places) > 1 else 1.0
     top = _top(rows, metric, codes) if logarithmic else np.inf
     ends: dict[str, tuple[float, float]] = {}
     for number, code in enumerate(codes):
@@ -69,8 +75,11 @@ def straggler_curves(
         axis.errorbar(dodged, mean, bars, capsize=2, lw=1.4, ms=4, **system_look(code))
         ends[code] = _end(dodged, mean, top)
     axis.set(xlabel="stragglers", ylabel=label, yscale="log" if logarithmic else "linear")
-    whole = MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10])
-    axis.xaxis.set_major_locator(whole)  # no half stragglers
+    if numbered:
+        whole = MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10])
+        axis.xaxis.set_major_locator(whole)  # no half stragglers
+    else:
+        axis.set_xticks(places, laws, rotation=20 if sum(map(len, laws)) > 40 else 0)
     if np.isfinite(top):
         axis.set_ylim(top=top)
     axis.margins(x=0.03)

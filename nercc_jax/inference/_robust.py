@@ -126,10 +126,18 @@ def find_adversaries(
     posterior variance of g_j. (For the process that the spline is the posterior mean of, all have
     the same law.)
 
-    First the worst is left out, `max_adversaries` times, so that no lie is left to hide others, to
-    make honest neighbours look bad, or to make large misfits usual. Then they come back, the least
-    bad first, as long as they are within `threshold` times the median of those that stayed. Never
-    are so many left out that they are half of the available, or leave fewer than four.
+    First A = `max_adversaries` of them are left out, in two ways, of which the one counts whose fit
+    of the others has less energy (their penalised squares):
+
+    - The worst is left out, A times, so that no lie is left to hide others, to make honest
+      neighbours look bad, or to make large misfits usual.
+    - Those are left out that are farthest from the A-th nearest answer among their 2A neighbours on
+      the line: an honest one has A honest neighbours there at least, and a liar fewer than A that
+      lie as it does. So it finds neighbours who agree on one lie, which the first way may believe.
+
+    Then they come back, the least bad first, as long as they are within `threshold` times the
+    median of those that stayed. Never are so many left out that they are half of the available, or
+    leave fewer than four.
     """
     fit = smoothing_matrix(points, points, lambda_, available=available)
     covariance = jnp.where(available[:, None], fit, 0)
@@ -137,10 +145,12 @@ def find_adversaries(
     number = jnp.sum(available)
     most = jnp.minimum((number - 1) // 2, number - _FEWEST)
 
-    def leave_out(turn, state):
+    far = _far_from_neighbours(points, y, available, max_adversaries)
+
+    def leave_out(turn, state, distance=None):
         kept, covariance = state
         misfit = jnp.where(kept, _misfits(covariance, y, kept), -1)
-        worst = jnp.argmax(misfit)
+        worst = jnp.argmax(misfit if distance is None else jnp.where(kept, distance, -1))
         row = covariance[worst]
         without = covariance + jnp.outer(row, row) / _positive(1 - row[worst])
         go = (turn < most) & (misfit[worst] > threshold * _NEGLIGIBLE)
@@ -158,9 +168,55 @@ def find_adversaries(
         go = misfit[best] <= limit
         return kept.at[best].set(kept[best] | go), jnp.where(go, again, covariance)
 
-    state = jax.lax.fori_loop(0, max_adversaries, leave_out, (available, covariance))
+    start = available, covariance
+    by_fit = jax.lax.fori_loop(0, max_adversaries, leave_out, start)
+    by_neighbours = jax.lax.fori_loop(
+        0, max_adversaries, lambda turn, state: leave_out(turn, state, far), start
+    )
+    better = _log_energy(y, *by_neighbours) < _log_energy(y, *by_fit)
+    state = jax.tree.map(lambda a, b: jnp.where(better, a, b), by_neighbours, by_fit)
     kept, _ = jax.lax.fori_loop(0, max_adversaries, take_back, state)
     return available & ~kept
+
+
+def _far_from_neighbours(
+    points: Float[Array, " n"],
+    y: Float[Array, "n m"],
+    available: Bool[Array, " n"],
+    max_adversaries: Int[ArrayLike, ""],
+) -> Float[Array, " n"]:
+    """Return each answer's distance from the A-th nearest among its 2A neighbours on the line."""
+    scaled, _ = _in_units(y, available)
+    square = jnp.sum(scaled**2, axis=1)
+    gram = multiply(scaled, scaled.T)
+    distance = square[:, None] + square[None] - 2 * gram
+    rank = jnp.argsort(jnp.argsort(jnp.where(available, points, jnp.inf)))
+    apart = jnp.abs(rank[:, None] - rank[None])
+    others = available[None] & (apart > 0)
+    near = jnp.argsort(jnp.argsort(jnp.where(others, apart, len(points)), axis=1), axis=1)
+    among = others & (near < 2 * max_adversaries)
+    ordered = jnp.sort(jnp.where(among, distance, jnp.inf), axis=1)
+    return jnp.take(ordered, jnp.maximum(max_adversaries - 1, 0), axis=1)
+
+
+def _log_energy(
+    y: Float[Array, "n m"], kept: Bool[Array, " n"], covariance: Float[Array, "n n"]
+) -> Float[Array, ""]:
+    """Return the logarithm of the penalised squares of the fit of the kept: y' (I - S) y."""
+    known, unit = _in_units(y, kept)
+    energy = jnp.sum(known * (known - multiply(covariance, known)))
+    return jnp.log(jnp.maximum(energy, jnp.finfo(y.dtype).tiny)) + 2 * jnp.log(unit)
+
+
+def _in_units(
+    y: Float[Array, "n m"], kept: Bool[Array, " n"]
+) -> tuple[Float[Array, "n m"], Float[Array, ""]]:
+    """Return the kept answers in units of their largest number, zeros for others, and that unit."""
+    # Squares of a lie's 1e30 would overflow, and hide who it was. Not divided by the largest number
+    # there is: its reciprocal, which XLA multiplies with, is zero.
+    largest = jnp.max(jnp.abs(y), where=kept[:, None], initial=0)
+    unit = jnp.where(largest > 0, jnp.minimum(largest, jnp.finfo(y.dtype).max / 8), 1)
+    return jnp.where(kept[:, None], y, 0) / unit, unit
 
 
 def _misfits(
@@ -170,11 +226,9 @@ def _misfits(
 
     Only kept observations count; the unit is the largest kept number.
     """
-    # Squares of a lie's 1e30 would overflow, and hide who it was. Not divided by the largest number
-    # there is: its reciprocal, which XLA multiplies with, is zero.
-    largest = jnp.max(jnp.abs(y), where=kept[:, None], initial=0)
-    y = y / jnp.where(largest > 0, jnp.minimum(largest, jnp.finfo(y.dtype).max / 8), 1)
-    fitted = multiply(covariance, jnp.where(kept[:, None], y, 0))
+    known, unit = _in_units(y, kept)
+    y = y / unit
+    fitted = multiply(covariance, known)
     variance = jnp.diagonal(covariance)
     variance = jnp.where(kept, 1 - variance, 1 + variance)
     return jnp.sqrt(jnp.sum((y - fitted) ** 2, axis=1) / _positive(variance))

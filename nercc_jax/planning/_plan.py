@@ -1,7 +1,6 @@
 """The plan for a service: which code, when to decode, and what to send again; or none."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from ..codes import regression_points
 from ..codes._checks import check_counts, check_not_negative
+from ..codes.whole_files import JsonFormat
 from ..evaluation import Estimate
 from ..evaluation._criteria import agree_on_labels
 from ..inference._conditions import Conditions
@@ -93,7 +93,12 @@ def known_systems(
 
 PLANNED = ("chebyshev", "interleaved", "repeated")
 
-_FORMAT, _VERSION = "nercc-jax plan", 1
+_FORMAT = JsonFormat(
+    "plan",
+    frozenset({"recommended", "reason", "asked", "about", "doubt", "candidates"}),
+    frozenset({"conditions"}),
+    editable=True,
+)
 # The p99 of two systems differs beyond this; among equals the cheaper is better.
 ALIKE = 0.03
 
@@ -155,13 +160,12 @@ class Plan:
         file does not have them.
 
         Raises:
-            ValueError: The file, which is named, holds no plan.
+            ValueError: The file, which is named, is damaged or holds no plan. One without a
+                checksum is read as it stands.
             OSError: As `open`.
         """
+        content = _FORMAT.read(Path(path))
         try:
-            content = json.loads(Path(path).read_text())
-            if content["format"] != _FORMAT or content["version"] != _VERSION:
-                raise ValueError(f"it does not say 'format': {_FORMAT!r}, 'version': {_VERSION}")
             conditions, doubt = Conditions(**(content.get("conditions") or {})), content["doubt"]
             rows = tuple(_candidate(row) for row in content["candidates"])
             return cls(
@@ -188,8 +192,6 @@ class Plan:
         """
         rows = [dataclasses.asdict(candidate) for candidate in self.candidates]
         content = {
-            "format": _FORMAT,
-            "version": _VERSION,
             "recommended": dataclasses.asdict(self.recommended),
             "reason": self.reason,
             "asked": self.asked,
@@ -199,7 +201,7 @@ class Plan:
             and dataclasses.asdict(self.error_probability.conditions),
             "candidates": rows,
         }
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        _FORMAT.write(Path(path), content)
 
 
 def _candidate(row: dict[str, Any]) -> Candidate:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import ArrayLike, PyTree
 
 from ..stragglers import AbstractLatency, RowLatency, TraceLatency
+from ..stragglers._laws import check_alike
 from ._wrong_answers import (
     MODEL_KINDS,
     SIZES,
@@ -96,7 +97,7 @@ class Fault:
         probability: With which it strikes a call.
         workers: Which workers it strikes (default: all).
         calls: Which of a worker's calls, counted from 0 in each of its lives (default: all).
-        latency: The law of a "delay", in seconds.
+        latency: The law of a "delay", in seconds, the same for all calls that it strikes.
         episodes: Only during these spells. Workers that share a fault with episodes are slow
             together, as a rack is.
         score: Only calls with a row whose score is `least_score` or more. It maps a batch to one
@@ -135,6 +136,12 @@ class Fault:
             raise ValueError(f"probability must be in [0, 1], not {self.probability}")
         if (self.kind == "delay") != (self.latency is not None):
             raise ValueError('a "delay" needs a latency law, and nothing else takes one')
+        if self.latency is not None:
+            check_alike(
+                self.latency,
+                "the delays of a Fault have one law. If it differs between workers, give each its "
+                'own, Fault("delay", workers=[0], latency=...)',
+            )
 
     def strikes_rows(self, batch: PyTree | None, seen: "collections.deque[float]") -> bool:
         """Return whether a call with these rows may be struck.

@@ -5,10 +5,12 @@ own, has been fitted to what came, rows that it knows well enough need not be co
 that it knows least go next. Some are computed all the same, drawn at random: they judge its bars.
 """
 
+import contextlib
+import dataclasses
 import math
 import queue
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,13 @@ from ._rows import (
     RowResult,
     RowSettings,
     bars_that_held,
+    checked_ids,
     checked_rows,
     hang_timeout,
     late_answers,
+    reason_to_stop,
 )
 
-_LAST_SECONDS = 10.0  # a run stops itself so long before something else ends its process
 _AHEAD = 2  # calls for each live worker that are with the pool, so that none waits for the next
 _COPIES = 2  # further calls with the rows of a late one, at most
 _AUDITED = 20  # of so many rows one is computed whatever is known of it
@@ -74,6 +77,7 @@ def run_rows(
     folder: Path | str | None = None,
     resume: bool = False,
     about: Mapping[str, Any] | None = None,
+    ids: Shaped[np.ndarray, " rows"] | Sequence[str | int] | None = None,
     on_progress: Callable[[RowProgress], Any] | None = None,
     on_rows: Callable[[Any, Any, bool], Any] | None = None,
 ) -> RowResult:
@@ -96,7 +100,8 @@ def run_rows(
         compute: "needed" computes no row that is known well enough, except some at random, which
             judge the error bars; "all" predicts only rows that are late.
         num_workers: The number of workers of a pool that is opened (default: 20).
-        rows_per_call: Rows in one call (default: as many as take 0.05 to 0.25 s).
+        rows_per_call: Rows in one call, at most those there are (default: as many as take 0.05 to
+            0.25 s).
         deadline: Seconds that a call may take before its rows are sent again.
         job_deadline: Seconds after which the run ends, with what is known by then (default: none).
         grace: Seconds for which a run that has ended waits for answers that workers still owe. They
@@ -110,6 +115,7 @@ def run_rows(
         resume: Go on with the run that the folder holds.
         about: What else the values depend on, such as a version of the function, as JSON takes it;
             a run with other values cannot be resumed.
+        ids: An id of each row, a text or a whole number, which the result and its files carry.
         on_progress: Called at the beginning, at the end, and in between when rows came, ten times a
             second at most, with numbers of rows: `rows` in all, `computed`, `predicted` (not to be
             computed, as things are), `done` (both), `unknown` (after all attempts), `waiting`, and
@@ -136,12 +142,13 @@ def run_rows(
         >>> result.values.shape, set(result.status.tolist())
         ((200, 2), {'computed'})
     """
+    x, names = checked_rows(rows), checked_ids(ids, len(rows))
     settings = RowSettings(
         tolerance=tolerance,
         max_disagreement=max_disagreement,
         coverage=coverage,
         compute=compute,
-        rows_per_call=rows_per_call,
+        rows_per_call=None if rows_per_call is None else min(rows_per_call, len(x)),
         deadline=deadline,
         job_deadline=job_deadline,
         grace=grace,
@@ -150,17 +157,18 @@ def run_rows(
         max_fenced=max_fenced,
         seed=seed,
     )
-    x = checked_rows(rows)
     kept = {"rows": len(x)} | settings.kept() | dict(about or {})
     table, parts = RowTable(len(x)), None
     if folder is not None:
         check_parts(Path(folder), resume)
-        parts = Parts(Path(folder), {"inputs": fingerprint_of_array(x)} | kept, table)
-    if isinstance(pool, AbstractPool):
-        return _RowRun(pool, x, settings, table, parts, on_rows).carry_out(kept, on_progress)
-    options: dict[str, Any] = {"compiled": False, "hang_timeout": hang_timeout(deadline)}
-    with pool(RowFunction(function), num_workers or 20, **options) as made:
-        return _RowRun(made, x, settings, table, parts, on_rows).carry_out(kept, on_progress)
+        parts = Parts(Path(folder), {"inputs": fingerprint_of_array(x)} | kept, table, names)
+    opening: Any = contextlib.nullcontext(pool)
+    if not isinstance(pool, AbstractPool):
+        options: Any = {"compiled": False, "hang_timeout": hang_timeout(deadline)}
+        opening = pool(RowFunction(function), num_workers or 20, **options)
+    with opening as opened:
+        run = _RowRun(opened, x, settings, table, parts, on_rows)
+        return dataclasses.replace(run.carry_out(kept, on_progress), ids=names)
 
 
 class _RowRun:
@@ -689,10 +697,3 @@ class _RowRun:
             "unknown": progress.unknown,
             **({} if self._checks is None else self._checks.counts()),
         }
-
-
-def reason_to_stop(pool: AbstractPool) -> str | None:
-    """Return why a run must end now: something else is about to end its process."""
-    if pool.ends_at - time.monotonic() >= _LAST_SECONDS:
-        return None
-    return "stopped before Ray ends this process, whose head is gone"

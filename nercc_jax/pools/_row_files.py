@@ -5,7 +5,6 @@ whatever ends a run, the results written by then are there, and a later run goes
 """
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,22 +13,29 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from ..codes import NeRCC
-from ..codes._whole import write_whole
+from ..codes.whole_files import JsonFormat, read_arrays, write_arrays
 from ..risk import ErrorBars, ErrorProbability
 from ..schemes import Scheme
 from ..schemes._calibrate import FittedScheme
 from ..surrogates import learner_card, load_learner, save_learner
 
 _MANIFEST = "manifest.json"
+_REMEDY = "restore it from a copy, or remove its folder and run again without --resume (resume)"
+_FORMAT = JsonFormat(
+    "run", frozenset({"settings", "complete", "parts"}), frozenset({"learner"}), remedy=_REMEDY
+)
 _EVERY = 1.0  # seconds between two parts, at least
 
 
 @runtime_checkable
 class PartResults(Protocol):
-    """Results of numbered pieces, such as batches, that are saved as named arrays."""
+    """Results of numbered pieces, such as batches, that are saved as named arrays.
+
+    The array "index" has the numbers of their rows.
+    """
 
     def rows_of(self, pieces: Sequence[int], /) -> dict[str, np.ndarray]:
         """Return the results of some pieces as arrays by name."""
@@ -55,22 +61,33 @@ class Parts:
     """The folder of one run, with its parts and their manifest.
 
     It is made when something is written. `settings` are all that the run's numbers depend on, as
-    JSON takes it. The results take the parts that an earlier run has written.
+    JSON takes it. The results take the parts that an earlier run has written. Each part has the
+    ids of its rows, if rows have ids.
 
     Raises:
-        ValueError: If the folder holds a run with other settings.
+        ValueError: The folder holds a run with other settings, or a file is damaged or missing.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], results: PartResults):
-        self._folder, self._results = folder, results
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        results: PartResults,
+        ids: Shaped[np.ndarray, " rows"] | None = None,
+    ):
+        self._folder, self._results, self._ids = folder, results, ids
+        if ids is not None:
+            settings = settings | {"ids": fingerprint_of_array(ids)}
         self._manifest: dict[str, Any] = {"settings": settings, "complete": False, "parts": []}
         if (folder / _MANIFEST).is_file():
-            earlier = json.loads((folder / _MANIFEST).read_text())
+            earlier = _FORMAT.read(folder / _MANIFEST)
             _check_same(folder, earlier["settings"], settings)
             self._manifest = earlier | {"complete": False}
             for part in earlier["parts"]:
-                with np.load(folder / part["file"]) as file:
-                    results.take(dict(file))
+                try:
+                    results.take(read_arrays(folder / part["file"], _REMEDY))
+                except FileNotFoundError as error:
+                    raise ValueError(f"{folder / part['file']} is missing; {_REMEDY}") from error
         self._pending: list[int] = []
         self._written = time.monotonic()
 
@@ -81,20 +98,21 @@ class Parts:
             self.flush()
 
     def flush(self, complete: bool = False) -> None:
-        self._folder.mkdir(exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         if self._pending:
             name = f"part-{len(self._manifest['parts']):06d}.npz"
-            arrays: Any = self._results.rows_of(self._pending)
-            write_whole(self._folder / name, lambda file: np.savez(file, **arrays))
+            arrays = self._results.rows_of(self._pending)
+            if self._ids is not None:
+                arrays["id"] = self._ids[arrays["index"]]
+            write_arrays(self._folder / name, arrays)
             self._manifest["parts"].append({"file": name})
         self._manifest["complete"] = complete
-        text = json.dumps(self._manifest).encode()
-        write_whole(self._folder / _MANIFEST, lambda file: file.write(text))
+        _FORMAT.write(self._folder / _MANIFEST, self._manifest)
         self._pending, self._written = [], time.monotonic()
 
     def keep(self, name: str, file: str, write: Callable[[Path], Any]) -> None:
         """Write a further file, and enter it in the manifest under a name."""
-        self._folder.mkdir(exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         write(self._folder / file)
         self._manifest[name] = file
         self.flush()
@@ -223,8 +241,11 @@ def row_code() -> NeRCC:
 
 
 def load_fitted(path: Path) -> FittedScheme:
-    """Return what `save_fitted` wrote; raise as `load_learner` does, naming the file."""
-    learner, about = load_learner(path), learner_card(path)
+    """Return what `save_fitted` wrote; raise ValueError, naming the file, if it is damaged."""
+    try:
+        learner, about = load_learner(path), learner_card(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{error}; this one is part of a run: {_REMEDY}") from error
     error_probability = about["doubt"]
     bars: Any = {name: jnp.asarray(each, float) for name, each in about["bars"].items()}
     scheme = Scheme(

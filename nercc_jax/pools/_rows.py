@@ -62,6 +62,19 @@ def checked_rows(rows: Any) -> Shaped[np.ndarray, "rows ..."]:
     return x
 
 
+def checked_ids(ids: Any, rows: int) -> Shaped[np.ndarray, " rows"] | None:
+    """Return the rows' ids as an array of texts or of whole numbers; None where there are none."""
+    if ids is None:
+        return None
+    found = np.asarray(ids)
+    if found.shape != (rows,) or found.dtype.kind not in "iuU":
+        raise ValueError(
+            f"ids are a text or a whole number for each of {rows} rows, not {found.dtype} of shape "
+            f"{found.shape}"
+        )
+    return found
+
+
 class RowCall:
     """Some rows that one worker computes. A pool tries others if it dies or the function raises.
 
@@ -131,6 +144,7 @@ RowStatus: TypeAlias = Literal["computed", "predicted", "unknown", "waiting"]
 Compute: TypeAlias = Literal["needed", "all"]
 
 ATTEMPTS = 3  # how often a row is sent before it is unknown
+_LAST_SECONDS = 10.0  # a run stops itself so long before something else ends its process
 _HANG = 10.0  # seconds before which no worker is taken to hang
 
 
@@ -172,6 +186,7 @@ class RowResult:
         report: Of the pool.
         stopped: Why the run ended early, if it did.
         fitted: The fitted scheme that rows were predicted by, if one was learned.
+        ids: The rows' ids, if they have any.
     """
 
     values: Float[np.ndarray, "rows ..."] | None
@@ -183,25 +198,32 @@ class RowResult:
     report: PoolReport
     stopped: str | None
     fitted: FittedScheme | None
+    ids: Shaped[np.ndarray, " rows"] | None = None
 
     def columns(self) -> dict[str, Shaped[np.ndarray, " rows"]]:
         """Return a table's columns, as `pandas.DataFrame` and `pyarrow.table` take them.
 
         Returns:
-            `output_0`, `output_1` and so on; `deviation`; `bar`, or `error_probability` with
-            `max_disagreement`; `exact`, `status`, and `reason`, which is empty for known rows.
+            `id`, if rows have ids; `output_0`, `output_1` and so on; `deviation`; `bar`, or
+            `error_probability` with `max_disagreement`; `exact`, `status`, and `reason`, which is
+            empty for known rows.
         """
         number = len(self.status)
         values = np.zeros((number, 0)) if self.values is None else self.values
         outputs = values.reshape(number, -1).T
         reason = np.array([self.reasons.get(row, "") for row in range(number)], str)
-        return {f"output_{place}": each for place, each in enumerate(outputs)} | {
-            "deviation": self.deviation,
-            self.score_name: self.score,
-            "exact": self.status == "computed",
-            "status": self.status,
-            "reason": reason,
-        }
+        ids = {} if self.ids is None else {"id": self.ids}
+        return (
+            ids
+            | {f"output_{place}": each for place, each in enumerate(outputs)}
+            | {
+                "deviation": self.deviation,
+                self.score_name: self.score,
+                "exact": self.status == "computed",
+                "status": self.status,
+                "reason": reason,
+            }
+        )
 
     @property
     def score_name(self) -> str:
@@ -277,6 +299,13 @@ def hang_timeout(deadline: float) -> float:
     10 s at least, since a worker may just straggle, and a new one needs time to start.
     """
     return max((ATTEMPTS - 1) * deadline, _HANG)
+
+
+def reason_to_stop(pool: AbstractPool) -> str | None:
+    """Return why a run must end now: something else is about to end its process."""
+    if pool.ends_at - time.monotonic() >= _LAST_SECONDS:
+        return None
+    return "stopped before Ray ends this process, whose head is gone"
 
 
 def late_answers(

@@ -116,7 +116,29 @@ class AbstractLatency(eqx.Module):
 
     @abc.abstractmethod
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """Independent latencies in seconds."""
+        """Independent latencies in seconds.
+
+        The last axis of `shape` is workers for `WaitFor` and `WaitUntil`: their laws may differ
+        between workers. `Faults` and `plan` draw for any worker, and refuse such laws.
+        """
+
+
+def check_alike(law: AbstractLatency, remedy: str) -> None:
+    """Raise ValueError, which ends with a remedy, if a law's draws depend on their place.
+
+    For a law that is the same at each place, draws in rows are those in a line with the same key,
+    whichever of the functions in `jax.random` draws them.
+    """
+    key, name = jax.random.key(0), type(law).__name__
+    try:
+        line, rows = (np.asarray(law.sample(key, shape)) for shape in ((6,), (2, 3)))
+        alike = rows.shape == (2, 3) and np.allclose(line, rows.ravel(), rtol=1e-4, equal_nan=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{type(law).__name__} cannot draw an array of every shape: {remedy}"
+        ) from error
+    if not alike:
+        raise ValueError(f"the draws of {name} depend on their place: {remedy}")
 
 
 class ExponentialLatency(AbstractLatency):

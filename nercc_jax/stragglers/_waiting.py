@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ..codes import AbstractCode
 from ..codes._kept import encoder_rows
-from ._laws import AbstractLatency, AbstractStragglers
+from ._laws import AbstractLatency, AbstractStragglers, check_alike
 
 # A row of a spline's encoder that stands for a data point as it came does so to rounding.
 _ROUNDING = 1e-5
@@ -32,6 +32,7 @@ class Latencies:
 
     def __init__(self, law: AbstractLatency, key: PRNGKeyArray):
         self.law = law
+        check_alike(law, "give one law for all workers, such as a TraceLatency of all their times")
         self._pool = np.asarray(law.sample(key, (_POOL,)))
         self._seed = int(jax.random.bits(key))
         if not np.all(np.isfinite(self._pool) & (self._pool >= 0)):

@@ -30,10 +30,12 @@ def parametrize(
     - "log_lambda_enc", "log_lambda_dec", "log_end_penalty": natural logarithms. As 0 has none, a
       lambda of 0 starts at (g / 30)**4, with g the mean gap between its points, where smoothing
       has almost no effect; an `end_penalty` of 0 starts at 1. A lambda of 1 or more starts there,
-      too: its fit is nearly a straight line, and the objective is flat. But if an `exact` code has a
+      too: its fit is nearly a line, and the objective is flat. But if an `exact` code has a
       lambda_enc of 0, that is left at 0 and is not a parameter: otherwise its workers would no
       longer run on the data points themselves.
     - "gap_exponent": itself.
+    - Each field of a code of your own that is declared with `eqx.field(metadata={"tune": "log"})`:
+      "log_" and its name, for positive numbers; or with "plain", the numbers themselves.
     - With `points`, "alpha_shifts" and "beta_shifts", zero at the start. In order of the angle
       arccos(t), the shift s_i of a point multiplies the gap before that point by exp(s_i) and the
       gap after it by exp(-s_i); then all gaps are scaled to fill [0, pi]. So each point has a
@@ -73,13 +75,13 @@ def parametrize(
     ```
 
     Raises:
-        ValueError: The code has none of these leaves.
+        ValueError: The code has none of these leaves, or declares one otherwise.
     """
     leaves = {field.name: getattr(code, field.name) for field in dataclasses.fields(code)}
     free: Parameters = {}
     for name, at in (("lambda_enc", "alpha"), ("lambda_dec", "beta")):
         kept = name == "lambda_enc" and leaves.get("exact", False) and not leaves[name] > 0
-        if name in leaves and not kept:
+        if name in leaves and at in leaves and not kept:
             free[f"log_{name}"] = _logarithm(leaves[name], leaves[at])
     if "end_penalty" in leaves:
         penalty = leaves["end_penalty"]
@@ -90,9 +92,18 @@ def parametrize(
     if points and {"alpha", "beta"} <= leaves.keys():
         shifts, place = _shifts_of_points(leaves["alpha"], leaves["beta"])
         free |= shifts
+    for field in dataclasses.fields(code):
+        if (scale := field.metadata.get("tune")) == "log":
+            free[f"log_{field.name}"] = jnp.log(leaves[field.name])
+        elif scale == "plain":
+            free[field.name] = leaves[field.name]
+        elif scale is not None:
+            raise ValueError(f"{field.name}: 'tune' is 'log' or 'plain', not {scale!r}")
     if not free:
         also = " except its points, which stay fixed" if "alpha" in leaves else ""
         also = ": tune the code before its decoder is learned" if "encoder" in leaves else also
+        if type(code).__module__.partition(".")[0] != __name__.partition(".")[0]:
+            also = ": declare a number by eqx.field(metadata={'tune': 'log'}), or 'plain'"
         raise ValueError(f"{type(code).__name__} has nothing to tune{also}")
 
     def rebuild(parameters: Parameters) -> Code:

@@ -88,8 +88,10 @@ def tune(
     One code is tuned for all laws together, on its error under each relative to the starting code's
     (`make_trial`). The tuned numbers are `lambda_enc`, `lambda_dec` and `end_penalty`, as
     logarithms, and `gap_exponent`; with `points`, the regression points, too, in their order.
-    Another kind of code is tuned in what it has of these. A step whose objective or gradient is not
-    finite is rejected; a RuntimeWarning counts them. The result depends on `key` alone.
+    Another kind of code is tuned in what it has of these, and a code of your own in the fields that
+    it declares by `eqx.field(metadata={"tune": "log"})`, for positive numbers, or "plain". A step
+    whose objective or gradient is not finite is rejected; a RuntimeWarning counts them. The result
+    depends on `key` alone.
 
     Args:
         model: A differentiable function of a batch, (B, ...) to (B, outputs...).

@@ -493,6 +493,24 @@ def test_the_card_says_what_is_there(name):
     assert card["multiplications"] <= SHARE * card["base_multiplications"]
 
 
+def test_damaged_weights_are_refused_by_name(tmp_path):
+    path, random = tmp_path / "s.safetensors", np.random.default_rng(0)
+    card = (WEIGHTS_DIR / "lenet5-digits-student.json").read_text()
+    whole = (WEIGHTS_DIR / "lenet5-digits-student.safetensors").read_bytes()
+    (tmp_path / "s.json").write_text(card)
+    for case in range(40):
+        place, bit = int(random.integers(len(whole))), 1 << int(random.integers(8))
+        rest = bytes([whole[place] ^ bit]) + whole[place + 1 :] if case % 4 else b""
+        path.write_bytes(whole[:place] + rest)
+        with pytest.raises(ValueError, match=r"s\.safetensors is damaged.*; restore"):
+            load_student_file(path)
+    path.write_bytes(whole)
+    load_student_file(path)
+    (tmp_path / "s.json").write_text(card[:100])
+    with pytest.raises(ValueError, match=r"s\.json is no card: .*; restore"):
+        load_student_file(path)
+
+
 @pytest.mark.parametrize("name", list_students())
 def test_a_student_is_a_pytree_with_gradients(name):
     student, model = load_student(name), load_model(name)

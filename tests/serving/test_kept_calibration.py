@@ -12,6 +12,7 @@ require("pydantic_settings", "serve")
 
 from nercc_jax import NeRCC
 from nercc_jax.cli._serving_models import calibration_file
+from nercc_jax.codes.whole_files import write_arrays
 from nercc_jax.serving import Coder, make_servable
 from nercc_jax.serving._settings import ModelSettings
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator, calibrate_or_restore
@@ -71,10 +72,13 @@ def test_a_kept_calibration_needs_no_data(calibrated, tmp_path):
         )
 
 
-def test_a_file_that_is_broken_is_made_anew(calibrated, tmp_path):
+def test_a_file_that_is_broken_is_made_anew(calibrated, tmp_path, caplog):
     servable, estimator = calibrated
     path = tmp_path / "kept.npz"
-    for content in (b"", b"PK\x03\x04 half of it"):
+    write_arrays(path, estimator.state())
+    flipped = bytearray(path.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    for content in (b"", b"PK\x03\x04 half of it", bytes(flipped)):
         path.write_bytes(content)
         asked = servable.calibration.asked
         again = ErrorEstimator(Coder(INTERLEAVED))
@@ -82,6 +86,8 @@ def test_a_file_that_is_broken_is_made_anew(calibrated, tmp_path):
         assert servable.calibration.asked == asked + 1
         assert again.progress() == estimator.progress()
         assert path.stat().st_size > 1000
+        assert "kept.npz" in caplog.text
+        caplog.clear()
     assert [each.name for each in tmp_path.iterdir()] == ["kept.npz"]
 
 

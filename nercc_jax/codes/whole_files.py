@@ -1,0 +1,153 @@
+"""Files that are there whole or not at all, and whose damage is noticed.
+
+Every file carries the SHA-256 of its own bytes, wherever its format has room for a text: a JSON
+file in an entry, an .npz file in the archive's comment, a safetensors file in its metadata. The
+hash is that of the file with zeros for the hash, so that it does not depend on itself.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+NO_CHECKSUM = "nercc-sha256:" + 64 * "0"  # the place of a file's checksum, before it is known
+_CHECKSUM = re.compile(rb"nercc-sha256:([0-9a-f]{64})")
+
+
+def write_checked(path: Path, content: bytes) -> None:
+    """Put content on disk in place of what was there, with its checksum for `NO_CHECKSUM`.
+
+    Of two processes that write the same file, one is the last. The file is as before on failure.
+
+    Args:
+        path: The file.
+        content: Bytes with `NO_CHECKSUM` in them.
+
+    Raises:
+        OSError: As `open`.
+    """
+    checksum = NO_CHECKSUM.replace(64 * "0", hashlib.sha256(content).hexdigest())
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            file.write(content.replace(NO_CHECKSUM.encode(), checksum.encode(), 1))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_checked(path: Path, remedy: str) -> bytes:
+    """Return the bytes that `write_checked` wrote.
+
+    Args:
+        path: The file.
+        remedy: The end of an error's message: the user's way out.
+
+    Raises:
+        ValueError: The bytes do not have the checksum that they carry, or they carry none.
+        OSError: As `open`.
+    """
+    content = path.read_bytes()
+    found = list(_CHECKSUM.finditer(content))
+    for each in found:  # one is the file's own; a caller's data may hold others
+        zeros = content[: each.start()] + NO_CHECKSUM.encode() + content[each.end() :]
+        if hashlib.sha256(zeros).hexdigest().encode() == each[1]:
+            return content
+    if found:
+        raise ValueError(f"{path} is damaged: it does not match its checksum; {remedy}")
+    raise ValueError(
+        f"{path} has no checksum: it is another file, damaged, or of an earlier nercc-jax; {remedy}"
+    )
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
+    """Write arrays by name as an .npz file with a checksum; raise OSError as `open`."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = NO_CHECKSUM.encode()
+    write_checked(path, buffer.getvalue())
+
+
+def read_arrays(path: Path, remedy: str) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """Return what `write_arrays` wrote; raise as `read_checked`."""
+    with np.load(io.BytesIO(read_checked(path, remedy)), allow_pickle=False) as file:
+        return dict(file)
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonFormat:
+    """A kind of JSON files, which say what they are.
+
+    Attributes:
+        kind: The kind of thing in a file, such as "code".
+        entries: The names of a file's entries.
+        optional: Further ones that may be missing.
+        remedy: The end of the message about a damaged file: the user's way out.
+        editable: Whether people may edit such files. One without a checksum is then read, too.
+        version: The version of the format, which is the only one that is read.
+    """
+
+    kind: str
+    entries: frozenset[str]
+    optional: frozenset[str] = frozenset()
+    _: dataclasses.KW_ONLY
+    remedy: str = "restore it from a copy, or write it again"
+    editable: bool = False
+    version: int = 1
+
+    @property
+    def name(self) -> str:
+        """The entry "format" of a file."""
+        return f"nercc-jax {self.kind}"
+
+    def write(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Write entries as a file; raise OSError as `open`, and TypeError for what is no JSON."""
+        head = {"format": self.name, "version": self.version, "checksum": NO_CHECKSUM}
+        write_checked(path, (json.dumps(head | dict(content), indent=1) + "\n").encode())
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """Return the entries of a file.
+
+        Raises:
+            ValueError: The file, which is named, is damaged or no such file.
+            OSError: As `open`.
+        """
+        content, remedy = path.read_bytes(), self.remedy
+        if self.editable:
+            remedy += "; if you edited it, remove its entry 'checksum', and it is read as it stands"
+        if not self.editable or b'"checksum"' in content:
+            content = read_checked(path, remedy)
+        try:
+            found = json.loads(content)
+        except ValueError as error:  # UnicodeDecodeError is one, too
+            raise ValueError(
+                f"{path} is no JSON, so no file of a {self.kind}: {error}; {remedy}"
+            ) from error
+        if not isinstance(found, dict) or found.get("format") != self.name:
+            raise ValueError(
+                f"{path} does not say 'format': {self.name!r}: it is no file of a {self.kind}"
+            )
+        if found.get("version") != self.version:
+            raise ValueError(
+                f"{path} is of version {found.get('version')}; this nercc-jax reads {self.version}"
+            )
+        found = {each: found[each] for each in found.keys() - {"format", "version", "checksum"}}
+        if missing := self.entries - found.keys():
+            raise ValueError(f"{path} lacks {sorted(missing)}; {remedy}")
+        if unknown := found.keys() - self.entries - self.optional:
+            raise ValueError(
+                f"{path} has {sorted(unknown)}, which no file of a {self.kind} has; {remedy}"
+            )
+        return found
