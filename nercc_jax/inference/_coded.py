@@ -203,7 +203,8 @@ class CodedInference:
             return np.zeros(leaf.shape, leaf.dtype) if shape_only else leaf
 
         arguments = jax.tree.map(stand_in, (x, available, *args))
-        return eqx.filter_jit(eqx.Partial(infer, self.workers)).lower(*arguments)
+        program: Any = eqx.filter_jit(eqx.Partial(infer, self.workers))
+        return program.lower(*arguments)
 
 
 def _infer(
