@@ -166,26 +166,6 @@ def find_kernel(
     return found[best][1:]
 
 
-def find_kernels(
-    learners: Learner, starts: Kernel, pairs: Int[np.ndarray, " pairs"], tuning: LearnerTuning
-) -> tuple[Kernel, Float[Array, " learners"]]:
-    """Return the best kernels of learners side by side, of the same inputs, as `find_kernel` does.
-
-    The learners' arrays have a first axis. Kernels have the shape and the groups of their `starts`.
-    """
-    own, least = eqx.filter_vmap(lambda one: _known(one, pairs, tuning))(learners)
-    return _each_tuned(starts, own, tuning.criterion, tuning.steps, least)
-
-
-@eqx.filter_jit
-def _each_tuned(
-    starts: Kernel, known: "_Known", criterion: LearnerCriterion, steps: int, least: Array
-) -> tuple[Kernel, Array]:
-    return eqx.filter_vmap(lambda start, own, few: _tuned(start, own, criterion, steps, few)[1:])(
-        starts, known, least
-    )
-
-
 def _known(
     learner: Learner, pairs: Int[np.ndarray, " pairs"], tuning: LearnerTuning
 ) -> tuple["_Known", Float[Array, ""]]:
