@@ -24,7 +24,7 @@ from nercc_jax.inference import order_points
 from nercc_jax.risk import ErrorBars
 from nercc_jax.schemes import AssessedPredictions, cross_validate_error_bars
 from nercc_jax.stragglers import AbstractStragglers, ContiguousStragglers, ExactStragglers
-from nercc_jax.surrogates import AbstractSurrogate, Kernel, LearnerTuning, fit_learner
+from nercc_jax.surrogates import AbstractSurrogate, Learner, LearnerTuning, fit_learner
 
 Masks = Bool[Array, "sets groups num_workers"]
 Told = tuple[Float[Array, "sets points m"], Float[Array, "sets points"]]
@@ -51,7 +51,6 @@ ALONE = "learner, no redundancy"
 RANDOM, UNCERTAIN = "learner, copies of random points", "learner, copies of the most uncertain"
 CODED = tuple(f"learner, {layout}" for layout in LAYOUTS)
 MIXED = "learner and code, as fit_surrogate mixes them"
-ONE, EACH = "one for all outputs", "one for each principal component"
 LEARNERS = (ALONE, RANDOM, UNCERTAIN, *CODED, MIXED)
 # The same where a cheap model is there: what fills lost copies, and what a learner knows.
 WITH = ", with a cheap model"
@@ -137,8 +136,10 @@ class Bench:
         self._choosing = [self._draw(False, seed) for seed in range(size.chosen)]
         self._judging = [self._draw(True, seed) for seed in range(size.judged)]
         self.cheap = None if case.cheap is None else cheap_filled_up(case.cheap, width)
-        self._fitted: dict[tuple[bytes, str], AbstractSurrogate] = {}
-        self.kernels, self._kernels = self._choose_kernels()
+        self._fitted: dict[tuple[bytes, bool], Learner] = {}
+        # Rivals that fill lost copies have the kernel of the first draw, with a cheap model or not.
+        helped = (False,) if self.cheap is None else (False, True)
+        self._kernels = {each: self.learner(self._choosing[0], each).kernel for each in helped}
         self._codes: dict[str, NeRCC] = {}
         self._mixture: AbstractSurrogate | None = None
         self._said: dict[bytes, Array] = {}
@@ -147,73 +148,35 @@ class Bench:
         both = {True: self._judging, False: self._choosing}
         return [*self._choosing, *self._judging] if judging is None else both[judging]
 
-    def fit(self, x: ArrayLike, y: ArrayLike, kernels: str) -> AbstractSurrogate:
-        """Fit a learner to past answers with these kernels.
+    def fit(self, x: ArrayLike, y: ArrayLike, helped: bool = False) -> Learner:
+        """Fit a learner to past answers, with the help of a cheap model or without.
 
         There is a width for each of a few inputs, or those that a cheap model asks for; the same
         for all schemes and cells.
         """
-        key = hashlib.sha256(np.asarray(x).tobytes()).digest(), kernels
+        key = hashlib.sha256(np.asarray(x).tobytes()).digest(), helped
         if key not in self._fitted:
-            self._fitted[key] = self._fit(x, y, kernels)
+            self._fitted[key] = self._fit(x, y, helped)
         return self._fitted[key]
 
-    def _fit(self, x: ArrayLike, y: ArrayLike, kernels: str) -> AbstractSurrogate:
+    def _fit(self, x: ArrayLike, y: ArrayLike, helped: bool) -> Learner:
         few = self.inputs(False, 0, 1).shape[1] <= WIDE
         features, prior, widths = self.case.features, None, "each" if few else "one"
-        if kernels.endswith(WITH):
+        if helped:
             assert self.cheap is not None
             features, prior, widths = self.cheap.features, self.cheap.prior, self.cheap.widths
-        tuning = LearnerTuning(widths=widths)
-        each = kernels.removesuffix(WITH) == EACH
-        if each:  # of one shape, so that all draws share compiled programs
-            tuning = dataclasses.replace(tuning, shapes=("matern52",))
         return fit_learner(
             x,
             y,
             capacity=self.size.history,
-            components=12 if each else None,
             features=features,
             prior=prior,
-            tuning=tuning,
+            tuning=LearnerTuning(widths=widths),
         )
 
-    def picked_kernels(self, helped: bool = False) -> str:
-        """Return the kernels that did best where they were chosen."""
-        return best_kernels(self.kernels, helped)
-
-    def learner(self, draw: Draw, helped: bool = False) -> AbstractSurrogate:
+    def learner(self, draw: Draw, helped: bool = False) -> Learner:
         """Return the learner of a draw's past answers."""
-        return self.fit(draw.past, draw.past_outputs, self.picked_kernels(helped))
-
-    def _choose_kernels(self) -> tuple[dict[str, float], dict[bool, Kernel]]:
-        """Choose one kernel for all outputs, or one for each component.
-
-        This is done with a cheap model and without, by errors on the points for choosing; rivals
-        get one kernel of the first kind.
-        """
-        varied = np.ptp(np.asarray(self._choosing[0].past_outputs), axis=0) > 0
-        kinds = (ONE, EACH) if varied.sum() > 1 else (ONE,)
-        endings = {False: ""} | ({} if self.cheap is None else {True: WITH})
-        found = {
-            kind + ending: [
-                self.fit(draw.past, draw.past_outputs, kind + ending) for draw in self._choosing
-            ]
-            for ending in endings.values()
-            for kind in kinds
-        }
-        errors = {
-            kind: np.mean(
-                [
-                    _rmse(learner.outputs(jnp.asarray(draw.x)), draw)
-                    for learner, draw in zip(learners, self._choosing, strict=True)
-                ]
-            )
-            for kind, learners in found.items()
-        }
-        plain: dict[bool, Any] = {summary: found[ONE + end][0] for summary, end in endings.items()}
-        kernels = {summary: learner.kernel for summary, learner in plain.items()}
-        return {kind: float(error) for kind, error in errors.items()}, kernels
+        return self.fit(draw.past, draw.past_outputs, helped)
 
     def measure(
         self, cell: Cell, *, judging: bool, rivals: bool = True, bars: Collection[str] = ()
@@ -395,13 +358,13 @@ class Bench:
             predictions, deviation = self.decode(scheme, draw, responded, ordered=ordered)
             bar = None
             if name in bars:
-                kernels = self.picked_kernels(name.endswith(WITH))
-                measured = self._bars(cell, scheme, draw, kernels, ordered=ordered)
+                helps = name.endswith(WITH)
+                measured = self._bars(cell, scheme, draw, helps, ordered=ordered)
                 bar = measured(deviation, COVERAGE)
             yield name, self._numbers(predictions, draw, bar)
 
     def _bars(
-        self, cell: Cell, scheme: Scheme, draw: Draw, kernels: str, *, ordered: bool
+        self, cell: Cell, scheme: Scheme, draw: Draw, helped: bool, *, ordered: bool
     ) -> ErrorBars:
         """Return a scheme's error bars by the past answers alone.
 
@@ -411,7 +374,7 @@ class Bench:
         order = np.asarray(order_points(past, NUM_DATA)) if ordered else np.arange(len(past))
         return cross_validate_error_bars(
             self.function, scheme, past[order], draw.past_outputs[order], {"law": cell.law},
-            lambda x, y: self.fit(x, y, kernels), key=jax.random.key(draw.seed),
+            lambda x, y: self.fit(x, y, helped), key=jax.random.key(draw.seed),
         )  # fmt: skip
 
     def _numbers(
@@ -450,11 +413,6 @@ def cheap_filled_up(cheap: CheapModel, width: int) -> CheapModel:
     """Compile a cheap model as it is measured; its features are as many as they are."""
     prior = None if cheap.prior is None else filled_up(cheap.prior, width)
     return dataclasses.replace(cheap, features=filled_up(cheap.features, width, 0), prior=prior)
-
-
-def best_kernels(errors: Mapping[str, float], helped: bool) -> str:
-    """Return the kernels with the least error, with a cheap model or without."""
-    return min((name for name in errors if name.endswith(WITH) == helped), key=errors.__getitem__)
 
 
 def picked(chosen: Mapping[str, list[Numbers]]) -> str:

@@ -30,7 +30,6 @@ from nercc_jax import NeRCC
 from nercc_jax.cli._options import Outputs
 from nercc_jax.cli._workload import WorkerModel, load_worker_model
 from nercc_models import (
-    list_models,
     list_parity_models,
     load_parity_model,
     load_student,
@@ -166,7 +165,7 @@ def with_learners(bench: Bench, name: str, with_student: bool) -> None:
 
 def every_mode(bench: Bench, name: str, outputs: Outputs, size: Size) -> None:
     """Measure all modes at one (N, K, S)."""
-    work, cell = bench.work, bench.cell
+    cell = bench.cell
 
     def parity_model(k: int):
         known = (name, k, outputs) in list_parity_models()
@@ -193,21 +192,6 @@ def every_mode(bench: Bench, name: str, outputs: Outputs, size: Size) -> None:
                 bench.plain(layout, code, order)
     for order in (unordered, by_student):
         bench.with_surrogate(found[order], order)
-    if f"{name}-coded" in list_models():
-        friendly = Bench(_friendly(work, name, outputs), cell, bench.log)
-        for order in (unordered, by_student):
-            friendly.plain("published, coding-friendly", published, order)
-            friendly.plain("search, coding-friendly", found[order]["search"], order)
-        friendly.with_surrogate(found[by_student], by_student)
-        bench.rows += [
-            row | {"mode": row["mode"].removesuffix(", coding-friendly") + ", coding-friendly"}
-            for row in friendly.rows
-        ]
-
-
-def _friendly(work: Workload, name: str, outputs: Outputs) -> Workload:
-    """Measure the model that was trained for coding, against its own labels."""
-    return dataclasses.replace(work, model=load_worker_model(f"{name}-coded", outputs))
 
 
 def _parse() -> argparse.Namespace:

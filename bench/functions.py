@@ -97,7 +97,6 @@ def _measured(
     for judged in bench.measure(cell, judging=True, rivals=known is None, bars={ALONE, name}):
         yield {
             "picked": name,
-            "kernels": bench.kernels,
             "chosen": before["chosen"] | bench.chosen(),
             "systems": before["systems"] | {name: _columns(rows) for name, rows in judged.items()},
         }

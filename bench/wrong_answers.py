@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import _lying_models as lies
 import equinox as eqx
 import numpy as np
 from _functions_cases import EXPENSIVE, load
@@ -36,7 +37,6 @@ from _settings import PACKAGES
 
 from nercc_jax.pools import DevicePool, Fault, Faults, run_rows
 from nercc_jax.pools._answer_checks import AnswerChecks
-from nercc_jax.pools._wrong_answers import ActivationFlip, WeightChange, WrongAnswers
 from nercc_jax.risk._answer_check import AnswerCheck, fit_answer_check
 from nercc_jax.risk._straggler_risk import AccuracyTarget
 from nercc_jax.serving.adapt._online_calibration import (
@@ -51,12 +51,6 @@ RESULTS = Path(__file__).parent / "results"
 PAST, JUDGED, WORKERS, ANSWERS = 2000, 3000, 8, 300
 RATES, SERVED = (0.01, 0.015, 0.02, 0.03), 0.02  # of which workers are checked at the last
 IMAGES = ("lenet5-mnist", "repvgg-cifar10")
-ANSWER_FAULTS = {
-    "swapped": Fault("swap"),
-    "stuck": Fault("repeat"),
-    "flipped bit of the answer": Fault("flip_answer"),
-    "flipped exponent bit of the answer": Fault("flip_answer", bits="exponent"),
-}
 STALE, DRAWS = (0.1, 0.2, 0.3, 0.5), 5
 SECONDS = 0.005  # of a row, in runs over rows
 INTERMITTENT = (0.02, 0.05, 0.1, 0.2)  # shares of swapped answers of a worker
@@ -106,20 +100,23 @@ def matters(work: Work, wrong: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 def faulty(work: Work, right: np.ndarray, order: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """Return wrong answers to the judged queries, by fault."""
-    found = {}
-    for name, fault in ANSWER_FAULTS.items():
-        wrong = WrongAnswers(np.random.default_rng([seed, 1]))
-        found[name] = np.concatenate([wrong.change(0, row[None], [fault]) for row in right])
+    found = {
+        "swapped": np.concatenate([right[:1], right[:-1]]),  # each by the one before
+        "stuck": np.repeat(right[:1], len(right), axis=0),
+    }
+    kinds: dict[str, lies.BitField] = {"flipped bit": "any", "flipped exponent bit": "exponent"}
+    for name, bits in kinds.items():
+        random = np.random.default_rng([seed, 1])
+        flipped = [lies.flip_bit(row, bits, random) for row in right]
+        found[f"{name} of the answer"] = np.stack(flipped)
     if work.labels:
-        flipped = ActivationFlip(Fault("flip_activation", bits="exponent"), (seed, 3))(work.model)
+        flipped = lies.flip_activation(work.model, "exponent", (seed, 3))
         each = [flipped(work.x[place : place + 1]) for place in order.tolist()]
         found["flipped exponent bit of an activation"] = np.concatenate(each).astype(np.float32)
         found |= stale(work, order, seed)
         for draw in range(DRAWS):
-            change = WeightChange(Fault("flip_weight", bits="exponent"), (seed, draw))
-            found[f"flipped exponent bit of a weight/{draw}"] = work.answers(
-                order, change(work.model)
-            )
+            changed = lies.flip_weight(work.model, (seed, draw))
+            found[f"flipped exponent bit of a weight/{draw}"] = work.answers(order, changed)
     return found
 
 
@@ -129,7 +126,7 @@ def stale(
     """Return the answers of stale models, after `load` was done to each."""
     return {
         f"stale weights {size:g}/{draw}": work.answers(
-            order, load(WeightChange(Fault("stale", size=size), (seed, draw))(work.model))
+            order, load(lies.stale(work.model, size, (seed, draw)))
         )
         for draw in range(DRAWS)
         for size in STALE

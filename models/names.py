@@ -6,20 +6,14 @@ from typing import Any
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 
-CODED = "-coded"  # ends the names of models fine-tuned for coding
 # As `RECIPES` has them.
 TRAINED = ("lenet5-digits", "lenet5-mnist", "repvgg-cifar10", "vit-cifar10")
 
 
 def list_models(weights_dir: str | Path = WEIGHTS_DIR) -> tuple[str, ...]:
-    """Return the names that `load_model` knows.
-
-    They are the recipes, and after them their forms fine-tuned for coding (`NAME-coded`) whose
-    weights are in `weights_dir`.
-    """
+    """Return the names that `load_model` knows: the recipes whose weights are in `weights_dir`."""
     folder = Path(weights_dir)
-    names = (*TRAINED, *(f"{name}{CODED}" for name in TRAINED))
-    return tuple(name for name in names if (folder / f"{name}.safetensors").is_file())
+    return tuple(name for name in TRAINED if (folder / f"{name}.safetensors").is_file())
 
 
 def model_card(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> dict[str, Any]:

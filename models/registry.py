@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .data import load_data
-from .names import CODED, WEIGHTS_DIR, check_model_name, read_card
+from .names import WEIGHTS_DIR, check_model_name, read_card
 from .recipes import RECIPES, Recipe
 from .scoring import Score, score
 from .weights import load_weights, num_parameters
@@ -80,11 +80,6 @@ class ParityModel(eqx.Module):
         return self.k * jax.nn.softmax(logits / (2 * self.k))
 
 
-def recipe_of(name: str) -> Recipe:
-    """Return the recipe of a model, which its fine-tuned form shares."""
-    return RECIPES[name.removesuffix(CODED)]
-
-
 def load_model(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> ReadyModel:
     """Load a shipped model with its trained weights; see `ReadyModel`.
 
@@ -102,7 +97,7 @@ def load_model(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> ReadyMode
         ImportError: safetensors is missing; the message names the extra.
     """
     check_model_name(name, weights_dir)
-    return _ready(recipe_of(name), name, weights_dir)
+    return _ready(RECIPES[name], name, weights_dir)
 
 
 def _ready(recipe: Recipe, file: str, weights_dir: str | Path) -> ReadyModel:

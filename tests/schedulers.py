@@ -114,4 +114,4 @@ def dispatch(scheduler, count, needed=None, copies=2):
 def next_call(faults, batch=None):
     """Seconds by which a worker's next call is delayed, and the kinds of its other faults."""
     struck = faults.strike(batch)
-    return struck.seconds, struck.kinds | {fault.kind for fault in struck.wrong}
+    return struck.seconds, struck.kinds

@@ -7,6 +7,7 @@ import pytest
 from conftest import bench_modules, require
 
 from nercc_jax.risk import calibrate_learner_bars
+from nercc_jax.surrogates import Kernel
 
 NUM_DATA = 20
 
@@ -38,7 +39,7 @@ def test_lost_copies_by_hand(bench):
     x = random.uniform(-1, 1, (2 * NUM_DATA, 2)).astype(np.float32)
     own = np.asarray(_wave(x))
     answered = random.random((3, 2, NUM_DATA)) < 0.8
-    kernel = bench.systems.Kernel("squared_exponential", centre=np.zeros(2), noise=1e-4)
+    kernel = Kernel("squared_exponential", centre=np.zeros(2), noise=1e-4)
     found = bench.systems.lost_copies(
         jnp.asarray(x), jnp.asarray(own), jnp.asarray(answered), kernel, None
     )
@@ -79,7 +80,7 @@ def test_one_function_by_hand(bench):
     found = systems.Bench(_case(bench), size, print)
     (draw,) = found.draws(True)
     masks = draw.masks(systems.CELLS[1], size.sets)[..., :NUM_DATA]
-    learner = found.fit(draw.past, draw.past_outputs, systems.ONE)
+    learner = found.fit(draw.past, draw.past_outputs)
     # With the noise that so smooth a function is tuned to, rounding would be most of the error.
     noisy = eqx.tree_at(lambda kernel: kernel.noise, learner.kernel, jnp.asarray(1e-4))
     learner = learner.with_kernel(noisy)

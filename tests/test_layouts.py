@@ -56,7 +56,7 @@ def search(reported):
 
 def held_out(key):
     """The groups and straggler sets that the search decides on."""
-    groups = split_points(DATA, K, HALF, jax.random.fold_in(key, 0)).held.reshape(-1, K, 3)
+    groups = split_points(DATA, K, HALF, jax.random.fold_in(key, 0))[1].reshape(-1, K, 3)
     masks, law = draw_sets(LAWS, jax.random.fold_in(key, 2), N, 12)
     return groups, np.asarray(masks), np.asarray(law)
 

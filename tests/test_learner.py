@@ -1,14 +1,19 @@
 """The learner from past answers, against a Gaussian process in float64 by NumPy."""
 
+import json
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle import relative_rmse
 from scipy.spatial.distance import cdist
 from scipy.stats import norm
 
+from nercc_jax.codes.whole_files import NO_CHECKSUM, write_checked
 from nercc_jax.risk import calibrate_learner_bars
+from nercc_jax.serving.adapt._online_calibration import _tuned
 from nercc_jax.surrogates import (
     Kernel,
     LearnerTuning,
@@ -435,6 +440,7 @@ def test_wrong_tuning(change, message, untyped):
 
 
 def test_a_file_holds_it(tmp_path):
+    numpy = pytest.importorskip("safetensors.numpy")
     x = jnp.asarray(X[:20], float)
     learner = fit_learner(x, model(x), capacity=32, prior=rough, version="a", tuning=FEW)
     path = tmp_path / "learner.safetensors"
@@ -447,6 +453,13 @@ def test_a_file_holds_it(tmp_path):
         load_learner(path, prior=rough, version="b")
     with pytest.raises(ValueError, match="was made with `prior`: load it so"):
         load_learner(path)
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])["__metadata__"] | {"checksum": NO_CHECKSUM}
+    arrays = numpy.load(content) | {"directions": np.eye(2)}
+    write_checked(path, numpy.save(arrays, metadata=header))
+    with pytest.raises(ValueError, match="a kernel for each principal component, which is no"):
+        load_learner(path, prior=rough)
     path.write_bytes(b"no such file")
     with pytest.raises(ValueError, match="has no checksum: it is another file"):
         load_learner(path)
@@ -491,3 +504,19 @@ def test_wrong_use(change, message, untyped):
     arguments = {"x": jnp.ones((4, 3)), "y": jnp.ones((4, 2))} | change
     with pytest.raises(ValueError, match=message):
         init_learner(arguments.pop("x"), arguments.pop("y"), **arguments)
+
+
+def test_a_server_keeps_a_kernel_that_another_is_worse_than():
+    """What is best for an eighth of the pairs, which are farther apart, need not be for all."""
+    x = np.random.default_rng(0).uniform(-1, 1, (320, 2)).astype("float32")
+    y = np.stack(
+        [np.exp(2 * x[:, 0]) * np.sin(8 * x.sum(axis=1)), np.cos(8 * x[:, 0]) * x[:, 1]], axis=1
+    )
+    learner = fit_learner(
+        x[:256], y[:256], capacity=256, tuning=LearnerTuning(widths="one", steps=0)
+    )
+    few = LearnerTuning(widths="kept", rows=32, steps=0)
+    both = _tuned(learner, few), tune_learner(learner, few)
+    errors = [relative_rmse(one.outputs(jnp.asarray(x[256:])), y[256:]) for one in both]
+    assert float(errors[0]) < 0.05
+    assert float(errors[1]) > 0.2

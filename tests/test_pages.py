@@ -1,7 +1,7 @@
 """Every Python block of README and of the documentation's pages runs as it stands, page by page.
 
-Pages with code cells are run where the site is built; the blocks of docs/extending.md,
-docs/cluster.md and docs/deploy have tests of their own.
+Code cells are run where the site is built; the blocks of docs/extending.md, docs/cluster.md and
+docs/deploy have tests of their own.
 """
 
 import os
@@ -21,6 +21,7 @@ EXTRA = {
     "docs/devices.md": ("ray", "ray"),
     "docs/run.md": ("ray.data", "ray-data"),
     "docs/stiff.md": ("diffrax", "dev"),
+    "docs/tuning.md": ("sklearn", "demo"),
 }
 NEEDS_SERVER = "import tritonclient"
 
@@ -35,8 +36,7 @@ FOUND = {
     str(page.relative_to(ROOT)): page
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 }
-NOTEBOOKS = {name for name, page in FOUND.items() if "file_format: mystnb" in page.read_text()}
-PAGES = {name: python_of(page) for name, page in FOUND.items() if name not in NOTEBOOKS}
+PAGES = {name: python_of(page) for name, page in FOUND.items()}
 RUN = [name for name, code in PAGES.items() if code and name not in ELSEWHERE]
 
 

@@ -195,7 +195,6 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
 from flax import nnx
 from nercc_jax import Berrut, coded_inference
-from nercc_jax.inference import partial_inference
 
 code = Berrut(4, 10)
 network = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
@@ -208,11 +207,7 @@ infer = coded_inference(shifted, code, mesh=mesh)
 for given in (x, jnp.asarray(x)):
     got = infer(given, mask, np.float32(1))
     np.testing.assert_allclose(np.asarray(got), expected, atol=1e-5)
-try:
-    partial_inference(network, code, mesh)
-except ValueError as error:
-    assert "one process, not 2" in str(error)
-    print("same", jax.process_count(), len(jax.devices()))
+print("same", jax.process_count(), len(jax.devices()))
 """
 
 

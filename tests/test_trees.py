@@ -25,7 +25,7 @@ from nercc_jax import (
 )
 from nercc_jax.evaluation import make_forecast
 from nercc_jax.evaluation._objective import nested_errors
-from nercc_jax.inference import ordered, partial_inference, robust_decode
+from nercc_jax.inference import ordered, robust_decode
 from nercc_jax.surrogates import Surrogate
 
 K, N, GROUPS = 3, 6, 2
@@ -98,10 +98,6 @@ def by_jit():
     return jax.jit(coded_inference(heads, CODE))(X, MASK)
 
 
-def by_parts():
-    return partial_inference(heads, Replication(K, N), mesh())(X, deadline=60.0).predictions
-
-
 def by_order():
     infer = coded_inference(heads, Replication(K, N), grouped=True)
     return ordered(infer, K, features=lambda x: x["meta"], buffer_size=K)(X, np.ones(N, bool))
@@ -128,7 +124,6 @@ WAYS = {
     by_mesh: (CODE, MASK),
     by_jit: (CODE, MASK),
     by_order: (Replication(K, N), np.ones(N, bool)),
-    by_parts: (Replication(K, N), np.ones(N, bool)),
     by_pool: (Replication(K, N), np.ones(N, bool)),
     by_scheme: (NeRCC(K, N, lambda_dec=0.0), MASK),
     by_scheme_on_a_mesh: (NeRCC(K, N, lambda_dec=0.0), MASK),

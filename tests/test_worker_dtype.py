@@ -26,7 +26,7 @@ from nercc_jax import (
     pool_inference,
 )
 from nercc_jax.evaluation import Estimate, make_forecast, nested_objective, record_answers
-from nercc_jax.inference import CalibrationWarning, cast_model, partial_inference
+from nercc_jax.inference import CalibrationWarning, cast_model
 from nercc_jax.inference._conditions import Conditions, current_conditions
 from nercc_jax.planning import Plan
 from nercc_jax.planning._candidates import Candidate
@@ -226,15 +226,6 @@ def test_a_mesh_exchanges_the_narrow_numbers():
     text = jax.jit(infer).lower(jnp.asarray(X), jnp.asarray(MASK)).as_text()
     exchanged = [line for line in text.splitlines() if "all_to_all" in line and "5x" not in line]
     assert any("xbf16>" in line for line in exchanged)
-
-
-def test_partial_results():
-    mesh = Mesh(np.array(jax.devices()[:4]), ("workers",))
-    decoded = partial_inference(linear(), CODE, mesh, worker_dtype="bfloat16")(X, deadline=60.0)
-    plain = partial_inference(linear(), CODE, mesh)(X, deadline=60.0)
-    difference = np.abs(np.asarray(decoded.predictions) - np.asarray(plain.predictions)).max()
-    assert decoded.predictions.dtype == np.float32
-    assert 1e-4 < difference < 3e-2
 
 
 def test_several_models():

@@ -220,8 +220,8 @@ def run_command(
     wrong_workers: Annotated[
         str | None,
         option(
-            "Workers that answer wrongly, as a table of swap, repeat, bias, flip_answer, stale, "
-            "flip_weight, flip_activation: '{stale = [0], swap = [1]}' (default: none).",
+            "Workers that answer wrongly, by swapping rows, as a table: '{swap = [1]}' (default: "
+            "none).",
             FAULTS,
         ),
     ] = None,

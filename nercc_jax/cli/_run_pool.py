@@ -81,7 +81,7 @@ def make_faults(options: Any) -> Faults:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} is a share of the calls, from 0 to 1, not {value}")
     check_positive_options("--straggler-delay-s", options.straggler_delay_s)
-    score, wrong, example = options.straggler_score, options.wrong_workers, "{stale = [0]}"
+    score, wrong, example = options.straggler_score, options.wrong_workers, "{swap = [1]}"
     found = table_of_option("--wrong-workers", wrong or "{}", example)
     if not all(isinstance(each, list) and {*map(type, each)} <= {int} for each in found.values()):
         raise ValueError(f"--wrong-workers: a table of workers is needed, '{example}', not {wrong}")

@@ -5,47 +5,35 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..splines import posterior_variance, process_variance
 from ..splines._ends import Ends, check_ends
 from ..splines._fit import LinearMap
 from ..splines._host import smoothing_matrix_on_host
 from ..splines._smoothing import smoothing_map
-from ..splines.arrays import working_dtype
 from ._berrut import berrut_matrix
 from ._checks import check_counts
 from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
 from ._kept import decoder_at_hand, encoder_at_hand
-from ._points import Points, coincident, regression_points
+from ._nercc import NeRCC
+from ._points import Points, regression_points
 from ._trees import scalar_leaf
 
 
 class BerrutSpline(AbstractCode):
-    """Basis-spline assisted coded computing (BSCC).
+    """Basis-spline assisted coded computing (BSCC): the encoder of `Berrut`, a spline to decode.
 
-    Coded data points are those of `Berrut`: samples at beta of Berrut's rational interpolant
-    through the data points at alpha. Predictions are samples at alpha of a cubic spline through the
-    answers at beta. As published it interpolates; a positive `lambda_dec` smooths as `NeRCC`'s
-    does, and `tune` finds it. One answer gives a constant. Beyond the outermost answers the spline
-    is a straight line, where a polynomial in the B-spline basis would go on as a cubic.
-
-    Attributes:
-        num_data: K.
-        num_workers: N.
-        alpha: Regression points of the data points; a leaf.
-        beta: Regression points of the workers; a leaf.
-        lambda_dec: The decoder's smoothing; a leaf.
-        ends: "not-a-knot", as an interpolating B-spline without further conditions has them, or
-            "natural". The variances are those of natural ends.
+    Predictions are samples at alpha of the cubic spline through the answers at beta, which smooths
+    with a positive `lambda_dec`; as published it interpolates. Beyond the outermost answers it is a
+    straight line, where a polynomial in the B-spline basis would go on as a cubic. `ends` are
+    "not-a-knot", those of an interpolating B-spline without further conditions, or "natural".
+    Variances are those of natural ends.
 
     Source: Borah, Harshan and Lalitha 2026, "Basis-Spline Assisted Coded Computing: Strategies and
     Error Bounds", arXiv 2601.10616.
 
     >>> import jax.numpy as jnp
     >>> from nercc_jax.codes import BerrutSpline
-    >>> code = BerrutSpline(4, 12)
-    >>> x = jnp.linspace(0, 1, 4)[:, None]
-    >>> y = jnp.sin(code.encode(x))
-    >>> error = code.decode(y, jnp.arange(12) != 5) - jnp.sin(x)
+    >>> code, x = BerrutSpline(4, 12), jnp.linspace(0, 1, 4)[:, None]
+    >>> error = code.decode(jnp.sin(code.encode(x)), jnp.arange(12) != 5) - jnp.sin(x)
     >>> bool(jnp.abs(error).max() < 0.01)
     True
     """
@@ -66,18 +54,14 @@ class BerrutSpline(AbstractCode):
         points: Points = "chebyshev",
         ends: Ends = "not-a-knot",
     ):
-        """Make a code with points by layout name or as (alpha, beta): see `regression_points`.
-
-        Raises:
-            ValueError: As `regression_points`; `lambda_dec` is negative, NaN or no scalar, or
-                `ends` is unknown.
-        """
+        """Make a code; arguments and errors are those of `NeRCC`."""
         counts = check_counts(num_data=num_data, num_workers=num_workers)
         self.num_data, self.num_workers = counts
         self.ends = check_ends(ends)
         self.alpha, self.beta = regression_points(self.num_data, self.num_workers, points)
-        dtype = self.alpha.dtype
-        self.lambda_dec = scalar_leaf("lambda_dec", lambda_dec, dtype, least=0.0, most=np.inf)
+        self.lambda_dec = scalar_leaf(
+            "lambda_dec", lambda_dec, self.alpha.dtype, least=0.0, most=np.inf
+        )
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
         if (at_hand := encoder_at_hand(self)) is not None:
@@ -87,15 +71,12 @@ class BerrutSpline(AbstractCode):
     def decoder_matrix(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data num_workers"]:
-        if (at_hand := decoder_at_hand(self, available)) is not None:
-            return at_hand
-        return self.decoder_map(available).matrix
+        at_hand = decoder_at_hand(self, available)
+        return self.decoder_map(available).matrix if at_hand is None else at_hand
 
     def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> LinearMap:
-        available = as_mask(available, (self.num_workers,))
-        return smoothing_map(
-            self.beta, self.alpha, self.lambda_dec, available=available, ends=self.ends
-        )
+        mask = as_mask(available, (self.num_workers,))
+        return smoothing_map(self.beta, self.alpha, self.lambda_dec, available=mask, ends=self.ends)
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
         return all_or_none(available, self)
@@ -111,13 +92,13 @@ class BerrutSpline(AbstractCode):
     def posterior_variance(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, " num_data"]:
-        available = as_mask(available, (self.num_workers,))
-        variance = posterior_variance(self.beta, self.alpha, self.lambda_dec, available=available)
-        own = coincident(self.alpha, jnp.where(available, self.beta, jnp.inf))
-        return jnp.where(own & (self.lambda_dec == 0), 0, variance)
+        return self._natural().posterior_variance(available)
 
     def process_variance(
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
     ) -> Float[Array, ""]:
-        y = y.astype(working_dtype(y.dtype, self.beta.dtype))
-        return process_variance(self.beta, y, self.lambda_dec, available=available)
+        return self._natural().process_variance(y, available)
+
+    def _natural(self) -> NeRCC:
+        points = self.alpha, self.beta
+        return NeRCC(self.num_data, self.num_workers, lambda_dec=self.lambda_dec, points=points)

@@ -1,9 +1,8 @@
-"""Encode, model, decode: on one device, on a mesh, partly, in order, among liars."""
+"""Encode, model, decode: on one device, on a mesh, in order, among liars."""
 
 from ._coded import coded_inference
 from ._conditions import CalibrationWarning, cast_model
 from ._ordering import order_points, ordered
-from ._partial import partial_inference
 from ._robust import RobustDecoded, robust_decode
 
 __all__ = [
@@ -13,6 +12,5 @@ __all__ = [
     "coded_inference",
     "order_points",
     "ordered",
-    "partial_inference",
     "robust_decode",
 ]

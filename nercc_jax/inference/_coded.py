@@ -188,10 +188,12 @@ class CodedInference:
         result = infer(self.workers, self.code, self.grouped, x, available, args)
         return result if self.with_status or self.with_error else result.predictions
 
-    def lower(self, x: PyTree, available: Any, *args: Any) -> "LoweredInference":
+    def lower(self, x: PyTree, available: Any, *args: Any) -> Any:
         """Return the program for these arguments, arrays or their `jax.ShapeDtypeStruct`, lowered.
 
-        It takes every straggler set, since the mask is an argument of the program:
+        The result is that of `equinox.filter_jit(...).lower`, with JAX's own as `lowered`, and
+        `compiled` once it is compiled. The model's arrays are arguments of the program, which
+        callers need not give, and so is the mask: one program serves every straggler set.
 
         >>> import jax, jax.numpy as jnp
         >>> from nercc_jax import NeRCC, coded_inference
@@ -201,48 +203,17 @@ class CodedInference:
         >>> run(x, mask).shape
         (4, 3)
         """
-        arrays, static = eqx.partition(self.workers, eqx.is_array)
 
-        def infer(arrays: PyTree, x: PyTree, available: Array, *args: Any) -> Any:
-            whole = dataclasses.replace(self, workers=eqx.combine(arrays, static))
-            return whole(x, available, *args)
+        def infer(workers: Any, *args: Any) -> Any:
+            return dataclasses.replace(self, workers=workers)(*args)
 
-        return LoweredInference(jax.jit(infer).lower(arrays, x, available, *args), arrays)
+        def stand_in(leaf: Any) -> Any:  # Equinox would take a bare shape for a constant
+            shape_only = isinstance(leaf, jax.ShapeDtypeStruct)
+            return np.zeros(leaf.shape, leaf.dtype) if shape_only else leaf
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LoweredInference:
-    """A program of `CodedInference.lower`: `lowered` is JAX's, and takes `arrays` first."""
-
-    lowered: jax.stages.Lowered
-    arrays: PyTree
-
-    def as_text(self) -> str:
-        """Return the program's StableHLO."""
-        return self.lowered.as_text()
-
-    def compile(self, *args: Any, **options: Any) -> "CompiledInference":
-        """Compile the program; arguments are those of `jax.stages.Lowered.compile`."""
-        return CompiledInference(self.lowered.compile(*args, **options), self.arrays)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class CompiledInference:
-    """A compiled program: `(x, available, *args) -> predictions`.
-
-    `compiled` is JAX's, with `memory_analysis()`, `cost_analysis()` and `as_text()`.
-    """
-
-    compiled: jax.stages.Compiled
-    arrays: PyTree
-
-    def __call__(self, x: PyTree, available: ArrayLike, *args: Any) -> Any:
-        """Run the program on arguments of the shapes and dtypes that it was lowered for.
-
-        Raises:
-            TypeError: They are others.
-        """
-        return self.compiled(self.arrays, x, available, *args)
+        arguments = jax.tree.map(stand_in, (x, available, *args))
+        program: Any = eqx.filter_jit(eqx.Partial(infer, self.workers))
+        return program.lower(*arguments)
 
 
 def _infer(

@@ -201,7 +201,7 @@ def spmd_decoded(
     given: Matrices | None,
 ) -> Decoded:
     """Coded inference on groups, for inputs of `place_inputs`; the result is on all devices."""
-    y = work(placed, x, args, shape)
+    y = _work(placed, x, args, shape)
     flat, form = join(y, 2)
     decode = _decode_by_group if flat.shape[0] >= placed.devices else _decode_by_coordinate
     decoded = _everywhere(placed, decode(placed, flat, available, given))
@@ -217,7 +217,7 @@ def spmd_answers(
     encoders: Float[Array, "groups num_workers num_data"] | None = None,
 ) -> PyTree[Float[Array, "groups num_workers ..."]]:
     """Return all workers' answers to groups, on all devices; `encoders` are the groups' own."""
-    y = work(placed, _everywhere(placed, x), args, encoders=encoders)
+    y = _work(placed, _everywhere(placed, x), args, encoders=encoders)
     first = placed.slots.of_worker
     return _everywhere(placed, jax.tree.map(lambda leaf: leaf[:, first], y))
 
@@ -226,7 +226,7 @@ def _everywhere(placed: Placed, tree: PyTree) -> PyTree:
     return jax.lax.with_sharding_constraint(tree, NamedSharding(placed.mesh, _REPLICATED))
 
 
-def work(
+def _work(
     placed: Placed,
     x: PyTree,
     args: tuple,

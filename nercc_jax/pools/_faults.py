@@ -16,19 +16,8 @@ from jaxtyping import ArrayLike, PyTree
 
 from ..stragglers import AbstractLatency, RowLatency, TraceLatency
 from ..stragglers._laws import check_alike
-from ._wrong_answers import (
-    MODEL_KINDS,
-    SIZES,
-    WRONG_KINDS,
-    ActivationFlip,
-    BitField,
-    ModelChange,
-    WeightChange,
-    WrongKind,
-)
 
-FaultKind: TypeAlias = Literal["delay", "error", "nan", "hang", "death"] | WrongKind
-_KINDS = (*get_args(get_args(FaultKind)[0]), *get_args(WrongKind))
+FaultKind: TypeAlias = Literal["delay", "error", "nan", "hang", "death", "swap"]
 
 # How many latencies a worker draws at once; after so many calls they come again.
 _DRAWS = 4096
@@ -87,13 +76,9 @@ class Fault:
     Args:
         kind: "delay": the call takes longer by a draw of `latency`; "error": it raises
             `InjectedError`; "nan": it answers with NaN in every place; "hang": it never answers;
-            "death": the worker's thread or process ends at once, a process by SIGKILL. The other
-            kinds give answers that look right and are wrong. "swap": the rows of a call come in
-            another order, or for a single row the previous call's; "repeat": the last answer that
-            was given comes again; "bias": `size` is added to each output; "flip_answer": a bit of
-            the answer is flipped; "stale": the parameters have noise, the same at all workers;
-            "flip_weight": a bit of a parameter is flipped, for a worker's life; "flip_activation":
-            in each call a bit of some intermediate result, of a model of JAX arrays.
+            "death": the worker's thread or process ends at once, a process by SIGKILL; "swap": its
+            answer looks right and is wrong, with the call's rows in another order, or for a single
+            row the previous call's last row.
         probability: With which it strikes a call.
         workers: Which workers it strikes (default: all).
         calls: Which of a worker's calls, counted from 0 in each of its lives (default: all).
@@ -105,9 +90,6 @@ class Fault:
         least_score: The least score that is struck.
         hardest: Instead, the share of rows with the largest scores that are struck, by those that
             the worker has seen: none of its first rows.
-        size: Of a "bias", in units of the outputs (default: 1); of "stale", the noise as a multiple
-            of each parameter's root mean square (default: 0.3).
-        bits: Of the flips, the bits to choose from.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -122,16 +104,10 @@ class Fault:
     score: Callable[[Any], Any] | None = None
     least_score: float = 0.0
     hardest: float | None = None
-    size: float | None = None
-    bits: BitField = "any"
 
     def __post_init__(self):
-        if self.kind not in _KINDS:
-            raise ValueError(f"a fault is one of {_KINDS}, not {self.kind!r}")
-        if self.size is not None and self.kind not in SIZES:
-            raise ValueError(f"only {' and '.join(SIZES)} have a size, not {self.kind!r}")
-        if self.bits not in get_args(BitField):
-            raise ValueError(f"bits are one of {get_args(BitField)}, not {self.bits!r}")
+        if self.kind not in get_args(FaultKind):
+            raise ValueError(f"a fault is one of {get_args(FaultKind)}, not {self.kind!r}")
         if not 0 <= self.probability <= 1:
             raise ValueError(f"probability must be in [0, 1], not {self.probability}")
         if (self.kind == "delay") != (self.latency is not None):
@@ -163,11 +139,10 @@ class Fault:
 
 
 class StruckCall(NamedTuple):
-    """A call's delay in seconds, the kinds of its other faults, and those that make it wrong."""
+    """A call's delay in seconds, and the kinds of its other faults."""
 
     seconds: float
     kinds: set[FaultKind]
-    wrong: list[Fault]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +184,7 @@ class Faults:
             straggler_leaning: With a score, the share of stragglers that have the largest scores;
                 the others are random.
             death_rate: Share of calls in which the worker dies.
-            wrong_workers: The workers that answer wrongly, by kind of fault (`Fault`).
+            wrong_workers: The workers that answer wrongly, by kind of fault, which is "swap".
             wrong_rate: Share of these workers' calls that are answered wrongly.
             seed: Of the random numbers.
 
@@ -231,8 +206,8 @@ class Faults:
         if death_rate:
             faults.append(Fault("death", death_rate))
         for kind, workers in (wrong_workers or {}).items():
-            if kind not in WRONG_KINDS:
-                raise ValueError(f"wrong answers are {sorted(WRONG_KINDS)}, not {kind!r}")
+            if kind != "swap":
+                raise ValueError(f"wrong answers are a 'swap' of rows, not {kind!r}")
             faults.append(Fault(kind, wrong_rate, workers=tuple(workers)))
         return cls(faults, seed)
 
@@ -285,16 +260,8 @@ class WorkerFaults:
         ]
         self._faults = [fault for _, fault in mine]
         self._random = np.random.default_rng([faults.seed, worker, life])
-        # Of wrong answers, so that these shift no other draws.
-        self.wrong_random = np.random.default_rng([faults.seed, worker, life, 0xBAD])
-        self.model_changes: list[ModelChange] = [
-            # Parameters of an earlier training are the same everywhere.
-            (ActivationFlip if fault.kind == "flip_activation" else WeightChange)(
-                fault, (faults.seed, number, *(() if fault.kind == "stale" else (worker, life)))
-            )
-            for number, fault in mine
-            if fault.kind in MODEL_KINDS
-        ]
+        # For the order of swapped rows, so that these shift no other draws.
+        self.swap_random = np.random.default_rng([faults.seed, worker, life, 0xBAD])
         self._delays = [
             _draws(fault.latency, faults.seed, number, worker, life) for number, fault in mine
         ]
@@ -308,7 +275,7 @@ class WorkerFaults:
     def strike(self, batch: PyTree | None = None) -> StruckCall:
         """Return the faults of the next call; faults may strike rows of the batch by a score."""
         call, self._call = self._call, self._call + 1
-        seconds, kinds, wrong = 0.0, set[FaultKind](), []
+        seconds, kinds = 0.0, set[FaultKind]()
         parts = zip(self._faults, self._delays, self._spells, self._seen, strict=True)
         for fault, delays, spells, seen in parts:
             # Drawn first, and always: what else is set must not shift the later draws.
@@ -319,11 +286,9 @@ class WorkerFaults:
             if strikes and struck and (spells is None or spells.now()):
                 if delays is not None:
                     seconds += float(delays[call % _DRAWS])
-                elif fault.kind in WRONG_KINDS:
-                    wrong.append(fault)
                 else:
                     kinds.add(fault.kind)
-        return StruckCall(seconds, kinds, wrong)
+        return StruckCall(seconds, kinds)
 
 
 def row_norm(batch: PyTree) -> np.ndarray:

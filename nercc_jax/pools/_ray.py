@@ -19,7 +19,6 @@ from ._ray_nodes import by_node, crowding, worker_options
 from ._scheduler import Scheduler
 from ._times import Overdue
 from ._worker import Examples, as_models, weights_checksum
-from ._wrong_answers import check_faults
 
 _LOG = logging.getLogger(__name__)
 
@@ -89,7 +88,6 @@ class RayPool(AbstractPool):
         start_timeout: float = 300.0,
     ):
         models = as_models(model, worker_dtype)
-        check_faults(models, () if faults is None else faults.faults)
         self._worker_dtype = check_worker_dtype(worker_dtype)
         self._weights = weights_checksum(models)
         self._probe = MEMBERSHIP.enter(address, runtime_env)

@@ -7,7 +7,6 @@ imported. Weights may change in memory: workers are asked for them.
 """
 
 import contextlib
-import copy
 import hashlib
 import platform
 import sys
@@ -31,7 +30,6 @@ from ..inference import cast_model
 from ..inference._conditions import cast_floats, matmul_precision, worker_dtype_of
 from ..inference._models import Model, call_model, check_model
 from ._faults import InjectedError, StruckCall, WorkerFaults
-from ._wrong_answers import ActivationFlip, ModelChange, WrongAnswers
 
 WEIGHTS = -1  # in place of the number of a worker's model: asks for its `weights_checksum`
 
@@ -122,15 +120,6 @@ class Program:
                 _CompiledModel.on_device(model, device) if compiled else model for model in models
             )
 
-    def changed(self, change: ModelChange) -> "Program":
-        """Return a program of changed models; for other parameters nothing is compiled."""
-        program = copy.copy(self)
-        program._calls = tuple(
-            call.changed(change) if isinstance(call, _CompiledModel) else change(call)
-            for call in self._calls
-        )
-        return program
-
     @contextlib.contextmanager
     def at_home(self) -> Iterator[None]:
         """Enter the program's device and precision, which are settings of a thread.
@@ -195,15 +184,6 @@ class _CompiledModel:
     def __call__(self, batch: PyTree) -> Any:
         return self._call(self.leaves, batch)
 
-    def changed(self, change: ModelChange) -> "_CompiledModel":
-        """Return the same function of other arrays, or another function of the same."""
-        if isinstance(change, ActivationFlip):
-            return _CompiledModel(change(self._call), self.leaves)
-        changed = zip(change(self.leaves), self.leaves, strict=True)
-        return _CompiledModel(
-            self._call, [jax.device_put(new, old.sharding) for new, old in changed]
-        )
-
 
 def as_models(
     model: Model | Sequence[Model], worker_dtype: DTypeLike | None = None
@@ -255,8 +235,7 @@ class Worker:
         wait: Callable[[float], Any] = time.sleep,
     ):
         self._program, self.faults = program, faults
-        self._changed = {id(each.fault): program.changed(each) for each in faults.model_changes}
-        self._wrong = WrongAnswers(faults.wrong_random)
+        self._previous: dict[int, PyTree] = {}  # the latest answer of each model
         self._die, self._wait = die, wait
 
     def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
@@ -270,14 +249,18 @@ class Worker:
         return self.answer(struck, kind, batch)
 
     def answer(self, struck: StruckCall, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
-        """Answer a batch, unless a fault of the call prevents it.
-
-        Models are changed by the first fault that does so.
-        """
+        """Answer a batch, unless a fault of the call prevents it."""
         if "error" in struck.kinds:
             raise InjectedError("injected on purpose")
-        changed = (self._changed[id(each)] for each in struck.wrong if id(each) in self._changed)
-        y = next(changed, self._program)(kind, batch)
-        y = self._wrong.change(kind, y, struck.wrong)
+        y = self._program(kind, batch)
+        previous, self._previous[kind] = self._previous.get(kind, y), y
+        if "swap" in struck.kinds:
+            number = len(jax.tree.leaves(y)[0])
+            places = np.arange(number)
+            if number > 1:
+                places = np.roll(places, self.faults.swap_random.integers(1, number))
+            else:
+                y, places = previous, np.array([-1])
+            y = jax.tree.map(lambda leaf: leaf[places], y)
         nan = "nan" in struck.kinds
         return jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), y) if nan else y

@@ -129,12 +129,6 @@ def _of_policy(name: str, example: Any = None, **changes: Any) -> Any:
     return _setting(default, POLICY_HELP[name], example, **changes)
 
 
-# As in `pools/_wrong_answers.py`, which imports JAX.
-_WrongKind = Literal[
-    "swap", "repeat", "bias", "flip_answer", "stale", "flip_weight", "flip_activation"
-]
-
-
 class ModelSettings(BaseModel):
     """The settings of one model: what it is, how it is coded, and which workers run it.
 
@@ -300,12 +294,11 @@ class ModelSettings(BaseModel):
     death_rate: float = _setting(
         0.0, "Share of calls in which the worker dies, for trials.", ge=0, le=1
     )
-    wrong_workers: Annotated[dict[_WrongKind, tuple[int, ...]], BeforeValidator(read_table)] = (
-        _setting(
-            {},
-            "Workers that answer wrongly, for trials, as a TOML table of swap, repeat, bias, "
-            "flip_answer, stale, flip_weight, flip_activation: {stale = [0], swap = [1]}.",
-        )
+    wrong_workers: Annotated[
+        dict[Literal["swap"], tuple[int, ...]], BeforeValidator(read_table)
+    ] = _setting(
+        {},
+        "Workers that answer wrongly, for trials, by swapping rows, as a TOML table: {swap = [1]}.",
     )
     wrong_rate: float = _setting(
         1.0, "Share of these workers' calls that are answered wrongly.", ge=0, le=1

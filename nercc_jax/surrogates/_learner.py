@@ -98,17 +98,7 @@ class GaussianGroupPrior(AbstractGroupPrior):
         y: Float[Array, "groups num_workers m"],
         responded: Bool[Array, "groups num_workers"],
     ) -> SurrogatePredictions:
-        known, white = jax.vmap(whiten_group)(self.covariance, self.noise, responded)
-        return self.condition_whitened(known, white, y, responded)
-
-    def condition_whitened(
-        self,
-        known: Float[Array, "groups num_workers points"],
-        white: Float[Array, "groups num_workers num_workers"],
-        y: Float[Array, "groups num_workers m"],
-        responded: Bool[Array, "groups num_workers"],
-    ) -> SurrogatePredictions:
-        """Condition groups that are whitened already (`whiten_group`)."""
+        known, white = jax.vmap(_whiten_group)(self.covariance, self.noise, responded)
         mean, variance = jax.vmap(_posterior)(
             self.mean, self.covariance, self.noise, known, white, y, responded
         )
@@ -117,7 +107,7 @@ class GaussianGroupPrior(AbstractGroupPrior):
         return SurrogatePredictions(mean[:, :num_data], mean[:, num_data:], deviation)
 
 
-def whiten_group(
+def _whiten_group(
     covariance: Float[Array, "points points"],
     noise: Float[Array, ""],
     responded: Bool[Array, " num_workers"],

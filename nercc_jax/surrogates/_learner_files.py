@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,9 @@ from jaxtyping import Array
 
 from ..codes._trees import Form, join
 from ..codes.whole_files import NO_CHECKSUM, read_checked, write_checked
-from ._components import ComponentLearner
 from ._kernels import Kernel
 from ._learner import Learner
 from ._pairs import Function, one_row
-from ._surrogate import trust as sound_trust
 
 _FORMAT = "nercc-jax learner"
 _VERSION = "2"
@@ -26,16 +24,14 @@ _VERSION = "2"
 _WINDOW = ("inputs", "residuals", "priors", "counts", "scatter", "place")
 _KERNEL = ("groups", "centre", "unit", "widths", "linear", "noise")
 _TRUST = ("theta", "kappa")
-# What a component has for itself: the rest of its window is that of all.
-_OWN = ("residuals", "scatter")
 
 
 def save_learner(
     path: str | Path,
-    learner: Learner | ComponentLearner,
+    learner: Learner,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a learner: its window, its kernels, and the version of the model that it learned from.
+    """Write a learner: its window, its kernel, and the version of the model that it learned from.
 
     Functions (`features`, `prior`) are not written; `load_learner` asks for them again.
 
@@ -52,23 +48,18 @@ def save_learner(
     _needs_safetensors()
     from safetensors.numpy import save
 
-    whole = learner if isinstance(learner, Learner) else learner.rest
     parts = (
         _named(learner, _TRUST)
-        | _named(whole.window, _WINDOW)
-        | _named(whole.kernel, _KERNEL, "kernel")
-        | {"scale": whole.scale}
+        | _named(learner.window, _WINDOW)
+        | _named(learner.kernel, _KERNEL, "kernel")
+        | {"scale": learner.scale}
     )
-    if isinstance(learner, ComponentLearner):
-        parts |= {"directions": learner.directions, "own.scale": learner.own.scale}
-        parts |= _named(learner.own.window, _OWN, "own")
-        parts |= _named(learner.own.kernel, _KERNEL, "own.kernel")
     arrays = {name: np.asarray(leaf) for name, leaf in parts.items() if leaf is not None}
     header = {
         "format": _FORMAT,
         "format_version": _VERSION,
         "checksum": NO_CHECKSUM,
-        "shape": whole.kernel.shape,
+        "shape": learner.kernel.shape,
         "version": learner.version,
         "features": str(learner.features is not None),
         "prior": str(learner.prior is not None),
@@ -78,10 +69,6 @@ def save_learner(
     write_checked(Path(path), save(arrays, metadata=header))
 
 
-def _named(of: Any, names: Sequence[str], prefix: str = "") -> dict[str, Any]:
-    return {f"{prefix}.{name}" if prefix else name: getattr(of, name) for name in names}
-
-
 def load_learner(
     path: str | Path,
     y: Any = None,
@@ -89,7 +76,7 @@ def load_learner(
     features: Function | None = None,
     prior: Function | None = None,
     version: str | None = None,
-) -> Learner | ComponentLearner:
+) -> Learner:
     """Read the learner that `save_learner` wrote; it predicts the same but for rounding.
 
     Args:
@@ -156,62 +143,23 @@ def _learner(
     y: Any,
     features: Function | None,
     prior: Function | None,
-) -> Learner | ComponentLearner:
+) -> Learner:
+    """Return a learner of these arrays; raise ValueError where they are not sound."""
+    if "directions" in arrays:
+        raise ValueError("it has a kernel for each principal component, which is no longer read")
     form = _form(header, y)
+    numbers: dict[str, Any] = {name: arrays[f"kernel.{name}"] for name in _KERNEL}
     trust: dict[str, Any] = {name: arrays[name] for name in _TRUST if name in arrays}
-    named = {"shape": header["shape"], "version": header["version"]}
-    if "directions" not in arrays:
-        return _plain(arrays, form, features=features, prior=prior, **named, **trust)
-    directions = arrays["directions"]
-    number = directions.shape[-1]
-    if directions.shape != (form.size, number) or not np.isfinite(directions).all():
-        raise ValueError(f"directions of {form.size} outputs have shape {directions.shape}")
-    rest = _plain(arrays, _form_of_rows(form.size), **named)
-    window = {name: arrays[name] for name in (*_WINDOW, "scale") if name in arrays}
-    each = {name.removeprefix("own."): a for name, a in arrays.items() if name.startswith("own.")}
-    own = [
-        _plain(
-            window | {name: array[i] for name, array in each.items()},
-            _form_of_rows(1),
-            shape=header["shape"],
-        )
-        for i in range(number)
-    ]
-    theta, kappa = sound_trust(**trust)
-    return ComponentLearner(
+    kernel = Kernel(header["shape"], **numbers)  # pyright: ignore[reportArgumentType]
+    learner = Learner(
+        kernel,
+        form,
+        capacity=len(arrays["counts"]),
         features=features,
         prior=prior,
-        directions=jnp.asarray(directions),
-        own=jax.tree.map(lambda *leaves: jnp.stack(leaves), *own),
-        rest=rest,
-        theta=theta,
-        kappa=kappa,
-        form=form,
+        version=header["version"],
+        **trust,
     )
-
-
-def _form(header: dict[str, str], y: Any) -> Form:
-    """Return the outputs' form; raise ValueError where it is unknown, or `y` has another."""
-    shapes, dtypes = json.loads(header["outputs"])
-    if y is None:
-        if len(shapes) != 1:
-            raise ValueError(f"its outputs are a pytree of {len(shapes)} arrays: give such a `y`")
-        y = jnp.zeros((1, *shapes[0]), dtypes[0])
-    form = join(one_row(jax.tree.map(jnp.asarray, y)), 1)[1]
-    if [list(shape) for shape in form.shapes] != shapes:
-        raise ValueError(f"its outputs have shapes {shapes}, `y` {form.shapes}")
-    return form
-
-
-def _form_of_rows(size: int) -> Form:
-    return join(jnp.zeros((1, size)), 1)[1]
-
-
-def _plain(arrays: Mapping[str, np.ndarray], form: Form, *, shape: str, **options: Any) -> Learner:
-    """Return a learner of these arrays; raise ValueError where they are not sound."""
-    numbers: dict[str, Any] = {name: arrays[f"kernel.{name}"] for name in _KERNEL}
-    kernel = Kernel(shape, **numbers)  # pyright: ignore[reportArgumentType]
-    learner = Learner(kernel, form, capacity=len(arrays["counts"]), **options)
     names = [name for name in _WINDOW if getattr(learner.window, name) is not None]
 
     def parts(one: Learner) -> list[Array]:
@@ -225,3 +173,16 @@ def _plain(arrays: Mapping[str, np.ndarray], form: Form, *, shape: str, **option
             raise ValueError(f"{name} is not finite")
         found.append(jnp.asarray(arrays[name], own.dtype))
     return eqx.tree_at(parts, learner, found).refactorized()
+
+
+def _form(header: dict[str, str], y: Any) -> Form:
+    """Return the outputs' form; raise ValueError where it is unknown, or `y` has another."""
+    shapes, dtypes = json.loads(header["outputs"])
+    if y is None:
+        if len(shapes) != 1:
+            raise ValueError(f"its outputs are a pytree of {len(shapes)} arrays: give such a `y`")
+        y = jnp.zeros((1, *shapes[0]), dtypes[0])
+    form = join(one_row(jax.tree.map(jnp.asarray, y)), 1)[1]
+    if [list(shape) for shape in form.shapes] != shapes:
+        raise ValueError(f"its outputs have shapes {shapes}, `y` {form.shapes}")
+    return form

@@ -117,23 +117,6 @@ def find_kernel(
     return min(found, key=lambda each: each[0])[1:]
 
 
-def find_kernels(
-    learners: Learner, starts: Kernel, pairs: Int[np.ndarray, " pairs"], tuning: LearnerTuning
-) -> tuple[Kernel, Float[np.ndarray, " learners"]]:
-    """Return the best kernels of learners of the same inputs, as `find_kernel` does.
-
-    The learners' arrays have a first axis. Kernels have the shape and the groups of their `starts`.
-    """
-    learners, starts = jax.device_get((learners, starts))
-    kernels, scales = [], []
-    for place in range(len(learners.window.place)):
-        one, start = jax.tree.map(lambda leaf: leaf[place], (learners, starts))  # noqa: B023
-        _, kernel, scale = _tuned(start, *_known(one, pairs, tuning), tuning)
-        kernels.append(jax.device_get(kernel))
-        scales.append(scale)
-    return to_device(jax.tree.map(lambda *leaves: np.stack(leaves), *kernels)), np.array(scales)
-
-
 class KnownPairs(eqx.Module):
     """Pairs to compare kernels on, in float64.
 

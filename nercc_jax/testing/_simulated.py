@@ -16,7 +16,6 @@ from ..pools._backend import OnOutcome, WorkerBackend, WorkerDied
 from ..pools._clock import BEAT, AbstractClock, AbstractTurns
 from ..pools._scheduler import Scheduler
 from ..pools._worker import Program, Worker, weights_checksum
-from ..pools._wrong_answers import check_faults
 
 
 class SimulatedClock(AbstractClock):
@@ -140,7 +139,6 @@ class SimulatedPool(AbstractPool):
         start_timeout: float = 60.0,
     ):
         models = (model,) if callable(model) else tuple(model)
-        check_faults(models, () if faults is None else faults.faults)
         clock = clock or SimulatedClock()
         self._weights = weights_checksum(models)
         self._scheduler = Scheduler(

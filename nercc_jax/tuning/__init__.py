@@ -1,7 +1,6 @@
 """Gradient descent through the nested objective, and the search for a layout."""
 
 from ._descent import Descent
-from ._fine_tune import Target, fine_tune
 from ._layouts import LayoutTuning, search_layout
 from ._learn_decoder import learn_decoder
 from ._parameters import parametrize
@@ -12,9 +11,7 @@ __all__ = [
     "Descent",
     "LayoutTuning",
     "Sampling",
-    "Target",
     "Tuned",
-    "fine_tune",
     "learn_decoder",
     "parametrize",
     "search_layout",

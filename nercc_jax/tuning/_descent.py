@@ -1,8 +1,8 @@
-"""The one gradient descent: steps, what is rejected, who judges, and the best that was seen."""
+"""The gradient descent of tuning: its steps, those rejected, and the best that was seen."""
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -40,39 +40,18 @@ class Descent:
             check_fields(self, "stop_after")
 
 
-class Judgement(NamedTuple):
-    """The objective of parameters on the held-out part; the lower, the better.
-
-    Attributes:
-        objective: The objective.
-        allowed: Whether the parameters may become the best.
-        summary: Numbers for the history.
-    """
-
-    objective: float
-    allowed: bool = True
-    summary: Any = None
-
-
 class Entry(NamedTuple):
     """One step of a descent, and the parameters that it started from.
 
-    The objective is that on what the step drew; None for the last entry, which is only judged.
+    `objective` is that on what the step drew; None for the last entry, which is only judged.
+    `held_out` is that on the held-out part; None for a step that was not judged.
     """
 
     step: int
     objective: float | None
     rejected: bool
-    judgement: Judgement | None
+    held_out: float | None
     parameters: PyTree
-
-
-@dataclasses.dataclass(frozen=True)
-class Best:
-    """The best allowed parameters, None where nothing was better than the start that was given."""
-
-    parameters: PyTree | None
-    judgement: Judgement
 
 
 R = TypeVar("R")
@@ -80,76 +59,74 @@ R = TypeVar("R")
 
 @dataclasses.dataclass(frozen=True)
 class History(Generic[R]):
-    """The records of all entries, the best, and how many judgements and steps there were."""
+    """The records of all entries, the best, and how many judgements and steps there were.
+
+    `parameters` are the best; None where no judgement was better than the start's `objective`.
+    """
 
     records: tuple[R, ...]
-    best: Best
+    parameters: PyTree | None
+    objective: float
     judgements: int
     steps: int
 
 
 def descend(
-    objectives: Sequence[Callable[..., Float[Array, ""]]],
+    objective: Callable[..., Float[Array, ""]],
     parameters: PyTree,
     arguments: tuple,
     *,
     descent: Descent,
     optimizer: optax.GradientTransformation,
     key: PRNGKeyArray,
-    validate: Callable[[PyTree], Judgement],
+    validate: Callable[[PyTree], float],
     record: Callable[[Entry], R],
-    start: Judgement | None = None,
+    start: float,
 ) -> History[R]:
-    """Walk down `objective(parameters, *arguments, key)`; several objectives take turns.
+    """Walk down `objective(parameters, *arguments, key)`.
 
-    Each objective is compiled once, and has a key of its own in every step. A step whose objective
+    The objective is compiled once, and has a key of its own in every step. A step whose objective
     or gradient is not finite is rejected: it changes nothing, and a RuntimeWarning counts them.
 
     Args:
-        objectives: The objectives.
+        objective: The objective.
         parameters: What is tuned.
-        arguments: Further arguments of the objectives.
+        arguments: Further arguments of the objective.
         descent: Length and speed.
         optimizer: The optimizer.
         key: Random key.
-        validate: Judges parameters on the held-out part.
+        validate: Returns the objective of parameters on the held-out part.
         record: Makes the history's entry of each step.
-        start: The judgement of what was there before `parameters`, if it is known: the best must be
-            better.
+        start: The held-out objective before the descent: the best must be lower.
     """
     optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=descent.steps)
-    turns = [_compiled(objective, optimizer) for objective in objectives]
-    state = optimizer.init(parameters)
-    best = None if start is None else Best(None, start)
+    advance, state = _compiled(objective, optimizer), optimizer.init(parameters)
+    best, lowest = None, start
     records, judgements, stale, rejected, done = [], 0, 0, 0, 0
     for number in range(descent.steps + 1):
-        here, judgement, value, sound = parameters, None, None, True
+        here, held_out, value, sound = parameters, None, None, True
         if number % descent.check_every == 0 or number == descent.steps:
-            judgement = validate(here)
+            held_out = validate(here)
             judgements, stale = judgements + 1, stale + 1
-            better = judgement.allowed and (
-                best is None or judgement.objective < best.judgement.objective
-            )
-            if best is None or better:
-                best, stale = Best(here, judgement), 0
+            if held_out < lowest:
+                best, lowest, stale = here, held_out, 0
         ends = number == descent.steps or stale == descent.stop_after
         if not ends:
-            value, sound, parameters, state = turns[number % len(turns)](
+            value, sound, parameters, state = advance(
                 parameters, state, arguments, key, jnp.asarray(number)
             )
             value, done = float(value), done + 1
             rejected += not sound
-        records.append(record(Entry(number, value, not sound, judgement, here)))
+        records.append(record(Entry(number, value, not sound, held_out, here)))
         if ends:
             break
-    assert best is not None
     if rejected:
         warnings.warn(
             f"{rejected} of {done} steps were rejected: their objective or gradient was not finite",
             RuntimeWarning,
-            stacklevel=3,  # the caller of `tune` or `fine_tune`
+            stacklevel=3,  # the caller of `tune`
         )
-    return History(tuple(records), best, judgements, done)
+    return History(tuple(records), best, lowest, judgements, done)
 
 
 def _compiled(

@@ -190,7 +190,7 @@ def search_layout(
         raise ValueError(f"follow has 'inputs' or functions, not {wrong[0]!r}")
     check_model(model)
     plain = _plain_codes(num_data, num_workers, layouts)
-    split = split_points(x, num_data, sampling, jax.random.fold_in(key, _SPLIT))
+    training, held = split_points(x, num_data, sampling, jax.random.fold_in(key, _SPLIT))
 
     def score(points: np.ndarray, draw: int) -> _Scores:
         groups = sampling.cut_held_out(points, num_data)
@@ -204,7 +204,7 @@ def search_layout(
     made = {name: getattr(sampling, name) for name in ("grouped", "order", "buffer_size")}
     drawn = dataclasses.replace(tuning.sampling, **made)
     on_stage(f"judging {len(plain)} untuned codes")
-    first = score(split.training, _FIRST_SETS)
+    first = score(training, _FIRST_SETS)
     best: dict[str, NeRCC] = {}
     for name, code in sorted(plain, key=lambda named: first.of(named[1])[0]):
         best.setdefault(name, code)
@@ -214,7 +214,7 @@ def search_layout(
         if laws := first.laws_to_tune(best[name]):
             on_stage(f"tuning {name}")
             tuned = tune(
-                model, best[name], split.training, {law: stragglers[law] for law in laws},
+                model, best[name], training, {law: stragglers[law] for law in laws},
                 key=jax.random.fold_in(key, _TUNING), points=tuning.points, criterion=slope,
                 power=power, sampling=drawn, descent=tuning.descent,
                 on_step=tuning.on_step,
@@ -222,7 +222,7 @@ def search_layout(
             candidates.append((name, tuned.code, True))
             evaluations += tuned.evaluations
     on_stage(f"judging {len(candidates)} codes on held-out groups")
-    second = score(split.held, _HELD_OUT_SETS)
+    second = score(held, _HELD_OUT_SETS)
     judged = [
         LayoutCandidate(*named, *second.of(named[1], each), each)
         for named in candidates

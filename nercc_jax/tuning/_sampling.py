@@ -14,9 +14,8 @@ from ..codes._trees import leaves_of, to_device
 from ..evaluation._answers import cut_groups
 from ..splines.arrays import native
 
-# Data points (points, ...) to a permutation of them, and to changed ones.
+# Data points (points, ...) to a permutation of them.
 Order: TypeAlias = Callable[[Any], Int[Array, " points"]]
-Augment: TypeAlias = Callable[[Any, PRNGKeyArray], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,6 @@ class Sampling:
             held out is ordered as one buffer.
         buffer_size: Data points that a step draws to order, of which it takes as many groups as it
             needs at random. Default: those of its groups.
-        augment: Random changes to a step's data points, (batch, key) to a batch.
 
     Raises:
         ValueError: A number is out of range, or there is an order of grouped data points.
@@ -49,7 +47,6 @@ class Sampling:
     grouped: bool = False
     order: Order | None = None
     buffer_size: int | None = None
-    augment: Augment | None = None
 
     def __post_init__(self):
         check_fields(self, "groups_per_step", "sets_per_step", "held_out_sets")
@@ -65,10 +62,10 @@ class Sampling:
         return min(self.groups_per_step, points // num_data)
 
     def draw(
-        self, num_data: int, x: PyTree, labels: Array | None, key: PRNGKeyArray
-    ) -> tuple[PyTree[Shaped[Array, "groups num_data ..."]], Int[Array, "groups num_data"] | None]:
-        """Return a step's groups of data points (points, ...), and their labels."""
-        key_points, key_groups, key_augment = jax.random.split(key, 3)
+        self, num_data: int, x: PyTree, key: PRNGKeyArray
+    ) -> PyTree[Shaped[Array, "groups num_data ..."]]:
+        """Return a step's groups of data points (points, ...)."""
+        key_points, key_groups, _ = jax.random.split(key, 3)  # three: recorded results rest on it
         points = len(jax.tree.leaves(x)[0])
         groups = self.groups(num_data, points)
         if self.grouped:
@@ -83,11 +80,7 @@ class Sampling:
                 chosen = chosen[self.order(jax.tree.map(lambda leaf: leaf[chosen], x))]
             cut = chosen[: size // num_data * num_data].reshape(-1, num_data)
             places = cut[jax.random.choice(key_groups, len(cut), (groups,), replace=False)]
-        drawn = jax.tree.map(lambda leaf: leaf[places.ravel()], x)
-        if self.augment is not None:
-            drawn = self.augment(drawn, key_augment)
-        drawn = jax.tree.map(lambda leaf: leaf.reshape(*places.shape, *leaf.shape[1:]), drawn)
-        return drawn, None if labels is None else labels[places]
+        return jax.tree.map(lambda leaf: leaf[places], x)
 
     def cut_held_out(self, held: PyTree, num_data: int) -> PyTree:
         """Return the held-out data points in groups (groups, K, ...), as they are judged."""
@@ -97,31 +90,20 @@ class Sampling:
         return cut_groups(held, num_data)
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Data points (points, ...) to train on and those held out, and the labels of both."""
-
-    training: PyTree
-    held: PyTree
-    training_labels: np.ndarray | None
-    held_labels: np.ndarray | None
-
-
 def split_points(
     x: PyTree,
     num_data: int,
     sampling: Sampling,
     key: PRNGKeyArray,
-    labels: Any = None,
-) -> Split:
-    """Hold out whole groups of K data points at random; with `grouped` those that came so.
+) -> tuple[PyTree[Shaped[np.ndarray, "points ..."]], PyTree[Shaped[np.ndarray, "held ..."]]]:
+    """Return data points to train on, and whole groups of K held out at random.
+
+    With `grouped`, the groups are those that came.
 
     Raises:
-        ValueError: There are fewer than two groups, data points are not finite floats, or labels
-            are not one for each.
+        ValueError: There are fewer than two groups, or data points are not finite floats.
     """
-    x, labels = native(x, "x"), native(labels, "labels")
-    x = jax.tree.map(np.asarray, x)
+    x = jax.tree.map(np.asarray, native(x, "x"))
     shapes = [leaf.shape for _, leaf in leaves_of("x", x)]
     points = min((shape[0] if shape else 0) for shape in shapes)
     groups = points // num_data
@@ -131,16 +113,9 @@ def split_points(
             "data points at least, one of them held out"
         )
     cut_groups(x, num_data)  # says what is no float, or not finite
-    if labels is not None and np.shape(labels) != (points,):
-        raise ValueError(f"labels have shape {np.shape(labels)}; x has {points} data points")
     size = num_data if sampling.grouped else 1
     held = min(max(round(sampling.held_out_share * groups), 1), groups - 1)
     order = np.asarray(jax.random.permutation(key, points // size))
     places = (order[:, None] * size + np.arange(size)).ravel()
-    first, rest = places[: held * num_data], places[held * num_data :]
-
-    def take(tree: Any, chosen: np.ndarray) -> Any:
-        return jax.tree.map(lambda leaf: leaf[chosen], tree)
-
-    targets = None if labels is None else np.asarray(labels)
-    return Split(take(x, rest), take(x, first), take(targets, rest), take(targets, first))
+    held_out, rest = places[: held * num_data], places[held * num_data :]
+    return jax.tree.map(lambda leaf: leaf[rest], x), jax.tree.map(lambda leaf: leaf[held_out], x)

@@ -16,7 +16,7 @@ from ..evaluation._criteria import Criterion
 from ..evaluation._trial import Trial, draw_sets, make_trial, relative_objective
 from ..inference._models import Model, check_model
 from ..stragglers import AbstractStragglers
-from ._descent import Descent, Entry, Judgement, descend
+from ._descent import Descent, Entry, descend
 from ._parameters import Code, Parameters, parametrize
 from ._sampling import Sampling, split_points
 
@@ -119,9 +119,8 @@ def tune(
     """
     start = time.perf_counter()
     check_model(model)
-    split = split_points(x, code.num_data, sampling, jax.random.fold_in(key, _SPLIT))
-    held = sampling.cut_held_out(split.held, code.num_data)
-    training = to_device(split.training)
+    training, held = split_points(x, code.num_data, sampling, jax.random.fold_in(key, _SPLIT))
+    training, held = to_device(training), sampling.cut_held_out(held, code.num_data)
     key_held, key_steps = jax.random.split(jax.random.fold_in(key, _DRAWS))
     validate = make_trial(
         model, code, held, stragglers,
@@ -131,31 +130,29 @@ def tune(
 
     def record(entry: Entry) -> TuningStep:
         here = rebuild(entry.parameters)
-        judged = None if entry.judgement is None else entry.judgement.objective
-        step = TuningStep(entry.step, entry.objective, judged, entry.rejected, _scalars(here))
+        step = TuningStep(
+            entry.step, entry.objective, entry.held_out, entry.rejected, _scalars(here)
+        )
         on_step(step, here)
         return step
 
     history = descend(
-        [_objective(code, rebuild, validate, stragglers, sampling)],
+        _objective(code, rebuild, validate, stragglers, sampling),
         parameters,
         (model, training),
         descent=descent,
         optimizer=_optimizer(parameters, descent),
         key=key_steps,
-        validate=lambda parameters: Judgement(
-            float(validate.objective(model, rebuild(parameters)))
-        ),
+        validate=lambda parameters: float(validate.objective(model, rebuild(parameters))),
         record=record,
-        start=Judgement(1.0),
+        start=1.0,
     )
-    best = history.best
     held_groups, points_left = (len(jax.tree.leaves(tree)[0]) for tree in (held, training))
     drawn = history.steps * sampling.groups(code.num_data, points_left)
     judging = held_groups * (code.num_data + (history.judgements + 1) * code.num_workers)
     return Tuned(
-        code=code if best.parameters is None else rebuild(best.parameters),
-        objective=best.judgement.objective,
+        code=code if history.parameters is None else rebuild(history.parameters),
+        objective=history.objective,
         history=history.records,
         evaluations=judging + drawn * (code.num_data + code.num_workers),
         differentiated=drawn * code.num_workers,
@@ -174,7 +171,7 @@ def _objective(
 
     def objective(parameters: Parameters, model: Model, training: PyTree, key: PRNGKeyArray):
         key_groups, key_sets = jax.random.split(key)
-        chosen, _ = sampling.draw(code.num_data, training, None, key_groups)
+        chosen = sampling.draw(code.num_data, training, key_groups)
         available, law = draw_sets(stragglers, key_sets, code.num_workers, sampling.sets_per_step)
         fresh = dataclasses.replace(
             validate, x=chosen, originals=None, available=available, law=law

@@ -11,7 +11,7 @@ import pytest
 from nercc_models import evaluate_model, list_models, load_data, load_model, model_card, score
 from nercc_models.lenet5 import LeNet5
 from nercc_models.recipes import RECIPES
-from nercc_models.registry import WEIGHTS_DIR, recipe_of
+from nercc_models.registry import WEIGHTS_DIR
 from nercc_models.weights import load_weights, named_arrays, save_weights, with_arrays
 
 pytest.importorskip("safetensors")
@@ -33,17 +33,7 @@ def batch_for(model, size=3):
 
 
 def test_every_recipe_is_shipped_with_weights_and_card():
-    coded = {name for name in list_models() if name.endswith("-coded")}
-    assert set(list_models()) - coded == set(RECIPES) == set(WANTED)
-    assert coded == {"lenet5-mnist-coded", "repvgg-cifar10-coded"}
-
-
-def wanted(name):
-    """A form that was fine-tuned for coding may lose 0.3 points of the original's accuracy."""
-    base = name.removesuffix("-coded")
-    if base == name:
-        return WANTED[name]
-    return model_card(base)["score"]["accuracy"] - 0.003
+    assert set(list_models()) == set(RECIPES) == set(WANTED)
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -84,8 +74,8 @@ def test_the_card_says_what_is_there(name):
     assert card["bytes"] == (WEIGHTS_DIR / f"{name}.safetensors").stat().st_size
     assert card["num_parameters"] == model.num_parameters
     assert tuple(card["classes"]) == model.classes
-    assert card["data"] == model.data == recipe_of(name).data
-    assert card["score"]["accuracy"] >= wanted(name)
+    assert card["data"] == model.data == RECIPES[name].data
+    assert card["score"]["accuracy"] >= WANTED[name]
     assert card["training_seconds"] > 0
 
 
@@ -94,7 +84,7 @@ def test_all_weights_together_stay_below_ten_megabytes():
 
 
 def data_dir_of(name):
-    if recipe_of(name).data == "digits":
+    if RECIPES[name].data == "digits":
         return None
     pytest.importorskip("datasets", reason="needs the extra `data`")
     if not SHARED_DATA.is_dir():
@@ -103,7 +93,7 @@ def data_dir_of(name):
 
 
 # The first test images that these models label right, of 1,000: all 5,000 take five times as long.
-RIGHT = {"repvgg-cifar10": 850, "repvgg-cifar10-coded": 850, "vit-cifar10": 718}
+RIGHT = {"repvgg-cifar10": 850, "vit-cifar10": 718}
 
 
 @pytest.mark.slow
@@ -124,7 +114,7 @@ def test_the_shipped_weights_score_what_is_claimed(name):
     result = evaluate_model(name, data_dir_of(name))
     claimed = model_card(name)["score"]
     assert result.total == claimed["total"]
-    assert result.accuracy >= wanted(name) - 0.002 * name.endswith("-coded")
+    assert result.accuracy >= WANTED[name] - 0.002 * name.endswith("-coded")
     # Stored in half precision: a borderline image or two may fall to the other side.
     assert abs(result.correct - claimed["correct"]) <= 0.002 * result.total
 

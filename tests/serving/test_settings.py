@@ -104,7 +104,7 @@ MODEL = {
     "straggler_score": "norm",
     "straggler_leaning": 0.5,
     "death_rate": 0.75,
-    "wrong_workers": {"stale": [1], "swap": [0, 2]},
+    "wrong_workers": {"swap": [0, 2]},
     "wrong_rate": 0.5,
     "fault_seed": 11,
 }

@@ -43,7 +43,6 @@ from ...surrogates import (
     principal_components,
     tune_learner,
 )
-from ...surrogates._components import ComponentLearner
 from ...surrogates._host import HostPredictions, Pending, predictions_on_host
 from ...surrogates._learner import init_learner_on_host
 from ...surrogates._tune_kernel import widths_of
@@ -429,8 +428,6 @@ def _tuned(learner: AbstractLearner, tuning: LearnerTuning) -> AbstractLearner:
     They are judged on some of the pairs. A kernel that does worse on all of them is not taken: one
     that is right for pairs four times as far apart may be.
     """
-    if isinstance(learner, ComponentLearner):
-        return tune_learner(learner, tuning)
     if not isinstance(learner, Learner):
         return learner
     return min(learner, tune_learner(learner, tuning), key=_log_loss)
