@@ -48,12 +48,9 @@ def save_learner(
     _needs_safetensors()
     from safetensors.numpy import save
 
-    parts = (
-        _named(learner, _TRUST)
-        | _named(learner.window, _WINDOW)
-        | _named(learner.kernel, _KERNEL, "kernel")
-        | {"scale": learner.scale}
-    )
+    parts = {name: getattr(learner, name) for name in (*_TRUST, "scale")}
+    parts |= {name: getattr(learner.window, name) for name in _WINDOW}
+    parts |= {f"kernel.{name}": getattr(learner.kernel, name) for name in _KERNEL}
     arrays = {name: np.asarray(leaf) for name, leaf in parts.items() if leaf is not None}
     header = {
         "format": _FORMAT,
@@ -145,8 +142,6 @@ def _learner(
     prior: Function | None,
 ) -> Learner:
     """Return a learner of these arrays; raise ValueError where they are not sound."""
-    if "directions" in arrays:
-        raise ValueError("it has a kernel for each principal component, which is no longer read")
     form = _form(header, y)
     numbers: dict[str, Any] = {name: arrays[f"kernel.{name}"] for name in _KERNEL}
     trust: dict[str, Any] = {name: arrays[name] for name in _TRUST if name in arrays}
