@@ -437,7 +437,7 @@ def test_wrong_tuning(change, message, untyped):
 
 
 def test_a_file_holds_it(tmp_path):
-    numpy = pytest.importorskip("safetensors.numpy")
+    pytest.importorskip("safetensors.numpy")
     x = jnp.asarray(X[:20], float)
     learner = fit_learner(x, model(x), capacity=32, prior=rough, version="a", tuning=FEW)
     path = tmp_path / "learner.safetensors"

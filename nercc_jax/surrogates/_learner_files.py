@@ -10,7 +10,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from ..codes._trees import Form, join
 from ..codes.whole_files import NO_CHECKSUM, read_checked, write_checked
@@ -157,7 +156,7 @@ def _learner(
     )
     names = [name for name in _WINDOW if getattr(learner.window, name) is not None]
 
-    def parts(one: Learner) -> list[Array]:
+    def parts(one: Learner) -> list[Any]:
         return [*(getattr(one.window, name) for name in names), one.scale]
 
     found = []
