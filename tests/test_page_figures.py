@@ -535,26 +535,3 @@ def test_of_liars(page):
         f"keeps as many labels in {same.sum()} of {same.size} cells, fewer in {fewer}, more in "
         f"{more}" in page
     )
-
-
-def test_of_what_it_is_not_for(page):
-    found = read("unsuited")
-    assert f"intervals over {found['groups']} groups" in page
-
-    def row(part, *columns, **wanted):
-        row = next(each for each in found[part] if wanted.items() <= each.items())
-        ends = ([100 * row[name][end] for end in ("mean", "half_width")] for name in columns)
-        return row, " | ".join(f"{mean:.1f} ± {half:.1f} %" for mean, half in ends)
-
-    for words, count, sigma in (("5, as strong", 5, 1.0), ("20, ten times as strong", 20, 10.0)):
-        some = {"noise_points": count, "sigma": sigma, "stragglers": 0}
-        private, kept = row("privacy", "labels_kept", **some)
-        bits = " | ".join(f"{private['bits'][who]:.1f}" for who in ("worst", "median"))
-        assert f"| {bits} | {kept} |" in page.partition(f"| {words}")[2][:60]
-    systems = ("NeRCC", "BACC", "without stragglers' parts", "copies")
-    off = [row("gradients", "relative_error", steps=100, system=each)[1] for each in systems]
-    assert f"| {' | '.join(systems)} | |---|---|---|---| | {' | '.join(off)} |" in page
-    for stragglers in (0, 40):
-        both = "embeddings", "recall", "labels_kept"
-        kept = row(*both, system="NeRCC", stragglers=stragglers)[1]
-        assert f"| {stragglers} | {kept} |" in page
