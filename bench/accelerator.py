@@ -1,227 +1,349 @@
-"""Measure the cost of coding on any device, and how near it is to the device's limits.
+"""Count what accelerators would launch, without one, and time the same programs on a device.
 
-    python bench/accelerator.py [--only PATTERN ...] [--groups G ...] [--dtypes D ...]
-                                [--seconds S] [--gigabytes G] [--output FOLDER]
+    python bench/accelerator.py --platform tpu|cuda [--only PATTERN ...] [--quick] [--update]
+    python bench/accelerator.py [--only PATTERN ...] [--models NAME ...] [--groups G ...] [--update]
 
-Encoding, decoding (mask given and traced) and coded inference against the bare product and the bare
-model on the same N coded data points and on K data points; ordering; splines; a step of tuning.
-Compiled programs, timed in turn, each call until its result is ready: medians and quartiles. Beside
-them the least time that the device could take: the operations of the mathematics and the program's
-arguments and results, each moved once, at the device's limits (its data sheet's, or measured).
+With `--platform`, each of six programs is compiled for a description of a TPU v5e or an H100, and
+not run. The command fails (1) where one does not compile, has float64 or a callback to the host,
+lets the device round the factors of a product of the spline mathematics, or is over its budget,
+which stands beside the program below. `.ci/compiled` installs the compilers, in the versions that
+the budgets are for.
 
-A case that takes longer than `--seconds` for three rounds of its parts, or more than `--gigabytes`,
-is left out, and so are larger ones of its family; the results say so. Results are added to those of
-the same device, and with `--only` held against the same limits. docs/accelerators.md shows them,
-with the counts of `bench/compiled.py --update` for devices that are not there.
+On a GPU each instruction outside of a fusion is a kernel launch, and each turn of a loop launches
+its body again. These, not bytes or operations, are what small programs take: 2.5 microseconds a
+launch, and about 10 for a predicate that the host waits for. A sort, or a library's call, counts as
+one and may launch several kernels. A TPU launches none.
+
+Without `--platform`, the programs run on JAX's default device: medians and quartiles of compiled
+calls, coded inference in turn with the bare model on as many images as there are coded ones.
+`--update` adds to results/accelerator.json, by device, or to results/compiled-PLATFORM.json.
 """
 
 import argparse
 import dataclasses
 import fnmatch
+import functools
+import importlib.util
+import itertools
 import json
 import os
+import re
+import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
-from _accelerator_cases import Case, Part, Steps, cases
-from _accelerator_limits import Limits, limits_of
-from _compiled_hlo import summarise
-from _report import Contender, Timing, clock, environment, interleaved, warmed, write_json
+from _report import Contender, affordable, environment, interleaved, warmed, write_json
+from flax import nnx
+from jax.experimental.topologies import get_topology_desc
+
+from nercc_jax import NeRCC, coded_inference, nested_objective
+from nercc_jax.codes import AbstractCode, encode_groups
+from nercc_models import repvgg_cifar, vit_small_cifar
+from nercc_models.lenet5 import INPUT_SHAPE, LeNet5
+from nercc_models.repvgg import CIFAR_SHAPE
 
 RESULTS = Path(__file__).parent / "results"
-FILE = "accelerator.json"
-_PACKAGES = ("nercc-jax", "jax", "jaxlib", "equinox", "flax", "numpy")
-_ROUNDS = (3, 31)  # of a case's parts, at least and at most
-_LONGEST_ERROR = 200
-
-
-class TooLarge(Exception):
-    """A case that takes more than it may."""
+_PACKAGES = ("jax", "jaxlib", "equinox", "flax", "numpy")
+_PLUGINS = {"tpu": "libtpu", "cuda": "jax_cuda12_plugin"}
+_CODE, _LOST = (20, 8), 3  # (N, K), and stragglers of each set
+_MODELS: Mapping[str, tuple[Callable[[], nnx.Module], tuple[int, ...]]] = {
+    "LeNet5": (lambda: LeNet5(10, rngs=nnx.Rngs(0)), INPUT_SHAPE),
+    "RepVGG, 32 x 32": (lambda: repvgg_cifar(deploy=True, rngs=nnx.Rngs(0)), CIFAR_SHAPE),
+    "ViT, 32 x 32": (lambda: vit_small_cifar(rngs=nnx.Rngs(0)), CIFAR_SHAPE),
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Built:
-    """A part, compiled; what XLA counts in it, and what it must move."""
+class Program:
+    """A function, its arguments, and its budget: launches on an H100 and two more counts.
 
-    part: Part
-    call: Contender
-    compile_s: float
-    moved: int
-    counts: dict[str, float]
+    `open_loops` are loops whose turns depend on data: decoding has one, for broken answers.
+    `rounded` are products whose factors a device may round: the model's own.
+    """
 
-
-def compile_part(part: Part) -> Built:
-    start = time.perf_counter()
-    arguments = jax.device_put(part.arguments)
-    compiled = jax.jit(part.function).lower(*arguments).compile()
-    seconds = time.perf_counter() - start
-    result = jax.block_until_ready(compiled(*arguments))
-    check_finite(result)
-    moved = sum(leaf.nbytes for leaf in jax.tree.leaves((arguments, result)))
-    call = Contender(lambda: jax.block_until_ready(compiled(*arguments)))
-    return Built(part, call, seconds, moved, xla_counts(compiled))
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    launches: int = 0
+    open_loops: int = 0
+    rounded: int = 0
 
 
-def check_finite(result: Any) -> None:
-    """Raise ValueError for results that are not finite: decoding those takes another way."""
-    for leaf in jax.tree.leaves(result):
-        if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating) and not np.all(
-            np.isfinite(np.asarray(leaf, np.float32))
-        ):
-            raise ValueError("a result is not finite")
-
-
-def xla_counts(compiled: Any) -> dict[str, float]:
-    """Return XLA's own count of a program (a loop's body once), and its launches on a GPU."""
-    found = compiled.cost_analysis() or {}
-    counts = {"flops": found.get("flops", 0.0), "bytes": found.get("bytes accessed", 0.0)}
-    memory = compiled.memory_analysis()
-    if memory is not None:
-        counts["temp_bytes"] = memory.temp_size_in_bytes
-    if jax.default_backend() == "gpu":
-        counts["launches"] = summarise(compiled.as_text() or "").cost.launches
-    return counts
-
-
-def measure(case: Case, limits: Limits, seconds: float) -> dict[str, Any]:
-    """Return all of a case's timings; raise TooLarge when three rounds would take too long."""
-    made = case.build()
-    if isinstance(made, Steps):
-        timing = Timing(tuple(made.run()))
-        return {"step": summary(timing, limits, case.dtype, made.flops, 0, False)}
-    built, spent = {}, 0.0
-    for name, part in made.items():
-        built[name] = compile_part(part)
-        spent += clock(built[name].call)
-        if _ROUNDS[0] * spent > seconds:
-            raise TooLarge(
-                f"{_ROUNDS[0]} rounds up to its part '{name}' take {_ROUNDS[0] * spent:.0f} s, "
-                f"more than {seconds:g}"
-            )
-    rounds = int(np.clip(seconds / (2 * spent), *_ROUNDS))  # each call is warmed
-    quick = spent < 0.1
-    contenders = {name: warmed(one.call) if quick else one.call for name, one in built.items()}
-    timings = interleaved(contenders, rounds)
-    return {name: _row(built[name], timings, name, limits, case.dtype) for name in built}
-
-
-def _row(
-    built: Built, timings: Mapping[str, Timing], name: str, limits: Limits, dtype: str
-) -> dict[str, Any]:
-    part = built.part
-    row = summary(timings[name], limits, dtype, part.flops, built.moved, part.precise)
-    row |= {"compile_s": built.compile_s, "xla": built.counts}
-    row["by"] = {
-        other: timings[name].ratio(timings[other])
-        for other in ("product", "bare, K", "bare, N")
-        if other in timings and other != name
-    }
-    return row
-
-
-def summary(
-    timing: Timing, limits: Limits, dtype: str, flops: float, moved: float, precise: bool
-) -> dict[str, Any]:
-    """Median and quartiles, and the share of it that the device's limit would take."""
-    least, limit = limits.seconds(flops, moved, dtype, precise)
+def programs() -> dict[str, Program]:
+    """Return the six programs by name; codes and weights are arguments, as in the library."""
+    code, large = (NeRCC(k, n) for n, k in (_CODE, (100, 20)))
+    _, given, traced = inference("LeNet5", 1).values()
+    objective = jax.grad(functools.partial(nested_objective, jnp.tanh), allow_int=True)
+    sets = (normal(4, code.num_data, 10), masks(8, code))
     return {
-        "median_s": timing.median,
-        "quartiles_s": [timing.quantile(0.25), timing.quantile(0.75)],
-        "repeats": len(timing.seconds),
-        "flops": flops,
-        "moved_bytes": moved,
-        "least_s": least,
-        "limit": limit,
-        "share": least / timing.median,
+        "encode (20, 8)": Program(encode_groups, (code, normal(1, 8, 3072)), 110),
+        "try_decode (20, 8)": decoding(code, 110),
+        "try_decode (100, 20)": decoding(large, 160),
+        "LeNet5 (20, 8), mask known": given,
+        "LeNet5 (20, 8), mask traced": traced,
+        "nested_objective (20, 8), gradient": Program(objective, (code, *sets), 1000),
     }
 
 
-def measure_all(
-    chosen: Iterable[Case], limits: Limits, seconds: float, gigabytes: float
-) -> dict[str, dict[str, Any]]:
-    """Return by name a case's timings, or why it was left out."""
-    results: dict[str, dict[str, Any]] = {}
-    skipped: dict[str, str] = {}
-    for case in chosen:
-        row = {f: getattr(case, f) for f in ("kind", "subject", "groups", "dtype")}
+SLOW = "nested_objective (20, 8), gradient"  # minutes for a TPU
+
+
+def decoding(code: AbstractCode, launches: int) -> Program:
+    arguments = (code, normal(code.num_workers, 10), masks(1, code)[0])
+    return Program(lambda code, y, mask: code.try_decode(y, mask), arguments, launches, 1)
+
+
+def inference(name: str, groups: int) -> dict[str, Program]:
+    """Return the bare model on N images a group, and coded inference by either mask."""
+    make, shape = _MODELS[name]
+    model: Any = make()
+    model.eval()
+    code = NeRCC(_CODE[1], _CODE[0])
+    x, workers = normal(groups, code.num_data, *shape), normal(groups * code.num_workers, *shape)
+    available = masks(groups, code)
+    known = np.broadcast_to(np.asarray(available[0]), available.shape)
+
+    def coded(model: Any, x: jax.Array, available: Any = known) -> Any:
+        return coded_inference(model, code, grouped=True)(x, available)
+
+    return {
+        "bare, N": Program(lambda model, images: model(images), (model, workers)),
+        "mask given": Program(coded, (model, x), 25, 1, rounded=5),
+        "mask traced": Program(coded, (model, x, available), 130, 1, rounded=5),
+    }
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+def masks(sets: int, code: AbstractCode) -> jax.Array:
+    ranks = np.random.default_rng(0).random((sets, code.num_workers)).argsort(1).argsort(1)
+    return jnp.asarray(ranks >= _LOST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Counts of a program, or of one of its computations.
+
+    `launches` are those where data decide for the least: a loop of unknown length makes no turn, a
+    conditional takes its cheapest branch. That is decoding when every answer is sound. `cycles` are
+    XLA:TPU's own estimate. `loops` are those whose turns XLA knows.
+    """
+
+    launches: int = 0
+    cycles: int = 0
+    loops: int = 0
+    open_loops: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Counts(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+
+# What is bookkeeping. What ends here (`-done`) was counted where it starts.
+_FREE = re.compile(
+    r".*-done|add-dependency|after-all|async-update|bitcast|constant|domain|get-dimension-size"
+    r"|get-tuple-element|opt-barrier|parameter|partition-id|replica-id|tuple"
+)
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+)(?: \(.*\) -> .*)?\s*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = .*? ([a-z][\w\-]*)\((.*)$")
+_BRANCHES = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
+_HOST = re.compile(r" (infeed|outfeed)\(|is_host_transfer=true|custom_call_target=\"[^\"]*callback")
+_PRODUCT = re.compile(r"stablehlo\.(dot|dot_general|convolution)\b")
+_EXACT = re.compile(
+    r"\[HIGHEST, HIGHEST\]|precision HIGHEST>, #stablehlo<precision HIGHEST"
+    r"|-> tensor<(?:\d+x)*u?i\d+>"
+)
+Computations = Mapping[str, Sequence[tuple[str, str]]]  # opcode, and the rest of the line
+
+
+def count(hlo: str) -> Counts:
+    """Return the counts of an optimised program, `compiled.as_text()`."""
+    computations: dict[str, list[tuple[str, str]]] = {}
+    entry, inside = None, []
+    for line in hlo.splitlines():
+        if head := _COMPUTATION.match(line):
+            inside = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif one := _INSTRUCTION.match(line):
+            inside.append((one[1], one[2]))
+    if entry is None:
+        raise ValueError("no ENTRY computation: this is no optimised HLO")
+    return _cost(computations, entry)
+
+
+def _cost(computations: Computations, name: str) -> Counts:
+    """Return the counts of running the computation once."""
+    total = Counts()
+    for opcode, rest in computations[name]:
+        cycles = int(found[1]) if (found := re.search(r'"estimated_cycles":"?(\d+)', rest)) else 0
+        if _FREE.fullmatch(opcode):
+            continue
+        if opcode == "while":
+            turn = _cost(computations, _called("body", rest) or "")
+            if known := re.search(r'"known_trip_count":\{"n":"?(\d+)', rest):
+                launches, cycles = int(known[1]) * turn.launches, int(known[1]) * turn.cycles
+                total += Counts(launches, cycles, turn.loops + 1, turn.open_loops)
+            else:  # its predicate is looked at once at least
+                total += Counts(1, 0, turn.loops, turn.open_loops + 1)
+        elif opcode == "conditional":
+            listed = re.search(r"branch_computations=\{([^}]*)\}", rest)
+            branches = re.findall(r"[\w.\-]+", listed[1]) if listed else _BRANCHES.findall(rest)
+            each = [_cost(computations, branch) for branch in branches]
+            least = min(each, key=lambda branch: branch.launches)
+            loops = (sum(branch.loops for branch in each), sum(b.open_loops for b in each))
+            total += Counts(1 + least.launches, cycles + least.cycles, *loops)
+        elif opcode == "call" and (called := _called("to_apply", rest)):
+            total += _cost(computations, called)
+        else:
+            total += Counts(1, cycles)
+    return total
+
+
+def _called(attribute: str, rest: str) -> str | None:
+    found = re.search(rf"\b{attribute}=%?([\w.\-]+)", rest)
+    return found[1] if found else None
+
+
+def faults(counts: Counts, program: Program, platform: str, lowered: str, hlo: str) -> list[str]:
+    """Return in words what is wrong with a program, as it was lowered and compiled."""
+    # Without full precision a TPU takes bfloat16 factors, and a GPU may take TF32.
+    products = [line for line in lowered.splitlines() if _PRODUCT.search(line)]
+    rounded = sum(not _EXACT.search(line) for line in products)
+    limits = {
+        "loops": (counts.loops, 0),
+        "loops that depend on data": (counts.open_loops, program.open_loops),
+        "products below full precision": (rounded, program.rounded),
+        "launches": (counts.launches, program.launches if platform == "cuda" else 10**9),
+    }
+    over = [f"{name} {n:,} > {limit:,}" for name, (n, limit) in limits.items() if n > limit]
+    over += ["float64"] if re.search(r"[<x]f64>|\b(f64|c128)\[", lowered + hlo) else []
+    return over + (["callbacks to the host"] if _HOST.search(hlo) else [])
+
+
+def described_device(platform: str) -> Any:
+    """Return a TPU v5e or an H100 that is not there, for which its compiler must be installed."""
+    if importlib.util.find_spec(_PLUGINS[platform]) is None:
+        sys.exit(f"{_PLUGINS[platform]} is missing: .ci/compiled {platform} installs it")
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8")
+    os.environ.update(TPU_WORKER_HOSTNAMES="localhost", CUDA_VISIBLE_DEVICES="")
+    jax.config.update("jax_platforms", "cpu")
+    if platform == "tpu":
+        return get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    card = Path(__file__).with_name("h100_sxm.txtpb").read_text()
+    return get_topology_desc(platform="cuda", target_config=card, topology="1x1x1").devices[0]
+
+
+def compile_for(program: Program, device: Any = None) -> tuple[jax.stages.Lowered, Any, Any]:
+    """Return the program lowered and compiled, and its arrays: for a described device, shapes."""
+    arrays, static = eqx.partition(program.arguments, eqx.is_array)
+    if device is not None:
+        where = jax.sharding.SingleDeviceSharding(device)
+        arrays = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), arrays
+        )
+
+    def run(arrays: Any) -> Any:
+        return eqx.filter(program.function(*eqx.combine(arrays, static)), eqx.is_array)
+
+    lowered = jax.jit(run).lower(arrays)
+    return lowered, lowered.compile(), arrays
+
+
+def count_all(chosen: Mapping[str, Program], platform: str, device: Any) -> dict[str, Any]:
+    """Compile, count and show each program; what the compiler raises is a result, too."""
+    results = {}
+    for name, program in chosen.items():
         start = time.perf_counter()
         try:
-            if case.family in skipped:
-                raise TooLarge(f"{skipped[case.family]} was too large")
-            if case.moved > gigabytes * 1e9:
-                raise TooLarge(f"its data take {case.moved / 1e9:.1f} GB")
-            row["parts"] = measure(case, limits, seconds)
-        except (TooLarge, jax.errors.JaxRuntimeError) as error:  # a device's memory may not do
-            row["left_out"] = " ".join(str(error).split())[:_LONGEST_ERROR]
-            skipped.setdefault(case.family, f"{case.groups} group{'s' * (case.groups > 1)}")
-        results[case.name] = row
-        print(f"{time.perf_counter() - start:6.1f} s  {line(case, row)}", flush=True)
+            lowered, compiled, _ = compile_for(program, device)
+        except Exception as error:  # of any kind: a trace, a lowering or the compiler may fail
+            results[name] = {"faults": [" ".join(f"{type(error).__name__}: {error}".split())[:200]]}
+        else:
+            counts = count(hlo := compiled.as_text() or "")
+            results[name] = dataclasses.asdict(counts) | {
+                "temp_bytes": int(compiled.memory_analysis().temp_size_in_bytes),
+                "faults": faults(counts, program, platform, lowered.as_text(), hlo),
+            }
+        print(f"{name:36} {time.perf_counter() - start:6.1f} s  {results[name]}", flush=True)
     return results
 
 
-def line(case: Case, row: Mapping[str, Any]) -> str:
-    if "left_out" in row:
-        return f"{case.name}: left out, {row['left_out']}"
-    parts = (
-        f"{name} {1e3 * p['median_s']:.3g} ms ({100 * p['share']:.2g} %)"
-        for name, p in row["parts"].items()
-    )
-    return f"{case.name}: {'; '.join(parts)}"
+def time_all(cases: Mapping[str, tuple[str, int, Mapping[str, Program]]]) -> dict[str, Any]:
+    """Time the parts of each case, a subject and its number of groups, on the default device."""
+    results = {}
+    for name, (subject, groups, parts) in cases.items():
+        contenders = {}
+        for part, program in parts.items():
+            _, compiled, arrays = compile_for(program)
+            arrays = jax.device_put(arrays)
+            call = Contender(lambda c=compiled, a=arrays: jax.block_until_ready(c(a)))
+            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(call.call())):
+                raise ValueError(f"{name}, {part}: a result is not finite")
+            contenders[part] = warmed(call)
+        timings = interleaved(contenders, affordable(contenders, seconds=10.0, most=31))
+        bare = {part: timing for part, timing in timings.items() if part.startswith("bare")}
+        found = {
+            part: {
+                "median_s": timing.median,
+                "quartiles_s": [timing.quantile(0.25), timing.quantile(0.75)],
+                "by": {other: timing.ratio(each) for other, each in bare.items()},
+            }
+            for part, timing in timings.items()
+        }
+        results[name] = {"subject": subject, "groups": groups, "parts": found}
+        shown = (f"{part} {1e3 * each['median_s']:.3g} ms" for part, each in found.items())
+        print(f"{name}: {'; '.join(shown)}", flush=True)
+    return results
 
 
-def add_results(path: Path, run: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to what was measured on the same device before: the other cases stay."""
-    content = json.loads(path.read_text()) if path.exists() else {"runs": {}}
-    label = run["environment"]["device"]
-    kept = content["runs"].get(label, {}).get("cases", {})
-    content["runs"][label] = {**run, "cases": kept | run["cases"]}
-    write_json(path, content)
-    return content
-
-
-def kept_limits(path: Path, label: str) -> Limits | None:
-    """Return the limits of the device's other cases."""
-    runs = json.loads(path.read_text())["runs"] if path.exists() else {}
-    return Limits(**runs[label]["limits"]) if label in runs else None
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN", help="'decode*'")
-    parser.add_argument("--groups", nargs="*", type=int, default=[1, 16, 256])
-    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--seconds", type=float, default=10.0, help="a case may take (10)")
-    parser.add_argument("--gigabytes", type=float, help="its data may take (2 on a CPU, else 16)")
-    parser.add_argument("--output", type=Path, help="folder (default: results/)")
-    return parser.parse_args(arguments)
-
-
-def main() -> None:
-    options = parse_arguments()
-    jax.config.update("jax_enable_x64", False)
-    results = options.output or RESULTS
-    device = jax.devices()[0]
-    start = environment(_PACKAGES)
-    whole = options.only == ["*"]
-    limits = (not whole and kept_limits(results / FILE, start["device"])) or limits_of(device)
-    print(f"{start['device']}: {limits}")
-    every = cases(sorted(options.groups), options.dtypes)
-    chosen = [c for c in every if any(fnmatch.fnmatchcase(c.name, p) for p in options.only)]
-    gigabytes = options.gigabytes or (2.0 if device.platform == "cpu" else 16.0)
-    found = measure_all(chosen, limits, options.seconds, gigabytes)
-    after = {"load_average_after": list(os.getloadavg())}
-    run = {
-        "environment": start | after,
-        "limits": dataclasses.asdict(limits),
-        "cases": found,
+    parser.add_argument("--platform", choices=tuple(_PLUGINS), help="compile for it, run nothing")
+    parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN", help="names: 'try*'")
+    parser.add_argument("--quick", action="store_true", help="without what compiles slowly")
+    parser.add_argument("--update", action="store_true", help="write the results")
+    parser.add_argument("--models", nargs="*", default=["LeNet5"], choices=tuple(_MODELS))
+    parser.add_argument("--groups", nargs="*", type=int, default=[1], help="a call (default: 1)")
+    options = parser.parse_args()
+    device = described_device(options.platform) if options.platform else None  # before any array
+    chosen = {
+        name: program
+        for name, program in programs().items()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in options.only)
+        and not (options.quick and name == SLOW)
     }
-    add_results(results / FILE, run)
-    print(f"wrote {results / FILE}")
+    plugin = [_PLUGINS[options.platform]] if device else []
+    where = environment([*_PACKAGES, *plugin])
+    if device is None:
+        alone = {name: each for name, each in chosen.items() if not name.startswith("LeNet5")}
+        cases = {name: (name, 1, {"compiled": program}) for name, program in alone.items()}
+        for model, groups in itertools.product(options.models, options.groups):
+            subject = f"{model} {_CODE}" + f" x {groups} groups" * (groups > 1)
+            cases[f"inference: {subject}, float32"] = (subject, groups, inference(model, groups))
+        path, results = RESULTS / "accelerator.json", time_all(cases)
+        kept = json.loads(path.read_text())["runs"]
+        older = kept.get(where["device"], {"cases": {}})["cases"]
+        content = {
+            "runs": kept | {where["device"]: {"environment": where, "cases": older | results}}
+        }
+    else:
+        path = RESULTS / f"compiled-{options.platform}.json"
+        results = count_all(chosen, options.platform, device)
+        kept = json.loads(path.read_text())["programs"]
+        content = {"environment": where, "programs": kept | results}
+    if options.update:
+        write_json(path, content)
+    failed = {name: words for name, found in results.items() if (words := found.get("faults"))}
+    print("\n".join(f"{name}: {'; '.join(words)}" for name, words in failed.items()))
+    return 1 if failed or not results else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,7 +5,8 @@ of it, `--only lenet5-mnist:100:20` one part, whose results replace those in the
 `--evaluate` evaluates NeRCC's codes in results/codes instead of tuning anew (rivals are tuned
 again); `--again noise`, or `--again bacc`, measures nothing else. Writes results/paper.json, which
 docs/results.md shows, and a picture of each part. Needs MNIST and CIFAR-10 as parquet files
-(`models/data.py` says where). `figure.py` runs one part into a folder of one's own.
+(`models/data.py` says where). `--figure FOLDER` puts picture, numbers and tuned codes into a folder
+of one's own, on probabilities and without noise and seeds.
 
 Intervals are over straggler sets and groups of images. At the paper's settings NeRCC is tuned, and
 its decoder learned, with two more seeds.
@@ -88,6 +89,9 @@ def main() -> None:
     path = RESULTS / ("paper-quick.json" if options.quick else "paper.json")
     console = Console(emoji=False)
     size = QUICK if options.quick else FULL
+    pictures, kinds = path.with_suffix(""), _OUTPUTS
+    if options.figure is not None:
+        pictures, path, kinds = options.figure, options.figure / "numbers.json", _OUTPUTS[:1]
     for setting in SETTINGS:
         if options.only in (None, setting.name):
             known = None
@@ -95,11 +99,13 @@ def main() -> None:
                 known = json.loads(path.read_text())["parts"][setting.name]
             part = run_setting(
                 setting, size, options.data_dir, console, path.parent,
-                known=known, again=options.again,
+                kinds=kinds, known=known, further=options.figure is None, again=options.again,
             )  # fmt: skip
             _merge(path, {"parts": {setting.name: part}})
-            console.print(f"picture: {draw(part, path.with_suffix(''), setting)}")
-    if options.only in (None, "convergence") and not (options.evaluate or options.again):
+            console.print(f"picture: {draw(part, pictures, setting)}")
+    if options.only in (None, "convergence") and not (
+        options.evaluate or options.again or options.figure
+    ):
         measured = _convergence.measure(options.quick, options.data_dir, console.log)
         _merge(path, {"convergence": measured})
     console.print(f"results: {path}")
@@ -486,7 +492,11 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--evaluate", action="store_true", help="NeRCC as in results/codes")
     parser.add_argument("--again", choices=list(_AGAIN), help="measure only this, the same codes")
-    parser.add_argument("--data-dir", type=Path, default=HERE.parent.parent / "shared" / "data")
+    parser.add_argument("--figure", type=Path, metavar="FOLDER", help="a figure, and no results")
+    data = HERE.parent.parent / "shared" / "data"
+    help_ = "of parquet files (default: shared/data, or where there is none the hub)"
+    default = data if data.is_dir() else None
+    parser.add_argument("--data-dir", type=Path, default=default, help=help_)
     return parser.parse_args()
 
 

@@ -101,6 +101,8 @@ def main() -> None:
     parser.set_defaults(ground="paper")
     parser.add_argument("--data-dir", type=Path, default=None)
     options = parser.parse_args()
+    if options.queries <= WARM_UP:
+        parser.error(f"--queries {options.queries}: the first {WARM_UP} are not judged, give more")
     if options.ground == "record":
         record(works(options.data_dir)["lenet5"]())
         return

@@ -1,113 +1,105 @@
-"""The accelerator benchmark: its smallest case is timed, and results are kept by device."""
+"""The accelerator benchmark: what it counts in a program's text, its verdicts, and its timing."""
 
-import dataclasses
-from types import SimpleNamespace
-
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from conftest import bench_modules, require
+from conftest import bench_modules
+
+ADD = """
+%add (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %sum = f32[4]{0} add(%p, %p)
+}
+"""
+FUSION = "%f = f32[4]{0} fusion(%x), kind=kLoop, calls=%add"
+# Two launches a turn.
+TURN = (
+    ADD
+    + """
+%turn (p.3: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p.3 = (s32[], f32[4]{0}) parameter(0)
+  %y = f32[4]{0} get-tuple-element(%p.3), index=1
+  %a = f32[4]{0:T(8,128)S(1)} fusion(%y), calls=%add, backend_config={"estimated_cycles":"50"}
+  %b = s32[] copy(%i.9)
+  ROOT %t = (s32[], f32[4]{0}) tuple(%b, %a)
+}
+"""
+)
+WHILE = "%w = (s32[], /*index=5*/f32[4]{0:T(8,128)}) while(%x), condition=%below, body=%turn"
+KNOWN = WHILE + ', backend_config={"known_trip_count":{"n":"19"}}'
+BRANCHES = ADD + "".join(
+    f"\n%{name} (p: f32[4]) -> f32[4] {{\n" + f"  {FUSION}\n" * number + "}\n"
+    for name, number in (("cheap", 1), ("dear", 5))
+)
+CONDITIONAL = "%c = f32[4]{0} conditional(%p, %x, %x), "
 
 
 @pytest.fixture(scope="module")
 def bench():
-    """bench/accelerator.py and its neighbours, which import each other."""
-    require("matplotlib", "demo")
-    parts = {name: f"_accelerator_{name}" for name in ("cases", "limits")}
-    with bench_modules(command="accelerator", **parts) as found:
-        yield found
+    with bench_modules(command="accelerator") as found:
+        yield found.command
 
 
-def _limits(bench):
-    return bench.limits.Limits(1e9, 1e10, 2e10, 4e10, "made up")
-
-
-def _case(bench, name):
-    (case,) = [c for c in bench.cases.cases([1], ["float32"]) if c.name == name]
-    return case
-
-
-ENCODE = "encode: (20, 8), 3,072 numbers, float32"
-
-
-def test_the_smallest_case_is_timed(bench):
-    found = bench.command.measure_all([_case(bench, ENCODE)], _limits(bench), 0.5, 1.0)
-    parts = found[ENCODE]["parts"]
-    assert set(parts) == {"product", "encode"}
-    encode = parts["encode"]
-    # Eight data points, twenty coded ones, the matrix and the code's own numbers.
-    assert encode["moved_bytes"] >= 4 * (28 * 3_072 + 160)
-    assert encode["flops"] == 2 * 160 * 3_072
-    assert encode["share"] == encode["least_s"] / encode["median_s"]
-    low, high = encode["quartiles_s"]
-    assert low <= encode["median_s"] <= high
-    assert encode["by"]["product"] > 0
-
-
-def test_what_is_too_large_is_left_out_with_what_is_larger(bench):
-    small = _case(bench, ENCODE)
-    many = dataclasses.replace(small, groups=16)
-    found = bench.command.measure_all([small, many], _limits(bench), 0.0, 1.0)
-    reasons = [row["left_out"] for row in found.values()]
-    assert "3 rounds" in reasons[0]
-    assert reasons[1] == "1 group was too large"
-    (row,) = bench.command.measure_all([small], _limits(bench), 1.0, 1e-6).values()
-    assert "GB" in row["left_out"]
-
-
-def test_an_answer_that_is_not_finite_is_not_timed(bench):
-    bench.command.check_finite((jnp.ones(2, jnp.bfloat16), jnp.arange(2)))
-    with pytest.raises(ValueError, match="not finite"):
-        bench.command.check_finite(jnp.array([1.0, np.nan]))
+def program(entry, rest=ADD):
+    """A program's text as XLA writes it, with these lines in its entry."""
+    lines = "\n".join(f"  {line}" for line in entry)
+    head = "HloModule jit_run, entry_computation_layout={(f32[4]{0})->f32[4]{0}}\n\n"
+    return f"{head}{rest}\nENTRY %main (x: f32[4]) -> f32[4] {{\n{lines}\n}}\n"
 
 
 @pytest.mark.parametrize(
-    ("dtype", "precise", "seconds", "limit"),
+    ("entry", "rest", "counts"),
     [
-        ("float32", True, 10.0, "flops"),
-        ("float32", False, 5.0, "flops"),
-        ("bfloat16", False, 3.0, "bytes"),
+        (["%x = f32[4]{0} parameter(0)", "%y = f32[2]{0} bitcast(%x)", FUSION], ADD, (1, 0, 0, 0)),
+        (["%s = (f32[4], u32[]) copy-start(%x)", "%d = f32[4] copy-done(%s)"], ADD, (1, 0, 0, 0)),
+        ([KNOWN, FUSION], TURN, (39, 950, 1, 0)),
+        ([WHILE], TURN, (1, 0, 0, 1)),
+        (["%k = f32[4]{0} call(%x), to_apply=%turn"], TURN, (2, 50, 0, 0)),
+        ([CONDITIONAL + "branch_computations={%dear, %cheap}"], BRANCHES, (2, 0, 0, 0)),
+        (
+            [CONDITIONAL + "true_computation=%dear, false_computation=%cheap"],
+            BRANCHES,
+            (2, 0, 0, 0),
+        ),
+    ],
+    ids=["fusion", "start", "known loop", "open loop", "call", "branches", "true and false"],
+)
+def test_counts(bench, entry, rest, counts):
+    assert bench.count(program(entry, rest)) == bench.Counts(*counts)
+
+
+def test_text_without_a_program_is_refused(bench):
+    with pytest.raises(ValueError, match="no ENTRY"):
+        bench.count("HloModule nothing\n")
+
+
+PRODUCT = "%2 = stablehlo.dot_general %0, %1, contracting_dims = [1] x [0]"
+FULL = PRODUCT + ", precision = [HIGHEST, HIGHEST] : (tensor<2x2xf32>) -> tensor<2x2xf32>"
+HALF = PRODUCT + ", precision = [DEFAULT, DEFAULT] : (tensor<2x2xf32>) -> tensor<2x2xf32>"
+HOST = '%h = f32[4] custom-call(%x), custom_call_target="xla_ffi_python_cpu_callback"'
+
+
+@pytest.mark.parametrize(
+    ("counts", "platform", "lowered", "hlo", "words"),
+    [
+        ((25, 0, 0, 1), "cuda", FULL, "", []),
+        ((26, 0, 0, 1), "cuda", FULL, "", ["launches 26 > 25"]),
+        ((26, 0, 0, 1), "tpu", FULL, "", []),
+        ((1, 0, 1, 2), "tpu", FULL, "", ["loops 1 > 0", "loops that depend on data 2 > 1"]),
+        ((1, 0, 0, 0), "tpu", HALF, "", ["products below full precision 1 > 0"]),
+        ((1, 0, 0, 0), "tpu", "tensor<4xf64>", "", ["float64"]),
+        ((1, 0, 0, 0), "tpu", "", HOST, ["callbacks to the host"]),
     ],
 )
-def test_the_slower_of_the_two_limits_counts(bench, dtype, precise, seconds, limit):
-    assert _limits(bench).seconds(1e11, 3e9, dtype, precise) == (seconds, limit)
+def test_verdicts(bench, counts, platform, lowered, hlo, words):
+    made = bench.Program(print, (), launches=25, open_loops=1)
+    assert bench.faults(bench.Counts(*counts), made, platform, lowered, hlo) == words
 
 
-def test_a_device_that_is_not_known_is_measured(bench):
-    unknown = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")
-    assert bench.limits.limits_of(unknown).bandwidth == 3.35e12
-    measured = bench.limits.measure_limits(1 << 20, 64)
-    assert min(measured.bandwidth, measured.float32, measured.bfloat16) > 0
-    assert measured.source.startswith("measured")
-
-
-def _part(median, **by):
-    rest = {"repeats": 3, "least_s": median / 4, "limit": "flops", "share": 0.25}
-    return {"median_s": median, "quartiles_s": [median, median], "by": by, **rest}
-
-
-def _results(device):
-    coded = {"bare, N": 1.25, "bare, K": 3.5}
-    parts = {"bare, K": _part(0.001), "bare, N": _part(0.002)}
-    parts |= {name: _part(0.0025, **coded) for name in ("mask given", "mask traced")}
-    row = {"kind": "inference", "subject": "LeNet5 (20, 8)", "groups": 1, "dtype": "float32"}
-    environment = {"device": device, "cpu": "a processor", "cores": 2, "python": "3.11"}
-    environment |= {"versions": {"jax": "0"}, "date": "2026-01-01T00:00:00"}
-    environment |= {"load_average": [0.0], "load_average_after": [0.0]}
-    large = {**row, "subject": "ViT", "left_out": "it takes 99 s"}
-    limits = {"bandwidth": 1e9, "float32": 1e9, "default": 1e9, "bfloat16": 1e9, "source": "a test"}
-    cases = {"small": {**row, "parts": parts}, "large": large}
-    return {"environment": environment, "limits": limits, "cases": cases}
-
-
-def test_results_of_a_device_are_added_to_its_own(bench, tmp_path):
-    path = tmp_path / "accelerator.json"
-    run = _results("cpu: cpu")
-    bench.command.add_results(path, run)
-    more = {**run, "cases": {"other": run["cases"]["small"]}}
-    bench.command.add_results(path, more)
-    content = bench.command.add_results(path, _results("gpu: a card"))
-    assert set(content["runs"]["cpu: cpu"]["cases"]) == {"small", "large", "other"}
-    assert set(content["runs"]) == {"cpu: cpu", "gpu: a card"}
-    assert bench.command.kept_limits(path, "cpu: cpu").source == "a test"
-    assert bench.command.kept_limits(path, "cpu: another") is None
+def test_a_program_is_compiled_and_timed(bench):
+    made = {"bare, N": bench.inference("LeNet5", 1)["bare, N"]}
+    (row,) = bench.time_all({"case": ("LeNet5 (20, 8)", 1, made)}).values()
+    (part,) = row["parts"].values()
+    low, high = part["quartiles_s"]
+    assert 0 < low <= part["median_s"] <= high
+    lowered, compiled, _ = bench.compile_for(made["bare, N"])
+    assert bench.count(compiled.as_text()).launches > 0
+    assert len(bench.faults(bench.Counts(), made["bare, N"], "tpu", lowered.as_text(), "")) == 1

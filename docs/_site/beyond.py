@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .results import load, percent
+from .results import percent
 
 Results = Mapping[str, Mapping[str, Any]]
 UNORDERED, PIXELS, ORDERED = "no order", "pixels, buffer 1024", "surrogate, buffer 1024"
@@ -68,19 +68,6 @@ def learners(results: Results) -> Iterator[dict[str, str]]:
                     for mode in ("student", "student and learner")
                 },
             }
-
-
-def costs() -> Iterator[dict[str, str]]:
-    """Yield what ordering costs beside the model."""
-    for model, part in load("ordering")["models"].items():
-        rows = {row["what"]: row for row in part["cost"]["rows"]}
-        names = [f"order, buffer {size}" for size in (20, 256, 1024)]
-        yield {
-            "model": model,
-            "1,000 images by the model": f"{1e3 * rows['model']['median_s']:.1f} ms",
-            **{name: f"{1e3 * rows[name]['median_s']:.1f} ms" for name in names},
-            "share at 1,024": f"{rows[names[-1]]['share_of_model']:.1%}",
-        }
 
 
 def days(results: Results, part: str) -> str:

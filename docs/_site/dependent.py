@@ -147,21 +147,6 @@ def statistics() -> Iterator[dict[str, str]]:
         }
 
 
-def weighted() -> Iterator[dict[str, str]]:
-    """Yield what evidence on all rows would give out, beside that on stragglers."""
-    groups: dict[tuple[str, float, int], dict[str, list[Cell]]] = {}
-    for cell in load("propensity")["cells"]:
-        group = groups.setdefault((cell["law"], cell["allowed"], cell["queries"]), {})
-        group.setdefault(cell["way"], []).append(cell)
-    for (law, allowed, queries), ways in groups.items():
-        row = {"slow": law, "allowed": f"{100 * allowed:g} %", "queries before": str(queries)}
-        for way, cells in ways.items():
-            late, given, wrong = (sum(_of(cells, name)) for name in ("late", "given", "wrong"))
-            row[f"given out, {way}"] = f"{100 * given / late:.0f} %"
-            row[f"wrong, {way}"] = f"{100 * wrong / given:.1f} %" if given else ""
-        yield row
-
-
 def monitor() -> Iterator[dict[str, str]]:
     """Yield the test's false alarms, and the answers until it finds a broken promise."""
     for each in load("dependent")["monitor"]:

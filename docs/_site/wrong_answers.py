@@ -13,11 +13,11 @@ _MODELS = {"lenet5-digits": "LeNet5 on digits", "repvgg-cifar10": "RepVGG"}
 
 def cells(rows: Sequence[Row], found: str = "found", of: str = "matter") -> Iterator[Row]:
     """Yield the calls of each check of a model, and the share found of each kind of faults."""
-    keys = [(row["work"], row["check"], row.get("rate")) for row in rows]
+    keys = [(row["work"], row["check"], row["rate"]) for row in rows]
     kinds = dict.fromkeys(kind.partition("/")[0] for row in rows for kind in row["found"])
     for key in dict.fromkeys(keys):
         some = [row for row, own in zip(rows, keys, strict=True) if own == key]
-        calls = np.mean([row.get("calls", 1 + row["false_alarms"]) for row in some])
+        calls = 1 + np.mean([row["false_alarms"] for row in some])
         shares = {f"{kind}, %": _share(some, kind, found, of) for kind in kinds}
         yield {"model": key[0], "check": key[1], "calls": f"{calls:.3f}"} | shares
 

@@ -142,8 +142,8 @@ def coded_inference(
             there is.
         worker_dtype: A dtype such as "bfloat16" or "float16" that workers run in: coded data points
             are cast to it, and so are `args` and, once, here, the arrays of the model, as far as
-            `cast_model` reaches them; answers are decoded in float32. It costs some RelAcc
-            (`bench/precision.py`). Encoder, decoder and a scheme's parts stay as they are; what is
+            `cast_model` reaches them; answers are decoded in float32. It costs some RelAcc, which
+            `evaluate` measures. Encoder, decoder and a scheme's parts stay as they are; what is
             calibrated at another precision, or on another platform, warns (`CalibrationWarning`).
 
     Raises:

@@ -57,7 +57,7 @@ def cast_model(model: Model | Sequence[Model], dtype: DTypeLike | None) -> Any:
     The cost is one rounding of inputs, weights and every layer's result: 2^-9 of the value in
     bfloat16, 2^-12 in float16, where a number larger than 65,504 is infinite, and so makes a
     straggler of its worker. The gain is half the bytes to send and to keep, and on accelerators
-    faster products; CPUs are slower. `bench/precision.py` measures the cost in labels.
+    faster products; CPUs are slower. `evaluate` measures the cost in labels.
 
     >>> import equinox as eqx, jax, jax.numpy as jnp
     >>> linear = eqx.nn.Linear(2, 3, key=jax.random.key(0))
