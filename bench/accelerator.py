@@ -86,7 +86,7 @@ def programs() -> dict[str, Program]:
         "try_decode (100, 20)": decoding(large, 160),
         "LeNet5 (20, 8), mask known": given,
         "LeNet5 (20, 8), mask traced": traced,
-        "nested_objective (20, 8), gradient": Program(objective, (code, *sets), 1000),
+        "nested_objective (20, 8), gradient": Program(objective, (code, *sets), 1000, 1),
     }
 
 
