@@ -415,16 +415,13 @@ class ServerSettings(BaseSettings):
         64 * 2**20, "Maximum bytes of a request's body, decompressed.", gt=0, le=_BYTES
     )
     max_json_bytes: int = _setting(
-        8 * 2**20, "Maximum bytes of a request's JSON, without binary tensors.", gt=0, le=_BYTES
+        2**20, "Maximum bytes of a request's JSON, without binary tensors.", gt=0, le=_BYTES
     )
     max_bytes_in_flight: int = _setting(
         2**29, "Maximum bytes of all requests that are read or answered at a time.", gt=0, le=_BYTES
     )
     head_timeout_s: float = _setting(
         10.0, "Seconds that a client has to send a request's head.", gt=0, le=MAX_DEADLINE_S
-    )
-    body_timeout_s: float = _setting(
-        60.0, "Seconds that a client has to send a request's body.", gt=0, le=MAX_DEADLINE_S
     )
 
     address: str | None = _setting(

@@ -39,7 +39,6 @@ SERVER = {
     "max_json_bytes": 500,
     "max_bytes_in_flight": 100_000_000,
     "head_timeout_s": 4.5,
-    "body_timeout_s": 5.5,
     "drain_delay_s": 1.5,
     "drain_timeout_s": 2.5,
     "log_format": "text",
@@ -373,7 +372,6 @@ def refused(message, *arguments, **variables):
         ("htp_port = 1", "htp_port: there is no such setting"),
         ("host = 1\nrequest_log_rate = 2", "request_log_rate: input should be less than or equal"),
         ("head_timeout_s = 0", "head_timeout_s: input should be greater than 0, not 0"),
-        ("body_timeout_s = inf", "body_timeout_s: input should be less than or equal to 3600"),
         (
             "max_header_bytes = 10",
             "max_header_bytes: input should be greater than or equal to 1024",

@@ -17,11 +17,11 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from ..core._request import Reply, message_of
 from ..protocol._errors import INTERNAL, KINDS, InvalidInput, ModelNotFound, Unauthenticated
-from ..protocol._json import array_or_error
 from ..protocol._messages import (
     InferRequest,
     InputTensor,
     RequestedOutput,
+    array_or_error,
     check_parameters,
     reply_parameters,
     response_outputs,

@@ -10,35 +10,23 @@ import http
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Literal
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .._policy import MAX_DEADLINE_S
 from .._served_model import ServedModel
 from .._settings import ServerSettings
 from ..core._request import Reply, message_of
-from ..protocol._errors import (
-    INTERNAL,
-    KINDS,
-    BodyTimeout,
-    InvalidInput,
-    TooLarge,
-    Unauthenticated,
-)
-from ..protocol._json import JsonBounds, JsonCounter, TooManyNumbers
-from ..protocol._messages import (
-    decompress,
-    json_size,
-    read_request,
-    write_reply,
-)
-from ._shares import PIECE, Connections
+from ..protocol._errors import INTERNAL, KINDS, Unauthenticated
+from ..protocol._messages import InferRequest, decompress, json_size, read_request, write_reply
+from ._bodies import read_body
+from ._shares import Connections
 from ._state import ServerState
 
 
@@ -186,23 +174,14 @@ class BoundedHttp(HttpToolsProtocol):
 
 _PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 
-# JSON above this size is parsed by another process, so that other requests go on.
-_LARGE = 2**17
-# Bytes of a number that was parsed.
-_NUMBER = 8
+_LARGE = 2**16  # bytes of JSON that take a millisecond or more to parse
 
 # Seconds until the server starts to look whether the client is still there, which takes a task that
 # most answers come sooner than.
 _WATCH_AFTER = 0.02
 
 _RETRY = {"retry-after": "1"}
-# Headers by status of errors. After 408 nobody reads the rest of the body.
-_HEADERS = {
-    401: {"www-authenticate": "Bearer"},
-    408: {"connection": "close"},
-    429: _RETRY,
-    503: _RETRY,
-}
+_HEADERS = {401: {"www-authenticate": "Bearer"}, 429: _RETRY, 503: _RETRY}  # by status
 # Paths that need no token: probes have none, and the status page sends that of its own address.
 _OPEN = frozenset(("/", "/v2/health/live", "/v2/health/ready"))
 
@@ -225,7 +204,7 @@ class InferenceEndpoint:
     """
 
     def __init__(self, app: ASGIApp, state: ServerState):
-        self._app, self._state = app, state
+        self._app, self._state, self._parsing = app, state, asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
@@ -273,19 +252,31 @@ class InferenceEndpoint:
         ):
             model = state.find(name, version)
             elapsed = seconds_since_proxy(scope["headers"], time.time())
-            body, length = await _read(scope, receive, model, state, add)
-            parsed, begin = None, time.monotonic()
-            if (size := json_size(len(body), length)) > _LARGE:
-                text, seconds = memoryview(body)[:size], model.settings.deadline_s
-                try:
-                    parsed = await state.reader.loads(client, text, seconds)
-                except ValueError as error:
-                    raise _refusal(error) from error
-                elapsed += time.monotonic() - begin
-            request = read_request(body, length, parsed)
+            body, length = await _read(scope, receive, state.settings, add)
             add(int(model.servable.growth * len(body)))
-            reply = await _while_connected(receive, state.answer(model, request, elapsed))
-            return write_reply(reply, request, model.servable)
+            answer = self._answer(model, body, length, elapsed)
+            return write_reply(*await _while_connected(receive, answer), model.servable)
+
+    async def _answer(
+        self, model: ServedModel, body: bytearray, length: str | None, elapsed: float
+    ) -> tuple[Reply, InferRequest]:
+        """Read a request and answer it.
+
+        While JSON is parsed nothing else happens. Large JSON is therefore parsed one request at a
+        time, after which the others have as long.
+        """
+        if json_size(len(body), length) <= _LARGE:
+            request = read_request(body, length)
+        else:
+            begin = time.monotonic()
+            async with self._parsing:
+                start = time.monotonic()
+                try:
+                    request = read_request(body, length)
+                finally:
+                    await asyncio.sleep(time.monotonic() - start)
+            elapsed += time.monotonic() - begin
+        return await self._state.answer(model, request, elapsed), request
 
 
 def error_response(error: Exception) -> Response:
@@ -309,122 +300,30 @@ def seconds_since_proxy(headers: Iterable[tuple[bytes, bytes]], now: float) -> f
 
 
 async def _read(
-    scope: Scope,
-    receive: Receive,
-    model: ServedModel,
-    state: ServerState,
-    add: Callable[[int], None],
-) -> tuple[bytes | bytearray, str | None]:
-    """Return the body, and the length of its JSON by the header. What takes long is refused early.
+    scope: Scope, receive: Receive, settings: ServerSettings, add: Callable[[int], None]
+) -> tuple[bytearray, str | None]:
+    """Return the body, decompressed, and the length of its JSON by the header.
 
     Raises as `read_body`, `decompress` and `json_size` do.
     """
-    settings, headers = state.settings, dict(scope["headers"])
-    length, encoding = (
-        None if name not in headers else headers[name].decode("latin-1")
-        for name in (b"inference-header-content-length", b"content-encoding")
-    )
-    shapes = tuple(part.shape for part in model.servable.inputs.parts)
-    bounds = JsonBounds.of(shapes, model.settings.max_queue_size)
-    most = min(bounds.bytes, settings.max_json_bytes)
-    announced = headers.get(b"content-length", b"0")
-    _check_announced(announced, length is None and encoding is None, settings, most)
-    counter = JsonCounter(bounds, json_size(settings.max_body_bytes, length) if length else None)
-
-    taken = 0
-
-    def take(part: bytes) -> None:
-        nonlocal taken
-        taken += len(part)
-        if length is None:
-            json_size(taken, None, most)
-        add(len(part))
-        try:
-            counter.add(part)
-        except ValueError as error:
-            raise _refusal(error) from error
-
-    async def pause() -> None:
-        if counter.counting:
-            await state.reader.pause((scope.get("client") or ("",))[0])
-
-    if encoding is None:
-        body = await read_body(receive, settings, take, pause)
-    else:
-        packed = await read_body(receive, settings, lambda part: add(len(part)), pause)
-        body = await _unpack(decompress(packed, encoding, settings.max_body_bytes), take)
-    json_size(len(body), length, most)
-    add(_NUMBER * counter.numbers)
+    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    length = headers.get(b"inference-header-content-length")
+    body = await read_body(receive, add)
+    if (encoding := headers.get(b"content-encoding")) is not None:
+        pieces = decompress(body, encoding, settings.max_body_bytes)
+        body = bytearray()
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            add(len(piece))
+            body += piece
+            if length is None:
+                json_size(len(body), None, settings.max_json_bytes)
+    json_size(len(body), length, settings.max_json_bytes)
     return body, length
 
 
-def _refusal(error: ValueError) -> Exception:
-    """Return the protocol's error for one of reading JSON."""
-    if isinstance(error, TooManyNumbers):
-        return TooLarge(str(error))
-    return InvalidInput(f"the body is not as it should be: {error}")
-
-
-async def _unpack(pieces: Iterator[bytes], take: Callable[[bytes], None]) -> bytearray:
-    """Return a decompressed body, whose pieces another thread makes and `take` counts."""
-    body = bytearray()
-    while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
-        take(piece)
-        body += piece
-    return body
-
-
-def _check_announced(
-    announced: bytes, only_json: bool, settings: ServerSettings, most: int
-) -> None:
-    """Raise TooLarge where the announced size is, before the body is read."""
-    limit = settings.max_body_bytes
-    if not announced.isdigit() or int(announced) > limit:
-        size = announced.decode("latin-1")
-        raise TooLarge(f"the body has {size} bytes; at most {limit} are taken")
-    if only_json:
-        json_size(int(announced), None, most)
-
-
-async def read_body(
-    receive: Receive,
-    settings: ServerSettings,
-    take: Callable[[bytes], None],
-    pause: Callable[[], Awaitable[None]],
-) -> bytes | bytearray:
-    """Return the body, whose parts `take` counts as they come, with pauses between pieces.
-
-    Raises:
-        TooLarge: above the limit, before more is held in memory.
-        BodyTimeout: where it does not arrive in time.
-        ClientDisconnect: where the client goes away.
-        Exception: as `take` does.
-    """
-    limit, seconds = settings.max_body_bytes, settings.body_timeout_s
-    body, more, next_pause = b"", True, PIECE
-    try:
-        async with asyncio.timeout(seconds):
-            while more:
-                message: Message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                part, more = message.get("body", b""), message.get("more_body", False)
-                take(part)
-                if len(body) + len(part) > limit:
-                    raise TooLarge(f"the body has more than {limit} bytes")
-                if isinstance(body, bytearray):
-                    body += part
-                else:  # one part, most often
-                    body = bytearray(part) if more else part
-                if more and len(body) >= next_pause:
-                    next_pause += PIECE
-                    await pause()
-    except TimeoutError as error:
-        raise BodyTimeout(f"the body did not come within {seconds:g} s") from error
-    return body
-
-
-async def _while_connected(receive: Receive, answer: Coroutine[Any, Any, Reply]) -> Reply:
+async def _while_connected(
+    receive: Receive, answer: Coroutine[Any, Any, tuple[Reply, InferRequest]]
+) -> tuple[Reply, InferRequest]:
     """Await the answer; raise ClientDisconnect once the client has gone away."""
     asker = asyncio.current_task()
     assert asker is not None

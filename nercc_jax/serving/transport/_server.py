@@ -31,6 +31,7 @@ from .._tracing import Telemetry, telemetry_from_environment
 from ..adapt._predictor import Predictor
 from ..protocol._errors import InvalidInput, ModelNotFound, ServerNotReady
 from ..protocol._servable import Servable, make_servable, name_and_version
+from ._bodies import BodyLimits
 from ._grpc import make_grpc_server
 from ._http import BoundedHttp, InferenceEndpoint
 from ._rest import make_app
@@ -99,6 +100,7 @@ class Server:
         # In front of FastAPI's own layers, too. Ray Serve needs the application as FastAPI has it:
         # it looks at its routes, and adds handlers of its own errors.
         app = InferenceEndpoint(make_app(self.state, registry), self.state)
+        app = BodyLimits(app, self.settings)
         self.http_port = self.grpc_port = 0
         drain = self.settings.drain_timeout_s
         connections = Connections(self.settings.max_connections)
@@ -165,7 +167,6 @@ class Server:
             with contextlib.suppress(asyncio.CancelledError):  # it did not end in time
                 await http
         finally:
-            self.state.reader.close()
             ends = self._close_models()
             if self._telemetry is not None:
                 ends["telemetry"] = _in_background(self._telemetry.close)

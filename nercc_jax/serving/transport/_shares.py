@@ -1,4 +1,4 @@
-"""The shares of clients: the server's memory, the reading of large JSON, and its connections.
+"""The shares of clients: the server's memory, and its connections.
 
 A client is an address. No client, whatever it sends, keeps the server from answering the others.
 """
@@ -10,16 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..protocol._errors import Overloaded
-from ..protocol._json import JsonProcess
 
 # The share of the memory that is left to small requests, and to clients with one request.
 _RESERVE = 0.25
 _SMALL = 2**16  # bytes of a small request
-# Seconds that parsing the largest JSON may take; it takes a tenth of one.
-_LONGEST = 30.0
-# Bytes of JSON that are received without a pause, and the pause after them, over all connections:
-# JSON comes no faster than it is parsed.
-PIECE, _PIECE_PAUSE = 2**18, 0.004
 # Connections of a client that has few of them, for which a part of all connections is kept free.
 _FEW, _KEPT_FOR_FEW = 8, 16
 # Seconds between two pieces of refused bodies that are still received, over all connections.
@@ -66,85 +60,6 @@ class RequestMemory:
             self._requests[client] -= 1
             if not self._requests[client]:
                 del self._requests[client]
-
-
-class Turns:
-    """A lock that clients get in turn, whatever number of requests each has.
-
-    For the event loop's thread only.
-    """
-
-    def __init__(self):
-        self._held = False
-        self._waiting: dict[str, collections.deque[asyncio.Future[None]]] = {}  # next client first
-
-    async def acquire(self, client: str) -> None:
-        if not self._held:
-            self._held = True
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(client, collections.deque()).append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():  # it had come
-                self.release()
-            raise
-
-    def release(self) -> None:
-        """Give the turn to the next client's first request that still waits."""
-        while self._waiting:
-            client, turns = next(iter(self._waiting.items()))
-            del self._waiting[client]
-            turn = turns.popleft()
-            if turns:
-                self._waiting[client] = turns  # behind the others
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._held = False
-
-
-class JsonReader:
-    """Receives and parses large JSON: piece by piece, and request by request, clients in turn.
-
-    A process of its own parses. For the event loop's thread only.
-    """
-
-    def __init__(self):
-        self._process = JsonProcess()
-        self._receiving, self._parsing = Turns(), Turns()
-
-    async def pause(self, client: str) -> None:
-        """Wait until the next piece of a body may be received."""
-        await self._receiving.acquire(client)
-        asyncio.get_running_loop().call_later(_PIECE_PAUSE, self._receiving.release)
-
-    async def loads(self, client: str, text: bytes | bytearray | memoryview, seconds: float) -> Any:
-        """Parse as `_json.loads`, and raise as it does; wait some seconds for a turn at most.
-
-        Raises:
-            Overloaded: where no turn comes, or the process fails.
-        """
-        try:
-            async with asyncio.timeout(seconds):
-                await self._parsing.acquire(client)
-        except TimeoutError as error:
-            raise Overloaded("too much JSON is being read: send binary tensors") from error
-        try:
-            loop = asyncio.get_running_loop()
-            work = loop.run_in_executor(None, self._process.loads, text)
-            work.add_done_callback(lambda done: done.cancelled() or done.exception())
-            if not (await asyncio.wait([work], timeout=_LONGEST))[0]:
-                self._process.end()
-            return await work
-        except OSError as error:
-            raise Overloaded(str(error)) from error
-        finally:
-            self._parsing.release()
-
-    def close(self) -> None:
-        self._process.end()
 
 
 class Connections:
