@@ -200,9 +200,6 @@ def make_grpc_server(state: ServerState) -> grpc.aio.Server:
         options=[
             ("grpc.max_receive_message_length", settings.max_body_bytes),
             ("grpc.max_send_message_length", -1),
-            ("grpc.max_metadata_size", settings.max_header_bytes),
-            ("grpc.absolute_max_metadata_size", settings.max_header_bytes),
-            ("grpc.server_handshake_timeout_ms", int(1000 * settings.head_timeout_s)),
             ("grpc.so_reuseport", 0),
         ],
         maximum_concurrent_rpcs=settings.max_connections,

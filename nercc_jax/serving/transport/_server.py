@@ -33,9 +33,8 @@ from ..protocol._errors import InvalidInput, ModelNotFound, ServerNotReady
 from ..protocol._servable import Servable, make_servable, name_and_version
 from ._bodies import BodyLimits
 from ._grpc import make_grpc_server
-from ._http import BoundedHttp, InferenceEndpoint
+from ._http import InferenceEndpoint
 from ._rest import make_app
-from ._shares import Connections
 from ._state import ModelControl, ServerState
 
 try:  # it takes less time for each request; there is none for Windows
@@ -103,13 +102,12 @@ class Server:
         app = BodyLimits(app, self.settings)
         self.http_port = self.grpc_port = 0
         drain = self.settings.drain_timeout_s
-        connections = Connections(self.settings.max_connections)
         self._http = uvicorn.Server(
             uvicorn.Config(
                 app,
                 host=self.settings.host,
                 port=self.settings.http_port,
-                http=functools.partial(BoundedHttp, self.settings, connections),  # pyright: ignore[reportArgumentType]
+                http="httptools",
                 ssl_certfile=self.settings.tls_certificate,
                 ssl_keyfile=self.settings.tls_key,  # pyright: ignore[reportArgumentType]
                 ws="none",
@@ -117,6 +115,7 @@ class Server:
                 access_log=False,
                 proxy_headers=False,  # nothing asks for whom a proxy speaks
                 lifespan="off",
+                limit_concurrency=self.settings.max_connections,
                 timeout_keep_alive=65,
                 # Ours ends first, see `_drain`.
                 timeout_graceful_shutdown=int(drain + 2 * _LAST_ERRORS) + 1,
@@ -157,6 +156,11 @@ class Server:
             OSError: where a port is taken.
             Exception: as starting a model does.
         """
+        with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has none
+            import resource  # each connection is a file
+
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         http = asyncio.create_task(self._serve_http())
         try:
             with self._catching_signals():
