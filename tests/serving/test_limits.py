@@ -19,7 +19,7 @@ from nercc_server import ENDS, patience
 
 from nercc_jax.serving.protocol._errors import Overloaded
 from nercc_jax.serving.transport import open_inference_pb2 as messages
-from nercc_jax.serving.transport._shares import RequestMemory
+from nercc_jax.serving.transport._bodies import RequestMemory
 
 
 @pytest.fixture(scope="module")
@@ -133,18 +133,6 @@ def test_what_is_unpacked_counts(server, monkeypatch):
     assert len(packed) < 500
     assert ask(server, packed, content_encoding="gzip").status_code == 503
     assert server.state.memory.used == 0
-
-
-def test_the_last_of_the_memory_is_for_small_requests_and_those_with_one():
-    memory = RequestMemory(2**20)
-    with memory.request("many") as first, memory.request("many") as second:
-        first(2**19)
-        second(2**16)
-        with pytest.raises(Overloaded):
-            second(2**18)
-        with memory.request("other") as other, memory.request("many") as third:
-            other(2**18)
-            third(2**16)
 
 
 def test_an_intake_gives_back_what_it_held():

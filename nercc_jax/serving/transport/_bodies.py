@@ -1,14 +1,14 @@
-"""The bodies of HTTP requests: their limits, and reading them."""
+"""The bodies of requests: their limits, reading them by HTTP, and the memory of all."""
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .._settings import ServerSettings
-from ..protocol._errors import TooLarge
+from ..protocol._errors import Overloaded, TooLarge
 from ..protocol._messages import json_size
 
 # The header of a body with binary tensors: the length of the JSON before them.
@@ -92,3 +92,38 @@ async def read_body(receive: Receive, add: Callable[[int], None]) -> bytearray:
         add(len(part))
         body += part
     return body
+
+
+class RequestMemory:
+    """Counts the bytes of all requests from their first byte to their answer.
+
+    For the event loop's thread only.
+    """
+
+    def __init__(self, limit: int):
+        """Create a count with the bytes that all requests together may use."""
+        self.limit, self.used = limit, 0
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[Callable[[int], None]]:
+        """Count one request's bytes until the end of the block.
+
+        Yields:
+            A function that adds a number of bytes; it raises `Overloaded` above the limit.
+        """
+        own = 0
+
+        def add(size: int) -> None:
+            nonlocal own
+            if self.used + size > self.limit:
+                raise Overloaded(
+                    f"the requests in hand have {self.used} bytes and {size} more came; at most "
+                    f"{self.limit} are held: come again later"
+                )
+            own += size
+            self.used += size
+
+        try:
+            yield add
+        finally:
+            self.used -= own

@@ -108,8 +108,7 @@ class InferenceService:
         state = self._state
         with (
             state.watch(request.model_name, metadata),
-            # By the client's address, without its port.
-            state.memory.request(context.peer().rpartition(":")[0]) as add,
+            state.memory.request() as add,
         ):
             add(request.ByteSize())
             model = state.find(request.model_name, request.model_version)

@@ -97,11 +97,8 @@ class InferenceEndpoint:
     async def _infer(
         self, name: str, version: str, scope: Scope, receive: Receive
     ) -> tuple[bytes, dict[str, str]]:
-        state, client = self._state, (scope.get("client") or ("",))[0]
-        with (
-            state.watch(name, lambda: Headers(scope=scope)),
-            state.memory.request(client) as add,
-        ):
+        state = self._state
+        with state.watch(name, lambda: Headers(scope=scope)), state.memory.request() as add:
             model = state.find(name, version)
             elapsed = seconds_since_proxy(scope["headers"], time.time())
             body, length = await _read(scope, receive, state.settings, add)

@@ -148,8 +148,7 @@ def _add_server(app: fastapi.FastAPI, state: ServerState) -> None:
 
     async def parse(request: fastapi.Request, kind: type[Body]) -> Body:
         """Return a small body, which may be empty."""
-        client = "" if request.client is None else request.client.host
-        with state.memory.request(client) as add:
+        with state.memory.request() as add:
             body = await read_body(request.receive, add)
             try:
                 return kind.model_validate_json(body or b"{}")

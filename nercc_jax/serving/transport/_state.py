@@ -33,7 +33,7 @@ from ..protocol._messages import (
     queries_of,
 )
 from ..protocol._servable import Servable, model_key, name_and_version
-from ._shares import RequestMemory
+from ._bodies import RequestMemory
 
 _LOG = logging.getLogger(__name__)
 
