@@ -17,6 +17,7 @@ from grpc_stub import GRPCInferenceServiceStub
 from in_process import Doubles, body, channel, connect, is_cut_off, post, read_answer, serving
 from nercc_server import ENDS, patience
 
+from nercc_jax.serving import make_servable
 from nercc_jax.serving.protocol._errors import Overloaded
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 from nercc_jax.serving.transport._bodies import RequestMemory
@@ -90,6 +91,22 @@ def test_connections_have_a_limit():
             if not server._http.server_state.connections:
                 break
         assert is_fine(server)
+
+
+def test_images_come_and_go_as_binary_tensors():
+    model = Doubles()
+    model.servable = make_servable("digits", lambda x: 2 * x, (224, 224, 3))
+    x = np.random.default_rng(0).normal(size=(8, 224, 224, 3)).astype("<f4")
+    tensor = {"name": "input", "datatype": "FP32", "shape": x.shape}
+    tensor |= {"parameters": {"binary_data_size": x.nbytes}}
+    asked = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
+    head = json.dumps(asked).encode()
+    with serving(model) as server:
+        length = {"inference_header_content_length": str(len(head))}
+        answer = ask(server, head + x.tobytes(), **length)
+        start = int(answer.headers["inference-header-content-length"])
+        found = np.frombuffer(answer.content, "<f4", x.size, start)
+    np.testing.assert_array_equal(found, 2 * x.ravel())
 
 
 def test_bytes_in_flight_have_a_limit():

@@ -112,7 +112,7 @@ class InferenceEndpoint:
         """Read a request and answer it.
 
         While JSON is parsed nothing else happens. Large JSON is therefore parsed one request at a
-        time, after which the others have as long.
+        time, after which the others have three times as long.
         """
         if json_size(len(body), length) <= _LARGE:
             request = read_request(body, length)
@@ -123,7 +123,7 @@ class InferenceEndpoint:
                 try:
                     request = read_request(body, length)
                 finally:
-                    await asyncio.sleep(time.monotonic() - start)
+                    await asyncio.sleep(3 * (time.monotonic() - start))
             elapsed += time.monotonic() - begin
         return await self._state.answer(model, request, elapsed), request
 
