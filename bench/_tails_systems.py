@@ -139,6 +139,7 @@ def systems(work: Work, law: str) -> tuple[System, ...]:
     """Return all systems that are compared on this work under a law, the simplest first."""
     wanted = None if work.wanted is None else WANTED.get(law, work.wanted)
     base = {"deadline_s": DEADLINE, "ordering": False, "max_batch_size": 8}
+    base["outputs"] = "logits" if work.tolerance is None else None  # of a function, by its limit
     hedged = BatchingPolicy(straggler_threshold=THRESHOLD, **base)
     three = dataclasses.replace(hedged, copies=3)
     known = dataclasses.replace(

@@ -243,7 +243,7 @@ def run_setting(setting: Setting, size: Size, data_dir: Path) -> dict[str, Any]:
     answers: dict[int, np.ndarray] = {}
     for method in compared.values():
         if id(method.code) not in answers:
-            answers[id(method.code)] = np.asarray(all_answers((run,), method.code, groups))
+            answers[id(method.code)] = np.asarray(all_answers((run,), method.code, groups)[0])
     rows = []
     for name, method in compared.items():
         honest = answers[id(method.code)]

@@ -28,6 +28,7 @@ from _tails_systems import Work, works
 from nercc_jax import NeRCC, Uncoded
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.risk import RiskMonitor
+from nercc_jax.risk._straggler_risk import AccuracyTarget
 from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Predictor
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 from nercc_jax.stragglers import RowLatency, TraceLatency
@@ -183,11 +184,12 @@ def serve(work: Work, case: str, seed: int) -> dict[str, Any]:
     learns = kind in ("learn", "function", "student")
     code = Uncoded(1) if learns else NeRCC(4, 8, points="interleaved")
     coder = Coder(code)
-    estimator = ErrorEstimator(coder)
+    estimator = ErrorEstimator(coder, AccuracyTarget(work.tolerance))
     if not learns:
         estimator.calibrate(load_model(str(work.model)), work.training())
     policy = BatchingPolicy(
         straggler_threshold=1.35,
+        outputs="logits" if work.tolerance is None else "values",
         max_disagreement=allowed if work.tolerance is None else None,
         tolerance=work.tolerance,
         deadline_s=60.0,

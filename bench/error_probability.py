@@ -72,7 +72,7 @@ def assess(
         for number in (responded - 2, responded - 1, responded):
             mask = np.isin(np.arange(coder.num_workers), others[: max(number, 1)])
             given = np.where(mask[:, None, None], answers, 0)
-            predictions, _, seen = coder.decode(given, mask, len(groups), estimate.weights)
+            predictions, _, seen = coder.decode(given, mask, len(groups), estimate)
             looks.append((seen[:, :few], predictions[:, :few].argmax(-1) != own))
         missing = [place for place in range(few) if not mask[layout.own[place]].any()]
         probabilities.append([seen[:, missing].ravel() for seen, _ in looks])
@@ -122,9 +122,9 @@ def main() -> None:
             groups, spent = arranged(arranger, x, few)
             seconds |= {"arrange": float(np.median(spent)), "arrange_most": max(spent)}
             values = np.ones((num_workers, ROWS, 10), np.float32)
-            mask, weights = np.ones(num_workers, bool), estimator.error_probability(few).weights
+            mask, estimate = np.ones(num_workers, bool), estimator.error_probability(few)
             seconds["decode"] = timed(lambda: coder.decode(values, mask, ROWS))  # noqa: B023
-            seconds["assess"] = timed(lambda: coder.decode(values, mask, ROWS, weights))  # noqa: B023
+            seconds["assess"] = timed(lambda: coder.decode(values, mask, ROWS, estimate))  # noqa: B023
         about = {"num_data": num_data, "num_workers": num_workers, "queries": few}
         rows.append(about | {"arranged": ordering, **assess(coder, estimator, model, groups)})
         print(rows[-1], flush=True)

@@ -17,6 +17,7 @@ from nercc_jax.codes import decode_groups
 from nercc_jax.inference import order_points, robust_decode
 from nercc_jax.pools import DevicePool
 from nercc_jax.splines import process_variance, smoothing_spline
+from nercc_jax.surrogates import init_learner
 
 CODE = NeRCC(4, 9)
 MASK = np.arange(9) != 5
@@ -56,6 +57,11 @@ DOORS = {
             jnp.tanh, {"n": CODE}, x, {"1": ExactStragglers(1)}, key=jax.random.key(0), num_sets=2
         )
     ],
+    "init_learner": lambda x, y: init_learner(x, y[:8], capacity=16).predict(X)[0],
+    "learner.update": lambda x, y: (
+        init_learner(X, Y[:8], capacity=16).update(x + 1, y[:8]).spread()
+    ),
+    "learner.predict": lambda x, y: init_learner(X, Y[:8], capacity=16).predict(x)[0],
     "pool_inference": lambda x, y: in_pool(x[:4]),
 }
 

@@ -181,5 +181,5 @@ def test_a_server_learns_by_it_and_goes_by_its_deviations(learner):
     assert study.calibrated is not None
     # A bar is a factor of its deviation, and of all that it was examined by it has learned.
     np.testing.assert_allclose(study.calibrated.factor, 1.645, atol=0.8)
-    learned = study.calibrated.surrogate.rest.place - learner.rest.place
+    learned = study.calibrated.surrogate.rest.window.place - learner.rest.window.place
     assert int(learned) % learner.capacity == LEAST % learner.capacity

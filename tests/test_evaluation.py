@@ -342,3 +342,22 @@ def test_a_picture_of_a_code_that_recovers_nothing_anywhere(x, key):
     codes = {"a": NeRCC(5, 12), "b": Berrut(5, 12)}
     rows = evaluate(model, codes, x, {"12": ExactStragglers(12)}, key=key, num_sets=2)
     assert "all lost: a, b" in rows.plot(["mse"]).axes[0].get_title(loc="left")
+
+
+@pytest.mark.slow
+def test_intervals_of_few_groups_cover_about_what_they_say():
+    """Of 10 groups and 10 sets: Student's intervals are a little short for skewed errors."""
+    rng = np.random.default_rng(6)
+    first, second = rng.normal(size=(5, 16)), rng.normal(size=(16, 3)) / 4
+    model = lambda x: jnp.tanh(x @ first.astype(np.float32)) @ second.astype(np.float32)  # noqa: E731
+    codes, law = {"nercc": NeRCC(4, 12)}, {"3": ExactStragglers(3)}
+    x = rng.normal(size=(2000, 5)).astype(np.float32)
+    (truth,) = evaluate(model, codes, x, law, key=jax.random.key(77), num_sets=100)
+    covered = {"mse": 0, "rmse": 0, "rel_acc": 0}
+    for draw in range(60):
+        some = x[rng.choice(len(x), 40, replace=False)]
+        (found,) = evaluate(model, codes, some, law, key=jax.random.key(draw), num_sets=10)
+        for name in covered:
+            low, high = getattr(found, name).interval(share=name == "rel_acc")
+            covered[name] += low <= getattr(truth, name).mean <= high
+    assert min(covered.values()) >= 0.85 * 60, covered

@@ -6,8 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
-from nercc_jax import AbstractCode, Berrut, NeRCC, Parity, Replication, Uncoded, coded_inference
+from nercc_jax import (
+    AbstractCode,
+    Berrut,
+    NeRCC,
+    Parity,
+    Replication,
+    Scheme,
+    Uncoded,
+    coded_inference,
+)
+from nercc_jax.inference import ordered
 from nercc_jax.inference._coded import coded_predictions
 
 K, N = 4, 10
@@ -251,3 +262,34 @@ def test_input_errors(x, mask, message, untyped):
 def test_model_errors(bad, message, untyped):
     with pytest.raises(ValueError, match=message):
         coded_inference(bad, NeRCC(K, N))(np.ones((2, K, 3), np.float32), np.ones(N, bool))
+
+
+@pytest.mark.parametrize("way", ["eager", "jit", "mesh", "ordered"])
+def test_results_say_how_far_predictions_may_be_off(way):
+    """`recovered` does not: many stragglers leave predictions that are determined and wrong."""
+    code, rng = NeRCC(4, 10), np.random.default_rng(0)
+    x = np.sort(rng.normal(size=(6, 4, 3)), axis=1).astype(np.float32)
+    masks = np.arange(10) < np.array([10, 9, 8, 6, 4, 3])[:, None]
+    mesh = Mesh(np.array(jax.devices()[:4]), ("workers",)) if way == "mesh" else None
+    infer = coded_inference(lambda x: jnp.sin(2 * x), code, with_error=True, mesh=mesh)
+    run = {"jit": jax.jit(infer), "ordered": ordered(infer, 4, buffer_size=4)}.get(way, infer)
+    found = run(x, masks)
+    error = np.sqrt(np.mean((found.predictions - np.sin(2 * x)) ** 2, axis=2))
+    assert found.recovered.all()
+    mean = found.expected_error.mean(axis=1)
+    assert (np.diff(mean[2:]) > 0).all()
+    assert mean[-1] > 20 * mean[0]
+    # Within a small factor in the mean, from one worker lost to seven.
+    ratio = error[1:].mean(axis=1) / found.expected_error[1:].mean(axis=1)
+    assert ((ratio > 0.1) & (ratio < 5)).all(), ratio
+    if way == "eager":
+        y = np.sin(2 * np.asarray(code.encode(x[2])))
+        _, wanted = code.decode(y, masks[2], return_uncertainty=True)
+        np.testing.assert_allclose(found.expected_error[2], wanted, rtol=1e-4)
+
+
+def test_codes_that_are_no_regression_have_no_expected_error():
+    x, mask = np.ones((4, 3), np.float32), np.arange(8) != 2
+    assert coded_inference(jnp.sin, Berrut(4, 8), with_error=True)(x, mask).expected_error is None
+    with pytest.raises(ValueError, match="deviations of its own: give with_status=True"):
+        coded_inference(jnp.sin, Scheme(NeRCC(4, 8)), with_error=True)

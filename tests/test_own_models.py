@@ -94,6 +94,16 @@ def test_outputs_are_as_asked(folder):
     np.testing.assert_array_equal(model(x), 3 * x)
 
 
+@pytest.mark.parametrize("outputs", ["logits", "probabilities"])
+def test_one_number_a_row_has_no_label(folder, outputs):
+    (folder / "one.py").write_text("def model(x):\n    return x[:, :1]\n")
+    np.save("x.npy", np.ones((9, 3), np.float32))
+    with pytest.raises(ValueError, match="say --outputs values"):
+        find_workload("one:model", inputs=folder / "x.npy", outputs=outputs)
+    found = find_workload("one:model", inputs=folder / "x.npy", outputs="values")
+    assert found.model(np.ones((2, 3), np.float32)).shape == (2, 1)
+
+
 def test_what_jax_cannot_trace_runs_on_the_host(folder):
     workload = find_workload("own_parts:by_hand")
     x = np.ones((2, 3), np.float32)

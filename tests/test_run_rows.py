@@ -29,8 +29,8 @@ from nercc_jax.pools._rows import RowCall, RowSettings, bars_that_held, late_ans
 from nercc_jax.pools._times import AnswerTimes
 from nercc_jax.risk import ErrorBars, ErrorProbability
 from nercc_jax.risk._straggler_risk import AccuracyTarget
-from nercc_jax.schemes import Scheme, fit_scheme
-from nercc_jax.schemes._calibrate import FittedScheme
+from nercc_jax.schemes import Scheme
+from nercc_jax.schemes._calibrate import FittedScheme, fit_scheme_on_host
 from nercc_jax.surrogates import LearnerTuning, init_learner
 
 
@@ -246,9 +246,9 @@ def quick_fit(monkeypatch):
 
     def fit(x, y, code, *, capacity, labels, tuning=None):
         quick = LearnerTuning(rows=32, steps=2)
-        return fit_scheme(x, y, code, capacity=QUICK_WINDOW, labels=labels, tuning=quick)
+        return fit_scheme_on_host(x, y, code, capacity=QUICK_WINDOW, labels=labels, tuning=quick)
 
-    monkeypatch.setattr("nercc_jax.pools._row_predictions.fit_scheme", fit)
+    monkeypatch.setattr("nercc_jax.pools._row_predictions.fit_scheme_on_host", fit)
 
 
 def test_a_row_is_predicted_without_itself_and_as_far_off_as_its_neighbours_were():
@@ -259,8 +259,8 @@ def test_a_row_is_predicted_without_itself_and_as_far_off_as_its_neighbours_were
     fitted = FittedScheme(Scheme(row_code(), surrogate=learner), 24)
     wanted, plain = np.zeros_like(y), np.zeros(24)
     for place in range(24):
-        filled = learner.filled.at[place].set(False)
-        others = eqx.tree_at(lambda one: one.filled, learner, filled)
+        counts = learner.window.counts.at[place].set(0)
+        others = eqx.tree_at(lambda one: one.window.counts, learner, counts)
         others = others.with_kernel(learner.kernel, learner.scale)
         mean, deviation = others.predict(x[place : place + 1])
         wanted[place], plain[place] = np.asarray(mean)[0], float(deviation[0])

@@ -241,3 +241,25 @@ def test_two_processes():
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
         assert "same 2 8" in output
+
+
+def test_a_module_with_weights_on_an_explicit_mesh():
+    """As a pytree; what `jax.vmap` closes over cannot be passed to the devices."""
+    mesh = jax.make_mesh((4,), ("workers",), axis_types=(jax.sharding.AxisType.Explicit,))
+    net = eqx.nn.MLP(5, 4, 8, 1, key=jax.random.key(0))
+    by = {True: PartitionSpec("workers"), False: PartitionSpec()}
+    sharded = jax.tree.map(
+        lambda leaf: (
+            jax.device_put(leaf, NamedSharding(mesh, by[leaf.shape[0] % 4 == 0]))
+            if eqx.is_array(leaf)
+            else leaf
+        ),
+        net,
+    )
+    code, x = NeRCC(4, 8), np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    mask = np.arange(8) != 2
+    expected = coded_inference(eqx.filter_vmap(net), code)(x, mask)
+    got = coded_inference(eqx.filter_vmap(sharded), code, mesh=mesh)(x, mask)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"closes over .* eqx\.filter_vmap\(module\)"):
+        coded_inference(jax.vmap(sharded), code, mesh=mesh)(x, mask)

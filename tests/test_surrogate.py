@@ -241,7 +241,7 @@ def test_input_errors(change, message, key, untyped):
     [
         ({"theta": -0.1}, "theta must be 0 or positive, not -0.1"),
         ({"kappa": np.nan}, "kappa must be 0 or positive, not nan"),
-        ({"kappa": np.ones(2)}, r"kappa must be a scalar, not of shape \(2,\)"),
+        ({"kappa": np.ones(2)}, r"kappa must be a scalar, not an array of shape \(2,\)"),
         ({"model": 3}, "a surrogate is a callable on a batch, not int"),
     ],
 )

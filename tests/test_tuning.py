@@ -566,3 +566,13 @@ def plain_objective(code, groups, masks):
         decoded = decoder @ np.tanh(3 * (encoder @ group) @ WEIGHTS)
         errors.append(np.mean((decoded - np.tanh(3 * group @ WEIGHTS)) ** 2))
     return np.mean(errors)
+
+
+@pytest.mark.parametrize("lambda_", [1.0, 1e6, np.inf])
+def test_a_lambda_too_large_to_descend_from_starts_where_none_does(lambda_):
+    """From 1e6 the objective is flat, and tuning stayed there."""
+    free, rebuild = parametrize(nj.NeRCC(4, 9, lambda_enc=lambda_, lambda_dec=lambda_))
+    none, _ = parametrize(nj.NeRCC(4, 9, lambda_enc=0.0, lambda_dec=0.0))
+    for name in ("log_lambda_enc", "log_lambda_dec"):
+        np.testing.assert_array_equal(free[name], none[name])
+    assert float(rebuild(free).lambda_dec) < 1e-6

@@ -116,7 +116,7 @@ def _find_base(
     from ..serving import make_servable
     from ._workload import find_workload
 
-    found = find_workload(model, weights, inputs, data_dir)
+    found = find_workload(model, weights, inputs, data_dir, "values")
     x, test = found.points("train", 1 << 30, seed), found.points("test", 1000, seed)
     if not len(test):
         raise ValueError(f"{found.source} has {len(x)} inputs: needs five or more")

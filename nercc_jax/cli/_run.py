@@ -255,6 +255,11 @@ def run_command(
         check_files(model, weights, inputs)
         if inputs is None or inputs.suffix not in (".csv", ".parquet"):
             refuse("inputs other than a .csv or .parquet", columns=columns, id_column=id_column)
+        if outputs == "values" and max_disagreement is not None:
+            raise ValueError(
+                "--max-disagreement is about labels, and --outputs values have none: give "
+                "--tolerance"
+            )
         own = inputs is not None or not is_shipped(model)
         by_row = tolerance is not None or (own and max_disagreement is not None)
         check_positive_options("--groups", groups, "--max-inputs", max_inputs, "--batches", batches)

@@ -26,7 +26,7 @@ from ..pools._inference import BatchOutcome
 from ..pools._row_files import Parts, check_parts, fingerprint
 from ..pools._rows import ATTEMPTS, reason_to_stop
 from ._errors import fail
-from ._options import CALIBRATION
+from ._options import CALIBRATION, Returned
 from ._output import summary_table, write_json
 from ._process import compile_quickly
 from ._run_pool import (
@@ -101,8 +101,8 @@ def run_data(options: Any, pool: ChosenPool, output: Path, resume: bool) -> None
         report = opened.report()
     if len(results):
         if output != folder:
-            _write(output, results, source)
-        numbers = _numbers(network, code, job, results, counts, report)
+            _write(output, results, source, options.outputs)
+        numbers = _numbers(network, code, job, results, counts, report, options.outputs)
         console.print(summary_table(_summary(numbers, report)))
         console.print(f"results: {output.resolve()}", soft_wrap=True)
         write_json(console, summary_file(output), settings | numbers)
@@ -355,7 +355,7 @@ class _Results:
         return int(np.sum(~self["recovered"]))
 
 
-def _write(path: Path, results: _Results, source: Points) -> None:
+def _write(path: Path, results: _Results, source: Points, outputs: Returned) -> None:
     """Write the rows with the true labels; a .csv has the number of workers that responded."""
     index = results["index"]
     columns: dict[str, Any] = {} if source.ids is None else {"id": source.ids[index]}
@@ -366,6 +366,8 @@ def _write(path: Path, results: _Results, source: Points) -> None:
         "predicted": results.predicted,
         "recovered": results["recovered"],
     }
+    if outputs == "values":
+        del columns["label"], columns["predicted"]
     responded, predictions = results["responded"], results["predictions"]
     if path.suffix == ".npz":
         np.savez(path, **columns, responded=responded, predictions=predictions)
@@ -397,9 +399,9 @@ def _numbers(
     results: _Results,
     counts: _Counts,
     report: PoolReport,
+    outputs: Returned,
 ) -> dict[str, Any]:
     """Return the counts of a run by the names of its summary file."""
-    same, compared = _agreement(network, job, results)
     return {
         "data_points": counts.rows,
         "batches": counts.batches,
@@ -412,8 +414,7 @@ def _numbers(
         "batches_sent_again": counts.retried,
         "short_batches": counts.short,
         "lost": results.lost,
-        "compared": compared,
-        "same_labels": same,
+        **_compared(network, job, results, outputs),
     }
 
 
@@ -431,16 +432,29 @@ def _summary(numbers: dict[str, Any], report: PoolReport) -> Iterator[tuple[str,
     short = "decoded at the deadline, from too few answers"
     yield "short batches", f"{numbers['short_batches']:,} ({short})"
     yield "lost data points", f"{numbers['lost']:,}"
-    same, compared = numbers["same_labels"], numbers["compared"]
+    compared = numbers["compared"]
+    if "rmse" in numbers:
+        rmse, spread = numbers["rmse"], numbers["spread"]
+        yield "error", f"RMSE {rmse:.3g} of {compared:,} rows, whose outputs spread by {spread:.3g}"
+        return
+    same = numbers["same_labels"]
     share = f"{100 * same / compared:.1f} %"
     yield "RelAcc", f"{share}: {same:,} of {compared:,} labels are the model's own"
 
 
-def _agreement(network: Model, job: _Job, results: _Results) -> tuple[int, int]:
-    """Return how many labels are the model's own, of some evenly spread rows, and of how many."""
+def _compared(
+    network: Model, job: _Job, results: _Results, outputs: Returned
+) -> dict[str, int | float]:
+    """Return how some evenly spread rows compare with the model's own: labels, or values."""
     some = np.unique(np.linspace(0, len(results) - 1, _COMPARED).astype(int))
-    own = np.asarray(batched(network, 256)(job.inputs(results["index"][some]))).argmax(axis=1)
-    return int(np.sum(own == results.predicted[some])), len(some)
+    own = np.asarray(batched(network, 256)(job.inputs(results["index"][some])))
+    if outputs != "values":
+        same = int(np.sum(own.argmax(axis=1) == results.predicted[some]))
+        return {"compared": len(some), "same_labels": same}
+    own, known = own.reshape(len(some), -1), results["recovered"][some]
+    error = (results["predictions"][some] - own)[known]
+    numbers = {"rmse": np.sqrt(np.mean(error**2)), "spread": np.sqrt(np.mean(np.var(own, axis=0)))}
+    return {"compared": int(known.sum()), **{name: float(each) for name, each in numbers.items()}}
 
 
 def _exit_unless_done(results: _Results, counts: _Counts, job: _Job, folder: Path) -> None:

@@ -22,7 +22,7 @@ from ..serving._metrics import Metrics
 from ..serving._served_model import ServedModel, log_phase
 from ..serving._settings import ModelSettings
 from ..serving.protocol._servable import FLOAT
-from ._options import check_files
+from ._options import Returned, check_files
 from ._own_models import (
     example_inputs,
     find_score,
@@ -108,6 +108,8 @@ def _start(
     settings: ModelSettings, code: AbstractCode, metrics: Metrics, join: Callable[[], Any]
 ) -> ServedModel:
     name = settings.served_name
+    if is_shipped(str(settings.model)) and settings.outputs is None and settings.tolerance is None:
+        settings = settings.model_copy(update={"outputs": "logits"})  # they are classifiers
     if settings.pool == "ray":
         with log_phase("joining Ray", name):
             join()
@@ -123,10 +125,15 @@ def _start(
         raise StartFailed(f"the workers of {name} did not start: {error}") from error
 
 
+def _returned(settings: ModelSettings) -> Returned:
+    """Return the outputs of a shipped model as its workers return them, and as files name them."""
+    return "probabilities" if settings.outputs == "probabilities" else "logits"
+
+
 def servable_of(settings: ModelSettings) -> Servable:
     assert settings.model is not None
     name = settings.served_name
-    model = find_model(settings.model, settings.weights, settings.outputs)
+    model = find_model(settings.model, settings.weights, _returned(settings))
     inputs: Any = _inputs(settings, model)
     shape = settings.input_shape or getattr(model, "input_shape", None) or _row_shape(inputs)
     if shape is None:
@@ -134,7 +141,7 @@ def servable_of(settings: ModelSettings) -> Servable:
             f"{settings.model}: say the shape of one query with --input-shape, or give --inputs"
         )
     prepare = settings.preprocess
-    output_name = settings.outputs if is_shipped(settings.model) else "output"
+    output_name = _returned(settings) if is_shipped(settings.model) else "output"
     return make_servable(
         name,
         model,
@@ -175,15 +182,15 @@ def predictor_of(settings: ModelSettings, servable: Servable) -> Predictor | Non
     """
     asked, name = settings.surrogate, servable.name
     if asked in (None, "none"):
-        if settings.tolerance is not None or settings.redundancy == "uncertain":
-            raise ValueError(f"{name}: tolerance and redundancy 'uncertain' need a surrogate")
+        if settings.redundancy == "uncertain":
+            raise ValueError(f"{name}: redundancy 'uncertain' needs a surrogate")
         return None
     if servable.uncodable is not None:
         raise ValueError(f"{name} cannot have a surrogate: {servable.uncodable}")
     if asked == "learn":
         return Predictor()
     try:
-        found = find_surrogate(asked, str(settings.model), settings.outputs)
+        found = find_surrogate(asked, str(settings.model), _returned(settings))
     except ValueError as error:
         raise ValueError(f"{name}: {error}; or learn, or none") from error
     return Predictor(servable.on_rows(found))
@@ -218,7 +225,7 @@ def code_of(settings: ModelSettings) -> AbstractCode:
         return Berrut(k, n, points=settings.points)
     if settings.scheme == "berrut-spline":
         return BerrutSpline(k, n, points=settings.points)
-    tuned = _CODES / f"{settings.model}-{n}-{k}-{settings.outputs}.json"
+    tuned = _CODES / f"{settings.model}-{n}-{k}-{_returned(settings)}.json"
     if settings.points == "interleaved" and tuned.exists():
         return load_code(tuned)
     own = settings.points in ("interleaved", "repeated")
@@ -232,11 +239,12 @@ def calibration_file(settings: ModelSettings, code: AbstractCode) -> Path | None
     """Return the cache file of a shipped model's calibration, beside the compiled programs.
 
     It is named after all that the calibration depends on. None where those programs are not kept,
-    and for a model of your own: its name does not say what it computes.
+    for a model of your own, whose name does not say what it computes, and for a tolerance.
     """
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     assert settings.model is not None
-    if not folder or "://" in folder or ":" in settings.model:
+    values = settings.policy().tolerance is not None
+    if values or not folder or "://" in folder or ":" in settings.model:
         return None
     digest = hashlib.sha256()
     for part in _parts(settings, code):
@@ -248,7 +256,7 @@ def _parts(settings: ModelSettings, code: AbstractCode) -> Iterator[bytes]:
     """Yield all that calibration depends on: the model, its code, how it runs, and our sources."""
     leaves, structure = jax.tree.flatten(code)
     conditions = current_conditions(settings.worker_dtype)
-    yield repr((settings.outputs, conditions, x64_enabled(), structure)).encode()
+    yield repr((_returned(settings), conditions, x64_enabled(), structure)).encode()
     for leaf in leaves:
         yield np.asarray(leaf).tobytes()
     for package in _SOURCES:

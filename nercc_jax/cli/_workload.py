@@ -148,7 +148,12 @@ def find_workload(
     x, source, ids = own_inputs(name, inputs, columns, id_column)
     if traced:
         x = x.astype(np.float32)
-        _check_runs(name, model, x, source)
+        shape = _check_runs(name, model, x, source)
+        if outputs != "values" and shape[-1] == 1:
+            raise ValueError(
+                f"--outputs {outputs}: {name} gives one number a row, whose largest is always "
+                "itself, so that there are no labels: say --outputs values"
+            )
     return Workload(name, model, source, x, None, ids)
 
 
@@ -180,8 +185,11 @@ def own_inputs(
     return x, f"{EXAMPLES}() of {name.partition(':')[0]}", None
 
 
-def _check_runs(name: str, model: Any, x: np.ndarray, source: str) -> None:
-    """Raise ValueError if JAX cannot run the model on rows of `x`, or it gives no row for each."""
+def _check_runs(name: str, model: Any, x: np.ndarray, source: str) -> tuple[int, ...]:
+    """Return the shape of the model's answer to one row of `x`.
+
+    Raises ValueError if JAX cannot run it on rows of `x`, or it gives no row for each.
+    """
     check_model(model)
     one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     try:
@@ -197,6 +205,7 @@ def _check_runs(name: str, model: Any, x: np.ndarray, source: str) -> None:
         if isinstance(answer, jax.ShapeDtypeStruct):
             got = f"{answer.dtype} of shape {answer.shape} for {one.shape}"
         raise ValueError(f"{wanted}, not {got}")
+    return answer.shape
 
 
 def load_worker_model(model: str, outputs: Returned) -> WorkerModel:

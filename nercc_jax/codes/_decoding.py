@@ -35,13 +35,17 @@ State = TypeVar("State", bound=PyTree)
 class Decoded(eqx.Module):
     """Predictions, and what they rest on. With groups, every field has a leading axis.
 
-    `predictions` are NaN where `recovered` is false. `responded` are the workers whose answers were
-    used: available, and finite in every coordinate.
+    `recovered` says that answers determine a prediction, not that it is near the model's own: the
+    more workers straggle, the farther it may be off. It is NaN where `recovered` is false.
+    `responded` are the workers whose answers were used: available, and finite in every coordinate.
+    `expected_error` is the standard deviation of each prediction, in units of the outputs, as
+    `AbstractCode.decode` returns it; None where it was not asked for, or the code has none.
     """
 
     predictions: PyTree[Float[Array, "..."]]
     responded: Bool[Array, "... num_workers"]
     recovered: Bool[Array, "..."]
+    expected_error: Float[Array, "..."] | None = None
 
 
 class Matrices(NamedTuple):

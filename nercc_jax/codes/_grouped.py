@@ -1,6 +1,7 @@
 """Regression points that differ from group to group: a code's own are moved inside the program."""
 
 import dataclasses
+import math
 from typing import Any
 
 import equinox as eqx
@@ -115,13 +116,14 @@ def copies_of_uncertain(
     busy = jnp.ones((groups, num_workers), bool)
     if further == 0:
         return own, busy
-    # What is infinite ranks first, and its copies among each other.
-    worth = jnp.minimum(deviation, jnp.sqrt(jnp.finfo(deviation.dtype).max) / 2) ** 2
+    # What is infinite ranks first, and its copies among each other. Roots rank as the gains do, and
+    # stay within float32 in any unit.
+    worth, kept = jnp.minimum(deviation, jnp.finfo(deviation.dtype).max), math.sqrt(lost)
 
     def next_copy(worth: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
         chosen = jnp.argmax(worth, axis=1)
         gain = jnp.take_along_axis(worth, chosen[:, None], axis=1)[:, 0]
-        return worth * jnp.where(jnp.arange(num_data) == chosen[:, None], lost, 1), (chosen, gain)
+        return worth * jnp.where(jnp.arange(num_data) == chosen[:, None], kept, 1), (chosen, gain)
 
     _, (chosen, gains) = jax.lax.scan(next_copy, worth, None, length=further)
     holds = jnp.concatenate([own, chosen.T], axis=1)

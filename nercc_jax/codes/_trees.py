@@ -116,6 +116,11 @@ class Form:
         """Return whether it was one array of vectors."""
         return self.structure == jax.tree.structure(0) and len(self.shapes[0]) == 1
 
+    @property
+    def has_labels(self) -> bool:
+        """Return whether all parts have two numbers or more, of which the largest is a label."""
+        return all(shape[-1:] not in ((), (1,)) for shape in self.shapes)
+
     def split(self, vectors: Float[Any, "*lead m"]) -> PyTree[Float[Any, "..."]]:
         """Return the tree of vectors with any first axes, in its precision, float32 at least."""
         parts = [vectors]
@@ -130,17 +135,20 @@ class Form:
         return jax.tree.unflatten(self.structure, whole)
 
 
-def join(tree: PyTree, axes: int) -> tuple[Float[Array, "*lead m"], Form]:
+def join(tree: PyTree, axes: int) -> tuple[Float[Any, "*lead m"], Form]:
     """Return the leaves as vectors, next to each other, and the way back.
 
     `axes` is the number of first axes, which all leaves share.
     """
     leaves, structure = jax.tree.flatten(tree)
     dtypes = [working_dtype(leaf.dtype) for leaf in leaves]
-    flat = [leaf.reshape(*leaf.shape[:axes], -1) for leaf in leaves]
+    sizes = [math.prod(leaf.shape[axes:]) for leaf in leaves]  # there may be no row
+    flat = [
+        leaf.reshape(*leaf.shape[:axes], size) for leaf, size in zip(leaves, sizes, strict=True)
+    ]
     if len(flat) > 1:
         together = working_dtype(*dtypes)
-        flat = [jnp.concatenate([part.astype(together) for part in flat], axis=-1)]
+        flat = [namespace(*flat).concatenate([part.astype(together) for part in flat], axis=-1)]
     shapes = tuple(leaf.shape[axes:] for leaf in leaves)
     return flat[0], Form(structure, shapes, tuple(map(str, dtypes)))
 
@@ -161,7 +169,8 @@ def finite_points(x: PyTree, axes: int) -> Bool[Any, "*lead"]:
     finite = xp.ones(jax.tree.leaves(x)[0].shape[:axes], bool)
     for leaf in jax.tree.leaves(x):
         if is_float(leaf):
-            finite &= xp.all(xp.isfinite(leaf.reshape(*leaf.shape[:axes], -1)), axis=-1)
+            own = tuple(range(axes, leaf.ndim))  # there may be no data point
+            finite &= xp.all(xp.isfinite(leaf), axis=own)
     return finite
 
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..codes._trees import Form, join, to_device
-from ..splines.arrays import working_dtype
+from ..codes._trees import Form, join
+from ..splines.arrays import constant, namespace, native, working_dtype
 
 CriterionName: TypeAlias = Literal["mse", "cross_entropy", "disagreement"]
 Criterion: TypeAlias = CriterionName | Callable[[PyTree, PyTree], Float[Array, ""]]
@@ -30,40 +30,42 @@ def point_criterion(criterion: Criterion) -> Callable[[PyTree, PyTree], Float[Ar
     return found  # pyright: ignore[reportReturnType]
 
 
-def labels_of(outputs: PyTree, axes: int) -> PyTree[Int[Array, "..."]]:
+def labels_of(outputs: PyTree, axes: int) -> PyTree[Int[Any, "..."]]:
     """Return the labels of data points: the largest outputs along the last axis of every part.
 
     Data points are the first axes. An output without any other axis has the label 0.
     """
 
-    def of_leaf(leaf: Array) -> Array:
-        return jnp.argmax(leaf if leaf.ndim > axes else leaf[..., None], axis=-1)
+    def of_leaf(leaf: Any) -> Any:
+        return namespace(leaf).argmax(leaf if leaf.ndim > axes else leaf[..., None], axis=-1)
 
     return jax.tree.map(of_leaf, outputs)
 
 
-def same_labels(labels: PyTree, others: PyTree, axes: int) -> Bool[Array, "*lead"]:
+def same_labels(labels: PyTree, others: PyTree, axes: int) -> Bool[Any, "*lead"]:
     """Return whether all labels of data points are the same; `axes` as in `labels_of`."""
+    xp = namespace(*jax.tree.leaves((labels, others)))
     same = [
-        jnp.all((mine.reshape(theirs.shape) == theirs).reshape(*theirs.shape[:axes], -1), axis=-1)
+        xp.all((mine.reshape(theirs.shape) == theirs).reshape(*theirs.shape[:axes], -1), axis=-1)
         for mine, theirs in zip(jax.tree.leaves(labels), jax.tree.leaves(others), strict=True)
     ]
-    return jnp.all(jnp.stack(same), axis=0)
+    return xp.all(xp.stack(same), axis=0)
 
 
 def agree_on_labels(
     vectors: Float[ArrayLike, "*points m"],
     others: Float[ArrayLike, "*points m"],
     form: Form | None = None,
-) -> Bool[Array, "*points"]:
+) -> Bool[Any, "*points"]:
     """Return whether outputs, as vectors, have the same labels (`form` splits several)."""
-    vectors, others = jnp.asarray(vectors), jnp.asarray(others)
-    axes = vectors.ndim - 1
+    xp = namespace(vectors, others)
+    mine, theirs = xp.asarray(vectors), xp.asarray(others)
+    axes = mine.ndim - 1
 
-    def labels(outputs: Array) -> PyTree:
+    def labels(outputs: Any) -> PyTree:
         return labels_of(outputs if form is None else form.split(outputs), axes)
 
-    return same_labels(labels(vectors), labels(others), axes)
+    return same_labels(labels(mine), labels(theirs), axes)
 
 
 def _mean(of_leaf: Callable[[Array, Array], Array]) -> Callable[[PyTree, PyTree], Array]:
@@ -95,16 +97,35 @@ def _disagreement(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
 _NAMED = {"mse": _mse, "cross_entropy": _mean(_cross_entropy), "disagreement": _disagreement}
 
 
+def safe_sqrt(square: Float[Any, "..."]) -> Float[Any, "..."]:
+    """Return the square root, which is 0 below 0 and has a derivative of 0 there."""
+    xp, positive = namespace(square), square > 0
+    return xp.where(positive, xp.sqrt(xp.where(positive, square, 1)), 0)
+
+
+def root_mean_square(
+    x: Float[Any, "..."], axis: int | None = None, where: Bool[Any, "..."] | None = None
+) -> Float[Any, "..."]:
+    """Return the root of the mean square; 0 for none.
+
+    Numbers are scaled before they are squared: squares of 1e20 or 1e-23 are no float32.
+    """
+    xp = namespace(x)
+    where = xp.ones((), bool) if where is None else where
+    x = xp.where(where, x, 0)
+    size = constant(xp.max(xp.abs(x), axis=axis, keepdims=True, initial=0))
+    unit = xp.where((size > 0) & xp.isfinite(size), size, 1)
+    count = xp.sum(xp.broadcast_to(where, x.shape), axis=axis)
+    square = xp.sum((x / unit) ** 2, axis=axis) / xp.maximum(count, 1)
+    return xp.squeeze(unit, axis=axis) * safe_sqrt(square)
+
+
 def row_errors(
     decoded: PyTree[Float[ArrayLike, "points ..."]], own: PyTree[Float[ArrayLike, "points ..."]]
-) -> Float[Array, " points"]:
+) -> Float[Any, " points"]:
     """Return each data point's error: the root mean square over its outputs."""
     decoded, own = _vectors(decoded, own)
-    error = jnp.abs(decoded - own)
-    # In units of the largest, whose square may be 0 or infinite in float32.
-    largest = jnp.max(error, axis=-1, initial=0, keepdims=True)
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    return unit[..., 0] * jnp.sqrt(jnp.mean((error / unit) ** 2, axis=-1))
+    return root_mean_square(decoded - own, axis=-1)
 
 
 def coverage(
@@ -124,8 +145,9 @@ def coverage(
     return jnp.mean(within, where=uncertain)
 
 
-def _vectors(decoded: PyTree, own: PyTree) -> tuple[Array, Array]:
-    decoded, own = to_device((decoded, own))
+def _vectors(decoded: PyTree, own: PyTree) -> tuple[Any, Any]:
+    xp = namespace(*jax.tree.leaves((decoded, own)))
+    decoded, own = jax.tree.map(xp.asarray, native((decoded, own)))
     (decoded, form), (own, other) = join(decoded, 1), join(own, 1)
     if (form.structure, form.shapes) != (other.structure, other.shapes):
         raise ValueError(f"decoded outputs have shapes {form.shapes}, the model's {other.shapes}")

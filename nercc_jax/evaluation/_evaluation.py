@@ -28,6 +28,10 @@ _CHANNEL = 1  # of a set's key: the mask takes the key itself
 class Estimate:
     """A mean and the half width of its 95 % interval (Student's t).
 
+    With few groups of skewed errors the interval is a little short: of 150 draws of 10 groups and
+    10 straggler sets, 93 % held the true MSE, 91 % the true RMSE, and 93 % the true share by
+    `interval(share=True)` (90 % by the half width alone).
+
     The half width is NaN for a single straggler set, which has no spread.
     """
 

@@ -84,12 +84,14 @@ class Forecast(AbstractCalibrated):
                 one of the two.
 
         Raises:
-            ValueError: Not exactly one limit is given, or it is out of range. `enough` raises it
-                for a mask of another shape or dtype.
+            ValueError: Not exactly one limit is given, it is out of range, or the outputs have no
+                labels. `enough` raises it for a mask of another shape or dtype.
         """
         if (max_disagreement is None) == (max_error is None):
             given = "neither" if max_error is None else "both"
             raise ValueError(f"give max_disagreement or max_error, not {given}")
+        if max_disagreement is not None and not self.answers.form.has_labels:
+            raise ValueError("outputs with one number a row have no labels: give max_error")
         if max_disagreement is not None and not 0 <= max_disagreement < 1:
             raise ValueError(f"max_disagreement must be in [0, 1), not {max_disagreement}")
         if max_error is not None and not max_error > 0:

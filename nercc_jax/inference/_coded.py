@@ -15,11 +15,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
+from ..codes._code import deviations
 from ..codes._decoding import Matrices, mask_mixed_groups
 from ..codes._groups import multiply_groups
-from ..codes._kept import CachedMatrices, known_matrices
+from ..codes._kept import CachedMatrices, known_encoder, known_matrices
 from ..codes._meshes import coded_on_mesh
-from ..codes._trees import any_tracer, check_finite, groups_of, is_float, points_of, to_device
+from ..codes._trees import any_tracer, check_finite, groups_of, is_float, join, points_of, to_device
 from ..splines.arrays import native
 from ._conditions import cast_model, check_conditions, current_conditions
 from ._groups import as_groups
@@ -85,6 +86,7 @@ def coded_inference(
     code: AbstractCode | AbstractScheme,
     *,
     with_status: bool = False,
+    with_error: bool = False,
     grouped: bool | None = None,
     mesh: Mesh | None = None,
     axis: str | None = None,
@@ -127,6 +129,9 @@ def coded_inference(
         with_status: Whether to return `Decoded`, with the workers that were used and the
             predictions that were recovered; for a scheme what it knows in addition, such as its
             error probability.
+        with_error: Whether `Decoded` is returned with `expected_error`, how far each prediction may
+            be off, for the codes that are regressions (`AbstractCode.decode`). It takes a product
+            with all answers more, and on a mesh all answers on each device.
         grouped: Whether x has an axis of groups. Default: by its axes.
         mesh: Spread the coded data points over an axis of this mesh, any N on any number of
             devices; predictions come back on all of them. Arrays of the model and of the code are
@@ -143,10 +148,12 @@ def coded_inference(
 
     Raises:
         ValueError: Shapes or dtypes do not fit, before anything runs; the model is in training
-            mode, or cannot be cast; the mesh lacks the axis; or, behind a scheme, outside jit, data
-            points are not finite.
+            mode, or cannot be cast; the mesh lacks the axis; `with_error` is asked of a scheme; or,
+            behind a scheme, outside jit, data points are not finite.
     """
     check_model(model)
+    if with_error and isinstance(code, AbstractScheme):
+        raise ValueError("a scheme's result has deviations of its own: give with_status=True")
     scheme = code if isinstance(code, AbstractScheme) else None
     inner = code.code if isinstance(code, AbstractScheme) else code
     model = cast_model(model, worker_dtype)
@@ -154,7 +161,7 @@ def coded_inference(
     if scheme is not None:
         platform = None if mesh is None else mesh.devices.flat[0].platform
         check_conditions(scheme, current_conditions(worker_dtype, platform))
-    return CodedInference(workers, code, grouped, with_status)
+    return CodedInference(workers, code, grouped, with_status, with_error)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # by identity, as functions are, for `jax.jit`
@@ -168,6 +175,7 @@ class CodedInference:
     code: AbstractCode | AbstractScheme
     grouped: bool | None
     with_status: bool
+    with_error: bool
 
     def __call__(self, x: PyTree, available: ArrayLike, *args: Any) -> Any:
         """Return the predictions, or all that is known of them `with_status`."""
@@ -176,8 +184,9 @@ class CodedInference:
             grouped = self.grouped or False
             result = _infer_scheme(self.workers, self.code, grouped, x, available, args)
             return result if self.with_status else result.decoded.predictions
-        result = _infer(self.workers, self.code, self.grouped, x, available, args)
-        return result if self.with_status else result.predictions
+        infer = _infer_with_error if self.with_error else _infer
+        result = infer(self.workers, self.code, self.grouped, x, available, args)
+        return result if self.with_status or self.with_error else result.predictions
 
     def lower(self, x: PyTree, available: Any, *args: Any) -> "LoweredInference":
         """Return the program for these arguments, arrays or their `jax.ShapeDtypeStruct`, lowered.
@@ -259,6 +268,42 @@ def _infer(
     decoded = _infer_at_hand(workers, code, x, available, args, known)
     if decoded is None:
         return _run(workers, code, x, available, args, grouped, known)
+    return decoded if grouped else _first(decoded)
+
+
+def _infer_with_error(
+    workers: Any,
+    code: AbstractCode,
+    grouped: bool | None,
+    x: PyTree,
+    available: ArrayLike,
+    args: tuple,
+) -> Decoded:
+    x, available, grouped = as_groups(code, x, available, grouped)
+    if not isinstance(workers, Placed):
+        return _run_with_error(workers, code, x, available, args, grouped)
+    inputs, _ = place_inputs(workers, x, available, args, share=False)
+    with enter(workers, inputs):
+        x, available, args, _ = inputs
+        return _run_with_error(workers, code, x, available, args, grouped)
+
+
+@eqx.filter_jit
+def _run_with_error(
+    workers: Any, code: AbstractCode, x: PyTree, available: ArrayLike, args: tuple, grouped: bool
+) -> Decoded:
+    x = to_device(x)
+    if isinstance(workers, Placed):
+        y = spmd_answers(workers, x, args)
+    else:
+        y = run_workers(workers, code, encode_groups(code, x, known_encoder(code)), *args)
+    there, _ = mask_mixed_groups(x, jnp.asarray(available), None)
+    decoded = decode_groups(code, y, there)
+    try:
+        errors = deviations(code, join(y, 2)[0], decoded.responded)
+    except ValueError:  # no regression
+        errors = None
+    decoded = Decoded(decoded.predictions, decoded.responded, decoded.recovered, errors)
     return decoded if grouped else _first(decoded)
 
 

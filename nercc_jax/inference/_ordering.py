@@ -212,7 +212,8 @@ def _in_place(result: Any, back: Int[Array, " points"], grouped: bool) -> Any:
     if not isinstance(result, Decoded):
         return jax.tree.map(move, result)
     predictions = jax.tree.map(move, result.predictions)
-    return Decoded(predictions, result.responded, move(result.recovered))
+    errors = None if result.expected_error is None else move(result.expected_error)
+    return Decoded(predictions, result.responded, move(result.recovered), errors)
 
 
 def _whole_groups(num_data: int, buffer_size: int) -> int:

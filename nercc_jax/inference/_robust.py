@@ -173,7 +173,7 @@ def find_adversaries(
     by_neighbours = jax.lax.fori_loop(
         0, max_adversaries, lambda turn, state: leave_out(turn, state, far), start
     )
-    better = _log_energy(*by_neighbours, y) < _log_energy(*by_fit, y)
+    better = _log_energy(y, *by_neighbours) < _log_energy(y, *by_fit)
     state = jax.tree.map(lambda a, b: jnp.where(better, a, b), by_neighbours, by_fit)
     kept, _ = jax.lax.fori_loop(0, max_adversaries, take_back, state)
     return available & ~kept
@@ -200,7 +200,7 @@ def _far_from_neighbours(
 
 
 def _log_energy(
-    kept: Bool[Array, " n"], covariance: Float[Array, "n n"], y: Float[Array, "n m"]
+    y: Float[Array, "n m"], kept: Bool[Array, " n"], covariance: Float[Array, "n n"]
 ) -> Float[Array, ""]:
     """Return the logarithm of the penalised squares of the fit of the kept: y' (I - S) y."""
     known, unit = _in_units(y, kept)

@@ -259,7 +259,16 @@ def work(
         encoder, by = encoders[:, placed.slots.worker], placed.by(1)
     inputs = (by, _REPLICATED) if shape is None else (_REPLICATED, placed.by(2))
     mapped = _on_each_device(placed, of_device, (_REPLICATED, *inputs), placed.by(1))
-    return mapped(arrays, encoder, x)
+    try:
+        return mapped(arrays, encoder, x)
+    except NotImplementedError as error:
+        if "Closing over" not in str(error):
+            raise
+        raise ValueError(
+            "the model closes over arrays that are sharded on Explicit axes, as jax.vmap(module) "
+            "or a lambda does, and JAX cannot pass them to the devices: give it as a pytree, "
+            "eqx.filter_vmap(module) or jax.tree_util.Partial(function, arrays)"
+        ) from error
 
 
 # Decoding is shared as well: gathering all N answers on each device and decoding them everywhere

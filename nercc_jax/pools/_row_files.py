@@ -98,7 +98,7 @@ class Parts:
             self.flush()
 
     def flush(self, complete: bool = False) -> None:
-        self._folder.mkdir(exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         if self._pending:
             name = f"part-{len(self._manifest['parts']):06d}.npz"
             arrays = self._results.rows_of(self._pending)
@@ -112,7 +112,7 @@ class Parts:
 
     def keep(self, name: str, file: str, write: Callable[[Path], Any]) -> None:
         """Write a further file, and enter it in the manifest under a name."""
-        self._folder.mkdir(exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         write(self._folder / file)
         self._manifest[name] = file
         self.flush()

@@ -19,10 +19,10 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from ..evaluation._criteria import row_errors
 from ..risk._answer_check import AnswerCheck, fit_answer_check
 from ..risk._straggler_risk import (
     AccuracyTarget,
@@ -42,6 +42,7 @@ from ._row_predictions import (
     LeftOut,
     Neighbours,
     fit_rows,
+    knows,
     leave_out,
     like_late,
     most_telling,
@@ -130,7 +131,7 @@ class RowLearner:
         self.known = np.zeros(len(x), bool)  # rows that have an estimate
         self.mean: Float[np.ndarray, "rows outputs"] | None = None
         self.deviation, self._plain = np.full(len(x), np.inf), np.full(len(x), np.inf)
-        self.seconds = 5.0  # that the last fit took; a guess before the first, which compiles
+        self.seconds = 0.5  # that the last fit took; a guess before the first
         self._learned = np.zeros(len(x), bool)  # rows that the learner has been given
         self._like_late = np.zeros(len(x), bool)  # rows whose neighbours came late
         self._late = np.zeros(len(x), bool)  # rows that were late when these were last looked for
@@ -231,7 +232,7 @@ class RowLearner:
                 self._neighbours(computed, y, late),
             ),
             name=LEARNER_THREAD,
-        )  # no daemon: JAX aborts a process that ends while it compiles
+        )  # no daemon: a process must not end in the middle of LAPACK's work
         self._thread.start()
 
     def look(self) -> bool:
@@ -277,10 +278,10 @@ class RowLearner:
         """
         assert self.mean is not None
         parts = [] if left_out is None else [left_out]
-        parts += [
-            LeftOut(self.mean[rows], self.deviation[rows], y, self._plain[rows])
-            for rows, y in self._since[late]
-        ]
+        for rows, y in self._since[late]:
+            new = self._tells(rows)
+            rows, y = rows[new], y[new]
+            parts.append(LeftOut(self.mean[rows], self.deviation[rows], y, self._plain[rows]))
         risk = self._risks[late]
         if sum(len(part.y) for part in parts) < max(risk.needed, 1):
             return
@@ -436,9 +437,7 @@ class RowLearner:
         scheme, nothing = self.fitted.scheme, np.full(len(mean), np.nan)
         if self._target.tolerance is None:
             assert scheme.error_probability is not None
-            outputs = jnp.asarray(mean)
-            found = scheme.error_probability(outputs, jnp.asarray(deviation), outputs)
-            return np.asarray(found, float), nothing
+            return scheme.error_probability(mean, deviation, mean), nothing
         return nothing, deviation * self._factor(late)
 
     def _factor(self, late: bool) -> float:
@@ -521,6 +520,7 @@ class RowLearner:
         counts &= self.known[rows]
         if self.mean is None or self.fitted is None or not counts.any():
             return
+        counts &= self._tells(rows)
         rows, y = rows[counts], y[counts]
         score, mean, deviation = self.score(rows, late), self.mean[rows], self.deviation[rows]
         error = _errors(mean, y)
@@ -537,6 +537,12 @@ class RowLearner:
                 risk.give()
             if risk.add(each, given=given):
                 self._ratios[late].clear()
+
+    def _tells(self, rows: Int[np.ndarray, " some"]) -> Bool[np.ndarray, " some"]:
+        """Return which rows' errors count: those of inputs that the learner has no answer to."""
+        if self.fitted is None or self.fitted.scheme.surrogate is None:
+            return np.ones(len(rows), bool)
+        return ~knows(self.fitted, self._features[rows])
 
     def held(self, late: bool) -> tuple[int, int]:
         """Return how many bars held, and of how many rows: audited ones, or those that came late.
@@ -562,11 +568,12 @@ def standardized_inputs(x: Shaped[np.ndarray, "rows ..."]) -> Float[np.ndarray, 
 def _errors(
     mean: Float[np.ndarray, "rows outputs"], y: Float[np.ndarray, "rows outputs"]
 ) -> Float[np.ndarray, " rows"]:
-    """Return `row_errors`, by NumPy: each number of rows would be a program of its own."""
-    return np.sqrt(np.mean((mean - y.astype(np.float32)) ** 2, axis=1))
+    """Return `row_errors` in float32, the precision of the means."""
+    return row_errors(mean, y.astype(np.float32))
 
 
 def _ratios(
     error: Float[np.ndarray, " rows"], deviation: Float[np.ndarray, " rows"]
 ) -> list[float]:
-    return (error[deviation > 0] / deviation[deviation > 0]).tolist()
+    counts = (deviation > 0) & np.isfinite(deviation)
+    return (error[counts] / deviation[counts]).tolist()

@@ -2,25 +2,20 @@
 
 import dataclasses
 import logging
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from ..evaluation._criteria import root_mean_square
 from ..risk._straggler_risk import AccuracyTarget
-from ..schemes import fit_scheme
-from ..schemes._calibrate import SHAPE, FittedScheme, filled
+from ..schemes._calibrate import SHAPE, FittedScheme, fit_scheme_on_host
 from ..surrogates import Learner, LearnerTuning
 from ..surrogates._tune_kernel import widths_of
 from ._row_files import row_code
 
 _LOG = logging.getLogger(__name__)
-
-# Compiled: one program serves all learners of one shape.
-_predictions = eqx.filter_jit(Learner.predict)
-_updated: Any = eqx.filter_jit(Learner.update)
 
 CAPACITY = 1024  # rows that the learner holds at most
 FEW = 512  # rows up to which a smaller learner is fitted, in a third of the time
@@ -80,7 +75,8 @@ def fit_rows(
         capacity = FEW
         tuning = LearnerTuning(shapes=(SHAPE,), widths=widths, steps=40, rows=64)
     try:
-        return fit_scheme(x, y, row_code(), capacity=capacity, labels=labels, tuning=tuning)
+        options = {"capacity": capacity, "labels": labels, "tuning": tuning}
+        return fit_scheme_on_host(x, y, row_code(), **options)
     except ValueError as error:  # a function that is constant, for example
         _LOG.warning("nothing could be learned from %d rows: %s", len(x), error)
         return None
@@ -91,11 +87,8 @@ def update(
     x: Float[np.ndarray, "news inputs"],
     y: Float[np.ndarray, "news outputs"],
 ) -> FittedScheme:
-    """Return the learner after these rows, a few at a time."""
-    learner = _learner_of(fitted)
-    for place in range(0, len(x), NEWS):
-        pairs = (each[place : place + NEWS] for each in (x, y))
-        learner = _updated(learner, *(filled(each, NEWS) for each in pairs))
+    """Return the learner after these rows."""
+    learner = _learner_of(fitted).update(x, y)
     scheme = eqx.tree_at(lambda scheme: scheme.surrogate, fitted.scheme, learner)
     return dataclasses.replace(fitted, scheme=scheme)
 
@@ -103,7 +96,14 @@ def update(
 def _learner_of(fitted: FittedScheme) -> Learner:
     learner = fitted.scheme.surrogate
     assert isinstance(learner, Learner)
-    return learner
+    return learner.on_host()  # nothing that a run waits for is compiled
+
+
+def knows(
+    fitted: FittedScheme, features: Float[np.ndarray, "rows inputs"]
+) -> Bool[np.ndarray, " rows"]:
+    """Return which rows have the input of a row that was learned: their errors say little."""
+    return _learner_of(fitted).knows(features)
 
 
 def window_of(fitted: FittedScheme, local: bool = True) -> Window:
@@ -113,12 +113,13 @@ def window_of(fitted: FittedScheme, local: bool = True) -> Window:
     whose error probabilities are calibrated for the learner's own deviations, ratios are 1.
     """
     learner = _learner_of(fitted)
-    filled = np.asarray(learner.filled)
-    inputs, residuals = (
-        np.asarray(each, np.float32)[filled] for each in (learner.inputs, learner.residuals)
+    filled, window = learner.filled, learner.window
+    inputs, residuals, scatter = (
+        each[filled] for each in (window.inputs, window.residuals, window.scatter)
     )
-    errors, plain = (np.asarray(each, float)[filled] for each in learner.left_out())
-    ratios = np.sqrt(np.mean(errors**2, axis=1)) / plain
+    errors, plain = (each[filled] for each in learner.left_out())
+    off = np.stack([root_mean_square(errors, axis=1), scatter])
+    ratios = np.sqrt(2) * root_mean_square(off, axis=0) / plain
     if not local or fitted.scheme.error_probability is not None:
         ratios = np.ones_like(ratios)
     scale = _local_scale(learner, ratios, inputs, inputs, np.arange(len(inputs)))
@@ -128,7 +129,7 @@ def window_of(fitted: FittedScheme, local: bool = True) -> Window:
 def predict(
     fitted: FittedScheme, window: Window, features: Float[np.ndarray, "rows inputs"]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean and deviation of rows, and the learner's own deviation, in chunks of one size.
+    """Return mean and deviation of rows, and the learner's own deviation.
 
     A learner's own deviation depends on where pairs are, and not on their values, so that errors
     may be several of it where the function varies most. So it is multiplied by the root mean square
@@ -137,13 +138,11 @@ def predict(
     learner = _learner_of(fitted)
     means, deviations = [], []
     for place in range(0, len(features), _CHUNK):
-        chunk = features[place : place + _CHUNK]
-        padded = np.resize(chunk, (_CHUNK, chunk.shape[1]))
-        mean, deviation = _predictions(learner, padded)
-        means.append(np.asarray(mean, np.float32)[: len(chunk)])
-        deviations.append(np.asarray(deviation, float)[: len(chunk)])
+        mean, deviation = learner.predict(features[place : place + _CHUNK])
+        means.append(mean.astype(np.float32))
+        deviations.append(deviation)
     if not means:
-        return np.zeros((0, learner.residuals.shape[1]), np.float32), np.zeros(0), np.zeros(0)
+        return np.zeros((0, learner.form.size), np.float32), np.zeros(0), np.zeros(0)
     scale = _local_scale(learner, window.ratios, window.inputs, features)
     plain = np.concatenate(deviations)
     return np.concatenate(means), plain * scale, plain
@@ -163,7 +162,7 @@ def _local_scale(
     kernel = learner.kernel
     unit = np.asarray(kernel.unit * kernel.widths[kernel.groups])
     nearest = _nearest(features, inputs, unit, own)
-    return np.sqrt(np.mean(ratios[nearest] ** 2, axis=1))
+    return root_mean_square(ratios[nearest], axis=1)
 
 
 def leave_out(
@@ -172,11 +171,11 @@ def leave_out(
     rows: Float[np.ndarray, "rows inputs"],
     y: Float[np.ndarray, "rows outputs"],
 ) -> LeftOut | None:
-    """Return the predictions of these rows, each without that row where the window holds it."""
+    """Return the predictions of these rows, each without any answer to the same input."""
     if not len(rows):
         return None
-    places = {row.tobytes(): place for place, row in enumerate(window.inputs)}
-    place = np.array([places.get(row.tobytes(), -1) for row in rows.astype(np.float32)])
+    same = _learner_of(fitted).kernel.same(rows, window.inputs)
+    place = np.where(same.any(axis=1), same.argmax(axis=1), -1)
     unknown, mean, plain = place < 0, window.mean[place], window.plain[place]
     deviation = plain * window.scale[place]
     mean[unknown], deviation[unknown], plain[unknown] = predict(fitted, window, rows[unknown])
@@ -201,8 +200,8 @@ def most_telling(
     places = np.argsort(-deviation, kind="stable")[:_UNSURE]
     if len(places) < _UNSURE:
         return places
-    posterior = _learner_of(fitted).window_posterior(jnp.asarray(features[places])[None])
-    covariance = np.array(posterior[1][0], float)
+    posterior = _learner_of(fitted).window_posterior(features[places][None])
+    covariance = posterior[1][0]
     chosen, left = [], np.diag(covariance).copy()
     least = 1e-4 * left.max()  # what is left then is float32's rounding
     factor = np.zeros((_UNSURE, _TELLING))

@@ -11,11 +11,13 @@ import dataclasses
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from ..codes._checks import check_count
+from ..codes._trees import to_device
+from ..evaluation._criteria import root_mean_square
 from ..inference._conditions import AbstractCalibrated, Conditions
-from ..surrogates import Kernel, Learner, LearnerTuning
+from ..surrogates import Learner, LearnerTuning
 from ..surrogates._kernels import wide_kernel
 from ..surrogates._tune_kernel import find_kernel
 
@@ -50,7 +52,8 @@ class ErrorBars(AbstractCalibrated):
             ValueError: The coverage is outside (0, 1).
         """
         factor = self.factor(coverage)
-        return jnp.where(deviation == 0, 0, deviation * factor)
+        bars = jnp.where(deviation == 0, 0, deviation * factor)
+        return jnp.where(jnp.isposinf(deviation), jnp.inf, bars)  # a factor may be 0
 
     def factor(self, coverage: float) -> Float[Array, ""]:
         """Return the factor for a coverage; infinite where the calibration had too few points."""
@@ -89,17 +92,25 @@ def calibrate_learner_bars(
     if len(pairs) == 0:
         raise ValueError("this learner's window is empty: there are no errors to calibrate on")
     folds = min(check_count("folds", folds, 2), len(pairs))
-    own = learner.kernel
+    own, learner = learner.kernel, learner.on_host()
     start = wide_kernel(own.shape, own.centre, own.unit)
-    ratios = np.full(learner.capacity, np.nan)
-    for held in np.array_split(np.random.default_rng(0).permutation(pairs), folds):
+    window = learner.window
+    ratios, random = np.full(learner.capacity, np.nan), np.random.default_rng(0)
+    for held in np.array_split(random.permutation(pairs), folds):
         numbers = own, learner.scale
         if tuning is not None:
             alike = dataclasses.replace(tuning, shapes=(own.shape,))
             numbers = find_kernel(learner, start, np.setdiff1d(pairs, held), alike)
-        others = np.asarray(learner.filled).copy()
-        others[held] = False
-        ratios[held] = np.asarray(_ratios(learner, *numbers, jnp.asarray(others)))[held]
+        counts = window.counts.copy()
+        counts[held] = 0
+        known = eqx.tree_at(lambda one: one.window.counts, learner, counts).with_kernel(*numbers)
+        mean, covariance = known.window_posterior(window.inputs[held][:, None])
+        deviation = known.deviation_of(np.maximum(covariance[:, 0, 0], 0) + known.kernel.noise)
+        # Bars are for single answers. Of several to one input, the distance of one from their mean
+        # is not kept: it is drawn from a normal distribution.
+        noise = random.normal(size=(len(held), mean.shape[2])) * window.scatter[held][:, None]
+        error = root_mean_square(mean[:, 0] - window.residuals[held] - noise, axis=1)
+        ratios[held] = np.where(np.isfinite(deviation), error / deviation, np.nan)
     return error_bars_from_ratios(ratios)
 
 
@@ -125,7 +136,7 @@ def error_bars_from_ratios(
     coverages, factors = np.ones(_LEVELS), np.full(_LEVELS, np.inf)
     coverages[: len(places)] = (places + 1) / (ratios.size + 1)
     factors[: len(places)] = ratios[places]
-    return ErrorBars(jnp.asarray(coverages, float), jnp.asarray(factors, float), conditions)
+    return ErrorBars(to_device(coverages), to_device(factors), conditions)
 
 
 def error_bars(
@@ -143,18 +154,3 @@ def error_bars(
     from scipy.special import ndtri  # late: a fifth of a worker's import time
 
     return deviation * float(ndtri((1 + coverage) / 2))
-
-
-@eqx.filter_jit
-def _ratios(
-    learner: Learner, kernel: Kernel, scale: Float[Array, ""], others: Bool[Array, " capacity"]
-) -> Float[Array, " capacity"]:
-    """Return the window's errors over the deviations of a learner that knows only `others`.
-
-    A ratio is NaN where that learner knows nothing.
-    """
-    known = eqx.tree_at(lambda learner: learner.filled, learner, others).with_kernel(kernel, scale)
-    mean, covariance = known.window_posterior(learner.inputs[:, None])
-    error = jnp.sqrt(jnp.mean((mean[:, 0] - learner.residuals) ** 2, axis=1))
-    deviation = known.deviation_of(jnp.maximum(covariance[:, 0, 0], 0) + kernel.noise)
-    return jnp.where(jnp.isfinite(deviation), error / deviation, jnp.nan)

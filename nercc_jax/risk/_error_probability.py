@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
 
-from ..codes._trees import Form
+from ..codes._trees import Form, to_device
 from ..evaluation import Answers
 from ..evaluation._criteria import agree_on_labels
 from ..evaluation._trial import draw_sets
@@ -71,10 +71,10 @@ class ErrorProbability(AbstractCalibrated):
 
     def __call__(
         self,
-        predictions: Float[Array, "*points m"],
-        deviation: Float[Array, "*points"],
-        cheap: Float[Array, "*points m"] | None = None,
-    ) -> Float[Array, "*points"]:
+        predictions: Float[Any, "*points m"],
+        deviation: Float[Any, "*points"],
+        cheap: Float[Any, "*points m"] | None = None,
+    ) -> Float[Any, "*points"]:
         """Return the probability that each label differs from the model's own.
 
         Args:
@@ -90,20 +90,23 @@ class ErrorProbability(AbstractCalibrated):
         Raises:
             ValueError: `cheap` is missing, or was not part of the calibration.
         """
+        xp = namespace(predictions, deviation)
         features = error_features(predictions, deviation, cheap, self.form)
         if features.shape[-1] != self.weights.shape[0]:
             wanted = "with" if cheap is None else "without"
             raise ValueError(f"the error probability was calibrated {wanted} a surrogate's outputs")
-        probability = jnp.where(deviation == 0, 0, self.of_features(features))
-        return jnp.where(jnp.isfinite(predictions).all(axis=-1), probability, 1)
+        probability = xp.where(deviation == 0, 0, self.of_features(features))
+        return xp.where(xp.isfinite(predictions).all(axis=-1), probability, 1)
 
-    def of_features(self, features: Float[Array, "*points features"]) -> Float[Array, "*points"]:
+    def of_features(self, features: Float[Any, "*points features"]) -> Float[Any, "*points"]:
         """Return the probability for the regression's features (`error_features`)."""
+        xp = namespace(features)
         weights, knots, shifts = (
-            each.astype(features.dtype) for each in (self.weights, self.knots, self.shifts)
+            xp.asarray(each, features.dtype) for each in (self.weights, self.knots, self.shifts)
         )
         logit = features @ weights
-        return jax.nn.sigmoid(logit + jnp.interp(logit, knots, shifts))
+        logit = logit + xp.interp(logit, knots, shifts)
+        return xp.exp(-xp.logaddexp(0, -logit))
 
     def to_json(self) -> dict[str, list[float]]:
         """Return the numbers by name for JSON, which has no infinity; they are for vectors."""
@@ -141,7 +144,9 @@ class ErrorProbability(AbstractCalibrated):
         shares = np.asarray(self.shares)
         given = shares[:1] - shares  # the first level is that of exact answers
         kept = np.flatnonzero(np.asarray(self.risks) <= max_disagreement * given)
-        return min(float(self.levels[kept[-1]]), risk_cap(max_disagreement)) if kept.size else 0.0
+        if not kept.size:
+            return 0.0
+        return min(float(np.asarray(self.levels)[kept[-1]]), risk_cap(max_disagreement))
 
     def share(self, limit: float) -> float:
         """Return the share of the calibration's data points above a limit.
@@ -152,7 +157,7 @@ class ErrorProbability(AbstractCalibrated):
         if not limit >= 0:
             raise ValueError(f"a limit of error probabilities must be 0 or positive, not {limit}")
         place = np.searchsorted(np.asarray(self.levels), limit, side="right") - 1
-        return float(self.shares[place])
+        return float(np.asarray(self.shares)[place])
 
 
 def error_probability_from_answers(
@@ -173,12 +178,22 @@ def error_probability_from_answers(
         surrogate: The surrogate that predictions are decoded with, if any.
         prior: The surrogate's outputs on the same groups.
     """
+    check_labels(own.form)
     masks, _ = draw_sets(stragglers, key, own.code.num_workers, num_sets)
     observed = observe_errors(own, surrogate, prior, masks)
     form = None if own.form.is_vector else own.form
     features, sure, wrong = map(np.asarray, observed)
     fitted = fit_error_probability(features, sure, wrong, form)
     return dataclasses.replace(fitted, conditions=own.conditions)
+
+
+def check_labels(form: Form) -> None:
+    """Raise ValueError for outputs without labels: a single number is its own largest."""
+    if not form.has_labels:
+        raise ValueError(
+            f"outputs of shapes {list(form.shapes)} have one number a row, which is no label: "
+            "calibrate_error_bars and a tolerance are for values"
+        )
 
 
 def fit_error_probability_of_predictions(
@@ -197,11 +212,10 @@ def fit_error_probability_of_predictions(
         own: The model's answers.
         form: The structure of the outputs, where they are not vectors.
     """
-    predictions, deviation, own = map(jnp.asarray, (predictions, deviation, own))
+    predictions, deviation, own = map(np.asarray, (predictions, deviation, own))
     features = error_features(predictions, deviation, predictions, form)
     wrong = ~agree_on_labels(predictions, own, form)
-    features, sure, wrong = map(np.asarray, (features, deviation == 0, wrong))
-    return fit_error_probability_of_points(features, sure, wrong, form)
+    return fit_error_probability_of_points(features, deviation == 0, wrong, form)
 
 
 def fit_error_probability_of_points(
@@ -236,24 +250,25 @@ def observe_errors(
 
 
 def error_features(
-    predictions: Float[Array, "*points m"],
-    deviation: Float[Array, "*points"],
-    cheap: Float[Array, "*points m"] | None,
+    predictions: Float[Any, "*points m"],
+    deviation: Float[Any, "*points"],
+    cheap: Float[Any, "*points m"] | None,
     form: Form | None,
-) -> Float[Array, "*points features"]:
+) -> Float[Any, "*points features"]:
     """Return what the logistic regression looks at, with the constant first.
 
     The features are the logarithm of margin over deviation (below and above 1 apart, neither of
     which may raise the probability), the logarithm of the margin, and of a surrogate whether it has
     the same label, and by how much.
     """
-    size = jnp.log(margin(predictions, form) + _LEAST)
-    ratio = jnp.clip(size - jnp.log(deviation + _LEAST), -10, 10)
-    features = [jnp.ones_like(ratio), jnp.minimum(ratio, 0), jnp.maximum(ratio, 0), size]
+    xp = namespace(predictions, deviation)
+    size = xp.log(margin(predictions, form) + _LEAST)
+    ratio = xp.clip(size - xp.log(deviation + _LEAST), -10, 10)
+    features = [xp.ones_like(ratio), xp.minimum(ratio, 0), xp.maximum(ratio, 0), size]
     if cheap is not None:
         lead = _least_of_labels(_lead, form, predictions, cheap)
-        features += [jnp.sign(lead), jnp.arcsinh(lead)]
-    return jnp.nan_to_num(jnp.stack(features, axis=-1))
+        features += [xp.sign(lead), xp.arcsinh(lead)]
+    return xp.nan_to_num(xp.stack(features, axis=-1))
 
 
 def margin(predictions: Float[Any, "*points m"], form: Form | None = None) -> Float[Any, "*points"]:
@@ -277,13 +292,14 @@ def _margin(outputs: Float[Any, "*labels m"]) -> Float[Any, "*labels"]:
 
 
 def _lead(
-    predictions: Float[Array, "*labels m"], cheap: Float[Array, "*labels m"]
-) -> Float[Array, "*labels"]:
+    predictions: Float[Any, "*labels m"], cheap: Float[Any, "*labels m"]
+) -> Float[Any, "*labels"]:
     """Return by how much the surrogate prefers the predicted label to all others."""
-    label = jnp.argmax(predictions, axis=-1, keepdims=True)
-    others = jnp.where(jnp.arange(cheap.shape[-1]) == label, -jnp.inf, cheap)
-    own = jnp.take_along_axis(cheap, label, axis=-1)[..., 0]
-    return own - jnp.max(others, axis=-1)
+    xp = namespace(predictions, cheap)
+    label = xp.argmax(predictions, axis=-1, keepdims=True)
+    others = xp.where(xp.arange(cheap.shape[-1]) == label, -xp.inf, cheap)
+    own = xp.take_along_axis(cheap, label, axis=-1)[..., 0]
+    return own - xp.max(others, axis=-1)
 
 
 def _least_of_labels(
@@ -329,5 +345,5 @@ def fit_error_probability(
     probability = np.where(sure, 0, expit(logit + np.interp(logit, knots, shifts)))
     levels, found, shares = risks(probability, sure, wrong)
     numbers = (weights, knots, shifts, levels, found, shares)
-    arrays: Any = (jnp.asarray(each, float) for each in numbers)
+    arrays: Any = to_device([np.asarray(each, float) for each in numbers])
     return ErrorProbability(*arrays, form=form)

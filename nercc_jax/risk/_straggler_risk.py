@@ -4,8 +4,8 @@ Rows may be slow because of what they are, so evidence on all rows says little a
 straggle. Each straggling row for which there was an approximate answer is compared with the
 model's own answer once that comes, whether the approximate one was given out or not. The limit is
 the largest score up to which no more answers were wrong than a finite-sample bound allows (Clopper
-and Pearson 1934), error bars are widened until they are right for those that are given out (split
-conformal prediction), and a `RiskMonitor` tests all that was given out.
+and Pearson 1934), error bars are widened until no more of those that are given out are too short
+than the same bound allows, and a `RiskMonitor` tests all that was given out.
 
 Decoded and predicted answers of a server, and rows that `run_rows` predicts, go by the same
 evidence; so does the limit of `DecodingErrorProbability`.
@@ -219,6 +219,7 @@ class StragglerRisk:
         forced: bool = False,
         epoch: int | None = None,
         unknown: bool = False,
+        widened: float = 1.0,
     ) -> bool:
         """Take a straggling row whose model's answer came, or will never come.
 
@@ -228,6 +229,7 @@ class StragglerRisk:
             forced: Whether it was given out although it was less certain than was promised.
             epoch: The `epoch` when it was made; from before the present one it is no evidence.
             unknown: The model's own answer will never come.
+            widened: The factor of its bound with which it was given out (`expected`).
 
         Returns:
             Whether this shows that more answers were wrong than promised. Evidence then begins
@@ -236,14 +238,16 @@ class StragglerRisk:
         if given:
             self._pending -= 1
             self.unknown += unknown
+        excess = row.excess / widened
         if given or forced:
-            self.shown.append(row.wrong)
+            beyond = self._tolerance is not None and excess > 1
+            self.shown.append(bool(row.wrong or beyond))
         if epoch is not None and epoch != self.epoch:
             return False
         if self._share is None or not math.isnan(row.probability):
             self._rows.append(row)
             self._known = None
-        if given and self._monitor.add([bool(self._target.missed(row.wrong, row.excess))]):
+        if given and self._monitor.add([bool(self._target.missed(row.wrong, excess))]):
             self.drifts += 1
             self.restart()
             return True
@@ -354,7 +358,8 @@ class StragglerRisk:
         given = np.full(len(rows), True) if self._share is None else probability <= limit
         factor, shift = 1.0, 0.0
         if self._tolerance is not None:
-            factor = least_factor(bound, excess, self._tolerance, self._coverage)
+            looks = bound[:, None], excess[:, None]
+            factor = least_factor(*looks, self._tolerance, self._coverage, len(rows))
             if math.isinf(factor):
                 factor = max(conformal_quantile(excess, self._coverage), 1.0)
                 # Too few rows within the tolerance show nothing about these. So they are admitted
@@ -393,26 +398,60 @@ def allowed_errors(share: float, most: int) -> Int[np.ndarray, " numbers"]:
     return allowed
 
 
+def bar_factor(
+    deviation: Float[np.ndarray, "rows looks"],
+    error: Float[np.ndarray, "rows looks"],
+    target: AccuracyTarget,
+    number: int,
+) -> float:
+    """Return the factor by which deviations become error bars of the target's coverage.
+
+    They have to be right for what is given out, not for all; a factor of infinity gives out none.
+
+    Args:
+        deviation: Deviations, at each look at which a row may be given out; infinite for unknown.
+        error: Errors.
+        target: The coverage, and the tolerance if there is one.
+        number: The number of different rows, where the same ones come several times.
+    """
+    ratios = error_ratios(error, deviation)
+    factor = conformal_quantile(ratios[np.isfinite(deviation)], target.coverage)
+    if target.tolerance is None or math.isinf(factor):
+        return factor
+    bound = factor * deviation
+    excess = error_ratios(error, bound)
+    return factor * least_factor(bound, excess, target.tolerance, target.coverage, number)
+
+
 def least_factor(
-    bounds: Float[np.ndarray, " rows"],
-    excess: Float[np.ndarray, " rows"],
+    bounds: Float[np.ndarray, "rows looks"],
+    excess: Float[np.ndarray, "rows looks"],
     tolerance: float,
     coverage: float,
+    number: int,
 ) -> float:
     """Return the least factor of error bounds with which they are right for what is given out.
 
+    They are right where no more errors are beyond them than a finite-sample bound allows
+    (`allowed_errors`).
+
     Args:
-        bounds: Error bounds; rows are given out where they are within the tolerance.
+        bounds: Error bounds; a row is given out at the first look at which its bound is within the
+            tolerance.
         excess: Errors over their bounds.
         tolerance: The largest bound of what is given out.
         coverage: The share of errors that bounds should cover.
+        number: As for `bar_factor`.
 
     Returns:
         The factor; infinite where none would do.
     """
+    rows, times = np.arange(len(bounds)), number / len(bounds)
+    allowed = allowed_errors(1 - coverage, max(number, 2 * _ROWS))
     for factor in _FACTORS.tolist():
-        given = bounds * factor <= tolerance
-        if conformal_quantile(excess[given], coverage) <= factor:
+        within = bounds * factor <= tolerance
+        given = excess[rows, within.argmax(axis=1)][within.any(axis=1)]
+        if times * np.sum(given > factor) <= allowed[int(times * len(given))]:
             return factor
     return math.inf
 

@@ -17,7 +17,7 @@ from ..codes._kept import CachedMatrices, known_encoder
 from ..codes._trees import Form, join, points_of, to_device
 from ..evaluation import record_answers
 from ..evaluation._answers import cut_groups
-from ..evaluation._criteria import labels_of, row_errors, same_labels
+from ..evaluation._criteria import labels_of, root_mean_square, row_errors, same_labels
 from ..evaluation._trial import draw_sets
 from ..inference import cast_model
 from ..inference._conditions import current_conditions
@@ -26,16 +26,18 @@ from ..inference._workers import run_workers
 from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars_from_ratios
 from ..risk._error_probability import (
+    check_labels,
     error_features,
     error_probability_from_answers,
     fit_error_probability,
     fit_error_probability_of_predictions,
 )
 from ..stragglers import AbstractStragglers
-from ..surrogates import AbstractSurrogate, Learner, LearnerTuning, init_learner, tune_learner
+from ..surrogates import AbstractSurrogate, Learner, LearnerTuning, tune_learner
 from ..surrogates._interface import check_like
 from ..surrogates._kernels import Shape
-from ..surrogates._pairs import length_of
+from ..surrogates._learner import init_learner_on_host, same_inputs
+from ..surrogates._pairs import features_of, length_of
 from ..surrogates._surrogate import group_prior_of_points
 from ..surrogates._tune_kernel import widths_of
 from ._scheme import PreparedInputs, Scheme
@@ -74,8 +76,9 @@ def calibrate_error_probability(
             from the model's own, which are what predictions are compared with.
 
     Raises:
-        ValueError: There are no stragglers, the data are not what `evaluate` accepts, the code is
-            no regression, a surrogate is given with a scheme, or `worker_dtype` is no float.
+        ValueError: There are no stragglers, the data are not what `evaluate` accepts, the model
+            returns one number a row, which has no label, the code is no regression, a surrogate is
+            given with a scheme, or `worker_dtype` is no float.
     """
     if not stragglers:
         raise ValueError("there are no stragglers to calibrate the error probability under")
@@ -105,6 +108,7 @@ def _of_scheme(
     masks, _ = draw_sets(stragglers, key, scheme.code.num_workers, num_sets)
     workers = cast_model(model, worker_dtype)
     form, seen = _observe_errors(model, workers, scheme, x, masks, known_encoder(scheme.code))
+    check_labels(form)
     features, sure, wrong = map(np.asarray, seen)
     error_probability = fit_error_probability(
         features, sure, wrong, None if form.is_vector else form
@@ -195,9 +199,9 @@ def cross_validate_error_bars(
 
     Decoding with a group's own answers, and copies of uncertain data points, change the ratios of
     errors to deviations that `calibrate_learner_bars` measures. So the pairs are cut into groups of
-    K, and these into folds. For each fold `fit(x, y)` makes a learner of all other pairs, and the
-    scheme with that learner decodes the fold's groups. The model runs on the groups' coded data
-    points: N - K queries a group or more, none where they are copies.
+    K, and these into folds. For each fold `fit(x, y)` makes a learner of all pairs of other inputs,
+    and the scheme with that learner decodes the fold's groups. The model runs on the groups' coded
+    data points: N - K queries a group or more, none where they are copies.
 
     Args:
         model: The served model, or one for each worker, the served one first.
@@ -225,10 +229,11 @@ def cross_validate_error_bars(
         )
     masks, _ = draw_sets(stragglers, key, scheme.code.num_workers, num_sets)
     workers = model if callable(model) else tuple(model)
-    ratios = []
+    same, ratios = same_inputs(np.asarray(features_of(None, x))), []
     for part in np.array_split(np.arange(groups), folds):
         held = np.concatenate([np.arange(size) + size * group for group in part])
         others = np.setdiff1d(np.arange(length_of("y", y)), held)
+        others = others[~same[np.ix_(others, held)].any(axis=1)]
         fitted = fit(*jax.tree.map(lambda leaf: leaf[others], (x, y)))  # noqa: B023
         if scheme.surrogate is not None:
             numbers = scheme.surrogate.theta, scheme.surrogate.kappa
@@ -309,7 +314,8 @@ def fit_scheme(
 ) -> FittedScheme:
     """Fit a learner to three quarters of the pairs, and calibrate it on the others.
 
-    Every fourth pair is held out, 256 at most, so nothing should change along the pairs' order.
+    Every fourth input is held out, with all answers to it, 256 at most, so nothing should change
+    along the pairs' order.
     Afterwards the learner learns the held-out pairs, too. Redundant workers get copies of uncertain
     data points.
 
@@ -327,48 +333,45 @@ def fit_scheme(
         ValueError: There are fewer than 16 pairs, or the function is constant, so that nothing can
             be calibrated.
     """
+    options = {"capacity": capacity, "labels": labels, "tuning": tuning}
+    fitted = fit_scheme_on_host(x, y, code, **options)
+    learner = fitted.scheme.surrogate
+    assert isinstance(learner, Learner)
+    on_device = eqx.tree_at(lambda one: one.surrogate, fitted.scheme, learner.on_device())
+    return dataclasses.replace(fitted, scheme=on_device)
+
+
+def fit_scheme_on_host(
+    x: Float[np.ndarray, "pairs features"],
+    y: Float[np.ndarray, "pairs outputs"],
+    code: AbstractCode,
+    *,
+    capacity: int = 1024,
+    labels: bool = False,
+    tuning: LearnerTuning | None = None,
+) -> FittedScheme:
+    """Fit a scheme as `fit_scheme` does, with a learner on the host: no program is compiled."""
     check_count("pairs", len(x), 16)
-    held = np.zeros(len(x), bool)
-    held[_HELD_OUT - 1 :: _HELD_OUT] = True
-    held[np.flatnonzero(held)[_MOST_HELD_OUT:]] = False
-    # All of one size, so compiled once, however many they are: what is not finite is no pair.
-    most = max(capacity, len(x))
-    first, second = ((filled(x[chosen], most), filled(y[chosen], most)) for chosen in (~held, held))
+    first = np.argmax(same_inputs(x), axis=1)
+    inputs = np.unique(first)[_HELD_OUT - 1 :: _HELD_OUT]
+    held = np.isin(first, inputs[:_MOST_HELD_OUT])
     if tuning is None:
         tuning = LearnerTuning(widths=widths_of(x.shape[1]), rows=_JUDGED)
-    learner = tune_learner(
-        eqx.filter_jit(init_learner)(*first, capacity=capacity, kernel=SHAPE), tuning
-    )
-    knows, mean, deviation = _tried(learner, *second)
-    count = int(held.sum())
+    learner = init_learner_on_host(x[~held], y[~held], capacity=capacity, kernel=SHAPE)
+    learner = tune_learner(learner, tuning)
+    own = y[held].astype(np.float32)
+    mean, deviation = learner.predict(x[held])
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.asarray(row_errors(mean, second[1])) / np.asarray(deviation)
-    bars: ErrorBars = error_bars_from_ratios(ratios[:count])
+        ratios = root_mean_square(mean - own, axis=1) / deviation
+    bars: ErrorBars = error_bars_from_ratios(np.where(np.isfinite(deviation), ratios, np.nan))
     error_probability = None
     if labels:
-        mean, deviation, own = mean[:count], deviation[:count], second[1][:count]
-        error_probability = fit_error_probability_of_predictions(mean, deviation, jnp.asarray(own))
+        error_probability = fit_error_probability_of_predictions(mean, deviation, own)
     scheme = Scheme(
         code,
-        surrogate=knows,
+        surrogate=learner.update(x[held], y[held]),
         bars=bars,
         error_probability=error_probability,
         redundancy="uncertain",
     )
     return FittedScheme(scheme, len(x))
-
-
-def filled(rows: Float[np.ndarray, "few n"], number: int) -> Float[np.ndarray, "number n"]:
-    """Return the finite rows, filled up with NaN to a fixed number."""
-    filled = np.full((number, rows.shape[1]), np.nan, np.float32)
-    filled[: len(rows)] = rows
-    return filled
-
-
-@eqx.filter_jit
-def _tried(
-    learner: Learner, x: Float[ArrayLike, "pairs features"], y: Float[ArrayLike, "pairs outputs"]
-) -> tuple[Learner, Float[Array, "pairs outputs"], Float[Array, " pairs"]]:
-    """Return the learner after it learned these pairs, and its predictions of them before."""
-    known = jnp.isfinite(jnp.asarray(x))
-    return learner.update(x, y), *learner.predict(jnp.where(known, x, 0))

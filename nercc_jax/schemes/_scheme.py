@@ -26,6 +26,7 @@ from ..inference._models import Model, call_model, check_model
 from ..inference._ordering import Features
 from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars
+from ..splines.arrays import native
 from ..surrogates import AbstractSurrogate
 from ..surrogates._interface import AbstractGroupPrior, check_like, outputs_of_groups
 from ..surrogates._pairs import features_of
@@ -114,7 +115,7 @@ def reexecute(
     """
     check_model(model)
     lead = assessed.error_probability.shape
-    x = jax.tree.map(np.asarray, x)
+    x = jax.tree.map(np.asarray, native(x, "x"))
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], not {share}")
     for leaf in jax.tree.leaves(x):

@@ -1,6 +1,7 @@
 """The batcher: a scheduler (`core`) with all that adapts (`adapt`), as users see it."""
 
 import concurrent.futures
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +12,12 @@ from jaxtyping import Shaped
 from ..inference._conditions import warn_if_other
 from ..pools import AbstractPool
 from ..pools._batch import Refuse, refuse_odd
-from ._policy import BatchingPolicy, Observe
+from ._policy import BatchingPolicy, Observe, read_outputs
 from ._tracing import RequestTrace
 from .adapt._adaptation import Adaptation
 from .adapt._error_estimator import ErrorEstimator
 from .adapt._predictor import Predictor
+from .core._adaptation import accuracy_target
 from .core._coder import Coder
 from .core._health import Health
 from .core._request import CODED, BatchSpec, Reply
@@ -63,7 +65,8 @@ class CodedBatcher:
             shape: the shape of a query.
             outputs: the shape of an answer.
             dtypes: of queries and answers; dtypes other than float32 cannot be coded.
-            policy: the batching policy.
+            policy: the batching policy. Where it does not state the outputs, one number a row is a
+                value, and several are scores once the model's own answers look like scores.
             estimator: may be calibrated beforehand; the batcher continues with it.
             predictor: answers queries independently of their groups.
             refuse: tells which answers of workers are not valid.
@@ -79,8 +82,27 @@ class CodedBatcher:
                 f"queries are {queries.dtype} and answers {answers.dtype}: only float32 can be "
                 "coded, so give a Coder(Uncoded(1))"
             )
-        self.policy = policy = policy or BatchingPolicy()
-        self.estimator = estimator or ErrorEstimator(coder)
+        policy = policy or BatchingPolicy()
+        shapes = [answers.shape] if coder.form is None else coder.form.shapes
+        read, _ = read_outputs(policy.outputs, policy.tolerance, shapes)
+        if answers.dtype != CODED:  # nothing approximate
+            read = policy.outputs or "values"
+        self.policy = policy = dataclasses.replace(policy, outputs=read)
+        exact_only = policy.outputs == "values" and policy.tolerance is None
+        if exact_only and coder.can_decode and not coder.systematic:
+            raise ValueError(
+                "outputs are values without a tolerance, so that all answers are exact, and a code "
+                "that mixes all queries would send each of them twice: give a tolerance, "
+                "interleaved points, or no code"
+            )
+        target = accuracy_target(policy)
+        self.estimator = estimator or ErrorEstimator(coder, target)
+        known = self.estimator.target
+        if (known.tolerance, known.coverage) != (target.tolerance, target.coverage):
+            raise ValueError(
+                f"the estimator is for a tolerance of {known.tolerance} and a coverage of "
+                f"{known.coverage}, the policy for {target.tolerance} and {target.coverage}"
+            )
         warn_if_other("the error estimate", self.estimator.conditions, pool.conditions)
         self._adaptation = Adaptation(
             pool,
@@ -148,8 +170,9 @@ class CodedBatcher:
         Returns:
             By name, None for what there is not: "policy", the setting picked under `max_calls`, and
             why; "predictor"; "checks" of the model's own answers; "decoding", what stragglers
-            showed of decoded answers; "audited", whether the latest decoded answers that were
-            compared had wrong labels.
+            showed of decoded answers; "outputs", whether they are read as scores or values, and
+            why; "audited", whether the latest decoded answers that were compared had wrong labels,
+            or errors beyond their bars.
         """
         return self._adaptation.status()
 

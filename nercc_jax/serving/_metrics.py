@@ -92,9 +92,15 @@ _TABLE = (
         "Probability that the label of a decoded or predicted query is not the model's own.",
         *_SHARES,
     ),
+    _one(
+        "expected_error",
+        "Error bar of a decoded or predicted query whose outputs are values, over the tolerance.",
+        *_TENTHS,
+    ),
     _Row(
         "audited",
-        "Decoded or predicted queries by whether the model's own answer, which came later, agrees.",
+        "Decoded or predicted queries by whether the model's own answer, which came later, agrees: "
+        "it has the same label, or, of values, is within the error bar.",
         {"audit_same": "same", "audit_other": "other", "audit_unknown": "unknown"},
         "label",
     ),

@@ -1,11 +1,13 @@
 """The batching policy: how groups are formed, how long they wait, and what is given out."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 # The longest deadline, in seconds: no wait is without a bound.
 MAX_DEADLINE_S = 3600.0
+
+Outputs: TypeAlias = Literal["logits", "probabilities", "values"]
 
 
 def _option(default: Any, text: str) -> Any:
@@ -55,13 +57,20 @@ class BatchingPolicy:
         "Answers of a group that suffice for decoding where no error is estimated. By default half "
         "of the redundancy for interleaved codes, otherwise 85 % of N but at least K.",
     )
+    outputs: Outputs | None = _option(  # noqa: RUF009, it is a field
+        None,
+        "Outputs of the model: `logits`, scores whose largest is a label; `probabilities`, the "
+        "softmax of a classifier's logits; or `values`, numbers without labels, of which only a "
+        "`tolerance` lets approximate answers out. By default one number a row is a value, and "
+        "several are scores once the model's own answers look like scores.",
+    )
     max_disagreement: float | None = _option(
         None,
         "Maximum share of wrong labels among the answers that are not the model's own, by a bound "
         "that fails with a probability of 0.25; no single one may be wrong with more than five "
         "times that share, or a half. Answers that are too uncertain wait for more workers, and "
-        "are sent again if none are left. 1 in settings, None in Python: decode as soon as "
-        "`wait_for` answers are in.",
+        "are sent again if none are left. 1 in settings (default: 0.05), None in Python: decode as "
+        "soon as `wait_for` answers are in.",
     )
     max_reexecution: float | None = _option(
         None,
@@ -70,8 +79,12 @@ class BatchingPolicy:
     )
     tolerance: float | None = _option(
         None,
-        "For functions: error bound, in units of the outputs and for nine of ten answers, within "
-        "which the surrogate answers stragglers' queries. Nothing is decoded then.",
+        "Largest error bar of an answer that is not the model's own, in units of the outputs (root "
+        "mean square over a row's outputs). Outputs are `values` then; without it, all answers to "
+        "values are exact.",
+    )
+    coverage: float = _option(
+        0.9, "Share of the errors of approximate answers to values that their error bars cover."
     )
     redundancy: Literal["always", "uncertain"] = _option(
         "always",
@@ -112,6 +125,18 @@ class BatchingPolicy:
     )
 
     def __post_init__(self):
+        if self.tolerance is not None and self.outputs not in (None, "values"):
+            raise ValueError(
+                f"a tolerance is for outputs = 'values', not {self.outputs!r}, which "
+                "max_disagreement is for"
+            )
+        if self.tolerance is not None or self.outputs == "values":
+            for name in ("max_disagreement", "max_reexecution"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} {getattr(self, name)} is for outputs with labels, and these are "
+                        "values: give a tolerance, or nothing for exact answers only"
+                    )
         for interval, names in _RANGES.items():
             for name in names.split():
                 value = getattr(self, name)
@@ -130,6 +155,29 @@ class BatchingPolicy:
         return tuple(1 << power for power in range(self.max_batch_size.bit_length()))
 
 
+def read_outputs(
+    stated: Outputs | None, tolerance: float | None, shapes: Sequence[tuple[int, ...]]
+) -> tuple[Outputs | None, str]:
+    """Return how a model's outputs, of these shapes a row, are read, and why.
+
+    They are None where that is not known, and the model's own answers have to show it.
+
+    Raises:
+        ValueError: where a label is asked of a single number.
+    """
+    single = any(shape[-1:] in ((), (1,)) for shape in shapes)
+    if stated in ("logits", "probabilities") and single:
+        raise ValueError(
+            f"outputs = {stated!r}, but an output has one number a row, whose largest is always "
+            "itself: say outputs = 'values'"
+        )
+    if stated is not None:
+        return stated, "as set"
+    if single:
+        return "values", "an output has one number a row"
+    return (None, "") if tolerance is None else ("values", "a tolerance is set")
+
+
 _RANGES = {
     "[1, inf]": "max_batch_size max_queue_size copies hedge_copies",
     "[1, inf)": "max_calls",
@@ -140,7 +188,7 @@ _RANGES = {
     f"(0, {MAX_DEADLINE_S:g}]": "deadline_s",
     "[0, 1]": "max_reexecution",
     "[0, 1)": "max_disagreement max_fenced",
-    "(0, 1)": "quantile check_answers",
+    "(0, 1)": "quantile check_answers coverage",
 }
 
 

@@ -20,12 +20,14 @@ from ..pools import AbstractPool, DevicePool, Faults, PoolReport, RayPool
 from ..pools._clock import WALL
 from ._batcher import CodedBatcher
 from ._metrics import Meter, Metrics
+from ._policy import BatchingPolicy, read_outputs
 from ._settings import ModelSettings
 from ._tracing import current
 from .adapt._error_estimator import ErrorEstimator, calibrate_or_restore
 from .adapt._predictor import Predictor
-from .core._adaptation import overdue_rule
+from .core._adaptation import accuracy_target, overdue_rule
 from .core._coder import Coder
+from .core._error_probability import DecodingErrorBars
 from .core._health import Health
 from .core._request import DeadlineExceeded, Reply
 from .protocol._servable import Preprocessing, Servable
@@ -74,10 +76,15 @@ class ServedModel:
 
         Raises:
             ValueError: for a code where nothing can be coded (`Servable.uncodable`), or where
-                calibration shows that it cannot keep `max_disagreement`.
+                calibration shows that it cannot keep `max_disagreement` or `tolerance`.
             RuntimeError: where the workers do not start.
         """
-        policy = settings.policy()
+        tensors = servable.outputs
+        shapes = [part.shape for part in tensors.parts]
+        outputs, self._why_read = read_outputs(settings.outputs, settings.tolerance, shapes)
+        if tensors.uncodable is not None and settings.outputs is None:
+            outputs, self._why_read = "values", "they are no floats"
+        policy = settings.policy(outputs)
         if code.num_data == 1:
             self.uncoded = servable.uncodable or f"it is served by {type(code).__name__}"
         elif servable.uncodable is not None:
@@ -85,13 +92,14 @@ class ServedModel:
         self.servable, self.settings = servable, settings
         begin = time.monotonic()
         self._coder = Coder(code, form=servable.outputs.form)
-        estimator = ErrorEstimator(self._coder)
+        estimator = ErrorEstimator(self._coder, accuracy_target(policy))
         x = servable.calibration
-        if x is not None and self._coder.can_decode:
+        exact_only = policy.outputs == "values" and policy.tolerance is None
+        if x is not None and self._coder.can_decode and not exact_only:
             with log_phase("calibrating", servable.name):
                 dtype = settings.worker_dtype
                 calibrate_or_restore(estimator, servable.model, x, dtype, cache)
-            _check(estimator, self._coder, policy.max_disagreement)
+            _check(estimator, self._coder, policy)
         with log_phase("starting workers", servable.name):
             self.pool = _open_pool(servable, code, settings, straggler_score)
         self.meter = Meter(metrics, servable.key, self.pool, code)
@@ -124,6 +132,7 @@ class ServedModel:
                 "num_data": code.num_data,
                 "num_workers": code.num_workers,
                 "uncoded": self.uncoded,
+                "outputs": self.outputs(),
                 "pool": settings.pool,
                 "workers": self.pool.num_workers,
                 "seconds": round(time.monotonic() - begin, 3),
@@ -182,6 +191,11 @@ class ServedModel:
         """The number of requests without a reply."""
         return self._batcher.in_flight
 
+    def outputs(self) -> dict[str, str | None]:
+        """Return how outputs are read, as scores, as values or not yet (None), and why."""
+        read = self._batcher.status()["outputs"]
+        return read | {"why": self._why_read or read["why"]}
+
     def health(self) -> Health:
         """Return whether it is alive, and would answer a query now."""
         return self._batcher.health()
@@ -191,10 +205,14 @@ class ServedModel:
         health, report = self.health(), self.pool.report()
         adapted, counted = self._batcher.status(), self.meter.status()
         audited = adapted["audited"]
+        policy = self._batcher.policy
+        missed = "disagreement" if policy.tolerance is None else "beyond_bar"
+        if policy.tolerance is not None:
+            counted["fidelity"]["expected_beyond_bar"] = 1 - policy.coverage
         counted["totals"]["deaths"] = report.deaths
         counted["fidelity"] |= {
             "audited": len(audited),
-            "audited_disagreement": sum(audited) / len(audited) if audited else None,
+            f"audited_{missed}": sum(audited) / len(audited) if audited else None,
             "stragglers": adapted["decoding"],
         }
         code = self._coder.code
@@ -207,6 +225,7 @@ class ServedModel:
                 "num_data": code.num_data,
                 "num_workers": code.num_workers,
             },
+            "outputs": self.outputs(),
             "policy": adapted["policy"],
             "predictor": adapted["predictor"],
             "checks": adapted["checks"],
@@ -240,7 +259,8 @@ class ServedModel:
             hints.append(f"all {pool.num_workers} workers are overdue")
         if report.internal_errors:
             hints.append(f"the pool had {report.internal_errors} errors of its own: see the log")
-        if coder.can_decode and batcher.policy.max_disagreement is not None:
+        promised = batcher.policy.max_disagreement, batcher.policy.tolerance
+        if coder.can_decode and promised != (None, None):
             known, needed = batcher.estimator.progress()
             if known < needed:
                 hints.append(f"no estimate yet: {known} of {needed} groups; nothing is decoded")
@@ -378,12 +398,18 @@ def _open_pool(
     return DevicePool(servable.model, number, **options)
 
 
-def _check(estimator: ErrorEstimator, coder: Coder, limit: float | None) -> None:
-    """Raise ValueError where the limit can only be kept by sending all queries twice."""
-    if limit is None or coder.systematic:
+def _check(estimator: ErrorEstimator, coder: Coder, policy: BatchingPolicy) -> None:
+    """Raise ValueError where a limit can only be kept by sending all queries twice."""
+    limit, asked = policy.max_disagreement, f"max_disagreement {policy.max_disagreement}"
+    if coder.systematic or (limit is None and policy.tolerance is None):
         return
-    if coder.has_error_probability:
-        probability = estimator.error_probability(coder.num_data)
+    probability = estimator.error_probability(coder.num_data)
+    if isinstance(probability, DecodingErrorBars):
+        asked, again = f"tolerance {policy.tolerance}", 1 - probability.share
+        kept, found = again <= _MOST_RESENT, f"{100 * again:.0f} % of the queries"
+    elif limit is None:
+        return  # a surrogate answers, or none
+    elif coder.has_error_probability:
         again = probability.share_above(probability.limit(limit))
         kept, found = again <= _MOST_RESENT, f"{100 * again:.0f} % of the queries"
     else:
@@ -392,6 +418,6 @@ def _check(estimator: ErrorEstimator, coder: Coder, limit: float | None) -> None
         kept, found = bool((disagreement <= limit).all()), "every query"
     if not kept:
         raise ValueError(
-            f"max_disagreement {limit}: with this code and calibration data {found} would be sent "
+            f"{asked}: with this code and calibration data {found} would be sent "
             "twice; allow more, use interleaved points, or a tuned code (`nercc tune`)"
         )

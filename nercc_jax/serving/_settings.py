@@ -37,7 +37,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from ._policy import MAX_DEADLINE_S, POLICY_HELP, BatchingPolicy
+from ._policy import MAX_DEADLINE_S, POLICY_HELP, BatchingPolicy, Outputs
 
 # Settings as text, from a flag or a variable, where a file has tables and lists.
 
@@ -197,9 +197,7 @@ class ModelSettings(BaseModel):
     output_name: str | None = _setting(
         None, "Output name; with several unnamed outputs, a prefix (default: output).", "scores"
     )
-    outputs: Literal["logits", "probabilities"] = _setting(
-        "logits", "Outputs of a shipped model: logits, or their softmax."
-    )
+    outputs: Outputs | None = _of_policy("outputs", "values")
     inputs: Path | None = _setting(
         None,
         "File of unlabelled inputs to calibrate on: .npy of shape (points, *input_shape), or .npz "
@@ -261,7 +259,7 @@ class ModelSettings(BaseModel):
     straggler_threshold: float = _of_policy("straggler_threshold")
     quantile: float = _of_policy("quantile")
     wait_for: int | None = _of_policy("wait_for", 6, le=_MANY)
-    max_disagreement: float | None = _of_policy("max_disagreement", default=0.05, le=1)
+    max_disagreement: float | None = _of_policy("max_disagreement", 0.05, le=1)
     max_reexecution: float | None = _of_policy("max_reexecution", 0.1)
     copies: int = _of_policy("copies", le=_MANY)
     hedge_copies: int = _of_policy("hedge_copies", le=_MANY)
@@ -274,6 +272,7 @@ class ModelSettings(BaseModel):
         "learn",
     )
     tolerance: float | None = _of_policy("tolerance", 0.01)
+    coverage: float = _of_policy("coverage")
     redundancy: Literal["always", "uncertain"] = _of_policy("redundancy")
     max_redundancy: float | None = _of_policy("max_redundancy", 0.1)
     max_calls: float | None = _of_policy("max_calls", 1.1)
@@ -338,25 +337,31 @@ class ModelSettings(BaseModel):
         named = {"resources": self.worker_resources} if self.worker_resources else {}
         return self.actor_options | amounts | named
 
-    def policy(self) -> BatchingPolicy:
-        """Return the batching policy.
+    def policy(self, outputs: Outputs | None = None) -> BatchingPolicy:
+        """Return the batching policy of a model with these outputs (default: as they are set).
 
         Raises:
-            ValueError: for values out of range.
+            ValueError: for values out of range, and for limits that do not fit the outputs.
         """
-        limit = self.max_disagreement
-        if self.tolerance is not None and "max_disagreement" not in self.model_fields_set:
-            limit = None  # a function's outputs are no labels
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(BatchingPolicy)}
-        fields["max_disagreement"] = None if limit is None or limit >= 1 else limit
+        fields["outputs"] = outputs = outputs or self.outputs
+        limit = self.max_disagreement
+        if limit is None and outputs != "values" and self.tolerance is None:
+            limit = 0.05
+        # Of values, 1 is refused as any other limit is.
+        fields["max_disagreement"] = None if limit == 1 and outputs != "values" else limit
         return BatchingPolicy(**fields)
 
     def over(self, defaults: "ModelSettings") -> "ModelSettings":
-        """Return these settings, with `defaults` for those that are not set."""
-        values = {
-            name: getattr(each, name) for each in (defaults, self) for name in each.model_fields_set
-        }
-        return ModelSettings(**values)
+        """Return these settings, with `defaults` for those that are not set.
+
+        Limits of labels are no defaults of a model whose outputs are set as values.
+        """
+        given, own = defaults.model_fields_set, self.model_fields_set
+        if self.outputs == "values" or self.tolerance is not None:
+            given = given - {"outputs", "max_disagreement", "max_reexecution"}
+        values = {name: getattr(defaults, name) for name in given}
+        return ModelSettings(**values | {name: getattr(self, name) for name in own})
 
 
 class ServerSettings(BaseSettings):

@@ -267,10 +267,12 @@ def fit(
     low, high = jax.lax.stop_gradient((eps**2 * shortest**3, (1 + span**3) / eps))
     total = jnp.sum(knots.weights)
     mu = within(lambda_, low, high) * where(total > 0, total, 1)
-    # Beyond this price of a slope it is zero, to rounding; infinity times mu would be NaN.
-    most = jax.lax.stop_gradient(4 / (eps * shortest))
-    heavy = where(end_weights > most, most, end_weights)
-    slope_weights = mu * (where(slot == first, heavy[0], 0) + where(slot == last, heavy[1], 0))
+    slope_weights = mu * (
+        where(slot == first, end_weights[0], 0) + where(slot == last, end_weights[1], 0)
+    )
+    # At this price a slope is zero, to rounding, and its square is still a number.
+    most = jnp.finfo(knots.t.dtype).max ** 0.75
+    slope_weights = where(slope_weights > most, most, slope_weights)
     return Fit(knots, mu, slope_weights, check_ends(ends), rows)
 
 

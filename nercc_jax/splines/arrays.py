@@ -52,7 +52,7 @@ def native(tree: PyTree, name: str = "an argument") -> PyTree:
 def working_dtype(*dtypes: Any) -> Any:
     """Return the dtype that holds them all, float32 at least, under strict promotion, too."""
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(jnp.float32, *dtypes)
+        return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
 def jitted(function: Function, **options: Any) -> Function:

@@ -11,17 +11,18 @@ Source: Higdon et al. 2008, "Computer model calibration using high-dimensional o
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes._products import multiply
 from ..codes._trees import Form, join
+from ..evaluation._criteria import root_mean_square
 from ._interface import (
     AbstractGroupPrior,
     AbstractLearner,
     SurrogatePredictions,
     outputs_of_groups,
 )
-from ._kernels import safe_sqrt
 from ._learner import GaussianGroupPrior, Learner, whiten_group
 from ._pairs import Function, features_of, pairs_of, prior_of_groups
 
@@ -185,4 +186,5 @@ def _together(
     """Return the root mean square deviation of outputs by the deviations of their parts."""
     assert rest is not None
     assert apart is not None
-    return safe_sqrt(rest**2 + jnp.sum(apart**2, axis=0) / m)
+    parts = jnp.concatenate([rest[None], apart / np.sqrt(m)])
+    return root_mean_square(parts, axis=0) * np.sqrt(len(parts)).astype(parts.dtype)

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
 from ..codes._checks import check_count
 from ..codes._products import multiply
-from ..codes._trees import check_floats, join
+from ..codes._trees import check_floats, join, to_device
 from ._components import ComponentLearner, split_outputs
 from ._kernels import Kernel
 from ._learner import Learner, init_learner
@@ -100,7 +100,7 @@ def fit_learner(
         return tune_learner(learner, tuning)
     check_count("components", components)
     _check_criterion(tuning)
-    x, y = jax.tree.map(jnp.asarray, (x, y))
+    x, y = to_device((x, y))
     check_floats("y", y)
     form = join(one_row(y), 1)[1]
     z, r, _, known = pairs_of(features, prior, form, x, y)
@@ -133,8 +133,8 @@ def tune_learner(
     Each pair is predicted by the others.
 
     Its `scale` becomes the one with which squared errors are, in the mean, what deviations say. The
-    choice is not traced, so this does not run inside jit. It is compiled once for a kernel's size
-    and for the next power of two of the pairs. A component learner keeps its directions.
+    choice is made on the host, so this does not run inside jit. A component learner keeps its
+    directions.
 
     Raises:
         ValueError: The widths do not fit the features, there are fewer than three pairs, or a
@@ -149,8 +149,9 @@ def tune_learner(
     if tuning.widths == "kept":
         return _tuned_from(learner, own.kernel, rest.kernel, pairs, tuning)
     # All start from the kernel that does best for all outputs together, and need half as far.
-    along = multiply(own.residuals[..., 0].T, learner.directions.T)
-    whole = eqx.tree_at(lambda one: one.residuals, rest, rest.residuals + along)
+    along = multiply(own.window.residuals[..., 0].T, learner.directions.T)
+    together = rest.window.residuals + along
+    whole = eqx.tree_at(lambda one: one.window.residuals, rest, together)
     kernel, _ = find_kernel(whole, whole.kernel, pairs, tuning)
     number = learner.directions.shape[1]
     starts = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (number, *leaf.shape)), kernel)

@@ -12,7 +12,7 @@ pairs. Whoever calibrates by it loses little: deviations are compared with each 
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from ..codes._products import multiply
 from ..codes._trees import join
 from ._interface import AbstractLearner, AbstractSurrogate
 from ._kernels import Shape
@@ -108,6 +107,8 @@ def predictions_on_host(surrogate: AbstractSurrogate) -> HostPredictions:
         if fits and isinstance(surrogate.features, Projection | None):
             on_host = learner_on_host(surrogate)
             return lambda x: Pending(lambda: on_host.predict(x), begun=False)
+    if isinstance(surrogate, Learner) and surrogate.is_on_host:
+        return lambda x: Pending(lambda: _vectors(surrogate.predict(x)), begun=False)
     if isinstance(surrogate, AbstractLearner):
         # It changes: one program serves all.
         return lambda x: _first(len(x), _predicted(surrogate, _padded(x)))
@@ -120,6 +121,10 @@ def predictions_on_host(surrogate: AbstractSurrogate) -> HostPredictions:
         return join(whole.outputs(x), 1)[0]
 
     return lambda x: _first(len(x), (outputs(leaves, _padded(x)), np.ones(len(x), np.float32)))
+
+
+def _vectors(found: tuple[Any, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(join(found[0], 1)[0]), found[1]
 
 
 def _padded(x: Shaped[np.ndarray, "queries ..."]) -> Shaped[np.ndarray, "padded ..."]:
@@ -152,39 +157,31 @@ def _predicted(
 
 def learner_on_host(surrogate: Learner) -> LearnerOnHost:
     """Return a learner's predictions; for which learners says `predictions_on_host`."""
-    inputs, rows, numbers = jax.device_get(_prepared(surrogate))
-    filled = np.asarray(surrogate.filled)
-    pairs, weights = (each[filled] for each in rows)
+    learner = surrogate.on_host()
+    kernel, features, filled = learner.kernel, learner.features, learner.filled
+    directions = 1 / (kernel.unit * kernel.widths[kernel.groups])
+    pairs = (learner.window.inputs[filled] - kernel.centre) * directions
+    origin = kernel.centre * directions
+    if isinstance(features, Projection):
+        directions = features.directions * directions
+        origin = origin + features.centre @ directions
+        directions = np.pad(directions, ((0, 0), (0, 2)))
+    weights, centre = learner.mean_weights()
+    weights = weights[filled].astype(np.float32)
+    line = kernel.linear * (pairs.T @ weights)
     # The square of z's length has the 1 in it, too.
     constant = 0.5 - np.vecdot(pairs, pairs) / 2
     pairs = np.column_stack([pairs, constant, np.ones_like(constant)])
     return LearnerOnHost(
-        **inputs,
+        directions=np.asarray(directions),
+        origin=np.append(origin, np.array([-1.0, 0.0], origin.dtype)),
         pairs=np.ascontiguousarray(pairs.T),
         weights=weights,
-        **numbers,
-        shape=surrogate.kernel.shape,
+        line=np.concatenate([line, centre[None], np.zeros_like(centre)[None]]),
+        noise=np.asarray(kernel.noise),
+        unit=learner.deviation_of(np.ones((), kernel.noise.dtype)),
+        shape=kernel.shape,
     )
-
-
-@eqx.filter_jit
-def _prepared(learner: Learner) -> tuple[dict[str, Array], tuple[Array, Array], dict[str, Array]]:
-    """Return the fields for inputs, scaled features and weights of all rows, and the rest."""
-    kernel, features = learner.kernel, learner.features
-    directions = 1 / (kernel.unit * kernel.widths[kernel.groups])
-    pairs = (learner.inputs - kernel.centre) * directions
-    origin = kernel.centre * directions
-    if isinstance(features, Projection):
-        directions = features.directions * directions
-        origin += features.centre @ directions
-        directions = jnp.pad(directions, ((0, 0), (0, 2)))
-    origin = jnp.concatenate([origin, jnp.array([-1.0, 0.0], origin.dtype)])
-    weights, centre = learner.mean_weights()
-    line = kernel.linear * multiply(pairs.T, weights)
-    line = jnp.concatenate([line, centre[None], jnp.zeros_like(centre)[None]])
-    unit = learner.deviation_of(jnp.ones(()))
-    numbers = {"line": line, "noise": kernel.noise, "unit": unit}
-    return {"directions": directions, "origin": origin}, (pairs, weights), numbers
 
 
 def _covariances(shape: Shape, half: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:

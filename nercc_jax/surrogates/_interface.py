@@ -5,12 +5,12 @@ answers that came.
 """
 
 import abc
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from ..codes._trees import Form, join
 from ..inference._models import Model
@@ -120,9 +120,9 @@ class AbstractLearner(AbstractSurrogate):
     @abc.abstractmethod
     def update(
         self: L,
-        x: PyTree[Shaped[Array, "pairs ..."]],
-        y: PyTree[Float[Array, "pairs ..."]],
-        observed: Bool[Array, " pairs"] | None = None,
+        x: PyTree[Shaped[Any, "pairs ..."]],
+        y: PyTree[Float[Any, "pairs ..."]],
+        observed: Bool[Any, " pairs"] | None = None,
         *,
         version: str | None = None,
     ) -> L:
@@ -145,8 +145,8 @@ class AbstractLearner(AbstractSurrogate):
 
     @abc.abstractmethod
     def predict(
-        self, x: PyTree[Shaped[ArrayLike, "points ..."]]
-    ) -> tuple[PyTree[Float[Array, "points ..."]], Float[Array, " points"]]:
+        self, x: PyTree[Shaped[Any, "points ..."]]
+    ) -> tuple[PyTree[Float[Any, "points ..."]], Float[Any, " points"]]:
         """Return the mean, in the structure of the model's outputs, and each point's deviation."""
 
     @property

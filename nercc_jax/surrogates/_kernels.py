@@ -5,18 +5,25 @@ condition, and have no mask and no ring of rows; what would be left of them is t
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ..codes._products import multiply
+from ..evaluation._criteria import safe_sqrt
+from ..splines.arrays import namespace, product
 
 Shape: TypeAlias = Literal["squared_exponential", "matern32", "matern52"]
 SHAPES: tuple[str, ...] = get_args(Shape)
+
+# Inputs nearer than this, in widths of the kernel, are the same input: rounding of float32 moves
+# inputs by less, and a kernel that takes them apart would judge itself on copies of its own pairs.
+SAME = 1e-5
+_MARKS = 8  # directions in which inputs are compared, where they have more features
 
 
 class Kernel(eqx.Module):
@@ -64,20 +71,23 @@ class Kernel(eqx.Module):
                 positive, or `linear` is negative.
         """
         self.shape = check_shape(shape)
-        self.centre = jnp.asarray(centre, float)
-        self.unit = jnp.broadcast_to(jnp.asarray(unit, float), self.centre.shape)
-        self.widths = jnp.asarray(widths, float)
+        self.centre = _leaf(centre, float)
+        if not isinstance(unit, jax.Array):
+            unit = np.broadcast_to(np.asarray(unit, float), self.centre.shape)
+        self.unit = jnp.broadcast_to(_leaf(unit, float), self.centre.shape)
+        self.widths = _leaf(widths, float)
         features, number = len(self.centre), len(self.widths)
         if groups is None:
             groups = np.arange(features) if number == features else np.zeros(features, int)
-        self.groups = jnp.asarray(groups, int)
-        self.linear, self.noise = jnp.asarray(linear, float), jnp.asarray(noise, float)
+        self.groups = _leaf(groups, int)
+        self.linear, self.noise = _leaf(linear, float), _leaf(noise, float)
         if self.groups.shape != (features,):
             raise ValueError(
                 f"groups must name a width for each of {features} features, not {groups}"
             )
         if not isinstance(self.groups, Tracer) and features:
-            least, most = int(np.min(self.groups)), int(np.max(self.groups))
+            named = np.asarray(self.groups)
+            least, most = int(named.min()), int(named.max())
             if least < 0 or most >= number:
                 raise ValueError(
                     f"groups name widths {least} to {most}, of which there are {number}"
@@ -87,24 +97,49 @@ class Kernel(eqx.Module):
         _check("linear", self.linear, "0 or positive", lambda value: value >= 0)
 
     def __call__(
-        self, a: Float[Array, "p features"], b: Float[Array, "q features"]
-    ) -> Float[Array, "p q"]:
-        """Return the covariances of outputs at a with those at b, without noise."""
-        a, b = self._scaled(a), self._scaled(b)
-        product = multiply(a, b.T)
-        square = jnp.sum(a**2, axis=1)[:, None] + jnp.sum(b**2, axis=1) - 2 * product
-        return _SHAPES[self.shape](jnp.maximum(square, 0)) + self.linear * product
+        self, a: Float[Any, "p features"], b: Float[Any, "q features"]
+    ) -> Float[Any, "p q"]:
+        """Return the covariances of outputs at a with those at b, without noise.
 
-    def variance(self, a: Float[Array, "p features"]) -> Float[Array, " p"]:
+        On the host, where the kernel's own arrays are NumPy's, this is computed in float64.
+        """
+        a, b = self.scaled(a), self.scaled(b)
+        xp, inner = namespace(a, b), product(a, b.T)
+        square = xp.sum(a**2, axis=1)[:, None] + xp.sum(b**2, axis=1) - 2 * inner
+        return covariances(self.shape, xp.maximum(square, 0)) + self.linear * inner
+
+    def variance(self, a: Float[Any, "p features"]) -> Float[Any, " p"]:
         """Return the variances of outputs at a, without noise."""
-        return 1 + self.linear * jnp.sum(self._scaled(a) ** 2, axis=1)
+        a = self.scaled(a)
+        return 1 + self.linear * namespace(a).sum(a**2, axis=1)
 
-    def _scaled(self, a: Float[Array, "p features"]) -> Float[Array, "p features"]:
+    def scaled(self, a: Float[Any, "p features"]) -> Float[Any, "p features"]:
+        """Return features in units of the kernel's widths."""
+        if namespace(a, self.centre) is np:
+            a = a.astype(np.float64)
         return (a - self.centre) / (self.unit * self.widths[self.groups])
+
+    def same(self, a: Float[Any, "p features"], b: Float[Any, "q features"]) -> Bool[Any, "p q"]:
+        """Return which inputs differ by no more than rounding (1e-5 widths).
+
+        Distances by products of matrices, as in covariances, are no exact 0 in float32. So inputs
+        are compared in a few directions, of each its coordinate.
+        """
+        a, b = self.scaled(a), self.scaled(b)
+        features = a.shape[1]
+        if features > _MARKS:
+            draws = np.random.default_rng(0).normal(size=(features, _MARKS)) / np.sqrt(features)
+            draws = draws.astype(a.dtype)
+            a, b = product(a, draws), product(b, draws)
+        xp = namespace(a, b)
+        alike = xp.ones((len(a), len(b)), bool)
+        for one, other in zip(a.T, b.T, strict=True):
+            alike &= xp.abs(one[:, None] - other) <= SAME
+        return alike
 
 
 def wide_kernel(
-    shape: Shape, centre: Float[Array, " features"], unit: Float[Array, " features"]
+    shape: Shape, centre: Float[Any, " features"], unit: Float[Any, " features"]
 ) -> Kernel:
     """Return a kernel to start from, with one width, the square root of the number of features."""
     return Kernel(shape, centre=centre, unit=unit, widths=[float(np.sqrt(max(len(centre), 1)))])
@@ -125,24 +160,29 @@ def _check(name: str, value: Array, wanted: str, sound: Callable[[np.ndarray], n
         raise ValueError(f"{name} must be {wanted} and finite, not {value}")
 
 
-def safe_sqrt(square: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Return the square root, which is 0 below 0 and has a derivative of 0 there."""
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+def _leaf(value: Any, dtype: type) -> Array:
+    """Return an array of JAX's, without a program where it is known."""
+    if isinstance(value, jax.Array):
+        return jnp.asarray(value, dtype)
+    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)):
+        return jnp.asarray(value, dtype)
+    return jax.device_put(np.asarray(value, jax.dtypes.canonicalize_dtype(dtype)))
 
 
-def _matern32(square: Array) -> Array:
-    r = safe_sqrt(3 * square)
-    return (1 + r) * jnp.exp(-r)
+def covariances(shape: Shape, square: Float[Any, "..."]) -> Float[Any, "..."]:
+    """Return a kernel's shape at squared distances in units of its widths."""
+    xp = namespace(square)
+    if shape == "squared_exponential":
+        return xp.exp(-square / 2)
+    r = safe_sqrt((3 if shape == "matern32" else 5) * square)
+    return (1 + r if shape == "matern32" else 1 + r + r**2 / 3) * xp.exp(-r)
 
 
-def _matern52(square: Array) -> Array:
-    r = safe_sqrt(5 * square)
-    return (1 + r + r**2 / 3) * jnp.exp(-r)
-
-
-_SHAPES: dict[str, Callable[[Array], Array]] = {
-    "squared_exponential": lambda square: jnp.exp(-square / 2),
-    "matern32": _matern32,
-    "matern52": _matern52,
-}
+def slopes(
+    shape: Shape, square: Float[np.ndarray, "..."], found: Float[np.ndarray, "..."]
+) -> Float[np.ndarray, "..."]:
+    """Return the derivatives of `covariances` by the squared distances, given its values."""
+    if shape == "squared_exponential":
+        return -found / 2
+    r = np.sqrt((3 if shape == "matern32" else 5) * square)
+    return np.exp(-r) * (-3 / 2 if shape == "matern32" else -5 / 6 * (1 + r))

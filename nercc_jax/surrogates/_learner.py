@@ -9,10 +9,15 @@ a Gaussian process's posterior, with m the prior mean and c the mean residual. s
 variance of the residuals, and `scale` is what leave-one-out errors ask for (`tune_learner`). The
 equations are solved for the points and not for the outputs, of which there may be thousands.
 
+Answers to the same input are one pair, with their mean and the noise divided by their number.
+
+A learner is JAX's arrays, for programs and gradients, or NumPy's (`on_host`). On the host nothing
+is compiled: a learner of a hundred pairs is there in milliseconds.
+
 Source: Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", section 2.2.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -22,26 +27,35 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes._checks import check_count
 from ..codes._products import multiply
-from ..codes._trees import Form, check_floats, join
+from ..codes._trees import Form, check_floats, join, to_device
+from ..evaluation._criteria import root_mean_square, safe_sqrt
+from ..splines.arrays import namespace, native
 from ._interface import (
     AbstractGroupPrior,
     AbstractLearner,
     SurrogatePredictions,
     outputs_of_groups,
 )
-from ._kernels import Kernel, Shape, safe_sqrt, wide_kernel
+from ._kernels import Kernel, Shape, wide_kernel
 from ._pairs import (
     Function,
+    PairWindow,
     features_of,
+    learn_pairs,
     length_of,
-    next_rows,
     one_row,
     pairs_of,
     prior_of_groups,
-    write_rows,
 )
 from ._surrogate import trust
-from ._whitening import cholesky_factor, condition, replace_rows, sound_or_anew, soundly_whitened
+from ._whitening import (
+    cholesky_factor,
+    condition,
+    replace_rows,
+    sound_or_anew,
+    soundly_whitened,
+    whiten_on_host,
+)
 
 # Beyond this share of the window a new factor is cheaper than replacing its rows.
 _MANY = 0.25
@@ -56,6 +70,7 @@ _WORN = 2e-5
 # where the error above was 1.9e-5 (160 replacements of 32 rows).
 _MISSED = 0.5
 _MIXED = 8  # mixtures of the outputs that this is looked at for
+_ROUNDING = 8  # units in the last place of the largest answer: less is no difference of answers
 
 L = TypeVar("L", bound="Learner")
 
@@ -161,13 +176,10 @@ class Learner(AbstractLearner):
         theta: See `AbstractSurrogate`.
         kappa: See `AbstractSurrogate`. Default: infinite, the learner alone, which knows the
             group's answers, too.
-        inputs: Features of the window's pairs.
-        residuals: Answers of the window's pairs less the prior.
-        priors: The prior's outputs at the window's pairs, if there is a prior.
-        filled: Which rows of the window hold a pair.
-        place: The row that is written next.
-        covariance: The covariances of the window's pairs.
-        whitening: Their whitening matrix (`_whitening.py`).
+        window: The pairs (`PairWindow`).
+        covariance: The covariances of the window's pairs; on the host none.
+        whitening: Their whitening matrix (`_whitening.py`); on the host that of the filled rows,
+            in float64.
         jitter: What was added to the noise so that float32 could solve.
         error: By how much of its right side a solution missed it before it was refined, when last
             measured. Above 2e-5 the factor is made again.
@@ -181,11 +193,7 @@ class Learner(AbstractLearner):
     scale: Float[Array, ""]
     theta: Float[Array, ""]
     kappa: Float[Array, ""]
-    inputs: Float[Array, "capacity features"]
-    residuals: Float[Array, "capacity m"]
-    priors: Float[Array, "capacity m"] | None
-    filled: Bool[Array, " capacity"]
-    place: Int[Array, ""]
+    window: PairWindow
     covariance: Float[Array, "capacity capacity"]
     whitening: Float[Array, "capacity capacity"]
     jitter: Float[Array, ""]
@@ -216,29 +224,56 @@ class Learner(AbstractLearner):
         self.theta, self.kappa = trust(theta, kappa)
         dtype = kernel.centre.dtype
         outputs = jnp.result_type(jnp.float32, *form.dtypes)
-        self.scale = jnp.ones((), dtype)
-        self.inputs = jnp.zeros((capacity, len(kernel.centre)), dtype)
-        self.residuals = jnp.zeros((capacity, form.size), outputs)
-        self.priors = None if prior is None else jnp.zeros_like(self.residuals)
-        self.filled, self.place = jnp.zeros(capacity, bool), jnp.zeros((), jnp.int32)
-        self.covariance = self.whitening = jnp.eye(capacity, dtype=dtype)
-        self.jitter = self.error = jnp.zeros((), dtype)
+        residuals = np.zeros((capacity, form.size), outputs)
+        window = PairWindow(
+            np.zeros((capacity, len(kernel.centre)), dtype),
+            residuals,
+            None if prior is None else residuals,
+            np.zeros(capacity, np.int32),
+            np.zeros(capacity, outputs),
+            np.zeros((), np.int32),
+        )
+        self.window, self.scale = to_device((window, np.ones((), dtype)))
+        self.covariance = self.whitening = to_device(np.eye(capacity, dtype=dtype))
+        self.jitter = self.error = to_device(np.zeros((), dtype))
 
     @property
     def capacity(self) -> int:
         """Return the most pairs that the window holds."""
-        return len(self.filled)
+        return len(self.window.counts)
 
     @property
-    def size(self) -> Int[Array, ""]:
-        """Return the number of pairs in the window."""
-        return jnp.sum(self.filled)
+    def filled(self) -> Bool[Any, " capacity"]:
+        """Return which rows of the window hold a pair."""
+        return self.window.counts > 0
+
+    @property
+    def size(self) -> Int[Any, ""]:
+        """Return the number of pairs in the window, answers to the same input counted once."""
+        return self.filled.sum()
+
+    @property
+    def is_on_host(self) -> bool:
+        """Return whether the arrays are NumPy's."""
+        return isinstance(self.window.counts, np.ndarray)
+
+    def on_host(self: L) -> L:
+        """Return the same learner as NumPy's arrays, whose methods run without a program.
+
+        A program that takes it makes the factor anew in every call (`on_device`).
+        """
+        return self if self.is_on_host else jax.device_get(self).refactorized()
+
+    def on_device(self: L) -> L:
+        """Return the same learner as JAX's arrays."""
+        arrays, rest = eqx.partition(self, eqx.is_array)
+        return eqx.combine(to_device(arrays), rest).refactorized() if self.is_on_host else self
 
     def update(
         self: L,
-        x: PyTree[Shaped[Array, "pairs ..."]],
-        y: PyTree[Float[Array, "pairs ..."]],
-        observed: Bool[Array, " pairs"] | None = None,
+        x: PyTree[Shaped[Any, "pairs ..."]],
+        y: PyTree[Float[Any, "pairs ..."]],
+        observed: Bool[Any, " pairs"] | None = None,
         *,
         version: str | None = None,
     ) -> L:
@@ -251,25 +286,32 @@ class Learner(AbstractLearner):
                 f"these are answers of version {version!r}; the learner knows version "
                 f"{self.version!r}: start anew with `learner.restart({version!r})`"
             )
-        x, y = jax.tree.map(jnp.asarray, (x, y))
-        learned, places = self._with_pairs(x, y, observed)
-        if len(places) > _MANY * self.capacity:
+        x, y = self._own_arrays((x, y))
+        learned, changed = self._with_pairs(x, y, observed)
+        if not len(changed):
+            return self
+        # On the host, a factor of the filled rows alone takes no longer than replacing some.
+        if self.is_on_host or len(changed) > _MANY * self.capacity:
             return learned.refactorized()
-        return learned._replaced(places)
+        return learned._with_covariances()._replaced(changed)
 
     def predict(
-        self, x: PyTree[Shaped[ArrayLike, "points ..."]]
-    ) -> tuple[PyTree[Float[Array, "points ..."]], Float[Array, " points"]]:
+        self, x: PyTree[Shaped[Any, "points ..."]]
+    ) -> tuple[PyTree[Float[Any, "points ..."]], Float[Any, " points"]]:
         """Return the mean, in the structure of the model's outputs, and each point's deviation.
 
         The deviation is a standard deviation of an answer (noise included) in units of the outputs:
-        the root mean square over all of them. It is infinite where the window is empty; the mean is
-        then the prior's, or 0.
+        the root mean square over all of them. Its unit is the spread of the answers. So it is
+        infinite before there are two that differ: nothing says yet how far others may be off, and
+        of a constant function nothing ever will. With an empty window the mean is the prior's, or
+        0.
         """
-        x = jax.tree.map(jnp.asarray, x)
+        x = self._own_arrays(x)
         z = features_of(self.features, x)
+        if self.is_on_host:
+            z = np.asarray(z)
         mean, covariance = self.window_posterior(z[:, None])
-        variance = jnp.maximum(covariance[:, 0, 0], 0) + self.kernel.noise
+        variance = namespace(covariance).maximum(covariance[:, 0, 0], 0) + self.kernel.noise
         mean = mean[:, 0]
         if self.prior is not None:
             mean = mean + join(self.prior(x), 1)[0]
@@ -295,10 +337,9 @@ class Learner(AbstractLearner):
             mean=mean, covariance=covariance, noise=noise, unit=unit, form=self.form
         )
 
-    @eqx.filter_jit
     def window_posterior(
-        self, z: Float[Array, "groups points features"]
-    ) -> tuple[Float[Array, "groups points m"], Float[Array, "groups points points"]]:
+        self, z: Float[Any, "groups points features"]
+    ) -> tuple[Float[Any, "groups points m"], Float[Any, "groups points points"]]:
         """Return the posterior of points in groups, given the window.
 
         Args:
@@ -308,45 +349,59 @@ class Learner(AbstractLearner):
             The residuals' means, and their covariances within each group, without noise and in
                 units of the process's variance.
         """
-        groups, points, features = z.shape
-        cross = self.kernel(z.reshape(-1, features), self.inputs) * self.filled
-        weights, known = condition(
-            self.covariance, jax.lax.stop_gradient(self.whitening), cross, groups
-        )
-        total = jnp.sum(weights, axis=1)[:, None]  # unfilled rows have none
-        mean = multiply(weights, self.residuals) + (1 - total) * self._centre()
-        covariance = jax.vmap(self.kernel)(z, z) - known
-        return mean.reshape(groups, points, -1), covariance
+        return (_posterior_on_host if self.is_on_host else _window_posterior)(self, z)
 
-    @eqx.filter_jit
-    def left_out(self) -> tuple[Float[Array, "capacity m"], Float[Array, " capacity"]]:
+    def knows(self, x: PyTree[Shaped[Any, "points ..."]]) -> Bool[Any, " points"]:
+        """Return which inputs the window has answers to.
+
+        Predictions of these are nearly the answers themselves, and say nothing of how far others
+        may be off.
+        """
+        z = features_of(self.features, self._own_arrays(x))
+        same = self.kernel.same(z, self.window.inputs) & self.filled
+        return same.any(axis=1)
+
+    def left_out(self) -> tuple[Float[Any, "capacity m"], Float[Any, " capacity"]]:
         """Return the errors of predicting each pair of the window from the others, and deviations.
 
-        The factor that is there gives all of them at once, as in `leave_one_out`.
+        The mean answer to an input is predicted without any of the answers to it, and the deviation
+        is that of a single answer. The factor that is there gives all of them at once, as in
+        `leave_one_out`.
         """
-        weights, _ = self.mean_weights()
-        precision = jnp.sum(jax.lax.stop_gradient(self.whitening) ** 2, axis=0)
-        return -weights / precision[:, None], self.deviation_of(1 / precision)
+        return (_left_out if self.is_on_host else _left_out_compiled)(self)
 
-    def mean_weights(self) -> tuple[Float[Array, "capacity m"], Float[Array, " m"]]:
+    def mean_weights(self) -> tuple[Float[Any, "capacity m"], Float[Any, " m"]]:
         """Return the weights of covariances with the window's pairs in a mean, and its constant."""
-        centred, whitening = self._centred(), jax.lax.stop_gradient(self.whitening)
+        centred = self._centred()
+        if self.is_on_host:
+            weights = np.zeros(centred.shape)
+            weights[self.filled] = self.whitening.T @ (self.whitening @ centred[self.filled])
+            return weights, self._centre()
+        whitening = jax.lax.stop_gradient(self.whitening)
         weights, _ = condition(self.covariance, whitening, centred.T, centred.shape[1])
         return weights.T, self._centre()
 
-    def spread(self) -> Float[Array, ""]:
-        """Return the residuals' standard deviation over window and outputs; NaN for none."""
-        square = self._centred() ** 2
-        count = self.size * self.residuals.shape[1]
-        return jnp.where(self.size > 0, safe_sqrt(jnp.sum(square) / jnp.maximum(count, 1)), jnp.nan)
+    def spread(self) -> Float[Any, ""]:
+        """Return the residuals' standard deviation over window and outputs; 0 if all are equal."""
+        filled, xp = self.filled, namespace(self.window.counts)
+        parts = (
+            root_mean_square(self._centred(), where=filled[:, None]),
+            root_mean_square(self.window.scatter, where=filled),
+        )
+        spread = np.sqrt(2.0).astype(parts[0].dtype) * root_mean_square(xp.stack(parts))
+        size = xp.max(xp.abs(self.window.residuals), initial=0, where=filled[:, None])
+        return xp.where(spread > _ROUNDING * xp.finfo(spread.dtype).eps * size, spread, 0)
 
-    def deviation_of(self, variance: Float[Array, "..."]) -> Float[Array, "..."]:
+    def deviation_of(self, variance: Float[Any, "..."]) -> Float[Any, "..."]:
         """Return a standard deviation in units of the outputs, from the process's variance."""
-        return jnp.where(self.size > 0, self.scale * self.spread() * safe_sqrt(variance), jnp.inf)
+        spread, xp = self.spread(), namespace(self.window.counts)
+        return xp.where(spread > 0, self.scale * spread * safe_sqrt(variance), xp.inf)
 
     def with_kernel(self: L, kernel: Kernel, scale: Float[ArrayLike, ""] = 1.0) -> L:
         """Return the same window with another kernel."""
-        numbers = kernel, jnp.asarray(scale, self.scale.dtype)
+        xp = namespace(self.window.counts)
+        kernel = jax.device_get(kernel) if self.is_on_host else kernel
+        numbers = kernel, xp.asarray(scale, self.scale.dtype)
         changed = eqx.tree_at(lambda learner: (learner.kernel, learner.scale), self, numbers)
         return changed.refactorized()
 
@@ -362,45 +417,44 @@ class Learner(AbstractLearner):
             kappa=self.kappa,
             version=version,
         )
+        fresh = fresh.on_host() if self.is_on_host else fresh
         return eqx.tree_at(lambda learner: learner.scale, fresh, self.scale)
 
     def refactorized(self: L) -> L:
         """Return the same learner with its covariances and their factor computed again."""
-        return self._with_factor(*_factored(self.kernel, self.inputs, self.filled))
+        factored = _factored_on_host if self.is_on_host else _factored
+        return self._with_factor(*factored(self.kernel, self.window.inputs, self.window.counts))
+
+    def _with_covariances(self: L) -> L:
+        """Return the same learner, which may come from the host, as programs need it."""
+        return self if len(self.covariance) == self.capacity else self.refactorized()
+
+    def _own_arrays(self, tree: PyTree) -> PyTree:
+        return jax.tree.map(np.asarray, native(tree)) if self.is_on_host else to_device(tree)
 
     def _with_pairs(
-        self: L, x: PyTree, y: PyTree, observed: Bool[Array, " pairs"] | None = None
-    ) -> tuple[L, Int[Array, " b"]]:
-        """Return the learner with these pairs but the old factor, and their rows."""
-        z, r, priors, known = pairs_of(self.features, self.prior, self.form, x, y, observed)
-        if z.shape[1:] != self.inputs.shape[1:]:
+        self: L, x: PyTree, y: PyTree, observed: Bool[Any, " pairs"] | None = None
+    ) -> tuple[L, Int[Any, " b"]]:
+        """Return the learner with these pairs but the old factor, and the rows that changed."""
+        new = pairs_of(self.features, self.prior, self.form, x, y, observed)
+        if self.is_on_host:
+            new = jax.tree.map(np.asarray, new)
+        if new.features.shape[1:] != self.kernel.centre.shape:
             raise ValueError(
-                f"x have {z.shape[1]} features; the learner knows {self.inputs.shape[1]}"
+                f"x have {new.features.shape[1]} features; the learner knows "
+                f"{len(self.kernel.centre)}"
             )
-        places, count, source = next_rows(known, self.place, self.capacity)
-        fresh = jnp.arange(len(places)) < count
-        rows = (places, fresh, source)
-        inputs, residuals = write_rows(self.inputs, z, *rows), write_rows(self.residuals, r, *rows)
-        filled = self.filled.at[places].max(fresh)
-        learned = eqx.tree_at(
-            lambda learner: (learner.inputs, learner.residuals, learner.filled, learner.place),
-            self,
-            (inputs, residuals, filled, (self.place + count) % self.capacity),
-        )
-        if priors is not None and self.priors is not None:
-            known = write_rows(self.priors, priors, *rows)
-            learned = eqx.tree_at(lambda learner: learner.priors, learned, known)
-        return learned, places
+        window, changed = learn_pairs(self.window, new, self.kernel)
+        return eqx.tree_at(lambda learner: learner.window, self, window), changed
 
     def _replaced(self: L, places: Int[Array, " b"]) -> L:
-        """Return the learner with covariances and factor updated for the written rows."""
-        known = self.filled[:, None] & self.filled[places]
+        """Return the learner with covariances and factor updated for the changed rows."""
+        inputs, filled = self.window.inputs, self.filled
         own = jnp.arange(self.capacity)[:, None] == places
-        new = self.inputs[places]
-        columns = jnp.where(known, self.kernel(self.inputs, new), 0)
-        diagonal = jnp.where(
-            self.filled[places], self.kernel.variance(new) + self.kernel.noise + self.jitter, 1
-        )
+        new = inputs[places]
+        columns = jnp.where(filled[:, None] & filled[places], self.kernel(inputs, new), 0)
+        diagonal = diagonal_of(self.kernel, new, self.window.counts[places])
+        diagonal = diagonal + jnp.where(filled[places], self.jitter, 0)
         columns = jnp.where(own, diagonal, columns)
         whitening, more = replace_rows(
             jax.lax.stop_gradient(self.whitening), jax.lax.stop_gradient(columns), places
@@ -422,6 +476,8 @@ class Learner(AbstractLearner):
     ) -> Bool[Array, ""]:
         """Return whether solutions for the answers miss them by less than their noise."""
         answers = jax.lax.stop_gradient(self._centred())
+        size = jnp.max(jnp.abs(answers))
+        answers = answers / jnp.where(size > 0, size, 1)
         if answers.shape[1] > _MIXED:
             draws = np.random.default_rng(0).normal(size=(answers.shape[1], _MIXED))
             answers = multiply(answers, jnp.asarray(draws, answers.dtype))
@@ -430,20 +486,75 @@ class Learner(AbstractLearner):
         noise = jax.lax.stop_gradient(self.kernel.noise + self.jitter)
         return missed <= _MISSED * jnp.sqrt(noise) * jnp.linalg.norm(answers)
 
-    def _with_factor(self: L, *numbers: Array) -> L:
+    def _with_factor(self: L, *numbers: Any) -> L:
         return eqx.tree_at(
             lambda one: (one.covariance, one.whitening, one.jitter, one.error), self, numbers
         )
 
-    def _centred(self) -> Float[Array, "capacity m"]:
+    def _centred(self) -> Float[Any, "capacity m"]:
         """Return the residuals less their mean; 0 where the window holds no pair."""
-        return jnp.where(self.filled[:, None], self.residuals - self._centre(), 0)
+        xp = namespace(self.window.counts)
+        return xp.where(self.filled[:, None], self.window.residuals - self._centre(), 0)
 
-    def _centre(self) -> Float[Array, " m"]:
+    def _centre(self) -> Float[Any, " m"]:
         """Return the mean residual; 0 for none."""
-        return jnp.sum(self.residuals, axis=0, where=self.filled[:, None]) / jnp.maximum(
-            self.size, 1
-        )
+        xp = namespace(self.window.counts)
+        total = xp.sum(self.window.residuals, axis=0, where=self.filled[:, None])
+        return total / xp.maximum(self.size, 1).astype(total.dtype)
+
+
+@eqx.filter_jit
+def _window_posterior(
+    learner: Learner, z: Float[Array, "groups points features"]
+) -> tuple[Float[Array, "groups points m"], Float[Array, "groups points points"]]:
+    learner = learner._with_covariances()
+    groups, points, features = z.shape
+    window, kernel = learner.window, learner.kernel
+    cross = kernel(z.reshape(-1, features), window.inputs) * learner.filled
+    weights, known = condition(
+        learner.covariance, jax.lax.stop_gradient(learner.whitening), cross, groups
+    )
+    total = jnp.sum(weights, axis=1)[:, None]  # unfilled rows have none
+    mean = multiply(weights, window.residuals) + (1 - total) * learner._centre()
+    covariance = jax.vmap(kernel)(z, z) - known
+    return mean.reshape(groups, points, -1), covariance
+
+
+def _posterior_on_host(
+    learner: Learner, z: Float[np.ndarray, "groups points features"]
+) -> tuple[Float[np.ndarray, "groups points m"], Float[np.ndarray, "groups points points"]]:
+    groups, points, features = z.shape
+    kernel, filled, whitening = learner.kernel, learner.filled, learner.whitening
+    white = kernel(z.reshape(-1, features), learner.window.inputs[filled]) @ whitening.T
+    centred = learner._centred()[filled]
+    if len(white) < centred.shape[1]:  # in the order that takes less
+        mean = white @ whitening @ centred
+    else:
+        mean = white @ (whitening @ centred)
+    mean = (mean + learner._centre()).reshape(groups, points, -1)
+    if points == 1:
+        own = kernel.variance(z[:, 0]) - np.vecdot(white, white)
+        own = own[:, None, None]
+    else:
+        white = white.reshape(groups, points, -1)
+        own = np.stack([kernel(each, each) for each in z]) - white @ white.swapaxes(1, 2)
+    return mean.astype(learner.window.residuals.dtype), own
+
+
+def _left_out(learner: Learner) -> tuple[Float[Any, "capacity m"], Float[Any, " capacity"]]:
+    weights, _ = learner.mean_weights()
+    counts, noise = learner.window.counts, learner.kernel.noise
+    if learner.is_on_host:
+        precision = np.ones(len(counts))
+        precision[learner.filled] = np.sum(learner.whitening**2, axis=0)
+    else:
+        precision = jnp.sum(jax.lax.stop_gradient(learner.whitening) ** 2, axis=0)
+    xp = namespace(precision)
+    single = 1 / precision + noise * (1 - 1 / xp.maximum(counts, 1))
+    return -weights / precision[:, None], learner.deviation_of(single)
+
+
+_left_out_compiled = eqx.filter_jit(lambda learner: _left_out(learner._with_covariances()))
 
 
 def init_learner(
@@ -473,7 +584,37 @@ def init_learner(
         ValueError: The capacity is no positive integer, x and y have different lengths, outputs are
             no floats, the prior has other outputs, or the kernel is for other features.
     """
-    x, y = jax.tree.map(jnp.asarray, (x, y))
+    x, y = to_device((x, y))
+    learner = empty_learner(x, y, capacity, features, prior, kernel, version)
+    if not length_of("y", y):
+        return learner
+    return eqx.filter_jit(Learner._with_pairs)(learner, x, y)[0].refactorized()
+
+
+def init_learner_on_host(
+    x: PyTree[Shaped[np.ndarray, "pairs ..."]],
+    y: PyTree[Float[np.ndarray, "pairs ..."]],
+    *,
+    capacity: int = 1024,
+    features: Function | None = None,
+    kernel: Kernel | Shape = "matern52",
+) -> Learner:
+    """Make a learner as `init_learner` does, of NumPy's arrays and without a program."""
+    x, y = jax.tree.map(lambda a: a.astype(jax.dtypes.canonicalize_dtype(a.dtype)), (x, y))
+    learner = empty_learner(x, y, capacity, features, None, kernel, "")
+    return learner.on_host().update(x, y)
+
+
+def empty_learner(
+    x: PyTree[Shaped[Any, "pairs ..."]],
+    y: PyTree[Float[Any, "pairs ..."]],
+    capacity: int,
+    features: Function | None,
+    prior: Function | None,
+    kernel: Kernel | Shape,
+    version: str,
+) -> Learner:
+    """Return a learner for pairs like these, which it does not know yet: see `init_learner`."""
     check_floats("y", y)
     pairs = length_of("y", y)
     if length_of("x", x) != pairs:
@@ -483,36 +624,55 @@ def init_learner(
     kernel = kernel if isinstance(kernel, Kernel) else first_kernel(kernel, z)
     if kernel.centre.shape != z.shape[1:]:
         raise ValueError(f"the kernel is for {len(kernel.centre)} features, not {z.shape[1]}")
-    learner = Learner(
-        kernel, form, capacity=capacity, features=features, prior=prior, version=version
-    )
-    if not pairs:
-        return learner
-    return eqx.filter_jit(Learner._with_pairs)(learner, x, y)[0].refactorized()
+    return Learner(kernel, form, capacity=capacity, features=features, prior=prior, version=version)
+
+
+def diagonal_of(
+    kernel: Kernel, inputs: Float[Any, "rows features"], counts: Int[Any, " rows"]
+) -> Float[Any, " rows"]:
+    """Return the variances of the mean answers to inputs; 1 where there is none."""
+    xp = namespace(inputs, counts)
+    own = kernel.variance(inputs) + kernel.noise / xp.maximum(counts, 1)
+    return xp.where(counts > 0, own, 1)
 
 
 @eqx.filter_jit
 def _factored(
-    kernel: Kernel, inputs: Float[Array, "capacity features"], filled: Bool[Array, " capacity"]
+    kernel: Kernel, inputs: Float[Array, "capacity features"], counts: Int[Array, " capacity"]
 ) -> tuple[Array, Array, Array, Array]:
     """Return a window's covariances, their whitening matrix, jitter and error."""
-    both = filled[:, None] & filled
-    diagonal = jnp.where(filled, kernel.variance(inputs) + kernel.noise, 1)
+    filled = counts > 0
     eye = jnp.eye(len(filled), dtype=bool)
-    covariance = jnp.where(eye, diagonal, jnp.where(both, kernel(inputs, inputs), 0))
+    covariance = jnp.where(filled[:, None] & filled, kernel(inputs, inputs), 0)
+    covariance = jnp.where(eye, diagonal_of(kernel, inputs, counts), covariance)
     whitening, jitter, error = soundly_whitened(jax.lax.stop_gradient(covariance))
     return covariance + jitter * eye, whitening, jitter, error
 
 
-def first_kernel(shape: Shape, z: Float[Array, "pairs features"]) -> Kernel:
+def _factored_on_host(
+    kernel: Kernel,
+    inputs: Float[np.ndarray, "capacity features"],
+    counts: Int[np.ndarray, " capacity"],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return what `_factored` does, of the filled rows; the covariances are not kept."""
+    filled, nothing = counts > 0, np.zeros((), kernel.noise.dtype)
+    covariance = kernel(inputs[filled], inputs[filled])
+    np.fill_diagonal(covariance, diagonal_of(kernel, inputs[filled], counts[filled]))
+    return np.zeros((0, 0)), whiten_on_host(covariance), nothing, nothing
+
+
+def same_inputs(z: Float[np.ndarray, "pairs features"]) -> Bool[np.ndarray, "pairs pairs"]:
+    """Return which pairs' inputs differ by no more than rounding, by the spreads of features."""
+    return jax.device_get(first_kernel("matern52", z)).same(z, z)
+
+
+def first_kernel(shape: Shape, z: Float[Any, "pairs features"]) -> Kernel:
     """Return a kernel to start from: centred on the features, in units of their spreads."""
-    features = z.shape[1]
-    finite = jnp.all(jnp.isfinite(z), axis=1)
-    count = jnp.maximum(jnp.sum(finite), 1)
-    z = jnp.where(finite[:, None], z, 0)
-    centre = jnp.sum(z, axis=0) / count
-    spread = jnp.sqrt(jnp.sum(jnp.where(finite[:, None], (z - centre) ** 2, 0), axis=0) / count)
-    typical = jnp.sqrt(jnp.mean(spread**2)) if features else jnp.ones(())
+    features, xp = z.shape[1], namespace(z)
+    finite = xp.all(xp.isfinite(z), axis=1)[:, None]
+    centre = xp.sum(z, axis=0, where=finite) / xp.maximum(xp.sum(finite), 1)
+    spread = root_mean_square(z - centre, 0, finite)
+    typical = root_mean_square(spread) if features else xp.ones(())
     # A feature that hardly varies here may vary later: its unit is not 0.
-    unit = jnp.where(typical > 0, jnp.maximum(spread, 1e-3 * typical), 1)
+    unit = xp.where(typical > 0, xp.maximum(spread, 1e-3 * typical), 1)
     return wide_kernel(shape, centre, unit)

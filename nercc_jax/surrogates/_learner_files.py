@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from ..codes._trees import Form, join
 from ..codes.whole_files import NO_CHECKSUM, read_checked, write_checked
@@ -20,13 +21,13 @@ from ._pairs import Function, one_row
 from ._surrogate import trust as sound_trust
 
 _FORMAT = "nercc-jax learner"
-_VERSION = "1"
+_VERSION = "2"
 # The covariances and their factor are made anew from these.
-_WINDOW = ("inputs", "residuals", "priors", "filled", "place", "scale")
+_WINDOW = ("inputs", "residuals", "priors", "counts", "scatter", "place")
 _KERNEL = ("groups", "centre", "unit", "widths", "linear", "noise")
 _TRUST = ("theta", "kappa")
 # What a component has for itself: the rest of its window is that of all.
-_OWN = ("residuals", "scale")
+_OWN = ("residuals", "scatter")
 
 
 def save_learner(
@@ -53,10 +54,14 @@ def save_learner(
 
     whole = learner if isinstance(learner, Learner) else learner.rest
     parts = (
-        _named(learner, _TRUST) | _named(whole, _WINDOW) | _named(whole.kernel, _KERNEL, "kernel")
+        _named(learner, _TRUST)
+        | _named(whole.window, _WINDOW)
+        | _named(whole.kernel, _KERNEL, "kernel")
+        | {"scale": whole.scale}
     )
     if isinstance(learner, ComponentLearner):
-        parts |= {"directions": learner.directions} | _named(learner.own, _OWN, "own")
+        parts |= {"directions": learner.directions, "own.scale": learner.own.scale}
+        parts |= _named(learner.own.window, _OWN, "own")
         parts |= _named(learner.own.kernel, _KERNEL, "own.kernel")
     arrays = {name: np.asarray(leaf) for name, leaf in parts.items() if leaf is not None}
     header = {
@@ -162,7 +167,7 @@ def _learner(
     if directions.shape != (form.size, number) or not np.isfinite(directions).all():
         raise ValueError(f"directions of {form.size} outputs have shape {directions.shape}")
     rest = _plain(arrays, _form_of_rows(form.size), **named)
-    window = {name: arrays[name] for name in _WINDOW if name in arrays}
+    window = {name: arrays[name] for name in (*_WINDOW, "scale") if name in arrays}
     each = {name.removeprefix("own."): a for name, a in arrays.items() if name.startswith("own.")}
     own = [
         _plain(
@@ -206,16 +211,17 @@ def _plain(arrays: Mapping[str, np.ndarray], form: Form, *, shape: str, **option
     """Return a learner of these arrays; raise ValueError where they are not sound."""
     numbers: dict[str, Any] = {name: arrays[f"kernel.{name}"] for name in _KERNEL}
     kernel = Kernel(shape, **numbers)  # pyright: ignore[reportArgumentType]
-    learner = Learner(kernel, form, capacity=len(arrays["filled"]), **options)
-    fields = [name for name in _WINDOW if getattr(learner, name) is not None]
-    for name in fields:
-        if arrays[name].shape != getattr(learner, name).shape:
+    learner = Learner(kernel, form, capacity=len(arrays["counts"]), **options)
+    names = [name for name in _WINDOW if getattr(learner.window, name) is not None]
+
+    def parts(one: Learner) -> list[Array]:
+        return [*(getattr(one.window, name) for name in names), one.scale]
+
+    found = []
+    for name, own in zip([*names, "scale"], parts(learner), strict=True):
+        if arrays[name].shape != own.shape:
             raise ValueError(f"{name} has shape {arrays[name].shape}")
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"{name} is not finite")
-    loaded = eqx.tree_at(
-        lambda learner: [getattr(learner, name) for name in fields],
-        learner,
-        [jnp.asarray(arrays[name], getattr(learner, name).dtype) for name in fields],
-    )
-    return loaded.refactorized()
+        found.append(jnp.asarray(arrays[name], own.dtype))
+    return eqx.tree_at(parts, learner, found).refactorized()

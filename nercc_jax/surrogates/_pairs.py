@@ -1,18 +1,19 @@
 """Pairs (input, answer) as a learner holds them, and principal components as their features."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes._checks import check_count
-from ..codes._products import multiply
-from ..codes._trees import Form, finite_points, is_float, join, leaves_of
+from ..codes._trees import Form, finite_points, is_float, join, leaves_of, to_device
+from ..evaluation._criteria import root_mean_square, safe_sqrt
+from ..splines.arrays import constant, namespace, product, working_dtype
 from ._interface import check_like, outputs_of_groups
+from ._kernels import Kernel
 
 Function = Callable[[PyTree], PyTree]
 
@@ -20,21 +21,23 @@ Function = Callable[[PyTree], PyTree]
 class Pairs(NamedTuple):
     """Rows of pairs; zeros where a pair is not `known` (not observed, or not finite)."""
 
-    features: Float[Array, "pairs features"]
-    residuals: Float[Array, "pairs m"]
-    priors: Float[Array, "pairs m"] | None
-    known: Bool[Array, " pairs"]
+    features: Float[Any, "pairs features"]
+    residuals: Float[Any, "pairs m"]
+    priors: Float[Any, "pairs m"] | None
+    known: Bool[Any, " pairs"]
 
 
 def pairs_of(
     features: Function | None,
     prior: Function | None,
     form: Form,
-    x: PyTree[Shaped[Array, "pairs ..."]],
-    y: PyTree[Float[Array, "pairs ..."]],
-    observed: Bool[Array, " pairs"] | None = None,
+    x: PyTree[Shaped[Any, "pairs ..."]],
+    y: PyTree[Float[Any, "pairs ..."]],
+    observed: Bool[Any, " pairs"] | None = None,
 ) -> Pairs:
     """Return inputs and answers as rows; values that are not observed may be anything.
+
+    The rows are NumPy's arrays if x and y are.
 
     Raises:
         ValueError: x and y have different lengths, or outputs another structure.
@@ -43,22 +46,24 @@ def pairs_of(
     pairs = length_of("y", y)
     if length_of("x", x) != pairs:
         raise ValueError(f"x are {length_of('x', x)} data points, y {pairs} answers")
+    xp = namespace(*jax.tree.leaves((x, y)))
     sound = finite_points(x, 1) & finite_points(y, 1)
-    known = sound if observed is None else sound & jnp.asarray(observed)
+    known = sound if observed is None else sound & xp.asarray(observed)
 
-    def clean(leaf: Array) -> Array:
+    def clean(leaf: Any) -> Any:
         mask = known.reshape(-1, *[1] * (leaf.ndim - 1))
-        return jnp.where(mask, leaf, jnp.zeros_like(leaf)) if is_float(leaf) else leaf
+        return xp.where(mask, leaf, xp.zeros_like(leaf)) if is_float(leaf) else leaf
 
     x, y = jax.tree.map(clean, (x, y))
-    z, r = features_of(features, x), join(y, 1)[0]
+    z, r = xp.asarray(features_of(features, x)), xp.asarray(join(y, 1)[0])
     priors = None
     if prior is not None:
         priors, found = join(prior(x), 1)
         check_like(found, form)
+        priors = xp.asarray(priors)
         r = r - priors
-    known = jnp.asarray(known) & jnp.all(jnp.isfinite(z), axis=1) & jnp.all(jnp.isfinite(r), axis=1)
-    z, r, priors = jax.tree.map(lambda leaf: jnp.where(known[:, None], leaf, 0), (z, r, priors))
+    known = xp.asarray(known) & xp.all(xp.isfinite(z), axis=1) & xp.all(xp.isfinite(r), axis=1)
+    z, r, priors = jax.tree.map(lambda leaf: xp.where(known[:, None], leaf, 0), (z, r, priors))
     return Pairs(z, r, priors, known)
 
 
@@ -72,15 +77,15 @@ def prior_of_groups(
 
 
 def features_of(
-    features: Function | None, x: PyTree[Shaped[Array, "points ..."]]
-) -> Float[Array, "points d"]:
+    features: Function | None, x: PyTree[Shaped[Any, "points ..."]]
+) -> Float[Any, "points d"]:
     """Return the features of data points as vectors: their own floats without a function."""
     found = x if features is None else features(x)
     floats = [leaf for leaf in jax.tree.leaves(found) if is_float(leaf)]
     if not floats:
         raise ValueError("there is no float among the data points to learn by: give `features`")
     vectors = join(floats, 1)[0]
-    return vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
+    return vectors.astype(working_dtype(vectors.dtype))
 
 
 def length_of(name: str, tree: PyTree) -> int:
@@ -94,35 +99,103 @@ def length_of(name: str, tree: PyTree) -> int:
 
 def one_row(tree: PyTree) -> PyTree:
     """Return one row of zeros like those of a tree, which may have none."""
-    return jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), tree)
+    return jax.tree.map(lambda leaf: namespace(leaf).zeros((1, *leaf.shape[1:]), leaf.dtype), tree)
 
 
-def next_rows(
-    observed: Bool[Array, " pairs"], place: Int[Array, ""], capacity: int
-) -> tuple[Int[Array, " width"], Int[Array, ""], Int[Array, " width"]]:
-    """Return the window's rows to write next, how many are written, and the pairs they come from.
+class PairWindow(eqx.Module):
+    """The latest pairs, in a ring of rows. Answers to the same input are one pair.
 
-    Of more pairs than the window holds, the last are taken.
+    Left apart, copies of a pair would vouch for each other: leaving one out would leave its copy.
+    So would inputs that differ by rounding alone (`Kernel.same`): the earliest stands for all.
+
+    Attributes:
+        inputs: Features of the pairs.
+        residuals: Mean answers of the pairs less the prior.
+        priors: The prior's outputs, if there is a prior.
+        counts: The number of answers of each pair; 0 where a row holds none.
+        scatter: The root mean square distance of answers to the same input from their mean.
+        place: The row that is written next, unless its input has come again.
     """
-    width = min(len(observed), capacity)
-    order = jnp.argsort(~observed, stable=True)
-    total = jnp.sum(observed)
-    first = jnp.maximum(total - width, 0)
-    source = jax.lax.dynamic_slice(order, (first,), (width,))
-    return (place + jnp.arange(width)) % capacity, jnp.minimum(total, width), source
+
+    inputs: Float[Any, "capacity features"]
+    residuals: Float[Any, "capacity m"]
+    priors: Float[Any, "capacity m"] | None
+    counts: Int[Any, " capacity"]
+    scatter: Float[Any, " capacity"]
+    place: Int[Any, ""]
 
 
-def write_rows(
-    rows: Float[Array, "capacity n"],
-    new: Float[Array, "pairs n"],
-    places: Int[Array, " width"],
-    fresh: Bool[Array, " width"],
-    source: Int[Array, " width"],
-) -> Float[Array, "capacity n"]:
-    """Return the window's rows with new ones at these places, where they are fresh."""
-    return rows.at[places].set(
-        jnp.where(fresh[:, None], new[source].astype(rows.dtype), rows[places])
+def learn_pairs(
+    window: PairWindow, new: Pairs, kernel: Kernel
+) -> tuple[PairWindow, Int[Any, " changed"]]:
+    """Return the window with new pairs in place of the oldest, and the rows that may differ.
+
+    Of more inputs than the window holds, the last are taken. Rows whose input has come again are
+    kept for another turn of the ring.
+    """
+    z, r, priors, known = new
+    xp, size, number = namespace(z), len(window.counts), len(known)
+    if number == 0:
+        return window, xp.zeros(0, int)
+    width, rows = min(number, size), xp.arange(size)
+
+    # Which row or, for an input that is new, which earlier pair has the same input.
+    old = kernel.same(z, window.inputs) & known[:, None] & (window.counts > 0)
+    first = xp.argmax(kernel.same(z, z) & known, axis=1)
+    for _ in range(number.bit_length()):  # what is the same as the same is the same
+        first = first[first]
+    merged = xp.any(old, axis=1)[first]
+    leads = known & ~merged & (first == xp.arange(number))
+    order = xp.argsort((rows - window.place) % size + size * xp.any(old, axis=0))[:width]
+    rank = xp.cumsum(leads) - 1
+    total = xp.sum(leads)
+    rank = rank - xp.maximum(total - width, 0)
+    count = xp.minimum(total, width)
+    written = _add(xp.zeros(size, int), order, xp.arange(width) < count) > 0
+    at = xp.where(merged, xp.argmax(old, axis=1)[first], order[xp.maximum(rank, 0)[first]])
+    lost = ~known | xp.where(merged, written[at], rank[first] < 0)
+    at = xp.where(lost, size, at)
+
+    # Means are those of the earlier answers plus changes: equal answers change nothing.
+    source = _add(xp.zeros(size, int), xp.where(leads, at, size), xp.arange(number))
+    counts = xp.where(written, 0, window.counts)
+
+    def start(rows: Any, new: Any) -> Any:
+        return xp.where(written[:, None], new[source].astype(rows.dtype), rows)
+
+    base = start(window.residuals, r)
+    held = xp.minimum(at, size - 1)
+    added = _add(xp.zeros(size, int), at, xp.ones(number, int))
+    change = _add(xp.zeros_like(base), at, r.astype(base.dtype) - base[held])
+    after = counts + added
+    each = xp.maximum(after, 1)
+    mean = base + change / each[:, None]
+    apart = root_mean_square(r.astype(base.dtype) - mean[held], axis=1)
+    before = xp.where(written, 0, window.scatter)
+    moved = root_mean_square(base - mean, axis=1)
+    unit = constant(xp.maximum(xp.max(xp.where(lost, 0, apart)), xp.max(before)))
+    unit = xp.where(unit > 0, unit, 1)
+    square = counts * ((before / unit) ** 2 + (moved / unit) ** 2)
+    square = _add(square, at, (apart / unit) ** 2) / each
+    scatter = xp.where(added > 0, unit * safe_sqrt(square), before)
+    learned = PairWindow(
+        start(window.inputs, z),
+        mean,
+        None if window.priors is None else start(window.priors, priors),
+        after.astype(window.counts.dtype),
+        scatter.astype(window.scatter.dtype),
+        xp.where(count > 0, (order[count - 1] + 1) % size, window.place).astype(window.place.dtype),
     )
+    return learned, xp.argsort(~(written | (added > 0)), stable=True)[:width]
+
+
+def _add(rows: Any, places: Any, values: Any) -> Any:
+    """Return rows plus values at their places; what lies beyond the rows is left out."""
+    if namespace(rows, places, values) is np:
+        rows, inside = rows.copy(), places < len(rows)
+        np.add.at(rows, places[inside], values[inside])
+        return rows
+    return rows.at[places].add(values.astype(rows.dtype), mode="drop")
 
 
 class Projection(eqx.Module):
@@ -136,8 +209,8 @@ class Projection(eqx.Module):
     centre: Float[Array, " floats"]
     directions: Float[Array, "floats features"]
 
-    def __call__(self, x: PyTree[Shaped[Array, "points ..."]]) -> Float[Array, "points features"]:
-        return multiply(features_of(None, x) - self.centre, self.directions)
+    def __call__(self, x: PyTree[Shaped[Any, "points ..."]]) -> Float[Any, "points features"]:
+        return product(features_of(None, x) - self.centre, self.directions)
 
 
 def principal_components(
@@ -153,7 +226,7 @@ def principal_components(
         ValueError: There is no float, fewer than two data points, or the number is not positive.
     """
     number = check_count("number", number)
-    floats = np.asarray(features_of(None, jax.tree.map(jnp.asarray, x)), np.float64)
+    floats = np.asarray(features_of(None, jax.tree.map(np.asarray, x)), np.float64)
     check_count("data points", len(floats), 2)
     centre = floats.mean(axis=0)
     deviations = floats - centre
@@ -167,4 +240,4 @@ def principal_components(
         directions = vectors[:, :few][:, kept] / np.sqrt(values[:few][kept])
     else:
         directions = np.linalg.eigh(deviations.T @ deviations)[1][:, ::-1][:, :few]
-    return Projection(jnp.asarray(centre, jnp.float32), jnp.asarray(directions, jnp.float32))
+    return Projection(*to_device((centre.astype(np.float32), directions.astype(np.float32))))

@@ -18,13 +18,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, encode_groups
 from ..codes._code import deviation, deviations, variances
 from ..codes._decoding import Matrices, decode_vectors
 from ..codes._kept import known_encoder
+from ..codes._trees import scalar_leaf
 from ..evaluation import Answers, record_answers
 from ..evaluation._answers import cut_groups
 from ..evaluation._trial import draw_sets
@@ -91,13 +91,10 @@ def trust(
     theta: Float[ArrayLike, ""], kappa: Float[ArrayLike, ""]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return theta and kappa as arrays; raise ValueError where they are negative or no scalars."""
-    numbers = jnp.asarray(theta, float), jnp.asarray(kappa, float)
-    for name, value in zip(("theta", "kappa"), numbers, strict=True):
-        if value.shape != ():
-            raise ValueError(f"{name} must be a scalar, not of shape {value.shape}")
-        if not isinstance(value, Tracer) and not value >= 0:
-            raise ValueError(f"{name} must be 0 or positive, not {value}")
-    return numbers
+    return (
+        scalar_leaf("theta", theta, float, least=0.0, most=np.inf),
+        scalar_leaf("kappa", kappa, float, least=0.0, most=np.inf),
+    )
 
 
 def decode_with_surrogate(

@@ -5,27 +5,29 @@ The error at a pair that is left out, and its variance, have a closed form (Rasm
 
     y_i - mean_i = (A^-1 (r - c))_i / (A^-1)_ii,     variance_i = 1 / (A^-1)_ii,
 
-so one factor judges a kernel on all pairs, and gradients run through it. A grid of widths and
-noises for each shape comes first, then gradient descent from its best.
+so one factor judges a kernel on all pairs. Where y_i is the mean of n_i answers to one input, the
+variance of a single answer is larger by noise (1 - 1 / n_i), and its square error by that of the
+answers about their mean. A grid of widths and noises for each shape comes first, then gradient
+descent from its best, by derivatives in closed form. All of it is NumPy's and LAPACK's: a
+hundred pairs take less time than the compilation of any program.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias, get_args
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias, get_args
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Float, Int
 
 from ..codes._checks import check_count
-from ..codes._products import multiply
-from ..codes._trees import Form
-from ..evaluation._criteria import labels_of
-from ._kernels import Kernel, Shape, check_shape
+from ..codes._trees import Form, to_device
+from ..evaluation._criteria import root_mean_square
+from ._kernels import Kernel, Shape, check_shape, covariances, slopes
 from ._learner import Learner
-from ._whitening import whiten
+from ._whitening import whiten_on_host
 
 LearnerCriterion: TypeAlias = Literal["density", "mse", "labels"]
 Widths: TypeAlias = Literal["one", "each", "kept"] | Sequence[int]
@@ -40,59 +42,6 @@ _LEARNING_RATE = 0.1
 # features that tell nothing by themselves are not set apart by chance (diabetes, ten features, 100
 # pairs: error by spread .52 with a width each and no price, .48 with one width for all).
 _PRICE = 1.0
-
-
-class LeaveOneOut(eqx.Module):
-    """Errors of a kernel at each pair when it is left out.
-
-    Attributes:
-        errors: Predictions less answers; 0 where the window is not filled.
-        variance: Variances in units of the process's, noise included; 1 where it is not filled.
-    """
-
-    errors: Float[Array, "rows m"]
-    variance: Float[Array, " rows"]
-
-
-def leave_one_out(
-    kernel: Kernel,
-    inputs: Float[Array, "rows features"],
-    residuals: Float[Array, "rows m"],
-    filled: Bool[Array, " rows"],
-) -> LeaveOneOut:
-    """Return the errors of leaving each pair out; differentiable in the kernel."""
-    count = jnp.maximum(jnp.sum(filled), 1)
-    centred = jnp.where(filled[:, None], residuals - jnp.sum(residuals, axis=0) / count, 0)
-    eye = jnp.eye(len(filled), dtype=bool)
-    covariance = jnp.where(filled[:, None] & filled, kernel(inputs, inputs), 0)
-    diagonal = jnp.where(filled, kernel.variance(inputs) + kernel.noise, 1)
-    weights, precision = _weighed(jnp.where(eye, diagonal, covariance), centred)
-    return LeaveOneOut(-weights / precision[:, None], 1 / precision)
-
-
-@jax.custom_jvp
-def _weighed(
-    covariance: Float[Array, "rows rows"], residuals: Float[Array, "rows m"]
-) -> tuple[Float[Array, "rows m"], Float[Array, " rows"]]:
-    """Return A^-1 R, and the diagonal of A^-1."""
-    whitening, _ = whiten(covariance)
-    weights = multiply(whitening.T, multiply(whitening, residuals))
-    return weights, jnp.sum(whitening**2, axis=0)
-
-
-@_weighed.defjvp
-def _(primals, tangents):
-    """Return P (dR - dA P R) and the diagonal of -P dA P, with P = A^-1.
-
-    Products do this; the derivative of the factor would take solutions one after the other.
-    """
-    whitening, _ = whiten(primals[0])
-    inverse = multiply(whitening.T, whitening)
-    weights = multiply(whitening.T, multiply(whitening, primals[1]))
-    change, along = tangents
-    step = multiply(inverse, along - multiply(change, weights))
-    diagonal = -jnp.sum(multiply(inverse, change) * inverse, axis=1)
-    return (weights, jnp.sum(whitening**2, axis=0)), (step, diagonal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +99,13 @@ def widths_of(features: int) -> Widths:
 
 def find_kernel(
     learner: Learner, start: Kernel, pairs: Int[np.ndarray, " pairs"], tuning: LearnerTuning
-) -> tuple[Kernel, Float[Array, ""]]:
+) -> tuple[Kernel, float]:
     """Return the kernel that does best on these rows of the window, and its scale (`tune_learner`).
 
     The grid's widths are relative to those of `start`.
+
+    Raises:
+        ValueError: There are fewer than three pairs, or the widths do not fit the features.
     """
     known, least = _known(learner, pairs, tuning)
     starts = [
@@ -161,63 +113,79 @@ def find_kernel(
         for kernel in _with_units(start, tuning.widths)
         for shape in tuning.shapes
     ]
-    found = [_tuned(each, known, tuning.criterion, tuning.steps, least) for each in starts]
-    best = int(np.argmin([float(jnp.nan_to_num(value, nan=np.inf)) for value, *_ in found]))
-    return found[best][1:]
+    found = [_tuned(each, known, least, tuning) for each in starts]
+    return min(found, key=lambda each: each[0])[1:]
 
 
 def find_kernels(
     learners: Learner, starts: Kernel, pairs: Int[np.ndarray, " pairs"], tuning: LearnerTuning
-) -> tuple[Kernel, Float[Array, " learners"]]:
-    """Return the best kernels of learners side by side, of the same inputs, as `find_kernel` does.
+) -> tuple[Kernel, Float[np.ndarray, " learners"]]:
+    """Return the best kernels of learners of the same inputs, as `find_kernel` does.
 
     The learners' arrays have a first axis. Kernels have the shape and the groups of their `starts`.
     """
-    own, least = eqx.filter_vmap(lambda one: _known(one, pairs, tuning))(learners)
-    return _each_tuned(starts, own, tuning.criterion, tuning.steps, least)
+    learners, starts = jax.device_get((learners, starts))
+    kernels, scales = [], []
+    for place in range(len(learners.window.place)):
+        one, start = jax.tree.map(lambda leaf: leaf[place], (learners, starts))  # noqa: B023
+        _, kernel, scale = _tuned(start, *_known(one, pairs, tuning), tuning)
+        kernels.append(jax.device_get(kernel))
+        scales.append(scale)
+    return to_device(jax.tree.map(lambda *leaves: np.stack(leaves), *kernels)), np.array(scales)
 
 
-@eqx.filter_jit
-def _each_tuned(
-    starts: Kernel, known: "_Known", criterion: LearnerCriterion, steps: int, least: Array
-) -> tuple[Kernel, Array]:
-    return eqx.filter_vmap(lambda start, own, few: _tuned(start, own, criterion, steps, few)[1:])(
-        starts, known, least
-    )
+class KnownPairs(eqx.Module):
+    """Pairs to compare kernels on, in float64.
+
+    Attributes:
+        inputs: Features.
+        residuals: Mean answers less the prior, and less their mean, in units of their spread. Of
+            more outputs than pairs, where labels do not matter, a square root of their products.
+        outputs: The number of outputs.
+        squares: The mean square distance of the answers to an input from their mean.
+        counts: The number of answers.
+        answers: The mean answers, where labels matter; all units are then their spread.
+        form: The structure of the outputs.
+    """
+
+    inputs: Float[np.ndarray, "rows features"]
+    residuals: Float[np.ndarray, "rows mixed"]
+    outputs: int
+    squares: Float[np.ndarray, " rows"]
+    counts: Int[np.ndarray, " rows"]
+    answers: Float[np.ndarray, "rows m"] | None
+    form: Form
 
 
 def _known(
     learner: Learner, pairs: Int[np.ndarray, " pairs"], tuning: LearnerTuning
-) -> tuple["_Known", Float[Array, ""]]:
+) -> tuple[KnownPairs, float]:
     """Return the pairs to tune on, and the least noise; raise ValueError for fewer than 3."""
     if len(pairs) < 3:
         raise ValueError(f"{len(pairs)} pairs tell nothing of a kernel: three at least")
     number = min(tuning.rows, len(pairs))
-    chosen = pairs[np.linspace(0, len(pairs) - 1, number).round().astype(int)]
-    size = min(tuning.rows, 1 << (number - 1).bit_length())
-    order = np.resize(chosen, size)
-    known = _Known(
-        learner.inputs[order],
-        learner.residuals[order],
-        None if learner.priors is None else learner.priors[order],
-        jnp.arange(size) < number,
-        learner.form,
-    )
-    least = tuning.least_noise
-    dtype = learner.kernel.noise.dtype
+    rows = pairs[np.linspace(0, len(pairs) - 1, number).round().astype(int)]
+    least, window = tuning.least_noise, learner.window
     if least is None:
-        least = learner.capacity * jnp.finfo(dtype).eps
-    return known, jnp.asarray(least, dtype)
-
-
-class _Known(eqx.Module):
-    """Pairs to tune on, as a learner's window has them."""
-
-    inputs: Float[Array, "rows features"]
-    residuals: Float[Array, "rows m"]
-    priors: Float[Array, "rows m"] | None
-    filled: Bool[Array, " rows"]
-    form: Form = eqx.field(static=True)
+        least = float(learner.capacity * np.finfo(learner.kernel.noise.dtype).eps)
+    inputs, residuals, scatter = (
+        np.asarray(each)[rows].astype(np.float64)
+        for each in (window.inputs, window.residuals, window.scatter)
+    )
+    outputs, answers = residuals.shape[1], None
+    centred = residuals - residuals.mean(axis=0)
+    unit = float(root_mean_square(centred)) or 1.0
+    if tuning.criterion == "labels":
+        answers = residuals
+        if window.priors is not None:
+            answers = residuals + np.asarray(window.priors)[rows]
+        unit = float(root_mean_square(answers - answers.mean(axis=0))) or 1.0
+        answers = answers / unit
+    elif outputs > number:
+        centred = np.asarray(np.linalg.qr(centred.T, mode="r")).T
+    squares, counts = (scatter / unit) ** 2, np.asarray(window.counts)[rows]
+    known = KnownPairs(inputs, centred / unit, outputs, squares, counts, answers, learner.form)
+    return known, least
 
 
 def _with_units(kernel: Kernel, widths: Widths) -> list[Kernel]:
@@ -232,7 +200,7 @@ def _with_units(kernel: Kernel, widths: Widths) -> list[Kernel]:
     one = np.sqrt(np.bincount(groups, unit**2) / counts)[groups]
     if np.allclose(one, unit, rtol=1e-5):
         return [kernel]
-    return [kernel, eqx.tree_at(lambda k: k.unit, kernel, jnp.asarray(one, kernel.unit.dtype))]
+    return [kernel, eqx.tree_at(lambda k: k.unit, kernel, one.astype(kernel.unit.dtype))]
 
 
 def _groups(kernel: Kernel, widths: Widths) -> Int[np.ndarray, " features"]:
@@ -258,8 +226,8 @@ def _regrouped(kernel: Kernel, shape: Shape, tuning: LearnerTuning) -> Kernel:
     least = 0.0 if tuning.widths == "kept" else 0.1
     return Kernel(
         shape,
-        centre=kernel.centre,
-        unit=kernel.unit,
+        centre=np.asarray(kernel.centre),
+        unit=np.asarray(kernel.unit),
         widths=means,
         groups=groups,
         linear=max(float(kernel.linear), least) if tuning.linear else 0.0,
@@ -267,125 +235,209 @@ def _regrouped(kernel: Kernel, shape: Shape, tuning: LearnerTuning) -> Kernel:
     )
 
 
-@eqx.filter_jit
 def _tuned(
-    start: Kernel,
-    known: _Known,
-    criterion: LearnerCriterion,
-    steps: int,
-    least_noise: Float[Array, ""],
-) -> tuple[Array, Kernel, Array]:
+    start: Kernel, known: KnownPairs, least_noise: float, tuning: LearnerTuning
+) -> tuple[float, Kernel, float]:
     """Return the best objective, its kernel, and the scale that its errors ask for."""
-    inputs, residuals, mask = known.inputs, known.residuals, known.filled
-    outputs = residuals if known.priors is None else residuals + known.priors
+    dtype, start = start.noise.dtype, jax.device_get(start)
+    widths = np.log(start.widths.astype(np.float64))
+    few = len(widths)
+    linear = float(start.linear)
+    rest = [
+        math.log(float(start.noise)), math.log(linear + _LEAST_LINEAR), math.log(_SHARPNESS)
+    ]  # fmt: skip
+    first = np.append(widths, rest)
 
-    def objective(free: dict[str, Array]) -> Array:
-        out = leave_one_out(_kernel(start, free, least_noise), inputs, residuals, mask)
-        unlike = jnp.sum((free["widths"] - jnp.mean(free["widths"])) ** 2)
-        price = _PRICE * unlike / jnp.maximum(jnp.sum(mask), 1)
-        if criterion == "labels":
-            loss = _log_loss(out.errors, outputs, mask, known.form, jnp.exp(free["sharpness"]))
-        else:
-            mse = jnp.log(jnp.mean(jnp.mean(out.errors**2, axis=1), where=mask))
-            loss = _density(out, residuals, mask) if criterion == "density" else mse
-        return loss + price
+    def kernel_of(free: Float[np.ndarray, " free"]) -> Kernel:
+        numbers = (
+            np.exp(free[:few]),
+            np.exp(free[few + 1]) if linear > 0 else 0.0,  # one without a line keeps none
+            np.exp(free[few]) + least_noise,
+        )
+        return eqx.tree_at(_numbers, start, numbers)
 
-    first = _free(start)
-    grid = [
-        first
-        | {
-            "widths": first["widths"] + np.log(width),
-            "noise": jnp.full_like(first["noise"], np.log(noise)),
-        }
-        for width in _WIDTHS
-        for noise in _NOISES
-    ]
-    grid.append(first)  # as it is: what was tuned before is not lost
-    candidates = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grid)
-    values = jax.lax.map(objective, candidates)
-    place = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
-    state = jax.tree.map(lambda leaf: leaf[place], candidates), values[place]
-    best, value = _descend(objective, *state, steps)
-    kernel = _kernel(start, best, least_noise)
-    out = leave_one_out(kernel, inputs, residuals, mask)
-    spread = jnp.maximum(_variance(residuals, mask), jnp.finfo(inputs.dtype).tiny)
-    square = jnp.mean(out.errors**2, axis=1) / out.variance
-    return value, kernel, jnp.sqrt(jnp.mean(square, where=mask) / spread)
+    def objective(
+        free: Float[np.ndarray, " free"], slope: bool = True
+    ) -> tuple[float, Float[np.ndarray, " free"]]:
+        kernel = kernel_of(free)
+        out = LeaveOneOut(kernel, known)
+        if not out.sound:
+            return np.inf, np.zeros_like(free)
+        value, by_errors, by_variance, by_sharpness = _LOSSES[tuning.criterion](
+            out, known, math.exp(free[-1])
+        )
+        # Of how unlike widths are.
+        unlike = free[:few] - free[:few].mean()
+        price = _PRICE / len(known.inputs)
+        value += price * float(unlike @ unlike)
+        if not np.isfinite(value):
+            return np.inf, np.zeros_like(free)
+        if not slope:
+            return value, free
+        by_widths, by_linear, by_noise = out.slopes(by_errors, by_variance)
+        slopes = np.zeros_like(free)
+        slopes[:few] = by_widths + 2 * price * unlike
+        slopes[few] = by_noise * np.exp(free[few])
+        slopes[few + 1] = by_linear * float(kernel.linear)
+        slopes[few + 2] = by_sharpness
+        return value, slopes
+
+    grid = [first]  # as it is, too: what was tuned before is not lost
+    for width in _WIDTHS:
+        for noise in _NOISES:
+            grid.append(first.copy())
+            grid[-1][:few] += math.log(width)
+            grid[-1][few] = math.log(noise)
+    values = [objective(each, slope=False)[0] for each in grid]
+    best, value = grid[int(np.argmin(values))], min(values)
+    if np.isfinite(value):
+        best, value = _descend(objective, best, value, tuning.steps)
+    kernel = kernel_of(best)
+    out = LeaveOneOut(kernel, known)
+    square = np.sum(known.residuals**2) / known.residuals.shape[0] / known.outputs
+    spread = math.sqrt(square + np.mean(known.squares))
+    scale = float(np.sqrt(np.mean(out.squares / out.variance)))
+    rounded = [np.asarray(each, dtype) for each in _numbers(kernel)]
+    kernel = to_device(eqx.tree_at(_numbers, kernel, rounded))
+    return value, kernel, scale / spread if scale > 0 < spread else 1.0
 
 
-def _descend(objective: Any, start: PyTree, value: Array, steps: int) -> tuple[PyTree, Array]:
-    """Return the best parameters along the descent, and their objective.
+def _numbers(kernel: Kernel) -> tuple:
+    """Return the numbers of a kernel that are tuned."""
+    return kernel.widths, kernel.linear, kernel.noise
 
-    `tuning`'s descent compiles its step for each call, and windows change, so their kernels are
-    tuned again and again.
+
+def _descend(
+    objective: Callable[..., tuple[float, np.ndarray]], best: np.ndarray, value: float, steps: int
+) -> tuple[np.ndarray, float]:
+    """Return the best parameters along a descent by Adam (Kingma and Ba 2015), and their value.
+
+    (The import of SciPy's optimizers takes longer than a first fit.)
     """
-    if steps == 0:
-        return start, value
-    import optax  # late: workers import this file, and tune nothing
-
-    schedule = optax.cosine_decay_schedule(_LEARNING_RATE, steps)
-    optimizer = optax.apply_if_finite(optax.adam(schedule), max_consecutive_errors=steps)
-
-    def step(state, _):
-        here, moments, best, least = state
-        found, slopes = jax.value_and_grad(objective)(here)
-        better = found < least
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), here, best)
-        updates, moments = optimizer.update(slopes, moments, here)
-        here = optax.apply_updates(here, updates)
-        return (here, moments, best, jnp.where(better, found, least)), None
-
-    state = (start, optimizer.init(start), start, value)
-    (_, _, best, least), _ = jax.lax.scan(step, state, None, length=steps)
-    return best, least
+    here, first, second = best, np.zeros_like(best), np.zeros_like(best)
+    for step in range(steps):
+        found, slope = objective(here)
+        if found < value:
+            best, value = here, found
+        if not np.isfinite(slope).all() or not np.isfinite(found):
+            break
+        first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
+        rate = _LEARNING_RATE * (1 + math.cos(math.pi * step / steps)) / 2
+        size = np.sqrt(second / (1 - 0.999 ** (step + 1))) + 1e-8
+        here = here - rate * first / (1 - 0.9 ** (step + 1)) / size
+    return best, value
 
 
-def _free(kernel: Kernel) -> dict[str, Array]:
-    """Return the kernel's numbers as gradient descent walks on them."""
-    return {
-        "widths": jnp.log(kernel.widths),
-        "noise": jnp.log(kernel.noise),
-        "linear": jnp.log(kernel.linear + _LEAST_LINEAR),
-        "sharpness": jnp.full((), np.log(_SHARPNESS), kernel.noise.dtype),
-    }
+class LeaveOneOut:
+    """A kernel's predictions of pairs by the others, and derivatives of functions of them.
+
+    Attributes:
+        sound: Whether there is a factor.
+        errors: Predictions less mean answers.
+        squares: Mean squares of the errors of single answers.
+        variance: Variances of single answers, in units of the process's, noise included.
+    """
+
+    def __init__(self, kernel: Kernel, known: KnownPairs):
+        """Predict the pairs."""
+        self._kernel, self._known = kernel, known
+        self._z = z = kernel.scaled(known.inputs)
+        inner = z @ z.T
+        length = np.diagonal(inner)
+        self._square = np.maximum(length[:, None] + length - 2 * inner, 0)
+        np.fill_diagonal(self._square, 0)
+        self._shape = covariances(kernel.shape, self._square)
+        covariance = self._shape + kernel.linear * inner
+        covariance[np.diag_indices_from(covariance)] += kernel.noise / known.counts
+        whitening = whiten_on_host(covariance)
+        self._inverse = inverse = whitening.T @ whitening
+        self._precision = np.diagonal(inverse).copy()
+        self.sound = bool(np.isfinite(self._precision).all() and (self._precision > 0).all())
+        self._weights = inverse @ known.residuals
+        self.errors = -self._weights / self._precision[:, None]
+        self.squares = np.sum(self.errors**2, axis=1) / known.outputs + known.squares
+        self.variance = 1 / self._precision + kernel.noise * (1 - 1 / known.counts)
+
+    def slopes(
+        self,
+        by_errors: Float[np.ndarray, "rows mixed"],
+        by_variance: Float[np.ndarray, " rows"] | None,
+    ) -> tuple[Float[np.ndarray, " widths"], float, float]:
+        """Return derivatives by logarithms of widths, by the line and by the noise.
+
+        Args:
+            by_errors: Those by `errors`.
+            by_variance: Those by `variance`; None for 0.
+        """
+        kernel, known, z = self._kernel, self._known, self._z
+        p, inverse = self._precision, self._inverse
+        # errors = -P r / p and variance = 1 / p + ..., with P = A^-1 and p its diagonal.
+        by_precision = -np.sum(by_errors * self.errors, axis=1) / p
+        by_noise = 0.0
+        if by_variance is not None:
+            by_precision -= by_variance / p**2
+            by_noise = float(by_variance @ (1 - 1 / known.counts))
+        turned = inverse @ (by_errors / p[:, None])
+        by_covariance = turned @ self._weights.T - (inverse * by_precision) @ inverse
+        by_covariance = (by_covariance + by_covariance.T) / 2
+        by_noise += float(np.diagonal(by_covariance) @ (1 / known.counts))
+        along = by_covariance @ z
+        by_linear = float(np.sum(z * along))
+        by_square = by_covariance * slopes(kernel.shape, self._square, self._shape)
+        each = -4 * (by_square.sum(axis=1) @ z**2 - np.sum(z * (by_square @ z), axis=0))
+        each -= 2 * float(kernel.linear) * np.sum(z * along, axis=0)
+        by_widths = np.bincount(np.asarray(kernel.groups), each, minlength=len(kernel.widths))
+        return by_widths, by_linear, by_noise
 
 
-def _kernel(start: Kernel, free: dict[str, Array], least_noise: Array) -> Kernel:
-    """Return the kernel with these numbers; one without a linear part keeps none."""
-    linear = jnp.where(start.linear > 0, jnp.exp(free["linear"]), 0)
-    noise = jnp.exp(free["noise"]) + least_noise
-    return eqx.tree_at(
-        lambda kernel: (kernel.widths, kernel.linear, kernel.noise),
-        start,
-        (jnp.exp(free["widths"]), linear, noise),
-    )
+# A loss by the errors of leaving pairs out, and its derivatives by errors, variances and the
+# logarithm of the sharpness of labels.
+_Loss: TypeAlias = tuple[float, np.ndarray, np.ndarray | None, float]
 
 
-def _variance(residuals: Array, mask: Array) -> Array:
-    """Return the variance of all residuals about their own outputs' means."""
-    count = jnp.maximum(jnp.sum(mask), 1)
-    mean = jnp.sum(residuals, axis=0, where=mask[:, None]) / count
-    return jnp.sum(jnp.where(mask[:, None], (residuals - mean) ** 2, 0)) / residuals[0].size / count
-
-
-def _density(out: LeaveOneOut, residuals: Array, mask: Array) -> Array:
+def _density(out: LeaveOneOut, known: KnownPairs, sharpness: float) -> _Loss:
     """Return minus the log predictive density but for constants, with the best process variance."""
-    spread = jnp.maximum(_variance(residuals, mask), jnp.finfo(residuals.dtype).tiny)
-    square = jnp.mean(out.errors**2, axis=1) / out.variance / spread
-    return jnp.log(jnp.mean(square, where=mask)) + jnp.mean(jnp.log(out.variance), where=mask)
+    square, variance = out.squares, out.variance
+    rows, ratios = len(square), out.squares / out.variance
+    total = max(float(ratios.sum()), np.finfo(float).tiny)
+    value = math.log(total / rows) + float(np.mean(np.log(variance)))
+    by_errors = 2 * out.errors / (known.outputs * total * variance[:, None])
+    by_variance = 1 / (rows * variance) - ratios / (variance * total)
+    return value, by_errors, by_variance, 0.0
 
 
-def _log_loss(
-    errors: Array, outputs: Array, mask: Array, form: Form, sharpness: Array
-) -> Float[Array, ""]:
+def _mse(out: LeaveOneOut, known: KnownPairs, sharpness: float) -> _Loss:
+    """Return the logarithm of the mean squared error."""
+    total = max(float(out.squares.sum()), np.finfo(float).tiny)
+    by_errors = 2 * out.errors / (known.outputs * total)
+    return math.log(total / len(out.squares)), by_errors, None, 0.0
+
+
+def _log_loss(out: LeaveOneOut, known: KnownPairs, sharpness: float) -> _Loss:
     """Return the log loss of the answers' own labels under a softmax of the predictions."""
-    spread = jnp.sqrt(_variance(outputs, mask))
-    losses = []
-    predicted, wanted = form.split((outputs + errors) / spread), form.split(outputs)
-    labels = labels_of(wanted, 1)
-    for part, label in zip(jax.tree.leaves(predicted), jax.tree.leaves(labels), strict=True):
-        part = part if part.ndim > 1 else part[:, None]
-        likely = jax.nn.log_softmax(sharpness * part, axis=-1)
-        found = jnp.take_along_axis(likely, label[..., None], axis=-1)[..., 0]
-        losses.append(-jnp.mean(found.reshape(len(found), -1), axis=1))
-    return jnp.mean(jnp.mean(jnp.stack(losses), axis=0), where=mask)
+    assert known.answers is not None
+    predicted, value, by_sharpness, place = known.answers + out.errors, 0.0, 0.0, 0
+    by_errors = np.empty_like(predicted)
+    for shape in known.form.shapes:
+        classes, size = (shape[-1] if shape else 1), math.prod(shape)
+        part = slice(place, place + size)
+        score = predicted[:, part].reshape(-1, classes)
+        label = known.answers[:, part].reshape(-1, classes).argmax(axis=1)
+        score = score - score.max(axis=1, keepdims=True)
+        share = np.exp(sharpness * score)
+        total = share.sum(axis=1, keepdims=True)
+        share, own = share / total, score[(chosen := np.arange(len(score))), label]
+        number = len(score) * len(known.form.shapes)
+        value -= float(np.sum(sharpness * own - np.log(total[:, 0]))) / number
+        share[chosen, label] -= 1
+        by_sharpness += sharpness * float(np.sum(share * score)) / number
+        by_errors[:, part] = (sharpness / number * share).reshape(len(predicted), -1)
+        place += size
+    return value, by_errors, None, by_sharpness
+
+
+_LOSSES: dict[str, Callable[[LeaveOneOut, KnownPairs, float], _Loss]] = {
+    "density": _density,
+    "mse": _mse,
+    "labels": _log_loss,
+}

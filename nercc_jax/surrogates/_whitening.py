@@ -22,6 +22,7 @@ _FIRST, _FACTOR, _TRIES = 4.0, 8.0, 24  # of epsilon times the diagonal; 8^24 ma
 # By how much of its right side a solution may miss it before it is refined, once, which squares it.
 ERROR = 1e-2
 _PROBES = 8  # right sides that this is looked at for
+_HALVED = 64  # rows of a triangle up to which halves gain nothing
 _BY_ROWS = Layout(major_to_minor=(0, 1))
 
 
@@ -36,6 +37,36 @@ def whiten(
     factor, jitter = cholesky_factor(covariance)
     eye = jnp.eye(len(covariance), dtype=covariance.dtype)
     return jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True), jitter
+
+
+def whiten_on_host(covariance: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
+    """Return the inverse of Cholesky's factor, by NumPy in float64.
+
+    As little is added to the diagonal as makes it positive definite. (SciPy has more of LAPACK, but
+    its import takes longer than a first fit.)
+    """
+    own = np.diagonal(covariance).copy()
+    jitter = 0.0
+    for _ in range(_TRIES + 1):
+        try:
+            return _inverse_of_triangle(np.linalg.cholesky(covariance))
+        except np.linalg.LinAlgError:
+            jitter = max(jitter * _FACTOR, _FIRST * np.finfo(float).eps * own.max(initial=0))
+            np.fill_diagonal(covariance, own + jitter)
+    return np.full_like(covariance, np.nan)
+
+
+def _inverse_of_triangle(lower: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
+    """Return the inverse of a lower triangle, by halves: nearly all of it is products."""
+    size = len(lower)
+    if size <= _HALVED:
+        return np.tril(np.linalg.inv(lower))
+    half, inverse = size // 2, np.zeros_like(lower)
+    first, second = slice(half), slice(half, size)
+    inverse[first, first] = _inverse_of_triangle(lower[first, first])
+    inverse[second, second] = _inverse_of_triangle(lower[second, second])
+    inverse[second, first] = -inverse[second, second] @ lower[second, first] @ inverse[first, first]
+    return inverse
 
 
 def soundly_whitened(

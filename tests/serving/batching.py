@@ -88,6 +88,7 @@ def serving(code, run=model, *, workers=12, faults=None, warm=True, estimator=No
     """A batcher on a pool of threads; warm: it knows how long answers take."""
     seen = []
     usual = {"max_batch_size": 1, "batch_wait_timeout_s": 0.02, "deadline_s": LONG}
+    usual["outputs"] = "logits"
     policy = usual | {"ordering": False} | policy  # tests say which query is where
     with DevicePool(run, workers, compiled=False, faults=faults) as pool:
         coder = Coder(code)

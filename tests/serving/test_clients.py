@@ -35,6 +35,7 @@ max_disagreement = 0
 model = "own:double"
 name = "rack"
 max_batch_size = 1
+outputs = "logits"
 max_disagreement = 1
 straggler_rate = 0.3
 straggler_delay_s = 0.3

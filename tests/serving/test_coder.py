@@ -1,5 +1,7 @@
 """Codes made ready for a stream: which coded data points are queries, groups of fewer than K."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
 from nercc_jax.codes import BerrutSpline
 from nercc_jax.serving import Coder
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
+from nercc_jax.serving.core._error_probability import uncalibrated
 
 CODES = {
     "interleaved": NeRCC(4, 8, points="interleaved", lambda_dec=0.0),
@@ -143,9 +146,9 @@ def test_doubts_are_of_each_rows_own_margin_and_deviation(name):
     mask = np.ones(coder.num_workers, bool)
     mask[coder.first[1] if coder.systematic else [2]] = False
     values[~mask] = np.nan
-    weights = np.array([0.3, -0.7, 0.5, 0.5, 0], np.float32)
+    weighed = dataclasses.replace(uncalibrated(), weights=np.float32([0.3, -0.7, 0.5, 0.5, 0]))
     with np.errstate(invalid="ignore"):
-        found, recovered, doubt = coder.decode(values, mask, 4, weights)
+        found, recovered, doubt = coder.decode(values, mask, 4, weighed)
     assert recovered.all()
     for row in range(3):
         wanted, deviation = coder.code.decode(values[:, row], mask, return_uncertainty=True)
@@ -165,7 +168,8 @@ def test_what_nothing_tells_is_doubted():
 
     def doubt(responded, weights):
         mask = np.isin(np.arange(8), responded)
-        return coder.decode(values, mask, 4, np.array(weights, np.float32))[2]
+        weighed = dataclasses.replace(uncalibrated(), weights=np.float32(weights))
+        return coder.decode(values, mask, 4, weighed)[2]
 
     assert (doubt([4], [0.0] * 5) == 1).all()
     np.testing.assert_allclose(doubt([0, 3], [0, 0, 0, 0, 3]), 1 / (1 + np.exp(-3)), rtol=1e-6)

@@ -58,7 +58,7 @@ def test_no_more_is_wrong_than_was_asked_for(known, queries):
         for number in (responded - 2, responded - 1, responded):
             mask = np.isin(np.arange(8), others[: max(number, 1)])
             given = np.where(mask[:, None, None], answers, 0)
-            predictions, _, seen = coder.decode(given, mask, len(x), doubt.weights)
+            predictions, _, seen = coder.decode(given, mask, len(x), doubt)
             differ = predictions[:, place].argmax(-1) != own[:, place]
             for share, limit in limits.items():
                 now = open_[share] & (seen[:, place] <= limit)
@@ -82,9 +82,7 @@ def test_sure_ones_are_right_more_often_than_a_place_is(known):
     mask[OWN[0]] = False
     answers = np.asarray(model(coder.encode(x, np.arange(8))))
     given = np.where(mask[:, None, None], answers, 0)
-    predictions, _, doubt = coder.decode(
-        given, mask, len(x), estimator.error_probability(4).weights
-    )
+    predictions, _, doubt = coder.decode(given, mask, len(x), estimator.error_probability(4))
     wrong = predictions[:, 0].argmax(-1) != np.asarray(model(x))[:, 0].argmax(-1)
     sure = doubt[:, 0] <= np.median(doubt[:, 0])
     assert wrong[sure].mean() < 0.5 * wrong.mean() < wrong[~sure].mean()

@@ -62,7 +62,11 @@ def servable():
 def server(servable):
     code = NeRCC(2, 4, points="interleaved", lambda_dec=0.0)
     settings = ModelSettings(
-        max_batch_size=2, straggler_rate=0.2, straggler_delay_s=0.3, max_disagreement=1
+        max_batch_size=2,
+        straggler_rate=0.2,
+        straggler_delay_s=0.3,
+        max_disagreement=1,
+        outputs="logits",
     )
     ports = ServerSettings(http_port=0, grpc_port=0)
     with make_server(servable, code, settings=settings, server_settings=ports) as server:

@@ -31,6 +31,7 @@ class NoAdaptation(AbstractAdaptation):
     """A policy's own setting for good; nothing is estimated or predicted."""
 
     predicts = can_predict = accepts_samples = False
+    approximates = True
     setting = checks = None
 
     def __init__(self, policy):

@@ -84,6 +84,7 @@ MODEL = {
     "quantile": 0.9,
     "surrogate": "learn",
     "tolerance": 0.5,
+    "coverage": 0.75,
     "redundancy": "uncertain",
     "max_redundancy": 0.5,
     "max_calls": 1.5,
@@ -104,6 +105,8 @@ MODEL = {
     "wrong_rate": 0.5,
     "fault_seed": 11,
 }
+# Limits of outputs with labels, and of values, which no model has both of.
+LABELS, VALUES = {"outputs", "max_disagreement", "max_reexecution"}, {"tolerance", "coverage"}
 # Flags that are no settings.
 ELSEWHERE = {"config", "check", "print_config"}
 ONE = [{"model": "own:double", "input_shape": [4]}]
@@ -225,10 +228,16 @@ def test_sources_are_put_together_setting_by_setting(monkeypatch):
     assert settings.log_level == "DEBUG"
 
 
-@pytest.mark.parametrize(("given", "limit"), [(0.25, 0.25), (1.0, None), (None, None)])
+@pytest.mark.parametrize(("given", "limit"), [(0.25, 0.25), (1.0, None), (None, 0.05)])
 def test_any_disagreement_may_be_allowed(given, limit):
     """1 is a share like any other, and the last one: then answers are decoded whatever they are."""
     assert ModelSettings(max_disagreement=given).policy().max_disagreement == limit
+    values = ModelSettings(max_disagreement=given)
+    if given is None:
+        assert values.policy("values").max_disagreement is None
+    else:
+        with pytest.raises(ValueError, match="these are values"):
+            values.policy("values")
 
 
 def test_models_come_before_defaults_even_where_they_say_what_is_usual():
@@ -559,7 +568,10 @@ def test_a_port_that_is_taken_is_reported_in_one_sentence(face, log):
 
 @pytest.mark.parametrize("given", [{}, {"grpc_port": None}, SERVER])
 def test_the_printed_configuration_is_what_was_given(given, tmp_path):
-    path = write({k: toml_none(v) for k, v in given.items()}, {"num_data": 3}, [MODEL, ONE[0]])
+    labels = {name: value for name, value in MODEL.items() if name not in VALUES}
+    values = {name: value for name, value in MODEL.items() if name not in LABELS}
+    models = [labels, values | {"name": "values"}, ONE[0]]
+    path = write({k: toml_none(v) for k, v in given.items()}, {"num_data": 3}, models)
     code, printed = run("--config", str(path), "--print-config", "--num-workers", "9")
     assert code == 0
     (tmp_path / "printed.toml").write_text(printed)

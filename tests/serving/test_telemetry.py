@@ -54,7 +54,7 @@ def start(name, code):
     """A model three in ten of whose calls straggle. Groups wait to be filled for long."""
     usual = {"max_batch_size": 1, "batch_wait_timeout_s": 0.5, "ordering": False}
     faults = {"straggler_rate": 0.3, "straggler_delay_s": 0.3, "max_disagreement": 1}
-    settings = ModelSettings(workers=4, **usual | faults)
+    settings = ModelSettings(workers=4, outputs="logits", **usual | faults)
     servable = make_servable(name, lambda x: 2 * x, (4,))
     return ServedModel(servable, code, settings, Metrics(CollectorRegistry()))
 

@@ -27,13 +27,14 @@ from nercc_jax.serving.protocol._servable import DTYPES
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 LONG, REGISTRY = ENDS, CollectorRegistry()
+SIGNS = np.array([1, -1], np.float32)
 
 
 def heads(x):
     """Linear, and one head is twice the other: in what is decoded, too."""
     total = x["image"].sum(axis=(1, 2))
     small = total[:, None] + x["meta"]
-    return {"small": small, "twice": 2 * small, "total": total}
+    return {"small": small, "twice": 2 * small, "total": total[:, None] * SIGNS}
 
 
 def tokens(x):
@@ -64,6 +65,7 @@ def start(name, code, meters, **response):
 def server():
     meters = Metrics(REGISTRY)
     loose = {"max_disagreement": 1, "straggler_rate": 0.3, "straggler_delay_s": 0.2}
+    loose["outputs"] = "logits"
     codes = {
         "heads": lambda: start("heads", NeRCC(2, 4, points="interleaved"), meters, **loose),
         "tokens": lambda: start("tokens", Uncoded(1), meters),
@@ -159,7 +161,7 @@ def test_what_is_decoded_has_all_its_parts(ask):
     for seed in range(100):
         found = ask("heads", pictures(2, seed), FLOATS)
         np.testing.assert_allclose(found["twice"], 2 * found["small"], rtol=1e-4, atol=1e-4)
-        assert found["total"].shape == (2,)
+        assert found["total"].shape == (2, 2)
         decoded += int((~found["exact"]).sum())
         if decoded >= 2:
             break

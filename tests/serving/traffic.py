@@ -1,6 +1,7 @@
 """A stream of queries before workers on paper, some of which straggle."""
 
 import collections
+import dataclasses
 
 import numpy as np
 
@@ -22,12 +23,24 @@ class Traffic:
     """A stream of queries before simulated workers, of which some straggle by ten times."""
 
     def __init__(
-        self, predictor, policy, code=None, share=0.1, rate=150, estimator=None, **options
+        self,
+        predictor,
+        policy,
+        code=None,
+        share=0.1,
+        rate=150,
+        estimator=None,
+        out=OUT,
+        stated=True,
+        **options,
     ):
         """`estimator(coder)` makes what is known of the code's error beforehand.
 
-        `options` are the pool's, its model and its number of workers among them.
+        `options` are the pool's, its model and its number of workers among them. Outputs, of
+        shape `out`, are scores unless the policy says what they are or they are not to be stated.
         """
+        if stated and policy.outputs is None and policy.tolerance is None:
+            policy = dataclasses.replace(policy, outputs="logits")
         self.random, self.clock = np.random.default_rng(1), SimulatedClock()
         self.model, self.share, self.rate, self.drifts = model, share, rate, 0
         self.pool_seconds, self.settle = self.seconds, 20 * SERVICE
@@ -41,7 +54,7 @@ class Traffic:
             self.pool,
             coder,
             SHAPE,
-            OUT,
+            out,
             policy=policy,
             estimator=estimator and estimator(coder),
             predictor=predictor,

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
+from ...codes._trees import Form
 from ...pools import AbstractPool
 from ...pools._answer_checks import AnswerChecks
 from ...pools._clock import AbstractClock, TimeShare
-from ...risk._straggler_risk import AccuracyTarget, StragglerRisk, StragglerRow
+from ...risk._scores import ROWS, why_no_scores
+from ...risk._straggler_risk import StragglerRisk, StragglerRow, error_ratios
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import (
     AbstractAdaptation,
@@ -22,10 +24,11 @@ from ..core._adaptation import (
     Expectation,
     ExpectedError,
     Predictions,
+    accuracy_target,
     overdue_rule,
 )
 from ..core._coder import Coder
-from ..core._error_probability import DecodingErrorProbability
+from ..core._error_probability import DecodingErrorBars, DecodingErrorProbability
 from ..core._request import Answer, ApproximateAnswer, Source
 from ._error_estimator import ErrorEstimator
 from ._predictor import Predictor
@@ -127,6 +130,52 @@ class BackgroundCalibrator:
             yield from self._estimator.update_expected(*requested)
 
 
+class OutputsCheck:
+    """Looks at the model's own answers, on a thread of its own: are they scores, or values?
+
+    Attributes:
+        scores: whether they look like scores; None before enough of them are known.
+        why: why they do not.
+    """
+
+    def __init__(
+        self,
+        form: Form | None,
+        clock: AbstractClock,
+        known: Float[np.ndarray, "rows m"] | None,
+    ):
+        """Start with the answers that calibration has seen, if any."""
+        self._form, self._answers = form, [] if known is None else list(known)
+        self.scores: bool | None = None
+        self.why: str | None = None
+        self._turns = clock.turns("nercc-outputs", self._turn)
+        self.start, self.close = self._turns.start, self._turns.close
+        self._look()
+
+    def add(self, own: np.ndarray) -> None:
+        """Take an answer, and return at once."""
+        if self.scores is None:
+            self._answers.append(own.ravel())
+            if len(self._answers) == ROWS:
+                self._turns.wake()
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """The number of answers seen, and the number that is needed."""
+        return min(len(self._answers), ROWS), ROWS
+
+    def _turn(self) -> float:
+        self._look()
+        return math.inf
+
+    def _look(self) -> None:
+        if self.scores is None and len(self._answers) >= ROWS:
+            self.why = why_no_scores(np.stack(self._answers), self._form)
+            self.scores = self.why is None
+            found = "scores of labels" if self.scores else f"values: {self.why}"
+            _LOG.info("outputs look like %s", found)
+
+
 class Adaptation(AbstractAdaptation):
     """Calibration of decoding, a surrogate if there is one, and the choice of settings."""
 
@@ -150,15 +199,19 @@ class Adaptation(AbstractAdaptation):
             if policy.max_calls is None
             else SettingController(policy, coder, pool, predictor, observe)
         )
-        self._policy = policy
-        self._fixed = DispatchSetting(overdue_rule(policy), policy.redundancy)
+        self._policy, self._coder = policy, coder
+        self._overdue = overdue_rule(policy)
+        self._fixed = DispatchSetting(self._overdue, policy.redundancy)
+        self._exact = DispatchSetting(self._overdue, "none")
         self._observe = observe if self._controller is None else self._controller.observe
-        decoding = AccuracyTarget(max_disagreement=policy.max_disagreement)
-        self.decoding_risk = StragglerRisk(decoding, needs_evidence=False)
+        self._target = target = accuracy_target(policy)
+        self.decoding_risk = StragglerRisk(target, needs_evidence=False)
         self._calibrator = BackgroundCalibrator(estimator, self._observe, pool.clock)
+        self._outputs = None
+        if policy.outputs is None and (coder.can_decode or predictor is not None):
+            self._outputs = OutputsCheck(coder.form, pool.clock, estimator.own)
         self._checks = None
         if predictor is not None:
-            target = AccuracyTarget(policy.tolerance, policy.max_disagreement)
             width, rate = policy.max_batch_size, policy.check_answers
             predictor.attach(target, width, coder.form, self._observe, pool.clock, rate)
             if rate is not None:
@@ -170,12 +223,38 @@ class Adaptation(AbstractAdaptation):
                 "check_answers needs a predictor (`--surrogate`): nothing else tells what answers "
                 "should be"
             )
-        parts = self._calibrator, self._controller, predictor
+        parts = self._calibrator, self._controller, predictor, self._outputs
         self._parts = [each for each in parts if each is not None]
 
     @property
     def setting(self) -> DispatchSetting:
-        return self._fixed if self._controller is None else self._controller.setting
+        if self._controller is not None:
+            return self._controller.setting
+        # What mixes queries is of no use where nothing may be decoded.
+        mixes = self._coder.systematic and self._coder.can_decode
+        return self._exact if mixes and self._exact_only else self._fixed
+
+    @property
+    def _exact_only(self) -> bool:
+        """True where nothing approximate will ever be given out, by what the outputs are."""
+        if self._policy.outputs == "values":
+            return self._policy.tolerance is None
+        return self._outputs is not None and self._outputs.scores is False
+
+    @property
+    def approximates(self) -> bool:
+        return not self._exact_only and (self._outputs is None or bool(self._outputs.scores))
+
+    def _read_as(self) -> dict[str, str | None]:
+        """Return how outputs are read, and why; None as long as that is not known."""
+        stated, check = self._policy.outputs, self._outputs
+        if check is None:
+            return {"read_as": "values" if stated == "values" else "scores", "why": "as set"}
+        if check.scores is None:
+            known, needed = check.progress
+            return {"read_as": None, "why": f"{known} of {needed} answers were looked at"}
+        why = check.why or "the model's own answers look like scores"
+        return {"read_as": "scores" if check.scores else "values", "why": why}
 
     @property
     def predicts(self) -> bool:
@@ -183,7 +262,8 @@ class Adaptation(AbstractAdaptation):
 
     @property
     def can_predict(self) -> bool:
-        return self.predictor is not None and self.predictor.state == "answering"
+        predictor = self.predictor
+        return predictor is not None and self.approximates and predictor.state == "answering"
 
     @property
     def checks(self) -> AnswerChecks | None:
@@ -212,13 +292,31 @@ class Adaptation(AbstractAdaptation):
             "policy": None if controller is None else controller.status(),
             "predictor": None if predictor is None else predictor.status(),
             "checks": None if checks is None else {"ready": ready} | checks.status(),
-            "decoding": self.decoding_risk.status() if self._policy.max_disagreement else None,
+            "decoding": self.decoding_risk.status() if self._promises else None,
+            "outputs": self._read_as(),
             "audited": list(self.decoding_risk.shown),
         }
 
+    @property
+    def _promises(self) -> bool:
+        return bool(self._policy.max_disagreement) or self._policy.tolerance is not None
+
     def hints(self) -> list[str]:
         found, risk = [], self.decoding_risk
-        if self._policy.max_disagreement:
+        if self._outputs is not None and self._outputs.scores is None:
+            known, needed = self._outputs.progress
+            found.append(
+                f"outputs are scores or values: {known} of {needed} answers were looked at; "
+                "nothing approximate is given out until then, or until outputs are set"
+            )
+        elif self._outputs is not None and self._exact_only:
+            found.append(
+                f"outputs are read as values, since {self._outputs.why}: all answers are exact; "
+                "set a tolerance, or outputs = 'logits' if they are scores"
+            )
+        elif self._exact_only and self._coder.can_decode:
+            found.append("outputs are values without a tolerance: all answers are exact")
+        if self._promises:
             evidence = risk.status()
             if evidence["drifts"] and not evidence["admitted"]:
                 found.append(
@@ -231,11 +329,11 @@ class Adaptation(AbstractAdaptation):
         return found if self.predictor is None else found + self.predictor.hints()
 
     def needs_samples(self, queries: int) -> bool:
-        return self._calibrator.needs_samples(queries)
+        return not self._exact_only and self._calibrator.needs_samples(queries)
 
     @property
     def accepts_samples(self) -> bool:
-        return self._calibrator.accepts_samples
+        return not self._exact_only and self._calibrator.accepts_samples
 
     def add_group(
         self,
@@ -245,6 +343,8 @@ class Adaptation(AbstractAdaptation):
         self._calibrator.add_group(answers, originals)
 
     def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
+        if self._outputs is not None:
+            self._outputs.add(own)
         if self.predictor is not None:
             self.predictor.add_answer(x, own)
 
@@ -259,22 +359,31 @@ class Adaptation(AbstractAdaptation):
             assert self.predictor is not None
             return calibrated and self.predictor.admits(answer)
         risk = self.decoding_risk
-        return bool(risk.admits(answer.disagreement, 0.0, calibrated=calibrated))
+        bar = 0.0 if self._target.tolerance is None else answer.error
+        return bool(risk.admits(answer.disagreement, bar, calibrated=calibrated))
 
     def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
         if given.answer.source == "predicted":
             assert self.predictor is not None
             return self.predictor.audit(given, own)
-        right = own is not None and self.estimator.agrees(given.answer.value, own)
-        row = StragglerRow(given.answer.disagreement, 0.0, not right, 0.0)
+        answer = given.answer
+        if self._target.tolerance is None:
+            right = own is not None and self.estimator.agrees(answer.value, own)
+            row = StragglerRow(answer.disagreement, 0.0, not right, 0.0)
+        else:
+            error = math.inf if own is None else np.sqrt(np.mean((answer.value - own) ** 2))
+            excess = float(error_ratios(error, answer.error))
+            right = excess <= given.widened
+            row = StragglerRow(answer.disagreement, answer.error, False, excess)
         facts = {"given": given.given, "forced": given.forced, "epoch": given.epoch}
-        if self.decoding_risk.add(row, unknown=own is None, **facts):
+        facts |= {"unknown": own is None, "widened": given.widened}
+        if self.decoding_risk.add(row, **facts):
             self._calibrator.discard()
             self._observe("drift", 1)
             _LOG.warning("decoded answers went wrong more often than promised: see the status")
         return right
 
-    def error_probability(self, queries: int) -> DecodingErrorProbability:
+    def error_probability(self, queries: int) -> DecodingErrorProbability | DecodingErrorBars:
         return self.estimator.error_probability(queries)
 
     def expected_error(self, queries: int, mask: Bool[np.ndarray, " num_workers"]) -> ExpectedError:

@@ -19,9 +19,16 @@ from ...inference._conditions import Conditions, current_conditions
 from ...inference._models import Model
 from ...inference._workers import run_workers
 from ...risk import logistic_regression
+from ...risk._straggler_risk import AccuracyTarget, bar_factor
 from ..core._adaptation import ExpectedError
 from ..core._coder import Coder
-from ..core._error_probability import DecodingErrorProbability, error_probability, uncalibrated
+from ..core._error_probability import (
+    FEATURES,
+    DecodingErrorBars,
+    DecodingErrorProbability,
+    error_probability,
+    uncalibrated,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -31,6 +38,7 @@ _LOOKS = 3  # decodings for each set: before the last two answers, the last one,
 _SPREAD = np.array([0.7548776662466927, 0.5698402909980532])
 _PLACES = 4  # of a group's queries that are looked at for each set
 _SAMPLES = 20_000  # that the regression takes, at most
+_TINY = 1e-12  # added to errors before their logarithms are taken
 
 
 class StragglerSimulation:
@@ -38,12 +46,13 @@ class StragglerSimulation:
 
     A query's own worker straggles, and others with it; the rest answers, and the groups are decoded
     as the last answers come in. Whether the labels are then the model's own calibrates a
-    `DecodingErrorProbability`. Sets of stragglers differ, so one calibration holds in the mean over
-    sets like these. Groups have a given number of queries; the last `DRAWS` simulations count.
+    `DecodingErrorProbability`; with a tolerance, the errors calibrate `DecodingErrorBars`. Sets of
+    stragglers differ, so one calibration holds in the mean over sets like these. Groups have a
+    given number of queries; the last `DRAWS` simulations count.
     """
 
-    def __init__(self, coder: Coder, queries: int):
-        self._coder, self._queries = coder, queries
+    def __init__(self, coder: Coder, queries: int, target: AccuracyTarget):
+        self._coder, self._queries, self._target = coder, queries, target
         self._random, self._number = np.random.default_rng(queries), 0
         self._seen: collections.deque[tuple[np.ndarray, ...]] = collections.deque(maxlen=DRAWS)
 
@@ -68,8 +77,14 @@ class StragglerSimulation:
             parts = []
             for begin in range(0, len(answers), width):
                 some = slice(begin, begin + width)
-                found, same = self._coder.compare(answers[some], originals[some], mask, width)
-                parts.append((found.features, found.informative, ~same))
+                own = originals[some]
+                if self._target.tolerance is None:
+                    found, same = self._coder.compare(answers[some], own, mask, width)
+                    missed = ~same
+                else:
+                    found = self._coder.decode_all(answers[some].swapaxes(0, 1), mask, width)
+                    missed = np.sqrt(np.mean((found.predictions - own) ** 2, axis=2))
+                parts.append((found.features, found.informative, missed))
                 yield
             seen.append([np.concatenate(part) for part in zip(*parts, strict=True)])
         # (looks, groups, places, ...) becomes (groups and places, looks, ...).
@@ -83,9 +98,18 @@ class StragglerSimulation:
     def discard(self) -> None:
         self._seen.clear()
 
-    def calibrate(self, known: int) -> DecodingErrorProbability:
-        parts = (np.concatenate(part) for part in zip(*self._seen, strict=True))
-        return calibrate(*parts, number=known * self._queries)
+    def calibrate(self, known: int) -> DecodingErrorProbability | DecodingErrorBars:
+        parts = [np.concatenate(part) for part in zip(*self._seen, strict=True)]
+        number = known * self._queries
+        if self._target.tolerance is None:
+            return calibrate(*parts, number=number)
+        return calibrate_bars(*parts, number=number, target=self._target)
+
+    @property
+    def uncalibrated(self) -> DecodingErrorProbability | DecodingErrorBars:
+        if self._target.tolerance is None:
+            return uncalibrated()
+        return DecodingErrorBars(np.full(FEATURES, np.nan, np.float32), 0.0, 0)
 
     def _draw_looks(self) -> Bool[np.ndarray, "looks num_workers"]:
         """Return the masks of workers that have answered at each look.
@@ -132,6 +156,32 @@ def calibrate(
     return DecodingErrorProbability(weights, wrong_from, answered_from, number)
 
 
+def calibrate_bars(
+    features: Float[np.ndarray, "samples looks features"],
+    informative: Bool[np.ndarray, "samples looks"],
+    error: Float[np.ndarray, "samples looks"],
+    number: int,
+    target: AccuracyTarget,
+) -> DecodingErrorBars:
+    """Calibrate the error bars of queries whose own worker straggles.
+
+    A query is answered at the first look at which its bar is within the tolerance. There are
+    `number` different queries among the samples.
+    """
+    used = [0, 2, 3, 4]  # but for the margin, which is a label's
+    thin = slice(None, None, -(-informative.size // _SAMPLES))
+    wanted = np.log(error[informative][thin] + _TINY)
+    weights = np.zeros(FEATURES)
+    flat = features[informative][thin][:, used].astype(np.float64)
+    weights[used] = np.linalg.lstsq(flat, wanted, rcond=None)[0]
+    expected = DecodingErrorBars(weights, 0.0, number)(features, informative)
+    factor = bar_factor(expected, error, target, number)
+    weights[0] += np.log(factor)  # nothing is within the tolerance of infinity
+    assert target.tolerance is not None
+    share = np.mean((factor * expected <= target.tolerance).any(axis=1))
+    return DecodingErrorBars(weights.astype(np.float32), float(share), number)
+
+
 # The number of groups of each size that an estimate rests on; of smaller groups that calibration
 # makes; and the least with which there is an estimate.
 _GROUPS, _SHORT, _LEAST = 256, 128, 32
@@ -156,14 +206,16 @@ class ErrorEstimator:
     `expected_error`), which takes none.
     """
 
-    def __init__(self, coder: Coder):
-        self._coder = coder
+    def __init__(self, coder: Coder, target: AccuracyTarget | None = None):
+        """Start without groups; a target with a tolerance is for values, others for labels."""
+        self._coder, self.target = coder, target or AccuracyTarget()
         self.conditions = Conditions()  # of the calibration
+        self.own: Float[np.ndarray, "rows m"] | None = None  # answers of its model
         self._width = _GROUPS  # that a step looks at, at most
         self._samples = {
             few: _GroupSamples(
                 coder,
-                StragglerSimulation(coder, few)
+                StragglerSimulation(coder, few, self.target)
                 if coder.has_error_probability and few > 1
                 else None,
             )
@@ -195,6 +247,7 @@ class ErrorEstimator:
             answers = np.asarray(run(models, self._coder.code, jnp.asarray(coded)))
             points = groups.reshape(-1, *groups.shape[2:])
             originals = np.asarray(batched(models[0], min(64, len(points)))(points))
+            self.own = originals.reshape(len(originals), -1)
             samples, originals = self._samples[few], originals.reshape(len(groups), few, -1)
             for group, own in zip(answers, originals, strict=True):
                 samples.add(group.reshape(len(group), -1), self._coder.to_alphas(own))
@@ -260,8 +313,8 @@ class ErrorEstimator:
         samples.add(answers, self._coder.to_alphas(originals))
         return samples.simulate_in_steps(self._width)
 
-    def error_probability(self, queries: int) -> DecodingErrorProbability:
-        """Return the error probability for groups of this size; uncalibrated at first.
+    def error_probability(self, queries: int) -> DecodingErrorProbability | DecodingErrorBars:
+        """Return the error probability, or bars, for groups of this size; uncalibrated at first.
 
         Only for codes with a posterior deviation (`Coder.has_error_probability`).
         """
@@ -308,8 +361,9 @@ class _GroupSamples:
 
     def __init__(self, coder: Coder, simulation: StragglerSimulation | None):
         self._coder, self._simulation = coder, simulation
+        self._nothing = uncalibrated() if simulation is None else simulation.uncalibrated
         self.known = self._turn = 0
-        self.error_probability = uncalibrated()
+        self.error_probability = self._nothing
         self._due = _LEAST  # groups at the next calibration
         self._draws_left = 0  # simulations until then
         self._fresh = 0  # groups since the last epoch
@@ -321,7 +375,7 @@ class _GroupSamples:
     def discard(self) -> None:
         self.known = self._turn = self._fresh = self._draws_left = 0
         self._due = _LEAST
-        self.error_probability = uncalibrated()
+        self.error_probability = self._nothing
         self.expected = {}
         if self._simulation is not None:
             self._simulation.discard()

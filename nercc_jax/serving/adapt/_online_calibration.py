@@ -20,20 +20,20 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from ...codes._trees import Form, join
-from ...evaluation._criteria import agree_on_labels, row_errors
+from ...evaluation._criteria import agree_on_labels, root_mean_square, row_errors
 from ...risk import ErrorProbability, RiskMonitor
 from ...risk._answer_check import AnswerCheck, fit_answer_check
 from ...risk._error_probability import error_features, fit_error_probability_of_points
 from ...risk._straggler_risk import (
     AccuracyTarget,
     StragglerRow,
-    conformal_quantile,
+    bar_factor,
     error_ratios,
-    least_factor,
 )
+from ...splines.arrays import namespace
 from ...surrogates import (
     AbstractLearner,
     AbstractSurrogate,
@@ -45,6 +45,7 @@ from ...surrogates import (
 )
 from ...surrogates._components import ComponentLearner
 from ...surrogates._host import HostPredictions, Pending, predictions_on_host
+from ...surrogates._learner import init_learner_on_host
 from ...surrogates._tune_kernel import widths_of
 from ..core._adaptation import Predictions
 from ..core._request import Answer
@@ -52,6 +53,7 @@ from ..core._request import Answer
 # Answers that a learner takes at once, that it starts from, and after which the kernel found on
 # those is tuned again.
 BATCH, FIRST, RETUNE = 32, 256, 1024
+_NEWS = 0.125  # of the pairs that a learner on the host knows, which it learns together
 _SETTLED = 1024  # validation answers after which little is left to learn
 # Validation answers that calibration looks at, at most and at least, and the share by which their
 # number grows until the next calibration.
@@ -94,11 +96,16 @@ class CalibratedSurrogate:
         assert self.expected is not None
         return ExpectedAnswers(self.check, self.expected(x))
 
+    @property
+    def is_compiled(self) -> bool:
+        """Return whether a program predicts, which is compiled for each number of queries."""
+        return not is_on_host(self.surrogate)
+
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions:
-        """Return the answers to some queries; compiled for each number of them."""
-        found = _predict(self.surrogate, _without_levels(self.error_probability), x)
+        """Return the answers to some queries."""
+        found = _predict(self.surrogate, self.error_probability, x)
         values, deviation, probability = map(np.asarray, found)
-        bound = self.factor * deviation
+        bound = _bounds(self.factor, deviation)
         sure = self.is_sure(probability, bound) & np.isfinite(values).all(axis=1)
         return Predictions(values, probability, bound, sure)
 
@@ -178,6 +185,7 @@ class OnlineCalibration:
         self._set_surrogate(surrogate)
         self._features, self._capacity, self._form = features, capacity, form
         self._first: list[tuple[np.ndarray, np.ndarray]] = []
+        self._unlearned: list[tuple[np.ndarray, np.ndarray]] = []
         self._learned = 0
         # The ratios of widths that were given stay.
         self._tuning = dataclasses.replace(_TUNING, widths="kept")
@@ -212,6 +220,14 @@ class OnlineCalibration:
         self._validate(x, own)
         if isinstance(self._surrogate, AbstractLearner):
             self._learned += len(x)
+            self._unlearned.append((x, own))
+            if isinstance(self._surrogate, Learner) and self._surrogate.is_on_host:
+                # Its time grows with the pairs known, by whose number it is divided, therefore.
+                waiting = sum(len(own) for _, own in self._unlearned)
+                if waiting < _NEWS * self._surrogate.size and self._learned != RETUNE:
+                    return
+                x, own = map(np.concatenate, zip(*self._unlearned, strict=True))
+            self._unlearned = []
             learner = _updated(self._surrogate, x, own)
             tuning = self._tuning
             if self._learned == RETUNE and (tuned := _tuned(learner, tuning)) is not learner:
@@ -240,8 +256,9 @@ class OnlineCalibration:
 
     def compare(self, answer: Answer, own: Float[np.ndarray, " m"]) -> StragglerRow:
         value = answer.value.ravel()
-        wrong = not bool(_agree(value, own, self._form))
-        error = np.sqrt(np.mean((value - own) ** 2))
+        labels = self._target.max_disagreement is not None
+        wrong = labels and not bool(agree_on_labels(value, own, self._form))
+        error = root_mean_square(value - own)
         excess = error_ratios(error, np.asarray(answer.error))
         return StragglerRow(answer.disagreement, answer.error, wrong, float(excess))
 
@@ -251,7 +268,9 @@ class OnlineCalibration:
         features = self._features
         if features is None and x[0].size > _FEATURES:
             features = principal_components(x, _FEATURES)
-        start = init_learner(
+        # Features of the user's may be programs of JAX.
+        init = init_learner if self._features is not None else init_learner_on_host
+        start = init(
             x, own, features=features, capacity=self._capacity, kernel="squared_exponential"
         )
         self._tuning = _tuning_of(len(start.kernel.centre))
@@ -267,22 +286,24 @@ class OnlineCalibration:
         assert self._surrogate is not None
         calibrated = self.calibrated if self._current else None
         error_probability = None if calibrated is None else calibrated.error_probability
-        found = _validated(self._surrogate, _without_levels(error_probability), x, own, self._form)
+        found = _validated(self._surrogate, error_probability, x, own, self._form)
         features, deviation, error, wrong, probability = map(np.asarray, found)
         mean, spread, checked = own[:0], own[:0, 0], own[:0]
         if self._expected is not None:
             (mean, spread), checked = self._expected(x).wait(), own
-        batch = ValidationBatch(
-            features, deviation, error, wrong, probability, mean, spread, checked
-        )
         if calibrated is not None:
-            bound = calibrated.factor * batch.deviation
-            sure = calibrated.is_sure(batch.probability, bound)
-            failed = self._target.missed(batch.wrong, error_ratios(batch.error, bound))
+            bound = _bounds(calibrated.factor, deviation)
+            sure = calibrated.is_sure(probability, bound)
+            failed = self._target.missed(wrong, error_ratios(error, bound))
             if self._monitor.add(failed[sure].tolist()):
                 self.discard()
+        # Queries that come again are predicted better than new ones, whose bars they would shorten.
+        # Where nothing is known of errors yet, there is nothing to calibrate.
+        new = ~_known(self._surrogate, x) & np.isfinite(deviation)
+        fields = (features, deviation, error, wrong, probability, mean, spread, checked)
+        batch = ValidationBatch(*(each[new[: len(each)]] for each in fields))
         self._validation.append(batch)
-        self._count += len(own)
+        self._count += int(new.sum())
         if self._count >= self._due:
             self._due = self._count + _MORE * min(self._count, _VALIDATION)
             self.calibrated, self._current = self._calibrate(), True
@@ -294,9 +315,10 @@ class OnlineCalibration:
             np.concatenate([getattr(batch, part) for batch in batches])
             for part in ("features", "deviation", "error", "wrong", "mean", "spread", "own")
         )
-        coverage = self._target.coverage
-        factor = conformal_quantile(error_ratios(error, deviation), coverage)
         wanted, tolerance = self._target.max_disagreement, self._target.tolerance
+        # It has to be right for those that are given out, not for all.
+        looks = deviation[:, None], error[:, None]
+        factor = bar_factor(*looks, self._target, len(error))
         error_probability, limit, share = None, 1.0, 1.0
         if wanted is not None:
             error_probability = fit_error_probability_of_points(
@@ -305,9 +327,6 @@ class OnlineCalibration:
             limit = error_probability.limit(wanted)
             share = 1 - error_probability.share(limit)
         if tolerance is not None:
-            # It has to be right for those that are given out, not for all.
-            bound = factor * deviation
-            factor *= least_factor(bound, error_ratios(error, bound), tolerance, coverage)
             share *= float(np.mean(factor * deviation <= tolerance))
         tolerance = math.inf if tolerance is None else tolerance
         disagreement = float(np.mean(wrong))
@@ -328,37 +347,70 @@ class OnlineCalibration:
         )
 
 
-@eqx.filter_jit
+def is_on_host(surrogate: AbstractSurrogate) -> bool:
+    """Return whether a surrogate predicts and learns by NumPy, without programs."""
+    return isinstance(surrogate, Learner) and surrogate.is_on_host
+
+
+def _bounds(
+    factor: float, deviation: Float[np.ndarray, " queries"]
+) -> Float[np.ndarray, " queries"]:
+    """Return error bounds; infinite where a deviation is, whatever the factor."""
+    return np.where(np.isfinite(deviation), factor * np.nan_to_num(deviation), np.inf)
+
+
 def _predict(
     surrogate: AbstractSurrogate,
     error_probability: ErrorProbability | None,
-    x: Shaped[ArrayLike, "queries ..."],
-) -> tuple[Float[Array, "queries m"], Float[Array, " queries"], Float[Array, " queries"]]:
+    x: Shaped[np.ndarray, "queries ..."],
+) -> tuple[Any, Any, Any]:
     """Return outputs as vectors, deviations (1 if there are none), and error probabilities."""
-    x = jnp.asarray(x)
+    predict = _predicted if is_on_host(surrogate) else _compiled_predicted
+    return predict(surrogate, _without_levels(error_probability), x)
+
+
+def _predicted(
+    surrogate: AbstractSurrogate,
+    error_probability: ErrorProbability | None,
+    x: Shaped[Any, "queries ..."],
+) -> tuple[Any, Any, Any]:
     if isinstance(surrogate, AbstractLearner):
         mean, deviation = surrogate.predict(x)
     else:
         mean, deviation = surrogate.outputs(x), jnp.ones(len(x))
     values = join(mean, 1)[0]
     if error_probability is None:
-        return values, deviation, jnp.full(len(values), jnp.nan)
+        return values, deviation, namespace(values).full(len(values), np.nan)
     return values, deviation, error_probability(values, deviation, values)
 
 
-@eqx.filter_jit
+_compiled_predicted = eqx.filter_jit(_predicted)
+
+
 def _validated(
     surrogate: AbstractSurrogate,
     error_probability: ErrorProbability | None,
-    x: Shaped[ArrayLike, "queries ..."],
-    own: Float[ArrayLike, "queries m"],
+    x: Shaped[np.ndarray, "queries ..."],
+    own: Float[np.ndarray, "queries m"],
     form: Form | None,
-) -> tuple[Array, ...]:
+) -> tuple[Any, ...]:
     """Return the fields of a `ValidationBatch` up to the probability."""
-    values, deviation, probability = _predict(surrogate, error_probability, x)
+    values, deviation, probability = map(np.asarray, _predict(surrogate, error_probability, x))
     features = error_features(values, deviation, values, form)
     wrong = ~agree_on_labels(values, own, form)
     return features, deviation, row_errors(values, own), wrong, probability
+
+
+def _known(
+    surrogate: AbstractSurrogate, x: Shaped[np.ndarray, "queries ..."]
+) -> Bool[np.ndarray, " queries"]:
+    """Return which queries a learner has answers to."""
+    if not isinstance(surrogate, Learner):
+        return np.zeros(len(x), bool)
+    return surrogate.knows(x) if surrogate.is_on_host else np.asarray(_compiled_known(surrogate, x))
+
+
+_compiled_known = eqx.filter_jit(Learner.knows)
 
 
 def _tuning_of(features: int) -> LearnerTuning:
@@ -386,20 +438,29 @@ def _tuned(learner: AbstractLearner, tuning: LearnerTuning) -> AbstractLearner:
 
 def _log_loss(learner: Learner) -> float:
     """Return the mean log loss of leaving each pair of the window out."""
-    errors, deviation = learner.left_out()
-    square = jnp.mean(errors**2, axis=1) / deviation**2
-    return float(jnp.mean(jnp.log(deviation) + square / 2, where=learner.filled))
+    errors, deviation, scatter = (
+        np.asarray(each)[np.asarray(learner.filled)]
+        for each in (*learner.left_out(), learner.window.scatter)
+    )
+    errors = np.stack([root_mean_square(errors, axis=1), scatter])
+    square = 2 * root_mean_square(errors / deviation, axis=0) ** 2
+    return float(np.mean(np.log(deviation) + square / 2))
 
 
 def _without_levels(error_probability: ErrorProbability | None) -> ErrorProbability | None:
     """Drop the limits, whose number differs between calibrations: one program serves all."""
     if error_probability is None:
         return None
-    none = jnp.zeros(0)
+    none = np.zeros(0, np.float32)
     return eqx.tree_at(
         lambda d: (d.levels, d.risks, d.shares), error_probability, (none, none, none)
     )
 
 
-_agree = eqx.filter_jit(agree_on_labels)
-_updated = eqx.filter_jit(lambda learner, x, own: learner.update(x, own))
+def _updated(
+    learner: AbstractLearner, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]
+) -> AbstractLearner:
+    return learner.update(x, own) if is_on_host(learner) else _compiled_update(learner, x, own)
+
+
+_compiled_update = eqx.filter_jit(lambda learner, x, own: learner.update(x, own))

@@ -109,7 +109,8 @@ class Predictor:
             raise ValueError("this predictor is another batcher's: make one for each")
         if target.max_disagreement is None and target.tolerance is None:
             raise ValueError(
-                "to answer from what is known needs a policy with max_disagreement or tolerance"
+                "to answer from what is known needs a policy with max_disagreement, or with a "
+                "tolerance for outputs that are values"
             )
         self._calibration = OnlineCalibration(
             self._surrogate, target, form=form, check_rate=check_rate, **self._options
@@ -180,7 +181,9 @@ class Predictor:
         if calibrated is None or not self._compiled or self._drift_detected:
             return None
         parts = [x[begin : begin + self._width] for begin in range(0, len(x), self._width)]
-        found = [calibrated.predict(repeat_rows(part, self._width)) for part in parts]
+        if calibrated.is_compiled:  # for one number of queries
+            parts = [repeat_rows(part, self._width) for part in parts]
+        found = [calibrated.predict(part) for part in parts]
         return Predictions(
             *(
                 np.concatenate([getattr(each, name) for each in found])[: len(x)]
@@ -240,10 +243,10 @@ class Predictor:
         else:
             row = self._calibration.compare(answer, own.ravel())
         facts = {"given": given.given, "forced": given.forced, "epoch": given.epoch}
-        if self.risk.add(row, unknown=own is None, **facts):
+        if self.risk.add(row, unknown=own is None, widened=given.widened, **facts):
             self._drift_detected = True
             self._turns.wake()
-        return not self._target.missed(row.wrong, row.excess)
+        return not self._target.missed(row.wrong, row.excess / given.widened)
 
     def _follow_drifts(self) -> None:
         """Discard the evidence on stragglers where calibration began again."""

@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float, Shaped
 
 from ...pools import Overdue
 from ...pools._answer_checks import AnswerChecks
-from ...risk._straggler_risk import StragglerRisk
+from ...risk._straggler_risk import AccuracyTarget, StragglerRisk
 from .._policy import BatchingPolicy
-from ._error_probability import DecodingErrorProbability
+from ._error_probability import DecodingErrorBars, DecodingErrorProbability
 from ._request import Answer, ApproximateAnswer, Source
 
 Redundancy = Literal["none", "uncertain", "always"]
@@ -52,8 +52,8 @@ class ExpectedError(NamedTuple):
 class Predictions:
     """A surrogate's answers to some queries, and which may be given out.
 
-    Disagreement is the probability of another label, NaN where labels do not matter. Nine of ten
-    answers do not exceed the error bound, in units of the outputs.
+    Disagreement is the probability of another label, NaN where labels do not matter. The error
+    bound, in units of the outputs, covers the error of a share `coverage` of the answers.
     """
 
     values: Float[np.ndarray, "queries m"]
@@ -80,6 +80,11 @@ class AbstractAdaptation(abc.ABC):
     @abc.abstractmethod
     def setting(self) -> DispatchSetting:
         """The setting that holds now."""
+
+    @property
+    @abc.abstractmethod
+    def approximates(self) -> bool:
+        """Return whether approximate answers may be given out at all, by what the outputs are."""
 
     @property
     @abc.abstractmethod
@@ -151,8 +156,8 @@ class AbstractAdaptation(abc.ABC):
         """
 
     @abc.abstractmethod
-    def error_probability(self, queries: int) -> DecodingErrorProbability:
-        """Return the calibrated error probability for groups of this size."""
+    def error_probability(self, queries: int) -> DecodingErrorProbability | DecodingErrorBars:
+        """Return the calibrated error probability, or error bars, for groups of this size."""
 
     @abc.abstractmethod
     def expected_error(self, queries: int, mask: Bool[np.ndarray, " num_workers"]) -> ExpectedError:
@@ -161,6 +166,10 @@ class AbstractAdaptation(abc.ABC):
     @abc.abstractmethod
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions | None:
         """Return a surrogate's answers; None while there is none that is calibrated."""
+
+
+def accuracy_target(policy: BatchingPolicy) -> AccuracyTarget:
+    return AccuracyTarget(policy.tolerance, policy.max_disagreement, policy.coverage)
 
 
 def overdue_rule(policy: BatchingPolicy) -> Overdue:

@@ -27,7 +27,11 @@ from ...codes._trees import Form
 from ...evaluation._criteria import agree_on_labels
 from ...pools._steps import encode_on_host, shared_decoder
 from ...splines._host import smoothing_matrix_on_host
-from ._error_probability import decoding_features, error_probability
+from ._error_probability import (
+    DecodingErrorBars,
+    DecodingErrorProbability,
+    decoding_features,
+)
 from ._request import fill_up
 
 # The rows of a spline are one-hot up to rounding.
@@ -81,7 +85,7 @@ class Coder:
         first: by query, those coded data points, which are sent when it arrives.
         can_decode: whether a query can be decoded when none of its own points is answered.
         has_error_probability: whether a decoded prediction has a posterior deviation, from which
-            the probability of a wrong label follows.
+            the probability of a wrong label, or an error bar, follows.
         needs_order: whether decoding gains when queries at neighbouring alphas are similar.
         kinds: by coded data point, the model of the pool that computes it.
         form: the parts of an answer, where each has a label of its own.
@@ -135,7 +139,7 @@ class Coder:
         values: Float[np.ndarray, "num_workers rows ..."],
         mask: Bool[np.ndarray, " num_workers"],
         width: int,
-        weights: Float[np.ndarray, " features"] | None = None,
+        risk: DecodingErrorProbability | DecodingErrorBars | None = None,
     ) -> tuple[
         Float[np.ndarray, "rows num_data ..."],
         Bool[np.ndarray, " num_data"],
@@ -143,23 +147,22 @@ class Coder:
     ]:
         """Decode, in the queries' order, answers that are zero where there is none.
 
-        The program is compiled for `width` rows, at least as many as there are. Weights are those
-        of a `DecodingErrorProbability`.
+        The program is compiled for `width` rows, at least as many as there are.
 
         Returns:
-            Predictions, a mask of those that are recovered, and each one's probability of a wrong
-            label, NaN without weights.
+            Predictions, a mask of those that are recovered, and each one's risk, NaN without one:
+            its probability of a wrong label, or its error bar.
         """
-        if weights is None:
+        if risk is None:
             predictions, recovered, _ = self._decoded(values, mask, width)
-            probability = np.full(predictions.shape[:2], np.nan)
+            found = np.full(predictions.shape[:2], np.nan)
         else:
             predictions, recovered, features, informative = self.decode_all(values, mask, width)
             assert features is not None
             assert informative is not None
-            probability = error_probability(features, informative, weights)
+            found = risk(features, informative)
         order = self._order
-        return predictions[:, order], recovered[order], probability[:, order]
+        return predictions[:, order], recovered[order], found[:, order]
 
     def decode_all(
         self,

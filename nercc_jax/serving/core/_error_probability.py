@@ -1,4 +1,4 @@
-"""The probability that the label of a decoded query differs from the model's own label.
+"""How wrong a decoded query may be: the probability of another label, or the error bar of values.
 
 The surrogates' calibration weighs a prediction's margin against its deviation, whose square is the
 product of the roughness of the path (`AbstractCode.process_variance`) and of how much of that the
@@ -7,6 +7,9 @@ says most, so here the regression weighs the three separately. Measured with K =
 interleaved, and at most 5 % of the stragglers' labels wrong: LeNet5 on MNIST resends 42 % of them
 instead of 50 %, the tuned code on digits 19 % instead of 23 %, and groups of 2 queries 5 % instead
 of 25 %.
+
+Of values, a regression of the logarithm of the error on the last two takes the label's place, and a
+factor that is calibrated on the same stragglers makes error bars of what it expects.
 
 This file has what the scheduler computes; `adapt` calibrates it.
 """
@@ -72,6 +75,38 @@ class DecodingErrorProbability:
     def share_above(self, limit: float) -> float:
         """Return the share of calibration queries that stay above a limit, and are resent."""
         return float(np.mean(self.answered_from > limit)) if self.answered_from.size else 1.0
+
+    def __call__(
+        self,
+        features: Float[np.ndarray, "rows num_data features"],
+        informative: Bool[np.ndarray, "rows num_data"],
+    ) -> Float[np.ndarray, "rows num_data"]:
+        """Return the probabilities of wrong labels, by `decoding_features`."""
+        return error_probability(features, informative, self.weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingErrorBars:
+    """Calibrated error bars of decoded values.
+
+    Attributes:
+        weights: of the features (`decoding_features`), whose sum is a bar's logarithm.
+        share: the share of the calibration's stragglers whose bars are within the tolerance.
+        num_queries: the number of different calibration queries; 0 before calibration.
+    """
+
+    weights: Float[np.ndarray, " features"]
+    share: float
+    num_queries: int
+
+    def __call__(
+        self,
+        features: Float[np.ndarray, "rows num_data features"],
+        informative: Bool[np.ndarray, "rows num_data"],
+    ) -> Float[np.ndarray, "rows num_data"]:
+        """Return the error bars, by `decoding_features`; infinite where nothing is known."""
+        with np.errstate(over="ignore"):
+            return np.where(informative, np.exp(features @ self.weights), np.inf)
 
 
 def uncalibrated() -> DecodingErrorProbability:

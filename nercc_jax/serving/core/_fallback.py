@@ -15,6 +15,7 @@ from ...pools._clock import AbstractClock
 from .._policy import BatchingPolicy
 from ._adaptation import AbstractAdaptation
 from ._coder import Coder
+from ._error_probability import DecodingErrorBars, DecodingErrorProbability
 from ._group import Group, GroupPrediction
 from ._request import CODED, Answer, ApproximateAnswer, BatchSpec, Query
 
@@ -54,10 +55,10 @@ class GroupPredictor:
             dtypes = [str(each.dtype) for each in (queries, answers)]
             if {queries.dtype, answers.dtype} != {CODED}:
                 raise ValueError(f"only float32 can be predicted, not {dtypes}")
-        elif policy.redundancy == "uncertain" or policy.tolerance is not None:
+        elif policy.redundancy == "uncertain":
             raise ValueError(
-                "redundancy 'uncertain' and a tolerance need a predictor (`--surrogate`): "
-                "nothing else tells what is uncertain, or how far off"
+                "redundancy 'uncertain' needs a predictor (`--surrogate`): nothing else tells what "
+                "is uncertain"
             )
 
     def predictions(
@@ -107,12 +108,22 @@ class GroupDecoder:
         adaptation: AbstractAdaptation,
         clock: AbstractClock,
     ):
-        """Create a decoder. Raises ValueError where `wait_for` does not fit the code."""
+        """Create a decoder.
+
+        Raises:
+            ValueError: where `wait_for` does not fit the code, or nothing gives error bars for a
+                tolerance.
+        """
         self._coder, self._adaptation, self._clock = coder, adaptation, clock
         self._width, self._resends = policy.max_batch_size, policy.max_reexecution is not None
-        # The distance of a decoded answer to the function's own is not estimated: none is given.
-        function = policy.max_disagreement is None and policy.tolerance is not None
-        self._max_disagreement = 0.0 if function else policy.max_disagreement
+        self._max_disagreement, self._tolerance = policy.max_disagreement, policy.tolerance
+        if policy.tolerance is not None and not (
+            adaptation.predicts or coder.has_error_probability
+        ):
+            raise ValueError(
+                f"a tolerance needs error bars, and {type(coder.code).__name__} has none: give a "
+                "predictor (`--surrogate`), or NeRCC with K of 2 or more"
+            )
         self.enough = _enough(coder, policy)
 
     def decode_group(
@@ -129,10 +140,16 @@ class GroupDecoder:
         """
         number, limit = len(group.cells), None
         expected = self._adaptation.expected_error(number, group.mask)
-        if self._max_disagreement is None:
+        risk = self._risk(number)
+        if isinstance(risk, DecodingErrorBars):
+            limit = self._tolerance
+            good = np.full(number, risk.num_queries > 0)
+        elif self._tolerance is not None:
+            return [], []  # no decoded answer has a bar
+        elif self._max_disagreement is None:
             good = np.full(number, self._enough_answers(group, last))
-        elif self._coder.has_error_probability:
-            limit = self._adaptation.error_probability(number).limit(self._max_disagreement)
+        elif risk is not None:
+            limit = risk.limit(self._max_disagreement)
             good = np.full(number, limit >= 0)
         else:
             good = expected.disagreement <= self._max_disagreement
@@ -146,13 +163,17 @@ class GroupDecoder:
         self._adaptation.observe("decode_seconds", decoded - begin)
         self._adaptation.observe("workers_responded", int(group.mask.sum()))
         good = np.broadcast_to(good if limit is None else probability <= limit, probability.shape)
-        probability = np.where(np.isnan(probability), expected.disagreement, probability)
+        error = np.broadcast_to(expected.error, probability.shape)
+        if self._tolerance is not None:
+            probability, error = np.full_like(probability, np.nan), probability
+        else:
+            probability = np.where(np.isnan(probability), expected.disagreement, probability)
         basis = int(group.sent.sum()), int(group.mask.sum())
         found: tuple[list[GroupAnswer], list[GroupAnswer]] = [], []
         for cell, row, _ in group.open_queries(cells):
             if sound[row, cell] and (cell, row) not in skip:
-                errors = float(probability[row, cell]), float(expected.error[cell])
-                answer = Answer(predictions[row, cell], "decoded", *basis, *errors)
+                errors = float(probability[row, cell]), float(error[row, cell])
+                answer = Answer(predictions[row, cell, ...], "decoded", *basis, *errors)
                 found[not good[row, cell]].append(GroupAnswer(cell, row, answer))
         if group.trace is not None:
             group.trace.add("decode", begin, decoded, answers=basis[1])
@@ -169,16 +190,18 @@ class GroupDecoder:
         Returns:
             By row and place: the predictions; whether they are sound, since a code may have lost a
             query, or a sum of large answers may have overflowed; and the probability of a wrong
-            label, NaN if unknown.
+            label, or the error bar of values, NaN if unknown.
         """
-        weights = None
-        if self._coder.has_error_probability:
-            weights = self._adaptation.error_probability(queries).weights
-        decoded = self._coder.decode(values, mask, self._width, weights)
+        decoded = self._coder.decode(values, mask, self._width, self._risk(queries))
         predictions, recovered, probability = decoded
         finite = np.isfinite(predictions).reshape(*probability.shape, -1).all(axis=-1)
         sound = recovered & finite
         return predictions[:, :queries], sound[:, :queries], probability[:, :queries]
+
+    def _risk(self, queries: int) -> DecodingErrorProbability | DecodingErrorBars | None:
+        if not self._coder.has_error_probability:
+            return None
+        return self._adaptation.error_probability(queries)
 
     def ready(self, group: Group, last: bool) -> bool:
         """Return whether it makes sense to decode a group now."""
@@ -281,8 +304,9 @@ class FallbackPolicy:
         self._observe("straggler", int((late & ~group.counted).sum()))
         group.counted |= late
         last = not (group.outstanding & ~late).any()
-        good, best = self._predicted(group, lost) if late.any() else [], []
-        if self._decoder.ready(group, last):
+        approximates = self._adaptation.approximates
+        good, best = self._predicted(group, lost) if approximates and late.any() else [], []
+        if approximates and self._decoder.ready(group, last):
             answered = {(given.cell, given.row) for given in good}
             sure, best = self._decoder.decode_group(group, lost, last, answered)
             admitted = self._admitted(group, sure) + self._admitted(group, best, calibrated=False)
@@ -316,6 +340,10 @@ class FallbackPolicy:
                 risk = self._adaptation.risk(each.answer.source)
                 shown = map(float, risk.expected(each.answer.disagreement, each.answer.error))
                 disagreement, error = shown
+                if each.answer.error > 0:
+                    query = group.cells[each.cell].queries[each.row]
+                    record = query.approximate[each.answer.source]
+                    record.widened = error / each.answer.error
                 answer = dataclasses.replace(each.answer, disagreement=disagreement, error=error)
                 found.append(dataclasses.replace(each, answer=answer))
         return found

@@ -67,10 +67,12 @@ class Reply:
         expected_disagreement: the probability that the label differs from the model's own label.
             It follows from the margin and the posterior deviation of the query; for codes that are
             no regression it is the mean over calibration data decoded from the same workers. It is
-            0 for exact answers and NaN as long as nothing is known.
-        expected_error: the expected distance to the model's answer, in units of the outputs: for a
-            decoded answer the root mean squared error over calibration data, for a predicted one
-            the bound that holds in nine of ten cases. 0 for exact answers, NaN if unknown.
+            0 for exact answers, NaN as long as nothing is known, and NaN for approximate values.
+        expected_error: the error bar of values, in units of the outputs (root mean square over a
+            row's outputs), which holds in a share `coverage` of the cases. Where outputs have
+            labels, the expected distance to the model's answer: for a decoded answer the root mean
+            squared error over calibration data, for a predicted one the bound that holds in nine of
+            ten cases. 0 for exact answers, NaN if unknown.
         queued: the seconds until the first query was sent.
         seconds: the seconds from arrival to reply.
     """
@@ -112,6 +114,7 @@ class ApproximateAnswer:
         given: whether it was given out, and counts for what was promised.
         forced: whether it was given out although it is less certain than was promised.
         repeated: whether the model was asked again because the first call failed.
+        widened: the factor of the error bar with which it was given out.
     """
 
     answer: Answer
@@ -120,6 +123,7 @@ class ApproximateAnswer:
     given: bool = False
     forced: bool = False
     repeated: bool = False
+    widened: float = 1.0
 
 
 class Request:

@@ -340,7 +340,7 @@ class QueryScheduler:
             if len(kept) < len(queries):
                 queries, value = [queries[row] for row in kept], value[kept]
         for row, query in enumerate(queries):
-            self._learn(query, value[row])
+            self._learn(query, value[row, ...])
         answer = Answer(value, "exact", asked, responded)
         self._revisit(self._open.answer(queries, answer, now))
 
@@ -409,6 +409,8 @@ class QueryScheduler:
                 query = group.cells[each.cell].queries[each.row]
                 self._give(group, query, each)
                 self._observe("expected_disagreement", each.answer.disagreement)
+                if self.policy.tolerance is not None:
+                    self._observe("expected_error", each.answer.error / self.policy.tolerance)
                 answer = dataclasses.replace(each.answer, value=each.answer.value[None])
                 self._revisit(self._open.answer([query], answer, now))
             self._queue.resend(resend)

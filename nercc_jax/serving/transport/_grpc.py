@@ -5,6 +5,8 @@ Messages are those of `open_inference.proto`.
 
 import asyncio
 import logging
+import math
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
@@ -15,7 +17,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
-from ..core._request import Reply, message_of
+from ..core._request import Reply, ServerClosing, message_of
 from ..protocol._errors import INTERNAL, KINDS, InvalidInput, ModelNotFound, Unauthenticated
 from ..protocol._messages import (
     InferRequest,
@@ -46,6 +48,8 @@ _CONTENTS = {
 }
 # By Python type, the field of a parameter. KServe's clients know no doubles.
 _PARAMETERS = {bool: "bool_param", int: "int64_param", str: "string_param"}
+
+_FOREVER = 1e6  # seconds: whoever stops the server ends it in time
 
 Method = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
 
@@ -191,8 +195,47 @@ class _Authentication(grpc.aio.ServerInterceptor):
         return await continuation(handler_call_details)
 
 
-def make_grpc_server(state: ServerState) -> grpc.aio.Server:
-    """Return the gRPC server, which listens nowhere yet."""
+class GrpcServer:
+    """The gRPC server, which listens nowhere yet, and how it stops.
+
+    When gRPC stops accepting, it cancels the calls that it has received and not handed over yet,
+    which their clients would see as CANCELLED. So calls that come while the server stops are taken
+    and held first, until none comes any more: clients that wait for answers send nothing. Then gRPC
+    stops accepting, and the calls that were held are refused as UNAVAILABLE.
+    """
+
+    # Seconds without a call after which gRPC stops accepting, and after which it does anyway.
+    _QUIET, _MOST = 0.05, 1.0
+
+    def __init__(self, state: ServerState):
+        self.server = _make_server(state, self._held)
+        self._began = self._last = math.inf
+        self._refuses = asyncio.Event()
+
+    async def stop(self, *, at_once: bool = False) -> None:
+        """Accept no more calls, and wait for those that were accepted, or end them at once."""
+        if self._began == math.inf:
+            self._began = self._last = time.monotonic()
+        end = self._began + self._MOST
+        while time.monotonic() < min(self._last + self._QUIET, end):
+            await asyncio.sleep(self._QUIET / 5)
+        stopping = asyncio.create_task(self.server.stop(None if at_once else _FOREVER))
+        await asyncio.sleep(self._QUIET / 5)
+        self._refuses.set()
+        await stopping
+
+    def _held(self, method: Method) -> Method:
+        async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            if self._began < math.inf:
+                self._last = time.monotonic()
+                await self._refuses.wait()
+                raise ServerClosing("the server is shutting down")
+            return await method(request, context)
+
+        return answer
+
+
+def _make_server(state: ServerState, held: Callable[[Method], Method]) -> grpc.aio.Server:
     settings = state.settings
     server = grpc.aio.server(
         interceptors=[_Authentication(state)] if settings.token_file is not None else None,
@@ -206,7 +249,7 @@ def make_grpc_server(state: ServerState) -> grpc.aio.Server:
     service = InferenceService(state)
     handlers = {
         method.name: grpc.unary_unary_rpc_method_handler(
-            _with_statuses(getattr(service, method.name)),  # pyright: ignore[reportArgumentType]
+            _with_statuses(held(getattr(service, method.name))),  # pyright: ignore[reportArgumentType]
             request_deserializer=GetMessageClass(method.input_type).FromString,
             response_serializer=GetMessageClass(method.output_type).SerializeToString,
         )

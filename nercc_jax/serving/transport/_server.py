@@ -32,7 +32,7 @@ from ..adapt._predictor import Predictor
 from ..protocol._errors import InvalidInput, ModelNotFound, ServerNotReady
 from ..protocol._servable import Servable, make_servable, name_and_version
 from ._bodies import BodyLimits
-from ._grpc import make_grpc_server
+from ._grpc import GrpcServer
 from ._http import InferenceEndpoint
 from ._rest import make_app
 from ._state import ModelControl, ServerState
@@ -125,7 +125,7 @@ class Server:
         self._http.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
         self.ends_by = math.inf
         self.lost: dict[str, int] = {}
-        self._grpc: grpc.aio.Server | None = None
+        self._grpc: GrpcServer | None = None
         self._at_once = False
         self._signal: signal.Signals | None = None
         self._started = False
@@ -241,7 +241,8 @@ class Server:
         """Listen by gRPC; uvicorn listens already."""
         self.http_port = self._http.servers[0].sockets[0].getsockname()[1]
         if self.settings.grpc_port is not None:
-            server = make_grpc_server(self.state)
+            made = GrpcServer(self.state)
+            server = made.server
             address = f"{self.settings.host}:{self.settings.grpc_port}"
             try:
                 if self._tls_pair is None:
@@ -252,7 +253,7 @@ class Server:
             except RuntimeError as error:
                 raise self.settings.cannot_listen(self.settings.grpc_port) from error
             await server.start()
-            self._grpc = server
+            self._grpc = made
         _LOG.info("listening", extra=self._address())
 
     def _address(self) -> dict[str, Any]:
@@ -305,8 +306,7 @@ class Server:
         self._http.should_exit = True
         ends = [http]
         if self._grpc is not None:
-            grace = self.settings.drain_timeout_s + _LAST_ERRORS
-            ends.append(asyncio.create_task(self._grpc.stop(grace)))
+            ends.append(asyncio.create_task(self._grpc.stop()))
 
         def ended() -> bool:
             return all(end.done() for end in ends)
@@ -318,7 +318,7 @@ class Server:
             await self._wait(ended, _LAST_ERRORS)
         self._http.force_exit = True
         if self._grpc is not None:
-            ends.append(asyncio.create_task(self._grpc.stop(None)))
+            ends.append(asyncio.create_task(self._grpc.stop(at_once=True)))
         await asyncio.wait(ends, timeout=1.0)
         http.cancel()
 
