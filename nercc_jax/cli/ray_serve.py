@@ -29,10 +29,7 @@ from ..serving.transport._state import ServerState
 from ._serving_models import start_models
 
 # The server's settings that the application takes; Ray Serve itself listens, and logs.
-_OF_REQUESTS = (
-    *("max_body_bytes", "max_json_bytes", "max_bytes_in_flight", "body_timeout_s"),
-    "request_log_rate",
-)
+_OF_REQUESTS = (*("max_body_bytes", "max_json_bytes", "max_bytes_in_flight", "request_log_rate"),)
 _TAKEN = ("models", "defaults", "drain_timeout_s", *_OF_REQUESTS)
 _CHECK_EVERY, _CHECK_TIMEOUT = 2.0, 15.0  # seconds: a replica's health
 _ENDING = 10.0  # seconds for the workers to end, after everything is answered
@@ -114,8 +111,6 @@ class CodedServer:
         state, self._server_state = self._server_state, None
         for model in () if state is None else state.models.values():
             await asyncio.to_thread(model.close, 0.0)
-        if state is not None:
-            state.reader.close()
         if self._telemetry is not None:
             await asyncio.to_thread(self._telemetry.close)
 

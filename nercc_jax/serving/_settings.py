@@ -404,25 +404,19 @@ class ServerSettings(BaseSettings):
     )
 
     max_connections: int = _setting(
-        2000, "Maximum HTTP connections, and gRPC calls; more are refused.", ge=1, le=_QUERIES
-    )
-    max_header_bytes: int = _setting(
-        2**15, "Maximum bytes of a request's head, approximately.", ge=2**10, le=2**24
+        10_000,
+        "Maximum HTTP connections, silent ones included, and gRPC calls; more are refused.",
+        ge=1,
+        le=_QUERIES,
     )
     max_body_bytes: int = _setting(
         64 * 2**20, "Maximum bytes of a request's body, decompressed.", gt=0, le=_BYTES
     )
     max_json_bytes: int = _setting(
-        8 * 2**20, "Maximum bytes of a request's JSON, without binary tensors.", gt=0, le=_BYTES
+        2**20, "Maximum bytes of a request's JSON, without binary tensors.", gt=0, le=_BYTES
     )
     max_bytes_in_flight: int = _setting(
         2**29, "Maximum bytes of all requests that are read or answered at a time.", gt=0, le=_BYTES
-    )
-    head_timeout_s: float = _setting(
-        10.0, "Seconds that a client has to send a request's head.", gt=0, le=MAX_DEADLINE_S
-    )
-    body_timeout_s: float = _setting(
-        60.0, "Seconds that a client has to send a request's body.", gt=0, le=MAX_DEADLINE_S
     )
 
     address: str | None = _setting(

@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import pytest
-from attack import attacking, bodies
+from attack import attacking, bodies, post
 from conftest import require
 
 pytestmark = pytest.mark.slow
@@ -215,7 +215,7 @@ class Chaos:
         """Has another process send what costs most to refuse, one kind after the other."""
         kinds = bodies((4,)).values()
         for body in kinds:
-            with attacking(self.server.http_port, "/v2/models/shaky/infer", body, 2):
+            with attacking(self.server.http_port, post("/v2/models/shaky/infer", body), 2):
                 await asyncio.sleep(SECONDS / len(kinds))
 
     async def bomb(self, session):

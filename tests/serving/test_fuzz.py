@@ -24,7 +24,7 @@ from nercc_jax.serving.transport import open_inference_pb2 as messages
 pytestmark = pytest.mark.slow
 
 CONFIG = """
-max_body_bytes = 100000
+max_body_bytes = 1000000
 [defaults]
 scheme = "uncoded"
 input_shape = [4]

@@ -98,8 +98,16 @@ def test_numbers_are_rounded_to_float32(number):
     )
 
 
-def test_too_large_a_number_is_left_to_the_batcher_which_refuses_what_is_not_finite():
-    assert np.isinf(read(body([1e39] * 8))).all()
+@pytest.mark.parametrize("number", [1e39, 10**39])
+def test_too_large_a_number_is_left_to_the_batcher_which_refuses_what_is_not_finite(number):
+    assert np.isinf(read(body([number] * 8))).all()
+
+
+def test_whole_numbers_beyond_64_bits_are_refused():
+    servable = make_servable("digits", double, (2,), datatype="INT64")
+    content = body([2**64, 1], (1, 2), datatype="INT64")
+    with pytest.raises(InvalidInput, match="not all of it are whole numbers"):
+        queries_of(read_request(content, None), servable)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +116,7 @@ def test_too_large_a_number_is_left_to_the_batcher_which_refuses_what_is_not_fin
         (b"", "not JSON"),
         (b"{", "not JSON"),
         (b"\xff\xfe", "not JSON"),
-        (b'{"inputs": [NaN]}', "not JSON"),
+        *((b'{"inputs": [%s]}' % number, "not JSON") for number in (b"NaN", b"Infinity", b"1e400")),
         (b'{"id": "\xed\xa0\x80", "inputs": []}', "not JSON"),
         (b"[" * 3000 + b"]" * 3000, "not JSON"),
         (b"[]", "should be a valid dictionary"),
@@ -146,6 +154,13 @@ def test_too_large_a_number_is_left_to_the_batcher_which_refuses_what_is_not_fin
         (body(data=[1.0] * 7 + ["1"]), "not all of it are numbers"),
         (body(data=[True] * 8), "not all of it are numbers"),
         (body(data=[{}] * 8), "not all of it are numbers"),
+        # Nonsense without end, of which only the first part is looked at.
+        (body(shape=[9] * 10**5), "inputs.0.shape: List should have at most 64 items"),
+        (body(shape=["x"] * 10**5), "inputs.0.shape.0: Input should be a valid integer"),
+        (body(outputs=[{"name": "x"}] * 10**4), "outputs: List should have at most 1024 items"),
+        (body(outputs=[{}] * 10**5), "outputs.0.name: Field required"),
+        (body(parameters=dict.fromkeys(map(str, range(65)))), "65 parameters; at most 64"),
+        (b'{"inputs": [' + b"{}," * 10**5 + b"{}]}", "inputs.0.name: Field required"),
         (body(data=json.loads("[" * 200 + "]" * 200)), "do not make a tensor"),
         (b'{"inputs": [' + b",".join([body()[12:-2]] * 2) + b"]}", "not inputs"),
     ],

@@ -39,10 +39,6 @@ class TooLarge(Exception):
     """A body or a batch is larger than the server accepts."""
 
 
-class BodyTimeout(Exception):
-    """A body did not arrive in time."""
-
-
 class UnsupportedEncoding(Exception):
     """A body is compressed in an unknown way."""
 
@@ -63,7 +59,6 @@ KINDS: Mapping[type[Exception], ErrorKind] = {
     InvalidInput: ErrorKind(400, grpc.StatusCode.INVALID_ARGUMENT, "invalid"),
     Unauthenticated: ErrorKind(401, grpc.StatusCode.UNAUTHENTICATED),
     ModelNotFound: ErrorKind(404, grpc.StatusCode.NOT_FOUND, "not_found"),
-    BodyTimeout: ErrorKind(408, grpc.StatusCode.DEADLINE_EXCEEDED, "invalid"),
     TooLarge: ErrorKind(413, grpc.StatusCode.RESOURCE_EXHAUSTED, "invalid"),
     UnsupportedEncoding: ErrorKind(415, grpc.StatusCode.UNIMPLEMENTED, "invalid"),
     QueueFull: ErrorKind(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "queue_full"),

@@ -5,21 +5,29 @@ has the other.
 """
 
 import dataclasses
+import itertools
 import math
 import sys
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Set
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, StrictBool, StrictFloat, StrictInt, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+)
 
 from .._policy import MAX_DEADLINE_S
 from ..core._request import Reply
 from ._errors import InvalidInput, TooLarge, UnsupportedEncoding
-from ._json import loads
 from ._servable import ADDED_OUTPUTS, Servable, Tensor
 
 # The value of a probability or an error that is unknown: JSON has no NaN.
@@ -34,14 +42,36 @@ _REQUEST_PARAMETERS = frozenset(
 # Bytes that a compressed body may become at a time.
 _UNPACKED = 2**20
 
-Parameters: TypeAlias = dict[str, StrictFloat | StrictInt | StrictBool | str]
+# By the first letter of a datatype: the Python types that JSON may have for it, and their name.
+_TYPES: Mapping[str, tuple[set[type], str]] = {
+    "F": ({int, float}, "numbers"),
+    "I": ({int}, "whole numbers"),
+    "U": ({int}, "whole numbers"),
+    "B": ({bool}, "booleans"),
+}
+
+# Most inputs or outputs of a request, axes of a tensor (NumPy has no more), and parameters of each.
+_TENSORS, _AXES, _PARAMETERS = 1024, 64, 64
+
+
+def _refuse_many(parameters: Any) -> Any:
+    """Return parameters, unless they are so many that reporting what is wrong takes long."""
+    if isinstance(parameters, dict) and len(parameters) > _PARAMETERS:
+        raise ValueError(f"{len(parameters)} parameters; at most {_PARAMETERS} are taken")
+    return parameters
+
+
+# One MB of nonsense would take seconds, were each part of it validated and reported.
+Parameters: TypeAlias = Annotated[
+    dict[str, StrictFloat | StrictInt | StrictBool | str], BeforeValidator(_refuse_many)
+]
 
 
 class RequestInput(BaseModel):
     """A tensor of a REST request."""
 
     name: str
-    shape: list[int]
+    shape: Annotated[list[int], Field(max_length=_AXES, fail_fast=True)]
     datatype: str
     parameters: Parameters | None = None
     data: list[Any] | None = None
@@ -59,8 +89,10 @@ class InferenceRequest(BaseModel):
 
     id: str | None = None
     parameters: Parameters | None = None
-    inputs: list[RequestInput]
-    outputs: list[RequestOutput] | None = None
+    inputs: Annotated[list[RequestInput], Field(max_length=_TENSORS, fail_fast=True)]
+    outputs: Annotated[list[RequestOutput], Field(max_length=_TENSORS, fail_fast=True)] | None = (
+        None
+    )
 
 
 class ResponseOutput(BaseModel):
@@ -162,24 +194,29 @@ def json_size(size: int, json_length: str | None, limit: int = sys.maxsize) -> i
         length = int(json_length)
     if length > limit:
         raise TooLarge(
-            f"{length} bytes of JSON; at most {limit} are taken: send large tensors as binary data "
-            "(the protocol's extension: binary_data_size)"
+            f"{length} bytes of JSON; at most {limit} are taken: send tensors as binary data (the "
+            "protocol's extension: binary_data_size)"
         )
     return length
 
 
-def read_request(
-    body: bytes | bytearray,
-    json_length: str | None,
-    parsed: tuple[Any, list[np.ndarray | str | None]] | None = None,
-) -> InferRequest:
+def read_request(body: bytes | bytearray, json_length: str | None) -> InferRequest:
     """Read a REST body: JSON, which ends at `json_length` if binary tensors follow it.
 
-    `_json.loads` may have parsed it elsewhere. Raises InvalidInput where it is not such a body.
+    Raises InvalidInput where it is not such a body.
     """
     size = json_size(len(body), json_length)
+    data: list[np.ndarray | str | None] = []
     try:
-        value, data = loads(memoryview(body)[:size]) if parsed is None else parsed
+        value = orjson.loads(memoryview(body)[:size])
+        given = value.get("inputs") if isinstance(value, dict) else None
+        # Numbers become arrays before pydantic would look at each of them.
+        for each in given if isinstance(given, list) else ():
+            numbers = each.get("data") if isinstance(each, dict) else None
+            data.append(None)
+            if isinstance(numbers, list):
+                data[-1] = array_or_error(numbers, each.get("shape"), each.get("datatype"))
+                each["data"] = []
         request = InferenceRequest.model_validate(value)
     except orjson.JSONDecodeError as error:
         raise InvalidInput(f"the body is not JSON: {error}") from error
@@ -216,6 +253,36 @@ def read_request(
         binary_output = _boolean(each.parameters or {}, "binary_data", every)
         outputs.append(RequestedOutput(each.name, binary_output))
     return InferRequest(inputs, request.id, parameters, outputs, every)
+
+
+def array_or_error(data: Sequence[Any], shape: Any, datatype: Any) -> np.ndarray | str:
+    """Return a tensor's data as an array of one axis, or what is wrong with them.
+
+    Sizes and types are checked first, since NumPy converts whatever it is given, at a price.
+    """
+    try:
+        types, what = _TYPES[str(datatype)[:1].upper()]
+        # Of a shape without end even the product would take long.
+        count = math.prod(map(int, shape[: _AXES + 1]))
+        while len(data) and isinstance(data[0], list):
+            if len(set(map(len, data))) > 1:
+                return "nested lists have different lengths"
+            data = list(itertools.chain.from_iterable(data))
+        if len(data) != count:
+            return f"it takes {count} elements, but {len(data)} came"
+        # Nulls would become NaN, strings and booleans numbers.
+        if not set(map(type, data)) <= types:
+            return f"not all of it are {what}"
+        if what == "numbers":
+            with np.errstate(over="ignore"):
+                return np.fromiter(data, np.float64, count).astype(np.float32)
+        numbers = np.array(data, bool if what == "booleans" else None)
+    except KeyError:
+        return "its datatype is unknown"
+    except (ValueError, OverflowError, TypeError) as error:
+        return str(error)
+    # Whole numbers may be of any size.
+    return numbers if numbers.dtype.kind in "iub" else "some of it do not fit into 64 bits"
 
 
 def queries_of(

@@ -19,11 +19,11 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from ..core._request import Reply, ServerClosing, message_of
 from ..protocol._errors import INTERNAL, KINDS, InvalidInput, ModelNotFound, Unauthenticated
-from ..protocol._json import array_or_error
 from ..protocol._messages import (
     InferRequest,
     InputTensor,
     RequestedOutput,
+    array_or_error,
     check_parameters,
     reply_parameters,
     response_outputs,
@@ -112,8 +112,7 @@ class InferenceService:
         state = self._state
         with (
             state.watch(request.model_name, metadata),
-            # By the client's address, without its port.
-            state.memory.request(context.peer().rpartition(":")[0]) as add,
+            state.memory.request() as add,
         ):
             add(request.ByteSize())
             model = state.find(request.model_name, request.model_version)
@@ -243,9 +242,6 @@ def _make_server(state: ServerState, held: Callable[[Method], Method]) -> grpc.a
         options=[
             ("grpc.max_receive_message_length", settings.max_body_bytes),
             ("grpc.max_send_message_length", -1),
-            ("grpc.max_metadata_size", settings.max_header_bytes),
-            ("grpc.absolute_max_metadata_size", settings.max_header_bytes),
-            ("grpc.server_handshake_timeout_ms", int(1000 * settings.head_timeout_s)),
             ("grpc.so_reuseport", 0),
         ],
         maximum_concurrent_rpcs=settings.max_connections,

@@ -1,208 +1,39 @@
-"""HTTP: connections with bounds on what clients may send, and the way of inference requests.
+"""Inference by HTTP.
 
-Uvicorn bounds neither the size nor the time of a request's head: half a head would be held for
-ever. Inference stands in front of FastAPI, whose routing and layers take as long as everything that
-is done here.
+It stands in front of FastAPI, whose routing and layers take as long as everything that is done
+here.
 """
 
 import asyncio
-import http
-import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .._policy import MAX_DEADLINE_S
 from .._served_model import ServedModel
 from .._settings import ServerSettings
 from ..core._request import Reply, message_of
-from ..protocol._errors import (
-    INTERNAL,
-    KINDS,
-    BodyTimeout,
-    InvalidInput,
-    TooLarge,
-    Unauthenticated,
-)
-from ..protocol._json import JsonBounds, JsonCounter, TooManyNumbers
-from ..protocol._messages import (
-    decompress,
-    json_size,
-    read_request,
-    write_reply,
-)
-from ._shares import PIECE, Connections
+from ..protocol._errors import INTERNAL, KINDS, Unauthenticated
+from ..protocol._messages import InferRequest, decompress, json_size, read_request, write_reply
+from ._bodies import read_body
 from ._state import ServerState
-
-
-class BoundedHttp(HttpToolsProtocol):
-    """A connection. A client beyond a bound gets the reason as an error, and is cut off.
-
-    A connection reads nothing, the head of a request, or its body.
-    """
-
-    def __init__(self, settings: ServerSettings, shared: Connections, **options: Any):
-        """Create a connection; `options` are uvicorn's."""
-        HttpToolsProtocol.__init__(self, **options)
-        self._settings, self._shared = settings, shared
-        self._reading: Literal["nothing", "head", "body"] = "nothing"
-        # Bytes of one request: of names and values in the head, and of everything.
-        self._head = self._raw = 0
-        self._timer: asyncio.TimerHandle | None = None
-        self._refusal = 400, "the request is no HTTP"
-
-    # Called by uvicorn, and by the event loop.
-
-    def connection_made(self, transport: Any) -> None:  # uvloop's has none of asyncio's classes
-        HttpToolsProtocol.connection_made(self, transport)
-        closed = self._shared.admit(self, (self.client or ("",))[0])
-        if closed is self:
-            most = self._shared.limit
-            self._refuse(503, f"there are {most} connections: come again later")
-            return
-        if closed is not None:
-            closed._abort()
-        self._wait(self.timeout_keep_alive, self._abort)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._shared.remove(self)
-        self._stop_waiting()
-        HttpToolsProtocol.connection_lost(self, exc)
-
-    def data_received(self, data: bytes) -> None:
-        if self._reading == "nothing":
-            self._begin()
-        self._raw += len(data)
-        HttpToolsProtocol.data_received(self, data)
-        if self._reading == "head" and self._raw > self._settings.max_header_bytes:
-            self._refuse(*self._head_too_large())
-        # Chunks have their price, too.
-        elif self._raw > self._settings.max_header_bytes + 8 * self._settings.max_body_bytes:
-            self._refuse(413, "the body is sent in too small chunks")
-        elif self._reading == "body" and self.cycle.response_complete:
-            self._shared.drain(self.transport)
-
-    def on_message_begin(self) -> None:
-        if self._reading == "nothing":  # right after the request before it
-            self._begin()
-        HttpToolsProtocol.on_message_begin(self)
-
-    def on_url(self, url: bytes) -> None:
-        self._count(len(url))
-        HttpToolsProtocol.on_url(self, url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value))
-        HttpToolsProtocol.on_header(self, name, value)
-
-    def on_headers_complete(self) -> None:
-        self._stop_waiting()
-        self._reading = "body"
-        HttpToolsProtocol.on_headers_complete(self)
-
-    def on_message_complete(self) -> None:
-        self._stop_waiting()
-        self._reading = "nothing"
-        self._raw = 0
-        HttpToolsProtocol.on_message_complete(self)
-        if self.cycle.response_complete:  # uvicorn's own timer ended with the data
-            self._wait(self.timeout_keep_alive, self._abort)
-            self._shared.add_silent(self)
-
-    def on_response_complete(self) -> None:
-        HttpToolsProtocol.on_response_complete(self)
-        if self._reading == "nothing" and self.cycle.response_complete:
-            self._shared.add_silent(self)
-        elif self._reading == "body":  # answered, and still being sent
-            self._wait(self._settings.head_timeout_s, self._abort)
-            self._shared.drain(self.transport)
-
-    def timeout_keep_alive_handler(self) -> None:
-        self._abort()
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(*self._refusal)
-
-    # Our own.
-
-    def _begin(self) -> None:
-        self._reading, self._head, self._raw = "head", 0, 0
-        self._shared.remove_silent(self)
-        self._wait(self._settings.head_timeout_s, self._head_is_late)
-
-    def _count(self, size: int) -> None:
-        """Count bytes of the head, or of a chunked body's trailer.
-
-        Raises RuntimeError above the limit, to end the parser.
-        """
-        self._head += size
-        if self._head > self._settings.max_header_bytes:
-            self._refusal = self._head_too_large()
-            raise RuntimeError("the head is too large")
-
-    def _head_too_large(self) -> tuple[int, str]:
-        return 431, f"the head has more than {self._settings.max_header_bytes} bytes"
-
-    def _head_is_late(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
-            seconds = self._settings.head_timeout_s
-            self._refuse(408, f"the request's head did not come within {seconds:g} s")
-        else:  # the request before this one is to be answered first
-            self._wait(self._settings.head_timeout_s, self._head_is_late)
-
-    def _abort(self) -> None:
-        """End the connection; `close` would wait for a client that does not read its answer."""
-        self.transport.abort()
-
-    def _refuse(self, status: int, message: str) -> None:
-        if self.transport.is_closing():
-            return
-        body = json.dumps({"error": message}).encode()
-        head = (
-            f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n"
-            "content-type: application/json\r\n"
-            f"content-length: {len(body)}\r\n"
-            "connection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
-        self.transport.close()
-
-    def _wait(self, seconds: int | float, then: Callable[[], None]) -> None:
-        self._stop_waiting()
-        self._timer = self.loop.call_later(seconds, then)
-
-    def _stop_waiting(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
 
 _PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 
-# JSON above this size is parsed by another process, so that other requests go on.
-_LARGE = 2**17
-# Bytes of a number that was parsed.
-_NUMBER = 8
+_LARGE = 2**16  # bytes of JSON that take a millisecond or more to parse
 
 # Seconds until the server starts to look whether the client is still there, which takes a task that
 # most answers come sooner than.
 _WATCH_AFTER = 0.02
 
 _RETRY = {"retry-after": "1"}
-# Headers by status of errors. After 408 nobody reads the rest of the body.
-_HEADERS = {
-    401: {"www-authenticate": "Bearer"},
-    408: {"connection": "close"},
-    429: _RETRY,
-    503: _RETRY,
-}
+_HEADERS = {401: {"www-authenticate": "Bearer"}, 429: _RETRY, 503: _RETRY}  # by status
 # Paths that need no token: probes have none, and the status page sends that of its own address.
 _OPEN = frozenset(("/", "/v2/health/live", "/v2/health/ready"))
 
@@ -225,7 +56,7 @@ class InferenceEndpoint:
     """
 
     def __init__(self, app: ASGIApp, state: ServerState):
-        self._app, self._state = app, state
+        self._app, self._state, self._parsing = app, state, asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
@@ -266,26 +97,35 @@ class InferenceEndpoint:
     async def _infer(
         self, name: str, version: str, scope: Scope, receive: Receive
     ) -> tuple[bytes, dict[str, str]]:
-        state, client = self._state, (scope.get("client") or ("",))[0]
-        with (
-            state.watch(name, lambda: Headers(scope=scope)),
-            state.memory.request(client) as add,
-        ):
+        state = self._state
+        with state.watch(name, lambda: Headers(scope=scope)), state.memory.request() as add:
             model = state.find(name, version)
             elapsed = seconds_since_proxy(scope["headers"], time.time())
-            body, length = await _read(scope, receive, model, state, add)
-            parsed, begin = None, time.monotonic()
-            if (size := json_size(len(body), length)) > _LARGE:
-                text, seconds = memoryview(body)[:size], model.settings.deadline_s
-                try:
-                    parsed = await state.reader.loads(client, text, seconds)
-                except ValueError as error:
-                    raise _refusal(error) from error
-                elapsed += time.monotonic() - begin
-            request = read_request(body, length, parsed)
+            body, length = await _read(scope, receive, state.settings, add)
             add(int(model.servable.growth * len(body)))
-            reply = await _while_connected(receive, state.answer(model, request, elapsed))
-            return write_reply(reply, request, model.servable)
+            answer = self._answer(model, body, length, elapsed)
+            return write_reply(*await _while_connected(receive, answer), model.servable)
+
+    async def _answer(
+        self, model: ServedModel, body: bytearray, length: str | None, elapsed: float
+    ) -> tuple[Reply, InferRequest]:
+        """Read a request and answer it.
+
+        While JSON is parsed nothing else happens. Large JSON is therefore parsed one request at a
+        time, after which the others have three times as long.
+        """
+        if json_size(len(body), length) <= _LARGE:
+            request = read_request(body, length)
+        else:
+            begin = time.monotonic()
+            async with self._parsing:
+                start = time.monotonic()
+                try:
+                    request = read_request(body, length)
+                finally:
+                    await asyncio.sleep(3 * (time.monotonic() - start))
+            elapsed += time.monotonic() - begin
+        return await self._state.answer(model, request, elapsed), request
 
 
 def error_response(error: Exception) -> Response:
@@ -309,122 +149,30 @@ def seconds_since_proxy(headers: Iterable[tuple[bytes, bytes]], now: float) -> f
 
 
 async def _read(
-    scope: Scope,
-    receive: Receive,
-    model: ServedModel,
-    state: ServerState,
-    add: Callable[[int], None],
-) -> tuple[bytes | bytearray, str | None]:
-    """Return the body, and the length of its JSON by the header. What takes long is refused early.
+    scope: Scope, receive: Receive, settings: ServerSettings, add: Callable[[int], None]
+) -> tuple[bytearray, str | None]:
+    """Return the body, decompressed, and the length of its JSON by the header.
 
     Raises as `read_body`, `decompress` and `json_size` do.
     """
-    settings, headers = state.settings, dict(scope["headers"])
-    length, encoding = (
-        None if name not in headers else headers[name].decode("latin-1")
-        for name in (b"inference-header-content-length", b"content-encoding")
-    )
-    shapes = tuple(part.shape for part in model.servable.inputs.parts)
-    bounds = JsonBounds.of(shapes, model.settings.max_queue_size)
-    most = min(bounds.bytes, settings.max_json_bytes)
-    announced = headers.get(b"content-length", b"0")
-    _check_announced(announced, length is None and encoding is None, settings, most)
-    counter = JsonCounter(bounds, json_size(settings.max_body_bytes, length) if length else None)
-
-    taken = 0
-
-    def take(part: bytes) -> None:
-        nonlocal taken
-        taken += len(part)
-        if length is None:
-            json_size(taken, None, most)
-        add(len(part))
-        try:
-            counter.add(part)
-        except ValueError as error:
-            raise _refusal(error) from error
-
-    async def pause() -> None:
-        if counter.counting:
-            await state.reader.pause((scope.get("client") or ("",))[0])
-
-    if encoding is None:
-        body = await read_body(receive, settings, take, pause)
-    else:
-        packed = await read_body(receive, settings, lambda part: add(len(part)), pause)
-        body = await _unpack(decompress(packed, encoding, settings.max_body_bytes), take)
-    json_size(len(body), length, most)
-    add(_NUMBER * counter.numbers)
+    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    length = headers.get(b"inference-header-content-length")
+    body = await read_body(receive, add)
+    if (encoding := headers.get(b"content-encoding")) is not None:
+        pieces = decompress(body, encoding, settings.max_body_bytes)
+        body = bytearray()
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            add(len(piece))
+            body += piece
+            if length is None:
+                json_size(len(body), None, settings.max_json_bytes)
+    json_size(len(body), length, settings.max_json_bytes)
     return body, length
 
 
-def _refusal(error: ValueError) -> Exception:
-    """Return the protocol's error for one of reading JSON."""
-    if isinstance(error, TooManyNumbers):
-        return TooLarge(str(error))
-    return InvalidInput(f"the body is not as it should be: {error}")
-
-
-async def _unpack(pieces: Iterator[bytes], take: Callable[[bytes], None]) -> bytearray:
-    """Return a decompressed body, whose pieces another thread makes and `take` counts."""
-    body = bytearray()
-    while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
-        take(piece)
-        body += piece
-    return body
-
-
-def _check_announced(
-    announced: bytes, only_json: bool, settings: ServerSettings, most: int
-) -> None:
-    """Raise TooLarge where the announced size is, before the body is read."""
-    limit = settings.max_body_bytes
-    if not announced.isdigit() or int(announced) > limit:
-        size = announced.decode("latin-1")
-        raise TooLarge(f"the body has {size} bytes; at most {limit} are taken")
-    if only_json:
-        json_size(int(announced), None, most)
-
-
-async def read_body(
-    receive: Receive,
-    settings: ServerSettings,
-    take: Callable[[bytes], None],
-    pause: Callable[[], Awaitable[None]],
-) -> bytes | bytearray:
-    """Return the body, whose parts `take` counts as they come, with pauses between pieces.
-
-    Raises:
-        TooLarge: above the limit, before more is held in memory.
-        BodyTimeout: where it does not arrive in time.
-        ClientDisconnect: where the client goes away.
-        Exception: as `take` does.
-    """
-    limit, seconds = settings.max_body_bytes, settings.body_timeout_s
-    body, more, next_pause = b"", True, PIECE
-    try:
-        async with asyncio.timeout(seconds):
-            while more:
-                message: Message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                part, more = message.get("body", b""), message.get("more_body", False)
-                take(part)
-                if len(body) + len(part) > limit:
-                    raise TooLarge(f"the body has more than {limit} bytes")
-                if isinstance(body, bytearray):
-                    body += part
-                else:  # one part, most often
-                    body = bytearray(part) if more else part
-                if more and len(body) >= next_pause:
-                    next_pause += PIECE
-                    await pause()
-    except TimeoutError as error:
-        raise BodyTimeout(f"the body did not come within {seconds:g} s") from error
-    return body
-
-
-async def _while_connected(receive: Receive, answer: Coroutine[Any, Any, Reply]) -> Reply:
+async def _while_connected(
+    receive: Receive, answer: Coroutine[Any, Any, tuple[Reply, InferRequest]]
+) -> tuple[Reply, InferRequest]:
     """Await the answer; raise ClientDisconnect once the client has gone away."""
     asker = asyncio.current_task()
     assert asker is not None

@@ -16,7 +16,8 @@ from starlette.exceptions import HTTPException
 from ..core._request import shorten
 from ..protocol._errors import INTERNAL, KINDS, InvalidInput, ServerNotReady
 from ..protocol._messages import InferenceRequest, InferenceResponse, check_parameters
-from ._http import InferenceEndpoint, error_response, read_body
+from ._bodies import BodyLimits, read_body
+from ._http import InferenceEndpoint, error_response
 from ._state import ServerState
 
 _BETWEEN_CHECKS = 10.0  # seconds for which no worker is asked for its weights again
@@ -119,6 +120,7 @@ def make_app(state: ServerState, registry: CollectorRegistry) -> fastapi.FastAPI
     _add_pages(app, state, registry)
     _add_errors(app)
     app.add_middleware(InferenceEndpoint, state=state)  # pyright: ignore[reportArgumentType]
+    app.add_middleware(BodyLimits, settings=state.settings)  # pyright: ignore[reportArgumentType]
     return app
 
 
@@ -146,14 +148,8 @@ def _add_server(app: fastapi.FastAPI, state: ServerState) -> None:
 
     async def parse(request: fastapi.Request, kind: type[Body]) -> Body:
         """Return a small body, which may be empty."""
-        client = "" if request.client is None else request.client.host
-        with state.memory.request(client) as add:
-            body = await read_body(
-                request.receive,
-                state.settings,
-                lambda part: add(len(part)),
-                lambda: asyncio.sleep(0),
-            )
+        with state.memory.request() as add:
+            body = await read_body(request.receive, add)
             try:
                 return kind.model_validate_json(body or b"{}")
             except ValidationError as error:

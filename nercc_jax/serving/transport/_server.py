@@ -31,10 +31,10 @@ from .._tracing import Telemetry, telemetry_from_environment
 from ..adapt._predictor import Predictor
 from ..protocol._errors import InvalidInput, ModelNotFound, ServerNotReady
 from ..protocol._servable import Servable, make_servable, name_and_version
+from ._bodies import BodyLimits
 from ._grpc import GrpcServer
-from ._http import BoundedHttp, InferenceEndpoint
+from ._http import InferenceEndpoint
 from ._rest import make_app
-from ._shares import Connections
 from ._state import ModelControl, ServerState
 
 try:  # it takes less time for each request; there is none for Windows
@@ -99,15 +99,15 @@ class Server:
         # In front of FastAPI's own layers, too. Ray Serve needs the application as FastAPI has it:
         # it looks at its routes, and adds handlers of its own errors.
         app = InferenceEndpoint(make_app(self.state, registry), self.state)
+        app = BodyLimits(app, self.settings)
         self.http_port = self.grpc_port = 0
         drain = self.settings.drain_timeout_s
-        connections = Connections(self.settings.max_connections)
         self._http = uvicorn.Server(
             uvicorn.Config(
                 app,
                 host=self.settings.host,
                 port=self.settings.http_port,
-                http=functools.partial(BoundedHttp, self.settings, connections),  # pyright: ignore[reportArgumentType]
+                http="httptools",
                 ssl_certfile=self.settings.tls_certificate,
                 ssl_keyfile=self.settings.tls_key,  # pyright: ignore[reportArgumentType]
                 ws="none",
@@ -115,6 +115,7 @@ class Server:
                 access_log=False,
                 proxy_headers=False,  # nothing asks for whom a proxy speaks
                 lifespan="off",
+                limit_concurrency=self.settings.max_connections,
                 timeout_keep_alive=65,
                 # Ours ends first, see `_drain`.
                 timeout_graceful_shutdown=int(drain + 2 * _LAST_ERRORS) + 1,
@@ -155,6 +156,11 @@ class Server:
             OSError: where a port is taken.
             Exception: as starting a model does.
         """
+        with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has none
+            import resource  # each connection is a file
+
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         http = asyncio.create_task(self._serve_http())
         try:
             with self._catching_signals():
@@ -165,7 +171,6 @@ class Server:
             with contextlib.suppress(asyncio.CancelledError):  # it did not end in time
                 await http
         finally:
-            self.state.reader.close()
             ends = self._close_models()
             if self._telemetry is not None:
                 ends["telemetry"] = _in_background(self._telemetry.close)

@@ -33,7 +33,7 @@ from ..protocol._messages import (
     queries_of,
 )
 from ..protocol._servable import Servable, model_key, name_and_version
-from ._shares import JsonReader, RequestMemory
+from ._bodies import RequestMemory
 
 _LOG = logging.getLogger(__name__)
 
@@ -84,7 +84,6 @@ class ServerState:
         self.names = [*models, *starting]
         self.control = ModelControl()
         self.memory = RequestMemory(settings.max_bytes_in_flight)
-        self.reader = JsonReader()
         self._tokens = settings.tokens()
         self._log = RequestLog(settings.request_log_rate, telemetry)
         self.draining = False
