@@ -157,6 +157,8 @@ FIGURES = {
             "fails with a probability of 0.25", "one false alarm in 50,000 answers",
             "pick within 1.1 calls a query: every 500 queries", "1.2 to 5 times the median",
             "over 1), because", "before 30 median service times", "400 bad input", "413 too large",
+            "scores of labels | (0.05)", "in a share (0.9) of the cases", "else at the first 256",
+            "functions with 2, 3, 10 and 100 outputs", "which sum to 1", "up to 1 MiB",
             "429 the queue", "502 the model", "503 starting", "504 the deadline",
         ),
     ),
@@ -204,7 +206,7 @@ def test_every_figure_of_a_page_is_known(path):
 def test_settings_that_pages_name():
     assert _straggler_risk._MISS == 0.25
     assert inspect.signature(RiskMonitor.__init__).parameters["false_alarms"].default == 1 / 50_000
-    assert ModelSettings().max_disagreement == 0.05
+    assert ModelSettings().policy().max_disagreement == 0.05
 
 
 def test_of_servers_and_tails():
