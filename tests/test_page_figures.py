@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import bench_modules
+from conftest import bench_modules, require
 
 from nercc_jax.risk import RiskMonitor, _straggler_risk
-from nercc_jax.serving import ModelSettings
 
 HERE = Path(__file__).parents[1]
 # Names and sizes with digits that are no figures.
@@ -206,6 +205,9 @@ def test_every_figure_of_a_page_is_known(path):
 def test_settings_that_pages_name():
     assert _straggler_risk._MISS == 0.25
     assert inspect.signature(RiskMonitor.__init__).parameters["false_alarms"].default == 1 / 50_000
+    require("pydantic_settings", "serve")
+    from nercc_jax.serving import ModelSettings
+
     assert ModelSettings().policy().max_disagreement == 0.05
 
 
