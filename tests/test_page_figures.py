@@ -103,6 +103,7 @@ def serving_sentences():
 
 
 def tails_sentences():
+    require("aiohttp", "serve-test")  # by the bench that loads servers
     with bench_modules(systems="_tails_systems", tails="tails", serving="serving") as bench:
         waits, tuning = bench.systems.TRIGGERS, bench.tails._TUNING
         threshold, wanted = bench.systems.THRESHOLD, bench.systems.WANTED["15 %"]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import options_of, run_command
+from conftest import require
 from pinned_values import PINNED, TABLES
 
 from nercc_jax import DevicePool, Replication, plan
@@ -155,4 +156,6 @@ def test_plan_recommends_what_the_trace_allows(trace, disagreement, extra, syste
 
 @pytest.mark.parametrize("command", PINNED["options"])
 def test_help_lists_the_options(command):
+    if command == "serve":
+        require("pydantic_settings", "serve")
     assert not set(PINNED["options"][command]) - options_of(command), "they have gone"
