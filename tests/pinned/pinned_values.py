@@ -52,14 +52,11 @@ def pinned_code(code) -> dict:
     decoders = np.stack([matrices.decoder_matrix(code, mask) for mask in masks(code.num_workers)])
     scales = np.abs(decoders).sum(axis=2).max(axis=1)
     decoded = np.round(decoders @ answers(code.num_workers), 15)
-    exact = {name: getattr(code, name, np.zeros(0)) for name in ("alpha", "beta")}
-    exact |= {"encoder": matrices.encoder_matrix(code)}
-    return {
-        name: np.round(np.asarray(each, float), 15).tolist() for name, each in exact.items()
-    } | {
-        "decoded": np.where(decoders.any(axis=2), decoded, None).tolist(),
-        "scales": [float(f"{scale:.3g}") for scale in scales],
-    }
+    points = [getattr(code, name, np.zeros(0)) for name in ("alpha", "beta")]
+    exact = zip(("alpha", "beta", "encoder"), [*points, matrices.encoder_matrix(code)], strict=True)
+    pinned = {name: np.round(np.asarray(each, float), 15).tolist() for name, each in exact}
+    decoded = np.where(decoders.any(axis=2), decoded, None).tolist()
+    return pinned | {"decoded": decoded, "scales": [float(f"{scale:.3g}") for scale in scales]}
 
 
 if __name__ == "__main__":
