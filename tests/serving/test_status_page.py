@@ -55,7 +55,7 @@ def test_the_log_tells_why_nothing_is_decoded(server):
     from nercc_server import ENDS, patience
 
     for _ in patience(ENDS):
-        hints = [line for line in server.log() if line["message"].startswith("hint: ")]
+        hints = [line for line in server.log() if line["message"].startswith("hint: no estimate")]
         if hints:
             break
     (hint,) = hints
