@@ -199,7 +199,7 @@ class AbstractCode(eqx.Module):
 
         Source: arXiv 2402.04377.
         """
-        x = to_device(native(x, "x"))
+        x = to_device(x, "x")
         check_leading("x", x, (self.num_data,), "data points")
         check_floats("x", x, beside=True)
         coded, finite = _encode(self, x, known_encoder(self))

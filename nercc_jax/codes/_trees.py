@@ -36,7 +36,9 @@ def any_tracer(*trees: PyTree) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 
-def to_device(tree: PyTree[Shaped[ArrayLike, "..."]]) -> PyTree[Shaped[Array, "..."]]:
+def to_device(
+    tree: PyTree[Shaped[ArrayLike, "..."]], name: str = "an argument"
+) -> PyTree[Shaped[Array, "..."]]:
     """Return the leaves as JAX's arrays.
 
     Of NumPy's arrays `jnp.asarray` makes them by a program that is compiled for each shape.
@@ -48,7 +50,7 @@ def to_device(tree: PyTree[Shaped[ArrayLike, "..."]]) -> PyTree[Shaped[Array, ".
     def moved(leaf: Any) -> Array:
         return jax.device_put(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
 
-    return jax.tree.map(moved, native(tree))
+    return jax.tree.map(moved, native(tree, name))
 
 
 def scalar_leaf(

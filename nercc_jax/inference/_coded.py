@@ -18,7 +18,7 @@ from ..codes import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
 from ..codes._code import deviations
 from ..codes._decoding import Matrices, mask_mixed_groups
 from ..codes._groups import multiply_groups
-from ..codes._kept import CachedMatrices, known_encoder, known_matrices
+from ..codes._kept import CachedMatrices, known_matrices
 from ..codes._meshes import coded_on_mesh
 from ..codes._trees import any_tracer, check_finite, groups_of, is_float, join, points_of, to_device
 from ..splines.arrays import native
@@ -250,26 +250,33 @@ def _infer_with_error(
     available: ArrayLike,
     args: tuple,
 ) -> Decoded:
+    known = known_matrices(code, available)
     x, available, grouped = as_groups(code, x, available, grouped)
     if not isinstance(workers, Placed):
-        return _run_with_error(workers, code, x, available, args, grouped)
+        return _run_with_error(workers, code, x, available, args, grouped, known)
     inputs, _ = place_inputs(workers, x, available, args, share=False)
     with enter(workers, inputs):
         x, available, args, _ = inputs
-        return _run_with_error(workers, code, x, available, args, grouped)
+        return _run_with_error(workers, code, x, available, args, grouped, known)
 
 
 @eqx.filter_jit
 def _run_with_error(
-    workers: Any, code: AbstractCode, x: PyTree, available: ArrayLike, args: tuple, grouped: bool
+    workers: Any,
+    code: AbstractCode,
+    x: PyTree,
+    available: ArrayLike,
+    args: tuple,
+    grouped: bool,
+    known: CachedMatrices,
 ) -> Decoded:
-    x = to_device(x)
+    x = jax.tree.map(jnp.asarray, x)
     if isinstance(workers, Placed):
         y = spmd_answers(workers, x, args)
     else:
-        y = run_workers(workers, code, encode_groups(code, x, known_encoder(code)), *args)
-    there, _ = mask_mixed_groups(x, jnp.asarray(available), None)
-    decoded = decode_groups(code, y, there)
+        y = run_workers(workers, code, encode_groups(code, x, known.encoder), *args)
+    there, given = mask_mixed_groups(x, jnp.asarray(available), known.decoders)
+    decoded = decode_groups(code, y, there, given)
     try:
         errors = deviations(code, join(y, 2)[0], decoded.responded)
     except ValueError:  # no regression
