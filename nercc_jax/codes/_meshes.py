@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from ._trees import any_tracer
+
 
 def coded_on_mesh(
     function: Callable[..., PyTree],
@@ -26,6 +28,8 @@ def coded_on_mesh(
             axes each of its dimensions is.
     """
     meshes = {mesh for leaf in jax.tree.leaves(arguments) if (mesh := _explicit_mesh_of(leaf))}
+    if not meshes and any_tracer(arguments):  # an argument of a program may lie nowhere yet
+        meshes = {mesh for mesh in [jax.sharding.get_abstract_mesh()] if mesh.explicit_axes}
     if not meshes:
         return function(*arguments)
     mesh = next(iter(meshes))

@@ -184,8 +184,7 @@ class CodedInference:
             grouped = self.grouped or False
             result = _infer_scheme(self.workers, self.code, grouped, x, available, args)
             return result if self.with_status else result.decoded.predictions
-        infer = _infer_with_error if self.with_error else _infer
-        result = infer(self.workers, self.code, self.grouped, x, available, args)
+        result = _infer(self.workers, self.code, self.grouped, x, available, args, self.with_error)
         return result if self.with_status or self.with_error else result.predictions
 
     def lower(self, x: PyTree, available: Any, *args: Any) -> Any:
@@ -223,41 +222,31 @@ def _infer(
     x: PyTree,
     available: ArrayLike,
     args: tuple,
+    with_error: bool,
 ) -> Decoded:
     known = known_matrices(code, available)
     x, available, grouped = as_groups(code, x, available, grouped)
     if isinstance(workers, Placed):
 
         def on_mesh(x: PyTree, available: ArrayLike, args: tuple) -> Decoded:
-            inputs, shape = place_inputs(workers, x, available, args, known.decoders)
+            share = not with_error
+            inputs, shape = place_inputs(workers, x, available, args, known.decoders, share=share)
             with enter(workers, inputs):
-                return _run_on_mesh(workers, *inputs, grouped, shape)
+                if not with_error:
+                    return _run_on_mesh(workers, *inputs, grouped, shape)
+                x, available, args, given = inputs
+                there = CachedMatrices(decoders=given)
+                return _run_with_error(workers, code, x, available, args, grouped, there)
 
         if not any_tracer(x, available, args):
             return on_mesh(x, available, args)
         return coded_on_mesh(on_mesh, (x, available, args), lambda _: PartitionSpec())
+    if with_error:
+        return _run_with_error(workers, code, x, available, args, grouped, known)
     decoded = _infer_at_hand(workers, code, x, available, args, known)
     if decoded is None:
         return _run(workers, code, x, available, args, grouped, known)
     return decoded if grouped else _first(decoded)
-
-
-def _infer_with_error(
-    workers: Any,
-    code: AbstractCode,
-    grouped: bool | None,
-    x: PyTree,
-    available: ArrayLike,
-    args: tuple,
-) -> Decoded:
-    known = known_matrices(code, available)
-    x, available, grouped = as_groups(code, x, available, grouped)
-    if not isinstance(workers, Placed):
-        return _run_with_error(workers, code, x, available, args, grouped, known)
-    inputs, _ = place_inputs(workers, x, available, args, share=False)
-    with enter(workers, inputs):
-        x, available, args, _ = inputs
-        return _run_with_error(workers, code, x, available, args, grouped, known)
 
 
 @eqx.filter_jit
