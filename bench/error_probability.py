@@ -25,6 +25,7 @@ from nercc_jax.evaluation._answers import batched
 from nercc_jax.serving import Coder
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 from nercc_jax.serving.core._dispatch import QueryOrdering
+from nercc_jax.serving.core._error_probability import DecodingErrorProbability
 from nercc_jax.serving.core._request import Request
 
 MODEL, OUTPUTS = "lenet5-mnist", "logits"
@@ -63,6 +64,7 @@ def assess(
     answers = np.asarray(model(coded.reshape(-1, *shape))).reshape(*coded.shape[:2], -1)
     own = np.asarray(model(groups.reshape(-1, *shape))).reshape(len(groups), few, -1).argmax(-1)
     layout, estimate = coder.layout(few), estimator.error_probability(few)
+    assert isinstance(estimate, DecodingErrorProbability)  # logits, so labels are judged
     sent = np.concatenate([*coder.first[:few], layout.extras])
     random = np.random.default_rng(0)
     probabilities, wrong = [], []  # (looks, samples) of each set
