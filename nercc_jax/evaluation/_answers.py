@@ -102,9 +102,10 @@ class Answers(eqx.Module):
         Raises:
             ValueError: The criterion is unknown.
         """
-        return self._losses(self.decode_sets(available), criterion)
+        return self.losses_of(self.decode_sets(available), criterion)
 
-    def _losses(self, decoded: Decoded, criterion: Criterion) -> Float[Array, " sets"]:
+    def losses_of(self, decoded: Decoded, criterion: Criterion) -> Float[Array, " sets"]:
+        """Return `losses` of what was decoded, as by `decode_sets`."""
         recovered = decoded.recovered
         # What is lost must not reach a gradient either.
         filled = jnp.where(recovered[..., None], decoded.predictions, 0)
@@ -182,7 +183,7 @@ def mean_losses(
 
     def of_set(mask: Array) -> Float[Array, " criteria"]:
         decoded = answers.decode_sets(mask[None])
-        return jnp.stack([answers._losses(decoded, each)[0] for each in criteria])
+        return jnp.stack([answers.losses_of(decoded, each)[0] for each in criteria])
 
     return jax.lax.map(of_set, available).T
 

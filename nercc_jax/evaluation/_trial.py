@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, NeRCC
+from ..codes import AbstractCode, Decoded, NeRCC
+from ..codes._products import multiply_sets
 from ..codes._trees import to_device
 from ..inference._models import Model, check_model
 from ..stragglers import AbstractStragglers, straggler_sets
@@ -25,7 +26,7 @@ class Trial(eqx.Module):
 
     `x` are groups of data points, `originals` the model's own predictions of them (None: not yet
     known), `available` straggler sets, `law` the number in `laws` of the law that each is from,
-    `scales` the error of a starting code under each law.
+    `scales` the error of a starting code under each law (infinite: the law does not count).
     """
 
     x: PyTree[Shaped[Array, "groups num_data ..."]]
@@ -119,14 +120,28 @@ def draw_sets(
 
 
 def relative_objective(trial: Trial, model: Model, code: AbstractCode) -> Float[Array, ""]:
-    """Return `Trial.objective` without its compilation."""
-    return _relative(trial, *_errors_by_law(trial, model, code))
+    """Return `Trial.objective` by one product for each straggler set, without compiling it.
+
+    So the gradient makes a matrix for each set, not for each set and group. An answer that is not
+    finite makes the objective NaN.
+    """
+    answers = nested_answers(model, code, trial.x, trial.originals)
+    matrices = jax.vmap(code.decoder_matrix)(trial.available)
+    recovered = jax.vmap(code.recovered)(trial.available)
+    groups = len(answers.coded)
+    responded, recovered = (
+        jnp.repeat(each[:, None], groups, axis=1) for each in (trial.available, recovered)
+    )
+    decoded = Decoded(multiply_sets(matrices, answers.coded), responded, recovered)
+    losses = answers.losses_of(decoded, trial.criterion)
+    return _relative(trial, *_by_law(trial, code, losses))
 
 
 @eqx.filter_jit
 def _relative(
     trial: Trial, errors: Float[Array, " laws"], counts: Bool[Array, " laws"]
 ) -> Float[Array, ""]:
+    counts = counts & jnp.isfinite(trial.scales)
     relative = errors / jnp.maximum(trial.scales, _LEAST)
     powers = jnp.where(counts, jnp.where(counts, relative, 1) ** trial.power, 0)
     return (jnp.sum(powers) / jnp.maximum(jnp.sum(counts), 1)) ** (1 / trial.power)

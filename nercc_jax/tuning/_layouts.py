@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,6 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 from ..codes import NeRCC
 from ..codes._checks import check_fields
 from ..codes._points import coincident
-from ..codes._trees import Form
 from ..evaluation._answers import Recorder, batched, mean_losses
 from ..evaluation._criteria import Criterion, point_criterion
 from ..evaluation._trial import draw_sets
@@ -22,7 +20,7 @@ from ..inference._models import Model, check_model
 from ..stragglers import AbstractStragglers
 from ._descent import Descent
 from ._sampling import Sampling, split_points
-from ._tune import TuningStep, tune
+from ._tune import ROUNDING, TuningStep, cost_of_the_mean, tune
 
 SearchCriterion: TypeAlias = Literal["mse", "cross_entropy", "disagreement"]
 # What points follow: data points' own floats, or a function of a batch of them.
@@ -45,9 +43,6 @@ _SPLIT, _FIRST_SETS, _HELD_OUT_SETS, _TUNING = 0, 1, 2, 3
 
 # What lambda_dec starts from, by the untuned code's.
 _SMOOTHINGS = (1.0, 0.0, 100.0)
-
-# An error below this share of what the mean output for every data point would cost is rounding.
-_ROUNDING = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,8 +316,8 @@ class _Scores:
     def laws_to_tune(self, code: NeRCC) -> list[str]:
         """Return the laws under which a code errs: tuning counts errors relative to its own."""
         own = self.recorder.own.reshape(-1, self.recorder.own.shape[-1])
-        cost = float(_cost_of_the_mean(self._criteria[1], self.recorder.form, jnp.asarray(own)))
-        erring = self._errors(code)[1] > _ROUNDING * cost
+        cost = float(cost_of_the_mean(self._criteria[1], self.recorder.form, jnp.asarray(own)))
+        erring = self._errors(code)[1] > ROUNDING * cost
         return [name for name, errs in zip(self._laws, erring, strict=True) if errs]
 
     def _errors(
@@ -344,15 +339,6 @@ class _Scores:
         with np.errstate(invalid="ignore"):  # of no set the mean is NaN
             means = [errors[:, self._law == p].sum(1) / np.sum(self._law == p) for p in places]
         return np.stack(means, axis=1)
-
-
-@eqx.filter_jit
-def _cost_of_the_mean(
-    criterion: Criterion, form: Form, own: Float[Array, "points m"]
-) -> Float[Array, ""]:
-    """Return the criterion of the mean output as a prediction."""
-    mean = jnp.broadcast_to(jnp.mean(own, axis=0), own.shape)
-    return jnp.mean(jax.vmap(point_criterion(criterion))(form.split(mean), form.split(own)))
 
 
 def _check(

@@ -1,13 +1,12 @@
 """Convert a code's tunable numbers to unconstrained parameters, and back."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ..codes import AbstractCode
 from ..codes._points import mean_gap
@@ -20,12 +19,11 @@ Code = TypeVar("Code", bound=AbstractCode)
 _SAME_ANGLE = 1e-6
 
 
-def parametrize(
-    code: Code, *, points: bool = False
-) -> tuple[Parameters, Callable[[Parameters], Code]]:
+def parametrize(code: Code, *, points: bool = False) -> "tuple[Parameters, Rebuild[Code]]":
     """Return a code's unconstrained parameters, and the function that rebuilds the code.
 
-    There is a parameter for each of these leaves that the code has:
+    The function is a pytree, which may be an argument of a compiled one. There is a parameter for
+    each of these leaves that the code has:
 
     - "log_lambda_enc", "log_lambda_dec", "log_end_penalty": natural logarithms. As 0 has none, a
       lambda of 0 starts at (g / 30)**4, with g the mean gap between its points, where smoothing
@@ -36,14 +34,15 @@ def parametrize(
     - "gap_exponent": itself.
     - Each field of a code of your own that is declared with `eqx.field(metadata={"tune": "log"})`:
       "log_" and its name, for positive numbers; or with "plain", the numbers themselves.
-    - With `points`, "alpha_shifts" and "beta_shifts", zero at the start. In order of the angle
-      arccos(t), the shift s_i of a point multiplies the gap before that point by exp(s_i) and the
-      gap after it by exp(-s_i); then all gaps are scaled to fill [0, pi]. So each point has a
-      shift of its own, and the points keep their order. A beta at an end of [-1, 1] stays there,
-      and betas that coincide stay together. A beta that coincides with an alpha moves with it, so
-      exact answers stay exact and copies stay copies. (If a beta of an `exact` code left its
-      alpha, the objective would jump, which a gradient does not show. To decide whether they
-      should coincide, compare layouts.)
+    - With `points`, "alpha_shifts" (K,) and "beta_shifts" (N,), zero at the start. In order of the
+      angle arccos(t), the shift s_i of a point multiplies the gap before that point by exp(s_i)
+      and the gap after it by exp(-s_i); then all gaps are scaled to fill [0, pi]. So the points
+      keep their order. A beta at an end of [-1, 1] stays there, and betas that coincide stay
+      together. A beta that coincides with an alpha moves with it, so exact answers stay exact and
+      copies stay copies. (If a beta of an `exact` code left its alpha, the objective would jump,
+      which a gradient does not show. To decide whether they should coincide, compare layouts.)
+      Shifts count from the smallest angle on; those beyond the number of places that can move
+      have no effect, so that all layouts of a code have parameters of one shape, and one program.
 
     If you write your own gradient descent, optimise these parameters, not the code's leaves. Then
     no step can make a lambda negative, where its gradient is zero and it would stay for ever.
@@ -88,10 +87,10 @@ def parametrize(
         free["log_end_penalty"] = jnp.log(jnp.where(penalty > 0, penalty, 1))
     if "gap_exponent" in leaves:
         free["gap_exponent"] = leaves["gap_exponent"]
-    place = None
+    places = None
     if points and {"alpha", "beta"} <= leaves.keys():
-        shifts, place = _shifts_of_points(leaves["alpha"], leaves["beta"])
-        free |= shifts
+        places = _Places(leaves["alpha"], leaves["beta"])
+        free |= {f"{name}_shifts": jnp.zeros_like(leaves[name]) for name in ("alpha", "beta")}
     for field in dataclasses.fields(code):
         if (scale := field.metadata.get("tune")) == "log":
             free[f"log_{field.name}"] = jnp.log(leaves[field.name])
@@ -106,19 +105,27 @@ def parametrize(
             also = ": declare a number by eqx.field(metadata={'tune': 'log'}), or 'plain'"
         raise ValueError(f"{type(code).__name__} has nothing to tune{also}")
 
-    def rebuild(parameters: Parameters) -> Code:
+    return free, Rebuild(code, places)
+
+
+class Rebuild(eqx.Module, Generic[Code]):
+    """The function from the parameters of `parametrize` to the code."""
+
+    code: Code
+    places: "_Places | None"
+
+    def __call__(self, parameters: Parameters) -> Code:
+        """Return the code with these parameters."""
         values = {
             name.removeprefix("log_"): jnp.exp(value) if name.startswith("log_") else value
             for name, value in parameters.items()
             if not name.endswith("_shifts")
         }
-        if place is not None:
-            values["alpha"], values["beta"] = place(parameters)
+        if self.places is not None:
+            values["alpha"], values["beta"] = self.places(parameters)
         return eqx.tree_at(
-            lambda c: [getattr(c, name) for name in values], code, list(values.values())
+            lambda c: [getattr(c, name) for name in values], self.code, list(values.values())
         )
-
-    return free, rebuild
 
 
 def _logarithm(value: Float[Array, ""], points: Float[Array, " n"]) -> Float[Array, ""]:
@@ -126,42 +133,61 @@ def _logarithm(value: Float[Array, ""], points: Float[Array, " n"]) -> Float[Arr
     return jnp.log(jnp.where((value > 0) & (value < 1), value, start))
 
 
-def _shifts_of_points(
-    alpha: Float[Array, " k"], beta: Float[Array, " n"]
-) -> tuple[Parameters, Callable[[Parameters], tuple[Array, Array]]]:
-    """Return zero shifts of all points, and a function from shifts to (alpha, beta)."""
-    angles = np.arccos(np.asarray(beta, float))
-    distances = np.abs(np.arccos(np.asarray(alpha, float)) - angles[:, None])
-    follows = np.min(distances, axis=1) < _SAME_ANGLE
-    leader = np.argmin(distances, axis=1)
-    num_alpha_shifts, place_alpha = _shifts_of(np.asarray(alpha, float))
-    num_beta_shifts, place_beta = _shifts_of(np.asarray(beta, float)[~follows])
-    dtype = alpha.dtype
+class _Places(eqx.Module):
+    """The function from shifts to (alpha, beta).
 
-    def place(parameters: Parameters) -> tuple[Array, Array]:
-        new = place_alpha(parameters["alpha_shifts"])
-        others = place_beta(parameters["beta_shifts"])
-        return new, new[leader].at[~follows].set(others)
+    `follows` says which betas lie on an alpha, and `leader` on which one.
+    """
 
-    return {
-        "alpha_shifts": jnp.zeros(num_alpha_shifts, dtype),
-        "beta_shifts": jnp.zeros(num_beta_shifts, dtype),
-    }, place
+    alphas: "_Chain"
+    betas: "_Chain"
+    follows: Bool[Array, " n"]
+    leader: Int[Array, " n"]
+
+    def __init__(self, alpha: Float[Array, " k"], beta: Float[Array, " n"]):
+        angles = [np.arccos(np.asarray(points, float)) for points in (alpha, beta)]
+        distances = np.abs(angles[0] - angles[1][:, None])
+        follows = np.min(distances, axis=1) < _SAME_ANGLE
+        self.alphas = _Chain(angles[0], np.ones(len(angles[0]), bool), alpha.dtype)
+        self.betas = _Chain(angles[1], ~follows, beta.dtype)
+        self.follows, self.leader = jnp.asarray(follows), jnp.asarray(distances.argmin(axis=1))
+
+    def __call__(self, parameters: Parameters) -> tuple[Float[Array, " k"], Float[Array, " n"]]:
+        alpha = self.alphas(parameters["alpha_shifts"])
+        free = self.betas(parameters["beta_shifts"])
+        return alpha, jnp.where(self.follows, alpha[self.leader], free)
 
 
-def _shifts_of(points: np.ndarray) -> tuple[int, Callable[[Array], Array]]:
-    """Return the number of shifts of these points, and a function from shifts to points."""
-    angles = np.arccos(points)
-    order = np.argsort(angles)
-    gaps = np.diff(np.concatenate([[0], angles[order], [np.pi]]))
-    wide = gaps > _SAME_ANGLE
+class _Chain(eqx.Module):
+    """The function from shifts to the points of one kind, of which some do not move.
 
-    def place(shifts: Array) -> Array:
-        stretch = jnp.diff(shifts, prepend=0, append=0)
-        wide_gaps = jnp.asarray(gaps[wide], shifts.dtype) * jnp.exp(stretch)
-        shares = jnp.zeros(gaps.size, shifts.dtype).at[wide].set(wide_gaps / jnp.sum(wide_gaps))
+    The gaps between 0, the angles of the moving points, and pi fill [0, pi]. `gaps` has those that
+    are not zero first, which shifts stretch; `slot` says which of them each gap is, in order of
+    the angle, and `moves` which shifts have one on either side.
+    """
+
+    gaps: Float[Array, " n_and_1"]
+    slot: Int[Array, " n_and_1"]
+    moves: Bool[Array, " n"]
+    order: Int[Array, " n"]
+
+    def __init__(
+        self, angles: Float[np.ndarray, " n"], moving: Bool[np.ndarray, " n"], dtype: np.dtype
+    ):
+        n, count = len(angles), np.sum(moving)
+        self.order = jnp.asarray(np.lexsort((angles, ~moving)))
+        gaps = np.diff(np.concatenate([[0], np.sort(angles[moving]), [np.pi]]))
+        wide = gaps > _SAME_ANGLE
+        number = np.sum(wide)
+        self.gaps = jnp.zeros(n + 1, dtype).at[:number].set(gaps[wide])
+        # The last place always has a gap of zero where it is needed: one gap is then narrow.
+        self.slot = jnp.full(n + 1, n).at[: count + 1].set(np.where(wide, wide.cumsum() - 1, n))
+        self.moves = jnp.arange(n) < number - 1
+
+    def __call__(self, shifts: Float[Array, " n"]) -> Float[Array, " n"]:
+        stretch = jnp.diff(jnp.where(self.moves, shifts, 0), prepend=0, append=0)
+        wide = self.gaps * jnp.exp(stretch)
+        shares = (wide / jnp.sum(wide))[self.slot]
         # cos(pi x), x the cumulative share, as a sine: exactly symmetric, and exactly 1 at x = 0.
         t = jnp.sin(jnp.pi * (0.5 - jnp.cumsum(shares)[:-1]))
-        return jnp.zeros_like(t).at[order].set(t)
-
-    return int(wide.sum()) - 1, place
+        return jnp.zeros_like(t).at[self.order].set(t)

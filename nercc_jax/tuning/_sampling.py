@@ -40,8 +40,8 @@ class Sampling:
         ValueError: A number is out of range, or there is an order of grouped data points.
     """
 
-    groups_per_step: int = 2
-    sets_per_step: int = 8
+    groups_per_step: int = 8
+    sets_per_step: int = 12
     held_out_share: float = 0.25
     held_out_sets: int = 32
     grouped: bool = False
@@ -56,6 +56,14 @@ class Sampling:
             raise ValueError(f"held_out_share must be between 0 and 1, not {self.held_out_share}")
         if self.grouped and (self.order is not None or self.buffer_size is not None):
             raise ValueError("data points that come grouped stay so: give no order for them")
+
+    def times(self, groups: int, sets: int) -> "Sampling":
+        """Return the sampling that draws so many times the groups and straggler sets in a step."""
+        return dataclasses.replace(
+            self,
+            groups_per_step=groups * self.groups_per_step,
+            sets_per_step=sets * self.sets_per_step,
+        )
 
     def groups(self, num_data: int, points: int) -> int:
         """Return the number of groups of K that a step draws from this many data points."""

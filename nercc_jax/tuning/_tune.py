@@ -2,26 +2,36 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
-from typing import Generic
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, Literal
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode
-from ..codes._trees import to_device
-from ..evaluation._criteria import Criterion
+from ..codes._trees import Form, join, to_device
+from ..evaluation._criteria import Criterion, point_criterion
 from ..evaluation._trial import Trial, draw_sets, make_trial, relative_objective
 from ..inference._models import Model, check_model
 from ..stragglers import AbstractStragglers
-from ._descent import Descent, Entry, descend
-from ._parameters import Code, Parameters, parametrize
+from ._descent import (
+    Descent,
+    Entry,
+    Journal,
+    compiled_step,
+    compiled_value_and_grad,
+    descend,
+    descend_by_lbfgs,
+)
+from ._parameters import Code, Parameters, Rebuild, parametrize
 from ._sampling import Sampling, split_points
 
-# Adam's steps of the points by those of the lambdas: 5 % of a gap by 35 % of a lambda.
-_SHIFT_STEP = 1 / 6
+# An error below this share of what the mean output for every data point would cost is rounding.
+ROUNDING = 1e-9
 
 # What is folded into the key, for draws that must not be the same.
 _SPLIT, _DRAWS = 0, 1
@@ -50,7 +60,10 @@ class Tuned(Generic[Code]):
     Attributes:
         code: The code.
         objective: Its objective relative to the starting code's, which is 1.
-        history: The entries of all steps.
+        converged: Whether the best judgement on the held-out groups in the last quarter of its
+            descent was lower than that before by `Descent.tolerance` at most. (A learning rate that
+            falls to zero ends all progress, too: compare with more steps.)
+        history: The entries of all steps, start after start.
         evaluations: Data points and coded data points that the model ran on.
         differentiated: Those of them that its gradient ran on, too.
         seconds: The time it took.
@@ -58,6 +71,7 @@ class Tuned(Generic[Code]):
 
     code: Code
     objective: float
+    converged: bool
     history: tuple[TuningStep, ...]
     evaluations: int
     differentiated: int
@@ -71,19 +85,20 @@ class Tuned(Generic[Code]):
 
 def tune(
     model: Model,
-    code: Code,
+    code: Code | Sequence[Code],
     x: PyTree[Shaped[ArrayLike, "points ..."]],
     stragglers: Mapping[str, AbstractStragglers],
     *,
     key: PRNGKeyArray,
-    points: bool = False,
+    points: bool = True,
+    optimizer: optax.GradientTransformation | Literal["adam", "lbfgs"] = "adam",
     criterion: Criterion = "mse",
-    power: float = 2.0,
+    power: float = 1.0,
     sampling: Sampling = Sampling(),  # noqa: B008
     descent: Descent = Descent(),  # noqa: B008
     on_step: Callable[[TuningStep, Code], None] = lambda step, code: None,
 ) -> Tuned[Code]:
-    """Tune a code by gradient descent (Adam) on the nested objective; it needs no labels.
+    """Tune a code by gradient descent on the nested objective; it needs no labels.
 
     One code is tuned for all laws together, on its error under each relative to the starting code's
     (`make_trial`). The tuned numbers are `lambda_enc`, `lambda_dec` and `end_penalty`, as
@@ -93,14 +108,22 @@ def tune(
     whose objective or gradient is not finite is rejected; a RuntimeWarning counts them. The result
     depends on `key` alone.
 
+    The objective has many local minima, and which one a descent ends in depends on where the points
+    start: several starts cost a descent each, and no further compilation if they differ in their
+    points only. Laws under which the first start makes no error (all answers of an `exact` code)
+    are left out.
+
     Args:
         model: A differentiable function of a batch, (B, ...) to (B, outputs...).
-        code: The starting code.
+        code: The starting code, or several of the same K and N; errors are relative to the first.
         x: Unlabelled data points. Some are held out and judge the code; each step draws its groups
             of K from the others (`Sampling`).
         stragglers: Laws by name.
         key: Random key.
-        points: Whether the regression points are tuned.
+        points: Whether the regression points are tuned. False tunes what the paper does.
+        optimizer: "adam" (as `descent` says); any optax transformation, for all parameters; or
+            "lbfgs", which descends on one draw of four times the groups and twice the sets of a
+            step, the more precisely: start it from what another has found.
         criterion: As in `nested_objective`.
         power: As in `make_trial`; the higher, the more equal are the gains under all laws.
         sampling: What a step draws, and what is held out.
@@ -109,85 +132,145 @@ def tune(
         on_step: Called with each entry of the history, and the code that it started from.
 
     Returns:
-        The code with the best held-out objective, the starting one included.
+        The code with the best held-out objective, the starting ones included.
 
     Raises:
         ValueError: There are too few data points, they are not finite, numbers are out of range,
-            the model is in training mode, or the code has nothing to tune; and as `make_trial`.
+            the model is in training mode, starts differ in more than their numbers, or the code has
+            nothing to tune or to gain; and as `make_trial`.
 
     Source: arXiv 2402.04377, which tunes the lambdas on this objective.
     """
     start = time.perf_counter()
     check_model(model)
-    training, held = split_points(x, code.num_data, sampling, jax.random.fold_in(key, _SPLIT))
-    training, held = to_device(training), sampling.cut_held_out(held, code.num_data)
+    starts = (code,) if isinstance(code, AbstractCode) else tuple(code)
+    first, parametrized = starts[0], [parametrize(each, points=points) for each in starts]
+    if len({jax.tree.structure(each) for each in parametrized}) != 1:
+        raise ValueError("several starts must be codes of one kind, with the same K and N")
+    training, held = split_points(x, first.num_data, sampling, jax.random.fold_in(key, _SPLIT))
+    training, held = to_device(training), sampling.cut_held_out(held, first.num_data)
     key_held, key_steps = jax.random.split(jax.random.fold_in(key, _DRAWS))
-    validate = make_trial(
-        model, code, held, stragglers,
-        key=key_held, num_sets=sampling.held_out_sets, criterion=criterion, power=power,
-    )  # fmt: skip
-    parameters, rebuild = parametrize(code, points=points)
+    trial = _trial_of_errors(model, first, held, stragglers, key_held, sampling, criterion, power)
 
-    def record(entry: Entry) -> TuningStep:
-        here = rebuild(entry.parameters)
-        step = TuningStep(
-            entry.step, entry.objective, entry.held_out, entry.rejected, _scalars(here)
+    lbfgs = isinstance(optimizer, str) and optimizer == "lbfgs"
+    drawn = sampling.times(4, 2) if lbfgs else sampling
+    objective, points_left = _objective(drawn, stragglers), len(jax.tree.leaves(training)[0])
+    if isinstance(optimizer, str):
+        optimizer = _adam(parametrized[0][0], descent)
+    optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=descent.steps)
+    step = compiled_value_and_grad(objective) if lbfgs else compiled_step(objective, optimizer)
+
+    best, lowest, converged = first, 1.0, True
+    history: list[TuningStep] = []
+    for begin, rebuild in parametrized:
+
+        def note(entry: Entry, rebuild: Rebuild = rebuild) -> None:
+            here = rebuild(entry.parameters)
+            history.append(
+                TuningStep(
+                    entry.step, entry.objective, entry.held_out, entry.rejected, _scalars(here)
+                )
+            )
+            on_step(history[-1], here)
+
+        def validate(parameters: Parameters, rebuild: Rebuild = rebuild) -> float:
+            return float(trial.objective(model, rebuild(parameters)))
+
+        journal = Journal(descent, validate, note, lowest)
+        arguments = (rebuild, model, training, trial)
+        if lbfgs:
+            descend_by_lbfgs(step, begin, (*arguments, key_steps), journal)
+        else:
+            descend(step, optimizer.init(begin), begin, arguments, key_steps, journal)
+        if journal.best is not None:
+            best, lowest, converged = rebuild(journal.best), journal.lowest, journal.converged()
+    taken = [each for each in history if each.objective is not None]
+    if rejected := sum(each.rejected for each in taken):
+        warnings.warn(
+            f"{rejected} of {len(taken)} steps were rejected: their objective or gradient was not "
+            "finite",
+            RuntimeWarning,
+            stacklevel=2,
         )
-        on_step(step, here)
-        return step
-
-    history = descend(
-        _objective(code, rebuild, validate, stragglers, sampling),
-        parameters,
-        (model, training),
-        descent=descent,
-        optimizer=_optimizer(parameters, descent),
-        key=key_steps,
-        validate=lambda parameters: float(validate.objective(model, rebuild(parameters))),
-        record=record,
-        start=1.0,
-    )
-    held_groups, points_left = (len(jax.tree.leaves(tree)[0]) for tree in (held, training))
-    drawn = history.steps * sampling.groups(code.num_data, points_left)
-    judging = held_groups * (code.num_data + (history.judgements + 1) * code.num_workers)
+    k, n = first.num_data, first.num_workers
+    count = len(taken) * drawn.groups(k, points_left)
+    judged = sum(each.held_out is not None for each in history)
+    held_groups = len(jax.tree.leaves(held)[0])
     return Tuned(
-        code=code if history.parameters is None else rebuild(history.parameters),
-        objective=history.objective,
-        history=history.records,
-        evaluations=judging + drawn * (code.num_data + code.num_workers),
-        differentiated=drawn * code.num_workers,
+        code=best,
+        objective=lowest,
+        converged=converged,
+        history=tuple(history),
+        evaluations=held_groups * (k + (judged + 1) * n) + count * (k + n),
+        differentiated=count * n,
         seconds=time.perf_counter() - start,
     )
 
 
-def _objective(
+def _trial_of_errors(
+    model: Model,
     code: AbstractCode,
-    rebuild: Callable[[Parameters], AbstractCode],
-    validate: Trial,
+    held: PyTree,
     stragglers: Mapping[str, AbstractStragglers],
+    key: PRNGKeyArray,
     sampling: Sampling,
+    criterion: Criterion,
+    power: float,
+) -> Trial:
+    """Return the trial that judges, in which laws without errors have a scale of infinity.
+
+    The exact answers of some codes have errors of rounding alone, to which nothing can be relative.
+    """
+    trial = make_trial(
+        model, code, held, stragglers,
+        key=key, num_sets=sampling.held_out_sets, criterion=criterion, power=power,
+    )  # fmt: skip
+    own, form = join(trial.originals, 2)
+    cost = cost_of_the_mean(criterion, form, own.reshape(-1, own.shape[-1]))
+    errs = trial.scales > ROUNDING * cost
+    if not errs.any():
+        raise ValueError("there is nothing to gain: the starting code makes no error")
+    return eqx.tree_at(lambda t: t.scales, trial, jnp.where(errs, trial.scales, jnp.inf))
+
+
+def _objective(
+    sampling: Sampling, stragglers: Mapping[str, AbstractStragglers]
 ) -> Callable[..., Float[Array, ""]]:
     """Return the objective on groups and straggler sets of one step."""
 
-    def objective(parameters: Parameters, model: Model, training: PyTree, key: PRNGKeyArray):
+    def objective(
+        parameters: Parameters,
+        rebuild: Rebuild,
+        model: Model,
+        training: PyTree,
+        trial: Trial,
+        key: PRNGKeyArray,
+    ) -> Float[Array, ""]:
         key_groups, key_sets = jax.random.split(key)
+        code = rebuild(parameters)
         chosen = sampling.draw(code.num_data, training, key_groups)
         available, law = draw_sets(stragglers, key_sets, code.num_workers, sampling.sets_per_step)
-        fresh = dataclasses.replace(
-            validate, x=chosen, originals=None, available=available, law=law
-        )
-        return relative_objective(fresh, model, rebuild(parameters))
+        fresh = dataclasses.replace(trial, x=chosen, originals=None, available=available, law=law)
+        return relative_objective(fresh, model, code)
 
     return objective
 
 
-def _optimizer(parameters: Parameters, descent: Descent) -> optax.GradientTransformation:
-    def adam(size: float) -> optax.GradientTransformation:
-        schedule = optax.cosine_decay_schedule(size * descent.learning_rate, descent.steps)
-        return optax.adam(schedule)
+def _adam(parameters: Parameters, descent: Descent) -> optax.GradientTransformation:
+    def adam(rate: float) -> optax.GradientTransformation:
+        return optax.adam(optax.cosine_decay_schedule(rate * descent.learning_rate, descent.steps))
 
     kinds = {name: "shifts" if name.endswith("_shifts") else "numbers" for name in parameters}
-    return optax.partition({"shifts": adam(_SHIFT_STEP), "numbers": adam(1.0)}, kinds)
+    return optax.partition({"shifts": adam(descent.points_rate), "numbers": adam(1.0)}, kinds)
+
+
+@eqx.filter_jit
+def cost_of_the_mean(
+    criterion: Criterion, form: Form, own: Float[Array, "points m"]
+) -> Float[Array, ""]:
+    """Return the criterion of the mean output as a prediction."""
+    mean = jnp.broadcast_to(jnp.mean(own, axis=0), own.shape)
+    return jnp.mean(jax.vmap(point_criterion(criterion))(form.split(mean), form.split(own)))
 
 
 def _scalars(code: AbstractCode) -> dict[str, float]:
