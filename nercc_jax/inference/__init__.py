@@ -2,8 +2,8 @@
 
 from ._coded import coded_inference
 from ._conditions import CalibrationWarning, cast_model
-from ._ordering import order_points, ordered
 from ._robust import RobustDecoded, robust_decode
+from .order import order_points, ordered
 
 __all__ = [
     "CalibrationWarning",
