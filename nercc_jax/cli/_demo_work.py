@@ -15,7 +15,7 @@ from ..evaluation import Estimate
 from ..evaluation._answers import all_answers, batched
 from ..evaluation._looks import system_look
 from ..inference import coded_inference, order_points
-from ..inference._models import Model
+from ..inference.models import Model
 from ..schemes import AssessedPredictions, Scheme, calibrate_error_probability, reexecute
 from ..stragglers import IndependentStragglers
 from ..surrogates import fit_surrogate

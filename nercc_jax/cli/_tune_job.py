@@ -21,7 +21,7 @@ from ..evaluation import evaluate
 from ..evaluation._evaluation import Evaluations
 from ..evaluation._looks import system_look
 from ..evaluation._trial import Trial, landscape, make_trial
-from ..inference._models import Model
+from ..inference.models import Model
 from ..stragglers import AbstractStragglers
 from ..tuning import Descent, Tuned, learn_decoder, search_layout, tune
 from ..tuning._layouts import LayoutCandidate, LayoutSearch

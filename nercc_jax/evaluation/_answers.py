@@ -30,9 +30,14 @@ from ..codes._trees import (
     to_device,
 )
 from ..inference import cast_model
-from ..inference._conditions import Conditions, current_conditions
-from ..inference._models import Model, call_on_batch, check_model
-from ..inference._workers import run_workers
+from ..inference.models import (
+    Conditions,
+    Model,
+    call_on_batch,
+    check_model,
+    current_conditions,
+    run_workers,
+)
 from ..splines.arrays import native
 from ._criteria import Criterion, labels_of, point_criterion, same_labels
 

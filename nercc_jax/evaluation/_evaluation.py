@@ -16,7 +16,7 @@ from ..codes import AbstractCode
 from ..codes._checks import check_count
 from ..codes._trees import join, leaves_of
 from ..inference import cast_model
-from ..inference._models import Model
+from ..inference.models import Model
 from ..splines.arrays import native
 from ..stragglers import AbstractStragglers
 from ._answers import Answers, all_answers, batched, cut_groups, own_outputs

@@ -9,8 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..codes import AbstractCode, as_mask
-from ..inference._conditions import AbstractCalibrated, Conditions
-from ..inference._models import Model
+from ..inference.models import AbstractCalibrated, Conditions, Model
 from ._answers import Answers, record_answers
 
 # Straggler sets whose verdict is remembered.

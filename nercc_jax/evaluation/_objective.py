@@ -8,8 +8,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..codes import AbstractCode, encode_groups
 from ..codes._trees import check_leading, groups_of, join, points_of, to_device
-from ..inference._models import Model, call_model
-from ..inference._workers import run_workers
+from ..inference.models import Model, call_model, run_workers
 from ._answers import Answers
 from ._criteria import Criterion
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, 
 
 from ..codes import AbstractCode, NeRCC
 from ..codes._trees import to_device
-from ..inference._models import Model, check_model
+from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers, straggler_sets
 from ._criteria import Criterion
 from ._objective import nested_answers, nested_errors, original_predictions

@@ -1,8 +1,8 @@
 """Encode, model, decode: on one device, on a mesh, in order, among liars."""
 
 from ._coded import coded_inference
-from ._conditions import CalibrationWarning, cast_model
 from ._robust import RobustDecoded, robust_decode
+from .models import CalibrationWarning, cast_model
 from .order import order_points, ordered
 
 __all__ = [

@@ -18,7 +18,7 @@ from ..codes import Decoded
 from ..codes._checks import check_count
 from ..codes._trees import is_float, join, leaves_of, points_of, to_device
 from ..splines.arrays import namespace, native, working_dtype
-from ._groups import is_grouped
+from ._coded import is_grouped
 
 Features: TypeAlias = Callable[[PyTree], PyTree] | PyTree[Float[ArrayLike, "points ..."]]
 

@@ -16,7 +16,7 @@ from ..codes._trees import Form, join
 from ..evaluation import Estimate
 from ..evaluation._answers import Recorder, batched, cut_groups, own_outputs
 from ..inference import order_points
-from ..inference._models import Model
+from ..inference.models import Model
 from ..risk import ErrorProbability
 from ..risk._error_probability import error_probability_from_answers
 from ..stragglers._waiting import Latencies, Waiting, draw_groups, last_prediction, own_workers

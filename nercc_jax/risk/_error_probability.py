@@ -24,7 +24,7 @@ from ..codes._trees import Form, to_device
 from ..evaluation import Answers
 from ..evaluation._criteria import agree_on_labels
 from ..evaluation._trial import draw_sets
-from ..inference._conditions import AbstractCalibrated, Conditions
+from ..inference.models import AbstractCalibrated, Conditions
 from ..splines.arrays import namespace
 from ..stragglers import AbstractStragglers
 from ..surrogates import AbstractSurrogate

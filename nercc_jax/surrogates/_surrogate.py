@@ -28,7 +28,7 @@ from ..codes._trees import scalar_leaf
 from ..evaluation import Answers, record_answers
 from ..evaluation._answers import cut_groups
 from ..evaluation._trial import draw_sets
-from ..inference._models import Model
+from ..inference.models import Model
 from ..stragglers import AbstractStragglers
 from ._interface import (
     AbstractGroupPrior,

@@ -18,7 +18,7 @@ from ..codes._trees import Form
 from ..evaluation._answers import Recorder, batched, mean_losses
 from ..evaluation._criteria import Criterion, point_criterion
 from ..evaluation._trial import draw_sets
-from ..inference._models import Model, check_model
+from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers
 from ._descent import Descent
 from ._sampling import Sampling, split_points

@@ -11,7 +11,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 from ..codes import AbstractCode
 from ..codes._learned_decoder import LearnedDecoder, Regression
 from ..evaluation._answers import all_answers, batched, cut_groups, own_outputs
-from ..inference._models import Model
+from ..inference.models import Model
 from ..stragglers import ExactStragglers, straggler_sets
 
 # Groups for each worker and data point, and pairs that the smooth path counts as.

@@ -14,7 +14,7 @@ from ..codes import AbstractCode
 from ..codes._trees import to_device
 from ..evaluation._criteria import Criterion
 from ..evaluation._trial import Trial, draw_sets, make_trial, relative_objective
-from ..inference._models import Model, check_model
+from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers
 from ._descent import Descent, Entry, descend
 from ._parameters import Code, Parameters, parametrize
