@@ -316,8 +316,6 @@ def as_groups(
 ) -> tuple[PyTree, Any, bool]:
     """Return data points as groups (groups, K, ...), a mask for each, and whether they came so.
 
-    What is not on a device stays where it is.
-
     Args:
         code: The code.
         x: A pytree of arrays (K, ...) or (groups, K, ...).
@@ -333,14 +331,18 @@ def as_groups(
     in_a_row, axes = in_a_row and not grouped, 1 if available is None else np.ndim(available)
     many = in_a_row or is_grouped(num_data, x, axes, grouped)
 
-    def as_array(leaf: Any) -> Any:
-        if isinstance(leaf, jax.Array):
-            return leaf
-        leaf = np.asarray(leaf)
-        return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
-
-    x = jax.tree.map(as_array, native(x, "x"))
+    # What is not on a device stays where it is.
+    x = native(x, "x")
+    x = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), x)
     check_floats("x", x, beside=True)
+    x = jax.tree.map(
+        lambda leaf: (
+            leaf
+            if isinstance(leaf, jax.Array)
+            else leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
+        ),
+        x,
+    )
     shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
     same = len({shape[:1] for shape in shapes}) == 1
     summary = ", ".join(map(str, shapes))

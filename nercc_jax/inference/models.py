@@ -218,6 +218,17 @@ def _can_trace(model: Model, x: PyTree, args: tuple) -> bool:
     return True
 
 
+def check_number_of_models(kinds: Int[np.ndarray, " slots"], number: int) -> None:
+    """Raise ValueError where another number of models came than workers run."""
+    needed = int(kinds.max()) + 1
+    if number != needed:
+        wanted = "alone" if needed == 1 else f"and {needed - 1} further, in this order"
+        raise ValueError(
+            f"the workers of this code run {needed} model{'s' * (needed > 1)}, but {number} "
+            f"came: give the served model {wanted}"
+        )
+
+
 def run_workers(
     model: Model | Sequence[Model],
     code: AbstractCode | Int[np.ndarray, " slots"],
@@ -241,17 +252,11 @@ def run_workers(
     """
     kinds = code if isinstance(code, np.ndarray) else code.worker_models
     models = (model,) if callable(model) else tuple(model)
-    needed = int(kinds.max()) + 1
-    if len(models) != needed:
-        wanted = "alone" if needed == 1 else f"and {needed - 1} further, in this order"
-        raise ValueError(
-            f"the workers of this code run {needed} model{'s' * (needed > 1)}, but {len(models)} "
-            f"came: give the served model {wanted}"
-        )
+    check_number_of_models(kinds, len(models))
     parts = []
     for kind, each in enumerate(models):
         theirs = coded
-        if needed > 1:
+        if len(models) > 1:
             theirs = jax.tree.map(lambda leaf: leaf[:, kinds == kind], coded)  # noqa: B023
         shape = jax.tree.leaves(theirs)[0].shape[:2]
         with jax.named_scope("nercc.model"):
@@ -262,7 +267,7 @@ def run_workers(
                     f"{label} was {leaf.dtype}: codes work on floats, logits for labels"
                 )
         parts.append(jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), y))  # noqa: B023
-    if needed == 1:
+    if len(parts) == 1:
         return parts[0]
 
     forms = [jax.tree.map(lambda leaf: leaf.shape[2:], part) for part in parts]

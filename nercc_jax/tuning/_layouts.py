@@ -17,7 +17,7 @@ from ..codes._points import coincident
 from ..codes._trees import Form
 from ..evaluation._answers import Recorder, batched, mean_losses
 from ..evaluation._criteria import Criterion, point_criterion
-from ..evaluation._trial import draw_sets
+from ..evaluation._objective import draw_sets
 from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers
 from ._descent import Descent

@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree, Shaped
 from ..codes import AbstractCode
 from ..codes._trees import to_device
 from ..evaluation._criteria import Criterion
-from ..evaluation._trial import Trial, draw_sets, make_trial, relative_objective
+from ..evaluation._objective import Trial, draw_sets, make_trial
 from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers
 from ._descent import Descent, Entry, descend
@@ -176,7 +176,7 @@ def _objective(
         fresh = dataclasses.replace(
             validate, x=chosen, originals=None, available=available, law=law
         )
-        return relative_objective(fresh, model, rebuild(parameters))
+        return fresh.objective(model, rebuild(parameters))
 
     return objective
 
