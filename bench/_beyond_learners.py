@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float
 
 from nercc_jax import NeRCC, Scheme, fit_surrogate
 from nercc_jax.codes._kept import known_encoder
-from nercc_jax.evaluation._trial import draw_sets
-from nercc_jax.inference._models import Model
+from nercc_jax.evaluation._objective import draw_sets
+from nercc_jax.inference.models import Model
 from nercc_jax.schemes._scheme import PreparedInputs, assess_each
 from nercc_jax.surrogates import (
     Kernel,

@@ -21,8 +21,8 @@ from nercc_jax import (
     search_layout,
 )
 from nercc_jax.evaluation import Answers, Estimate
-from nercc_jax.evaluation._answers import Recorder, all_answers, batched, mean_losses
-from nercc_jax.evaluation._trial import draw_sets
+from nercc_jax.evaluation._answers import Recorder, batched, mean_losses
+from nercc_jax.evaluation._objective import draw_sets
 from nercc_jax.inference import order_points
 from nercc_jax.risk import ErrorProbability
 from nercc_jax.risk._error_probability import error_probability_from_answers, observe_errors
@@ -160,9 +160,7 @@ class Bench:
         parities = cell.num_workers - cell.num_data
         if cell.num_data % parities == 0 and (model := parity_model(cell.num_data // parities)):
             code = Parity(cell.num_data, cell.num_workers)
-            runs = [batched(each, 256) for each in (self.work.model, model)]
-            coded, form = all_answers(runs, code, self.groups("judged", order))
-            known = Answers(code, coded, jnp.asarray(given.own), form)
+            known = given.of(code, [batched(model, 256)])
             self.add("ParM", _wrong(known, self.masks), order)
 
     def published(self) -> NeRCC:

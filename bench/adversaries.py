@@ -40,7 +40,7 @@ from nercc_jax.cli._options import Outputs
 from nercc_jax.cli._workload import load_worker_model
 from nercc_jax.codes._points import copies
 from nercc_jax.evaluation import Estimate
-from nercc_jax.evaluation._answers import all_answers, batched, cut_groups, own_outputs
+from nercc_jax.evaluation._answers import Recorder, batched, cut_groups
 from nercc_jax.inference import robust_decode
 from nercc_jax.inference._robust import RobustMethod
 
@@ -236,14 +236,15 @@ def run_setting(setting: Setting, size: Size, data_dir: Path) -> dict[str, Any]:
     train, _ = network.images("train", data_dir, 1000, 0)
     run = batched(network, 256)
     groups = cut_groups(images, setting.num_data)
-    own = np.asarray(own_outputs(run, groups)[0]).reshape(len(groups), setting.num_data, -1)
+    recorder = Recorder(run, groups, 256)
+    own = recorder.own
     largest = float(np.abs(run(train)).max())
     limits = (0.0, 1.0) if SETTINGS[setting] == "probabilities" else (-largest, largest)
     compared = methods(setting)
     answers: dict[int, np.ndarray] = {}
     for method in compared.values():
         if id(method.code) not in answers:
-            answers[id(method.code)] = np.asarray(all_answers((run,), method.code, groups)[0])
+            answers[id(method.code)] = np.asarray(recorder.of(method.code).coded)
     rows = []
     for name, method in compared.items():
         honest = answers[id(method.code)]

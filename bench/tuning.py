@@ -46,7 +46,7 @@ from nercc_jax import NeRCC, tune
 from nercc_jax.cli._options import Outputs
 from nercc_jax.cli._workload import WorkerModel, load_worker_model
 from nercc_jax.codes import encode_groups
-from nercc_jax.evaluation._trial import Trial, landscape, make_trial
+from nercc_jax.evaluation._objective import Trial, landscape, make_trial
 from nercc_jax.tuning import Descent, Tuned
 
 _RESULTS = Path(__file__).parent / "results"

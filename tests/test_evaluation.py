@@ -15,8 +15,7 @@ from nercc_jax import (
     Replication,
     evaluate,
 )
-from nercc_jax.evaluation import Estimate, Evaluation
-from nercc_jax.evaluation._evaluation import Evaluations
+from nercc_jax.evaluation import Estimate, Evaluation, Evaluations
 from nercc_jax.evaluation._evaluation import _values as values_of
 
 WEIGHTS = np.random.default_rng(5).normal(size=(3, 4)).astype("float32")
@@ -331,9 +330,6 @@ def test_rows_are_a_table_and_a_picture():
     assert frame["mse_low"][0] == pytest.approx(-0.2)
     assert frame["rel_acc_low"][1] > 0
     assert "accuracy" not in frame
-    html = rows._repr_html_()
-    assert "<td>a&lt;b</td>" in html
-    assert html.count("<tr>") == 3
     assert [axis.get_ylabel() for axis in rows.plot().axes] == ["mse", "rel_acc"]
 
 

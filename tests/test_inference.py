@@ -20,7 +20,6 @@ from nercc_jax import (
     coded_inference,
 )
 from nercc_jax.inference import ordered
-from nercc_jax.inference._coded import coded_predictions
 
 K, N = 4, 10
 
@@ -107,7 +106,7 @@ def test_parameters_pass_through_and_get_gradients(x, masks):
     np.testing.assert_allclose(infer(x, masks, weights), expected, atol=1e-6)
 
     def loss(weights, code, x):
-        return jnp.sum(coded_predictions(linear, code, x, masks, weights).predictions ** 2)
+        return jnp.sum(coded_inference(linear, code)(x, masks, weights) ** 2)
 
     gradients = eqx.filter_jit(eqx.filter_grad(lambda parts: loss(*parts)))(
         (weights, NeRCC(K, N, lambda_enc=1e-5), x)
@@ -185,7 +184,7 @@ def test_a_linear_model_is_its_own_parity_model_and_both_get_gradients(x):
     np.testing.assert_allclose(predictions, x @ weights, atol=1e-5)
 
     def loss(models, x):
-        return jnp.sum(jnp.sin(coded_predictions(models, code, x, masks).predictions))
+        return jnp.sum(jnp.sin(coded_inference(models, code)(x, masks)))
 
     served, further = jax.grad(loss)((linear, linear), x)
     rebuilt = np.cos(x @ weights)[:, [1, 2]]

@@ -14,8 +14,7 @@ from nercc_jax import search_layout
 from nercc_jax.cli._app import app
 from nercc_jax.codes import code_card, regression_points
 from nercc_jax.evaluation._answers import Recorder
-from nercc_jax.evaluation._objective import nested_errors
-from nercc_jax.evaluation._trial import draw_sets
+from nercc_jax.evaluation._objective import draw_sets, nested_errors
 from nercc_jax.tuning import Descent, LayoutTuning, Sampling
 from nercc_jax.tuning._layouts import SEARCHED, _plain_codes
 from nercc_jax.tuning._sampling import split_points

@@ -150,10 +150,9 @@ def test_what_a_record_says_of_sets_is_said_of_each(key):
     known = record_answers(model, code, x)
     assert known.coded.shape == (2, N, 2), "a remainder is left out"
     np.testing.assert_allclose(known.own, model(x[: 2 * K]).reshape(2, K, 2), atol=1e-6)
-    for mask in SETS[:2]:
-        score = known.scores(jnp.asarray(mask))
-        np.testing.assert_allclose(
-            score["mse"], known.losses(jnp.asarray(mask)[None], "mse")[0], rtol=1e-5
-        )
-        wrong = known.losses(jnp.asarray(mask)[None], "disagreement")[0]
-        np.testing.assert_allclose(1 - score["rel_acc"], wrong, atol=1e-6)
+    sets = jnp.asarray(SETS[:2])
+    for criterion in ("mse", "disagreement"):
+        each = [known.losses(mask[None], criterion)[0] for mask in sets]
+        np.testing.assert_allclose(known.losses(sets, criterion), each, rtol=1e-5)
+    same = [known.same_labels(known.decode(mask).predictions).mean() for mask in sets]
+    np.testing.assert_allclose(known.losses(sets, "disagreement"), 1 - np.array(same), atol=1e-6)

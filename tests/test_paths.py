@@ -1,6 +1,5 @@
-"""Short paths: both ways of searching, whatever the platform would choose."""
+"""Short paths through rows, against all paths, and against what the search begins with."""
 
-import functools
 import itertools
 
 import hypothesis
@@ -10,19 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from nercc_jax.inference import _paths
-from nercc_jax.inference._paths import short_path, short_paths
+from nercc_jax.inference import order_points
+from nercc_jax.inference.order import short_path
 
-
-@pytest.fixture(scope="module", params=[True, False], ids=["steps", "rounds"])
-def on_cpu(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def find(on_cpu):
-    """`short_path` as it is searched on a CPU, or elsewhere."""
-    return lambda rows: short_paths(jnp.asarray(rows)[None], on_cpu)[0][0]
+find = jax.jit(short_path)
 
 
 def distances(rows):
@@ -35,26 +25,13 @@ def length(rows, order):
 
 
 def nearest_neighbour(rows):
-    """From the row farthest from the mean: where steps begin."""
+    """From the row farthest from the mean: where the search begins."""
     apart = distances(rows)
     order = [int(np.argmax(np.linalg.norm(rows - rows.mean(axis=0), axis=1)))]
     while len(order) < len(rows):
         left = [row for row in range(len(rows)) if row not in order]
         order.append(min(left, key=lambda row: apart[order[-1], row]))
     return order
-
-
-def greedy(rows):
-    """The shortest link of all that joins two pieces by their ends, and so on: for rounds."""
-    apart = distances(rows)
-    pieces = [[row] for row in range(len(rows))]
-    for i, j in sorted(itertools.combinations(range(len(rows)), 2), key=lambda ij: apart[ij]):
-        one, other = (next(piece for piece in pieces if row in piece) for row in (i, j))
-        if one is not other and i in (one[0], one[-1]) and j in (other[0], other[-1]):
-            pieces = [piece for piece in pieces if piece is not one and piece is not other]
-            before = one if one[-1] == i else one[::-1]
-            pieces.append(before + (other if other[0] == j else other[::-1]))
-    return pieces[0]
 
 
 def is_permutation(order, n):
@@ -65,14 +42,14 @@ def is_permutation(order, n):
 @hypothesis.given(
     strategies.lists(strategies.integers(-1000, 1000), min_size=12, max_size=12, unique=True)
 )
-def test_points_on_a_line_are_sorted(find, places):
+def test_points_on_a_line_are_sorted(places):
     """On a line the shortest path is known."""
     rows = np.outer(places, [3.0, -4.0, 12.0]) + 7
     walked = np.asarray(places)[np.asarray(find(rows.astype(np.float32)))]
     assert np.all(np.diff(walked) > 0) or np.all(np.diff(walked) < 0)
 
 
-def test_it_is_near_the_shortest_of_all_paths(find, dtype):
+def test_it_is_near_the_shortest_of_all_paths(dtype):
     """Against all 5,040 paths: a tenth longer at most in the mean, and often the shortest."""
     paths = np.array(list(itertools.permutations(range(7))))
     random = np.random.default_rng(1)
@@ -87,20 +64,19 @@ def test_it_is_near_the_shortest_of_all_paths(find, dtype):
 
 
 @pytest.mark.parametrize("d", [2, 10])
-def test_two_opt_shortens_the_path_it_starts_with(find, on_cpu, d):
-    start = nearest_neighbour if on_cpu else greedy
+def test_two_opt_shortens_the_path_it_starts_with(d):
     random = np.random.default_rng(2)
     ratios = []
     for _ in range(10):
         rows = random.normal(size=(60, d)).astype(np.float32)
         order = find(rows)
         assert is_permutation(order, 60)
-        ratios.append(length(rows, order) / length(rows, start(rows)))
+        ratios.append(length(rows, order) / length(rows, nearest_neighbour(rows)))
     assert max(ratios) < 1 + 1e-5, "it never makes the path longer"
-    assert np.mean(ratios) < (0.97 if on_cpu else 0.99)
+    assert np.mean(ratios) < 0.97
 
 
-def test_turning_round_removes_a_crossing(find):
+def test_turning_round_removes_a_crossing():
     """Nearest neighbours make a path that one turn makes the shortest there is."""
     rows = np.array([[1, 1], [-8, 9], [9, 6], [3, 5], [-6, -4]], np.float32)
     assert nearest_neighbour(rows) == [1, 3, 0, 4, 2]
@@ -109,7 +85,7 @@ def test_turning_round_removes_a_crossing(find):
     assert length(rows, find(rows)) == pytest.approx(length(rows, shortest))
 
 
-def test_alike_rows_lie_side_by_side(find):
+def test_alike_rows_lie_side_by_side():
     random = np.random.default_rng(3)
     cluster = np.arange(60) % 5
     centres = 50 * random.normal(size=(5, 8))
@@ -122,13 +98,13 @@ def test_alike_rows_lie_side_by_side(find):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_few_or_equal_rows(find, n):
+def test_few_or_equal_rows(n):
     assert is_permutation(find(np.arange(2.0 * n, dtype=np.float32).reshape(n, 2)), n)
     assert is_permutation(find(np.ones((n, 2), np.float32)), n)
     assert is_permutation(find(np.ones((n, 0), np.float32)), n)
 
 
-def test_size_and_place_do_not_matter(find, dtype):
+def test_size_and_place_do_not_matter(dtype):
     rows = np.random.default_rng(4).integers(-50, 50, size=(30, 4)).astype(dtype)
     order = find(rows)
     np.testing.assert_array_equal(find(rows * dtype_power(dtype)), order)
@@ -141,12 +117,12 @@ def dtype_power(dtype):
     return np.asarray(2.0**100 if dtype == "float32" else 2.0**600, dtype)
 
 
-def test_half_precision_rows(find):
+def test_half_precision_rows():
     rows = np.random.default_rng(5).normal(size=(30, 4)).astype(jnp.bfloat16)
     np.testing.assert_array_equal(find(rows), find(rows.astype(np.float32)))
 
 
-def test_transforms(find, dtype):
+def test_transforms(dtype):
     rows = np.random.default_rng(6).normal(size=(3, 20, 4)).astype(dtype)
     each = [find(group) for group in rows]
     np.testing.assert_array_equal(jax.vmap(find)(rows), each)
@@ -159,7 +135,7 @@ def test_transforms(find, dtype):
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
-def test_broken_rows_come_last(find, broken):
+def test_broken_rows_come_last(broken):
     rows = np.random.default_rng(7).normal(size=(12, 3)).astype(np.float32)
     rows[[2, 5], 1] = broken
     order = np.asarray(find(rows))
@@ -167,18 +143,14 @@ def test_broken_rows_come_last(find, broken):
     assert set(order[-2:].tolist()) == {2, 5}
 
 
-# So many rows that links are asked for, too.
-MANY = 100
-
-
-def test_many_equal_rows(find):
+def test_many_equal_rows():
     """Each is as near as the next: no row is waited for by all others."""
     rows = np.random.default_rng(8).permutation(np.repeat(np.eye(2, dtype=np.float32), 200, axis=0))
     steps = np.diff(rows[np.asarray(find(rows))], axis=0)
     assert np.count_nonzero(np.any(steps != 0, axis=1)) == 1
 
 
-def test_rows_of_which_each_waits_for_the_next(find):
+def test_rows_of_which_each_waits_for_the_next():
     """Gaps that grow: only one pair at a time is mutually nearest."""
     places = np.cumsum(1.01 ** np.arange(400))
     rows = np.random.default_rng(9).permutation(np.outer(places, [3.0, 4.0]).astype(np.float32))
@@ -187,48 +159,10 @@ def test_rows_of_which_each_waits_for_the_next(find):
     assert length(rows, order) < 1.02 * 5 * (places[-1] - places[0])
 
 
-@pytest.mark.parametrize("d", [2, 10])
-def test_both_ways_find_paths_equally_short(d):
-    random = np.random.default_rng(10)
-    centres = 3 * random.normal(size=(8, d))
-    ratios = []
-    for _ in range(10):
-        rows = (centres[random.integers(8, size=MANY)] + random.normal(size=(MANY, d))).astype("f")
-        steps, rounds = (short_paths(rows[None], on_cpu)[0][0] for on_cpu in (True, False))
-        ratios.append(length(rows, rounds) / length(rows, steps))
-    assert np.mean(ratios) < 1.01
-    assert max(ratios) < 1.1
-
-
-@pytest.mark.parametrize("together", [2, 3, 5])
-def test_buffers_are_searched_each_by_itself(find, on_cpu, together, monkeypatch):
-    """However many there are at a time, with a rest or without; with many equal distances."""
-    size = MANY + together  # a program of its own
-    rows = np.random.default_rng(11).integers(3, size=(5, size, 3)).astype(np.float32)
-    monkeypatch.setattr(_paths, "_ROWS", together * size)
-    monkeypatch.setattr(_paths, "_BYTES", together * 4 * size**2)
-    orders, finite = short_paths(jnp.asarray(rows), on_cpu)
-    assert finite.all()
-    np.testing.assert_array_equal(orders, [find(buffer) for buffer in rows])
-
-
-def test_rounds_are_counted_beforehand():
-    """A loop that ends when the data say so would ask the host each time."""
-    rows = jnp.ones((2, MANY, 3))
-    loops = {
-        on_cpu: str(jax.make_jaxpr(functools.partial(short_paths, on_cpu=on_cpu))(rows))
-        for on_cpu in (True, False)
-    }
-    assert "while[" in loops[True]
-    assert "while[" not in loops[False]
-
-
-def test_the_platform_decides():
-    rows = jnp.asarray(np.random.default_rng(12).normal(size=(MANY, 3)), jnp.float32)
-    np.testing.assert_array_equal(short_path(rows), short_paths(rows[None], True)[0][0])
-    rows = rows[:, :2]  # a shape that nothing else traces
-    traced = jax.jit(short_path).trace(rows)
-    other = traced.lower(lowering_platforms=("cuda",)).as_text()
-    own = traced.lower(lowering_platforms=("cpu",)).as_text()
-    assert f"tensor<{MANY + 2}xi32>" in own  # a path with both ends closed
-    assert f"tensor<{MANY + 2}xi32>" not in other
+@pytest.mark.parametrize("number", [3, 100, 205])
+def test_buffers_are_searched_each_by_itself(number):
+    """However many there are at a time, with a rest or without."""
+    rows = np.random.default_rng(11).normal(size=(number, 10, 3)).astype(np.float32)
+    order = np.asarray(order_points(rows.reshape(-1, 3), 10, buffer_size=10)).reshape(number, 10)
+    expected = [find(buffer) + 10 * place for place, buffer in enumerate(rows)]
+    np.testing.assert_array_equal(order, expected)

@@ -27,7 +27,7 @@ from nercc_jax import (
     pool_inference,
 )
 from nercc_jax.evaluation import make_forecast
-from nercc_jax.inference._conditions import Conditions
+from nercc_jax.inference.models import Conditions
 from nercc_jax.pools import Fault, Faults, Overdue
 from nercc_jax.risk import ErrorProbability
 from nercc_jax.stragglers import TraceLatency

@@ -14,7 +14,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nercc_jax import NeRCC, Parity, coded_inference
-from nercc_jax.inference._spmd import place, slots
 
 GROUPS = 6
 
@@ -87,12 +86,6 @@ def test_it_equals_the_unsharded(devices, num_data, num_workers, precision):
 def test_each_kind_of_worker_is_spread_by_itself(devices):
     """Images in, images out: five by three and as many groups as eight devices have, and one."""
     code = Parity(4, 6)
-    kinds = code.worker_models
-    spread = slots(kinds, devices)
-    assert set(spread.worker) == set(range(6))
-    for worker, kind in zip(spread.worker, np.tile(spread.kinds, devices), strict=True):
-        assert kinds[worker] == kind
-
     models = (lambda b: jnp.sin(b) * b, lambda b: jnp.cos(b))
     x = np.random.default_rng(1).normal(size=(9, 4, 5, 3)).astype(np.float32)
     masks = np.ones((9, 6), bool)
@@ -102,16 +95,6 @@ def test_each_kind_of_worker_is_spread_by_itself(devices):
     expected = coded_inference(models, code, with_status=True)(x, masks)
     assert_same(infer(x, masks), expected)
     assert_same(infer(x[0], masks[0]), jax.tree.map(lambda leaf: leaf[0], expected))
-
-
-def test_slots_are_workers_in_order_and_then_again():
-    spread = slots(np.zeros(7, int), 3)
-    np.testing.assert_array_equal(spread.worker, [0, 1, 2, 3, 4, 5, 6, 0, 1])
-    np.testing.assert_array_equal(spread.of_worker, np.arange(7))
-    np.testing.assert_array_equal(spread.kinds, [0, 0, 0])
-    mixed = slots(np.array([0, 1, 0]), 2)
-    np.testing.assert_array_equal(mixed.worker, [0, 1, 2, 1])
-    np.testing.assert_array_equal(mixed.of_worker, [0, 1, 2])
 
 
 def test_one_compilation_serves_every_straggler_set():
@@ -162,12 +145,6 @@ def test_a_further_axis_of_the_mesh_may_shard_the_model(kind):
     plain = Layers(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((5, 6), (6, 2))))
     columns = NamedSharding(mesh, PartitionSpec(None, "model"))
     sharded = eqx.tree_at(lambda m: m.first, plain, jax.device_put(plain.first, columns))
-
-    placed = place(sharded, NeRCC(4, 7), mesh)
-    assert placed.model.first.sharding.spec == columns.spec
-    assert placed.model.second.sharding.is_fully_replicated
-    leaves = [placed.model.first, *jax.tree.leaves(eqx.filter(placed, eqx.is_array))]
-    assert all(leaf.sharding.device_set == set(mesh.devices.flat) for leaf in leaves)
 
     x = rng.normal(size=(2, 4, 5)).astype("f")
     mask = np.arange(7) != 3

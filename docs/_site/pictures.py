@@ -15,8 +15,7 @@ from matplotlib.text import Text
 
 from nercc_jax import NeRCC
 from nercc_jax.codes._nercc import decoding_options
-from nercc_jax.evaluation._looks import CODED, DATA, FOUND, LOST
-from nercc_jax.evaluation._pictures import batch_figure
+from nercc_jax.evaluation._pictures import CODED, DATA, FOUND, LOST, batch_figure
 from nercc_jax.splines import smoothing_spline
 
 CURVE = "#999999"

@@ -12,10 +12,10 @@ from rich.table import Table
 from ..codes import AbstractCode, Berrut, NeRCC, Replication, decode_groups
 from ..codes._trees import groups_of
 from ..evaluation import Estimate
-from ..evaluation._answers import all_answers, batched
-from ..evaluation._looks import system_look
+from ..evaluation._answers import Recorder, batched
+from ..evaluation._pictures import system_look
 from ..inference import coded_inference, order_points
-from ..inference._models import Model
+from ..inference.models import Model
 from ..schemes import AssessedPredictions, Scheme, calibrate_error_probability, reexecute
 from ..stragglers import IndependentStragglers
 from ..surrogates import fit_surrogate
@@ -87,6 +87,7 @@ def kept_labels(queries: Queries, num_data: int, num_workers: int, seed: int) ->
     judged = judged[: len(judged) // num_data * num_data]
     run, student = batched(queries.model, 256), batched(queries.student, 256)
     own, guess = (np.asarray(each(judged)).argmax(-1) for each in (run, student))
+    recorder = Recorder(run, groups_of(judged, num_data), 256)
     few, many = num_data + max(num_data // 4, 1), num_workers
 
     def kept(infer: Callable[[np.ndarray], np.ndarray], workers: int) -> Estimate:
@@ -98,8 +99,7 @@ def kept_labels(queries: Queries, num_data: int, num_workers: int, seed: int) ->
         return Estimate.over(shares)
 
     def labels(code: AbstractCode) -> Callable[[np.ndarray], np.ndarray]:
-        answers, form = all_answers((run,), code, groups_of(judged, num_data))
-        y = form.split(answers)
+        y = recorder.form.split(recorder.of(code).coded)
         return lambda masks: _labels(decode_groups(code, y, masks).predictions).ravel()
 
     def else_student(masks: np.ndarray) -> np.ndarray:

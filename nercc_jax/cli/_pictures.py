@@ -17,7 +17,7 @@ from ..evaluation import Estimate, Evaluation
 from ..evaluation._answers import batched
 from ..evaluation._evaluation import SHARES
 from ..evaluation._pictures import batch_figure, laws_and_codes, straggler_figure
-from ..inference._models import Model
+from ..inference.models import Model
 from ..tuning._tune import TuningStep
 
 

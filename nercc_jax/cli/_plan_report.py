@@ -9,7 +9,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from ..evaluation._looks import system_look
+from ..evaluation._pictures import system_look
 from ..planning import Plan
 from ..planning._candidates import Candidate
 from ..planning._plan import ALIKE

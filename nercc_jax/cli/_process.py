@@ -79,7 +79,7 @@ def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> bo
     import equinox as eqx
     import jax
 
-    from ..inference._models import call_model
+    from ..inference.models import call_model
 
     if jax.default_backend() != "cpu":
         return False

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..codes import AbstractCode, NeRCC
 from ..evaluation import make_forecast
 from ..evaluation._answers import batched
-from ..inference._models import Model, call_model
+from ..inference.models import Model, call_model
 from ..pools import AbstractPool, PoolReport, run_batches
 from ..pools._backend import pool_counts
 from ..pools._batch import answers_to_wait_for

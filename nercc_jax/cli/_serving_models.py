@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, Uncoded, load_code
 from ..codes._kept import x64_enabled
-from ..inference._conditions import current_conditions
+from ..inference.models import current_conditions
 from ..serving import Predictor, Servable, make_servable
 from ..serving._metrics import Metrics
 from ..serving._served_model import ServedModel, log_phase

@@ -102,8 +102,8 @@ def tune_command(
         from rich.console import Console
 
         from ..codes import AbstractCode, save_code
-        from ..evaluation._evaluation import Evaluations
-        from ..evaluation._trial import Trial
+        from ..evaluation import Evaluations
+        from ..evaluation._objective import Trial
         from ..tuning import Descent, LayoutTuning
         from ._output import write_json
         from ._tune_job import (

@@ -17,11 +17,10 @@ from rich.table import Table
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, LearnedDecoder, NeRCC, Replication
 from ..codes._points import coincident
-from ..evaluation import evaluate
-from ..evaluation._evaluation import Evaluations
-from ..evaluation._looks import system_look
-from ..evaluation._trial import Trial, landscape, make_trial
-from ..inference._models import Model
+from ..evaluation import Evaluations, evaluate
+from ..evaluation._objective import Trial, landscape, make_trial
+from ..evaluation._pictures import system_look
+from ..inference.models import Model
 from ..stragglers import AbstractStragglers
 from ..tuning import Descent, Tuned, learn_decoder, search_layout, tune
 from ..tuning._layouts import LayoutCandidate, LayoutSearch

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from ..codes import AbstractCode, load_code
-from ..inference._models import call_model, check_model
+from ..inference.models import call_model, check_model
 from ..pools._batch import reason_of
 from ..pools._row_files import fingerprint_of_array
 from ..stragglers import AbstractStragglers, ExactStragglers

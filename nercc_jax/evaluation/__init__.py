@@ -2,7 +2,7 @@
 
 from ._answers import Answers, record_answers
 from ._criteria import coverage
-from ._evaluation import Estimate, Evaluation, evaluate
+from ._evaluation import Estimate, Evaluation, Evaluations, evaluate
 from ._forecast import Forecast, make_forecast
 from ._objective import nested_objective
 
@@ -10,6 +10,7 @@ __all__ = [
     "Answers",
     "Estimate",
     "Evaluation",
+    "Evaluations",
     "Forecast",
     "coverage",
     "evaluate",

@@ -5,6 +5,7 @@ masks, and compare.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -13,11 +14,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, encode_groups
+from ..codes import AbstractCode, Decoded
 from ..codes._at_hand import decode_sets
 from ..codes._grouped import GroupPoints, following_points
 from ..codes._groups import encode_leaf
-from ..codes._kept import encoder_rows, known_encoder
+from ..codes._kept import encoder_rows
 from ..codes._trees import (
     Form,
     check_finite,
@@ -30,11 +31,18 @@ from ..codes._trees import (
     to_device,
 )
 from ..inference import cast_model
-from ..inference._conditions import Conditions, current_conditions
-from ..inference._models import Model, call_on_batch, check_model
-from ..inference._workers import run_workers
+from ..inference.models import (
+    Conditions,
+    Model,
+    call_on_batch,
+    check_model,
+    check_number_of_models,
+    current_conditions,
+)
 from ..splines.arrays import native
 from ._criteria import Criterion, labels_of, point_criterion, same_labels
+
+Run: TypeAlias = Callable[[PyTree], PyTree]  # a model for any number of data points: `batched`
 
 
 class Answers(eqx.Module):
@@ -116,33 +124,13 @@ class Answers(eqx.Module):
         count = jnp.sum(recovered, axis=(1, 2))
         return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
 
-    def scores(
-        self,
-        available: Bool[Array, " num_workers"],
-        labels: PyTree[Int[Array, "points ..."]] | None = None,
-    ) -> dict[str, Float[Array, ""]]:
-        """Return the metrics of `Evaluation` for one straggler set, the same for all groups.
-
-        Errors are NaN where nothing is recovered.
-        """
-        sums = {m: jnp.sum(v) for m, v in self.sums_of(self.decode(available), labels).items()}
-        count, total = sums.pop("recovered"), self.own.shape[0] * self.own.shape[1]
-        squares = sums.pop("squares") / count
-        scores = {
-            "mse": squares / self.own.shape[-1],
-            "rmse": jnp.sqrt(squares),
-            "mean_l2": sums.pop("norms") / count,
-            "lost": 1 - count / total,
-        }
-        return scores | {metric: value / total for metric, value in sums.items()}
-
     def sums_of(
         self, decoded: Decoded, labels: PyTree[Int[Array, "points ..."]] | None = None
     ) -> dict[str, Float[Array, " groups"]]:
-        """Return, for each group, what the metrics are means of.
+        """Return, for each group, the sums of its data points that the metrics are means of.
 
-        Added up over its data points: those recovered, squared norms of errors, norms, and labels
-        that are the model's own (`rel_acc`) and the true ones (`accuracy`).
+        They are the number that is recovered, squared norms of errors, norms, and labels that are
+        the model's own (`rel_acc`) and the true ones (`accuracy`).
         """
         recovered = decoded.recovered
         error = jnp.where(recovered[..., None], decoded.predictions - self.own, 0)
@@ -213,54 +201,91 @@ def record_answers(
             finite, the models are not those that the code's workers run, or `worker_dtype` is no
             float.
     """
-    groups = cut_groups(x, code.num_data)
     models = (model,) if callable(model) else tuple(model)
-    runs = [batched(each, batch_size) for each in cast_model(models, worker_dtype)]
-    coded, form = all_answers(runs, code, groups)
-    own, _ = own_outputs(batched(models[0], batch_size), groups)
-    return Answers(code, coded, own, form, current_conditions(worker_dtype))
+    check_number_of_models(code.worker_models, len(models))
+    groups = cut_groups(x, code.num_data)
+    run, *further = [batched(each, batch_size) for each in cast_model(models, worker_dtype)]
+    own = None if worker_dtype is None else batched(models[0], batch_size)
+    recorder = Recorder(run, groups, batch_size, own, current_conditions(worker_dtype))
+    return recorder.of(code, further)
 
 
 class Recorder:
     """A model's answers to the coded data points of many codes on the same groups.
 
-    Each answer is computed once. `own` are the model's outputs on the data points, (groups, K, m),
-    and `evaluations` counts the data points and coded data points that it ran on.
+    Each answer is computed once.
+
+    Attributes:
+        own: The model's outputs on the data points, (groups, K, m).
+        form: The structure of the outputs.
+        evaluations: The number of data points and coded data points that it ran on.
     """
 
     def __init__(
         self,
-        run: Callable[[PyTree], PyTree],
+        run: Run,
         groups: PyTree[Shaped[np.ndarray, "groups num_data ..."]],
         batch_size: int,
-        own: tuple[Float[np.ndarray, "groups num_data m"], Form] | None = None,
+        own: Run | tuple[Float[np.ndarray, "groups num_data m"], Form] | None = None,
+        conditions: Conditions | None = None,
     ):
-        """Start a record of a model (`batched`) on groups, whose own outputs may be known already.
+        """Start a record of a model (`batched`) on groups.
 
-        Raises ValueError if the model's outputs are not finite.
+        Args:
+            run: The model that workers run.
+            groups: The data points.
+            batch_size: The number of data points in a call.
+            own: The model whose outputs on the data points count, where it is not `run`; or that
+                model's outputs, where they are known.
+            conditions: The conditions of `run`. Default: those here and now.
+
+        Raises:
+            ValueError: The outputs on the data points are not finite floats.
         """
         self._run, self._groups, self._batch_size = run, groups, batch_size
+        self._conditions = conditions or current_conditions()
         self._shape = jax.tree.leaves(groups)[0].shape[:2]
         self.evaluations = 0
-        if own is None:
+        if isinstance(own, tuple):
+            self.own, self.form = own
+        else:
             self.evaluations = self._shape[0] * self._shape[1]
-        vectors, self.form = own_outputs(run, groups) if own is None else own
-        self.own = np.asarray(vectors)
-        names = map(_row_name, np.eye(self._shape[1]))
-        self._known = {name: self.own[:, place] for place, name in enumerate(names)}
+            outputs = (own or run)(points_of(groups))
+            check_floats("the model's answer", outputs)
+            flat, self.form = join(outputs, 1)
+            finite = np.isfinite(flat).all(axis=-1)
+            if not finite.all():
+                raise ValueError(
+                    "the model's own outputs must be finite; they are not for data points "
+                    f"{np.flatnonzero(~finite)[:10].tolist()}"
+                )
+            self.own = np.asarray(flat).reshape(*self._shape, -1)
+        self._known: dict[bytes, np.ndarray] = {}
+        if not callable(own):
+            names = map(_row_name, np.eye(self._shape[1]))
+            self._known = {name: self.own[:, place] for place, name in enumerate(names)}
         self._following: dict[bytes, np.ndarray] = {}
 
-    def of(self, code: AbstractCode) -> Answers:
-        """Return all workers' answers with a code."""
-        rows = encoder_rows(code)
+    def of(self, code: AbstractCode, further: Sequence[Run] = ()) -> Answers:
+        """Return all workers' answers with a code, and its `further` models (`batched`).
+
+        Raises:
+            ValueError: The number of models is not the code's.
+        """
+        rows, kinds = encoder_rows(code), code.worker_models
+        check_number_of_models(kinds, 1 + len(further))
         names = [_row_name(row) for row in rows]
-        new = {n: row for n, row in zip(names, rows, strict=True) if n not in self._known}
-        if new:
-            answers = self._ask(np.stack(list(new.values())))
-            self._known |= {name: answers[:, place] for place, name in enumerate(new)}
-        coded = np.stack([self._known[name] for name in names], axis=1)
-        own, here = jnp.asarray(self.own), current_conditions()
-        return Answers(code, jnp.asarray(coded), own, self.form, here)
+        answers = {}
+        for kind, run in enumerate((self._run, *further)):
+            known = self._known if kind == 0 else {}
+            theirs = {n: r for n, r, k in zip(names, rows, kinds, strict=True) if k == kind}
+            if new := {name: row for name, row in theirs.items() if name not in known}:
+                found = self._ask(run, np.stack(list(new.values())))
+                known |= {name: found[:, place] for place, name in enumerate(new)}
+            answers |= {(kind, name): known[name] for name in theirs}
+        coded = np.stack([answers[each] for each in zip(kinds, names, strict=True)], axis=1)
+        own = jnp.asarray(self.own)
+        return Answers(code, jnp.asarray(coded), own, self.form, self._conditions)
 
     def following(
         self, code: AbstractCode, coordinates: Float[np.ndarray, "groups num_data d"]
@@ -273,9 +298,9 @@ class Recorder:
         points = GroupPoints(*jax.vmap(lambda each: following_points(code, each))(places))
         rows = np.asarray(eqx.filter_jit(GroupPoints.encoders)(points, code))
         if (name := _row_name(rows)) not in self._following:
-            self._following[name] = self._ask(rows)
+            self._following[name] = self._ask(self._run, rows)
         coded, own = jnp.asarray(self._following[name]), jnp.asarray(self.own)
-        return Answers(code, coded, own, self.form, current_conditions(), points)
+        return Answers(code, coded, own, self.form, self._conditions, points)
 
     def coordinates(
         self, function: Callable[[PyTree], PyTree] | None
@@ -287,19 +312,21 @@ class Recorder:
         return np.asarray(join(leaves, 1)[0]).reshape(*self._shape, -1)
 
     def _ask(
-        self, rows: Float[np.ndarray, "*groups rows num_data"]
+        self, run: Run, rows: Float[np.ndarray, "*groups rows num_data"]
     ) -> Float[np.ndarray, "groups rows m"]:
-        """Return the model's outputs for combinations of the data points of each group."""
+        """Return a model's outputs for combinations of the data points of each group."""
         groups, number = self._shape[0], rows.shape[-2]
         self.evaluations += groups * number
-        at_once = max(2 * self._batch_size // number, 1)
+        at_once = min(max(self._batch_size // number, 1), groups)
         parts = []
         for place in range(0, groups, at_once):
-            here = slice(place, place + at_once)
+            # The last groups are filled up: one shape is one compilation.
+            here = np.minimum(np.arange(place, place + at_once), groups - 1)
             part = jax.tree.map(lambda leaf: leaf[here], self._groups)  # noqa: B023
-            coded = points_of(_combine(rows if rows.ndim == 2 else rows[here], part))
-            parts.append(np.asarray(join(self._run(coded), 1)[0]))
-        return np.concatenate(parts).reshape(groups, number, -1)
+            coded = _combine(rows if rows.ndim == 2 else rows[here], part)
+            flat = np.asarray(join(run(points_of(coded)), 1)[0])
+            parts.append(flat.reshape(at_once, number, -1))
+        return np.concatenate(parts)[:groups]
 
 
 def cut_groups(x: PyTree, num_data: int) -> PyTree[Shaped[np.ndarray, "groups num_data ..."]]:
@@ -325,25 +352,7 @@ def cut_groups(x: PyTree, num_data: int) -> PyTree[Shaped[np.ndarray, "groups nu
     return groups_of(jax.tree.map(lambda leaf: leaf[: groups * num_data], x), num_data)
 
 
-def own_outputs(
-    run: Callable[[PyTree], PyTree], groups: PyTree
-) -> tuple[Float[Array, "groups num_data m"], Form]:
-    """Return the served model's outputs for the data points themselves, and their form.
-
-    Raises ValueError if they are not finite.
-    """
-    shape = jax.tree.leaves(groups)[0].shape[:2]
-    flat, form = join(run(points_of(groups)), 1)
-    finite = np.isfinite(flat).all(axis=-1)
-    if not finite.all():
-        raise ValueError(
-            "the model's own outputs must be finite; they are not for data points "
-            f"{np.flatnonzero(~finite)[:10].tolist()}"
-        )
-    return flat.reshape(*shape, -1), form
-
-
-def batched(model: Model, batch_size: int) -> Callable[[PyTree], PyTree]:
+def batched(model: Model, batch_size: int) -> Run:
     """Return the model for any number of data points, in batches of one shape: one compilation.
 
     Fewer data points than that are filled up to a power of two. Raises ValueError if the model is
@@ -371,14 +380,6 @@ def batched(model: Model, batch_size: int) -> Callable[[PyTree], PyTree]:
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:points], *parts)
 
     return run
-
-
-def all_answers(
-    models: Sequence[Model], code: AbstractCode, groups: PyTree
-) -> tuple[Float[Array, "groups num_workers m"], Form]:
-    """Return all workers' answers to groups as vectors, and their form."""
-    coded = eqx.filter_jit(encode_groups)(code, to_device(groups), known_encoder(code))
-    return join(run_workers(models, code, coded), 2)
 
 
 def _row_name(row: np.ndarray) -> bytes:

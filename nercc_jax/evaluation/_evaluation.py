@@ -1,9 +1,8 @@
 """Codes side by side: the same data points, the same stragglers, the same metrics."""
 
 import dataclasses
-import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -16,12 +15,13 @@ from ..codes import AbstractCode
 from ..codes._checks import check_count
 from ..codes._trees import join, leaves_of
 from ..inference import cast_model
-from ..inference._models import Model
+from ..inference.models import Model, current_conditions
 from ..splines.arrays import native
 from ..stragglers import AbstractStragglers
-from ._answers import Answers, all_answers, batched, cut_groups, own_outputs
+from ._answers import Answers, Recorder, batched, cut_groups
 
-_CHANNEL = 1  # of a set's key: the mask takes the key itself
+SHARES = ("rel_acc", "accuracy", "lost")  # metrics between 0 and 1
+_METRICS = ("mse", "rmse", "mean_l2", *SHARES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,17 +116,15 @@ class Evaluation:
     num_sets: int
 
 
-_Errors: TypeAlias = Mapping[tuple[str, str], Float[np.ndarray, "sets groups"]]
-
-SHARES = ("rel_acc", "accuracy", "lost")
-_SUMS = eqx.filter_jit(Answers.sums_of)
-_METRICS = ("mse", "rmse", "mean_l2", *SHARES)
-
-
 class Evaluations(list[Evaluation]):
     """The result of `evaluate`: a list of rows, which is a table and a picture, too."""
 
-    def __init__(self, rows: Iterable[Evaluation] = (), errors: _Errors | None = None) -> None:
+    def __init__(
+        self,
+        rows: Iterable[Evaluation] = (),
+        errors: Mapping[tuple[str, str], Float[np.ndarray, "sets groups"]] | None = None,
+    ):
+        """Make a result of rows, and the values that each code's MSE under each law is mean of."""
         super().__init__(rows)
         self._errors = errors or {}
 
@@ -166,7 +164,17 @@ class Evaluations(list[Evaluation]):
 
     def records(self) -> list[dict[str, Any]]:
         """Return one flat dict for each row: `mse`, `mse_low`, `mse_high`, and so on."""
-        return [_record(row) for row in self]
+        records = []
+        for row in self:
+            record: dict[str, Any] = {"code": row.code, "stragglers": row.stragglers}
+            for metric in _METRICS:
+                estimate = getattr(row, metric)
+                if estimate is not None:
+                    low, high = estimate.interval(share=metric in SHARES)
+                    record |= {metric: estimate.mean, f"{metric}_low": low, f"{metric}_high": high}
+            record |= {"num_data_points": row.num_data_points, "num_sets": row.num_sets}
+            records.append(record)
+        return records
 
     def to_pandas(self) -> Any:
         """Return `records` as a pandas DataFrame.
@@ -202,35 +210,6 @@ class Evaluations(list[Evaluation]):
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = (map(str.ljust, line, widths) for line in table)
         return "\n".join("  ".join(line).rstrip() for line in lines)
-
-    def _repr_html_(self) -> str:
-        return _as_html(self.records())
-
-
-def _record(row: Evaluation) -> dict[str, Any]:
-    record: dict[str, Any] = {"code": row.code, "stragglers": row.stragglers}
-    for metric in _METRICS:
-        estimate = getattr(row, metric)
-        if estimate is not None:
-            low, high = estimate.interval(share=metric in SHARES)
-            record |= {metric: estimate.mean, f"{metric}_low": low, f"{metric}_high": high}
-    return record | {"num_data_points": row.num_data_points, "num_sets": row.num_sets}
-
-
-def _as_html(records: list[dict[str, Any]]) -> str:
-    """Return the means as a table, with intervals in tooltips."""
-    names = [name for name in records[0] if f"{name}_low" in records[0]] if records else []
-    head = "".join(f"<th>{name}</th>" for name in ("code", "stragglers", *names))
-    body = ""
-    for record in records:
-        cells = "".join(
-            f'<td title="{record[f"{name}_low"]:.4g} to {record[f"{name}_high"]:.4g}">'
-            f"{record[name]:.4g}</td>"
-            for name in names
-        )
-        who = "".join(f"<td>{html.escape(record[name])}</td>" for name in ("code", "stragglers"))
-        body += f"<tr>{who}{cells}</tr>"
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def evaluate(
@@ -280,11 +259,16 @@ def evaluate(
             outputs are not finite floats, shapes do not agree, the model is in training mode, or
             the further models are not those that the codes' workers run.
     """
-    num_data, _ = _common_size(codes)
-    groups = cut_groups(x, num_data)
-    points = len(jax.tree.leaves(x)[0])
-    used = len(jax.tree.leaves(groups)[0]) * num_data
+    sizes = {name: (code.num_data, code.num_workers) for name, code in codes.items()}
+    if not sizes:
+        raise ValueError("there are no codes to evaluate")
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"codes to compare must have the same (num_data, num_workers): {sizes}")
+    if unknown := (further_models or {}).keys() - codes.keys():
+        raise ValueError(f"further_models names {sorted(unknown)}; the codes are {list(codes)}")
     num_sets = check_count("num_sets", num_sets)
+    groups = cut_groups(x, next(iter(codes.values())).num_data)
+    points, used = len(jax.tree.leaves(x)[0]), np.prod(jax.tree.leaves(groups)[0].shape[:2])
     for label, leaf in [] if labels is None else leaves_of("labels", labels):
         if np.shape(leaf)[:1] != (points,):
             raise ValueError(f"{label} have shape {np.shape(leaf)}; x has {points} data points")
@@ -292,23 +276,20 @@ def evaluate(
         lambda leaf: jnp.asarray(np.asarray(leaf)[:used]), native(labels, "labels")
     )
 
-    own, form = own_outputs(batched(model, batch_size), groups)
     run = batched(cast_model(model, worker_dtype), batch_size)
-    further = {
-        name: tuple(batched(other, batch_size) for other in cast_model(tuple(others), worker_dtype))
-        for name, others in (further_models or {}).items()
-    }
-    if unknown := further.keys() - codes.keys():
-        raise ValueError(f"further_models names {sorted(unknown)}; the codes are {list(codes)}")
-    recorded = {
-        name: Answers(code, all_answers((run, *further.get(name, ())), code, groups)[0], own, form)
-        for name, code in codes.items()
-    }
-
+    own = None if worker_dtype is None else batched(model, batch_size)
+    recorder = Recorder(run, groups, batch_size, own, current_conditions(worker_dtype))
+    recorded = {}
+    for name, code in codes.items():
+        others = cast_model(tuple((further_models or {}).get(name, ())), worker_dtype)
+        recorded[name] = recorder.of(code, [batched(each, batch_size) for each in others])
     return evaluate_answers(
         recorded, stragglers,
         key=key, num_sets=num_sets, labels=targets, channel=channel, progress=progress,
     )  # fmt: skip
+
+
+_sums_of = eqx.filter_jit(Answers.sums_of)
 
 
 def evaluate_answers(
@@ -331,31 +312,19 @@ def evaluate_answers(
         draw = jax.random.fold_in(jax.random.fold_in(key, place), index)
         available = stragglers[law].available(draw, first.code.num_workers)
         for name, answers in recorded.items():
-            if channel is not None:
-                answers = _send(channel, answers, jax.random.fold_in(draw, _CHANNEL))
-            found = _SUMS(answers, answers.decode(available), labels)
+            if channel is not None:  # the mask takes the draw's key itself
+                answers = _send(channel, answers, jax.random.fold_in(draw, 1))
+            found = _sums_of(answers, answers.decode(available), labels)
             sums.setdefault((name, law), []).append(found)
-    tables = {
-        (name, law): _values(sums[name, law], num_data, num_outputs)
-        for law in stragglers
-        for name in recorded
-    }
-    rows = []
-    for (name, law), table in tables.items():
-        found: dict[str, Any] = {metric: Estimate.over(each) for metric, each in table.items()}
-        found = {"accuracy": None, "num_sets": num_sets} | found
-        found["num_data_points"] = groups * num_data
-        rows.append(Evaluation(name, law, **found))
-    return Evaluations(rows, {pair: table["mse"] for pair, table in tables.items()})
-
-
-def _common_size(codes: Mapping[str, AbstractCode]) -> tuple[int, int]:
-    sizes = {name: (code.num_data, code.num_workers) for name, code in codes.items()}
-    if not sizes:
-        raise ValueError("there are no codes to evaluate")
-    if len(set(sizes.values())) != 1:
-        raise ValueError(f"codes to compare must have the same (num_data, num_workers): {sizes}")
-    return next(iter(sizes.values()))
+    rows, errors = [], {}
+    for law in stragglers:
+        for name in recorded:
+            table = _values(sums[name, law], num_data, num_outputs)
+            estimates: Any = {metric: Estimate.over(each) for metric, each in table.items()}
+            estimates = {"accuracy": None, "num_sets": num_sets} | estimates
+            rows.append(Evaluation(name, law, num_data_points=groups * num_data, **estimates))
+            errors[name, law] = table["mse"]
+    return Evaluations(rows, errors)
 
 
 @eqx.filter_jit

@@ -4,17 +4,14 @@ import functools
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..codes import AbstractCode, as_mask
-from ..inference._conditions import AbstractCalibrated, Conditions
-from ..inference._models import Model
+from ..inference.models import AbstractCalibrated, Conditions, Model
 from ._answers import Answers, record_answers
-
-# Straggler sets whose verdict is remembered.
-_REMEMBERED = 4096
 
 
 class Forecast(AbstractCalibrated):
@@ -101,7 +98,7 @@ class Forecast(AbstractCalibrated):
         points = groups * num_data
         most = (max_disagreement or 0) * points + 1e-6
 
-        @functools.lru_cache(maxsize=_REMEMBERED)
+        @functools.lru_cache(maxsize=4096)
         def decide(mask: bytes) -> bool:
             error, disagreement, lost = map(float, _expect(self, np.frombuffer(mask, bool)))
             if max_error is not None:
@@ -163,6 +160,9 @@ def make_forecast(
 @eqx.filter_jit
 def _expect(forecast: Forecast, available: Bool[ArrayLike, " num_workers"]) -> tuple[Array, ...]:
     """Return the error, the disagreement, and the share of data points that are lost."""
-    available = as_mask(available, (forecast.answers.code.num_workers,))
-    score = forecast.answers.scores(available)
-    return score["rmse"], 1 - score["rel_acc"], score["lost"]
+    answers = forecast.answers
+    decoded = answers.decode(as_mask(available, (answers.code.num_workers,)))
+    sums = {metric: jnp.sum(each) for metric, each in answers.sums_of(decoded).items()}
+    count, total = sums["recovered"], answers.own.shape[0] * answers.own.shape[1]
+    error = jnp.sqrt(sums["squares"] / count)
+    return error, 1 - sums["rel_acc"] / total, 1 - count / total

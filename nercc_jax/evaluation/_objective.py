@@ -1,15 +1,22 @@
-"""The nested objective: how far decoded predictions are from the model's own."""
+"""The nested objective: how far decoded predictions are from the model's own.
 
-from collections.abc import Sequence
+A trial is the objective of codes on the same groups and straggler sets, where no law of stragglers
+is drowned by another.
+"""
 
+from collections.abc import Mapping, Sequence
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, encode_groups
+from ..codes import AbstractCode, Decoded, NeRCC, encode_groups
+from ..codes._products import multiply_sets
 from ..codes._trees import check_leading, groups_of, join, points_of, to_device
-from ..inference._models import Model, call_model
-from ..inference._workers import run_workers
+from ..inference.models import Model, call_model, check_model, run_workers
+from ..stragglers import AbstractStragglers, straggler_sets
 from ._answers import Answers
 from ._criteria import Criterion
 
@@ -92,7 +99,7 @@ def nested_answers(
     check_leading("x", x, (*groups, code.num_data), "groups and their data points")
     answers = run_workers(model, code, encode_groups(code, x))
     if originals is None:
-        originals = original_predictions(model, x)
+        originals = _own_predictions(model, x)
     originals = to_device(originals)
     wanted = jax.tree.map(lambda leaf: (*groups, code.num_data, *leaf.shape[2:]), answers)
     got = jax.tree.map(lambda leaf: leaf.shape, originals)
@@ -103,9 +110,184 @@ def nested_answers(
     return Answers(code, coded, own, form)
 
 
-def original_predictions(
+def _own_predictions(
     model: Model | Sequence[Model], x: PyTree[Shaped[Array, "groups num_data ..."]]
 ) -> PyTree[Float[Array, "groups num_data ..."]]:
     """Return the served model's own predictions of uncoded groups."""
     served = model if callable(model) else model[0]
     return groups_of(call_model(served, points_of(x)), jax.tree.leaves(x)[0].shape[1])
+
+
+class Trial(eqx.Module):
+    """Groups and straggler sets on which codes are compared; `make_trial` makes one.
+
+    `x` are groups of data points, `originals` the model's own predictions of them (None: not yet
+    known), `available` straggler sets, `law` the number in `laws` of the law that each is from,
+    `scales` the error of a starting code under each law (infinite: the law does not count).
+    """
+
+    x: PyTree[Shaped[Array, "groups num_data ..."]]
+    originals: PyTree[Float[Array, "groups num_data ..."]] | None
+    available: Bool[Array, "sets num_workers"]
+    law: Int[Array, " sets"]
+    scales: Float[Array, " laws"]
+    laws: tuple[str, ...] = eqx.field(static=True)
+    criterion: Criterion = eqx.field(static=True)
+    power: float = eqx.field(static=True)
+
+    def errors(self, model: Model, code: AbstractCode) -> Float[Array, " laws"]:
+        """Return a code's mean error under each law, without sets in which it recovers nothing."""
+        return _errors_by_law(self, model, code)[0]
+
+    def objective(self, model: Model, code: AbstractCode) -> Float[Array, ""]:
+        """Return the power mean over laws of a code's error relative to the starting code's.
+
+        With r_l = errors / scales this is (mean_l r_l^power)^(1/power): 1 for the starting code,
+        and differentiable in the code.
+        """
+        return _relative(self, *_errors_by_law(self, model, code))
+
+    def objective_by_products(self, model: Model, code: AbstractCode) -> Float[Array, ""]:
+        """Return the objective by one product for each straggler set.
+
+        So its gradient needs a matrix for each set, not for each set and group. An answer that is
+        not finite makes it NaN.
+        """
+        answers = nested_answers(model, code, self.x, self.originals)
+        matrices = jax.vmap(code.decoder_matrix)(self.available)
+        recovered = jax.vmap(code.recovered)(self.available)
+        responded, recovered = (
+            jnp.repeat(each[:, None], len(answers.coded), axis=1)
+            for each in (self.available, recovered)
+        )
+        decoded = Decoded(multiply_sets(matrices, answers.coded), responded, recovered)
+        losses = answers.losses_of(decoded, self.criterion)
+        return _relative(self, *_by_law(self, code, losses))
+
+
+# One program for errors and objectives: seconds to compile.
+@eqx.filter_jit
+def _errors_by_law(
+    trial: Trial, model: Model, code: AbstractCode
+) -> tuple[Float[Array, " laws"], Bool[Array, " laws"]]:
+    errors = nested_errors(
+        model, code, trial.x, trial.available,
+        criterion=trial.criterion, originals=trial.originals,
+    )  # fmt: skip
+    return _by_law(trial, code, errors)
+
+
+def _by_law(
+    trial: Trial, code: AbstractCode, errors: Float[Array, " sets"]
+) -> tuple[Float[Array, " laws"], Bool[Array, " laws"]]:
+    """Return the mean error under each law (NaN where no set recovers anything), and which have."""
+    counts = jnp.any(jax.vmap(code.recovered)(trial.available), axis=1)
+    total, count = (
+        jax.ops.segment_sum(values, trial.law, len(trial.laws), indices_are_sorted=True)
+        for values in (jnp.where(counts, errors, 0), counts.astype(errors.dtype))
+    )
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan), count > 0
+
+
+@eqx.filter_jit
+def _relative(
+    trial: Trial, errors: Float[Array, " laws"], counts: Bool[Array, " laws"]
+) -> Float[Array, ""]:
+    counts = counts & jnp.isfinite(trial.scales)
+    # Where the starting code makes no error at all, there is nothing to be relative to.
+    relative = errors / jnp.maximum(trial.scales, 1e-30)
+    powers = jnp.where(counts, jnp.where(counts, relative, 1) ** trial.power, 0)
+    return (jnp.sum(powers) / jnp.maximum(jnp.sum(counts), 1)) ** (1 / trial.power)
+
+
+def make_trial(
+    model: Model,
+    code: AbstractCode,
+    x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
+    stragglers: Mapping[str, AbstractStragglers],
+    *,
+    key: PRNGKeyArray,
+    num_sets: int = 32,
+    criterion: Criterion = "mse",
+    power: float = 1.0,
+) -> Trial:
+    """Draw what the nested objective averages over, and weigh laws by a starting code's errors.
+
+    An error counts relative to that of `code` under the same law: with more stragglers errors are a
+    hundred times larger, and the plain mean would see nothing else. The mean over laws has a power
+    of 1 or more: the higher it is, the more the law that gains least counts. `num_sets` straggler
+    sets are drawn for each law; all of a law's sets if they are fewer.
+
+    Raises:
+        ValueError: There is no law, or an error of `code` is not finite.
+    """
+    if not stragglers:
+        raise ValueError("there are no laws of stragglers")
+    if not power >= 1:
+        raise ValueError(f"power must be 1 or more, not {power}")
+    check_model(model)
+    x = to_device(x)
+    originals = eqx.filter_jit(_own_predictions)(model, x)
+    available, law = draw_sets(stragglers, key, code.num_workers, num_sets)
+    laws = tuple(stragglers)
+    blank = Trial(x, originals, available, law, jnp.ones(len(laws)), laws, criterion, float(power))
+    scales = blank.errors(model, code)
+    if not jnp.all(jnp.isfinite(scales)):
+        broken = {name: float(s) for name, s in zip(laws, scales, strict=True) if not s < jnp.inf}
+        raise ValueError(
+            f"the starting code's errors are {broken}: leave out laws under which nobody answers; "
+            "and the model must give finite answers on coded data points, mixtures of data points"
+        )
+    return eqx.tree_at(lambda t: t.scales, blank, scales)
+
+
+def draw_sets(
+    stragglers: Mapping[str, AbstractStragglers],
+    key: PRNGKeyArray,
+    num_workers: int,
+    at_most: int,
+) -> tuple[Bool[Array, "sets num_workers"], Int[Array, " sets"]]:
+    """Straggler sets of every law (all, if no more than `at_most`) and the number of their law."""
+    masks = [
+        straggler_sets(law, jax.random.fold_in(key, place), num_workers, at_most)
+        for place, law in enumerate(stragglers.values())
+    ]
+    return jnp.concatenate(masks), jnp.repeat(
+        jnp.arange(len(masks)), np.array([len(sets) for sets in masks])
+    )
+
+
+def landscape(
+    model: Model,
+    code: NeRCC,
+    trial: Trial,
+    lambda_enc: Float[ArrayLike, " rows"],
+    lambda_dec: Float[ArrayLike, " columns"],
+) -> Float[Array, "rows columns"]:
+    """Return a trial's objective on a grid of the two lambdas, all else as in `code`.
+
+    This is what one would do without gradients, and a picture of what they descend. The decoder
+    needs no new answers, so the model runs on the coded data points once for each `lambda_enc`.
+    """
+    dtype = code.lambda_dec.dtype
+    codes = [
+        eqx.tree_at(lambda c: c.lambda_enc, code, jnp.asarray(value, dtype))
+        for value in np.asarray(lambda_enc)
+    ]
+    columns = jnp.asarray(lambda_dec, dtype)
+    return jnp.stack([_row(model, each, trial, columns) for each in codes])
+
+
+@eqx.filter_jit
+def _row(
+    model: Model, code: NeRCC, trial: Trial, lambda_dec: Float[Array, " columns"]
+) -> Float[Array, " columns"]:
+    answers = nested_answers(model, code, trial.x, trial.originals)
+
+    def cell(value: Float[Array, ""]) -> Float[Array, ""]:
+        here = eqx.tree_at(lambda c: c.lambda_dec, code, value)
+        decoded_so = eqx.tree_at(lambda known: known.code, answers, here)
+        losses = decoded_so.losses(trial.available, trial.criterion)
+        return _relative(trial, *_by_law(trial, here, losses))
+
+    return jax.lax.map(cell, lambda_dec)

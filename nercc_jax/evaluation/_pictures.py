@@ -1,4 +1,4 @@
-"""Pictures of evaluations: curves over the number of stragglers, each as `_looks` has it."""
+"""Pictures of evaluations, in which each system has the same colour and marker everywhere."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,11 +6,91 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._looks import CODED, DATA, FOUND, LOST, system_look
-
 if TYPE_CHECKING:  # which takes a second to import, and only pictures need it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, and of Tol's muted ones where those are spent: colour-blind readers tell
+# apart what stands in one picture. What loses predictions is dashed.
+_BLUE, _SKY, _PINK, _WINE, _PURPLE = "#0072b2", "#56b4e9", "#cc79a7", "#882255", "#aa4499"
+_RED, _BROWN, _ORANGE, _OLIVE = "#d55e00", "#a05000", "#e69f00", "#999933"
+_GREEN, _TEAL, _INDIGO = "#009e73", "#44aa99", "#332288"
+_GREY, _LIGHT, _BLACK = "#555555", "#999999", "#000000"
+
+# Of one batch: data points, coded ones, those that are lost, and what is decoded.
+DATA, CODED, LOST, FOUND = _BLUE, _GREEN, _RED, _PINK
+
+
+_OPEN, _LOSSY = {"markerfacecolor": "white"}, {"linestyle": "--"}
+
+# The look of each system: a colour, a marker, and further properties.
+_LOOKS: dict[str, tuple[Any, ...]] = {
+    # The method: untuned, as published, tuned; then what is added to it.
+    "NeRCC": (_BLUE, "o"),
+    "coded": (_BLUE, "o"),
+    "NeRCC (8, 4)": (_BLUE, "h"),
+    "NeRCC published": (_SKY, "o", _OPEN),
+    "NeRCC, published": (_SKY, "o", _OPEN),
+    "published, ordered": (_SKY, "o"),
+    "tuned": (_PINK, "D"),
+    "NeRCC tuned": (_PINK, "D"),
+    "NeRCC learned": (_WINE, "*"),
+    "searched layout": (_PURPLE, "D"),
+    "scheme": (_WINE, "*"),
+    "scheme, uncertain again": (_WINE, "X"),
+    "known, else hedged": (_WINE, "*"),
+    "known, uncertain twice": (_WINE, "X"),
+    "picked, 1.1 calls": (_WINE, "*", _OPEN),
+    "picked, 1.35 calls": (_WINE, "X", _OPEN),
+    "NeRCC, reject": (_TEAL, "v"),
+    "NeRCC, reject, groups together": (_GREEN, "^"),
+    "NeRCC, smooth": (_INDIGO, "p"),
+    "repeated NeRCC, reject": (_PURPLE, "D"),
+    "chebyshev": (_BLUE, "o"),
+    "interleaved": (_TEAL, "o"),
+    "repeated": (_PURPLE, "o"),
+    # Other codes.
+    "BACC": (_RED, "s"),
+    "BACC tuned": (_BROWN, "s", _OPEN),
+    "BACC learned": (_RED, "d"),
+    "BACC, median": (_BROWN, "d"),
+    "SBACC": (_ORANGE, "^", _OPEN),
+    "ApproxIFER": (_ORANGE, "v"),
+    "BSCC": (_OLIVE, "h"),
+    "BSCC tuned": (_OLIVE, "h", _OPEN),
+    "LCC": (_GREEN, "^"),
+    "ParM": (_BLACK, "P", _LOSSY),
+    "ParM, k = 4": (_BLACK, "p", _LOSSY),
+    # Copies, and copies on suspicion.
+    "replication": (_GREY, "x", _LOSSY),
+    "two copies": (_GREY, "x", _LOSSY),
+    "replication, else surrogate": (_GREY, "+", _LOSSY),
+    "copies, else the nearest": (_GREY, "x", _LOSSY),
+    "copies, else a GP": (_GREY, "^", _LOSSY),
+    "copies, else the cheap model": (_GREY, "+", _LOSSY),
+    "hedg": (_OLIVE, "^"),
+    "hedged, p95": (_OLIVE, "v"),
+    "hedged, 1.35 x median": (_OLIVE, "s"),
+    # What answers from past answers.
+    "learner": (_TEAL, "d"),
+    "learner, no redundancy": (_TEAL, "d", _OPEN),
+    "surrogate alone": (_TEAL, "d", _OPEN),
+    # Nothing, or no code.
+    "uncoded": (_LIGHT, "."),
+    "as it comes": (_LIGHT, "."),
+    "Ray Serve": (_INDIGO, "h"),
+}
+
+
+def system_look(system: str) -> dict[str, Any]:
+    """Return how a system is drawn: matplotlib's `color` and `marker`, and properties of its line.
+
+    The longest known name that the system's name begins with decides: "ParM, k = 2" looks as "ParM"
+    does. An unknown system is a black dot.
+    """
+    known = [name for name in _LOOKS if system.startswith(name)]
+    color, marker, *further = _LOOKS[max(known, key=len)] if known else (_BLACK, ".")
+    return {"color": color, "marker": marker} | dict(*further)
 
 
 def straggler_figure(

@@ -1,6 +1,7 @@
 """Coded inference: encode, model, decode as one jitted program."""
 
 import abc
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -14,19 +15,32 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
-from ..codes._code import deviations
-from ..codes._decoding import Matrices, mask_mixed_groups
+from ..codes import AbstractCode, Decoded, decode_groups, encode_groups
+from ..codes._code import check_mask, deviations
+from ..codes._decoding import mask_mixed_groups
 from ..codes._groups import multiply_groups
 from ..codes._kept import CachedMatrices, known_matrices
 from ..codes._meshes import coded_on_mesh
-from ..codes._trees import any_tracer, check_finite, groups_of, is_float, join, points_of, to_device
+from ..codes._trees import (
+    any_tracer,
+    check_beside,
+    check_finite,
+    check_floats,
+    groups_of,
+    is_float,
+    join,
+    points_of,
+)
 from ..splines.arrays import native
-from ._conditions import cast_model, check_conditions, current_conditions
-from ._groups import as_groups
-from ._models import Model, check_model
-from ._spmd import Placed, enter, place, place_inputs, spmd_answers, spmd_decoded
-from ._workers import run_workers
+from ._mesh import Placed, place
+from .models import (
+    Model,
+    cast_model,
+    check_conditions,
+    check_model,
+    current_conditions,
+    run_workers,
+)
 
 # What becomes of groups of data points at the workers: all their answers, (groups, N, ...). Beside
 # the groups it takes their encoders, (groups, N, K), or None for the code's.
@@ -55,30 +69,6 @@ class AbstractScheme(eqx.Module):
 
         `known` are the code's matrices where they are made already: the decoder's for these masks.
         """
-
-
-def coded_predictions(
-    model: Model | Sequence[Model],
-    code: AbstractCode,
-    x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
-    available: Bool[ArrayLike, "groups num_workers"],
-    *args: Any,
-    known: CachedMatrices | None = None,
-) -> Decoded:
-    """Encode groups of K data points, run the model on all coded ones at once, and decode.
-
-    This is a pure function: jit it, and differentiate it in x, the code, the model and its
-    arguments. x and the model's answers may be pytrees. A group in which a part that is not coded
-    (integers) differs is not recovered. Models, and the errors raised for them, are those of
-    `run_workers`. `known` are the code's matrices for these masks, where they are made already.
-
-    Source: arXiv 2402.04377, the three steps of NeRCC.
-    """
-    known = known or CachedMatrices()
-    x = to_device(x)
-    y = run_workers(model, code, encode_groups(code, x, known.encoder), *args)
-    available = as_mask(available, jax.tree.leaves(y)[0].shape[:2])
-    return decode_groups(code, y, *mask_mixed_groups(x, available, known.decoders))
 
 
 def coded_inference(
@@ -152,15 +142,16 @@ def coded_inference(
             behind a scheme, outside jit, data points are not finite.
     """
     check_model(model)
-    if with_error and isinstance(code, AbstractScheme):
-        raise ValueError("a scheme's result has deviations of its own: give with_status=True")
-    scheme = code if isinstance(code, AbstractScheme) else None
-    inner = code.code if isinstance(code, AbstractScheme) else code
-    model = cast_model(model, worker_dtype)
-    workers = model if mesh is None else place(model, inner, mesh, axis)
-    if scheme is not None:
+    workers: Any = cast_model(model, worker_dtype)
+    inner: Any = code
+    if isinstance(code, AbstractScheme):
+        if with_error:
+            raise ValueError("a scheme's result has deviations of its own: give with_status=True")
         platform = None if mesh is None else mesh.devices.flat[0].platform
-        check_conditions(scheme, current_conditions(worker_dtype, platform))
+        check_conditions(code, current_conditions(worker_dtype, platform))
+        inner = code.code
+    if mesh is not None:
+        workers = place(workers, code, inner, mesh, axis)
     return CodedInference(workers, code, grouped, with_status, with_error)
 
 
@@ -179,13 +170,47 @@ class CodedInference:
 
     def __call__(self, x: PyTree, available: ArrayLike, *args: Any) -> Any:
         """Return the predictions, or all that is known of them `with_status`."""
-        args = native(args, "an argument of the model")
-        if isinstance(self.code, AbstractScheme):
-            grouped = self.grouped or False
-            result = _infer_scheme(self.workers, self.code, grouped, x, available, args)
-            return result if self.with_status else result.decoded.predictions
-        result = _infer(self.workers, self.code, self.grouped, x, available, args, self.with_error)
-        return result if self.with_status or self.with_error else result.predictions
+        coder, workers, with_error = self.code, self.workers, self.with_error
+        scheme = isinstance(coder, AbstractScheme)
+        code = coder.code if isinstance(coder, AbstractScheme) else coder
+        x, masks, grouped = as_groups(code, x, available, self.grouped, in_a_row=scheme)
+        if scheme:
+            check_finite(points_of(x), 1)
+        args = native(args, "an argument of the model") if args else args
+        known = known_matrices(code, available)
+
+        if isinstance(workers, Placed):
+
+            def on_mesh(x: PyTree, masks: ArrayLike, args: tuple) -> Any:
+                here = known if scheme else CachedMatrices(decoders=known.decoders)
+                inputs, shape = workers.inputs(x, masks, args, here, share=not scheme)
+                # The context's mesh must be that of the arrays, where the context is ours to set.
+                ours = not any_tracer(workers, inputs)
+                with jax.set_mesh(workers.mesh) if ours else contextlib.nullcontext():
+                    options = grouped, with_error, False, shape
+                    return _run(workers, workers.coder, *inputs, *options)[0]
+
+            if scheme or not any_tracer(x, masks, args):
+                result = on_mesh(x, masks, args)
+            else:
+                result = coded_on_mesh(on_mesh, (x, masks, args), lambda _: PartitionSpec())
+        else:
+            # Where all is known but the answers, the program holds no regression: it tells whether
+            # one product was enough, and if not, the host decodes the answers.
+            quick = not scheme and known.decoders is not None
+            quick = quick and all(map(is_float, jax.tree.leaves(x)))
+            quick = quick and not any_tracer(workers, code, x, masks, args)
+            given = workers, coder, x, masks, args, known, grouped, with_error
+            result, sound, y = _run(*given, quick)
+            if quick and isinstance(sound, Tracer):  # of what the model closes over
+                result, *_ = _run(*given)
+            elif quick and not sound:
+                result = _completed(code, decode_groups(code, y, masks), y, grouped, with_error)
+
+        if self.with_status or with_error:
+            return result
+        decoded: Any = result.decoded if scheme else result  # pyright: ignore[reportAttributeAccessIssue]
+        return decoded.predictions
 
     def lower(self, x: PyTree, available: Any, *args: Any) -> Any:
         """Return the program for these arguments, arrays or their `jax.ShapeDtypeStruct`, lowered.
@@ -215,199 +240,154 @@ class CodedInference:
         return program.lower(*arguments)
 
 
-def _infer(
-    workers: Any,
-    code: AbstractCode,
-    grouped: bool | None,
-    x: PyTree,
-    available: ArrayLike,
-    args: tuple,
-    with_error: bool,
-) -> Decoded:
-    known = known_matrices(code, available)
-    x, available, grouped = as_groups(code, x, available, grouped)
-    if isinstance(workers, Placed):
-
-        def on_mesh(x: PyTree, available: ArrayLike, args: tuple) -> Decoded:
-            share = not with_error
-            inputs, shape = place_inputs(workers, x, available, args, known.decoders, share=share)
-            with enter(workers, inputs):
-                if not with_error:
-                    return _run_on_mesh(workers, *inputs, grouped, shape)
-                x, available, args, given = inputs
-                there = CachedMatrices(decoders=given)
-                return _run_with_error(workers, code, x, available, args, grouped, there)
-
-        if not any_tracer(x, available, args):
-            return on_mesh(x, available, args)
-        return coded_on_mesh(on_mesh, (x, available, args), lambda _: PartitionSpec())
-    if with_error:
-        return _run_with_error(workers, code, x, available, args, grouped, known)
-    decoded = _infer_at_hand(workers, code, x, available, args, known)
-    if decoded is None:
-        return _run(workers, code, x, available, args, grouped, known)
-    return decoded if grouped else _first(decoded)
-
-
-@eqx.filter_jit
-def _run_with_error(
-    workers: Any,
-    code: AbstractCode,
-    x: PyTree,
-    available: ArrayLike,
-    args: tuple,
-    grouped: bool,
-    known: CachedMatrices,
-) -> Decoded:
-    x = jax.tree.map(jnp.asarray, x)
-    if isinstance(workers, Placed):
-        y = spmd_answers(workers, x, args)
-    else:
-        y = run_workers(workers, code, encode_groups(code, x, known.encoder), *args)
-    there, given = mask_mixed_groups(x, jnp.asarray(available), known.decoders)
-    decoded = decode_groups(code, y, there, given)
-    try:
-        errors = deviations(code, join(y, 2)[0], decoded.responded)
-    except ValueError:  # no regression
-        errors = None
-    decoded = Decoded(decoded.predictions, decoded.responded, decoded.recovered, errors)
-    return decoded if grouped else _first(decoded)
-
-
-def _infer_at_hand(
-    model: Model | Sequence[Model],
-    code: AbstractCode,
-    x: PyTree,
-    available: ArrayLike,
-    args: tuple,
-    known: CachedMatrices,
-) -> Decoded | None:
-    """Infer by a program with no regression in it, or return None where that does not do."""
-    floats = all(map(is_float, jax.tree.leaves(x)))
-    if known.decoders is None or not floats or any_tracer(model, code, x, available, args):
-        return None
-    decoded, sound, y = _run_known(model, code, x, available, args, known)
-    if isinstance(sound, Tracer):  # of what the model closes over
-        return None
-    return decoded if sound else decode_groups(code, y, available)
-
-
-@eqx.filter_jit
-def _run_known(
-    model: Model | Sequence[Model],
-    code: AbstractCode,
-    x: PyTree,
-    available: ArrayLike,
-    args: tuple,
-    known: CachedMatrices,
-) -> tuple[Decoded, Array, PyTree]:
-    """Return predictions by one product, whether that is sound, and the answers."""
-    x = to_device(x)
-    y = run_workers(model, code, encode_groups(code, x, known.encoder), *args)
-    assert known.decoders is not None
-    decoded, sound = multiply_groups(y, available, known.decoders)
-    return decoded, sound, y
-
-
 @eqx.filter_jit
 def _run(
-    model: Model | Sequence[Model],
+    workers: Any,
+    coder: AbstractCode | AbstractScheme,
+    x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
+    available: Bool[ArrayLike, "groups num_workers"],
+    args: tuple,
+    known: CachedMatrices,
+    grouped: bool,
+    with_error: bool,
+    quick: bool = False,
+    shape: tuple[int, ...] | None = None,
+) -> tuple[Any, Array | None, PyTree]:
+    """Return the result of a code or a scheme; if `quick`, also whether it is sound, and answers.
+
+    `shape` is the data points' on a mesh where x holds shares of their coordinates.
+    """
+    x, available = jax.tree.map(jnp.asarray, x), jnp.asarray(available)
+    spread = isinstance(workers, Placed)
+    if isinstance(coder, AbstractScheme):
+        code = coder.code
+
+        def work(groups: PyTree, encoders: Array | None) -> PyTree:
+            if spread:
+                return workers.of_workers(workers.answer(groups, args, encoders=encoders))
+            coded = encode_groups(code, groups, known.encoder if encoders is None else encoders)
+            return run_workers(workers, code, coded, *args)
+
+        points = points_of(x)
+        result = coder.infer(work, points, available, known)
+        if grouped:
+            number, responded = len(jax.tree.leaves(points)[0]), result.decoded.responded
+            result = jax.tree.map(
+                lambda leaf: groups_of(leaf, code.num_data) if len(leaf) == number else leaf, result
+            )
+            result = eqx.tree_at(lambda r: r.decoded.responded, result, responded)
+        return result, None, None
+
+    if spread:
+        y = workers.answer(x, args, shape)
+    else:
+        y = run_workers(workers, coder, encode_groups(coder, x, known.encoder), *args)
+    if quick:
+        assert known.decoders is not None
+        decoded, sound = multiply_groups(y, available, known.decoders)
+        return _completed(coder, decoded, y, grouped, with_error), sound, y
+    there, given = mask_mixed_groups(x, available, known.decoders)
+    decoded = workers.decode(y, there, given) if spread else decode_groups(coder, y, there, given)
+    if spread and with_error:
+        y = workers.of_workers(y)
+    return _completed(coder, decoded, y, grouped, with_error), None, None
+
+
+def _completed(
+    code: AbstractCode, decoded: Decoded, y: PyTree, grouped: bool, with_error: bool
+) -> Decoded:
+    """Return the result with its expected error if asked for, and of one group without its axis."""
+    if with_error:
+        try:
+            errors = deviations(code, join(y, 2)[0], decoded.responded)
+        except ValueError:  # no regression
+            errors = None
+        decoded = Decoded(decoded.predictions, decoded.responded, decoded.recovered, errors)
+    return decoded if grouped else jax.tree.map(lambda leaf: leaf[0], decoded)
+
+
+def as_groups(
     code: AbstractCode,
     x: PyTree,
-    available: ArrayLike,
-    args: tuple,
-    grouped: bool,
-    known: CachedMatrices,
-) -> Decoded:
-    decoded = coded_predictions(model, code, x, available, *args, known=known)
-    return decoded if grouped else _first(decoded)
+    available: ArrayLike | None = None,
+    grouped: bool | None = None,
+    *,
+    in_a_row: bool = False,
+) -> tuple[PyTree, Any, bool]:
+    """Return data points as groups (groups, K, ...), a mask for each, and whether they came so.
+
+    Args:
+        code: The code.
+        x: A pytree of arrays (K, ...) or (groups, K, ...).
+        available: A mask (N,) for all groups, or one for each. None where there is none yet.
+        grouped: Whether x has the axis of groups. Default: by the axes, of x or of the masks.
+        in_a_row: Whether x without that axis is the data points of many groups, (points, ...).
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, there is no group, or a part that is not coded
+            differs within a group.
+    """
+    num_data, num_workers = code.num_data, code.num_workers
+    in_a_row, axes = in_a_row and not grouped, 1 if available is None else np.ndim(available)
+    many = in_a_row or is_grouped(num_data, x, axes, grouped)
+
+    # What is not on a device stays where it is.
+    x = native(x, "x")
+    x = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), x)
+    check_floats("x", x, beside=True)
+    x = jax.tree.map(
+        lambda leaf: (
+            leaf
+            if isinstance(leaf, jax.Array)
+            else leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
+        ),
+        x,
+    )
+    shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
+    same = len({shape[:1] for shape in shapes}) == 1
+    summary = ", ".join(map(str, shapes))
+    if in_a_row and not (same and shapes[0] and shapes[0][0] and shapes[0][0] % num_data == 0):
+        raise ValueError(f"x of shape {summary} is no whole groups of {num_data} data points")
+    if any(isinstance(size, int) and size == 0 for shape in shapes for size in shape):
+        raise ValueError(f"x holds no group of {num_data} data points: {summary}")
+    if many and not same:
+        raise ValueError(f"the parts of x are of different numbers of groups: {summary}")
+    x = groups_of(x, num_data) if in_a_row else x if many else jax.tree.map(lambda a: a[None], x)
+    check_beside("x", x, 2)
+    if available is None:
+        return x, None, many
+
+    on_host = not (isinstance(available, jax.Array) or any_tracer(x))
+    masks = np.asarray(available) if on_host else jnp.asarray(available)
+    groups = jax.tree.leaves(x)[0].shape[0]
+    check_mask(masks, (groups, num_workers) if masks.ndim == 2 else (num_workers,))
+    broadcast = np.broadcast_to if on_host else jnp.broadcast_to
+    return x, broadcast(masks, (groups, num_workers)), many and not in_a_row
 
 
-@eqx.filter_jit
-def _run_on_mesh(
-    placed: Placed,
-    x: PyTree,
-    available: ArrayLike,
-    args: tuple,
-    given: Matrices | None,
-    grouped: bool,
-    shape: tuple[int, ...] | None,
-) -> Decoded:
-    """Run on a mesh; `shape` is the data points' where x holds shares of their coordinates."""
-    there, given = mask_mixed_groups(x, jnp.asarray(available), given)
-    decoded = spmd_decoded(placed, x, there, args, shape, given)
-    return decoded if grouped else _first(decoded)
+def is_grouped(num_data: int, x: PyTree, mask_axes: int = 1, grouped: bool | None = None) -> bool:
+    """Return whether x is many groups: as `grouped` says, else by the mask's axes or where K is.
 
-
-def _infer_scheme(
-    workers: Any,
-    scheme: AbstractScheme,
-    grouped: bool,
-    x: PyTree,
-    available: ArrayLike,
-    args: tuple,
-) -> Any:
-    known = known_matrices(scheme.code, available)
-    x, available = _points(scheme.code, x, available, grouped)
-    if not isinstance(workers, Placed):
-        return _run_scheme(workers, scheme, x, available, args, grouped, known)
-    inputs, _ = place_inputs(workers, x, available, (args, scheme, known), share=False)
-    with enter(workers, inputs):
-        x, available, (args, scheme, known), _ = inputs
-        return _run_scheme(workers, scheme, x, available, args, grouped, known)
-
-
-@eqx.filter_jit
-def _run_scheme(
-    model: Model | Sequence[Model] | Placed,
-    scheme: AbstractScheme,
-    x: PyTree,
-    available: ArrayLike,
-    args: tuple,
-    grouped: bool,
-    known: CachedMatrices,
-) -> Any:
-    code = scheme.code
-
-    def work(groups: PyTree, encoders: Array | None) -> PyTree:
-        if isinstance(model, Placed):
-            return spmd_answers(model, groups, args, encoders)
-        encoder = known.encoder if encoders is None else encoders
-        return run_workers(model, code, encode_groups(code, groups, encoder), *args)
-
-    result = scheme.infer(work, x, jnp.asarray(available), known)
-    if not grouped:
-        return result
-    points, groups = len(jax.tree.leaves(x)[0]), np.shape(available)[0]
-
-    def by_group(leaf: Array) -> Array:
-        of_points = leaf.shape[:1] == (points,)
-        return leaf.reshape(groups, code.num_data, *leaf.shape[1:]) if of_points else leaf
-
-    responded = result.decoded.responded
-    result = jax.tree.map(by_group, result)
-    return eqx.tree_at(lambda r: r.decoded.responded, result, responded)
-
-
-def _points(
-    code: AbstractCode, x: PyTree, available: ArrayLike, grouped: bool
-) -> tuple[PyTree, Bool[Array | np.ndarray, "groups num_workers"]]:
-    """Return data points in a row, and a mask for each group; raise as `coded_inference`."""
-    x = to_device(x)
-    if not grouped:
-        shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
-        points = {shape[0] if shape else 0 for shape in shapes}
-        if len(points) != 1 or 0 in points or min(points) % code.num_data:
-            raise ValueError(
-                f"x of shape {', '.join(map(str, shapes))} is no whole groups of {code.num_data} "
-                "data points"
-            )
-        x = groups_of(x, code.num_data)
-    groups, available, _ = as_groups(code, x, available, True)
-    points = points_of(groups)
-    check_finite(points, 1)
-    return points, available
-
-
-def _first(decoded: Decoded) -> Decoded:
-    return jax.tree.map(lambda leaf: leaf[0], decoded)
+    Raises:
+        ValueError: That does not decide, or x is neither.
+    """
+    found = jax.tree_util.tree_leaves_with_path(x)
+    shapes = [(f"x{jax.tree_util.keystr(path)}", np.shape(leaf)) for path, leaf in found]
+    single = all(shape[:1] == (num_data,) for _, shape in shapes) and mask_axes != 2
+    many = all(shape[1:2] == (num_data,) for _, shape in shapes)
+    summary = ", ".join(f"{label} of shape {shape}" for label, shape in shapes)
+    if grouped is None and single and many:
+        raise ValueError(
+            f"{summary} may be one group of {num_data} or {shapes[0][1][0]} groups: say which with "
+            "grouped=True or grouped=False, or give a mask per group, (groups, N)"
+        )
+    if grouped is not None:
+        single, many = single and not grouped, many and grouped
+    if not single and not many:
+        forms = {None: "(K, ...) or (groups, K, ...)", True: "(groups, K, ...)", False: "(K, ...)"}
+        wanted = forms[True if mask_axes == 2 else grouped]
+        raise ValueError(
+            f"{summary}: with this code and mask it must be {wanted}, K = {num_data}"
+            + (", and one mask (N,)" if mask_axes == 2 and grouped is False else "")
+        )
+    return many

@@ -19,25 +19,6 @@ from ..splines.arrays import native, working_dtype
 
 RobustMethod: TypeAlias = Literal["reject", "smooth"]
 
-# Answers are judged by a spline that smooths over this share of the workers' gap, pi / n radians
-# for n Chebyshev points. Measured on LeNet5's logits and RepVGG's probabilities at (100, 20): a
-# wider one takes the path's own bends for noise and lets lies pass, a narrower one finds honest
-# answers guilty beside liars. Where points repeat, copies should vote and not neighbours: it
-# narrows with the third power of the share of distinct points.
-_JUDGED_OVER = 0.5
-_COPIES_VOTE = 3
-
-# What honest misfits scatter by, in units of the median one, without a threshold of the user's:
-# more with few outputs to take the norm of. Measured as above, for 10 outputs and for 250.
-_LEAST_THRESHOLD, _FEW_OUTPUTS = 4.0, 6.0
-
-# Misfits below this part of the largest number accuse nobody: copies differ by rounding, and where
-# copies fix the spline nearly all misfits are nearly zero, so that any would stand out.
-_NEGLIGIBLE = 1e-3
-
-# Fewer answers than these tell nothing of each other beyond a straight line.
-_FEWEST = 4
-
 
 class RobustDecoded(eqx.Module):
     """Decoded predictions, and the workers that are suspected.
@@ -96,8 +77,25 @@ def robust_decode(
     the rate of lambda_dec, from lambda^(3/4) = A^2 / (n^2 lambda^(1/2)), where smoothing and lies
     add as much to the squared error; then it falls as (A / n)^(6/5).
     """
+    if not isinstance(code, NeRCC):
+        raise ValueError(
+            f"{type(code).__name__} decodes by no regression, so its answers do not tell which "
+            "do not fit: use NeRCC, with points='repeated' for copies that vote"
+        )
+    if not isinstance(max_adversaries, jax.Array):
+        most, whole = (code.num_workers - 1) // 2, isinstance(max_adversaries, int | np.integer)
+        if not whole or isinstance(max_adversaries, bool) or not 0 <= max_adversaries <= most:
+            raise ValueError(
+                f"max_adversaries must be an integer from 0 to {most}, a minority of the workers, "
+                f"not {max_adversaries!r}"
+            )
+    if method not in get_args(RobustMethod):
+        known = ", ".join(get_args(RobustMethod))
+        raise ValueError(f"method must be one of {known}, not {method!r}")
+    if bounds is not None and not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds must be (low, high) with low < high, not {bounds}")
     return _robust_decode(
-        _checked(code, max_adversaries, method, bounds),
+        code,
         native(y, "y"),
         available,
         jnp.asarray(max_adversaries),
@@ -106,6 +104,64 @@ def robust_decode(
         jnp.asarray(rate_constant),
         None if bounds is None else jnp.asarray(bounds, float),
     )
+
+
+@eqx.filter_jit
+def _robust_decode(
+    code: NeRCC,
+    y: PyTree,
+    available: ArrayLike,
+    max_adversaries: Int[Array, ""],
+    method: RobustMethod,
+    threshold: Array | None,
+    rate_constant: Array,
+    bounds: Array | None,
+) -> RobustDecoded:
+    flat, form = joined_answers(code, y)
+    answered = as_mask(available, (code.num_workers,)) & jnp.all(jnp.isfinite(flat), axis=1)
+    flat = jnp.where(answered[:, None], flat, 0)
+
+    if method == "smooth":
+        responded, recovered = answered, code.recovered(answered)
+        flat = flat if bounds is None else jnp.clip(flat, *bounds.astype(flat.dtype))
+        share = max_adversaries / jnp.maximum(jnp.sum(responded), 1)
+        lambda_ = jnp.maximum(code.decoder_penalty(responded), rate_constant * share ** (8 / 5))
+        options = decoding_options(code, responded)
+        # No answer is so sure that it outweighs all others when any may be a lie.
+        options |= {"lambda_": lambda_, "weights": jnp.ones_like(code.beta)}
+        matrix = smoothing_matrix(code.beta, code.alpha, **options)
+        predictions = jnp.where(recovered[:, None], multiply(matrix, flat), jnp.nan)
+    else:
+        responded = answered
+        if bounds is not None:
+            low, high = bounds.astype(flat.dtype)
+            responded = responded & jnp.all((flat >= low) & (flat <= high), axis=1)
+        # Answers are judged by a spline that smooths over half of the workers' gap, pi / n radians
+        # for n Chebyshev points. Measured on LeNet5's logits and RepVGG's probabilities at
+        # (100, 20): a wider one takes the path's own bends for noise and lets lies pass, a narrower
+        # one finds honest answers guilty beside liars. Where points repeat, copies should vote and
+        # not neighbours: it narrows with the third power of the share of distinct points.
+        number = jnp.maximum(jnp.sum(responded), 1)
+        distinct = gather_knots(code.beta, responded.astype(code.beta.dtype)).number / number
+        length = 0.5 * jnp.pi / number * distinct**3
+        if threshold is None:
+            # What honest misfits scatter by, in units of the median one: more with few outputs to
+            # take the norm of. Measured as above, for 10 outputs and for 250.
+            threshold = jnp.asarray(4 + 6 / max(flat.shape[1], 1) ** 0.5)
+        dtype = working_dtype(flat.dtype, code.beta.dtype)
+        responded = responded & ~find_adversaries(
+            jax.lax.stop_gradient(code.beta),
+            jax.lax.stop_gradient(flat.astype(dtype)),
+            responded,
+            length**4,
+            max_adversaries=max_adversaries,
+            threshold=threshold,
+        )
+        clean = jnp.where(responded[:, None], flat, 0)
+        decoded = decode_vectors(code, clean[None], responded[None])
+        predictions, recovered = decoded.predictions[0], decoded.recovered[0]
+    status = Decoded(form.split(predictions), responded, recovered)
+    return RobustDecoded(status, answered & ~responded)
 
 
 @jax.jit
@@ -143,9 +199,23 @@ def find_adversaries(
     covariance = jnp.where(available[:, None], fit, 0)
     y = jnp.where(available[:, None], y, 0).astype(covariance.dtype)
     number = jnp.sum(available)
-    most = jnp.minimum((number - 1) // 2, number - _FEWEST)
+    most = jnp.minimum((number - 1) // 2, number - 4)
 
-    far = _far_from_neighbours(points, y, available, max_adversaries)
+    # Misfits below this part of the largest number accuse nobody: copies differ by rounding, and
+    # where copies fix the spline nearly all misfits are nearly zero, so that any would stand out.
+    negligible = 1e-3
+
+    # Each answer's distance from the A-th nearest among its 2A neighbours on the line.
+    scaled, _ = _in_units(y, available)
+    square = jnp.sum(scaled**2, axis=1)
+    distance = square[:, None] + square[None] - 2 * multiply(scaled, scaled.T)
+    rank = jnp.argsort(jnp.argsort(jnp.where(available, points, jnp.inf)))
+    apart = jnp.abs(rank[:, None] - rank[None])
+    others = available[None] & (apart > 0)
+    near = jnp.argsort(jnp.argsort(jnp.where(others, apart, len(points)), axis=1), axis=1)
+    among = others & (near < 2 * max_adversaries)
+    ordered = jnp.sort(jnp.where(among, distance, jnp.inf), axis=1)
+    far = jnp.take(ordered, jnp.maximum(max_adversaries - 1, 0), axis=1)
 
     def leave_out(turn, state, distance=None):
         kept, covariance = state
@@ -153,14 +223,14 @@ def find_adversaries(
         worst = jnp.argmax(misfit if distance is None else jnp.where(kept, distance, -1))
         row = covariance[worst]
         without = covariance + jnp.outer(row, row) / _positive(1 - row[worst])
-        go = (turn < most) & (misfit[worst] > threshold * _NEGLIGIBLE)
+        go = (turn < most) & (misfit[worst] > threshold * negligible)
         return kept.at[worst].set(kept[worst] & ~go), jnp.where(go, without, covariance)
 
     def take_back(_, state):
         kept, covariance = state
         misfit = _misfits(covariance, y, kept)
         usual = jnp.nanmedian(jnp.where(kept, misfit, jnp.nan))
-        limit = threshold * jnp.maximum(usual, _NEGLIGIBLE)
+        limit = threshold * jnp.maximum(usual, negligible)
         misfit = jnp.where(available & ~kept, misfit, jnp.inf)
         best = jnp.argmin(misfit)
         row = covariance[best]
@@ -173,39 +243,17 @@ def find_adversaries(
     by_neighbours = jax.lax.fori_loop(
         0, max_adversaries, lambda turn, state: leave_out(turn, state, far), start
     )
-    better = _log_energy(y, *by_neighbours) < _log_energy(y, *by_fit)
+
+    def log_energy(kept, covariance):
+        """Return the logarithm of the penalised squares of the fit of the kept: y' (I - S) y."""
+        known, unit = _in_units(y, kept)
+        energy = jnp.sum(known * (known - multiply(covariance, known)))
+        return jnp.log(jnp.maximum(energy, jnp.finfo(y.dtype).tiny)) + 2 * jnp.log(unit)
+
+    better = log_energy(*by_neighbours) < log_energy(*by_fit)
     state = jax.tree.map(lambda a, b: jnp.where(better, a, b), by_neighbours, by_fit)
     kept, _ = jax.lax.fori_loop(0, max_adversaries, take_back, state)
     return available & ~kept
-
-
-def _far_from_neighbours(
-    points: Float[Array, " n"],
-    y: Float[Array, "n m"],
-    available: Bool[Array, " n"],
-    max_adversaries: Int[ArrayLike, ""],
-) -> Float[Array, " n"]:
-    """Return each answer's distance from the A-th nearest among its 2A neighbours on the line."""
-    scaled, _ = _in_units(y, available)
-    square = jnp.sum(scaled**2, axis=1)
-    gram = multiply(scaled, scaled.T)
-    distance = square[:, None] + square[None] - 2 * gram
-    rank = jnp.argsort(jnp.argsort(jnp.where(available, points, jnp.inf)))
-    apart = jnp.abs(rank[:, None] - rank[None])
-    others = available[None] & (apart > 0)
-    near = jnp.argsort(jnp.argsort(jnp.where(others, apart, len(points)), axis=1), axis=1)
-    among = others & (near < 2 * max_adversaries)
-    ordered = jnp.sort(jnp.where(among, distance, jnp.inf), axis=1)
-    return jnp.take(ordered, jnp.maximum(max_adversaries - 1, 0), axis=1)
-
-
-def _log_energy(
-    y: Float[Array, "n m"], kept: Bool[Array, " n"], covariance: Float[Array, "n n"]
-) -> Float[Array, ""]:
-    """Return the logarithm of the penalised squares of the fit of the kept: y' (I - S) y."""
-    known, unit = _in_units(y, kept)
-    energy = jnp.sum(known * (known - multiply(covariance, known)))
-    return jnp.log(jnp.maximum(energy, jnp.finfo(y.dtype).tiny)) + 2 * jnp.log(unit)
 
 
 def _in_units(
@@ -237,105 +285,3 @@ def _misfits(
 def _positive(value: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """Return 1 - S_ii, positive but for rounding; 0 where no other observation informs on i."""
     return jnp.maximum(value, jnp.finfo(value.dtype).eps)
-
-
-@eqx.filter_jit
-def _robust_decode(
-    code: NeRCC,
-    y: PyTree,
-    available: ArrayLike,
-    max_adversaries: Int[Array, ""],
-    method: RobustMethod,
-    threshold: Array | None,
-    rate_constant: Array,
-    bounds: Array | None,
-) -> RobustDecoded:
-    flat, form = joined_answers(code, y)
-    answered = as_mask(available, (code.num_workers,)) & jnp.all(jnp.isfinite(flat), axis=1)
-    flat = jnp.where(answered[:, None], flat, 0)
-    if method == "reject":
-        responded = answered & _within(flat, bounds)
-        responded = responded & ~_rejected(code, flat, responded, max_adversaries, threshold)
-        decoded = decode_vectors(
-            code, jnp.where(responded[:, None], flat, 0)[None], responded[None]
-        )
-        predictions, recovered = decoded.predictions[0], decoded.recovered[0]
-    else:
-        responded, recovered = answered, code.recovered(answered)
-        flat = flat if bounds is None else jnp.clip(flat, *bounds.astype(flat.dtype))
-        matrix = _smooth_decoder(code, responded, rate_constant, max_adversaries)
-        predictions = jnp.where(recovered[:, None], multiply(matrix, flat), jnp.nan)
-    return RobustDecoded(
-        Decoded(form.split(predictions), responded, recovered), answered & ~responded
-    )
-
-
-def _within(flat: Float[Array, "n m"], bounds: Array | None) -> Bool[Array, " n"]:
-    if bounds is None:
-        return jnp.ones(flat.shape[0], bool)
-    low, high = bounds.astype(flat.dtype)
-    return jnp.all((flat >= low) & (flat <= high), axis=1)
-
-
-def _rejected(
-    code: NeRCC,
-    flat: Float[Array, "n m"],
-    responded: Bool[Array, " n"],
-    max_adversaries: Int[Array, ""],
-    threshold: Array | None,
-) -> Bool[Array, " n"]:
-    number = jnp.maximum(jnp.sum(responded), 1)
-    distinct = gather_knots(code.beta, responded.astype(code.beta.dtype)).number / number
-    length = _JUDGED_OVER * jnp.pi / number * distinct**_COPIES_VOTE
-    if threshold is None:
-        threshold = jnp.asarray(_LEAST_THRESHOLD + _FEW_OUTPUTS / max(flat.shape[1], 1) ** 0.5)
-    dtype = working_dtype(flat.dtype, code.beta.dtype)
-    return find_adversaries(
-        jax.lax.stop_gradient(code.beta),
-        jax.lax.stop_gradient(flat.astype(dtype)),
-        responded,
-        length**4,
-        max_adversaries=max_adversaries,
-        threshold=threshold,
-    )
-
-
-def _smooth_decoder(
-    code: NeRCC, responded: Bool[Array, " n"], constant: Array, max_adversaries: Int[Array, ""]
-) -> Float[Array, "num_data num_workers"]:
-    options = decoding_options(code, responded)
-    share = max_adversaries / jnp.maximum(jnp.sum(responded), 1)
-    lambda_ = jnp.maximum(code.decoder_penalty(responded), constant * share ** (8 / 5))
-    # No answer is so sure that it outweighs all others when any may be a lie.
-    options |= {"lambda_": lambda_, "weights": jnp.ones_like(code.beta)}
-    return smoothing_matrix(code.beta, code.alpha, **options)
-
-
-def _checked(
-    code: AbstractCode,
-    max_adversaries: int | Int[Array, ""],
-    method: str,
-    bounds: tuple[float, float] | None,
-) -> NeRCC:
-    if not isinstance(code, NeRCC):
-        raise ValueError(
-            f"{type(code).__name__} decodes by no regression, so its answers do not tell which "
-            "do not fit: use NeRCC, with points='repeated' for copies that vote"
-        )
-    if not isinstance(max_adversaries, jax.Array):
-        _check_minority(max_adversaries, (code.num_workers - 1) // 2)
-    if method not in get_args(RobustMethod):
-        known = ", ".join(get_args(RobustMethod))
-        raise ValueError(f"method must be one of {known}, not {method!r}")
-    if bounds is not None and not bounds[0] < bounds[1]:
-        raise ValueError(f"bounds must be (low, high) with low < high, not {bounds}")
-    return code
-
-
-def _check_minority(count: int, most: int) -> None:
-    whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
-    if not whole or not 0 <= count <= most:
-        raise ValueError(
-            f"max_adversaries must be an integer from 0 to {most}, a minority of the workers, "
-            f"not {count!r}"
-        )

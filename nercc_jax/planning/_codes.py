@@ -14,9 +14,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 from ..codes import NeRCC, decode_groups
 from ..codes._trees import Form, join
 from ..evaluation import Estimate
-from ..evaluation._answers import Recorder, batched, cut_groups, own_outputs
+from ..evaluation._answers import Recorder, batched, cut_groups
 from ..inference import order_points
-from ..inference._models import Model
+from ..inference.models import Model
 from ..risk import ErrorProbability
 from ..risk._error_probability import error_probability_from_answers
 from ..stragglers._waiting import Latencies, Waiting, draw_groups, last_prediction, own_workers
@@ -66,8 +66,8 @@ class Half:
         self._surrogate = None if surrogate is None else batched(surrogate, batch_size)
         groups = cut_groups(x, 1)
         self.x = groups[:, 0]
-        own, self._form = own_outputs(self._run, groups)
-        self._own = np.asarray(own)[:, 0]
+        recorder = Recorder(self._run, groups, batch_size)
+        self._own, self._form = recorder.own[:, 0], recorder.form
         self._answers: dict[tuple[str | None, int], Recorder] = {}
 
     def answers(self, order: str | None, num_data: int) -> Recorder:

@@ -16,8 +16,7 @@ from ..codes._checks import check_counts, check_not_negative
 from ..codes.whole_files import JsonFormat
 from ..evaluation import Estimate
 from ..evaluation._criteria import agree_on_labels
-from ..inference._conditions import Conditions
-from ..inference._models import Model, check_model
+from ..inference.models import Conditions, Model, check_model
 from ..risk import ErrorProbability
 from ..risk._error_probability import fit_error_probability_of_predictions
 from ..schemes import Scheme

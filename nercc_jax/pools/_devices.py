@@ -11,8 +11,7 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ..inference._conditions import UNKNOWN, check_worker_dtype, current_conditions
-from ..inference._models import Model
+from ..inference.models import UNKNOWN, Model, check_worker_dtype, current_conditions
 from ._backend import OnOutcome, WorkerBackend, WorkerDied
 from ._batch import reason_of
 from ._faults import Faults

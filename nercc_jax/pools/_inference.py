@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Int, PyTree, Shaped
 from ..codes import AbstractCode, Decoded
 from ..codes._checks import check_count
 from ..codes._trees import check_finite, points_of
-from ..inference._conditions import check_conditions
-from ..inference._groups import group_points
+from ..inference._coded import as_groups
+from ..inference.models import check_conditions
 from ..risk import ErrorProbability
 from ..risk._straggler_risk import AccuracyTarget
 from ..schemes import Scheme
@@ -286,7 +286,7 @@ def _reexecute(
 
 def _groups(code: AbstractCode, x: PyTree, grouped: bool | None) -> tuple[PyTree, bool]:
     """Return x as (groups, K, ...) on the host, and whether it came as groups."""
-    groups, many = group_points(code, jax.tree.map(np.asarray, x), grouped)
+    groups, _, many = as_groups(code, jax.tree.map(np.asarray, x), grouped=grouped)
     check_finite(groups if many else jax.tree.map(lambda leaf: leaf[0], groups), 2 if many else 1)
     return groups, many
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree, Shaped
 
-from ..inference._conditions import Conditions, cast_floats
+from ..inference.models import Conditions, cast_floats
 from ._backend import PoolReport
 from ._batch import Batch, Refuse, refuse_odd
 from ._clock import AbstractClock

@@ -8,8 +8,7 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from ..codes._kept import x64_enabled
-from ..inference._conditions import check_worker_dtype, current_conditions, matmul_precision
-from ..inference._models import Model
+from ..inference.models import Model, check_worker_dtype, current_conditions, matmul_precision
 from ._clock import ErrorCounter, Watcher
 from ._faults import Faults
 from ._pool import AbstractPool

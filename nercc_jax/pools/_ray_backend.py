@@ -27,7 +27,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ..inference._conditions import UNKNOWN
+from ..inference.models import UNKNOWN
 from ._backend import OnOutcome, WorkerBackend, WorkerDied
 from ._batch import arrays_of
 from ._garbage import short_collections

@@ -27,8 +27,14 @@ from jaxtyping import PyTree
 from ..codes._kept import x64_enabled
 from ..codes._trees import is_float
 from ..inference import cast_model
-from ..inference._conditions import cast_floats, matmul_precision, worker_dtype_of
-from ..inference._models import Model, call_model, check_model
+from ..inference.models import (
+    Model,
+    call_model,
+    cast_floats,
+    check_model,
+    matmul_precision,
+    worker_dtype_of,
+)
 from ._faults import InjectedError, StruckCall, WorkerFaults
 
 WEIGHTS = -1  # in place of the number of a worker's model: asks for its `weights_checksum`

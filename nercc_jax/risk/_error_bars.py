@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from ..codes._checks import check_count
 from ..codes._trees import to_device
 from ..evaluation._criteria import root_mean_square
-from ..inference._conditions import AbstractCalibrated, Conditions
+from ..inference.models import AbstractCalibrated, Conditions
 from ..surrogates import Learner, LearnerTuning
 from ..surrogates._kernels import wide_kernel
 from ..surrogates._tune_kernel import find_kernel

@@ -23,8 +23,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
 from ..codes._trees import Form, to_device
 from ..evaluation import Answers
 from ..evaluation._criteria import agree_on_labels
-from ..evaluation._trial import draw_sets
-from ..inference._conditions import AbstractCalibrated, Conditions
+from ..evaluation._objective import draw_sets
+from ..inference.models import AbstractCalibrated, Conditions
 from ..splines.arrays import namespace
 from ..stragglers import AbstractStragglers
 from ..surrogates import AbstractSurrogate

@@ -18,11 +18,9 @@ from ..codes._trees import Form, join, points_of, to_device
 from ..evaluation import record_answers
 from ..evaluation._answers import cut_groups
 from ..evaluation._criteria import labels_of, root_mean_square, row_errors, same_labels
-from ..evaluation._trial import draw_sets
+from ..evaluation._objective import draw_sets
 from ..inference import cast_model
-from ..inference._conditions import current_conditions
-from ..inference._models import Model, call_model, check_model
-from ..inference._workers import run_workers
+from ..inference.models import Model, call_model, check_model, current_conditions, run_workers
 from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars_from_ratios
 from ..risk._error_probability import (

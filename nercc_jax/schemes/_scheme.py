@@ -22,8 +22,8 @@ from ..codes._kept import CachedMatrices
 from ..codes._trees import Form, groups_of, join, to_device
 from ..inference import order_points
 from ..inference._coded import AbstractScheme, Work
-from ..inference._models import Model, call_model, check_model
-from ..inference._ordering import Features
+from ..inference.models import Model, call_model, check_model
+from ..inference.order import Features
 from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars
 from ..splines.arrays import native

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
-from ..inference._conditions import warn_if_other
+from ..inference.models import warn_if_other
 from ..pools import AbstractPool
 from ..pools._batch import Refuse, refuse_odd
 from ._policy import BatchingPolicy, Observe, read_outputs

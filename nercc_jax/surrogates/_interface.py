@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from ..codes._trees import Form, join
-from ..inference._models import Model
+from ..inference.models import Model
 
 L = TypeVar("L", bound="AbstractLearner")
 

@@ -27,8 +27,8 @@ from ..codes._kept import known_encoder
 from ..codes._trees import scalar_leaf
 from ..evaluation import Answers, record_answers
 from ..evaluation._answers import cut_groups
-from ..evaluation._trial import draw_sets
-from ..inference._models import Model
+from ..evaluation._objective import draw_sets
+from ..inference.models import Model
 from ..stragglers import AbstractStragglers
 from ._interface import (
     AbstractGroupPrior,

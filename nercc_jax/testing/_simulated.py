@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from ..inference._models import Model
+from ..inference.models import Model
 from ..pools import AbstractPool, Faults, Overdue
 from ..pools._backend import OnOutcome, WorkerBackend, WorkerDied
 from ..pools._clock import BEAT, AbstractClock, AbstractTurns

@@ -15,8 +15,8 @@ from ..codes._checks import check_fields
 from ..codes._points import coincident
 from ..evaluation._answers import Recorder, batched, mean_losses
 from ..evaluation._criteria import Criterion, point_criterion
-from ..evaluation._trial import draw_sets
-from ..inference._models import Model, check_model
+from ..evaluation._objective import draw_sets
+from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers
 from ._descent import Descent
 from ._sampling import Sampling, split_points

@@ -10,8 +10,8 @@ from jaxtyping import ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode
 from ..codes._learned_decoder import LearnedDecoder, Regression
-from ..evaluation._answers import all_answers, batched, cut_groups, own_outputs
-from ..inference._models import Model
+from ..evaluation._answers import Recorder, batched, cut_groups
+from ..inference.models import Model
 from ..stragglers import ExactStragglers, straggler_sets
 
 # Groups for each worker and data point, and pairs that the smooth path counts as.
@@ -73,15 +73,17 @@ def learn_decoder(
     cut_groups(x, code.num_data)  # whose checks these are
     x = jax.tree.map(np.asarray, x)
     run = batched(model, batch_size)
-    own, _ = own_outputs(run, jax.tree.map(lambda leaf: leaf[None], x))
-    own = np.asarray(own[0], np.float64)
+    recorder = Recorder(run, jax.tree.map(lambda leaf: leaf[None], x), batch_size)
+    outputs, form = recorder.own[0], recorder.form
+    own = outputs.astype(np.float64)
     parts = [np.zeros((0, len(places)))] * _FOLDS
     largest = max(own.shape[1], sum(leaf[0].size for leaf in jax.tree.leaves(x)))
     at_once = max(1, _AT_ONCE // (len(places) * largest))
     done = 0
     for drawn in _draws(len(own), code.num_data, groups, at_once, key):
         here = jax.tree.map(lambda leaf: leaf[drawn], x)  # noqa: B023
-        coded = np.asarray(all_answers([run], code, here)[0], np.float64)
+        answers = Recorder(run, here, batch_size, (outputs[drawn], form)).of(code)
+        coded = np.asarray(answers.coded, np.float64)
         if not np.isfinite(coded).all():
             raise ValueError(
                 "the model's answers to coded data points must be finite; they are not for "

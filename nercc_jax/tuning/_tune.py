@@ -15,8 +15,8 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree, Shaped
 from ..codes import AbstractCode
 from ..codes._trees import Form, join, to_device
 from ..evaluation._criteria import Criterion, point_criterion
-from ..evaluation._trial import Trial, draw_sets, make_trial, relative_objective
-from ..inference._models import Model, check_model
+from ..evaluation._objective import Trial, draw_sets, make_trial
+from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers
 from ._descent import (
     Descent,
@@ -251,7 +251,7 @@ def _objective(
         chosen = sampling.draw(code.num_data, training, key_groups)
         available, law = draw_sets(stragglers, key_sets, code.num_workers, sampling.sets_per_step)
         fresh = dataclasses.replace(trial, x=chosen, originals=None, available=available, law=law)
-        return relative_objective(fresh, model, code)
+        return fresh.objective_by_products(model, code)
 
     return objective
 

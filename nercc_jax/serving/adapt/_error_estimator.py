@@ -15,9 +15,7 @@ from jaxtyping import ArrayLike, Bool, Float
 from ...codes.whole_files import read_arrays, write_arrays
 from ...evaluation._answers import batched, cut_groups
 from ...inference import cast_model
-from ...inference._conditions import Conditions, current_conditions
-from ...inference._models import Model
-from ...inference._workers import run_workers
+from ...inference.models import Conditions, Model, current_conditions, run_workers
 from ...risk import logistic_regression
 from ...risk._straggler_risk import AccuracyTarget, bar_factor
 from ..core._adaptation import ExpectedError

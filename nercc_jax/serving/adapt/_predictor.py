@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 
 from ...codes._checks import check_count
 from ...codes._trees import Form
-from ...inference._models import Model
+from ...inference.models import Model
 from ...pools._clock import AbstractClock, TimeShare
 from ...risk._straggler_risk import AccuracyTarget, StragglerRisk, StragglerRow
 from ...surrogates import AbstractSurrogate, Surrogate

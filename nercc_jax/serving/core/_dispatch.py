@@ -15,8 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ...codes import Uncoded
-from ...inference._ordering import projection_on_host
-from ...inference._paths import short_path
+from ...inference.order import random_projection, short_path
 from ...pools import AbstractPool
 from ...pools._batch import Refuse
 from ...pools._clock import TimeShare
@@ -50,7 +49,6 @@ class QueryOrdering:
         self._coder = coder
         powers = {*range(0, rows.bit_length(), _STEP), rows.bit_length() - 1}
         self._sizes = [coder.num_data << power for power in sorted(powers)]
-        self._project = projection_on_host(shape)
         self._path = jax.jit(short_path)
         self._zeros = np.zeros(tuple(shape), np.float32)
         self.seconds = math.inf
@@ -97,7 +95,7 @@ class QueryOrdering:
 
     def _order(self, x: Sequence[np.ndarray | None]) -> Int[np.ndarray, " n"]:
         size = next(size for size in self._sizes if size >= len(x))
-        features = [self._project(each) for each in x if each is not None]
+        features = [random_projection(each[None])[0] for each in x if each is not None]
         # What is not finite comes last in the path: the filling, and queries whose projection
         # overflows, in any order.
         filled = np.full((size, *features[0].shape), np.nan, np.float32)

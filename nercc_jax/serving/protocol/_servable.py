@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from ...codes._trees import Form
-from ...inference._models import Model, call_model, check_model
+from ...inference.models import Model, call_model, check_model
 from ...pools._batch import reason_of
 from ..core._request import fill_up
 

@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.process_collector import ProcessCollector
 
 from ...codes import AbstractCode, NeRCC, Uncoded
-from ...inference._models import Model
+from ...inference.models import Model
 from ...pools._garbage import collect_all, short_collections
 from .._metrics import Metrics
 from .._served_model import ServedModel
