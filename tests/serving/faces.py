@@ -121,8 +121,18 @@ def message(
     return request
 
 
-def content(model, inputs, datatypes=None, *, raw=False, outputs=(), parameters=None, id=""):
-    """The body of a REST request, and its headers."""
+def content(
+    model,
+    inputs,
+    datatypes=None,
+    *,
+    raw=False,
+    outputs=(),
+    outputs_in_json=False,
+    parameters=None,
+    id="",
+):
+    """The body of a REST request, and its headers; a raw one is answered so unless told."""
     asked, binary = [], b""
     for name, given in inputs.items():
         data, shape, datatype = as_tensor(given, (datatypes or {}).get(name, "FP32"))
@@ -133,8 +143,10 @@ def content(model, inputs, datatypes=None, *, raw=False, outputs=(), parameters=
         else:
             asked[-1]["data"] = data.tolist() if isinstance(data, np.ndarray) else data
     body = {"inputs": asked} | ({"id": id} if id else {})
-    if parameters or raw:
-        body["parameters"] = (parameters or {}) | ({"binary_data_output": True} if raw else {})
+    if raw and not outputs_in_json:
+        parameters = (parameters or {}) | {"binary_data_output": True}
+    if parameters:
+        body["parameters"] = parameters
     if outputs:
         body["outputs"] = [{"name": name} for name in outputs]
     head = json.dumps(body).encode()

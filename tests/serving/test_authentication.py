@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 from conftest import require
@@ -22,10 +21,8 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from in_process import Doubles, becomes, body, channel, http, listening, serving
 from nercc_server import ENDS
 
-from nercc_jax.serving._settings import read_settings
 from nercc_jax.serving.core._health import Health
 from nercc_jax.serving.transport import open_inference_pb2 as messages
-from nercc_jax.serving.transport._server import Server
 
 TOKEN = "a token"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -197,19 +194,3 @@ def test_the_index_has_all_models_and_their_states():
         model.is_well = Health(True, True)
         assert client.post(url, json={"ready": True}).json() == [ready("digits")]
         may_start.set()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"tls_key": "tls.key"}, "tls_certificate and tls_key belong together"),
-        ({"token_file": "nowhere"}, "nowhere cannot be read: No such file"),
-        ({"tls_key": "empty", "tls_certificate": "nowhere"}, "nowhere cannot be read"),
-        ({"token_file": "empty"}, "empty has no token"),
-    ],
-)
-def test_files_that_are_missing_are_reported(tmp_path, monkeypatch, settings, message):
-    monkeypatch.chdir(tmp_path)
-    Path("empty").write_text("\n \n")
-    with pytest.raises(ValueError, match=message):
-        Server({}, read_settings(None, **settings))
