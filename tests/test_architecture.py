@@ -98,6 +98,20 @@ def test_a_served_model_knows_no_protocol():
     assert not any(name.startswith("serving.transport") for name in needed)
 
 
+@pytest.mark.parametrize(
+    ("package", "below"),
+    [
+        ("core", {"_policy", "_tracing"}),
+        ("adapt", {"core", "_policy"}),
+        ("protocol", {"core", "_policy"}),
+    ],
+)
+def test_packages_of_the_server_know_only_what_is_below_them(package, below):
+    for path in (HOUSE / "serving" / package).glob("*.py"):
+        parts = {module.split(".")[1] for module, _ in imports(path) if module[:8] == "serving."}
+        assert parts <= below | {package}, path
+
+
 def test_few_names_at_the_top():
     names = [name for module, name in imports(HOUSE / "__init__.py") if name]
     assert 15 <= len(names) <= 25

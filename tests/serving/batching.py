@@ -1,5 +1,6 @@
 """A batcher whose workers answer when the test says so."""
 
+import collections
 import contextlib
 import threading
 import time
@@ -8,15 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from nercc_jax import DevicePool, NeRCC
+from nercc_jax.pools import Fault, Faults
 from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 from nercc_jax.serving.core._error_probability import DecodingErrorProbability
+from nercc_jax.stragglers import TraceLatency
+from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 SHAPE, OUT = (6,), (3,)
 WEIGHTS = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
 LONG = 30.0  # seconds that nothing here takes, unless it hangs
 # Of calls where it matters who straggles: longer than threads of a busy machine wait for a turn.
 SERVICE, THRESHOLD = 0.03, 4.0
+HELD = 100.0  # seconds more that a simulated call takes which is held back
 INTERLEAVED = NeRCC(4, 8, points="interleaved", lambda_dec=0.0)
 # By hand, of that code: which coded data point each query of a group is, and which are sent when
 # the group is complete, one for each query: the nearest to its alpha. On the half circle, whose
@@ -54,33 +59,77 @@ class Held:
         return model(batch)
 
 
-class Gates:
-    """A model whose calls take a little, and wait while the test holds back what is in them."""
+class Simulated:
+    """A batcher before simulated workers: each call takes `SERVICE` seconds, or longer where told.
 
-    def __init__(self, seconds=0.0):
-        self._seconds = seconds
-        self._lock = threading.Lock()
-        self._held: list[tuple[np.ndarray, threading.Event, list[int]]] = []
-        self.calls: list[np.ndarray] = []
+    Attributes:
+        calls: the batches that workers answered, in turn.
+        seen: what was measured, and how often.
+    """
+
+    def __init__(
+        self, code, *, workers=12, run=model, faults=(), warm=True, estimator=None, **policy
+    ):
+        self.clock, self.calls, self.seen = SimulatedClock(), [], collections.Counter()
+        self._held = []
+        slow = Fault("delay", latency=TraceLatency(jnp.array([HELD])), score=self._score,
+                     least_score=1.0)  # fmt: skip
+        usual = {"max_batch_size": 1, "batch_wait_timeout_s": SERVICE / 2, "deadline_s": 1000.0}
+        usual |= {"outputs": "logits", "ordering": False}  # tests say which query is where
+
+        def answer(batch):
+            self.calls.append(batch)
+            return run(batch)
+
+        self.pool = SimulatedPool(
+            answer, workers, seconds=lambda size: SERVICE, clock=self.clock,
+            faults=Faults([*faults, slow]), hang_timeout=1e6,
+        )  # fmt: skip
+        self.coder = Coder(code)
+        self.batcher = CodedBatcher(
+            self.pool, self.coder, SHAPE, OUT,
+            policy=BatchingPolicy(**usual | policy),
+            estimator=estimator and estimator(self.coder),
+            observe=lambda what, number: self.seen.update({what: 1}),
+        )  # fmt: skip
+        if warm:  # medians, by which stragglers are known
+            for each in queries(24, seed=99):
+                self.answer(each[None])
+            self.run(2 * HELD)
+        self.calls.clear()
+        self.seen.clear()
+
+    def _score(self, batch):
+        found = 0.0
+        for held in self._held:
+            if held[1] and (np.abs(batch - held[0]) < 1e-6).all(axis=1).any():
+                held[1] -= 1
+                found = 1.0
+        return np.full(len(batch), found)
 
     def hold(self, x, calls=10**6):
-        """Holds back the first calls with this very data point in them."""
-        event = threading.Event()
-        self._held.append((x, event, [calls]))
-        return event
+        """The first calls with this very data point in them take `HELD` seconds more."""
+        self._held.append([x, calls])
 
-    def __call__(self, batch):
-        with self._lock:
-            self.calls.append(batch)
-            waits = []
-            for x, event, left in self._held:
-                if left[0] and (np.abs(batch - x) < 1e-6).all(axis=1).any():
-                    left[0] -= 1
-                    waits.append(event)
-        time.sleep(self._seconds)
-        for event in waits:
-            assert event.wait(LONG)
-        return model(batch)
+    def submit(self, x, **options):
+        return self.batcher.submit(x, **options)
+
+    def run(self, seconds=SERVICE / 10):
+        self.clock.run(self.clock.now() + seconds)
+
+    def answer(self, x, **options):
+        """The reply to a request, when it comes."""
+        return self.result(self.submit(x, **options))
+
+    def result(self, future):
+        while not future.done():
+            self.clock.step()
+        return future.result()
+
+    def order(self, x):
+        """Which of these queries workers were called with, in turn; other calls are left out."""
+        found = [np.flatnonzero((np.abs(x - call[0]) < 1e-6).all(axis=1)) for call in self.calls]
+        return [int(each[0]) for each in found if len(each)]
 
 
 @contextlib.contextmanager

@@ -15,15 +15,15 @@ import numpy as np
 from conftest import require
 from nercc_server import ENDS, patience
 
-require("grpc", "serve-test")
+grpc, httpx = require("grpc", "serve-test"), require("httpx", "serve-test")
 require("fastapi", "serve")
 
-import grpc
 from prometheus_client import CollectorRegistry
 
-from nercc_jax.serving import Reply, make_servable
-from nercc_jax.serving._served_model import ServedModel
-from nercc_jax.serving._settings import ModelSettings, read_settings
+from nercc_jax.codes import AbstractCode
+from nercc_jax.serving import ModelSettings, Reply, ServedModel, make_servable
+from nercc_jax.serving._metrics import Metrics
+from nercc_jax.serving._settings import read_settings
 from nercc_jax.serving.core._health import Health
 from nercc_jax.serving.transport._server import Server
 
@@ -31,32 +31,38 @@ SERVABLE = make_servable("digits", lambda x: 2 * x, (4,))
 
 
 class Doubles(ServedModel):
-    """Answers at once, or once it may; knows who came, who was cancelled, and whether it closed."""
+    """Answers as it is told, at once or once it may; knows what came, and what became of it."""
 
     servable, settings = SERVABLE, ModelSettings(model="digits")
     is_well = Health(True, True)
     ends_at = math.inf
     in_flight = 0
 
-    def __init__(self, at_once: bool = True):
+    def __init__(self, at_once: bool = True, error: Exception | None = None, reply=None):
         self.may_answer = threading.Event()
         if at_once:
             self.may_answer.set()
-        self.came = self.cancelled = 0
-        self.refused = []
+        self.error, self.reply = error, reply
+        self.asked: list[tuple[Any, dict[str, Any]]] = []  # queries, and how they were asked
+        self.cancelled = 0
+        self.refused: list[str] = []
         self.closed = False
 
     def health(self):
         return self.is_well
 
     async def infer(self, queries, **demanded):
-        self.came += 1
+        self.asked.append((queries, demanded))
         try:
             while not self.may_answer.is_set():
                 await asyncio.sleep(0.005)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
+        if self.error is not None:
+            raise self.error
+        if self.reply is not None:
+            return self.reply
         zeros, ones = np.zeros(len(queries)), np.ones(len(queries), int)
         options = (ones > 0, ones < 1, ones < 1, ones < 1, ones, ones, zeros, zeros)
         return Reply(2 * queries, *options, queued=0.0, seconds=0.0)
@@ -72,6 +78,15 @@ class Doubles(ServedModel):
 
     def close(self, drain):
         self.closed = True
+
+
+def real(name: str, model: Any, code: AbstractCode, shape: Any = (4,), **options: Any):
+    """A model that computes, by `make_servable` and `ModelSettings`; `metrics` are its own unless
+    given."""
+    metrics = options.pop("metrics", None) or Metrics(CollectorRegistry())
+    made = {key: options.pop(key) for key in ("datatype", "preprocess") if key in options}
+    settings = ModelSettings(**{"model": name, "workers": 2, "max_batch_size": 2} | options)
+    return ServedModel(make_servable(name, model, shape, **made), code, settings, metrics)
 
 
 @contextlib.contextmanager
@@ -92,9 +107,7 @@ def listening(
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        for _ in patience(ENDS):
-            if server.http_port or not thread.is_alive():
-                break
+        becomes(lambda: server.http_port or not thread.is_alive())
         yield server
     finally:
         server.stop()
@@ -103,25 +116,34 @@ def listening(
 
 
 @contextlib.contextmanager
-def serving(model: Doubles, **options: Any) -> Iterator[Server]:
+def serving(*models: ServedModel, **options: Any) -> Iterator[Server]:
     """One that is ready."""
-    with listening({"digits": lambda: model}, **options) as server:
-        for _ in patience(ENDS):
-            if server.state.phase == "serving":
-                break
+    starts = {model.servable.key: lambda model=model: model for model in models}
+    with listening(starts, **options) as server:
+        becomes(lambda: server.state.phase == "serving")
         yield server
+
+
+def becomes(true: Callable[[], Any]) -> None:
+    for _ in patience(ENDS):
+        if true():
+            return
+    raise AssertionError("it never came to be so")
 
 
 def connect(server: Server) -> socket.socket:
     return socket.create_connection(("127.0.0.1", server.http_port), ENDS)
 
 
+def http(server: Server) -> httpx.Client:
+    url = f"http://127.0.0.1:{server.http_port}"
+    return httpx.Client(base_url=url, timeout=ENDS, trust_env=False)
+
+
 @contextlib.contextmanager
 def channel(server: Server) -> Iterator[grpc.Channel]:
     """To its gRPC, once it listens there."""
-    for _ in patience(ENDS):
-        if server.grpc_port:
-            break
+    becomes(lambda: server.grpc_port)
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
         yield channel
 

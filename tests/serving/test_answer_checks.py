@@ -10,13 +10,8 @@ from traffic import OUT, WEIGHTS, Traffic, labels_right
 
 from nercc_jax import DevicePool, RayPool, Uncoded
 from nercc_jax.pools import Fault, Faults
-from nercc_jax.pools._answer_checks import AnswerChecks
 from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Predictor
 from nercc_jax.serving.core._adaptation import Expectation
-from nercc_jax.serving.core._answer_screen import AnswerScreen
-from nercc_jax.serving.core._queue import EventQueue
-from nercc_jax.serving.core._request import Request
-from nercc_jax.testing import SimulatedPool
 
 # After these calls of each worker, some 600 queries, the learner knows enough.
 LATER = range(80, 10**6)
@@ -111,26 +106,20 @@ def test_swapped_answers_are_fenced_and_no_wrong_label_goes_out(calls):
     assert "answers were not those of two other workers" in second
 
 
-def test_a_worker_that_is_right_again_is_released():
-    traffic = served(Fault("swap", workers=(5,), calls=range(25)))
-    traffic.send(300)
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_worker_that_is_right_again_or_replaced_is_released(replaced):
+    if replaced:
+        faults = Fault("swap", workers=(5,)), Fault("death", workers=(5,), calls=(20,))
+    else:
+        faults = (Fault("swap", workers=(5,), calls=range(25)),)
+    traffic = served(*faults)
+    traffic.send(200)
     assert traffic.observed["worker_fenced"] == 1
     traffic.clock.run(traffic.clock.now() + 60)
     assert fenced(traffic) == []
-    assert traffic.observed["worker_released"] == 1
     assert "fenced" not in states(traffic)
-
-
-def test_a_worker_that_is_replaced_is_released():
-    traffic = served(
-        Fault("swap", workers=(5,)),
-        Fault("death", workers=(5,), calls=(20,)),
-    )
-    traffic.send(200)
-    assert fenced(traffic) == [5]
-    traffic.clock.run(traffic.clock.now() + 20)
-    assert traffic.pool.report().deaths == 1
-    assert fenced(traffic) == []
+    assert traffic.pool.report().deaths == replaced
+    assert replaced or traffic.observed["worker_released"] == 1
 
 
 def test_no_more_are_fenced_than_the_policy_allows_and_the_status_says_so(caplog):
@@ -159,21 +148,24 @@ def test_an_answer_that_nobody_confirms_goes_out_in_time_and_says_so():
     assert traffic.observed["request_deadline"] == 0
 
 
-class Doubling(Predictor):
-    """Stands in for a predictor: an answer should be twice its query."""
+class FirstOnly(Predictor):
+    """Knows that answers are twice their queries, if a query's first number is positive."""
 
     checks_answers = True
 
     def __init__(self):
         super().__init__()
-        self.ready, self.sizes = True, []
+        self.learned, self.expected = [], []
 
     def expect(self, x):
-        self.sizes.append(len(x))
-        return [Expectation(Doubled(np.stack(x)), row) for row in range(len(x))] * self.ready
+        self.expected.append(FirstKnown(np.stack(x)))
+        return [Expectation(self.expected[-1], row) for row in range(len(x))]
+
+    def add_answer(self, x, own):
+        self.learned.append((x, own))
 
 
-class Doubled:
+class FirstKnown:
     begun = False
 
     def __init__(self, x):
@@ -183,132 +175,22 @@ class Doubled:
         self.computed += 1
 
     def suspicious(self, rows, own):
-        return np.any(own != 2 * self._x[rows], axis=1)
+        x = self._x[rows]
+        return np.any(own != 2 * x[:, :3], axis=1) & (x[:, 0] > 0)
 
 
-def screen_of(predictor, num_workers=2, queries=1):
-    """Return a screen of workers that are trusted, and five queries that were sent to them."""
-    checks = AnswerChecks(num_workers, 0.5, None, lambda what, number: None)
-    for _ in range(4):
-        checks.compare(None, {0: np.ones(1), 1: np.ones(1)})
-    pool = SimulatedPool(np.tanh, num_workers, seconds=lambda size: 0.1)
-    events = EventQueue(pool.clock, "nercc-test", lambda: np.inf)
-    screen = AnswerScreen(checks, predictor.expect, pool, events, lambda what, number: None)
-    x = np.arange(10.0).reshape(5, 2)
-    requests = [
-        Request(part, np.zeros_like(part), 0.0, 10.0, False)
-        for part in np.split(x, range(queries, 5, queries))
-    ]
-    sent = [query for request in requests for query in request.queries]
-    for query in sent:
-        query.waiting = False
-    return screen, sent, 2 * x
-
-
-def test_queries_that_are_sent_together_are_predicted_together_and_once():
-    predictor = Doubling()
-    screen, queries, answers = screen_of(predictor)
-    screen.expect(queries[:3])
-    screen.expect(queries)
-    assert predictor.sizes == [3, 2]
-    answers[4] += 1
-    assert screen.receive(0, queries[:2], answers[:2]) == ([0, 1], [], [])
-    # These were sent at different times.
-    rows, again, settled = screen.receive(1, queries[2:], answers[2:])
-    assert (rows, again, settled) == ([0, 1], [queries[4]], [])
-    assert predictor.sizes == [3, 2]
+def known_first(**options):
+    policy = BatchingPolicy(max_disagreement=0.1, check_answers=0.01, max_batch_size=4)
+    predictor = FirstOnly()
+    model = {"share": 0.0, "num_workers": 4, "model": lambda x: 2 * x[:, :3]}
+    return predictor, Traffic(predictor, policy, **model | options)
 
 
 def test_what_is_expected_is_computed_while_workers_compute():
-    policy = BatchingPolicy(max_disagreement=0.1, check_answers=0.01, max_batch_size=4)
-    predictor = FirstOnly()
-    traffic = Traffic(predictor, policy, share=0.0, num_workers=4, model=lambda x: 2 * x[:, :3])
+    predictor, traffic = known_first()
     traffic.batcher.submit(np.ones((2, 4), np.float32))
     traffic.clock.run(traffic.clock.now() + 1e-3)
     assert [each.computed for each in predictor.expected] == [1], "no worker answers so early"
-
-
-def test_what_jax_computes_already_is_not_waited_for():
-    class Begun(Doubled):
-        begun = True
-
-    predictor = Doubling()
-    predictor.expect = lambda x: [Expectation(Begun(np.stack(x)), row) for row in range(len(x))]
-    screen, queries, _ = screen_of(predictor)
-    screen.expect(queries)
-    assert screen.is_ahead
-
-
-def test_answers_are_checked_if_nothing_was_known_when_their_queries_were_sent():
-    predictor = Doubling()
-    screen, queries, answers = screen_of(predictor)
-    predictor.ready = False
-    screen.expect(queries)
-    answers[1] += 1
-    assert screen.receive(0, queries[1:2], answers[1:2]) == ([0], [], [])
-    predictor.ready = True
-    answers[3] += 1
-    assert screen.receive(0, queries[2:], answers[2:])[:2] == ([0, 2], [queries[3]])
-
-
-def test_an_answer_waits_only_for_others_to_its_own_request():
-    screen, queries, answers = screen_of(Doubling(), 3, queries=2)
-    given = answers.copy()
-    given[3] += 1
-    rows, again, settled = screen.receive(0, queries, given)
-    assert (rows, again, settled) == ([0, 1, 4], [queries[3]], [])
-    assert screen.release() == []
-    (settled,) = screen.receive(1, [queries[3]], given[[3]])[2]
-    assert settled.verdict.agreed, "it was right"
-    assert screen.release() == []
-    queries[3].done = True
-    (settled,) = screen.release()
-    assert settled.query is queries[2]
-    assert not settled.suspicious
-    np.testing.assert_array_equal(settled.verdict.value, answers[2])
-    assert screen.release() == [], "once"
-
-
-def test_an_answer_that_waits_goes_out_when_the_one_in_doubt_has_ended_elsewhere():
-    screen, queries, answers = screen_of(Doubling(), 3, queries=2)
-    answers[0] += 1
-    assert screen.receive(0, queries[:2], answers[:2])[0] == []
-    queries[0].done = True  # by a prediction, for example
-    assert [each.query for each in screen.release()] == [queries[1]]
-
-
-def test_an_answer_that_waits_is_compared_if_another_worker_answers():
-    """Its query had been sent to two at once; nobody confirms either before the deadline."""
-    screen, queries, answers = screen_of(Doubling(), 3, queries=2)
-    answers[0] += 1
-    screen.receive(0, queries[:2], answers[:2])
-    rows, again, settled = screen.receive(1, queries[1:2], answers[1:2] + 1)
-    assert (rows, again, settled) == ([], [queries[1]], [])
-    queries[0].done = True
-    assert screen.release() == []
-    due = {each.query: each.suspicious for each in screen.pop_due(9.5)}
-    assert due == {queries[1]: True}
-
-
-class FirstOnly(Doubling):
-    """Knows the answers only to queries whose first number is positive."""
-
-    def expect(self, x):
-        self.expected.append(FirstKnown(np.stack(x)))
-        return [Expectation(self.expected[-1], row) for row in range(len(x))]
-
-    def __init__(self):
-        super().__init__()
-        self.learned, self.expected = [], []
-
-    def add_answer(self, x, own):
-        self.learned.append((x, own))
-
-
-class FirstKnown(Doubled):
-    def suspicious(self, rows, own):
-        x = self._x[rows]
-        return np.any(own != 2 * x[:, :3], axis=1) & (x[:, 0] > 0)
 
 
 def send_requests(traffic, number):
@@ -322,11 +204,8 @@ def send_requests(traffic, number):
 
 def test_the_rest_of_a_request_that_came_with_an_outvoted_answer_is_computed_by_others():
     """All answers of one call are wrong, of which only the first looks so."""
-    policy = BatchingPolicy(max_disagreement=0.1, check_answers=0.01, max_batch_size=4)
-    options = {"share": 0.0, "num_workers": 4, "model": lambda x: 2 * x[:, :3]}
     swap = Faults([Fault("swap", workers=(1,), calls=(6,))])
-    predictor = FirstOnly()
-    traffic = Traffic(predictor, policy, faults=swap, **options)
+    predictor, traffic = known_first(faults=swap)
     x, replies = send_requests(traffic, 40)
     values = np.stack([reply.values for reply in replies])
     np.testing.assert_array_equal(values, 2 * x[:, :, :3])

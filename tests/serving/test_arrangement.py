@@ -24,13 +24,23 @@ def arranger(code=CODE, shape=(3,), rows=4):
     return QueryOrdering(Coder(code), shape, rows)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 5, 8])
-def test_the_path_is_the_shortest_there_is(number):
-    """Of points on a line it is their own order, this way or that."""
-    x = np.random.default_rng(number).permutation(number)[:, None] * np.ones((1, 3))
-    order = arranger(rows=2).path(queries(x))
-    assert sorted(order) == list(range(number))
-    assert (np.abs(np.diff(x[order, 0])) == 1).all()
+def test_the_path_is_the_shortest_there_is_and_compiled_beforehand():
+    """Of points on a line it is their own order, this way or that; of more than a group's, by
+    stretches."""
+    ready = arranger(rows=2)
+    ready.compile()
+    programs = ready._path._cache_size()
+    for number in range(1, 9):
+        x = np.random.default_rng(number).permutation(number)[:, None] * np.ones((1, 3))
+        order = ready.path(queries(x))
+        assert sorted(order) == list(range(number))
+        assert (np.abs(np.diff(x[order, 0])) == 1).all()
+    order = ready.path(queries(np.random.default_rng(2).normal(size=(20, 3))))
+    for first in (0, 8, 16):
+        stretch = order[first : first + 8]
+        assert sorted(stretch) == list(range(first, first + len(stretch)))
+    assert ready._path._cache_size() == programs
+    assert ready.assign([], [], 0) == []
 
 
 @pytest.mark.parametrize(
@@ -75,25 +85,6 @@ def test_queries_whose_projection_overflows_are_dealt_like_others():
         x[::2] = 3e38
         cells = ready.assign(queries(x), [1] * number, 0)
         assert sorted(query.place for (query,) in cells) == list(range(number))
-
-
-def test_more_than_a_group_holds_is_arranged_in_stretches():
-    many = queries(np.random.default_rng(2).permutation(20)[:, None] * np.ones((1, 3)))
-    order = arranger(rows=2).path(many)
-    assert sorted(order[:8]) == list(range(8))
-    assert sorted(order[8:16]) == list(range(8, 16))
-    assert sorted(order[16:]) == list(range(16, 20))
-    assert arranger(rows=2).assign([], [], 0) == []
-
-
-def test_nothing_compiles_once_it_is_compiled():
-    ready = arranger(shape=(5, 2))
-    ready.compile()
-    programs = ready._path._cache_size()
-    for number in range(3, 17):
-        x = np.random.default_rng(number).normal(size=(number, 5, 2))
-        assert sorted(ready.path(queries(x))) == list(range(number))
-    assert ready._path._cache_size() == programs
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 from conftest import require
@@ -16,16 +15,14 @@ httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
 require("fastapi", "serve")
 
+from faces import FACES, Stub, ask
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from grpc_stub import GRPCInferenceServiceStub
-from in_process import Doubles, body, channel, listening, serving
-from nercc_server import ENDS, patience
+from in_process import Doubles, becomes, body, channel, http, listening, serving
+from nercc_server import ENDS
 
-from nercc_jax.serving._settings import read_settings
 from nercc_jax.serving.core._health import Health
 from nercc_jax.serving.transport import open_inference_pb2 as messages
-from nercc_jax.serving.transport._server import Server
 
 TOKEN = "a token"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -57,10 +54,12 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def guarded(files):
-    with serving(Doubles(), grpc_port=0, token_file=str(files[0])) as server:
-        url = f"http://127.0.0.1:{server.http_port}"
-        with httpx.Client(base_url=url, trust_env=False, timeout=ENDS) as client:
-            yield server, client
+    with (
+        serving(Doubles(), grpc_port=0, token_file=str(files[0])) as server,
+        http(server) as client,
+    ):
+        becomes(lambda: server.grpc_port)
+        yield server, client
 
 
 @pytest.mark.parametrize(
@@ -78,11 +77,13 @@ def test_whoever_has_no_token_is_reported_so(guarded, method, path, given):
         assert answer.json() == {"error": "a token is needed: Authorization: Bearer TOKEN"}
 
 
-@pytest.mark.parametrize("token", ["another", TOKEN])
-def test_whoever_has_one_is_answered(guarded, token):
-    headers = {"Authorization": f"bearer {token}"}
-    answer = guarded[1].post(INFER, content=body(), headers=headers)
-    assert answer.json()["outputs"][0]["data"] == [2, 4, 6, 8]
+@pytest.mark.parametrize("face", FACES)
+def test_inference_is_for_whoever_has_one(guarded, face):
+    for given, status in (("Bearer other", 401), ("bearer another", 200), (f"Bearer {TOKEN}", 200)):
+        headers = {"Authorization": given}
+        answer = ask(face, guarded[0], "digits", {"input": [[1.0, 2, 3, 4]]}, headers=headers)
+        assert answer.is_(status)
+        assert status == 401 or answer.outputs["output"].tolist() == [[2, 4, 6, 8]]
     assert guarded[1].get("/metrics", headers=headers).status_code == 200
 
 
@@ -93,7 +94,7 @@ def test_probes_need_no_token(guarded, path):
 
 def test_grpc_needs_one_too(guarded):
     with channel(guarded[0]) as there:
-        stub = GRPCInferenceServiceStub(there)
+        stub = Stub(there)
         asked = messages.ServerMetadataRequest()
         for given in ([], [("authorization", "Bearer other")]):
             with pytest.raises(grpc.RpcError) as error:
@@ -147,9 +148,7 @@ def test_tls_and_tokens_by_tritons_clients_and_curl(files):
     tokens, certificate, key = map(str, files)
     secure = {"tls_certificate": certificate, "tls_key": key, "token_file": tokens}
     with serving(Doubles(), grpc_port=0, **secure) as server:
-        for _ in patience(ENDS):
-            if server.grpc_port:
-                break
+        becomes(lambda: server.grpc_port)
         ports = str(server.http_port), str(server.grpc_port)
         found = json.loads(run(sys.executable, "-c", CLIENT, *ports, certificate, TOKEN))
         for values, index, refused in found:
@@ -182,34 +181,16 @@ def test_the_index_has_all_models_and_their_states():
         assert may_start.wait(ENDS)
         return Doubles()
 
-    with listening({"digits": lambda: model, "later": start_later}) as server:
-        for _ in patience(ENDS):
-            if server.state.models:
-                break
-        url = f"http://127.0.0.1:{server.http_port}/v2/repository/index"
-        assert httpx.post(url, trust_env=False).json() == [
+    starts, url = {"digits": lambda: model, "later": start_later}, "/v2/repository/index"
+    with listening(starts) as server, http(server) as client:
+        becomes(lambda: server.state.models)
+        assert client.post(url).json() == [
             ready("digits") | {"state": "UNAVAILABLE", "reason": "it is busy"},
             ready("later") | {"state": "LOADING", "reason": "It is being started."},
         ]
-        assert httpx.post(url, json={"ready": True}, trust_env=False).json() == []
-        wrong = httpx.post(url, content=b'{"ready": 7}', trust_env=False)
+        assert client.post(url, json={"ready": True}).json() == []
+        wrong = client.post(url, content=b'{"ready": 7}')
         assert (wrong.status_code, "boolean" in wrong.json()["error"]) == (400, True)
         model.is_well = Health(True, True)
-        assert httpx.post(url, json={"ready": True}, trust_env=False).json() == [ready("digits")]
+        assert client.post(url, json={"ready": True}).json() == [ready("digits")]
         may_start.set()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"tls_key": "tls.key"}, "tls_certificate and tls_key belong together"),
-        ({"token_file": "nowhere"}, "nowhere cannot be read: No such file"),
-        ({"tls_key": "empty", "tls_certificate": "nowhere"}, "nowhere cannot be read"),
-        ({"token_file": "empty"}, "empty has no token"),
-    ],
-)
-def test_files_that_are_missing_are_reported(tmp_path, monkeypatch, settings, message):
-    monkeypatch.chdir(tmp_path)
-    Path("empty").write_text("\n \n")
-    with pytest.raises(ValueError, match=message):
-        Server({}, read_settings(None, **settings))

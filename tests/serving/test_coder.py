@@ -1,39 +1,47 @@
-"""Codes made ready for a stream: which coded data points are queries, groups of fewer than K."""
+"""A code made ready for a stream: layouts, decoding, and how far its answers are doubted."""
 
 import dataclasses
+import itertools
+import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
+from batching import EXTRAS, INTERLEAVED, OWN
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.interpolate import make_interp_spline
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
 from nercc_jax.codes import BerrutSpline
+from nercc_jax.risk._straggler_risk import risk_cap
 from nercc_jax.serving import Coder
-from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
-from nercc_jax.serving.core._error_probability import uncalibrated
+from nercc_jax.serving.adapt._error_estimator import ErrorEstimator, calibrate
+from nercc_jax.serving.core._error_probability import DecodingErrorProbability, uncalibrated
+from nercc_jax.serving.core._fallback import Budget
 
-CODES = {
-    "interleaved": NeRCC(4, 8, points="interleaved", lambda_dec=0.0),
-    "interleaved, few more": NeRCC(5, 7, points="interleaved", lambda_dec=0.0),
-    "repeated": NeRCC(4, 8, points="repeated", lambda_dec=0.0),
-    "chebyshev": NeRCC(6, 9),
-    "BACC": Berrut(5, 8),
-    "BSCC": BerrutSpline(5, 8),
-    "LCC": Lagrange(3, 7),
-    "replication": Replication(3, 7),
-    "uncoded": Uncoded(3),
-    "ParM": Parity(2, 3),
+# By name: whether queries are coded data points themselves, a query can be decoded from others',
+# its error has a probability, and it gains from an order.
+FLAGS = {
+    "interleaved": (
+        NeRCC(4, 8, points="interleaved", lambda_dec=0.0),
+        "systematic decodes doubts order",
+    ),
+    "interleaved, few more": (
+        NeRCC(5, 7, points="interleaved", lambda_dec=0.0),
+        "systematic decodes doubts order",
+    ),
+    "repeated": (NeRCC(4, 8, points="repeated", lambda_dec=0.0), "systematic decodes doubts order"),
+    "chebyshev": (NeRCC(6, 9), "decodes doubts order"),
+    "BACC": (Berrut(5, 8), "decodes order"),
+    "BSCC": (BerrutSpline(5, 8), "decodes order"),
+    "LCC": (Lagrange(3, 7), "systematic decodes"),
+    "replication": (Replication(3, 7), "systematic"),
+    "uncoded": (Uncoded(3), "systematic"),
+    "ParM": (Parity(2, 3), "systematic decodes"),
 }
-SYSTEMATIC = {
-    "interleaved",
-    "interleaved, few more",
-    "repeated",
-    "replication",
-    "uncoded",
-    "ParM",
-    "LCC",
-}
+CODES = {name: code for name, (code, _) in FLAGS.items()}
 
 
 def coder_of(name):
@@ -43,8 +51,13 @@ def coder_of(name):
 
 @pytest.mark.parametrize("name", CODES)
 def test_layouts(name):
-    coder = coder_of(name)
-    assert coder.systematic == (name in SYSTEMATIC)
+    coder, flags = coder_of(name), FLAGS[name][1].split()
+    assert coder.systematic == ("systematic" in flags)
+    assert coder.can_decode == ("decodes" in flags)
+    assert coder.has_error_probability == ("doubts" in flags)
+    assert coder.needs_order == ("order" in flags)
+    if not coder.can_decode:
+        assert not ErrorEstimator(coder).needs_samples(coder.num_data)
     x = np.random.default_rng(0).normal(size=(2, coder.num_data, 5)).astype(np.float32)
     for queries in range(1, coder.num_data + 1):
         layout = coder.layout(queries)
@@ -111,14 +124,6 @@ def test_a_short_groups_encoder_is_a_spline_through_its_queries(queries):
     np.testing.assert_allclose(coder.layout(queries).matrix, wanted, atol=1e-5)
 
 
-def test_any_first_few_alphas_are_spread_out():
-    """Among Chebyshev points no two of the first half are neighbours."""
-    coder = Coder(NeRCC(9, 12))
-    first = np.sort(coder._order[:4])
-    assert np.diff(first).min() > 1
-    assert sorted(coder._order) == list(range(9))
-
-
 @pytest.mark.parametrize("name", ["interleaved", "chebyshev", "BACC", "repeated", "replication"])
 def test_decoding_is_the_codes_own(name):
     coder = coder_of(name)
@@ -177,54 +182,58 @@ def test_what_nothing_tells_is_doubted():
     assert np.isnan(doubt(range(8), [np.nan] * 5)).all()
 
 
-def test_codes_that_are_no_regression_have_no_doubt():
-    assert not any(
-        coder_of(name).has_error_probability for name in ("BACC", "LCC", "ParM", "replication")
-    )
-    assert not any(coder_of(name).needs_order for name in ("LCC", "ParM", "replication", "uncoded"))
-    assert coder_of("BACC").needs_order
-
-
-@pytest.mark.parametrize("name", ["interleaved", "chebyshev", "BACC"])
-def test_places_along_the_curve(name):
-    coder = coder_of(name)
-    alpha = np.asarray(coder.code.alpha)[coder._order]
-    for first in range(coder.num_data):
-        for number in range(1, coder.num_data - first + 1):
-            along = coder.path_order(first, number)
-            assert sorted(along) == list(range(number))
-            assert (np.diff(alpha[first + along]) > 0).all()
-
-
 # What is expected of decoded answers.
+
+WEIGHTS = np.random.default_rng(2).normal(size=(4, 3)).astype(np.float32)
 
 
 def tanh(x):
-    return jnp.tanh(3 * jnp.asarray(x) @ jnp.asarray(_WEIGHTS))
+    return jnp.tanh(3 * jnp.asarray(x) @ jnp.asarray(WEIGHTS))
 
 
-_WEIGHTS = np.random.default_rng(2).normal(size=(4, 3)).astype(np.float32)
+def rows(number, seed, queries=None):
+    shape = (number, 4) if queries is None else (number, queries, 4)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def calibrated_on(number, seed=3):
+    estimator = ErrorEstimator(Coder(INTERLEAVED))
+    estimator.calibrate(tanh, rows(number, seed))
+    return estimator
 
 
 @pytest.fixture(scope="module")
-def calibrated():
-    coder = Coder(CODES["interleaved"])
-    estimator = ErrorEstimator(coder)
-    estimator.calibrate(tanh, np.random.default_rng(3).normal(size=(2000, 4)).astype(np.float32))
-    return coder, estimator
+def known():
+    estimator = calibrated_on(2000)
+    return estimator._coder, estimator
+
+
+def answered(coder, x, model=tanh):
+    """All workers' answers to groups, by worker, and the model's own."""
+    everything = np.arange(coder.num_workers)
+    return np.asarray(model(coder.encode(x, everything))), np.asarray(model(x))
+
+
+def teach(estimator, coder, x, model=tanh):
+    """Add groups, all of whose answers came, one after the other."""
+    answers, own = answered(coder, x, model)
+    for group, originals in zip(answers.swapaxes(0, 1), own, strict=True):
+        list(estimator.add_group(group, originals))  # all steps
+        yield
+
+
+def missing(*points):
+    return ~np.isin(np.arange(8), points)
 
 
 @pytest.mark.parametrize("queries", [2, 3, 4])
-def test_what_is_expected_is_what_happens(calibrated, queries):
+def test_what_is_expected_is_what_happens(known, queries):
     """On other data, decoded by hand."""
-    coder, estimator = calibrated
-    x = np.random.default_rng(4).normal(size=(1500, queries, 4)).astype(np.float32)
-    everything = np.arange(coder.num_workers)
-    answers = np.asarray(tanh(coder.encode(x, everything)))  # (N, groups, outputs)
-    own = np.asarray(tanh(x))
+    coder, estimator = known
+    x = rows(1500, 4, queries)
+    answers, own = answered(coder, x)
     for place in range(queries):
-        mask = np.ones(coder.num_workers, bool)
-        mask[coder.first[place]] = False
+        mask = missing(*coder.first[place])
         predictions, *_ = coder.decode(np.where(mask[:, None, None], answers, 0), mask, len(x))
         wrong = predictions[:, place].argmax(-1) != own[:, place].argmax(-1)
         error = np.sqrt(np.mean(np.sum((predictions[:, place] - own[:, place]) ** 2, axis=-1)))
@@ -237,62 +246,75 @@ def test_what_is_expected_is_what_happens(calibrated, queries):
         assert expected_error[place] == pytest.approx(error, rel=0.4)
 
 
-def test_nothing_wrong_among_a_few_is_not_never(calibrated):
-    coder, estimator = calibrated
-    disagreement, error, _ = estimator.expected_error(4, np.ones(coder.num_workers, bool))
+def test_nothing_wrong_among_a_few_is_not_never(known):
+    disagreement, error, _ = known[1].expected_error(4, missing())
     assert (error < 1e-3).all()
     np.testing.assert_allclose(disagreement, 0.5 / 257, rtol=1e-5)
 
 
-def test_nothing_is_known_at_first_and_then_learnt():
-    coder = Coder(CODES["interleaved"])
-    estimator = ErrorEstimator(coder)
-    mask = np.ones(coder.num_workers, bool)
-    mask[coder.first[0]] = False
+def test_nothing_is_known_at_first_and_then_learnt_from_traffic():
+    coder = Coder(INTERLEAVED)
+    estimator, mask = ErrorEstimator(coder), missing(*coder.first[0])
     assert np.isnan(estimator.expected_error(4, mask).disagreement).all()
-    assert estimator.progress() == (0, 32)
-    assert estimator.needs_samples(4)
-    assert not estimator.needs_samples(1)
-    x = np.random.default_rng(5).normal(size=(300, 4, 4)).astype(np.float32)
-    answers = np.asarray(tanh(coder.encode(x, np.arange(coder.num_workers)))).swapaxes(0, 1)
-    for group, own in zip(answers, np.asarray(tanh(x)), strict=True):
-        list(estimator.add_group(group, own))  # all steps
-    assert not estimator.needs_samples(4)
-    assert estimator.needs_samples(3)
+    assert (estimator.progress(), estimator.error_probability(4).limit(0.9) < 0) == ((0, 32), True)
+    assert (estimator.needs_samples(4), estimator.needs_samples(1)) == (True, False)
+    learnt, x = [0], rows(300, 5, 4)
+    for _ in teach(estimator, coder, x):
+        if learnt[-1] != (number := estimator.error_probability(4).num_queries):
+            learnt.append(number)
+        assert estimator.needs_samples(4) or number > 0
+    assert learnt[:3] == [0, 4 * 32, 4 * 64]
+    assert (estimator.needs_samples(4), estimator.needs_samples(3)) == (False, True)
+    assert estimator.error_probability(3).num_queries == 0
     assert not estimator.expected_error(4, mask).current, "nobody has looked it up"
     list(estimator.update_expected(4, mask))  # all steps
-    taught = estimator.expected_error(4, mask)
-    assert taught.current
-    given = ErrorEstimator(coder)
-    given.calibrate(tanh, np.random.default_rng(6).normal(size=(1200, 4)).astype(np.float32))
-    usual = np.ones(coder.num_workers, bool)
-    for mask in (usual, usual & (np.arange(coder.num_workers) != coder.first[2][0])):
-        assert given.expected_error(4, mask).current, "calibration looks up the usual ones"
-    list(estimator.update_expected(4, mask))  # all steps
-    found, wanted = estimator.expected_error(4, mask), given.expected_error(4, mask)
-    np.testing.assert_allclose(found.disagreement, wanted.disagreement, atol=0.15)
-    nobody = estimator.expected_error(4, np.zeros(coder.num_workers, bool))
-    assert np.isnan(nobody.disagreement).all()
-    # New groups come, so what was found is looked up anew; it is shown until then.
-    for group, own in zip(answers, np.asarray(tanh(x)), strict=True):
-        list(estimator.add_group(group, own))  # all steps
-    list(estimator.update_expected(4, usual))  # all steps
-    assert not estimator.expected_error(4, mask).current
-    np.testing.assert_array_equal(
-        estimator.expected_error(4, mask).disagreement, found.disagreement
+    found, wanted = (
+        estimator.expected_error(4, mask),
+        calibrated_on(1200, 6).expected_error(4, mask),
     )
+    assert found.current
+    assert wanted.current, "calibration looks up the usual ones"
+    np.testing.assert_allclose(found.disagreement, wanted.disagreement, atol=0.15)
+    nobody = estimator.expected_error(4, np.zeros(8, bool))
+    assert np.isnan(nobody.disagreement).all()
+    # New groups come, so what was found is looked up once more; it is shown until then.
+    list(teach(estimator, coder, x))
+    list(estimator.update_expected(4, missing()))  # all steps
+    again = estimator.expected_error(4, mask)
+    assert not again.current
+    np.testing.assert_array_equal(again.disagreement, found.disagreement)
+
+
+@pytest.mark.parametrize("queries", [4, 3])
+def test_a_doubt_is_learnt_where_calibration_was_too_short(queries):
+    """Groups are wanted until it is known, so that it will be."""
+    estimator = calibrated_on(20 * queries, 8)
+    for _ in teach(estimator, estimator._coder, rows(40, 9, queries)):
+        if not estimator.needs_samples(queries):
+            break
+    assert estimator.error_probability(queries).num_queries >= 32 * queries
+
+
+def test_traffic_is_rehearsed_a_little_at_a_time():
+    """As many groups as are decoded at once: all of them would keep every core busy for long."""
+    coder = Coder(INTERLEAVED)
+    estimator = ErrorEstimator(coder)
+    estimator.compile((3,), 8)
+    programs = coder.agree._cache_size()
+    list(teach(estimator, coder, rows(100, 7, 4)))
+    assert estimator.error_probability(4).num_queries
+    assert sum(1 for _ in estimator.update_expected(4, missing(3))) >= 100 // 8
+    assert estimator.expected_error(4, missing(3)).current
+    assert coder.agree._cache_size() == programs
 
 
 def test_what_is_expected_follows_a_model_that_changes():
     """Of the same workers: at first all answers are alike, and decoded without an error."""
     coder = coder_of("BACC")
-    estimator, mask = ErrorEstimator(coder), np.arange(coder.num_workers) != 2
-    x = np.random.default_rng(7).normal(size=(300, coder.num_data, 4)).astype(np.float32)
-    coded = coder.encode(x, np.arange(coder.num_workers)).swapaxes(0, 1)
+    estimator, mask = ErrorEstimator(coder), missing(2)
     errors = []
     for model in (lambda x: 0 * tanh(x) + 1, tanh):
-        for answers, own in zip(np.asarray(model(coded)), np.asarray(model(x)), strict=True):
-            list(estimator.add_group(answers, own))  # all steps
+        list(teach(estimator, coder, rows(300, 7, coder.num_data), model))
         list(estimator.update_expected(coder.num_data, mask))  # all steps
         found = estimator.expected_error(coder.num_data, mask)
         assert found.current
@@ -301,15 +323,137 @@ def test_what_is_expected_follows_a_model_that_changes():
     assert (errors[1] > 0.05).all()
 
 
-def test_codes_that_cannot_guess_want_no_lessons():
-    for name in ("replication", "uncoded"):
-        coder = coder_of(name)
-        assert not coder.can_decode
-        assert not ErrorEstimator(coder).needs_samples(coder.num_data)
-    assert coder_of("repeated").can_decode
+# Limits that keep their promise.
 
 
-def test_labels_are_compared():
-    estimator = ErrorEstimator(Coder(CODES["interleaved"]))
-    for decoded, right in (([0.0, 1], True), ([1.0, 0], False)):
-        assert estimator.agrees(np.array(decoded), np.array([2.0, 3])) == right
+@pytest.mark.parametrize("queries", [2, 4])
+def test_no_more_is_wrong_than_was_asked_for(known, queries):
+    """On other data: every query whose own worker straggles, as the last answers come in."""
+    coder, estimator = known
+    x = rows(400, 4, queries)
+    answers, own = answered(coder, x)
+    own = own.argmax(-1)
+    random, redundancy = np.random.default_rng(5), queries
+    sent = np.array([*OWN[:queries], *EXTRAS[:queries]])
+    doubt = estimator.error_probability(queries)
+    limits = {share: doubt.limit(share) for share in (0.3, 0.1, 0.03)}
+    wrong, sent_out = ({share: [] for share in limits} for _ in range(2))
+    doubts, errors = [], []
+    sets = list(itertools.product(range(queries), range(redundancy), range(4)))
+    for place, more, _ in sets:
+        others = random.permutation(np.setdiff1d(sent, OWN[place]))
+        responded = len(others) - more
+        open_ = {share: np.ones(len(x), bool) for share in limits}
+        for number in (responded - 2, responded - 1, responded):
+            mask = np.isin(np.arange(8), others[: max(number, 1)])
+            given = np.where(mask[:, None, None], answers, 0)
+            predictions, _, seen = coder.decode(given, mask, len(x), doubt)
+            differ = predictions[:, place].argmax(-1) != own[:, place]
+            for share, limit in limits.items():
+                now = open_[share] & (seen[:, place] <= limit)
+                wrong[share] += (differ & now).astype(float).tolist()
+                sent_out[share] += now.astype(float).tolist()
+                open_[share] &= ~now
+        doubts.append(seen[:, place].mean())
+        errors.append(differ.mean())
+    for share in limits:
+        assert sum(wrong[share]) <= share * sum(sent_out[share])
+    assert doubt.share_above(limits[0.3]) < 0.95, "something is answered at once"
+    assert 1 >= limits[0.3] >= limits[0.1] >= limits[0.03]
+    assert np.mean(doubts) == pytest.approx(np.mean(errors), rel=0.3)
+
+
+def test_sure_ones_are_right_more_often_than_a_place_is(known):
+    """What decides by query beats what decides by the mask alone, from the same workers."""
+    coder, estimator = known
+    x, mask = rows(400, 6, 4), missing(OWN[0])
+    answers, own = answered(coder, x)
+    given = np.where(mask[:, None, None], answers, 0)
+    predictions, _, doubt = coder.decode(given, mask, len(x), estimator.error_probability(4))
+    wrong = predictions[:, 0].argmax(-1) != own[:, 0].argmax(-1)
+    sure = doubt[:, 0] <= np.median(doubt[:, 0])
+    assert wrong[sure].mean() < 0.5 * wrong.mean() < wrong[~sure].mean()
+
+
+shares = st.floats(0, 1)
+
+
+@given(
+    samples=st.lists(st.tuples(shares, st.booleans()), min_size=1, max_size=60),
+    share=shares,
+    extra=st.integers(0, 1000),
+)
+def test_limits_by_counting(samples, share, extra):
+    """The largest limit at which no more of the answers are wrong, by Clopper and Pearson."""
+    doubts, wrong = (np.array(part) for part in zip(*samples, strict=True))
+    doubts, number = doubts.astype(np.float32), len(samples) + extra
+    doubt = DecodingErrorProbability(
+        np.zeros(5, np.float32), np.sort(doubts[wrong]), np.sort(doubts), number
+    )
+    limit = doubt.limit(share)
+
+    def holds(limit):
+        """Whether the upper bound of the share, at three quarters, is within what was asked."""
+        answered = doubts <= limit
+        each, errors = (number * np.mean(which) for which in (answered, answered & wrong))
+        each, errors = int(each + 1e-9), math.ceil(errors - 1e-9)
+        if share == 1:
+            return errors <= each
+        return errors < each and scipy.stats.beta.ppf(0.75, errors + 1, each - errors) <= share
+
+    most = np.float32(risk_cap(share))
+    if limit >= 0:
+        assert holds(limit)
+        assert limit <= most
+        assert doubt.share_above(limit) == np.mean(doubts > limit)
+    # Of the larger limits that differ in what is answered, none would do.
+    for larger in doubts[(doubts > limit) & (doubts <= most)]:
+        assert not holds(larger)
+
+
+def test_without_samples_nothing_may_be_answered():
+    assert uncalibrated().limit(1.0) < 0
+    assert uncalibrated().share_above(0.5) == 1
+
+
+def test_what_was_wrong_at_any_look_counts():
+    """Three samples, two looks each; the doubt is one half throughout, as nothing tells them
+    apart: all that was ever wrong is wrong from there on."""
+    features = np.zeros((4, 2, 5), np.float32)
+    features[..., 0] = 1
+    available = np.ones((4, 2), bool)
+    wrong = np.array([[True, False], [False, True], [False, False], [True, True]])
+    available[3] = False
+    doubt = calibrate(features, available, wrong, 4)
+    assert doubt.wrong_from.size == 3
+    np.testing.assert_allclose(doubt.wrong_from[:2], 1 / (1 + np.exp(-doubt.weights[0])), rtol=1e-6)
+    assert doubt.wrong_from[2] == 1, "an answer without a word is as uncertain as can be"
+    np.testing.assert_allclose(doubt.weights[1:], 0, atol=1e-6)
+
+
+@given(share=shares, events=st.lists(st.booleans(), max_size=300))
+def test_no_more_is_sent_again_than_the_budget_has(share, events):
+    free, budget, came, spent = Budget(None), Budget(share), 0, 0
+    for asks in events:
+        free.spend()
+        assert free.affords(), "it has no bound unless given"
+        if not asks:
+            budget.earn(1)
+            came += 1
+        elif budget.affords():
+            budget.spend()
+            spent += 1
+    assert spent <= share * came + 1e-6
+
+
+def test_a_small_share_is_spent_in_the_end_and_a_large_one_is_not_saved_for_ever():
+    little, much = Budget(0.0005), Budget(0.1)
+    little.earn(1999)
+    assert not little.affords()
+    little.earn(2)
+    assert little.affords()
+    much.earn(10**6)
+    for _ in range(100):
+        assert much.affords()
+        much.spend()
+    assert not much.affords()

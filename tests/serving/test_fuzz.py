@@ -17,7 +17,7 @@ from nercc_server import ENDS, Server
 grpc = require("grpc", "serve-test")
 require("fastapi", "serve")
 
-from grpc_stub import GRPCInferenceServiceStub
+from faces import Stub, stub_of
 
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 
@@ -52,8 +52,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stub(server):
-    with grpc.insecure_channel(server.grpc) as channel:
-        yield GRPCInferenceServiceStub(channel)
+    with stub_of(server) as stub:
+        yield stub
 
 
 def test_schemathesis_finds_nothing(server, tmp_path):
@@ -211,7 +211,7 @@ def test_bytes_that_are_no_message(server):
         call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         with pytest.raises(grpc.RpcError):
             call(b"\xff" * 50, timeout=ENDS)
-        assert GRPCInferenceServiceStub(channel).ServerReady(messages.ServerReadyRequest()).ready
+        assert Stub(channel).ServerReady(messages.ServerReadyRequest()).ready
 
 
 def test_it_goes_on(server):

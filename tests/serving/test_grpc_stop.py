@@ -12,11 +12,9 @@ from conftest import require
 grpc = require("grpc", "serve-test")
 require("fastapi", "serve")
 
-from grpc_stub import GRPCInferenceServiceStub
+from faces import Stub, message
 from in_process import Doubles, channel, serving
 from nercc_server import ENDS
-
-from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 CALLS = 400  # more than the server takes in a moment
 
@@ -24,9 +22,7 @@ CALLS = 400  # more than the server takes in a moment
 @pytest.mark.parametrize("signals", [1, 2])
 def test_calls_that_nobody_has_taken_yet_end_as_unavailable(signals):
     """Also those that are sent again at once, and where the server ends at once."""
-    request = messages.ModelInferRequest(model_name="digits")
-    tensor = request.inputs.add(name="input", datatype="FP32", shape=[1, 4])
-    tensor.contents.fp32_contents.extend([1.0] * 4)
+    request = message("digits", {"input": [[1.0] * 4]})
     codes, stopped = collections.Counter(), threading.Event()
     some, left = threading.Event(), threading.Semaphore(0)
 
@@ -45,7 +41,7 @@ def test_calls_that_nobody_has_taken_yet_end_as_unavailable(signals):
 
     with contextlib.ExitStack() as later:  # a channel that is closed cancels its calls
         with serving(Doubles(signals == 1), grpc_port=0, drain_timeout_s=ENDS) as server:
-            stub = GRPCInferenceServiceStub(later.enter_context(channel(server)))
+            stub = Stub(later.enter_context(channel(server)))
             for _ in range(CALLS):
                 send(stub)
             assert signals == 2 or some.wait(ENDS)

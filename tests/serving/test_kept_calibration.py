@@ -12,7 +12,6 @@ require("pydantic_settings", "serve")
 
 from nercc_jax import NeRCC
 from nercc_jax.cli._serving_models import calibration_file
-from nercc_jax.codes.whole_files import write_arrays
 from nercc_jax.serving import Coder, make_servable
 from nercc_jax.serving._settings import ModelSettings
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator, calibrate_or_restore
@@ -33,72 +32,54 @@ class Rows:
 
 
 @pytest.fixture(scope="module")
-def calibrated():
-    """A servable, and the results of its calibration."""
+def calibrate():
+    """Makes an estimator by a kept file, and says how often data were needed for it."""
     servable = make_servable("tanh", lambda x: jnp.tanh(3 * x @ WEIGHTS), (4,), calibration=Rows())
-    estimator = ErrorEstimator(Coder(INTERLEAVED))
-    calibrate_or_restore(estimator, servable.model, servable.calibration, None, None)
-    return servable, estimator
+
+    def calibrate(path=None):
+        asked = servable.calibration.asked
+        made = ErrorEstimator(Coder(INTERLEAVED))
+        calibrate_or_restore(made, servable.model, servable.calibration, None, path)
+        return made, servable.calibration.asked - asked
+
+    return calibrate
 
 
-def test_a_kept_calibration_needs_no_data(calibrated, tmp_path):
-    servable, estimator = calibrated
+def test_a_kept_calibration_needs_no_data(calibrate, tmp_path):
     path = tmp_path / "folder" / "kept.npz"
-    calibrate_or_restore(
-        ErrorEstimator(Coder(INTERLEAVED)), servable.model, servable.calibration, None, path
-    )
-    asked = servable.calibration.asked
-    kept = ErrorEstimator(Coder(INTERLEAVED))
-    calibrate_or_restore(kept, servable.model, servable.calibration, None, path)
-    assert servable.calibration.asked == asked
+    (estimator, first), (kept, second) = calibrate(path), calibrate(path)
+    assert (first, second) == (1, 0)
     assert kept.conditions == estimator.conditions
     assert kept.progress() == estimator.progress()
     for few in (2, 3, 4):
         for name, value in vars(estimator.error_probability(few)).items():
             np.testing.assert_array_equal(vars(kept.error_probability(few))[name], value)
         assert not kept.needs_samples(few)
-        one_missing = estimator._one_missing(few)[1]
-        for found, expected in zip(
-            kept.expected_error(few, one_missing),
-            estimator.expected_error(few, one_missing),
-            strict=True,
-        ):
-            np.testing.assert_array_equal(found, expected)
-        # And of workers that calibration did not think of, from the same groups.
-        for each in (kept, estimator):
-            list(each.update_expected(few, FULL))  # all steps
-        np.testing.assert_array_equal(
-            kept.expected_error(few, FULL).error, estimator.expected_error(few, FULL).error
-        )
+        # Of workers that calibration did not think of, too, from the same groups.
+        for mask in (*estimator._one_missing(few), FULL):
+            for each in (kept, estimator):
+                list(each.update_expected(few, mask))  # all steps
+            found, expected = (each.expected_error(few, mask) for each in (kept, estimator))
+            np.testing.assert_array_equal(found.error, expected.error)
+            np.testing.assert_array_equal(found.disagreement, expected.disagreement)
 
 
-def test_a_file_that_is_broken_is_made_anew(calibrated, tmp_path, caplog):
-    servable, estimator = calibrated
+def test_a_file_that_is_broken_is_made_anew_and_one_that_cannot_be_is_no_error(
+    calibrate, tmp_path, caplog
+):
     path = tmp_path / "kept.npz"
-    write_arrays(path, estimator.state())
+    estimator, _ = calibrate(path)
     flipped = bytearray(path.read_bytes())
     flipped[len(flipped) // 2] ^= 1
     for content in (b"", b"PK\x03\x04 half of it", bytes(flipped)):
         path.write_bytes(content)
-        asked = servable.calibration.asked
-        again = ErrorEstimator(Coder(INTERLEAVED))
-        calibrate_or_restore(again, servable.model, servable.calibration, None, path)
-        assert servable.calibration.asked == asked + 1
-        assert again.progress() == estimator.progress()
+        again, asked = calibrate(path)
+        assert (asked, again.progress()) == (1, estimator.progress())
         assert path.stat().st_size > 1000
         assert "kept.npz" in caplog.text
         caplog.clear()
-    assert [each.name for each in tmp_path.iterdir()] == ["kept.npz"]
-
-
-def test_where_nothing_can_be_written_nothing_is_kept(calibrated, tmp_path):
-    servable, estimator = calibrated
     (tmp_path / "file").touch()
-    again = ErrorEstimator(Coder(INTERLEAVED))
-    calibrate_or_restore(
-        again, servable.model, servable.calibration, None, tmp_path / "file" / "kept.npz"
-    )
-    assert again.progress() == estimator.progress()
+    assert calibrate(tmp_path / "file" / "kept.npz")[0].progress() == estimator.progress()
 
 
 def test_its_name_has_all_that_it_depends_on(tmp_path, monkeypatch):

@@ -16,15 +16,11 @@ httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
 require("fastapi", "serve")
 
-import orjson
-from grpc_stub import GRPCInferenceServiceStub
-from in_process import channel
-from nercc_server import ENDS
+from faces import ask
 
 from nercc_jax import NeRCC
 from nercc_jax.serving import ModelSettings, ServerSettings, make_servable, make_server
 from nercc_jax.serving.protocol._servable import Preprocessing
-from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (224, 224, 3)
@@ -73,38 +69,16 @@ def server(servable):
         yield server
 
 
-def by_rest(server, images):
-    raw = images.tobytes()
-    tensor = {"name": "input", "shape": images.shape, "datatype": "UINT8"}
-    tensor["parameters"] = {"binary_data_size": len(raw)}
-    head = orjson.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}})
-    url = f"http://127.0.0.1:{server.http_port}/v2/models/images/infer"
-    headers = {"inference-header-content-length": str(len(head))}
-    answer = httpx.post(url, content=head + raw, headers=headers, trust_env=False, timeout=ENDS)
-    assert answer.status_code == 200, answer.text
-    length = int(answer.headers["inference-header-content-length"])
-    values = np.frombuffer(answer.content[length:], "<f4", 5 * len(images)).reshape(-1, 5)
-    return values, orjson.loads(answer.content[:length])["parameters"]["nercc_exact"]
-
-
-def by_grpc(server, images):
-    request = messages.ModelInferRequest(model_name="images", raw_input_contents=[images.tobytes()])
-    request.inputs.add(name="input", datatype="UINT8", shape=images.shape)
-    with channel(server) as there:
-        answer = GRPCInferenceServiceStub(there).ModelInfer(request, timeout=ENDS)
-    values = np.frombuffer(answer.raw_output_contents[0], "<f4").reshape(-1, 5)
-    return values, answer.parameters["nercc_exact"].bool_param
-
-
-@pytest.mark.parametrize("ask", [by_rest, by_grpc])
-def test_bytes_are_served_coded(server, ask):
+@pytest.mark.parametrize("face", ["binary", "raw"])
+def test_bytes_are_served_coded(server, face):
     """One call in five straggles: some answers are decoded, and all others are the model's own."""
     found = set()
     for seed in range(60):
         x = pictures(1 + 4 * (seed % 2), seed)
-        values, is_exact = ask(server, x)
+        answer = ask(face, server, "images", {"input": x}, {"input": "UINT8"})
+        is_exact = bool(answer.outputs["exact"].all())
         if is_exact:
-            np.testing.assert_allclose(values, own(x), rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(answer.outputs["output"], own(x), rtol=1e-3, atol=1e-4)
         found.add(is_exact)
         if len(found) == 2:
             break

@@ -242,22 +242,15 @@ def test_a_call_by_grpc_has_as_long_as_draining_takes():
     """Longer than what the server keeps for last errors."""
     require("fastapi", "serve")
     grpc = require("grpc", "serve-test")
-    from grpc_stub import GRPCInferenceServiceStub
-    from in_process import Doubles, channel, serving
-    from nercc_server import ENDS, patience
-
-    from nercc_jax.serving.transport import open_inference_pb2 as messages
+    from faces import Stub, message
+    from in_process import Doubles, becomes, channel, serving
+    from nercc_server import ENDS
 
     model = Doubles(at_once=False)
     with serving(model, grpc_port=0, drain_timeout_s=60.0) as server, channel(server) as there:
-        stub = GRPCInferenceServiceStub(there)
-        tensor = {"name": "input", "datatype": "FP32", "shape": [1, 4]}
-        tensor["contents"] = {"fp32_contents": [1, 2, 3, 4]}
-        request = messages.ModelInferRequest(model_name="digits", inputs=[tensor])
-        future = stub.ModelInfer.future(request, timeout=ENDS)
-        for _ in patience(ENDS):
-            if model.came:
-                break
+        request = message("digits", {"input": [[1.0, 2, 3, 4]]})
+        future = Stub(there).ModelInfer.future(request, timeout=ENDS)
+        becomes(lambda: model.asked)
         server.stop()
         timer = threading.Timer(3.5, model.may_answer.set)
         timer.start()

@@ -15,20 +15,15 @@ import jax.numpy as jnp
 import pytest
 from conftest import require
 
-httpx = require("httpx", "serve-test")
-grpc = require("grpc", "serve-test")
+require("grpc", "serve-test")
 require("fastapi", "serve")
 
-from grpc_stub import GRPCInferenceServiceStub
-from in_process import SERVABLE, Doubles, body, channel, listening
-from nercc_server import ENDS, patience, running
-from prometheus_client import CollectorRegistry
+from faces import FACES, ask
+from in_process import SERVABLE, Doubles, becomes, body, http, listening, real
+from nercc_server import ENDS, running
 
 from nercc_jax import Uncoded
-from nercc_jax.serving import ServedModel, make_servable
-from nercc_jax.serving._metrics import Metrics
-from nercc_jax.serving._settings import ModelSettings, ServerSettings
-from nercc_jax.serving.transport import open_inference_pb2 as messages
+from nercc_jax.serving import ModelSettings, ServerSettings
 
 
 class Version(Doubles):
@@ -57,36 +52,31 @@ def server(started):
 
     starts = {"digits": start("1"), "digits/10": start("10"), "digits/2": start("2")}
     with listening(starts, grpc_port=0, model_control="explicit") as server:
-        for _ in patience(ENDS):
-            if server._started:
-                break
+        becomes(lambda: server._started and server.grpc_port)
         yield server
 
 
 @pytest.fixture
 def client(server):
-    url = f"http://127.0.0.1:{server.http_port}"
-    with httpx.Client(base_url=url, trust_env=False, timeout=ENDS) as client:
+    with http(server) as client:
         yield client
 
 
-@pytest.mark.parametrize(("asked", "found"), [("", "10"), ("1", "1"), ("2", "2"), ("10", "10")])
-def test_each_version_answers_and_the_latest_by_default(client, server, asked, found):
-    path = "/v2/models/digits" + (f"/versions/{asked}" if asked else "")
-    assert client.post(f"{path}/infer", content=body()).json()["model_version"] == found
-    assert client.get(path).json()["versions"] == ["1", "2", "10"]
-    assert client.get(f"{path}/ready").status_code == 200
-    with channel(server) as there:
-        stub = GRPCInferenceServiceStub(there)
-        request = messages.ModelInferRequest(model_name="digits", model_version=asked)
-        tensor = request.inputs.add(name="input", datatype="FP32", shape=[1, 4])
-        tensor.contents.fp32_contents.extend([1, 2, 3, 4])
-        assert stub.ModelInfer(request, timeout=ENDS).model_version == found
+ONE = {"input": [[1.0, 2, 3, 4]]}
 
 
-def test_other_versions_are_not_found(client):
-    answer = client.post("/v2/models/digits/versions/3/infer", content=body())
-    assert (answer.status_code, "version 3" in answer.json()["error"]) == (404, True)
+def test_each_version_answers_and_the_latest_by_default(client, server):
+    for asked, found in (("", "10"), ("1", "1"), ("2", "2"), ("10", "10"), ("3", None)):
+        for face in FACES:
+            answer = ask(face, server, "digits", ONE, version=asked)
+            if found is None:
+                assert (answer.is_(404), "version 3" in answer.error) == (True, True)
+            else:
+                assert answer.version == found
+        path = "/v2/models/digits" + (f"/versions/{asked}" if asked else "")
+        if found is not None:
+            assert client.get(path).json()["versions"] == ["1", "2", "10"]
+            assert client.get(f"{path}/ready").status_code == 200
 
 
 def states(client):
@@ -123,19 +113,13 @@ def test_what_is_unloaded_is_freed():
 
         net = Net(jnp.ones((4, 3)))
         weights.append(weakref.ref(net.matrix))
-        servable = make_servable("digits", net, (4,))
-        settings = ModelSettings(max_batch_size=1, num_workers=1)
-        return ServedModel(servable, Uncoded(1), settings, Metrics(CollectorRegistry()))
+        return real("digits", net, Uncoded(1), max_batch_size=1, num_workers=1)
 
-    with listening({"digits": start}, model_control="explicit") as server:
-        for _ in patience(ENDS):
-            if server._started:
-                break
-        url = f"http://127.0.0.1:{server.http_port}/v2"
-        assert httpx.post(f"{url}/models/digits/infer", content=body(), trust_env=False).is_success
+    with listening({"digits": start}, model_control="explicit") as server, http(server) as client:
+        becomes(lambda: server._started)
+        assert ask("json", server, "digits", ONE).is_(200)
         assert weights[0]() is not None
-        unload = f"{url}/repository/models/digits/unload"
-        assert httpx.post(unload, trust_env=False, timeout=ENDS).is_success
+        assert client.post("/v2/repository/models/digits/unload").is_success
         assert weights[0]() is None
 
 
@@ -150,9 +134,8 @@ def test_what_cannot_be_loaded_or_unloaded(client, action):
 
 @pytest.mark.parametrize("action", ["load", "unload"])
 def test_without_the_flag_nobody_may(action):
-    with listening({"digits": Doubles}) as server:
-        url = f"http://127.0.0.1:{server.http_port}/v2/repository/models/digits/{action}"
-        answer = httpx.post(url, trust_env=False)
+    with listening({"digits": Doubles}) as server, http(server) as client:
+        answer = client.post(f"/v2/repository/models/digits/{action}")
     assert answer.status_code == 403
     assert "--model-control explicit" in answer.json()["error"]
 

@@ -9,16 +9,12 @@ import socket
 import subprocess
 import time
 
-import numpy as np
 import pytest
 from conftest import require
+from faces import CODES, FACES, ask, stub_of
 from nercc_server import ENDS, STARTS, Server, command, environment, patience
 
 httpx = require("httpx", "serve-test")
-grpc = require("grpc", "serve-test")
-require("fastapi", "serve")
-
-from grpc_stub import GRPCInferenceServiceStub
 
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 
@@ -66,26 +62,11 @@ def threads():
         yield threads
 
 
-def by_rest(server, number, model="slow"):
+def send(face, server, number, model="slow"):
     """The answer's status, and its first number or its error."""
-    body = {"name": "input", "datatype": "FP32", "shape": [1, 4], "data": [number] * 4}
-    url = f"{server.url}/v2/models/{model}/infer"
-    answer = httpx.post(url, json={"inputs": [body]}, timeout=2 * ENDS, trust_env=False)
-    content = answer.json()
-    found = content["outputs"][0]["data"][0] if "outputs" in content else content["error"]
-    return answer.status_code, found
-
-
-def by_grpc(server, number, model="slow"):
-    request = messages.ModelInferRequest(model_name=model)
-    tensor = request.inputs.add(name="input", datatype="FP32", shape=[1, 4])
-    tensor.contents.fp32_contents.extend([number] * 4)
-    with grpc.insecure_channel(server.grpc) as channel:
-        try:
-            answer = GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=2 * ENDS)
-        except grpc.RpcError as error:
-            return error.code(), error.details()
-    return 200, float(np.frombuffer(answer.raw_output_contents[0], "<f4")[0])
+    answer = ask(face, server, model, {"input": [[float(number)] * 4]})
+    status = 200 if answer.is_(200) else answer.status
+    return status, answer.error or answer.outputs["output"][0, 0]
 
 
 def accepted(server, calls, model="slow"):
@@ -100,11 +81,15 @@ def accepted(server, calls, model="slow"):
 def test_what_was_accepted_is_answered(start, threads):
     """And another server starts at once on the same ports: no address is in use."""
     server = start()
-    calls = [threads.submit(by_rest, server, number) for number in range(CALLS)]
-    calls += [threads.submit(by_grpc, server, number) for number in range(CALLS)]
+    numbers = [*range(CALLS)] * 2
+    faces = [FACES[number % 4] for number in range(2 * CALLS)]
+    calls = [
+        threads.submit(send, face, server, number)
+        for face, number in zip(faces, numbers, strict=True)
+    ]
     accepted(server, 2 * CALLS)
     server.signal()
-    expected = [(200, 2.0 * number) for number in range(CALLS)] * 2
+    expected = [(200, 2.0 * number) for number in numbers]
     assert [call.result(ENDS) for call in calls] == expected
     assert server.wait() == 0
     log = [line["message"] for line in server.log()]
@@ -112,19 +97,16 @@ def test_what_was_accepted_is_answered(start, threads):
     assert log.count("model is closed") == 2
     assert {line["level"] for line in server.log()} == {"INFO"}
     with pytest.raises(httpx.ConnectError):
-        by_rest(server, 0)
+        send("json", server, 0)
     ports = {"NERCC_HTTP_PORT": str(server.http_port), "NERCC_GRPC_PORT": str(server.grpc_port)}
     again = start(**ports)
     assert (again.http_port, again.grpc_port) == (server.http_port, server.grpc_port)
-    assert by_rest(again, 1) == (200, 2.0)
+    assert send("json", again, 1) == (200, 2.0)
 
 
 def test_it_says_that_it_drains_and_answers_meanwhile(start, threads):
     """Until a second signal ends it at once, whoever waits."""
     server = start(service=0.0, delay=FOREVER)
-    channel = grpc.insecure_channel(server.grpc)
-    stub = GRPCInferenceServiceStub(channel)
-    assert stub.ServerReady(messages.ServerReadyRequest()).ready
     server.signal()
     server.wait_for("draining")
     for path in ("/v2/health/ready", "/v2/models/slow/ready"):
@@ -132,12 +114,12 @@ def test_it_says_that_it_drains_and_answers_meanwhile(start, threads):
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert server.http.get("/v2/health/live").json() == {"live": True}
     assert server.http.get("/status").json()["server"]["state"] == "draining"
-    assert not stub.ServerReady(messages.ServerReadyRequest()).ready
-    assert not stub.ModelReady(messages.ModelReadyRequest(name="slow")).ready
-    assert by_rest(server, 3) == (200, 6.0)
-    assert by_grpc(server, 4) == (200, 8.0)
-    channel.close()
-    calls = [threads.submit(ask, server, -1, "hangs") for ask in (by_rest, by_grpc)]
+    with stub_of(server) as stub:
+        assert not stub.ServerReady(messages.ServerReadyRequest()).ready
+        assert not stub.ModelReady(messages.ModelReadyRequest(name="slow")).ready
+    for face in FACES:
+        assert send(face, server, 3) == (200, 6.0)
+    calls = [threads.submit(send, face, server, -1, "hangs") for face in ("json", "raw")]
     accepted(server, 2, "hangs")
     server.signal()
     assert server.wait() == 1
@@ -150,9 +132,9 @@ def test_it_says_that_it_drains_and_answers_meanwhile(start, threads):
 def test_a_request_that_outlasts_draining_gets_an_error(start, threads):
     """Neither a model that hangs nor connections that are stuck keep the server alive."""
     server = start(service=FOREVER, timeout=0.5)
-    calls = [threads.submit(ask, server, 1) for ask in (by_rest, by_grpc) for _ in range(3)]
+    calls = [threads.submit(send, face, server, 1) for face in ("json", "raw") for _ in range(3)]
     accepted(server, 6)
-    hanging = threads.submit(by_rest, server, -1, "hangs")
+    hanging = threads.submit(send, "json", server, -1, "hangs")
     accepted(server, 1, "hangs")
     with contextlib.ExitStack() as connections:
         for sent in (b"", b"GET /v2 HTTP/1.1\r\n", b"POST /v2/models/slow/infer HTTP/1.1\r\n"):
@@ -164,7 +146,7 @@ def test_a_request_that_outlasts_draining_gets_an_error(start, threads):
         assert server.http.get("/v2").status_code == 200  # and this one stays open
         server.signal(signal.SIGINT)  # as any other
         outcomes = [call.result(ENDS) for call in calls]
-        assert [status for status, _ in outcomes] == [503] * 3 + [grpc.StatusCode.UNAVAILABLE] * 3
+        assert [status for status, _ in outcomes] == [503] * 3 + [CODES[503]] * 3
         assert {words for _, words in outcomes} == {"the server shut down before it could answer"}
         assert hanging.result(ENDS)[0] == 503
         assert server.wait() == 1
@@ -192,7 +174,7 @@ def test_it_ends_whatever_models_do(tmp_path, pool, queries):
     )
     try:
         with concurrent.futures.ThreadPoolExecutor(queries) as threads:
-            calls = [threads.submit(by_rest, server, -1, "own.hangs") for _ in range(queries)]
+            calls = [threads.submit(send, "json", server, -1, "own.hangs") for _ in range(queries)]
             accepted(server, queries, "own.hangs")
             for _ in patience(ENDS):
                 if server.http.get("/v2/health/ready").status_code == 503:

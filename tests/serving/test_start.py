@@ -9,17 +9,18 @@ import threading
 import pytest
 from conftest import require
 
-httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
 require("fastapi", "serve")
 
+from faces import Stub, ask
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from grpc_stub import GRPCInferenceServiceStub
-from in_process import Doubles, body, channel, listening
-from nercc_server import ENDS, patience
+from in_process import Doubles, becomes, channel, http, listening, serving
+from nercc_server import ENDS
 
 from nercc_jax.serving.transport import open_inference_pb2 as messages
+
+ONE = {"input": [[1.0, 2, 3, 4]]}
 
 
 class Starts:
@@ -34,60 +35,36 @@ class Starts:
         return self.model
 
 
-def http(server):
-    return httpx.Client(
-        base_url=f"http://127.0.0.1:{server.http_port}", timeout=ENDS, trust_env=False
-    )
-
-
-def infer(client, model):
-    return client.post(f"/v2/models/{model}/infer", content=body())
-
-
-def ready(client, path="/v2/health/ready"):
-    return any(client.get(path).status_code == 200 for _ in patience(ENDS))
-
-
-def test_it_says_by_rest_that_it_starts():
+def test_it_says_that_it_starts():
     start = Starts()
-    with listening({"digits": start}) as server, http(server) as client:
+    with (
+        listening({"digits": start}, grpc_port=0) as server,
+        http(server) as client,
+        channel(server) as there,
+    ):
+        stub, asked = Stub(there), messages.ModelReadyRequest(name="digits")
         assert client.get("/v2/health/live").json() == {"live": True}
+        assert stub.ServerLive(messages.ServerLiveRequest(), timeout=ENDS).live
+        assert not stub.ServerReady(messages.ServerReadyRequest()).ready
+        assert not stub.ModelReady(asked).ready
         assert client.get("/v2/models").json() == {"models": ["digits"]}
         for path in ("/v2/health/ready", "/v2/models/digits/ready", "/v2/models/digits"):
             answer = client.get(path)
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-            assert list(answer.json()) == ["error"]
             assert answer.json()["error"].startswith("Server is not ready.")
-        answer = infer(client, "digits")
-        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-        assert "digits is being started" in answer.json()["error"]
-        assert infer(client, "nothing").status_code == 404
+        for face in ("json", "raw"):
+            answer = ask(face, server, "digits", ONE)
+            assert (answer.is_(503), "digits is being started" in answer.error) == (True, True)
+            assert ask(face, server, "nothing", ONE).is_(404)
         status = client.get("/status").json()
         assert (status["server"]["state"], status["models"]) == ("starting", [])
         start.may.set()
-        assert ready(client)
-        assert infer(client, "digits").status_code == 200
+        becomes(lambda: client.get("/v2/health/ready").status_code == 200)
+        assert stub.ServerReady(messages.ServerReadyRequest()).ready
+        assert stub.ModelReady(asked).ready
+        assert ask("json", server, "digits", ONE).is_(200)
         assert client.get("/status").json()["server"]["state"] == "serving"
     assert start.model.closed
-
-
-def test_it_says_by_grpc_that_it_starts():
-    start = Starts()
-    with listening({"digits": start}, grpc_port=0) as server, channel(server) as there:
-        stub = GRPCInferenceServiceStub(there)
-        assert stub.ServerLive(messages.ServerLiveRequest(), timeout=ENDS).live
-        assert not stub.ServerReady(messages.ServerReadyRequest()).ready
-        asked = messages.ModelReadyRequest(name="digits")
-        assert not stub.ModelReady(asked).ready
-        request = messages.ModelInferRequest(model_name="digits")
-        with pytest.raises(grpc.RpcError) as error:
-            stub.ModelInfer(request, timeout=ENDS)
-        assert error.value.code() == grpc.StatusCode.UNAVAILABLE
-        start.may.set()
-        for _ in patience(ENDS):
-            if stub.ServerReady(messages.ServerReadyRequest()).ready:
-                break
-        assert stub.ModelReady(asked).ready
 
 
 def test_grpcs_own_health_service_tells_every_change():
@@ -123,20 +100,17 @@ def test_a_model_answers_while_another_starts():
     first, second = Starts(), Starts()
     first.may.set()
     with listening({"first": first, "second": second}) as server, http(server) as client:
-        assert ready(client, "/v2/models/first/ready")
-        assert infer(client, "first").status_code == 200
-        assert infer(client, "second").status_code == 503
+        becomes(lambda: client.get("/v2/models/first/ready").status_code == 200)
+        assert ask("json", server, "first", ONE).is_(200)
+        assert ask("json", server, "second", ONE).is_(503)
         assert client.get("/v2/health/ready").status_code == 503
         second.may.set()
-        assert ready(client)
+        becomes(lambda: client.get("/v2/health/ready").status_code == 200)
 
 
 def test_collections_of_garbage_are_short_from_its_start_to_its_end():
     before = list(gc.callbacks)
-    with listening({"digits": Doubles}) as server:
-        for _ in patience(ENDS):
-            if server.state.phase == "serving":
-                break
+    with serving(Doubles()):
         assert len(gc.callbacks) == len(before) + 1
     assert gc.callbacks == before
 
@@ -149,9 +123,7 @@ def test_a_start_that_fails_ends_it_with_the_reason():
         raise ValueError("no such model")
 
     with listening({"first": first, "second": fails}) as server:
-        for _ in patience(ENDS):
-            if server.ended:
-                break
+        becomes(lambda: server.ended)
     assert str(server.ended) == "no such model"
     assert first.model.closed
     with pytest.raises(OSError, match="refused"):
@@ -165,7 +137,4 @@ def test_a_model_that_starts_after_the_end_is_closed():
         assert start.begun.wait(ENDS)
     assert not start.model.closed
     start.may.set()
-    for _ in patience(ENDS):
-        if start.model.closed:
-            break
-    assert start.model.closed
+    becomes(lambda: start.model.closed)

@@ -11,28 +11,20 @@ import threading
 
 import pytest
 from conftest import require
-from in_process import listening
+from faces import ask
+from in_process import becomes, real, serving
 from nercc_server import ENDS, patience
 
-httpx = require("httpx", "serve-test")
-grpc = require("grpc", "serve-test")
-require("fastapi", "serve")
 require("opentelemetry.exporter.otlp.proto.http", "telemetry")
 
-from grpc_stub import GRPCInferenceServiceStub
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased, Sampler
 from opentelemetry.trace import StatusCode
-from prometheus_client import CollectorRegistry
 
 from nercc_jax import NeRCC, Uncoded
-from nercc_jax.serving import make_servable
-from nercc_jax.serving._metrics import Metrics
-from nercc_jax.serving._served_model import ServedModel
-from nercc_jax.serving._settings import ModelSettings
 from nercc_jax.serving._tracing import (
     GroupTrace,
     RequestLog,
@@ -40,7 +32,6 @@ from nercc_jax.serving._tracing import (
     Telemetry,
     telemetry_from_environment,
 )
-from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 pytestmark = pytest.mark.slow
 
@@ -54,9 +45,7 @@ def start(name, code):
     """A model three in ten of whose calls straggle. Groups wait to be filled for long."""
     usual = {"max_batch_size": 1, "batch_wait_timeout_s": 0.5, "ordering": False}
     faults = {"straggler_rate": 0.3, "straggler_delay_s": 0.3, "max_disagreement": 1}
-    settings = ModelSettings(workers=4, outputs="logits", **usual | faults)
-    servable = make_servable(name, lambda x: 2 * x, (4,))
-    return ServedModel(servable, code, settings, Metrics(CollectorRegistry()))
+    return real(name, lambda x: 2 * x, code, workers=4, outputs="logits", **usual | faults)
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +58,10 @@ def server(spans):
     """`decodes` decodes whatever straggles, `repeats` sends it again."""
     provider = TracerProvider(sampler=ParentBased(ALWAYS_ON))
     provider.add_span_processor(SimpleSpanProcessor(spans))
-    starts = {
-        "decodes": lambda: start("decodes", NeRCC(2, 4, points="interleaved", lambda_dec=0.0)),
-        "repeats": lambda: start("repeats", Uncoded(2)),
-    }
+    decodes = start("decodes", NeRCC(2, 4, points="interleaved", lambda_dec=0.0))
     found = {"grpc_port": 0, "request_log_rate": 1.0, "telemetry": Telemetry(provider)}
-    with listening(starts, **found) as server:
-        for _ in patience(ENDS):
-            if server.state.phase == "serving":
-                break
+    with serving(decodes, start("repeats", Uncoded(2)), **found) as server:
+        becomes(lambda: server.grpc_port)
         yield server
 
 
@@ -89,20 +73,10 @@ def lines(caplog, spans):
     return lambda: {each.id: each for each in caplog.records if each.name == JOURNAL}
 
 
-def ask(server, model, name, count=1, **headers):
-    tensor = {"name": "input", "datatype": "FP32", "shape": [count, 4], "data": [0.5] * 4 * count}
-    url = f"http://127.0.0.1:{server.http_port}/v2/models/{model}/infer"
-    found = {"id": name, "inputs": [tensor]}
-    return httpx.post(url, json=found, headers=headers, timeout=ENDS, trust_env=False)
-
-
-def ask_by_grpc(server, model, name, metadata):
-    request = messages.ModelInferRequest(model_name=model, id=name)
-    tensor = request.inputs.add(name="input", datatype="FP32", shape=[1, 4])
-    tensor.contents.fp32_contents.extend([0.5] * 4)
-    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
-        stub = GRPCInferenceServiceStub(channel)
-        return stub.ModelInfer(request, timeout=ENDS, metadata=metadata)
+def send(server, model, name, count=1, face="json", **headers):
+    """Whether this request was answered: so many queries, by this id."""
+    x = [[0.5] * 4] * count
+    return ask(face, server, model, {"input": x}, id=name, headers=headers).is_(200)
 
 
 def family(spans, name):
@@ -117,13 +91,12 @@ def family(spans, name):
 
 
 def test_the_log_says_who_shared_a_group(server, lines):
-    assert ask(server, "decodes", "two", count=2).status_code == 200
+    assert send(server, "decodes", "two", count=2)
     (alone,) = lines()["two"].groups
     assert (alone["queries"], alone["shared_with"]) == ([0, 1], [])
+    names = ("first", "second")
     with concurrent.futures.ThreadPoolExecutor(2) as clients:
-        names = ("first", "second")
-        done = list(clients.map(lambda name: ask(server, "decodes", name), names))
-    assert [each.status_code for each in done] == [200, 200]
+        assert all(clients.map(lambda name: send(server, "decodes", name), names))
     found = {name: lines()[name].groups[0] for name in names}
     # Whoever was answered before the other came did not share anything until then.
     assert found["first"]["group"] == found["second"]["group"] > alone["group"]
@@ -139,11 +112,15 @@ def test_the_log_says_who_shared_a_group(server, lines):
     assert len(line.trace_id) == 32
 
 
-def test_the_log_says_what_was_not_answered(server, lines):
-    assert ask(server, "decodes", "wrong", count=0).status_code == 400
+def test_what_was_not_answered_is_in_the_log_and_an_error_of_its_span(server, spans, lines):
+    assert not send(server, "decodes", "wrong", count=0)
     line = lines()["wrong"]
     assert (line.outcome, line.answers, line.groups, line.queue_ms) == ("invalid", [], [], None)
-    assert "not of shape [0, 4]" in line.error
+    assert "not of shape [0]" in line.error
+    root, children = family(spans, "wrong")
+    assert root.status.status_code == StatusCode.ERROR
+    assert root.attributes["nercc.outcome"] == "invalid"
+    assert not children
 
 
 def test_what_a_group_does_after_a_request_has_ended_is_not_in_its_trace():
@@ -167,9 +144,8 @@ def test_what_a_group_does_after_a_request_has_ended_is_not_in_its_trace():
 
 
 def test_a_request_belongs_to_the_trace_of_who_asked(server, spans):
-    assert ask(server, "decodes", "rest", traceparent=TRACEPARENT).status_code == 200
-    ask_by_grpc(server, "decodes", "grpc", (("traceparent", TRACEPARENT),))
-    for name in ("rest", "grpc"):
+    for name in ("json", "raw"):
+        assert send(server, "decodes", name, face=name, traceparent=TRACEPARENT)
         root, children = family(spans, name)
         assert f"{root.context.trace_id:032x}" == TRACE
         assert f"{root.parent.span_id:016x}" == PARENT
@@ -192,7 +168,7 @@ def test_a_request_belongs_to_the_trace_of_who_asked(server, spans):
 def test_spans_say_what_a_straggler_did(server, spans, lines, model, answer, names):
     for number in range(60):
         name = f"{model}-{number}"
-        assert ask(server, model, name, count=2).status_code == 200
+        assert send(server, model, name, count=2)
         if answer in lines()[name].answers:
             break
     else:
@@ -211,17 +187,9 @@ def test_spans_say_what_a_straggler_did(server, spans, lines, model, answer, nam
     assert not all(over) or model == "repeats"  # the straggler's own is still out
 
 
-def test_a_failed_request_is_an_error_of_its_span(server, spans):
-    assert ask(server, "decodes", "bad", count=0).status_code == 400
-    root, children = family(spans, "bad")
-    assert root.status.status_code == StatusCode.ERROR
-    assert root.attributes["nercc.outcome"] == "invalid"
-    assert not children
-
-
 def test_what_the_client_does_not_sample_is_not_traced(server, spans, lines):
-    assert ask(server, "decodes", "quiet", traceparent=UNSAMPLED).status_code == 200
-    assert ask(server, "decodes", "loud", traceparent=TRACEPARENT).status_code == 200
+    assert send(server, "decodes", "quiet", traceparent=UNSAMPLED)
+    assert send(server, "decodes", "loud", traceparent=TRACEPARENT)
     family(spans, "loud")
     assert lines()["loud"].trace_id == TRACE
     assert not hasattr(lines()["quiet"], "trace_id")

@@ -1,0 +1,738 @@
+"""What a request becomes by every face: its answer, or one error that says why; and the next works.
+
+Tables of requests, asked of one server by REST (JSON and binary), gRPC (typed and raw), and Python.
+"""
+
+# ruff: noqa: E402 (`require` comes before what needs it)
+
+import gzip
+import itertools
+import json
+import socket
+import zlib
+
+import numpy as np
+import pytest
+from conftest import require
+from faces import FACES, LONG, Stub, Tensor, ask, by_python, content, message, post, stub_of
+from in_process import Doubles, becomes, channel, connect, http, real, serving
+
+grpc = require("grpc", "serve-test")
+
+from prometheus_client import CollectorRegistry
+
+from nercc_jax import NeRCC, Replication, Uncoded
+from nercc_jax import serving as public
+from nercc_jax.serving import Reply
+from nercc_jax.serving._metrics import Metrics
+from nercc_jax.serving.core._health import Health
+from nercc_jax.serving.transport import open_inference_pb2 as messages
+
+REGISTRY, BODY_LIMIT = CollectorRegistry(), 2_000_000
+SIGNS = np.array([1, -1], np.float32)
+WORDS = ["BOOL", *(f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)), "FP32"]
+
+
+def double(x):
+    return 2 * x.reshape(len(x), -1)[:, :3]
+
+
+def moody(x):
+    x = np.asarray(x)  # which JAX cannot trace
+    if (x < 0).any():
+        raise RuntimeError("no negative numbers, please")
+    return np.float32(2 * x[:, :3])
+
+
+def heads(x):
+    """Linear, and one head is twice the other: in what is decoded, too."""
+    total = x["image"].sum(axis=(1, 2))
+    small = total[:, None] + x["meta"]
+    return {"small": small, "twice": 2 * small, "total": total[:, None] * SIGNS}
+
+
+def tokens(x):
+    seen = (x["ids"] * x["mask"]).sum(axis=1)
+    return {"seen": seen, "odd": seen % 2 > 0, "scaled": seen * x["scale"]}
+
+
+KINDS = {"ids": "INT64", "mask": "BOOL", "scale": "FP32"}
+
+
+@pytest.fixture(scope="module")
+def models():
+    metrics, one = Metrics(REGISTRY), {"workers": 1, "max_batch_size": 1}
+    loose = {"max_disagreement": 1, "straggler_rate": 0.3, "straggler_delay_s": 0.2, "workers": 4}
+    shapes = {word: [(), (3,), (2, 2)][place % 3] for place, word in enumerate(WORDS)}
+    kinds = {word: word for word in WORDS}
+
+    def make(name, model, code, shape, **options):
+        return real(name, model, code, shape, metrics=metrics, **options)
+
+    found = [
+        make("double", double, Uncoded(1), (4,)),
+        make("slow", double, Uncoded(1), (4,), **one, max_queue_size=4, service_delay_s=0.4),
+        make("moody", moody, Uncoded(1), (4,), max_attempts=2),
+        make(
+            *("heads", heads, NeRCC(2, 4, points="interleaved"), {"image": (2, 3), "meta": (4,)}),
+            **loose,
+            outputs="logits",
+        ),
+        make(
+            *("tokens", tokens, Uncoded(1), {"ids": (5,), "mask": (5,), "scale": ()}),
+            datatype=KINDS,
+        ),
+        make("count", lambda x: (x > 0).sum(1, keepdims=True) * 1.0, Replication(1, 2), (3,),
+             datatype="INT8"),
+        make("echo", lambda x: {f"{name}s": each for name, each in x.items()}, Uncoded(1), shapes,
+             datatype=kinds),
+        Doubles(),
+    ]  # fmt: skip
+    return {each.servable.name: each for each in found}
+
+
+@pytest.fixture(scope="module")
+def server(models):
+    with serving(*models.values(), grpc_port=0, max_body_bytes=BODY_LIMIT) as server:
+        becomes(lambda: server.grpc_port)
+        yield server
+
+
+@pytest.fixture
+def told(models):
+    """The model that answers as it is told."""
+    yield models["digits"]
+    models["digits"].error = models["digits"].reply = None
+
+
+def counted(name, model, **labels):
+    return REGISTRY.get_sample_value(f"nercc_{name}_total", {"model": model, **labels})
+
+
+ONE = {"input": [[1.0, 2, 3, 4]]}
+
+# Answers.
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_answers_are_the_models_own_and_in_order(server, face, count):
+    x = np.random.default_rng(count).normal(size=(count, 4)).astype(np.float32)
+    answer = ask(face, server, "double", {"input": x}, id="mine")
+    np.testing.assert_array_equal(answer.outputs["output"], 2 * x[:, :3])
+    assert (answer.id, answer.version) == ("mine", "1")
+    assert answer.outputs["exact"].tolist() == [True] * count
+
+
+def body(data=ONE["input"], shape=(1, 4), name="input", datatype="FP32", **more):
+    tensor = {"name": name, "shape": list(shape), "datatype": datatype, "data": data}
+    return json.dumps({"inputs": [tensor], **more}).encode()
+
+
+RAW = np.array(ONE["input"], "<f4").tobytes()
+
+
+def binary(raw=RAW, shape=(1, 4), size=None, shift=0):
+    """A body with a binary tensor, and a header with the length of its JSON."""
+    tensor = {"name": "input", "shape": list(shape), "datatype": "FP32"}
+    tensor["parameters"] = {"binary_data_size": len(raw) if size is None else size}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    return head + raw, {"inference-header-content-length": str(len(head) + shift)}
+
+
+def packed(kind, squeeze=gzip.compress, given=None):
+    return squeeze(body() if given is None else given), {"content-encoding": kind}
+
+
+def length(text):
+    return body(), {"inference-header-content-length": text}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        body(),
+        body([1, 2, 3, 4]),
+        body([[1, 2], [3.0, 4]]),
+        (body(), {"content-type": "text/plain"}),
+        packed("identity", bytes),
+        packed("GZip"),
+        packed("deflate", zlib.compress),
+        packed("gzip", given=body() + b" " * 900_000),
+        length(str(len(body()))),
+        binary(),
+        (iter((body()[:20], body()[20:])), {}),  # without a length
+    ],
+    ids=itertools.count(),
+)
+def test_bodies_come_in_many_ways(server, given):
+    data, headers = given if isinstance(given, tuple) else (given, {})
+    answer = post(server, "/v2/models/double/infer", content=data, headers=headers)
+    assert answer.json()["outputs"][0]["data"] == [2, 4, 6]
+    assert answer.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("number", [1e-46, 1.7e38, -0.0, 2**53 + 1, 2**64 - 1, -(2**63)])
+def test_numbers_are_rounded_to_float32(server, number):
+    answer = ask("json", server, "double", {"input": [[number] * 4]})
+    assert answer.outputs["output"].tolist() == [[2 * np.float32(number)] * 3]
+
+
+def pictures(number, seed=0):
+    rng = np.random.default_rng(seed)
+    image, meta = rng.normal(size=(number, 2, 3)), rng.normal(size=(number, 4))
+    return {"meta": meta.astype(np.float32), "image": image.astype(np.float32)}
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_several_inputs_and_outputs_exact_and_decoded(server, face):
+    x = pictures(3)
+    found = ask(face, server, "heads", x, parameters={"nercc_exact": True}).outputs
+    assert found["exact"].all()
+    for name, each in heads(x).items():
+        np.testing.assert_allclose(found[name], each, rtol=1e-5)
+    for seed in range(100):
+        found = ask(face, server, "heads", pictures(2, seed)).outputs
+        np.testing.assert_allclose(found["twice"], 2 * found["small"], rtol=1e-4, atol=1e-4)
+        assert found["total"].shape == (2, 2)
+        if not found["exact"].all():
+            return
+    raise AssertionError("nothing was decoded")
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_every_datatype_comes_and_goes(server, face):
+    """Whole numbers of 64 bits as far as 32 bits have them, in which JAX computes."""
+    rng, x = np.random.default_rng(0), {}
+    with http(server) as client:
+        about = client.get("/v2/models/echo").json()
+    for each in about["inputs"]:
+        word, shape = each["name"], (5, *each["shape"][1:])
+        if word in ("BOOL", "FP32"):
+            drawn = rng.normal(size=shape)
+            x[word] = drawn > 0 if word == "BOOL" else drawn.astype(np.float32)
+            continue
+        limits = np.iinfo(word.lower().replace("64", "32"))
+        x[word] = rng.integers(limits.min, limits.max, shape, np.int64, endpoint=True)
+        x[word].flat[:2] = limits.min, limits.max
+        x[word] = x[word].astype(word.lower())
+    found = ask(face, server, "echo", x, {word: word for word in x}).outputs
+    for each in about["outputs"][: len(WORDS)]:
+        word = each["name"][:-1]
+        assert each["datatype"] == word.replace("64", "32")
+        np.testing.assert_array_equal(found[each["name"]], x[word])
+
+
+# Refusals.
+
+DIGITS = body()[12:-2]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (b"", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        *((b'{"inputs": [%s]}' % number, "not JSON") for number in (b"NaN", b"Infinity", b"1e400")),
+        (b'{"id": "\xed\xa0\x80", "inputs": []}', "not JSON"),
+        (b"[" * 3000 + b"]" * 3000, "not JSON"),
+        (b"7", "should be a valid dictionary"),
+        (b"{}", "inputs: Field required"),
+        (b'{"inputs": {}}', "inputs: Input should be a valid list"),
+        (b'{"inputs": [{}]}', "inputs.0.name: Field required"),
+        (body(id=7), "id: Input should be a valid string"),
+        (body(parameters=[]), "parameters: Input should be a valid dictionary"),
+        (body(parameters={"a": None}), "parameters.a"),
+        (body(outputs=[{}]), "outputs.0.name: Field required"),
+        (body(shape=["two", 4]), "inputs.0.shape.0"),
+        (body(shape=[2.5, 4]), "inputs.0.shape.0"),
+        (body(shape=[2**70, 4]), "inputs.0.shape.0"),
+        (body(data=None), "neither data nor a binary_data_size"),
+        (body(data="words"), "inputs.0.data"),
+        (body(shape=[-1, 4]), "not of shape [-1, 4]"),
+        (body(shape=[2**40, 4]), "do not make a tensor"),
+        (body(data=[[1, 2, 3], [4]]), "do not make a tensor"),
+        (body(data=json.loads("[" * 200 + "]" * 200)), "do not make a tensor"),
+        *((body([1.0, 2, 3, odd]), "not all of it are numbers") for odd in (None, "1", True, {})),
+        (body([[2**64]], (1, 1), datatype="INT64"), "not INT64"),
+        # Nonsense without end, of which only the first part is looked at.
+        (body(shape=[9] * 10**5), "inputs.0.shape: List should have at most 64 items"),
+        (body(shape=["x"] * 10**5), "inputs.0.shape.0: Input should be a valid integer"),
+        (body(outputs=[{"name": "x"}] * 10**4), "outputs: List should have at most 1024 items"),
+        (body(outputs=[{}] * 10**5), "outputs.0.name: Field required"),
+        (body(parameters=dict.fromkeys(map(str, range(65)))), "65 parameters; at most 64"),
+        (b'{"inputs": [' + b"{}," * 10**5 + b"{}]}", "inputs.0.name: Field required"),
+        (b'{"inputs": [' + b",".join([DIGITS] * 2) + b"]}", "not inputs"),
+        # What would be ignored, or taken for something else.
+        (body(parameters={"binary_data_output": "yes"}), "must be a boolean, not 'yes'"),
+        (body(outputs=[{"name": "output", "parameters": {"binary_data": 1}}]), "must be a boolean"),
+        (body(outputs=[{"name": "output", "parameters": {"class": 3}}]), "no parameters ['class"),
+        (body()[:-3] + b', "parameters": {"shared_memory_region": "a"}}]}', "no parameters ['sh"),
+        (body()[:-3] + b', "parameters": {"binary_data_size": 0}}]}', "both data and a b"),
+        *(
+            (length(text), "Inference-Header-Content-Length")
+            for text in ("", "-1", "1.5", "0x10", "ten", "+5", "9" * 6, "9" * 5000)
+        ),
+        (length("7"), "not JSON"),
+        (binary(shift=-1), "not JSON"),
+        (binary(shift=1), "not JSON"),
+        (binary()[0], "not JSON"),
+        (binary(bytes(12)), "takes 16 bytes of FP32, but 12 came"),
+        (binary(bytes(20)), "takes 16 bytes of FP32, but 20 came"),
+        (binary(shape=(2**62, 4)), "bytes of FP32, but 16 came"),
+        (binary(bytes(12), size=16), "does not fit the 12 bytes"),
+        (binary(size=12), "4 bytes are left over"),
+        *((binary(size=size), f"_size {size!r} does not fit") for size in (-4, True, "16")),
+        ((body(), {"content-encoding": "gzip"}), "the body is not gzip"),
+        (packed("gzip", bytes, b""), "ends too early"),
+        (packed("gzip", lambda content: gzip.compress(content)[:-1]), "ends too early"),
+        (packed("gzip", lambda content: gzip.compress(content) + b"more"), "bytes after"),
+    ],
+    ids=itertools.count(),
+)  # fmt: skip
+def test_bodies_that_are_no_requests(server, given, words):
+    data, headers = given if isinstance(given, tuple) else (given, {})
+    answer = post(server, "/v2/models/double/infer", content=data, headers=headers)
+    assert (answer.status_code, list(answer.json())) == (400, ["error"])
+    assert words in answer.json()["error"]
+    assert len(answer.text) < 1000, "it echoes what was sent"
+
+
+X, IDS = pictures(2), {"ids": np.ones((2, 5), int), "mask": np.ones((2, 5), bool)}
+IDS["scale"] = np.ones(2, "<f4")
+TAKES = "takes inputs 'image', FP32, of shape [-1, 2, 3]; 'meta', FP32, of shape [-1, 4], not "
+BYTE = {"input": Tensor([[1, 2, 3]], (1, 3), "INT8")}
+LATE = "not answered within 0.05 s"
+DEADLINE, TIMEOUT, PRIORITY = (
+    f"{name} must be {rest}"
+    for name, rest in (
+        ("nercc_deadline_ms", "a positive number up to 3600000, an hour"),
+        ("timeout", "a positive number up to 3600000000, an hour"),
+        ("priority", "1 (high) or 2 (as usual)"),
+    )
+)
+
+
+def asked(*names, **parameters):
+    return {"outputs": names} if names else {"parameters": parameters}
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "more", "status", "words", "python"),
+    [
+        ("double", Tensor([1, 2, 3, 4], (2, 4)), {}, 400, "do not make a tensor | 32 bytes", None),
+        ("double", Tensor([1, 2, 3], (1, 4)), {}, 400, "do not make a tensor | 16 bytes", None),
+        ("double", [1.0, 2, 3, 4], {}, 400, "not of shape [4]", "ValueError"),
+        ("double", Tensor([], (0, 4)), {}, 400, "not of shape [0, 4]", None),
+        ("double", [[1.0, 2, 3, 1e39]], {}, 400, "queries [0] are not finite in", "ValueError"),
+        ("double", Tensor([[1, 2, 3, 4]], (1, 4), "FP64"), {}, 400, "not FP64", None),
+        ("double", Tensor([[1, 2, 3, 4]], (1, 4), "INT8"), {}, 400, "not INT8", None),
+        ("double", {"images": ONE["input"]}, {}, 400, "not inputs ['images']", None),
+        ("double", {}, {}, 400, "not inputs []", None),
+        ("double", ONE, asked("nothing"), 400, "each once, not ['nothing']", None),
+        ("double", ONE, asked("exact", "exact"), 400, "each once", None),
+        ("double", ONE, asked(nercc_exact="yes"), 400, "must be a boolean, not 'yes'", None),
+        ("double", ONE, asked(nercc_exact=1), 400, "must be a boolean, not 1", None),
+        ("double", ONE, asked(nercc_deadline=1), 400, "no parameters ['nercc_deadline'],", None),
+        *(
+            ("double", ONE, asked(nercc_deadline_ms=value), 400, DEADLINE, None)
+            for value in (0, -5, True, "250", 1e300, 9 * 10**14)
+        ),
+        *(("double", ONE, asked(timeout=v), 400, TIMEOUT, None) for v in (-1, 3_600_000_001)),
+        *(("double", ONE, asked(priority=v), 400, PRIORITY, None) for v in (3, -1, True, "high")),
+        ("nothing", ONE, {}, 404, "nothing", None),
+        ("double", ONE, {"version": "2"}, 404, "version 2", None),
+        ("slow", [[0.0] * 4] * 5, {}, 413, "5 queries in one request; the queue of", None),
+        ("slow", ONE, asked(nercc_deadline_ms=50), 504, LATE, "DeadlineExceeded"),
+        ("slow", ONE, asked(timeout=50_000), 504, LATE, None),
+        (
+            *("moody", [[-1.0, 2, 3, 4]], {"id": "7"}, 502),
+            *("no answer: 2 workers failed: the server's log says why, by id 7", None),
+        ),
+        ("moody", [[-1.0, 2, 3, 4]], {}, 502, "2 workers failed", "InferenceFailed"),
+        # Several tensors, and others than floats.
+        ("heads", {"image": X["image"]}, {}, 400, f"{TAKES}inputs ['image']: ['meta'] m", None),
+        ("heads", {"x": X["meta"], **X}, {}, 400, "['x'] unknown", None),
+        ("heads", {**X, "meta": X["meta"][:1]}, {}, 400, "but 'image' has 2, 'meta' has 1", None),
+        ("heads", {**X, "meta": X["image"]}, {}, 400, "of shape [-1, 4], not of shape [2, 2", None),
+        (
+            *("heads", {**X, "meta": X["meta"] + [[0], [np.nan]]}, {}, 400),
+            *("'meta': queries [1] are not finite in float32", "ValueError"),
+        ),
+        (
+            *("tokens", {**IDS, "ids": IDS["ids"] << 31}, {}, 400),
+            *("'ids': queries [0, 1] have numbers beyond int32, in which JAX", "ValueError"),
+        ),
+        ("tokens", {**IDS, "ids": Tensor([[1] * 5], (1, 5))}, {}, 400, "[-1, 5], not FP32", None),
+        (
+            *("tokens", {**IDS, "ids": 10**6 * IDS["ids"], "scale": 3e38 * IDS["scale"]}, {}, 502),
+            *("the last: the model's output 'scaled' is not finite", "InferenceFailed"),
+        ),
+        ("count", [[1.0, 2, 3]], {}, 400, "takes 'input', INT8", None),
+        ("count", BYTE, asked(priority=3), 400, PRIORITY, None),
+    ],
+)  # fmt: skip
+def test_refusals_are_alike_by_every_face(
+    server, models, caplog, model, inputs, more, status, words, python
+):
+    inputs = inputs if isinstance(inputs, dict) else {"input": inputs}
+    kinds = KINDS if model == "tokens" else {}
+    for face in FACES:
+        if face == "json" and any(
+            np.isnan(x).any() for x in inputs.values() if type(x) is not Tensor
+        ):
+            continue  # JSON has no such numbers
+        answer = ask(face, server, model, inputs, kinds, **more)
+        assert answer.is_(status), (face, answer)
+        assert any(word in answer.error for word in words.split(" | ")), (face, answer)
+        assert "no negative numbers" not in answer.error, "what a model raises is in the log only"
+    if python is not None:
+        given = inputs["input"] if inputs.keys() == {"input"} else inputs
+        name, why = by_python(models[model], given, more.get("parameters", {}))
+        assert name == python, why
+    if more.get("id"):
+        records = [each for each in caplog.records if getattr(each, "id", None) == more["id"]]
+        assert any("no negative numbers, please" in str(vars(each)) for each in records)
+    assert ask("json", server, "double", ONE).outputs["output"].tolist() == [[2, 4, 6]]
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "words"),
+    [
+        (packed("br"), 415, "'br': gzip and deflate are known"),
+        ((b"x" * (BODY_LIMIT + 1), {}), 413, f"at most {BODY_LIMIT} are taken"),
+        ((iter([bytes(10**5)] * 40), {}), 413, "at most 1048576 are taken: send tensors as binary"),
+        (packed("gzip", given=bytes(10**7)), 413, "at most 1048576 are taken | when decompressed"),
+        (packed("deflate", zlib.compress, bytes(10**7)), 413, "at most 1048576 are taken | when d"),
+        ((gzip.compress(bytes(10**7)), {"inference-header-content-length": "9",
+          "content-encoding": "gzip"}), 413, f"is more than {BODY_LIMIT} bytes when decom"),
+    ],
+    ids=itertools.count(),
+)  # fmt: skip
+def test_bodies_that_are_refused_by_size_or_encoding(server, given, status, words):
+    """Too large ones before they are read: the client may find its connection closed."""
+    data, headers = given
+    answer = post(server, "/v2/models/double/infer", content=data, headers=headers)
+    assert answer.status_code == status
+    assert any(word in answer.json()["error"] for word in words.split(" | "))
+
+
+def test_json_that_is_not_what_it_says_is_refused(server):
+    for data, words in (
+        ([[1, 2.5, 3]], "not all of it are whole numbers"),
+        ([[1, 2, 300]], "numbers beyond int8"),
+        ([[2**64, 2, 3]], "not all of it are whole numbers"),
+    ):
+        answer = ask("json", server, "count", {"input": Tensor(data, (1, 3), "INT8")})
+        assert (answer.status, words in answer.error) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda r: r.raw_input_contents.extend([bytes(16)] * 2), "does not match"),
+        (lambda r: r.raw_input_contents.append(bytes(16)), "must not be specified"),
+        (lambda r: r.inputs[0].parameters["class"].MergeFromString(b"\x10\x03"), "no par"),
+        (lambda r: r.outputs.add(name="output").parameters["class"].MergeFromString(b"\x10\x03"),
+         "no parameters ['class']"),
+        (lambda r: r.parameters["nercc_exact"].MergeFromString(b"\x3a\x01a"), "boolean, not None"),
+        (lambda r: setattr(r.inputs[0], "datatype", "COMPLEX"), "not COMPLEX"),
+        (lambda r: setattr(r, "id", "x" * BODY_LIMIT), ""),
+    ],
+)  # fmt: skip
+def test_messages_that_are_no_requests(server, spoil, words):
+    request = message("double", ONE)
+    spoil(request)
+    with stub_of(server) as stub, pytest.raises(grpc.RpcError) as error:
+        stub.ModelInfer(request, timeout=LONG)
+    assert error.value.code().name == ("INVALID_ARGUMENT" if words else "RESOURCE_EXHAUSTED")
+    assert words in error.value.details()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "words"),
+    [
+        ("GET", "/nothing", 404, "GET /nothing: Not Found"),
+        ("POST", "/v2/models/digits/nothing", 404, "POST /v2/models/digits/nothing: Not Found"),
+        ("GET", "/v2/models/digits/infer", 405, "GET /v2/models/digits/infer: Method Not Allowed"),
+        ("DELETE", "/v2", 405, "DELETE /v2: Method Not Allowed"),
+        ("PUT", "/metrics", 405, "PUT /metrics: Method Not Allowed"),
+        ("GET", "/v2/models/nothing", 404, "nothing"),
+        ("GET", "/v2/models/nothing/ready", 404, "nothing"),
+        ("GET", "/v2/models/double/versions/2", 404, "version 2"),
+        ("GET", f"/v2/models/{'x' * 20_000}", 404, "xxx"),
+        ("GET", f"/{'x' * 20_000}", 404, "xxx"),
+        ("HEAD", "/v2/health/live", 200, ""),
+        ("HEAD", "/metrics", 200, ""),
+    ],
+)
+def test_paths_and_methods(server, method, path, status, words):
+    with http(server) as client:
+        answer = client.request(method, path)
+    assert answer.status_code == status
+    if status != 200:
+        assert (list(answer.json()), words in answer.json()["error"]) == (["error"], True)
+        assert ("allow" in answer.headers) == (status == 405)
+    assert len(answer.content) < (1000 if status != 200 else 1)
+
+
+def test_grpc_knows_no_other_model_or_version_and_loads_none(server):
+    with stub_of(server) as stub:
+        for call, about, code in (
+            ("ModelReady", {"name": "nothing"}, "NOT_FOUND"),
+            ("ModelMetadata", {"name": "double", "version": "2"}, "NOT_FOUND"),
+            ("RepositoryModelLoad", {"model_name": "double"}, "UNIMPLEMENTED"),
+        ):
+            with pytest.raises(grpc.RpcError) as error:
+                getattr(stub, call)(getattr(messages, f"{call}Request")(**about), timeout=LONG)
+            assert error.value.code().name == code
+
+
+# What a model is asked, and what its reply becomes.
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({}, {}),
+        ({"nercc_exact": True}, {"exact": True}),
+        ({"nercc_exact": False, "binary_data_output": True}, {}),
+        ({"nercc_deadline_ms": 250}, {"deadline": 0.25}),
+        ({"nercc_deadline_ms": 0.5}, {"deadline": 0.0005}),
+        ({"timeout": 250_000}, {"deadline": 0.25}),
+        ({"timeout": 0}, {}),  # Triton's clients say so for none
+        ({"timeout": 9_000_000, "nercc_deadline_ms": 250}, {"deadline": 0.25}),
+        ({"nercc_deadline_ms": 3_600_000}, {"deadline": 3600}),
+        ({"timeout": 3_600_000_000}, {"deadline": 3600}),
+        ({"priority": 1}, {"high": True}),
+        ({"priority": 2}, {}),
+        ({"priority": 0}, {}),  # Triton's for the default
+    ],
+)
+def test_deadline_exactness_and_priority(server, told, parameters, expected):
+    for face in FACES:
+        assert ask(face, server, "digits", ONE, parameters=parameters).is_(200)
+        x, demanded = told.asked[-1]
+        np.testing.assert_array_equal(x, ONE["input"])
+        assert demanded == {"deadline": None, "exact": False, "high": False} | expected
+
+
+def test_high_priority_is_counted(server):
+    before = counted("high_priority_queries", "heads")
+    for face in FACES:
+        ask(face, server, "heads", X, parameters={"priority": 1})
+    with stub_of(server) as stub:  # as Triton's client sends it, a kind that KServe's has not
+        request = message("heads", X)
+        request.parameters["priority"].MergeFromString(b"\x28\x01")
+        stub.ModelInfer(request, timeout=LONG)
+    assert counted("high_priority_queries", "heads") == before + 2 * 5
+
+
+def reply(disagreement=(0.0, 0.25), error=(0.0, 1.5)):
+    flags = np.array([[True, False], [False, True], [True, False], [True, False]])
+    numbers = np.array([1, 8]), np.array([1, 6]), np.array(disagreement), np.array(error)
+    return Reply(np.arange(8, dtype=np.float32).reshape(2, 4), *flags, *numbers,
+                 queued=0.25, seconds=0.5)  # fmt: skip
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_a_reply_says_what_it_rests_on(server, told, face):
+    told.reply = reply()
+    found = ask(face, server, "digits", ONE, id="mine")
+    assert list(found.outputs) == ["output", "exact", "expected_disagreement", "expected_error"]
+    expected = told.reply.values, [True, False], [0, 0.25], [0, 1.5]
+    for each, wanted in zip(found.outputs.values(), expected, strict=True):
+        np.testing.assert_array_equal(each, wanted)
+    assert (found.id, found.version) == ("mine", "1")
+    assert {name: float(value) for name, value in found.parameters.items()} == {
+        "nercc_exact": 0,
+        "nercc_approximate": 1,
+        "nercc_predicted": 1,
+        "nercc_reexecuted": 1,
+        "nercc_suspicious": 1,
+        "nercc_workers_asked": 9,
+        "nercc_workers_responded": 7,
+        "nercc_expected_disagreement": 0.25,
+        "nercc_expected_error": 1.5,
+        "nercc_queue_ms": 250,
+    }
+    told.reply = reply((0.0, np.nan), (0.0, np.nan))  # JSON has no NaN
+    found = ask(face, server, "digits", ONE, outputs=["expected_error", "exact"])
+    assert list(found.outputs) == ["expected_error", "exact"]
+    assert found.outputs["expected_error"].tolist() == [0, -1]
+    assert float(found.parameters["nercc_expected_error"]) == 0, "the largest that is known"
+    ids = {found.id, ask(face, server, "digits", ONE).id}
+    assert len(ids - {""}) == 2, "each its own, where none was given"
+
+
+@pytest.mark.parametrize("usual", [None, False, True])
+def test_outputs_say_each_whether_they_are_binary(server, told, usual):
+    """The extension's rule: an output's own word, otherwise the request's, otherwise JSON."""
+    told.reply = reply()
+    outputs = [
+        {"name": "expected_error", "parameters": {"binary_data": False}},
+        {"name": "output"},
+        {"name": "exact", "parameters": {"binary_data": True}},
+    ]
+    parameters = {} if usual is None else {"binary_data_output": usual}
+    given = body(outputs=outputs, parameters=parameters)
+    answer = post(server, "/v2/models/digits/infer", content=given)
+    head = json.loads(answer.content[: int(answer.headers["inference-header-content-length"])])
+    assert answer.headers["content-type"] == "application/octet-stream"
+    sizes = [each.get("parameters", {}).get("binary_data_size") for each in head["outputs"]]
+    assert sizes == [None, 32 if usual else None, 2]
+    raw = told.reply.values.tobytes() if usual else b""
+    assert answer.content.endswith(raw + b"\x01\x00")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (public.QueueFull("a reason"), 429),
+        (public.InferenceFailed("a reason"), 502),
+        (public.ServerClosing("a reason"), 503),
+        (public.DeadlineExceeded("a reason"), 504),
+        (KeyError("a bug"), 500),
+    ],
+)
+def test_errors_are_statuses_with_their_reason(server, told, caplog, error, status):
+    told.error = error
+    for face in FACES:
+        answer = ask(face, server, "digits", ONE)
+        assert answer.is_(status)
+        said = "internal error: see the server's log" if status == 500 else "a reason"
+        assert answer.error.startswith(
+            said + ": the server's log says why, by id " * (status == 502)
+        )
+    headers = post(server, "/v2/models/digits/infer", content=body()).headers
+    assert headers.get("retry-after") == ("1" if status in (429, 503) else None)
+    assert ("a bug" in caplog.text) == (status == 500)
+
+
+def test_what_is_refused_before_a_model_sees_it_is_counted(server, told):
+    told.refused.clear()
+    before = len(told.asked)
+    for face in FACES:
+        ask(face, server, "digits", ONE, parameters={"nercc_exact": 1})
+    assert (told.refused, len(told.asked)) == (["request_invalid"] * 4, before)
+
+
+# Clients that go away, queues that are full, health.
+
+
+@pytest.mark.parametrize(
+    "rest", [b"Content-Length: 99\r\n\r\n{", b"Content-Length: 99\r\n\r\n", b""]
+)
+def test_a_client_that_goes_away_is_no_error(server, caplog, rest):
+    with connect(server) as connection:
+        connection.sendall(b"POST /v2/models/double/infer HTTP/1.1\r\nHost: x\r\n" + rest)
+    assert ask("json", server, "double", ONE).is_(200)
+    assert not [each for each in caplog.records if each.levelname not in ("INFO", "DEBUG")]
+
+
+@pytest.mark.parametrize("face", ["json", "raw"])
+def test_a_client_that_goes_away_while_it_waits_is_computed_for_no_longer(server, models, face):
+    x, slow = {"input": [[1.0] * 4] * 4}, models["slow"]
+    before = [counted("requests", "slow", outcome=each) for each in ("cancelled", "ok")]
+    with connect(server) as connection, channel(server) as there:
+        if face == "json":
+            given, _ = content("slow", x)
+            head = f"POST /v2/models/slow/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(given)}"
+            connection.sendall(head.encode() + b"\r\n\r\n" + given)
+        else:
+            future = Stub(there).ModelInfer.future(message("slow", x))
+        becomes(lambda: slow.status()["queue"]["in_flight"])
+        connection.shutdown(socket.SHUT_RDWR) if face == "json" else future.cancel()
+        becomes(lambda: not slow.status()["queue"]["in_flight"])
+    assert slow.status()["queue"] == {"waiting": 0, "max": 4, "in_flight": 0}
+    after = [counted("requests", "slow", outcome=each) for each in ("cancelled", "ok")]
+    assert after == [before[0] + 1, before[1]]
+
+
+def test_a_full_queue_and_a_clients_own_deadline(server, models):
+    x, slow = {"input": [[1.0] * 4] * 4}, models["slow"]
+    before = counted("requests", "slow", outcome="queue_full")
+    with stub_of(server) as stub:
+        held = stub.ModelInfer.future(message("slow", x), timeout=LONG)
+        becomes(lambda: slow.status()["queue"]["waiting"])
+        for face in FACES:
+            answer = ask(face, server, "slow", x)
+            assert answer.is_(429)
+            assert "4 more came; the queue holds 4" in answer.error
+        assert held.result().id
+        with pytest.raises(grpc.RpcError) as error:
+            stub.ModelInfer(message("slow", ONE), timeout=0.05)
+        assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert counted("requests", "slow", outcome="queue_full") == before + len(FACES)
+
+
+def test_both_faces_tell_health(server, told):
+    with http(server) as client, stub_of(server) as stub:
+        for health, statuses, why in (
+            (Health(True, True), (200, 200, 200), ""),
+            (Health(True, False, "no worker is ready"), (200, 503, 503), "no worker is ready"),
+            (Health(False, False, "the batcher is stuck"), (503, 503, 503), "stuck"),
+        ):
+            told.is_well = health
+            paths = "health/live", "health/ready", "models/digits/ready"
+            answers = [client.get(f"/v2/{path}") for path in paths]
+            assert tuple(each.status_code for each in answers) == statuses
+            assert why in answers[-1].text
+            assert stub.ServerReady(messages.ServerReadyRequest()).ready == health.ready
+            asked_for = messages.ModelReadyRequest(name="digits")
+            assert stub.ModelReady(asked_for).ready == health.ready
+    told.is_well = Health(True, True)
+
+
+def test_metadata_say_what_goes_in_and_out_and_what_is_coded(server):
+    with http(server) as client, stub_of(server) as stub:
+
+        def about(model):
+            """The metadata, which are the same by gRPC."""
+            found = client.get(f"/v2/models/{model}").json()
+            by_grpc = stub.ModelMetadata(messages.ModelMetadataRequest(name=model))
+            for part in ("inputs", "outputs"):
+                same = [
+                    (each.name, each.datatype, [*each.shape]) for each in getattr(by_grpc, part)
+                ]
+                assert same == [tuple(each.values()) for each in found[part]]
+            return found
+
+        assert about("heads")["inputs"] == [
+            {"name": "image", "datatype": "FP32", "shape": [-1, 2, 3]},
+            {"name": "meta", "datatype": "FP32", "shape": [-1, 4]},
+        ]
+        outputs = [tuple(each.values()) for each in about("tokens")["outputs"]]
+        assert outputs == [
+            *(("odd", "BOOL", [-1]), ("scaled", "FP32", [-1]), ("seen", "INT32", [-1])),
+            ("exact", "BOOL", [-1]),
+            *((name, "FP32", [-1]) for name in ("expected_disagreement", "expected_error")),
+        ]
+        assert about("heads")["parameters"]["nercc_coded"] is True
+        found = about("tokens")["parameters"]
+        assert found["nercc_coded"] is False
+        assert found["nercc_uncoded"] == "input 'ids' is INT64, and codes mix floats (FP32) only"
+        hints = {each["name"]: each.get("hints") for each in client.get("/status").json()["models"]}
+        assert any("nothing is coded: input 'input' is INT8" in hint for hint in hints["count"])
+
+
+def test_a_code_for_integers_is_refused_before_workers_start():
+    with pytest.raises(ValueError, match="NeRCC for tokens: input 'input' is INT64"):
+        real("tokens", lambda x: x, NeRCC(2, 4), datatype="INT64")
+
+
+def test_a_model_that_is_closed_refuses_and_counts_it():
+    registry = CollectorRegistry()
+    model = real("digits", double, Uncoded(1), metrics=Metrics(registry))
+    with serving(model, grpc_port=0) as server:
+        becomes(lambda: server.grpc_port)
+        assert ask("json", server, "digits", ONE).is_(200)
+        model.close(0.0)
+        for face in FACES:
+            answer = ask(face, server, "digits", ONE)
+            assert (answer.is_(503), "shutting down" in answer.error) == (True, True)
+    outcomes = [
+        registry.get_sample_value("nercc_requests_total", {"model": "digits", "outcome": each})
+        for each in ("ok", "draining", "invalid")
+    ]
+    assert outcomes == [1, len(FACES), 0]
