@@ -305,7 +305,7 @@ def test_of_functions():
     picked = [entry["cells"]["(24, 20, 2)"]["picked"] for entry in read("functions").values()]
     coded = [name for name in picked if not name.startswith("learner, copies")]
     assert coded == ["learner, interleaved"]
-    assert "a code is part for one function of eight" in page
+    assert "a code is part of the picked system for one function of eight" in page
     assert len(picked) == 8
 
 
