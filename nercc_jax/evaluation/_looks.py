@@ -80,7 +80,7 @@ _LOOKS = {
     "surrogate alone": _open(_TEAL, "d"),
     # Nothing, or no code.
     "uncoded": _filled(_LIGHT, "."),
-    "as it comes": _filled(_LIGHT, "."),
+    "no copies": _filled(_LIGHT, "."),
     "equal resources": _filled(_LIGHT, "1"),
     "Ray Serve": _filled(_INDIGO, "h"),
 }
