@@ -191,7 +191,7 @@ def test_of_servers_and_tails():
     assert f"at as many calls, have {p99['replication (2, 1)']} ms" in readme
     assert f"hedging has {p99['hedged']} ms at half the calls" in readme
 
-    tails: dict[tuple[str, str], list[tuple[str, float]]] = {}  # within 1.1 calls, by work and law
+    tails: dict[tuple[str, str], list[float]] = {}  # within 1.1 calls, by work and law
     for name, cell in read("tails")["services"].items():
         work, law, system = name.split("/")
         if (work == "any model" and "picked" not in system) or system == "picked, 1.1 calls":
