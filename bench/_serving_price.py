@@ -30,7 +30,7 @@ WORDS = {
     "no batches, no limits, no metrics (`bench/_serving_bare.py`)",
     "uncoded": "`nercc serve --scheme uncoded --workers 2`, `copies = 1`: a worker a core",
     "uncoded, 8 workers": "the same with as many workers as the code's",
-    "coded (8, 4)": "`nercc serve` as it comes",
+    "coded (8, 4)": "`nercc serve` with its defaults",
 }
 CLIENTS = (1, 8)  # closed loops
 PACED = 8  # clients that ask at a pace

@@ -147,7 +147,7 @@ def systems(work: Work, law: str) -> tuple[System, ...]:
     )
     known_once = dataclasses.replace(known, redundancy="always")
     found = [
-        System("as it comes", Uncoded(1), dataclasses.replace(hedged, copies=1)),
+        System("no copies", Uncoded(1), dataclasses.replace(hedged, copies=1)),
         System(
             "hedged, p95",
             Uncoded(1),
@@ -201,7 +201,7 @@ def rivals(picks: Mapping[str, Sequence[Any]]) -> tuple[System, ...]:
         picked = dataclasses.replace(hedging, straggler_threshold=THRESHOLD, max_calls=most)
         found.append(System(f"hedging picked, {most:g} calls", Uncoded(1), picked))
     for name in RULES:
-        if name != "least loaded":  # about the same as "as it comes"
+        if name != "least loaded":  # about the same as "no copies"
             found.append(balanced(name, picks, Hedge()))
         for most in MAX_CALLS:
             hedged = hedged_name(name, most)

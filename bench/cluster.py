@@ -1,6 +1,6 @@
 """A node of a cluster, or a replica of Ray Serve, is killed: what clients of the server see.
 
-    python bench/cluster.py [--label after] [--output bench/results/cluster.json]
+    python bench/cluster.py [--label first] [--output bench/results/cluster.json]
     python bench/cluster.py --replicas [--rounds 3] [--output bench/results/replica.json]
 
 Single images come as a stream, latency counted from the scheduled arrival; a row is a stretch of
@@ -239,7 +239,7 @@ def replicas_die(seconds, rate, rounds):
 def main():
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--replicas", action="store_true", help="of Ray Serve, in place of nodes")
-    parser.add_argument("--label", default="after")
+    parser.add_argument("--label", default="first")
     parser.add_argument("--seconds", type=float, help="of a stretch (15; of replicas 30)")
     parser.add_argument("--rate", type=float, help="queries a second (20; of replicas 10)")
     parser.add_argument("--rounds", type=int, default=3, help="of replicas")

@@ -81,7 +81,7 @@ SYSTEMS = (
     ),
     System(
         "coded (8, 4)",
-        "`nercc serve` as it comes: NeRCC, interleaved and tuned; a straggler's query is decoded "
+        "`nercc serve` with its defaults: NeRCC, interleaved and tuned; a straggler's query is decoded "
         "if its label is expected to differ with at most 5 %, and sent again otherwise",
         2.0,
         {},

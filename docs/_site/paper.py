@@ -3,13 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 from nercc_jax.evaluation import Estimate, Evaluation
+from nercc_jax.evaluation._pictures import straggler_curves
+from nercc_models import list_parity_models, parity_card
 
-from .results import load, percent, plus_minus, strong
+from .results import WIDTH, load, percent, plus_minus, strong
 
-PAPER = load("paper")
+PAPER, MODERN = load("paper"), load("rivals")
 PARTS: Mapping[str, Any] = PAPER["parts"]
 # Average gains over BACC in the follow-up (arXiv 2406.00300): RMSE in %, RelAcc in points.
 PUBLISHED = {"lenet5": ("LeNet5", 15, 2), "repvgg": ("RepVGG", 17, 5), "vit": ("ViT", 9, 4)}
@@ -184,3 +187,103 @@ def better_with_noise(sign: int, *levels: str) -> int:
     pairs = (pair for *_, found in each_output() for pair in found["noise"].items())
     gains = [of["gains"][FOR_NOISE]["mean"] for level, of in pairs if level in (levels or [level])]
     return sum(sign * each["mean"] > each["half_width"] for each in gains)
+
+
+def curves(part: Mapping[str, Any], outputs: str) -> Any:
+    """Return a picture of error and RelAcc against the number of stragglers."""
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.5), layout="constrained")
+    rows = list(by_pair(part[outputs]["rows"]).values())
+    decoded = [row for row in rows if row.code != "replication"]
+    straggler_curves(axes[0], decoded, "mse", f"MSE of {outputs}", logarithmic=True)
+    straggler_curves(axes[1], rows, "rel_acc", "labels kept (RelAcc)", logarithmic=False)
+    figure.suptitle(where(part), fontsize=10)
+    return figure
+
+
+def modern(metric: str, unit: float = 100) -> Iterator[dict[str, str]]:
+    """Yield a metric of modern rivals, with its interval, by code and number of stragglers."""
+    for name in MODERN["laws"]["0"]:
+        row = {"code": name}
+        for s, rows in MODERN["laws"].items():
+            mean, low, high = (unit * rows[name][metric][end] for end in ("mean", "low", "high"))
+            row[f"S = {s}"] = f"{mean:.3g} [{low:.3g},\u00a0{high:.3g}]"
+        yield row
+
+
+def parity() -> Iterator[dict[str, Any]]:
+    """Yield ParM beside NeRCC, BACC and replication, where it has a k."""
+    for part, outputs, found in each_output():
+        rows, setting = by_pair(found["rows"]), part["setting"]
+        k = setting["num_data"] // (setting["num_workers"] - setting["num_data"])
+        for s in laws(rows):
+            if ("ParM", s) in rows:
+                kept = {
+                    n: rows[n, s].rel_acc for n in ("ParM", "NeRCC tuned", "BACC", "replication")
+                }
+                yield (
+                    {"": where(part), "k": k, "outputs": outputs, "S": s}
+                    | {
+                        f"RelAcc: {n}": percent(each.mean, each.half_width)
+                        for n, each in kept.items()
+                    }
+                    | {f"MSE: {n}": f"{rows[n, s].mse.mean:.3g}" for n in ("ParM", "NeRCC tuned")}
+                )
+
+
+def parity_models() -> Iterator[dict[str, Any]]:
+    """Yield how well each parity model does by itself."""
+    for base, k, outputs in list_parity_models():
+        card = parity_card(base, k, outputs)
+        yield {
+            "model": base,
+            "k": k,
+            "outputs": outputs,
+            "labels of the model, %": f"{100 * card['score']['agreement']:.1f}",
+            "images": card["score"]["total"],
+            "epochs": len(card["history"]),
+            "training loss": f"{card['history'][-1]['loss']:.3g}",
+        }
+
+
+def tuning() -> Iterator[dict[str, str]]:
+    """Yield the objective after gradient tuning and after grids, and what each took."""
+    for part in load("tuning")["parts"].values():
+        grids, runs, spent = part["grids"], part["gradient"], part["evaluations"]
+        worst = {kind: max(run["objective"] for run in runs[kind]) for kind in runs}
+        counted = [max(run["counted"] for run in runs[kind]) for kind in ("lambdas", "points")]
+        timed = (grids["published"], runs["lambdas"][0], runs["points"][0])
+        yield {
+            "": where(part),
+            **{f"grid, {f} form": f"{grids[f]['objective']:.4f}" for f in ("published", "ours")},
+            "gradient": f"{worst['lambdas']:.4f}",
+            "with points": f"{worst['points']:.4f}",
+            "evaluations, % of plain grid": " / ".join(
+                f"{100 * n / spent['plain grid']:.1f}" for n in counted
+            ),
+            "of frugal grid": " / ".join(f"{100 * n / spent['frugal grid']:.0f}" for n in counted),
+            "seconds: grid, gradient, with points": ", ".join(
+                f"{each['seconds']:.0f}" for each in timed
+            ),
+        }
+
+
+def errors(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield the mean squared error of each code at every number of stragglers."""
+    rows = by_pair(found["rows"])
+    for s in laws(rows):
+        yield {"S": s} | {
+            c: plus_minus(rows[c, s].mse.mean, rows[c, s].mse.half_width, ".3g")
+            for c in dict.fromkeys(code for code, _ in rows)
+            if c not in ("LCC", "replication")
+        }
+
+
+def labels(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield the labels that each code keeps at every number of stragglers, in per cent."""
+    rows = by_pair(found["rows"])
+    for s in laws(rows):
+        yield {"S": s} | {
+            c: percent(rows[c, s].rel_acc.mean, rows[c, s].rel_acc.half_width)
+            for c in dict.fromkeys(code for code, _ in rows)
+            if c != "LCC"
+        }

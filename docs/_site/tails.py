@@ -30,7 +30,7 @@ _HEDGED = ("hedged, p95", "hedged, p90", "hedged, 1.35 x median")
 _PICKED, _MORE = "picked, 1.1 calls", "picked, 1.35 calls"
 _BY_HAND = ("known, else hedged", "known, uncertain twice")
 _SYSTEMS = (
-    "as it comes", *_HEDGED, "two copies", "ParM, k = 2", "ParM, k = 4", "BACC (12, 8)",
+    "no copies", *_HEDGED, "two copies", "ParM, k = 2", "ParM, k = 4", "BACC (12, 8)",
     "NeRCC (6, 4)", "NeRCC (8, 4)", "surrogate alone", *_BY_HAND, _PICKED, _MORE,
 )  # fmt: skip
 WORKS = {
