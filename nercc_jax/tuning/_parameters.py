@@ -16,7 +16,7 @@ Parameters: TypeAlias = Any
 Code = TypeVar("Code", bound=AbstractCode)
 
 # Angles closer than this are equal: two points coincide, or a point is at an end of [-1, 1].
-_SAME_ANGLE = 1e-6
+SAME_ANGLE = 1e-6
 
 
 def parametrize(code: Code, *, points: bool = False) -> "tuple[Parameters, Rebuild[Code]]":
@@ -147,7 +147,7 @@ class _Places(eqx.Module):
     def __init__(self, alpha: Float[Array, " k"], beta: Float[Array, " n"]):
         angles = [np.arccos(np.asarray(points, float)) for points in (alpha, beta)]
         distances = np.abs(angles[0] - angles[1][:, None])
-        follows = np.min(distances, axis=1) < _SAME_ANGLE
+        follows = np.min(distances, axis=1) < SAME_ANGLE
         self.alphas = _Chain(angles[0], np.ones(len(angles[0]), bool), alpha.dtype)
         self.betas = _Chain(angles[1], ~follows, beta.dtype)
         self.follows, self.leader = jnp.asarray(follows), jnp.asarray(distances.argmin(axis=1))
@@ -177,7 +177,7 @@ class _Chain(eqx.Module):
         n, count = len(angles), np.sum(moving)
         self.order = jnp.asarray(np.lexsort((angles, ~moving)))
         gaps = np.diff(np.concatenate([[0], np.sort(angles[moving]), [np.pi]]))
-        wide = gaps > _SAME_ANGLE
+        wide = gaps > SAME_ANGLE
         number = np.sum(wide)
         self.gaps = jnp.zeros(n + 1, dtype).at[:number].set(gaps[wide])
         # The last place always has a gap of zero where it is needed: one gap is then narrow.

@@ -9,6 +9,7 @@ from typing import Generic, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree, Shaped
 
@@ -27,7 +28,7 @@ from ._descent import (
     descend,
     descend_by_lbfgs,
 )
-from ._parameters import Code, Parameters, Rebuild, parametrize
+from ._parameters import SAME_ANGLE, Code, Parameters, Rebuild, parametrize
 from ._sampling import Sampling, split_points
 
 # An error below this share of what the mean output for every data point would cost is rounding.
@@ -109,13 +110,15 @@ def tune(
     depends on `key` alone.
 
     The objective has many local minima, and which one a descent ends in depends on where the points
-    start: several starts cost a descent each, and no further compilation if they differ in their
-    points only. Laws under which the first start makes no error (all answers of an `exact` code)
+    start. So with `points` a code is tuned twice: from its own points, and with the worker that is
+    nearest to each data point moved to its place. Each start costs a descent, and all of them one
+    compilation. Laws under which the first start makes no error (all answers of an `exact` code)
     are left out.
 
     Args:
         model: A differentiable function of a batch, (B, ...) to (B, outputs...).
-        code: The starting code, or several of the same K and N; errors are relative to the first.
+        code: The starting code; or a sequence of all starts, of the same K and N, where errors are
+            relative to the first.
         x: Unlabelled data points. Some are held out and judge the code; each step draws its groups
             of K from the others (`Sampling`).
         stragglers: Laws by name.
@@ -143,7 +146,7 @@ def tune(
     """
     start = time.perf_counter()
     check_model(model)
-    starts = (code,) if isinstance(code, AbstractCode) else tuple(code)
+    starts = _starts(code, points) if isinstance(code, AbstractCode) else tuple(code)
     first, parametrized = starts[0], [parametrize(each, points=points) for each in starts]
     if len({jax.tree.structure(each) for each in parametrized}) != 1:
         raise ValueError("several starts must be codes of one kind, with the same K and N")
@@ -205,6 +208,23 @@ def tune(
         differentiated=count * n,
         seconds=time.perf_counter() - start,
     )
+
+
+def _starts(code: Code, points: bool) -> tuple[Code, ...]:
+    """Return a code, and the same with a worker on each data point's place, where it has none."""
+    alpha, beta = (getattr(code, name, None) for name in ("alpha", "beta"))
+    if not points or alpha is None or beta is None or code.num_workers < code.num_data:
+        return (code,)
+    angles = [np.arccos(np.asarray(each, np.float64)) for each in (alpha, beta)]
+    distances = np.abs(angles[0][:, None] - angles[1])
+    moved = np.array(beta)
+    if (distances.min(axis=1) < SAME_ANGLE).all():
+        return (code,)
+    for _ in range(code.num_data):
+        data_point, worker = np.unravel_index(np.argmin(distances), distances.shape)
+        moved[worker] = alpha[data_point]
+        distances[data_point], distances[:, worker] = np.inf, np.inf
+    return code, eqx.tree_at(lambda c: c.beta, code, jnp.asarray(moved))
 
 
 def _trial_of_errors(
