@@ -9,10 +9,11 @@ import matrices
 import numpy as np
 import pytest
 
-from nercc_jax import Berrut, NeRCC, Replication, coded_inference
+from nercc_jax import Berrut, NeRCC, Replication, Uncoded, coded_inference
 from nercc_jax.codes import LearnedDecoder
 from nercc_jax.codes._kept import kept_matrices
 from nercc_jax.evaluation import record_answers
+from nercc_jax.inference import order_points
 from nercc_jax.tuning import learn_decoder, parametrize
 
 K, N, OUTPUTS = 6, 15, 5
@@ -159,10 +160,39 @@ def test_data_points_are_pytrees_and_workers_images():
     assert predicted["a"].shape == (3, OUTPUTS)
 
 
+def in_order(x, size=K):
+    return order_points(x, K, buffer_size=size)
+
+
+@pytest.mark.parametrize("code", [NeRCC(K, N, points="interleaved"), Replication(K, 9)], ids=type)
+def test_a_decoder_learned_in_the_order_that_is_served_errs_less(code):
+    """Along one curve neighbours tell much, and groups at random little."""
+    rng = np.random.default_rng(8)
+    angle = rng.uniform(0, 6, size=(1200, 1))
+    x = np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype("float32")
+
+    def curve(x):
+        return jnp.sin(jnp.concatenate([2 * x, x[:, :1] * x[:, 1:]], axis=1))
+
+    served = x[600:][np.asarray(in_order(x[600:], 24))]
+    masks = jnp.stack([rng.permutation(code.num_workers) >= 4 for _ in range(40)])
+    losses = []
+    for order in (None, lambda x: in_order(x, 24)):
+        learned = learn_decoder(curve, code, x[:600], key=KEY, order=order)
+        answers = record_answers(curve, learned, served)
+        assert np.isfinite(answers.decode_sets(masks).predictions).all(), "lost copies, too"
+        losses.append(float(jnp.mean(answers.losses(masks, "mse"))))
+    assert losses[1] < 0.8 * losses[0]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: learn_decoder(model, Replication(3, 6), X, key=KEY), "Replication has no regr"),
+        (lambda: learn_decoder(model, Uncoded(3), X, key=KEY), "Uncoded has no regression points"),
+        (
+            lambda: learn_decoder(model, NeRCC(K, N), X, key=KEY, order=lambda x: np.zeros(len(x))),
+            "order must return a permutation of 1200 data points",
+        ),
         (lambda: learn_decoder(model, NeRCC(K, N), X[:5], key=KEY), "5 data points fill no group"),
         (lambda: learn_decoder(model, NeRCC(K, N), X, key=KEY, num_groups=0), "num_groups must be"),
         (

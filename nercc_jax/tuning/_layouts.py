@@ -209,7 +209,7 @@ def search_layout(
         if laws := first.laws_to_tune(best[name]):
             on_stage(f"tuning {name}")
             tuned = tune(
-                model, best[name], training, {law: stragglers[law] for law in laws},
+                model, (best[name],), training, {law: stragglers[law] for law in laws},
                 key=jax.random.fold_in(key, _TUNING), points=tuning.points, criterion=slope,
                 power=power, sampling=drawn, descent=tuning.descent,
                 on_step=tuning.on_step,

@@ -8,11 +8,13 @@ import jax
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode
+from ..codes import AbstractCode, Replication, regression_points
 from ..codes._learned_decoder import LearnedDecoder, Regression
+from ..codes._trees import to_device
 from ..evaluation._answers import Recorder, batched, cut_groups
 from ..inference.models import Model
 from ..stragglers import ExactStragglers, straggler_sets
+from ._sampling import Order
 
 # Groups for each worker and data point, and pairs that the smooth path counts as.
 _GROUPS, _PRIOR = 8, 2
@@ -27,6 +29,7 @@ def learn_decoder(
     x: PyTree[Shaped[ArrayLike, "points ..."]],
     *,
     key: PRNGKeyArray,
+    order: Order | None = None,
     num_groups: int | None = None,
     batch_size: int = 256,
 ) -> LearnedDecoder:
@@ -41,22 +44,28 @@ def learn_decoder(
     answered otherwise would be trusted too much.
 
     The encoder stays as it is: `tune` it before. An order of the data points, a surrogate or a
-    worker's dtype change the answers' moments, so learn with what will be served. The mean is over
+    worker's dtype change the answers' moments, so learn with what will be served. Copies can be
+    decoded, too (`Replication`, or "repeated" points): what all copies lost is then predicted from
+    the other data points, which is worth most where these are ordered. The mean is over
     outputs as they are: large outputs count for more.
 
     Args:
         model: A function of a batch, (B, ...) to (B, outputs...), which is compiled.
-        code: A code with regression points `alpha` and `beta`.
+        code: A code with regression points `alpha` and `beta`, or `Replication`.
         x: Unlabelled data points, such as will be served; at least K, better thousands.
         key: Random key.
+        order: Returns a permutation of data points (points, ...), which are then cut into groups in
+            that order: `Scheme.arrange`, or `lambda x: order_points(x, K, buffer_size=K)` for an
+            order within the group. Default: groups at random.
         num_groups: How many groups; 8 (N + K) unless given. Fewer cost less and decode worse: on
             LeNet5 (100, 20) the mean RMSE was 45 % below the tuned spline's by 960 groups, 42 % by
             200, 26 % by 20, and 14 % above it by 5.
         batch_size: The number of data points in a call of the model.
 
     Raises:
-        ValueError: The code has no regression points, x fills no group or is not finite, the model
-            is in training mode, or one of its outputs is not finite.
+        ValueError: The code has no points, x fills no group or is not finite, `order`
+            returns no permutation, the model is in training mode, or one of its outputs is not
+            finite.
 
     >>> import jax, jax.numpy as jnp
     >>> from nercc_jax import NeRCC
@@ -80,7 +89,7 @@ def learn_decoder(
     largest = max(own.shape[1], sum(leaf[0].size for leaf in jax.tree.leaves(x)))
     at_once = max(1, _AT_ONCE // (len(places) * largest))
     done = 0
-    for drawn in _draws(len(own), code.num_data, groups, at_once, key):
+    for drawn in _draws(x, order, code.num_data, groups, at_once, key):
         here = jax.tree.map(lambda leaf: leaf[drawn], x)  # noqa: B023
         answers = Recorder(run, here, batch_size, (outputs[drawn], form)).of(code)
         coded = np.asarray(answers.coded, np.float64)
@@ -185,25 +194,37 @@ def places_of(code: AbstractCode) -> Float[np.ndarray, " places"]:
         ValueError: The code has none.
     """
     points = [getattr(code, name, None) for name in ("beta", "alpha")]
+    if isinstance(code, Replication):
+        points = regression_points(code.num_data, code.num_workers, "repeated")[::-1]
     if any(each is None for each in points):
         raise ValueError(
             f"{type(code).__name__} has no regression points alpha and beta, along which a decoder "
-            "is learned: take NeRCC or Berrut"
+            "is learned: take NeRCC, Berrut or Replication"
         )
     return np.concatenate([np.asarray(each) for each in points])
 
 
 def _draws(
-    points: int, num_data: int, groups: int, at_once: int, key: PRNGKeyArray
+    x: PyTree, order: Order | None, num_data: int, groups: int, at_once: int, key: PRNGKeyArray
 ) -> Iterator[Int[np.ndarray, "some num_data"]]:
     """Yield groups of data points, `at_once` and then fewer: permutations of all, cut in groups."""
     seeds = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
+    points = len(jax.tree.leaves(x)[0])
     whole = points // num_data
-    rounds = -(-groups // whole)
-    cut = [seeds.permutation(points)[: whole * num_data] for _ in range(rounds)]
-    drawn = np.concatenate(cut).reshape(-1, num_data)[:groups]
+    drawn = []
+    for _ in range(-(-groups // whole)):
+        places = seeds.permutation(points)[: whole * num_data]
+        if order is not None:
+            found = np.asarray(order(to_device(jax.tree.map(lambda leaf: leaf[places], x))))  # noqa: B023
+            if not np.array_equal(np.sort(found), np.arange(len(places))):
+                raise ValueError(
+                    f"order must return a permutation of {len(places)} data points, not {found}"
+                )
+            places = places[found]
+        drawn.append(places.reshape(-1, num_data))
+    every = np.concatenate(drawn)[:groups]
     for start in range(0, groups, at_once):
-        yield drawn[start : start + at_once]
+        yield every[start : start + at_once]
 
 
 def _triangle(
