@@ -14,10 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, encode_groups
-from ..codes._at_hand import decode_sets
 from ..codes._grouped import GroupPoints, following_points
-from ..codes._groups import encode_leaf
-from ..codes._kept import encoder_rows, known_encoder
+from ..codes._groups import decode_sets, encode_leaf
+from ..codes._kept import encoder_of, known_encoder
 from ..codes._trees import (
     Form,
     check_finite,
@@ -251,7 +250,7 @@ class Recorder:
 
     def of(self, code: AbstractCode) -> Answers:
         """Return all workers' answers with a code."""
-        rows = encoder_rows(code)
+        rows = encoder_of(code)
         names = [_row_name(row) for row in rows]
         new = {n: row for n, row in zip(names, rows, strict=True) if n not in self._known}
         if new:
