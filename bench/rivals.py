@@ -31,7 +31,7 @@ from rich.console import Console
 from nercc_jax import AbstractCode, Berrut, NeRCC
 from nercc_jax.cli._output import steps_bar
 from nercc_jax.codes import BerrutSpline, encode_groups
-from nercc_jax.codes._at_hand import decode_sets
+from nercc_jax.codes._groups import decode_sets
 from nercc_jax.stragglers import straggler_sets
 from nercc_jax.tuning import learn_decoder
 

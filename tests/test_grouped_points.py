@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from nercc_jax import Lagrange, NeRCC, Scheme, coded_inference
-from nercc_jax.codes._grouped import check_has_points, copies_of_uncertain, following_points
+from nercc_jax.codes._grouped import following_points
+from nercc_jax.schemes._scheme import copies_of_uncertain
 
 K, N = 20, 24
 
@@ -32,7 +33,7 @@ def test_points_follow_the_distances():
     slope = jax.jacobian(lambda x: following_points(code, x)[0])(places + jnp.arange(5)[:, None])
     assert np.isfinite(slope).all()
     with pytest.raises(ValueError, match="Lagrange has no smoothing splines"):
-        check_has_points(Lagrange(3, 5))
+        Scheme(Lagrange(3, 5), follow="inputs")
 
 
 def test_a_sweep_of_one_parameter():

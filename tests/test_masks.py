@@ -8,7 +8,7 @@ import pytest
 
 from nercc_jax import Berrut, NeRCC, Replication, nested_objective
 from nercc_jax.codes import decode_groups
-from nercc_jax.codes._at_hand import decode_sets
+from nercc_jax.codes._groups import decode_sets
 from nercc_jax.evaluation import Answers, record_answers
 from nercc_jax.evaluation._objective import nested_errors
 

@@ -3,22 +3,17 @@
 from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, Bool, Float
 
 from ..splines._knots import gather_knots
 from ..splines.arrays import namespace
-from ._barycentric import barycentric_matrix
 from ._checks import check_counts
-from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
-from ._kept import decoder_at_hand, encoder_at_hand
+from ._code import AbstractNumpyCode
 from ._points import Points, regression_points
 
-_MOST_DEGREES = 8  # beyond which float32 rounds more away than is gained
 
-
-class Berrut(AbstractCode):
+class Berrut(AbstractNumpyCode):
     """Berrut approximated coded computing (BACC).
 
     Both layers are Berrut's first rational interpolant, with weights of alternating sign along the
@@ -56,35 +51,18 @@ class Berrut(AbstractCode):
         Raises:
             ValueError: As `regression_points`; `degree` is no integer from 0 to 7.
         """
-        counts = check_counts(num_data=num_data, num_workers=num_workers)
-        self.num_data, self.num_workers = counts
-        if degree not in range(_MOST_DEGREES):
+        self.num_data, self.num_workers = check_counts(num_data=num_data, num_workers=num_workers)
+        if degree not in range(8):  # beyond, float32 rounds more away than is gained
             raise ValueError(f"degree must be an integer from 0 to 7, not {degree!r}")
         self.degree = int(degree)
         self.alpha, self.beta = regression_points(self.num_data, self.num_workers, points)
 
-    def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
-        if (at_hand := encoder_at_hand(self)) is not None:
-            return at_hand
-        return berrut_matrix(self.alpha, self.beta, jnp.ones(self.num_data, bool), self.degree)
+    def _encoder(self) -> Float[Any, "num_workers num_data"]:
+        every = namespace(self.alpha).ones(self.num_data, bool)
+        return berrut_matrix(self.alpha, self.beta, every, self.degree)
 
-    def decoder_matrix(
-        self, available: Bool[ArrayLike, " num_workers"]
-    ) -> Float[Array, "num_data num_workers"]:
-        if (at_hand := decoder_at_hand(self, available)) is not None:
-            return at_hand
-        available = as_mask(available, (self.num_workers,))
+    def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
         return berrut_matrix(self.beta, self.alpha, available, self.degree)
-
-    def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
-        return all_or_none(available, self)
-
-    def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
-        return berrut_matrix(self.alpha, self.beta, np.ones(self.num_data, bool), self.degree)
-
-    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
-        matrix = berrut_matrix(self.beta, self.alpha, available, self.degree)
-        return matrix, np.full(self.num_data, available.any())
 
 
 def berrut_matrix(
@@ -128,3 +106,28 @@ def _sizes(t: Float[Any, " n"], counts: Bool[Any, " n"], degree: int) -> Float[A
             found = found + xp.roll(product, place)
         sizes = xp.where(number >= count, found, sizes)
     return sizes
+
+
+def barycentric_matrix(
+    nodes: Float[Any, " n"],
+    weights: Float[Any, " n"],
+    at: Float[Any, " k"],
+) -> Float[Any, "k n"]:
+    """Return the matrix of the interpolant with entries w_i / (t - t_i), each row over its sum.
+
+    Nodes of weight zero take no part; the others must be distinct. Both sides of the fraction are
+    multiplied by the distance to the nearest node, so that value and derivative stay right where a
+    point coincides with a node. With no node the matrix is zero.
+
+    Source: Berrut and Trefethen 2004, SIAM Review 46(3), eq. 4.2.
+    """
+    xp = namespace(nodes, weights, at)
+    used = (weights != 0)[None]
+    distance = at[:, None] - nodes[None]
+    nearest = xp.argmin(xp.where(used, xp.abs(distance), np.inf), axis=1)
+    here = xp.arange(nodes.shape[0])[None] == nearest[:, None]
+    close = xp.take_along_axis(distance, nearest[:, None], axis=1)
+    ratio = xp.where(here, 1, close / xp.where(here | ~used, 1, distance))
+    terms = xp.where(used, weights[None] * ratio, 0)
+    total = xp.sum(terms, axis=1, keepdims=True)
+    return terms / xp.where(xp.any(used), total, 1)

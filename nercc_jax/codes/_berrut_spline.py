@@ -1,7 +1,8 @@
 """BSCC: encoding by Berrut's rational interpolant, decoding by a cubic spline."""
 
+from typing import Any
+
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
@@ -9,16 +10,16 @@ from ..splines._ends import Ends, check_ends
 from ..splines._fit import LinearMap
 from ..splines._host import smoothing_matrix_on_host
 from ..splines._smoothing import smoothing_map
+from ..splines.arrays import namespace
 from ._berrut import berrut_matrix
 from ._checks import check_counts
-from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
-from ._kept import decoder_at_hand, encoder_at_hand
+from ._code import AbstractNumpyCode, as_mask
 from ._nercc import NeRCC
 from ._points import Points, regression_points
 from ._trees import scalar_leaf
 
 
-class BerrutSpline(AbstractCode):
+class BerrutSpline(AbstractNumpyCode):
     """Basis-spline assisted coded computing (BSCC): the encoder of `Berrut`, a spline to decode.
 
     Predictions are samples at alpha of the cubic spline through the answers at beta, which smooths
@@ -55,39 +56,26 @@ class BerrutSpline(AbstractCode):
         ends: Ends = "not-a-knot",
     ):
         """Make a code; arguments and errors are those of `NeRCC`."""
-        counts = check_counts(num_data=num_data, num_workers=num_workers)
-        self.num_data, self.num_workers = counts
+        self.num_data, self.num_workers = check_counts(num_data=num_data, num_workers=num_workers)
         self.ends = check_ends(ends)
         self.alpha, self.beta = regression_points(self.num_data, self.num_workers, points)
         self.lambda_dec = scalar_leaf(
             "lambda_dec", lambda_dec, self.alpha.dtype, least=0.0, most=np.inf
         )
 
-    def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
-        if (at_hand := encoder_at_hand(self)) is not None:
-            return at_hand
-        return berrut_matrix(self.alpha, self.beta, jnp.ones(self.num_data, bool))
+    def _encoder(self) -> Float[Any, "num_workers num_data"]:
+        every = namespace(self.alpha).ones(self.num_data, bool)
+        return berrut_matrix(self.alpha, self.beta, every)
 
-    def decoder_matrix(
-        self, available: Bool[ArrayLike, " num_workers"]
-    ) -> Float[Array, "num_data num_workers"]:
-        at_hand = decoder_at_hand(self, available)
-        return self.decoder_map(available).matrix if at_hand is None else at_hand
+    def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
+        points: Any = self.beta, self.alpha, self.lambda_dec
+        if namespace(*points, available) is np:
+            return smoothing_matrix_on_host(*points, available=available, ends=self.ends)
+        return self.decoder_map(available).matrix
 
     def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> LinearMap:
         mask = as_mask(available, (self.num_workers,))
         return smoothing_map(self.beta, self.alpha, self.lambda_dec, available=mask, ends=self.ends)
-
-    def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
-        return all_or_none(available, self)
-
-    def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
-        return berrut_matrix(self.alpha, self.beta, np.ones(self.num_data, bool))
-
-    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
-        beta, alpha, lambda_ = map(np.asarray, (self.beta, self.alpha, self.lambda_dec))
-        matrix = smoothing_matrix_on_host(beta, alpha, lambda_, available=available, ends=self.ends)
-        return matrix, np.full(self.num_data, available.any())
 
     def posterior_variance(
         self, available: Bool[ArrayLike, " num_workers"]

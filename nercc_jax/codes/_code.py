@@ -8,6 +8,7 @@ import abc
 import dataclasses
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import equinox as eqx
@@ -17,12 +18,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..splines.arrays import native
-from ._at_hand import decode_at_hand
+from ..splines.arrays import namespace, native
 from ._decoding import Decoded, DecoderMap, PlainMap
-from ._groups import decode_groups_in_program, encode_groups
-from ._kept import known_encoder
-from ._methods import transformable
+from ._groups import decode_answers, encode_groups
+from ._kept import known_decoders, known_encoder
 from ._trees import (
     Form,
     check_beside,
@@ -40,6 +39,58 @@ Code = TypeVar("Code", bound="AbstractCode")
 MatrixOnHost: TypeAlias = tuple[
     Float[np.ndarray, "num_data num_workers"], Bool[np.ndarray, " num_data"]
 ]
+
+
+class BoundMethod(eqx.Module):
+    """A method bound to a code: a pytree, as Equinox's are, and with a hash.
+
+    `jax.jit(code.decode)` looks a function up by hash and equality. Those of Equinox's methods
+    compare arrays by JAX, which is an error within a trace, and arrays have no hash. Here numbers
+    that are known count by value, so that equal codes share a program, and traced ones by identity.
+    """
+
+    function: Callable[..., Any] = eqx.field(static=True)
+    code: Any
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.function(self.code, *args, **options)
+
+    @property
+    def __name__(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.function.__name__
+
+    @property
+    def __doc__(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.function.__doc__
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BoundMethod) and self._identity() == other._identity()
+
+    def _identity(self) -> tuple[Any, ...]:
+        leaves, structure = jax.tree.flatten(self.code)
+        return self.function, structure, *map(_identity_of, leaves)
+
+
+def _identity_of(leaf: Any) -> Any:
+    if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array | np.ndarray):
+        return id(leaf)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return id(leaf)
+    known = np.asarray(leaf)
+    return known.shape, known.dtype.str, known.tobytes()
+
+
+class transformable:
+    """A method that JAX's transformations take when it is bound to a code: see `BoundMethod`."""
+
+    def __init__(self, method: Callable[..., Any]):
+        self.method = method
+
+    def __get__(self, code: Any, _: type | None = None) -> Any:
+        return self.method if code is None else BoundMethod(self.method, code)
 
 
 class AbstractCode(eqx.Module):
@@ -259,10 +310,10 @@ class AbstractCode(eqx.Module):
                 (inside jit use `try_decode` for the status); or uncertainty is asked of a code that
                 is no regression.
         """
-        decoded = _try_to_decode(self, y, available)
+        decoded = type(self).try_decode(self, y, available)  # to bind it takes 0.03 ms
         if not isinstance(decoded.responded, Tracer):
-            available, responded = np.asarray(available), np.asarray(decoded.responded)
-            broken = np.flatnonzero(available & ~responded)
+            available = np.asarray(available)
+            broken = np.flatnonzero(available & ~np.asarray(decoded.responded))
             if not np.any(decoded.recovered):
                 raise ValueError(
                     f"no prediction can be recovered: of {self.num_workers} workers "
@@ -276,11 +327,10 @@ class AbstractCode(eqx.Module):
                     RuntimeWarning,
                     stacklevel=3,
                 )
-        if return_uncertainty:
-            flat, _ = joined_answers(self, y)
-            spread = deviations(self, flat[None], decoded.responded[None])[0]
-            return decoded.predictions, spread
-        return decoded.predictions
+        if not return_uncertainty:
+            return decoded.predictions
+        vectors, _ = joined_answers(self, y)
+        return decoded.predictions, deviations(self, vectors[None], decoded.responded[None])[0]
 
     @transformable
     def try_decode(
@@ -292,13 +342,52 @@ class AbstractCode(eqx.Module):
 
         Arguments are those of `decode`.
         """
-        return _try_to_decode(self, y, available)
+        available = check_mask(available, (self.num_workers,))
+        return decode_answers(self, _checked(self, y), available, "group")
 
 
-def _try_to_decode(code: AbstractCode, y: PyTree, available: ArrayLike) -> Decoded:
-    y = native(y, "y")
-    found = decode_at_hand(code, y, available)
-    return _try_decode(code, y, available) if found is None else found
+class AbstractNumpyCode(AbstractCode):
+    """A code whose matrices NumPy makes where they are known, and a program makes else.
+
+    One function serves both: it takes its operations from `namespace(...)` of the arrays that came.
+    """
+
+    @abc.abstractmethod
+    def _encoder(self) -> Float[Any, "num_workers num_data"]:
+        """Return E."""
+
+    @abc.abstractmethod
+    def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
+        """Return D."""
+
+    def _recovered(self, available: Bool[Any, " num_workers"]) -> Bool[Any, " num_data"]:
+        """Return `recovered`: all data points by any answer, unless a code says otherwise."""
+        xp = namespace(available)
+        return xp.broadcast_to(xp.any(available), (self.num_data,))
+
+    def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
+        known = known_encoder(self)
+        return jnp.asarray(self._encoder()) if known is None else jax.device_put(known)
+
+    def decoder_matrix(
+        self, available: Bool[ArrayLike, " num_workers"]
+    ) -> Float[Array, "num_data num_workers"]:
+        available = check_mask(available, (self.num_workers,))
+        # Outside a program the regression's loops would be compiled in each call: 1.4 s for
+        # (20, 8).
+        known = known_decoders(self, available)
+        if known is not None:
+            return jax.device_put(np.asarray(known.decoder[0]))
+        return jnp.asarray(self._decoder(jnp.asarray(available)))
+
+    def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
+        return self._recovered(as_mask(available, (self.num_workers,)))
+
+    def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
+        return self._encoder()
+
+    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
+        return self._decoder(available), self._recovered(available)
 
 
 @eqx.filter_jit
@@ -314,35 +403,22 @@ def _encode(
     return coded, finite_points(jax.tree.map(lambda leaf: leaf[:1], coded), 1)[0]
 
 
-@eqx.filter_jit
-def _try_decode(code: AbstractCode, y: PyTree, available: ArrayLike) -> Decoded:
-    y = checked_answers(code, y)
-    available = as_mask(available, (code.num_workers,))
-    decoded = decode_groups_in_program(
-        code, jax.tree.map(lambda leaf: leaf[None], y), available[None]
-    )
-    return jax.tree.map(lambda leaf: leaf[0], decoded)
-
-
-def checked_answers(code: AbstractCode, y: PyTree) -> PyTree[Float[Array, "num_workers ..."]]:
+def _checked(code: AbstractCode, y: PyTree) -> PyTree[Float[Any, "num_workers ..."]]:
     """Return one group's answers as arrays.
 
     Raises:
         ValueError: They are not one for each worker, or no floats.
     """
-    y = to_device(y)
+    y = native(y, "y")
+    y = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), y)
     check_leading("y", y, (code.num_workers,), "workers")
     check_floats("y", y)
     return y
 
 
 def joined_answers(code: AbstractCode, y: PyTree) -> tuple[Float[Array, "num_workers m"], Form]:
-    """Return one group's answers as vectors, and in which form they came.
-
-    Raises:
-        ValueError: As `checked_answers`.
-    """
-    return join(checked_answers(code, y), 1)
+    """Return one group's answers as vectors, and in which form they came; raise as `decode`."""
+    return join(to_device(_checked(code, y)), 1)
 
 
 @eqx.filter_jit
@@ -389,45 +465,35 @@ def deviations(
 
 def as_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:
     """Return the mask as an array; raise as `check_mask`."""
-    available = jnp.asarray(available)
-    check_mask(available, shape)
-    return available
+    return jnp.asarray(check_mask(available, shape))
 
 
-def all_or_none(available: ArrayLike, code: AbstractCode) -> Bool[Array, " num_data"]:
-    """Return `recovered` of a code that predicts every data point from any answer."""
-    available = as_mask(available, (code.num_workers,))
-    return jnp.broadcast_to(jnp.any(available), (code.num_data,))
+def check_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array | np.ndarray, "..."]:
+    """Return the mask, which stays NumPy's if it is none of JAX's.
 
-
-def check_mask(available: Array | np.ndarray, shape: tuple[int, ...]) -> None:
-    """Raise ValueError for what is no mask of this shape, with what it should have been."""
-    if available.dtype != bool or available.shape != shape:
-        raise ValueError(
-            f"available must be a boolean mask of shape {shape}, "
-            f"not {available.dtype}{available.shape}"
-        )
-
-
-_SHOWN = 8  # of the numbers of an array
-
-
-def _is_at_hand(array: Any) -> bool:
-    """Return whether an array's numbers can be read.
-
-    They cannot of a tracer or a random key, of a donated array, or of one that lies on other hosts.
+    Raises:
+        ValueError: It is no mask of this shape.
     """
-    if not isinstance(array, jax.Array):
-        return True
-    if isinstance(array, Tracer) or jnp.issubdtype(array.dtype, jax.dtypes.extended):
-        return False
-    return array.is_fully_addressable and not array.is_deleted()
+    mask = available if isinstance(available, jax.Array) else np.asarray(available)
+    if mask.dtype != bool or mask.shape != shape:
+        raise ValueError(
+            f"available must be a boolean mask of shape {shape}, not {mask.dtype}{mask.shape}"
+        )
+    return mask
 
 
 def _described(value: Any) -> str:
-    if not eqx.is_array(value) or value.ndim > 1 or not _is_at_hand(value):
+    """Return an array's first numbers, or its shape where they cannot be read.
+
+    They cannot of a tracer or a random key, of a donated array, or of one that lies on other hosts.
+    """
+    known = eqx.is_array(value) and value.ndim <= 1 and not isinstance(value, Tracer)
+    if known and isinstance(value, jax.Array):
+        known = not jnp.issubdtype(value.dtype, jax.dtypes.extended)
+        known = known and value.is_fully_addressable and not value.is_deleted()
+    if not known:
         return eqx.tree_pformat(value)
     if value.ndim == 0:
         return f"{value.item():.4g}"
-    numbers = [f"{each:.3g}" for each in np.asarray(value)[:_SHOWN]]
-    return f"[{', '.join(numbers)}{', ...' if len(value) > _SHOWN else ''}]"
+    shown = [f"{each:.3g}" for each in np.asarray(value)[:8]]
+    return f"[{', '.join(shown)}{', ...' if len(value) > len(shown) else ''}]"

@@ -20,14 +20,9 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from ..splines._platforms import alike_in_shard_map
-from ..splines.arrays import working_dtype
-from ._products import multiply, multiply_sets
+from ..splines.arrays import namespace, working_dtype
+from ._products import FULL, multiply
 from ._trees import is_float, same_within_group
-
-# Above this sum of a decoder row's magnitudes the product with the matrix loses digits that the
-# regression itself keeps. Two close workers then carry the spline over a wide gap: their entries
-# are large and of opposite sign. 32 roundings of a unit are 2e-6 in float32.
-AMPLIFICATION = 32.0
 
 State = TypeVar("State", bound=PyTree)
 
@@ -79,206 +74,44 @@ class PlainMap(eqx.Module):
         return multiply(self.matrix, y)
 
 
-@runtime_checkable
-class Decoder(Protocol):
-    """The part of a code's interface that decoding needs; `AbstractCode` has it."""
-
-    def decoder_map(self, available: Any) -> DecoderMap: ...
-
-    def recovered(self, available: Any) -> Bool[Array, " num_data"]: ...
-
-
 def decode_vectors(
-    code: Decoder,
+    code: Any,
     y: Float[Array, "groups num_workers m"],
-    available: Bool[Array, "groups num_workers"],
+    available: Bool[Array, "groups_or_sets num_workers"],
     given: Matrices | None = None,
+    *,
+    sets: bool = False,
 ) -> Decoded:
-    """Decode the answers of many groups, each with its own workers.
+    """Decode the answers of many groups in a program, each with its own workers.
+
+    With `sets`, `available` are straggler sets (sets, N) and all groups are decoded under each of
+    them, by one matrix a set: results have the axes (sets, groups). An answer that is not finite
+    makes its worker a straggler in its own group only.
 
     `given` are the matrices of these workers where they are made already. A derivative makes them
     again, since it is the code's too; so does an answer that is not finite, for those that are.
     """
-    decode = _from_scratch if given is None else _from_matrices
-    return _derived(decode, _carefully, code, y, available, given, merges=True)
-
-
-def _from_matrices(code: Decoder, y: Array, available: Array, given: Matrices) -> Decoded:
-    attempt, sound = multiplied(y, available, given)
-    return _unless(sound, attempt, lambda: _carefully(code, y, available))
-
-
-def _from_scratch(code: Decoder, y: Array, available: Array, given: None) -> Decoded:
-    """Decode as the platform likes.
-
-    A CPU likes small programs, an accelerator few conditions that the host must wait for.
-    """
-    del given
-    return jax.lax.platform_dependent(
-        y,
-        available,
-        cpu=lambda y, available: _in_a_loop(code, y, available),
-        default=lambda y, available: _in_two_attempts(code, y, available),
-    )
-
-
-def _in_two_attempts(code: Decoder, y: Array, available: Array) -> Decoded:
-    """Decode with a second regression in the program for what the first does not do for."""
-    maps, recovered = _fitted(code, available)
-    return _from_matrices(code, y, available, Matrices(maps.matrix, recovered))
-
-
-def _in_a_loop(code: Decoder, y: Array, available: Array) -> Decoded:
-    """Decode with one regression in the program, which a loop turns to again for a broken answer.
-
-    A program's size is the time it takes to compile, and the regression is most of it.
-    """
-
-    def attempt(state: tuple[Decoded, Array, Array]) -> tuple[Decoded, Array, Array]:
-        responded, first = state[0].responded, state[2]
-        maps, recovered = _fitted(code, responded)
-        decoded = _multiplied(y, responded, maps.matrix, recovered)
-        broken = first & ~_finite(decoded)
-        known = _unless(~broken, responded, lambda: responded & all_finite(y))
-        steady = _is_steady(maps.matrix)
-        # Else the product still holds an answer that is left out, or what is not recovered.
-        done = broken | (first & steady & jnp.all(recovered))
-        decoded = _unless(done, decoded, lambda: _accurately(maps, y, responded, recovered, steady))
-        return Decoded(decoded.predictions, known, recovered), broken, jnp.zeros_like(first)
-
-    start, again = _alike((_nothing(code, y.shape[:1], y, available), jnp.ones((), bool)))
-    return jax.lax.while_loop(lambda state: state[1], attempt, (start, again, again))[0]
-
-
-def _nothing(code: Decoder, lead: tuple[int, ...], y: Array, responded: Array) -> Decoded:
-    """Return the state that a loop of attempts starts from."""
-    workers, size = y.shape[1:]
-    mask = jax.ShapeDtypeStruct((workers,), bool)
-    (points,) = jax.eval_shape(lambda mask: code.recovered(mask), mask).shape
-    dtype = working_dtype(y.dtype)
-    return Decoded(
-        jnp.zeros((*lead, points, size), dtype),
-        jnp.broadcast_to(responded, (*lead, workers)),
-        jnp.zeros((*lead, points), bool),
-    )
-
-
-def multiplied(
-    y: Float[Array, "groups num_workers m"],
-    available: Bool[Array, "groups num_workers"],
-    given: Matrices,
-) -> tuple[Decoded, Bool[Array, ""]]:
-    """Decode by the product with these matrices; return also whether that is sound."""
-    matrices = jnp.asarray(given.decoder)
-    decoded = _multiplied(y, available, matrices, jnp.asarray(given.recovered))
-    return decoded, _finite(decoded) & _exact(decoded, matrices)
-
-
-def _multiplied(y: Array, available: Array, matrices: Array, recovered: Array) -> Decoded:
-    recovered = jnp.broadcast_to(recovered, (y.shape[0], recovered.shape[1]))
-    return Decoded(multiply(matrices, y), available, recovered)
-
-
-def decode_sets_in_program(
-    code: Decoder,
-    y: Float[Array, "groups num_workers m"],
-    available: Bool[Array, "sets num_workers"],
-) -> Decoded:
-    """Decode all groups under each straggler set, as part of a program: axes (sets, groups).
-
-    Each set's matrix is made once. An answer that is not finite makes its worker a straggler in its
-    own group only, as everywhere; if there is one, or for a derivative, the groups get matrices of
-    their own.
-    """
-    return _derived(_sets_from_scratch, _sets_carefully, code, y, available)
-
-
-def _sets_from_scratch(code: Decoder, y: Array, available: Array, given: None) -> Decoded:
-    """Decode with one regression in the program: for all groups, then, if need be, for each."""
-    del given
-    groups = y.shape[0]
-
-    def attempt(state: tuple[Decoded, Array]) -> tuple[Decoded, Array]:
-        so_far, turn = state
-        first, group = turn < 0, jnp.maximum(turn, 0)
-        own = jax.lax.dynamic_index_in_dim(y, group, keepdims=False)
-        responded = available & (first | all_finite(own))
-        maps, recovered = _fitted(code, responded)
-
-        def of_all() -> Decoded:
-            return sets_multiplied(y, available, Matrices(maps.matrix, recovered))[0]
-
-        def with_group() -> Decoded:
-            every = jnp.broadcast_to(own, (len(responded), *own.shape))
-            return jax.tree.map(
-                lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, group, 1),
-                so_far,
-                _accurately(maps, every, responded, recovered),
-            )
-
-        made = _unless(first, _unless(~first, so_far, of_all), with_group)
-        done = first & _finite(made) & _exact(made, maps.matrix)
-        return made, jnp.where(done, groups, turn + 1)
-
-    start = _nothing(code, (len(available), groups), y, jnp.zeros((), bool))
-    start, turn, _ = _alike((start, jnp.full((), -1), y))
-    return jax.lax.while_loop(lambda state: state[1] < groups, attempt, (start, turn))[0]
-
-
-def sets_multiplied(
-    y: Float[Array, "groups num_workers m"],
-    available: Bool[Array, "sets num_workers"],
-    given: Matrices,
-) -> tuple[Decoded, Bool[Array, ""]]:
-    """Return `multiplied` under each straggler set, with a matrix for each: axes (sets, groups)."""
-    matrices, recovered = jnp.asarray(given.decoder), jnp.asarray(given.recovered)
-    shape = (available.shape[0], y.shape[0])
-    decoded = Decoded(
-        multiply_sets(matrices, y),
-        jnp.broadcast_to(available[:, None], (*shape, available.shape[1])),
-        jnp.broadcast_to(recovered[:, None], (*shape, recovered.shape[1])),
-    )
-    return decoded, _finite(decoded) & _exact(decoded, matrices)
-
-
-def mask_mixed_groups(
-    x: PyTree[Shaped[Array, "groups num_data ..."]],
-    available: Bool[Array, "groups num_workers"],
-    given: Matrices | None,
-) -> tuple[Bool[Array, "groups num_workers"], Matrices | None]:
-    """Mask out groups in which parts that are not coded differ; return their matrices if given."""
-    if all(map(is_float, jax.tree.leaves(x))):
-        return available, given
-    return available & same_within_group(x, 2)[:, None], None
-
-
-def _derived(
-    decode: Callable[[Decoder, Array, Array, Any], Decoded],
-    carefully: Callable[[Decoder, Array, Array], Decoded],
-    code: Decoder,
-    y: Array,
-    available: Array,
-    given: Matrices | None = None,
-    *,
-    merges: bool = False,
-) -> Decoded:
-    """Decode, with the derivative of the careful way in the code and the answers.
-
-    With `merges`, `jax.vmap` makes further groups.
-    """
     # As an argument: what `custom_jvp` closes over must not be traced.
     leaves, rest = eqx.partition(code, eqx.is_array)
+    careful = _sets_carefully if sets else _carefully
 
     def alike(leaves: PyTree, *arrays: PyTree) -> tuple[Any, ...]:
-        leaves, *others = _alike((leaves, *arrays))
+        # Varying over the same manual axes of `jax.shard_map`, as loops want it.
+        flat, structure = jax.tree.flatten((leaves, *arrays))
+        leaves, *others = jax.tree.unflatten(structure, alike_in_shard_map(*flat))
         return eqx.combine(leaves, rest), *others
 
-    def plain(leaves: PyTree, *arrays: PyTree) -> Decoded:
-        return decode(*alike(leaves, *arrays))
+    def plain(leaves: PyTree, y: Array, available: Array, given: Matrices | None) -> Decoded:
+        code, y, available, given = alike(leaves, y, available, given)
+        if given is None:
+            maps, recovered = _fitted(code, available)
+            given = Matrices(maps.matrix, recovered)
+        attempt, sound = multiplied(y, available, given, sets=sets)
+        return _unless(sound, attempt, lambda: careful(code, y, available, seldom=True))
 
     @jax.custom_jvp
     def decoded(leaves, y, available, given):
-        return (_merging(plain) if merges else plain)(leaves, y, available, given)
+        return (plain if sets else _merging(plain))(leaves, y, available, given)
 
     def derivative(primals, tangents):
         # With the tangents that there are: those of a code take half of the program.
@@ -288,13 +121,117 @@ def _derived(
 
         def of_moving(moving: list[Any]) -> Decoded:
             leaves, y = jax.tree.unflatten(structure, eqx.combine(moving, still))
-            return carefully(*alike(leaves, y, primals[2]))
+            return careful(*alike(leaves, y, primals[2]))
 
         change, _ = eqx.partition(jax.tree.leaves(tangents[:2]), moves)
         return jax.jvp(of_moving, (moving,), (change,))
 
     decoded.defjvp(derivative, symbolic_zeros=True)
     return decoded(leaves, y, available, given)
+
+
+def multiplied(
+    y: Float[Array, "groups num_workers m"],
+    available: Bool[Array, "groups_or_sets num_workers"],
+    given: Matrices,
+    *,
+    sets: bool = False,
+) -> tuple[Decoded, Bool[Array, ""]]:
+    """Decode by the product with these matrices; return also whether that is sound.
+
+    It is where all answers behind it are finite, the matrices lose no digits, and everything is
+    recovered.
+    """
+    matrices, recovered = jnp.asarray(given.decoder), jnp.asarray(given.recovered)
+    if sets:
+        shape = (available.shape[0], y.shape[0])
+        matrices = jnp.broadcast_to(matrices, (shape[0], *matrices.shape[1:]))
+        # Every matrix times every group, as one product of two matrices.
+        dtype = working_dtype(y.dtype)
+        factors = matrices.astype(dtype), y.astype(dtype)
+        predictions = jnp.moveaxis(jnp.tensordot(*factors, ((2,), (1,)), precision=FULL), 2, 1)
+        available = jnp.broadcast_to(available[:, None], (*shape, available.shape[1]))
+        recovered = jnp.broadcast_to(recovered[:, None], (*shape, recovered.shape[1]))
+    else:
+        predictions = multiply(matrices, y)
+        recovered = jnp.broadcast_to(recovered, (y.shape[0], recovered.shape[1]))
+    finite = jnp.all(jnp.isfinite(predictions[..., 0, :]))
+    sound = finite & is_steady(matrices) & jnp.all(recovered)
+    return Decoded(predictions, available, recovered), sound
+
+
+def is_steady(matrices: Float[Any, "*sets num_data num_workers"]) -> Bool[Any, ""]:
+    """Return whether the product with these matrices loses no digits.
+
+    Above a sum of 32 of a row's magnitudes it loses some that the regression itself keeps. Two
+    close workers then carry the spline over a wide gap: their entries are large and of opposite
+    sign. 32 roundings of a unit are 2e-6 in float32.
+    """
+    xp = namespace(matrices)
+    return xp.max(xp.sum(xp.abs(matrices), axis=-1), initial=0) <= 32
+
+
+def all_finite(y: Float[Array, "*groups num_workers m"]) -> Bool[Array, "*groups num_workers"]:
+    return jnp.all(jnp.isfinite(y), axis=-1)
+
+
+@eqx.filter_jit  # so that a program that needs it twice has it once
+def _fitted(code: Any, responded: Bool[Array, "sets num_workers"]) -> tuple[Any, Array]:
+    """Return the decoder's map of each set, and what it recovers."""
+    return jax.vmap(lambda mask: (code.decoder_map(mask), code.recovered(mask)))(responded)
+
+
+def _carefully(code: Any, y: Array, available: Array, *, seldom: bool = False) -> Decoded:
+    """Decode answers of which some may be broken, or whose matrix would lose digits.
+
+    `seldom` is for a branch that few calls take, and that is not differentiated. There, groups come
+    one by one: each call gets the memory of all branches. With all at once that was 74 MiB instead
+    of 6 for 64 groups of (100, 20) and 1,000 coordinates, and every call took 11.0 ms instead of
+    9.0 on two CPU cores.
+    """
+    responded = available & all_finite(y)
+    maps, recovered = _fitted(code, responded)
+    steady = is_steady(maps.matrix)
+
+    def of_group(group: tuple[Any, ...]) -> Array:
+        one, y, responded, recovered = group
+        clean = jnp.where(responded[:, None], y, 0).astype(working_dtype(y.dtype))
+        if seldom:
+            ways = (lambda x: multiply(one.matrix, x)), (lambda x: one.apply(x))
+            predictions = jax.lax.cond(steady, *ways, clean)
+        else:
+            predictions = one.apply(clean)
+        return jnp.where(recovered[:, None], predictions, jnp.nan)
+
+    groups = maps, y, responded, recovered
+    one_by_one = seldom and y.shape[0] != 1
+    predictions = jax.lax.map(of_group, groups) if one_by_one else jax.vmap(of_group)(groups)
+    return Decoded(predictions, responded, recovered)
+
+
+def _sets_carefully(code: Any, y: Array, available: Array, *, seldom: bool = False) -> Decoded:
+    """Decode all groups under each straggler set carefully, each group with matrices of its own."""
+
+    def of_group(own: Array) -> Decoded:
+        every = jnp.broadcast_to(own, (available.shape[0], *own.shape))
+        return _carefully(code, every, available)
+
+    decoded = jax.lax.map(of_group, y) if seldom else jax.vmap(of_group)(y)
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), decoded)
+
+
+def _unless(sound: Bool[Array, ""], attempt: State, otherwise: Callable[[], State]) -> State:
+    """Return what was attempted, or, where that is not sound, what is made otherwise.
+
+    As `jax.lax.cond`, but a loop of no or one turn: XLA passes a loop's buffers on, and copies a
+    branch's (150,528 coordinates from 20 workers on two CPU cores: 1.2 ms against 2.9 ms, of which
+    the product is 0.7 ms). And under `jax.vmap` a `cond` always does both. For the same reason the
+    attempt is made before the loop, and not in a first turn of it.
+    """
+    done = jnp.ones_like(sound)
+    return jax.lax.while_loop(
+        lambda state: ~state[1], lambda _: (otherwise(), done), (attempt, sound)
+    )[0]
 
 
 def _merging(decode: Callable[..., Decoded]) -> Callable[..., Decoded]:
@@ -328,84 +265,12 @@ def _merging(decode: Callable[..., Decoded]) -> Callable[..., Decoded]:
     return merged
 
 
-def _carefully(code: Decoder, y: Array, available: Array) -> Decoded:
-    """Decode answers of which some may be broken, or whose matrix would lose digits."""
-    responded = available & all_finite(y)
-    maps, recovered = _fitted(code, responded)
-    return _accurately(maps, y, responded, recovered)
-
-
-def _sets_carefully(code: Decoder, y: Array, available: Array) -> Decoded:
-    def of_set(mask: Array) -> Decoded:
-        return _carefully(code, y, jnp.broadcast_to(mask, y.shape[:2]))
-
-    return jax.vmap(of_set)(available)
-
-
-def _accurately(
-    maps: Any, y: Array, responded: Array, recovered: Array, steady: Array | None = None
-) -> Decoded:
-    """Decode the answers that came: by the product where that is `steady`, else accurately."""
-
-    def of_group(group: tuple[Any, ...]) -> Array:
-        one, y, responded, recovered = group
-        clean = jnp.where(responded[:, None], y, 0).astype(working_dtype(y.dtype))
-        if steady is None:
-            predictions = one.apply(clean)
-        else:
-            ways = (lambda x: multiply(one.matrix, x)), (lambda x: one.apply(x))
-            predictions = jax.lax.cond(steady, *ways, clean)
-        return jnp.where(recovered[:, None], predictions, jnp.nan)
-
-    groups = maps, y, responded, recovered
-    if steady is None or y.shape[0] == 1:
-        predictions = jax.vmap(of_group)(groups)
-    else:
-        # One by one: this is seldom run, but each call gets the memory of all branches. With all at
-        # once that was 74 MiB instead of 6 for 64 groups of (100, 20) and 1,000 coordinates, and
-        # every call took 11.0 ms instead of 9.0 on two CPU cores.
-        predictions = jax.lax.map(of_group, groups)
-    return Decoded(predictions, responded, recovered)
-
-
-def _fitted(code: Decoder, responded: Bool[Array, "sets num_workers"]) -> tuple[Any, Array]:
-    """Return the decoder's map of each set, and what it recovers."""
-    return jax.vmap(lambda mask: (code.decoder_map(mask), code.recovered(mask)))(responded)
-
-
-def all_finite(y: Float[Array, "*groups num_workers m"]) -> Bool[Array, "*groups num_workers"]:
-    return jnp.all(jnp.isfinite(y), axis=-1)
-
-
-def _finite(attempt: Decoded) -> Bool[Array, ""]:
-    """Return whether all answers behind a product are finite."""
-    return jnp.all(jnp.isfinite(attempt.predictions[..., 0, :]))
-
-
-def _exact(attempt: Decoded, matrices: Array) -> Bool[Array, ""]:
-    """Return whether decoding of finite answers is what one product made of it."""
-    return _is_steady(matrices) & jnp.all(attempt.recovered)
-
-
-def _is_steady(matrices: Array) -> Bool[Array, ""]:
-    """Return whether the product with these matrices loses no digits."""
-    return jnp.max(jnp.sum(jnp.abs(matrices), axis=-1), initial=0) <= AMPLIFICATION
-
-
-def _unless(sound: Bool[Array, ""], attempt: State, otherwise: Callable[[], State]) -> State:
-    """Return what was attempted, or, where that is not sound, what is made otherwise.
-
-    As `jax.lax.cond`, but a loop of no or one turn: XLA passes a loop's buffers on, and copies a
-    branch's (150,528 coordinates from 20 workers on two CPU cores: 1.2 ms against 2.9 ms, of which
-    the product is 0.7 ms). And under `jax.vmap` a `cond` always does both.
-    """
-    done = jnp.ones_like(sound)
-    return jax.lax.while_loop(
-        lambda state: ~state[1], lambda _: (otherwise(), done), (attempt, sound)
-    )[0]
-
-
-def _alike(tree: State) -> State:
-    """Return the tree with arrays that all vary over the same manual axes, as loops want it."""
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, alike_in_shard_map(*leaves))
+def mask_mixed_groups(
+    x: PyTree[Shaped[Array, "groups num_data ..."]],
+    available: Bool[Array, "groups num_workers"],
+    given: Matrices | None,
+) -> tuple[Bool[Array, "groups num_workers"], Matrices | None]:
+    """Mask out groups in which parts that are not coded differ; return their matrices if given."""
+    if all(map(is_float, jax.tree.leaves(x))):
+        return available, given
+    return available & same_within_group(x, 2)[:, None], None

@@ -1,18 +1,14 @@
 """Regression points that differ from group to group: a code's own are moved inside the program."""
 
-import dataclasses
-import math
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ._code import AbstractCode
 from ._points import coincident
-
-_LEAST = 1e-3  # of the mean distance: alphas stay distinct where data points are the same
 
 
 class GroupPoints(eqx.Module):
@@ -33,20 +29,6 @@ class GroupPoints(eqx.Module):
             return moved
         none = jnp.zeros_like(moved.lambda_enc)
         return eqx.tree_at(lambda c: (c.lambda_enc, c.lambda_dec), moved, (none, none))
-
-
-def check_has_points(code: AbstractCode) -> None:
-    """Raise ValueError for a code without regression points, or lambdas."""
-    if not has_points(code):
-        raise ValueError(
-            f"{type(code).__name__} has no smoothing splines whose points could be moved: NeRCC has"
-        )
-
-
-def has_points(code: AbstractCode) -> bool:
-    """Return whether a code has points and lambdas, as NeRCC has."""
-    names = {field.name for field in dataclasses.fields(code)}
-    return {"alpha", "beta", "lambda_enc", "lambda_dec"} <= names
 
 
 def following_points(
@@ -73,7 +55,8 @@ def following_points(
     apart = square > 0
     steps = jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1)), 0).astype(alpha.dtype)
     mean = jnp.mean(steps)
-    steps = jnp.maximum(steps, jnp.where(mean > 0, _LEAST * mean, 1))
+    # Alphas stay distinct where data points are the same.
+    steps = jnp.maximum(steps, jnp.where(mean > 0, 1e-3 * mean, 1))
     share = jnp.concatenate([jnp.zeros(1, alpha.dtype), jnp.cumsum(steps)]) / jnp.sum(steps)
     new = old[0] + (old[-1] - old[0]) * share
     between = jnp.interp(beta, old, new)
@@ -81,54 +64,3 @@ def following_points(
     nearest = jnp.argmin(jnp.abs(beta[:, None] - old), axis=1)
     moved = jnp.where(coincident(beta, old), new[nearest], jnp.where(outside, beta, between))
     return jnp.zeros_like(alpha).at[order].set(new), moved
-
-
-def copies_of_uncertain(
-    deviation: Float[Array, "groups num_data"],
-    num_workers: int,
-    *,
-    lost: float = 0.1,
-    budget: float | None = None,
-) -> tuple[Int[Array, "groups num_workers"], Array]:
-    """Return the data point of each worker in each group, and which workers have one.
-
-    All data points come once, and uncertain ones again: with the share `lost` of the workers, a
-    further copy of a data point that c workers have takes deviation^2 lost^c off the expected
-    squared error, and copies go, one by one, where that is most.
-
-    Args:
-        deviation: The standard deviation of each data point's prediction.
-        num_workers: N.
-        lost: The share of workers that are expected to straggle.
-        budget: The mean number of workers of a group: groups with more uncertainty get more of
-            them, up to N, and those left over have nothing to do.
-
-    Raises:
-        ValueError: There are fewer workers than data points, or the budget is not between them.
-    """
-    groups, num_data = deviation.shape
-    further = num_workers - num_data
-    if further < 0:
-        raise ValueError(f"{num_data} data points need as many workers, not {num_workers}")
-    if budget is not None and not num_data <= budget <= num_workers:
-        raise ValueError(f"budget must be from {num_data} to {num_workers} workers, not {budget}")
-    own = jnp.broadcast_to(jnp.arange(num_data), (groups, num_data))
-    busy = jnp.ones((groups, num_workers), bool)
-    if further == 0:
-        return own, busy
-    # What is infinite ranks first, and its copies among each other. Roots rank as the gains do, and
-    # stay within float32 in any unit.
-    worth, kept = jnp.minimum(deviation, jnp.finfo(deviation.dtype).max), math.sqrt(lost)
-
-    def next_copy(worth: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
-        chosen = jnp.argmax(worth, axis=1)
-        gain = jnp.take_along_axis(worth, chosen[:, None], axis=1)[:, 0]
-        return worth * jnp.where(jnp.arange(num_data) == chosen[:, None], kept, 1), (chosen, gain)
-
-    _, (chosen, gains) = jax.lax.scan(next_copy, worth, None, length=further)
-    holds = jnp.concatenate([own, chosen.T], axis=1)
-    if budget is None:
-        return holds, busy
-    number = round(groups * (budget - num_data))
-    rank = jnp.argsort(jnp.argsort(-gains.T.reshape(-1), stable=True)).reshape(groups, further)
-    return holds, busy.at[:, num_data:].set(rank < number)

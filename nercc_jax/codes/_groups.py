@@ -1,17 +1,33 @@
-"""Encoding and decoding of many groups at once, each with K data points and N answers."""
+"""Encoding and decoding of what users have: trees of arrays, of one group or of many.
 
-from typing import Any
+Where code, answers and masks are at hand, outside of any trace, decoding is nothing but a product.
+The matrices are kept, or made on the host, and one program multiplies and says whether that is all
+there is to it. It nearly always is. If not, an answer was broken or a matrix is ill-conditioned,
+and the host decodes, in float64, which loses no digit of float32. So a first decode compiles in a
+fraction of a second, and a broken answer compiles no regression.
+"""
+
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from ._decoding import Decoded, Matrices, decode_vectors, multiplied
+from ..splines.arrays import native
+from ._decoding import Decoded, Matrices, decode_vectors, is_steady, multiplied
+from ._kept import KeptMatrices, kept_matrices, known_decoders
 from ._meshes import coded_on_mesh
 from ._products import multiply
-from ._trees import is_float, join
+from ._trees import any_tracer, is_float, join, to_device
+
+# Answers of one group (N, ...) with a mask (N,), of groups (groups, N, ...) with a mask for each,
+# or of groups that are decoded under each of several sets: results (sets, groups, ...).
+Layout: TypeAlias = Literal["group", "groups", "sets"]
 
 
 def encode_groups(
@@ -32,7 +48,10 @@ def encode_groups(
             rows = own.encoder_matrix() if matrix is None else jnp.asarray(matrix)
             return jax.tree.map(lambda leaf: encode_leaf(rows, leaf), x)
 
-    return coded_on_mesh(encoded, (arrays, x, matrix), lambda names: _coded_specs(x, names))
+    def specs(names: Any) -> PyTree:
+        return jax.tree.map(lambda leaf: PartitionSpec(names(leaf)[0], None, *names(leaf)[2:]), x)
+
+    return coded_on_mesh(encoded, (arrays, x, matrix), specs)
 
 
 def encode_leaf(
@@ -48,54 +67,153 @@ def encode_leaf(
     return multiply(matrix, x.reshape(*x.shape[:2], -1)).astype(x.dtype).reshape(shape)
 
 
-def decode_groups_in_program(
+def decode_groups(
     code: Any,
-    y: PyTree[Float[Array, "groups num_workers ..."]],
-    available: Bool[Array, "groups num_workers"],
+    y: PyTree[Float[ArrayLike, "groups num_workers ..."]],
+    available: Bool[ArrayLike, "groups num_workers"],
     given: Matrices | None = None,
 ) -> Decoded:
-    """Decode many groups as part of a program. See `decode_vectors`."""
-    arrays, rest = eqx.partition(code, eqx.is_array)
+    """Decode many groups, each with its own workers.
 
-    def decoded(
-        arrays: PyTree, y: PyTree, available: Array, given: Matrices | None
-    ) -> tuple[PyTree, Array, Array]:
-        with jax.named_scope("nercc.decode"):
-            flat, form = join(y, 2)
-            made = decode_vectors(eqx.combine(arrays, rest), flat, available, given)
-            return form.split(made.predictions), made.responded, made.recovered
+    Answers may be a pytree of arrays, whose predictions come in the same form. In a program
+    (`jax.jit`) this is part of it; outside, as little as possible is compiled.
 
-    arguments = arrays, y, available, given
-    return Decoded(*coded_on_mesh(decoded, arguments, lambda names: _decoded_specs(y, names)))
+    Args:
+        code: The code.
+        y: The answers of all groups. An unavailable worker's may hold anything, and one that is not
+            finite makes its worker a straggler in its own group.
+        available: The workers of each group that answered.
+        given: The decoder's matrices for these workers, where they are made already.
+    """
+    return decode_answers(code, native(y, "y"), available, "groups", given)
+
+
+def decode_sets(
+    code: Any,
+    y: Float[ArrayLike, "groups num_workers m"],
+    available: Bool[ArrayLike, "sets num_workers"],
+) -> Decoded:
+    """Decode the answers of all groups under each straggler set: leading axes (sets, groups).
+
+    Each set's matrix is made once. An answer that is not finite makes its worker a straggler in its
+    own group only, as everywhere; if there is one, or for a derivative, the groups get matrices of
+    their own.
+    """
+    return decode_answers(code, native(y, "y"), available, "sets")
+
+
+def decode_answers(
+    code: Any, y: PyTree, available: ArrayLike, layout: Layout, given: Matrices | None = None
+) -> Decoded:
+    """Decode in any layout: at hand where nothing is traced, else as part of the program."""
+    config: Any = jax.config
+    # A straggler's NaN in a first product would be taken for a fault.
+    debugs = config.jax_debug_nans or config.jax_debug_infs
+
+    def in_program() -> Decoded:
+        return _in_program(code, y, available, given, layout)[0]
+
+    if any_tracer(code, y, available, given) or (debugs and isinstance(jnp.zeros(()), Tracer)):
+        return in_program()
+    masks = np.asarray(available)
+    known = known_decoders(code, masks, KeptMatrices.many_sets) if given is None else given
+    if known is not None and not debugs:
+        decoded, sound = _multiply(y, masks, known, layout)
+        if isinstance(sound, Tracer):  # in a trace, of something else
+            return in_program()
+        if sound:
+            return decoded
+    elif isinstance(jnp.zeros(()), Tracer):
+        return in_program()
+    decoded = _decode_on_host(code, y, masks, layout)
+    if decoded is None:
+        decoded, _ = _decode(code, to_device(y), to_device(masks), None, layout)
+    return decoded
 
 
 def multiply_groups(
-    y: PyTree[Float[ArrayLike, "groups num_workers ..."]],
-    available: Bool[ArrayLike, "groups num_workers"],
+    y: PyTree[Float[ArrayLike, "..."]],
+    available: Bool[ArrayLike, "..."],
     given: Matrices,
+    layout: Layout = "groups",
 ) -> tuple[Decoded, Bool[Array, ""]]:
-    """Decode groups by the product with these matrices; return also whether that is sound."""
-    y = jax.tree.map(jnp.asarray, y)
+    """Decode by the product with these matrices; return also whether that is sound."""
+    return _in_program(None, y, available, given, layout)
 
-    def decoded(y: PyTree, available: Array, given: Matrices) -> tuple[PyTree, ...]:
+
+def _in_program(
+    code: Any, y: PyTree, available: ArrayLike, given: Matrices | None, layout: Layout
+) -> tuple[Decoded, Bool[Array, ""]]:
+    """Decode as part of a program: by whichever way the answers need, which is sound.
+
+    Without a code it is the product alone. Answers are joined to vectors here, and predictions
+    split.
+    """
+    one, sets = layout == "group", layout == "sets"
+    arrays, rest = eqx.partition(code, eqx.is_array)
+    y, available = jax.tree.map(jnp.asarray, (y, available))
+
+    def decoded(arrays: PyTree, y: PyTree, available: Array, given: Matrices | None) -> Any:
         with jax.named_scope("nercc.decode"):
-            vectors, form = join(y, 2)
-            made, sound = multiplied(vectors, available, given)
-            return form.split(made.predictions), made.responded, made.recovered, sound
+            vectors, form = join(y, 1 if one else 2)
+            if one:
+                vectors, available = vectors[None], available[None]
+            if code is None:
+                assert given is not None
+                made, sound = multiplied(vectors, available, given, sets=sets)
+            else:
+                own, sound = eqx.combine(arrays, rest), jnp.ones((), bool)
+                made = decode_vectors(own, vectors, available, given, sets=sets)
+            made = form.split(made.predictions), made.responded, made.recovered
+            return jax.tree.map(lambda leaf: leaf[0], made) if one else made, sound
 
-    def specs(names: Any) -> tuple[PyTree, ...]:
-        return *_decoded_specs(y, names), PartitionSpec()
+    def specs(names: Any) -> Any:
+        # That of the answers along groups and outputs.
+        leaves, structure = jax.tree.flatten(y)
+        axes, first, lead = [*map(names, leaves)], (None,) * sets, 0 if one else 1
+        parts = [PartitionSpec(*first, *each[:lead], None, *each[lead + 1 :]) for each in axes]
+        status = PartitionSpec(*first, *axes[0][:lead], None)
+        return (jax.tree.unflatten(structure, parts), status, status), PartitionSpec()
 
-    *parts, sound = coded_on_mesh(decoded, (y, jnp.asarray(available), given), specs)
-    return Decoded(*parts), sound
+    made, sound = coded_on_mesh(decoded, (arrays, y, available, given), specs)
+    return Decoded(*made), sound
 
 
-def _decoded_specs(y: PyTree, names: Any) -> tuple[PyTree, PartitionSpec, PartitionSpec]:
-    """Return the sharding of decoded groups: that of the answers along groups and outputs."""
-    groups = names(jax.tree.leaves(y)[0])[0]
-    return _coded_specs(y, names), PartitionSpec(groups, None), PartitionSpec(groups, None)
+_multiply = partial(jax.jit, static_argnames="layout")(multiply_groups)
+_decode = eqx.filter_jit(_in_program)
 
 
-def _coded_specs(tree: PyTree, names: Any) -> PyTree:
-    """Return the sharding of arrays made of groups: theirs, but none along the second axis."""
-    return jax.tree.map(lambda leaf: PartitionSpec(names(leaf)[0], None, *names(leaf)[2:]), tree)
+def _decode_on_host(
+    code: Any, y: PyTree, available: Bool[np.ndarray, "*groups num_workers"], layout: Layout
+) -> Decoded | None:
+    """Decode where one product will not do, or return None where the host cannot.
+
+    It cannot for a code without matrices by NumPy, or where answers lie on several hosts. Broken
+    answers are left out, with the matrices of those that are left. Where a matrix would lose
+    digits its product is that of float64.
+    """
+    kept = kept_matrices(code)
+    here = (leaf.is_fully_addressable for leaf in jax.tree.leaves(y) if isinstance(leaf, Array))
+    if kept is None or not kept.on_host or not all(here):
+        return None
+    vectors, form = join(jax.tree.map(np.asarray, to_device(y)), 1 if layout == "group" else 2)
+    if layout == "sets":
+        available = available[:, None]
+    responded = available & np.isfinite(vectors).all(axis=-1)
+    lead, (workers, size) = responded.shape[:-1], vectors.shape[-2:]
+    # As groups of their own: under sets, every answer once for each.
+    clean = np.where(responded[..., None], vectors, 0).reshape(-1, workers, size)
+    masks = responded.reshape(-1, workers)
+    given = kept.decoders(masks, max(len(masks), 1))
+    assert given is not None
+    predictions = np.array(_multiply(clean, masks, given, "groups")[0].predictions)
+    recovered = np.array(np.broadcast_to(given.recovered, predictions.shape[:2]))
+    steady = [bool(is_steady(matrix)) for matrix in given.decoder]
+    for place in np.flatnonzero(~np.broadcast_to(steady, len(masks))):
+        exact = kept.exact_decoder(masks[place]).decoder[0]
+        with np.errstate(over="ignore"):  # it becomes infinite, as in a program
+            predictions[place] = exact @ clean[place].astype(np.float64)
+    predictions[~recovered] = np.nan
+    found = (each.reshape(*lead, *each.shape[1:]) for each in (predictions, recovered))
+    predictions, recovered, responded = to_device((*found, responded))
+    return Decoded(form.split(predictions), responded, recovered)

@@ -3,20 +3,18 @@
 from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, Bool, Float
 
 from ..splines._knots import Knots, gather_knots
 from ..splines.arrays import namespace, product
-from ._barycentric import barycentric_matrix
+from ._berrut import barycentric_matrix
 from ._checks import check_count, check_counts
-from ._code import AbstractCode, MatrixOnHost, as_mask
-from ._kept import decoder_at_hand, encoder_at_hand
+from ._code import AbstractNumpyCode
 from ._points import Points, regression_points
 
 
-class Lagrange(AbstractCode):
+class Lagrange(AbstractNumpyCode):
     """Lagrange coded computing (LCC): exact for a polynomial model, hopeless for a network.
 
     The encoder is the polynomial of degree K - 1 through the data points. For a model that is a
@@ -42,8 +40,7 @@ class Lagrange(AbstractCode):
         Raises:
             ValueError: As `regression_points`; or the degree's threshold exceeds N.
         """
-        counts = check_counts(num_data=num_data, num_workers=num_workers)
-        self.num_data, self.num_workers = counts
+        self.num_data, self.num_workers = check_counts(num_data=num_data, num_workers=num_workers)
         self.degree = check_count("degree", degree)
         self.alpha, self.beta = regression_points(self.num_data, self.num_workers, points)
         if self.threshold > self.num_workers:
@@ -57,30 +54,11 @@ class Lagrange(AbstractCode):
         """Return the number of answers that decoding takes."""
         return (self.num_data - 1) * self.degree + 1
 
-    def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
-        if (at_hand := encoder_at_hand(self)) is not None:
-            return at_hand
+    def _encoder(self) -> Float[Any, "num_workers num_data"]:
         return barycentric_matrix(self.alpha, _lagrange_weights(self.alpha), self.beta)
 
-    def decoder_matrix(
-        self, available: Bool[ArrayLike, " num_workers"]
-    ) -> Float[Array, "num_data num_workers"]:
-        if (at_hand := decoder_at_hand(self, available)) is not None:
-            return at_hand
-        return self._decoder(self._responded(as_mask(available, (self.num_workers,))))
-
-    def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
-        knots = self._responded(as_mask(available, (self.num_workers,)))
-        return jnp.broadcast_to(knots.number >= self.threshold, (self.num_data,))
-
-    def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
-        return barycentric_matrix(self.alpha, _lagrange_weights(self.alpha), self.beta)
-
-    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
+    def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
         knots = self._responded(available)
-        return self._decoder(knots), np.full(self.num_data, knots.number >= self.threshold)
-
-    def _decoder(self, knots: Knots) -> Float[Any, "num_data num_workers"]:
         step = np.arange(self.threshold)
         xp, number = namespace(knots.t), knots.number
         rank = (step * (number - 1) + (self.threshold - 1) // 2) // max(self.threshold - 1, 1)
@@ -92,6 +70,10 @@ class Lagrange(AbstractCode):
         places = (chosen[:, None] == np.arange(len(knots.t))[None]).astype(matrix.dtype)
         decoder = knots.spread(product(matrix, places))
         return xp.where(number >= self.threshold, decoder, 0)
+
+    def _recovered(self, available: Bool[Any, " num_workers"]) -> Bool[Any, " num_data"]:
+        knots = self._responded(available)
+        return namespace(knots.t).full(self.num_data, knots.number >= self.threshold)
 
     def _responded(self, available: Bool[Any, " num_workers"]) -> Knots:
         return gather_knots(self.beta, available.astype(self.beta.dtype))

@@ -9,8 +9,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..splines._platforms import alike_in_shard_map
 from ..splines.arrays import namespace, product, working_dtype
-from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
-from ._kept import decoder_at_hand
+from ._code import AbstractNumpyCode, as_mask
 from ._trees import any_tracer, check_floats
 
 # Mean squared noise that answers are taken to have, of their mean square. In float32 the
@@ -18,7 +17,7 @@ from ._trees import any_tracer, check_floats
 _NOISE = 1e-6
 
 
-class LearnedDecoder(AbstractCode):
+class LearnedDecoder(AbstractNumpyCode):
     """An encoder with the linear decoder that recorded answers are best decoded by.
 
     The spline knows of a path only that it is smooth. Here the second moments of the workers'
@@ -74,25 +73,14 @@ class LearnedDecoder(AbstractCode):
         """Return N."""
         return self.encoder.shape[0]
 
-    def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
+    def _encoder(self) -> Float[Any, "num_workers num_data"]:
         return self.encoder
 
-    def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
-        return np.asarray(self.encoder)
-
-    def decoder_matrix(
-        self, available: Bool[ArrayLike, " num_workers"]
-    ) -> Float[Array, "num_data num_workers"]:
-        if (at_hand := decoder_at_hand(self, available)) is not None:
-            return at_hand
-        return Regression(self.root, as_mask(available, (self.num_workers,))).matrix()
-
-    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
-        matrix = Regression(np.asarray(self.root, np.float64), available).matrix()
-        return matrix, np.full(self.num_data, available.any())
-
-    def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
-        return all_or_none(available, self)
+    def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
+        root: Any = self.root
+        if namespace(root, available) is np:
+            root = root.astype(np.float64)
+        return Regression(root, available).matrix()
 
     def posterior_variance(
         self, available: Bool[ArrayLike, " num_workers"]

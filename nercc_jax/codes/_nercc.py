@@ -15,13 +15,12 @@ from ..splines._posterior import posterior_variances
 from ..splines._smoothing import smoothing_map
 from ..splines.arrays import namespace, working_dtype
 from ._checks import check_counts
-from ._code import AbstractCode, MatrixOnHost, all_or_none, as_mask
-from ._kept import decoder_at_hand, encoder_at_hand
+from ._code import AbstractNumpyCode, as_mask
 from ._points import Points, coincident, mean_gap, regression_points
 from ._trees import any_tracer, scalar_leaf
 
 
-class NeRCC(AbstractCode):
+class NeRCC(AbstractNumpyCode):
     """Nested-Regression Coded Computing.
 
     Coded data points are samples at beta of the smoothing spline through the data points at alpha,
@@ -96,8 +95,7 @@ class NeRCC(AbstractCode):
         """
         if not isinstance(exact, bool):
             raise ValueError(f"exact must be True or False, not {exact!r}")
-        counts = check_counts(num_data=num_data, num_workers=num_workers)
-        self.num_data, self.num_workers = counts
+        self.num_data, self.num_workers = check_counts(num_data=num_data, num_workers=num_workers)
         self.exact, self.ends = exact, check_ends(ends)
         self.alpha, self.beta = regression_points(self.num_data, self.num_workers, points)
         dtype = self.alpha.dtype
@@ -124,35 +122,21 @@ class NeRCC(AbstractCode):
         """
         return _penalty(self, as_mask(available, (self.num_workers,)))
 
-    def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
-        if (at_hand := encoder_at_hand(self)) is not None:
-            return at_hand
-        return smoothing_matrix(self.alpha, self.beta, self.lambda_enc)
+    def _encoder(self) -> Float[Any, "num_workers num_data"]:
+        points: Any = self.alpha, self.beta, self.lambda_enc
+        on_host = namespace(*points) is np
+        return smoothing_matrix_on_host(*points) if on_host else smoothing_matrix(*points)
 
-    def decoder_matrix(
-        self, available: Bool[ArrayLike, " num_workers"]
-    ) -> Float[Array, "num_data num_workers"]:
-        if (at_hand := decoder_at_hand(self, available)) is not None:
-            return at_hand
-        return self.decoder_map(available).matrix
+    def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
+        points: Any = self.beta, self.alpha
+        if namespace(*points, available) is not np:
+            return self.decoder_map(available).matrix
+        options = decoding_options(self, available)
+        return smoothing_matrix_on_host(*points, **options, ends=self.ends)
 
     def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> LinearMap:
         options = decoding_options(self, as_mask(available, (self.num_workers,)))
         return smoothing_map(self.beta, self.alpha, **options, ends=self.ends)
-
-    def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
-        return all_or_none(available, self)
-
-    def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
-        alpha, beta, lambda_enc = map(np.asarray, (self.alpha, self.beta, self.lambda_enc))
-        return smoothing_matrix_on_host(alpha, beta, lambda_enc)
-
-    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
-        beta, alpha = np.asarray(self.beta), np.asarray(self.alpha)
-        matrix = smoothing_matrix_on_host(
-            beta, alpha, **decoding_options(self, available), ends=self.ends
-        )
-        return matrix, np.full(self.num_data, available.any())
 
     def posterior_variance(
         self, available: Bool[ArrayLike, " num_workers"]
@@ -168,9 +152,8 @@ class NeRCC(AbstractCode):
 
         Where that is infinite S is zero. It is called on a code whose leaves are NumPy's arrays.
         """
-        beta, alpha = np.asarray(self.beta), np.asarray(self.alpha)
-        options = decoding_options(self, available)
-        variance, root = variances_on_host(beta, alpha, **options)
+        points: Any = self.beta, self.alpha
+        variance, root = variances_on_host(*points, **decoding_options(self, available))
         return np.where(self._kept(available), 0, variance), root
 
     def _kept(self, available: Bool[Any, " num_workers"]) -> Bool[Any, " num_data"]:

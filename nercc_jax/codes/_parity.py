@@ -3,16 +3,15 @@
 from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from ..splines.arrays import namespace
 from ._checks import check_counts
-from ._code import AbstractCode, MatrixOnHost, as_mask
+from ._code import AbstractNumpyCode
 
 
-class Parity(AbstractCode):
+class Parity(AbstractNumpyCode):
     """Parity models (ParM): what one missing worker of a group left open is a subtraction.
 
     The first K workers run the served model on a data point each. With G = N - K, parity worker
@@ -50,36 +49,22 @@ class Parity(AbstractCode):
     def worker_models(self) -> Int[np.ndarray, " num_workers"]:
         return (np.arange(self.num_workers) >= self.num_data).astype(int)
 
-    def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
-        return jnp.asarray(self.encoder_on_host(), float)
-
-    def decoder_matrix(
-        self, available: Bool[ArrayLike, " num_workers"]
-    ) -> Float[Array, "num_data num_workers"]:
-        return self._decoder(*self._answered(as_mask(available, (self.num_workers,)))).astype(float)
-
-    def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
-        own, rebuilt = self._answered(as_mask(available, (self.num_workers,)))
-        return own | rebuilt
-
-    def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
+    def _encoder(self) -> Float[Any, "num_workers num_data"]:
         return np.concatenate([np.eye(self.num_data), self._protects()])
 
-    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
+    def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
         own, rebuilt = self._answered(available)
-        return self._decoder(own, rebuilt), own | rebuilt
-
-    def _decoder(
-        self,
-        own: Bool[Any, " num_data"],
-        rebuilt: Bool[Any, " num_data"],
-    ) -> Float[Any, "num_data num_workers"]:
         exact = np.eye(self.num_data, self.num_workers)
         protects = self._protects().astype(float)
         others = protects.T @ protects - np.eye(self.num_data)
         subtraction = np.concatenate([-others, protects.T], axis=1)
         xp = namespace(own)
-        return xp.where(own[:, None], exact, xp.where(rebuilt[:, None], subtraction, 0))
+        matrix = xp.where(own[:, None], exact, xp.where(rebuilt[:, None], subtraction, 0))
+        return matrix.astype(float)
+
+    def _recovered(self, available: Bool[Any, " num_workers"]) -> Bool[Any, " num_data"]:
+        own, rebuilt = self._answered(available)
+        return own | rebuilt
 
     def _protects(self) -> Bool[np.ndarray, "parities num_data"]:
         groups = self.num_workers - self.num_data

@@ -108,103 +108,75 @@ def mean_gap(points: Float[Any, " n"], available: Bool[Any, "*sets n"]) -> Float
     angle has none there.
     """
     xp = namespace(points, available)
-    if xp is np:
-        sets = available.reshape(-1, available.shape[-1])
-        gaps = [_gap_of(np.sort(_angle(points[each]))) for each in sets]
-        return np.array(gaps, points.dtype).reshape(available.shape[:-1])
-    angles, place = _angle(points), jnp.arange(points.shape[0])
+    inside = xp.abs(points) < 1
+    angles = xp.where(
+        inside, xp.arccos(xp.where(inside, points, 0)), xp.where(points > 0, 0, np.pi)
+    )
+    angles, place = angles.astype(points.dtype), np.arange(points.shape[0])
     here, there = angles[:, None], angles[None]
     # Each with each, not sorted: on an accelerator, and in its derivative, that is one kernel. Over
     # the end of the interval a square counts twice, for which nothing follows the last point.
     later = (there > here) | ((there == here) & (place[None] > place[:, None]))
     follows = available[..., None, :] & later.reshape(*(1,) * (available.ndim - 1), *later.shape)
-    steps = jnp.min(jnp.where(follows, there - here, 2**0.5 * (np.pi - here)), axis=-1)
-    first = jnp.min(jnp.where(available, angles, np.pi), axis=-1)
-    squares = jnp.sum(jnp.where(available, steps**2, 0), axis=-1) + 2 * first**2
+    steps = xp.min(xp.where(follows, there - here, 2**0.5 * (np.pi - here)), axis=-1)
+    first = xp.min(xp.where(available, angles, np.pi), axis=-1)
+    squares = xp.sum(xp.where(available, steps**2, 0), axis=-1) + 2 * first**2
     return (squares / np.pi).astype(points.dtype)
-
-
-def _gap_of(angles: Float[np.ndarray, " n"]) -> float:
-    """Return `mean_gap` of all these points, by their angles in order."""
-    if not len(angles):
-        return 2 * np.pi
-    ends = angles[0] ** 2 + (np.pi - angles[-1]) ** 2
-    return float((np.sum(np.diff(angles) ** 2) + 2 * ends) / np.pi)
-
-
-def _angle(t: Any) -> Any:
-    xp = namespace(t)
-    inside = xp.abs(t) < 1
-    angles = xp.where(inside, xp.arccos(xp.where(inside, t, 0)), xp.where(t > 0, 0, np.pi))
-    return angles.astype(t.dtype)
 
 
 def _layout(num_data: int, num_workers: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     k, n = np.arange(1, num_data + 1), np.arange(num_workers)
     alpha = _cosine((2 * k - 1) / (2 * num_data))
+    chebyshev = _cosine(n / (num_workers - 1) if num_workers > 1 else np.array([0.5]))
     if name == "chebyshev":
-        return alpha, _cosine(n / (num_workers - 1) if num_workers > 1 else np.array([0.5]))
+        return alpha, chebyshev
     if name == "approxifer":
         return alpha, _cosine(n / num_workers)
     if name == "sbacc":
         return alpha, _cosine((2 * n + 1) / (2 * num_workers))
     if name == "uniform":
         return (2 * k - 1) / num_data - 1, np.linspace(1, -1, num_workers)
-    share = _share(name)
+
+    # Layouts with workers on data points, a share of them.
+    family, _, text = {"interleaved": "mixed:0", "repeated": "mixed:1"}.get(name, name).partition(
+        ":"
+    )
+    try:
+        share = float(text)
+    except ValueError:
+        share = None
+    if family not in FAMILIES or share is None:
+        raise ValueError(f"points must be one of {_KNOWN} (as in 'mixed:0.5'), not {name!r}")
+    if not 0 <= share <= 1:
+        raise ValueError(f"the share in {name!r} must be between 0 and 1")
     if num_workers < num_data:
         raise ValueError(
             f"{name} points give a data point a worker of its own: "
             f"{num_data} data points need at least {num_data} workers, not {num_workers}"
         )
-    if name.startswith("systematic"):
-        return alpha, _systematic(alpha, num_workers, round(share * num_data))
+    if family == "systematic":
+        # The points that are nearest to some of the alphas are moved onto them. No two alphas have
+        # the same nearest point where N >= K.
+        chosen = _spread(round(share * num_data), num_data)
+        nearest = ((2 * chosen + 1) * (num_workers - 1) + num_data) // (2 * num_data)
+        chebyshev[nearest] = alpha[chosen]
+        return alpha, chebyshev
+
+    # Further workers repeat data points, or lie in the gaps between them.
     further = num_workers - num_data
-    again, gaps = _further(num_data, further, further if num_data == 1 else round(share * further))
-    return alpha, np.concatenate([alpha, alpha[again], _cosine(_between(num_data, gaps))])
-
-
-def _share(name: str) -> float:
-    """Return the share in the name of a layout with workers on data points.
-
-    Raises:
-        ValueError: The layout has another name, or the share is out of range.
-    """
-    if name in ("interleaved", "repeated"):
-        return float(name == "repeated")
-    family, _, share = name.partition(":")
-    try:
-        value = float(share)
-    except ValueError:
-        value = None
-    if family not in FAMILIES or value is None:
-        raise ValueError(f"points must be one of {_KNOWN} (as in 'mixed:0.5'), not {name!r}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"the share in {name!r} must be between 0 and 1")
-    return value
-
-
-def _systematic(alpha: np.ndarray, num_workers: int, number: int) -> np.ndarray:
-    """Chebyshev points of the second kind, the nearest to `number` of the alphas moved onto them.
-
-    No two alphas have the same nearest point where N >= K.
-    """
-    _, beta = _layout(alpha.size, num_workers, "chebyshev")
-    chosen = _spread(number, alpha.size)
-    beta[((2 * chosen + 1) * (num_workers - 1) + alpha.size) // (2 * alpha.size)] = alpha[chosen]
-    return beta
-
-
-def _further(num_data: int, further: int, repeats: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return which data point each repeat is of, and which gap each other further worker lies in.
-
-    Few of both take turns along the line: each kind spread by itself might put one beside another.
-    """
+    repeats = further if num_data == 1 else round(share * further)
     if further >= num_data:
         again = copies(num_data, num_data + repeats)[num_data:]
-        return again, _spread(further - repeats, num_data - 1)
-    turns = (np.arange(further + 1) * repeats + further // 2) // max(further, 1)
-    repeat = np.diff(turns) > 0
-    return _spread(further, num_data)[repeat], _spread(further, num_data - 1)[~repeat]
+        gaps = _spread(further - repeats, num_data - 1)
+    else:
+        # They take turns along the line: each kind spread by itself might put one beside another.
+        turns = (np.arange(further + 1) * repeats + further // 2) // max(further, 1)
+        repeat = np.diff(turns) > 0
+        again, gaps = _spread(further, num_data)[repeat], _spread(further, num_data - 1)[~repeat]
+    counts = np.bincount(gaps, minlength=num_data)  # of points, spread evenly in their gap
+    between = [g + 1 + np.arange(1, c + 1) / (c + 1) for g, c in enumerate(counts)]
+    half_turns = (2 * np.concatenate(between) - 1) / (2 * num_data)
+    return alpha, np.concatenate([alpha, alpha[again], _cosine(half_turns)])
 
 
 def _spread(number: int, slots: int) -> Int[np.ndarray, " number"]:
@@ -215,13 +187,6 @@ def _spread(number: int, slots: int) -> Int[np.ndarray, " number"]:
 def _cosine(half_turns: np.ndarray) -> np.ndarray:
     """Return cos(pi x), symmetric to the last bit: as sin(pi (1/2 - x))."""
     return np.sin(np.pi * (0.5 - half_turns))
-
-
-def _between(num_data: int, gaps: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Return angles, in half turns, of points spread evenly in these gaps between the alphas."""
-    counts = np.bincount(gaps, minlength=num_data)
-    parts = [g + 1 + np.arange(1, c + 1) / (c + 1) for g, c in enumerate(counts)]
-    return (2 * np.concatenate(parts) - 1) / (2 * num_data)
 
 
 def _given(name: str, values, count: int) -> Array:

@@ -28,14 +28,3 @@ def multiply(
     # for 8 x 20 by 64 x 20 x 1,000 on two CPU cores.
     each = jnp.broadcast_to(matrix, (x.shape[0], *matrix.shape))
     return jax.lax.dot_general(each, x, (((2,), (1,)), ((0,), (0,))), precision=FULL)
-
-
-def multiply_sets(
-    matrices: Float[Array, "sets a b"], x: Float[Array, "groups b m"]
-) -> Float[Array, "sets groups a m"]:
-    """Every matrix times every group, as one product of two matrices."""
-    dtype = working_dtype(x.dtype)
-    product = jnp.tensordot(
-        matrices.astype(dtype), x.astype(dtype), axes=((2,), (1,)), precision=FULL
-    )
-    return jnp.moveaxis(product, 2, 1)

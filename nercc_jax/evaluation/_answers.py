@@ -15,10 +15,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded
-from ..codes._at_hand import decode_sets
 from ..codes._grouped import GroupPoints, following_points
-from ..codes._groups import encode_leaf
-from ..codes._kept import encoder_rows
+from ..codes._groups import decode_sets, encode_leaf
+from ..codes._kept import encoder_of
 from ..codes._trees import (
     Form,
     check_finite,
@@ -272,7 +271,7 @@ class Recorder:
         Raises:
             ValueError: The number of models is not the code's.
         """
-        rows, kinds = encoder_rows(code), code.worker_models
+        rows, kinds = encoder_of(code), code.worker_models
         check_number_of_models(kinds, 1 + len(further))
         names = [_row_name(row) for row in rows]
         answers = {}

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, NeRCC, encode_groups
-from ..codes._products import multiply_sets
+from ..codes import AbstractCode, NeRCC, encode_groups
+from ..codes._decoding import Matrices, multiplied
 from ..codes._trees import check_leading, groups_of, join, points_of, to_device
 from ..inference.models import Model, call_model, check_model, run_workers
 from ..stragglers import AbstractStragglers, straggler_sets
@@ -154,13 +154,8 @@ class Trial(eqx.Module):
         not finite makes it NaN.
         """
         answers = nested_answers(model, code, self.x, self.originals)
-        matrices = jax.vmap(code.decoder_matrix)(self.available)
-        recovered = jax.vmap(code.recovered)(self.available)
-        responded, recovered = (
-            jnp.repeat(each[:, None], len(answers.coded), axis=1)
-            for each in (self.available, recovered)
-        )
-        decoded = Decoded(multiply_sets(matrices, answers.coded), responded, recovered)
+        given = jax.vmap(lambda mask: Matrices(code.decoder_matrix(mask), code.recovered(mask)))
+        decoded, _ = multiplied(answers.coded, self.available, given(self.available), sets=True)
         losses = answers.losses_of(decoded, self.criterion)
         return _relative(self, *_by_law(self, code, losses))
 

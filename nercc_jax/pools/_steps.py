@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, decode_groups
-from ..codes._kept import CachedMatrices, encoder_rows, known_decoders, known_encoder
+from ..codes._kept import CachedMatrices, encoder_of, known_decoders
 from ..codes._trees import is_float, join, points_of, to_device
 from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars
@@ -82,7 +82,7 @@ def code_steps(
     code: AbstractCode, error_probability: ErrorProbability | None
 ) -> tuple[Encode, Decode]:
     """Return both steps of a code as `scheme_steps` does, with an error probability if given."""
-    encoder = encoder_rows(code)
+    encoder = encoder_of(code)
     decode_only = shared_decoder(code)
     decode_with_probability = (
         None if error_probability is None else _probability_decoder(code, error_probability)
@@ -143,7 +143,7 @@ def scheme_steps(scheme: Scheme) -> tuple[Encode, Decode]:
         (N, groups, ...) and their mask to predictions.
     """
     code = scheme.code
-    encoder = known_encoder(code)
+    encoder = encoder_of(code)
 
     def encode(x: PyTree[Shaped[np.ndarray, "groups num_data ..."]]) -> Outgoing:
         points = points_of(x)

@@ -1,5 +1,7 @@
 """A code with an order of the data, a surrogate, and a measure of trust."""
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,13 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, encode_groups
 from ..codes._decoding import mask_mixed_groups
-from ..codes._grouped import (
-    GroupPoints,
-    check_has_points,
-    copies_of_uncertain,
-    following_points,
-    has_points,
-)
+from ..codes._grouped import GroupPoints, following_points
 from ..codes._kept import CachedMatrices
 from ..codes._trees import Form, groups_of, join, to_device
 from ..inference import order_points
@@ -271,8 +267,11 @@ class Scheme(AbstractScheme):
             )
         if self.budget is not None and not self.places_copies:
             raise ValueError("a budget is for redundancy='uncertain'")
-        if self.follow is not None or self.places_copies:
-            check_has_points(self.code)
+        if (self.follow is not None or self.places_copies) and not self._has_points:
+            raise ValueError(
+                f"{type(self.code).__name__} has no smoothing splines whose points could be moved: "
+                "NeRCC has"
+            )
 
     @property
     def places_copies(self) -> bool:
@@ -280,7 +279,13 @@ class Scheme(AbstractScheme):
         if self.redundancy is not None:
             return self.redundancy == "uncertain"
         more = self.code.num_workers > self.code.num_data
-        return self._has_deviation and has_points(self.code) and more
+        return self._has_deviation and self._has_points and more
+
+    @property
+    def _has_points(self) -> bool:
+        """Return whether the code has points and lambdas, as NeRCC has."""
+        names = {field.name for field in dataclasses.fields(self.code)}
+        return {"alpha", "beta", "lambda_enc", "lambda_dec"} <= names
 
     @property
     def _has_deviation(self) -> bool:
@@ -458,3 +463,54 @@ def assess_each(
         return jax.tree.map(lambda leaf: leaf[0], found)
 
     return jax.vmap(of_group)(points, y, available, prior)
+
+
+def copies_of_uncertain(
+    deviation: Float[Array, "groups num_data"],
+    num_workers: int,
+    *,
+    lost: float = 0.1,
+    budget: float | None = None,
+) -> tuple[Int[Array, "groups num_workers"], Array]:
+    """Return the data point of each worker in each group, and which workers have one.
+
+    All data points come once, and uncertain ones again: with the share `lost` of the workers, a
+    further copy of a data point that c workers have takes deviation^2 lost^c off the expected
+    squared error, and copies go, one by one, where that is most.
+
+    Args:
+        deviation: The standard deviation of each data point's prediction.
+        num_workers: N.
+        lost: The share of workers that are expected to straggle.
+        budget: The mean number of workers of a group: groups with more uncertainty get more of
+            them, up to N, and those left over have nothing to do.
+
+    Raises:
+        ValueError: There are fewer workers than data points, or the budget is not between them.
+    """
+    groups, num_data = deviation.shape
+    further = num_workers - num_data
+    if further < 0:
+        raise ValueError(f"{num_data} data points need as many workers, not {num_workers}")
+    if budget is not None and not num_data <= budget <= num_workers:
+        raise ValueError(f"budget must be from {num_data} to {num_workers} workers, not {budget}")
+    own = jnp.broadcast_to(jnp.arange(num_data), (groups, num_data))
+    busy = jnp.ones((groups, num_workers), bool)
+    if further == 0:
+        return own, busy
+    # What is infinite ranks first, and its copies among each other. Roots rank as the gains do, and
+    # stay within float32 in any unit.
+    worth, kept = jnp.minimum(deviation, jnp.finfo(deviation.dtype).max), math.sqrt(lost)
+
+    def next_copy(worth: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
+        chosen = jnp.argmax(worth, axis=1)
+        gain = jnp.take_along_axis(worth, chosen[:, None], axis=1)[:, 0]
+        return worth * jnp.where(jnp.arange(num_data) == chosen[:, None], kept, 1), (chosen, gain)
+
+    _, (chosen, gains) = jax.lax.scan(next_copy, worth, None, length=further)
+    holds = jnp.concatenate([own, chosen.T], axis=1)
+    if budget is None:
+        return holds, busy
+    number = round(groups * (budget - num_data))
+    rank = jnp.argsort(jnp.argsort(-gains.T.reshape(-1), stable=True)).reshape(groups, further)
+    return holds, busy.at[:, num_data:].set(rank < number)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ..codes import AbstractCode
-from ..codes._kept import encoder_rows
+from ..codes._kept import encoder_of
 from ._laws import AbstractLatency, AbstractStragglers, check_alike
 
 # A row of a spline's encoder that stands for a data point as it came does so to rounding.
@@ -91,7 +91,7 @@ def _wait(xp: Any, latencies: Any, own: Any, number: Any, min_wait: Any) -> tupl
 
 def own_workers(code: AbstractCode) -> Bool[np.ndarray, "num_data num_workers"]:
     """Return which workers run on an uncoded data point, and on which."""
-    matrix = encoder_rows(code)
+    matrix = encoder_of(code)
     unit = np.eye(code.num_data)
     return np.abs(matrix - unit[:, None]).max(axis=-1) < _ROUNDING
 

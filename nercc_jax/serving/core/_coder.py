@@ -22,7 +22,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int, Shaped
 
 from ...codes import AbstractCode, Berrut, BerrutSpline, LearnedDecoder, NeRCC
 from ...codes._berrut import berrut_matrix
-from ...codes._kept import encoder_rows, kept_matrices
+from ...codes._kept import encoder_of, kept_matrices
 from ...codes._trees import Form
 from ...evaluation._criteria import agree_on_labels
 from ...pools._steps import encode_on_host, shared_decoder
@@ -264,7 +264,7 @@ def few_encoders(
     """
     counts = range(1, code.num_data + 1)
     if not isinstance(code, _ON_A_LINE):
-        full = encoder_rows(code)[:, order]
+        full = encoder_of(code)[:, order]
         return [full @ np.eye(few)[np.arange(code.num_data) % few] for few in counts]
     points = np.asarray(code.alpha), np.asarray(code.beta)
     matrices = []
