@@ -1,6 +1,6 @@
 """Fits as accelerators make them, on a CPU: the suite of `test_splines`, and against the filter."""
 
-import functools
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -9,37 +9,52 @@ import pytest
 import test_splines as suite
 
 from nercc_jax import NeRCC
-from nercc_jax.splines import _dissection, _fit, posterior_variance
+from nercc_jax.splines import (
+    _rule,
+    posterior_variance,
+    process_variance,
+    smoothing_matrix,
+    smoothing_spline,
+)
 
-ROWS, ROWS_TPU = _fit.ROWS["other"], _fit.ROWS["tpu"]
+ROWS, ROWS_TPU = _rule.ROWS["other"], _rule.ROWS["tpu"]
 KINDS = ["chebyshev", "uniform", "random", "repeated"]
 
 
-@pytest.fixture(scope="class")
-def as_on_accelerators():
+@contextlib.contextmanager
+def eliminated_with(rows):
     """CPUs fit as accelerators do; what was lowered otherwise must not come back."""
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_fit.ROWS, "cpu", ROWS)
+        patch.setitem(_rule.ROWS, "cpu", rows)
         yield
     jax.clear_caches()
 
 
-def ask(t, lambda_, y, at, available, end_weights, rows):
+@pytest.fixture(scope="class")
+def as_on_accelerators():
+    with eliminated_with(ROWS):
+        yield
+
+
+def ask(t, lambda_, y, at, available, end_weights, ends="natural"):
     """All that can be asked of a fit."""
-    given = _fit.regression_of(t, lambda_, None, available, end_weights)
-    found, at = _fit.fit(*given, rows=rows), jnp.asarray(at)
-    y = _fit.observations_of(y, given[0], given[2])
-    values, slopes = found.values(y)
-    at_knots = _fit.hermite(found.knots.t, values, slopes, at)
-    made = found.map_to(at)
-    variances = found.variance(found.factor(), at), found.process(found.factor(), y)
-    return at_knots, made.matrix, made.apply(y), *variances
+    given = {"available": available, "end_weights": end_weights}
+    spline = smoothing_spline(t, y, lambda_, ends=ends, **given)
+    matrix = smoothing_matrix(t, at, lambda_, ends=ends, **given)
+    variance = posterior_variance(t, at, lambda_, **given)
+    return spline.evaluate(at), matrix, variance, process_variance(t, y, lambda_, **given)
 
 
-@functools.partial(jax.jit, static_argnames="rows")
-def answers(*arguments, rows):
-    return ask(*arguments, rows)
+def both_ways(function, problems, rows=ROWS):
+    """The function's results for each problem, by the filter and by dissection."""
+    found = []
+    for each in (None, rows):
+        with eliminated_with(each):
+            compiled = jax.jit(function)
+            found.append([jax.tree.leaves(compiled(*problem)) for problem in problems])
+    for one, other in zip(*found, strict=True):
+        yield from zip(one, other, strict=True)
 
 
 def problems(n, lambdas):
@@ -56,56 +71,27 @@ def problems(n, lambdas):
 @pytest.mark.parametrize(("n", "rows"), [(2, ROWS), (9, ROWS), (9, ROWS_TPU)])
 def test_both_ways_give_the_same(n, rows):
     """Coincident points, prices at the ends, few and no observations, all lambdas."""
-    for arguments in problems(n, (0, 1e-6, 1e-2, np.inf)):
-        one, other = (answers(*arguments, rows=each) for each in (None, rows))
-        for a, b in zip(one, other, strict=True):
-            scale = np.max(np.abs(np.where(np.isfinite(a), a, 1)), initial=1)
-            np.testing.assert_allclose(b, a, rtol=1e-4, atol=4e-6 * scale)
+    for a, b in both_ways(ask, list(problems(n, (0, 1e-6, 1e-2, np.inf))), rows):
+        scale = np.max(np.abs(np.where(np.isfinite(a), a, 1)), initial=1)
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=4e-6 * scale)
 
 
-def test_both_ways_have_the_same_gradients():
+def test_both_ways_have_the_same_ends_and_gradients():
     rng = np.random.default_rng(6)
     t, ends = np.sort(rng.uniform(-1, 1, 6)), np.array([0.3, 2.0])
     y, at = np.sin(5 * t)[:, None], np.array([-0.9, 0.1])
     available = np.arange(6) != 2
     with jax.enable_x64(True):
+        for kind in ("natural", "not-a-knot"):
 
-        @functools.partial(jax.jit, static_argnames="rows")
-        def gradients(t, lambda_, y, ends, rows):
-            def total(t, lambda_, y, ends):
-                found = ask(t, lambda_, y, at, available, ends, rows)
+            def total(t, lambda_, y, ends, kind=kind):
+                found = ask(t, lambda_, y, at, available, ends, kind)
                 return sum(jnp.sum(each) for each in found)
 
-            return jax.grad(total, argnums=(0, 1, 2, 3))(t, lambda_, y, ends)
-
-        for lambda_ in (1e-8, 1e-3):
-            one, other = (
-                gradients(t, np.asarray(lambda_), y, ends, rows=rows) for rows in (None, ROWS)
-            )
-            for a, b in zip(one, other, strict=True):
+            gradients = jax.value_and_grad(total, argnums=(0, 1, 2, 3))
+            cases = [(t, np.asarray(lambda_), y, ends) for lambda_ in (1e-8, 1e-3)]
+            for a, b in both_ways(gradients, cases):
                 np.testing.assert_allclose(b, a, rtol=1e-6, atol=1e-9 * np.max(np.abs(a)))
-
-
-def test_few_columns_of_many_knots_are_solved_as_others(monkeypatch):
-    rng = np.random.default_rng(21)
-    gaps, weights = jnp.asarray(rng.uniform(0.05, 0.2, 20)), jnp.asarray(rng.uniform(0, 2, 21))
-    y = jnp.asarray(rng.normal(size=(21, 2)))
-    problem = gaps, weights, 0.1 * weights, jnp.asarray(1e-3)
-    usual = jax.jit(lambda: _dissection.dissect(*problem, ROWS).solve(y))()
-    monkeypatch.setattr(_dissection, "_MANY_KNOTS", 8)
-    monkeypatch.setattr(_dissection, "_ROWS_AT_ONCE", 16)
-    in_parts = jax.jit(lambda: _dissection.dissect(*problem, ROWS).solve(y))()
-    for a, b in zip(usual, in_parts, strict=True):
-        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5)
-
-
-def test_no_loop_is_left():
-    t, y = jnp.linspace(-1, 1, 20), jnp.ones((20, 1))
-    arguments = t, jnp.float32(1e-3), y, t[:4], jnp.ones(20, bool), jnp.zeros(2)
-    text = str(jax.make_jaxpr(lambda *a: ask(*a, ROWS))(*arguments))
-    assert "scan" not in text
-    assert "while" not in text
-    assert "scan" in str(jax.make_jaxpr(lambda *a: ask(*a, None))(*arguments))
 
 
 def test_the_platform_chooses():
@@ -131,14 +117,14 @@ def test_one_export_has_each_platforms_way():
 
 def test_only_what_is_lowered_is_traced(monkeypatch):
     t, mask = jnp.linspace(-1, 1, 11), jnp.ones(11, bool)  # a shape that nothing else traces
-    monkeypatch.setattr(_fit, "dissect", None)
-    monkeypatch.setattr(_fit, "factorize", None)
+    monkeypatch.setattr(_rule, "dissect", None)
+    monkeypatch.setattr(_rule._filter, "factorize", None)
     traced = jax.jit(lambda t, mask: posterior_variance(t, t, 1e-3, available=mask)).trace(t, mask)
     for platform in ("cpu", "tpu"):
         with pytest.raises(TypeError, match="'NoneType' object is not callable"):
             traced.lower(lowering_platforms=(platform,))
     monkeypatch.undo()
-    monkeypatch.setattr(_fit, "dissect", None)
+    monkeypatch.setattr(_rule, "dissect", None)
     assert "stablehlo.while" in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
@@ -146,9 +132,8 @@ def test_nothing_is_read_where_nothing_is_available():
     t, mask = jnp.array([-1.0, jnp.nan, 0.2, jnp.inf, 1.0]), jnp.array([1, 0, 1, 0, 1], bool)
     y = jnp.where(mask, jnp.arange(5.0), jnp.nan)[:, None]
     at = jnp.array([0.0, 0.5])
-    arguments = t, 1e-3, y, at, mask, jnp.zeros(2)
-    one, other = (answers(*arguments, rows=rows) for rows in (None, ROWS))
-    for a, b in zip(one, other, strict=True):
+    for a, b in both_ways(ask, [(t, 1e-3, y, at, mask, jnp.zeros(2))]):
+        assert np.isfinite(a).all()
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
 
 

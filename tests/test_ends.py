@@ -77,18 +77,13 @@ def test_gradients_are_those_of_differences():
         np.testing.assert_allclose(jax.jit(jax.grad(slope))(0.0), wanted, rtol=1e-4)
 
 
-def test_programs_for_accelerators_have_these_ends():
+def test_programs_for_accelerators_have_no_loop():
     code = nj.codes.BerrutSpline(3, 6)
-    slope = jax.grad(lambda lambda_: jnp.sum(smoothing_matrix(code.beta, code.alpha, lambda_)))
-    bent = jax.grad(
+    slope = jax.grad(
         lambda lambda_: jnp.sum(smoothing_matrix(code.beta, code.alpha, lambda_, ends=code.ends))
     )
-    natural, bent = (
-        jax.jit(each).trace(0.1).lower(lowering_platforms=("cuda",)).as_text()
-        for each in (slope, bent)
-    )
-    assert "stablehlo.while" not in natural
-    assert "stablehlo.while" in bent
+    text = jax.jit(slope).trace(0.1).lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.while" not in text
 
 
 def test_on_the_host_it_is_scipys_and_smooths_as_a_program_does():
@@ -132,7 +127,7 @@ def test_of_few_observations_it_is_natural(number, dtype):
         smoothing_spline(t, _cubic(t), 0.0, available=available, ends=ends).evaluate(at)
         for ends in ("natural", "not-a-knot")
     )
-    np.testing.assert_array_equal(natural, found)
+    np.testing.assert_allclose(found, natural, atol=ATOL[dtype] / 10)
 
 
 def test_cubics_come_back_from_four_and_where_little_is_smoothed(dtype):

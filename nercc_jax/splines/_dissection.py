@@ -1,22 +1,24 @@
 """Least squares of a smoothing spline without loops, by nested dissection.
 
-The problem is that of `_root_information`. Instead of one knot after the other, every second one is
+The problem is that of `_filter`. Instead of one knot after the other, every second one is
 eliminated at once, each given its two neighbours; what is left joins every second knot to the next,
 and is eliminated in the same way, until the two outermost are left. An accelerator runs each of
 these log2(n) levels as a few kernels, where the filter takes a few for each knot.
 
 The penalty of the gaps i to j and j to k is, for s = (g, v) at a knot,
 
-    penalty of one gap i to k  +  |M (s_j - H (s_i, s_k))|^2,
+    penalty of one gap i to k  +  |M (s_j - H (s_i, s_k) - missed)|^2,
 
-where H is the cubic through s_i and s_k at knot j, and M depends on the gaps only: a Markov
-process's bridge. So the penalty of what is left is known in closed form on every level, and rows
-hold only what observations add to it. Passing on the penalty's rows, instead, would drown the
-observations in their rounding where the penalty is large: 0.2 for the straight line at n = 100 in
-float32.
+where H is the cubic through s_i and s_k at knot j, M depends on the gaps only, and `missed` is by
+how much H misses the data: a Markov process's bridge. So the penalty of what is left is known in
+closed form on every level, and rows hold only what observations add to it. Passing on the penalty's
+rows, instead, would drown the observations in their rounding where the penalty is large: 0.2 for
+the straight line at n = 100 in float32.
 
-Where M is the larger, s_j - H (s_i, s_k) is eliminated, in which M's rows have nothing to pass on;
-and where the observations are, s_j itself, in which theirs have not.
+Where M is the larger, d = s_j - H (s_i, s_k) - missed is eliminated, in which M's rows have nothing
+to pass on; and where the observations are, s_j itself, in which theirs have not. Either way d is
+known with the digits that the multipliers of the two gaps need: they are those of one gap i to k,
+and in addition M's forces times d.
 
 A knot of weight zero changes nothing. So whatever is available, all points are knots, in one order,
 and knots are filled up to 2^levels + 1. Arrays have knots or gaps on their last axis, where a TPU
@@ -26,313 +28,223 @@ Source: George 1973, "Nested dissection of a regular finite element mesh"; Wecke
 JASA 78 (the process); Bierman 1977, as there.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from ._root_information import root
-from ._small import back, diagonal, forth, product_of, triangle_of
+from ._problem import Columns, Problem, root
 
-# From so many knots, with so few columns of data, right-hand sides are not kept in general form,
-# rows are fewer, and so many are worked on at a time: n = 1e6 took 2.6 GB on an H100.
-_MANY_KNOTS, _FEW_COLUMNS = 4096, 8
-_FEWER_ROWS, _ROWS_AT_ONCE = 8, 1 << 20
+Matrices = Float[Array, "_ _ knots"]  # one small matrix for each knot
+Missed = Float[Array, "2 m knots"] | None  # None without columns of data
 
 
-class Level(eqx.Module):
-    """The elimination of every second knot j between its neighbours i and k; one entry for each j.
+class Level(NamedTuple):
+    """The elimination of knots j from their neighbours' problem, one entry for each j.
 
-    `value_row` and `slope_row` are rows of the triangular factor, in the order g_j (the first
-    only), v_j, g_i, v_i, g_k, v_k. `turn` makes their right-hand sides, and those of the rows that
-    now join i to k, of by how much H misses the data, and of those of the rows that joined j to k
-    and i to j. `cubic` are the parts of H that make that: see `_missed`.
+    Unknowns are x_j = s_j - base s - start: own x_j + others s = right + own'^-1 force, where s are
+    values and slopes of the neighbours. The prior's mean is `mean` s + `missed`; base and start are
+    these where the prior is `stiff`, else zero.
     """
 
-    value_row: Float[Array, "6 knots"]
-    slope_row: Float[Array, "5 knots"]
-    turn: Float[Array, "made given knots"]
-    cubic: Float[Array, "3 knots"]
+    mean: Float[Array, "2 others knots"]
+    stiff: Bool[Array, " knots"]
+    own: Float[Array, "2 2 knots"]
+    others: Float[Array, "2 others knots"]
+    missed: Missed
+    right: Missed
+
+    def base(self) -> Float[Array, "2 others knots"]:
+        return jnp.where(self.stiff, self.mean, 0)
+
+    def force(self, force: Float[Array, "2 m knots"]) -> tuple[Matrices, Matrices]:
+        """Return own'^-1 of forces, and what of them is left to the neighbours."""
+        first = force[0] / self.own[0, 0]
+        here = jnp.stack([first, (force[1] - self.own[0, 1] * first) / self.own[1, 1]])
+        left = _product(jnp.swapaxes(self.base(), 0, 1), force)
+        return here, left - _product(jnp.swapaxes(self.others, 0, 1), here)
+
+    def solved(
+        self, around: Float[Array, "others m knots"] | None, forced: Matrices | None
+    ) -> tuple[Matrices, Matrices]:
+        """Return s_j and d by the neighbours' values and slopes, None where there are none."""
+        right = _sum(self.right, forced)
+        if around is not None:
+            right = right - _product(self.others, around)
+        slope = right[1] / self.own[1, 1]
+        x = jnp.stack([(right[0] - self.own[0, 1] * slope) / self.own[0, 0], slope])
+        if around is None:
+            return x, x
+        prior = _sum(_product(self.mean, around), self.missed)
+        return x + jnp.where(self.stiff, prior, 0), x - jnp.where(self.stiff, 0, prior)
 
 
-class Dissection(eqx.Module):
-    """QR factors of one spline's least-squares problem: its levels, and its two outermost knots.
+class Dissection(NamedTuple):
+    """The levels of one spline's problem, the last two those of its last and of its first knot."""
 
-    `triangle` is the factor for (g, v) of the last knot and of the first, and `turn` makes its
-    right-hand sides. `problem` are the arguments of `dissect` but for `most`.
-    """
-
-    problem: tuple[Array, Array, Array, Array]
+    problem: Problem
+    gaps: tuple[Float[Array, " gaps"], ...]  # of each level
     levels: tuple[Level, ...]
-    triangle: Float[Array, "4 4"]
-    turn: Float[Array, "4 given"]
 
-    def solve(self, y: Float[Array, "n m"]) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
-        """Return g - y and v at the knots: see `RootInformation.solve`."""
-        number = len(y)
-        if number >= _MANY_KNOTS and y.shape[1] <= _FEW_COLUMNS:
-            return _solve_at_once(*self.problem, y)
-        y = jnp.pad(y, ((0, 2 ** len(self.levels) + 1 - number), (0, 0)), mode="edge")
-        right, known = jnp.zeros((0, len(y) - 1, y.shape[1]), y.dtype), []
-        for level in self.levels:
-            missed = _missed(level.cubic[..., None], y[:-1:2], y[1::2], y[2::2])
-            given = jnp.concatenate([missed, right[:, 1::2], right[:, ::2]])
-            made = jnp.sum(level.turn[..., None] * given, axis=1)
-            known.append((level.value_row, level.slope_row, made[:2]))
-            right, y = made[2:], y[::2]
-        missed = jnp.concatenate([y[:1] - y[1:], jnp.zeros_like(y[:1])])
-        given = jnp.concatenate([missed, right[:, 0]])
-        ends = back(self.triangle, jnp.sum(self.turn[..., None] * given, axis=1))
-        return _substituted(ends, known, number)
+    def solve(self, b: Columns) -> Columns:
+        """Return x of `_rule.solve`, by the forces in b; data are those of `dissect`."""
+        number, *between = len(self.problem.weights), *self.levels[:-2]
+        forced: list[Any] = [None] * len(self.levels)
+        if b.value is not None:
+            force = _filled([b.value, b.slope], self.gaps[0].shape[0] + 1)
+            for place, level in enumerate(between):
+                forced[place], left = level.force(force[..., 1::2])
+                none = jnp.zeros_like(left[:2, :, :1])
+                before, after = [left[:2], none], [none, left[2:]]
+                force = force[..., ::2] + sum(jnp.concatenate(e, axis=-1) for e in (before, after))
+            forced[-2], left = self.levels[-2].force(force[..., 1:])
+            forced[-1], _ = self.levels[-1].force(force[..., :1] + left)
+
+        first, _ = self.levels[-1].solved(None, forced[-1])
+        last, bent = self.levels[-2].solved(first, forced[-2])
+        found = jnp.concatenate([first, last], axis=-1)
+        (gap,), mu = self.gaps[-1], self.problem.mu
+        shear, bend = _forces(mu, gap, bent)
+        for level, gaps, force in list(zip(between, self.gaps, forced, strict=False))[::-1]:
+            here, bent = level.solved(_pairs(found), force)
+            found = jnp.concatenate([_alternating(found[..., :-1], here), found[..., -1:]], axis=-1)
+            before, after = gaps[::2], gaps[1::2]
+            mirrored = jnp.stack([-bent[0], bent[1]])
+            # The same on the other side of the knot, seen from there.
+            (left, left_bend), (right, right_bend) = (
+                _forces(mu, gap, each) for gap, each in ((before, bent), (after, mirrored))
+            )
+            bend = _alternating(
+                bend + shear * after / 2 + left_bend, bend - shear * before / 2 - right_bend
+            )
+            shear = _alternating(shear + left, shear + right)
+        along = shear[..., : number - 1], bend[..., : number - 1], *found[..., :number]
+        return Columns(*(each.T for each in along))
 
     def variance(
         self, gap: Int[Array, " k"], left: Float[Array, "2 k"], right: Float[Array, "2 k"]
     ) -> Float[Array, " k"]:
-        """Return the variance of left . s_i + right . s_{i+1}: see `RootInformation.variance`.
+        """Return the variance of left . s_i + right . s_{i+1}: see `_filter.variance`.
 
         For the coefficients c of all knots it is |R'^-1 c|^2. On each level only one knot that is
         eliminated has coefficients, and passes some on to its neighbours.
         """
         total = jnp.zeros_like(left[0])
-        for level in self.levels:
+        *between, last, first = self.levels
+        for level in between:
             here = gap % 2 == 1  # the knot is this gap's left one
             own = jnp.where(here, left, right)
             gap = gap // 2
-            value_own, shared, *value_row = level.value_row[:, gap]
-            slope_own, *slope_row = level.slope_row[:, gap]
-            by_value = own[0] / value_own
-            by_slope = (own[1] - shared * by_value) / slope_own
-            total += by_value**2 + by_slope**2
-            passed = jnp.stack(value_row) * by_value + jnp.stack(slope_row) * by_slope
-            left = jnp.where(here, 0, left) - passed[:2]
-            right = jnp.where(here, right, 0) - passed[2:]
-        ends = forth(self.triangle, jnp.concatenate([right, left]))
-        return total + jnp.sum(ends**2, axis=0)
+            level = Level(*(each if each is None else each[..., gap] for each in level))
+            forced, passed = level.force(own[:, None])
+            total += jnp.sum(forced[:, 0] ** 2, axis=0)
+            left = jnp.where(here, 0, left) + passed[:2, 0]
+            right = jnp.where(here, right, 0) + passed[2:, 0]
+        forced, passed = last.force(right[..., None])
+        total += jnp.sum(forced[..., 0] ** 2, axis=0)
+        forced, _ = first.force(left[..., None] + passed)
+        return total + jnp.sum(forced[..., 0] ** 2, axis=0)
 
 
-def dissect(
-    gaps: Float[Array, " gaps"],
-    weights: Float[Array, " n"],
-    slope_weights: Float[Array, " n"],
-    mu: Float[Array, ""],
-    most: int,
-) -> Dissection:
-    """Return the factors for knots as in `_root_information.factorize`.
+def dissect(problem: Problem, most: int, b: Columns) -> Dissection:
+    """Return the factor, with the data in b on its right-hand sides.
 
     At most `most` rows join two knots before a QR makes four of them.
     """
-    problem = gaps, weights, slope_weights, mu
-    gaps, own = _filled(gaps, weights, slope_weights)
-    rows, levels = jnp.zeros((0, 4, len(gaps)), gaps.dtype), []
-    while len(gaps) > 1:
-        data = _data_unknown(free=2, rows=2 * len(rows), knots=len(gaps) // 2, dtype=gaps.dtype)
-        known, rows = _eliminate(mu, gaps, own[:, 1::2], rows, data, most)
-        turn = jnp.concatenate([known[:, 6:], rows[:, 4:]])
-        levels.append(Level(known[0, :6], known[1, 1:6], turn, _uneven(gaps)))
-        gaps, own, rows = gaps[::2] + gaps[1::2], own[:, ::2], rows[:, :4]
-    data = _data_unknown(free=4, rows=len(rows), knots=1, dtype=gaps.dtype)
-    triangle, turn = _ends(mu, gaps, own, rows, data)
-    return Dissection(problem, tuple(levels), _determined(triangle, weights), turn)
-
-
-def _solve_at_once(
-    gaps: Float[Array, " gaps"],
-    weights: Float[Array, " n"],
-    slope_weights: Float[Array, " n"],
-    mu: Float[Array, ""],
-    y: Float[Array, "n m"],
-) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
-    """Return `dissect(...).solve(y)` for these right-hand sides only, in parts of the knots."""
-
-    def eliminate(gaps, own, rows, missed, right):
-        data = _data_known(2, missed, right[..., 1::2], right[..., ::2])
-        return _eliminate(mu, gaps, own, rows, data, _FEWER_ROWS)
-
-    number = len(y)
-    gaps, own = _filled(gaps, weights, slope_weights)
-    columns = jnp.pad(y.T, ((0, 0), (0, len(gaps) + 1 - number)), mode="edge")
-    rows = jnp.zeros((0, 4, len(gaps)), gaps.dtype)
-    right = jnp.zeros((0, y.shape[1], len(gaps)), gaps.dtype)
-    found = []
-    while len(gaps) > 1:
-        missed = _missed(
-            _uneven(gaps)[:, None], columns[:, :-1:2], columns[:, 1::2], columns[:, 2::2]
-        )
-        known, made = _in_parts(
-            eliminate,
-            (gaps, own[:, 1::2], rows, missed, right),
-            len(gaps) // 2,
-            _ROWS_AT_ONCE // (4 + 2 * len(rows)),
-        )
-        found.append((known[0, :6], known[1, 1:6], jnp.swapaxes(known[:, 6:], 1, 2)))
-        rows, right = made[:, :4], made[:, 4:]
-        gaps, own, columns = gaps[::2] + gaps[1::2], own[:, ::2], columns[:, ::2]
-    missed = jnp.stack([columns[:, :1] - columns[:, 1:], jnp.zeros_like(columns[:, :1])])
-    triangle, made = _ends(mu, gaps, own, rows, _data_known(4, missed, right))
-    return _substituted(back(_determined(triangle, weights), made), found, number)
-
-
-class _Data(NamedTuple):
-    """Columns of right-hand sides: by how much the prior misses the data, and those of rows.
-
-    `shared` are further columns of the rows, which `missed` has no part in.
-    """
-
-    missed: Float[Array, "2 m knots"]
-    right: Float[Array, "rows m knots"]
-    shared: Float[Array, "rows p knots"]
-
-
-def _data_unknown(*, free: int, rows: int, knots: int, dtype: Any) -> _Data:
-    """Return a column for each possible right-hand side: the first `free` rows have none."""
-    missed, right = np.eye(2), np.zeros((free + rows, 2))
-    shared = np.eye(free + rows)[:, free:]
-    columns = (missed, right, shared)
-    return _Data(
-        *(jnp.broadcast_to(jnp.asarray(c, dtype)[..., None], (*c.shape, knots)) for c in columns)
-    )
-
-
-def _data_known(
-    free: int, missed: Float[Array, "2 m knots"], *right: Float[Array, "_ m knots"]
-) -> _Data:
-    """Return these right-hand sides, block by block: the first `free` rows have none."""
-    none = jnp.zeros((free, *missed.shape[1:]), missed.dtype)
-    columns = jnp.concatenate([none, *right])
-    return _Data(missed, columns, columns[:, :0])
-
-
-def _filled(
-    gaps: Float[Array, " gaps"], weights: Float[Array, " n"], slope_weights: Float[Array, " n"]
-) -> tuple[Float[Array, " all"], Float[Array, "2 knots"]]:
-    """Return a power of two of gaps, and the roots of the weights of the knots between."""
-    filling = (0, 2 ** (len(gaps) - 1).bit_length() - len(gaps))
+    gaps, weights, slope_weights, mu = problem
+    number = len(weights)
+    filling = (0, 2 ** (number - 2).bit_length() - number + 1)
+    gaps = jnp.pad(gaps, filling, constant_values=1)
     own = jnp.stack([root(jnp.pad(each, filling)) for each in (weights, slope_weights)])
-    return jnp.pad(gaps, filling, constant_values=1), own
+    rows: Matrices = jnp.zeros((0, 4, len(gaps)), gaps.dtype)
+    data = right = None
+    if b.shear is not None:
+        data = _filled([b.shear, jnp.zeros_like(b.shear) if b.bend is None else b.bend], len(gaps))
+        right = jnp.zeros((0, *data.shape[1:]), data.dtype)
+    all_gaps, levels = [gaps], []
+    while len(gaps) > 1:
+        # Every second knot between its neighbours: rows of its observation, and of both its gaps.
+        before, after = gaps[::2], gaps[1::2]
+        left, ours = rows[..., ::2], rows[..., 1::2]
+        none = jnp.zeros_like(left[:, :2])
+        nothing = jnp.zeros((2, 4, len(before)), gaps.dtype)
+        of_knot = jnp.concatenate([_diagonal(own[:, 1::2]), ours[:, :2], left[:, 2:]])
+        of_others = jnp.concatenate(
+            [
+                nothing,
+                jnp.concatenate([none, ours[:, 2:]], axis=1),
+                jnp.concatenate([left[:, :2], none], axis=1),
+            ]
+        )
+        missed = None
+        if data is not None and right is not None:
+            missed, data = _joined(before, after, data[..., ::2], data[..., 1::2])
+            right = jnp.concatenate([jnp.zeros_like(missed), right[..., 1::2], right[..., ::2]])
+        prior = _bridge(before, after, mu), _cubic(before, after), missed
+        level, rows, right = _condition(*prior, of_knot, of_others, right)
+        if len(rows) > most:
+            both = rows if right is None else jnp.concatenate([rows, right], axis=1)
+            both = _triangle(both, 4)[0]
+            rows, right = both[:, :4], None if right is None else both[:, 4:]
+        levels.append(level)
+        gaps, own = before + after, own[:, ::2]
+        all_gaps.append(gaps)
 
-
-def _determined(triangle: Float[Array, "4 4"], weights: Float[Array, " n"]) -> Float[Array, "4 4"]:
-    """Return the triangle with zeros for what too few observations leave open.
-
-    With one observation that is the slope, with none all.
-    """
-    observed = jnp.sum(weights > 0)
-    is_open = jnp.stack([jnp.zeros((), bool)] * 2 + [observed < 1, observed < 2])
-    return jnp.where(jnp.diag(is_open), 1, triangle)
-
-
-def _eliminate(
-    mu: Float[Array, ""],
-    gaps: Float[Array, " gaps"],
-    own: Float[Array, "2 knots"],
-    rows: Float[Array, "rows 4 gaps"],
-    data: _Data,
-    most: int,
-) -> tuple[Float[Array, "2 _ knots"], Float[Array, "left _ knots"]]:
-    """Eliminate every second knot.
-
-    `own` are its observations' weights, `rows` those of its gaps. Returns the rows for it, and
-    those that join what is left, with their right-hand sides.
-    """
-    before, after = gaps[::2], gaps[1::2]
-    left, right = rows[..., ::2], rows[..., 1::2]
-    none = jnp.zeros_like(left[:, :2])
-    of_knot = jnp.concatenate([diagonal(own), right[:, :2], left[:, 2:]])
-    of_others = jnp.concatenate(
-        [
-            jnp.zeros((2, 4, len(before)), gaps.dtype),
-            jnp.concatenate([none, right[:, 2:]], axis=1),
-            jnp.concatenate([left[:, :2], none], axis=1),
-        ]
-    )
-    prior = _bridge(before, after, mu), _cubic(before, after)
-    known, rows = _condition(*prior, of_knot, of_others, data)
-    return known, rows if len(rows) <= most else triangle_of(rows, 4)[0]
-
-
-def _ends(
-    mu: Float[Array, ""],
-    gap: Float[Array, "1"],
-    own: Float[Array, "2 2"],
-    rows: Float[Array, "rows 4 1"],
-    data: _Data,
-) -> tuple[Float[Array, "4 4"], Float[Array, "4 _"]]:
-    """Return the triangle for the last knot and the first, and its right-hand sides.
-
-    The last knot's prior is a straight line through the first.
-    """
-    shear, bend, none = jnp.sqrt(12 * mu / gap) / gap, jnp.sqrt(mu / gap), jnp.zeros_like(gap)
-    one = jnp.ones_like(gap)
-    precision = jnp.stack([jnp.stack([shear, -shear * gap / 2]), jnp.stack([none, bend])])
-    line = jnp.stack([jnp.stack([one, gap]), jnp.stack([none, one])])
+    # The last knot, whose prior is a straight line through the first.
+    shear, bend = Problem(gaps, own[0], own[1], mu).roots()
+    none, one = jnp.zeros_like(gaps), jnp.ones_like(gaps)
+    precision = jnp.stack([jnp.stack([shear, -shear * gaps / 2]), jnp.stack([none, bend])])
+    line = jnp.stack([jnp.stack([one, gaps]), jnp.stack([none, one])])
     nothing = jnp.zeros((2, 2, 1), own.dtype)
-    of_last = jnp.concatenate([diagonal(own[:, 1:]), nothing, rows[:, 2:]])
-    of_first = jnp.concatenate([nothing, diagonal(own[:, :1]), rows[:, :2]])
-    known, rest = _condition(precision, line, of_last, of_first, data)
-    rest = jnp.pad(triangle_of(rest, 2)[0], ((0, 0), (2, 0), (0, 0)))
-    found = jnp.concatenate([known, rest])[..., 0]
-    return found[:, :4], found[:, 4:]
+    of_last = jnp.concatenate([_diagonal(own[:, 1:]), nothing, rows[:, 2:]])
+    of_first = jnp.concatenate([nothing, _diagonal(own[:, :1]), rows[:, :2]])
+    missed = None
+    if data is not None and right is not None:
+        missed = jnp.stack([data[0] + gaps * data[1] / 2, data[1]])
+        right = jnp.concatenate([jnp.zeros_like(missed), jnp.zeros_like(missed), right])
+    last, rest, right = _condition(precision, line, missed, of_last, of_first, right)
+
+    # The first. What too few observations leave open is set to zero: with one the slope, with none
+    # all.
+    known = _triangle(rest if right is None else jnp.concatenate([rest, right], axis=1), 2)[0]
+    observed = jnp.sum(weights > 0)
+    is_open = _diagonal(jnp.stack([observed < 1, observed < 2])[:, None].astype(own.dtype)) > 0
+    triangle = jnp.where(is_open, 1, known[:, :2])
+    right, nobody = None if right is None else known[:, 2:], triangle[:, :0]
+    first = Level(nobody, jnp.ones_like(gaps), triangle, nobody, None, right)
+    return Dissection(problem, tuple(all_gaps), (*levels, last, first))
 
 
 def _condition(
     precision: Float[Array, "2 2 knots"],
     mean: Float[Array, "2 others knots"],
+    missed: Missed,
     of_knot: Float[Array, "rows 2 knots"],
     of_others: Float[Array, "rows others knots"],
-    data: _Data,
-) -> tuple[Float[Array, "2 _ knots"], Float[Array, "rows _ knots"]]:
+    right: Float[Array, "rows m knots"] | None,
+) -> tuple[Level, Matrices, Matrices | None]:
     """Eliminate s_j from |precision (s_j - mean s - missed)|^2 and the rows.
 
-    Returns two rows for s_j, with columns for s_j, for the others s, and for the right-hand sides;
-    and the rows for the others alone, with the same columns but for s_j.
+    Returns the level, and the rows for the others alone with their right-hand sides.
     """
-    missed, right, shared = data
     # The result is the same in whichever way s_j is written. By its distance from the prior's mean
     # it is not rounded as the penalty is, which matters where that is stiff; and by itself not as
     # the observations are, where these are the larger.
     stiff = jnp.sum(of_knot[:, 0] ** 2, axis=0) < precision[0, 0] ** 2
-    base, start = jnp.where(stiff, mean, 0), jnp.where(stiff, missed, 0)
-    prior = [-product_of(precision, mean - base), product_of(precision, missed - start)]
-    rows = [of_others + product_of(of_knot, base), right - product_of(of_knot, start)]
-    known, rest = triangle_of(
-        jnp.concatenate(
-            [
-                jnp.concatenate([precision, *prior, jnp.zeros_like(shared[:2])], axis=1),
-                jnp.concatenate([of_knot, *rows, shared], axis=1),
-            ]
-        ),
-        2,
-    )
-    own, by_others, right, shared = jnp.split(
-        known, np.cumsum([2, mean.shape[1], missed.shape[1]]), axis=1
-    )
-    known = [own, by_others - product_of(own, base), right + product_of(own, start), shared]
-    return jnp.concatenate(known, axis=1), rest
-
-
-def _in_parts(
-    function: Callable[..., Any], arrays: tuple[Array, ...], knots: int, most: int
-) -> Any:
-    """Apply a function to arrays along their last axis, to at most `most` knots at a time."""
-    parts = 1
-    while knots // parts > most:
-        parts *= 2
-    if parts == 1:
-        return function(*arrays)
-
-    def cut(array: Array) -> Array:
-        shape = (*array.shape[:-1], parts, array.shape[-1] // parts)
-        return jnp.moveaxis(array.reshape(shape), -2, 0)
-
-    def joined(array: Array) -> Array:
-        return jnp.moveaxis(array, 0, -2).reshape(*array.shape[1:-1], parts * array.shape[-1])
-
-    made = jax.lax.map(lambda part: function(*part), tuple(map(cut, arrays)))
-    return jax.tree.map(joined, made)
+    base = jnp.where(stiff, mean, 0)
+    prior = [precision, -_product(precision, mean - base)]
+    rows = [of_knot, of_others + _product(of_knot, base)]
+    if missed is not None and right is not None:
+        start = jnp.where(stiff, missed, 0)
+        prior.append(_product(precision, missed - start))
+        rows.append(right - _product(of_knot, start))
+    both = jnp.concatenate([jnp.concatenate(each, axis=1) for each in (prior, rows)])
+    known, rest = _triangle(both, 2)
+    others = mean.shape[1]
+    own, by_others, by_data = jnp.split(known, (2, 2 + others), axis=1)
+    level = Level(mean, stiff, own, by_others, missed, None if missed is None else by_data)
+    return level, rest[:, :others], None if missed is None else rest[:, others:]
 
 
 def _bridge(
@@ -358,46 +270,76 @@ def _cubic(
     return jnp.stack([jnp.stack(value), jnp.stack(slope)])
 
 
-def _uneven(gaps: Float[Array, " gaps"]) -> Float[Array, "3 knots"]:
-    """Return what `_missed` takes of H at every second knot."""
-    cubic = _cubic(gaps[::2], gaps[1::2])
-    return jnp.stack([cubic[0, 0], cubic[0, 2], cubic[1, 2]])
+def _joined(
+    before: Float[Array, " knots"],
+    after: Float[Array, " knots"],
+    left: Float[Array, "2 m knots"],
+    right: Float[Array, "2 m knots"],
+) -> tuple[Float[Array, "2 m knots"], Float[Array, "2 m knots"]]:
+    """Return by how much H misses the data of two gaps, and the data of both as one gap."""
+    gap = before + after
+    s, r = before / gap, after / gap
+    (shear, bend), (next_shear, next_bend) = left, right
+    value = r * r * (1 + 2 * s) * shear - s * s * (1 + 2 * r) * next_shear
+    value += gap * s * r / 2 * (r * (1 - 2 * s) * bend + s * (1 - 2 * r) * next_bend)
+    slope = -6 * s * r / gap * (shear + next_shear)
+    slope += (1 - 3 * s * r) * (r * bend - s * next_bend)
+    both = shear + next_shear + (after * bend - before * next_bend) / 2
+    return jnp.stack([value, slope]), jnp.stack([both, bend + next_bend])
 
 
-def _missed(
-    cubic: Float[Array, "3 ..."], before: Array, here: Array, after: Array
-) -> Float[Array, "2 ..."]:
-    """Return by how much H, of data without slopes, misses each second knot's data.
+def _forces(mu: Float[Array, ""], gap: Array, bent: Matrices) -> tuple[Array, Array]:
+    """Return shear and bend of gaps whose right end is off the left one's line by `bent`."""
+    return 12 * mu / gap**3 * (bent[0] - gap / 2 * bent[1]), mu / gap * bent[1]
 
-    Only differences of the data enter.
+
+def _filled(parts: list[Array], size: int) -> Float[Array, "2 m all"]:
+    """Return both parts, knots or gaps on the last axis, filled up with zeros."""
+    both = jnp.moveaxis(jnp.stack(parts), 1, -1)
+    return jnp.pad(both, ((0, 0), (0, 0), (0, size - both.shape[-1])))
+
+
+def _pairs(found: Float[Array, "2 m knots"]) -> Float[Array, "4 m gaps"]:
+    return jnp.concatenate([found[..., :-1], found[..., 1:]])
+
+
+def _alternating(first: Float[Array, "*m n"], second: Float[Array, "*m n"]) -> Array:
+    """Return first[0], second[0], first[1], ... along the last axis."""
+    return jnp.stack([first, second], axis=-1).reshape(*first.shape[:-1], -1)
+
+
+def _sum(first: Array | None, second: Array | None) -> Any:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+def _product(a: Float[Array, "i j knots"], b: Float[Array, "j k knots"]) -> Matrices:
+    return jnp.sum(a[:, :, None] * b[None], axis=1)
+
+
+def _diagonal(values: Float[Array, "2 knots"]) -> Float[Array, "2 2 knots"]:
+    return jnp.eye(2, dtype=values.dtype)[..., None] * values
+
+
+def _triangle(rows: Matrices, size: int) -> tuple[Matrices, Matrices]:
+    """Return the QR of the first `size` columns: the triangle's rows, and the rest without them.
+
+    For each column, one Givens rotation after the other moves all rows' first entries into the
+    first row, in closed form: after k of them the first row is sum_{i<=k} a_i row_i / l_k, where
+    a_i are the first entries and l_k^2 = sum_{i<=k} a_i^2.
     """
-    of_before, of_after, slope = cubic
-    value = of_before * (before - here) + of_after * (after - here)
-    return jnp.stack([value, slope * (after - before)])
-
-
-def _substituted(
-    ends: Float[Array, "4 m"], known: list[tuple[Array, Array, Array]], number: int
-) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
-    """Return values and slopes at the first knots, from those at the last and the first.
-
-    `known` are, for each level, the rows for its knots' values and slopes, and their right-hand
-    sides.
-    """
-    found = ends.reshape(2, 2, -1)[::-1]
-    for value_row, slope_row, (value_right, slope_right) in reversed(known):
-        around = [found[:-1, 0], found[:-1, 1], found[1:, 0], found[1:, 1]]
-        own, *row = slope_row[..., None]
-        slope = (slope_right - sum(map(jnp.multiply, row, around))) / own
-        own, *row = value_row[..., None]
-        value = (value_right - sum(map(jnp.multiply, row, [slope, *around]))) / own
-        found = _interleaved(found, jnp.stack([value, slope], axis=1))
-    return found[:number, 0], found[:number, 1]
-
-
-def _interleaved(
-    outer: Float[Array, "_ 2 m"], inner: Float[Array, "knots 2 m"]
-) -> Float[Array, "both 2 m"]:
-    """Return outer[0], inner[0], outer[1], inner[1], ..., the last of outer."""
-    pairs = jnp.stack([outer[:-1], inner], axis=1).reshape(-1, *outer.shape[1:])
-    return jnp.concatenate([pairs, outer[-1:]])
+    made = []
+    for place in range(size):
+        entries = rows[:, 0]
+        upto = np.tril(np.ones((len(rows), len(rows)), bool))[..., None, None]
+        moments = jnp.sum(jnp.where(upto, entries[:, None] * rows, 0), axis=1)
+        square = moments[:, 0]
+        some = square > 0
+        length = jnp.sqrt(jnp.where(some, square, 1))
+        turned = jnp.where(some[:, None], moments / length[:, None], rows[:1])
+        cosine = jnp.where(some[1:], jnp.where(some[:-1], length[:-1], 0) / length[1:], 1)
+        sine = jnp.where(some[1:], entries[1:] / length[1:], 0)
+        rows = cosine[:, None] * rows[1:, 1:] - sine[:, None] * turned[:-1, 1:]
+        made.append(jnp.pad(turned[-1], ((place, 0), (0, 0))))
+    return jnp.stack(made), rows

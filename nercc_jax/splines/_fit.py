@@ -1,35 +1,18 @@
 """One fit of a smoothing spline, and all that can be asked of it."""
 
-import functools
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from ._dissection import Dissection, dissect
 from ._ends import Ends, NotAKnot, check_ends, combined, not_a_knot
-from ._knots import (
-    COMPARED_WITH_ALL,
-    FEW_COMPARED,
-    Knots,
-    by_observation,
-    gather_knots,
-    moving,
-)
-from ._responses import Problem, Responses, Solutions, known_responses, responses, solve
-from ._root_information import RootInformation, factorize
+from ._knots import COMPARED_WITH_ALL, Knots, by_observation, gather_knots
+from ._platforms import unsharded
+from ._problem import Columns, Problem, steps
+from ._rule import solve, variance
 from .arrays import namespace, product, taken, where, within
-
-# By platform, how many rows may join two knots that are eliminated in parallel before a QR makes
-# four of them; None eliminates one knot after the other. More rows are fewer kernels, which is what
-# an H100 pays for: it decodes 64 groups of (20, 8) with 110 launches, with 4 rows with some 120. A
-# TPU pays for the work, too. By XLA's estimate a v5e takes, with 4, 8, 12 and 16 rows, 2.11, 1.98,
-# 1.89 and 1.83 million cycles for one group of (100, 20), and 1.84, 1.89, 2.33 and 3.21 for 64
-# groups of (20, 8).
-ROWS: dict[str, int | None] = {"cpu": None, "tpu": 12, "other": 16}
 
 
 class LinearMap(eqx.Module):
@@ -46,243 +29,150 @@ class LinearMap(eqx.Module):
     knots: Knots
 
     def apply(self, y: Float[Array, "n m"]) -> Float[Array, "k m"]:
-        """Return the values for finite observations y; with the derivative of matrix @ y."""
-        here, data = jax.lax.stop_gradient((self, y))
-        means = here.knots.average(data)
-        steps = means[1:] - means[:-1]
-        value = taken(means, here.gap) + product(here.differences.astype(y.dtype), steps)
-        return _product_of(self.matrix.astype(y.dtype), y, value)
-
-
-@jax.custom_jvp
-def _product_of(matrix: Array, y: Array, value: Array) -> Array:
-    """Return the product of both, whose value is known."""
-    del matrix, y
-    return value
-
-
-@functools.partial(_product_of.defjvp, symbolic_zeros=True)
-def _(primals, tangents):
-    # A product for each factor that moves, one at least: XLA sums the product with a tangent of
-    # zeros as garbage where all else is constant (jaxlib 0.10.2, YNNPACK's fusion).
-    (matrix, y, _), (of_matrix, of_y, _) = primals, tangents
-    pairs = (of_matrix, y), (matrix, of_y)
-    moved = [product(*pair) for pair in pairs if not any(isinstance(p, SymbolicZero) for p in pair)]
-    # The function itself again, not its value: that has no derivative of second order.
-    return _product_of(*primals), functools.reduce(jnp.add, moved)
+        """Return the values for finite observations y."""
+        means = self.knots.average(y)
+        made = product(self.differences.astype(y.dtype), steps(means))
+        return taken(means, self.gap) + made
 
 
 class Fit(eqx.Module):
     """The spline regression at its points, before it has seen observations; `fit` makes one.
 
-    `mu` is the penalty: lambda times the sum of the weights. `ends` is how the fitted spline ends;
-    variances are those of natural ends. `rows` says how knots are eliminated: see `ROWS`.
+    `mu` in its problem is the penalty: lambda times the sum of the weights. `ends` is how the
+    fitted spline ends; variances are those of natural ends.
     """
 
     knots: Knots
-    mu: Float[Array, ""]
-    slope_weights: Float[Array, " n"]
+    problem: Problem
     ends: Ends = eqx.field(static=True)
-    rows: int | None = eqx.field(static=True)
 
-    def factor(self) -> RootInformation | Dissection:
-        """Return the factor of the least-squares problem on the knots."""
-        if self.rows is None:
-            return factorize(*self._problem())
-        return dissect(*self._problem(), self.rows)
+    def observations(self, y: ArrayLike) -> Float[Array, "n m"]:
+        """Return observations as vectors in the points' dtype, zeros where they do not count.
+
+        Raises:
+            ValueError: They are not one for each point.
+        """
+        y, share = jnp.asarray(y), self.knots.share
+        if y.ndim < 1 or len(y) != len(share):
+            raise ValueError(
+                f"y has shape {y.shape}; its first axis must be the {len(share)} points"
+            )
+        (y,) = unsharded(y.reshape(len(y), -1))
+        return where(share[:, None] > 0, y, 0).astype(share.dtype)
 
     def values(self, y: Float[Array, "n m"]) -> tuple[Float[Array, "knots m"], ...]:
-        """Return the fitted spline's values and slopes at the knots; linear in y."""
-        factor, means = self.factor(), self.knots.average(y)
-        shifts, slopes = factor.solve(means)
+        """Return the fitted spline's values and slopes at the knots; linear in y.
+
+        The problem's unknowns are the values less the observations, so that data enter as the
+        differences of neighbours, which are exact: a slope that carries the spline over a wide gap
+        is not made of rounded values.
+        """
+        means = self.knots.average(y)
+        columns, m = -steps(means), means.shape[1]
         if self.ends == "natural":
-            return means + shifts, slopes
-        assert isinstance(factor, RootInformation)
-        ends = self._ends()
-        bent, turned = factor.forced(self.mu * ends.values, self.mu * ends.slopes)
-        at_kinks = ends.kinks.T
-        share = self._share(ends, product(at_kinks, bent), -product(at_kinks, shifts))
-        return means + shifts + combined(bent, share), slopes + combined(turned, share)
+            made = solve(self.problem, Columns(shear=columns))
+            return means + made.value, made.slope
+        # The two forces at the ends are two columns more.
+        ends, more = self._not_a_knot(), jnp.zeros((len(means), 2), means.dtype)
+        columns, none = jnp.concatenate([columns, more[1:]], axis=1), jnp.zeros_like(means)
+        value, slope = (
+            jnp.concatenate([none, self.problem.mu * each], axis=1)
+            for each in (ends.values, ends.slopes)
+        )
+        made = solve(self.problem, Columns(shear=columns, value=value, slope=slope))
+        shifts, bent = made.value[:, :m], made.value[:, m:]
+        share = self._share(ends, product(ends.kinks.T, bent), -product(ends.kinks.T, shifts))
+        slopes = made.slope[:, :m] + combined(made.slope[:, m:], share)
+        return means + shifts + combined(bent, share), slopes
 
     def map_to(self, at: Float[Array, " k"]) -> LinearMap:
-        """Return the map from observations to the fitted spline at the points `at`."""
-        if self.rows is not None:
-            return self._by_differences(at)
-        problem, asked = self._by_adjoint(at)
-        return self._map_of(responses(problem), *asked)
+        """Return the map from observations to the fitted spline at the points `at`.
 
-    def solved_map(self, at: Float[Array, " k"]) -> tuple[LinearMap, Solutions]:
-        """Return `map_to`, and what its derivative is made of; knots are eliminated in turn."""
-        problem, asked = self._by_adjoint(at)
-        made, solutions = solve(problem)
-        return self._map_of(made, *asked), solutions
+        Forces that are a prediction's coefficients of values and slopes make the multipliers that
+        are, with the other sign, its responses to the differences of neighbouring observations.
+        """
+        knots, slot = self.knots, jnp.arange(len(self.knots.t))[:, None]
+        gap = _gap_of(knots.t, at)
+        # As products with what is needed anyway: the derivative of `taken` would be a scatter.
+        left, right = ((slot == each).astype(at.dtype) for each in (gap, gap + 1))
+        before, after = (jnp.sum(each * knots.t[:, None], axis=0) for each in (left, right))
+        basis = _basis_between(before, after, at)[1]
+        values, slopes = left * basis[0] + right * basis[2], left * basis[1] + right * basis[3]
+        if self.ends == "natural":
+            columns = Columns(value=values, slope=slopes)
+            differences = -solve(self.problem, columns, ("shear",)).shear.T
+        else:
+            differences = self._bent(values, slopes)
+        # By differences the response to a constant is exact: it has none of the solution's
+        # rounding.
+        matrix = knots.spread(by_observation(values.T, differences, knots.shown))
+        differences += left[:-1].T * basis[2][:, None]
+        return LinearMap(matrix, differences, gap, knots)
 
-    def known_map(
-        self, at: Float[Array, " k"], gap: Int[Array, " k"], solutions: Solutions
-    ) -> LinearMap:
-        """Return `map_to`, whose gaps and solutions `solved_map` gave."""
-        problem, asked = self._by_adjoint(at, gap)
-        return self._map_of(known_responses(problem, solutions), *asked)
-
-    def variance(
-        self, factor: RootInformation | Dissection, at: Float[Array, " k"]
-    ) -> Float[Array, " k"]:
+    def variance(self, at: Float[Array, " k"]) -> Float[Array, " k"]:
         """Return the posterior variance at the points `at`, by tau^2: see `posterior_variance`."""
-        knots = self.knots
-        gap, inside, basis = hermite_basis(knots.t, at)
-        left_value, left_slope, value, slope = jnp.sqrt(self.mu) * jnp.stack(basis)
-        left, right = jnp.stack([left_value, left_slope]), jnp.stack([value, slope])
-        known = factor.variance(gap, left, right)
+        t = self.knots.t
+        gap, inside, basis = hermite_basis(t, at)
+        known = variance(self.problem, gap, jnp.stack(basis[:2]), jnp.stack(basis[2:]))
         # Between two knots of known value and slope, integrated white noise still varies this much,
         # and beyond the outermost with the distance.
-        h = knots.t[gap + 1] - knots.t[gap]
-        between = h * inside * (1 - inside)
-        beyond = jnp.maximum(jnp.maximum(knots.t[0] - at, at - knots.t[-1]), 0)
-        return where(knots.number > 1, known + (between**3 + beyond**3) / 3, jnp.inf)
+        between = (taken(t, gap + 1) - taken(t, gap)) * inside * (1 - inside)
+        beyond = jnp.maximum(jnp.maximum(t[0] - at, at - t[-1]), 0)
+        return where(self.knots.number > 1, known + (between**3 + beyond**3) / 3, jnp.inf)
 
-    def process(
-        self, factor: RootInformation | Dissection, y: Float[Array, "n m"]
-    ) -> Float[Array, ""]:
+    def process(self, y: Float[Array, "n m"]) -> Float[Array, ""]:
         """Return tau^2, estimated from these observations: see `process_variance`."""
         means = self.knots.average(y)
-        shifts, _ = factor.solve(means)
+        shifts = solve(self.problem, Columns(shear=-steps(means))).value
         # At the minimum the penalised squares are -(g - y)' W y, and W (g - y) sums to zero.
-        forces = self.knots.weights[:, None] * shifts / self.mu
+        forces = self.knots.weights[:, None] * shifts / self.problem.mu
         energy = -jnp.sum(forces * (means - means[0]))
         freedom = jnp.maximum(self.knots.number - 2, 0) * means.shape[1]
         return where(freedom > 0, jnp.maximum(energy, 0) / jnp.maximum(freedom, 1), jnp.inf)
 
-    def _problem(self) -> tuple[Any, Any, Any, Any]:
-        t = self.knots.t
-        return t[1:] - t[:-1], self.knots.weights, self.slope_weights, self.mu
-
-    def _ends(self) -> NotAKnot:
-        return not_a_knot(self.knots, self.slope_weights / self.mu)
+    def _not_a_knot(self) -> NotAKnot:
+        return not_a_knot(self.knots, self.problem.slope_weights / self.problem.mu)
 
     def _share(
         self, ends: NotAKnot, bent: Float[Array, "2 2"], missed: Float[Array, "2 m"]
     ) -> Float[Array, "2 m"]:
         """Return c of `_ends`, from E and by how much the natural fits miss the kinks' data."""
-        force = (product(ends.kinks.T, self.knots.weights) / self.mu)[:, None]
+        force = (product(ends.kinks.T, self.knots.weights) / self.problem.mu)[:, None]
         return ends.share(force * bent, force * missed)
 
-    def _by_adjoint(
-        self, at: Float[Array, " k"], gap: Int[Array, " k"] | None = None
-    ) -> tuple[Problem, tuple[Array, Array, NotAKnot | None]]:
-        """Return the adjoint problem, and what else makes a map of its responses.
+    def _bent(
+        self, values: Float[Array, "n k"], slopes: Float[Array, "n k"]
+    ) -> Float[Array, "k gaps"]:
+        """Return the responses to differences with ends that are not natural.
 
-        That is the gap of each point, its coefficient of the gap's right end, and ends that are not
-        natural: their kinks are two more points of the problem.
+        Kinks are two more points, and the forces at the ends are two columns more.
         """
-        knots = self.knots
-        place = _gap_of(knots.t, at) if gap is None else gap
-        slot = jnp.arange(len(knots.t))[:, None]
-        ends = jnp.stack([slot == place, slot == place + 1]).astype(at.dtype)
-        # As products with what is needed anyway: the derivative of `taken` would be a scatter.
-        before, after = jnp.sum(ends * knots.t[:, None], axis=1)
-        _, basis = _basis_between(before, after, at)
-        of_left, of_right = jnp.stack(basis[:2])[:, None], jnp.stack(basis[2:])[:, None]
-        values, slopes = ends[0] * of_left + ends[1] * of_right
-        nothing = values[:, :0]
-        forces = nothing, nothing
-        bent = None if self.ends == "natural" else self._ends()
-        if bent is not None:
-            values = jnp.concatenate([values, bent.kinks], axis=1)
-            slopes = jnp.concatenate([slopes, jnp.zeros_like(bent.kinks)], axis=1)
-            forces = self.mu * bent.values, self.mu * bent.slopes
-        problem = Problem(*self._problem(), values, slopes, *forces, knots.shown)
-        return problem, (place, basis[2], bent)
-
-    def _map_of(
-        self, made: Responses, gap: Array, value: Array, ends: NotAKnot | None
-    ) -> LinearMap:
-        left = jnp.arange(len(self.knots.t) - 1) == gap[:, None]
-        matrix, differences = made.matrix, made.differences
-        if ends is not None:
-            matrix, differences = self._bent(made, ends, len(gap))
-        differences = differences + left * value[:, None]
-        return LinearMap(self.knots.spread(matrix), differences, gap, self.knots)
-
-    def _bent(self, made: Responses, ends: NotAKnot, count: int) -> tuple[Array, Array]:
-        """Return the matrix and differences of so many points, from those of kinks and forces."""
-        # What the kinks' observations are missed by, with the digits that differences have.
-        missed = -made.differences[count:]
-        by_knot = by_observation(jnp.zeros_like(made.matrix[count:]), missed, self.knots.shown)
-        by_knot = moving(by_knot, -made.matrix[count:])
-        both = jnp.concatenate([by_knot, missed], axis=1)
-        bent = combined(made.forced[:count], self._share(ends, made.forced[count:], both))
-        by_knot, by_gap = bent[:, : len(self.knots.t)], bent[:, len(self.knots.t) :]
-        return made.matrix[:count] + by_knot, made.differences[:count] + by_gap
-
-    def _by_differences(self, at: Float[Array, " k"]) -> LinearMap:
-        """Return the map, by one solution for each difference of neighbouring observations."""
-        knots = self.knots
-        slot = jnp.arange(len(knots.t))
-        steps = (slot[:, None] > slot[:-1]).astype(knots.t.dtype)
-        gap = hermite_basis(knots.t, at)[0]
-        shifts, slopes = self.factor().solve(steps)
-        differences = hermite(knots.t, steps + shifts, slopes, at) - steps[gap]
-        direct = (gap[:, None] == slot).astype(differences.dtype)
-        matrix = by_observation(direct, differences, knots.shown)
-        return LinearMap(knots.spread(matrix), differences, gap, knots)
-
-
-def rows_of(platform: str, ends: Ends = "natural") -> int | None:
-    """Return `rows` of `fit` for a platform.
-
-    Not-a-knot splines are made of forces, for which knots are eliminated one after the other.
-    """
-    return ROWS[platform] if ends == "natural" else None
+        ends, mu, k = self._not_a_knot(), self.problem.mu, values.shape[1]
+        value = jnp.concatenate([values, ends.kinks, mu * ends.values], axis=1)
+        slope = jnp.concatenate([slopes, jnp.zeros_like(ends.kinks), mu * ends.slopes], axis=1)
+        columns = Columns(value=value, slope=slope)
+        made = solve(self.problem, columns, ("shear", "value", "slope"))
+        differences, bent = -made.shear.T, made.value[:, k + 2 :]
+        forced = product(values.T, bent) + product(slopes.T, made.slope[:, k + 2 :])
+        # By what the kinks' observations are missed, in the digits that differences have.
+        missed = -differences[k : k + 2]
+        share = self._share(ends, product(ends.kinks.T, bent), missed)
+        return differences[:k] + combined(forced, share)
 
 
 def fit(
-    t: Float[Array, " n"],
-    lambda_: Float[Array, ""],
-    weights: Float[Array, " n"],
-    end_weights: Float[Array, "2"],
+    t: ArrayLike,
+    lambda_: ArrayLike,
     *,
+    weights: Any = None,
+    available: Any = None,
+    end_weights: Any = None,
     ends: Ends = "natural",
-    rows: int | None = None,
-    known: Knots | None = None,
-    weights_move: bool = True,
 ) -> Fit:
-    """Return the regression for these points, without those whose weight is zero.
-
-    Args: as for `smoothing_spline`; with `rows`, knots are eliminated in parallel, else one after
-    the other: the same to rounding. `known` and `weights_move` are those of `gather_knots`.
-    """
-    if rows is not None and ends != "natural":
-        raise ValueError(f"knots of {ends} splines are eliminated one after the other")
-    few = FEW_COMPARED if rows is None else COMPARED_WITH_ALL
-    dense = max(len(t), 2) * len(t) <= few
-    knots = gather_knots(t, weights, dense=dense, known=known, weights_move=weights_move)
-    counts, slot = knots.weights > 0, jnp.arange(len(knots.t))
-    first, last = knots.shown[0], knots.shown[-1]
-    gaps = knots.t[1:] - taken(knots.t, knots.shown[:-1])
-    observed = counts[1:] & (slot[1:] > first)
-    # Outside these bounds the fit is, to rounding, the interpolating spline and the straight line.
-    eps = jnp.finfo(knots.t.dtype).eps
-    shortest = jnp.min(where(observed, gaps, 1))
-    span = jnp.sum(where(observed, gaps, 0))
-    low, high = jax.lax.stop_gradient((eps**2 * shortest**3, (1 + span**3) / eps))
-    total = jnp.sum(knots.weights)
-    mu = within(lambda_, low, high) * where(total > 0, total, 1)
-    slope_weights = mu * (
-        where(slot == first, end_weights[0], 0) + where(slot == last, end_weights[1], 0)
-    )
-    # At this price a slope is zero, to rounding, and its square is still a number.
-    most = jnp.finfo(knots.t.dtype).max ** 0.75
-    slope_weights = where(slope_weights > most, most, slope_weights)
-    return Fit(knots, mu, slope_weights, check_ends(ends), rows)
-
-
-def regression_of(
-    t: ArrayLike, lambda_: ArrayLike, weights: Any, available: Any, end_weights: Any
-) -> tuple[Array, Array, Array, Array]:
-    """Return the arguments of `fit` as arrays of one dtype, with zeros for what is not available.
+    """Return the regression for these points, without those that are not available.
 
     Raises:
-        ValueError: Shapes or dtypes do not agree.
+        ValueError: Shapes or dtypes do not agree, or `ends` are unknown.
     """
     t = jnp.asarray(t)
     if t.ndim != 1 or t.shape[0] == 0 or not jnp.issubdtype(t.dtype, jnp.floating):
@@ -299,21 +189,28 @@ def regression_of(
     heavy = jnp.zeros(2, t.dtype) if end_weights is None else jnp.asarray(end_weights, t.dtype)
     if heavy.shape != (2,):
         raise ValueError(f"end_weights must be two, first and last, not of shape {heavy.shape}")
-    return t, jnp.asarray(lambda_, t.dtype), where(available, weights, 0), heavy
+    t, lambda_, weights, available, heavy = unsharded(
+        t, jnp.asarray(lambda_, t.dtype), weights, available, heavy
+    )
 
-
-def observations_of(
-    y: ArrayLike, t: Float[Array, " n"], weights: Float[Array, " n"]
-) -> Float[Array, "n m"]:
-    """Return observations as vectors in t's dtype, zeros where the weight is zero.
-
-    Raises:
-        ValueError: They are not one for each point.
-    """
-    y, number = jnp.asarray(y), t.shape[0]
-    if y.ndim < 1 or y.shape[0] != number:
-        raise ValueError(f"y has shape {y.shape}; its first axis must be the {number} points")
-    return where(weights[:, None] > 0, y.reshape(number, -1), 0).astype(t.dtype)
+    knots = gather_knots(t, where(available, weights, 0))
+    counts, slot = knots.weights > 0, jnp.arange(len(knots.t))
+    first, last = knots.shown[0], knots.shown[-1]
+    observed = counts[1:] & (slot[1:] > first)
+    apart = knots.t[1:] - taken(knots.t, knots.shown[:-1])
+    # Outside these bounds the fit is, to rounding, the interpolating spline and the straight line.
+    eps = jnp.finfo(knots.t.dtype).eps
+    shortest = jnp.min(where(observed, apart, 1))
+    span = jnp.sum(where(observed, apart, 0))
+    low, high = jax.lax.stop_gradient((eps**2 * shortest**3, (1 + span**3) / eps))
+    total = jnp.sum(knots.weights)
+    mu = within(lambda_, low, high) * where(total > 0, total, 1)
+    slope_weights = mu * (where(slot == first, heavy[0], 0) + where(slot == last, heavy[1], 0))
+    # At this price a slope is zero, to rounding, and its square is still a number.
+    most = jnp.finfo(knots.t.dtype).max ** 0.75
+    slope_weights = where(slope_weights > most, most, slope_weights)
+    problem = Problem(knots.t[1:] - knots.t[:-1], knots.weights, slope_weights, mu)
+    return Fit(knots, problem, check_ends(ends))
 
 
 def hermite_basis(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from .arrays import constant, namespace, product, taken, where
 
@@ -21,12 +21,9 @@ from .arrays import constant, namespace, product, taken, where
 # Chebyshev point differ by an ulp, and a gap that is all rounding has no slope.
 _COINCIDENT_ULPS = 4
 
-# Up to this number of pairs, an accelerator compares each with each in one kernel, where a search
-# or a scatter takes several.
-COMPARED_WITH_ALL = 1 << 16
-
-# A CPU compiles two loops more for a scatter; only of so few pairs is a comparison as fast to run.
-FEW_COMPARED = 1 << 10
+# Up to this number of pairs, each is compared with each: one kernel of an accelerator, where a
+# search or a scatter takes several, and for a CPU two loops less to compile.
+COMPARED_WITH_ALL = 1 << 14
 
 
 class Knots(NamedTuple):
@@ -78,20 +75,10 @@ def by_observation(
     return product(matrix, belongs.astype(matrix.dtype))
 
 
-def gather_knots(
-    points: Float[Any, " points"],
-    weights: Float[Any, " points"],
-    *,
-    dense: bool = False,
-    known: Knots | None = None,
-    weights_move: bool = True,
-) -> Knots:
+def gather_knots(points: Float[Any, " points"], weights: Float[Any, " points"]) -> Knots:
     """Return the knots of points with non-negative weights.
 
-    A weight of zero leaves a point out, and so does a point that is not finite. With `dense` few
-    points are compared each with each. `known` are the same knots, made before, of which the
-    derivative is wanted: what has none is taken from them. Without `weights_move` the derivative is
-    that in the points only.
+    A weight of zero leaves a point out, and so does a point that is not finite.
     """
     xp = namespace(points, weights)
     size = points.shape[0]
@@ -100,43 +87,32 @@ def gather_knots(
 
     # What depends on the points only.
     held = xp.isfinite(points)
-    if known is None:
-        fixed = constant(where(held, points, np.inf))
-        knot, opens = _knot_of(xp, fixed, held)
-        number = xp.sum(opens)
-        first = _by_knot(where(opens, fixed, 0), knot, slots, dense)
-        last = taken(first, xp.maximum(number - 1, 0))
-        first = where(slot < number, first, last + (slot - number + 1).astype(first.dtype))
-    else:
-        knot, first = known.knot, known.t
+    fixed = constant(where(held, points, np.inf))
+    knot, opens = _knot_of(xp, fixed, held)
+    number = xp.sum(opens)
+    first = _by_knot(where(opens, fixed, 0), knot, slots)
+    last = taken(first, xp.maximum(number - 1, 0))
+    first = where(slot < number, first, last + (slot - number + 1).astype(first.dtype))
 
     # What depends on the weights, too.
     weights = where(held, weights, 0)
-    if known is None or weights_move:
-        total = _by_knot(weights, knot, slots, dense)
-        share = weights / taken(where(total > 0, total, 1), knot)
-    else:
-        total, share = known.weights, known.share
+    total = _by_knot(weights, knot, slots)
+    share = weights / taken(where(total > 0, total, 1), knot)
     # A knot lies where its points lie; written around the first, which is exact when they coincide.
-    t = first + _by_knot(
-        share * where(weights > 0, points - taken(first, knot), 0), knot, slots, dense
-    )
-    if known is not None and not weights_move:
-        t = moving(known.t, t)
-    shown = _shown(xp, total > 0) if known is None else known.shown
+    beside = share * where(weights > 0, points - taken(first, knot), 0)
+    t = first + _by_knot(beside, knot, slots)
+
+    # The last knot that carries weight up to each place, or else the first that does.
+    counts = total > 0
+    own = where(counts, slot, -1)
+    if xp is np:
+        last = np.maximum.accumulate(own)
+    elif slots**2 <= COMPARED_WITH_ALL:
+        last = jnp.max(where(slot[None] <= slot[:, None], own[None], -1), axis=1)
+    else:
+        last = jax.lax.cummax(own)
+    shown = where(last < 0, xp.min(where(counts, slot, slots - 1)), last)
     return Knots(t, total, knot, share, shown)
-
-
-@jax.custom_jvp
-def moving(value: Array, computed: Array) -> Array:
-    """Return what is known already, with the derivative of computing it."""
-    del computed
-    return value
-
-
-@moving.defjvp
-def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    return moving(*primals), tangents[1]
 
 
 def _knot_of(xp: Any, fixed: Any, held: Any) -> tuple[Any, Any]:
@@ -161,24 +137,11 @@ def _knot_of(xp: Any, fixed: Any, held: Any) -> tuple[Any, Any]:
     return taken(knot, back), taken(opens, back)
 
 
-def _by_knot(values: Any, knot: Any, slots: int, dense: bool = False) -> Any:
-    """Return the sum of the values (points, ...) of each knot; one-dimensional if `dense`."""
+def _by_knot(values: Any, knot: Any, slots: int) -> Any:
+    """Return the sum of the values (points, ...) of each knot."""
     xp = namespace(values, knot)
     if xp is np:
         return np.bincount(knot, values, slots).astype(values.dtype)
-    if not dense:
+    if values.ndim > 1 or slots * len(knot) > COMPARED_WITH_ALL:
         return jax.ops.segment_sum(values, knot, slots)
     return jnp.sum(where(knot[None] == jnp.arange(slots)[:, None], values[None], 0), axis=1)
-
-
-def _shown(xp: Any, counts: Bool[Any, " n"]) -> Int[Any, " n"]:
-    """Return for each place the last that counts up to it, or else the first that counts."""
-    place = xp.arange(len(counts))
-    own = where(counts, place, -1)
-    if xp is np:
-        last = np.maximum.accumulate(own)
-    elif len(counts) ** 2 <= COMPARED_WITH_ALL:
-        last = jnp.max(where(place[None] <= place[:, None], own[None], -1), axis=1)
-    else:
-        last = jax.lax.cummax(own)
-    return where(last < 0, xp.min(where(counts, place, len(counts) - 1)), last)

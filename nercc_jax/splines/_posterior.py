@@ -11,8 +11,7 @@ against model errors in regression"; Wecker and Ansley 1983, JASA 78.
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._fit import fit, observations_of, regression_of, rows_of
-from ._platforms import by_platform
+from ._fit import fit
 from .arrays import jitted
 
 
@@ -36,15 +35,8 @@ def posterior_variance(
     Raises:
         ValueError: Shapes do not agree.
     """
-    given = regression_of(t, lambda_, weights, available, end_weights)
-    at = jnp.asarray(at, given[0].dtype)
-    return by_platform(_variance, (), (*given, at), [(at.shape, at.dtype)])[0]
-
-
-def _variance(platform: str, *arguments: Array) -> tuple[Array]:
-    *given, at = arguments
-    found = fit(*given, rows=rows_of(platform))
-    return (found.variance(found.factor(), at),)
+    found = fit(t, lambda_, weights=weights, available=available, end_weights=end_weights)
+    return found.variance(jnp.asarray(at, found.knots.t.dtype))
 
 
 @jitted
@@ -66,15 +58,8 @@ def process_variance(
     Arguments as for `smoothing_spline`; answers far from another make tau^2, like any scale,
     uncertain when they are few.
     """
-    given = regression_of(t, lambda_, weights, available, end_weights)
-    flat = observations_of(y, given[0], given[2])
-    return by_platform(_process, (), (*given, flat), [((), flat.dtype)])[0]
-
-
-def _process(platform: str, *arguments: Array) -> tuple[Array]:
-    *given, flat = arguments
-    found = fit(*given, rows=rows_of(platform))
-    return (found.process(found.factor(), flat),)
+    found = fit(t, lambda_, weights=weights, available=available, end_weights=end_weights)
+    return found.process(found.observations(y))
 
 
 @jitted
@@ -89,16 +74,6 @@ def posterior_variances(
     end_weights: Float[ArrayLike, "2"] | None = None,
 ) -> tuple[Float[Array, " k"], Float[Array, ""]]:
     """Return `posterior_variance` and `process_variance`, from one regression."""
-    given = regression_of(t, lambda_, weights, available, end_weights)
-    flat = observations_of(y, given[0], given[2])
-    at = jnp.asarray(at, given[0].dtype)
-    shapes = [(at.shape, at.dtype), ((), flat.dtype)]
-    posterior, process = by_platform(_both, (), (*given, flat, at), shapes)
-    return posterior, process
-
-
-def _both(platform: str, *arguments: Array) -> tuple[Array, Array]:
-    *given, flat, at = arguments
-    found = fit(*given, rows=rows_of(platform))
-    factor = found.factor()
-    return found.variance(factor, at), found.process(factor, flat)
+    found = fit(t, lambda_, weights=weights, available=available, end_weights=end_weights)
+    at = jnp.asarray(at, found.knots.t.dtype)
+    return found.variance(at), found.process(found.observations(y))

@@ -1,20 +1,14 @@
 """Smoothing splines as linear operators: a fit's two faces."""
 
 from functools import partial
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._ends import Ends, check_ends
-from ._fit import LinearMap, fit, hermite, observations_of, regression_of, rows_of
-from ._knots import Knots
-from ._platforms import Shape, by_platform
-from ._responses import Solutions, solution_shapes
-from ._root_information import Rows
+from ._ends import Ends
+from ._fit import LinearMap, fit, hermite
 from .arrays import jitted
 
 
@@ -80,23 +74,18 @@ def smoothing_spline(
     Source: arXiv 2402.04377, eqs. of the encoding and decoding regression; Green and Silverman
     1994, section 2.3.
     """
-    given = regression_of(t, lambda_, weights, available, end_weights)
-    flat = observations_of(y, given[0], given[2])
-    knots = (max(len(given[0]), 2),)
-    columns = (*knots, flat.shape[1])
-    dtype = flat.dtype
-    shapes = ((knots, dtype), (columns, dtype), (columns, dtype))
     with jax.named_scope("nercc.fit"):
-        made = by_platform(_spline, (check_ends(ends),), (*given, flat), shapes)
-    found, values, slopes = made
-    shape = (*knots, *jnp.shape(y)[1:])
-    return SmoothingSpline(found, values.reshape(shape), slopes.reshape(shape))
-
-
-def _spline(platform: str, ends: Ends, *arguments: Array) -> tuple[Array, ...]:
-    *given, flat = arguments
-    found = fit(*given, ends=ends, rows=rows_of(platform, ends))
-    return found.knots.t, *found.values(flat)
+        found = fit(
+            t,
+            lambda_,
+            weights=weights,
+            available=available,
+            end_weights=end_weights,
+            ends=ends,
+        )
+        values, slopes = found.values(found.observations(y))
+    shape = (len(found.knots.t), *jnp.shape(y)[1:])
+    return SmoothingSpline(found.knots.t, values.reshape(shape), slopes.reshape(shape))
 
 
 @partial(jitted, static_argnames="ends")
@@ -127,6 +116,7 @@ def smoothing_matrix(
     ).matrix
 
 
+@partial(jitted, static_argnames="ends")
 def smoothing_map(
     t: Float[ArrayLike, " n"],
     at: Float[ArrayLike, " k"],
@@ -138,91 +128,13 @@ def smoothing_map(
     ends: Ends = "natural",
 ) -> LinearMap:
     """Return `smoothing_matrix` with a way to apply it that loses no digits, from the same fit."""
-    given = regression_of(t, lambda_, weights, available, end_weights)
-    at = jnp.asarray(at, given[0].dtype)
-    (number,), (count,), slots = given[0].shape, at.shape, max(len(given[0]), 2)
-    real, whole = at.dtype, jnp.arange(0).dtype
-    shapes = (
-        ((count, number), real),
-        ((count, slots - 1), real),
-        ((count,), whole),
-        ((slots,), real),
-        ((slots,), real),
-        ((number,), whole),
-        ((number,), real),
-        ((slots,), whole),
-    )
-    options = check_ends(ends), real, whole
     with jax.named_scope("nercc.fit"):
-        made = _differentiable_map(options, shapes, (*given, at))
-    matrix, differences, gap, *knots = made
-    return LinearMap(matrix, differences, gap, Knots(*knots))
-
-
-def _differentiable_map(
-    options: tuple[Any, ...], shapes: tuple[Shape, ...], arguments: tuple[Array, ...]
-) -> tuple[Array, ...]:
-    """Return the leaves of a map, whose derivative shares the map's solutions where it has any."""
-    points, slots, real = shapes[0][0][0], shapes[3][0][0], shapes[0][1]
-    # Ends that are not natural are two points and two forces more.
-    columns = points if options[0] == "natural" else points + 4
-    extra = tuple((shape, real) for shape in solution_shapes(columns, slots))
-
-    @jax.custom_jvp
-    def leaves(*arguments: Array) -> tuple[Array, ...]:
-        return by_platform(_map, options, arguments, shapes)
-
-    def derivative(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> Any:
-        made = by_platform(_solved_map, options, primals, (*shapes, *extra))
-        made, known = made[: len(shapes)], made[2:]
-        moving = [i for i, each in enumerate(tangents) if not isinstance(each, SymbolicZero)]
-
-        def moving_map(*moved: Array) -> tuple[Array, ...]:
-            now = dict(zip(moving, moved, strict=True))
-            given = (now.get(place, each) for place, each in enumerate(primals))
-            return by_platform(_known_map, (*options, 2 in moving), (*given, *known), shapes)
-
-        moved, change = ([each[i] for i in moving] for each in (primals, tangents))
-        return made, jax.jvp(moving_map, moved, change)[1]
-
-    leaves.defjvp(derivative, symbolic_zeros=True)
-    return leaves(*arguments)
-
-
-def _map(platform: str, ends: Ends, real: Any, whole: Any, *arguments: Array) -> tuple[Array, ...]:
-    *given, at = arguments
-    found = fit(*given, ends=ends, rows=rows_of(platform, ends))
-    return _leaves_of(found.map_to(at), real, whole)
-
-
-def _solved_map(
-    platform: str, ends: Ends, real: Any, whole: Any, *arguments: Array
-) -> tuple[Array, ...]:
-    """Return `_map`, and the arrays of its `Solutions`; zeros where there are none."""
-    *given, at = arguments
-    found = fit(*given, ends=ends, rows=rows_of(platform, ends))
-    if found.rows is None:
-        return _leaves_of(found.solved_map(at), real, whole)
-    shapes = solution_shapes(len(at), len(found.knots.t))
-    return _leaves_of((found.map_to(at), [jnp.zeros(shape, real) for shape in shapes]), real, whole)
-
-
-def _known_map(
-    platform: str, ends: Ends, real: Any, whole: Any, weights_move: bool, *arguments: Array
-) -> tuple[Array, ...]:
-    """Return `_map` of its arguments, and of what `_solved_map` gave but for the map itself."""
-    *given, at = arguments[:5]
-    if rows_of(platform, ends) is not None:
-        return _map(platform, ends, real, whole, *arguments[:5])
-    gap, *knots = arguments[5:11]
-    values, slopes, *rows = arguments[11:]
-    found = fit(*given, ends=ends, known=Knots(*knots), weights_move=weights_move)
-    made = found.known_map(at, gap, Solutions(values, slopes, Rows(*rows)))
-    return _leaves_of(made, real, whole)
-
-
-def _leaves_of(tree: Any, real: Any, whole: Any) -> tuple[Array, ...]:
-    return tuple(
-        leaf.astype(real if jnp.issubdtype(leaf.dtype, jnp.floating) else whole)
-        for leaf in jax.tree.leaves(tree)
-    )
+        found = fit(
+            t,
+            lambda_,
+            weights=weights,
+            available=available,
+            end_weights=end_weights,
+            ends=ends,
+        )
+        return found.map_to(jnp.asarray(at, found.knots.t.dtype))
