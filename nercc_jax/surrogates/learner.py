@@ -15,8 +15,11 @@ The factor is W = L^-1, the inverse of Cholesky's, since W' W = A^-1 takes produ
 are faster than solving. Outside of programs all of this is NumPy's, in float64: nothing is
 compiled, and a learner of a hundred pairs is there in milliseconds. New pairs are appended to the
 factor, old ones leave it by a reflection, and once as many have come as the window holds it is made
-again. In a program (`jax.jit`, `jax.grad`) the same functions are JAX's: an update makes the factor
-again in the program's precision, and solutions are refined once.
+again. In a program (`jax.jit`, `jax.grad`) the same functions are JAX's, in the program's
+precision. A factor that came from outside is only rounded then: with the least noise of a tuned
+kernel, errors stay within 1 % of those in float64, and deviations within 1 % for 1,024 pairs, 10 %
+for 64. An update in a program makes the factor again in that precision: errors are up to a sixth
+larger.
 
 Source: Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", section 2.2.
 """
@@ -480,27 +483,14 @@ class Learner(AbstractLearner):
         groups, points, features = z.shape
         rows, kernel, xp = self._rows, self.kernel, namespace(z)
         whitening, centred = self.factor.whitening[rows, rows], self._centred(rows)
-
-        def within_groups(left: Any, right: Any) -> Any:
-            left, right = (each.reshape(groups, points, -1) for each in (left, right))
-            return product(left, xp.swapaxes(right, 1, 2))
-
         cross = kernel(z.reshape(-1, features), self.window.inputs[rows]) * self.filled[rows]
         white = product(cross, whitening.T)
-        if whitening.dtype == np.float64:
-            known = within_groups(white, white)
-            in_turn = len(white) < centred.shape[1]  # in the order that takes less
-            mean = white @ whitening @ centred if in_turn else white @ (whitening @ centred)
+        if len(white) < centred.shape[1]:  # in the order that takes less
+            mean = product(product(white, whitening), centred)
         else:
-            # F = B W' W misses B by R = B - F A. With G = R W' W, B A^-1 is F + G, and B A^-1 B' is
-            # F (B + R)' + G R', in which G is right to the third order.
-            covariance = self._covariance(rows) + self.factor.jitter * xp.eye(len(whitening))
-            first = product(white, whitening)
-            missed = cross - product(first, covariance)
-            more = product(product(missed, whitening.T), whitening)
-            known = within_groups(first, cross + missed) + within_groups(more, missed)
-            known = (known + xp.swapaxes(known, 1, 2)) / 2
-            mean = product(first + more, centred)
+            mean = product(white, product(whitening, centred))
+        white = white.reshape(groups, points, -1)
+        known = product(white, xp.swapaxes(white, 1, 2))
         mean = mean.reshape(groups, points, -1) + self.factor.centre
         return mean.astype(self.window.residuals.dtype), kernel(z, z) - known
 
