@@ -23,7 +23,7 @@ from nercc_jax.surrogates import (
     principal_components,
     tune_learner,
 )
-from nercc_jax.surrogates._surrogate import decode_with_deviation
+from nercc_jax.surrogates.surrogate import decode_with_deviation
 
 PAST = 1000  # answers that a learner knows
 ROWS = 256  # that kernels are judged by

@@ -27,7 +27,7 @@ from nercc_jax.inference import order_points
 from nercc_jax.risk import ErrorProbability
 from nercc_jax.risk._error_probability import error_probability_from_answers, observe_errors
 from nercc_jax.surrogates import Surrogate
-from nercc_jax.surrogates._interface import FixedOutputs
+from nercc_jax.surrogates.interface import FixedOutputs
 from nercc_jax.tuning import Descent, LayoutTuning, Sampling
 
 Model = Callable[..., Array]

@@ -3,9 +3,9 @@
     python bench/learner.py [--quick] [--repeats N]
 
 One `update` with 32 pairs and one `predict` for 32 queries, together and by themselves, for windows
-and numbers of outputs that users have, beside making the factor anew. Each is compiled once, by
-turns; the count of compilations is checked. LAPACK runs on one thread, as under `nercc`, unless
-OPENBLAS_NUM_THREADS says otherwise.
+and numbers of outputs that users have, in addition to making the factor again, and `predict` in a
+compiled program. All take turns; nothing may be compiled while they do. LAPACK runs on one thread,
+as under `nercc`, unless OPENBLAS_NUM_THREADS says otherwise.
 
 Writes results/learner.json (--quick: learner-quick.json).
 """
@@ -19,7 +19,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before JAX is imported
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
+import numpy as np
 from _report import CompileCounter, Contender, environment, interleaved, write_json
 from _settings import PACKAGES
 
@@ -31,56 +31,48 @@ CASES = ((512, 10), (1024, 10), (1024, 1000), (2048, 10), (4096, 10))  # window,
 COUNTER = CompileCounter()
 
 
-@eqx.filter_jit
-def update(learner: Learner, x: jax.Array, y: jax.Array) -> Learner:
-    return learner.update(x, y)
-
-
-@eqx.filter_jit
-def predict(learner: Learner, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return learner.predict(x)
-
-
-@eqx.filter_jit
-def both(learner: Learner, x: jax.Array, y: jax.Array, queries: jax.Array) -> Any:
+def both(learner: Learner, x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> Any:
     learner = learner.update(x, y)
     return learner, learner.predict(queries)
 
 
 @eqx.filter_jit
-def refactorized(learner: Learner) -> Learner:
-    return learner.refactorized()
+def predict(learner: Learner, x: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    return learner.predict(x)
 
 
 def case(window: int, outputs: int, repeats: int) -> dict[str, Any]:
     """Return the seconds of each call, on a window that is full."""
-    keys = jax.random.split(jax.random.key(window + outputs), 3)
-    weights = jax.random.normal(keys[0], (FEATURES, outputs)) / 4
-    x = jax.random.normal(keys[1], (window, FEATURES))
-    learner = init_learner(x, jnp.sin(x @ weights), capacity=window)
-    fresh = jax.random.normal(keys[2], (QUERIES, FEATURES))
-    answers, queries = jnp.sin(fresh @ weights), fresh + 0.1
+    random = np.random.default_rng(window + outputs)
+    weights = random.normal(size=(FEATURES, outputs)) / 4
+    x = random.normal(size=(window, FEATURES)).astype(np.float32)
+    learner = init_learner(x, np.sin(x @ weights), capacity=window)
+    fresh = random.normal(size=(QUERIES, FEATURES)).astype(np.float32)
+    answers, queries = np.sin(fresh @ weights), fresh + 0.1
 
     def ready(call: Any, *args: Any) -> Contender:
         return Contender(lambda: jax.block_until_ready(call(*args)))
 
     contenders = {
-        "update": ready(update, learner, fresh, answers),
-        "predict": ready(predict, learner, queries),
+        "update": ready(Learner.update, learner, fresh, answers),
+        "predict": ready(Learner.predict, learner, queries),
         "update and predict": ready(both, learner, fresh, answers, queries),
-        "factor anew": ready(refactorized, learner),
+        "factor anew": ready(Learner.refactorized, learner),
+        "predict in a program": ready(predict, learner, queries),
     }
     for contender in contenders.values():
         contender.call()
     before = COUNTER.compilations
     timings = interleaved(contenders, repeats)
-    after = update(learner, fresh, answers)
+    after = learner.update(fresh, answers)
+    anew = after.refactorized().predict(queries)[0]
+    error = np.abs(after.predict(queries)[0] - anew).max()
     return {
         "window": window,
         "outputs": outputs,
         "queries": QUERIES,
         "compiled_again": COUNTER.compilations - before,
-        "error": float(after.error),
+        "error": float(error),
         **{name: timing.summary() for name, timing in timings.items()},
     }
 

@@ -59,7 +59,7 @@ DOORS = {
     ],
     "init_learner": lambda x, y: init_learner(x, y[:8], capacity=16).predict(X)[0],
     "learner.update": lambda x, y: (
-        init_learner(X, Y[:8], capacity=16).update(x + 1, y[:8]).spread()
+        init_learner(X, Y[:8], capacity=16).update(x + 1, y[:8]).factor.spread
     ),
     "learner.predict": lambda x, y: init_learner(X, Y[:8], capacity=16).predict(x)[0],
     "pool_inference": lambda x, y: in_pool(x[:4]),

@@ -13,7 +13,7 @@ from nercc_jax.risk import ErrorProbability, logistic_regression
 from nercc_jax.risk._calibration import regression
 from nercc_jax.risk._error_probability import fit_error_probability, observe_errors
 from nercc_jax.surrogates import Surrogate
-from nercc_jax.surrogates._surrogate import group_prior_of_points
+from nercc_jax.surrogates.surrogate import group_prior_of_points
 
 K, N, OUTPUTS = 4, 7, 4
 LAWS = {"three": ExactStragglers(3)}

@@ -18,13 +18,17 @@ from nercc_jax.schemes import cross_validate_error_bars, fit_scheme
 from nercc_jax.serving.adapt._online_calibration import BATCH, OnlineCalibration
 from nercc_jax.stragglers import ExactStragglers
 from nercc_jax.surrogates import Learner, LearnerTuning, fit_learner, init_learner
-from nercc_jax.surrogates._learner import init_learner_on_host
 
 RNG = np.random.default_rng(7)
 X = RNG.uniform(-1, 1, (40, 2)).astype(np.float32)
 AT = RNG.uniform(-1, 1, (200, 2)).astype(np.float32)
 QUICK = LearnerTuning(shapes=("squared_exponential",), steps=20)
 TIMES = (1, 2, 6)
+
+
+def traced(on_host):
+    """Return how functions run: as they are, or as a program."""
+    return (lambda function: function) if on_host else eqx.filter_jit
 
 
 def smooth(x):
@@ -75,10 +79,7 @@ def test_what_comes_again_is_the_same_pair(jump, on_host):
     """In a batch, in the window, and where the ring comes round: one pair, and no older answer."""
     x, y = X[:8], smooth(X[:8])
     learner = init_learner(x, y, capacity=12)
-    learner = learner.on_host() if on_host else learner
-    update = (lambda one, *args: one.update(*args)) if on_host else eqx.filter_jit(
-        lambda one, *args: one.update(*args)
-    )  # fmt: skip
+    update = traced(on_host)(lambda one, *args: one.update(*args))
     again = update(learner, x + np.float32(jump), y)
     assert again.size == 8
     np.testing.assert_array_equal(again.window.counts, 2 * (np.arange(12) < 8))
@@ -118,15 +119,17 @@ def test_answers_that_differ_are_noise_and_their_mean_is_learned():
 @pytest.mark.parametrize("on_host", [False, True])
 def test_the_unit_of_outputs_changes_nothing(exponent, on_host):
     unit, y = 10.0**exponent, smooth(X)
-    make = init_learner_on_host if on_host else init_learner
-    learners = [make(X, (y * size).astype(np.float32), capacity=64) for size in (1.0, unit)]
+    run = traced(on_host)
+    make = run(lambda y: init_learner(X, y, capacity=64))
+    predict = run(lambda one: one.predict(AT))
+    learners = [make((y * size).astype(np.float32)) for size in (1.0, unit)]
     learners = [one.with_kernel(learners[0].kernel) for one in learners]
-    (mean, deviation), (other, scaled) = (one.predict(AT) for one in learners)
+    (mean, deviation), (other, scaled) = map(predict, learners)
     # 1e-30 squared, and products with numbers below 1e-38, have no float32.
     np.testing.assert_allclose(np.float64(other) / unit, mean, atol=1e-4)
     np.testing.assert_allclose(np.float64(scaled) / unit, deviation, rtol=1e-3)
     after = learners[1].update(AT[:5], (smooth(AT[:5]) * unit).astype(np.float32))
-    assert np.isfinite(np.asarray(after.predict(AT)[1])).all()
+    assert np.isfinite(np.asarray(predict(after)[1])).all()
     tuned = fit_learner(X, (y * unit).astype(np.float32), capacity=64, tuning=QUICK)
     error, deviation = (np.float64(each) / unit for each in errors_of_scaled(tuned, unit))
     assert np.sqrt(np.mean(error**2)) < 0.05
@@ -167,16 +170,17 @@ def smooth_jnp(x):
 @pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("answers", [[], [0.7], [0.7, 0.7, 0.7], [0.1] * 40])
 def test_before_two_answers_differ_nothing_is_known_of_errors(answers, on_host):
-    make = init_learner_on_host if on_host else init_learner
+    run = traced(on_host)
+    predict = run(lambda one: one.predict(AT))
     y = np.array(answers, np.float32).reshape(-1, 1)
-    learner = make(X[: len(y)], y, capacity=64)
-    mean, deviation = learner.predict(AT)
+    learner = run(lambda y: init_learner(X[: len(y)], y, capacity=64))(y)
+    mean, deviation = predict(learner)
     np.testing.assert_array_equal(deviation, np.inf)
     np.testing.assert_allclose(mean, answers[0] if answers else 0, rtol=1e-6)
     # The same input with another answer is evidence, too.
     for x in (X[:1], X[50:51] if len(X) > 50 else AT[:1]):
         after = learner.update(x, np.array([[0.9]], np.float32))
-        known = np.isfinite(np.asarray(after.predict(AT)[1]))
+        known = np.isfinite(np.asarray(predict(after)[1]))
         assert known.all() == bool(answers)
 
 

@@ -23,7 +23,7 @@ from nercc_jax.stragglers import (
     straggler_sets,
 )
 from nercc_jax.stragglers._waiting import Latencies, Waiting, draw_groups, draw_hedged, own_workers
-from nercc_jax.surrogates._surrogate import decode_with_deviation
+from nercc_jax.surrogates.surrogate import decode_with_deviation
 
 QUERIES = 4
 # Eight in a hundred calls take ten times as long; hardly two take the same time.

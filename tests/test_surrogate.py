@@ -9,12 +9,12 @@ import pytest
 from nercc_jax import Berrut, ExactStragglers, NeRCC, fit_surrogate
 from nercc_jax.codes._trees import Form
 from nercc_jax.surrogates import Surrogate
-from nercc_jax.surrogates._interface import (
+from nercc_jax.surrogates.interface import (
     AbstractGroupPrior,
     SurrogatePredictions,
     fixed_outputs,
 )
-from nercc_jax.surrogates._surrogate import decode_with_surrogate
+from nercc_jax.surrogates.surrogate import decode_with_surrogate
 
 K, N, GROUPS, OUTPUTS = 4, 7, 6, 3
 _WEIGHTS = np.random.default_rng(0).normal(size=(2, 5, OUTPUTS))

@@ -20,7 +20,7 @@ from ..inference.models import Model
 from ..risk import ErrorProbability
 from ..risk._error_probability import error_probability_from_answers
 from ..stragglers._waiting import Latencies, Waiting, draw_groups, last_prediction, own_workers
-from ..surrogates._surrogate import decode_with_deviation
+from ..surrogates.surrogate import decode_with_deviation
 from ._candidates import (
     EARLY,
     PROMISED,

@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float, Int
 
 from ..evaluation._criteria import root_mean_square
 from ..risk._straggler_risk import AccuracyTarget
-from ..schemes._calibrate import SHAPE, FittedScheme, fit_scheme_on_host
+from ..schemes import fit_scheme
+from ..schemes._calibrate import SHAPE, FittedScheme
 from ..surrogates import Learner, LearnerTuning
-from ..surrogates._tune_kernel import widths_of
 from ._row_files import row_code
 
 _LOG = logging.getLogger(__name__)
@@ -69,14 +69,13 @@ def fit_rows(
     target: AccuracyTarget,
 ) -> FittedScheme | None:
     """Fit a learner; return None where nothing could be learned."""
-    labels, widths = target.max_disagreement is not None, widths_of(x.shape[1])
-    capacity, tuning = CAPACITY, LearnerTuning(widths=widths, rows=_JUDGED)
+    labels = target.max_disagreement is not None
+    capacity, tuning = CAPACITY, LearnerTuning(rows=_JUDGED)
     if len(x) < FEW:
         capacity = FEW
-        tuning = LearnerTuning(shapes=(SHAPE,), widths=widths, steps=40, rows=64)
+        tuning = LearnerTuning(shapes=(SHAPE,), steps=40, rows=64)
     try:
-        options = {"capacity": capacity, "labels": labels, "tuning": tuning}
-        return fit_scheme_on_host(x, y, row_code(), **options)
+        return fit_scheme(x, y, row_code(), capacity=capacity, labels=labels, tuning=tuning)
     except ValueError as error:  # a function that is constant, for example
         _LOG.warning("nothing could be learned from %d rows: %s", len(x), error)
         return None
@@ -96,7 +95,7 @@ def update(
 def _learner_of(fitted: FittedScheme) -> Learner:
     learner = fitted.scheme.surrogate
     assert isinstance(learner, Learner)
-    return learner.on_host()  # nothing that a run waits for is compiled
+    return learner
 
 
 def knows(

@@ -20,7 +20,7 @@ from ..risk._error_bars import error_bars
 from ..risk._straggler_risk import AccuracyTarget
 from ..schemes import Scheme
 from ..schemes._scheme import PreparedInputs
-from ..surrogates._surrogate import decode_with_deviation
+from ..surrogates.surrogate import decode_with_deviation
 
 
 class ScoredPredictions(NamedTuple):

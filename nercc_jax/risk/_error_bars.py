@@ -9,17 +9,16 @@ al. 2018, "Distribution-free predictive inference for regression").
 import dataclasses
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from ..codes._checks import check_count
 from ..codes._trees import to_device
 from ..evaluation._criteria import root_mean_square
 from ..inference.models import AbstractCalibrated, Conditions
-from ..surrogates import Learner, LearnerTuning
-from ..surrogates._kernels import wide_kernel
-from ..surrogates._tune_kernel import find_kernel
+from ..surrogates import Kernel, Learner, LearnerTuning, tune_learner
 
 _LEVELS = 1024  # of coverage that are kept
 
@@ -44,7 +43,7 @@ class ErrorBars(AbstractCalibrated):
         return self.conditions
 
     def __call__(
-        self, deviation: Float[Array, "*points"], coverage: float = 0.9
+        self, deviation: Float[ArrayLike, "*points"], coverage: float = 0.9
     ) -> Float[Array, "*points"]:
         """Return error bars: 0 for exact answers, infinite where nothing is known.
 
@@ -92,18 +91,19 @@ def calibrate_learner_bars(
     if len(pairs) == 0:
         raise ValueError("this learner's window is empty: there are no errors to calibrate on")
     folds = min(check_count("folds", folds, 2), len(pairs))
-    own, learner = learner.kernel, learner.on_host()
-    start = wide_kernel(own.shape, own.centre, own.unit)
-    window = learner.window
+    own, window = learner.kernel, jax.device_get(learner.window)
+    width = float(np.sqrt(max(len(own.centre), 1)))
+    start = Kernel(own.shape, centre=own.centre, unit=own.unit, widths=[width])
     ratios, random = np.full(learner.capacity, np.nan), np.random.default_rng(0)
     for held in np.array_split(random.permutation(pairs), folds):
-        numbers = own, learner.scale
-        if tuning is not None:
-            alike = dataclasses.replace(tuning, shapes=(own.shape,))
-            numbers = find_kernel(learner, start, np.setdiff1d(pairs, held), alike)
         counts = window.counts.copy()
         counts[held] = 0
-        known = eqx.tree_at(lambda one: one.window.counts, learner, counts).with_kernel(*numbers)
+        known = eqx.tree_at(lambda one: one.window.counts, learner, counts)
+        if tuning is None:
+            known = known.refactorized()
+        else:
+            alike = dataclasses.replace(tuning, shapes=(own.shape,))
+            known = tune_learner(eqx.tree_at(lambda one: one.kernel, known, start), alike)
         mean, covariance = known.window_posterior(window.inputs[held][:, None])
         deviation = known.deviation_of(np.maximum(covariance[:, 0, 0], 0) + known.kernel.noise)
         # Bars are for single answers. Of several to one input, the distance of one from their mean

@@ -28,8 +28,8 @@ from ..inference.models import AbstractCalibrated, Conditions
 from ..splines.arrays import namespace
 from ..stragglers import AbstractStragglers
 from ..surrogates import AbstractSurrogate
-from ..surrogates._interface import AbstractGroupPrior
-from ..surrogates._surrogate import decode_with_deviation
+from ..surrogates.interface import AbstractGroupPrior
+from ..surrogates.surrogate import decode_with_deviation
 from ._calibration import correction, regression, risks
 from ._straggler_risk import risk_cap
 

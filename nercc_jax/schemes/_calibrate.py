@@ -31,14 +31,13 @@ from ..risk._error_probability import (
     fit_error_probability_of_predictions,
 )
 from ..stragglers import AbstractStragglers
-from ..surrogates import AbstractSurrogate, Learner, LearnerTuning, tune_learner
-from ..surrogates._interface import check_like
-from ..surrogates._kernels import Shape
-from ..surrogates._learner import init_learner_on_host, same_inputs
-from ..surrogates._pairs import features_of, length_of
-from ..surrogates._surrogate import group_prior_of_points
-from ..surrogates._tune_kernel import widths_of
+from ..surrogates import AbstractSurrogate, LearnerTuning, init_learner, tune_learner
+from ..surrogates.interface import check_like
+from ..surrogates.kernel import Shape, features_of, first_kernel, length_of
+from ..surrogates.surrogate import group_prior_of_points
 from ._scheme import PreparedInputs, Scheme
+
+SHAPE: Shape = "squared_exponential"  # to start from
 
 
 def calibrate_error_probability(
@@ -227,7 +226,8 @@ def cross_validate_error_bars(
         )
     masks, _ = draw_sets(stragglers, key, scheme.code.num_workers, num_sets)
     workers = model if callable(model) else tuple(model)
-    same, ratios = same_inputs(np.asarray(features_of(None, x))), []
+    z, ratios = np.asarray(features_of(None, x)), []
+    same = first_kernel(SHAPE, z).same(z, z)
     for part in np.array_split(np.arange(groups), folds):
         held = np.concatenate([np.arange(size) + size * group for group in part])
         others = np.setdiff1d(np.arange(length_of("y", y)), held)
@@ -285,7 +285,6 @@ _HELD_OUT = 4  # of so many pairs one is kept apart
 _MOST_HELD_OUT = 256
 # Pairs that kernels are judged on: their time grows with the cube of that.
 _JUDGED = 128
-SHAPE: Shape = "squared_exponential"  # to start from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,31 +330,13 @@ def fit_scheme(
         ValueError: There are fewer than 16 pairs, or the function is constant, so that nothing can
             be calibrated.
     """
-    options = {"capacity": capacity, "labels": labels, "tuning": tuning}
-    fitted = fit_scheme_on_host(x, y, code, **options)
-    learner = fitted.scheme.surrogate
-    assert isinstance(learner, Learner)
-    on_device = eqx.tree_at(lambda one: one.surrogate, fitted.scheme, learner.on_device())
-    return dataclasses.replace(fitted, scheme=on_device)
-
-
-def fit_scheme_on_host(
-    x: Float[np.ndarray, "pairs features"],
-    y: Float[np.ndarray, "pairs outputs"],
-    code: AbstractCode,
-    *,
-    capacity: int = 1024,
-    labels: bool = False,
-    tuning: LearnerTuning | None = None,
-) -> FittedScheme:
-    """Fit a scheme as `fit_scheme` does, with a learner on the host: no program is compiled."""
     check_count("pairs", len(x), 16)
-    first = np.argmax(same_inputs(x), axis=1)
+    first = np.argmax(first_kernel(SHAPE, x).same(x, x), axis=1)
     inputs = np.unique(first)[_HELD_OUT - 1 :: _HELD_OUT]
     held = np.isin(first, inputs[:_MOST_HELD_OUT])
     if tuning is None:
-        tuning = LearnerTuning(widths=widths_of(x.shape[1]), rows=_JUDGED)
-    learner = init_learner_on_host(x[~held], y[~held], capacity=capacity, kernel=SHAPE)
+        tuning = LearnerTuning(rows=_JUDGED)
+    learner = init_learner(x[~held], y[~held], capacity=capacity, kernel=SHAPE)
     learner = tune_learner(learner, tuning)
     own = y[held].astype(np.float32)
     mean, deviation = learner.predict(x[held])

@@ -24,9 +24,9 @@ from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars
 from ..splines.arrays import native
 from ..surrogates import AbstractSurrogate
-from ..surrogates._interface import AbstractGroupPrior, check_like, outputs_of_groups
-from ..surrogates._pairs import features_of
-from ..surrogates._surrogate import decode_with_deviation
+from ..surrogates.interface import AbstractGroupPrior, check_like, outputs_of_groups
+from ..surrogates.kernel import features_of
+from ..surrogates.surrogate import decode_with_deviation
 
 
 class AssessedPredictions(eqx.Module):

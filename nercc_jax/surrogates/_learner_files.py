@@ -1,5 +1,6 @@
 """Files of learners, in the safetensors format."""
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Mapping
@@ -8,19 +9,18 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ..codes._trees import Form, join
+from ..codes._trees import join
 from ..codes.whole_files import NO_CHECKSUM, read_checked, write_checked
-from ._kernels import Kernel
-from ._learner import Learner
-from ._pairs import Function, one_row
+from .kernel import Function, Kernel
+from .learner import Learner
 
 _FORMAT = "nercc-jax learner"
 _VERSION = "2"
-# The covariances and their factor are made anew from these.
-_WINDOW = ("inputs", "residuals", "priors", "counts", "scatter", "place")
+# The factor is made again from these. Rows may be a ring that begins at `place`: earlier releases
+# wrote such windows.
+_WINDOW = ("inputs", "residuals", "priors", "counts", "scatter")
 _KERNEL = ("groups", "centre", "unit", "widths", "linear", "noise")
 _TRUST = ("theta", "kappa")
 
@@ -44,13 +44,14 @@ def save_learner(
         OSError: As `open`; the file is then as before.
         ImportError: The package safetensors is missing.
     """
-    _needs_safetensors()
+    _check_package()
     from safetensors.numpy import save
 
     parts = {name: getattr(learner, name) for name in (*_TRUST, "scale")}
+    parts["place"] = np.asarray(int(learner.size) % learner.capacity, np.int32)
     parts |= {name: getattr(learner.window, name) for name in _WINDOW}
     parts |= {f"kernel.{name}": getattr(learner.kernel, name) for name in _KERNEL}
-    arrays = {name: np.asarray(leaf) for name, leaf in parts.items() if leaf is not None}
+    arrays = {name: np.array(leaf) for name, leaf in parts.items() if leaf is not None}
     header = {
         "format": _FORMAT,
         "format_version": _VERSION,
@@ -97,7 +98,38 @@ def load_learner(
             wanted = "without" if given is not None else "with"
             raise ValueError(f"{path} was made {wanted} `{name}`: load it so")
     try:
-        return _learner(header, arrays, y, features, prior)
+        shapes, dtypes = json.loads(header["outputs"])
+        if y is None:
+            if len(shapes) != 1:
+                raise ValueError(
+                    f"its outputs are a pytree of {len(shapes)} arrays: give such a `y`"
+                )
+            y = np.zeros((1, *shapes[0]), dtypes[0])
+        form = join(jax.tree.map(np.asarray, y), 1)[1]
+        if [list(shape) for shape in form.shapes] != shapes:
+            raise ValueError(f"its outputs have shapes {shapes}, `y` {form.shapes}")
+        numbers: dict[str, Any] = {name: arrays[f"kernel.{name}"] for name in _KERNEL}
+        kernel = Kernel(header["shape"], **numbers)  # pyright: ignore[reportArgumentType]
+        counts = arrays["counts"]
+        functions: dict[str, Any] = {"features": features, "prior": prior}
+        trust: dict[str, Any] = {name: arrays[name] for name in _TRUST if name in arrays}
+        learner = Learner(
+            kernel, form, capacity=len(counts), version=header["version"], **functions, **trust
+        )
+        for name in (*_WINDOW, "scale"):
+            own = getattr(learner if name == "scale" else learner.window, name)
+            if own is None:
+                continue
+            if arrays[name].shape != own.shape:
+                raise ValueError(f"{name} has shape {arrays[name].shape}")
+            if not np.isfinite(arrays[name]).all():
+                raise ValueError(f"{name} is not finite")
+            arrays[name] = arrays[name].astype(own.dtype)
+        order = np.roll(np.arange(len(counts)), -int(arrays["place"]))
+        order = order[np.argsort(counts[order] == 0, stable=True)]  # the oldest first, and no gaps
+        rows = {name: arrays[name][order] for name in _WINDOW if name in arrays}
+        known = dataclasses.replace(learner.window, **rows), arrays["scale"]
+        return eqx.tree_at(lambda one: (one.window, one.scale), learner, known).refactorized()
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no sound learner: {error}") from error
 
@@ -108,7 +140,7 @@ def learner_card(path: str | Path) -> dict[str, Any]:
 
 
 def _read(path: str | Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    _needs_safetensors()
+    _check_package()
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -128,55 +160,6 @@ def _read(path: str | Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     return header, arrays
 
 
-def _needs_safetensors() -> None:
+def _check_package() -> None:
     if importlib.util.find_spec("safetensors") is None:
         raise ImportError("files of learners need safetensors: pip install '.[demo]' in a clone")
-
-
-def _learner(
-    header: dict[str, str],
-    arrays: dict[str, np.ndarray],
-    y: Any,
-    features: Function | None,
-    prior: Function | None,
-) -> Learner:
-    """Return a learner of these arrays; raise ValueError where they are not sound."""
-    form = _form(header, y)
-    numbers: dict[str, Any] = {name: arrays[f"kernel.{name}"] for name in _KERNEL}
-    trust: dict[str, Any] = {name: arrays[name] for name in _TRUST if name in arrays}
-    kernel = Kernel(header["shape"], **numbers)  # pyright: ignore[reportArgumentType]
-    learner = Learner(
-        kernel,
-        form,
-        capacity=len(arrays["counts"]),
-        features=features,
-        prior=prior,
-        version=header["version"],
-        **trust,
-    )
-    names = [name for name in _WINDOW if getattr(learner.window, name) is not None]
-
-    def parts(one: Learner) -> list[Any]:
-        return [*(getattr(one.window, name) for name in names), one.scale]
-
-    found = []
-    for name, own in zip([*names, "scale"], parts(learner), strict=True):
-        if arrays[name].shape != own.shape:
-            raise ValueError(f"{name} has shape {arrays[name].shape}")
-        if not np.isfinite(arrays[name]).all():
-            raise ValueError(f"{name} is not finite")
-        found.append(jnp.asarray(arrays[name], own.dtype))
-    return eqx.tree_at(parts, learner, found).refactorized()
-
-
-def _form(header: dict[str, str], y: Any) -> Form:
-    """Return the outputs' form; raise ValueError where it is unknown, or `y` has another."""
-    shapes, dtypes = json.loads(header["outputs"])
-    if y is None:
-        if len(shapes) != 1:
-            raise ValueError(f"its outputs are a pytree of {len(shapes)} arrays: give such a `y`")
-        y = jnp.zeros((1, *shapes[0]), dtypes[0])
-    form = join(one_row(jax.tree.map(jnp.asarray, y)), 1)[1]
-    if [list(shape) for shape in form.shapes] != shapes:
-        raise ValueError(f"its outputs have shapes {shapes}, `y` {form.shapes}")
-    return form

@@ -15,9 +15,10 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
@@ -43,16 +44,13 @@ from ...surrogates import (
     principal_components,
     tune_learner,
 )
-from ...surrogates._host import HostPredictions, Pending, predictions_on_host
-from ...surrogates._learner import init_learner_on_host
-from ...surrogates._tune_kernel import widths_of
+from ...surrogates.nearest import nearest_predictions
 from ..core._adaptation import Predictions
 from ..core._request import Answer
 
 # Answers that a learner takes at once, that it starts from, and after which the kernel found on
 # those is tuned again.
 BATCH, FIRST, RETUNE = 32, 256, 1024
-_NEWS = 0.125  # of the pairs that a learner on the host knows, which it learns together
 _SETTLED = 1024  # validation answers after which little is left to learn
 # Validation answers that calibration looks at, at most and at least, and the share by which their
 # number grows until the next calibration.
@@ -61,6 +59,23 @@ _FEATURES = 64  # principal components, where queries have more numbers
 # From a grid: with one width for all features, on LeNet5's answers, descent finds nothing better
 # (93.1 % of labels from 1,024 of them either way).
 _TUNING = LearnerTuning(widths="one", rows=FIRST, steps=0)
+
+
+class Pending(NamedTuple):
+    """Predictions that are asked for.
+
+    Attributes:
+        wait: Returns the means of answers as vectors, and their deviations.
+        begun: Whether JAX computes them already. NumPy begins when it is waited for: at once it
+            would compete with the thread that sends the queries to the model.
+    """
+
+    wait: Callable[[], tuple[np.ndarray, np.ndarray]]
+    begun: bool
+
+
+# A function that asks for the answers to queries.
+HostPredictions: TypeAlias = Callable[[np.ndarray], Pending]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +199,6 @@ class OnlineCalibration:
         self._set_surrogate(surrogate)
         self._features, self._capacity, self._form = features, capacity, form
         self._first: list[tuple[np.ndarray, np.ndarray]] = []
-        self._unlearned: list[tuple[np.ndarray, np.ndarray]] = []
         self._learned = 0
         # The ratios of widths that were given stay.
         self._tuning = dataclasses.replace(_TUNING, widths="kept")
@@ -219,15 +233,10 @@ class OnlineCalibration:
         self._validate(x, own)
         if isinstance(self._surrogate, AbstractLearner):
             self._learned += len(x)
-            self._unlearned.append((x, own))
-            if isinstance(self._surrogate, Learner) and self._surrogate.is_on_host:
-                # Its time grows with the pairs known, by whose number it is divided, therefore.
-                waiting = sum(len(own) for _, own in self._unlearned)
-                if waiting < _NEWS * self._surrogate.size and self._learned != RETUNE:
-                    return
-                x, own = map(np.concatenate, zip(*self._unlearned, strict=True))
-            self._unlearned = []
-            learner = _updated(self._surrogate, x, own)
+            if isinstance(self._surrogate, Learner):
+                learner = self._surrogate.update(x, own)
+            else:
+                learner = _compiled_update(self._surrogate, x, own)
             tuning = self._tuning
             if self._learned == RETUNE and (tuned := _tuned(learner, tuning)) is not learner:
                 # Its deviations change, so earlier validation says nothing about them. Until there
@@ -267,12 +276,16 @@ class OnlineCalibration:
         features = self._features
         if features is None and x[0].size > _FEATURES:
             features = principal_components(x, _FEATURES)
-        # Features of the user's may be programs of JAX.
-        init = init_learner if self._features is not None else init_learner_on_host
-        start = init(
+        start = init_learner(
             x, own, features=features, capacity=self._capacity, kernel="squared_exponential"
         )
-        self._tuning = _tuning_of(len(start.kernel.centre))
+        # A width for each feature is found by descent. With one for all, 31 and 0 % of the answers
+        # of an elliptic equation, with 10 parameters, were within a tenth of their spread, and now
+        # 99 %.
+        self._tuning = LearnerTuning(rows=FIRST)
+        groups = self._tuning.groups(start.kernel)
+        if len(groups) > 1 and not groups.any():
+            self._tuning = _TUNING
         self._set_surrogate(tune_learner(start, self._tuning))
         self._learned = len(x)
 
@@ -347,8 +360,45 @@ class OnlineCalibration:
 
 
 def is_on_host(surrogate: AbstractSurrogate) -> bool:
-    """Return whether a surrogate predicts and learns by NumPy, without programs."""
+    """Return whether a surrogate predicts by NumPy, without programs."""
     return isinstance(surrogate, Learner) and surrogate.is_on_host
+
+
+def predictions_on_host(surrogate: AbstractSurrogate, most_outputs: int = 256) -> HostPredictions:
+    """Return a surrogate's predictions, by NumPy where it predicts by that.
+
+    Programs are compiled for few sizes.
+
+    Args:
+        surrogate: The surrogate.
+        most_outputs: The most outputs of a learner for `nearest_predictions`, which solve for each
+            output at every update.
+    """
+    if isinstance(surrogate, Learner) and surrogate.is_on_host:
+        predict = surrogate.predict
+        if surrogate.form.size <= most_outputs:
+            predict = nearest_predictions(surrogate)
+
+        def vectors(x: Shaped[np.ndarray, "queries ..."]) -> tuple[np.ndarray, np.ndarray]:
+            mean, deviation = predict(x)
+            return join(mean, 1)[0], deviation
+
+        return lambda x: Pending(lambda: vectors(x), begun=False)
+    arrays, rest = eqx.partition(surrogate, eqx.is_array)
+    on_device = eqx.combine(jax.tree.map(jnp.asarray, arrays), rest)
+
+    def begin(x: Shaped[np.ndarray, "queries ..."]) -> Pending:
+        number = len(x)
+        padded = repeat_rows(x, 1 << (number - 1).bit_length())
+        mean, deviation, _ = _compiled_predicted(on_device, None, padded)
+        return Pending(lambda: (np.asarray(mean)[:number], np.asarray(deviation)[:number]), True)
+
+    return begin
+
+
+def repeat_rows(x: Shaped[np.ndarray, "few ..."], number: int) -> Shaped[np.ndarray, "number ..."]:
+    """Repeat rows up to this number, so that one compiled program serves all."""
+    return x if len(x) == number else x[np.arange(number) % len(x)]
 
 
 def _bounds(
@@ -406,20 +456,7 @@ def _known(
     """Return which queries a learner has answers to."""
     if not isinstance(surrogate, Learner):
         return np.zeros(len(x), bool)
-    return surrogate.knows(x) if surrogate.is_on_host else np.asarray(_compiled_known(surrogate, x))
-
-
-_compiled_known = eqx.filter_jit(Learner.knows)
-
-
-def _tuning_of(features: int) -> LearnerTuning:
-    """Return the tuning of a learner that is made here.
-
-    A width for each feature is found by descent. With one for all, 31 and 0 % of the answers of an
-    elliptic equation, with 10 parameters, were within a tenth of their spread, and now 99 %.
-    """
-    widths = widths_of(features)
-    return _TUNING if widths == "one" else LearnerTuning(widths=widths, rows=FIRST)
+    return surrogate.knows(x)
 
 
 def _tuned(learner: AbstractLearner, tuning: LearnerTuning) -> AbstractLearner:
@@ -452,12 +489,6 @@ def _without_levels(error_probability: ErrorProbability | None) -> ErrorProbabil
     return eqx.tree_at(
         lambda d: (d.levels, d.risks, d.shares), error_probability, (none, none, none)
     )
-
-
-def _updated(
-    learner: AbstractLearner, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]
-) -> AbstractLearner:
-    return learner.update(x, own) if is_on_host(learner) else _compiled_update(learner, x, own)
 
 
 _compiled_update = eqx.filter_jit(lambda learner, x, own: learner.update(x, own))

@@ -15,11 +15,10 @@ from ...inference.models import Model
 from ...pools._clock import AbstractClock, TimeShare
 from ...risk._straggler_risk import AccuracyTarget, StragglerRisk, StragglerRow
 from ...surrogates import AbstractSurrogate, Surrogate
-from ...surrogates._host import repeat_rows
 from .._policy import Observe
 from ..core._adaptation import Expectation, Predictions
 from ..core._request import Answer, ApproximateAnswer
-from ._online_calibration import BATCH, FIRST, OnlineCalibration
+from ._online_calibration import BATCH, FIRST, OnlineCalibration, repeat_rows
 
 _LOG = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from ..evaluation._answers import cut_groups
 from ..evaluation._objective import draw_sets
 from ..inference.models import Model
 from ..stragglers import AbstractStragglers
-from ._interface import (
+from .interface import (
     AbstractGroupPrior,
     AbstractSurrogate,
     FixedOutputs,
@@ -38,10 +38,6 @@ from ._interface import (
     fixed_outputs,
     outputs_of_groups,
 )
-
-_THETAS = np.linspace(0, 1, 9)
-# By the reciprocal of a typical posterior variance.
-_KAPPAS = np.concatenate([[0.0], np.logspace(-3, 4, 22), [np.inf]])
 
 
 class Surrogate(AbstractSurrogate):
@@ -227,11 +223,18 @@ def fit_surrogate(
     if not stragglers:
         raise ValueError("there are no stragglers to fit the surrogate to")
     several = isinstance(cheap_model, Sequence)
-    candidates = [as_surrogate(each) for each in (cheap_model if several else [cheap_model])]
+    candidates = [
+        each if isinstance(each, AbstractSurrogate) else Surrogate(each)
+        for each in (cheap_model if several else [cheap_model])
+    ]
     own = record_answers(model, code, x, batch_size=batch_size)
     masks, _ = draw_sets(stragglers, key, code.num_workers, num_sets)
-    kappas = jnp.asarray(_KAPPAS / _typical_variance(code, masks), own.coded.dtype)
-    grid = [jnp.asarray(axis).ravel() for axis in np.meshgrid(_THETAS, kappas, indexing="ij")]
+    # Kappa goes by the reciprocal of a typical variance: the mean of the sets' largest finite ones.
+    variance = np.asarray(jax.jit(jax.vmap(code.posterior_variance))(masks))
+    typical = float(np.mean(np.max(np.where(np.isfinite(variance), variance, 0), axis=1))) or 1.0
+    kappas = np.concatenate([[0.0], np.logspace(-3, 4, 22), [np.inf]]) / typical
+    grid = np.meshgrid(np.linspace(0, 1, 9), kappas, indexing="ij")
+    grid = [jnp.asarray(axis.ravel(), own.coded.dtype) for axis in grid]
     found = []
     for candidate in candidates:
         prior = group_prior_of_points(candidate, code, x, batch_size=batch_size)
@@ -242,11 +245,6 @@ def fit_surrogate(
         numbers = trust(grid[0][best], grid[1][best])
         found.append((rank, eqx.tree_at(lambda s: (s.theta, s.kappa), candidate, numbers)))
     return min(found, key=lambda entry: entry[0])[1]
-
-
-def as_surrogate(given: Model | AbstractSurrogate) -> AbstractSurrogate:
-    """Return a cheap model as a surrogate; raise ValueError for what is not callable."""
-    return given if isinstance(given, AbstractSurrogate) else Surrogate(given)
 
 
 def group_prior_of_points(
@@ -281,13 +279,6 @@ def _expect(
     surrogate: AbstractSurrogate, code: AbstractCode, groups: PyTree, encoder: ArrayLike | None
 ) -> AbstractGroupPrior:
     return surrogate.group_prior(groups, encode_groups(code, groups, encoder))
-
-
-def _typical_variance(code: AbstractCode, masks: Bool[Array, "sets num_workers"]) -> float:
-    """Return the mean over sets of the largest finite posterior variance; 1 if there is none."""
-    variance = np.asarray(jax.jit(jax.vmap(code.posterior_variance))(masks))
-    largest = np.max(np.where(np.isfinite(variance), variance, 0), axis=1)
-    return float(np.mean(largest)) or 1.0
 
 
 @eqx.filter_jit

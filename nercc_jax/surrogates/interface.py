@@ -156,10 +156,10 @@ class AbstractLearner(AbstractSurrogate):
     def prior_deviation(
         self, x: PyTree[Shaped[Array, "groups num_data ..."]]
     ) -> Float[Array, "groups num_data"]:
-        return outputs_of_groups(lambda points: self.predict(points)[1], x)
+        return jnp.asarray(outputs_of_groups(lambda points: self.predict(points)[1], x))
 
     def outputs(self, x: PyTree[Shaped[Array, "points ..."]]) -> PyTree[Float[Array, "points ..."]]:
-        return self.predict(x)[0]
+        return jax.tree.map(jnp.asarray, self.predict(x)[0])
 
 
 class FixedOutputs(AbstractGroupPrior):
@@ -185,8 +185,8 @@ def check_like(cheap: Form, own: Form) -> None:
 
 
 def outputs_of_groups(
-    model: Model, groups: PyTree[Shaped[Array, "groups size ..."]]
-) -> PyTree[Float[Array, "groups size ..."]]:
+    model: Model, groups: PyTree[Shaped[Any, "groups size ..."]]
+) -> PyTree[Float[Any, "groups size ..."]]:
     """Return the outputs of a model of batches on groups of data points."""
     shape = jax.tree.leaves(groups)[0].shape[:2]
     flat = model(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups))

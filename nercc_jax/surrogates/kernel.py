@@ -1,0 +1,253 @@
+"""Covariance functions for regression over inputs, and the features that inputs are compared by.
+
+This is our own code, since tinygp 0.3 and GPJax 1.0 factorize the whole window whenever they
+condition, and have no mask and no window of rows; what would be left of them is these formulas.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import ArrayLike, Bool, Float, Int, PyTree, Shaped
+
+from ..codes._checks import check_count
+from ..codes._trees import is_float, join, leaves_of
+from ..evaluation._criteria import root_mean_square, safe_sqrt
+from ..splines.arrays import namespace, product, working_dtype
+
+Function: TypeAlias = Callable[[PyTree], PyTree]
+Shape: TypeAlias = Literal["squared_exponential", "matern32", "matern52"]
+
+
+class Kernel(eqx.Module):
+    """A covariance function of features, in units of the process's variance.
+
+        k(a, b) = shape(|a - b|) + linear (a . b),   features less `centre`, over `unit` and width
+
+    `fit_learner` tunes the widths, `linear` and `noise`.
+
+    Attributes:
+        shape: "squared_exponential" (exp(-r^2/2)), "matern32" or "matern52".
+        groups: Which of the widths each feature has.
+        centre: What is subtracted from the features.
+        unit: The distance in each feature that a width of 1 means.
+        widths: The widths of the groups of features, in their units.
+        linear: The weight of a straight line; 0 for none.
+        noise: The variance of what the kernel does not explain.
+    """
+
+    shape: Shape = eqx.field(static=True)
+    groups: Int[Any, " features"]
+    centre: Float[Any, " features"]
+    unit: Float[Any, " features"]
+    widths: Float[Any, " widths"]
+    linear: Float[Any, ""]
+    noise: Float[Any, ""]
+
+    def __init__(
+        self,
+        shape: Shape = "matern52",
+        *,
+        centre: Float[ArrayLike, " features"],
+        unit: Float[ArrayLike, " features"] | float = 1.0,
+        widths: Float[ArrayLike, " widths"] | Sequence[float] = (1.0,),
+        groups: Int[ArrayLike, " features"] | Sequence[int] | None = None,
+        linear: Float[ArrayLike, ""] = 0.0,
+        noise: Float[ArrayLike, ""] = 1e-4,
+    ):
+        """Make a kernel.
+
+        Without `groups` all features share one width, or each has its own where there are as many.
+
+        Raises:
+            ValueError: The shape is unknown, groups do not fit, units, widths or noise are not
+                positive, or `linear` is negative.
+        """
+
+        def leaf(value: Any, dtype: type) -> Any:
+            """Return NumPy's array, or JAX's where a part of the value is one."""
+            xp = namespace(*jax.tree.leaves(value))
+            return xp.asarray(value, jax.dtypes.canonicalize_dtype(dtype))
+
+        self.shape = check_shape(shape)
+        self.centre, self.widths = leaf(centre, float), leaf(widths, float)
+        self.linear, self.noise = leaf(linear, float), leaf(noise, float)
+        unit = leaf(unit, float)
+        self.unit = namespace(unit).broadcast_to(unit, self.centre.shape)
+        features, number = len(self.centre), len(self.widths)
+        if groups is None:
+            groups = np.arange(features) if number == features else np.zeros(features, int)
+        self.groups = leaf(groups, int)
+        if self.groups.shape != (features,):
+            raise ValueError(
+                f"groups must name a width for each of {features} features, not {groups}"
+            )
+        if not isinstance(self.groups, Tracer) and features:
+            least, most = int(np.min(self.groups)), int(np.max(self.groups))
+            if least < 0 or most >= number:
+                raise ValueError(
+                    f"groups name widths {least} to {most}, of which there are {number}"
+                )
+        for name in ("unit", "widths", "noise", "linear"):
+            value = getattr(self, name)
+            if isinstance(value, Tracer):
+                continue
+            numbers = np.asarray(value)
+            enough = numbers >= 0 if name == "linear" else numbers > 0
+            if not np.all(enough & np.isfinite(numbers)):
+                wanted = "0 or positive" if name == "linear" else "positive"
+                raise ValueError(f"{name} must be {wanted} and finite, not {value}")
+
+    def __call__(
+        self, a: Float[Any, "*groups p features"], b: Float[Any, "*groups q features"]
+    ) -> Float[Any, "*groups p q"]:
+        """Return the covariances of outputs at a with those at b, without noise.
+
+        On the host, where the kernel's own arrays are NumPy's, this is computed in float64.
+        """
+        a, b = self.scaled(a), self.scaled(b)
+        xp = namespace(a, b)
+        inner = product(a, xp.swapaxes(b, -1, -2))
+        square = xp.sum(a**2, axis=-1)[..., :, None] + xp.sum(b**2, axis=-1)[..., None, :]
+        return covariances(self.shape, xp.maximum(square - 2 * inner, 0)) + self.linear * inner
+
+    def variance(self, a: Float[Any, "p features"]) -> Float[Any, " p"]:
+        """Return the variances of outputs at a, without noise."""
+        a = self.scaled(a)
+        return 1 + self.linear * namespace(a).sum(a**2, axis=1)
+
+    def scaled(self, a: Float[Any, "*groups p features"]) -> Float[Any, "*groups p features"]:
+        """Return features in units of the kernel's widths."""
+        if namespace(a, self.centre) is np:
+            a = a.astype(np.float64)
+        return (a - self.centre) / (self.unit * self.widths[self.groups])
+
+    def same(
+        self, a: Float[Any, "p features"], b: Float[Any, "q features"], tolerance: float = 1e-5
+    ) -> Bool[Any, "p q"]:
+        """Return which inputs differ by no more than rounding.
+
+        Distances by products of matrices, as in covariances, are no exact 0 in float32. So inputs
+        are compared coordinate by coordinate, or where they have more than eight along eight
+        directions.
+
+        Args:
+            a: Features.
+            b: Other features.
+            tolerance: Inputs nearer than this, in widths of the kernel, are the same input.
+                Rounding of float32 moves inputs by less than the default, and a kernel that takes
+                them apart would judge itself on copies of its own pairs.
+        """
+        a, b = self.scaled(a), self.scaled(b)
+        features = a.shape[1]
+        if features > 8:
+            draws = np.random.default_rng(0).normal(size=(features, 8)) / np.sqrt(features)
+            draws = draws.astype(a.dtype)
+            a, b = product(a, draws), product(b, draws)
+        xp = namespace(a, b)
+        alike = xp.ones((len(a), len(b)), bool)
+        for one, other in zip(a.T, b.T, strict=True):
+            alike &= xp.abs(one[:, None] - other) <= tolerance
+        return alike
+
+
+def first_kernel(shape: Shape, z: Float[Any, "pairs features"]) -> Kernel:
+    """Return a kernel to start from, with one width, the square root of the number of features.
+
+    It is centred on the features, in units of their spreads.
+    """
+    features, xp = z.shape[1], namespace(z)
+    finite = xp.all(xp.isfinite(z), axis=1)[:, None]
+    centre = xp.sum(z, axis=0, where=finite) / xp.maximum(xp.sum(finite), 1)
+    spread = root_mean_square(z - centre, 0, finite)
+    typical = root_mean_square(spread) if features else xp.ones(())
+    # A feature that hardly varies here may vary later: its unit is not 0.
+    unit = xp.where(typical > 0, xp.maximum(spread, 1e-3 * typical), 1)
+    return Kernel(shape, centre=centre, unit=unit, widths=[float(np.sqrt(max(features, 1)))])
+
+
+def check_shape(shape: Shape) -> Shape:
+    """Return the shape; raise ValueError for an unknown one."""
+    if shape not in get_args(Shape):
+        known = ", ".join(get_args(Shape))
+        raise ValueError(f"a kernel's shape must be one of {known}, not {shape!r}")
+    return shape
+
+
+def covariances(shape: Shape, square: Float[Any, "..."]) -> Float[Any, "..."]:
+    """Return a kernel's shape at squared distances in units of its widths."""
+    xp = namespace(square)
+    if shape == "squared_exponential":
+        return xp.exp(-square / 2)
+    root = np.sqrt if xp is np else safe_sqrt  # in programs it has a derivative at 0
+    r = root((3 if shape == "matern32" else 5) * square)
+    return (1 + r if shape == "matern32" else 1 + r + r**2 / 3) * xp.exp(-r)
+
+
+class Projection(eqx.Module):
+    """An orthogonal projection of data points, as `features` of a learner.
+
+    Attributes:
+        centre: What is subtracted from the data points.
+        directions: Orthonormal directions.
+    """
+
+    centre: Float[Any, " floats"]
+    directions: Float[Any, "floats features"]
+
+    def __call__(self, x: PyTree[Shaped[Any, "points ..."]]) -> Float[Any, "points features"]:
+        return product(features_of(None, x) - self.centre, self.directions)
+
+
+def principal_components(
+    x: PyTree[Shaped[ArrayLike, "points ..."]], number: int = 64
+) -> Projection:
+    """Return the directions in which data points differ most.
+
+    Args:
+        x: Data points; parts that are no floats do not count.
+        number: The number of directions; there may be fewer.
+
+    Raises:
+        ValueError: There is no float, fewer than two data points, or the number is not positive.
+    """
+    number = check_count("number", number)
+    floats = np.asarray(features_of(None, jax.tree.map(np.asarray, x)), np.float64)
+    check_count("data points", len(floats), 2)
+    centre = floats.mean(axis=0)
+    deviations = floats - centre
+    few = min(number, *floats.shape)
+    # By whichever of the two products is smaller.
+    if len(floats) <= floats.shape[1]:
+        values, vectors = np.linalg.eigh(deviations @ deviations.T)
+        vectors = deviations.T @ vectors[:, ::-1]
+        values = values[::-1]
+        kept = values[:few] > 1e-10 * values[0]
+        directions = vectors[:, :few][:, kept] / np.sqrt(values[:few][kept])
+    else:
+        directions = np.linalg.eigh(deviations.T @ deviations)[1][:, ::-1][:, :few]
+    return Projection(centre.astype(np.float32), directions.astype(np.float32))
+
+
+def features_of(
+    features: Function | None, x: PyTree[Shaped[Any, "points ..."]]
+) -> Float[Any, "points d"]:
+    """Return the features of data points as vectors: their own floats without a function."""
+    found = x if features is None else features(x)
+    floats = [leaf for leaf in jax.tree.leaves(found) if is_float(leaf)]
+    if not floats:
+        raise ValueError("there is no float among the data points to learn by: give `features`")
+    vectors = join(floats, 1)[0]
+    return vectors.astype(working_dtype(vectors.dtype))
+
+
+def length_of(name: str, tree: PyTree) -> int:
+    """Return the number of rows of all leaves; raise ValueError where they differ."""
+    lengths = {leaf.shape[:1] for _, leaf in leaves_of(name, tree)}
+    if len(lengths) != 1 or () in lengths:
+        shapes = ", ".join(f"{label} {leaf.shape}" for label, leaf in leaves_of(name, tree))
+        raise ValueError(f"{name} must have as many rows in every part: {shapes}")
+    return lengths.pop()[0]
