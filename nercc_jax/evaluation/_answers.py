@@ -39,7 +39,7 @@ from ..inference.models import (
     current_conditions,
 )
 from ..splines.arrays import native
-from ._criteria import Criterion, labels_of, point_criterion, same_labels
+from ._criteria import Criterion, agree_on_labels, labels_of, point_criterion, same_labels
 
 Run: TypeAlias = Callable[[PyTree], PyTree]  # a model for any number of data points: `batched`
 
@@ -94,10 +94,7 @@ class Answers(eqx.Module):
         self, decoded: Float[Array, "*lead groups num_data m"]
     ) -> Bool[Array, "*lead groups num_data"]:
         """Return which decoded labels are the model's own."""
-        decoded, own = jnp.broadcast_arrays(decoded, self.own)
-        axes = decoded.ndim - 1
-        mine, theirs = (labels_of(self.form.split(each), axes) for each in (decoded, own))
-        return same_labels(mine, theirs, axes)
+        return agree_on_labels(*jnp.broadcast_arrays(decoded, self.own), self.form)
 
     def losses(
         self, available: Bool[Array, "sets num_workers"], criterion: Criterion

@@ -17,7 +17,7 @@ from ..codes._kept import CachedMatrices, known_encoder
 from ..codes._trees import Form, join, points_of, to_device
 from ..evaluation import record_answers
 from ..evaluation._answers import cut_groups
-from ..evaluation._criteria import labels_of, root_mean_square, row_errors, same_labels
+from ..evaluation._criteria import agree_on_labels, root_mean_square, row_errors
 from ..evaluation._objective import draw_sets
 from ..inference import cast_model
 from ..inference.models import Model, call_model, check_model, current_conditions, run_workers
@@ -126,7 +126,6 @@ def _observe_errors(
     prepared, coded = scheme.encode(x, encoder)
     y = run_workers(workers, scheme.code, coded)
     own, form = join(scheme.groups(call_model(model, x), prepared), 2)
-    wanted = labels_of(form.split(own), 2)
 
     def of_set(mask: Array) -> tuple[Array, Array, Array]:
         available = jnp.broadcast_to(mask, (len(own), len(mask)))
@@ -134,7 +133,7 @@ def _observe_errors(
         decoded, deviation = judged.decoded, judged.deviation
         vectors = None if form.is_vector else form
         features = error_features(decoded.predictions, deviation, judged.cheap, vectors)
-        same = same_labels(labels_of(form.split(decoded.predictions), 2), wanted, 2)
+        same = agree_on_labels(decoded.predictions, own, form)
         return features, deviation == 0, ~same | ~decoded.recovered
 
     return form, jax.lax.map(of_set, masks)
