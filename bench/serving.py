@@ -81,8 +81,8 @@ SYSTEMS = (
     ),
     System(
         "coded (8, 4)",
-        "`nercc serve` with its defaults: NeRCC, interleaved and tuned; a straggler's query is decoded "
-        "if its label is expected to differ with at most 5 %, and sent again otherwise",
+        "`nercc serve` with its defaults: NeRCC, interleaved and tuned; a straggler's query is "
+        "decoded if its label is expected to differ with at most 5 %, and sent again otherwise",
         2.0,
         {},
     ),
