@@ -7,13 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _beyond_modes import Bench, Order
+from _beyond_modes import Bench, Model, Order
 from jaxtyping import Array, Bool, Float
 
 from nercc_jax import NeRCC, Scheme, fit_surrogate
 from nercc_jax.codes._kept import known_encoder
-from nercc_jax.evaluation._objective import draw_sets
-from nercc_jax.inference.models import Model
 from nercc_jax.schemes._scheme import PreparedInputs, assess_each
 from nercc_jax.surrogates import (
     Kernel,
@@ -89,8 +87,7 @@ def _tell_best(
     bench: Bench, mode: str, candidates: Sequence[Model | Learner], order: Order
 ) -> None:
     """Judge the scheme that has the fewest wrong labels where it is chosen."""
-    law, num_workers = bench.cell.law, bench.cell.num_workers
-    masks, _ = draw_sets(law, jax.random.key(6), num_workers, bench.work.sets)
+    masks = bench.cell.masks(6, bench.work.sets)
     choices: list[tuple[float, str, Scheme]] = []
     schemes = [*_mixed(bench, candidates, order), *_uncertain(bench, candidates)]
     for name, scheme in schemes:

@@ -22,10 +22,10 @@ from nercc_jax import (
 )
 from nercc_jax.evaluation import Answers, Estimate
 from nercc_jax.evaluation._answers import Recorder, batched, mean_losses
-from nercc_jax.evaluation._objective import draw_sets
 from nercc_jax.inference import order_points
 from nercc_jax.risk import ErrorProbability
 from nercc_jax.risk._error_probability import error_probability_from_answers, observe_errors
+from nercc_jax.stragglers import straggler_sets
 from nercc_jax.surrogates import Surrogate
 from nercc_jax.surrogates.interface import FixedOutputs
 from nercc_jax.tuning import Descent, LayoutTuning, Sampling
@@ -65,6 +65,10 @@ class Cell:
     @property
     def law(self) -> dict[str, ExactStragglers]:
         return {"law": ExactStragglers(self.stragglers)}
+
+    def masks(self, seed: int, at_most: int) -> Bool[Array, "sets num_workers"]:
+        key = jax.random.fold_in(jax.random.key(seed), 0)
+        return straggler_sets(self.law["law"], key, self.num_workers, at_most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Bench:
     def __init__(self, work: Workload, cell: Cell, log: Callable[[str], Any]):
         self.work, self.cell, self.log = work, cell, log
         self.rows: list[dict[str, Any]] = []
-        self.masks, _ = draw_sets(cell.law, jax.random.key(1), cell.num_workers, work.sets)
+        self.masks = cell.masks(1, work.sets)
         self._student = batched(work.student, 256)
         self._known: dict[tuple[Order, str], Any] = {}
 
@@ -167,7 +171,7 @@ class Bench:
         """Measure the paper's points with the best lambda_dec of a grid, by MSE."""
         shape = (self.cell.num_data, self.cell.num_workers)
         given = self.answers("choose", Order())
-        masks, _ = draw_sets(self.cell.law, jax.random.key(2), shape[1], self.work.sets)
+        masks = self.cell.masks(2, self.work.sets)
         # The decoder alone differs, and all answers are there.
         recorded = [given.of(NeRCC(*shape, lambda_dec=value)) for value in PUBLISHED]
         errors = [np.mean(mean_losses(each, masks, ("mse",))) for each in recorded]

@@ -19,7 +19,6 @@ from nercc_jax import AbstractCode, Berrut, NeRCC, Scheme, fit_surrogate
 from nercc_jax.codes import encode_groups
 from nercc_jax.codes._decoding import decode_vectors
 from nercc_jax.codes._kept import CachedMatrices, known_encoder
-from nercc_jax.evaluation._criteria import row_errors
 from nercc_jax.inference import order_points
 from nercc_jax.risk import ErrorBars
 from nercc_jax.schemes import AssessedPredictions, cross_validate_error_bars
@@ -385,8 +384,8 @@ class Bench:
     ) -> Numbers:
         found = Numbers(_rmse(predictions, draw))
         if bar is not None:
-            own = jnp.broadcast_to(draw.own, predictions.shape)
-            within = np.asarray(jax.vmap(row_errors)(predictions, own) <= bar)
+            error = jnp.sqrt(jnp.mean((predictions - draw.own) ** 2, axis=-1))
+            within = np.asarray(error <= bar)
             uncertain = np.asarray(bar) > 0
             share = float(np.mean(within[uncertain])) if uncertain.any() else None
             found = dataclasses.replace(found, covered=share, uncertain=int(uncertain.sum()))

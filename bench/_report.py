@@ -150,6 +150,18 @@ def block_bootstrap(
     return numbers(np.concatenate(blocks)), low, high
 
 
+def read_json(path: Path) -> Any:
+    """Return the results in a file; an empty dict where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def add_json(path: Path, news: Mapping[str, Any]) -> None:
+    """Add to the parts that the file has by now, as others may run at the same time."""
+    results = read_json(path)
+    parts = results.get("parts", {}) | news.get("parts", {})
+    write_json(path, results | news | {"parts": parts})
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_suffix(".partial")

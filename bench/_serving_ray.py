@@ -34,13 +34,13 @@ def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: 
         def __init__(self):
             import jax
 
-            from nercc_jax.cli._workload import load_worker_model
             from nercc_jax.pools import Faults
             from nercc_jax.pools._worker import Program, Worker, warm_up
             from nercc_jax.serving import make_servable
+            from nercc_models import load_model
 
-            model = load_worker_model("lenet5-digits", "logits")
-            self.servable = make_servable("lenet5-digits", model, model.network.input_shape)
+            model = load_model("lenet5-digits")
+            self.servable = make_servable("lenet5-digits", model, model.input_shape)
             self.program = Program((model,), jax.local_devices()[0], True)
             sizes = [1 << power for power in range(batch.bit_length())]
             shape = self.servable.inputs.shape

@@ -25,7 +25,6 @@ import fnmatch
 import functools
 import importlib.util
 import itertools
-import json
 import os
 import re
 import sys
@@ -38,7 +37,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _report import Contender, affordable, environment, interleaved, warmed, write_json
+from _report import Contender, affordable, environment, interleaved, read_json, warmed, write_json
 from flax import nnx
 from jax.experimental.topologies import get_topology_desc
 
@@ -328,7 +327,7 @@ def main() -> int:
             subject = f"{model} {_CODE}" + f" x {groups} groups" * (groups > 1)
             cases[f"inference: {subject}, float32"] = (subject, groups, inference(model, groups))
         path, results = RESULTS / "accelerator.json", time_all(cases)
-        kept = json.loads(path.read_text())["runs"]
+        kept = read_json(path)["runs"]
         older = kept.get(where["device"], {"cases": {}})["cases"]
         content = {
             "runs": kept | {where["device"]: {"environment": where, "cases": older | results}}
@@ -336,7 +335,7 @@ def main() -> int:
     else:
         path = RESULTS / f"compiled-{options.platform}.json"
         results = count_all(chosen, options.platform, device)
-        kept = json.loads(path.read_text())["programs"]
+        kept = read_json(path)["programs"]
         content = {"environment": where, "programs": kept | results}
     if options.update:
         write_json(path, content)

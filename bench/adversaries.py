@@ -22,9 +22,8 @@ results replace those in the file.
 
 import argparse
 import dataclasses
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _report import environment, write_json
+from _report import add_json, environment
 from _settings import PACKAGES, Setting
 
 from nercc_jax import AbstractCode, Berrut, NeRCC, Replication
@@ -365,23 +364,15 @@ def _rate_errors(
     return {"mse": squares.mean(axis=(1, 2)), "sup": squares.max(axis=(1, 2))}
 
 
-def _merge(path: Path, news: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to what the file has by now, as other parts may run at the same time."""
-    results = json.loads(path.read_text()) if path.exists() else {"parts": {}}
-    results["parts"] |= news.get("parts", {})
-    write_json(path, {**results, **{k: v for k, v in news.items() if k != "parts"}})
-    return json.loads(path.read_text())
-
-
 def main() -> None:
     options = _parse()
     path = RESULTS / ("adversaries-quick.json" if options.quick else "adversaries.json")
     size = QUICK if options.quick else FULL
     for setting in SETTINGS:
         if options.only in (None, setting.name):
-            _merge(path, {"parts": {setting.name: run_setting(setting, size, options.data_dir)}})
+            add_json(path, {"parts": {setting.name: run_setting(setting, size, options.data_dir)}})
     if options.only in (None, "rate"):
-        _merge(path, {"rate": rate(size)})
+        add_json(path, {"rate": rate(size)})
     print(f"results: {path}")
 
 

@@ -13,16 +13,14 @@ files (`models/data.py` says where).
 
 import argparse
 import dataclasses
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from _beyond_learners import Learners, learn, learners
 from _beyond_modes import Bench, Cell, Judged, Order, Workload
-from _report import environment, write_json
+from _report import environment, read_json, write_json
 from _settings import PACKAGES
 from rich.console import Console
 
@@ -104,7 +102,7 @@ def main() -> None:
                     measure(bench, name, outputs, size)
                 seconds = round(time.perf_counter() - start, 1)
                 # Another process may have measured another model by now.
-                results = _read(path)
+                results = read_json(path)
                 summary = results.setdefault(name, {})
                 summary |= {"outputs": outputs, "student": student_card(name)}
                 here = environment(PACKAGES)
@@ -117,10 +115,6 @@ def main() -> None:
                 console.log(f"{name} {cell.name}: {part} in {seconds} s")
                 jax.clear_caches()  # XLA maps memory for every program
     console.print(f"results: {path}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def workload(name: str, outputs: Outputs, size: Size, data_dir: Path) -> Workload:

@@ -33,7 +33,7 @@ import httpx
 import numpy as np
 import psutil
 import ray
-from _report import environment, write_json
+from _report import environment, read_json, write_json
 from ray import serve
 from ray._common.utils import reset_ray_address
 from ray._private import state
@@ -255,8 +255,8 @@ def main():
     else:
         about = {"rate": rate, "seconds": seconds, "environment": environment(PACKAGES)}
         content = {options.label: about | {"rows": nodes_die(seconds, rate)}}
-        if options.output is not None and options.output.is_file():
-            content = json.loads(options.output.read_text()) | content
+        if options.output is not None:
+            content = read_json(options.output) | content
     if options.output is not None:
         write_json(options.output, content)
 

@@ -14,7 +14,6 @@ import argparse
 import collections
 import dataclasses
 import fnmatch
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _report import environment, write_json
+from _report import environment, read_json, write_json
 from _tails_systems import Work, works
 
 from nercc_jax import NeRCC, Uncoded
@@ -86,7 +85,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     path = options.results
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = read_json(path)
     if fnmatch.fnmatch("monitor", options.only):
         found["monitor"] = [monitor(share) for share in (0.1, 0.05, 0.01)]
         write_json(path, found)

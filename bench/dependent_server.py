@@ -15,7 +15,6 @@ version. Needs MNIST as parquet files.
 import argparse
 import asyncio
 import fnmatch
-import json
 import os
 import tempfile
 import time
@@ -26,7 +25,7 @@ import aiohttp
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _report import environment, write_json
+from _report import environment, read_json, write_json
 from _serving_load import Rest
 from _serving_process import cpu_seconds, nercc_serve, running_on
 from _tails_systems import Work, works
@@ -203,7 +202,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=None)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    found = json.loads(options.results.read_text()) if options.results.exists() else {}
+    found = read_json(options.results)
     loaded: dict[bool, Work] = {}
     for case in _CASES:
         if not fnmatch.fnmatch(case, options.only):

@@ -13,7 +13,6 @@ results/functions.json, which docs/functions.md shows. CIFAR-10 needs its parque
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,12 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from _functions_cases import NAMES, SIMULATORS, Case, load
 from _functions_systems import ALONE, CELLS, NUM_DATA, Bench, Cell, Draw, Numbers, Size, picked
-from _report import environment, write_json
+from _report import environment, read_json, write_json
 from _settings import PACKAGES
 from rich.console import Console
 
 from nercc_jax import NeRCC, Scheme
-from nercc_jax.splines._ends import Ends
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -59,7 +57,7 @@ def measure(case: Case, size: Size, options: argparse.Namespace, path: Path, log
     for cell in [] if options.sweeps else CELLS:
         if options.cells and cell.name not in options.cells:
             continue
-        known = _read(path)[case.name]["cells"][cell.name] if options.learners else None
+        known = read_json(path)[case.name]["cells"][cell.name] if options.learners else None
         for summary in _measured(bench, cell, known):
             summary["seconds"] = round(time.perf_counter() - start, 1)
             summary["environment"] = environment(PACKAGES)
@@ -72,7 +70,7 @@ def measure(case: Case, size: Size, options: argparse.Namespace, path: Path, log
 
 def _keep(path: Path, case: Case, size: Size, found: dict[str, Any]) -> None:
     """Write what was found in addition to what is there already."""
-    results = _read(path)
+    results = read_json(path)
     summary = results.setdefault(case.name, {})
     summary |= {"about": case.about}
     if "cells" in found or "size" not in summary:
@@ -80,10 +78,6 @@ def _keep(path: Path, case: Case, size: Size, found: dict[str, Any]) -> None:
     summary.setdefault("environment", environment(PACKAGES))  # of older cells
     summary |= found | {"cells": summary.get("cells", {}) | found.get("cells", {})}
     write_json(path, results)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _measured(
@@ -140,8 +134,8 @@ def sweep(bench: Bench) -> dict[str, Any]:
     return {"picked": min(following, key=lambda name: np.mean(chosen[name])), "rmse": judged}
 
 
-def _sweeping(points: Any, follow: Any, ends: Ends = "natural") -> Scheme:
-    code = NeRCC(NUM_DATA, CELLS[0].num_workers, points=points, lambda_dec=0.0, ends=ends)
+def _sweeping(points: Any, follow: Any, **ends: Any) -> Scheme:
+    code = NeRCC(NUM_DATA, CELLS[0].num_workers, points=points, lambda_dec=0.0, **ends)
     return Scheme(code, follow=follow)
 
 

@@ -20,7 +20,6 @@ results/late_rows.json, which docs/dependent.md shows.
 """
 
 import argparse
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _functions_cases import EXPENSIVE, rows_of
-from _report import environment, write_json
+from _report import environment, read_json, write_json
 from _settings import PACKAGES
 
 from nercc_jax.compilation import enable_compilation_cache
@@ -166,7 +165,7 @@ def main() -> None:
         for name in options.only
     ]
     about = {"workers": WORKERS, "seconds": SECONDS, "delay": DELAY, "at_once": options.at_once}
-    found = json.loads(options.output.read_text())["cells"] if options.resume else []
+    found = read_json(options.output).get("cells", []) if options.resume else []
     known = {(cell["function"], cell["law"], cell["seed"]) for cell in found}
     wanted = [each for each in wanted if (each[0], each[1], each[3]) not in known]
     with ThreadPoolExecutor(options.at_once) as runs:

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from _report import environment, write_json
+from _report import add_json, environment
 from _settings import GRID, NUMBERS, PACKAGES, PAPER, PARM, Setting
 from jaxtyping import Array, PRNGKeyArray
 from rich.console import Console
@@ -46,7 +46,6 @@ from nercc_jax import (
     tune,
 )
 from nercc_jax.cli._options import Outputs
-from nercc_jax.cli._output import steps_bar
 from nercc_jax.cli._workload import WorkerModel, load_worker_model
 from nercc_jax.codes import BerrutSpline
 from nercc_jax.evaluation import Estimate, Evaluation, Evaluations
@@ -101,13 +100,13 @@ def main() -> None:
                 setting, size, options.data_dir, console, path.parent,
                 kinds=kinds, known=known, further=options.figure is None, again=options.again,
             )  # fmt: skip
-            _merge(path, {"parts": {setting.name: part}})
+            add_json(path, {"parts": {setting.name: part}})
             console.print(f"picture: {draw(part, pictures, setting)}")
     if options.only in (None, "convergence") and not (
         options.evaluate or options.again or options.figure
     ):
         measured = _convergence.measure(options.quick, options.data_dir, console.log)
-        _merge(path, {"convergence": measured})
+        add_json(path, {"convergence": measured})
     console.print(f"results: {path}")
 
 
@@ -157,7 +156,7 @@ def run_setting(
     part["environment"] = known["environment"] if again and known else environment(PACKAGES)
     for outputs in kinds:
         start = time.perf_counter()
-        with steps_bar(console) as bar:
+        with Progress(console=console) as bar:
             bar.add_task(f"{outputs}: the model and its images", total=None)
             data = Data.load(setting, size, outputs, data_dir)
             old = known[outputs] if known else None
@@ -472,14 +471,6 @@ class _Noise(eqx.Module):
 
     def __call__(self, answers: Array, key: PRNGKeyArray) -> Array:
         return answers + self.sigma * jax.random.normal(key, answers.shape, answers.dtype)
-
-
-def _merge(path: Path, news: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to what the file has by now, as other parts may run at the same time."""
-    results = json.loads(path.read_text()) if path.exists() else {"parts": {}}
-    results["parts"] |= news.get("parts", {})
-    write_json(path, {**results, **{k: v for k, v in news.items() if k != "parts"}})
-    return json.loads(path.read_text())
 
 
 def _parse() -> argparse.Namespace:

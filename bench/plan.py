@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _report import environment, write_json
+from _report import environment, read_json, write_json
 from scipy.stats import binom
 
 from nercc_jax import DevicePool
@@ -268,8 +268,7 @@ def main() -> None:
     seen = run_plan(summary.plan, summary.data_dir, summary.batches)
     print(json.dumps(seen, indent=1))
     name = ", ".join(str(seen["about"][part]) for part in ("model", "latency", "seed"))
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    write_json(RESULTS, found | {name: {"environment": environment(PACKAGES)} | seen})
+    write_json(RESULTS, read_json(RESULTS) | {name: {"environment": environment(PACKAGES)} | seen})
 
 
 if __name__ == "__main__":

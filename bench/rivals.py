@@ -27,9 +27,9 @@ from _report import environment, write_json
 from _settings import PACKAGES, Setting
 from jaxtyping import Bool, Float
 from rich.console import Console
+from rich.progress import Progress
 
 from nercc_jax import AbstractCode, Berrut, NeRCC
-from nercc_jax.cli._output import steps_bar
 from nercc_jax.codes import BerrutSpline, encode_groups
 from nercc_jax.codes._groups import decode_sets
 from nercc_jax.stragglers import straggler_sets
@@ -61,7 +61,7 @@ class Scores:
 
 def codes_of(data: paper.Data, seeds: int, console: Console) -> dict[str, list[AbstractCode]]:
     """Return the codes by name, one for each tuning seed."""
-    with steps_bar(console) as bar:
+    with Progress(console=console) as bar:
 
         def tuned(code: Any, name: str) -> list[AbstractCode]:
             return [

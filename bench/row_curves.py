@@ -18,7 +18,6 @@ if a row's outputs are off together. Writes results/row_curves.json, which docs/
 
 import argparse
 import contextlib
-import json
 import threading
 import time
 import warnings
@@ -29,7 +28,7 @@ from unittest import mock
 
 import numpy as np
 from _functions_cases import EXPENSIVE, rows_of
-from _report import environment, write_json
+from _report import environment, read_json, write_json
 from _settings import PACKAGES
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern, WhiteKernel
@@ -165,7 +164,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     enable_compilation_cache()  # as the `nercc` command does
-    found = json.loads(options.output.read_text())["cells"] if options.resume else []
+    found = read_json(options.output).get("cells", []) if options.resume else []
     known = {(cell["function"], cell["share"], cell["seed"]) for cell in found}
     for share, draws in zip(options.tolerances, options.draws, strict=True):
         for seed in range(draws):

@@ -19,7 +19,6 @@ import collections
 import dataclasses
 import fnmatch
 import functools
-import json
 import os
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from _balancers import Balancer
 from _laws import RECORDED, SERVICES, Law, large_queries, laws
-from _report import block_bootstrap, environment, write_json
+from _report import block_bootstrap, environment, read_json, write_json
 from _tails_systems import ANY, System, Work, parity_models, rivals, systems, tune_rivals, works
 
 from nercc_jax.pools import AbstractPool, DevicePool, Fault, Faults, RayPool
@@ -165,7 +164,7 @@ def record(work: Work) -> None:
 
 def _keep(path: Path, ground: str, cell: str, measured: dict[str, Any], load: Load) -> None:
     """Write a cell, with what was measured by other seeds if there is anything."""
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = read_json(path)
     cells = found.setdefault(ground, {})
     if ground == "services":
         seeds = cells.get(cell, {}).get("seeds", {}) | {str(load.seed): measured}
@@ -198,7 +197,7 @@ def over_seeds(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _picks(work: Work, law_name: str, load: Load, path: Path) -> dict[str, Any]:
     """Return the rivals' parameters for a law, from the file, or by tuning them."""
-    found = json.loads(path.read_text()).get("tuned", {})
+    found = read_json(path).get("tuned", {})
     place = f"{law_name}, {load.service}"
     if place in found:
         return found[place]
@@ -209,7 +208,7 @@ def _picks(work: Work, law_name: str, load: Load, path: Path) -> dict[str, Any]:
         at = dataclasses.replace(load, service=_PREQUAL_AT)
         known = _picks(work, law_name, at, path)["Prequal"]
     picks = tune_rivals(lambda system: serve(work, system, law, other, rounds=0), known)
-    whole = json.loads(path.read_text())
+    whole = read_json(path)
     whole.setdefault("tuned", {})[place] = picks
     write_json(path, whole)
     print("tuned", place, picks, flush=True)

@@ -21,7 +21,6 @@ Writes results/tuning.json (--quick: tuning-quick.json), which docs/results.md s
 
 import argparse
 import dataclasses
-import json
 import sys
 import tempfile
 import time
@@ -39,7 +38,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _report import CompileCounter, environment, write_json
+from _report import CompileCounter, environment, read_json, write_json
 from _settings import GRID, NUMBERS, PACKAGES, PAPER, Setting
 
 from nercc_jax import NeRCC, tune
@@ -287,7 +286,7 @@ def main() -> None:
     chosen = (PAPER[0], PAPER[4]) if options.quick else PAPER
     chosen = [s for s in chosen if not options.only or s.name in options.only]
     path = _RESULTS / ("tuning-quick.json" if options.quick else "tuning.json")
-    results: dict[str, Any] = _known(path) if options.only else {"parts": {}}
+    results: dict[str, Any] = (read_json(path) if options.only else {}) or {"parts": {}}
     counter, start = CompileCounter(), time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:
         jax.config.update("jax_compilation_cache_dir", cache)
@@ -298,7 +297,7 @@ def main() -> None:
 
             part = run_setting(setting, size, options.outputs, options.data_dir, counter, log)
             if options.only:  # another process may have added settings by now
-                results = _known(path)
+                results = read_json(path) or {"parts": {}}
             parts = results["parts"] | {setting.name: part}
             results["parts"] = {s.name: parts[s.name] for s in PAPER if s.name in parts}
             missing = [dataclasses.asdict(s) for s in PAPER if s.name not in parts]
@@ -309,10 +308,6 @@ def main() -> None:
     for part in results["parts"].values():
         table.add_row(*row(outcome_of(part)))
     Console().print(table)
-
-
-def _known(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {"parts": {}}
 
 
 def _parse() -> argparse.Namespace:

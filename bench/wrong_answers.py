@@ -21,7 +21,6 @@ Writes results/wrong_answers.json (--quick: wrong_answers-quick.json).
 
 import argparse
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ import _lying_models as lies
 import equinox as eqx
 import numpy as np
 from _functions_cases import EXPENSIVE, load
-from _report import environment, write_json
+from _report import environment, read_json, write_json
 from _settings import PACKAGES
 
 from nercc_jax.pools import DevicePool, Fault, Faults, run_rows
@@ -337,7 +336,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # one for each worker that is fenced
     path = RESULTS / ("wrong_answers-quick.json" if options.quick else "wrong_answers.json")
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept = read_json(path)
     if options.runs:
         found = kept | {"runs": []}
         for name in EXPENSIVE:
