@@ -360,7 +360,7 @@ def test_what_cannot_be_compared_is_refused(start, key):
 
 # -- Tuning ----------------------------------------------------------------------------------------
 
-SAMPLING = Sampling(sets_per_step=5, held_out_sets=10)
+SAMPLING = Sampling(groups_per_step=2, sets_per_step=5, held_out_sets=10)
 OPTIONS = {"sampling": SAMPLING, "descent": Descent(steps=12, check_every=4)}
 
 
@@ -375,11 +375,11 @@ def runs(start):
 
     key = jax.random.key(3)
     moved = nj.tune(
-        counted, start, DATA, LAWS, key=key, points=True,
+        counted, (start,), DATA, LAWS, key=key,
         on_step=lambda step, code: steps.append((step, code)), **OPTIONS,
     )  # fmt: skip
     number = len(traces)
-    fixed = nj.tune(model, start, DATA, LAWS, key=key, **OPTIONS)
+    fixed = nj.tune(model, start, DATA, LAWS, key=key, points=False, **OPTIONS)
     return moved, fixed, number, steps
 
 
@@ -422,15 +422,67 @@ def test_all_steps_share_one_compilation(runs):
 
 
 def test_one_seed_gives_one_code_to_the_last_bit(runs, start):
-    again = nj.tune(model, start, DATA, LAWS, key=jax.random.key(3), points=True, **OPTIONS)
+    again = nj.tune(model, (start,), DATA, LAWS, key=jax.random.key(3), **OPTIONS)
     assert jax.tree.structure(again.code) == jax.tree.structure(runs[0].code)
     for one, other in zip(jax.tree.leaves(again.code), jax.tree.leaves(runs[0].code), strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
     other = nj.tune(
-        model, start, DATA, LAWS, key=jax.random.key(4), points=True, sampling=SAMPLING,
+        model, (start,), DATA, LAWS, key=jax.random.key(4), sampling=SAMPLING,
         descent=Descent(steps=4, check_every=4),
     )  # fmt: skip
     assert not np.array_equal(other.code.beta, again.code.beta)
+
+
+def test_a_code_is_tuned_from_its_own_points_and_from_workers_on_the_data_points(key):
+    seen = []
+    code, few = nj.NeRCC(K, N), {"sampling": SAMPLING, "descent": Descent(steps=3)}
+    tuned = nj.tune(
+        model, code, DATA, LAWS, key=key, on_step=lambda step, code: seen.append(code), **few
+    )
+    own, placed = (np.asarray(seen[place].beta) for place in (0, 4))
+    np.testing.assert_allclose(own, code.beta, atol=1e-6)
+    moved = np.abs(placed - own) > 1e-3
+    assert np.sum(moved) == K
+    assert set(np.asarray(seen[4].alpha)) <= set(placed)
+    assert [step.step for step in tuned.history] == [0, 1, 2, 3, 0, 1, 2, 3]
+    (alone,) = {nj.tune(model, (each,), DATA, LAWS, key=key, **few).objective for each in (code,)}
+    assert tuned.objective <= alone
+    with pytest.raises(ValueError, match="several starts must be codes of one kind, with the same"):
+        nj.tune(model, (code, nj.NeRCC(K, N + 1)), DATA, LAWS, key=key)
+
+
+def test_any_optimizer_and_lbfgs_lower_the_error_from_the_same_start(start, untyped):
+    options = {"key": jax.random.key(3), "sampling": SAMPLING}
+    slow = optax.chain(optax.clip(1.0), optax.sgd(0.1))
+    by_sgd = nj.tune(
+        model, (start,), DATA, LAWS, optimizer=slow, descent=Descent(steps=12), **options
+    )
+    assert by_sgd.objective < 1
+    better = nj.tune(
+        model, (start,), DATA, LAWS, optimizer="lbfgs", descent=Descent(steps=12), **options
+    )
+    assert better.objective < by_sgd.objective
+    values = [step.objective for step in better.history if step.objective is not None]
+    assert values == sorted(values, reverse=True), "one draw, on which each step goes down"
+    with pytest.raises(ValueError, match="optimizer must be 'adam', 'lbfgs' or an optax transf"):
+        nj.tune(model, start, DATA, LAWS, optimizer="newton", **options)
+
+
+def test_convergence_is_judged_on_the_held_out_groups(start):
+    options = {"key": jax.random.key(3), "sampling": SAMPLING}
+    still = Descent(steps=16, check_every=2, learning_rate=1e-9)
+    assert nj.tune(model, (start,), DATA, LAWS, descent=still, **options).converged
+    options |= {"optimizer": optax.adam(0.02), "descent": Descent(steps=16, check_every=2)}
+    assert not nj.tune(model, (start,), DATA, LAWS, **options).converged, "it is on its way"
+
+
+def test_laws_without_an_error_are_left_out(key):
+    code = nj.NeRCC(K, N, points="repeated", lambda_dec=0.0, exact=True)
+    few = {"key": key, "sampling": SAMPLING, "descent": Descent(steps=3)}
+    tuned = nj.tune(model, code, DATA, LAWS, **few)
+    assert tuned.history[0].held_out == pytest.approx(1, abs=1e-3)
+    with pytest.raises(ValueError, match="nothing to gain: the starting code makes no error"):
+        nj.tune(model, code, DATA, {"0": LAWS["0"]}, **few)
 
 
 def test_steps_that_are_not_finite_change_nothing_and_are_reported():
@@ -445,7 +497,7 @@ def test_steps_that_are_not_finite_change_nothing_and_are_reported():
     shifts = []
     with pytest.warns(RuntimeWarning, match=r"\d+ of 30 steps were rejected"):
         tuned = nj.tune(
-            fragile, code, x, LAWS, key=key, points=True, sampling=SAMPLING,
+            fragile, (code,), x, LAWS, key=key, sampling=SAMPLING,
             descent=Descent(steps=30, check_every=1, stop_after=31),
             on_step=lambda step, code: shifts.append(step),
         )  # fmt: skip
@@ -462,7 +514,7 @@ def test_steps_that_are_not_finite_change_nothing_and_are_reported():
 
 def test_tuning_stops_when_nothing_gets_better(key):
     tuned = nj.tune(
-        model, nj.Berrut(K, N), DATA, LAWS, key=key, points=True, sampling=SAMPLING,
+        model, (nj.Berrut(K, N),), DATA, LAWS, key=key, sampling=SAMPLING,
         descent=Descent(steps=40, learning_rate=12.0, check_every=1, stop_after=3),
     )  # fmt: skip
     assert len(tuned.history) <= 6
@@ -518,7 +570,7 @@ def test_tuning_by_groups_never_mixes_them(key):
     grouped = {"sampling": dataclasses.replace(SAMPLING, grouped=True)}
     tuned = nj.tune(fragile, nj.Berrut(K, N), x, LAWS, **options | grouped)
     assert tuned.rejected == 0
-    assert len(tuned.history) == 13
+    assert len(tuned.history) == 2 * 13, "from two starts"
     with pytest.raises(ValueError, match="finite answers on coded data points"):
         nj.tune(fragile, nj.Berrut(K, N), x, LAWS, **options)
 

@@ -35,7 +35,7 @@ class Descent:
 
     steps: int = 300
     learning_rate: float = 0.3
-    points_rate: float = 0.5
+    points_rate: float = 0.25
     check_every: int = 10
     stop_after: int | None = None
     tolerance: float = 0.01

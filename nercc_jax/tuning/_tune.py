@@ -156,6 +156,10 @@ def tune(
     trial = _trial_of_errors(model, first, held, stragglers, key_held, sampling, criterion, power)
 
     lbfgs = isinstance(optimizer, str) and optimizer == "lbfgs"
+    if isinstance(optimizer, str) and optimizer not in ("adam", "lbfgs"):
+        raise ValueError(
+            f"optimizer must be 'adam', 'lbfgs' or an optax transformation, not {optimizer!r}"
+        )
     drawn = sampling.times(4, 2) if lbfgs else sampling
     objective, points_left = _objective(drawn, stragglers), len(jax.tree.leaves(training)[0])
     if isinstance(optimizer, str):
