@@ -25,6 +25,7 @@ import functools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ _SEED = 20240204
 _NEW_SETS = 50
 _KNOTS = (1_000, 10_000, 100_000)
 _KNOT_COORDINATES = (1, 64)
+_GRADIENT_KNOTS = (20, 100, 10_000)
 _PACKAGES = ("nercc-jax", "jax", "jaxlib", "equinox", "numpy", "scipy", "csaps")
 _BROKEN = "one answer NaN"
 # Larger differences, relative to the largest value, would mean that not the same thing is timed.
@@ -451,6 +453,60 @@ def _linear_fits(knots: int, coordinates: int) -> tuple[Contender, Contender]:
     return ours, Contender(fit_scipy)
 
 
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """A smoothing spline's value, and its value and gradient in log lambda, at one number of knots.
+
+    First calls are in CPU seconds, tracing and compiling included.
+    """
+
+    knots: int
+    first_gradient_s: float
+    first_hessian_s: float | None  # of the fewest knots only
+    forward: Timing
+    gradient: Timing
+
+
+def measure_gradients(repeats: int) -> list[Gradient]:
+    """Time the spline of a wave on Chebyshev points, forward and with its gradient, in turn."""
+    found = []
+    for knots in _GRADIENT_KNOTS:
+        t = jnp.cos((2 * jnp.arange(knots) + 1) * jnp.pi / (2 * knots))
+        y, log_lambda = jnp.sin(5 * t), jnp.log(1e-3)
+
+        # The data are arguments, or XLA would work out at compile time what depends on them only.
+        def loss(log_lambda: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+            return smoothing_spline(t, y, jnp.exp(log_lambda)).values @ jnp.cos(7 * t)
+
+        forward, gradient = jax.jit(loss), jax.jit(jax.value_and_grad(loss))
+        given, start = (log_lambda, t, y), time.process_time()
+        _wait(gradient(*given))
+        first, hessian = time.process_time() - start, None
+        if knots == _GRADIENT_KNOTS[0]:
+            start = time.process_time()
+            _wait(jax.jit(jax.hessian(loss))(*given))
+            hessian = time.process_time() - start
+        calls = {
+            name: warmed(Contender(lambda f=f, given=given: _wait(f(*given))))
+            for name, f in (("forward", forward), ("gradient", gradient))
+        }
+        timed = interleaved(calls, repeats)
+        found.append(Gradient(knots, first, hessian, timed["forward"], timed["gradient"]))
+    return found
+
+
+def gradient_lines() -> int:
+    """Return the lines of StableHLO of a decode's gradient in the code and the answers."""
+    code = SETTINGS[0].code()
+    y, mask = jnp.ones((code.num_workers, 10)), jnp.ones(code.num_workers, bool)
+
+    def loss(code: NeRCC, y: jax.Array, mask: jax.Array) -> jax.Array:
+        return jnp.sum(code.decode(y, mask) ** 2)
+
+    lowered = jax.jit(jax.grad(loss, allow_int=True)).lower(code, y, mask)
+    return len(lowered.as_text().splitlines())
+
+
 # --- telling
 
 
@@ -463,7 +519,9 @@ class Target:
     met: bool
 
 
-def targets(measured: Sequence[Measured], linear: Sequence[Linear]) -> list[Target]:
+def targets(
+    measured: Sequence[Measured], linear: Sequence[Linear], gradients: Sequence[Gradient]
+) -> list[Target]:
     found = []
     for one in measured:
         what = f"{one.task.direction} {one.task.setting.name}"
@@ -481,6 +539,12 @@ def targets(measured: Sequence[Measured], linear: Sequence[Linear]) -> list[Targ
     for coordinates, factor in _spreads(linear).items():
         text = f"O(n) form, coordinates: {coordinates}; slowest / fastest ns per knot <= 2"
         found.append(Target(text, factor, factor <= 2))
+    for one in gradients:
+        factor = one.gradient.ratio(one.forward)
+        text = f"value and gradient / value, {one.knots:,} knots <= 1.3"
+        found.append(Target(text, factor, factor <= 1.3))
+        if (hessian := one.first_hessian_s) is not None:
+            found.append(Target("first Hessian, CPU s <= 4", hessian, hessian <= 4))
     return found
 
 
@@ -570,6 +634,17 @@ def linear_table(linear: Sequence[Linear]) -> Table:
     return table
 
 
+def gradient_table(gradients: Sequence[Gradient]) -> Table:
+    table = Table(title="smoothing_spline in log lambda, ms (medians)")
+    for name in ("knots", "value", "value and gradient", "ratio", "first, CPU s"):
+        table.add_column(name, justify="right")
+    for one in gradients:
+        ratio, first = one.gradient.ratio(one.forward), f"{one.first_gradient_s:.2f}"
+        row = f"{one.knots:,}", _ms(one.forward), _ms(one.gradient), f"{ratio:.2f}x", first
+        table.add_row(*row)
+    return table
+
+
 def target_table(found: Sequence[Target]) -> Table:
     table = Table(title="Targets")
     table.add_column("target")
@@ -586,7 +661,10 @@ def _ms(timing: Timing | None) -> str:
 
 
 def as_json(
-    measured: Sequence[Measured], linear: Sequence[Linear], careful: dict[str, float]
+    measured: Sequence[Measured],
+    linear: Sequence[Linear],
+    gradients: Sequence[Gradient],
+    careful: dict[str, float],
 ) -> dict[str, Any]:
     """Return all medians and ratios."""
     return {
@@ -620,8 +698,20 @@ def as_json(
             }
             for one in linear
         ],
+        "gradients": [
+            {
+                "knots": one.knots,
+                "first_gradient_s": one.first_gradient_s,
+                "first_hessian_s": one.first_hessian_s,
+                "forward": one.forward.summary(),
+                "gradient": one.gradient.summary(),
+                "gradient_by_forward": one.gradient.ratio(one.forward),
+            }
+            for one in gradients
+        ],
+        "decode_gradient_lines": gradient_lines(),
         "spread_over_knots": {str(key): value for key, value in _spreads(linear).items()},
-        "targets": [dataclasses.asdict(one) for one in targets(measured, linear)],
+        "targets": [dataclasses.asdict(one) for one in targets(measured, linear, gradients)],
     }
 
 
@@ -675,8 +765,12 @@ def main() -> None:
         console.log(f"O(n) form, coordinates: {coordinates}")
         linear += measure_linear(coordinates, min(repeats, 25), slow_s)
 
+    console.log("gradients in lambda")
+    gradients = measure_gradients(min(repeats, 51))
+
     tables = code_table(measured), detail_table(measured, careful), linear_table(linear)
-    for table in (*tables, target_table(targets(measured, linear))):
+    found = targets(measured, linear, gradients)
+    for table in (*tables, gradient_table(gradients), target_table(found)):
         console.print(table)
     versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
     machine = f"{start['cpu']}, {start['cores']} cores, float32, Python {start['python']}"
@@ -686,7 +780,7 @@ def main() -> None:
     console.print(f"{machine}; {versions}; {loads}")
     if arguments.quick and arguments.output is None:
         return
-    content = as_json(measured, linear, careful) | {"ratios": ratios}
+    content = as_json(measured, linear, gradients, careful) | {"ratios": ratios}
     after = {"load_average_after": list(os.getloadavg()), "dtype": "float32"}
     write_json(folder / "coding.json", {"environment": start | after, **content})
     console.print(f"wrote {folder / 'coding.json'}")

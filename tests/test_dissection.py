@@ -16,6 +16,7 @@ from nercc_jax.splines import (
     smoothing_matrix,
     smoothing_spline,
 )
+from nercc_jax.splines._ends import Ends
 
 ROWS, ROWS_TPU = _rule.ROWS["other"], _rule.ROWS["tpu"]
 KINDS = ["chebyshev", "uniform", "random", "repeated"]
@@ -37,7 +38,7 @@ def as_on_accelerators():
         yield
 
 
-def ask(t, lambda_, y, at, available, end_weights, ends="natural"):
+def ask(t, lambda_, y, at, available, end_weights, ends: Ends = "natural"):
     """All that can be asked of a fit."""
     given = {"available": available, "end_weights": end_weights}
     spline = smoothing_spline(t, y, lambda_, ends=ends, **given)
@@ -82,7 +83,8 @@ def test_both_ways_have_the_same_ends_and_gradients():
     y, at = np.sin(5 * t)[:, None], np.array([-0.9, 0.1])
     available = np.arange(6) != 2
     with jax.enable_x64(True):
-        for kind in ("natural", "not-a-knot"):
+        kinds: tuple[Ends, ...] = ("natural", "not-a-knot")
+        for kind in kinds:
 
             def total(t, lambda_, y, ends, kind=kind):
                 found = ask(t, lambda_, y, at, available, ends, kind)

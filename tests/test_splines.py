@@ -453,6 +453,68 @@ def test_second_derivative_in_log_lambda():
         np.testing.assert_allclose(second, expected, rtol=1e-5)
 
 
+# -- Choice of lambda ------------------------------------------------------------------------------
+
+
+def noisy(seed, n=40):
+    """Noisy waves on uneven points, none close to another: there SciPy's search finds the least."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(n) / 2 + rng.uniform(-0.15, 0.15, n)
+    return t, np.sin(t * rng.uniform(0.2, 1)) + rng.uniform(0.1, 0.6) * rng.normal(size=n)
+
+
+def test_cross_validation_chooses_as_scipy_does():
+    """Theirs says its choice only to the fit, which ours makes with the lambda that it found."""
+    with jax.enable_x64(True):
+        choose = jax.jit(lambda t, y, mask: smoothing_spline(t, y, None, available=mask))
+        for seed in range(20):
+            t, y = noisy(seed)
+            found = choose(t, np.where(np.arange(40) == 39, np.nan, y), np.arange(40) < 39)
+            theirs = scipy.interpolate.make_smoothing_spline(t[:39], y[:39])
+            ours = [
+                scipy.interpolate.make_smoothing_spline(t[:39], y[:39], lam=39 * lambda_)(t[:39])
+                for lambda_ in float(found.lambda_) * np.exp([-1e-3, 0, 1e-3])
+            ]
+            np.testing.assert_allclose(found.values[:39], ours[1], atol=1e-8)
+            way = ours[2] - ours[0]
+            apart = way @ (theirs(t[:39]) - ours[1]) / (way @ way)  # in steps of 2e-3 in log lambda
+            assert abs(apart) < 0.5, seed
+
+
+def test_the_choice_of_lambda_is_differentiable():
+    """In data, points and weights, and once more; two observations say nothing of it."""
+    with jax.enable_x64(True):
+        (t, y), rng = noisy(3, 15), np.random.default_rng(0)
+        ways = [0.1 * rng.normal(size=15) for _ in range(3)]
+
+        @jax.jit
+        def chosen(step):
+            moved = [a + step * way for a, way in zip((t, y, np.ones(15)), ways, strict=True)]
+            return jnp.log(smoothing_spline(*moved[:2], None, weights=moved[2]).lambda_)
+
+        slope, step = jax.jit(jax.grad(chosen)), 1e-2
+        wanted = (chosen(step) - chosen(-step)) / (2 * step)
+        np.testing.assert_allclose(slope(0.0), wanted, rtol=2e-2)
+        wanted = (slope(step) - slope(-step)) / (2 * step)
+        np.testing.assert_allclose(jax.jit(jax.grad(slope))(0.0), wanted, rtol=2e-2)
+
+        def of_two(y):
+            return smoothing_spline(t, y, None, available=np.arange(15) < 2).lambda_
+
+        assert not np.any(jax.jit(jax.grad(of_two))(y))
+
+
+def test_the_choice_weighs_coincident_observations_as_one_knot(dtype):
+    """Two observations a point, or their mean and what they differ by: the same in many masks."""
+    t, y = (np.tile(each, 2).astype(dtype) for each in noisy(5, 12))
+    y[12:] += 0.1
+    masks = np.stack([np.ones(24, bool), np.arange(24) != 3, np.arange(24) < 2])
+    choose = jax.jit(jax.vmap(lambda m: smoothing_spline(t, y, None, available=m)))
+    found = choose(masks)
+    assert np.all(np.isfinite(found.values[:, :12]))
+    assert np.all(found.lambda_ > 0)
+
+
 # -- Invariants ---------------------------------------------------------------------------------
 
 FLOATS = st.floats(-1, 1, width=32)
@@ -513,6 +575,7 @@ def test_the_two_faces_agree(t, mask, lambda_):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"lambda_": None, "ends": "not-a-knot"}, "chooses one for natural ends: give a lambda_"),
         ({"t": jnp.zeros((2, 2))}, "points must be a float vector"),
         ({"t": jnp.zeros(0)}, "points must be a float vector"),
         ({"t": jnp.arange(3)}, "points must be a float vector"),
@@ -525,9 +588,9 @@ def test_the_two_faces_agree(t, mask, lambda_):
     ],
 )
 def test_errors(change, message, untyped):
-    given = {"t": jnp.array([-1.0, 0.0, 1.0]), "y": jnp.zeros(3), **change}
+    given = {"t": jnp.array([-1.0, 0.0, 1.0]), "y": jnp.zeros(3), "lambda_": 0.1, **change}
     with pytest.raises(ValueError, match=message):
-        smoothing_spline(given.pop("t"), given.pop("y"), 0.1, **given)
+        smoothing_spline(given.pop("t"), given.pop("y"), given.pop("lambda_"), **given)
 
 
 def test_one_compilation_serves_every_mask(key):

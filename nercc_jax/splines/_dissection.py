@@ -136,7 +136,9 @@ class Dissection(NamedTuple):
             here = gap % 2 == 1  # the knot is this gap's left one
             own = jnp.where(here, left, right)
             gap = gap // 2
-            level = Level(*(each if each is None else each[..., gap] for each in level))
+            mean, stiff, factor, others, *_ = level
+            mean, factor, others = (each[..., gap] for each in (mean, factor, others))
+            level = Level(mean, stiff[gap], factor, others, None, None)
             forced, passed = level.force(own[:, None])
             total += jnp.sum(forced[:, 0] ** 2, axis=0)
             left = jnp.where(here, 0, left) + passed[:2, 0]

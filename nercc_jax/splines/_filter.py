@@ -86,7 +86,8 @@ def factorize(problem: Problem, beside: Any = None, start: Any = (), given: Any 
     # What too few observations leave open is set to zero: the slope with one, the value with none.
     observed = jnp.sum(problem.weights > 0)
     last = jnp.stack([where(observed < 1, 1, top[0]), top[1], where(observed < 2, 1, low[0])])
-    return Factor(*made, last), other, found
+    rotations, rows = made
+    return Factor(rotations, rows, last), other, found
 
 
 def solve(
@@ -106,15 +107,17 @@ def solve(
         parts += [b.value[:-1], b.slope[:-1]]
     # One array, since each that a loop reads or fills is a kernel more.
     given, none = jnp.stack(parts, axis=1), (jnp.zeros_like(parts[0][0]),) * 2
-    start = none if observed else (), none if forced else ()
+    start: Any = (none if observed else (), none if forced else ())
     if factor is None:
         factor, carry, found = factorize(problem, _forward, start, given)
     else:
-        carry, found = jax.lax.scan(lambda c, gap: _forward(c, *gap), start, (*factor[:2], given))
+        known = factor.rotations, factor.rows, given
+        carry, found = jax.lax.scan(lambda carry, gap: _forward(carry, *gap), start, known)
+    assert factor is not None
 
     # The last knot.
     (known, passed), (first, cross, second) = carry, factor.last
-    last_force = ()
+    last_force: Any = ()
     if forced:
         value = (b.value[-1] - passed[0]) / first
         last_force = value, (b.slope[-1] - passed[1] - cross * value) / second
@@ -137,7 +140,8 @@ def solve(
 
     spread = tuple(-each for each in last_force) or (jnp.zeros_like(last_value),) * 2
     carry = (last_value, last_slope), spread
-    _, found = jax.lax.scan(backward, carry, (*factor[:2], found), reverse=True)
+    along = factor.rotations, factor.rows, found
+    _, found = jax.lax.scan(backward, carry, along, reverse=True)
     x: dict[str, Array] = {}
     if "value" in wanted:
         x["value"] = jnp.concatenate([found[:, 0], last_value[None]])
@@ -164,7 +168,7 @@ def variance(
     inverse = _triangle_inverse(a0, a1, b0, zero)
     forward = -_product(inverse, jnp.stack([jnp.stack([a2, a3], -1), jnp.stack([b1, b2], -1)], -2))
     noise = _product(inverse, jnp.swapaxes(inverse, -1, -2))
-    last = _triangle_inverse(*factor.last, jnp.zeros_like(problem.mu))
+    last = _triangle_inverse(*(factor.last[i] for i in range(3)), jnp.zeros_like(problem.mu))
     final = _product(last, last.T)
 
     def backward(covariance, gap):

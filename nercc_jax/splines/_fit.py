@@ -38,13 +38,36 @@ class LinearMap(eqx.Module):
 class Fit(eqx.Module):
     """The spline regression at its points, before it has seen observations; `fit` makes one.
 
-    `mu` in its problem is the penalty: lambda times the sum of the weights. `ends` is how the
-    fitted spline ends; variances are those of natural ends.
+    `ends` is how the fitted spline ends; variances are those of natural ends.
     """
 
     knots: Knots
-    problem: Problem
+    lambda_: Float[Array, ""]
+    end_weights: Float[Array, "2"]
+    problem: Problem  # its penalty mu is lambda times the sum of the weights
     ends: Ends = eqx.field(static=True)
+
+    def __init__(self, knots: Knots, lambda_: Array, end_weights: Array, ends: Ends):
+        """Make the fit of these knots."""
+        self.knots, self.lambda_, self.end_weights, self.ends = knots, lambda_, end_weights, ends
+        slot = jnp.arange(len(knots.t))
+        first, last = knots.shown[0], knots.shown[-1]
+        observed = (knots.weights[1:] > 0) & (slot[1:] > first)
+        apart = knots.t[1:] - taken(knots.t, knots.shown[:-1])
+        # Outside these bounds the fit is, to rounding, the interpolating spline and the straight
+        # line.
+        eps = jnp.finfo(knots.t.dtype).eps
+        shortest = jnp.min(where(observed, apart, 1))
+        span = jnp.sum(where(observed, apart, 0))
+        low, high = jax.lax.stop_gradient((eps**2 * shortest**3, (1 + span**3) / eps))
+        total = jnp.sum(knots.weights)
+        mu = within(lambda_, low, high) * where(total > 0, total, 1)
+        before, after = end_weights
+        slope_weights = mu * (where(slot == first, before, 0) + where(slot == last, after, 0))
+        # At this price a slope is zero, to rounding, and its square is still a number.
+        most = jnp.finfo(knots.t.dtype).max ** 0.75
+        slope_weights = where(slope_weights > most, most, slope_weights)
+        self.problem = Problem(steps(knots.t), knots.weights, slope_weights, mu)
 
     def observations(self, y: ArrayLike) -> Float[Array, "n m"]:
         """Return observations as vectors in the points' dtype, zeros where they do not count.
@@ -189,28 +212,9 @@ def fit(
     heavy = jnp.zeros(2, t.dtype) if end_weights is None else jnp.asarray(end_weights, t.dtype)
     if heavy.shape != (2,):
         raise ValueError(f"end_weights must be two, first and last, not of shape {heavy.shape}")
-    t, lambda_, weights, available, heavy = unsharded(
-        t, jnp.asarray(lambda_, t.dtype), weights, available, heavy
-    )
-
-    knots = gather_knots(t, where(available, weights, 0))
-    counts, slot = knots.weights > 0, jnp.arange(len(knots.t))
-    first, last = knots.shown[0], knots.shown[-1]
-    observed = counts[1:] & (slot[1:] > first)
-    apart = knots.t[1:] - taken(knots.t, knots.shown[:-1])
-    # Outside these bounds the fit is, to rounding, the interpolating spline and the straight line.
-    eps = jnp.finfo(knots.t.dtype).eps
-    shortest = jnp.min(where(observed, apart, 1))
-    span = jnp.sum(where(observed, apart, 0))
-    low, high = jax.lax.stop_gradient((eps**2 * shortest**3, (1 + span**3) / eps))
-    total = jnp.sum(knots.weights)
-    mu = within(lambda_, low, high) * where(total > 0, total, 1)
-    slope_weights = mu * (where(slot == first, heavy[0], 0) + where(slot == last, heavy[1], 0))
-    # At this price a slope is zero, to rounding, and its square is still a number.
-    most = jnp.finfo(knots.t.dtype).max ** 0.75
-    slope_weights = where(slope_weights > most, most, slope_weights)
-    problem = Problem(knots.t[1:] - knots.t[:-1], knots.weights, slope_weights, mu)
-    return Fit(knots, problem, check_ends(ends))
+    arrays = t, jnp.asarray(lambda_, t.dtype), weights, available, heavy
+    t, penalty, weights, available, heavy = unsharded(*arrays)
+    return Fit(gather_knots(t, where(available, weights, 0)), penalty, heavy, check_ends(ends))
 
 
 def hermite_basis(

@@ -64,7 +64,7 @@ def multiplied(problem: Problem, x: Columns) -> Columns:
     )
 
 
-def steps(columns: Float[Array, "n m"]) -> Float[Array, "n-1 m"]:
+def steps(columns: Float[Array, "n *m"]) -> Float[Array, "n-1 *m"]:
     """Return the differences of neighbouring rows."""
     return columns[1:] - columns[:-1]
 

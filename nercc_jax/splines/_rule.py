@@ -1,10 +1,10 @@
-"""The solution of a smoothing spline's problem, with one derivative rule for all that is made of it.
+"""The solution of a smoothing spline's problem, with one derivative rule for all that it makes.
 
-K x = b of `_problem` is symmetric, so dx = K^-1 (db - dK x) by the same factor is the whole rule. The
+K x = b of `_problem` is symmetric, so dx = K^-1 (db - dK x) by the same factor is all. The
 factor is never differentiated; `jax.lax.custom_linear_solve` knows that the solution is its own
 transpose, and any order works.
 
-A platform's `ROWS` say how: a CPU eliminates one knot after the other (`_filter`), accelerators many
+`ROWS` say how: a CPU eliminates one knot after the other (`_filter`), accelerators many
 at once (`_dissection`).
 """
 

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from ._choice import cross_validated
 from ._ends import Ends
 from ._fit import LinearMap, fit, hermite
 from .arrays import jitted
 
 
 class SmoothingSpline(eqx.Module):
-    """A fitted cubic spline: its value and slope at each knot.
+    """A fitted cubic spline: its value and slope at each knot, and the lambda it was fitted with.
 
     Knots beyond the last that carried an observation only continue the straight line.
     """
@@ -21,6 +22,7 @@ class SmoothingSpline(eqx.Module):
     knots: Float[Array, " n"]
     values: Float[Array, "n *m"]
     slopes: Float[Array, "n *m"]
+    lambda_: Float[Array, ""]
 
     @jitted
     def evaluate(self, t: Float[ArrayLike, " k"]) -> Float[Array, "k *m"]:
@@ -33,7 +35,7 @@ class SmoothingSpline(eqx.Module):
 def smoothing_spline(
     t: Float[ArrayLike, " n"],
     y: Float[ArrayLike, "n *m"],
-    lambda_: Float[ArrayLike, ""],
+    lambda_: Float[ArrayLike, ""] | None,
     *,
     weights: Float[ArrayLike, " n"] | None = None,
     available: Bool[ArrayLike, " n"] | None = None,
@@ -57,7 +59,9 @@ def smoothing_spline(
             observations and the sum of their weights.
         y: The observations, of any trailing shape. Unavailable ones are never read, NaN included.
         lambda_: From 0 (interpolation) to infinity (the straight line of least squares), in units
-            of t^3.
+            of t^3. None chooses it by generalised cross-validation, for natural ends: the spline's
+            `lambda_` is the choice, which is differentiable. It is for noise that differs from one
+            observation to the next, not for decoding, where a tuned lambda has less error.
         weights: Non-negative; 1 unless given.
         available: Which observations count; all unless given.
         end_weights: Non-negative, in units of 1/t: the penalty of the slopes at the smallest and
@@ -69,23 +73,32 @@ def smoothing_spline(
             natural.
 
     Raises:
-        ValueError: Where shapes do not agree, and for unknown `ends`.
+        ValueError: Where shapes do not agree, for unknown `ends`, and where a lambda is to be
+            chosen for ends that are not natural.
 
     Source: arXiv 2402.04377, eqs. of the encoding and decoding regression; Green and Silverman
     1994, section 2.3.
     """
+    if lambda_ is None and ends != "natural":
+        raise ValueError(
+            f"lambda_=None chooses one for natural ends: give a lambda_ for {ends} ones"
+        )
     with jax.named_scope("nercc.fit"):
         found = fit(
             t,
-            lambda_,
+            1.0 if lambda_ is None else lambda_,
             weights=weights,
             available=available,
             end_weights=end_weights,
             ends=ends,
         )
-        values, slopes = found.values(found.observations(y))
+        observations = found.observations(y)
+        if lambda_ is None:
+            found = cross_validated(found, observations)
+        values, slopes = found.values(observations)
     shape = (len(found.knots.t), *jnp.shape(y)[1:])
-    return SmoothingSpline(found.knots.t, values.reshape(shape), slopes.reshape(shape))
+    values, slopes = values.reshape(shape), slopes.reshape(shape)
+    return SmoothingSpline(found.knots.t, values, slopes, found.lambda_)
 
 
 @partial(jitted, static_argnames="ends")
