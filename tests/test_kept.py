@@ -248,7 +248,7 @@ def test_matrices_of_what_is_known_are_the_hosts(make):
 
 
 def test_groups_with_many_masks_have_matrices_that_are_kept(monkeypatch):
-    """By the host, or, once it has made many, by one program for all that are new."""
+    """By the host, or, where they are too many, in the program that decodes."""
     code, rng = NeRCC(4, 12), np.random.default_rng(0)
     y = rng.normal(size=(40, 12, 3)).astype(np.float32)
     y[3, 1] = np.nan

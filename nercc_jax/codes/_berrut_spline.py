@@ -7,19 +7,15 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..splines._ends import Ends, check_ends
-from ..splines._fit import LinearMap
-from ..splines._host import smoothing_matrix_on_host
-from ..splines._smoothing import smoothing_map
 from ..splines.arrays import namespace
 from ._berrut import berrut_matrix
 from ._checks import check_counts
-from ._code import AbstractNumpyCode, as_mask
-from ._nercc import NeRCC
+from ._nercc import AbstractSplineCode
 from ._points import Points, regression_points
 from ._trees import scalar_leaf
 
 
-class BerrutSpline(AbstractNumpyCode):
+class BerrutSpline(AbstractSplineCode):
     """Basis-spline assisted coded computing (BSCC): the encoder of `Berrut`, a spline to decode.
 
     Predictions are samples at alpha of the cubic spline through the answers at beta, which smooths
@@ -67,26 +63,5 @@ class BerrutSpline(AbstractNumpyCode):
         every = namespace(self.alpha).ones(self.num_data, bool)
         return berrut_matrix(self.alpha, self.beta, every)
 
-    def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
-        points: Any = self.beta, self.alpha, self.lambda_dec
-        if namespace(*points, available) is np:
-            return smoothing_matrix_on_host(*points, available=available, ends=self.ends)
-        return self.decoder_map(available).matrix
-
-    def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> LinearMap:
-        mask = as_mask(available, (self.num_workers,))
-        return smoothing_map(self.beta, self.alpha, self.lambda_dec, available=mask, ends=self.ends)
-
-    def posterior_variance(
-        self, available: Bool[ArrayLike, " num_workers"]
-    ) -> Float[Array, " num_data"]:
-        return self._natural().posterior_variance(available)
-
-    def process_variance(
-        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
-    ) -> Float[Array, ""]:
-        return self._natural().process_variance(y, available)
-
-    def _natural(self) -> NeRCC:
-        points = self.alpha, self.beta
-        return NeRCC(self.num_data, self.num_workers, lambda_dec=self.lambda_dec, points=points)
+    def _options(self, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
+        return {"lambda_": self.lambda_dec, "available": available}

@@ -384,10 +384,16 @@ class AbstractNumpyCode(AbstractCode):
         return self._recovered(as_mask(available, (self.num_workers,)))
 
     def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
-        return self._encoder()
+        return _by_numpy(self)._encoder()
 
     def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
-        return self._decoder(available), self._recovered(available)
+        return _by_numpy(self)._decoder(available), self._recovered(available)
+
+
+def _by_numpy(code: Code) -> Code:
+    """Return the code with NumPy's arrays for leaves."""
+    known = namespace(*jax.tree.leaves(code)) is np
+    return code if known else jax.tree.map(np.asarray, code)
 
 
 @eqx.filter_jit

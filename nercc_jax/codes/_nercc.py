@@ -1,5 +1,6 @@
 """NeRCC: encoding and decoding by smoothing splines (arXiv 2402.04377)."""
 
+import abc
 from typing import Any
 
 import equinox as eqx
@@ -20,7 +21,73 @@ from ._points import Points, coincident, mean_gap, regression_points
 from ._trees import any_tracer, scalar_leaf
 
 
-class NeRCC(AbstractNumpyCode):
+class AbstractSplineCode(AbstractNumpyCode):
+    """A code whose decoder is a smoothing spline through the answers at beta, read at alpha.
+
+    Variances are those of a spline with natural ends.
+    """
+
+    alpha: eqx.AbstractVar[Float[Array, " num_data"]]
+    beta: eqx.AbstractVar[Float[Array, " num_workers"]]
+    lambda_dec: eqx.AbstractVar[Float[Array, ""]]
+    ends: eqx.AbstractVar[Ends]
+
+    @abc.abstractmethod
+    def _options(self, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
+        """Return the decoding regression's arguments but for points, data and ends."""
+
+    def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
+        points: Any = self.beta, self.alpha
+        if namespace(*points, available) is not np:
+            return self.decoder_map(available).matrix
+        return smoothing_matrix_on_host(*points, **self._options(available), ends=self.ends)
+
+    def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> LinearMap:
+        options = self._options(as_mask(available, (self.num_workers,)))
+        return smoothing_map(self.beta, self.alpha, **options, ends=self.ends)
+
+    def posterior_variance(
+        self, available: Bool[ArrayLike, " num_workers"]
+    ) -> Float[Array, " num_data"]:
+        options = self._options(as_mask(available, (self.num_workers,)))
+        variance = posterior_variance(self.beta, self.alpha, **options)
+        return jnp.where(self._kept(options), 0, variance)
+
+    def process_variance(
+        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
+    ) -> Float[Array, ""]:
+        y = y.astype(working_dtype(y.dtype, self.beta.dtype))
+        return process_variance(self.beta, y, **self._options(available))
+
+    def variances(
+        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
+    ) -> tuple[Float[Array, " num_data"], Float[Array, ""]]:
+        y, options = y.astype(working_dtype(y.dtype, self.beta.dtype)), self._options(available)
+        posterior, process = posterior_variances(self.beta, y, self.alpha, **options)
+        return jnp.where(self._kept(options), 0, posterior), process
+
+    def variances_on_host(
+        self, available: Bool[np.ndarray, " num_workers"]
+    ) -> tuple[Float[np.ndarray, " num_data"], Float[np.ndarray, "num_workers num_workers"]]:
+        """Return `posterior_variance`, and S: for one output `process_variance` is |S y|^2.
+
+        Where that is infinite S is zero. It is called on a code whose leaves are NumPy's arrays.
+        """
+        points: Any = self.beta, self.alpha
+        options = self._options(available)
+        variance, root = variances_on_host(*points, **options)
+        return np.where(self._kept(options), 0, variance), root
+
+    def _kept(self, options: dict[str, Any]) -> Bool[Any, " num_data"]:
+        """Return which data points' predictions are answers of workers at their own places."""
+        available = options["available"]
+        xp = namespace(self.beta, available)
+        # With weights such answers are exact, whatever the others are smoothed by.
+        kept = (self.lambda_dec == 0) | ("weights" in options)
+        return kept & coincident(self.alpha, xp.where(available, self.beta, xp.inf))
+
+
+class NeRCC(AbstractSplineCode):
     """Nested-Regression Coded Computing.
 
     Coded data points are samples at beta of the smoothing spline through the data points at alpha,
@@ -127,54 +194,8 @@ class NeRCC(AbstractNumpyCode):
         on_host = namespace(*points) is np
         return smoothing_matrix_on_host(*points) if on_host else smoothing_matrix(*points)
 
-    def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
-        points: Any = self.beta, self.alpha
-        if namespace(*points, available) is not np:
-            return self.decoder_map(available).matrix
-        options = decoding_options(self, available)
-        return smoothing_matrix_on_host(*points, **options, ends=self.ends)
-
-    def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> LinearMap:
-        options = decoding_options(self, as_mask(available, (self.num_workers,)))
-        return smoothing_map(self.beta, self.alpha, **options, ends=self.ends)
-
-    def posterior_variance(
-        self, available: Bool[ArrayLike, " num_workers"]
-    ) -> Float[Array, " num_data"]:
-        available = as_mask(available, (self.num_workers,))
-        variance = posterior_variance(self.beta, self.alpha, **decoding_options(self, available))
-        return jnp.where(self._kept(available), 0, variance)
-
-    def variances_on_host(
-        self, available: Bool[np.ndarray, " num_workers"]
-    ) -> tuple[Float[np.ndarray, " num_data"], Float[np.ndarray, "num_workers num_workers"]]:
-        """Return `posterior_variance`, and S: for one output `process_variance` is |S y|^2.
-
-        Where that is infinite S is zero. It is called on a code whose leaves are NumPy's arrays.
-        """
-        points: Any = self.beta, self.alpha
-        variance, root = variances_on_host(*points, **decoding_options(self, available))
-        return np.where(self._kept(available), 0, variance), root
-
-    def _kept(self, available: Bool[Any, " num_workers"]) -> Bool[Any, " num_data"]:
-        """Return which data points' predictions are answers of workers at their own places."""
-        xp = namespace(self.beta, available)
-        kept = (self.lambda_dec == 0) | self.exact
-        return kept & coincident(self.alpha, xp.where(available, self.beta, xp.inf))
-
-    def process_variance(
-        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
-    ) -> Float[Array, ""]:
-        y = y.astype(working_dtype(y.dtype, self.beta.dtype))
-        return process_variance(self.beta, y, **decoding_options(self, available))
-
-    def variances(
-        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
-    ) -> tuple[Float[Array, " num_data"], Float[Array, ""]]:
-        y = y.astype(working_dtype(y.dtype, self.beta.dtype))
-        options = decoding_options(self, available)
-        posterior, process = posterior_variances(self.beta, y, self.alpha, **options)
-        return jnp.where(self._kept(available), 0, posterior), process
+    def _options(self, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
+        return decoding_options(self, available)
 
 
 # Functions, since Equinox takes as long to bind a method as the host for a tenth of a matrix.
