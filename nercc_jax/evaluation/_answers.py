@@ -94,7 +94,8 @@ class Answers(eqx.Module):
         self, decoded: Float[Array, "*lead groups num_data m"]
     ) -> Bool[Array, "*lead groups num_data"]:
         """Return which decoded labels are the model's own."""
-        return agree_on_labels(*jnp.broadcast_arrays(decoded, self.own), self.form)
+        decoded, own = jnp.broadcast_arrays(decoded, self.own)
+        return agree_on_labels(decoded, own, self.form)
 
     def losses(
         self, available: Bool[Array, "sets num_workers"], criterion: Criterion

@@ -68,13 +68,6 @@ def agree_on_labels(
     return same_labels(labels(mine), labels(theirs), axes)
 
 
-def _mean(of_leaf: Callable[[Array, Array], Array]) -> Callable[[PyTree, PyTree], Array]:
-    def mean(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
-        return jnp.mean(jnp.stack(jax.tree.leaves(jax.tree.map(of_leaf, decoded, original))))
-
-    return mean
-
-
 def _mse(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
     """Over all outputs alike, in whatever leaf they are."""
     squares = jax.tree.map(lambda mine, theirs: jnp.sum((mine - theirs) ** 2), decoded, original)
@@ -82,11 +75,12 @@ def _mse(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
     return jnp.sum(jnp.stack(jax.tree.leaves(squares))) / number
 
 
-def _cross_entropy(decoded: Array, original: Array) -> Float[Array, ""]:
-    wanted = jax.nn.log_softmax(original, axis=-1)
-    return jnp.mean(
-        jnp.sum(jnp.exp(wanted) * (wanted - jax.nn.log_softmax(decoded, axis=-1)), axis=-1)
-    )
+def _cross_entropy(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
+    def of_leaf(decoded: Array, original: Array) -> Array:
+        mine, wanted = (jax.nn.log_softmax(each, axis=-1) for each in (decoded, original))
+        return jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - mine), axis=-1))
+
+    return jnp.mean(jnp.stack(jax.tree.leaves(jax.tree.map(of_leaf, decoded, original))))
 
 
 def _disagreement(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
@@ -94,7 +88,7 @@ def _disagreement(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
     return (~same_labels(labels_of(decoded, 0), labels_of(original, 0), 0)).astype(dtype)
 
 
-_NAMED = {"mse": _mse, "cross_entropy": _mean(_cross_entropy), "disagreement": _disagreement}
+_NAMED = {"mse": _mse, "cross_entropy": _cross_entropy, "disagreement": _disagreement}
 
 
 def safe_sqrt(square: Float[Any, "..."]) -> Float[Any, "..."]:
@@ -124,8 +118,12 @@ def row_errors(
     decoded: PyTree[Float[ArrayLike, "points ..."]], own: PyTree[Float[ArrayLike, "points ..."]]
 ) -> Float[Any, " points"]:
     """Return each data point's error: the root mean square over its outputs."""
-    decoded, own = _vectors(decoded, own)
-    return root_mean_square(decoded - own, axis=-1)
+    xp = namespace(*jax.tree.leaves((decoded, own)))
+    decoded, own = jax.tree.map(xp.asarray, native((decoded, own)))
+    (mine, form), (theirs, other) = join(decoded, 1), join(own, 1)
+    if (form.structure, form.shapes) != (other.structure, other.shapes):
+        raise ValueError(f"decoded outputs have shapes {form.shapes}, the model's {other.shapes}")
+    return root_mean_square(mine - theirs, axis=-1)
 
 
 def coverage(
@@ -143,12 +141,3 @@ def coverage(
     bar = jnp.asarray(bar)
     within, uncertain = row_errors(decoded, own) <= bar, bar > 0
     return jnp.mean(within, where=uncertain)
-
-
-def _vectors(decoded: PyTree, own: PyTree) -> tuple[Any, Any]:
-    xp = namespace(*jax.tree.leaves((decoded, own)))
-    decoded, own = jax.tree.map(xp.asarray, native((decoded, own)))
-    (decoded, form), (own, other) = join(decoded, 1), join(own, 1)
-    if (form.structure, form.shapes) != (other.structure, other.shapes):
-        raise ValueError(f"decoded outputs have shapes {form.shapes}, the model's {other.shapes}")
-    return decoded, own

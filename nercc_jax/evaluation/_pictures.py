@@ -132,7 +132,11 @@ def straggler_curves(
     if numbered:
         places = np.array(numbers)
     apart = np.diff(np.sort(places)).min() if len(places) > 1 else 1.0
-    top = _top(rows, metric, codes) if logarithmic else np.inf
+    top = np.inf  # the panel's upper edge: a code that explodes leaves others room
+    if logarithmic:
+        each = ([getattr(row, metric).mean for row in rows if row.code == code] for code in codes)
+        tops = [most for means in each if (most := np.nanmax([0, *means])) > 0]
+        top = min(max(tops), 100 * float(np.median(tops))) * 2 if len(tops) > 1 else np.inf
     ends: dict[str, tuple[float, float]] = {}
     for number, code in enumerate(codes):
         estimates = [getattr(row, metric) for row in rows if row.code == code]
@@ -153,7 +157,10 @@ def straggler_curves(
         bars[:, over] = 0
         mean = np.where(np.cumsum(over) > 1, np.nan, mean)  # the line goes on to the first
         axis.errorbar(dodged, mean, bars, capsize=2, lw=1.4, ms=4, **system_look(code))
-        ends[code] = _end(dodged, mean, top)
+        # Its name stands at its last point, or where it leaves by the top.
+        known = np.flatnonzero(~np.isnan(mean))
+        last = np.flatnonzero(over)[0] if over.any() else known[-1]
+        ends[code] = (float(dodged[last]), min(float(mean[last]), top))
     axis.set(xlabel="stragglers", ylabel=label, yscale="log" if logarithmic else "linear")
     if numbered:
         whole = MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10])
@@ -170,21 +177,6 @@ def straggler_curves(
             f"no errors, or all lost: {without}", fontsize=9, loc="left", color="#555555"
         )
     _name_curves(axis, ends)
-
-
-def _top(rows: Sequence[Any], metric: str, codes: Sequence[str]) -> float:
-    """Return the upper end of a panel of errors; a code that explodes leaves others room."""
-    means = ([getattr(row, metric).mean for row in rows if row.code == code] for code in codes)
-    tops = [top for of_code in means if (top := np.nanmax([0, *of_code])) > 0]
-    return min(max(tops), 100 * float(np.median(tops))) * 2 if len(tops) > 1 else np.inf
-
-
-def _end(places: np.ndarray, mean: np.ndarray, top: float) -> tuple[float, float]:
-    """Return where a curve ends in the panel: its last point, or where it leaves by the top."""
-    known = ~np.isnan(mean)
-    places, mean = places[known], mean[known]
-    over = np.flatnonzero(mean > top)
-    return (float(places[over[0]]), top) if len(over) else (float(places[-1]), float(mean[-1]))
 
 
 def _name_curves(axis: "Axes", ends: Mapping[str, tuple[float, float]]) -> None:
