@@ -62,28 +62,25 @@ def test_batches_cover_the_data_in_order(drop_last, sizes):
     assert [len(batch) for batch in batches] == sizes
     labels = np.concatenate([batch.labels for batch in batches])
     np.testing.assert_array_equal(labels, np.arange(sum(sizes)))
-
-
-def test_a_batch_size_below_one_is_refused():
     with pytest.raises(ValueError, match="size=0 was given"):
         list(tiny().batches(0))
 
 
-def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="Unknown data set 'cifar'") as caught:
-        load_data("cifar")
-    assert all(name in str(caught.value) for name in list_data())
-
-
-@pytest.mark.parametrize("name", ["digits", "mnist", "imagenet1k-sample"])
-def test_an_unknown_split_lists_the_known_ones(name, tmp_path):
-    with pytest.raises(ValueError, match=r"no split 'dev'; it has: .*test"):
-        load_data(name, "dev", data_dir=tmp_path)
-
-
-def test_a_limit_below_one_is_refused():
-    with pytest.raises(ValueError, match="`limit` must be at least 1; 0 was given"):
-        load_data("digits", limit=0)
+@pytest.mark.parametrize(
+    ("name", "split", "options", "message"),
+    [
+        ("cifar", "test", {}, "Unknown data set 'cifar'.*" + ".*".join(list_data())),
+        *(
+            (name, "dev", {}, r"no split 'dev'; it has: .*test")
+            for name in ("digits", "mnist", "imagenet1k-sample")
+        ),
+        ("digits", "test", {"limit": 0}, "`limit` must be at least 1; 0 was given"),
+        ("imagefolder", "test", {"data_dir": None}, "give data_dir"),
+    ],
+)
+def test_what_there_is_not_is_refused(name, split, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_data(name, split, **{"data_dir": tmp_path} | options)
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "imagenet1k-sample"])
@@ -95,11 +92,9 @@ def test_a_missing_folder_names_every_place_searched(name, tmp_path):
     for folder in (tmp_path / name / name, tmp_path / name / name / "data", tmp_path / name):
         assert f"{folder}/{stem}*.parquet" in message
     assert ("hf download" in message) == (name != "imagenet1k-sample")
-
-
-def test_imagenet_without_a_folder_says_what_to_give():
-    with pytest.raises(FileNotFoundError, match=r"give data_dir=.*validation\*\.parquet"):
-        load_data("imagenet1k-sample")
+    if name == "imagenet1k-sample":
+        with pytest.raises(FileNotFoundError, match=r"give data_dir=.*validation\*\.parquet"):
+            load_data(name)
 
 
 def test_an_unreachable_hub_is_reported_with_its_name(monkeypatch):
@@ -137,34 +132,26 @@ def write_images(folder, sizes):
         Image.fromarray(pixels).save(folder / f"class{label}" / "image.png")
 
 
-def test_an_image_folder_without_splits(tmp_path):
-    pytest.importorskip("datasets")
-    write_images(tmp_path, [(8, 8), (8, 8)])
-    data = load_data("imagefolder", data_dir=tmp_path)
-    assert data.images.shape == (2, 8, 8, 3)
-    assert data.classes == ("class0", "class1")
-    np.testing.assert_array_equal(data.images[:, 0, 0, 0], 50 * data.labels)
-
-
-def test_an_image_folder_with_splits_and_images_of_several_sizes(tmp_path):
-    pytest.importorskip("datasets")
-    write_images(tmp_path / "train", [(8, 8), (8, 8), (8, 8)])
-    write_images(tmp_path / "test", [(8, 8), (16, 12), (20, 10)])
-    assert len(load_data("imagefolder", "train", data_dir=tmp_path)) == 3
-    with pytest.raises(ValueError, match=r"differ in size.*give size=\(height, width\)"):
-        load_data("imagefolder", "test", data_dir=tmp_path)
-    data = load_data("imagefolder", "test", data_dir=tmp_path, size=(6, 4))
-    assert data.images.shape == (3, 6, 4, 3)
-
-
-def test_an_image_folder_that_is_not_there_or_empty(tmp_path):
+def test_an_image_folder(tmp_path):
+    """Without splits and with them, with images of several sizes, not there, and empty."""
     pytest.importorskip("datasets")
     with pytest.raises(FileNotFoundError, match="no image folder"):
         load_data("imagefolder", data_dir=tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="No labelled images were found"):
         load_data("imagefolder", data_dir=tmp_path)
-    with pytest.raises(ValueError, match="give data_dir"):
-        load_data("imagefolder")
+    plain, split = tmp_path / "plain", tmp_path / "split"
+    write_images(plain, [(8, 8), (8, 8)])
+    data = load_data("imagefolder", data_dir=plain)
+    assert data.images.shape == (2, 8, 8, 3)
+    assert data.classes == ("class0", "class1")
+    np.testing.assert_array_equal(data.images[:, 0, 0, 0], 50 * data.labels)
+    write_images(split / "train", [(8, 8), (8, 8), (8, 8)])
+    write_images(split / "test", [(8, 8), (16, 12), (20, 10)])
+    assert len(load_data("imagefolder", "train", data_dir=split)) == 3
+    with pytest.raises(ValueError, match=r"differ in size.*give size=\(height, width\)"):
+        load_data("imagefolder", "test", data_dir=split)
+    data = load_data("imagefolder", "test", data_dir=split, size=(6, 4))
+    assert data.images.shape == (3, 6, 4, 3)
 
 
 def test_the_hubs_parquet_layout_is_read_from_a_folder(tmp_path):

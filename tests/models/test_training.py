@@ -9,10 +9,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nercc_models import load_data, load_model, model_card
+from nercc_models import (
+    list_parity_models,
+    load_data,
+    load_model,
+    load_parity_model,
+    model_card,
+    parity_card,
+)
 from nercc_models.augmentation import Augmentation, augment
+from nercc_models.distill import main as distill_main
+from nercc_models.distillation import distill
+from nercc_models.parity import ParityRecipe, train_parity
+from nercc_models.parity import main as parity_main
 from nercc_models.recipes import RECIPES, find_recipe
-from nercc_models.train import main
+from nercc_models.students import Perceptron, load_student, student_card
+from nercc_models.train import main as train_main
 from nercc_models.training import batch_indices, make_optimizer, train
 from nercc_models.weights import named_arrays
 
@@ -42,34 +54,62 @@ def arrays(trained):
     return {name: np.asarray(a) for name, a in named_arrays(nnx.state(trained.model)).items()}
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(digits):
-    return train(short_recipe(), *digits)
+def run_of_a_model(digits, **options):
+    numbers = {"learning_rate": options.pop("learning_rate", 3e-3)}
+    trained = train(dataclasses.replace(short_recipe(), **numbers), *digits, **options)
+    return trained, nnx.state(trained.model)
 
 
-# In the first epoch, at a checkpoint, and in the second epoch between two checkpoints.
+def run_of_a_parity_model(digits, **options):
+    numbers = {"epochs": 2, "batch_size": 32}
+    numbers["learning_rate"] = options.pop("learning_rate", 3e-3)
+    recipe = ParityRecipe("lenet5-digits", 2, "logits", **numbers)
+    trained = train_parity(recipe, load_model("lenet5-digits"), digits[0], **options)
+    return trained, trained.model.network.state
+
+
+def run_of_a_student(digits, **options):
+    x = np.asarray(jax.random.normal(jax.random.key(0), (400, 6)))
+    numbers = {"learning_rate": options.pop("learning_rate", 3e-3)}
+    found = distill(
+        lambda x: jnp.tanh(x[:, :3]), Perceptron((6,), 3, widths=(8,), rngs=nnx.Rngs(0)), x,
+        epochs=3, num_queries=640, batch_size=64, numbers=numbers, **numbers, **options,
+    )  # fmt: skip
+    return found, nnx.state(found.student)
+
+
+# A model in the first epoch, at a checkpoint, and in the second epoch between two checkpoints.
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [5, 16, STEPS_PER_EPOCH + 9])
-def test_interrupted_and_resumed_equals_uninterrupted(digits, uninterrupted, tmp_path, stop):
-    recipe, expected = short_recipe(), uninterrupted
+@pytest.mark.parametrize(
+    ("run", "stop", "begins"),
+    [
+        *((run_of_a_model, stop, stop // 8 * 8) for stop in (5, 16, STEPS_PER_EPOCH + 9)),
+        (run_of_a_parity_model, 23, 20),
+        (run_of_a_student, 14, 10),
+    ],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(digits, tmp_path, run, stop, begins):
+    totals, steps, options = set(), [], {"checkpoint_dir": tmp_path}
+    if run is run_of_a_model:
+        options["checkpoint_every"] = 8
+    expected, weights = run(digits)
 
     def interrupt(step, total):
-        assert total == 2 * STEPS_PER_EPOCH
+        totals.add(total)
         if step == stop:
             raise Interrupted
 
-    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 8}
     with pytest.raises(Interrupted):
-        train(recipe, *digits, **options, on_step=interrupt)
-    steps = []
-    got = train(recipe, *digits, **options, on_step=lambda step, total: steps.append(step))
-    assert steps[0] == stop // 8 * 8
-    assert steps[-1] == 2 * STEPS_PER_EPOCH
-    for name, array in arrays(expected).items():
-        np.testing.assert_array_equal(arrays(got)[name], array, err_msg=name)
-    assert got.score == expected.score
+        run(digits, **options, on_step=interrupt)
+    got, again = run(digits, **options, on_step=lambda step, total: steps.append(step))
+    assert (steps[0], {steps[-1]}) == (begins, totals)
+    for name, array in named_arrays(weights).items():
+        np.testing.assert_array_equal(named_arrays(again)[name], array, err_msg=name)
     untimed = [[{**e, "seconds": 0} for e in t.history] for t in (got, expected)]
     assert untimed[0] == untimed[1]
+    assert getattr(got, "score", None) == getattr(expected, "score", None)
+    with pytest.raises(ValueError, match=r"other numbers.*learning_rate.*0\.5"):
+        run(digits, **options, learning_rate=0.5)
 
 
 def test_a_finished_run_is_returned_without_a_step(digits, tmp_path):
@@ -82,9 +122,6 @@ def test_a_finished_run_is_returned_without_a_step(digits, tmp_path):
     assert steps == [STEPS_PER_EPOCH]
     assert again.score == first.score
     assert again.history == first.history
-    other = dataclasses.replace(recipe, learning_rate=0.5)
-    with pytest.raises(ValueError, match=r"other numbers.*learning_rate.*0\.5"):
-        train(other, *digits, checkpoint_dir=tmp_path)
 
 
 @pytest.mark.slow
@@ -102,7 +139,9 @@ def test_a_run_may_start_from_the_weights_of_another(digits, tmp_path):
         train(recipe, *digits, start_from=tmp_path / "empty")
 
 
-def test_a_batch_larger_than_the_data_is_refused(digits):
+def test_a_batch_larger_than_the_data_and_an_unknown_recipe_are_refused(digits):
+    with pytest.raises(ValueError, match=r"Unknown recipe 'lenet'.*lenet5-digits"):
+        find_recipe("lenet")
     train_data, test_data = digits
     with pytest.raises(ValueError, match="A batch of 64 is more than the 10 training images"):
         train(short_recipe(), train_data.take(slice(10)), test_data)
@@ -182,22 +221,51 @@ def test_mixup_mixes_labels_in_the_same_share():
     np.testing.assert_allclose(mixed, expected, rtol=1e-5)
 
 
-def test_an_unknown_recipe_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"Unknown recipe 'lenet'.*lenet5-digits"):
-        find_recipe("lenet")
-
-
 @pytest.mark.slow
-def test_the_command_writes_weights_that_load_and_a_card(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("main", "command", "printed"),
+    [
+        (train_main, "--epochs 4", "of 450 test images are right"),
+        (
+            parity_main,
+            "--k 3 --outputs probabilities --epochs 1 --learning-rate 0.002 --batch-size 32",
+            "of 450 test images, rebuilt one at a time",
+        ),
+        (
+            distill_main,
+            "--num-queries 640 --epochs 2 --batch-size 64 --seed 4",
+            "of 450 inputs that it was not trained on",
+        ),
+    ],
+)
+def test_a_command_writes_weights_that_load_and_a_card(tmp_path, capsys, main, command, printed):
     pytest.importorskip("rich")
     pytest.importorskip("safetensors")
-    options = ["--epochs", "4", "--checkpoint-dir", str(tmp_path / "run")]
-    main(["lenet5-digits", *options, "--output-dir", str(tmp_path / "out")])
-    assert "of 450 test images are right" in capsys.readouterr().out
-    model = load_model("lenet5-digits", weights_dir=tmp_path / "out")
-    assert model.num_parameters == 61_706
-    card = model_card("lenet5-digits", weights_dir=tmp_path / "out")
-    assert card["recipe"]["epochs"] == 4
-    assert len(card["history"]) == 4
-    assert card["bytes"] == (tmp_path / "out" / "lenet5-digits.safetensors").stat().st_size
+    out, words = tmp_path / "out", ["lenet5-digits", *command.split()]
+    main([*words, "--checkpoint-dir", str(tmp_path / "run"), "--output-dir", str(out)])
+    assert printed in capsys.readouterr().out
+    which, images = ("lenet5-digits",), jnp.ones((2, 32, 32, 1))
+    if main is train_main:
+        model, card = load_model(*which, weights_dir=out), model_card(*which, weights_dir=out)
+        assert (model.num_parameters, card["recipe"]["epochs"]) == (61_706, 4)
+    elif main is parity_main:
+        which += (3, "probabilities")
+        assert list_parity_models(out) == (which,)
+        model = load_parity_model(*which, weights_dir=out)
+        card = parity_card(*which, weights_dir=out)
+        np.testing.assert_allclose(model(images).sum(axis=1), 3, rtol=1e-5)
+        assert card["score"]["total"] == 450
+        with pytest.raises(ValueError, match=r"no parity model.*Known: lenet5-digits, k=3, probab"):
+            load_parity_model("lenet5-digits", 2, "logits", weights_dir=out)
+        with pytest.raises(ValueError, match="Known: none"):
+            parity_card("lenet5-digits", 2, "logits", weights_dir=tmp_path / "run")
+    else:
+        model, card = load_student(*which, weights_dir=out), student_card(*which, weights_dir=out)
+    assert model(images).shape == (2, 10)
+    if main is not train_main:
+        module = main.__module__
+        assert card["made_by"] == f"python -m {module} {' '.join(words)}"
+    assert len(card["history"]) == int(command.split("--epochs ")[1].split()[0])
+    files = [path.stat().st_size for path in out.glob("*.safetensors")]
+    assert [card["bytes"]] == files
     assert json.dumps(card)

@@ -33,12 +33,12 @@ def bodies(shape: Sequence[int], size: int = 1_000_000) -> dict[str, bytes]:
     }
 
 
-def post(path: str, body: bytes, chunked: bool = False) -> bytes:
-    """An HTTP request; in chunks it does not say how large it is."""
-    length = f"Content-Length: {len(body)}"
+def post(path: str, body: bytes, chunked: bool = False, length: int | None = None) -> bytes:
+    """An HTTP request, which may say another length; in chunks it does not say how large it is."""
+    head = f"Content-Length: {len(body) if length is None else length}"
     if chunked:
-        length, body = "Transfer-Encoding: chunked", b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
-    return f"POST {path} HTTP/1.1\r\nHost: x\r\n{length}\r\n\r\n".encode() + body
+        head, body = "Transfer-Encoding: chunked", b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    return f"POST {path} HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode() + body
 
 
 async def _exchange(reader: Any, writer: Any, request: bytes) -> int:

@@ -1,12 +1,12 @@
 """A batcher whose workers answer when the test says so."""
 
-import collections
 import contextlib
 import threading
 import time
 
 import jax.numpy as jnp
 import numpy as np
+from traffic import Traffic
 
 from nercc_jax import DevicePool, NeRCC
 from nercc_jax.pools import Fault, Faults
@@ -14,7 +14,6 @@ from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 from nercc_jax.serving.core._error_probability import DecodingErrorProbability
 from nercc_jax.stragglers import TraceLatency
-from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 SHAPE, OUT = (6,), (3,)
 WEIGHTS = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
@@ -59,45 +58,36 @@ class Held:
         return model(batch)
 
 
-class Simulated:
+class Simulated(Traffic):
     """A batcher before simulated workers: each call takes `SERVICE` seconds, or longer where told.
 
     Attributes:
-        calls: the batches that workers answered, in turn.
-        seen: what was measured, and how often.
+        answered: the batches that workers answered, in turn.
     """
 
     def __init__(
         self, code, *, workers=12, run=model, faults=(), warm=True, estimator=None, **policy
     ):
-        self.clock, self.calls, self.seen = SimulatedClock(), [], collections.Counter()
-        self._held = []
-        slow = Fault("delay", latency=TraceLatency(jnp.array([HELD])), score=self._score,
-                     least_score=1.0)  # fmt: skip
         usual = {"max_batch_size": 1, "batch_wait_timeout_s": SERVICE / 2, "deadline_s": 1000.0}
         usual |= {"outputs": "logits", "ordering": False}  # tests say which query is where
+        latency, self.answered, self._held = TraceLatency(jnp.array([HELD])), [], []
+        slow = Fault("delay", latency=latency, score=self._score, least_score=1.0)
 
         def answer(batch):
-            self.calls.append(batch)
+            self.answered.append(batch)
             return run(batch)
 
-        self.pool = SimulatedPool(
-            answer, workers, seconds=lambda size: SERVICE, clock=self.clock,
-            faults=Faults([*faults, slow]), hang_timeout=1e6,
-        )  # fmt: skip
-        self.coder = Coder(code)
-        self.batcher = CodedBatcher(
-            self.pool, self.coder, SHAPE, OUT,
-            policy=BatchingPolicy(**usual | policy),
-            estimator=estimator and estimator(self.coder),
-            observe=lambda what, number: self.seen.update({what: 1}),
-        )  # fmt: skip
+        options = {"model": answer, "num_workers": workers, "faults": Faults([*faults, slow])}
+        policy = BatchingPolicy(**usual | policy)
+        options |= {"estimator": estimator, "shape": SHAPE, "hang_timeout": 1e6}
+        Traffic.__init__(self, None, policy, code, **options)
+        self.pool_seconds = lambda size: SERVICE
         if warm:  # medians, by which stragglers are known
             for each in queries(24, seed=99):
                 self.answer(each[None])
             self.run(2 * HELD)
-        self.calls.clear()
-        self.seen.clear()
+        self.answered.clear()
+        self.observed.clear()
 
     def _score(self, batch):
         found = 0.0
@@ -128,7 +118,7 @@ class Simulated:
 
     def order(self, x):
         """Which of these queries workers were called with, in turn; other calls are left out."""
-        found = [np.flatnonzero((np.abs(x - call[0]) < 1e-6).all(axis=1)) for call in self.calls]
+        found = [np.flatnonzero((np.abs(x - call[0]) < 1e-6).all(axis=1)) for call in self.answered]
         return [int(each[0]) for each in found if len(each)]
 
 

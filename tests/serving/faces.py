@@ -121,18 +121,8 @@ def message(
     return request
 
 
-def content(
-    model,
-    inputs,
-    datatypes=None,
-    *,
-    raw=False,
-    outputs=(),
-    outputs_in_json=False,
-    parameters=None,
-    id="",
-):
-    """The body of a REST request, and its headers; a raw one is answered so unless told."""
+def content(model, inputs, datatypes=None, *, raw=False, outputs=(), parameters=None, id=""):
+    """The body of a REST request, and its headers; a raw one asks for raw answers unless told."""
     asked, binary = [], b""
     for name, given in inputs.items():
         data, shape, datatype = as_tensor(given, (datatypes or {}).get(name, "FP32"))
@@ -143,8 +133,8 @@ def content(
         else:
             asked[-1]["data"] = data.tolist() if isinstance(data, np.ndarray) else data
     body = {"inputs": asked} | ({"id": id} if id else {})
-    if raw and not outputs_in_json:
-        parameters = (parameters or {}) | {"binary_data_output": True}
+    if raw:
+        parameters = {"binary_data_output": True} | (parameters or {})
     if parameters:
         body["parameters"] = parameters
     if outputs:

@@ -120,7 +120,8 @@ def serving(*models: ServedModel, **options: Any) -> Iterator[Server]:
     """One that is ready."""
     starts = {model.servable.key: lambda model=model: model for model in models}
     with listening(starts, **options) as server:
-        becomes(lambda: server.state.phase == "serving")
+        grpc_is_off = options.get("grpc_port") is None
+        becomes(lambda: server.state.phase == "serving" and (grpc_is_off or server.grpc_port))
         yield server
 
 
@@ -151,13 +152,6 @@ def channel(server: Server) -> Iterator[grpc.Channel]:
 def body(data: Any = (1, 2, 3, 4), **more: Any) -> bytes:
     tensor = {"name": "input", "datatype": "FP32", "shape": [1, 4], "data": data}
     return json.dumps({"inputs": [tensor], **more}).encode()
-
-
-def post(content: bytes, *headers: str, length: int | None = None) -> bytes:
-    """An HTTP request, whose body may be announced as longer than it is."""
-    size = len(content) if length is None else length
-    lines = ["POST /v2/models/digits/infer HTTP/1.1", "Host: x", f"Content-Length: {size}"]
-    return "\r\n".join([*lines, *headers, "", ""]).encode() + content
 
 
 def read_answer(connection: socket.socket) -> tuple[int, dict[str, str], Any]:

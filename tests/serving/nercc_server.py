@@ -127,12 +127,6 @@ class Server:
             assert self.process.poll() is None, self._stderr.read_text()
         raise AssertionError(f"no {message!r} in {seconds} s:\n{self._stderr.read_text()}")
 
-    def infer(self, model: str, data: Any, shape: Any = None, **more: Any) -> httpx.Response:
-        """One REST request in JSON; `parameters` and `outputs` as they are."""
-        shape = [len(data) // 4, 4] if shape is None else shape
-        tensor = {"name": "input", "datatype": "FP32", "shape": shape, "data": data}
-        return self.http.post(f"/v2/models/{model}/infer", json={"inputs": [tensor], **more})
-
     def metrics(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
         """All samples, by name and labels."""
         from prometheus_client.parser import text_string_to_metric_families

@@ -1,5 +1,7 @@
 """The batcher before simulated workers: which queries go where, when, and what comes back."""
 
+import time
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from batching import (
     EXTRAS,
     HELD,
     INTERLEAVED,
+    LONG,
     OUT,
     OWN,
     SERVICE,
@@ -15,9 +18,12 @@ from batching import (
     THRESHOLD,
     WEIGHTS,
     Simulated,
+    count,
     knowing,
     model,
     queries,
+    serving,
+    settled,
 )
 
 from nercc_jax import Berrut, DevicePool, NeRCC, Replication, Uncoded
@@ -32,7 +38,10 @@ from nercc_jax.serving import (
     ServerClosing,
 )
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
+from nercc_jax.serving.core import _dispatch
+from nercc_jax.serving.core._dispatch import QueryOrdering
 from nercc_jax.serving.core._health import Health
+from nercc_jax.serving.core._request import Request
 
 SYSTEMATIC = {
     "interleaved": INTERLEAVED,
@@ -107,12 +116,16 @@ def test_a_straggler_is_decoded_from_the_others(number, wait_for):
     assert (reply.asked[1], reply.responded[1]) == (2 * number, 2 * number - 1)
     sim.run(2 * HELD)
     assert len(sim.batcher.status()["audited"]) == 1
-    assert sim.seen["audit_same"] + sim.seen["audit_other"] == sim.seen["query_decoded"] == 1
+    assert (
+        sim.observed["audit_same"] + sim.observed["audit_other"]
+        == sim.observed["query_decoded"]
+        == 1
+    )
 
 
 @pytest.mark.parametrize("factor", [1e4, 1e-4])
 def test_queries_of_another_scale_are_coded_with_none(factor):
-    """Each by itself, of one request too: they were part of the group, of which little was left."""
+    """Before, they were part of the group, of which little else was left."""
     sim = Simulated(INTERLEAVED, wait_for=1, straggler_threshold=THRESHOLD, estimator=knowing)
     x = queries(3)
     sim.hold(x[1])
@@ -122,7 +135,7 @@ def test_queries_of_another_scale_are_coded_with_none(factor):
     assert reply.asked[1] == 2 * 3  # and not of four queries
     assert sim.result(odd).exact.all()
     x[0] *= factor
-    assert sim.answer(x).exact[0]
+    assert sim.answer(x).exact.all(), "one of a request is enough"
 
 
 @pytest.mark.parametrize(
@@ -149,7 +162,7 @@ def test_only_what_is_expected_to_be_right_is_decoded(outputs, limit, decoded):
     first = [True, False, False, False]
     assert reply.exact.tolist() == np.logical_not(first).tolist() if decoded else reply.exact.all()
     assert reply.reexecuted.tolist() == ([False] * 4 if decoded else first)
-    assert sim.seen["reexecution"] == sim.seen["query_reexecuted"] == (not decoded)
+    assert sim.observed["reexecution"] == sim.observed["query_reexecuted"] == (not decoded)
     assert (0 < reply.expected_disagreement[0] <= limit) == decoded
     assert (reply.expected_error[0] > 0) == decoded
     exact = reply.exact
@@ -184,9 +197,9 @@ def test_each_query_is_judged_by_itself(budget, monkeypatch):
     assert reply.exact[3] == reply.reexecuted[3] == (budget != 0)
     assert (reply.expected_disagreement[3] > 0.5) == (budget == 0), "it says how uncertain"
     assert np.abs(reply.values - model(x)).max() < 0.1
-    assert (sim.seen["reexecution"], sim.seen["over_budget"]) == (budget != 0, budget == 0)
+    assert (sim.observed["reexecution"], sim.observed["over_budget"]) == (budget != 0, budget == 0)
     sim.run(2 * HELD)
-    audits = sim.seen["audit_same"] + sim.seen["audit_other"]
+    audits = sim.observed["audit_same"] + sim.observed["audit_other"]
     assert audits == 1 + (budget == 0), "what was given out is compared with what comes late"
 
 
@@ -198,7 +211,7 @@ def test_a_budget_for_one_is_spent_on_the_more_uncertain(uncertain, monkeypatch)
     assert np.flatnonzero(reply.reexecuted).tolist() == [uncertain]
     assert not reply.exact[5 - uncertain]
     assert reply.expected_disagreement[5 - uncertain] > 0.5, "it is uncertain, too"
-    assert sim.seen["reexecution"] == sim.seen["over_budget"] == 1
+    assert sim.observed["reexecution"] == sim.observed["over_budget"] == 1
 
 
 @pytest.mark.parametrize(
@@ -226,7 +239,7 @@ def test_alike_queries_are_coded_together():
         reply = sim.answer(x)
         assert not reply.exact.any()
         errors[ordering] = np.abs(reply.values - model(x)).max()
-        assert sim.seen["order_seconds"] == ordering
+        assert sim.observed["order_seconds"] == ordering
     assert errors[True] < 0.05 < errors[False]
 
 
@@ -280,7 +293,7 @@ def test_queries_of_high_priority_go_ahead_but_nobody_starves(lead, kinds, expec
     for future in futures:
         sim.result(future)
     assert list(dict.fromkeys(sim.order(x))) == [9, *expected]
-    assert sim.seen["high_priority"] == kinds.lower().count("h")
+    assert sim.observed["high_priority"] == kinds.lower().count("h")
 
 
 def test_what_is_sent_again_goes_ahead_of_high_priority():
@@ -304,7 +317,7 @@ def test_batches_grow_while_workers_are_busy():
     futures += [sim.submit(each[None]) for each in x[1:]]
     for future, wanted in zip(futures, model(x), strict=True):
         np.testing.assert_allclose(sim.result(future).values[0], wanted, atol=1e-6)
-    assert [len(call) for call in sim.calls] == [1, 8, 4, 2, 1]
+    assert [len(call) for call in sim.answered] == [1, 8, 4, 2, 1]
 
 
 @pytest.mark.parametrize("workers", [4, 5, 8])
@@ -313,7 +326,7 @@ def test_coded_data_points_are_sent_only_to_free_workers(workers):
     sim = Simulated(INTERLEAVED, workers=workers, estimator=knowing, straggler_threshold=1e6)
     assert sim.answer(queries(4)).exact.all()
     sim.run(10 * SERVICE)
-    assert len(sim.calls) == workers
+    assert len(sim.answered) == workers
 
 
 # What is refused, and what ends without an answer.
@@ -354,14 +367,14 @@ def test_bad_deadlines(deadline, untyped):
         ("max_disagreement", 1.0),
         ("max_reexecution", 1.5),
         ("max_reexecution", float("nan")),
+        *(("hedge_copies", wrong) for wrong in (0, 3)),
+        *((name, 1.0) for name in ("check_answers", "max_fenced", "quantile")),
+        *(("tolerance", 0.0), ("max_redundancy", -1.0), ("max_calls", 0.9)),
     ],
 )
 def test_bad_policies(name, value, untyped):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"{name} .*{value}"):
         BatchingPolicy(**{name: value})
-
-
-def test_more_answers_than_workers_cannot_be_waited_for():
     with pytest.raises(ValueError, match="from 1 to N = 8, not 9"):
         Simulated(INTERLEAVED, wait_for=9)
 
@@ -381,7 +394,7 @@ def test_a_full_queue_refuses_at_once_has_room_for_high_priority_and_then_takes_
     for future in futures:
         sim.result(future)
     sim.answer(x[6:9])
-    assert sim.seen["request_queue_full"] == 3
+    assert sim.observed["request_queue_full"] == 3
 
 
 def test_deadlines_and_who_goes_away_leave_nothing_behind():
@@ -399,7 +412,7 @@ def test_deadlines_and_who_goes_away_leave_nothing_behind():
     sim.result(first)
     sim.answer(x[6:])
     assert set(sim.order(x)) == {0, 6, 7}, "nothing of the others was sent"
-    assert sim.seen["request_cancelled"] == 1
+    assert sim.observed["request_cancelled"] == 1
 
 
 def test_a_model_that_fails_says_why():
@@ -447,3 +460,99 @@ def test_closing_answers_what_was_accepted_or_says_that_it_was_too_late(drain):
             assert "shut down before" in str(errors[-1])
         with pytest.raises(ServerClosing, match="no more requests"):
             batcher.submit(x)
+
+
+# Queries that go out together are put beside their like.
+
+
+def requested(x):
+    return Request(np.asarray(x, np.float32), np.zeros((len(x), 2)), 0.0, 1.0, False).queries
+
+
+def arranger(code=INTERLEAVED, shape=(3,), rows=4):
+    return QueryOrdering(Coder(code), shape, rows)
+
+
+def test_the_path_is_the_shortest_there_is_and_compiled_beforehand():
+    """Of points on a line it is their own order, this way or that; of more than a group's, by
+    stretches."""
+    ready = arranger(rows=2)
+    ready.compile()
+    programs = ready._path._cache_size()
+    for number in range(1, 9):
+        x = np.random.default_rng(number).permutation(number)[:, None] * np.ones((1, 3))
+        order = ready.path(requested(x))
+        assert sorted(order) == list(range(number))
+        assert (np.abs(np.diff(x[order, 0])) == 1).all()
+    order = ready.path(requested(np.random.default_rng(2).normal(size=(20, 3))))
+    for first in (0, 8, 16):
+        stretch = order[first : first + 8]
+        assert sorted(stretch) == list(range(first, first + len(stretch)))
+    assert ready._path._cache_size() == programs
+    assert ready.assign([], [], 0) == []
+
+
+@pytest.mark.parametrize(
+    "code", [INTERLEAVED, NeRCC(5, 7), Berrut(4, 7)], ids=["interleaved", "Chebyshev", "BACC"]
+)
+def test_rows_of_groups_lie_along_the_curve(code):
+    """Numbers in a row increase or decrease with the alphas that they stand at."""
+    coder = Coder(code)
+    count = 4 * code.num_data
+    x = np.random.default_rng(0).permutation(count)
+    dealt = QueryOrdering(coder, (2,), 4).assign(
+        requested(x[:, None] * np.ones((1, 2))), [4] * code.num_data, 0
+    )
+    assert [len(cell) for cell in dealt] == [4] * code.num_data
+    values = np.array([[query.x[0] for query in cell] for cell in dealt])
+    assert sorted(values.ravel()) == list(range(count))
+    alpha = np.asarray(code.alpha)[coder._order]
+    for row in values.T:
+        assert set(np.diff(row[np.argsort(alpha)])) in ({1.0}, {-1.0})
+
+
+def test_queries_whose_projection_overflows_are_dealt_like_others():
+    """They come last in the path, among what fills it up; none is lost, and none is there twice."""
+    ready = arranger(shape=(300,))
+    for number in (3, 5, 9, 16):
+        x = np.random.default_rng(number).normal(size=(number, 300))
+        x[::2] = 3e38
+        cells = ready.assign(requested(x), [1] * number, 0)
+        assert sorted(query.place for (query,) in cells) == list(range(number))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "share", "ordered"), [(0.0, 0.0, False), (LONG, 0.0, True), (0.0, 1e9, True)]
+)
+def test_what_takes_long_to_order_goes_out_as_it_comes(seconds, share, ordered, monkeypatch):
+    """The thread that answers orders: no longer than this, or this share of an answer's time."""
+    monkeypatch.setattr(_dispatch, "_ORDERING", seconds)
+    monkeypatch.setattr(_dispatch, "_ORDERING_SHARE", share)
+    with serving(INTERLEAVED, workers=8, ordering=True) as batcher:
+        batcher.submit(queries(8)).result(LONG)
+        settled(batcher)
+        assert bool(count(batcher, "order_seconds")) == ordered
+    with serving(
+        INTERLEAVED, workers=8, ordering=True, warm=False
+    ) as batcher:  # answers may be quick
+        batcher.submit(queries(8)).result(LONG)
+        assert bool(count(batcher, "order_seconds")) == (seconds > 0)
+
+
+@pytest.mark.parametrize(("share", "again"), [(1e-3, False), (1.0, True)])
+def test_ordering_takes_no_more_than_its_share_of_the_time(share, again, monkeypatch):
+    """What comes soon after an ordering that took long goes out as it comes."""
+    assign = QueryOrdering.assign
+
+    def slow(*args):
+        time.sleep(0.05)
+        return assign(*args)
+
+    monkeypatch.setattr(QueryOrdering, "assign", slow)
+    monkeypatch.setattr(_dispatch, "_ORDERING", LONG)
+    monkeypatch.setattr(_dispatch, "_OF_THE_TIME", share)
+    with serving(INTERLEAVED, workers=8, ordering=True) as batcher:
+        for _ in range(2):
+            batcher.submit(queries(8)).result(LONG)
+            settled(batcher)
+        assert (count(batcher, "order_seconds") > 1) == again

@@ -1,8 +1,6 @@
 """The protocol's clients: Triton's and kserve's, each by REST and by gRPC, of coded models."""
 
 import asyncio
-import concurrent.futures
-import multiprocessing
 import re
 import subprocess
 import sys
@@ -63,10 +61,8 @@ def numbers(count):
 
 @pytest.fixture(scope="module")
 def elsewhere():
-    """Runs a function in a process that has not imported kserve."""
-    fresh = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh) as process:
-        yield lambda *call, **options: process.submit(*call, **options).result(ENDS)
+    with triton_calls.in_a_process(ENDS) as call:
+        yield call
 
 
 @pytest.fixture(params=["http", "grpc"])

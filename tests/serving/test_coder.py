@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from batching import EXTRAS, INTERLEAVED, OWN
+from conftest import require
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import make_interp_spline
@@ -16,8 +17,8 @@ from scipy.interpolate import make_interp_spline
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
 from nercc_jax.codes import BerrutSpline
 from nercc_jax.risk._straggler_risk import risk_cap
-from nercc_jax.serving import Coder
-from nercc_jax.serving.adapt._error_estimator import ErrorEstimator, calibrate
+from nercc_jax.serving import Coder, make_servable
+from nercc_jax.serving.adapt._error_estimator import ErrorEstimator, calibrate_or_restore
 from nercc_jax.serving.core._error_probability import DecodingErrorProbability, uncalibrated
 from nercc_jax.serving.core._fallback import Budget
 
@@ -361,18 +362,9 @@ def test_no_more_is_wrong_than_was_asked_for(known, queries):
     assert doubt.share_above(limits[0.3]) < 0.95, "something is answered at once"
     assert 1 >= limits[0.3] >= limits[0.1] >= limits[0.03]
     assert np.mean(doubts) == pytest.approx(np.mean(errors), rel=0.3)
-
-
-def test_sure_ones_are_right_more_often_than_a_place_is(known):
-    """What decides by query beats what decides by the mask alone, from the same workers."""
-    coder, estimator = known
-    x, mask = rows(400, 6, 4), missing(OWN[0])
-    answers, own = answered(coder, x)
-    given = np.where(mask[:, None, None], answers, 0)
-    predictions, _, doubt = coder.decode(given, mask, len(x), estimator.error_probability(4))
-    wrong = predictions[:, 0].argmax(-1) != own[:, 0].argmax(-1)
-    sure = doubt[:, 0] <= np.median(doubt[:, 0])
-    assert wrong[sure].mean() < 0.5 * wrong.mean() < wrong[~sure].mean()
+    # What decides by query beats what decides by the mask alone.
+    sure = seen[:, place] <= np.median(seen[:, place])
+    assert differ[sure].mean() < 0.6 * differ[~sure].mean()
 
 
 shares = st.floats(0, 1)
@@ -416,21 +408,6 @@ def test_without_samples_nothing_may_be_answered():
     assert uncalibrated().share_above(0.5) == 1
 
 
-def test_what_was_wrong_at_any_look_counts():
-    """Three samples, two looks each; the doubt is one half throughout, as nothing tells them
-    apart: all that was ever wrong is wrong from there on."""
-    features = np.zeros((4, 2, 5), np.float32)
-    features[..., 0] = 1
-    available = np.ones((4, 2), bool)
-    wrong = np.array([[True, False], [False, True], [False, False], [True, True]])
-    available[3] = False
-    doubt = calibrate(features, available, wrong, 4)
-    assert doubt.wrong_from.size == 3
-    np.testing.assert_allclose(doubt.wrong_from[:2], 1 / (1 + np.exp(-doubt.weights[0])), rtol=1e-6)
-    assert doubt.wrong_from[2] == 1, "an answer without a word is as uncertain as can be"
-    np.testing.assert_allclose(doubt.weights[1:], 0, atol=1e-6)
-
-
 @given(share=shares, events=st.lists(st.booleans(), max_size=300))
 def test_no_more_is_sent_again_than_the_budget_has(share, events):
     free, budget, came, spent = Budget(None), Budget(share), 0, 0
@@ -446,14 +423,110 @@ def test_no_more_is_sent_again_than_the_budget_has(share, events):
     assert spent <= share * came + 1e-6
 
 
-def test_a_small_share_is_spent_in_the_end_and_a_large_one_is_not_saved_for_ever():
-    little, much = Budget(0.0005), Budget(0.1)
-    little.earn(1999)
-    assert not little.affords()
-    little.earn(2)
-    assert little.affords()
-    much.earn(10**6)
-    for _ in range(100):
-        assert much.affords()
-        much.spend()
-    assert not much.affords()
+# Results of calibration are kept between starts: the same is known, and nothing is run for it.
+
+
+class Rows:
+    """Calibration data, and how often they were asked for."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self):
+        self.asked += 1
+        return np.random.default_rng(3).normal(size=(256, 4)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def calibrate():
+    """Makes an estimator by a kept file, and says how often data were needed for it."""
+    servable = make_servable("tanh", lambda x: tanh(x), (4,), calibration=Rows())
+
+    def calibrate(path=None):
+        asked = servable.calibration.asked
+        made = ErrorEstimator(Coder(INTERLEAVED))
+        calibrate_or_restore(made, servable.model, servable.calibration, None, path)
+        return made, servable.calibration.asked - asked
+
+    return calibrate
+
+
+def test_a_kept_calibration_needs_no_data(calibrate, tmp_path):
+    path = tmp_path / "folder" / "kept.npz"
+    (estimator, first), (kept, second) = calibrate(path), calibrate(path)
+    assert (first, second) == (1, 0)
+    assert kept.conditions == estimator.conditions
+    assert kept.progress() == estimator.progress()
+    for few in (2, 3, 4):
+        for name, value in vars(estimator.error_probability(few)).items():
+            np.testing.assert_array_equal(vars(kept.error_probability(few))[name], value)
+        assert not kept.needs_samples(few)
+        # Of workers that calibration did not think of, too, from the same groups.
+        for mask in (*estimator._one_missing(few), np.ones(8, bool)):
+            for each in (kept, estimator):
+                list(each.update_expected(few, mask))  # all steps
+            found, expected = (each.expected_error(few, mask) for each in (kept, estimator))
+            np.testing.assert_array_equal(found.error, expected.error)
+            np.testing.assert_array_equal(found.disagreement, expected.disagreement)
+
+
+def test_a_file_that_is_broken_is_made_anew_and_one_that_cannot_be_is_no_error(
+    calibrate, tmp_path, caplog
+):
+    path = tmp_path / "kept.npz"
+    estimator, _ = calibrate(path)
+    flipped = bytearray(path.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    for content in (b"", b"PK\x03\x04 half of it", bytes(flipped)):
+        path.write_bytes(content)
+        again, asked = calibrate(path)
+        assert (asked, again.progress()) == (1, estimator.progress())
+        assert path.stat().st_size > 1000
+        assert "kept.npz" in caplog.text
+        caplog.clear()
+    (tmp_path / "file").touch()
+    assert calibrate(tmp_path / "file" / "kept.npz")[0].progress() == estimator.progress()
+
+
+@pytest.fixture
+def file_of():
+    """Gives the file of the results of a served model's calibration, by its settings."""
+    require("pydantic_settings", "serve")
+    from nercc_jax.cli._serving_models import calibration_file
+    from nercc_jax.serving import ModelSettings
+
+    return lambda code, **settings: calibration_file(ModelSettings(**settings), code)
+
+
+def test_its_name_has_all_that_it_depends_on(tmp_path, monkeypatch, file_of):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    usual = {"model": "lenet5-digits"}
+    code = NeRCC(4, 8)
+    path = file_of(code, **usual)
+    assert path is not None
+    assert path.parent == tmp_path / "calibrations"
+    assert path == file_of(NeRCC(4, 8), **usual)
+    others = {
+        file_of(other, **usual | more)
+        for more, other in (
+            ({}, NeRCC(4, 8, lambda_dec=0.1)),
+            ({}, NeRCC(4, 9)),
+            ({"model": "lenet5-mnist"}, code),
+            ({"outputs": "probabilities"}, code),
+            ({"worker_dtype": "bfloat16"}, code),
+        )
+    }
+    assert len(others) == 5
+    assert path not in others
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "another")
+    assert file_of(code, **usual) != path
+
+
+@pytest.mark.parametrize(
+    ("folder", "model"),
+    [("", "lenet5-digits"), ("gs://there", "lenet5-digits"), ("here", "my:own")],
+)
+def test_not_all_is_kept(folder, model, monkeypatch, file_of):
+    """What your own model computes cannot be known from its name."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+    assert file_of(NeRCC(4, 8), model=model) is None

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from batching import until
 from conftest import require
 from pages import blocks
 
@@ -43,46 +45,34 @@ def yaml_of(name):
     return require("yaml", "ray-serve").safe_load((DEPLOY / name).read_text())
 
 
-def settings_of(monkeypatch, arguments, environment):
+def settings_of(arguments, environment):
     """What `nercc serve` would serve by, given these."""
     from typer.testing import CliRunner
 
-    from nercc_jax.cli import _app, _serve, _serving_models
-    from nercc_jax.serving.transport import _server
+    from nercc_jax.cli._app import app
+    from nercc_jax.serving import ServerSettings
 
-    found = []
-    monkeypatch.setattr(_serve, "_start_log", lambda *_: None)
-    monkeypatch.setattr(_serve, "keep_programs", lambda: None)
-    monkeypatch.setattr(_serving_models, "starts_of", lambda *_: {})
-    stub = types.SimpleNamespace(run=lambda: None, lost={})
-    monkeypatch.setattr(
-        _server, "Server", lambda _starts, settings, _registry: found.append(settings) or stub
-    )
     environment = {name: value for name, value in environment.items() if name.startswith("NERCC_")}
-    result = CliRunner().invoke(_app.app, ["serve", *arguments], env=environment)
+    result = CliRunner().invoke(app, ["serve", *arguments, "--print-config"], env=environment)
     assert result.exit_code == 0, result.output
-    return found[0]
+    return ServerSettings(**tomllib.loads(result.output))
 
 
-def app_of(settings):
+def answers(settings, path):
+    """Whether GET path is answered by a server of these settings, without a model."""
     from prometheus_client import CollectorRegistry
 
     from nercc_jax.serving.transport._rest import make_app
     from nercc_jax.serving.transport._state import ServerState
 
-    return make_app(ServerState({}, settings), CollectorRegistry())
-
-
-def get(app, path):
-    """The status and the body of GET path, of an app as it is."""
     httpx = require("httpx", "serve")
 
-    async def ask():
-        transport = httpx.ASGITransport(app)
+    async def get():
+        transport = httpx.ASGITransport(make_app(ServerState({}, settings), CollectorRegistry()))
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
             return await client.get(path)
 
-    return asyncio.run(ask())
+    return asyncio.run(get()).status_code == 200
 
 
 # server.toml
@@ -106,34 +96,26 @@ def _reference(settings, without):
 
 
 def test_server_toml_shows_every_setting_with_its_default():
-    from nercc_jax.serving._settings import ModelSettings, ServerSettings, read_settings
+    from nercc_jax.serving import ModelSettings, ServerSettings
+    from nercc_jax.serving._settings import read_settings
 
     server = _reference(ServerSettings, {"defaults", "models"})
     model = _reference(ModelSettings, {"model", "name", "version", "weights", "inputs"})
     reference = "\n".join([*server, "", "[defaults]", *model]) + "\n"
-    assert reference in (DEPLOY / "server.toml").read_text()
-    settings = read_settings(DEPLOY / "server.toml")
+    text = (DEPLOY / "server.toml").read_text()
+    assert reference in text
+    settings, without = read_settings(DEPLOY / "server.toml"), {"models", "defaults"}
     assert [each.model for each in settings.resolved()] == ["lenet5-digits"]
-    plain = ServerSettings()
-    for name in ServerSettings.model_fields.keys() - {"models", "defaults"}:
-        assert getattr(settings, name) == getattr(plain, name), name
-    given = settings.defaults.model_fields_set
+    assert settings.model_dump(exclude=without) == ServerSettings().model_dump(exclude=without)
     for each in (settings.defaults, *settings.models):
-        for name in ModelSettings.model_fields.keys() - {"model"}:
-            assert getattr(each, name) == getattr(ModelSettings(), name), name
-    unset = {name for name, value in ModelSettings().model_dump().items() if value is None}
-    assert given | {"version"} | unset == ModelSettings.model_fields.keys()
+        assert each.model_dump(exclude={"model"}) == ModelSettings().model_dump(exclude={"model"})
     # Those which have none are shown in comments, and are read as well as the others.
-    shown = re.sub(
-        r"^# (?=\[\[|\w+ = )", "", (DEPLOY / "server.toml").read_text(), flags=re.MULTILINE
-    )
-    every = tomllib.loads(shown)
+    every = tomllib.loads(re.sub(r"^# (?=\[\[|\w+ = )", "", text, flags=re.MULTILINE))
+    assert every.keys() == ServerSettings.model_fields.keys()
+    assert set(every["defaults"]).union(*every["models"]) == ModelSettings.model_fields.keys()
     of_labels = {"max_disagreement", "max_reexecution"}  # which go with no tolerance
     defaults = {name: each for name, each in every["defaults"].items() if name not in of_labels}
     server = ServerSettings(**every | {"defaults": defaults})
-    keys = set(every["defaults"]).union(*every["models"])
-    assert keys == ModelSettings.model_fields.keys()
-    assert every.keys() == ServerSettings.model_fields.keys()
     assert server.models[1].input_shape == (28, 28, 1)
     assert server.models[2].input_shape == {"ids": (128,), "image": (28, 28, 1)}
     assert len(server.resolved()) == 3
@@ -185,14 +167,14 @@ def test_containerfile_installs_what_there_is():
     assert image_environment()["PATH"].split(":")[0] == f"{environment}/bin"
 
 
-def test_container_drains_listens_and_has_no_root(monkeypatch):
+def test_container_drains_listens_and_has_no_root():
     final, _ = last_stage()
     entry = json.loads(final["ENTRYPOINT"])  # in shell form SIGTERM would reach the shell
     assert entry == ["nercc", "serve"]
     assert entry[0] in PROJECT["scripts"]
     assert int(final["USER"]) > 0
     assert f"--uid {final['USER']} " in final["RUN"]
-    settings = settings_of(monkeypatch, [], image_environment())
+    settings = settings_of([], image_environment())
     assert settings.host == "0.0.0.0"
     assert [settings.http_port, settings.grpc_port] == [int(p) for p in final["EXPOSE"].split()]
     check = json.loads(final["HEALTHCHECK"].split("CMD ", 1)[1])
@@ -200,7 +182,7 @@ def test_container_drains_listens_and_has_no_root(monkeypatch):
     compile(check[2], "HEALTHCHECK", "exec")
     port, path = re.findall(r"http://127\.0\.0\.1:(\d+)(/[\w/]+)", check[2])[0]
     assert int(port) == settings.http_port
-    assert get(app_of(settings), path).status_code == 200
+    assert answers(settings, path)
 
 
 # KServe
@@ -233,75 +215,46 @@ def read(kind, data):
     )
 
 
-@pytest.fixture
-def inference_service():
+def test_inference_service_serves_what_the_container_does():
+    from kubernetes.utils import parse_quantity
+
     service = read("V1beta1InferenceService", yaml_of("inference-service.yaml"))
     assert service.api_version == "serving.kserve.io/v1beta1"
     assert service.kind == "InferenceService"
-    return service
-
-
-def test_inference_service_serves_what_the_container_does(inference_service, monkeypatch):
-    predictor = inference_service.spec.predictor
+    predictor = service.spec.predictor
     (container,) = predictor.containers
     assert container.name == "kserve-container"
     given = {each.name: each.value for each in container.env}
     assert given.pop("PROTOCOL") == "v2"
     assert all(name.startswith("NERCC_") for name in given)
-    settings = settings_of(monkeypatch, container.args, image_environment() | given)
+    settings = settings_of(container.args, image_environment() | given)
     assert [each.model for each in settings.resolved()] == ["lenet5-digits"]
     ports = {each.name: each.container_port for each in container.ports}
     assert ports == {"http": settings.http_port, "grpc": settings.grpc_port}
     assert container.ports[0].name == "http"  # the one that KServe's service and probes take
-    draining = settings.drain_delay_s + settings.drain_timeout_s
     assert settings.drain_delay_s > 0
-    assert predictor.termination_grace_period_seconds > draining
+    grace = predictor.termination_grace_period_seconds
+    assert grace > settings.drain_delay_s + settings.drain_timeout_s
     image = re.search(r"-t (\S+) ", (DEPLOY / "Containerfile").read_text())
     assert image
     assert container.image == image[1]
     assert container.image.split(":")[1] == __version__
     assert container.security_context.run_as_non_root
-
-
-@pytest.mark.parametrize(
-    ("probe", "path"),
-    [
-        ("startup_probe", "/v2/health/live"),
-        ("liveness_probe", "/v2/health/live"),
-        ("readiness_probe", "/v2/health/ready"),
-    ],
-)
-def test_inference_service_is_probed_where_there_is_an_answer(
-    inference_service, probe, path, monkeypatch
-):
-    (container,) = inference_service.spec.predictor.containers
-    asked = getattr(container, probe).http_get
-    settings = settings_of(monkeypatch, container.args, {})
-    assert asked.port == settings.http_port
-    assert asked.path == path
-    assert get(app_of(settings), path).status_code == 200
-
-
-def test_inference_service_is_scraped_where_the_metrics_are(inference_service, monkeypatch):
-    (container,) = inference_service.spec.predictor.containers
-    notes = inference_service.metadata.annotations
-    settings = settings_of(monkeypatch, container.args, {})
+    requests, limits = container.resources.requests, container.resources.limits
+    assert parse_quantity(requests["cpu"]) >= 1
+    assert parse_quantity(requests["memory"]) <= parse_quantity(limits["memory"])
+    # It is probed and scraped where there is an answer.
+    notes = service.metadata.annotations
     assert notes["prometheus.io/scrape"] == "true"
-    assert int(notes["prometheus.io/port"]) == settings.http_port
-    answer = get(app_of(settings), notes["prometheus.io/path"])
-    assert answer.status_code == 200
-    assert "nercc_requests" in answer.text or not answer.text  # of no model there is nothing
-    scrape = yaml_of("prometheus.yml")["scrape_configs"][0]
-    assert scrape["metrics_path"] == notes["prometheus.io/path"]
-
-
-def test_resources_are_what_kubernetes_understands(inference_service):
-    from kubernetes.utils import parse_quantity
-
-    (container,) = inference_service.spec.predictor.containers
-    assert parse_quantity(container.resources.requests["cpu"]) >= 1
-    requested = parse_quantity(container.resources.requests["memory"])
-    assert requested <= parse_quantity(container.resources.limits["memory"])
+    metrics = notes["prometheus.io/path"]
+    probes = [container.startup_probe, container.liveness_probe, container.readiness_probe]
+    asked = [(each.http_get.port, each.http_get.path) for each in probes]
+    paths = ["/v2/health/live", "/v2/health/live", "/v2/health/ready", metrics]
+    asked.append((int(notes["prometheus.io/port"]), metrics))
+    assert asked == [(settings.http_port, path) for path in paths]
+    for path in paths:
+        assert answers(settings, path)
+    assert yaml_of("prometheus.yml")["scrape_configs"][0]["metrics_path"] == metrics
 
 
 # README
@@ -315,12 +268,6 @@ COMMANDS = [
 ]
 
 
-def test_readme_has_commands():
-    assert {line.split()[0] for line in COMMANDS} == {
-        *("pip", "nercc", "serve", "podman", "kubectl", "prometheus")
-    }
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_commands_name_what_there_is(command, monkeypatch):
     words = shlex.split(command, comments=True)
@@ -332,10 +279,10 @@ def test_readme_commands_name_what_there_is(command, monkeypatch):
         assert set(extras[1].split(",")) <= PROJECT["optional-dependencies"].keys()
     elif words[0] == "nercc":
         monkeypatch.chdir(ROOT)
-        settings_of(monkeypatch, words[2:], {})
+        settings_of(words[2:], {})
     elif words[:2] == ["podman", "run"]:
         image = words.index(f"nercc-jax:{__version__}")
-        settings = settings_of(monkeypatch, words[image + 1 :], image_environment())
+        settings = settings_of(words[image + 1 :], image_environment())
         published = [int(each.split(":")[1]) for each in words if re.fullmatch(r"\d+:\d+", each)]
         assert published == [settings.http_port, settings.grpc_port]
         grace = int(words[words.index("--stop-timeout") + 1])
@@ -361,12 +308,10 @@ def application_of(import_path, arguments):
 
 
 def test_readme_names_what_there_is():
-    for link in re.findall(r"\]\(([\w.-]+)\)", README):
-        assert (DEPLOY / link).is_file(), link
-    assert {path.name for path in DEPLOY.iterdir()} - {"README.md"} == set(
-        re.findall(r"^\|.*?\[[^|]*\|", README, re.MULTILINE)
-        and re.findall(r"\]\(([\w.-]+)\)", README)
-    )
+    commands = "pip", "nercc", "serve", "podman", "kubectl", "prometheus"
+    assert {line.split()[0] for line in COMMANDS} == {*commands}
+    links = re.findall(r"\]\(([\w.-]+)\)", README)
+    assert {path.name for path in DEPLOY.iterdir()} - {"README.md"} == {*links}
     from nercc_jax.cli._serve import command_with_options
 
     options = {name for each in command_with_options().params for name in each.opts}
@@ -490,16 +435,6 @@ def test_ray_application_without_arguments_is_as_the_environment_says(monkeypatc
 
 
 @pytest.mark.slow
-def test_a_replica_that_never_started_ends_quietly():
-    require("ray.serve", "ray-serve")
-    from nercc_jax.cli.ray_serve import CodedServer
-
-    replica = types.SimpleNamespace(_server_state=None, _telemetry=None)
-    asyncio.run(CodedServer.check_health(replica))
-    asyncio.run(CodedServer.__del__(replica))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -516,7 +451,7 @@ def test_ray_application_says_what_is_wrong(arguments, message):
 
 
 @pytest.mark.slow
-def test_ray_replica_is_ill_without_workers():
+def test_ray_replica_is_ill_without_workers_and_ends_quietly_if_it_never_started():
     require("ray.serve", "ray-serve")
     from nercc_jax.cli.ray_serve import CodedServer
 
@@ -530,6 +465,9 @@ def test_ray_replica_is_ill_without_workers():
     check("overdue")
     with pytest.raises(RuntimeError, match="m: none of its workers is ready"):
         check("starting", "starting")
+    replica = types.SimpleNamespace(_server_state=None, _telemetry=None)
+    asyncio.run(CodedServer.check_health(replica))
+    asyncio.run(CodedServer.__del__(replica))
 
 
 @pytest.fixture(scope="module")
@@ -571,16 +509,15 @@ def served(cluster, tmp_path_factory, free_port):
         timeout=SOON,
     )
     name = application["name"]
-    until(lambda: status(cluster, name) not in ("NOT_STARTED", "DEPLOYING"))
+    until(lambda: status(cluster, name) not in ("NOT_STARTED", "DEPLOYING"), SOON)
     state = cluster.serve.status().applications[name]
     assert state.status == "RUNNING", state
-    return types.SimpleNamespace(name=name, address=f"localhost:{free_port}", logs=logs)
+    found = {"address": f"localhost:{free_port}", "http_port": free_port, "logs": logs}
+    return types.SimpleNamespace(name=name, **found)
 
 
 @pytest.fixture(scope="module")
 def free_port():
-    import socket
-
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
@@ -588,13 +525,6 @@ def free_port():
 
 def status(cluster, name):
     return cluster.serve.status().applications[name].status
-
-
-def until(true):
-    end = time.monotonic() + SOON
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def alive(class_name):
@@ -605,31 +535,25 @@ def alive(class_name):
     return [each for each in actors if each["ActorClassName"].split(":")[0] == class_name]
 
 
-def body(number=1):
-    tensor = {"name": "input", "datatype": "FP32", "shape": [number, 32, 32, 1]}
-    return {"inputs": [tensor | {"data": [0.5] * (number * 1024)}]}
-
-
 @pytest.mark.slow
 def test_ray_serve_answers_as_the_model_itself(served):
     import numpy as np
 
     httpx = require("httpx", "serve")
+    from faces import ask
+
     from nercc_models import load_model
 
     url = f"http://{served.address}"
     assert len(alive("Actor")) == 2
     (model,) = httpx.get(f"{url}/status").json()["models"]
     assert model["pool"] == {"kind": "ray", "num_workers": 2}
-    answer = httpx.post(f"{url}/v2/models/lenet5-digits/infer", json=body(3), timeout=SOON).json()
-    outputs = {each["name"]: each for each in answer["outputs"]}
-    assert outputs["exact"]["data"] == [True] * 3
-    logits = np.reshape(outputs["logits"]["data"], outputs["logits"]["shape"])
-    own = load_model("lenet5-digits")(np.full((3, 32, 32, 1), 0.5, np.float32))
-    np.testing.assert_allclose(logits, own, atol=1e-5)
-    wrong = httpx.post(f"{url}/v2/models/lenet5-digits/infer", json={"inputs": []})
-    assert wrong.status_code == 400
-    assert "error" in wrong.json()
+    x = np.full((3, 32, 32, 1), 0.5, np.float32)
+    outputs = ask("json", served, "lenet5-digits", {"input": x}).outputs
+    assert outputs["exact"].tolist() == [True] * 3
+    np.testing.assert_allclose(outputs["logits"], load_model("lenet5-digits")(x), atol=1e-5)
+    wrong = ask("json", served, "lenet5-digits", {})
+    assert (wrong.status, "not inputs []" in wrong.error) == (400, True)
     assert "nercc_requests_total" in httpx.get(f"{url}/metrics").text
     (log,) = served.logs.glob("replica_*")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -638,32 +562,23 @@ def test_ray_serve_answers_as_the_model_itself(served):
 
 
 @pytest.mark.slow
-def test_readme_examples_run(served, tmp_path):
+def test_readme_examples_run(served):
     """Against the same REST interface, wherever it runs."""
-    for curl in [block for block in blocks(README, r"bash[^\n]*") if "curl" in block]:
-        script = curl.replace("localhost:8000", served.address).replace(
-            "python ", f"{sys.executable} "
-        )
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=SOON,
-        )
-        assert '"logits"' in done.stdout
     require("tritonclient", "serve-test")
+
+    def output(*command):
+        options = {"check": True, "capture_output": True, "text": True, "timeout": SOON}
+        return subprocess.run(command, **options).stdout
+
+    for curl in [block for block in blocks(README, r"bash[^\n]*") if "curl" in block]:
+        script = curl.replace("localhost:8000", served.address)
+        script = script.replace("python ", f"{sys.executable} ")
+        assert '"logits"' in output("bash", "-euo", "pipefail", "-c", script)
     (example,) = blocks(README, r"python[^\n]*")
     assert "localhost:8000" in example
-    done = subprocess.run(
-        [sys.executable, "-c", example.replace("localhost:8000", served.address)],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=SOON,
-    )
-    assert len(done.stdout.splitlines()) == 3
-    assert "True" in done.stdout.splitlines()[1]
+    lines = output(sys.executable, "-c", example.replace("localhost:8000", served.address))
+    assert len(lines.splitlines()) == 3
+    assert "True" in lines.splitlines()[1]
 
 
 @pytest.mark.slow
@@ -693,19 +608,18 @@ def test_ray_serve_drains_when_the_application_is_deleted(cluster, served):
     """The last of this file: the application is gone after it."""
     httpx = require("httpx", "serve")
     url = f"http://{served.address}"
-    answers = []
+    from faces import ask
 
-    def ask():
-        path = f"{url}/v2/models/lenet5-digits/infer"
-        answers.append(httpx.post(path, json=body(8), timeout=SOON))
-
-    client = threading.Thread(target=ask)
+    answers, x = [], {"input": [[[[0.5]] * 32] * 32] * 8}
+    client = threading.Thread(
+        target=lambda: answers.append(ask("json", served, "lenet5-digits", x))
+    )
     client.start()
-    until(lambda: httpx.get(f"{url}/status").json()["models"][0]["queue"]["in_flight"])
+    until(lambda: httpx.get(f"{url}/status").json()["models"][0]["queue"]["in_flight"], SOON)
     assert alive("ServeReplica")
     cluster.serve.delete(served.name)
     client.join(SOON)
-    assert [answer.status_code for answer in answers] == [200]
+    assert [answer.status for answer in answers] == [200]
     assert not alive("ServeReplica")
-    until(lambda: not alive("Actor"))
+    until(lambda: not alive("Actor"), SOON)
     assert httpx.get(f"{url}/v2/health/ready").status_code == 404

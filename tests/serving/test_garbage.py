@@ -1,7 +1,6 @@
 """What is over goes by itself: to look for garbage stops all threads of a server."""
 
 import gc
-import weakref
 
 import numpy as np
 import pytest
@@ -63,19 +62,3 @@ def test_what_survived_a_long_collection_is_left_out_of_later_ones(monkeypatch, 
     gc.unfreeze()
     gc.collect()
     assert looked_at(kept), "nothing is left out any more"
-
-
-def test_what_was_left_out_and_refers_to_itself_can_be_freed():
-    class Loop:
-        pass
-
-    loop = Loop()
-    loop.itself = loop
-    there = weakref.ref(loop)
-    with _garbage.short_collections():
-        del loop
-        gc.collect()
-        assert there() is not None
-        _garbage.collect_all()
-        assert there() is None
-    gc.unfreeze()

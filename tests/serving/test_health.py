@@ -6,7 +6,7 @@ import types
 
 import numpy as np
 import pytest
-from batching import INTERLEAVED, LONG, Held, count, knowing, model, queries, serving, settled
+from batching import INTERLEAVED, LONG, Held, count, model, queries, serving, settled, until
 
 from nercc_jax import Uncoded
 from nercc_jax.pools._clock import WALL
@@ -46,17 +46,10 @@ def test_it_is_ready_while_a_group_can_be_answered(
     assert health == Health(True, ready, message)
 
 
-def becomes(batcher, expected, seconds=5.0):
-    """Waits until health is that."""
-    end = time.monotonic() + seconds
-    while (health := batcher.health()) != expected and not expected(health):
-        assert time.monotonic() < end, f"its health is {health}"
-        time.sleep(0.01)
-    return health
-
-
-def is_(live, ready):
-    return lambda health: (health.live, health.ready) == (live, ready)
+def becomes(batcher, live, ready):
+    """Waits until health is that; returns what troubles it."""
+    until(lambda: (batcher.health().live, batcher.health().ready) == (live, ready), 5.0)
+    return batcher.health().trouble
 
 
 @pytest.mark.parametrize("step", ["dispatch", "complete"])
@@ -95,7 +88,6 @@ def test_a_group_that_cannot_be_decided_is_reported_at_once(monkeypatch):
                 future.result(5.0)
         held.release.set()
         assert batcher.submit(queries(3)).result(LONG).exact.all()
-        settled(batcher)
 
 
 def test_a_thread_that_dies_fails_what_is_open_and_what_comes(monkeypatch):
@@ -121,11 +113,11 @@ def test_a_stuck_thread_is_not_alive(monkeypatch):
     monkeypatch.setattr("nercc_jax.pools._clock.BEAT", 0.05)
     release = threading.Event()
     with serving(Uncoded(1), warm=False) as batcher:
-        becomes(batcher, is_(True, True))
+        becomes(batcher, True, True)
         monkeypatch.setattr(batcher._scheduler, "_handle_due", lambda now: release.wait(LONG))
-        assert "is stuck" in becomes(batcher, is_(False, False)).trouble
+        assert "is stuck" in becomes(batcher, False, False)
         release.set()
-        becomes(batcher, is_(True, True))
+        becomes(batcher, True, True)
 
 
 def test_who_answers_nobody_is_not_ready_until_it_does():
@@ -142,24 +134,12 @@ def test_who_answers_nobody_is_not_ready_until_it_does():
         for each in queries(4):
             with pytest.raises(InferenceFailed):
                 batcher.submit(each[None], exact=True).result(LONG)
-        assert "3 workers failed" in becomes(batcher, is_(True, False)).trouble
+        assert "3 workers failed" in becomes(batcher, True, False)
         failed = count(batcher, "request_failed")
         broken.clear()
-        becomes(batcher, is_(True, True))  # nobody asks but itself
+        becomes(batcher, True, True)  # nobody asks but itself
         assert count(batcher, "request_failed") == failed == 4
         assert count(batcher, "request_ok") == 0, "questions of its own are not counted"
-
-
-def test_who_answers_nothing_for_long_is_not_ready(monkeypatch):
-    monkeypatch.setattr(_health, "_SILENT", 0.2)
-    monkeypatch.setattr("nercc_jax.pools._clock.BEAT", 0.05)
-    held = Held()
-    with serving(Uncoded(1), held, warm=False) as batcher:
-        future = batcher.submit(queries(1))
-        assert "no answer for" in becomes(batcher, is_(True, False)).trouble
-        held.release.set()
-        future.result(LONG)
-        becomes(batcher, is_(True, True))
 
 
 # Learning goes on beside.
@@ -217,22 +197,3 @@ def test_a_lesson_rests_between_its_steps(monkeypatch):
             batcher.submit(queries(4)).result(LONG)
     assert lessons[:2] == [4, 4]
     assert min(np.diff(turns)) > 0.04, "nine times what a step takes"
-
-
-def test_a_set_of_answers_that_is_new_is_looked_up_beside(monkeypatch):
-    monkeypatch.setattr(_adaptation, "_SHARE", 1.0)
-    with serving(INTERLEAVED, estimator=knowing, warm=False) as batcher:
-        mask = np.zeros(INTERLEAVED.num_workers, bool)
-        mask[[0, 5]] = True
-        calibrator = batcher._adaptation
-        first = calibrator.expected_error(4, mask)
-        assert np.isnan(first.disagreement).all()
-        end = time.monotonic() + LONG
-        while np.isnan(calibrator.expected_error(4, mask).error).any():
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        again = knowing(batcher.test_coder)
-        list(again.update_expected(4, mask))  # all steps
-        found, wanted = calibrator.expected_error(4, mask), again.expected_error(4, mask)
-        np.testing.assert_allclose(found.error, wanted.error, rtol=1e-4)
-        np.testing.assert_allclose(found.disagreement, wanted.disagreement, rtol=1e-4)

@@ -15,45 +15,42 @@ from nercc_jax.risk._straggler_risk import StragglerRow
 from nercc_jax.serving import BatchingPolicy, Predictor, _served_model
 
 
-@pytest.fixture
-def hear(monkeypatch, caplog):
-    """Gives looks to a log of hints, one after the other; what was logged by each."""
+def known(*numbers):
+    return [[f"no estimate yet: {number} of 32 groups"] for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("looks", "reported"),
+    [
+        # Once, whatever its numbers.
+        (known(0, 1, 2, 3), [[], ["hint: no estimate yet: 1 of 32 groups"], [], []]),
+        # What comes and goes is not told.
+        ([["full"], [], ["full"], [], ["full"]], [[]] * 5),
+        # Its end, once it has lasted; and then it may come again.
+        (
+            [["full"], ["full"], [], [], ["full"], [], [], [], [], ["full"], ["full"]],
+            [[], ["hint: full"], *[[]] * 5, ["over: full"], [], [], ["hint: full"]],
+        ),
+        # They do not hide each other.
+        (
+            [["a"], ["a", "b"], ["b"], ["b"], ["b"]],
+            [[], ["hint: a"], ["hint: b"], [], ["over: a"]],
+        ),
+    ],
+)
+def test_a_hint_is_logged_once_it_has_lasted_and_once_it_is_over(
+    monkeypatch, caplog, looks, reported
+):
     monkeypatch.setattr(_served_model, "_BEGINS", 2)
     monkeypatch.setattr(_served_model, "_ENDS", 3)
     caplog.set_level(logging.INFO)
     log = _served_model.HintLog("digits", list)
-
-    def hear(*looks):
-        reported = []
-        for hints in looks:
-            caplog.clear()
-            log.update(hints)
-            assert all(record.model == "digits" for record in caplog.records)
-            reported.append([record.message for record in caplog.records])
-        return reported
-
-    return hear
-
-
-def test_a_hint_is_reported_once_whatever_its_numbers(hear):
-    reported = hear(*([f"no estimate yet: {known} of 32 groups"] for known in range(5)))
-    assert reported == [[], ["hint: no estimate yet: 1 of 32 groups"], [], [], []]
-
-
-def test_what_comes_and_goes_is_not_told(hear):
-    assert hear(["full"], [], ["full"], [], ["full"]) == [[]] * 5
-
-
-def test_the_end_of_a_hint_is_reported_once_it_has_lasted(hear):
-    hear(["full"], ["full"])
-    assert hear([], [], ["full"], [], []) == [[]] * 5
-    assert hear([], []) == [["over: full"], []]
-    assert hear(["full"], ["full"]) == [[], ["hint: full"]]
-
-
-def test_hints_do_not_hide_each_other(hear):
-    assert hear(["a"], ["a", "b"], ["b"], ["b"]) == [[], ["hint: a"], ["hint: b"], []]
-    assert hear(["b"]) == [["over: a"]]
+    for hints, expected in zip(looks, reported, strict=True):
+        caplog.clear()
+        log.update(hints)
+        assert [(record.model, record.message) for record in caplog.records] == [
+            ("digits", each) for each in expected
+        ]
 
 
 def test_a_look_that_fails_is_logged_and_the_next_works(monkeypatch, caplog):

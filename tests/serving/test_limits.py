@@ -10,16 +10,15 @@ import time
 
 import numpy as np
 import pytest
+from attack import post as as_bytes
 from conftest import require
 from faces import FACES, ask, content, post
 from in_process import Doubles, becomes, body, connect, is_cut_off, read_answer, real, serving
-from in_process import post as as_bytes
 from nercc_server import ENDS
 
 require("fastapi", "serve")
 
 from nercc_jax import Uncoded
-from nercc_jax.serving import make_servable
 from nercc_jax.serving.transport._bodies import RequestMemory
 
 INFER, ONE = "/v2/models/digits/infer", {"input": [[1.0, 2, 3, 4]]}
@@ -43,7 +42,7 @@ def is_fine(server):
 def test_a_refused_body_may_come_to_its_end_but_no_further(server, size):
     """A client that sends first and reads then finds the answer, and none sends on for long."""
     with connect(server) as connection:
-        connection.sendall(as_bytes(b"x" * 5_000_000, length=size))
+        connection.sendall(as_bytes(INFER, b"x" * 5_000_000, length=size))
         status, headers, response = read_answer(connection)
         assert (status, headers["connection"]) == (413, "close")
         assert response["error"] == f"the body has {size} bytes; at most 100000 are taken"
@@ -62,18 +61,9 @@ def test_large_json_is_refused_in_favour_of_binary(server):
         assert answer.status_code == 413
         assert "at most 10000 are taken: send tensors as binary data" in answer.json()["error"]
     with connect(server) as connection:  # what is announced is not even read
-        connection.sendall(as_bytes(b"", length=10_001))
+        connection.sendall(as_bytes(INFER, b"", length=10_001))
         assert read_answer(connection)[0] == 413
     assert ask("binary", server, "digits", {"input": np.ones((1000, 4), "<f4")}).is_(200)
-
-
-def test_images_come_and_go_as_binary_tensors():
-    model = Doubles()
-    model.servable = make_servable("digits", lambda x: 2 * x, (224, 224, 3))
-    x = np.random.default_rng(0).normal(size=(8, 224, 224, 3)).astype("<f4")
-    with serving(model) as server:
-        found = ask("binary", server, "digits", {"input": x}).outputs["output"]
-    np.testing.assert_array_equal(found, 2 * x)
 
 
 # All together.
@@ -83,7 +73,7 @@ def test_connections_have_a_limit():
     """The answer is uvicorn's own, and whoever closes one makes room."""
     with serving(Doubles(), max_connections=2) as server:
         with connect(server), connect(server) as second:
-            second.sendall(as_bytes(body()))
+            second.sendall(as_bytes(INFER, body()))
             assert second.recv(1000).startswith(b"HTTP/1.1 503")
         becomes(lambda: not server._http.server_state.connections)
         is_fine(server)
@@ -94,9 +84,8 @@ def test_bytes_in_flight_have_a_limit():
     limits = {"max_body_bytes": 1000, "max_bytes_in_flight": 1500}
     with serving(model, grpc_port=0, **limits) as server:
         held = server.state.memory
-        becomes(lambda: server.grpc_port)
         with connect(server) as stuck:
-            stuck.sendall(as_bytes(b" " * 900, length=1000))
+            stuck.sendall(as_bytes(INFER, b" " * 900, length=1000))
             becomes(lambda: held.used == 900)
             for face in ("json", "raw"):
                 answer = ask(face, server, "digits", ONE, id="x" * 700)
@@ -104,7 +93,7 @@ def test_bytes_in_flight_have_a_limit():
             assert model.refused == ["request_overloaded"] * 2
             # What waits for its answer counts, too.
             with connect(server) as waits:
-                waits.sendall(as_bytes(body()))
+                waits.sendall(as_bytes(INFER, body()))
                 becomes(lambda: held.used == 900 + len(body()))
                 assert len(model.asked) == 1
                 model.may_answer.set()
@@ -139,7 +128,6 @@ def test_a_batcher_that_is_held_up_is_not_waited_for(monkeypatch):
         concurrent.futures.ThreadPoolExecutor() as clients,
         monkeypatch.context() as patched,
     ):
-        becomes(lambda: server.grpc_port)
         patched.setattr(model._batcher._scheduler, "_dispatch", hold)
         late = {"parameters": {"timeout": 300_000}}
         asked = [clients.submit(ask, face, server, "digits", ONE, **late) for face in FACES]

@@ -1,18 +1,17 @@
 """Answers from what is known: when they are given, how right they are, and when they stop."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from traffic import OUT, SERVICE, SHAPE, WEIGHTS, Traffic, labels_right, model
+from traffic import SERVICE, SHAPE, WEIGHTS, KnowsAll, Traffic, labels_right, model
 
 from nercc_jax import Replication
+from nercc_jax.pools import Fault, Faults
 from nercc_jax.risk._straggler_risk import AccuracyTarget
 from nercc_jax.serving import BatchingPolicy, Predictor
 from nercc_jax.serving.adapt._online_calibration import BATCH, OnlineCalibration
-from nercc_jax.serving.core._adaptation import Predictions
 from nercc_jax.serving.core._request import Answer, ApproximateAnswer
+from nercc_jax.stragglers import TraceLatency
 from nercc_jax.surrogates import principal_components
 from nercc_jax.testing import SimulatedClock
 
@@ -54,8 +53,8 @@ def test_when_the_world_changes_nothing_is_predicted_until_it_is_known_anew():
     assert predictor.share > 0.5
     traffic.model = turned
     replies = traffic.send(200)
-    assert traffic.drifts >= 1
-    assert predictor.status()["drifts"] == traffic.drifts
+    assert traffic.observed["drift"] >= 1
+    assert predictor.status()["drifts"] == traffic.observed["drift"]
     wrong = sum(reply.values[0].argmax() != own.argmax() for _, reply, own in replies)
     assert wrong <= 12, "of twenty stragglers; what was given out stops within 100 queries"
     traffic.send(700)
@@ -103,46 +102,21 @@ def test_parameters_that_tell_less_than_others_do_not_hide_what_is_known():
     assert study.calibrated.share > 0.9
 
 
-class Says(Predictor):
-    """One that knows all from the first: it doubts those whose first number is positive."""
-
-    audited = ()
-
-    @property
-    def state(self):
-        return "answering"
-
-    def predict(self, x):
-        sure = x[:, 0] <= 0
-        return Predictions(model(x) + 1e-3, np.where(sure, 0.01, 0.9), np.zeros(len(x)), sure)
-
-    def add_answer(self, x, own):
-        assert np.allclose(model(x[None])[0], own), "a lesson about another query"
-
-    def admits(self, answer):
-        return True
-
-    def audit(self, given, own):
-        if given.given:
-            self.audited = (*self.audited, np.abs(given.answer.value - own).max())
-        return True
-
-
 def test_what_is_doubted_goes_out_twice_from_the_start_and_all_else_once():
     policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, redundancy="uncertain")
-    traffic = Traffic(Says(), policy, code=Replication(1, 2), share=0.0)
+    traffic = Traffic(KnowsAll(), policy, code=Replication(1, 2), share=0.0)
     traffic.send(200)
     assert 270 < traffic.calls() < 330
     few = BatchingPolicy(
         straggler_threshold=1.4, max_disagreement=0.1, redundancy="uncertain", max_redundancy=0.1
     )
-    traffic = Traffic(Says(), few, code=Replication(1, 2), share=0.0)
+    traffic = Traffic(KnowsAll(), few, code=Replication(1, 2), share=0.0)
     traffic.send(200)
     assert 215 <= traffic.calls() <= 221
 
 
 def test_late_answers_audit_what_was_given_to_the_same_query():
-    predictor = Says()
+    predictor = KnowsAll(off=1e-3)
     policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, max_batch_size=8)
     traffic = Traffic(predictor, policy)
     traffic.send(200)
@@ -150,21 +124,9 @@ def test_late_answers_audit_what_was_given_to_the_same_query():
     assert max(predictor.audited) < 2e-3
 
 
-class Keeps(Says):
-    """Sure of all, it keeps what came of its answers: NaN where nothing will ever come."""
-
-    def predict(self, x):
-        found = super().predict(x)
-        return dataclasses.replace(found, sure=np.ones(len(x), bool))
-
-    def audit(self, given, own):
-        own = np.full(OUT, np.nan) if own is None else own
-        return super().audit(given, own)
-
-
 def test_what_hangs_is_computed_elsewhere_to_be_compared():
     """The calls of a tenth hang until their workers are replaced, long after groups are kept."""
-    predictor = Keeps()
+    predictor = KnowsAll(lambda x: [True] * len(x), off=1e-3)
     traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1))
     traffic.pool_seconds = lambda size: SERVICE
     traffic.send(50)
@@ -199,24 +161,15 @@ def test_what_was_given_out_and_was_wrong_stops_it_at_once():
 def by_difficulty(slow, delay):
     """Traffic whose hardest queries are slow, and so are their copies."""
 
-    class Dependent(Traffic):
-        def seconds(self, size):
-            return SERVICE * self.random.uniform(0.95, 1.05)
-
-    traffic = Dependent(
-        Predictor(), BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1), rate=60
-    )
-    traffic.settle = 4 * delay
-    backend = traffic.pool._scheduler._backend
-    send = backend.send
-
-    def send_slowly(worker, life, kind, batch):
+    def score(batch):
         top = np.sort(model(np.asarray(batch)), axis=-1)
-        hard = np.min(top[:, -1] - top[:, -2]) <= slow
-        traffic.pool_seconds = lambda size: traffic.seconds(size) + delay * hard
-        send(worker, life, kind, batch)
+        return top[:, -1] - top[:, -2] <= slow
 
-    backend.send = send_slowly
+    latency = TraceLatency(jnp.array([delay]))
+    faults = Faults([Fault("delay", latency=latency, score=score, least_score=1.0)])
+    policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1)
+    traffic = Traffic(Predictor(), policy, rate=60, share=0.0, faults=faults)
+    traffic.settle = 4 * delay
     return traffic
 
 
@@ -269,9 +222,6 @@ def test_arguments():
             Traffic(None, BatchingPolicy(**alone))
     with pytest.raises(ValueError, match="capacity"):
         Predictor(capacity=100)
-    for wrong in ({"tolerance": 0.0}, {"quantile": 1.0}, {"max_redundancy": -1.0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            BatchingPolicy(**wrong)
 
 
 def test_principal_components_are_those_of_the_covariance():

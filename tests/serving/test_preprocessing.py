@@ -2,7 +2,6 @@
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
-import asyncio
 import json
 from pathlib import Path
 
@@ -50,20 +49,11 @@ def pictures(number, seed=0):
 
 
 @pytest.fixture(scope="module")
-def servable():
-    return make_servable("images", network, SHAPE, datatype="UINT8", preprocess=prepare)
-
-
-@pytest.fixture(scope="module")
-def server(servable):
+def server():
+    servable = make_servable("images", network, SHAPE, datatype="UINT8", preprocess=prepare)
+    faults = {"straggler_rate": 0.2, "straggler_delay_s": 0.3, "max_disagreement": 1}
+    settings = ModelSettings(max_batch_size=2, outputs="logits", **faults)
     code = NeRCC(2, 4, points="interleaved", lambda_dec=0.0)
-    settings = ModelSettings(
-        max_batch_size=2,
-        straggler_rate=0.2,
-        straggler_delay_s=0.3,
-        max_disagreement=1,
-        outputs="logits",
-    )
     ports = ServerSettings(http_port=0, grpc_port=0)
     with make_server(servable, code, settings=settings, server_settings=ports) as server:
         yield server
@@ -72,35 +62,21 @@ def server(servable):
 @pytest.mark.parametrize("face", ["binary", "raw"])
 def test_bytes_are_served_coded(server, face):
     """One call in five straggles: some answers are decoded, and all others are the model's own."""
+    url = f"http://127.0.0.1:{server.http_port}/v2/models/images"
+    about = httpx.get(url, trust_env=False).json()
+    assert about["inputs"] == [{"name": "input", "datatype": "UINT8", "shape": [-1, *SHAPE]}]
+    assert about["parameters"]["nercc_coded"] is True
     found = set()
-    for seed in range(60):
-        x = pictures(1 + 4 * (seed % 2), seed)
+    for seed, number in enumerate((1, 2, 3, 4, 9) * 12):
+        x = pictures(number, seed)
         answer = ask(face, server, "images", {"input": x}, {"input": "UINT8"})
-        is_exact = bool(answer.outputs["exact"].all())
-        if is_exact:
-            np.testing.assert_allclose(answer.outputs["output"], own(x), rtol=1e-3, atol=1e-4)
-        found.add(is_exact)
-        if len(found) == 2:
+        exact = answer.outputs["exact"]
+        values, expected = answer.outputs["output"][exact], own(x)[exact]
+        np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-4)
+        found |= {*exact.tolist()}
+        if len(found) == 2 and seed >= 4:
             break
     assert found == {True, False}
-
-
-def test_the_metadata_are_those_of_the_bytes(server):
-    url = f"http://127.0.0.1:{server.http_port}/v2/models/images"
-    found = httpx.get(url, trust_env=False).json()
-    assert found["inputs"] == [{"name": "input", "datatype": "UINT8", "shape": [-1, *SHAPE]}]
-    assert found["parameters"]["nercc_coded"] is True
-
-
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 9])
-def test_any_number_of_rows_is_prepared_in_batches(servable, number):
-    preprocessing = Preprocessing(servable, (1, 2, 4))
-    x = pictures(number)
-    expected = np.asarray(prepare(x))
-    np.testing.assert_allclose(preprocessing(x), expected, rtol=1e-4, atol=1e-5)
-    found = asyncio.run(preprocessing.run(x))
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    preprocessing.close()
 
 
 def test_several_inputs_become_several_arrays_of_floats():

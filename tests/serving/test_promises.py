@@ -1,49 +1,22 @@
 """What a server promises, by what callers see of it: waiting, redundancy, late calls, health."""
 
-import threading
-import time
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from batching import INTERLEAVED
-from conftest import require
-from traffic import OUT, SERVICE, SHAPE, WEIGHTS, Traffic, model
+from traffic import OUT, SERVICE, SHAPE, WEIGHTS, KnowsAll, Traffic, model
 
-from nercc_jax import NeRCC, Replication, Uncoded
-from nercc_jax.pools import Overdue
-from nercc_jax.pools._times import AnswerTimes
+from nercc_jax import Berrut, NeRCC, Replication, Uncoded
 from nercc_jax.risk._straggler_risk import AccuracyTarget
-from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, InferenceFailed
+from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, InferenceFailed, Predictor
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
-from nercc_jax.serving.adapt._predictor import Predictor
-from nercc_jax.serving.core._adaptation import Predictions
 from nercc_jax.serving.core._request import Answer, ApproximateAnswer
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 
-class KnowsAll(Predictor):
-    """A surrogate that knows every answer, and is sure of all or none."""
-
-    state = "answering"
-
-    def __init__(self, sure):
-        super().__init__()
-        self.is_sure = sure
-
-    def predict(self, x):
-        sure = np.full(len(x), self.is_sure)
-        doubt = np.where(sure, 0.0, 0.9)
-        return Predictions(model(x), doubt, np.where(sure, 0.0, 1.0), sure)
-
-    def add_answer(self, x, own):
-        pass
-
-    def admits(self, answer):
-        return True
-
-    def audit(self, given, own):
-        return True
+def knows(sure):
+    """A surrogate that is sure of all or none."""
+    return KnowsAll(lambda x: [sure] * len(x))
 
 
 def calibrated(coder, target=None):
@@ -61,7 +34,7 @@ def calibrate(estimator):
 @pytest.mark.parametrize("sure", [True, False])
 def test_uncertain_redundancy_sends_coded_points_only_where_the_surrogate_doubts(sure):
     policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, redundancy="uncertain")
-    traffic = Traffic(KnowsAll(sure), policy, INTERLEAVED, share=0.0, estimator=calibrated)
+    traffic = Traffic(knows(sure), policy, INTERLEAVED, share=0.0, estimator=calibrated)
     sent_as = traffic.send(100)
     assert all(reply.exact.all() for _, reply, _ in sent_as)
     # The code has as many coded points as queries. Of a group of one, none is ever sent.
@@ -88,7 +61,7 @@ def test_a_tolerance_is_kept_by_decoding_within_it_or_asking_again(tolerance):
     policy = BatchingPolicy(straggler_threshold=1.4, tolerance=tolerance)
     target = AccuracyTarget(tolerance)
     traffic = Traffic(
-        KnowsAll(False),
+        knows(False),
         policy,
         INTERLEAVED,
         share=0.15,
@@ -148,7 +121,7 @@ def test_answers_that_fail_leave_the_limits_of_late_calls_as_they_are(fails):
     policy = BatchingPolicy(
         straggler_threshold=2.0, max_disagreement=0.1, ordering=False, max_batch_size=1
     )
-    traffic = Traffic(KnowsAll(True), policy, Uncoded(1), share=0.0)
+    traffic = Traffic(knows(True), policy, Uncoded(1), share=0.0)
     ways = ({"exact": False}, {"exact": True})
     traffic.send(100)
     traffic.send(100, exact=True)
@@ -176,7 +149,7 @@ def test_answers_that_fail_leave_the_limits_of_late_calls_as_they_are(fails):
 
 def test_what_was_predicted_before_a_drift_is_not_given_out_after_it():
     """Predictions are looked up when a query goes out, if its redundancy depends on them."""
-    predictor = KnowsAll(True)
+    predictor = knows(True)
     policy = BatchingPolicy(straggler_threshold=2.0, max_disagreement=0.1, redundancy="uncertain")
     traffic = Traffic(predictor, policy, Replication(1, 2), share=0.0)
     traffic.send(50)
@@ -194,7 +167,7 @@ def test_nothing_is_decoded_after_a_drift_until_new_stragglers_were_compared():
     traffic = Traffic(None, policy, INTERLEAVED, share=0.15, estimator=calibrated)
     assert any(not reply.exact.all() for _, reply, _ in traffic.send(150))
     adaptation = traffic.batcher._adaptation
-    while not traffic.drifts:
+    while not traffic.observed["drift"]:
         answer = Answer(np.eye(3, dtype=np.float32)[0], "decoded", 8, 7, disagreement=0.01)
         adaptation.risk("decoded").give()
         given = ApproximateAnswer(answer, None, adaptation.risk("decoded").epoch, given=True)
@@ -214,47 +187,117 @@ def test_nothing_is_decoded_after_a_drift_until_new_stragglers_were_compared():
     assert any(not reply.exact.all() for _, reply, _ in traffic.send(200))
 
 
-def test_a_new_rule_for_late_calls_knows_the_answers_so_far():
-    times = AnswerTimes(Overdue(0.5, 3.0, floor=0.0))
-    for number in range(20):
-        times.add(1, 0.1 + 0.001 * number)
-    rule = Overdue(0.9, 1.0, floor=0.0)
-    other = times.under(rule)
-    assert other.median(1) == times.median(1) == pytest.approx(0.11)
-    assert other.limit(1) == pytest.approx(0.118), "the nine tenths of those twenty"
-    assert times.limit(1) == pytest.approx(0.33)
+# Outputs that are values: no label says anything about them, so only a tolerance lets any out.
+
+HIDDEN, LAST = (np.random.default_rng(0).normal(size=shape) for shape in ((4, 3), (3, 2)))
 
 
-def test_a_surrogate_that_sees_only_noise_is_equally_unsure_of_all():
-    """What a regression makes of noise on its own samples is not there on others."""
-    from nercc_jax.risk._error_probability import fit_error_probability_of_points
-
-    random, spreads = np.random.default_rng(0), []
-    for _ in range(8):
-        features = np.column_stack([np.ones(150), random.normal(size=(150, 2))])
-        wrong = random.random(150) < 0.3
-        doubt = fit_error_probability_of_points(features, np.zeros(150, bool), wrong)
-        spreads.append(np.std(np.asarray(doubt.of_features(jnp.asarray(features)))))
-    assert np.mean(spreads) < 0.02
+def predict(x):  # smooth, two outputs, neither of which is a score
+    return (np.tanh(np.asarray(x) @ HIDDEN / 2) @ LAST).astype(np.float32)
 
 
-def test_a_call_by_grpc_has_as_long_as_draining_takes():
-    """Longer than what the server keeps for last errors."""
-    require("fastapi", "serve")
-    grpc = require("grpc", "serve-test")
-    from faces import Stub, message
-    from in_process import Doubles, becomes, channel, serving
-    from nercc_server import ENDS
+def revenue(x):
+    return predict(x)[:, 0]
 
-    model = Doubles(at_once=False)
-    with serving(model, grpc_port=0, drain_timeout_s=60.0) as server, channel(server) as there:
-        request = message("digits", {"input": [[1.0, 2, 3, 4]]})
-        future = Stub(there).ModelInfer.future(request, timeout=ENDS)
-        becomes(lambda: model.asked)
-        server.stop()
-        timer = threading.Timer(3.5, model.may_answer.set)
-        timer.start()
-        begin = time.monotonic()
-        assert future.code() is grpc.StatusCode.OK
-        assert time.monotonic() - begin >= 3
-        timer.join()
+
+FUNCTIONS = {"revenue": (revenue, ()), "predict": (predict, (2,))}
+
+
+def approximate(replies):
+    """Errors and bars of the answers that are not the model's own, and whether any is predicted."""
+    found = [(reply, own) for _, reply, own in replies if not reply.exact[0]]
+    errors = [np.sqrt(np.mean((reply.values[0] - own[0]) ** 2)) for reply, own in found]
+    bars = [reply.expected_error[0] for reply, _ in found]
+    assert all(np.isnan(reply.expected_disagreement[0]) for reply, _ in found)
+    return np.array(errors), np.array(bars), any(reply.predicted[0] for reply, _ in found)
+
+
+def traffic_of(name, policy, predictor=None, **options):
+    function, out = FUNCTIONS[name]
+    options = {"rate": 600, "num_workers": 128} | options  # groups are full
+    made = Traffic(predictor, policy, INTERLEAVED, out=out, stated=False, share=0.15, **options)
+    made.model = function
+    return made
+
+
+@pytest.mark.parametrize("name", ["revenue", "predict"])
+def test_without_a_tolerance_all_answers_to_values_are_exact(name):
+    traffic = traffic_of(name, BatchingPolicy(straggler_threshold=1.4))
+    replies = traffic.send(400)
+    assert all(reply.exact.all() for _, reply, _ in replies)
+    assert sum(reply.reexecuted.sum() for _, reply, _ in replies) > 20
+    (hint,) = traffic.batcher.hints()
+    assert "values" in hint
+    assert "all answers are exact" in hint
+    assert traffic.batcher.status()["outputs"]["read_as"] == "values"
+    # Redundancy of a code that may decode nothing is not sent either.
+    calls = traffic.calls()
+    traffic.share = 0.0
+    traffic.send(100)
+    assert traffic.calls() - calls == 100
+
+
+@pytest.mark.parametrize(("name", "predicts"), [("revenue", False), ("predict", True)])
+def test_bars_hold_and_none_is_beyond_the_tolerance(name, predicts):
+    """Of a coverage of 0.95, so that nine of ten hold of some hundred, too."""
+    tolerance = 0.1 if predicts else 0.7
+    policy = BatchingPolicy(straggler_threshold=1.4, tolerance=tolerance, coverage=0.95)
+    traffic = traffic_of(name, policy, Predictor() if predicts else None)
+    assert traffic.batcher.status()["outputs"] == {"read_as": "values", "why": "as set"}
+    errors, bars, predicted = approximate(traffic.send(2000))
+    assert len(errors) > 40
+    assert predicted == predicts
+    assert bars.max() <= tolerance
+    assert np.mean(errors <= bars) >= 0.9
+    status = traffic.batcher.status()["decoding"]
+    assert status["drifts"] == 0
+
+
+def test_scores_are_read_from_the_models_own_answers_before_anything_approximate():
+    """A classifier's: its logits have one winner in each row."""
+
+    def classify(x):
+        largest = x[:, :3] == x[:, :3].max(axis=1, keepdims=True)
+        return (np.where(largest, 4, -4) + x[:, :3]).astype(np.float32)
+
+    policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.3)
+    busy = {"rate": 600, "num_workers": 128}  # groups are full
+    traffic = Traffic(None, policy, INTERLEAVED, stated=False, share=0.15, **busy)
+    traffic.model = classify
+    first = traffic.send(200)
+    assert all(reply.exact.all() for _, reply, _ in first)
+    assert "were looked at" in traffic.batcher.hints()[0]
+    assert traffic.batcher.status()["outputs"]["read_as"] is None
+    later = traffic.send(2000)
+    assert traffic.batcher.status()["outputs"]["read_as"] == "scores"
+    assert not all(reply.exact.all() for _, reply, _ in later)
+
+
+@pytest.mark.parametrize(
+    ("policy", "out", "code", "why"),
+    [
+        ({"outputs": "logits"}, (), INTERLEAVED, "one number a row"),
+        ({"max_disagreement": 0.1}, (), INTERLEAVED, "these are values"),
+        ({"max_reexecution": 0.1}, (), INTERLEAVED, "these are values"),
+        ({"max_disagreement": 0.1, "outputs": "values"}, OUT, INTERLEAVED, "these are values"),
+        ({"tolerance": 0.1, "max_disagreement": 0.1}, OUT, INTERLEAVED, "these are values"),
+        ({"tolerance": 0.1, "outputs": "logits"}, OUT, INTERLEAVED, "a tolerance is for"),
+        ({"coverage": 1.0, "tolerance": 0.1}, OUT, INTERLEAVED, "coverage must be in"),
+        ({"tolerance": 0.1}, OUT, Uncoded(1), "a tolerance needs error bars"),
+        ({"tolerance": 0.1}, OUT, Berrut(4, 8, points="interleaved"), "Berrut has none"),
+        ({"outputs": "values"}, OUT, NeRCC(4, 8), "send each of them twice"),
+    ],
+)
+def test_limits_that_do_not_fit_the_outputs_are_refused(policy, out, code, why):
+    pool = SimulatedPool(model, 8, seconds=lambda size: 0.05)
+    with pytest.raises(ValueError, match=why):
+        CodedBatcher(pool, Coder(code), SHAPE, out, policy=BatchingPolicy(**policy))
+
+
+def test_an_estimator_of_another_tolerance_is_refused():
+    coder = Coder(INTERLEAVED)
+    estimator = ErrorEstimator(coder, AccuracyTarget(0.1))
+    pool = SimulatedPool(model, 8, seconds=lambda size: 0.05)
+    policy = BatchingPolicy(tolerance=0.2)
+    with pytest.raises(ValueError, match="the estimator is for a tolerance of"):
+        CodedBatcher(pool, coder, SHAPE, OUT, policy=policy, estimator=estimator)

@@ -1,4 +1,4 @@
-"""Versions of a model, and loading and unloading: by curl, httpx, gRPC and Triton's clients."""
+"""Versions, loading and unloading, the index, tokens and TLS: by curl and Triton's clients, too."""
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
@@ -6,24 +6,30 @@ import dataclasses
 import json
 import shutil
 import subprocess
-import sys
+import threading
 import weakref
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import triton_calls
 from conftest import require
 
-require("grpc", "serve-test")
+grpc, httpx = require("grpc", "serve-test"), require("httpx", "serve-test")
 require("fastapi", "serve")
 
-from faces import FACES, ask
-from in_process import SERVABLE, Doubles, becomes, body, http, listening, real
+from faces import FACES, Stub, ask
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from in_process import SERVABLE, Doubles, becomes, body, channel, http, listening, real, serving
 from nercc_server import ENDS, running
 
 from nercc_jax import Uncoded
 from nercc_jax.serving import ModelSettings, ServerSettings
+from nercc_jax.serving.core._health import Health
+from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 
 class Version(Doubles):
@@ -140,33 +146,6 @@ def test_without_the_flag_nobody_may(action):
     assert "--model-control explicit" in answer.json()["error"]
 
 
-CLIENT = """
-import json, sys
-import numpy as np
-import tritonclient.grpc
-import tritonclient.http
-
-found = []
-for library, port in zip((tritonclient.http, tritonclient.grpc), sys.argv[1:]):
-    client = library.InferenceServerClient(f"localhost:{port}")
-    tensor = library.InferInput("input", [1, 4], "FP32")
-    tensor.set_data_from_numpy(np.float32([[1, 2, 3, 4]]))
-    client.unload_model("twice")
-    gone = not client.is_server_live() or "twice"
-    try:
-        client.infer("twice", [tensor])
-    except library.InferenceServerException as error:
-        gone = "does not exist" in str(error)
-    client.load_model("twice")
-    ready = [client.is_model_ready("twice", version) for version in ("", "1", "2")]
-    values = [
-        client.infer("twice", [tensor], model_version=version).as_numpy("output").tolist()
-        for version in ("", "1", "2")
-    ]
-    found.append([gone, ready, values])
-print(json.dumps(found))
-"""
-
 CONFIG = """
 model_control = "explicit"
 [defaults]
@@ -194,16 +173,25 @@ def run(*command):
 @pytest.mark.slow
 def test_versions_of_a_coded_model_by_tritons_clients_and_curl(tmp_path):
     """Weights are read again when a model is loaded again."""
-    import numpy as np
-
     require("tritonclient", "serve-test")
     matrix = tmp_path / "matrix.npy"
     np.save(matrix, 3 * np.eye(4, 3, dtype=np.float32))
-    with running(tmp_path, config=CONFIG) as server:
+    with (
+        running(tmp_path, config=CONFIG) as server,
+        triton_calls.in_a_process(ENDS) as elsewhere,
+    ):
         first, second = [[2, 4, 6]], [[3, 6, 9]]
-        ports = str(server.http_port), str(server.grpc_port)
-        for gone, ready, values in json.loads(run(sys.executable, "-c", CLIENT, *ports)):
-            assert (gone, ready, values) == (True, [True] * 3, [second, first, second])
+        x, ports = np.float32([[1, 2, 3, 4]]), (server.http_port, server.grpc_port)
+        for face, port in zip(("http", "grpc"), ports, strict=True):
+            there = face, f"localhost:{port}"
+            elsewhere(triton_calls.ask, *there, "unload_model", "twice")
+            gone = elsewhere(triton_calls.infer, *there, "twice", x)
+            assert "does not exist" in gone["message"]
+            elsewhere(triton_calls.ask, *there, "load_model", "twice")
+            for version, expected in (("", second), ("1", first), ("2", second)):
+                assert elsewhere(triton_calls.ask, *there, "is_model_ready", "twice", version)
+                found = elsewhere(triton_calls.infer, *there, "twice", x, model_version=version)
+                assert found["outputs"]["output"].tolist() == expected
         assert server.count("requests_total", model="twice/2", outcome="ok") > 0
         if shutil.which("curl") is not None:
             np.save(matrix, 5 * np.eye(4, 3, dtype=np.float32))
@@ -238,3 +226,142 @@ def test_policies_that_do_not_fit(policies, message):
                 for number, policy in enumerate(policies, 1)
             ]
         ).resolved()
+
+
+# Tokens, TLS, and the index.
+
+TOKEN = "a token"
+INFER = "/v2/models/digits/infer"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A file of tokens, and a certificate for this machine with its key."""
+    folder = tmp_path_factory.mktemp("files")
+    tokens, certificate, key = (folder / name for name in ("tokens", "tls.crt", "tls.key"))
+    tokens.write_text(f"another\n\n{TOKEN}\n")
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
+    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+    run(
+        *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+        *("-subj", "/CN=localhost", "-addext", names),
+        *("-keyout", str(key), "-out", str(certificate)),
+    )
+    return tokens, certificate, key
+
+
+@pytest.fixture(scope="module")
+def guarded(files):
+    with (
+        serving(Doubles(), grpc_port=0, token_file=str(files[0])) as server,
+        http(server) as client,
+    ):
+        yield server, client
+
+
+@pytest.mark.parametrize(
+    "given", [None, "", TOKEN, "Bearer", "Bearer other", f"Basic {TOKEN}", f"Bearer {TOKEN}x"]
+)
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", INFER), ("GET", "/v2"), ("GET", "/metrics"), ("HEAD", "/status"), ("GET", "/none")],
+)
+def test_whoever_has_no_token_is_reported_so(guarded, method, path, given):
+    headers = {} if given is None else {"Authorization": given}
+    answer = guarded[1].request(method, path, headers=headers, content=body())
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    if method != "HEAD":
+        assert answer.json() == {"error": "a token is needed: Authorization: Bearer TOKEN"}
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_inference_is_for_whoever_has_one(guarded, face):
+    for given, status in (("Bearer other", 401), ("bearer another", 200), (f"Bearer {TOKEN}", 200)):
+        headers = {"Authorization": given}
+        answer = ask(face, guarded[0], "digits", {"input": [[1.0, 2, 3, 4]]}, headers=headers)
+        assert answer.is_(status)
+        assert status == 401 or answer.outputs["output"].tolist() == [[2, 4, 6, 8]]
+    assert guarded[1].get("/metrics", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/v2/health/live", "/v2/health/ready"])
+def test_probes_need_no_token(guarded, path):
+    assert guarded[1].get(path).status_code == 200
+
+
+def test_grpc_needs_one_too(guarded):
+    with channel(guarded[0]) as there:
+        stub = Stub(there)
+        asked = messages.ServerMetadataRequest()
+        for given in ([], [("authorization", "Bearer other")]):
+            with pytest.raises(grpc.RpcError) as error:
+                stub.ServerMetadata(asked, metadata=given, timeout=ENDS)
+            assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
+            assert "a token is needed" in error.value.details()
+        given = [("authorization", f"Bearer {TOKEN}")]
+        assert stub.ServerMetadata(asked, metadata=given, timeout=ENDS).name == "nercc_jax"
+        assert stub.ServerReady(messages.ServerReadyRequest(), timeout=ENDS).ready
+        health = HealthStub(there).Check(HealthCheckRequest(), timeout=ENDS)
+        assert health.status == HealthCheckResponse.SERVING
+
+
+def test_tls_and_tokens_by_tritons_clients_and_curl(files):
+    require("tritonclient", "serve-test")
+    tokens, certificate, key = map(str, files)
+    secure = {"tls_certificate": certificate, "tls_key": key, "token_file": tokens}
+    with serving(Doubles(), grpc_port=0, **secure) as server:
+        x, headers = np.float32([[1, 2, 3, 4]]), {"authorization": f"Bearer {TOKEN}"}
+        ways = {"http": {"ssl_options": {"ca_certs": certificate}}}
+        ways["grpc"] = {"root_certificates": certificate}
+        with triton_calls.in_a_process(ENDS) as elsewhere:
+            for face, options in ways.items():
+                port = server.http_port if face == "http" else server.grpc_port
+                there, client = (face, f"localhost:{port}"), {"client": {"ssl": True} | options}
+                given = {**client, "headers": headers}
+                found = elsewhere(triton_calls.infer, *there, "digits", x, **given)
+                assert found["outputs"]["output"].tolist() == [[2, 4, 6, 8]]
+                index = elsewhere(triton_calls.ask, *there, "get_model_repository_index", **given)
+                index = index if face == "http" else index["models"]
+                assert index[0] | {"reason": ""} == ready("digits")
+                refused = elsewhere(triton_calls.infer, *there, "digits", x, **client)
+                assert "a token is needed" in refused["message"]
+        url = f"https://localhost:{server.http_port}"
+        if shutil.which("curl") is not None:
+            trusted = ("curl", "-sS", "--noproxy", "*", "--cacert", certificate)
+            assert json.loads(run(*trusted, f"{url}/v2/health/live")) == {"live": True}
+            authorized = (*trusted, "-H", f"Authorization: Bearer {TOKEN}")
+            index = run(*authorized, "-d", '{"ready": true}', f"{url}/v2/repository/index")
+            assert json.loads(index) == [ready("digits")]
+            answer = run(*authorized, "-d", body().decode(), f"{url}{INFER}")
+            assert json.loads(answer)["outputs"][0]["data"] == [2, 4, 6, 8]
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"http://localhost:{server.http_port}/v2/health/live", trust_env=False)
+
+
+def ready(name):
+    return {"name": name, "version": "1", "state": "READY", "reason": ""}
+
+
+def test_the_index_has_all_models_and_their_states():
+    model = Doubles()
+    model.is_well = Health(True, False, "it is busy")
+    may_start = threading.Event()
+
+    def start_later():
+        assert may_start.wait(ENDS)
+        return Doubles()
+
+    starts, url = {"digits": lambda: model, "later": start_later}, "/v2/repository/index"
+    with listening(starts) as server, http(server) as client:
+        becomes(lambda: server.state.models)
+        assert client.post(url).json() == [
+            ready("digits") | {"state": "UNAVAILABLE", "reason": "it is busy"},
+            ready("later") | {"state": "LOADING", "reason": "It is being started."},
+        ]
+        assert client.post(url, json={"ready": True}).json() == []
+        wrong = client.post(url, content=b'{"ready": 7}')
+        assert (wrong.status_code, "boolean" in wrong.json()["error"]) == (400, True)
+        model.is_well = Health(True, True)
+        assert client.post(url, json={"ready": True}).json() == [ready("digits")]
+        may_start.set()

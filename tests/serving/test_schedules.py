@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from batching import BY_MARGIN, INTERLEAVED, OUT, SHAPE, model
+from traffic import KnowsAll
 
 from nercc_jax import Berrut, Replication, Uncoded
 from nercc_jax.pools import Fault, Faults, Overdue
@@ -24,12 +25,10 @@ from nercc_jax.serving import (
     Coder,
     DeadlineExceeded,
     InferenceFailed,
-    Predictor,
     QueueFull,
 )
 from nercc_jax.serving.adapt import _setting_controller
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
-from nercc_jax.serving.core._adaptation import Predictions
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 SECONDS = 0.02  # that an answer takes
@@ -52,25 +51,16 @@ class Studied(ErrorEstimator):
         return BY_MARGIN
 
 
-class KnowsAll(Predictor):
-    """One that knows all from the first, and is sure of every other query."""
+class Checks(KnowsAll):
+    """One that is sure of every other query, and sees that what comes is of the same query."""
 
     OFF = 2e-3
 
-    @property
-    def state(self):
-        return "answering"
-
-    def predict(self, x):
-        sure = x[:, 1] > 0
-        doubt = np.where(sure, 0.0, 1.0)
-        return Predictions(model(x) + self.OFF, doubt, np.zeros(len(x)), sure)
+    def __init__(self):
+        KnowsAll.__init__(self, lambda x: x[:, 1] > 0, self.OFF, model)
 
     def add_answer(self, x, own):
         assert np.allclose(model(x[None])[0], own, atol=1e-6), "a lesson about another query"
-
-    def admits(self, answer):
-        return True
 
     def audit(self, given, own):
         if own is not None:
@@ -140,7 +130,7 @@ class Schedule:
             OUT,
             policy=self.policy,
             estimator=estimator,
-            predictor=KnowsAll() if self.predicts else None,
+            predictor=Checks() if self.predicts else None,
             observe=self.observe,
         )
         self.first = 0  # queries that went out for the first time
@@ -231,7 +221,7 @@ class Schedule:
             reply = future.result()
             own = model(x)
             assert np.array_equal(reply.values[reply.exact], own[reply.exact]), "swapped"
-            guessed = own[reply.predicted] + KnowsAll.OFF
+            guessed = own[reply.predicted] + Checks.OFF
             assert np.allclose(reply.values[reply.predicted], guessed, atol=1e-6), "swapped"
             assert not (reply.predicted & reply.exact).any()
             assert np.isfinite(reply.values).all()

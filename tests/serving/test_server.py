@@ -2,7 +2,6 @@
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
-import asyncio
 import concurrent.futures
 import json
 import re
@@ -12,12 +11,13 @@ import numpy as np
 import pytest
 from conftest import require
 from faces import ask, stub_of
+from in_process import http, real, serving
 from nercc_server import ENDS, running
 
 httpx = require("httpx", "serve-test")
 
+from nercc_jax import Uncoded
 from nercc_jax.serving.transport import open_inference_pb2 as messages
-from nercc_jax.serving.transport._rest import SharedAnswer
 
 pytestmark = pytest.mark.slow
 
@@ -220,30 +220,19 @@ def test_all_workers_have_their_weights(server):
     assert found["counted"] == {"0": True, "1": True}
 
 
-def test_what_is_expensive_is_found_out_once_for_all_that_ask():
-    asked = []
-
-    async def find():
-        asked.append(len(asked))
-        await asyncio.sleep(0.05)
-        if len(asked) == 2:
-            raise OSError("it cannot be found out")
-        return len(asked)
-
-    async def main():
-        shared = SharedAnswer(find, 0.2)
-        assert await asyncio.gather(*(shared() for _ in range(50))) == [1] * 50
-        assert await shared() == 1
-        await asyncio.sleep(0.2)
-        given_up = asyncio.ensure_future(shared())
-        await asyncio.sleep(0)
-        given_up.cancel()  # which takes nothing from the others
-        with pytest.raises(OSError, match="cannot be found out"):
-            await shared()
-        await asyncio.sleep(0.2)
-        assert await shared() == 3
-
-    asyncio.run(main())
+def test_weights_are_looked_up_once_for_all_that_ask(monkeypatch):
+    """Else strangers could keep the workers busy with it."""
+    model = real("digits", lambda x: 2 * x, Uncoded(1))
+    asked, look = [], model.pool.check_weights
+    monkeypatch.setattr(model.pool, "check_weights", lambda *args: asked.append(1) or look(*args))
+    with (
+        serving(model) as server,
+        http(server) as client,
+        concurrent.futures.ThreadPoolExecutor(20) as threads,
+    ):
+        found = list(threads.map(lambda _: client.get("/weights").json(), range(40)))
+    assert found == [{"digits": {"0": True, "1": True}}] * 40
+    assert len(asked) == 1
 
 
 def test_the_status_has_what_the_page_reads(server):
@@ -314,8 +303,8 @@ def test_without_the_wish_there_are_no_lines_of_requests(tmp_path):
     )
     with running(tmp_path, config=config, NERCC_GRPC_PORT="none") as server:
         assert server.grpc_port is None
-        assert server.infer("own.double", [1, 2, 3, 4]).status_code == 200
-        assert server.infer("own.double", [1, 2, 3]).status_code == 400
+        assert ask("json", server, "own.double", ONE).is_(200)
+        assert ask("json", server, "own.double", {}).is_(400)
         assert "answered" not in {line["message"] for line in server.log()}
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{server.url}/v2", trust_env=False)

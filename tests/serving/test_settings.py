@@ -3,12 +3,12 @@
 # ruff: noqa: E402 (`require` comes before what needs it)
 
 import json
-import logging
 import math
 import os
 import re
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -160,13 +160,6 @@ def given(monkeypatch):
     return run
 
 
-def test_the_log_for_people_has_all_fields():
-    given = {"msg": "it %s", "args": ("works",), "model": "a", "_ray_clock": 1, "seconds": 2}
-    record = logging.makeLogRecord(given)
-    text = _serve._WithFields("%(levelname)s: %(message)s").format(record)
-    assert text == "Level None: it works model=a seconds=2"
-
-
 # One source after the other.
 
 
@@ -214,24 +207,34 @@ def test_a_setting_by_file_environment_and_flag(name, given, monkeypatch):
         assert [getattr(model, name) for model in chosen] == [expected] * len(models)
 
 
-def beyond():
-    """Each setting with a bound, and a value on its other side."""
-    for kind in (ServerSettings, ModelSettings):
-        for name, field in kind.model_fields.items():
-            for limit in field.metadata:
-                for bound, step in (("ge", -1), ("gt", 0), ("le", 1)):
-                    if hasattr(limit, bound):
-                        yield kind, name, getattr(limit, bound) + step
-                        if bound == "le" and "float" in str(field.annotation):
-                            yield kind, name, math.inf
+# By the first value beyond a bound, the settings that have it.
+BEYOND = {
+    65536: "http_port grpc_port",
+    10**6 + 1: "max_connections max_queue_size",
+    2**40 + 1: "max_body_bytes max_json_bytes max_bytes_in_flight",
+    3601.0: "drain_delay_s drain_timeout_s batch_wait_timeout_s deadline_s priority_lead_s",
+    86401.0: "hang_timeout_s service_delay_s straggler_delay_s",
+    65537: "max_batch_size",
+    10_001: "num_data num_workers workers worker_cpus worker_gpus max_attempts wait_for copies "
+    "hedge_copies",
+    2: "request_log_rate max_disagreement straggler_rate straggler_leaning death_rate wrong_rate",
+    math.inf: "drain_delay_s deadline_s hang_timeout_s straggler_rate",
+    0: "max_body_bytes max_json_bytes max_bytes_in_flight hang_timeout_s deadline_s "
+    "straggler_delay_s max_connections version num_data num_workers workers max_attempts",
+    -1: "http_port grpc_port drain_delay_s drain_timeout_s request_log_rate worker_cpus "
+    "worker_gpus priority_lead_s service_delay_s straggler_rate straggler_leaning death_rate "
+    "wrong_rate",
+}
 
 
-@pytest.mark.parametrize(("kind", "name", "value"), list(beyond()))
-def test_numbers_have_bounds(kind, name, value):
-    table = {name: value}
-    path = write(table) if kind is ServerSettings else write(defaults=table)
-    where = name if kind is ServerSettings else f"defaults.{name}"
-    with pytest.raises(ValueError, match=rf"^{where}: input should be .*, not {value}$"):
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for value, names in BEYOND.items() for name in names.split()]
+)
+def test_numbers_have_bounds(name, value):
+    path = write({name: value}) if name in SERVER else write(defaults={name: value})
+    where = name if name in SERVER else f"defaults.{name}"
+    limit = rf" {value - 1:.0f}(\.0)?" if 2 < value < math.inf else ""
+    with pytest.raises(ValueError, match=rf"^{where}: input should be .*{limit}, not {value}$"):
         read_settings(path)
 
 
@@ -243,6 +246,10 @@ def test_sources_are_put_together_setting_by_setting(monkeypatch):
     (model,) = settings.resolved()
     assert (model.num_data, model.num_workers, model.copies) == (2, 6, 1)
     assert settings.log_level == "DEBUG"
+    # Models come before defaults, even where they say what is usual.
+    usual = ModelSettings().num_data
+    path = write(defaults={"num_data": 5}, models=[ONE[0] | {"num_data": usual}])
+    assert read_settings(path).resolved()[0].num_data == usual
 
 
 @pytest.mark.parametrize(("given", "limit"), [(0.25, 0.25), (1.0, None), (None, 0.05)])
@@ -257,17 +264,10 @@ def test_any_disagreement_may_be_allowed(given, limit):
             values.policy("values")
 
 
-def test_models_come_before_defaults_even_where_they_say_what_is_usual():
-    usual = ModelSettings().num_workers
-    path = write(defaults={"num_workers": 5}, models=[ONE[0] | {"num_workers": usual}])
-    assert read_settings(path).resolved()[0].num_workers == usual
-
-
-@pytest.mark.parametrize("how", ["file", "environment"])
-def test_grpc_can_be_left_out(how, monkeypatch):
-    if how == "environment":
-        monkeypatch.setenv("NERCC_GRPC_PORT", "none")
-    assert read_settings(write({"grpc_port": "none"} if how == "file" else {})).grpc_port is None
+def test_grpc_can_be_left_out(monkeypatch):
+    assert read_settings(write({"grpc_port": "none"})).grpc_port is None
+    monkeypatch.setenv("NERCC_GRPC_PORT", "none")
+    assert read_settings(None).grpc_port is None
 
 
 @pytest.mark.parametrize(
@@ -312,12 +312,9 @@ def test_every_setting_has_a_flag():
     assert sorted(flags) == sorted([*SERVER, *MODEL, *ELSEWHERE])
 
 
-def test_models_by_flag_replace_those_of_the_file(given):
+def test_models_by_flag_replace_those_of_the_file_and_a_shipped_one_is_served_without_any(given):
     _, chosen = given("--config", str(write(models=ONE)), "--model", "a:b", "--model", "c:d")
     assert [model.model for model in chosen] == ["a:b", "c:d"]
-
-
-def test_without_a_model_a_shipped_one_is_served(given):
     assert [model.model for model in given()[1]] == ["lenet5-digits"]
 
 
@@ -335,9 +332,13 @@ def refused(message, *arguments, **variables):
     assert message in output
 
 
+OWN = ("--model", "own:double", "--input-shape", "4")
+
+
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("given", "message"),
     [
+        # Of a file, ...
         ("http_port = ", "server.toml is no TOML: Invalid value"),
         ('http_port = "x"', "http_port: input should be a valid integer"),
         ("htp_port = 1", "htp_port: there is no such setting"),
@@ -359,36 +360,19 @@ def refused(message, *arguments, **variables):
         ("models = 7", "models: input should be a valid list"),
         ('[[models]]\nmodel = "a"\n[[models]]\nmodel = "a"', "must have different names"),
         ('[[models]]\nmodel = "a:b"\n[[models]]\nmodel = "c"\nname = "a.b"', "different names"),
-    ],
-)
-def test_a_file_that_is_wrong_is_reported_in_one_sentence(content, message):
-    Path("server.toml").write_text(content)
-    refused(message, "--config", "server.toml")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("HTTP_PORT", "many", "http_port: input should be a valid integer"),
-        ("MODELS", "[{", 'error parsing value for field "models"'),
-        ("MODELS", '[{"modle": "a"}]', "models.0.modle: there is no such setting"),
-        ("DEFAULTS__INPUT_SHAPE", "[four]", "input_shape"),
-        ("DEFAULTS__NUM_DAT", "3", "defaults.num_dat: there is no such setting"),
-        ("HTP_PORT", "80", "the environment has NERCC_HTP_PORT: there is no such setting"),
-        ("DEFAULT__NUM_DATA", "3", "the environment has NERCC_DEFAULT__NUM_DATA: there is no such"),
-        ("NUM_DATA", "3", "the environment has NERCC_NUM_DATA: there is no such setting"),
-    ],
-)
-def test_a_variable_that_is_wrong_is_reported_in_one_sentence(name, value, message):
-    refused(message, **{f"NERCC_{name}": value})
-
-
-OWN = ("--model", "own:double", "--input-shape", "4")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+        # ... of the environment, ...
+        ({"HTTP_PORT": "many"}, "http_port: input should be a valid integer"),
+        ({"MODELS": "[{"}, 'error parsing value for field "models"'),
+        ({"MODELS": '[{"modle": "a"}]'}, "models.0.modle: there is no such setting"),
+        ({"DEFAULTS__INPUT_SHAPE": "[four]"}, "input_shape"),
+        ({"DEFAULTS__NUM_DAT": "3"}, "defaults.num_dat: there is no such setting"),
+        ({"HTP_PORT": "80"}, "the environment has NERCC_HTP_PORT: there is no such setting"),
+        (
+            {"DEFAULT__NUM_DATA": "3"},
+            "the environment has NERCC_DEFAULT__NUM_DATA: there is no such",
+        ),
+        ({"NUM_DATA": "3"}, "the environment has NERCC_NUM_DATA: there is no such setting"),
+        # ... and by flags.
         (("--config", "nothing.toml"), "there is no configuration file nothing.toml"),
         (("--http-port", "70000"), "--http-port: input should be less than or equal to 65535"),
         (("--max-batch-size", "3"), "max_batch_size must be a power of two, not 3"),
@@ -430,15 +414,18 @@ OWN = ("--model", "own:double", "--input-shape", "4")
         (("--token-file", "blank"), "blank has no token"),
     ],
 )
-def test_arguments_that_are_wrong_are_reported_in_one_sentence(arguments, message, monkeypatch):
+def test_what_is_wrong_is_reported_in_one_sentence(given, message, monkeypatch):
+    Path("server.toml").write_text(given if isinstance(given, str) else "")
     Path("words.txt").write_text("words")
     Path("blank").write_text("\n \n")
     Path("own.py").write_text(MODELS + "\n\ndef twice(x):\n    return x.astype('float16')\n")
-    monkeypatch.delitem(__import__("sys").modules, "own", raising=False)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
     np.save("flat.npy", np.zeros(5))
     np.savez("one.npz", x=np.zeros((5, 4)))
     save_code("code.json", NeRCC(2, 4))
-    refused(message, *arguments)
+    arguments = given if isinstance(given, tuple) else ("--config", "server.toml")
+    variables = given if isinstance(given, dict) else {}
+    refused(message, *arguments, **{f"NERCC_{name}": each for name, each in variables.items()})
 
 
 @pytest.mark.parametrize(
@@ -567,9 +554,3 @@ def test_help_says_what_each_setting_is_and_what_it_is_unless_set(settings, monk
         default = f"no-{name.replace('_', '-')}" if field.default is False else field.default
         default = name.replace("_", "-") if field.default is True else default
         assert f"[default: {default}]" in line or default in (None, {}, [])
-
-
-def test_a_server_has_no_faults_unless_they_are_asked_for():
-    plain = ModelSettings()
-    assert (plain.service_delay_s, plain.straggler_rate, plain.death_rate) == (0, 0, 0)
-    assert plain.wrong_workers == {}

@@ -117,8 +117,7 @@ def test_it_says_that_it_drains_and_answers_meanwhile(start, threads):
     with stub_of(server) as stub:
         assert not stub.ServerReady(messages.ServerReadyRequest()).ready
         assert not stub.ModelReady(messages.ModelReadyRequest(name="slow")).ready
-    for face in FACES:
-        assert send(face, server, 3) == (200, 6.0)
+    assert [send(face, server, 3) for face in FACES] == [(200, 6.0)] * len(FACES)
     calls = [threads.submit(send, face, server, -1, "hangs") for face in ("json", "raw")]
     accepted(server, 2, "hangs")
     server.signal()

@@ -1,10 +1,13 @@
-"""How a server starts: it listens at once, says that it is not ready, and answers once it is."""
+"""How a server starts and stops: it listens at once, and says what it cannot do yet or any more."""
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
+import collections
+import contextlib
 import gc
 import socket
 import threading
+import time
 
 import pytest
 from conftest import require
@@ -12,7 +15,7 @@ from conftest import require
 grpc = require("grpc", "serve-test")
 require("fastapi", "serve")
 
-from faces import Stub, ask
+from faces import Stub, ask, message
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from in_process import Doubles, becomes, channel, http, listening, serving
@@ -138,3 +141,59 @@ def test_a_model_that_starts_after_the_end_is_closed():
     assert not start.model.closed
     start.may.set()
     becomes(lambda: start.model.closed)
+
+
+# How its gRPC ends: UNAVAILABLE, which clients send elsewhere.
+
+CALLS = 400  # more than the server takes in a moment
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_calls_that_nobody_has_taken_yet_end_as_unavailable(signals):
+    """Also those that are sent again at once, and where the server ends at once."""
+    request = message("digits", {"input": [[1.0] * 4]})
+    codes, stopped = collections.Counter(), threading.Event()
+    some, left = threading.Event(), threading.Semaphore(0)
+
+    def send(stub):
+        stub.ModelInfer.future(request, timeout=ENDS).add_done_callback(
+            lambda call: ended(call, stub)
+        )
+
+    def ended(call, stub):
+        codes[call.code()] += 1
+        some.set()
+        if stopped.is_set():
+            left.release()
+        else:
+            send(stub)
+
+    with contextlib.ExitStack() as later:  # a channel that is closed cancels its calls
+        with serving(Doubles(signals == 1), grpc_port=0, drain_timeout_s=ENDS) as server:
+            stub = Stub(later.enter_context(channel(server)))
+            for _ in range(CALLS):
+                send(stub)
+            assert signals == 2 or some.wait(ENDS)
+            for _ in range(signals):
+                server.stop()
+        stopped.set()
+        for _ in range(CALLS):
+            assert left.acquire(timeout=ENDS)
+    assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
+    assert codes[grpc.StatusCode.UNAVAILABLE]
+
+
+def test_a_call_by_grpc_has_as_long_as_draining_takes():
+    """Longer than what the server keeps for last errors."""
+    model = Doubles(at_once=False)
+    with serving(model, grpc_port=0, drain_timeout_s=60.0) as server, channel(server) as there:
+        request = message("digits", {"input": [[1.0, 2, 3, 4]]})
+        future = Stub(there).ModelInfer.future(request, timeout=ENDS)
+        becomes(lambda: model.asked)
+        server.stop()
+        timer = threading.Timer(3.5, model.may_answer.set)
+        timer.start()
+        begin = time.monotonic()
+        assert future.code() is grpc.StatusCode.OK
+        assert time.monotonic() - begin >= 3
+        timer.join()

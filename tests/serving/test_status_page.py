@@ -15,19 +15,9 @@ def server(tmp_path_factory):
     require("fastapi", "serve")
     from nercc_server import Server
 
-    server = Server(
-        tmp_path_factory.mktemp("page"),
-        "--model",
-        "own:double",
-        "--input-shape",
-        "4",
-        "--workers",
-        "8",
-        "--straggler-rate",
-        "0.1",
-        "--straggler-delay-s",
-        "0.2",
-    )
+    command = "--model own:double --input-shape 4 --workers 8 --straggler-rate 0.1"
+    folder = tmp_path_factory.mktemp("page")
+    server = Server(folder, *command.split(), "--straggler-delay-s", "0.2")
     yield server
     server.kill()
 
@@ -52,18 +42,13 @@ def page():
 
 
 def test_the_log_tells_why_nothing_is_decoded(server):
-    from nercc_server import ENDS, patience
-
-    for _ in patience(ENDS):
-        hints = [line for line in server.log() if line["message"].startswith("hint: no estimate")]
-        if hints:
-            break
-    (hint,) = hints
-    assert hint["message"] == "hint: no estimate yet: 0 of 32 groups; nothing is decoded"
+    hint = server.wait_for("hint: no estimate yet: 0 of 32 groups; nothing is decoded")
     assert (hint["level"], hint["model"]) == ("INFO", "own.double")
 
 
 def test_numbers_move(server, page, tmp_path):
+    from faces import ask
+
     page.goto(server.url)
     page.wait_for_selector("html[data-state=serving]")
     model = page.locator('[data-model="own.double"]')
@@ -74,8 +59,8 @@ def test_numbers_move(server, page, tmp_path):
 
     before = number("queries")
     for step in range(60):
-        x = [step / 60, 0.1, 0.2, 0.3] * 2
-        assert server.infer("own.double", x).status_code == 200
+        x = {"input": [[step / 60, 0.1, 0.2, 0.3]] * 2}
+        assert ask("json", server, "own.double", x).is_(200)
     page.wait_for_function(
         'before => Number(document.querySelector(\'[data-model="own.double"] '
         "[data-field=queries]').dataset.value) >= before + 120",
@@ -116,25 +101,20 @@ def shown(server, page):
     assert page.trouble == []
 
 
-def overdue(model):
-    for worker in model["workers"]:
-        worker["state"] = "overdue"
-
-
-def without_workers(model):
+def set_workers(model, *states):
     for number, worker in enumerate(model["workers"]):
-        worker["state"] = "starting" if number % 2 else "overdue"
+        worker["state"] = states[number % len(states)]
 
 
-def not_ready(model):
-    model["health"] |= {"ready": False, "trouble": "no answer for 4 s while queries wait"}
-
-
-def unknown(model):
-    model["health"] = None
-
-
-@pytest.mark.parametrize("change", [overdue, without_workers, not_ready, unknown])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: set_workers(model, "overdue"),
+        lambda model: set_workers(model, "starting", "overdue"),
+        lambda model: model["health"].update(ready=False, trouble="no answer for 4 s"),
+        lambda model: model.update(health=None),
+    ],
+)
 def test_it_is_not_green_unless_somebody_would_answer(shown, change):
     model, show = shown
     change(model)

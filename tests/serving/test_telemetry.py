@@ -12,7 +12,7 @@ import threading
 import pytest
 from conftest import require
 from faces import ask
-from in_process import becomes, real, serving
+from in_process import real, serving
 from nercc_server import ENDS, patience
 
 require("opentelemetry.exporter.otlp.proto.http", "telemetry")
@@ -61,7 +61,6 @@ def server(spans):
     decodes = start("decodes", NeRCC(2, 4, points="interleaved", lambda_dec=0.0))
     found = {"grpc_port": 0, "request_log_rate": 1.0, "telemetry": Telemetry(provider)}
     with serving(decodes, start("repeats", Uncoded(2)), **found) as server:
-        becomes(lambda: server.grpc_port)
         yield server
 
 
@@ -232,18 +231,24 @@ def bare(monkeypatch):
     return monkeypatch
 
 
-def test_nothing_is_traced_unless_an_endpoint_is_named(bare):
+def test_nothing_is_traced_unless_an_endpoint_is_named_and_packages_are_there(bare):
     assert telemetry_from_environment() is None
-    bare.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
-    bare.setenv("OTEL_SDK_DISABLED", "true")
-    assert telemetry_from_environment() is None
-
-
-def test_packages_that_are_missing_are_named(bare):
     bare.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     bare.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(ImportError, match=r"OTLP_ENDPOINT is set, .*\.\[telemetry\]"):
         telemetry_from_environment()
+    bare.setenv("OTEL_SDK_DISABLED", "true")
+    assert telemetry_from_environment() is None
+
+
+def trace_one(bare, port):
+    """The telemetry after one request, with its endpoint at this port."""
+    bare.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+    telemetry = telemetry_from_environment()
+    log = RequestLog(0.0, telemetry)
+    log.end(log.start("digits", dict), "ok")
+    telemetry.close()
+    return telemetry
 
 
 def test_spans_reach_a_collector(bare):
@@ -262,11 +267,7 @@ def test_spans_reach_a_collector(bare):
 
     with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
         threading.Thread(target=collector.serve_forever, daemon=True).start()
-        bare.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
-        telemetry = telemetry_from_environment()
-        log = RequestLog(0.0, telemetry)
-        log.end(log.start("digits", dict), "ok")
-        telemetry.close()
+        trace_one(bare, collector.server_port)
         collector.shutdown()
     ((path, content),) = came
     assert path == "/v1/traces"
@@ -279,10 +280,5 @@ def test_spans_reach_a_collector(bare):
 def test_a_collector_that_does_not_answer_keeps_nobody(bare):
     bare.setattr("nercc_jax.serving._tracing._LAST", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        bare.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
-        telemetry = telemetry_from_environment()
-        log = RequestLog(0.0, telemetry)
-        log.end(log.start("digits", dict), "ok")
-        telemetry.close()
+        telemetry = trace_one(bare, silent.getsockname()[1])
         assert telemetry._thread.is_alive(), "the server's end waited for the collector"

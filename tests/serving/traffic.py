@@ -6,7 +6,8 @@ import dataclasses
 import numpy as np
 
 from nercc_jax import Uncoded
-from nercc_jax.serving import CodedBatcher, Coder
+from nercc_jax.serving import CodedBatcher, Coder, Predictor
+from nercc_jax.serving.core._adaptation import Predictions
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 SHAPE, OUT = (4,), (3,)
@@ -17,6 +18,39 @@ SERVICE = 0.05
 def model(x):
     """Smooth, so that past answers tell much of others."""
     return np.tanh(x @ WEIGHTS)
+
+
+class KnowsAll(Predictor):
+    """A surrogate that knows every answer from the first, to `off`, and is sure of some.
+
+    Attributes:
+        sure: tells which of a batch it is sure of.
+        audited: the errors of answers that it gave out, as they were compared; NaN for those whose
+            own answer will never come.
+    """
+
+    state = "answering"
+
+    def __init__(self, sure=lambda x: x[:, 0] <= 0, off=0.0, model=model):
+        super().__init__()
+        self.sure, self.off, self.model, self.audited = sure, off, model, []
+
+    def predict(self, x):
+        sure = np.array(self.sure(x), bool)
+        values = self.model(x) + self.off
+        return Predictions(values, np.where(sure, 0.01, 0.9), np.zeros(len(x)), sure)
+
+    def add_answer(self, x, own):
+        pass
+
+    def admits(self, answer):
+        return True
+
+    def audit(self, given, own):
+        if given.given:
+            own = np.full(OUT, np.nan) if own is None else own
+            self.audited.append(np.abs(given.answer.value - own).max())
+        return True
 
 
 class Traffic:
@@ -30,33 +64,34 @@ class Traffic:
         share=0.1,
         rate=150,
         estimator=None,
+        shape=SHAPE,
         out=OUT,
         stated=True,
         **options,
     ):
         """`estimator(coder)` makes what is known of the code's error beforehand.
 
-        `options` are the pool's, its model and its number of workers among them. Outputs, of
-        shape `out`, are scores unless the policy says what they are or they are not to be stated.
+        `options` are the pool's, its model and its number of workers among them. Outputs are scores
+        unless the policy says what they are or they are not to be stated.
         """
         if stated and policy.outputs is None and policy.tolerance is None:
             policy = dataclasses.replace(policy, outputs="logits")
         self.random, self.clock = np.random.default_rng(1), SimulatedClock()
-        self.model, self.share, self.rate, self.drifts = model, share, rate, 0
+        self.model, self.share, self.rate = model, share, rate
         self.pool_seconds, self.settle = self.seconds, 20 * SERVICE
         self.observed = collections.Counter()
         options = {"model": lambda x: self.model(x), "num_workers": 24} | options
         self.pool = SimulatedPool(
             **options, seconds=lambda size: self.pool_seconds(size), clock=self.clock
         )
-        coder = Coder(code or Uncoded(1))
+        self.coder = Coder(code or Uncoded(1))
         self.batcher = CodedBatcher(
             self.pool,
-            coder,
-            SHAPE,
+            self.coder,
+            shape,
             out,
             policy=policy,
-            estimator=estimator and estimator(coder),
+            estimator=estimator and estimator(self.coder),
             predictor=predictor,
             observe=self.observe,
         )
@@ -66,7 +101,6 @@ class Traffic:
         return SERVICE * (self.random.uniform(0.95, 1.05) + 10 * straggles)
 
     def observe(self, what, number):
-        self.drifts += what == "drift"
         self.observed[what] += 1
         assert what != "internal_error"
 

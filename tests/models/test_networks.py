@@ -1,0 +1,276 @@
+"""The networks: RepVGG and the hybrid fold without changing, ViT computes what it says, sizes fit.
+
+That they compute what timm computes is `test_pretrained.py`'s business.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from nercc_models.convolution import convolve
+from nercc_models.hybrid import HybridViT, fold_stem, hybrid_vit_cifar
+from nercc_models.lenet5 import LeNet5
+from nercc_models.repvgg import RepVGG, reparameterize, repvgg, repvgg_cifar
+from nercc_models.vit import (
+    Block,
+    ViT,
+    vit_base_patch16_224,
+    vit_small_cifar,
+    vit_small_patch16_224,
+    vit_tiny_patch16_224,
+)
+from nercc_models.weights import num_parameters
+
+
+def small_vit(**options):
+    sizes = {"image_size": 12, "patch_size": 4, "width": 24, "depth": 3, "num_heads": 3}
+    return ViT(**(sizes | {"num_classes": 5} | options), rngs=nnx.Rngs(0))
+
+
+def randomized(model, dtype="float32"):
+    """Every number random: heads start at zero and would hide all else; no branch is trivial."""
+    rng = np.random.default_rng(0)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        value = 0.2 * rng.standard_normal(variable.shape)
+        if path[-1] in ("var", "scale"):
+            value = rng.uniform(0.5, 1.5, variable.shape)
+        variable.set_value(jnp.asarray(value, dtype))
+    model.eval()
+    return model
+
+
+def images_of(*shape, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(1).standard_normal(shape), dtype)
+
+
+# timm 1.0.31: sum(p.numel() for p in timm.create_model("repvgg_a0").parameters()), and the same
+# after timm.utils.reparameterize_model. ViT: Table 1 of Touvron et al. 2021 (5, 22 and 86 million).
+@pytest.mark.parametrize(
+    ("build", "training", "deploy"),
+    [
+        *(
+            (lambda size=size, **options: repvgg(size, **options), training, deploy)
+            for size, training, deploy in (
+                ("a0", 9_108_968, 8_309_384),
+                ("a1", 14_092_264, 12_789_864),
+                ("a2", 28_210_600, 25_499_944),
+                ("b0", 15_817_960, 14_339_048),
+                ("b1", 57_415_016, 51_829_480),
+                ("b2", 89_022_376, 80_315_112),
+                ("b3", 123_085_288, 110_960_872),
+            )
+        ),
+        (vit_tiny_patch16_224, 5_717_416, None),
+        (vit_small_patch16_224, 22_050_664, None),
+        (vit_base_patch16_224, 86_567_656, None),
+        (vit_small_cifar, 810_890, None),
+        (hybrid_vit_cifar, 660_426, None),
+        (LeNet5, 61_706, None),
+    ],
+)
+def test_sizes_of_the_literature(build, training, deploy):
+    for expected, options in ((training, {}), (deploy, {"deploy": True})):
+        if expected is not None:
+            model = nnx.eval_shape(lambda options=options: build(**options, rngs=nnx.Rngs(0)))
+            assert num_parameters(nnx.state(model, nnx.Param)) == expected
+    size = getattr(model, "image_size", None)
+    if size is not None:
+        images = jax.ShapeDtypeStruct((3, size, size, 3), jnp.float32)
+        logits = nnx.eval_shape(lambda model, images: model(images), model, images)
+        assert logits.shape == (3, 1000 if size == 224 else 10)
+
+
+# Folding.
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-13)])
+@pytest.mark.parametrize(
+    ("build", "fold"),
+    [
+        (repvgg_cifar, reparameterize),
+        (
+            lambda rngs, **options: RepVGG(
+                (6, 12, 20), (1, 3), (2, 2, 1), num_classes=7, rngs=rngs, **options
+            ),
+            reparameterize,
+        ),
+        (hybrid_vit_cifar, fold_stem),
+    ],
+    ids=["repvgg_cifar", "repvgg", "hybrid"],
+)
+def test_deploy_form_equals_training_form(build, fold, dtype, tolerance):
+    """And leaves the model as it is, without a branch of its own."""
+    if fold is fold_stem and dtype == "float64":
+        pytest.skip("its ViT computes in float32")
+    with jax.enable_x64(dtype == "float64"):
+        model = randomized(build(rngs=nnx.Rngs(0)), dtype)
+        images = images_of(2, 32, 32, 3, dtype=dtype)
+        expected = nnx.jit(lambda m, x: m(x))(model, images)
+        deployed = fold(model)
+        got = nnx.jit(lambda m, x: m(x))(deployed, images)
+        fresh = nnx.eval_shape(lambda: build(deploy=True, rngs=nnx.Rngs(0)))
+    assert got.dtype == dtype
+    bound = (10 if fold is fold_stem else 1) * tolerance * np.abs(expected).max()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=bound)
+    names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(deployed))}
+    assert not any("bn" in name or "1x1" in name for name in names)
+    kept = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))}
+    assert any("bn3x3" in name for name in kept)
+    assert nnx.graphdef(deployed) == nnx.graphdef(fresh)
+
+
+@pytest.mark.parametrize("edge", [8, 16, 32])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("batch", [8, 3])
+def test_convolution_and_its_gradients_are_those_of_lax(edge, stride, batch):
+    images, kernel = images_of(batch, edge, edge, 5), images_of(3, 3, 5, 7)
+    options = {"window_strides": (stride, stride), "padding": [(1, 1), (1, 1)]}
+
+    def value(function, **more):
+        def summed(x, k):
+            return jnp.sum(jnp.sin(function(x, k, **options, **more)))
+
+        return jax.jit(jax.value_and_grad(summed, (0, 1)))(images, kernel)
+
+    got = value(convolve)
+    expected = value(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
+
+
+# Vision Transformers.
+
+
+@pytest.mark.parametrize(("channels", "pooling"), [(3, "token"), (1, "mean")])
+def test_logits_under_jit_and_vmap(channels, pooling):
+    model = randomized(small_vit(pooling=pooling, channels=channels))
+    images = images_of(4, 12, 12, channels)
+    logits = model(images)
+    assert logits.shape == (4, 5)
+    assert (model.class_token is None) == (pooling == "mean")
+    graphdef, state = nnx.split(model)
+    jitted = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))
+    np.testing.assert_allclose(jitted(state, images), logits, rtol=1e-4, atol=1e-5)
+    one_by_one = jax.vmap(lambda image: model(image[None])[0])(images)
+    np.testing.assert_allclose(one_by_one, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_stochastic_depth_acts_only_with_a_key():
+    model, still = (randomized(small_vit(stochastic_depth=rate)) for rate in (0.5, 0.0))
+    images = images_of(64, 12, 12, 3)
+    plain, dropped = model(images), model(images, key=jax.random.key(0))
+    assert jnp.array_equal(plain, still(images))
+    assert jnp.array_equal(dropped, model(images, key=jax.random.key(0)))
+    assert not jnp.array_equal(dropped, model(images, key=jax.random.key(1)))
+    assert jnp.array_equal(still(images, key=jax.random.key(0)), plain)
+
+
+def test_stochastic_depth_leaves_the_mean_of_a_branch():
+    block = randomized(small_vit(depth=2, stochastic_depth=0.5)).blocks[1]
+    tokens = images_of(1, 9, 24)
+    branch = block.attention(block.norm1(tokens)) + tokens
+    block.mlp.fc2.kernel[...] = jnp.zeros((96, 24))
+    block.mlp.fc2.bias[...] = jnp.zeros(24)
+    repeated = jnp.broadcast_to(tokens, (4000, 9, 24))
+    mean = block(repeated, jax.random.key(5)).mean(axis=0)
+    # Standard error of the mean of a branch that is 0 or doubled: |branch| / sqrt(4000).
+    error = jnp.abs(mean - branch[0]) / (jnp.abs(branch - tokens)[0] / jnp.sqrt(4000.0))
+    assert float(error.max()) < 4.0
+
+
+def test_a_training_call_of_the_hybrid_keeps_a_share_of_the_tokens(monkeypatch):
+    shapes, call = [], Block.__call__
+
+    def spy(block, tokens, *args):
+        shapes.append(tokens.shape)
+        return call(block, tokens, *args)
+
+    monkeypatch.setattr(Block, "__call__", spy)
+    model, images = randomized(hybrid_vit_cifar(rngs=nnx.Rngs(0))), images_of(2, 32, 32, 3)
+    assert model.vit.position_embedding.shape == (1, 64, 128)
+    first, again, other = (model(images, key=jax.random.key(seed)) for seed in (0, 0, 1))
+    whole = model(images)
+    assert shapes == 12 * [(2, 32, 128)] + 4 * [(2, 64, 128)]
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+    model.kept_tokens = 1.0
+    np.testing.assert_array_equal(model(images, key=jax.random.key(0)), whole)
+
+
+@pytest.mark.parametrize("pooling", ["token", "mean"])
+def test_sine_positions_depend_on_row_and_column_alone(pooling):
+    table = np.asarray(small_vit(positions="sincos", pooling=pooling).position_embedding[...])[0]
+    if pooling == "token":
+        assert not table[0].any()
+        table = table[1:]
+    table = table.reshape(3, 3, 24)
+    # First half the column, second half the row, at six frequencies from 1 to 1/10,000.
+    frequencies = [10.0 ** (-4 * i / 5) for i in range(6)]
+    for place, half in ((2, table[1, 2, :12]), (1, table[1, 2, 12:])):
+        angles = np.multiply(place, frequencies)
+        expected = np.concatenate([np.sin(angles), np.cos(angles)])
+        np.testing.assert_allclose(half, expected, rtol=0, atol=1e-6)
+    assert len(np.unique(table.reshape(9, 24), axis=0)) == 9
+
+
+@pytest.mark.parametrize("positions", ["normal", "sincos"])
+def test_parameters_are_float32_even_in_double_precision(positions):
+    with jax.enable_x64(True):
+        model = small_vit(positions=positions)
+        assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+        logits = model(images_of(2, 12, 12, 3, dtype="float64"))
+    assert logits.dtype == jnp.float64
+
+
+# Errors quote what came.
+
+STEM = {"stem_widths": (8,), "stem_strides": (2,), "rngs": nnx.Rngs(0)}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        *(
+            (lambda options=options: small_vit(**options), message)
+            for options, message in (
+                ({"image_size": 13}, "image_size=13 is no positive multiple of patch_size=4"),
+                ({"patch_size": 0}, "no positive multiple of patch_size=0"),
+                ({"num_heads": 5}, "width=24 is no positive multiple of num_heads=5"),
+                ({"pooling": "max"}, r'pooling=\'max\'; it is "token" or "mean"'),
+                ({"positions": "cos"}, r'positions=\'cos\'; it is "normal" or "sincos"'),
+                ({"positions": "sincos", "width": 27}, "needs a multiple of 4"),
+                ({"stochastic_depth": 1.0}, "stochastic_depth=1.0 lies outside"),
+            )
+        ),
+        *(
+            (lambda shape=shape: small_vit()(jnp.zeros(shape)), r"\(B, 12, 12, 3\); got shape")
+            for shape in ((2, 3, 12, 12), (2, 16, 16, 3), (2, 12, 12, 1))
+        ),
+        (lambda: repvgg("a9", rngs=nnx.Rngs(0)), "Unknown RepVGG 'a9'. Known: a0, a1"),
+        (
+            lambda: RepVGG((8, 16), (1,), rngs=nnx.Rngs(0)),
+            "got 2 widths, 5 strides and 1 stages",
+        ),
+        (
+            lambda: repvgg_cifar(rngs=nnx.Rngs(0))(jnp.zeros((2, 32, 32, 1))),
+            r"\(B, H, W, 3\); got shape \(2, 32, 32, 1\)",
+        ),
+        (lambda: HybridViT(**STEM, kept_tokens=0), r"kept_tokens=0 is no share in \(0, 1\]"),
+        (
+            lambda: HybridViT(**STEM | {"stem_widths": (8, 8)}),
+            "got 2 widths and 1 strides",
+        ),
+        (
+            lambda: HybridViT(**STEM, image_size=8, width=8, depth=1, num_heads=1)(
+                jnp.zeros((1, 16, 16, 3))
+            ),
+            r"\(B, 8, 8, 3\); got shape \(1, 16, 16, 3\)",
+        ),
+    ],
+)
+def test_impossible_sizes_and_images_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
