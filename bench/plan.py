@@ -22,7 +22,7 @@ from _report import environment, read_json, write_json
 from scipy.stats import binom
 
 from nercc_jax import DevicePool
-from nercc_jax.cli._plan_report import latency_law
+from nercc_jax.cli._plan import latency_law
 from nercc_jax.cli._workload import load_worker_model
 from nercc_jax.evaluation import Estimate
 from nercc_jax.evaluation._answers import batched

@@ -287,7 +287,7 @@ def test_the_command_searches_and_writes_what_it_found(tmp_path, monkeypatch):
     def untuned(*given, **options):
         return search_layout(*given, **options | {"tuning": PLAIN})
 
-    monkeypatch.setattr("nercc_jax.cli._tune_job.search_layout", untuned)
+    monkeypatch.setattr("nercc_jax.cli._tune.search_layout", untuned)
     result = run(tmp_path, "--layout", "search")
     assert result.exit_code == 0, result.output
     for word in (
@@ -310,7 +310,7 @@ def test_the_command_searches_and_writes_what_it_found(tmp_path, monkeypatch):
     [("chebyshev", False), ("systematic:0.5", False), ("systematic:1", True), ("mixed:0.5", True)],
 )
 def test_the_command_starts_exact_where_every_data_point_has_a_worker(layout, exact):
-    from nercc_jax.cli._tune_job import start_code  # late, as matplotlib takes a second to import
+    from nercc_jax.cli._tune import start_code  # late, as matplotlib takes a second to import
 
     start = start_code(4, 10, layout)
     assert start.exact is exact

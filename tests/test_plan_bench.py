@@ -6,8 +6,7 @@ import pytest
 from conftest import bench_modules
 
 from nercc_jax import DevicePool
-from nercc_jax.planning import Plan
-from nercc_jax.planning._candidates import make_candidate
+from nercc_jax.planning import Candidate, Plan
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.stragglers import TraceLatency
 
@@ -29,14 +28,12 @@ def _labels(count):
 
 
 PLANS = {
-    "uncoded": make_candidate("uncoded", 4, 4, 4, 0.0, times=np.ones(1)),
-    "hedged": make_candidate(
-        "hedged", 4, 4, 4, 0.0, times=np.ones(1), copies=2, hedge_after=0.1, resent=0.1
-    ),
-    "lost again": make_candidate("replication", 4, 6, 3, 0.05, times=np.ones(1), limit=0.0),
-    "lost": make_candidate("replication", 4, 6, 3, 0.05, times=np.ones(1), exact=False),
-    "coded": make_candidate("NeRCC", 2, 4, 3, 0.1, times=np.ones(1), points="chebyshev"),
-    "own": make_candidate("NeRCC", 4, 6, 5, 0.1, times=np.ones(1), points="interleaved"),
+    "uncoded": Candidate("uncoded", 4, 4, 4, 0.0),
+    "hedged": Candidate("hedged", 4, 4, 4, 0.0, copies=2, hedge_after=0.1, resent=0.1),
+    "lost again": Candidate("replication", 4, 6, 3, 0.05, limit=0.0),
+    "lost": Candidate("replication", 4, 6, 3, 0.05, exact=False),
+    "coded": Candidate("NeRCC", 2, 4, 3, 0.1, points="chebyshev"),
+    "own": Candidate("NeRCC", 4, 6, 5, 0.1, points="interleaved"),
 }
 
 

@@ -11,10 +11,9 @@ from typer.testing import CliRunner
 
 from nercc_jax import NeRCC, Replication, coded_inference, plan
 from nercc_jax.inference import order_points
-from nercc_jax.planning import Plan
-from nercc_jax.planning._candidates import make_candidate, waits
+from nercc_jax.planning import Candidate, Plan, PlanEffort
 from nercc_jax.planning._codes import Codes, Half
-from nercc_jax.planning._plan import _reason
+from nercc_jax.planning._plan import recommend
 from nercc_jax.stragglers import (
     ExponentialLatency,
     LogNormalLatency,
@@ -228,10 +227,10 @@ def test_re_execution_keeps_its_promise_on_fresh_data(key):
     asked = {"num_queries": 4, "max_workers": 5, "max_extra_work": 0.9, "max_disagreement": 0.02}
     x = _data(400)
     halves = tuple(Half(_model, part, 4, None, 256) for part in (x[:200], x[200:]))
-    codes = Codes(Latencies(TAIL, key), asked, halves, np.inf)
+    codes = Codes(Latencies(TAIL, key), asked, PlanEffort(), *halves, np.inf)
     screened = codes.screen([4], ("interleaved",), ("pixels",))
-    rows, doubts = codes.measure(screened, key)
-    again = [row for row in rows if row.limit is not None]
+    doubts = codes.measure(screened, key)
+    again = [row for row in doubts if row.limit is not None]
     assert again
     for row in again:
         assert row.held_out
@@ -240,8 +239,8 @@ def test_re_execution_keeps_its_promise_on_fresh_data(key):
     row = max(again, key=lambda row: row.resent)
     assert row.resent > 0.001
     kind = (row.num_workers, row.wait_for, row.min_wait)
-    kinds = [(r.row.num_workers, r.row.wait_for, r.row.min_wait) for r in screened]
-    plain = screened[kinds.index(kind)].row
+    kinds = [(r.num_workers, r.wait_for, r.min_wait) for r in screened]
+    plain = screened[kinds.index(kind)]
     assert row.disagreement.mean < plain.disagreement.mean
     _keeps(row, *_simulate(row, doubts[row]))
 
@@ -302,12 +301,6 @@ def test_own_workers():
     own = own_workers(NeRCC(4, 6, points="interleaved"))
     np.testing.assert_array_equal(own, np.eye(4, 6, dtype=bool))
     assert own_workers(NeRCC(4, 6, points="repeated")).sum(axis=0).tolist() == [1] * 6
-
-
-def test_numbers_to_wait_for_leave_half_a_group():
-    assert waits(8, 12) == [4, 8, 10, 11]
-    assert waits(2, 3) == [1, 2]
-    assert waits(1, 1) == []
 
 
 # Files, schemes, errors.
@@ -371,13 +364,13 @@ def test_what_does_not_fit_is_reported(key, untyped, changes, message):
     ],
 )
 def test_laws_by_name(text, law):
-    from nercc_jax.cli._plan_report import latency_law
+    from nercc_jax.cli._plan import latency_law
 
     assert latency_law(text) == law
 
 
 def test_laws_of_stragglers_and_traces(tmp_path, key):
-    from nercc_jax.cli._plan_report import latency_law
+    from nercc_jax.cli._plan import latency_law
 
     draws = latency_law("stragglers:0.05:0.1:11").sample(key, (20_000,))
     assert np.mean(np.asarray(draws) > 0.3) == pytest.approx(0.1, abs=0.01)
@@ -394,7 +387,7 @@ def test_the_next_best_system_is_one_that_keeps_to_what_was_asked_for():
     asked = {"num_queries": 4, "max_workers": 8, "max_extra_work": 1.0, "max_disagreement": 0.1}
 
     def made(system, seconds, num_workers=4, **options):
-        return make_candidate(system, 4, num_workers, 4, 0.0, times=np.full(1, seconds), **options)
+        return Candidate(system, 4, num_workers, 4, 0.0, **options).seen(np.full(1, seconds))
 
     best = made("replication", 0.1, num_workers=8)
     others = [
@@ -404,15 +397,20 @@ def test_the_next_best_system_is_one_that_keeps_to_what_was_asked_for():
         made("hedged", 0.3),
         made("uncoded", 0.5),
     ]
-    assert "system within the budget, hedged, takes 300 ms" in _reason(best, [best, *others], asked)
-    assert "nothing else keeps to the budget" in _reason(best, [best, *others[:3]], asked)
+    for rows, reason in (
+        ([best, *others], "system within the budget, hedged, takes 300 ms"),
+        ([best, *others[1:3]], "nothing else keeps to the budget"),
+    ):
+        found = recommend(rows, asked, 0.03)
+        assert found[0] == best
+        assert reason in found[1]
 
 
 def test_a_plan_says_how_it_is_carried_out():
-    from nercc_jax.cli._plan_report import plan_words
+    from nercc_jax.cli._plan import plan_words
 
     def words(*numbers, **options):
-        row = make_candidate("a system", *numbers, times=np.ones(1), **options)
+        row = Candidate("a system", *numbers, **options)
         about = {"held_out_points": 8, "straggler_sets": 9, "seconds": 1}
         return plan_words(Plan((), row, "it is fast", None, {}, about), "digits")
 

@@ -15,11 +15,8 @@ import pytest
 from conftest import require
 from typer.testing import CliRunner
 
-from nercc_jax import DevicePool
 from nercc_jax.cli._app import app
-from nercc_jax.cli._run_rows import _write_rows
 from nercc_jax.cli._workload import read_input_file
-from nercc_jax.pools import RowResult
 
 # As users write them: NumPy, which JAX cannot trace.
 OWN = '''
@@ -345,19 +342,6 @@ def test_errors_are_one_sentence(folder, arguments, message):
     assert message in result.output
     assert "Traceback" not in result.output
     assert {path.name for path in folder.iterdir()} <= {"nercc_own_rows.py", "x.npy", "__pycache__"}
-
-
-def test_a_file_has_what_was_computed_apart_from_what_was_predicted(tmp_path):
-    status = np.array(["computed", "predicted", "unknown"])
-    values, score = np.array([[1.0], [2.0], [np.nan]]), np.array([0.0, 0.1, np.inf])
-    with DevicePool(np.negative, 1, compiled=False) as pool:
-        report = pool.report()
-    result = RowResult(values, status, score, score, {2: "why"}, {}, report, None, None)
-    _write_rows(tmp_path / "y.npz", result)
-    _write_rows(tmp_path / "y.csv", result)
-    assert load(tmp_path / "y.npz")["exact"].tolist() == [True, False, False]
-    with (tmp_path / "y.csv").open() as file:
-        assert [row["exact"] for row in csv.DictReader(file)] == ["True", "False", "False"]
 
 
 # With a learner.

@@ -28,8 +28,7 @@ from nercc_jax import (
 from nercc_jax.evaluation import Estimate, make_forecast, nested_objective, record_answers
 from nercc_jax.inference import CalibrationWarning, cast_model
 from nercc_jax.inference.models import Conditions, current_conditions
-from nercc_jax.planning import Plan
-from nercc_jax.planning._candidates import Candidate
+from nercc_jax.planning import Candidate, Plan
 from nercc_jax.serving import CodedBatcher, Coder
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 

@@ -6,16 +6,11 @@ from typing import Annotated
 
 import typer
 
-from ._demo import demo
-from ._distill import distill_command
 from ._errors import PlainCommand
 from ._models import models, new_model_command
-from ._options import option
-from ._plan import plan_command
+from ._options import DemoOptions, DistillOptions, PlanOptions, RunOptions, TuneOptions, command_of
 from ._process import compile_plainly, keep_lapack_to_one_thread, keep_programs
-from ._run import run_command
 from ._serve import serve_command
-from ._tune import tune_command
 
 app = typer.Typer(
     help="Coded computing: approximate predictions from whichever workers answered.",
@@ -35,12 +30,14 @@ def _print_version(asked: bool) -> bool:
 def _options(
     version: Annotated[
         bool,
-        option("Print the version.", None, "--version", callback=_print_version, is_eager=True),
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
     ] = False,
     compilation_cache: Annotated[
         bool,
-        option(
-            "Keep compiled programs on disk, in JAX_COMPILATION_CACHE_DIR or in nercc_jax of "
+        typer.Option(
+            help="Keep compiled programs on disk, in JAX_COMPILATION_CACHE_DIR or in nercc_jax of "
             "the user's cache folder. For `serve` it is a setting."
         ),
     ] = True,
@@ -54,13 +51,13 @@ def _options(
 
 
 for name, command in (
-    ("demo", demo),
-    ("distill", distill_command),
+    ("demo", command_of(DemoOptions, "_demo:demo")),
+    ("distill", command_of(DistillOptions, "_distill:distill_student")),
     ("models", models),
     ("new-model", new_model_command),
-    ("plan", plan_command),
-    ("run", run_command),
-    ("tune", tune_command),
+    ("plan", command_of(PlanOptions, "_plan:plan_service")),
+    ("run", command_of(RunOptions, "_run:run")),
+    ("tune", command_of(TuneOptions, "_tune:tune_code")),
 ):
     app.command(name, cls=PlainCommand)(command)
 app.command("serve", add_help_option=False, context_settings={"ignore_unknown_options": True})(

@@ -58,7 +58,7 @@ class Queries:
 
 
 def shipped_queries(
-    workload: Workload, model: str, test: np.ndarray, num_data: int, count: int, seed: int
+    workload: Workload, test: np.ndarray, num_data: int, count: int, seed: int
 ) -> Queries | None:
     """Return the queries of a shipped model with a student; None for others, and for few inputs.
 
@@ -67,6 +67,7 @@ def shipped_queries(
     """
     from nercc_models import list_students, load_student, student_card
 
+    model = workload.name
     if workload.x is not None or model not in list_students() or workload.model.outputs == "values":
         return None
     if len(test) < 4 * num_data:

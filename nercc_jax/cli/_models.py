@@ -11,7 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ._errors import report_errors
-from ._options import Numbers, check_folder, option
+from ._options import check_folders
 from ._output import print_whole, write_json
 
 _TEMPLATE = Path(__file__).parent / "templates" / "new_model.txt"
@@ -23,16 +23,20 @@ def models(
     ] = None,
     evaluate: Annotated[
         bool,
-        option("Measure the accuracy now, on the test set; needs the data.", None, "--evaluate"),
+        typer.Option(
+            "--evaluate", help="Measure the accuracy now, on the test set; needs the data."
+        ),
     ] = False,
     data_dir: Annotated[
-        Path | None, option("Folder with the data sets; not needed for the digits.")
+        Path | None, typer.Option(help="Folder with the data sets; not needed for the digits.")
     ] = None,
-    numbers: Numbers = None,
+    numbers: Annotated[
+        Path | None, typer.Option(help="JSON file for the table's numbers (default: none).")
+    ] = None,
 ) -> None:
     """List the shipped models with their scores, as their cards say or as measured now."""
     with report_errors():
-        check_folder("--numbers", numbers)
+        check_folders(numbers=numbers)
         _run(names, evaluate, data_dir, numbers)
 
 
@@ -78,7 +82,7 @@ def new_model_command(
     Its comments say what a model must provide, and how each command uses it.
     """
     with report_errors():
-        check_folder("FILE", file)
+        check_folders(file=file)
         if file.suffix != ".py" or not re.fullmatch(r"[A-Za-z_]\w*", file.stem):
             raise ValueError(f"{file}: the name of a module is needed, as my_model.py")
         if file.exists():

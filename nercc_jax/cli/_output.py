@@ -68,6 +68,12 @@ def steps_bar(console: Console) -> Progress:
     )
 
 
+def run_bar(console: Console) -> Progress:
+    """Return a progress bar of a run, whose description follows the bar."""
+    columns = BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn("{task.description}")
+    return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
 @contextlib.contextmanager
 def evaluating(console: Console) -> Iterator[Callable[[Iterable], Iterable]]:
     """Show the progress of `evaluate`: the models' calls, which compile, then straggler sets."""

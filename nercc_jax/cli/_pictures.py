@@ -16,8 +16,14 @@ from ..codes import AbstractCode
 from ..evaluation import Estimate, Evaluation
 from ..evaluation._answers import batched
 from ..evaluation._evaluation import SHARES
-from ..evaluation._pictures import batch_figure, laws_and_codes, straggler_figure
+from ..evaluation._pictures import (
+    batch_figure,
+    laws_and_codes,
+    straggler_figure,
+    system_look,
+)
 from ..inference.models import Model
+from ..tuning._layouts import LayoutSearch
 from ..tuning._tune import TuningStep
 
 
@@ -87,6 +93,19 @@ def draw_batch(
     return lambda part: batch_figure(
         images, mixtures, available, decoded.argmax(-1).tolist(), own.argmax(-1).tolist(), part
     )
+
+
+def layouts_plot(search: LayoutSearch, title: str, path: Path) -> None:
+    """Draw the disagreement of every layout's best code as bars."""
+    shown = search.best_of_layouts[::-1]
+    figure, axis = plt.subplots(figsize=(7, 1 + 0.35 * len(shown)))
+    shares = [100 * candidate.disagreement for candidate in shown]
+    colours = [system_look(f"NeRCC{' tuned' * each.tuned}")["color"] for each in shown]
+    axis.barh([each.layout + ", tuned" * each.tuned for each in shown], shares, color=colours)
+    axis.set(xlabel="labels that differ from the model's own, in %, held-out groups", title=title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def tuning_plot(

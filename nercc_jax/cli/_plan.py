@@ -1,178 +1,256 @@
 """`nercc plan`: the code for a model and its workers, or none, measured on unlabelled data."""
 
 import datetime
-import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-from ._errors import of_option, report_errors
-from ._options import (
-    LATENCIES,
-    MODEL,
-    RESULTS,
-    DataDir,
-    Inputs,
-    ModelName,
-    OutputsOption,
-    Seed,
-    Weights,
-    check_files,
-    check_positive_options,
-    option,
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..codes import regression_points
+from ..evaluation._pictures import system_look
+from ..planning import Candidate, Plan, PlanEffort, plan
+from ..stragglers import (
+    AbstractLatency,
+    ExponentialLatency,
+    LogNormalLatency,
+    ParetoLatency,
+    TraceLatency,
 )
+from ._errors import of_option
+from ._options import PlanOptions
+from ._output import print_whole
+from ._own_models import find_surrogate
 from ._process import compile_quickly
-
-_LOAD = "Load and requirements"
-_SYSTEMS = "Systems to compare"
+from ._workload import find_workload
 
 # The model runs on about so many times the data points: on the coded ones of all codes, too.
 _RUNS = 50
+# The forms of a law of latency, in seconds.
+_LATENCIES = (
+    "lognormal:MEDIAN:SIGMA, exponential:MEAN[:SHIFT], pareto:MINIMUM:SHAPE, "
+    "stragglers:SECONDS:SHARE:FACTOR or trace:FILE"
+)
 
 
-def plan_command(
-    model: ModelName = "lenet5-digits",
-    weights: Weights = None,
-    inputs: Inputs = None,
-    data_dir: DataDir = None,
-    latency: Annotated[
-        str,
-        option(
-            f"Law of the seconds that a call takes: {LATENCIES} (one number a line). "
-            "stragglers: the SHARE of calls takes FACTOR times as long, and all vary by 5 %.",
-            _LOAD,
-        ),
-    ] = "lognormal:0.05:0.6",
-    budget: Annotated[
-        float,
-        option(
-            "Calls beyond one for each query, at most, as a share of the queries: copies or "
-            "coded ones.",
-            _LOAD,
-        ),
-    ] = 1.5,
-    max_workers: Annotated[
-        int, option("Workers for queries that arrive together, at most.", _LOAD)
-    ] = 20,
-    max_disagreement: Annotated[
-        float, option("Share of labels that may differ from the model's own.", _LOAD)
-    ] = 0.005,
-    queries: Annotated[
-        int, option("Queries that arrive together; the time of the last answer counts.", _LOAD)
-    ] = 8,
-    buffer: Annotated[
-        int | None,
-        option(
-            "Waiting queries that are ordered by similarity at a time (default: --queries).",
-            _SYSTEMS,
-        ),
-    ] = None,
-    overhead_s: Annotated[
-        float,
-        option("Seconds for encoding, sending and decoding, added to every system's time.", _LOAD),
-    ] = 0.02,
-    layouts: Annotated[
-        str,
-        option(
-            "NeRCC's layouts of regression points, separated by commas, as in `nercc tune`.",
-            _SYSTEMS,
-        ),
-    ] = "chebyshev,interleaved,repeated",
-    surrogate: Annotated[
-        str | None,
-        option(
-            "Cheap model that queries may be ordered by, and stragglers' queries answered by: "
-            "`student`, a file that `nercc distill` wrote, or module:function (default: none).",
-            _SYSTEMS,
-        ),
-    ] = None,
-    outputs: OutputsOption = "logits",
-    max_inputs: Annotated[int, option("Data points to measure on, at most.", MODEL, min=1)] = 2000,
-    split: Annotated[
-        str,
-        option(
-            "Split of the data set. On data that the model was trained on, the plan promises "
-            "too much.",
-            MODEL,
-        ),
-    ] = "train",
-    seed: Seed = 0,
-    output: Annotated[
-        Path, option("Folder for plan.json and plan.png.", RESULTS, "--output", "--output-dir")
-    ] = Path("nercc-plan"),
-) -> None:
-    """Plan how to serve a model: coded, replicated, hedged, or as it is.
+def plan_service(options: PlanOptions) -> None:
+    """Plan how to serve a model: print and write the plan, and draw its picture."""
+    layouts = options.layouts.split(",")
+    with of_option(f"--layouts {options.layouts}"):
+        for layout in layouts:
+            regression_points(2, 4, layout)
+    cheap = None
+    if options.surrogate is not None:
+        cheap = find_surrogate(options.surrogate, options.model, options.outputs)
+    law = latency_law(options.latency)
+    options.output.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
+    workload = find_workload(options, options.outputs)
+    x = workload.points(options.split, options.max_inputs, options.seed)
+    compile_quickly(workload.model, x, _RUNS * len(x))
+    console = Console()
+    with console.status("planning ...") as status:
+        found = plan(
+            workload.model,
+            x,
+            law,
+            key=jax.random.key(options.seed),
+            num_queries=options.queries,
+            max_workers=options.max_workers,
+            max_extra_work=options.budget,
+            max_disagreement=options.max_disagreement,
+            layouts=tuple(layouts),
+            surrogate=cheap,
+            buffer_size=options.buffer,
+            overhead=options.overhead_s,
+            on_stage=lambda stage: status.update(f"{stage} ..."),
+        )
+    file, picture = options.output / "plan.json", options.output / "plan.png"
+    about = {
+        "model": options.model,
+        "outputs": options.outputs,
+        "data": f"{workload.source}, {options.split}",
+        "latency": options.latency,
+        "surrogate": options.surrogate,
+        "seed": options.seed,
+        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    found.save(file, about)
+    print_whole(console, plan_table(found))
+    console.print(plan_words(found, about["data"]), soft_wrap=True, highlight=False, markup=False)
+    plan_plot(found, f"{options.model}, {options.latency}, {options.queries} queries", picture)
+    console.print(f"plan: {file.resolve()}\npicture: {picture.resolve()}", soft_wrap=True)
 
-    All of them are measured within a budget of workers, on data points without labels. The plan
-    recommends the one whose last prediction is there soonest (p99), with few enough labels that
-    differ from the model's own.
+
+def latency_law(text: str) -> AbstractLatency:
+    """Return the law that an option names.
+
+    Raises ValueError if there is no such law, or as `TraceLatency.from_file`.
     """
-    with report_errors():
-        check_files(model, weights, inputs)
-        check_positive_options(
-            "--max-workers", max_workers, "--queries", queries, "--buffer", buffer
-        )
-        if not 0 <= max_disagreement <= 1:
-            raise ValueError(f"--max-disagreement is a share from 0 to 1, not {max_disagreement}")
-        for option, value in (("--budget", budget), ("--overhead-s", overhead_s)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{option} must be 0 or positive, not {value}")
-        if outputs == "values":
-            raise ValueError(
-                "a plan keeps labels, and --outputs values have none: see `nercc run --tolerance`"
-            )
-        # JAX takes a second or two to import: not for --help, nor for a misspelt option.
-        import jax
-        from rich.console import Console
+    name, _, rest = text.partition(":")
+    with of_option(f"--latency {text}"):
+        if name == "trace" and rest:
+            return TraceLatency.from_file(rest)
+        try:
+            numbers = [float(number) for number in rest.split(":")]
+        except ValueError:
+            numbers = []
+        match name, numbers:
+            case "lognormal", [median, sigma]:
+                return LogNormalLatency(median, sigma)
+            case "exponential", [_] | [_, _]:
+                return ExponentialLatency(*numbers)
+            case "pareto", [minimum, shape]:
+                return ParetoLatency(minimum, shape)
+            case "stragglers", [seconds, share, factor]:
+                if not (seconds > 0 and 0 <= share <= 1 and factor > 0):
+                    raise ValueError(
+                        "seconds and factor must be positive, and the share between 0 and 1"
+                    )
+                # No two calls take the same time, and no rule may rely on equal times.
+                usual = seconds * np.linspace(0.95, 1.05, 100)
+                late = np.arange(100)[:, None] < round(100 * share)
+                return TraceLatency(jnp.asarray(np.where(late, factor * usual, usual).ravel()))
+    raise ValueError(f"--latency must be {_LATENCIES}, not {text!r}")
 
-        from ..codes import regression_points
-        from ..planning import plan
-        from ._output import print_whole
-        from ._own_models import find_surrogate
-        from ._plan_report import latency_law, plan_plot, plan_table, plan_words
-        from ._workload import find_workload
 
-        with of_option(f"--layouts {layouts}"):
-            for layout in layouts.split(","):
-                regression_points(2, 4, layout)
-        cheap = None
-        if surrogate is not None:
-            cheap = find_surrogate(surrogate, model, outputs)
-        law = latency_law(latency)
-        output.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
-        workload = find_workload(model, weights, inputs, data_dir, outputs)
-        x = workload.points(split, max_inputs, seed)
-        compile_quickly(workload.model, x, _RUNS * len(x))
-        console = Console()
-        with console.status("planning ...") as status:
-            found = plan(
-                workload.model,
-                x,
-                law,
-                key=jax.random.key(seed),
-                num_queries=queries,
-                max_workers=max_workers,
-                max_extra_work=budget,
-                max_disagreement=max_disagreement,
-                layouts=tuple(layouts.split(",")),
-                surrogate=cheap,
-                buffer_size=buffer,
-                overhead=overhead_s,
-                on_stage=lambda stage: status.update(f"{stage} ..."),
-            )
-        file, picture = output / "plan.json", output / "plan.png"
-        about = {
-            "model": model,
-            "outputs": outputs,
-            "data": f"{workload.source}, {split}",
-            "latency": latency,
-            "surrogate": surrogate,
-            "seed": seed,
-            "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        found.save(file, about)
-        print_whole(console, plan_table(found))
-        console.print(
-            plan_words(found, about["data"]), soft_wrap=True, highlight=False, markup=False
+def plan_table(found: Plan) -> Table:
+    """Return a table of the fastest of each system at each size: see `shown_rows`."""
+    table = Table(
+        title="Each system at each size: the fastest within the budget, or the nearest to it",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+        caption="* recommended; dim: over the budget, too many labels differ, or only screened\n"
+        "wait: answers to wait for, and at least how long; again: calls sent a second time;\n"
+        "extra: calls beyond one a query; differ: labels that differ, and an upper bound;\n"
+        "p50, p99: time until the last of the queries is answered",
+        caption_justify="left",
+    )
+    table.add_column("system", no_wrap=True)
+    for column in ("(N, K)", "wait\nms", "again\n%", "extra\n%", "differ\n%", "p50\nms", "p99\nms"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in shown_rows(found):
+        best = row == found.recommended
+        name = row.system + (f", {row.order}" if row.order else "") + " *" * best
+        style = "bold green" if best else "" if found.feasible(row) else "dim"
+        table.add_row(name, *_cells(row), style=style)
+    return table
+
+
+def shown_rows(found: Plan) -> list[Candidate]:
+    """Return one candidate for each system and size, with re-execution and without.
+
+    It is the fastest within the budget. Where none is, it is the one with the fewest labels that
+    differ, preferably measured on held-out data and not only screened. The recommended one is
+    always there.
+    """
+    best: dict[tuple, Candidate] = {}
+
+    def rank(row: Candidate) -> tuple:
+        if found.feasible(row):
+            return 0, row.p99
+        return 1 + (not row.held_out), row.most_disagreement, row.p99
+
+    for row in sorted(found.candidates, key=rank):
+        again = row.limit is not None
+        best.setdefault((row.system, row.num_workers, row.num_data, again), row)
+    best[(found.recommended.system, "recommended")] = found.recommended
+    return sorted(dict.fromkeys(best.values()), key=lambda r: (not found.feasible(r), r.p99))
+
+
+def _cells(row: Candidate) -> tuple[str, ...]:
+    wait = str(row.wait_for) + (f", {_ms(row.min_wait)}" if row.min_wait else "")
+    share = f"{100 * row.disagreement.mean:.2f}<{100 * row.most_disagreement:.2f}"
+    return (
+        f"({row.num_workers}, {row.num_data})",
+        wait,
+        f"{100 * row.resent:.1f}" if row.resent > 0 else "",
+        f"{100 * row.extra_work:.0f}",
+        "0" if row.exact else share,
+        _ms(row.p50),
+        _ms(row.p99),
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.{0 if seconds >= 0.1 else 1}f}"
+
+
+def plan_words(found: Plan, data: str) -> str:
+    """Return the recommendation, its reason, how to carry it out, and its basis: a line each."""
+    row, about = found.recommended, found.about
+    lines = [f"recommended: {found.reason}"]
+    if row.num_workers > row.num_data or row.limit is not None:
+        again = {None: "", 0.0: "; send again what has no answer"}
+        lines.append(
+            f"decode when {row.wait_for} of {row.num_workers} workers have answered, but not "
+            f"before {1e3 * row.min_wait:.3g} ms unless all have"
+            + again.get(row.limit, f"; send again what has an error probability above {row.limit}")
         )
-        plan_plot(found, f"{model}, {latency}, {queries} queries", picture)
-        console.print(f"plan: {file.resolve()}\npicture: {picture.resolve()}", soft_wrap=True)
+    if row.hedge_after is not None:
+        lines.append(
+            f"send up to {row.copies} copies, {row.hedge_copies} further after every "
+            f"{1e3 * row.hedge_after:.3g} ms of waiting"
+        )
+    lines.append(
+        f"codes were measured on {about['held_out_points']} held-out data points of {data}, "
+        f"{about['straggler_sets']} straggler sets a group; planned in {about['seconds']} s"
+    )
+    return "\n".join(lines)
+
+
+def plan_plot(found: Plan, title: str, path: Path) -> None:
+    """Draw disagreement against extra work, of all candidates as fast as the recommended one.
+
+    There is a curve for each system. Candidates that were only screened are among them.
+    """
+    figure, axis = plt.subplots(figsize=(7.5, 4.6))
+    limit = (1 + PlanEffort.alike) * found.recommended.p99
+    systems = list(dict.fromkeys(row.system for row in found.candidates))
+    for system in systems:
+        rows = [row for row in found.candidates if row.system == system and row.p99 <= limit]
+        if rows:
+            axis.plot(*_envelope(rows), ms=4, lw=1.3, label=system, **system_look(system))
+    best = found.recommended
+    axis.plot(
+        best.extra_work,
+        100 * best.disagreement.mean,
+        *("k*",),
+        ms=13,
+        mfc="none",
+        label="recommended",
+    )
+    bounds = {"color": "#555555", "lw": 0.8, "ls": "--"}
+    axis.axhline(100 * found.asked["max_disagreement"], **bounds, label="at most, as asked")
+    axis.axvline(found.asked["max_extra_work"], **bounds)
+    # Logarithmic, with a place for none.
+    axis.set_yscale("symlog", linthresh=0.1)
+    axis.set(
+        xlabel="extra work: calls beyond one a query, as a share",
+        ylabel="labels that differ, in %",
+        ylim=(-0.01, 1.5 * axis.get_ylim()[1]),
+        title=f"{title}: p99 of {1e3 * limit:.3g} ms or less",
+    )
+    axis.legend(fontsize=8, loc="lower left")
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _envelope(rows: Sequence[Candidate]) -> tuple[list[float], list[float]]:
+    """Return the least disagreement at each amount of extra work or less."""
+    work, share = [], []
+    for row in sorted(rows, key=lambda row: (row.extra_work, row.disagreement.mean)):
+        if not share or 100 * row.disagreement.mean < share[-1]:
+            work.append(row.extra_work)
+            share.append(100 * row.disagreement.mean)
+    return work, share

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ._options import table_of_option
 from ._process import leave
 
 # Set by `ray job submit`, which has sent a folder of its own.
@@ -131,11 +130,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(found, Mapping):
         raise ValueError(f"--runtime-env {path}: a table is needed, not {found!r}")
     return dict(found)
-
-
-def actor_options(cpus: float | None, gpus: float | None, resources: str | None) -> dict[str, Any]:
-    """Return Ray's options of an actor; raise ValueError if the resources are no table."""
-    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
-    if resources is not None:
-        options["resources"] = table_of_option("--worker-resources", resources, "{TPU = 4}")
-    return {name: value for name, value in options.items() if value is not None}

@@ -1,303 +1,366 @@
-"""`nercc run`: coded batch inference over a data set, or a function row by row, on a pool."""
+"""`nercc run`: coded batches of a classifier over a data set, each decoded at enough answers."""
 
-import importlib.util
-import types
-from pathlib import Path
-from typing import Annotated, Literal
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import typer
+from jaxtyping import Int
+from rich.console import Console
 
-from ._errors import report_errors
-from ._options import (
-    CALIBRATION,
-    CODE,
-    DECODING,
-    FAULTS,
-    MODEL,
-    RAY,
-    RESULTS,
-    ROWS,
-    WORKERS,
-    DataDir,
-    Inputs,
-    ModelName,
-    NumWorkers,
-    OutputsOption,
-    Seed,
-    Weights,
-    check_files,
-    check_folder,
-    check_positive_options,
-    option,
-    refuse,
-)
-from ._own_models import is_shipped
-from ._ray_job import RayJob, actor_options, end_at_once, leave_accelerators
+from ..codes import AbstractCode, NeRCC
+from ..evaluation import make_forecast
+from ..evaluation._answers import batched
+from ..inference.models import Model, call_model
+from ..pools import PoolReport, leave_ray, run_batches
+from ..pools._backend import pool_counts
+from ..pools._batch import answers_to_wait_for
+from ..pools._inference import BatchOutcome
+from ..pools._row_files import Parts, fingerprint
+from ..pools._rows import ATTEMPTS, reason_to_stop
+from ._options import RunOptions
+from ._output import run_bar
+from ._process import compile_quickly
+from ._ray_job import end_at_once, leave_accelerators
+from ._run_parts import Destination, RunPool, deaths_text
+from ._run_rows import run_function
+from ._workload import find_workload, load_plain_code
+
+_CALIBRATION = 1000  # training images that a forecast is calibrated on
+_COMPARED = 1000  # data points that are compared with the model
 
 
-def run_command(
-    model: ModelName = "lenet5-digits",
-    weights: Weights = None,
-    inputs: Inputs = None,
-    columns: Annotated[
-        str | None,
-        option(
-            "Columns of --inputs (.csv, .parquet) that are inputs, by name, separated by commas "
-            "(default: all but --id-column).",
-            MODEL,
-        ),
-    ] = None,
-    id_column: Annotated[
-        str | None,
-        option(
-            "Column of --inputs that holds an id of each row, a text or a whole number, which "
-            "results carry as `id` (default: none).",
-            MODEL,
-        ),
-    ] = None,
-    data_dir: DataDir = None,
-    split: Annotated[str, option("Split of the data set.", MODEL)] = "test",
-    max_inputs: Annotated[
-        int | None, option("Data points to use, at most (default: the whole split).", MODEL)
-    ] = None,
-    batches: Annotated[
-        int | None,
-        option(
-            "Batches to run, going over the data again and again (default: once over it).", MODEL
-        ),
-    ] = None,
-    outputs: OutputsOption = "logits",
-    num_data: Annotated[
-        int | None,
-        option(
-            "K: data points that are coded together (default: 8).",
-            CODE,
-        ),
-    ] = None,
-    num_workers: NumWorkers = 20,
-    code: Annotated[
-        Path | None,
-        option(
-            "File of a code that `nercc tune` wrote, with its own K and N (default: NeRCC).", CODE
-        ),
-    ] = None,
-    groups: Annotated[
-        int | None,
-        option(
-            "Groups of K data points in a batch (default: 1); row by row, rows in one call "
-            "(default: as many as take 0.05 to 0.25 s). At most as many as there are.",
-            CODE,
-        ),
-    ] = None,
-    tolerance: Annotated[
-        float | None,
-        option(
-            "Run any function, such as a simulator, row by row: the largest error bar of a "
-            "row that is not computed, in units of the outputs (root mean square over a row's "
-            "outputs). 0 computes all rows.",
-            ROWS,
-        ),
-    ] = None,
-    coverage: Annotated[float, option("Share of errors that error bars cover.", ROWS)] = 0.9,
-    compute: Annotated[
-        Literal["needed", "all"],
-        option(
-            "Rows to compute: those that are not known well enough, or all that arrive in time.",
-            ROWS,
-        ),
-    ] = "needed",
-    job_deadline_s: Annotated[
-        float | None,
-        option(
-            "Seconds after which a run row by row ends with what is known (default: none).", ROWS
-        ),
-    ] = None,
-    grace_s: Annotated[
-        float,
-        option("Seconds to wait, after a run row by row, for late answers that judge bars.", ROWS),
-    ] = 0.0,
-    max_calls: Annotated[
-        int | None, option("Rows to compute, at most (default: no limit).", ROWS)
-    ] = None,
-    check_answers: Annotated[
-        float | None,
-        option(
-            "Check computed rows by the learner: the share of right answers that may look wrong; "
-            "such rows are computed again by other workers (default: no checks).",
-            ROWS,
-        ),
-    ] = None,
-    max_fenced: Annotated[
-        float, option("Share of workers that is fenced for wrong answers, at most.", ROWS)
-    ] = 0.25,
-    wait_for: Annotated[
-        int | None,
-        option(
-            "Number of answers at which to decode (default: 85 % of N, but at least K).", DECODING
-        ),
-    ] = None,
-    max_disagreement: Annotated[
-        float | None,
-        option(
-            "Instead of a number: decode once at most this share of labels is expected to "
-            f"differ from the model's own, by {CALIBRATION:,} training images; for your own model, "
-            "row by row, by the rows that are computed.",
-            DECODING,
-        ),
-    ] = None,
-    deadline_s: Annotated[
-        float,
-        option("Seconds after which a batch is decoded from the answers that are in.", DECODING),
-    ] = 30.0,
-    pool: Annotated[
-        Literal["devices", "ray"],
-        option("Workers: threads on this process's devices, or Ray actors.", WORKERS),
-    ] = "devices",
-    workers: Annotated[
-        int | None,
-        option(
-            "Workers in the pool: more than N are spare ones, fewer run several coded data "
-            "points each (default: N).",
-            WORKERS,
-        ),
-    ] = None,
-    worker_dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"] | None,
-        option(
-            "Floating-point type that inputs and weights are cast to at workers (default: no "
-            "cast).",
-            WORKERS,
-        ),
-    ] = None,
-    address: Annotated[
-        str | None,
-        option(
-            "Ray's head: HOST:6379, ray://HOST:10001, auto or local (default: RAY_ADDRESS, or "
-            "the Ray on this machine, or a new one).",
-            RAY,
-        ),
-    ] = None,
-    worker_cpus: Annotated[
-        float | None, option("CPUs per Ray actor (default: at most 0.5).", RAY)
-    ] = None,
-    worker_gpus: Annotated[
-        float | None,
-        option("GPUs per Ray actor (default: one, or an equal part, where there are GPUs).", RAY),
-    ] = None,
-    worker_resources: Annotated[
-        str | None, option("Further resources per Ray actor: '{TPU = 4}' (default: none).", RAY)
-    ] = None,
-    working_dir: Annotated[
-        Path | None,
-        option(
-            "Folder to send to the nodes (default: that of a module:name which is not installed).",
-            RAY,
-        ),
-    ] = None,
-    py_modules: Annotated[
-        list[Path] | None, option("Python module to send to the nodes; may be repeated.", RAY)
-    ] = None,
-    runtime_env: Annotated[
-        Path | None, option("File with Ray's runtime environment: .yaml, .json or .toml.", RAY)
-    ] = None,
-    straggler_rate: Annotated[float, option("Share of calls that are delayed.", FAULTS)] = 0.0,
-    straggler_delay_s: Annotated[
-        float, option("Seconds that such a call is delayed by.", FAULTS)
-    ] = 1.0,
-    straggler_score: Annotated[
-        str | None,
-        option(
-            "Score of a row, by which calls are delayed instead of at random, the largest first: "
-            "`norm`, or module:function.",
-            FAULTS,
-        ),
-    ] = None,
-    straggler_leaning: Annotated[
-        float,
-        option("With a score, the share of delayed calls that have the largest scores.", FAULTS),
-    ] = 1.0,
-    death_rate: Annotated[float, option("Share of calls in which the worker dies.", FAULTS)] = 0.0,
-    wrong_workers: Annotated[
-        str | None,
-        option(
-            "Workers that answer wrongly, by swapping rows, as a table: '{swap = [1]}' (default: "
-            "none).",
-            FAULTS,
-        ),
-    ] = None,
-    wrong_rate: Annotated[
-        float, option("Share of these workers' calls that are answered wrongly.", FAULTS)
-    ] = 1.0,
-    seed: Seed = 0,
-    output: Annotated[
-        Path,
-        option(
-            "Result file, .npz, .csv or row by row .parquet; or a folder, for parts of it. "
-            "The summary's numbers go next to it, to NAME.summary.json, or into the folder.",
-            RESULTS,
-        ),
-    ] = Path("nercc-run.npz"),
-    resume: Annotated[
-        bool, option("Go on with a run that ended early.", RESULTS, "--resume")
-    ] = False,
-) -> None:
-    """Run a model over a data set on a pool whose workers may straggle or die.
+def run(options: RunOptions) -> None:
+    """Run a model over a data set or row by row, and exit with a code if not all is done."""
+    if options.pool == "ray":
+        leave_accelerators()
+    pool = RunPool(options)
+    try:
+        (run_function if options.by_row else run_data)(options, pool)
+    except typer.Exit as end:
+        end_at_once(end.exit_code)
+        raise
+    if options.pool == "ray":
+        leave_ray()
 
-    Each batch is encoded, sent to the workers, and decoded once enough of them answered; a batch
-    that cannot be recovered is sent again. With --tolerance, each row is computed, or predicted
-    well enough. Results are written as they come, and --resume goes on after any end. Exit codes: 0
-    everything is done, 1 nothing is, 2 an option does not fit, 3 a part is missing or lost, 130
-    Ctrl-C.
+
+def run_data(options: RunOptions, pool: RunPool) -> None:
+    """Run a model over a data set in coded batches.
+
+    Raises ValueError if an option does not fit, and exits with a code if not everything is done.
     """
-    options = types.SimpleNamespace(**locals())  # by their names
-    with report_errors():
-        check_folder("--output", output)
-        check_files(model, weights, inputs)
-        if inputs is None or inputs.suffix not in (".csv", ".parquet"):
-            refuse("inputs other than a .csv or .parquet", columns=columns, id_column=id_column)
-        if outputs == "values" and max_disagreement is not None:
-            raise ValueError(
-                "--max-disagreement is about labels, and --outputs values have none: give "
-                "--tolerance"
-            )
-        own = inputs is not None or not is_shipped(model)
-        by_row = tolerance is not None or (own and max_disagreement is not None)
-        check_positive_options("--groups", groups, "--max-inputs", max_inputs, "--batches", batches)
-        check_positive_options("--workers", workers, "--deadline-s", deadline_s)
-        if pool == "ray" and importlib.util.find_spec("ray") is None:
-            raise ImportError("--pool ray needs Ray: pip install '.[ray]' in a clone")
-        job_of_ray = RayJob(address, working_dir, tuple(py_modules or ()), runtime_env)
-        if pool == "ray":
-            leave_accelerators()
-        # JAX takes a second or two to import: not for --help, nor for a misspelt option.
-        from ..pools import leave_ray
-        from ._run_pool import ChosenPool, make_faults
+    to = Destination(options, (".npz", ".csv"))
+    if options.code is None:
+        code: AbstractCode = NeRCC(options.num_data or 8, options.num_workers)
+    else:
+        code = load_plain_code(options.code, f"--code {options.code}")
+    num_data, num_workers = code.num_data, code.num_workers
+    number = _number_to_wait_for(code, options)
+    table: Any = {"columns": options.columns, "id_column": options.id_column}
+    workload = find_workload(options, options.outputs, **table)
+    network, source = workload.model, workload.rows(options.split)
 
-        chosen = ChosenPool(
-            pool,
-            workers,
-            job_of_ray,
-            actor_options(worker_cpus, worker_gpus, worker_resources) if pool == "ray" else {},
-            make_faults(options),
-            deadline_s,
-            worker_dtype,
+    # Batches in the split's order, from its start again where it ends before they do.
+    count = len(source.labels[: options.max_inputs])
+    groups = min(options.groups or 1, math.ceil(count / num_data))
+    size = groups * num_data
+    batches = math.ceil(count / size) if options.batches is None else options.batches
+    places = np.arange(batches * size) % count
+    rows = places[:count] if options.batches is None else places
+
+    def inputs(rows: np.ndarray) -> np.ndarray:
+        return np.asarray(source.preprocess(source.images[rows]))
+
+    def batch(number: int) -> np.ndarray:
+        x = inputs(places[number * size : (number + 1) * size])
+        return x.reshape(groups, num_data, *x.shape[1:])
+
+    one = inputs(rows[:1])
+    compile_quickly(network, one, batches * groups * num_workers)
+    console = Console()
+    enough: Any = number
+    if number is None:
+        with console.status(f"calibrating on {_CALIBRATION:,} training images ..."):
+            enough = _enough_by_forecast(network, code, options)
+    outputs = jax.eval_shape(lambda x: call_model(network, x), jnp.asarray(one)).shape[-1]
+    results = CodedRows(rows, size, outputs, num_workers)
+    described = f"{type(code).__name__} with K={num_data}, N={num_workers}"
+    settings = {
+        "model": options.model,
+        "weights": fingerprint(options.weights),
+        "outputs": options.outputs,
+        "data": workload.fingerprint(options.split),
+        "rows": len(rows),
+        "points": count,
+        "groups": groups,
+        "code": fingerprint(options.code) or described,
+        "worker_dtype": options.worker_dtype,
+    }
+    parts = Parts(to.folder, settings, results, source.ids)
+    counts, left = _Counts(), results.unfinished(batches)
+    example = batch(0)[:, 0]  # as a worker gets it at once
+    with pool.open(console, network, num_data, num_workers, example=example) as opened:
+        until = f"at {number} answers"
+        if number is None:
+            share = f"at most {100 * (options.max_disagreement or 0):g} % of labels"
+            until = f"once {share} are expected to differ from the model's own"
+        console.print(
+            f"{options.model}, {len(rows):,} data points of {source.name!r}, {described}; "
+            f"{pool.count(num_workers)} workers ({options.pool}); decoding {until}, or after "
+            f"{options.deadline_s:g} s",
+            soft_wrap=True,
         )
-        try:
-            if by_row:
-                from ._run_rows import run_function as run
+        if len(results):
+            console.print(f"{len(results):,} data points are done already")
+        with run_bar(console) as progress:
+            task = progress.add_task("compiling ...", total=len(rows), completed=len(results))
+            limits: Any = {"enough": enough, "deadline": options.deadline_s, "attempts": ATTEMPTS}
+            try:
+                for outcome in run_batches(opened, code, map(batch, left), **limits):
+                    new = results.add(left[outcome.number], outcome)
+                    parts.add([left[outcome.number]])
+                    counts.add(outcome, new, num_workers)
+                    text = (
+                        f"{counts.speed:,.0f} points/s, {counts.mean_stragglers:.1f} stragglers a "
+                        f"batch, {opened.report().deaths} deaths"
+                    )
+                    progress.update(task, advance=new, description=text)
+                    counts.stopped = reason_to_stop(opened)
+                    if counts.stopped is not None:
+                        break
+            except KeyboardInterrupt:
+                counts.stopped = "interrupted"
+            finally:
+                parts.flush(complete=not results.unfinished(batches))
+        report = opened.report()
+    if len(results):
+        compared = _compared(network, inputs, results, options.outputs != "values")
+        numbers = counts.numbers(num_workers) | pool_counts(report)
+        numbers |= {"lost": results.lost, **compared}
+        columns, arrays = results.columns(source.ids, source.labels, options.outputs != "values")
+        to.write(console, columns, arrays, _summary(numbers, report), settings | numbers)
+    lost = None
+    if results.lost:
+        lost = (
+            f"{results.lost:,} of {len(results):,} data points were lost after {ATTEMPTS} "
+            f"attempts and are NaN in the result; the last trouble: {counts.trouble}"
+        )
+    to.end(counts.stopped, f"{len(results):,} of {len(rows):,} data points are done", lost)
 
-                other = "--tolerance" if max_disagreement is None else "--max-disagreement"
-                refuse(other, code=code, batches=batches, worker_dtype=worker_dtype)
-                refuse(other, num_data=num_data, wait_for=wait_for)
-            else:
-                rows_only = {"job_deadline_s": job_deadline_s, "max_calls": max_calls}
-                rows_only["check_answers"] = check_answers
-                refuse("a coded run", **rows_only, grace_s=grace_s or None)
-                from ._run_data import run_data as run
 
-            run(options, chosen, output, resume)
-        except typer.Exit as end:
-            end_at_once(end.exit_code)
-            raise
-        if pool == "ray":
-            leave_ray()
+def _number_to_wait_for(code: AbstractCode, options: RunOptions) -> int | None:
+    """Return how many answers are enough; None where a forecast decides."""
+    wait_for, share = options.wait_for, options.max_disagreement
+    if wait_for is not None and share is not None:
+        raise ValueError("give --wait-for or --max-disagreement, not both")
+    if share is not None:
+        if not 0 <= share < 1:
+            raise ValueError(f"--max-disagreement must be in [0, 1), not {share}")
+        return None
+    if wait_for is None:
+        return answers_to_wait_for(code.num_data, code.num_workers)
+    if not 1 <= wait_for <= code.num_workers:
+        raise ValueError(f"--wait-for must be from 1 to N = {code.num_workers}, not {wait_for}")
+    return wait_for
+
+
+def _enough_by_forecast(network: Any, code: AbstractCode, options: RunOptions) -> Any:
+    """Return a rule for when to decode; raise ValueError if even all answers would not do."""
+    limit = options.max_disagreement
+    x, _ = network.images("train", options.data_dir, _CALIBRATION, options.seed)
+    forecast = make_forecast(network, code, x, worker_dtype=options.worker_dtype)
+    enough = forecast.below(max_disagreement=limit)
+    everyone = np.ones(code.num_workers, bool)
+    if not enough(everyone):
+        best = float(forecast.disagreement(everyone))
+        raise ValueError(
+            f"--max-disagreement {limit}: with this code {best:.4f} is expected even when all "
+            f"{code.num_workers} workers answer; allow more, or use a tuned code (`nercc tune`)"
+        )
+    return enough
+
+
+@dataclasses.dataclass
+class _Counts:
+    """Counts of a run's batches so far; rows and seconds since the start are by batch."""
+
+    rows: list[int] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    stragglers: int = 0
+    retried: int = 0
+    short: int = 0
+    trouble: str | None = None
+    stopped: str | None = None  # why the run ended early
+    start: float = dataclasses.field(default_factory=time.monotonic)
+
+    def add(self, outcome: BatchOutcome, rows: int, num_workers: int) -> None:
+        self.rows.append(rows)
+        self.seconds.append(time.monotonic() - self.start)
+        self.retried += outcome.attempts > 1
+        self.short += outcome.short
+        answered = 0 if outcome.result is None else int(outcome.result.answers.available.sum())
+        self.stragglers += num_workers - answered
+        self.trouble = outcome.trouble or self.trouble
+
+    @property
+    def mean_stragglers(self) -> float:
+        return self.stragglers / max(len(self.rows), 1)
+
+    @property
+    def speed(self) -> float:
+        """The rows in a second, without the first batch, which compiles, if there are others."""
+        first = int(len(self.rows) > 1)
+        begin, end = [0.0, *self.seconds][first], max(self.seconds, default=0.0)
+        return sum(self.rows[first:]) / max(end - begin, 1e-9)
+
+    def numbers(self, num_workers: int) -> dict[str, Any]:
+        """Return the counts by the names of the summary file."""
+        return {
+            "data_points": sum(self.rows),
+            "batches": len(self.rows),
+            "seconds": max(self.seconds, default=0.0),
+            "first_batch_seconds": [*self.seconds, 0.0][0],
+            "points_per_second": self.speed,
+            "workers": num_workers,
+            "stragglers_per_batch": self.mean_stragglers,
+            "batches_sent_again": self.retried,
+            "short_batches": self.short,
+        }
+
+
+class CodedRows:
+    """The rows of a coded run, in its order: a structured array, and which of them are done.
+
+    Its fields are those of the result file: "index", the place in the split; "predictions", the
+    decoded outputs, NaN where a data point is lost; "recovered", False for those; and "responded",
+    the workers whose answers a prediction rests on.
+    """
+
+    def __init__(self, rows: Int[np.ndarray, " rows"], batch_size: int, outputs: int, workers: int):
+        self._batch_size = batch_size
+        self._done = np.zeros(len(rows), bool)
+        fields: Any = [
+            ("index", rows.dtype),
+            ("predictions", np.float32, (outputs,)),
+            ("recovered", bool),
+            ("responded", bool, (workers,)),
+        ]
+        self._rows: Any = np.zeros(len(rows), fields)
+        self._rows["index"], self._rows["predictions"] = rows, np.nan
+
+    def __len__(self) -> int:
+        return int(self._done.sum())
+
+    @property
+    def done(self) -> Any:
+        """The rows that are done, as a structured array."""
+        return self._rows[self._done]
+
+    @property
+    def lost(self) -> int:
+        return int(np.sum(~self.done["recovered"]))
+
+    @property
+    def predicted(self) -> Int[np.ndarray, " done"]:
+        """The label of each prediction, -1 for lost ones."""
+        clean = np.nan_to_num(self.done["predictions"])
+        return np.where(self.done["recovered"], clean.argmax(axis=1), -1)
+
+    def add(self, batch: int, outcome: BatchOutcome) -> int:
+        """Take a batch, and return how many rows it has: its fill is left out."""
+        rows = self._of(batch)
+        self._done[rows] = True
+        if outcome.result is not None:
+            decoded = outcome.result.decoded
+            groups, num_data = decoded.recovered.shape
+            recovered = np.asarray(decoded.recovered).ravel()[: len(rows)]
+            responded = np.repeat(np.asarray(decoded.responded), num_data, axis=0)
+            predictions = np.asarray(decoded.predictions).reshape(groups * num_data, -1)
+            self._rows["predictions"][rows] = predictions[: len(rows)]
+            self._rows["recovered"][rows] = recovered
+            self._rows["responded"][rows] = responded[: len(rows)] & recovered[:, None]
+        return len(rows)
+
+    def rows_of(self, batches: Sequence[int]) -> dict[str, np.ndarray]:
+        """Return the rows of some batches, one after the other, as arrays by name."""
+        rows = self._rows[np.concatenate([self._of(batch) for batch in batches])]
+        return {"batches": np.asarray(batches)} | {name: rows[name] for name in rows.dtype.names}
+
+    def take(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take what `rows_of` returned of some batches in another process."""
+        rows = np.concatenate([self._of(batch) for batch in arrays["batches"].tolist()])
+        for name in ("predictions", "recovered", "responded"):
+            self._rows[name][rows] = arrays[name]
+        self._done[rows] = True
+
+    def unfinished(self, batches: int) -> list[int]:
+        """Return which of the batches are not recovered as a whole."""
+        recovered = self._rows["recovered"]
+        return [each for each in range(batches) if not recovered[self._of(each)].all()]
+
+    def _of(self, batch: int) -> np.ndarray:
+        start = batch * self._batch_size
+        return np.arange(start, min(start + self._batch_size, len(self._rows)))
+
+    def columns(
+        self, ids: np.ndarray | None, labels: np.ndarray, labelled: bool
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Return the done rows as a table's columns, and as arrays for an .npz.
+
+        A table has the number of workers that responded, and a column for each output.
+        """
+        done = self.done
+        columns: dict[str, np.ndarray] = {} if ids is None else {"id": ids[done["index"]]}
+        columns |= {"index": done["index"]}
+        columns |= {"batch": np.flatnonzero(self._done) // self._batch_size}
+        if labelled:
+            columns |= {"label": labels[done["index"]], "predicted": self.predicted}
+        columns |= {"recovered": done["recovered"]}
+        responded, predictions = done["responded"], done["predictions"]
+        arrays = columns | {"responded": responded, "predictions": predictions}
+        columns |= {"responded": responded.sum(axis=1)}
+        return columns | {f"output_{n}": each for n, each in enumerate(predictions.T)}, arrays
+
+
+def _summary(numbers: dict[str, Any], report: PoolReport) -> Iterator[tuple[str, str]]:
+    batches = f"{numbers['batches']:,} batches, {numbers['seconds']:.1f} s"
+    yield "data points", f"{numbers['data_points']:,} in {batches}"
+    first = f"after {numbers['first_batch_seconds']:.1f} s for the first batch"
+    yield "speed", f"{numbers['points_per_second']:,.0f} points/s, {first}"
+    mean = f"{numbers['stragglers_per_batch']:.2f} of {numbers['workers']}"
+    yield "stragglers", f"{mean} in a batch, when it was decoded"
+    yield "late answers", f"{report.late:,}"
+    yield "errors", f"{report.errors:,}"
+    yield "deaths", deaths_text(report)
+    yield "batches sent again", f"{numbers['batches_sent_again']:,}"
+    short = "decoded at the deadline, from too few answers"
+    yield "short batches", f"{numbers['short_batches']:,} ({short})"
+    yield "lost data points", f"{numbers['lost']:,}"
+    compared = numbers["compared"]
+    if "rmse" in numbers:
+        rmse, spread = numbers["rmse"], numbers["spread"]
+        yield "error", f"RMSE {rmse:.3g} of {compared:,} rows, whose outputs spread by {spread:.3g}"
+    else:
+        same, share = numbers["same_labels"], f"{100 * numbers['same_labels'] / compared:.1f} %"
+        yield "RelAcc", f"{share}: {same:,} of {compared:,} labels are the model's own"
+
+
+def _compared(
+    network: Model, inputs: Callable[[np.ndarray], np.ndarray], results: CodedRows, labelled: bool
+) -> dict[str, int | float]:
+    """Return how some evenly spread rows compare with the model's own: labels, or values."""
+    some = np.unique(np.linspace(0, len(results) - 1, _COMPARED).astype(int))
+    rows = results.done[some]
+    own = np.asarray(batched(network, 256)(inputs(rows["index"])))
+    if labelled:
+        same = int(np.sum(own.argmax(axis=1) == results.predicted[some]))
+        return {"compared": len(some), "same_labels": same}
+    own, known = own.reshape(len(some), -1), rows["recovered"]
+    error = (rows["predictions"] - own)[known]
+    numbers = {"rmse": np.sqrt(np.mean(error**2)), "spread": np.sqrt(np.mean(np.var(own, axis=0)))}
+    return {"compared": int(known.sum()), **{name: float(each) for name, each in numbers.items()}}

@@ -2,32 +2,22 @@
 
 import contextlib
 import dataclasses
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 
 from ..pools import RowResult, run_rows
-from ..pools._row_files import check_parts, fingerprint
+from ..pools._row_files import fingerprint
 from ..pools._rows import RowProgress, RowSettings
 from ._errors import fail
-from ._output import summary_table, write_json
-from ._run_pool import (
-    PARTIAL,
-    ChosenPool,
-    check_result_file,
-    deaths_text,
-    parts_folder,
-    summary_file,
-    write_csv,
-)
-from ._workload import find_workload, needs_pyarrow
+from ._options import RunOptions
+from ._output import run_bar
+from ._run_parts import Destination, RunPool, deaths_text
+from ._workload import find_workload
 
-_FILES = (".npz", ".csv", ".parquet")  # or a folder, of parts
 # By the settings of `run_rows`, the options.
 _SETTINGS = {field.name: field.name for field in dataclasses.fields(RowSettings)} | {
     "rows_per_call": "groups",
@@ -35,35 +25,54 @@ _SETTINGS = {field.name: field.name for field in dataclasses.fields(RowSettings)
 }
 
 
-def run_function(options: Any, pool: ChosenPool, output: Path, resume: bool) -> None:
+def run_function(options: RunOptions, pool: RunPool) -> None:
     """Run a function on rows, as the command's options say.
 
     Raises ValueError if one does not fit, and exits with a code if not everything is done.
     """
-    check_result_file(output, _FILES)
-    if output.suffix == ".parquet":
-        needs_pyarrow(f"--output {output}")
     numbers = {name: getattr(options, option) for name, option in _SETTINGS.items()}
     with _naming_options():
         settings = RowSettings(**numbers)
-    folder = parts_folder(output)
-    check_parts(folder, resume)
-    asked = options.weights, options.inputs, options.data_dir, options.outputs
-    table = {"columns": options.columns, "id_column": options.id_column}
-    workload = find_workload(options.model, *asked, traced=False, **table)
+    to = Destination(options, (".npz", ".csv", ".parquet"))
+    table: Any = {"columns": options.columns, "id_column": options.id_column}
+    workload = find_workload(options, options.outputs, traced=False, **table)
     source = workload.rows(options.split)
     ids = None if source.ids is None else source.ids[: options.max_inputs]
     x = np.asarray(source.preprocess(source.images[: options.max_inputs]))
     console = Console()
 
     def open_pool(function: Any, num_workers: int, **further: Any) -> Any:
-        opened = pool.open(console, function, options.model, None, num_workers, **further)
+        opened = pool.open(console, function, None, num_workers, **further)
+        target = f"at most {100 * (settings.max_disagreement or 0):g} % of labels different"
+        if settings.tolerance is not None:
+            bars = f"{100 * settings.coverage:g} % bars"
+            target = f"each within {settings.tolerance:g} ({bars}) or computed"
         console.print(
-            f"{options.model}, {len(x):,} rows of {source.name!r}, {_target_text(settings)}; "
-            f"{pool.count(num_workers)} workers ({pool.kind})",
+            f"{options.model}, {len(x):,} rows of {source.name!r}, {target}; "
+            f"{pool.count(num_workers)} workers ({options.pool})",
             soft_wrap=True,
         )
         return opened
+
+    bar: Progress | None = None
+    task = TaskID(0)
+
+    def show(progress: RowProgress) -> None:
+        nonlocal bar, task
+        if bar is None:
+            if progress.done:
+                console.print(f"{progress.done:,} rows are done already")
+            bar = shown.enter_context(run_bar(console))
+            task = bar.add_task("computing the first rows ...", total=progress.rows)
+            return
+        late = f", of them late {progress.late:,}" if progress.late else ""
+        unknown = f", unknown {progress.unknown:,}" if progress.unknown else ""
+        text = (
+            f"computed {progress.computed:,}, predicted {progress.predicted:,}, waiting "
+            f"{progress.waiting:,}{late}{unknown}; {progress.rows_per_second:,.1f} rows/s, "
+            f"{progress.workers:,} workers"
+        )
+        bar.update(task, completed=progress.done, description=text)
 
     about = {
         "model": options.model,
@@ -71,30 +80,34 @@ def run_function(options: Any, pool: ChosenPool, output: Path, resume: bool) -> 
         "inputs": workload.fingerprint(options.split),
     }
     try:
-        with _naming_options(), _Bar(console) as bar:
+        with _naming_options(), contextlib.ExitStack() as shown:
             result = run_rows(
                 workload.model,
                 x,
                 open_pool,
-                folder=folder,
-                resume=resume,
+                folder=to.folder,
+                resume=options.resume,
                 about=about,
                 ids=ids,
-                on_progress=bar.show,
+                on_progress=show,
                 num_workers=options.num_workers,
                 **numbers,
             )
     except RuntimeError as error:
         fail(str(error), 1)
     if result.values is not None:
-        if output != folder:
-            _write_rows(output, result)
-        console.print(summary_table(_summary(result, settings)))
-        console.print(f"results: {output.resolve()}", soft_wrap=True)
-        write_json(console, summary_file(output), result.summary)
-    _exit_unless_done(result, folder)
-    if output != folder:
-        shutil.rmtree(folder)
+        columns = result.columns()
+        # Tables have a column for each output, arrays the function's own shape.
+        arrays = {} if result.ids is None else {"id": result.ids}
+        arrays |= {"predictions": result.values}
+        arrays |= {name: columns[name] for name in ("deviation", result.score_name, "exact")}
+        to.write(console, columns, arrays, _summary(result, settings), result.summary)
+    done = f"{result.summary['rows_done']:,} of {len(result.status):,} rows are done"
+    unknown = None
+    if result.reasons:
+        row, why = next(iter(result.reasons.items()))
+        unknown = f"{len(result.reasons):,} rows are unknown: row {row}: {why}; {done}"
+    to.end(result.stopped, done, unknown)
 
 
 @contextlib.contextmanager
@@ -107,42 +120,6 @@ def _naming_options() -> Iterator[None]:
         if name not in _SETTINGS:
             raise
         raise ValueError(f"--{_SETTINGS[name].replace('_', '-')} {rest}") from error
-
-
-class _Bar(contextlib.ExitStack):
-    """A progress bar, which begins with the first progress that is shown."""
-
-    def __init__(self, console: Console):
-        super().__init__()
-        self._console = console
-        self._bar: Progress | None = None
-
-    def show(self, progress: RowProgress) -> None:
-        if self._bar is None:
-            if progress.done:
-                self._console.print(f"{progress.done:,} rows are done already")
-            columns = BarColumn(bar_width=12), TextColumn("{task.description}")
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
-            self.enter_context(self._bar)
-            self._task = self._bar.add_task("computing the first rows ...", total=progress.rows)
-            return
-        text = (
-            f"computed {progress.computed:,}, predicted {progress.predicted:,}, "
-            f"waiting {progress.waiting:,}"
-        )
-        if progress.late:
-            text += f", of them late {progress.late:,}"
-        if progress.unknown:
-            text += f", unknown {progress.unknown:,}"
-        text += f"; {progress.rows_per_second:,.1f} rows/s, {progress.workers:,} workers"
-        self._bar.update(self._task, completed=progress.done, description=text)
-
-
-def _target_text(settings: RowSettings) -> str:
-    if settings.max_disagreement is not None:
-        return f"at most {100 * settings.max_disagreement:g} % of labels different"
-    bars = f"{100 * settings.coverage:g} % bars"
-    return f"each within {settings.tolerance:g} ({bars}) or computed"
 
 
 def _summary(result: RowResult, settings: RowSettings) -> Iterator[tuple[str, str]]:
@@ -189,35 +166,3 @@ def _learner_text(result: RowResult, settings: RowSettings) -> str:
         share = f" ({100 * settings.tolerance / spread:.2g} % of the spread)" if spread > 0 else ""
         text += f"; the tolerance is {settings.tolerance:g}{share}"
     return text
-
-
-def _exit_unless_done(result: RowResult, folder: Path) -> None:
-    """Exit with 130 after Ctrl-C, with 3 where rows are missing or unknown."""
-    rest = f"; {folder} has what is done, and --resume goes on from there"
-    count = f"{result.summary['rows_done']:,} of {len(result.status):,} rows are done"
-    if result.stopped is not None:
-        code = 130 if result.stopped == "interrupted" else PARTIAL
-        fail(f"{result.stopped}: {count}{rest}", code)
-    if result.reasons:
-        row, why = next(iter(result.reasons.items()))
-        fail(
-            f"{len(result.reasons):,} rows are unknown: row {row}: {why}; {count}{rest}",
-            PARTIAL,
-        )
-
-
-def _write_rows(path: Path, result: RowResult) -> None:
-    """Write all rows. Tables have a column for each output, arrays the function's own shape."""
-    columns: dict[str, Any] = result.columns()
-    if path.suffix == ".npz":
-        names = ("deviation", result.score_name, "exact")
-        arrays = {} if result.ids is None else {"id": result.ids}
-        arrays |= {"predictions": result.values} | {name: columns[name] for name in names}
-        np.savez(path, **arrays)  # pyright: ignore
-    elif path.suffix == ".parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        parquet.write_table(pyarrow.table(columns), path)
-    else:
-        write_csv(path, columns)

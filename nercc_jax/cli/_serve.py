@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ._errors import PlainCommand, fail, report_errors
-from ._options import check_files
+from ._options import ModelOptions
 from ._process import keep_programs, leave
 from ._ray_job import RayJob, end_at_once, leave_accelerators
 
@@ -137,7 +137,7 @@ def _serve(
     """Run the command; `flags` are the settings on the command line, by name."""
     with report_errors():
         for each in model or ():
-            check_files(each, None, None)
+            ModelOptions(each)
         settings, chosen = _read(model, config, flags)
         if print_config:
             from ..serving._settings import as_toml

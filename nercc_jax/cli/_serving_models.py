@@ -22,7 +22,7 @@ from ..serving._metrics import Metrics
 from ..serving._served_model import ServedModel, log_phase
 from ..serving._settings import ModelSettings
 from ..serving.protocol._servable import FLOAT
-from ._options import Returned, check_files
+from ._options import ModelOptions, Returned
 from ._own_models import (
     example_inputs,
     find_score,
@@ -99,7 +99,7 @@ def check_loadable(settings: ModelSettings) -> None:
 def _check_files(settings: ModelSettings) -> None:
     assert settings.model is not None
     try:
-        check_files(settings.model, settings.weights, settings.inputs)
+        ModelOptions(settings.model, settings.weights, settings.inputs)
     except ValueError as error:
         raise ValueError(f"{settings.served_name}: {error}") from error
 

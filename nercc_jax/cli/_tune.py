@@ -1,188 +1,216 @@
 """`nercc tune`: the parameters of a code, by gradient descent on unlabelled data."""
 
 import datetime
-from pathlib import Path
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Any
 
-from ._errors import of_option, report_errors
-from ._options import (
-    CODE,
-    MODEL,
-    RESULTS,
-    DataDir,
-    Inputs,
-    MaxStragglers,
-    ModelName,
-    Numbers,
-    NumData,
-    NumWorkers,
-    OutputsOption,
-    Seed,
-    Sets,
-    Weights,
-    check_files,
-    check_folder,
-    option,
-)
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, save_code
+from ..codes._points import coincident
+from ..evaluation import Evaluations, evaluate
+from ..evaluation._objective import Trial, landscape, make_trial
+from ..inference.models import Model
+from ..stragglers import AbstractStragglers
+from ..tuning import Descent, LayoutTuning, Tuned, learn_decoder, search_layout, tune
+from ..tuning._layouts import LayoutSearch
+from ..tuning._tune import TuningStep
+from ._errors import of_option
+from ._options import TuneOptions
+from ._output import evaluating, print_whole, steps_bar, write_json
+from ._pictures import layouts_plot, straggler_table, tuning_plot
 from ._process import compile_quickly, start_parallel
+from ._workload import find_workload, require_groups, straggler_laws
 
-_DESCENT = "Descent"
+# The picture's grid of both lambdas.
+_GRID = np.logspace(-12, 0, 13)
 
 
-def tune_command(
-    model: ModelName = "lenet5-digits",
-    weights: Weights = None,
-    inputs: Inputs = None,
-    data_dir: DataDir = None,
-    num_data: NumData = 8,
-    num_workers: NumWorkers = 20,
-    max_stragglers: MaxStragglers = None,
-    layout: Annotated[
-        str,
-        option(
-            "Regression points to start from. chebyshev; interleaved, repeated or mixed:0.5 "
-            "(that share of the further workers are repeats): predictions are exact if the data "
-            "point's own worker answers; systematic:0.5: that share of data points have an own "
-            "worker; search: the layout that keeps most labels.",
-            CODE,
-        ),
-    ] = "chebyshev",
-    points: Annotated[
-        bool,
-        option(
-            "Tune the regression points, too, or the lambdas only.",
-            _DESCENT,
-            "--points/--lambdas-only",
-        ),
-    ] = True,
-    learn_decoder: Annotated[
-        bool,
-        option(
-            "In the end, learn the decoder from the model's answers to coded data points, in "
-            "place of the spline's: less error, for 8 (N + K) N further calls of the model.",
-            _DESCENT,
-            "--learn-decoder/--spline",
-        ),
-    ] = False,
-    criterion: Annotated[
-        Literal["mse", "cross_entropy"] | None,
-        option(
-            "Error to reduce: of the values, or of the labels' distribution, for logits only "
-            "(default: mse; cross_entropy for a search on logits).",
-            _DESCENT,
-        ),
-    ] = None,
-    outputs: OutputsOption = "logits",
-    steps: Annotated[int, option("Gradient steps, at most.", _DESCENT, min=1)] = 150,
-    sets: Sets = 20,
-    max_inputs: Annotated[
-        int, option("Data points to tune on, at most, and as many to compare on.", MODEL, min=1)
-    ] = 1000,
-    seed: Seed = 0,
-    output: Annotated[Path, option("File for the tuned code.", RESULTS)] = Path("nercc-tuned.json"),
-    numbers: Numbers = None,
-    plot: Annotated[Path, option("File for the picture.", RESULTS)] = Path("nercc-tune.png"),
-) -> None:
-    """Tune a code for a model by gradient descent through encoder, model and decoder.
-
-    No labels are needed. The errors before and after are printed, on other data points, and the
-    tuned code is written, for `nercc demo --code`, `nercc run --code` and `nercc serve --code`.
-    """
-    with report_errors():
-        check_folder("--output", output)
-        check_folder("--plot", plot)
-        check_folder("--numbers", numbers)
-        if criterion == "cross_entropy" and outputs != "logits":
-            raise ValueError("--criterion cross_entropy needs --outputs logits")
-        if layout == "search" and outputs == "values":
-            raise ValueError("--layout search goes by labels, and --outputs values have none")
-        check_files(model, weights, inputs)
-        # JAX takes a second or two to import: not for --help, nor for a misspelt option.
-        import jax
-        from rich.console import Console
-
-        from ..codes import AbstractCode, save_code
-        from ..evaluation import Evaluations
-        from ..evaluation._objective import Trial
-        from ..tuning import Descent, LayoutTuning
-        from ._output import write_json
-        from ._tune_job import (
-            Comparison,
-            compare,
-            draw,
-            learned_decoder,
-            search_with_status,
-            start_code,
-            tune_with_bar,
-            tuned_words,
+def tune_code(options: TuneOptions) -> None:
+    """Tune a code, write it, and compare it with others on other data points."""
+    num_data, num_workers, seed = options.num_data, options.num_workers, options.seed
+    searching, outputs = options.layout == "search", options.outputs
+    laws = straggler_laws(num_data, num_workers, options.max_stragglers)
+    with of_option(f"--layout {options.layout}"):
+        start = start_code(num_data, num_workers, "chebyshev" if searching else options.layout)
+    if start.exact:
+        laws.pop("0")  # without stragglers there is nothing to tune
+    if not laws:
+        raise ValueError(
+            f"--num-workers {num_workers}: without stragglers, and with a worker for each data "
+            "point, there is nothing to tune; say --max-stragglers"
         )
-        from ._workload import find_workload, require_groups, straggler_laws
+    workload = find_workload(options, outputs)
+    network, count = workload.model, options.max_inputs
+    kept, option = (workload.source, num_data), f"--max-inputs {count}"
+    x = require_groups(workload.points("train", count, seed), *kept, 2, option)
+    held = require_groups(workload.points("test", count, seed), *kept, 1, option)
+    quick = compile_quickly(network, x, (6 * options.steps + count) * num_workers)
+    console, key = Console(), jax.random.key(seed)
+    size = num_data, num_workers
+    others: dict[str, AbstractCode] = {
+        "untuned": start,
+        "BACC": Berrut(*size),
+        "ApproxIFER": Berrut(*size, points="approxifer"),
+        "BSCC": BerrutSpline(*size),
+    }
+    if num_workers >= num_data:
+        others["replication"] = Replication(*size)
 
-        laws = straggler_laws(num_data, num_workers, max_stragglers)
-        searching = layout == "search"
-        with of_option(f"--layout {layout}"):
-            start = start_code(num_data, num_workers, "chebyshev" if searching else layout)
-        if start.exact:
-            laws.pop("0")  # without stragglers there is nothing to tune
-        if not laws:
-            raise ValueError(
-                f"--num-workers {num_workers}: without stragglers, and with a worker for each data "
-                "point, there is nothing to tune; say --max-stragglers"
+    def rows(codes: Mapping[str, AbstractCode], **further: Any) -> Evaluations:
+        return evaluate(network, codes, held, laws, key=key, num_sets=options.sets, **further)
+
+    def prepare() -> tuple[Trial | None, Evaluations]:
+        """Return the picture's trial and the other codes' rows, which need no tuned code."""
+        trial = None if searching else _trial(network, start, held, laws, seed)
+        return trial, rows(others) if quick else Evaluations()
+
+    # Compiling keeps one core busy, so the little that there is to compute runs next to it.
+    prepared = start_parallel(prepare) if quick else prepare
+    labels = searching and outputs == "logits"
+    criterion = options.criterion or ("cross_entropy" if labels else "mse")
+    about = {
+        "model": options.model,
+        "outputs": outputs,
+        "data": workload.source,
+        "data_points": len(x),
+        "layout": options.layout,
+        "stragglers": f"{', '.join(laws)} of {num_workers} workers, each number alike",
+        "criterion": criterion,
+        "seed": seed,
+        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": "nercc tune",
+    }
+    descent: dict[str, Any] = {"criterion": criterion, "points": options.points}
+    descent["descent"] = Descent(options.steps)
+    tuned = None
+    if searching:
+        with console.status("searching ...") as status:
+            search = search_layout(
+                network,
+                x,
+                *size,
+                laws,
+                key=key,
+                tuning=LayoutTuning(**descent),
+                on_stage=lambda stage: status.update(f"{stage} ..."),
             )
-        workload = find_workload(model, weights, inputs, data_dir, outputs)
-        network = workload.model
-        kept, option = (workload.source, num_data), f"--max-inputs {max_inputs}"
-        x = require_groups(workload.points("train", max_inputs, seed), *kept, 2, option)
-        held = require_groups(workload.points("test", max_inputs, seed), *kept, 1, option)
-        quick = compile_quickly(network, x, (6 * steps + max_inputs) * num_workers)
-        console = Console()
-        comparison = Comparison(network, start, held, laws, sets, seed)
-
-        def prepare() -> tuple[Trial | None, Evaluations]:
-            trial = None if searching else comparison.trial()
-            return trial, comparison.rows(comparison.others()) if quick else Evaluations()
-
-        # Compiling keeps one core busy, so the little that there is to compute runs next to it.
-        prepared = start_parallel(prepare) if quick else prepare
-        tuned = None
-        labels = searching and outputs == "logits"
-        chosen = criterion or ("cross_entropy" if labels else "mse")
-        key, descent = jax.random.key(seed), Descent(steps)
-        about = {
-            "model": model,
-            "outputs": outputs,
-            "data": workload.source,
-            "data_points": len(x),
-            "layout": layout,
-            "stragglers": f"{', '.join(laws)} of {num_workers} workers, each number alike",
-            "criterion": chosen,
-            "seed": seed,
-            "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": "nercc tune",
+        console.print(_layout_table(search))
+        layouts_plot(search, f"{num_data} data points, {num_workers} workers", options.plot)
+        best = search.candidates[0]
+        code, found = best.code, {
+            "layout": f"search: {best.layout}{', tuned' if best.tuned else ''}",
+            "objective": f"{100 * best.disagreement:.2f} % of labels differ, on held-out groups",
+        }  # fmt: skip
+    else:
+        tuned = _tune_with_bar(console, network, start, x, laws, key=key, **descent)
+        code = tuned.code
+        numbers = ", ".join(
+            f"{name} {float(getattr(code, name)):.3g}"
+            for name in ("lambda_enc", "lambda_dec", "gap_exponent")
+        )
+        found = {
+            "tuned": f"{len(tuned.history) - 1} steps in {tuned.seconds:.0f} s: {numbers}",
+            "objective": f"{tuned.objective:.4f} of the untuned code's, on held-out groups",
         }
-        if searching:
-            tuning = LayoutTuning(criterion=chosen, points=points, descent=descent)
-            code, found = search_with_status(
-                console, network, x, num_data, num_workers, laws, plot, key=key, tuning=tuning
-            )
-        else:
-            tuned = tune_with_bar(
-                console, network, start, x, laws, descent,
-                key=key, points=points, criterion=chosen,
-            )  # fmt: skip
-            code, found = tuned.code, tuned_words(tuned)
-        codes: dict[str, AbstractCode] = {"tuned": code}
-        if learn_decoder:
-            with console.status("learning the decoder ..."):
-                codes["learned"] = learned_decoder(network, code, x, key)
-            found["decoder"] = "learned from the model's answers"
-        save_code(output, codes["learned" if learn_decoder else "tuned"], about | found)
-        with console.status("the objective's landscape, for the picture ..."):
-            trial, others = prepared()
-            if tuned is not None and trial is not None:
-                draw(comparison, trial, tuned, model, plot)
-        rows = compare(console, comparison, others, codes, outputs)
-        write_json(console, numbers, about, rows.records())
-        for name, value in found.items():
-            console.print(f"{name}: {value}", soft_wrap=True)
-        console.print(f"tuned code: {output.resolve()}\npicture: {plot.resolve()}", soft_wrap=True)
+    made: dict[str, AbstractCode] = {"tuned": code}
+    if options.learn_decoder:
+        with console.status("learning the decoder ..."):
+            made["learned"] = learn_decoder(network, code, x, key=jax.random.fold_in(key, 1))
+        found["decoder"] = "learned from the model's answers"
+    save_code(options.output, made["learned" if options.learn_decoder else "tuned"], about | found)
+    with console.status("the objective's landscape, for the picture ..."):
+        trial, known = prepared()
+        if tuned is not None and trial is not None:
+            grid = np.asarray(landscape(network, code, trial, _GRID, _GRID))
+            title = f"{options.model}, K={num_data}, N={num_workers}"
+            tuning_plot(tuned.history, _GRID, grid, title, options.plot)
+
+    with evaluating(console) as progress:
+        new = made | ({} if known else others)
+        compared = [*known, *rows(new, progress=progress)]
+    order, names = [*laws], ["untuned", *made, *others]
+    compared.sort(key=lambda row: (order.index(row.stragglers), names.index(row.code)))
+    console.print(
+        f"\nOn {compared[0].num_data_points} data points that it was not tuned on, {options.sets} "
+        "straggler sets for each number S of stragglers; means and 95 % intervals; * marks a row's "
+        "best."
+    )
+    title = f"MSE of decoded {outputs}"
+    print_whole(console, straggler_table(compared, "mse", title, best="min"))
+    if outputs != "values":
+        title = "RelAcc in %: same label as the model's own"
+        print_whole(console, straggler_table(compared, "rel_acc", title, best="max"))
+    write_json(console, options.numbers, about, Evaluations(compared).records())
+    for name, value in found.items():
+        console.print(f"{name}: {value}", soft_wrap=True)
+    written, picture = options.output.resolve(), options.plot.resolve()
+    console.print(f"tuned code: {written}\npicture: {picture}", soft_wrap=True)
+
+
+def start_code(num_data: int, num_workers: int, layout: str) -> NeRCC:
+    """Return the untuned code; exact where every data point has a worker of its own."""
+    code = NeRCC(num_data, num_workers, points=layout)
+    own = jnp.all(coincident(code.alpha, code.beta))
+    return NeRCC(num_data, num_workers, points=layout, exact=True) if own else code
+
+
+def _trial(
+    network: Model,
+    start: NeRCC,
+    held: np.ndarray,
+    laws: Mapping[str, AbstractStragglers],
+    seed: int,
+) -> Trial:
+    """Return the trial of the picture, for which `landscape` is compiled, too."""
+    num_data = start.num_data
+    groups = held[: min(len(held) // num_data, 16) * num_data]
+    groups = groups.reshape(-1, num_data, *held.shape[1:])
+    trial = make_trial(network, start, groups, laws, key=jax.random.key(seed), num_sets=8)
+    landscape(network, start, trial, _GRID[:1], _GRID)
+    return trial
+
+
+def _tune_with_bar(
+    console: Console,
+    network: Model,
+    start: NeRCC,
+    x: np.ndarray,
+    laws: Mapping[str, AbstractStragglers],
+    *,
+    descent: Descent,
+    **further: Any,
+) -> Tuned[NeRCC]:
+    with steps_bar(console) as progress:
+        task = progress.add_task("compiling ...", total=descent.steps)
+
+        def on_step(step: TuningStep, code: NeRCC) -> None:
+            progress.update(task, completed=step.step)
+            if step.held_out is not None:
+                text = f"error {step.held_out:.3f} of the untuned code's"
+                progress.update(task, description=text)
+
+        return tune(network, start, x, laws, descent=descent, on_step=on_step, **further)
+
+
+def _layout_table(search: LayoutSearch) -> Table:
+    title = "Layouts, each with its best decoder, on held-out groups"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("layout")
+    for column in ("disagreement", "lambda_dec", "exact where answered"):
+        table.add_column(column, justify="right")
+    for candidate in search.best_of_layouts:
+        code = candidate.code
+        kept = "yes" if code.exact or not code.lambda_dec > 0 else "no"
+        table.add_row(
+            candidate.layout + (", tuned" if candidate.tuned else ""),
+            f"{100 * candidate.disagreement:.2f} %",
+            f"{float(code.lambda_dec):.1e}",
+            "" if candidate.layout == "chebyshev" else kept,
+        )
+    return table

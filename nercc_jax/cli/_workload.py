@@ -22,7 +22,7 @@ from ..pools._batch import reason_of
 from ..pools._row_files import fingerprint_of_array
 from ..stragglers import AbstractStragglers, ExactStragglers
 from ._errors import of_option
-from ._options import Returned
+from ._options import ModelOptions, Returned
 from ._own_models import EXAMPLES, example_inputs, is_own, is_shipped, load_callable, load_hub
 
 _HELD_OUT = 1000  # most inputs in the test split; a fifth of the inputs if that is fewer
@@ -122,10 +122,7 @@ class Workload:
 
 
 def find_workload(
-    name: str,
-    weights: Path | None = None,
-    inputs: Path | None = None,
-    data_dir: Path | None = None,
+    options: ModelOptions,
     outputs: Returned = "logits",
     *,
     traced: bool = True,
@@ -142,10 +139,11 @@ def find_workload(
             them.
         ImportError: If an extra is missing; it says which.
     """
-    model = find_model(name, weights, outputs)
-    if inputs is None and is_shipped(name):
-        return Workload(name, model, model.network.data, None, data_dir)
-    x, source, ids = own_inputs(name, inputs, columns, id_column)
+    name = options.model
+    model = find_model(name, options.weights, outputs)
+    if options.inputs is None and is_shipped(name):
+        return Workload(name, model, model.network.data, None, options.data_dir)
+    x, source, ids = own_inputs(name, options.inputs, columns, id_column)
     if traced:
         x = x.astype(np.float32)
         shape = _check_runs(name, model, x, source)

@@ -19,14 +19,41 @@ from ..stragglers._waiting import (
     own_workers,
 )
 
-PROMISED = 0.99  # quantile of the time to the last prediction
-EARLY = 0.9  # quantile of the latency, before which nothing is sent again
 
-QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99)  # of the latency, after which hedging sends again
-DRAWS = 20_000  # groups of queries
-# Of draws that must not be the same; a number of copies is added to that of hedging.
-_STREAMS = {"hedged": 0, "again": 7, "groups": 8}
-_MISSED, _WIDER = 0.01, 2.576 / 1.960  # of intervals, and by how much they are wider than 95 %'s
+@dataclasses.dataclass(frozen=True)
+class PlanEffort:
+    """The work of a plan, and the numbers that its comparison rests on.
+
+    Attributes:
+        draws: Groups of queries whose times are drawn for a p99.
+        screen_draws: The same in screening.
+        sets: Straggler sets that each group of the held-out half meets.
+        screen_sets: The same in screening, on the other half.
+        calibration_sets: Straggler sets that error probabilities are calibrated on.
+        enough: Codes that keep to what was asked on the held-out half, after which no more are
+            measured there; as they are, and with re-execution.
+        most: Codes that are measured there, at most.
+        hedge_quantiles: Quantiles of the latency after which hedging sends again.
+        early: Quantile of the latency before which nothing else is sent again.
+        known_copies: Copies of a query whose answer no surrogate knows, at most.
+        alike: Share by which p99s may differ and still count as equal; the cheaper is then better.
+    """
+
+    draws: int = 20_000
+    screen_draws: int = 5_000
+    sets: int = 48
+    screen_sets: int = 4
+    calibration_sets: int = 64
+    enough: int = 3
+    most: int = 10
+    hedge_quantiles: tuple[float, ...] = (0.5, 0.75, 0.9, 0.95, 0.99)
+    early: float = 0.9
+    known_copies: int = 3
+    alike: float = 0.03
+
+    def shape(self, groups: int, workers: int, draws: int | None = None) -> tuple[int, int]:
+        """Return how many draws of groups with this many workers in all are held at a time."""
+        return max(min(draws or self.draws, 4_000_000 // workers), 1000), groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +86,11 @@ class Candidate:
     hedge_copies: int = 1
     limit: float | None = None
     resent: float = 0.0
-    extra_work: float = dataclasses.field(kw_only=True)
+    extra_work: float = dataclasses.field(kw_only=True, default=0.0)
     disagreement: Estimate = Estimate(0.0, 0.0)  # noqa: RUF009, it is frozen
     most_disagreement: float = 0.0
-    p50: float = dataclasses.field(kw_only=True)
-    p99: float = dataclasses.field(kw_only=True)
+    p50: float = dataclasses.field(kw_only=True, default=0.0)
+    p99: float = dataclasses.field(kw_only=True, default=0.0)
     exact: bool = True
     held_out: bool = True
 
@@ -76,106 +103,85 @@ class Candidate:
             return Uncoded(self.num_data)
         return Replication(self.num_data, self.num_workers)
 
+    def seen(self, times: np.ndarray | None = None, **changes: Any) -> "Candidate":
+        """Return the same way with other results; times are those to the last prediction."""
+        if times is not None:
+            p50, p99 = (float(np.quantile(times, quantile)) for quantile in (0.5, 0.99))
+            changes |= {"p50": p50, "p99": p99}
+        extra = self.num_workers / self.num_data - 1 + changes.get("resent", self.resent)
+        return dataclasses.replace(self, extra_work=extra, **changes)
 
-def feasible(candidate: Candidate, asked: Mapping[str, Any]) -> bool:
-    """Return whether a candidate keeps to what was asked for, and was not only screened."""
-    workers = candidate.num_workers * asked["num_queries"] // candidate.num_data
-    return (
-        (candidate.held_out or candidate.exact)
-        and workers <= asked["max_workers"]
-        and candidate.extra_work <= asked["max_extra_work"] + 1e-9
-        and candidate.most_disagreement <= asked["max_disagreement"]
-    )
+    def feasible(self, asked: Mapping[str, Any]) -> bool:
+        """Return whether it keeps to what was asked for, and was not only screened."""
+        workers = self.num_workers * asked["num_queries"] // self.num_data
+        return (
+            (self.held_out or self.exact)
+            and workers <= asked["max_workers"]
+            and self.extra_work <= asked["max_extra_work"] + 1e-9
+            and self.most_disagreement <= asked["max_disagreement"]
+        )
 
 
-# Without a code nothing depends on the data.
+def uncoded_systems(
+    latencies: Latencies, asked: Mapping[str, Any], effort: PlanEffort
+) -> Iterator[Candidate]:
+    """Yield uncoded, hedged and replicated ways, for which nothing depends on the data.
 
-
-def uncoded_systems(latencies: Latencies, asked: Mapping[str, Any]) -> Iterator[Candidate]:
-    """Uncoded, hedged and replicated: exact, or with lost predictions, which count as wrong."""
+    They are exact, or lose predictions, which count as wrong. Numbered streams of draws are those
+    that must not be the same.
+    """
     queries = asked["num_queries"]
-    shape = (number_of_draws(DRAWS, 3 * queries), queries)
-    hedges = itertools.product(((2, 1), (3, 1), (3, 2)), QUANTILES)
+    shape = effort.shape(queries, 3 * queries)
+    hedges = itertools.product(((2, 1), (3, 1), (3, 2)), effort.hedge_quantiles)
     for (copies, at_once), share in [((1, 1), 0.0), *hedges]:
         after = latencies.quantile(share) if copies > 1 else np.inf
-        stream = _STREAMS["hedged"] + copies
-        there, sent = draw_hedged(latencies, stream, shape, after, copies, at_once)
-        resent = float(np.mean(sent)) - 1
-        yield make_candidate(
-            "hedged" if copies > 1 else "uncoded",
-            *(queries, queries, queries, 0.0),
-            times=np.max(there, axis=1),
+        there, sent = draw_hedged(latencies, copies, shape, after, copies, at_once)
+        row = Candidate(
+            *("hedged" if copies > 1 else "uncoded", queries, queries, queries, 0.0),
             copies=copies,
             hedge_after=after if copies > 1 else None,
             hedge_copies=at_once,
-            resent=resent,
         )
-    early = latencies.quantile(EARLY)
+        yield row.seen(np.max(there, axis=1), resent=float(np.mean(sent)) - 1)
+
     for workers in (queries, *numbers_of_workers(queries, asked)):
-        yield from _replicated(latencies, queries, workers, early)
+        held = own_workers(Replication(queries, workers))
+        system = "replication" if workers > queries else "uncoded"
+        shape = effort.shape(1, workers)
+        again = latencies.draw(7, (*shape, queries))
+
+        def draw(number: int, min_wait: float, held: np.ndarray = held, shape: Any = shape) -> Any:
+            return draw_groups(Waiting(latencies.law, held, number, min_wait), latencies, 8, shape)
+
+        if workers > queries:
+            row = Candidate(system, queries, workers, workers, 0.0)
+            yield row.seen(draw(workers, 0.0)[1][:, 0])
+        for number in waits(queries, workers):
+            for min_wait in (0.0, latencies.quantile(effort.early)):
+                _, end, own = draw(number, min_wait)
+                lost = own > end[..., None]
+                row = Candidate(system, queries, workers, number, min_wait, limit=0.0)
+                times = last_prediction(end, own, lost, again)
+                yield row.seen(times, resent=float(np.mean(lost)))
+            late = float(np.quantile(draw(number, 0.0)[1], 0.99))
+            _, end, own = draw(number, late)
+            wrong = np.mean(own > end[..., None], axis=(1, 2))
+            half = 1.96 * float(np.std(wrong)) / math.sqrt(len(wrong))
+            row = Candidate(system, queries, workers, number, late, exact=False)
+            found = disagreement(Estimate(float(np.mean(wrong)), half), len(wrong) * queries)
+            yield row.seen(end[:, 0], **found)
 
 
-def _replicated(
-    latencies: Latencies, queries: int, workers: int, early: float
-) -> Iterator[Candidate]:
-    held = own_workers(Replication(queries, workers))
-    system = "replication" if workers > queries else "uncoded"
-    shape = (number_of_draws(DRAWS, workers), 1)
-    again = latencies.draw(_STREAMS["again"], (*shape, queries))
+def disagreement(share: Estimate, points: int) -> dict[str, Any]:
+    """Return the fields of a share of wrong labels among so many, with its upper bound.
 
-    def draw(number: int, min_wait: float):
-        rule = Waiting(latencies.law, held, number, min_wait)
-        return draw_groups(rule, latencies, _STREAMS["groups"], shape)
-
-    if workers > queries:
-        yield make_candidate(
-            "replication", queries, workers, workers, 0.0, times=draw(workers, 0.0)[1][:, 0]
-        )
-    for number in waits(queries, workers):
-        for min_wait in (0.0, early):
-            _, end, own = draw(number, min_wait)
-            lost = own > end[..., None]
-            summary = {"resent": float(np.mean(lost)), "limit": 0.0}
-            times = last_prediction(end, own, lost, again)
-            yield make_candidate(system, queries, workers, number, min_wait, times=times, **summary)
-        late = float(np.quantile(draw(number, 0.0)[1], PROMISED))
-        _, end, own = draw(number, late)
-        wrong = np.mean(own > end[..., None], axis=(1, 2))
-        half = 1.96 * float(np.std(wrong)) / math.sqrt(len(wrong))
-        share = Estimate(float(np.mean(wrong)), half)
-        most = at_most(share, len(wrong) * queries)
-        summary = {"disagreement": share, "most_disagreement": most, "exact": False}
-        yield make_candidate(system, queries, workers, number, late, times=end[:, 0], **summary)
-
-
-def make_candidate(
-    system: str,
-    num_data: int,
-    num_workers: int,
-    wait_for: int,
-    min_wait: float,
-    *,
-    times: np.ndarray,
-    **summary: Any,
-) -> Candidate:
-    p50, p99 = (float(np.quantile(times, q)) for q in (0.5, PROMISED))
-    extra = num_workers / num_data - 1 + summary.get("resent", 0.0)
-    numbers = num_data, num_workers, wait_for, float(min_wait)
-    return Candidate(system, *numbers, extra_work=extra, p50=p50, p99=p99, **summary)
-
-
-def at_most(share: Estimate, points: int) -> float:
-    """Return an upper bound of a share of this many data points, with a probability of 99 %.
-
-    If the share were 4.6 over the number, none would be seen with a probability of 1 %. One of up
-    to twenty candidates is chosen by this, and 95 % would often choose one that was lucky.
+    The bound holds with a probability of 99 %: if the share were 4.6 over the number, none would be
+    seen with a probability of 1 %. One of up to twenty candidates is chosen by this, and 95 % would
+    often choose one that was lucky.
     """
-    return max(share.mean + _WIDER * share.half_width, -math.log(_MISSED) / points)
-
-
-def number_of_draws(wanted: int, workers: int) -> int:
-    """Return how many draws of this many workers are held at a time."""
-    return max(min(wanted, 4_000_000 // workers), 1000)
+    wider = 2.576 / 1.960  # of the interval, which is one of 95 %
+    most = max(share.mean + wider * share.half_width, -math.log(0.01) / points)
+    return {"disagreement": share, "most_disagreement": most}
 
 
 def numbers_of_workers(num_data: int, asked: Mapping[str, Any]) -> list[int]:

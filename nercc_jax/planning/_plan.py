@@ -23,73 +23,10 @@ from ..schemes import Scheme
 from ..stragglers import AbstractLatency
 from ..stragglers._waiting import Latencies, draw_hedged
 from ..surrogates import Surrogate
-from ._candidates import (
-    DRAWS,
-    QUANTILES,
-    Candidate,
-    at_most,
-    feasible,
-    make_candidate,
-    number_of_draws,
-    uncoded_systems,
-)
-from ._codes import TOLD_SETS, Codes, Half
+from ._candidates import Candidate, PlanEffort, disagreement, uncoded_systems
+from ._codes import Codes, Half
 
 KNOWN = "known, else hedged"
-
-_STREAM, _CHOSEN = 9, 10  # of draws: of latencies, and of data points
-_COPIES = 3  # that a query whose answer is not known may have
-
-
-def known_systems(
-    latencies: Latencies, asked: Mapping[str, Any], halves: tuple[Half, Half]
-) -> tuple[list[Candidate], dict[Candidate, ErrorProbability]]:
-    """Evaluate the surrogate at each straggler threshold, on the half that set no limit.
-
-    Its error probability is that of predictions without answers; it serves a scheme with `Uncoded`,
-    too.
-    """
-    (cheap, answers, form), (held_out, theirs, _) = (half.outputs() for half in halves)
-    no_answers = jnp.full(len(cheap), jnp.inf)
-    error_probability = fit_error_probability_of_predictions(cheap, no_answers, answers, form)
-    no_answers = jnp.full(len(held_out), jnp.inf)
-    probabilities = np.asarray(error_probability(held_out, no_answers, held_out))
-    wrong = np.asarray(~agree_on_labels(held_out, theirs, form))
-    queries = asked["num_queries"]
-    shape = (number_of_draws(DRAWS, _COPIES * queries), queries)
-    own = latencies.draw(_STREAM, (_COPIES, *shape))[0]
-    point = latencies.random(_CHOSEN).integers(0, len(probabilities), shape)
-    found: dict[Candidate, ErrorProbability] = {}
-    for share in QUANTILES:
-        after = latencies.quantile(share)
-        late = float(np.mean(own > after))
-        if not late:
-            continue
-        there, sent = draw_hedged(latencies, _STREAM, shape, after, _COPIES)
-        wanted = min(asked["max_disagreement"] / late, 1.0)
-        # Half of what may be wrong leaves room for chance on the other half.
-        for limit in sorted(
-            {error_probability.limit(wanted), error_probability.limit(wanted / 2)} - {0.0}
-        ):
-            sure = probabilities <= limit
-            known = (own > after) & sure[point]
-            wrongly = Estimate.over((sure & wrong).astype(float).tolist())
-            row = make_candidate(
-                KNOWN,
-                *(queries, queries, queries, 0.0),
-                times=np.max(np.where(known, after, there), axis=1),
-                copies=_COPIES,
-                hedge_after=after,
-                limit=limit,
-                resent=float(np.mean(np.where(known, 1, sent))) - 1,
-                disagreement=Estimate(late * wrongly.mean, late * wrongly.half_width),
-                most_disagreement=late * at_most(wrongly, len(probabilities)),
-                exact=False,
-            )
-            found[row] = error_probability
-    return list(found), found
-
-
 PLANNED = ("chebyshev", "interleaved", "repeated")
 
 _FORMAT = JsonFormat(
@@ -98,8 +35,6 @@ _FORMAT = JsonFormat(
     frozenset({"conditions"}),
     editable=True,
 )
-# The p99 of two systems differs beyond this; among equals the cheaper is better.
-ALIKE = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,24 +67,22 @@ class Plan:
         Raises:
             ValueError: The surrogate is missing.
         """
-        ordered, code = self.recommended.order, self.recommended.code
-        known = self.recommended.system == KNOWN
-        if (ordered == "surrogate" or known) and surrogate is None:
-            raise ValueError("this plan orders by a surrogate, or answers by it: give it")
-        order = surrogate if ordered == "surrogate" else "pixels" if ordered else None
-        beside = Surrogate(surrogate) if known and surrogate is not None else None
-        size = self.asked["buffer_size"]
+        best, given = self.recommended, None
+        if best.order == "surrogate" or best.system == KNOWN:
+            if surrogate is None:
+                raise ValueError("this plan orders by a surrogate, or answers by it: give it")
+            given = Surrogate(surrogate) if best.system == KNOWN else None
         return Scheme(
-            code,
-            surrogate=beside,
+            best.code,
+            surrogate=given,
             error_probability=self.error_probability,
-            order=order,
-            buffer_size=size,
+            order=surrogate if best.order == "surrogate" else best.order,
+            buffer_size=self.asked["buffer_size"],
         )
 
     def feasible(self, candidate: Candidate) -> bool:
         """Return whether a candidate keeps to what was asked for, with enough certainty."""
-        return feasible(candidate, self.asked)
+        return candidate.feasible(self.asked)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -164,12 +97,15 @@ class Plan:
             OSError: As `open`.
         """
         content = _FORMAT.read(Path(path))
+
+        def candidate(row: dict[str, Any]) -> Candidate:
+            return Candidate(**row | {"disagreement": Estimate(**row["disagreement"])})
+
         try:
             conditions, doubt = Conditions(**(content.get("conditions") or {})), content["doubt"]
-            rows = tuple(_candidate(row) for row in content["candidates"])
             return cls(
-                rows,
-                _candidate(content["recommended"]),
+                tuple(map(candidate, content["candidates"])),
+                candidate(content["recommended"]),
                 content["reason"],
                 doubt and ErrorProbability.from_json(doubt, conditions),
                 content["asked"],
@@ -189,23 +125,17 @@ class Plan:
             TypeError: `about` is no JSON.
             OSError: As `open`.
         """
-        rows = [dataclasses.asdict(candidate) for candidate in self.candidates]
+        probability = self.error_probability
         content = {
             "recommended": dataclasses.asdict(self.recommended),
             "reason": self.reason,
             "asked": self.asked,
             "about": self.about | dict(about or {}),
-            "doubt": self.error_probability and self.error_probability.to_json(),
-            "conditions": self.error_probability
-            and dataclasses.asdict(self.error_probability.conditions),
-            "candidates": rows,
+            "doubt": probability and probability.to_json(),
+            "conditions": probability and dataclasses.asdict(probability.conditions),
+            "candidates": [dataclasses.asdict(candidate) for candidate in self.candidates],
         }
         _FORMAT.write(Path(path), content)
-
-
-def _candidate(row: dict[str, Any]) -> Candidate:
-    row["disagreement"] = Estimate(**row["disagreement"])
-    return Candidate(**row)
 
 
 def plan(
@@ -224,6 +154,7 @@ def plan(
     buffer_size: int | None = None,
     overhead: float = 0.0,
     batch_size: int = 256,
+    effort: PlanEffort = PlanEffort(),  # noqa: B008, it is frozen
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Plan:
     """Find the way to serve a model with the least p99 latency that the budget allows.
@@ -269,6 +200,7 @@ def plan(
         overhead: Seconds, measured or estimated, that the master takes in all (ordering, encoding,
             sending, decoding, a surrogate); added to every system's time.
         batch_size: Data points in a call of the model.
+        effort: The work of the plan: numbers of draws, straggler sets and measured codes.
         on_stage: Called with a description of the next stage.
 
     Raises:
@@ -292,46 +224,100 @@ def plan(
     }
     check_model(model)
     _check(asked, np.shape(x))
-    sizes = _sizes(num_data, num_queries)
+    if num_data is None:
+        num_data = [k for k in (num_queries, num_queries // 2) if k > 1 and num_queries % k == 0]
+    if broken := [k for k in num_data if not 1 <= k <= num_queries or num_queries % k]:
+        raise ValueError(f"num_data must be divisors of the {num_queries} queries, not {broken}")
     for layout in layouts:
         regression_points(num_queries, num_queries + 1, layout)  # says what is wrong with it
+
     keys = jax.random.split(key, 3)
     latencies = Latencies(latency, keys[0])
     on_stage("systems without a code")
-    exact = list(uncoded_systems(latencies, asked))
-    probabilities: dict[Candidate, ErrorProbability] = {}
-    fastest = min(row.p99 for row in exact if row.exact and feasible(row, asked))
+    exact = list(uncoded_systems(latencies, asked, effort))
+    fastest = min(row.p99 for row in exact if row.exact and row.feasible(asked))
     on_stage("the model's own answers")
     x = np.asarray(x)
     order = np.asarray(jax.random.permutation(keys[1], len(x)))
-    first, second = (
-        Half(model, x[np.sort(part)], asked["buffer_size"], surrogate, batch_size)
+    halves = tuple(
+        Half(model, x[np.sort(part)], buffer_size, surrogate, batch_size)
         for part in (order[: len(x) // 2], order[len(x) // 2 :])
     )
-    known: list[Candidate] = []
+    probabilities: dict[Candidate, ErrorProbability | None] = {}
     if surrogate is not None:
-        known, probabilities = known_systems(latencies, asked, (first, second))
-    codes = Codes(latencies, asked, (first, second), fastest)
+        probabilities |= _known_systems(latencies, asked, effort, *halves)
+    codes = Codes(latencies, asked, effort, *halves, fastest)
     on_stage("screening codes")
     orders = (None, "pixels") + (() if surrogate is None else ("surrogate",))
-    screened = codes.screen(sizes, layouts, orders)
+    screened = codes.screen(num_data, layouts, orders)
     on_stage("measuring on held-out data")
-    coded, of_codes = codes.measure(screened, keys[2])
-    probabilities |= of_codes
-    found = (*exact, *known, *coded, *(entry.row for entry in screened))
-    rows = tuple(
-        dataclasses.replace(row, p50=row.p50 + asked["overhead"], p99=row.p99 + asked["overhead"])
-        for row in found
-    )
-    best = _best(rows, asked)
+    probabilities |= codes.measure(screened, keys[2])
+
+    found = (*exact, *probabilities, *screened)
+    late = asked["overhead"]
+    rows = tuple(dataclasses.replace(r, p50=r.p50 + late, p99=r.p99 + late) for r in found)
+    best, reason = recommend(rows, asked, effort.alike)
     about = {
-        "calibration_points": len(first.x),
-        "held_out_points": len(second.x),
-        "straggler_sets": TOLD_SETS,
+        "calibration_points": len(halves[0].x),
+        "held_out_points": len(halves[1].x),
+        "straggler_sets": effort.sets,
         "seconds": round(time.perf_counter() - begin, 1),
     }
     error_probability = probabilities.get(found[rows.index(best)])
-    return Plan(rows, best, _reason(best, rows, asked), error_probability, asked, about)
+    return Plan(rows, best, reason, error_probability, asked, about)
+
+
+def _known_systems(
+    latencies: Latencies,
+    asked: Mapping[str, Any],
+    effort: PlanEffort,
+    calibration: Half,
+    held_out: Half,
+) -> dict[Candidate, ErrorProbability]:
+    """Evaluate the surrogate at each straggler threshold, on the half that set no limit.
+
+    Its error probability is that of predictions without answers; it serves a scheme with `Uncoded`,
+    too.
+    """
+    cheap, answers, form = calibration.outputs()
+    no_answers = jnp.full(len(cheap), jnp.inf)
+    error_probability = fit_error_probability_of_predictions(cheap, no_answers, answers, form)
+    cheap, answers, _ = held_out.outputs()
+    no_answers = jnp.full(len(cheap), jnp.inf)
+    probabilities = np.asarray(error_probability(cheap, no_answers, cheap))
+    wrong = np.asarray(~agree_on_labels(cheap, answers, form))
+    queries, copies = asked["num_queries"], effort.known_copies
+    shape, stream = effort.shape(queries, copies * queries), 9
+    own = latencies.draw(stream, (copies, *shape))[0]
+    point = latencies.random(10).integers(0, len(probabilities), shape)
+    found: dict[Candidate, ErrorProbability] = {}
+    for share in effort.hedge_quantiles:
+        after = latencies.quantile(share)
+        late = float(np.mean(own > after))
+        if not late:
+            continue
+        there, sent = draw_hedged(latencies, stream, shape, after, copies)
+        wanted = min(asked["max_disagreement"] / late, 1.0)
+        # Half of what may be wrong leaves room for chance on the other half.
+        limits = {error_probability.limit(wanted), error_probability.limit(wanted / 2)}
+        for limit in sorted(limits - {0.0}):
+            sure = probabilities <= limit
+            known = (own > after) & sure[point]
+            wrongly = Estimate.over((sure & wrong).astype(float).tolist())
+            most = disagreement(wrongly, len(probabilities))["most_disagreement"]
+            row = Candidate(
+                *(KNOWN, queries, queries, queries, 0.0),
+                copies=copies,
+                hedge_after=after,
+                limit=limit,
+                disagreement=Estimate(late * wrongly.mean, late * wrongly.half_width),
+                most_disagreement=late * most,
+                exact=False,
+            )
+            resent = float(np.mean(np.where(known, 1, sent))) - 1
+            row = row.seen(np.max(np.where(known, after, there), axis=1), resent=resent)
+            found[row] = error_probability
+    return found
 
 
 def _check(asked: Mapping[str, Any], shape: tuple[int, ...]) -> None:
@@ -355,44 +341,33 @@ def _check(asked: Mapping[str, Any], shape: tuple[int, ...]) -> None:
         )
 
 
-def _sizes(num_data: Sequence[int] | None, queries: int) -> list[int]:
-    if num_data is None:
-        num_data = [size for size in (queries, queries // 2) if size > 1 and queries % size == 0]
-    if broken := [size for size in num_data if not 1 <= size <= queries or queries % size]:
-        raise ValueError(f"num_data must be divisors of the {queries} queries, not {broken}")
-    return list(num_data)
+def recommend(
+    rows: Sequence[Candidate], asked: Mapping[str, Any], alike: float
+) -> tuple[Candidate, str]:
+    """Return the best of those that keep to what is asked, and the reason in one sentence.
 
+    p99s that differ by a share of `alike` at most are equal; the cheaper is then better.
+    """
+    allowed = [row for row in rows if row.feasible(asked)]  # "uncoded" always is one
+    least = min(row.p99 for row in allowed)
+    equal = [row for row in allowed if row.p99 <= (1 + alike) * least]
+    best = min(equal, key=lambda row: (round(row.extra_work, 3), row.most_disagreement, row.p99))
 
-def _best(rows: Sequence[Candidate], asked: Mapping[str, Any]) -> Candidate:
-    allowed = [row for row in rows if feasible(row, asked)]
-    least = min(row.p99 for row in allowed)  # "uncoded" always is one
-    alike = [row for row in allowed if row.p99 <= (1 + ALIKE) * least]
-    return min(alike, key=lambda row: (round(row.extra_work, 3), row.most_disagreement, row.p99))
+    def words(row: Candidate) -> tuple[str, str]:
+        size = "" if row.num_workers == row.num_data else f" ({row.num_workers}, {row.num_data})"
+        again = " with re-execution" if row.limit is not None and row.system != KNOWN else ""
+        return f"{row.system}{size}{again}", f"{1e3 * row.p99:.3g} ms"
 
-
-def _reason(best: Candidate, rows: Sequence[Candidate], asked: Mapping[str, Any]) -> str:
-    """Why the best is the best, in one sentence."""
-    others = [row for row in rows if feasible(row, asked) and row.system != best.system]
-    summary = (
-        f"{_words(best)} answers all {asked['num_queries']} queries within {_ms(best.p99)} (p99)"
-    )
+    (name, seconds), queries = words(best), asked["num_queries"]
+    reason = f"{name} answers all {queries} queries within {seconds} (p99)"
     if not best.exact:
-        summary += f", with at most {100 * best.most_disagreement:.2f} % of labels different"
+        reason += f", with at most {100 * best.most_disagreement:.2f} % of labels different"
+    others = [row for row in allowed if row.system != best.system]
     if not others:
-        return f"{summary}; nothing else keeps to the budget."
+        return best, f"{reason}; nothing else keeps to the budget."
     second = min(others, key=lambda row: row.p99)
-    name, time = _words(second), _ms(second.p99)
-    if second.p99 <= (1 + ALIKE) * best.p99:
-        share = f"{100 * ALIKE:.0f} %"
-        return f"{summary}; nothing is faster by more than {share} ({name} takes {time})."
-    return f"{summary}; the next best system within the budget, {name}, takes {time}."
-
-
-def _words(row: Candidate) -> str:
-    size = "" if row.num_workers == row.num_data else f" ({row.num_workers}, {row.num_data})"
-    again = " with re-execution" if row.limit is not None and row.system != KNOWN else ""
-    return f"{row.system}{size}{again}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
+    name, seconds = words(second)
+    if second.p99 <= (1 + alike) * best.p99:
+        faster = f"nothing is faster by more than {100 * alike:.0f} %"
+        return best, f"{reason}; {faster} ({name} takes {seconds})."
+    return best, f"{reason}; the next best system within the budget, {name}, takes {seconds}."
