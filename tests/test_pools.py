@@ -1,5 +1,6 @@
 """Pools of workers: one contract for all of them, the scheduler's rules, and faults on purpose."""
 
+import contextlib
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import require
+from jax.sharding import AxisType
 from schedulers import SOON, soon
 
 from nercc_jax import (
@@ -28,7 +30,7 @@ from nercc_jax import (
 )
 from nercc_jax.evaluation import make_forecast
 from nercc_jax.inference.models import Conditions
-from nercc_jax.pools import Fault, Faults, Overdue
+from nercc_jax.pools import Fault, Faults, Overdue, run_batches
 from nercc_jax.risk import ErrorProbability
 from nercc_jax.stragglers import TraceLatency
 
@@ -324,24 +326,17 @@ def test_a_busy_straggler_gets_no_new_work(gate):
         assert pool.report().late == 1
 
 
-def test_late_answers_can_be_collected(gate):
+def test_a_deadline_ends_the_wait_and_late_answers_can_be_collected(gate):
     with gated(gate, 4) as pool, pool.dispatch(points(4) + np.float32(10)) as batch:  # 10 .. 13
-        answers = batch.wait(3, SOON)
-        assert answers.available.tolist() == [True, True, True, False]
+        for enough, deadline in ((3, SOON), (None, 0.05)):
+            answers = batch.wait(enough, deadline)
+            assert answers.available.tolist() == [True, True, True, False]
+            assert not answers.values[3].any()
+        assert answers.waited >= 0.05
         gate.opened.set()
         answers = batch.wait(deadline=SOON)
         np.testing.assert_array_equal(answers.values, 2 * points(4) + 20)
         assert pool.report().late == 0
-
-
-def test_a_deadline_ends_the_wait(gate):
-    with gated(gate, 4) as pool, pool.dispatch(points(4) + np.float32(10)) as batch:
-        gate.reached.wait(SOON)
-        soon(lambda: batch.count == 3)
-        answers = batch.wait(deadline=0.05)
-        assert answers.available.tolist() == [True, True, True, False]
-        assert not answers.values[3].any()
-        assert answers.waited >= 0.05
 
 
 def test_waiting_until_a_function_of_the_mask_says_so(gate):
@@ -375,34 +370,6 @@ def test_waiting_until_the_forecast_is_good_enough(gate):
         result = infer(x, enough, SOON)
         assert result.decoded.recovered.all()
         np.testing.assert_array_equal(result.decoded.predictions, 2 * x)
-
-
-def test_an_overdue_point_goes_to_another_worker_too(gate):
-    class Once(Gate):
-        """Waits the first time only: the worker straggles, not the data point."""
-
-        def __call__(self, batch):
-            if batch[0, 0] == 13 and self.reached.is_set():
-                return 2 * batch
-            return super().__call__(batch)
-
-    once = Once()
-    with gated(once, 4, overdue=Overdue(0.5, 3.0, least=8)) as pool:
-        for number in range(1, 4):
-            with pool.dispatch(points(4, number)) as batch:
-                batch.wait(deadline=SOON)
-        with pool.dispatch(points(4) + np.float32(10), copies=1) as batch:
-            soon(lambda: batch.count == 3)
-            assert batch.wait(deadline=1.0).available.sum() == 3, "no copy was allowed"
-            once.reached.clear()
-        once.opened.set()
-        soon(lambda: pool.report().idle == 4)
-        once.opened.clear()
-        with pool.dispatch(points(4) + np.float32(10), copies=2) as batch:
-            answers = batch.wait(deadline=SOON)
-            np.testing.assert_array_equal(answers.values, 2 * points(4) + 20)
-        assert pool.report().copies >= 1
-        once.opened.set()
 
 
 @pytest.mark.parametrize(
@@ -440,34 +407,6 @@ def test_a_callback_that_fails_costs_no_worker(caplog):
         soon(lambda: pool.report().idle == 1)
         assert (pool.report().deaths, pool.report().internal_errors) == (0, 3)
     assert "on_change of a batch of 3 failed" in caplog.text
-
-
-def test_the_end_of_a_thread_that_was_left_behind_costs_nothing():
-    """It hung, and was replaced: when it ends at last, its successor is at work on another task."""
-    first, second, reached = threading.Event(), threading.Event(), threading.Event()
-    lives = []
-
-    def model(batch):
-        lives.append(threading.current_thread())
-        if len(lives) == 1:
-            first.wait(SOON)
-            raise SystemExit
-        reached.set()
-        assert second.wait(SOON)
-        return 2 * batch
-
-    with DevicePool(model, 1, compiled=False, hang_timeout=0.1) as pool:
-        with pool.dispatch(points(1)) as batch:
-            assert reached.wait(SOON)
-            pool._scheduler._hang_timeout = SOON
-            first.set()
-            lives[0].join(SOON)
-            assert not lives[0].is_alive()
-            second.set()
-            answers = batch.wait(deadline=SOON)
-        np.testing.assert_array_equal(answers.values, 2 * points(1))
-        assert pool.report().deaths == pool.report().hung
-        assert pool.report().internal_errors == 0
 
 
 def test_a_model_that_always_fails():
@@ -614,6 +553,35 @@ def test_errors_in_a_pools_numbers(untyped):
         DevicePool([], 1)
     with pytest.raises(ValueError, match="a quantile in"):
         Overdue(1.5)
+    for floor in (-0.001, np.nan, np.inf):
+        with pytest.raises(ValueError, match="floor is a number of seconds from 0 on"):
+            Overdue(floor=floor)
+
+
+def test_noise_is_not_lateness():
+    """Half as long again is nothing, where a call takes a millisecond."""
+    assert Overdue(0.5, 1.5).after(0.001) == pytest.approx(0.011)
+    assert Overdue(0.5, 1.5, floor=0.0).after(0.001) == pytest.approx(0.0015)
+    assert Overdue(0.5, 1.5).after(1.0) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_the_callers_mesh_is_no_business_of_a_pools(kind):
+    """Neither while it is opened, nor when it is set later; as it was, it is afterwards."""
+    mesh = jax.make_mesh((8,), ("workers",), axis_types=(kind,))
+    x = np.random.default_rng(1).normal(size=(2, 3, 2)).astype(np.float32)
+    code = NeRCC(3, 6, points="interleaved", lambda_dec=0.0)  # the answers themselves, of all
+    with contextlib.ExitStack() as pools:
+        later = pools.enter_context(DevicePool(network, 6))
+        before = pool_inference(later, code)(x)
+        np.testing.assert_allclose(before[0], network(x[0]), atol=1e-4)
+        with jax.set_mesh(mesh), DevicePool(network, 6, example=x[:, 0]) as pool:
+            np.testing.assert_array_equal(pool_inference(later, code)(x), before)
+            np.testing.assert_allclose(pool_inference(pool, code)(x), before, atol=1e-4)
+            (outcome,) = run_batches(pool, code, [x])
+            assert outcome.result is not None
+            np.testing.assert_allclose(outcome.result.decoded.predictions, before, atol=1e-4)
+            assert jax.sharding.get_mesh() == mesh
 
 
 # What is uncertain is run again.

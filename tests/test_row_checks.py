@@ -1,7 +1,6 @@
 """Checks of computed rows: rows of wrong workers are computed anew, right ones are trusted."""
 
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,17 +8,11 @@ from test_run_rows import quick_fit as quick_fit  # a fixture
 
 from nercc_jax import DevicePool
 from nercc_jax.pools import Fault, Faults, run_rows
-from nercc_jax.pools._row_checks import OF_CALLS, RowChecks
-from nercc_jax.pools._row_engine import _RowRun
-from nercc_jax.pools._row_files import Parts, RowTable, row_code
-from nercc_jax.pools._row_learner import CheckedRows, RowEstimates, RowLearner
-from nercc_jax.pools._row_predictions import LeftOut
+from nercc_jax.pools._row_checks import RowChecks
+from nercc_jax.pools._row_files import Parts, RowTable
+from nercc_jax.pools._row_learner import RowLearner
 from nercc_jax.pools._row_queue import RowQueue
 from nercc_jax.pools._rows import RowSettings
-from nercc_jax.risk._answer_check import fit_answer_check
-from nercc_jax.risk._straggler_risk import AccuracyTarget
-from nercc_jax.schemes import Scheme
-from nercc_jax.schemes._calibrate import FittedScheme
 from nercc_jax.testing import SimulatedPool
 
 ROWS = np.random.default_rng(0).uniform(-1, 1, (600, 1))
@@ -245,71 +238,6 @@ def test_what_was_found_right_is_looked_at_again_when_somebody_is_accused():
     assert recheck(checks, [9], values, ALL) == [9]
 
 
-def test_an_outvoted_answer_casts_doubt_on_what_its_giver_alone_gave_in_that_call():
-    checks, values = checks_of(5), np.arange(10.0)[:, None]
-    for worker in range(3):
-        answers(checks, worker, [worker], values[[worker]])
-        answers(checks, 3, [worker], values[[worker]])
-    assert answers(checks, 0, [3, 4, 5], values[3:6])[0].all()
-    assert answers(checks, 0, [6], values[[6]])[0].all()
-    assert len(checks.doubt_calls(values)) == 0
-    # It is known later that two of them look wrong: one is right, the other is outvoted.
-    recheck(checks, [3, 5], values, ALL)
-    assert answers(checks, 1, [5], values[[5]])[0].all()
-    assert not answers(checks, 1, [3, 7], [[8.0], [7.0]])[0].all()
-    assert len(checks.doubt_calls(values)) == 0, "it is open who is wrong"
-    assert answers(checks, 2, [3, 8], [[8.0], [8.0]])[0].all()
-    assert checks.doubt_calls(values).tolist() == [4]
-    assert checks.in_doubt(np.arange(10)).tolist() == [row == 4 for row in range(10)]
-    assert len(checks.doubt_calls(values)) == 0, "once"
-    assert answers(checks, 1, [4], [[4.0]])[0].all(), "both gave the same"
-    # One that is outvoted by the answers before and after its own: the rest of its call, too.
-    answers(checks, 2, [9], [[9.0]], ALL)
-    assert answers(checks, 3, [9, 0], [[-1.0], [0.0]])[0].tolist() == [False, True]
-    assert answers(checks, 1, [9], [[9.0]])[0].all()
-    assert checks.doubt_calls(values).tolist() == [0]
-
-
-@pytest.mark.parametrize("known", [NONE, ALL])
-def test_calls_are_asked_about_whose_answers_look_most_wrong_together(known):
-    """One in five answers, here; a call that was found wrong does not count."""
-    checks, values = checks_of(5, rate=0.2 / OF_CALLS), np.arange(10.0)[:, None]
-    for worker in range(3):
-        answers(checks, worker, [worker], values[[worker]])
-        answers(checks, 3, [worker], values[[worker]])
-    calls = {0: [3, 4, 5], 1: [6, 7, 8]}
-    off = {0: np.array([[9.0], [-9.0], [1.0]]), 1: np.array([[2.0], [3.0], [2.0]])}
-    for worker, rows in calls.items():
-        answers(checks, worker, rows, values[rows], known=known, off=off[worker])
-    if not known.any():
-        assert len(checks.doubt_calls(values)) == 0, "nothing is known of them"
-        order = [8, 3, 6, 4, 7, 5]  # calls mixed
-        looks = np.zeros(6, bool), np.concatenate([off[0], off[1]])[np.array(order) - 3]
-        assert recheck(checks, order, values, *looks) == []
-    assert checks.doubt_calls(values).tolist() == [7], "the row that is furthest off"
-    assert len(checks.doubt_calls(values)) == 0, "once"
-    for other in (3, 4):
-        answers(checks, other, [7], [[-1.0]])
-    assert sorted(checks.doubt_calls(values).tolist()) == [3, 6, 8]
-    assert answers(checks, 1, [3], values[[3]])[0].all()
-    assert len(checks.doubt_calls(values)) == 0, "it was right"
-
-    checks, values = checks_of(), np.arange(10.0)[:, None]
-    for rows, one, other in (([0], 0, 1), ([1, 9], 1, 0)):  # row 9 stays open
-        answers(checks, one, rows, values[rows], ALL)
-        assert answers(checks, other, rows[:1], values[rows[:1]])[0].all()
-    for row in range(5, 9):
-        answers(checks, 0, [row], [[-1.0]], ALL)
-        answers(checks, 1, [row], values[[row]])
-        answers(checks, 2, [row], values[[row]])
-    assert not len(checks.follow_fences(np.arange(10) < 2, values))
-    assert not checks.checked[:2].any(), "only one gave them who is trusted"
-    assert list(checks.counts()["fenced"]) == ["0"]
-    for worker in (2, 3):
-        answers(checks, worker, [9], [[-1.0]])
-    assert checks.doubt_calls(values).tolist() == [1], "of an outvoted answer's call"
-
-
 def test_values_of_an_earlier_run_are_compared_with_two_new_ones():
     checks = checks_of()
     rows, values = np.array([2, 3]), np.arange(10.0)[:, None]
@@ -416,70 +344,3 @@ def test_wrong_rows_of_a_call_come_in_another_order():
         orders.append(rows.take(done))
         assert sorted(orders[-1]) == [*range(8)]
     assert len({tuple(order) for order in orders}) == 4
-
-
-def made_with(check):
-    """An estimate of six rows, of which three were computed and look right."""
-    fitted = FittedScheme(Scheme(row_code()), 6)
-    rows, nothing = np.arange(6), np.zeros(6, bool)
-    checked = CheckedRows(rows[:3], nothing[:3], np.zeros((3, 1)), check)
-    estimate = np.zeros((6, 1), np.float32), np.ones(6), np.ones(6), nothing, rows[:0]
-    return RowEstimates(rows, *estimate, fitted, checked=checked)
-
-
-def test_nothing_is_looked_at_with_a_check_that_wrong_answers_calibrated():
-    right = np.random.default_rng(0).normal(size=(400, 1))
-    check = fit_answer_check(np.zeros((400, 1)), np.ones(400), right, 0.05, labels=False)
-    learner = RowLearner(AccuracyTarget(1.0, None), np.zeros((6, 1)), np.zeros(6, bool), 0.05)
-    learner._made.append(made_with(check))
-    assert learner.look()
-    assert learner.checked is not None
-    assert learner.look_wrong(np.arange(6), np.zeros((6, 1)))[1].all()
-    learner.forget_check()  # while the next is in the making
-    learner._made.append(made_with(check))
-    assert learner.look()
-    assert learner.checked is None
-    assert not learner.look_wrong(np.arange(6), np.zeros((6, 1)))[1].any()
-
-
-def test_a_check_weighs_labels_where_these_are_what_is_promised():
-    rows, y = np.arange(800), np.random.default_rng(0).normal(size=(800, 3))
-    left_out = LeftOut(np.zeros_like(y), np.ones(800), y, np.ones(800))
-    for target, labels in ((AccuracyTarget(1.0, None), False), (AccuracyTarget(None, 0.1), True)):
-        learner = RowLearner(target, np.zeros((800, 1)), np.zeros(800, bool), 0.05)
-        assert learner._look_at(rows, rows, left_out).check.labels == labels
-
-
-def test_a_row_that_is_taken_back_has_no_estimate_until_the_next():
-    learner = RowLearner(AccuracyTarget(1.0, None), np.zeros((6, 1)), np.zeros(6, bool))
-    learner._made.append(made_with(None))
-    assert learner.look()
-    assert not learner.busy, "the next may be made"
-    learner.forget(np.arange(2))
-    assert learner.known.tolist() == [False, False, True, True, True, True]
-
-
-def test_a_run_ends_only_after_its_answers_were_checked_and_wrong_ones_unlearned():
-    """Though what is left is late, and is predicted well enough."""
-    learner = SimpleNamespace(fitted=True, at_work=True, outdated=True, limit=1.0)
-    learner.score = lambda rows, late=False: np.zeros(len(rows))
-    learner.begin, learner.notice_late = lambda *_: begun.append(True), lambda *_: None
-    begun, nothing = [], np.zeros(9)
-    settings = RowSettings(tolerance=1.0, check_answers=0.05)
-    table = RowTable(10)
-    table.add(np.arange(9), np.ones((9, 1)), nothing, nothing, exact=True)
-    pool = SimulatedPool(np.tanh, 4, seconds=lambda size: 0.1)
-    run = _RowRun(pool, np.ones((10, 1)), settings, table, None)
-    run._learner, run._audits, run._held[9] = learner, np.zeros(10, bool), 1
-    run._calls = {object(): SimpleNamespace(rows=np.array([9]), late=True)}
-    run._queue.waiting, run._checks.checked[:9] = np.zeros(0, int), True
-    assert not run._finished(), "the learner is at work"
-    learner.at_work = False
-    assert run._finished()
-    assert begun == [True], "it has learned rows that were taken back"
-    run._last_check, learner.outdated, run._checks.checked[3] = -1, False, False
-    assert run._finished()
-    assert begun == [True, True], "a row was not looked at"
-    run._last_check, run._checks.checked[3] = -1, True
-    assert run._finished()
-    assert begun == [True, True]

@@ -1,5 +1,6 @@
 """The scheduler's rules of who gets what, with workers that only do what the test says."""
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ from schedulers import SOON, ScriptedBackend, dispatch, make_scheduler, soon
 
 from nercc_jax.pools import Overdue
 from nercc_jax.pools._backend import WorkerDied
+from nercc_jax.pools._times import AnswerTimes
 
 
 def test_one_task_a_worker_and_the_rest_as_they_become_free(backend, open_scheduler):
@@ -158,17 +160,6 @@ def test_an_idle_worker_that_dies_and_restarts_gets_one_task(backend, open_sched
     assert scheduler.idle == 2
 
 
-def test_attempts_are_counted(backend, open_scheduler):
-    scheduler = open_scheduler(2, max_attempts=2)
-    batch = dispatch(scheduler, 1)
-    for _ in range(2):
-        backend.answer(next(iter(backend.sent)), ValueError("cannot"))
-    answers = batch.wait()
-    assert answers.values is None
-    assert [failure.reason for failure in answers.failures] == ["ValueError: cannot"] * 2
-    assert {failure.worker for failure in answers.failures} == {0, 1}, "not the same one again"
-
-
 def test_a_point_that_failed_goes_before_those_that_were_not_sent(backend, open_scheduler):
     """But not to the worker at which it failed."""
     scheduler = open_scheduler(3)
@@ -178,26 +169,6 @@ def test_a_point_that_failed_goes_before_those_that_were_not_sent(backend, open_
     assert backend.points == {0: 3, 1: 1, 2: 2}
     backend.answer(1)
     assert backend.points == {0: 3, 1: 0, 2: 2}
-
-
-def test_a_second_copy_that_comes_first_wins(backend, open_scheduler):
-    scheduler = open_scheduler(2, overdue=Overdue(0.5, 1.0, least=4))
-    for _ in range(2):
-        warm = dispatch(scheduler, 2)
-        backend.answer(0)
-        backend.answer(1)
-        warm.forget()
-    batch = dispatch(scheduler, 1)
-    while len(backend.sent) < 2:
-        assert batch.wait(deadline=0.01).values is None
-    assert set(backend.points.values()) == {0}
-    second = list(backend.sent)[1]
-    backend.answer(second)
-    assert batch.wait().available.all()
-    backend.answer(next(iter(backend.sent)), np.full((1, 1), 99.0))
-    assert batch.answer(0) == 0.0
-    report = scheduler.report()
-    assert (report.copies, report.late, report.errors) == (1, 1, 0)
 
 
 def open_hasty_scheduler(open_scheduler, backend):
@@ -257,6 +228,25 @@ def test_a_task_is_overdue_by_the_times_of_its_size(backend, open_scheduler):
     assert scheduler.report().workers[larger].state == "busy"
 
 
+def test_a_size_that_is_new_is_overdue_by_the_times_of_others():
+    """It takes no longer than a larger one, nor in proportion than a smaller one."""
+    times = AnswerTimes(Overdue(0.5, 1.5, least=4))
+    for number in range(4):
+        assert times.limit(1) == math.inf, "nothing is late before enough is known"
+        assert times.add(2, 0.1) == (number == 3)
+        times.add(16, 0.4)
+    assert [times.median(size) for size in (1, 3, 8, 32)] == pytest.approx([0.1, 0.15, 0.4, 0.8])
+    assert times.limit(8) == pytest.approx(0.6)
+
+
+def test_the_median_follows_the_last_answers_and_not_a_few_stragglers():
+    times = AnswerTimes(Overdue(0.5, 1.5, least=4))
+    for count, seconds, median in ((4, 1.0, 1.0), (400, 0.1, 0.1), (64, 5.0, 0.1), (256, 5.0, 5.0)):
+        fell = [times.add(1, seconds) for _ in range(count)]
+        assert times.median(1) == median
+        assert any(fell) == (seconds < 5.0)
+
+
 @pytest.mark.parametrize("numbers", [(1, 3), (3, 1)])
 def test_two_threads_wait_for_different_numbers(backend, open_scheduler, numbers):
     """Each is notified when its own is reached, whoever asked first."""
@@ -273,28 +263,6 @@ def test_two_threads_wait_for_different_numbers(backend, open_scheduler, numbers
         backend.answer(1)
         backend.answer(2)
         assert waits[3].result(SOON / 2).available.all()
-
-
-def test_workers_that_do_not_start_again_are_tried_until_they_do(
-    backend, open_scheduler, monkeypatch
-):
-    monkeypatch.setattr("nercc_jax.pools._clock._PAUSE", 0.001)
-    scheduler = open_scheduler(2)
-    backend.refuse = {0, 1}
-    batch = dispatch(scheduler, 3)
-    for worker in list(backend.sent):
-        backend.answer(worker, WorkerDied("killed"))
-    while min(backend.lives.values()) < 5:
-        assert batch.wait(deadline=0.01).values is None
-    report = scheduler.report()
-    assert (report.starting, report.idle) == (2, 0)
-    assert report.deaths >= 8
-    backend.refuse = set()
-    for _ in range(3):
-        while not backend.sent:
-            batch.wait(deadline=0.01)
-        backend.answer(next(iter(backend.sent)))
-    assert batch.wait().available.all()
 
 
 def test_a_backend_that_does_not_start():
