@@ -1,5 +1,7 @@
 """The learner from past answers, against a Gaussian process in float64 by NumPy."""
 
+import json
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from oracle import relative_rmse
 from scipy.spatial.distance import cdist
 from scipy.stats import norm
 
+from nercc_jax.codes.whole_files import NO_CHECKSUM, write_checked
 from nercc_jax.risk import calibrate_learner_bars
 from nercc_jax.serving.adapt._online_calibration import _tuned, predictions_on_host
 from nercc_jax.surrogates import (
@@ -424,6 +427,22 @@ def test_a_file_holds_it(tmp_path):
     path.write_bytes(b"no such file")
     with pytest.raises(ValueError, match="has no checksum: it is another file"):
         load_learner(path)
+
+
+def test_a_file_may_hold_a_ring_of_pairs(tmp_path):
+    """As earlier releases wrote them: the oldest pair is at `place`."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    learner = init_learner(X[:20], np.asarray(model(X[:20])), capacity=20)
+    path = tmp_path / "learner.safetensors"
+    save_learner(path, learner)
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    arrays = safetensors.load(content)
+    for name in ("inputs", "residuals", "counts", "scatter"):
+        arrays[name] = np.roll(arrays[name], 7, axis=0).copy()
+    arrays["place"] = np.asarray(7, np.int32)
+    write_checked(path, safetensors.save(arrays, header | {"checksum": NO_CHECKSUM}))
+    np.testing.assert_array_equal(load_learner(path).window.inputs, learner.window.inputs)
 
 
 def test_a_kernel_is_tuned_on_three_pairs_at_least():
