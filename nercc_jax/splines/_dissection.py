@@ -125,7 +125,7 @@ class Dissection(NamedTuple):
     def variance(
         self, gap: Int[Array, " k"], left: Float[Array, "2 k"], right: Float[Array, "2 k"]
     ) -> Float[Array, " k"]:
-        """Return the variance of left . s_i + right . s_{i+1}: see `_filter.variance`.
+        """Return the variance of left . s_i + right . s_{i+1}: see `_filter.variance_in_turn`.
 
         For the coefficients c of all knots it is |R'^-1 c|^2. On each level only one knot that is
         eliminated has coefficients, and passes some on to its neighbours.

@@ -8,7 +8,7 @@ natural cubic spline is a sum over gaps h_i (the cubic Hermite form of the integ
 and a penalty of a knot's slope adds v_i^2. So the fit is a least-squares problem M s = r whose rows
 join neighbours only: a shear row and a bend row for each gap, a value row (the weight of the
 observation) and a slope row for each knot. `factorize` runs the QR decomposition of those rows
-along the knots, two unknowns at a time, by Givens rotations; `solve` applies R, Q and their
+along the knots, two unknowns at a time, by Givens rotations; `solve_in_turn` applies R, Q and their
 transposes.
 
 Why this form: it takes only first differences. The classical forms (Reinsch; I + mu Q R^-1 Q')
@@ -90,7 +90,7 @@ def factorize(problem: Problem, beside: Any = None, start: Any = (), given: Any 
     return Factor(rotations, rows, last), other, found
 
 
-def solve(
+def solve_in_turn(
     problem: Problem, b: Columns, wanted: Collection[str], factor: Factor | None = None
 ) -> tuple[Factor, Columns]:
     """Return the factor and the wanted parts of x in K x = b, in two passes along the knots.
@@ -152,7 +152,7 @@ def solve(
     return factor, Columns(**x)
 
 
-def variance(
+def variance_in_turn(
     problem: Problem, gap: Int[Array, " k"], left: Float[Array, "2 k"], right: Float[Array, "2 k"]
 ) -> Float[Array, " k"]:
     """Return the variance of left . s_i + right . s_{i+1} for these gaps i.

@@ -45,7 +45,7 @@ class Columns(NamedTuple):
     slope: Float[Array, "n m"] | Any = None
 
 
-def multiplied(problem: Problem, x: Columns) -> Columns:
+def system_times(problem: Problem, x: Columns) -> Columns:
     """Return K x."""
     gaps, weights, slope_weights, mu = problem
     h, of_bend = gaps[:, None], gaps[:, None] / mu

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from . import _filter
 from ._dissection import dissect
 from ._platforms import Shape, alike_in_shard_map, by_platform
-from ._problem import Columns, Problem, multiplied
+from ._problem import Columns, Problem, system_times
 from .arrays import product
 
 # By platform, how many rows may join two knots that are eliminated in parallel before a QR makes
@@ -61,7 +61,7 @@ def _solve_all(problem: Problem, b: Columns) -> tuple[Columns, _filter.Factor]:
 def _(primals: tuple[Problem, Columns], tangents: tuple[Problem, Columns]) -> Any:
     (problem, b), (moved, change) = primals, tangents
     x, factor = _solve_all(problem, b)
-    _, by_problem = jax.jvp(lambda problem: multiplied(problem, x), (problem,), (moved,))
+    _, by_problem = jax.jvp(lambda problem: system_times(problem, x), (problem,), (moved,))
     # One array: JAX 0.10 transposes the solve only where all of its right-hand side moves.
     right = jnp.concatenate(
         [-of if db is None else db - of for db, of in zip(change, by_problem, strict=True)]
@@ -71,7 +71,7 @@ def _(primals: tuple[Problem, Columns], tangents: tuple[Problem, Columns]) -> An
     places = tuple(np.cumsum([shape[0] for shape, _ in _shapes(problem, x)])[:-1])
 
     def times(x: Array) -> Array:
-        return jnp.concatenate(multiplied(problem, Columns(*jnp.split(x, places))))
+        return jnp.concatenate(system_times(problem, Columns(*jnp.split(x, places))))
 
     def solved(_: Any, right: Array) -> Array:
         b = Columns(*jnp.split(right, places))
@@ -105,7 +105,7 @@ def _solved(
     """
     problem, b, *known = jax.tree.unflatten(structure, leaves)
     if (rows := ROWS[platform]) is None:
-        factor, x = _filter.solve(problem, b, wanted, *known)
+        factor, x = _filter.solve_in_turn(problem, b, wanted, *known)
     else:
         x = dissect(problem, rows, b).solve(b)
         if b.shear is None:
@@ -148,5 +148,5 @@ def _(primals: Any, tangents: Any) -> Any:
 def _variance(platform: str, *arguments: Array) -> tuple[Array]:
     problem, asked, rows = Problem(*arguments[:4]), arguments[4:], ROWS[platform]
     if rows is None:
-        return (_filter.variance(problem, *asked),)
+        return (_filter.variance_in_turn(problem, *asked),)
     return (dissect(problem, rows, Columns()).variance(*asked),)
