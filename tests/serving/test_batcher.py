@@ -320,13 +320,16 @@ def test_batches_grow_while_workers_are_busy():
     assert [len(call) for call in sim.answered] == [1, 8, 4, 2, 1]
 
 
-@pytest.mark.parametrize("workers", [4, 5, 8])
-def test_coded_data_points_are_sent_only_to_free_workers(workers):
-    """Redundancy slows nobody down: of a group that is decoded, and has to wait for its own."""
+@pytest.mark.parametrize(
+    ("workers", "spare", "calls"), [(4, 8, 4), (5, 8, 5), (8, 8, 8), (8, 1, 5), (8, 0, 4)]
+)
+def test_redundancy_slows_nobody_down(workers, spare, calls, monkeypatch):
+    """Coded data points go to workers that are free, while there are cores to spare."""
     sim = Simulated(INTERLEAVED, workers=workers, estimator=knowing, straggler_threshold=1e6)
+    monkeypatch.setattr(sim.pool._scheduler._queue, "_capacity", lambda busy: float(spare))
     assert sim.answer(queries(4)).exact.all()
     sim.run(10 * SERVICE)
-    assert len(sim.answered) == workers
+    assert len(sim.answered) == calls
 
 
 # What is refused, and what ends without an answer.
