@@ -81,22 +81,34 @@ def failing_on(*numbers, times=10**9):
     return model
 
 
-def test_a_batch_that_nobody_answers_is_sent_again():
-    # Both data points of batch 1, their copies and 3 tries of each: 12 errors use one attempt up.
-    with DevicePool(failing_on(2, 3, times=12), 4, compiled=False) as pool:
-        outcomes = list(run_batches(pool, Replication(2, 4), numbered(3, 1, 2)))
-    assert [outcome.attempts for outcome in outcomes] == [1, 2, 1]
-    assert "this one is not for me" in outcomes[1].trouble
-    for outcome, x in zip(outcomes, numbered(3, 1, 2), strict=True):
+@pytest.mark.parametrize(
+    ("numbers", "times", "attempts", "recovered"),
+    [
+        # Both data points of batch 1, their copies, and 3 tries of each: 12 errors in an attempt.
+        ((2, 3), 12, 2, [True, True]),
+        ((2, 3), 10**9, 3, None),
+        ((3,), 10**9, 3, [True, False]),
+    ],
+)
+def test_a_batch_that_is_not_recovered_is_sent_again(numbers, times, attempts, recovered):
+    """What can be recovered is kept, what is not is reported, and the next batch follows."""
+    batches = numbered(3, 1, 2)
+    with DevicePool(failing_on(*numbers, times=times), 4, compiled=False) as pool:
+        outcomes = list(run_batches(pool, Replication(2, 4), batches))
+    assert [outcome.attempts for outcome in outcomes] == [1, attempts, 1]
+    for outcome, x in zip(outcomes[::2], batches[::2], strict=True):
         np.testing.assert_array_equal(outcome.result.decoded.predictions, exact(x))
-
-
-def test_a_batch_that_stays_lost_is_reported_and_the_next_follows():
-    with DevicePool(failing_on(2, 3), 4, compiled=False) as pool:
-        outcomes = list(run_batches(pool, Replication(2, 4), numbered(3, 1, 2), attempts=2))
-    assert [outcome.result is None for outcome in outcomes] == [False, True, False]
-    assert outcomes[1].attempts == 2
-    assert not outcomes[1].short
+    middle = outcomes[1]
+    if recovered is None:
+        assert middle.result is None
+        assert not middle.short
+        return
+    assert middle.result.decoded.recovered.tolist() == [recovered]
+    predictions = np.asarray(middle.result.decoded.predictions)[0]
+    np.testing.assert_array_equal(predictions[recovered], exact(batches[1])[0][recovered])
+    assert middle.short == (not all(recovered))
+    trouble = "this one" if all(recovered) else "1 of 2 data points cannot be recovered"
+    assert trouble in middle.trouble
 
 
 def test_the_attempt_that_recovered_most_counts():
@@ -117,16 +129,6 @@ def test_the_attempt_that_recovered_most_counts():
     assert "2 of 3 data points cannot be recovered" in outcome.trouble
 
 
-def test_what_can_be_recovered_of_a_batch_is_kept():
-    with DevicePool(failing_on(3), 4, compiled=False) as pool:
-        _, outcome = run_batches(pool, Replication(2, 4), numbered(2, 1, 2))
-    assert outcome.attempts == 3
-    assert outcome.short
-    np.testing.assert_array_equal(outcome.result.decoded.recovered, [[True, False]])
-    np.testing.assert_array_equal(outcome.result.decoded.predictions[0, 0], [7, -2])
-    assert "1 of 2 data points cannot be recovered" in outcome.trouble
-
-
 @pytest.mark.parametrize("enough", [6, lambda mask: mask.sum() >= 6])
 def test_a_batch_decoded_at_the_deadline_is_short(enough):
     faults = Faults([Fault("hang", workers=[0])])
@@ -138,20 +140,16 @@ def test_a_batch_decoded_at_the_deadline_is_short(enough):
         assert outcome.attempts == 1
 
 
-def test_no_attempt_is_refused(untyped):
-    with (
-        DevicePool(linear, 2) as pool,
-        pytest.raises(ValueError, match="attempts must be a positive integer, not 0"),
-    ):
-        run_batches(pool, Replication(1, 2), [], attempts=0)
-
-
-def test_a_run_without_a_deadline_is_refused_at_once(untyped):
-    with (
-        DevicePool(linear, 2) as pool,
-        pytest.raises(ValueError, match="a positive number of seconds, not nan"),
-    ):
-        run_batches(pool, Replication(1, 2), [], deadline=np.nan)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attempts": 0}, "attempts must be a positive integer, not 0"),
+        ({"deadline": np.nan}, "a positive number of seconds, not nan"),
+    ],
+)
+def test_what_does_not_fit_is_refused_at_once(untyped, options, message):
+    with DevicePool(linear, 2) as pool, pytest.raises(ValueError, match=message):
+        run_batches(pool, Replication(1, 2), [], **options)
 
 
 # Workers die for good while it runs.
@@ -270,12 +268,6 @@ def load(path):
 
 def run(*arguments):
     return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["run", *arguments])
-
-
-def test_help():
-    result = run("--help")
-    assert result.exit_code == 0
-    assert "--max-disagreement" in result.output
 
 
 SMALL = ["--num-data", "4", "--num-workers", "8", "--max-inputs", "30", "--groups", "2"]
@@ -538,7 +530,7 @@ def test_a_run_does_not_go_on_with_other_weights(tmp_path, monkeypatch):
         ("--straggler-score size", "--straggler-score: one of your own is named module:function"),
         ("--straggler-delay-s -1", "--straggler-delay-s must be positive"),
         ("--death-rate -0.1", "'--death-rate': it should be greater"),
-        ("--split nothing", "has no split 'nothing'"),
+        ("--split nothing", "--split nothing: The data set 'digits' has no split"),
         ("--model nothing", "nothing"),
         ("--num-workers 0", "'--num-workers'"),
         ("--code /no/such/code.json", "/no/such/code.json"),

@@ -1,5 +1,7 @@
 """`nercc demo`: coded inference under stragglers, on real data, next to other codes."""
 
+import dataclasses
+
 import jax
 import numpy as np
 from rich.console import Console
@@ -15,7 +17,7 @@ from ..codes import (
 )
 from ..evaluation import evaluate
 from ..tuning import learn_decoder
-from ._demo_work import draw_kept, kept_labels, kept_table, shipped_queries
+from ._demo_work import draw_kept, kept_labels, kept_table
 from ._errors import of_option
 from ._options import DemoOptions
 from ._output import evaluating, print_whole, write_json
@@ -96,11 +98,10 @@ def demo(options: DemoOptions) -> None:
         )
         print_whole(console, straggler_table(rows, "rel_acc", title, best="max"))
         panels["rel_acc"] = ("labels kept (RelAcc)", False)
-    kept_rows = []
-    queries = shipped_queries(workload, x, num_data, options.max_inputs, seed)
-    if queries is not None:
-        with console.status("measuring labels kept for an amount of work; compiles first ..."):
-            kept_rows = kept_labels(queries, num_data, num_workers, seed)
+    with console.status("measuring labels kept for an amount of work; compiles first ..."):
+        sized = dataclasses.replace(options, num_data=num_data, num_workers=num_workers)
+        kept_rows = kept_labels(workload, x, sized)
+    if kept_rows:
         print_whole(console, kept_table(kept_rows))
     top_panels = []
     if outputs != "values" and x.ndim == 4 and x.shape[-1] in (1, 3):

@@ -1,7 +1,7 @@
 """The last part of `nercc demo`: labels kept against work, for a scheme and its rivals."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,10 @@ from ..evaluation import Estimate
 from ..evaluation._answers import Recorder, batched
 from ..evaluation._pictures import system_look
 from ..inference import coded_inference, order_points
-from ..inference.models import Model
 from ..schemes import AssessedPredictions, Scheme, calibrate_error_probability, reexecute
 from ..stragglers import IndependentStragglers
 from ..surrogates import fit_surrogate
+from ._options import DemoOptions
 from ._workload import WorkerModel, Workload
 
 RATE = 0.1  # share of the workers that straggle, independently of each other
@@ -42,148 +42,99 @@ class Kept:
         return record | {"kept": self.kept.mean, "kept_low": low, "kept_high": high}
 
 
-@dataclasses.dataclass(frozen=True)
-class Queries:
-    """A model, its student with its relative cost, and data points.
+def kept_labels(workload: Workload, test: np.ndarray, options: DemoOptions) -> list[Kept]:
+    """Return the labels kept by the published method, its rivals, and a scheme on few workers.
 
-    A surrogate is fitted to the `fit` ones. Of the `test` ones, an error probability is calibrated
-    on the first half, and all systems are compared on the second.
-    """
-
-    model: Model
-    student: Model
-    cost: float
-    fit: np.ndarray
-    test: np.ndarray
-
-
-def shipped_queries(
-    workload: Workload, test: np.ndarray, num_data: int, count: int, seed: int
-) -> Queries | None:
-    """Return the queries of a shipped model with a student; None for others, and for few inputs.
-
-    `test` are its data points to calibrate on and to compare on; a surrogate is fitted to `count`
-    others at most.
+    The scheme's error probability is calibrated on the first half of the test data, and all systems
+    are compared on the second. There are none for a model without a shipped student, nor for few
+    data points.
     """
     from nercc_models import list_students, load_student, student_card
 
-    model = workload.name
-    if workload.x is not None or model not in list_students() or workload.model.outputs == "values":
-        return None
-    if len(test) < 4 * num_data:
-        return None
-    card = student_card(model)
-    return Queries(
-        workload.model,
-        WorkerModel(load_student(model), workload.model.outputs),
-        card["multiplications"] / card["base_multiplications"],
-        workload.points("train", count, seed),
-        test,
-    )
-
-
-def kept_labels(queries: Queries, num_data: int, num_workers: int, seed: int) -> list[Kept]:
-    """Return the labels kept by the published method, its rivals, and a scheme on few workers."""
-    judged = queries.test[len(queries.test) // 2 :]
-    judged = judged[: len(judged) // num_data * num_data]
-    run, student = batched(queries.model, 256), batched(queries.student, 256)
-    own, guess = (np.asarray(each(judged)).argmax(-1) for each in (run, student))
+    model, name, num_data, seed = workload.model, workload.name, options.num_data, options.seed
+    shipped = workload.x is None and name in list_students()
+    if not shipped or options.outputs == "values" or len(test) < 4 * num_data:
+        return []
+    card, student = student_card(name), WorkerModel(load_student(name), options.outputs)
+    cost = card["multiplications"] / card["base_multiplications"]
+    half = len(test) // 2
+    judged = test[half:][: (len(test) - half) // num_data * num_data]
+    run, cheap = batched(model, 256), batched(student, 256)
+    own, guess = (np.asarray(each(judged)).argmax(-1) for each in (run, cheap))
     recorder = Recorder(run, groups_of(judged, num_data), 256)
-    few, many = num_data + max(num_data // 4, 1), num_workers
-
-    def kept(infer: Callable[[np.ndarray], np.ndarray], workers: int) -> Estimate:
-        draw = np.random.default_rng(seed)
-        shares = []
-        for _ in range(_SETS):
-            masks = draw.random((len(judged) // num_data, workers)) >= RATE
-            shares.append(float(np.mean(infer(masks) == own)))
-        return Estimate.over(shares)
-
-    def labels(code: AbstractCode) -> Callable[[np.ndarray], np.ndarray]:
-        y = recorder.form.split(recorder.of(code).coded)
-        return lambda masks: _labels(decode_groups(code, y, masks).predictions).ravel()
-
-    def else_student(masks: np.ndarray) -> np.ndarray:
-        """Return the labels of copies, and the student's where no copy answers."""
-        found = copies(masks)
-        return np.where(found < 0, guess, found)
-
-    published = NeRCC(num_data, many, lambda_dec=0.0)
-    copies = labels(Replication(num_data, few))
-    return [
+    few, many = num_data + max(num_data // 4, 1), options.num_workers
+    rows = [
         # Known without being run: a straggling call is lost, or exact.
         Kept("one worker a query", "uncoded", num_data, 1.0, Estimate(1 - RATE, 0.0)),
         Kept("lost calls again, later", "hedging", num_data, 1 + RATE, Estimate(1.0, 0.0)),
-        *(
-            Kept(name, look, n, n / num_data, kept(labels(code), n))
-            for name, look, n, code in (
-                ("two copies", "replication", 2 * num_data, Replication(num_data, 2 * num_data)),
-                ("BACC", "BACC", many, Berrut(num_data, many)),
-                ("NeRCC as published", "NeRCC published", many, published),
-            )
-        ),
-        Kept(
-            "copies, else the student",
-            "replication, else surrogate",
-            few,
-            few / num_data + queries.cost,
-            kept(else_student, few),
-        ),
-        *_with_scheme(queries, judged, own, NeRCC(num_data, few, points="repeated"), kept, seed),
     ]
 
+    def add(
+        system: str,
+        look: str,
+        workers: int,
+        more: float,
+        infer: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        """Add a system that takes `more` calls a query beyond its workers' own."""
+        draw, shares = np.random.default_rng(seed), []
+        for _ in range(_SETS):
+            masks = draw.random((len(judged) // num_data, workers)) >= RATE
+            shares.append(float(np.mean(infer(masks) == own)))
+        calls = workers / num_data + more
+        rows.append(Kept(system, look, workers, calls, Estimate.over(shares)))
 
-def _with_scheme(
-    queries: Queries,
-    judged: np.ndarray,
-    own: np.ndarray,
-    code: NeRCC,
-    kept: Callable[..., Estimate],
-    seed: int,
-) -> Iterator[Kept]:
+    def labels(predictions: Any) -> np.ndarray:
+        """Return the label of each prediction; -1 where it is lost."""
+        found = np.asarray(predictions)
+        return np.where(np.isfinite(found).all(-1), found.argmax(-1), -1).ravel()
+
+    def decoding(code: AbstractCode) -> Callable[[np.ndarray], np.ndarray]:
+        y = recorder.form.split(recorder.of(code).coded)
+        return lambda masks: labels(decode_groups(code, y, masks).predictions)
+
+    two, copies = 2 * num_data, decoding(Replication(num_data, few))
+    add("two copies", "replication", two, 0.0, decoding(Replication(num_data, two)))
+    add("BACC", "BACC", many, 0.0, decoding(Berrut(num_data, many)))
+    published = NeRCC(num_data, many, lambda_dec=0.0)
+    add("NeRCC as published", "NeRCC published", many, 0.0, decoding(published))
+
+    def else_student(masks: np.ndarray) -> np.ndarray:
+        found = copies(masks)
+        return np.where(found < 0, guess, found)
+
+    look = "replication, else surrogate"
+    add("copies, else the student", look, few, cost, else_student)
+
+    # The scheme: similar queries in one group, the student as a surrogate.
+    code = NeRCC(num_data, few, points="repeated")
     laws = {"stragglers": IndependentStragglers(RATE)}
     keys = jax.random.split(jax.random.key(seed))
-    student = batched(queries.student, 256)
 
     def arranged(x: np.ndarray) -> np.ndarray:
-        return x[np.asarray(order_points(x, code.num_data, features=np.asarray(student(x))))]
+        return x[np.asarray(order_points(x, num_data, features=np.asarray(cheap(x))))]
 
-    surrogate = fit_surrogate(
-        queries.model, queries.student, code, arranged(queries.fit), laws, key=keys[0]
-    )
-    calibrate = arranged(queries.test[: len(queries.test) // 2])
+    fit = arranged(workload.points("train", options.max_inputs, seed))
+    surrogate = fit_surrogate(model, student, code, fit, laws, key=keys[0])
     probability = calibrate_error_probability(
-        queries.model, code, calibrate, laws, key=keys[1], surrogate=surrogate, num_sets=20
+        model, code, arranged(test[:half]), laws, key=keys[1], surrogate=surrogate, num_sets=20
     )
-    infer = coded_inference(
-        queries.model, Scheme(code, surrogate, probability, order="surrogate"), with_status=True
-    )
-    workers, calls = code.num_workers, code.num_workers / code.num_data + queries.cost
-
+    scheme = Scheme(code, surrogate, probability, order="surrogate")
+    infer = coded_inference(model, scheme, with_status=True)
     known: dict[bytes, AssessedPredictions] = {}  # both rows are for the same stragglers
 
     def assessed(masks: np.ndarray) -> AssessedPredictions:
-        name = masks.tobytes()
-        if name not in known:
-            known[name] = infer(judged, masks)
-        return known[name]
-
-    def labels(masks: np.ndarray) -> np.ndarray:
-        return _labels(assessed(masks).decoded.predictions)
+        if masks.tobytes() not in known:
+            known[masks.tobytes()] = infer(judged, masks)
+        return known[masks.tobytes()]
 
     def again(masks: np.ndarray) -> np.ndarray:
-        sure = reexecute(queries.model, judged, assessed(masks), share=_AGAIN)
-        return _labels(sure.decoded.predictions)
+        sure = reexecute(model, judged, assessed(masks), share=_AGAIN)
+        return labels(sure.decoded.predictions)
 
-    yield Kept("scheme", "scheme", workers, calls, kept(labels, workers))
-    name, look = "scheme, uncertain 5 % again", "scheme, uncertain again"
-    yield Kept(name, look, workers, calls + _AGAIN, kept(again, workers))
-
-
-def _labels(predictions: Any) -> np.ndarray:
-    """Return the label of each prediction; -1 where it is lost."""
-    found = np.asarray(predictions)
-    return np.where(np.isfinite(found).all(-1), found.argmax(-1), -1)
+    add("scheme", "scheme", few, cost, lambda masks: labels(assessed(masks).decoded.predictions))
+    add("scheme, uncertain 5 % again", "scheme, uncertain again", few, cost + _AGAIN, again)
+    return rows
 
 
 def kept_table(rows: Sequence[Kept]) -> Table:

@@ -142,7 +142,7 @@ class ModelOptions:
                 raise ValueError(
                     f"--weights is for a model of your own, module:name, not {self.model!r}"
                 )
-            check_weights(self.model, self.weights)
+            check_weights(self.weights)
         if self.inputs is not None and not self.inputs.is_file():
             raise ValueError(f"--inputs {self.inputs}: there is no such file")
         self.check()

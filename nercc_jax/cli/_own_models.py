@@ -41,13 +41,19 @@ def load_callable(spec: str, weights: Path | None, option: str = "--model") -> C
     if not module_name or not attribute:
         raise ValueError(f"{option}: one of your own is named module:function, not {spec!r}")
     found: Any = _module(spec, option)
-    for part in attribute.split("."):
-        try:
+    try:
+        for part in attribute.split("."):
             found = getattr(found, part)
-        except AttributeError as error:
-            raise ValueError(f"{option} {spec}: {error}") from error
+    except AttributeError as error:
+        raise ValueError(f"{option} {spec}: {error}") from error
     if weights is not None:
-        path = _local(spec, weights)
+        check_weights(weights)
+        path = weights
+        if str(weights).startswith(HUB):
+            from nercc_models import hub_file
+
+            owner, name, *file = str(weights).removeprefix(HUB).split("/")
+            path = hub_file(f"{owner}/{name}", "/".join(file))
         try:
             found = found(path)
         except Exception as error:
@@ -67,16 +73,13 @@ def example_inputs(spec: str) -> Any:
         raise ValueError(f"--model {spec}: {EXAMPLES}() raises {_first_line(error)}") from error
 
 
-def check_weights(spec: str, weights: Path) -> None:
-    if not str(weights).startswith(HUB) and not weights.exists():
-        raise ValueError(f"--weights {weights}: there are no weights at {weights}")
-
-
-def load_hub(spec: str) -> Any:
-    """Return the model `hf:owner/name`; raise as `load_hub_model` does."""
-    from nercc_models import load_hub_model
-
-    return load_hub_model(hub_name(spec))
+def check_weights(weights: Path) -> None:
+    """Raise ValueError if there are no such weights, as far as that is known without the hub."""
+    if not str(weights).startswith(HUB):
+        if not weights.exists():
+            raise ValueError(f"--weights {weights}: there are no weights at {weights}")
+    elif str(weights).count("/") < 2:
+        raise ValueError(f"weights on Hugging Face's hub are named hf:owner/name/file: {weights}")
 
 
 def hub_name(spec: str) -> str:
@@ -136,15 +139,3 @@ def _module(spec: str, option: str = "--model") -> Any:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _local(spec: str, weights: Path) -> Path:
-    check_weights(spec, weights)
-    if not str(weights).startswith(HUB):
-        return weights
-    from nercc_models import hub_file
-
-    owner, name, *file = str(weights).removeprefix(HUB).split("/")
-    if not file:
-        raise ValueError(f"weights on Hugging Face's hub are named hf:owner/name/file: {weights}")
-    return hub_file(f"{owner}/{name}", "/".join(file))

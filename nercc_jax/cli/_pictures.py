@@ -44,10 +44,25 @@ def straggler_table(rows: Sequence[Evaluation], metric: str, title: str, *, best
     for code in losers:
         table.add_column(f"lost by\n{code}", justify="right", no_wrap=True)
     for law in laws:
-        cells = [by_pair[law, code] for code in codes]
-        winner = _winner(cells, metric, best)
+        estimates: dict[str, Estimate] = {c: getattr(by_pair[law, c], metric) for c in codes}
+        means = {
+            code: each.mean
+            for code, each in estimates.items()
+            if best == "max" or not by_pair[law, code].lost.mean > 0
+        }
+        top = (max if best == "max" else min)(means.values(), default=np.nan)
+        cells = []
+        for code, estimate in estimates.items():
+            if np.isnan(estimate.mean):
+                text = "-"
+            elif metric in SHARES:
+                text = share_text(estimate)
+            else:
+                text = f"{_number(estimate.mean)} ±{_number(estimate.half_width)}"
+            wins = means.get(code) == top
+            cells.append(f"[bold green]{text}*[/bold green]" if wins else text)
         lost = (f"{100 * by_pair[law, code].lost.mean:.1f}" for code in losers)
-        table.add_row(law, *(_cell(row, metric, row in winner) for row in cells), *lost)
+        table.add_row(law, *cells, *lost)
     return table
 
 
@@ -66,14 +81,13 @@ def straggler_plot(
     lines = 1 + bool(above)
     width = 6.2 * max(len(panels), len(above))
     figure = plt.figure(figsize=(width, 4.4 * lines), layout="constrained")
-    *first, last = figure.subfigures(lines, 1, squeeze=False)[:, 0]
-    for part, draw in zip(
-        [each for line in first for each in line.subfigures(1, len(above), squeeze=False)[0]],
-        above,
-        strict=True,
-    ):
-        draw(part)
-    straggler_figure(rows, panels, title, last)
+    parts = figure.subfigures(lines, 1, squeeze=False)[:, 0]
+    if above:
+        for part, draw in zip(
+            parts[0].subfigures(1, len(above), squeeze=False)[0], above, strict=True
+        ):
+            draw(part)
+    straggler_figure(rows, panels, title, parts[-1])
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -162,28 +176,7 @@ def tuning_plot(
     plt.close(figure)
 
 
-def _winner(cells: Sequence[Evaluation], metric: str, best: str) -> list[Evaluation]:
-    errors = best == "min"
-    candidates = [row for row in cells if not (errors and row.lost.mean > 0)]
-    if not candidates:
-        return []
-    means = [getattr(row, metric).mean for row in candidates]
-    top = min(means) if errors else max(means)
-    return [row for row, mean in zip(candidates, means, strict=True) if mean == top]
-
-
-def _cell(row: Evaluation, metric: str, wins: bool) -> str:
-    estimate: Estimate = getattr(row, metric)
-    if np.isnan(estimate.mean):
-        return "-"
-    if metric in SHARES:
-        text = _share(estimate)
-    else:
-        text = f"{_number(estimate.mean)} ±{_number(estimate.half_width)}"
-    return f"[bold green]{text}*[/bold green]" if wins else text
-
-
-def _share(estimate: Estimate) -> str:
+def share_text(estimate: Estimate) -> str:
     """Return a share in %, with the ends of its interval."""
     low, high = (100 * end for end in estimate.interval(share=True))
     mean = f"{100 * estimate.mean:.1f}"

@@ -1,7 +1,6 @@
 """`nercc plan`: the code for a model and its workers, or none, measured on unlabelled data."""
 
 import datetime
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -137,11 +136,24 @@ def plan_table(found: Plan) -> Table:
     table.add_column("system", no_wrap=True)
     for column in ("(N, K)", "wait\nms", "again\n%", "extra\n%", "differ\n%", "p50\nms", "p99\nms"):
         table.add_column(column, justify="right", no_wrap=True)
+
+    def ms(seconds: float) -> str:
+        return f"{1e3 * seconds:.{0 if seconds >= 0.1 else 1}f}"
+
     for row in shown_rows(found):
         best = row == found.recommended
-        name = row.system + (f", {row.order}" if row.order else "") + " *" * best
-        style = "bold green" if best else "" if found.feasible(row) else "dim"
-        table.add_row(name, *_cells(row), style=style)
+        differ = f"{100 * row.disagreement.mean:.2f}<{100 * row.most_disagreement:.2f}"
+        table.add_row(
+            row.system + (f", {row.order}" if row.order else "") + " *" * best,
+            f"({row.num_workers}, {row.num_data})",
+            str(row.wait_for) + (f", {ms(row.min_wait)}" if row.min_wait else ""),
+            f"{100 * row.resent:.1f}" if row.resent > 0 else "",
+            f"{100 * row.extra_work:.0f}",
+            "0" if row.exact else differ,
+            ms(row.p50),
+            ms(row.p99),
+            style="bold green" if best else "" if found.feasible(row) else "dim",
+        )
     return table
 
 
@@ -152,36 +164,18 @@ def shown_rows(found: Plan) -> list[Candidate]:
     differ, preferably measured on held-out data and not only screened. The recommended one is
     always there.
     """
-    best: dict[tuple, Candidate] = {}
 
     def rank(row: Candidate) -> tuple:
         if found.feasible(row):
             return 0, row.p99
         return 1 + (not row.held_out), row.most_disagreement, row.p99
 
+    best: dict[tuple, Candidate] = {}
     for row in sorted(found.candidates, key=rank):
         again = row.limit is not None
         best.setdefault((row.system, row.num_workers, row.num_data, again), row)
-    best[(found.recommended.system, "recommended")] = found.recommended
-    return sorted(dict.fromkeys(best.values()), key=lambda r: (not found.feasible(r), r.p99))
-
-
-def _cells(row: Candidate) -> tuple[str, ...]:
-    wait = str(row.wait_for) + (f", {_ms(row.min_wait)}" if row.min_wait else "")
-    share = f"{100 * row.disagreement.mean:.2f}<{100 * row.most_disagreement:.2f}"
-    return (
-        f"({row.num_workers}, {row.num_data})",
-        wait,
-        f"{100 * row.resent:.1f}" if row.resent > 0 else "",
-        f"{100 * row.extra_work:.0f}",
-        "0" if row.exact else share,
-        _ms(row.p50),
-        _ms(row.p99),
-    )
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.{0 if seconds >= 0.1 else 1}f}"
+    rows = dict.fromkeys((*best.values(), found.recommended))
+    return sorted(rows, key=lambda row: (not found.feasible(row), row.p99))
 
 
 def plan_words(found: Plan, data: str) -> str:
@@ -214,20 +208,18 @@ def plan_plot(found: Plan, title: str, path: Path) -> None:
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.6))
     limit = (1 + PlanEffort.alike) * found.recommended.p99
-    systems = list(dict.fromkeys(row.system for row in found.candidates))
-    for system in systems:
+    for system in dict.fromkeys(row.system for row in found.candidates):
         rows = [row for row in found.candidates if row.system == system and row.p99 <= limit]
+        work, share = [], []  # the least disagreement at each amount of extra work or less
+        for row in sorted(rows, key=lambda row: (row.extra_work, row.disagreement.mean)):
+            if not share or 100 * row.disagreement.mean < share[-1]:
+                work.append(row.extra_work)
+                share.append(100 * row.disagreement.mean)
         if rows:
-            axis.plot(*_envelope(rows), ms=4, lw=1.3, label=system, **system_look(system))
+            axis.plot(work, share, ms=4, lw=1.3, label=system, **system_look(system))
     best = found.recommended
-    axis.plot(
-        best.extra_work,
-        100 * best.disagreement.mean,
-        *("k*",),
-        ms=13,
-        mfc="none",
-        label="recommended",
-    )
+    here, star = (best.extra_work, 100 * best.disagreement.mean), {"ms": 13, "mfc": "none"}
+    axis.plot(*here, "k*", label="recommended", **star)
     bounds = {"color": "#555555", "lw": 0.8, "ls": "--"}
     axis.axhline(100 * found.asked["max_disagreement"], **bounds, label="at most, as asked")
     axis.axvline(found.asked["max_extra_work"], **bounds)
@@ -244,13 +236,3 @@ def plan_plot(found: Plan, title: str, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-def _envelope(rows: Sequence[Candidate]) -> tuple[list[float], list[float]]:
-    """Return the least disagreement at each amount of extra work or less."""
-    work, share = [], []
-    for row in sorted(rows, key=lambda row: (row.extra_work, row.disagreement.mean)):
-        if not share or 100 * row.disagreement.mean < share[-1]:
-            work.append(row.extra_work)
-            share.append(100 * row.disagreement.mean)
-    return work, share

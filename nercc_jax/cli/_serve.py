@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from ..serving._settings import ModelSettings, ServerSettings
     from ..serving.transport._server import Server
 
+_NEEDED = (
+    *("fastapi", "grpc", "grpc_health", "httptools", "orjson", "prometheus_client"),
+    *("pydantic_settings", "pythonjsonlogger", "uvicorn"),
+)
 # Seconds that the server may take longer to end than it should.
 _MOMENT = 0.25
 
@@ -46,17 +50,14 @@ def serve_command(arguments: Annotated[list[str] | None, typer.Argument()] = Non
     gc.disable()
     try:
         with report_errors():
-            _check_extra()
+            missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+            if missing:
+                raise ImportError(
+                    f"nercc serve needs {', '.join(missing)}: pip install '.[serve]' in a clone"
+                )
         command_with_options()(arguments or [], prog_name="nercc serve")
     finally:
         gc.enable()
-
-
-def command_with_options() -> Any:
-    """Return Typer's command, with an option for each setting, which takes a while to import."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=serve_command.__doc__, cls=PlainCommand)(_with_settings(_serve))
-    return typer.main.get_command(app)
 
 
 # A newcomer's options, which come first, in the panel without a title of its own.
@@ -65,78 +66,62 @@ _FIRST = ("scheme", "num_data", "num_workers", "pool", "workers", "http_port")
 _NO_FLAGS = {"model", "models", "defaults"}
 
 
-def _with_settings(function: Callable[..., None]) -> Callable[..., None]:
-    """Return the function with an option for each setting in place of its `**flags`.
-
-    It is called with the options that the command line has, and no others.
-    """
-    from ..serving._settings import ModelSettings, ServerSettings
-
-    @functools.wraps(function)
-    def call(ctx: Any, **arguments: Any) -> None:
-        given = {n for n in arguments if ctx.get_parameter_source(n).name == "COMMANDLINE"}
-        function(**{name: arguments[name] for name in given})
-
-    options = {
-        option.name: option
-        for settings in (ModelSettings, ServerSettings)
-        for option in _options(settings)
-        if option.name not in _NO_FLAGS
-    }
-    signature = inspect.signature(function)
-    own = {p.name: p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
-    names = dict.fromkeys(("model", "config", *_FIRST, *own, *options))
-    parameters = [(own | options)[name] for name in names]
-    ctx = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    call.__signature__ = signature.replace(parameters=[*parameters, ctx])  # pyright: ignore
-    return call
-
-
-def _options(settings: "type[ModelSettings] | type[ServerSettings]") -> Iterator[inspect.Parameter]:
-    """Yield a keyword parameter for each setting, as Typer reads them."""
+def command_with_options() -> Any:
+    """Return Typer's command, with an option for each setting, which takes a while to import."""
     from pydantic import BeforeValidator
 
-    panel = None
-    for name, field in settings.model_fields.items():
-        panel = settings.panels.get(name, panel)
-        option = typer.Option(
-            help=field.description, rich_help_panel=None if name in _FIRST else panel
-        )
-        kind, default = field.annotation, field.default
-        if any(isinstance(each, BeforeValidator) for each in field.metadata):
-            kind, default = str, default or None  # it reads text by itself
-        yield inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=default,
-            annotation=Annotated[kind, option],
-        )
+    from ..serving._settings import ModelSettings, ServerSettings
+
+    found: dict[str, inspect.Parameter] = {}
+
+    def add(name: str, kind: Any, default: Any, *names: str, **option: Any) -> None:
+        annotation = Annotated[kind, typer.Option(*names, **option)]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        found[name] = inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+    several = (
+        "Model to serve: a shipped one, your own as module:name, or hf:owner/name; repeat it for "
+        "several (default: lenet5-digits, unless the environment or --config name any)."
+    )
+    checked, printed = "Only check the settings and the models", "Only print all settings as TOML"
+    add("model", list[str] | None, None, help=several)
+    add("config", Path | None, None, help="TOML file with settings.")
+    own = dict.fromkeys((*found, *_FIRST))
+    add("check", bool, False, "--check", help=f"{checked}, and end.")
+    add("print_config", bool, False, "--print-config", help=f"{printed}, and end.")
+    for settings in (ModelSettings, ServerSettings):
+        panel = None
+        for name, field in settings.model_fields.items():
+            panel = settings.panels.get(name, panel)
+            kind, default = field.annotation, field.default
+            if any(isinstance(each, BeforeValidator) for each in field.metadata):
+                kind, default = str, default or None  # it reads text by itself
+            if name not in _NO_FLAGS:
+                shown = None if name in _FIRST else panel
+                add(name, kind, default, help=field.description, rich_help_panel=shown)
+
+    def call(ctx, **arguments):  # Typer takes types from here before it looks at the signature
+        given = {n for n in arguments if ctx.get_parameter_source(n).name == "COMMANDLINE"}
+        _serve(**{name: arguments[name] for name in given})
+
+    ctx = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters = [found[name] for name in own | found]
+    call.__signature__ = inspect.Signature([*parameters, ctx])  # pyright: ignore
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(help=serve_command.__doc__, cls=PlainCommand)(call)
+    return typer.main.get_command(app)
 
 
 def _serve(
-    *,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Model to serve: a shipped one, your own as module:name, or hf:owner/name; repeat "
-            "it for several (default: lenet5-digits, unless the environment or --config name any)."
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="TOML file with settings."),
-    ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Only check the settings and the models, and end.")
-    ] = False,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Only print all settings as TOML, and end.")
-    ] = False,
+    model: Sequence[str] = (),
+    config: Path | None = None,
+    check: bool = False,
+    print_config: bool = False,
     **flags: Any,
 ) -> None:
     """Run the command; `flags` are the settings on the command line, by name."""
     with report_errors():
-        for each in model or ():
+        for each in model:
             ModelOptions(each)
         settings, chosen = _read(model, config, flags)
         if print_config:
@@ -144,15 +129,19 @@ def _serve(
 
             typer.echo(as_toml(settings, chosen))
         elif check:
+            from ._serving_models import check_loadable
+
             settings.tokens()
             settings.tls_pair()
-            _check(chosen)
+            for each in chosen:
+                check_loadable(each)  # without workers
+                typer.echo(f"{each.served_name} can be served")
         else:
             _run(settings, chosen)
 
 
 def _read(
-    names: list[str] | None, config: Path | None, flags: dict[str, Any]
+    names: Sequence[str], config: Path | None, flags: dict[str, Any]
 ) -> "tuple[ServerSettings, list[ModelSettings]]":
     """Return the settings of the server and of each model, from all sources.
 
@@ -170,7 +159,11 @@ def _read(
     try:
         settings = read_settings(config, **flags)
     except ValueError as error:
-        raise ValueError(_by_flags(str(error), (*flags, *of_all))) from error
+        message = str(error)
+        for name in (*flags, *of_all):  # by their flags, where they are flags
+            flag = f"--{name.replace('_', '-')}: "
+            message = re.sub(rf"(?:(?<=; )|^)(?:defaults\.)?{name}: ", flag, message)
+        raise ValueError(message) from error
     if not settings.models:
         settings.models = [ModelSettings(model="lenet5-digits")]
     # Flags come before what a file says of one model, too.
@@ -180,20 +173,17 @@ def _read(
     return settings, chosen
 
 
-def _by_flags(message: str, names: Iterable[str]) -> str:
-    """Return the message with flags for the names of settings that the command line has."""
-    for name in names:
-        flag = f"--{name.replace('_', '-')}: "
-        message = re.sub(rf"(?:(?<=; )|^)(?:defaults\.)?{name}: ", flag, message)
-    return message
-
-
 def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:
     """Serve until the end. Raises ValueError and OSError where something does not fit."""
     job = RayJob(settings.address, settings.working_dir, settings.py_modules, settings.runtime_env)
     _start_log(settings.log_format, settings.log_level)
     _check_ports(settings)
-    _allow_files()
+    with contextlib.suppress(ImportError, OSError, ValueError):  # ImportError: Windows
+        import resource
+
+        # As many files as this process may open: connections are files.
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if all(each.pool == "ray" for each in chosen):
         leave_accelerators()
     if settings.compilation_cache:
@@ -234,15 +224,6 @@ def _check_ports(settings: "ServerSettings") -> None:
             raise settings.cannot_listen(port) from error
 
 
-def _allow_files() -> None:
-    """Let this process open as many files as it may: connections are files."""
-    with contextlib.suppress(ImportError, OSError, ValueError):  # ImportError: Windows
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 @contextlib.contextmanager
 def _leaving_in_time(server: "Server") -> Iterator[None]:
     """End the process should the server not have ended a moment after it should have."""
@@ -259,29 +240,6 @@ def _leaving_in_time(server: "Server") -> Iterator[None]:
         yield
     finally:
         ended.set()
-
-
-def _check(chosen: "list[ModelSettings]") -> None:
-    """Load the models without workers. Raises ValueError where something does not fit."""
-    from ._serving_models import check_loadable
-
-    for settings in chosen:
-        check_loadable(settings)
-        typer.echo(f"{settings.served_name} can be served")
-
-
-def _check_extra() -> None:
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f"nercc serve needs {', '.join(missing)}: pip install '.[serve]' in a clone"
-        )
-
-
-_NEEDED = (
-    *("fastapi", "grpc", "grpc_health", "httptools", "orjson", "prometheus_client"),
-    *("pydantic_settings", "pythonjsonlogger", "uvicorn"),
-)
 
 
 def _start_log(log_format: str, level: str) -> None:

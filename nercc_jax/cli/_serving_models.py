@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..serving._metrics import Metrics
 from ..serving._served_model import ServedModel, log_phase
 from ..serving._settings import ModelSettings
 from ..serving.protocol._servable import FLOAT
+from ._errors import of_option
 from ._options import ModelOptions, Returned
 from ._own_models import (
     example_inputs,
@@ -90,18 +91,14 @@ def start_models(
 def check_loadable(settings: ModelSettings) -> None:
     """Check all that needs no workers. Raises ValueError where something does not fit."""
     _check_files(settings)
-    code = code_of(settings)
     servable = servable_of(settings)
-    fitting_code(code, settings, servable)
+    fitting_code(code_of(settings), settings, servable)
     predictor_of(settings, servable)
 
 
 def _check_files(settings: ModelSettings) -> None:
-    assert settings.model is not None
-    try:
-        ModelOptions(settings.model, settings.weights, settings.inputs)
-    except ValueError as error:
-        raise ValueError(f"{settings.served_name}: {error}") from error
+    with of_option(settings.served_name):
+        ModelOptions(str(settings.model), settings.weights, settings.inputs)
 
 
 def _start(
@@ -131,19 +128,28 @@ def _returned(settings: ModelSettings) -> Returned:
 
 
 def servable_of(settings: ModelSettings) -> Servable:
-    assert settings.model is not None
-    name = settings.served_name
-    model = find_model(settings.model, settings.weights, _returned(settings))
-    inputs: Any = _inputs(settings, model)
-    shape = settings.input_shape or getattr(model, "input_shape", None) or _row_shape(inputs)
+    name = str(settings.model)
+    model: Any = find_model(name, settings.weights, _returned(settings))
+    inputs: Any = None  # unlabelled ones, or a function that returns them
+    if settings.inputs is not None:
+        inputs = read_named_inputs(settings.inputs)
+    elif is_shipped(name) and model.network.data == "digits":  # which come with a package
+        inputs = functools.partial(_images, model)
+    elif is_own(name):
+        inputs = example_inputs(name)
+        if settings.preprocess is None and inputs is not None:  # else as clients send them
+            inputs = jax.tree.map(lambda x: np.asarray(x, np.float32), inputs)
+    shape = settings.input_shape or getattr(model, "input_shape", None)
+    if shape is None and isinstance(inputs, dict):
+        shape = {name: each.shape[1:] for name, each in inputs.items()}
+    elif shape is None and inputs is not None:
+        shape = inputs.shape[1:]
     if shape is None:
-        raise ValueError(
-            f"{settings.model}: say the shape of one query with --input-shape, or give --inputs"
-        )
+        raise ValueError(f"{name}: say the shape of one query with --input-shape, or give --inputs")
     prepare = settings.preprocess
-    output_name = _returned(settings) if is_shipped(settings.model) else "output"
+    output_name = _returned(settings) if is_shipped(name) else "output"
     return make_servable(
-        name,
+        settings.served_name,
         model,
         shape,
         datatype=settings.input_datatype or getattr(model, "input_datatype", FLOAT),
@@ -154,25 +160,8 @@ def servable_of(settings: ModelSettings) -> Servable:
     )
 
 
-def _inputs(settings: ModelSettings, model: Any) -> Any:
-    """Return unlabelled inputs, or a function that does; None where there are none."""
-    name = str(settings.model)
-    if settings.inputs is not None:
-        return read_named_inputs(settings.inputs)
-    if is_shipped(name):
-        if model.network.data != "digits":  # which come with a package
-            return None
-        return lambda: model.images("train", None, _CALIBRATION, 0)[0]
-    found = example_inputs(name) if is_own(name) else None
-    if settings.preprocess is not None:  # in the datatypes that clients send
-        return found
-    return None if found is None else jax.tree.map(lambda x: np.asarray(x, np.float32), found)
-
-
-def _row_shape(inputs: Any) -> Any:
-    if isinstance(inputs, dict):
-        return {name: each.shape[1:] for name, each in inputs.items()}
-    return None if inputs is None else inputs.shape[1:]
+def _images(model: Any) -> np.ndarray:
+    return model.images("train", None, _CALIBRATION, 0)[0]
 
 
 def predictor_of(settings: ModelSettings, servable: Servable) -> Predictor | None:
@@ -232,42 +221,34 @@ def code_of(settings: ModelSettings) -> AbstractCode:
     return NeRCC(k, n, points=settings.points, lambda_dec=0.0 if own else None)
 
 
-# The cache of calibrations.
-
-
 def calibration_file(settings: ModelSettings, code: AbstractCode) -> Path | None:
     """Return the cache file of a shipped model's calibration, beside the compiled programs.
 
-    It is named after all that the calibration depends on. None where those programs are not kept,
-    for a model of your own, whose name does not say what it computes, and for a tolerance.
+    It is named after all that the calibration depends on: the model, its code, how it runs, and our
+    sources. None where those programs are not kept, for a model of your own, whose name does not
+    say what it computes, and for a tolerance.
     """
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    assert settings.model is not None
+    folder, model = os.environ.get("JAX_COMPILATION_CACHE_DIR"), str(settings.model)
     values = settings.policy().tolerance is not None
-    if values or not folder or "://" in folder or ":" in settings.model:
+    if values or not folder or "://" in folder or ":" in model:
         return None
-    digest = hashlib.sha256()
-    for part in _parts(settings, code):
-        digest.update(part)
-    return Path(folder) / "calibrations" / f"{settings.model}-{digest.hexdigest()[:32]}.npz"
-
-
-def _parts(settings: ModelSettings, code: AbstractCode) -> Iterator[bytes]:
-    """Yield all that calibration depends on: the model, its code, how it runs, and our sources."""
     leaves, structure = jax.tree.flatten(code)
     conditions = current_conditions(settings.worker_dtype)
-    yield repr((_returned(settings), conditions, x64_enabled(), structure)).encode()
+    digest = hashlib.sha256(
+        repr((_returned(settings), conditions, x64_enabled(), structure)).encode()
+    )
     for leaf in leaves:
-        yield np.asarray(leaf).tobytes()
+        digest.update(np.asarray(leaf).tobytes())
     for package in _SOURCES:
         spec = importlib.util.find_spec(package)
         assert spec is not None
-        for folder in map(Path, spec.submodule_search_locations or ()):
-            weights = folder.glob(f"weights/{settings.model}.*")
-            for path in (*sorted(folder.rglob("*.py")), *sorted(weights)):
-                yield path.read_bytes()
+        for source in map(Path, spec.submodule_search_locations or ()):
+            weights = source.glob(f"weights/{model}.*")
+            for path in (*sorted(source.rglob("*.py")), *sorted(weights)):
+                digest.update(path.read_bytes())
     for name in _VERSIONS:
         try:
-            yield importlib.metadata.version(name).encode()
+            digest.update(importlib.metadata.version(name).encode())
         except importlib.metadata.PackageNotFoundError:
-            yield b"-"
+            digest.update(b"-")
+    return Path(folder) / "calibrations" / f"{model}-{digest.hexdigest()[:32]}.npz"

@@ -15,9 +15,7 @@ from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, save
 from ..codes._points import coincident
 from ..evaluation import Evaluations, evaluate
 from ..evaluation._objective import Trial, landscape, make_trial
-from ..inference.models import Model
-from ..stragglers import AbstractStragglers
-from ..tuning import Descent, LayoutTuning, Tuned, learn_decoder, search_layout, tune
+from ..tuning import Descent, LayoutTuning, learn_decoder, search_layout, tune
 from ..tuning._layouts import LayoutSearch
 from ..tuning._tune import TuningStep
 from ._errors import of_option
@@ -67,7 +65,12 @@ def tune_code(options: TuneOptions) -> None:
 
     def prepare() -> tuple[Trial | None, Evaluations]:
         """Return the picture's trial and the other codes' rows, which need no tuned code."""
-        trial = None if searching else _trial(network, start, held, laws, seed)
+        trial = None
+        if not searching:
+            count = min(len(held) // num_data, 16)
+            groups = held[: count * num_data].reshape(count, num_data, *held.shape[1:])
+            trial = make_trial(network, start, groups, laws, key=key, num_sets=8)
+            landscape(network, start, trial, _GRID[:1], _GRID)  # compiles
         return trial, rows(others) if quick else Evaluations()
 
     # Compiling keeps one core busy, so the little that there is to compute runs next to it.
@@ -108,7 +111,16 @@ def tune_code(options: TuneOptions) -> None:
             "objective": f"{100 * best.disagreement:.2f} % of labels differ, on held-out groups",
         }  # fmt: skip
     else:
-        tuned = _tune_with_bar(console, network, start, x, laws, key=key, **descent)
+        with steps_bar(console) as bar:
+            task = bar.add_task("compiling ...", total=options.steps)
+
+            def on_step(step: TuningStep, code: NeRCC) -> None:
+                bar.update(task, completed=step.step)
+                if step.held_out is not None:
+                    text = f"error {step.held_out:.3f} of the untuned code's"
+                    bar.update(task, description=text)
+
+            tuned = tune(network, start, x, laws, key=key, on_step=on_step, **descent)
         code = tuned.code
         numbers = ", ".join(
             f"{name} {float(getattr(code, name)):.3g}"
@@ -158,44 +170,6 @@ def start_code(num_data: int, num_workers: int, layout: str) -> NeRCC:
     code = NeRCC(num_data, num_workers, points=layout)
     own = jnp.all(coincident(code.alpha, code.beta))
     return NeRCC(num_data, num_workers, points=layout, exact=True) if own else code
-
-
-def _trial(
-    network: Model,
-    start: NeRCC,
-    held: np.ndarray,
-    laws: Mapping[str, AbstractStragglers],
-    seed: int,
-) -> Trial:
-    """Return the trial of the picture, for which `landscape` is compiled, too."""
-    num_data = start.num_data
-    groups = held[: min(len(held) // num_data, 16) * num_data]
-    groups = groups.reshape(-1, num_data, *held.shape[1:])
-    trial = make_trial(network, start, groups, laws, key=jax.random.key(seed), num_sets=8)
-    landscape(network, start, trial, _GRID[:1], _GRID)
-    return trial
-
-
-def _tune_with_bar(
-    console: Console,
-    network: Model,
-    start: NeRCC,
-    x: np.ndarray,
-    laws: Mapping[str, AbstractStragglers],
-    *,
-    descent: Descent,
-    **further: Any,
-) -> Tuned[NeRCC]:
-    with steps_bar(console) as progress:
-        task = progress.add_task("compiling ...", total=descent.steps)
-
-        def on_step(step: TuningStep, code: NeRCC) -> None:
-            progress.update(task, completed=step.step)
-            if step.held_out is not None:
-                text = f"error {step.held_out:.3f} of the untuned code's"
-                progress.update(task, description=text)
-
-        return tune(network, start, x, laws, descent=descent, on_step=on_step, **further)
 
 
 def _layout_table(search: LayoutSearch) -> Table:

@@ -23,7 +23,7 @@ from ..pools._row_files import fingerprint_of_array
 from ..stragglers import AbstractStragglers, ExactStragglers
 from ._errors import of_option
 from ._options import ModelOptions, Returned
-from ._own_models import EXAMPLES, example_inputs, is_own, is_shipped, load_callable, load_hub
+from ._own_models import EXAMPLES, example_inputs, hub_name, is_own, is_shipped, load_callable
 
 _HELD_OUT = 1000  # most inputs in the test split; a fifth of the inputs if that is fewer
 _FILES = (".npy", ".npz", ".csv", ".parquet")  # suffixes of files of inputs
@@ -69,16 +69,6 @@ class Points:
     ids: np.ndarray | None = None
 
 
-def inputs_of(network: WorkerModel, split: str, data_dir: Path | None) -> Points:
-    from nercc_models import load_data
-
-    try:
-        data = load_data(network.network.data, split, data_dir=data_dir)
-    except ValueError as error:
-        raise ValueError(f"--split {split}: {error}") from error
-    return Points(split, data.images, data.labels, network.network.preprocess)
-
-
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """A model as workers run it, and its data points.
@@ -116,7 +106,12 @@ class Workload:
     def rows(self, split: str) -> Points:
         """Return all data points of a split, or all of `x`, in their order."""
         if self.x is None:
-            return inputs_of(self.model, split, self.data_dir)
+            from nercc_models import load_data
+
+            network = self.model.network
+            with of_option(f"--split {split}"):
+                data = load_data(network.data, split, data_dir=self.data_dir)
+            return Points(split, data.images, data.labels, network.preprocess)
         labels = np.full(len(self.x), -1)
         return Points(Path(self.source).name, self.x, labels, np.asarray, self.ids)
 
@@ -159,7 +154,12 @@ def find_model(name: str, weights: Path | None, outputs: Returned) -> Any:
     """Return the model that an option names, as workers run it; raise as `find_workload`."""
     if is_shipped(name):
         return load_worker_model(name, outputs)
-    network = load_callable(name, weights) if is_own(name) else load_hub(name)
+    if is_own(name):
+        network = load_callable(name, weights)
+    else:
+        from nercc_models import load_hub_model
+
+        network = load_hub_model(hub_name(name))
     return WorkerModel(network, outputs) if outputs == "probabilities" else network
 
 
@@ -295,8 +295,15 @@ def read_input_file(
         raise ValueError(f"{option}: there is no such file")
     if path.suffix not in _FILES:
         raise ValueError(f"{option}: a file ends in {', '.join(_FILES)}")
+    if path.suffix in (".npy", ".npz") and (columns or id_column):
+        raise ValueError(f"{option}: --columns and --id-column are for .csv and .parquet files")
+    if path.suffix == ".parquet":
+        needs_pyarrow(option)
     try:
-        found, ids = _READERS[path.suffix](path, columns, id_column)
+        if path.suffix in (".npy", ".npz"):
+            found, ids = _read_array(path), None
+        else:
+            found, ids = _read_table(path, columns, id_column)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{option} cannot be read: {error}") from error
     if found.dtype.kind not in "biuf":
@@ -331,43 +338,44 @@ def read_named_inputs(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         raise ValueError(f"--inputs {path} has no arrays of numbers by name: {error}") from error
 
 
-def _array(path: Path, *columns: str | None) -> tuple[np.ndarray, None]:
-    if any(columns):
-        raise ValueError("--columns and --id-column are for .csv and .parquet files")
+def _read_array(path: Path) -> np.ndarray:
     file = np.load(path, allow_pickle=False)
     if path.suffix == ".npy":
-        return file, None
+        return file
     with file:
         if len(file.files) != 1:
             raise ValueError(f"it holds {len(file.files)} arrays, {file.files}: one is needed")
-        return file[file.files[0]], None
+        return file[file.files[0]]
 
 
-def _csv(
+def _read_table(
     path: Path, columns: str | None, id_column: str | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark
-        reader = csv.reader(file)
-        names = [name.strip() for name in next(reader, [])]
-        named = not all(_is_number(cell) for cell in names)
-        if columns is None and id_column is None:
-            options: dict[str, Any] = {"skiprows": int(named), "encoding": "utf-8-sig"}
-            return np.loadtxt(path, delimiter=",", ndmin=2, **options), None
+    """Return the numbers of a .csv or .parquet, a row for each of it, and the ids."""
+    plain = columns is None and id_column is None
+    table: Any = None
+    if path.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            table = parquet.read_table(path)
+        except pyarrow.ArrowException as error:
+            raise ValueError(str(error)) from error
+        names = table.column_names
+    else:
+        options: dict[str, Any] = {"delimiter": ",", "ndmin": 2, "encoding": "utf-8-sig"}
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark
+            names = [name.strip() for name in next(csv.reader(file), [])]
+        named = not all(map(_is_number, names))
+        if plain:
+            return np.loadtxt(path, skiprows=int(named), **options), None
         if not named:
             raise ValueError("its first line has no names of columns")
-        chosen, place = _chosen_columns(names, columns, id_column)
-        # As text the ids may hold quotes and commas, and anything else.
-        rows = [row for row in reader if row]
-    if short := next((row for row in rows if len(row) != len(names)), None):
-        raise ValueError(f"a row has {len(short)} cells under {len(names)} names: {short}")
-    x = np.array([[float(row[each]) for each in chosen] for row in rows])
-    return x, None if place is None else np.array([row[place] for row in rows], str)
+        # As texts, ids may hold quotes and commas, and anything else.
+        options |= {"quotechar": '"', "comments": None, "skiprows": 1}
+        table = np.loadtxt(path, str, **options)
 
-
-def _chosen_columns(
-    names: list[str], columns: str | None, id_column: str | None
-) -> tuple[list[int], int | None]:
-    """Return the places of input columns, and that of the ids; raise ValueError where one lacks."""
     asked = [] if columns is None else columns.split(",")
     for name in (*asked, *([] if id_column is None else [id_column])):
         if names.count(name) != 1:
@@ -375,8 +383,20 @@ def _chosen_columns(
             raise ValueError(f"it has {count} {name!r}, but {', '.join(names)}")
     if columns is None:
         asked = [name for name in names if name != id_column]
+    chosen = [names.index(name) for name in asked]
     place = None if id_column is None else names.index(id_column)
-    return [names.index(each) for each in asked], place
+    if isinstance(table, np.ndarray):
+        return table[:, chosen].astype(float), None if place is None else table[:, place]
+    x = np.column_stack([table.column(each).to_numpy() for each in chosen])
+    if place is None:
+        return x, None
+    ids = table.column(place)
+    if ids.null_count:
+        raise ValueError(f"{ids.null_count} rows have no {id_column!r}")
+    import pyarrow
+
+    text = pyarrow.types.is_string(ids.type) or pyarrow.types.is_large_string(ids.type)
+    return x, ids.to_numpy().astype(str) if text else ids.to_numpy()
 
 
 def _is_number(cell: str) -> bool:
@@ -385,28 +405,3 @@ def _is_number(cell: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _parquet(
-    path: Path, columns: str | None, id_column: str | None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    needs_pyarrow(f"--inputs {path}")
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise ValueError(str(error)) from error
-    chosen, place = _chosen_columns(table.column_names, columns, id_column)
-    x = np.column_stack([table.column(each).to_numpy() for each in chosen])
-    if place is None:
-        return x, None
-    ids = table.column(place)
-    if ids.null_count:
-        raise ValueError(f"{ids.null_count} rows have no {id_column!r}")
-    text = pyarrow.types.is_string(ids.type) or pyarrow.types.is_large_string(ids.type)
-    return x, ids.to_numpy().astype(str) if text else ids.to_numpy()
-
-
-_READERS: dict[str, Any] = {".npy": _array, ".npz": _array, ".csv": _csv, ".parquet": _parquet}

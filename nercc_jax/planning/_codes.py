@@ -263,8 +263,9 @@ class Codes:
         for start in range(0, len(rows), _CHUNK):
             part = rows[start : start + _CHUNK]
             group, index = np.resize(part, (_CHUNK, 2)).T
-            given = map(jnp.asarray, (answers[group], mask[group, index], labels[group]))
-            decoded = _decode(code, *given, error_probability)
+            given = (answers[group], mask[group, index], labels[group])
+            y, responded, wanted = map(jnp.asarray, given)
+            decoded = _decode(code, y, responded, wanted, error_probability)
             for kept, new in zip((wrong, probability), decoded, strict=True):
                 kept[tuple(part.T)] = np.asarray(new)[: len(part)]
         probability[known] = 0

@@ -72,11 +72,12 @@ class Plan:
             if surrogate is None:
                 raise ValueError("this plan orders by a surrogate, or answers by it: give it")
             given = Surrogate(surrogate) if best.system == KNOWN else None
+        order: Any = surrogate if best.order == "surrogate" else best.order
         return Scheme(
             best.code,
             surrogate=given,
             error_probability=self.error_probability,
-            order=surrogate if best.order == "surrogate" else best.order,
+            order=order,
             buffer_size=self.asked["buffer_size"],
         )
 
@@ -99,7 +100,8 @@ class Plan:
         content = _FORMAT.read(Path(path))
 
         def candidate(row: dict[str, Any]) -> Candidate:
-            return Candidate(**row | {"disagreement": Estimate(**row["disagreement"])})
+            fields: dict[str, Any] = row | {"disagreement": Estimate(**row["disagreement"])}
+            return Candidate(**fields)
 
         try:
             conditions, doubt = Conditions(**(content.get("conditions") or {})), content["doubt"]
@@ -239,14 +241,14 @@ def plan(
     on_stage("the model's own answers")
     x = np.asarray(x)
     order = np.asarray(jax.random.permutation(keys[1], len(x)))
-    halves = tuple(
+    first, second = (
         Half(model, x[np.sort(part)], buffer_size, surrogate, batch_size)
         for part in (order[: len(x) // 2], order[len(x) // 2 :])
     )
     probabilities: dict[Candidate, ErrorProbability | None] = {}
     if surrogate is not None:
-        probabilities |= _known_systems(latencies, asked, effort, *halves)
-    codes = Codes(latencies, asked, effort, *halves, fastest)
+        probabilities |= _known_systems(latencies, asked, effort, first, second)
+    codes = Codes(latencies, asked, effort, first, second, fastest)
     on_stage("screening codes")
     orders = (None, "pixels") + (() if surrogate is None else ("surrogate",))
     screened = codes.screen(num_data, layouts, orders)
@@ -258,8 +260,8 @@ def plan(
     rows = tuple(dataclasses.replace(r, p50=r.p50 + late, p99=r.p99 + late) for r in found)
     best, reason = recommend(rows, asked, effort.alike)
     about = {
-        "calibration_points": len(halves[0].x),
-        "held_out_points": len(halves[1].x),
+        "calibration_points": len(first.x),
+        "held_out_points": len(second.x),
         "straggler_sets": effort.sets,
         "seconds": round(time.perf_counter() - begin, 1),
     }

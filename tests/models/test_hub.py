@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nercc_jax.cli._own_models import load_callable, load_hub
+from nercc_jax.cli._own_models import load_callable
+from nercc_jax.cli._workload import find_model
 from nercc_models import HubModel, TorchModel, hub_file, load_hub_model, load_pretrained
 
 COMMIT = "0" * 40
@@ -49,7 +50,7 @@ def of_timm(hub):
 def test_an_architecture_of_ours_is_jaxs(of_timm):
     """With the arrays that `load_pretrained` reads, which answers as timm's do."""
     state = of_timm("vit_tiny_patch16_224").state_dict()
-    model = load_hub("hf:owner/name")
+    model = find_model("hf:owner/name", None, "logits")
     assert isinstance(model, HubModel)
     expected = nnx.state(load_pretrained("vit_tiny_patch16_224", state).model)
     jax.tree.map(np.testing.assert_array_equal, model.state, expected)
@@ -60,7 +61,7 @@ def test_an_architecture_of_ours_is_jaxs(of_timm):
 
 def test_other_architectures_are_pytorchs(of_timm):
     torch, original = pytest.importorskip("torch"), of_timm("test_resnet")
-    model = load_hub("hf:owner/name")
+    model = find_model("hf:owner/name", None, "logits")
     assert isinstance(model, TorchModel)
     assert model.input_shape == (160, 160, 3)
     images = np.random.default_rng(0).integers(0, 256, (2, 200, 180, 3), np.uint8)
@@ -88,7 +89,7 @@ def test_what_cannot_be_had_is_told(hub):
     assert hub_file("owner/text", "config.json").read_text() == '{"model_type": "bert"}'
     for name in ("hf:owner", "hf:owner/name/file", "hf:/name"):
         with pytest.raises(ValueError, match="named hf:owner/name"):
-            load_hub(name)
+            find_model(name, None, "logits")
 
 
 def test_pytorch_behind_jax_may_be_mapped():
