@@ -268,11 +268,11 @@ def _run(
         "evaluations": tuned.evaluations,
         "differentiated": tuned.differentiated,
         "counted": tuned.evaluations + BACKWARD * tuned.differentiated,
-        "steps": len(tuned.history) - 1,
+        "steps": len(tuned.path) - 1,
         "rejected": tuned.rejected,
         **{name: float(getattr(code, name)) for name in NUMBERS},
-        "path": [[step.parameters[name] for name in NUMBERS[:2]] for step in tuned.history],
-        "held_out": [[s.step, s.held_out] for s in tuned.history if s.held_out is not None],
+        "path": [[step.parameters[name] for name in NUMBERS[:2]] for step in tuned.path],
+        "held_out": [[s.step, s.held_out] for s in tuned.path if s.held_out is not None],
     }
 
 

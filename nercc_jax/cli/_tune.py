@@ -112,10 +112,10 @@ def tune_code(options: TuneOptions) -> None:
         }  # fmt: skip
     else:
         with steps_bar(console) as bar:
-            task = bar.add_task("compiling ...", total=options.steps)
+            task = bar.add_task("compiling ...", total=2 * options.steps)  # two starts
 
             def on_step(step: TuningStep, code: NeRCC) -> None:
-                bar.update(task, completed=step.step)
+                bar.update(task, completed=step.start * options.steps + step.step)
                 if step.held_out is not None:
                     text = f"error {step.held_out:.3f} of the untuned code's"
                     bar.update(task, description=text)
@@ -126,8 +126,9 @@ def tune_code(options: TuneOptions) -> None:
             f"{name} {float(getattr(code, name)):.3g}"
             for name in ("lambda_enc", "lambda_dec", "gap_exponent")
         )
+        taken = sum(step.objective is not None for step in tuned.history)
         found = {
-            "tuned": f"{len(tuned.history) - 1} steps in {tuned.seconds:.0f} s: {numbers}",
+            "tuned": f"{taken} steps in {tuned.seconds:.0f} s: {numbers}",
             "objective": f"{tuned.objective:.4f} of the untuned code's, on held-out groups",
         }
     made: dict[str, AbstractCode] = {"tuned": code}
@@ -141,7 +142,7 @@ def tune_code(options: TuneOptions) -> None:
         if tuned is not None and trial is not None:
             grid = np.asarray(landscape(network, code, trial, _GRID, _GRID))
             title = f"{options.model}, K={num_data}, N={num_workers}"
-            tuning_plot(tuned.history, _GRID, grid, title, options.plot)
+            tuning_plot(tuned.path, _GRID, grid, title, options.plot)
 
     with evaluating(console) as progress:
         new = made | ({} if known else others)

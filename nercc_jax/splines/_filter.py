@@ -168,7 +168,8 @@ def variance_in_turn(
     inverse = _triangle_inverse(a0, a1, b0, zero)
     forward = -_product(inverse, jnp.stack([jnp.stack([a2, a3], -1), jnp.stack([b1, b2], -1)], -2))
     noise = _product(inverse, jnp.swapaxes(inverse, -1, -2))
-    last = _triangle_inverse(*(factor.last[i] for i in range(3)), jnp.zeros_like(problem.mu))
+    a0, a1, b0 = factor.last[0], factor.last[1], factor.last[2]
+    last = _triangle_inverse(a0, a1, b0, jnp.zeros_like(problem.mu))
     final = _product(last, last.T)
 
     def backward(covariance, gap):

@@ -42,11 +42,13 @@ _SPLIT, _DRAWS = 0, 1
 class TuningStep:
     """One step: its number, the objective on the groups it drew, and the lambdas it started from.
 
+    `start` is the number of the start whose descent it belongs to.
     `held_out` is the objective on the held-out groups, in those steps that looked; the last entry
     only looks. A `rejected` step had an objective or a gradient that was not finite, and changed
     nothing.
     """
 
+    start: int
     step: int
     objective: float | None
     held_out: float | None
@@ -65,6 +67,7 @@ class Tuned(Generic[Code]):
             descent was lower than that before by `Descent.tolerance` at most. (A learning rate that
             falls to zero ends all progress, too: compare with more steps.)
         history: The entries of all steps, start after start.
+        start: The number of the start that the code is from.
         evaluations: Data points and coded data points that the model ran on.
         differentiated: Those of them that its gradient ran on, too.
         seconds: The time it took.
@@ -74,9 +77,15 @@ class Tuned(Generic[Code]):
     objective: float
     converged: bool
     history: tuple[TuningStep, ...]
+    start: int
     evaluations: int
     differentiated: int
     seconds: float
+
+    @property
+    def path(self) -> tuple[TuningStep, ...]:
+        """Return the steps from the start that the code is from."""
+        return tuple(step for step in self.history if step.start == self.start)
 
     @property
     def rejected(self) -> int:
@@ -167,17 +176,14 @@ def tune(
     optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=descent.steps)
     step = compiled_value_and_grad(objective) if lbfgs else compiled_step(objective, optimizer)
 
-    best, lowest, converged = first, 1.0, True
+    best, lowest, converged, winner = first, 1.0, True, 0
     history: list[TuningStep] = []
-    for begin, rebuild in parametrized:
+    for number, (begin, rebuild) in enumerate(parametrized):
 
-        def note(entry: Entry, rebuild: Rebuild = rebuild) -> None:
+        def note(entry: Entry, rebuild: Rebuild = rebuild, number: int = number) -> None:
             here = rebuild(entry.parameters)
-            history.append(
-                TuningStep(
-                    entry.step, entry.objective, entry.held_out, entry.rejected, _scalars(here)
-                )
-            )
+            seen = entry.step, entry.objective, entry.held_out, entry.rejected
+            history.append(TuningStep(number, *seen, _scalars(here)))
             on_step(history[-1], here)
 
         def validate(parameters: Parameters, rebuild: Rebuild = rebuild) -> float:
@@ -190,7 +196,8 @@ def tune(
         else:
             descend(step, optimizer.init(begin), begin, arguments, key_steps, journal)
         if journal.best is not None:
-            best, lowest, converged = rebuild(journal.best), journal.lowest, journal.converged()
+            best, lowest, winner = rebuild(journal.best), journal.lowest, number
+            converged = journal.converged()
     taken = [each for each in history if each.objective is not None]
     if rejected := sum(each.rejected for each in taken):
         warnings.warn(
@@ -208,6 +215,7 @@ def tune(
         objective=lowest,
         converged=converged,
         history=tuple(history),
+        start=winner,
         evaluations=held_groups * (k + (judged + 1) * n) + count * (k + n),
         differentiated=count * n,
         seconds=time.perf_counter() - start,
