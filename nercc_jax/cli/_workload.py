@@ -364,17 +364,20 @@ def _read_table(
             raise ValueError(str(error)) from error
         names = table.column_names
     else:
-        options: dict[str, Any] = {"delimiter": ",", "ndmin": 2, "encoding": "utf-8-sig"}
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark
-            names = [name.strip() for name in next(csv.reader(file), [])]
-        named = not all(map(_is_number, names))
-        if plain:
-            return np.loadtxt(path, skiprows=int(named), **options), None
-        if not named:
-            raise ValueError("its first line has no names of columns")
-        # As texts, ids may hold quotes and commas, and anything else.
-        options |= {"quotechar": '"', "comments": None, "skiprows": 1}
-        table = np.loadtxt(path, str, **options)
+            reader = csv.reader(file)
+            names = [name.strip() for name in next(reader, [])]
+            named = not all(map(_is_number, names))
+            if plain:
+                options: dict[str, Any] = {"delimiter": ",", "ndmin": 2, "encoding": "utf-8-sig"}
+                return np.loadtxt(path, skiprows=int(named), **options), None
+            if not named:
+                raise ValueError("its first line has no names of columns")
+            # As texts, ids may hold quotes and commas, and anything else.
+            rows = [row for row in reader if row]
+        if short := next((row for row in rows if len(row) != len(names)), None):
+            raise ValueError(f"a row has {len(short)} cells under {len(names)} names: {short}")
+        table = np.array(rows, str).reshape(-1, len(names))
 
     asked = [] if columns is None else columns.split(",")
     for name in (*asked, *([] if id_column is None else [id_column])):
