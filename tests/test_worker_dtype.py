@@ -25,7 +25,7 @@ from nercc_jax import (
     evaluate,
     pool_inference,
 )
-from nercc_jax.evaluation import Estimate, make_forecast, nested_objective, record_answers
+from nercc_jax.evaluation import Estimate, make_forecast, record_answers
 from nercc_jax.inference import CalibrationWarning, cast_model
 from nercc_jax.inference.models import Conditions, current_conditions
 from nercc_jax.planning import Plan
@@ -196,21 +196,6 @@ def test_gradients_are_those_of_float32_but_for_rounding():
         assert by.dtype == np.float32
         scale = np.abs(plain).max()
         assert 0 < np.abs(by - plain).max() < 0.05 * scale
-
-
-def test_the_objective_and_its_slope():
-    model = cast_model(Linear(jnp.asarray(WEIGHTS[:, :4]), jnp.arange(4)), "bfloat16")
-    own = np.asarray(by_argument(X, jnp.asarray(WEIGHTS[:, :4]), jnp.arange(3)))
-
-    @jax.jit
-    @jax.value_and_grad
-    def slope(x):
-        return nested_objective(model, CODE, x, MASK[None], originals=own)
-
-    value, gradient = slope(jnp.asarray(X))
-    assert value > 0
-    assert gradient.dtype == jnp.float32
-    assert np.abs(gradient).max() > 0
 
 
 @pytest.mark.parametrize("make", [linear, layer])
