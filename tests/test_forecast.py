@@ -1,6 +1,6 @@
 """Forecasts against `evaluate` and against decoding group by group, compared in plain NumPy."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import equinox as eqx
 import jax
@@ -195,17 +195,9 @@ def test_a_known_mask_is_not_decoded_again(monkeypatch):
 
 def test_enough_may_be_asked_from_threads():
     enough = make_forecast(model, CODES["NeRCC"], data()).below(max_disagreement=0.2)
-    verdicts = [None] * 8
     masks = np.random.default_rng(1).uniform(size=(8, N)) < 0.6
-
-    def ask(place):
-        verdicts[place] = enough(masks[place])
-
-    threads = [threading.Thread(target=ask, args=(place,)) for place in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    with ThreadPoolExecutor(8) as threads:
+        verdicts = list(threads.map(enough, masks))
     assert verdicts == [enough(mask) for mask in masks]
 
 

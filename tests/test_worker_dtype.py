@@ -199,15 +199,10 @@ def test_gradients_are_those_of_float32_but_for_rounding():
 
 
 @pytest.mark.parametrize("make", [linear, layer])
-def test_on_a_mesh(make):
+def test_a_mesh_exchanges_the_narrow_numbers(make):
     mesh = Mesh(np.array(jax.devices()), ("workers",))
     infer = coded_inference(make(), CODE, mesh=mesh, worker_dtype="bfloat16")
     check(infer(X, MASK), "bfloat16")
-
-
-def test_a_mesh_exchanges_the_narrow_numbers():
-    mesh = Mesh(np.array(jax.devices()), ("workers",))
-    infer = coded_inference(linear(), CODE, mesh=mesh, worker_dtype="bfloat16")
     text = jax.jit(infer).lower(jnp.asarray(X), jnp.asarray(MASK)).as_text()
     exchanged = [line for line in text.splitlines() if "all_to_all" in line and "5x" not in line]
     assert any("xbf16>" in line for line in exchanged)
