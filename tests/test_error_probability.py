@@ -10,7 +10,6 @@ from scipy.special import expit
 from nercc_jax import Berrut, ExactStragglers, NeRCC, calibrate_error_probability
 from nercc_jax.evaluation import record_answers
 from nercc_jax.risk import ErrorProbability, logistic_regression
-from nercc_jax.risk._calibration import regression
 from nercc_jax.risk._error_probability import fit_error_probability, observe_errors
 from nercc_jax.surrogates import Surrogate
 from nercc_jax.surrogates.surrogate import group_prior_of_points
@@ -189,24 +188,6 @@ def test_where_hardly_anything_is_known_rounding_decides_nothing(slope, dtype):
             <= error_probability.risks[np.searchsorted(np.asarray(error_probability.levels), limit)]
             + 5e-3
         )
-
-
-def test_a_groups_calibration_does_not_come_from_itself():
-    """Other labels in a group change its own log-odds by the common shift and scale only."""
-    rng = np.random.default_rng(0)
-    features = np.column_stack([np.ones(300), rng.normal(size=(300, 3))])
-    group = np.repeat(np.arange(15), 20)
-    wrong = rng.uniform(size=300) < expit(features @ [-1.0, 1.0, -0.5, 0.2])
-    first, last = group == 0, group == 14
-    changed = np.where(first, ~wrong, wrong)
-    before, after = (regression(features, labels, group, 1.0, ())[1] for labels in (wrong, changed))
-
-    def unexplained(part):
-        line = np.polyfit(before[part], after[part], 1)
-        return np.abs(np.polyval(line, before[part]) - after[part]).max()
-
-    assert unexplained(first) < 1e-9
-    assert unexplained(last) > 1e-3, "to others they tell something"
 
 
 @pytest.mark.parametrize("slope", [-1.5, 1.5])

@@ -47,7 +47,8 @@ def cluster(tmp_path_factory):
             return jnp.concatenate([3 * batch + 1, -batch], axis=1) + (0 if SENT else jnp.nan)
     """
     (folder / "nercc_own_model.py").write_text(textwrap.dedent(source))
-    with warnings.catch_warnings(), sys_path(folder):
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
         warnings.simplefilter("ignore")  # of fork, which Ray follows by exec
         head = {"num_cpus": CPUS, "_system_config": {"prestart_worker_first_driver": False}}
         made = started(lambda: Cluster(initialize_head=True, head_node_args=head))
@@ -66,13 +67,6 @@ def started(make, tries=3):
         with contextlib.suppress(Exception):
             return make()
     return make()
-
-
-@contextlib.contextmanager
-def sys_path(folder):
-    sys.path.insert(0, str(folder))
-    yield
-    sys.path.remove(str(folder))
 
 
 def by_node(pool):

@@ -4,7 +4,6 @@ import os
 import pickle
 import signal
 import sys
-import time
 import warnings
 
 import numpy as np
@@ -85,26 +84,6 @@ def test_one_column_keeps_its_shape(data):
 
     rows = read(map_rows(dataset(data), middle, "image", tolerance=0.0, num_workers=2))
     assert all(row["value"] == int(name.split()[1]) for name, row in rows.items())
-
-
-def test_at_the_deadline_every_row_has_a_value_or_a_reason(data):
-    def slow(x):
-        time.sleep(1.0 * len(x))
-        return swing(x)
-
-    options = {"tolerance": 0.0, "job_deadline": 6.0, "num_workers": 2}
-    found = map_rows(dataset(data), slow, COLUMNS, **options)
-    rows = read(found).values()
-    computed = [row for row in rows if row["status"] == "computed"]
-    assert 0 < len(computed) < 120
-    for row in computed:
-        expected = swing(np.array([[row["angle"], row["speed"]]]))[0]
-        np.testing.assert_array_equal(row["value"], expected)
-    for row in rows:
-        if row["status"] != "computed":
-            assert row["status"] == "unknown"
-            assert "before the job's deadline" in row["reason"]
-            assert row["error_bar"] == np.inf
 
 
 def test_a_row_that_raises_is_unknown_and_a_worker_that_dies_loses_none(data, tmp_path):

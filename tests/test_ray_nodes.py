@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import warnings
 from concurrent.futures import Future
 from unittest import mock
@@ -71,10 +70,8 @@ def test_workers_are_spread_as_nodes_have_room(cpus, demand, workers, expected):
 def test_gpus_count_as_well():
     found = [*nodes(8), Node("g", "10.0.0.9", {"CPU": 8.0, "GPU": 2.0})]
     assert placed(found, {"CPU": 0.5, "GPU": 0.25}, 10) == [0, 8]
-    assert demand_of({"num_cpus": 0, "num_gpus": 1, "resources": {"TPU": 4}}) == {
-        "GPU": 1.0,
-        "TPU": 4.0,
-    }
+    options = {"num_cpus": 0, "num_gpus": 1, "resources": {"TPU": 4}}
+    assert demand_of(options) == {"GPU": 1.0, "TPU": 4.0}
 
 
 def test_a_worker_moves_where_that_makes_them_even():
@@ -114,53 +111,22 @@ def test_moves_are_one_at_a_time_and_not_while_workers_start():
     assert scheduler.restart.call_count == 2
 
 
-class PlacedElsewhere:
-    """A Ray of two nodes whose actors all come to lie on the second, whatever was asked for."""
-
-    def __init__(self):
-        self.asked: list[str] = []
-
-    def put(self, value):
-        return value
-
-    def cluster_resources(self):
-        return {"CPU": 16.0}
-
-    def nodes(self):
-        return [
-            {"NodeID": name, "NodeManagerAddress": name, "Resources": {"CPU": 8.0}, "Alive": True}
-            for name in (FIRST, SECOND)
-        ]
-
-    def kill(self, actor):
-        pass
-
-    def remote(self, **options):
-        return lambda actor: self
-
-    def options(self, scheduling_strategy):
-        self.asked.append(scheduling_strategy.node_id)
-        return types.SimpleNamespace(remote=self._actor)
-
-    def _actor(self):
-        return types.SimpleNamespace(
-            where=self._call(NodePlacement(1, "cpu", SECOND)),
-            load=self._call(None),
-            wait_for_death=types.SimpleNamespace(remote=lambda: self._answer(Future())),
-        )
-
-    def _call(self, answer):
-        future = Future()
-        future.set_result(answer)
-        return types.SimpleNamespace(remote=lambda *arguments: self._answer(future))
-
-    def _answer(self, future):
-        return types.SimpleNamespace(future=lambda: future)
-
-
 def test_a_worker_that_was_placed_elsewhere_than_planned_is_counted_where_it_is(monkeypatch):
+    """A Ray of two nodes whose actors all come to lie on the second, whatever was asked for."""
     require("ray", "ray")
-    ray = PlacedElsewhere()
+    ray = mock.MagicMock()
+    ray.cluster_resources.return_value = {"CPU": 16.0}
+    ray.nodes.return_value = [
+        {"NodeID": name, "NodeManagerAddress": name, "Resources": {"CPU": 8.0}, "Alive": True}
+        for name in (FIRST, SECOND)
+    ]
+    placed_actor = ray.remote.return_value.return_value.options
+    actor = placed_actor.return_value.remote.return_value
+    answers = {"where": NodePlacement(1, "cpu", SECOND), "load": None, "wait_for_death": ...}
+    for method, answer in answers.items():
+        future = getattr(actor, method).remote.return_value.future.return_value = Future()
+        if answer is not ...:
+            future.set_result(answer)
     for file in BACKEND_FILES:
         monkeypatch.setattr(f"nercc_jax.pools.{file}.ray_module", lambda: ray)
     backend = ActorBackend(EncodedInputs(b"", []), (False, None), {"num_cpus": 0.5}, lambda: False)
@@ -172,7 +138,8 @@ def test_a_worker_that_was_placed_elsewhere_than_planned_is_counted_where_it_is(
     assert backend.held() == {SECOND: 4}
     backend.close()
     # None of them lies on the first, so that is where each of them was asked to be.
-    assert ray.asked == [FIRST] * 4
+    asked = [call.kwargs["scheduling_strategy"].node_id for call in placed_actor.call_args_list]
+    assert asked == [FIRST] * 4
 
 
 @contextlib.contextmanager

@@ -155,25 +155,6 @@ def test_a_folder_is_resumed_and_only_by_the_same_run(tmp_path):
     assert sum(calls) == 300 - done, "what was done is not computed again"
 
 
-def test_a_row_that_no_worker_answers_in_time_is_unknown_after_three_attempts():
-    opened, calls = threading.Event(), []
-
-    def stuck(batch):
-        if batch[0, 0] == 2:
-            calls.append(threading.current_thread())
-            opened.wait(60.0)
-        return batch
-
-    rows = np.arange(4.0)[:, None]
-    with DevicePool(RowFunction(stuck), 6, compiled=False) as pool:
-        options = {"tolerance": 0.0, "rows_per_call": 1, "deadline": 0.3}
-        result = run_rows(stuck, rows, pool, **options)
-        opened.set()
-    assert result.status.tolist() == ["computed", "computed", "unknown", "computed"]
-    assert result.reasons == {2: "no answer within 0.3 s"}
-    assert len(calls) == 3
-
-
 def test_a_run_ends_by_itself_before_its_pool_ends_the_process():
     class Ending(DevicePool):
         """Its cluster's head is gone, say."""
@@ -504,22 +485,19 @@ def test_a_budget_of_calls_is_kept(quick_fit):
     }
 
 
-def test_a_job_that_ends_before_anything_is_known_says_so():
-    opened = threading.Event()
-    with DevicePool(RowFunction(lambda x: opened.wait(60.0) and x), 2, compiled=False) as pool:
-        result = run_rows(smooth, ROWS[:5], pool, tolerance=0.0, job_deadline=0.3)
-        opened.set()
-    assert result.values is None
-    assert set(result.status.tolist()) == {"unknown"}
-    assert result.reasons[0] == "not computed before the job's deadline"
-    assert np.isinf(result.score).all()
-
-
 @pytest.mark.parametrize(
-    ("transport", "each", "most_calls"),
-    [(1e-3, 1e-6, 120), (0.0, 0.01, 2700), (0.06, 0.01, 1400), (0.0, 0.1, 20_000)],
+    ("transport", "each", "row_bytes", "most_calls"),
+    [
+        (1e-3, 1e-6, 100, 120),
+        (0.0, 0.01, 100, 2700),
+        (0.06, 0.01, 100, 1400),
+        (0.0, 0.1, 100, 20_000),
+        (1e-3, 0.0, 224 * 224 * 3 * 8, 3000),
+    ],
 )
-def test_calls_grow_to_a_quarter_of_a_second_and_leave_no_worker_idle(transport, each, most_calls):
+def test_calls_grow_to_a_quarter_of_a_second_or_16_mib_and_leave_no_worker_idle(
+    transport, each, row_bytes, most_calls
+):
     """A law of the calls' time, and two workers: each takes the next call when it is free."""
     count, times, sizes, free = 20_000, AnswerTimes(), [], [0.0, 0.0]
     done = np.zeros(count, bool)
@@ -530,22 +508,13 @@ def test_calls_grow_to_a_quarter_of_a_second_and_leave_no_worker_idle(transport,
         seconds = transport + each * len(taken)
         free[free.index(min(free))] += seconds
         times.add(len(taken), seconds)
-        rows.observe(len(taken), times, row_bytes=100)
+        rows.observe(len(taken), times, row_bytes)
         sizes.append(len(taken))
     assert done.all()
     assert len(sizes) <= most_calls
     assert max(sizes) == 1 or max(sizes) * each <= 0.25
+    assert max(sizes) * row_bytes <= 2**24
     assert max(free) <= 1.1 * (count * each + len(sizes) * transport) / 2 + 0.02
-
-
-def test_large_rows_make_small_calls():
-    times = AnswerTimes()
-    rows = RowQueue(np.arange(20_000), 2, RowSettings(tolerance=0.0))
-    for _ in range(200):
-        size = len(rows.take(np.zeros(20_000, bool)))
-        times.add(size, 1e-3)
-        rows.observe(size, times, row_bytes=224 * 224 * 3 * 8)
-    assert size * 224 * 224 * 3 * 8 <= 2**24
 
 
 def test_rows_that_raise_are_found_in_few_calls():
@@ -582,40 +551,49 @@ def test_inputs_of_the_learner_are_in_units_of_their_spread():
     assert standardized_inputs(images).shape == (600, 48)
 
 
-def test_slow_rows_hold_up_no_others():
-    """However many workers have a slow row, the others go on; a row that is late goes twice."""
-    opened, calls = threading.Event(), []
+def run_stuck(count, is_stuck, num_workers, **options):
+    """Run rows whose calls wait while `is_stuck(row, rows of all calls)`; the result and calls."""
+    over, calls = threading.Event(), []
 
-    def stuck(batch):
+    def function(batch):
         calls.append(batch[0, 0])
-        if batch[0, 0] in (3, 4) and calls.count(batch[0, 0]) == 1:
-            opened.wait(60.0)
+        while is_stuck(batch[0, 0], calls) and not over.wait(0.005):
+            pass
         return batch
 
-    rows = np.arange(200.0)[:, None]
-    with DevicePool(RowFunction(stuck), 4, compiled=False) as pool:
-        result = run_rows(stuck, rows, pool, tolerance=0.0, rows_per_call=1)
-        opened.set()
+    rows = np.arange(float(count))[:, None]
+    with DevicePool(RowFunction(function), num_workers, compiled=False) as pool:
+        result = run_rows(function, rows, pool, tolerance=0.0, rows_per_call=1, **options)
+        over.set()
+    return result, calls
+
+
+def test_a_row_that_no_worker_answers_in_time_is_unknown_after_three_attempts():
+    result, calls = run_stuck(4, lambda row, calls: row == 2, 6, deadline=0.3)
+    assert result.status.tolist() == ["computed", "computed", "unknown", "computed"]
+    assert result.reasons == {2: "no answer within 0.3 s"}
+    assert calls.count(2) == 3
+
+
+def test_an_answer_that_comes_after_its_deadline_is_welcome():
+    result, calls = run_stuck(5, lambda row, calls: row == 2 and len(calls) < 7, 4, deadline=0.3)
+    assert set(result.status.tolist()) == {"computed"}
+    assert calls.count(2) == 3
+
+
+def test_slow_rows_hold_up_no_others():
+    """However many workers have a slow row, the others go on; a row that is late goes twice."""
+    result, calls = run_stuck(200, lambda row, calls: row in (3, 4) and calls.count(row) == 1, 4)
     assert set(result.status.tolist()) == {"computed"}
     assert sorted(calls) == sorted([*range(200), 3, 4])
 
 
-def test_an_answer_that_comes_after_its_deadline_is_welcome():
-    opened, calls = threading.Event(), []
-
-    def stuck(batch):
-        calls.append(batch[0, 0])
-        if batch[0, 0] == 2 and len(calls) > 6:
-            opened.set()
-        if batch[0, 0] == 2:
-            opened.wait(60.0)
-        return batch
-
-    rows = np.arange(5.0)[:, None]
-    with DevicePool(RowFunction(stuck), 4, compiled=False) as pool:
-        result = run_rows(stuck, rows, pool, tolerance=0.0, rows_per_call=1, deadline=0.3)
-    assert set(result.status.tolist()) == {"computed"}
-    assert calls.count(2) == 3
+def test_a_job_that_ends_before_anything_is_known_says_so():
+    result, _ = run_stuck(5, lambda row, calls: True, 2, job_deadline=0.3)
+    assert result.values is None
+    assert set(result.status.tolist()) == {"unknown"}
+    assert result.reasons[0] == "not computed before the job's deadline"
+    assert np.isinf(result.score).all()
 
 
 def test_calls_grow_while_they_are_short():

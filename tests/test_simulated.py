@@ -50,6 +50,9 @@ def test_data_points_that_are_run_again_have_the_rest_of_the_deadline():
             assert pool.clock.now() == min(deadline, 6.0)
         assert result.reexecuted.all() == again
         assert result.reexecuted.any() == again
+        assert (result.error_probability > 0).all() != again, "what was decoded says how uncertain"
+        expected = np.tanh(X) if again else code.decode(np.tanh(code.encode(X)), np.ones(8, bool))
+        np.testing.assert_allclose(result.decoded.predictions, expected, atol=1e-5)
 
 
 def test_time_goes_on_while_somebody_waits_and_only_then():
@@ -221,10 +224,11 @@ def test_answers_that_are_none_say_nothing_about_service_times():
         assert pool.report().copies == 0, "nothing is known, so nothing is overdue"
 
 
-def test_answers_that_nobody_waits_for_are_wasted_time():
+def test_a_forgotten_batch_sends_nothing_more_and_its_answers_are_wasted_time():
     with paper(2) as pool:
-        pool.dispatch(POINTS[:2]).forget()
-        pool.dispatch(POINTS[:2]).wait(deadline=10.0)
+        pool.dispatch(POINTS).forget()
+        answers = pool.dispatch(POINTS[:2]).wait(deadline=10.0)
         report = pool.report()
-    assert (report.late, report.answered) == (2, 2)
+    np.testing.assert_array_equal(answers.values, 2 * POINTS[:2], err_msg="not the other's")
+    assert (report.sent, report.late, report.answered) == (4, 2, 2)
     assert (report.seconds, report.wasted_seconds) == (4.0, 2.0)

@@ -21,35 +21,33 @@ Means = extending.MovingAverages
 K, N = 3, 5
 
 
-class Transposed(Means):
-    def encoder_matrix(self):
-        return Means.encoder_matrix(self).T
+def subclass(base=Means, **methods):
+    """Return a class of codes that has these methods."""
+    return type(base)("Broken", (base,), {"__module__": __name__, **methods})
 
 
-class Integers(Means):
-    def encoder_matrix(self):
-        return (self._near().T > 0.5).astype(jnp.int32)
+def decoding(change):
+    """Return a class whose decoder is `change(code, mask)`."""
+    return subclass(decoder_matrix=change)
 
 
-class MixedPrecision(Means):
-    def decoder_matrix(self, available):
-        return Means.decoder_matrix(self, available).astype(jnp.bfloat16)
-
-
-class ColumnOfBooleans(Means):
-    def recovered(self, available):
-        return jnp.full((self.num_data, 1), jnp.any(available))
+Transposed = subclass(encoder_matrix=lambda code: Means.encoder_matrix(code).T)
+Integers = subclass(encoder_matrix=lambda code: (code._near().T > 0.5).astype(jnp.int32))
+AddsAnOffset = subclass(encode=lambda code, x: Means.encode(code, x) + 0.01)
+MixedPrecision = decoding(lambda *both: Means.decoder_matrix(*both).astype(jnp.bfloat16))
+ColumnOfBooleans = subclass(recovered=lambda code, mask: jnp.full((K, 1), jnp.any(mask)))
+SelectsByTheMask = subclass(recovered=lambda code, m: jnp.full(K, code._near()[:, m].size > 0))
+AlwaysRecovers = subclass(recovered=lambda code, mask: jnp.ones(K, bool))
+DeniesWhatItRecovers = subclass(recovered=lambda code, mask: jnp.full(K, jnp.sum(mask) > 1))
+NeverRecoversTheLast = subclass(
+    recovered=lambda code, mask: jnp.arange(K) < jnp.where(jnp.any(mask), K - 1, 0)
+)
 
 
 class BranchesOnTheMask(Means):
     def decoder_matrix(self, available):
         available = as_mask(available, (self.num_workers,))
         return Means.decoder_matrix(self, available) if available.any() else jnp.zeros((K, N))
-
-
-class SelectsByTheMask(Means):
-    def recovered(self, available):
-        return jnp.full(self.num_data, self._near()[:, available].size > 0)
 
 
 class AcceptsAnyMask(Means):
@@ -64,33 +62,16 @@ class ReadsStragglers(Means):
         return jnp.where(jnp.any(as_mask(available, (N,))), everyone, 0)
 
 
-class AlwaysRecovers(Means):
-    def recovered(self, available):
-        return jnp.ones(self.num_data, bool)
+def of_one_worker(value):
+    """Return a class that decodes to this value from a single answer, and reports no loss."""
+    return decoding(
+        lambda code, mask: jnp.where(
+            jnp.sum(as_mask(mask, (N,))) == 1, value, Means.decoder_matrix(code, mask)
+        )
+    )
 
 
-class NeverRecoversTheLast(Means):
-    def recovered(self, available):
-        return jnp.arange(self.num_data) < jnp.where(jnp.any(available), self.num_data - 1, 0)
-
-
-class FailsForOneWorker(Means):
-    """Predicts NaN from a single answer, and reports the data points as recovered."""
-
-    def decoder_matrix(self, available):
-        matrix = Means.decoder_matrix(self, available)
-        return jnp.where(jnp.sum(available) == 1, jnp.nan, matrix)
-
-
-class DeniesWhatItRecovers(Means):
-    def recovered(self, available):
-        return jnp.full(self.num_data, jnp.sum(available) > 1)
-
-
-class ClaimsZeros(Means):
-    def decoder_matrix(self, available):
-        enough = jnp.sum(as_mask(available, (N,))) > 1
-        return jnp.where(enough, Means.decoder_matrix(self, available), 0)
+FailsForOneWorker, ClaimsZeros = of_one_worker(jnp.nan), of_one_worker(0.0)
 
 
 class Scaled(eqx.Module):
@@ -108,14 +89,12 @@ class Scaled(eqx.Module):
         return self.of_product * self.decoder @ y
 
 
-class OtherMap(Means):
-    def decoder_map(self, available):
-        return Scaled(self.decoder_matrix(available), of_product=1.01)
+def scaling(**factors):
+    """Return a class whose decoder's map is off by these factors."""
+    return subclass(decoder_map=lambda code, mask: Scaled(code.decoder_matrix(mask), **factors))
 
 
-class OtherMapsMatrix(Means):
-    def decoder_map(self, available):
-        return Scaled(self.decoder_matrix(available), of_matrix=1.01)
+OtherMap, OtherMapsMatrix = scaling(of_product=1.01), scaling(of_matrix=1.01)
 
 
 class OnHost(Means):
@@ -135,50 +114,29 @@ class OnHost(Means):
         return matrix, np.full(self.num_data, available.any())
 
 
-class OtherEncoderOnHost(OnHost):
-    def encoder_on_host(self):
-        return 1.01 * OnHost.encoder_on_host(self)
+def host_decoder(change):
+    """Return a class whose decoder on the host is `change(mask, matrix, recovered)`."""
+    return subclass(
+        OnHost, decoder_on_host=lambda code, mask: change(mask, *OnHost.decoder_on_host(code, mask))
+    )
 
 
-class OtherDecoderOnHost(OnHost):
-    def decoder_on_host(self, available):
-        matrix, recovered = OnHost.decoder_on_host(self, available)
-        return (1.01 if available.sum() == 2 else 1) * matrix, recovered
-
-
-class OtherRecoveredOnHost(OnHost):
-    def decoder_on_host(self, available):
-        matrix, recovered = OnHost.decoder_on_host(self, available)
-        return matrix, recovered & (available.sum() > 1)
-
-
-class LeaksOnHost(OnHost):
-    """Has a weight for stragglers that no comparison with a tolerance can see."""
-
-    def decoder_on_host(self, available):
-        matrix, recovered = OnHost.decoder_on_host(self, available)
-        return np.where(recovered[:, None] & ~available, 1e-9, matrix), recovered
-
-
-class SometimesOnHost(OnHost):
-    def decoder_on_host(self, available):
-        return OnHost.decoder_on_host(self, available) if available.all() else None
-
-
-class OnHostByJax(OnHost):
-    def encoder_on_host(self):
-        return jnp.asarray(OnHost.encoder_on_host(self))
-
-
-class CountsOnHost(OnHost):
-    def decoder_on_host(self, available):
-        matrix, recovered = OnHost.decoder_on_host(self, available)
-        return matrix, recovered.astype(int)
-
-
-class AddsAnOffset(Means):
-    def encode(self, x):
-        return Means.encode(self, x) + 0.01
+OtherEncoderOnHost = subclass(
+    OnHost, encoder_on_host=lambda code: 1.01 * OnHost.encoder_on_host(code)
+)
+OnHostByJax = subclass(
+    OnHost, encoder_on_host=lambda code: jnp.asarray(OnHost.encoder_on_host(code))
+)
+OtherDecoderOnHost = host_decoder(
+    lambda m, matrix, kept: ((1 + (m.sum() == 2) / 99) * matrix, kept)
+)
+OtherRecoveredOnHost = host_decoder(lambda m, matrix, kept: (matrix, kept & (m.sum() > 1)))
+# A weight for stragglers that no comparison with a tolerance can see.
+LeaksOnHost = host_decoder(
+    lambda mask, matrix, kept: (np.where(kept[:, None] & ~mask, 1e-9, matrix), kept)
+)
+SometimesOnHost = host_decoder(lambda mask, *both: both if mask.all() else None)
+CountsOnHost = host_decoder(lambda mask, matrix, kept: (matrix, kept.astype(int)))
 
 
 class DecodesByHand(Means):
@@ -210,16 +168,12 @@ class NoDerivative(Means):
         return Means.try_decode(self, jax.tree.map(jax.lax.stop_gradient, y), available)
 
 
-class Kernel:
-    """Compares by identity."""
-
-
 class StaticObject(Means):
-    kernel: Kernel = eqx.field(static=True)
+    kernel: object = eqx.field(static=True)
 
     def __init__(self, num_data, num_workers):
         Means.__init__(self, num_data, num_workers)
-        self.kernel = Kernel()
+        self.kernel = object()  # compares by identity
 
 
 class TextInALeaf(Means):
@@ -288,13 +242,10 @@ def test_a_class_is_not_a_code(untyped):
 
 
 def test_the_tolerance_is_the_callers(untyped):
-    class Coarse(Means):
-        def decoder_map(self, available):
-            return Scaled(self.decoder_matrix(available), of_product=1 + 1e-3)
-
+    coarse = scaling(of_product=1 + 1e-3)(K, N)
     with pytest.raises(AssertionError, match=r"relative error is 0\.0.*, over 0\.0001"):
-        check_code(Coarse(K, N))
-    check_code(Coarse(K, N), tolerance=1e-2)
+        check_code(coarse)
+    check_code(coarse, tolerance=1e-2)
 
 
 def test_it_needs_no_test_framework():

@@ -25,7 +25,7 @@ from nercc_jax import (
     evaluate,
     pool_inference,
 )
-from nercc_jax.evaluation import Estimate, make_forecast, nested_objective, record_answers
+from nercc_jax.evaluation import Estimate, make_forecast, record_answers
 from nercc_jax.inference import CalibrationWarning, cast_model
 from nercc_jax.inference.models import Conditions, current_conditions
 from nercc_jax.planning import Candidate, Plan
@@ -197,31 +197,11 @@ def test_gradients_are_those_of_float32_but_for_rounding():
         assert 0 < np.abs(by - plain).max() < 0.05 * scale
 
 
-def test_the_objective_and_its_slope():
-    model = cast_model(Linear(jnp.asarray(WEIGHTS[:, :4]), jnp.arange(4)), "bfloat16")
-    own = np.asarray(by_argument(X, jnp.asarray(WEIGHTS[:, :4]), jnp.arange(3)))
-
-    @jax.jit
-    @jax.value_and_grad
-    def slope(x):
-        return nested_objective(model, CODE, x, MASK[None], originals=own)
-
-    value, gradient = slope(jnp.asarray(X))
-    assert value > 0
-    assert gradient.dtype == jnp.float32
-    assert np.abs(gradient).max() > 0
-
-
 @pytest.mark.parametrize("make", [linear, layer])
-def test_on_a_mesh(make):
+def test_a_mesh_exchanges_the_narrow_numbers(make):
     mesh = Mesh(np.array(jax.devices()), ("workers",))
     infer = coded_inference(make(), CODE, mesh=mesh, worker_dtype="bfloat16")
     check(infer(X, MASK), "bfloat16")
-
-
-def test_a_mesh_exchanges_the_narrow_numbers():
-    mesh = Mesh(np.array(jax.devices()), ("workers",))
-    infer = coded_inference(linear(), CODE, mesh=mesh, worker_dtype="bfloat16")
     text = jax.jit(infer).lower(jnp.asarray(X), jnp.asarray(MASK)).as_text()
     exchanged = [line for line in text.splitlines() if "all_to_all" in line and "5x" not in line]
     assert any("xbf16>" in line for line in exchanged)
