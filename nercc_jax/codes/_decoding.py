@@ -214,13 +214,17 @@ def _applied(
         one, y, responded, recovered = group
         clean = jnp.where(responded[:, None], y, 0).astype(working_dtype(y.dtype))
 
-        def accurately() -> Array:
-            return jnp.where(recovered[:, None], one.apply(clean), jnp.nan)
+        def accurately(y: Array) -> Array:
+            return jnp.where(recovered[:, None], one.apply(y), jnp.nan)
+
+        def as_needed(y: Array) -> Array:
+            matrix = jnp.where(recovered[:, None], one.matrix, jnp.nan)  # and so is a row's product
+            return _unless(steady, multiply(matrix[None], y[None])[0], lambda: accurately(y))
 
         if not seldom:
-            return accurately()
-        matrix = jnp.where(recovered[:, None], one.matrix, jnp.nan)  # and so is its row's product
-        return _unless(steady, multiply(matrix[None], clean[None])[0], accurately)
+            return accurately(clean)
+        # An accelerator's host would wait for the condition longer than the accurate way takes.
+        return jax.lax.platform_dependent(clean, cpu=as_needed, default=accurately)
 
     groups = maps, y, responded, recovered
     if not seldom:
