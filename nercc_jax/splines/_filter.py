@@ -35,7 +35,7 @@ from .arrays import where
 Row = tuple[Any, ...]
 
 
-class Factor(NamedTuple):
+class Rotated(NamedTuple):
     """QR factors of one spline's least-squares problem.
 
     `rotations` are the (cosine, sine) pairs of each gap's elimination, in its order. `rows` are the
@@ -87,12 +87,12 @@ def factorize(problem: Problem, beside: Any = None, start: Any = (), given: Any 
     observed = jnp.sum(problem.weights > 0)
     last = jnp.stack([where(observed < 1, 1, top[0]), top[1], where(observed < 2, 1, low[0])])
     rotations, rows = made
-    return Factor(rotations, rows, last), other, found
+    return Rotated(rotations, rows, last), other, found
 
 
 def solve_in_turn(
-    problem: Problem, b: Columns, wanted: Collection[str], factor: Factor | None = None
-) -> tuple[Factor, Columns]:
+    problem: Problem, b: Columns, wanted: Collection[str], factor: Rotated | None = None
+) -> tuple[Rotated, Columns]:
     """Return the factor and the wanted parts of x in K x = b, in two passes along the knots.
 
     The unknowns are z = R^-1 (Q'r + R'^-1 f). The multipliers come from the residuals, which are

@@ -49,12 +49,12 @@ def _(wanted: tuple[str, ...], primals: Any, tangents: Any) -> Any:
 
 
 @jax.custom_jvp
-def _solve_all(problem: Problem, b: Columns) -> tuple[Columns, _filter.Factor]:
+def _solve_all(problem: Problem, b: Columns) -> tuple[Columns, _filter.Rotated]:
     """Return x and, for its derivative, the factor."""
     shapes, gaps, dtype = _shapes(problem, b), len(problem.gaps), problem.mu.dtype
     shapes += ((gaps, 7, 2), dtype), ((gaps, 2, 4), dtype), ((3,), dtype)
     found = _on_platform(_solved, Columns._fields, (problem, b), shapes)
-    return Columns(*found[:4]), _filter.Factor(*found[4:])
+    return Columns(*found[:4]), _filter.Rotated(*found[4:])
 
 
 @_solve_all.defjvp
@@ -67,7 +67,7 @@ def _(primals: tuple[Problem, Columns], tangents: tuple[Problem, Columns]) -> An
         [-of if db is None else db - of for db, of in zip(change, by_problem, strict=True)]
     )
     leaves = alike_in_shard_map(*problem, *factor, right)
-    problem, known, right = Problem(*leaves[:4]), _filter.Factor(*leaves[4:7]), leaves[7]
+    problem, known, right = Problem(*leaves[:4]), _filter.Rotated(*leaves[4:7]), leaves[7]
     places = tuple(np.cumsum([shape[0] for shape, _ in _shapes(problem, x)])[:-1])
 
     def times(x: Array) -> Array:
