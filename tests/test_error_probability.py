@@ -10,8 +10,11 @@ from scipy.special import expit
 from nercc_jax import Berrut, ExactStragglers, NeRCC, calibrate_error_probability
 from nercc_jax.evaluation import record_answers
 from nercc_jax.risk import ErrorProbability, logistic_regression
-from nercc_jax.risk._calibration import regression
-from nercc_jax.risk._error_probability import fit_error_probability, observe_errors
+from nercc_jax.risk._error_probability import (
+    fit_error_probability,
+    observe_errors,
+    regression,
+)
 from nercc_jax.surrogates import Surrogate
 from nercc_jax.surrogates.surrogate import group_prior_of_points
 
