@@ -1,8 +1,7 @@
 """Risk of approximate predictions: error probabilities and error bars."""
 
-from ._calibration import logistic_regression
 from ._error_bars import ErrorBars, calibrate_learner_bars
-from ._error_probability import ErrorProbability
+from ._error_probability import ErrorProbability, logistic_regression
 from ._monitor import RiskMonitor
 
 __all__ = [

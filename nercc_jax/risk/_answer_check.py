@@ -15,16 +15,16 @@ The limit is a conformal quantile over right answers that the regression has not
 share of right answers beyond it is as stated, whatever the regression is worth (Papadopoulos et al.
 2002, "Inductive confidence machines for regression").
 
-This file needs NumPy only: every answer is checked, and a call of JAX costs more than the check.
+All is done by NumPy: every answer is checked, and a call of JAX costs more than the check.
 """
 
 import dataclasses
 from typing import TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
-from ._calibration import logistic_regression
+from ._error_probability import lead_of, logistic_regression
 from ._straggler_risk import conformal_quantile
 
 _REFERENCES = 256  # right answers that others are compared with
@@ -102,9 +102,7 @@ class AnswerCheck:
         found[:, 4] = deviation**2 * answers.shape[1]
         found[:, 1:5] = 0.5 * np.log(found[:, 1:5] / answers.shape[1] + _LEAST)
         if self.labels:
-            both = np.empty((2, *answers.shape), np.float32)
-            both[0], both[1] = mean, answers
-            lead = _lead(both, answers.argmax(axis=1))
+            lead = lead_of(answers[None], np.stack([mean, answers]))
             preference, margin = np.arcsinh(lead / deviation)
             found[:, 5], found[:, 6] = np.minimum(preference, 0), np.maximum(preference, 0)
             expected = _mapped(mean - self.centre, self.typical)
@@ -138,15 +136,9 @@ class AnswerCheck:
         # Where nothing was learned from, products may say anything.
         return np.where((features[:, 1:4] > self.far).any(axis=1), np.inf, found)
 
-    def cleared(
-        self, mean: _Vectors, deviation: _Numbers, answers: _Vectors
-    ) -> Bool[np.ndarray, " queries"]:
-        """Return which answers are so near that they do not look wrong, whatever their scores."""
-        return _square(answers - mean) <= self.clear_squares(mean, deviation)
-
     def clear_squares(self, mean: _Vectors, deviation: _Numbers) -> _Numbers:
         """Return the squares of residuals up to which answers are cleared."""
-        return self.clear * _usual_squares(deviation, mean.shape[1])
+        return self.clear * (mean.shape[1] * np.maximum(deviation, _LEAST) ** 2)
 
     def suspicious(
         self,
@@ -190,53 +182,44 @@ def fit_answer_check(
     Returns:
         A check. Nothing looks wrong to it where there are too few answers for the rate.
     """
-    random = np.random.default_rng(seed)
-    half = len(answers) // 2
-    check = _regressed(mean[:half], deviation[:half], answers[:half], labels, random)
-    if blatant:
-        residuals = check.features(mean, deviation, answers)[:, 1]
-        largest = conformal_quantile(residuals, 1 - blatant * rate)
-        check = dataclasses.replace(check, far=np.minimum(check.far, [largest, np.inf, np.inf]))
-    # The later ones: as a learner learns, its predictions become like those to come.
-    unseen = mean[half:], deviation[half:], answers[half:]
-    scores = np.where(check.cleared(*unseen), -np.inf, check.scores(*unseen))
-    return dataclasses.replace(check, limit=conformal_quantile(scores, 1 - rate))
-
-
-def _regressed(
-    mean: np.ndarray,
-    deviation: np.ndarray,
-    answers: np.ndarray,
-    labels: bool,
-    random: np.random.Generator,
-) -> AnswerCheck:
-    """Return a check without a limit."""
-    centre, typical = answers.mean(axis=0), _whitening(answers)
-    slope, offset = _correction(mean, deviation, answers)
-    expected = _mapped(mean, slope) + offset
-    residual = _whitening((answers - expected) / np.maximum(deviation, _LEAST)[:, None])
-    number = min(_REFERENCES, len(answers) // 2)
-    mapped = _mapped(answers - centre, typical)
+    random, half = np.random.default_rng(seed), len(answers) // 2
+    early = mean[:half], deviation[:half], answers[:half]
+    centre, typical = early[2].mean(axis=0), _whitening(early[2])
+    slope, offset = _correction(*early)
+    expected = _mapped(early[0], slope) + offset
+    residual = _whitening((early[2] - expected) / np.maximum(early[1], _LEAST)[:, None])
+    number = min(_REFERENCES, half // 2)
+    mapped = _mapped(early[2] - centre, typical)
     references = mapped[:number]
     squares = (references**2).sum(axis=1)
     references = np.ascontiguousarray(references.T)
     check = AnswerCheck(slope, offset, residual, centre, typical, references, squares, labels)
     # A reference is at no distance from itself.
-    others = mean[number:], deviation[number:], answers[number:]
+    others = mean[number:half], deviation[number:half], answers[number:half]
     near = float(np.quantile(check._distance(mapped[number:]), _NEAR))
     check = dataclasses.replace(check, near=near)
-    right = check.features(*others)
     made = _wrong(*others, labels, random)
-    wrong = check.features(*made)
-    known = np.arange(len(right) + len(wrong)) >= len(right)
+    right, wrong = check.features(*others), check.features(*made)
     features = np.concatenate([right, wrong])
     rows, columns = np.triu_indices(features.shape[1])  # the first are the features themselves
     weights = np.zeros((features.shape[1],) * 2, np.float32)
     products = features[:, rows] * features[:, columns]
+    known = np.arange(len(features)) >= len(right)
     weights[rows, columns] = logistic_regression(products, known)
-    clear = float(np.quantile(_ratio(*made), _CLEAR)) if len(wrong) else 0.0
-    far = features[:, 1:4].max(axis=0)
-    return dataclasses.replace(check, weights=weights, far=far, clear=clear)
+    clear, far = 0.0, features[:, 1:4].max(axis=0)
+    if len(wrong):
+        one = dataclasses.replace(check, clear=1.0).clear_squares(*made[:2])
+        clear = float(np.quantile(_square(made[2] - made[0]) / one, _CLEAR))
+    check = dataclasses.replace(check, weights=weights, far=far, clear=clear)
+    if blatant:
+        residuals = check.features(mean, deviation, answers)[:, 1]
+        largest = conformal_quantile(residuals, 1 - blatant * rate)
+        check = dataclasses.replace(check, far=np.minimum(far, [largest, np.inf, np.inf]))
+    # The later ones: as a learner learns, its predictions become like those to come.
+    late = mean[half:], deviation[half:], answers[half:]
+    cleared = _square(late[2] - late[0]) <= check.clear_squares(*late[:2])
+    scores = np.where(cleared, -np.inf, check.scores(*late))
+    return dataclasses.replace(check, limit=conformal_quantile(scores, 1 - rate))
 
 
 def _correction(
@@ -302,24 +285,5 @@ def _mapped(x: np.ndarray, by: np.ndarray) -> np.ndarray:
     return x @ by if by.ndim == 2 else x * by
 
 
-def _ratio(mean: _Vectors, deviation: _Numbers, answers: _Vectors) -> _Numbers:
-    """Return mean squares of residuals over the squares of deviations."""
-    return _square(answers - mean) / _usual_squares(deviation, mean.shape[1])
-
-
-def _usual_squares(deviation: _Numbers, outputs: int) -> _Numbers:
-    """Return the squares of residuals that are as large as deviations say."""
-    return outputs * np.maximum(deviation, _LEAST) ** 2
-
-
 def _square(x: _Vectors) -> _Numbers:
     return np.vecdot(x, x)
-
-
-def _lead(
-    outputs: Float[np.ndarray, "kinds queries m"], label: Int[np.ndarray, " queries"]
-) -> Float[np.ndarray, "kinds queries"]:
-    """Return by how much a label leads the best other one; outputs are overwritten."""
-    own = outputs[:, (rows := np.arange(len(label))), label]
-    outputs[:, rows, label] = -np.inf
-    return own - outputs.max(axis=2)

@@ -12,15 +12,15 @@ time, however often one looks.
 This file needs NumPy only.
 """
 
-import functools
 from collections.abc import Iterable
 
 import numpy as np
 
-# Ratios of the odds of being wrong to those promised that the bets are best for: their mean is a
-# bet, too. A single 2 would detect an error rate of 4 promises in twice the time.
-_RATIOS = (1.5, 2.0, 4.0, 10.0)
-_LEAST = 1e-4  # a smaller promise counts as this one: each wrong answer would be a drift
+
+def _best(ratios: list[float], share: float) -> np.ndarray:
+    """Return the shares of wrong answers whose odds are multiples of those of a share."""
+    odds = np.array(ratios) * share / (1 - share)
+    return odds / (1 + odds)
 
 
 class RiskMonitor:
@@ -60,16 +60,16 @@ class RiskMonitor:
         if not 0 < false_alarms < 1:
             raise ValueError(f"false_alarms must be between 0 and 1, not {false_alarms}")
         self.promised, self._threshold = promised, 1 / false_alarms
-        share = min(max(promised, _LEAST), 1 - _LEAST)
-        odds = np.array(_RATIOS) * share / (1 - share)
-        # The best bet where the true share is q: (q - m) / (m (1 - m)).
-        self._share, q = share, odds / (1 + odds)
-        self._bets = (q - share) / (share * (1 - share))
+        # For a smaller promise, each wrong answer would be a drift.
+        self._share = share = min(max(promised, 1e-4), 1 - 1e-4)
+        # The best bet where the true share is q: (q - m) / (m (1 - m)). The mean of several bets is
+        # one, too: a single 2 would detect an error rate of 4 promises in twice the time.
+        self._bets = (_best([1.5, 2.0, 4.0, 10.0], share) - share) / (share * (1 - share))
         self.clear()
 
     def clear(self) -> None:
         """Forget all answers."""
-        self._sums = np.zeros(len(_RATIOS))
+        self._sums = np.zeros(len(self._bets))
         self.number, self.wrong, self.alarm = 0, 0.0, False
 
     def add(self, losses: Iterable[float | int]) -> bool:
@@ -83,14 +83,6 @@ class RiskMonitor:
                 self._sums = (self._sums + 1) * (1 + self._bets * (float(loss) - self._share))
                 self.alarm = bool(self._sums.mean() >= self._threshold)
         return self.alarm
-
-
-# Ratios of the odds of a wrong answer to those allowed that the bets are best for.
-_WORKER_RATIOS = np.array([4.0, 16.0, 64.0, 256.0, 1024.0])
-# Answers of all workers in a stretch, and those that a share of wrong ones refers to at least.
-_STRETCH, _FEWEST = 256, 128
-_MOST = 0.5  # that the others' share may allow
-_LARGEST = 1e100  # of the sums, which many wrong answers at once would make infinite
 
 
 class WorkerMonitor:
@@ -136,22 +128,23 @@ class WorkerMonitor:
                 f"usual {usual} and false_alarms {false_alarms} must be between 0 and 1"
             )
         self._usual, self._threshold = usual, 1 / false_alarms
-        self._sums = np.zeros((num_workers, len(_WORKER_RATIOS)))
+        self._ratios, self._stretch = [4.0, 16.0, 64.0, 256.0, 1024.0], 256
+        self._sums = np.zeros((num_workers, len(self._ratios)))
         self.number, self.wrong = [0] * num_workers, [0] * num_workers
         # Right answers that are not in the sums yet, and the share that they were allowed.
         self._right, self._shares = [0] * num_workers, [usual] * num_workers
         # By worker, of this stretch and the one before: answers, and wrong ones.
         self._stretches = [[[0, 0] for _ in range(num_workers)] for _ in range(2)]
         self._totals = [[0, 0], [0, 0]]  # of all workers
-        self._left = _STRETCH
+        self._left = self._stretch
 
     def allowed(self, worker: int) -> float:
         """Return the share of wrong answers that a worker is allowed now."""
         found = self._usual
         for stretch, total in zip(self._stretches, self._totals, strict=True):
             number, wrong = total[0] - stretch[worker][0], total[1] - stretch[worker][1]
-            found = max(found, wrong / max(number, _FEWEST))
-        return min(found, _MOST)
+            found = max(found, wrong / max(number, 128))  # of fewer, no share is known
+        return min(found, 0.5)
 
     def add(self, worker: int, *, right: int = 0, wrong: int = 0) -> bool:
         """Take answers of a worker, the right ones first; return whether to accuse it.
@@ -163,12 +156,21 @@ class WorkerMonitor:
             self._take_right(worker)
             self._shares[worker] = share
         self._right[worker] += right
-        self._count(worker, right, wrong)
+        self.number[worker] += right + wrong
+        self.wrong[worker] += wrong
+        for each in (self._stretches[-1][worker], self._totals[-1]):
+            each[0] += right + wrong
+            each[1] += wrong
+        self._left -= right + wrong
+        if self._left <= 0:
+            self._left = self._stretch
+            self._stretches = [self._stretches[-1], [[0, 0] for _ in self.number]]
+            self._totals = [self._totals[-1], [0, 0]]
         if not wrong:
             return False
-        sums = self._take_right(worker)
+        sums, best = self._take_right(worker), _best(self._ratios, share)
         for _ in range(wrong):
-            sums = np.minimum((sums + 1) * _bets(share)[0] / share, _LARGEST)
+            sums = np.minimum((sums + 1) * best / share, 1e100)  # many would make it infinite
         self._sums[worker] = sums
         return bool(sums.mean() >= self._threshold)
 
@@ -176,7 +178,8 @@ class WorkerMonitor:
         """Return a worker's sums after its right answers."""
         right, self._right[worker] = self._right[worker], 0
         if right:
-            less = _bets(self._shares[worker])[1]
+            share = self._shares[worker]
+            less = (1 - _best(self._ratios, share)) / (1 - share)
             power = less**right
             self._sums[worker] = self._sums[worker] * power + less * (1 - power) / (1 - less)
         return self._sums[worker]
@@ -189,23 +192,3 @@ class WorkerMonitor:
             for what, number in enumerate(stretch[worker]):
                 total[what] -= number
             stretch[worker] = [0, 0]
-
-    def _count(self, worker: int, right: int, wrong: int) -> None:
-        self.number[worker] += right + wrong
-        self.wrong[worker] += wrong
-        for each in (self._stretches[-1][worker], self._totals[-1]):
-            each[0] += right + wrong
-            each[1] += wrong
-        self._left -= right + wrong
-        if self._left <= 0:
-            self._left = _STRETCH
-            self._stretches = [self._stretches[-1], [[0, 0] for _ in self.number]]
-            self._totals = [self._totals[-1], [0, 0]]
-
-
-@functools.lru_cache(maxsize=64)
-def _bets(share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the best bets against an allowed share, and the factors of right answers."""
-    odds = _WORKER_RATIOS * share / (1 - share)
-    best = odds / (1 + odds)
-    return best, (1 - best) / (1 - share)

@@ -6,18 +6,15 @@ what every output is by itself and takes away only that one of them wins. Values
 that: independent outputs lead by as much either way (a probability of 0.5), outputs that go
 together by less. Two Gaussian outputs with a constant sum reach 0.61, uniform ones 0.67; logits of
 classifiers that are right in 72, 86 and 99 % of the cases 0.61, 0.66 and 0.78 (ten classes).
-
-This file needs NumPy only.
 """
 
 import numpy as np
 from jaxtyping import Float
 
 from ..codes._trees import Form
+from ._error_probability import margin
 
 ROWS = 256  # answers that the question needs
-_MOST = 4096  # rows that are looked at
-_DRAWS = 4  # exchanges of rows
 # The least probability that the lead is larger than among exchanged outputs, of two outputs, of up
 # to five, and of more: the fewer, the more may values look like scores. Of two classes, half of
 # each, it is 0.75 where all rows are clear.
@@ -25,7 +22,6 @@ _OF_TWO, _OF_FIVE, _OF_MORE = 0.7, 0.65, 0.58
 # The least share of the largest output's lead, over the second, of its lead over the median: of
 # a field of values, neighbours are nearly as large.
 _LEAD = 0.3
-_SUM = 1e-3  # by which a sum of probabilities may differ from 1
 
 
 def why_no_scores(answers: Float[np.ndarray, "rows m"], form: Form | None = None) -> str | None:
@@ -47,7 +43,7 @@ def why_no_scores(answers: Float[np.ndarray, "rows m"], form: Form | None = None
     begin = 0
     for shape in shapes:
         size = int(np.prod(shape, dtype=int))
-        part = answers[:, begin : begin + size].reshape(-1, shape[-1])[:_MOST]
+        part = answers[:, begin : begin + size].reshape(-1, shape[-1])[:4096]
         begin += size
         if (why := _why(part.astype(np.float64))) is not None:
             return why
@@ -58,14 +54,15 @@ def _why(y: Float[np.ndarray, "rows m"]) -> str | None:
     """Return why the rows of one output are no scores; None if they look like scores."""
     with np.errstate(all="ignore"):
         largest = y.max(axis=1)
+        rounding = 1e-3  # by which a sum of probabilities may differ from 1
         total = largest + np.log(np.exp(y - largest[:, None]).sum(axis=1))
-        if (y >= 0).all() and (np.abs(y.sum(axis=1) - 1) < _SUM).all():
+        if (y >= 0).all() and (np.abs(y.sum(axis=1) - 1) < rounding).all():
             return None  # probabilities
-        if (np.abs(total) < _SUM).all():
+        if (np.abs(total) < rounding).all():
             return None  # their logarithms
     random = np.random.default_rng(0)
-    lead = _lead(y)
-    exchanged = np.sort(np.concatenate([_lead(random.permuted(y, axis=0)) for _ in range(_DRAWS)]))
+    lead = margin(y)
+    exchanged = np.sort(np.concatenate([margin(random.permuted(y, axis=0)) for _ in range(4)]))
     # Of equal leads each counts as larger in half of the cases.
     places = [np.searchsorted(exchanged, lead, side=side) for side in ("left", "right")]
     larger = float(np.mean(places)) / len(exchanged)
@@ -85,9 +82,3 @@ def _why(y: Float[np.ndarray, "rows m"]) -> str | None:
                 "median by, as in a field of values"
             )
     return None
-
-
-def _lead(y: Float[np.ndarray, "rows m"]) -> Float[np.ndarray, " rows"]:
-    """Return by how much the largest output of each row leads the second."""
-    two = np.partition(y, -2, axis=1)[:, -2:]
-    return two[:, 1] - two[:, 0]

@@ -346,15 +346,27 @@ class StragglerRisk:
         probability, bound, wrong, excess = map(np.array, zip(*rows, strict=True))
         limit = beyond = math.inf
         if self._share is not None:
+            # The largest scores up to which no more were wrong than allowed: of all rows, and of
+            # the latest, since what came before a change of the queries or the model must not count
+            # for long. Rows with the same score are given out together; NaN is never given.
             order = np.argsort(probability, kind="stable")
-            # What came before a change of the queries or the model must not count for long.
-            recent = order >= len(rows) - _RECENT
-            ranked = probability[order], wrong[order], recent, self._allowed
-            beyond = _largest_score(*ranked, self._allowed)
+            scores, recent = probability[order], order >= len(rows) - _RECENT
+            errors, late = np.cumsum(wrong[order]), np.cumsum(wrong[order] & recent)
+            good = late <= np.maximum(self._allowed[np.cumsum(recent)], 0)
+            good &= np.append(scores[1:] != scores[:-1], True) & ~np.isnan(scores)
+
+            def largest(known: int) -> float:
+                allowed = self._allowed[1 + known : 1 + known + len(rows)]
+                found = np.flatnonzero(good & (errors <= allowed))
+                if found.size == 0:
+                    return -1.0
+                return math.inf if found[-1] == len(rows) - 1 else float(scores[found[-1]])
+
+            beyond = largest(0)
             # What was calibrated counts as so many right answers as suffice by themselves, and
             # less and less beside stragglers.
             known = 0 if self._needs_evidence else max(self.needed - len(rows) // _FADING, 0)
-            limit = _largest_score(*ranked, self._allowed[known:])
+            limit = largest(known)
         given = np.full(len(rows), True) if self._share is None else probability <= limit
         factor, shift = 1.0, 0.0
         if self._tolerance is not None:
@@ -464,31 +476,3 @@ def conformal_quantile(ratios: Float[np.ndarray, " rows"], coverage: float) -> f
     """
     place = math.ceil((len(ratios) + 1) * coverage) - 1
     return float(np.partition(ratios, place)[place]) if place < len(ratios) else math.inf
-
-
-def _largest_score(
-    scores: Float[np.ndarray, " rows"],
-    wrong: Bool[np.ndarray, " rows"],
-    recent: Bool[np.ndarray, " rows"],
-    allowed_recent: Int[np.ndarray, " most"],
-    allowed: Int[np.ndarray, " numbers"],
-) -> float:
-    """Return the largest of sorted scores up to which no more were wrong than allowed.
-
-    It is infinite where all will do, and -1 where none does.
-
-    Args:
-        scores: The scores, sorted.
-        wrong: Which rows were wrong.
-        recent: Which rows are the latest.
-        allowed_recent: For each number of these, how many may be wrong.
-        allowed: The same for all rows.
-    """
-    errors = np.cumsum(wrong)
-    kept = np.cumsum(wrong & recent) <= np.maximum(allowed_recent[np.cumsum(recent)], 0)
-    # Rows with the same score are given out together; NaN stands last, and is never given.
-    last = np.append(scores[1:] != scores[:-1], True) & ~np.isnan(scores)
-    good = np.flatnonzero(last & kept & (errors <= allowed[1 : len(scores) + 1]))
-    if good.size == 0:
-        return -1.0
-    return math.inf if good[-1] == len(scores) - 1 else float(scores[good[-1]])

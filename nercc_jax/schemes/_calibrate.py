@@ -82,35 +82,21 @@ def calibrate_error_probability(
     if isinstance(code, Scheme):
         if surrogate is not None:
             raise ValueError("a scheme has its own surrogate: Scheme(code, surrogate=...)")
-        return _of_scheme(model, code, x, stragglers, key, num_sets, worker_dtype)
+        check_model(model)
+        x = to_device(points_of(cut_groups(x, code.code.num_data)))
+        masks, _ = draw_sets(stragglers, key, code.code.num_workers, num_sets)
+        workers = cast_model(model, worker_dtype)
+        form, seen = _observe_errors(model, workers, code, x, masks, known_encoder(code.code))
+        check_labels(form)
+        features, sure, wrong = map(np.asarray, seen)
+        conditions = current_conditions(worker_dtype)
+        return fit_error_probability(features, sure, wrong, form, conditions)
     options: Any = {"batch_size": batch_size}
     own, prior = record_answers(model, code, x, worker_dtype=worker_dtype, **options), None
     if surrogate is not None:
         prior = group_prior_of_points(surrogate, code, x, **options)
         check_like(prior.form, own.form)
     return error_probability_from_answers(own, stragglers, key, num_sets, surrogate, prior)
-
-
-def _of_scheme(
-    model: Model,
-    scheme: Scheme,
-    x: PyTree,
-    stragglers: Mapping[str, AbstractStragglers],
-    key: PRNGKeyArray,
-    num_sets: int,
-    worker_dtype: DTypeLike | None,
-) -> ErrorProbability:
-    check_model(model)
-    x = to_device(points_of(cut_groups(x, scheme.code.num_data)))
-    masks, _ = draw_sets(stragglers, key, scheme.code.num_workers, num_sets)
-    workers = cast_model(model, worker_dtype)
-    form, seen = _observe_errors(model, workers, scheme, x, masks, known_encoder(scheme.code))
-    check_labels(form)
-    features, sure, wrong = map(np.asarray, seen)
-    error_probability = fit_error_probability(
-        features, sure, wrong, None if form.is_vector else form
-    )
-    return dataclasses.replace(error_probability, conditions=current_conditions(worker_dtype))
 
 
 @eqx.filter_jit
@@ -251,8 +237,8 @@ def _ratios(
     masks: Bool[Array, "sets num_workers"],
 ) -> Float[Array, "sets points"]:
     """Return errors over deviations; NaN where a prediction is exact, lost, or has no deviation."""
-    encoder = known_encoder(scheme.code)
     # Three programs: the model's is the same for all schemes that send alike shapes.
+    encoder = known_encoder(scheme.code)
     prepared, coded = eqx.filter_jit(scheme.encode)(x, encoder)
     y = eqx.filter_jit(run_workers)(workers, scheme.code, coded)
     return _judged(scheme, x, prepared, y, own, masks, encoder)
@@ -278,12 +264,6 @@ def _judged(
         return jnp.where(counts, error / jnp.where(counts, deviation, 1), jnp.nan)
 
     return jax.lax.map(of_set, masks)
-
-
-_HELD_OUT = 4  # of so many pairs one is kept apart
-_MOST_HELD_OUT = 256
-# Pairs that kernels are judged on: their time grows with the cube of that.
-_JUDGED = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,10 +311,9 @@ def fit_scheme(
     """
     check_count("pairs", len(x), 16)
     first = np.argmax(first_kernel(SHAPE, x).same(x, x), axis=1)
-    inputs = np.unique(first)[_HELD_OUT - 1 :: _HELD_OUT]
-    held = np.isin(first, inputs[:_MOST_HELD_OUT])
+    held = np.isin(first, np.unique(first)[3::4][:256])
     if tuning is None:
-        tuning = LearnerTuning(rows=_JUDGED)
+        tuning = LearnerTuning(rows=128)  # the time grows with the cube of that
     learner = init_learner(x[~held], y[~held], capacity=capacity, kernel=SHAPE)
     learner = tune_learner(learner, tuning)
     own = y[held].astype(np.float32)

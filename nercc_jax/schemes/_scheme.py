@@ -118,7 +118,16 @@ def reexecute(
         if leaf.shape[: len(lead)] != lead:
             raise ValueError(f"x has shape {leaf.shape}; assessed are data points {lead}")
     points = assessed.error_probability.size
-    score, limit = _score(assessed, limit, tolerance, bars, coverage)
+    score = assessed.error_probability
+    if tolerance is not None:
+        if limit != 0 or not tolerance >= 0:
+            raise ValueError(
+                f"tolerance must be 0 or positive, without a limit: {tolerance}, {limit}"
+            )
+        score, limit = error_bars(assessed.deviation, bars, coverage), tolerance
+        score = jnp.where(assessed.decoded.recovered, score, jnp.inf)
+    elif bars is not None:
+        raise ValueError("error bars go with a tolerance: give one")
     chosen = select_uncertain(score.ravel(), limit=limit, at_most=int(share * points))
     if len(chosen) == 0:
         return assessed
@@ -137,32 +146,10 @@ def reexecute(
         return values.at[places].set(jnp.asarray(new).astype(values.dtype))
 
     decoded = assessed.decoded
-    status = Decoded(
-        jax.tree.map(fill, decoded.predictions, own),
-        decoded.responded,
-        fill(decoded.recovered, True),
-    )
-    return AssessedPredictions(
-        status, fill(assessed.deviation, 0), fill(assessed.error_probability, 0)
-    )
-
-
-def _score(
-    assessed: AssessedPredictions,
-    limit: float,
-    tolerance: float | None,
-    bars: ErrorBars | None,
-    coverage: float,
-) -> tuple[Array, float]:
-    """Return what data points are ranked by, and the limit of it."""
-    if tolerance is None:
-        if bars is not None:
-            raise ValueError("error bars go with a tolerance: give one")
-        return assessed.error_probability, limit
-    if limit != 0 or not tolerance >= 0:
-        raise ValueError(f"tolerance must be 0 or positive, without a limit: {tolerance}, {limit}")
-    score = error_bars(assessed.deviation, bars, coverage)
-    return jnp.where(assessed.decoded.recovered, score, jnp.inf), tolerance
+    predictions = jax.tree.map(fill, decoded.predictions, own)
+    status = Decoded(predictions, decoded.responded, fill(decoded.recovered, True))
+    deviation = fill(assessed.deviation, 0)
+    return AssessedPredictions(status, deviation, fill(assessed.error_probability, 0))
 
 
 class PreparedInputs(eqx.Module):
@@ -242,12 +229,10 @@ class Scheme(AbstractScheme):
     code: AbstractCode
     surrogate: AbstractSurrogate | None = None
     error_probability: ErrorProbability | None = None
-    order: Literal["pixels", "surrogate"] | Callable[[PyTree], PyTree] | None = eqx.field(
-        default=None
-    )
+    order: Literal["pixels", "surrogate"] | Callable[[PyTree], PyTree] | None = None
     buffer_size: int = eqx.field(static=True, default=1024)
     bars: ErrorBars | None = None
-    follow: Literal["inputs"] | Callable[[PyTree], PyTree] | None = eqx.field(default=None)
+    follow: Literal["inputs"] | Callable[[PyTree], PyTree] | None = None
     redundancy: Literal["code", "uncertain"] | None = eqx.field(static=True, default=None)
     budget: float | None = eqx.field(static=True, default=None)
 
@@ -321,11 +306,9 @@ class Scheme(AbstractScheme):
         if self.follow is None and not self.places_copies:
             return arranged
         groups = self.groups(x, arranged)
-        shape = (len(jax.tree.leaves(groups)[0]), code.num_data)
+        number = len(jax.tree.leaves(groups)[0])
         points: Any = code
-        alpha, beta = (
-            jnp.broadcast_to(each, (shape[0], len(each))) for each in (points.alpha, points.beta)
-        )
+        alpha, beta = (jnp.tile(each, (number, 1)) for each in (points.alpha, points.beta))
         if self.follow is not None:
             where = None if isinstance(self.follow, str) else self.follow
             places = outputs_of_groups(lambda batch: features_of(where, batch), groups)

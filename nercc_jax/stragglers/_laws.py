@@ -7,7 +7,6 @@ Latencies are in seconds, whatever the unit of the numbers given.
 import abc
 import itertools
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ..codes._checks import check_count, check_positive
-
-_ROUNDING = 1e-9  # of shares
 
 
 def _number(value: Any) -> int:
     """Return a number of workers."""
     return check_count("a number of workers", value, least=0)
-
-
-def _seconds(values: ArrayLike | Sequence[float]) -> Array:
-    return jnp.asarray(values, float)
 
 
 class AbstractStragglers(eqx.Module):
@@ -65,10 +58,8 @@ class ExactStragglers(AbstractStragglers):
         count = math.comb(num_workers, self.number)
         if count > at_most:
             return None
-        masks = np.ones((count, num_workers), bool)
-        for mask, gone in zip(
-            masks, itertools.combinations(range(num_workers), self.number), strict=True
-        ):
+        masks, sets = np.ones((count, num_workers), bool), range(num_workers)
+        for mask, gone in zip(masks, itertools.combinations(sets, self.number), strict=True):
             mask[list(gone)] = False
         return masks
 
@@ -98,16 +89,15 @@ class ContiguousStragglers(AbstractStragglers):
     def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
         _check_fits(self.number, num_workers)
         start = jax.random.randint(key, (), 0, num_workers - self.number + 1)
-        worker = jnp.arange(num_workers)
-        return (worker < start) | (worker >= start + self.number)
+        place = jnp.arange(num_workers) - start
+        return (place < 0) | (place >= self.number)
 
     def every_set(
         self, num_workers: int, at_most: int
     ) -> Bool[np.ndarray, "sets num_workers"] | None:
         _check_fits(self.number, num_workers)
-        start = np.arange(num_workers - self.number + 1)[:, None]
-        worker = np.arange(num_workers)
-        masks = (worker < start) | (worker >= start + self.number)
+        place = np.arange(num_workers) - np.arange(num_workers - self.number + 1)[:, None]
+        masks = (place < 0) | (place >= self.number)
         return masks if len(masks) <= at_most else None
 
 
@@ -185,7 +175,9 @@ class ParetoLatency(AbstractLatency):
 class TraceLatency(AbstractLatency):
     """Latencies drawn, with replacement, from measured ones in seconds."""
 
-    latencies: Float[Array, " samples"] = eqx.field(converter=_seconds)
+    latencies: Float[Array, " samples"] = eqx.field(
+        converter=lambda values: jnp.asarray(values, float)
+    )
 
     def __check_init__(self):
         values = np.asarray(self.latencies)
@@ -251,7 +243,7 @@ class RowLatency(eqx.Module):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
         others = self.rate * (1 - self.leaning)
-        if self.rate * self.leaning > self.hardest * (1 - others) + _ROUNDING:
+        if self.rate * self.leaning > self.hardest * (1 - others) + 1e-9:  # rounding
             raise ValueError(
                 f"the hardest {self.hardest:g} of the rows are too few for a share "
                 f"{self.leaning:g} of the stragglers, which are {self.rate:g} of all rows"
@@ -305,14 +297,24 @@ class RowLatency(eqx.Module):
         return self.base.sample(of_base, scores.shape) + jnp.where(late, delay, 0)
 
 
-class WaitFor(AbstractStragglers):
+class AbstractWaiting(AbstractStragglers):
+    """A rule of waiting: which answers are there, of those that a law of latency draws."""
+
+    latency: eqx.AbstractVar[AbstractLatency]
+
+    @abc.abstractmethod
+    def outcome(self, latencies: Float[Array, " num_workers"]) -> tuple[Any, ...]:
+        """Return the mask of answers, and the seconds waited, given all workers' latencies."""
+
+    def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
+        return self.outcome(self.latency.sample(key, (num_workers,)))[0]
+
+
+class WaitFor(AbstractWaiting):
     """The rule "decode when `number` workers have answered"."""
 
     latency: AbstractLatency
     number: int = eqx.field(converter=_number, static=True)
-
-    def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
-        return self.outcome(self.latency.sample(key, (num_workers,)))[0]
 
     def outcome(
         self, latencies: Float[Array, " num_workers"]
@@ -324,7 +326,7 @@ class WaitFor(AbstractStragglers):
         return mask, jnp.max(jnp.where(mask, latencies, 0))
 
 
-class WaitUntil(AbstractStragglers):
+class WaitUntil(AbstractWaiting):
     """The rule "decode after `deadline` seconds, or as soon as all workers have answered"."""
 
     latency: AbstractLatency
@@ -333,9 +335,6 @@ class WaitUntil(AbstractStragglers):
     def __check_init__(self):
         if not self.deadline > 0:  # infinite: until all have answered
             raise ValueError(f"deadline must be positive, not {self.deadline}")
-
-    def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
-        return self.outcome(self.latency.sample(key, (num_workers,)))[0]
 
     def outcome(
         self, latencies: Float[Array, " num_workers"]

@@ -14,10 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ..codes import AbstractCode
 from ..codes._kept import encoder_of
-from ._laws import AbstractLatency, AbstractStragglers, check_alike
+from ._laws import AbstractLatency, AbstractWaiting, check_alike
 
-# A row of a spline's encoder that stands for a data point as it came does so to rounding.
-_ROUNDING = 1e-5
 _POOL = 1 << 20  # draws of the latency
 
 
@@ -50,7 +48,7 @@ class Latencies:
         return float(np.quantile(self._pool, share))
 
 
-class Waiting(AbstractStragglers):
+class Waiting(AbstractWaiting):
     """The rule "decode when `number` workers have answered, but not before `min_wait` seconds".
 
     A group ends sooner if all its workers have answered, or each data point has an answer of its
@@ -62,11 +60,6 @@ class Waiting(AbstractStragglers):
     number: Int[Array, ""] = eqx.field(converter=jnp.asarray)
     min_wait: Float[Array, ""] = eqx.field(converter=lambda value: jnp.asarray(value, float))
 
-    def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
-        if num_workers != self.own.shape[1]:
-            raise ValueError(f"this rule is for {self.own.shape[1]} workers, not {num_workers}")
-        return self.outcome(self.latency.sample(key, (num_workers,)))[0]
-
     def outcome(
         self, latencies: Float[Array, " num_workers"]
     ) -> tuple[Bool[Array, " num_workers"], Float[Array, ""], Float[Array, " num_data"]]:
@@ -74,6 +67,9 @@ class Waiting(AbstractStragglers):
 
         A data point's own time is that of its own answer, infinite where no worker runs on it.
         """
+        workers = self.own.shape[1]
+        if len(latencies) != workers:
+            raise ValueError(f"this rule is for {workers} workers, not {len(latencies)}")
         return _wait(jnp, latencies, self.own, self.number, self.min_wait)
 
 
@@ -92,8 +88,8 @@ def _wait(xp: Any, latencies: Any, own: Any, number: Any, min_wait: Any) -> tupl
 def own_workers(code: AbstractCode) -> Bool[np.ndarray, "num_data num_workers"]:
     """Return which workers run on an uncoded data point, and on which."""
     matrix = encoder_of(code)
-    unit = np.eye(code.num_data)
-    return np.abs(matrix - unit[:, None]).max(axis=-1) < _ROUNDING
+    apart = np.abs(matrix - np.eye(code.num_data)[:, None]).max(axis=-1)
+    return apart < 1e-5  # a row of a spline's encoder is a data point's to rounding
 
 
 def draw_groups(
