@@ -1,8 +1,14 @@
-"""The batcher: a scheduler (`core`) with all that adapts (`adapt`), as users see it."""
+"""The batcher: one thread that takes queries from the queue to their replies.
+
+It sends nothing that would only wait at the pool: while all workers are busy, queries wait in the
+queue, and go out in larger batches once a worker is free.
+"""
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,16 +18,50 @@ from jaxtyping import Shaped
 from ..inference.models import warn_if_other
 from ..pools import AbstractPool
 from ..pools._batch import Refuse, refuse_odd
-from ._policy import BatchingPolicy, Observe, read_outputs
+from ..pools._times import AnswerTimes
+from ._policy import MAX_DEADLINE_S, BatchingPolicy, Observe, read_outputs
 from ._tracing import RequestTrace
 from .adapt._adaptation import Adaptation
 from .adapt._error_estimator import ErrorEstimator
 from .adapt._predictor import Predictor
 from .core._adaptation import accuracy_target
+from .core._answer_screen import AnswerScreen, Audit, Settled
 from .core._coder import Coder
-from .core._health import Health
-from .core._request import CODED, BatchSpec, Reply
-from .core._scheduler import QueryScheduler
+from .core._dispatch import Dispatcher, QueryOrdering, Turn
+from .core._fallback import FallbackPolicy, GroupAnswer, GroupDecoder, GroupPredictor
+from .core._group import Group, GroupTimers, LateGroups
+from .core._health import Health, pool_health
+from .core._open_requests import OpenRequests
+from .core._queue import EventQueue, QueryQueue
+from .core._request import (
+    CODED,
+    Answer,
+    ApproximateAnswer,
+    BatchSpec,
+    DeadlineExceeded,
+    InferenceFailed,
+    Query,
+    Reply,
+    Request,
+    ScaleMonitor,
+    ServerClosing,
+)
+
+_LOG = logging.getLogger(__name__)
+
+# Groups that may be kept after their queries are answered, to receive their stragglers' answers,
+# and for how many median answer times (but at least a second).
+_LINGERING, _LINGER = 256, 20
+# The median answer times after which a query is sent again even where copies are as slow as what
+# they copy: its worker may hang.
+_LONGEST = 30
+# The share of late queries that are copied all the same, to see whether that is so still.
+_TRIED = 0.1
+# The share of approximate answers whose queries nobody has as they came that is computed, too.
+_AUDITED = 0.02
+_PROBE = 5.0  # seconds that a probe may take
+_LAST_TURN = 1.0  # seconds for which closing waits for a turn under way
+_WORKER_FREE = object()  # an event
 
 
 class CodedBatcher:
@@ -104,7 +144,7 @@ class CodedBatcher:
                 f"{known.coverage}, the policy for {target.tolerance} and {target.coverage}"
             )
         warn_if_other("the error estimate", self.estimator.conditions, pool.conditions)
-        self._adaptation = Adaptation(
+        self._adaptation = adaptation = Adaptation(
             pool,
             coder,
             policy,
@@ -112,12 +152,42 @@ class CodedBatcher:
             predictor,
             observe or (lambda what, number: None),
         )
-        self._scheduler = QueryScheduler(
-            pool, coder, queries, answers, policy, self._adaptation, refuse
-        )
+        self._pool, self._clock, self._coder = pool, pool.clock, coder
+        self._queries, self._answers = queries, answers
+        self._scales = ScaleMonitor() if coder.num_data > 1 else None
+        self._observe = adaptation.observe
+        lookup = GroupPredictor(adaptation, policy, queries, answers, self._clock)
+        self._decoder = GroupDecoder(coder, policy, adaptation, self._clock)
+        self._fallback = FallbackPolicy(coder, policy, adaptation, lookup, self._decoder)
+        ordered = policy.ordering and coder.needs_order
+        ordering = QueryOrdering(coder, queries.shape, policy.max_batch_size) if ordered else None
+        if ordering is not None:
+            ordering.compile()
+        if coder.can_decode:
+            everyone = np.ones(coder.num_workers, bool)
+            self._decoder.decode(answers.zeros(len(everyone))[:, None], everyone, coder.num_data)
+        self._queue = QueryQueue(policy.max_queue_size)
+        self._open = OpenRequests(self._queue, self._observe, self._clock)
+        self._events = EventQueue(self._clock, "nercc-batcher", self._run)
+        self._screen = None
+        if adaptation.checks is not None and predictor is not None:
+            self._screen = AnswerScreen(
+                adaptation.checks, predictor.expect, pool, self._events, self._observe
+            )
+        self._setting = adaptation.setting
+        self._times = AnswerTimes(self._setting.overdue)
+        parts = pool, coder, self._queue, self._events
+        rules = policy, self._decoder.enough, refuse
+        self._dispatcher = Dispatcher(*parts, *rules, lookup, adaptation, ordering)
+        self._timers = GroupTimers()
+        self._late_groups = LateGroups()
+        self._random = np.random.default_rng(0)
+        self._dispatch_due = math.inf
+        self._worker_free_posted = False
         self.estimator.compile(answers.shape, policy.max_batch_size)
-        self._adaptation.start()
-        self._scheduler.start()
+        adaptation.start()
+        pool.on_idle(self._worker_free)
+        self._events.start()
 
     def submit(
         self,
@@ -148,21 +218,39 @@ class CodedBatcher:
             ServerClosing: while the batcher closes.
             InferenceFailed: once the batcher is broken.
         """
-        return self._scheduler.submit(x, deadline=deadline, exact=exact, high=high, trace=trace)
+        x = self._queries.check(x)
+        deadline = self.policy.deadline_s if deadline is None else deadline
+        if not 0 < deadline <= MAX_DEADLINE_S:
+            raise ValueError(
+                f"a deadline is a positive number of seconds, {MAX_DEADLINE_S:g} at most, not "
+                f"{deadline:g}"
+            )
+        # Queries of another scale travel alone, as those that must be answered exactly.
+        exact = exact or (self._scales is not None and self._scales.is_odd(x))
+        lead = self.policy.priority_lead_s if high else 0.0
+        arrived, values = self._clock.now(), self._answers.zeros(len(x))
+        request = Request(x, values, arrived, deadline, exact, lead, trace)
+        self._open.accept(request)
+        if high:
+            self._observe("high_priority", len(x))
+        request.on_cancel(self._events.post)
+        self._events.post(request)
+        return request.future
 
     @property
     def waiting(self) -> int:
         """The number of queries that wait to be sent."""
-        return self._scheduler.waiting
+        return self._queue.waiting
 
     @property
     def in_flight(self) -> int:
         """The number of requests without a reply."""
-        return self._scheduler.in_flight
+        return len(self._open)
 
     def health(self) -> Health:
         """Return whether it is alive, and would answer a query now."""
-        return self._scheduler.health()
+        trouble = self._open.trouble(self._times.median(self.policy.max_batch_size))
+        return pool_health(self._pool, self._coder) if trouble is None else trouble
 
     def status(self) -> dict[str, Any]:
         """Return what has been learned and measured so far.
@@ -181,9 +269,16 @@ class CodedBatcher:
         return self._adaptation.hints()
 
     def close(self, drain: float = 0.0) -> None:
-        """Accept no more requests, answer for up to `drain` seconds, and fail the rest."""
-        self._scheduler.close(drain)
-        self._scheduler.fail_open()
+        """Accept no more requests, answer for up to `drain` seconds, and fail the rest.
+
+        A turn of the thread that does not end is not waited for.
+        """
+        self._open.close()
+        self._events.wake()
+        self._open.wait(drain)
+        self._events.close(_LAST_TURN)
+        for request in self._open:
+            self._open.fail(request, ServerClosing("the server shut down before it could answer"))
         self._adaptation.close()
 
     def __enter__(self) -> "CodedBatcher":
@@ -191,3 +286,362 @@ class CodedBatcher:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    # From any thread.
+
+    def _worker_free(self) -> None:
+        if self.waiting and not self._worker_free_posted:
+            self._worker_free_posted = True
+            self._events.post(_WORKER_FREE)
+
+    # The scheduler's thread.
+
+    def _run(self) -> float:
+        try:
+            self._turn()
+        except BaseException as error:
+            _LOG.exception("the batcher ends")
+            self._open.fail_all(error)
+            self._events.close()
+        screened = math.inf if self._screen is None else self._screen.next_due
+        return min(self._dispatch_due, self._timers.next, self._open.next_deadline, screened)
+
+    def _turn(self) -> None:
+        for event in self._events.take():
+            self._guard(self._handle, event, self._clock.now(), concerned=event)
+        if (setting := self._adaptation.setting) is not self._setting:
+            self._setting, self._times = setting, self._times.under(setting.overdue)
+        monitor = self._open.monitor
+        now = monitor.report_turn(len(self._open) > 0)
+        self._guard(self._handle_due, now)
+        if monitor.probe_due(now):
+            self._guard(self._send_probe)
+        self._guard(self._dispatch, now)
+        # The workers compute meanwhile.
+        while self._screen is not None and not self._screen.is_ahead and not self._events:
+            self._guard(self._screen.compute_ahead)
+
+    def _guard(self, step: Callable[..., None], *args: Any, concerned: Any = None) -> None:
+        """Run a step. If it fails, fail the requests it concerns instead of the thread.
+
+        Those are `concerned`, a group or a request, and the queries that the step took out of the
+        queue.
+        """
+        try:
+            step(*args)
+            if popped := self._queue.take_popped():
+                self._fallback.earn(sum(not query.reexecuted for query in popped))
+                if self._screen is not None:
+                    self._screen.expect(popped)
+        except Exception as error:
+            _LOG.exception("the batcher's step %s failed", step.__name__)
+            self._observe("internal_error", 1)
+            requests = {query.request for query in self._queue.take_popped()}
+            if isinstance(concerned, Group):
+                requests |= {query.request for *_, query in concerned.open_queries()}
+                self._dispatcher.close(concerned)
+            elif isinstance(concerned, Request):
+                requests.add(concerned)
+            for request in requests:
+                why = f"internal error: {error}"
+                self._fail(request, InferenceFailed(why, "internal error"))
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        for query in request.queries if request.audits else ():
+            for each in query.approximate.values():
+                self._audit(each, None)
+            query.approximate = {}
+        self._revisit(self._open.fail(request, error))
+
+    def _revisit(self, groups: Sequence[Group]) -> None:
+        """Look at groups in the next turn: some of their queries ended elsewhere."""
+        for group in groups:
+            self._events.post_group(group)
+
+    def _handle(self, event: Any, now: float) -> None:
+        # However long a turn is: deadlines come before the answers that were too late for them.
+        self._expire(now)
+        if isinstance(event, Group):
+            event.posted = False
+            self._receive(event, now)
+        elif isinstance(event, Audit):
+            assert self._screen is not None
+            self._screen.receive_audit(event)
+        elif event is _WORKER_FREE:
+            self._worker_free_posted = False
+        else:
+            self._enqueue(event, now)
+
+    def _enqueue(self, request: Request, now: float) -> None:
+        """Put a request into the queue. The second time that it comes it was cancelled."""
+        if not request.queued:
+            request.queued = True
+            self._queue.add(request)
+            self._open.keep_deadline(request)
+        if request.future.cancelled():
+            self._revisit(self._open.cancel(request, now))
+
+    def _send_probe(self) -> None:
+        """Send a query of zeros, to notice when workers answer again."""
+        now, zeros = self._clock.now(), (self._queries.zeros(1), self._answers.zeros(1))
+        probe = Request(*zeros, now, _PROBE, True)
+        if self._open.accept_own(probe, audits=False):
+            self._enqueue(probe, now)
+
+    def _expire(self, now: float) -> None:
+        for request in self._open.pop_expired(now):
+            why = (
+                f"not answered within {request.deadline:g} s: {self.waiting} queries wait, "
+                f"{self._pool.idle} of {self._pool.num_workers} workers are idle"
+            )
+            self._fail(request, DeadlineExceeded(why))
+
+    def _handle_due(self, now: float) -> None:
+        """Handle what is due: deadlines, groups to be completed, stragglers."""
+        if self._screen is not None:
+            self._settle(self._screen.pop_due(now), now)
+            self._screen.look(now)
+        self._expire(now)
+        for group in self._timers.pop_due(now):
+            self._guard(self._decide, group, now, concerned=group)
+        filling = self._dispatcher.filling
+        if self._open.closing and filling is not None:
+            self._guard(self._decide, filling, now, concerned=filling)
+        if self._screen is not None:  # after all that may have ended a query in this turn
+            self._settle(self._screen.release(), now)
+
+    def _dispatch(self, now: float) -> None:
+        self._dispatch_due = math.inf
+        groups, self._dispatch_due = self._dispatcher.dispatch(self._turn_at(now))
+        for group in groups:
+            self._guard(self._set_timer, group, now, concerned=group)
+
+    def _turn_at(self, now: float) -> Turn:
+        answer_time = self._times.median(self.policy.max_batch_size)
+        return Turn(now, self._setting, answer_time, self._open.closing)
+
+    def _receive(self, group: Group, now: float) -> None:
+        batch = group.batch
+        if group.closed:
+            return
+        for point in np.flatnonzero(batch.available & ~group.mask).tolist():
+            value = batch.answer(point)
+            assert value is not None
+            group.add_answer(point, value, now, batch.workers[point])
+            place = int(group.layout.place_of[point])
+            # Coded data points may have waited for a worker: their time is not an answer time.
+            if place >= 0 or not group.coder.systematic:
+                self._times.add(len(value), now - float(group.sent_at[point]))
+            if place >= 0:
+                self._receive_own(group, place, value, batch.workers[point], now)
+        self._decide(group, now)
+
+    def _receive_own(
+        self, group: Group, place: int, value: np.ndarray, worker: int, now: float
+    ) -> None:
+        own = group.layout.own[place]
+        asked, responded = int(group.sent[own].sum()), int(group.mask[own].sum())
+        queries = group.cells[place].queries
+        if self._screen is not None:
+            kept, again, settled = self._screen.receive(worker, queries, value)
+            self._send_again(again)
+            self._settle(settled, now)
+            if len(kept) < len(queries):
+                queries, value = [queries[row] for row in kept], value[kept]
+        for row, query in enumerate(queries):
+            self._learn(query, value[row, ...])
+        answer = Answer(value, "exact", asked, responded)
+        self._revisit(self._open.answer(queries, answer, now))
+
+    def _learn(self, query: Query, own: np.ndarray) -> None:
+        """Compare approximate answers to a query with the model's own, and learn from this."""
+        x = query.x
+        if query.approximate:
+            approximate, query.approximate = query.approximate, {}
+            for each in approximate.values():
+                self._audit(each, own)
+                x = each.x if x is None else x
+        if x is not None:
+            self._adaptation.add_answer(x, own)
+
+    def _send_again(self, queries: list[Query]) -> None:
+        """Have other workers compute queries whose answers look wrong."""
+        for query in queries:
+            query.reexecuted = True
+            if query.request.trace is not None:
+                query.request.trace.send_again(query.place)
+            self._observe("reexecution", 1)
+        self._queue.resend(queries)
+
+    def _settle(self, settled: Sequence[Settled], now: float) -> None:
+        for query, verdict, suspicious in settled:
+            number = max(len(query.candidates), 1)
+            if not suspicious:
+                self._learn(query, verdict.value)
+            answer = Answer(verdict.value[None], "exact", number, number, suspicious=suspicious)
+            self._revisit(self._open.answer([query], answer, now))
+
+    def _audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> None:
+        """Compare an approximate answer with the model's own, None if that will never come."""
+        right = self._adaptation.audit(given, own)
+        if given.given or given.forced:
+            known = "audit_same" if right else "audit_other"
+            self._observe("audit_unknown" if own is None else known, 1)
+
+    def _ask_again(self, given: ApproximateAnswer) -> bool:
+        """Have the model answer, for comparison, where workers are free; return whether."""
+        if given.x is None or given.repeated or not self._pool.idle:
+            return False
+        zeros = self._answers.zeros(1)
+        request = Request(given.x[None], zeros, self._clock.now(), MAX_DEADLINE_S, True)
+        if not self._open.accept_own(request, audits=True):
+            return False
+        given.repeated = True
+        request.queries[0].approximate[given.answer.source] = given
+        self._enqueue(request, request.arrived)
+        return True
+
+    def _decide(self, group: Group, now: float) -> None:
+        """Complete a group, answer or resend its stragglers' queries, or close it."""
+        if group is self._dispatcher.filling:
+            due = group.began + self.policy.batch_wait_timeout_s
+            if now < due and not self._open.closing:
+                self._set_timer(group, now)
+                return
+            self._dispatcher.complete(group, self._turn_at(now))
+        if group.pending and group.alone:
+            self._fail_if_lost(group)
+        elif group.pending:
+            late, hedges = self._late(group, now), self._hedges(group, now)
+            answers, resend = self._fallback.decide(group, late, hedges=hedges)
+            for each in answers:
+                query = group.cells[each.cell].queries[each.row]
+                self._give(group, query, each)
+                self._observe("expected_disagreement", each.answer.disagreement)
+                if self.policy.tolerance is not None:
+                    self._observe("expected_error", each.answer.error / self.policy.tolerance)
+                answer = dataclasses.replace(each.answer, value=each.answer.value[None])
+                self._revisit(self._open.answer([query], answer, now))
+            self._queue.resend(resend)
+        # What is held back of a single batch goes on by itself.
+        if not group.pending or (group.alone and group.mask.all()):
+            self._count_hedge(group, now)
+            self._close_group(group, now)
+        if not group.closed:
+            self._set_timer(group, now)
+
+    def _give(self, group: Group, query: Query, given: GroupAnswer) -> None:
+        """Note that an approximate answer is given out, if it can be compared with the model's."""
+        record = query.approximate[given.answer.source]
+        record.forced = given.forced
+        own = group.layout.own[given.cell]
+        # A query that nobody has as it came is computed for comparison alone, now and then.
+        if not group.sent[own].any():
+            del query.approximate[given.answer.source]
+            computed = not given.forced and self._random.random() < _AUDITED
+            record.given = computed and self._ask_again(record)
+        else:
+            record.given = not given.forced
+        if record.given:
+            self._adaptation.risk(given.answer.source).give()
+
+    def _late(self, group: Group, now: float) -> np.ndarray:
+        """Return the mask of coded data points not to wait for: late ones, and failed ones."""
+        outstanding = group.outstanding
+        late = outstanding & (now - group.sent_at >= self._times.limit(group.rows))
+        for point in np.flatnonzero(outstanding & ~late).tolist():
+            late[point] = group.batch.abandoned(point)
+        return late
+
+    def _hedges(self, group: Group, now: float) -> bool:
+        """Return whether to send late queries again: if the policy hedges, and it is of use.
+
+        Of use or not, some are tried, and so are all whose worker may well hang.
+        """
+        if self.policy.copies == 1:
+            return False
+        if self._setting.hedges:
+            return True
+        if group.tried is None:
+            group.tried = self._random.random() < _TRIED
+        if group.tried:
+            return True
+        waited = now - float(np.min(group.sent_at[group.outstanding], initial=now))
+        return waited >= _LONGEST * self._times.median(group.rows)
+
+    def _fail_if_lost(self, group: Group) -> None:
+        if not group.batch.lost(0):
+            return
+        failures = group.batch.failures
+        public = f"a query got no answer: {len(failures) or 'no'} workers failed"
+        why = f"{public}, the last: {failures[-1].reason}" if failures else public
+        if failures and failures[-1].refused:
+            public = why  # the server's own words
+        for query in group.cells[0].queries:
+            if query.candidates and not query.done:
+                assert self._screen is not None
+                self._settle([self._screen.give_up(query)], self._clock.now())
+            elif not query.done:
+                self._fail(query.request, InferenceFailed(why, public))
+
+    def _count_hedge(self, group: Group, now: float) -> None:
+        """Note, once, how long a copy of late queries took, whether it came first or not."""
+        if group.is_copy:
+            group.is_copy, limit = False, self._times.limit(group.rows)
+            if limit < math.inf:
+                self._observe("hedge_limits", (now - float(group.sent_at[0])) / limit)
+
+    def _close_group(self, group: Group, now: float) -> None:
+        """Close a group whose queries are answered, or keep it to receive stragglers' answers."""
+        if not group.alone and group.outstanding.any() and now < group.linger_until:
+            kept = len(self._dispatcher.groups) - len(self._late_groups)
+            if math.isinf(group.linger_until) and kept < _LINGERING and not group.stripped:
+                group.batch.suffice()
+                median = self._times.median(group.rows)
+                group.linger_until = now + max(1.0, _LINGER * median if median < math.inf else 0)
+            if group.linger_until < math.inf:
+                return
+        if self._keeps_late(group):
+            return
+        useful = not group.alone and self._coder.can_decode and self._adaptation.accepts_samples
+        if useful and (pair := group.calibration_pair()) is not None:
+            self._adaptation.calibrator.add_group(*pair)
+        self._dispatcher.close(group)
+
+    def _keeps_late(self, group: Group) -> bool:
+        """Keep what is to be compared with answers that come later than groups are kept."""
+        awaited = list(group.awaited()) if group.outstanding.any() else []
+        for coming, query, given in awaited:
+            if not coming:
+                self._give_up(query, given)
+        if not any(coming for coming, *_ in awaited):
+            self._late_groups.discard(group)
+            return False
+        group.batch.suffice()
+        group.linger_until = math.inf
+        for evicted in self._late_groups.add(group):
+            for _, query, given in evicted.awaited():
+                self._give_up(query, given)
+            self._dispatcher.close(evicted)
+        return not group.closed
+
+    def _give_up(self, query: Query, given: ApproximateAnswer) -> None:
+        """Have an answer computed that does not come by itself, or count it as unknown."""
+        query.approximate.pop(given.answer.source, None)
+        if given.forced or not self._ask_again(given):
+            self._audit(given, None)
+
+    def _set_timer(self, group: Group, now: float) -> None:
+        """Set when to look at a group next, should nothing happen to it."""
+        due = math.inf
+        if group is self._dispatcher.filling:
+            due = group.began + self.policy.batch_wait_timeout_s
+        elif group.linger_until < math.inf:
+            due = group.linger_until
+        elif not group.alone:
+            sent = group.sent_at[group.outstanding]
+            ends = sent + self._times.limit(group.rows)
+            if not self._setting.hedges:
+                ends = np.append(ends, sent + _LONGEST * self._times.median(group.rows))
+            due = float(np.min(ends[ends > now], initial=math.inf))
+        self._timers.set(group, due, now)

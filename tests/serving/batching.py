@@ -158,9 +158,7 @@ def knowing(coder):
 
 def settled(batcher):
     """Waits until nothing is left of what was submitted."""
-    until(
-        lambda: not (batcher._scheduler._dispatcher.groups or batcher.waiting or batcher.in_flight)
-    )
+    until(lambda: not (batcher._dispatcher.groups or batcher.waiting or batcher.in_flight))
 
 
 def until(true, seconds=LONG):

@@ -55,16 +55,16 @@ def becomes(batcher, live, ready):
 @pytest.mark.parametrize("step", ["dispatch", "complete"])
 def test_a_step_that_fails_is_reported_at_once_and_the_next_works(step, monkeypatch):
     with serving(INTERLEAVED, straggler_threshold=1e6) as batcher:  # nobody straggles
-        whole, left = getattr(batcher._scheduler._dispatcher, step), [1]
+        whole, left = getattr(batcher._dispatcher, step), [1]
 
         def fails(*args, **options):
             result = whole(*args, **options) if step == "dispatch" else None
-            if batcher._scheduler._queue._popped and left[0]:
+            if batcher._queue._popped and left[0]:
                 left[0] -= 1
                 raise RuntimeError("a bug of ours")
             return result if step == "dispatch" else whole(*args, **options)
 
-        monkeypatch.setattr(batcher._scheduler._dispatcher, step, fails)
+        monkeypatch.setattr(batcher._dispatcher, step, fails)
         with pytest.raises(InferenceFailed, match="internal error: a bug of ours"):
             batcher.submit(queries(4)).result(5.0)
         assert count(batcher, "internal_error") == count(batcher, "request_failed") == 1
@@ -98,7 +98,7 @@ def test_a_thread_that_dies_fails_what_is_open_and_what_comes(monkeypatch):
         def dies(now):
             raise SystemExit("no memory, say")
 
-        monkeypatch.setattr(batcher._scheduler, "_handle_due", dies)
+        monkeypatch.setattr(batcher, "_handle_due", dies)
         with pytest.raises(InferenceFailed, match="the batcher has failed: no memory, say"):
             future.result(5.0)
         with pytest.raises(InferenceFailed, match="has failed"):
@@ -114,7 +114,7 @@ def test_a_stuck_thread_is_not_alive(monkeypatch):
     release = threading.Event()
     with serving(Uncoded(1), warm=False) as batcher:
         becomes(batcher, True, True)
-        monkeypatch.setattr(batcher._scheduler, "_handle_due", lambda now: release.wait(LONG))
+        monkeypatch.setattr(batcher, "_handle_due", lambda now: release.wait(LONG))
         assert "is stuck" in becomes(batcher, False, False)
         release.set()
         becomes(batcher, True, True)

@@ -128,7 +128,7 @@ def test_a_batcher_that_is_held_up_is_not_waited_for(monkeypatch):
         concurrent.futures.ThreadPoolExecutor() as clients,
         monkeypatch.context() as patched,
     ):
-        patched.setattr(model._batcher._scheduler, "_dispatch", hold)
+        patched.setattr(model._batcher, "_dispatch", hold)
         late = {"parameters": {"timeout": 300_000}}
         asked = [clients.submit(ask, face, server, "digits", ONE, **late) for face in FACES]
         for each in asked:

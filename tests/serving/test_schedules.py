@@ -134,7 +134,7 @@ class Schedule:
             observe=self.observe,
         )
         self.first = 0  # queries that went out for the first time
-        self.count_first(self.batcher._scheduler._queue)
+        self.count_first(self.batcher._queue)
         self.submitted = []
         self.ended = []  # a number of a request each time that one ends
         self.checked = 0  # of those, how many were looked at
@@ -232,10 +232,10 @@ class Schedule:
         batcher, scheduler, now = self.batcher, self.pool._scheduler, self.clock.now()
         assert not self.seen["internal_error"]
         assert not scheduler._errors.errors
-        for request in batcher._scheduler._open._open:
+        for request in batcher._open._open:
             assert now <= request.arrived + request.deadline + LATE, "forgotten at its deadline"
         # The queue.
-        lanes = batcher._scheduler._queue
+        lanes = batcher._queue
         stand = [
             query
             for lane in (lanes.resent, lanes.exact, lanes.coded)
@@ -245,13 +245,11 @@ class Schedule:
         waiting = [query for query in stand if query.waiting]
         assert lanes.waiting == len(waiting), "the queue's count is wrong"
         assert not any(query.done for query in waiting)
-        held = math.inf > batcher._scheduler._dispatch_due and not (lanes.resent or lanes.exact)
+        held = math.inf > batcher._dispatch_due and not (lanes.resent or lanes.exact)
         assert not waiting or not self.pool.idle or held, "a query waits beside an idle worker"
         if (share := self.policy.max_reexecution) is not None:
             left = share * self.first - self.seen["reexecution"]
-            assert math.isclose(batcher._scheduler._fallback._budget._left, left, abs_tol=1e-9), (
-                "the budget"
-            )
+            assert math.isclose(batcher._fallback._budget._left, left, abs_tol=1e-9), "the budget"
         # The scheduler.
         idle = {w for w, seat in enumerate(scheduler._slots) if seat.ready and seat.task is None}
         assert set(scheduler._queue._idle) == idle
@@ -272,11 +270,11 @@ class Schedule:
     def check_end(self):
         batcher, scheduler = self.batcher, self.pool._scheduler
         assert len(self.ended) == len(self.submitted), "a request was forgotten"
-        question = batcher._scheduler._open._probe
-        assert batcher._scheduler._open._open <= {question}
-        if batcher._scheduler._open._open:
+        question = batcher._open._probe
+        assert batcher._open._open <= {question}
+        if batcher._open._open:
             return  # it still asks whether somebody answers
-        assert not batcher._scheduler._dispatcher.groups
+        assert not batcher._dispatcher.groups
         assert not batcher.waiting
         assert not scheduler._queue.batches
 

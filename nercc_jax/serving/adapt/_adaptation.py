@@ -1,11 +1,13 @@
-"""All that adapts, behind the interface that the scheduler knows.
+"""All that adapts, as the scheduler sees it.
 
-Calibration of decoding has a thread of its own: the scheduler's does nothing but answer queries.
+The scheduler calls these methods from its own thread, so each returns at once. What it reads is
+immutable, and was computed by other threads. Calibration of decoding has a thread of its own: the
+scheduler's does nothing but answer queries.
 """
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,16 +21,12 @@ from ...risk._scores import ROWS, why_no_scores
 from ...risk._straggler_risk import StragglerRisk, StragglerRow, error_ratios
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import (
-    AbstractAdaptation,
     DispatchSetting,
-    Expectation,
     ExpectedError,
-    Predictions,
     accuracy_target,
     overdue_rule,
 )
 from ..core._coder import Coder
-from ..core._error_probability import DecodingErrorBars, DecodingErrorProbability
 from ..core._request import Answer, ApproximateAnswer, Source
 from ._error_estimator import ErrorEstimator
 from ._predictor import Predictor
@@ -176,8 +174,16 @@ class OutputsCheck:
             _LOG.info("outputs look like %s", found)
 
 
-class Adaptation(AbstractAdaptation):
-    """Calibration of decoding, a surrogate if there is one, and the choice of settings."""
+class Adaptation:
+    """Calibration of decoding, a surrogate if there is one, and the choice of settings.
+
+    Attributes:
+        estimator: the estimator of decoding errors, as it is calibrated now.
+        calibrator: the thread that calibrates it.
+        predictor: the surrogate, ready or not; None where there is none.
+        checks: the checks of the model's own answers; None where they are given out unseen.
+        observe: takes a measurement.
+    """
 
     def __init__(
         self,
@@ -203,31 +209,32 @@ class Adaptation(AbstractAdaptation):
         self._overdue = overdue_rule(policy)
         self._fixed = DispatchSetting(self._overdue, policy.redundancy)
         self._exact = DispatchSetting(self._overdue, "none")
-        self._observe = observe if self._controller is None else self._controller.observe
+        self.observe = observe if self._controller is None else self._controller.observe
         self._target = target = accuracy_target(policy)
         self.decoding_risk = StragglerRisk(target, needs_evidence=False)
-        self._calibrator = BackgroundCalibrator(estimator, self._observe, pool.clock)
+        self.calibrator = BackgroundCalibrator(estimator, self.observe, pool.clock)
         self._outputs = None
         if policy.outputs is None and (coder.can_decode or predictor is not None):
             self._outputs = OutputsCheck(coder.form, pool.clock, estimator.own)
-        self._checks = None
+        self.checks: AnswerChecks | None = None
         if predictor is not None:
             width, rate = policy.max_batch_size, policy.check_answers
-            predictor.attach(target, width, coder.form, self._observe, pool.clock, rate)
+            predictor.attach(target, width, coder.form, self.observe, pool.clock, rate)
             if rate is not None:
-                self._checks = AnswerChecks(
-                    pool.num_workers, policy.max_fenced, pool.worker_dtype, self._observe
+                self.checks = AnswerChecks(
+                    pool.num_workers, policy.max_fenced, pool.worker_dtype, self.observe
                 )
         elif policy.check_answers is not None:
             raise ValueError(
                 "check_answers needs a predictor (`--surrogate`): nothing else tells what answers "
                 "should be"
             )
-        parts = self._calibrator, self._controller, predictor, self._outputs
+        parts = self.calibrator, self._controller, predictor, self._outputs
         self._parts = [each for each in parts if each is not None]
 
     @property
     def setting(self) -> DispatchSetting:
+        """The setting that holds now."""
         if self._controller is not None:
             return self._controller.setting
         # What mixes queries is of no use where nothing may be decoded.
@@ -243,6 +250,7 @@ class Adaptation(AbstractAdaptation):
 
     @property
     def approximates(self) -> bool:
+        """True if approximate answers may be given out at all, by what the outputs are."""
         return not self._exact_only and (self._outputs is None or bool(self._outputs.scores))
 
     def _read_as(self) -> dict[str, str | None]:
@@ -257,20 +265,10 @@ class Adaptation(AbstractAdaptation):
         return {"read_as": "scores" if check.scores else "values", "why": why}
 
     @property
-    def predicts(self) -> bool:
-        return self.predictor is not None
-
-    @property
     def can_predict(self) -> bool:
+        """True if the surrogate may answer now."""
         predictor = self.predictor
         return predictor is not None and self.approximates and predictor.state == "answering"
-
-    @property
-    def checks(self) -> AnswerChecks | None:
-        return self._checks
-
-    def expect(self, x: Sequence[np.ndarray]) -> list[Expectation]:
-        return [] if self.predictor is None else self.predictor.expect(x)
 
     def start(self) -> None:
         """Start the threads."""
@@ -282,11 +280,8 @@ class Adaptation(AbstractAdaptation):
         for each in self._parts:
             each.close()
 
-    def observe(self, what: str, number: int | float) -> None:
-        self._observe(what, number)
-
     def status(self) -> dict[str, Any]:
-        controller, predictor, checks = self._controller, self.predictor, self._checks
+        controller, predictor, checks = self._controller, self.predictor, self.checks
         ready = predictor is not None and predictor.checks_answers
         return {
             "policy": None if controller is None else controller.status(),
@@ -325,36 +320,40 @@ class Adaptation(AbstractAdaptation):
                     "since; nothing is decoded"
                 )
             found += [] if risk.hint is None else [risk.hint]
-        found += [] if self._checks is None else self._checks.hints()
+        found += [] if self.checks is None else self.checks.hints()
         return found if self.predictor is None else found + self.predictor.hints()
 
     def needs_samples(self, queries: int) -> bool:
-        return not self._exact_only and self._calibrator.needs_samples(queries)
+        """Return whether to send groups of this size whole, for calibration."""
+        return not self._exact_only and self.calibrator.needs_samples(queries)
 
     @property
     def accepts_samples(self) -> bool:
-        return not self._exact_only and self._calibrator.accepts_samples
-
-    def add_group(
-        self,
-        answers: Float[np.ndarray, "num_workers ..."],
-        originals: Float[np.ndarray, "queries ..."],
-    ) -> None:
-        self._calibrator.add_group(answers, originals)
+        """True if the calibrator would use a group now."""
+        return not self._exact_only and self.calibrator.accepts_samples
 
     def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
+        """Take the model's own answer to a query."""
         if self._outputs is not None:
             self._outputs.add(own)
         if self.predictor is not None:
             self.predictor.add_answer(x, own)
 
     def risk(self, source: Source) -> StragglerRisk:
+        """Return what other stragglers showed of approximate answers of this source.
+
+        Answers that are given out are counted there, and their `audit` follows.
+        """
         if source == "decoded":
             return self.decoding_risk
         assert self.predictor is not None
         return self.predictor.risk
 
     def admits(self, answer: Answer, *, calibrated: bool) -> bool:
+        """Return whether an approximate answer may be given out, by what stragglers showed.
+
+        It is `calibrated` if it is within the limit of a calibration.
+        """
         if answer.source == "predicted":
             assert self.predictor is not None
             return calibrated and self.predictor.admits(answer)
@@ -363,6 +362,11 @@ class Adaptation(AbstractAdaptation):
         return bool(risk.admits(answer.disagreement, bar, calibrated=calibrated))
 
     def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
+        """Compare an answer with the model's own, which came late, or is None and will never come.
+
+        Returns:
+            Whether it was right.
+        """
         if given.answer.source == "predicted":
             assert self.predictor is not None
             return self.predictor.audit(given, own)
@@ -378,16 +382,7 @@ class Adaptation(AbstractAdaptation):
         facts = {"given": given.given, "forced": given.forced, "epoch": given.epoch}
         facts |= {"unknown": own is None, "widened": given.widened}
         if self.decoding_risk.add(row, **facts):
-            self._calibrator.discard()
-            self._observe("drift", 1)
+            self.calibrator.discard()
+            self.observe("drift", 1)
             _LOG.warning("decoded answers went wrong more often than promised: see the status")
         return right
-
-    def error_probability(self, queries: int) -> DecodingErrorProbability | DecodingErrorBars:
-        return self.estimator.error_probability(queries)
-
-    def expected_error(self, queries: int, mask: Bool[np.ndarray, " num_workers"]) -> ExpectedError:
-        return self._calibrator.expected_error(queries, mask)
-
-    def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions | None:
-        return None if self.predictor is None else self.predictor.predict(x)

@@ -1,9 +1,9 @@
-"""The scheduler: the way of a query from the socket to its answer, in eleven files.
+"""The scheduler: the way of a query from the socket to its answer, in ten files.
 
 1. `transport/_http.py` reads the request's body and `protocol/_messages.py` its tensors; the
    `ServedModel` (`_served_model.py`) hands the queries to `CodedBatcher` (`_batcher.py`).
-2. `QueryScheduler.submit` (`_scheduler.py`) accepts the request (`_open_requests.py`: deadline)
-   and posts it to the scheduler's thread, which puts its queries into the queue (`_queue.py`).
+2. `CodedBatcher.submit` accepts the request (`_open_requests.py`: deadline) and posts it to the
+   scheduler's thread, which puts its queries into the queue (`_queue.py`).
 3. `_dispatch.py`: while workers are idle, queries leave the queue as cells of a group
    (`_group.py`). Each goes to its own worker, and the code's redundancy follows.
 4. Workers' answers come back as events of their group: the model's own answers go out at once,
@@ -11,7 +11,6 @@
 5. `_fallback.py` decides about stragglers' queries: a surrogate's answer, decoding, or a second
    call. `OpenRequests` resolves the future with the `Reply`.
 
-Data flows one way: request -> queue -> group -> workers -> answers -> reply. What adapts (`adapt`)
-is behind `AbstractAdaptation` (`_adaptation.py`): it takes observations and returns immutable
-results. The scheduler works without it.
+Data flows one way: request -> queue -> group -> workers -> answers -> reply. What adapts
+(`Adaptation`, `adapt/_adaptation.py`) takes observations and returns immutable results.
 """

@@ -21,7 +21,8 @@ from ...pools._batch import Refuse
 from ...pools._clock import TimeShare
 from ...pools._row_queue import power_of_two
 from .._policy import BatchingPolicy
-from ._adaptation import AbstractAdaptation, DispatchSetting
+from ..adapt._adaptation import Adaptation
+from ._adaptation import DispatchSetting
 from ._coder import Coder
 from ._fallback import Budget, GroupPredictor
 from ._group import Cell, Group
@@ -142,7 +143,7 @@ class Dispatcher:
         enough: int,
         refuse: Refuse,
         predictor: GroupPredictor,
-        adaptation: AbstractAdaptation,
+        adaptation: Adaptation,
         ordering: QueryOrdering | None,
     ):
         """Create a dispatcher; without an ordering, queries are taken as they come.

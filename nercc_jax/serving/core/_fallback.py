@@ -13,7 +13,7 @@ import numpy as np
 from ...pools._batch import answers_to_wait_for
 from ...pools._clock import AbstractClock
 from .._policy import BatchingPolicy
-from ._adaptation import AbstractAdaptation
+from ..adapt._adaptation import Adaptation
 from ._coder import Coder
 from ._error_probability import DecodingErrorBars, DecodingErrorProbability
 from ._group import Group, GroupPrediction
@@ -38,7 +38,7 @@ class GroupPredictor:
 
     def __init__(
         self,
-        adaptation: AbstractAdaptation,
+        adaptation: Adaptation,
         policy: BatchingPolicy,
         queries: BatchSpec,
         answers: BatchSpec,
@@ -51,7 +51,7 @@ class GroupPredictor:
                 answers cannot be predicted.
         """
         self._adaptation, self._shape, self._clock = adaptation, answers.shape, clock
-        if adaptation.predicts:
+        if adaptation.predictor is not None:
             dtypes = [str(each.dtype) for each in (queries, answers)]
             if {queries.dtype, answers.dtype} != {CODED}:
                 raise ValueError(f"only float32 can be predicted, not {dtypes}")
@@ -69,15 +69,16 @@ class GroupPredictor:
         Empty while no surrogate is ready. A query is looked up once: what a surrogate learns while
         the query waits is hardly more.
         """
-        if not self._adaptation.can_predict:  # nor what it predicted before it drifted
-            return {}
+        predictor = self._adaptation.predictor
+        if predictor is None or not self._adaptation.can_predict:
+            return {}  # nor what it predicted before it drifted
         waiting = list(group.open_queries(cells))
         new = [each for each in waiting if each[:2] not in group.predictions]
         if new:
             begin = self._clock.now()
             x = [query.x for *_, query in new if query.x is not None]
             assert len(x) == len(new), "queries that somebody waits for have their data"
-            found = self._adaptation.predict(np.stack(x))
+            found = predictor.predict(np.stack(x))
             if found is None:
                 return {}
             end = self._clock.now()
@@ -105,7 +106,7 @@ class GroupDecoder:
         self,
         coder: Coder,
         policy: BatchingPolicy,
-        adaptation: AbstractAdaptation,
+        adaptation: Adaptation,
         clock: AbstractClock,
     ):
         """Create a decoder.
@@ -118,7 +119,7 @@ class GroupDecoder:
         self._width, self._resends = policy.max_batch_size, policy.max_reexecution is not None
         self._max_disagreement, self._tolerance = policy.max_disagreement, policy.tolerance
         if policy.tolerance is not None and not (
-            adaptation.predicts or coder.has_error_probability
+            adaptation.predictor is not None or coder.has_error_probability
         ):
             raise ValueError(
                 f"a tolerance needs error bars, and {type(coder.code).__name__} has none: give a "
@@ -139,7 +140,7 @@ class GroupDecoder:
             empty where no answer is sound, or none could be given.
         """
         number, limit = len(group.cells), None
-        expected = self._adaptation.expected_error(number, group.mask)
+        expected = self._adaptation.calibrator.expected_error(number, group.mask)
         risk = self._risk(number)
         if isinstance(risk, DecodingErrorBars):
             limit = self._tolerance
@@ -201,7 +202,7 @@ class GroupDecoder:
     def _risk(self, queries: int) -> DecodingErrorProbability | DecodingErrorBars | None:
         if not self._coder.has_error_probability:
             return None
-        return self._adaptation.error_probability(queries)
+        return self._adaptation.estimator.error_probability(queries)
 
     def ready(self, group: Group, last: bool) -> bool:
         """Return whether it makes sense to decode a group now."""
@@ -276,7 +277,7 @@ class FallbackPolicy:
         self,
         coder: Coder,
         policy: BatchingPolicy,
-        adaptation: AbstractAdaptation,
+        adaptation: Adaptation,
         predictor: GroupPredictor,
         decoder: GroupDecoder,
     ):
