@@ -20,7 +20,7 @@ from schedulers import SOON, soon
 
 from nercc_jax import RayPool, Replication
 from nercc_jax.pools import run_batches
-from nercc_jax.pools._ray_nodes import live_nodes, missing_resources, worker_options
+from nercc_jax.pools._ray_backend import live_nodes, missing_resources, worker_options
 
 pytestmark = pytest.mark.slow
 

@@ -22,13 +22,22 @@ from conftest import require
 
 from nercc_jax import RayPool
 from nercc_jax.pools._ray import NodeWatch
-from nercc_jax.pools._ray_backend import ActorBackend, EncodedInputs, NodePlacement, pack
+from nercc_jax.pools._ray_backend import (
+    ActorBackend,
+    EncodedInputs,
+    Node,
+    NodePlacement,
+    choose_node,
+    crowding,
+    demand_of,
+    node_to_leave,
+    pack,
+)
 from nercc_jax.pools._ray_cluster import HeadProbe
-from nercc_jax.pools._ray_nodes import Node, choose_node, crowding, demand_of, node_to_leave
 from nercc_jax.pools._scheduler import Scheduler
 
 FIRST, SECOND = "1" * 56, "2" * 56  # as Ray names nodes
-BACKEND_FILES = ("_ray_backend", "_ray_nodes")
+BACKEND_FILES = ("_ray_backend",)
 
 
 def nodes(*cpus, **others):
@@ -162,12 +171,10 @@ def answering(server):
 
 
 def test_a_head_that_is_gone_or_frozen_is_noticed(monkeypatch, caplog):
-    monkeypatch.setattr("nercc_jax.pools._ray_cluster._EVERY", 0.0)
-    monkeypatch.setattr("nercc_jax.pools._ray_cluster._PROBE", 0.2)
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "30")
     with socket.create_server(("127.0.0.1", 0)) as server, answering(server):
         port = server.getsockname()[1]
-        probe = HeadProbe(f"127.0.0.1:{port}")
+        probe = HeadProbe(f"127.0.0.1:{port}", every=0.0, patience=0.2)
         probe.look()
         assert probe.alarm is None
         assert math.isinf(probe.ends_at)

@@ -2,26 +2,18 @@
 
 import abc
 import dataclasses
-import logging
 import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 from jaxtyping import PyTree
 
 from ._batch import Task
-from ._clock import AbstractClock
-
-_LOG = logging.getLogger(__name__)
 
 WorkerState: TypeAlias = Literal["idle", "busy", "overdue", "starting", "fenced"]
 
 # Called with a worker, its life, and what became of it: see `WorkerBackend`.
 OnOutcome: TypeAlias = Callable[[int, int, Any], None]
-
-_STARTS = 3  # failed starts of a worker after which a new pool gives up
-_WARN_EVERY = 10.0  # seconds between two warnings about workers that are missing
 
 
 class WorkerDied(Exception):
@@ -168,65 +160,3 @@ class WorkerSlot:
     def report(self, now: float) -> WorkerReport:
         busy_seconds = 0.0 if self.task is None else now - self.since
         return WorkerReport(self.state, busy_seconds, self.deaths, self.failed_starts)
-
-
-class StartUp:
-    """The start of a pool: waits until enough workers are ready, or until they cannot be.
-
-    `least` are enough to begin with; all if None. `missing()` returns what workers that did not
-    start may be waiting for, if known.
-
-    Raises:
-        ValueError: If `least` is not from 1 to the number of workers.
-    """
-
-    def __init__(
-        self,
-        lock: threading.RLock,
-        slots: Sequence[WorkerSlot],
-        least: int | None,
-        missing: Callable[[], str | None],
-        clock: AbstractClock,
-    ):
-        least = len(slots) if least is None else least
-        if not 1 <= least <= len(slots):
-            raise ValueError(
-                f"min_workers is from 1 to {len(slots)}, the number of workers, not {least}"
-            )
-        self._changed, self._clock = threading.Condition(lock), clock
-        self._slots, self._least, self._missing = slots, least, missing
-        self.trouble: str | None = None  # of the last worker that could not start
-
-    def notify(self) -> None:
-        """Notice that a slot has changed. The caller holds the lock."""
-        self._changed.notify_all()
-
-    def wait(self, broken: Callable[[], str | None], timeout: float) -> str | None:
-        """Wait some seconds until enough workers are ready, or the pool is `broken()` for a reason.
-
-        Returns:
-            None, or the reason why there are not enough.
-        """
-        begin = self._clock.now()
-        warn_at = begin + _WARN_EVERY
-        while True:
-            now = self._clock.now()
-            with self._changed:
-                ready = sum(slot.ready for slot in self._slots)
-                if ready >= self._least:
-                    return None
-                if max(slot.failed_starts for slot in self._slots) >= _STARTS or broken():
-                    return self._reason(ready, broken() or self.trouble)
-                if now < min(warn_at, begin + timeout):
-                    self._clock.wait(self._changed, min(warn_at, begin + timeout) - now)
-                    continue
-            missing = self._missing()  # without the lock: it takes its time
-            if now >= begin + timeout:
-                late = f"the others had not after {timeout} s"
-                return self._reason(ready, self.trouble or missing or late)
-            warn_at = now + _WARN_EVERY
-            if missing is not None:
-                _LOG.warning("%d of %d workers are ready: %s", ready, len(self._slots), missing)
-
-    def _reason(self, ready: int, what: str | None) -> str:
-        return f"{ready} of {len(self._slots)} workers started; {what}"

@@ -137,9 +137,8 @@ def pool_inference(
         scheme = off_meshes(code)
         plain, bars = scheme.code, scheme.bars
         check_conditions((scheme.error_probability, bars), pool.conditions)
-        limit = _scheme_limit(
-            scheme, error_probability, max_disagreement, max_reexecution, tolerance
-        )
+        rule = error_probability, max_disagreement, max_reexecution, tolerance
+        limit = _limit(scheme, *rule)
         encode, decode = scheme_steps(scheme)
     elif tolerance is not None:
         raise ValueError("a tolerance wants error bars: give a `Scheme` in the code's place")
@@ -155,7 +154,8 @@ def pool_inference(
     def infer(x: PyTree, enough: Enough | None = None, deadline: float = 60.0):
         begin = pool.clock.now()
         deadline = check_deadline(deadline)
-        x, many = _groups(plain, x, grouped)
+        x, _, many = as_groups(plain, jax.tree.map(np.asarray, x), grouped=grouped)
+        check_finite(x if many else jax.tree.map(lambda leaf: leaf[0], x), 2 if many else 1)
         outgoing = encode(x)
         encoded = pool.clock.now()
         check_conditions(enough, pool.conditions)
@@ -191,14 +191,33 @@ def pool_inference(
 
 
 def _limit(
-    code: AbstractCode,
+    code: AbstractCode | Scheme,
     error_probability: ErrorProbability | None,
     max_disagreement: float | None,
     max_reexecution: float,
+    tolerance: float | None = None,
 ) -> float:
-    """Return the error probability above which a prediction is not given out at once."""
+    """Return the error probability or bar above which a prediction is not given out at once."""
     if not 0 <= max_reexecution <= 1:
         raise ValueError(f"max_reexecution must be a share in [0, 1], not {max_reexecution}")
+    if isinstance(code, Scheme):
+        if error_probability is not None:
+            raise ValueError(
+                "a scheme has its own error probability: Scheme(code, error_probability=...)"
+            )
+        if tolerance is not None:
+            if max_disagreement is not None or not tolerance >= 0:
+                raise ValueError(
+                    f"a tolerance must be 0 or positive, and without max_disagreement: {tolerance}"
+                )
+            return tolerance
+        if max_disagreement is None:
+            return 1.0
+        if code.error_probability is None:
+            raise ValueError(
+                "max_disagreement needs an error probability: Scheme(code, error_probability=...)"
+            )
+        return code.error_probability.limit(max_disagreement)
     if error_probability is None and max_disagreement is None:
         return 1.0
     if error_probability is None or max_disagreement is None:
@@ -214,34 +233,6 @@ def _limit(
         jnp.ones(()),
     )
     return error_probability.limit(max_disagreement)
-
-
-def _scheme_limit(
-    scheme: Scheme,
-    error_probability: ErrorProbability | None,
-    max_disagreement: float | None,
-    max_reexecution: float,
-    tolerance: float | None,
-) -> float:
-    """Return `_limit` of a scheme's error probability, or of its error bars."""
-    if error_probability is not None:
-        raise ValueError(
-            "a scheme has its own error probability: Scheme(code, error_probability=...)"
-        )
-    everything = _limit(scheme.code, None, None, max_reexecution)
-    if tolerance is not None:
-        if max_disagreement is not None or not tolerance >= 0:
-            raise ValueError(
-                f"a tolerance must be 0 or positive, and without max_disagreement: {tolerance}"
-            )
-        return tolerance
-    if max_disagreement is None:
-        return everything
-    if scheme.error_probability is None:
-        raise ValueError(
-            "max_disagreement needs an error probability: Scheme(code, error_probability=...)"
-        )
-    return scheme.error_probability.limit(max_disagreement)
 
 
 def _reexecute(
@@ -282,13 +273,6 @@ def _reexecute(
     )
     sure = (None if each is None else filled(each, 0) for each in found[1:])
     return ScoredPredictions(status, *sure), filled(again, True)
-
-
-def _groups(code: AbstractCode, x: PyTree, grouped: bool | None) -> tuple[PyTree, bool]:
-    """Return x as (groups, K, ...) on the host, and whether it came as groups."""
-    groups, _, many = as_groups(code, jax.tree.map(np.asarray, x), grouped=grouped)
-    check_finite(groups if many else jax.tree.map(lambda leaf: leaf[0], groups), 2 if many else 1)
-    return groups, many
 
 
 def _nobody(pool: AbstractPool, answers: BatchAnswers, deadline: float) -> Exception:
@@ -367,39 +351,31 @@ def run_batches(
     attempts, deadline = check_count("attempts", attempts), check_deadline(deadline)
     infer = pool_inference(pool, code, with_status=True, grouped=True)
 
-    def is_enough(available: np.ndarray) -> bool:
-        if callable(enough):
-            return bool(enough(available))
-        return bool(available.sum() >= (code.num_workers if enough is None else enough))
-
     def run() -> Iterator[BatchOutcome]:
         for number, x in enumerate(batches):
-            result, tries, trouble = _persist(lambda x=x: infer(x, enough, deadline), attempts)
-            short = result is not None and not is_enough(result.answers.available)
+            result, most, trouble, tries = None, 0, None, 0
+            while tries < attempts:
+                tries += 1
+                try:
+                    found = infer(x, enough, deadline)
+                except (TimeoutError, RuntimeError) as error:  # nothing to decode, or recovered
+                    trouble = str(error)
+                    continue
+                recovered = np.asarray(found.decoded.recovered)
+                if recovered.sum() > most:
+                    result, most = found, recovered.sum()
+                if recovered.all():
+                    break
+                responded = int(found.answers.available.sum())
+                trouble = (
+                    f"{recovered.size - recovered.sum()} of {recovered.size} data points cannot be "
+                    f"recovered from the {responded} answers that were in"
+                )
+            short = False
+            if result is not None:
+                available = result.answers.available
+                needed = code.num_workers if enough is None else enough
+                short = not (needed(available) if callable(needed) else available.sum() >= needed)
             yield BatchOutcome(number, tries, result, short, trouble)
 
     return run()
-
-
-def _persist(
-    infer: Callable[[], PoolResult], attempts: int
-) -> tuple[PoolResult | None, int, str | None]:
-    """Return the best result of up to `attempts` calls, how many there were, the last trouble."""
-    best, most, trouble = None, 0, None
-    for attempt in range(1, attempts + 1):
-        try:
-            result = infer()
-        except (TimeoutError, RuntimeError) as error:  # nothing to decode, or nothing recovered
-            trouble = str(error)
-            continue
-        recovered = np.asarray(result.decoded.recovered)
-        if recovered.sum() > most:
-            best, most = result, recovered.sum()
-        if recovered.all():
-            return best, attempt, trouble
-        responded = int(result.answers.available.sum())
-        trouble = (
-            f"{recovered.size - recovered.sum()} of {recovered.size} data points cannot be "
-            f"recovered from the {responded} answers that were in"
-        )
-    return best, attempts, trouble

@@ -12,16 +12,13 @@ from ..inference.models import Model, check_worker_dtype, current_conditions, ma
 from ._clock import ErrorCounter, Watcher
 from ._faults import Faults
 from ._pool import AbstractPool
-from ._ray_backend import ActorBackend, pack
+from ._ray_backend import ActorBackend, by_node, crowding, pack, worker_options
 from ._ray_cluster import MEMBERSHIP, HeadProbe
-from ._ray_nodes import by_node, crowding, worker_options
 from ._scheduler import Scheduler
 from ._times import Overdue
 from ._worker import Examples, as_models, weights_checksum
 
 _LOG = logging.getLogger(__name__)
-
-_EVERY = 1.0  # seconds between two checks of the nodes
 
 
 class RayPool(AbstractPool):
@@ -114,7 +111,7 @@ class RayPool(AbstractPool):
         self._open = True
         parts = self._probe, self._scheduler, self._backend
         watch = NodeWatch(*parts, max_per_node, rebalance_every)
-        looks = {"nercc-head": self._probe.turn, "nercc-nodes": watch.look}
+        looks = {"nercc-head": self._probe.look, "nercc-nodes": watch.look}
         self._watchers = [
             Watcher(name, look, ErrorCounter(), lambda: None) for name, look in looks.items()
         ]
@@ -168,28 +165,22 @@ class NodeWatch:
 
     def look(self) -> float:
         """Move a worker if one should move, and return the time of the next turn."""
+        now = time.monotonic()
         # Without a head, we would wait for Ray's answer about nodes until it ends us.
-        if not self._probe.gone and self._scheduler.report().starting == 0:
-            if not self._logged:
-                self._log_places()
-            if time.monotonic() >= self._due:
-                self._move()
-        return time.monotonic() + _EVERY
-
-    def _log_places(self) -> None:
-        self._logged = True
-        held = by_node(place and place.node for place in self._backend.places())
-        each = ", ".join(str(number) for number in sorted(held.values(), reverse=True))
-        _LOG.info("workers on %d node(s): %s", len(held), each)
-        if (trouble := crowding(held, self._max_per_node)) is not None:
-            _LOG.warning("%s", trouble)
-
-    def _move(self) -> None:
-        self._due = time.monotonic() + self._every
-        worker = self._backend.misplaced()
-        if worker is None:
-            return
-        if self._scheduler.restart(worker):
-            _LOG.info("worker %d moves to a node that has fewer of them", worker)
-        else:
-            self._due = 0.0  # it was busy
+        if self._probe.gone or self._scheduler.report().starting:
+            return now + 1.0
+        if not self._logged:
+            self._logged = True
+            held = by_node(place and place.node for place in self._backend.places())
+            each = ", ".join(str(number) for number in sorted(held.values(), reverse=True))
+            _LOG.info("workers on %d node(s): %s", len(held), each)
+            if (trouble := crowding(held, self._max_per_node)) is not None:
+                _LOG.warning("%s", trouble)
+        if now >= self._due:
+            worker = self._backend.misplaced()
+            moved = worker is not None and self._scheduler.restart(worker)
+            if moved:
+                _LOG.info("worker %d moves to a node that has fewer of them", worker)
+            if moved or worker is None:  # otherwise it was busy
+                self._due = now + self._every
+        return now + 1.0

@@ -1,4 +1,4 @@
-"""Workers that are Ray actors: what is sent to them, what runs there, and how they are reached.
+"""Workers that are Ray actors: what is sent to them, what runs there, where, and how it is reached.
 
 Models travel with their arrays apart. Ray's object store is memory that all processes of a machine
 map: what is read from it is not copied, and on a CPU JAX uses it in place. So weights exist once on
@@ -9,15 +9,17 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
+import math
 import os
 import pickle
 import signal
 import threading
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -32,22 +34,7 @@ from ._backend import OnOutcome, WorkerBackend, WorkerDied
 from ._batch import arrays_of
 from ._garbage import short_collections
 from ._ray_cluster import last_line, ray_module
-from ._ray_nodes import (
-    by_node,
-    choose_node,
-    demand_of,
-    live_nodes,
-    missing_resources,
-    node_to_leave,
-)
 from ._worker import Program, Worker, check_versions, checksum, code_versions, warm_up
-
-# Size in bytes from which on Ray would put an argument into its store, again for each call.
-_LARGE = 100_000
-_PAUSE = 0.1  # seconds between two checks whether a worker may be started
-_END = 5.0  # seconds to wait, at most, until all that was with workers has failed at the end
-_FEWEST_STARTS = 4  # starts under way at once, at least; otherwise as many as there are CPUs
-
 
 # What is sent.
 
@@ -194,6 +181,131 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+# Where actors run.
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A node that is alive: Ray's id, its address, and its resources in all."""
+
+    id: str
+    address: str
+    resources: Mapping[str, float]
+
+    def room(self, demand: Mapping[str, float]) -> float:
+        """Return how many workers it can hold; infinitely many where they take nothing."""
+        # Ray counts in ten-thousandths.
+        return min(
+            (
+                math.floor(self.resources.get(name, 0.0) / amount + 1e-3) + 0.0
+                for name, amount in demand.items()
+            ),
+            default=math.inf,
+        )
+
+
+def live_nodes() -> list[Node]:
+    """Return the cluster's nodes that are alive, in Ray's order."""
+    return [
+        Node(each["NodeID"], each["NodeManagerAddress"], dict(each["Resources"]))
+        for each in ray_module().nodes()
+        if each["Alive"]
+    ]
+
+
+def worker_options(options: Mapping[str, Any], num_workers: int) -> dict[str, Any]:
+    """Return an actor's options, with defaults for CPUs and GPUs.
+
+    Where the cluster has GPUs, each worker gets one, or an equal part of one and of its memory.
+    """
+    ray = ray_module()
+    found = dict(options)
+    if "num_cpus" not in found:
+        # No more than four fifths of the free ones together, so that others find room.
+        free = 0.8 * ray.available_resources().get("CPU", 0.0) / num_workers
+        found["num_cpus"] = min(0.5, math.floor(100 * free) / 100)
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if gpus and "num_gpus" not in found:
+        sharing = math.ceil(num_workers / gpus)
+        found["num_gpus"] = math.floor(1e4 / sharing) / 1e4 if sharing > 1 else 1
+    if 0 < found.get("num_gpus", 0) < 1:
+        environment = dict(found.get("runtime_env") or {})
+        # Its workers take nine tenths of a GPU's memory: the rest is XLA's and the driver's.
+        share = f"{0.9 * found['num_gpus']:.3f}"
+        variables = {"XLA_PYTHON_CLIENT_MEM_FRACTION": share}
+        environment["env_vars"] = variables | dict(environment.get("env_vars") or {})
+        found["runtime_env"] = environment
+    return found
+
+
+def demand_of(options: Mapping[str, Any]) -> dict[str, float]:
+    """Return the resources that a worker takes, by Ray's names."""
+    named = {"CPU": options.get("num_cpus", 0.0), "GPU": options.get("num_gpus", 0.0)}
+    named["memory"] = options.get("memory") or 0.0
+    named |= dict(options.get("resources") or {})
+    return {name: float(amount) for name, amount in named.items() if amount}
+
+
+def choose_node(
+    nodes: Iterable[Node], demand: Mapping[str, float], held: Mapping[str, int]
+) -> Node | None:
+    """Return the node with the fewest workers among those with room for one more, if any."""
+    roomy = [node for node in nodes if node.room(demand) > held.get(node.id, 0)]
+    return min(roomy, key=lambda node: held.get(node.id, 0), default=None)
+
+
+def node_to_leave(
+    nodes: Sequence[Node], demand: Mapping[str, float], held: Mapping[str, int]
+) -> str | None:
+    """Return the node that should give a worker to another, which has at least two fewer.
+
+    None where workers lie as evenly as the nodes' room allows.
+    """
+    target = choose_node(nodes, demand, held)
+    if target is None or not held:
+        return None
+    fullest = max(held, key=lambda node: held[node])
+    return fullest if held[fullest] >= held.get(target.id, 0) + 2 else None
+
+
+def crowding(held: Mapping[str, int], bound: int | None) -> str | None:
+    """Return a warning if one node holds more than `bound` workers, which may die together."""
+    most = max(held.values(), default=0)
+    if bound is None or most <= bound:
+        return None
+    needed = math.ceil(sum(held.values()) / max(bound, 1))
+    return (
+        f"one of {len(held)} node(s) holds {most} of {sum(held.values())} workers, but the code "
+        f"can do without {bound}: should that node die, queries wait until others replace its "
+        f"workers. {needed} nodes with room for {bound} workers each would do"
+    )
+
+
+def missing_resources(
+    demand: Mapping[str, float], waiting: int, nodes: Sequence[Node]
+) -> str | None:
+    """Return the resources that workers without a process are waiting for; None if none.
+
+    While there is enough of everything for one more, nothing is missing.
+    """
+    free = ray_module().available_resources()
+    each = ", ".join(f"{name} {amount:g}" for name, amount in demand.items()) or "no resource"
+    short = [
+        f"{name}: {waiting * amount:g} needed, {free.get(name, 0.0):g} free"
+        for name, amount in demand.items()
+        if amount > free.get(name, 0.0) + 1e-6
+    ]
+    if not any(node.room(demand) for node in nodes):
+        return f"none of {len(nodes)} nodes has what a worker takes ({each})"
+    if short:
+        return f"{waiting} take {each} each; on {len(nodes)} nodes together {'; '.join(short)}"
+    return None
+
+
+def by_node(places: Iterable[str | None]) -> collections.Counter[str]:
+    return collections.Counter(place for place in places if place is not None)
+
+
 # How actors are reached.
 
 
@@ -227,7 +339,8 @@ class ActorBackend(WorkerBackend):
         self._pending: set[Any] = set()  # futures of Ray's
         self._closed = False
         self._starts = concurrent.futures.ThreadPoolExecutor(1, "nercc-ray")
-        wave = max(_FEWEST_STARTS, int(ray.cluster_resources().get("CPU", 0)))
+        # Starts under way at once: as many as there are CPUs, and 4 at least.
+        wave = max(4, int(ray.cluster_resources().get("CPU", 0)))
         self._wave = threading.Semaphore(wave)
 
     def start(self, worker: int, life: int, on_outcome: OnOutcome) -> None:
@@ -237,7 +350,7 @@ class ActorBackend(WorkerBackend):
         while self._gone() or not self._wave.acquire(timeout=1.0):
             if self._closed:
                 return
-            time.sleep(_PAUSE)
+            time.sleep(0.1)
 
         def placed(future: Any) -> None:
             outcome = _result(future)  # where it failed, so has `loaded`
@@ -289,8 +402,10 @@ class ActorBackend(WorkerBackend):
         return self._make.options(scheduling_strategy=affinity)
 
     def prepare(self, batch: PyTree) -> Any:
-        large = sum(leaf.nbytes for leaf in arrays_of(batch)) > _LARGE
-        return _StoredInputs(batch) if large else batch
+        # Ray puts a larger argument into its store, again for each call; so it goes there once.
+        if sum(leaf.nbytes for leaf in arrays_of(batch)) > 100_000:
+            return functools.cache(lambda: ray_module().put(batch))
+        return lambda: batch
 
     def send(self, worker: int, life: int, kind: int, batch: Any) -> None:
         on_outcome = self._on_outcome[worker]
@@ -298,7 +413,7 @@ class ActorBackend(WorkerBackend):
         if actor is None:
             return  # it died meanwhile, as the scheduler knows: the task is another's
         try:
-            answer = actor.run.remote(kind, batch.sent() if type(batch) is _StoredInputs else batch)
+            answer = actor.run.remote(kind, batch())
         except Exception as error:  # Ray itself is gone, for example
             on_outcome(worker, life, WorkerDied(f"it cannot be reached: {error}"))
             return
@@ -325,7 +440,7 @@ class ActorBackend(WorkerBackend):
                 self._kill(worker)
             # What was with them fails in a moment. Ray ends a process that hears of it after
             # `ray.shutdown`.
-            concurrent.futures.wait(tuple(self._pending), timeout=_END)
+            concurrent.futures.wait(tuple(self._pending), timeout=5.0)
 
     def places(self) -> list[NodePlacement | None]:
         """Return the place of each worker; None while it is replaced."""
@@ -359,18 +474,6 @@ class ActorBackend(WorkerBackend):
             ray_module().kill(self._actors.pop(one))
 
 
-class _StoredInputs:
-    """A large batch, which goes into Ray's store once, however many workers it is sent to."""
-
-    def __init__(self, batch: PyTree):
-        self._batch, self._stored = batch, None
-
-    def sent(self) -> Any:
-        if self._stored is None:
-            self._stored = ray_module().put(self._batch)
-        return self._stored
-
-
 def _reason(error: BaseException | None) -> str:
     from ray.exceptions import RayTaskError
 
@@ -382,21 +485,16 @@ def _reason(error: BaseException | None) -> str:
 
 
 def _result(future: Any) -> Any:
-    """Return the answer, or the exception in its place; a death is `WorkerDied`."""
+    """Return the answer, or in its place the exception as the scheduler knows it."""
+    from ray.exceptions import RayActorError, RayTaskError
+
     try:
         return future.result()
     except concurrent.futures.CancelledError:
         return WorkerDied("Ray gave the call up")
-    except Exception as error:
-        return _translated(error)
-
-
-def _translated(error: Exception) -> Exception:
-    """Return an exception of Ray's as the scheduler knows it."""
-    from ray.exceptions import RayActorError, RayTaskError
-
-    if isinstance(error, RayTaskError):
+    except RayTaskError as error:
         return error.cause if isinstance(error.cause, Exception) else error
-    if isinstance(error, RayActorError):
+    except RayActorError as error:
         return WorkerDied(f"its process is gone ({type(error).__name__})")
-    return error
+    except Exception as error:
+        return error

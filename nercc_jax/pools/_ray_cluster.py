@@ -14,20 +14,6 @@ from typing import Any
 
 _LOG = logging.getLogger(__name__)
 
-# On a busy machine Ray's head may need longer than Ray waits for it (30 s for its port).
-_STARTS = 3
-_CONNECT = 5.0  # seconds for a head to take a connection
-
-_EVERY = 0.5  # seconds between two probes of the head, at least, however often `look` is called
-_TURN = 1.0  # seconds between two turns of a watcher
-_PROBE = 2.0  # seconds for the head to answer
-_MISSES = 2  # probes without an answer, one after the other, that make an alarm
-# The preface of HTTP/2 (RFC 9113, 3.4) and an empty frame of settings: gRPC answers with its own at
-# once. An accepted connection proves nothing: the kernel accepts it for a frozen process, too.
-_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-# Seconds without a head after which Ray ends this process, unless this variable says otherwise.
-_ENDS_AFTER, _VARIABLE = 60.0, "RAY_gcs_rpc_server_reconnect_timeout_s"
-
 
 def ray_module() -> Any:
     """Return Ray; raise ImportError that says how to install it."""
@@ -41,52 +27,59 @@ def ray_module() -> Any:
 class HeadProbe:
     """A probe of a cluster's head at HOST:PORT, which its users have probed by `look`, often.
 
-    Without an address, which may not be known, the head counts as there.
+    Without an address, which may not be known, the head counts as there. Its users have a thread
+    for it, since calls to Ray itself wait for a frozen head.
+
+    Args:
+        address: HOST:PORT.
+        every: Seconds between two probes, at least, however often `look` is called.
+        patience: Seconds for the head to answer.
+        misses: Probes without an answer, one after the other, that make an alarm.
     """
 
-    def __init__(self, address: str):
+    def __init__(self, address: str, every: float = 0.5, patience: float = 2.0, misses: int = 2):
         self.address = address
         host, _, port = address.rpartition(":")
         self._target = host.strip("[]"), int(port or 0)
-        self._limit = float(os.environ.get(_VARIABLE) or _ENDS_AFTER)
+        self._every, self._patience, self._most = every, patience, misses
+        # Seconds without a head after which Ray ends this process.
+        variable = "RAY_gcs_rpc_server_reconnect_timeout_s"
+        self._limit = float(os.environ.get(variable) or 60.0)
         self._lock = threading.Lock()
         self._looked = -math.inf
         self._seen, self._misses, self._frozen = time.monotonic(), 0, False
 
-    def look(self) -> None:
-        """Probe the head, unless it was probed just now."""
+    def look(self) -> float:
+        """Probe the head, unless it was probed just now, and return when it is to be next."""
         with self._lock:
-            if self.address and time.monotonic() - self._looked >= _EVERY:
+            if self.address and time.monotonic() - self._looked >= self._every:
                 self._ask()
                 self._looked = time.monotonic()
-
-    def turn(self) -> float:
-        """Probe the head, and return the time of the next turn of a `Watcher`.
-
-        It has a thread of its own, since calls to Ray itself wait for a frozen head.
-        """
-        self.look()
-        return time.monotonic() + _TURN
+        return time.monotonic() + 1.0
 
     def _ask(self) -> None:
         self._frozen = False
         try:
-            with socket.create_connection(self._target, _PROBE) as connection:
+            with socket.create_connection(self._target, self._patience) as connection:
+                # An accepted connection proves nothing: the kernel accepts it for a frozen process,
+                # too. gRPC answers the preface of HTTP/2 (RFC 9113, 3.4) and an empty frame of
+                # settings with its own at once.
                 self._frozen = True
-                connection.sendall(_GREETING)
+                settings = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+                connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
                 connection.recv(1)  # an empty one is an answer, too: the peer has hung up
         except OSError:
             self._misses += 1
-            if self._misses == _MISSES:
+            if self._misses == self._most:
                 _LOG.error("%s", self.alarm)
             return
-        if self._misses >= _MISSES:
+        if self.gone:
             _LOG.warning("Ray's head answers again")
         self._seen, self._misses, self._frozen = time.monotonic(), 0, False
 
     @property
     def gone(self) -> bool:
-        return self._misses >= _MISSES
+        return self._misses >= self._most
 
     @property
     def ends_at(self) -> float:
@@ -221,41 +214,29 @@ def ray_is_lost() -> bool:
 
 def _connect(address: str | None, runtime_env: dict[str, Any], elsewhere: dict[str, Any]) -> None:
     """Connect by address, by RAY_ADDRESS, to a Ray on this machine, or to a Ray of our own."""
+    ray = ray_module()
     address = address or os.environ.get("RAY_ADDRESS") or None
     if address in (None, "auto"):
-        here = _started_here()
+        # The Ray that `ray start` made this machine a part of. One that another process started for
+        # itself ends with that process, and does not count.
+        from ray._private.utils import read_ray_address  # what `ray.init` looks at
+
+        if (here := read_ray_address(None)) is not None:
+            try:
+                _reach(here)
+            except ConnectionError:  # it ended without a word
+                here = None
         if here is None and address == "auto":
             raise ConnectionError(
                 "no Ray was started on this machine (`ray start`): give the address of its head"
             )
         address = here or "local"
+    what = "started a Ray on this machine" if address == "local" else f"joined Ray at {address}"
     if address == "local":
         _start(runtime_env)
-        return _log_resources("started a Ray on this machine")
-    _reach(address)
-    _init(address, elsewhere)
-    _log_resources(f"joined Ray at {address}")
-
-
-def _started_here() -> str | None:
-    """Return the address of the Ray that `ray start` made this machine a part of, if any.
-
-    A Ray that another process started for itself ends with that process, and does not count.
-    """
-    from ray._private.utils import read_ray_address  # what `ray.init` looks at
-
-    address = read_ray_address(None)
-    if address is None:
-        return None
-    try:
+    else:
         _reach(address)
-    except ConnectionError:  # it ended without a word
-        return None
-    return address
-
-
-def _log_resources(what: str) -> None:
-    ray = ray_module()
+        _init(address, elsewhere)
     alive = [node for node in ray.nodes() if node["Alive"]]
     resources = ray.cluster_resources()
     total = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
@@ -267,7 +248,7 @@ def _reach(address: str) -> None:
     parts = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
     port = parts.port or (10001 if parts.scheme == "ray" else 6379)
     try:
-        socket.create_connection((parts.hostname or "", port), _CONNECT).close()
+        socket.create_connection((parts.hostname or "", port), 5.0).close()
     except OSError as error:
         raise ConnectionError(
             f"no Ray at {address}: {error.strerror or error}. Does its head run (`ray start --head`"
@@ -305,7 +286,8 @@ def _start(runtime_env: dict[str, Any]) -> None:
         with warnings.catch_warnings():
             # Of os.fork, which Ray follows by exec at once: no thread of JAX is missed.
             warnings.simplefilter("ignore", RuntimeWarning)
-            for _ in range(_STARTS - 1):
+            # A busy machine's head may need longer than Ray waits for it (30 s for its port).
+            for _ in range(2):
                 try:
                     return _init("local", runtime_env)
                 except Exception as error:

@@ -21,8 +21,6 @@ from ._answer_checks import AnswerChecks, Verdict
 from ._backend import PoolReport
 from ._pool import AbstractPool
 
-_FIRST = 1  # rows of each worker that another computes, too: the rest is looked at later
-_MOST = 5  # workers that compute a row until two agree: where none do, the function is random
 _NOBODY = -1
 OF_CALLS = 0.25  # of right answers that may look wrong: those that do so with others of their call
 
@@ -65,8 +63,10 @@ class RowChecks:
                 f"{pool.num_workers}"
             )
         self._pool, dtype = pool, pool.worker_dtype
+        # Another worker computes the first row of each, too; the rest is looked at later. Where no
+        # two of five agree, the function is random.
         self._checks = AnswerChecks(
-            pool.num_workers, max_fenced, dtype, lambda what, number: None, _FIRST, _MOST
+            pool.num_workers, max_fenced, dtype, lambda what, number: None, first=1, most=5
         )
         self._fenced: frozenset[int] = frozenset()
         self._accused: frozenset[int] = frozenset()
@@ -125,7 +125,9 @@ class RowChecks:
                 values[place], given[place] = verdict.value, True
                 self._settle(row, verdict)
         fresh = np.flatnonzero(~doubted)
-        held = self._screen(worker, call, rows[fresh], values[fresh], looks_wrong[fresh])
+        held = self._checks.screen(worker, looks_wrong[fresh]) | (worker in self._accused)
+        for place in fresh[held].tolist():
+            self._doubt(int(rows[place]), worker, call, values[place])
         given[fresh] = ~held
         self._givers[rows[fresh[~held]]], self._calls[rows[fresh[~held]]] = worker, call
         seen = fresh[known[fresh] & ~held]
@@ -184,21 +186,6 @@ class RowChecks:
         row = int(rows[np.argmax(residuals @ total)])
         bisect.insort(self._together, _Call(-float(total @ total) / len(rows), call, row))
 
-    def _screen(
-        self,
-        worker: int,
-        call: int,
-        rows: Int[np.ndarray, " some"],
-        values: Float[np.ndarray, "some ..."],
-        looks_wrong: Bool[np.ndarray, " some"],
-    ) -> Bool[np.ndarray, " some"]:
-        held = self._checks.screen(worker, looks_wrong)
-        if worker in self._accused:
-            held = np.ones(len(rows), bool)
-        for place in np.flatnonzero(held).tolist():
-            self._doubt(int(rows[place]), worker, call, values[place])
-        return held
-
     def _doubt(self, row: int, worker: int, call: int, value: np.ndarray) -> None:
         value = value.copy()
         self._came_first.setdefault(row, value)
@@ -221,18 +208,14 @@ class RowChecks:
             rows = np.flatnonzero(np.isin(self._calls, list(self._outvoted)).all(axis=1))
             self._together = [each for each in self._together if each.number not in self._outvoted]
             self._outvoted.clear()
-        rows = np.concatenate([rows, self._ask()])
-        for row in rows.tolist():
-            self._doubt(row, int(self._givers[row, 0]), int(self._calls[row, 0]), values[row])
-        return rows
-
-    def _ask(self) -> Int[np.ndarray, " few"]:
-        """Return a row of each call that nobody has asked about, and that looks most wrong."""
         most = int(self._rate * np.count_nonzero(self.checked))
         calls = [each for each in self._together[:most] if each.number not in self._asked]
         self._asked |= {each.number for each in calls}
-        rows = [each.row for each in calls if (self._calls[each.row] == each.number).all()]
-        return np.array(rows, int)
+        asked = [each.row for each in calls if (self._calls[each.row] == each.number).all()]
+        rows = np.concatenate([rows, np.array(asked, int)])
+        for row in rows.tolist():
+            self._doubt(row, int(self._givers[row, 0]), int(self._calls[row, 0]), values[row])
+        return rows
 
     def follow_fences(
         self, computed: Bool[np.ndarray, " rows"], values: Float[np.ndarray, "rows ..."] | None
@@ -247,15 +230,8 @@ class RowChecks:
         if fenced != self._fenced:
             self._pool.fence(fenced)
         new, self._fenced, self._accused = accused - self._accused, fenced, accused
-        return self._distrust(accused, computed, values) if new and values is not None else None
-
-    def _distrust(
-        self,
-        accused: frozenset[int],
-        computed: Bool[np.ndarray, " rows"],
-        values: Float[np.ndarray, "rows ..."],
-    ) -> Int[np.ndarray, " few"]:
-        """Forget the answers of workers; return the computed rows that nobody else gave."""
+        if not new or values is None:
+            return None
         for row, given in list(self._answers.items()):
             kept = {worker: answer for worker, answer in given.items() if worker not in accused}
             self._answers[row] = kept

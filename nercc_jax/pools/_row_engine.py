@@ -48,13 +48,6 @@ from ._rows import (
     reason_to_stop,
 )
 
-_AHEAD = 2  # calls for each live worker that are with the pool, so that none waits for the next
-_COPIES = 2  # further calls with the rows of a late one, at most
-_AUDITED = 20  # of so many rows one is computed whatever is known of it
-_TICK = 0.05  # seconds between two looks at what is late
-_GROWING = 1.0  # seconds in which calls may still grow
-_LEARNER = "learner"  # the name of its file in the manifest
-
 
 def run_rows(
     function: Callable[[Any], Any],
@@ -193,7 +186,7 @@ class _RowRun:
         # of the others, all of them at random, judge the learner's error bars.
         self._first = min(max(len(x) // 10, 100), 256)
         self._audits = np.zeros(len(x), bool)
-        self._audits[order[: self._first]] = self._audits[order[self._first :: _AUDITED]] = True
+        self._audits[order[: self._first]] = self._audits[order[self._first :: 20]] = True
         checks, selects = settings.check_answers, settings.compute == "needed"
         self._learner = RowLearner(settings.target, x, self._audits, checks, selects)
         self._checks = None
@@ -211,7 +204,7 @@ class _RowRun:
         self._computed = 0  # rows that this run has had computed
         self._offered = 0  # of them, those that the learner was last offered
         self._known = np.zeros(len(x), bool)  # rows that need not be computed, as things are
-        if parts is not None and (path := parts.kept(_LEARNER)) is not None:
+        if parts is not None and (path := parts.kept("learner")) is not None:
             self._learner.resume(load_fitted(path), table)
 
     def carry_out(
@@ -222,7 +215,12 @@ class _RowRun:
             stopped = self._compute(on_progress or (lambda progress: None))
             result = self._result(kept, stopped)
             if stopped is None and self._settings.grace > 0:
-                self._judge_bars(result)
+                labels = self._settings.max_disagreement is not None
+                with contextlib.suppress(KeyboardInterrupt):
+                    answers = late_answers(self._calls.values(), self._settings.grace)
+                    held, number = bars_that_held(result, answers, labels)
+                    result.summary["came_late"] += number
+                    result.summary["came_late_held"] += held
             return result
         except RuntimeError:
             if self._parts is not None and not self._table.done.any():
@@ -255,15 +253,6 @@ class _RowRun:
             return "interrupted"
         return stopped
 
-    def _judge_bars(self, result: RowResult) -> None:
-        try:
-            answers = late_answers(self._calls.values(), self._settings.grace)
-        except KeyboardInterrupt:
-            return
-        held, number = bars_that_held(result, answers, self._settings.max_disagreement is not None)
-        result.summary["came_late"] += number
-        result.summary["came_late_held"] += held
-
     def _turns(self) -> Iterator[None]:
         """Yield now and then, until no row is to be waited for or the job's time is over.
 
@@ -286,9 +275,18 @@ class _RowRun:
                 self._learn()
                 if self._finished() or now >= self._ends_at:
                     return
-                look_at = now + _TICK
-            came = self._take_news(max(look_at - time.monotonic(), 0.001))
-            if came and time.monotonic() >= shown + 2 * _TICK:
+                look_at = now + 0.05
+            try:
+                batches = [self._news.get(timeout=max(look_at - time.monotonic(), 0.001))]
+            except queue.Empty:
+                continue
+            while not self._news.empty():
+                batches.append(self._news.get())
+            for batch in batches:
+                call = self._calls.get(batch)
+                if call is not None and call.over:
+                    self._take(call)
+            if time.monotonic() >= shown + 0.1:
                 yield
                 shown = time.monotonic()
 
@@ -296,7 +294,8 @@ class _RowRun:
 
     def _send(self) -> None:
         out = sum(not call.given_up for call in self._calls.values())
-        ahead = _AHEAD if self._queue.timed else 1  # calls are about to grow
+        # Two for each worker, so that none waits for the next; one where calls are about to grow.
+        ahead = 2 if self._queue.timed else 1
         room = max(ahead * self._workers - out, self._pool.idle)  # newcomers are idle
         while room > 0 and len(rows := self._queue.take(self._table.done)):
             self._held[rows] += 1
@@ -311,27 +310,18 @@ class _RowRun:
 
     # Answers.
 
-    def _take_news(self, seconds: float) -> bool:
-        """Wait for an answer; take all that are in. Return whether there were any."""
-        try:
-            batches = [self._news.get(timeout=seconds)]
-        except queue.Empty:
-            return False
-        while not self._news.empty():
-            batches.append(self._news.get())
-        for batch in batches:
-            call = self._calls.get(batch)
-            if call is not None and call.over:
-                self._take(call)
-        return True
-
     def _take(self, call: RowCall) -> None:
         late, values = call.late, call.values()
         del self._calls[call.batch]
         call.batch.forget()
         if not call.copy and not call.given_up:
             self._held[call.rows] -= 1
-        if (why := self._refusal(call, values)) is not None or values is None:
+        if values is None:
+            self._fail(call, call.raised())
+            return
+        others = self._table.predictions
+        if others is not None and values.shape[1:] != others.shape[1:]:
+            why = f"a row came as {values.shape[1:]}, others as {others.shape[1:]}"
             self._fail(call, why)
             return
         fresh = ~self._table.exact[call.rows]
@@ -376,16 +366,6 @@ class _RowRun:
         if self._table.predictions is not None:
             self._take_back(self._checks.doubt_calls(self._table.predictions))
 
-    def _recheck(self) -> None:
-        """Take back what the learner found to look wrong among earlier values."""
-        checked, checks = self._learner.checked, self._checks
-        if checked is None or checks is None or self._table.predictions is None:
-            return
-        still = self._table.exact[checked.rows] & ~checks.checked[checked.rows]
-        rows = checked.rows[still]
-        looks = checked.looks_wrong[still], checked.residuals[still]
-        self._take_back(checks.recheck(rows, self._table.predictions[rows], *looks))
-
     def _take_back(self, rows: Int[np.ndarray, " few"]) -> None:
         """Treat rows in doubt as if they had no values, until other workers have computed them."""
         if len(rows):
@@ -416,15 +396,6 @@ class _RowRun:
     def _forget_reasons(self, rows: Int[np.ndarray, " few"]) -> None:
         for row in rows.tolist() if self._unknown else ():
             self._unknown.pop(row, None)
-
-    def _refusal(self, call: RowCall, values: Float[np.ndarray, "few ..."] | None) -> str | None:
-        """Return why the function's answer is none, if it gave one."""
-        if values is None:
-            return call.raised()
-        others = self._table.predictions
-        if others is not None and values.shape[1:] != others.shape[1:]:
-            return f"a row came as {values.shape[1:]}, others as {others.shape[1:]}"
-        return None
 
     def _fail(self, call: RowCall, raised: str | None) -> None:
         """Sort out the rows of a call that has no answer, or one that cannot be used."""
@@ -465,7 +436,7 @@ class _RowRun:
                     free = ~self._table.done[call.rows] & (self._held[call.rows] == 0)
                     why = f"no answer within {self._settings.deadline:g} s"
                     self._try_again(call.rows[free].tolist(), why)
-            elif call.late and not call.copy and idle > 0 and call.copies < _COPIES:
+            elif call.late and not call.copy and idle > 0 and call.copies < 2:
                 rows = call.rows[~self._table.done[call.rows]]
                 if len(rows):
                     call.copies, idle = call.copies + 1, idle - 1
@@ -490,9 +461,15 @@ class _RowRun:
             new = before is None or fitted.pairs != before.pairs  # else it only learned some more
             if self._parts is not None and new:
                 name = f"learner-{fitted.pairs:06d}.safetensors"
-                self._parts.keep(_LEARNER, name, lambda path: save_fitted(path, fitted))
+                self._parts.keep("learner", name, lambda path: save_fitted(path, fitted))
             self._arrange()
-            self._recheck()
+            checked, checks = self._learner.checked, self._checks
+            if checked is not None and checks is not None:
+                # Taken back is what is found to look wrong among earlier values.
+                still = table.exact[checked.rows] & ~checks.checked[checked.rows]
+                rows = checked.rows[still]
+                looks = checked.looks_wrong[still], checked.residuals[still]
+                self._take_back(checks.recheck(rows, table.predictions[rows], *looks))
         until_end = self._ends_at - time.monotonic()
         hurry = until_end < 3 * self._learner.seconds
         news = self._computed - self._offered >= NEWS or (hurry and self._learner.fitted is None)
@@ -524,7 +501,7 @@ class _RowRun:
         is that of what comes next, not of what was: it is not known in the first second.
         """
         seconds = max(time.monotonic() - self._begin, 1e-9)
-        if not self._queue.timed and seconds < _GROWING:
+        if not self._queue.timed and seconds < 1.0:
             return 0.0
         speed = self._computed / seconds
         age = max((call.age() for call in self._calls.values()), default=0.0)
@@ -550,8 +527,12 @@ class _RowRun:
         """Return whether all rows are done or known, as things are; send the doubtful ones."""
         if not self._queue.empty:
             return False
-        if not self._queue.spent and len(doubtful := self._doubtful()):
-            self._queue.waiting = self._learner.order(doubtful)
+        rows = self._free()
+        if self._learner.fitted is not None:
+            # Known well enough before, and now not: an audit has shown that bars were too short.
+            rows = rows[self._learner.score(rows) > self._learner.limit]
+        if not self._queue.spent and len(rows):
+            self._queue.waiting = self._learner.order(rows)
             return False
         rows = np.flatnonzero((self._held > 0) & ~self._table.done)
         if not len(rows):
@@ -569,16 +550,6 @@ class _RowRun:
         free = ~self._table.done & (self._held == 0)
         free[[*self._unknown, *self._queue.to_send_again()]] = False
         return np.flatnonzero(free)
-
-    def _doubtful(self) -> Int[np.ndarray, " rows"]:
-        """Return rows that nobody has, since they were known well enough, and now are not.
-
-        An audit may have shown since then that the bars were too short.
-        """
-        rows = self._free()
-        if not len(rows) or self._learner.fitted is None:
-            return rows
-        return rows[self._learner.score(rows) > self._learner.limit]
 
     def _predict(self) -> None:
         """Take predictions for the rows that are not computed, where they are good enough."""

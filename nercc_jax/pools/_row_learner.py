@@ -16,7 +16,6 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +31,7 @@ from ..risk._straggler_risk import (
     error_ratios,
 )
 from ..schemes._calibrate import FittedScheme
+from ..surrogates import Learner
 from ._clock import TimeShare, WallClock
 from ._row_checks import OF_CALLS
 from ._row_files import RowTable
@@ -42,7 +42,6 @@ from ._row_predictions import (
     LeftOut,
     Neighbours,
     fit_rows,
-    knows,
     leave_out,
     like_late,
     most_telling,
@@ -57,7 +56,6 @@ _LOG = logging.getLogger(__name__)
 LEARNER_THREAD = "nercc-learner"  # for which the end of a process waits
 
 _FIRST = 96  # rows of the first fit
-_PART = 1 << 22  # numbers that are brought into the learner's units together
 _SHARE = 0.5  # of the time that learning may take
 # Where the least certain rows are computed, late rows' bars are a quantile of audits' and late
 # rows' errors together, unless more than this multiple of the errors that may be beyond them are.
@@ -65,7 +63,6 @@ _SHARE = 0.5  # of the time that learning may take
 # around those that wait (96 to 99 % of Lotka-Volterra's slow rows were covered). Where all rows are
 # computed, nothing but time decides which have come. Then errors nearby say too little of gaps.
 _HARDER = 2.0
-_BLATANT = 0.25  # of the answers that may look wrong: those with the largest residuals
 
 
 class CheckedRows(NamedTuple):
@@ -220,19 +217,28 @@ class RowLearner:
         audits = computed[self._audits[computed] & ~late[computed]]
         groups = came_late, audits, np.asarray(unchecked, int)
         known = np.unique(np.concatenate(groups))
-        self._thread = threading.Thread(
-            target=self._work,
-            args=(
-                job,
-                open_rows,
-                features,
-                groups,
-                known,
-                y[known],
-                self._neighbours(computed, y, late),
-            ),
-            name=LEARNER_THREAD,
-        )  # no daemon: a process must not end in the middle of LAPACK's work
+        own, neighbours = y[known], self._neighbours(computed, y, late)
+
+        def work() -> None:
+            begin = time.monotonic()
+            try:
+                if (learned := job()) is not None:
+                    window = window_of(learned, self._selects)
+                    predicted = predict(learned, window, features)
+                    like = like_late(features, predicted[0], *neighbours)
+                    telling = open_rows[most_telling(learned, features, predicted[1])]
+                    left_out = leave_out(learned, window, self._features[known], own)
+                    places = [np.searchsorted(known, group) for group in groups]
+                    came, audited = (left_out and part_of(left_out, each) for each in places[:2])
+                    checked = self._look_at(groups[2], places[2], left_out)
+                    evidence = came, audited, checked
+                    made = RowEstimates(open_rows, *predicted, like, telling, learned, *evidence)
+                    self._made.append(made)
+            finally:
+                self.seconds = self._time.spend(begin)
+
+        # No daemon: a process must not end in the middle of LAPACK's work.
+        self._thread = threading.Thread(target=work, name=LEARNER_THREAD)
         self._thread.start()
 
     def look(self) -> bool:
@@ -327,33 +333,6 @@ class RowLearner:
         known = rows[np.isin(rows, computed)]
         return Neighbours(self._features[rows], late[rows]), Neighbours(y[known], late[known])
 
-    def _work(
-        self,
-        job: Callable[[], FittedScheme | None],
-        rows: Int[np.ndarray, " open"],
-        features: Float[np.ndarray, "open inputs"],
-        groups: tuple[np.ndarray, np.ndarray, np.ndarray],
-        known: Int[np.ndarray, " known"],
-        y: Float[np.ndarray, "known outputs"],
-        neighbours: tuple[Neighbours, Neighbours],
-    ) -> None:
-        begin = time.monotonic()
-        try:
-            if (fitted := job()) is not None:
-                window = window_of(fitted, self._selects)
-                predicted = predict(fitted, window, features)
-                late = like_late(features, predicted[0], *neighbours)
-                telling = rows[most_telling(fitted, features, predicted[1])]
-                left_out = leave_out(fitted, window, self._features[known], y)
-                places = [np.searchsorted(known, group) for group in groups]
-                came_late, audits = (left_out and part_of(left_out, each) for each in places[:2])
-                checked = self._look_at(groups[2], places[2], left_out)
-                evidence = came_late, audits, checked
-                made = RowEstimates(rows, *predicted, late, telling, fitted, *evidence)
-                self._made.append(made)
-        finally:
-            self.seconds = self._time.spend(begin)
-
     def _look_at(
         self,
         rows: Int[np.ndarray, " few"],
@@ -376,8 +355,9 @@ class RowLearner:
         halves, rate = np.array_split(order, 2), (1 - OF_CALLS) * self._check_rate
         for one, other in (halves, halves[::-1]):
             both = part_of(left_out, np.concatenate([one, other]))
+            # A quarter of the answers that may look wrong are those with the largest residuals.
             check = fit_answer_check(
-                both.mean, both.plain, both.y, rate, labels=labels, blatant=_BLATANT
+                both.mean, both.plain, both.y, rate, labels=labels, blatant=0.25
             )
             if check.limit == np.inf:
                 return None  # too few rows
@@ -540,9 +520,10 @@ class RowLearner:
 
     def _tells(self, rows: Int[np.ndarray, " some"]) -> Bool[np.ndarray, " some"]:
         """Return which rows' errors count: those of inputs that the learner has no answer to."""
-        if self.fitted is None or self.fitted.scheme.surrogate is None:
+        learner = None if self.fitted is None else self.fitted.scheme.surrogate
+        if not isinstance(learner, Learner):
             return np.ones(len(rows), bool)
-        return ~knows(self.fitted, self._features[rows])
+        return ~learner.knows(self._features[rows])
 
     def held(self, late: bool) -> tuple[int, int]:
         """Return how many bars held, and of how many rows: audited ones, or those that came late.
@@ -557,7 +538,7 @@ def standardized_inputs(x: Shaped[np.ndarray, "rows ..."]) -> Float[np.ndarray, 
     x = x.reshape(len(x), math.prod(x.shape[1:]))
     features = np.empty(x.shape, np.float32)
     mean = x.mean(axis=0, dtype=np.float64)
-    step = max(_PART // max(x.shape[1], 1), 1)
+    step = max((1 << 22) // max(x.shape[1], 1), 1)
     parts = [slice(place, place + step) for place in range(0, len(x), step)]
     spread = np.sqrt(sum(np.sum((x[part] - mean) ** 2, axis=0) for part in parts) / len(x))
     for part in parts:  # rows may take most of the memory, and float64 twice as much

@@ -25,7 +25,6 @@ _JUDGED = 256
 NEWS = 32  # rows that are learned together between two fits
 _CHUNK = 1024  # rows that are predicted together
 _NEIGHBOURS = 8  # computed rows that a row is compared with
-_OF_THEM_LATE = 1  # of them, for a row to be taken for one that may be late, too
 _UNSURE = 256  # of the least certain rows, from which those that tell most are picked
 _TELLING = 64  # that are picked
 
@@ -96,13 +95,6 @@ def _learner_of(fitted: FittedScheme) -> Learner:
     learner = fitted.scheme.surrogate
     assert isinstance(learner, Learner)
     return learner
-
-
-def knows(
-    fitted: FittedScheme, features: Float[np.ndarray, "rows inputs"]
-) -> Bool[np.ndarray, " rows"]:
-    """Return which rows have the input of a row that was learned: their errors say little."""
-    return _learner_of(fitted).knows(features)
 
 
 def window_of(fitted: FittedScheme, local: bool = True) -> Window:
@@ -223,18 +215,13 @@ def like_late(
     by_output: Neighbours,
 ) -> Bool[np.ndarray, " rows"]:
     """Return which rows have a late one among their nearest neighbours, by input or by output."""
-    return _near_late(inputs, by_input) | _near_late(outputs, by_output)
-
-
-def _near_late(
-    places: Float[np.ndarray, "rows coordinates"], known: Neighbours
-) -> Bool[np.ndarray, " rows"]:
-    """Return whether one or more of each row's nearest neighbours are late."""
-    if np.sum(known.late) < _OF_THEM_LATE or len(known.late) < _NEIGHBOURS:
-        return np.zeros(len(places), bool)
-    spread = known.places.std(axis=0)
-    nearest = _nearest(places, known.places, np.where(spread > 0, spread, 1))
-    return known.late[nearest].sum(axis=1) >= _OF_THEM_LATE
+    found = np.zeros(len(inputs), bool)
+    for places, known in ((inputs, by_input), (outputs, by_output)):
+        if known.late.any() and len(known.late) >= _NEIGHBOURS:
+            spread = known.places.std(axis=0)
+            nearest = _nearest(places, known.places, np.where(spread > 0, spread, 1))
+            found |= known.late[nearest].any(axis=1)
+    return found
 
 
 def _nearest(

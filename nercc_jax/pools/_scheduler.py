@@ -21,6 +21,7 @@ The rules:
 """
 
 import collections
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -29,11 +30,15 @@ from typing import Any
 from jaxtyping import PyTree
 
 from ..codes._checks import check_counts
-from ._backend import PoolReport, StartUp, WorkerBackend, WorkerDied, WorkerSlot
+from ._backend import PoolReport, WorkerBackend, WorkerDied, WorkerSlot
 from ._batch import Batch, BatchContext, Failure, Refuse, Task, reason_of, refuse_odd
 from ._clock import WALL, AbstractClock, ErrorCounter, Watcher, pause_after
-from ._times import CALLS_KEPT, Call, Overdue, TimesByRule
+from ._times import CALLS_KEPT, AnswerTimes, Call, Overdue
 from ._worker import WEIGHTS
+
+_LOG = logging.getLogger(__name__)
+
+_STARTS = 3  # failed starts of a worker after which a new pool gives up
 
 
 class SendQueue:
@@ -181,9 +186,16 @@ class Scheduler:
         self._hang_timeout, self._start_timeout = hang_timeout, start_timeout
         self._lock = threading.RLock()
         self._slots = [WorkerSlot() for _ in range(num_workers)]
-        self._startup = StartUp(self._lock, self._slots, min_workers, backend.missing, clock)
+        least = num_workers if min_workers is None else min_workers
+        if not 1 <= least <= num_workers:
+            raise ValueError(
+                f"min_workers is from 1 to {num_workers}, the number of workers, not {least}"
+            )
+        self._changed = threading.Condition(self._lock)  # notified of workers that start or do not
+        self._start_trouble: str | None = None  # of the last worker that could not start
         self._queue = SendQueue(self._slots, backend.spare_capacity)
-        self._times = TimesByRule(overdue)
+        # By rule, each of which all of its batches share; a new rule knows the past.
+        self._times = {overdue: AnswerTimes(overdue)}
         self._calls: collections.deque[Call] = collections.deque(maxlen=CALLS_KEPT)
         self._counts: collections.Counter[str] = collections.Counter()
         self._seconds = self._wasted = 0.0
@@ -201,12 +213,37 @@ class Scheduler:
             for worker in range(num_workers):
                 self._start(worker)
         self._watcher.start()
-        reason = self._startup.wait(lambda: self._broken, start_timeout)
+        reason = self._wait_for_workers(least)
         if reason is not None:
             self.close()
             raise RuntimeError(reason)
         with self._lock:
             self._queue.order()
+
+    def _wait_for_workers(self, least: int) -> str | None:
+        """Wait until enough workers are ready; return why they are not, if they cannot be."""
+        begin = self.clock.now()
+        end, warn_at = begin + self._start_timeout, begin + 10.0
+        while True:
+            now = self.clock.now()
+            with self._lock:
+                ready = sum(slot.ready for slot in self._slots)
+                if ready >= least:
+                    return None
+                started = f"{ready} of {self.num_workers} workers started"
+                failed = max(slot.failed_starts for slot in self._slots) >= _STARTS
+                if failed or self._broken:
+                    return f"{started}; {self._broken or self._start_trouble}"
+                if now < min(warn_at, end):
+                    self.clock.wait(self._changed, min(warn_at, end) - now)
+                    continue
+            missing = self._backend.missing()  # without the lock: it takes its time
+            if now >= end:
+                late = f"the others had not after {self._start_timeout} s"
+                return f"{started}; {self._start_trouble or missing or late}"
+            warn_at = now + 10.0
+            if missing is not None:
+                _LOG.warning("%d of %d workers are ready: %s", ready, self.num_workers, missing)
 
     # The interface of pools.
 
@@ -221,8 +258,11 @@ class Scheduler:
         *,
         at_once: int = 1,
     ) -> Batch:
+        rule = overdue or self._overdue
         with self._lock:
-            times = self._times.under(overdue or self._overdue)
+            if rule not in self._times:
+                self._times[rule] = self._times[self._overdue].under(rule)
+            times = self._times[rule]
         context = BatchContext(self._lock, self.clock, self._forget)
         return Batch(context, num_points, needed, copies, at_once, times, on_change, refuse)
 
@@ -350,7 +390,12 @@ class Scheduler:
                 return  # of a life that is over
             batch = slot.task.batch if slot.task is not None else None
             if not slot.ready:
-                self._handle_start(worker, outcome)
+                if isinstance(outcome, Exception):
+                    self._fail_start(worker, outcome)
+                else:
+                    slot.ready, slot.failed_starts, slot.start_at = True, 0, math.inf
+                    self._queue.free(worker)
+                    self._changed.notify_all()
             elif isinstance(outcome, WorkerDied):
                 self._handle_death(worker, str(outcome))
             elif slot.task is not None:
@@ -362,15 +407,6 @@ class Scheduler:
             self._notify(batch)
         if free and self._on_idle is not None:
             self._errors.run("on_idle", self._on_idle)
-
-    def _handle_start(self, worker: int, outcome: Any) -> None:
-        slot = self._slots[worker]
-        if isinstance(outcome, Exception):
-            self._fail_start(worker, outcome)
-            return
-        slot.ready, slot.failed_starts, slot.start_at = True, 0, math.inf
-        self._queue.free(worker)
-        self._startup.notify()
 
     def _handle_answer(self, worker: int, outcome: Any) -> None:
         slot = self._slots[worker]
@@ -419,7 +455,7 @@ class Scheduler:
             self._look_by(slot.start_at)
         else:
             self._start(worker)
-        self._startup.notify()
+        self._changed.notify_all()
 
     def _start(self, worker: int) -> None:
         """Begin a worker's next life, which is over unless it is ready in time."""
@@ -433,8 +469,8 @@ class Scheduler:
 
     def _fail_start(self, worker: int, error: Exception) -> None:
         reason = str(error) if isinstance(error, WorkerDied) else reason_of(error)
-        self._startup.trouble = f"worker {worker} could not start: {reason}"
-        self._handle_death(worker, self._startup.trouble)
+        self._start_trouble = f"worker {worker} could not start: {reason}"
+        self._handle_death(worker, self._start_trouble)
 
     def _try_again(self, worker: int, task: Task, failure: Failure) -> None:
         batch = task.batch
@@ -443,7 +479,7 @@ class Scheduler:
         task.refusals += failure.refused
         if task.running:
             return  # a copy of it is still on its way
-        if task.attempts < self._max_attempts and task.refusals < _REFUSALS:
+        if task.attempts < self._max_attempts and task.refusals < 2:
             batch.waiting.insert(0, task)
         else:
             batch.settle(task, None)
@@ -507,7 +543,8 @@ class Scheduler:
 
     def _observe(self, worker: int, size: int, seconds: float) -> None:
         self._calls.append(Call(self.clock.now() - seconds, seconds, size, worker))
-        if self._times.add(size, seconds):
+        fell = [times.add(size, seconds) for times in self._times.values()]
+        if any(fell):
             self._look_by(self._next_due())
 
     def _look(self) -> float:
@@ -568,7 +605,7 @@ class Scheduler:
             batches = list(self._queue.batches)
             for batch in batches:
                 self._errors.run("giving up a batch", self._give_up, batch, self._broken)
-            self._startup.notify()
+            self._changed.notify_all()
         for batch in batches:
             self._notify(batch)
 
@@ -579,5 +616,4 @@ class Scheduler:
             self._errors.run(what, on_change, batch)
 
 
-_REFUSALS = 2  # answers of a task that cannot be used, after which it is given up
 _COUNTED = ("sent", "answered", "late", "errors", "deaths", "hung")

@@ -128,25 +128,6 @@ class AnswerTimes:
         return other
 
 
-class TimesByRule:
-    """One pool's service times, under every rule that one of its batches uses."""
-
-    def __init__(self, overdue: Overdue):
-        self._times = {overdue: AnswerTimes(overdue)}
-
-    def under(self, overdue: Overdue) -> AnswerTimes:
-        """Return the service times that all batches of a rule share; a new rule knows the past."""
-        if overdue not in self._times:
-            first = next(iter(self._times.values()))
-            self._times[overdue] = first.under(overdue)
-        return self._times[overdue]
-
-    def add(self, size: int, seconds: float) -> bool:
-        """Record an answer under every rule; return whether any limit fell."""
-        fell = [times.add(size, seconds) for times in self._times.values()]
-        return any(fell)
-
-
 def _bound(known: dict[int, float], size: int) -> float:
     """Return the number of this size, or a bound on it by the other sizes."""
     found = known.get(size)

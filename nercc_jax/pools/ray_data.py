@@ -10,7 +10,7 @@ from jaxtyping import Shaped
 from ._ray import RayPool
 from ._ray_cluster import ray_module
 from ._row_engine import run_rows
-from ._rows import RowFunction, RowProgress, RowResult, hang_timeout
+from ._rows import RowFunction, RowProgress, hang_timeout
 
 _LOG = logging.getLogger(__name__)
 
@@ -73,7 +73,13 @@ def map_rows(
         found.write_parquet("outputs")
         ```
     """
-    ray = ray_data()
+    ray = ray_module()
+    try:
+        import ray.data
+    except ImportError as error:
+        raise ImportError(
+            f"Ray Data is missing ({error}): pip install '.[ray-data]' in a clone"
+        ) from error
     names = [columns] if isinstance(columns, str) else list(columns)
     held, rows = _with_row_numbers(ray, dataset, names)
     x = _inputs(held, rows, names, stacked=not isinstance(columns, str))
@@ -98,19 +104,20 @@ def map_rows(
             **options,
         )
     _LOG.info("rows: %s", result.summary)
-    return _with_results(ray, held, _columns_of(result))
-
-
-def ray_data() -> Any:
-    """Return the module `ray`, with Ray Data; raise ImportError if that is missing."""
-    ray = ray_module()
-    try:
-        import ray.data
-    except ImportError as error:
-        raise ImportError(
-            f"Ray Data is missing ({error}): pip install '.[ray-data]' in a clone"
-        ) from error
-    return ray
+    reasons = [result.reasons.get(row, "") for row in range(rows)]
+    values = np.full(rows, np.nan) if result.values is None else result.values
+    found = (values, result.deviation, result.status, np.array(reasons, dtype=object))
+    # In a list it is passed on as a reference, and stays once on each node.
+    known = {"known": [ray.put(dict(zip(ADDED, found, strict=True)))]}
+    get: Any = ray.get
+    joined = held.map_batches(
+        lambda batch, known: (
+            batch | {name: each[batch[_ROW]] for name, each in get(known[0]).items()}
+        ),
+        fn_kwargs=known,
+        batch_format="numpy",
+    )
+    return joined.drop_columns([_ROW])
 
 
 def _with_row_numbers(ray: Any, dataset: Any, names: Sequence[str]) -> tuple[Any, int]:
@@ -145,20 +152,6 @@ def _with_row_numbers(ray: Any, dataset: Any, names: Sequence[str]) -> tuple[Any
     return ray.data.from_arrow_refs(blocks), int(ends[-1])
 
 
-def _with_results(ray: Any, held: Any, columns: dict[str, np.ndarray]) -> Any:
-    """Return the dataset with further columns, by the row numbers, and without these."""
-    # In a list it is passed on as a reference, and stays once on each node.
-    known = {"known": [ray.put(columns)]}
-    joined = held.map_batches(
-        lambda batch, known: (
-            batch | {name: each[batch[_ROW]] for name, each in ray.get(known[0]).items()}
-        ),
-        fn_kwargs=known,
-        batch_format="numpy",
-    )
-    return joined.drop_columns([_ROW])
-
-
 def _inputs(
     held: Any, rows: int, names: Sequence[str], stacked: bool
 ) -> Shaped[np.ndarray, "rows ..."]:
@@ -178,11 +171,3 @@ def _inputs(
         x = x.astype(np.result_type(x, part), copy=False)  # blocks may differ
         x[batch[_ROW]] = part
     return x
-
-
-def _columns_of(result: RowResult) -> dict[str, np.ndarray]:
-    rows = len(result.status)
-    reasons = [result.reasons.get(row, "") for row in range(rows)]
-    values = np.full(rows, np.nan) if result.values is None else result.values
-    found = (values, result.deviation, result.status, np.array(reasons, dtype=object))
-    return dict(zip(ADDED, found, strict=True))
