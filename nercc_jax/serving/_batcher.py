@@ -318,7 +318,7 @@ class CodedBatcher:
             self._guard(self._send_probe)
         self._guard(self._dispatch, now)
         # The workers compute meanwhile.
-        while self._screen is not None and not self._screen.is_ahead and not self._events:
+        while self._screen is not None and self._screen.ahead and not self._events:
             self._guard(self._screen.compute_ahead)
 
     def _guard(self, step: Callable[..., None], *args: Any, concerned: Any = None) -> None:
@@ -330,7 +330,7 @@ class CodedBatcher:
         try:
             step(*args)
             if popped := self._queue.take_popped():
-                self._fallback.earn(sum(not query.reexecuted for query in popped))
+                self._fallback.budget.earn(sum(not query.reexecuted for query in popped))
                 if self._screen is not None:
                     self._screen.expect(popped)
         except Exception as error:

@@ -123,9 +123,6 @@ class Spent:
     count: int = 0
     seconds: float = 0.0
 
-    def __add__(self, other: "Spent") -> "Spent":
-        return Spent(self.count + other.count, self.seconds + other.seconds)
-
 
 class Metrics:
     """The metrics of all models of a server, in a registry of their own."""
@@ -170,12 +167,15 @@ class Metrics:
 
 
 class Meter:
-    """The metrics of one model, with what its status needs besides."""
+    """The metrics of one model, with what its status needs besides.
+
+    `waiting` is the gauge of its queue.
+    """
 
     def __init__(self, metrics: Metrics, model: str, pool: AbstractPool, code: AbstractCode):
         self._lock = threading.Lock()
         self._recorders = metrics.recorders(model)
-        self._waiting = metrics.add_model(model, pool, code)
+        self.waiting = metrics.add_model(model, pool, code)
         self.close = functools.partial(metrics.remove_model, model)
         # For the status page, and Triton's statistics.
         self._counts: collections.Counter[str] = collections.Counter()
@@ -183,9 +183,6 @@ class Meter:
         self.last_answer = 0.0  # by the wall clock; 0 for none yet
         self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=_MOST)
         self._responded = np.zeros(code.num_workers + 1, int)
-
-    def watch_queue(self, waiting: Callable[[], int]) -> None:
-        self._waiting.set_function(waiting)
 
     def observe(self, what: str, number: int | float) -> None:
         number = float(number)
@@ -225,6 +222,10 @@ class Meter:
         requests = {outcome: counts.get(f"request_{outcome}", 0) for outcome in OUTCOMES}
         expected = counts.get("expected_disagreement", 0)
         number = sum(answers.values())
+        now = time.monotonic()
+        seconds = np.array([value for at, value in recent if now - at <= _RECENT])
+        bins, _ = np.histogram(seconds, bins=(0, *_SECONDS, np.inf))
+        shares = {"p50_ms": 0.5, "p99_ms": 0.99, "p999_ms": 0.999}
         approximate = answers["decoded"] + answers["predicted"]
         return {
             "totals": {
@@ -235,7 +236,16 @@ class Meter:
                 "stragglers": int(sums.get("straggler", 0)),
                 "reexecutions": int(sums.get("reexecution", 0)),
             },
-            "latency": _latencies(recent),
+            "latency": {
+                "bounds_ms": [1000 * bound for bound in _SECONDS],
+                "counts": bins.tolist(),
+                **{
+                    name: 1000 * float(np.quantile(seconds, share)) if len(seconds) else None
+                    for name, share in shares.items()
+                },
+                "number": len(seconds),
+                "seconds": _RECENT if len(recent) < _MOST else now - recent[0][0],
+            },
             "responded": {"counts": responded},
             "fidelity": {
                 "decoded_share": approximate / number if number else None,
@@ -244,23 +254,6 @@ class Meter:
                 ),
             },
         }
-
-
-def _latencies(recent: list[tuple[float, float]]) -> dict[str, Any]:
-    now = time.monotonic()
-    seconds = np.array([value for at, value in recent if now - at <= _RECENT])
-    counts, _ = np.histogram(seconds, bins=(0, *_SECONDS, np.inf))
-    quantiles = [
-        1000 * float(np.quantile(seconds, share)) if len(seconds) else None
-        for share in (0.5, 0.99, 0.999)
-    ]
-    return {
-        "bounds_ms": [1000 * bound for bound in _SECONDS],
-        "counts": counts.tolist(),
-        **dict(zip(("p50_ms", "p99_ms", "p999_ms"), quantiles, strict=True)),
-        "number": len(seconds),
-        "seconds": _RECENT if len(recent) < _MOST else now - recent[0][0],
-    }
 
 
 class _PoolReports(Collector):

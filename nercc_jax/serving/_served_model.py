@@ -119,7 +119,7 @@ class ServedModel:
             sizes = policy.batch_sizes
             prepares = servable.preprocess is not None
             self._preprocessing = Preprocessing(servable, sizes) if prepares else None
-        self.meter.watch_queue(lambda: self._batcher.waiting)
+        self.meter.waiting.set_function(lambda: self._batcher.waiting)
         self._hint_log = HintLog(
             servable.name, lambda: self._hints(self.health(), self.pool.report())
         )

@@ -42,11 +42,6 @@ from ._policy import MAX_DEADLINE_S, POLICY_HELP, BatchingPolicy, Outputs
 # Settings as text, from a flag or a variable, where a file has tables and lists.
 
 
-def read_none(value: Any) -> Any:
-    """Return None for "none": TOML has no null, and the environment has only strings."""
-    return None if value == "none" else value
-
-
 def read_shape(value: Any) -> Any:
     """Return the shape of one input, or of several by name: 28,28,1, or image=28,28,1,meta=4."""
     if isinstance(value, str):
@@ -73,10 +68,6 @@ def read_table(value: Any) -> Any:
         raise ValueError(
             f"a table as in TOML is needed, {{num_gpus = 0.5}}, not {value!r}"
         ) from error
-
-
-def read_paths(value: Any) -> Any:
-    return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
 def read_policy(value: Any) -> Any:
@@ -381,9 +372,10 @@ class ServerSettings(BaseSettings):
     http_port: int = _setting(
         8000, "Port of REST, status page and metrics; 0 for any free one.", ge=0, le=65535
     )
-    grpc_port: Annotated[int | None, BeforeValidator(read_none)] = _setting(
-        8001, "Port of gRPC; 0 for any free one, none for no gRPC.", ge=0, le=65535
-    )
+    # TOML has no null, and the environment has only strings.
+    grpc_port: Annotated[
+        int | None, BeforeValidator(lambda value: None if value == "none" else value)
+    ] = _setting(8001, "Port of gRPC; 0 for any free one, none for no gRPC.", ge=0, le=65535)
 
     token_file: Path | None = _setting(
         None,
@@ -430,9 +422,12 @@ class ServerSettings(BaseSettings):
         "Folder sent to Ray's nodes (default: that of a module:function that is not installed).",
         "app",
     )
-    py_modules: Annotated[list[Path], BeforeValidator(read_paths)] = _setting(
-        [], "Modules sent to Ray's nodes, separated by commas."
-    )
+    py_modules: Annotated[
+        list[Path],
+        BeforeValidator(
+            lambda value: list(filter(None, value.split(","))) if isinstance(value, str) else value
+        ),
+    ] = _setting([], "Modules sent to Ray's nodes, separated by commas.")
     runtime_env: Path | None = _setting(
         None, "File with Ray's runtime environment: .yaml, .json, or .toml.", "env.yaml"
     )
@@ -568,7 +563,17 @@ def read_settings(file: Path | None, **flags: Any) -> ServerSettings:
     """
     if file is not None and not file.is_file():
         raise ValueError(f"there is no configuration file {file}")
-    _check_variables(os.environ)
+    # Variables with our prefix that are no settings: those of the tests, and those that Kubernetes
+    # gives to containers beside a service whose name begins so.
+    tests = "NERCC_REQUIRE_EXTRAS", "NERCC_COMPILE_AS_USERS_DO"
+    kubernetes = r"NERCC_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)"
+    for name, value in os.environ.items():
+        setting = name.removeprefix("NERCC_").lower().partition("__")[0]
+        theirs = re.fullmatch(kubernetes, name) or value.startswith(("tcp://", "udp://"))
+        if not name.startswith("NERCC_") or name in tests or theirs:
+            continue
+        if setting not in ServerSettings.model_fields:
+            raise ValueError(f"the environment has {name}: there is no such setting")
 
     class FromFile(ServerSettings):  # pydantic-settings takes the file's path from the class
         model_config = SettingsConfigDict(toml_file=file)
@@ -581,25 +586,6 @@ def read_settings(file: Path | None, **flags: Any) -> ServerSettings:
         raise ValueError(f"{error}: {error.__cause__}") from error
     except ValidationError as error:
         raise ValueError(_describe(error)) from error
-
-
-# Variables with our prefix that are no settings: those of the tests, and those that Kubernetes
-# gives to containers beside a service whose name begins so.
-_TESTS = {"NERCC_REQUIRE_EXTRAS", "NERCC_COMPILE_AS_USERS_DO"}
-_KUBERNETES = re.compile(
-    r"NERCC_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)"
-)
-
-
-def _check_variables(environment: Mapping[str, str]) -> None:
-    """Raise ValueError for a variable that looks like a setting, and is none."""
-    for name, value in environment.items():
-        setting = name.removeprefix("NERCC_").lower().partition("__")[0]
-        theirs = _KUBERNETES.fullmatch(name) or value.startswith(("tcp://", "udp://"))
-        if not name.startswith("NERCC_") or name in _TESTS or theirs:
-            continue
-        if setting not in ServerSettings.model_fields:
-            raise ValueError(f"the environment has {name}: there is no such setting")
 
 
 def _describe(error: ValidationError) -> str:

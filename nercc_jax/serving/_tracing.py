@@ -24,8 +24,6 @@ _NUMBERS = itertools.count(1)
 # Requests that wait for their spans, and steps of one request; more of either are left out.
 _WAITING, _MOST_STEPS = 1000, 256
 _LAST = 3.0  # seconds for the last spans when the server ends
-_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +95,24 @@ class RequestTrace:
     def send_again(self, query: int) -> None:
         self._resent_at[query] = time.monotonic()
 
-    def queue_seconds(self) -> float | None:
-        """Return how long the first query waited; None if none was sent."""
+    def log_fields(self, outcome: str) -> dict[str, Any]:
+        """Return the line of the log; `queue_ms` is how long the first query waited, if sent."""
         waits = [step for step in list(self._waits) if step.name == "queue"]
-        return min((step.end - step.begin for step in waits if step.end is not None), default=None)
+        queued = [step.end - step.begin for step in waits if step.end is not None]
+        fields = {
+            "id": self.id,
+            "model": self.model,
+            "outcome": outcome,
+            "queue_ms": round(1e3 * min(queued), 3) if queued else None,
+            "ms": round(1e3 * (time.monotonic() - self.arrived), 3),
+            "answers": [answer for _, answer in sorted(self.answers.items())],
+            "groups": self.groups(),
+        }
+        if self.error is not None:
+            fields["error"] = self.error
+        if self.span is not None:
+            fields["trace_id"] = f"{self.span.get_span_context().trace_id:032x}"
+        return fields
 
     def groups(self) -> list[dict[str, Any]]:
         """Return for each group the request's queries, and the requests that shared it.
@@ -157,29 +169,11 @@ class RequestLog:
         try:
             if trace.logged:
                 message = "answered" if outcome == "ok" else "not answered"
-                _LOG.info(message, extra=_log_fields(trace, outcome))
+                _LOG.info(message, extra=trace.log_fields(outcome))
             if self._telemetry is not None and trace.span is not None:
                 self._telemetry.end(trace, outcome)
         except Exception:
             _LOG.exception("a request is not logged")
-
-
-def _log_fields(trace: RequestTrace, outcome: str) -> dict[str, Any]:
-    queued = trace.queue_seconds()
-    fields = {
-        "id": trace.id,
-        "model": trace.model,
-        "outcome": outcome,
-        "queue_ms": None if queued is None else round(1e3 * queued, 3),
-        "ms": round(1e3 * (time.monotonic() - trace.arrived), 3),
-        "answers": [answer for _, answer in sorted(trace.answers.items())],
-        "groups": trace.groups(),
-    }
-    if trace.error is not None:
-        fields["error"] = trace.error
-    if trace.span is not None:
-        fields["trace_id"] = f"{trace.span.get_span_context().trace_id:032x}"
-    return fields
 
 
 class Telemetry:
@@ -268,10 +262,13 @@ def telemetry_from_environment() -> Telemetry | None:
     off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if off or os.environ.get("OTEL_TRACES_EXPORTER") == "none":
         return None
-    endpoint = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
+    prefixes = "OTEL_EXPORTER_OTLP_TRACES_", "OTEL_EXPORTER_OTLP_"
+    endpoints = (f"{prefix}ENDPOINT" for prefix in prefixes)
+    endpoint = next((name for name in endpoints if os.environ.get(name)), None)
     if endpoint is None:
         return None
-    protocol = next(filter(None, map(os.environ.get, _PROTOCOLS)), "http/protobuf")
+    protocols = (os.environ.get(f"{prefix}PROTOCOL") for prefix in prefixes)
+    protocol = next(filter(None, protocols), "http/protobuf")
     try:
         from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider

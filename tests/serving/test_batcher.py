@@ -75,7 +75,7 @@ def test_full_groups_are_what_the_code_makes_of_them(code):
     sim = Simulated(code, wait_for=code.num_workers)
     reply = sim.answer(x := queries(4))
     # The batcher puts queries at alphas of its own order; the code sees them there.
-    order, placed = sim.coder._order, np.empty_like(x)
+    order, placed = sim.coder.order, np.empty_like(x)
     placed[order] = x
     answers = model(np.asarray(code.encode(placed)))
     wanted = np.asarray(code.decode(answers, np.ones(code.num_workers, bool)))[order]
@@ -509,7 +509,7 @@ def test_rows_of_groups_lie_along_the_curve(code):
     assert [len(cell) for cell in dealt] == [4] * code.num_data
     values = np.array([[query.x[0] for query in cell] for cell in dealt])
     assert sorted(values.ravel()) == list(range(count))
-    alpha = np.asarray(code.alpha)[coder._order]
+    alpha = np.asarray(code.alpha)[coder.order]
     for row in values.T:
         assert set(np.diff(row[np.argsort(alpha)])) in ({1.0}, {-1.0})
 

@@ -249,7 +249,7 @@ class Schedule:
         assert not waiting or not self.pool.idle or held, "a query waits beside an idle worker"
         if (share := self.policy.max_reexecution) is not None:
             left = share * self.first - self.seen["reexecution"]
-            assert math.isclose(batcher._fallback._budget._left, left, abs_tol=1e-9), "the budget"
+            assert math.isclose(batcher._fallback.budget._left, left, abs_tol=1e-9), "the budget"
         # The scheduler.
         idle = {w for w, seat in enumerate(scheduler._slots) if seat.ready and seat.task is None}
         assert set(scheduler._queue._idle) == idle

@@ -253,17 +253,6 @@ class Adaptation:
         """True if approximate answers may be given out at all, by what the outputs are."""
         return not self._exact_only and (self._outputs is None or bool(self._outputs.scores))
 
-    def _read_as(self) -> dict[str, str | None]:
-        """Return how outputs are read, and why; None as long as that is not known."""
-        stated, check = self._policy.outputs, self._outputs
-        if check is None:
-            return {"read_as": "values" if stated == "values" else "scores", "why": "as set"}
-        if check.scores is None:
-            known, needed = check.progress
-            return {"read_as": None, "why": f"{known} of {needed} answers were looked at"}
-        why = check.why or "the model's own answers look like scores"
-        return {"read_as": "scores" if check.scores else "values", "why": why}
-
     @property
     def can_predict(self) -> bool:
         """True if the surrogate may answer now."""
@@ -283,12 +272,22 @@ class Adaptation:
     def status(self) -> dict[str, Any]:
         controller, predictor, checks = self._controller, self.predictor, self.checks
         ready = predictor is not None and predictor.checks_answers
+        # How outputs are read, and why; None as long as that is not known.
+        read, why, look = "scores", "as set", self._outputs
+        if look is None:
+            read = "values" if self._policy.outputs == "values" else read
+        elif look.scores is None:
+            known, needed = look.progress
+            read, why = None, f"{known} of {needed} answers were looked at"
+        else:
+            read = "scores" if look.scores else "values"
+            why = look.why or "the model's own answers look like scores"
         return {
             "policy": None if controller is None else controller.status(),
             "predictor": None if predictor is None else predictor.status(),
             "checks": None if checks is None else {"ready": ready} | checks.status(),
             "decoding": self.decoding_risk.status() if self._promises else None,
-            "outputs": self._read_as(),
+            "outputs": {"read_as": read, "why": why},
             "audited": list(self.decoding_risk.shown),
         }
 

@@ -46,13 +46,13 @@ class StragglerSimulation:
     as the last answers come in. Whether the labels are then the model's own calibrates a
     `DecodingErrorProbability`; with a tolerance, the errors calibrate `DecodingErrorBars`. Sets of
     stragglers differ, so one calibration holds in the mean over sets like these. Groups have a
-    given number of queries; the last `DRAWS` simulations count.
+    given number of queries; the last `DRAWS` simulations count, which are `seen`.
     """
 
     def __init__(self, coder: Coder, queries: int, target: AccuracyTarget):
         self._coder, self._queries, self._target = coder, queries, target
         self._random, self._number = np.random.default_rng(queries), 0
-        self._seen: collections.deque[tuple[np.ndarray, ...]] = collections.deque(maxlen=DRAWS)
+        self.seen: collections.deque[tuple[np.ndarray, ...]] = collections.deque(maxlen=DRAWS)
 
     def draw(
         self,
@@ -69,7 +69,7 @@ class StragglerSimulation:
         layout = self._coder.layout(self._queries)
         missing = [place for place, own in enumerate(layout.own) if not looks[-1, own].any()]
         missing = self._random.permutation(missing)[:_PLACES]
-        places = self._coder.alphas_of(self._queries)[missing]
+        places = self._coder.order[missing]
         seen = []
         for mask in looks:
             parts = []
@@ -86,18 +86,15 @@ class StragglerSimulation:
                 yield
             seen.append([np.concatenate(part) for part in zip(*parts, strict=True)])
         # (looks, groups, places, ...) becomes (groups and places, looks, ...).
-        self._seen.append(
+        self.seen.append(
             tuple(
                 np.concatenate(np.moveaxis(np.stack(part)[:, :known, places], 0, 2))
                 for part in zip(*seen, strict=True)
             )
         )
 
-    def discard(self) -> None:
-        self._seen.clear()
-
     def calibrate(self, known: int) -> DecodingErrorProbability | DecodingErrorBars:
-        parts = [np.concatenate(part) for part in zip(*self._seen, strict=True)]
+        parts = [np.concatenate(part) for part in zip(*self.seen, strict=True)]
         number = known * self._queries
         if self._target.tolerance is None:
             return calibrate(*parts, number=number)
@@ -250,19 +247,17 @@ class ErrorEstimator:
             for group, own in zip(answers, originals, strict=True):
                 samples.add(group.reshape(len(group), -1), self._coder.to_alphas(own))
             samples.simulate(DRAWS)
-            for mask in self._one_missing(few) if samples.known >= _LEAST else ():
-                _run_all(samples.update_expected(mask, _GROUPS))
-
-    def _one_missing(self, few: int) -> list[Bool[np.ndarray, " num_workers"]]:
-        """Return the usual sets of answers: all, and all but a query's own."""
-        layout = self._coder.layout(few)
-        sent = np.zeros(self._coder.num_workers, bool)
-        sent[np.concatenate([*self._coder.first[:few], layout.extras]).astype(int)] = True
-        masks = [sent]
-        for own in layout.own:
-            masks.append(sent.copy())
-            masks[-1][own] = False
-        return [mask for mask in masks if mask.any()]
+            if samples.known < _LEAST:
+                continue
+            # The usual sets of answers: all that are sent, and all but a query's own.
+            layout = self._coder.layout(few)
+            everyone = np.zeros(self._coder.num_workers, bool)
+            everyone[np.concatenate([*self._coder.first[:few], layout.extras]).astype(int)] = True
+            for missing in ([], *layout.own):
+                mask = everyone.copy()
+                mask[np.asarray(missing, int)] = False
+                if mask.any():
+                    _run_all(samples.update_expected(mask, _GROUPS))
 
     def compile(self, outputs: Sequence[int], width: int) -> None:
         """Compile for a model's outputs of this shape, so that no query waits for it.
@@ -333,7 +328,7 @@ class ErrorEstimator:
         found = self._samples[queries].expected.get(mask.tobytes())
         if found is None:
             return ExpectedError(nothing, nothing, False)
-        disagreement, error = (self._coder.to_query_order(part)[:queries] for part in found[:2])
+        disagreement, error = (part[self._coder.order[:queries]] for part in found[:2])
         return ExpectedError(disagreement, error, found[2] == self._samples[queries].epoch)
 
     def progress(self) -> tuple[int, int]:
@@ -360,23 +355,20 @@ class _GroupSamples:
     def __init__(self, coder: Coder, simulation: StragglerSimulation | None):
         self._coder, self._simulation = coder, simulation
         self._nothing = uncalibrated() if simulation is None else simulation.uncalibrated
-        self.known = self._turn = 0
-        self.error_probability = self._nothing
-        self._due = _LEAST  # groups at the next calibration
-        self._draws_left = 0  # simulations until then
-        self._fresh = 0  # groups since the last epoch
         self._answers: np.ndarray | None = None
         self._originals: np.ndarray | None = None
         self.epoch = 0
-        self.expected: dict[bytes, tuple[np.ndarray, np.ndarray, int]] = {}
+        self.discard()
 
     def discard(self) -> None:
-        self.known = self._turn = self._fresh = self._draws_left = 0
-        self._due = _LEAST
+        self.known = self._turn = 0
+        self._fresh = 0  # groups since the last epoch
+        self._draws_left = 0  # simulations until the next calibration
+        self._due = _LEAST  # groups at the next calibration
         self.error_probability = self._nothing
-        self.expected = {}
+        self.expected: dict[bytes, tuple[np.ndarray, np.ndarray, int]] = {}
         if self._simulation is not None:
-            self._simulation.discard()
+            self._simulation.seen.clear()
 
     def add(self, answers: np.ndarray, originals: np.ndarray) -> None:
         if self._answers is None or self._originals is None:

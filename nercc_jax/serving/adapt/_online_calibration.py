@@ -110,11 +110,6 @@ class CalibratedSurrogate:
         assert self.expected is not None
         return ExpectedAnswers(self.check, self.expected(x))
 
-    @property
-    def is_compiled(self) -> bool:
-        """Return whether a program predicts, which is compiled for each number of queries."""
-        return not is_on_host(self.surrogate)
-
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions:
         """Return the answers to some queries."""
         found = _predict(self.surrogate, self.error_probability, x)
@@ -298,8 +293,11 @@ class OnlineCalibration:
         assert self._surrogate is not None
         calibrated = self.calibrated if self._current else None
         error_probability = None if calibrated is None else calibrated.error_probability
-        found = _validated(self._surrogate, error_probability, x, own, self._form)
-        features, deviation, error, wrong, probability = map(np.asarray, found)
+        found = _predict(self._surrogate, error_probability, x)
+        values, deviation, probability = map(np.asarray, found)
+        features = np.asarray(error_features(values, deviation, values, self._form))
+        wrong = ~np.asarray(agree_on_labels(values, own, self._form))
+        error = np.asarray(row_errors(values, own))
         mean, spread, checked = own[:0], own[:0, 0], own[:0]
         if self._expected is not None:
             (mean, spread), checked = self._expected(x).wait(), own
@@ -311,7 +309,9 @@ class OnlineCalibration:
                 self.discard()
         # Queries that come again are predicted better than new ones, whose bars they would shorten.
         # Where nothing is known of errors yet, there is nothing to calibrate.
-        new = ~_known(self._surrogate, x) & np.isfinite(deviation)
+        new = np.isfinite(deviation)
+        if isinstance(self._surrogate, Learner):
+            new &= ~self._surrogate.knows(x)
         fields = (features, deviation, error, wrong, probability, mean, spread, checked)
         batch = ValidationBatch(*(each[new[: len(each)]] for each in fields))
         self._validation.append(batch)
@@ -415,7 +415,13 @@ def _predict(
 ) -> tuple[Any, Any, Any]:
     """Return outputs as vectors, deviations (1 if there are none), and error probabilities."""
     predict = _predicted if is_on_host(surrogate) else _compiled_predicted
-    return predict(surrogate, _without_levels(error_probability), x)
+    if error_probability is not None:
+        # Without the limits, whose number differs between calibrations: one program serves all.
+        none = np.zeros(0, np.float32)
+        error_probability = eqx.tree_at(
+            lambda d: (d.levels, d.risks, d.shares), error_probability, (none, none, none)
+        )
+    return predict(surrogate, error_probability, x)
 
 
 def _predicted(
@@ -434,29 +440,6 @@ def _predicted(
 
 
 _compiled_predicted = eqx.filter_jit(_predicted)
-
-
-def _validated(
-    surrogate: AbstractSurrogate,
-    error_probability: ErrorProbability | None,
-    x: Shaped[np.ndarray, "queries ..."],
-    own: Float[np.ndarray, "queries m"],
-    form: Form | None,
-) -> tuple[Any, ...]:
-    """Return the fields of a `ValidationBatch` up to the probability."""
-    values, deviation, probability = map(np.asarray, _predict(surrogate, error_probability, x))
-    features = error_features(values, deviation, values, form)
-    wrong = ~agree_on_labels(values, own, form)
-    return features, deviation, row_errors(values, own), wrong, probability
-
-
-def _known(
-    surrogate: AbstractSurrogate, x: Shaped[np.ndarray, "queries ..."]
-) -> Bool[np.ndarray, " queries"]:
-    """Return which queries a learner has answers to."""
-    if not isinstance(surrogate, Learner):
-        return np.zeros(len(x), bool)
-    return surrogate.knows(x)
 
 
 def _tuned(learner: AbstractLearner, tuning: LearnerTuning) -> AbstractLearner:
@@ -479,16 +462,6 @@ def _log_loss(learner: Learner) -> float:
     errors = np.stack([root_mean_square(errors, axis=1), scatter])
     square = 2 * root_mean_square(errors / deviation, axis=0) ** 2
     return float(np.mean(np.log(deviation) + square / 2))
-
-
-def _without_levels(error_probability: ErrorProbability | None) -> ErrorProbability | None:
-    """Drop the limits, whose number differs between calibrations: one program serves all."""
-    if error_probability is None:
-        return None
-    none = np.zeros(0, np.float32)
-    return eqx.tree_at(
-        lambda d: (d.levels, d.risks, d.shares), error_probability, (none, none, none)
-    )
 
 
 _compiled_update = eqx.filter_jit(lambda learner, x, own: learner.update(x, own))

@@ -18,7 +18,7 @@ from ...surrogates import AbstractSurrogate, Surrogate
 from .._policy import Observe
 from ..core._adaptation import Expectation, Predictions
 from ..core._request import Answer, ApproximateAnswer
-from ._online_calibration import BATCH, FIRST, OnlineCalibration, repeat_rows
+from ._online_calibration import BATCH, FIRST, OnlineCalibration, is_on_host, repeat_rows
 
 _LOG = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class Predictor:
         if calibrated is None or not self._compiled or self._drift_detected:
             return None
         parts = [x[begin : begin + self._width] for begin in range(0, len(x), self._width)]
-        if calibrated.is_compiled:  # for one number of queries
+        if not is_on_host(calibrated.surrogate):  # programs are compiled for one number of queries
             parts = [repeat_rows(part, self._width) for part in parts]
         found = [calibrated.predict(part) for part in parts]
         return Predictions(

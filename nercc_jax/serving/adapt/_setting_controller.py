@@ -162,11 +162,6 @@ def replay_calls(calls: Sequence[Call], copies: int, workers: int, seed: int) ->
     return CallReplay(times[own], copied, random.random(len(own)), medians[min(medians)])
 
 
-def p99_in_medians(seconds: Sequence[float]) -> float:
-    ordered = np.sort(np.asarray(seconds))
-    return _mean_between(ordered, _P99) / float(ordered[len(ordered) // 2])
-
-
 def _mean_between(ordered: Float[np.ndarray, " queries"], quantiles: tuple[float, float]) -> float:
     begin, end = (int(quantile * len(ordered)) for quantile in quantiles)
     return float(ordered[begin : max(end, begin + 1)].mean())
@@ -352,16 +347,33 @@ class SettingController:
         if replay is None:
             return
         current = self.setting
-        self._learn_copies(replay)
+        # Learn from the queries that were hedged since the last decision.
+        waits, self._waits = self._waits, []
+        known = self._answered_share(current)
+        own, copied = replay.hedged(current, known=known, extra=self._copies)
+        times = replay.limit(current) * np.array(waits, float)
+        self._trials.add(times, apart=copied, alike=own, decay=_DECAY)
         shares = self._trials.shares
         useless = replay.lost_anyway(current, shares) > _LOST
         replay = replay.alike(shares)
         settings = list(self.settings)
         if useless or not current.hedges:
             settings += [each._replace(hedges=False) for each in settings]
-        forecasts = {each: self._forecast(each, replay) for each in settings}
+        forecasts = {
+            each: replay.forecast(
+                each,
+                known=self._answered_share(each),
+                extra=self._copies,
+                extra_calls=self._extra_calls,
+            )
+            for each in settings
+        }
         self._learn_factors(forecasts[current], calls)
-        forecasts = {each: self._corrected(each, found) for each, found in forecasts.items()}
+        for each, found in forecasts.items():
+            tail, cost = self._factors.get((each.redundancy, each.hedges), (1.0, 1.0))
+            forecasts[each] = dataclasses.replace(
+                found, tail=tail * found.tail, calls=cost * found.calls
+            )
         most_late = forecasts[self.settings[0]].late * (1 + _MORE_LATE) + _LATE_OF_ALL
         predicts = self._predictor is not None and self._predictor.state == "answering"
         candidates = [
@@ -381,21 +393,16 @@ class SettingController:
         cheapest = min(same, key=lambda each: (forecasts[each].calls, forecasts[each].late))
         if current in same and forecasts[current].calls <= forecasts[cheapest].calls + _SAME_CALLS:
             return
-        self._change(cheapest, forecasts)
-
-    def _forecast(self, setting: DispatchSetting, replay: CallReplay) -> TailForecast:
-        known = self._answered_share(setting)
-        extra, calls = self._copies, self._extra_calls
-        return replay.forecast(setting, known=known, extra=extra, extra_calls=calls)
-
-    def _learn_copies(self, replay: CallReplay) -> None:
-        """Learn from the queries that were hedged since the last decision."""
-        waits, self._waits = self._waits, []
-        setting = self.setting
-        known = self._answered_share(setting)
-        own, copies = replay.hedged(setting, known=known, extra=self._copies)
-        times = replay.limit(setting) * np.array(waits, float)
-        self._trials.add(times, apart=copies, alike=own, decay=_DECAY)
+        reasons = []
+        for each in (cheapest, current):
+            found = forecasts[each]
+            numbers = f"p99.9 of {found.tail:.2f} medians at {found.calls:.2f} calls a query"
+            reasons.append(f"{_words(each)}: {numbers}")
+        self.setting, self._reason = cheapest, "; before, ".join(reasons)
+        self._waits = []
+        self._start_measuring()
+        self._pass_on("policy_change", 1)
+        _LOG.info("policy: %s", self._reason)
 
     def _answered_share(self, setting: DispatchSetting) -> float:
         """Return the share of stragglers' queries that are predicted or decoded."""
@@ -410,7 +417,8 @@ class SettingController:
         self._decoded = 1 + (self._decoded - 1) * _DECAY
         if len(self._seconds) < _MEASURED:
             return
-        tail = p99_in_medians(self._seconds) / forecast.p99
+        ordered = np.sort(np.asarray(self._seconds))
+        tail = _mean_between(ordered, _P99) / float(ordered[len(ordered) // 2]) / forecast.p99
         sent = [call.size for call in calls if call.sent >= self._since]
         again = self._counts["reexecution"]
         given = self._counts["query_decoded"] + self._counts["query_predicted"]
@@ -429,28 +437,6 @@ class SettingController:
         """Attribute what is measured from now on to the present setting."""
         self._seconds, self._since = [], self._pool.clock.now()
         self._counts = collections.Counter()
-
-    def _corrected(self, setting: DispatchSetting, forecast: TailForecast) -> TailForecast:
-        kind = setting.redundancy, setting.hedges
-        tail, calls = self._factors.get(kind, (1.0, 1.0))
-        return dataclasses.replace(
-            forecast, tail=tail * forecast.tail, calls=calls * forecast.calls
-        )
-
-    def _change(
-        self, chosen: DispatchSetting, forecasts: dict[DispatchSetting, TailForecast]
-    ) -> None:
-        def describe(setting: DispatchSetting) -> str:
-            forecast = forecasts[setting]
-            numbers = f"p99.9 of {forecast.tail:.2f} medians at {forecast.calls:.2f} calls a query"
-            return f"{_words(setting)}: {numbers}"
-
-        reason = f"{describe(chosen)}; before, {describe(self.setting)}"
-        self.setting, self._reason = chosen, reason
-        self._waits = []
-        self._start_measuring()
-        self._pass_on("policy_change", 1)
-        _LOG.info("policy: %s", reason)
 
 
 def _least(

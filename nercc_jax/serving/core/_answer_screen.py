@@ -65,7 +65,10 @@ class _Call:
 
 
 class AnswerScreen:
-    """Holds back the answers that look wrong, on the scheduler's thread."""
+    """Holds back the answers that look wrong, on the scheduler's thread.
+
+    Those that `compute_ahead` may compute stand in `ahead`.
+    """
 
     def __init__(
         self,
@@ -86,7 +89,7 @@ class AnswerScreen:
         self._numbers = itertools.count()
         self._look_at = -math.inf
         self._audits: dict[int, Batch] = {}
-        self._ahead: collections.deque[Any] = collections.deque(maxlen=_AHEAD)
+        self.ahead: collections.deque[Any] = collections.deque(maxlen=_AHEAD)
 
     @property
     def next_due(self) -> float:
@@ -100,19 +103,14 @@ class AnswerScreen:
             for (query, _), expected in zip(new, found, strict=bool(found)):
                 query.expected = expected
                 if expected.row == 0 and not expected.answers.begun:
-                    self._ahead.append(expected.answers)
-
-    @property
-    def is_ahead(self) -> bool:
-        """True if there is nothing for `compute_ahead` to do."""
-        return not self._ahead
+                    self.ahead.append(expected.answers)
 
     def compute_ahead(self) -> None:
         """Compute one expectation, for a thread that has nothing else to do while models run.
 
         What it does not come to is computed once the answers are there.
         """
-        self._ahead.popleft().compute()
+        self.ahead.popleft().compute()
 
     def receive(
         self, worker: int, queries: Sequence[Query], values: np.ndarray
@@ -138,14 +136,19 @@ class AnswerScreen:
                     verdicts += self._doubt_calls(queries[row], verdict)
             values, queries = values[fresh], [queries[row] for row in fresh]
         self._budget.earn(len(queries))
-        suspicious = self._screen(worker, queries, values)
+        suspicious = np.zeros(len(queries), bool)
+        if queries:
+            self.expect(queries)
+            expected = [query.expected for query in queries]
+            found = _suspicious(expected, values.reshape(len(values), -1))
+            suspicious = self._checks.screen(worker, found)
         if suspicious.any():
             for place in np.flatnonzero(suspicious).tolist():
                 query = queries[place]
                 verdicts.append((query, self._doubt(worker, query, values[place])))
             waits = self._wait(worker, queries, values, suspicious)
-            found = set(itertools.compress(fresh, suspicious | waits))
-            rows = [row for row in rows if row not in found]
+            held_back = set(itertools.compress(fresh, suspicious | waits))
+            rows = [row for row in rows if row not in held_back]
         self._follow_fences()
         if not verdicts:
             return rows, [], []
@@ -192,7 +195,13 @@ class AnswerScreen:
             return
         for worker, x in self._checks.audits(self._pool.report()):
             if worker not in self._audits:
-                self._send_audit(worker, x)
+
+                def answered(batch: Batch, worker: int = worker) -> None:
+                    self._events.post(Audit(worker, batch))
+
+                batch = self._pool.open(1, needed=1, copies=1, on_change=answered)
+                self._audits[worker] = batch
+                self._pool.send(batch, [0], [x[None]], only=worker)
         self._follow_fences()
         self._look_at = now + _EVERY
 
@@ -207,13 +216,6 @@ class AnswerScreen:
         audit.batch.forget()
         self._checks.audited(audit.worker, None if value is None else value[0])
         self._follow_fences()
-
-    def _screen(self, worker: int, queries: Sequence[Query], values: np.ndarray) -> np.ndarray:
-        if not queries:
-            return np.zeros(0, bool)
-        self.expect(queries)
-        found = _suspicious([query.expected for query in queries], values.reshape(len(values), -1))
-        return self._checks.screen(worker, found)
 
     def _receive_again(self, worker: int, query: Query, value: np.ndarray) -> Verdict | None:
         """Compare another answer to a query that is held back."""
@@ -279,13 +281,6 @@ class AnswerScreen:
             return
         self._fenced = self._checks.fenced
         self._pool.fence(self._fenced)
-
-    def _send_audit(self, worker: int, x: np.ndarray) -> None:
-        batch = self._pool.open(
-            1, needed=1, copies=1, on_change=lambda batch: self._events.post(Audit(worker, batch))
-        )
-        self._audits[worker] = batch
-        self._pool.send(batch, [0], [x[None]], only=worker)
 
 
 def _waits(query: Query) -> bool:

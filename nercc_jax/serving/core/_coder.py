@@ -81,6 +81,7 @@ class Coder:
 
     Attributes:
         code: the code.
+        order: by query, the index of the alpha at which it stands.
         systematic: whether each query has coded data points of its own.
         first: by query, those coded data points, which are sent when it arrives.
         can_decode: whether a query can be decoded when none of its own points is answered.
@@ -98,18 +99,18 @@ class Coder:
         self.code, self.form = code, form
         self.num_data, self.num_workers = code.num_data, code.num_workers
         self.kinds = [models[kind] for kind in code.worker_models]
-        self._order = _spread(code)
+        self.order = _spread(code)
         self._decode = shared_decoder(code)
         self._variances = functools.lru_cache(_FEW_MASKS)(self._make_variances)
         # Whether answers have the same label, or the same labels where there are several.
         self.agree = jax.jit(functools.partial(agree_on_labels, form=form))
-        matrices = few_encoders(code, self._order)
+        matrices = few_encoders(code, self.order)
         own = _own(_place_of(matrices[-1]), self.num_data)
         self.systematic = all(len(points) for points in own)
         self.first = [points[: int(self.systematic)] for points in own]
         without = np.ones(self.num_workers, bool)
         without[own[0]] = False
-        self.can_decode = bool(np.asarray(code.recovered(jnp.asarray(without)))[self._order[0]])
+        self.can_decode = bool(np.asarray(code.recovered(jnp.asarray(without)))[self.order[0]])
         self.has_error_probability = self.can_decode and isinstance(code, NeRCC | LearnedDecoder)
         self.needs_order = self.can_decode and isinstance(code, _ON_A_LINE)
         self._layouts = [self._layout(matrix) for matrix in matrices]
@@ -122,7 +123,7 @@ class Coder:
         queries = matrix.shape[1]
         # In a code that has to mix queries, a row that happens to be one-hot is of no use.
         place_of = _place_of(matrix) if self.systematic else np.full(len(matrix), -1)
-        extras = _by_use(self.code, self._order[:queries], np.concatenate(self.first[:queries]))
+        extras = _by_use(self.code, self.order[:queries], np.concatenate(self.first[:queries]))
         if self.systematic:
             redundancy = self.num_workers - self.num_data
             extras = extras[: -(-redundancy * queries // self.num_data)]
@@ -161,7 +162,7 @@ class Coder:
             assert features is not None
             assert informative is not None
             found = risk(features, informative)
-        order = self._order
+        order = self.order
         return predictions[:, order], recovered[order], found[:, order]
 
     def decode_all(
@@ -231,27 +232,17 @@ class Coder:
         recovered, responded = np.asarray(decoded.recovered)[0], np.asarray(decoded.responded)[0]
         return np.swapaxes(predictions, 0, 1)[:rows], recovered, responded
 
-    def alphas_of(self, queries: int) -> Int[np.ndarray, " queries"]:
-        """Return the indices of the alphas at which this number of queries stand."""
-        return self._order[:queries]
-
     def path_order(self, first: int, number: int) -> Int[np.ndarray, " number"]:
         """Return a group's `number` queries from the `first` on, sorted by their alphas."""
-        places = self._order[first : first + number]
+        places = self.order[first : first + number]
         if isinstance(self.code, _ON_A_LINE):
             places = np.asarray(self.code.alpha)[places]
         return np.argsort(places)
 
-    def to_query_order(
-        self, by_alpha: Float[np.ndarray, " num_data"]
-    ) -> Float[np.ndarray, " num_data"]:
-        """Return values that belong to the code's alphas, in the queries' order."""
-        return by_alpha[self._order]
-
     def to_alphas(self, queries: Float[np.ndarray, "few ..."]) -> Float[np.ndarray, "num_data ..."]:
         """Return queries' values by alpha, with zeros at alphas where no query stands."""
         by_alpha = np.zeros((self.num_data, *queries.shape[1:]), queries.dtype)
-        by_alpha[self._order[: len(queries)]] = queries
+        by_alpha[self.order[: len(queries)]] = queries
         return by_alpha
 
 

@@ -227,7 +227,8 @@ class Dispatcher:
             return points
         if redundancy == "none":
             return points[:0]
-        uncertain = self._predictor.uncertain_cells(group)
+        found = self._predictor.predictions(group, range(len(group.cells)))
+        uncertain = {cell for (cell, _), prediction in found.items() if not prediction.sure}
         # Copies of uncertain queries; a point that mixes queries serves all of them.
         places = group.layout.place_of[points]
         wanted = points[np.isin(places, list(uncertain)) | ((places < 0) & bool(uncertain))]

@@ -94,10 +94,6 @@ class GroupPredictor:
                 group.trace.add("predict", begin, end, sure=sure, uncertain=len(new) - sure)
         return {each[:2]: group.predictions[each[:2]] for each in waiting}
 
-    def uncertain_cells(self, group: Group) -> set[int]:
-        found = self.predictions(group, range(len(group.cells)))
-        return {cell for (cell, _), prediction in found.items() if not prediction.sure}
-
 
 class GroupDecoder:
     """Decodes groups, and decides which decoded answers are good enough to be given out."""
@@ -270,7 +266,7 @@ class FallbackPolicy:
     """Decides what becomes of queries whose own workers straggle.
 
     It takes the cheapest way that is good enough: a surrogate's answer, a decoded one, and else a
-    second call within the budget. Of a group it changes only which stragglers are counted.
+    second call within the `budget`. Of a group it changes only which stragglers are counted.
     """
 
     def __init__(
@@ -283,10 +279,7 @@ class FallbackPolicy:
     ):
         self._coder, self._adaptation, self._observe = coder, adaptation, adaptation.observe
         self._predictor, self._decoder = predictor, decoder
-        self._budget = Budget(policy.max_reexecution)
-
-    def earn(self, queries: int) -> None:
-        self._budget.earn(queries)
+        self.budget = Budget(policy.max_reexecution)
 
     def decide(self, group: Group, late: np.ndarray, *, hedges: bool) -> Fallback:
         """Decide about a group's queries; coded data points that are late are not waited for.
@@ -317,7 +310,10 @@ class FallbackPolicy:
         if not last:
             return Fallback(good, [])
         if not hedges:
-            lost = [number for number in lost if _has_failed(group, number)]
+            # Those whose own coded data points will get no answer.
+            sent = {each: group.layout.own[each] for each in lost}
+            sent = {each: points[group.sent[points]].tolist() for each, points in sent.items()}
+            lost = [each for each in lost if all(map(group.batch.abandoned, sent[each]))]
         more, resend = self._resend(group, lost, good, best)
         return Fallback(good + more, resend)
 
@@ -368,31 +364,25 @@ class FallbackPolicy:
             for cell, row, query in group.open_queries(cells)
             if not query.reexecuted and (cell, row) not in answered
         ]
+
+        def certainty(each: tuple[int, int, Query]) -> float:
+            given = uncertain.get(each[:2])
+            if given is None:
+                return -1.0
+            disagreement = given.answer.disagreement
+            return 0.0 if math.isnan(disagreement) else 1 - disagreement
+
         answers, resend = [], []
-        for cell, row, query in sorted(left, key=lambda each: _certainty(uncertain.get(each[:2]))):
+        for cell, row, query in sorted(left, key=certainty):
             answer = uncertain.get((cell, row))
-            if answer is not None and not self._budget.affords():
+            if answer is not None and not self.budget.affords():
                 self._observe("over_budget", 1)
                 answers.append(dataclasses.replace(answer, forced=True))
                 continue
-            self._budget.spend()
+            self.budget.spend()
             query.reexecuted = True
             if query.request.trace is not None:
                 query.request.trace.send_again(query.place)
             self._observe("reexecution", 1)
             resend.append(query)
         return Fallback(answers, resend)
-
-
-def _has_failed(group: Group, cell: int) -> bool:
-    """Return whether a cell's own coded data points will get no answer."""
-    points: Iterable[int] = group.layout.own[cell].tolist()
-    return all(group.batch.abandoned(point) for point in points if group.sent[point])
-
-
-def _certainty(given: GroupAnswer | None) -> float:
-    """Return how certain an answer is: -1 where there is none, 0 where nothing is known of it."""
-    if given is None:
-        return -1.0
-    disagreement = given.answer.disagreement
-    return 0.0 if math.isnan(disagreement) else 1 - disagreement

@@ -151,7 +151,17 @@ class Group:
         self.stripped = True
         for cell in self.cells:
             cell.x = None
-            cell.queries = [_stripped(query) for query in cell.queries]
+            queries, cell.queries = cell.queries, []
+            for query in queries:
+                left = Query(_NOBODY, query.place, _NO_DATA)
+                cell.queries.append(left)
+                left.x, left.done, left.waiting = None, True, False
+                left.approximate = dict(query.approximate)
+                for each in left.approximate.values():
+                    value = np.array(each.answer.value)
+                    each.answer = dataclasses.replace(each.answer, value=value)
+                    small = each.x is not None and each.x.nbytes <= _ROW_BYTES
+                    each.x = np.array(each.x) if small else None
         self.answers = [None] * len(self.answers)
         self.predictions, self.trace = {}, None
         self.batch.drop_answers()
@@ -188,17 +198,6 @@ def _repeated(x: np.ndarray | None, rows: int) -> np.ndarray:
     """Return x with its rows repeated in turn up to this number."""
     assert x is not None
     return x if len(x) == rows else x[np.arange(rows) % len(x)]
-
-
-def _stripped(query: Query) -> Query:
-    """Return a finished query that has nothing but its approximate answers."""
-    left = Query(_NOBODY, query.place, _NO_DATA)
-    left.x, left.done, left.waiting = None, True, False
-    for source, each in query.approximate.items():
-        each.answer = dataclasses.replace(each.answer, value=np.array(each.answer.value))
-        each.x = None if each.x is None or each.x.nbytes > _ROW_BYTES else np.array(each.x)
-        left.approximate[source] = each
-    return left
 
 
 class LateGroups:

@@ -50,16 +50,21 @@ def pool_health(pool: AbstractPool, coder: Coder) -> Health:
 
 
 class HealthMonitor:
-    """Judges a batcher by its turns and answers. Its thread reports, any thread may ask."""
+    """Judges a batcher by its turns and answers. Its thread reports, any thread may ask.
+
+    Attributes:
+        failed_in_a_row: the number of requests that failed since the last answer.
+        probe_error: why the latest probe failed, if nothing was answered since.
+    """
 
     def __init__(self, clock: AbstractClock):
         self._clock = clock
         self._last_turn = clock.now()
         # Since when somebody waits and nobody was answered; infinite if nobody waits.
         self._silent_since = math.inf
-        self._failed_in_a_row = 0
+        self.failed_in_a_row = 0
         self._probed_at = 0.0
-        self._probe_error: str | None = None
+        self.probe_error: str | None = None
 
     def report_turn(self, open_requests: bool) -> float:
         """Record a turn of the batcher's thread, and return the time."""
@@ -71,17 +76,11 @@ class HealthMonitor:
         return now
 
     def report_answer(self, now: float) -> None:
-        self._silent_since, self._failed_in_a_row, self._probe_error = now, 0, None
-
-    def report_failure(self) -> None:
-        self._failed_in_a_row += 1
-
-    def report_failed_probe(self, reason: str) -> None:
-        self._probe_error = reason
+        self._silent_since, self.failed_in_a_row, self.probe_error = now, 0, None
 
     def probe_due(self, now: float) -> bool:
         """Return whether to send a probe now; if so, the next one is due a second later."""
-        suspicious = self._failed_in_a_row >= _SUSPICIOUS or self._probe_error is not None
+        suspicious = self.failed_in_a_row >= _SUSPICIOUS or self.probe_error is not None
         due = suspicious and now >= self._probed_at + _PROBE_EVERY
         if due:
             self._probed_at = now
@@ -96,6 +95,6 @@ class HealthMonitor:
         silence = now - self._silent_since
         if silence > max(_SILENT, slow):
             return Health(True, False, f"no answer for {silence:.0f} s while queries wait")
-        if self._probe_error is not None:
-            return Health(True, False, f"a query of its own got no answer: {self._probe_error}")
+        if self.probe_error is not None:
+            return Health(True, False, f"a query of its own got no answer: {self.probe_error}")
         return None

@@ -153,12 +153,12 @@ class OpenRequests:
         groups = self._drop(request)
         if request is self._probe:
             _LOG.info("a query of the server's own got no answer", extra={"why": str(error)})
-            self.monitor.report_failed_probe(message_of(error))
+            self.monitor.probe_error = message_of(error)
         elif not request.audits:
             late = isinstance(error, DeadlineExceeded)
             what = "request_deadline" if late else "request_failed"
             self._observe(what, self._clock.now() - request.arrived)
-            self.monitor.report_failure()
+            self.monitor.failed_in_a_row += 1
         _resolve(request.future.set_exception, error)
         return groups
 

@@ -459,17 +459,13 @@ def check_outputs(request: InferRequest, servable: Servable) -> None:
         raise InvalidInput(f"{servable.name} has outputs {known}, each once, not {names}")
 
 
-def input_types(servable: Servable) -> list[dict[str, Any]]:
-    return _types(servable.inputs.parts)
-
-
 def output_types(servable: Servable) -> list[dict[str, Any]]:
     """Return the outputs as the metadata have them, the server's own included."""
     added = (Tensor(name, "BOOL" if name == "exact" else "FP32", ()) for name in ADDED_OUTPUTS)
-    return _types((*servable.outputs.parts, *added))
+    return tensor_types((*servable.outputs.parts, *added))
 
 
-def _types(tensors: Iterable[Tensor]) -> list[dict[str, Any]]:
+def tensor_types(tensors: Iterable[Tensor]) -> list[dict[str, Any]]:
     return [
         {"name": each.name, "datatype": each.datatype, "shape": each.batch_shape}
         for each in tensors

@@ -210,7 +210,15 @@ class Tensors:
 
     def split(self, rows: Array) -> PyTree[Array]:
         """Return rows as the model takes them; to be compiled."""
-        arrays = list(self._split(rows, _bitcast))
+
+        def bitcast(column: Array, dtype: np.dtype) -> Array:
+            if dtype.kind == "b":
+                return column != 0
+            if dtype.itemsize > 1:
+                column = column.reshape(len(column), -1, dtype.itemsize)
+            return jax.lax.bitcast_convert_type(column, dtype)
+
+        arrays = list(self._split(rows, bitcast))
         return arrays[0] if self.alone else dict(zip(self.names, arrays, strict=True))
 
     def join(self, answer: PyTree[Array]) -> Array:
@@ -256,14 +264,6 @@ class RowModel:
 
     def __call__(self, rows: Shaped[Array, "batch ..."]) -> Shaped[Array, "batch ..."]:
         return self.outputs.join(self.func(self.inputs.split(rows)))
-
-
-def _bitcast(column: Array, dtype: np.dtype) -> Array:
-    if dtype.kind == "b":
-        return column != 0
-    if dtype.itemsize > 1:
-        column = column.reshape(len(column), -1, dtype.itemsize)
-    return jax.lax.bitcast_convert_type(column, dtype)
 
 
 # The name of a model's only input.
@@ -459,7 +459,9 @@ def _outputs(name: str, answer: Any, output_name: str) -> Tensors:
     parts = []
     for path, leaf in found:
         shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
-        called = _name_of(path, output_name)
+        called = jax.tree_util.keystr(path, simple=True, separator=".")
+        if not path or isinstance(path[0], jax.tree_util.SequenceKey):
+            called = f"{output_name}_{called}" if path else output_name
         if not shape or shape[0] != 1 or dtype not in words:
             raise ValueError(
                 f"{name} must map a batch of B queries to arrays (B, ...) of float32, integers or "
@@ -471,17 +473,6 @@ def _outputs(name: str, answer: Any, output_name: str) -> Tensors:
     return Tensors(tuple(parts), alone=not found[0][0])
 
 
-def _name_of(path: tuple[Any, ...], output_name: str) -> str:
-    if not path:
-        return output_name
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    return f"{output_name}_{name}" if isinstance(path[0], jax.tree_util.SequenceKey) else name
-
-
-# Threads of a model's preprocessing; a compiled function leaves Python's lock.
-_THREADS = min(os.cpu_count() or 1, 4)
-
-
 class Preprocessing:
     """A servable's preprocessing: compiled, in batches, on the host's CPU, off the event loop."""
 
@@ -490,7 +481,8 @@ class Preprocessing:
         assert servable.preprocess is not None
         self._inputs, self._queries = servable.inputs, servable.queries
         self._sizes, self._function = sizes, jax.jit(servable.preprocess)
-        self._executor = concurrent.futures.ThreadPoolExecutor(_THREADS, "nercc-preprocess")
+        threads = min(os.cpu_count() or 1, 4)  # a compiled function leaves Python's lock
+        self._executor = concurrent.futures.ThreadPoolExecutor(threads, "nercc-preprocess")
         for size in sizes:
             self._compute({p.name: np.zeros((size, *p.shape), p.dtype) for p in self._inputs.parts})
 

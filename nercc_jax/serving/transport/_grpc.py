@@ -8,7 +8,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -71,10 +71,8 @@ class InferenceService:
         return messages.ServerMetadataResponse(**self._state.metadata())
 
     async def ModelReady(self, request: Any, context: Any) -> messages.ModelReadyResponse:
-        self._state.check(request.name, request.version)
-        return messages.ModelReadyResponse(
-            ready=self._state.model_ready(request.name, request.version)
-        )
+        trouble = self._state.trouble(request.name, request.version)
+        return messages.ModelReadyResponse(ready=trouble is None)
 
     async def ModelMetadata(self, request: Any, context: Any) -> messages.ModelMetadataResponse:
         metadata = self._state.model_metadata(request.name, request.version)
@@ -159,7 +157,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
             ready = self._state.ready()
         else:
             try:
-                ready = self._state.model_ready(service)
+                ready = self._state.trouble(service) is None
             except ModelNotFound:
                 return HealthCheckResponse.SERVICE_UNKNOWN
         return HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
@@ -208,9 +206,30 @@ class GrpcServer:
     _QUIET, _MOST = 0.05, 1.0
 
     def __init__(self, state: ServerState):
-        self.server = _make_server(state, self._held)
         self._began = self._last = math.inf
         self._refuses = asyncio.Event()
+        settings = state.settings
+        self.server = grpc.aio.server(
+            interceptors=[_Authentication(state)] if settings.token_file is not None else None,
+            options=[
+                ("grpc.max_receive_message_length", settings.max_body_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+            ],
+            maximum_concurrent_rpcs=settings.max_connections,
+        )
+        service = InferenceService(state)
+        handlers = {
+            method.name: grpc.unary_unary_rpc_method_handler(
+                _with_statuses(self._held(getattr(service, method.name))),  # pyright: ignore[reportArgumentType]
+                request_deserializer=GetMessageClass(method.input_type).FromString,
+                response_serializer=GetMessageClass(method.output_type).SerializeToString,
+            )
+            for method in _SERVICE.methods
+        }
+        generic = grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers)
+        self.server.add_generic_rpc_handlers((generic,))
+        health_pb2_grpc.add_HealthServicer_to_server(HealthService(state), self.server)
 
     async def stop(self, *, at_once: bool = False) -> None:
         """Accept no more calls, and wait for those that were accepted, or end them at once."""
@@ -233,32 +252,6 @@ class GrpcServer:
             return await method(request, context)
 
         return answer
-
-
-def _make_server(state: ServerState, held: Callable[[Method], Method]) -> grpc.aio.Server:
-    settings = state.settings
-    server = grpc.aio.server(
-        interceptors=[_Authentication(state)] if settings.token_file is not None else None,
-        options=[
-            ("grpc.max_receive_message_length", settings.max_body_bytes),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.so_reuseport", 0),
-        ],
-        maximum_concurrent_rpcs=settings.max_connections,
-    )
-    service = InferenceService(state)
-    handlers = {
-        method.name: grpc.unary_unary_rpc_method_handler(
-            _with_statuses(held(getattr(service, method.name))),  # pyright: ignore[reportArgumentType]
-            request_deserializer=GetMessageClass(method.input_type).FromString,
-            response_serializer=GetMessageClass(method.output_type).SerializeToString,
-        )
-        for method in _SERVICE.methods
-    }
-    generic = grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers)
-    server.add_generic_rpc_handlers((generic,))
-    health_pb2_grpc.add_HealthServicer_to_server(HealthService(state), server)
-    return server
 
 
 def _with_statuses(method: Method) -> Method:
@@ -307,7 +300,12 @@ def read_message(request: messages.ModelInferRequest) -> InferRequest:
         content = raw[place] if raw else None
         inputs.append(InputTensor(each.name, list(each.shape), datatype, data, content))
     outputs = [RequestedOutput(each.name) for each in request.outputs]
-    return InferRequest(inputs, request.id or None, _plain(request.parameters), outputs)
+    # Without what gRPC wraps parameters in; None for unknown kinds.
+    parameters = {}
+    for name, value in request.parameters.items():
+        kind = value.WhichOneof("parameter_choice")
+        parameters[name] = None if kind is None else getattr(value, kind)
+    return InferRequest(inputs, request.id or None, parameters, outputs)
 
 
 def write_message(
@@ -325,12 +323,3 @@ def write_message(
         response.outputs.add(name=name, datatype=datatype, shape=array.shape)
         response.raw_output_contents.append(array.tobytes())
     return response
-
-
-def _plain(parameters: Mapping[str, messages.InferParameter]) -> dict[str, Any]:
-    """Return parameters without what gRPC wraps them in; None for unknown kinds."""
-    kinds = {name: value.WhichOneof("parameter_choice") for name, value in parameters.items()}
-    return {
-        name: None if kind is None else getattr(parameters[name], kind)
-        for name, kind in kinds.items()
-    }

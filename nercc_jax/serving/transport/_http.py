@@ -60,7 +60,7 @@ class InferenceEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if self._state.needs_token and scope["type"] == "http" and path not in _OPEN:
+        if self._state.tokens and scope["type"] == "http" and path not in _OPEN:
             try:
                 self._state.check_token(dict(scope["headers"]).get(b"authorization", b""))
             except Unauthenticated as error:

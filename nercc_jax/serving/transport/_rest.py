@@ -20,9 +20,6 @@ from ._bodies import BodyLimits, read_body
 from ._http import InferenceEndpoint, error_response
 from ._state import ServerState
 
-_BETWEEN_CHECKS = 10.0  # seconds for which no worker is asked for its weights again
-_PATHS = ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}")
-
 
 class ErrorResponse(BaseModel):
     """The body of every error."""
@@ -194,8 +191,8 @@ def _add_models(app: fastapi.FastAPI, state: ServerState) -> None:
 
     async def model_ready(model_name: str, version: str = "") -> Any:
         state.find(model_name, version)
-        if not state.model_ready(model_name, version):
-            raise ServerNotReady(state.trouble(model_name, version))
+        if (trouble := state.trouble(model_name, version)) is not None:
+            raise ServerNotReady(trouble)
         return {"name": model_name, "ready": True}
 
     async def infer(model_name: str, version: str = "") -> None:
@@ -207,9 +204,16 @@ def _add_models(app: fastapi.FastAPI, state: ServerState) -> None:
     }
     errors = {each.http: {"model": ErrorResponse} for each in KINDS.values() if each.http != 403}
     schema = InferenceRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    _define(app, schema.pop("$defs"))
+    describe, parts = app.openapi, schema.pop("$defs")  # which FastAPI does not know
+
+    def describe_all() -> dict[str, Any]:
+        description = describe()
+        description["components"]["schemas"] |= parts
+        return description
+
+    app.openapi = describe_all
     body = {"content": {"application/json": {"schema": schema}}, "required": True}
-    for path in _PATHS:
+    for path in ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}"):
         for suffix, endpoint, model in (
             ("", model_metadata, ModelMetadataResponse),
             ("/config", model_config, dict[str, Any]),
@@ -234,18 +238,6 @@ def _add_models(app: fastapi.FastAPI, state: ServerState) -> None:
         )
 
 
-def _define(app: fastapi.FastAPI, schemas: Mapping[str, Any]) -> None:
-    """Add the parts of a schema that FastAPI did not make to the description."""
-    describe = app.openapi
-
-    def describe_all() -> dict[str, Any]:
-        description = describe()
-        description["components"]["schemas"] |= schemas
-        return description
-
-    app.openapi = describe_all
-
-
 def _add_pages(app: fastapi.FastAPI, state: ServerState, registry: CollectorRegistry) -> None:
     page = importlib.resources.files("nercc_jax.serving").joinpath("status.html").read_text()
 
@@ -264,7 +256,7 @@ def _add_pages(app: fastapi.FastAPI, state: ServerState, registry: CollectorRegi
         content = await asyncio.to_thread(state.status)
         return JSONResponse(content, headers={"cache-control": "no-store"})
 
-    checked = SharedAnswer(state.weights, _BETWEEN_CHECKS)
+    checked = SharedAnswer(state.weights, seconds=10.0)
 
     @app.get("/weights", include_in_schema=False)
     async def weights() -> JSONResponse:

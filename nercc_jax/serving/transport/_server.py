@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -163,11 +163,16 @@ class Server:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         http = asyncio.create_task(self._serve_http())
         try:
-            with self._catching_signals():
+            self._catch_signals()
+            try:
                 while not self._http.started and not http.done():
                     await asyncio.sleep(0.01)
                 if not http.done():
                     await self._answer(http)
+            finally:
+                with contextlib.suppress(*_NOT_MAIN_THREAD):
+                    for each in _SIGNALS:
+                        asyncio.get_running_loop().remove_signal_handler(each)
             with contextlib.suppress(asyncio.CancelledError):  # it did not end in time
                 await http
         finally:
@@ -222,7 +227,9 @@ class Server:
             await self._listen()
             await self._start_models()
             while not self.state.draining and not http.done():
-                if self._must_end():
+                # Something will end this process soon.
+                ends_at = min((each.ends_at for each in self._open.values()), default=math.inf)
+                if ends_at - time.monotonic() < self.settings.drain_timeout_s + 2 * _LAST_ERRORS:
                     self.stop()
                 await asyncio.sleep(_TICK)
         except BaseException:
@@ -231,11 +238,6 @@ class Server:
         finally:
             with self._collections:
                 await self._drain(http)
-
-    def _must_end(self) -> bool:
-        """Return whether to drain because something will end this process soon."""
-        ends_at = min((each.ends_at for each in self._open.values()), default=math.inf)
-        return ends_at - time.monotonic() < self.settings.drain_timeout_s + 2 * _LAST_ERRORS
 
     async def _listen(self) -> None:
         """Listen by gRPC; uvicorn listens already."""
@@ -267,9 +269,17 @@ class Server:
         """Start the models in a thread; meanwhile clients are told to come again."""
         begin = time.monotonic()
         failures: list[BaseException] = []
-        thread = threading.Thread(
-            target=self._start_each, args=(failures,), name="nercc-start", daemon=True
-        )
+
+        def start_each() -> None:
+            try:
+                for name in self.starts:
+                    if self.state.draining:
+                        return
+                    self._start(name)
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=start_each, name="nercc-start", daemon=True)
         thread.start()
         while thread.is_alive() and not self.state.draining:
             self._catch_signals()
@@ -285,15 +295,6 @@ class Server:
         seconds = round(time.monotonic() - begin, 3)
         models = list(self.state.models)
         _LOG.info("ready", extra={**self._address(), "models": models, "seconds": seconds})
-
-    def _start_each(self, failures: list[BaseException]) -> None:
-        try:
-            for name in self.starts:
-                if self.state.draining:
-                    return
-                self._start(name)
-        except BaseException as error:
-            failures.append(error)
 
     def _start(self, name: str) -> None:
         self._open[name] = self.state.models[name] = self.starts[name]()
@@ -313,7 +314,10 @@ class Server:
 
         await self._wait(ended, self.settings.drain_timeout_s)
         if not ended():
-            self._count_lost()
+            found = {name: model.in_flight for name, model in self._open.items()}
+            self.lost = {name: number for name, number in found.items() if number}
+            if self.lost:
+                _LOG.warning("requests are lost: draining took too long", extra={"lost": self.lost})
             self._close_models()
             await self._wait(ended, _LAST_ERRORS)
         self._http.force_exit = True
@@ -321,12 +325,6 @@ class Server:
             ends.append(asyncio.create_task(self._grpc.stop(at_once=True)))
         await asyncio.wait(ends, timeout=1.0)
         http.cancel()
-
-    def _count_lost(self) -> None:
-        found = {name: model.in_flight for name, model in self._open.items()}
-        self.lost = {name: number for name, number in found.items() if number}
-        if self.lost:
-            _LOG.warning("requests are lost: draining took too long", extra={"lost": self.lost})
 
     async def _wait(self, happened: Callable[[], bool], seconds: float) -> None:
         """Wait until it happened, but no longer, and not if the server should end at once."""
@@ -355,27 +353,17 @@ class Server:
         except SystemExit:  # uvicorn has logged why
             raise self.settings.cannot_listen(self.settings.http_port) from None
 
-    @contextlib.contextmanager
-    def _catching_signals(self) -> Iterator[None]:
-        self._catch_signals()
-        try:
-            yield
-        finally:
-            loop = asyncio.get_running_loop()
-            with contextlib.suppress(*_NOT_MAIN_THREAD):
-                for each in _SIGNALS:
-                    loop.remove_signal_handler(each)
-
     def _catch_signals(self) -> None:
         """Handle signals. Repeated while models start: Ray would take SIGTERM for its own crash."""
+
+        def interrupt(which: signal.Signals) -> None:
+            self._signal = which
+            self.stop()
+
         loop = asyncio.get_running_loop()
         with contextlib.suppress(*_NOT_MAIN_THREAD):
             for each in _SIGNALS:
-                loop.add_signal_handler(each, self._interrupt, each)
-
-    def _interrupt(self, which: signal.Signals) -> None:
-        self._signal = which
-        self.stop()
+                loop.add_signal_handler(each, interrupt, each)
 
 
 class _ExplicitControl(ModelControl):

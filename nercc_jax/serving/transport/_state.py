@@ -10,10 +10,10 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from .._metrics import Meter, Spent
+from .._metrics import Spent
 from .._policy import MAX_DEADLINE_S
 from .._served_model import ServedModel
-from .._settings import ModelSettings, ServerSettings
+from .._settings import ServerSettings
 from .._tracing import RequestLog, Telemetry, current
 from ..core._health import Health
 from ..core._request import DeadlineExceeded, InferenceFailed, Reply
@@ -28,18 +28,14 @@ from ..protocol._messages import (
     InferRequest,
     answer_options,
     check_outputs,
-    input_types,
     output_types,
     queries_of,
+    tensor_types,
 )
-from ..protocol._servable import Servable, model_key, name_and_version
+from ..protocol._servable import model_key, name_and_version
 from ._bodies import RequestMemory
 
 _LOG = logging.getLogger(__name__)
-
-_CHECKED_IN = 10.0  # seconds in which a worker must answer what its weights are
-# Triton's extensions of the protocol that the server has.
-_EXTENSIONS = ("model_configuration", "model_repository", "schedule_policy", "statistics")
 
 
 class ModelControl:
@@ -68,7 +64,7 @@ class ServerState:
     """The models of a server, and the answers to what clients ask.
 
     `models` are those that are started, by key (`Servable.key`), and `names` the keys of all that
-    are started or will be.
+    are started or will be. Without `tokens` clients need none.
     """
 
     def __init__(
@@ -84,7 +80,7 @@ class ServerState:
         self.names = [*models, *starting]
         self.control = ModelControl()
         self.memory = RequestMemory(settings.max_bytes_in_flight)
-        self._tokens = settings.tokens()
+        self.tokens = settings.tokens()
         self._log = RequestLog(settings.request_log_rate, telemetry)
         self.draining = False
         self._started = time.monotonic()
@@ -98,15 +94,11 @@ class ServerState:
         )
         return "starting" if waits else "serving"
 
-    @property
-    def needs_token(self) -> bool:
-        return bool(self._tokens)
-
     def check_token(self, authorization: bytes) -> None:
         """Raise Unauthenticated unless a header or gRPC's metadata have a token that is needed."""
         kind, _, token = authorization.strip().partition(b" ")
-        known = [hmac.compare_digest(token.strip(), each) for each in self._tokens]
-        if self._tokens and not (kind.lower() == b"bearer" and any(known)):
+        known = [hmac.compare_digest(token.strip(), each) for each in self.tokens]
+        if self.tokens and not (kind.lower() == b"bearer" and any(known)):
             raise Unauthenticated
 
     # Health.
@@ -120,21 +112,15 @@ class ServerState:
     def ready(self) -> bool:
         return self.phase == "serving" and all(health.ready for _, health in self._health())
 
-    def model_ready(self, name: str, version: str = "") -> bool:
-        """Return whether a model would answer now. Raises ModelNotFound."""
-        key = self.check(name, version)
-        if self.draining or key not in self.models:
-            return False
-        return self.models[key].health().ready
-
-    def trouble(self, name: str, version: str = "") -> str:
-        """Return why a model is not ready. Raises ModelNotFound."""
+    def trouble(self, name: str, version: str = "") -> str | None:
+        """Return why a model would not answer now; None if it would. Raises ModelNotFound."""
         key = self.check(name, version)
         if self.draining:
             return "It is draining."
         if key not in self.models:
             return "It is being started."
-        return self.models[key].health().trouble or "It is ready again."
+        health = self.models[key].health()
+        return None if health.ready else health.trouble or "It is not ready."
 
     def _health(self) -> Iterator[tuple[str, Health]]:
         return ((name, model.health()) for name, model in list(self.models.items()))
@@ -191,7 +177,16 @@ class ServerState:
         check_outputs(request, model.servable)
         options = answer_options(request)
         if elapsed > 0:
-            options["deadline"] = _rest_of_deadline(model, options["deadline"], elapsed)
+            deadline = options["deadline"]
+            deadline = model.settings.deadline_s if deadline is None else deadline
+            if elapsed >= deadline:
+                model.count("request_deadline")
+                raise DeadlineExceeded(
+                    f"its {deadline:g} s had passed before it was read: it was under way for "
+                    f"{elapsed:.3f} s, by the proxy's X-Request-Start and the time that reading "
+                    "took"
+                )
+            options["deadline"] = deadline - elapsed
         queries = queries_of(request, model.servable, model.settings.max_queue_size)
         try:
             return await model.infer(queries, **options)
@@ -235,8 +230,8 @@ class ServerState:
             state, reason = "READY", ""
             if key not in self.names:
                 state, reason = "UNAVAILABLE", "unloaded"
-            elif not self.model_ready(name, version):
-                state, reason = "UNAVAILABLE", self.trouble(name, version)
+            elif (trouble := self.trouble(name, version)) is not None:
+                state, reason = "UNAVAILABLE", trouble
                 if key not in self.models and not self.draining:
                     state = "LOADING"
             if state == "READY" or not ready:
@@ -246,7 +241,8 @@ class ServerState:
 
     def metadata(self) -> dict[str, Any]:
         version = importlib.metadata.version("nercc-jax")
-        extensions = ["binary_tensor_data", *_EXTENSIONS]
+        triton = ("model_configuration", "model_repository", "schedule_policy", "statistics")
+        extensions = ["binary_tensor_data", *triton]
         return {"name": "nercc_jax", "version": version, "extensions": extensions}
 
     def model_metadata(self, name: str, version: str = "") -> dict[str, Any]:
@@ -261,7 +257,7 @@ class ServerState:
             "name": name,
             "versions": self.versions[name],
             "platform": "nercc_jax",
-            "inputs": input_types(model.servable),
+            "inputs": tensor_types(model.servable.inputs.parts),
             "outputs": output_types(model.servable),
             "parameters": {
                 "nercc_max_queries": model.settings.max_queue_size,
@@ -273,25 +269,89 @@ class ServerState:
         }
 
     def configuration(self, name: str, version: str = "") -> dict[str, Any]:
-        """Return a model's configuration by Triton's extension. Raises as `find` does."""
+        """Return a model's configuration by Triton's extension. Raises as `find` does.
+
+        What has no counterpart here is left out. `max_batch_size` is that of a request, as
+        `nercc_max_queries` in the metadata; `preferred_batch_size` are the batches that workers
+        receive.
+        """
         model = self.find(name, version)
-        return _configuration(model.servable, model.settings)
+        policy = model.settings.policy()
+
+        def tensor(metadata: Mapping[str, Any]) -> dict[str, Any]:
+            kind = {"BYTES": "STRING"}.get(metadata["datatype"], metadata["datatype"])
+            without_batch = metadata["shape"][1:]
+            return {"name": metadata["name"], "data_type": f"TYPE_{kind}", "dims": without_batch}
+
+        return {
+            "name": model.servable.name,
+            "platform": "nercc_jax",
+            "backend": "nercc_jax",
+            "max_batch_size": policy.max_queue_size,
+            "input": [tensor(each) for each in tensor_types(model.servable.inputs.parts)],
+            "output": [tensor(each) for each in output_types(model.servable)],
+            "dynamic_batching": {
+                "preferred_batch_size": list(policy.batch_sizes),
+                "max_queue_delay_microseconds": round(1e6 * policy.batch_wait_timeout_s),
+                "priority_levels": 2,
+                "default_priority_level": 2,
+            },
+        }
 
     def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
         """Return the statistics of one model, or of all started ones, by Triton's extension.
 
-        Raises as `find` does.
+        They say how often something happened, and how long it took in total. `success` are requests
+        that were answered, `fail` all others (the time of those refused at once is not measured).
+        `queue` is from arrival until the first query is sent, `compute_infer` from then until the
+        answer. Encoding and decoding are within that, and belong to groups: so `compute_input` and
+        `compute_output`, which count as often (`perf_analyzer` insists), have no time.
+        `execution_count` are workers' calls that answered in time, coded ones and copies included.
+        There is no cache, and nothing by batch size. Raises as `find` does.
         """
-        models = [self.find(name, version)] if name else list(self.models.values())
-        found = [
-            _statistics(each.servable, each.meter, each.pool.report().answered) for each in models
-        ]
+        found = []
+        for model in [self.find(name, version)] if name else list(self.models.values()):
+            meter, none = model.meter, Spent()
+            spent = meter.spent()
+            failed = [
+                each
+                for what, each in spent.items()
+                if what.startswith("request_") and what != "request_ok"
+            ]
+            computed = spent.get("compute_seconds", none)
+            durations = {
+                "success": spent.get("request_ok", none),
+                "fail": Spent(
+                    sum(each.count for each in failed), sum(each.seconds for each in failed)
+                ),
+                "queue": spent.get("queue_seconds", none),
+                "compute_input": Spent(computed.count),
+                "compute_infer": computed,
+                "compute_output": Spent(computed.count),
+                "cache_hit": none,
+                "cache_miss": none,
+            }
+            found.append(
+                {
+                    "name": model.servable.name,
+                    "version": model.servable.version,
+                    "last_inference": round(1e3 * meter.last_answer),
+                    "inference_count": meter.answered,
+                    "execution_count": model.pool.report().answered,
+                    "inference_stats": {
+                        what: {"count": each.count, "ns": round(1e9 * each.seconds)}
+                        for what, each in durations.items()
+                    },
+                    "batch_stats": [],
+                }
+            )
         return {"model_stats": found}
 
     async def weights(self) -> dict[str, dict[int, bool]]:
         """Return whether each worker that answers has the weights that it was given, by model."""
         pools = {name: model.pool for name, model in self.models.items()}
-        checks = (asyncio.to_thread(pool.check_weights, _CHECKED_IN) for pool in pools.values())
+        longest = 10.0  # seconds in which a worker must answer what its weights are
+        checks = (asyncio.to_thread(pool.check_weights, longest) for pool in pools.values())
         return dict(zip(pools, await asyncio.gather(*checks), strict=True))
 
     def status(self) -> dict[str, Any]:
@@ -305,82 +365,3 @@ class ServerState:
             },
             "models": [self.models[name].status() for name in self.names if name in self.models],
         }
-
-
-def _rest_of_deadline(model: ServedModel, deadline: float | None, elapsed: float) -> float:
-    """Return the seconds left of a deadline. Raises DeadlineExceeded where none are."""
-    deadline = model.settings.deadline_s if deadline is None else deadline
-    if elapsed >= deadline:
-        model.count("request_deadline")
-        raise DeadlineExceeded(
-            f"its {deadline:g} s had passed before it was read: it was under way for {elapsed:.3f} "
-            "s, by the proxy's X-Request-Start and the time that reading took"
-        )
-    return deadline - elapsed
-
-
-def _configuration(servable: Servable, settings: ModelSettings) -> dict[str, Any]:
-    """Return Triton's model configuration, without what has no counterpart here.
-
-    `max_batch_size` is that of a request, as `nercc_max_queries` in the metadata;
-    `preferred_batch_size` are the batches that workers receive.
-    """
-    policy = settings.policy()
-
-    def tensor(metadata: Mapping[str, Any]) -> dict[str, Any]:
-        kind = {"BYTES": "STRING"}.get(metadata["datatype"], metadata["datatype"])
-        without_batch = metadata["shape"][1:]
-        return {"name": metadata["name"], "data_type": f"TYPE_{kind}", "dims": without_batch}
-
-    return {
-        "name": servable.name,
-        "platform": "nercc_jax",
-        "backend": "nercc_jax",
-        "max_batch_size": policy.max_queue_size,
-        "input": [tensor(each) for each in input_types(servable)],
-        "output": [tensor(each) for each in output_types(servable)],
-        "dynamic_batching": {
-            "preferred_batch_size": list(policy.batch_sizes),
-            "max_queue_delay_microseconds": round(1e6 * policy.batch_wait_timeout_s),
-            "priority_levels": 2,
-            "default_priority_level": 2,
-        },
-    }
-
-
-def _statistics(servable: Servable, meter: Meter, worker_calls: int) -> dict[str, Any]:
-    """Return Triton's statistics: how often something happened, and how long it took in total.
-
-    `success` are requests that were answered, `fail` all others (the time of those refused at once
-    is not measured). `queue` is from arrival until the first query is sent, `compute_infer` from
-    then until the answer. Encoding and decoding are within that, and belong to groups: so
-    `compute_input` and `compute_output`, which count as often (`perf_analyzer` insists), have no
-    time. `execution_count` are workers' calls that answered in time, coded ones and copies
-    included. There is no cache, and nothing by batch size.
-    """
-    spent = meter.spent()
-    none = Spent()
-    failed = [spent[each] for each in spent if each.startswith("request_") and each != "request_ok"]
-    computed = spent.get("compute_seconds", none)
-    durations = {
-        "success": spent.get("request_ok", none),
-        "fail": sum(failed, none),
-        "queue": spent.get("queue_seconds", none),
-        "compute_input": Spent(computed.count),
-        "compute_infer": computed,
-        "compute_output": Spent(computed.count),
-        "cache_hit": none,
-        "cache_miss": none,
-    }
-    return {
-        "name": servable.name,
-        "version": servable.version,
-        "last_inference": round(1e3 * meter.last_answer),
-        "inference_count": meter.answered,
-        "execution_count": worker_calls,
-        "inference_stats": {
-            name: {"count": each.count, "ns": round(1e9 * each.seconds)}
-            for name, each in durations.items()
-        },
-        "batch_stats": [],
-    }
