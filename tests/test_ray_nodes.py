@@ -174,7 +174,7 @@ def test_a_head_that_is_gone_or_frozen_is_noticed(monkeypatch, caplog):
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "30")
     with socket.create_server(("127.0.0.1", 0)) as server, answering(server):
         port = server.getsockname()[1]
-        probe = HeadProbe(f"127.0.0.1:{port}", every=0.0, patience=0.2)
+        probe = HeadProbe(f"127.0.0.1:{port}", every=0.0, timeout=0.2)
         probe.look()
         assert probe.alarm is None
         assert math.isinf(probe.ends_at)

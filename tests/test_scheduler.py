@@ -191,8 +191,8 @@ def test_a_copy_is_hoped_for_though_its_overdue_original_fails(backend, open_sch
 def test_a_task_is_overdue_by_the_times_of_its_size(backend, open_scheduler):
     scheduler = open_scheduler(3, overdue=Overdue(0.5, 1.0, least=4))
     for _ in range(4):
-        scheduler._times.add(1, 0.001)
-        scheduler._times.add(8, 10.0)
+        scheduler._times[scheduler._overdue].add(1, 0.001)
+        scheduler._times[scheduler._overdue].add(8, 10.0)
     batch = scheduler.open(2, None, 2, None, None)
     scheduler.add(batch, [0, 1], [np.zeros((1, 1)), np.ones((8, 1))], [0, 0])
     soon(lambda: len(backend.sent) == 3)

@@ -365,23 +365,20 @@ class Batch:
         if isinstance(outcome, Exception):
             return reason_of(outcome)
         try:
-            return self._refusal(outcome, size)
+            leaves = arrays_of(outcome)
+            if not leaves:
+                return "the answer holds no array"
+            for leaf in leaves:
+                if leaf.ndim < 1 or leaf.shape[0] != size:
+                    return f"{size} data points came back as an array of shape {leaf.shape}"
+            structure = _ARRAY if leaves[0] is outcome else jax.tree.structure(outcome)
+            form = structure, [leaf.shape[1:] for leaf in leaves]
+            if self._form is not None and self._form != form:
+                forms = [jax.tree.unflatten(*each) for each in (form, self._form)]
+                return f"each answer has shape {forms[0]}, others of this batch {forms[1]}"
+            refused = self._refuse(outcome)
         except Exception as error:  # no array at all, for example
             return f"the answer cannot be read: {reason_of(error)}"
-
-    def _refusal(self, value: PyTree[np.ndarray], size: int) -> str | None:
-        leaves = arrays_of(value)
-        if not leaves:
-            return "the answer holds no array"
-        for leaf in leaves:
-            if leaf.ndim < 1 or leaf.shape[0] != size:
-                return f"{size} data points came back as an array of shape {leaf.shape}"
-        structure = _ARRAY if leaves[0] is value else jax.tree.structure(value)
-        form = structure, [leaf.shape[1:] for leaf in leaves]
-        if self._form is not None and self._form != form:
-            forms = [jax.tree.unflatten(*each) for each in (form, self._form)]
-            return f"each answer has shape {forms[0]}, others of this batch {forms[1]}"
-        refused = self._refuse(value)
         if refused is None:
             self._form = form  # of all, as of the first
         return refused

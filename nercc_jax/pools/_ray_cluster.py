@@ -33,15 +33,15 @@ class HeadProbe:
     Args:
         address: HOST:PORT.
         every: Seconds between two probes, at least, however often `look` is called.
-        patience: Seconds for the head to answer.
+        timeout: Seconds for the head to answer.
         misses: Probes without an answer, one after the other, that make an alarm.
     """
 
-    def __init__(self, address: str, every: float = 0.5, patience: float = 2.0, misses: int = 2):
+    def __init__(self, address: str, every: float = 0.5, timeout: float = 2.0, misses: int = 2):
         self.address = address
         host, _, port = address.rpartition(":")
         self._target = host.strip("[]"), int(port or 0)
-        self._every, self._patience, self._most = every, patience, misses
+        self._every, self._timeout, self._most = every, timeout, misses
         # Seconds without a head after which Ray ends this process.
         variable = "RAY_gcs_rpc_server_reconnect_timeout_s"
         self._limit = float(os.environ.get(variable) or 60.0)
@@ -60,7 +60,7 @@ class HeadProbe:
     def _ask(self) -> None:
         self._frozen = False
         try:
-            with socket.create_connection(self._target, self._patience) as connection:
+            with socket.create_connection(self._target, self._timeout) as connection:
                 # An accepted connection proves nothing: the kernel accepts it for a frozen process,
                 # too. gRPC answers the preface of HTTP/2 (RFC 9113, 3.4) and an empty frame of
                 # settings with its own at once.

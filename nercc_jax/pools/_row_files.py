@@ -81,7 +81,17 @@ class Parts:
         self._manifest: dict[str, Any] = {"settings": settings, "complete": False, "parts": []}
         if (folder / _MANIFEST).is_file():
             earlier = _FORMAT.read(folder / _MANIFEST)
-            _check_same(folder, earlier["settings"], settings)
+            before = earlier["settings"]
+            other = [
+                f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
+                for name in sorted(before.keys() | settings.keys())
+                if before.get(name) != settings.get(name)
+            ]
+            if other:
+                raise ValueError(
+                    f"{folder} holds another run, with which --resume cannot go on: "
+                    f"{'; '.join(other)}"
+                )
             self._manifest = earlier | {"complete": False}
             for part in earlier["parts"]:
                 try:
@@ -133,18 +143,6 @@ def fingerprint(path: Path | None) -> str | None:
 
 def fingerprint_of_array(x: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data).hexdigest()
-
-
-def _check_same(folder: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:
-    other = [
-        f"{name} was {earlier.get(name)!r} and is {now.get(name)!r}"
-        for name in sorted(earlier.keys() | now.keys())
-        if earlier.get(name) != now.get(name)
-    ]
-    if other:
-        raise ValueError(
-            f"{folder} holds another run, with which --resume cannot go on: {'; '.join(other)}"
-        )
 
 
 class RowTable:

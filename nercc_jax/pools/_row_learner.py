@@ -418,15 +418,11 @@ class RowLearner:
         if self._target.tolerance is None:
             assert scheme.error_probability is not None
             return scheme.error_probability(mean, deviation, mean), nothing
-        return nothing, deviation * self._factor(late)
-
-    def _factor(self, late: bool) -> float:
-        """Return the ratio of error to deviation that makes error bars."""
         coverage, own = self._target.coverage, np.array(self._ratios[late])
         factor = conformal_quantile(np.append(own, self._ratios[False] if late else []), coverage)
         if not self._selects or np.sum(own > factor) > _HARDER * (1 - coverage) * len(own):
-            return max(conformal_quantile(own, coverage), factor)
-        return factor
+            factor = max(conformal_quantile(own, coverage), factor)
+        return nothing, deviation * factor
 
     def _compared(
         self,

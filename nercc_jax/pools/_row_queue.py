@@ -82,19 +82,15 @@ class RowQueue:
                 count = min(self.call_size, len(self._again))
                 rows = np.array([self._again.popleft() for _ in range(count)])
             else:
-                rows = self._take_waiting()
+                size, most = self.call_size, self._settings.max_calls
+                if most is not None:
+                    size = min(size, most - self._sent)
+                rows, self.waiting = self.waiting[:size], self.waiting[size:]
+                self._sent += len(rows)
             rows = rows[~done[rows]]
             if len(rows):
                 return rows
         return np.zeros(0, int)
-
-    def _take_waiting(self) -> Int[np.ndarray, " few"]:
-        size, most = self.call_size, self._settings.max_calls
-        if most is not None:
-            size = min(size, most - self._sent)
-        rows, self.waiting = self.waiting[:size], self.waiting[size:]
-        self._sent += len(rows)
-        return rows
 
     @property
     def call_size(self) -> int:

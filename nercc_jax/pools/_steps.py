@@ -84,19 +84,25 @@ def code_steps(
     """Return both steps of a code as `scheme_steps` does, with an error probability if given."""
     encoder = encoder_of(code)
     decode_only = shared_decoder(code)
-    decode_with_probability = (
-        None if error_probability is None else _probability_decoder(code, error_probability)
-    )
 
     def encode(x: PyTree) -> Outgoing:
         return Outgoing(jax.tree.map(lambda leaf: encode_on_host(encoder, leaf), x))
 
+    @jax.jit
+    def decode_with_probability(values, available, given):
+        assert error_probability is not None
+        y, form = join(jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), values), 2)
+        masks = jnp.broadcast_to(available, (len(y), code.num_workers))
+        decoded, deviation = decode_with_deviation(code, None, y, masks, given=given)
+        error_probabilities = error_probability(decoded.predictions, deviation)
+        predictions = form.split(decoded.predictions)
+        return Decoded(predictions, decoded.responded, decoded.recovered), error_probabilities
+
     def decode(_: Outgoing, values: PyTree, available: np.ndarray) -> ScoredPredictions:
-        if decode_with_probability is None:
+        if error_probability is None:
             return ScoredPredictions(jax.tree.map(np.asarray, decode_only(values, available)))
-        return ScoredPredictions(
-            *jax.tree.map(np.asarray, decode_with_probability(values, available))
-        )
+        found = decode_with_probability(values, available, known_decoders(code, available))
+        return ScoredPredictions(*jax.tree.map(np.asarray, found))
 
     return encode, decode
 
@@ -111,23 +117,6 @@ def shared_decoder(code: AbstractCode) -> Callable[[PyTree, np.ndarray], Decoded
         return decode_groups(code, y, masks)
 
     return decode
-
-
-def _probability_decoder(
-    code: AbstractCode, error_probability: ErrorProbability
-) -> Callable[..., tuple[Decoded, Float[Array, "groups num_data"]]]:
-    """Return a function like `shared_decoder`'s, with error probabilities in its results."""
-
-    @jax.jit
-    def decode(values, available, given):
-        y, form = join(jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), values), 2)
-        masks = jnp.broadcast_to(available, (len(y), code.num_workers))
-        decoded, deviation = decode_with_deviation(code, None, y, masks, given=given)
-        error_probabilities = error_probability(decoded.predictions, deviation)
-        predictions = form.split(decoded.predictions)
-        return Decoded(predictions, decoded.responded, decoded.recovered), error_probabilities
-
-    return lambda values, available: decode(values, available, known_decoders(code, available))
 
 
 # A scheme.
