@@ -23,8 +23,8 @@ from nercc_jax import NeRCC
 from nercc_jax.cli._workload import load_worker_model
 from nercc_jax.evaluation._answers import batched
 from nercc_jax.serving import Coder
+from nercc_jax.serving._dispatch import QueryOrdering
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
-from nercc_jax.serving.core._dispatch import QueryOrdering
 from nercc_jax.serving.core._error_probability import DecodingErrorProbability
 from nercc_jax.serving.core._request import Request
 

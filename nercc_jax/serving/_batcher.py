@@ -19,16 +19,16 @@ from ..inference.models import warn_if_other
 from ..pools import AbstractPool
 from ..pools._batch import Refuse, refuse_odd
 from ..pools._times import AnswerTimes
+from ._answer_screen import AnswerScreen, Audit, Settled
+from ._dispatch import Dispatcher, QueryOrdering, Turn
+from ._fallback import FallbackPolicy, GroupAnswer, GroupDecoder, GroupPredictor
 from ._policy import MAX_DEADLINE_S, BatchingPolicy, Observe, read_outputs
 from ._tracing import RequestTrace
 from .adapt._adaptation import Adaptation
 from .adapt._error_estimator import ErrorEstimator
 from .adapt._predictor import Predictor
 from .core._adaptation import accuracy_target
-from .core._answer_screen import AnswerScreen, Audit, Settled
 from .core._coder import Coder
-from .core._dispatch import Dispatcher, QueryOrdering, Turn
-from .core._fallback import FallbackPolicy, GroupAnswer, GroupDecoder, GroupPredictor
 from .core._group import Group, GroupTimers, LateGroups
 from .core._health import Health, pool_health
 from .core._open_requests import OpenRequests

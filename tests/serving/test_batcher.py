@@ -36,10 +36,10 @@ from nercc_jax.serving import (
     InferenceFailed,
     QueueFull,
     ServerClosing,
+    _dispatch,
 )
+from nercc_jax.serving._dispatch import QueryOrdering
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
-from nercc_jax.serving.core import _dispatch
-from nercc_jax.serving.core._dispatch import QueryOrdering
 from nercc_jax.serving.core._health import Health
 from nercc_jax.serving.core._request import Request
 

@@ -18,9 +18,9 @@ from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
 from nercc_jax.codes import BerrutSpline
 from nercc_jax.risk._straggler_risk import risk_cap
 from nercc_jax.serving import Coder, make_servable
+from nercc_jax.serving._fallback import Budget
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator, calibrate_or_restore
 from nercc_jax.serving.core._error_probability import DecodingErrorProbability, uncalibrated
-from nercc_jax.serving.core._fallback import Budget
 
 # By name: whether queries are coded data points themselves, a query can be decoded from others',
 # its error has a probability, and it gains from an order.

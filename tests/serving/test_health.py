@@ -11,10 +11,10 @@ from batching import INTERLEAVED, LONG, Held, count, model, queries, serving, se
 from nercc_jax import Uncoded
 from nercc_jax.pools._clock import WALL
 from nercc_jax.serving import InferenceFailed
+from nercc_jax.serving._fallback import FallbackPolicy
 from nercc_jax.serving.adapt import _adaptation
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 from nercc_jax.serving.core import _health
-from nercc_jax.serving.core._fallback import FallbackPolicy
 from nercc_jax.serving.core._health import Health
 
 FINE = Health(True, True)

@@ -14,20 +14,20 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from ...codes import Uncoded
-from ...inference.order import random_projection, short_path
-from ...pools import AbstractPool
-from ...pools._batch import Refuse
-from ...pools._clock import TimeShare
-from ...pools._row_queue import power_of_two
-from .._policy import BatchingPolicy
-from ..adapt._adaptation import Adaptation
-from ._adaptation import DispatchSetting
-from ._coder import Coder
+from ..codes import Uncoded
+from ..inference.order import random_projection, short_path
+from ..pools import AbstractPool
+from ..pools._batch import Refuse
+from ..pools._clock import TimeShare
+from ..pools._row_queue import power_of_two
 from ._fallback import Budget, GroupPredictor
-from ._group import Cell, Group
-from ._queue import EventQueue, Lane, QueryQueue
-from ._request import Query
+from ._policy import BatchingPolicy
+from .adapt._adaptation import Adaptation
+from .core._adaptation import DispatchSetting
+from .core._coder import Coder
+from .core._group import Cell, Group
+from .core._queue import EventQueue, Lane, QueryQueue
+from .core._request import Query
 
 # Fewer queries have only one path through them.
 _FEWEST = 3

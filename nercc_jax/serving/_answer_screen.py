@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ...pools import AbstractPool, Batch
-from ...pools._answer_checks import AnswerChecks, Verdict
-from .._policy import Observe
-from ._adaptation import Expect, Expectation
+from ..pools import AbstractPool, Batch
+from ..pools._answer_checks import AnswerChecks, Verdict
 from ._fallback import Budget
-from ._queue import EventQueue
-from ._request import Query
+from ._policy import Observe
+from .core._adaptation import Expect, Expectation
+from .core._queue import EventQueue
+from .core._request import Query
 
 # The share of a deadline that is left when an answer that is held back goes out as it is.
 _LEFT = 0.1

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...pools._batch import answers_to_wait_for
-from ...pools._clock import AbstractClock
-from .._policy import BatchingPolicy
-from ..adapt._adaptation import Adaptation
-from ._coder import Coder
-from ._error_probability import DecodingErrorBars, DecodingErrorProbability
-from ._group import Group, GroupPrediction
-from ._request import CODED, Answer, ApproximateAnswer, BatchSpec, Query
+from ..pools._batch import answers_to_wait_for
+from ..pools._clock import AbstractClock
+from ._policy import BatchingPolicy
+from .adapt._adaptation import Adaptation
+from .core._coder import Coder
+from .core._error_probability import DecodingErrorBars, DecodingErrorProbability
+from .core._group import Group, GroupPrediction
+from .core._request import CODED, Answer, ApproximateAnswer, BatchSpec, Query
 
 
 @dataclasses.dataclass(frozen=True)
