@@ -2,8 +2,8 @@
 
 1. `transport/_http.py` reads the request's body and `protocol/_messages.py` its tensors; the
    `ServedModel` (`_served_model.py`) hands the queries to `CodedBatcher` (`_batcher.py`).
-2. `CodedBatcher.submit` accepts the request (`core/_open_requests.py`: deadline) and posts it to the
-   scheduler's thread, which puts its queries into the queue (`core/_queue.py`).
+2. `CodedBatcher.submit` accepts the request (`core/_open_requests.py`: deadline) and posts it to
+   the scheduler's thread, which puts its queries into the queue (`core/_queue.py`).
 3. `_dispatch.py`: while workers are idle, queries leave the queue as cells of a group
    (`core/_group.py`). Each goes to its own worker, and the code's redundancy follows.
 4. Workers' answers come back as events of their group: the model's own answers go out at once,
