@@ -125,6 +125,13 @@ def test_on_the_host_ends_and_weights_and_coincident_answers_count_as_in_program
             np.testing.assert_allclose(np.sum((root @ y) ** 2), want, rtol=1e-8)
 
 
+def test_a_heavy_answer_is_certain(dtype):
+    t = jnp.linspace(-1.0, 1.0, 7)
+    heavy = jnp.where(jnp.arange(7) == 3, 1 / jnp.finfo(t.dtype).eps, 1)
+    got = posterior_variance(t, t, 1e-9, weights=heavy)
+    assert got[3] < 1e-6 * got[2]
+
+
 def test_end_weights_make_the_ends_surer(dtype):
     t, at = jnp.linspace(-0.5, 0.5, 5), jnp.array([-1.0, 1.0])
     free = posterior_variance(t, at, 1e-3)
