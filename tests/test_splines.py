@@ -496,6 +496,7 @@ def test_the_matrix_keeps_its_invariants(t, mask, lambda_, random):
     ("change", "message"),
     [
         ({"lambda_": None, "ends": "not-a-knot"}, "chooses one for natural ends: give a lambda_"),
+        ({"ends": "clamped"}, "ends must be one of natural, not-a-knot, not 'clamped'"),
         ({"t": jnp.zeros((2, 2))}, "points must be a float vector"),
         ({"t": jnp.zeros(0)}, "points must be a float vector"),
         ({"t": jnp.arange(3)}, "points must be a float vector"),
