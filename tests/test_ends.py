@@ -158,13 +158,6 @@ def test_a_code_decodes_by_it(dtype):
     assert np.abs(decoded - wanted).max() < error / 2
 
 
-def test_unknown_ends_are_reported(untyped):
-    with pytest.raises(ValueError, match="ends must be one of natural, not-a-knot, not 'clamped'"):
-        nj.NeRCC(4, 6, ends="clamped")
-    with pytest.raises(ValueError, match="ends must be one of"):
-        smoothing_matrix([0.0, 1.0], [0.5], 0.0, ends="clamped")
-
-
 @pytest.mark.parametrize("price", [1e10, 1e20, 3e38, np.inf])
 def test_ends_of_any_price_are_flat(price, dtype):
     """The docstring names infinity; infinity times a penalty is NaN."""
