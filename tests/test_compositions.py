@@ -107,6 +107,7 @@ def test_codes(name):
     ways, along = compositions(code, spoil(y, masks, 0), masks, direction, every_way)
     for got in ways.values():
         close(got, ways["gradient over vmap"], 2e-4)  # other programs round otherwise
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((ways, along)))
     for bad in BAD:
         spoilt, spoilt_along = compositions(code, spoil(y, masks, bad), masks, direction, every_way)
         close(spoilt, ways, 1e-5)

@@ -249,6 +249,7 @@ def test_gains_of_rows(x, key):
         ({"further_models": {"BACC": [model]}}, "run 1 model, but 2 came"),
         ({"further_models": {"ParM": [model]}}, r"further_models names \['ParM'\]; the codes are"),
         ({"model": lambda x: x * jnp.inf}, "own outputs must be finite"),
+        ({"channel": lambda answers, key: answers[:, :, :1]}, "the channel made"),
     ],
 )
 def test_errors(change, message, x, key, untyped):
@@ -296,11 +297,6 @@ def test_a_channels_key_is_not_the_masks(x, key):
         model, {"copies": Replication(5, 12)}, x, {"4": law}, key=key, num_sets=60, channel=spoilt
     )
     assert row.mse.mean == pytest.approx(1 / 3, abs=0.1)
-
-
-def test_a_channel_keeps_shapes(x, key):
-    with pytest.raises(ValueError, match="the channel made"):
-        evaluate(model, CODES, x, LAWS, key=key, channel=lambda answers, key: answers[:, :, :1])
 
 
 @pytest.mark.parametrize("values", [[1.0, 1.0, 0.2], [0.0, 0.0, 0.1], [0.5, 0.6, 0.4, 0.5]])

@@ -395,21 +395,6 @@ def test_bars_are_of_pairs_that_the_kernel_was_not_tuned_on():
         calibrate_learner_bars(learner.restart("b"))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"criterion": "rmse"}, "criterion must be one of density, mse, labels, not 'rmse'"),
-        ({"shapes": ("cubic",)}, "a kernel's shape must be one of"),
-        ({"widths": "all"}, "widths must be 'auto', 'one', 'each', 'kept' or groups, not 'all'"),
-        ({"rows": 2}, "rows must be an integer from 3 on"),
-        ({"widths": (0, 1)}, "widths must group 3 features"),
-    ],
-)
-def test_wrong_tuning(change, message, untyped):
-    with pytest.raises(ValueError, match=message):
-        fit_learner(jnp.asarray(X[:4]), model(X[:4]), tuning=LearnerTuning(**change))
-
-
 def test_a_file_holds_it(tmp_path):
     pytest.importorskip("safetensors.numpy")
     x = jnp.asarray(X[:20], float)
@@ -453,37 +438,44 @@ def test_a_kernel_is_tuned_on_three_pairs_at_least():
         tune_learner(few, FEW)
 
 
-@pytest.mark.parametrize(
-    ("numbers", "message"),
-    [
-        ({"widths": [1.0, -1.0]}, "widths must be positive and finite"),
-        ({"widths": [1.0, np.inf]}, "widths must be positive and finite"),
-        ({"noise": 0.0}, "noise must be positive and finite"),
-        ({"linear": -1.0}, "linear must be 0 or positive and finite"),
-        ({"linear": np.nan}, "linear must be 0 or positive and finite"),
-    ],
-)
-def test_numbers_of_a_kernel_that_make_no_sense(numbers, message):
-    with pytest.raises(ValueError, match=message):
-        Kernel(**{"centre": np.zeros(2), "widths": [1.0, 1.0]} | numbers)
+def tuned(**change):
+    return fit_learner(jnp.asarray(X[:4]), model(X[:4]), tuning=LearnerTuning(**change))
+
+
+def kernel(**numbers):
+    return Kernel(**{"centre": np.zeros(2), "widths": [1.0, 1.0]} | numbers)
+
+
+def started(**change):
+    given = {"x": jnp.ones((4, 3)), "y": jnp.ones((4, 2))} | change
+    return init_learner(given.pop("x"), given.pop("y"), **given)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("make", "change", "message"),
     [
-        ({"capacity": 0}, "capacity must be a positive integer"),
-        ({"y": jnp.ones((3, 2))}, "x are 4 data points, y 3 answers"),
-        ({"y": jnp.ones((4, 2), int)}, "y is int"),
-        ({"x": jnp.ones((4, 3), int)}, "no float among the data points"),
-        ({"kernel": "linear"}, "a kernel's shape must be one of squared_exponential, matern32"),
-        ({"kernel": Kernel(centre=jnp.zeros(2))}, "the kernel is for 2 features, not 3"),
-        ({"prior": lambda x: x}, "the surrogate gives outputs"),
+        (tuned, {"criterion": "rmse"}, "criterion must be one of density, mse, labels, not 'rmse'"),
+        (tuned, {"shapes": ("cubic",)}, "a kernel's shape must be one of"),
+        (tuned, {"widths": "all"}, "must be 'auto', 'one', 'each', 'kept' or groups, not 'all'"),
+        (tuned, {"rows": 2}, "rows must be an integer from 3 on"),
+        (tuned, {"widths": (0, 1)}, "widths must group 3 features"),
+        (kernel, {"widths": [1.0, -1.0]}, "widths must be positive and finite"),
+        (kernel, {"widths": [1.0, np.inf]}, "widths must be positive and finite"),
+        (kernel, {"noise": 0.0}, "noise must be positive and finite"),
+        (kernel, {"linear": -1.0}, "linear must be 0 or positive and finite"),
+        (kernel, {"linear": np.nan}, "linear must be 0 or positive and finite"),
+        (started, {"capacity": 0}, "capacity must be a positive integer"),
+        (started, {"y": np.ones((3, 2))}, "x are 4 data points, y 3 answers"),
+        (started, {"y": np.ones((4, 2), int)}, "y is int"),
+        (started, {"x": np.ones((4, 3), int)}, "no float among the data points"),
+        (started, {"kernel": "linear"}, "shape must be one of squared_exponential, matern32"),
+        (started, {"kernel": Kernel(centre=np.zeros(2))}, "the kernel is for 2 features, not 3"),
+        (started, {"prior": lambda x: x}, "the surrogate gives outputs"),
     ],
 )
-def test_wrong_use(change, message, untyped):
-    arguments = {"x": jnp.ones((4, 3)), "y": jnp.ones((4, 2))} | change
+def test_wrong_use(make, change, message, untyped):
     with pytest.raises(ValueError, match=message):
-        init_learner(arguments.pop("x"), arguments.pop("y"), **arguments)
+        make(**change)
 
 
 def test_a_server_keeps_a_kernel_that_another_is_worse_than():

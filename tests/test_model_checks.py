@@ -224,12 +224,9 @@ def test_flax_layers_in_training_mode_are_found(build, layer, wrap):
         check_model(wrap(build()))
 
 
-def test_the_model_may_be_the_layer_itself():
+def test_the_model_may_be_the_layer_itself_or_any_of_several():
     with pytest.raises(ValueError, match=r"its BatchNorm answers.*model.eval"):
         check_model(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
-
-
-def test_any_of_several_models_may_be_in_training_mode():
     with pytest.raises(ValueError, match=r"its Dropout at \[1\].drop answers"):
         check_model([jnp.tanh, in_mode(Network(), **DROPOUT)])
 

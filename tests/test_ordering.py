@@ -54,15 +54,6 @@ def test_a_buffer_orders_its_own_data_points_in_whole_groups():
     np.testing.assert_array_equal(order_points(rows[:3], K), short_path(rows[:3]))
 
 
-def test_many_small_buffers_are_ordered_alike():
-    """More than are worked on at a time, and a rest."""
-    rows = np.random.default_rng(9).normal(size=(1024 + 3 * K + 1, 2)).astype(np.float32)
-    order = np.asarray(order_points(rows, K, buffer_size=K))
-    for start in (0, 1020, 1024, 1032, 1036):
-        part = rows[start : start + K]
-        np.testing.assert_array_equal(order[start : start + K] - start, short_path(part))
-
-
 def test_features_say_what_is_alike():
     random = np.random.default_rng(10)
     images = random.normal(size=(30, 4, 4, 2)).astype(np.float32)

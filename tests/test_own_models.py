@@ -105,12 +105,6 @@ def test_one_number_a_row_has_no_label(folder, outputs):
     assert found.model(np.ones((2, 3), np.float32)).shape == (2, 1)
 
 
-def test_what_jax_cannot_trace_runs_on_the_host(folder):
-    workload = find_workload(ModelOptions("own_parts:by_hand"))
-    x = np.ones((2, 3), np.float32)
-    np.testing.assert_array_equal(workload.model(x), x)
-
-
 def test_what_a_function_raises_on_the_host_is_one_line(folder):
     options = ["--num-data", "2", "--num-workers", "4", "--sets", "2", "--outputs", "values"]
     result = CliRunner().invoke(app, ["demo", "--model", "own_parts:picky", *options])

@@ -76,15 +76,6 @@ def test_two_opt_shortens_the_path_it_starts_with(d):
     assert np.mean(ratios) < 0.97
 
 
-def test_turning_round_removes_a_crossing():
-    """Nearest neighbours make a path that one turn makes the shortest there is."""
-    rows = np.array([[1, 1], [-8, 9], [9, 6], [3, 5], [-6, -4]], np.float32)
-    assert nearest_neighbour(rows) == [1, 3, 0, 4, 2]
-    shortest = min(itertools.permutations(range(5)), key=lambda path: length(rows, path))
-    assert length(rows, [1, 3, 0, 4, 2]) > 1.3 * length(rows, shortest)
-    assert length(rows, find(rows)) == pytest.approx(length(rows, shortest))
-
-
 def test_alike_rows_lie_side_by_side():
     random = np.random.default_rng(3)
     cluster = np.arange(60) % 5

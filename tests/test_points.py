@@ -1,13 +1,11 @@
 """Regression points: the formulas of the papers, the layouts' promises, and the errors."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 
 from nercc_jax.codes import regression_points
-from nercc_jax.codes._points import LAYOUTS, copies, mean_gap
+from nercc_jax.codes._points import LAYOUTS
 
 
 def test_the_papers_points(dtype):
@@ -40,13 +38,6 @@ def test_every_layout_is_sound(name, num_data, num_workers):
         counts = np.unique(beta, return_counts=True)[1]
         assert set(beta) == set(alpha)
         assert counts.max() - counts.min() <= 1
-
-
-def test_interleaved_points_spread_evenly():
-    alpha, beta = regression_points(5, 7, "interleaved")
-    further = sorted(set(np.asarray(beta)) - set(np.asarray(alpha)))
-    gaps = np.searchsorted(np.sort(alpha), further)
-    assert len(set(gaps)) == 2, "two different gaps of the four"
 
 
 SIZES = [(1, 1), (1, 5), (2, 2), (3, 4), (8, 9), (20, 24), (20, 30), (20, 60)]
@@ -110,70 +101,11 @@ def test_systematic_points(num_data, num_workers, share):
     assert turns.max() <= np.pi / max(num_workers - 1, 1) / 2 * 1.001 or num_workers == num_data
 
 
-def test_copies_are_dealt_in_rounds():
-    np.testing.assert_array_equal(copies(3, 6), [0, 1, 2, 0, 1, 2])
-    np.testing.assert_array_equal(copies(4, 6), [0, 1, 2, 3, 1, 3])
-    np.testing.assert_array_equal(copies(4, 4), [0, 1, 2, 3])
-
-
 def test_given_points_keep_their_order():
     given = (jnp.array([0.5, -0.5]), jnp.array([0.0, 0.0, 1.0]))
     alpha, beta = regression_points(2, 3, given)
     np.testing.assert_array_equal(alpha, given[0])
     np.testing.assert_array_equal(beta, given[1])
-
-
-def gap_cases():
-    """(points, mask): inner ones, with and without ends, coincident ones, one, all at one place."""
-    rng = np.random.default_rng(5)
-    inner = rng.uniform(-0.95, 0.95, 9)
-    ends = np.concatenate([[1.0, -1.0], inner[:7]])
-    twins = np.concatenate([inner[:5], inner[:4]])
-    for points in (inner, ends, twins, np.cos(np.linspace(0, np.pi, 9)), np.full(9, 0.4)):
-        for mask in (np.ones(9, bool), np.arange(9) % 2 == 1, np.arange(9) == 3, np.arange(9) < 1):
-            yield points, mask
-
-
-def test_the_mean_gap_is_that_of_the_mirrored_circle(dtype):
-    compiled = jax.jit(mean_gap)
-    for points, mask in gap_cases():
-        points = points.astype(dtype)
-        expected = oracle.mean_gap(points[mask])
-        # arccos loses half the digits next to -1 and 1.
-        tolerance = 1e-5 if dtype == "float32" else 1e-12
-        np.testing.assert_allclose(compiled(jnp.asarray(points), mask), expected, rtol=tolerance)
-    none = compiled(jnp.asarray(points), np.zeros(9, bool))
-    np.testing.assert_allclose(none, 2 * np.pi, rtol=1e-6)
-
-
-def test_the_mean_gap_of_even_points_is_their_gap(dtype):
-    """Chebyshev points are even on the circle, whatever the layout counts between them."""
-    for n in (2, 5, 20):
-        beta = regression_points(1, n)[1]
-        np.testing.assert_allclose(mean_gap(beta, jnp.ones(n, bool)), np.pi / (n - 1), rtol=1e-5)
-    alpha, _ = regression_points(6, 6)
-    np.testing.assert_allclose(mean_gap(alpha, jnp.ones(6, bool)), np.pi / 6, rtol=1e-5)
-
-
-def test_mean_gap_gradients():
-    with jax.enable_x64(True):
-        reverse, forward = jax.jit(jax.grad(mean_gap)), jax.jit(jax.jacfwd(mean_gap))
-        for points, mask in gap_cases():
-            points = jnp.asarray(points)
-            gradient = reverse(points, mask)
-            assert np.isfinite(gradient).all()
-            np.testing.assert_allclose(forward(points, mask), gradient, atol=1e-12)
-            np.testing.assert_array_equal(gradient[~mask], 0)
-            np.testing.assert_array_equal(gradient[np.abs(points) == 1], 0)
-            distinct = len(set(np.asarray(points))) == 9  # twins that part have no one derivative
-            for i in np.flatnonzero(mask & (np.abs(points) < 1)) if distinct else ():
-                step = 1e-7
-                sides = [
-                    oracle.mean_gap(np.asarray(points.at[i].add(side))[mask])
-                    for side in (-step, step)
-                ]
-                expected = (sides[1] - sides[0]) / (2 * step)
-                np.testing.assert_allclose(gradient[i], expected, atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -213,20 +213,6 @@ def test_loops_checkpoints_and_donation(name):
         close(donating(given, mask)[:, :OUTPUTS], wanted[0])
 
 
-@pytest.mark.parametrize("name", ["nercc", "berrut"])
-def test_forward_over_reverse(name):
-    code, mask, y, *_ = case(name)
-    numbers, structure = jax.tree.flatten(code)
-
-    def loss(numbers):
-        made = jax.tree.unflatten(structure, numbers).decode(jnp.asarray(y[0]), mask)
-        return jnp.sum(made**2)
-
-    direction = [jnp.ones_like(leaf) for leaf in numbers]
-    got = jax.jit(lambda n, d: jax.jvp(jax.grad(loss), (n,), (d,))[1])(numbers, direction)
-    assert all(np.isfinite(leaf).all() for leaf in got)
-
-
 def test_second_derivatives_are_those_of_the_matrix():
     """Of squares: what is differentiated twice is the prediction, and its derivative."""
     with jax.enable_x64(True):
