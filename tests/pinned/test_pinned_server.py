@@ -35,7 +35,7 @@ def test_a_transcript_of_one_server(tmp_path):
     """Metadata, exact and approximate answers, refusals, and a drain, by all three faces."""
     (tokens := tmp_path / "tokens").write_text(f"{TOKEN}\n")
     served = {"workers": 12, "max_batch_size": 1, "max_disagreement": 1, "max_queue_size": 8}
-    served["outputs"] = "logits"
+    served |= {"outputs": "logits", "straggler_threshold": 100.0}  # only hard ones are that late
     listen = {"http_port": 0, "grpc_port": 0, "token_file": tokens, "drain_delay_s": 2.0}
     server = serving.make_server(
         classify, NeRCC(2, 4, points="interleaved", lambda_dec=0.0), (4,), name=MODEL,

@@ -619,7 +619,9 @@ def test_a_client_that_goes_away_is_no_error(server, caplog, rest):
     with connect(server) as connection:
         connection.sendall(b"POST /v2/models/double/infer HTTP/1.1\r\nHost: x\r\n" + rest)
     assert ask("json", server, "double", ONE).is_(200)
-    assert not [each for each in caplog.records if each.levelname not in ("INFO", "DEBUG")]
+    # The error of the test before may be logged after its answer.
+    ours = [each for each in caplog.records if "a bug" not in str(each.exc_info)]
+    assert not [each for each in ours if each.levelname not in ("INFO", "DEBUG")]
 
 
 @pytest.mark.parametrize("face", ["json", "raw"])
