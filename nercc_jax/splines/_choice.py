@@ -28,7 +28,7 @@ def cross_validated(found: Fit, y: Float[Array, "n m"]) -> Fit:
     section 3.5.3.
     """
     knots, slot = found.knots, jnp.arange(len(found.knots.t))
-    means, count = knots.average(y), jnp.sum(knots.share > 0)
+    means, count = knots.average(y), jnp.sum(knots.share > 0).astype(y.dtype)
     # Coincident observations differ from their knot's whatever lambda is.
     by_point = knots.share * taken(knots.weights, knots.knot)
     apart = jnp.sum(by_point[:, None] * (y - taken(means, knots.knot)) ** 2)
@@ -54,7 +54,7 @@ def cross_validated(found: Fit, y: Float[Array, "n m"]) -> Fit:
     enough = knots.number > 2
     low, high = jax.lax.stop_gradient(
         (
-            where(enough, 3 * jnp.log(where(enough, shortest, 1) / 10) - jnp.log(1.0 * count), -1),
+            where(enough, 3 * jnp.log(where(enough, shortest, 1) / 10) - jnp.log(count), -1),
             where(enough, 3 * jnp.log(where(enough, span, 1) * 10), 1),
         )
     )

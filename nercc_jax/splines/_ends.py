@@ -70,8 +70,8 @@ def not_a_knot(
     # The first two knots that are observed, and the last two, as far as there are.
     seen, place = xp.cumsum(knots.weights > 0), xp.arange(len(t))[:, None]
     ranks = seen[-1] * np.array([0, 0, 1, 1]) + np.array([1, 2, -1, 0])
-    outermost = xp.minimum(xp.sum(seen[:, None] < ranks, axis=0), len(t) - 1)
-    first, second, before, last = xp.moveaxis((place == outermost).astype(dtype), 1, 0)
+    outermost = xp.minimum(xp.sum(seen[:, None] < ranks[None], axis=0), len(t) - 1)
+    first, second, before, last = xp.moveaxis((place == outermost[None]).astype(dtype), 1, 0)
     apart, both = last - first, last + first
     span = xp.sum(apart * knots.t)
     half = where(span > 0, span / 2, 1)

@@ -117,9 +117,9 @@ class Fit(eqx.Module):
         knots, slot = self.knots, jnp.arange(len(self.knots.t))[:, None]
         gap = _gap_of(knots.t, at)
         # As products with what is needed anyway: the derivative of `taken` would be a scatter.
-        left, right = ((slot == each).astype(at.dtype) for each in (gap, gap + 1))
+        left, right = ((slot == each[None]).astype(at.dtype) for each in (gap, gap + 1))
         before, after = (jnp.sum(each * knots.t[:, None], axis=0) for each in (left, right))
-        basis = _basis_between(before, after, at)[1]
+        basis = [each[None] for each in _basis_between(before, after, at)[1]]
         values, slopes = left * basis[0] + right * basis[2], left * basis[1] + right * basis[3]
         if self.ends == "natural":
             columns = Columns(value=values, slope=slopes)
@@ -129,7 +129,7 @@ class Fit(eqx.Module):
         # By differences the response to a constant is exact: it has none of the solution's
         # rounding.
         matrix = knots.spread(by_observation(values.T, differences, knots.shown))
-        differences += left[:-1].T * basis[2][:, None]
+        differences += left[:-1].T * basis[2].T
         return LinearMap(matrix, differences, gap, knots)
 
     def variance(self, at: Float[Array, " k"]) -> Float[Array, " k"]:

@@ -137,8 +137,10 @@ def variance(
 def _(primals: Any, tangents: Any) -> Any:
     def by_rule(problem: Problem, gap: Array, left: Array, right: Array) -> Array:
         slot = jnp.arange(len(problem.weights))[:, None]
-        here, after = ((slot == each).astype(left.dtype) for each in (gap, gap + 1))
-        value, slope = (here * a + after * b for a, b in zip(left, right, strict=True))
+        here, after = ((slot == each[None]).astype(left.dtype) for each in (gap, gap + 1))
+        value, slope = (
+            here * a + after * b for a, b in zip(left[:, None], right[:, None], strict=True)
+        )
         x = solve(problem, Columns(value=value, slope=slope))
         return problem.mu * jnp.sum(value * x.value + slope * x.slope, axis=0)
 
