@@ -464,6 +464,14 @@ def test_any_optimizer_and_lbfgs_lower_the_error_from_the_same_start(start, unty
     assert better.objective < by_sgd.objective
     values = [step.objective for step in better.history if step.objective is not None]
     assert values == sorted(values, reverse=True), "one draw, on which each step goes down"
+    assert better.differentiated >= len(values) * 2 * 4 * N, "each look of the line search counts"
+    options["descent"] = Descent(steps=12, check_every=1, stop_after=1)
+    stopped = nj.tune(model, (start,), DATA, LAWS, optimizer="lbfgs", **options)
+    assert [step.step for step in stopped.history] in ([0], [0, 1]), (
+        "at the first that is no better"
+    )
+    with pytest.raises(ValueError, match="there is no code to start from"):
+        nj.tune(model, (), DATA, LAWS, **options)
     with pytest.raises(ValueError, match="optimizer must be 'adam', 'lbfgs' or an optax transf"):
         nj.tune(model, start, DATA, LAWS, optimizer="newton", **options)
 

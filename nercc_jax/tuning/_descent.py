@@ -145,8 +145,10 @@ def compiled_value_and_grad(objective: Objective) -> Any:
 
 def descend(
     step: Any, state: Any, parameters: PyTree, arguments: tuple, key: PRNGKeyArray, journal: Journal
-) -> None:
+) -> int:
     """Walk down by a `compiled_step`, whose objective has a key of its own in every step.
+
+    Return the number of evaluations of the objective.
 
     A step whose objective or gradient is not finite is rejected: it changes nothing, if the
     optimizer is one of `optax.apply_if_finite`.
@@ -154,7 +156,8 @@ def descend(
     while True:
         held_out, ends = journal.visit(parameters)
         if ends:
-            return journal.add(parameters, None, held_out, sound=True)
+            journal.add(parameters, None, held_out, sound=True)
+            return len(journal.entries) - 1
         number = jnp.asarray(len(journal.entries))
         value, sound, after, state = step(parameters, state, arguments, key, number)
         journal.add(parameters, float(value), held_out, bool(sound))
@@ -163,10 +166,11 @@ def descend(
 
 def descend_by_lbfgs(
     value_and_grad: Any, parameters: PyTree, arguments: tuple, journal: Journal
-) -> None:
+) -> int:
     """Walk down by SciPy's L-BFGS-B, whose line search is on the host: it compiles once.
 
-    (`optax.lbfgs` compiles its line search, for two minutes.)
+    (`optax.lbfgs` compiles its line search, for two minutes.) Return the number of evaluations of
+    the objective.
     """
     import scipy.optimize  # which JAX needs, and so is there
 
@@ -179,21 +183,25 @@ def descend_by_lbfgs(
         # The line search turns back from what is not finite.
         return (float(value), slopes) if sound else (np.finfo(float).max, np.zeros_like(slopes))
 
-    def at(z: np.ndarray, value: float, last: bool = False) -> None:
+    def ends_at(z: Float[np.ndarray, " numbers"], value: float, last: bool = False) -> bool:
         here = unravel(jnp.asarray(z, flat.dtype))
         held_out, ends = journal.visit(here, last)
         journal.add(here, None if ends else value, held_out, sound=True)
-        if ends and not last:
-            raise StopIteration
+        return ends
 
     def after(intermediate_result: Any) -> None:
-        at(intermediate_result.x, float(intermediate_result.fun))
+        if ends_at(intermediate_result.x, float(intermediate_result.fun)):
+            raise StopIteration
 
     start = np.asarray(flat, np.float64)
-    at(start, on_host(start)[0])
-    options = {"maxiter": journal.descent.steps}
+    known = on_host(start)
+    if ends_at(start, known[0]):
+        return 1
     found = scipy.optimize.minimize(
-        on_host, start, jac=True, method="L-BFGS-B", callback=after, options=options
-    )
+        lambda z: known if np.array_equal(z, start) else on_host(z),  # it begins with the start
+        start, jac=True, method="L-BFGS-B", callback=after,
+        options={"maxiter": journal.descent.steps},
+    )  # fmt: skip
     if journal.entries[-1].held_out is None:  # it found no way down before the last step
-        at(found.x, found.fun, last=True)
+        ends_at(found.x, found.fun, last=True)
+    return found.nfev

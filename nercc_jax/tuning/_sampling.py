@@ -57,14 +57,6 @@ class Sampling:
         if self.grouped and (self.order is not None or self.buffer_size is not None):
             raise ValueError("data points that come grouped stay so: give no order for them")
 
-    def times(self, groups: int, sets: int) -> "Sampling":
-        """Return the sampling that draws so many times the groups and straggler sets in a step."""
-        return dataclasses.replace(
-            self,
-            groups_per_step=groups * self.groups_per_step,
-            sets_per_step=sets * self.sets_per_step,
-        )
-
     def groups(self, num_data: int, points: int) -> int:
         """Return the number of groups of K that a step draws from this many data points."""
         return min(self.groups_per_step, points // num_data)

@@ -155,7 +155,13 @@ def tune(
     """
     start = time.perf_counter()
     check_model(model)
+    if isinstance(optimizer, str) and optimizer not in ("adam", "lbfgs"):
+        raise ValueError(
+            f"optimizer must be 'adam', 'lbfgs' or an optax transformation, not {optimizer!r}"
+        )
     starts = _starts(code, points) if isinstance(code, AbstractCode) else tuple(code)
+    if not starts:
+        raise ValueError("there is no code to start from")
     first, parametrized = starts[0], [parametrize(each, points=points) for each in starts]
     if len({jax.tree.structure(each) for each in parametrized}) != 1:
         raise ValueError("several starts must be codes of one kind, with the same K and N")
@@ -164,19 +170,16 @@ def tune(
     key_held, key_steps = jax.random.split(jax.random.fold_in(key, _DRAWS))
     trial = _trial_of_errors(model, first, held, stragglers, key_held, sampling, criterion, power)
 
-    lbfgs = isinstance(optimizer, str) and optimizer == "lbfgs"
-    if isinstance(optimizer, str) and optimizer not in ("adam", "lbfgs"):
-        raise ValueError(
-            f"optimizer must be 'adam', 'lbfgs' or an optax transformation, not {optimizer!r}"
-        )
-    drawn = sampling.times(4, 2) if lbfgs else sampling
-    objective, points_left = _objective(drawn, stragglers), len(jax.tree.leaves(training)[0])
-    if isinstance(optimizer, str):
-        optimizer = _adam(parametrized[0][0], descent)
-    optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=descent.steps)
-    step = compiled_value_and_grad(objective) if lbfgs else compiled_step(objective, optimizer)
+    drawn, lbfgs = sampling, optimizer == "lbfgs"
+    if lbfgs:
+        groups, sets = 4 * sampling.groups_per_step, 2 * sampling.sets_per_step
+        drawn = dataclasses.replace(sampling, groups_per_step=groups, sets_per_step=sets)
+    chosen = _adam(parametrized[0][0], descent) if isinstance(optimizer, str) else optimizer
+    chosen = optax.apply_if_finite(chosen, max_consecutive_errors=descent.steps)
+    objective = _objective(drawn, stragglers)
+    step = compiled_value_and_grad(objective) if lbfgs else compiled_step(objective, chosen)
 
-    best, lowest, converged, winner = first, 1.0, True, 0
+    best, lowest, converged, winner, asked = first, 1.0, True, 0, 0
     history: list[TuningStep] = []
     for number, (begin, rebuild) in enumerate(parametrized):
 
@@ -192,9 +195,9 @@ def tune(
         journal = Journal(descent, validate, note, lowest)
         arguments = (rebuild, model, training, trial)
         if lbfgs:
-            descend_by_lbfgs(step, begin, (*arguments, key_steps), journal)
+            asked += descend_by_lbfgs(step, begin, (*arguments, key_steps), journal)
         else:
-            descend(step, optimizer.init(begin), begin, arguments, key_steps, journal)
+            asked += descend(step, chosen.init(begin), begin, arguments, key_steps, journal)
         if journal.best is not None:
             best, lowest, winner = rebuild(journal.best), journal.lowest, number
             converged = journal.converged()
@@ -207,9 +210,9 @@ def tune(
             stacklevel=2,
         )
     k, n = first.num_data, first.num_workers
-    count = len(taken) * drawn.groups(k, points_left)
+    held_groups, points_left = (len(jax.tree.leaves(tree)[0]) for tree in (held, training))
+    count = asked * drawn.groups(k, points_left)
     judged = sum(each.held_out is not None for each in history)
-    held_groups = len(jax.tree.leaves(held)[0])
     return Tuned(
         code=best,
         objective=lowest,
