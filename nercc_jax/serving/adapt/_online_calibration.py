@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import equinox as eqx
 import jax
@@ -359,7 +359,7 @@ class OnlineCalibration:
         )
 
 
-def is_on_host(surrogate: AbstractSurrogate) -> bool:
+def is_on_host(surrogate: AbstractSurrogate) -> TypeGuard[Learner]:
     """Return whether a surrogate predicts by NumPy, without programs."""
     return isinstance(surrogate, Learner) and surrogate.is_on_host
 
@@ -374,7 +374,7 @@ def predictions_on_host(surrogate: AbstractSurrogate, most_outputs: int = 256) -
         most_outputs: The most outputs of a learner for `nearest_predictions`, which solve for each
             output at every update.
     """
-    if isinstance(surrogate, Learner) and surrogate.is_on_host:
+    if is_on_host(surrogate):
         predict = surrogate.predict
         if surrogate.form.size <= most_outputs:
             predict = nearest_predictions(surrogate)
