@@ -71,7 +71,7 @@ def learners(bench: Bench, known: Learners, with_student: bool = True) -> None:
 def _learner(
     x: np.ndarray, y: np.ndarray, features: Any, prior: Any, groups: Sequence[int]
 ) -> Learner:
-    """Return a learner of these pairs, tuned for labels.
+    """Return a learner of these pairs, with a kernel tuned on them.
 
     Features of a group have one unit: how far a principal component spreads is its weight.
     """
@@ -80,7 +80,7 @@ def _learner(
     unit = np.sqrt([z[:, names == name].var(axis=0).mean() for name in names])
     kernel = Kernel(centre=z.mean(axis=0), unit=unit, widths=[float(np.sqrt(z.shape[1]))])
     start = init_learner(x, y, capacity=1024, features=features, prior=prior, kernel=kernel)
-    return tune_learner(start, LearnerTuning("labels", widths=groups, rows=ROWS))
+    return tune_learner(start, LearnerTuning(widths=groups, rows=ROWS))
 
 
 def _tell_best(
