@@ -9,6 +9,7 @@ from oracle import relative_rmse
 from scipy.spatial.distance import cdist
 from scipy.stats import norm
 
+from nercc_jax import NeRCC, save_code
 from nercc_jax.risk import calibrate_learner_bars
 from nercc_jax.serving.adapt._online_calibration import _tuned, predictions_on_host
 from nercc_jax.surrogates import (
@@ -402,6 +403,9 @@ def test_a_file_holds_it(tmp_path):
         load_learner(path)
     path.write_bytes(b"no such file")
     with pytest.raises(ValueError, match="has no checksum: it is another file"):
+        load_learner(path)
+    save_code(path, NeRCC(3, 6))
+    with pytest.raises(ValueError, match=r"learner.npz is no .npz file: restore it from a copy"):
         load_learner(path)
 
 

@@ -107,11 +107,6 @@ class Kernel(eqx.Module):
         square = xp.sum(a**2, axis=-1)[..., :, None] + xp.sum(b**2, axis=-1)[..., None, :]
         return covariances(self.shape, xp.maximum(square - 2 * inner, 0)) + self.linear * inner
 
-    def variance(self, a: Float[Any, "p features"]) -> Float[Any, " p"]:
-        """Return the variances of outputs at a, without noise."""
-        a = self.scaled(a)
-        return 1 + self.linear * namespace(a).sum(a**2, axis=1)
-
     def scaled(self, a: Float[Any, "*groups p features"]) -> Float[Any, "*groups p features"]:
         """Return features in units of the kernel's widths."""
         if namespace(a, self.centre) is np:

@@ -473,7 +473,8 @@ class Learner(AbstractSurrogate):
         """
         inputs, counts = self.window.inputs[rows], self.window.counts[rows]
         xp, filled = namespace(counts), counts > 0
-        own = self.kernel.variance(inputs) + self.kernel.noise / xp.maximum(counts, 1)
+        own = 1 + self.kernel.linear * xp.sum(self.kernel.scaled(inputs) ** 2, axis=1)
+        own = own + self.kernel.noise / xp.maximum(counts, 1)
         covariance = self.kernel(inputs, inputs) * (filled[:, None] & filled)
         return xp.where(xp.eye(len(counts), dtype=bool), xp.where(filled, own, 1), covariance)
 
@@ -606,13 +607,12 @@ def init_learner(
         leaf = jnp.asarray(leaf) if traced else np.asarray(leaf)
         return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype))
 
-    def one_row(tree: PyTree) -> PyTree:  # there may be none
-        return jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:]), leaf.dtype), tree)
-
     x, y = jax.tree.map(own, native((x, y)))
     check_floats("y", y)
-    form, pairs = join(one_row(y), 1)[1], length_of("y", y)
-    z = features_of(features, x if pairs else one_row(x))[:pairs]
+    # There may be no pair.
+    blank = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:]), leaf.dtype), (x, y))
+    form, pairs = join(blank[1], 1)[1], length_of("y", y)
+    z = features_of(features, x if pairs else blank[0])[:pairs]
     kernel = kernel if isinstance(kernel, Kernel) else first_kernel(kernel, z)
     if kernel.centre.shape != z.shape[1:]:
         raise ValueError(f"the kernel is for {len(kernel.centre)} features, not {z.shape[1]}")

@@ -160,11 +160,11 @@ def tune_learner(learner: Learner, tuning: LearnerTuning = LearnerTuning()) -> L
         for shape in tuning.shapes:
             judge = functools.partial(_judge, known, shape, z, groups, least_noise)
             best = _descend(judge, first, tuning.steps)
-            judged = judge(best, slope=False)
+            value, _, scale = judge(best, slope=False)
             numbers = {"widths": np.exp(best[:-2]), "linear": np.exp(best[-1]), "groups": groups}
             noise = np.exp(best[-2]) + least_noise
             tuned = Kernel(shape, centre=kernel.centre, unit=unit, noise=noise, **numbers)
-            found.append((judged.value, tuned, judged.scale))
+            found.append((value, tuned, scale))
     _, kernel, scale = min(found, key=lambda each: each[0])
     return learner.with_kernel(kernel, scale)
 
@@ -183,17 +183,6 @@ class _Pairs(NamedTuple):
     counts: Int[np.ndarray, " rows"]
 
 
-class _Judgement(NamedTuple):
-    """A kernel's loss, its derivatives by the free numbers, and the scale that its errors ask for.
-
-    The scale is in units of the residuals' spread.
-    """
-
-    value: float
-    slopes: Float[np.ndarray, " free"]
-    scale: float
-
-
 def _judge(
     known: _Pairs,
     shape: Shape,
@@ -202,11 +191,12 @@ def _judge(
     least_noise: float,
     free: Float[np.ndarray, " free"],
     slope: bool = True,
-) -> _Judgement:
-    """Return the loss of leaving pairs out, by logarithms of widths, noise and line.
+) -> tuple[float, Float[np.ndarray, " free"], float]:
+    """Return the loss of leaving pairs out, its slopes, and the scale that the errors ask for.
 
     It is minus the log predictive density but for constants, with the best process variance, and
-    infinite where there is none.
+    infinite where there is none. The free numbers are logarithms of widths, noise and line. The
+    scale is in units of the residuals' spread.
     """
     rows = len(inputs)
     z = inputs / np.exp(free[:-2])[groups]
@@ -221,7 +211,7 @@ def _judge(
     whitening, _ = whiten(covariance, np.float64(noise) / known.counts.max())
     inverse = whitening.T @ whitening
     precision = np.diagonal(inverse)
-    none = _Judgement(np.inf, np.zeros_like(free), 1.0)
+    none = np.inf, np.zeros_like(free), 1.0
     if not (np.isfinite(precision).all() and (precision > 0).all()):
         return none
 
@@ -243,7 +233,7 @@ def _judge(
     spread = np.sum(known.residuals**2) / rows / known.outputs + np.mean(known.squares)
     scale = math.sqrt(np.mean(ratios) / spread) if spread > 0 else 0.0
     if not slope:
-        return _Judgement(value, free, scale or 1.0)
+        return value, free, scale or 1.0
 
     # errors = -P r / p and variance = 1 / p + ..., with P = A^-1 and p its diagonal.
     by_errors = 2 * errors / (known.outputs * total * variance[:, None])
@@ -264,11 +254,13 @@ def _judge(
     by_feature -= 2 * linear * np.sum(z * along, axis=0)
     by_widths = np.bincount(groups, by_feature, minlength=len(unlike)) + 2 * price * unlike
     rest = [by_noise * math.exp(free[-2]), float(np.sum(z * along)) * linear]
-    return _Judgement(value, np.append(by_widths, rest), scale or 1.0)
+    return value, np.append(by_widths, rest), scale or 1.0
 
 
 def _descend(
-    judge: Callable[..., _Judgement], first: Float[np.ndarray, " free"], steps: int
+    judge: Callable[..., tuple[float, np.ndarray, float]],
+    first: Float[np.ndarray, " free"],
+    steps: int,
 ) -> Float[np.ndarray, " free"]:
     """Return the best numbers along a descent by Adam (Kingma and Ba 2015) from the best of a grid.
 
@@ -280,16 +272,16 @@ def _descend(
             grid.append(first.copy())
             grid[-1][:-2] += math.log(width)
             grid[-1][-2] = math.log(noise)
-    values = [judge(each, slope=False).value for each in grid]
+    values = [judge(each, slope=False)[0] for each in grid]
     best, value = grid[int(np.argmin(values))], min(values)
     here, mean, square = best, np.zeros_like(best), np.zeros_like(best)
     for step in range(steps if np.isfinite(value) else 0):
-        found = judge(here)
-        if found.value < value:
-            best, value = here, found.value
-        if not np.isfinite(found.slopes).all() or not np.isfinite(found.value):
+        found, slopes, _ = judge(here)
+        if found < value:
+            best, value = here, found
+        if not np.isfinite(slopes).all() or not np.isfinite(found):
             break
-        mean, square = 0.9 * mean + 0.1 * found.slopes, 0.999 * square + 0.001 * found.slopes**2
+        mean, square = 0.9 * mean + 0.1 * slopes, 0.999 * square + 0.001 * slopes**2
         rate = 0.05 * (1 + math.cos(math.pi * step / steps))
         size = np.sqrt(square / (1 - 0.999 ** (step + 1))) + 1e-8
         here = here - rate * mean / (1 - 0.9 ** (step + 1)) / size
