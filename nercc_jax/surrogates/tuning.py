@@ -158,9 +158,9 @@ def tune_learner(learner: Learner, tuning: LearnerTuning = LearnerTuning()) -> L
     for unit in units[: 1 if np.allclose(*units, rtol=1e-5) else 2]:
         z = (inputs - kernel.centre) / unit
         for shape in tuning.shapes:
-            judge = functools.partial(_judge, known, shape, z, groups, least_noise)
-            best = _descend(judge, first, tuning.steps)
-            value, _, scale = judge(best, slope=False)
+            loss = functools.partial(_left_out_loss, known, shape, z, groups, least_noise)
+            best = _descend(loss, first, tuning.steps)
+            value, _, scale = loss(best, slope=False)
             numbers = {"widths": np.exp(best[:-2]), "linear": np.exp(best[-1]), "groups": groups}
             noise = np.exp(best[-2]) + least_noise
             tuned = Kernel(shape, centre=kernel.centre, unit=unit, noise=noise, **numbers)
@@ -183,7 +183,7 @@ class _Pairs(NamedTuple):
     counts: Int[np.ndarray, " rows"]
 
 
-def _judge(
+def _left_out_loss(
     known: _Pairs,
     shape: Shape,
     inputs: Float[np.ndarray, "rows features"],
@@ -258,7 +258,7 @@ def _judge(
 
 
 def _descend(
-    judge: Callable[..., tuple[float, np.ndarray, float]],
+    loss: Callable[..., tuple[float, np.ndarray, float]],
     first: Float[np.ndarray, " free"],
     steps: int,
 ) -> Float[np.ndarray, " free"]:
@@ -272,11 +272,11 @@ def _descend(
             grid.append(first.copy())
             grid[-1][:-2] += math.log(width)
             grid[-1][-2] = math.log(noise)
-    values = [judge(each, slope=False)[0] for each in grid]
+    values = [loss(each, slope=False)[0] for each in grid]
     best, value = grid[int(np.argmin(values))], min(values)
     here, mean, square = best, np.zeros_like(best), np.zeros_like(best)
     for step in range(steps if np.isfinite(value) else 0):
-        found, slopes, _ = judge(here)
+        found, slopes, _ = loss(here)
         if found < value:
             best, value = here, found
         if not np.isfinite(slopes).all() or not np.isfinite(found):

@@ -181,14 +181,14 @@ def search_layout(
     # What is folded into the key differs, so that no draws are the same.
     training, held = split_points(x, num_data, sampling, jax.random.fold_in(key, 0))
 
-    def judge(points: np.ndarray, draw: int) -> tuple[Recorder, Callable[..., _Score]]:
+    def scored_on(points: np.ndarray, draw: int) -> tuple[Recorder, Callable[..., _Score]]:
         recorder = Recorder(batched(model, batch_size), groups_of(points, num_data), batch_size)
         key_sets = jax.random.fold_in(key, draw)
         sets = draw_sets(stragglers, key_sets, num_workers, sampling.held_out_sets)
-        return recorder, _judge(recorder, tuple(stragglers), sets, (criterion, slope), codes[0][1])
+        return recorder, _scorer(recorder, tuple(stragglers), sets, (criterion, slope), codes[0][1])
 
     on_stage(f"judging {len(codes)} untuned codes")
-    first, score = judge(training, 1)
+    first, score = scored_on(training, 1)
     best: dict[str, tuple[NeRCC, _Score]] = {}
     scored = [(name, (code, score(code))) for name, code in codes]
     for name, found in sorted(scored, key=lambda named: named[1][1].objective):
@@ -208,7 +208,7 @@ def search_layout(
             candidates.append((name, tuned.code, True))
             evaluations += tuned.evaluations
     on_stage(f"judging {len(candidates)} codes on held-out groups")
-    second, score = judge(held, 2)
+    second, score = scored_on(held, 2)
     places: dict[Follow | None, Any] = {None: None}
     places |= {each: second.coordinates(None if each == "inputs" else each) for each in follow}
     judged = []
@@ -253,7 +253,7 @@ class _Score(NamedTuple):
     disagreement: Float[np.ndarray, " laws"]
 
 
-def _judge(
+def _scorer(
     recorder: Recorder,
     laws: tuple[str, ...],
     sets: tuple[Bool[Array, "sets num_workers"], Int[Array, " sets"]],
