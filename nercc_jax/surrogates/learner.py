@@ -441,10 +441,12 @@ class Learner(AbstractSurrogate):
     def _in_place(self: L, tree: PyTree) -> tuple[L, PyTree]:
         """Return the learner and arguments as JAX's arrays in a program, else as NumPy's."""
         tree = native(tree)
-        if not any_tracer(self, tree):
-            on_device = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(self))
-            one = jax.device_get(self) if on_device else self
-            return one, jax.tree.map(np.asarray, jax.device_get(tree))
+        leaves = jax.tree.leaves((self, tree))
+        if namespace(*leaves) is np:
+            return self, jax.tree.map(np.asarray, tree)
+        if not any_tracer(leaves):
+            one, tree = jax.device_get((self, tree))
+            return one, jax.tree.map(np.asarray, tree)
         arrays, rest = eqx.partition(self, eqx.is_array)
         one = eqx.combine(jax.tree.map(jnp.asarray, arrays), rest)
         whitening = one.factor.whitening.astype(one.window.inputs.dtype)
