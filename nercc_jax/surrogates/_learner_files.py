@@ -93,14 +93,16 @@ def load_learner(
         )
         learner = Learner(
             Kernel(header["shape"], **kernel), form, capacity=len(window["counts"]),
-            features=features, prior=prior, theta=arrays["theta"], kappa=arrays["kappa"],
+            features=features, prior=prior,
         )  # fmt: skip
         for name, own in vars(learner.window).items():
             if window[name].shape != own.shape or not np.isfinite(window[name]).all():
                 raise ValueError(f"{name} has shape {window[name].shape}, or is not finite")
             window[name] = window[name].astype(own.dtype)
-        known = dataclasses.replace(learner.window, **window), arrays["scale"]
-        return eqx.tree_at(lambda one: (one.window, one.scale), learner, known).refactorized()
+        known = [dataclasses.replace(learner.window, **window)]
+        known += [arrays[name] for name in ("theta", "kappa", "scale")]
+        places = lambda one: [one.window, one.theta, one.kappa, one.scale]  # noqa: E731
+        return eqx.tree_at(places, learner, known).refactorized()
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no sound learner: {error}") from error
 

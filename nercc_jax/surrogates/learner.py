@@ -30,7 +30,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes._checks import check_count
@@ -55,7 +54,6 @@ from .kernel import (
     first_kernel,
     length_of,
 )
-from .surrogate import trust
 
 L = TypeVar("L", bound="Learner")
 
@@ -188,8 +186,6 @@ class Learner(AbstractSurrogate):
         capacity: int = 1024,
         features: Function | None = None,
         prior: Function | None = None,
-        theta: Float[ArrayLike, ""] = 1.0,
-        kappa: Float[ArrayLike, ""] = np.inf,
     ):
         """Make an empty learner; `init_learner` finds kernel and form from the first pairs.
 
@@ -198,10 +194,8 @@ class Learner(AbstractSurrogate):
         """
         capacity = check_count("capacity", capacity)
         self.features, self.prior, self.kernel, self.form = features, prior, kernel, form
-        self.theta, self.kappa = (
-            value if isinstance(value, Tracer) else np.asarray(value)
-            for value in trust(theta, kappa)
-        )
+        own = jax.dtypes.canonicalize_dtype(float)
+        self.theta, self.kappa = np.ones((), own), np.full((), np.inf, own)
         dtype = kernel.centre.dtype
         outputs = jnp.result_type(jnp.float32, *form.dtypes)
         residuals = np.zeros((capacity, form.size), outputs)

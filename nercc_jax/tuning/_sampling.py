@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree, Shaped
 
 from ..codes._checks import check_fields
-from ..codes._trees import leaves_of
 from ..evaluation._answers import cut_groups
 from ..splines.arrays import native
 
@@ -73,15 +72,13 @@ def split_points(
         ValueError: There are fewer than two groups, or data points are not finite floats.
     """
     x = jax.tree.map(np.asarray, native(x, "x"))
-    shapes = [leaf.shape for _, leaf in leaves_of("x", x)]
-    points = min((shape[0] if shape else 0) for shape in shapes)
-    groups = points // num_data
+    groups = len(jax.tree.leaves(cut_groups(x, num_data))[0])  # says what is no float, or no number
+    points = len(jax.tree.leaves(x)[0])
     if groups < 2:
         raise ValueError(
-            f"x has shape {', '.join(map(str, shapes))}: tuning needs two groups of {num_data} "
-            "data points at least, one of them held out"
+            f"x has {points} data points: tuning needs two groups of {num_data} data points at "
+            "least, one of them held out"
         )
-    cut_groups(x, num_data)  # says what is no float, or not finite
     size = num_data if sampling.grouped else 1
     held = min(max(round(sampling.held_out_share * groups), 1), groups - 1)
     order = np.asarray(jax.random.permutation(key, points // size))
