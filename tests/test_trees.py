@@ -23,7 +23,7 @@ from nercc_jax import (
     pool_inference,
     reexecute,
 )
-from nercc_jax.evaluation import make_forecast
+from nercc_jax.evaluation import record_answers
 from nercc_jax.evaluation._objective import nested_errors
 from nercc_jax.inference import ordered, robust_decode
 from nercc_jax.surrogates import Surrogate
@@ -191,7 +191,7 @@ def test_evaluation_and_the_objective():
         np.testing.assert_allclose(
             getattr(tree, metric).mean, getattr(plain, metric).mean, rtol=1e-4
         )
-    forecast = make_forecast(heads, CODE, points(one))
+    forecast = record_answers(heads, CODE, points(one))
     np.testing.assert_allclose(forecast.error(MASK) ** 2 / 8, nested_objective(
         heads, CODE, one, MASK[None]), rtol=1e-4)  # fmt: skip
     # A data point keeps its labels if it keeps them all: along the last axis of every head.

@@ -4,6 +4,7 @@ Answers do not depend on who straggles, so one record serves every straggler set
 masks, and compare.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -14,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded
+from ..codes import AbstractCode, Decoded, as_mask
 from ..codes._grouped import GroupPoints, following_points
 from ..codes._groups import decode_sets, encode_leaf
 from ..codes._kept import encoder_of
@@ -31,6 +32,7 @@ from ..codes._trees import (
 )
 from ..inference import cast_model
 from ..inference.models import (
+    AbstractCalibrated,
     Conditions,
     Model,
     call_on_batch,
@@ -44,10 +46,15 @@ from ._criteria import Criterion, agree_on_labels, labels_of, point_criterion, s
 Run: TypeAlias = Callable[[PyTree], PyTree]  # a model for any number of data points: `batched`
 
 
-class Answers(eqx.Module):
+class Answers(AbstractCalibrated):
     """All workers' answers to groups of data points, and the served model's own predictions.
 
-    Outputs of any shape, or pytrees of them, are joined to vectors.
+    Outputs of any shape, or pytrees of them, are joined to vectors. `error` and `disagreement`
+    decode under a mask, by one compilation for all masks. They forecast what batches like the
+    recorded data points will have, if workers straggle whatever the data; they know nothing of the
+    batch at hand. A disagreement p seen on n data points is known to sqrt(p (1 - p) / n) at best,
+    less well where those of a group go wrong together. A model does better on data that it was
+    trained on, so record others.
 
     Attributes:
         code: The code.
@@ -145,6 +152,97 @@ class Answers(eqx.Module):
         return {
             metric: jnp.sum(value, axis=1, dtype=error.dtype) for metric, value in points.items()
         }
+
+    def error(self, available: Bool[ArrayLike, " num_workers"]) -> Float[Array, ""]:
+        """Return sqrt(mean |u_k - f_k|^2), the `rmse` of `Evaluation`, in units of the outputs.
+
+        Data points that are not recovered are left out; NaN where none is.
+
+        Raises:
+            ValueError: The mask has another shape or dtype.
+        """
+        return _expect(self, available)[0]
+
+    def disagreement(self, available: Bool[ArrayLike, " num_workers"]) -> Float[Array, ""]:
+        """Return the share of data points whose label is not the model's own: 1 - `rel_acc`.
+
+        Data points that are not recovered count as wrong.
+
+        Raises:
+            ValueError: The mask has another shape or dtype.
+        """
+        return _expect(self, available)[1]
+
+    def below(
+        self, *, max_disagreement: float | int | None = None, max_error: float | int | None = None
+    ) -> "StoppingRule":
+        """Return a function `enough(mask) -> bool` that tells a pool to stop waiting.
+
+        More answers need not be better, so True may be followed by False. Where not even all
+        workers' answers reach the limit, it may never be True: look at `error(np.ones(N, bool))`
+        first. The first set that looks good enough looks better than it is, the more so the fewer
+        the data points. Any thread may call it; it remembers the last few thousand masks. A new
+        one is decoded on the device that holds the answers (`jax.device_put(answers, device)` moves
+        them), behind its other work: 0.6 ms for 25 groups of (20, 8) on two CPU cores. It is
+        compiled here, so no later call waits for that.
+
+        Args:
+            max_disagreement: The largest `disagreement`, in [0, 1).
+            max_error: The largest `error`, in units of the outputs, with no data point lost. Give
+                one of the two.
+
+        Raises:
+            ValueError: Not exactly one limit is given, it is out of range, or the outputs have no
+                labels. `enough` raises it for a mask of another shape or dtype.
+        """
+        if (max_disagreement is None) == (max_error is None):
+            given = "neither" if max_error is None else "both"
+            raise ValueError(f"give max_disagreement or max_error, not {given}")
+        if max_disagreement is not None and not self.form.has_labels:
+            raise ValueError("outputs with one number a row have no labels: give max_error")
+        if max_disagreement is not None and not 0 <= max_disagreement < 1:
+            raise ValueError(f"max_disagreement must be in [0, 1), not {max_disagreement}")
+        if max_error is not None and not max_error > 0:
+            raise ValueError(f"max_error must be positive, not {max_error}")
+        points = self.own.shape[0] * self.own.shape[1]
+
+        @functools.lru_cache(maxsize=4096)
+        def decide(mask: bytes) -> bool:
+            error, disagreement, lost = map(float, _expect(self, np.frombuffer(mask, bool)))
+            if max_error is not None:
+                return lost == 0 and error <= max_error
+            # In whole data points: 10 of 200 are 5 %, whatever float32 makes of it.
+            return round(disagreement * points) <= (max_disagreement or 0) * points + 1e-6
+
+        enough = StoppingRule(decide, self.code.num_workers, self.conditions)
+        enough(np.ones(self.code.num_workers, bool))
+        return enough
+
+
+class StoppingRule(AbstractCalibrated):
+    """A function of masks that `Answers.below` returns, with the conditions of its calibration."""
+
+    decide: Callable[[bytes], bool] = eqx.field(static=True)
+    num_workers: int = eqx.field(static=True)
+    conditions: Conditions = eqx.field(static=True)
+
+    def __call__(self, mask: np.ndarray) -> bool:
+        """Return whether the answers of the workers in the mask are enough."""
+        mask = np.asarray(mask)
+        if mask.dtype != bool or mask.shape != (self.num_workers,):
+            as_mask(mask, (self.num_workers,))  # says what is wrong with it
+        # Nobody answered: nothing is recovered, under any code.
+        return bool(mask.any()) and self.decide(mask.tobytes())
+
+
+@eqx.filter_jit
+def _expect(answers: Answers, available: Bool[ArrayLike, " num_workers"]) -> tuple[Array, ...]:
+    """Return the error, the disagreement, and the share of data points that are lost."""
+    decoded = answers.decode(as_mask(available, (answers.code.num_workers,)))
+    sums = {metric: jnp.sum(each) for metric, each in answers.sums_of(decoded).items()}
+    count, total = sums["recovered"], answers.own.shape[0] * answers.own.shape[1]
+    error = jnp.sqrt(sums["squares"] / count)
+    return error, 1 - sums["rel_acc"] / total, 1 - count / total
 
 
 @eqx.filter_jit

@@ -4,7 +4,6 @@ How often a label is wrong depends on how the workers round: what was calibrated
 promises too much of bfloat16 ones, and a GPU or TPU rounds the products of a float32 model, too.
 """
 
-import abc
 import dataclasses
 import functools
 import sys
@@ -435,18 +434,11 @@ class Conditions:
             f"{self.matmul_precision}"
         )
 
-    def differ(self, other: "Conditions") -> bool:
-        """Return whether anything differs that is known of both."""
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return any(mine != theirs and UNKNOWN not in (mine, theirs) for mine, theirs in pairs)
-
 
 class AbstractCalibrated(eqx.Module):
-    """Something that was calibrated on answers."""
+    """Something that was calibrated on answers, under these conditions."""
 
-    @abc.abstractmethod
-    def calibrated_under(self) -> Conditions:
-        """Return the conditions of the answers of the calibration."""
+    conditions: eqx.AbstractVar[Conditions]
 
 
 def current_conditions(
@@ -476,16 +468,17 @@ def check_conditions(tree: PyTree, used: Conditions) -> None:
     found = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, AbstractCalibrated))
     for node in found:
         if isinstance(node, AbstractCalibrated):
-            warn_if_other(type(node).__name__.strip("_"), node.calibrated_under(), used)
+            warn_if_other(type(node).__name__, node.conditions, used)
 
 
 def warn_if_other(what: str, calibrated: Conditions, used: Conditions) -> None:
-    """Warn where these conditions differ: `CalibrationWarning`."""
-    if calibrated.differ(used):
+    """Warn where anything differs that is known of both conditions: `CalibrationWarning`."""
+    pairs = zip(dataclasses.astuple(calibrated), dataclasses.astuple(used), strict=True)
+    if any(mine != theirs and UNKNOWN not in (mine, theirs) for mine, theirs in pairs):
         warnings.warn(
             f"{what} was calibrated on answers of {calibrated}, and is used with {used}: what it "
             "promises was not measured there. Calibrate again under the conditions of use "
-            "(worker_dtype of calibrate_error_probability, make_forecast)",
+            "(worker_dtype of calibrate_error_probability, record_answers)",
             CalibrationWarning,
             stacklevel=3,
         )

@@ -39,9 +39,6 @@ class ErrorBars(AbstractCalibrated):
     factors: Float[Array, " levels"]
     conditions: Conditions = eqx.field(static=True, default=Conditions())
 
-    def calibrated_under(self) -> Conditions:
-        return self.conditions
-
     def __call__(
         self, deviation: Float[ArrayLike, "*points"], coverage: float = 0.9
     ) -> Float[Array, "*points"]:

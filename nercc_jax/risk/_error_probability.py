@@ -62,9 +62,6 @@ class ErrorProbability(AbstractCalibrated):
     form: Form | None = eqx.field(static=True, default=None)
     conditions: Conditions = eqx.field(static=True, default=Conditions())
 
-    def calibrated_under(self) -> Conditions:
-        return self.conditions
-
     def __call__(
         self,
         predictions: Float[Any, "*points m"],
