@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matrices import errors_of_sets
 from typer.testing import CliRunner
 
 import nercc_jax as nj
@@ -14,7 +15,7 @@ from nercc_jax import search_layout
 from nercc_jax.cli._app import app
 from nercc_jax.codes import code_card, regression_points
 from nercc_jax.evaluation._answers import Recorder
-from nercc_jax.evaluation._objective import draw_sets, nested_errors
+from nercc_jax.evaluation._objective import draw_sets
 from nercc_jax.tuning import Descent, LayoutTuning, Sampling
 from nercc_jax.tuning._sampling import split_points
 from nercc_jax.tuning._tune import TuningStep
@@ -159,7 +160,7 @@ def test_errors_count_relative_to_the_first_layout(dtype):
     assert first.objective == pytest.approx(1, rel=1e-5)
     groups, masks, law = held_out(jax.random.key(0))
     best = search.candidates[0]
-    errors = eqx.filter_jit(nested_errors)
+    errors = eqx.filter_jit(errors_of_sets)
     one, other = (
         np.asarray(errors(model, code, groups.astype(dtype), masks, criterion="cross_entropy"))
         for code in (best.code, plain)

@@ -24,7 +24,6 @@ from nercc_jax import (
     reexecute,
 )
 from nercc_jax.evaluation import record_answers
-from nercc_jax.evaluation._objective import nested_errors
 from nercc_jax.inference import ordered, robust_decode
 from nercc_jax.surrogates import Surrogate
 
@@ -202,7 +201,7 @@ def test_evaluation_and_the_objective():
          == np.argmax(own[name], -1)).reshape(len(flat), -1).all(axis=1)
         for name in own
     ]  # fmt: skip
-    wrong = nested_errors(heads, CODE, one, MASK[None], criterion="disagreement")
+    wrong = nested_objective(heads, CODE, one, MASK[None], criterion="disagreement")
     np.testing.assert_allclose(wrong, 1 - np.mean(np.logical_and(*same)), atol=1e-6)
     labels = {name: np.argmax(own[name], -1) for name in own}
     row = evaluate(heads, {"c": CODE}, points(one), laws, key=key, num_sets=3, labels=labels)[0]
