@@ -12,72 +12,36 @@ if TYPE_CHECKING:  # which takes a second to import, and only pictures need it
 
 # Okabe and Ito's colours, and of Tol's muted ones where those are spent: colour-blind readers tell
 # apart what stands in one picture. What loses predictions is dashed.
-_BLUE, _SKY, _PINK, _WINE, _PURPLE = "#0072b2", "#56b4e9", "#cc79a7", "#882255", "#aa4499"
-_RED, _BROWN, _ORANGE, _OLIVE = "#d55e00", "#a05000", "#e69f00", "#999933"
-_GREEN, _TEAL, _INDIGO = "#009e73", "#44aa99", "#332288"
-_GREY, _LIGHT, _BLACK = "#555555", "#999999", "#000000"
+BLUE, SKY, PINK, WINE, PURPLE = "#0072b2", "#56b4e9", "#cc79a7", "#882255", "#aa4499"
+RED, BROWN, ORANGE, OLIVE = "#d55e00", "#a05000", "#e69f00", "#999933"
+GREEN, TEAL, INDIGO = "#009e73", "#44aa99", "#332288"
+GREY, LIGHT, BLACK = "#555555", "#999999", "#000000"
+OPEN, LOSSY = {"markerfacecolor": "white"}, {"linestyle": "--"}
 
 # Of one batch: data points, coded ones, those that are lost, and what is decoded.
-DATA, CODED, LOST, FOUND = _BLUE, _GREEN, _RED, _PINK
+DATA, CODED, LOST, FOUND = BLUE, GREEN, RED, PINK
 
-_OPEN, _LOSSY = {"markerfacecolor": "white"}, {"linestyle": "--"}
-
-# The look of each system: a colour, a marker, and further properties.
-_LOOKS: dict[str, tuple[Any, ...]] = {
-    # The method: untuned, as published, tuned; then what is added to it.
-    "NeRCC": (_BLUE, "o"),
-    "coded": (_BLUE, "o"),
-    "NeRCC (8, 4)": (_BLUE, "h"),
-    "NeRCC published": (_SKY, "o", _OPEN),
-    "NeRCC, published": (_SKY, "o", _OPEN),
-    "published, ordered": (_SKY, "o"),
-    "tuned": (_PINK, "D"),
-    "NeRCC tuned": (_PINK, "D"),
-    "NeRCC learned": (_WINE, "*"),
-    "searched layout": (_PURPLE, "D"),
-    "scheme": (_WINE, "*"),
-    "scheme, uncertain again": (_WINE, "X"),
-    "known, else hedged": (_WINE, "*"),
-    "known, uncertain twice": (_WINE, "X"),
-    "picked, 1.1 calls": (_WINE, "*", _OPEN),
-    "picked, 1.35 calls": (_WINE, "X", _OPEN),
-    "NeRCC, reject": (_TEAL, "v"),
-    "NeRCC, reject, groups together": (_GREEN, "^"),
-    "NeRCC, smooth": (_INDIGO, "p"),
-    "repeated NeRCC, reject": (_PURPLE, "D"),
-    "chebyshev": (_BLUE, "o"),
-    "interleaved": (_TEAL, "o"),
-    "repeated": (_PURPLE, "o"),
-    # Other codes.
-    "BACC": (_RED, "s"),
-    "BACC tuned": (_BROWN, "s", _OPEN),
-    "BACC learned": (_RED, "d"),
-    "BACC, median": (_BROWN, "d"),
-    "SBACC": (_ORANGE, "^", _OPEN),
-    "ApproxIFER": (_ORANGE, "v"),
-    "BSCC": (_OLIVE, "h"),
-    "BSCC tuned": (_OLIVE, "h", _OPEN),
-    "LCC": (_GREEN, "^"),
-    "ParM": (_BLACK, "P", _LOSSY),
-    "ParM, k = 4": (_BLACK, "p", _LOSSY),
-    # Copies, and copies on suspicion.
-    "replication": (_GREY, "x", _LOSSY),
-    "two copies": (_GREY, "x", _LOSSY),
-    "replication, else surrogate": (_GREY, "+", _LOSSY),
-    "copies, else the nearest": (_GREY, "x", _LOSSY),
-    "copies, else a GP": (_GREY, "^", _LOSSY),
-    "copies, else the cheap model": (_GREY, "+", _LOSSY),
-    "hedg": (_OLIVE, "^"),
-    "hedged, p95": (_OLIVE, "v"),
-    "hedged, 1.35 x median": (_OLIVE, "s"),
-    # What answers from past answers.
-    "learner": (_TEAL, "d"),
-    "learner, no redundancy": (_TEAL, "d", _OPEN),
-    "surrogate alone": (_TEAL, "d", _OPEN),
-    # Nothing, or no code.
-    "uncoded": (_LIGHT, "."),
-    "as it comes": (_LIGHT, "."),
-    "Ray Serve": (_INDIGO, "h"),
+# The look of each system: a colour, a marker, and further properties. Pages add their own.
+LOOKS: dict[str, tuple[Any, ...]] = {
+    "NeRCC": (BLUE, "o"),
+    "NeRCC published": (SKY, "o", OPEN),
+    "NeRCC tuned": (PINK, "D"),
+    "tuned": (PINK, "D"),
+    "NeRCC learned": (WINE, "*"),
+    "BACC": (RED, "s"),
+    "BACC tuned": (BROWN, "s", OPEN),
+    "BACC learned": (RED, "d"),
+    "SBACC": (ORANGE, "^", OPEN),
+    "ApproxIFER": (ORANGE, "v"),
+    "BSCC": (OLIVE, "h"),
+    "BSCC tuned": (OLIVE, "h", OPEN),
+    "LCC": (GREEN, "^"),
+    "ParM": (BLACK, "P", LOSSY),
+    "ParM, k = 4": (BLACK, "p", LOSSY),
+    "replication": (GREY, "x", LOSSY),
+    "replication, else surrogate": (GREY, "+", LOSSY),
+    "hedg": (OLIVE, "^"),
+    "uncoded": (LIGHT, "."),
 }
 
 
@@ -87,8 +51,8 @@ def system_look(system: str) -> dict[str, Any]:
     The longest known name that the system's name begins with decides: "ParM, k = 2" looks as "ParM"
     does. An unknown system is a black dot.
     """
-    known = [name for name in _LOOKS if system.startswith(name)]
-    color, marker, *further = _LOOKS[max(known, key=len)] if known else (_BLACK, ".")
+    known = [name for name in LOOKS if system.startswith(name)]
+    color, marker, *further = LOOKS[max(known, key=len)] if known else (BLACK, ".")
     return {"color": color, "marker": marker} | dict(*further)
 
 
