@@ -357,11 +357,11 @@ def test_points_follow_the_data_where_that_is_measured_to_help(sweeps, data, hel
 def test_following_candidates_are_judged_as_a_scheme_runs_them(sweeps):
     code, groups = nj.NeRCC(8, 10, points="interleaved"), sweeps["jumping"].reshape(8, 8, 2)
     recorder = Recorder(jax.jit(bend), groups, 64)
-    answers = recorder.following(code, recorder.coordinates(first_input))
+    answers = recorder.following(code, first_input)
     mask = jnp.arange(10) % 4 != 1
     infer = nj.coded_inference(bend, nj.Scheme(code, follow=first_input), with_status=True)
     expected = infer(groups.reshape(-1, 2), mask).decoded.predictions.reshape(8, 8, 2)
     np.testing.assert_allclose(answers.decode(mask).predictions, expected, atol=1e-5)
     again = recorder.evaluations
-    recorder.following(code, recorder.coordinates(first_input))
+    recorder.following(code, first_input)
     assert recorder.evaluations == again

@@ -24,7 +24,7 @@ from nercc_jax import (
     reexecute,
 )
 from nercc_jax.evaluation import record_answers
-from nercc_jax.inference import ordered, robust_decode
+from nercc_jax.inference import robust_decode
 from nercc_jax.surrogates import Surrogate
 
 K, N, GROUPS = 3, 6, 2
@@ -97,11 +97,6 @@ def by_jit():
     return jax.jit(coded_inference(heads, CODE))(X, MASK)
 
 
-def by_order():
-    infer = coded_inference(heads, Replication(K, N), grouped=True)
-    return ordered(infer, K, features=lambda x: x["meta"], buffer_size=K)(X, np.ones(N, bool))
-
-
 def by_pool():
     with DevicePool(heads, N) as pool:
         result = pool_inference(pool, Replication(K, N), with_status=True)(X)
@@ -122,7 +117,6 @@ WAYS = {
     by_code: (CODE, MASK),
     by_mesh: (CODE, MASK),
     by_jit: (CODE, MASK),
-    by_order: (Replication(K, N), np.ones(N, bool)),
     by_pool: (Replication(K, N), np.ones(N, bool)),
     by_scheme: (NeRCC(K, N, lambda_dec=0.0), MASK),
     by_scheme_on_a_mesh: (NeRCC(K, N, lambda_dec=0.0), MASK),

@@ -6,7 +6,7 @@ masks, and compare.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -35,7 +35,7 @@ from ..inference.models import (
     AbstractCalibrated,
     Conditions,
     Model,
-    call_on_batch,
+    call_model,
     check_model,
     check_number_of_models,
     current_conditions,
@@ -214,8 +214,9 @@ class Answers(AbstractCalibrated):
             # In whole data points: 10 of 200 are 5 %, whatever float32 makes of it.
             return round(disagreement * points) <= (max_disagreement or 0) * points + 1e-6
 
-        enough = StoppingRule(decide, self.code.num_workers, self.conditions)
-        enough(np.ones(self.code.num_workers, bool))
+        workers = self.code.num_workers
+        enough = StoppingRule(decide=decide, num_workers=workers, conditions=self.conditions)
+        enough(np.ones(workers, bool))
         return enough
 
 
@@ -249,11 +250,10 @@ def _expect(answers: Answers, available: Bool[ArrayLike, " num_workers"]) -> tup
 def _decode_sets(
     answers: Answers, points: GroupPoints, available: Bool[Array, "sets num_workers"]
 ) -> Decoded:
-    def of_group(own: GroupPoints, coded: Array) -> Decoded:
-        decoded = decode_sets(own.of(answers.code), coded[None], available)
-        return jax.tree.map(lambda leaf: leaf[:, 0], decoded)
-
-    return jax.vmap(of_group, out_axes=1)(points, answers.coded)
+    decoded = jax.vmap(
+        lambda own, coded: decode_sets(own.of(answers.code), coded[None], available), out_axes=1
+    )(points, answers.coded)
+    return jax.tree.map(lambda leaf: leaf[:, :, 0], decoded)
 
 
 @eqx.filter_jit
@@ -324,15 +324,11 @@ class Recorder:
         own: Run | tuple[Float[np.ndarray, "groups num_data m"], Form] | None = None,
         conditions: Conditions | None = None,
     ):
-        """Start a record of a model (`batched`) on groups.
+        """Start a record, on groups of data points, of the model (`batched`) that workers run.
 
-        Args:
-            run: The model that workers run.
-            groups: The data points.
-            batch_size: The number of data points in a call.
-            own: The model whose outputs on the data points count, where it is not `run`; or that
-                model's outputs, where they are known.
-            conditions: The conditions of `run`. Default: those here and now.
+        `own` is the model whose outputs on the data points count, where it is not `run`, or its
+        outputs, where they are known. `conditions` are those of `run`: those here and now unless
+        given.
 
         Raises:
             ValueError: The outputs on the data points are not finite floats.
@@ -341,6 +337,9 @@ class Recorder:
         self._conditions = conditions or current_conditions()
         self._shape = jax.tree.leaves(groups)[0].shape[:2]
         self.evaluations = 0
+        self._known: dict[bytes, np.ndarray] = {}
+        self._following: dict[bytes, np.ndarray] = {}
+        self._places: dict[Any, Array] = {}  # coordinates of the data points
         if isinstance(own, tuple):
             self.own, self.form = own
         else:
@@ -355,11 +354,9 @@ class Recorder:
                     f"{np.flatnonzero(~finite)[:10].tolist()}"
                 )
             self.own = np.asarray(flat).reshape(*self._shape, -1)
-        self._known: dict[bytes, np.ndarray] = {}
         if not callable(own):
             names = map(_row_name, np.eye(self._shape[1]))
             self._known = {name: self.own[:, place] for place, name in enumerate(names)}
-        self._following: dict[bytes, np.ndarray] = {}
 
     def of(self, code: AbstractCode, further: Sequence[Run] = ()) -> Answers:
         """Return all workers' answers with a code, and its `further` models (`batched`).
@@ -382,29 +379,24 @@ class Recorder:
         own = jnp.asarray(self.own)
         return Answers(code, jnp.asarray(coded), own, self.form, self._conditions)
 
-    def following(
-        self, code: AbstractCode, coordinates: Float[np.ndarray, "groups num_data d"]
-    ) -> Answers:
-        """Return answers with points as far apart as these coordinates, group by group.
+    def following(self, code: AbstractCode, function: Callable[[PyTree], PyTree] | None) -> Answers:
+        """Return answers with points as far apart as the data points, group by group.
 
+        Distances are those of a function's outputs on the batch, or of the data points' own floats.
         See `following_points`.
         """
-        places = jnp.asarray(coordinates)
-        points = GroupPoints(*jax.vmap(lambda each: following_points(code, each))(places))
+        if function not in self._places:
+            flat = to_device(points_of(self._groups))
+            found = leaves_of("coordinates", flat if function is None else function(flat))
+            flat, _ = join([leaf for _, leaf in found if is_float(leaf)], 1)
+            self._places[function] = jnp.asarray(flat).reshape(*self._shape, -1)
+        points = jax.vmap(lambda each: following_points(code, each))(self._places[function])
+        points = GroupPoints(*points)
         rows = np.asarray(eqx.filter_jit(GroupPoints.encoders)(points, code))
         if (name := _row_name(rows)) not in self._following:
             self._following[name] = self._ask(self._run, rows)
         coded, own = jnp.asarray(self._following[name]), jnp.asarray(self.own)
         return Answers(code, coded, own, self.form, self._conditions, points)
-
-    def coordinates(
-        self, function: Callable[[PyTree], PyTree] | None
-    ) -> Float[np.ndarray, "groups num_data d"]:
-        """Return the data points' coordinates: a function's of the batch, or their own floats."""
-        flat = to_device(points_of(self._groups))
-        found = flat if function is None else function(flat)
-        leaves = [leaf for _, leaf in leaves_of("coordinates", found) if is_float(leaf)]
-        return np.asarray(join(leaves, 1)[0]).reshape(*self._shape, -1)
 
     def _ask(
         self, run: Run, rows: Float[np.ndarray, "*groups rows num_data"]
@@ -454,17 +446,14 @@ def batched(model: Model, batch_size: int) -> Run:
     in training mode.
     """
     check_model(model)
-    compiled = eqx.filter_jit(call_on_batch)
+    compiled = eqx.filter_jit(functools.partial(call_model, rows=True))
 
     def run(x: PyTree) -> PyTree:
         x = jax.tree.map(np.asarray, native(x))
         points = len(jax.tree.leaves(x)[0])
         size = min(batch_size, 1 << (points - 1).bit_length())  # a model may be expensive
-
-        def pad(leaf: np.ndarray) -> np.ndarray:
-            return np.concatenate([leaf, np.repeat(leaf[-1:], -points % size, axis=0)])
-
-        x = jax.tree.map(pad, x)
+        filled = np.minimum(np.arange(points + -points % size), points - 1)
+        x = jax.tree.map(lambda leaf: leaf[filled], x)
         parts = [
             compiled(
                 model,
@@ -482,6 +471,4 @@ def _row_name(row: np.ndarray) -> bytes:
     return (np.round(np.asarray(row, np.float32), 6) + 0.0).tobytes()  # -0.0 becomes 0.0
 
 
-@jax.jit
-def _combine(rows: Float[Array, "*groups rows num_data"], groups: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: encode_leaf(rows, leaf), groups)
+_combine = jax.jit(lambda rows, x: jax.tree.map(functools.partial(encode_leaf, rows), x))

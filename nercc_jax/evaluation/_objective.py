@@ -122,10 +122,6 @@ class Trial(eqx.Module):
     criterion: Criterion = eqx.field(static=True)
     power: float = eqx.field(static=True)
 
-    def errors(self, model: Model, code: AbstractCode) -> Float[Array, " laws"]:
-        """Return a code's mean error under each law, without sets in which it recovers nothing."""
-        return _judge(self, model, code)[0]
-
     def objective(self, model: Model, code: AbstractCode) -> Float[Array, ""]:
         """Return the power mean over laws of a code's error relative to the starting code's.
 
@@ -148,7 +144,10 @@ class Trial(eqx.Module):
     def by_law(
         self, code: AbstractCode, losses: Float[Array, " sets"]
     ) -> tuple[Float[Array, " laws"], Float[Array, ""]]:
-        """Return `errors`, NaN where no set recovers anything, and `objective`, of these losses."""
+        """Return the mean loss under each law, and `objective`.
+
+        Sets that recover nothing are left out; a law with no other has NaN.
+        """
         counts = jnp.any(jax.vmap(code.recovered)(self.available), axis=1)
         total, count = (
             jax.ops.segment_sum(values, self.law, len(self.laws), indices_are_sorted=True)
@@ -162,7 +161,7 @@ class Trial(eqx.Module):
         return errors, (jnp.sum(powers) / jnp.maximum(jnp.sum(counts), 1)) ** (1 / self.power)
 
 
-@eqx.filter_jit  # one program for errors and objectives, which takes seconds to compile
+@eqx.filter_jit  # one program for errors and objectives: it takes seconds to compile
 def _judge(
     trial: Trial, model: Model, code: AbstractCode
 ) -> tuple[Float[Array, " laws"], Float[Array, ""]]:
@@ -201,7 +200,7 @@ def make_trial(
     available, law = draw_sets(stragglers, key, code.num_workers, num_sets)
     laws = tuple(stragglers)
     blank = Trial(x, originals, available, law, jnp.ones(len(laws)), laws, criterion, float(power))
-    scales = blank.errors(model, code)
+    scales, _ = _judge(blank, model, code)
     if not jnp.all(jnp.isfinite(scales)):
         broken = {name: float(s) for name, s in zip(laws, scales, strict=True) if not s < jnp.inf}
         raise ValueError(
@@ -239,19 +238,19 @@ def landscape(
     This is what one would do without gradients, and a picture of what they descend. The decoder
     needs no new answers, so the model runs on the coded data points once for each `lambda_enc`.
     """
-    dtype = code.lambda_dec.dtype
-    codes = [
-        eqx.tree_at(lambda c: c.lambda_enc, code, jnp.asarray(value, dtype))
-        for value in np.asarray(lambda_enc)
-    ]
-    columns = jnp.asarray(lambda_dec, dtype)
-    return jnp.stack([_row(model, each, trial, columns) for each in codes])
+    rows, columns = (jnp.asarray(each, code.lambda_dec.dtype) for each in (lambda_enc, lambda_dec))
+    return jnp.stack([_row(model, code, trial, here, columns) for here in rows])
 
 
 @eqx.filter_jit
 def _row(
-    model: Model, code: NeRCC, trial: Trial, lambda_dec: Float[Array, " columns"]
+    model: Model,
+    code: NeRCC,
+    trial: Trial,
+    row: Float[Array, ""],
+    columns: Float[Array, " columns"],
 ) -> Float[Array, " columns"]:
+    code = eqx.tree_at(lambda c: c.lambda_enc, code, row)
     answers = nested_answers(model, code, trial.x, trial.originals)
 
     def cell(value: Float[Array, ""]) -> Float[Array, ""]:
@@ -259,4 +258,4 @@ def _row(
         decoded_so = eqx.tree_at(lambda known: known.code, answers, here)
         return trial.by_law(here, decoded_so.losses(trial.available, trial.criterion))[1]
 
-    return jax.lax.map(cell, lambda_dec)
+    return jax.lax.map(cell, columns)

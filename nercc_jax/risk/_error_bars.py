@@ -133,7 +133,8 @@ def error_bars_from_ratios(
     coverages, factors = np.ones(_LEVELS), np.full(_LEVELS, np.inf)
     coverages[: len(places)] = (places + 1) / (ratios.size + 1)
     factors[: len(places)] = ratios[places]
-    return ErrorBars(to_device(coverages), to_device(factors), conditions)
+    coverages, factors = to_device((coverages, factors))
+    return ErrorBars(coverages=coverages, factors=factors, conditions=conditions)
 
 
 def error_bars(

@@ -292,7 +292,6 @@ class _Scores:
         """
         self.recorder, self._criteria, self._power = recorder, criteria, power
         self._laws = laws
-        self._places: dict[Any, np.ndarray] = {}  # coordinates of the data points
         available, law = sets
         answering = np.asarray(jnp.any(available, axis=1))  # where nobody answers there is nothing
         self._available, self._law = available[answering], np.asarray(law)[answering]
@@ -327,10 +326,8 @@ class _Scores:
         if follow is None:
             answers = self.recorder.of(code)
         else:
-            if follow not in self._places:
-                function = None if isinstance(follow, str) else follow
-                self._places[follow] = self.recorder.coordinates(function)
-            answers = self.recorder.following(code, self._places[follow])
+            function = None if isinstance(follow, str) else follow
+            answers = self.recorder.following(code, function)
         if not np.isfinite(answers.coded).all():
             return np.full((3, len(self._laws)), np.nan)
         criteria = (*self._criteria, "disagreement")
