@@ -54,15 +54,13 @@ def check_model(model: Model | Sequence[Model]) -> None:
         ValueError: A layer is in training mode; the message names it, and says how to put the model
             into evaluation mode.
     """
-
-    def drops(layer: Any, name: str, default: float = 0.0) -> bool:
-        rate = getattr(layer, name, default)
-        return not isinstance(rate, int | float) or rate > 0
-
+    defaults = {"p": 1.0, "rate": 0.0, "dropout_rate": 0.0}
     for name, layer in modules_of(model):
-        dropping = drops(layer, "rate") or drops(layer, "dropout_rate")
+        rates = {field: getattr(layer, field, default) for field, default in defaults.items()}
+        drops = [field for field, p in rates.items() if not isinstance(p, int | float) or p > 0]
+        dropping = "rate" in drops or "dropout_rate" in drops
         averages = getattr(layer, "use_running_average", None) is False
-        if getattr(layer, "inference", None) is False and drops(layer, "p", 1.0):
+        if getattr(layer, "inference", None) is False and "p" in drops:
             remedy = "eqx.nn.inference_mode(model)"
         elif averages or (getattr(layer, "deterministic", None) is False and dropping):
             remedy = "model.eval()"
