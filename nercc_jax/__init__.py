@@ -9,7 +9,7 @@ Here are the names that people start with. Everything else is public through its
 - `nercc_jax.codes`: two matrices each, regression points, files.
 - `nercc_jax.stragglers`: who answers in time; laws of latency and rules of waiting.
 - `nercc_jax.inference`: encode, model, decode; on a mesh, in part, in order, among liars.
-- `nercc_jax.evaluation`: recorded answers, codes side by side, the nested objective, forecasts.
+- `nercc_jax.evaluation`: recorded answers, codes side by side, the nested objective.
 - `nercc_jax.tuning`: gradient descent through all of it, and the search for a layout.
 - `nercc_jax.surrogates`: cheap models, and learners from past answers.
 - `nercc_jax.risk`: how likely a prediction is wrong, and error bars.

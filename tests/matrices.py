@@ -14,7 +14,7 @@ import numpy as np
 import oracle
 from scipy.interpolate import CubicSpline
 
-from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
+from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded, nested_objective
 from nercc_jax.codes import BerrutSpline, LearnedDecoder
 from nercc_jax.tuning import learn_decoder
 
@@ -22,6 +22,15 @@ from nercc_jax.tuning import learn_decoder
 # 150 digits have room for that.
 _SMALL, _HEAVY, _DIGITS = 1e-30, 1e30, 150
 _SUMS = (Parity, Replication, Uncoded)  # whose workers get sums of data points
+
+
+def errors_of_sets(model, code, x, masks, **options) -> jax.Array:
+    """The nested objective under each straggler set by itself; 0 where a set loses all."""
+
+    def error(weights):
+        return nested_objective(model, code, x, masks, weights=weights, **options)
+
+    return jax.vmap(error)(np.eye(len(masks), dtype=x.dtype))
 
 
 def encoder_matrix(code) -> np.ndarray:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nercc_jax import Berrut, NeRCC, Parity, Replication
-from nercc_jax.evaluation import _forecast, make_forecast
+from nercc_jax import AbstractCode, Berrut, NeRCC, Parity, Replication
+from nercc_jax.evaluation import record_answers
 
 K, N = 4, 6
 CODES = {
@@ -85,10 +85,10 @@ def expected(name, x, mask, served=model):
 @pytest.mark.parametrize("name", CODES)
 def test_it_is_the_error_of_decoding(name, dtype):
     x = data(dtype)
-    forecast = make_forecast(models(name), CODES[name], x)
-    assert forecast.answers.coded.shape == (5, N, 4)
-    assert forecast.answers.own.shape == (5, K, 4)
-    assert forecast.answers.coded.dtype == dtype
+    forecast = record_answers(models(name), CODES[name], x)
+    assert forecast.coded.shape == (5, N, 4)
+    assert forecast.own.shape == (5, K, 4)
+    assert forecast.coded.dtype == dtype
     digits = {"float32": 1e-5, "float64": 1e-9 if name != "NeRCC" else 1e-6}[dtype]
     for mask in MASKS:
         error, disagreement = expected(name, x, mask)
@@ -100,15 +100,15 @@ def test_it_is_the_error_of_decoding(name, dtype):
 
 def test_a_broken_answer_makes_a_straggler_in_its_group():
     x = data()
-    forecast = make_forecast(broken_at_mixtures, CODES["NeRCC"], x)
-    broken = ~np.isfinite(forecast.answers.coded).all(axis=2)
+    forecast = record_answers(broken_at_mixtures, CODES["NeRCC"], x)
+    broken = ~np.isfinite(forecast.coded).all(axis=2)
     assert broken.any()
     assert not broken.all(axis=1).any()
     for mask in MASKS[:4]:
         error, disagreement = expected("NeRCC", x, mask, broken_at_mixtures)
         np.testing.assert_allclose(forecast.error(mask), error, rtol=1e-4)
         np.testing.assert_allclose(forecast.disagreement(mask), disagreement, atol=1e-6)
-    assert forecast.error(MASKS[0]) > make_forecast(model, CODES["NeRCC"], x).error(MASKS[0])
+    assert forecast.error(MASKS[0]) > record_answers(model, CODES["NeRCC"], x).error(MASKS[0])
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def lowered():
 
 
 def test_one_compilation_serves_every_mask(lowered):
-    forecast = make_forecast(model, Berrut(K, 7), data())
+    forecast = record_answers(model, Berrut(K, 7), data())
     lowered.clear()
     enough = forecast.below(max_error=1)
     assert lowered, "compiled before the first answer comes"
@@ -140,7 +140,7 @@ def test_one_compilation_serves_every_mask(lowered):
 
 
 def test_masks_can_be_batched_and_jitted():
-    forecast = make_forecast(model, CODES["copies"], data())
+    forecast = record_answers(model, CODES["copies"], data())
     many = jax.jit(jax.vmap(forecast.disagreement))(MASKS)
     np.testing.assert_allclose(many, [forecast.disagreement(mask) for mask in MASKS], atol=1e-6)
 
@@ -148,7 +148,7 @@ def test_masks_can_be_batched_and_jitted():
 @pytest.mark.parametrize("name", ["copies", "BACC"])
 def test_enough_by_disagreement(name):
     """The limit itself is enough, whatever float32 makes of a share of 20 data points."""
-    forecast = make_forecast(model, CODES[name], data())
+    forecast = record_answers(model, CODES[name], data())
     shares = [round(expected(name, data(), mask)[1] * 20) / 20 for mask in MASKS]
     assert len(set(shares)) > 2
     for share in set(shares) - {1.0}:
@@ -162,39 +162,55 @@ def test_enough_by_disagreement(name):
 
 def test_enough_by_error_wants_every_data_point():
     """Copies make no error, but lose data points."""
-    enough = make_forecast(model, CODES["copies"], data()).below(max_error=1)
+    enough = record_answers(model, CODES["copies"], data()).below(max_error=1)
     lossy = MASKS[2]
     assert not np.asarray(CODES["copies"].recovered(lossy)).all()
-    assert make_forecast(model, CODES["copies"], data()).error(lossy) < 1e-6
+    assert record_answers(model, CODES["copies"], data()).error(lossy) < 1e-6
     assert enough(MASKS[0])
     assert not enough(lossy)
     assert not enough(MASKS[-1])
-    forecast = make_forecast(model, CODES["NeRCC"], data())
+    forecast = record_answers(model, CODES["NeRCC"], data())
     error = float(forecast.error(MASKS[1]))
     assert forecast.below(max_error=error * 1.001)(MASKS[1])
     assert not forecast.below(max_error=error * 0.999)(MASKS[1])
 
 
-def test_a_known_mask_is_not_decoded_again(monkeypatch):
-    calls = []
-    expect = _forecast._expect
+class CountedCode(AbstractCode):
+    """A code that counts how often a program makes its decoder."""
 
-    def counting(*args):
-        calls.append(1)
-        return expect(*args)
+    made: list = eqx.field(static=True)
+    num_data: int = eqx.field(static=True, default=K)
+    num_workers: int = eqx.field(static=True, default=N)
 
-    monkeypatch.setattr(_forecast, "_expect", counting)
-    enough = make_forecast(model, CODES["BACC"], data()).below(max_disagreement=0.1)
-    calls.clear()
-    for _ in range(3):
-        enough(MASKS[1])
-        enough(MASKS[0])
-        enough(MASKS[-1])
-    assert len(calls) == 1, "all workers were decoded before, and nobody needs no decoding"
+    def encoder_matrix(self):
+        return CODES["BACC"].encoder_matrix()
+
+    def decoder_matrix(self, available):
+        jax.debug.callback(lambda: self.made.append(1))
+        return CODES["BACC"].decoder_matrix(available)
+
+    def recovered(self, available):
+        return CODES["BACC"].recovered(available)
+
+
+def test_a_known_mask_is_not_decoded_again():
+    code = CountedCode([])
+    enough = record_answers(model, code, data()).below(max_disagreement=0.1)
+
+    def decoded(mask):
+        jax.effects_barrier()
+        before = len(code.made)
+        enough(mask)
+        jax.effects_barrier()
+        return len(code.made) > before
+
+    assert not decoded(MASKS[0]), "all workers were decoded before"
+    assert not decoded(MASKS[-1]), "nobody needs no decoding"
+    assert [decoded(MASKS[1]) for _ in range(3)] == [True, False, False]
 
 
 def test_enough_may_be_asked_from_threads():
-    enough = make_forecast(model, CODES["NeRCC"], data()).below(max_disagreement=0.2)
+    enough = record_answers(model, CODES["NeRCC"], data()).below(max_disagreement=0.2)
     masks = np.random.default_rng(1).uniform(size=(8, N)) < 0.6
     with ThreadPoolExecutor(8) as threads:
         verdicts = list(threads.map(enough, masks))
@@ -203,7 +219,7 @@ def test_enough_may_be_asked_from_threads():
 
 def test_it_runs_on_the_device_it_is_put_on():
     device = jax.devices()[3]
-    forecast = jax.device_put(make_forecast(model, CODES["NeRCC"], data()), device)
+    forecast = jax.device_put(record_answers(model, CODES["NeRCC"], data()), device)
     assert forecast.error(MASKS[1]).devices() == {device}
     assert forecast.below(max_error=100)(MASKS[1])
 
@@ -223,7 +239,7 @@ def test_it_runs_on_the_device_it_is_put_on():
 def test_errors_of_making(change, message, untyped):
     given = {"model": model, "code": CODES["NeRCC"], "x": data(), **change}
     with pytest.raises(ValueError, match=message):
-        make_forecast(**given)
+        record_answers(**given)
 
 
 @pytest.mark.parametrize(
@@ -240,12 +256,12 @@ def test_errors_of_making(change, message, untyped):
 )
 def test_errors_of_limits(limits, message):
     with pytest.raises(ValueError, match=message):
-        make_forecast(model, CODES["BACC"], data()).below(**limits)
+        record_answers(model, CODES["BACC"], data()).below(**limits)
 
 
 @pytest.mark.parametrize("mask", [np.ones(5, bool), np.ones((2, N), bool), np.ones(N), np.True_])
 def test_errors_of_masks(mask, untyped):
-    forecast = make_forecast(model, CODES["BACC"], data())
+    forecast = record_answers(model, CODES["BACC"], data())
     for ask in (forecast.error, forecast.disagreement, forecast.below(max_error=1)):
         with pytest.raises(ValueError, match=r"boolean mask of shape \(6,\)"):
             ask(mask)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matrices import errors_of_sets
 from typer.testing import CliRunner
 
 import nercc_jax as nj
@@ -14,7 +15,7 @@ from nercc_jax import search_layout
 from nercc_jax.cli._app import app
 from nercc_jax.codes import code_card, regression_points
 from nercc_jax.evaluation._answers import Recorder
-from nercc_jax.evaluation._objective import draw_sets, nested_errors
+from nercc_jax.evaluation._objective import draw_sets
 from nercc_jax.tuning import Descent, LayoutTuning, Sampling
 from nercc_jax.tuning._sampling import split_points
 from nercc_jax.tuning._tune import TuningStep
@@ -153,7 +154,7 @@ def test_errors_count_relative_to_the_first_layout(dtype):
     assert first.objective == pytest.approx(1, rel=1e-5)
     groups, masks, law = held_out(jax.random.key(0))
     best = search.candidates[0]
-    errors = eqx.filter_jit(nested_errors)
+    errors = eqx.filter_jit(errors_of_sets)
     one, other = (
         np.asarray(errors(model, code, groups.astype(dtype), masks, criterion="cross_entropy"))
         for code in (best.code, plain)
@@ -348,11 +349,11 @@ def test_points_follow_the_data_where_that_is_measured_to_help(sweeps, data, hel
 def test_following_candidates_are_judged_as_a_scheme_runs_them(sweeps):
     code, groups = nj.NeRCC(8, 10, points="interleaved"), sweeps["jumping"].reshape(8, 8, 2)
     recorder = Recorder(jax.jit(bend), groups, 64)
-    answers = recorder.following(code, recorder.coordinates(first_input))
+    answers = recorder.following(code, first_input)
     mask = jnp.arange(10) % 4 != 1
     infer = nj.coded_inference(bend, nj.Scheme(code, follow=first_input), with_status=True)
     expected = infer(groups.reshape(-1, 2), mask).decoded.predictions.reshape(8, 8, 2)
     np.testing.assert_allclose(answers.decode(mask).predictions, expected, atol=1e-5)
     again = recorder.evaluations
-    recorder.following(code, recorder.coordinates(first_input))
+    recorder.following(code, first_input)
     assert recorder.evaluations == again

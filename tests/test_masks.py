@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matrices import errors_of_sets
 
 from nercc_jax import Berrut, NeRCC, Replication, nested_objective
 from nercc_jax.codes import decode_groups
 from nercc_jax.codes._groups import decode_sets
 from nercc_jax.evaluation import Answers, record_answers
-from nercc_jax.evaluation._objective import nested_errors
 
 K, N, GROUPS = 3, 7, 4
 CODES = {
@@ -113,7 +113,7 @@ def test_the_objective_leaves_out_what_decoding_leaves_out(name):
     model = broken_above(float(sizes[-3]))  # two answers are broken, maybe of data points' own
     originals = broken_above(np.inf)(x.reshape(-1, 3)).reshape(GROUPS, K, 2)
     options = {"originals": originals}
-    errors = nested_errors(model, code, x, SETS, **options)
+    errors = errors_of_sets(model, code, x, SETS, **options)
     for mask, error in zip(SETS, errors, strict=True):
         squares = []
         for group, own in zip(coded, originals, strict=True):

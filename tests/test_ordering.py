@@ -6,12 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nercc_jax import Berrut, NeRCC, Replication, Uncoded, coded_inference
-from nercc_jax.codes import Decoded
-from nercc_jax.inference import order_points, ordered
-from nercc_jax.inference.order import random_projection, short_path
+from nercc_jax import NeRCC, Replication, Scheme, Uncoded, coded_inference
+from nercc_jax.inference import order_points
+from nercc_jax.inference.order import random_projection
 
-K, N = 4, 10
+K = 4
 
 
 def distances(rows):
@@ -29,16 +28,14 @@ def model(x):
 
 @pytest.fixture
 def x():
-    return jnp.asarray(np.random.default_rng(0).normal(size=(6, K, 3)).astype("float32"))
+    return jnp.asarray(np.random.default_rng(0).normal(size=(24, 3)).astype("float32"))
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 def test_broken_rows(broken, untyped):
     rows = np.random.default_rng(7).normal(size=(12, 3)).astype(np.float32)
     rows[[2, 5], 1] = broken
-    with pytest.raises(ValueError, match=r"rows of features are not finite: 2, 5; take them out"):
-        short_path(rows)
-    with pytest.raises(ValueError, match=r"features of data points are not finite: 2, 5"):
+    with pytest.raises(ValueError, match=r"data points are not finite: 2, 5; take them out"):
         order_points(rows, 4)
 
 
@@ -48,10 +45,10 @@ def test_a_buffer_orders_its_own_data_points_in_whole_groups():
     assert is_permutation(order, 50)
     for start in range(0, 50, 16):
         part = rows[start : start + 16]
-        np.testing.assert_array_equal(order[start : start + 16] - start, short_path(part))
+        np.testing.assert_array_equal(order[start : start + 16] - start, order_points(part, 1))
     within = np.asarray(order_points(rows, K, buffer_size=K))
     np.testing.assert_array_equal(within // K, np.arange(50) // K)
-    np.testing.assert_array_equal(order_points(rows[:3], K), short_path(rows[:3]))
+    assert is_permutation(order_points(rows[:3], K), 3)
 
 
 def test_features_say_what_is_alike():
@@ -66,7 +63,7 @@ def test_features_say_what_is_alike():
         walked = hidden[np.asarray(order_points(images, K, features=features))]
         assert np.all(np.abs(np.diff(walked)) == 1)
     flat = images.reshape(30, -1)
-    np.testing.assert_array_equal(order_points(images, K), short_path(flat))
+    np.testing.assert_array_equal(order_points(images, K), order_points(flat, 1))
     layer = eqx.nn.Linear(3, 1, key=jax.random.key(0))
     rows = random.normal(size=(30, 3)).astype("float32")
     walked = np.asarray(jax.vmap(layer)(rows)[order_points(rows, K, features=jax.vmap(layer))])
@@ -118,111 +115,39 @@ def test_few_numbers_are_their_own_projection():
     assert random_projection(images, 20).dtype == "float32"
 
 
+@pytest.mark.parametrize("buffer_size", [K, 8, 1024])
 @pytest.mark.parametrize("code", [Uncoded(K), Replication(K, 8)], ids=type)
-def test_every_prediction_comes_back_to_its_own_data_point(code, x):
-    """Where answers are exact, the order must not show."""
-    everyone = np.ones(code.num_workers, bool)
-    for buffer_size in (K, 8, 1024):
-        infer = ordered(coded_inference(model, code), K, buffer_size=buffer_size)
-        expected = np.asarray(model(x.reshape(-1, 3))).reshape(6, K, 2)
-        np.testing.assert_allclose(infer(x, everyone), expected, atol=1e-6)
-        np.testing.assert_allclose(infer(np.asarray(x), everyone), expected, atol=1e-6)
-        np.testing.assert_allclose(infer(x[0], everyone), expected[0], atol=1e-6)
-
-
-def test_masks_and_workers_are_those_of_the_groups_sent(x):
-    """A worker without a copy loses the one data point that the new order gave it."""
-    masks = np.random.default_rng(12).uniform(size=(6, K)) < 0.6
-    status = ordered(coded_inference(model, Replication(K, K), with_status=True), K)(x, masks)
-    assert isinstance(status, Decoded)
-    order = np.asarray(order_points(x.reshape(-1, 3), K))
-    recovered = np.zeros(24, bool)
-    recovered[order] = masks.reshape(-1)
-    np.testing.assert_array_equal(status.recovered, recovered.reshape(6, K))
-    np.testing.assert_array_equal(status.responded, masks)
-    lost = np.isnan(np.asarray(status.predictions)).all(axis=-1)
-    np.testing.assert_array_equal(lost, ~recovered.reshape(6, K))
-
-
-def lean(x, available):
-    """Stands for coded inference: each prediction leans on all of its group, and on its mask."""
-    share = jnp.asarray(available).mean(axis=1)[:, None, None]
-    return jnp.sin(x) + share * jnp.cumsum(x, axis=1)
-
-
-def test_groups_are_those_of_the_order(x):
-    masks = np.random.default_rng(13).uniform(size=(6, N)) < 0.7
-    predictions = ordered(lean, K, buffer_size=12)(x, masks)
-    flat = np.asarray(x).reshape(-1, 3)
-    order = np.asarray(order_points(flat, K, buffer_size=12)).reshape(6, K)
-    for group, mask in zip(order, masks, strict=True):
-        expected = np.sin(flat[group]) + mask.mean() * np.cumsum(flat[group], axis=0)
-        np.testing.assert_allclose(predictions.reshape(-1, 3)[group], expected, atol=1e-5)
+def test_every_prediction_comes_back_to_its_own_data_point(code, buffer_size, x):
+    """Where answers are exact, the order must not show, by hand or by a scheme."""
+    everyone, own = np.ones(code.num_workers, bool), model(x)
+    order = np.asarray(order_points(x, K, buffer_size=buffer_size))
+    groups = coded_inference(model, code)(x[order].reshape(6, K, 3), everyone)
+    np.testing.assert_allclose(groups.reshape(24, 2)[np.argsort(order)], own, atol=1e-6)
+    scheme = Scheme(code, order="pixels", buffer_size=buffer_size)
+    np.testing.assert_allclose(coded_inference(model, scheme)(x, everyone), own, atol=1e-6)
 
 
 def test_ordering_lowers_the_error():
     random = np.random.default_rng(14)
     curve = np.stack([np.cos(np.linspace(0, 5, 96)), np.linspace(-1, 1, 96)], axis=1)
-    x = curve[random.permutation(96)].reshape(12, 8, 2).astype(np.float32)
-    code = NeRCC(8, 12)
-    mask = np.arange(12) % 4 != 1
-    own = model(x.reshape(-1, 2)).reshape(12, 8, 2)
-    infer = coded_inference(model, code)
+    x = curve[random.permutation(96)].astype(np.float32)
+    infer, mask, own = coded_inference(model, NeRCC(8, 12)), np.arange(12) % 4 != 1, model(x)
 
-    def error(infer):
-        return float(jnp.mean((infer(x, mask) - own) ** 2))
+    def error(order):
+        predictions = infer(x[order].reshape(12, 8, 2), mask).reshape(96, 2)
+        return float(jnp.mean((predictions - own[order]) ** 2))
 
-    within, across = (error(ordered(infer, 8, buffer_size=size)) for size in (8, 96))
-    assert within < error(infer) / 2
+    within, across = (error(order_points(x, 8, buffer_size=size)) for size in (8, 96))
+    assert within < error(np.arange(96)) / 2
     assert across < within / 10
 
 
-def test_broken_data_points_spoil_as_few_groups_as_can_be(x):
-    """Five in five groups; together they fill one, and reach into a second."""
-    x = x.at[jnp.array([0, 1, 2, 4, 5]), jnp.array([0, 1, 3, 2, 0]), 0].set(jnp.nan)
-    broken = np.isnan(np.asarray(x)).any(axis=-1)
-    everyone = np.ones(N, bool)
-    lost = np.isnan(ordered(coded_inference(model, NeRCC(K, N)), K)(x, everyone)).all(axis=-1)
-    assert lost.sum() == 2 * K
-    assert lost[broken].all()
-
-
-def test_it_passes_through_jit_arguments_and_meshes(x):
-    def scaled(batch, scale):
-        return scale * model(batch)
-
-    code, mask = Replication(K, N), np.arange(N) != 3
-    expected = np.asarray(model(x.reshape(-1, 3))).reshape(6, K, 2)
-    infer = ordered(coded_inference(scaled, code), K)
-    np.testing.assert_allclose(infer(x, mask, 2.0), 2 * expected, atol=1e-5)
-    np.testing.assert_allclose(jax.jit(infer)(x, mask, 1.0), expected, atol=1e-5)
-    mesh = jax.make_mesh((5,), ("workers",), devices=jax.devices()[:5])
-    spread = ordered(coded_inference(model, code, mesh=mesh), K)
-    np.testing.assert_allclose(spread(x, mask), expected, atol=1e-5)
-
-
-def test_gradients_pass_through_the_order(x):
-    """As if the order were given."""
-    masks = np.ones((6, N), bool)
-    order = order_points(x.reshape(-1, 3), K)
-
-    def known(x):
-        return jnp.sum(jnp.sin(lean(x.reshape(-1, 3)[order].reshape(x.shape), masks)))
-
-    slope = jax.grad(lambda x: jnp.sum(jnp.sin(ordered(lean, K)(x, masks))))(x)
-    np.testing.assert_allclose(slope, jax.grad(known)(x), atol=1e-5)
-    assert np.abs(slope).max() > 0.1
-
-
-def test_any_shape_of_data_point_and_code():
-    images = np.random.default_rng(16).normal(size=(3, K, 5, 4, 1)).astype(np.float32)
-    infer = ordered(coded_inference(lambda b: b.mean(axis=(1, 2, 3)), Berrut(K, N)), K)
-    predictions = infer(images, np.ones(N, bool))
-    assert predictions.shape == (3, K)
-    assert np.isfinite(predictions).all()
-    square = np.random.default_rng(17).normal(size=(K, K, 2)).astype(np.float32)
-    exact = ordered(coded_inference(model, Uncoded(K)), K)(square, np.ones((K, K), bool))
-    np.testing.assert_allclose(exact, model(square.reshape(-1, 2)).reshape(K, K, 2), atol=1e-6)
+def test_broken_data_points_come_last_in_a_program(x):
+    """So that as few groups are lost as can be."""
+    broken = np.array([0, 5, 7, 11, 13])
+    order = jax.jit(lambda x: order_points(x, K))(x.at[broken, 1].set(jnp.nan))
+    assert is_permutation(order, 24)
+    assert sorted(np.asarray(order)[-5:].tolist()) == broken.tolist()
 
 
 ROWS = np.ones((8, 3), np.float32)
@@ -231,9 +156,6 @@ ROWS = np.ones((8, 3), np.float32)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: short_path(np.ones(3, np.float32)), r"features must be \(n, d\).*not \(3,\)"),
-        (lambda: short_path(np.ones((0, 3), np.float32)), r"n of 1 or more, not \(0, 3\)"),
-        (lambda: short_path(np.ones((2, 3), int)), "features are int32: convert them to floats"),
         (lambda: order_points(ROWS, 0), "num_data must be a positive integer, not 0"),
         (lambda: order_points(ROWS, 4, buffer_size=3), "a buffer of 3 .* must be 4 or more"),
         (lambda: order_points(ROWS, 4, buffer_size=8.0), "buffer_size must be a positive integer"),
@@ -241,13 +163,6 @@ ROWS = np.ones((8, 3), np.float32)
         (lambda: order_points(ROWS, 4, features=ROWS[:5]), r"they must be \(8, \.\.\.\)"),
         (lambda: order_points(ROWS, 4, features=jnp.sum), r"features have shape \(\)"),
         (lambda: random_projection(ROWS, 0), "size must be a positive integer, not 0"),
-        (lambda: ordered(model, 4)(ROWS, np.ones(N, bool)), "must be"),
-        (lambda: ordered(model, 4)(ROWS[:4], np.ones((1, N), bool)), r"\(groups, K, \.\.\.\)"),
-        (
-            lambda: ordered(model, 4)(np.ones((4, 4, 2)), np.ones(N, bool)),
-            "may be one group of 4 or 4 groups",
-        ),
-        (lambda: ordered(model, 4, buffer_size=2), "a buffer of 2 data points holds no group"),
     ],
 )
 def test_errors(call, message, untyped):

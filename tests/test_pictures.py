@@ -48,7 +48,7 @@ def draw():
 
 
 def names(axis):
-    return {text.get_text(): text.xyann[1] for text in axis.texts}
+    return [text.get_text() for text in axis.get_legend().get_texts()]
 
 
 def test_intervals_of_shares_stay_within_0_and_1(draw):
@@ -57,14 +57,12 @@ def test_intervals_of_shares_stay_within_0_and_1(draw):
     assert len(ends) == 2 * len(LAWS) * len(SHARES)
     assert ends.min() >= 0
     assert ends.max() <= 1
-    assert {*names(axis)} == {*SHARES}
+    assert names(axis) == ["replication", "NeRCC", "BACC", "LCC"]
 
 
-def test_only_curves_that_are_there_are_named_and_apart(draw):
+def test_only_curves_that_are_there_are_named_from_the_top_down(draw):
     axis = draw("mse", logarithmic=True)
-    found = names(axis)
-    assert {*found} == {"NeRCC", "BACC", "LCC, off the scale"}
-    assert np.diff(sorted(found.values())).min() > 0.04  # a line of text
+    assert names(axis) == ["LCC, off the scale", "BACC", "NeRCC"]
     assert "replication" in axis.get_title(loc="left")
     top = axis.get_ylim()[1]
     assert top < 1e5
@@ -105,8 +103,7 @@ def test_a_system_looks_the_same_under_all_its_names():
 
     assert system_look("BACC (12, 8)") == system_look("BACC")
     assert system_look("ParM, k = 2") == system_look("ParM") != system_look("ParM, k = 4")
-    assert system_look("NeRCC, published") == system_look("NeRCC published")
-    assert system_look("hedged, p95") != system_look("hedged, p90") == system_look("hedging")
+    assert system_look("hedged, p90") == system_look("hedging")
     assert system_look("no system of ours")["color"] == "#000000"
     changed = system_look("LCC")
     changed["color"] = "red"

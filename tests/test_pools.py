@@ -28,7 +28,7 @@ from nercc_jax import (
     coded_inference,
     pool_inference,
 )
-from nercc_jax.evaluation import make_forecast
+from nercc_jax.evaluation import record_answers
 from nercc_jax.inference.models import Conditions
 from nercc_jax.pools import Fault, Faults, Overdue, run_batches
 from nercc_jax.risk import ErrorProbability
@@ -321,7 +321,7 @@ def test_waiting_until_the_forecast_is_good_enough(gate):
     """More answers are waited for where these would not do, and no more than that."""
     code = Replication(2, 4)
     calibration = np.random.default_rng(0).normal(size=(8, 1)).astype(np.float32)
-    enough = make_forecast(itself, code, calibration).below(max_error=0.1)
+    enough = record_answers(itself, code, calibration).below(max_error=0.1)
     seen = []
 
     def seen_enough(mask):

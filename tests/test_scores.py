@@ -7,7 +7,7 @@ import pytest
 
 from nercc_jax import ExactStragglers, NeRCC, Scheme, calibrate_error_probability
 from nercc_jax.codes._trees import join
-from nercc_jax.evaluation import make_forecast
+from nercc_jax.evaluation import record_answers
 from nercc_jax.risk._scores import ROWS, why_no_scores
 from nercc_models import list_models, load_data, load_model
 
@@ -91,7 +91,7 @@ def test_no_label_is_promised_of_a_single_number(scheme):
 
 
 def test_no_forecast_of_labels_of_a_single_number():
-    forecast = make_forecast(single, NeRCC(2, 4), RANDOM.normal(size=(8, 3)).astype(np.float32))
+    forecast = record_answers(single, NeRCC(2, 4), RANDOM.normal(size=(8, 3)).astype(np.float32))
     with pytest.raises(ValueError, match="give max_error"):
         forecast.below(max_disagreement=0.1)
     assert callable(forecast.below(max_error=10.0))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from pages import blocks
 
 from nercc_jax import NeRCC, Parity, coded_inference
 
@@ -164,55 +165,52 @@ def test_a_mesh_without_the_axis(untyped):
         coded_inference(model, NeRCC(4, 7), mesh=mesh_of(2, ("x",)), axis="y")
 
 
-_PROCESS = """
-import sys
-import jax, numpy as np, jax.numpy as jnp
-jax.config.update("jax_num_cpu_devices", 4)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
-from flax import nnx
-from nercc_jax import Berrut, coded_inference
-
-code = Berrut(4, 10)
-network = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
-mesh = jax.make_mesh((8,), ("workers",))
-rng = np.random.default_rng(0)
-x, mask = rng.normal(size=(4, 5)).astype("f"), rng.uniform(size=10) < 0.7
-expected = coded_inference(lambda b, s: jnp.tanh(network(b)) + s, code)(x, mask, np.float32(1))
-shifted = jax.tree_util.Partial(lambda n, b, s: jnp.tanh(n(b)) + s, network)
-infer = coded_inference(shifted, code, mesh=mesh)
-for given in (x, jnp.asarray(x)):
-    got = infer(given, mask, np.float32(1))
-    np.testing.assert_allclose(np.asarray(got), expected, atol=1e-5)
-print("same", jax.process_count(), len(jax.devices()))
-"""
-
-
 @pytest.mark.slow
-def test_two_processes():
+def test_two_processes(tmp_path):
+    """The program of docs/devices.md, in two processes of one job."""
+    root = Path(__file__).parents[1]
+    (program,) = blocks((root / "docs/devices.md").read_text(), "python processes")
+    (tmp_path / "processes.py").write_text(program)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    root = str(Path(__file__).parents[1])
+        address = f"localhost:{free.getsockname()[1]}"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", _PROCESS, port, str(rank)],
-            cwd=root,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            [sys.executable, str(tmp_path / "processes.py"), address, str(rank)],
+            cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
-    ]
+    ]  # fmt: skip
     try:
         outputs = [process.communicate(timeout=120)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    for process, output in zip(processes, outputs, strict=True):
+    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
         assert process.returncode == 0, output
-        assert "same 2 8" in output
+        assert f"process {rank}: 8 devices, the same predictions" in output
+
+
+def test_pmap_has_a_group_on_each_device():
+    """As the mapped functions have it, and so have their gradients; a broken answer is left out."""
+    code, devices = NeRCC(4, 10), jax.devices()[:4]
+    infer = coded_inference(model, code)
+    x = np.random.default_rng(0).normal(size=(4, 4, 5)).astype(np.float32)
+    masks = np.arange(10) != np.arange(4)[:, None]
+
+    def error(x, mask):
+        return jnp.sum((infer(x, mask) - model(x)) ** 2)
+
+    for function in (infer, jax.grad(error)):
+        expected = np.stack([function(*each) for each in zip(x, masks, strict=True)])
+        found = jax.pmap(function, devices=devices)(x, masks)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    y = np.array([model(code.encode(group)) for group in x])
+    y[0, 5] = np.nan
+    expected = np.stack([code.try_decode(*each).predictions for each in zip(y, masks, strict=True)])
+    found = jax.pmap(code.decode, devices=devices)(y, masks)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_module_with_weights_on_an_explicit_mesh():

@@ -23,9 +23,8 @@ from nercc_jax import (
     pool_inference,
     reexecute,
 )
-from nercc_jax.evaluation import make_forecast
-from nercc_jax.evaluation._objective import nested_errors
-from nercc_jax.inference import ordered, robust_decode
+from nercc_jax.evaluation import record_answers
+from nercc_jax.inference import robust_decode
 from nercc_jax.surrogates import Surrogate
 
 K, N, GROUPS = 3, 6, 2
@@ -98,11 +97,6 @@ def by_jit():
     return jax.jit(coded_inference(heads, CODE))(X, MASK)
 
 
-def by_order():
-    infer = coded_inference(heads, Replication(K, N), grouped=True)
-    return ordered(infer, K, features=lambda x: x["meta"], buffer_size=K)(X, np.ones(N, bool))
-
-
 def by_pool():
     with DevicePool(heads, N) as pool:
         result = pool_inference(pool, Replication(K, N), with_status=True)(X)
@@ -123,7 +117,6 @@ WAYS = {
     by_code: (CODE, MASK),
     by_mesh: (CODE, MASK),
     by_jit: (CODE, MASK),
-    by_order: (Replication(K, N), np.ones(N, bool)),
     by_pool: (Replication(K, N), np.ones(N, bool)),
     by_scheme: (NeRCC(K, N, lambda_dec=0.0), MASK),
     by_scheme_on_a_mesh: (NeRCC(K, N, lambda_dec=0.0), MASK),
@@ -191,7 +184,7 @@ def test_evaluation_and_the_objective():
         np.testing.assert_allclose(
             getattr(tree, metric).mean, getattr(plain, metric).mean, rtol=1e-4
         )
-    forecast = make_forecast(heads, CODE, points(one))
+    forecast = record_answers(heads, CODE, points(one))
     np.testing.assert_allclose(forecast.error(MASK) ** 2 / 8, nested_objective(
         heads, CODE, one, MASK[None]), rtol=1e-4)  # fmt: skip
     # A data point keeps its labels if it keeps them all: along the last axis of every head.
@@ -202,7 +195,7 @@ def test_evaluation_and_the_objective():
          == np.argmax(own[name], -1)).reshape(len(flat), -1).all(axis=1)
         for name in own
     ]  # fmt: skip
-    wrong = nested_errors(heads, CODE, one, MASK[None], criterion="disagreement")
+    wrong = nested_objective(heads, CODE, one, MASK[None], criterion="disagreement")
     np.testing.assert_allclose(wrong, 1 - np.mean(np.logical_and(*same)), atol=1e-6)
     labels = {name: np.argmax(own[name], -1) for name in own}
     row = evaluate(heads, {"c": CODE}, points(one), laws, key=key, num_sets=3, labels=labels)[0]

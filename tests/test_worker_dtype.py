@@ -25,7 +25,7 @@ from nercc_jax import (
     evaluate,
     pool_inference,
 )
-from nercc_jax.evaluation import Estimate, make_forecast, record_answers
+from nercc_jax.evaluation import Estimate, record_answers
 from nercc_jax.inference import CalibrationWarning, cast_model
 from nercc_jax.inference.models import Conditions, current_conditions
 from nercc_jax.planning import Candidate, Plan
@@ -372,15 +372,15 @@ def test_another_platform_says_so(doubts):
 
 
 def test_a_pool_with_anothers_doubt_or_forecast_says_so(doubts):
-    rule = make_forecast(small(), CODE, FEW).below(max_disagreement=0.99)
-    cast = make_forecast(small(), CODE, FEW, worker_dtype="bfloat16").below(max_disagreement=0.99)
+    rule = record_answers(small(), CODE, FEW).below(max_disagreement=0.99)
+    cast = record_answers(small(), CODE, FEW, worker_dtype="bfloat16").below(max_disagreement=0.99)
     with DevicePool(small(), 2, worker_dtype="bfloat16") as pool:
         with pytest.warns(CalibrationWarning, match="ErrorProbability was"):
             pool_inference(pool, REGRESSION, error_probability=doubts[None], max_disagreement=0.1)
         pool_inference(pool, REGRESSION, error_probability=doubts["bfloat16"], max_disagreement=0.1)
         infer = pool_inference(pool, CODE)
         infer(X, cast)
-        with pytest.warns(CalibrationWarning, match="ForecastRule was"):
+        with pytest.warns(CalibrationWarning, match="StoppingRule was"):
             infer(X, rule)
 
 

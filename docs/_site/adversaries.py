@@ -6,8 +6,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from nercc_jax.evaluation._pictures import system_look
-
+from .looks import system_look
 from .results import WIDTH, load, percent, plus_minus
 
 RESULTS, WORST = load("adversaries"), load("liars")

@@ -6,8 +6,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from nercc_jax.evaluation._pictures import system_look
-
+from .looks import system_look
 from .results import WIDTH, load, mean_and_half_width, percent, plus_minus, ratio, strong
 
 RESULTS = load("functions")

@@ -5,8 +5,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from nercc_jax.evaluation._pictures import system_look
-
+from .looks import system_look
 from .paper import PAPER
 from .results import WIDTH, load, strong
 

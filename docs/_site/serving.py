@@ -7,8 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import ticker
 
-from nercc_jax.evaluation._pictures import system_look
-
+from .looks import system_look
 from .results import WIDTH, load, strong
 
 Row = Mapping[str, Any]

@@ -6,8 +6,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from nercc_jax.evaluation._pictures import system_look
-
+from .looks import system_look
 from .results import WIDTH, strong
 
 Cell = Mapping[str, Any]

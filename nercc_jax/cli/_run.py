@@ -14,7 +14,7 @@ from jaxtyping import Int
 from rich.console import Console
 
 from ..codes import AbstractCode, NeRCC
-from ..evaluation import make_forecast
+from ..evaluation import record_answers
 from ..evaluation._answers import batched
 from ..inference.models import Model, call_model
 from ..pools import PoolReport, leave_ray, run_batches
@@ -173,11 +173,11 @@ def _enough_by_forecast(network: Any, code: AbstractCode, options: RunOptions) -
     """Return a rule for when to decode; raise ValueError if even all answers would not do."""
     limit = options.max_disagreement
     x, _ = network.images("train", options.data_dir, _CALIBRATION, options.seed)
-    forecast = make_forecast(network, code, x, worker_dtype=options.worker_dtype)
-    enough = forecast.below(max_disagreement=limit)
+    answers = record_answers(network, code, x, worker_dtype=options.worker_dtype)
+    enough = answers.below(max_disagreement=limit)
     everyone = np.ones(code.num_workers, bool)
     if not enough(everyone):
-        best = float(forecast.disagreement(everyone))
+        best = float(answers.disagreement(everyone))
         raise ValueError(
             f"--max-disagreement {limit}: with this code {best:.4f} is expected even when all "
             f"{code.num_workers} workers answer; allow more, or use a tuned code (`nercc tune`)"

@@ -135,11 +135,6 @@ class KeptMatrices:
         return made
 
 
-def known_matrices(code: Any, available: ArrayLike) -> CachedMatrices:
-    """Return the encoder's where the code is known, and the decoder's where the masks are, too."""
-    return CachedMatrices(known_encoder(code), known_decoders(code, available))
-
-
 def known_decoders(
     code: Any, available: ArrayLike, most: int = KeptMatrices.few_sets
 ) -> Matrices | None:

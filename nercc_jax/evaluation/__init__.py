@@ -1,9 +1,8 @@
-"""Recorded answers, codes side by side, the nested objective, forecasts."""
+"""Recorded answers, codes side by side, the nested objective."""
 
 from ._answers import Answers, record_answers
 from ._criteria import coverage
 from ._evaluation import Estimate, Evaluation, Evaluations, evaluate
-from ._forecast import Forecast, make_forecast
 from ._objective import nested_objective
 
 __all__ = [
@@ -11,10 +10,8 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "Evaluations",
-    "Forecast",
     "coverage",
     "evaluate",
-    "make_forecast",
     "nested_objective",
     "record_answers",
 ]

@@ -35,11 +35,8 @@ def labels_of(outputs: PyTree, axes: int) -> PyTree[Int[Any, "..."]]:
 
     Data points are the first axes. An output without any other axis has the label 0.
     """
-
-    def of_leaf(leaf: Any) -> Any:
-        return namespace(leaf).argmax(leaf if leaf.ndim > axes else leaf[..., None], axis=-1)
-
-    return jax.tree.map(of_leaf, outputs)
+    outputs = jax.tree.map(lambda y: y if y.ndim > axes else y[..., None], outputs)
+    return jax.tree.map(lambda y: namespace(y).argmax(y, axis=-1), outputs)
 
 
 def same_labels(labels: PyTree, others: PyTree, axes: int) -> Bool[Any, "*lead"]:
@@ -59,13 +56,11 @@ def agree_on_labels(
 ) -> Bool[Any, "*points"]:
     """Return whether outputs, as vectors, have the same labels (`form` splits several)."""
     xp = namespace(vectors, others)
-    mine, theirs = xp.asarray(vectors), xp.asarray(others)
-    axes = mine.ndim - 1
-
-    def labels(outputs: Any) -> PyTree:
-        return labels_of(outputs if form is None else form.split(outputs), axes)
-
-    return same_labels(labels(mine), labels(theirs), axes)
+    outputs = [xp.asarray(vectors), xp.asarray(others)]
+    axes = outputs[0].ndim - 1
+    if form is not None:
+        outputs = [form.split(each) for each in outputs]
+    return same_labels(*(labels_of(each, axes) for each in outputs), axes)
 
 
 def _mse(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
@@ -76,11 +71,11 @@ def _mse(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
 
 
 def _cross_entropy(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
-    def of_leaf(decoded: Array, original: Array) -> Array:
-        mine, wanted = (jax.nn.log_softmax(each, axis=-1) for each in (decoded, original))
-        return jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - mine), axis=-1))
-
-    return jnp.mean(jnp.stack(jax.tree.leaves(jax.tree.map(of_leaf, decoded, original))))
+    parts = []
+    for both in zip(jax.tree.leaves(decoded), jax.tree.leaves(original), strict=True):
+        mine, wanted = (jax.nn.log_softmax(each, axis=-1) for each in both)
+        parts.append(jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - mine), axis=-1)))
+    return jnp.mean(jnp.stack(parts))
 
 
 def _disagreement(decoded: PyTree, original: PyTree) -> Float[Array, ""]:

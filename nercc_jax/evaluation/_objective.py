@@ -62,30 +62,17 @@ def nested_objective(
 
     Source: arXiv 2402.04377, the objective that lambda_enc and lambda_dec are tuned on.
     """
-    errors = nested_errors(model, code, x, available, criterion=criterion, originals=originals)
-    summary = jnp.any(jax.vmap(code.recovered)(jnp.asarray(available)), axis=1)
-    if weights is None:
-        weights = 1 / jnp.maximum(jnp.sum(summary), 1)
-    return jnp.sum(jnp.where(summary, weights * errors, 0))
-
-
-def nested_errors(
-    model: Model | Sequence[Model],
-    code: AbstractCode,
-    x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
-    available: Bool[ArrayLike, "sets num_workers"],
-    *,
-    criterion: Criterion = "mse",
-    originals: PyTree[Float[ArrayLike, "groups num_data ..."]] | None = None,
-) -> Float[Array, " sets"]:
-    """Return the error of each straggler set, NaN where all is lost: see `nested_objective`."""
     available = jnp.asarray(available)
     if available.ndim != 2 or available.shape[1] != code.num_workers or available.dtype != bool:
         raise ValueError(
             f"available must be masks (sets, {code.num_workers}), not "
             f"{available.dtype}{available.shape}"
         )
-    return nested_answers(model, code, x, originals).losses(available, criterion)
+    errors = nested_answers(model, code, x, originals).losses(available, criterion)
+    summary = jnp.any(jax.vmap(code.recovered)(available), axis=1)
+    if weights is None:
+        weights = 1 / jnp.maximum(jnp.sum(summary), 1)
+    return jnp.sum(jnp.where(summary, weights * errors, 0))
 
 
 def nested_answers(
@@ -135,17 +122,13 @@ class Trial(eqx.Module):
     criterion: Criterion = eqx.field(static=True)
     power: float = eqx.field(static=True)
 
-    def errors(self, model: Model, code: AbstractCode) -> Float[Array, " laws"]:
-        """Return a code's mean error under each law, without sets in which it recovers nothing."""
-        return _errors_by_law(self, model, code)[0]
-
     def objective(self, model: Model, code: AbstractCode) -> Float[Array, ""]:
         """Return the power mean over laws of a code's error relative to the starting code's.
 
         With r_l = errors / scales this is (mean_l r_l^power)^(1/power): 1 for the starting code,
         and differentiable in the code.
         """
-        return _relative(self, *_errors_by_law(self, model, code))
+        return _judge(self, model, code)[1]
 
     def objective_by_products(self, model: Model, code: AbstractCode) -> Float[Array, ""]:
         """Return the objective by one product for each straggler set.
@@ -156,43 +139,34 @@ class Trial(eqx.Module):
         answers = nested_answers(model, code, self.x, self.originals)
         given = jax.vmap(lambda mask: Matrices(code.decoder_matrix(mask), code.recovered(mask)))
         decoded, _ = multiplied(answers.coded, self.available, given(self.available), sets=True)
-        losses = answers.losses_of(decoded, self.criterion)
-        return _relative(self, *_by_law(self, code, losses))
+        return self.by_law(code, answers.losses_of(decoded, self.criterion))[1]
+
+    def by_law(
+        self, code: AbstractCode, losses: Float[Array, " sets"]
+    ) -> tuple[Float[Array, " laws"], Float[Array, ""]]:
+        """Return the mean loss under each law, and `objective`.
+
+        Sets that recover nothing are left out; a law with no other has NaN.
+        """
+        counts = jnp.any(jax.vmap(code.recovered)(self.available), axis=1)
+        total, count = (
+            jax.ops.segment_sum(values, self.law, len(self.laws), indices_are_sorted=True)
+            for values in (jnp.where(counts, losses, 0), counts.astype(losses.dtype))
+        )
+        errors = jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
+        counts = (count > 0) & jnp.isfinite(self.scales)
+        # Where the starting code makes no error at all, there is nothing to be relative to.
+        relative = errors / jnp.maximum(self.scales, 1e-30)
+        powers = jnp.where(counts, jnp.where(counts, relative, 1) ** self.power, 0)
+        return errors, (jnp.sum(powers) / jnp.maximum(jnp.sum(counts), 1)) ** (1 / self.power)
 
 
-# One program for errors and objectives: seconds to compile.
-@eqx.filter_jit
-def _errors_by_law(
+@eqx.filter_jit  # one program for errors and objectives: it takes seconds to compile
+def _judge(
     trial: Trial, model: Model, code: AbstractCode
-) -> tuple[Float[Array, " laws"], Bool[Array, " laws"]]:
-    errors = nested_errors(
-        model, code, trial.x, trial.available,
-        criterion=trial.criterion, originals=trial.originals,
-    )  # fmt: skip
-    return _by_law(trial, code, errors)
-
-
-def _by_law(
-    trial: Trial, code: AbstractCode, errors: Float[Array, " sets"]
-) -> tuple[Float[Array, " laws"], Bool[Array, " laws"]]:
-    """Return the mean error under each law (NaN where no set recovers anything), and which have."""
-    counts = jnp.any(jax.vmap(code.recovered)(trial.available), axis=1)
-    total, count = (
-        jax.ops.segment_sum(values, trial.law, len(trial.laws), indices_are_sorted=True)
-        for values in (jnp.where(counts, errors, 0), counts.astype(errors.dtype))
-    )
-    return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan), count > 0
-
-
-@eqx.filter_jit
-def _relative(
-    trial: Trial, errors: Float[Array, " laws"], counts: Bool[Array, " laws"]
-) -> Float[Array, ""]:
-    counts = counts & jnp.isfinite(trial.scales)
-    # Where the starting code makes no error at all, there is nothing to be relative to.
-    relative = errors / jnp.maximum(trial.scales, 1e-30)
-    powers = jnp.where(counts, jnp.where(counts, relative, 1) ** trial.power, 0)
-    return (jnp.sum(powers) / jnp.maximum(jnp.sum(counts), 1)) ** (1 / trial.power)
+) -> tuple[Float[Array, " laws"], Float[Array, ""]]:
+    answers = nested_answers(model, code, trial.x, trial.originals)
+    return trial.by_law(code, answers.losses(trial.available, trial.criterion))
 
 
 def make_trial(
@@ -226,7 +200,7 @@ def make_trial(
     available, law = draw_sets(stragglers, key, code.num_workers, num_sets)
     laws = tuple(stragglers)
     blank = Trial(x, originals, available, law, jnp.ones(len(laws)), laws, criterion, float(power))
-    scales = blank.errors(model, code)
+    scales, _ = _judge(blank, model, code)
     if not jnp.all(jnp.isfinite(scales)):
         broken = {name: float(s) for name, s in zip(laws, scales, strict=True) if not s < jnp.inf}
         raise ValueError(
@@ -264,25 +238,24 @@ def landscape(
     This is what one would do without gradients, and a picture of what they descend. The decoder
     needs no new answers, so the model runs on the coded data points once for each `lambda_enc`.
     """
-    dtype = code.lambda_dec.dtype
-    codes = [
-        eqx.tree_at(lambda c: c.lambda_enc, code, jnp.asarray(value, dtype))
-        for value in np.asarray(lambda_enc)
-    ]
-    columns = jnp.asarray(lambda_dec, dtype)
-    return jnp.stack([_row(model, each, trial, columns) for each in codes])
+    rows, columns = (jnp.asarray(each, code.lambda_dec.dtype) for each in (lambda_enc, lambda_dec))
+    return jnp.stack([_row(model, code, trial, here, columns) for here in rows])
 
 
 @eqx.filter_jit
 def _row(
-    model: Model, code: NeRCC, trial: Trial, lambda_dec: Float[Array, " columns"]
+    model: Model,
+    code: NeRCC,
+    trial: Trial,
+    row: Float[Array, ""],
+    columns: Float[Array, " columns"],
 ) -> Float[Array, " columns"]:
+    code = eqx.tree_at(lambda c: c.lambda_enc, code, row)
     answers = nested_answers(model, code, trial.x, trial.originals)
 
     def cell(value: Float[Array, ""]) -> Float[Array, ""]:
         here = eqx.tree_at(lambda c: c.lambda_dec, code, value)
         decoded_so = eqx.tree_at(lambda known: known.code, answers, here)
-        losses = decoded_so.losses(trial.available, trial.criterion)
-        return _relative(trial, *_by_law(trial, here, losses))
+        return trial.by_law(here, decoded_so.losses(trial.available, trial.criterion))[1]
 
-    return jax.lax.map(cell, lambda_dec)
+    return jax.lax.map(cell, columns)

@@ -1,9 +1,9 @@
-"""Encode, model, decode: on one device, on a mesh, in order, among liars."""
+"""Encode, model, decode: on one device, on a mesh, among liars; and orders of data points."""
 
 from ._coded import coded_inference
 from ._robust import RobustDecoded, robust_decode
 from .models import CalibrationWarning, cast_model
-from .order import order_points, ordered
+from .order import order_points
 
 __all__ = [
     "CalibrationWarning",
@@ -11,6 +11,5 @@ __all__ = [
     "cast_model",
     "coded_inference",
     "order_points",
-    "ordered",
     "robust_decode",
 ]

@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -19,7 +20,7 @@ from ..codes import AbstractCode, Decoded, decode_groups, encode_groups
 from ..codes._code import check_mask, deviations
 from ..codes._decoding import mask_mixed_groups
 from ..codes._groups import multiply_groups
-from ..codes._kept import CachedMatrices, known_matrices
+from ..codes._kept import CachedMatrices, known_decoders, known_encoder
 from ..codes._meshes import coded_on_mesh
 from ..codes._trees import (
     any_tracer,
@@ -29,6 +30,7 @@ from ..codes._trees import (
     groups_of,
     is_float,
     join,
+    leaves_of,
     points_of,
 )
 from ..splines.arrays import native
@@ -177,7 +179,7 @@ class CodedInference:
         if scheme:
             check_finite(points_of(x), 1)
         args = native(args, "an argument of the model") if args else args
-        known = known_matrices(code, available)
+        known = CachedMatrices(known_encoder(code), known_decoders(code, available))
 
         if isinstance(workers, Placed):
 
@@ -205,7 +207,9 @@ class CodedInference:
             if quick and isinstance(sound, Tracer):  # of what the model closes over
                 result, *_ = _run(*given)
             elif quick and not sound:
-                result = _completed(code, decode_groups(code, y, masks), y, grouped, with_error)
+                result = decode_groups(code, y, masks)
+                result = _with_error(code, result, y) if with_error else result
+                result = result if grouped else jax.tree.map(lambda leaf: leaf[0], result)
 
         if self.with_status or with_error:
             return result
@@ -231,11 +235,11 @@ class CodedInference:
         def infer(workers: Any, *args: Any) -> Any:
             return dataclasses.replace(self, workers=workers)(*args)
 
-        def stand_in(leaf: Any) -> Any:  # Equinox would take a bare shape for a constant
-            shape_only = isinstance(leaf, jax.ShapeDtypeStruct)
-            return np.zeros(leaf.shape, leaf.dtype) if shape_only else leaf
-
-        arguments = jax.tree.map(stand_in, (x, available, *args))
+        leaves, structure = jax.tree.flatten((x, available, *args))
+        for number, leaf in enumerate(leaves):
+            if isinstance(leaf, jax.ShapeDtypeStruct):  # Equinox would take it for a constant
+                leaves[number] = np.zeros(leaf.shape, leaf.dtype)
+        arguments = jax.tree.unflatten(structure, leaves)
         program: Any = eqx.filter_jit(eqx.Partial(infer, self.workers))
         return program.lower(*arguments)
 
@@ -282,28 +286,28 @@ def _run(
         y = workers.answer(x, args, shape)
     else:
         y = run_workers(workers, coder, encode_groups(coder, x, known.encoder), *args)
+    sound = None
     if quick:
         assert known.decoders is not None
         decoded, sound = multiply_groups(y, available, known.decoders)
-        return _completed(coder, decoded, y, grouped, with_error), sound, y
-    there, given = mask_mixed_groups(x, available, known.decoders)
-    decoded = workers.decode(y, there, given) if spread else decode_groups(coder, y, there, given)
+    else:
+        there, given = mask_mixed_groups(x, available, known.decoders)
+        decode = workers.decode if spread else functools.partial(decode_groups, coder)
+        decoded = decode(y, there, given)
     if spread and with_error:
         y = workers.of_workers(y)
-    return _completed(coder, decoded, y, grouped, with_error), None, None
-
-
-def _completed(
-    code: AbstractCode, decoded: Decoded, y: PyTree, grouped: bool, with_error: bool
-) -> Decoded:
-    """Return the result with its expected error if asked for, and of one group without its axis."""
     if with_error:
-        try:
-            errors = deviations(code, join(y, 2)[0], decoded.responded)
-        except ValueError:  # no regression
-            errors = None
-        decoded = Decoded(decoded.predictions, decoded.responded, decoded.recovered, errors)
-    return decoded if grouped else jax.tree.map(lambda leaf: leaf[0], decoded)
+        decoded = _with_error(coder, decoded, y)
+    return decoded if grouped else jax.tree.map(lambda leaf: leaf[0], decoded), sound, y
+
+
+def _with_error(code: AbstractCode, decoded: Decoded, y: PyTree) -> Decoded:
+    """Return the result with its expected error, where the code is a regression."""
+    try:
+        errors = deviations(code, join(y, 2)[0], decoded.responded)
+    except ValueError:
+        errors = None
+    return Decoded(decoded.predictions, decoded.responded, decoded.recovered, errors)
 
 
 def as_groups(
@@ -315,6 +319,8 @@ def as_groups(
     in_a_row: bool = False,
 ) -> tuple[PyTree, Any, bool]:
     """Return data points as groups (groups, K, ...), a mask for each, and whether they came so.
+
+    What is not on a device stays where it is.
 
     Args:
         code: The code.
@@ -328,24 +334,40 @@ def as_groups(
             differs within a group.
     """
     num_data, num_workers = code.num_data, code.num_workers
-    in_a_row, axes = in_a_row and not grouped, 1 if available is None else np.ndim(available)
-    many = in_a_row or is_grouped(num_data, x, axes, grouped)
-
-    # What is not on a device stays where it is.
-    x = native(x, "x")
-    x = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), x)
-    check_floats("x", x, beside=True)
-    x = jax.tree.map(
-        lambda leaf: (
-            leaf
-            if isinstance(leaf, jax.Array)
-            else leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
-        ),
-        x,
-    )
-    shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
+    in_a_row = in_a_row and not grouped
+    leaves, structure = jax.tree.flatten(native(x, "x"))
+    for number, leaf in enumerate(leaves):
+        if not isinstance(leaf, jax.Array):
+            leaf = np.asarray(leaf)
+            dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+            leaves[number] = leaf.astype(dtype, copy=False)
+    x, shapes = jax.tree.unflatten(structure, leaves), [leaf.shape for leaf in leaves]
     same = len({shape[:1] for shape in shapes}) == 1
     summary = ", ".join(map(str, shapes))
+
+    many = in_a_row
+    if not in_a_row:
+        masks_of_groups = available is not None and np.ndim(available) == 2
+        single = all(shape[:1] == (num_data,) for shape in shapes) and not masks_of_groups
+        many = all(shape[1:2] == (num_data,) for shape in shapes)
+        undecided = grouped is None and single and many
+        many = many and grouped is not False
+        if undecided or (not many and (not single or grouped)):
+            named = (f"{label} of shape {leaf.shape}" for label, leaf in leaves_of("x", x))
+            one, several = "(K, ...)", "(groups, K, ...)"
+            wanted = {None: f"{one} or {several}", True: several, False: one}
+            raise ValueError(
+                ", ".join(named)
+                + (
+                    f" may be one group of {num_data} or {shapes[0][0]} groups: say which with "
+                    "grouped=True or grouped=False, or give a mask per group, (groups, N)"
+                    if undecided
+                    else ": with this code and mask it must be "
+                    f"{wanted[True if masks_of_groups else grouped]}, K = {num_data}"
+                    + (", and one mask (N,)" if masks_of_groups and grouped is False else "")
+                )
+            )
+    check_floats("x", x, beside=True)
     if in_a_row and not (same and shapes[0] and shapes[0][0] and shapes[0][0] % num_data == 0):
         raise ValueError(f"x of shape {summary} is no whole groups of {num_data} data points")
     if any(isinstance(size, int) and size == 0 for shape in shapes for size in shape):
@@ -353,7 +375,8 @@ def as_groups(
     if many and not same:
         raise ValueError(f"the parts of x are of different numbers of groups: {summary}")
     x = groups_of(x, num_data) if in_a_row else x if many else jax.tree.map(lambda a: a[None], x)
-    check_beside("x", x, 2)
+    if not all(map(is_float, leaves)):
+        check_beside("x", x, 2)
     if available is None:
         return x, None, many
 
@@ -363,31 +386,3 @@ def as_groups(
     check_mask(masks, (groups, num_workers) if masks.ndim == 2 else (num_workers,))
     broadcast = np.broadcast_to if on_host else jnp.broadcast_to
     return x, broadcast(masks, (groups, num_workers)), many and not in_a_row
-
-
-def is_grouped(num_data: int, x: PyTree, mask_axes: int = 1, grouped: bool | None = None) -> bool:
-    """Return whether x is many groups: as `grouped` says, else by the mask's axes or where K is.
-
-    Raises:
-        ValueError: That does not decide, or x is neither.
-    """
-    found = jax.tree_util.tree_leaves_with_path(x)
-    shapes = [(f"x{jax.tree_util.keystr(path)}", np.shape(leaf)) for path, leaf in found]
-    single = all(shape[:1] == (num_data,) for _, shape in shapes) and mask_axes != 2
-    many = all(shape[1:2] == (num_data,) for _, shape in shapes)
-    summary = ", ".join(f"{label} of shape {shape}" for label, shape in shapes)
-    if grouped is None and single and many:
-        raise ValueError(
-            f"{summary} may be one group of {num_data} or {shapes[0][1][0]} groups: say which with "
-            "grouped=True or grouped=False, or give a mask per group, (groups, N)"
-        )
-    if grouped is not None:
-        single, many = single and not grouped, many and grouped
-    if not single and not many:
-        forms = {None: "(K, ...) or (groups, K, ...)", True: "(groups, K, ...)", False: "(K, ...)"}
-        wanted = forms[True if mask_axes == 2 else grouped]
-        raise ValueError(
-            f"{summary}: with this code and mask it must be {wanted}, K = {num_data}"
-            + (", and one mask (N,)" if mask_axes == 2 and grouped is False else "")
-        )
-    return many

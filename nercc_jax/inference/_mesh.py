@@ -96,17 +96,15 @@ class Placed:
         kinds, dtype = np.array(self.kinds), worker_dtype_of(self.model)
         arrays, static = eqx.partition((self.model, args), eqx.is_array)
 
-        def exchanged(coded):
-            assert shape is not None
-            coded = jax.lax.all_to_all(coded, self.axis, split_axis=1, concat_axis=2, tiled=True)
-            return coded[..., : math.prod(shape)].reshape(*coded.shape[:2], *shape)
-
         def of_device(arrays, encoder, x):
             model, args = eqx.combine(arrays, static)
             coded = jax.tree.map(lambda leaf: encode_leaf(encoder, leaf), x)
             coded = cast_floats(coded, dtype)  # before it is sent
             if shape is not None:
-                coded = jax.tree.map(exchanged, coded)
+                (leaf,), structure = jax.tree.flatten(coded)
+                leaf = jax.lax.all_to_all(leaf, self.axis, split_axis=1, concat_axis=2, tiled=True)
+                leaf = leaf[..., : math.prod(shape)].reshape(*leaf.shape[:2], *shape)
+                coded = jax.tree.unflatten(structure, [leaf])
             return run_workers(model, kinds, coded, *args)
 
         if shape is None:
@@ -255,16 +253,14 @@ def put(value: ArrayLike, sharding: Sharding) -> Array:
 
 def _on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
     """Return the tree on the mesh's devices, replicated unless its arrays lie there already."""
-
-    def move(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, Tracer):
-            return leaf
-        lies: Any = _automatic(leaf)
-        if lies is None or tuple(lies.mesh.devices.flat) != tuple(mesh.devices.flat):
-            lies = NamedSharding(mesh, _REPLICATED)
-        return put(leaf, lies)
-
-    return jax.tree.map(move, tree)
+    leaves, structure = jax.tree.flatten(tree)
+    for number, leaf in enumerate(leaves):
+        if isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer):
+            lies: Any = _automatic(leaf)
+            if lies is None or tuple(lies.mesh.devices.flat) != tuple(mesh.devices.flat):
+                lies = NamedSharding(mesh, _REPLICATED)
+            leaves[number] = put(leaf, lies)
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _automatic(leaf: Any) -> NamedSharding | None:

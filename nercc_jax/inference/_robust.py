@@ -222,7 +222,8 @@ def find_adversaries(
         misfit = jnp.where(kept, _misfits(covariance, y, kept), -1)
         worst = jnp.argmax(misfit if distance is None else jnp.where(kept, distance, -1))
         row = covariance[worst]
-        without = covariance + jnp.outer(row, row) / _positive(1 - row[worst])
+        left = jnp.maximum(1 - row[worst], jnp.finfo(y.dtype).eps)
+        without = covariance + jnp.outer(row, row) / left
         go = (turn < most) & (misfit[worst] > threshold * negligible)
         return kept.at[worst].set(kept[worst] & ~go), jnp.where(go, without, covariance)
 
@@ -279,9 +280,5 @@ def _misfits(
     fitted = multiply(covariance, known)
     variance = jnp.diagonal(covariance)
     variance = jnp.where(kept, 1 - variance, 1 + variance)
-    return jnp.sqrt(jnp.sum((y - fitted) ** 2, axis=1) / _positive(variance))
-
-
-def _positive(value: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """Return 1 - S_ii, positive but for rounding; 0 where no other observation informs on i."""
-    return jnp.maximum(value, jnp.finfo(value.dtype).eps)
+    least = jnp.finfo(y.dtype).eps  # 1 - S_ii is 0 where no other observation informs on i
+    return jnp.sqrt(jnp.sum((y - fitted) ** 2, axis=1) / jnp.maximum(variance, least))

@@ -4,7 +4,6 @@ How often a label is wrong depends on how the workers round: what was calibrated
 promises too much of bfloat16 ones, and a GPU or TPU rounds the products of a float32 model, too.
 """
 
-import abc
 import dataclasses
 import functools
 import sys
@@ -23,7 +22,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode
 from ..codes._kept import x64_enabled
-from ..codes._trees import is_float, leaves_of, points_of
+from ..codes._trees import check_floats, is_float, leaves_of, points_of
 from ..splines.arrays import native
 
 Model: TypeAlias = Callable[..., Array]
@@ -55,15 +54,13 @@ def check_model(model: Model | Sequence[Model]) -> None:
         ValueError: A layer is in training mode; the message names it, and says how to put the model
             into evaluation mode.
     """
-
-    def drops(layer: Any, name: str, default: float = 0.0) -> bool:
-        rate = getattr(layer, name, default)
-        return not isinstance(rate, int | float) or rate > 0
-
+    defaults = {"p": 1.0, "rate": 0.0, "dropout_rate": 0.0}
     for name, layer in modules_of(model):
-        dropping = drops(layer, "rate") or drops(layer, "dropout_rate")
+        rates = {field: getattr(layer, field, default) for field, default in defaults.items()}
+        drops = [field for field, p in rates.items() if not isinstance(p, int | float) or p > 0]
+        dropping = "rate" in drops or "dropout_rate" in drops
         averages = getattr(layer, "use_running_average", None) is False
-        if getattr(layer, "inference", None) is False and drops(layer, "p", 1.0):
+        if getattr(layer, "inference", None) is False and "p" in drops:
             remedy = "eqx.nn.inference_mode(model)"
         elif averages or (getattr(layer, "deterministic", None) is False and dropping):
             remedy = "model.eval()"
@@ -107,7 +104,7 @@ def modules_of(
             yield from modules_of(value, name, seen)
 
 
-def call_model(model: Model, batch: PyTree, *args: Any) -> Any:
+def call_model(model: Model, batch: PyTree, *args: Any, rows: bool = False) -> Any:
     """Return `model(batch, *args)`.
 
     A model that JAX cannot trace, since it works on NumPy arrays or looks at values, is called on
@@ -115,34 +112,39 @@ def call_model(model: Model, batch: PyTree, *args: Any) -> Any:
     data point of zeros (or ones), for the shapes of its outputs. A list that it returns is an array
     of rows. It has no derivative.
 
+    Args:
+        model: The model.
+        batch: A batch of data points.
+        *args: Further arguments of the model.
+        rows: Whether to refuse answers that are not arrays with as many rows as the batch.
+
     Raises:
         ValueError: The model takes one data point instead of a batch (from the model's own error),
-            or JAX cannot trace it and it raises at zeros and ones; else what the model raises.
+            JAX cannot trace it and it raises at zeros and ones, or there are other `rows`; else
+            what the model raises.
         NoDerivative: A derivative is taken of a model that JAX cannot trace.
     """
+
+    def traces(x: PyTree) -> bool:
+        try:
+            eqx.filter_eval_shape(lambda x: model(x, *args), x)
+        except Exception:
+            return False
+        return True
+
     try:
-        return model(batch, *args)
+        y = model(batch, *args)
     except _UNTRACEABLE:
-        return _call_on_host(model, batch, args)
+        y = _call_on_host(model, batch, args)
     except Exception as error:
-        one = jax.tree.map(lambda leaf: leaf[0], batch)
         # What fails on the batch while running only says nothing of shapes.
-        if not _can_trace(model, batch, args) and _can_trace(model, one, args):
+        if not traces(batch) and traces(jax.tree.map(lambda leaf: leaf[0], batch)):
             raise ValueError(
                 "the model takes one data point, not a batch of them: give jax.vmap(model)"
             ) from error
         raise
-
-
-def call_on_batch(model: Model, batch: PyTree, *args: Any) -> Any:
-    """Return `call_model`'s answer, whose arrays have as many rows as the batch.
-
-    Raises:
-        ValueError: It is something else; or as `call_model`.
-    """
-    y = call_model(model, batch, *args)
-    size = jax.tree.leaves(batch)[0].shape[0]  # which may be symbolic, for an export
-    for label, leaf in leaves_of("the model's answer", y):
+    size = jax.tree.leaves(batch)[0].shape[0] if rows else 0  # which may be symbolic, for an export
+    for label, leaf in leaves_of("the model's answer", y) if rows else ():
         if not isinstance(leaf, jax.Array) or leaf.ndim < 1 or leaf.shape[0] != size:
             got = leaf.shape if isinstance(leaf, jax.Array) else type(leaf).__name__
             given = ", ".join(str(each.shape) for each in jax.tree.leaves(batch))
@@ -161,11 +163,8 @@ def _call_on_host(model: Model, batch: PyTree, args: tuple) -> Any:
         function, further = eqx.combine(arrays, static)
         answer = function(batch, *further)
         answer = np.asarray(answer) if isinstance(answer, list) else answer
-        return jax.tree.map(on_device_dtype, answer)
-
-    def on_device_dtype(value: Any) -> np.ndarray:
-        array = np.asarray(native(value, "the model's answer"))
-        return array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+        answer = jax.tree.map(np.asarray, native(answer, "the model's answer"))
+        return jax.tree.map(lambda y: y.astype(jax.dtypes.canonicalize_dtype(y.dtype)), answer)
 
     # The form of its answers: those to one data point of zeros; of ones, if it raises at zeros.
     known = jax.tree.map(
@@ -190,10 +189,9 @@ def _call_on_host(model: Model, batch: PyTree, args: tuple) -> Any:
         lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), example
     )
 
-    def cast(leaf: np.ndarray, form: jax.ShapeDtypeStruct) -> np.ndarray:
-        return leaf.astype(form.dtype, casting="same_kind")  # whole numbers by JSON are integers
-
     def answer(arrays: PyTree, batch: PyTree) -> PyTree:
+        # Whole numbers by JSON are integers.
+        cast = lambda leaf, form: leaf.astype(form.dtype, casting="same_kind")  # noqa: E731
         return jax.tree.map(cast, call(arrays, batch), answers)
 
     @jax.custom_jvp
@@ -208,14 +206,6 @@ def _call_on_host(model: Model, batch: PyTree, args: tuple) -> Any:
         )
 
     return answered(arrays, batch)
-
-
-def _can_trace(model: Model, x: PyTree, args: tuple) -> bool:
-    try:
-        eqx.filter_eval_shape(lambda x: model(x, *args), x)
-    except Exception:
-        return False
-    return True
 
 
 def check_number_of_models(kinds: Int[np.ndarray, " slots"], number: int) -> None:
@@ -260,12 +250,8 @@ def run_workers(
             theirs = jax.tree.map(lambda leaf: leaf[:, kinds == kind], coded)  # noqa: B023
         shape = jax.tree.leaves(theirs)[0].shape[:2]
         with jax.named_scope("nercc.model"):
-            y = call_on_batch(each, points_of(theirs), *args)
-        for label, leaf in leaves_of("the model's answer", y):
-            if not is_float(leaf):
-                raise ValueError(
-                    f"{label} was {leaf.dtype}: codes work on floats, logits for labels"
-                )
+            y = call_model(each, points_of(theirs), *args, rows=True)
+        check_floats("the model's answer", y)
         parts.append(jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), y))  # noqa: B023
     if len(parts) == 1:
         return parts[0]
@@ -274,12 +260,10 @@ def run_workers(
     if any(form != forms[0] for form in forms):
         raise ValueError(f"the models' answers differ in shape, served model first: {forms}")
     order = np.argsort(kinds, kind="stable")
-
-    def in_order(*leaves: Array) -> Array:
-        together = jnp.concatenate(leaves, axis=1)
-        return together if np.all(np.diff(order) == 1) else together[:, np.argsort(order)]
-
-    return jax.tree.map(in_order, *parts)
+    together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *parts)
+    if np.all(np.diff(order) == 1):
+        return together
+    return jax.tree.map(lambda leaf: leaf[:, np.argsort(order)], together)
 
 
 @jax.tree_util.register_dataclass
@@ -294,7 +278,7 @@ class CastModel:
     dtype: str = dataclasses.field(metadata={"static": True})
 
     def __call__(self, batch: PyTree, *args: Any) -> PyTree:
-        y = self.func(cast_floats(batch, self.dtype), *_cast(args, self.dtype))
+        y = self.func(cast_floats(batch, self.dtype), *cast_floats(args, self.dtype))
         return cast_floats(y, jnp.float32)
 
 
@@ -334,7 +318,7 @@ def cast_model(model: Model | Sequence[Model], dtype: DTypeLike | None) -> Any:
         return model
     if not callable(model):
         return tuple(cast_model(each, dtype) for each in model)
-    cast = _cast(model, wanted)
+    cast = cast_floats(model, wanted)
     for name, module in modules_of(cast):
         leaves = jax.tree.leaves(module)  # the module itself if it is no pytree
         if any(each is module or (_floats(each) and each.dtype != wanted) for each in leaves):
@@ -374,26 +358,23 @@ def worker_dtype_of(model: Any) -> str | None:
 
 
 def cast_floats(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
-    """Return the tree with its float arrays in `dtype`, on the host or device where they are."""
+    """Return the tree with its float arrays in `dtype`, on the host or device where they are.
+
+    `functools.partial` and bound methods in it are made again of what they hold.
+    """
     if dtype is None:
         return tree
     wanted = jnp.dtype(dtype)  # NumPy does not know bfloat16 by name
-    return jax.tree.map(lambda leaf: leaf.astype(wanted) if _floats(leaf) else leaf, tree)
-
-
-def _cast(node: Any, dtype: str) -> Any:
-    """Return `cast_floats`, within functions, too, as far as they can be made again."""
-    if isinstance(node, functools.partial) and not isinstance(node, jax.tree_util.Partial):
-        func, args, keywords = (_cast(x, dtype) for x in (node.func, node.args, node.keywords))
-        return functools.partial(func, *args, **keywords)
-    if isinstance(node, types.MethodType):
-        return types.MethodType(node.__func__, _cast(node.__self__, dtype))
 
     def cast(leaf: Any) -> Any:
-        again = isinstance(leaf, functools.partial | types.MethodType)
-        return _cast(leaf, dtype) if again else cast_floats(leaf, dtype)
+        if isinstance(leaf, functools.partial):
+            parts = cast_floats((leaf.func, leaf.args, leaf.keywords), dtype)
+            return functools.partial(parts[0], *parts[1], **parts[2])
+        if isinstance(leaf, types.MethodType):
+            return types.MethodType(leaf.__func__, cast_floats(leaf.__self__, dtype))
+        return leaf.astype(wanted) if _floats(leaf) else leaf
 
-    return jax.tree.map(cast, node)
+    return jax.tree.map(cast, tree)
 
 
 def _floats(leaf: Any) -> bool:
@@ -429,24 +410,11 @@ class Conditions:
     platform: str = UNKNOWN
     matmul_precision: str = UNKNOWN
 
-    def __str__(self) -> str:
-        return (
-            f"{self.dtype} workers on platform {self.platform}, matmul precision "
-            f"{self.matmul_precision}"
-        )
-
-    def differ(self, other: "Conditions") -> bool:
-        """Return whether anything differs that is known of both."""
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return any(mine != theirs and UNKNOWN not in (mine, theirs) for mine, theirs in pairs)
-
 
 class AbstractCalibrated(eqx.Module):
-    """Something that was calibrated on answers."""
+    """Something that was calibrated on answers, under these conditions."""
 
-    @abc.abstractmethod
-    def calibrated_under(self) -> Conditions:
-        """Return the conditions of the answers of the calibration."""
+    conditions: eqx.AbstractVar[Conditions]
 
 
 def current_conditions(
@@ -476,16 +444,22 @@ def check_conditions(tree: PyTree, used: Conditions) -> None:
     found = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, AbstractCalibrated))
     for node in found:
         if isinstance(node, AbstractCalibrated):
-            warn_if_other(type(node).__name__.strip("_"), node.calibrated_under(), used)
+            warn_if_other(type(node).__name__, node.conditions, used)
 
 
 def warn_if_other(what: str, calibrated: Conditions, used: Conditions) -> None:
-    """Warn where these conditions differ: `CalibrationWarning`."""
-    if calibrated.differ(used):
+    """Warn where anything differs that is known of both conditions: `CalibrationWarning`."""
+    pairs = zip(dataclasses.astuple(calibrated), dataclasses.astuple(used), strict=True)
+    if any(mine != theirs and UNKNOWN not in (mine, theirs) for mine, theirs in pairs):
+        said = [
+            f"{each.dtype} workers on platform {each.platform}, matmul precision "
+            f"{each.matmul_precision}"
+            for each in (calibrated, used)
+        ]
         warnings.warn(
-            f"{what} was calibrated on answers of {calibrated}, and is used with {used}: what it "
+            f"{what} was calibrated on answers of {said[0]}, and is used with {said[1]}: what it "
             "promises was not measured there. Calibrate again under the conditions of use "
-            "(worker_dtype of calibrate_error_probability, make_forecast)",
+            "(worker_dtype of calibrate_error_probability, record_answers)",
             CalibrationWarning,
             stacklevel=3,
         )

@@ -14,11 +14,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..codes import Decoded
 from ..codes._checks import check_count
-from ..codes._trees import is_float, join, leaves_of, points_of, to_device
+from ..codes._trees import is_float, join, leaves_of, to_device
 from ..splines.arrays import namespace, native, working_dtype
-from ._coded import is_grouped
 
 Features: TypeAlias = Callable[[PyTree], PyTree] | PyTree[Float[ArrayLike, "points ..."]]
 
@@ -32,12 +30,19 @@ def order_points(
 ) -> Int[Array, " points"]:
     """Return the order in which to code waiting data points x, (points, ...), in groups of K.
 
-    Within each buffer of consecutive data points a short path is found (`short_path`) and cut into
-    groups: `x[order].reshape(-1, K, ...)`. The larger the buffer, the more similar are the data
-    points of a group; a buffer of K orders within the groups as they came. Points that are near in
-    features should have similar predictions: the model's own outputs would be best, and pixels do
-    for a shallow model only. One compilation serves all x of one shape, if `features` is one and
-    the same function.
+    Within each buffer of consecutive data points a short path is found and cut into groups:
+    `x[order].reshape(-1, K, ...)`. The larger the buffer, the more similar are the data points of a
+    group; a buffer of K orders within the groups as they came. Points that are near in features
+    should have similar predictions: the model's own outputs would be best, and pixels do for a
+    shallow model only. One compilation serves all x of one shape, if `features` is one and the same
+    function.
+
+    The length of a path is the sum of Euclidean distances between neighbours; it is open, and equal
+    rows are neighbours. It starts at the row farthest from the mean and goes on to the nearest row
+    not yet visited; then 2-opt reverses stretches of it, beginning at the longest steps, until each
+    step has been tried, or 2n were. It takes O(n^2) time and memory on the host's CPU: 1,024 rows
+    of 128 features about 20 ms on two cores. Inside jit, the search is part of the program, which
+    suits no accelerator, and data points that are not finite come last in their buffer.
 
     Args:
         x: Data points, or a pytree of such arrays.
@@ -52,65 +57,38 @@ def order_points(
     Raises:
         ValueError: Counts are out of range, a buffer holds no group, features are not one row for
             each data point, or, outside jit, features are not finite.
+
+    Source: nearest neighbour and 2-opt are those of the travelling salesman (Croes 1958).
     """
-    size = _points_in_buffer(num_data, buffer_size)
-    order, finite = _order(to_device(x), native(features, "features"), size)
-    _check_finite(finite, "the features of data points")
-    return order
-
-
-def ordered(
-    infer: Callable[..., Any],
-    num_data: int,
-    *,
-    features: Features | None = None,
-    buffer_size: int = 1024,
-    grouped: bool | None = None,
-) -> Callable[..., Any]:
-    """Return `coded_inference`'s function, with the data points ordered on their way in and back.
-
-    `(x, available, *args) -> predictions`, or `Decoded`, has the arguments and results of `infer`.
-    The caller sees nothing of the order: predictions, and `recovered`, are of the data points where
-    they came. What belongs to workers belongs to the groups that are sent: the g-th mask, and the
-    g-th row of `responded`, is of the g-th group in the new order. Data points that are not finite
-    come last in their buffer: `infer` gives NaN for their groups, and these are as few as can be.
-
-    Args:
-        infer: A function of `coded_inference` for a code of K = `num_data`.
-        num_data: K.
-        features: As in `order_points`.
-        buffer_size: As in `order_points`.
-        grouped: As in `coded_inference`.
-
-    Raises:
-        ValueError: x is not (K, ...) or (groups, K, ...); and as `order_points` and `infer`.
-    """
-    size = _points_in_buffer(num_data, buffer_size)
-
-    def infer_ordered(x: PyTree, available: ArrayLike, *args: Any) -> Any:
-        x = to_device(x)
-        many = is_grouped(num_data, x, np.ndim(available), grouped)
-        flat = points_of(x) if many else x
-        order, _ = _order(flat, native(features, "features"), size)
-        result = infer(_taken(x, order, many), available, *args)
-        back = jnp.argsort(order)
-        if not isinstance(result, Decoded):
-            return _taken(result, back, many)
-        of_points = result.predictions, result.recovered, result.expected_error
-        predictions, recovered, error = _taken(of_points, back, many)
-        return Decoded(predictions, result.responded, recovered, error)
-
-    return infer_ordered
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _taken(tree: PyTree, place: Int[Array, " points"], grouped: bool) -> PyTree:
-    """Return the data points that are at these places, in the form in which they came."""
-
-    def take(leaf: Array) -> Array:
-        return (points_of(leaf) if grouped else leaf)[place].reshape(leaf.shape)
-
-    return jax.tree.map(take, tree)
+    num_data = check_count("num_data", num_data)
+    buffer_size = check_count("buffer_size", buffer_size)
+    if buffer_size < num_data:
+        raise ValueError(
+            f"a buffer of {buffer_size} data points holds no group: buffer_size must be "
+            f"{num_data} or more"
+        )
+    rows = _rows(to_device(x), native(features, "features"))
+    here = not isinstance(rows, Tracer) and rows.is_fully_addressable
+    elsewhere = here and jax.default_backend() != "cpu"
+    if elsewhere:  # each of the 3n steps would be several launches
+        rows = jax.device_put(rows, jax.local_devices(backend="cpu")[0])
+    size = min(buffer_size // num_data * num_data, len(rows))
+    count = len(rows) // size
+    whole = count * size
+    orders, finites = [], []
+    parts = [(0, rows[:whole].reshape(count, size, rows.shape[1])), (whole, rows[None, whole:])]
+    for start, part in parts:
+        if part.shape[1]:
+            found, finite = _search(part)
+            places = start + size * np.arange(len(found))[:, None]
+            orders.append((found + places.astype(found.dtype)).ravel())
+            finites.append(finite.ravel())
+    order, finite = jnp.concatenate(orders), jnp.concatenate(finites)
+    if not isinstance(finite, Tracer) and not np.all(finite):
+        broken = np.flatnonzero(~np.asarray(finite))
+        shown = ", ".join(map(str, broken[:10])) + (", ..." if broken.size > 10 else "")
+        raise ValueError(f"the features of data points are not finite: {shown}; take them out")
+    return jax.device_put(np.asarray(order)) if elsewhere else order
 
 
 def random_projection(x: PyTree, size: int = 128) -> Float[Array | np.ndarray, "points features"]:
@@ -132,36 +110,19 @@ def random_projection(x: PyTree, size: int = 128) -> Float[Array | np.ndarray, "
     if number <= size:
         return flat
     with np.errstate(over="ignore", invalid="ignore"):
-        signed = flat * (_known_signs if xp is np else _signs)(number, flat.dtype)
+        if xp is np:
+            signed = flat * _known_signs(number, flat.dtype)
+        else:
+            signed = flat * jax.random.rademacher(jax.random.key(0), (number,), flat.dtype)
         if number % size:  # `np.pad` would take longer than all the rest
             filling = xp.zeros((len(flat), -number % size), flat.dtype)
             signed = xp.concatenate([signed, filling], axis=1)
         return xp.sum(signed.reshape(len(flat), -1, size), axis=1)
 
 
-def _signs(number: int, dtype: Any) -> Float[Array, " number"]:
-    return jax.random.rademacher(jax.random.key(0), (number,), dtype)
-
-
 @functools.lru_cache
 def _known_signs(number: int, dtype: Any) -> Float[np.ndarray, " number"]:
-    return np.asarray(_signs(number, dtype))
-
-
-def _order(
-    x: PyTree, features: Features | None, size: int
-) -> tuple[Int[Array, " points"], Bool[Array, " points"]]:
-    """Return the order in buffers of `size`, and which data points' features are finite."""
-    rows = _rows(x, features)
-    size = min(size, len(rows))
-    count = len(rows) // size
-    order, finite = _short_paths(rows[: count * size].reshape(count, size, -1))
-    order, finite = (order + size * jnp.arange(count)[:, None]).ravel(), finite.ravel()
-    if count * size < len(rows):
-        last, last_finite = _short_paths(rows[None, count * size :])
-        order = jnp.concatenate([order, count * size + last[0]])
-        finite = jnp.concatenate([finite, last_finite[0]])
-    return order, finite
+    return np.asarray(jax.random.rademacher(jax.random.key(0), (number,), dtype))
 
 
 @eqx.filter_jit
@@ -181,84 +142,21 @@ def _rows(x: PyTree, features: Features | None) -> Float[Array, "points features
     return join(to_device(made), 1)[0]
 
 
-def _points_in_buffer(num_data: int, buffer_size: int) -> int:
-    num_data = check_count("num_data", num_data)
-    buffer_size = check_count("buffer_size", buffer_size)
-    if buffer_size < num_data:
-        raise ValueError(
-            f"a buffer of {buffer_size} data points holds no group: buffer_size must be "
-            f"{num_data} or more"
-        )
-    return buffer_size // num_data * num_data
-
-
-def _check_finite(finite: Bool[Array, " n"], what: str) -> None:
-    if not isinstance(finite, Tracer) and not np.all(finite):
-        broken = np.flatnonzero(~np.asarray(finite))
-        shown = ", ".join(map(str, broken[:10])) + (", ..." if broken.size > 10 else "")
-        raise ValueError(f"{what} are not finite: {shown}; take them out")
-
-
-def short_path(features: Float[ArrayLike, "n d"]) -> Int[Array, " n"]:
-    """Return an order of the rows in which the path from one to the next is short.
-
-    The length is the sum of Euclidean distances between neighbours; the path is open. It takes
-    O(n^2) time and memory, on the host's CPU. The path starts at the row farthest from the mean
-    and goes on to the nearest row not yet visited; then 2-opt reverses stretches of it, beginning
-    at the longest steps, until each step has been tried, or 2n were: 1,024 rows of 128 features
-    take about 20 ms on two cores.
-
-    Batch it with `jax.vmap`. One compilation serves all features of one shape. Equal rows are
-    neighbours. Inside jit, the search is part of the program, which suits no accelerator, and rows
-    that are not finite come last.
-
-    Raises:
-        ValueError: `features` is no matrix of floats with a row, or, outside jit, a row is not
-            finite.
-
-    Source: nearest neighbour and 2-opt are those of the travelling salesman (Croes 1958).
-    """
-    features = jnp.asarray(native(features, "features"))
-    if features.ndim != 2 or len(features) == 0:
-        raise ValueError(f"features must be (n, d) with n of 1 or more, not {features.shape}")
-    if not jnp.issubdtype(features.dtype, jnp.floating):
-        raise ValueError(f"features are {features.dtype}: convert them to floats first")
-    order, finite = jax.tree.map(lambda each: each[0], _short_paths(features[None]))
-    _check_finite(finite, "rows of features")
-    return order
-
-
-def _short_paths(
-    features: Float[Array, "buffers n d"],
-) -> tuple[Int[Array, "buffers n"], Bool[Array, "buffers n"]]:
-    """Return `short_path` of each buffer, and which rows are finite.
-
-    Outside a program the host's CPU searches, wherever the features lie: on an accelerator each of
-    the 3n steps is several launches, and 2-opt asks the host when it is done.
-    """
-    here = isinstance(features, Array) and not isinstance(features, Tracer)
-    if here and features.is_fully_addressable and jax.default_backend() != "cpu":
-        found = _search(jax.device_put(features, jax.local_devices(backend="cpu")[0]))
-        return jax.device_put(jax.tree.map(np.asarray, found))
-    return _search(features)
-
-
 @jax.jit
 def _search(
-    features: Float[Array, "buffers n d"],
+    rows: Float[Array, "buffers n d"],
 ) -> tuple[Int[Array, "buffers n"], Bool[Array, "buffers n"]]:
+    """Return a short path through each buffer, and which rows are finite; others come last."""
     # An order has no derivative, and loops of unknown length have none in reverse.
-    features = jax.lax.stop_gradient(features.astype(working_dtype(features.dtype)))
-    finite = jnp.all(jnp.isfinite(features), axis=2)
-    size = features.shape[1]
-    rows = jnp.where(finite[..., None], features, 0)
+    rows = jax.lax.stop_gradient(rows.astype(working_dtype(rows.dtype)))
+    finite = jnp.all(jnp.isfinite(rows), axis=2)
+    rows = jnp.where(finite[..., None], rows, 0)
     largest = jnp.max(jnp.abs(rows), axis=(1, 2), keepdims=True, initial=0)
     rows = rows / jnp.where(largest > 0, largest, 1)  # sums and squares must not overflow
-    centred = rows - jnp.mean(rows, axis=1, keepdims=True)
-    rows = jnp.where(finite[..., None], centred, 0)
+    rows = jnp.where(finite[..., None], rows - jnp.mean(rows, axis=1, keepdims=True), 0)
     # Small buffers are searched together. A loop over several ends when the last of them is done,
     # and keeps what the others had.
-    together = min(1024 // size, len(rows))
+    together = min(1024 // rows.shape[1], len(rows))
     order = jax.lax.map(_path, rows, batch_size=together if together > 1 else None)
     broken = jnp.take_along_axis(~finite, order, axis=1)
     last = jnp.argsort(broken, axis=1, stable=True)
@@ -306,12 +204,9 @@ def _path(rows: Float[Array, "n d"]) -> Int[Array, " n"]:
         length = length[inner].at[ends].set(distances[path[ends], path[ends + 1]])
         return number + 1, path, length, untried[inner].at[ends].set(better)
 
-    def unfinished(state):
-        number, _, _, untried = state
-        return (number < 2 * n) & jnp.any(untried)
-
     start = 0, path, distances[path[:-1], path[1:]], jnp.ones(n + 1, bool)
-    return jax.lax.while_loop(unfinished, trial, start)[1][1:-1]
+    found = jax.lax.while_loop(lambda state: (state[0] < 2 * n) & jnp.any(state[3]), trial, start)
+    return found[1][1:-1]
 
 
 def _place_of_least(values: Float[Array, " n"]) -> Int[Array, ""]:

@@ -198,7 +198,7 @@ class Batch:
 
         Args:
             enough: A number of answers (default: all), or a function of the mask of those that are
-                in, for example `Forecast.below`.
+                in, for example `Answers.below`.
             deadline: Seconds from this call on; may be infinite.
 
         Raises:

@@ -84,7 +84,7 @@ def pool_inference(
     Its arguments: `x` is (K, ...) for one group, or (groups, K, ...), finite, of a float dtype, or
     a pytree of such as for `coded_inference`; every worker gets its coded data points of all groups
     as one batch. `enough` says when to decode: a number of answers (default: all N), or a function
-    of the mask, such as `Forecast.below`. `deadline` is in seconds; the answers that are in by then
+    of the mask, such as `Answers.below`. `deadline` is in seconds; the answers that are in by then
     are decoded. Predictions are (K, ...) or (groups, K, ...), NaN where a data point cannot be
     recovered.
 

@@ -39,9 +39,6 @@ class ErrorBars(AbstractCalibrated):
     factors: Float[Array, " levels"]
     conditions: Conditions = eqx.field(static=True, default=Conditions())
 
-    def calibrated_under(self) -> Conditions:
-        return self.conditions
-
     def __call__(
         self, deviation: Float[ArrayLike, "*points"], coverage: float = 0.9
     ) -> Float[Array, "*points"]:
@@ -136,7 +133,8 @@ def error_bars_from_ratios(
     coverages, factors = np.ones(_LEVELS), np.full(_LEVELS, np.inf)
     coverages[: len(places)] = (places + 1) / (ratios.size + 1)
     factors[: len(places)] = ratios[places]
-    return ErrorBars(to_device(coverages), to_device(factors), conditions)
+    coverages, factors = to_device((coverages, factors))
+    return ErrorBars(coverages=coverages, factors=factors, conditions=conditions)
 
 
 def error_bars(

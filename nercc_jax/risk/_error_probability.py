@@ -62,9 +62,6 @@ class ErrorProbability(AbstractCalibrated):
     form: Form | None = eqx.field(static=True, default=None)
     conditions: Conditions = eqx.field(static=True, default=Conditions())
 
-    def calibrated_under(self) -> Conditions:
-        return self.conditions
-
     def __call__(
         self,
         predictions: Float[Any, "*points m"],
@@ -544,7 +541,8 @@ def fit_error_probability(
     logit = features @ weights
     probability = np.where(sure, 0, expit(logit + np.interp(logit, knots, shifts)))
     levels, found, shares = risks(probability, sure, wrong)
-    numbers = (weights, knots, shifts, levels, found, shares)
-    arrays: Any = to_device([np.asarray(each, float) for each in numbers])
+    numbers = {"weights": weights, "knots": knots, "shifts": shifts}
+    numbers |= {"levels": levels, "risks": found, "shares": shares}
+    arrays: Any = to_device({name: np.asarray(each, float) for name, each in numbers.items()})
     vectors = form is None or form.is_vector
-    return ErrorProbability(*arrays, form=None if vectors else form, conditions=conditions)
+    return ErrorProbability(**arrays, form=None if vectors else form, conditions=conditions)

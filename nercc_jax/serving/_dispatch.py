@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Int
 
 from ..codes import Uncoded
-from ..inference.order import random_projection, short_path
+from ..inference import order_points
+from ..inference.order import random_projection
 from ..pools import AbstractPool
 from ..pools._batch import Refuse
 from ..pools._clock import TimeShare
@@ -50,7 +51,9 @@ class QueryOrdering:
         self._coder = coder
         powers = {*range(0, rows.bit_length(), _STEP), rows.bit_length() - 1}
         self._sizes = [coder.num_data << power for power in sorted(powers)]
-        self._path = jax.jit(short_path)
+        self._path = jax.jit(
+            lambda rows: order_points(rows, 1, features=rows, buffer_size=len(rows))
+        )
         self._zeros = np.zeros(tuple(shape), np.float32)
         self.seconds = math.inf
 

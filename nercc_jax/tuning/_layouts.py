@@ -209,12 +209,10 @@ def search_layout(
             evaluations += tuned.evaluations
     on_stage(f"judging {len(candidates)} codes on held-out groups")
     second, score = scored_on(held, 2)
-    places: dict[Follow | None, Any] = {None: None}
-    places |= {each: second.coordinates(None if each == "inputs" else each) for each in follow}
     judged = []
     for name, code, is_tuned in candidates:
-        for each, coordinates in places.items():
-            found = score(code, coordinates)
+        for each in (None, *follow):
+            found = score(code, each)
             numbers = found.objective, float(found.disagreement.mean())
             judged.append(LayoutCandidate(name, code, is_tuned, *numbers, each))
     judged.sort(key=lambda candidate: candidate.objective)
@@ -262,7 +260,7 @@ def _scorer(
 ) -> Callable[..., _Score]:
     """Return the function to a code's score on groups and straggler sets, the same for all codes.
 
-    Points may follow coordinates of the data points.
+    Points may follow the data, as in `search_layout`.
 
     Args:
         recorder: The model's answers.
@@ -278,11 +276,11 @@ def _scorer(
     answering = np.asarray(jnp.any(available, axis=1))  # where nobody answers there is nothing
     available, law = available[answering], np.asarray(law)[answering]
 
-    def errors(
-        code: NeRCC, coordinates: Float[np.ndarray, "groups num_data d"] | None = None
-    ) -> Float[np.ndarray, "criteria laws"]:
-        follows = coordinates is not None
-        answers = recorder.following(code, coordinates) if follows else recorder.of(code)
+    def errors(code: NeRCC, follow: Follow | None = None) -> Float[np.ndarray, "criteria laws"]:
+        if follow is None:
+            answers = recorder.of(code)
+        else:
+            answers = recorder.following(code, None if isinstance(follow, str) else follow)
         if not np.isfinite(answers.coded).all():
             return np.full((3, len(laws)), np.nan)
         losses = np.asarray(mean_losses(answers, available, (*criteria, "disagreement")))
@@ -301,8 +299,8 @@ def _scorer(
     if criteria[0] == "disagreement":
         scales = np.ones_like(scales)
 
-    def score(code: NeRCC, coordinates: np.ndarray | None = None) -> _Score:
-        own, slope, disagreement = errors(code, coordinates)
+    def score(code: NeRCC, follow: Follow | None = None) -> _Score:
+        own, slope, disagreement = errors(code, follow)
         objective = float(np.mean(own / scales))
         return _Score(objective if np.isfinite(objective) else np.inf, slope, disagreement)
 
