@@ -196,7 +196,7 @@ class Coder:
     ) -> tuple[Float[np.ndarray, " num_data"], Float[np.ndarray, "num_workers num_workers"]]:
         kept = kept_matrices(self.code)
         assert kept is not None  # as the code is known
-        variance, root = kept.variances(np.frombuffer(responded, bool))
+        variance, root = kept.by_numpy("variances_on_host", np.frombuffer(responded, bool))
         return variance, root.astype(np.float32)
 
     def compare(
