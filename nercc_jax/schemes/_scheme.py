@@ -133,10 +133,10 @@ def reexecute(
         return assessed
     padded = np.resize(chosen, 1 << (len(chosen) - 1).bit_length())
 
-    def few(leaf: np.ndarray) -> Array:
-        return jnp.asarray(leaf.reshape(points, *leaf.shape[len(lead) :])[padded])
-
-    own = eqx.filter_jit(call_model)(model, jax.tree.map(few, x))
+    few = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf.reshape(points, *leaf.shape[len(lead) :])[padded]), x
+    )
+    own = eqx.filter_jit(call_model)(model, few)
     own = jax.tree.map(lambda leaf: leaf[: len(chosen)], own)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(own)):
         raise ValueError("the model's own outputs are not finite")
@@ -484,16 +484,16 @@ def label_doubt(outputs: PyTree[Float[Array, "points ..."]]) -> Float[Array, " p
             "is no label to be uncertain of: copies of uncertain values need a learner"
         )
 
-    def of_part(part: Array) -> Array:
+    doubt = jnp.zeros(())
+    for part in jax.tree.leaves(outputs):
         given = jnp.all(part >= 0, -1) & (jnp.abs(jnp.sum(part, -1) - 1) < 1e-3)
         probabilities = jnp.where(given[..., None], part, jax.nn.softmax(part))
         best = jnp.argmax(part, axis=-1, keepdims=True)
         # The others' sum: 1 - p would be 0 in float32 for many that are not as certain.
         others = jnp.where(jnp.arange(part.shape[-1]) == best, 0, probabilities)
-        return jnp.max(jnp.sum(others, -1).reshape(len(part), -1), axis=1)
-
-    found = jnp.stack([of_part(part) for part in jax.tree.leaves(outputs)])
-    return jnp.nan_to_num(jnp.max(found, axis=0), nan=1.0)
+        least_certain = jnp.max(jnp.sum(others, -1).reshape(len(part), -1), axis=1)
+        doubt = jnp.maximum(doubt, jnp.nan_to_num(least_certain, nan=1.0))
+    return doubt
 
 
 def copies_of_uncertain(
