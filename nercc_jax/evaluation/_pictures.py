@@ -65,6 +65,7 @@ _LOOKS: dict[str, tuple[Any, ...]] = {
     "replication": (_GREY, "x", _LOSSY),
     "two copies": (_GREY, "x", _LOSSY),
     "replication, else surrogate": (_GREY, "+", _LOSSY),
+    "copies by the student's doubt": (_TEAL, "x", _LOSSY),
     "copies, else the nearest": (_GREY, "x", _LOSSY),
     "copies, else a GP": (_GREY, "^", _LOSSY),
     "copies, else the cheap model": (_GREY, "+", _LOSSY),
