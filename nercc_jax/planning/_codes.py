@@ -166,8 +166,16 @@ class Codes:
             plain[row.seen(times, **measured.disagreement, held_out=True)] = None
 
         again: dict[Candidate, ErrorProbability | None] = {}
-        entries = [(*self._foreseen(row), row) for row in fast]
-        entries = [each for each in entries if each[0] < self.fastest and each[1] <= most]
+        entries = []
+        for row in fast:  # if three times the wrong ones are sent again
+            _, end, own = self._draw(row, self.effort.screen_draws)
+            unknown, share = own > end[..., None], 3 * row.disagreement.mean
+            random = self.latencies.random(_STREAMS["shuffle"])
+            resent = unknown & (random.random(own.shape) < share / max(np.mean(unknown), 1e-9))
+            seconds = self.latencies.draw(_STREAMS["again"], own.shape)
+            p99 = row.seen(last_prediction(end, own, resent, seconds)).p99
+            if p99 < self.fastest and row.extra_work + share <= most:
+                entries.append((p99, row.extra_work + share, row))
         for row in self._in_turn(entries, again):
             again |= self._with_error_probability(row, key)
         return plain | again
@@ -186,17 +194,6 @@ class Codes:
             if kept >= self.effort.enough:
                 return
             yield row
-
-    def _foreseen(self, row: Candidate) -> tuple[float, float]:
-        """Estimate the p99 and the extra work if three times the wrong ones are sent again."""
-        _, end, own = self._draw(row, self.effort.screen_draws)
-        unknown = own > end[..., None]
-        share = 3 * row.disagreement.mean
-        random = self.latencies.random(_STREAMS["shuffle"])
-        again = unknown & (random.random(own.shape) < share / max(np.mean(unknown), 1e-9))
-        seconds = self.latencies.draw(_STREAMS["again"], own.shape)
-        p99 = row.seen(last_prediction(end, own, again, seconds)).p99
-        return p99, row.extra_work + share
 
     def _with_error_probability(
         self, row: Candidate, key: PRNGKeyArray

@@ -52,11 +52,12 @@ class Waiting(AbstractWaiting):
     """The rule "decode when `number` workers have answered, but not before `min_wait` seconds".
 
     A group ends sooner if all its workers have answered, or each data point has an answer of its
-    own: `own[k, n]` says that worker n runs on data point k as it came (`own_workers`).
+    own: `own[k, n]` says that worker n runs on data point k as it came (`own_workers`). Groups may
+    have workers of their own.
     """
 
     latency: AbstractLatency
-    own: Bool[Array, "num_data num_workers"] = eqx.field(converter=jnp.asarray)
+    own: Bool[Array, "*groups num_data num_workers"] = eqx.field(converter=jnp.asarray)
     number: Int[Array, ""] = eqx.field(converter=jnp.asarray)
     min_wait: Float[Array, ""] = eqx.field(converter=lambda value: jnp.asarray(value, float))
 
@@ -67,7 +68,7 @@ class Waiting(AbstractWaiting):
 
         A data point's own time is that of its own answer, infinite where no worker runs on it.
         """
-        workers = self.own.shape[1]
+        workers = self.own.shape[-1]
         if len(latencies) != workers:
             raise ValueError(f"this rule is for {workers} workers, not {len(latencies)}")
         return _wait(jnp, latencies, self.own, self.number, self.min_wait)
@@ -96,7 +97,7 @@ def draw_groups(
     rule: Waiting, latencies: Latencies, stream: int, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return `Waiting.outcome` of many independent groups, with the axes `shape` in front."""
-    drawn = latencies.draw(stream, (*shape, rule.own.shape[1]))
+    drawn = latencies.draw(stream, (*shape, rule.own.shape[-1]))
     min_wait = np.asarray(rule.min_wait, drawn.dtype)
     return _wait(np, drawn, np.asarray(rule.own), int(rule.number), min_wait)
 
