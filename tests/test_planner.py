@@ -23,7 +23,7 @@ from nercc_jax.stragglers import (
     TraceLatency,
     straggler_sets,
 )
-from nercc_jax.stragglers._waiting import Latencies, Waiting, draw_groups, draw_hedged, own_workers
+from nercc_jax.stragglers.simulate import Hedge, Latencies, Waiting, own_workers
 from nercc_jax.surrogates import Surrogate
 from nercc_jax.surrogates.surrogate import decode_with_deviation
 
@@ -255,7 +255,8 @@ def test_re_execution_keeps_its_promise_on_fresh_data(key):
 def test_hedging_is_as_the_formula_has_it(key, copies, at_once):
     """Exponential: P(T > t) by the copies that are out."""
     latencies = Latencies(ExponentialLatency(1.0), key)
-    there, sent = draw_hedged(latencies, 0, (200_000,), 0.5, copies, at_once)
+    drawn = latencies.draw(0, (copies, 200_000))
+    there, sent, _ = Hedge(0.5, at_once).outcome(drawn[:1], drawn[1:])
     times = [0.5 * -(-number // at_once) for number in range(copies)]  # when each copy goes out
     for t in (0.3, 0.8, 1.7):
         out = sum(max(t - time, 0) for time in times)
@@ -269,13 +270,13 @@ def test_waiting_for_a_number_is_an_order_statistic(key):
     latencies = Latencies(TraceLatency(jnp.linspace(0, 1, 4001)), key)
     own = np.zeros((4, 6), bool)
     rule = Waiting(latencies.law, own, 4, 0.0)
-    mask, end, first = draw_groups(rule, latencies, 0, (50_000,))
+    mask, end, first = rule.draw(latencies, 0, (50_000,))
     assert np.all(mask.sum(axis=1) >= 4)
     assert np.isinf(first).all()
     for q in (0.1, 0.5, 0.99):
         assert np.quantile(end, q) == pytest.approx(stats.beta(4, 3).ppf(q), abs=0.01)
     patient = Waiting(latencies.law, own, 4, 0.7)
-    assert np.mean(draw_groups(patient, latencies, 0, (50_000,))[1] <= 0.7) == pytest.approx(
+    assert np.mean(patient.draw(latencies, 0, (50_000,))[1] <= 0.7) == pytest.approx(
         stats.beta(4, 3).cdf(0.7), abs=0.01
     )
 
@@ -293,7 +294,7 @@ def test_a_rule_draws_what_it_decodes_from(key):
     code = NeRCC(4, 6, points="interleaved")
     rule = Waiting(TAIL, own_workers(code), 5, 0.05)
     masks = straggler_sets(rule, key, 6, 4000)
-    expected = draw_groups(rule, Latencies(TAIL, key), 0, (20_000,))[0]
+    expected = rule.draw(Latencies(TAIL, key), 0, (20_000,))[0]
     np.testing.assert_allclose(masks.mean(axis=0), expected.mean(axis=0), atol=0.02)
     with pytest.raises(ValueError, match="for 6 workers, not 7"):
         rule.available(key, 7)

@@ -19,7 +19,7 @@ from ..inference import order_points
 from ..inference.models import Model
 from ..risk import ErrorProbability
 from ..risk._error_probability import error_probability_from_answers
-from ..stragglers._waiting import Latencies, Waiting, draw_groups, last_prediction, own_workers
+from ..stragglers.simulate import Latencies, Waiting, last_prediction, own_workers
 from ..surrogates.surrogate import decode_with_deviation
 from ._candidates import Candidate, PlanEffort, disagreement, numbers_of_workers, waits
 
@@ -238,7 +238,7 @@ class Codes:
     def _draw(self, row: Candidate, draws: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         groups = self.asked["num_queries"] // row.num_data
         shape = self.effort.shape(groups, groups * row.num_workers, draws)
-        return draw_groups(self._rule(row)[1], self.latencies, _STREAMS["ends"], shape)
+        return self._rule(row)[1].draw(self.latencies, _STREAMS["ends"], shape)
 
     def _ends(self, row: Candidate, draws: int | None = None) -> Float[np.ndarray, " draws"]:
         """Return when the last of all groups ends, if nothing is sent again."""
@@ -253,7 +253,7 @@ class Codes:
         code, rule = self._rule(row)
         coded = half.answers(row.order, row.num_data)
         answers, labels = np.asarray(coded.of(code).coded), np.argmax(coded.own, axis=-1)
-        mask, end, own = draw_groups(rule, self.latencies, stream, (len(labels), sets))
+        mask, end, own = rule.draw(self.latencies, stream, (len(labels), sets))
         known = own <= end[..., None]
         wrong, probability = np.zeros(known.shape, bool), np.zeros(known.shape)
         rows = np.argwhere(~known.all(axis=-1))

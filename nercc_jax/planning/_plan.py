@@ -21,7 +21,7 @@ from ..risk import ErrorProbability
 from ..risk._error_probability import fit_error_probability_of_predictions
 from ..schemes import Scheme
 from ..stragglers import AbstractLatency
-from ..stragglers._waiting import Latencies, Waiting, draw_groups, draw_hedged
+from ..stragglers.simulate import Hedge, Latencies, Waiting
 from ..surrogates import Surrogate
 from ._candidates import (
     Candidate,
@@ -321,21 +321,19 @@ def _known_systems(
     wrong = np.asarray(~agree_on_labels(cheap, answers, form))
     queries, copies = asked["num_queries"], effort.known_copies
     shape, stream = effort.shape(queries, copies * queries), 9
-    own = latencies.draw(stream, (copies, *shape))[0]
+    drawn = latencies.draw(stream, (copies, *shape))
     point = latencies.random(10).integers(0, len(probabilities), shape)
     found: dict[Candidate, ErrorProbability] = {}
     for share in effort.hedge_quantiles:
         after = latencies.quantile(share)
-        late = float(np.mean(own > after))
+        late = float(np.mean(drawn[0] > after))
         if not late:
             continue
-        there, sent = draw_hedged(latencies, stream, shape, after, copies)
         wanted = min(asked["max_disagreement"] / late, 1.0)
         # Half of what may be wrong leaves room for chance on the other half.
         limits = {error_probability.limit(wanted), error_probability.limit(wanted / 2)}
         for limit in sorted(limits - {0.0}):
             sure = probabilities <= limit
-            known = (own > after) & sure[point]
             wrongly = Estimate.over((sure & wrong).astype(float).tolist())
             most = disagreement(wrongly, len(probabilities))["most_disagreement"]
             row = Candidate(
@@ -347,9 +345,9 @@ def _known_systems(
                 most_disagreement=late * most,
                 exact=False,
             )
-            resent = float(np.mean(np.where(known, 1, sent))) - 1
-            row = row.seen(np.max(np.where(known, after, there), axis=1), resent=resent)
-            found[row] = error_probability
+            served = Hedge(after).outcome(drawn[:1], drawn[1:], known=sure[point])
+            resent = float(np.mean(served.calls)) - 1
+            found[row.seen(np.max(served.seconds, axis=1), resent=resent)] = error_probability
     return found
 
 
@@ -379,7 +377,7 @@ def _doubted_systems(
         own = np.swapaxes(np.asarray(encoders) > 0.5, 1, 2)[:, None]
         rule = Waiting(latencies.law, own, row.wait_for, row.min_wait)
         shape = len(own), -(-draws // len(own))
-        _, end, there = draw_groups(rule, latencies, 11, shape)
+        _, end, there = rule.draw(latencies, 11, shape)
         wrong = (there > end[..., None]) & np.asarray(off).reshape(len(own), 1, queries)
         share = Estimate.over(np.mean(wrong, axis=(1, 2)).tolist())
         return row.seen(end.ravel(), **disagreement(share, off.size), held_out=half is held_out)
