@@ -430,20 +430,28 @@ def test_one_seed_gives_one_code_to_the_last_bit(runs, start):
     assert not np.array_equal(other.code.beta, again.code.beta)
 
 
-def test_a_code_is_tuned_from_its_own_points_and_from_workers_on_the_data_points(key):
+def test_a_code_is_tuned_from_workers_on_the_data_points(key):
     seen = []
     code, few = nj.NeRCC(K, N), {"sampling": SAMPLING, "descent": Descent(steps=3)}
+    options = few | {"key": key, "on_step": lambda step, code: seen.append(np.asarray(code.beta))}
+    nj.tune(model, code, DATA, LAWS, **options)
+    assert np.sum(np.abs(seen[0] - code.beta) > 1e-3) == K
+    assert set(np.asarray(code.alpha)) <= set(seen[0])
+    nj.tune(model, code, DATA, LAWS, points=False, **options)
+    np.testing.assert_array_equal(seen[4], code.beta)
+
+
+def test_several_starts_begin_as_they_are_and_the_best_counts(key):
+    seen = []
+    code, few = nj.NeRCC(K, N), {"sampling": SAMPLING, "descent": Descent(steps=3)}
+    starts = (code, nj.NeRCC(K, N, points="interleaved"))
     tuned = nj.tune(
-        model, code, DATA, LAWS, key=key, on_step=lambda step, code: seen.append(code), **few
+        model, starts, DATA, LAWS, key=key, on_step=lambda step, code: seen.append(code), **few
     )
-    own, placed = (np.asarray(seen[place].beta) for place in (0, 4))
-    np.testing.assert_allclose(own, code.beta, atol=1e-6)
-    moved = np.abs(placed - own) > 1e-3
-    assert np.sum(moved) == K
-    assert set(np.asarray(seen[4].alpha)) <= set(placed)
+    for place, start in zip((0, 4), starts, strict=True):
+        np.testing.assert_allclose(seen[place].beta, start.beta, atol=1e-6)
     assert [step.step for step in tuned.history] == [0, 1, 2, 3, 0, 1, 2, 3]
-    (alone,) = {nj.tune(model, (each,), DATA, LAWS, key=key, **few).objective for each in (code,)}
-    assert tuned.objective <= alone
+    assert tuned.objective <= nj.tune(model, starts[:1], DATA, LAWS, key=key, **few).objective
     with pytest.raises(ValueError, match="several starts must be codes of one kind, with the same"):
         nj.tune(model, (code, nj.NeRCC(K, N + 1)), DATA, LAWS, key=key)
 

@@ -146,7 +146,10 @@ def pool_inference(
         check_conditions(error_probability, pool.conditions)
         plain, error_probability = off_meshes((code, error_probability))
         limit = _limit(plain, error_probability, max_disagreement, max_reexecution)
-        encode, decode = code_steps(plain, error_probability)
+        if error_probability is None:
+            encode, decode = code_steps(plain)
+        else:
+            encode, decode = scheme_steps(Scheme(plain, error_probability=error_probability))
     kinds = plain.worker_models.tolist()
     target = AccuracyTarget(tolerance, max_disagreement, coverage)
 

@@ -14,13 +14,12 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, decode_groups
 from ..codes._kept import CachedMatrices, encoder_of, known_decoders
-from ..codes._trees import is_float, join, points_of, to_device
-from ..risk import ErrorBars, ErrorProbability
+from ..codes._trees import is_float, points_of, to_device
+from ..risk import ErrorBars
 from ..risk._error_bars import error_bars
 from ..risk._straggler_risk import AccuracyTarget
 from ..schemes import Scheme
 from ..schemes._scheme import PreparedInputs
-from ..surrogates.surrogate import decode_with_deviation
 
 
 class ScoredPredictions(NamedTuple):
@@ -75,36 +74,17 @@ def encode_on_host(
     return coded.reshape(num_workers, groups, *shape)
 
 
-# A code by itself.
-
-
-def code_steps(
-    code: AbstractCode, error_probability: ErrorProbability | None
-) -> tuple[Encode, Decode]:
-    """Return both steps of a code as `scheme_steps` does, with an error probability if given."""
-    encoder = encoder_of(code)
-    decode_only = shared_decoder(code)
+def code_steps(code: AbstractCode) -> tuple[Encode, Decode]:
+    """Return both steps of a code by itself, as `scheme_steps` does; nothing is compiled."""
+    encoder, decode = encoder_of(code), shared_decoder(code)
 
     def encode(x: PyTree) -> Outgoing:
         return Outgoing(jax.tree.map(lambda leaf: encode_on_host(encoder, leaf), x))
 
-    @jax.jit
-    def decode_with_probability(values, available, given):
-        assert error_probability is not None
-        y, form = join(jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), values), 2)
-        masks = jnp.broadcast_to(available, (len(y), code.num_workers))
-        decoded, deviation = decode_with_deviation(code, None, y, masks, given=given)
-        error_probabilities = error_probability(decoded.predictions, deviation)
-        predictions = form.split(decoded.predictions)
-        return Decoded(predictions, decoded.responded, decoded.recovered), error_probabilities
+    def decoded(_: Outgoing, values: PyTree, available: np.ndarray) -> ScoredPredictions:
+        return ScoredPredictions(jax.tree.map(np.asarray, decode(values, available)))
 
-    def decode(_: Outgoing, values: PyTree, available: np.ndarray) -> ScoredPredictions:
-        if error_probability is None:
-            return ScoredPredictions(jax.tree.map(np.asarray, decode_only(values, available)))
-        found = decode_with_probability(values, available, known_decoders(code, available))
-        return ScoredPredictions(*jax.tree.map(np.asarray, found))
-
-    return encode, decode
+    return encode, decoded
 
 
 def shared_decoder(code: AbstractCode) -> Callable[[PyTree, np.ndarray], Decoded]:
@@ -117,9 +97,6 @@ def shared_decoder(code: AbstractCode) -> Callable[[PyTree, np.ndarray], Decoded
         return decode_groups(code, y, masks)
 
     return decode
-
-
-# A scheme.
 
 
 def scheme_steps(scheme: Scheme) -> tuple[Encode, Decode]:
