@@ -267,6 +267,18 @@ def tuning() -> Iterator[dict[str, str]]:
         }
 
 
+def tuned_digits() -> Iterator[dict[str, str]]:
+    """Yield held-out errors of `tune` on digits, seed by seed, and what it took."""
+    found = load("tuning")["digits"]
+    runs = [("untuned", {"rmse": found["untuned"]})]
+    for kind, words in (("lambdas", "lambdas only"), ("points", "with points (the default)")):
+        runs += [(f"{words}, seed {seed}", run) for seed, run in enumerate(found[kind])]
+    for name, run in runs:
+        errors = zip(found["stragglers"], run["rmse"], strict=True)
+        seconds = f"{run['cpu_seconds']:.0f}" if "cpu_seconds" in run else ""
+        yield {"": name, **{f"S = {s}": f"{e:.4f}" for s, e in errors}, "CPU seconds": seconds}
+
+
 def errors(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """Yield the mean squared error of each code at every number of stragglers."""
     rows = by_pair(found["rows"])
