@@ -27,7 +27,7 @@ from nercc_jax.risk import ErrorProbability
 from nercc_jax.risk._error_probability import error_probability_from_answers, observe_errors
 from nercc_jax.stragglers import straggler_sets
 from nercc_jax.surrogates import Surrogate
-from nercc_jax.surrogates.interface import FixedOutputs
+from nercc_jax.surrogates.interface import SurrogatePredictions
 from nercc_jax.tuning import Descent, LayoutTuning, Sampling
 
 Model = Callable[..., Array]
@@ -245,12 +245,12 @@ class Bench:
 
     def _beside(
         self, part: str, order: Order, code: NeRCC, surrogate: Surrogate | None
-    ) -> FixedOutputs | None:
+    ) -> SurrogatePredictions | None:
         """Return the student's outputs, as the knowledge that answers are compared with."""
         if surrogate is None:
             return None
         student = self.answers(part, order, "student").of(code)
-        return FixedOutputs(own=student.own, coded=student.coded, form=student.form)
+        return SurrogatePredictions(own=student.own, coded=student.coded, form=student.form)
 
     def _error_probabilities(
         self,

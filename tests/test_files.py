@@ -279,7 +279,7 @@ def a_plan(folder):
 
 
 def a_learner(folder):
-    path = folder / "learner.safetensors"
+    path = folder / "learner.npz"
     save_learner(path, init_learner(ROWS[:4].astype("float32"), np.sin(ROWS[:4], dtype="float32")))
     return path, lambda: load_learner(path)
 

@@ -133,7 +133,7 @@ def test_how_sure_it_is(learned):
         np.testing.assert_allclose(predictions, infer(X[600 : 600 + K], mask), atol=1e-5)
         kept = kept_matrices(learned)
         assert kept is not None
-        variance, root = kept.variances(mask)
+        variance, root = kept.by_numpy("variances_on_host", mask)
         white = np.einsum("in,nm->im", root, np.where(mask[:, None], y, 0))
         scale = np.sum(np.mean(white**2, axis=1))
         np.testing.assert_allclose(deviation, np.sqrt(variance * scale), rtol=0.02)

@@ -9,12 +9,8 @@ import pytest
 from nercc_jax import Berrut, ExactStragglers, NeRCC, fit_surrogate
 from nercc_jax.codes._trees import Form
 from nercc_jax.surrogates import Surrogate
-from nercc_jax.surrogates.interface import (
-    AbstractGroupPrior,
-    SurrogatePredictions,
-    fixed_outputs,
-)
-from nercc_jax.surrogates.surrogate import decode_with_surrogate
+from nercc_jax.surrogates.interface import AbstractGroupPrior, fixed_outputs
+from nercc_jax.surrogates.surrogate import decode_with_deviation
 
 K, N, GROUPS, OUTPUTS = 4, 7, 6, 3
 _WEIGHTS = np.random.default_rng(0).normal(size=(2, 5, OUTPUTS))
@@ -23,7 +19,7 @@ EPS = {"float32": 2e-5, "float64": 1e-10}
 
 @eqx.filter_jit
 def decode(code, surrogate, y, masks, cheap, cheap_coded):
-    return decode_with_surrogate(code, surrogate, y, masks, fixed_outputs(cheap, cheap_coded))
+    return decode_with_deviation(code, surrogate, y, masks, fixed_outputs(cheap, cheap_coded))
 
 
 def model(x):
@@ -83,7 +79,12 @@ class WithDeviation(AbstractGroupPrior):
 
     def condition(self, y, responded):
         found = self.outputs.condition(y, responded)
-        return SurrogatePredictions(found.own, found.coded, jnp.full(found.own.shape[:2], 0.3))
+        return eqx.tree_at(
+            lambda one: one.deviation,
+            found,
+            jnp.full(found.own.shape[:2], 0.3),
+            is_leaf=lambda node: node is None,
+        )
 
 
 def test_the_variance_is_the_mean_of_the_codes_and_the_surrogates_own():
@@ -91,7 +92,7 @@ def test_the_variance_is_the_mean_of_the_codes_and_the_surrogates_own():
     _, y, masks, cheap, cheap_coded = inputs(code)
     outputs = fixed_outputs(cheap, cheap_coded)
     prior = WithDeviation(outputs, outputs.form)
-    compiled = eqx.filter_jit(decode_with_surrogate)
+    compiled = eqx.filter_jit(decode_with_deviation)
     _, alone = compiled(code, Surrogate(rough, kappa=0.0), y, masks, outputs)
     _, found = compiled(code, Surrogate(rough, kappa=30.0), y, masks, prior)
     rho = 1 / (1 + 30 * np.stack([code.posterior_variance(mask) for mask in masks]))

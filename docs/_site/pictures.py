@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from nercc_jax import NeRCC
-from nercc_jax.codes._nercc import decoding_options
 from nercc_jax.evaluation._pictures import CODED, DATA, FOUND, LOST, batch_figure
 from nercc_jax.splines import smoothing_spline
 
@@ -42,7 +41,7 @@ def decoder_curve(
     `own` (K,) are the model's own outputs of the data points, which nobody has computed.
     """
     figure, axis = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
-    curve = smoothing_spline(code.beta, answers, **decoding_options(code, jnp.asarray(available)))
+    curve = smoothing_spline(code.beta, answers, **code.decoding_options(jnp.asarray(available)))
     decoded = np.asarray(code.decode(answers, available))
     axis.plot(_ALONG, np.asarray(curve.evaluate(_ALONG)), color=CURVE, zorder=1)
     beta, alpha = np.asarray(code.beta), np.asarray(code.alpha)

@@ -78,34 +78,26 @@ def berrut_matrix(
     place = xp.cumsum(counts) - 1
     weights = (1 - 2 * (place % 2)).astype(points.dtype)
     if degree:
-        weights = weights * _sizes(knots.t, counts, degree)[place]
+        # A knot's weight sums, over the runs of neighbours that contain it, the reciprocal product
+        # of its distances to the others of the run. Knots that count come first, at a usual
+        # distance, so that products of many remain numbers.
+        size = len(knots.t)
+        slots, number = xp.arange(size), xp.sum(counts)
+        t = knots.t[xp.argsort(xp.where(counts, slots, slots + size))]
+        t = t * (size / xp.maximum(xp.max(t) - xp.min(t), xp.finfo(t.dtype).tiny))
+        sizes = xp.ones_like(t)
+        for count in range(2, degree + 2):  # knots of a run
+            whole = slots + count <= number
+            others = [xp.roll(t, -place) for place in range(count)]
+            found = xp.zeros_like(t)
+            for first, own in enumerate(others):
+                product = xp.where(whole, 1.0, 0.0).astype(t.dtype)
+                for other in others[:first] + others[first + 1 :]:
+                    product = product / xp.where(whole, xp.abs(own - other), 1)
+                found = found + xp.roll(product, first)
+            sizes = xp.where(number >= count, found, sizes)
+        weights = weights * sizes[place]
     return knots.spread(barycentric_matrix(knots.t, xp.where(counts, weights, 0), at))
-
-
-def _sizes(t: Float[Any, " n"], counts: Bool[Any, " n"], degree: int) -> Float[Any, " n"]:
-    """Return the sizes of the weights of the knots that count, in their order, before all others.
-
-    A knot's is the sum, over the runs of neighbours that contain it, of the reciprocal product of
-    its distances to the others of the run.
-    """
-    xp = namespace(t, counts)
-    slots = xp.arange(t.shape[0])
-    number = xp.sum(counts)
-    t = t[xp.argsort(xp.where(counts, slots, slots + t.shape[0]))]
-    # Of a usual distance, so that products of many remain numbers.
-    t = t * (t.shape[0] / xp.maximum(xp.max(t) - xp.min(t), xp.finfo(t.dtype).tiny))
-    sizes = xp.ones_like(t)
-    for count in range(2, degree + 2):  # knots of a run
-        whole = slots + count <= number
-        others = [xp.roll(t, -place) for place in range(count)]
-        found = xp.zeros_like(t)
-        for place, own in enumerate(others):
-            product = xp.where(whole, 1.0, 0.0).astype(t.dtype)
-            for other in others[:place] + others[place + 1 :]:
-                product = product / xp.where(whole, xp.abs(own - other), 1)
-            found = found + xp.roll(product, place)
-        sizes = xp.where(number >= count, found, sizes)
-    return sizes
 
 
 def barycentric_matrix(

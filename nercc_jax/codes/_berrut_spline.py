@@ -63,5 +63,5 @@ class BerrutSpline(AbstractSplineCode):
         every = namespace(self.alpha).ones(self.num_data, bool)
         return berrut_matrix(self.alpha, self.beta, every)
 
-    def _options(self, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
+    def decoding_options(self, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
         return {"lambda_": self.lambda_dec, "available": available}

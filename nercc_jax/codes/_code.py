@@ -6,9 +6,9 @@ A code is two matrices: the encoder E (N, K) and, for the workers that answered,
 
 import abc
 import dataclasses
+import functools
 import inspect
 import warnings
-from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import equinox as eqx
@@ -18,8 +18,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..splines.arrays import namespace, native
-from ._decoding import Decoded, DecoderMap, PlainMap
+from ..splines.arrays import native
+from ._decoding import Decoded, PlainMap
 from ._groups import decode_answers, encode_groups
 from ._kept import known_decoders, known_encoder
 from ._trees import (
@@ -41,56 +41,46 @@ MatrixOnHost: TypeAlias = tuple[
 ]
 
 
-class BoundMethod(eqx.Module):
-    """A method bound to a code: a pytree, as Equinox's are, and with a hash.
+class transformable(functools.partial):
+    """A method that JAX's transformations take when it is bound to a code.
 
-    `jax.jit(code.decode)` looks a function up by hash and equality. Those of Equinox's methods
-    compare arrays by JAX, which is an error within a trace, and arrays have no hash. Here numbers
-    that are known count by value, so that equal codes share a program, and traced ones by identity.
+    Bound it is a pytree, as Equinox's methods are, and has a hash: `jax.jit(code.decode)` looks a
+    function up by hash and equality. Those of Equinox's methods compare arrays by JAX, which is an
+    error within a trace, and arrays have no hash. Here numbers that are known count by value, so
+    that equal codes share a program, and traced ones by identity.
     """
 
-    function: Callable[..., Any] = eqx.field(static=True)
-    code: Any
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return self.function(self.code, *args, **options)
-
-    @property
-    def __name__(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.function.__name__
-
-    @property
-    def __doc__(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.function.__doc__
+    def __get__(self, code: Any, _: type | None = None) -> Any:
+        if code is None:
+            return self.func
+        bound = transformable(self.func, code)
+        vars(bound).update(__name__=self.func.__name__, __doc__=self.func.__doc__)
+        return bound
 
     def __hash__(self) -> int:
         return hash(self._identity())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, BoundMethod) and self._identity() == other._identity()
+        return isinstance(other, transformable) and self._identity() == other._identity()
 
     def _identity(self) -> tuple[Any, ...]:
-        leaves, structure = jax.tree.flatten(self.code)
-        return self.function, structure, *map(_identity_of, leaves)
+        leaves, structure = jax.tree.flatten(self.args)
+        found = []
+        for leaf in leaves:
+            known = eqx.is_array(leaf) and not isinstance(leaf, Tracer)
+            if known and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+                number = np.asarray(leaf)
+                found.append((number.shape, number.dtype.str, number.tobytes()))
+            else:
+                found.append(id(leaf))
+        return self.func, structure, *found
 
 
-def _identity_of(leaf: Any) -> Any:
-    if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array | np.ndarray):
-        return id(leaf)
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-        return id(leaf)
-    known = np.asarray(leaf)
-    return known.shape, known.dtype.str, known.tobytes()
-
-
-class transformable:
-    """A method that JAX's transformations take when it is bound to a code: see `BoundMethod`."""
-
-    def __init__(self, method: Callable[..., Any]):
-        self.method = method
-
-    def __get__(self, code: Any, _: type | None = None) -> Any:
-        return self.method if code is None else BoundMethod(self.method, code)
+jax.tree_util.register_pytree_node(
+    transformable,
+    lambda bound: (bound.args, bound.func),
+    lambda method, codes: transformable(method, *codes),
+)
 
 
 class AbstractCode(eqx.Module):
@@ -119,8 +109,22 @@ class AbstractCode(eqx.Module):
 
     def __repr__(self) -> str:
         """Show the code's numbers as far as they are known, where Equinox has shapes."""
+
+        def described(value: Any) -> str:
+            # They are not of a tracer or a random key, of a donated array, or on other hosts.
+            known = eqx.is_array(value) and value.ndim <= 1 and not isinstance(value, Tracer)
+            if known and isinstance(value, jax.Array):
+                known = not jnp.issubdtype(value.dtype, jax.dtypes.extended)
+                known = known and value.is_fully_addressable and not value.is_deleted()
+            if not known:
+                return eqx.tree_pformat(value)
+            if value.ndim == 0:
+                return f"{value.item():.4g}"
+            shown = [f"{each:.3g}" for each in np.asarray(value)[:8]]
+            return f"[{', '.join(shown)}{', ...' if len(value) > len(shown) else ''}]"
+
         fields = (field.name for field in dataclasses.fields(self) if field.repr)
-        summary = (f"{name}={_described(getattr(self, name))}" for name in fields)
+        summary = (f"{name}={described(getattr(self, name))}" for name in fields)
         return f"{type(self).__name__}({', '.join(summary)})"
 
     @property
@@ -152,7 +156,7 @@ class AbstractCode(eqx.Module):
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
         """Return which data points' predictions these workers' answers determine."""
 
-    def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> DecoderMap:
+    def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> Any:
         """Return D with the most accurate way to apply it to finite answers.
 
         Decoding uses that way where the product with D might lose digits. A code whose regression
@@ -201,16 +205,6 @@ class AbstractCode(eqx.Module):
             ValueError: The code has none.
         """
         raise ValueError(f"{type(self).__name__} is no regression: it has no process variance")
-
-    def variances(
-        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
-    ) -> tuple[Float[Array, " num_data"], Float[Array, ""]]:
-        """Return `posterior_variance` and `process_variance`, where possible from one regression.
-
-        Raises:
-            ValueError: The code has none.
-        """
-        return self.posterior_variance(available), self.process_variance(y, available)
 
     def replace(self: Code, **numbers: Any) -> Code:
         """Return the same code with other numbers: `code.replace(lambda_dec=1e-3)`.
@@ -343,13 +337,14 @@ class AbstractCode(eqx.Module):
         Arguments are those of `decode`.
         """
         available = check_mask(available, (self.num_workers,))
-        return decode_answers(self, _checked(self, y), available, "group")
+        return decode_answers(self, checked_answers(self, y), available, "group")
 
 
 class AbstractNumpyCode(AbstractCode):
     """A code whose matrices NumPy makes where they are known, and a program makes else.
 
     One function serves both: it takes its operations from `namespace(...)` of the arrays that came.
+    What is recovered are the rows of the decoder's matrix that are not zero.
     """
 
     @abc.abstractmethod
@@ -359,11 +354,6 @@ class AbstractNumpyCode(AbstractCode):
     @abc.abstractmethod
     def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
         """Return D."""
-
-    def _recovered(self, available: Bool[Any, " num_workers"]) -> Bool[Any, " num_data"]:
-        """Return `recovered`: all data points by any answer, unless a code says otherwise."""
-        xp = namespace(available)
-        return xp.broadcast_to(xp.any(available), (self.num_data,))
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
         known = known_encoder(self)
@@ -381,19 +371,15 @@ class AbstractNumpyCode(AbstractCode):
         return jnp.asarray(self._decoder(jnp.asarray(available)))
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
-        return self._recovered(as_mask(available, (self.num_workers,)))
+        available = as_mask(available, (self.num_workers,))
+        return jnp.any(jnp.asarray(self._decoder(available)) != 0, axis=1)
 
     def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
-        return _by_numpy(self)._encoder()
+        return jax.tree.map(np.asarray, self)._encoder()
 
     def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
-        return _by_numpy(self)._decoder(available), self._recovered(available)
-
-
-def _by_numpy(code: Code) -> Code:
-    """Return the code with NumPy's arrays for leaves."""
-    known = namespace(*jax.tree.leaves(code)) is np
-    return code if known else jax.tree.map(np.asarray, code)
+        matrix = jax.tree.map(np.asarray, self)._decoder(available)
+        return matrix, np.any(matrix != 0, axis=1)
 
 
 @eqx.filter_jit
@@ -409,7 +395,12 @@ def _encode(
     return coded, finite_points(jax.tree.map(lambda leaf: leaf[:1], coded), 1)[0]
 
 
-def _checked(code: AbstractCode, y: PyTree) -> PyTree[Float[Any, "num_workers ..."]]:
+def joined_answers(code: AbstractCode, y: PyTree) -> tuple[Float[Array, "num_workers m"], Form]:
+    """Return one group's answers as vectors, and in which form they came; raise as `decode`."""
+    return join(to_device(checked_answers(code, y)), 1)
+
+
+def checked_answers(code: AbstractCode, y: PyTree) -> PyTree[Float[Any, "num_workers ..."]]:
     """Return one group's answers as arrays.
 
     Raises:
@@ -420,11 +411,6 @@ def _checked(code: AbstractCode, y: PyTree) -> PyTree[Float[Any, "num_workers ..
     check_leading("y", y, (code.num_workers,), "workers")
     check_floats("y", y)
     return y
-
-
-def joined_answers(code: AbstractCode, y: PyTree) -> tuple[Float[Array, "num_workers m"], Form]:
-    """Return one group's answers as vectors, and in which form they came; raise as `decode`."""
-    return join(to_device(_checked(code, y)), 1)
 
 
 @eqx.filter_jit
@@ -444,7 +430,8 @@ def variances(
     y = jnp.where(responded[..., None], y, 0)
     largest = jnp.max(jnp.abs(y), axis=(1, 2), keepdims=True, initial=0)
     unit = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))
-    posterior, process = jax.vmap(code.variances)(y / unit, responded)
+    posterior = jax.vmap(code.posterior_variance)(responded)
+    process = jax.vmap(code.process_variance)(y / unit, responded)
     return posterior, (process[:, None], unit[..., 0])
 
 
@@ -486,20 +473,3 @@ def check_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array | np.
             f"available must be a boolean mask of shape {shape}, not {mask.dtype}{mask.shape}"
         )
     return mask
-
-
-def _described(value: Any) -> str:
-    """Return an array's first numbers, or its shape where they cannot be read.
-
-    They cannot of a tracer or a random key, of a donated array, or of one that lies on other hosts.
-    """
-    known = eqx.is_array(value) and value.ndim <= 1 and not isinstance(value, Tracer)
-    if known and isinstance(value, jax.Array):
-        known = not jnp.issubdtype(value.dtype, jax.dtypes.extended)
-        known = known and value.is_fully_addressable and not value.is_deleted()
-    if not known:
-        return eqx.tree_pformat(value)
-    if value.ndim == 0:
-        return f"{value.item():.4g}"
-    shown = [f"{each:.3g}" for each in np.asarray(value)[:8]]
-    return f"[{', '.join(shown)}{', ...' if len(value) > len(shown) else ''}]"

@@ -7,6 +7,7 @@ and the host decodes, in float64, which loses no digit of float32. So a first de
 fraction of a second, and a broken answer compiles no regression.
 """
 
+import itertools
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -18,11 +19,10 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from ..splines.arrays import native
-from ._decoding import Decoded, Matrices, decode_vectors, is_steady, multiplied
+from ..splines.arrays import native, working_dtype
+from ._decoding import Decoded, Matrices, decode_vectors, multiplied, multiply
 from ._kept import KeptMatrices, kept_matrices, known_decoders
 from ._meshes import coded_on_mesh
-from ._products import multiply
 from ._trees import any_tracer, is_float, join, to_device
 
 # Answers of one group (N, ...) with a mask (N,), of groups (groups, N, ...) with a mask for each,
@@ -106,65 +106,74 @@ def decode_answers(
     code: Any, y: PyTree, available: ArrayLike, layout: Layout, given: Matrices | None = None
 ) -> Decoded:
     """Decode in any layout: at hand where nothing is traced, else as part of the program."""
+    if any_tracer(code, y, available, given):
+        return _in_program(code, y, available, given, layout)[0]
     config: Any = jax.config
     # A straggler's NaN in a first product would be taken for a fault.
     debugs = config.jax_debug_nans or config.jax_debug_infs
-
-    def in_program() -> Decoded:
-        return _in_program(code, y, available, given, layout)[0]
-
-    if any_tracer(code, y, available, given) or (debugs and isinstance(jnp.zeros(()), Tracer)):
-        return in_program()
     masks = np.asarray(available)
     known = known_decoders(code, masks, KeptMatrices.many_sets) if given is None else given
-    if known is not None and not debugs:
-        decoded, sound = _multiply(y, masks, known, layout)
-        if isinstance(sound, Tracer):  # in a trace, of something else
-            return in_program()
-        if sound:
-            return decoded
-    elif isinstance(jnp.zeros(()), Tracer):
-        return in_program()
-    # Of more sets than are kept a program makes the matrices faster.
-    decoded = None if known is None else _decode_on_host(code, y, masks, layout)
-    if decoded is None:
-        decoded, _ = _decode(code, to_device(y), to_device(masks), None, layout)
-    return decoded
+    if known is None or debugs:
+        decoded, sound = None, jnp.zeros((), bool)
+    else:
+        decoded, sound = _multiply(y, masks, known, layout=layout)
+    if isinstance(sound, Tracer):  # in a trace, of something else
+        return _in_program(code, y, available, given, layout)[0]
+    if decoded is not None and sound:
+        return decoded
 
-
-def multiply_groups(
-    y: PyTree[Float[ArrayLike, "..."]],
-    available: Bool[ArrayLike, "..."],
-    given: Matrices,
-    layout: Layout = "groups",
-) -> tuple[Decoded, Bool[Array, ""]]:
-    """Decode by the product with these matrices; return also whether that is sound."""
-    return _in_program(None, y, available, given, layout)
+    # The host cannot where a code has no matrices by NumPy, or answers lie on several hosts. Of
+    # more sets than are kept a program makes the matrices faster.
+    kept = kept_matrices(code)
+    here = (leaf.is_fully_addressable for leaf in jax.tree.leaves(y) if isinstance(leaf, Array))
+    if known is None or kept is None or not kept.on_host or not all(here):
+        return _decode(code, to_device(y), to_device(masks), None, layout)[0]
+    vectors, form = join(jax.tree.map(np.asarray, to_device(y)), 1 if layout == "group" else 2)
+    sets = masks[:, None] if layout == "sets" else masks
+    responded = sets & np.isfinite(vectors).all(axis=-1)
+    clean = np.broadcast_to(vectors, (*responded.shape, vectors.shape[-1]))
+    shape = *responded.shape[:-1], code.num_data
+    predictions = np.empty((*shape, vectors.shape[-1]), working_dtype(vectors.dtype))
+    recovered, exact = np.empty(shape, bool), {}
+    for place in itertools.product(*map(range, shape[:-1])):
+        mask = responded[place]
+        if (name := mask.tobytes()) not in exact:
+            exact[name] = kept.by_numpy("decoder_on_host", mask)
+        decoder, recovered[place] = exact[name]
+        with np.errstate(over="ignore"):  # it becomes infinite, as in a program
+            predictions[place] = decoder[:, mask] @ clean[place][mask].astype(np.float64)
+    predictions[~recovered] = np.nan
+    predictions, responded, recovered = to_device((predictions, responded, recovered))
+    return Decoded(form.split(predictions), responded, recovered)
 
 
 def _in_program(
-    code: Any, y: PyTree, available: ArrayLike, given: Matrices | None, layout: Layout
+    code: Any,
+    y: PyTree,
+    available: ArrayLike,
+    given: Matrices | None = None,
+    layout: Layout = "groups",
 ) -> tuple[Decoded, Bool[Array, ""]]:
     """Decode as part of a program: by whichever way the answers need, which is sound.
 
-    Without a code it is the product alone. Answers are joined to vectors here, and predictions
-    split.
+    Without a code it is the product with the given matrices, and whether that is sound. Answers are
+    joined to vectors here, and predictions split.
     """
     one, sets = layout == "group", layout == "sets"
-    arrays, rest = eqx.partition(code, eqx.is_array)
     y, available = jax.tree.map(jnp.asarray, (y, available))
+    arrays, rest = eqx.partition((code, y, available, given), eqx.is_array)
 
-    def decoded(arrays: PyTree, y: PyTree, available: Array, given: Matrices | None) -> Any:
+    def decoded(arrays: PyTree) -> Any:
         with jax.named_scope("nercc.decode"):
+            code, y, available, given = eqx.combine(arrays, rest)
             vectors, form = join(y, 1 if one else 2)
             if one:
                 vectors, available = vectors[None], available[None]
             if code is None:
-                assert given is not None
                 made, sound = multiplied(vectors, available, given, sets=sets)
             else:
-                own, sound = eqx.combine(arrays, rest), jnp.ones((), bool)
-                made = decode_vectors(own, vectors, available, given, sets=sets)
+                made = decode_vectors(code, vectors, available, given, sets=sets)
+                sound = jnp.ones((), bool)
             made = form.split(made.predictions), made.responded, made.recovered
             return jax.tree.map(lambda leaf: leaf[0], made) if one else made, sound
 
@@ -176,45 +185,11 @@ def _in_program(
         status = PartitionSpec(*first, *axes[0][:lead], None)
         return (jax.tree.unflatten(structure, parts), status, status), PartitionSpec()
 
-    made, sound = coded_on_mesh(decoded, (arrays, y, available, given), specs)
+    made, sound = coded_on_mesh(decoded, (arrays,), specs)
     return Decoded(*made), sound
 
 
-_multiply = partial(jax.jit, static_argnames="layout")(multiply_groups)
+# `multiply_groups(y, available, given)` decodes by the product alone.
+multiply_groups = partial(_in_program, None)
+_multiply = jax.jit(multiply_groups, static_argnames="layout")
 _decode = eqx.filter_jit(_in_program)
-
-
-def _decode_on_host(
-    code: Any, y: PyTree, available: Bool[np.ndarray, "*groups num_workers"], layout: Layout
-) -> Decoded | None:
-    """Decode where one product will not do, or return None where the host cannot.
-
-    It cannot for a code without matrices by NumPy, or where answers lie on several hosts. Broken
-    answers are left out, with the matrices of those that are left. Where a matrix would lose
-    digits its product is that of float64.
-    """
-    kept = kept_matrices(code)
-    here = (leaf.is_fully_addressable for leaf in jax.tree.leaves(y) if isinstance(leaf, Array))
-    if kept is None or not kept.on_host or not all(here):
-        return None
-    vectors, form = join(jax.tree.map(np.asarray, to_device(y)), 1 if layout == "group" else 2)
-    if layout == "sets":
-        available = available[:, None]
-    responded = available & np.isfinite(vectors).all(axis=-1)
-    lead, (workers, size) = responded.shape[:-1], vectors.shape[-2:]
-    # As groups of their own: under sets, every answer once for each.
-    clean = np.where(responded[..., None], vectors, 0).reshape(-1, workers, size)
-    masks = responded.reshape(-1, workers)
-    given = kept.decoders(masks, max(len(masks), 1))
-    assert given is not None
-    predictions = np.array(_multiply(clean, masks, given, "groups")[0].predictions)
-    recovered = np.array(np.broadcast_to(given.recovered, predictions.shape[:2]))
-    steady = [bool(is_steady(matrix)) for matrix in given.decoder]
-    for place in np.flatnonzero(~np.broadcast_to(steady, len(masks))):
-        exact = kept.exact_decoder(masks[place]).decoder[0]
-        with np.errstate(over="ignore"):  # it becomes infinite, as in a program
-            predictions[place] = exact @ clean[place].astype(np.float64)
-    predictions[~recovered] = np.nan
-    found = (each.reshape(*lead, *each.shape[1:]) for each in (predictions, recovered))
-    predictions, recovered, responded = to_device((*found, responded))
-    return Decoded(form.split(predictions), responded, recovered)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import ArrayLike, Float
 
 from ._decoding import Matrices
 from ._trees import any_tracer
@@ -58,14 +58,16 @@ class KeptMatrices:
     many_sets = 4096
 
     def __init__(self, code: Any):
-        # A copy: what keeps the code itself alive would keep its own entry alive.
-        arrays, rest = eqx.partition(code, eqx.is_array)
-        self._code = eqx.combine(jax.tree.map(_as_numpy, arrays), rest)
+        # A copy: what keeps the code itself alive would keep its own entry alive. Random keys stay.
+        arrays, rest = eqx.partition(
+            code,
+            lambda leaf: eqx.is_array(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key),
+        )
+        self._code = eqx.combine(jax.tree.map(np.asarray, arrays), rest)
         # That of the code's numbers, or JAX's default.
         floats = [a.dtype for a in jax.tree.leaves(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
         default = jax.dtypes.canonicalize_dtype(float)
         self._dtype = np.dtype(jnp.result_type(*floats) if floats else default)
-        self._encoder: np.ndarray | None = None
         self._decoders: collections.OrderedDict[bytes, Matrices] = collections.OrderedDict()
         self._hits = self._misses = 0
         self._lock = threading.Lock()
@@ -77,81 +79,70 @@ class KeptMatrices:
     @functools.cached_property
     def on_host(self) -> bool:
         """True for a code that has its decoder's matrices by NumPy."""
-        return self._on_host("decoder_on_host", np.ones(self._code.num_workers, bool)) is not None
+        return self.by_numpy("decoder_on_host", np.ones(self._code.num_workers, bool)) is not None
 
+    @functools.cached_property
     def encoder(self) -> Float[np.ndarray, "num_workers num_data"] | None:
-        """Return the encoder's matrix, or None for a code that has none by NumPy."""
-        with self._lock:
-            if self._encoder is None and (made := self._on_host("encoder_on_host")) is not None:
-                self._encoder = made.astype(self._dtype)
-            return self._encoder
+        """The encoder's matrix, or None for a code that has none by NumPy."""
+        made = self.by_numpy("encoder_on_host")
+        return None if made is None else made.astype(self._dtype)
 
-    def decoders(
-        self, available: Bool[np.ndarray, "groups num_workers"], most: int = few_sets
-    ) -> Matrices | None:
-        """Return the matrices for these straggler sets: once if they are all the same.
+    def by_numpy(self, method: str, *args: Any) -> Any:
+        """Return what a method of the code with NumPy's arrays says, in float64.
 
-        Returns None if there are more than `most` different ones, or none by NumPy.
+        Those are `encoder_on_host`, `decoder_on_host` and, of a code that has it,
+        `variances_on_host`. The method is not bound, which takes 0.1 ms.
         """
-        names = [row.tobytes() for row in available]
-        sets = dict(zip(names, available, strict=True))
-        if not 1 <= len(sets) <= most or not self.on_host:
-            return None
-        found = {name: self._decoder(name, mask) for name, mask in sets.items()}
-        if len(found) == 1:
-            return found[names[0]]
-        return Matrices(*map(np.concatenate, zip(*(found[name] for name in names), strict=True)))
-
-    def exact_decoder(self, available: Bool[np.ndarray, " num_workers"]) -> Matrices:
-        """Return the matrix in float64, whose product loses no digit of float32."""
-        decoder, recovered = self._on_host("decoder_on_host", available)
-        return Matrices(decoder[None], recovered[None])
-
-    def variances(
-        self, available: Bool[np.ndarray, " num_workers"]
-    ) -> tuple[Float[np.ndarray, " num_data"], Float[np.ndarray, "num_workers num_workers"]]:
-        """Return what a `NeRCC` or `LearnedDecoder` has as `variances_on_host`, in float64."""
-        return self._on_host("variances_on_host", available)
-
-    def _on_host(self, method: str, *args: Any) -> Any:
-        """Return what a method of the code says; it is not bound, which takes 0.1 ms."""
         with np.errstate(all="ignore"):  # infinite lambdas are valid
             return getattr(type(self._code), method)(self._code, *args)
 
-    def _decoder(self, name: bytes, mask: Bool[np.ndarray, " num_workers"]) -> Matrices:
-        with self._lock:
-            found = self._decoders.get(name)
-            if found is not None:
-                self._hits += 1
-                self._decoders.move_to_end(name)
-                return found
-            self._misses += 1
-        exact = self.exact_decoder(mask)
-        made = Matrices(exact.decoder.astype(self._dtype), exact.recovered)
-        with self._lock:
-            self._decoders[name] = made
-            while len(self._decoders) > max(self.most_bytes // made.decoder.nbytes, 1):
-                self._decoders.popitem(last=False)
-        return made
+    def decoders(self, available: ArrayLike, most: int = few_sets) -> Matrices | None:
+        """Return the matrices for a mask, or for one of each group: once if they are all the same.
+
+        Returns None if there are more than `most` different ones, if they are traced or no masks of
+        the code's workers, or if the code has none by NumPy.
+        """
+        if isinstance(available, Tracer) or not self.on_host:
+            return None
+        masks = np.atleast_2d(np.asarray(available))
+        if masks.dtype != bool or masks.shape[1:] != (self._code.num_workers,):
+            return None
+        names = [row.tobytes() for row in masks]
+        sets = dict(zip(names, masks, strict=True))
+        if not 1 <= len(sets) <= most:
+            return None
+        found = {}
+        for name, mask in sets.items():
+            with self._lock:
+                if name in self._decoders:
+                    self._hits += 1
+                    self._decoders.move_to_end(name)
+                    found[name] = self._decoders[name]
+                    continue
+                self._misses += 1
+            exact, recovered = self.by_numpy("decoder_on_host", mask)
+            found[name] = made = Matrices(exact[None].astype(self._dtype), recovered[None])
+            with self._lock:
+                self._decoders[name] = made
+                while len(self._decoders) > max(self.most_bytes // made.decoder.nbytes, 1):
+                    self._decoders.popitem(last=False)
+        if len(found) == 1:
+            return found[names[0]]
+        return Matrices(*map(np.concatenate, zip(*(found[name] for name in names), strict=True)))
 
 
 def known_decoders(
     code: Any, available: ArrayLike, most: int = KeptMatrices.few_sets
 ) -> Matrices | None:
-    """Return the decoder's matrices for a mask, or one for each group, where they are known.
-
-    They are where code and masks are known, and the masks are at most so many different ones.
-    """
-    kept = None if isinstance(available, Tracer) else kept_matrices(code)
-    masks = np.atleast_2d(np.asarray(available)) if kept is not None else np.zeros(0)
-    fits = masks.dtype == bool and masks.shape[1:] == (code.num_workers,)
-    return kept.decoders(masks, most) if kept is not None and fits else None
+    """Return the decoder's matrices for masks (`KeptMatrices.decoders`), where a code is known."""
+    kept = kept_matrices(code)
+    return None if kept is None else kept.decoders(available, most)
 
 
 def known_encoder(code: Any) -> np.ndarray | None:
     """Return the encoder's matrix, where the code is known and has it by NumPy."""
     kept = kept_matrices(code)
-    return None if kept is None else kept.encoder()
+    return None if kept is None else kept.encoder
 
 
 def encoder_of(code: Any) -> Any:
@@ -183,8 +174,3 @@ _KEPT: dict[tuple[int, bool], KeptMatrices] = {}
 def x64_enabled() -> bool:
     """Return whether this thread works in float64."""
     return bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _as_numpy(leaf: Array | np.ndarray) -> Array | np.ndarray:
-    """Return an array as NumPy's; a random key as it is."""
-    return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)

@@ -6,7 +6,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ..splines._knots import Knots, gather_knots
+from ..splines._knots import gather_knots
 from ..splines.arrays import namespace, product
 from ._berrut import barycentric_matrix
 from ._checks import check_count, check_counts
@@ -58,7 +58,7 @@ class Lagrange(AbstractNumpyCode):
         return barycentric_matrix(self.alpha, _lagrange_weights(self.alpha), self.beta)
 
     def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
-        knots = self._responded(available)
+        knots = gather_knots(self.beta, available.astype(self.beta.dtype))
         step = np.arange(self.threshold)
         xp, number = namespace(knots.t), knots.number
         rank = (step * (number - 1) + (self.threshold - 1) // 2) // max(self.threshold - 1, 1)
@@ -70,13 +70,6 @@ class Lagrange(AbstractNumpyCode):
         places = (chosen[:, None] == np.arange(len(knots.t))[None]).astype(matrix.dtype)
         decoder = knots.spread(product(matrix, places))
         return xp.where(number >= self.threshold, decoder, 0)
-
-    def _recovered(self, available: Bool[Any, " num_workers"]) -> Bool[Any, " num_data"]:
-        knots = self._responded(available)
-        return namespace(knots.t).full(self.num_data, knots.number >= self.threshold)
-
-    def _responded(self, available: Bool[Any, " num_workers"]) -> Knots:
-        return gather_knots(self.beta, available.astype(self.beta.dtype))
 
 
 def _lagrange_weights(nodes: Float[Any, " n"]) -> Float[Any, " n"]:

@@ -77,10 +77,11 @@ class LearnedDecoder(AbstractNumpyCode):
         return self.encoder
 
     def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
-        root: Any = self.root
-        if namespace(root, available) is np:
-            root = root.astype(np.float64)
-        return Regression(root, available).matrix()
+        return Regression(self.root, available).matrix()
+
+    def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
+        available = as_mask(available, (self.num_workers,))
+        return jnp.broadcast_to(jnp.any(available), (self.num_data,))
 
     def posterior_variance(
         self, available: Bool[ArrayLike, " num_workers"]
@@ -89,7 +90,7 @@ class LearnedDecoder(AbstractNumpyCode):
 
         That is of groups as the recorded ones, over the square of the largest recorded moment.
         """
-        return Regression(self.root, as_mask(available, (self.num_workers,))).variance()
+        return Regression(self.root, as_mask(available, (self.num_workers,))).variance
 
     def process_variance(
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
@@ -99,20 +100,18 @@ class LearnedDecoder(AbstractNumpyCode):
         For a group like those that were recorded it is about the square of their largest moment,
         and more for one whose path is rougher; infinite with one answer.
         """
-        return Regression(self.root, available).process(y)
-
-    def variances(
-        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
-    ) -> tuple[Float[Array, " num_data"], Float[Array, ""]]:
-        regression = Regression(self.root, available)
-        return regression.variance(), regression.process(y)
+        whitening = Regression(self.root, available).whitening
+        known = jnp.where(available[:, None], y, 0)
+        known = known.astype(working_dtype(y.dtype, whitening.dtype))
+        varies = jnp.sum(jnp.mean(product(whitening, known) ** 2, axis=1))
+        return jnp.where(jnp.sum(available) > 1, varies, jnp.inf)
 
     def variances_on_host(
         self, available: Bool[np.ndarray, " num_workers"]
     ) -> tuple[Float[np.ndarray, " num_data"], Float[np.ndarray, "num_workers num_workers"]]:
         """As that of `NeRCC`."""
-        regression = Regression(np.asarray(self.root, np.float64), available)
-        return regression.variance(), regression.whitening()
+        regression = Regression(self.root, available)
+        return regression.variance, regression.whitening
 
 
 class Regression:
@@ -123,18 +122,22 @@ class Regression:
     small eigenvalues are lost in float32, are never formed. There are no LAPACK calls: two at a
     time in one program, both batched, wait for each other for ever on a machine of two cores.
 
+    Attributes:
+        variance: The expected squared errors of predictions, over the square of the largest moment.
+        whitening: S: for one output |S y|^2 is how much the answers y vary. What all answers have
+            in common counts for nothing.
+
     Source: Bierman 1977, "Factorization Methods for Discrete Sequential Estimation", section II.3.
     """
 
     def __init__(self, root: Any, available: Any):
-        """Learn from the available answers."""
-        self.xp = xp = namespace(root, available)
+        """Learn from the available answers; on the host in float64."""
+        xp = namespace(root, available)
+        root = root.astype(np.float64) if xp is np else root
         number = available.shape[0]
-        self.available = available
         # In units of the largest moment, whose square float32 might not hold.
         largest = xp.max(xp.abs(root))
-        self.unit = xp.where(largest > 0, largest, 1)
-        root = root / self.unit
+        root = root / xp.where(largest > 0, largest, 1)
         noise = xp.sqrt(_NOISE * xp.mean(xp.sum(root[:, :number] ** 2, axis=0)))
         # Where no answer was ever other than 0, none tells anything.
         noise = xp.where(noise > 0, noise, 1)
@@ -156,40 +159,26 @@ class Regression:
             for worker in np.flatnonzero(available):
                 state, whites[worker] = learn(state, worker)
         else:
-            *state, known = alike_in_shard_map(*state, known)
-            state, whites = jax.lax.scan(learn, tuple(state), jnp.arange(number))
+            state, known = alike_in_shard_map((state, known))
+            state, whites = jax.lax.scan(learn, state, jnp.arange(number))
         left, predictions = state
-        self.white, self.free = whites, predictions[number:]
-        self.left = xp.concatenate([left, root[number:]])[:, number:]
+        free = predictions[number:]
+        left = xp.concatenate([left, root[number:]])[:, number:]
+
         # What all answers have in common counts as what it weighs in each, made independent.
         common = xp.sum(whites, axis=1)
-        self.weight = xp.sum(common**2)
-        self.common = product(common, whites) / xp.where(self.weight > 0, self.weight, 1)
+        weight = xp.sum(common**2)
+        shown = xp.where(weight > 0, weight, 1)
+        common = product(common, whites) / shown
+        missing = 1 - xp.sum(free, axis=1)
+        total = xp.sum(left**2, axis=0) + missing**2 / shown
+        count = xp.sum(available) - 1
+        centred = whites - xp.sum(whites, axis=1)[:, None] * common[None]
+        self._matrix = free + missing[:, None] * common[None]
+        self.variance = xp.where(weight > 0, total, xp.inf)
+        several = xp.sqrt(xp.where(count > 0, count, 1))
+        self.whitening = xp.where(count > 0, centred / several, 0)
 
     def matrix(self) -> Any:
         """Return the decoder's matrix, (K, N)."""
-        return self.free + (1 - self.xp.sum(self.free, axis=1))[:, None] * self.common[None]
-
-    def variance(self) -> Any:
-        """Return the expected squared errors of the predictions, (K,), over the unit's square."""
-        some = self.weight > 0
-        missing = (1 - self.xp.sum(self.free, axis=1)) ** 2 / self.xp.where(some, self.weight, 1)
-        total = self.xp.sum(self.left**2, axis=0) + missing
-        return self.xp.where(some, total, self.xp.inf)
-
-    def process(self, y: Array) -> Array:
-        """Return how much finite answers y vary, in a program; infinite with one."""
-        dtype = working_dtype(y.dtype, self.white.dtype)
-        known = jnp.where(self.available[:, None], y, 0).astype(dtype)
-        varies = jnp.sum(jnp.mean(product(self.whitening(), known) ** 2, axis=1))
-        return jnp.where(jnp.sum(self.available) > 1, varies, jnp.inf)
-
-    def whitening(self) -> Any:
-        """Return S: for one output |S y|^2 is how much the answers y vary.
-
-        What all answers have in common counts for nothing.
-        """
-        count = self.xp.sum(self.available) - 1
-        centred = self.white - self.xp.sum(self.white, axis=1)[:, None] * self.common[None]
-        several = self.xp.where(count > 0, count, 1)
-        return self.xp.where(count > 0, centred / self.xp.sqrt(several), 0)
+        return self._matrix

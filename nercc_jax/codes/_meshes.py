@@ -27,7 +27,11 @@ def coded_on_mesh(
         specs: Returns how the results are sharded, from a function that says of an array by which
             axes each of its dimensions is.
     """
-    meshes = {mesh for leaf in jax.tree.leaves(arguments) if (mesh := _explicit_mesh_of(leaf))}
+    meshes = {
+        mesh
+        for leaf in jax.tree.leaves(arguments)
+        if isinstance(leaf, jax.Array) and (mesh := jax.typeof(leaf).sharding.mesh).explicit_axes
+    }
     if not meshes and any_tracer(arguments):  # an argument of a program may lie nowhere yet
         meshes = {mesh for mesh in [jax.sharding.get_abstract_mesh()] if mesh.explicit_axes}
     if not meshes:
@@ -35,22 +39,12 @@ def coded_on_mesh(
     mesh = next(iter(meshes))
 
     def names(leaf: Any) -> tuple[Any, ...]:
-        return (
-            tuple(jax.typeof(leaf).sharding.spec)
-            if _explicit_mesh_of(leaf)
-            else (None,) * leaf.ndim
-        )
+        if isinstance(leaf, jax.Array) and (lies := jax.typeof(leaf).sharding).mesh.explicit_axes:
+            return tuple(lies.spec)
+        return (None,) * leaf.ndim
 
     axes = tuple(mesh.explicit_axes)
     run = jax.sharding.auto_axes(function, axes=axes, out_sharding=specs(names))
     # Without a mesh in the context, JAX cannot batch a loop over an axis that lies on this one.
     with jax.sharding.use_abstract_mesh(mesh):
         return run(*arguments)
-
-
-def _explicit_mesh_of(leaf: Any) -> Any:
-    """Return the mesh of an array with Explicit axes, if it lies on one."""
-    if not isinstance(leaf, jax.Array):
-        return None
-    mesh = jax.typeof(leaf).sharding.mesh
-    return mesh if mesh.explicit_axes else None

@@ -10,13 +10,11 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..splines import posterior_variance, process_variance, smoothing_matrix
 from ..splines._ends import Ends, check_ends
-from ..splines._fit import LinearMap
 from ..splines._host import smoothing_matrix_on_host, variances_on_host
-from ..splines._posterior import posterior_variances
 from ..splines._smoothing import smoothing_map
 from ..splines.arrays import namespace, working_dtype
 from ._checks import check_counts
-from ._code import AbstractNumpyCode, as_mask
+from ._code import AbstractNumpyCode, as_mask, check_mask
 from ._points import Points, coincident, mean_gap, regression_points
 from ._trees import any_tracer, scalar_leaf
 
@@ -33,23 +31,29 @@ class AbstractSplineCode(AbstractNumpyCode):
     ends: eqx.AbstractVar[Ends]
 
     @abc.abstractmethod
-    def _options(self, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
+    def decoding_options(self, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
         """Return the decoding regression's arguments but for points, data and ends."""
 
     def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
         points: Any = self.beta, self.alpha
         if namespace(*points, available) is not np:
             return self.decoder_map(available).matrix
-        return smoothing_matrix_on_host(*points, **self._options(available), ends=self.ends)
+        # Equinox takes as long to bind a method as the host for a tenth of a matrix.
+        options = type(self).decoding_options(self, available)
+        return smoothing_matrix_on_host(*points, **options, ends=self.ends)
 
-    def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> LinearMap:
-        options = self._options(as_mask(available, (self.num_workers,)))
+    def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> Any:
+        options = self.decoding_options(as_mask(available, (self.num_workers,)))
         return smoothing_map(self.beta, self.alpha, **options, ends=self.ends)
+
+    def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
+        available = as_mask(available, (self.num_workers,))
+        return jnp.broadcast_to(jnp.any(available), (self.num_data,))
 
     def posterior_variance(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, " num_data"]:
-        options = self._options(as_mask(available, (self.num_workers,)))
+        options = self.decoding_options(as_mask(available, (self.num_workers,)))
         variance = posterior_variance(self.beta, self.alpha, **options)
         return jnp.where(self._kept(options), 0, variance)
 
@@ -57,14 +61,7 @@ class AbstractSplineCode(AbstractNumpyCode):
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
     ) -> Float[Array, ""]:
         y = y.astype(working_dtype(y.dtype, self.beta.dtype))
-        return process_variance(self.beta, y, **self._options(available))
-
-    def variances(
-        self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
-    ) -> tuple[Float[Array, " num_data"], Float[Array, ""]]:
-        y, options = y.astype(working_dtype(y.dtype, self.beta.dtype)), self._options(available)
-        posterior, process = posterior_variances(self.beta, y, self.alpha, **options)
-        return jnp.where(self._kept(options), 0, posterior), process
+        return process_variance(self.beta, y, **self.decoding_options(available))
 
     def variances_on_host(
         self, available: Bool[np.ndarray, " num_workers"]
@@ -74,7 +71,7 @@ class AbstractSplineCode(AbstractNumpyCode):
         Where that is infinite S is zero. It is called on a code whose leaves are NumPy's arrays.
         """
         points: Any = self.beta, self.alpha
-        options = self._options(available)
+        options = self.decoding_options(available)
         variance, root = variances_on_host(*points, **options)
         return np.where(self._kept(options), 0, variance), root
 
@@ -170,7 +167,11 @@ class NeRCC(AbstractSplineCode):
         penalty = penalty if ends == "natural" else 0.0
         lambda_: Any = lambda_dec
         if lambda_dec is None:
-            lambda_ = _smoothing_length(self.alpha, self.beta) ** 4
+            both: Any = self.alpha, self.beta
+            if not any_tracer(both):  # then nothing is compiled
+                both = np.asarray(self.alpha), np.asarray(self.beta)
+            data, workers = (mean_gap(each, np.ones(each.shape, bool)) for each in both)
+            lambda_ = namespace(*both).minimum(data / 28, workers / 10) ** 4
         exponent = exponent if gap_exponent is None else gap_exponent
         penalty = penalty if end_penalty is None else end_penalty
         largest = float(jnp.finfo(dtype).max)
@@ -181,56 +182,37 @@ class NeRCC(AbstractSplineCode):
         )
         self.end_penalty = scalar_leaf("end_penalty", penalty, dtype, least=0.0, most=largest)
 
-    def decoder_penalty(self, available: Bool[ArrayLike, " num_workers"]) -> Float[Array, ""]:
+    def decoder_penalty(self, available: Bool[ArrayLike, " num_workers"]) -> Float[Any, ""]:
         """Return the lambda that these workers' answers are decoded with.
 
         It is lambda_dec * (mean gap of the available betas / mean gap of all betas) ^ gap_exponent,
         with gaps as in `nercc_jax.codes._points.mean_gap`.
         """
-        return _penalty(self, as_mask(available, (self.num_workers,)))
+        mask: Any = check_mask(available, (self.num_workers,))
+        both = namespace(mask).stack([mask, np.ones(self.num_workers, bool)])
+        gap, least = mean_gap(self.beta, both)
+        return self.lambda_dec * (gap / least) ** self.gap_exponent
 
     def _encoder(self) -> Float[Any, "num_workers num_data"]:
         points: Any = self.alpha, self.beta, self.lambda_enc
         on_host = namespace(*points) is np
         return smoothing_matrix_on_host(*points) if on_host else smoothing_matrix(*points)
 
-    def _options(self, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
-        return decoding_options(self, available)
-
-
-# Functions, since Equinox takes as long to bind a method as the host for a tenth of a matrix.
-
-
-def _penalty(code: NeRCC, available: Bool[Any, " num_workers"]) -> Any:
-    both = namespace(available).stack([available, np.ones(code.num_workers, bool)])
-    gap, least = mean_gap(code.beta, both)
-    return code.lambda_dec * (gap / least) ** code.gap_exponent
-
-
-def decoding_options(code: NeRCC, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
-    """Return the decoding regression's arguments but for points and data."""
-    xp = namespace(code.beta, available)
-    both = xp.stack([code.beta, -code.beta])
-    outermost = xp.min(xp.where(available, both, 1), axis=1)
-    options = {
-        "lambda_": _penalty(code, available),
-        "available": available,
-        "end_weights": code.end_penalty * (1 - outermost**2),
-    }
-    if code.exact:
-        own = coincident(code.beta, code.alpha)
-        weights = xp.where(own, 1 / np.finfo(code.beta.dtype).eps, 1).astype(code.beta.dtype)
-        # lambda is taken times the sum of weights: heavy answers must not add to the penalty.
-        total = xp.sum(weights, where=available)
-        options["lambda_"] *= xp.sum(available, dtype=total.dtype) / xp.where(total > 0, total, 1)
-        options["weights"] = weights
-    return options
-
-
-def _smoothing_length(alpha: Array, beta: Array) -> Any:
-    """Return the length that the untuned decoder smooths over, in radians: see `NeRCC`."""
-    given: Any = alpha, beta
-    if not any_tracer(given):  # then nothing is compiled
-        given = np.asarray(alpha), np.asarray(beta)
-    data, workers = (mean_gap(points, np.ones(points.shape, bool)) for points in given)
-    return namespace(*given).minimum(data / 28, workers / 10)
+    def decoding_options(self, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
+        xp = namespace(self.beta, available)
+        both = xp.stack([self.beta, -self.beta])
+        outermost = xp.min(xp.where(available, both, 1), axis=1)
+        options = {
+            "lambda_": NeRCC.decoder_penalty(self, available),
+            "available": available,
+            "end_weights": self.end_penalty * (1 - outermost**2),
+        }
+        if self.exact:
+            own = coincident(self.beta, self.alpha)
+            weights = xp.where(own, 1 / np.finfo(self.beta.dtype).eps, 1).astype(self.beta.dtype)
+            # lambda is taken times the sum of weights: heavy answers must not add to the penalty.
+            total = xp.sum(weights, where=available)
+            count = xp.sum(available, dtype=total.dtype)
+            options["lambda_"] *= count / xp.where(total > 0, total, 1)
+            options["weights"] = weights
+        return options

@@ -53,26 +53,17 @@ class Parity(AbstractNumpyCode):
         return np.concatenate([np.eye(self.num_data), self._protects()])
 
     def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
-        own, rebuilt = self._answered(available)
+        protects, xp = self._protects(), namespace(available)
+        own, parity = available[: self.num_data], available[self.num_data :]
+        alone = (protects & ~own[None]).sum(axis=1) == 1
+        rebuilt = ~own & (protects & (alone & parity)[:, None]).any(axis=0)
         exact = np.eye(self.num_data, self.num_workers)
-        protects = self._protects().astype(float)
-        others = protects.T @ protects - np.eye(self.num_data)
-        subtraction = np.concatenate([-others, protects.T], axis=1)
-        xp = namespace(own)
+        weights = protects.astype(float)
+        others = weights.T @ weights - np.eye(self.num_data)
+        subtraction = np.concatenate([-others, weights.T], axis=1)
         matrix = xp.where(own[:, None], exact, xp.where(rebuilt[:, None], subtraction, 0))
         return matrix.astype(float)
-
-    def _recovered(self, available: Bool[Any, " num_workers"]) -> Bool[Any, " num_data"]:
-        own, rebuilt = self._answered(available)
-        return own | rebuilt
 
     def _protects(self) -> Bool[np.ndarray, "parities num_data"]:
         groups = self.num_workers - self.num_data
         return np.arange(self.num_data) % groups == np.arange(groups)[:, None]
-
-    def _answered(self, available: Bool[Any, " num_workers"]) -> tuple[Bool[Any, " num_data"], ...]:
-        """Return whose own worker answered, and which others the parity workers can rebuild."""
-        own, parity = available[: self.num_data], available[self.num_data :]
-        protects = self._protects()
-        alone = (protects & ~own[None]).sum(axis=1) == 1
-        return own, ~own & (protects & (alone & parity)[:, None]).any(axis=0)

@@ -28,9 +28,6 @@ class AbstractCopies(AbstractNumpyCode):
         first = answered & (namespace(available).cumsum(answered, axis=1) == 1)
         return first.astype(float)
 
-    def _recovered(self, available: Bool[Any, " num_workers"]) -> Bool[Any, " num_data"]:
-        return self._decoder(available).any(axis=1)
-
     def posterior_variance(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, " num_data"]:

@@ -82,8 +82,12 @@ def write_arrays(path: Path, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) ->
 
 def read_arrays(path: Path, remedy: str) -> dict[str, Shaped[np.ndarray, "..."]]:
     """Return what `write_arrays` wrote; raise as `read_checked`."""
-    with np.load(io.BytesIO(read_checked(path, remedy)), allow_pickle=False) as file:
-        return dict(file)
+    content = read_checked(path, remedy)
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            return dict(file)
+    except ValueError as error:  # it takes what it does not know for a pickle
+        raise ValueError(f"{path} is no .npz file: {remedy}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from ..codes import AbstractCode, Decoded, NeRCC, as_mask
 from ..codes._code import joined_answers
-from ..codes._decoding import decode_vectors
-from ..codes._nercc import decoding_options
-from ..codes._products import multiply
+from ..codes._decoding import decode_vectors, multiply
 from ..splines import smoothing_matrix
 from ..splines._knots import gather_knots
 from ..splines.arrays import native, working_dtype
@@ -126,7 +124,7 @@ def _robust_decode(
         flat = flat if bounds is None else jnp.clip(flat, *bounds.astype(flat.dtype))
         share = max_adversaries / jnp.maximum(jnp.sum(responded), 1)
         lambda_ = jnp.maximum(code.decoder_penalty(responded), rate_constant * share ** (8 / 5))
-        options = decoding_options(code, responded)
+        options = code.decoding_options(responded)
         # No answer is so sure that it outweighs all others when any may be a lie.
         options |= {"lambda_": lambda_, "weights": jnp.ones_like(code.beta)}
         matrix = smoothing_matrix(code.beta, code.alpha, **options)

@@ -460,7 +460,7 @@ class _RowRun:
             assert fitted is not None
             new = before is None or fitted.pairs != before.pairs  # else it only learned some more
             if self._parts is not None and new:
-                name = f"learner-{fitted.pairs:06d}.safetensors"
+                name = f"learner-{fitted.pairs:06d}.npz"
                 self._parts.keep("learner", name, lambda path: save_fitted(path, fitted))
             self._arrange()
             checked, checks = self._learner.checked, self._checks

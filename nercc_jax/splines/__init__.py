@@ -1,7 +1,12 @@
 """Smoothing splines as linear operators, and as posteriors."""
 
-from ._posterior import posterior_variance, process_variance
-from ._smoothing import SmoothingSpline, smoothing_matrix, smoothing_spline
+from ._smoothing import (
+    SmoothingSpline,
+    posterior_variance,
+    process_variance,
+    smoothing_matrix,
+    smoothing_spline,
+)
 
 __all__ = [
     "SmoothingSpline",

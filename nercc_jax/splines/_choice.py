@@ -60,21 +60,17 @@ def cross_validated(found: Fit, y: Float[Array, "n m"]) -> Fit:
     )
 
     def search(_: object, start: Float[Array, ""]) -> Float[Array, ""]:
-        def tried(middle: Array, width: Array) -> tuple[Array, Array]:
+        def closer(turn: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
+            middle, width = kept
             near = jnp.clip(middle + width * jnp.linspace(-1, 1, 33, dtype=y.dtype), low, high)
-            return near, jax.vmap(score)(near)
+            scores = jax.vmap(score)(near)
+            known = where(jnp.isfinite(scores), scores, -jnp.inf)
+            before, after = jax.lax.cummax(known), jax.lax.cummax(known, reverse=True)
+            rises = (before > 1.001 * scores) & (after > 1.001 * scores).at[-1].set(True)
+            skipped = (turn == 0) & jnp.any(rises) & ~rises
+            return near[jnp.argmin(where(skipped, jnp.inf, scores))], width / 16
 
-        def closer(_: object, kept: tuple[Array, Array]) -> tuple[Array, Array]:
-            near, scores = tried(*kept)
-            return near[jnp.argmin(scores)], kept[1] / 16
-
-        near, scores = tried(start, (high - low) / 2)
-        known = where(jnp.isfinite(scores), scores, -jnp.inf)
-        before, after = jax.lax.cummax(known), jax.lax.cummax(known, reverse=True)
-        rises = (before > 1.001 * scores) & (after > 1.001 * scores).at[-1].set(True)
-        valley = where(rises, scores, jnp.inf)
-        best = near[jnp.argmin(where(jnp.any(rises), valley, scores))]
-        return jax.lax.fori_loop(0, 4, closer, (best, (high - low) / 32))[0]
+        return jax.lax.fori_loop(0, 5, closer, (start, (high - low) / 2))[0]
 
     def slope(log_lambda: Float[Array, ""]) -> Float[Array, ""]:
         inside = (log_lambda > low) & (log_lambda < high)

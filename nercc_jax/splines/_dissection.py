@@ -69,14 +69,18 @@ class Level(NamedTuple):
         self, around: Float[Array, "others m knots"] | None, forced: Matrices | None
     ) -> tuple[Matrices, Matrices]:
         """Return s_j and d by the neighbours' values and slopes, None where there are none."""
-        right = _sum(self.right, forced)
+        right: Any = forced if self.right is None else self.right
+        if self.right is not None and forced is not None:
+            right = self.right + forced
         if around is not None:
             right = right - _product(self.others, around)
         slope = right[1] / self.own[1, 1]
         x = jnp.stack([(right[0] - self.own[0, 1] * slope) / self.own[0, 0], slope])
         if around is None:
             return x, x
-        prior = _sum(_product(self.mean, around), self.missed)
+        prior = _product(self.mean, around)
+        if self.missed is not None:
+            prior = prior + self.missed
         return x + jnp.where(self.stiff, prior, 0), x - jnp.where(self.stiff, 0, prior)
 
 
@@ -107,7 +111,7 @@ class Dissection(NamedTuple):
         (gap,), mu = self.gaps[-1], self.problem.mu
         shear, bend = _forces(mu, gap, bent)
         for level, gaps, force in list(zip(between, self.gaps, forced, strict=False))[::-1]:
-            here, bent = level.solved(_pairs(found), force)
+            here, bent = level.solved(jnp.concatenate([found[..., :-1], found[..., 1:]]), force)
             found = jnp.concatenate([_alternating(found[..., :-1], here), found[..., -1:]], axis=-1)
             before, after = gaps[::2], gaps[1::2]
             mirrored = jnp.stack([-bent[0], bent[1]])
@@ -179,11 +183,10 @@ def dissect(problem: Problem, most: int, b: Columns) -> Dissection:
                 jnp.concatenate([left[:, :2], none], axis=1),
             ]
         )
-        missed = None
-        if data is not None and right is not None:
-            missed, data = _joined(before, after, data[..., ::2], data[..., 1::2])
-            right = jnp.concatenate([jnp.zeros_like(missed), right[..., 1::2], right[..., ::2]])
-        prior = _bridge(before, after, mu), _cubic(before, after), missed
+        *prior, data = _bridge(before, after, mu, data)
+        if right is not None:
+            observed = jnp.zeros((2, *right.shape[1:-1], len(before)), right.dtype)
+            right = jnp.concatenate([observed, right[..., 1::2], right[..., ::2]])
         level, rows, right = _condition(*prior, of_knot, of_others, right)
         if len(rows) > most:
             both = rows if right is None else jnp.concatenate([rows, right], axis=1)
@@ -250,44 +253,38 @@ def _condition(
 
 
 def _bridge(
-    before: Float[Array, " knots"], after: Float[Array, " knots"], mu: Float[Array, ""]
-) -> Float[Array, "2 2 knots"]:
-    """Return M, a triangle: the root of the curvature of the two gaps' penalty at the knot."""
+    before: Float[Array, " knots"],
+    after: Float[Array, " knots"],
+    mu: Float[Array, ""],
+    data: Float[Array, "2 m gaps"] | None,
+) -> tuple[Float[Array, "2 2 knots"], Float[Array, "2 4 knots"], Missed, Missed]:
+    """Return M, H and by how much H misses the data of both gaps, and these data as one gap's.
+
+    M, a triangle, is the root of the curvature of the two gaps' penalty at the knot, and H the
+    cubic through the neighbours' values and slopes.
+    """
     a, b = 1 / before, 1 / after
     value = jnp.sqrt(12 * (a**3 + b**3))
     both = 6 * (b - a) * (b + a) / value
     slope = jnp.sqrt(12.0) * (a + b) ** 2 / value  # by the determinant, 12 (a + b)^4
     rows = [jnp.stack([value, both]), jnp.stack([jnp.zeros_like(value), slope])]
-    return jnp.sqrt(mu) * jnp.stack(rows)
+    precision = jnp.sqrt(mu) * jnp.stack(rows)
 
-
-def _cubic(
-    before: Float[Array, " knots"], after: Float[Array, " knots"]
-) -> Float[Array, "2 4 knots"]:
-    """Return H: the cubic through the neighbours' values and slopes, at the knot."""
     gap = before + after
     s, r = before / gap, after / gap
-    value = [r * r * (1 + 2 * s), r * r * before, s * s * (1 + 2 * r), -s * s * after]
-    slope = [-6 * s * r / gap, r * (r - 2 * s), 6 * s * r / gap, s * (s - 2 * r)]
-    return jnp.stack([jnp.stack(value), jnp.stack(slope)])
+    values = [r * r * (1 + 2 * s), r * r * before, s * s * (1 + 2 * r), -s * s * after]
+    slopes = [-6 * s * r / gap, r * (r - 2 * s), 6 * s * r / gap, s * (s - 2 * r)]
+    mean = jnp.stack([jnp.stack(values), jnp.stack(slopes)])
+    if data is None:
+        return precision, mean, None, None
 
-
-def _joined(
-    before: Float[Array, " knots"],
-    after: Float[Array, " knots"],
-    left: Float[Array, "2 m knots"],
-    right: Float[Array, "2 m knots"],
-) -> tuple[Float[Array, "2 m knots"], Float[Array, "2 m knots"]]:
-    """Return by how much H misses the data of two gaps, and the data of both as one gap."""
-    gap = before + after
-    s, r = before / gap, after / gap
-    (shear, bend), (next_shear, next_bend) = left, right
+    (shear, bend), (next_shear, next_bend) = data[..., ::2], data[..., 1::2]
     value = r * r * (1 + 2 * s) * shear - s * s * (1 + 2 * r) * next_shear
     value += gap * s * r / 2 * (r * (1 - 2 * s) * bend + s * (1 - 2 * r) * next_bend)
     slope = -6 * s * r / gap * (shear + next_shear)
     slope += (1 - 3 * s * r) * (r * bend - s * next_bend)
-    both = shear + next_shear + (after * bend - before * next_bend) / 2
-    return jnp.stack([value, slope]), jnp.stack([both, bend + next_bend])
+    shear = shear + next_shear + (after * bend - before * next_bend) / 2
+    return precision, mean, jnp.stack([value, slope]), jnp.stack([shear, bend + next_bend])
 
 
 def _forces(mu: Float[Array, ""], gap: Array, bent: Matrices) -> tuple[Array, Array]:
@@ -301,19 +298,9 @@ def _filled(parts: list[Array], size: int) -> Float[Array, "2 m all"]:
     return jnp.pad(both, ((0, 0), (0, 0), (0, size - both.shape[-1])))
 
 
-def _pairs(found: Float[Array, "2 m knots"]) -> Float[Array, "4 m gaps"]:
-    return jnp.concatenate([found[..., :-1], found[..., 1:]])
-
-
 def _alternating(first: Float[Array, "*m n"], second: Float[Array, "*m n"]) -> Array:
     """Return first[0], second[0], first[1], ... along the last axis."""
     return jnp.stack([first, second], axis=-1).reshape(*first.shape[:-1], -1)
-
-
-def _sum(first: Array | None, second: Array | None) -> Any:
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
 
 
 def _product(a: Float[Array, "i j knots"], b: Float[Array, "j k knots"]) -> Matrices:

@@ -53,8 +53,20 @@ class NotAKnot(NamedTuple):
     enough: Bool[Any, ""]
 
     def share(self, powers: Float[Any, "2 2"], jumps: Float[Any, "2 m"]) -> Float[Any, "2 m"]:
-        """Return c, from the jumps of the third derivatives of T's fits and of the others."""
-        c = _solved(self.scale * powers, self.scale * jumps)
+        """Return c, from the jumps of the third derivatives of T's fits and of the others.
+
+        By normal equations, c goes towards 0 where little is known, as where much is smoothed. Of
+        the first step's bias, 0.0003 of c where nothing is smoothed, the third leaves the cube.
+        """
+        summary, wanted = self.scale * powers, self.scale * jumps
+        xp = namespace(summary, wanted)
+        first, second = summary[:, 0], summary[:, 1]
+        a, b, d = (xp.sum(p * q) for p, q in ((first, first), (first, second), (second, second)))
+        a, d = a + _LEAST**2, d + _LEAST**2
+        inverse = xp.stack([xp.stack([d, -b]), xp.stack([-b, a])]) / (a * d - b * b)
+        bias = _LEAST**2 * inverse
+        steps = xp.eye(2, dtype=summary.dtype) + bias + combined(bias, bias)
+        c = combined(combined(steps, combined(inverse, summary.T)), wanted)
         return where(self.enough, c, 0)
 
 
@@ -90,19 +102,3 @@ def not_a_knot(
 def combined(columns: Float[Any, "n 2"], share: Float[Any, "2 m"]) -> Float[Any, "n m"]:
     """Return columns @ share, as sums: accelerators' matrix products have fewer digits."""
     return columns[:, :1] * share[:1] + columns[:, 1:] * share[1:]
-
-
-def _solved(summary: Float[Any, "2 2"], wanted: Float[Any, "2 m"]) -> Float[Any, "2 m"]:
-    """Return the c with summary @ c = wanted, by normal equations.
-
-    c goes towards 0 where little is known, as where much is smoothed. Of the first step's bias,
-    0.0003 of c where nothing is smoothed, the third leaves the cube.
-    """
-    xp = namespace(summary, wanted)
-    first, second = summary[:, 0], summary[:, 1]
-    a, b, d = (xp.sum(p * q) for p, q in ((first, first), (first, second), (second, second)))
-    a, d = a + _LEAST**2, d + _LEAST**2
-    inverse = xp.stack([xp.stack([d, -b]), xp.stack([-b, a])]) / (a * d - b * b)
-    bias = _LEAST**2 * inverse
-    steps = xp.eye(2, dtype=summary.dtype) + bias + combined(bias, bias)
-    return combined(combined(steps, combined(inverse, summary.T)), wanted)

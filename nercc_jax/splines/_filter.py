@@ -38,20 +38,20 @@ Row = tuple[Any, ...]
 class Rotated(NamedTuple):
     """QR factors of one spline's least-squares problem.
 
-    `rotations` are the (cosine, sine) pairs of each gap's elimination, in its order. `rows` are the
-    two rows of R for each gap, which give g_i and v_i from g_{i+1} and v_{i+1}, and `last` is the
-    triangle that gives the last knot's.
+    `turns` has 22 numbers for each gap: (cosine, sine) of the 7 rotations of its elimination, in
+    their order, and the two rows of R that give g_i and v_i from g_{i+1} and v_{i+1}. One array,
+    since each that a loop fills or reads is a kernel to compile. `last` is the triangle that gives
+    the last knot's.
     """
 
-    rotations: Float[Array, "gaps 7 2"]
-    rows: Float[Array, "gaps 2 4"]
+    turns: Float[Array, "gaps 22"]
     last: Float[Array, "3"]
 
 
 def factorize(problem: Problem, beside: Any = None, start: Any = (), given: Any = ()) -> Any:
     """Return the factor, and the carry and results of `beside`, which runs in the same loop.
 
-    `beside(carry, rotations, rows, given)` returns its next carry and its result for a gap.
+    `beside(carry, turns, given)` returns its next carry and its result for a gap.
 
     Gaps must be positive. With a single positive weight the fit is a constant, with none it is zero
     (callers report that case).
@@ -62,7 +62,7 @@ def factorize(problem: Problem, beside: Any = None, start: Any = (), given: Any 
 
     def step(carry, gap):
         # `top` and `low` are the triangle of what knots up to i say about (g_i, v_i).
-        ((top_g, top_v), (low_v,)), other = carry
+        (top_g, top_v, low_v), other = carry
         (shear, half, bend, root_weight, root_slope), more = gap
         # Unknowns in the order g_i, v_i, g_{i+1}, v_{i+1}.
         r0, value_row, top = _eliminate((-shear, -half, shear, -half), (top_g, top_v, zero, zero))
@@ -72,22 +72,19 @@ def factorize(problem: Problem, beside: Any = None, start: Any = (), given: Any 
         r4, top, rest = _eliminate(top, (root_weight, zero))
         r5, low, _ = _eliminate(low, rest)
         r6, low, _ = _eliminate(low, (root_slope,))
-        rotations, rows = (r0, r1, r2, r3, r4, r5, r6), (value_row, (*slope_row, zero))
+        turns = jnp.stack([*r0, *r1, *r2, *r3, *r4, *r5, *r6, *value_row, *slope_row, zero])
         found = ()
         if beside is not None:
-            other, found = beside(other, rotations, rows, more)
-        # Two arrays, since each that a loop fills is a kernel to compile.
-        made = (jnp.stack([jnp.stack(row) for row in each]) for each in (rotations, rows))
-        return ((top, low), other), (tuple(made), found)
+            other, found = beside(other, turns, more)
+        return ((*top, *low), other), (turns, found)
 
-    carry = ((root_weights[0], zero), (root_slopes[0],)), start
+    carry = (root_weights[0], zero, root_slopes[0]), start
     own = (shears, halves, bends, root_weights[1:], root_slopes[1:])
-    ((top, low), other), (made, found) = jax.lax.scan(step, carry, (own, given))
+    (last, other), (turns, found) = jax.lax.scan(step, carry, (own, given))
     # What too few observations leave open is set to zero: the slope with one, the value with none.
     observed = jnp.sum(problem.weights > 0)
-    last = jnp.stack([where(observed < 1, 1, top[0]), top[1], where(observed < 2, 1, low[0])])
-    rotations, rows = made
-    return Rotated(rotations, rows, last), other, found
+    last = jnp.stack([where(observed < 1, 1, last[0]), last[1], where(observed < 2, 1, last[2])])
+    return Rotated(turns, last), other, found
 
 
 def solve_in_turn(
@@ -106,47 +103,90 @@ def solve_in_turn(
     if forced:
         parts += [b.value[:-1], b.slope[:-1]]
     # One array, since each that a loop reads or fills is a kernel more.
-    given, none = jnp.stack(parts, axis=1), (jnp.zeros_like(parts[0][0]),) * 2
-    start: Any = (none if observed else (), none if forced else ())
+    given = jnp.stack(parts, axis=1)
+    none = jnp.zeros_like(given[0, :2])
+
+    def unpacked(turns):
+        # Each number as wide as the columns, by one broadcast: one for each product would be most
+        # of the loop's operations.
+        wide = jnp.unstack(jnp.broadcast_to(turns[:, None], (len(turns), none.shape[1])))
+        return list(zip(wide[:14:2], wide[1:14:2], strict=True)), wide[14:18], wide[18:]
+
+    def forward(carry, turns, given):
+        (r0, r1, r2, r3, r4, r5, r6), value_row, slope_row = unpacked(turns)
+        carried, made = [], []
+        if observed:  # Q' of the columns of shear and bend rows
+            top, low = carry[:2]
+            pivot, top = _rotate(r0, given[0], top)
+            turn, top = _rotate(r1, given[1], top)
+            turn, low = _rotate(r2, turn, low)
+            top, low = _rotate(r3, top, low)
+            # The rows of the knot that comes in are zero: to rotate them in only scales.
+            top, rest = r4[0] * top, -r4[1] * top
+            low, first = _rotate(r5, low, rest)
+            carried += [top, r6[0] * low]
+            made += [pivot, turn, first, -r6[1] * low]
+        if forced:  # R'^-1 of the forces on values and slopes
+            p = (given[-2] - carry[-2]) / value_row[0]
+            q = (given[-1] - carry[-1] - value_row[1] * p) / slope_row[0]
+            carried += [value_row[2] * p + slope_row[1] * q, value_row[3] * p + slope_row[2] * q]
+            made += [p, q]
+        return tuple(carried), jnp.stack(made)
+
+    start = (none[0],) * given.shape[1]
     if factor is None:
-        factor, carry, found = factorize(problem, _forward, start, given)
+        factor, carry, found = factorize(problem, forward, start, given)
     else:
-        known = factor.rotations, factor.rows, given
-        carry, found = jax.lax.scan(lambda carry, gap: _forward(carry, *gap), start, known)
+        known = factor.turns, given
+        carry, found = jax.lax.scan(lambda carry, gap: forward(carry, *gap), start, known)
     assert factor is not None
 
     # The last knot.
-    (known, passed), (first, cross, second) = carry, factor.last
-    last_force: Any = ()
+    first, cross, second = factor.last
+    pivot, turn = carry[:2] if observed else none
+    spread = none
     if forced:
-        value = (b.value[-1] - passed[0]) / first
-        last_force = value, (b.slope[-1] - passed[1] - cross * value) / second
-    pivot, turn = _added(known, last_force)
+        value = (b.value[-1] - carry[-2]) / first
+        slope = (b.slope[-1] - carry[-1] - cross * value) / second
+        pivot, turn, spread = pivot + value, turn + slope, (-value, -slope)
     last_slope = turn / second
     last_value = (pivot - cross * last_slope) / first
+    of_values, of_shears = "value" in wanted, "shear" in wanted
 
     def backward(carry, gap):
-        rotations, rows, found = gap
-        observed, forced = (found[:4], found[4:]) if known else ((), found)
-        solved, spread = carry
-        made = []
-        if "value" in wanted:
-            solved = _back(solved, rows, *_added(observed[:2], forced))
-            made += solved
-        if "shear" in wanted:
-            spread, multipliers = _spread(spread, rotations, forced, observed[2:])
-            made += multipliers
-        return (solved, spread), jnp.stack(made)
+        turns, found = gap
+        rotations, value_row, slope_row = unpacked(turns)
+        force = found[-2:] if forced else none
+        carried, made = [], []
+        if of_values:  # R^-1, from the last gap to the first
+            g_next, v_next = carry[:2]
+            pivot, turn = found[:2] + force if observed and forced else found[:2]
+            v = (turn - slope_row[1] * g_next - slope_row[2] * v_next) / slope_row[0]
+            g = pivot - value_row[1] * v - value_row[2] * g_next - value_row[3] * v_next
+            carried += [g / value_row[0], v]
+            made += carried
+        if of_shears:  # Q, of the entries beside R and, with the other sign, of those of R
+            top, low = carry[-2:]
+            r0, r1, r2, r3, r4, r5, r6 = rotations
+            first, second = found[2:4] if observed else none
+            low = _unrotate(r6, low, second)[0]
+            low, rest = _unrotate(r5, low, first)
+            top = _unrotate(r4, top, rest)[0]
+            top, low = _unrotate(r3, top, low)
+            bend, low = _unrotate(r2, -force[1], low)
+            bend, top = _unrotate(r1, bend, top)
+            shear, top = _unrotate(r0, -force[0], top)
+            carried += [top, low]
+            made += [shear, bend]
+        return tuple(carried), jnp.stack(made)
 
-    spread = tuple(-each for each in last_force) or (jnp.zeros_like(last_value),) * 2
-    carry = (last_value, last_slope), spread
-    along = factor.rotations, factor.rows, found
-    _, found = jax.lax.scan(backward, carry, along, reverse=True)
+    carry = (last_value, last_slope) * of_values + tuple(spread) * of_shears
+    _, found = jax.lax.scan(backward, carry, (factor.turns, found), reverse=True)
     x: dict[str, Array] = {}
-    if "value" in wanted:
+    if of_values:
         x["value"] = jnp.concatenate([found[:, 0], last_value[None]])
         x["slope"] = jnp.concatenate([found[:, 1], last_slope[None]])
-    if "shear" in wanted:
+    if of_shears:
         x["shear"] = -shears[:, None] * found[:, -2]
         x["bend"] = -bends[:, None] * found[:, -1]
     return factor, Columns(**x)
@@ -164,7 +204,7 @@ def variance_in_turn(
     """
     factor = factorize(problem)[0]
     zero = jnp.zeros_like(problem.gaps)
-    (a0, a1, a2, a3), (b0, b1, b2, _) = jnp.moveaxis(factor.rows, 0, -1)
+    a0, a1, a2, a3, b0, b1, b2, _ = factor.turns[:, 14:].T
     inverse = _triangle_inverse(a0, a1, b0, zero)
     forward = -_product(inverse, jnp.stack([jnp.stack([a2, a3], -1), jnp.stack([b1, b2], -1)], -2))
     noise = _product(inverse, jnp.swapaxes(inverse, -1, -2))
@@ -187,69 +227,6 @@ def variance_in_turn(
     return total
 
 
-# Steps along the gaps, for columns.
-
-
-def _forward(carry, rotations, rows, given):
-    """Apply Q' to columns of shear and bend rows, and R'^-1 to forces on values and slopes."""
-    known, passed = carry
-    r0, r1, r2, r3, r4, r5, r6 = rotations
-    value_row, slope_row = rows
-    made = []
-    if known:
-        top, low = known
-        pivot, top = _rotate(r0, given[0], top)
-        turn, top = _rotate(r1, given[1], top)
-        turn, low = _rotate(r2, turn, low)
-        top, low = _rotate(r3, top, low)
-        # The rows of the knot that comes in are zero: to rotate them in only scales.
-        top, rest = r4[0] * top, -r4[1] * top
-        low, first = _rotate(r5, low, rest)
-        known = top, r6[0] * low
-        made += [pivot, turn, first, -r6[1] * low]
-    if passed:
-        p = (given[-2] - passed[0]) / value_row[0]
-        q = (given[-1] - passed[1] - value_row[1] * p) / slope_row[0]
-        passed = value_row[2] * p + slope_row[1] * q, value_row[3] * p + slope_row[2] * q
-        made += [p, q]
-    return (known, passed), jnp.stack(made)
-
-
-def _back(carry, rows, pivot, turn):
-    """Apply R^-1 to columns, from the last gap to the first."""
-    g_next, v_next = carry
-    value_row, slope_row = rows
-    v = (turn - slope_row[1] * g_next - slope_row[2] * v_next) / slope_row[0]
-    g = pivot - value_row[1] * v - value_row[2] * g_next - value_row[3] * v_next
-    return g / value_row[0], v
-
-
-def _spread(carry, rotations, forced, beside):
-    """Apply Q to columns, from the last gap to the first; return those of shear and bend rows.
-
-    `forced` are the entries of R, with the other sign, and `beside` those beside R.
-    """
-    top, low = carry
-    r0, r1, r2, r3, r4, r5, r6 = rotations
-    pivot, turn = (-forced[0], -forced[1]) if len(forced) else (0.0, 0.0)
-    first, second = beside if len(beside) else (0.0, 0.0)
-    low = _unrotate(r6, low, second)[0]
-    low, rest = _unrotate(r5, low, first)
-    top = _unrotate(r4, top, rest)[0]
-    top, low = _unrotate(r3, top, low)
-    bend, low = _unrotate(r2, turn, low)
-    bend, top = _unrotate(r1, bend, top)
-    shear, top = _unrotate(r0, pivot, top)
-    return (top, low), (shear, bend)
-
-
-def _added(observed, forced):
-    """Return the sums of two columns; either may be without any."""
-    if len(observed) and len(forced):
-        return observed[0] + forced[0], observed[1] + forced[1]
-    return observed if len(observed) else forced
-
-
 def _rotate(cs, p, q):
     c, s = cs
     return c * p + s * q, c * q - s * p
@@ -264,13 +241,12 @@ def _eliminate(p: Row, q: Row) -> tuple[Row, Row, Row]:
     """Rotate row q's first entry into row p; return the rotation, p, and q without that entry."""
     (a, *p_tail), (b, *q_tail) = p, q
     square = a * a + b * b
-    empty = square == 0
+    empty = (square == 0).astype(square.dtype)
     # Products with an inverse root would be fewer kernels, but at n = 200 their rounding doubles
     # float32's error, to 1.1e-5.
-    length = jnp.sqrt(where(empty, 1, square))
-    rotation = where(empty, 1, a / length), b / length
+    length = jnp.sqrt(square)
+    rotation = (a + empty) / (length + empty), b / (length + empty)
     tails = [_rotate(rotation, a, b) for a, b in zip(p_tail, q_tail, strict=True)]
-    length = where(empty, 0, length)
     return rotation, (length, *(tail[0] for tail in tails)), tuple(tail[1] for tail in tails)
 
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from ._ends import Ends, NotAKnot, check_ends, combined, not_a_knot
+from ._ends import Ends, check_ends, combined, not_a_knot
 from ._knots import COMPARED_WITH_ALL, Knots, by_observation, gather_knots
 from ._platforms import unsharded
 from ._problem import Columns, Problem, steps
 from ._rule import solve, variance
-from .arrays import namespace, product, taken, where, within
+from .arrays import namespace, product, taken, where
 
 
 class LinearMap(eqx.Module):
@@ -61,7 +61,9 @@ class Fit(eqx.Module):
         span = jnp.sum(where(observed, apart, 0))
         low, high = jax.lax.stop_gradient((eps**2 * shortest**3, (1 + span**3) / eps))
         total = jnp.sum(knots.weights)
-        mu = within(lambda_, low, high) * where(total > 0, total, 1)
+        # `clip` has a derivative that shares what lies on a bound, in a dozen operations more.
+        bounded = where(lambda_ < low, low, where(lambda_ > high, high, lambda_))
+        mu = bounded * where(total > 0, total, 1)
         before, after = end_weights
         slope_weights = mu * (where(slot == first, before, 0) + where(slot == last, after, 0))
         # At this price a slope is zero, to rounding, and its square is still a number.
@@ -84,48 +86,54 @@ class Fit(eqx.Module):
         return where(share[:, None] > 0, y, 0).astype(share.dtype)
 
     def values(self, y: Float[Array, "n m"]) -> tuple[Float[Array, "knots m"], ...]:
-        """Return the fitted spline's values and slopes at the knots; linear in y.
-
-        The problem's unknowns are the values less the observations, so that data enter as the
-        differences of neighbours, which are exact: a slope that carries the spline over a wide gap
-        is not made of rounded values.
-        """
+        """Return the fitted spline's values and slopes at the knots; linear in y."""
         means = self.knots.average(y)
-        columns, m = -steps(means), means.shape[1]
+        shifts, slopes = self.shifts(-steps(means))
+        return means + shifts, slopes
+
+    def shifts(self, columns: Float[Array, "gaps m"]) -> tuple[Float[Array, "knots m"], ...]:
+        """Return values less observations, and slopes, by what each observation is below the last.
+
+        These are the problem's unknowns, so that data enter as the differences of neighbours, which
+        are exact: a slope that carries the spline over a wide gap is not made of rounded values.
+        """
         if self.ends == "natural":
             made = solve(self.problem, Columns(shear=columns))
-            return means + made.value, made.slope
+            return made.value, made.slope
         # The two forces at the ends are two columns more.
-        ends, more = self._not_a_knot(), jnp.zeros((len(means), 2), means.dtype)
-        columns, none = jnp.concatenate([columns, more[1:]], axis=1), jnp.zeros_like(means)
-        value, slope = (
-            jnp.concatenate([none, self.problem.mu * each], axis=1)
-            for each in (ends.values, ends.slopes)
-        )
+        mu, m = self.problem.mu, columns.shape[1]
+        ends = not_a_knot(self.knots, self.problem.slope_weights / mu)
+        none = jnp.zeros((len(self.knots.t), m), columns.dtype)
+        value, slope = (jnp.concatenate([none, mu * e], axis=1) for e in (ends.values, ends.slopes))
+        columns = jnp.concatenate([columns, jnp.zeros((len(columns), 2), columns.dtype)], axis=1)
         made = solve(self.problem, Columns(shear=columns, value=value, slope=slope))
-        shifts, bent = made.value[:, :m], made.value[:, m:]
-        share = self._share(ends, product(ends.kinks.T, bent), -product(ends.kinks.T, shifts))
-        slopes = made.slope[:, :m] + combined(made.slope[:, m:], share)
-        return means + shifts + combined(bent, share), slopes
+        jumps = product(ends.kinks.T, self.knots.weights)[:, None] / mu
+        jumps = jumps * product(ends.kinks.T, made.value)
+        share = ends.share(jumps[:, m:], -jumps[:, :m])
+        return tuple(
+            each[:, :m] + combined(each[:, m:], share) for each in (made.value, made.slope)
+        )
 
     def map_to(self, at: Float[Array, " k"]) -> LinearMap:
         """Return the map from observations to the fitted spline at the points `at`.
 
-        Forces that are a prediction's coefficients of values and slopes make the multipliers that
-        are, with the other sign, its responses to the differences of neighbouring observations.
+        With natural ends, forces that are a prediction's coefficients of values and slopes make the
+        multipliers that are, with the other sign, its responses to the differences of neighbouring
+        observations; otherwise each difference by itself is fitted.
         """
         knots, slot = self.knots, jnp.arange(len(self.knots.t))[:, None]
-        gap = _gap_of(knots.t, at)
+        gap = gap_of(knots.t, at)
         # As products with what is needed anyway: the derivative of `taken` would be a scatter.
         left, right = ((slot == each[None]).astype(at.dtype) for each in (gap, gap + 1))
         before, after = (jnp.sum(each * knots.t[:, None], axis=0) for each in (left, right))
-        basis = [each[None] for each in _basis_between(before, after, at)[1]]
+        basis = [each[None] for each in hermite_basis(before, after, at)[1]]
         values, slopes = left * basis[0] + right * basis[2], left * basis[1] + right * basis[3]
         if self.ends == "natural":
             columns = Columns(value=values, slope=slopes)
             differences = -solve(self.problem, columns, ("shear",)).shear.T
         else:
-            differences = self._bent(values, slopes)
+            shifts, bent = self.shifts(-jnp.eye(len(knots.t) - 1, dtype=at.dtype))
+            differences = product(values.T, shifts) + product(slopes.T, bent)
         # By differences the response to a constant is exact: it has none of the solution's
         # rounding.
         matrix = knots.spread(by_observation(values.T, differences, knots.shown))
@@ -135,7 +143,8 @@ class Fit(eqx.Module):
     def variance(self, at: Float[Array, " k"]) -> Float[Array, " k"]:
         """Return the posterior variance at the points `at`, by tau^2: see `posterior_variance`."""
         t = self.knots.t
-        gap, inside, basis = hermite_basis(t, at)
+        gap = gap_of(t, at)
+        inside, basis = hermite_basis(taken(t, gap), taken(t, gap + 1), at)
         known = variance(self.problem, gap, jnp.stack(basis[:2]), jnp.stack(basis[2:]))
         # Between two knots of known value and slope, integrated white noise still varies this much,
         # and beyond the outermost with the distance.
@@ -152,35 +161,6 @@ class Fit(eqx.Module):
         energy = -jnp.sum(forces * (means - means[0]))
         freedom = jnp.maximum(self.knots.number - 2, 0) * means.shape[1]
         return where(freedom > 0, jnp.maximum(energy, 0) / jnp.maximum(freedom, 1), jnp.inf)
-
-    def _not_a_knot(self) -> NotAKnot:
-        return not_a_knot(self.knots, self.problem.slope_weights / self.problem.mu)
-
-    def _share(
-        self, ends: NotAKnot, bent: Float[Array, "2 2"], missed: Float[Array, "2 m"]
-    ) -> Float[Array, "2 m"]:
-        """Return c of `_ends`, from E and by how much the natural fits miss the kinks' data."""
-        force = (product(ends.kinks.T, self.knots.weights) / self.problem.mu)[:, None]
-        return ends.share(force * bent, force * missed)
-
-    def _bent(
-        self, values: Float[Array, "n k"], slopes: Float[Array, "n k"]
-    ) -> Float[Array, "k gaps"]:
-        """Return the responses to differences with ends that are not natural.
-
-        Kinks are two more points, and the forces at the ends are two columns more.
-        """
-        ends, mu, k = self._not_a_knot(), self.problem.mu, values.shape[1]
-        value = jnp.concatenate([values, ends.kinks, mu * ends.values], axis=1)
-        slope = jnp.concatenate([slopes, jnp.zeros_like(ends.kinks), mu * ends.slopes], axis=1)
-        columns = Columns(value=value, slope=slope)
-        made = solve(self.problem, columns, ("shear", "value", "slope"))
-        differences, bent = -made.shear.T, made.value[:, k + 2 :]
-        forced = product(values.T, bent) + product(slopes.T, made.slope[:, k + 2 :])
-        # By what the kinks' observations are missed, in the digits that differences have.
-        missed = -differences[k : k + 2]
-        share = self._share(ends, product(ends.kinks.T, bent), missed)
-        return differences[:k] + combined(forced, share)
 
 
 def fit(
@@ -217,22 +197,25 @@ def fit(
     return Fit(gather_knots(t, where(available, weights, 0)), penalty, heavy, check_ends(ends))
 
 
-def hermite_basis(
-    t: Float[Any, " n"], at: Float[Any, " k"]
-) -> tuple[Any, Any, tuple[Any, Any, Any, Any]]:
-    """Return each point's gap, its share of the gap (0 to 1), and its coefficients.
+def gap_of(t: Float[Any, " n"], at: Float[Any, " k"]) -> Int[Any, " k"]:
+    """Return the gap between knots that each point lies in, or beyond the ends is nearest to."""
+    xp = namespace(t, at)
+    if t.shape[0] * at.shape[0] <= COMPARED_WITH_ALL:
+        upto = xp.sum(t[None] <= at[:, None], axis=1)
+    else:
+        upto = xp.searchsorted(t, at, side="right")
+    return xp.minimum(xp.maximum(upto - 1, 0), t.shape[0] - 2)
+
+
+def hermite_basis(left: Any, right: Any, at: Any) -> tuple[Any, tuple[Any, Any, Any, Any]]:
+    """Return each point's share of the gap between two knots (0 to 1), and its coefficients.
 
     The coefficients are those of the left knot's value and slope, and the right one's. Beyond the
     ends there are straight lines.
     """
-    gap = _gap_of(t, at)
-    return gap, *_basis_between(taken(t, gap), taken(t, gap + 1), at)
-
-
-def _basis_between(left: Any, right: Any, at: Any) -> tuple[Any, tuple[Any, Any, Any, Any]]:
-    """Return the share and the coefficients of `hermite_basis`, by the knots on both sides."""
     h, after = right - left, at - left
-    inside = s = within(after / h, 0, 1)
+    s = after / h
+    inside = s = where(s < 0, 0, where(s > 1, 1, s))
     before, after = where(after < 0, after, 0), where(after > h, after - h, 0)
     r = 1 - s
     basis = (
@@ -242,25 +225,3 @@ def _basis_between(left: Any, right: Any, at: Any) -> tuple[Any, tuple[Any, Any,
         after - s * s * r * h,
     )
     return inside, basis
-
-
-def _gap_of(t: Float[Any, " n"], at: Float[Any, " k"]) -> Int[Any, " k"]:
-    xp = namespace(t, at)
-    if t.shape[0] * at.shape[0] <= COMPARED_WITH_ALL:
-        upto = xp.sum(t[None] <= at[:, None], axis=1)
-    else:
-        upto = xp.searchsorted(t, at, side="right")
-    return xp.minimum(xp.maximum(upto - 1, 0), t.shape[0] - 2)
-
-
-def hermite(
-    t: Float[Array, " n"],
-    values: Float[Array, "n *m"],
-    slopes: Float[Array, "n *m"],
-    at: Float[Array, " k"],
-) -> Float[Array, "k *m"]:
-    """Return the piecewise cubic with these values and slopes at the knots t; linear in both."""
-    gap, _, basis = hermite_basis(t, at)
-    column = (-1,) + (1,) * (values.ndim - 1)
-    b0, b1, b2, b3 = (b.reshape(column) for b in basis)
-    return b0 * values[gap] + b1 * slopes[gap] + b2 * values[gap + 1] + b3 * slopes[gap + 1]

@@ -15,22 +15,20 @@ alone it is well conditioned for every mu from zero on: against 60 digits, with 
 which 60 % are missing, Gaussian elimination with row exchanges is off by 2e-15 at most.
 
 With unit forces on the right, on the unknowns g and v, the solution is a column of the posterior's
-covariance over tau^2. The penalised squares over mu, by which tau^2 is estimated (`_posterior.py`),
+covariance over tau^2. The penalised squares over mu, by which `process_variance` estimates tau^2,
 are the penalties and, as residuals are forces, the sum of (f_{j-1} - f_j)^2 mu / w_j.
 
 Source: Green and Silverman 1994, section 2.1, for the functional.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ._ends import Ends, combined, not_a_knot
-from ._fit import hermite_basis
+from ._fit import gap_of, hermite_basis
 from ._knots import Knots, gather_knots
-
-_BAND = 3  # of the system, on either side of the diagonal
 
 
 def smoothing_matrix_on_host(
@@ -53,15 +51,27 @@ def smoothing_matrix_on_host(
     if len(seen) == 1:
         on_knots[:, seen] = 1
     elif len(seen) > 1:
-        system = _system(knots, seen, lambda_, end_weights)
-        coefficients = _at(system, at)[0]
+        system = _System(knots, seen, lambda_, end_weights)
+        coefficients = system.at(at)[0]
         if ends == "natural" or len(seen) < 4:
             # Predictions are coefficients of values and slopes: a solution of the transpose each.
             solved = system.solve(coefficients, transposed=True)
             on_knots[:, seen] = (solved[::4] * system.data[:, None]).T
         else:
+            place = np.arange(len(seen))
+            knots_seen = Knots(system.t, system.weights, place, np.ones(len(place)), place)
             gaps, kinks = np.diff(knots.t.astype(np.float64)), seen[[1, -2]]
-            values, slopes = _not_a_knot(system, np.minimum(gaps[kinks], gaps[kinks - 1]))
+            shorter = np.minimum(gaps[kinks], gaps[kinks - 1])[:, None]
+            forced = not_a_knot(knots_seen, system.ends, shorter)
+            forces = np.zeros((len(system.forces), 2))
+            forces[::4], forces[1::4] = forced.values, forced.slopes
+            fits = system.fitted(), system.solve(system.forces[:, None] * forces)
+            # The unknowns f are the third derivatives with the other sign, as those of T - s_T are.
+            jumps, bent = (forced.kinks[1:-1].T @ np.diff(fit[2::4], axis=0) for fit in fits)
+            share = forced.share(bent, -jumps)
+            values, slopes = (
+                fits[0][part::4] + combined(fits[1][part::4], share) for part in (0, 1)
+            )
             on_knots[:, seen] = coefficients[::4].T @ values + coefficients[1::4].T @ slopes
     return knots.spread(on_knots)
 
@@ -84,46 +94,24 @@ def variances_on_host(
     root = np.zeros((len(t), len(knots.t)))
     if len(seen) < 2:
         return np.full(len(at), np.inf), knots.spread(root)
-    system = _system(knots, seen, lambda_, end_weights)
-    coefficients, between = _at(system, at)
+    system = _System(knots, seen, lambda_, end_weights)
+    coefficients, between = system.at(at)
     covariances = system.solve(system.forces[:, None] * coefficients)
     variance = np.sum(coefficients * covariances, axis=0) + between**3 / 3
     if len(seen) > 2:
-        root[: len(seen), seen] = _root_of_squares(system) / np.sqrt(len(seen) - 2)
+        # The penalised squares over mu are |S y|^2.
+        h, fitted = np.diff(system.t)[:, None], system.fitted()
+        thirds = fitted[2::4]
+        apart = np.diff(thirds, axis=0, prepend=0, append=0)
+        squares = [
+            np.sqrt(h**3 / 12) * thirds,
+            np.sqrt(h) * fitted[3::4],
+            np.sqrt(system.ends)[:, None] * fitted[1::4],
+            np.sqrt(system.mu / system.weights)[:, None] * apart,
+        ]
+        triangle = np.asarray(np.linalg.qr(np.concatenate(squares), mode="r"))
+        root[: len(seen), seen] = triangle / np.sqrt(len(seen) - 2)
     return variance, knots.spread(root)
-
-
-def _not_a_knot(
-    system: "_System", gaps: Float[np.ndarray, "2"]
-) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, "n n"]]:
-    """Return the matrices from observations to values and slopes, with these ends."""
-    place = np.arange(len(system.t))
-    knots = Knots(system.t, system.weights, place, np.ones(len(place)), place)
-    values, slopes, thirds, _ = system.fitted()
-    ends = not_a_knot(knots, system.ends, gaps[:, None])
-    forces = np.zeros((system.size, 2))
-    forces[::4], forces[1::4] = ends.values, ends.slopes
-    bent = system.solve(system.forces[:, None] * forces)
-
-    # The unknowns f are the third derivatives with the other sign, as those of T - s_T are.
-    def jumps(thirds: np.ndarray) -> np.ndarray:
-        return ends.kinks[1:-1].T @ np.diff(thirds, axis=0)
-
-    share = ends.share(jumps(bent[2::4]), -jumps(thirds))
-    return values + combined(bent[::4], share), slopes + combined(bent[1::4], share)
-
-
-def _root_of_squares(system: "_System") -> Float[np.ndarray, "n n"]:
-    """Return the matrix S for which the penalised squares over mu are |S y|^2."""
-    _, slopes, thirds, bends = system.fitted()
-    h = np.diff(system.t)[:, None]
-    squares = [
-        np.sqrt(h**3 / 12) * thirds,
-        np.sqrt(h) * bends,
-        np.sqrt(system.ends)[:, None] * slopes,
-        np.sqrt(system.mu / system.weights)[:, None] * np.diff(thirds, axis=0, prepend=0, append=0),
-    ]
-    return np.asarray(np.linalg.qr(np.concatenate(squares), mode="r"))
 
 
 def _observed(
@@ -137,119 +125,94 @@ def _observed(
     return knots, np.flatnonzero(knots.weights > 0)
 
 
-class _System(NamedTuple):
-    """The factors of the banded system of increasing knots, all of them with a weight.
+class _System:
+    """The factors of the banded system of the knots that were seen, two at least.
 
-    `ends` has the penalty of each slope. `scale` and `steady` are the factors of the equations that
-    come from values and from slopes.
+    `ends` has the penalty of each slope. `data` and `forces` are the factors of an observation and
+    of a unit force on the right side.
     """
 
-    t: Float[np.ndarray, " n"]
-    weights: Float[np.ndarray, " n"]
-    mu: float
-    ends: Float[np.ndarray, " n"]
-    scale: Float[np.ndarray, " n"]
-    steady: Float[np.ndarray, " n"]
-    factor: Float[np.ndarray, "bands size"]
-    pivots: Int[np.ndarray, " size"]
+    def __init__(
+        self,
+        knots: Knots,
+        seen: Int[np.ndarray, " seen"],
+        lambda_: Float[np.ndarray, ""] | np.floating | float,
+        end_weights: Float[np.ndarray, "2"] | None,
+    ):
+        """Factorise the system."""
+        from scipy.linalg import lapack  # late: it takes as long to import as Equinox
 
-    @property
-    def size(self) -> int:
-        return len(self.pivots)
+        self.lapack: Any = lapack
+        self.width = 3  # of the band on either side of the diagonal
+        self.t = t = knots.t[seen].astype(np.float64)
+        self.weights = weights = knots.weights[seen]
+        h, span = np.diff(t), t[-1] - t[0]
+        # Beyond it the fit is the straight line, to rounding.
+        most = (1 + span**3) / np.finfo(np.float64).eps
+        self.mu = mu = float(min(float(lambda_), most) * weights.sum())
+        size = 4 * len(t) - 2  # unknowns g, v, f, b for each knot, but the last, which has no gap
+        band = np.zeros((3 * self.width + 1, size))
 
-    @property
-    def data(self) -> Float[np.ndarray, " n"]:
-        """Return the factor of each observation on the right side."""
-        return self.weights * self.scale
+        def put(rows: np.ndarray, columns: np.ndarray, values: np.ndarray | float) -> None:
+            band[2 * self.width + rows - columns, columns] = values
 
-    @property
-    def forces(self) -> Float[np.ndarray, " size"]:
-        """Return the factor of a unit force on each unknown on the right side."""
-        found = np.zeros(self.size)
-        found[::4], found[1::4] = self.mu * self.scale, self.steady
-        return found
+        knot, gap = 4 * np.arange(len(t)), 4 * np.arange(len(h))
+        shear, bend = gap + 2, gap + 3  # these gaps' unknowns, and their equations
+        scale = 1 / np.maximum(weights, mu)
+        put(knot, knot, weights * scale)
+        put(gap + 4, shear, mu * scale[1:])
+        put(gap, shear, -mu * scale[:-1])
+        self.ends = ends = np.zeros(len(t))
+        if end_weights is not None:  # infinity is a price, too
+            ends[[0, -1]] = np.minimum(end_weights, np.finfo(np.float64).max)
+        steady = 1 / np.maximum(1, ends)
+        put(knot + 1, knot + 1, ends * steady)
+        for slope, after in ((gap + 5, steady[1:]), (gap + 1, -steady[:-1])):
+            put(slope, bend, after)
+            put(slope, shear, -h / 2 * np.abs(after))
+        for row, column, values in (
+            (shear, gap, -1.0),
+            (shear, gap + 4, 1.0),
+            (shear, gap + 1, -h / 2),
+            (shear, gap + 5, -h / 2),
+            (shear, shear, -(h**3) / 12),
+            (bend, gap + 1, -1.0),
+            (bend, gap + 5, 1.0),
+            (bend, bend, -h),
+        ):
+            put(row, column, values)
+        self.data = weights * scale
+        self.forces = np.zeros(size)
+        self.forces[::4], self.forces[1::4] = mu * scale, steady
+        self.factor = self.lapack.dgbtrf(band, self.width, self.width, overwrite_ab=True)[:2]
 
     def solve(
         self, right: Float[np.ndarray, "size k"], *, transposed: bool = False
     ) -> Float[np.ndarray, "size k"]:
-        """Return the unknowns for each column on the right."""
-        return _lapack().dgbtrs(
-            self.factor, _BAND, _BAND, right, self.pivots, trans=int(transposed)
-        )[0]
+        """Return the unknowns g, v, f, b of the knots in turn, for each column on the right."""
+        band, pivots = self.factor
+        how = {"trans": int(transposed)}
+        return self.lapack.dgbtrs(band, self.width, self.width, right, pivots, **how)[0]
 
-    def fitted(self) -> tuple[Float[np.ndarray, "_ n"], ...]:
-        """Return each kind of unknown, for a unit observation at each knot."""
-        data = np.zeros((self.size, len(self.t)))
+    def fitted(self) -> Float[np.ndarray, "size n"]:
+        """Return the unknowns for a unit observation at each knot."""
+        data = np.zeros((len(self.forces), len(self.t)))
         np.fill_diagonal(data[::4], self.data)
-        solved = self.solve(data)
-        return solved[::4], solved[1::4], solved[2::4], solved[3::4]
+        return self.solve(data)
 
+    def at(
+        self, at: Float[np.ndarray, " k"]
+    ) -> tuple[Float[np.ndarray, "size k"], Float[np.ndarray, " k"]]:
+        """Return the predictions' coefficients of the unknowns.
 
-def _at(
-    system: _System, at: Float[np.ndarray, " k"]
-) -> tuple[Float[np.ndarray, "size k"], Float[np.ndarray, " k"]]:
-    """Return the predictions' coefficients of the unknowns.
-
-    And with values and slopes of all knots known: the cubic root of thrice the variance left.
-    """
-    at = np.asarray(at, np.float64)
-    left, inside, basis = hermite_basis(system.t, at)
-    coefficients = np.zeros((system.size, len(at)))
-    for offset, values in zip((0, 1, 4, 5), basis, strict=True):
-        coefficients[4 * left + offset, np.arange(len(at))] = values
-    beyond = np.maximum(np.maximum(system.t[0] - at, at - system.t[-1]), 0)
-    between = np.diff(system.t)[left] * inside * (1 - inside)
-    return coefficients, between + beyond  # one of them is zero
-
-
-def _system(
-    knots: Knots,
-    seen: Int[np.ndarray, " seen"],
-    lambda_: Float[np.ndarray, ""] | np.floating | float,
-    end_weights: Float[np.ndarray, "2"] | None,
-) -> _System:
-    """Return the system of the knots that were seen, two at least."""
-    t, weights = knots.t[seen].astype(np.float64), knots.weights[seen]
-    h, span = np.diff(t), t[-1] - t[0]
-    # Beyond it the fit is the straight line, to rounding.
-    mu = min(float(lambda_), (1 + span**3) / np.finfo(np.float64).eps) * weights.sum()
-    size = 4 * len(t) - 2  # unknowns g, v, f, b for each knot, but for the last, which has no gap
-    band = np.zeros((3 * _BAND + 1, size))
-
-    def put(rows: np.ndarray, columns: np.ndarray, values: np.ndarray | float) -> None:
-        band[2 * _BAND + rows - columns, columns] = values
-
-    knot, gap = 4 * np.arange(len(t)), 4 * np.arange(len(h))
-    shear, bend = gap + 2, gap + 3  # these gaps' unknowns, and their equations
-    scale = 1 / np.maximum(weights, mu)
-    put(knot, knot, weights * scale)
-    put(gap + 4, shear, mu * scale[1:])
-    put(gap, shear, -mu * scale[:-1])
-    ends = np.zeros(len(t))
-    if end_weights is not None:  # infinity is a price, too
-        ends[[0, -1]] = np.minimum(end_weights, np.finfo(np.float64).max)
-    steady = 1 / np.maximum(1, ends)
-    put(knot + 1, knot + 1, ends * steady)
-    for slope, after in ((gap + 5, steady[1:]), (gap + 1, -steady[:-1])):
-        put(slope, bend, after)
-        put(slope, shear, -h / 2 * np.abs(after))
-    for row, column, values in (
-        (shear, gap, -1.0),
-        (shear, gap + 4, 1.0),
-        (shear, gap + 1, -h / 2),
-        (shear, gap + 5, -h / 2),
-        (shear, shear, -(h**3) / 12),
-        (bend, gap + 1, -1.0),
-        (bend, gap + 5, 1.0),
-        (bend, bend, -h),
-    ):
-        put(row, column, values)
-    factor, pivots, _ = _lapack().dgbtrf(band, _BAND, _BAND, overwrite_ab=True)
-    return _System(t, weights, float(mu), ends, scale, steady, factor, pivots)
-
-
-def _lapack() -> Any:
-    # Late: it takes as long to import as Equinox.
-    from scipy.linalg import lapack
-
-    return lapack
+        And with values and slopes of all knots known: the cubic root of thrice the variance left.
+        """
+        at = np.asarray(at, np.float64)
+        left = gap_of(self.t, at)
+        inside, basis = hermite_basis(self.t[left], self.t[left + 1], at)
+        coefficients = np.zeros((len(self.forces), len(at)))
+        for offset, values in zip((0, 1, 4, 5), basis, strict=True):
+            coefficients[4 * left + offset, np.arange(len(at))] = values
+        beyond = np.maximum(np.maximum(self.t[0] - at, at - self.t[-1]), 0)
+        between = np.diff(self.t)[left] * inside * (1 - inside)
+        return coefficients, between + beyond  # one of them is zero

@@ -85,10 +85,27 @@ def gather_knots(points: Float[Any, " points"], weights: Float[Any, " points"]) 
     slots = max(size, 2)
     slot = xp.arange(slots)
 
-    # What depends on the points only.
+    # What depends on the points only: the knot of each point, and whether it is its first.
     held = xp.isfinite(points)
     fixed = constant(where(held, points, np.inf))
-    knot, opens = _knot_of(xp, fixed, held)
+    span = xp.max(where(held, xp.abs(fixed), 0))
+    tolerance = _COINCIDENT_ULPS * np.finfo(fixed.dtype).eps * span
+    if xp is jnp and size**2 <= COMPARED_WITH_ALL:
+        # In a program few points need no sort and no scatter.
+        place = xp.arange(size)
+        same, before = fixed[None] == fixed[:, None], place[None] < place[:, None]
+        earlier = (fixed[None] < fixed[:, None]) | (same & before)
+        previous = xp.max(where(earlier, fixed, -np.inf), axis=1)
+        opens = held & (fixed - previous > tolerance)
+        upto = earlier | (place[None] == place[:, None])
+        knot = xp.maximum(xp.sum(opens[None] & upto, axis=1) - 1, 0)
+    else:
+        order = xp.argsort(fixed)
+        ordered, back = taken(fixed, order), xp.argsort(order)
+        apart = ordered[1:] - ordered[:-1] > tolerance
+        opens = xp.concatenate([xp.ones(1, bool), apart]) & taken(held, order)
+        knot = taken(xp.maximum(xp.cumsum(opens) - 1, 0), back)
+        opens = taken(opens, back)
     number = xp.sum(opens)
     first = _by_knot(where(opens, fixed, 0), knot, slots)
     last = taken(first, xp.maximum(number - 1, 0))
@@ -113,28 +130,6 @@ def gather_knots(points: Float[Any, " points"], weights: Float[Any, " points"]) 
         last = jax.lax.cummax(own)
     shown = where(last < 0, xp.min(where(counts, slot, slots - 1)), last)
     return Knots(t, total, knot, share, shown)
-
-
-def _knot_of(xp: Any, fixed: Any, held: Any) -> tuple[Any, Any]:
-    """Return the knot of each point, and whether it is the knot's first point."""
-    span = xp.max(where(held, xp.abs(fixed), 0))
-    tolerance = _COINCIDENT_ULPS * np.finfo(fixed.dtype).eps * span
-    place = xp.arange(len(fixed))
-    # In a program few points need no sort and no scatter.
-    if xp is jnp and len(fixed) ** 2 <= COMPARED_WITH_ALL:
-        same, before = fixed[None] == fixed[:, None], place[None] < place[:, None]
-        earlier = (fixed[None] < fixed[:, None]) | (same & before)
-        previous = xp.max(where(earlier, fixed, -np.inf), axis=1)
-        opens = held & (fixed - previous > tolerance)
-        upto = earlier | (place[None] == place[:, None])
-        return xp.maximum(xp.sum(opens[None] & upto, axis=1) - 1, 0), opens
-    order = xp.argsort(fixed)
-    ordered = taken(fixed, order)
-    apart = ordered[1:] - ordered[:-1] > tolerance
-    opens = xp.concatenate([xp.ones(1, bool), apart]) & taken(held, order)
-    knot = xp.maximum(xp.cumsum(opens) - 1, 0)
-    back = xp.argsort(order)
-    return taken(knot, back), taken(opens, back)
 
 
 def _by_knot(values: Any, knot: Any, slots: int) -> Any:

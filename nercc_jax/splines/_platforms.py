@@ -13,24 +13,27 @@ function never sees the mesh.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import AbstractMesh, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
+Tree = TypeVar("Tree")
 Shape = tuple[tuple[Any, ...], Any]  # an array's, with its dtype
 
 
 class _Call(NamedTuple):
-    """A function, its options, and the axes of its arguments that each `jax.vmap` goes along."""
+    """A function, its options, and the axes of its leaves that each `jax.vmap` goes along."""
 
     function: Callable[..., tuple[Array, ...]]
     options: tuple[Any, ...]
+    structure: Any  # of the arguments
     x64: bool  # whether the caller works in float64
     axes: tuple[tuple[int | None, ...], ...] = ()
 
@@ -42,7 +45,7 @@ _primitive.multiple_results = True
 def by_platform(
     function: Callable[..., tuple[Array, ...]],
     options: tuple[Any, ...],
-    arguments: Sequence[Array],
+    arguments: tuple[PyTree[Array], ...],
     shapes: Sequence[Shape],
 ) -> tuple[Array, ...]:
     """Return `function(platform, *options, *arguments)`; platforms are "cpu", "tpu" and "other".
@@ -53,61 +56,58 @@ def by_platform(
         function: A pure function that returns arrays of these shapes and dtypes. It is traced when
             the program is lowered, so it must be hashable, and close over no array.
         options: Its further arguments that are hashable.
-        arguments: Its arguments that are arrays.
+        arguments: Its arguments that are pytrees of arrays.
         shapes: The shapes and dtypes of what it returns.
     """
     x64 = bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
-    fixed = jax.lax.stop_gradient(list(arguments))
-    return tuple(_bind(_Call(function, options, x64), fixed, shapes))
+    leaves, structure = jax.tree.flatten(jax.lax.stop_gradient(arguments))
+    return tuple(_bind(_Call(function, options, structure, x64), leaves, shapes))
 
 
 def _bind(call: _Call, arguments: Sequence[Any], shapes: Sequence[Shape]) -> list[Array]:
     shapes = tuple((tuple(shape), jnp.dtype(dtype)) for shape, dtype in shapes)
-    return _primitive.bind(*alike_in_shard_map(*arguments), call=call, shapes=shapes)
+    return _primitive.bind(*alike_in_shard_map(list(arguments)), call=call, shapes=shapes)
 
 
-def alike_in_shard_map(*arrays: Any) -> tuple[Any, ...]:
-    """Return the arrays, each varying over all of the manual axes that any of them varies over.
+def alike_in_shard_map(tree: Tree) -> Tree:
+    """Return the tree, its arrays varying over all of the manual axes that any of them varies over.
 
     What a loop carries must do so, for example, where `jax.shard_map` checks it.
     """
-
-    def varies_over(array: Any) -> frozenset[str]:
+    varies: dict[int, frozenset[str]] = {}
+    for array in filter(eqx.is_array, jax.tree.leaves(tree)):
         kind = jax.typeof(array)
         # The name differs between versions of JAX.
         manual = getattr(kind, "manual_axis_type", None)
-        return frozenset(kind.vma if manual is None else manual.varying)
+        varies[id(array)] = frozenset(kind.vma if manual is None else manual.varying)
+    everywhere = frozenset().union(*varies.values())
 
-    varies = [varies_over(array) for array in arrays]
-    everywhere = frozenset().union(*varies)
-    return tuple(
-        jax.lax.pcast(array, tuple(everywhere - own), to="varying") if everywhere - own else array
-        for array, own in zip(arrays, varies, strict=True)
-    )
+    def spread(leaf: Any) -> Any:
+        missing = everywhere - varies.get(id(leaf), everywhere)
+        return jax.lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
+
+    return jax.tree.map(spread, tree)
 
 
 def unsharded(*arrays: Any) -> tuple[Any, ...]:
     """Return the arrays without the Explicit axes of a mesh that they are sharded over."""
-
-    def whole(array: Any) -> Any:
-        if all(axis is None for axis in jax.typeof(array).sharding.spec):
-            return array
-        return jax.sharding.reshard(array, PartitionSpec(*(None for _ in array.shape)))
-
-    return tuple(map(whole, arrays))
+    return tuple(
+        jax.sharding.reshard(array, PartitionSpec(*(None for _ in array.shape)))
+        if any(axis is not None for axis in jax.typeof(array).sharding.spec)
+        else array
+        for array in arrays
+    )
 
 
 @_primitive.def_abstract_eval
 def _(*arguments: Any, call: _Call, shapes: tuple[Shape, ...]) -> list[Any]:
     del call
     one = arguments[0]  # all have the mesh, and vary over its axes, alike
-
-    def plain(shape: tuple[Any, ...], dtype: Any) -> Any:
-        spec = PartitionSpec(*(None for _ in shape))
-        sharding = one.sharding.update(spec=spec)
-        return one.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
-
-    return [plain(*shape) for shape in shapes]
+    found = []
+    for shape, dtype in shapes:
+        sharding = one.sharding.update(spec=PartitionSpec(*(None for _ in shape)))
+        found.append(one.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding))
+    return found
 
 
 @_primitive.def_impl
@@ -132,7 +132,8 @@ batching.primitive_batchers[_primitive] = _batch
 def _traced_once(call: _Call, platform: str) -> Callable[..., tuple[Array, ...]]:
     """Return the function, which is not traced again for the next program that needs it."""
 
-    def flat(*arguments: Array) -> tuple[Array, ...]:
+    def flat(*leaves: Array) -> tuple[Array, ...]:
+        arguments = jax.tree.unflatten(call.structure, leaves)
         return call.function(platform, *call.options, *arguments)
 
     for axes in call.axes:
@@ -140,20 +141,18 @@ def _traced_once(call: _Call, platform: str) -> Callable[..., tuple[Array, ...]]
     return jax.jit(flat, inline=True)
 
 
-def _lowered_for(platform: str) -> Callable[..., Any]:
-    def lower(ctx: Any, *values: Any, call: _Call, shapes: tuple[Shape, ...]) -> Any:
-        del shapes
-        plain = [ShapedArray(each.shape, each.dtype) for each in ctx.avals_in]
-        function = mlir.lower_fun(_traced_once(call, platform))
-        no_mesh = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
-        # What the user's own program may not promote (strict dtypes, ranks) is not this function's.
-        promotion = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
-        with no_mesh, jax.enable_x64(call.x64), promotion[0], promotion[1]:
-            return function(ctx.replace(avals_in=plain), *values)
-
-    return lower
+def _lower(ctx: Any, *values: Any, platform: str, call: _Call, shapes: tuple[Shape, ...]) -> Any:
+    del shapes
+    plain = [ShapedArray(each.shape, each.dtype) for each in ctx.avals_in]
+    function = mlir.lower_fun(_traced_once(call, platform))
+    no_mesh = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+    # What the user's own program may not promote (strict dtypes, ranks) is not this function's.
+    promotion = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+    with no_mesh, jax.enable_x64(call.x64), promotion[0], promotion[1]:
+        return function(ctx.replace(avals_in=plain), *values)
 
 
-mlir.register_lowering(_primitive, _lowered_for("other"))
+mlir.register_lowering(_primitive, functools.partial(_lower, platform="other"))
 for _platform in ("cpu", "tpu"):
-    mlir.register_lowering(_primitive, _lowered_for(_platform), platform=_platform)
+    _lowering = functools.partial(_lower, platform=_platform)
+    mlir.register_lowering(_primitive, _lowering, platform=_platform)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from . import _filter
 from ._dissection import dissect
-from ._platforms import Shape, alike_in_shard_map, by_platform
+from ._platforms import alike_in_shard_map, by_platform
 from ._problem import Columns, Problem, system_times
 from .arrays import product
 
@@ -34,9 +34,7 @@ ROWS: dict[str, int | None] = {"cpu": None, "tpu": 12, "other": 16}
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def solve(problem: Problem, b: Columns, wanted: tuple[str, ...] = ("value", "slope")) -> Columns:
     """Return the wanted parts of x in K x = b, differentiable to any order in everything."""
-    shapes = dict(zip(Columns._fields, _shapes(problem, b), strict=True))
-    found = _on_platform(_solved, wanted, (problem, b), [shapes[each] for each in wanted])
-    return Columns(**dict(zip(wanted, found, strict=True)))
+    return Columns(**_on_platform(wanted, problem, b))
 
 
 @solve.defjvp
@@ -51,9 +49,7 @@ def _(wanted: tuple[str, ...], primals: Any, tangents: Any) -> Any:
 @jax.custom_jvp
 def _solve_all(problem: Problem, b: Columns) -> tuple[Columns, _filter.Rotated]:
     """Return x and, for its derivative, the factor."""
-    shapes, gaps, dtype = _shapes(problem, b), len(problem.gaps), problem.mu.dtype
-    shapes += ((gaps, 7, 2), dtype), ((gaps, 2, 4), dtype), ((3,), dtype)
-    found = _on_platform(_solved, Columns._fields, (problem, b), shapes)
+    found = tuple(_on_platform(Columns._fields + _filter.Rotated._fields, problem, b).values())
     return Columns(*found[:4]), _filter.Rotated(*found[4:])
 
 
@@ -66,46 +62,41 @@ def _(primals: tuple[Problem, Columns], tangents: tuple[Problem, Columns]) -> An
     right = jnp.concatenate(
         [-of if db is None else db - of for db, of in zip(change, by_problem, strict=True)]
     )
-    leaves = alike_in_shard_map(*problem, *factor, right)
-    problem, known, right = Problem(*leaves[:4]), _filter.Rotated(*leaves[4:7]), leaves[7]
-    places = tuple(np.cumsum([shape[0] for shape, _ in _shapes(problem, x)])[:-1])
+    problem, known, right = alike_in_shard_map((problem, factor, right))
+    places = tuple(np.cumsum([len(part) for part in x])[:-1])
 
     def times(x: Array) -> Array:
         return jnp.concatenate(system_times(problem, Columns(*jnp.split(x, places))))
 
     def solved(_: Any, right: Array) -> Array:
         b = Columns(*jnp.split(right, places))
-        shapes = _shapes(problem, b)
-        return jnp.concatenate(_on_platform(_solved, Columns._fields, (problem, b, known), shapes))
+        return jnp.concatenate([*_on_platform(Columns._fields, problem, b, known).values()])
 
     found = jax.lax.custom_linear_solve(times, right, solved, symmetric=True)
     x_change = Columns(*jnp.split(found, places))
     return (x, factor), (x_change, jax.tree.map(jnp.zeros_like, factor))
 
 
-def _shapes(problem: Problem, b: Columns) -> list[Shape]:
-    """Return the shapes and the dtype of x."""
+def _on_platform(
+    wanted: tuple[str, ...], problem: Problem, b: Columns, known: _filter.Rotated | None = None
+) -> dict[str, Array]:
+    """Return parts of x and of the factor by name, by the platform's algorithm."""
     columns = next(part.shape[1] for part in b if part is not None)
-    rows = (len(problem.gaps),) * 2 + (len(problem.weights),) * 2
-    return [((each, columns), problem.mu.dtype) for each in rows]
-
-
-def _on_platform(function: Any, options: Any, given: Any, shapes: list[Shape]) -> tuple[Array, ...]:
-    """Return `by_platform` of a function of arrays in this structure."""
-    leaves, structure = jax.tree.flatten(given)
-    return by_platform(function, (structure, options, len(shapes)), leaves, shapes)
+    gaps, knots = len(problem.gaps), len(problem.weights)
+    shapes = dict.fromkeys(("shear", "bend"), (gaps, columns))
+    shapes |= dict.fromkeys(("value", "slope"), (knots, columns))
+    shapes |= {"turns": (gaps, 22), "last": (3,)}
+    made = [(shapes[each], problem.mu.dtype) for each in wanted]
+    found = by_platform(_solved, (wanted,), (problem, b, known), made)
+    return dict(zip(wanted, found, strict=True))
 
 
 def _solved(
-    platform: str, structure: Any, wanted: tuple[str, ...], count: int, *leaves: Array
+    platform: str, wanted: tuple[str, ...], problem: Problem, b: Columns, known: Any
 ) -> tuple[Array, ...]:
-    """Return the wanted parts of x and, where more is asked for, the factor of a filter.
-
-    Nested dissection takes the columns along, and has no factor without them.
-    """
-    problem, b, *known = jax.tree.unflatten(structure, leaves)
+    """Return parts of x and of a filter's factor; nested dissection has none without columns."""
     if (rows := ROWS[platform]) is None:
-        factor, x = _filter.solve_in_turn(problem, b, wanted, *known)
+        factor, x = _filter.solve_in_turn(problem, b, wanted, known)
     else:
         x = dissect(problem, rows, b).solve(b)
         if b.shear is None:
@@ -115,9 +106,10 @@ def _solved(
             made = dissect(problem, rows, unit).solve(unit)
             shear = product(made.value.T, b.value) + product(made.slope.T, b.slope)
             x = x._replace(shear=shear)
-        gaps = jnp.zeros_like(problem.gaps)[:, None, None]
-        factor = jnp.tile(gaps, (7, 2)), jnp.tile(gaps, (2, 4)), jnp.zeros(3, gaps.dtype)
-    return (*(getattr(x, each) for each in wanted), *factor)[:count]
+        none = jnp.zeros_like(problem.gaps)
+        factor = _filter.Rotated(jnp.tile(none[:, None], 22), jnp.zeros(3, none.dtype))
+    found = x._asdict() | factor._asdict()
+    return tuple(found[each] for each in wanted)
 
 
 @jax.custom_jvp
@@ -129,8 +121,8 @@ def variance(
     s are values and slopes of the knots, and observations have the variance 1 / weight. It is made
     of sums of squares; the derivative takes a column of `solve` for each of the k.
     """
-    arguments, shape = (*problem, gap, left, right), (gap.shape, left.dtype)
-    return problem.mu * by_platform(_variance, (), arguments, [shape])[0]
+    found = by_platform(_variance, (), (problem, gap, left, right), [(gap.shape, left.dtype)])
+    return problem.mu * found[0]
 
 
 @variance.defjvp
@@ -147,8 +139,7 @@ def _(primals: Any, tangents: Any) -> Any:
     return variance(*primals), jax.jvp(by_rule, primals, tangents)[1]
 
 
-def _variance(platform: str, *arguments: Array) -> tuple[Array]:
-    problem, asked, rows = Problem(*arguments[:4]), arguments[4:], ROWS[platform]
-    if rows is None:
+def _variance(platform: str, problem: Problem, *asked: Array) -> tuple[Array]:
+    if (rows := ROWS[platform]) is None:
         return (_filter.variance_in_turn(problem, *asked),)
     return (dissect(problem, rows, Columns()).variance(*asked),)

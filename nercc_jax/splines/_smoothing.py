@@ -1,6 +1,15 @@
-"""Smoothing splines as linear operators: a fit's two faces."""
+"""Smoothing splines as linear operators, and as posterior means: all faces of a fit.
+
+The spline is E[u | y] for y_i = u(t_i) + noise of variance sigma^2 / w_i and the prior under which
+u''(t) is white noise of variance tau^2, with sigma^2 / tau^2 = mu, and with nothing known of u's
+straight line. So the same least-squares problem has the posterior's variance, too.
+
+Source: Wahba 1978, JRSS B 40, "Improper priors, spline smoothing and the problem of guarding
+against model errors in regression"; Wecker and Ansley 1983, JASA 78.
+"""
 
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,8 +18,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ._choice import cross_validated
 from ._ends import Ends
-from ._fit import LinearMap, fit, hermite
-from .arrays import jitted
+from ._fit import LinearMap, fit, gap_of, hermite_basis
+from .arrays import jitted, taken
 
 
 class SmoothingSpline(eqx.Module):
@@ -28,7 +37,11 @@ class SmoothingSpline(eqx.Module):
     def evaluate(self, t: Float[ArrayLike, " k"]) -> Float[Array, "k *m"]:
         """Return the spline at the points t; straight lines beyond the outermost observed knots."""
         at = jnp.asarray(t, self.knots.dtype)
-        return hermite(self.knots, self.values, self.slopes, at)
+        gap = gap_of(self.knots, at)
+        _, basis = hermite_basis(taken(self.knots, gap), taken(self.knots, gap + 1), at)
+        b0, b1, b2, b3 = (b.reshape(-1, *(1,) * (self.values.ndim - 1)) for b in basis)
+        left = b0 * self.values[gap] + b1 * self.slopes[gap]
+        return left + b2 * self.values[gap + 1] + b3 * self.slopes[gap + 1]
 
 
 @partial(jitted, static_argnames="ends")
@@ -118,19 +131,22 @@ def smoothing_matrix(
     with the same points. Columns of unavailable observations are zero. Rows sum to one, unless
     nothing is available: then the matrix is zero. Arguments, errors and source as there.
     """
-    return smoothing_map(
-        t,
-        at,
-        lambda_,
-        weights=weights,
-        available=available,
-        end_weights=end_weights,
-        ends=ends,
-    ).matrix
+    options = {"weights": weights, "available": available, "end_weights": end_weights, "ends": ends}
+    return smoothing_map(t, at, lambda_, **options).matrix
 
 
 @partial(jitted, static_argnames="ends")
 def smoothing_map(
+    t: Float[ArrayLike, " n"], at: Float[ArrayLike, " k"], lambda_: ArrayLike, **options: Any
+) -> LinearMap:
+    """Return `smoothing_matrix` with a way to apply it that loses no digits, from the same fit."""
+    with jax.named_scope("nercc.fit"):
+        found = fit(t, lambda_, **options)
+        return found.map_to(jnp.asarray(at, found.knots.t.dtype))
+
+
+@jitted
+def posterior_variance(
     t: Float[ArrayLike, " n"],
     at: Float[ArrayLike, " k"],
     lambda_: Float[ArrayLike, ""],
@@ -138,16 +154,39 @@ def smoothing_map(
     weights: Float[ArrayLike, " n"] | None = None,
     available: Bool[ArrayLike, " n"] | None = None,
     end_weights: Float[ArrayLike, "2"] | None = None,
-    ends: Ends = "natural",
-) -> LinearMap:
-    """Return `smoothing_matrix` with a way to apply it that loses no digits, from the same fit."""
-    with jax.named_scope("nercc.fit"):
-        found = fit(
-            t,
-            lambda_,
-            weights=weights,
-            available=available,
-            end_weights=end_weights,
-            ends=ends,
-        )
-        return found.map_to(jnp.asarray(at, found.knots.t.dtype))
+) -> Float[Array, " k"]:
+    """Return the posterior variance of u at the points `at`, over tau^2 (in units of t^3).
+
+    It is what `smoothing_spline` with the same arguments leaves open: 0 (to rounding) at points
+    that it interpolates, growing with the third power of the distance to the next observations. It
+    does not depend on what was observed. It is infinite with fewer than two observed points, which
+    do not determine the straight line. Differentiable in the arguments as `smoothing_matrix` is.
+
+    Raises:
+        ValueError: Shapes do not agree.
+    """
+    found = fit(t, lambda_, weights=weights, available=available, end_weights=end_weights)
+    return found.variance(jnp.asarray(at, found.knots.t.dtype))
+
+
+@jitted
+def process_variance(
+    t: Float[ArrayLike, " n"],
+    y: Float[ArrayLike, "n *m"],
+    lambda_: Float[ArrayLike, ""],
+    *,
+    weights: Float[ArrayLike, " n"] | None = None,
+    available: Bool[ArrayLike, " n"] | None = None,
+    end_weights: Float[ArrayLike, "2"] | None = None,
+) -> Float[Array, ""]:
+    """Return the estimate of tau^2 from these observations, over all coordinates of y.
+
+    tau^2 is the roughness of the path. This is the restricted maximum likelihood estimate, the
+    minimum of the penalised least squares over mu, with one degree of freedom in each coordinate
+    for each distinct observed point beyond the two that a straight line takes. Differences among
+    coincident observations are left out. It is infinite with two distinct points or fewer.
+    Arguments as for `smoothing_spline`; answers far from another make tau^2, like any scale,
+    uncertain when they are few.
+    """
+    found = fit(t, lambda_, weights=weights, available=available, end_weights=end_weights)
+    return found.process(found.observations(y))

@@ -76,14 +76,6 @@ def constant(value: Any) -> Any:
     return jax.lax.stop_gradient(value) if isinstance(value, jax.Array) else value
 
 
-def within(value: Any, low: Any, high: Any) -> Any:
-    """Return the value, or the bound that it exceeds.
-
-    `clip` has a derivative that shares what lies on a bound, in a dozen operations more.
-    """
-    return where(value < low, low, where(value > high, high, value))
-
-
 def where(condition: Any, yes: Any, no: Any) -> Any:
     """Return `yes` where the condition holds, else `no`.
 

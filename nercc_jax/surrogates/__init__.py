@@ -1,14 +1,13 @@
 """Cheap models of the served one: fixed ones, and learners from past answers."""
 
 from ._learner_files import learner_card, load_learner, save_learner
-from .interface import AbstractLearner, AbstractSurrogate
+from .interface import AbstractSurrogate
 from .kernel import Kernel, Projection, principal_components
 from .learner import Learner, init_learner
 from .surrogate import Surrogate, fit_surrogate
 from .tuning import LearnerTuning, fit_learner, tune_learner
 
 __all__ = [
-    "AbstractLearner",
     "AbstractSurrogate",
     "Kernel",
     "Learner",

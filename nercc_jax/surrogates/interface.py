@@ -5,7 +5,7 @@ answers that came.
 """
 
 import abc
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,23 +14,6 @@ from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from ..codes._trees import Form, join
 from ..inference.models import Model
-
-L = TypeVar("L", bound="AbstractLearner")
-
-
-class SurrogatePredictions(eqx.Module):
-    """A surrogate's outputs on data points and on coded data points.
-
-    Attributes:
-        own: Outputs on the data points.
-        coded: Outputs on the coded data points.
-        deviation: Standard deviations on the data points, in units of the outputs; None for a
-            surrogate that has none.
-    """
-
-    own: Float[Array, "groups num_data m"]
-    coded: Float[Array, "groups num_workers m"]
-    deviation: Float[Array, "groups num_data"] | None = None
 
 
 class AbstractGroupPrior(eqx.Module):
@@ -47,7 +30,7 @@ class AbstractGroupPrior(eqx.Module):
         self,
         y: Float[Array, "groups num_workers m"],
         responded: Bool[Array, "groups num_workers"],
-    ) -> SurrogatePredictions:
+    ) -> "SurrogatePredictions":
         """Return the surrogate's predictions after these answers.
 
         Args:
@@ -60,10 +43,34 @@ class AbstractGroupPrior(eqx.Module):
         self,
         y: Float[Array, "groups num_workers m"],
         available: Bool[Array, "groups num_workers"],
-    ) -> SurrogatePredictions:
+    ) -> "SurrogatePredictions":
         """Return the predictions after answers; the workers of broken ones are stragglers."""
         responded = available & jnp.all(jnp.isfinite(y), axis=-1)
         return self.condition(jnp.where(responded[..., None], y, 0), responded)
+
+
+class SurrogatePredictions(AbstractGroupPrior):
+    """A surrogate's outputs on data points and on coded data points, which no answer changes.
+
+    Attributes:
+        own: Outputs on the data points.
+        coded: Outputs on the coded data points.
+        form: The structure of the outputs.
+        deviation: Standard deviations on the data points, in units of the outputs; None for a
+            surrogate that has none.
+    """
+
+    own: Float[Array, "groups num_data m"]
+    coded: Float[Array, "groups num_workers m"]
+    form: Form = eqx.field(static=True)
+    deviation: Float[Array, "groups num_data"] | None = None
+
+    def condition(
+        self,
+        y: Float[Array, "groups num_workers m"],
+        responded: Bool[Array, "groups num_workers"],
+    ) -> "SurrogatePredictions":
+        return self
 
 
 class AbstractSurrogate(eqx.Module):
@@ -73,7 +80,7 @@ class AbstractSurrogate(eqx.Module):
         theta: The share of its outputs that is subtracted from the answers before they are decoded,
             0 or positive.
         kappa: The shrinkage of what is decoded, by posterior variance, 0 or positive: see
-            `decode_with_surrogate`.
+            `decode_with_deviation`.
     """
 
     theta: eqx.AbstractVar[Float[Array, ""]]
@@ -114,69 +121,6 @@ class AbstractSurrogate(eqx.Module):
         """
 
 
-class AbstractLearner(AbstractSurrogate):
-    """A surrogate that learned from past answers, and so knows how far it may be off."""
-
-    @abc.abstractmethod
-    def update(
-        self: L,
-        x: PyTree[Shaped[Any, "pairs ..."]],
-        y: PyTree[Float[Any, "pairs ..."]],
-        observed: Bool[Any, " pairs"] | None = None,
-        *,
-        version: str | None = None,
-    ) -> L:
-        """Return the learner that knows these pairs, too, in place of its oldest ones.
-
-        Coded data points with their answers are pairs like any other. The shapes decide what is
-        compiled, not the number of observed pairs.
-
-        Args:
-            x: Inputs.
-            y: Answers.
-            observed: Which pairs to learn from. Those that are not, or are not finite, are left
-                out, whatever their values.
-            version: The model version of the answers; not checked unless given.
-
-        Raises:
-            ValueError: `version` is another than the learner's, or x and y are not like what it
-                holds.
-        """
-
-    @abc.abstractmethod
-    def predict(
-        self, x: PyTree[Shaped[Any, "points ..."]]
-    ) -> tuple[PyTree[Float[Any, "points ..."]], Float[Any, " points"]]:
-        """Return the mean, in the structure of the model's outputs, and each point's deviation."""
-
-    @property
-    def has_deviation(self) -> bool:
-        return True
-
-    def prior_deviation(
-        self, x: PyTree[Shaped[Array, "groups num_data ..."]]
-    ) -> Float[Array, "groups num_data"]:
-        return jnp.asarray(outputs_of_groups(lambda points: self.predict(points)[1], x))
-
-    def outputs(self, x: PyTree[Shaped[Array, "points ..."]]) -> PyTree[Float[Array, "points ..."]]:
-        return jax.tree.map(jnp.asarray, self.predict(x)[0])
-
-
-class FixedOutputs(AbstractGroupPrior):
-    """Outputs of a fixed model, which no answer changes."""
-
-    own: Float[Array, "groups num_data m"]
-    coded: Float[Array, "groups num_workers m"]
-    form: Form = eqx.field(static=True)
-
-    def condition(
-        self,
-        y: Float[Array, "groups num_workers m"],
-        responded: Bool[Array, "groups num_workers"],
-    ) -> SurrogatePredictions:
-        return SurrogatePredictions(self.own, self.coded)
-
-
 def check_like(cheap: Form, own: Form) -> None:
     """Raise ValueError where a surrogate's outputs are not like the model's."""
     if (cheap.structure, cheap.shapes) != (own.structure, own.shapes):
@@ -193,7 +137,7 @@ def outputs_of_groups(
     return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), flat)
 
 
-def fixed_outputs(own: PyTree, coded: PyTree) -> FixedOutputs:
+def fixed_outputs(own: PyTree, coded: PyTree) -> SurrogatePredictions:
     """Return a fixed model's outputs on groups and on their coded data points."""
     vectors, form = join(own, 2)
-    return FixedOutputs(own=vectors, coded=join(coded, 2)[0], form=form)
+    return SurrogatePredictions(own=vectors, coded=join(coded, 2)[0], form=form)

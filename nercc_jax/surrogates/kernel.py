@@ -74,8 +74,7 @@ class Kernel(eqx.Module):
 
         self.shape = check_shape(shape)
         self.centre, self.widths = leaf(centre, float), leaf(widths, float)
-        self.linear, self.noise = leaf(linear, float), leaf(noise, float)
-        unit = leaf(unit, float)
+        self.linear, self.noise, unit = (leaf(each, float) for each in (linear, noise, unit))
         self.unit = namespace(unit).broadcast_to(unit, self.centre.shape)
         features, number = len(self.centre), len(self.widths)
         if groups is None:
@@ -85,20 +84,14 @@ class Kernel(eqx.Module):
             raise ValueError(
                 f"groups must name a width for each of {features} features, not {groups}"
             )
-        if not isinstance(self.groups, Tracer) and features:
-            least, most = int(np.min(self.groups)), int(np.max(self.groups))
-            if least < 0 or most >= number:
-                raise ValueError(
-                    f"groups name widths {least} to {most}, of which there are {number}"
-                )
+        if not isinstance(self.groups, Tracer) and not np.isin(self.groups, range(number)).all():
+            raise ValueError(f"groups name widths {groups}, of which there are {number}")
         for name in ("unit", "widths", "noise", "linear"):
-            value = getattr(self, name)
-            if isinstance(value, Tracer):
+            if isinstance(value := getattr(self, name), Tracer):
                 continue
-            numbers = np.asarray(value)
-            enough = numbers >= 0 if name == "linear" else numbers > 0
-            if not np.all(enough & np.isfinite(numbers)):
-                wanted = "0 or positive" if name == "linear" else "positive"
+            wanted = "0 or positive" if name == "linear" else "positive"
+            enough = np.asarray(value) >= 0 if name == "linear" else np.asarray(value) > 0
+            if not np.all(enough & np.isfinite(value)):
                 raise ValueError(f"{name} must be {wanted} and finite, not {value}")
 
     def __call__(
@@ -113,11 +106,6 @@ class Kernel(eqx.Module):
         inner = product(a, xp.swapaxes(b, -1, -2))
         square = xp.sum(a**2, axis=-1)[..., :, None] + xp.sum(b**2, axis=-1)[..., None, :]
         return covariances(self.shape, xp.maximum(square - 2 * inner, 0)) + self.linear * inner
-
-    def variance(self, a: Float[Any, "p features"]) -> Float[Any, " p"]:
-        """Return the variances of outputs at a, without noise."""
-        a = self.scaled(a)
-        return 1 + self.linear * namespace(a).sum(a**2, axis=1)
 
     def scaled(self, a: Float[Any, "*groups p features"]) -> Float[Any, "*groups p features"]:
         """Return features in units of the kernel's widths."""
@@ -232,11 +220,22 @@ def principal_components(
     return Projection(centre.astype(np.float32), directions.astype(np.float32))
 
 
+_run = eqx.filter_jit(lambda function, x: function(x))
+
+
+def called(function: Function, x: PyTree) -> PyTree:
+    """Return a user's function of a batch; of NumPy's arrays by a program, unless NumPy has it."""
+    on_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(x))
+    if isinstance(function, Projection) or not on_host:
+        return function(x)
+    return jax.tree.map(np.asarray, _run(function, x))
+
+
 def features_of(
     features: Function | None, x: PyTree[Shaped[Any, "points ..."]]
 ) -> Float[Any, "points d"]:
     """Return the features of data points as vectors: their own floats without a function."""
-    found = x if features is None else features(x)
+    found = x if features is None else called(features, x)
     floats = [leaf for leaf in jax.tree.leaves(found) if is_float(leaf)]
     if not floats:
         raise ValueError("there is no float among the data points to learn by: give `features`")

@@ -30,7 +30,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes._checks import check_count
@@ -40,13 +39,21 @@ from ..splines.arrays import constant, namespace, native, product
 from ._factor import replace_rows, whiten
 from .interface import (
     AbstractGroupPrior,
-    AbstractLearner,
+    AbstractSurrogate,
     SurrogatePredictions,
     check_like,
     outputs_of_groups,
 )
-from .kernel import Function, Kernel, Projection, Shape, features_of, first_kernel, length_of
-from .surrogate import trust
+from .kernel import (
+    Function,
+    Kernel,
+    Projection,
+    Shape,
+    called,
+    features_of,
+    first_kernel,
+    length_of,
+)
 
 L = TypeVar("L", bound="Learner")
 
@@ -60,14 +67,12 @@ class PairWindow(eqx.Module):
     Attributes:
         inputs: Features of the pairs.
         residuals: Mean answers of the pairs less the prior.
-        priors: The prior's outputs, if there is a prior.
         counts: The number of answers of each pair; 0 where a row holds none.
         scatter: The root mean square distance of answers to the same input from their mean.
     """
 
     inputs: Float[Any, "capacity features"]
     residuals: Float[Any, "capacity m"]
-    priors: Float[Any, "capacity m"] | None
     counts: Int[Any, " capacity"]
     scatter: Float[Any, " capacity"]
 
@@ -129,10 +134,11 @@ class GaussianGroupPrior(AbstractGroupPrior):
         mean, variance = jax.vmap(of_group)(self.mean, self.covariance, self.noise, y, responded)
         num_data = mean.shape[1] - num_workers
         deviation = self.unit[:, None] * safe_sqrt(variance[:, :num_data])
-        return SurrogatePredictions(mean[:, :num_data], mean[:, num_data:], deviation)
+        parts = {"own": mean[:, :num_data], "coded": mean[:, num_data:]}
+        return SurrogatePredictions(**parts, form=self.form, deviation=deviation)
 
 
-class Learner(AbstractLearner):
+class Learner(AbstractSurrogate):
     """A Gaussian process on past answers: a pytree of bounded size that forgets the oldest pairs.
 
     `update` and `predict` are pure. Outside of programs they are NumPy's, and return its arrays; in
@@ -160,7 +166,6 @@ class Learner(AbstractLearner):
         window: The pairs (`PairWindow`).
         factor: Numbers that follow from the window and the kernel (`Factor`).
         form: The structure of the outputs.
-        version: The model version of the answers. Answers of another one are refused.
     """
 
     features: Function | None
@@ -172,7 +177,6 @@ class Learner(AbstractLearner):
     window: PairWindow
     factor: Factor
     form: Form = eqx.field(static=True)
-    version: str = eqx.field(static=True)
 
     def __init__(
         self,
@@ -182,9 +186,6 @@ class Learner(AbstractLearner):
         capacity: int = 1024,
         features: Function | None = None,
         prior: Function | None = None,
-        theta: Float[ArrayLike, ""] = 1.0,
-        kappa: Float[ArrayLike, ""] = np.inf,
-        version: str = "",
     ):
         """Make an empty learner; `init_learner` finds kernel and form from the first pairs.
 
@@ -192,19 +193,15 @@ class Learner(AbstractLearner):
             ValueError: The capacity is no positive integer.
         """
         capacity = check_count("capacity", capacity)
-        self.features, self.prior, self.kernel = features, prior, kernel
-        self.form, self.version = form, str(version)
-        self.theta, self.kappa = (
-            value if isinstance(value, Tracer) else np.asarray(value)
-            for value in trust(theta, kappa)
-        )
+        self.features, self.prior, self.kernel, self.form = features, prior, kernel, form
+        own = jax.dtypes.canonicalize_dtype(float)
+        self.theta, self.kappa = np.ones((), own), np.full((), np.inf, own)
         dtype = kernel.centre.dtype
         outputs = jnp.result_type(jnp.float32, *form.dtypes)
         residuals = np.zeros((capacity, form.size), outputs)
         self.window = PairWindow(
             inputs=np.zeros((capacity, len(kernel.centre)), dtype),
             residuals=residuals,
-            priors=None if prior is None else residuals,
             counts=np.zeros(capacity, np.int32),
             scatter=np.zeros(capacity, outputs),
         )
@@ -242,24 +239,45 @@ class Learner(AbstractLearner):
         x: PyTree[Shaped[Any, "pairs ..."]],
         y: PyTree[Float[Any, "pairs ..."]],
         observed: Bool[Any, " pairs"] | None = None,
-        *,
-        version: str | None = None,
     ) -> L:
-        """Return the learner that knows these pairs, too; see `AbstractLearner.update`.
+        """Return the learner that knows these pairs, too, in place of its oldest ones.
 
-        For answers of another version of the model, `restart` first.
+        Coded data points with their answers are pairs like any other. In a program the shapes
+        decide what is compiled, not the number of observed pairs.
+
+        Args:
+            x: Inputs.
+            y: Answers.
+            observed: Which pairs to learn from. Those that are not, or are not finite, are left
+                out, whatever their values.
+
+        Raises:
+            ValueError: x and y are not like what it holds.
         """
-        if version is not None and version != self.version:
-            raise ValueError(
-                f"these are answers of version {version!r}; the learner knows version "
-                f"{self.version!r}: start anew with `learner.restart({version!r})`"
-            )
         one, (x, y, observed) = self._in_place((x, y, observed))
-        window, source, fresh = one._with_pairs(x, y, observed)
+        window, source, fresh = learn_pairs(one.window, one.kernel, *one._pairs(x, y, observed))
         learned = eqx.tree_at(lambda learner: learner.window, one, window)
         if namespace(fresh) is jnp:
             return learned.refactorized()
-        return learned._refactorized_after(one, source, fresh) if fresh.any() else self
+        if not fresh.any():
+            return self
+        factor, kept = one.factor, source[learned.filled & ~fresh]
+        replaced = int(factor.replaced) + int(fresh.sum())
+        # A factor that lost precision in a program is no start, and of many rows a new one is
+        # cheaper. Rounding errors of reflections add up, but slowly.
+        exact = factor.whitening.dtype == np.float64
+        if not exact or fresh.sum() > 0.25 * len(kept) or replaced > one.capacity:
+            return learned.refactorized()
+        rows, old = learned._rows, one._rows
+        held, new = slice(0, len(kept)), slice(len(kept), rows.stop)
+        cross = one.kernel(window.inputs[held], window.inputs[new])
+        own = learned._covariance(new) + factor.jitter * np.eye(cross.shape[1])
+        whole = np.zeros((one.capacity, one.capacity))
+        try:
+            replace_rows(factor.whitening[old, old], kept, cross, own, whole[rows, rows])
+        except np.linalg.LinAlgError:  # rounding is all that is left of the new rows
+            return learned.refactorized()
+        return learned._with_factor(whole, factor.jitter, replaced)
 
     def predict(
         self, x: PyTree[Shaped[Any, "points ..."]]
@@ -273,12 +291,24 @@ class Learner(AbstractLearner):
         0.
         """
         one, x = self._in_place(x)
-        mean, covariance = one._posterior(one._features(x)[:, None])
+        mean, covariance = one.window_posterior(one._features(x)[:, None])
         mean, xp = mean[:, 0], namespace(covariance)
         if one.prior is not None:
-            mean = mean + xp.asarray(join(_called(one.prior, x), 1)[0])
+            mean = mean + xp.asarray(join(called(one.prior, x), 1)[0])
         variance = xp.maximum(covariance[:, 0, 0], 0) + one.kernel.noise
         return self.form.split(mean), one.deviation_of(variance)
+
+    @property
+    def has_deviation(self) -> bool:
+        return True
+
+    def prior_deviation(
+        self, x: PyTree[Shaped[Array, "groups num_data ..."]]
+    ) -> Float[Array, "groups num_data"]:
+        return jnp.asarray(outputs_of_groups(lambda points: self.predict(points)[1], x))
+
+    def outputs(self, x: PyTree[Shaped[Array, "points ..."]]) -> PyTree[Float[Array, "points ..."]]:
+        return jax.tree.map(jnp.asarray, self.predict(x)[0])
 
     def group_prior(
         self,
@@ -290,10 +320,9 @@ class Learner(AbstractLearner):
         one, (x, coded) = self._in_place((x, coded))
         xp = namespace(one.window.counts)
         together = jax.tree.map(lambda *leaves: xp.concatenate(leaves, axis=1), x, coded)
-        mean, covariance = one._posterior(outputs_of_groups(one._features, together))
-        if one.prior is not None:
-            priors = outputs_of_groups(lambda points: _called(one.prior, points), together)
-            priors, found = join(priors, 2)
+        mean, covariance = one.window_posterior(outputs_of_groups(one._features, together))
+        if (prior := one.prior) is not None:
+            priors, found = join(outputs_of_groups(lambda x: called(prior, x), together), 2)
             check_like(found, self.form)
             mean = mean + priors
         groups, dtype = len(mean), mean.dtype
@@ -320,7 +349,19 @@ class Learner(AbstractLearner):
                 units of the process's variance.
         """
         one, z = self._in_place(z)
-        return one._posterior(z)
+        groups, points, features = z.shape
+        rows, kernel, xp = one._rows, one.kernel, namespace(z)
+        whitening, centred = one.factor.whitening[rows, rows], one._centred(rows)
+        cross = kernel(z.reshape(-1, features), one.window.inputs[rows]) * one.filled[rows]
+        white = product(cross, whitening.T)
+        if len(white) < centred.shape[1]:  # in the order that takes less
+            mean = product(product(white, whitening), centred)
+        else:
+            mean = product(white, product(whitening, centred))
+        white = white.reshape(groups, points, -1)
+        known = product(white, xp.swapaxes(white, 1, 2))
+        mean = mean.reshape(groups, points, -1) + one.factor.centre
+        return mean.astype(one.window.residuals.dtype), kernel(z, z) - known
 
     def knows(self, x: PyTree[Shaped[Any, "points ..."]]) -> Bool[Any, " points"]:
         """Return which inputs the window has answers to.
@@ -364,20 +405,6 @@ class Learner(AbstractLearner):
         numbers = kernel, namespace(scale).asarray(scale, self.scale.dtype)
         return eqx.tree_at(lambda one: (one.kernel, one.scale), self, numbers).refactorized()
 
-    def restart(self: L, version: str) -> L:
-        """Return an empty learner with the same settings, for another version of the model."""
-        fresh = type(self)(
-            self.kernel,
-            self.form,
-            capacity=self.capacity,
-            features=self.features,
-            prior=self.prior,
-            theta=self.theta,
-            kappa=self.kappa,
-            version=version,
-        )
-        return eqx.tree_at(lambda learner: learner.scale, fresh, self.scale)
-
     def refactorized(self: L) -> L:
         """Return the same learner with its factor made again."""
         one, _ = self._in_place(())
@@ -389,37 +416,6 @@ class Learner(AbstractLearner):
             whole[rows, rows] = whitening
             whitening = whole
         return one._with_factor(whitening, jitter, 0)
-
-    def _refactorized_after(
-        self: L,
-        before: L,
-        source: Int[np.ndarray, " capacity"],
-        fresh: Bool[np.ndarray, " capacity"],
-    ) -> L:
-        """Return the learner with the factor of `before`, less the pairs that went, plus new ones.
-
-        Args:
-            before: The learner before its last pairs came.
-            source: Each row's place in the window before.
-            fresh: Which rows were not there, or had fewer answers.
-        """
-        factor, kept = before.factor, source[self.filled & ~fresh]
-        replaced = int(factor.replaced) + int(fresh.sum())
-        # A factor that lost precision in a program is no start, and of many rows a new one is
-        # cheaper. Rounding errors of reflections add up, but slowly.
-        exact = factor.whitening.dtype == np.float64
-        if not exact or fresh.sum() > 0.25 * len(kept) or replaced > self.capacity:
-            return self.refactorized()
-        inputs, rows, old = self.window.inputs, self._rows, before._rows
-        held, new = slice(0, len(kept)), slice(len(kept), rows.stop)
-        cross = self.kernel(inputs[held], inputs[new])
-        own = self._covariance(new) + factor.jitter * np.eye(cross.shape[1])
-        whole = np.zeros((self.capacity, self.capacity))
-        try:
-            replace_rows(factor.whitening[old, old], kept, cross, own, whole[rows, rows])
-        except np.linalg.LinAlgError:  # rounding is all that is left of the new rows
-            return self.refactorized()
-        return self._with_factor(whole, factor.jitter, replaced)
 
     def _with_factor(self: L, whitening: Any, jitter: Any, replaced: int) -> L:
         """Return the learner with this whitening matrix, and the moments of its residuals."""
@@ -439,10 +435,12 @@ class Learner(AbstractLearner):
     def _in_place(self: L, tree: PyTree) -> tuple[L, PyTree]:
         """Return the learner and arguments as JAX's arrays in a program, else as NumPy's."""
         tree = native(tree)
-        if not any_tracer(self, tree):
-            on_device = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(self))
-            one = jax.device_get(self) if on_device else self
-            return one, jax.tree.map(np.asarray, jax.device_get(tree))
+        leaves = jax.tree.leaves((self, tree))
+        if namespace(*leaves) is np:
+            return self, jax.tree.map(np.asarray, tree)
+        if not any_tracer(leaves):
+            one, tree = jax.device_get((self, tree))
+            return one, jax.tree.map(np.asarray, tree)
         arrays, rest = eqx.partition(self, eqx.is_array)
         one = eqx.combine(jax.tree.map(jnp.asarray, arrays), rest)
         whitening = one.factor.whitening.astype(one.window.inputs.dtype)
@@ -450,8 +448,7 @@ class Learner(AbstractLearner):
         return one, jax.tree.map(jnp.asarray, tree)
 
     def _features(self, x: PyTree[Shaped[Any, "points ..."]]) -> Float[Any, "points features"]:
-        z = features_of(lambda points: _called(self.features, points), x)
-        return namespace(self.window.counts).asarray(z)
+        return namespace(self.window.counts).asarray(features_of(self.features, x))
 
     @property
     def _rows(self) -> slice:
@@ -472,32 +469,15 @@ class Learner(AbstractLearner):
         """
         inputs, counts = self.window.inputs[rows], self.window.counts[rows]
         xp, filled = namespace(counts), counts > 0
-        own = self.kernel.variance(inputs) + self.kernel.noise / xp.maximum(counts, 1)
+        own = 1 + self.kernel.linear * xp.sum(self.kernel.scaled(inputs) ** 2, axis=1)
+        own = own + self.kernel.noise / xp.maximum(counts, 1)
         covariance = self.kernel(inputs, inputs) * (filled[:, None] & filled)
         return xp.where(xp.eye(len(counts), dtype=bool), xp.where(filled, own, 1), covariance)
 
-    def _posterior(
-        self, z: Float[Any, "groups points features"]
-    ) -> tuple[Float[Any, "groups points m"], Float[Any, "groups points points"]]:
-        """Return what `window_posterior` does, of arrays that are where the learner is."""
-        groups, points, features = z.shape
-        rows, kernel, xp = self._rows, self.kernel, namespace(z)
-        whitening, centred = self.factor.whitening[rows, rows], self._centred(rows)
-        cross = kernel(z.reshape(-1, features), self.window.inputs[rows]) * self.filled[rows]
-        white = product(cross, whitening.T)
-        if len(white) < centred.shape[1]:  # in the order that takes less
-            mean = product(product(white, whitening), centred)
-        else:
-            mean = product(white, product(whitening, centred))
-        white = white.reshape(groups, points, -1)
-        known = product(white, xp.swapaxes(white, 1, 2))
-        mean = mean.reshape(groups, points, -1) + self.factor.centre
-        return mean.astype(self.window.residuals.dtype), kernel(z, z) - known
-
-    def _with_pairs(
+    def _pairs(
         self, x: PyTree, y: PyTree, observed: Bool[Any, " pairs"] | None
-    ) -> tuple[PairWindow, Int[Any, " capacity"], Bool[Any, " capacity"]]:
-        """Return what `learn_pairs` does, of inputs and answers."""
+    ) -> tuple[Float[Any, "pairs features"], Float[Any, "pairs m"], Bool[Any, " pairs"]]:
+        """Return features and residuals, and which pairs are known; the others hold zeros."""
         check_like(self.form, join(y, 1)[1])
         pairs = length_of("y", y)
         if length_of("x", x) != pairs:
@@ -512,19 +492,17 @@ class Learner(AbstractLearner):
             return xp.where(mask, leaf, xp.zeros_like(leaf)) if is_float(leaf) else leaf
 
         x, y = jax.tree.map(clean, (x, y))
-        z, r, priors = self._features(x), join(y, 1)[0], None
+        z, r = self._features(x), join(y, 1)[0]
         if z.shape[1:] != self.kernel.centre.shape:
             raise ValueError(
                 f"x have {z.shape[1]} features; the learner knows {len(self.kernel.centre)}"
             )
         if self.prior is not None:
-            priors, found = join(_called(self.prior, x), 1)
+            priors, found = join(called(self.prior, x), 1)
             check_like(found, self.form)
-            priors = xp.asarray(priors)
-            r = r - priors
+            r = r - xp.asarray(priors)
         known = known & xp.isfinite(z).all(axis=1) & xp.isfinite(r).all(axis=1)
-        z, r, priors = jax.tree.map(lambda leaf: xp.where(known[:, None], leaf, 0), (z, r, priors))
-        return learn_pairs(self.window, self.kernel, z, r, priors, known)
+        return xp.where(known[:, None], z, 0), xp.where(known[:, None], r, 0), known
 
 
 def learn_pairs(
@@ -532,7 +510,6 @@ def learn_pairs(
     kernel: Kernel,
     z: Float[Any, "pairs features"],
     r: Float[Any, "pairs m"],
-    priors: Float[Any, "pairs m"] | None,
     known: Bool[Any, " pairs"],
 ) -> tuple[PairWindow, Int[Any, " capacity"], Bool[Any, " capacity"]]:
     """Return the window with new pairs in place of the oldest.
@@ -588,22 +565,10 @@ def learn_pairs(
     learned = PairWindow(
         inputs=after(window.inputs, z)[source],
         residuals=mean[source],
-        priors=None if window.priors is None else after(window.priors, priors)[source],
         counts=counts[source].astype(window.counts.dtype),
         scatter=scatter[source].astype(window.scatter.dtype),
     )
     return learned, source, (added > 0)[source]
-
-
-_run = eqx.filter_jit(lambda function, x: function(x))
-
-
-def _called(function: Function | None, x: PyTree) -> PyTree:
-    """Return a user's function of a batch; of NumPy's arrays by a program, unless NumPy has it."""
-    if function is None or isinstance(function, Projection):
-        return x if function is None else function(x)
-    on_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(x))
-    return jax.tree.map(np.asarray, _run(function, x)) if on_host else function(x)
 
 
 def init_learner(
@@ -614,7 +579,6 @@ def init_learner(
     features: Function | None = None,
     prior: Function | None = None,
     kernel: Kernel | Shape = "matern52",
-    version: str = "",
 ) -> Learner:
     """Make a learner of these pairs, with a kernel that is not tuned; `fit_learner` tunes it, too.
 
@@ -628,7 +592,6 @@ def init_learner(
             Default: none.
         kernel: A kernel, or a shape. By shape, it is centred on the pairs, its units are the
             features' spreads, and its one width is the square root of their number.
-        version: The model version of the answers.
 
     Raises:
         ValueError: The capacity is no positive integer, x and y have different lengths, outputs are
@@ -640,17 +603,14 @@ def init_learner(
         leaf = jnp.asarray(leaf) if traced else np.asarray(leaf)
         return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype))
 
-    def one_row(tree: PyTree) -> PyTree:  # there may be none
-        return jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:]), leaf.dtype), tree)
-
     x, y = jax.tree.map(own, native((x, y)))
     check_floats("y", y)
-    form, pairs = join(one_row(y), 1)[1], length_of("y", y)
-    z = features_of(lambda points: _called(features, points), x if pairs else one_row(x))[:pairs]
+    # There may be no pair.
+    blank = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:]), leaf.dtype), (x, y))
+    form, pairs = join(blank[1], 1)[1], length_of("y", y)
+    z = features_of(features, x if pairs else blank[0])[:pairs]
     kernel = kernel if isinstance(kernel, Kernel) else first_kernel(kernel, z)
     if kernel.centre.shape != z.shape[1:]:
         raise ValueError(f"the kernel is for {len(kernel.centre)} features, not {z.shape[1]}")
-    empty = Learner(
-        kernel, form, capacity=capacity, features=features, prior=prior, version=version
-    )
+    empty = Learner(kernel, form, capacity=capacity, features=features, prior=prior)
     return empty.update(x, y)

@@ -33,7 +33,7 @@ from ..stragglers import AbstractStragglers
 from .interface import (
     AbstractGroupPrior,
     AbstractSurrogate,
-    FixedOutputs,
+    SurrogatePredictions,
     check_like,
     fixed_outputs,
     outputs_of_groups,
@@ -78,7 +78,7 @@ class Surrogate(AbstractSurrogate):
         x: PyTree[Shaped[Array, "groups num_data ..."]],
         coded: PyTree[Shaped[Array, "groups num_workers ..."]],
         own: PyTree[Float[Array, "groups num_data ..."]] | None = None,
-    ) -> FixedOutputs:
+    ) -> SurrogatePredictions:
         own = outputs_of_groups(self.model, x) if own is None else own
         return fixed_outputs(own, outputs_of_groups(self.model, coded))
 
@@ -93,17 +93,17 @@ def trust(
     )
 
 
-def decode_with_surrogate(
+def decode_with_deviation(
     code: AbstractCode,
-    surrogate: AbstractSurrogate,
+    surrogate: AbstractSurrogate | None,
     y: Float[Array, "groups num_workers m"],
     available: Bool[Array, "groups num_workers"],
-    prior: AbstractGroupPrior,
+    prior: AbstractGroupPrior | None = None,
     given: Matrices | None = None,
 ) -> tuple[Decoded, Float[Array, "groups num_data"]]:
-    """Decode groups with a surrogate.
+    """Decode groups, with a surrogate or without.
 
-    A data point is recovered where its prediction is finite; without any answer it is the
+    With one, a data point is recovered where its prediction is finite; without any answer it is the
     surrogate's. Broken answers make stragglers, as in `AbstractCode.decode`.
 
     Args:
@@ -121,6 +121,10 @@ def decode_with_surrogate(
             none, an infinite kappa says nothing of its quality, and the deviations are those of the
             code alone.
     """
+    if surrogate is None:
+        decoded = decode_vectors(code, y, available, given)
+        return decoded, deviations(code, y, decoded.responded)
+    assert prior is not None
     expected = prior.condition_on_available(y, available)
     residual = y - surrogate.theta * expected.coded
     decoded = decode_vectors(code, residual, available, given)
@@ -144,22 +148,6 @@ def decode_with_surrogate(
     recovered &= jnp.isfinite(spread)
     predictions = jnp.where(recovered[..., None], predictions, jnp.nan)
     return Decoded(predictions, decoded.responded, recovered), spread
-
-
-def decode_with_deviation(
-    code: AbstractCode,
-    surrogate: AbstractSurrogate | None,
-    y: Float[Array, "groups num_workers m"],
-    available: Bool[Array, "groups num_workers"],
-    prior: AbstractGroupPrior | None = None,
-    given: Matrices | None = None,
-) -> tuple[Decoded, Float[Array, "groups num_data"]]:
-    """Return predictions of groups and their standard deviations, with a surrogate or without."""
-    if surrogate is not None:
-        assert prior is not None
-        return decode_with_surrogate(code, surrogate, y, available, prior, given)
-    decoded = decode_vectors(code, y, available, given)
-    return decoded, deviations(code, y, decoded.responded)
 
 
 def _code_share(kappa: Array, variance: Float[Array, "*points"]) -> Float[Array, "*points"]:

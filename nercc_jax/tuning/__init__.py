@@ -1,11 +1,10 @@
 """Gradient descent through the nested objective, and the search for a layout."""
 
-from ._descent import Descent
 from ._layouts import LayoutTuning, search_layout
 from ._learn_decoder import learn_decoder
 from ._parameters import parametrize
 from ._sampling import Sampling
-from ._tune import Tuned, tune
+from ._tune import Descent, Tuned, tune
 
 __all__ = [
     "Descent",

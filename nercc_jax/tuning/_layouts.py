@@ -1,9 +1,8 @@
 """Where the workers' points should lie for a model: measured, layout against layout."""
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +12,14 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 from ..codes import NeRCC
 from ..codes._checks import check_fields
 from ..codes._points import coincident
+from ..codes._trees import groups_of
 from ..evaluation._answers import Recorder, batched, mean_losses
 from ..evaluation._criteria import Criterion, point_criterion
 from ..evaluation._objective import draw_sets
-from ..inference.models import Model, check_model
+from ..inference.models import Model
 from ..stragglers import AbstractStragglers
-from ._descent import Descent
 from ._sampling import Sampling, split_points
-from ._tune import ROUNDING, TuningStep, cost_of_the_mean, tune
+from ._tune import Descent, rounding_error, tune
 
 SearchCriterion: TypeAlias = Literal["mse", "cross_entropy", "disagreement"]
 # What points follow: data points' own floats, or a function of a batch of them.
@@ -38,12 +37,6 @@ SEARCHED = (
     "mixed:0.75",
 )
 
-# What is folded into the key, for draws that must not be the same.
-_SPLIT, _FIRST_SETS, _HELD_OUT_SETS, _TUNING = 0, 1, 2, 3
-
-# What lambda_dec starts from, by the untuned code's.
-_SMOOTHINGS = (1.0, 0.0, 100.0)
-
 
 @dataclasses.dataclass(frozen=True)
 class LayoutTuning:
@@ -54,23 +47,21 @@ class LayoutTuning:
         criterion: As in `nested_objective`. Default: the search's; for "disagreement", which has no
             slope, "cross_entropy".
         points: Whether the regression points are tuned.
-        sampling: What a step draws.
         descent: Length, speed and judgements.
-        on_step: Called with each entry of the history, and the code that it started from.
 
     Raises:
-        ValueError: The number is negative.
+        ValueError: The number is negative, or the criterion unknown.
     """
 
     best: int = 2
     criterion: Criterion | None = None
     points: bool = True
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
     descent: Descent = dataclasses.field(default_factory=Descent)
-    on_step: Callable[[TuningStep, NeRCC], None] = lambda step, code: None
 
     def __post_init__(self):
         check_fields(self, "best", least=0)
+        if self.criterion is not None:
+            point_criterion(self.criterion)  # says what is wrong with it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +91,6 @@ class LayoutSearch:
 
     candidates: tuple[LayoutCandidate, ...]
     evaluations: int
-    seconds: float
 
     @property
     def code(self) -> NeRCC:
@@ -135,7 +125,6 @@ def search_layout(
     layouts: Sequence[str] = SEARCHED,
     follow: Sequence[Follow] = (),
     criterion: SearchCriterion = "disagreement",
-    power: float = 1.0,
     sampling: Sampling = Sampling(held_out_share=0.5, held_out_sets=64),  # noqa: B008
     tuning: LayoutTuning = LayoutTuning(),
     batch_size: int = 256,
@@ -167,9 +156,9 @@ def search_layout(
         criterion: "mse", "cross_entropy" (for logits), or "disagreement", the share of labels that
             differ. Errors count relative to the first layout's untuned code, but "disagreement" as
             it is.
-        power: The power of the mean over laws, as in `make_trial`.
         sampling: What is held out, and whether data points come grouped; its `held_out_sets` are
-            drawn of each law for either part of the data.
+            drawn of each law for either part of the data. A step of gradient descent draws as many
+            groups and sets as it says.
         tuning: How many of the best layouts are tuned, and how.
         batch_size: Data points in a call of the model.
         on_stage: Called with a description of the next stage.
@@ -178,180 +167,141 @@ def search_layout(
         ValueError: K and N do not allow the layouts, there are none, or the criterion is unknown;
             and as `tune` and `make_trial`.
     """
-    start = time.perf_counter()
-    slope = tuning.criterion or ("cross_entropy" if criterion == "disagreement" else criterion)
-    _check(criterion, slope, layouts, stragglers, power)
-    if wrong := [each for each in follow if isinstance(each, str) and each != "inputs"]:
-        raise ValueError(f"follow has 'inputs' or functions, not {wrong[0]!r}")
-    check_model(model)
-    plain = _plain_codes(num_data, num_workers, layouts)
-    training, held = split_points(x, num_data, sampling, jax.random.fold_in(key, _SPLIT))
-
-    def score(points: np.ndarray, draw: int) -> _Scores:
-        groups = sampling.cut_held_out(points, num_data)
-        recorder = Recorder(batched(model, batch_size), groups, batch_size)
-        sets = draw_sets(
-            stragglers, jax.random.fold_in(key, draw), num_workers, sampling.held_out_sets
-        )
-        return _Scores(recorder, tuple(stragglers), sets, (criterion, slope), power, plain[0][1])
-
-    # Groups are made as those that judge.
-    made = {name: getattr(sampling, name) for name in ("grouped", "order", "buffer_size")}
-    drawn = dataclasses.replace(tuning.sampling, **made)
-    on_stage(f"judging {len(plain)} untuned codes")
-    first = score(training, _FIRST_SETS)
-    best: dict[str, NeRCC] = {}
-    for name, code in sorted(plain, key=lambda named: first.of(named[1])[0]):
-        best.setdefault(name, code)
-    candidates = [(name, code, False) for name, code in plain]
-    evaluations = 0
-    for name in list(best)[: tuning.best]:
-        if laws := first.laws_to_tune(best[name]):
-            on_stage(f"tuning {name}")
-            tuned = tune(
-                model, (best[name],), training, {law: stragglers[law] for law in laws},
-                key=jax.random.fold_in(key, _TUNING), points=tuning.points, criterion=slope,
-                power=power, sampling=drawn, descent=tuning.descent,
-                on_step=tuning.on_step,
-            )  # fmt: skip
-            candidates.append((name, tuned.code, True))
-            evaluations += tuned.evaluations
-    on_stage(f"judging {len(candidates)} codes on held-out groups")
-    second = score(held, _HELD_OUT_SETS)
-    judged = [
-        LayoutCandidate(*named, *second.of(named[1], each), each)
-        for named in candidates
-        for each in (None, *follow)
-    ]
-    evaluations += first.recorder.evaluations + second.recorder.evaluations
-    judged.sort(key=lambda candidate: candidate.objective)
-    return LayoutSearch(tuple(judged), evaluations, time.perf_counter() - start)
-
-
-def _plain_codes(
-    num_data: int, num_workers: int, layouts: Sequence[str]
-) -> list[tuple[str, NeRCC]]:
-    """Return the layouts' untuned codes by name, the first layout's own code first."""
-    codes: list[tuple[str, NeRCC]] = []
-    seen = []
-    for name in layouts:
-        code = NeRCC(num_data, num_workers, points=name)
-        points = (code.alpha.tobytes(), code.beta.tobytes())
-        if points not in seen:
-            seen.append(points)
-            codes += [(name, start) for start in _starts(code, name)]
-    return codes
-
-
-def _starts(code: NeRCC, points: str) -> list[NeRCC]:
-    """Return a layout's code as it comes, and with other smoothing.
-
-    An exact one comes first where it is possible: the earlier of two equals is preferred.
-    """
-    own = bool(jnp.any(coincident(code.beta, code.alpha)))
-    return [
-        NeRCC(
-            code.num_data,
-            code.num_workers,
-            points=points,
-            lambda_dec=factor * code.lambda_dec,
-            gap_exponent=code.gap_exponent,
-            end_penalty=code.end_penalty,
-            exact=exact,
-        )
-        for exact in ((True, False) if own else (False,))
-        for factor in _SMOOTHINGS
-        if factor > 0 or not exact  # interpolation is exact as it is
-    ]
-
-
-class _Scores:
-    """Scores of codes on the same groups and straggler sets."""
-
-    def __init__(
-        self,
-        recorder: Recorder,
-        laws: Sequence[str],
-        sets: tuple[Bool[Array, "sets num_workers"], Int[Array, " sets"]],
-        criteria: tuple[Criterion, Criterion],
-        power: float,
-        reference: NeRCC,
-    ):
-        """Prepare the scores.
-
-        Args:
-            recorder: The model's answers.
-            laws: Names of the laws.
-            sets: Straggler sets, and the law of each, as by `draw_sets`.
-            criteria: The criterion of the search, and that of gradient descent.
-            power: The power of the mean over laws.
-            reference: The code whose errors count as 1.
-
-        Raises:
-            ValueError: An error of the reference is not finite.
-        """
-        self.recorder, self._criteria, self._power = recorder, criteria, power
-        self._laws = laws
-        available, law = sets
-        answering = np.asarray(jnp.any(available, axis=1))  # where nobody answers there is nothing
-        self._available, self._law = available[answering], np.asarray(law)[answering]
-        self._scales = np.ones(len(self._laws))
-        errors = self._errors(reference)[0]
-        if not np.isfinite(errors).all():
-            raise ValueError(
-                f"under the laws {self._laws} the first layout's errors are {errors}: leave out "
-                "laws under which nobody answers; and the model must give finite answers on coded "
-                "data points, mixtures of data points"
-            )
-        if criteria[0] != "disagreement":
-            self._scales = np.maximum(errors, np.finfo(errors.dtype).tiny)
-
-    def of(self, code: NeRCC, follow: Follow | None = None) -> tuple[float, float]:
-        """Return the objective, infinite where an answer is not finite, and the disagreement."""
-        errors, _, disagreements = self._errors(code, follow)
-        objective = np.mean((errors / self._scales) ** self._power) ** (1 / self._power)
-        return float(objective) if np.isfinite(objective) else np.inf, float(disagreements.mean())
-
-    def laws_to_tune(self, code: NeRCC) -> list[str]:
-        """Return the laws under which a code errs: tuning counts errors relative to its own."""
-        own = self.recorder.own.reshape(-1, self.recorder.own.shape[-1])
-        cost = float(cost_of_the_mean(self._criteria[1], self.recorder.form, jnp.asarray(own)))
-        erring = self._errors(code)[1] > ROUNDING * cost
-        return [name for name, errs in zip(self._laws, erring, strict=True) if errs]
-
-    def _errors(
-        self, code: NeRCC, follow: Follow | None = None
-    ) -> Float[np.ndarray, "criteria laws"]:
-        """Return the means of both criteria, and of labels that differ, under each law."""
-        if follow is None:
-            answers = self.recorder.of(code)
-        else:
-            function = None if isinstance(follow, str) else follow
-            answers = self.recorder.following(code, function)
-        if not np.isfinite(answers.coded).all():
-            return np.full((3, len(self._laws)), np.nan)
-        criteria = (*self._criteria, "disagreement")
-        errors = np.asarray(mean_losses(answers, self._available, criteria))
-        places = range(len(self._laws))
-        with np.errstate(invalid="ignore"):  # of no set the mean is NaN
-            means = [errors[:, self._law == p].sum(1) / np.sum(self._law == p) for p in places]
-        return np.stack(means, axis=1)
-
-
-def _check(
-    criterion: str,
-    slope: Criterion,
-    layouts: Sequence[str],
-    stragglers: Mapping[str, AbstractStragglers],
-    power: float,
-) -> None:
     if criterion not in get_args(SearchCriterion):
         known = ", ".join(get_args(SearchCriterion))
         raise ValueError(f"criterion must be one of {known}, not {criterion!r}")
-    point_criterion(slope)  # says what is wrong with it
     if not layouts:
         raise ValueError("there are no layouts to search")
     if not stragglers:
         raise ValueError("there are no laws of stragglers")
-    if not power >= 1:
-        raise ValueError(f"power must be 1 or more, not {power}")
+    if wrong := [each for each in follow if isinstance(each, str) and each != "inputs"]:
+        raise ValueError(f"follow has 'inputs' or functions, not {wrong[0]!r}")
+    slope = tuning.criterion or ("cross_entropy" if criterion == "disagreement" else criterion)
+    codes = _untuned_codes(num_data, num_workers, layouts)
+    # What is folded into the key differs, so that no draws are the same.
+    training, held = split_points(x, num_data, sampling, jax.random.fold_in(key, 0))
+
+    def scored_on(points: np.ndarray, draw: int) -> tuple[Recorder, Callable[..., _Score]]:
+        recorder = Recorder(batched(model, batch_size), groups_of(points, num_data), batch_size)
+        key_sets = jax.random.fold_in(key, draw)
+        sets = draw_sets(stragglers, key_sets, num_workers, sampling.held_out_sets)
+        return recorder, _scorer(recorder, tuple(stragglers), sets, (criterion, slope), codes[0][1])
+
+    on_stage(f"judging {len(codes)} untuned codes")
+    first, score = scored_on(training, 1)
+    best: dict[str, tuple[NeRCC, _Score]] = {}
+    scored = [(name, (code, score(code))) for name, code in codes]
+    for name, found in sorted(scored, key=lambda named: named[1][1].objective):
+        best.setdefault(name, found)
+    least = float(rounding_error(slope, first.form, jnp.asarray(first.own)))
+    drawn = Sampling(sampling.groups_per_step, sampling.sets_per_step, grouped=sampling.grouped)
+    candidates, evaluations = [(name, code, False) for name, code in codes], 0
+    for name, (code, found) in list(best.items())[: tuning.best]:
+        # Tuning counts errors relative to the code's own.
+        laws = zip(stragglers.items(), found.slope, strict=True)
+        if erring := dict(law for law, error in laws if error > least):
+            on_stage(f"tuning {name}")
+            tuned = tune(
+                model, (code,), training, erring, key=jax.random.fold_in(key, 3),
+                points=tuning.points, criterion=slope, sampling=drawn, descent=tuning.descent,
+            )  # fmt: skip
+            candidates.append((name, tuned.code, True))
+            evaluations += tuned.evaluations
+    on_stage(f"judging {len(candidates)} codes on held-out groups")
+    second, score = scored_on(held, 2)
+    judged = []
+    for name, code, is_tuned in candidates:
+        for each in (None, *follow):
+            found = score(code, each)
+            numbers = found.objective, float(found.disagreement.mean())
+            judged.append(LayoutCandidate(name, code, is_tuned, *numbers, each))
+    judged.sort(key=lambda candidate: candidate.objective)
+    return LayoutSearch(tuple(judged), evaluations + first.evaluations + second.evaluations)
+
+
+def _untuned_codes(
+    num_data: int, num_workers: int, layouts: Sequence[str]
+) -> list[tuple[str, NeRCC]]:
+    """Return each layout's code as it comes and with other smoothing, by name.
+
+    An exact one comes first where it is possible: the earlier of two equals is preferred.
+    """
+    codes, seen = [], set()
+    for name in layouts:
+        code = NeRCC(num_data, num_workers, points=name)
+        points = code.alpha.tobytes(), code.beta.tobytes()
+        if points in seen:
+            continue
+        seen.add(points)
+        own = bool(jnp.any(coincident(code.beta, code.alpha)))
+        kept = {"gap_exponent": code.gap_exponent, "end_penalty": code.end_penalty, "points": name}
+        for exact in (True, False) if own else (False,):
+            # Interpolation is exact as it is.
+            for factor in (1.0, 100.0) if exact else (1.0, 0.0, 100.0):
+                smoothing = {"lambda_dec": factor * code.lambda_dec, "exact": exact}
+                codes.append((name, NeRCC(num_data, num_workers, **kept, **smoothing)))
+    return codes
+
+
+class _Score(NamedTuple):
+    """A code's objective, and under each law its error to descend by and its disagreement."""
+
+    objective: float
+    slope: Float[np.ndarray, " laws"]
+    disagreement: Float[np.ndarray, " laws"]
+
+
+def _scorer(
+    recorder: Recorder,
+    laws: tuple[str, ...],
+    sets: tuple[Bool[Array, "sets num_workers"], Int[Array, " sets"]],
+    criteria: tuple[Criterion, Criterion],
+    reference: NeRCC,
+) -> Callable[..., _Score]:
+    """Return the function to a code's score on groups and straggler sets, the same for all codes.
+
+    Points may follow the data, as in `search_layout`.
+
+    Args:
+        recorder: The model's answers.
+        laws: Names of the laws.
+        sets: Straggler sets, and the law of each, as by `draw_sets`.
+        criteria: The criterion of the search, and that of gradient descent.
+        reference: The code whose errors count as 1.
+
+    Raises:
+        ValueError: An error of the reference is not finite.
+    """
+    available, law = sets
+    answering = np.asarray(jnp.any(available, axis=1))  # where nobody answers there is nothing
+    available, law = available[answering], np.asarray(law)[answering]
+
+    def errors(code: NeRCC, follow: Follow | None = None) -> Float[np.ndarray, "criteria laws"]:
+        if follow is None:
+            answers = recorder.of(code)
+        else:
+            answers = recorder.following(code, None if isinstance(follow, str) else follow)
+        if not np.isfinite(answers.coded).all():
+            return np.full((3, len(laws)), np.nan)
+        losses = np.asarray(mean_losses(answers, available, (*criteria, "disagreement")))
+        of_law = [law == place for place in range(len(laws))]
+        with np.errstate(invalid="ignore"):  # of no set the mean is NaN
+            return np.stack([losses[:, own].sum(1) / np.sum(own) for own in of_law], axis=1)
+
+    scales = errors(reference)[0]
+    if not np.isfinite(scales).all():
+        raise ValueError(
+            f"under the laws {laws} the first layout's errors are {scales}: leave out laws under "
+            "which nobody answers; and the model must give finite answers on coded data points, "
+            "mixtures of data points"
+        )
+    scales = np.maximum(scales, np.finfo(scales.dtype).tiny)
+    if criteria[0] == "disagreement":
+        scales = np.ones_like(scales)
+
+    def score(code: NeRCC, follow: Follow | None = None) -> _Score:
+        own, slope, disagreement = errors(code, follow)
+        objective = float(np.mean(own / scales))
+        return _Score(objective if np.isfinite(objective) else np.inf, slope, disagreement)
+
+    return score

@@ -1,12 +1,11 @@
 """A decoder learned from the model's answers to coded data points, without gradients."""
 
-import dataclasses
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jaxtyping import ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import ArrayLike, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode, Replication, regression_points
 from ..codes._learned_decoder import LearnedDecoder, Regression
@@ -14,12 +13,11 @@ from ..codes._trees import to_device
 from ..evaluation._answers import Recorder, batched, cut_groups
 from ..inference.models import Model
 from ..stragglers import ExactStragglers, straggler_sets
-from ._sampling import Order
 
-# Groups for each worker and data point, and pairs that the smooth path counts as.
-_GROUPS, _PRIOR = 8, 2
+# Data points (points, ...) to a permutation of them.
+Order: TypeAlias = Callable[[Any], Int[Any, " points"]]
 # Noise of answers, of their mean square, of which the best is taken on groups that were left out.
-_NOISES, _FOLDS, _MASKS = (0.0, 1e-5, 1e-4, 1e-3), 4, 4
+_NOISES = (0.0, 1e-5, 1e-4, 1e-3)
 _AT_ONCE = 1 << 22  # numbers of coded data points, or of outputs, that are held at a time
 
 
@@ -76,7 +74,7 @@ def learn_decoder(
     (4, 3)
     """
     places = places_of(code)
-    groups = num_groups if num_groups is not None else _GROUPS * len(places)
+    groups = num_groups if num_groups is not None else 8 * len(places)
     if groups < 1:
         raise ValueError(f"num_groups must be at least 1, not {num_groups}")
     cut_groups(x, code.num_data)  # whose checks these are
@@ -85,106 +83,92 @@ def learn_decoder(
     recorder = Recorder(run, jax.tree.map(lambda leaf: leaf[None], x), batch_size)
     outputs, form = recorder.own[0], recorder.form
     own = outputs.astype(np.float64)
-    parts = [np.zeros((0, len(places)))] * _FOLDS
+    drawn = _draw_groups(x, order, code.num_data, groups, key)
+    # Outputs are held some groups at a time; of each fold of the groups a triangle is kept.
     largest = max(own.shape[1], sum(leaf[0].size for leaf in jax.tree.leaves(x)))
     at_once = max(1, _AT_ONCE // (len(places) * largest))
-    done = 0
-    for drawn in _draws(x, order, code.num_data, groups, at_once, key):
-        here = jax.tree.map(lambda leaf: leaf[drawn], x)  # noqa: B023
-        answers = Recorder(run, here, batch_size, (outputs[drawn], form)).of(code)
+    folds = [np.zeros((0, len(places)))] * 4
+    for done in range(0, groups, at_once):
+        some = drawn[done : done + at_once]
+        here = jax.tree.map(lambda leaf: leaf[some], x)  # noqa: B023
+        answers = Recorder(run, here, batch_size, (outputs[some], form)).of(code)
         coded = np.asarray(answers.coded, np.float64)
         if not np.isfinite(coded).all():
             raise ValueError(
                 "the model's answers to coded data points must be finite; they are not for "
                 f"workers {np.flatnonzero(~np.isfinite(coded).all(axis=(0, 2)))[:10].tolist()}"
             )
-        pairs = np.concatenate([coded, own[drawn]], axis=1).swapaxes(1, 2)
-        for part in range(_FOLDS):
-            some = pairs[(part - done) % _FOLDS :: _FOLDS].reshape(-1, len(places))
-            parts[part] = _triangle(parts[part], some)
-        done += len(drawn)
-    encoder = code.encoder_matrix()
-    moments = _Moments(places, code.num_workers, groups * own.shape[1])
-    root = moments.root(np.concatenate(parts), moments.best_noise(parts, key))
+        pairs = np.concatenate([coded, own[some]], axis=1).swapaxes(1, 2)
+        for fold, known in enumerate(folds):
+            fresh = pairs[(fold - done) % len(folds) :: len(folds)].reshape(-1, len(places))
+            folds[fold] = _triangle(known, fresh)
+    encoder, total = code.encoder_matrix(), float(groups * own.shape[1])
+    noise = _best_noise(folds, places, code.num_workers, total, key)
+    root = _root_of_moments(np.concatenate(folds), places, code.num_workers, total, noise)
     return LearnedDecoder(encoder, root.astype(encoder.dtype))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Moments:
-    """Second moments at these places, of so many recorded outputs and of a smooth path."""
+def _root_of_moments(
+    rows: Float[np.ndarray, "rows places"],
+    places: Float[np.ndarray, " places"],
+    num_workers: int,
+    total: float,
+    noise: float,
+) -> Float[np.ndarray, "places places"]:
+    """Return a root of the moments of recorded outputs, as many as `total`, and of a smooth path.
 
-    places: Float[np.ndarray, " places"]
-    num_workers: int
-    total: int
+    `rows` are a root of the recorded ones. The path counts as two outputs for each place. It is the
+    one of which a cubic spline is the regression; its straight line and the rest have the sizes
+    that they have in the recorded moments' root. The noise is that of answers, of their mean
+    square.
+    """
+    t, prior, recorded = places.astype(np.float64) + 1, 2 * len(places), rows / np.sqrt(total)
+    least, most = np.minimum.outer(t, t), np.maximum.outer(t, t)
+    line = np.linalg.qr(np.stack([np.ones_like(t), t], axis=1))[0].T
+    bent = root_of(least**2 * (3 * most - least) / 6)
 
-    def root(
-        self, rows: Float[np.ndarray, "rows places"], noise: float, share: float = 1.0
-    ) -> Float[np.ndarray, "places places"]:
-        """Return a root of the moments of a share of the outputs, whose triangle the rows are."""
-        total, prior = share * self.total, _PRIOR * len(self.places)
-        smooth = np.sqrt(prior) * self._smooth_path(rows / np.sqrt(total))
-        answers = np.eye(len(self.places))[: self.num_workers]
-        spread = np.sqrt(noise * np.sum(rows[:, : self.num_workers] ** 2) / self.num_workers)
-        further = np.concatenate([smooth, spread * answers])
-        return _triangle(rows, further) / np.sqrt(total + prior)
+    def sizes(root: np.ndarray) -> tuple[float, float]:
+        straight = np.sum((root @ line.T) ** 2)
+        return straight, np.sum(root**2) - straight
 
-    @functools.cached_property
-    def _line_and_bends(self) -> tuple[np.ndarray, np.ndarray]:
-        """Roots of the moments of straight paths, and of the rest of a cubic spline's."""
-        t = self.places.astype(np.float64) + 1
-        least, most = np.minimum.outer(t, t), np.maximum.outer(t, t)
-        line = np.linalg.qr(np.stack([np.ones_like(t), t], axis=1))[0].T
-        return line, root_of(least**2 * (3 * most - least) / 6)
+    straight, rest = sizes(recorded)
+    path = np.concatenate([np.sqrt(rest / sizes(bent)[1]) * bent, np.sqrt(straight) * line])
+    spread = np.sqrt(noise * np.sum(rows[:, :num_workers] ** 2) / num_workers)
+    further = [np.sqrt(prior) * path, spread * np.eye(len(places))[:num_workers]]
+    return _triangle(rows, np.concatenate(further)) / np.sqrt(total + prior)
 
-    def _smooth_path(
-        self, recorded: Float[np.ndarray, "rows places"]
-    ) -> Float[np.ndarray, "some places"]:
-        """Return a root of a smooth path's moments, of which a cubic spline is the regression.
 
-        Its straight line and the rest have the sizes that they have in the recorded moments' root.
-        """
-        line, bent = self._line_and_bends
+def _best_noise(
+    folds: list[Float[np.ndarray, "rows places"]],
+    places: Float[np.ndarray, " places"],
+    num_workers: int,
+    total: float,
+    key: PRNGKeyArray,
+) -> float:
+    """Return the noise of answers with which most folds predict one that was left out.
 
-        def sizes(root: np.ndarray) -> tuple[float, float]:
-            straight = np.sum((root @ line.T) ** 2)
-            return straight, np.sum(root**2) - straight
-
-        straight, rest = sizes(recorded)
-        bent = np.sqrt(rest / sizes(bent)[1]) * bent
-        return np.concatenate([bent, np.sqrt(straight) * line])
-
-    def best_noise(self, parts: list[Float[np.ndarray, "rows places"]], key: PRNGKeyArray) -> float:
-        """Return the noise with which most parts predict one that was left out.
-
-        It is the one with the least geometric mean, over numbers of stragglers, of the error.
-        """
-        if not all(len(part) for part in parts):
-            return _NOISES[0]
-        masks = self._masks(key)
-        heights = np.zeros(len(_NOISES))
-        for number, noise in enumerate(_NOISES):
-            errors = np.zeros(len(masks))
-            for left_out, part in enumerate(parts):
-                others = np.concatenate([each for i, each in enumerate(parts) if i != left_out])
-                root = self.root(others, noise, 1 - 1 / _FOLDS)
-                for law, sets in enumerate(masks):
-                    errors[law] += np.mean([self._error(root, part, mask) for mask in sets])
-            heights[number] = np.mean(np.log(errors + np.finfo(float).tiny))
-        return _NOISES[int(np.argmin(heights))]
-
-    def _masks(self, key: PRNGKeyArray) -> list[Bool[np.ndarray, "sets num_workers"]]:
-        """Return straggler sets: with none, with half of what the code allows, and with all."""
-        most = max(2 * self.num_workers - len(self.places), 0)
-        laws = [ExactStragglers(number) for number in sorted({0, most // 2, most})]
-        sets = (straggler_sets(law, key, self.num_workers, _MASKS) for law in laws)
-        return [np.asarray(each) for each in sets]
-
-    def _error(
-        self, root: np.ndarray, part: np.ndarray, mask: Bool[np.ndarray, " workers"]
-    ) -> float:
-        matrix = Regression(root, mask).matrix()
-        answers, outputs = np.split(part, [self.num_workers], axis=1)
-        return float(np.sum((answers @ matrix.T - outputs) ** 2))
+    It is the one with the least geometric mean, over numbers of stragglers (none, half of what the
+    code allows, all of it), of the error.
+    """
+    if not all(len(fold) for fold in folds):
+        return _NOISES[0]
+    most = max(2 * num_workers - len(places), 0)
+    laws = [ExactStragglers(number) for number in sorted({0, most // 2, most})]
+    masks = [np.asarray(straggler_sets(law, key, num_workers, 4)) for law in laws]
+    heights = []
+    for noise in _NOISES:
+        errors = np.zeros(len(masks))
+        for place, left_out in enumerate(folds):
+            others = np.concatenate([each for i, each in enumerate(folds) if i != place])
+            known = total * (1 - 1 / len(folds))
+            root = _root_of_moments(others, places, num_workers, known, noise)
+            answers, outputs = np.split(left_out, [num_workers], axis=1)
+            for law, sets in enumerate(masks):
+                matrices = [Regression(root, mask).matrix() for mask in sets]
+                wrong = [np.sum((answers @ matrix.T - outputs) ** 2) for matrix in matrices]
+                errors[law] += np.mean(wrong)
+        heights.append(np.mean(np.log(errors + np.finfo(float).tiny)))
+    return _NOISES[int(np.argmin(heights))]
 
 
 def places_of(code: AbstractCode) -> Float[np.ndarray, " places"]:
@@ -204,10 +188,10 @@ def places_of(code: AbstractCode) -> Float[np.ndarray, " places"]:
     return np.concatenate([np.asarray(each) for each in points])
 
 
-def _draws(
-    x: PyTree, order: Order | None, num_data: int, groups: int, at_once: int, key: PRNGKeyArray
-) -> Iterator[Int[np.ndarray, "some num_data"]]:
-    """Yield groups of data points, `at_once` and then fewer: permutations of all, cut in groups."""
+def _draw_groups(
+    x: PyTree, order: Order | None, num_data: int, groups: int, key: PRNGKeyArray
+) -> Int[np.ndarray, "groups num_data"]:
+    """Return groups of data points: permutations of all, each cut in groups."""
     seeds = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
     points = len(jax.tree.leaves(x)[0])
     whole = points // num_data
@@ -222,9 +206,7 @@ def _draws(
                 )
             places = places[found]
         drawn.append(places.reshape(-1, num_data))
-    every = np.concatenate(drawn)[:groups]
-    for start in range(0, groups, at_once):
-        yield every[start : start + at_once]
+    return np.concatenate(drawn)[:groups]
 
 
 def _triangle(

@@ -81,7 +81,9 @@ def parametrize(code: Code, *, points: bool = False) -> "tuple[Parameters, Rebui
     for name, at in (("lambda_enc", "alpha"), ("lambda_dec", "beta")):
         kept = name == "lambda_enc" and leaves.get("exact", False) and not leaves[name] > 0
         if name in leaves and at in leaves and not kept:
-            free[f"log_{name}"] = _logarithm(leaves[name], leaves[at])
+            value, everywhere = leaves[name], jnp.ones(leaves[at].shape, bool)
+            start = (mean_gap(leaves[at], everywhere) / 30) ** 4
+            free[f"log_{name}"] = jnp.log(jnp.where((value > 0) & (value < 1), value, start))
     if "end_penalty" in leaves:
         penalty = leaves["end_penalty"]
         free["log_end_penalty"] = jnp.log(jnp.where(penalty > 0, penalty, 1))
@@ -89,7 +91,13 @@ def parametrize(code: Code, *, points: bool = False) -> "tuple[Parameters, Rebui
         free["gap_exponent"] = leaves["gap_exponent"]
     places = None
     if points and {"alpha", "beta"} <= leaves.keys():
-        places = _Places(leaves["alpha"], leaves["beta"])
+        alpha, beta = leaves["alpha"], leaves["beta"]
+        angles = [np.arccos(np.asarray(each, float)) for each in (alpha, beta)]
+        distances = np.abs(angles[0] - angles[1][:, None])
+        follows = np.min(distances, axis=1) < SAME_ANGLE
+        alphas = _Chain(angles[0], np.ones(len(alpha), bool), alpha.dtype)
+        betas = _Chain(angles[1], ~follows, beta.dtype)
+        places = alphas, betas, jnp.asarray(follows), jnp.asarray(distances.argmin(axis=1))
         free |= {f"{name}_shifts": jnp.zeros_like(leaves[name]) for name in ("alpha", "beta")}
     for field in dataclasses.fields(code):
         if (scale := field.metadata.get("tune")) == "log":
@@ -104,15 +112,18 @@ def parametrize(code: Code, *, points: bool = False) -> "tuple[Parameters, Rebui
         if type(code).__module__.partition(".")[0] != __name__.partition(".")[0]:
             also = ": declare a number by eqx.field(metadata={'tune': 'log'}), or 'plain'"
         raise ValueError(f"{type(code).__name__} has nothing to tune{also}")
-
     return free, Rebuild(code, places)
 
 
 class Rebuild(eqx.Module, Generic[Code]):
-    """The function from the parameters of `parametrize` to the code."""
+    """The function from the parameters of `parametrize` to the code.
+
+    `places` are the functions from shifts to alpha and beta, which betas lie on an alpha, and on
+    which one; None where points do not move.
+    """
 
     code: Code
-    places: "_Places | None"
+    places: "tuple[_Chain, _Chain, Bool[Array, ' n'], Int[Array, ' n']] | None"
 
     def __call__(self, parameters: Parameters) -> Code:
         """Return the code with these parameters."""
@@ -122,40 +133,13 @@ class Rebuild(eqx.Module, Generic[Code]):
             if not name.endswith("_shifts")
         }
         if self.places is not None:
-            values["alpha"], values["beta"] = self.places(parameters)
+            alphas, betas, follows, leader = self.places
+            values["alpha"] = alpha = alphas(parameters["alpha_shifts"])
+            free = betas(parameters["beta_shifts"])
+            values["beta"] = jnp.where(follows, alpha[leader], free)
         return eqx.tree_at(
             lambda c: [getattr(c, name) for name in values], self.code, list(values.values())
         )
-
-
-def _logarithm(value: Float[Array, ""], points: Float[Array, " n"]) -> Float[Array, ""]:
-    start = (mean_gap(points, jnp.ones(points.shape, bool)) / 30) ** 4
-    return jnp.log(jnp.where((value > 0) & (value < 1), value, start))
-
-
-class _Places(eqx.Module):
-    """The function from shifts to (alpha, beta).
-
-    `follows` says which betas lie on an alpha, and `leader` on which one.
-    """
-
-    alphas: "_Chain"
-    betas: "_Chain"
-    follows: Bool[Array, " n"]
-    leader: Int[Array, " n"]
-
-    def __init__(self, alpha: Float[Array, " k"], beta: Float[Array, " n"]):
-        angles = [np.arccos(np.asarray(points, float)) for points in (alpha, beta)]
-        distances = np.abs(angles[0] - angles[1][:, None])
-        follows = np.min(distances, axis=1) < SAME_ANGLE
-        self.alphas = _Chain(angles[0], np.ones(len(angles[0]), bool), alpha.dtype)
-        self.betas = _Chain(angles[1], ~follows, beta.dtype)
-        self.follows, self.leader = jnp.asarray(follows), jnp.asarray(distances.argmin(axis=1))
-
-    def __call__(self, parameters: Parameters) -> tuple[Float[Array, " k"], Float[Array, " n"]]:
-        alpha = self.alphas(parameters["alpha_shifts"])
-        free = self.betas(parameters["beta_shifts"])
-        return alpha, jnp.where(self.follows, alpha[self.leader], free)
 
 
 class _Chain(eqx.Module):

@@ -1,21 +1,15 @@
 """Data points of a descent: those held out, and the groups that each step draws."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, PRNGKeyArray, PyTree, Shaped
 
 from ..codes._checks import check_fields
-from ..codes._trees import leaves_of, to_device
 from ..evaluation._answers import cut_groups
 from ..splines.arrays import native
-
-# Data points (points, ...) to a permutation of them.
-Order: TypeAlias = Callable[[Any], Int[Array, " points"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +25,9 @@ class Sampling:
         held_out_sets: The straggler sets of each law that judge.
         grouped: Whether every K data points in the order given are a group that stays together: for
             data points whose order matters (a short path through them). A remainder is left out.
-        order: Makes a permutation of a buffer of data points before it is cut into groups. What is
-            held out is ordered as one buffer.
-        buffer_size: Data points that a step draws to order, of which it takes as many groups as it
-            needs at random. Default: those of its groups.
 
     Raises:
-        ValueError: A number is out of range, or there is an order of grouped data points.
+        ValueError: A number is out of range.
     """
 
     groups_per_step: int = 8
@@ -45,21 +35,11 @@ class Sampling:
     held_out_share: float = 0.25
     held_out_sets: int = 32
     grouped: bool = False
-    order: Order | None = None
-    buffer_size: int | None = None
 
     def __post_init__(self):
         check_fields(self, "groups_per_step", "sets_per_step", "held_out_sets")
-        if self.buffer_size is not None:
-            check_fields(self, "buffer_size")
         if not 0 < self.held_out_share < 1:
             raise ValueError(f"held_out_share must be between 0 and 1, not {self.held_out_share}")
-        if self.grouped and (self.order is not None or self.buffer_size is not None):
-            raise ValueError("data points that come grouped stay so: give no order for them")
-
-    def groups(self, num_data: int, points: int) -> int:
-        """Return the number of groups of K that a step draws from this many data points."""
-        return min(self.groups_per_step, points // num_data)
 
     def draw(
         self, num_data: int, x: PyTree, key: PRNGKeyArray
@@ -67,27 +47,15 @@ class Sampling:
         """Return a step's groups of data points (points, ...)."""
         key_points, key_groups, _ = jax.random.split(key, 3)  # three: recorded results rest on it
         points = len(jax.tree.leaves(x)[0])
-        groups = self.groups(num_data, points)
+        groups = min(self.groups_per_step, points // num_data)
         if self.grouped:
             first = jax.random.choice(key_points, points // num_data, (groups,), replace=False)
             places = first[:, None] * num_data + jnp.arange(num_data)
         else:
-            size = groups * num_data
-            if self.buffer_size is not None:
-                size = min(max(self.buffer_size, size), points)
-            chosen = jax.random.choice(key_points, points, (size,), replace=False)
-            if self.order is not None:
-                chosen = chosen[self.order(jax.tree.map(lambda leaf: leaf[chosen], x))]
-            cut = chosen[: size // num_data * num_data].reshape(-1, num_data)
-            places = cut[jax.random.choice(key_groups, len(cut), (groups,), replace=False)]
+            chosen = jax.random.choice(key_points, points, (groups * num_data,), replace=False)
+            mixed = jax.random.choice(key_groups, groups, (groups,), replace=False)
+            places = chosen.reshape(groups, num_data)[mixed]
         return jax.tree.map(lambda leaf: leaf[places], x)
-
-    def cut_held_out(self, held: PyTree, num_data: int) -> PyTree:
-        """Return the held-out data points in groups (groups, K, ...), as they are judged."""
-        if self.order is not None:
-            places = np.asarray(self.order(to_device(held)))
-            held = jax.tree.map(lambda leaf: leaf[places], held)
-        return cut_groups(held, num_data)
 
 
 def split_points(
@@ -104,15 +72,13 @@ def split_points(
         ValueError: There are fewer than two groups, or data points are not finite floats.
     """
     x = jax.tree.map(np.asarray, native(x, "x"))
-    shapes = [leaf.shape for _, leaf in leaves_of("x", x)]
-    points = min((shape[0] if shape else 0) for shape in shapes)
-    groups = points // num_data
+    groups = len(jax.tree.leaves(cut_groups(x, num_data))[0])  # says what is no float, or no number
+    points = len(jax.tree.leaves(x)[0])
     if groups < 2:
         raise ValueError(
-            f"x has shape {', '.join(map(str, shapes))}: tuning needs two groups of {num_data} "
-            "data points at least, one of them held out"
+            f"x has {points} data points: tuning needs two groups of {num_data} data points at "
+            "least, one of them held out"
         )
-    cut_groups(x, num_data)  # says what is no float, or not finite
     size = num_data if sampling.grouped else 1
     held = min(max(round(sampling.held_out_share * groups), 1), groups - 1)
     order = np.asarray(jax.random.permutation(key, points // size))

@@ -1,41 +1,59 @@
 """Gradient descent on the nested objective, through encoder, model and decoder."""
 
 import dataclasses
+import functools
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, Literal
+from typing import Any, Generic, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree, Shaped
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode
-from ..codes._trees import Form, join, to_device
+from ..codes._checks import check_fields, check_not_negative, check_positive
+from ..codes._trees import Form, groups_of, join, to_device
 from ..evaluation._criteria import Criterion, point_criterion
 from ..evaluation._objective import Trial, draw_sets, make_trial
 from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers
-from ._descent import (
-    Descent,
-    Entry,
-    Journal,
-    compiled_step,
-    compiled_value_and_grad,
-    descend,
-    descend_by_lbfgs,
-)
 from ._parameters import SAME_ANGLE, Code, Parameters, Rebuild, parametrize
 from ._sampling import Sampling, split_points
 
-# An error below this share of what the mean output for every data point would cost is rounding.
-ROUNDING = 1e-9
 
-# What is folded into the key, for draws that must not be the same.
-_SPLIT, _DRAWS = 0, 1
+@dataclasses.dataclass(frozen=True)
+class Descent:
+    """The length and speed of a descent, and how often it is judged.
+
+    Attributes:
+        steps: The most gradient steps.
+        learning_rate: The highest learning rate of Adam; it falls to zero along a cosine.
+        points_rate: The regression points' learning rate, by `learning_rate`: a shift of 0.1 moves
+            a point by a tenth of a gap, where a logarithm of 0.1 changes a lambda by a tenth.
+        check_every: Steps between judgements on the held-out part; the last step is judged, too.
+        tolerance: The descent has converged if the best judgement of its last quarter is lower than
+            that before by this share at most.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    steps: int = 300
+    learning_rate: float = 0.3
+    points_rate: float = 0.25
+    check_every: int = 10
+    tolerance: float = 0.01
+
+    def __post_init__(self):
+        check_positive(learning_rate=self.learning_rate, points_rate=self.points_rate)
+        check_not_negative(tolerance=self.tolerance)
+        check_fields(self, "steps", "check_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +123,7 @@ def tune(
     criterion: Criterion = "mse",
     power: float = 1.0,
     sampling: Sampling = Sampling(),  # noqa: B008
-    descent: Descent = Descent(),  # noqa: B008
+    descent: Descent = Descent(),
     on_step: Callable[[TuningStep, Code], None] = lambda step, code: None,
 ) -> Tuned[Code]:
     """Tune a code by gradient descent on the nested objective; it needs no labels.
@@ -153,7 +171,7 @@ def tune(
 
     Source: arXiv 2402.04377, which tunes the lambdas on this objective.
     """
-    start = time.perf_counter()
+    begun = time.perf_counter()
     check_model(model)
     if isinstance(optimizer, str) and optimizer not in ("adam", "lbfgs"):
         raise ValueError(
@@ -162,45 +180,52 @@ def tune(
     starts = _starts(code, points) if isinstance(code, AbstractCode) else tuple(code)
     if not starts:
         raise ValueError("there is no code to start from")
-    first, parametrized = starts[0], [parametrize(each, points=points) for each in starts]
+    parametrized = [parametrize(each, points=points) for each in starts]
     if len({jax.tree.structure(each) for each in parametrized}) != 1:
         raise ValueError("several starts must be codes of one kind, with the same K and N")
-    training, held = split_points(x, first.num_data, sampling, jax.random.fold_in(key, _SPLIT))
-    training, held = to_device(training), sampling.cut_held_out(held, first.num_data)
-    key_held, key_steps = jax.random.split(jax.random.fold_in(key, _DRAWS))
-    trial = _trial_of_errors(model, first, held, stragglers, key_held, sampling, criterion, power)
+    k, n = starts[0].num_data, starts[0].num_workers
+    training, held = split_points(x, k, sampling, jax.random.fold_in(key, 0))
+    training, held = to_device(training), groups_of(held, k)
+    key_held, key_steps = jax.random.split(jax.random.fold_in(key, 1))
+    trial = make_trial(
+        model, starts[0], held, stragglers, key=key_held, num_sets=sampling.held_out_sets,
+        criterion=criterion, power=power,
+    )  # fmt: skip
+    own, form = join(trial.originals, 2)
+    errs = trial.scales > rounding_error(criterion, form, own)
+    if not errs.any():
+        raise ValueError("there is nothing to gain: the starting code makes no error")
+    trial = eqx.tree_at(lambda t: t.scales, trial, jnp.where(errs, trial.scales, jnp.inf))
 
-    drawn, lbfgs = sampling, optimizer == "lbfgs"
-    if lbfgs:
-        groups, sets = 4 * sampling.groups_per_step, 2 * sampling.sets_per_step
-        drawn = dataclasses.replace(sampling, groups_per_step=groups, sets_per_step=sets)
-    chosen = _adam(parametrized[0][0], descent) if isinstance(optimizer, str) else optimizer
-    chosen = optax.apply_if_finite(chosen, max_consecutive_errors=descent.steps)
-    objective = _objective(drawn, stragglers)
-    step = compiled_value_and_grad(objective) if lbfgs else compiled_step(objective, chosen)
-
-    best, lowest, converged, winner, asked = first, 1.0, True, 0, 0
+    best, lowest, winner = starts[0], 1.0, 0
     history: list[TuningStep] = []
-    for number, (begin, rebuild) in enumerate(parametrized):
 
-        def note(entry: Entry, rebuild: Rebuild = rebuild, number: int = number) -> None:
-            here = rebuild(entry.parameters)
-            seen = entry.step, entry.objective, entry.held_out, entry.rejected
-            history.append(TuningStep(number, *seen, _scalars(here)))
-            on_step(history[-1], here)
+    def visit(
+        start: int, parameters: Parameters, step: int, objective: float | None, rejected: bool
+    ) -> None:
+        """Note a step, and judge the code that it started from if it is time to."""
+        nonlocal best, lowest, winner
+        here, held_out = parametrized[start][1](parameters), None
+        if step % descent.check_every == 0 or objective is None:
+            held_out = float(trial.objective(model, here))
+            if held_out < lowest:
+                best, lowest, winner = here, held_out, start
+        leaves = ((field.name, getattr(here, field.name)) for field in dataclasses.fields(here))
+        scalars = {name: float(v) for name, v in leaves if eqx.is_array(v) and v.ndim == 0}
+        history.append(TuningStep(start, step, objective, held_out, rejected, scalars))
+        on_step(history[-1], here)
 
-        def validate(parameters: Parameters, rebuild: Rebuild = rebuild) -> float:
-            return float(trial.objective(model, rebuild(parameters)))
-
-        journal = Journal(descent, validate, note, lowest)
-        arguments = (rebuild, model, training, trial)
-        if lbfgs:
-            asked += descend_by_lbfgs(step, begin, (*arguments, key_steps), journal)
-        else:
-            asked += descend(step, chosen.init(begin), begin, arguments, key_steps, journal)
-        if journal.best is not None:
-            best, lowest, winner = rebuild(journal.best), journal.lowest, number
-            converged = journal.converged()
+    if optimizer == "lbfgs":
+        groups, sets = 4 * sampling.groups_per_step, 2 * sampling.sets_per_step
+        sampling = dataclasses.replace(sampling, groups_per_step=groups, sets_per_step=sets)
+        descend = _descent_by_lbfgs(_objective(sampling, stragglers), descent)
+    else:
+        chosen = optimizer if optimizer != "adam" else _adam(parametrized[0][0], descent)
+        descend = _descent_by_steps(_objective(sampling, stragglers), chosen, descent)
+    asked = 0
+    for start, (parameters, rebuild) in enumerate(parametrized):
+        arguments = rebuild, model, training, trial
+        asked += descend(parameters, arguments, key_steps, functools.partial(visit, start))
     taken = [each for each in history if each.objective is not None]
     if rejected := sum(each.rejected for each in taken):
         warnings.warn(
@@ -209,19 +234,22 @@ def tune(
             RuntimeWarning,
             stacklevel=2,
         )
-    k, n = first.num_data, first.num_workers
+    # Whether the last quarter of the judgements brought hardly anything.
+    judged = [(each.start, each.held_out) for each in history if each.held_out is not None]
+    seen = np.nan_to_num([height for start, height in judged if start == winner], nan=np.inf)
+    before = np.min(seen[: len(seen) - max(len(seen) // 4, 1)], initial=np.inf)
+    converged = np.isfinite(before) and before - np.min(seen) <= descent.tolerance * before
     held_groups, points_left = (len(jax.tree.leaves(tree)[0]) for tree in (held, training))
-    count = asked * drawn.groups(k, points_left)
-    judged = sum(each.held_out is not None for each in history)
+    count = asked * min(sampling.groups_per_step, points_left // k)
     return Tuned(
         code=best,
         objective=lowest,
-        converged=converged,
+        converged=bool(converged),
         history=tuple(history),
         start=winner,
-        evaluations=held_groups * (k + (judged + 1) * n) + count * (k + n),
+        evaluations=held_groups * (k + (len(judged) + 1) * n) + count * (k + n),
         differentiated=count * n,
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - begun,
     )
 
 
@@ -242,36 +270,24 @@ def _starts(code: Code, points: bool) -> tuple[Code, ...]:
     return code, eqx.tree_at(lambda c: c.beta, code, jnp.asarray(moved))
 
 
-def _trial_of_errors(
-    model: Model,
-    code: AbstractCode,
-    held: PyTree,
-    stragglers: Mapping[str, AbstractStragglers],
-    key: PRNGKeyArray,
-    sampling: Sampling,
-    criterion: Criterion,
-    power: float,
-) -> Trial:
-    """Return the trial that judges, in which laws without errors have a scale of infinity.
+@eqx.filter_jit
+def rounding_error(
+    criterion: Criterion, form: Form, own: Float[Array, "groups num_data m"]
+) -> Float[Array, ""]:
+    """Return the error below which there is rounding alone, to which nothing can be relative.
 
-    The exact answers of some codes have errors of rounding alone, to which nothing can be relative.
+    It is this share of what the mean output for every data point would cost.
     """
-    trial = make_trial(
-        model, code, held, stragglers,
-        key=key, num_sets=sampling.held_out_sets, criterion=criterion, power=power,
-    )  # fmt: skip
-    own, form = join(trial.originals, 2)
-    cost = cost_of_the_mean(criterion, form, own.reshape(-1, own.shape[-1]))
-    errs = trial.scales > ROUNDING * cost
-    if not errs.any():
-        raise ValueError("there is nothing to gain: the starting code makes no error")
-    return eqx.tree_at(lambda t: t.scales, trial, jnp.where(errs, trial.scales, jnp.inf))
+    own = own.reshape(-1, own.shape[-1])
+    mean = jnp.broadcast_to(jnp.mean(own, axis=0), own.shape)
+    cost = jax.vmap(point_criterion(criterion))(form.split(mean), form.split(own))
+    return 1e-9 * jnp.mean(cost)
 
 
 def _objective(
     sampling: Sampling, stragglers: Mapping[str, AbstractStragglers]
 ) -> Callable[..., Float[Array, ""]]:
-    """Return the objective on groups and straggler sets of one step."""
+    """Return the objective on groups and straggler sets that are drawn by a key."""
 
     def objective(
         parameters: Parameters,
@@ -292,6 +308,8 @@ def _objective(
 
 
 def _adam(parameters: Parameters, descent: Descent) -> optax.GradientTransformation:
+    """Return Adam with the two learning rates of a descent."""
+
     def adam(rate: float) -> optax.GradientTransformation:
         return optax.adam(optax.cosine_decay_schedule(rate * descent.learning_rate, descent.steps))
 
@@ -299,16 +317,85 @@ def _adam(parameters: Parameters, descent: Descent) -> optax.GradientTransformat
     return optax.partition({"shifts": adam(descent.points_rate), "numbers": adam(1.0)}, kinds)
 
 
-@eqx.filter_jit
-def cost_of_the_mean(
-    criterion: Criterion, form: Form, own: Float[Array, "points m"]
-) -> Float[Array, ""]:
-    """Return the criterion of the mean output as a prediction."""
-    mean = jnp.broadcast_to(jnp.mean(own, axis=0), own.shape)
-    return jnp.mean(jax.vmap(point_criterion(criterion))(form.split(mean), form.split(own)))
+def _descent_by_steps(
+    objective: Callable[..., Float[Array, ""]],
+    optimizer: optax.GradientTransformation,
+    descent: Descent,
+) -> Callable[..., int]:
+    """Return a descent by steps whose objective is drawn anew in each; all starts share a program.
+
+    It calls `note` with the parameters, the number and the objective of each step, and whether it
+    is rejected, and returns the number of evaluations of the objective.
+    """
+    # A step whose objective or gradient is not finite changes nothing.
+    optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=descent.steps)
+
+    @eqx.filter_jit
+    def step(
+        parameters: Parameters, state: Any, arguments: tuple, key: PRNGKeyArray, number: Array
+    ) -> tuple[Float[Array, ""], Bool[Array, ""], Parameters, Any]:
+        drawn = jax.random.fold_in(key, number)
+        value, slopes = jax.value_and_grad(objective)(parameters, *arguments, drawn)
+        # A broken objective must not move anything, whatever its gradient says.
+        slopes = jax.tree.map(lambda slope: jnp.where(jnp.isfinite(value), slope, jnp.nan), slopes)
+        finite = [jnp.all(jnp.isfinite(slope)) for slope in jax.tree.leaves(slopes)]
+        updates, state = optimizer.update(slopes, state, parameters)
+        return value, jnp.all(jnp.stack(finite)), optax.apply_updates(parameters, updates), state
+
+    def descend(
+        parameters: Parameters, arguments: tuple, key: PRNGKeyArray, note: Callable[..., None]
+    ) -> int:
+        state = optimizer.init(parameters)
+        for number in range(descent.steps):
+            value, sound, after, state = step(
+                parameters, state, arguments, key, jnp.asarray(number)
+            )
+            note(parameters, number, float(value), not sound)
+            parameters = after
+        note(parameters, descent.steps, None, False)
+        return descent.steps
+
+    return descend
 
 
-def _scalars(code: AbstractCode) -> dict[str, float]:
-    """Return the code's scalar leaves by name."""
-    fields = ((f.name, getattr(code, f.name)) for f in dataclasses.fields(code))
-    return {name: float(value) for name, value in fields if eqx.is_array(value) and value.ndim == 0}
+def _descent_by_lbfgs(
+    objective: Callable[..., Float[Array, ""]], descent: Descent
+) -> Callable[..., int]:
+    """Return a descent on one draw by SciPy's L-BFGS-B: see `_descent_by_steps`.
+
+    Its line search is on the host, and compiles once. (That of `optax.lbfgs` takes two minutes.)
+    """
+    value_and_grad = eqx.filter_jit(lambda *arguments: jax.value_and_grad(objective)(*arguments))
+
+    def descend(
+        parameters: Parameters, arguments: tuple, key: PRNGKeyArray, note: Callable[..., None]
+    ) -> int:
+        import scipy.optimize  # which JAX needs, and so is there
+
+        flat, unravel = ravel_pytree(parameters)
+        start, taken = np.asarray(flat, np.float64), itertools.count(1)
+
+        def on_host(z: Float[np.ndarray, " numbers"]) -> tuple[float, np.ndarray]:
+            here = unravel(jnp.asarray(z, flat.dtype))
+            value, slopes = value_and_grad(here, *arguments, key)
+            slopes = np.asarray(ravel_pytree(slopes)[0], np.float64)
+            sound = np.isfinite(float(value)) and np.isfinite(slopes).all()
+            # The line search turns back from what is not finite.
+            return (float(value), slopes) if sound else (np.finfo(float).max, np.zeros_like(slopes))
+
+        def after(intermediate_result: Any) -> None:
+            here, step = unravel(jnp.asarray(intermediate_result.x, flat.dtype)), next(taken)
+            value = float(intermediate_result.fun) if step < descent.steps else None
+            note(here, step, value, False)
+
+        known = on_host(start)
+        note(parameters, 0, known[0], False)
+        found = scipy.optimize.minimize(
+            lambda z: known if np.array_equal(z, start) else on_host(z),  # it begins with the start
+            start, jac=True, method="L-BFGS-B", callback=after, options={"maxiter": descent.steps},
+        )  # fmt: skip
+        if found.nit < descent.steps:  # it found no way down
+            note(unravel(jnp.asarray(found.x, flat.dtype)), found.nit + 1, None, False)
+        return found.nfev
+
+    return descend

@@ -36,7 +36,6 @@ from ...risk._straggler_risk import (
 )
 from ...splines.arrays import namespace
 from ...surrogates import (
-    AbstractLearner,
     AbstractSurrogate,
     Learner,
     LearnerTuning,
@@ -213,7 +212,7 @@ class OnlineCalibration:
 
     def progress(self) -> tuple[int, int]:
         """Return the number of answers used so far, and the number that the first result needs."""
-        learns = self._surrogate is None or isinstance(self._surrogate, AbstractLearner)
+        learns = self._surrogate is None or isinstance(self._surrogate, Learner)
         needed = LEAST + FIRST * learns
         done = min(self._learned, FIRST) * learns + len(self._first) + self._count
         return needed if self.calibrated is not None else min(done, needed), needed
@@ -226,12 +225,9 @@ class OnlineCalibration:
                 self._first = []
             return
         self._validate(x, own)
-        if isinstance(self._surrogate, AbstractLearner):
+        if isinstance(self._surrogate, Learner):
             self._learned += len(x)
-            if isinstance(self._surrogate, Learner):
-                learner = self._surrogate.update(x, own)
-            else:
-                learner = _compiled_update(self._surrogate, x, own)
+            learner = self._surrogate.update(x, own)
             tuning = self._tuning
             if self._learned == RETUNE and (tuned := _tuned(learner, tuning)) is not learner:
                 # Its deviations change, so earlier validation says nothing about them. Until there
@@ -429,7 +425,7 @@ def _predicted(
     error_probability: ErrorProbability | None,
     x: Shaped[Any, "queries ..."],
 ) -> tuple[Any, Any, Any]:
-    if isinstance(surrogate, AbstractLearner):
+    if isinstance(surrogate, Learner):
         mean, deviation = surrogate.predict(x)
     else:
         mean, deviation = surrogate.outputs(x), jnp.ones(len(x))
@@ -442,14 +438,12 @@ def _predicted(
 _compiled_predicted = eqx.filter_jit(_predicted)
 
 
-def _tuned(learner: AbstractLearner, tuning: LearnerTuning) -> AbstractLearner:
+def _tuned(learner: Learner, tuning: LearnerTuning) -> Learner:
     """Tune the kernels on the learner's data.
 
     They are judged on some of the pairs. A kernel that does worse on all of them is not taken: one
     that is right for pairs four times as far apart may be.
     """
-    if not isinstance(learner, Learner):
-        return learner
     return min(learner, tune_learner(learner, tuning), key=_log_loss)
 
 
@@ -462,6 +456,3 @@ def _log_loss(learner: Learner) -> float:
     errors = np.stack([root_mean_square(errors, axis=1), scatter])
     square = 2 * root_mean_square(errors / deviation, axis=0) ** 2
     return float(np.mean(np.log(deviation) + square / 2))
-
-
-_compiled_update = eqx.filter_jit(lambda learner, x, own: learner.update(x, own))
