@@ -11,7 +11,7 @@ from nercc_jax.stragglers.simulate import Hedge, Latencies
 from nercc_jax.testing import SimulatedPool
 
 
-@pytest.mark.parametrize("copies, at_once", [(2, 1), (3, 1), (3, 2)])
+@pytest.mark.parametrize(("copies", "at_once"), [(2, 1), (3, 1), (3, 2)])
 def test_the_simulator_and_the_scheduler_agree(copies, at_once):
     """Stragglers take ten times as long; more workers than calls, so nothing waits for one."""
     law = TraceLatency(jnp.concatenate([jnp.linspace(0.9, 1.1, 900), jnp.linspace(9, 11, 100)]))
