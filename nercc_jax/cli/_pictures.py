@@ -18,7 +18,6 @@ from ..evaluation._answers import batched
 from ..evaluation._evaluation import SHARES
 from ..evaluation._pictures import (
     batch_figure,
-    laws_and_codes,
     straggler_figure,
     system_look,
 )
@@ -34,7 +33,8 @@ def straggler_table(rows: Sequence[Evaluation], metric: str, title: str, *, best
     that lost predictions cannot win on an error that leaves them out; the last columns have the
     share, in %, that such codes lost.
     """
-    laws, codes = laws_and_codes(rows)
+    laws = [*dict.fromkeys(row.stragglers for row in rows)]
+    codes = [*dict.fromkeys(row.code for row in rows)]
     by_pair = {(row.stragglers, row.code): row for row in rows}
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("S", justify="right")

@@ -242,7 +242,7 @@ def _carefully(
     groups = maps, y, responded, recovered
     if not seldom:
         predictions = jax.vmap(of_group)(groups)
-    elif len(y) == 1:  # without a loop
+    elif y.shape[0] == 1:  # without a loop
         predictions = of_group(jax.tree.map(lambda leaf: leaf[0], groups))[None]
     else:
         predictions = jax.lax.map(of_group, groups)

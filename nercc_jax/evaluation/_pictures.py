@@ -89,7 +89,8 @@ def straggler_curves(
     """
     from matplotlib.ticker import MaxNLocator
 
-    laws, codes = laws_and_codes(rows)
+    laws = [*dict.fromkeys(row.stragglers for row in rows)]
+    codes = [*dict.fromkeys(row.code for row in rows)]
     places = np.arange(len(laws), dtype=float)
     numbers = [float(law) for law in laws if re.fullmatch(r"\d+(\.\d*)?", law)]
     numbered = len({*numbers}) == len(laws)
@@ -210,10 +211,3 @@ def batch_figure(
     ):
         figure.text(0.5, height, text, ha="center", va="center", size=max(12 * scale, 9))
     return figure
-
-
-def laws_and_codes(rows: Sequence[Any]) -> tuple[list[str], list[str]]:
-    """Return the names that evaluations have, each once, in their order."""
-    return list(dict.fromkeys(r.stragglers for r in rows)), list(
-        dict.fromkeys(r.code for r in rows)
-    )

@@ -367,7 +367,9 @@ def as_groups(
                     + (", and one mask (N,)" if masks_of_groups and grouped is False else "")
                 )
             )
-    check_floats("x", x, beside=True)
+    floats = all(map(is_float, leaves))
+    if not floats:
+        check_floats("x", x, beside=True)
     if in_a_row and not (same and shapes[0] and shapes[0][0] and shapes[0][0] % num_data == 0):
         raise ValueError(f"x of shape {summary} is no whole groups of {num_data} data points")
     if any(isinstance(size, int) and size == 0 for shape in shapes for size in shape):
@@ -375,7 +377,7 @@ def as_groups(
     if many and not same:
         raise ValueError(f"the parts of x are of different numbers of groups: {summary}")
     x = groups_of(x, num_data) if in_a_row else x if many else jax.tree.map(lambda a: a[None], x)
-    if not all(map(is_float, leaves)):
+    if not floats:
         check_beside("x", x, 2)
     if available is None:
         return x, None, many

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode
 from ..codes._kept import x64_enabled
-from ..codes._trees import check_floats, is_float, leaves_of, points_of
+from ..codes._trees import check_floats, is_float, leaves_of
 from ..splines.arrays import native
 
 Model: TypeAlias = Callable[..., Array]
@@ -249,8 +249,9 @@ def run_workers(
         if len(models) > 1:
             theirs = jax.tree.map(lambda leaf: leaf[:, kinds == kind], coded)  # noqa: B023
         shape = jax.tree.leaves(theirs)[0].shape[:2]
+        batch = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), theirs)
         with jax.named_scope("nercc.model"):
-            y = call_model(each, points_of(theirs), *args, rows=True)
+            y = call_model(each, batch, *args, rows=True)
         check_floats("the model's answer", y)
         parts.append(jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), y))  # noqa: B023
     if len(parts) == 1:
