@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _beyond_modes import Bench, Model, Order
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from nercc_jax import NeRCC, Scheme, fit_surrogate
 from nercc_jax.codes._kept import known_encoder
@@ -91,11 +91,11 @@ def _tell_best(
     choices: list[tuple[float, str, Scheme]] = []
     schemes = [*_mixed(bench, candidates, order), *_uncertain(bench, candidates)]
     for name, scheme in schemes:
-        wrong = float(_wrong(bench, scheme, order, "calibrate", masks).mean())
+        wrong = float(wrong_labels(bench, scheme, order, "calibrate", masks).mean())
         choices.append((wrong, name, scheme))
     _, name, scheme = min(choices, key=lambda choice: choice[0])
     summary = ", ".join(f"{name} {100 * wrong:.2f}" for wrong, name, _ in choices)
-    wrong = _wrong(bench, scheme, order, "judged", bench.masks)
+    wrong = wrong_labels(bench, scheme, order, "judged", bench.masks).mean(axis=-1)
     bench.log(
         f"{bench.cell.name} {mode}, {order.name}: {summary}; judged {100 * wrong.mean():.2f} %"
     )
@@ -127,14 +127,14 @@ def _uncertain(bench: Bench, candidates: Sequence[Model | Learner]) -> list[tupl
     ]
 
 
-def _wrong(
+def wrong_labels(
     bench: Bench,
     scheme: Scheme,
     order: Order,
     part: str,
-    masks: Bool[np.ndarray | Array, "sets num_workers"],
-) -> Float[np.ndarray, "sets groups"]:
-    """Return the share of labels that are not the model's own under each set."""
+    masks: Bool[np.ndarray | Array, "sets *groups num_workers"],
+) -> Bool[np.ndarray, "sets groups num_data"]:
+    """Return which labels are not the model's own under each set, or each group's sets."""
     x = jnp.asarray(bench.points(part, order))
     prepared, coded = eqx.filter_jit(scheme.encode)(x, known_encoder(scheme.code))
     rows = np.asarray(coded.reshape(-1, *coded.shape[2:]))
@@ -152,12 +152,11 @@ def _differ(
     y: Array,
     own: Array,
     masks: Array,
-) -> Float[Array, "sets groups"]:
+) -> Bool[Array, "sets groups num_data"]:
     """Decode under each set, with the surrogate's knowledge of the images made once."""
     code, surrogate, points = scheme.code, scheme.surrogate, prepared.points
-    assert surrogate is not None
     sent = scheme.groups(x, prepared)
-    prior = surrogate.group_prior(sent, coded)
+    prior = None if surrogate is None else surrogate.group_prior(sent, coded)
     own = own.reshape(*sent.shape[:2], -1)
 
     def of_set(mask: Array) -> Array:
@@ -167,6 +166,6 @@ def _differ(
         else:
             decoded, _ = assess_each(code, points, surrogate, y, available, prior)
         same = jnp.argmax(decoded.predictions, axis=-1) == jnp.argmax(own, axis=-1)
-        return jnp.mean(~(same & decoded.recovered), axis=-1)
+        return ~(same & decoded.recovered)
 
     return jax.lax.map(of_set, masks)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from _beyond_copies import copies, dealt
 from _beyond_learners import Learners, learn, learners
 from _beyond_modes import Bench, Cell, Judged, Order, Workload
 from _report import environment, read_json, write_json
@@ -67,7 +68,18 @@ class Size:
     steps: int = 60
 
 
-PARTS = ("cells", "promises", "learners")
+PARTS = ("cells", "promises", "learners", "copies")
+
+COPIED = Size(choose=1000, points=2000)
+COPIED_CELLS = {
+    "lenet5-mnist": (Cell(24, 20, 2), Cell(30, 20, 5), Cell(60, 20, 20), Cell(20, 8, 12)),
+    "repvgg-cifar10": tuple(
+        Cell(workers, 20, lost)
+        for workers, several in ((24, (2, 4)), (30, (5, 10)), (60, (20, 40)))
+        for lost in several
+    ),
+    "vit-cifar10": (Cell(20, 8, 8), Cell(20, 8, 12)),
+}
 
 # What an error probability promises is measured by many labels that are wrong. LeNet5's
 # student gives so few that the 5,000 test images do not do.
@@ -88,15 +100,24 @@ def main() -> None:
     for name in models:
         outputs = MODELS[name]
         for part in options.parts:
-            own_size = PROMISED[name] if part == "promises" and not options.quick else size
+            own_size, cells = size, CELLS
+            if part == "promises":
+                own_size, cells = size if options.quick else PROMISED[name], PROMISED_CELLS
+            elif part == "copies":
+                own_size, cells = size if options.quick else COPIED, COPIED_CELLS[name]
             work = workload(name, outputs, own_size, options.data_dir)
-            for cell in PROMISED_CELLS if part == "promises" else CELLS:
+            if part == "copies":  # nothing is calibrated
+                judged = np.concatenate([work.calibrate, work.judged])
+                work = dataclasses.replace(work, judged=judged[dealt(len(judged))])
+            for cell in cells:
                 if options.cells and cell.name not in options.cells:
                     continue
                 start = time.perf_counter()
                 bench = Bench(work, cell, console.log)
                 if part == "learners":
                     with_learners(bench, name, not options.no_student)
+                elif part == "copies":
+                    copies(bench)
                 else:
                     measure = promises if part == "promises" else every_mode
                     measure(bench, name, outputs, size)

@@ -73,7 +73,7 @@ class Size:
     points: int = 1020  # 1,000 or more in whole groups of 8, 12, 20 and 60
     sets: int = 20
     cells: int = 9
-    steps: int = 150
+    steps: int = 500
     grid_groups: int = 16
 
 
@@ -359,10 +359,9 @@ def _learn(data: Data, code: AbstractCode, bar: Progress, seed: int = 0) -> Abst
 def tune_code(data: Data, code: Code, name: str, bar: Progress, seed: int = 0) -> Tuned[Code]:
     """Tune a code on training images."""
     task = bar.add_task(f"{name}: tuning", total=data.size.steps)
-    # Power 4: with tune's own 2, LeNet5's logits at (100, 20) lost 5 % at S = 80 to win at S = 0.
     tuned = tune(
         data.network, code, data.train, data.laws,
-        key=jax.random.key(seed), points=True, power=4.0, descent=Descent(data.size.steps),
+        key=jax.random.key(seed), descent=Descent(data.size.steps),
         on_step=lambda step, _: bar.update(task, completed=step.step),
     )  # fmt: skip
     bar.update(task, completed=data.size.steps)

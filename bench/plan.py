@@ -28,8 +28,9 @@ from nercc_jax.evaluation import Estimate
 from nercc_jax.evaluation._answers import batched
 from nercc_jax.inference import order_points
 from nercc_jax.planning import Plan
+from nercc_jax.planning._plan import DOUBTED, KNOWN
 from nercc_jax.pools import AbstractPool, Batch, Fault, Faults
-from nercc_jax.stragglers._waiting import own_workers
+from nercc_jax.stragglers.simulate import own_workers
 from nercc_jax.surrogates.surrogate import decode_with_deviation
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
@@ -205,8 +206,8 @@ def run_plan(path: Path, data_dir: Path | None, batches: int) -> dict[str, Any]:
     """
     plan = Plan.load(path)
     row, asked = plan.recommended, plan.asked
-    if row.order == "surrogate":
-        raise ValueError("a plan that orders by a surrogate cannot be carried out here")
+    if row.order == "surrogate" or row.system in (KNOWN, DOUBTED):
+        raise ValueError("a plan that orders or answers by a surrogate cannot be carried out here")
     network = load_worker_model(plan.about["model"], plan.about["outputs"])
     images, _ = network.images("test", data_dir, 5000, 1)
     if row.order is not None:

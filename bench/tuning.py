@@ -46,7 +46,7 @@ from nercc_jax.cli._options import Outputs
 from nercc_jax.cli._workload import WorkerModel, load_worker_model
 from nercc_jax.codes import encode_groups
 from nercc_jax.evaluation._objective import Trial, landscape, make_trial
-from nercc_jax.tuning import Descent, Tuned
+from nercc_jax.tuning import Descent, Sampling, Tuned
 
 _RESULTS = Path(__file__).parent / "results"
 _SETS = 20  # straggler sets a law on the yardstick
@@ -248,7 +248,7 @@ def _affordable_steps(setting: Setting, images: int, most: int, budget: float) -
     """
     k, n = setting.num_data, setting.num_workers
     held = min(max(round(0.25 * (images // k)), 1), images // k - 1)
-    groups = min(2, (images - held * k) // k)
+    groups = min(Sampling().groups_per_step, (images - held * k) // k)
 
     def counted(steps: int) -> int:
         looks = -(-steps // 10) + 1

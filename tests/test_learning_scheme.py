@@ -276,8 +276,6 @@ def test_a_pool_carries_it_out(learner):
 
 
 def test_what_does_not_fit(learner, untyped):
-    with pytest.raises(ValueError, match="copies of uncertain points need a surrogate"):
-        Scheme(CODE, Surrogate(rough), redundancy="uncertain")
     with pytest.raises(ValueError, match="a budget is for redundancy='uncertain'"):
         Scheme(CODE, learner, redundancy="code", budget=7.0)
     with pytest.raises(ValueError, match="follow must be 'inputs' or a function"):

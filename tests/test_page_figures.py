@@ -389,6 +389,25 @@ def test_of_what_is_known(page):
     assert f"tuned hedging has {tail} at {calls}, hedged Prequal {other} at {more} (" in text
 
 
+def test_of_copies_by_a_students_doubt(page):
+    text, ratios = words_of("docs/beyond.md"), []
+    for model in ("repvgg-cifar10", "vit-cifar10"):
+        for cell in read("beyond")[model].get("copies", {}).values():
+            rows = {row["mode"]: row for row in cell["rows"]}
+            wrong = {mode: row["disagreement"] for mode, row in rows.items()}
+            ratios.append(rows["copies by the student's doubt"]["ratio"])
+            assert wrong.pop("NeRCC, learned decoder") > wrong["copies, learned decoder"]
+            *others, with_student, by_doubt = wrong.values()
+            assert by_doubt < 0.65 * with_student
+            assert with_student < min(others) / 2
+    words = f"{min(ratios):.2f} to {max(ratios):.2f} times"
+    assert (
+        f"{words} the wrong labels of copies with the same student in all {len(ratios)} cells"
+        in text
+    )
+    assert f"{words} as many wrong labels on CIFAR-10" in page
+
+
 def test_of_codes_and_copies(page):
     models = {"LeNet5": "lenet5-mnist", "RepVGG": "repvgg-cifar10", "ViT": "vit-cifar10"}
     beyond = read("beyond")

@@ -1,6 +1,8 @@
 """The planner: what it promises is kept, by events drawn one by one and by fresh data."""
 
+import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,8 @@ from nercc_jax.stragglers import (
     TraceLatency,
     straggler_sets,
 )
-from nercc_jax.stragglers._waiting import Latencies, Waiting, draw_groups, draw_hedged, own_workers
+from nercc_jax.stragglers.simulate import Hedge, Latencies, Waiting, own_workers
+from nercc_jax.surrogates import Surrogate
 from nercc_jax.surrogates.surrogate import decode_with_deviation
 
 QUERIES = 4
@@ -252,7 +255,8 @@ def test_re_execution_keeps_its_promise_on_fresh_data(key):
 def test_hedging_is_as_the_formula_has_it(key, copies, at_once):
     """Exponential: P(T > t) by the copies that are out."""
     latencies = Latencies(ExponentialLatency(1.0), key)
-    there, sent = draw_hedged(latencies, 0, (200_000,), 0.5, copies, at_once)
+    drawn = latencies.draw(0, (copies, 200_000))
+    there, sent, _ = Hedge(0.5, at_once).outcome(drawn[:1], drawn[1:])
     times = [0.5 * -(-number // at_once) for number in range(copies)]  # when each copy goes out
     for t in (0.3, 0.8, 1.7):
         out = sum(max(t - time, 0) for time in times)
@@ -266,13 +270,13 @@ def test_waiting_for_a_number_is_an_order_statistic(key):
     latencies = Latencies(TraceLatency(jnp.linspace(0, 1, 4001)), key)
     own = np.zeros((4, 6), bool)
     rule = Waiting(latencies.law, own, 4, 0.0)
-    mask, end, first = draw_groups(rule, latencies, 0, (50_000,))
+    mask, end, first = rule.draw(latencies, 0, (50_000,))
     assert np.all(mask.sum(axis=1) >= 4)
     assert np.isinf(first).all()
     for q in (0.1, 0.5, 0.99):
         assert np.quantile(end, q) == pytest.approx(stats.beta(4, 3).ppf(q), abs=0.01)
     patient = Waiting(latencies.law, own, 4, 0.7)
-    assert np.mean(draw_groups(patient, latencies, 0, (50_000,))[1] <= 0.7) == pytest.approx(
+    assert np.mean(patient.draw(latencies, 0, (50_000,))[1] <= 0.7) == pytest.approx(
         stats.beta(4, 3).cdf(0.7), abs=0.01
     )
 
@@ -290,7 +294,7 @@ def test_a_rule_draws_what_it_decodes_from(key):
     code = NeRCC(4, 6, points="interleaved")
     rule = Waiting(TAIL, own_workers(code), 5, 0.05)
     masks = straggler_sets(rule, key, 6, 4000)
-    expected = draw_groups(rule, Latencies(TAIL, key), 0, (20_000,))[0]
+    expected = rule.draw(Latencies(TAIL, key), 0, (20_000,))[0]
     np.testing.assert_allclose(masks.mean(axis=0), expected.mean(axis=0), atol=0.02)
     with pytest.raises(ValueError, match="for 6 workers, not 7"):
         rule.available(key, 7)
@@ -437,18 +441,19 @@ def test_the_command_tells_plainly_what_is_wrong(tmp_path, untyped, arguments, m
     assert not list(tmp_path.iterdir())
 
 
+def _cheap(x):
+    """Nine of ten labels are the model's."""
+    x = jnp.asarray(x)
+    return _model(x) + jnp.where(x[:, :1] > 0.55, 1.0, 0.0) * jnp.array([-3.0, 0.0, 3.0])
+
+
 def test_a_surrogate_answers_stragglers_where_it_is_sure(key):
     """Nine of ten labels are known: the tail is that of waiting, and the promise is kept.
 
     Two copies at once have that tail, too, for many more calls.
     """
-
-    def cheap(x):
-        x = jnp.asarray(x)
-        return _model(x) + jnp.where(x[:, :1] > 0.55, 1.0, 0.0) * jnp.array([-3.0, 0.0, 3.0])
-
-    options = {"max_disagreement": 0.01, "layouts": ("interleaved",), "surrogate": cheap}
-    found = _plan(key, count=1600, **options)
+    options: Any = {"max_disagreement": 0.01, "layouts": ("interleaved",)}
+    found = _plan(key, count=1600, surrogate=_cheap, **options)
     best = found.recommended
     assert best.system == "known, else hedged"
     exact = [row for row in found.candidates if row.exact and found.feasible(row)]
@@ -460,9 +465,9 @@ def test_a_surrogate_answers_stragglers_where_it_is_sure(key):
     assert "re-execution" not in found.reason
     # Data and calls that planned nothing.
     x = jnp.asarray(_data(4000, seed=5))
-    error_probability = found.error_probability(cheap(x), jnp.full(len(x), jnp.inf), cheap(x))
+    error_probability = found.error_probability(_cheap(x), jnp.full(len(x), jnp.inf), _cheap(x))
     sure = np.asarray(error_probability) <= best.limit
-    wrong = np.argmax(np.asarray(cheap(x)), axis=1) != np.argmax(np.asarray(_model(x)), axis=1)
+    wrong = np.argmax(np.asarray(_cheap(x)), axis=1) != np.argmax(np.asarray(_model(x)), axis=1)
     late = 0.08
     assert 0.05 < np.mean(wrong) < 0.3
     assert late * np.mean(sure & wrong) <= best.most_disagreement <= 0.01
@@ -470,13 +475,42 @@ def test_a_surrogate_answers_stragglers_where_it_is_sure(key):
     # The same as a scheme: what is lost is answered by the surrogate, and is as uncertain.
     with pytest.raises(ValueError, match="answers by it"):
         found.scheme()
-    infer = coded_inference(_model, found.scheme(cheap), with_status=True)
+    infer = coded_inference(_model, found.scheme(_cheap), with_status=True)
     result = infer(x[:8], jnp.arange(QUERIES) != 1)
     lost = np.arange(8) % QUERIES == 1
-    np.testing.assert_allclose(result.decoded.predictions[lost], cheap(x[:8])[lost], atol=1e-5)
+    np.testing.assert_allclose(result.decoded.predictions[lost], _cheap(x[:8])[lost], atol=1e-5)
     np.testing.assert_allclose(
         result.error_probability[lost], error_probability[:8][lost], atol=1e-5
     )
     # One that is always wrong is asked in vain.
-    worse = _plan(key, count=1600, **options | {"surrogate": lambda x: -cheap(x)})
+    worse = _plan(key, count=1600, **options | {"surrogate": lambda x: -_cheap(x)})
     assert worse.recommended.p99 > 0.9 * hedged.p99
+
+
+def test_a_surrogate_tells_which_queries_go_out_twice(key):
+    """A worker or two more for four queries: the promise is kept on data that planned nothing."""
+
+    def doubting(x):  # unsure where it is wrong
+        return _cheap(x) * jnp.where(jnp.asarray(x)[:, :1] > 0.55, 0.1, 2.0)
+
+    found = _plan(key, count=1600, layouts=("interleaved",), surrogate=doubting)
+    rows = [row for row in found.candidates if row.system == "copies of the uncertain"]
+    best = min(filter(found.feasible, rows), key=lambda row: row.p99)
+    assert best.p99 < 0.6 * min(r.p99 for r in found.candidates if r.exact and found.feasible(r))
+    screened = [row for row in rows if not row.held_out]
+    assert screened
+    assert not any(map(found.feasible, screened)), "they were measured on what they were chosen by"
+    found = dataclasses.replace(found, recommended=best, error_probability=None)
+    scheme, x = found.scheme(doubting), jnp.asarray(_data(4000, seed=5))
+    own = np.argmax(np.asarray(_model(x)), axis=1)
+    masks = np.random.default_rng(0).random((len(x) // QUERIES, best.num_workers)) >= 0.08
+    wrong = {}
+    alone = Surrogate(doubting, kappa=jnp.inf)
+    for placed in ("uncertain", "code"):
+        each = dataclasses.replace(scheme, surrogate=alone, redundancy=placed)
+        run = coded_inference(_model, each)
+        wrong[placed] = np.mean(np.argmax(np.asarray(run(x, masks)), axis=1) != own)
+    assert wrong["uncertain"] <= best.most_disagreement <= 0.02
+    assert wrong["uncertain"] < 0.5 * wrong["code"]
+    with pytest.raises(ValueError, match="orders by a surrogate, or answers by it: give it"):
+        found.scheme()

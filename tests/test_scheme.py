@@ -1,6 +1,9 @@
 """Order, code, surrogate and doubt together, and the model where there is doubt."""
 
+from typing import Any
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -72,6 +75,58 @@ def test_predictions_come_back_where_data_points_came(order):
         np.asarray(assessed.deviation)[arranged], expected.deviation, atol=1e-4
     )
     assert (order is None) == (list(arranged) == list(range(len(x))))
+
+
+@pytest.mark.parametrize("order", [None, "surrogate"])
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_copies_go_to_the_data_points_whose_label_the_student_doubts(order, share):
+    x = points(3)
+
+    def logits(x):
+        return 2 * rough(x)
+
+    def probabilities(x) -> Any:
+        return {
+            "label": jax.nn.softmax(logits(x)),
+            "sure": jnp.array([[0.0, 30]]).repeat(len(x), 0),
+        }
+
+    options: Any = {"order": order, "redundancy": "uncertain", "straggler_share": share}
+    scheme = Scheme(CODE, Surrogate(logits, theta=0.5, kappa=1.0), **options)
+    order = np.asarray(scheme.arrange(x))
+    raised = np.exp(np.asarray(logits(x), np.float64))[order]
+    doubt = (1 - raised.max(-1) / raised.sum(-1)).reshape(-1, K)
+    holds = [list(range(K)) for _ in doubt]
+    for group, worth in zip(holds, doubt, strict=True):
+        for _ in range(N - K):  # greedily, by the drop in the probability that all copies are lost
+            group.append(int(np.argmax(worth)))
+            worth[group[-1]] *= share
+    options["order"] = options["order"] and logits
+    for each in (scheme, Scheme(CODE, Surrogate(probabilities), **options)):
+        encoders = np.asarray(each.encoders(each.prepare(jnp.asarray(x))))
+        np.testing.assert_array_equal(np.argmax(encoders, axis=2), holds)
+    # What all copies of are lost, the student answers, whatever its theta and kappa.
+    assessed = decode_with_deviation(model, scheme)(x, MASKS)
+    known = [
+        np.isin(range(K), np.array(group)[mask]) for group, mask in zip(holds, MASKS, strict=True)
+    ]
+    own, cheap = (np.asarray(each(x))[order] for each in (model, logits))
+    expected = np.where(np.ravel(known)[:, None], own, cheap)
+    assert 0 < np.mean(known) < 1
+    np.testing.assert_allclose(assessed.decoded.predictions[order], expected, atol=1e-5)
+    np.testing.assert_array_equal(assessed.deviation[order] == 0, np.ravel(known))
+    plain = Scheme(CODE, scheme.surrogate)  # copies only where they are asked for
+    assert plain.prepare(jnp.asarray(x)).points is None
+
+
+def test_copies_by_a_students_doubt_need_labels(untyped):
+    values = Scheme(CODE, Surrogate(lambda x: model(x)[:, :1]), redundancy="uncertain")
+    with pytest.raises(ValueError, match="copies of uncertain values need a learner"):
+        values.prepare(jnp.asarray(points(4)))
+    with pytest.raises(ValueError, match="need a surrogate: a learner or a student"):
+        Scheme(CODE, redundancy="uncertain")
+    with pytest.raises(ValueError, match="straggler_share must be a share between 0 and 1, not 1"):
+        Scheme(CODE, Surrogate(rough), redundancy="uncertain", straggler_share=1.0)
 
 
 def test_what_is_uncertain_becomes_the_models_own(key):

@@ -70,6 +70,16 @@ def learners(results: Results) -> Iterator[dict[str, str]]:
             }
 
 
+def copies(results: Results) -> Iterator[dict[str, str]]:
+    """Yield wrong labels with copies, decoded and placed in several ways, next to coding."""
+    for model, recorded in results.items():
+        for cell, measured in recorded["copies"].items():
+            *_, doubt = measured["rows"]
+            modes = {row["mode"]: _percent(row) for row in measured["rows"]}
+            ratio = f"{doubt['ratio']:.2f} ± {doubt['ratio_half_width']:.2f}"
+            yield {"model": model, "(N, K, S)": cell} | modes | {"doubt / student": ratio}
+
+
 def days(results: Results, part: str) -> str:
     """Return the days on which the cells of a part were measured."""
     found = {

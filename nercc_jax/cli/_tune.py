@@ -112,10 +112,10 @@ def tune_code(options: TuneOptions) -> None:
         }  # fmt: skip
     else:
         with steps_bar(console) as bar:
-            task = bar.add_task("compiling ...", total=2 * options.steps)  # two starts
+            task = bar.add_task("compiling ...", total=options.steps)
 
             def on_step(step: TuningStep, code: NeRCC) -> None:
-                bar.update(task, completed=step.start * options.steps + step.step)
+                bar.update(task, completed=step.step)
                 if step.held_out is not None:
                     text = f"error {step.held_out:.3f} of the untuned code's"
                     bar.update(task, description=text)

@@ -40,6 +40,7 @@ LOOKS: dict[str, tuple[Any, ...]] = {
     "ParM, k = 4": (BLACK, "p", LOSSY),
     "replication": (GREY, "x", LOSSY),
     "replication, else surrogate": (GREY, "+", LOSSY),
+    "copies by the student's doubt": (TEAL, "x", LOSSY),
     "hedg": (OLIVE, "^"),
     "uncoded": (LIGHT, "."),
 }

@@ -10,14 +10,7 @@ import numpy as np
 
 from ..codes import AbstractCode, NeRCC, Replication, Uncoded
 from ..evaluation import Estimate
-from ..stragglers._waiting import (
-    Latencies,
-    Waiting,
-    draw_groups,
-    draw_hedged,
-    last_prediction,
-    own_workers,
-)
+from ..stragglers.simulate import Hedge, Latencies, Waiting, last_prediction, own_workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +128,8 @@ def uncoded_systems(
     hedges = itertools.product(((2, 1), (3, 1), (3, 2)), effort.hedge_quantiles)
     for (copies, at_once), share in [((1, 1), 0.0), *hedges]:
         after = latencies.quantile(share) if copies > 1 else np.inf
-        there, sent = draw_hedged(latencies, copies, shape, after, copies, at_once)
+        drawn = latencies.draw(copies, (copies, *shape))
+        there, sent, _ = Hedge(after, at_once).outcome(drawn[:1], drawn[1:])
         row = Candidate(
             *("hedged" if copies > 1 else "uncoded", queries, queries, queries, 0.0),
             copies=copies,
@@ -151,7 +145,7 @@ def uncoded_systems(
         again = latencies.draw(7, (*shape, queries))
 
         def draw(number: int, min_wait: float, held: np.ndarray = held, shape: Any = shape) -> Any:
-            return draw_groups(Waiting(latencies.law, held, number, min_wait), latencies, 8, shape)
+            return Waiting(latencies.law, held, number, min_wait).draw(latencies, 8, shape)
 
         if workers > queries:
             row = Candidate(system, queries, workers, workers, 0.0)

@@ -19,7 +19,7 @@ from ..inference import order_points
 from ..inference.models import Model
 from ..risk import ErrorProbability
 from ..risk._error_probability import error_probability_from_answers
-from ..stragglers._waiting import Latencies, Waiting, draw_groups, last_prediction, own_workers
+from ..stragglers.simulate import Latencies, Waiting, last_prediction, own_workers
 from ..surrogates.surrogate import decode_with_deviation
 from ._candidates import Candidate, PlanEffort, disagreement, numbers_of_workers, waits
 
@@ -166,8 +166,16 @@ class Codes:
             plain[row.seen(times, **measured.disagreement, held_out=True)] = None
 
         again: dict[Candidate, ErrorProbability | None] = {}
-        entries = [(*self._foreseen(row), row) for row in fast]
-        entries = [each for each in entries if each[0] < self.fastest and each[1] <= most]
+        entries = []
+        for row in fast:  # if three times the wrong ones are sent again
+            _, end, own = self._draw(row, self.effort.screen_draws)
+            unknown, share = own > end[..., None], 3 * row.disagreement.mean
+            random = self.latencies.random(_STREAMS["shuffle"])
+            resent = unknown & (random.random(own.shape) < share / max(np.mean(unknown), 1e-9))
+            seconds = self.latencies.draw(_STREAMS["again"], own.shape)
+            p99 = row.seen(last_prediction(end, own, resent, seconds)).p99
+            if p99 < self.fastest and row.extra_work + share <= most:
+                entries.append((p99, row.extra_work + share, row))
         for row in self._in_turn(entries, again):
             again |= self._with_error_probability(row, key)
         return plain | again
@@ -186,17 +194,6 @@ class Codes:
             if kept >= self.effort.enough:
                 return
             yield row
-
-    def _foreseen(self, row: Candidate) -> tuple[float, float]:
-        """Estimate the p99 and the extra work if three times the wrong ones are sent again."""
-        _, end, own = self._draw(row, self.effort.screen_draws)
-        unknown = own > end[..., None]
-        share = 3 * row.disagreement.mean
-        random = self.latencies.random(_STREAMS["shuffle"])
-        again = unknown & (random.random(own.shape) < share / max(np.mean(unknown), 1e-9))
-        seconds = self.latencies.draw(_STREAMS["again"], own.shape)
-        p99 = row.seen(last_prediction(end, own, again, seconds)).p99
-        return p99, row.extra_work + share
 
     def _with_error_probability(
         self, row: Candidate, key: PRNGKeyArray
@@ -241,7 +238,7 @@ class Codes:
     def _draw(self, row: Candidate, draws: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         groups = self.asked["num_queries"] // row.num_data
         shape = self.effort.shape(groups, groups * row.num_workers, draws)
-        return draw_groups(self._rule(row)[1], self.latencies, _STREAMS["ends"], shape)
+        return self._rule(row)[1].draw(self.latencies, _STREAMS["ends"], shape)
 
     def _ends(self, row: Candidate, draws: int | None = None) -> Float[np.ndarray, " draws"]:
         """Return when the last of all groups ends, if nothing is sent again."""
@@ -256,7 +253,7 @@ class Codes:
         code, rule = self._rule(row)
         coded = half.answers(row.order, row.num_data)
         answers, labels = np.asarray(coded.of(code).coded), np.argmax(coded.own, axis=-1)
-        mask, end, own = draw_groups(rule, self.latencies, stream, (len(labels), sets))
+        mask, end, own = rule.draw(self.latencies, stream, (len(labels), sets))
         known = own <= end[..., None]
         wrong, probability = np.zeros(known.shape, bool), np.zeros(known.shape)
         rows = np.argwhere(~known.all(axis=-1))

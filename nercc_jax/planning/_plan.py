@@ -21,12 +21,20 @@ from ..risk import ErrorProbability
 from ..risk._error_probability import fit_error_probability_of_predictions
 from ..schemes import Scheme
 from ..stragglers import AbstractLatency
-from ..stragglers._waiting import Latencies, draw_hedged
+from ..stragglers.simulate import Hedge, Latencies, Waiting
 from ..surrogates import Surrogate
-from ._candidates import Candidate, PlanEffort, disagreement, uncoded_systems
+from ._candidates import (
+    Candidate,
+    PlanEffort,
+    disagreement,
+    numbers_of_workers,
+    uncoded_systems,
+    waits,
+)
 from ._codes import Codes, Half
 
 KNOWN = "known, else hedged"
+DOUBTED = "copies of the uncertain"
 PLANNED = ("chebyshev", "interleaved", "repeated")
 
 _FORMAT = JsonFormat(
@@ -67,11 +75,13 @@ class Plan:
         Raises:
             ValueError: The surrogate is missing.
         """
-        best, given = self.recommended, None
-        if best.order == "surrogate" or best.system == KNOWN:
+        best, given, further = self.recommended, None, {}
+        if best.order == "surrogate" or best.system in (KNOWN, DOUBTED):
             if surrogate is None:
                 raise ValueError("this plan orders by a surrogate, or answers by it: give it")
-            given = Surrogate(surrogate) if best.system == KNOWN else None
+            given = None if best.order == "surrogate" else Surrogate(surrogate)
+        if best.system == DOUBTED:
+            further = _placement(best)
         order: Any = surrogate if best.order == "surrogate" else best.order
         return Scheme(
             best.code,
@@ -79,6 +89,7 @@ class Plan:
             error_probability=self.error_probability,
             order=order,
             buffer_size=self.asked["buffer_size"],
+            **further,
         )
 
     def feasible(self, candidate: Candidate) -> bool:
@@ -164,10 +175,12 @@ def plan(
     Compared are: one worker for each query ("uncoded"); further copies, one or two at once, of what
     is not answered after a quantile of the latency, all chosen ("hedged"); copies from the start
     ("replication"); what a surrogate, if there is one, is sure enough of, and copies of the rest
-    ("known, else hedged"); and NeRCC codes, with and without ordering. What a group of workers has
-    not answered in time counts as wrong, or is decoded, or is sent again; of decoded predictions,
-    only the uncertain ones are. The recommendation is the least p99 among those within the budget;
-    within 3 % of it the least extra work, and then the least disagreement.
+    ("known, else hedged"); copies from the start of what the surrogate is least sure of, where it
+    answers what is late ("copies of the uncertain"); and NeRCC codes, with and without ordering.
+    What a group of workers has not answered in time counts as wrong, or is decoded, or is sent
+    again; of decoded predictions, only the uncertain ones are. The recommendation is the least p99
+    among those within the budget; within 3 % of it the least extra work, and then the least
+    disagreement.
 
     **Time** is the same for all: `num_queries` come together, and the clock runs until the last of
     them is answered, by a worker's answer to the query itself or by decoding. All calls take
@@ -196,7 +209,7 @@ def plan(
         num_data: Numbers of queries to code together, divisors of `num_queries`. Default: all of
             them, and half of them.
         layouts: NeRCC's layouts, as in `regression_points`.
-        surrogate: A cheap model to order by, and to answer by.
+        surrogate: A cheap model to order by, to answer by, and to place copies by.
         buffer_size: Waiting queries that are ordered at a time. Default: those that come together.
             How long queries wait for others is not counted.
         overhead: Seconds, measured or estimated, that the master takes in all (ordering, encoding,
@@ -225,7 +238,24 @@ def plan(
         "overhead": float(overhead),
     }
     check_model(model)
-    _check(asked, np.shape(x))
+    if max_workers < num_queries:
+        raise ValueError(
+            f"{num_queries} queries that come together need {num_queries} workers at least, not "
+            f"{max_workers}"
+        )
+    if asked["buffer_size"] < num_queries:
+        raise ValueError(
+            f"buffer_size {asked['buffer_size']} is less than the {num_queries} queries that come "
+            "together"
+        )
+    check_not_negative(max_extra_work=max_extra_work, overhead=overhead)
+    if not 0 <= max_disagreement <= 1:
+        raise ValueError(f"max_disagreement must be in [0, 1], not {max_disagreement}")
+    if len(np.atleast_1d(x)) < 2 * num_queries:
+        raise ValueError(
+            f"x of shape {np.shape(x)} fills no group of {num_queries} in both halves: give "
+            f"{2 * num_queries} data points at least, and a thousand to promise 1 %"
+        )
     if num_data is None:
         num_data = [k for k in (num_queries, num_queries // 2) if k > 1 and num_queries % k == 0]
     if broken := [k for k in num_data if not 1 <= k <= num_queries or num_queries % k]:
@@ -248,6 +278,7 @@ def plan(
     probabilities: dict[Candidate, ErrorProbability | None] = {}
     if surrogate is not None:
         probabilities |= _known_systems(latencies, asked, effort, first, second)
+        probabilities |= _doubted_systems(latencies, asked, effort, first, second)
     codes = Codes(latencies, asked, effort, first, second, fastest)
     on_stage("screening codes")
     orders = (None, "pixels") + (() if surrogate is None else ("surrogate",))
@@ -290,21 +321,19 @@ def _known_systems(
     wrong = np.asarray(~agree_on_labels(cheap, answers, form))
     queries, copies = asked["num_queries"], effort.known_copies
     shape, stream = effort.shape(queries, copies * queries), 9
-    own = latencies.draw(stream, (copies, *shape))[0]
+    drawn = latencies.draw(stream, (copies, *shape))
     point = latencies.random(10).integers(0, len(probabilities), shape)
     found: dict[Candidate, ErrorProbability] = {}
     for share in effort.hedge_quantiles:
         after = latencies.quantile(share)
-        late = float(np.mean(own > after))
+        late = float(np.mean(drawn[0] > after))
         if not late:
             continue
-        there, sent = draw_hedged(latencies, stream, shape, after, copies)
         wanted = min(asked["max_disagreement"] / late, 1.0)
         # Half of what may be wrong leaves room for chance on the other half.
         limits = {error_probability.limit(wanted), error_probability.limit(wanted / 2)}
         for limit in sorted(limits - {0.0}):
             sure = probabilities <= limit
-            known = (own > after) & sure[point]
             wrongly = Estimate.over((sure & wrong).astype(float).tolist())
             most = disagreement(wrongly, len(probabilities))["most_disagreement"]
             row = Candidate(
@@ -316,31 +345,59 @@ def _known_systems(
                 most_disagreement=late * most,
                 exact=False,
             )
-            resent = float(np.mean(np.where(known, 1, sent))) - 1
-            row = row.seen(np.max(np.where(known, after, there), axis=1), resent=resent)
-            found[row] = error_probability
+            served = Hedge(after).outcome(drawn[:1], drawn[1:], known=sure[point])
+            resent = float(np.mean(served.calls)) - 1
+            found[row.seen(np.max(served.seconds, axis=1), resent=resent)] = error_probability
     return found
 
 
-def _check(asked: Mapping[str, Any], shape: tuple[int, ...]) -> None:
-    queries, workers = asked["num_queries"], asked["max_workers"]
-    if workers < queries:
-        raise ValueError(
-            f"{queries} queries that come together need {queries} workers at least, not {workers}"
-        )
-    if asked["buffer_size"] < queries:
-        raise ValueError(
-            f"buffer_size {asked['buffer_size']} is less than the {queries} queries that come "
-            "together"
-        )
-    check_not_negative(max_extra_work=asked["max_extra_work"], overhead=asked["overhead"])
-    if not 0 <= asked["max_disagreement"] <= 1:
-        raise ValueError(f"max_disagreement must be in [0, 1], not {asked['max_disagreement']}")
-    if not shape or shape[0] < 2 * queries:
-        raise ValueError(
-            f"x of shape {shape} fills no group of {queries} in both halves: give {2 * queries} "
-            "data points at least, and a thousand to promise 1 %"
-        )
+def _doubted_systems(
+    latencies: Latencies,
+    asked: Mapping[str, Any],
+    effort: PlanEffort,
+    calibration: Half,
+    held_out: Half,
+) -> dict[Candidate, None]:
+    """Evaluate copies of what the surrogate is least sure of, which then answers what is late.
+
+    All are screened on the first half, and the fastest of those that keep to what is asked are
+    measured on the other one.
+    """
+    queries = asked["num_queries"]
+
+    def measured(row: Candidate, half: Half) -> Candidate:
+        """Return the row with its times and its disagreement, on a half's groups as they come."""
+        cheap, answers, form = half.outputs()
+        cheap, answers = (each[: len(each) // queries * queries] for each in (cheap, answers))
+        off = ~agree_on_labels(cheap, answers, form)
+        outputs = cheap if form is None else form.split(cheap)
+        scheme = Scheme(row.code, Surrogate(lambda _: outputs), **_placement(row))
+        encoders = scheme.encoders(scheme.prepare(cheap))
+        draws = effort.draws if half is held_out else effort.screen_draws
+        own = np.swapaxes(np.asarray(encoders) > 0.5, 1, 2)[:, None]
+        rule = Waiting(latencies.law, own, row.wait_for, row.min_wait)
+        shape = len(own), -(-draws // len(own))
+        _, end, there = rule.draw(latencies, 11, shape)
+        wrong = (there > end[..., None]) & np.asarray(off).reshape(len(own), 1, queries)
+        share = Estimate.over(np.mean(wrong, axis=(1, 2)).tolist())
+        return row.seen(end.ravel(), **disagreement(share, off.size), held_out=half is held_out)
+
+    found = []
+    for workers in numbers_of_workers(queries, asked):
+        for number in waits(queries, workers):
+            row = Candidate(DOUBTED, queries, workers, number, 0.0, "repeated", exact=False)
+            late = measured(row, calibration).p99
+            for min_wait in sorted({latencies.quantile(effort.early), late}):
+                row = dataclasses.replace(row, min_wait=min_wait)
+                found.append(measured(row, calibration))
+    kept = [row for row in found if row.disagreement.mean <= asked["max_disagreement"]]
+    best = sorted(kept, key=lambda row: (row.p99, row.extra_work))[: effort.enough]
+    return dict.fromkeys([*found, *(measured(row, held_out) for row in best)])
+
+
+def _placement(row: Candidate) -> dict[str, Any]:
+    """Return the options of a scheme that places a candidate's copies."""
+    return {"redundancy": "uncertain", "straggler_share": 1 - row.wait_for / row.num_workers}
 
 
 def recommend(

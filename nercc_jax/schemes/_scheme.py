@@ -133,10 +133,10 @@ def reexecute(
         return assessed
     padded = np.resize(chosen, 1 << (len(chosen) - 1).bit_length())
 
-    def few(leaf: np.ndarray) -> Array:
-        return jnp.asarray(leaf.reshape(points, *leaf.shape[len(lead) :])[padded])
-
-    own = eqx.filter_jit(call_model)(model, jax.tree.map(few, x))
+    few = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf.reshape(points, *leaf.shape[len(lead) :])[padded]), x
+    )
+    own = eqx.filter_jit(call_model)(model, few)
     own = jax.tree.map(lambda leaf: leaf[: len(chosen)], own)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(own)):
         raise ValueError("the model's own outputs are not finite")
@@ -157,8 +157,8 @@ class PreparedInputs(eqx.Module):
 
     Attributes:
         order: The order of the data points in their groups.
-        own: The surrogate's outputs on the data points as they came, where they are ordered by
-            them.
+        own: The surrogate's outputs on the data points as they came, where they are ordered or
+            copied by them.
         points: The regression points of each group; None where all have the code's.
         busy: The workers that get a query; None where all do.
     """
@@ -216,10 +216,14 @@ class Scheme(AbstractScheme):
             "inputs", or by a function of a batch (features, or the one parameter that they differ
             by). None keeps the code's.
         redundancy: "code" leaves the redundant workers to the code; "uncertain" gives them copies
-            of those data points of each group that the surrogate is least certain of. None is
-            "uncertain" where the surrogate has a deviation (a learner does) and the code is NeRCC.
+            of those data points of each group that the surrogate is least certain of: by its
+            deviation where it has one (a learner does), else by the probability of its label (a
+            student's), which then answers what is lost alone, whatever its theta and kappa. None is
+            "uncertain" where the surrogate has a deviation and the code is NeRCC.
         budget: With "uncertain", the mean number of workers for a group: groups with more
             uncertainty get more, up to N. None is always N.
+        straggler_share: With "uncertain", the share of the workers that are expected to straggle:
+            with more of them, a few data points get several copies.
 
     Raises:
         ValueError: The order needs a surrogate that is not there, the redundancy cannot be placed,
@@ -235,6 +239,7 @@ class Scheme(AbstractScheme):
     follow: Literal["inputs"] | Callable[[PyTree], PyTree] | None = None
     redundancy: Literal["code", "uncertain"] | None = eqx.field(static=True, default=None)
     budget: float | None = eqx.field(static=True, default=None)
+    straggler_share: float = eqx.field(static=True, default=0.1)
 
     def __check_init__(self):
         named = isinstance(self.order, str)
@@ -246,9 +251,11 @@ class Scheme(AbstractScheme):
             raise ValueError(f"follow must be 'inputs' or a function, not {self.follow!r}")
         if self.redundancy not in (None, "code", "uncertain"):
             raise ValueError(f"redundancy must be 'code' or 'uncertain', not {self.redundancy!r}")
-        if self.redundancy == "uncertain" and not self._has_deviation:
+        if self.redundancy == "uncertain" and self.surrogate is None:
+            raise ValueError("copies of uncertain points need a surrogate: a learner or a student")
+        if not 0 < self.straggler_share < 1:
             raise ValueError(
-                "copies of uncertain points need a surrogate with deviations, such as a learner"
+                f"straggler_share must be a share between 0 and 1, not {self.straggler_share}"
             )
         if self.budget is not None and not self.places_copies:
             raise ValueError("a budget is for redundancy='uncertain'")
@@ -276,6 +283,10 @@ class Scheme(AbstractScheme):
     def _has_deviation(self) -> bool:
         return self.surrogate is not None and self.surrogate.has_deviation
 
+    @property
+    def _doubts_labels(self) -> bool:
+        return self.places_copies and not self._has_deviation
+
     def arrange(self, x: PyTree[Shaped[ArrayLike, "points ..."]]) -> Int[Array, " points"]:
         """Return the order in which data points are coded: `x[order]` is cut into groups of K.
 
@@ -300,8 +311,8 @@ class Scheme(AbstractScheme):
         """Decide order, points and copies for data points (whole groups of K); a pure function."""
         code, surrogate = self.code, self.surrogate
         own = None
-        if surrogate is not None and self.order == "surrogate":
-            own = surrogate.outputs(x)  # once, for the order and for the decoding
+        if surrogate is not None and (self.order == "surrogate" or self._doubts_labels):
+            own = surrogate.outputs(x)  # once, for order, copies and decoding
         arranged = PreparedInputs(self._arrange(x, own), own)
         if self.follow is None and not self.places_copies:
             return arranged
@@ -316,8 +327,13 @@ class Scheme(AbstractScheme):
         busy = None
         if self.places_copies:
             assert surrogate is not None
-            deviation = surrogate.prior_deviation(groups)
-            holds, busy = copies_of_uncertain(deviation, code.num_workers, budget=self.budget)
+            if self._doubts_labels:  # a wrong label counts as a squared error of 1
+                deviation = jnp.sqrt(self.groups(label_doubt(own), arranged))
+            else:
+                deviation = surrogate.prior_deviation(groups)
+            holds, busy = copies_of_uncertain(
+                deviation, code.num_workers, lost=self.straggler_share, budget=self.budget
+            )
             beta = jnp.take_along_axis(alpha, holds, axis=1)
         placed = GroupPoints(alpha, beta, exact=self.places_copies)
         return PreparedInputs(arranged.order, own, placed, busy)
@@ -402,6 +418,10 @@ class Scheme(AbstractScheme):
             ValueError: As `decode`.
         """
         code, surrogate = self.code, self.surrogate
+        if surrogate is not None and self._doubts_labels:
+            # Neighbours have nothing to tell of data points that only their copies answer.
+            alone = jnp.ones_like(surrogate.theta), jnp.full_like(surrogate.kappa, jnp.inf)
+            surrogate = eqx.tree_at(lambda one: (one.theta, one.kappa), surrogate, alone)
         sent = self.groups(x, prepared)
         vectors, form = join(y, 2)
         available = available if prepared.busy is None else available & prepared.busy
@@ -448,6 +468,34 @@ def assess_each(
     return jax.vmap(of_group)(points, y, available, prior)
 
 
+def label_doubt(outputs: PyTree[Float[Array, "points ..."]]) -> Float[Array, " points"]:
+    """Return 1 minus the probability of each data point's label, the least certain of several.
+
+    Rows of probabilities (none negative, with a sum of 1) are taken as they are, and others as
+    logits. Where outputs are not finite, the doubt is 1.
+
+    Raises:
+        ValueError: The outputs have no labels.
+    """
+    form = join(outputs, 1)[1]
+    if not form.has_labels:
+        raise ValueError(
+            f"the surrogate's outputs of shapes {list(form.shapes)} have one number a row, which "
+            "is no label to be uncertain of: copies of uncertain values need a learner"
+        )
+
+    doubt = jnp.zeros(())
+    for part in jax.tree.leaves(outputs):
+        given = jnp.all(part >= 0, -1) & (jnp.abs(jnp.sum(part, -1) - 1) < 1e-3)
+        probabilities = jnp.where(given[..., None], part, jax.nn.softmax(part))
+        best = jnp.argmax(part, axis=-1, keepdims=True)
+        # The others' sum: 1 - p would be 0 in float32 for many that are not as certain.
+        others = jnp.where(jnp.arange(part.shape[-1]) == best, 0, probabilities)
+        least_certain = jnp.max(jnp.sum(others, -1).reshape(len(part), -1), axis=1)
+        doubt = jnp.maximum(doubt, jnp.nan_to_num(least_certain, nan=1.0))
+    return doubt
+
+
 def copies_of_uncertain(
     deviation: Float[Array, "groups num_data"],
     num_workers: int,
@@ -462,7 +510,8 @@ def copies_of_uncertain(
     squared error, and copies go, one by one, where that is most.
 
     Args:
-        deviation: The standard deviation of each data point's prediction.
+        deviation: The standard deviation of each data point's prediction, or the root of the
+            probability that its label is wrong.
         num_workers: N.
         lost: The share of workers that are expected to straggle.
         budget: The mean number of workers of a group: groups with more uncertainty get more of

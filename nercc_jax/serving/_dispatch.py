@@ -203,7 +203,7 @@ class Dispatcher:
         points = np.flatnonzero(~group.sent) if whole else self._redundancy(group, turn)
         if len(points) and (group.pending or whole):
             begin = self._clock.now()
-            coded = coder.encode(group.inputs(), points)
+            coded = coder.encode(group.inputs(), points, group.layout)
             end = self._clock.now()
             self._observe("encode_seconds", end - begin)
             if group.trace is not None:
@@ -231,10 +231,22 @@ class Dispatcher:
         if redundancy == "none":
             return points[:0]
         found = self._predictor.predictions(group, range(len(group.cells)))
-        uncertain = {cell for (cell, _), prediction in found.items() if not prediction.sure}
-        # Copies of uncertain queries; a point that mixes queries serves all of them.
-        places = group.layout.place_of[points]
-        wanted = points[np.isin(places, list(uncertain)) | ((places < 0) & bool(uncertain))]
+        doubt = np.zeros(len(group.cells))
+        for (cell, _), prediction in found.items():
+            if not prediction.sure:
+                answer = prediction.answer
+                worth = answer.error**2 if math.isnan(answer.disagreement) else answer.disagreement
+                doubt[cell] = max(doubt[cell], worth, 1e-9)
+        layout, places = group.layout, group.layout.place_of[points]
+        if np.all(places >= 0):  # copies, which go to the queries most in doubt, in turn
+            doubted = np.argsort(-doubt, kind="stable")[: np.count_nonzero(doubt)]
+            each = -(-len(layout.extras) // len(doubt))  # copies of a query, at most
+            places = np.tile(doubted, each)[: len(points)]
+            wanted = points[: len(places)]
+            group.layout = layout.with_copies(wanted, places)
+            group.moved = group.layout.place_of != layout.place_of
+        else:  # a point that mixes queries serves all of them
+            wanted = points[np.where(places < 0, doubt.any(), doubt[places] > 0)]
         number = 0
         while number < len(wanted) and self._budget.affords():
             self._budget.spend()

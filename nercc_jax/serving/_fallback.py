@@ -121,7 +121,16 @@ class GroupDecoder:
                 f"a tolerance needs error bars, and {type(coder.code).__name__} has none: give a "
                 "predictor (`--surrogate`), or NeRCC with K of 2 or more"
             )
-        self.enough = _enough(coder, policy)
+        num_data, num_workers = coder.num_data, coder.num_workers
+        # The number of answers that suffice to decode a full group if no error is estimated.
+        enough = policy.wait_for
+        if enough is None and coder.systematic:
+            enough = num_workers - (num_workers - num_data) // 2
+        elif enough is None:
+            enough = answers_to_wait_for(num_data, num_workers)
+        if not 1 <= enough <= num_workers:
+            raise ValueError(f"wait_for must be from 1 to N = {num_workers}, not {enough}")
+        self.enough = enough
 
     def decode_group(
         self, group: Group, cells: list[int], last: bool, skip: Container[tuple[int, int]]
@@ -136,7 +145,7 @@ class GroupDecoder:
             empty where no answer is sound, or none could be given.
         """
         number, limit = len(group.cells), None
-        expected = self._adaptation.calibrator.expected_error(number, group.mask)
+        expected = self._adaptation.calibrator.expected_error(number, group.decodable)
         risk = self._risk(number)
         if isinstance(risk, DecodingErrorBars):
             limit = self._tolerance
@@ -155,7 +164,7 @@ class GroupDecoder:
         if not (good[cells].any() or (last and wanted)):
             return [], []
         begin = self._clock.now()
-        predictions, sound, probability = self.decode(group.values(), group.mask, number)
+        predictions, sound, probability = self.decode(group.values(), group.decodable, number)
         decoded = self._clock.now()
         self._adaptation.observe("decode_seconds", decoded - begin)
         self._adaptation.observe("workers_responded", int(group.mask.sum()))
@@ -202,32 +211,19 @@ class GroupDecoder:
 
     def ready(self, group: Group, last: bool) -> bool:
         """Return whether it makes sense to decode a group now."""
-        answers = int(group.mask.sum())
+        answers = int(group.decodable.sum())
         waited = self._coder.systematic or answers >= self.enough or last
         return bool(answers) and waited and self._coder.can_decode
 
     def _enough_answers(self, group: Group, last: bool) -> bool:
         """Return whether the number of answers alone allows decoding."""
-        answers = int(group.mask.sum())
+        answers = int(group.decodable.sum())
         enough, least = self.enough, min(group.coder.num_data, self.enough)
         if group.coder.systematic:
-            redundancy = int(group.sent.sum()) - len(group.cells)
+            redundancy = int((group.sent & ~group.moved).sum()) - len(group.cells)
             enough = enough if group.full else len(group.cells) + redundancy // 2
             least = max(len(group.cells) - 2, 1)
         return answers >= enough or (last and answers >= least)
-
-
-def _enough(coder: Coder, policy: BatchingPolicy) -> int:
-    """Return the number of answers that suffice to decode a full group if no error is estimated."""
-    num_data, num_workers = coder.num_data, coder.num_workers
-    enough = policy.wait_for
-    if enough is None and coder.systematic:
-        enough = num_workers - (num_workers - num_data) // 2
-    elif enough is None:
-        enough = answers_to_wait_for(num_data, num_workers)
-    if not 1 <= enough <= num_workers:
-        raise ValueError(f"wait_for must be from 1 to N = {num_workers}, not {enough}")
-    return enough
 
 
 class Budget:

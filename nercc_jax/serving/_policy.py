@@ -89,7 +89,8 @@ class BatchingPolicy:
     redundancy: Literal["always", "uncertain"] = _option(
         "always",
         "Redundancy to send while workers are free: `always` all that the code has; `uncertain` "
-        "only for queries that the surrogate could not answer, and none before it is calibrated.",
+        "only for queries that the surrogate could not answer, the most uncertain first, and none "
+        "before it is calibrated.",
     )
     max_redundancy: float | None = _option(
         None,

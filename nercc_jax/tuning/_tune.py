@@ -23,7 +23,7 @@ from ..evaluation._criteria import Criterion, point_criterion
 from ..evaluation._objective import Trial, draw_sets, make_trial
 from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers
-from ._parameters import SAME_ANGLE, Code, Parameters, Rebuild, parametrize
+from ._parameters import Code, Parameters, Rebuild, parametrize
 from ._sampling import Sampling, split_points
 
 
@@ -44,7 +44,7 @@ class Descent:
         ValueError: A number is out of range.
     """
 
-    steps: int = 300
+    steps: int = 500
     learning_rate: float = 0.3
     points_rate: float = 0.25
     check_every: int = 10
@@ -137,14 +137,14 @@ def tune(
     depends on `key` alone.
 
     The objective has many local minima, and which one a descent ends in depends on where the points
-    start. So with `points` a code is tuned twice: from its own points, and with the worker that is
-    nearest to each data point moved to its place. Each start costs a descent, and all of them one
-    compilation. Laws under which the first start makes no error (all answers of an `exact` code)
+    start. With `points`, the worker that is nearest to each data point is first moved to its place;
+    a sequence of codes starts from their own points. Each start costs a descent, and all of them
+    one compilation. Laws under which the first code makes no error (all answers of an `exact` code)
     are left out.
 
     Args:
         model: A differentiable function of a batch, (B, ...) to (B, outputs...).
-        code: The starting code; or a sequence of all starts, of the same K and N, where errors are
+        code: The code to tune; or a sequence of starts, of the same K and N, where errors are
             relative to the first.
         x: Unlabelled data points. Some are held out and judge the code; each step draws its groups
             of K from the others (`Sampling`).
@@ -177,18 +177,20 @@ def tune(
         raise ValueError(
             f"optimizer must be 'adam', 'lbfgs' or an optax transformation, not {optimizer!r}"
         )
-    starts = _starts(code, points) if isinstance(code, AbstractCode) else tuple(code)
-    if not starts:
+    codes = (code,) if isinstance(code, AbstractCode) else tuple(code)
+    if not codes:
         raise ValueError("there is no code to start from")
+    first = codes[0]
+    starts = (_on_data_points(first),) if codes == (code,) and points else codes
     parametrized = [parametrize(each, points=points) for each in starts]
     if len({jax.tree.structure(each) for each in parametrized}) != 1:
         raise ValueError("several starts must be codes of one kind, with the same K and N")
-    k, n = starts[0].num_data, starts[0].num_workers
+    k, n = first.num_data, first.num_workers
     training, held = split_points(x, k, sampling, jax.random.fold_in(key, 0))
     training, held = to_device(training), groups_of(held, k)
     key_held, key_steps = jax.random.split(jax.random.fold_in(key, 1))
     trial = make_trial(
-        model, starts[0], held, stragglers, key=key_held, num_sets=sampling.held_out_sets,
+        model, first, held, stragglers, key=key_held, num_sets=sampling.held_out_sets,
         criterion=criterion, power=power,
     )  # fmt: skip
     own, form = join(trial.originals, 2)
@@ -197,7 +199,7 @@ def tune(
         raise ValueError("there is nothing to gain: the starting code makes no error")
     trial = eqx.tree_at(lambda t: t.scales, trial, jnp.where(errs, trial.scales, jnp.inf))
 
-    best, lowest, winner = starts[0], 1.0, 0
+    best, lowest, winner = first, 1.0, 0
     history: list[TuningStep] = []
 
     def visit(
@@ -253,21 +255,19 @@ def tune(
     )
 
 
-def _starts(code: Code, points: bool) -> tuple[Code, ...]:
-    """Return a code, and the same with a worker on each data point's place, where it has none."""
+def _on_data_points(code: Code) -> Code:
+    """Return a code with a worker on each data point's place, where it has points and workers."""
     alpha, beta = (getattr(code, name, None) for name in ("alpha", "beta"))
-    if not points or alpha is None or beta is None or code.num_workers < code.num_data:
-        return (code,)
+    if alpha is None or beta is None or code.num_workers < code.num_data:
+        return code
     angles = [np.arccos(np.asarray(each, np.float64)) for each in (alpha, beta)]
     distances = np.abs(angles[0][:, None] - angles[1])
     moved = np.array(beta)
-    if (distances.min(axis=1) < SAME_ANGLE).all():
-        return (code,)
     for _ in range(code.num_data):
         data_point, worker = np.unravel_index(np.argmin(distances), distances.shape)
         moved[worker] = alpha[data_point]
         distances[data_point], distances[:, worker] = np.inf, np.inf
-    return code, eqx.tree_at(lambda c: c.beta, code, jnp.asarray(moved))
+    return eqx.tree_at(lambda c: c.beta, code, jnp.asarray(moved))
 
 
 @eqx.filter_jit

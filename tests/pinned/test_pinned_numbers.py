@@ -137,8 +137,8 @@ def test_tune_lowers_the_error_that_enumeration_finds():
     errors = [mean_square_error(code, data(10, seed=9)) for code in (start, tuned.code)]
     assert errors[1] < 0.5 * errors[0]
     assert 0 < tuned.objective < 0.7
-    assert tuned.history[0].held_out == pytest.approx(1, abs=0.01)
-    assert (tuned.rejected, len(tuned.history)) == (0, 2 * 31)  # from two starts
+    assert tuned.history[0].held_out > tuned.objective, "of the start, a worker on each data point"
+    assert (tuned.rejected, len(tuned.history)) == (0, 31)
 
 
 def test_learn_decoder_beats_the_spline_and_keeps_constants():

@@ -1,5 +1,7 @@
 """What a server promises, by what callers see of it: waiting, redundancy, late calls, health."""
 
+import collections
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from nercc_jax import Berrut, NeRCC, Replication, Uncoded
 from nercc_jax.risk._straggler_risk import AccuracyTarget
 from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, InferenceFailed, Predictor
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
+from nercc_jax.serving.core._adaptation import Predictions
 from nercc_jax.serving.core._request import Answer, ApproximateAnswer
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
@@ -39,6 +42,37 @@ def test_uncertain_redundancy_sends_coded_points_only_where_the_surrogate_doubts
     assert all(reply.exact.all() for _, reply, _ in sent_as)
     # The code has as many coded points as queries. Of a group of one, none is ever sent.
     assert traffic.calls() == 100 if sure else traffic.calls() > 150
+
+
+def test_copies_of_a_group_go_to_the_queries_that_the_surrogate_doubts_most():
+    """Six workers for four queries: the two copies, whichever queries the code gives them to."""
+    sent = collections.Counter()
+
+    def counted(x):
+        sent.update(map(bytes, x))
+        return model(x)
+
+    class Doubts(KnowsAll):
+        def predict(self, x):
+            disagreement = np.where(x[:, 0] > 0, x[:, 0], 0.01)
+            return Predictions(model(x), disagreement, np.zeros(len(x)), x[:, 0] <= 0)
+
+    policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, redundancy="uncertain")
+    code = NeRCC(4, 6, points="repeated", lambda_dec=0.0)
+    traffic = Traffic(Doubts(), policy, code, estimator=calibrated, share=0.0, model=counted)
+    rows = np.random.default_rng(4).normal(size=(20, 4, *SHAPE)).astype(np.float32)
+    rows[..., 0] = [[0.2, 0.9, -1.0, 0.5], [-1.0, -1.0, 0.3, -1.0], [-1.0] * 4, [0.1] * 4] * 5
+    futures = []
+    for place, x in enumerate(rows):
+        traffic.clock.at(float(place), lambda x=x: futures.append(traffic.batcher.submit(x)))
+    traffic.clock.run(30.0)
+    for x, future in zip(rows, futures, strict=True):
+        np.testing.assert_allclose(future.result(0).values, model(x), atol=1e-6)
+    calls = np.array([[sent[bytes(row)] for row in x] for x in rows]).reshape(5, 4, 4)
+    np.testing.assert_array_equal(calls[:, 0], [[1, 2, 1, 2]] * 5)
+    np.testing.assert_array_equal(calls[:, 1], [[1, 1, 2, 1]] * 5)
+    np.testing.assert_array_equal(calls[:, 2], [[1, 1, 1, 1]] * 5)
+    np.testing.assert_array_equal(calls[:, 3].sum(axis=-1), [6] * 5)
 
 
 def test_a_group_leaves_when_its_oldest_query_has_waited_long_enough():

@@ -1,9 +1,8 @@
 """The controller of settings: picks the late rule and the redundancy by the measured tail.
 
-Tails are forecast by replaying a pool's calls: for each as a query's own call, calls of other
-workers that were sent soon after represent its copies, so that whatever slows many workers at once
-slows copies, too. What slows a query, whoever computes it, is told by copies that were sent, and
-makes them useless. Only queueing is left out, so forecasts are corrected by what is measured.
+Tails are forecast by replaying a pool's calls (`stragglers.simulate`). What slows a query, whoever
+computes it, is told by copies that were sent, and makes them useless. Queueing is left out, so
+forecasts are corrected by what is measured.
 """
 
 import collections
@@ -19,15 +18,12 @@ from jaxtyping import Bool, Float
 from ...pools import AbstractPool, Overdue
 from ...pools._clock import TimeShare
 from ...pools._times import Call
+from ...stragglers.simulate import Hedge, RecordedCalls
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import DispatchSetting, Redundancy, overdue_rule
 from ..core._coder import Coder
 from ._predictor import Predictor
 
-# The number of calls of a size that its median needs.
-_LEAST = 20
-# How often each call is replayed, with other copies, and another worker's call is looked for.
-_TIMES, _TRIES = 4, 10
 # A tail is the mean of latencies between these quantiles: p99.9 by itself jumps where one query in
 # a thousand straggles twice.
 _P999, _P99 = (0.998, 0.9998), (0.99, 0.999)
@@ -46,120 +42,61 @@ class TailForecast:
     late: float
 
 
-@dataclasses.dataclass(frozen=True)
-class CallReplay:
-    """Times of queries' own calls and of their copies, in turn, in medians of their size.
+def forecast(
+    calls: RecordedCalls,
+    setting: DispatchSetting,
+    *,
+    known: float,
+    extra: int,
+    extra_calls: float,
+) -> TailForecast:
+    """Return the forecast for a setting, of whose stragglers' queries some are known at once.
 
-    `draws` are uniform in [0, 1), to draw which queries a surrogate can answer; `median` is that of
-    single queries, in seconds.
+    Where redundancy is sent, `extra` copies go out with a query, and calls are added to it.
     """
-
-    own: Float[np.ndarray, " queries"]
-    copies: Float[np.ndarray, "copies queries"]
-    draws: Float[np.ndarray, " queries"]
-    median: float
-
-    def alike(self, shares: Float[np.ndarray, " bins"]) -> "CallReplay":
-        """Return the replay with these shares of the queries, by `_EDGES`, as slow each time.
-
-        Copies of these take as long as the query's own call.
-        """
-        if not shares.any():
-            return self
-        # Those which a surrogate knows are drawn in the other order.
-        as_slow = self.draws[::-1] < self._by_time(shares)
-        return dataclasses.replace(self, copies=np.where(as_slow, self.own, self.copies))
-
-    def lost_anyway(self, setting: DispatchSetting, shares: Float[np.ndarray, " bins"]) -> float:
-        """Return the share of the time beyond the limit that is lost with copies, too."""
-        lost = np.maximum(self.own - self.limit(setting), 0)
-        return float(lost @ self._by_time(shares)) / max(float(lost.sum()), 1e-9)
-
-    def _by_time(self, shares: Float[np.ndarray, " bins"]) -> Float[np.ndarray, " queries"]:
-        return shares[np.digitize(self.own, _EDGES)]
-
-    def limit(self, setting: DispatchSetting) -> float:
-        """Return the medians after which a call is late."""
-        usual = self.median * float(np.quantile(self.own, setting.overdue.quantile))
-        return setting.overdue.after(usual) / self.median
-
-    def hedged(
-        self, setting: DispatchSetting, *, known: float, extra: int
-    ) -> tuple[Float[np.ndarray, " hedged"], Float[np.ndarray, " hedged"]]:
-        """Return the times of late queries that no surrogate knows, and of their copies."""
-        limit, (first, sure, _) = self.limit(setting), self._first(setting, known, extra)
-        hedged = (first > limit) & ~sure
-        copies = self.copies[extra:, hedged]
-        rounds = np.arange(len(copies))[:, None] // setting.overdue.copies
-        return self.own[hedged], np.min(rounds * limit + copies, axis=0)
-
-    def _first(
-        self, setting: DispatchSetting, known: float, extra: int
-    ) -> tuple[Float[np.ndarray, " queries"], Bool[np.ndarray, " queries"], float]:
-        """Return the times of first answers, what is known, and the share with redundancy."""
-        sure = self.draws < known
-        twice = {"none": np.zeros_like(sure), "uncertain": ~sure, "always": np.ones_like(sure)}
-        first, doubled = self.own, twice[setting.redundancy]
-        for copy in self.copies[:extra]:
-            first = np.where(doubled, np.minimum(first, copy), first)
-        return first, sure, float(doubled.mean())
-
-    def forecast(
-        self, setting: DispatchSetting, *, known: float, extra: int, extra_calls: float
-    ) -> TailForecast:
-        """Return the forecast for a setting, of whose stragglers' queries some are known at once.
-
-        Where redundancy is sent, `extra` copies go out with a query, and calls are added to it.
-        """
-        overdue, limit = setting.overdue, self.limit(setting)
-        first, sure, doubled = self._first(setting, known, extra)
-        late = first > limit
-        calls = 1.0 + extra_calls * doubled
-        seconds, again = first, late & ~sure & setting.hedges
-        for number, place in enumerate(range(extra, len(self.copies), overdue.copies), start=1):
-            again = again & (seconds > number * limit)
-            for copy in self.copies[place : place + overdue.copies]:
-                calls += float(again.mean())
-                seconds = np.where(again, np.minimum(seconds, number * limit + copy), seconds)
-        seconds = np.sort(np.where(late & sure, limit, seconds))
-        return TailForecast(
-            _mean_between(seconds, _P999),
-            _mean_between(seconds, _P99),
-            calls,
-            float(late.mean()),
-        )
+    sure, doubled = _known_and_doubled(calls, setting, known)
+    first, copies = _first_and_copies(calls, extra)
+    found = hedge_of(calls, setting).outcome(first, copies, doubled=doubled, known=sure)
+    seconds = np.sort(found.seconds)
+    further = (extra_calls - extra) * float(doubled.mean())
+    return TailForecast(
+        _mean_between(seconds, _P999),
+        _mean_between(seconds, _P99),
+        float(found.calls.mean()) + further,
+        float(found.late.mean()),
+    )
 
 
-def replay_calls(calls: Sequence[Call], copies: int, workers: int, seed: int) -> CallReplay | None:
-    """Return a replay of the calls of sizes that are known well enough; None if there are too few.
+def hedged_times(
+    calls: RecordedCalls, setting: DispatchSetting, *, known: float, extra: int
+) -> tuple[Float[np.ndarray, " hedged"], Float[np.ndarray, " hedged"]]:
+    """Return the times of late queries that no surrogate knows, and of their copies."""
+    sure, doubled = _known_and_doubled(calls, setting, known)
+    first, copies = _first_and_copies(calls, extra)
+    hedge = hedge_of(calls, setting)
+    hedged = hedge.outcome(first, copies[:0], doubled=doubled).late & ~sure
+    copied = dataclasses.replace(hedge, hedges=True).first_copy(copies[:, hedged])
+    return calls.own[hedged], copied
 
-    A query has `copies` at most, beyond its own call.
-    """
-    if not calls:
-        return None
-    _, seconds, size, worker = map(np.array, zip(*sorted(calls), strict=True))
-    times, medians = np.full(len(calls), np.nan), {}
-    for each in np.unique(size).tolist():
-        of_size = size == each
-        if of_size.sum() >= _LEAST:
-            medians[each] = float(np.median(seconds[of_size]))
-            times[of_size] = seconds[of_size] / medians[each]
-    known = np.isfinite(times)
-    times, worker = times[known], worker[known]
-    if len(times) < _LEAST:
-        return None
-    random = np.random.default_rng(seed)
-    own = np.tile(np.arange(len(times)), _TIMES)
-    drawn = []
-    for copy in range(copies):
-        near = own.copy()
-        for _ in range(_TRIES):  # a copy goes to another worker
-            same = worker[near] == worker[own]
-            steps = random.integers(copy * workers, (copy + 1) * workers, int(same.sum())) + 1
-            near[same] = (own[same] + steps) % len(times)
-        drawn.append(times[near])
-    copied = np.reshape(drawn, (copies, len(own)))
-    return CallReplay(times[own], copied, random.random(len(own)), medians[min(medians)])
+
+def hedge_of(calls: RecordedCalls, setting: DispatchSetting) -> Hedge:
+    """Return a setting's policy, with its limit in medians."""
+    overdue = setting.overdue
+    usual = calls.median * float(np.quantile(calls.own, overdue.quantile))
+    return Hedge(overdue.after(usual) / calls.median, overdue.copies, setting.hedges)
+
+
+def _known_and_doubled(
+    calls: RecordedCalls, setting: DispatchSetting, known: float
+) -> tuple[Bool[np.ndarray, " queries"], Bool[np.ndarray, " queries"]]:
+    """Return which queries a surrogate knows, and which get redundant calls."""
+    sure = calls.draws < known
+    doubled = {"none": np.zeros_like(sure), "uncertain": ~sure, "always": np.ones_like(sure)}
+    return sure, doubled[setting.redundancy]
+
+
+def _first_and_copies(calls: RecordedCalls, extra: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate([calls.own[None], calls.copies[:extra]]), calls.copies[extra:]
 
 
 def _mean_between(ordered: Float[np.ndarray, " queries"], quantiles: tuple[float, float]) -> float:
@@ -343,24 +280,27 @@ class SettingController:
     def _decide(self) -> None:
         calls = self._pool.calls()
         copies = self._copies + self._attempts
-        replay = replay_calls(calls, copies, self._pool.num_workers, self._decisions)
+        replay = RecordedCalls.replay(calls, copies, self._pool.num_workers, self._decisions)
         if replay is None:
             return
         current = self.setting
         # Learn from the queries that were hedged since the last decision.
         waits, self._waits = self._waits, []
         known = self._answered_share(current)
-        own, copied = replay.hedged(current, known=known, extra=self._copies)
-        times = replay.limit(current) * np.array(waits, float)
+        own, copied = hedged_times(replay, current, known=known, extra=self._copies)
+        limit = hedge_of(replay, current).limit
+        times = limit * np.array(waits, float)
         self._trials.add(times, apart=copied, alike=own, decay=_DECAY)
-        shares = self._trials.shares
-        useless = replay.lost_anyway(current, shares) > _LOST
-        replay = replay.alike(shares)
+        as_slow = self._trials.shares[np.digitize(replay.own, _EDGES)]
+        lost = np.maximum(replay.own - limit, 0)  # of the time beyond the limit, with copies, too
+        useless = float(lost @ as_slow) > _LOST * max(float(lost.sum()), 1e-9)
+        replay = replay.as_slow(as_slow)
         settings = list(self.settings)
         if useless or not current.hedges:
             settings += [each._replace(hedges=False) for each in settings]
         forecasts = {
-            each: replay.forecast(
+            each: forecast(
+                replay,
                 each,
                 known=self._answered_share(each),
                 extra=self._copies,

@@ -60,6 +60,15 @@ class Layout:
     own: tuple[Int[np.ndarray, " _"], ...]  # each of its own length
     extras: Int[np.ndarray, " extras"]
 
+    def with_copies(
+        self, points: Int[np.ndarray, " points"], queries: Int[np.ndarray, " points"]
+    ) -> "Layout":
+        """Return the layout in which each of these points is a copy of a query."""
+        place_of, matrix = self.place_of.copy(), self.matrix.copy()
+        place_of[points], matrix[points] = queries, np.eye(len(self.own))[queries]
+        own = _own(place_of, len(self.own))
+        return dataclasses.replace(self, matrix=matrix, place_of=place_of, own=own)
+
 
 class DecodedGroup(NamedTuple):
     """Decoded predictions, by alpha, and the features of their error probability if there is one.
@@ -130,10 +139,14 @@ class Coder:
         return Layout(matrix, place_of, _own(place_of, queries), extras)
 
     def encode(
-        self, x: Shaped[np.ndarray, "rows queries ..."], points: Int[np.ndarray, " points"]
+        self,
+        x: Shaped[np.ndarray, "rows queries ..."],
+        points: Int[np.ndarray, " points"],
+        layout: Layout | None = None,
     ) -> Shaped[np.ndarray, "points rows ..."]:
         """Return some coded data points of `rows` groups; those of a single query are copies."""
-        return encode_on_host(self.layout(x.shape[1]).matrix[points], x)
+        layout = layout or self.layout(x.shape[1])
+        return encode_on_host(layout.matrix[points], x)
 
     def decode(
         self,

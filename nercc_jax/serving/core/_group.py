@@ -61,6 +61,7 @@ class Group:
         self.batch: Batch  # at the pool, which its opener sets
         # By coded data point.
         self.mask = np.zeros(coder.num_workers, bool)
+        self.moved = np.zeros(coder.num_workers, bool)  # to other queries than the code's
         self.sent_at = np.full(coder.num_workers, np.nan)
         self.answers: list[np.ndarray | None] = [None] * coder.num_workers
         self.counted = np.zeros(coder.num_workers, bool)  # as stragglers
@@ -90,6 +91,11 @@ class Group:
     @property
     def outstanding(self) -> np.ndarray:
         return self.sent & ~self.mask
+
+    @property
+    def decodable(self) -> np.ndarray:
+        """The answers that the code's decoder knows what to do with."""
+        return self.mask & ~self.moved
 
     def add(self, cell: Cell) -> None:
         self.cells.append(cell)
@@ -186,7 +192,7 @@ class Group:
         """
         if (
             self.stripped
-            or not self.mask.all()
+            or not self.decodable.all()
             or not all(len(points) for points in self.layout.own)
         ):
             return None
