@@ -77,8 +77,8 @@ class WithDeviation(AbstractGroupPrior):
     outputs: AbstractGroupPrior
     form: Form = eqx.field(static=True)
 
-    def condition(self, y, responded):
-        found = self.outputs.condition(y, responded)
+    def condition(self, y, available):
+        found = self.outputs.condition(y, available)
         return eqx.tree_at(
             lambda one: one.deviation,
             found,

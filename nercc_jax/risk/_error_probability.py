@@ -231,7 +231,7 @@ def observe_errors(
     def of_set(mask):
         available = jnp.broadcast_to(mask, own.coded.shape[:2])
         decoded, deviation = decode_with_deviation(own.code, surrogate, own.coded, available, prior)
-        cheap = None if prior is None else prior.condition_on_available(own.coded, available).own
+        cheap = None if prior is None else prior.condition(own.coded, available).own
         wrong = ~own.same_labels(decoded.predictions)
         features = error_features(decoded.predictions, deviation, cheap, own.form)
         return features, deviation == 0, wrong | ~decoded.recovered

@@ -440,7 +440,7 @@ class Scheme(AbstractScheme):
             decoded, deviation = assess_each(
                 code, prepared.points, surrogate, vectors, available, prior
             )
-        cheap = None if prior is None else prior.condition_on_available(vectors, available).own
+        cheap = None if prior is None else prior.condition(vectors, available).own
         return SentPredictions(decoded, deviation, cheap, form)
 
     def groups(

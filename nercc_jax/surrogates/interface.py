@@ -9,7 +9,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from ..codes._trees import Form, join
@@ -29,24 +28,14 @@ class AbstractGroupPrior(eqx.Module):
     def condition(
         self,
         y: Float[Array, "groups num_workers m"],
-        responded: Bool[Array, "groups num_workers"],
+        available: Bool[Array, "groups num_workers"],
     ) -> "SurrogatePredictions":
         """Return the surrogate's predictions after these answers.
 
         Args:
-            y: Answers as vectors, all of which must be finite; those of workers that did not answer
-                are not used.
-            responded: Which workers answered.
+            y: Answers as vectors. Those that are not finite are not used.
+            available: Which workers answered.
         """
-
-    def condition_on_available(
-        self,
-        y: Float[Array, "groups num_workers m"],
-        available: Bool[Array, "groups num_workers"],
-    ) -> "SurrogatePredictions":
-        """Return the predictions after answers; the workers of broken ones are stragglers."""
-        responded = available & jnp.all(jnp.isfinite(y), axis=-1)
-        return self.condition(jnp.where(responded[..., None], y, 0), responded)
 
 
 class SurrogatePredictions(AbstractGroupPrior):
@@ -68,7 +57,7 @@ class SurrogatePredictions(AbstractGroupPrior):
     def condition(
         self,
         y: Float[Array, "groups num_workers m"],
-        responded: Bool[Array, "groups num_workers"],
+        available: Bool[Array, "groups num_workers"],
     ) -> "SurrogatePredictions":
         return self
 

@@ -116,9 +116,10 @@ class GaussianGroupPrior(AbstractGroupPrior):
     def condition(
         self,
         y: Float[Array, "groups num_workers m"],
-        responded: Bool[Array, "groups num_workers"],
+        available: Bool[Array, "groups num_workers"],
     ) -> SurrogatePredictions:
-        num_workers = responded.shape[1]
+        num_workers = available.shape[1]
+        responded = available & jnp.all(jnp.isfinite(y), axis=-1)
 
         def of_group(mean, covariance, noise, y, responded):
             # The covariances of the answers that came with all points of the group.

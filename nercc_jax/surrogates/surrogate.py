@@ -125,7 +125,7 @@ def decode_with_deviation(
         decoded = decode_vectors(code, y, available, given)
         return decoded, deviations(code, y, decoded.responded)
     assert prior is not None
-    expected = prior.condition_on_available(y, available)
+    expected = prior.condition(y, available)
     residual = y - surrogate.theta * expected.coded
     decoded = decode_vectors(code, residual, available, given)
     variance, process = variances(code, residual, decoded.responded)
@@ -280,9 +280,7 @@ def _scores(
     """Return each candidate's disagreement and mean squared error, over sets and data points."""
 
     def of_set(mask):
-        expected = prior.condition_on_available(
-            own.coded, jnp.broadcast_to(mask, own.coded.shape[:2])
-        )
+        expected = prior.condition(own.coded, jnp.broadcast_to(mask, own.coded.shape[:2]))
         both = jnp.concatenate([own.coded, expected.coded], axis=-1)
         together = eqx.tree_at(lambda known: known.coded, own, both)
         decoded, decoded_cheap = jnp.split(together.decode(mask).predictions, 2, axis=-1)
