@@ -34,6 +34,8 @@ def test_demo_prints_a_table_and_draws_a_picture(demo):
         assert word in result.output
     kept = re.search(r"copies, else the student +10 +1\.32 +([\d.]+)", result.output)
     assert float(kept[1]) > 99, result.output  # the student has 99.1 % of the model's labels
+    placed = re.search(r"copies by the student's doubt +10 +1\.40 +([\d.]+)", result.output)
+    assert float(placed[1]) >= float(kept[1]), result.output
     assert str(plot) in result.output
     assert plot.read_bytes().startswith(b"\x89PNG")
 

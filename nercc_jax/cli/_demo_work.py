@@ -17,7 +17,7 @@ from ..evaluation._pictures import system_look
 from ..inference import coded_inference, order_points
 from ..schemes import AssessedPredictions, Scheme, calibrate_error_probability, reexecute
 from ..stragglers import IndependentStragglers
-from ..surrogates import fit_surrogate
+from ..surrogates import Surrogate, fit_surrogate
 from ._options import DemoOptions
 from ._workload import WorkerModel, Workload
 
@@ -99,12 +99,17 @@ def kept_labels(workload: Workload, test: np.ndarray, options: DemoOptions) -> l
     published = NeRCC(num_data, many, lambda_dec=0.0)
     add("NeRCC as published", "NeRCC published", many, 0.0, decoding(published))
 
-    def else_student(masks: np.ndarray) -> np.ndarray:
-        found = copies(masks)
-        return np.where(found < 0, guess, found)
-
     look = "replication, else surrogate"
-    add("copies, else the student", look, few, cost, else_student)
+    add(
+        *("copies, else the student", look, few, cost),
+        lambda masks: np.where((found := copies(masks)) < 0, guess, found),
+    )
+    code = NeRCC(num_data, few, points="repeated", exact=True)
+    doubted = Scheme(code, Surrogate(student), redundancy="uncertain", straggler_share=RATE)
+    place = coded_inference(model, doubted)
+    look = "copies by the student's doubt"
+    # The student runs on the copies, too.
+    add(look, look, few, cost * (1 + few / num_data), lambda masks: labels(place(judged, masks)))
 
     # The scheme: similar queries in one group, the student as a surrogate.
     code = NeRCC(num_data, few, points="repeated")
@@ -128,12 +133,13 @@ def kept_labels(workload: Workload, test: np.ndarray, options: DemoOptions) -> l
             known[masks.tobytes()] = infer(judged, masks)
         return known[masks.tobytes()]
 
-    def again(masks: np.ndarray) -> np.ndarray:
-        sure = reexecute(model, judged, assessed(masks), share=_AGAIN)
-        return labels(sure.decoded.predictions)
-
     add("scheme", "scheme", few, cost, lambda masks: labels(assessed(masks).decoded.predictions))
-    add("scheme, uncertain 5 % again", "scheme, uncertain again", few, cost + _AGAIN, again)
+    add(
+        *("scheme, uncertain 5 % again", "scheme, uncertain again", few, cost + _AGAIN),
+        lambda masks: labels(
+            reexecute(model, judged, assessed(masks), share=_AGAIN).decoded.predictions
+        ),
+    )
     return rows
 
 
