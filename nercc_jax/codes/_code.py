@@ -304,7 +304,7 @@ class AbstractCode(eqx.Module):
                 (inside jit use `try_decode` for the status); or uncertainty is asked of a code that
                 is no regression.
         """
-        decoded = type(self).try_decode(self, y, available)  # to bind it takes 0.03 ms
+        decoded = self.try_decode(y, available)
         if not isinstance(decoded.responded, Tracer):
             available = np.asarray(available)
             broken = np.flatnonzero(available & ~np.asarray(decoded.responded))
@@ -319,7 +319,7 @@ class AbstractCode(eqx.Module):
                     f"workers {broken.tolist()} returned values that are not finite and were "
                     "treated as stragglers",
                     RuntimeWarning,
-                    stacklevel=3,
+                    stacklevel=2,
                 )
         if not return_uncertainty:
             return decoded.predictions

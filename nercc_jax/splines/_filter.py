@@ -38,13 +38,13 @@ Row = tuple[Any, ...]
 class Rotated(NamedTuple):
     """QR factors of one spline's least-squares problem.
 
-    `turns` has 22 numbers for each gap: (cosine, sine) of the 7 rotations of its elimination, in
-    their order, and the two rows of R that give g_i and v_i from g_{i+1} and v_{i+1}. One array,
-    since each that a loop fills or reads is a kernel to compile. `last` is the triangle that gives
-    the last knot's.
+    `rotations` are (cosine, sine) of the 7 rotations of each gap's elimination, in their order.
+    `rows` are the two rows of R for each gap, which give g_i and v_i from g_{i+1} and v_{i+1}, and
+    `last` is the triangle that gives the last knot's.
     """
 
-    turns: Float[Array, "gaps 22"]
+    rotations: Float[Array, "gaps 14"]
+    rows: Float[Array, "gaps 8"]
     last: Float[Array, "3"]
 
 
@@ -72,7 +72,10 @@ def factorize(problem: Problem, beside: Any = None, start: Any = (), given: Any 
         r4, top, rest = _eliminate(top, (root_weight, zero))
         r5, low, _ = _eliminate(low, rest)
         r6, low, _ = _eliminate(low, (root_slope,))
-        turns = jnp.stack([*r0, *r1, *r2, *r3, *r4, *r5, *r6, *value_row, *slope_row, zero])
+        # Two arrays, since each that a loop fills is a kernel to compile; and not one, of which a
+        # pass that needs only the rows would read all.
+        rotations = jnp.stack([*r0, *r1, *r2, *r3, *r4, *r5, *r6])
+        turns = rotations, jnp.stack([*value_row, *slope_row, zero])
         found = ()
         if beside is not None:
             other, found = beside(other, turns, more)
@@ -84,7 +87,7 @@ def factorize(problem: Problem, beside: Any = None, start: Any = (), given: Any 
     # What too few observations leave open is set to zero: the slope with one, the value with none.
     observed = jnp.sum(problem.weights > 0)
     last = jnp.stack([where(observed < 1, 1, last[0]), last[1], where(observed < 2, 1, last[2])])
-    return Rotated(turns, last), other, found
+    return Rotated(*turns, last), other, found
 
 
 def solve_in_turn(
@@ -109,8 +112,11 @@ def solve_in_turn(
     def unpacked(turns):
         # Each number as wide as the columns, by one broadcast: one for each product would be most
         # of the loop's operations.
-        wide = jnp.unstack(jnp.broadcast_to(turns[:, None], (len(turns), none.shape[1])))
-        return list(zip(wide[:14:2], wide[1:14:2], strict=True)), wide[14:18], wide[18:]
+        rotations, rows = (
+            jnp.unstack(jnp.broadcast_to(each[:, None], (len(each), none.shape[1])))
+            for each in turns
+        )
+        return list(zip(rotations[::2], rotations[1::2], strict=True)), rows[:4], rows[4:]
 
     def forward(carry, turns, given):
         (r0, r1, r2, r3, r4, r5, r6), value_row, slope_row = unpacked(turns)
@@ -137,7 +143,7 @@ def solve_in_turn(
     if factor is None:
         factor, carry, found = factorize(problem, forward, start, given)
     else:
-        known = factor.turns, given
+        known = factor[:2], given
         carry, found = jax.lax.scan(lambda carry, gap: forward(carry, *gap), start, known)
     assert factor is not None
 
@@ -181,7 +187,7 @@ def solve_in_turn(
         return tuple(carried), jnp.stack(made)
 
     carry = (last_value, last_slope) * of_values + tuple(spread) * of_shears
-    _, found = jax.lax.scan(backward, carry, (factor.turns, found), reverse=True)
+    _, found = jax.lax.scan(backward, carry, (factor[:2], found), reverse=True)
     x: dict[str, Array] = {}
     if of_values:
         x["value"] = jnp.concatenate([found[:, 0], last_value[None]])
@@ -204,7 +210,7 @@ def variance_in_turn(
     """
     factor = factorize(problem)[0]
     zero = jnp.zeros_like(problem.gaps)
-    a0, a1, a2, a3, b0, b1, b2, _ = factor.turns[:, 14:].T
+    a0, a1, a2, a3, b0, b1, b2, _ = factor.rows.T
     inverse = _triangle_inverse(a0, a1, b0, zero)
     forward = -_product(inverse, jnp.stack([jnp.stack([a2, a3], -1), jnp.stack([b1, b2], -1)], -2))
     noise = _product(inverse, jnp.swapaxes(inverse, -1, -2))

@@ -85,7 +85,7 @@ def _on_platform(
     gaps, knots = len(problem.gaps), len(problem.weights)
     shapes = dict.fromkeys(("shear", "bend"), (gaps, columns))
     shapes |= dict.fromkeys(("value", "slope"), (knots, columns))
-    shapes |= {"turns": (gaps, 22), "last": (3,)}
+    shapes |= {"rotations": (gaps, 14), "rows": (gaps, 8), "last": (3,)}
     made = [(shapes[each], problem.mu.dtype) for each in wanted]
     found = by_platform(_solved, (wanted,), (problem, b, known), made)
     return dict(zip(wanted, found, strict=True))
@@ -106,8 +106,9 @@ def _solved(
             made = dissect(problem, rows, unit).solve(unit)
             shear = product(made.value.T, b.value) + product(made.slope.T, b.slope)
             x = x._replace(shear=shear)
-        none = jnp.zeros_like(problem.gaps)
-        factor = _filter.Rotated(jnp.tile(none[:, None], 22), jnp.zeros(3, none.dtype))
+        none = jnp.zeros_like(problem.gaps)[:, None]
+        last = jnp.zeros(3, none.dtype)
+        factor = _filter.Rotated(jnp.tile(none, 14), jnp.tile(none, 8), last)
     found = x._asdict() | factor._asdict()
     return tuple(found[each] for each in wanted)
 
