@@ -336,11 +336,7 @@ def as_groups(
     num_data, num_workers = code.num_data, code.num_workers
     in_a_row = in_a_row and not grouped
     leaves, structure = jax.tree.flatten(native(x, "x"))
-    for number, leaf in enumerate(leaves):
-        if not isinstance(leaf, jax.Array):
-            leaf = np.asarray(leaf)
-            dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-            leaves[number] = leaf.astype(dtype, copy=False)
+    leaves = [leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for leaf in leaves]
     x, shapes = jax.tree.unflatten(structure, leaves), [leaf.shape for leaf in leaves]
     same = len({shape[:1] for shape in shapes}) == 1
     summary = ", ".join(map(str, shapes))
@@ -376,6 +372,10 @@ def as_groups(
         raise ValueError(f"x holds no group of {num_data} data points: {summary}")
     if many and not same:
         raise ValueError(f"the parts of x are of different numbers of groups: {summary}")
+    for place, leaf in enumerate(leaves):
+        if not isinstance(leaf, jax.Array):  # in JAX's working precision
+            leaves[place] = leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
+    x = jax.tree.unflatten(structure, leaves)
     x = groups_of(x, num_data) if in_a_row else x if many else jax.tree.map(lambda a: a[None], x)
     if not floats:
         check_beside("x", x, 2)
