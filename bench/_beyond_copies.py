@@ -27,11 +27,12 @@ class NearestAnswers(AbstractGroupPrior):
     isolation: Float[Array, "groups num_data"]
     form: Form = eqx.field(static=True)
 
-    def condition(self, y: Array, responded: Array) -> SurrogatePredictions:
-        distance = jnp.where(responded[:, None], self.distance, jnp.inf)
+    def condition(self, y: Array, available: Array) -> SurrogatePredictions:
+        distance = jnp.where(available[:, None], self.distance, jnp.inf)
         nearest = jnp.argmin(distance, axis=2)[..., None]
         own = jnp.take_along_axis(y, nearest, axis=1)
-        return SurrogatePredictions(own, jnp.zeros_like(y), self.isolation)
+        coded = jnp.zeros_like(y)
+        return SurrogatePredictions(own=own, coded=coded, form=self.form, deviation=self.isolation)
 
 
 class Nearest(AbstractSurrogate):
