@@ -73,7 +73,7 @@ class Size:
     points: int = 1020  # 1,000 or more in whole groups of 8, 12, 20 and 60
     sets: int = 20
     cells: int = 9
-    steps: int = 500
+    steps: int = 400
     grid_groups: int = 16
 
 

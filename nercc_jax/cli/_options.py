@@ -239,7 +239,7 @@ class TuneOptions(ComparisonOptions):
     points: Annotated[bool, {"names": ("--points/--lambdas-only",)}] = True
     learn_decoder: Annotated[bool, {"names": ("--learn-decoder/--spline",)}] = False
     criterion: Literal["mse", "cross_entropy"] | None = None
-    steps: Count = 500
+    steps: Count = 400
     output: Path = Path("nercc-tuned.json")
     plot: Path = Path("nercc-tune.png")
 

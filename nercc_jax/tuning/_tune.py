@@ -44,9 +44,9 @@ class Descent:
         ValueError: A number is out of range.
     """
 
-    steps: int = 500
+    steps: int = 400
     learning_rate: float = 0.3
-    points_rate: float = 0.25
+    points_rate: float = 0.1
     check_every: int = 10
     tolerance: float = 0.01
 
