@@ -372,9 +372,9 @@ def as_groups(
         raise ValueError(f"x holds no group of {num_data} data points: {summary}")
     if many and not same:
         raise ValueError(f"the parts of x are of different numbers of groups: {summary}")
-    for place, leaf in enumerate(leaves):
+    for number, leaf in enumerate(leaves):
         if not isinstance(leaf, jax.Array):  # in JAX's working precision
-            leaves[place] = leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
+            leaves[number] = leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
     x = jax.tree.unflatten(structure, leaves)
     x = groups_of(x, num_data) if in_a_row else x if many else jax.tree.map(lambda a: a[None], x)
     if not floats:
