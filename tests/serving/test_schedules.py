@@ -6,6 +6,7 @@ have long been replaced. After each event the books of batcher and pool are coun
 that fails fails again: `python tests/serving/test_schedules.py 7 8` plays number 7.
 """
 
+import functools
 import math
 import random
 import subprocess
@@ -29,8 +30,10 @@ from nercc_jax.serving import (
 )
 from nercc_jax.serving.adapt import _setting_controller
 from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
+from nercc_jax.stragglers.simulate import RecordedCalls
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
+REPLAY_FEW = functools.partial(RecordedCalls.replay, least=3)
 SECONDS = 0.02  # that an answer takes
 HANG = 1.0  # seconds until a worker is replaced
 # Seconds by which a turn may come after what it is due for: a group is looked at a little later.
@@ -189,7 +192,7 @@ class Schedule:
         # What is picked, if something is, changes every few queries.
         with (
             mock.patch.object(_setting_controller, "_EVERY", 3),
-            mock.patch.object(_setting_controller, "_LEAST", 3),
+            mock.patch.object(RecordedCalls, "replay", REPLAY_FEW),
         ):
             self._run()
 
