@@ -71,7 +71,8 @@ class Hedge:
     """The policy "send `at_once` copies of a query each time `limit` passes without an answer".
 
     Attributes:
-        limit: Seconds after which a query without an answer is late, and between further copies.
+        limit: The time after which a query without an answer is late, and between further copies,
+            in the unit of the latencies.
         at_once: Copies that go out together.
         hedges: False for no copies at all: what is late is predicted, or takes its time.
     """
