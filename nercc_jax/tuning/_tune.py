@@ -177,11 +177,12 @@ def tune(
         raise ValueError(
             f"optimizer must be 'adam', 'lbfgs' or an optax transformation, not {optimizer!r}"
         )
-    codes = (code,) if isinstance(code, AbstractCode) else tuple(code)
+    alone = isinstance(code, AbstractCode)
+    codes = (code,) if alone else tuple(code)
     if not codes:
         raise ValueError("there is no code to start from")
     first = codes[0]
-    starts = (_on_data_points(first),) if codes == (code,) and points else codes
+    starts = (_on_data_points(first),) if alone and points else codes
     parametrized = [parametrize(each, points=points) for each in starts]
     if len({jax.tree.structure(each) for each in parametrized}) != 1:
         raise ValueError("several starts must be codes of one kind, with the same K and N")
