@@ -104,7 +104,12 @@ def test_a_system_looks_the_same_under_all_its_names():
     assert system_look("BACC (12, 8)") == system_look("BACC")
     assert system_look("ParM, k = 2") == system_look("ParM") != system_look("ParM, k = 4")
     assert system_look("hedged, p90") == system_look("hedging")
-    assert system_look("no system of ours")["color"] == "#000000"
+    unknown = system_look("no system of ours")
+    assert unknown["color"] == "#000000"
+    # What the demo and the planner draw, without the looks that pages add.
+    for drawn in ("scheme", "scheme, uncertain again", "known, else hedged"):
+        assert system_look(drawn) != unknown
+    assert system_look("copies by the student's doubt") == system_look("copies of the uncertain")
     changed = system_look("LCC")
     changed["color"] = "red"
     assert system_look("LCC")["color"] != "red"

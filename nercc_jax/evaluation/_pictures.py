@@ -41,6 +41,10 @@ LOOKS: dict[str, tuple[Any, ...]] = {
     "replication": (GREY, "x", LOSSY),
     "replication, else surrogate": (GREY, "+", LOSSY),
     "copies by the student's doubt": (TEAL, "x", LOSSY),
+    "copies of the uncertain": (TEAL, "x", LOSSY),
+    "scheme": (WINE, "*"),
+    "scheme, uncertain again": (WINE, "X"),
+    "known, else hedged": (WINE, "*"),
     "hedg": (OLIVE, "^"),
     "uncoded": (LIGHT, "."),
 }
