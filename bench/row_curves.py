@@ -34,8 +34,9 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern, WhiteKernel
 
 from nercc_jax.compilation import enable_compilation_cache
-from nercc_jax.pools import DevicePool, Overdue, RowFunction, run_rows
-from nercc_jax.pools._row_learner import LEARNER_THREAD, RowLearner
+from nercc_jax.pools import DevicePool, Overdue
+from nercc_jax.rows import RowFunction, run_rows
+from nercc_jax.rows._learner import LEARNER_THREAD, RowLearner
 
 RESULTS = Path(__file__).parent / "results" / "row_curves.json"
 ROWS, WORKERS, SECONDS, COVERAGE, TUNED = 3000, 4, 0.02, 0.9, 500
@@ -59,7 +60,7 @@ def order(which: str, seed: int) -> Iterator[None]:
     """Let rows go in the learner's order, or at random; and let it learn as often as it likes."""
     random = np.random.default_rng(seed)
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch("nercc_jax.pools._row_learner._SHARE", 1.0))
+        patches.enter_context(mock.patch("nercc_jax.rows._learner._SHARE", 1.0))
         if which == "random":
             shuffled = mock.patch.object(
                 RowLearner, "order", lambda _, rows: random.permutation(rows)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from nercc_jax import NeRCC, Scheme, coded_inference
-from nercc_jax.pools import DevicePool, run_rows
+from nercc_jax.pools import DevicePool
 from nercc_jax.risk import calibrate_learner_bars
 from nercc_jax.risk._straggler_risk import AccuracyTarget
+from nercc_jax.rows import run_rows
 from nercc_jax.schemes import cross_validate_error_bars, fit_scheme
 from nercc_jax.serving.adapt._online_calibration import BATCH, OnlineCalibration
 from nercc_jax.stragglers import ExactStragglers
@@ -268,8 +269,8 @@ compiled = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
 )
-from nercc_jax.pools._row_predictions import fit_rows, leave_out, most_telling, predict
-from nercc_jax.pools._row_predictions import update, window_of
+from nercc_jax.rows._predictions import fit_rows, leave_out, most_telling, predict
+from nercc_jax.rows._predictions import update, window_of
 from nercc_jax.risk._straggler_risk import AccuracyTarget
 x = np.random.default_rng(0).uniform(-1, 1, (400, 2)).astype(np.float32)
 y = np.stack([np.sin(3 * x[:, 0]), x[:, 1] ** 2], axis=1)

@@ -8,12 +8,13 @@ from test_run_rows import quick_fit as quick_fit  # a fixture
 from test_run_rows import smooth
 
 from nercc_jax import DevicePool
-from nercc_jax.pools import Fault, Faults, run_rows
-from nercc_jax.pools._row_checks import RowChecks
-from nercc_jax.pools._row_files import Parts, RowTable
-from nercc_jax.pools._row_learner import RowLearner
-from nercc_jax.pools._row_queue import RowQueue
-from nercc_jax.pools._rows import RowSettings
+from nercc_jax.pools import Fault, Faults
+from nercc_jax.rows import run_rows
+from nercc_jax.rows._calls import RowSettings
+from nercc_jax.rows._checks import RowChecks
+from nercc_jax.rows._learner import RowLearner
+from nercc_jax.rows._queue import RowQueue
+from nercc_jax.rows.files import Parts, RowTable
 from nercc_jax.testing import SimulatedPool
 
 ROWS = np.random.default_rng(0).uniform(-1, 1, (600, 1))

@@ -13,21 +13,22 @@ from schedulers import ScriptedBackend, make_scheduler, soon
 
 from nercc_jax import DevicePool
 from nercc_jax.cli._options import RunOptions
-from nercc_jax.pools import AbstractPool, Faults, RowFunction, RowResult, run_rows
+from nercc_jax.pools import AbstractPool, Faults
 from nercc_jax.pools._backend import WorkerDied
-from nercc_jax.pools._row_engine import _RowRun
-from nercc_jax.pools._row_files import RowTable, row_code
-from nercc_jax.pools._row_learner import (
+from nercc_jax.pools._times import AnswerTimes
+from nercc_jax.risk import ErrorBars, ErrorProbability
+from nercc_jax.risk._straggler_risk import AccuracyTarget
+from nercc_jax.rows import RowFunction, RowResult, run_rows
+from nercc_jax.rows._calls import RowCall, RowSettings, bars_that_held, late_answers
+from nercc_jax.rows._learner import (
     RowEstimates,
     RowLearner,
     standardized_inputs,
 )
-from nercc_jax.pools._row_predictions import leave_out, window_of
-from nercc_jax.pools._row_queue import RowQueue
-from nercc_jax.pools._rows import RowCall, RowSettings, bars_that_held, late_answers
-from nercc_jax.pools._times import AnswerTimes
-from nercc_jax.risk import ErrorBars, ErrorProbability
-from nercc_jax.risk._straggler_risk import AccuracyTarget
+from nercc_jax.rows._predictions import leave_out, window_of
+from nercc_jax.rows._queue import RowQueue
+from nercc_jax.rows._run import _RowRun
+from nercc_jax.rows.files import RowTable, row_code
 from nercc_jax.schemes import Scheme, fit_scheme
 from nercc_jax.schemes._calibrate import FittedScheme
 from nercc_jax.surrogates import LearnerTuning, init_learner
@@ -228,7 +229,7 @@ def quick_fit(monkeypatch):
         quick = LearnerTuning(rows=32, steps=2)
         return fit_scheme(x, y, code, capacity=QUICK_WINDOW, labels=labels, tuning=quick)
 
-    monkeypatch.setattr("nercc_jax.pools._row_predictions.fit_scheme", fit)
+    monkeypatch.setattr("nercc_jax.rows._predictions.fit_scheme", fit)
 
 
 def test_a_row_is_predicted_without_itself_and_as_far_off_as_its_neighbours_were():
@@ -407,8 +408,8 @@ def test_answers_within_the_time_of_grace_judge_bars_and_change_no_value(quick_f
         return judged[-1]
 
     judged = []
-    monkeypatch.setattr("nercc_jax.pools._row_engine.late_answers", answers)
-    monkeypatch.setattr("nercc_jax.pools._row_engine.bars_that_held", judge)
+    monkeypatch.setattr("nercc_jax.rows._run.late_answers", answers)
+    monkeypatch.setattr("nercc_jax.rows._run.bars_that_held", judge)
     monkeypatch.setattr("test_run_rows.QUICK_WINDOW", 256)  # with enough late rows in it
     options = {"rows_per_call": 1, "job_deadline": 60.0, "grace": 30.0, "compute": "all"}
     with DevicePool(RowFunction(Held(0.05)), 80, compiled=False) as pool:

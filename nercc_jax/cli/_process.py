@@ -19,7 +19,7 @@ _LOG = logging.getLogger(__name__)
 
 _FEW = 2e11  # operations, which take some seconds on two cores
 _BACKGROUND = "nercc-background"  # the name of threads that a process does not wait for
-_LEARNER = "nercc-learner"  # the same, of `nercc_jax.pools.run_rows`
+_LEARNER = "nercc-learner"  # the same, of `nercc_jax.rows.run_rows`
 _EXTRA = ("matplotlib", "rich", "safetensors", "sklearn", "typer")  # packages of the extra "demo"
 
 R = TypeVar("R")

@@ -21,8 +21,8 @@ from ..pools import PoolReport, leave_ray, run_batches
 from ..pools._backend import pool_counts
 from ..pools._batch import answers_to_wait_for
 from ..pools._inference import BatchOutcome
-from ..pools._row_files import Parts, fingerprint
-from ..pools._rows import ATTEMPTS, reason_to_stop
+from ..rows._calls import ATTEMPTS, reason_to_stop
+from ..rows.files import Parts, fingerprint
 from ._options import RunOptions
 from ._output import run_bar
 from ._process import compile_quickly

@@ -13,8 +13,8 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
 from ..pools import AbstractPool, DevicePool, Faults, PoolReport, RayPool
-from ..pools._row_files import check_parts
-from ..pools._rows import hang_timeout
+from ..rows._calls import hang_timeout
+from ..rows.files import check_parts
 from ._errors import fail
 from ._options import RunOptions, table_of_option
 from ._output import summary_table, write_json

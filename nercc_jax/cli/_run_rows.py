@@ -1,4 +1,4 @@
-"""`nercc run --tolerance`: any function on each row of a file, by `nercc_jax.pools.run_rows`."""
+"""`nercc run --tolerance`: any function on each row of a file, by `nercc_jax.rows.run_rows`."""
 
 import contextlib
 import dataclasses
@@ -9,9 +9,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from ..pools import RowResult, run_rows
-from ..pools._row_files import fingerprint
-from ..pools._rows import RowProgress, RowSettings
+from ..rows import RowProgress, RowResult, RowSettings, run_rows
+from ..rows.files import fingerprint
 from ._errors import fail
 from ._options import RunOptions
 from ._output import run_bar

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Shaped
 from ..codes import AbstractCode, load_code
 from ..inference.models import call_model, check_model
 from ..pools._batch import reason_of
-from ..pools._row_files import fingerprint_of_array
+from ..rows.files import fingerprint_of_array
 from ..stragglers import AbstractStragglers, ExactStragglers
 from ._errors import of_option
 from ._options import ModelOptions, Returned

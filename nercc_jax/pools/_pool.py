@@ -36,7 +36,7 @@ class AbstractPool(abc.ABC):
         raise TypeError(
             f"a {type(self).__name__} cannot be sent to another process, which Ray's tasks and Ray "
             "Data's map_batches would do: call it from here; for rows of a dataset there is "
-            "nercc_jax.pools.map_rows"
+            "nercc_jax.rows.map_rows"
         )
 
     @property

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from ..evaluation._criteria import row_errors
+from ..pools._clock import WALL, TimeShare
 from ..risk._answer_check import AnswerCheck, fit_answer_check
 from ..risk._straggler_risk import (
     AccuracyTarget,
@@ -32,10 +33,8 @@ from ..risk._straggler_risk import (
 )
 from ..schemes._calibrate import FittedScheme
 from ..surrogates import Learner
-from ._clock import TimeShare, WallClock
-from ._row_checks import OF_CALLS
-from ._row_files import RowTable
-from ._row_predictions import (
+from ._checks import OF_CALLS
+from ._predictions import (
     CAPACITY,
     FEW,
     NEWS,
@@ -50,6 +49,7 @@ from ._row_predictions import (
     update,
     window_of,
 )
+from .files import RowTable
 
 _LOG = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class RowLearner:
         self._since: dict[bool, list[tuple[np.ndarray, np.ndarray]]] = {False: [], True: []}
         self._thread: threading.Thread | None = None
         self._made: collections.deque[RowEstimates] = collections.deque()
-        self._time = TimeShare(WallClock(), _SHARE)
+        self._time = TimeShare(WALL, _SHARE)
 
     # Learning.
 

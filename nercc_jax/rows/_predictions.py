@@ -13,7 +13,7 @@ from ..risk._straggler_risk import AccuracyTarget
 from ..schemes import fit_scheme
 from ..schemes._calibrate import SHAPE, FittedScheme
 from ..surrogates import Learner, LearnerTuning
-from ._row_files import row_code
+from .files import row_code
 
 _LOG = logging.getLogger(__name__)
 

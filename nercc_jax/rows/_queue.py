@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Bool, Int
 
-from ._rows import RowSettings
-from ._times import AnswerTimes
+from ..pools._times import AnswerTimes, power_of_two
+from ._calls import RowSettings
 
 _CALL = 0.25  # seconds of a call, where rows are so quick that several go together
 _SHORT = 0.02  # seconds of a call below which smaller ones balance workers no better
@@ -133,8 +133,3 @@ class RowQueue:
             self._smaller, self._size, self._timed = (size, usual), most, 0
         elif usual > 2 * _CALL and size > 1:
             self._smaller, self._size, self._timed = (0, 0.0), size // 2, 0
-
-
-def power_of_two(number: int | float) -> int:
-    """Return the largest power of two that is not larger, from 1 on."""
-    return 1 << max(int(number), 1).bit_length() - 1

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ._answer_checks import AnswerChecks, Verdict
-from ._backend import PoolReport
-from ._pool import AbstractPool
+from ..pools import AbstractPool, PoolReport
+from ..pools._answer_checks import AnswerChecks, Verdict
 
 _NOBODY = -1
 OF_CALLS = 0.25  # of right answers that may look wrong: those that do so with others of their call

@@ -11,11 +11,10 @@ from jaxtyping import Float, Int, Shaped
 
 from ..codes._trees import is_float
 from ..evaluation._criteria import row_errors
+from ..pools import AbstractPool, Batch, PoolReport
+from ..pools._batch import check_deadline
 from ..risk._straggler_risk import AccuracyTarget
 from ..schemes._calibrate import FittedScheme
-from ._backend import PoolReport
-from ._batch import Batch, check_deadline
-from ._pool import AbstractPool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,6 +142,7 @@ def fingerprint(path: Path | None) -> str | None:
 
 
 def fingerprint_of_array(x: np.ndarray) -> str:
+    """Return a hash of an array's bytes, for the settings of a run."""
     return hashlib.sha256(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data).hexdigest()
 
 

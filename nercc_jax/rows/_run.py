@@ -17,22 +17,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from ._backend import PoolReport, pool_counts
-from ._batch import Batch
-from ._pool import AbstractPool
-from ._row_checks import RowChecks
-from ._row_files import (
-    Parts,
-    RowTable,
-    check_parts,
-    fingerprint_of_array,
-    load_fitted,
-    save_fitted,
-)
-from ._row_learner import RowLearner
-from ._row_predictions import NEWS
-from ._row_queue import RowQueue
-from ._rows import (
+from ..pools import AbstractPool, Batch, PoolReport
+from ..pools._backend import pool_counts
+from ._calls import (
     ATTEMPTS,
     Compute,
     RowCall,
@@ -46,6 +33,18 @@ from ._rows import (
     hang_timeout,
     late_answers,
     reason_to_stop,
+)
+from ._checks import RowChecks
+from ._learner import RowLearner
+from ._predictions import NEWS
+from ._queue import RowQueue
+from .files import (
+    Parts,
+    RowTable,
+    check_parts,
+    fingerprint_of_array,
+    load_fitted,
+    save_fitted,
 )
 
 
@@ -195,7 +194,9 @@ class _RowRun:
         self._last_check = -1  # rows computed when all that was unchecked was last looked at
         self._queue = RowQueue(order[~table.done[order]], pool.num_workers, settings)
         self._calls: dict[Batch, RowCall] = {}
-        self._workers = self._count_workers()  # that were alive at the last look
+        self._workers = (
+            self._pool.num_workers - self._pool.report().starting
+        )  # that were alive at the last look
         self._news: queue.SimpleQueue[Batch] = queue.SimpleQueue()
         self._held = np.zeros(len(x), int)  # calls that have a row, and are not given up
         self._tries = np.zeros(len(x), int)  # calls that had it, and gave no answer in time
@@ -267,7 +268,7 @@ class _RowRun:
             self._send()
             now = time.monotonic()
             if now >= look_at or not (self._calls or len(self._queue)):
-                self._workers = self._count_workers()
+                self._workers = self._pool.num_workers - self._pool.report().starting
                 self._look_at_late_calls()
                 if self._checks is not None:
                     self._checks.look(self._pool.report())
@@ -598,13 +599,10 @@ class _RowRun:
             predicted=done - exact + int(known.sum()),
             unknown=len(self._unknown),
             late=late,
-            workers=self._count_workers(),
+            workers=self._pool.num_workers - self._pool.report().starting,
             seconds=seconds,
             rows_per_second=self._computed / max(seconds, 1e-9),
         )
-
-    def _count_workers(self) -> int:
-        return self._pool.num_workers - self._pool.report().starting
 
     def _result(self, kept: dict[str, Any], stopped: str | None) -> RowResult:
         table, report = self._table, self._pool.report()

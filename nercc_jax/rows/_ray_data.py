@@ -7,10 +7,10 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import Shaped
 
-from ._ray import RayPool
-from ._ray_cluster import ray_module
-from ._row_engine import run_rows
-from ._rows import RowFunction, RowProgress, hang_timeout
+from ..pools import RayPool
+from ..pools._ray_cluster import ray_module
+from ._calls import RowFunction, RowProgress, hang_timeout
+from ._run import run_rows
 
 _LOG = logging.getLogger(__name__)
 
