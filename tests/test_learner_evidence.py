@@ -269,17 +269,17 @@ compiled = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
 )
-from nercc_jax.rows._predictions import fit_rows, leave_out, most_telling, predict
-from nercc_jax.rows._predictions import update, window_of
+import time
+from nercc_jax import DevicePool
 from nercc_jax.risk._straggler_risk import AccuracyTarget
+from nercc_jax.rows import run_rows
 x = np.random.default_rng(0).uniform(-1, 1, (400, 2)).astype(np.float32)
-y = np.stack([np.sin(3 * x[:, 0]), x[:, 1] ** 2], axis=1)
-for target in (AccuracyTarget(tolerance=0.02), AccuracyTarget(max_disagreement=0.05)):
-    fitted = update(fit_rows(x[:100], y[:100], target), x[100:132], y[100:132])
-    window = window_of(fitted)
-    _, deviation, _ = predict(fitted, window, x)
-    most_telling(fitted, x, deviation)
-    leave_out(fitted, window, x[:50], y[:50])
+def slow(x):
+    time.sleep(0.02 * len(x))
+    return np.stack([np.sin(3 * x[:, 0]), x[:, 1] ** 2], axis=1)
+for target in ({"tolerance": 0.02}, {"max_disagreement": 0.05}):
+    found = run_rows(slow, x, DevicePool, num_workers=4, rows_per_call=1, **target)
+    assert found.summary["learned_from"] > 50, found.summary
 from nercc_jax.serving.adapt._online_calibration import OnlineCalibration
 study = OnlineCalibration(None, AccuracyTarget(max_disagreement=0.1), check_rate=0.01)
 while study.calibrated is None:

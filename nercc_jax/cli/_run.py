@@ -21,7 +21,7 @@ from ..pools import PoolReport, leave_ray, run_batches
 from ..pools._backend import pool_counts
 from ..pools._batch import answers_to_wait_for
 from ..pools._inference import BatchOutcome
-from ..rows._calls import ATTEMPTS, reason_to_stop
+from ..rows._interface import ATTEMPTS
 from ..rows.files import Parts, fingerprint
 from ._options import RunOptions
 from ._output import run_bar
@@ -130,7 +130,7 @@ def run_data(options: RunOptions, pool: RunPool) -> None:
                         f"batch, {opened.report().deaths} deaths"
                     )
                     progress.update(task, advance=new, description=text)
-                    counts.stopped = reason_to_stop(opened)
+                    counts.stopped = opened.ending
                     if counts.stopped is not None:
                         break
             except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
 from ..pools import AbstractPool, DevicePool, Faults, PoolReport, RayPool
-from ..rows._calls import hang_timeout
+from ..rows import RowSettings
 from ..rows.files import check_parts
 from ._errors import fail
 from ._options import RunOptions, table_of_option
@@ -94,7 +94,7 @@ class RunPool:
         further |= {
             "faults": self._faults,
             "worker_dtype": self._options.worker_dtype,
-            "hang_timeout": hang_timeout(self._options.deadline_s),
+            "hang_timeout": RowSettings(0.0, deadline=self._options.deadline_s).hang_timeout,
         }
         try:
             with console.status(f"starting {count} workers ({kind}) ..."):

@@ -18,10 +18,12 @@ from ._run_parts import Destination, RunPool, deaths_text
 from ._workload import find_workload
 
 # By the settings of `run_rows`, the options.
-_SETTINGS = {field.name: field.name for field in dataclasses.fields(RowSettings)} | {
+_SETTINGS = {
+    **{field.name: field.name for field in dataclasses.fields(RowSettings)},
     "rows_per_call": "groups",
     **{name: f"{name}_s" for name in ("deadline", "job_deadline", "grace")},
 }
+del _SETTINGS["learner_share"]
 
 
 def run_function(options: RunOptions, pool: RunPool) -> None:
@@ -84,13 +86,13 @@ def run_function(options: RunOptions, pool: RunPool) -> None:
                 workload.model,
                 x,
                 open_pool,
+                settings,
                 folder=to.folder,
                 resume=options.resume,
                 about=about,
                 ids=ids,
                 on_progress=show,
                 num_workers=options.num_workers,
-                **numbers,
             )
     except RuntimeError as error:
         fail(str(error), 1)
@@ -132,7 +134,7 @@ def _summary(result: RowResult, settings: RowSettings) -> Iterator[tuple[str, st
     largest = "" if bar is None else f", the largest error bar {bar:.3g}"
     yield "predicted", f"{numbers['predicted']:,}{largest}"
     yield "learner", _learner_text(result, settings)
-    if result.fitted is not None:
+    if result.learner is not None:
         for name, rows in (
             ("audited", "rows drawn at random"),
             ("came_late", "rows that came late"),
@@ -155,9 +157,9 @@ def _summary(result: RowResult, settings: RowSettings) -> Iterator[tuple[str, st
 
 
 def _learner_text(result: RowResult, settings: RowSettings) -> str:
-    if result.fitted is None:
+    if result.learner is None:
         return "none: all rows were computed before anything was learned"
-    text = f"fitted to {result.fitted.pairs:,} rows"
+    text = f"fitted to {result.summary['learned_from']:,} rows"
     if settings.tolerance is not None and result.values is not None:
         vectors = result.values[result.status == "computed"].reshape(result.summary["computed"], -1)
         vectors = vectors[np.isfinite(vectors).all(axis=1)]
