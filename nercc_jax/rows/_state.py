@@ -339,7 +339,7 @@ class RowState:
         if self.checks is not None and len(rows):
             looks = self.evidence.look_wrong(rows, values.reshape(len(rows), -1))
             given, values = self.checks.take(event.call, event.worker, rows, values, *looks)
-            self.rows["state"][rows[~given]] = AGAIN
+            self._move(rows[~given], AGAIN)
             self.queue.send_first(rows[~given])
             rows, values = rows[given], values[given]
         if len(rows):
@@ -356,8 +356,11 @@ class RowState:
         """Sort out the rows of a call that has no answer, or one that cannot be used."""
         rows = call.rows[(self.state(call.rows) == SENT) & (self.rows["held"][call.rows] == 0)]
         if not raised:
-            if not call.given_up and not call.copy:
-                self._try_again(rows, why)
+            self.rows["tries"][rows] += 1
+            spent = self.rows["tries"][rows] >= ATTEMPTS
+            self.rows["state"][rows] = np.where(spent, FAILED, AGAIN)
+            self.queue.send_again(rows[~spent].tolist())
+            self.reasons |= dict.fromkeys(rows[spent].tolist(), why)
         elif len(call.rows) > 1:
             self.rows["state"][rows] = AGAIN
             self.queue.halve(rows)
@@ -368,42 +371,35 @@ class RowState:
             if self.values is None and number >= min(self._first, len(self.rows)):
                 raise RuntimeError(f"the function raises on all of the first {number} rows: {why}")
 
-    def _try_again(self, rows: Int[np.ndarray, " few"], why: str) -> None:
-        """Send rows again that had no answer, unless they have had all their attempts."""
-        self.rows["tries"][rows] += 1
-        spent = self.rows["tries"][rows] >= ATTEMPTS
-        self.rows["state"][rows] = np.where(spent, FAILED, AGAIN)
-        self.queue.send_again(rows[~spent].tolist())
-        self.reasons |= dict.fromkeys(rows[spent].tolist(), why)
-
     def _looked(self, tick: Tick) -> None:
-        """Give up calls after their deadline, copy late ones, learn, and end when all is done."""
+        """Give up calls after their deadline, learn, end when all is done, or copy late calls."""
         self.seen, self._idle = tick, tick.report.idle
         if self.over:
             return
-        idle = tick.report.idle if self.queue.empty else 0
-        oldest = sorted(tick.ages.items(), key=lambda each: -each[1][0])
-        for number, (age, late) in oldest:
-            call, rows = self.calls[number], self.calls[number].rows
+        for number, (age, late) in tick.ages.items():
+            call = self.calls[number]
             call.age, call.late = age, late
             if age > self.settings.deadline and not call.given_up:
                 call.given_up = True  # an answer that still comes is welcome
                 if not call.copy:
-                    self.rows["held"][rows] -= 1
-                    free = (self.state(rows) == SENT) & (self.rows["held"][rows] == 0)
-                    why = f"no answer within {self.settings.deadline:g} s"
-                    self._try_again(rows[free], why)
-            elif late and not call.copy and idle > 0 and call.copies < 2:
-                rows = rows[self.state(rows) < PREDICTED]
-                if len(rows):
-                    call.copies, idle = call.copies + 1, idle - 1
-                    self._open(rows, copy=True)
+                    self.rows["held"][call.rows] -= 1
+                    self._failed(
+                        call, f"no answer within {self.settings.deadline:g} s", raised=False
+                    )
         if self.checks is not None:
             self.checks.look(tick.report)
             self._follow_fences()
         _offer_news(self)
         if tick.now >= _end_of(self.settings) or _finished(self):
             _end(self)
+        elif self.queue.empty:
+            calls = sorted(self.calls.values(), key=lambda call: -call.age)
+            late_calls = (call for call in calls if call.late and not (call.copy or call.given_up))
+            for call in late_calls:
+                rows = call.rows[self.state(call.rows) < PREDICTED]
+                if len(rows) and call.copies < 2 and self._idle > 0:
+                    call.copies += 1
+                    self._open(rows, copy=True)
 
     def _follow_fences(self) -> None:
         """Have workers fenced that answer wrongly, and take back what is in doubt by now."""
@@ -434,6 +430,10 @@ class RowState:
             self.values = np.full((len(self.rows), *values.shape[1:]), np.nan, values.dtype)
         self.values[rows] = values
         self.rows["deviation"][rows], self.rows["score"][rows] = deviation, score
+        self._move(rows, state)
+
+    def _move(self, rows: Int[np.ndarray, " few"], state: int | Shaped[np.ndarray, " few"]) -> None:
+        """Take rows to a state, whatever theirs was."""
         self.rows["state"][rows], self.rows["known"][rows] = state, False
         for row in rows.tolist() if self.reasons else ():
             self.reasons.pop(row, None)
