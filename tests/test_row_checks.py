@@ -11,10 +11,10 @@ from test_run_rows import smooth
 from nercc_jax import DevicePool
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.rows import RowSettings, run_rows
-from nercc_jax.rows._checks import NOBODY, RowChecks
+from nercc_jax.rows._checks import RowChecks
 from nercc_jax.rows._evidence import Evidence
 from nercc_jax.rows._queue import RowQueue
-from nercc_jax.rows._state import AGAIN, COMPUTED, ROW, WAITING, RowState
+from nercc_jax.rows._table import AGAIN, COMPUTED, WAITING, RowTable
 from nercc_jax.rows.files import Parts
 
 ROWS = np.random.default_rng(0).uniform(-1, 1, (600, 1))
@@ -101,9 +101,7 @@ def test_a_call_whose_answers_are_all_off_by_a_little_is_found(quick_fit):
 
 
 def checks_of(num_workers=4, **options):
-    rows = np.zeros(10, ROW)
-    rows["givers"] = rows["calls"] = NOBODY
-    return RowChecks(rows, num_workers, 0.05, options.get("max_fenced", 0.5))
+    return RowChecks(RowTable(10), num_workers, 0.05, options.get("max_fenced", 0.5))
 
 
 CALLS = itertools.count()
@@ -114,9 +112,16 @@ def answers(checks, worker, rows, values, looks_wrong=NONE, known=ALL, off=ALIKE
     return checks.take(next(CALLS), worker, np.asarray(rows), np.asarray(values, float), *looks)
 
 
+def follow(checks, computed, values):
+    checks._table["state"][:] = np.where(computed, COMPUTED, WAITING)
+    checks._table.values = values
+    return checks.follow_fences()
+
+
 def recheck(checks, rows, values, looks_wrong, off=ALIKE):
     looks = looks_wrong[: len(rows)], off[: len(rows)]
-    return checks.recheck(np.asarray(rows), values[rows], *looks).tolist()
+    checks._table.values = values
+    return checks.recheck(np.asarray(rows), *looks).tolist()
 
 
 def test_a_row_in_doubt_has_the_value_that_two_workers_give():
@@ -156,10 +161,10 @@ def test_what_only_a_fenced_worker_gave_is_taken_back():
         given, right = answers(checks, 2, [row], values[[row]])
         assert given.all()
         assert right.tolist() == values[[row]].tolist()
-    taken = checks.follow_fences(computed, values)
+    taken = follow(checks, computed, values)
     assert taken.tolist() == [3, 4]
     assert list(checks.counts()["fenced"]) == ["0"]
-    assert checks.follow_fences(computed, values) is None, "once"
+    assert follow(checks, computed, values) is None, "once"
     given, _ = answers(checks, 0, [4, 9], [[4.0], [9.0]])
     assert not given.any(), "it was sent before"
     given, found = answers(checks, 1, [3, 4, 9], [[3.5], [4.0], [8.0]])
@@ -186,13 +191,13 @@ def test_what_two_wrong_workers_gave_alike_is_taken_back_when_both_are_accused()
     assert found.tolist() == [[7.0]], "nothing tells this from two that are right"
     for worker in (2, 3):
         answers(checks, worker, [1], [[1.0]], ALL)
-    assert checks._rows["checked"][:2].all()
+    assert checks._table["checked"][:2].all()
     accuse(checks, 2, (3, 4), range(2, 6))
-    assert checks.follow_fences(computed, values).tolist() == []
-    assert not checks._rows["checked"][:2].any(), "one is left that gave each: it is looked at"
+    assert follow(checks, computed, values).tolist() == []
+    assert not checks._table["checked"][:2].any(), "one is left that gave each: it is looked at"
     assert recheck(checks, [0, 1], values, NONE) == []
     accuse(checks, 5, (3, 4), 3 * [*range(6, 10)])
-    assert checks.follow_fences(computed, values).tolist() == [0]
+    assert follow(checks, computed, values).tolist() == [0]
     assert sorted(checks.counts()["fenced"]) == ["2", "5"]
 
 
@@ -200,7 +205,7 @@ def test_two_that_are_accused_do_not_confirm_each_other():
     checks, values, computed = checks_of(6, max_fenced=0.0), np.zeros((10, 1)), np.zeros(10, bool)
     for worker in (2, 5):
         accuse(checks, worker, (0, 1), 3 * [*range(4)])
-    assert checks.follow_fences(computed, values) is not None
+    assert follow(checks, computed, values) is not None
     assert sorted(checks.counts()["not_fenced"]) == ["2", "5"], "none may be"
     for worker, given in ((2, False), (5, False), (0, False), (1, True)):
         value = [[3.0 if worker in (2, 5) else 4.0]]
@@ -212,7 +217,7 @@ def test_values_of_an_earlier_run_are_compared_with_two_new_ones():
     rows, values = np.array([2, 3]), np.arange(10.0)[:, None]
     assert recheck(checks, [2, 3], values, np.array([True, False])) == [2]
     assert checks.avoid(rows) == set()
-    assert checks._rows["checked"][[2, 3]].tolist() == [False, True]
+    assert checks._table["checked"][[2, 3]].tolist() == [False, True]
     assert not answers(checks, 0, [2], [[4.0]])[0].any()
     given, found = answers(checks, 1, [2], [[4.0]])
     assert given.all()
@@ -262,7 +267,7 @@ def test_somebody_must_compute_what_all_workers_gave_an_answer_to():
 
 
 def test_what_was_taken_back_after_it_was_written_is_not_taken_for_a_value(tmp_path):
-    state = RowState(RowSettings(tolerance=0.0), ROWS[:3])
+    state = RowTable(3)
     parts = Parts(tmp_path / "run", {}, state)
 
     def write(rows, value, kind):
@@ -273,7 +278,7 @@ def test_what_was_taken_back_after_it_was_written_is_not_taken_for_a_value(tmp_p
     write([0, 1, 2], 1.0, COMPUTED)
     write([0, 1], np.nan, AGAIN)
     write([0], 2.0, COMPUTED)
-    resumed = RowState(RowSettings(tolerance=0.0), ROWS[:3])
+    resumed = RowTable(3)
     Parts(tmp_path / "run", {}, resumed)
     assert resumed.rows["state"].tolist() == [COMPUTED, WAITING, COMPUTED]
     np.testing.assert_array_equal(resumed.values, [[2.0], [np.nan], [1.0]])

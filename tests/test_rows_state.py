@@ -106,12 +106,12 @@ class Run(RuleBasedStateMachine):
                 continue
             assert not self.finished, "nothing but calls that end, once the run is over"
             if isinstance(each, Send):
-                assert (self.state.state(each.rows) == SENT).all()
+                assert (self.state.table.state(each.rows) == SENT).all()
                 assert 0 < len(each.rows) <= each.size
                 assert len(each.avoid | self.fenced) < WORKERS, "somebody must compute them"
                 self.calls[each.call] = each
             elif isinstance(each, Give):
-                given = self.state.values[each.rows]
+                given = self.state.table.values[each.rows]
                 for row, value in zip(each.rows.tolist(), given, strict=True):
                     assert row not in self.values, "a row ends once"
                     self.values[row] = value
@@ -171,7 +171,7 @@ class Run(RuleBasedStateMachine):
 
     @invariant()
     def every_row_is_somewhere(self):
-        table, held = self.state.rows, np.zeros(ROWS, int)
+        table, held = self.state.table.rows, np.zeros(ROWS, int)
         for call in self.state.calls.values():
             if not call.copy and not call.given_up:
                 held[call.rows] += 1
@@ -181,7 +181,7 @@ class Run(RuleBasedStateMachine):
         assert self.state.calls.keys() == self.calls.keys()
         done = np.flatnonzero(table["state"] >= PREDICTED).tolist()
         assert sorted(self.values) == done
-        assert {*np.flatnonzero(table["state"] == FAILED).tolist()} == {*self.state.reasons}
+        assert {*np.flatnonzero(table["state"] == FAILED).tolist()} == {*self.state.table.reasons}
 
     def teardown(self):
         """Nothing waits for ever: when all calls are answered, the run ends."""
@@ -198,12 +198,12 @@ class Run(RuleBasedStateMachine):
             self.tick(idle=1, aged=0.0, late=False, passed=0.05)
             self.every_row_is_somewhere()
         assert self.finished
-        state = self.state.rows["state"]
+        state = self.state.table.rows["state"]
         assert {*state.tolist()} <= {FAILED, PREDICTED, COMPUTED}
         assert not (state[[*BAD]] == COMPUTED).any()
         computed = np.flatnonzero(state == COMPUTED)
         if len(computed) and not self.wrong:
-            np.testing.assert_array_equal(self.state.values[computed], function(computed))
+            np.testing.assert_array_equal(self.state.table.values[computed], function(computed))
 
 
 # To shrink a failure takes minutes, and tells little.
@@ -224,9 +224,9 @@ def a_state(x, **options):
 
 def come(state, rows, values, late):
     """Have rows computed, and compare them with what was predicted."""
-    state.rows["late"][rows] = late
+    state.table.rows["late"][rows] = late
     state.evidence.compare(rows, values, late)
-    state.put(rows, values, 0.0, 0.0, COMPUTED)
+    state.table.put(rows, values, 0.0, 0.0, COMPUTED)
 
 
 def test_labels_are_scored_by_their_error_probabilities():
@@ -234,7 +234,7 @@ def test_labels_are_scored_by_their_error_probabilities():
     probability = ErrorProbability(weights, jnp.zeros(1), jnp.zeros(1), steps, steps, 1 - steps)
     mean = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
     state = a_state(mean[:, :1], max_disagreement=0.1)
-    state.put(np.arange(1), mean[:1], 0.0, 0.0, COMPUTED)
+    state.table.put(np.arange(1), mean[:1], 0.0, 0.0, COMPUTED)
     state.handle(estimates(np.arange(200), mean, 0.1, fit=fitted(200, probability)))
     outputs = jnp.asarray(mean)
     expected = np.asarray(probability(outputs, jnp.full(200, 0.1), outputs))
@@ -251,8 +251,8 @@ def test_bars_of_late_rows_go_by_late_rows_alone_where_these_are_much_harder_or_
     """By quantiles that are counted by hand. Bars of other rows go by the audits."""
     random, nothing = np.random.default_rng(1), np.zeros((400, 1))
     state = a_state(np.linspace(0, 1, 400)[:, None], tolerance=10.0, compute=compute)
-    state.rows["audit"] = np.arange(400) % 2 == 0
-    state.put(np.array([399]), nothing[:1], 0.0, 0.0, COMPUTED)
+    state.table.rows["audit"] = np.arange(400) % 2 == 0
+    state.table.put(np.array([399]), nothing[:1], 0.0, 0.0, COMPUTED)
     state.handle(estimates(np.arange(400), nothing, 0.1))
     usual, error = random.uniform(0, 0.1, (100, 1)), random.uniform(0, 0.1 * harder, (40, 1))
     come(state, np.arange(0, 200, 2), usual, late=False)
@@ -271,11 +271,11 @@ def test_a_run_does_not_end_by_bars_of_quick_rows_where_rows_nearby_came_late():
     x = np.linspace(0, 1, 200)[:, None]
     state = a_state(x, tolerance=0.5)
     known = np.arange(0, 200, 2)
-    state.rows["audit"] = np.isin(np.arange(200), known)
-    state.put(known[:1], x[:1], 0.0, 0.0, COMPUTED)
+    state.table.rows["audit"] = np.isin(np.arange(200), known)
+    state.table.put(known[:1], x[:1], 0.0, 0.0, COMPUTED)
     state.handle(estimates(np.arange(200), x, 0.1))
     for call in state.calls.values():  # which the estimate has sent
-        state.rows["held"][call.rows], state.rows["state"][call.rows] = 0, WAITING
+        state.table.rows["held"][call.rows], state.table.rows["state"][call.rows] = 0, WAITING
     state.calls.clear()
     for late, error in ((False, 0.01), (True, 2.0)):
         rows = known[(known > 150) == late]
@@ -290,11 +290,11 @@ def test_a_run_does_not_end_by_bars_of_quick_rows_where_rows_nearby_came_late():
 
 def test_a_row_that_comes_after_its_prediction_is_the_functions_own():
     state = a_state(X[:2], tolerance=0.0)
-    state.put(np.array([1]), np.array([[2.0]]), 0.1, 0.2, PREDICTED)
-    assert state.rows["state"].tolist() == [WAITING, PREDICTED]
-    state.put(np.array([1]), np.array([[1.0]]), 0.0, 0.0, COMPUTED)
-    row = state.rows[1]
-    assert state.values[1].tolist() == [1.0]
+    state.table.put(np.array([1]), np.array([[2.0]]), 0.1, 0.2, PREDICTED)
+    assert state.table.rows["state"].tolist() == [WAITING, PREDICTED]
+    state.table.put(np.array([1]), np.array([[1.0]]), 0.0, 0.0, COMPUTED)
+    row = state.table.rows[1]
+    assert state.table.values[1].tolist() == [1.0]
     assert (row["state"], row["score"], row["deviation"]) == (COMPUTED, 0, 0)
     assert AGAIN < SENT < PREDICTED < COMPUTED
 
@@ -305,14 +305,14 @@ def test_answers_after_the_end_judge_bars_and_change_nothing():
     state.handle(Tick(0.1, report(WORKERS), {}, learning=False, fit_seconds=0.1))
     ((call, _),) = state.calls.items()
     bars = np.array([1.0, 0.5, 0.1, np.inf, 0.0])
-    state.put(np.arange(5), np.zeros((5, 2)), 1.0, bars, PREDICTED)
-    state.rows["state"][[1, 3, 4]] = FAILED, FAILED, COMPUTED
+    state.table.put(np.arange(5), np.zeros((5, 2)), 1.0, bars, PREDICTED)
+    state.table.rows["state"][[1, 3, 4]] = FAILED, FAILED, COMPUTED
     state.over = True
     order = state.calls[call].rows
     values = np.tile([0.4, -0.4], (5, 1))[order]
     assert state.handle(Answered(call, 0, values, late=True, usual=0.1)) == [Forget(call)]
     assert sorted(state.evidence.late.held) == [False, True, True]
-    assert not state.values.any()
+    assert not state.table.values.any()
 
 
 # What is learned.

@@ -19,8 +19,7 @@ from jaxtyping import Bool, Float, Int
 from ..pools import PoolReport
 from ..pools._answer_checks import AnswerChecks
 from ._learner import OF_CALLS
-
-NOBODY = -1
+from ._table import COMPUTED, NOBODY, RowTable
 
 
 class _Answer(NamedTuple):
@@ -45,7 +44,7 @@ class _Call(NamedTuple):
 
 
 class RowChecks:
-    """Doubts about answers, by columns of the table of rows (`ROW`).
+    """Doubts about answers, by columns of the table of rows.
 
     `givers` are the workers that gave a row's value, twice the same if it was one, and `calls` the
     calls that it came in; nobody's if it has no value, or an earlier run gave it. Rows are
@@ -59,7 +58,7 @@ class RowChecks:
 
     def __init__(
         self,
-        rows: np.ndarray,
+        table: RowTable,
         num_workers: int,
         rate: float,
         max_fenced: float,
@@ -76,7 +75,7 @@ class RowChecks:
         self._checks = AnswerChecks(
             num_workers, max_fenced, worker_dtype, lambda what, number: None, first=1, most=5
         )
-        self._rows, self._num_workers, self._rate = rows, num_workers, OF_CALLS * rate
+        self._table, self._num_workers, self._rate = table, num_workers, OF_CALLS * rate
         self.fenced: frozenset[int] = frozenset()
         self._accused: frozenset[int] = frozenset()
         self._outvoted: set[int] = set()  # calls with a wrong answer, the rest of which is trusted
@@ -113,7 +112,7 @@ class RowChecks:
         Returns:
             Which rows have a value now, and the values; another worker is to compute the others.
         """
-        given, values, table = np.zeros(len(rows), bool), values.copy(), self._rows
+        given, values, table = np.zeros(len(rows), bool), values.copy(), self._table
         if worker in self.fenced:  # what it answers was sent before it was
             return given, values
         doubted = self.in_doubt(rows)
@@ -150,7 +149,6 @@ class RowChecks:
     def recheck(
         self,
         rows: Int[np.ndarray, " some"],
-        values: Float[np.ndarray, "some ..."],
         looks_wrong: Bool[np.ndarray, " some"],
         residuals: Float[np.ndarray, "some outputs"],
     ) -> Int[np.ndarray, " few"]:
@@ -161,10 +159,9 @@ class RowChecks:
         Returns:
             The rows whose values are to be taken back.
         """
-        calls = self._rows["calls"][rows, 0]
-        for row, value in zip(rows[looks_wrong].tolist(), values[looks_wrong], strict=True):
-            self._doubt(row, value)
-        self._rows["checked"][rows[~looks_wrong]] = True
+        calls = self._table["calls"][rows, 0]
+        self._doubt_values(rows[looks_wrong])
+        self._table["checked"][rows[~looks_wrong]] = True
         order = np.argsort(calls, kind="stable")
         order = order[~looks_wrong[order] & (calls[order] != NOBODY)]
         for places in np.split(order, np.flatnonzero(np.diff(calls[order])) + 1):
@@ -184,20 +181,23 @@ class RowChecks:
             row = int(rows[np.argmax(residuals @ total)])
             bisect.insort(self._together, _Call(-float(total @ total) / len(rows), call, row))
 
-    def _doubt(
-        self, row: int, value: np.ndarray, worker: int | None = None, call: int = NOBODY
-    ) -> None:
-        """Doubt an answer of a worker, or the value that a row has by its first giver."""
-        table, value = self._rows, value.copy()
-        if worker is None:
-            worker, call = int(table["givers"][row, 0]), int(table["calls"][row, 0])
+    def _doubt(self, row: int, value: np.ndarray, worker: int, call: int) -> None:
+        """Doubt an answer of a worker."""
+        value = value.copy()
         self._came_first.setdefault(row, value)
         self._answers[row] = {} if worker == NOBODY else {worker: _Answer(value, call)}
-        table["givers"][row] = table["calls"][row] = NOBODY
-        table["checked"][row] = False
+        self._table["givers"][row] = self._table["calls"][row] = NOBODY
+        self._table["checked"][row] = False
         self.suspicious += 1
 
-    def doubt_calls(self, values: Float[np.ndarray, "rows ..."]) -> Int[np.ndarray, " few"]:
+    def _doubt_values(self, rows: Int[np.ndarray, " few"]) -> None:
+        """Doubt the values that rows have, by their first givers."""
+        givers, calls, values = self._table["givers"], self._table["calls"], self._table.values
+        assert values is not None
+        for row in rows.tolist():
+            self._doubt(row, values[row], int(givers[row, 0]), int(calls[row, 0]))
+
+    def doubt_calls(self) -> Int[np.ndarray, " few"]:
         """Doubt what came in one call with an answer that was outvoted since the last call.
 
         And doubt a row of each call whose answers look most wrong together. These are as many as
@@ -206,7 +206,7 @@ class RowChecks:
         Returns:
             The rows whose values are to be taken back.
         """
-        table, rows = self._rows, np.zeros(0, int)
+        table, rows = self._table, np.zeros(0, int)
         if self._outvoted:
             rows = np.flatnonzero(np.isin(table["calls"], list(self._outvoted)).all(axis=1))
             self._together = [each for each in self._together if each.number not in self._outvoted]
@@ -216,20 +216,17 @@ class RowChecks:
         self._asked |= {each.number for each in calls}
         asked = [each.row for each in calls if (table["calls"][each.row] == each.number).all()]
         rows = np.concatenate([rows, np.array(asked, int)])
-        for row in rows.tolist():
-            self._doubt(row, values[row])
+        self._doubt_values(rows)
         return rows
 
-    def follow_fences(
-        self, computed: Bool[np.ndarray, " rows"], values: Float[np.ndarray, "rows ..."] | None
-    ) -> Int[np.ndarray, " few"] | None:
+    def follow_fences(self) -> Int[np.ndarray, " few"] | None:
         """Fence the workers that are to be fenced now, and distrust the accused.
 
         Returns:
             The computed rows whose values are to be taken back, since only accused workers gave
             them; None if there are no values, or nobody was accused since the last call.
         """
-        accused, table = self._checks.accused, self._rows
+        accused, table, values = self._checks.accused, self._table, self._table.values
         new, self.fenced, self._accused = accused - self._accused, self._checks.fenced, accused
         if not new or values is None:
             return None
@@ -239,15 +236,15 @@ class RowChecks:
             if given and not kept:
                 del self._answers[row]  # as if nobody had computed it
         wrong = np.isin(table["givers"], list(accused))
-        rows = np.flatnonzero(computed & wrong.all(axis=1))
+        rows = np.flatnonzero((table["state"] == COMPUTED) & wrong.all(axis=1))
         for row in rows.tolist():
             self._came_first.setdefault(row, values[row].copy())
         self.suspicious += len(rows)
         one = (wrong[:, 0] != wrong[:, 1])[:, None]  # of the two that gave a row's value
         for name in ("givers", "calls"):  # the other one stands for both
-            table[name] = np.where(one & wrong, table[name][:, ::-1], table[name])
+            table[name][:] = np.where(one & wrong, table[name][:, ::-1], table[name])
             table[name][rows] = NOBODY
-        table["checked"] &= table["givers"][:, 0] != table["givers"][:, 1]
+        table["checked"][:] &= table["givers"][:, 0] != table["givers"][:, 1]
         self._together.clear()
         return rows
 
@@ -259,7 +256,7 @@ class RowChecks:
         """Return the counts for a run's summary."""
         status = self._checks.status()
         return {
-            "checked": int(self._rows["checked"].sum()),
+            "checked": int(self._table["checked"].sum()),
             "suspicious": self.suspicious,
             "corrected": self.corrected,
             "fenced": status["fenced"],

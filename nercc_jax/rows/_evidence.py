@@ -19,6 +19,7 @@ from ..risk._answer_check import AnswerCheck
 from ..risk._straggler_risk import StragglerRisk, StragglerRow, conformal_quantile, error_ratios
 from ._interface import RowSettings
 from ._learner import CAPACITY, FEW, FittedLearner, Learned, LearnerTask, Neighbours, like_late
+from ._table import RowTable
 
 FIRST = 96  # rows of the first fit
 NEWS = 32  # rows that are learned together between two fits
@@ -44,16 +45,16 @@ class _Errors:
 
 
 class Evidence:
-    """Estimates of all rows, in columns of their table (`ROW`), and what may be given out.
+    """Estimates of all rows, in columns of their table, and what may be given out.
 
     Args:
         settings: The accuracy at which a row is known well enough, among others.
         x: The inputs of all rows.
-        rows: The table of rows.
+        table: All that is known of each row.
     """
 
-    def __init__(self, settings: RowSettings, x: Shaped[np.ndarray, "rows ..."], rows: np.ndarray):
-        self._settings, self._x, self._rows = settings, x, rows
+    def __init__(self, settings: RowSettings, x: Shaped[np.ndarray, "rows ..."], table: RowTable):
+        self._settings, self._x, self._table = settings, x, table
         self.fit: FittedLearner | None = None
         self.mean: Float[np.ndarray, "rows outputs"] | None = None
         self._telling = np.zeros(0, int)
@@ -81,28 +82,22 @@ class Evidence:
 
     def forget(self, rows: Int[np.ndarray, " few"]) -> None:
         """Learn all again without these rows, if any was learned."""
-        if self._rows["learned"][rows].any():
+        if self._table["learned"][rows].any():
             self._due = 0
-        self._rows["learned"][rows] = self._rows["estimated"][rows] = False
+        self._table["learned"][rows] = self._table["estimated"][rows] = False
 
     def task(
-        self,
-        computed: Int[np.ndarray, " some"],
-        y: Float[np.ndarray, "rows outputs"],
-        others: Int[np.ndarray, " others"],
-        late: Bool[np.ndarray, " rows"],
-        unchecked: Int[np.ndarray, " few"],
-        *,
-        hurry: bool = False,
-        resumed: FittedLearner | None = None,
+        self, *, hurry: bool = False, resumed: FittedLearner | None = None
     ) -> LearnerTask | None:
         """Return what to learn from computed rows; None where there are too few new ones.
 
-        All computed rows have finite values. In a `hurry`, a first fit does with as few as there
-        may be. Nobody has looked at the values of `unchecked` rows, which are predicted, too. A
-        `resumed` learner has learned them already.
+        In a `hurry`, a first fit does with as few as there may be. A `resumed` learner has learned
+        them already.
         """
-        fit, learned = self.fit or resumed, self._rows["learned"]
+        table, fit, learned = self._table, self.fit or resumed, self._table["learned"]
+        computed, others, late, y = table.learnable, table.open, table.late, table.vectors
+        checks = self._settings.check_answers is not None
+        unchecked = table.unchecked if checks else computed[:0]
         new = computed[~learned[computed]]
         full = fit is not None and fit.pairs >= CAPACITY and self._due > 0
         if resumed is not None:
@@ -124,7 +119,7 @@ class Evidence:
         else:
             return None
         self._distrusted = False
-        judges = computed[self._rows["audit"][computed] | late[computed]]
+        judges = computed[table["audit"][computed] | late[computed]]
         known = np.union1d(judges, unchecked)
         rows = np.concatenate([others, known])
         return LearnerTask(
@@ -134,7 +129,7 @@ class Evidence:
             rows=rows,
             features=self._features[rows],
             known_y=y[known],
-            **self._neighbours(computed, y, late),
+            **self._neighbours(computed),
             unchecked=np.searchsorted(known, unchecked),
             settings=self._settings,
         )
@@ -142,7 +137,7 @@ class Evidence:
     def _chosen(self, computed: np.ndarray, most: int) -> np.ndarray:
         """Return the rows to fit to, so that every fourth, which calibrates, is one at random."""
         random = np.random.default_rng(len(computed)).permutation(computed)
-        audited = self._rows["audit"][random]
+        audited = self._table["audit"][random]
         count = min(len(computed), most)
         last = np.concatenate([random[audited], random[~audited]])[: count // 4]
         rest = np.setdiff1d(random, last, assume_unique=True)
@@ -152,37 +147,29 @@ class Evidence:
         chosen[places], chosen[~places] = last, rest
         return chosen
 
-    def _neighbours(
-        self,
-        computed: Int[np.ndarray, " some"],
-        y: Float[np.ndarray, "rows outputs"],
-        late: Bool[np.ndarray, " rows"],
-    ) -> dict[str, Neighbours]:
+    def _neighbours(self, computed: Int[np.ndarray, " some"]) -> dict[str, Neighbours]:
         """Return inputs, and outputs, of rows of which it is known whether they are late."""
+        late, y = self._table.late, self._table.vectors
         rows = np.union1d(computed, np.flatnonzero(late))
         rows = np.random.default_rng(len(rows)).permutation(rows)[:CAPACITY]
         known = rows[np.isin(rows, computed)]
         by_output = Neighbours(y[known], late[known])
         return {"by_input": Neighbours(self._features[rows], late[rows]), "by_output": by_output}
 
-    def take(
-        self,
-        learned: Learned,
-        computed: Int[np.ndarray, " some"],
-        y: Float[np.ndarray, "rows outputs"],
-    ) -> bool:
+    def take(self, learned: Learned) -> bool:
         """Take a new estimate, and compare it again with all that has come.
 
         Returns:
             Whether what it says of values counts.
         """
-        rows, table = learned.rows, self._rows
+        rows, table = learned.rows, self._table
+        computed, y = table.learnable, table.vectors
         self.fit, self._telling = learned.fit, learned.telling
         trusted = learned.looks is not None and not self._distrusted
         if learned.looks is not None and trusted:
             self._check = learned.looks.check
         if self.mean is None:
-            self.mean = np.zeros((len(table), learned.mean.shape[1]), np.float32)
+            self.mean = np.zeros((len(table.rows), learned.mean.shape[1]), np.float32)
         self.mean[rows], table["estimated"][rows] = learned.mean, True
         table["expected"][rows], table["plain"][rows] = learned.expected, learned.plain
         table["left_out"][rows], table["like_late"][rows] = learned.left_out, learned.like_late
@@ -196,22 +183,16 @@ class Evidence:
                 errors.risk.replace(self._compared(kind, y[kind], error, errors))
         return trusted
 
-    def notice_late(
-        self,
-        rows: Int[np.ndarray, " open"],
-        computed: Int[np.ndarray, " some"],
-        y: Float[np.ndarray, "rows outputs"],
-        late: Bool[np.ndarray, " rows"],
-    ) -> None:
+    def notice_late(self) -> None:
         """Find the open rows that are like rows which have been late since an estimate was begun.
 
         A run must not end by bars of quick rows because the next estimate is still in the making.
         """
-        rows = rows[self._rows["estimated"][rows] & ~self._rows["like_late"][rows]]
-        if self.mean is not None and len(rows) and late.any():
-            places = self._features[rows], self.mean[rows]
-            neighbours = self._neighbours(computed, y, late)
-            self._rows["like_late"][rows] = like_late(*places, **neighbours)
+        table, rows = self._table, self._table.open
+        rows = rows[table["estimated"][rows] & ~table["like_late"][rows]]
+        if self.mean is not None and len(rows) and table.late.any():
+            near = self._neighbours(table.learnable)
+            table["like_late"][rows] = like_late(self._features[rows], self.mean[rows], **near)
 
     def look_wrong(
         self, rows: Int[np.ndarray, " some"], values: Float[np.ndarray, "some outputs"]
@@ -222,8 +203,8 @@ class Evidence:
         found, known = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
         residuals = np.zeros(values.shape, np.float32)
         if self._check is not None and self.mean is not None:
-            known = self._rows["estimated"][rows]
-            expected = self.mean[rows[known]], self._rows["plain"][rows[known]]
+            known = self._table["estimated"][rows]
+            expected = self.mean[rows[known]], self._table["plain"][rows[known]]
             found[known] = self._check.suspicious(*expected, values[known])
             residuals[known] = self._check.residuals(*expected, values[known])
         return found, known, residuals
@@ -239,11 +220,11 @@ class Evidence:
         rows that came late, and infinite before there are enough.
         """
         score = np.full(len(rows), np.inf)
-        known = self._rows["estimated"][rows]
+        known = self._table["estimated"][rows]
         if self.mean is None or not known.any():
             return score
-        straggles = (self._rows["like_late"][rows] | late)[known]
-        mean, deviation = self.mean[rows[known]], self._rows["expected"][rows[known]]
+        straggles = (self._table["like_late"][rows] | late)[known]
+        mean, deviation = self.mean[rows[known]], self._table["expected"][rows[known]]
         by_kind = []
         for errors in (self.audits, self.late):
             if errors.risk.waits and not errors.risk.enough:
@@ -299,7 +280,7 @@ class Evidence:
         """Compare predictions with the rows' own values, from which they differ by `error`."""
         assert self.mean is not None
         mean = self.mean[rows]
-        probability, bar = self._estimated(mean, self._rows["expected"][rows], errors)
+        probability, bar = self._estimated(mean, self._table["expected"][rows], errors)
         differs = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
         facts = (each.tolist() for each in (probability, bar, differs, error_ratios(error, bar)))
         return [StragglerRow(*each) for each in zip(*facts, strict=True)]
@@ -308,7 +289,7 @@ class Evidence:
         self, rows: Int[np.ndarray, " some"], y: Float[np.ndarray, "some outputs"], late: bool
     ) -> None:
         """Compare rows that have come with what was predicted of them, where that counts."""
-        errors, table = self.late if late else self.audits, self._rows
+        errors, table = self.late if late else self.audits, self._table
         counts = np.isfinite(y).all(axis=1) & (table["audit"][rows] | late)
         counts &= table["estimated"][rows]
         if self.mean is None or not counts.any():
@@ -332,7 +313,7 @@ class Evidence:
     def _tells(self, rows: Int[np.ndarray, " some"]) -> Bool[np.ndarray, " some"]:
         """Return which rows' errors count: predicted by a learner with no answer to the input."""
         assert self.fit is not None
-        tells = self._rows["left_out"][rows]
+        tells = self._table["left_out"][rows]
         tells[~tells] = ~self.fit.learner.knows(self._features[rows[~tells]])
         return tells
 
@@ -342,9 +323,9 @@ class Evidence:
         The least certain come first, those that tell most about the others before all. Among them
         are the audits, one in four, in their own order, which is random.
         """
-        audited = self._rows["audit"][rows]
+        audited = self._table["audit"][rows]
         audits, others = np.random.default_rng(0).permutation(rows[audited]), rows[~audited]
-        others = others[np.argsort(-self._rows["expected"][others], kind="stable")]
+        others = others[np.argsort(-self._table["expected"][others], kind="stable")]
         telling = self._telling[np.isin(self._telling, others)]
         others = np.concatenate([telling, others[~np.isin(others, telling)]])
         places = np.concatenate([4.0 * np.arange(len(audits)), np.arange(len(others)) * 4 / 3 + 1])

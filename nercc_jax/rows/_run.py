@@ -121,7 +121,7 @@ def run_rows(
     state, parts = RowState(settings, x), None
     if folder is not None:
         check_parts(Path(folder), resume)
-        parts = Parts(Path(folder), {"inputs": fingerprint(x)} | facts, state, names)
+        parts = Parts(Path(folder), {"inputs": fingerprint(x)} | facts, state.table, names)
     opening: Any = contextlib.nullcontext(pool)
     if not isinstance(pool, AbstractPool):
         further: Any = {"compiled": False, "hang_timeout": settings.hang_timeout}
@@ -166,7 +166,7 @@ class _Run:
         except KeyboardInterrupt:
             stopped = "interrupted"
         except RuntimeError:
-            if self._parts is not None and not (state.rows["state"] >= PREDICTED).any():
+            if self._parts is not None and len(state.table.open) == len(self._x):
                 self._parts.remove()
                 self._parts = None
             raise
@@ -177,21 +177,21 @@ class _Run:
             for batch in self._batches.values():
                 batch.forget()
             if self._parts is not None:
-                self._parts.flush(complete=bool((state.rows["state"] >= PREDICTED).all()))
+                self._parts.flush(complete=not len(state.table.open))
         return stopped
 
     def _resume(self) -> None:
         """Give what an earlier run had, and go on with what it learned."""
         state = self._state
         for computed in (True, False):
-            rows = state.all_in(COMPUTED if computed else PREDICTED)
-            if len(rows) and state.values is not None:
-                self._on_rows(rows, state.values[rows], computed)
+            rows = state.table.all_in(COMPUTED if computed else PREDICTED)
+            if len(rows) and state.table.values is not None:
+                self._on_rows(rows, state.table.values[rows], computed)
         path = None if self._parts is None else self._parts.kept("learner")
-        if path is not None and state.values is not None:
-            learned = learn(state.task_of(FittedLearner.load(path)))
-            assert learned is not None
-            self._handle(learned)
+        if path is not None and state.table.values is not None:
+            task = state.evidence.task(resumed=FittedLearner.load(path))
+            if task is not None and (learned := learn(task)) is not None:
+                self._handle(learned)
 
     def _turns(self) -> Iterator[None]:
         """Yield now and then, when there is news, until the run is over."""
@@ -270,8 +270,8 @@ class _Run:
             elif isinstance(each, Give | Withdraw):
                 if parts is not None:
                     parts.add(each.rows.tolist())
-                if isinstance(each, Give) and state.values is not None:
-                    self._on_rows(each.rows, state.values[each.rows], each.computed)
+                if isinstance(each, Give) and state.table.values is not None:
+                    self._on_rows(each.rows, state.table.values[each.rows], each.computed)
             elif isinstance(each, Fence):
                 self._pool.fence(each.workers)
             elif isinstance(each, Learn):
@@ -289,11 +289,11 @@ def _result(
     ids: Shaped[np.ndarray, " rows"] | None,
 ) -> RowResult:
     """Return what a run has, in the order of the inputs."""
-    rows, progress, report = state.rows, state.progress(), pool.report()
-    computed, predicted = state.all_in(COMPUTED), state.all_in(PREDICTED)
-    status = np.full(len(rows), "waiting", "U9")
+    table, progress, report = state.table, state.progress(), pool.report()
+    computed, predicted = table.all_in(COMPUTED), table.all_in(PREDICTED)
+    status = np.full(len(table.rows), "waiting", "U9")
     status[computed], status[predicted] = "computed", "predicted"
-    status[[*state.reasons]] = "unknown"
+    status[[*table.reasons]] = "unknown"
     speed, evidence = max(progress.rows_per_second, 1e-9), state.evidence
     bars = state.settings.tolerance is not None and len(predicted) > 0
     summary = {
@@ -302,24 +302,24 @@ def _result(
         "seconds_if_all_were_computed": progress.seconds + len(predicted) / speed,
         "rows_per_second": progress.rows_per_second,
         "computed": len(computed),
-        "not_finite": 0 if state.values is None else len(computed) - len(state.learnable),
+        "not_finite": 0 if table.values is None else len(computed) - len(table.learnable),
         "predicted": len(predicted),
-        "largest_bar": float(rows["score"][predicted].max()) if bars else None,
+        "largest_bar": float(table["score"][predicted].max()) if bars else None,
         "learned_from": None if evidence.fit is None else evidence.fit.pairs,
         "audited": len(evidence.audits.held),
         "audited_held": sum(evidence.audits.held),
         "came_late": len(evidence.late.held),
         "came_late_held": sum(evidence.late.held),
         **pool_counts(report),
-        "unknown": len(state.reasons),
+        "unknown": len(table.reasons),
         **({} if state.checks is None else state.checks.counts()),
     }
     return RowResult(
-        state.values,
+        table.values,
         status,
-        rows["deviation"].copy(),
-        rows["score"].copy(),
-        dict(sorted(state.reasons.items())),
+        table["deviation"].copy(),
+        table["score"].copy(),
+        dict(sorted(table.reasons.items())),
         facts | summary,
         report,
         stopped,

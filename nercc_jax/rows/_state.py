@@ -23,43 +23,20 @@ next. Some are computed all the same, drawn at random (`audit`): they judge its 
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from ..evaluation._criteria import row_errors
 from ..pools import PoolReport
-from ._checks import NOBODY, RowChecks
+from ._checks import RowChecks
 from ._evidence import NEWS, Evidence
 from ._interface import ATTEMPTS, RowProgress, RowSettings
-from ._learner import FittedLearner, Learned, LearnerTask
+from ._learner import Learned, LearnerTask
 from ._queue import RowQueue
-
-WAITING, AGAIN, SENT, FAILED, PREDICTED, COMPUTED = range(6)
-
-ROW = np.dtype(
-    [
-        ("state", "u1"),
-        ("held", "i4"),  # calls that have it and are not given up, without copies
-        ("tries", "u1"),  # calls that had it, and gave no answer in time
-        ("late", "?"),  # whether it came late
-        ("audit", "?"),  # whether it is computed whatever is known of it
-        ("deviation", "f8"),  # how far its value may be off, and its error bar or error probability
-        ("score", "f8"),
-        ("givers", "i4", (2,)),  # the workers that gave its value, and in which calls (`RowChecks`)
-        ("calls", "i4", (2,)),
-        ("checked", "?"),
-        ("estimated", "?"),  # whether the learner has predicted it, and how far that may be off:
-        ("expected", "f8"),  # by errors nearby,
-        ("plain", "f8"),  # and by the learner's own deviation (`Evidence`)
-        ("left_out", "?"),  # whether it was predicted without its own value
-        ("like_late", "?"),  # whether its neighbours came late
-        ("learned", "?"),  # whether the learner has been given it
-        ("known", "?"),  # whether it need not be computed, as things are
-    ]
-)
+from ._table import AGAIN, COMPUTED, FAILED, PREDICTED, SENT, WAITING, RowTable
 
 
 class Answered(NamedTuple):
@@ -185,10 +162,7 @@ class RowState:
         x: The inputs of all rows.
 
     Attributes:
-        rows: A row for each input (`ROW`).
-        values: The function's own values where computed, otherwise predicted ones; NaN where there
-            is none. None before the first.
-        reasons: Why rows have FAILED.
+        table: All that is known of each row.
         calls: Those under way, by number.
         evidence: The latest estimates, and how far these are off.
         checks: The doubts about answers, if they are checked.
@@ -206,19 +180,15 @@ class RowState:
 
     def __init__(self, settings: RowSettings, x: Shaped[np.ndarray, "rows ..."]):
         self.settings = settings
-        self.rows = rows = np.zeros(len(x), ROW)
-        for name in ("deviation", "score", "expected", "plain"):
-            rows[name] = np.inf
-        rows["givers"] = rows["calls"] = NOBODY
+        self.table = RowTable(len(x))
         self._order = order = np.random.default_rng(settings.seed).permutation(len(x))
         # Rows that are computed before anything is learned: a tenth, within limits. These and some
         # of the others, all of them at random, judge the learner's error bars.
         self._first = min(max(len(x) // 10, 100), 256)
-        rows["audit"][order[: self._first]] = rows["audit"][order[self._first :: 20]] = True
-        self.values: Float[np.ndarray, "rows ..."] | None = None
-        self.reasons: dict[int, str] = {}
+        audits = order[: self._first], order[self._first :: 20]
+        self.table["audit"][np.concatenate(audits)] = True
         self.calls: dict[int, RowCall] = {}
-        self.evidence = Evidence(settings, x, rows)
+        self.evidence = Evidence(settings, x, self.table)
         self.computed = self.offered = 0
         self.looked_at = -1
         self.over = False
@@ -233,13 +203,13 @@ class RowState:
         Raises:
             ValueError: If answers are to be checked, and there are too few workers.
         """
-        waiting = self._order[self.state(self._order) == WAITING]
+        waiting = self._order[self.table.state(self._order) == WAITING]
         self.queue = RowQueue(waiting, report.num_workers, self.settings)
         self.seen = Tick(0.0, report, {}, learning=False, fit_seconds=0.5)
         self.checks, rate = None, self.settings.check_answers
         if rate is not None:
             most = self.settings.max_fenced
-            self.checks = RowChecks(self.rows, report.num_workers, rate, most, worker_dtype)
+            self.checks = RowChecks(self.table, report.num_workers, rate, most, worker_dtype)
 
     def handle(self, event: Event) -> list[Instruction]:
         """Take an event, and return what is to be done, in that order.
@@ -256,8 +226,9 @@ class RowState:
                 _arrange(self, event)
         elif (call := self.calls.pop(event.call, None)) is not None:
             self.do(Forget(event.call))
+            self.table["overdue"][call.rows] = False
             if not call.copy and not call.given_up:
-                self.rows["held"][call.rows] -= 1
+                self.table["held"][call.rows] -= 1
             if isinstance(event, Answered):
                 self._answered(event, call)
             elif not self.over:
@@ -268,9 +239,12 @@ class RowState:
             # grow. And one for each that is idle, since it may be a new one.
             ahead = 2 if self.queue.timed else 1
             room = max(ahead * (report.num_workers - report.starting) - out, self._idle)
-            while room > 0 and len(rows := self.queue.take(lambda rows: self.state(rows) <= AGAIN)):
-                self.rows["held"][rows] += 1
-                self.rows["state"][rows] = SENT
+            table = self.table
+            while room > 0 and len(
+                rows := self.queue.take(lambda some: table.state(some) <= AGAIN)
+            ):
+                table["held"][rows] += 1
+                table["state"][rows] = SENT
                 self._open(rows, copy=False)
                 room -= 1
         return self._todo
@@ -278,40 +252,6 @@ class RowState:
     def do(self, instruction: Instruction) -> None:
         """Add an instruction to what is to be done."""
         self._todo.append(instruction)
-
-    def state(self, rows: Int[np.ndarray, " some"]) -> Shaped[np.ndarray, " some"]:
-        """Return the states of some rows."""
-        return self.rows["state"][rows]
-
-    def all_in(self, *states: int) -> Int[np.ndarray, " some"]:
-        """Return the rows in one of these states."""
-        return np.flatnonzero(np.isin(self.rows["state"], states))
-
-    @property
-    def late(self) -> Bool[np.ndarray, " rows"]:
-        """Which rows came late, or are late."""
-        late = self.rows["late"].copy()
-        for call in self.calls.values():
-            late[call.rows] |= call.late or call.given_up
-        return late
-
-    @property
-    def vectors(self) -> Float[np.ndarray, "rows outputs"]:
-        """The values as vectors, when there are any."""
-        assert self.values is not None
-        return self.values.reshape(len(self.rows), -1)
-
-    @property
-    def learnable(self) -> Int[np.ndarray, " few"]:
-        """The computed rows whose values are finite."""
-        computed = self.all_in(COMPUTED)
-        return computed[np.isfinite(self.vectors[computed]).all(axis=1)]
-
-    @property
-    def unchecked(self) -> Int[np.ndarray, " some"]:
-        """The computed rows whose values have not been looked at, if answers are checked."""
-        computed = self.all_in(COMPUTED)
-        return computed[~self.rows["checked"][computed] & (self.checks is not None)]
 
     # Calls.
 
@@ -330,23 +270,23 @@ class RowState:
         if self.over:
             _judge(self, rows, values)
             return
-        if self.values is not None and values.shape[1:] != self.values.shape[1:]:
-            shapes = f"a row came as {values.shape[1:]}, others as {self.values.shape[1:]}"
+        if self.table.values is not None and values.shape[1:] != self.table.values.shape[1:]:
+            shapes = f"a row came as {values.shape[1:]}, others as {self.table.values.shape[1:]}"
             self._failed(call, shapes, raised=True)
             return
-        fresh = self.state(rows) != COMPUTED
+        fresh = self.table.state(rows) != COMPUTED
         rows, values = rows[fresh], values[fresh]
         if self.checks is not None and len(rows):
             looks = self.evidence.look_wrong(rows, values.reshape(len(rows), -1))
             given, values = self.checks.take(event.call, event.worker, rows, values, *looks)
-            self._move(rows[~given], AGAIN)
+            self.table.move(rows[~given], AGAIN)
             self.queue.send_first(rows[~given])
             rows, values = rows[given], values[given]
         if len(rows):
             late = event.late or call.given_up or call.copy  # a copy is that of a late call
-            self.rows["late"][rows] = late
+            self.table["late"][rows] = late
             self.evidence.compare(rows, values.reshape(len(rows), -1), late)
-            self.put(rows, values, 0.0, 0.0, COMPUTED)
+            self.table.put(rows, values, 0.0, 0.0, COMPUTED)
             self.computed += len(rows)
             self.do(Give(rows, computed=True))
             self.queue.observe(call.size, event.usual, self._input_bytes + values[0].nbytes)
@@ -354,21 +294,22 @@ class RowState:
 
     def _failed(self, call: RowCall, why: str, raised: bool) -> None:
         """Sort out the rows of a call that has no answer, or one that cannot be used."""
-        rows = call.rows[(self.state(call.rows) == SENT) & (self.rows["held"][call.rows] == 0)]
+        table, rows = self.table, call.rows
+        rows = rows[(table.state(rows) == SENT) & (table["held"][rows] == 0)]
         if not raised:
-            self.rows["tries"][rows] += 1
-            spent = self.rows["tries"][rows] >= ATTEMPTS
-            self.rows["state"][rows] = np.where(spent, FAILED, AGAIN)
+            table["tries"][rows] += 1
+            spent = table["tries"][rows] >= ATTEMPTS
+            table["state"][rows] = np.where(spent, FAILED, AGAIN)
             self.queue.send_again(rows[~spent].tolist())
-            self.reasons |= dict.fromkeys(rows[spent].tolist(), why)
+            self.table.reasons |= dict.fromkeys(rows[spent].tolist(), why)
         elif len(call.rows) > 1:
-            self.rows["state"][rows] = AGAIN
+            self.table["state"][rows] = AGAIN
             self.queue.halve(rows)
         else:
-            self.rows["state"][rows] = FAILED
-            self.reasons |= dict.fromkeys(rows.tolist(), why)
-            number = len(self.reasons)
-            if self.values is None and number >= min(self._first, len(self.rows)):
+            self.table["state"][rows] = FAILED
+            self.table.reasons |= dict.fromkeys(rows.tolist(), why)
+            number = len(self.table.reasons)
+            if self.table.values is None and number >= min(self._first, len(self.table.rows)):
                 raise RuntimeError(f"the function raises on all of the first {number} rows: {why}")
 
     def _looked(self, tick: Tick) -> None:
@@ -376,16 +317,19 @@ class RowState:
         self.seen, self._idle = tick, tick.report.idle
         if self.over:
             return
+        for call in self.calls.values():
+            self.table["overdue"][call.rows] = False
         for number, (age, late) in tick.ages.items():
             call = self.calls[number]
             call.age, call.late = age, late
             if age > self.settings.deadline and not call.given_up:
                 call.given_up = True  # an answer that still comes is welcome
                 if not call.copy:
-                    self.rows["held"][call.rows] -= 1
+                    self.table["held"][call.rows] -= 1
                     self._failed(
                         call, f"no answer within {self.settings.deadline:g} s", raised=False
                     )
+            self.table["overdue"][call.rows] |= late or call.given_up
         if self.checks is not None:
             self.checks.look(tick.report)
             self._follow_fences()
@@ -396,7 +340,7 @@ class RowState:
             calls = sorted(self.calls.values(), key=lambda call: -call.age)
             late_calls = (call for call in calls if call.late and not (call.copy or call.given_up))
             for call in late_calls:
-                rows = call.rows[self.state(call.rows) < PREDICTED]
+                rows = call.rows[self.table.state(call.rows) < PREDICTED]
                 if len(rows) and call.copies < 2 and self._idle > 0:
                     call.copies += 1
                     self._open(rows, copy=True)
@@ -406,84 +350,33 @@ class RowState:
         if self.checks is None:
             return
         fenced = self.checks.fenced
-        rows = self.checks.follow_fences(self.rows["state"] == COMPUTED, self.values)
+        rows = self.checks.follow_fences()
         if self.checks.fenced != fenced:
             self.do(Fence(self.checks.fenced))
         if rows is not None:
             self.evidence.distrust()
             self.take_back(rows)
-        if self.values is not None:
-            self.take_back(self.checks.doubt_calls(self.values))
-
-    # Values.
-
-    def put(
-        self,
-        rows: Int[np.ndarray, " few"],
-        values: Float[np.ndarray, "few ..."],
-        deviation: float | Float[np.ndarray, " few"],
-        score: float | Float[np.ndarray, " few"],
-        state: int | Shaped[np.ndarray, " few"],
-    ) -> None:
-        """Give rows their values."""
-        if self.values is None:
-            self.values = np.full((len(self.rows), *values.shape[1:]), np.nan, values.dtype)
-        self.values[rows] = values
-        self.rows["deviation"][rows], self.rows["score"][rows] = deviation, score
-        self._move(rows, state)
-
-    def _move(self, rows: Int[np.ndarray, " few"], state: int | Shaped[np.ndarray, " few"]) -> None:
-        """Take rows to a state, whatever theirs was."""
-        self.rows["state"][rows], self.rows["known"][rows] = state, False
-        for row in rows.tolist() if self.reasons else ():
-            self.reasons.pop(row, None)
+        if self.table.values is not None:
+            self.take_back(self.checks.doubt_calls())
 
     def take_back(self, rows: Int[np.ndarray, " few"]) -> None:
         """Treat rows in doubt as if they had no values, until other workers have computed them."""
         if len(rows):
-            assert self.values is not None
-            self.put(rows, np.full_like(self.values[rows], np.nan), np.inf, np.inf, AGAIN)
+            self.table.take_back(rows)
             self.evidence.forget(rows)
             self.queue.send_first(rows)
             self.do(Withdraw(rows))
 
-    def rows_of(self, pieces: Sequence[int]) -> dict[str, np.ndarray]:
-        """Return what is known of some rows, as arrays by name; those taken back are not done."""
-        rows = np.unique(np.asarray(pieces, int))
-        assert self.values is not None
-        return {
-            "index": rows,
-            "predictions": self.values[rows],
-            "deviation": self.rows["deviation"][rows],
-            "score": self.rows["score"][rows],
-            "exact": self.state(rows) == COMPUTED,
-            "done": self.state(rows) >= PREDICTED,
-        }
-
-    def take(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take what `rows_of` returned in another process."""
-        state = np.where(arrays["exact"], COMPUTED, np.where(arrays["done"], PREDICTED, WAITING))
-        names = ("index", "predictions", "deviation", "score")
-        self.put(*(arrays[name] for name in names), state)
-
-    def task_of(self, fit: FittedLearner) -> LearnerTask:
-        """Return the task of a learner that an earlier run fitted: what it says of all rows."""
-        rows = np.flatnonzero(self.rows["state"] < PREDICTED)
-        known = self.learnable, self.vectors, rows, self.late, self.unchecked
-        task = self.evidence.task(*known, resumed=fit)
-        assert task is not None
-        return task
-
     def progress(self) -> RowProgress:
         """Return the numbers of rows that are computed, predicted and so on."""
-        count, state = np.bincount(self.rows["state"], minlength=COMPUTED + 1), self.rows["state"]
-        known = np.count_nonzero(self.rows["known"] & (state < PREDICTED))
+        count, state = np.bincount(self.table["state"], minlength=COMPUTED + 1), self.table["state"]
+        known = np.count_nonzero(self.table["known"] & (state < PREDICTED))
         report, calls = self.seen.report, self.calls.values()
         return RowProgress(
-            rows=len(self.rows),
+            rows=len(self.table.rows),
             computed=int(count[COMPUTED]),
             predicted=int(count[PREDICTED] + known),
-            unknown=len(self.reasons),
+            unknown=len(self.table.reasons),
             late=sum(len(call.rows) for call in calls if call.late and not call.copy),
             workers=report.num_workers - report.starting,
             seconds=self.seen.now,
@@ -503,7 +396,7 @@ def _finished(run: RowState) -> bool:
     """Return whether no row is to be waited for."""
     if not _settled(run) or _awaits_check(run):
         return False
-    _notice_late(run)
+    run.evidence.notice_late()
     return _settled(run)
 
 
@@ -511,14 +404,14 @@ def _settled(run: RowState) -> bool:
     """Return whether all rows are done or known, as things are; send the doubtful ones."""
     if not run.queue.empty:
         return False
-    rows, evidence = run.all_in(WAITING), run.evidence
+    rows, evidence = run.table.all_in(WAITING), run.evidence
     if evidence.fit is not None:
         # Known well enough before, and now not: an audit has shown that bars were too short.
         rows = rows[evidence.score(rows) > evidence.limit]
     if not run.queue.spent and len(rows):
         run.queue.waiting = evidence.order(rows)
         return False
-    rows = run.all_in(SENT)
+    rows = run.table.all_in(SENT)
     if not len(rows):
         return True
     # A call that is not late has its answer soon, which is better than a prediction; and audits are
@@ -527,27 +420,20 @@ def _settled(run: RowState) -> bool:
     if evidence.fit is None or not np.isin(rows, np.concatenate([[], *late])).all():
         return False
     good = evidence.score(rows, late=True) <= evidence.limit
-    needed = run.rows["audit"][rows] & (run.settings.compute == "needed")
+    needed = run.table["audit"][rows] & (run.settings.compute == "needed")
     return bool((good & ~needed).all())
-
-
-def _notice_late(run: RowState) -> None:
-    """Have the rows that wait compared with all that have been late by now."""
-    if run.evidence.fit is not None:
-        rows = np.flatnonzero(run.rows["state"] < PREDICTED)
-        run.evidence.notice_late(rows, run.learnable, run.vectors, run.late)
 
 
 def _end(run: RowState) -> None:
     """End the run: predict the rows that are known well enough, and say why others are not."""
-    run.over, evidence = True, run.evidence
-    _notice_late(run)
-    rows = np.flatnonzero(run.rows["state"] < PREDICTED)
-    score = evidence.score(rows, run.late[rows] | (run.rows["tries"][rows] > 0))
-    failed = run.state(rows) == FAILED
+    run.over, evidence, table = True, run.evidence, run.table
+    run.evidence.notice_late()
+    rows = run.table.open
+    score = evidence.score(rows, run.table.late[rows] | (run.table["tries"][rows] > 0))
+    failed = run.table.state(rows) == FAILED
     good = np.zeros(len(rows), bool)
     if evidence.fit is not None:
-        raised = failed & (run.rows["tries"][rows] < ATTEMPTS)
+        raised = failed & (run.table["tries"][rows] < ATTEMPTS)
         good = (score <= evidence.limit) & ~raised
     left = ~good & ~failed
     why = "deadline" if run.seen.now >= _end_of(run.settings) else "last call"
@@ -558,13 +444,14 @@ def _end(run: RowState) -> None:
     for places, state in ((good, PREDICTED), (left & np.isfinite(score), FAILED)):
         if places.any():
             assert evidence.mean is not None
-            assert run.values is not None
-            values = evidence.mean[rows[places]].reshape(-1, *run.values.shape[1:])
-            values, deviation = values.astype(run.values.dtype), run.rows["expected"][rows[places]]
-            run.put(rows[places], values, deviation, score[places], state)
-    run.rows["state"][rows[left]] = FAILED
+            assert table.values is not None
+            values = evidence.mean[rows[places]].reshape(-1, *table.values.shape[1:])
+            values, deviation = values.astype(table.values.dtype), table["expected"][rows[places]]
+            table.put(rows[places], values, deviation, score[places], state)
+    table["state"][rows[left]] = FAILED
     for row, reason, bar in zip(rows[left].tolist(), reasons[left], score[left], strict=True):
-        run.reasons[row] = reason + (f"; its error bar is {bar:.3g}" if np.isfinite(bar) else "")
+        barred = f"; its error bar is {bar:.3g}" if np.isfinite(bar) else ""
+        table.reasons[row] = reason + barred
     if good.any():
         run.do(Give(rows[good], computed=False))
     run.do(Finish())
@@ -575,17 +462,17 @@ def _judge(
 ) -> None:
     """Judge the error bars of rows by answers that came after the end."""
     labels, vectors = run.settings.tolerance is None, values.reshape(len(rows), -1)
-    barred = run.state(rows) == PREDICTED if labels else np.isfinite(run.rows["score"][rows])
-    barred &= (run.state(rows) < COMPUTED) & np.isfinite(vectors).all(axis=1)
-    barred &= ~run.rows["late"][rows]  # another answer has judged it
+    barred = run.table.state(rows) == PREDICTED if labels else np.isfinite(run.table["score"][rows])
+    barred &= (run.table.state(rows) < COMPUTED) & np.isfinite(vectors).all(axis=1)
+    barred &= ~run.table["late"][rows]  # another answer has judged it
     rows, y = rows[barred], vectors[barred].astype(np.float32)
     if len(rows):
-        run.rows["late"][rows] = True
-        mean = run.vectors[rows].astype(np.float32)
+        run.table["late"][rows] = True
+        mean = run.table.vectors[rows].astype(np.float32)
         if labels:
             held = np.argmax(mean, axis=1) == np.argmax(y, axis=1)
         else:
-            held = row_errors(mean, y) <= run.rows["score"][rows]
+            held = row_errors(mean, y) <= run.table["score"][rows]
         run.evidence.late.held += held.tolist()
 
 
@@ -594,28 +481,27 @@ def _judge(
 
 def _arrange(run: RowState, learned: Learned) -> None:
     """Take what was learned, and decide which rows are computed, in which order."""
-    evidence, table = run.evidence, run.rows
-    trusted, looks = evidence.take(learned, run.learnable, run.vectors), learned.looks
-    rows = run.all_in(WAITING)
-    table["known"] = False
+    evidence, table = run.evidence, run.table
+    trusted, looks = evidence.take(learned), learned.looks
+    rows = run.table.all_in(WAITING)
+    table["known"][:] = False
     if run.settings.compute == "needed":
         table["known"][rows] = known = evidence.score(rows) <= evidence.limit
         rows = rows[~known | table["audit"][rows]]
     run.queue.waiting = evidence.order(rows)
     if trusted and looks is not None and run.checks is not None:
-        assert run.values is not None
-        still = (run.state(looks.rows) == COMPUTED) & ~table["checked"][looks.rows]
+        still = (run.table.state(looks.rows) == COMPUTED) & ~table["checked"][looks.rows]
         rows, found = looks.rows[still], (looks.looks_wrong[still], looks.residuals[still])
         # Taken back is what is found to look wrong among earlier values.
-        run.take_back(run.checks.recheck(rows, run.values[rows], *found))
+        run.take_back(run.checks.recheck(rows, *found))
 
 
 def _offer_news(run: RowState) -> None:
     """Have the learner learn what came, if it is worth its time."""
     settings, tick = run.settings, run.seen
-    if (settings.tolerance == 0 and run.checks is None) or run.values is None:
+    if (settings.tolerance == 0 and run.checks is None) or run.table.values is None:
         return
-    if settings.max_disagreement is not None and run.vectors.shape[1] < 2:
+    if settings.max_disagreement is not None and run.table.vectors.shape[1] < 2:
         raise ValueError(
             "max_disagreement is for labels, the largest of several outputs; this function "
             "gives one number: give a tolerance"
@@ -637,9 +523,8 @@ def _offer_news(run: RowState) -> None:
 
 def _begin_to_learn(run: RowState, hurry: bool) -> None:
     """Have the learner learn all that came, if there is enough of it."""
-    run.offered, others = run.computed, np.flatnonzero(run.rows["state"] < PREDICTED)
-    known = run.learnable, run.vectors, others, run.late, run.unchecked
-    task = run.evidence.task(*known, hurry=hurry)
+    run.offered = run.computed
+    task = run.evidence.task(hurry=hurry)
     if task is not None:
         run.seen = run.seen._replace(learning=True)
         run.do(Learn(task))
@@ -647,10 +532,10 @@ def _begin_to_learn(run: RowState, hurry: bool) -> None:
 
 def _awaits_check(run: RowState) -> bool:
     """Return whether values are still to be looked at, and see to it that they are."""
-    if run.checks is None or run.values is None:
+    if run.checks is None or run.table.values is None:
         return False
-    outdated = run.evidence.outdated and bool((run.rows["state"] < PREDICTED).any())
-    news = run.looked_at != run.computed and (len(run.unchecked) > 0 or outdated)
+    outdated = run.evidence.outdated and len(run.table.open) > 0
+    news = run.looked_at != run.computed and (len(run.table.unchecked) > 0 or outdated)
     if news and not run.seen.learning:
         run.looked_at = run.computed
         _begin_to_learn(run, hurry=True)
