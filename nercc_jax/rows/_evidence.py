@@ -107,7 +107,7 @@ class Evidence:
         elif (len(computed) >= self._due and not full) or (hurry and fit is None):
             # Where nothing is to be predicted, and a check is waited for, a small learner will do.
             most = FEW - 1 if hurry and not len(others) else CAPACITY
-            pairs, fit, self._due = self._chosen(computed, most), None, 2 * len(computed)
+            pairs, fit, self._due = _chosen(computed, table["audit"], most), None, 2 * len(computed)
             if len(computed) < FEW:  # a larger learner as soon as there may be one
                 self._due = min(self._due, FEW)
             learned[computed] = True
@@ -133,19 +133,6 @@ class Evidence:
             unchecked=np.searchsorted(known, unchecked),
             settings=self._settings,
         )
-
-    def _chosen(self, computed: np.ndarray, most: int) -> np.ndarray:
-        """Return the rows to fit to, so that every fourth, which calibrates, is one at random."""
-        random = np.random.default_rng(len(computed)).permutation(computed)
-        audited = self._table["audit"][random]
-        count = min(len(computed), most)
-        last = np.concatenate([random[audited], random[~audited]])[: count // 4]
-        rest = np.setdiff1d(random, last, assume_unique=True)
-        rest = np.random.default_rng(0).permutation(rest)[: count - count // 4]
-        chosen = np.empty(count, int)
-        places = np.arange(count) % 4 == 3
-        chosen[places], chosen[~places] = last, rest
-        return chosen
 
     def _neighbours(self, computed: Int[np.ndarray, " some"]) -> dict[str, Neighbours]:
         """Return inputs, and outputs, of rows of which it is known whether they are late."""
@@ -219,23 +206,16 @@ class Evidence:
         Late rows, and those like them, may be harder than others. So their bars are those of other
         rows that came late, and infinite before there are enough.
         """
-        score = np.full(len(rows), np.inf)
+        score, straggles = np.full(len(rows), np.inf), self._table["like_late"][rows] | late
         known = self._table["estimated"][rows]
-        if self.mean is None or not known.any():
-            return score
-        straggles = (self._table["like_late"][rows] | late)[known]
-        mean, deviation = self.mean[rows[known]], self._table["expected"][rows[known]]
-        by_kind = []
-        for errors in (self.audits, self.late):
-            if errors.risk.waits and not errors.risk.enough:
-                by_kind.append(np.full(len(mean), np.inf))
-                continue
-            probability, bar = self._estimated(mean, deviation, errors)
-            if self._settings.tolerance is None:
-                given = errors.risk.admits(probability, bar) | (probability > self.limit)
-                bar = np.where(given, probability, np.inf)
-            by_kind.append(bar)
-        score[known] = np.where(straggles, by_kind[1], by_kind[0])
+        for errors, kind in ((self.audits, known & ~straggles), (self.late, known & straggles)):
+            if kind.any() and not (errors.risk.waits and not errors.risk.enough):
+                probability, score[kind] = self._estimated(rows[kind], errors)
+                if self._settings.tolerance is None:
+                    given = errors.risk.admits(probability, score[kind]) | (
+                        probability > self.limit
+                    )
+                    score[kind] = np.where(given, probability, np.inf)
         return score
 
     @property
@@ -248,16 +228,15 @@ class Evidence:
         return self.fit.probability.limit(self._settings.max_disagreement)
 
     def _estimated(
-        self,
-        mean: Float[np.ndarray, "known outputs"],
-        deviation: Float[np.ndarray, " known"],
-        errors: _Errors,
+        self, rows: Int[np.ndarray, " known"], errors: _Errors
     ) -> tuple[Float[np.ndarray, " known"], Float[np.ndarray, " known"]]:
         """Return the probabilities that labels are wrong, and error bars, by the calibration.
 
         With a tolerance the first are NaN, otherwise the second.
         """
         assert self.fit is not None
+        assert self.mean is not None
+        mean, deviation = self.mean[rows], self._table["expected"][rows]
         nothing = np.full(len(mean), np.nan)
         if self._settings.tolerance is None:
             assert self.fit.probability is not None
@@ -280,7 +259,7 @@ class Evidence:
         """Compare predictions with the rows' own values, from which they differ by `error`."""
         assert self.mean is not None
         mean = self.mean[rows]
-        probability, bar = self._estimated(mean, self._table["expected"][rows], errors)
+        probability, bar = self._estimated(rows, errors)
         differs = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
         facts = (each.tolist() for each in (probability, bar, differs, error_ratios(error, bar)))
         return [StragglerRow(*each) for each in zip(*facts, strict=True)]
@@ -330,6 +309,20 @@ class Evidence:
         others = np.concatenate([telling, others[~np.isin(others, telling)]])
         places = np.concatenate([4.0 * np.arange(len(audits)), np.arange(len(others)) * 4 / 3 + 1])
         return np.concatenate([audits, others])[np.argsort(places, kind="stable")].astype(int)
+
+
+def _chosen(
+    computed: Int[np.ndarray, " some"], audit: Bool[np.ndarray, " rows"], most: int
+) -> Int[np.ndarray, " few"]:
+    """Return the rows to fit to, so that every fourth, which calibrates, is one at random."""
+    random, count = np.random.default_rng(len(computed)).permutation(computed), len(computed)
+    count, audits_first = min(count, most), np.argsort(~audit[random], kind="stable")
+    last = random[audits_first[: count // 4]]
+    rest = np.setdiff1d(random, last, assume_unique=True)
+    rest = np.random.default_rng(0).permutation(rest)[: count - count // 4]
+    chosen, places = np.empty(count, int), np.arange(count) % 4 == 3
+    chosen[places], chosen[~places] = last, rest
+    return chosen
 
 
 def standardized_inputs(x: Shaped[np.ndarray, "rows ..."]) -> Float[np.ndarray, "rows inputs"]:
