@@ -155,9 +155,9 @@ class _Run:
         """Run until the state says that it is over; return why it ended early, if it did."""
         state, stopped = self._state, None
         try:
+            show(state.progress())
             self._resume()
             self._handle(self._tick())
-            show(state.progress())
             for _ in self._turns():
                 show(state.progress())
                 if (stopped := self._pool.ending) is not None:
