@@ -60,7 +60,8 @@ class Evidence:
         self._telling = np.zeros(0, int)
         self._check: AnswerCheck | None = None
         self._distrusted = False  # whether wrong values calibrate the check in the making
-        self._due = FIRST  # computed rows at which a learner is fitted to all; 0: at once
+        # Computed rows at which a learner is fitted to all; 0: some that it knows were taken back.
+        self.due = FIRST
         self.audits = _Errors(StragglerRisk(settings.target, needs_evidence=False))
         self.late = _Errors(StragglerRisk(settings.target, needs_evidence=True))
 
@@ -71,11 +72,6 @@ class Evidence:
 
     # Learning.
 
-    @property
-    def outdated(self) -> bool:
-        """Return whether rows were learned that have been taken back."""
-        return not self._due
-
     def distrust(self) -> None:
         """Look at nothing with the check, or that in the making: wrong values calibrated it."""
         self._check, self._distrusted = None, True
@@ -83,7 +79,7 @@ class Evidence:
     def forget(self, rows: Int[np.ndarray, " few"]) -> None:
         """Learn all again without these rows, if any was learned."""
         if self._table["learned"][rows].any():
-            self._due = 0
+            self.due = 0
         self._table["learned"][rows] = self._table["estimated"][rows] = False
 
     def task(
@@ -96,27 +92,25 @@ class Evidence:
         """
         table, fit, learned = self._table, self.fit or resumed, self._table["learned"]
         computed, others, late, y = table.learnable, table.open, table.late, table.vectors
-        checks = self._settings.check_answers is not None
-        unchecked = table.unchecked if checks else computed[:0]
+        unchecked = computed[:0] if self._settings.check_answers is None else table.unchecked
         new = computed[~learned[computed]]
-        full = fit is not None and fit.pairs >= CAPACITY and self._due > 0
+        pairs = new[:0]
+        full = fit is not None and fit.pairs >= CAPACITY and self.due > 0
         if resumed is not None:
-            pairs = new[:0]
+            pass  # it is there to predict
         elif len(computed) < FIRST // 4:
             return None
-        elif (len(computed) >= self._due and not full) or (hurry and fit is None):
+        elif (len(computed) >= self.due and not full) or (hurry and fit is None):
             # Where nothing is to be predicted, and a check is waited for, a small learner will do.
             most = FEW - 1 if hurry and not len(others) else CAPACITY
-            pairs, fit, self._due = _chosen(computed, table["audit"], most), None, 2 * len(computed)
+            pairs, fit, self.due = _chosen(computed, table["audit"], most), None, 2 * len(computed)
             if len(computed) < FEW:  # a larger learner as soon as there may be one
-                self._due = min(self._due, FEW)
+                self.due = min(self.due, FEW)
             learned[computed] = True
         elif fit is not None and len(new) >= NEWS:
             pairs = new[-CAPACITY:]
             learned[pairs] = True
-        elif fit is not None and len(unchecked):
-            pairs = new[:0]
-        else:
+        elif fit is None or not len(unchecked):
             return None
         self._distrusted = False
         judges = computed[table["audit"][computed] | late[computed]]
@@ -129,19 +123,10 @@ class Evidence:
             rows=rows,
             features=self._features[rows],
             known_y=y[known],
-            **self._neighbours(computed),
+            **_neighbours(self._features, table),
             unchecked=np.searchsorted(known, unchecked),
             settings=self._settings,
         )
-
-    def _neighbours(self, computed: Int[np.ndarray, " some"]) -> dict[str, Neighbours]:
-        """Return inputs, and outputs, of rows of which it is known whether they are late."""
-        late, y = self._table.late, self._table.vectors
-        rows = np.union1d(computed, np.flatnonzero(late))
-        rows = np.random.default_rng(len(rows)).permutation(rows)[:CAPACITY]
-        known = rows[np.isin(rows, computed)]
-        by_output = Neighbours(y[known], late[known])
-        return {"by_input": Neighbours(self._features[rows], late[rows]), "by_output": by_output}
 
     def take(self, learned: Learned) -> bool:
         """Take a new estimate, and compare it again with all that has come.
@@ -178,7 +163,7 @@ class Evidence:
         table, rows = self._table, self._table.open
         rows = rows[table["estimated"][rows] & ~table["like_late"][rows]]
         if self.mean is not None and len(rows) and table.late.any():
-            near = self._neighbours(table.learnable)
+            near = _neighbours(self._features, table)
             table["like_late"][rows] = like_late(self._features[rows], self.mean[rows], **near)
 
     def look_wrong(
@@ -309,6 +294,18 @@ class Evidence:
         others = np.concatenate([telling, others[~np.isin(others, telling)]])
         places = np.concatenate([4.0 * np.arange(len(audits)), np.arange(len(others)) * 4 / 3 + 1])
         return np.concatenate([audits, others])[np.argsort(places, kind="stable")].astype(int)
+
+
+def _neighbours(
+    features: Float[np.ndarray, "rows inputs"], table: RowTable
+) -> dict[str, Neighbours]:
+    """Return inputs, and outputs, of rows of which it is known whether they are late."""
+    computed, late = table.learnable, table.late
+    rows = np.union1d(computed, np.flatnonzero(late))
+    rows = np.random.default_rng(len(rows)).permutation(rows)[:CAPACITY]
+    known = rows[np.isin(rows, computed)]
+    by_output = Neighbours(table.vectors[known], late[known])
+    return {"by_input": Neighbours(features[rows], late[rows]), "by_output": by_output}
 
 
 def _chosen(

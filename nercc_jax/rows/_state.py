@@ -155,7 +155,7 @@ class RowCall:
 class RowState:
     """All that is known of a run over rows: `handle` takes an event, and says what is to be done.
 
-    It may `take` what an earlier run had, and then has to `begin`.
+    Its table may take what an earlier run had; then it has to `begin`.
 
     Args:
         settings: The run's settings.
@@ -181,12 +181,6 @@ class RowState:
     def __init__(self, settings: RowSettings, x: Shaped[np.ndarray, "rows ..."]):
         self.settings = settings
         self.table = RowTable(len(x))
-        self._order = order = np.random.default_rng(settings.seed).permutation(len(x))
-        # Rows that are computed before anything is learned: a tenth, within limits. These and some
-        # of the others, all of them at random, judge the learner's error bars.
-        self._first = min(max(len(x) // 10, 100), 256)
-        audits = order[: self._first], order[self._first :: 20]
-        self.table["audit"][np.concatenate(audits)] = True
         self.calls: dict[int, RowCall] = {}
         self.evidence = Evidence(settings, x, self.table)
         self.computed = self.offered = 0
@@ -203,7 +197,12 @@ class RowState:
         Raises:
             ValueError: If answers are to be checked, and there are too few workers.
         """
-        waiting = self._order[self.table.state(self._order) == WAITING]
+        order = np.random.default_rng(self.settings.seed).permutation(len(self.table.rows))
+        # Rows that are computed before anything is learned: a tenth, within limits. These and some
+        # of the others, all of them at random, judge the learner's error bars.
+        self._first = min(max(len(order) // 10, 100), 256)
+        self.table["audit"][np.append(order[: self._first], order[self._first :: 20])] = True
+        waiting = order[self.table.state(order) == WAITING]
         self.queue = RowQueue(waiting, report.num_workers, self.settings)
         self.seen = Tick(0.0, report, {}, learning=False, fit_seconds=0.5)
         self.checks, rate = None, self.settings.check_answers
@@ -239,14 +238,13 @@ class RowState:
             # grow. And one for each that is idle, since it may be a new one.
             ahead = 2 if self.queue.timed else 1
             room = max(ahead * (report.num_workers - report.starting) - out, self._idle)
-            table = self.table
-            while room > 0 and len(
-                rows := self.queue.take(lambda some: table.state(some) <= AGAIN)
-            ):
-                table["held"][rows] += 1
-                table["state"][rows] = SENT
+            for _ in range(room):
+                rows = self.queue.take(lambda rows: self.table.state(rows) <= AGAIN)
+                if not len(rows):
+                    break
+                self.table["held"][rows] += 1
+                self.table["state"][rows] = SENT
                 self._open(rows, copy=False)
-                room -= 1
         return self._todo
 
     def do(self, instruction: Instruction) -> None:
@@ -294,23 +292,23 @@ class RowState:
 
     def _failed(self, call: RowCall, why: str, raised: bool) -> None:
         """Sort out the rows of a call that has no answer, or one that cannot be used."""
-        table, rows = self.table, call.rows
+        table, rows, reasons = self.table, call.rows, self.table.reasons
         rows = rows[(table.state(rows) == SENT) & (table["held"][rows] == 0)]
         if not raised:
             table["tries"][rows] += 1
             spent = table["tries"][rows] >= ATTEMPTS
             table["state"][rows] = np.where(spent, FAILED, AGAIN)
             self.queue.send_again(rows[~spent].tolist())
-            self.table.reasons |= dict.fromkeys(rows[spent].tolist(), why)
+            reasons |= dict.fromkeys(rows[spent].tolist(), why)
         elif len(call.rows) > 1:
-            self.table["state"][rows] = AGAIN
+            table["state"][rows] = AGAIN
             self.queue.halve(rows)
         else:
-            self.table["state"][rows] = FAILED
-            self.table.reasons |= dict.fromkeys(rows.tolist(), why)
-            number = len(self.table.reasons)
-            if self.table.values is None and number >= min(self._first, len(self.table.rows)):
-                raise RuntimeError(f"the function raises on all of the first {number} rows: {why}")
+            table["state"][rows] = FAILED
+            reasons |= dict.fromkeys(rows.tolist(), why)
+            if table.values is None and len(reasons) >= min(self._first, len(table.rows)):
+                first = f"all of the first {len(reasons)} rows"
+                raise RuntimeError(f"the function raises on {first}: {why}")
 
     def _looked(self, tick: Tick) -> None:
         """Give up calls after their deadline, learn, end when all is done, or copy late calls."""
@@ -326,9 +324,8 @@ class RowState:
                 call.given_up = True  # an answer that still comes is welcome
                 if not call.copy:
                     self.table["held"][call.rows] -= 1
-                    self._failed(
-                        call, f"no answer within {self.settings.deadline:g} s", raised=False
-                    )
+                    why = f"no answer within {self.settings.deadline:g} s"
+                    self._failed(call, why, raised=False)
             self.table["overdue"][call.rows] |= late or call.given_up
         if self.checks is not None:
             self.checks.look(tick.report)
@@ -427,13 +424,13 @@ def _settled(run: RowState) -> bool:
 def _end(run: RowState) -> None:
     """End the run: predict the rows that are known well enough, and say why others are not."""
     run.over, evidence, table = True, run.evidence, run.table
-    run.evidence.notice_late()
-    rows = run.table.open
-    score = evidence.score(rows, run.table.late[rows] | (run.table["tries"][rows] > 0))
-    failed = run.table.state(rows) == FAILED
+    evidence.notice_late()
+    rows = table.open
+    score = evidence.score(rows, table.late[rows] | (table["tries"][rows] > 0))
+    failed = table.state(rows) == FAILED
     good = np.zeros(len(rows), bool)
     if evidence.fit is not None:
-        raised = failed & (run.table["tries"][rows] < ATTEMPTS)
+        raised = failed & (table["tries"][rows] < ATTEMPTS)
         good = (score <= evidence.limit) & ~raised
     left = ~good & ~failed
     why = "deadline" if run.seen.now >= _end_of(run.settings) else "last call"
@@ -461,18 +458,19 @@ def _judge(
     run: RowState, rows: Int[np.ndarray, " few"], values: Float[np.ndarray, "few ..."]
 ) -> None:
     """Judge the error bars of rows by answers that came after the end."""
-    labels, vectors = run.settings.tolerance is None, values.reshape(len(rows), -1)
-    barred = run.table.state(rows) == PREDICTED if labels else np.isfinite(run.table["score"][rows])
-    barred &= (run.table.state(rows) < COMPUTED) & np.isfinite(vectors).all(axis=1)
-    barred &= ~run.table["late"][rows]  # another answer has judged it
+    table, labels = run.table, run.settings.tolerance is None
+    vectors = values.reshape(len(rows), -1)
+    barred = table.state(rows) == PREDICTED if labels else np.isfinite(table["score"][rows])
+    barred &= (table.state(rows) < COMPUTED) & np.isfinite(vectors).all(axis=1)
+    barred &= ~table["late"][rows]  # another answer has judged it
     rows, y = rows[barred], vectors[barred].astype(np.float32)
     if len(rows):
-        run.table["late"][rows] = True
-        mean = run.table.vectors[rows].astype(np.float32)
+        table["late"][rows] = True
+        mean = table.vectors[rows].astype(np.float32)
         if labels:
             held = np.argmax(mean, axis=1) == np.argmax(y, axis=1)
         else:
-            held = row_errors(mean, y) <= run.table["score"][rows]
+            held = row_errors(mean, y) <= table["score"][rows]
         run.evidence.late.held += held.tolist()
 
 
@@ -483,14 +481,14 @@ def _arrange(run: RowState, learned: Learned) -> None:
     """Take what was learned, and decide which rows are computed, in which order."""
     evidence, table = run.evidence, run.table
     trusted, looks = evidence.take(learned), learned.looks
-    rows = run.table.all_in(WAITING)
+    rows = table.all_in(WAITING)
     table["known"][:] = False
     if run.settings.compute == "needed":
         table["known"][rows] = known = evidence.score(rows) <= evidence.limit
         rows = rows[~known | table["audit"][rows]]
     run.queue.waiting = evidence.order(rows)
     if trusted and looks is not None and run.checks is not None:
-        still = (run.table.state(looks.rows) == COMPUTED) & ~table["checked"][looks.rows]
+        still = (table.state(looks.rows) == COMPUTED) & ~table["checked"][looks.rows]
         rows, found = looks.rows[still], (looks.looks_wrong[still], looks.residuals[still])
         # Taken back is what is found to look wrong among earlier values.
         run.take_back(run.checks.recheck(rows, *found))
@@ -534,7 +532,7 @@ def _awaits_check(run: RowState) -> bool:
     """Return whether values are still to be looked at, and see to it that they are."""
     if run.checks is None or run.table.values is None:
         return False
-    outdated = run.evidence.outdated and len(run.table.open) > 0
+    outdated = not run.evidence.due and len(run.table.open) > 0
     news = run.looked_at != run.computed and (len(run.table.unchecked) > 0 or outdated)
     if news and not run.seen.learning:
         run.looked_at = run.computed
