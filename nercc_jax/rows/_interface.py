@@ -13,7 +13,6 @@ from ..pools._batch import check_deadline
 from ..risk._straggler_risk import AccuracyTarget
 from ..surrogates import Learner
 
-RowStatus: TypeAlias = Literal["computed", "predicted", "unknown", "waiting"]
 Compute: TypeAlias = Literal["needed", "all"]
 
 ATTEMPTS = 3  # how often a row is sent before it is unknown
