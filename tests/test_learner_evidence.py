@@ -12,8 +12,7 @@ import pytest
 
 from nercc_jax import NeRCC, Scheme, coded_inference
 from nercc_jax.pools import DevicePool, run_rows
-from nercc_jax.risk import calibrate_learner_bars
-from nercc_jax.risk._straggler_risk import AccuracyTarget
+from nercc_jax.risk import Accuracy, calibrate_learner_bars
 from nercc_jax.schemes import cross_validate_error_bars, fit_scheme
 from nercc_jax.serving.adapt._online_calibration import BATCH, OnlineCalibration
 from nercc_jax.stragglers import ExactStragglers
@@ -242,7 +241,7 @@ def slow(x):
 def test_queries_that_come_again_calibrate_no_server():
     """Nine in ten are old ones, predicted by their own answers: the bars are those of new ones."""
     random = np.random.default_rng(5)
-    study = OnlineCalibration(None, AccuracyTarget(tolerance=0.5, coverage=0.9), capacity=512)
+    study = OnlineCalibration(None, Accuracy(tolerance=0.5, coverage=0.9), capacity=512)
     for _ in range(80):
         new = random.uniform(-1, 1, (4, 2)).astype(np.float32)
         old = X[random.integers(0, len(X), BATCH - 4)]
@@ -270,17 +269,17 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 from nercc_jax.pools._row_predictions import fit_rows, leave_out, most_telling, predict
 from nercc_jax.pools._row_predictions import update, window_of
-from nercc_jax.risk._straggler_risk import AccuracyTarget
+from nercc_jax.risk import Accuracy
 x = np.random.default_rng(0).uniform(-1, 1, (400, 2)).astype(np.float32)
 y = np.stack([np.sin(3 * x[:, 0]), x[:, 1] ** 2], axis=1)
-for target in (AccuracyTarget(tolerance=0.02), AccuracyTarget(max_disagreement=0.05)):
+for target in (Accuracy(tolerance=0.02), Accuracy(max_disagreement=0.05)):
     fitted = update(fit_rows(x[:100], y[:100], target), x[100:132], y[100:132])
     window = window_of(fitted)
     _, deviation, _ = predict(fitted, window, x)
     most_telling(fitted, x, deviation)
     leave_out(fitted, window, x[:50], y[:50])
 from nercc_jax.serving.adapt._online_calibration import OnlineCalibration
-study = OnlineCalibration(None, AccuracyTarget(max_disagreement=0.1), check_rate=0.01)
+study = OnlineCalibration(None, Accuracy(max_disagreement=0.1), check_rate=0.01)
 while study.calibrated is None:
     draw = np.random.default_rng(study._learned + study._count).uniform(-1, 1, (32, 2))
     draw = draw.astype(np.float32)

@@ -26,8 +26,7 @@ from nercc_jax.pools._row_predictions import leave_out, window_of
 from nercc_jax.pools._row_queue import RowQueue
 from nercc_jax.pools._rows import RowCall, RowSettings, bars_that_held, late_answers
 from nercc_jax.pools._times import AnswerTimes
-from nercc_jax.risk import ErrorBars, ErrorProbability
-from nercc_jax.risk._straggler_risk import AccuracyTarget
+from nercc_jax.risk import Accuracy, ErrorBars, ErrorProbability
 from nercc_jax.schemes import Scheme, fit_scheme
 from nercc_jax.schemes._calibrate import FittedScheme
 from nercc_jax.surrogates import LearnerTuning, init_learner
@@ -278,7 +277,7 @@ def test_labels_are_scored_by_their_error_probabilities():
     mean = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
     made = estimates(mean, np.full(200, 0.1), None)
     fitted = FittedScheme(Scheme(row_code(), error_probability=probability), 200)
-    learner = RowLearner(AccuracyTarget(None, 0.1), mean[:, :1], np.zeros(200, bool))
+    learner = RowLearner(Accuracy(max_disagreement=0.1), mean[:, :1], np.zeros(200, bool))
     learner._made.append(made._replace(fitted=fitted))
     assert learner.look()
     score = learner.score(np.arange(200))
@@ -297,7 +296,7 @@ def test_bars_of_late_rows_go_by_late_rows_alone_where_these_are_much_harder_or_
     """By quantiles that are counted by hand. Bars of other rows go by the audits."""
     x, random = np.linspace(0, 1, 400)[:, None], np.random.default_rng(1)
     audits = np.arange(400) % 2 == 0
-    learner = RowLearner(AccuracyTarget(10.0, None, 0.9), x, audits, selects=selects)
+    learner = RowLearner(Accuracy(tolerance=10.0), x, audits, selects=selects)
     learner._made.append(estimates(np.zeros((400, 1), np.float32), np.full(400, 0.1), None))
     assert learner.look()
     usual, error = random.uniform(0, 0.1, (100, 1)), random.uniform(0, 0.1 * harder, (40, 1))

@@ -3,7 +3,7 @@
 A learner is fitted to computed rows on a thread of its own, so that nothing waits for it. Between
 two fits it learns the rows that have come since, which takes a hundredth of the time. Its error
 bars are calibrated on rows that were drawn at random and computed after they had been predicted,
-and what may be given out is decided as on a server (`StragglerRisk`): by these audits, and by the
+and what may be given out is decided as on a server (`Risk`): by these audits, and by the
 rows that came late. A new learner's errors are not those of the learner before it: so it is
 compared with all audits and late rows that have come, those that it has learned left out one at a
 time, and evidence on the earlier one is dropped. Error bars are a quantile of these errors over
@@ -22,14 +22,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from ..evaluation._criteria import row_errors
+from ..risk import Accuracy, Comparison, Risk
+from ..risk._accuracy import conformal_quantile, error_ratios
 from ..risk._answer_check import AnswerCheck, fit_answer_check
-from ..risk._straggler_risk import (
-    AccuracyTarget,
-    StragglerRisk,
-    StragglerRow,
-    conformal_quantile,
-    error_ratios,
-)
 from ..schemes._calibrate import FittedScheme
 from ..surrogates import Learner
 from ._clock import TimeShare, WallClock
@@ -111,7 +106,7 @@ class RowLearner:
 
     def __init__(
         self,
-        target: AccuracyTarget,
+        target: Accuracy,
         x: Shaped[np.ndarray, "rows ..."],
         audits: Bool[np.ndarray, " rows"],
         check_rate: float | None = None,
@@ -135,7 +130,7 @@ class RowLearner:
         self._telling = np.zeros(0, int)
         # Ratios of errors to deviations, of audits and of late rows.
         self._ratios: dict[bool, list[float]] = {False: [], True: []}
-        self._risks = {late: StragglerRisk(target, needs_evidence=late) for late in (False, True)}
+        self._risks = {late: Risk(target, needs_evidence=late) for late in (False, True)}
         self._held: dict[bool, list[bool]] = {False: [], True: []}
         # Rows, and their values, that have come since the learner in the making was begun.
         self._since: dict[bool, list[tuple[np.ndarray, np.ndarray]]] = {False: [], True: []}
@@ -431,12 +426,12 @@ class RowLearner:
         y: Float[np.ndarray, "known outputs"],
         error: Float[np.ndarray, " known"],
         late: bool,
-    ) -> list[StragglerRow]:
+    ) -> list[Comparison]:
         """Compare predictions with the rows' own values, from which they differ by `error`."""
         probability, bar = self._estimated(mean, deviation, late)
         differs = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
         facts = (each.tolist() for each in (probability, bar, differs, error_ratios(error, bar)))
-        return [StragglerRow(*each) for each in zip(*facts, strict=True)]
+        return [Comparison(*each) for each in zip(*facts, strict=True)]
 
     def _admitted(
         self,

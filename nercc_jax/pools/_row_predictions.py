@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ..evaluation._criteria import root_mean_square
-from ..risk._straggler_risk import AccuracyTarget
+from ..risk import Accuracy
 from ..schemes import fit_scheme
 from ..schemes._calibrate import SHAPE, FittedScheme
 from ..surrogates import Learner, LearnerTuning
@@ -65,7 +65,7 @@ class Neighbours(NamedTuple):
 def fit_rows(
     x: Float[np.ndarray, "pairs inputs"],
     y: Float[np.ndarray, "pairs outputs"],
-    target: AccuracyTarget,
+    target: Accuracy,
 ) -> FittedScheme | None:
     """Fit a learner; return None where nothing could be learned."""
     labels = target.max_disagreement is not None

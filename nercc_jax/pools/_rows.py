@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Shaped
 
 from ..codes._trees import is_float
 from ..evaluation._criteria import row_errors
-from ..risk._straggler_risk import AccuracyTarget
+from ..risk import Accuracy
 from ..schemes._calibrate import FittedScheme
 from ._backend import PoolReport
 from ._batch import Batch, check_deadline
@@ -283,8 +283,12 @@ class RowSettings:
             raise ValueError(f"grace is a number of seconds from 0 on, not {self.grace}")
 
     @property
-    def target(self) -> AccuracyTarget:
-        return AccuracyTarget(self.tolerance, self.max_disagreement, self.coverage)
+    def target(self) -> Accuracy:
+        return Accuracy(
+            max_disagreement=self.max_disagreement,
+            tolerance=self.tolerance,
+            coverage=self.coverage,
+        )
 
     def kept(self) -> dict[str, Any]:
         """Return the settings that a run's values depend on."""
