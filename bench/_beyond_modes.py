@@ -24,7 +24,11 @@ from nercc_jax.evaluation import Answers, Estimate
 from nercc_jax.evaluation._answers import Recorder, batched, mean_losses
 from nercc_jax.inference import order_points
 from nercc_jax.risk import ErrorProbability
-from nercc_jax.risk._error_probability import error_probability_from_answers, observe_errors
+from nercc_jax.risk._error_probability import (
+    DecodeAnswers,
+    error_probability_from_answers,
+    observe_errors,
+)
 from nercc_jax.stragglers import straggler_sets
 from nercc_jax.surrogates import Surrogate
 from nercc_jax.surrogates.interface import SurrogatePredictions
@@ -263,13 +267,14 @@ class Bench:
         """Return each data point's error probability and whether it is wrong, under each set."""
         beside = self._beside(part, order, code, surrogate)
         own = self.answers(part, order).of(code)
-        features, sure, wrong = observe_errors(own, surrogate, beside, self.masks)
+        decode = DecodeAnswers(own, surrogate, beside)
+        seen = observe_errors(decode, own.own, own.form, self.masks)
         score = (
-            jnp.zeros(sure.shape)
+            jnp.zeros(seen.sure.shape)
             if error_probability is None
-            else error_probability.of_features(features)
+            else error_probability.of_features(seen.features)
         )
-        return np.asarray(jnp.where(sure, 0, score)), np.asarray(wrong)
+        return np.asarray(jnp.where(seen.sure, 0, score)), np.asarray(seen.wrong)
 
     def add(
         self, mode: str, wrong: Float[np.ndarray, "sets groups"], order: Order, **more: Any

@@ -27,9 +27,8 @@ from _tails_systems import Work, works
 from nercc_jax import NeRCC, Uncoded
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.risk import RiskMonitor
-from nercc_jax.risk._straggler_risk import AccuracyTarget
 from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Predictor
-from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
+from nercc_jax.serving.adapt._decoding import calibrate_decoding
 from nercc_jax.stragglers import RowLatency, TraceLatency
 from nercc_jax.testing import SimulatedPool
 from nercc_models import load_data, load_model
@@ -183,9 +182,6 @@ def serve(work: Work, case: str, seed: int) -> dict[str, Any]:
     learns = kind in ("learn", "function", "student")
     code = Uncoded(1) if learns else NeRCC(4, 8, points="interleaved")
     coder = Coder(code)
-    estimator = ErrorEstimator(coder, AccuracyTarget(work.tolerance))
-    if not learns:
-        estimator.calibrate(load_model(str(work.model)), work.training())
     policy = BatchingPolicy(
         straggler_threshold=1.35,
         outputs="logits" if work.tolerance is None else "values",
@@ -195,6 +191,10 @@ def serve(work: Work, case: str, seed: int) -> dict[str, Any]:
         copies=3,
         batch_wait_timeout_s=0.01 if learns else 0.11,
     )
+    decoding = None
+    if not learns:
+        model = load_model(str(work.model))
+        decoding = calibrate_decoding(coder, model, work.training(), policy.accuracy)
     noise = np.random.default_rng(seed + 1)
     pool = SimulatedPool(
         served,
@@ -210,7 +210,7 @@ def serve(work: Work, case: str, seed: int) -> dict[str, Any]:
     said: list[float] = []
     begin, ended = time.time(), [0]
     batcher = CodedBatcher(
-        pool, coder, x.shape[1:], own.shape[1:], policy=policy, estimator=estimator,
+        pool, coder, x.shape[1:], own.shape[1:], policy=policy, decoding=decoding,
         predictor=predictor, observe=lambda what, number: counts.update([what]),
     )  # fmt: skip
     with pool, batcher:

@@ -2,7 +2,7 @@
 
     python bench/error_probability.py [--data-dir FOLDER]      # some minutes
 
-With the server's own parts, but without workers: LeNet5 on MNIST; `ErrorEstimator` is calibrated on
+With the server's own parts, but without workers: LeNet5 on MNIST; decoding is calibrated on
 training images, and test images are decoded in groups under straggler sets. In each, the worker of
 one query straggles, and up to three others. A query is looked at before the last two answers come,
 before the last one, and with all that come, and is answered once its error probability is below
@@ -22,10 +22,10 @@ from _report import environment, write_json
 from nercc_jax import NeRCC
 from nercc_jax.cli._workload import load_worker_model
 from nercc_jax.evaluation._answers import batched
+from nercc_jax.risk import Accuracy, ErrorProbability
 from nercc_jax.serving import Coder
 from nercc_jax.serving._dispatch import QueryOrdering
-from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
-from nercc_jax.serving.core._error_probability import DecodingErrorProbability
+from nercc_jax.serving.adapt._decoding import DecodingScores, calibrate_decoding
 from nercc_jax.serving.core._request import Request
 
 MODEL, OUTPUTS = "lenet5-mnist", "logits"
@@ -56,15 +56,15 @@ def arranged(arranger: QueryOrdering, x: np.ndarray, few: int) -> tuple[np.ndarr
 
 
 def assess(
-    coder: Coder, estimator: ErrorEstimator, model: Any, groups: np.ndarray
+    coder: Coder, decoding: DecodingScores, model: Any, groups: np.ndarray
 ) -> dict[str, Any]:
     """Return how many stragglers' queries are wrong if all are decoded, and by limit."""
     few, shape = groups.shape[1], groups.shape[2:]
     coded = coder.encode(groups, np.arange(coder.num_workers))
     answers = np.asarray(model(coded.reshape(-1, *shape))).reshape(*coded.shape[:2], -1)
     own = np.asarray(model(groups.reshape(-1, *shape))).reshape(len(groups), few, -1).argmax(-1)
-    layout, estimate = coder.layout(few), estimator.error_probability(few)
-    assert isinstance(estimate, DecodingErrorProbability)  # logits, so labels are judged
+    layout, estimate = coder.layout(few), decoding.of(few)
+    assert isinstance(estimate, ErrorProbability)  # logits, so labels are judged
     sent = np.concatenate([*coder.first[:few], layout.extras])
     random = np.random.default_rng(0)
     probabilities, wrong = [], []  # (looks, samples) of each set
@@ -75,8 +75,10 @@ def assess(
         for number in (responded - 2, responded - 1, responded):
             mask = np.isin(np.arange(coder.num_workers), others[: max(number, 1)])
             given = np.where(mask[:, None, None], answers, 0)
-            predictions, _, seen = coder.decode(given, mask, len(groups), estimate)
-            looks.append((seen[:, :few], predictions[:, :few].argmax(-1) != own))
+            found = coder.decode(given, mask, len(groups), estimate)
+            assert found.score is not None
+            wrong_now = found.predictions[:, :few].argmax(-1) != own
+            looks.append((found.score[:, :few], wrong_now))
         missing = [place for place in range(few) if not mask[layout.own[place]].any()]
         probabilities.append([seen[:, missing].ravel() for seen, _ in looks])
         wrong.append([differ[:, missing].ravel() for _, differ in looks])
@@ -115,9 +117,10 @@ def main() -> None:
     for num_data, num_workers, few, ordering in CASES:
         if (num_data, num_workers) not in known:
             coder = Coder(NeRCC(num_data, num_workers, points="interleaved", lambda_dec=0.0))
-            known[num_data, num_workers] = coder, ErrorEstimator(coder)
-            known[num_data, num_workers][1].calibrate(network, calibration)
-        coder, estimator = known[num_data, num_workers]
+            accuracy = Accuracy(max_disagreement=max(LIMITS))
+            decoding = calibrate_decoding(coder, network, calibration, accuracy)
+            known[num_data, num_workers] = coder, decoding
+        coder, decoding = known[num_data, num_workers]
         groups = x.reshape(-1, few, *x.shape[1:])
         if ordering:
             arranger = QueryOrdering(coder, x.shape[1:], ROWS)
@@ -125,11 +128,11 @@ def main() -> None:
             groups, spent = arranged(arranger, x, few)
             seconds |= {"arrange": float(np.median(spent)), "arrange_most": max(spent)}
             values = np.ones((num_workers, ROWS, 10), np.float32)
-            mask, estimate = np.ones(num_workers, bool), estimator.error_probability(few)
+            mask, estimate = np.ones(num_workers, bool), decoding.of(few)
             seconds["decode"] = timed(lambda: coder.decode(values, mask, ROWS))  # noqa: B023
             seconds["assess"] = timed(lambda: coder.decode(values, mask, ROWS, estimate))  # noqa: B023
         about = {"num_data": num_data, "num_workers": num_workers, "queries": few}
-        rows.append(about | {"arranged": ordering, **assess(coder, estimator, model, groups)})
+        rows.append(about | {"arranged": ordering, **assess(coder, decoding, model, groups)})
         print(rows[-1], flush=True)
     print(seconds)
     summary = {

@@ -36,8 +36,8 @@ from _settings import PACKAGES
 
 from nercc_jax.pools import DevicePool, Fault, Faults
 from nercc_jax.pools._answer_checks import AnswerChecks
+from nercc_jax.risk import Accuracy
 from nercc_jax.risk._answer_check import AnswerCheck, fit_answer_check
-from nercc_jax.risk._straggler_risk import AccuracyTarget
 from nercc_jax.rows import run_rows
 from nercc_jax.serving.adapt._online_calibration import (
     BATCH,
@@ -136,7 +136,7 @@ def stale(
 def online(work: Work, surrogate: Any, x: np.ndarray, right: np.ndarray) -> dict[float, Any]:
     """Return the checks of a server that has seen these answers, by rate."""
     tolerance = None if work.labels else float(0.1 * right.std())
-    target = AccuracyTarget(tolerance, 0.05 if work.labels else None)
+    target = Accuracy(tolerance=tolerance, max_disagreement=0.05 if work.labels else None)
     calibration = OnlineCalibration(surrogate, target, check_rate=RATES[0])
     for begin in range(0, len(x) - BATCH + 1, BATCH):
         calibration.add(x[begin : begin + BATCH], right[begin : begin + BATCH])

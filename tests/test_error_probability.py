@@ -5,12 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+import scipy.stats
 from scipy.special import expit
 
 from nercc_jax import Berrut, ExactStragglers, NeRCC, calibrate_error_probability
 from nercc_jax.evaluation import record_answers
 from nercc_jax.risk import ErrorProbability, logistic_regression
-from nercc_jax.risk._error_probability import fit_error_probability, observe_errors
+from nercc_jax.risk._accuracy import risk_cap
+from nercc_jax.risk._error_probability import (
+    DecodeAnswers,
+    fit_error_probability,
+    observe_errors,
+)
 from nercc_jax.surrogates import Surrogate
 from nercc_jax.surrogates.surrogate import group_prior_of_points
 
@@ -42,19 +48,15 @@ def seen(code, x, surrogate=None):
     masks = jnp.asarray(LAWS["three"].every_set(N, 100))
     own = record_answers(model, code, x)
     beside = None if surrogate is None else group_prior_of_points(surrogate, code, x)
-    return [np.asarray(each) for each in observe_errors(own, surrogate, beside, masks)]
+    found = observe_errors(DecodeAnswers(own, surrogate, beside), own.own, own.form, masks)
+    return [np.asarray(each) for each in (found.features, found.sure, found.wrong)]
 
 
 @pytest.mark.parametrize(("allowed", "limit"), [(0.0, 0.0), (0.03, 0.1), (0.0625, 0.2), (0.5, 0.2)])
-def test_the_limit_is_the_largest_level_whose_risk_is_within_the_allowance(allowed, limit):
-    """Of those that are given out: a quarter of all up to the second level, a half up to the third.
-
-    At the third the risk is exactly what an allowance of 0.0625 allows; the last is too large.
-    """
-    risks = jnp.array([0.0, 0.0073, 0.03125, 0.5])
-    shares = jnp.array([0.75, 0.5, 0.25, 0.125])
+def test_the_limit_is_the_largest_level_whose_bound_is_within_the_allowance(allowed, limit):
+    bounds = jnp.array([0.0, 0.0292, 0.0625, 0.57])
     none, levels = jnp.zeros(2), jnp.array([0.0, 0.1, 0.2, 0.3])
-    found = ErrorProbability(none, none, none, levels, risks, shares)
+    found = ErrorProbability(none, none, none, levels, bounds, levels)
     assert found.limit(allowed) == pytest.approx(limit)
 
 
@@ -116,31 +118,57 @@ def test_sure_ones_and_lost_ones(key, dtype):
     assert nearer[0, 1] < value[0, 1], "the surer, the less doubt"
 
 
-def test_the_risk_is_what_can_be_counted(dtype):
-    """20 data points under one set: the last two are sure, and doubt falls with the feature."""
-    feature = np.concatenate([np.linspace(3, -3, 18), [0, 0]])
-    features = np.stack([np.ones(20), feature], axis=-1).reshape(1, 5, 4, 2)
-    sure = (np.arange(20) >= 18).reshape(1, 5, 4)
-    wrong = np.isin(np.arange(20), [9, 14, 16, 17]).reshape(1, 5, 4)
-    error_probability = fit_error_probability(features, sure, wrong)
-    assert error_probability.weights[1] < 0
-    assert error_probability.levels[0] == error_probability.risks[0] == 0
-    np.testing.assert_allclose(error_probability.shares[0], 0.9, atol=1e-6)
-    value = np.asarray(error_probability.of_features(jnp.asarray(features.reshape(20, 2), float)))
+def ranked(wrong, sure=None, **options):
+    """An error probability of samples in the order of their feature, the surest first."""
+    features = np.stack([np.ones(len(wrong)), np.linspace(3, -3, len(wrong))], axis=-1)
+    found = fit_error_probability(
+        features[:, None], np.asarray(wrong)[:, None], sure=sure, falling=(1,), **options
+    )
+    return found, np.asarray(found.of_features(features))
+
+
+@pytest.mark.parametrize("failure", [0.025, 0.25])
+def test_the_bound_is_that_of_clopper_and_pearson(failure, dtype):
+    """18 data points of which four are wrong, and two that are exact."""
+    wrong = np.isin(np.arange(20), [9, 14, 16, 17])
+    found, value = ranked(wrong, np.arange(20) >= 18, failure=failure)
+    assert found.weights[1] < 0
+    assert found.levels[0] == found.bounds[0] == 0
+    assert found.shares[0] == pytest.approx(0.9)
     np.testing.assert_allclose(value[:18].sum(), 4, rtol=0.1)
-    # One too many is counted among 21: nine of the unsure are without a wrong one, and the promise
-    # is a share of these.
-    bound = (1 / 21) / (9 / 20)
-    assert error_probability.limit(0.0) == error_probability.limit(bound - 1e-6) == 0
-    np.testing.assert_allclose(error_probability.limit(bound + 1e-6), value[8], rtol=1e-4)
-    # And two standard errors of the mean of five groups: one of the third's four is wrong.
-    bound = (2 / 21 + 2 * np.sqrt(np.var([0, 0, 1 / 4, 0, 0]) / 5)) / (14 / 20)
-    np.testing.assert_allclose(error_probability.limit(bound - 1e-6), value[8], rtol=1e-4)
-    np.testing.assert_allclose(error_probability.limit(bound + 1e-6), value[13], rtol=1e-4)
-    np.testing.assert_allclose(error_probability.limit(1.0), value[17], rtol=1e-4)
-    np.testing.assert_allclose(error_probability.share(float(value[8]) + 1e-4), 9 / 20, atol=1e-6)
-    assert error_probability.share(0.0) == pytest.approx(0.9)
-    assert error_probability.share(1.0) == pytest.approx(0.0)
+    for given in (9, 14, 18):
+        errors = int(wrong[:given].sum())
+        bound = scipy.stats.beta.ppf(1 - failure, errors + 1, given - errors)
+        cap = min(value[given - 1] * (1 + 1e-5), risk_cap(bound + 1e-4))
+        assert found.limit(bound + 1e-4) == pytest.approx(cap, rel=1e-4)
+        assert found.limit(bound - 1e-4) < min(value[given - 1], risk_cap(bound - 1e-4) + 1e-9)
+    assert found.limit(0.0) == 0
+    assert found.share(float(value[8]) + 1e-4) == pytest.approx(9 / 20)
+    assert [found.share(limit) for limit in (0.0, 1.0)] == pytest.approx([0.9, 0.0])
+
+
+def test_samples_of_the_same_point_and_of_one_group_count_once():
+    """Of 400 points each is seen ten times; wrong ones come alone, or a whole group at a time."""
+    random, points = np.random.default_rng(0), np.repeat(np.arange(400), 10)
+    alone = random.random(400) < 0.1
+    together = np.repeat(random.random(20) < 0.1, 20)
+    once, seen = ranked(alone), ranked(alone[points], points=400, owners=[points])
+    assert float(seen[0].bounds[-1]) == pytest.approx(float(once[0].bounds[-1]), rel=0.1)
+    independent, grouped = (
+        ranked(together, owners=owners)[0].bounds[-1] for owners in ((), [np.arange(400) // 20])
+    )
+    assert grouped > 1.3 * independent
+
+
+def test_a_sample_counts_as_wrong_from_its_first_wrong_look_on():
+    """At the second look all are right, but half of them were given out before, wrongly."""
+    random = np.random.default_rng(1)
+    features = np.stack([np.ones((400, 2)), random.normal(size=(400, 2))], axis=-1)
+    wrong = np.stack([random.random(400) < 0.5, np.zeros(400, bool)], axis=1)
+    found = fit_error_probability(features, wrong, falling=(1,))
+    unusable = fit_error_probability(features, wrong, usable=~wrong, falling=(1,))
+    assert found.bounds[-1] > 0.4
+    assert unusable.limit(0.05) > 0
 
 
 def test_the_correction_is_for_what_is_no_logistic_curve(dtype):
@@ -148,9 +176,9 @@ def test_the_correction_is_for_what_is_no_logistic_curve(dtype):
     rng = np.random.default_rng(0)
     feature = rng.uniform(-1, 1, 20_000)
     true = np.where(feature > 0, 0.01, 0.4)
-    wrong = (rng.uniform(size=feature.shape) < true).reshape(1, -1, 1)
-    features = np.stack([np.ones_like(feature), feature], axis=-1).reshape(1, -1, 1, 2)
-    error_probability = fit_error_probability(features, np.zeros(wrong.shape, bool), wrong)
+    wrong = (rng.uniform(size=feature.shape) < true)[:, None]
+    features = np.stack([np.ones_like(feature), feature], axis=-1)[:, None]
+    error_probability = fit_error_probability(features, wrong)
     given = np.asarray([[1, -0.9], [1, -0.3], [1, 0.4], [1, 0.9]])
     line = expit(given @ np.asarray(error_probability.weights))
     assert line[0] > 0.5
@@ -169,12 +197,14 @@ def test_the_correction_is_for_what_is_no_logistic_curve(dtype):
 def test_where_hardly_anything_is_known_rounding_decides_nothing(slope, dtype):
     """All doubts are nearly the same: in a compiled program as many are kept as in calibration."""
     rng = np.random.default_rng(1)
-    shape = (20, 300, 4)
+    shape = (24_000,)
     feature = rng.normal(size=shape)
     wrong = rng.uniform(size=shape) < expit(slope * feature)
     sure = rng.uniform(size=shape) < 0.5
     features = np.stack([np.ones(shape), -feature], axis=-1)
-    error_probability = fit_error_probability(features, sure, wrong & ~sure)
+    error_probability = fit_error_probability(
+        features[:, None], (wrong & ~sure)[:, None], sure=sure, points=1200
+    )
     value = np.asarray(eqx.filter_jit(error_probability.of_features)(jnp.asarray(features, float)))
     value = np.where(sure, 0, value)
     for limit in np.asarray(error_probability.levels)[
@@ -182,12 +212,9 @@ def test_where_hardly_anything_is_known_rounding_decides_nothing(slope, dtype):
     ]:
         share = error_probability.share(float(limit))
         assert np.mean(value > limit) == pytest.approx(share, abs=5e-3)
-        kept = np.mean(wrong & ~sure & (value <= limit))
-        assert (
-            kept
-            <= error_probability.risks[np.searchsorted(np.asarray(error_probability.levels), limit)]
-            + 5e-3
-        )
+        kept = ~sure & (value <= limit)
+        place = np.searchsorted(np.asarray(error_probability.levels), limit)
+        assert np.mean(wrong[kept]) <= error_probability.bounds[place] if kept.any() else True
 
 
 @pytest.mark.parametrize("slope", [-1.5, 1.5])

@@ -12,8 +12,7 @@ import pytest
 
 from nercc_jax import NeRCC, Scheme, coded_inference
 from nercc_jax.pools import DevicePool
-from nercc_jax.risk import calibrate_learner_bars
-from nercc_jax.risk._straggler_risk import AccuracyTarget
+from nercc_jax.risk import Accuracy, calibrate_learner_bars
 from nercc_jax.rows import run_rows
 from nercc_jax.schemes import cross_validate_error_bars, fit_scheme
 from nercc_jax.serving.adapt._online_calibration import BATCH, OnlineCalibration
@@ -243,7 +242,7 @@ def slow(x):
 def test_queries_that_come_again_calibrate_no_server():
     """Nine in ten are old ones, predicted by their own answers: the bars are those of new ones."""
     random = np.random.default_rng(5)
-    study = OnlineCalibration(None, AccuracyTarget(tolerance=0.5, coverage=0.9), capacity=512)
+    study = OnlineCalibration(None, Accuracy(tolerance=0.5, coverage=0.9), capacity=512)
     for _ in range(80):
         new = random.uniform(-1, 1, (4, 2)).astype(np.float32)
         old = X[random.integers(0, len(X), BATCH - 4)]
@@ -271,7 +270,7 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 import time
 from nercc_jax import DevicePool
-from nercc_jax.risk._straggler_risk import AccuracyTarget
+from nercc_jax.risk import Accuracy
 from nercc_jax.rows import run_rows
 x = np.random.default_rng(0).uniform(-1, 1, (400, 2)).astype(np.float32)
 def slow(x):
@@ -281,7 +280,7 @@ for target in ({"tolerance": 0.02}, {"max_disagreement": 0.05}):
     found = run_rows(slow, x, DevicePool, num_workers=4, rows_per_call=1, **target)
     assert found.summary["learned_from"] > 50, found.summary
 from nercc_jax.serving.adapt._online_calibration import OnlineCalibration
-study = OnlineCalibration(None, AccuracyTarget(max_disagreement=0.1), check_rate=0.01)
+study = OnlineCalibration(None, Accuracy(max_disagreement=0.1), check_rate=0.01)
 while study.calibrated is None:
     draw = np.random.default_rng(study._learned + study._count).uniform(-1, 1, (32, 2))
     draw = draw.astype(np.float32)

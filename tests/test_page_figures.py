@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import bench_modules, require
 
-from nercc_jax.risk import RiskMonitor, _straggler_risk
+from nercc_jax.risk import RiskMonitor, _accuracy
 
 HERE = Path(__file__).parents[1]
 # Names and sizes with digits that are no figures.
@@ -176,7 +176,8 @@ def test_every_figure_of_a_page_is_known(path):
 
 
 def test_settings_that_pages_name():
-    assert _straggler_risk._MISS == 0.25
+    bound = inspect.signature(_accuracy.allowed_errors)
+    assert bound.parameters["failure"].default == 0.25
     assert inspect.signature(RiskMonitor.__init__).parameters["false_alarms"].default == 1 / 50_000
     require("pydantic_settings", "serve")
     from nercc_jax.serving import ModelSettings

@@ -8,7 +8,7 @@ import pytest
 from nercc_jax import ExactStragglers, NeRCC, Scheme, calibrate_error_probability
 from nercc_jax.codes._trees import join
 from nercc_jax.evaluation import record_answers
-from nercc_jax.risk._scores import ROWS, why_no_scores
+from nercc_jax.risk._outputs import ROWS, why_no_scores
 from nercc_models import list_models, load_data, load_model
 
 RANDOM = np.random.default_rng(0)

@@ -6,18 +6,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from nercc_jax.risk import RiskMonitor
-from nercc_jax.risk._straggler_risk import (
-    AccuracyTarget,
-    StragglerRisk,
-    StragglerRow,
-    allowed_errors,
-    conformal_quantile,
-    risk_cap,
-)
+from nercc_jax.risk import Accuracy, Comparison, Risk, RiskMonitor
+from nercc_jax.risk._accuracy import allowed_errors, conformal_quantile, risk_cap
 
 RATE = 2e-5  # of false alarms, by default
-LABELS = AccuracyTarget(max_disagreement=0.1)
+LABELS = Accuracy(max_disagreement=0.1)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
@@ -78,19 +71,23 @@ def test_a_monitor_begins_anew():
 
 
 def row(probability=0.01, *, wrong=False, bound=0.0, excess=0.0):
-    return StragglerRow(probability, bound, wrong, excess)
+    return Comparison(probability, bound, wrong, excess)
 
 
 def test_an_answer_misses_the_target_by_its_label_or_by_its_error():
     wrong, excess = np.array([False, False, True]), np.array([1.0, 1.1, 0.5])
-    assert AccuracyTarget(None, None).missed(wrong, excess).tolist() == [False] * 3
-    assert AccuracyTarget(0.1, None).missed(wrong, excess).tolist() == [False, True, False]
-    assert AccuracyTarget(None, 0.1).missed(wrong, excess).tolist() == [False, False, True]
-    assert AccuracyTarget(0.1, 0.1).missed(wrong, excess).tolist() == [False, True, True]
+    assert Accuracy().missed(wrong, excess).tolist() == [False] * 3
+    assert Accuracy(tolerance=0.1).missed(wrong, excess).tolist() == [False, True, False]
+    assert Accuracy(max_disagreement=0.1).missed(wrong, excess).tolist() == [False, False, True]
+    assert Accuracy(tolerance=0.1, max_disagreement=0.1).missed(wrong, excess).tolist() == [
+        False,
+        True,
+        True,
+    ]
 
 
 def test_nothing_is_given_out_without_evidence_on_stragglers():
-    risk = StragglerRisk(LABELS, needs_evidence=True)
+    risk = Risk(LABELS, needs_evidence=True)
     assert risk.needed == 14
     for _ in range(13):
         risk.add(row(), given=False)
@@ -104,19 +101,19 @@ def test_nothing_is_given_out_without_evidence_on_stragglers():
 
 def test_a_limit_is_that_of_rows_that_straggle():
     """Those with a small probability are right, the others wrong, whatever was calibrated."""
-    risk = StragglerRisk(LABELS, needs_evidence=True)
+    risk = Risk(LABELS, needs_evidence=True)
     for number in range(200):
         risk.add(row(0.02 + 0.02 * (number % 2), wrong=bool(number % 2)), given=False)
     assert risk.admits(0.02, 0.0)
     assert not risk.admits(0.04, 0.0)
     assert risk.share == 0.5
     assert risk.expected(0.02, 0.0) == (0.02, 0.0), "they were right"
-    assert risk.disagreement() == (100, 200)
+    assert (risk.status()["disagreement"], risk.status()["compared"]) == (0.5, 200)
 
 
 def test_right_answers_from_before_a_change_do_not_count_for_long():
     """Of nine hundred right ones and a dozen wrong ones, the latest hundred decide."""
-    risk = StragglerRisk(LABELS, needs_evidence=True)
+    risk = Risk(LABELS, needs_evidence=True)
     for _ in range(900):
         risk.add(row(), given=False)
     most = int(scipy.stats.binom.ppf(0.25, 100, 0.1)) - 1  # the bound holds in three of four cases
@@ -134,7 +131,7 @@ def test_a_calibration_counts_less_beside_stragglers():
     """Of 112 rows in which 14 right ones have faded, as many may be wrong as a quantile says."""
     most = int(scipy.stats.binom.ppf(0.25, 112, 0.1)) - 1  # the bound holds in three of four cases
     for wrong, admitted in ((most, True), (most + 1, False)):
-        risk = StragglerRisk(LABELS, needs_evidence=False)
+        risk = Risk(LABELS, needs_evidence=False)
         assert risk.admits(0.01, 0.0)
         for number in range(112):
             risk.add(row(wrong=number < wrong), given=False)
@@ -143,7 +140,7 @@ def test_a_calibration_counts_less_beside_stragglers():
 
 def test_a_calibration_admits_nothing_as_uncertain_as_a_wrong_answer_without_evidence():
     """One wrong answer of sixteen forbids others like it until 27 were compared."""
-    risk = StragglerRisk(LABELS, needs_evidence=False)
+    risk = Risk(LABELS, needs_evidence=False)
     for number in range(16):
         risk.add(row(0.02 if number == 15 else 0.01, wrong=number == 15), given=False)
     assert (risk.admits(0.01, 0.0), risk.admits(0.02, 0.0)) == (True, False)
@@ -154,7 +151,7 @@ def test_a_calibration_admits_nothing_as_uncertain_as_a_wrong_answer_without_evi
 
 def test_rows_beyond_the_tolerance_do_not_forbid_those_within():
     """Of rows that a calibration admits, too few were seen to say anything else."""
-    risks = [StragglerRisk(AccuracyTarget(tolerance=1.0), needs_evidence=n) for n in (False, True)]
+    risks = [Risk(Accuracy(tolerance=1.0), needs_evidence=n) for n in (False, True)]
     for risk in risks:
         for number in range(60):
             risk.add(row(math.nan, bound=0.5 if number < 4 else 2.0, excess=0.8), given=False)
@@ -165,7 +162,7 @@ def test_rows_beyond_the_tolerance_do_not_forbid_those_within():
 
 
 def test_answers_that_never_come_count_as_wrong():
-    risk = StragglerRisk(LABELS, needs_evidence=False)
+    risk = Risk(LABELS, needs_evidence=False)
     given, detected = 0, False
     assert risk.admits(0.01, 0.0)
     while not detected:
@@ -178,7 +175,7 @@ def test_answers_that_never_come_count_as_wrong():
 
 
 def test_no_more_is_given_out_than_can_be_compared():
-    risk = StragglerRisk(LABELS, needs_evidence=False)
+    risk = Risk(LABELS, needs_evidence=False)
     given = 0
     while risk.admits(0.01, 0.0):
         risk.give()
@@ -193,7 +190,7 @@ def test_no_more_is_given_out_than_can_be_compared():
 
 
 def test_evidence_is_replaced_and_what_was_given_out_stays_tested():
-    risk = StragglerRisk(LABELS, needs_evidence=True)
+    risk = Risk(LABELS, needs_evidence=True)
     for _ in range(3):
         risk.give()
         risk.add(row(wrong=True), given=True)
@@ -202,7 +199,7 @@ def test_evidence_is_replaced_and_what_was_given_out_stays_tested():
     assert risk.enough
     assert risk.admits(0.01, 0.0)
     assert risk.status()["given_wrong"] == 3
-    assert risk.disagreement() == (0, 20)
+    assert (risk.status()["disagreement"], risk.status()["compared"]) == (0, 20)
     risk.give()
     given = 4
     while not risk.add(row(wrong=True), given=True):
@@ -212,7 +209,7 @@ def test_evidence_is_replaced_and_what_was_given_out_stays_tested():
 
 
 def test_what_nothing_is_known_of_is_not_given_out():
-    risk = StragglerRisk(LABELS, needs_evidence=False)
+    risk = Risk(LABELS, needs_evidence=False)
     assert not risk.admits(math.nan, 0.0)
     for _ in range(30):
         risk.add(row(math.nan), given=False)
@@ -221,7 +218,7 @@ def test_what_nothing_is_known_of_is_not_given_out():
 
 def test_one_wrong_answer_does_not_undo_a_calibration_and_many_do():
     """What was calibrated counts as 14 right answers; beyond its limit only evidence counts."""
-    risk = StragglerRisk(LABELS, needs_evidence=False)
+    risk = Risk(LABELS, needs_evidence=False)
     assert risk.admits(0.1, 0.0)
     assert not risk.admits(0.1, 0.0, calibrated=False)
     for number in range(12):
@@ -238,7 +235,7 @@ def test_one_wrong_answer_does_not_undo_a_calibration_and_many_do():
 
 
 def test_answers_without_a_promise_are_counted_and_no_more():
-    risk = StragglerRisk(AccuracyTarget(), needs_evidence=False)
+    risk = Risk(Accuracy(), needs_evidence=False)
     for wrong in [True] * 40 + [False]:
         risk.give()
         assert not risk.add(row(math.nan, wrong=wrong), given=True)
@@ -260,8 +257,8 @@ def test_a_conformal_quantile_covers_its_share_of_others(coverage):
 
 
 def test_stragglers_that_are_harder_than_others_are_noticed_beyond_chance():
-    labels = StragglerRisk(LABELS, needs_evidence=False)
-    bars = StragglerRisk(AccuracyTarget(tolerance=1.0), needs_evidence=False)
+    labels = Risk(LABELS, needs_evidence=False)
+    bars = Risk(Accuracy(tolerance=1.0), needs_evidence=False)
     assert labels.status()["harder"] is None
     for number in range(100):
         labels.add(row(0.1, wrong=number % 10 == 0), given=False)

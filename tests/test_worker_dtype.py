@@ -29,8 +29,9 @@ from nercc_jax.evaluation import Estimate, record_answers
 from nercc_jax.inference import CalibrationWarning, cast_model
 from nercc_jax.inference.models import Conditions, current_conditions
 from nercc_jax.planning import Candidate, Plan
+from nercc_jax.risk import Accuracy
 from nercc_jax.serving import CodedBatcher, Coder
-from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
+from nercc_jax.serving.adapt._decoding import calibrate_decoding
 
 K, N, OUTPUTS = 3, 7, 1000
 CODE = Berrut(K, N)  # quickly compiled, and decoded as all others
@@ -387,12 +388,12 @@ def test_a_pool_with_anothers_doubt_or_forecast_says_so(doubts):
 @pytest.mark.slow
 def test_a_servers_calibration_elsewhere_says_so():
     coder = Coder(NeRCC(2, 4, points="interleaved"))
-    estimator = ErrorEstimator(coder)
-    estimator.calibrate(small(), FEW, worker_dtype="float16")
+    accuracy, x = Accuracy(max_disagreement=0.1), np.resize(FEW, (64, 5))
+    decoding = calibrate_decoding(coder, small(), x, accuracy, worker_dtype="float16")
     with (
         DevicePool(small(), 4, worker_dtype="bfloat16") as pool,
         pytest.warns(CalibrationWarning, match="float16 workers.*bfloat16 workers"),
-        CodedBatcher(pool, coder, (5,), (4,), estimator=estimator) as batcher,
+        CodedBatcher(pool, coder, (5,), (4,), decoding=decoding) as batcher,
     ):
         answer = batcher.submit(FEW[:1], deadline=60.0).result().values
     np.testing.assert_array_equal(answer, cast_model(small(), "bfloat16")(FEW[:1]))

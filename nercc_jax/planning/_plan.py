@@ -18,7 +18,7 @@ from ..evaluation import Estimate
 from ..evaluation._criteria import agree_on_labels
 from ..inference.models import Conditions, Model, check_model
 from ..risk import ErrorProbability
-from ..risk._error_probability import fit_error_probability_of_predictions
+from ..risk._error_probability import error_probability_of_predictions
 from ..schemes import Scheme
 from ..stragglers import AbstractLatency
 from ..stragglers.simulate import Hedge, Latencies, Waiting
@@ -314,7 +314,7 @@ def _known_systems(
     """
     cheap, answers, form = calibration.outputs()
     no_answers = jnp.full(len(cheap), jnp.inf)
-    error_probability = fit_error_probability_of_predictions(cheap, no_answers, answers, form)
+    error_probability = error_probability_of_predictions(cheap, no_answers, answers, form)
     cheap, answers, _ = held_out.outputs()
     no_answers = jnp.full(len(cheap), jnp.inf)
     probabilities = np.asarray(error_probability(cheap, no_answers, cheap))

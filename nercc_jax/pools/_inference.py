@@ -16,8 +16,7 @@ from ..codes._checks import check_count
 from ..codes._trees import check_finite, points_of
 from ..inference._coded import as_groups
 from ..inference.models import check_conditions
-from ..risk import ErrorProbability
-from ..risk._straggler_risk import AccuracyTarget
+from ..risk import Accuracy, ErrorProbability
 from ..schemes import Scheme
 from ..schemes._scheme import select_uncertain
 from ._batch import BatchAnswers, Enough, check_deadline
@@ -151,7 +150,7 @@ def pool_inference(
         else:
             encode, decode = scheme_steps(Scheme(plain, error_probability=error_probability))
     kinds = plain.worker_models.tolist()
-    target = AccuracyTarget(tolerance, max_disagreement, coverage)
+    target = Accuracy(max_disagreement=max_disagreement, tolerance=tolerance, coverage=coverage)
 
     @no_mesh()
     def infer(x: PyTree, enough: Enough | None = None, deadline: float = 60.0):

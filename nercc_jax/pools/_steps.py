@@ -15,9 +15,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 from ..codes import AbstractCode, Decoded, decode_groups
 from ..codes._kept import CachedMatrices, encoder_of, known_decoders
 from ..codes._trees import is_float, points_of, to_device
-from ..risk import ErrorBars
+from ..risk import Accuracy, ErrorBars
 from ..risk._error_bars import error_bars
-from ..risk._straggler_risk import AccuracyTarget
 from ..schemes import Scheme
 from ..schemes._scheme import PreparedInputs
 
@@ -31,7 +30,7 @@ class ScoredPredictions(NamedTuple):
 
 
 def score_of(
-    target: AccuracyTarget, bars: ErrorBars | None, predictions: ScoredPredictions
+    target: Accuracy, bars: ErrorBars | None, predictions: ScoredPredictions
 ) -> Float[np.ndarray, "groups num_data"] | None:
     """Return error bars or error probabilities; None where all predictions will do."""
     if target.tolerance is None:

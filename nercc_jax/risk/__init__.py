@@ -1,12 +1,17 @@
-"""Risk of approximate predictions: error probabilities and error bars."""
+"""Risk of approximate predictions: error probabilities, error bars, and what may be given out."""
 
+from ._accuracy import Accuracy
 from ._error_bars import ErrorBars, calibrate_learner_bars
 from ._error_probability import ErrorProbability, logistic_regression
+from ._evidence import Comparison, Risk
 from ._monitor import RiskMonitor
 
 __all__ = [
+    "Accuracy",
+    "Comparison",
     "ErrorBars",
     "ErrorProbability",
+    "Risk",
     "RiskMonitor",
     "calibrate_learner_bars",
     "logistic_regression",

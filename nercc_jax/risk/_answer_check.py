@@ -24,8 +24,9 @@ from typing import TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ._error_probability import lead_of, logistic_regression
-from ._straggler_risk import conformal_quantile
+from ._accuracy import conformal_quantile
+from ._error_probability import logistic_regression
+from ._features import lead_of
 
 _REFERENCES = 256  # right answers that others are compared with
 _COVARIANCES = 256  # outputs, at most, whose covariance is taken into account

@@ -7,18 +7,20 @@ al. 2018, "Distribution-free predictive inference for regression").
 """
 
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..codes._checks import check_count
 from ..codes._trees import to_device
 from ..evaluation._criteria import root_mean_square
 from ..inference.models import AbstractCalibrated, Conditions
 from ..surrogates import Kernel, Learner, LearnerTuning, tune_learner
+from ._accuracy import Accuracy, bar_factor
 
 _LEVELS = 1024  # of coverage that are kept
 
@@ -135,6 +137,58 @@ def error_bars_from_ratios(
     factors[: len(places)] = ratios[places]
     coverages, factors = to_device((coverages, factors))
     return ErrorBars(coverages=coverages, factors=factors, conditions=conditions)
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorScale:
+    """Error bars from features: the exponential of a linear function of them.
+
+    Attributes:
+        weights: The weights of the features (`decoding_features`).
+        share: The share of the calibration's samples whose bars are within the tolerance.
+    """
+
+    weights: Float[np.ndarray, " features"]
+    share: float = 0.0
+
+    def of_features(self, features: Float[np.ndarray, "*points features"]) -> Any:
+        """Return the error bars."""
+        with np.errstate(over="ignore"):
+            return np.exp(features @ self.weights)
+
+
+def fit_error_scale(
+    features: Float[np.ndarray, "samples looks features"],
+    error: Float[np.ndarray, "samples looks"],
+    usable: Bool[np.ndarray, "samples looks"],
+    accuracy: Accuracy,
+    points: int,
+) -> ErrorScale:
+    """Fit error bars of the promised coverage to observed errors.
+
+    A regression of the logarithm of the error gives their shape, and a factor the coverage of what
+    is given out (`bar_factor`). A sample is given out at the first look at which its bar is within
+    the tolerance.
+
+    Args:
+        features: The features of each sample at each look; those that should not count are 0.
+        error: Its error.
+        usable: Whether the features say anything.
+        accuracy: The tolerance and the coverage.
+        points: The number of different data points among the samples.
+    """
+    assert accuracy.tolerance is not None
+    fitted = np.flatnonzero(usable)[::2]  # the others show how far it is off on new ones
+    flat, wanted = (x.reshape(usable.size, -1)[fitted].astype(float) for x in (features, error))
+    weights = np.linalg.lstsq(flat, np.log(wanted[:, 0] + 1e-12), rcond=None)[0]
+    bars = np.where(usable, ErrorScale(weights).of_features(features.astype(np.float64)), np.inf)
+    judged = bars.copy()
+    judged.flat[fitted] = np.inf
+    judged, missed = (x[np.isfinite(judged).any(axis=1)] for x in (judged, error))
+    factor = bar_factor(judged, missed, accuracy, points * len(judged) // len(bars))
+    weights[0] += np.log(factor)  # nothing is within the tolerance of infinity
+    share = np.mean((factor * bars <= accuracy.tolerance).any(axis=1))
+    return ErrorScale(weights.astype(np.float32), float(share))
 
 
 def error_bars(

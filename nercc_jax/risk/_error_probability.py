@@ -7,10 +7,13 @@ under straggler sets: a logistic regression gives the probability (Platt 1999, "
 outputs for support vector machines"), and isotonic regression on its bins corrects what does not
 have that form (Zadrozny and Elkan 2002, "Transforming classifier scores into accurate multiclass
 probability estimates"). The largest probability that may be given out is chosen on the same data,
-by an upper bound of the risk (Bates et al. 2021, arXiv 2101.02703).
+by an upper bound of the share of wrong labels (`upper_bound`).
+
+One calibration serves predictions of schemes, a server's decoded queries, and a surrogate's
+answers: they differ in their features (`label_features`, `decoding_features`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -19,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
+from ..codes import Decoded
 from ..codes._trees import Form, to_device
 from ..evaluation import Answers
-from ..evaluation._criteria import agree_on_labels
+from ..evaluation._criteria import agree_on_labels, root_mean_square
 from ..evaluation._objective import draw_sets
 from ..inference.models import AbstractCalibrated, Conditions
 from ..splines.arrays import namespace
@@ -29,9 +33,10 @@ from ..stragglers import AbstractStragglers
 from ..surrogates import AbstractSurrogate
 from ..surrogates.interface import AbstractGroupPrior
 from ..surrogates.surrogate import decode_with_deviation
-from ._straggler_risk import risk_cap
+from ._accuracy import risk_cap, upper_bound
+from ._features import label_features
 
-_LEAST = 1e-30  # least divisor, and least argument of a logarithm
+NUMBERS = ("weights", "knots", "shifts", "levels", "bounds", "shares")
 
 
 class ErrorProbability(AbstractCalibrated):
@@ -44,21 +49,20 @@ class ErrorProbability(AbstractCalibrated):
         knots: Log-odds at which a correction is known; it is linear between them.
         shifts: The correction that is added to the log-odds at each knot.
         levels: Probabilities in increasing order, from 0 on.
-        risks: For each level, an upper bound of the share of all data points that differ from the
-            model's own label if those up to the level are given out, and all others are answered by
-            the model. It counts one more wrong label than there were, and two standard errors.
-        shares: For each level, the share of data points that the model must answer itself.
+        bounds: For each level, an upper confidence bound of the share of wrong labels among the
+            predictions up to it, the exact ones not counted.
+        shares: For each level, the share of data points above it, which the model must answer.
         form: The structure of the outputs, where they are not vectors.
         conditions: The conditions of the calibration's answers. `coded_inference` and
             `pool_inference` warn (`CalibrationWarning`) where others hold.
     """
 
-    weights: Float[Array, " features"]
-    knots: Float[Array, " bins"]
-    shifts: Float[Array, " bins"]
-    levels: Float[Array, " levels"]
-    risks: Float[Array, " levels"]
-    shares: Float[Array, " levels"]
+    weights: Float[Array | np.ndarray, " features"]
+    knots: Float[Array | np.ndarray, " bins"]
+    shifts: Float[Array | np.ndarray, " bins"]
+    levels: Float[Array | np.ndarray, " levels"]
+    bounds: Float[Array | np.ndarray, " levels"]
+    shares: Float[Array | np.ndarray, " levels"]
     form: Form | None = eqx.field(static=True, default=None)
     conditions: Conditions = eqx.field(static=True, default=Conditions())
 
@@ -84,7 +88,7 @@ class ErrorProbability(AbstractCalibrated):
             ValueError: `cheap` is missing, or was not part of the calibration.
         """
         xp = namespace(predictions, deviation)
-        features = error_features(predictions, deviation, cheap, self.form)
+        features = label_features(predictions, deviation, cheap, self.form)
         if features.shape[-1] != self.weights.shape[0]:
             wanted = "with" if cheap is None else "without"
             raise ValueError(f"the error probability was calibrated {wanted} a surrogate's outputs")
@@ -92,7 +96,7 @@ class ErrorProbability(AbstractCalibrated):
         return xp.where(xp.isfinite(predictions).all(axis=-1), probability, 1)
 
     def of_features(self, features: Float[Any, "*points features"]) -> Float[Any, "*points"]:
-        """Return the probability for the regression's features (`error_features`)."""
+        """Return the probability for the features that it was calibrated with (`_features`)."""
         xp = namespace(features)
         weights, knots, shifts = (
             xp.asarray(each, features.dtype) for each in (self.weights, self.knots, self.shifts)
@@ -103,8 +107,7 @@ class ErrorProbability(AbstractCalibrated):
 
     def to_json(self) -> dict[str, list[float]]:
         """Return the numbers by name for JSON, which has no infinity; they are for vectors."""
-        names = ("weights", "knots", "shifts", "levels", "risks", "shares")
-        return {name: np.nan_to_num(getattr(self, name)).tolist() for name in names}
+        return {name: np.nan_to_num(getattr(self, name)).tolist() for name in NUMBERS}
 
     @classmethod
     def from_json(
@@ -133,11 +136,7 @@ class ErrorProbability(AbstractCalibrated):
         """
         if not 0 <= max_disagreement <= 1:
             raise ValueError(f"max_disagreement must be in [0, 1], not {max_disagreement}")
-        shares = np.asarray(self.shares)
-        given = shares[:1] - shares  # the first level is that of exact answers
-        kept = np.flatnonzero(np.asarray(self.risks) <= max_disagreement * given)
-        if not kept.size:
-            return 0.0
+        kept = np.flatnonzero(np.asarray(self.bounds) <= max_disagreement)
         return min(float(np.asarray(self.levels)[kept[-1]]), risk_cap(max_disagreement))
 
     def share(self, limit: float) -> float:
@@ -172,9 +171,8 @@ def error_probability_from_answers(
     """
     check_labels(own.form)
     masks, _ = draw_sets(stragglers, key, own.code.num_workers, num_sets)
-    observed = observe_errors(own, surrogate, prior, masks)
-    features, sure, wrong = map(np.asarray, observed)
-    return fit_error_probability(features, sure, wrong, own.form, own.conditions)
+    seen = observe_errors(DecodeAnswers(own, surrogate, prior), own.own, own.form, masks)
+    return error_probability_of_sets(seen, own.form, own.conditions)
 
 
 def check_labels(form: Form) -> None:
@@ -186,7 +184,88 @@ def check_labels(form: Form) -> None:
         )
 
 
-def fit_error_probability_of_predictions(
+class DecodeAnswers(eqx.Module):
+    """Decodes recorded answers, with a surrogate or without, as `observe_errors` asks for."""
+
+    own: Answers
+    surrogate: AbstractSurrogate | None = None
+    prior: AbstractGroupPrior | None = None
+
+    def __call__(
+        self, available: Bool[Array, "groups num_workers"]
+    ) -> tuple[Decoded, Array, Array | None]:
+        """Return predictions as vectors, their deviations, and the surrogate's outputs."""
+        own = self.own
+        found = decode_with_deviation(own.code, self.surrogate, own.coded, available, self.prior)
+        cheap = None if self.prior is None else self.prior.condition(own.coded, available).own
+        return *found, cheap
+
+
+class ObservedErrors(eqx.Module):
+    """The errors of predictions under straggler sets, and the features that rank them.
+
+    Attributes:
+        features: `label_features`.
+        sure: Whether the prediction is an answer to the data point itself.
+        wrong: Whether its label differs from the model's own, or it is lost.
+        ratio: Its error over its deviation; NaN where it is exact, lost, or has no deviation.
+    """
+
+    features: Float[Array, "sets groups num_data features"]
+    sure: Bool[Array, "sets groups num_data"]
+    wrong: Bool[Array, "sets groups num_data"]
+    ratio: Float[Array, "sets groups num_data"]
+
+
+@eqx.filter_jit
+def observe_errors(
+    decode: Any,
+    own: Float[Array, "groups num_data m"],
+    form: Form,
+    masks: Bool[Array, "sets num_workers"],
+) -> ObservedErrors:
+    """Return each data point's error, and features, under each straggler set.
+
+    Args:
+        decode: Returns predictions as vectors, their deviations, and a surrogate's outputs or None
+            for the workers that answered in each group (`DecodeAnswers`).
+        own: The model's own outputs as vectors.
+        form: Their structure.
+        masks: The straggler sets, for all groups.
+    """
+
+    def of_set(mask: Array) -> ObservedErrors:
+        decoded, deviation, cheap = decode(jnp.broadcast_to(mask, (len(own), len(mask))))
+        features = label_features(
+            decoded.predictions, deviation, cheap, None if form.is_vector else form
+        )
+        wrong = ~agree_on_labels(decoded.predictions, own, form) | ~decoded.recovered
+        error = root_mean_square(decoded.predictions - own, axis=-1)
+        counts = (deviation > 0) & jnp.isfinite(deviation) & decoded.recovered
+        ratio = jnp.where(counts, error / jnp.where(counts, deviation, 1), jnp.nan)
+        return ObservedErrors(features, deviation == 0, wrong, ratio)
+
+    return jax.lax.map(of_set, masks)
+
+
+def error_probability_of_sets(
+    seen: ObservedErrors, form: Form, conditions: Conditions
+) -> ErrorProbability:
+    """Calibrate an error probability on errors under straggler sets."""
+    sets, groups, num_data = seen.wrong.shape
+    owner = np.indices(seen.wrong.shape).reshape(3, -1)
+    return fit_error_probability(
+        np.asarray(seen.features).reshape(sets * groups * num_data, 1, -1),
+        np.asarray(seen.wrong).reshape(-1, 1),
+        sure=np.asarray(seen.sure).ravel(),
+        owners=(owner[1], owner[0]),
+        points=groups * num_data,
+        form=form,
+        conditions=conditions,
+    )
+
+
+def error_probability_of_predictions(
     predictions: Float[ArrayLike, "points m"],
     deviation: Float[ArrayLike, " points"],
     own: Float[ArrayLike, "points m"],
@@ -203,108 +282,9 @@ def fit_error_probability_of_predictions(
         form: The structure of the outputs, where they are not vectors.
     """
     predictions, deviation, own = map(np.asarray, (predictions, deviation, own))
-    features = error_features(predictions, deviation, predictions, form)
+    features = label_features(predictions, deviation, predictions, form)
     wrong = ~agree_on_labels(predictions, own, form)
-    return fit_error_probability_of_points(features, deviation == 0, wrong, form)
-
-
-def fit_error_probability_of_points(
-    features: Float[np.ndarray, "points features"],
-    sure: Bool[np.ndarray, " points"],
-    wrong: Bool[np.ndarray, " points"],
-    form: Form | None = None,
-) -> ErrorProbability:
-    """Fit an error probability to single data points, each of which was seen once."""
-    features, sure, wrong = (each[None, :, None] for each in (features, sure, wrong))
-    return fit_error_probability(features, sure, wrong, form)
-
-
-@eqx.filter_jit
-def observe_errors(
-    own: Answers,
-    surrogate: AbstractSurrogate | None,
-    prior: AbstractGroupPrior | None,
-    masks: Bool[Array, "sets num_workers"],
-) -> tuple[Array, Array, Array]:
-    """Return features, exactness, and wrongness of each data point under each straggler set."""
-
-    def of_set(mask):
-        available = jnp.broadcast_to(mask, own.coded.shape[:2])
-        decoded, deviation = decode_with_deviation(own.code, surrogate, own.coded, available, prior)
-        cheap = None if prior is None else prior.condition(own.coded, available).own
-        wrong = ~own.same_labels(decoded.predictions)
-        features = error_features(decoded.predictions, deviation, cheap, own.form)
-        return features, deviation == 0, wrong | ~decoded.recovered
-
-    return jax.lax.map(of_set, masks)
-
-
-def error_features(
-    predictions: Float[Any, "*points m"],
-    deviation: Float[Any, "*points"],
-    cheap: Float[Any, "*points m"] | None,
-    form: Form | None,
-) -> Float[Any, "*points features"]:
-    """Return what the logistic regression looks at, with the constant first.
-
-    The features are the logarithm of margin over deviation (below and above 1 apart, neither of
-    which may raise the probability), the logarithm of the margin, and of a surrogate whether it has
-    the same label, and by how much.
-    """
-    xp = namespace(predictions, deviation)
-    size = xp.log(margin(predictions, form) + _LEAST)
-    ratio = xp.clip(size - xp.log(deviation + _LEAST), -10, 10)
-    features = [xp.ones_like(ratio), xp.minimum(ratio, 0), xp.maximum(ratio, 0), size]
-    if cheap is not None:
-        lead = _least_of_labels(lead_of, form, predictions, cheap)
-        features += [xp.sign(lead), xp.arcsinh(lead)]
-    return xp.nan_to_num(xp.stack(features, axis=-1))
-
-
-def margin(predictions: Float[Any, "*points m"], form: Form | None = None) -> Float[Any, "*points"]:
-    """Return by how much the largest output leads the second.
-
-    A single output's margin is its size. Predictions with several labels (`form`) have the margin
-    of their least certain one. On the host or in programs, by the array.
-    """
-
-    def of_labels(outputs: Float[Any, "*labels m"]) -> Float[Any, "*labels"]:
-        if outputs.shape[-1] == 1:
-            return namespace(outputs).abs(outputs[..., 0])
-        if namespace(outputs) is np:
-            largest = np.partition(outputs, -2, axis=-1)[..., -2:]
-            return largest[..., 1] - largest[..., 0]
-        first, second = jnp.moveaxis(jax.lax.top_k(outputs, 2)[0], -1, 0)
-        return first - second
-
-    return _least_of_labels(of_labels, form, predictions)
-
-
-def lead_of(
-    predictions: Float[Any, "*#labels m"], cheap: Float[Any, "*#labels m"]
-) -> Float[Any, "*#labels"]:
-    """Return by how much the surrogate prefers the predicted label to all others."""
-    xp = namespace(predictions, cheap)
-    label = xp.argmax(predictions, axis=-1, keepdims=True)
-    others = xp.where(xp.arange(cheap.shape[-1]) == label, -xp.inf, cheap)
-    own = xp.take_along_axis(cheap, label, axis=-1)[..., 0]
-    return own - xp.max(others, axis=-1)
-
-
-def _least_of_labels(
-    of_labels: Callable[..., Any], form: Form | None, *vectors: Float[Any, "*points m"]
-) -> Float[Any, "*points"]:
-    """Return the least value over all labels of a data point."""
-    xp = namespace(*vectors)
-    if form is None:
-        return of_labels(*vectors)
-    axes = vectors[0].ndim - 1
-    least = []
-    for parts in zip(*(jax.tree.leaves(form.split(each)) for each in vectors), strict=True):
-        labelled = (part[..., None] if part.ndim == axes else part for part in parts)
-        found = of_labels(*labelled)
-        least.append(xp.min(found.reshape(*found.shape[:axes], -1), axis=-1))
-    return xp.min(xp.stack(least), axis=0)
+    return fit_error_probability(features[:, None], wrong[:, None], sure=deviation == 0, form=form)
 
 
 def logistic_regression(
@@ -379,170 +359,173 @@ def logistic_regression(
     return weights
 
 
+def fit_error_probability(
+    features: Float[np.ndarray, "samples looks features"],
+    wrong: Bool[np.ndarray, "samples looks"],
+    *,
+    usable: Bool[np.ndarray, "samples looks"] | None = None,
+    sure: Bool[np.ndarray, " samples"] | None = None,
+    owners: Sequence[Int[np.ndarray, " samples"]] = (),
+    points: int | None = None,
+    falling: Sequence[int] = (1, 2),
+    failure: float = 0.025,
+    form: Form | None = None,
+    conditions: Conditions = Conditions(),  # noqa: B008, it is frozen
+) -> ErrorProbability:
+    """Fit an error probability to observed errors.
+
+    A logistic regression ranks labels by their features, a correction makes its probabilities right
+    bin by bin, and the share of wrong labels up to each probability is bounded from above. A sample
+    is given out at the first look at which its probability is small enough. It counts as wrong from
+    the least probability on that it has at any look with a wrong label, which bounds the share of
+    wrong labels and grows with the limit.
+
+    Args:
+        features: The features of each sample at each look, of which the first is constant.
+        wrong: Whether its label differs from the model's own.
+        usable: Whether the features say anything; a label is wrong for sure where they do not.
+        sure: Whether a prediction is the model's own answer, whatever its features.
+        owners: What makes samples go wrong together: the group of each, the straggler set of each.
+            Owners are independent of each other. The first splits the samples for cross-fitting.
+        points: The number of different data points, where samples are these under several sets.
+        falling: Features that must not raise the probability.
+        failure: The probability with which a bound fails.
+        form: The structure of the outputs, if they may be no vectors.
+        conditions: The conditions of the answers.
+    """
+    usable = np.ones(wrong.shape, bool) if usable is None else usable
+    sure = np.zeros(len(wrong), bool) if sure is None else sure
+    points = len(wrong) if points is None else points
+    used = usable & ~sure[:, None]
+    thin = slice(None, None, max(int(used.sum()) // 50_000, 1))
+    flat, missed = features[used][thin].astype(np.float64), wrong[used][thin]
+    # A data point is much the same under all sets and looks: it counts once in all.
+    count = min(points / max(len(flat), 1), 1.0)
+    owner = np.arange(len(wrong)) if not owners else owners[0]
+    owner = np.broadcast_to(owner[:, None], wrong.shape)[used][thin]
+    weights, logit = _cross_fitted(flat, missed, owner, count, falling)
+    knots, shifts = _correction(logit, missed, count)
+
+    logit = features @ weights
+    logit = logit + np.interp(logit, knots, shifts)
+    probability = np.where(usable, np.exp(-np.logaddexp(0, -logit)), 1.0)
+    probability[sure] = 0
+    wrong_from = np.min(np.where(wrong, probability, np.inf), axis=1)
+    curve = _curve(probability.min(axis=1), wrong_from, int(sure.sum()), owners, points, failure)
+    parts = zip(NUMBERS, (weights, knots, shifts, *curve), strict=True)
+    arrays: Any = to_device({name: np.asarray(each, float) for name, each in parts})
+    vectors = form is None or form.is_vector
+    return ErrorProbability(**arrays, form=None if vectors else form, conditions=conditions)
+
+
 # The constants were measured on a synthetic classifier, NeRCC (4, 7) with Chebyshev and repeated
 # points, 35 straggler sets, calibrated on 100 or 400 groups (six draws) and judged on 800 others.
 # The figures are means over these of "miscalibration", the worst of five bins' |log(observed /
 # promised)|; of "use", the disagreement over what was allowed (0.5 and 2 %); or of what is named.
 
-_FOLDS = 5  # of the cross-fitting. Miscalibration with 2, 5, 10: 0.057, 0.051, 0.054.
-# Least scale of the regression's log-odds, so that some order is left. Use with 0.0001, 0.1, 0.3:
-# 0.27, 0.43, 0.44.
-_LEAST_SCALE = 0.1
-# Most bins of the correction, and the least number of errors expected in each. Miscalibration with
-# 8, 32, 128 bins: 0.052, 0.051, 0.051; with 3, 10, 30 errors: 0.053, 0.051, 0.048.
-_BINS, _EXPECTED = 32, 10
-_SUREST = 1 - 1e-6  # the largest probability of an error
-# Share of the log-odds' slope that is left within a bin: without any, probabilities tie, and a
-# limit takes all of a bin or none. Use with 0, 0.05, 0.2: 0.27, 0.43, 0.44.
-_SLOPE = 0.05
-_DIGITS = 3  # to which log-odds are rounded. Miscalibration with 1, 3, 6: 0.046, 0.051, 0.051.
-_LEVELS = 512  # places of a limit. Use with 64, 512, 4,096: 0.36, 0.43, 0.45.
-# Standard errors that are added to a counted risk. With 0, 1, 2, 3 the allowance was exceeded in
-# 12, 4, 0, 0 % of the cases, and for an allowance of 0.5 % 58, 59, 59, 60 % went to the model.
-_ERRORS = 2.0
 
-
-def regression(
+def _cross_fitted(
     features: Float[np.ndarray, "samples features"],
     wrong: Bool[np.ndarray, " samples"],
-    group: Int[np.ndarray, " samples"],
+    owner: Int[np.ndarray, " samples"],
     count: float,
     falling: Sequence[int],
 ) -> tuple[Float[np.ndarray, " features"], Float[np.ndarray, " samples"]]:
-    """Return the regression's weights, and each sample's log-odds from the other groups.
+    """Return the regression's weights, and each sample's log-odds from other owners' samples.
 
     A regression on few samples is too sure of itself on others. The excess is measured where the
-    regression is made without a part of the groups, and the log-odds are scaled by it (van
+    regression is made without a part of the owners, and the log-odds are scaled by it (van
     Houwelingen and Le Cessie 1990, "Predictive value of statistical models").
     """
     weights = logistic_regression(features, wrong, falling, count)
-    logit = features @ weights
-    for fold in range(_FOLDS):
-        part = group % _FOLDS == fold
+    logit, folds = features @ weights, 5  # miscalibration with 2, 5, 10: 0.057, 0.051, 0.054
+    for fold in range(folds):
+        part = owner % folds == fold
         if not part.all():
-            others = logistic_regression(features[~part], wrong[~part], falling, count)
-            logit[part] = features[part] @ others
+            logit[part] = features[part] @ logistic_regression(
+                features[~part], wrong[~part], falling, count
+            )
     shift, scale = logistic_regression(np.stack([np.ones_like(logit), logit], axis=-1), wrong)
-    if len(wrong) and scale < _LEAST_SCALE:
-        # It tells hardly anything: some order is left, and the mean.
-        scale = _LEAST_SCALE
-        mean = (np.sum(wrong) + 0.5) / (len(wrong) + 1)
-        from scipy.optimize import root_scalar  # late: a quarter of the package's import time
-        from scipy.special import expit
-
-        found = root_scalar(
-            lambda shift: np.mean(expit(scale * logit + shift)) - mean, bracket=(-1000.0, 1000.0)
-        )
-        shift = found.root
+    # Where it says hardly anything, some order is left. Use with 0.0001, 0.1, 0.3: .27, .43, .44.
+    scale = max(scale, 0.1)
     return scale * weights + shift * np.eye(1, len(weights))[0], scale * logit + shift
 
 
-def correction(
+def _correction(
     logit: Float[np.ndarray, " samples"], wrong: Bool[np.ndarray, " samples"], count: float
 ) -> tuple[Float[np.ndarray, " bins"], Float[np.ndarray, " bins"]]:
     """Return knots and shifts that make log-odds right in each bin.
 
     The same number of wrong samples is expected in each bin; each sample counts as `count`. Bins
     with fewer errors than a bin below share their mean (isotonic regression), but for a slight
-    slope that keeps the order. There are always `_BINS` knots; the last one is repeated.
+    slope that keeps the order. There are always as many knots; the last one is repeated.
     """
-    from scipy.optimize import isotonic_regression  # late, as above
+    from scipy.optimize import isotonic_regression  # late: a quarter of the package's import time
     from scipy.special import expit
     from scipy.special import logit as logit_of
 
-    # Those that are alike are in one bin, so that knots are never too close together.
-    logit = np.round(logit, _DIGITS)
+    # Miscalibration with 8, 32, 128 bins: 0.052, 0.051, 0.051; with 3, 10, 30 expected errors in
+    # each: 0.053, 0.051, 0.048; with log-odds rounded to 1, 3, 6 digits: 0.046, 0.051, 0.051. Equal
+    # ones are in one bin, so that knots are never too close together.
+    bins, errors, slope = 32, 10, 0.05  # use with slopes of 0, 0.05, 0.2: 0.27, 0.43, 0.44
+    if len(logit) == 0:
+        return np.zeros(bins), np.zeros(bins)
+    logit = np.round(logit, 3)
     order = np.argsort(logit, kind="stable")
-    logit, wrong = logit[order], wrong[order]
-    expected = expit(logit)
-    total = float(np.sum(expected))
-    number = int(np.clip(count * total / _EXPECTED, 1, _BINS))
-    place = np.minimum(np.cumsum(expected) / max(total, _LEAST) * number, number - 1).astype(int)
+    logit, wrong, expected = logit[order], wrong[order], expit(logit[order])
+    total = max(float(np.sum(expected)), 1e-30)
+    number = int(np.clip(count * total / errors, 1, bins))
+    place = np.minimum(np.cumsum(expected) / total * number, number - 1).astype(int)
     place = place[np.searchsorted(logit, logit)]
-    counts = np.bincount(place, minlength=number)
-    sums = [np.bincount(place, each, minlength=number) for each in (expected, wrong)]
-    counts, expected, seen = (each[counts > 0] for each in (counts, *sums))
-    if counts.size == 0:
-        return np.zeros(_BINS), np.zeros(_BINS)
+    sums = [np.bincount(place, each, minlength=number) for each in (None, expected, wrong)]
+    counts, expected, seen = (each[sums[0] > 0] for each in sums)
     # One more is expected, and seen: it weighs where there are hardly any.
     more = (count * seen + 1) / (count * expected + 1)
-    share = np.minimum(more * expected / counts, _SUREST)
+    share = np.minimum(more * expected / counts, SUREST)
     share = isotonic_regression(share, weights=counts).x
-    knots = logit_of(np.clip(expected / counts, _LEAST, _SUREST))
-    shifts = (1 - _SLOPE) * (logit_of(share) - knots)
-    fill = _BINS - len(knots)
+    knots = logit_of(np.clip(expected / counts, 1e-30, SUREST))
+    shifts = (1 - slope) * (logit_of(share) - knots)
+    fill = bins - len(knots)
     return np.append(knots, knots[-1] + 1 + np.arange(fill)), np.pad(shifts, (0, fill), "edge")
 
 
-def risks(
-    probability: Float[np.ndarray, "sets groups num_data"],
-    sure: Bool[np.ndarray, "sets groups num_data"],
-    wrong: Bool[np.ndarray, "sets groups num_data"],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return levels of probability, a bound of the risk up to each, and the share above each.
+SUREST = 1 - 1e-6  # the largest probability of an error
 
-    The bound is of the share that is wrong and not above a level. Groups are independent of each
-    other, and so are straggler sets; what is counted of one group under all sets, and of one set in
-    all groups, is not. At levels that hold more than exact answers, one more wrong label is counted
-    than there was.
+
+def _curve(
+    answered: Float[np.ndarray, " samples"],
+    wrong_from: Float[np.ndarray, " samples"],
+    sure: int,
+    owners: Sequence[Int[np.ndarray, " samples"]],
+    points: int,
+    failure: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return levels of probability, a bound of the share of wrong labels, and the share above each.
+
+    Each data point counts once, whatever the sets that it was seen under, and less where the share
+    varies more between owners than independent data points would let it (Kish 1965, "Survey
+    sampling": the design effect).
     """
-    order = np.sort(probability, axis=None)
-    known = int(np.sum(sure))
-    # Beyond the sure ones, every so many a level, above all that are the same but for the rounding
-    # of float32 in another program.
-    places = np.linspace(known, probability.size - 1, _LEVELS).round().astype(int)
-    above = np.minimum(order[places[places < probability.size]] * (1 + 1e-5), _SUREST)
+    order, number = np.sort(answered), len(answered)
+    # Beyond the exact ones, every so many a level, above all that are the same but for the rounding
+    # of float32 in another program. Use with 64, 512, 4,096 levels: 0.36, 0.43, 0.45.
+    places = np.linspace(sure, number - 1, 512).round().astype(int)
+    above = np.minimum(order[places[places < number]] * (1 + 1e-5), SUREST)
     levels = np.concatenate([[0.0], above])
     counts = np.searchsorted(order, levels, side="right")
-    sets, groups, _ = wrong.shape
-    of_set, of_group, _ = np.nonzero(wrong)
-    level = np.searchsorted(levels, probability[wrong])
-    error = np.zeros(len(levels))
-    for owner, number in ((of_set, sets), (of_group, groups)):
-        sums = np.zeros((len(levels) + 1, number))
-        np.add.at(sums, (level, owner), number / wrong.size)
-        error += np.var(np.cumsum(sums[:-1], axis=0), axis=1) / number
-    points, guesses = wrong.size / sets, counts > known
-    total = np.cumsum(np.bincount(level, minlength=len(levels) + 1))[:-1] / sets
-    counted = (total + guesses) / (points + guesses)
-    bounds = np.minimum(np.maximum.accumulate(counted + _ERRORS * np.sqrt(error)), 1)
-    return levels, bounds, 1 - counts / probability.size
-
-
-def fit_error_probability(
-    features: Float[np.ndarray, "sets groups num_data features"],
-    sure: Bool[np.ndarray, "sets groups num_data"],
-    wrong: Bool[np.ndarray, "sets groups num_data"],
-    form: Form | None = None,
-    conditions: Conditions = Conditions(),  # noqa: B008, it is frozen
-) -> ErrorProbability:
-    """Fit an error probability to observed errors, in three steps.
-
-    `regression` ranks labels by their features, `correction` makes the probabilities right bin by
-    bin, and `risks` bounds the risk of giving out all labels up to each probability.
-
-    Args:
-        features: The features of each data point under each straggler set (`error_features`).
-        sure: Whether a prediction is the model's own answer, whatever its features.
-        wrong: Whether its label differs from the model's own.
-        form: The structure of the outputs, if they may be no vectors.
-        conditions: The conditions of the answers.
-    """
-    from scipy.special import expit  # late: a fifth of a worker's import time
-
-    # A data point is much the same under all sets, so it counts once, not once in each.
-    count = np.sum(~sure.all(axis=0)) / max(np.sum(~sure), 1)
-    group = np.nonzero(~sure)[1]
-    # The two parts of margin over deviation must not raise the probability of an error.
-    weights, fresh = regression(
-        features[~sure].astype(np.float64), wrong[~sure], group, count, (1, 2)
-    )
-    knots, shifts = correction(fresh, wrong[~sure], count)
-    logit = features @ weights
-    probability = np.where(sure, 0, expit(logit + np.interp(logit, knots, shifts)))
-    levels, found, shares = risks(probability, sure, wrong)
-    numbers = {"weights": weights, "knots": knots, "shifts": shifts}
-    numbers |= {"levels": levels, "risks": found, "shares": shares}
-    arrays: Any = to_device({name: np.asarray(each, float) for name, each in numbers.items()})
-    vectors = form is None or form.is_vector
-    return ErrorProbability(**arrays, form=None if vectors else form, conditions=conditions)
+    given = np.where(counts > sure, counts - sure, 0) / number
+    missed = np.flatnonzero(np.isfinite(wrong_from))
+    level = np.searchsorted(levels, wrong_from[missed])
+    total = np.cumsum(np.bincount(level, minlength=len(levels) + 1))[:-1] / number
+    variance = np.zeros(len(levels))
+    for owner in owners:
+        of = int(owner.max()) + 1
+        sums = np.zeros((len(levels) + 1, of))
+        np.add.at(sums, (level, owner[missed]), of / number)
+        variance += np.var(np.cumsum(sums[:-1], axis=0), axis=1) / of
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.nan_to_num(total / given)
+        independent = np.nan_to_num(share * (1 - share) / (variance / given**2), posinf=np.inf)
+    independent = np.where(variance > 0, np.minimum(independent, given * points), given * points)
+    bounds = np.where(given > 0, upper_bound(share, independent, failure), 0)
+    return levels, bounds, 1 - counts / number

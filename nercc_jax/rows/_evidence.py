@@ -1,7 +1,7 @@
 """The latest estimate of all rows, and the evidence on how far estimates are off.
 
 Error bars are calibrated on audits: rows that were drawn at random and computed after they had been
-predicted. What may be given out is decided as on a server (`StragglerRisk`): by the audits, and by
+predicted. What may be given out is decided as on a server (`Risk`): by the audits, and by
 the rows that came late. A new learner's errors are not those of the learner before it: so it is
 compared with all audits and late rows that have come, those that it has learned left out one at a
 time, and evidence on the earlier one is dropped. Error bars are a quantile of these errors over
@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from ..evaluation._criteria import row_errors
+from ..risk import Comparison, Risk
+from ..risk._accuracy import conformal_quantile, error_ratios
 from ..risk._answer_check import AnswerCheck
-from ..risk._straggler_risk import StragglerRisk, StragglerRow, conformal_quantile, error_ratios
 from ._interface import RowSettings
 from ._learner import CAPACITY, FEW, FittedLearner, Learned, LearnerTask, Neighbours, like_late
 from ._table import RowTable
@@ -38,7 +39,7 @@ class _Errors:
     which were right of those that were sure enough).
     """
 
-    def __init__(self, risk: StragglerRisk):
+    def __init__(self, risk: Risk):
         self.risk = risk
         self.ratios: list[float] = []
         self.held: list[bool] = []
@@ -62,8 +63,8 @@ class Evidence:
         self._distrusted = False  # whether wrong values calibrate the check in the making
         # Computed rows at which a learner is fitted to all; 0: some that it knows were taken back.
         self.due = FIRST
-        self.audits = _Errors(StragglerRisk(settings.target, needs_evidence=False))
-        self.late = _Errors(StragglerRisk(settings.target, needs_evidence=True))
+        self.audits = _Errors(Risk(settings.accuracy, needs_evidence=False))
+        self.late = _Errors(Risk(settings.accuracy, needs_evidence=True))
 
     @functools.cached_property
     def _features(self) -> Float[np.ndarray, "rows inputs"]:
@@ -240,14 +241,14 @@ class Evidence:
         y: Float[np.ndarray, "some outputs"],
         error: Float[np.ndarray, " some"],
         errors: _Errors,
-    ) -> list[StragglerRow]:
+    ) -> list[Comparison]:
         """Compare predictions with the rows' own values, from which they differ by `error`."""
         assert self.mean is not None
         mean = self.mean[rows]
         probability, bar = self._estimated(rows, errors)
         differs = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
         facts = (each.tolist() for each in (probability, bar, differs, error_ratios(error, bar)))
-        return [StragglerRow(*each) for each in zip(*facts, strict=True)]
+        return [Comparison(*each) for each in zip(*facts, strict=True)]
 
     def compare(
         self, rows: Int[np.ndarray, " some"], y: Float[np.ndarray, "some outputs"], late: bool

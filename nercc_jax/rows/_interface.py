@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped
 from ..codes._trees import is_float
 from ..pools import PoolReport
 from ..pools._batch import check_deadline
-from ..risk._straggler_risk import AccuracyTarget
+from ..risk import Accuracy
 from ..surrogates import Learner
 
 Compute: TypeAlias = Literal["needed", "all"]
@@ -137,9 +137,10 @@ class RowSettings:
             raise ValueError(f"learner_share must be in (0, 1], not {self.learner_share}")
 
     @property
-    def target(self) -> AccuracyTarget:
+    def accuracy(self) -> Accuracy:
         """The accuracy at which a row is known well enough."""
-        return AccuracyTarget(self.tolerance, self.max_disagreement, self.coverage)
+        names = ("tolerance", "max_disagreement", "coverage")
+        return Accuracy(**{name: getattr(self, name) for name in names})
 
     @property
     def hang_timeout(self) -> float:

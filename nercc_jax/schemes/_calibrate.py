@@ -6,29 +6,29 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode
+from ..codes import AbstractCode, Decoded
 from ..codes._checks import check_count
 from ..codes._kept import CachedMatrices, known_encoder
 from ..codes._trees import Form, join, points_of, to_device
 from ..evaluation import record_answers
 from ..evaluation._answers import cut_groups
-from ..evaluation._criteria import agree_on_labels, root_mean_square, row_errors
+from ..evaluation._criteria import root_mean_square
 from ..evaluation._objective import draw_sets
 from ..inference import cast_model
 from ..inference.models import Model, call_model, check_model, current_conditions, run_workers
 from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars_from_ratios
 from ..risk._error_probability import (
+    ObservedErrors,
     check_labels,
-    error_features,
     error_probability_from_answers,
-    fit_error_probability,
-    fit_error_probability_of_predictions,
+    error_probability_of_predictions,
+    error_probability_of_sets,
+    observe_errors,
 )
 from ..stragglers import AbstractStragglers
 from ..surrogates import AbstractSurrogate, LearnerTuning, init_learner, tune_learner
@@ -86,43 +86,16 @@ def calibrate_error_probability(
         x = to_device(points_of(cut_groups(x, code.code.num_data)))
         masks, _ = draw_sets(stragglers, key, code.code.num_workers, num_sets)
         workers = cast_model(model, worker_dtype)
-        form, seen = _observe_errors(model, workers, code, x, masks, known_encoder(code.code))
-        check_labels(form)
-        features, sure, wrong = map(np.asarray, seen)
-        conditions = current_conditions(worker_dtype)
-        return fit_error_probability(features, sure, wrong, form, conditions)
+        own = eqx.filter_jit(call_model)(model, x)
+        check_labels(join(own, 1)[1])
+        seen, form = _observe(workers, code, x, own, masks)
+        return error_probability_of_sets(seen, form, current_conditions(worker_dtype))
     options: Any = {"batch_size": batch_size}
     own, prior = record_answers(model, code, x, worker_dtype=worker_dtype, **options), None
     if surrogate is not None:
         prior = group_prior_of_points(surrogate, code, x, **options)
         check_like(prior.form, own.form)
     return error_probability_from_answers(own, stragglers, key, num_sets, surrogate, prior)
-
-
-@eqx.filter_jit
-def _observe_errors(
-    model: Model,
-    workers: Any,
-    scheme: Scheme,
-    x: PyTree,
-    masks: Bool[Array, "sets num_workers"],
-    encoder: ArrayLike | None,
-) -> tuple[Form, tuple[Array, Array, Array]]:
-    """Return the outputs' form, and what `risk.observe_errors` does, of a scheme."""
-    prepared, coded = scheme.encode(x, encoder)
-    y = run_workers(workers, scheme.code, coded)
-    own, form = join(scheme.groups(call_model(model, x), prepared), 2)
-
-    def of_set(mask: Array) -> tuple[Array, Array, Array]:
-        available = jnp.broadcast_to(mask, (len(own), len(mask)))
-        judged = scheme.decode_sent(x, prepared, y, available, CachedMatrices(encoder))
-        decoded, deviation = judged.decoded, judged.deviation
-        vectors = None if form.is_vector else form
-        features = error_features(decoded.predictions, deviation, judged.cheap, vectors)
-        same = agree_on_labels(decoded.predictions, own, form)
-        return features, deviation == 0, ~same | ~decoded.recovered
-
-    return form, jax.lax.map(of_set, masks)
 
 
 def calibrate_error_bars(
@@ -161,8 +134,8 @@ def calibrate_error_bars(
     masks, _ = draw_sets(stragglers, key, scheme.code.num_workers, num_sets)
     served = model if callable(model) else model[0]
     workers = cast_model(model if callable(model) else tuple(model), worker_dtype)
-    ratios = _ratios(workers, scheme, x, eqx.filter_jit(call_model)(served, x), masks)
-    return error_bars_from_ratios(np.asarray(ratios), current_conditions(worker_dtype))
+    seen, _ = _observe(workers, scheme, x, eqx.filter_jit(call_model)(served, x), masks)
+    return error_bars_from_ratios(np.asarray(seen.ratio), current_conditions(worker_dtype))
 
 
 def cross_validate_error_bars(
@@ -225,45 +198,37 @@ def cross_validate_error_bars(
             lambda one: one.surrogate, scheme, fitted, is_leaf=lambda n: n is None
         )
         rows, own = jax.tree.map(lambda leaf: leaf[held], (x, y))  # noqa: B023
-        ratios.append(np.ravel(_ratios(workers, summary, rows, own, masks)))
+        ratios.append(np.ravel(_observe(workers, summary, rows, own, masks)[0].ratio))
     return error_bars_from_ratios(np.concatenate(ratios), current_conditions(None))
 
 
-def _ratios(
-    workers: Any,
-    scheme: Scheme,
-    x: PyTree,
-    own: PyTree,
-    masks: Bool[Array, "sets num_workers"],
-) -> Float[Array, "sets points"]:
-    """Return errors over deviations; NaN where a prediction is exact, lost, or has no deviation."""
+class _DecodeScheme(eqx.Module):
+    """Decodes a scheme's groups as they were sent, as `observe_errors` asks for."""
+
+    scheme: Scheme
+    x: PyTree
+    prepared: PreparedInputs
+    y: PyTree
+    encoder: ArrayLike | None
+
+    def __call__(
+        self, available: Bool[Array, "groups num_workers"]
+    ) -> tuple[Decoded, Array, Array | None]:
+        known = CachedMatrices(self.encoder)
+        return self.scheme.decode_sent(self.x, self.prepared, self.y, available, known)[0]
+
+
+def _observe(
+    workers: Any, scheme: Scheme, x: PyTree, own: PyTree, masks: Bool[Array, "sets num_workers"]
+) -> tuple[ObservedErrors, Form]:
+    """Return the errors of a scheme's predictions under each set, and the outputs' form."""
     # Three programs: the model's is the same for all schemes that send alike shapes.
     encoder = known_encoder(scheme.code)
     prepared, coded = eqx.filter_jit(scheme.encode)(x, encoder)
     y = eqx.filter_jit(run_workers)(workers, scheme.code, coded)
-    return _judged(scheme, x, prepared, y, own, masks, encoder)
-
-
-@eqx.filter_jit
-def _judged(
-    scheme: Scheme,
-    x: PyTree,
-    prepared: PreparedInputs,
-    y: PyTree,
-    own: PyTree,
-    masks: Bool[Array, "sets num_workers"],
-    encoder: ArrayLike | None,
-) -> Float[Array, "sets points"]:
-    groups = len(jax.tree.leaves(y)[0])
-
-    def of_set(mask):
-        available = jnp.broadcast_to(mask, (groups, len(mask)))
-        assessed = scheme.decode(x, prepared, y, available, CachedMatrices(encoder))
-        error, deviation = row_errors(assessed.decoded.predictions, own), assessed.deviation
-        counts = (deviation > 0) & jnp.isfinite(deviation) & assessed.decoded.recovered
-        return jnp.where(counts, error / jnp.where(counts, deviation, 1), jnp.nan)
-
-    return jax.lax.map(of_set, masks)
+    vectors, form = join(scheme.groups(own, prepared), 2)
+    decode = _DecodeScheme(scheme, x, prepared, y, encoder)
+    return observe_errors(decode, vectors, form, masks), form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +288,7 @@ def fit_scheme(
     bars: ErrorBars = error_bars_from_ratios(np.where(np.isfinite(deviation), ratios, np.nan))
     error_probability = None
     if labels:
-        error_probability = fit_error_probability_of_predictions(mean, deviation, own)
+        error_probability = error_probability_of_predictions(mean, deviation, own)
     scheme = Scheme(
         code,
         surrogate=learner.update(x[held], y[held]),

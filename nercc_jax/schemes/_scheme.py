@@ -169,22 +169,6 @@ class PreparedInputs(eqx.Module):
     busy: Bool[Array | np.ndarray, "groups num_workers"] | None = None
 
 
-class SentPredictions(eqx.Module):
-    """Predictions of groups as they were sent, as vectors, with their deviations.
-
-    Attributes:
-        decoded: The predictions.
-        deviation: Their standard deviations.
-        cheap: The surrogate's outputs after the answers.
-        form: The structure of the outputs.
-    """
-
-    decoded: Decoded
-    deviation: Float[Array, "groups num_data"]
-    cheap: Float[Array, "groups num_data m"] | None
-    form: Form = eqx.field(static=True)
-
-
 class Scheme(AbstractScheme):
     """A code, and what is added to it: order, surrogate, trust, and placement of copies.
 
@@ -389,18 +373,18 @@ class Scheme(AbstractScheme):
         Raises:
             ValueError: The surrogate's outputs are not like the model's.
         """
-        judged = self.decode_sent(x, prepared, y, available, known)
-        decoded, deviation = judged.decoded, judged.deviation
+        found, form = self.decode_sent(x, prepared, y, available, known)
+        decoded, deviation, cheap = found
         error_probability = jnp.full(decoded.recovered.shape, jnp.nan, deviation.dtype)
         if self.error_probability is not None:
-            error_probability = self.error_probability(decoded.predictions, deviation, judged.cheap)
+            error_probability = self.error_probability(decoded.predictions, deviation, cheap)
         points = len(prepared.order)
 
         def home(values: Array) -> Array:
             values = values.reshape(points, *values.shape[2:])
             return jnp.zeros_like(values).at[prepared.order].set(values)
 
-        predictions = judged.form.split(home(decoded.predictions))
+        predictions = form.split(home(decoded.predictions))
         status = Decoded(predictions, decoded.responded, home(decoded.recovered))
         return AssessedPredictions(status, home(deviation), home(error_probability))
 
@@ -411,8 +395,12 @@ class Scheme(AbstractScheme):
         y: PyTree[Float[Array, "groups num_workers ..."]],
         available: Bool[Array, "groups num_workers"],
         known: CachedMatrices,
-    ) -> SentPredictions:
+    ) -> tuple[tuple[Decoded, Array, Array | None], Form]:
         """Return predictions of the groups as they were sent; a pure function.
+
+        Returns:
+            Predictions as vectors, their standard deviations, and the surrogate's outputs after the
+            answers; and the structure of the outputs.
 
         Raises:
             ValueError: As `decode`.
@@ -441,7 +429,7 @@ class Scheme(AbstractScheme):
                 code, prepared.points, surrogate, vectors, available, prior
             )
         cheap = None if prior is None else prior.condition(vectors, available).own
-        return SentPredictions(decoded, deviation, cheap, form)
+        return (decoded, deviation, cheap), form
 
     def groups(
         self, x: PyTree[Shaped[Array | np.ndarray, "points ..."]], prepared: PreparedInputs

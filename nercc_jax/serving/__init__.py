@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
     from ._served_model import ServedModel as ServedModel
     from ._settings import ModelSettings as ModelSettings
     from ._settings import ServerSettings as ServerSettings
+    from .adapt._decoding import calibrate_decoding as calibrate_decoding
     from .adapt._predictor import Predictor as Predictor
     from .core._coder import Coder as Coder
     from .core._request import DeadlineExceeded as DeadlineExceeded
@@ -29,6 +30,7 @@ _WHERE = {
     "_policy": "BatchingPolicy",
     "_served_model": "ServedModel",
     "_settings": "ModelSettings ServerSettings",
+    "adapt._decoding": "calibrate_decoding",
     "adapt._predictor": "Predictor",
     "core._coder": "Coder",
     "core._request": "DeadlineExceeded InferenceFailed QueueFull Reply ServerClosing",

@@ -25,9 +25,8 @@ from ._fallback import FallbackPolicy, GroupAnswer, GroupDecoder, GroupPredictor
 from ._policy import MAX_DEADLINE_S, BatchingPolicy, Observe, read_outputs
 from ._tracing import RequestTrace
 from .adapt._adaptation import Adaptation
-from .adapt._error_estimator import ErrorEstimator
+from .adapt._decoding import DecodingScores
 from .adapt._predictor import Predictor
-from .core._adaptation import accuracy_target
 from .core._coder import Coder
 from .core._group import Group, GroupTimers, LateGroups
 from .core._health import Health, pool_health
@@ -80,7 +79,6 @@ class CodedBatcher:
 
     Attributes:
         policy: the batching policy.
-        estimator: the estimator of decoding errors.
     """
 
     def __init__(
@@ -92,7 +90,7 @@ class CodedBatcher:
         *,
         dtypes: tuple[DTypeLike, DTypeLike] = (np.float32, np.float32),
         policy: BatchingPolicy | None = None,
-        estimator: ErrorEstimator | None = None,
+        decoding: DecodingScores | None = None,
         predictor: Predictor | None = None,
         refuse: Refuse = refuse_odd,
         observe: Observe | None = None,
@@ -107,7 +105,8 @@ class CodedBatcher:
             dtypes: of queries and answers; dtypes other than float32 cannot be coded.
             policy: the batching policy. Where it does not state the outputs, one number a row is a
                 value, and several are scores once the model's own answers look like scores.
-            estimator: may be calibrated beforehand; the batcher continues with it.
+            decoding: scores of decoded answers (`calibrate_decoding`). Without them, stragglers
+                have to show first which decoded answers may be given out.
             predictor: answers queries independently of their groups.
             refuse: tells which answers of workers are not valid.
             observe: called with every measurement, `observe(what, number)`; it must be quick.
@@ -135,20 +134,21 @@ class CodedBatcher:
                 "that mixes all queries would send each of them twice: give a tolerance, "
                 "interleaved points, or no code"
             )
-        target = accuracy_target(policy)
-        self.estimator = estimator or ErrorEstimator(coder, target)
-        known = self.estimator.target
-        if (known.tolerance, known.coverage) != (target.tolerance, target.coverage):
+        decoding = decoding or DecodingScores(policy.accuracy)
+        known, wanted = decoding.accuracy, policy.accuracy
+        if (known.tolerance, known.coverage) != (wanted.tolerance, wanted.coverage):
             raise ValueError(
-                f"the estimator is for a tolerance of {known.tolerance} and a coverage of "
-                f"{known.coverage}, the policy for {target.tolerance} and {target.coverage}"
+                f"decoding was calibrated for a tolerance of {known.tolerance} and a coverage of "
+                f"{known.coverage}, the policy has {wanted.tolerance} and {wanted.coverage}"
             )
-        warn_if_other("the error estimate", self.estimator.conditions, pool.conditions)
+        decoding = dataclasses.replace(decoding, accuracy=wanted)
+        if decoding.calibrated:
+            warn_if_other("the error estimate", decoding.conditions, pool.conditions)
         self._adaptation = adaptation = Adaptation(
             pool,
             coder,
             policy,
-            self.estimator,
+            decoding,
             predictor,
             observe or (lambda what, number: None),
         )
@@ -184,7 +184,6 @@ class CodedBatcher:
         self._random = np.random.default_rng(0)
         self._dispatch_due = math.inf
         self._worker_free_posted = False
-        self.estimator.compile(answers.shape, policy.max_batch_size)
         adaptation.start()
         pool.on_idle(self._worker_free)
         self._events.start()
@@ -603,9 +602,6 @@ class CodedBatcher:
                 return
         if self._keeps_late(group):
             return
-        useful = not group.alone and self._coder.can_decode and self._adaptation.accepts_samples
-        if useful and (pair := group.calibration_pair()) is not None:
-            self._adaptation.calibrator.add_group(*pair)
         self._dispatcher.close(group)
 
     def _keeps_late(self, group: Group) -> bool:

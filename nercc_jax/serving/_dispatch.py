@@ -198,10 +198,9 @@ class Dispatcher:
         coder, queries = self._coder, len(group.cells)
         group.layout = coder.layout(queries)
         self._observe("group_fill", queries / coder.num_data)
-        whole = self._adaptation.needs_samples(queries)
         # Redundancy for one query is not worth slowing down others.
-        points = np.flatnonzero(~group.sent) if whole else self._redundancy(group, turn)
-        if len(points) and (group.pending or whole):
+        points = self._redundancy(group, turn)
+        if len(points) and group.pending:
             begin = self._clock.now()
             coded = coder.encode(group.inputs(), points, group.layout)
             end = self._clock.now()

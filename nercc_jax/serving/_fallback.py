@@ -15,7 +15,6 @@ from ..pools._clock import AbstractClock
 from ._policy import BatchingPolicy
 from .adapt._adaptation import Adaptation
 from .core._coder import Coder
-from .core._error_probability import DecodingErrorBars, DecodingErrorProbability
 from .core._group import Group, GroupPrediction
 from .core._request import CODED, Answer, ApproximateAnswer, BatchSpec, Query
 
@@ -113,9 +112,9 @@ class GroupDecoder:
         """
         self._coder, self._adaptation, self._clock = coder, adaptation, clock
         self._width, self._resends = policy.max_batch_size, policy.max_reexecution is not None
-        self._max_disagreement, self._tolerance = policy.max_disagreement, policy.tolerance
+        self._accuracy = policy.accuracy
         if policy.tolerance is not None and not (
-            adaptation.predictor is not None or coder.has_error_probability
+            adaptation.predictor is not None or coder.has_deviation
         ):
             raise ValueError(
                 f"a tolerance needs error bars, and {type(coder.code).__name__} has none: give a "
@@ -144,42 +143,36 @@ class GroupDecoder:
             The answers that may be given out, and the best there are to other queries. Both are
             empty where no answer is sound, or none could be given.
         """
-        number, limit = len(group.cells), None
-        expected = self._adaptation.calibrator.expected_error(number, group.decodable)
-        risk = self._risk(number)
-        if isinstance(risk, DecodingErrorBars):
-            limit = self._tolerance
-            good = np.full(number, risk.num_queries > 0)
-        elif self._tolerance is not None:
+        number = len(group.cells)
+        if not self._accuracy.promises:
+            limit, decodes = math.inf, self._enough_answers(group, last)
+        elif not self._coder.ranks(self._accuracy):
             return [], []  # no decoded answer has a bar
-        elif self._max_disagreement is None:
-            good = np.full(number, self._enough_answers(group, last))
-        elif risk is not None:
-            limit = risk.limit(self._max_disagreement)
-            good = np.full(number, limit >= 0)
         else:
-            good = expected.disagreement <= self._max_disagreement
-        # After a drift, what would be decoded is compared without being given out.
-        wanted = self._resends or self._adaptation.risk("decoded").waits
-        if not (good[cells].any() or (last and wanted)):
+            limit, risk = self._adaptation.scores.limit(number), self._adaptation.risk("decoded")
+            # What has no calibration, or has had a drift, is compared without being given out.
+            limit = limit if risk.drifts == 0 else -1.0
+            decodes = limit > 0 or not risk.waits or (last and (self._resends or risk.waits))
+        if not decodes:
             return [], []
         begin = self._clock.now()
-        predictions, sound, probability = self.decode(group.values(), group.decodable, number)
+        predictions, sound, features, probability = self.decode(
+            group.values(), group.decodable, number
+        )
         decoded = self._clock.now()
         self._adaptation.observe("decode_seconds", decoded - begin)
         self._adaptation.observe("workers_responded", int(group.mask.sum()))
-        good = np.broadcast_to(good if limit is None else probability <= limit, probability.shape)
-        error = np.broadcast_to(expected.error, probability.shape)
-        if self._tolerance is not None:
-            probability, error = np.full_like(probability, np.nan), probability
-        else:
-            probability = np.where(np.isnan(probability), expected.disagreement, probability)
+        # Without a promise probabilities are unknown, and all are good.
+        good, error = ~(probability > limit), np.full_like(probability, np.nan)
+        if self._accuracy.tolerance is not None:
+            probability, error = error, probability
         basis = int(group.sent.sum()), int(group.mask.sum())
         found: tuple[list[GroupAnswer], list[GroupAnswer]] = [], []
         for cell, row, _ in group.open_queries(cells):
             if sound[row, cell] and (cell, row) not in skip:
                 errors = float(probability[row, cell]), float(error[row, cell])
-                answer = Answer(predictions[row, cell, ...], "decoded", *basis, *errors)
+                value, known = predictions[row, cell, ...], features[row, cell]
+                answer = Answer(value, "decoded", *basis, *errors, features=known)
                 found[not good[row, cell]].append(GroupAnswer(cell, row, answer))
         if group.trace is not None:
             group.trace.add("decode", begin, decoded, answers=basis[1])
@@ -190,24 +183,22 @@ class GroupDecoder:
 
     def decode(
         self, values: np.ndarray, mask: np.ndarray, queries: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Decode values for a number of queries.
 
         Returns:
             By row and place: the predictions; whether they are sound, since a code may have lost a
-            query, or a sum of large answers may have overflowed; and the probability of a wrong
-            label, or the error bar of values, NaN if unknown.
+            query, or a sum of large answers may have overflowed; the features of their score; and
+            the score, the probability of a wrong label or the error bar of values.
         """
-        decoded = self._coder.decode(values, mask, self._width, self._risk(queries))
-        predictions, recovered, probability = decoded
-        finite = np.isfinite(predictions).reshape(*probability.shape, -1).all(axis=-1)
-        sound = recovered & finite
-        return predictions[:, :queries], sound[:, :queries], probability[:, :queries]
-
-    def _risk(self, queries: int) -> DecodingErrorProbability | DecodingErrorBars | None:
-        if not self._coder.has_error_probability:
-            return None
-        return self._adaptation.estimator.error_probability(queries)
+        promises = self._accuracy.promises
+        score = self._adaptation.scores.of(queries) if promises else None
+        found = self._coder.decode(values, mask, self._width, score, features=promises)
+        assert found.score is not None
+        finite = np.isfinite(found.predictions).reshape(*found.score.shape, -1).all(axis=-1)
+        parts = found.predictions, found.recovered & finite, found.features, found.score
+        predictions, sound, features, score = (each[:, :queries] for each in parts)
+        return predictions, sound, features, score
 
     def ready(self, group: Group, last: bool) -> bool:
         """Return whether it makes sense to decode a group now."""

@@ -2,7 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from ..risk import Accuracy
 
 # The longest deadline, in seconds: no wait is without a bound.
 MAX_DEADLINE_S = 3600.0
@@ -149,6 +152,17 @@ class BatchingPolicy:
             raise ValueError(f"hedge_copies {self.hedge_copies} is more than copies {self.copies}")
         if self.redundancy not in ("always", "uncertain"):
             raise ValueError(f"redundancy must be 'always' or 'uncertain', not {self.redundancy!r}")
+
+    @property
+    def accuracy(self) -> "Accuracy":
+        """The promise about answers that are not the model's own."""
+        from ..risk import Accuracy  # late: settings are read without JAX
+
+        return Accuracy(
+            max_disagreement=self.max_disagreement,
+            tolerance=self.tolerance,
+            coverage=self.coverage,
+        )
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:

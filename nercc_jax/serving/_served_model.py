@@ -20,14 +20,13 @@ from ..pools import AbstractPool, DevicePool, Faults, PoolReport, RayPool
 from ..pools._clock import WALL
 from ._batcher import CodedBatcher
 from ._metrics import Meter, Metrics
-from ._policy import BatchingPolicy, read_outputs
+from ._policy import read_outputs
 from ._settings import ModelSettings
 from ._tracing import current
-from .adapt._error_estimator import ErrorEstimator, calibrate_or_restore
+from .adapt._decoding import DecodingScores, calibrate_or_restore
 from .adapt._predictor import Predictor
-from .core._adaptation import accuracy_target, overdue_rule
+from .core._adaptation import overdue_rule
 from .core._coder import Coder
-from .core._error_probability import DecodingErrorBars
 from .core._health import Health
 from .core._request import DeadlineExceeded, Reply
 from .protocol._servable import Preprocessing, Servable
@@ -92,14 +91,14 @@ class ServedModel:
         self.servable, self.settings = servable, settings
         begin = time.monotonic()
         self._coder = Coder(code, form=servable.outputs.form)
-        estimator = ErrorEstimator(self._coder, accuracy_target(policy))
-        x = servable.calibration
+        x, decoding = servable.calibration, None
         exact_only = policy.outputs == "values" and policy.tolerance is None
         if x is not None and self._coder.can_decode and not exact_only:
             with log_phase("calibrating", servable.name):
-                dtype = settings.worker_dtype
-                calibrate_or_restore(estimator, servable.model, x, dtype, cache)
-            _check(estimator, self._coder, policy)
+                dtype, model = settings.worker_dtype, servable.model
+                accuracy = policy.accuracy
+                decoding = calibrate_or_restore(self._coder, model, x, accuracy, dtype, cache)
+            _check(decoding, self._coder)
         with log_phase("starting workers", servable.name):
             self.pool = _open_pool(servable, code, settings, straggler_score)
         self.meter = Meter(metrics, servable.key, self.pool, code)
@@ -111,7 +110,7 @@ class ServedModel:
                 servable.outputs.shape,
                 dtypes=(servable.queries.dtype, servable.outputs.dtype),
                 policy=policy,
-                estimator=estimator,
+                decoding=decoding,
                 predictor=predictor,
                 refuse=servable.outputs.refuse,
                 observe=self.meter.observe,
@@ -259,11 +258,6 @@ class ServedModel:
             hints.append(f"all {pool.num_workers} workers are overdue")
         if report.internal_errors:
             hints.append(f"the pool had {report.internal_errors} errors of its own: see the log")
-        promised = batcher.policy.max_disagreement, batcher.policy.tolerance
-        if coder.can_decode and promised != (None, None):
-            known, needed = batcher.estimator.progress()
-            if known < needed:
-                hints.append(f"no estimate yet: {known} of {needed} groups; nothing is decoded")
         if batcher.waiting and not pool.idle:
             hints.append(
                 "the pool is saturated: queries wait for a worker, none is spare for codes"
@@ -398,26 +392,18 @@ def _open_pool(
     return DevicePool(servable.model, number, **options)
 
 
-def _check(estimator: ErrorEstimator, coder: Coder, policy: BatchingPolicy) -> None:
+def _check(decoding: DecodingScores, coder: Coder) -> None:
     """Raise ValueError where a limit can only be kept by sending all queries twice."""
-    limit, asked = policy.max_disagreement, f"max_disagreement {policy.max_disagreement}"
-    if coder.systematic or (limit is None and policy.tolerance is None):
+    accuracy = decoding.accuracy
+    if coder.systematic or not decoding.calibrated or not accuracy.promises:
         return
-    probability = estimator.error_probability(coder.num_data)
-    if isinstance(probability, DecodingErrorBars):
-        asked, again = f"tolerance {policy.tolerance}", 1 - probability.share
-        kept, found = again <= _MOST_RESENT, f"{100 * again:.0f} % of the queries"
-    elif limit is None:
-        return  # a surrogate answers, or none
-    elif coder.has_error_probability:
-        again = probability.share_above(probability.limit(limit))
-        kept, found = again <= _MOST_RESENT, f"{100 * again:.0f} % of the queries"
-    else:
-        everyone = np.ones(coder.num_workers, bool)
-        disagreement = estimator.expected_error(coder.num_data, everyone).disagreement
-        kept, found = bool((disagreement <= limit).all()), "every query"
-    if not kept:
+    again = decoding.resent(coder.num_data)
+    if again > _MOST_RESENT:
+        asked = f"max_disagreement {accuracy.max_disagreement}"
+        if accuracy.tolerance is not None:
+            asked = f"tolerance {accuracy.tolerance}"
         raise ValueError(
-            f"{asked}: with this code and calibration data {found} would be sent "
-            "twice; allow more, use interleaved points, or a tuned code (`nercc tune`)"
+            f"{asked}: with this code and calibration data {100 * again:.0f} % of the queries "
+            "would be sent twice; allow more, use interleaved points, or a tuned code "
+            "(`nercc tune`)"
         )

@@ -10,9 +10,9 @@ from traffic import Traffic
 
 from nercc_jax import DevicePool, NeRCC
 from nercc_jax.pools import Fault, Faults
+from nercc_jax.risk import Accuracy, ErrorProbability
 from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder
-from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
-from nercc_jax.serving.core._error_probability import DecodingErrorProbability
+from nercc_jax.serving.adapt._decoding import DecodingScores
 from nercc_jax.stragglers import TraceLatency
 
 SHAPE, OUT = (6,), (3,)
@@ -28,12 +28,19 @@ INTERLEAVED = NeRCC(4, 8, points="interleaved", lambda_dec=0.0)
 OWN, EXTRAS = (1, 3, 0, 2), (5, 7, 4, 6)
 
 # A margin of 0.1 or less is uncertain, whatever else is known.
-BY_MARGIN = DecodingErrorProbability(
-    np.array([2 * np.log(0.1), -2, 0, 0, 0], np.float32),
-    wrong_from=np.full(100, 0.5, np.float32),
-    answered_from=np.linspace(0, 1, 200, dtype=np.float32),
-    num_queries=10**6,
+BY_MARGIN = ErrorProbability(
+    weights=np.array([2 * np.log(0.1), -2, 0, 0, 0], np.float32),
+    knots=np.zeros(1, np.float32),
+    shifts=np.zeros(1, np.float32),
+    levels=np.array([0, 0.4999], np.float32),
+    bounds=np.zeros(2, np.float32),
+    shares=np.array([1, 0.5], np.float32),
 )
+
+
+def by_margin(coder):
+    """The scores of a code whose decoded queries are judged by their margin alone."""
+    return DecodingScores(Accuracy(), {few: BY_MARGIN for few in range(1, coder.num_data + 1)})
 
 
 def model(x):
@@ -66,7 +73,7 @@ class Simulated(Traffic):
     """
 
     def __init__(
-        self, code, *, workers=12, run=model, faults=(), warm=True, estimator=None, **policy
+        self, code, *, workers=12, run=model, faults=(), warm=True, decoding=None, **policy
     ):
         usual = {"max_batch_size": 1, "batch_wait_timeout_s": SERVICE / 2, "deadline_s": 1000.0}
         usual |= {"outputs": "logits", "ordering": False}  # tests say which query is where
@@ -79,7 +86,7 @@ class Simulated(Traffic):
 
         options = {"model": answer, "num_workers": workers, "faults": Faults([*faults, slow])}
         policy = BatchingPolicy(**usual | policy)
-        options |= {"estimator": estimator, "shape": SHAPE, "hang_timeout": 1e6}
+        options |= {"decoding": decoding, "shape": SHAPE, "hang_timeout": 1e6}
         Traffic.__init__(self, None, policy, code, **options)
         self.pool_seconds = lambda size: SERVICE
         if warm:  # medians, by which stragglers are known
@@ -123,7 +130,9 @@ class Simulated(Traffic):
 
 
 @contextlib.contextmanager
-def serving(code, run=model, *, workers=12, faults=None, warm=True, estimator=None, **policy):
+def serving(
+    code, run=model, *, workers=12, faults=None, warm=True, decoding=None, predictor=None, **policy
+):
     """A batcher on a pool of threads; warm: it knows how long answers take."""
     seen = []
     usual = {"max_batch_size": 1, "batch_wait_timeout_s": 0.02, "deadline_s": LONG}
@@ -137,7 +146,8 @@ def serving(code, run=model, *, workers=12, faults=None, warm=True, estimator=No
             SHAPE,
             OUT,
             policy=BatchingPolicy(**policy),
-            estimator=estimator and estimator(coder),
+            decoding=decoding and decoding(coder),
+            predictor=predictor,
             observe=lambda what, number: seen.append((what, number)),
         ) as batcher:
             batcher.test_coder, batcher.test_seen = coder, seen  # pyright: ignore
@@ -147,13 +157,6 @@ def serving(code, run=model, *, workers=12, faults=None, warm=True, estimator=No
                 settled(batcher)
             seen.clear()
             yield batcher
-
-
-def knowing(coder):
-    """An estimator that has seen enough: groups are not sent whole, to learn from."""
-    estimator = ErrorEstimator(coder)
-    estimator.calibrate(lambda x: jnp.tanh(jnp.asarray(x) @ WEIGHTS), queries(400))
-    return estimator
 
 
 def settled(batcher):

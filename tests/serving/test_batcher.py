@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from batching import (
-    BY_MARGIN,
     EXTRAS,
     HELD,
     INTERLEAVED,
@@ -18,8 +17,8 @@ from batching import (
     THRESHOLD,
     WEIGHTS,
     Simulated,
+    by_margin,
     count,
-    knowing,
     model,
     queries,
     serving,
@@ -28,6 +27,7 @@ from batching import (
 
 from nercc_jax import Berrut, DevicePool, NeRCC, Replication, Uncoded
 from nercc_jax.pools import Fault
+from nercc_jax.risk import Accuracy
 from nercc_jax.serving import (
     BatchingPolicy,
     CodedBatcher,
@@ -39,7 +39,7 @@ from nercc_jax.serving import (
     _dispatch,
 )
 from nercc_jax.serving._dispatch import QueryOrdering
-from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
+from nercc_jax.serving.adapt._decoding import calibrate_decoding
 from nercc_jax.serving.core._health import Health
 from nercc_jax.serving.core._request import Request
 
@@ -103,9 +103,7 @@ def decoded_by_hand(x, missing):
 @pytest.mark.parametrize(("number", "wait_for"), [(4, 1), (4, 7), (3, 1), (2, 1)])
 def test_a_straggler_is_decoded_from_the_others(number, wait_for):
     """Of full groups, and of short ones, which get a smaller code on the same workers' points."""
-    sim = Simulated(
-        INTERLEAVED, wait_for=wait_for, straggler_threshold=THRESHOLD, estimator=knowing
-    )
+    sim = Simulated(INTERLEAVED, wait_for=wait_for, straggler_threshold=THRESHOLD)
     x = queries(number)
     sim.hold(x[1])
     reply = sim.answer(x)
@@ -126,7 +124,7 @@ def test_a_straggler_is_decoded_from_the_others(number, wait_for):
 @pytest.mark.parametrize("factor", [1e4, 1e-4])
 def test_queries_of_another_scale_are_coded_with_none(factor):
     """Before, they were part of the group, of which little else was left."""
-    sim = Simulated(INTERLEAVED, wait_for=1, straggler_threshold=THRESHOLD, estimator=knowing)
+    sim = Simulated(INTERLEAVED, wait_for=1, straggler_threshold=THRESHOLD)
     x = queries(3)
     sim.hold(x[1])
     odd = sim.submit(factor * queries(1, seed=7))
@@ -147,14 +145,13 @@ def test_queries_of_another_scale_are_coded_with_none(factor):
     ],
 )
 def test_only_what_is_expected_to_be_right_is_decoded(outputs, limit, decoded):
-    def estimator(coder):
-        made = ErrorEstimator(coder)
-        if outputs is not None:
-            made.calibrate(outputs, queries(400))
-        return made
+    def decoding(coder):
+        return outputs and calibrate_decoding(
+            coder, outputs, queries(400), Accuracy(max_disagreement=limit)
+        )
 
     sim = Simulated(
-        INTERLEAVED, estimator=estimator, max_disagreement=limit, straggler_threshold=THRESHOLD
+        INTERLEAVED, decoding=decoding, max_disagreement=limit, straggler_threshold=THRESHOLD
     )
     x = queries(4)
     sim.hold(x[0], calls=1)
@@ -164,7 +161,7 @@ def test_only_what_is_expected_to_be_right_is_decoded(outputs, limit, decoded):
     assert reply.reexecuted.tolist() == ([False] * 4 if decoded else first)
     assert sim.observed["reexecution"] == sim.observed["query_reexecuted"] == (not decoded)
     assert (0 < reply.expected_disagreement[0] <= limit) == decoded
-    assert (reply.expected_error[0] > 0) == decoded
+    assert np.isnan(reply.expected_error[0]) == decoded, "that is for values"
     exact = reply.exact
     np.testing.assert_allclose(reply.values[exact], model(x)[exact], atol=1e-6)
 
@@ -178,19 +175,20 @@ def of_two_kinds(even, odd):
     return (kinds + noise).astype(np.float32)
 
 
-def judged(monkeypatch, x, budget):
+def judged(x, budget):
     """The reply to 16 queries, two in a batch, the second of which straggle."""
-    monkeypatch.setattr(ErrorEstimator, "error_probability", lambda self, queries: BY_MARGIN)
     policy = {"max_disagreement": 0.1, "max_reexecution": budget, "max_batch_size": 2}
-    sim = Simulated(INTERLEAVED, workers=8, straggler_threshold=THRESHOLD, **policy)
+    sim = Simulated(
+        INTERLEAVED, workers=8, straggler_threshold=THRESHOLD, decoding=by_margin, **policy
+    )
     sim.hold(x[2], calls=1)
     return sim, sim.answer(x)
 
 
 @pytest.mark.parametrize("budget", [None, 0.5, 0.0])
-def test_each_query_is_judged_by_itself(budget, monkeypatch):
+def test_each_query_is_judged_by_itself(budget):
     """Two of one batch, decoded from the same workers: the uncertain one is sent again."""
-    sim, reply = judged(monkeypatch, x := of_two_kinds(2.0, 0.0), budget)
+    sim, reply = judged(x := of_two_kinds(2.0, 0.0), budget)
     assert reply.exact[np.delete(np.arange(16), [2, 3])].all()
     assert not reply.exact[2], "what is sure is not sent again"
     assert 0 < reply.expected_disagreement[2] < 0.5
@@ -204,10 +202,10 @@ def test_each_query_is_judged_by_itself(budget, monkeypatch):
 
 
 @pytest.mark.parametrize("uncertain", [2, 3])
-def test_a_budget_for_one_is_spent_on_the_more_uncertain(uncertain, monkeypatch):
+def test_a_budget_for_one_is_spent_on_the_more_uncertain(uncertain):
     # 24 queries have come before these 16: that is worth 1.2 of them.
     margins = (0.0, 0.06) if uncertain == 2 else (0.06, 0.0)
-    sim, reply = judged(monkeypatch, of_two_kinds(*margins), 0.03)
+    sim, reply = judged(of_two_kinds(*margins), 0.03)
     assert np.flatnonzero(reply.reexecuted).tolist() == [uncertain]
     assert not reply.exact[5 - uncertain]
     assert reply.expected_disagreement[5 - uncertain] > 0.5, "it is uncertain, too"
@@ -325,7 +323,7 @@ def test_batches_grow_while_workers_are_busy():
 )
 def test_redundancy_slows_nobody_down(workers, spare, calls, monkeypatch):
     """Coded data points go to workers that are free, while there are cores to spare."""
-    sim = Simulated(INTERLEAVED, workers=workers, estimator=knowing, straggler_threshold=1e6)
+    sim = Simulated(INTERLEAVED, workers=workers, straggler_threshold=1e6)
     monkeypatch.setattr(sim.pool._scheduler._queue, "_capacity", lambda busy: float(spare))
     assert sim.answer(queries(4)).exact.all()
     sim.run(10 * SERVICE)

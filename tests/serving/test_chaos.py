@@ -1,7 +1,7 @@
 """Trouble: whoever asked properly gets one right answer, or one error within the deadline.
 
 Clients that leave, lie, flood, send half, hold silent connections, send bombs and bodies as large
-as they may; workers that die, hang, answer NaN; learning that fails. And 500 clients of a server on
+as they may; workers that die, hang, answer NaN. And 500 clients of a server on
 Ray, whose workers are killed, until it has to end. Ten minutes, and half an hour of it:
 NERCC_CHAOS_SECONDS=600 NERCC_SOAK_SECONDS=1800 pytest -m slow tests/serving/test_chaos.py
 """
@@ -39,19 +39,6 @@ import time
 
 import jax
 import numpy as np
-
-from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
-
-learn = ErrorEstimator.add_group
-
-
-def sometimes(self, *lesson):
-    if random.random() < 0.2:
-        raise RuntimeError("learning failed")
-    return learn(self, *lesson)
-
-
-ErrorEstimator.add_group = sometimes
 
 
 def answer(x):
@@ -287,8 +274,6 @@ def test_chaos(server):
         time.sleep(0.1)
     assert server.status("shaky")["queue"]["in_flight"] == 0
     assert server.count("requests_total", model="shaky", outcome="cancelled") > 0
-    if SECONDS >= 100:  # groups all of whose answers come are few
-        assert server.count("internal_errors_total", model="shaky") > 0, "learning failed, at times"
     server.signal()
     assert server.wait() == 0
 

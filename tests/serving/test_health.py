@@ -10,10 +10,9 @@ from batching import INTERLEAVED, LONG, Held, count, model, queries, serving, se
 
 from nercc_jax import Uncoded
 from nercc_jax.pools._clock import WALL
-from nercc_jax.serving import InferenceFailed
+from nercc_jax.serving import InferenceFailed, Predictor
 from nercc_jax.serving._fallback import FallbackPolicy
-from nercc_jax.serving.adapt import _adaptation
-from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
+from nercc_jax.serving.adapt._online_calibration import OnlineCalibration
 from nercc_jax.serving.core import _health
 from nercc_jax.serving.core._health import Health
 
@@ -145,18 +144,20 @@ def test_who_answers_nobody_is_not_ready_until_it_does():
 # Learning goes on beside.
 
 
+LEARNS = {"code": Uncoded(1), "warm": False, "max_disagreement": 0.1, "predictor": None}
+
+
 def test_nobody_waits_for_learning(monkeypatch):
     learning, release = threading.Event(), threading.Event()
 
-    def slow(self, answers, originals):
+    def slow(self, x, own):
         learning.set()
         assert release.wait(LONG)
-        return iter(())
 
-    monkeypatch.setattr(ErrorEstimator, "add_group", slow)
-    with serving(INTERLEAVED, warm=False) as batcher:
-        batcher.submit(queries(4)).result(LONG)
-        assert learning.wait(LONG), "a group all of whose answers came is a lesson"
+    monkeypatch.setattr(OnlineCalibration, "add", slow)
+    with serving(**LEARNS | {"predictor": Predictor()}) as batcher:
+        while not learning.is_set():
+            batcher.submit(queries(4)).result(LONG)
         for _ in range(20):
             batcher.submit(queries(4)).result(LONG)
         assert not release.is_set()
@@ -164,36 +165,14 @@ def test_nobody_waits_for_learning(monkeypatch):
 
 
 def test_learning_that_fails_is_counted_and_nothing_else(monkeypatch):
-    def fails(self, answers, originals):
+    def fails(self, x, own):
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr(ErrorEstimator, "add_group", fails)
-    with serving(INTERLEAVED, warm=False) as batcher:
+    monkeypatch.setattr(OnlineCalibration, "add", fails)
+    with serving(**LEARNS | {"predictor": Predictor()}) as batcher:
         end = time.monotonic() + LONG
         while not count(batcher, "internal_error"):
             assert time.monotonic() < end
             batcher.submit(queries(4)).result(LONG)
         assert batcher.submit(queries(4)).result(LONG).exact.all()
         assert batcher.health() == FINE
-
-
-def test_a_lesson_rests_between_its_steps(monkeypatch):
-    """However much there is to do of one group, what is asked meanwhile waits for a step of it."""
-    turns, lessons, end = [], [], time.monotonic() + LONG
-
-    def steps(self, answers, originals):
-        lessons.append(len(originals))
-        for _ in range(3):
-            time.sleep(0.005)
-            turns.append(time.monotonic())
-            yield
-
-    monkeypatch.setattr(_adaptation, "_SHARE", 0.1)
-    monkeypatch.setattr(_adaptation, "_AT_ONCE", 0.0)
-    monkeypatch.setattr(ErrorEstimator, "add_group", steps)
-    with serving(INTERLEAVED, warm=False) as batcher:
-        while len(turns) < 6:
-            assert time.monotonic() < end
-            batcher.submit(queries(4)).result(LONG)
-    assert lessons[:2] == [4, 4]
-    assert min(np.diff(turns)) > 0.04, "nine times what a step takes"

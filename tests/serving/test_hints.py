@@ -11,7 +11,7 @@ from traffic import Traffic
 
 require("fastapi", "serve")
 
-from nercc_jax.risk._straggler_risk import StragglerRow
+from nercc_jax.risk import Comparison
 from nercc_jax.serving import BatchingPolicy, Predictor, _served_model
 
 
@@ -81,9 +81,9 @@ def test_hints_say_why_nothing_is_predicted():
     (hint,) = predictor.hints()
     assert f"{compared} of 14 stragglers' answers were compared" in hint
     for _ in range(40):
-        predictor.risk.add(StragglerRow(0.01, 0.0, False, 0.0), given=False)
+        predictor.risk.add(Comparison(0.01, 0.0, False, 0.0), given=False)
     assert predictor.hints() == []
     for _ in range(20):
-        predictor.risk.add(StragglerRow(0.4, 0.0, True, 0.0), given=False)
+        predictor.risk.add(Comparison(0.4, 0.0, True, 0.0), given=False)
     (harder,) = predictor.hints()
     assert "harder than others" in harder

@@ -7,7 +7,7 @@ from traffic import SERVICE, SHAPE, WEIGHTS, KnowsAll, Traffic, labels_right, mo
 
 from nercc_jax import Replication
 from nercc_jax.pools import Fault, Faults
-from nercc_jax.risk._straggler_risk import AccuracyTarget
+from nercc_jax.risk import Accuracy
 from nercc_jax.serving import BatchingPolicy, Predictor
 from nercc_jax.serving.adapt._online_calibration import BATCH, OnlineCalibration
 from nercc_jax.serving.core._request import Answer, ApproximateAnswer
@@ -95,7 +95,7 @@ def test_functions_are_answered_within_a_tolerance():
 def test_parameters_that_tell_less_than_others_do_not_hide_what_is_known():
     x = np.random.default_rng(0).uniform(-1, 1, (512, 8)).astype(np.float32)
     y = np.sin(x @ (2.0 / 2.0 ** np.arange(8)))[:, None].astype(np.float32)
-    study = OnlineCalibration(None, AccuracyTarget(tolerance=0.05))
+    study = OnlineCalibration(None, Accuracy(tolerance=0.05))
     for place in range(0, len(x), BATCH):
         study.add(x[place : place + BATCH], y[place : place + BATCH])
     assert study.calibrated is not None
@@ -120,8 +120,8 @@ def test_late_answers_audit_what_was_given_to_the_same_query():
     policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, max_batch_size=8)
     traffic = Traffic(predictor, policy)
     traffic.send(200)
-    assert len(predictor.audited) > 4
-    assert max(predictor.audited) < 2e-3
+    assert len(traffic.audited) > 4
+    assert max(traffic.audited) < 2e-3
 
 
 def test_what_hangs_is_computed_elsewhere_to_be_compared():
@@ -134,11 +134,11 @@ def test_what_hangs_is_computed_elsewhere_to_be_compared():
     replies = traffic.send(100)
     predicted = sum(bool(reply.predicted[0]) for _, reply, _ in replies)
     assert predicted > 4
-    assert len(predictor.audited) < predicted
+    assert len(traffic.audited) < predicted
     traffic.pool_seconds = lambda size: SERVICE
     traffic.clock.run(traffic.clock.now() + 100)
-    assert len(predictor.audited) == predicted
-    assert np.max(predictor.audited) < 2e-3
+    assert len(traffic.audited) == predicted
+    assert np.max(traffic.audited) < 2e-3
 
 
 def test_what_was_given_out_and_was_wrong_stops_it_at_once():
@@ -203,7 +203,7 @@ def test_answers_wake_a_learner_that_has_to_wait_once_and_not_one_by_one():
             self.wakes += 1
 
     clock, predictor = Clock(), Predictor()
-    target = AccuracyTarget(max_disagreement=0.1, tolerance=None)
+    target = Accuracy(max_disagreement=0.1, tolerance=None)
     predictor.attach(target, 1, None, lambda what, number: None, clock)
     for query in np.random.default_rng(0).normal(size=(200, *SHAPE)).astype(np.float32):
         predictor.add_answer(query, model(query))

@@ -9,9 +9,9 @@ from batching import INTERLEAVED
 from traffic import OUT, SERVICE, SHAPE, WEIGHTS, KnowsAll, Traffic, model
 
 from nercc_jax import Berrut, NeRCC, Replication, Uncoded
-from nercc_jax.risk._straggler_risk import AccuracyTarget
+from nercc_jax.risk import Accuracy
 from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, InferenceFailed, Predictor
-from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
+from nercc_jax.serving.adapt._decoding import DecodingScores, calibrate_decoding
 from nercc_jax.serving.core._adaptation import Predictions
 from nercc_jax.serving.core._request import Answer, ApproximateAnswer
 from nercc_jax.testing import SimulatedClock, SimulatedPool
@@ -22,22 +22,16 @@ def knows(sure):
     return KnowsAll(lambda x: [sure] * len(x))
 
 
-def calibrated(coder, target=None):
-    """What the code's error is on this model: groups are no longer sent whole, to learn from."""
-    estimator = ErrorEstimator(coder, target)
-    calibrate(estimator)
-    return estimator
-
-
-def calibrate(estimator):
+def calibrated(coder, accuracy):
+    """Scores of the code's decoded answers on this model."""
     x = np.random.default_rng(3).normal(size=(400, *SHAPE)).astype(np.float32)
-    estimator.calibrate(lambda x: jnp.tanh(jnp.asarray(x) @ WEIGHTS), x)
+    return calibrate_decoding(coder, lambda x: jnp.tanh(jnp.asarray(x) @ WEIGHTS), x, accuracy)
 
 
 @pytest.mark.parametrize("sure", [True, False])
 def test_uncertain_redundancy_sends_coded_points_only_where_the_surrogate_doubts(sure):
     policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, redundancy="uncertain")
-    traffic = Traffic(knows(sure), policy, INTERLEAVED, share=0.0, estimator=calibrated)
+    traffic = Traffic(knows(sure), policy, INTERLEAVED, share=0.0)
     sent_as = traffic.send(100)
     assert all(reply.exact.all() for _, reply, _ in sent_as)
     # The code has as many coded points as queries. Of a group of one, none is ever sent.
@@ -59,7 +53,7 @@ def test_copies_of_a_group_go_to_the_queries_that_the_surrogate_doubts_most():
 
     policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, redundancy="uncertain")
     code = NeRCC(4, 6, points="repeated", lambda_dec=0.0)
-    traffic = Traffic(Doubts(), policy, code, estimator=calibrated, share=0.0, model=counted)
+    traffic = Traffic(Doubts(), policy, code, share=0.0, model=counted)
     rows = np.random.default_rng(4).normal(size=(20, 4, *SHAPE)).astype(np.float32)
     rows[..., 0] = [[0.2, 0.9, -1.0, 0.5], [-1.0, -1.0, 0.3, -1.0], [-1.0] * 4, [0.1] * 4] * 5
     futures = []
@@ -93,13 +87,12 @@ def test_a_group_leaves_when_its_oldest_query_has_waited_long_enough():
 def test_a_tolerance_is_kept_by_decoding_within_it_or_asking_again(tolerance):
     """Where a surrogate is never sure, and decoding mostly is far off."""
     policy = BatchingPolicy(straggler_threshold=1.4, tolerance=tolerance)
-    target = AccuracyTarget(tolerance)
     traffic = Traffic(
         knows(False),
         policy,
         INTERLEAVED,
         share=0.15,
-        estimator=lambda coder: calibrated(coder, target),
+        decoding=lambda coder: calibrated(coder, policy.accuracy),
     )
     sent_as = traffic.send(600)
     assert sum(reply.reexecuted.sum() for _, reply, _ in sent_as) > 20
@@ -196,9 +189,10 @@ def test_what_was_predicted_before_a_drift_is_not_given_out_after_it():
 
 
 def test_nothing_is_decoded_after_a_drift_until_new_stragglers_were_compared():
-    """Groups from before do not count, nor does what was decoded from them."""
+    """The calibration's limit does not count, nor does what was decoded before."""
     policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.3)
-    traffic = Traffic(None, policy, INTERLEAVED, share=0.15, estimator=calibrated)
+    known = lambda coder: calibrated(coder, policy.accuracy)  # noqa: E731
+    traffic = Traffic(None, policy, INTERLEAVED, share=0.15, decoding=known)
     assert any(not reply.exact.all() for _, reply, _ in traffic.send(150))
     adaptation = traffic.batcher._adaptation
     while not traffic.observed["drift"]:
@@ -209,12 +203,10 @@ def test_nothing_is_decoded_after_a_drift_until_new_stragglers_were_compared():
     assert not adaptation.admits(answer, calibrated=True)
     sent_as = traffic.send(20)
     assert all(reply.exact.all() for _, reply, _ in sent_as)
-    assert traffic.batcher.estimator.progress()[0] < 20, "of 256 that were known"
     status = traffic.batcher.status()["decoding"]
     assert status["drifts"] == 1
     assert status["admitted"] == 0
-    # Other groups, whole ones, come with time; then what would be decoded is compared.
-    calibrate(traffic.batcher.estimator)
+    # What would be decoded is compared, until there is enough evidence.
     assert all(reply.exact.all() for _, reply, _ in traffic.send(20))
     traffic.send(300)
     assert traffic.batcher.status()["decoding"]["compared"] > 7
@@ -278,7 +270,7 @@ def test_bars_hold_and_none_is_beyond_the_tolerance(name, predicts):
     policy = BatchingPolicy(straggler_threshold=1.4, tolerance=tolerance, coverage=0.95)
     traffic = traffic_of(name, policy, Predictor() if predicts else None)
     assert traffic.batcher.status()["outputs"] == {"read_as": "values", "why": "as set"}
-    errors, bars, predicted = approximate(traffic.send(2000))
+    errors, bars, predicted = approximate(traffic.send(4000))
     assert len(errors) > 40
     assert predicted == predicts
     assert bars.max() <= tolerance
@@ -328,10 +320,9 @@ def test_limits_that_do_not_fit_the_outputs_are_refused(policy, out, code, why):
         CodedBatcher(pool, Coder(code), SHAPE, out, policy=BatchingPolicy(**policy))
 
 
-def test_an_estimator_of_another_tolerance_is_refused():
-    coder = Coder(INTERLEAVED)
-    estimator = ErrorEstimator(coder, AccuracyTarget(0.1))
+def test_scores_for_another_tolerance_are_refused():
+    decoding = DecodingScores(Accuracy(tolerance=0.1))
     pool = SimulatedPool(model, 8, seconds=lambda size: 0.05)
-    policy = BatchingPolicy(tolerance=0.2)
-    with pytest.raises(ValueError, match="the estimator is for a tolerance of"):
-        CodedBatcher(pool, coder, SHAPE, OUT, policy=policy, estimator=estimator)
+    policy, coder = BatchingPolicy(tolerance=0.2), Coder(INTERLEAVED)
+    with pytest.raises(ValueError, match="decoding was calibrated for a tolerance of"):
+        CodedBatcher(pool, coder, SHAPE, OUT, policy=policy, decoding=decoding)

@@ -15,7 +15,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from batching import BY_MARGIN, INTERLEAVED, OUT, SHAPE, model
+from batching import INTERLEAVED, OUT, SHAPE, by_margin, model
 from traffic import KnowsAll
 
 from nercc_jax import Berrut, Replication, Uncoded
@@ -29,7 +29,6 @@ from nercc_jax.serving import (
     QueueFull,
 )
 from nercc_jax.serving.adapt import _setting_controller
-from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
 from nercc_jax.stragglers.simulate import RecordedCalls
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
@@ -39,19 +38,6 @@ HANG = 1.0  # seconds until a worker is replaced
 # Seconds by which a turn may come after what it is due for: a group is looked at a little later.
 LATE = 1e-3
 CODES = (Uncoded(1), Replication(1, 2), Replication(3, 6), INTERLEAVED, Berrut(3, 5))
-
-
-class Studied(ErrorEstimator):
-    """One that learns nothing more: a schedule must not depend on those played before it."""
-
-    def needs_samples(self, queries):
-        return False
-
-    def add_group(self, answers, originals):
-        return iter(())
-
-    def error_probability(self, queries):
-        return BY_MARGIN
 
 
 class Checks(KnowsAll):
@@ -65,16 +51,9 @@ class Checks(KnowsAll):
     def add_answer(self, x, own):
         assert np.allclose(model(x[None])[0], own, atol=1e-6), "a lesson about another query"
 
-    def audit(self, given, own):
-        if own is not None:
-            value = given.answer.value - self.OFF
-            assert np.allclose(value, own, atol=1e-6), "an audit of another query"
-        return True
-
 
 def make_coders():
-    found = [Coder(code) for code in CODES]
-    return [(coder, Studied(coder)) for coder in found]
+    return [Coder(code) for code in CODES]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +77,7 @@ class Schedule:
         # Python's: NumPy's takes twenty times as long for one number of a list.
         self.draw = draw = random.Random(seed)
         self.inputs = np.random.default_rng(seed)
-        self.coder, estimator = draw.choice(coders)
+        self.coder = draw.choice(coders)
         self.clock, self.slow = SimulatedClock(), draw.choice([0.0, 0.1, 0.6])
         self.pool = SimulatedPool(
             model,
@@ -132,10 +111,19 @@ class Schedule:
             SHAPE,
             OUT,
             policy=self.policy,
-            estimator=estimator,
+            decoding=by_margin(self.coder),
             predictor=Checks() if self.predicts else None,
             observe=self.observe,
         )
+        audit = self.batcher._adaptation.audit
+
+        def audited(given, own):
+            if given.answer.source == "predicted" and own is not None:
+                value = given.answer.value - Checks.OFF
+                assert np.allclose(value, own, atol=1e-6), "an audit of another query"
+            return audit(given, own)
+
+        self.batcher._adaptation.audit = audited
         self.first = 0  # queries that went out for the first time
         self.count_first(self.batcher._queue)
         self.submitted = []

@@ -9,8 +9,9 @@ import pytest
 from jax import lax
 
 from nercc_jax import NeRCC
+from nercc_jax.risk import Accuracy
 from nercc_jax.serving import Coder, make_servable
-from nercc_jax.serving.adapt._error_estimator import ErrorEstimator
+from nercc_jax.serving.adapt._decoding import calibrate_decoding
 
 
 def heads(x):
@@ -130,14 +131,11 @@ def test_a_label_of_any_output_that_differs_is_a_disagreement():
         return {"sure": sure, "unsure": jnp.sin(3 * x["a"]) + x["b"]}
 
     servable = make_servable("model", model, {"a": (4,), "b": (4,)})
-    rng, missing = np.random.default_rng(0), np.array([False, True, True, True])
+    rng, expected = np.random.default_rng(0), []
     x = servable.inputs.pack({name: rng.normal(size=(400, 4)).astype("f4") for name in "ab"})
-    own, expected = np.array([1e3, 0, 0, 1, 2, 3, 4]), []
     for form in (servable.outputs.form, None):
-        estimator = ErrorEstimator(Coder(NeRCC(2, 4, points="interleaved"), form=form))
-        estimator.calibrate(servable.model, x)
-        list(estimator.update_expected(2, missing))  # all steps
-        assert estimator.agrees(own, np.array([1e3, 0, 0, 1, 2, 4, 3])) == (form is None)
-        assert estimator.agrees(own, np.array([1e3, 5, 0, 0, 1, 2, 3]))
-        expected.append(estimator.expected_error(2, missing).disagreement.max())
-    assert expected[0] > 0.1 > expected[1]
+        coder = Coder(NeRCC(2, 4, points="interleaved"), form=form)
+        accuracy = Accuracy(max_disagreement=0.05)
+        decoding = calibrate_decoding(coder, servable.model, x, accuracy)
+        expected.append(decoding.resent(2))
+    assert expected[0] > 0.5 > 0.1 > expected[1]

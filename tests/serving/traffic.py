@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 
 from nercc_jax import Uncoded
+from nercc_jax.risk import Accuracy, Risk
 from nercc_jax.serving import CodedBatcher, Coder, Predictor
 from nercc_jax.serving.core._adaptation import Predictions
 from nercc_jax.testing import SimulatedClock, SimulatedPool
@@ -25,15 +26,13 @@ class KnowsAll(Predictor):
 
     Attributes:
         sure: tells which of a batch it is sure of.
-        audited: the errors of answers that it gave out, as they were compared; NaN for those whose
-            own answer will never come.
     """
 
     state = "answering"
 
     def __init__(self, sure=lambda x: x[:, 0] <= 0, off=0.0, model=model):
         super().__init__()
-        self.sure, self.off, self.model, self.audited = sure, off, model, []
+        self.sure, self.off, self.model = sure, off, model
 
     def predict(self, x):
         sure = np.array(self.sure(x), bool)
@@ -43,14 +42,9 @@ class KnowsAll(Predictor):
     def add_answer(self, x, own):
         pass
 
-    def admits(self, answer):
-        return True
-
-    def audit(self, given, own):
-        if given.given:
-            own = np.full(OUT, np.nan) if own is None else own
-            self.audited.append(np.abs(given.answer.value - own).max())
-        return True
+    @property
+    def risk(self):
+        return Risk(Accuracy(), needs_evidence=False)
 
 
 class Traffic:
@@ -63,13 +57,13 @@ class Traffic:
         code=None,
         share=0.1,
         rate=150,
-        estimator=None,
+        decoding=None,
         shape=SHAPE,
         out=OUT,
         stated=True,
         **options,
     ):
-        """`estimator(coder)` makes what is known of the code's error beforehand.
+        """`decoding(coder)` makes the scores of decoded answers beforehand.
 
         `options` are the pool's, its model and its number of workers among them. Outputs are scores
         unless the policy says what they are or they are not to be stated.
@@ -91,10 +85,21 @@ class Traffic:
             shape,
             out,
             policy=policy,
-            estimator=estimator and estimator(self.coder),
+            decoding=decoding and decoding(self.coder),
             predictor=predictor,
             observe=self.observe,
         )
+        # Errors of predictions that were given out; NaN where the own answer will never come.
+        self.audited, adaptation = [], self.batcher._adaptation
+        audit = adaptation.audit
+
+        def audited(given, own):
+            if given.given and given.answer.source == "predicted":
+                error = np.nan if own is None else np.abs(given.answer.value - own).max()
+                self.audited.append(error)
+            return audit(given, own)
+
+        adaptation.audit = audited
 
     def seconds(self, size):
         straggles = self.random.random() < self.share

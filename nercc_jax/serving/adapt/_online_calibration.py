@@ -25,15 +25,11 @@ from jaxtyping import Bool, Float, Shaped
 
 from ...codes._trees import Form, join
 from ...evaluation._criteria import agree_on_labels, root_mean_square, row_errors
-from ...risk import ErrorProbability, RiskMonitor
+from ...risk import Accuracy, ErrorProbability, RiskMonitor
+from ...risk._accuracy import bar_factor, error_ratios
 from ...risk._answer_check import AnswerCheck, fit_answer_check
-from ...risk._error_probability import error_features, fit_error_probability_of_points
-from ...risk._straggler_risk import (
-    AccuracyTarget,
-    StragglerRow,
-    bar_factor,
-    error_ratios,
-)
+from ...risk._error_probability import fit_error_probability
+from ...risk._features import label_features
 from ...splines.arrays import namespace
 from ...surrogates import (
     AbstractSurrogate,
@@ -45,7 +41,6 @@ from ...surrogates import (
 )
 from ...surrogates.nearest import nearest_predictions
 from ..core._adaptation import Predictions
-from ..core._request import Answer
 
 # Answers that a learner takes at once, that it starts from, and after which the kernel found on
 # those is tuned again.
@@ -180,7 +175,7 @@ class OnlineCalibration:
     def __init__(
         self,
         surrogate: AbstractSurrogate | None,
-        target: AccuracyTarget,
+        accuracy: Accuracy,
         *,
         features: Callable[[Any], Any] | None = None,
         capacity: int = 1024,
@@ -189,7 +184,7 @@ class OnlineCalibration:
     ):
         """Start without data; arguments are those of `Predictor` and `Predictor.attach`."""
         self._check_rate = check_rate
-        self._target = target
+        self._accuracy = accuracy
         self._set_surrogate(surrogate)
         self._features, self._capacity, self._form = features, capacity, form
         self._first: list[tuple[np.ndarray, np.ndarray]] = []
@@ -200,7 +195,7 @@ class OnlineCalibration:
             maxlen=_VALIDATION // BATCH
         )
         self._count, self._due = 0, float(LEAST)
-        self._monitor = RiskMonitor(target.promised)
+        self._monitor = RiskMonitor(accuracy.promised)
         self.calibrated: CalibratedSurrogate | None = None
         self._current = True  # whether `calibrated` has the latest surrogate
         self.drifts = 0
@@ -253,14 +248,6 @@ class OnlineCalibration:
         self.drifts += 1
         self._restart_validation()
 
-    def compare(self, answer: Answer, own: Float[np.ndarray, " m"]) -> StragglerRow:
-        value = answer.value.ravel()
-        labels = self._target.max_disagreement is not None
-        wrong = labels and not bool(agree_on_labels(value, own, self._form))
-        error = root_mean_square(value - own)
-        excess = error_ratios(error, np.asarray(answer.error))
-        return StragglerRow(answer.disagreement, answer.error, wrong, float(excess))
-
     def _start_learner(
         self, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]
     ) -> None:
@@ -291,7 +278,7 @@ class OnlineCalibration:
         error_probability = None if calibrated is None else calibrated.error_probability
         found = _predict(self._surrogate, error_probability, x)
         values, deviation, probability = map(np.asarray, found)
-        features = np.asarray(error_features(values, deviation, values, self._form))
+        features = np.asarray(label_features(values, deviation, values, self._form))
         wrong = ~np.asarray(agree_on_labels(values, own, self._form))
         error = np.asarray(row_errors(values, own))
         mean, spread, checked = own[:0], own[:0, 0], own[:0]
@@ -300,7 +287,7 @@ class OnlineCalibration:
         if calibrated is not None:
             bound = _bounds(calibrated.factor, deviation)
             sure = calibrated.is_sure(probability, bound)
-            failed = self._target.missed(wrong, error_ratios(error, bound))
+            failed = self._accuracy.missed(wrong, error_ratios(error, bound))
             if self._monitor.add(failed[sure].tolist()):
                 self.discard()
         # Queries that come again are predicted better than new ones, whose bars they would shorten.
@@ -323,14 +310,14 @@ class OnlineCalibration:
             np.concatenate([getattr(batch, part) for batch in batches])
             for part in ("features", "deviation", "error", "wrong", "mean", "spread", "own")
         )
-        wanted, tolerance = self._target.max_disagreement, self._target.tolerance
+        wanted, tolerance = self._accuracy.max_disagreement, self._accuracy.tolerance
         # It has to be right for those that are given out, not for all.
         looks = deviation[:, None], error[:, None]
-        factor = bar_factor(*looks, self._target, len(error))
+        factor = bar_factor(*looks, self._accuracy, len(error))
         error_probability, limit, share = None, 1.0, 1.0
         if wanted is not None:
-            error_probability = fit_error_probability_of_points(
-                features, np.zeros_like(wrong), wrong, self._form
+            error_probability = fit_error_probability(
+                features[:, None], wrong[:, None], failure=0.25, form=self._form
             )
             limit = error_probability.limit(wanted)
             share = 1 - error_probability.share(limit)
@@ -411,12 +398,6 @@ def _predict(
 ) -> tuple[Any, Any, Any]:
     """Return outputs as vectors, deviations (1 if there are none), and error probabilities."""
     predict = _predicted if is_on_host(surrogate) else _compiled_predicted
-    if error_probability is not None:
-        # Without the limits, whose number differs between calibrations: one program serves all.
-        none = np.zeros(0, np.float32)
-        error_probability = eqx.tree_at(
-            lambda d: (d.levels, d.risks, d.shares), error_probability, (none, none, none)
-        )
     return predict(surrogate, error_probability, x)
 
 

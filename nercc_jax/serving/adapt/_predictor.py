@@ -13,11 +13,10 @@ from ...codes._checks import check_count
 from ...codes._trees import Form
 from ...inference.models import Model
 from ...pools._clock import AbstractClock, TimeShare
-from ...risk._straggler_risk import AccuracyTarget, StragglerRisk, StragglerRow
+from ...risk import Accuracy, Risk
 from ...surrogates import AbstractSurrogate, Surrogate
 from .._policy import Observe
 from ..core._adaptation import Expectation, Predictions
-from ..core._request import Answer, ApproximateAnswer
 from ._online_calibration import BATCH, FIRST, OnlineCalibration, is_on_host, repeat_rows
 
 _LOG = logging.getLogger(__name__)
@@ -88,7 +87,7 @@ class Predictor:
 
     def attach(
         self,
-        target: AccuracyTarget,
+        accuracy: Accuracy,
         width: int,
         form: Form | None,
         observe: Observe,
@@ -97,8 +96,9 @@ class Predictor:
     ) -> None:
         """Attach the predictor to its batcher, which starts and closes it.
 
-        Answers are given out by the target; `form` are their parts that have a label each. Programs
-        are compiled for `width` queries. `check_rate` of the model's right answers may look wrong
+        Answers are given out by the accuracy promised; `form` are their parts that have a label
+        each. Programs are compiled for `width` queries. `check_rate` of the model's right answers
+        may look wrong
         to it, if they are checked.
 
         Raises:
@@ -106,17 +106,17 @@ class Predictor:
         """
         if self._attached:
             raise ValueError("this predictor is another batcher's: make one for each")
-        if target.max_disagreement is None and target.tolerance is None:
+        if not accuracy.promises:
             raise ValueError(
                 "to answer from what is known needs a policy with max_disagreement, or with a "
                 "tolerance for outputs that are values"
             )
         self._calibration = OnlineCalibration(
-            self._surrogate, target, form=form, check_rate=check_rate, **self._options
+            self._surrogate, accuracy, form=form, check_rate=check_rate, **self._options
         )
         self._attached = True
-        self._target, self.risk = target, StragglerRisk(target, needs_evidence=True)
-        self._followed = 0  # the drifts of calibration that `risk` knows
+        self._risk = Risk(accuracy, needs_evidence=True)
+        self._followed = 0  # the drifts of calibration that the risk knows
         self._width, self._observe, self._clock = width, observe, clock
         self._compiled = False
         self._time = TimeShare(clock, _SHARE, longest=_LONGEST)
@@ -137,7 +137,7 @@ class Predictor:
         calibrated = self._calibration.calibrated
         if calibrated is None or self.state != "answering":
             return 0.0
-        return min(calibrated.share, self.risk.share)
+        return min(calibrated.share, self._risk.share)
 
     def status(self) -> dict[str, Any]:
         """Return the predictor's part of a server's status."""
@@ -150,7 +150,7 @@ class Predictor:
             "share": self.share,
             "drifts": self._calibration.drifts,
             "disagreement": None if calibrated is None else calibrated.disagreement,
-            "stragglers": self.risk.status(),
+            "stragglers": self._risk.status(),
         }
 
     def progress(self) -> tuple[int, int]:
@@ -160,13 +160,13 @@ class Predictor:
     def hints(self) -> list[str]:
         """Return why it answers nothing, if so, and whether stragglers are harder."""
         known, needed = self.progress()
-        harder = [] if self.risk.hint is None else [self.risk.hint]
+        harder = [] if self._risk.hint is None else [self._risk.hint]
         if self.state == "drifted":
             why = "predictions went wrong more often than promised"
             return [f"{why}: {known} of {needed} answers are known since; nothing is predicted"]
         if self.state == "learning":
             return [f"still learning: {known} of {needed} answers; nothing is predicted"]
-        evidence = self.risk.status()
+        evidence = self._risk.status()
         if evidence["compared"] < evidence["needed"]:
             compared = f"{evidence['compared']} of {evidence['needed']} stragglers' answers"
             return [f"{compared} were compared with predictions; nothing is predicted", *harder]
@@ -217,41 +217,21 @@ class Predictor:
         if len(self._inbox) == BATCH:  # once: a turn that has to wait comes back by itself
             self._turns.wake()
 
-    def admits(self, answer: Answer) -> bool:
-        """Return whether a prediction that is sure enough may be given out to a straggler's query.
+    @property
+    def risk(self) -> Risk:
+        """What stragglers showed of predictions, for the scheduler's thread.
 
-        That takes evidence on other stragglers (`StragglerRisk`).
+        Where calibration began again, the evidence does, too.
         """
-        self._follow_drifts()
-        return bool(self.risk.admits(answer.disagreement, answer.error))
-
-    def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
-        """Compare an answer to a straggler's query with the model's own, which came late.
-
-        If that will never come, the answer counts as wrong. If too many of those given out are
-        wrong, nothing more is given out until it is calibrated again, and there is evidence on
-        other stragglers.
-
-        Returns:
-            Whether the label, or the error bound, was right.
-        """
-        self._follow_drifts()
-        answer = given.answer
-        if own is None:
-            row = StragglerRow(answer.disagreement, answer.error, True, math.inf)
-        else:
-            row = self._calibration.compare(answer, own.ravel())
-        facts = {"given": given.given, "forced": given.forced, "epoch": given.epoch}
-        if self.risk.add(row, unknown=own is None, widened=given.widened, **facts):
-            self._drift_detected = True
-            self._turns.wake()
-        return not self._target.missed(row.wrong, row.excess / given.widened)
-
-    def _follow_drifts(self) -> None:
-        """Discard the evidence on stragglers where calibration began again."""
         if self._calibration.drifts != self._followed:
             self._followed = self._calibration.drifts
-            self.risk.restart()
+            self._risk.restart()
+        return self._risk
+
+    def discard(self) -> None:
+        """Give nothing out until the surrogate is calibrated again: too many were wrong."""
+        self._drift_detected = True
+        self._turns.wake()
 
     def _turn(self) -> float:
         while len(self._inbox) >= BATCH:
@@ -281,7 +261,7 @@ class Predictor:
             self._observe("drift", 1)
             _LOG.warning("predictions went wrong more often than promised: they are not given out")
         calibrated = calibration.calibrated
-        self.risk.usual = None if calibrated is None else calibrated.disagreement
+        self._risk.usual = None if calibrated is None else calibrated.disagreement
         if calibrated is not None and not self._compiled:
             # Compile what the scheduler's thread calls.
             calibrated.predict(repeat_rows(x[: self._width], self._width))
@@ -289,5 +269,4 @@ class Predictor:
                 size = 1 << power
                 if calibrated.check is not None:
                     calibrated.expect(repeat_rows(x[:size], size)).suspicious([0], own[:1])
-            calibration.compare(Answer(own[0], "predicted", 1, 0), own[0])
             self._compiled = True

@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ...pools import Overdue
-from ...risk._straggler_risk import AccuracyTarget
 from .._policy import BatchingPolicy
 
 Redundancy = Literal["none", "uncertain", "always"]
@@ -27,17 +26,6 @@ class DispatchSetting(NamedTuple):
     overdue: Overdue
     redundancy: Redundancy
     hedges: bool = True
-
-
-class ExpectedError(NamedTuple):
-    """The error to expect of each query of a group, by label and by distance; NaN where unknown.
-
-    `current` says whether nothing has been observed since that would change the estimate.
-    """
-
-    disagreement: Float[np.ndarray, " queries"]
-    error: Float[np.ndarray, " queries"]
-    current: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +51,6 @@ class Expectation(NamedTuple):
 
 # Returns what to expect of the answers to some queries; empty where nothing is known.
 Expect: TypeAlias = Callable[[Sequence[np.ndarray]], list[Expectation]]
-
-
-def accuracy_target(policy: BatchingPolicy) -> AccuracyTarget:
-    return AccuracyTarget(policy.tolerance, policy.max_disagreement, policy.coverage)
 
 
 def overdue_rule(policy: BatchingPolicy) -> Overdue:

@@ -13,9 +13,8 @@ one's own worker missing, 0.0 % of labels changed, against 0.4 and 12 %.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Int, Shaped
@@ -24,14 +23,10 @@ from ...codes import AbstractCode, Berrut, BerrutSpline, LearnedDecoder, NeRCC
 from ...codes._berrut import berrut_matrix
 from ...codes._kept import encoder_of, kept_matrices
 from ...codes._trees import Form
-from ...evaluation._criteria import agree_on_labels
 from ...pools._steps import encode_on_host, shared_decoder
+from ...risk import Accuracy, ErrorProbability
+from ...risk._features import decoding_features
 from ...splines._host import smoothing_matrix_on_host
-from ._error_probability import (
-    DecodingErrorBars,
-    DecodingErrorProbability,
-    decoding_features,
-)
 from ._request import fill_up
 
 # The rows of a spline are one-hot up to rounding.
@@ -71,15 +66,16 @@ class Layout:
 
 
 class DecodedGroup(NamedTuple):
-    """Decoded predictions, by alpha, and the features of their error probability if there is one.
+    """Decoded predictions with the features of their score, and the score where one was asked for.
 
     `informative` masks the predictions whose features say anything.
     """
 
     predictions: Shaped[np.ndarray, "rows num_data ..."]
     recovered: Bool[np.ndarray, " num_data"]
-    features: Float[np.ndarray, "rows num_data features"] | None = None
-    informative: Bool[np.ndarray, "rows num_data"] | None = None
+    features: Float[np.ndarray, "rows num_data features"]
+    informative: Bool[np.ndarray, "rows num_data"]
+    score: Float[np.ndarray, "rows num_data"] | None = None
 
 
 class Coder:
@@ -94,8 +90,8 @@ class Coder:
         systematic: whether each query has coded data points of its own.
         first: by query, those coded data points, which are sent when it arrives.
         can_decode: whether a query can be decoded when none of its own points is answered.
-        has_error_probability: whether a decoded prediction has a posterior deviation, from which
-            the probability of a wrong label, or an error bar, follows.
+        has_deviation: whether a decoded prediction has a posterior deviation. Without one, its
+            margin alone ranks it, and it has no error bar.
         needs_order: whether decoding gains when queries at neighbouring alphas are similar.
         kinds: by coded data point, the model of the pool that computes it.
         form: the parts of an answer, where each has a label of its own.
@@ -111,8 +107,6 @@ class Coder:
         self.order = _spread(code)
         self._decode = shared_decoder(code)
         self._variances = functools.lru_cache(_FEW_MASKS)(self._make_variances)
-        # Whether answers have the same label, or the same labels where there are several.
-        self.agree = jax.jit(functools.partial(agree_on_labels, form=form))
         matrices = few_encoders(code, self.order)
         own = _own(_place_of(matrices[-1]), self.num_data)
         self.systematic = all(len(points) for points in own)
@@ -120,7 +114,7 @@ class Coder:
         without = np.ones(self.num_workers, bool)
         without[own[0]] = False
         self.can_decode = bool(np.asarray(code.recovered(jnp.asarray(without)))[self.order[0]])
-        self.has_error_probability = self.can_decode and isinstance(code, NeRCC | LearnedDecoder)
+        self.has_deviation = self.can_decode and isinstance(code, NeRCC | LearnedDecoder)
         self.needs_order = self.can_decode and isinstance(code, _ON_A_LINE)
         self._layouts = [self._layout(matrix) for matrix in matrices]
 
@@ -153,54 +147,60 @@ class Coder:
         values: Float[np.ndarray, "num_workers rows ..."],
         mask: Bool[np.ndarray, " num_workers"],
         width: int,
-        risk: DecodingErrorProbability | DecodingErrorBars | None = None,
-    ) -> tuple[
-        Float[np.ndarray, "rows num_data ..."],
-        Bool[np.ndarray, " num_data"],
-        Float[np.ndarray, "rows num_data"],
-    ]:
+        score: Any = None,
+        *,
+        features: bool = False,
+    ) -> DecodedGroup:
         """Decode, in the queries' order, answers that are zero where there is none.
 
-        The program is compiled for `width` rows, at least as many as there are.
-
-        Returns:
-            Predictions, a mask of those that are recovered, and each one's risk, NaN without one:
-            its probability of a wrong label, or its error bar.
+        The program is compiled for `width` rows, at least as many as there are. Each query's score
+        is its probability of a wrong label, or its error bar: 1 or infinite where nothing is known,
+        and NaN without a score. With one, or where they are asked for, it has features.
         """
-        if risk is None:
-            predictions, recovered, _ = self._decoded(values, mask, width)
-            found = np.full(predictions.shape[:2], np.nan)
-        else:
-            predictions, recovered, features, informative = self.decode_all(values, mask, width)
-            assert features is not None
-            assert informative is not None
-            found = risk(features, informative)
-        order = self.order
-        return predictions[:, order], recovered[order], found[:, order]
+        features = features or score is not None
+        found, order = self.decode_all(values, mask, width, features=features), self.order
+        scores = np.full(found.predictions.shape[:2], np.nan)
+        if score is not None:
+            unknown = 1 if isinstance(score, ErrorProbability) else np.inf
+            scores = np.where(found.informative, score.of_features(found.features), unknown)
+        return DecodedGroup(
+            found.predictions[:, order],
+            found.recovered[order],
+            found.features[:, order],
+            found.informative[:, order],
+            scores[:, order],
+        )
+
+    def ranks(self, accuracy: Accuracy) -> bool:
+        """Return whether something says which decoded answers are good enough for a promise."""
+        return self.can_decode and (self.has_deviation or accuracy.tolerance is None)
 
     def decode_all(
         self,
         values: Float[np.ndarray, "num_workers rows ..."],
         mask: Bool[np.ndarray, " num_workers"],
         width: int,
+        features: bool = True,
     ) -> DecodedGroup:
-        """Decode at the code's alphas, with the features of the error probability.
+        """Decode at the code's alphas, with the features of the score.
 
         All rows share the workers, so they are further coordinates of one group. They are filled up
         with zeros to `width` rows, so that one compiled program serves any number up to it.
         """
         predictions, recovered, responded = self._decoded(values, mask, width)
-        if not self.has_error_probability:
-            return DecodedGroup(predictions, recovered)
-        variance, root = self._variances(responded.tobytes())
-        flat = values.reshape(*values.shape[:2], -1)
-        # What all answers have in common is taken off, since the product's rounding is its share.
-        flat = np.where(responded[:, None, None], flat - flat[np.argmax(responded)], 0)
-        varies = np.tensordot(root, flat, 1).astype(
-            np.float64
-        )  # whose squares float32 may not hold
-        roughness = np.mean(varies**2, axis=2).sum(axis=0)
+        if not features:
+            nothing = np.zeros((*predictions.shape[:2], 0), np.float32)
+            return DecodedGroup(predictions, recovered, nothing, np.zeros(nothing.shape[:2], bool))
         outputs = predictions.reshape(*predictions.shape[:2], -1)
+        roughness, variance = np.ones(len(outputs)), np.ones(self.num_data)
+        if self.has_deviation:
+            variance, root = self._variances(responded.tobytes())
+            flat = values.reshape(*values.shape[:2], -1)
+            # What all answers have in common is taken off, since the product's rounding is its
+            # share. Squares are taken in float64: float32 may not hold them.
+            flat = np.where(responded[:, None, None], flat - flat[np.argmax(responded)], 0)
+            varies = np.tensordot(root, flat, 1).astype(np.float64)
+            roughness = np.mean(varies**2, axis=2).sum(axis=0)
         found = decoding_features(outputs, roughness, variance, self.form)
         return DecodedGroup(predictions, recovered, *found)
 
@@ -211,21 +211,6 @@ class Coder:
         assert kept is not None  # as the code is known
         variance, root = kept.by_numpy("variances_on_host", np.frombuffer(responded, bool))
         return variance, root.astype(np.float32)
-
-    def compare(
-        self,
-        answers: Float[np.ndarray, "groups num_workers m"],
-        originals: Float[np.ndarray, "groups num_data m"],
-        mask: Bool[np.ndarray, " num_workers"],
-        width: int,
-    ) -> tuple[DecodedGroup, Bool[np.ndarray, "groups num_data"]]:
-        """Decode groups, and return whether the labels are those of the originals, by alpha.
-
-        It runs the programs that decoding has compiled for the width, and hardly anything else.
-        """
-        found = self.decode_all(answers.swapaxes(0, 1), mask, width)
-        predictions, originals = (fill_up(each, width) for each in (found.predictions, originals))
-        return found, np.asarray(self.agree(predictions, originals))[: len(answers)]
 
     def _decoded(
         self,

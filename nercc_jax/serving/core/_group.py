@@ -185,20 +185,6 @@ class Group:
             each.answer.value.nbytes + (0 if each.x is None else each.x.nbytes) for each in records
         )
 
-    def calibration_pair(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return all workers' answers, and the model's own, to the first query of each cell.
-
-        None unless every coded data point was answered and every query has one of its own.
-        """
-        if (
-            self.stripped
-            or not self.decodable.all()
-            or not all(len(points) for points in self.layout.own)
-        ):
-            return None
-        firsts = np.stack([answer[0] for answer in self.answers if answer is not None])
-        return firsts, firsts[[points[0] for points in self.layout.own]]
-
 
 def _repeated(x: np.ndarray | None, rows: int) -> np.ndarray:
     """Return x with its rows repeated in turn up to this number."""

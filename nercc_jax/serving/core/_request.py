@@ -101,6 +101,7 @@ class Answer:
     disagreement: float = 0.0
     error: float = 0.0
     suspicious: bool = False
+    features: np.ndarray | None = None  # of a decoded one
 
 
 @dataclasses.dataclass
@@ -110,7 +111,7 @@ class ApproximateAnswer:
     Attributes:
         answer: the answer, not the model's own.
         x: the query's data point; None once it is not kept any more.
-        epoch: of the evidence (`StragglerRisk.epoch`) when the answer was made.
+        epoch: of the evidence (`Risk.epoch`) when the answer was made.
         given: whether it was given out, and counts for what was promised.
         forced: whether it was given out although it is less certain than was promised.
         repeated: whether the model was asked again because the first call failed.

@@ -3,74 +3,24 @@
 Rows may be slow because of what they are, so evidence on all rows says little about those that
 straggle. Each straggling row for which there was an approximate answer is compared with the
 model's own answer once that comes, whether the approximate one was given out or not. The limit is
-the largest score up to which no more answers were wrong than a finite-sample bound allows (Clopper
-and Pearson 1934), error bars are widened until no more of those that are given out are too short
-than the same bound allows, and a `RiskMonitor` tests all that was given out.
+the largest score up to which no more answers were wrong than a finite-sample bound allows, error
+bars are widened until no more of those that are given out are too short than the same bound allows,
+and a `RiskMonitor` tests all that was given out.
 
 Decoded and predicted answers of a server, and rows that `run_rows` predicts, go by the same
-evidence; so does the limit of `DecodingErrorProbability`.
+evidence, whatever their scores are made of.
 """
 
 import collections
-import dataclasses
-import functools
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 
+from ._accuracy import Accuracy, allowed_errors, conformal_quantile, least_factor, risk_cap
 from ._monitor import RiskMonitor
-
-
-@dataclasses.dataclass(frozen=True)
-class AccuracyTarget:
-    """A bound on what may be given out instead of the model's own answers.
-
-    Without a tolerance and a disagreement, everything may.
-
-    Attributes:
-        tolerance: The largest error bar, in units of the outputs.
-        max_disagreement: The largest share of the answers given out approximately whose label may
-            differ from the model's own.
-        coverage: The share of errors that error bars cover.
-    """
-
-    tolerance: float | None = None
-    max_disagreement: float | None = None
-    coverage: float = 0.9
-
-    @property
-    def promised(self) -> float:
-        """The share of the answers given out that may have a wrong label or too short a bar."""
-        outside = 0.0 if self.tolerance is None else 1 - self.coverage
-        return min((self.max_disagreement or 0.0) + outside, 1.0)
-
-    def missed(self, wrong: Any, excess: Any) -> Bool[np.ndarray, "*answers"]:
-        """Return which answers miss the target, by their label or their error.
-
-        Args:
-            wrong: Whether the label is wrong.
-            excess: The error over its bar (`error_ratios`).
-        """
-        failed = np.zeros(np.shape(wrong), bool)
-        if self.max_disagreement is not None:
-            failed |= wrong
-        if self.tolerance is not None:
-            failed |= np.asarray(excess) > 1
-        return failed
-
-
-def error_ratios(error: Any, bound: Any) -> Float[np.ndarray, "*answers"]:
-    """Return errors over their bounds.
-
-    Where there is no error that is 0, whatever the bound; where the bound is unknown, infinite.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.where(error > 0, error / bound, 0.0)
-    return np.where(np.isnan(ratios), np.inf, ratios)
-
 
 _ROWS = 1024  # the latest rows that count
 # The bound has to hold for the latest rows by themselves, too, unless all of them are right; and
@@ -79,17 +29,10 @@ _ROWS = 1024  # the latest rows that count
 # given out after the change is wrong, 5.6 % if one of the latest may always be; before it 2 % less
 # is given out, after it 17 %.
 _RECENT, _FADING = 100, 8
-# Probability with which the bound of a limit fails; the monitor finds it if that matters. Decoded
-# digits, random stragglers, 5 % allowed: with 0.1, 0.25, 0.4 it gives out 84, 86, 89 % of what is
-# given out without a bound, and 2.2, 3.2, 3.6 % of that is wrong.
-_MISS = 0.25
-# No single answer may be wrong with more than this multiple of the promise, nor more than this.
-_CAP, _MOST = 5.0, 0.5
 # Answers that may be given out before any was compared; later, as many more as were compared.
 _UNSEEN = 32
 _BARS = 20  # rows, at least, by which the error bars of others are known
 _SHOWN = 1000  # the latest answers given out whose disagreement is shown
-_FACTORS = np.geomspace(1, 32, 81)  # by which error bars may be widened
 
 Number: TypeAlias = float | np.ndarray
 
@@ -113,7 +56,7 @@ class _Limits(NamedTuple):
     admitted: float
 
 
-class StragglerRow(NamedTuple):
+class Comparison(NamedTuple):
     """A straggling row whose approximate answer is compared with the model's own.
 
     Attributes:
@@ -129,7 +72,7 @@ class StragglerRow(NamedTuple):
     excess: float
 
 
-class StragglerRisk:
+class Risk:
     """The decision whether approximate answers to straggling rows may be given out.
 
     Of the answers that are given out, at most a share `max_disagreement` may have a wrong label,
@@ -143,36 +86,39 @@ class StragglerRisk:
         unknown: The number of answers given out whose rows never got an answer of the model's own.
         shown: Whether the latest answers given out were wrong, the forced ones included.
         usual: The share of all rows' approximate labels that are wrong, where a calibration knows.
+
+    Example:
+        >>> from nercc_jax.risk import Accuracy, Comparison, Risk
+        >>> risk = Risk(Accuracy(max_disagreement=0.1), needs_evidence=True)
+        >>> for _ in range(14):
+        ...     _ = risk.add(Comparison(0.02, 0.0, wrong=False, excess=0.0), given=False)
+        >>> bool(risk.admits(0.02, 0.0)), bool(risk.admits(0.6, 0.0))
+        (True, False)
     """
 
-    def __init__(self, target: AccuracyTarget, *, needs_evidence: bool):
+    def __init__(self, accuracy: Accuracy, *, needs_evidence: bool):
         """Start without evidence.
 
         Args:
-            target: What may be given out.
+            accuracy: The promise.
             needs_evidence: Whether nothing is given out before evidence on straggling rows
                 suffices. After a drift, it always has to. If not, what a calibration admits counts
                 as right until stragglers show otherwise.
         """
-        self._target = target
-        self._share, self._tolerance = target.max_disagreement, target.tolerance
-        self._coverage, self._needs_evidence = target.coverage, needs_evidence and self._share != 0
-        self._monitor = RiskMonitor(target.promised)
+        self._accuracy = accuracy
+        self._share, self._tolerance = accuracy.max_disagreement, accuracy.tolerance
+        self._needs_evidence = needs_evidence and self._share != 0
+        self._monitor = RiskMonitor(accuracy.promised)
         self.needed = 0 if self._tolerance is None else _BARS
         if self._share:
             self._allowed = allowed_errors(self._share, 2 * _ROWS)
             self.needed = max(int(np.searchsorted(self._allowed, 0)), self.needed)
-        self._rows: collections.deque[StragglerRow] = collections.deque(maxlen=_ROWS)
+        self._rows: collections.deque[Comparison] = collections.deque(maxlen=_ROWS)
         self.shown: collections.deque[bool] = collections.deque(maxlen=_SHOWN)
         self.epoch = self.drifts = self.unknown = 0
         self.usual: float | None = None
         self._pending = 0
         self._known: _Limits | None = None  # until there is new evidence
-
-    @property
-    def cap(self) -> float:
-        """The largest probability of a wrong label of any single answer."""
-        return 1.0 if self._share is None else risk_cap(self._share)
 
     def admits(
         self, probability: Number, bound: Number, *, calibrated: bool = True
@@ -194,7 +140,7 @@ class StragglerRisk:
         if self._tolerance is not None:
             within &= bound * limits.factor <= self._tolerance
         if self._share is not None:
-            within &= probability <= min(limit, self.cap)
+            within &= probability <= min(limit, risk_cap(self._share))
         return within
 
     def expected(self, probability: Number, bound: Number) -> tuple[Number, Number]:
@@ -213,7 +159,7 @@ class StragglerRisk:
 
     def add(
         self,
-        row: StragglerRow,
+        row: Comparison,
         *,
         given: bool,
         forced: bool = False,
@@ -244,16 +190,16 @@ class StragglerRisk:
             self.shown.append(bool(row.wrong or beyond))
         if epoch is not None and epoch != self.epoch:
             return False
-        if self._share is None or not math.isnan(row.probability):
+        if not math.isnan(row.bound if self._share is None else row.probability):
             self._rows.append(row)
             self._known = None
-        if given and self._monitor.add([bool(self._target.missed(row.wrong, excess))]):
+        if given and self._monitor.add([bool(self._accuracy.missed(row.wrong, excess))]):
             self.drifts += 1
             self.restart()
             return True
         return False
 
-    def replace(self, rows: Iterable[StragglerRow]) -> None:
+    def replace(self, rows: Iterable[Comparison]) -> None:
         """Replace the evidence by comparisons of a newer surrogate with the same rows' answers.
 
         What was given out stays tested as it was given.
@@ -285,11 +231,6 @@ class StragglerRisk:
         """The share of straggling rows whose answers may be given out."""
         return self._limits.admitted
 
-    def disagreement(self) -> tuple[int, int]:
-        """Return the number of wrong labels of all approximate answers, and of those answers."""
-        rows = list(self._rows)
-        return sum(row.wrong for row in rows), len(rows)
-
     def hardness(self) -> tuple[float, float]:
         """Return how many approximate answers to straggling rows missed, and how many should have.
 
@@ -300,7 +241,7 @@ class StragglerRisk:
         rows = list(self._rows)
         if self._share is None:
             missed = sum(row.excess > 1 for row in rows)
-            return float(missed), float((1 - self._coverage) * len(rows))
+            return float(missed), float((1 - self._accuracy.coverage) * len(rows))
         wrong, expected = sum(row.wrong for row in rows), sum(row.probability for row in rows)
         return float(wrong), float(expected if self.usual is None else self.usual * len(rows))
 
@@ -316,8 +257,8 @@ class StragglerRisk:
 
     def status(self) -> dict[str, Any]:
         """Return the evidence for a server's status."""
-        wrong, number = self.disagreement()
-        missed, expected = self.hardness()
+        rows, (missed, expected) = list(self._rows), self.hardness()
+        number, wrong = len(rows), sum(row.wrong for row in rows)
         monitor = self._monitor
         return {
             "compared": number,
@@ -338,7 +279,7 @@ class StragglerRisk:
             self._known = self._decide(list(self._rows))
         return self._known
 
-    def _decide(self, rows: list[StragglerRow]) -> _Limits:
+    def _decide(self, rows: list[Comparison]) -> _Limits:
         """Choose the largest probability, and the factor of error bounds, of what is given out."""
         if self._share == 0 or len(rows) < (0 if self._tolerance is None else _BARS) or not rows:
             admits = not self._needs_evidence and self._share != 0
@@ -371,9 +312,9 @@ class StragglerRisk:
         factor, shift = 1.0, 0.0
         if self._tolerance is not None:
             looks = bound[:, None], excess[:, None]
-            factor = least_factor(*looks, self._tolerance, self._coverage, len(rows))
+            factor = least_factor(*looks, self._accuracy, len(rows))
             if math.isinf(factor):
-                factor = max(conformal_quantile(excess, self._coverage), 1.0)
+                factor = max(conformal_quantile(excess, self._accuracy.coverage), 1.0)
                 # Too few rows within the tolerance show nothing about these. So they are admitted
                 # by what all rows show, unless evidence is needed.
                 within = int(np.sum(bound * factor <= self._tolerance))
@@ -384,95 +325,3 @@ class StragglerRisk:
             shift = max(float(np.mean(wrong[given] - probability[given])), 0.0)
         admitted = float(np.mean(given)) if limit >= 0 else 0.0
         return _Limits(limit, beyond, factor, shift, admitted)
-
-
-def risk_cap(share: float) -> float:
-    """Return the largest error probability of a single answer, if this share may be wrong."""
-    return max(min(_CAP * share, _MOST), share)
-
-
-@functools.lru_cache(maxsize=64)
-def allowed_errors(share: float, most: int) -> Int[np.ndarray, " numbers"]:
-    """Return for each number of answers, from 0 to `most`, how many may have been wrong.
-
-    With so many wrong ones or fewer, the upper confidence bound of the share of wrong answers is
-    at most `share`; -1 where even none is too many (Clopper and Pearson 1934).
-    """
-    from scipy.special import bdtr  # late: a fifth of a worker's import time
-
-    if share >= 1:
-        return np.arange(most + 1)
-    allowed, wrong = np.full(most + 1, -1), -1
-    for number in range(1, most + 1):
-        while wrong < number and bdtr(wrong + 1, number, share) <= _MISS:
-            wrong += 1
-        allowed[number] = wrong
-    return allowed
-
-
-def bar_factor(
-    deviation: Float[np.ndarray, "rows looks"],
-    error: Float[np.ndarray, "rows looks"],
-    target: AccuracyTarget,
-    number: int,
-) -> float:
-    """Return the factor by which deviations become error bars of the target's coverage.
-
-    They have to be right for what is given out, not for all; a factor of infinity gives out none.
-
-    Args:
-        deviation: Deviations, at each look at which a row may be given out; infinite for unknown.
-        error: Errors.
-        target: The coverage, and the tolerance if there is one.
-        number: The number of different rows, where the same ones come several times.
-    """
-    ratios = error_ratios(error, deviation)
-    factor = conformal_quantile(ratios[np.isfinite(deviation)], target.coverage)
-    if target.tolerance is None or math.isinf(factor):
-        return factor
-    bound = factor * deviation
-    excess = error_ratios(error, bound)
-    return factor * least_factor(bound, excess, target.tolerance, target.coverage, number)
-
-
-def least_factor(
-    bounds: Float[np.ndarray, "rows looks"],
-    excess: Float[np.ndarray, "rows looks"],
-    tolerance: float,
-    coverage: float,
-    number: int,
-) -> float:
-    """Return the least factor of error bounds with which they are right for what is given out.
-
-    They are right where no more errors are beyond them than a finite-sample bound allows
-    (`allowed_errors`).
-
-    Args:
-        bounds: Error bounds; a row is given out at the first look at which its bound is within the
-            tolerance.
-        excess: Errors over their bounds.
-        tolerance: The largest bound of what is given out.
-        coverage: The share of errors that bounds should cover.
-        number: As for `bar_factor`.
-
-    Returns:
-        The factor; infinite where none would do.
-    """
-    rows, times = np.arange(len(bounds)), number / len(bounds)
-    allowed = allowed_errors(1 - coverage, max(number, 2 * _ROWS))
-    for factor in _FACTORS.tolist():
-        within = bounds * factor <= tolerance
-        given = excess[rows, within.argmax(axis=1)][within.any(axis=1)]
-        if times * np.sum(given > factor) <= allowed[int(times * len(given))]:
-            return factor
-    return math.inf
-
-
-def conformal_quantile(ratios: Float[np.ndarray, " rows"], coverage: float) -> float:
-    """Return the ratio that covers a share of others; infinite where there are too few.
-
-    The k-th of n ratios covers `k / (n + 1)` of others like them (Lei et al. 2018,
-    "Distribution-free predictive inference for regression").
-    """
-    place = math.ceil((len(ratios) + 1) * coverage) - 1
-    return float(np.partition(ratios, place)[place]) if place < len(ratios) else math.inf

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ..codes._trees import Form
-from ._error_probability import margin
+from ._features import margin
 
 ROWS = 256  # answers that the question needs
 # The least probability that the lead is larger than among exchanged outputs, of two outputs, of up
