@@ -14,6 +14,7 @@ from nercc_jax.cli._options import RunOptions
 from nercc_jax.pools import AbstractPool, Faults
 from nercc_jax.pools._backend import WorkerDied
 from nercc_jax.pools._times import AnswerTimes
+from nercc_jax.risk import Accuracy
 from nercc_jax.rows import RowFunction, RowSettings, run_rows
 from nercc_jax.rows._evidence import standardized_inputs
 from nercc_jax.rows._queue import RowQueue
@@ -44,6 +45,21 @@ def test_a_call_has_no_more_rows_than_there_are():
     x, options = np.ones((40, 2)), {"num_workers": 3, "tolerance": 0.0}
     run_rows(function, x, DevicePool, rows_per_call=10**9, **options)
     assert seen == [40]
+
+
+def test_settings_come_as_one_object_by_name_or_both():
+    x, settings = np.ones((30, 2)), RowSettings(tolerance=1.0, max_calls=7, rows_per_call=1)
+    for asked in (
+        {"settings": settings},
+        {"settings": settings, "tolerance": 0.5},
+        {"settings": settings, "accuracy": Accuracy(max_disagreement=0.1, coverage=0.8)},
+        {"accuracy": Accuracy(tolerance=1.0), "max_calls": 7, "rows_per_call": 1},
+    ):
+        summary = run_rows(np.negative, x, DevicePool, num_workers=2, **asked).summary
+        assert summary["computed"] == 7
+    assert (summary["tolerance"], summary["coverage"]) == (1.0, 0.9)
+    with pytest.raises(TypeError, match="tolerence"):
+        run_rows(np.negative, x, DevicePool, tolerence=1.0)
 
 
 def test_ids_come_back_with_the_rows(tmp_path):

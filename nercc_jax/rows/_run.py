@@ -17,6 +17,7 @@ from jaxtyping import Shaped
 
 from ..pools import AbstractPool, Batch
 from ..pools._backend import pool_counts
+from ..risk import Accuracy
 from ._interface import RowFunction, RowProgress, RowResult, RowSettings
 from ._learner import FittedLearner, LearnerThread, learn
 from ._state import (
@@ -47,6 +48,7 @@ def run_rows(
     pool: AbstractPool | Callable[..., AbstractPool],
     settings: RowSettings | None = None,
     *,
+    accuracy: Accuracy | None = None,
     num_workers: int | None = None,
     folder: Path | str | None = None,
     resume: bool = False,
@@ -68,6 +70,7 @@ def run_rows(
         pool: An open pool whose workers run `RowFunction(function)`, not compiled; or a class such
             as `DevicePool` or `RayPool`, which is opened for the run.
         settings: The accuracy, deadlines and so on (default: by the options).
+        accuracy: The promise about predicted rows, in place of the settings'.
         num_workers: The number of workers of a pool that is opened (default: 20).
         folder: Where results are written as they come (default: nowhere).
         resume: Go on with the run that the folder holds.
@@ -109,6 +112,8 @@ def run_rows(
             f"ids are a text or a whole number for each of {len(x)} rows, not {names.dtype} of "
             f"shape {names.shape}"
         )
+    if accuracy is not None:
+        options |= dataclasses.asdict(accuracy)
     if settings is None:
         settings = RowSettings(**options)
     elif options:
