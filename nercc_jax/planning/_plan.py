@@ -326,7 +326,7 @@ def _known_systems(
     found: dict[Candidate, ErrorProbability] = {}
     for share in effort.hedge_quantiles:
         after = latencies.quantile(share)
-        late = float(np.mean(drawn[0] > after))
+        late = float(np.mean(Hedge(after).outcome(drawn[:1], drawn[1:]).late))
         if not late:
             continue
         wanted = min(asked["max_disagreement"] / late, 1.0)
