@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import typer
 from conftest import require
 from typer.testing import CliRunner
 
@@ -177,7 +178,7 @@ def test_only_models_with_little_to_do_are_compiled_quickly(monkeypatch):
     [(np.nan, "50.0"), (0.0003, "50.0"), (0.01, "50.0 49.0–51.0"), (0.05, "50.0 45–55")],
 )
 def test_a_share_has_as_many_digits_as_its_interval_gives_reason_for(half_width, text):
-    from nercc_jax.cli._pictures import share_text  # late, as matplotlib takes a second to import
+    from nercc_jax.cli._comparison import share_text
 
     assert share_text(Estimate(0.5, half_width)) == text
 
@@ -189,3 +190,46 @@ def test_the_servers_options_are_its_settings():
     names = {option.name for option in command_with_options().params}
     assert {"model", "check_answers"} <= names
     assert not [name for name in names if "completion" in name], "Typer would add two of its own"
+
+
+# Options that `serve` has by the same name with a meaning of its own, and why.
+SERVED = {
+    "model": "several may be served",
+    "num_data": "groups are small, since queries wait for each other",
+    "num_workers": "as num_data",
+    "inputs": "they calibrate, and may have names",
+    "outputs": "found by the model's own answers",
+    "code": "other settings of the code stand beside it",
+    "workers": "of each model",
+    "surrogate": "it may learn",
+    "tolerance": "of queries",
+    "coverage": "of queries",
+    "max_disagreement": "of queries, with a bound",
+    "deadline_s": "of a request",
+    "wait_for": "of a group of queries",
+    "max_calls": "a mean of calls a query; of a run, rows",
+    "check_answers": "of queries",
+    "py_modules": "separated by commas, for a file and the environment",
+    "points": "a layout; to tune, whether points move",
+}
+# Results, whose kind and default name are each command's own.
+RESULTS = {"output", "plot"}
+
+
+def test_an_option_has_one_name_and_one_meaning_in_all_commands():
+    require("pydantic_settings", "serve")
+    from nercc_jax.cli._serve import command_with_options
+
+    commands = dict(typer.main.get_command(app).commands) | {"serve": command_with_options()}
+    seen = {}
+    for command, made in commands.items():
+        for each in made.params:
+            words = each.help.partition(" [default")[0], str(each.default)
+            words = words[:1] if each.name in RESULTS else words
+            names = {*each.opts} - ({"--output-dir"} if command == "plan" else set())
+            if (command == "serve" and each.name in SERVED) or not getattr(each, "help", None):
+                continue
+            known = seen.setdefault(each.name, (names, words))
+            assert known == (names, words), f"--{each.name} of {command}"
+    flags = [flag for names, _ in seen.values() for flag in names]
+    assert len(flags) == len({*flags}), "two options have one name"

@@ -23,7 +23,7 @@ from ..serving._served_model import ServedModel, log_phase
 from ..serving._settings import ModelSettings
 from ..serving.protocol._servable import FLOAT
 from ._errors import of_option
-from ._options import ModelOptions, Returned
+from ._options import Options, Returned
 from ._own_models import (
     example_inputs,
     find_score,
@@ -98,7 +98,7 @@ def check_loadable(settings: ModelSettings) -> None:
 
 def _check_files(settings: ModelSettings) -> None:
     with of_option(settings.served_name):
-        ModelOptions(str(settings.model), settings.weights, settings.inputs)
+        Options(str(settings.model), settings.weights, settings.inputs)
 
 
 def _start(

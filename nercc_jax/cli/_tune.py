@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -15,24 +14,29 @@ from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, save
 from ..codes._points import coincident
 from ..evaluation import Evaluations, evaluate
 from ..evaluation._objective import Trial, landscape, make_trial
+from ..evaluation.pictures import layouts_figure, tuning_figure
 from ..tuning import Descent, LayoutTuning, learn_decoder, search_layout, tune
 from ..tuning._layouts import LayoutSearch
 from ..tuning._tune import TuningStep
+from ._comparison import evaluating, straggler_laws, straggler_table
 from ._errors import of_option
-from ._options import TuneOptions
-from ._output import evaluating, print_whole, steps_bar, write_json
-from ._pictures import layouts_plot, straggler_table, tuning_plot
+from ._options import Options
+from ._output import make_table, print_whole, steps_bar, write_json
 from ._process import compile_quickly, start_parallel
-from ._workload import find_workload, require_groups, straggler_laws
+from ._workload import find_workload
 
 # The picture's grid of both lambdas.
 _GRID = np.logspace(-12, 0, 13)
 
 
-def tune_code(options: TuneOptions) -> None:
+def tune_code(options: Options) -> None:
     """Tune a code, write it, and compare it with others on other data points."""
     num_data, num_workers, seed = options.num_data, options.num_workers, options.seed
     searching, outputs = options.layout == "search", options.outputs
+    if options.criterion == "cross_entropy" and outputs != "logits":
+        raise ValueError("--criterion cross_entropy needs --outputs logits")
+    if searching and outputs == "values":
+        raise ValueError("--layout search goes by labels, and --outputs values have none")
     laws = straggler_laws(num_data, num_workers, options.max_stragglers)
     with of_option(f"--layout {options.layout}"):
         start = start_code(num_data, num_workers, "chebyshev" if searching else options.layout)
@@ -43,12 +47,12 @@ def tune_code(options: TuneOptions) -> None:
             f"--num-workers {num_workers}: without stragglers, and with a worker for each data "
             "point, there is nothing to tune; say --max-stragglers"
         )
-    workload = find_workload(options, outputs)
-    network, count = workload.model, options.max_inputs
-    kept, option = (workload.source, num_data), f"--max-inputs {count}"
-    x = require_groups(workload.points("train", count, seed), *kept, 2, option)
-    held = require_groups(workload.points("test", count, seed), *kept, 1, option)
-    quick = compile_quickly(network, x, (6 * options.steps + count) * num_workers)
+    workload = find_workload(options)
+    network = workload.model
+    x = workload.groups("train", options, num_data, least=2)
+    held = workload.groups("test", options, num_data)
+    rounds = 6 * options.steps + (options.max_inputs or 1000)
+    quick = compile_quickly(network, x, rounds * num_workers)
     console, key = Console(), jax.random.key(seed)
     size = num_data, num_workers
     others: dict[str, AbstractCode] = {
@@ -104,7 +108,8 @@ def tune_code(options: TuneOptions) -> None:
                 on_stage=lambda stage: status.update(f"{stage} ..."),
             )
         console.print(_layout_table(search))
-        layouts_plot(search, f"{num_data} data points, {num_workers} workers", options.plot)
+        title = f"{num_data} data points, {num_workers} workers"
+        layouts_figure(search.best_of_layouts, title).savefig(options.plot, dpi=130)
         best = search.candidates[0]
         code, found = best.code, {
             "layout": f"search: {best.layout}{', tuned' if best.tuned else ''}",
@@ -142,7 +147,7 @@ def tune_code(options: TuneOptions) -> None:
         if tuned is not None and trial is not None:
             grid = np.asarray(landscape(network, code, trial, _GRID, _GRID))
             title = f"{options.model}, K={num_data}, N={num_workers}"
-            tuning_plot(tuned.path, _GRID, grid, title, options.plot)
+            tuning_figure(tuned.path, _GRID, grid, title).savefig(options.plot, dpi=130)
 
     with evaluating(console) as progress:
         new = made | ({} if known else others)
@@ -174,18 +179,16 @@ def start_code(num_data: int, num_workers: int, layout: str) -> NeRCC:
 
 
 def _layout_table(search: LayoutSearch) -> Table:
-    title = "Layouts, each with its best decoder, on held-out groups"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("layout")
-    for column in ("disagreement", "lambda_dec", "exact where answered"):
-        table.add_column(column, justify="right")
-    for candidate in search.best_of_layouts:
+    def cells(candidate: Any) -> tuple[str, ...]:
         code = candidate.code
         kept = "yes" if code.exact or not code.lambda_dec > 0 else "no"
-        table.add_row(
+        return (
             candidate.layout + (", tuned" if candidate.tuned else ""),
             f"{100 * candidate.disagreement:.2f} %",
             f"{float(code.lambda_dec):.1e}",
             "" if candidate.layout == "chebyshev" else kept,
         )
-    return table
+
+    columns = ("layout", "disagreement", "lambda_dec", "exact where answered")
+    title = "Layouts, each with its best decoder, on held-out groups"
+    return make_table(title, columns, map(cells, search.best_of_layouts))
