@@ -76,8 +76,9 @@ def command_of(command: Command) -> Callable[..., None]:
     def call(**given: Any) -> None:
         with report_errors():
             options = Options(**given)
-            for name in {"output", "plot", "numbers", "file"} & given.keys() - folders:
-                check_folder(f"--{name}", given[name])
+            for name in ("output", "plot", "numbers", "file"):
+                if name not in folders:
+                    check_folder(f"--{name}", given.get(name))
             file, _, name = command.function.partition(":")
             getattr(importlib.import_module(f".{file}", __package__), name)(options)
 

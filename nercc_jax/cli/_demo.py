@@ -20,9 +20,8 @@ from ..codes import (
     load_code,
 )
 from ..codes._trees import groups_of
-from ..evaluation import Estimate, evaluate
+from ..evaluation import Estimate, evaluate, pictures
 from ..evaluation._answers import Recorder, batched
-from ..evaluation.pictures import batch_figure, comparison_figure, costs_figure
 from ..inference import coded_inference, order_points
 from ..schemes import Scheme, calibrate_error_probability, reexecute
 from ..stragglers import IndependentStragglers
@@ -105,12 +104,14 @@ def demo(options: Options) -> None:
         grey = x.shape[-1] == 1
         images, mixtures = (each[..., 0] if grey else each for each in (some, coded))
         labels = [np.asarray(each).argmax(-1).tolist() for each in (decoded, own)]
-        above.append(lambda part: batch_figure(images, mixtures, available, *labels, into=part))
+        above.append(
+            lambda part: pictures.batch_figure(images, mixtures, available, *labels, into=part)
+        )
     if kept_rows:
         print_whole(console, kept_table(kept_rows))
         straggle = f"{100 * RATE:g} % of the workers straggle"
-        above.append(lambda part: costs_figure(kept_rows, straggle, part))
-    comparison_figure(rows, panels, what, above).savefig(options.plot, dpi=150)
+        above.append(lambda part: pictures.costs_figure(kept_rows, straggle, part))
+    pictures.comparison_figure(rows, panels, what, above).savefig(options.plot, dpi=150)
     console.print(f"picture: {options.plot.resolve()}", soft_wrap=True)
     about = {"model": options.model, "data": workload.source, "outputs": options.outputs}
     about |= {"seed": seed, "num_data": num_data, "num_workers": num_workers}

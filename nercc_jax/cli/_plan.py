@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..codes import regression_points
-from ..evaluation.pictures import plan_figure
+from ..evaluation import pictures
 from ..planning import Candidate, Plan, PlanEffort, plan
 from ..stragglers import (
     AbstractLatency,
@@ -87,7 +87,7 @@ def plan_service(options: Options) -> None:
     print_whole(console, plan_table(found))
     console.print(plan_words(found, about["data"]), soft_wrap=True, highlight=False, markup=False)
     title = f"{options.model}, {options.latency}, {options.queries} queries"
-    plan_figure(found, title, PlanEffort.alike).savefig(picture, dpi=130)
+    pictures.plan_figure(found, title, PlanEffort.alike).savefig(picture, dpi=130)
     console.print(f"plan: {file.resolve()}\npicture: {picture.resolve()}", soft_wrap=True)
 
 

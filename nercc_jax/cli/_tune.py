@@ -12,9 +12,8 @@ from rich.table import Table
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, save_code
 from ..codes._points import coincident
-from ..evaluation import Evaluations, evaluate
+from ..evaluation import Evaluations, evaluate, pictures
 from ..evaluation._objective import Trial, landscape, make_trial
-from ..evaluation.pictures import layouts_figure, tuning_figure
 from ..tuning import Descent, LayoutTuning, learn_decoder, search_layout, tune
 from ..tuning._layouts import LayoutSearch
 from ..tuning._tune import TuningStep
@@ -109,7 +108,7 @@ def tune_code(options: Options) -> None:
             )
         console.print(_layout_table(search))
         title = f"{num_data} data points, {num_workers} workers"
-        layouts_figure(search.best_of_layouts, title).savefig(options.plot, dpi=130)
+        pictures.layouts_figure(search.best_of_layouts, title).savefig(options.plot, dpi=130)
         best = search.candidates[0]
         code, found = best.code, {
             "layout": f"search: {best.layout}{', tuned' if best.tuned else ''}",
@@ -147,7 +146,7 @@ def tune_code(options: Options) -> None:
         if tuned is not None and trial is not None:
             grid = np.asarray(landscape(network, code, trial, _GRID, _GRID))
             title = f"{options.model}, K={num_data}, N={num_workers}"
-            tuning_figure(tuned.path, _GRID, grid, title).savefig(options.plot, dpi=130)
+            pictures.tuning_figure(tuned.path, _GRID, grid, title).savefig(options.plot, dpi=130)
 
     with evaluating(console) as progress:
         new = made | ({} if known else others)
