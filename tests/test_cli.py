@@ -13,7 +13,7 @@ from conftest import require
 from typer.testing import CliRunner
 
 from nercc_jax.cli._app import app
-from nercc_jax.cli._process import compile_quickly, start_parallel
+from nercc_jax.cli._process import compile_quickly
 from nercc_jax.evaluation import Estimate
 
 
@@ -147,12 +147,6 @@ def test_a_missing_extra_is_named():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert "pip install '.[demo]'" in result.stderr
-
-
-def test_what_goes_beside_gives_its_result_and_its_errors():
-    assert start_parallel(lambda: 3)() == 3
-    with pytest.raises(ZeroDivisionError):
-        start_parallel(lambda: 1 / 0)()
 
 
 def test_only_models_with_little_to_do_are_compiled_quickly(monkeypatch):

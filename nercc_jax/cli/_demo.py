@@ -16,12 +16,10 @@ from ..codes import (
     Lagrange,
     NeRCC,
     Replication,
-    decode_groups,
     load_code,
 )
-from ..codes._trees import groups_of
 from ..evaluation import Estimate, evaluate, pictures
-from ..evaluation._answers import Recorder, batched
+from ..evaluation._answers import batched
 from ..inference import coded_inference, order_points
 from ..schemes import Scheme, calibrate_error_probability, reexecute
 from ..stragglers import IndependentStragglers
@@ -151,57 +149,51 @@ def kept_labels(workload: Workload, test: np.ndarray, options: Options) -> list[
     cost = card["multiplications"] / card["base_multiplications"]
     half = len(test) // 2
     judged = test[half:][: (len(test) - half) // num_data * num_data]
-    run, cheap = batched(model, 256), batched(student, 256)
-    own, guess = (np.asarray(each(judged)).argmax(-1) for each in (run, cheap))
-    recorder = Recorder(run, groups_of(judged, num_data), 256)
-    few, many = num_data + max(num_data // 4, 1), options.num_workers
+    groups = judged.reshape(-1, num_data, *judged.shape[1:])
+    cheap = batched(student, 256)
+    own, guess = (np.asarray(each(judged)).argmax(-1) for each in (batched(model, 256), cheap))
+    few, many, two = num_data + max(num_data // 4, 1), options.num_workers, 2 * num_data
+    # Known without being run: a straggling call is lost, or exact.
     rows = [
-        # Known without being run: a straggling call is lost, or exact.
         Kept("one worker a query", "uncoded", num_data, 1.0, Estimate(1 - RATE, 0.0)),
         Kept("lost calls again, later", "hedging", num_data, 1 + RATE, Estimate(1.0, 0.0)),
     ]
-
-    def add(
-        system: str,
-        look: str,
-        workers: int,
-        more: float,
-        infer: Callable[[np.ndarray], np.ndarray],
-    ) -> None:
-        """Add a system that takes `more` calls a query beyond its workers' own."""
-        draw, shares = np.random.default_rng(seed), []
-        for _ in range(_SETS):
-            masks = draw.random((len(judged) // num_data, workers)) >= RATE
-            shares.append(float(np.mean(infer(masks) == own)))
-        calls = workers / num_data + more
-        rows.append(Kept(system, look, workers, calls, Estimate.over(shares)))
 
     def labels(predictions: Any) -> np.ndarray:
         """Return the label of each prediction; -1 where it is lost."""
         found = np.asarray(predictions)
         return np.where(np.isfinite(found).all(-1), found.argmax(-1), -1).ravel()
 
-    def decoding(code: AbstractCode) -> Callable[[np.ndarray], np.ndarray]:
-        y = recorder.form.split(recorder.of(code).coded)
-        return lambda masks: labels(decode_groups(code, y, masks).predictions)
+    def add(system: str, look: str, workers: int, more: float, run: Any) -> None:
+        """Add a system that takes `more` calls a query beyond its workers' own.
 
-    two, copies = 2 * num_data, decoding(Replication(num_data, few))
-    add("two copies", "replication", two, 0.0, decoding(Replication(num_data, two)))
-    add("BACC", "BACC", many, 0.0, decoding(Berrut(num_data, many)))
+        It is a code or a scheme, or a function of straggler sets that returns labels.
+        """
+        if isinstance(run, AbstractCode | Scheme):
+            infer, x = coded_inference(model, run), judged if isinstance(run, Scheme) else groups
+            run = lambda masks: labels(infer(x, masks))  # noqa: E731
+        draw, shares = np.random.default_rng(seed), []
+        for _ in range(_SETS):
+            masks = draw.random((len(judged) // num_data, workers)) >= RATE
+            shares.append(float(np.mean(run(masks) == own)))
+        calls = workers / num_data + more
+        rows.append(Kept(system, look, workers, calls, Estimate.over(shares)))
+
+    add("two copies", "replication", two, 0.0, Replication(num_data, two))
+    add("BACC", "BACC", many, 0.0, Berrut(num_data, many))
     published = NeRCC(num_data, many, lambda_dec=0.0)
-    add("NeRCC as published", "NeRCC published", many, 0.0, decoding(published))
+    add("NeRCC as published", "NeRCC published", many, 0.0, published)
+    copies, look = coded_inference(model, Replication(num_data, few)), "replication, else surrogate"
 
-    look = "replication, else surrogate"
-    add(
-        *("copies, else the student", look, few, cost),
-        lambda masks: np.where((found := copies(masks)) < 0, guess, found),
-    )
+    def else_guessed(masks: np.ndarray) -> np.ndarray:
+        found = labels(copies(groups, masks))
+        return np.where(found < 0, guess, found)
+
+    add("copies, else the student", look, few, cost, else_guessed)
     code = NeRCC(num_data, few, points="repeated", exact=True)
-    doubted = Scheme(code, Surrogate(student), redundancy="uncertain", straggler_share=RATE)
-    place = coded_inference(model, doubted)
+    placed = Scheme(code, Surrogate(student), redundancy="uncertain", straggler_share=RATE)
     look = "copies by the student's doubt"
-    # The student runs on the copies, too.
-    add(look, look, few, cost * (1 + few / num_data), lambda masks: labels(place(judged, masks)))
+    add(look, look, few, cost * (1 + few / num_data), placed)  # it runs on the copies, too
 
     # The scheme: similar queries in one group, the student as a surrogate.
     code = NeRCC(num_data, few, points="repeated")

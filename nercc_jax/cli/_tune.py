@@ -1,7 +1,6 @@
 """`nercc tune`: the parameters of a code, by gradient descent on unlabelled data."""
 
 import datetime
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,8 +11,8 @@ from rich.table import Table
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, save_code
 from ..codes._points import coincident
-from ..evaluation import Evaluations, evaluate, pictures
-from ..evaluation._objective import Trial, landscape, make_trial
+from ..evaluation import evaluate, pictures
+from ..evaluation._objective import landscape, make_trial
 from ..tuning import Descent, LayoutTuning, learn_decoder, search_layout, tune
 from ..tuning._layouts import LayoutSearch
 from ..tuning._tune import TuningStep
@@ -21,7 +20,7 @@ from ._comparison import evaluating, straggler_laws, straggler_table
 from ._errors import of_option
 from ._options import Options
 from ._output import make_table, print_whole, steps_bar, write_json
-from ._process import compile_quickly, start_parallel
+from ._process import compile_quickly
 from ._workload import find_workload
 
 # The picture's grid of both lambdas.
@@ -51,7 +50,7 @@ def tune_code(options: Options) -> None:
     x = workload.groups("train", options, num_data, least=2)
     held = workload.groups("test", options, num_data)
     rounds = 6 * options.steps + (options.max_inputs or 1000)
-    quick = compile_quickly(network, x, rounds * num_workers)
+    compile_quickly(network, x, rounds * num_workers)
     console, key = Console(), jax.random.key(seed)
     size = num_data, num_workers
     others: dict[str, AbstractCode] = {
@@ -63,21 +62,6 @@ def tune_code(options: Options) -> None:
     if num_workers >= num_data:
         others["replication"] = Replication(*size)
 
-    def rows(codes: Mapping[str, AbstractCode], **further: Any) -> Evaluations:
-        return evaluate(network, codes, held, laws, key=key, num_sets=options.sets, **further)
-
-    def prepare() -> tuple[Trial | None, Evaluations]:
-        """Return the picture's trial and the other codes' rows, which need no tuned code."""
-        trial = None
-        if not searching:
-            count = min(len(held) // num_data, 16)
-            groups = held[: count * num_data].reshape(count, num_data, *held.shape[1:])
-            trial = make_trial(network, start, groups, laws, key=key, num_sets=8)
-            landscape(network, start, trial, _GRID[:1], _GRID)  # compiles
-        return trial, rows(others) if quick else Evaluations()
-
-    # Compiling keeps one core busy, so the little that there is to compute runs next to it.
-    prepared = start_parallel(prepare) if quick else prepare
     labels = searching and outputs == "logits"
     criterion = options.criterion or ("cross_entropy" if labels else "mse")
     about = {
@@ -141,18 +125,19 @@ def tune_code(options: Options) -> None:
             made["learned"] = learn_decoder(network, code, x, key=jax.random.fold_in(key, 1))
         found["decoder"] = "learned from the model's answers"
     save_code(options.output, made["learned" if options.learn_decoder else "tuned"], about | found)
-    with console.status("the objective's landscape, for the picture ..."):
-        trial, known = prepared()
-        if tuned is not None and trial is not None:
+    if tuned is not None:
+        with console.status("the objective's landscape, for the picture ..."):
+            count = min(len(held) // num_data, 16)
+            groups = held[: count * num_data].reshape(count, num_data, *held.shape[1:])
+            trial = make_trial(network, start, groups, laws, key=key, num_sets=8)
             grid = np.asarray(landscape(network, code, trial, _GRID, _GRID))
-            title = f"{options.model}, K={num_data}, N={num_workers}"
-            pictures.tuning_figure(tuned.path, _GRID, grid, title).savefig(options.plot, dpi=130)
+        title = f"{options.model}, K={num_data}, N={num_workers}"
+        pictures.tuning_figure(tuned.path, _GRID, grid, title).savefig(options.plot, dpi=130)
 
+    codes = {"untuned": others.pop("untuned")} | made | others
     with evaluating(console) as progress:
-        new = made | ({} if known else others)
-        compared = [*known, *rows(new, progress=progress)]
-    order, names = [*laws], ["untuned", *made, *others]
-    compared.sort(key=lambda row: (order.index(row.stragglers), names.index(row.code)))
+        further: Any = {"key": key, "num_sets": options.sets, "progress": progress}
+        compared = evaluate(network, codes, held, laws, **further)
     console.print(
         f"\nOn {compared[0].num_data_points} data points that it was not tuned on, {options.sets} "
         "straggler sets for each number S of stragglers; means and 95 % intervals; * marks a row's "
@@ -163,7 +148,7 @@ def tune_code(options: Options) -> None:
     if outputs != "values":
         title = "RelAcc in %: same label as the model's own"
         print_whole(console, straggler_table(compared, "rel_acc", title, best="max"))
-    write_json(console, options.numbers, about, Evaluations(compared).records())
+    write_json(console, options.numbers, about, compared.records())
     for name, value in found.items():
         console.print(f"{name}: {value}", soft_wrap=True)
     written, picture = options.output.resolve(), options.plot.resolve()
