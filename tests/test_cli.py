@@ -1,5 +1,6 @@
 """The command as a person meets it."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import typer
+from commands import run_command
 from conftest import require
 from typer.testing import CliRunner
 
@@ -208,6 +210,23 @@ SERVED = {
 }
 # Results, whose kind and default name are each command's own.
 RESULTS = {"output", "plot"}
+
+
+@pytest.mark.parametrize("command", ["demo", "distill", "models", "plan", "run", "tune", "serve"])
+def test_help_fits_a_screen_or_two_and_begins_with_the_usual_options(command):
+    """A line for each option where the window is wide, and the first eight above all panels."""
+    if command == "serve":
+        require("pydantic_settings", "serve")
+    code, text = run_command(command, "--help")
+    assert code == 0
+    usage, *lines = text.splitlines()
+    assert usage.startswith("Usage: ")
+    assert len(lines) <= (110 if command == "serve" else 60)
+    first = list(
+        itertools.takewhile(lambda line: line[:1] == " ", lines[1 + lines.index("Options:") :])
+    )
+    assert len(first) <= (14 if command == "serve" else 10)
+    assert command == "models" or first[0].startswith("  --model ")
 
 
 def test_an_option_has_one_name_and_one_meaning_in_all_commands():
