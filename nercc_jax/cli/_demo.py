@@ -1,7 +1,7 @@
 """`nercc demo`: coded inference under stragglers, on real data, next to other codes."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,10 +20,9 @@ from ..codes import (
 )
 from ..evaluation import Estimate, evaluate, pictures
 from ..evaluation._answers import batched
-from ..inference import coded_inference, order_points
-from ..schemes import Scheme, calibrate_error_probability, reexecute
-from ..stragglers import IndependentStragglers
-from ..surrogates import Surrogate, fit_surrogate
+from ..inference import coded_inference
+from ..schemes import Scheme
+from ..surrogates import Surrogate
 from ..tuning import learn_decoder
 from ._comparison import evaluating, straggler_laws, straggler_table
 from ._errors import of_option
@@ -35,7 +34,6 @@ from ._workload import WorkerModel, Workload, find_workload
 # Groups that the demo learns a decoder from: a second or two, where `learn_decoder` takes more.
 _GROUPS = 100
 RATE = 0.1  # share of the workers that straggle, independently of each other
-_AGAIN = 0.05  # share of the data points, the least certain, that the model answers itself
 _SETS = 10  # straggler sets
 
 
@@ -90,8 +88,9 @@ def demo(options: Options) -> None:
         print_whole(console, straggler_table(rows, "rel_acc", title, best="max"))
         panels["rel_acc"] = ("labels kept (RelAcc)", False)
     with console.status("measuring labels kept for an amount of work; compiles first ..."):
-        sized = dataclasses.replace(options, num_data=num_data, num_workers=num_workers)
-        kept_rows = kept_labels(workload, x, sized)
+        coded = {"BACC": codes["BACC"], "NeRCC published": NeRCC(*size, lambda_dec=0.0)}
+        coded |= {name: codes[name] for name in ("NeRCC learned", "tuned") if name in codes}
+        kept_rows = kept_labels(workload, x, coded, options)
     above: list[Callable[[Any], Any]] = []
     if options.outputs != "values" and x.ndim == 4 and x.shape[-1] in (1, 3):
         # One batch: K images, N coded ones, and K labels decoded without a fifth of the workers.
@@ -107,6 +106,7 @@ def demo(options: Options) -> None:
         )
     if kept_rows:
         print_whole(console, kept_table(kept_rows))
+        console.print(kept_words(kept_rows), highlight=False)
         straggle = f"{100 * RATE:g} % of the workers straggle"
         above.append(lambda part: pictures.costs_figure(kept_rows, straggle, part))
     pictures.comparison_figure(rows, panels, what, above).savefig(options.plot, dpi=150)
@@ -132,107 +132,64 @@ class Kept:
     kept: Estimate
 
 
-def kept_labels(workload: Workload, test: np.ndarray, options: Options) -> list[Kept]:
-    """Return the labels kept by the published method, its rivals, and a scheme on few workers.
+def kept_labels(
+    workload: Workload, test: np.ndarray, codes: Mapping[str, AbstractCode], options: Options
+) -> list[Kept]:
+    """Return the labels kept by codes on all workers, and by copies with and without the student.
 
-    The scheme's error probability is calibrated on the first half of the test data, and all systems
-    are compared on the second. There are none for a model without a shipped student, nor for few
-    data points.
+    There are none for a model without a shipped student, nor for few data points.
     """
     from nercc_models import list_students, load_student, student_card
 
-    model, name, num_data, seed = workload.model, workload.name, options.num_data, options.seed
+    model, name, seed = workload.model, workload.name, options.seed
+    num_data, many = next(iter(codes.values())).num_data, next(iter(codes.values())).num_workers
     shipped = workload.x is None and name in list_students()
     if not shipped or options.outputs == "values" or len(test) < 4 * num_data:
         return []
     card, student = student_card(name), WorkerModel(load_student(name), options.outputs)
     cost = card["multiplications"] / card["base_multiplications"]
-    half = len(test) // 2
-    judged = test[half:][: (len(test) - half) // num_data * num_data]
+    judged = test[: len(test) // num_data * num_data]
     groups = judged.reshape(-1, num_data, *judged.shape[1:])
-    cheap = batched(student, 256)
-    own, guess = (np.asarray(each(judged)).argmax(-1) for each in (batched(model, 256), cheap))
-    few, many, two = num_data + max(num_data // 4, 1), options.num_workers, 2 * num_data
+    few, two = num_data + max(num_data // 4, 1), 2 * num_data
+    own, guess = (np.asarray(batched(each, 256)(judged)).argmax(-1) for each in (model, student))
     # Known without being run: a straggling call is lost, or exact.
     rows = [
         Kept("one worker a query", "uncoded", num_data, 1.0, Estimate(1 - RATE, 0.0)),
         Kept("lost calls again, later", "hedging", num_data, 1 + RATE, Estimate(1.0, 0.0)),
     ]
 
-    def labels(predictions: Any) -> np.ndarray:
-        """Return the label of each prediction; -1 where it is lost."""
-        found = np.asarray(predictions)
-        return np.where(np.isfinite(found).all(-1), found.argmax(-1), -1).ravel()
+    def add(
+        system: str, look: str, workers: int, run: Any, cost: float = 0.0, lost: Any = -1
+    ) -> None:
+        """Add a code or a scheme, with the student's calls a query, and the labels of what is lost.
 
-    def add(system: str, look: str, workers: int, more: float, run: Any) -> None:
-        """Add a system that takes `more` calls a query beyond its workers' own.
-
-        It is a code or a scheme, or a function of straggler sets that returns labels.
+        It runs with the same stragglers for all systems of as many workers.
         """
-        if isinstance(run, AbstractCode | Scheme):
-            infer, x = coded_inference(model, run), judged if isinstance(run, Scheme) else groups
-            run = lambda masks: labels(infer(x, masks))  # noqa: E731
-        draw, shares = np.random.default_rng(seed), []
+        infer, shares = coded_inference(model, run), []
+        x, draw = judged if isinstance(run, Scheme) else groups, np.random.default_rng(seed)
         for _ in range(_SETS):
-            masks = draw.random((len(judged) // num_data, workers)) >= RATE
-            shares.append(float(np.mean(run(masks) == own)))
-        calls = workers / num_data + more
-        rows.append(Kept(system, look, workers, calls, Estimate.over(shares)))
+            masks = draw.random((len(groups), workers)) >= RATE
+            found = np.asarray(infer(x, masks)).reshape(len(judged), -1)
+            labels = np.where(np.isfinite(found).all(-1), found.argmax(-1), lost)
+            shares.append(float(np.mean(labels == own)))
+        rows.append(Kept(system, look, workers, workers / num_data + cost, Estimate.over(shares)))
 
-    add("two copies", "replication", two, 0.0, Replication(num_data, two))
-    add("BACC", "BACC", many, 0.0, Berrut(num_data, many))
-    published = NeRCC(num_data, many, lambda_dec=0.0)
-    add("NeRCC as published", "NeRCC published", many, 0.0, published)
-    copies, look = coded_inference(model, Replication(num_data, few)), "replication, else surrogate"
-
-    def else_guessed(masks: np.ndarray) -> np.ndarray:
-        found = labels(copies(groups, masks))
-        return np.where(found < 0, guess, found)
-
-    add("copies, else the student", look, few, cost, else_guessed)
+    add("two copies", "replication", two, Replication(num_data, two))
+    for system, code in codes.items():
+        add(system, system, many, code)
+    copies, look = Replication(num_data, few), "replication, else surrogate"
+    add("copies, else the student", look, few, copies, cost, guess)
     code = NeRCC(num_data, few, points="repeated", exact=True)
-    placed = Scheme(code, Surrogate(student), redundancy="uncertain", straggler_share=RATE)
     look = "copies by the student's doubt"
-    add(look, look, few, cost * (1 + few / num_data), placed)  # it runs on the copies, too
-
-    # The scheme: similar queries in one group, the student as a surrogate.
-    code = NeRCC(num_data, few, points="repeated")
-    laws = {"stragglers": IndependentStragglers(RATE)}
-    keys = jax.random.split(jax.random.key(seed))
-
-    def arranged(x: np.ndarray) -> np.ndarray:
-        return x[np.asarray(order_points(x, num_data, features=np.asarray(cheap(x))))]
-
-    fit = arranged(workload.points("train", options.max_inputs or 1000, seed))
-    surrogate = fit_surrogate(model, student, code, fit, laws, key=keys[0])
-    probability = calibrate_error_probability(
-        model, code, arranged(test[:half]), laws, key=keys[1], surrogate=surrogate, num_sets=20
-    )
-    scheme = Scheme(code, surrogate, probability, order="surrogate")
-    infer = coded_inference(model, scheme, with_status=True)
-    known: dict[bytes, Any] = {}  # both rows are for the same stragglers
-
-    def assessed(masks: np.ndarray) -> Any:
-        if masks.tobytes() not in known:
-            known[masks.tobytes()] = infer(judged, masks)
-        return known[masks.tobytes()]
-
-    add("scheme", "scheme", few, cost, lambda masks: labels(assessed(masks).decoded.predictions))
-    add(
-        *("scheme, uncertain 5 % again", "scheme, uncertain again", few, cost + _AGAIN),
-        lambda masks: labels(
-            reexecute(model, judged, assessed(masks), share=_AGAIN).decoded.predictions
-        ),
-    )
+    placed = Scheme(code, Surrogate(student), redundancy="uncertain", straggler_share=RATE)
+    add(look, look, few, placed, cost * (1 + few / num_data))  # it runs on the copies, too
     return rows
 
 
 def kept_table(rows: Sequence[Kept]) -> Table:
     title = (
         f"Labels kept against work, where {100 * RATE:g} % of the workers straggle. A repeated "
-        "call is exact, and its\nanswer comes later. The scheme: repeated points, similar queries "
-        "in one group, the shipped student\nas a surrogate, and an error probability that decides "
-        "what to run again"
+        "call is exact, and its\nanswer comes later; the student is the shipped one"
     )
     columns = ("system", "workers", "calls a query", "labels kept, %")
 
@@ -243,3 +200,19 @@ def kept_table(rows: Sequence[Kept]) -> Table:
         return row.system, str(row.workers), f"{row.calls:.2f}", kept
 
     return make_table(title, columns, map(cells, rows))
+
+
+def kept_words(rows: Sequence[Kept]) -> str:
+    """Return what follows from the table, in two sentences."""
+
+    def words(some: Sequence[Kept]) -> str:
+        best = max(some, key=lambda row: (row.kept.mean, -row.calls))
+        return f"{100 * best.kept.mean:.1f} % ({best.system}, {best.calls:.2f} calls a query)"
+
+    copies = [row for row in rows if row.look == "replication"]
+    coded = [row for row in rows if row.look.startswith(("NeRCC", "BACC", "tuned"))]
+    helped = [row for row in rows if "student" in row.system]
+    return (
+        f"Without the student, copies keep the labels of {words(copies)}, and codes those of "
+        f"{words(coded)}. With it, copies keep {words(helped)}."
+    )
