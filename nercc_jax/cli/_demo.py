@@ -205,14 +205,14 @@ def kept_table(rows: Sequence[Kept]) -> Table:
 def kept_words(rows: Sequence[Kept]) -> str:
     """Return what follows from the table, in two sentences."""
 
-    def words(some: Sequence[Kept]) -> str:
+    def words(some: Sequence[Kept], of: str = "") -> str:
         best = max(some, key=lambda row: (row.kept.mean, -row.calls))
-        return f"{100 * best.kept.mean:.1f} % ({best.system}, {best.calls:.2f} calls a query)"
+        return f"{100 * best.kept.mean:.1f} %{of} ({best.system}, {best.calls:.2f} calls a query)"
 
     copies = [row for row in rows if row.look == "replication"]
     coded = [row for row in rows if row.look.startswith(("NeRCC", "BACC", "tuned"))]
     helped = [row for row in rows if "student" in row.system]
     return (
-        f"Without the student, copies keep the labels of {words(copies)}, and codes those of "
+        f"Without the student, copies keep {words(copies, ' of the labels')}, and codes "
         f"{words(coded)}. With it, copies keep {words(helped)}."
     )

@@ -249,21 +249,23 @@ def costs_figure(rows: Sequence[Any], title: str, into: Any) -> None:
     A row has `system`, `look`, `calls`, and `kept`, an `Estimate`.
     """
     axis = into.subplots()
-    left = [row for row in sorted(rows, key=lambda row: row.calls) if row.calls < 1.75]
+    cheap = sorted((row for row in rows if row.calls < 1.75), key=lambda row: row.calls)
+    dear = sorted((row for row in rows if row.calls >= 1.75), key=lambda row: row.kept.mean)
     for row in rows:
         low, high = (100 * end for end in row.kept.interval(share=True))
         here = row.calls, 100 * row.kept.mean
         ends = [[max(here[1] - low, 0)], [max(high - here[1], 0)]]
         look: dict[str, Any] = system_look(row.look) | {"linestyle": "none"}
         axis.errorbar(*here, ends, ms=8, capsize=2, **look)
-        name: dict[str, Any] = {"xytext": (-12, 0), "textcoords": "offset points", "ha": "right"}
-        if row in left:
-            name = {"xytext": (12, 0), "textcoords": "offset points"}
-        if row in left and here[1] > 95:
-            # Stepwise below what costs little: no line crosses another's name.
-            line = {"arrowstyle": "-", "color": look["color"], "lw": 0.6, "relpos": (0, 0.5)}
-            name = {"xytext": (here[0] + 0.02, 0.3 + 0.12 * left.index(row)), "arrowprops": line}
-            name["textcoords"] = axis.get_xaxis_transform()
+        name: dict[str, Any] = {"xytext": (12, 0), "textcoords": "offset points"}
+        if here[1] > 95:
+            # Stepwise below, on the side with room: no name meets another's, nor its line.
+            line = {"arrowstyle": "-", "color": look["color"], "lw": 0.6}
+            side = cheap if row in cheap else dear
+            place = here[0] + (0.02 if side is cheap else -0.06), 0.3 + 0.12 * side.index(row)
+            name = {"xytext": place, "textcoords": axis.get_xaxis_transform()}
+            name |= {"ha": "left" if side is cheap else "right"}
+            name["arrowprops"] = line | {"relpos": (0 if side is cheap else 1, 0.5)}
         axis.annotate(row.system, here, va="center", color=look["color"], fontsize=9, **name)
     axis.set(xlabel="calls of the model a query", ylabel="labels kept, %")
     axis.margins(x=0.05, y=0.08)
