@@ -25,7 +25,7 @@ from ..pools._rows import ATTEMPTS, reason_to_stop
 from ._options import Options
 from ._output import Finished, faults_seen, run_bar
 from ._process import compile_quickly
-from ._workload import find_workload, load_plain_code
+from ._workload import Points, find_workload, load_plain_code
 
 _CALIBRATION = 1000  # training images that a forecast is calibrated on
 _COMPARED = 1000  # data points that are compared with the model
@@ -35,17 +35,8 @@ def run_groups(
     options: Options, console: Console, open_pool: Callable[..., Any], folder: Path
 ) -> Finished:
     """Run a model over a data set in coded batches; raise ValueError if an option does not fit."""
-    code: AbstractCode = NeRCC(options.num_data, options.num_workers)
-    if options.code is not None:
-        code = load_plain_code(options.code, f"--code {options.code}")
+    code, share = _checked_code(options), options.max_disagreement
     num_data, num_workers = code.num_data, code.num_workers
-    wait_for, share = options.wait_for, options.max_disagreement
-    if wait_for is not None and share is not None:
-        raise ValueError("give --wait-for or --max-disagreement, not both")
-    if share is not None and not 0 <= share < 1:
-        raise ValueError(f"--max-disagreement must be in [0, 1), not {share}")
-    if wait_for is not None and not 1 <= wait_for <= num_workers:
-        raise ValueError(f"--wait-for must be from 1 to N = {num_workers}, not {wait_for}")
     workload = find_workload(options)
     split = options.split or "test"
     network, source = workload.model, workload.rows(split)
@@ -67,7 +58,7 @@ def run_groups(
 
     one = inputs(rows[:1])
     compile_quickly(network, one, batches * size // num_data * num_workers)
-    enough: Any = wait_for or answers_to_wait_for(num_data, num_workers)
+    enough: Any = options.wait_for or answers_to_wait_for(num_data, num_workers)
     until = f"at {enough} answers"
     if share is not None:
         with console.status(f"calibrating on {_CALIBRATION:,} training images ..."):
@@ -143,19 +134,24 @@ def run_groups(
             f"{lost:,} of {len(known):,} data points were lost after {ATTEMPTS} attempts and are "
             f"NaN in the result; the last trouble: {trouble}"
         )
-    columns: dict[str, np.ndarray] = (
-        {} if source.ids is None else {"id": source.ids[known["index"]]}
-    )
-    columns |= {"index": known["index"], "batch": np.flatnonzero(results.done) // size}
-    if labelled:
-        columns |= {"label": source.labels[known["index"]], "predicted": _labels(known)}
-    columns["recovered"] = known["recovered"]
-    # A table has how many workers responded, and a column for each output.
-    arrays = columns | {name: known[name] for name in ("responded", "predictions")}
-    columns["responded"] = known["responded"].sum(axis=1)
-    columns |= {f"output_{n}": each for n, each in enumerate(known["predictions"].T)}
+    columns, arrays = results.columns(source, labelled)
     summary = _summary(numbers, faults_seen(report))
     return Finished(columns, arrays, summary, settings | numbers, stopped, done, missing)
+
+
+def _checked_code(options: Options) -> AbstractCode:
+    """Return the code; raise ValueError unless the options of when to decode fit it."""
+    code: AbstractCode = NeRCC(options.num_data, options.num_workers)
+    if options.code is not None:
+        code = load_plain_code(options.code, f"--code {options.code}")
+    wait_for, share = options.wait_for, options.max_disagreement
+    if wait_for is not None and share is not None:
+        raise ValueError("give --wait-for or --max-disagreement, not both")
+    if share is not None and not 0 <= share < 1:
+        raise ValueError(f"--max-disagreement must be in [0, 1), not {share}")
+    if wait_for is not None and not 1 <= wait_for <= code.num_workers:
+        raise ValueError(f"--wait-for must be from 1 to N = {code.num_workers}, not {wait_for}")
+    return code
 
 
 def _enough_by_forecast(network: Any, code: AbstractCode, options: Options, limit: float) -> Any:
@@ -225,6 +221,25 @@ class CodedRows:
         """Return which of the batches are not recovered as a whole."""
         recovered = self.rows["recovered"]
         return [each for each in range(batches) if not recovered[self._of([each])].all()]
+
+    def columns(
+        self, source: Points, labelled: bool
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Return the done rows as a table's columns, and as arrays for an .npz.
+
+        A table has the number of workers that responded, and a column for each output.
+        """
+        done = self.rows[self.done]
+        place = done["index"]
+        columns: dict[str, np.ndarray] = {} if source.ids is None else {"id": source.ids[place]}
+        columns |= {"index": place, "batch": np.flatnonzero(self.done) // self._batch_size}
+        if labelled:
+            columns |= {"label": source.labels[place], "predicted": _labels(done)}
+        columns["recovered"] = done["recovered"]
+        arrays = columns | {name: done[name] for name in ("responded", "predictions")}
+        columns["responded"] = done["responded"].sum(axis=1)
+        outputs = enumerate(done["predictions"].T)
+        return columns | {f"output_{number}": each for number, each in outputs}, arrays
 
 
 def _labels(rows: Any) -> Int[np.ndarray, " rows"]:
