@@ -147,16 +147,12 @@ def _read(
     """
     from ..serving._settings import ModelSettings, read_settings
 
-    of_all = {name: flags.pop(name) for name in list(flags) if name in ModelSettings.model_fields}
-    if names:
-        flags["models"] = [{"model": each} for each in names]
-    if of_all:
-        flags["defaults"] = of_all
+    of_all = {name: each for name, each in flags.items() if name in ModelSettings.model_fields}
     try:
-        settings = read_settings(config, **flags)
+        settings = read_settings(config, model=names, **flags)
     except ValueError as error:
         message = str(error)
-        for name in (*flags, *of_all):  # by their flags, where they are flags
+        for name in flags:
             flag = f"--{name.replace('_', '-')}: "
             message = re.sub(rf"(?:(?<=; )|^)(?:defaults\.)?{name}: ", flag, message)
         raise ValueError(message) from error
