@@ -109,7 +109,7 @@ def demo(options: Options) -> None:
         console.print(kept_words(kept_rows), highlight=False)
         straggle = f"{100 * RATE:g} % of the workers straggle"
         above.append(lambda part: pictures.costs_figure(kept_rows, straggle, part))
-    pictures.comparison_figure(rows, panels, what, above).savefig(options.plot, dpi=150)
+    pictures.straggler_figure(rows, panels, what, above).savefig(options.plot, dpi=150)
     console.print(f"picture: {options.plot.resolve()}", soft_wrap=True)
     about = {"model": options.model, "data": workload.source, "outputs": options.outputs}
     about |= {"seed": seed, "num_data": num_data, "num_workers": num_workers}

@@ -68,19 +68,26 @@ def straggler_figure(
     rows: Sequence[Any],
     panels: Mapping[str, tuple[str, bool]],
     title: str,
-    into: Any = None,
+    above: Sequence[Callable[[Any], Any]] = (),
 ) -> "Figure":
-    """Return a figure, or a part of one, with a panel for each metric, with intervals.
+    """Return a figure with a panel for each metric, with intervals.
 
-    A metric has its label, and whether its axis is logarithmic.
+    A metric has its label, and whether its axis is logarithmic. Each function of `above` draws into
+    a part of the figure above the panels; these stand side by side.
     """
     import matplotlib.pyplot as plt
 
-    figure = into or plt.figure(figsize=(6.2 * len(panels), 4.4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    lines, width = 1 + bool(above), 6.2 * max(len(panels), len(above))
+    figure = plt.figure(figsize=(width, 4.4 * lines), layout="constrained")
+    parts = figure.subfigures(lines, 1, squeeze=False)[:, 0]
+    if above:
+        tops = parts[0].subfigures(1, len(above), squeeze=False)[0]
+        for part, draw in zip(tops, above, strict=True):
+            draw(part)
+    axes = parts[-1].subplots(1, len(panels), squeeze=False)[0]
     for axis, (metric, (label, logarithmic)) in zip(axes, panels.items(), strict=True):
         straggler_curves(axis, rows, metric, label, logarithmic=logarithmic)
-    figure.suptitle(title, fontsize=10)
+    parts[-1].suptitle(title, fontsize=10)
     return figure
 
 
@@ -217,29 +224,6 @@ def batch_figure(
         ),
     ):
         figure.text(0.5, height, text, ha="center", va="center", size=max(12 * scale, 9))
-    return figure
-
-
-def comparison_figure(
-    rows: Sequence[Any],
-    panels: Mapping[str, tuple[str, bool]],
-    title: str,
-    above: Sequence[Callable[[Any], Any]],
-) -> "Figure":
-    """Return the figure of `straggler_figure`, with further parts of a figure above it.
-
-    Each function of `above` draws into a part of its own; they stand side by side.
-    """
-    from matplotlib.figure import Figure
-
-    lines = 1 + bool(above)
-    figure = Figure((6.2 * max(len(panels), len(above)), 4.4 * lines), layout="constrained")
-    parts = figure.subfigures(lines, 1, squeeze=False)[:, 0]
-    if above:
-        tops = parts[0].subfigures(1, len(above), squeeze=False)[0]
-        for part, draw in zip(tops, above, strict=True):
-            draw(part)
-    straggler_figure(rows, panels, title, parts[-1])
     return figure
 
 
