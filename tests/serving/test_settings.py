@@ -392,7 +392,7 @@ OWN = ("--model", "own:double", "--input-shape", "4")
         (("--model", "nothing"), "no model 'nothing'"),
         (("--model", "own:"), "named module:function, not 'own:'"),
         (("--model", "own:nothing"), "own:nothing: module 'own' has no attribute 'nothing'"),
-        (("--model", "nothing:x:"), "nothing:x:: No module named 'nothing'"),
+        (("--model", "nothing:x:"), "nothing:x:: ValueError: invalid format"),
         (("--model", "own:double"), "say the shape of one query with --input-shape"),
         (("--model", "own:constant", "--input-shape", "4"), "is a int, not a callable"),
         (("--model", "own:double", "--input-shape", "5"), "own.double does not run on a batch"),
