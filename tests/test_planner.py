@@ -15,7 +15,7 @@ from nercc_jax import NeRCC, Replication, coded_inference, plan
 from nercc_jax.inference import order_points
 from nercc_jax.planning import Candidate, Plan, PlanEffort
 from nercc_jax.planning._plan import recommend
-from nercc_jax.planning._study import Half, Study
+from nercc_jax.planning._planner import Half, Planner
 from nercc_jax.stragglers import (
     ExponentialLatency,
     LogNormalLatency,
@@ -230,9 +230,9 @@ def test_re_execution_keeps_its_promise_on_fresh_data(key):
     asked = {"num_queries": 4, "max_workers": 5, "max_extra_work": 0.9, "max_disagreement": 0.02}
     x = _data(400)
     halves = tuple(Half(_model, part, 4, None, 256) for part in (x[:200], x[200:]))
-    study = Study(Latencies(TAIL, key), asked, PlanEffort(), *halves)
-    screened = study.screen([4], ("interleaved",), ("pixels",), np.inf)
-    doubts = study.measure(screened, np.inf, key)
+    planner = Planner(Latencies(TAIL, key), asked, PlanEffort(), *halves)
+    screened = planner.screen([4], ("interleaved",), ("pixels",), np.inf)
+    doubts = planner.measure(screened, np.inf, key)
     again = [row for row in doubts if row.limit is not None]
     assert again
     for row in again:

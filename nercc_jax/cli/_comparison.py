@@ -1,19 +1,21 @@
 """Codes compared at each number of stragglers, as `nercc demo` and `nercc tune` do."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ..evaluation import Estimate, Evaluation
+from ..codes import AbstractCode
+from ..evaluation import Estimate, Evaluation, Evaluations, evaluate
 from ..evaluation._evaluation import SHARES
 from ..stragglers import AbstractStragglers, ExactStragglers
-from ._output import make_table
+from ._options import Options
+from ._output import make_table, print_whole
 
 
 def straggler_laws(
@@ -34,23 +36,42 @@ def straggler_laws(
     return {str(s): ExactStragglers(s) for s in range(max_stragglers + 1)}
 
 
-@contextlib.contextmanager
-def evaluating(console: Console) -> Iterator[Callable[[Iterable], Iterable]]:
-    """Show the progress of `evaluate`: the models' calls, which compile, then straggler sets."""
-    begin = time.monotonic()
+def compare(
+    console: Console,
+    options: Options,
+    model: Any,
+    codes: Mapping[str, AbstractCode],
+    x: np.ndarray,
+    laws: Mapping[str, AbstractStragglers],
+    what: str,
+) -> Evaluations:
+    """Evaluate codes at each number of stragglers, and print their errors and the labels kept."""
+    begin, key = time.monotonic(), jax.random.key(options.seed)
     status: Any = console.status("the model's calls: compiling, then data points ...")
-    status.start()
 
-    def bar(pairs: Iterable) -> Iterable:
+    def progress(pairs: Iterable) -> Iterable:
         status.stop()
         seconds = time.monotonic() - begin
         console.print(f"compiled the model's calls and made them: {seconds:.1f} s", style="dim")
         return track(pairs, description="straggler sets", console=console)
 
-    try:
-        yield bar
-    finally:
-        status.stop()
+    with status:
+        rows = evaluate(model, codes, x, laws, key=key, num_sets=options.sets, progress=progress)
+    console.print(
+        f"\n{what}, {rows[0].num_data_points} data points x {options.sets} straggler sets; means "
+        "over the sets with 95 % intervals; * is the best in a row."
+    )
+    # Replication recovers exact predictions or none: it has no error to compare.
+    approximate = [row for row in rows if row.code != "replication"]
+    title = f"MSE of decoded {options.outputs}"
+    print_whole(console, straggler_table(approximate, "mse", title, best="min"))
+    if options.outputs != "values":
+        title = (
+            "RelAcc: % of predictions with the label that the uncoded model gives; those not "
+            "recovered count as wrong"
+        )
+        print_whole(console, straggler_table(rows, "rel_acc", title, best="max"))
+    return rows
 
 
 def straggler_table(rows: Sequence[Evaluation], metric: str, title: str, *, best: str) -> Table:

@@ -18,13 +18,13 @@ from ..codes import (
     Replication,
     load_code,
 )
-from ..evaluation import Estimate, evaluate, pictures
+from ..evaluation import Estimate, pictures
 from ..evaluation._answers import batched
 from ..inference import coded_inference
 from ..schemes import Scheme
 from ..surrogates import Surrogate
 from ..tuning import learn_decoder
-from ._comparison import evaluating, straggler_laws, straggler_table
+from ._comparison import compare, straggler_laws
 from ._errors import of_option
 from ._options import Options
 from ._output import make_table, print_whole, write_json
@@ -67,25 +67,10 @@ def demo(options: Options) -> None:
     size = num_data, num_workers
     codes |= {"BACC": Berrut(*size), "BSCC": BerrutSpline(*size), "LCC": Lagrange(*size)}
     codes["replication"] = Replication(*size)
-    with evaluating(console) as progress:
-        further: Any = {"key": key, "num_sets": options.sets, "progress": progress}
-        rows = evaluate(model, codes, x, laws, **further)
-    what = (
-        f"{options.model}, K={num_data}, N={num_workers}, {rows[0].num_data_points} data points x "
-        f"{options.sets} straggler sets"
-    )
-    console.print(f"\n{what}; means over the sets with 95 % intervals; * is the best in a row.")
-    # Replication recovers exact predictions or none: it has no error to compare.
-    approximate = [row for row in rows if row.code != "replication"]
-    title = f"MSE of decoded {options.outputs}"
-    print_whole(console, straggler_table(approximate, "mse", title, best="min"))
+    what = f"{options.model}, K={num_data}, N={num_workers}"
+    rows = compare(console, options, model, codes, x, laws, what)
     panels = {"mse": (f"MSE of {options.outputs}", True)}
     if options.outputs != "values":
-        title = (
-            "RelAcc: % of predictions with the label that the uncoded model gives; those not "
-            "recovered count as wrong"
-        )
-        print_whole(console, straggler_table(rows, "rel_acc", title, best="max"))
         panels["rel_acc"] = ("labels kept (RelAcc)", False)
     with console.status("measuring labels kept for an amount of work; compiles first ..."):
         coded = {"BACC": codes["BACC"], "NeRCC published": NeRCC(*size, lambda_dec=0.0)}
@@ -109,7 +94,8 @@ def demo(options: Options) -> None:
         console.print(kept_words(kept_rows), highlight=False)
         straggle = f"{100 * RATE:g} % of the workers straggle"
         above.append(lambda part: pictures.costs_figure(kept_rows, straggle, part))
-    pictures.straggler_figure(rows, panels, what, above).savefig(options.plot, dpi=150)
+    title = f"{what}, {rows[0].num_data_points} data points x {options.sets} straggler sets"
+    pictures.straggler_figure(rows, panels, title, above).savefig(options.plot, dpi=150)
     console.print(f"picture: {options.plot.resolve()}", soft_wrap=True)
     about = {"model": options.model, "data": workload.source, "outputs": options.outputs}
     about |= {"seed": seed, "num_data": num_data, "num_workers": num_workers}

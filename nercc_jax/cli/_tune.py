@@ -11,15 +11,15 @@ from rich.table import Table
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, save_code
 from ..codes._points import coincident
-from ..evaluation import evaluate, pictures
+from ..evaluation import pictures
 from ..evaluation._objective import landscape, make_trial
 from ..tuning import Descent, LayoutTuning, learn_decoder, search_layout, tune
 from ..tuning._layouts import LayoutSearch
 from ..tuning._tune import TuningStep
-from ._comparison import evaluating, straggler_laws, straggler_table
+from ._comparison import compare, straggler_laws
 from ._errors import of_option
 from ._options import Options
-from ._output import make_table, print_whole, steps_bar, write_json
+from ._output import make_table, steps_bar, write_json
 from ._process import compile_quickly
 from ._workload import find_workload
 
@@ -135,19 +135,8 @@ def tune_code(options: Options) -> None:
         pictures.tuning_figure(tuned.path, _GRID, grid, title).savefig(options.plot, dpi=130)
 
     codes = {"untuned": others.pop("untuned")} | made | others
-    with evaluating(console) as progress:
-        further: Any = {"key": key, "num_sets": options.sets, "progress": progress}
-        compared = evaluate(network, codes, held, laws, **further)
-    console.print(
-        f"\nOn {compared[0].num_data_points} data points that it was not tuned on, {options.sets} "
-        "straggler sets for each number S of stragglers; means and 95 % intervals; * marks a row's "
-        "best."
-    )
-    title = f"MSE of decoded {outputs}"
-    print_whole(console, straggler_table(compared, "mse", title, best="min"))
-    if outputs != "values":
-        title = "RelAcc in %: same label as the model's own"
-        print_whole(console, straggler_table(compared, "rel_acc", title, best="max"))
+    what = f"{options.model}, K={num_data}, N={num_workers}, data that it was not tuned on"
+    compared = compare(console, options, network, codes, held, laws, what)
     write_json(console, options.numbers, about, compared.records())
     for name, value in found.items():
         console.print(f"{name}: {value}", soft_wrap=True)

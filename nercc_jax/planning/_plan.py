@@ -21,7 +21,7 @@ from ..stragglers import AbstractLatency
 from ..stragglers.simulate import Latencies
 from ..surrogates import Surrogate
 from ._candidates import DOUBTED, KNOWN, Candidate, PlanEffort
-from ._study import Half, Probabilities, Study
+from ._planner import Half, Planner, Probabilities
 
 PLANNED = ("chebyshev", "interleaved", "repeated")
 
@@ -260,18 +260,18 @@ def plan(
         Half(model, x[np.sort(part)], buffer_size, surrogate, batch_size)
         for part in (order[: len(x) // 2], order[len(x) // 2 :])
     ]
-    study = Study(latencies, asked, effort, *halves)
+    planner = Planner(latencies, asked, effort, *halves)
     on_stage("systems without a code")
-    exact = list(study.without_code())
+    exact = list(planner.without_code())
     fastest = min(row.p99 for row in exact if row.exact and row.feasible(asked))
     probabilities: Probabilities = {}
     if surrogate is not None:
-        probabilities |= study.known() | study.doubted()
+        probabilities |= planner.known() | planner.doubted()
     on_stage("screening codes")
     orders = (None, "pixels") + (() if surrogate is None else ("surrogate",))
-    screened = study.screen(num_data, layouts, orders, fastest)
+    screened = planner.screen(num_data, layouts, orders, fastest)
     on_stage("measuring on held-out data")
-    probabilities |= study.measure(screened, fastest, keys[2])
+    probabilities |= planner.measure(screened, fastest, keys[2])
 
     found = (*exact, *probabilities, *screened)
     late = asked["overhead"]

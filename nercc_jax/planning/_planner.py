@@ -109,7 +109,7 @@ def disagreement(share: Estimate, points: int) -> dict[str, Any]:
     return {"disagreement": share, "most_disagreement": most}
 
 
-class Study:
+class Planner:
     """The measurements of a plan.
 
     Args:
