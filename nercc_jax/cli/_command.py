@@ -48,10 +48,8 @@ def _help_of_options() -> dict[str, str]:
     found = {}
     for pair in itertools.pairwise(made.body):
         match pair:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
-                value=ast.Constant(value=str(text))
-            ):
-                found[name] = " ".join(text.split())
+            case ast.AnnAssign(target=field), ast.Expr(value=ast.Constant(value=str(text))):
+                found[ast.unparse(field)] = " ".join(text.split())
     return found
 
 
@@ -66,12 +64,11 @@ def command_of(command: Command) -> Callable[..., None]:
         if typing.get_origin(kind) is Annotated:
             kind, *further = typing.get_args(kind)
         limits = further[0] if further and isinstance(further[0], dict) else {}
-        parameters[field.name] = parameter(
-            *(field.name, kind, command.defaults.get(field.name, field.default)),
-            *(_help_of_options()[field.name], "Options" if field.name in first else panel),
-            *command.names.get(field.name, () if limits else further),
-            **limits,
-        )
+        names = command.names.get(field.name, () if limits else further)
+        default = command.defaults.get(field.name, field.default)
+        shown, help = "Options" if field.name in first else panel, _help_of_options()[field.name]
+        made = parameter(field.name, kind, default, help, shown, *names, **limits)
+        parameters[field.name] = made
 
     def call(**given: Any) -> None:
         with report_errors():
