@@ -41,23 +41,11 @@ def run_groups(
     split = options.split or "test"
     network, source = workload.model, workload.rows(split)
 
-    # Batches in the split's order, from its start again where it ends before they do.
-    count = len(source.x[: options.max_inputs])
-    groups = min(options.groups or 1, math.ceil(count / num_data))
-    size = groups * num_data
-    batches = math.ceil(count / size) if options.batches is None else options.batches
-    places = np.arange(batches * size) % count
-    rows = places[:count] if options.batches is None else places
+    batches = _Batches(source, options, num_data)
+    rows = batches.rows
 
-    def inputs(rows: np.ndarray) -> np.ndarray:
-        return np.asarray(source.preprocess(source.x[rows]))
-
-    def batch(number: int) -> np.ndarray:
-        x = inputs(places[number * size : (number + 1) * size])
-        return x.reshape(groups, num_data, *x.shape[1:])
-
-    one = inputs(rows[:1])
-    compile_quickly(network, one, batches * size // num_data * num_workers)
+    one = batches.inputs(rows[:1])
+    compile_quickly(network, one, batches.number * batches.groups * num_workers)
     enough: Any = options.wait_for or answers_to_wait_for(num_data, num_workers)
     until = f"at {enough} answers"
     if share is not None:
@@ -66,7 +54,7 @@ def run_groups(
         until = f"once at most {100 * share:g} % of labels are expected to differ from the model's"
         until += " own"
     outputs = jax.eval_shape(lambda x: call_model(network, x), jnp.asarray(one)).shape[-1]
-    results = CodedRows(rows, size, outputs, num_workers)
+    results = CodedRows(rows, batches.groups * num_data, outputs, num_workers)
     described = f"{type(code).__name__} with K={num_data}, N={num_workers}"
     settings = {
         "model": options.model,
@@ -74,16 +62,16 @@ def run_groups(
         "outputs": options.outputs,
         "data": workload.fingerprint(split),
         "rows": len(rows),
-        "points": count,
-        "groups": groups,
+        "points": batches.count,
+        "groups": batches.groups,
         "code": fingerprint(options.code) or described,
         "worker_dtype": options.worker_dtype,
     }
     parts, stopped = Parts(folder, settings, results, source.ids), None
-    left, begin, trouble = results.unfinished(batches), time.monotonic(), None
+    left, begin, trouble = results.unfinished(batches.number), time.monotonic(), None
     fields: Any = [("rows", int), ("end", float), ("late", int), ("again", bool), ("short", bool)]
     log: Any = np.zeros(len(left), fields)  # of batches
-    example = batch(0)[:, 0]  # as a worker gets it at once
+    example = batches.batch(0)[:, 0]  # as a worker gets it at once
     with open_pool(console, network, num_data, num_workers, example=example) as pool:
         console.print(
             f"{options.model}, {len(rows):,} data points of {source.name!r}, {described}; "
@@ -97,7 +85,7 @@ def run_groups(
             task = progress.add_task("compiling ...", total=len(rows), completed=results.done.sum())
             limits: Any = {"enough": enough, "deadline": options.deadline_s, "attempts": ATTEMPTS}
             try:
-                for outcome in run_batches(pool, code, map(batch, left), **limits):
+                for outcome in run_batches(pool, code, map(batches.batch, left), **limits):
                     new, there = results.add(left[outcome.number], outcome), 0
                     parts.add([left[outcome.number]])
                     trouble = outcome.trouble or trouble
@@ -118,7 +106,7 @@ def run_groups(
             except KeyboardInterrupt:
                 stopped = "interrupted"
             finally:
-                parts.flush(complete=not results.unfinished(batches))
+                parts.flush(complete=not results.unfinished(batches.number))
         report = pool.report()
     done = f"{results.done.sum():,} of {len(rows):,} data points are done"
     if not results.done.any():
@@ -127,7 +115,7 @@ def run_groups(
     known = results.rows[results.done]
     lost = int(np.sum(~known["recovered"]))
     numbers = _counts(log[log["rows"] > 0], num_workers) | pool_counts(report) | {"lost": lost}
-    numbers |= _compared(network, inputs, known, labelled)
+    numbers |= _compared(network, batches.inputs, known, labelled)
     missing = None
     if lost:
         missing = (
@@ -137,6 +125,36 @@ def run_groups(
     columns, arrays = results.columns(source, labelled)
     summary = _summary(numbers, faults_seen(report))
     return Finished(columns, arrays, summary, settings | numbers, stopped, done, missing)
+
+
+class _Batches:
+    """Batches of groups in a split's order, from its start again where it ends before they do.
+
+    Attributes:
+        count: The data points that are used.
+        groups: The groups in a batch.
+        number: The batches.
+        rows: The places in the split whose predictions are results: the last batch is filled up.
+    """
+
+    def __init__(self, source: Points, options: Options, num_data: int):
+        self._source, self._num_data = source, num_data
+        self.count = len(source.x[: options.max_inputs])
+        self.groups = min(options.groups or 1, math.ceil(self.count / num_data))
+        size = self.groups * num_data
+        whole = options.batches is None
+        self.number = math.ceil(self.count / size) if whole else options.batches
+        self._places = np.arange(self.number * size) % self.count
+        self.rows = self._places[: self.count] if whole else self._places
+
+    def inputs(self, rows: Int[np.ndarray, " rows"]) -> np.ndarray:
+        return np.asarray(self._source.preprocess(self._source.x[rows]))
+
+    def batch(self, number: int) -> np.ndarray:
+        """Return a batch of (groups, K, ...)."""
+        size = self.groups * self._num_data
+        x = self.inputs(self._places[number * size : (number + 1) * size])
+        return x.reshape(self.groups, self._num_data, *x.shape[1:])
 
 
 def _checked_code(options: Options) -> AbstractCode:

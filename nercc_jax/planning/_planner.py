@@ -230,14 +230,12 @@ class Planner:
                 wrongly = Estimate.over((sure & wrong).astype(float).tolist())
                 most = disagreement(wrongly, len(unsure))["most_disagreement"]
                 served = hedge.outcome(drawn[:1], drawn[1:], known=sure[point])
-                row = Candidate(
-                    *(KNOWN, queries, queries, queries, 0.0),
+                row = dataclasses.replace(
+                    Candidate(KNOWN, queries, queries, queries, 0.0, exact=False, limit=limit),
                     copies=copies,
                     hedge_after=hedge.limit,
-                    limit=limit,
                     disagreement=Estimate(late * wrongly.mean, late * wrongly.half_width),
                     most_disagreement=late * most,
-                    exact=False,
                 )
                 resent = float(np.mean(served.calls)) - 1
                 found[row.seen(np.max(served.seconds, axis=1), resent=resent)] = probability
@@ -297,11 +295,8 @@ class Planner:
         for num_data, num_workers, points in kinds:
             rows, numbers = [], _waits(num_data, num_workers)
             for number in numbers:
-                row = Candidate(
-                    *(f"NeRCC {points}", num_data, num_workers, number, 0.0, points),
-                    exact=False,
-                    held_out=False,
-                )
+                row = Candidate(f"NeRCC {points}", num_data, num_workers, number, 0.0, points)
+                row = dataclasses.replace(row, exact=False, held_out=False)
                 late = row.seen(self._ends(row)).p99
                 for min_wait in sorted({self._early, late}):
                     row = dataclasses.replace(row, min_wait=min_wait)
