@@ -142,10 +142,9 @@ class _Batches:
         self.count = len(source.x[: options.max_inputs])
         self.groups = min(options.groups or 1, math.ceil(self.count / num_data))
         size = self.groups * num_data
-        whole = options.batches is None
-        self.number = math.ceil(self.count / size) if whole else options.batches
+        self.number = options.batches or math.ceil(self.count / size)
         self._places = np.arange(self.number * size) % self.count
-        self.rows = self._places[: self.count] if whole else self._places
+        self.rows = self._places if options.batches else self._places[: self.count]
 
     def inputs(self, rows: Int[np.ndarray, " rows"]) -> np.ndarray:
         return np.asarray(self._source.preprocess(self._source.x[rows]))
