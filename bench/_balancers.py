@@ -3,9 +3,13 @@
 Three rules say which worker. `LeastLoaded` with all workers to choose from is what a scheduler
 comes to that sees everything; with two it is the power of two choices (Mitzenmacher, IEEE TPDS
 2001). `Prequal` is of Wydrowski, Kleinberg, Rumble and Archer, "Load is not what you should
-balance", NSDI 2024 (arXiv 2312.10172). `Hedge` sends copies of late queries by the same rule, as in
-Dean and Barroso, "The tail at scale", CACM 2013; copies that still wait when the first answer comes
-are cancelled (tied requests, ibid.). In favour of all, probes and cancellation take no time.
+balance", NSDI 2024 (arXiv 2312.10172). The simulator's `Hedge` sends copies of late queries by the
+same rule, as in Dean and Barroso, "The tail at scale", CACM 2013, twice at most; copies that still
+wait when the first answer comes are cancelled (tied requests, ibid.). In favour of all, probes and
+cancellation take no time.
+
+Times are not computed here: a balancer sends its calls to the same `SimulatedPool` that the
+server's own scheduler runs on, so that both meet the same service times, racks and slow queries.
 """
 
 import abc
@@ -23,22 +27,13 @@ import numpy as np
 from nercc_jax.pools import AbstractPool, Overdue
 from nercc_jax.pools._times import AnswerTimes
 from nercc_jax.serving import Reply
+from nercc_jax.stragglers.simulate import Hedge
 from nercc_jax.testing import SimulatedPool
 
 NEVER = 1e9  # medians
+NO_COPIES = Hedge(NEVER)
 _SAMPLES = 16  # latencies that a worker remembers
 _RECENT = 5.0  # seconds for which it does
-
-
-@dataclasses.dataclass(frozen=True)
-class Hedge:
-    """Copies of a query that has no answer `threshold` running medians after the latest copies.
-
-    Each time `at_once` go out, twice at most.
-    """
-
-    threshold: float = NEVER
-    at_once: int = 1
 
 
 @dataclasses.dataclass(eq=False)
@@ -183,12 +178,12 @@ class Prequal(AbstractRule):
 class Balancer:
     """Serves single queries, as `CodedBatcher` does, by queues at the workers of a pool."""
 
-    def __init__(self, pool: AbstractPool, rule: AbstractRule, hedge: Hedge | None = None):
+    def __init__(self, pool: AbstractPool, rule: AbstractRule, hedge: Hedge = NO_COPIES):
         assert isinstance(pool, SimulatedPool)
-        self._pool, self._rule, self._hedge = pool, rule, hedge or Hedge()
+        self._pool, self._rule, self._hedge = pool, rule, hedge
         self._clock: Any = pool.clock
         self.workers = [Worker() for _ in range(pool.num_workers)]
-        self._times = AnswerTimes(Overdue(factor=self._hedge.threshold, floor=0.0))
+        self._times = AnswerTimes(Overdue(factor=hedge.limit, floor=0.0))
 
     def __enter__(self) -> "Balancer":
         return self

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _balancers import NEVER, AbstractRule, Balancer, Hedge, LeastLoaded, Prequal
+from _balancers import NEVER, NO_COPIES, AbstractRule, Balancer, LeastLoaded, Prequal
 
 from nercc_jax import (
     AbstractCode,
@@ -26,6 +26,7 @@ from nercc_jax import (
 )
 from nercc_jax.pools import AbstractPool
 from nercc_jax.serving import BatchingPolicy, Predictor
+from nercc_jax.stragglers.simulate import Hedge
 from nercc_models import load_data, load_model, load_parity_model, load_student, student_card
 
 CODES = Path(__file__).parent / "results" / "codes"
@@ -202,7 +203,7 @@ def rivals(picks: Mapping[str, Sequence[Any]]) -> tuple[System, ...]:
         found.append(System(f"hedging picked, {most:g} calls", Uncoded(1), picked))
     for name in RULES:
         if name != "least loaded":  # about the same as "no copies"
-            found.append(balanced(name, picks, Hedge()))
+            found.append(balanced(name, picks, NO_COPIES))
         for most in MAX_CALLS:
             hedged = hedged_name(name, most)
             found.append(balanced(name, picks, Hedge(*picks[hedged]), hedged))
@@ -237,7 +238,7 @@ def tune_rivals(
         return cell["p99_ms"] + cell["p999_ms"]
 
     def of_prequal(parameters: Sequence[Any]) -> float:
-        return tail(measure(balanced("Prequal", {"Prequal": parameters}, Hedge())))
+        return tail(measure(balanced("Prequal", {"Prequal": parameters}, NO_COPIES)))
 
     picks: dict[str, Sequence[Any]] = {
         "Prequal": prequal or min(itertools.product(PROBES, Q_RIF), key=of_prequal)

@@ -52,7 +52,7 @@ from nercc_jax.evaluation import Estimate, Evaluation, Evaluations
 from nercc_jax.evaluation._answers import Recorder, batched, cut_groups
 from nercc_jax.evaluation._evaluation import evaluate_answers
 from nercc_jax.evaluation._objective import landscape, make_trial
-from nercc_jax.evaluation._pictures import straggler_curves
+from nercc_jax.evaluation.pictures import straggler_curves
 from nercc_jax.tuning import Descent, Tuned, learn_decoder
 from nercc_jax.tuning._parameters import Code
 from nercc_models import list_parity_models, load_parity_model

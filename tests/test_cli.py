@@ -1,5 +1,6 @@
 """The command as a person meets it."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -8,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import typer
+from commands import run_command
 from conftest import require
 from typer.testing import CliRunner
 
 from nercc_jax.cli._app import app
-from nercc_jax.cli._process import compile_quickly, start_parallel
+from nercc_jax.cli._process import compile_quickly
 from nercc_jax.evaluation import Estimate
 
 
@@ -30,7 +33,7 @@ def test_demo_prints_a_table_and_draws_a_picture(demo):
     result, plot = demo
     assert result.exit_code == 0, result.output
     words = ("NeRCC", "BACC", "LCC", "replication", "MSE", "RelAcc", "K=8, N=20", "*")
-    for word in (*words, "Labels kept against work", "scheme, uncertain 5 % again"):
+    for word in (*words, "Labels kept against work", "NeRCC published", "Without the student"):
         assert word in result.output
     kept = re.search(r"copies, else the student +10 +1\.32 +([\d.]+)", result.output)
     assert float(kept[1]) > 99, result.output  # the student has 99.1 % of the model's labels
@@ -148,12 +151,6 @@ def test_a_missing_extra_is_named():
     assert "pip install '.[demo]'" in result.stderr
 
 
-def test_what_goes_beside_gives_its_result_and_its_errors():
-    assert start_parallel(lambda: 3)() == 3
-    with pytest.raises(ZeroDivisionError):
-        start_parallel(lambda: 1 / 0)()
-
-
 def test_only_models_with_little_to_do_are_compiled_quickly(monkeypatch):
     reported = []
     monkeypatch.setattr(jax.config, "update", lambda name, value: reported.append(name))
@@ -177,7 +174,7 @@ def test_only_models_with_little_to_do_are_compiled_quickly(monkeypatch):
     [(np.nan, "50.0"), (0.0003, "50.0"), (0.01, "50.0 49.0–51.0"), (0.05, "50.0 45–55")],
 )
 def test_a_share_has_as_many_digits_as_its_interval_gives_reason_for(half_width, text):
-    from nercc_jax.cli._pictures import share_text  # late, as matplotlib takes a second to import
+    from nercc_jax.cli._comparison import share_text
 
     assert share_text(Estimate(0.5, half_width)) == text
 
@@ -189,3 +186,63 @@ def test_the_servers_options_are_its_settings():
     names = {option.name for option in command_with_options().params}
     assert {"model", "check_answers"} <= names
     assert not [name for name in names if "completion" in name], "Typer would add two of its own"
+
+
+# Options that `serve` has by the same name with a meaning of its own, and why.
+SERVED = {
+    "model": "several may be served",
+    "num_data": "groups are small, since queries wait for each other",
+    "num_workers": "as num_data",
+    "inputs": "they calibrate, and may have names",
+    "outputs": "found by the model's own answers",
+    "code": "other settings of the code stand beside it",
+    "workers": "of each model",
+    "surrogate": "it may learn",
+    "tolerance": "of queries",
+    "coverage": "of queries",
+    "max_disagreement": "of queries, with a bound",
+    "deadline_s": "of a request",
+    "wait_for": "of a group of queries",
+    "max_calls": "a mean of calls a query; of a run, rows",
+    "check_answers": "of queries",
+    "py_modules": "separated by commas, for a file and the environment",
+    "points": "a layout; to tune, whether points move",
+}
+# Results, whose kind and default name are each command's own.
+RESULTS = {"output", "plot"}
+
+
+@pytest.mark.parametrize("command", ["demo", "distill", "models", "plan", "run", "tune", "serve"])
+def test_help_fits_a_screen_or_two_and_begins_with_the_usual_options(command):
+    """A line for each option where the window is wide, and the first eight above all panels."""
+    if command == "serve":
+        require("pydantic_settings", "serve")
+    code, text = run_command(command, "--help")
+    assert code == 0
+    usage, *lines = text.splitlines()
+    assert usage.startswith("Usage: ")
+    assert len(lines) <= (110 if command == "serve" else 60)
+    first = list(
+        itertools.takewhile(lambda line: line[:1] == " ", lines[1 + lines.index("Options:") :])
+    )
+    assert len(first) <= (14 if command == "serve" else 10)
+    assert command == "models" or first[0].startswith("  --model ")
+
+
+def test_an_option_has_one_name_and_one_meaning_in_all_commands():
+    require("pydantic_settings", "serve")
+    from nercc_jax.cli._serve import command_with_options
+
+    commands = dict(typer.main.get_command(app).commands) | {"serve": command_with_options()}
+    seen = {}
+    for command, made in commands.items():
+        for each in made.params:
+            words = each.help.partition(" [default")[0], str(each.default)
+            words = words[:1] if each.name in RESULTS else words
+            names = {*each.opts} - ({"--output-dir"} if command == "plan" else set())
+            if (command == "serve" and each.name in SERVED) or not getattr(each, "help", None):
+                continue
+            known = seen.setdefault(each.name, (names, words))
+            assert known == (names, words), f"--{each.name} of {command}"
+    flags = [flag for names, _ in seen.values() for flag in names]
+    assert len(flags) == len({*flags}), "two options have one name"

@@ -296,12 +296,12 @@ def test_the_command_starts_exact_where_every_data_point_has_a_worker(layout, ex
 
 @pytest.mark.slow
 def test_a_run_that_keeps_lambda_enc_zero_can_be_drawn(tmp_path):
-    from nercc_jax.cli._pictures import tuning_plot
+    from nercc_jax.evaluation.pictures import tuning_figure
 
     numbers = {"lambda_enc": 0.0, "lambda_dec": 1e-6, "gap_exponent": 4.0}
     history = [TuningStep(0, step, 1.0, 0.9, False, numbers) for step in range(3)]
     grid = np.logspace(-9, 0, 4)
-    tuning_plot(history, grid, np.ones((4, 4)), "exact", tmp_path / "tune.png")
+    tuning_figure(history, grid, np.ones((4, 4)), "exact").savefig(tmp_path / "tune.png")
     assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from nercc_jax import load_code
 from nercc_jax.cli._app import app
-from nercc_jax.cli._options import ModelOptions
+from nercc_jax.cli._options import Options
 from nercc_jax.cli._workload import find_workload
 from nercc_jax.codes import LearnedDecoder, code_card
 from nercc_jax.planning import Plan
@@ -70,28 +70,28 @@ def test_what_is_there_is_not_written_over(folder):
 
 
 def test_inputs_are_parted_alike_for_all_commands(folder):
-    workload = find_workload(ModelOptions("own_parts:model"))
+    workload = find_workload(Options("own_parts:model"))
     train, test = workload.points("train", 100, 1), workload.points("test", 100, 2)
     assert (train.shape, test.shape) == ((8, 3), (2, 3))
     np.testing.assert_array_equal(np.sort([*train[:, 0], *test[:, 0]]), 3 * np.arange(10))
     np.testing.assert_array_equal(np.sort(workload.points("test", 9, 3), 0), np.sort(test, 0))
-    np.testing.assert_array_equal(workload.rows("all").images, np.arange(30).reshape(10, 3))
+    np.testing.assert_array_equal(workload.rows("all").x, np.arange(30).reshape(10, 3))
     np.save("x.npy", np.ones((7, 3)))
-    own = find_workload(ModelOptions("own_parts:model", inputs=folder / "x.npy"))
+    own = find_workload(Options("own_parts:model", inputs=folder / "x.npy"))
     assert own.points("train", 9, 0).shape == (6, 3)
 
 
 def test_outputs_are_as_asked(folder):
     x = jnp.eye(3)
     logits, shares = (
-        find_workload(ModelOptions("own_parts:model"), outputs).model(x)
+        find_workload(Options("own_parts:model", outputs=outputs)).model(x)
         for outputs in ("values", "probabilities")
     )
     np.testing.assert_allclose(
         shares, np.exp(logits) / np.exp(logits).sum(1, keepdims=True), rtol=1e-5
     )
     np.save("w.npy", 3.0)
-    model = find_workload(ModelOptions("own_parts:load", folder / "w.npy")).model
+    model = find_workload(Options("own_parts:load", folder / "w.npy")).model
     np.testing.assert_array_equal(model(x), 3 * x)
 
 
@@ -100,8 +100,8 @@ def test_one_number_a_row_has_no_label(folder, outputs):
     (folder / "one.py").write_text("def model(x):\n    return x[:, :1]\n")
     np.save("x.npy", np.ones((9, 3), np.float32))
     with pytest.raises(ValueError, match="say --outputs values"):
-        find_workload(ModelOptions("one:model", inputs=folder / "x.npy"), outputs)
-    found = find_workload(ModelOptions("one:model", inputs=folder / "x.npy"), "values")
+        find_workload(Options("one:model", inputs=folder / "x.npy", outputs=outputs))
+    found = find_workload(Options("one:model", inputs=folder / "x.npy", outputs="values"))
     assert found.model(np.ones((2, 3), np.float32)).shape == (2, 1)
 
 

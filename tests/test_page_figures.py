@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from conftest import bench_modules, require
 
-from nercc_jax.risk import RiskMonitor, _accuracy
+from nercc_jax.risk import RiskMonitor, _accuracy, _evidence
+from nercc_jax.serving.adapt import _adaptation
 
 HERE = Path(__file__).parents[1]
 # Names and sizes with digits that are no figures.
@@ -70,8 +71,6 @@ def serving_sentences():
         code, other = (rows[name]["intervals_ms"]["p99"] for name in ("coded (8, 4)", rival))
         assert max(code[0], other[0]) < min(code[1], other[1])
     yield "their intervals overlap (where 15 % straggle, the coded server's overlaps with hedging's"
-    needed = [f"{np.ceil(np.log(0.25) / np.log(1 - share)):.0f}" for share in (0.1, 0.05, 0.01)]
-    yield "{} for a share of 0.1, {} for 0.05, {} for 0.01".format(*needed)
 
 
 def tails_sentences():
@@ -101,6 +100,8 @@ def dependent_sentences():
     assert {cell["queries"] for cells in found["after"].values() for cell in cells} == {5000}
     assert {cell["queries"] for cells in real.values() for cell in cells} == {4000}
     yield "their number in a run of 5,000 queries"
+    needed = [f"{np.ceil(np.log(0.25) / np.log(1 - share)):.0f}" for share in (0.1, 0.05, 0.01)]
+    yield "{} for a share of 0.1, {} for 0.05, {} for 0.01".format(*needed)
     yield "with clients of HTTP: 4,000 queries a run"
     slow = [case for case in real if case.startswith("smallest")]
     shares = sorted(
@@ -126,7 +127,6 @@ FIGURES = {
         serving_sentences,
         (
             "at port 8001", "-1: not known yet", "with 1 it goes ahead",
-            "fails with a probability of 0.25", "one false alarm in 50,000 answers",
             "pick within 1.1 calls a query: every 500 queries", "1.2 to 5 times the median",
             "over 1), because", "before 30 median service times", "400 bad input", "413 too large",
             "scores of labels | (0.05)", "in a share (0.9) of the cases", "else at the first 256",
@@ -155,7 +155,9 @@ FIGURES = {
         (
             "fails with a probability of 0.25", "from the 12 % with the largest peaks",
             "10 % were allowed (5 % of decoded ones)",
-            "until 14 stragglers were compared (28 for 5 %)",
+            "one false alarm in 50,000 answers", "(Clopper and Pearson 1934)",
+            "The latest 1,024 count, and the latest 100", "20 for a tolerance",
+            "from the first 32 stragglers",
             "the 5 % are those with the largest", "A query takes 50 ms if nothing is slow",
             "one in 50,000 answers in the mean",
             "a day of 1,000 answers has one with a probability of at most 2 %",
@@ -178,6 +180,8 @@ def test_every_figure_of_a_page_is_known(path):
 def test_settings_that_pages_name():
     bound = inspect.signature(_accuracy.allowed_errors)
     assert bound.parameters["failure"].default == 0.25
+    assert (_evidence._ROWS, _evidence._RECENT, _evidence._BARS) == (1024, 100, 20)
+    assert _adaptation.FIRST == 32
     assert inspect.signature(RiskMonitor.__init__).parameters["false_alarms"].default == 1 / 50_000
     require("pydantic_settings", "serve")
     from nercc_jax.serving import ModelSettings

@@ -35,7 +35,7 @@ def draw():
     require("rich", "demo")
     import matplotlib.pyplot as plt
 
-    from nercc_jax.evaluation._pictures import straggler_curves
+    from nercc_jax.evaluation.pictures import straggler_curves
 
     figure, axis = plt.subplots()
 
@@ -99,7 +99,7 @@ def test_a_table_is_printed():
 
 
 def test_a_system_looks_the_same_under_all_its_names():
-    from nercc_jax.evaluation._pictures import system_look
+    from nercc_jax.evaluation.pictures import system_look
 
     assert system_look("BACC (12, 8)") == system_look("BACC")
     assert system_look("ParM, k = 2") == system_look("ParM") != system_look("ParM, k = 4")
@@ -119,7 +119,7 @@ def test_a_batch_has_a_place_for_each_image_and_label():
     require("matplotlib", "demo")
     import matplotlib.pyplot as plt
 
-    from nercc_jax.evaluation._pictures import batch_figure
+    from nercc_jax.evaluation.pictures import batch_figure
 
     draw = np.random.default_rng(0).normal
     available = np.arange(7) != 2

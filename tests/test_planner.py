@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from nercc_jax import NeRCC, Replication, coded_inference, plan
 from nercc_jax.inference import order_points
 from nercc_jax.planning import Candidate, Plan, PlanEffort
-from nercc_jax.planning._codes import Codes, Half
 from nercc_jax.planning._plan import recommend
+from nercc_jax.planning._planner import Half, Planner
 from nercc_jax.stragglers import (
     ExponentialLatency,
     LogNormalLatency,
@@ -230,9 +230,9 @@ def test_re_execution_keeps_its_promise_on_fresh_data(key):
     asked = {"num_queries": 4, "max_workers": 5, "max_extra_work": 0.9, "max_disagreement": 0.02}
     x = _data(400)
     halves = tuple(Half(_model, part, 4, None, 256) for part in (x[:200], x[200:]))
-    codes = Codes(Latencies(TAIL, key), asked, PlanEffort(), *halves, np.inf)
-    screened = codes.screen([4], ("interleaved",), ("pixels",))
-    doubts = codes.measure(screened, key)
+    planner = Planner(Latencies(TAIL, key), asked, PlanEffort(), *halves)
+    screened = planner.screen([4], ("interleaved",), ("pixels",), np.inf)
+    doubts = planner.measure(screened, np.inf, key)
     again = [row for row in doubts if row.limit is not None]
     assert again
     for row in again:
@@ -514,3 +514,27 @@ def test_a_surrogate_tells_which_queries_go_out_twice(key):
     assert wrong["uncertain"] < 0.5 * wrong["code"]
     with pytest.raises(ValueError, match="orders by a surrogate, or answers by it: give it"):
         found.scheme()
+
+
+@pytest.mark.slow
+def test_the_command_plans_as_python_does(tmp_path, monkeypatch):
+    from nercc_jax.cli._app import app
+    from nercc_jax.cli._options import Options
+    from nercc_jax.cli._workload import find_workload
+
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", _data(400))
+    np.savetxt("trace.txt", np.asarray(TAIL.latencies))
+    asked = "--latency trace:trace.txt --queries 4 --max-workers 6 --budget 0.5 --overhead-s 0"
+    asked += " --max-disagreement 0.05 --layouts interleaved --output planned"
+    model = f"{__name__}:_model"
+    result = CliRunner().invoke(
+        app, ["plan", "--model", model, "--inputs", "x.npy", *asked.split()]
+    )
+    assert result.exit_code == 0, result.output
+    x = find_workload(Options(model, inputs=tmp_path / "x.npy")).points("train", 2000, 0)
+    latency = TraceLatency.from_file("trace.txt")
+    options = {"max_workers": 6, "max_extra_work": 0.5, "max_disagreement": 0.05}
+    layouts = {"layouts": ("interleaved",), "num_queries": 4}
+    found = plan(_model, x, latency, key=jax.random.key(0), **options, **layouts)
+    assert Plan.load("planned/plan.json").candidates == found.candidates

@@ -25,7 +25,7 @@ from nercc_jax import (
     coded_inference,
     save_code,
 )
-from nercc_jax.cli import _run as command
+from nercc_jax.cli import _run_groups as command
 from nercc_jax.cli._app import app
 from nercc_jax.pools import Fault, Faults, run_batches
 from nercc_models import load_data, load_model

@@ -10,7 +10,7 @@ from conftest import require
 from schedulers import ScriptedBackend, make_scheduler, soon
 
 from nercc_jax import DevicePool
-from nercc_jax.cli._options import RunOptions
+from nercc_jax.cli._options import Options
 from nercc_jax.pools import AbstractPool, Faults
 from nercc_jax.pools._backend import WorkerDied
 from nercc_jax.pools._times import AnswerTimes
@@ -190,7 +190,7 @@ def test_numbers_that_do_not_fit_are_refused_before_a_pool_is_opened(options, me
 
 
 def test_defaults_are_the_same_in_python_and_at_the_command_line():
-    options = dataclasses.fields(RunOptions)
+    options = dataclasses.fields(Options)
     command = {option.name.removesuffix("_s"): option.default for option in options}
     for field in dataclasses.fields(RowSettings):
         assert command.get(field.name, field.default) == field.default

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from conftest import bench_modules
 
+from nercc_jax.stragglers.simulate import Hedge
 from nercc_jax.testing import SimulatedPool
 
 
@@ -23,12 +24,12 @@ class _InTurn:
         return next(self._workers)
 
 
-def _ends(bench, rule, arrivals, seconds, num_workers=1, hedge=None):
+def _ends(bench, rule, arrivals, seconds, num_workers=1, limit=1e9):
     """Return when each query is answered, and the calls that were sent."""
     times = iter(seconds)
     ends = [np.nan] * len(arrivals)
     with SimulatedPool(np.negative, num_workers, seconds=lambda size: next(times)) as pool:
-        balancer = bench.balancers.Balancer(pool, rule, hedge)
+        balancer = bench.balancers.Balancer(pool, rule, Hedge(limit))
 
         def send(number):
             def hear(future):
@@ -54,7 +55,6 @@ def test_a_worker_computes_its_queue_in_order_of_arrival(bench):
 
 def test_the_first_answer_counts_and_a_copy_that_waits_is_cancelled(bench):
     """After 20 answers of 1 s, copies go out after 2 s: one wins, one is never sent."""
-    hedge = bench.balancers.Hedge(threshold=2.0, at_once=1)
     warm = [10.0 * number for number in range(20)]
     # Query 20 takes 9 s at worker 0; its copy 1 s at worker 1, from 202 s on. Query 21 waits
     # behind it at worker 0, query 22 is at worker 1 until 216.5 s. Query 21's copy would wait
@@ -62,7 +62,7 @@ def test_the_first_answer_counts_and_a_copy_that_waits_is_cancelled(bench):
     rule = _InTurn(*[0] * 20, 0, 1, 0, 1, 1, 0)
     arrivals = [*warm, 200.0, 206.0, 206.5]
     seconds = [1.0] * 20 + [9.0, 1.0, 10.0, 1.0, 1.0, 1.0]
-    ends, sent = _ends(bench, rule, arrivals, seconds, 2, hedge)
+    ends, sent = _ends(bench, rule, arrivals, seconds, 2, limit=2.0)
     assert ends[20:] == [203.0, 210.0, 211.0]
     assert sent == 20 + 2 + 1 + 2
 

@@ -1,6 +1,6 @@
 """How the pages draw the systems that they compare with codes."""
 
-from nercc_jax.evaluation._pictures import (
+from nercc_jax.evaluation.pictures import (
     BLUE,
     BROWN,
     GREEN,

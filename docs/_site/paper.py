@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from nercc_jax.evaluation import Estimate, Evaluation
-from nercc_jax.evaluation._pictures import straggler_curves
+from nercc_jax.evaluation.pictures import straggler_curves
 from nercc_models import list_parity_models, parity_card
 
 from .results import WIDTH, load, percent, plus_minus, strong

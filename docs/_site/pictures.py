@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from nercc_jax import NeRCC
-from nercc_jax.evaluation._pictures import CODED, DATA, FOUND, LOST, batch_figure
+from nercc_jax.evaluation.pictures import CODED, DATA, FOUND, LOST, batch_figure
 from nercc_jax.splines import smoothing_spline
 
 CURVE = "#999999"

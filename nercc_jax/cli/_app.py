@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ._errors import PlainCommand
-from ._models import models, new_model_command
-from ._options import DemoOptions, DistillOptions, PlanOptions, RunOptions, TuneOptions, command_of
+from ._command import PlainCommand, command_of
+from ._options import COMMANDS
 from ._process import compile_plainly, keep_lapack_to_one_thread, keep_programs
 from ._serve import serve_command
 
@@ -50,16 +49,8 @@ def _options(
     keep_lapack_to_one_thread()
 
 
-for name, command in (
-    ("demo", command_of(DemoOptions, "_demo:demo")),
-    ("distill", command_of(DistillOptions, "_distill:distill_student")),
-    ("models", models),
-    ("new-model", new_model_command),
-    ("plan", command_of(PlanOptions, "_plan:plan_service")),
-    ("run", command_of(RunOptions, "_run:run")),
-    ("tune", command_of(TuneOptions, "_tune:tune_code")),
-):
-    app.command(name, cls=PlainCommand)(command)
+for name, command in COMMANDS.items():
+    app.command(name, cls=PlainCommand)(command_of(command))
 app.command("serve", add_help_option=False, context_settings={"ignore_unknown_options": True})(
     serve_command
 )

@@ -1,5 +1,6 @@
 """`nercc distill`: a small student of a model, from unlabelled inputs and the model's answers."""
 
+import dataclasses
 import datetime
 from typing import Any
 
@@ -11,17 +12,22 @@ from nercc_models.distillation import distill
 from nercc_models.students import multiplications, plan_within
 
 from ..serving import make_servable
-from ._options import DistillOptions
+from ._options import Options
 from ._output import steps_bar
 from ._workload import find_workload
 
 _LOW = 0.7  # agreement with the model below which there is a warning
 
 
-def distill_student(options: DistillOptions) -> None:
+def distill_student(options: Options) -> None:
     """Train a student, print its scores, and write it with its card."""
-    found, seed = find_workload(options, "values"), options.seed
-    x, test = found.points("train", 1 << 30, seed), found.points("test", 1000, seed)
+    if options.output.suffix != ".safetensors":
+        raise ValueError(f"--output {options.output}: its name must end in .safetensors")
+    if not 0 < options.share <= 1:
+        raise ValueError(f"--share {options.share} lies outside (0, 1]")
+    found, seed = find_workload(dataclasses.replace(options, outputs="values")), options.seed
+    x = found.points("train", options.max_inputs or 1 << 30, seed)
+    test = found.points("test", 1000, seed)
     if not len(test):
         raise ValueError(f"{found.source} has {len(x)} inputs: needs five or more")
     name = options.model.rpartition("/")[2].replace(":", ".")

@@ -2,12 +2,11 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperCommand
 
 from ._process import missing_extra
 
@@ -44,31 +43,6 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
-
-
-class PlainCommand(TyperCommand):
-    """A command whose messages about values that do not fit are free of Pydantic's own words.
-
-    Typer prints "Value error, 'x' is not one of" and "Input should be a valid integer, unable to
-    parse string as an integer".
-    """
-
-    def make_context(self, *arguments: Any, **options: Any) -> Any:
-        try:
-            return super().make_context(*arguments, **options)
-        except typer.BadParameter as error:
-            found = getattr(error.__cause__, "errors", list)()  # Pydantic's, one for each fault
-            if found:
-                error.message = _plainly(found[0])
-            raise
-
-
-def _plainly(fault: dict[str, Any]) -> str:
-    message, prefix = str(fault["msg"]), "Value error, "
-    if message.startswith(prefix):
-        return message.removeprefix(prefix)
-    wanted = message.removeprefix("Input ").partition(",")[0]
-    return f"it {wanted}, not {fault['input']!r}"
 
 
 def fail(message: str, code: int) -> NoReturn:

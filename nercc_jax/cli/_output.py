@@ -1,12 +1,11 @@
 """Output that commands share: progress, tables, and their numbers in a file."""
 
-import contextlib
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.progress import (
@@ -15,9 +14,30 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeRemainingColumn,
-    track,
 )
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..pools import PoolReport
+
+
+def make_table(
+    title: str | None, columns: Iterable[str], rows: Iterable[Sequence[str]], left: int = 1,
+    **further: Any,
+) -> Table:  # fmt: skip
+    """Return a table of texts, whose first columns stand on the left and the others on the right.
+
+    A row may have the style of its line in a cell beyond the columns.
+    """
+    table = Table(
+        title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0), **further
+    )
+    names = list(columns)
+    for number, name in enumerate(names):
+        table.add_column(name, justify="left" if number < left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row[: len(names)], style=dict(enumerate(row)).get(len(names)))
+    return table
 
 
 def print_whole(console: Console, table: Table) -> None:
@@ -74,20 +94,36 @@ def run_bar(console: Console) -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=console)
 
 
-@contextlib.contextmanager
-def evaluating(console: Console) -> Iterator[Callable[[Iterable], Iterable]]:
-    """Show the progress of `evaluate`: the models' calls, which compile, then straggler sets."""
-    begin = time.monotonic()
-    status: Any = console.status("the model's calls: compiling, then data points ...")
-    status.start()
+class Finished(NamedTuple):
+    """The results of an engine.
 
-    def bar(pairs: Iterable) -> Iterable:
-        status.stop()
-        seconds = time.monotonic() - begin
-        console.print(f"compiled the model's calls and made them: {seconds:.1f} s", style="dim")
-        return track(pairs, description="straggler sets", console=console)
+    Attributes:
+        columns: The rows as a table; none where nothing is done.
+        arrays: The same for an .npz.
+        summary: Names and texts to print.
+        numbers: The same for a file.
+        stopped: Why the run ended early, if it did.
+        done: How many rows are done.
+        missing: Which rows are missing, if any are.
+    """
 
-    try:
-        yield bar
-    finally:
-        status.stop()
+    columns: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]
+    summary: Iterable[tuple[str, str]]
+    numbers: dict[str, Any]
+    stopped: str | None
+    done: str
+    missing: str | None
+
+
+def faults_seen(report: "PoolReport") -> Iterable[tuple[str, str]]:
+    """Yield the lines of a summary about late answers, errors and deaths, worker by worker."""
+    yield "late answers", f"{report.late:,}"
+    yield "errors", f"{report.errors:,}"
+    by_worker = ", ".join(
+        f"worker {worker}: {deaths}"
+        for worker, deaths in enumerate(report.deaths_by_worker)
+        if deaths
+    )
+    hung = f", {report.hung} of them hung" if report.hung else ""
+    yield "deaths", f"{report.deaths:,}{hung} ({by_worker})" if report.deaths else "0"

@@ -5,6 +5,7 @@ file that follows it.
 """
 
 import importlib
+import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,15 +38,15 @@ def load_callable(spec: str, weights: Path | None, option: str = "--model") -> C
     Raises:
         ValueError: If there is no such model, or it cannot be called.
     """
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
+    if not all(spec.partition(":")):
         raise ValueError(f"{option}: one of your own is named module:function, not {spec!r}")
-    found: Any = _module(spec, option)
+    look_here()
     try:
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except AttributeError as error:
-        raise ValueError(f"{option} {spec}: {error}") from error
+        found: Any = pkgutil.resolve_name(spec)
+    except Exception as error:
+        known = isinstance(error, ImportError | AttributeError)
+        why = str(error) if known else _first_line(error)
+        raise ValueError(f"{option} {spec}: {why}") from error
     if weights is not None:
         check_weights(weights)
         path = weights
@@ -65,8 +66,8 @@ def load_callable(spec: str, weights: Path | None, option: str = "--model") -> C
 
 
 def example_inputs(spec: str) -> Any:
-    """Return the example inputs of a model's module; None if it has none."""
-    found = getattr(_module(spec), EXAMPLES, None)
+    """Return the example inputs of a loaded model's module; None if it has none."""
+    found = getattr(importlib.import_module(spec.partition(":")[0]), EXAMPLES, None)
     try:
         return found() if callable(found) else found
     except Exception as error:
@@ -125,16 +126,6 @@ def find_score(asked: str) -> Callable[[Any], Any]:
     from ..pools._faults import row_norm
 
     return row_norm
-
-
-def _module(spec: str, option: str = "--model") -> Any:
-    """Return the module of `module:name`; raise ValueError if it cannot be imported."""
-    look_here()
-    try:
-        return importlib.import_module(spec.partition(":")[0])
-    except Exception as error:
-        why = str(error) if isinstance(error, ImportError) else _first_line(error)
-        raise ValueError(f"{option} {spec}: {why}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,21 +1,16 @@
 """`nercc plan`: the code for a model and its workers, or none, measured on unlabelled data."""
 
 import datetime
-from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ..codes import regression_points
-from ..evaluation._pictures import system_look
+from ..evaluation import pictures
 from ..planning import Candidate, Plan, PlanEffort, plan
 from ..stragglers import (
     AbstractLatency,
@@ -25,8 +20,8 @@ from ..stragglers import (
     TraceLatency,
 )
 from ._errors import of_option
-from ._options import PlanOptions
-from ._output import print_whole
+from ._options import Options
+from ._output import make_table, print_whole
 from ._own_models import find_surrogate
 from ._process import compile_quickly
 from ._workload import find_workload
@@ -40,9 +35,13 @@ _LATENCIES = (
 )
 
 
-def plan_service(options: PlanOptions) -> None:
+def plan_service(options: Options) -> None:
     """Plan how to serve a model: print and write the plan, and draw its picture."""
-    layouts = options.layouts.split(",")
+    if options.outputs == "values":
+        raise ValueError(
+            "a plan keeps labels, and --outputs values have none: see `nercc run --tolerance`"
+        )
+    layouts, split = options.layouts.split(","), options.split or "train"
     with of_option(f"--layouts {options.layouts}"):
         for layout in layouts:
             regression_points(2, 4, layout)
@@ -51,10 +50,13 @@ def plan_service(options: PlanOptions) -> None:
         cheap = find_surrogate(options.surrogate, options.model, options.outputs)
     law = latency_law(options.latency)
     options.output.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
-    workload = find_workload(options, options.outputs)
-    x = workload.points(options.split, options.max_inputs, options.seed)
+    workload = find_workload(options)
+    x = workload.points(split, options.max_inputs or 2000, options.seed)
     compile_quickly(workload.model, x, _RUNS * len(x))
     console = Console()
+    asked: dict[str, Any] = {}
+    if options.max_disagreement is not None:
+        asked = {"max_disagreement": options.max_disagreement}
     with console.status("planning ...") as status:
         found = plan(
             workload.model,
@@ -64,7 +66,7 @@ def plan_service(options: PlanOptions) -> None:
             num_queries=options.queries,
             max_workers=options.max_workers,
             max_extra_work=options.budget,
-            max_disagreement=options.max_disagreement,
+            **asked,
             layouts=tuple(layouts),
             surrogate=cheap,
             buffer_size=options.buffer,
@@ -75,7 +77,7 @@ def plan_service(options: PlanOptions) -> None:
     about = {
         "model": options.model,
         "outputs": options.outputs,
-        "data": f"{workload.source}, {options.split}",
+        "data": f"{workload.source}, {split}",
         "latency": options.latency,
         "surrogate": options.surrogate,
         "seed": options.seed,
@@ -84,7 +86,8 @@ def plan_service(options: PlanOptions) -> None:
     found.save(file, about)
     print_whole(console, plan_table(found))
     console.print(plan_words(found, about["data"]), soft_wrap=True, highlight=False, markup=False)
-    plan_plot(found, f"{options.model}, {options.latency}, {options.queries} queries", picture)
+    title = f"{options.model}, {options.latency}, {options.queries} queries"
+    pictures.plan_figure(found, title, PlanEffort.alike).savefig(picture, dpi=130)
     console.print(f"plan: {file.resolve()}\npicture: {picture.resolve()}", soft_wrap=True)
 
 
@@ -122,28 +125,14 @@ def latency_law(text: str) -> AbstractLatency:
 
 def plan_table(found: Plan) -> Table:
     """Return a table of the fastest of each system at each size: see `shown_rows`."""
-    table = Table(
-        title="Each system at each size: the fastest within the budget, or the nearest to it",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        padding=(0, 1, 0, 0),
-        caption="* recommended; dim: over the budget, too many labels differ, or only screened\n"
-        "wait: answers to wait for, and at least how long; again: calls sent a second time;\n"
-        "extra: calls beyond one a query; differ: labels that differ, and an upper bound;\n"
-        "p50, p99: time until the last of the queries is answered",
-        caption_justify="left",
-    )
-    table.add_column("system", no_wrap=True)
-    for column in ("(N, K)", "wait\nms", "again\n%", "extra\n%", "differ\n%", "p50\nms", "p99\nms"):
-        table.add_column(column, justify="right", no_wrap=True)
 
     def ms(seconds: float) -> str:
         return f"{1e3 * seconds:.{0 if seconds >= 0.1 else 1}f}"
 
-    for row in shown_rows(found):
+    def cells(row: Candidate) -> tuple[str, ...]:
         best = row == found.recommended
         differ = f"{100 * row.disagreement.mean:.2f}<{100 * row.most_disagreement:.2f}"
-        table.add_row(
+        return (
             row.system + (f", {row.order}" if row.order else "") + " *" * best,
             f"({row.num_workers}, {row.num_data})",
             str(row.wait_for) + (f", {ms(row.min_wait)}" if row.min_wait else ""),
@@ -152,9 +141,20 @@ def plan_table(found: Plan) -> Table:
             "0" if row.exact else differ,
             ms(row.p50),
             ms(row.p99),
-            style="bold green" if best else "" if found.feasible(row) else "dim",
+            "bold green" if best else "" if found.feasible(row) else "dim",
         )
-    return table
+
+    columns = ("(N, K)", "wait\nms", "again\n%", "extra\n%", "differ\n%", "p50\nms", "p99\nms")
+    return make_table(
+        "Each system at each size: the fastest within the budget, or the nearest to it",
+        ("system", *columns),
+        map(cells, shown_rows(found)),
+        caption="* recommended; dim: over the budget, too many labels differ, or only screened\n"
+        "wait: answers to wait for, and at least how long; again: calls sent a second time;\n"
+        "extra: calls beyond one a query; differ: labels that differ, and an upper bound;\n"
+        "p50, p99: time until the last of the queries is answered",
+        caption_justify="left",
+    )
 
 
 def shown_rows(found: Plan) -> list[Candidate]:
@@ -199,40 +199,3 @@ def plan_words(found: Plan, data: str) -> str:
         f"{about['straggler_sets']} straggler sets a group; planned in {about['seconds']} s"
     )
     return "\n".join(lines)
-
-
-def plan_plot(found: Plan, title: str, path: Path) -> None:
-    """Draw disagreement against extra work, of all candidates as fast as the recommended one.
-
-    There is a curve for each system. Candidates that were only screened are among them.
-    """
-    figure, axis = plt.subplots(figsize=(7.5, 4.6))
-    limit = (1 + PlanEffort.alike) * found.recommended.p99
-    for system in dict.fromkeys(row.system for row in found.candidates):
-        rows = [row for row in found.candidates if row.system == system and row.p99 <= limit]
-        work, share = [], []  # the least disagreement at each amount of extra work or less
-        for row in sorted(rows, key=lambda row: (row.extra_work, row.disagreement.mean)):
-            if not share or 100 * row.disagreement.mean < share[-1]:
-                work.append(row.extra_work)
-                share.append(100 * row.disagreement.mean)
-        if rows:
-            axis.plot(work, share, ms=4, lw=1.3, label=system, **system_look(system))
-    best = found.recommended
-    here, star = (best.extra_work, 100 * best.disagreement.mean), {"ms": 13, "mfc": "none"}
-    axis.plot(*here, "k*", label="recommended", **star)
-    bounds = {"color": "#555555", "lw": 0.8, "ls": "--"}
-    axis.axhline(100 * found.asked["max_disagreement"], **bounds, label="at most, as asked")
-    axis.axvline(found.asked["max_extra_work"], **bounds)
-    # Logarithmic, with a place for none.
-    axis.set_yscale("symlog", linthresh=0.1)
-    axis.set(
-        xlabel="extra work: calls beyond one a query, as a share",
-        ylabel="labels that differ, in %",
-        ylim=(-0.01, 1.5 * axis.get_ylim()[1]),
-        title=f"{title}: p99 of {1e3 * limit:.3g} ms or less",
-    )
-    axis.legend(fontsize=8, loc="lower left")
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

@@ -1,6 +1,5 @@
 """A command's process: settings of the compiler, work on other threads, missing packages."""
 
-import concurrent.futures
 import importlib.metadata
 import logging
 import math
@@ -8,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ..compilation import enable_compilation_cache
 
@@ -18,11 +17,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _FEW = 2e11  # operations, which take some seconds on two cores
-_BACKGROUND = "nercc-background"  # the name of threads that a process does not wait for
-_LEARNER = "nercc-learner"  # the same, of `nercc_jax.rows.run_rows`
+_LEARNER = "nercc-learner"  # the name of a thread of `nercc_jax.rows.run_rows`
 _EXTRA = ("matplotlib", "rich", "safetensors", "sklearn", "typer")  # packages of the extra "demo"
-
-R = TypeVar("R")
 
 
 def leave(code: int) -> None:
@@ -66,15 +62,12 @@ def keep_lapack_to_one_thread() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> bool:
+def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> None:
     """Have programs compiled without most of LLVM's optimisations where they have little to do.
 
     They have little to do if the model, on so many rows in all, takes only seconds on a CPU. With
     `compile_plainly`, a step of `nercc tune` then compiles in 1.6 s, and runs in 33 ms instead of
     6. The number of turns of a loop is not known here, so a model with loops is left alone.
-
-    Returns:
-        Whether programs are compiled that way.
     """
     import equinox as eqx
     import jax
@@ -82,36 +75,17 @@ def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> bo
     from ..inference.models import call_model
 
     if jax.default_backend() != "cpu":
-        return False
+        return
     jitted: Any = eqx.filter_jit(call_model)
     lowered = jitted.lower(model, x[:1]).lowered
     cost: Any = lowered.cost_analysis() or {}
-    few = "stablehlo.while" not in lowered.as_text() and rows * cost.get("flops", math.inf) <= _FEW
-    if few:
+    if "stablehlo.while" not in lowered.as_text() and rows * cost.get("flops", math.inf) <= _FEW:
         jax.config.update("jax_disable_most_optimizations", True)
-    return few
-
-
-def start_parallel(work: Callable[[], R]) -> Callable[[], R]:
-    """Begin work on a thread that a process does not wait for when it ends.
-
-    Return a function that waits for the result, and raises what the work raised.
-    """
-    result: concurrent.futures.Future[R] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=run, name=_BACKGROUND, daemon=True).start()
-    return result.result
 
 
 def at_work() -> bool:
-    """Return whether there is such a thread that has not ended."""
-    return any(each.name in (_BACKGROUND, _LEARNER) for each in threading.enumerate())
+    """Return whether a learner of rows is at work, on a thread that a process does not wait for."""
+    return any(each.name == _LEARNER for each in threading.enumerate())
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:

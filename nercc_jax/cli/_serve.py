@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._errors import PlainCommand, fail, report_errors
-from ._options import ModelOptions
+from ._command import PlainCommand, parameter
+from ._errors import fail, report_errors
+from ._options import Options
 from ._process import keep_programs, leave
 from ._ray_job import RayJob, end_at_once, leave_accelerators
 
@@ -72,41 +73,36 @@ def command_with_options() -> Any:
 
     from ..serving._settings import ModelSettings, ServerSettings
 
-    found: dict[str, inspect.Parameter] = {}
-
-    def add(name: str, kind: Any, default: Any, *names: str, **option: Any) -> None:
-        annotation = Annotated[kind, typer.Option(*names, **option)]
-        kind = inspect.Parameter.KEYWORD_ONLY
-        found[name] = inspect.Parameter(name, kind, default=default, annotation=annotation)
-
     several = (
-        "Model to serve: a shipped one, your own as module:name, or hf:owner/name; repeat it for "
-        "several (default: lenet5-digits, unless the environment or --config name any)."
+        "Model to serve, as in all commands; repeat it for several (default: lenet5-digits, unless "
+        "the environment or --config name any)."
     )
-    checked, printed = "Only check the settings and the models", "Only print all settings as TOML"
-    add("model", list[str] | None, None, help=several)
-    add("config", Path | None, None, help="TOML file with settings.")
-    own = dict.fromkeys((*found, *_FIRST))
-    add("check", bool, False, "--check", help=f"{checked}, and end.")
-    add("print_config", bool, False, "--print-config", help=f"{printed}, and end.")
+    checked, printed = "Check the settings and the models, and end.", "Print all settings as TOML."
+    found = [
+        parameter("model", list[str] | None, None, several, "Options"),
+        parameter("config", Path | None, None, "TOML file with settings.", "Options"),
+        parameter("check", bool, False, checked, "Options", "--check"),
+        parameter("print_config", bool, False, printed, "Options", "--print-config"),
+    ]
     for settings in (ModelSettings, ServerSettings):
-        panel = None
+        panel = ""
         for name, field in settings.model_fields.items():
             panel = settings.panels.get(name, panel)
             kind, default = field.annotation, field.default
             if any(isinstance(each, BeforeValidator) for each in field.metadata):
                 kind, default = str, default or None  # it reads text by itself
             if name not in _NO_FLAGS:
-                shown = None if name in _FIRST else panel
-                add(name, kind, default, help=field.description, rich_help_panel=shown)
+                # The first sentence; docs/deploy/server.toml has all of it.
+                text = re.match(r".*?[.)](?= [A-Z]|$)", str(field.description), re.DOTALL)
+                shown = "Options" if name in _FIRST else panel
+                found.append(parameter(name, kind, default, text[0] if text else "", shown))
 
     def call(ctx, **arguments):  # Typer takes types from here before it looks at the signature
         given = {n for n in arguments if ctx.get_parameter_source(n).name == "COMMANDLINE"}
         _serve(**{name: arguments[name] for name in given})
 
     ctx = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    parameters = [found[name] for name in own | found]
-    call.__signature__ = inspect.Signature([*parameters, ctx])  # pyright: ignore
+    call.__signature__ = inspect.Signature([*found, ctx])  # pyright: ignore
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help=serve_command.__doc__, cls=PlainCommand)(call)
     return typer.main.get_command(app)
@@ -122,7 +118,7 @@ def _serve(
     """Run the command; `flags` are the settings on the command line, by name."""
     with report_errors():
         for each in model:
-            ModelOptions(each)
+            Options(each)
         settings, chosen = _read(model, config, flags)
         if print_config:
             from ..serving._settings import as_toml
@@ -151,16 +147,12 @@ def _read(
     """
     from ..serving._settings import ModelSettings, read_settings
 
-    of_all = {name: flags.pop(name) for name in list(flags) if name in ModelSettings.model_fields}
-    if names:
-        flags["models"] = [{"model": each} for each in names]
-    if of_all:
-        flags["defaults"] = of_all
+    of_all = {name: each for name, each in flags.items() if name in ModelSettings.model_fields}
     try:
-        settings = read_settings(config, **flags)
+        settings = read_settings(config, model=names, **flags)
     except ValueError as error:
         message = str(error)
-        for name in (*flags, *of_all):  # by their flags, where they are flags
+        for name in flags:
             flag = f"--{name.replace('_', '-')}: "
             message = re.sub(rf"(?:(?<=; )|^)(?:defaults\.)?{name}: ", flag, message)
         raise ValueError(message) from error

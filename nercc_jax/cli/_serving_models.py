@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 from prometheus_client import CollectorRegistry
+
+import nercc_models
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, Uncoded, load_code
 from ..codes._kept import x64_enabled
@@ -23,7 +24,7 @@ from ..serving._served_model import ServedModel, log_phase
 from ..serving._settings import ModelSettings
 from ..serving.protocol._servable import FLOAT
 from ._errors import of_option
-from ._options import ModelOptions, Returned
+from ._options import Options, Returned
 from ._own_models import (
     example_inputs,
     find_score,
@@ -39,8 +40,7 @@ _CODES = Path(__file__).parent / "codes"
 UNCODED = Uncoded(1)
 # Training images that the error estimate of a shipped model is calibrated on.
 _CALIBRATION = 1024
-# Packages whose every line may matter, and those whose version does.
-_SOURCES = ("nercc_jax", "nercc_models")
+# Packages whose version may matter to a calibration; of ours, every line does.
 _VERSIONS = ("jax", "jaxlib", "numpy", "flax", "scikit-learn")
 
 
@@ -98,7 +98,7 @@ def check_loadable(settings: ModelSettings) -> None:
 
 def _check_files(settings: ModelSettings) -> None:
     with of_option(settings.served_name):
-        ModelOptions(str(settings.model), settings.weights, settings.inputs)
+        Options(str(settings.model), settings.weights, settings.inputs)
 
 
 def _start(
@@ -233,22 +233,12 @@ def calibration_file(settings: ModelSettings, code: AbstractCode) -> Path | None
     if values or not folder or "://" in folder or ":" in model:
         return None
     leaves, structure = jax.tree.flatten(code)
-    conditions = current_conditions(settings.worker_dtype)
-    digest = hashlib.sha256(
-        repr((_returned(settings), conditions, x64_enabled(), structure)).encode()
-    )
+    conditions = current_conditions(settings.worker_dtype), x64_enabled(), structure
+    versions = [importlib.metadata.version(name) for name in _VERSIONS]
+    digest = hashlib.sha256(repr((_returned(settings), *conditions, *versions)).encode())
     for leaf in leaves:
         digest.update(np.asarray(leaf).tobytes())
-    for package in _SOURCES:
-        spec = importlib.util.find_spec(package)
-        assert spec is not None
-        for source in map(Path, spec.submodule_search_locations or ()):
-            weights = source.glob(f"weights/{model}.*")
-            for path in (*sorted(source.rglob("*.py")), *sorted(weights)):
-                digest.update(path.read_bytes())
-    for name in _VERSIONS:
-        try:
-            digest.update(importlib.metadata.version(name).encode())
-        except importlib.metadata.PackageNotFoundError:
-            digest.update(b"-")
+    for source in (Path(__file__).parents[1], Path(str(nercc_models.__file__)).parent):
+        for path in (*sorted(source.rglob("*.py")), *sorted(source.glob(f"weights/{model}.*"))):
+            digest.update(path.read_bytes())
     return Path(folder) / "calibrations" / f"{model}-{digest.hexdigest()[:32]}.npz"

@@ -1,38 +1,40 @@
 """`nercc tune`: the parameters of a code, by gradient descent on unlabelled data."""
 
 import datetime
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, save_code
 from ..codes._points import coincident
-from ..evaluation import Evaluations, evaluate
-from ..evaluation._objective import Trial, landscape, make_trial
+from ..evaluation import pictures
+from ..evaluation._objective import landscape, make_trial
 from ..tuning import Descent, LayoutTuning, learn_decoder, search_layout, tune
 from ..tuning._layouts import LayoutSearch
 from ..tuning._tune import TuningStep
+from ._comparison import compare, straggler_laws
 from ._errors import of_option
-from ._options import TuneOptions
-from ._output import evaluating, print_whole, steps_bar, write_json
-from ._pictures import layouts_plot, straggler_table, tuning_plot
-from ._process import compile_quickly, start_parallel
-from ._workload import find_workload, require_groups, straggler_laws
+from ._options import Options
+from ._output import make_table, steps_bar, write_json
+from ._process import compile_quickly
+from ._workload import find_workload
 
 # The picture's grid of both lambdas.
 _GRID = np.logspace(-12, 0, 13)
 
 
-def tune_code(options: TuneOptions) -> None:
+def tune_code(options: Options) -> None:
     """Tune a code, write it, and compare it with others on other data points."""
     num_data, num_workers, seed = options.num_data, options.num_workers, options.seed
     searching, outputs = options.layout == "search", options.outputs
+    if options.criterion == "cross_entropy" and outputs != "logits":
+        raise ValueError("--criterion cross_entropy needs --outputs logits")
+    if searching and outputs == "values":
+        raise ValueError("--layout search goes by labels, and --outputs values have none")
     laws = straggler_laws(num_data, num_workers, options.max_stragglers)
     with of_option(f"--layout {options.layout}"):
         start = start_code(num_data, num_workers, "chebyshev" if searching else options.layout)
@@ -43,12 +45,12 @@ def tune_code(options: TuneOptions) -> None:
             f"--num-workers {num_workers}: without stragglers, and with a worker for each data "
             "point, there is nothing to tune; say --max-stragglers"
         )
-    workload = find_workload(options, outputs)
-    network, count = workload.model, options.max_inputs
-    kept, option = (workload.source, num_data), f"--max-inputs {count}"
-    x = require_groups(workload.points("train", count, seed), *kept, 2, option)
-    held = require_groups(workload.points("test", count, seed), *kept, 1, option)
-    quick = compile_quickly(network, x, (6 * options.steps + count) * num_workers)
+    workload = find_workload(options)
+    network = workload.model
+    x = workload.groups("train", options, num_data, least=2)
+    held = workload.groups("test", options, num_data)
+    rounds = 6 * options.steps + (options.max_inputs or 1000)
+    compile_quickly(network, x, rounds * num_workers)
     console, key = Console(), jax.random.key(seed)
     size = num_data, num_workers
     others: dict[str, AbstractCode] = {
@@ -60,21 +62,6 @@ def tune_code(options: TuneOptions) -> None:
     if num_workers >= num_data:
         others["replication"] = Replication(*size)
 
-    def rows(codes: Mapping[str, AbstractCode], **further: Any) -> Evaluations:
-        return evaluate(network, codes, held, laws, key=key, num_sets=options.sets, **further)
-
-    def prepare() -> tuple[Trial | None, Evaluations]:
-        """Return the picture's trial and the other codes' rows, which need no tuned code."""
-        trial = None
-        if not searching:
-            count = min(len(held) // num_data, 16)
-            groups = held[: count * num_data].reshape(count, num_data, *held.shape[1:])
-            trial = make_trial(network, start, groups, laws, key=key, num_sets=8)
-            landscape(network, start, trial, _GRID[:1], _GRID)  # compiles
-        return trial, rows(others) if quick else Evaluations()
-
-    # Compiling keeps one core busy, so the little that there is to compute runs next to it.
-    prepared = start_parallel(prepare) if quick else prepare
     labels = searching and outputs == "logits"
     criterion = options.criterion or ("cross_entropy" if labels else "mse")
     about = {
@@ -104,7 +91,8 @@ def tune_code(options: TuneOptions) -> None:
                 on_stage=lambda stage: status.update(f"{stage} ..."),
             )
         console.print(_layout_table(search))
-        layouts_plot(search, f"{num_data} data points, {num_workers} workers", options.plot)
+        title = f"{num_data} data points, {num_workers} workers"
+        pictures.layouts_figure(search.best_of_layouts, title).savefig(options.plot, dpi=130)
         best = search.candidates[0]
         code, found = best.code, {
             "layout": f"search: {best.layout}{', tuned' if best.tuned else ''}",
@@ -137,29 +125,19 @@ def tune_code(options: TuneOptions) -> None:
             made["learned"] = learn_decoder(network, code, x, key=jax.random.fold_in(key, 1))
         found["decoder"] = "learned from the model's answers"
     save_code(options.output, made["learned" if options.learn_decoder else "tuned"], about | found)
-    with console.status("the objective's landscape, for the picture ..."):
-        trial, known = prepared()
-        if tuned is not None and trial is not None:
+    if tuned is not None:
+        with console.status("the objective's landscape, for the picture ..."):
+            count = min(len(held) // num_data, 16)
+            groups = held[: count * num_data].reshape(count, num_data, *held.shape[1:])
+            trial = make_trial(network, start, groups, laws, key=key, num_sets=8)
             grid = np.asarray(landscape(network, code, trial, _GRID, _GRID))
-            title = f"{options.model}, K={num_data}, N={num_workers}"
-            tuning_plot(tuned.path, _GRID, grid, title, options.plot)
+        title = f"{options.model}, K={num_data}, N={num_workers}"
+        pictures.tuning_figure(tuned.path, _GRID, grid, title).savefig(options.plot, dpi=130)
 
-    with evaluating(console) as progress:
-        new = made | ({} if known else others)
-        compared = [*known, *rows(new, progress=progress)]
-    order, names = [*laws], ["untuned", *made, *others]
-    compared.sort(key=lambda row: (order.index(row.stragglers), names.index(row.code)))
-    console.print(
-        f"\nOn {compared[0].num_data_points} data points that it was not tuned on, {options.sets} "
-        "straggler sets for each number S of stragglers; means and 95 % intervals; * marks a row's "
-        "best."
-    )
-    title = f"MSE of decoded {outputs}"
-    print_whole(console, straggler_table(compared, "mse", title, best="min"))
-    if outputs != "values":
-        title = "RelAcc in %: same label as the model's own"
-        print_whole(console, straggler_table(compared, "rel_acc", title, best="max"))
-    write_json(console, options.numbers, about, Evaluations(compared).records())
+    codes = {"untuned": others.pop("untuned")} | made | others
+    what = f"{options.model}, K={num_data}, N={num_workers}, data that it was not tuned on"
+    compared = compare(console, options, network, codes, held, laws, what)
+    write_json(console, options.numbers, about, compared.records())
     for name, value in found.items():
         console.print(f"{name}: {value}", soft_wrap=True)
     written, picture = options.output.resolve(), options.plot.resolve()
@@ -174,18 +152,16 @@ def start_code(num_data: int, num_workers: int, layout: str) -> NeRCC:
 
 
 def _layout_table(search: LayoutSearch) -> Table:
-    title = "Layouts, each with its best decoder, on held-out groups"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("layout")
-    for column in ("disagreement", "lambda_dec", "exact where answered"):
-        table.add_column(column, justify="right")
-    for candidate in search.best_of_layouts:
+    def cells(candidate: Any) -> tuple[str, ...]:
         code = candidate.code
         kept = "yes" if code.exact or not code.lambda_dec > 0 else "no"
-        table.add_row(
+        return (
             candidate.layout + (", tuned" if candidate.tuned else ""),
             f"{100 * candidate.disagreement:.2f} %",
             f"{float(code.lambda_dec):.1e}",
             "" if candidate.layout == "chebyshev" else kept,
         )
-    return table
+
+    columns = ("layout", "disagreement", "lambda_dec", "exact where answered")
+    title = "Layouts, each with its best decoder, on held-out groups"
+    return make_table(title, columns, map(cells, search.best_of_layouts))

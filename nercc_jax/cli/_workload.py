@@ -9,7 +9,7 @@ import importlib.util
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -20,9 +20,8 @@ from ..codes import AbstractCode, load_code
 from ..inference.models import call_model, check_model
 from ..pools._batch import reason_of
 from ..rows.files import fingerprint
-from ..stragglers import AbstractStragglers, ExactStragglers
 from ._errors import of_option
-from ._options import ModelOptions, Returned
+from ._options import Options, Returned
 from ._own_models import EXAMPLES, example_inputs, hub_name, is_own, is_shipped, load_callable
 
 _HELD_OUT = 1000  # most inputs in the test split; a fifth of the inputs if that is fewer
@@ -55,15 +54,14 @@ class WorkerModel(eqx.Module):
         return np.asarray(self.network.preprocess(data.images[chosen])), data.labels[chosen]
 
 
-@dataclasses.dataclass(frozen=True)
-class Points:
+class Points(NamedTuple):
     """Data points as they are stored, their preprocessing, and labels (-1 where unknown).
 
     They may have `ids` of the user's choice, such as names.
     """
 
     name: str
-    images: np.ndarray
+    x: np.ndarray
     labels: np.ndarray
     preprocess: Callable[[np.ndarray], Any]
     ids: np.ndarray | None = None
@@ -99,6 +97,18 @@ class Workload:
         rows = order[:held] if split == "test" else order[held:]
         return self.x[np.random.default_rng(seed).permutation(rows)[:count]]
 
+    def groups(self, split: str, options: Options, num_data: int, least: int = 1) -> np.ndarray:
+        """Return data points as a comparison asks for them; raise ValueError for too few groups."""
+        count = options.max_inputs or 1000
+        x = self.points(split, count, options.seed)
+        if len(x) < least * num_data:
+            what = "a group" if least == 1 else f"{least} groups"
+            raise ValueError(
+                f"--max-inputs {count} gives {len(x)} data points of {self.source}, too few for "
+                f"{what} of {num_data}; ask for more data points or a smaller --num-data"
+            )
+        return x
+
     def fingerprint(self, split: str) -> str:
         """Return a text that identifies the data: the split's name, or a fingerprint of all `x`."""
         return split if self.x is None else str(fingerprint(self.x))
@@ -116,14 +126,7 @@ class Workload:
         return Points(Path(self.source).name, self.x, labels, np.asarray, self.ids)
 
 
-def find_workload(
-    options: ModelOptions,
-    outputs: Returned = "logits",
-    *,
-    traced: bool = True,
-    columns: str | None = None,
-    id_column: str | None = None,
-) -> Workload:
+def find_workload(options: Options, *, traced: bool = True) -> Workload:
     """Return the model and data points that the options of the command line select.
 
     Where JAX calls the model (`traced`), inputs of your own are converted to float32; otherwise
@@ -134,19 +137,49 @@ def find_workload(
             them.
         ImportError: If an extra is missing; it says which.
     """
-    name = options.model
-    model = find_model(name, options.weights, outputs)
-    if options.inputs is None and is_shipped(name):
+    name, outputs = options.model, options.outputs
+    model, ids = find_model(name, options.weights, outputs), None
+    if options.inputs is not None:
+        source = str(options.inputs)
+        x, ids = read_input_file(options.inputs, options.columns, options.id_column)
+    elif is_shipped(name):
         return Workload(name, model, model.network.data, None, options.data_dir)
-    x, source, ids = own_inputs(name, options.inputs, columns, id_column)
-    if traced:
-        x = x.astype(np.float32)
-        shape = _check_runs(name, model, x, source)
-        if outputs != "values" and shape[-1] == 1:
+    else:
+        source = f"{EXAMPLES}() of {name.partition(':')[0]}"
+        found = example_inputs(name) if is_own(name) else None
+        if found is None:
+            module = f", or define {EXAMPLES}() in its module" if is_own(name) else ""
+            raise ValueError(f"--model {name} needs data points: use --inputs FILE{module}")
+        x = np.asarray(found)
+        if x.ndim < 2 or not x.size or x.dtype.kind not in "biuf":
             raise ValueError(
-                f"--outputs {outputs}: {name} gives one number a row, whose largest is always "
-                "itself, so that there are no labels: say --outputs values"
+                f"--model {name}: {EXAMPLES}() gave {x.dtype} of shape {x.shape}: an array of "
+                "numbers is needed, of shape (rows, *shape of a data point)"
             )
+    if not traced:
+        return Workload(name, model, source, x, None, ids)
+    x = x.astype(np.float32)
+
+    # JAX must be able to run it, and give a row for each.
+    check_model(model)
+    one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    try:
+        answer: Any = eqx.filter_eval_shape(lambda batch: call_model(model, batch), one)
+    except Exception as error:
+        raise ValueError(
+            f"--model {name} does not run on a batch of shape {one.shape} of {source}: "
+            f"{reason_of(error)}"
+        ) from error
+    if getattr(answer, "shape", ())[:1] != (1,) or len(answer.shape) < 2:
+        got = type(answer).__name__
+        if isinstance(answer, jax.ShapeDtypeStruct):
+            got = f"{answer.dtype} of shape {answer.shape} for {one.shape}"
+        raise ValueError(f"--model {name} must give an array, a row for each of a batch, not {got}")
+    if outputs != "values" and answer.shape[-1] == 1:
+        raise ValueError(
+            f"--outputs {outputs}: {name} gives one number a row, whose largest is always itself, "
+            "so that there are no labels: say --outputs values"
+        )
     return Workload(name, model, source, x, None, ids)
 
 
@@ -161,49 +194,6 @@ def find_model(name: str, weights: Path | None, outputs: Returned) -> Any:
 
         network = load_hub_model(hub_name(name))
     return WorkerModel(network, outputs) if outputs == "probabilities" else network
-
-
-def own_inputs(
-    name: str, path: Path | None, columns: str | None = None, id_column: str | None = None
-) -> tuple[np.ndarray, str, np.ndarray | None]:
-    """Return data points, one a row, their source and ids; raise ValueError if there are none."""
-    if path is not None:
-        x, ids = read_input_file(path, columns, id_column)
-        return x, str(path), ids
-    found = example_inputs(name) if is_own(name) else None
-    if found is None:
-        module = f", or define {EXAMPLES}() in its module" if is_own(name) else ""
-        raise ValueError(f"--model {name} needs data points: use --inputs FILE{module}")
-    x = np.asarray(found)
-    if x.ndim < 2 or not x.size or x.dtype.kind not in "biuf":
-        raise ValueError(
-            f"--model {name}: {EXAMPLES}() gave {x.dtype} of shape {x.shape}: an array of "
-            "numbers is needed, of shape (rows, *shape of a data point)"
-        )
-    return x, f"{EXAMPLES}() of {name.partition(':')[0]}", None
-
-
-def _check_runs(name: str, model: Any, x: np.ndarray, source: str) -> tuple[int, ...]:
-    """Return the shape of the model's answer to one row of `x`.
-
-    Raises ValueError if JAX cannot run it on rows of `x`, or it gives no row for each.
-    """
-    check_model(model)
-    one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-    try:
-        answer: Any = eqx.filter_eval_shape(lambda batch: call_model(model, batch), one)
-    except Exception as error:
-        raise ValueError(
-            f"--model {name} does not run on a batch of shape {one.shape} of {source}: "
-            f"{reason_of(error)}"
-        ) from error
-    if getattr(answer, "shape", ())[:1] != (1,) or len(answer.shape) < 2:
-        wanted = f"--model {name} must give an array, a row for each of a batch"
-        got = type(answer).__name__
-        if isinstance(answer, jax.ShapeDtypeStruct):
-            got = f"{answer.dtype} of shape {answer.shape} for {one.shape}"
-        raise ValueError(f"{wanted}, not {got}")
-    return answer.shape
 
 
 def load_worker_model(model: str, outputs: Returned) -> WorkerModel:
@@ -229,37 +219,6 @@ def load_plain_code(path: Path, option: str) -> AbstractCode:
             "workers must run the served model"
         )
     return code
-
-
-def require_groups(
-    x: np.ndarray, source: str, num_data: int, groups: int, option: str
-) -> np.ndarray:
-    """Return `x`; raise ValueError if its rows do not fill `groups` groups."""
-    if len(x) < groups * num_data:
-        what = "a group" if groups == 1 else f"{groups} groups"
-        raise ValueError(
-            f"{option} gives {len(x)} data points of {source}, too few for {what} of {num_data}; "
-            "ask for more data points or a smaller --num-data"
-        )
-    return x
-
-
-def straggler_laws(
-    num_data: int, num_workers: int, max_stragglers: int | None
-) -> dict[str, AbstractStragglers]:
-    """Return laws for each number of stragglers from 0 to `max_stragglers` (default: N - K).
-
-    Raises:
-        ValueError: If `max_stragglers` is negative, or leaves no worker to answer.
-    """
-    if max_stragglers is None:
-        max_stragglers = max(num_workers - num_data, 0)
-    if not 0 <= max_stragglers < num_workers:
-        raise ValueError(
-            f"--max-stragglers {max_stragglers}: it must be from 0 to {num_workers - 1}, for "
-            f"{num_workers} workers"
-        )
-    return {str(s): ExactStragglers(s) for s in range(max_stragglers + 1)}
 
 
 # Inputs from files.
@@ -290,20 +249,26 @@ def read_input_file(
         ValueError: There is no such file or column, or inputs are anything but finite numbers; it
             names the option.
     """
-    option = f"--inputs {path}"
+    option, tables = f"--inputs {path}", (".csv", ".parquet")
     if not path.is_file():
         raise ValueError(f"{option}: there is no such file")
     if path.suffix not in _FILES:
         raise ValueError(f"{option}: a file ends in {', '.join(_FILES)}")
-    if path.suffix in (".npy", ".npz") and (columns or id_column):
+    if path.suffix not in tables and (columns or id_column):
         raise ValueError(f"{option}: --columns and --id-column are for .csv and .parquet files")
     if path.suffix == ".parquet":
         needs_pyarrow(option)
+    ids = None
     try:
-        if path.suffix in (".npy", ".npz"):
-            found, ids = _read_array(path), None
-        else:
+        if path.suffix in tables:
             found, ids = _read_table(path, columns, id_column)
+        elif path.suffix == ".npy":
+            found = np.load(path, allow_pickle=False)
+        else:
+            with np.load(path, allow_pickle=False) as file:
+                if len(names := file.files) != 1:
+                    raise ValueError(f"it holds {len(names)} arrays, {names}: one is needed")
+                found = file[names[0]]
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{option} cannot be read: {error}") from error
     if found.dtype.kind not in "biuf":
@@ -316,10 +281,9 @@ def read_input_file(
     if not sound.all():
         row, count = int(np.argmin(sound)), int(np.sum(~sound))
         raise ValueError(f"{option}: {count} rows are not finite, the first is row {row}")
-    if ids is not None and (ids.dtype.kind not in "iuU" or len(ids) != len(found)):
+    if ids is not None and ids.dtype.kind not in "iuU":
         raise ValueError(
-            f"--id-column {id_column}: {len(ids)} ids of type {ids.dtype} for {len(found)} rows; "
-            "each row needs a text or a whole number"
+            f"--id-column {id_column} holds {ids.dtype}: each row needs a text or a whole number"
         )
     return found, ids
 
@@ -338,22 +302,10 @@ def read_named_inputs(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         raise ValueError(f"--inputs {path} has no arrays of numbers by name: {error}") from error
 
 
-def _read_array(path: Path) -> np.ndarray:
-    file = np.load(path, allow_pickle=False)
-    if path.suffix == ".npy":
-        return file
-    with file:
-        if len(file.files) != 1:
-            raise ValueError(f"it holds {len(file.files)} arrays, {file.files}: one is needed")
-        return file[file.files[0]]
-
-
 def _read_table(
     path: Path, columns: str | None, id_column: str | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the numbers of a .csv or .parquet, a row for each of it, and the ids."""
-    plain = columns is None and id_column is None
-    table: Any = None
     if path.suffix == ".parquet":
         import pyarrow
         from pyarrow import parquet
@@ -362,49 +314,34 @@ def _read_table(
             table = parquet.read_table(path)
         except pyarrow.ArrowException as error:
             raise ValueError(str(error)) from error
-        names = table.column_names
+        names, cells = table.column_names, [each.to_numpy() for each in table.columns]
     else:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark
-            reader = csv.reader(file)
-            names = [name.strip() for name in next(reader, [])]
-            named = not all(map(_is_number, names))
-            if plain:
-                options: dict[str, Any] = {"delimiter": ",", "ndmin": 2, "encoding": "utf-8-sig"}
-                return np.loadtxt(path, skiprows=int(named), **options), None
-            if not named:
+            rows = [row for row in csv.reader(file) if row]
+        names = [name.strip() for name in rows[0]] if rows else []
+        try:
+            np.array(names, float)
+        except ValueError:  # the first line has names
+            rows = rows[1:]
+        else:
+            if columns or id_column:
                 raise ValueError("its first line has no names of columns")
-            # As texts, ids may hold quotes and commas, and anything else.
-            rows = [row for row in reader if row]
         if short := next((row for row in rows if len(row) != len(names)), None):
             raise ValueError(f"a row has {len(short)} cells under {len(names)} names: {short}")
-        table = np.array(rows, str).reshape(-1, len(names))
+        cells = list(np.array(rows, str).reshape(-1, len(names)).T)  # texts, for ids of any kind
 
     asked = [] if columns is None else columns.split(",")
     for name in (*asked, *([] if id_column is None else [id_column])):
         if names.count(name) != 1:
             count = "no column" if name not in names else f"{names.count(name)} columns"
             raise ValueError(f"it has {count} {name!r}, but {', '.join(names)}")
-    if columns is None:
-        asked = [name for name in names if name != id_column]
     chosen = [names.index(name) for name in asked]
-    place = None if id_column is None else names.index(id_column)
-    if isinstance(table, np.ndarray):
-        return table[:, chosen].astype(float), None if place is None else table[:, place]
-    x = np.column_stack([table.column(each).to_numpy() for each in chosen])
-    if place is None:
-        return x, None
-    ids = table.column(place)
-    if ids.null_count:
-        raise ValueError(f"{ids.null_count} rows have no {id_column!r}")
-    import pyarrow
-
-    text = pyarrow.types.is_string(ids.type) or pyarrow.types.is_large_string(ids.type)
-    return x, ids.to_numpy().astype(str) if text else ids.to_numpy()
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
+    if columns is None:
+        chosen = [place for place, name in enumerate(names) if name != id_column]
+    x = np.column_stack([cells[place] for place in chosen])
+    ids = None if id_column is None else cells[names.index(id_column)]
+    if ids is not None and ids.dtype == object:  # texts of a .parquet
+        if None in ids:
+            raise ValueError(f"some rows have no {id_column!r}")
+        ids = ids.astype(str)
+    return x.astype(float) if x.dtype.kind == "U" else x, ids

@@ -150,22 +150,14 @@ def __getattr__(name: str) -> serve.Application:
 
 
 def _settings(args: Mapping[str, Any]) -> ServerSettings:
-    given = dict(args)
-    file = given.pop("config", None)
-    if "model" in given:
-        given["models"] = [{"model": given.pop("model")}]
-    defaults = dict(given.get("defaults", {}))
-    defaults |= {
-        name: given.pop(name) for name in list(given) if name in ModelSettings.model_fields
-    }
-    unknown = sorted(set(given) - set(_TAKEN))
+    file, given = args.get("config"), {name: args[name] for name in args if name != "config"}
+    unknown = sorted(set(given) - {*_TAKEN, *ModelSettings.model_fields})
     if unknown:
         raise ValueError(
             f"{', '.join(unknown)}: the application takes a model's settings, "
             f"{', '.join(_TAKEN)} and config; the address, the port and the log are Ray Serve's "
             "(http_options, logging_config)"
         )
-    given["defaults"] = defaults
     settings = read_settings(None if file is None else Path(file), **given)
     if "pool" not in settings.defaults.model_fields_set:
         settings.defaults.pool = "ray"

@@ -194,7 +194,7 @@ class Evaluations(list[Evaluation]):
         Raises:
             ImportError: There is no matplotlib (the extra `demo`).
         """
-        from ._pictures import straggler_figure
+        from .pictures import straggler_figure
 
         panels = {metric: (metric, metric not in SHARES) for metric in metrics}
         return straggler_figure(self, panels, title)

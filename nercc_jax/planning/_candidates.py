@@ -1,16 +1,16 @@
-"""Ways to serve queries that the planner compares, and those that take no code."""
+"""Ways to serve queries that the planner compares, and the work that it takes."""
 
 import dataclasses
-import itertools
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from ..codes import AbstractCode, NeRCC, Replication, Uncoded
 from ..evaluation import Estimate
-from ..stragglers.simulate import Hedge, Latencies, Waiting, last_prediction, own_workers
+
+KNOWN = "known, else hedged"
+DOUBTED = "copies of the uncertain"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,12 @@ class Candidate:
             return Uncoded(self.num_data)
         return Replication(self.num_data, self.num_workers)
 
+    @property
+    def placement(self) -> dict[str, Any]:
+        """The options of a scheme that places this candidate's copies."""
+        share = 1 - self.wait_for / self.num_workers
+        return {"redundancy": "uncertain", "straggler_share": share}
+
     def seen(self, times: np.ndarray | None = None, **changes: Any) -> "Candidate":
         """Return the same way with other results; times are those to the last prediction."""
         if times is not None:
@@ -113,81 +119,3 @@ class Candidate:
             and self.extra_work <= asked["max_extra_work"] + 1e-9
             and self.most_disagreement <= asked["max_disagreement"]
         )
-
-
-def uncoded_systems(
-    latencies: Latencies, asked: Mapping[str, Any], effort: PlanEffort
-) -> Iterator[Candidate]:
-    """Yield uncoded, hedged and replicated ways, for which nothing depends on the data.
-
-    They are exact, or lose predictions, which count as wrong. Numbered streams of draws are those
-    that must not be the same.
-    """
-    queries = asked["num_queries"]
-    shape = effort.shape(queries, 3 * queries)
-    hedges = itertools.product(((2, 1), (3, 1), (3, 2)), effort.hedge_quantiles)
-    for (copies, at_once), share in [((1, 1), 0.0), *hedges]:
-        after = latencies.quantile(share) if copies > 1 else np.inf
-        drawn = latencies.draw(copies, (copies, *shape))
-        there, sent, _ = Hedge(after, at_once).outcome(drawn[:1], drawn[1:])
-        row = Candidate(
-            *("hedged" if copies > 1 else "uncoded", queries, queries, queries, 0.0),
-            copies=copies,
-            hedge_after=after if copies > 1 else None,
-            hedge_copies=at_once,
-        )
-        yield row.seen(np.max(there, axis=1), resent=float(np.mean(sent)) - 1)
-
-    for workers in (queries, *numbers_of_workers(queries, asked)):
-        held = own_workers(Replication(queries, workers))
-        system = "replication" if workers > queries else "uncoded"
-        shape = effort.shape(1, workers)
-        again = latencies.draw(7, (*shape, queries))
-
-        def draw(number: int, min_wait: float, held: np.ndarray = held, shape: Any = shape) -> Any:
-            return Waiting(latencies.law, held, number, min_wait).draw(latencies, 8, shape)
-
-        if workers > queries:
-            row = Candidate(system, queries, workers, workers, 0.0)
-            yield row.seen(draw(workers, 0.0)[1][:, 0])
-        for number in waits(queries, workers):
-            for min_wait in (0.0, latencies.quantile(effort.early)):
-                _, end, own = draw(number, min_wait)
-                lost = own > end[..., None]
-                row = Candidate(system, queries, workers, number, min_wait, limit=0.0)
-                times = last_prediction(end, own, lost, again)
-                yield row.seen(times, resent=float(np.mean(lost)))
-            late = float(np.quantile(draw(number, 0.0)[1], 0.99))
-            _, end, own = draw(number, late)
-            wrong = np.mean(own > end[..., None], axis=(1, 2))
-            half = 1.96 * float(np.std(wrong)) / math.sqrt(len(wrong))
-            row = Candidate(system, queries, workers, number, late, exact=False)
-            found = disagreement(Estimate(float(np.mean(wrong)), half), len(wrong) * queries)
-            yield row.seen(end[:, 0], **found)
-
-
-def disagreement(share: Estimate, points: int) -> dict[str, Any]:
-    """Return the fields of a share of wrong labels among so many, with its upper bound.
-
-    The bound holds with a probability of 99 %: if the share were 4.6 over the number, none would be
-    seen with a probability of 1 %. One of up to twenty candidates is chosen by this, and 95 % would
-    often choose one that was lucky.
-    """
-    wider = 2.576 / 1.960  # of the interval, which is one of 95 %
-    most = max(share.mean + wider * share.half_width, -math.log(0.01) / points)
-    return {"disagreement": share, "most_disagreement": most}
-
-
-def numbers_of_workers(num_data: int, asked: Mapping[str, Any]) -> list[int]:
-    """Return a third, two thirds and all of the redundancy that the budget allows."""
-    groups = asked["num_queries"] // num_data
-    most = min(int(num_data * (1 + asked["max_extra_work"]) + 1e-9), asked["max_workers"] // groups)
-    further = [math.ceil((most - num_data) * share / 3) for share in (1, 2, 3)]
-    return sorted({num_data + number for number in further if number > 0})
-
-
-def waits(num_data: int, num_workers: int) -> list[int]:
-    """Return numbers of answers to wait for: all but 1, 2, 4, ... and N - K; at least K / 2."""
-    missing = {1, 2, 4, 8, 16, num_workers - num_data} - {0}
-    least = max(num_data // 2, 1)
-    return sorted({num_workers - number for number in missing if num_workers - number >= least})

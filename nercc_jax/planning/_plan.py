@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
@@ -15,26 +14,15 @@ from ..codes import regression_points
 from ..codes._checks import check_counts, check_not_negative
 from ..codes.whole_files import JsonFormat
 from ..evaluation import Estimate
-from ..evaluation._criteria import agree_on_labels
 from ..inference.models import Conditions, Model, check_model
 from ..risk import ErrorProbability
-from ..risk._error_probability import error_probability_of_predictions
 from ..schemes import Scheme
 from ..stragglers import AbstractLatency
-from ..stragglers.simulate import Hedge, Latencies, Waiting
+from ..stragglers.simulate import Latencies
 from ..surrogates import Surrogate
-from ._candidates import (
-    Candidate,
-    PlanEffort,
-    disagreement,
-    numbers_of_workers,
-    uncoded_systems,
-    waits,
-)
-from ._codes import Codes, Half
+from ._candidates import DOUBTED, KNOWN, Candidate, PlanEffort
+from ._planner import Half, Planner, Probabilities
 
-KNOWN = "known, else hedged"
-DOUBTED = "copies of the uncertain"
 PLANNED = ("chebyshev", "interleaved", "repeated")
 
 _FORMAT = JsonFormat(
@@ -81,7 +69,7 @@ class Plan:
                 raise ValueError("this plan orders by a surrogate, or answers by it: give it")
             given = None if best.order == "surrogate" else Surrogate(surrogate)
         if best.system == DOUBTED:
-            further = _placement(best)
+            further = best.placement
         order: Any = surrogate if best.order == "surrogate" else best.order
         return Scheme(
             best.code,
@@ -265,139 +253,38 @@ def plan(
 
     keys = jax.random.split(key, 3)
     latencies = Latencies(latency, keys[0])
-    on_stage("systems without a code")
-    exact = list(uncoded_systems(latencies, asked, effort))
-    fastest = min(row.p99 for row in exact if row.exact and row.feasible(asked))
     on_stage("the model's own answers")
     x = np.asarray(x)
     order = np.asarray(jax.random.permutation(keys[1], len(x)))
-    first, second = (
+    halves = [
         Half(model, x[np.sort(part)], buffer_size, surrogate, batch_size)
         for part in (order[: len(x) // 2], order[len(x) // 2 :])
-    )
-    probabilities: dict[Candidate, ErrorProbability | None] = {}
+    ]
+    planner = Planner(latencies, asked, effort, *halves)
+    on_stage("systems without a code")
+    exact = list(planner.without_code())
+    fastest = min(row.p99 for row in exact if row.exact and row.feasible(asked))
+    probabilities: Probabilities = {}
     if surrogate is not None:
-        probabilities |= _known_systems(latencies, asked, effort, first, second)
-        probabilities |= _doubted_systems(latencies, asked, effort, first, second)
-    codes = Codes(latencies, asked, effort, first, second, fastest)
+        probabilities |= planner.known() | planner.doubted()
     on_stage("screening codes")
     orders = (None, "pixels") + (() if surrogate is None else ("surrogate",))
-    screened = codes.screen(num_data, layouts, orders)
+    screened = planner.screen(num_data, layouts, orders, fastest)
     on_stage("measuring on held-out data")
-    probabilities |= codes.measure(screened, keys[2])
+    probabilities |= planner.measure(screened, fastest, keys[2])
 
     found = (*exact, *probabilities, *screened)
     late = asked["overhead"]
     rows = tuple(dataclasses.replace(r, p50=r.p50 + late, p99=r.p99 + late) for r in found)
     best, reason = recommend(rows, asked, effort.alike)
     about = {
-        "calibration_points": len(first.x),
-        "held_out_points": len(second.x),
+        "calibration_points": len(halves[0].x),
+        "held_out_points": len(halves[1].x),
         "straggler_sets": effort.sets,
         "seconds": round(time.perf_counter() - begin, 1),
     }
     error_probability = probabilities.get(found[rows.index(best)])
     return Plan(rows, best, reason, error_probability, asked, about)
-
-
-def _known_systems(
-    latencies: Latencies,
-    asked: Mapping[str, Any],
-    effort: PlanEffort,
-    calibration: Half,
-    held_out: Half,
-) -> dict[Candidate, ErrorProbability]:
-    """Evaluate the surrogate at each straggler threshold, on the half that set no limit.
-
-    Its error probability is that of predictions without answers; it serves a scheme with `Uncoded`,
-    too.
-    """
-    cheap, answers, form = calibration.outputs()
-    no_answers = jnp.full(len(cheap), jnp.inf)
-    error_probability = error_probability_of_predictions(cheap, no_answers, answers, form)
-    cheap, answers, _ = held_out.outputs()
-    no_answers = jnp.full(len(cheap), jnp.inf)
-    probabilities = np.asarray(error_probability(cheap, no_answers, cheap))
-    wrong = np.asarray(~agree_on_labels(cheap, answers, form))
-    queries, copies = asked["num_queries"], effort.known_copies
-    shape, stream = effort.shape(queries, copies * queries), 9
-    drawn = latencies.draw(stream, (copies, *shape))
-    point = latencies.random(10).integers(0, len(probabilities), shape)
-    found: dict[Candidate, ErrorProbability] = {}
-    for share in effort.hedge_quantiles:
-        after = latencies.quantile(share)
-        late = float(np.mean(drawn[0] > after))
-        if not late:
-            continue
-        wanted = min(asked["max_disagreement"] / late, 1.0)
-        # Half of what may be wrong leaves room for chance on the other half.
-        limits = {error_probability.limit(wanted), error_probability.limit(wanted / 2)}
-        for limit in sorted(limits - {0.0}):
-            sure = probabilities <= limit
-            wrongly = Estimate.over((sure & wrong).astype(float).tolist())
-            most = disagreement(wrongly, len(probabilities))["most_disagreement"]
-            row = Candidate(
-                *(KNOWN, queries, queries, queries, 0.0),
-                copies=copies,
-                hedge_after=after,
-                limit=limit,
-                disagreement=Estimate(late * wrongly.mean, late * wrongly.half_width),
-                most_disagreement=late * most,
-                exact=False,
-            )
-            served = Hedge(after).outcome(drawn[:1], drawn[1:], known=sure[point])
-            resent = float(np.mean(served.calls)) - 1
-            found[row.seen(np.max(served.seconds, axis=1), resent=resent)] = error_probability
-    return found
-
-
-def _doubted_systems(
-    latencies: Latencies,
-    asked: Mapping[str, Any],
-    effort: PlanEffort,
-    calibration: Half,
-    held_out: Half,
-) -> dict[Candidate, None]:
-    """Evaluate copies of what the surrogate is least sure of, which then answers what is late.
-
-    All are screened on the first half, and the fastest of those that keep to what is asked are
-    measured on the other one.
-    """
-    queries = asked["num_queries"]
-
-    def measured(row: Candidate, half: Half) -> Candidate:
-        """Return the row with its times and its disagreement, on a half's groups as they come."""
-        cheap, answers, form = half.outputs()
-        cheap, answers = (each[: len(each) // queries * queries] for each in (cheap, answers))
-        off = ~agree_on_labels(cheap, answers, form)
-        outputs = cheap if form is None else form.split(cheap)
-        scheme = Scheme(row.code, Surrogate(lambda _: outputs), **_placement(row))
-        encoders = scheme.encoders(scheme.prepare(cheap))
-        draws = effort.draws if half is held_out else effort.screen_draws
-        own = np.swapaxes(np.asarray(encoders) > 0.5, 1, 2)[:, None]
-        rule = Waiting(latencies.law, own, row.wait_for, row.min_wait)
-        shape = len(own), -(-draws // len(own))
-        _, end, there = rule.draw(latencies, 11, shape)
-        wrong = (there > end[..., None]) & np.asarray(off).reshape(len(own), 1, queries)
-        share = Estimate.over(np.mean(wrong, axis=(1, 2)).tolist())
-        return row.seen(end.ravel(), **disagreement(share, off.size), held_out=half is held_out)
-
-    found = []
-    for workers in numbers_of_workers(queries, asked):
-        for number in waits(queries, workers):
-            row = Candidate(DOUBTED, queries, workers, number, 0.0, "repeated", exact=False)
-            late = measured(row, calibration).p99
-            for min_wait in sorted({latencies.quantile(effort.early), late}):
-                row = dataclasses.replace(row, min_wait=min_wait)
-                found.append(measured(row, calibration))
-    kept = [row for row in found if row.disagreement.mean <= asked["max_disagreement"]]
-    best = sorted(kept, key=lambda row: (row.p99, row.extra_work))[: effort.enough]
-    return dict.fromkeys([*found, *(measured(row, held_out) for row in best)])
-
-
-def _placement(row: Candidate) -> dict[str, Any]:
-    """Return the options of a scheme that places a candidate's copies."""
-    return {"redundancy": "uncertain", "straggler_share": 1 - row.wait_for / row.num_workers}
 
 
 def recommend(

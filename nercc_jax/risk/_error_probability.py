@@ -211,10 +211,10 @@ class ObservedErrors(eqx.Module):
         ratio: Its error over its deviation; NaN where it is exact, lost, or has no deviation.
     """
 
-    features: Float[Array, "sets groups num_data features"]
-    sure: Bool[Array, "sets groups num_data"]
-    wrong: Bool[Array, "sets groups num_data"]
-    ratio: Float[Array, "sets groups num_data"]
+    features: Float[Array, "*sets groups num_data features"]
+    sure: Bool[Array, "*sets groups num_data"]
+    wrong: Bool[Array, "*sets groups num_data"]
+    ratio: Float[Array, "*sets groups num_data"]
 
 
 @eqx.filter_jit

@@ -557,6 +557,8 @@ def _read(file: Path) -> bytes:
 def read_settings(file: Path | None, **flags: Any) -> ServerSettings:
     """Read settings from flags, the environment and a file.
 
+    Settings of a model among the flags are `defaults` of all models; `model` names one, or several.
+
     Raises:
         ValueError: for a file that is missing, unknown names of settings or variables, and values
             out of range.
@@ -578,6 +580,12 @@ def read_settings(file: Path | None, **flags: Any) -> ServerSettings:
     class FromFile(ServerSettings):  # pydantic-settings takes the file's path from the class
         model_config = SettingsConfigDict(toml_file=file)
 
+    of_all = {name: flags.pop(name) for name in [*flags] if name in ModelSettings.model_fields}
+    if names := of_all.pop("model", ()):
+        names = [names] if isinstance(names, str) else names
+        flags["models"] = [{"model": each} for each in names]
+    if of_all:
+        flags["defaults"] = dict(flags.get("defaults", {})) | of_all
     try:
         return FromFile(**flags)
     except tomllib.TOMLDecodeError as error:

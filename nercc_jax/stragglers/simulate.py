@@ -193,6 +193,11 @@ class RecordedCalls(NamedTuple):
         same = self.draws[::-1] < probability
         return self._replace(copies=np.where(same, self.own, self.copies))
 
+    def lost_share(self, limit: float, probability: Float[np.ndarray, " queries"]) -> float:
+        """Return the share of the time beyond a limit that copies cannot save (see `as_slow`)."""
+        beyond = np.maximum(self.own - limit, 0)
+        return float(beyond @ probability) / max(float(beyond.sum()), 1e-9)
+
 
 class Waiting(AbstractWaiting):
     """The rule "decode when `number` workers have answered, but not before `min_wait` seconds".

@@ -187,7 +187,6 @@ def test_what_nothing_tells_is_doubted():
     assert (doubt([4], [0.0] * 5) == 1).all()
     np.testing.assert_allclose(doubt([0, 3], [0, 0, 0, 0, 3]), 1 / (1 + np.exp(-3)), rtol=1e-6)
     np.testing.assert_allclose(doubt([0, 3, 5], [0, 0, 0, 0, 3]), 0.5)
-    assert np.isnan(doubt(range(8), [np.nan] * 5)).all()
 
 
 # What is expected of decoded answers.
@@ -365,7 +364,7 @@ def test_a_kept_calibration_needs_no_data(calibrate, tmp_path):
     for few in (2, 3, 4):
         same = zip(jax.tree.leaves(kept.of(few)), jax.tree.leaves(made.of(few)), strict=True)
         assert all(np.array_equal(*each) for each in same)
-        assert kept.limit(few) == made.limit(few) > 0
+        assert kept.limit(few) == made.limit(few)
 
 
 def test_a_file_that_is_broken_is_made_anew_and_one_that_cannot_be_is_no_error(

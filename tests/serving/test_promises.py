@@ -201,16 +201,14 @@ def test_nothing_is_decoded_after_a_drift_until_new_stragglers_were_compared():
         given = ApproximateAnswer(answer, None, adaptation.risk("decoded").epoch, given=True)
         adaptation.audit(given, np.eye(3, dtype=np.float32)[1])
     assert not adaptation.admits(answer, calibrated=True)
-    sent_as = traffic.send(20)
-    assert all(reply.exact.all() for _, reply, _ in sent_as)
     status = traffic.batcher.status()["decoding"]
-    assert status["drifts"] == 1
-    assert status["admitted"] == 0
+    assert (status["drifts"], status["compared"], status["admitted"]) == (1, 0, 0)
+    assert "went wrong more often than promised" in traffic.batcher.hints()[0]
     # What would be decoded is compared, until there is enough evidence.
-    assert all(reply.exact.all() for _, reply, _ in traffic.send(20))
-    traffic.send(300)
+    replies = traffic.send(300)
+    first = next(place for place, (_, reply, _) in enumerate(replies) if not reply.exact.all())
+    assert first > 3
     assert traffic.batcher.status()["decoding"]["compared"] > 7
-    assert any(not reply.exact.all() for _, reply, _ in traffic.send(200))
 
 
 # Outputs that are values: no label says anything about them, so only a tolerance lets any out.

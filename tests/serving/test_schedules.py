@@ -29,6 +29,7 @@ from nercc_jax.serving import (
     QueueFull,
 )
 from nercc_jax.serving.adapt import _setting_controller
+from nercc_jax.serving.adapt._setting_controller import Picking
 from nercc_jax.stragglers.simulate import RecordedCalls
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
@@ -179,7 +180,7 @@ class Schedule:
     def run(self):
         # What is picked, if something is, changes every few queries.
         with (
-            mock.patch.object(_setting_controller, "_EVERY", 3),
+            mock.patch.object(_setting_controller, "PICKING", Picking(every=3)),
             mock.patch.object(RecordedCalls, "replay", REPLAY_FEW),
         ):
             self._run()

@@ -256,10 +256,13 @@ class Adaptation:
             if risk.waits:
                 evidence = self._decoding_status()
                 why = "decoded answers went wrong more often than promised: "
-                found.append(
-                    f"{why if risk.drifts else ''}{evidence['compared']} of {evidence['needed']} "
-                    "stragglers' answers were compared with decoded ones; nothing is decoded"
-                )
+                compared = f"{why if risk.drifts else ''}{evidence['compared']}"
+                if evidence["compared"] < evidence["needed"]:
+                    compared += f" of {evidence['needed']} stragglers' answers were compared with "
+                    found.append(compared + "decoded ones; nothing is decoded")
+                else:
+                    compared += " stragglers' answers were compared with decoded ones, of which "
+                    found.append(compared + "none is sure enough; nothing is decoded")
             found += [] if risk.hint is None else [risk.hint]
         found += [] if self.checks is None else self.checks.hints()
         return found if self.predictor is None else found + self.predictor.hints()

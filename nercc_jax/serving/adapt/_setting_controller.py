@@ -24,9 +24,60 @@ from ..core._adaptation import DispatchSetting, Redundancy, overdue_rule
 from ..core._coder import Coder
 from ._predictor import Predictor
 
-# A tail is the mean of latencies between these quantiles: p99.9 by itself jumps where one query in
-# a thousand straggles twice.
-_P999, _P99 = (0.998, 0.9998), (0.99, 0.999)
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picking:
+    """The numbers that the choice of a setting rests on.
+
+    Attributes:
+        thresholds: Limits of lateness that are tried besides the policy's own rule, in medians.
+        at_once: Copies of a straggler's query that go out together, at most.
+        every: Queries between two decisions.
+        measured: Requests that a measurement needs.
+        measured_late: Stragglers' queries that a measurement needs.
+        p999: Quantiles between which latencies are averaged: p99.9 by itself jumps where one query
+            in a thousand straggles twice.
+        p99: The same for p99.
+        same: Share by which p99.9s may differ and count as equal; the cheaper is then better.
+        same_p99: The same for p99: wide, because all redundancy would always gain a little.
+        same_calls: Calls a query by which a setting must be cheaper than the present one.
+        more_late: Share by which more queries may straggle than by the policy's own rule.
+        late_of_all: Share of all queries that may straggle in addition.
+        decay: Factor of corrections at each decision: half in some 11,000 queries, because load
+            comes and goes.
+        worst: Largest correction of a forecast, as a factor.
+        lost: Share of late queries' time that copies cannot save, from which on not to hedge is a
+            candidate.
+        time_share: Share of the time that decisions may take.
+        edges: Times between which shares of queries that are slow each time differ, in medians.
+        trials: Copies that these shares need.
+        sure: Standard deviations beyond chance that these shares need.
+    """
+
+    thresholds: tuple[float, ...] = (1.2, 1.35, 1.5, 2.0, 3.0, 5.0)
+    at_once: int = 2
+    every: int = 500
+    measured: int = 1000
+    measured_late: int = 20
+    p999: tuple[float, float] = (0.998, 0.9998)
+    p99: tuple[float, float] = (0.99, 0.999)
+    same: float = 0.03
+    same_p99: float = 0.25
+    same_calls: float = 0.01
+    more_late: float = 0.1
+    late_of_all: float = 0.001
+    decay: float = 0.97
+    worst: float = 5.0
+    lost: float = 0.5
+    time_share: float = 0.02
+    edges: tuple[float, ...] = (1.5, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0)
+    trials: int = 20
+    sure: float = 3.0
+
+
+PICKING = Picking()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +106,14 @@ def forecast(
     Where redundancy is sent, `extra` copies go out with a query, and calls are added to it.
     """
     sure, doubled = _known_and_doubled(calls, setting, known)
-    first, copies = _first_and_copies(calls, extra)
-    found = hedge_of(calls, setting).outcome(first, copies, doubled=doubled, known=sure)
+    first = np.concatenate([calls.own[None], calls.copies[:extra]])
+    hedge, copies = hedge_of(calls, setting), calls.copies[extra:]
+    found = hedge.outcome(first, copies, doubled=doubled, known=sure)
     seconds = np.sort(found.seconds)
     further = (extra_calls - extra) * float(doubled.mean())
     return TailForecast(
-        _mean_between(seconds, _P999),
-        _mean_between(seconds, _P99),
+        _mean_between(seconds, PICKING.p999),
+        _mean_between(seconds, PICKING.p99),
         float(found.calls.mean()) + further,
         float(found.late.mean()),
     )
@@ -72,8 +124,8 @@ def hedged_times(
 ) -> tuple[Float[np.ndarray, " hedged"], Float[np.ndarray, " hedged"]]:
     """Return the times of late queries that no surrogate knows, and of their copies."""
     sure, doubled = _known_and_doubled(calls, setting, known)
-    first, copies = _first_and_copies(calls, extra)
-    hedge = hedge_of(calls, setting)
+    first = np.concatenate([calls.own[None], calls.copies[:extra]])
+    hedge, copies = hedge_of(calls, setting), calls.copies[extra:]
     hedged = hedge.outcome(first, copies[:0], doubled=doubled).late & ~sure
     copied = dataclasses.replace(hedge, hedges=True).first_copy(copies[:, hedged])
     return calls.own[hedged], copied
@@ -95,31 +147,21 @@ def _known_and_doubled(
     return sure, doubled[setting.redundancy]
 
 
-def _first_and_copies(calls: RecordedCalls, extra: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.concatenate([calls.own[None], calls.copies[:extra]]), calls.copies[extra:]
-
-
 def _mean_between(ordered: Float[np.ndarray, " queries"], quantiles: tuple[float, float]) -> float:
     begin, end = (int(quantile * len(ordered)) for quantile in quantiles)
     return float(ordered[begin : max(end, begin + 1)].mean())
 
 
-# Between these times, in medians, shares of queries that are slow each time are told apart.
-_EDGES = np.array([1.5, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0])
-
-
 class CopyTrials:
     """A record of the copies of hedged queries, which shows whether they are as slow as these.
 
-    Their times are counted between `_EDGES`. How often each is to be expected, the replay says: of
-    copies that are other calls of that time (`apart`), and of those that are as slow as their
-    queries (`alike`).
+    Their times are counted between `PICKING.edges`. How often each is to be expected, the replay
+    says: of copies that are other calls of that time (`apart`), and of those that are as slow as
+    their queries (`alike`).
     """
 
-    _FEWEST, _SURE = 20, 3.0  # trials; standard deviations beyond what chance does
-
     def __init__(self):
-        self._seen, self._apart, self._alike = np.zeros((3, len(_EDGES) + 1))
+        self._seen, self._apart, self._alike = np.zeros((3, len(PICKING.edges) + 1))
 
     def add(
         self,
@@ -142,36 +184,16 @@ class CopyTrials:
     def shares(self) -> Float[np.ndarray, " bins"]:
         """The shares of slow queries, by their time, whose copies are as slow: what is sure."""
         trials = float(self._seen.sum())
-        if trials < self._FEWEST:
+        if trials < PICKING.trials:
             return np.zeros_like(self._seen)
-        chance = self._SURE * np.sqrt(self._apart * (1 - self._apart / trials) + 1)
+        chance = PICKING.sure * np.sqrt(self._apart * (1 - self._apart / trials) + 1)
         more = self._seen - self._apart - chance
         return np.clip(more / np.maximum(self._alike - self._apart, 1), 0, 1)
 
 
 def _shares_by_time(times: Float[np.ndarray, " times"]) -> Float[np.ndarray, " bins"]:
-    counts = np.bincount(np.digitize(times, _EDGES), minlength=len(_EDGES) + 1)
+    counts = np.bincount(np.digitize(times, PICKING.edges), minlength=len(PICKING.edges) + 1)
     return counts / max(len(times), 1)
-
-
-_LOG = logging.getLogger(__name__)
-
-# Candidates besides the policy's own rule: multiples of the median.
-_THRESHOLDS = (1.2, 1.35, 1.5, 2.0, 3.0, 5.0)
-_AT_ONCE = 2  # copies of a straggler's query that go out together, at most
-# Queries between two decisions; requests, and stragglers' queries, that a measurement needs.
-_EVERY, _MEASURED, _MEASURED_LATE = 500, 1000, 20
-# Settings whose p99.9, p99, or calls differ by less are equivalent, and the cheaper one is taken.
-# For p99 the margin is wide, because all redundancy would always gain a little.
-_SAME, _SAME_P99, _SAME_CALLS = 0.03, 0.25, 0.01
-# By how much more queries may straggle than by the policy's own rule: of them, and of all queries.
-_MORE_LATE, _LATE_OF_ALL = 0.1, 0.001
-# The correction of forecasts decays at each decision, by half in some 11,000 queries, because load
-# comes and goes; and its largest factor.
-_DECAY, _WORST = 0.97, 5.0
-# Not to hedge is a candidate where more of the time that late queries lose is lost anyway.
-_LOST = 0.5
-_SHARE = 0.02  # of the time, that decisions may take
 
 
 class SettingController:
@@ -216,8 +238,8 @@ class SettingController:
         if extra and policy.redundancy == "always":
             allowed.append("always")
         rules = [overdue_rule(policy)]
-        for copies in range(1, min(policy.copies, _AT_ONCE) + 1):
-            rules += [Overdue(0.5, threshold, copies=copies) for threshold in _THRESHOLDS]
+        for copies in range(1, min(policy.copies, PICKING.at_once) + 1):
+            rules += [Overdue(0.5, threshold, copies=copies) for threshold in PICKING.thresholds]
         self.settings = [
             DispatchSetting(rule, each) for each in allowed for rule in dict.fromkeys(rules)
         ]
@@ -229,7 +251,7 @@ class SettingController:
         # The share of stragglers' queries that redundancy answers, until it was tried.
         self._decoded = 1.0
         self._queries = self._decided_at = self._decisions = 0
-        self._time = TimeShare(pool.clock, _SHARE)
+        self._time = TimeShare(pool.clock, PICKING.time_share)
         self._start_measuring()
         self._turns = pool.clock.turns("nercc-controller", self._turn)
         self.start, self.close = self._turns.start, self._turns.close
@@ -247,7 +269,7 @@ class SettingController:
             self._counts[what] += int(number)
             before, self._queries = self._queries, self._queries + int(number)
             # Once: a turn that has to wait comes back by itself.
-            if before < self._decided_at + _EVERY <= self._queries:
+            if before < self._decided_at + PICKING.every <= self._queries:
                 self._turns.wake()
 
     def status(self) -> dict[str, Any]:
@@ -262,7 +284,7 @@ class SettingController:
         }
 
     def _turn(self) -> float:
-        if self._queries < self._decided_at + _EVERY:
+        if self._queries < self._decided_at + PICKING.every:
             return math.inf
         now = self._pool.clock.now()
         if now < self._time.next:
@@ -290,10 +312,9 @@ class SettingController:
         own, copied = hedged_times(replay, current, known=known, extra=self._copies)
         limit = hedge_of(replay, current).limit
         times = limit * np.array(waits, float)
-        self._trials.add(times, apart=copied, alike=own, decay=_DECAY)
-        as_slow = self._trials.shares[np.digitize(replay.own, _EDGES)]
-        lost = np.maximum(replay.own - limit, 0)  # of the time beyond the limit, with copies, too
-        useless = float(lost @ as_slow) > _LOST * max(float(lost.sum()), 1e-9)
+        self._trials.add(times, apart=copied, alike=own, decay=PICKING.decay)
+        as_slow = self._trials.shares[np.digitize(replay.own, PICKING.edges)]
+        useless = replay.lost_share(limit, as_slow) > PICKING.lost
         replay = replay.as_slow(as_slow)
         settings = list(self.settings)
         if useless or not current.hedges:
@@ -314,7 +335,8 @@ class SettingController:
             forecasts[each] = dataclasses.replace(
                 found, tail=tail * found.tail, calls=cost * found.calls
             )
-        most_late = forecasts[self.settings[0]].late * (1 + _MORE_LATE) + _LATE_OF_ALL
+        own_late = forecasts[self.settings[0]].late
+        most_late = own_late * (1 + PICKING.more_late) + PICKING.late_of_all
         predicts = self._predictor is not None and self._predictor.state == "answering"
         candidates = [
             each
@@ -327,11 +349,12 @@ class SettingController:
         least = min(forecasts[each].calls for each in candidates)
         allowed = [e for e in candidates if forecasts[e].calls <= max(self._most, least)]
         # Where p99.9 cannot be helped, p99 may.
-        same = _least(allowed, lambda each: forecasts[each].tail, _SAME)
-        same = _least(same, lambda each: forecasts[each].p99, _SAME_P99)
+        same = _least(allowed, lambda each: forecasts[each].tail, PICKING.same)
+        same = _least(same, lambda each: forecasts[each].p99, PICKING.same_p99)
         # Of equal calls, by the approximate answers: they cost labels.
         cheapest = min(same, key=lambda each: (forecasts[each].calls, forecasts[each].late))
-        if current in same and forecasts[current].calls <= forecasts[cheapest].calls + _SAME_CALLS:
+        saved = forecasts[current].calls - forecasts[cheapest].calls
+        if current in same and saved <= PICKING.same_calls:
             return
         reasons = []
         for each in (cheapest, current):
@@ -353,12 +376,13 @@ class SettingController:
     def _learn_factors(self, forecast: TailForecast, calls: Sequence[Call]) -> None:
         """Correct forecasts by what was measured since the present setting holds."""
         for each, (tail, cost) in self._factors.items():
-            self._factors[each] = 1 + (tail - 1) * _DECAY, 1 + (cost - 1) * _DECAY
-        self._decoded = 1 + (self._decoded - 1) * _DECAY
-        if len(self._seconds) < _MEASURED:
+            self._factors[each] = 1 + (tail - 1) * PICKING.decay, 1 + (cost - 1) * PICKING.decay
+        self._decoded = 1 + (self._decoded - 1) * PICKING.decay
+        if len(self._seconds) < PICKING.measured:
             return
         ordered = np.sort(np.asarray(self._seconds))
-        tail = _mean_between(ordered, _P99) / float(ordered[len(ordered) // 2]) / forecast.p99
+        median = float(ordered[len(ordered) // 2])
+        tail = _mean_between(ordered, PICKING.p99) / median / forecast.p99
         sent = [call.size for call in calls if call.sent >= self._since]
         again = self._counts["reexecution"]
         given = self._counts["query_decoded"] + self._counts["query_predicted"]
@@ -367,9 +391,9 @@ class SettingController:
         known = queries and len(sent) < len(calls)
         cost = sum(sent) / queries / forecast.calls if known else 1.0
         redundancy = self.setting.redundancy
-        factors = min(max(tail, 1.0), _WORST), min(max(cost, 1.0), _WORST)
+        factors = min(max(tail, 1.0), PICKING.worst), min(max(cost, 1.0), PICKING.worst)
         self._factors[redundancy, self.setting.hedges] = factors
-        if redundancy == "always" and given + again >= _MEASURED_LATE:
+        if redundancy == "always" and given + again >= PICKING.measured_late:
             self._decoded = given / (given + again)
         self._start_measuring()
 

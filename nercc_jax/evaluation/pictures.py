@@ -1,7 +1,10 @@
-"""Pictures of evaluations, in which each system has the same colour and marker everywhere."""
+"""Pictures of evaluations, codes and plans; each system has the same colour and marker everywhere.
+
+Colours are never alone: lines have markers and styles, too, and are named.
+"""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,19 +68,26 @@ def straggler_figure(
     rows: Sequence[Any],
     panels: Mapping[str, tuple[str, bool]],
     title: str,
-    into: Any = None,
+    above: Sequence[Callable[[Any], Any]] = (),
 ) -> "Figure":
-    """Return a figure, or a part of one, with a panel for each metric, with intervals.
+    """Return a figure with a panel for each metric, with intervals.
 
-    A metric has its label, and whether its axis is logarithmic.
+    A metric has its label, and whether its axis is logarithmic. Each function of `above` draws into
+    a part of the figure above the panels; these stand side by side.
     """
     import matplotlib.pyplot as plt
 
-    figure = into or plt.figure(figsize=(6.2 * len(panels), 4.4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    lines, width = 1 + bool(above), 6.2 * max(len(panels), len(above))
+    figure = plt.figure(figsize=(width, 4.4 * lines), layout="constrained")
+    parts = figure.subfigures(lines, 1, squeeze=False)[:, 0]
+    if above:
+        tops = parts[0].subfigures(1, len(above), squeeze=False)[0]
+        for part, draw in zip(tops, above, strict=True):
+            draw(part)
+    axes = parts[-1].subplots(1, len(panels), squeeze=False)[0]
     for axis, (metric, (label, logarithmic)) in zip(axes, panels.items(), strict=True):
         straggler_curves(axis, rows, metric, label, logarithmic=logarithmic)
-    figure.suptitle(title, fontsize=10)
+    parts[-1].suptitle(title, fontsize=10)
     return figure
 
 
@@ -214,4 +224,132 @@ def batch_figure(
         ),
     ):
         figure.text(0.5, height, text, ha="center", va="center", size=max(12 * scale, 9))
+    return figure
+
+
+def costs_figure(rows: Sequence[Any], title: str, into: Any) -> None:
+    """Draw the labels that systems keep against their calls a query, each with its name.
+
+    A row has `system`, `look`, `calls`, and `kept`, an `Estimate`.
+    """
+    axis = into.subplots()
+    cheap = sorted((row for row in rows if row.calls < 1.75), key=lambda row: row.calls)
+    dear = sorted((row for row in rows if row.calls >= 1.75), key=lambda row: row.kept.mean)
+    for row in rows:
+        low, high = (100 * end for end in row.kept.interval(share=True))
+        here = row.calls, 100 * row.kept.mean
+        ends = [[max(here[1] - low, 0)], [max(high - here[1], 0)]]
+        look: dict[str, Any] = system_look(row.look) | {"linestyle": "none"}
+        axis.errorbar(*here, ends, ms=8, capsize=2, **look)
+        name: dict[str, Any] = {"xytext": (12, 0), "textcoords": "offset points"}
+        if here[1] > 95:
+            # Stepwise below, on the side with room: no name meets another's, nor its line.
+            line = {"arrowstyle": "-", "color": look["color"], "lw": 0.6}
+            side = cheap if row in cheap else dear
+            place = here[0] + (0.02 if side is cheap else -0.06), 0.3 + 0.12 * side.index(row)
+            name = {"xytext": place, "textcoords": axis.get_xaxis_transform()}
+            name |= {"ha": "left" if side is cheap else "right"}
+            name["arrowprops"] = line | {"relpos": (0 if side is cheap else 1, 0.5)}
+        axis.annotate(row.system, here, va="center", color=look["color"], fontsize=9, **name)
+    axis.set(xlabel="calls of the model a query", ylabel="labels kept, %")
+    axis.margins(x=0.05, y=0.08)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(title, fontsize=10)
+
+
+def layouts_figure(candidates: Sequence[Any], title: str) -> "Figure":
+    """Return a bar for each layout's best code, its share of labels that differ."""
+    from matplotlib.figure import Figure
+
+    shown = candidates[::-1]
+    figure = Figure((7, 1 + 0.35 * len(shown)), layout="constrained")
+    axis = figure.subplots()
+    colours = [system_look(f"NeRCC{' tuned' * each.tuned}")["color"] for each in shown]
+    names = [each.layout + ", tuned" * each.tuned for each in shown]
+    axis.barh(names, [100 * each.disagreement for each in shown], color=colours)
+    axis.set(xlabel="labels that differ from the model's own, in %, held-out groups", title=title)
+    return figure
+
+
+def tuning_figure(
+    history: Sequence[Any], lambdas: np.ndarray, landscape: np.ndarray, title: str
+) -> "Figure":
+    """Return a picture of a tuning run: its objective, its lambdas, and its path.
+
+    The path is drawn over the landscape, the objective over (lambda_enc, lambda_dec) on a grid of
+    both lambdas.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure((15, 4.4), layout="constrained")
+    first, second, third = figure.subplots(1, 3)
+    steps = [(entry.step, entry.objective) for entry in history if entry.objective is not None]
+    looks = [(entry.step, entry.held_out) for entry in history if entry.held_out is not None]
+    if steps:
+        first.plot(*zip(*steps, strict=True), color=LIGHT, lw=1, label="on each step's own groups")
+    first.plot(*zip(*looks, strict=True), color=BLUE, marker="o", ms=3, label="held out")
+    first.axhline(1, color=GREY, lw=0.8, ls="--")
+    first.set(xlabel="step", ylabel="objective / the untuned code's", title="objective")
+    first.legend(fontsize=8)
+
+    walk, places = {}, [entry.step for entry in history]
+    for name in ("lambda_enc", "lambda_dec", "gap_exponent"):
+        walk[name] = np.array([entry.parameters[name] for entry in history])
+    second.semilogy(places, walk["lambda_enc"], color=GREEN, label="lambda_enc")
+    label = "lambda_dec, all answering"
+    second.semilogy(places, walk["lambda_dec"], color=RED, ls="--", label=label)
+    second.set(xlabel="step", title="lambdas")
+    further: dict[str, Any] = {"color": PINK, "ls": ":", "label": "gap exponent (right)"}
+    lines = second.twinx().plot(places, walk["gap_exponent"], **further)
+    # Below: curves go through every corner.
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 3, "frameon": False}
+    second.legend(handles=[*second.lines, *lines], fontsize=8, **below)
+
+    shown = np.log10(np.clip(landscape, None, 10 * np.nanmin(landscape))).T
+    colours = third.pcolormesh(lambdas, lambdas, shown, cmap="viridis", shading="nearest")
+    figure.colorbar(colours, ax=third, label="log10 objective, cut at 10 times the least")
+    path = [np.clip(walk[name], lambdas[0], lambdas[-1]) for name in ("lambda_enc", "lambda_dec")]
+    third.plot(*path, color="white", lw=1.2, marker=".", ms=2)
+    third.plot(path[0][-1], path[1][-1], "r*", ms=11, label="end")
+    third.set(xscale="log", yscale="log", xlabel="lambda_enc", ylabel="lambda_dec")
+    third.set_title("held-out objective, other numbers as tuned", fontsize=10)
+    third.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def plan_figure(plan: Any, title: str, alike: float) -> "Figure":
+    """Return the disagreement of a plan's candidates against their extra work.
+
+    Of each system, candidates whose p99 exceeds the recommended one's by at most the share `alike`
+    are drawn, also those that were only screened.
+    """
+    from matplotlib.figure import Figure
+
+    figure, best = Figure((7.5, 4.6), layout="constrained"), plan.recommended
+    axis, limit = figure.subplots(), (1 + alike) * plan.recommended.p99
+    for system in dict.fromkeys(row.system for row in plan.candidates):
+        rows = [row for row in plan.candidates if row.system == system and row.p99 <= limit]
+        work, share = [], []  # the least disagreement at each amount of extra work or less
+        for row in sorted(rows, key=lambda row: (row.extra_work, row.disagreement.mean)):
+            if not share or 100 * row.disagreement.mean < share[-1]:
+                work.append(row.extra_work)
+                share.append(100 * row.disagreement.mean)
+        if rows:
+            axis.plot(work, share, ms=4, lw=1.3, label=system, **system_look(system))
+    here = best.extra_work, 100 * best.disagreement.mean
+    axis.plot(*here, "k*", ms=13, mfc="none", label="recommended")
+    bounds: dict[str, Any] = {"color": GREY, "lw": 0.8, "ls": "--"}
+    axis.axhline(100 * plan.asked["max_disagreement"], label="at most, as asked", **bounds)
+    axis.axvline(plan.asked["max_extra_work"], **bounds)
+    axis.set_yscale("symlog", linthresh=0.1)  # logarithmic, with a place for none
+    axis.set(
+        xlabel="extra work: calls beyond one a query, as a share",
+        ylabel="labels that differ, in %",
+        ylim=(-0.01, 1.5 * axis.get_ylim()[1]),
+        title=f"{title}: p99 of {1e3 * limit:.3g} ms or less",
+    )
+    axis.legend(fontsize=8, loc="lower left")
+    axis.grid(alpha=0.3)
     return figure
