@@ -33,7 +33,8 @@ from _report import environment, read_json, write_json
 from _settings import PACKAGES
 
 from nercc_jax.compilation import enable_compilation_cache
-from nercc_jax.pools import DevicePool, run_rows
+from nercc_jax.pools import DevicePool
+from nercc_jax.rows import run_rows
 from nercc_jax.stragglers import ExponentialLatency, RowLatency, TraceLatency
 
 RESULTS = Path(__file__).parent / "results" / "late_rows.json"

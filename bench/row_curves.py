@@ -21,7 +21,6 @@ import contextlib
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -34,8 +33,10 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern, WhiteKernel
 
 from nercc_jax.compilation import enable_compilation_cache
-from nercc_jax.pools import DevicePool, Overdue, RowFunction, run_rows
-from nercc_jax.pools._row_learner import LEARNER_THREAD, RowLearner
+from nercc_jax.pools import DevicePool, Overdue
+from nercc_jax.rows import RowFunction, run_rows
+from nercc_jax.rows._evidence import Evidence
+from nercc_jax.rows._learner import LEARNER_THREAD
 
 RESULTS = Path(__file__).parent / "results" / "row_curves.json"
 ROWS, WORKERS, SECONDS, COVERAGE, TUNED = 3000, 4, 0.02, 0.9, 500
@@ -54,18 +55,12 @@ class Unhurried:
         return np.stack([self.values[row.tobytes()] for row in batch])
 
 
-@contextlib.contextmanager
-def order(which: str, seed: int) -> Iterator[None]:
-    """Let rows go in the learner's order, or at random; and let it learn as often as it likes."""
+def order(which: str, seed: int) -> contextlib.AbstractContextManager:
+    """Let rows go in the learner's order, or at random."""
     random = np.random.default_rng(seed)
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch("nercc_jax.pools._row_learner._SHARE", 1.0))
-        if which == "random":
-            shuffled = mock.patch.object(
-                RowLearner, "order", lambda _, rows: random.permutation(rows)
-            )
-            patches.enter_context(shuffled)
-        yield
+    if which != "random":
+        return contextlib.nullcontext()
+    return mock.patch.object(Evidence, "order", lambda _, rows: random.permutation(rows))
 
 
 def row_errors(mean: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -92,6 +87,7 @@ def ours(x: np.ndarray, y: np.ndarray, tolerance: float, which: str, seed: int) 
             tolerance=tolerance,
             coverage=COVERAGE,
             seed=seed,
+            learner_share=1.0,  # as often as it likes
         )
     computed, predicted = result.status == "computed", result.status == "predicted"
     assert result.values is not None

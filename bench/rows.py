@@ -23,7 +23,8 @@ from _report import environment, write_json
 from _settings import PACKAGES
 
 from nercc_jax.compilation import enable_compilation_cache
-from nercc_jax.pools import DevicePool, run_rows
+from nercc_jax.pools import DevicePool
+from nercc_jax.rows import run_rows
 
 RESULTS = Path(__file__).parent / "results" / "rows.json"
 LAWS = ("constant", "by row", "by call")

@@ -35,10 +35,10 @@ from _report import environment, write_json
 from _settings import PACKAGES
 
 from nercc_jax.compilation import enable_compilation_cache
-from nercc_jax.pools import AbstractPool, Overdue, run_rows
+from nercc_jax.pools import AbstractPool, Overdue
 from nercc_jax.pools._backend import OnOutcome, WorkerBackend, WorkerDied
-from nercc_jax.pools._rows import RowProgress
 from nercc_jax.pools._scheduler import Scheduler
+from nercc_jax.rows import RowProgress, run_rows
 
 RESULTS = Path(__file__).parent / "results" / "spot.json"
 TICK = 2.0  # seconds

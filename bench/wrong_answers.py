@@ -34,10 +34,11 @@ from _functions_cases import EXPENSIVE, load
 from _report import environment, read_json, write_json
 from _settings import PACKAGES
 
-from nercc_jax.pools import DevicePool, Fault, Faults, run_rows
+from nercc_jax.pools import DevicePool, Fault, Faults
 from nercc_jax.pools._answer_checks import AnswerChecks
 from nercc_jax.risk import Accuracy
 from nercc_jax.risk._answer_check import AnswerCheck, fit_answer_check
+from nercc_jax.rows import run_rows
 from nercc_jax.serving.adapt._online_calibration import (
     BATCH,
     CalibratedSurrogate,

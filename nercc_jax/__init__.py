@@ -16,6 +16,7 @@ Here are the names that people start with. Everything else is public through its
 - `nercc_jax.schemes`: a code with an order, a surrogate, and a measure of trust.
 - `nercc_jax.planning`: which code, how many workers, or nothing.
 - `nercc_jax.pools`: workers that answer when they answer.
+- `nercc_jax.rows`: a function over many rows, each computed or predicted.
 - `nercc_jax.serving`: a server.
 - `nercc_jax.testing`: the contract of codes, to check your own.
 - `nercc_jax.compilation`: a cache of compiled programs on disk.
@@ -66,7 +67,7 @@ _WHERE = {
     "tuning": "parametrize search_layout tune",
 }
 # Rooms without a name at the top.
-_ROOMS = ("compilation", "risk", "serving", "splines", "testing")
+_ROOMS = ("compilation", "risk", "rows", "serving", "splines", "testing")
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     name for names in _WHERE.values() for name in names.split()
 ]

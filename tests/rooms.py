@@ -14,6 +14,7 @@ ROOMS = (
     "schemes",
     "planning",
     "pools",
+    "rows",
     "serving",
     "testing",
     "cli",

@@ -15,7 +15,8 @@ from nercc_jax.codes._points import LAYOUTS
 from nercc_jax.codes.whole_files import NO_CHECKSUM, read_checked, write_checked
 from nercc_jax.evaluation import Estimate
 from nercc_jax.planning import Candidate, Plan
-from nercc_jax.pools import DevicePool, run_rows
+from nercc_jax.pools import DevicePool
+from nercc_jax.rows import run_rows
 from nercc_jax.surrogates import init_learner, load_learner, save_learner
 
 K, N = 3, 7

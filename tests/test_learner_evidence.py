@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from nercc_jax import NeRCC, Scheme, coded_inference
-from nercc_jax.pools import DevicePool, run_rows
+from nercc_jax.pools import DevicePool
 from nercc_jax.risk import Accuracy, calibrate_learner_bars
+from nercc_jax.rows import run_rows
 from nercc_jax.schemes import cross_validate_error_bars, fit_scheme
 from nercc_jax.serving.adapt._online_calibration import BATCH, OnlineCalibration
 from nercc_jax.stragglers import ExactStragglers
@@ -267,17 +268,17 @@ compiled = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
 )
-from nercc_jax.pools._row_predictions import fit_rows, leave_out, most_telling, predict
-from nercc_jax.pools._row_predictions import update, window_of
+import time
+from nercc_jax import DevicePool
 from nercc_jax.risk import Accuracy
+from nercc_jax.rows import run_rows
 x = np.random.default_rng(0).uniform(-1, 1, (400, 2)).astype(np.float32)
-y = np.stack([np.sin(3 * x[:, 0]), x[:, 1] ** 2], axis=1)
-for target in (Accuracy(tolerance=0.02), Accuracy(max_disagreement=0.05)):
-    fitted = update(fit_rows(x[:100], y[:100], target), x[100:132], y[100:132])
-    window = window_of(fitted)
-    _, deviation, _ = predict(fitted, window, x)
-    most_telling(fitted, x, deviation)
-    leave_out(fitted, window, x[:50], y[:50])
+def slow(x):
+    time.sleep(0.02 * len(x))
+    return np.stack([np.sin(3 * x[:, 0]), x[:, 1] ** 2], axis=1)
+for target in ({"tolerance": 0.02}, {"max_disagreement": 0.05}):
+    found = run_rows(slow, x, DevicePool, num_workers=4, rows_per_call=1, **target)
+    assert found.summary["learned_from"] > 50, found.summary
 from nercc_jax.serving.adapt._online_calibration import OnlineCalibration
 study = OnlineCalibration(None, Accuracy(max_disagreement=0.1), check_rate=0.01)
 while study.calibrated is None:

@@ -11,7 +11,7 @@ import pytest
 from conftest import require
 
 from nercc_jax import DevicePool
-from nercc_jax.pools import map_rows
+from nercc_jax.rows import map_rows
 
 # Ray Data sets its own deprecated options.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -126,6 +126,6 @@ def test_what_does_not_fit_is_refused_before_workers_start(data, change, columns
 def test_a_pool_that_is_sent_elsewhere_says_what_would_do():
     with (
         DevicePool(swing, 2, compiled=False) as pool,
-        pytest.raises(TypeError, match=r"DevicePool cannot be sent .*pools\.map_rows"),
+        pytest.raises(TypeError, match=r"DevicePool cannot be sent .*rows\.map_rows"),
     ):
         pickle.dumps(pool)

@@ -1,5 +1,6 @@
 """Checks of computed rows: rows of wrong workers are computed anew, right ones are trusted."""
 
+import itertools
 import time
 
 import numpy as np
@@ -8,13 +9,13 @@ from test_run_rows import quick_fit as quick_fit  # a fixture
 from test_run_rows import smooth
 
 from nercc_jax import DevicePool
-from nercc_jax.pools import Fault, Faults, run_rows
-from nercc_jax.pools._row_checks import RowChecks
-from nercc_jax.pools._row_files import Parts, RowTable
-from nercc_jax.pools._row_learner import RowLearner
-from nercc_jax.pools._row_queue import RowQueue
-from nercc_jax.pools._rows import RowSettings
-from nercc_jax.testing import SimulatedPool
+from nercc_jax.pools import Fault, Faults
+from nercc_jax.rows import RowSettings, run_rows
+from nercc_jax.rows._checks import RowChecks
+from nercc_jax.rows._evidence import Evidence
+from nercc_jax.rows._queue import RowQueue
+from nercc_jax.rows._table import AGAIN, COMPUTED, WAITING, RowTable
+from nercc_jax.rows.files import Parts
 
 ROWS = np.random.default_rng(0).uniform(-1, 1, (600, 1))
 NONE, ALL, ALIKE = np.zeros(3, bool), np.ones(3, bool), np.zeros((3, 1))
@@ -61,8 +62,8 @@ def test_what_came_in_one_call_with_an_outvoted_answer_is_computed_by_others(
         alone = looks_wrong is not None and rows == pair[looks_wrong]
         return (np.abs(off).max(axis=1) > 0.1) & alone, np.ones(len(rows), bool), off
 
-    monkeypatch.setattr(RowLearner, "look_wrong", look_wrong)
-    monkeypatch.setattr(RowLearner, "begin", lambda *_: None)
+    monkeypatch.setattr(Evidence, "look_wrong", look_wrong)
+    monkeypatch.setattr(Evidence, "task", lambda *_, **__: None)
     result = run_checked(function=wrong_once, rows_per_call=2, seed=0)
     assert struck
     np.testing.assert_allclose(result.values, smooth(ROWS), rtol=1e-12)
@@ -100,18 +101,27 @@ def test_a_call_whose_answers_are_all_off_by_a_little_is_found(quick_fit):
 
 
 def checks_of(num_workers=4, **options):
-    pool = SimulatedPool(np.tanh, num_workers, seconds=lambda size: 0.1)
-    return RowChecks(10, pool, options.get("max_fenced", 0.5), options.get("rate", 0.05))
+    return RowChecks(RowTable(10), num_workers, 0.05, options.get("max_fenced", 0.5))
+
+
+CALLS = itertools.count()
 
 
 def answers(checks, worker, rows, values, looks_wrong=NONE, known=ALL, off=ALIKE):
     looks = (part[: len(rows)] for part in (looks_wrong, known, off))
-    return checks.take(worker, np.asarray(rows), np.asarray(values, float), *looks)
+    return checks.take(next(CALLS), worker, np.asarray(rows), np.asarray(values, float), *looks)
+
+
+def follow(checks, computed, values):
+    checks._table["state"][:] = np.where(computed, COMPUTED, WAITING)
+    checks._table.values = values
+    return checks.follow_fences()
 
 
 def recheck(checks, rows, values, looks_wrong, off=ALIKE):
     looks = looks_wrong[: len(rows)], off[: len(rows)]
-    return checks.recheck(np.asarray(rows), values[rows], *looks).tolist()
+    checks._table.values = values
+    return checks.recheck(np.asarray(rows), *looks).tolist()
 
 
 def test_a_row_in_doubt_has_the_value_that_two_workers_give():
@@ -151,10 +161,10 @@ def test_what_only_a_fenced_worker_gave_is_taken_back():
         given, right = answers(checks, 2, [row], values[[row]])
         assert given.all()
         assert right.tolist() == values[[row]].tolist()
-    taken = checks.follow_fences(computed, values)
+    taken = follow(checks, computed, values)
     assert taken.tolist() == [3, 4]
     assert list(checks.counts()["fenced"]) == ["0"]
-    assert checks.follow_fences(computed, values) is None, "once"
+    assert follow(checks, computed, values) is None, "once"
     given, _ = answers(checks, 0, [4, 9], [[4.0], [9.0]])
     assert not given.any(), "it was sent before"
     given, found = answers(checks, 1, [3, 4, 9], [[3.5], [4.0], [8.0]])
@@ -181,13 +191,13 @@ def test_what_two_wrong_workers_gave_alike_is_taken_back_when_both_are_accused()
     assert found.tolist() == [[7.0]], "nothing tells this from two that are right"
     for worker in (2, 3):
         answers(checks, worker, [1], [[1.0]], ALL)
-    assert checks.checked[:2].all()
+    assert checks._table["checked"][:2].all()
     accuse(checks, 2, (3, 4), range(2, 6))
-    assert checks.follow_fences(computed, values).tolist() == []
-    assert not checks.checked[:2].any(), "one is left that gave each: it is looked at"
+    assert follow(checks, computed, values).tolist() == []
+    assert not checks._table["checked"][:2].any(), "one is left that gave each: it is looked at"
     assert recheck(checks, [0, 1], values, NONE) == []
     accuse(checks, 5, (3, 4), 3 * [*range(6, 10)])
-    assert checks.follow_fences(computed, values).tolist() == [0]
+    assert follow(checks, computed, values).tolist() == [0]
     assert sorted(checks.counts()["fenced"]) == ["2", "5"]
 
 
@@ -195,7 +205,7 @@ def test_two_that_are_accused_do_not_confirm_each_other():
     checks, values, computed = checks_of(6, max_fenced=0.0), np.zeros((10, 1)), np.zeros(10, bool)
     for worker in (2, 5):
         accuse(checks, worker, (0, 1), 3 * [*range(4)])
-    assert checks.follow_fences(computed, values) is not None
+    assert follow(checks, computed, values) is not None
     assert sorted(checks.counts()["not_fenced"]) == ["2", "5"], "none may be"
     for worker, given in ((2, False), (5, False), (0, False), (1, True)):
         value = [[3.0 if worker in (2, 5) else 4.0]]
@@ -207,7 +217,7 @@ def test_values_of_an_earlier_run_are_compared_with_two_new_ones():
     rows, values = np.array([2, 3]), np.arange(10.0)[:, None]
     assert recheck(checks, [2, 3], values, np.array([True, False])) == [2]
     assert checks.avoid(rows) == set()
-    assert checks.checked[[2, 3]].tolist() == [False, True]
+    assert checks._table["checked"][[2, 3]].tolist() == [False, True]
     assert not answers(checks, 0, [2], [[4.0]])[0].any()
     given, found = answers(checks, 1, [2], [[4.0]])
     assert given.all()
@@ -257,21 +267,21 @@ def test_somebody_must_compute_what_all_workers_gave_an_answer_to():
 
 
 def test_what_was_taken_back_after_it_was_written_is_not_taken_for_a_value(tmp_path):
-    table, nothing = RowTable(3), np.zeros(3)
-    parts = Parts(tmp_path / "run", {}, table)
-    table.add(np.arange(3), np.ones((3, 1)), nothing, nothing, exact=True)
-    parts.add(range(3))
-    parts.flush()
-    table.take_back(np.array([0, 1]))
-    parts.add([0, 1])
-    parts.flush()
-    table.add(np.array([0]), np.full((1, 1), 2.0), nothing[:1], nothing[:1], exact=True)
-    parts.add([0])
-    parts.flush()
+    state = RowTable(3)
+    parts = Parts(tmp_path / "run", {}, state)
+
+    def write(rows, value, kind):
+        state.put(np.array(rows), np.full((len(rows), 1), value), 0.0, 0.0, kind)
+        parts.add(rows)
+        parts.flush()
+
+    write([0, 1, 2], 1.0, COMPUTED)
+    write([0, 1], np.nan, AGAIN)
+    write([0], 2.0, COMPUTED)
     resumed = RowTable(3)
     Parts(tmp_path / "run", {}, resumed)
-    assert resumed.done.tolist() == resumed.exact.tolist() == [True, False, True]
-    np.testing.assert_array_equal(resumed.predictions, [[2.0], [np.nan], [1.0]])
+    assert resumed.rows["state"].tolist() == [COMPUTED, WAITING, COMPUTED]
+    np.testing.assert_array_equal(resumed.values, [[2.0], [np.nan], [1.0]])
 
 
 def test_two_workers_are_too_few():
@@ -297,9 +307,9 @@ def test_at_the_jobs_deadline_a_row_in_doubt_is_unknown_for_that_reason():
 
 def test_wrong_rows_of_a_call_come_in_another_order():
     rows = RowQueue(np.arange(0), 2, RowSettings(tolerance=0.0, rows_per_call=8))
-    orders, done = [np.arange(8)], np.zeros(8, bool)
+    orders = [np.arange(8)]
     for _ in range(3):
         rows.send_first(orders[-1])
-        orders.append(rows.take(done))
+        orders.append(rows.take(lambda rows: rows >= 0))
         assert sorted(orders[-1]) == [*range(8)]
     assert len({tuple(order) for order in orders}) == 4

@@ -1,11 +1,9 @@
 """Rows of a function on workers: what is computed, predicted, late, or unknown, and why."""
 
 import dataclasses
-import inspect
 import threading
 import time
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import require
@@ -13,23 +11,15 @@ from schedulers import ScriptedBackend, make_scheduler, soon
 
 from nercc_jax import DevicePool
 from nercc_jax.cli._options import Options
-from nercc_jax.pools import AbstractPool, Faults, RowFunction, RowResult, run_rows
+from nercc_jax.pools import AbstractPool, Faults
 from nercc_jax.pools._backend import WorkerDied
-from nercc_jax.pools._row_engine import _RowRun
-from nercc_jax.pools._row_files import RowTable, row_code
-from nercc_jax.pools._row_learner import (
-    RowEstimates,
-    RowLearner,
-    standardized_inputs,
-)
-from nercc_jax.pools._row_predictions import leave_out, window_of
-from nercc_jax.pools._row_queue import RowQueue
-from nercc_jax.pools._rows import RowCall, RowSettings, bars_that_held, late_answers
 from nercc_jax.pools._times import AnswerTimes
-from nercc_jax.risk import Accuracy, ErrorBars, ErrorProbability
-from nercc_jax.schemes import Scheme, fit_scheme
-from nercc_jax.schemes._calibrate import FittedScheme
-from nercc_jax.surrogates import LearnerTuning, init_learner
+from nercc_jax.risk import Accuracy
+from nercc_jax.rows import RowFunction, RowSettings, run_rows
+from nercc_jax.rows._evidence import standardized_inputs
+from nercc_jax.rows._queue import RowQueue
+from nercc_jax.schemes import fit_scheme
+from nercc_jax.surrogates import LearnerTuning
 
 
 def test_rows_whose_workers_die_are_computed_by_others():
@@ -57,6 +47,21 @@ def test_a_call_has_no_more_rows_than_there_are():
     assert seen == [40]
 
 
+def test_settings_come_as_one_object_by_name_or_both():
+    x, settings = np.ones((30, 2)), RowSettings(tolerance=1.0, max_calls=7, rows_per_call=1)
+    for asked in (
+        {"settings": settings},
+        {"settings": settings, "tolerance": 0.5},
+        {"settings": settings, "accuracy": Accuracy(max_disagreement=0.1, coverage=0.8)},
+        {"accuracy": Accuracy(tolerance=1.0), "max_calls": 7, "rows_per_call": 1},
+    ):
+        summary = run_rows(np.negative, x, DevicePool, num_workers=2, **asked).summary
+        assert summary["computed"] == 7
+    assert (summary["tolerance"], summary["coverage"]) == (1.0, 0.9)
+    with pytest.raises(TypeError, match="tolerence"):
+        run_rows(np.negative, x, DevicePool, tolerence=1.0)
+
+
 def test_ids_come_back_with_the_rows(tmp_path):
     x, options = np.ones((4, 2)), {"num_workers": 2, "tolerance": 0.0, "folder": tmp_path / "run"}
     result = run_rows(np.negative, x, DevicePool, ids=["a", "b", "c", "d"], **options)
@@ -74,17 +79,6 @@ def test_rows_whose_workers_all_die_are_unknown_for_that_reason():
         result = run_rows(np.negative, np.ones((3, 1)), pool, tolerance=0.0)
     assert set(result.status.tolist()) == {"unknown"}
     assert set(result.reasons.values()) == {"its thread ended"}
-
-
-def test_a_row_that_comes_after_its_prediction_is_the_functions_own():
-    table, rows = RowTable(2), np.array([1])
-    table.add(rows, np.array([[2.0]]), np.array([0.1]), np.array([0.2]), exact=False)
-    assert (table.done.tolist(), table.exact.tolist()) == ([False, True], [False, False])
-    table.add(rows, np.array([[1.0]]), np.zeros(1), np.zeros(1), exact=True)
-    assert table.predictions[1].tolist() == [1.0]
-    assert (table.exact[1], table.score[1], table.deviation[1]) == (True, 0, 0)
-    with pytest.raises(ValueError, match="a row came as \\(2,\\), others as \\(1,\\)"):
-        table.add(rows, np.ones((1, 2)), np.zeros(1), np.zeros(1), exact=True)
 
 
 # From Python.
@@ -198,9 +192,7 @@ def test_numbers_that_do_not_fit_are_refused_before_a_pool_is_opened(options, me
 def test_defaults_are_the_same_in_python_and_at_the_command_line():
     options = dataclasses.fields(Options)
     command = {option.name.removesuffix("_s"): option.default for option in options}
-    python = inspect.signature(run_rows).parameters
     for field in dataclasses.fields(RowSettings):
-        assert python[field.name].default == field.default
         assert command.get(field.name, field.default) == field.default
 
 
@@ -227,108 +219,7 @@ def quick_fit(monkeypatch):
         quick = LearnerTuning(rows=32, steps=2)
         return fit_scheme(x, y, code, capacity=QUICK_WINDOW, labels=labels, tuning=quick)
 
-    monkeypatch.setattr("nercc_jax.pools._row_predictions.fit_scheme", fit)
-
-
-def test_a_row_is_predicted_without_itself_and_as_far_off_as_its_neighbours_were():
-    """By learners each of which knows all pairs but one, as far as these have the same mean."""
-    x = np.random.default_rng(1).uniform(-1, 1, (24, 2)).astype(np.float32)
-    y = np.asarray(smooth(x), np.float32)
-    learner = init_learner(x, y, capacity=32, kernel="squared_exponential")
-    fitted = FittedScheme(Scheme(row_code(), surrogate=learner), 24)
-    wanted, plain = np.zeros_like(y), np.zeros(24)
-    for place in range(24):
-        others = np.arange(24) != place
-        others = init_learner(x[others], y[others], capacity=32, kernel=learner.kernel)
-        mean, deviation = others.predict(x[place : place + 1])
-        wanted[place], plain[place] = np.asarray(mean)[0], float(deviation[0])
-    ratios = np.sqrt(np.mean((wanted - y) ** 2, axis=1)) / plain
-
-    def expected(row, own=-1):
-        distance = np.linalg.norm((x - row) / x.std(axis=0), axis=1)
-        distance[own] = np.inf if own >= 0 else distance[own]
-        return np.sqrt(np.mean(ratios[np.argsort(distance)[:8]] ** 2))
-
-    late, new = np.array([3, 7, 20]), x[:1] + 1
-    rows = np.concatenate([x[late], new])
-    found = leave_out(fitted, window_of(fitted), rows, np.asarray(smooth(rows), np.float32))
-    np.testing.assert_array_equal(found.y, np.asarray(smooth(rows), np.float32))
-    np.testing.assert_allclose(found.mean[:3], wanted[late], atol=0.05)
-    np.testing.assert_allclose(found.plain[:3], plain[late], rtol=0.2)
-    scales = [*(expected(x[place], place) for place in late), expected(new[0])]
-    np.testing.assert_allclose(found.deviation / found.plain, scales, rtol=0.3)
-    mean, deviation = learner.predict(new)
-    np.testing.assert_allclose(found.mean[3:], mean, atol=1e-2, err_msg="not in the window")
-    np.testing.assert_allclose(found.plain[3:], deviation, rtol=0.02)
-    assert leave_out(fitted, window_of(fitted), rows[:0], found.y[:0]) is None
-
-
-def estimates(mean, deviation, audited):
-    """What a learner of two hundred rows makes of them; by its calibration, bars are deviations."""
-    bars = ErrorBars(coverages=jnp.ones(1), factors=jnp.full(1, np.inf))
-    fitted = FittedScheme(Scheme(row_code(), bars=bars), 200)
-    rows, nothing = np.arange(len(mean)), np.zeros(len(mean), bool)
-    return RowEstimates(rows, mean, deviation, deviation, nothing, rows[:0], fitted, None, audited)
-
-
-def test_labels_are_scored_by_their_error_probabilities():
-    steps, weights = jnp.linspace(0, 1, 1001), jnp.array([0.0, -1.0, -1.0, 0.0, 0.0, 0.0])
-    probability = ErrorProbability(weights, jnp.zeros(1), jnp.zeros(1), steps, steps, 1 - steps)
-    mean = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
-    made = estimates(mean, np.full(200, 0.1), None)
-    fitted = FittedScheme(Scheme(row_code(), error_probability=probability), 200)
-    learner = RowLearner(Accuracy(max_disagreement=0.1), mean[:, :1], np.zeros(200, bool))
-    learner._made.append(made._replace(fitted=fitted))
-    assert learner.look()
-    score = learner.score(np.arange(200))
-    outputs = jnp.asarray(mean)
-    expected = np.asarray(probability(outputs, jnp.full(200, 0.1), outputs))
-    np.testing.assert_allclose(score, expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("harder", "selects", "with_audits"),
-    [(1.0, True, True), (4.0, True, False), (1.5, False, False)],
-)
-def test_bars_of_late_rows_go_by_late_rows_alone_where_these_are_much_harder_or_all_are_computed(
-    harder, selects, with_audits
-):
-    """By quantiles that are counted by hand. Bars of other rows go by the audits."""
-    x, random = np.linspace(0, 1, 400)[:, None], np.random.default_rng(1)
-    audits = np.arange(400) % 2 == 0
-    learner = RowLearner(Accuracy(tolerance=10.0), x, audits, selects=selects)
-    learner._made.append(estimates(np.zeros((400, 1), np.float32), np.full(400, 0.1), None))
-    assert learner.look()
-    usual, error = random.uniform(0, 0.1, (100, 1)), random.uniform(0, 0.1 * harder, (40, 1))
-    learner.compare(np.arange(0, 200, 2), usual, late=False)
-    learner.compare(np.arange(201, 241), error, late=True)
-    both, alone = (np.sort(each, axis=None) for each in (np.append(usual, error), error))
-    assert with_audits or alone[36] > both[126]
-    rest = np.arange(300, 400)
-    wanted = both[126] if with_audits else alone[36]  # the 127th of 140, the 37th of 40
-    np.testing.assert_allclose(learner.score(rest, late=True), wanted, rtol=1e-4)
-    np.testing.assert_allclose(learner.score(rest), np.sort(usual[:, 0])[90], rtol=1e-4)
-
-
-def test_a_run_does_not_end_by_bars_of_quick_rows_where_rows_nearby_came_late():
-    """However old the latest estimate is, which knew of no late row."""
-    x, table = np.linspace(0, 1, 200)[:, None], RowTable(200)
-    made = estimates(x.astype(np.float32), np.full(200, 0.1), None)
-    with PoolOnPaper(ScriptedBackend(), 4) as pool:
-        run = _RowRun(pool, x, RowSettings(tolerance=0.5), table, None)
-        run._learner._made.append(made)
-        assert run._learner.look()
-        run._queue.waiting = np.zeros(0, int)
-        known = np.arange(0, 200, 2)
-        run._audits[known] = True
-        for late, error in ((False, 0.01), (True, 2.0)):
-            rows = known[(known > 150) == late]
-            run._late[rows] = late
-            run._learner.compare(rows, x[rows] + error, late)
-            table.add(rows, x[rows], *np.zeros((2, len(rows))), exact=True)
-        assert not run._finished()
-    # Of the eight computed rows nearest to these, one or more came late.
-    assert set(run._queue.waiting.tolist()) == {*range(145, 200, 2)}
+    monkeypatch.setattr("nercc_jax.rows._learner.fit_scheme", fit)
 
 
 def smooth(rows):
@@ -397,19 +288,9 @@ def test_answers_within_the_time_of_grace_judge_bars_and_change_no_value(quick_f
                 over.wait(120.0)
             return y
 
-    def answers(*arguments):
-        over.set()
-        return late_answers(*arguments)
-
-    def judge(*arguments, **options):
-        judged.append(bars_that_held(*arguments, **options))
-        return judged[-1]
-
-    judged = []
-    monkeypatch.setattr("nercc_jax.pools._row_engine.late_answers", answers)
-    monkeypatch.setattr("nercc_jax.pools._row_engine.bars_that_held", judge)
     monkeypatch.setattr("test_run_rows.QUICK_WINDOW", 256)  # with enough late rows in it
     options = {"rows_per_call": 1, "job_deadline": 60.0, "grace": 30.0, "compute": "all"}
+    options["on_progress"] = lambda progress: progress.waiting or over.set()
     with DevicePool(RowFunction(Held(0.05)), 80, compiled=False) as pool:
         result = run_rows(smooth, ROWS, pool, tolerance=0.5, **options)
     late = ROWS[:, 0] > 0.8
@@ -419,30 +300,9 @@ def test_answers_within_the_time_of_grace_judge_bars_and_change_no_value(quick_f
     assert (result.values[barred] != smooth(ROWS[barred])).all(), "predictions are kept"
     error = np.sqrt(np.mean((result.values - smooth(ROWS)) ** 2, axis=1))
     held = np.sum(error[barred] <= result.score[barred])
-    # Those of slow rows whose answer was not waited for are judged, too.
-    others = np.sum((result.status == "predicted") & ~late)
-    ((right, number),) = judged
-    assert barred.sum() <= number <= barred.sum() + others
-    assert held <= right <= held + others
     # Added to those that had a bar when they came late in the run.
     assert result.summary["came_late"] >= barred.sum() > 0
     assert result.summary["came_late_held"] >= held
-
-
-def test_bars_are_judged_by_answers_that_came_after_the_end():
-    """Two hold, one does not; a row without a bar, and one that was computed, do not count."""
-    score = np.array([1.0, 0.5, 0.1, np.inf, 0.0])
-    status = np.array(["predicted", "unknown", "predicted", "unknown", "computed"])
-    values = np.zeros((5, 2))
-    with DevicePool(np.negative, 1, compiled=False) as pool:
-        report = pool.report()
-    result = RowResult(values, status, score, score, {}, {}, report, None, None)
-    answers = {row: np.array([0.4, -0.4]) for row in range(5)}
-    assert bars_that_held(result, answers, labels=False) == (2, 3)
-    answers = {row: np.array([0.4, -0.4]) for row in (0, 4)} | {2: np.array([0.1, 0.2])}
-    assert bars_that_held(result, answers, labels=True) == (1, 2)
-    assert bars_that_held(result, {}, labels=False) == (0, 0)
-    assert bars_that_held(result, {1: np.array([np.nan, 0.0])}, labels=False) == (0, 0)
 
 
 class PoolOnPaper(AbstractPool):
@@ -454,23 +314,24 @@ def test_a_row_is_not_late_because_its_worker_died_or_the_run_is_busy():
     """It may wait for another worker for long, or its answer may be in: that says nothing of it."""
     backend = ScriptedBackend()
     with PoolOnPaper(backend) as pool:
-        call = RowCall(pool, np.array([0]), np.ones((1, 1)), 1, False, lambda batch: None)
+        batch = pool.open(1, copies=1)
+        pool.send(batch, [0], [np.ones((1, 1))])
+        age = lambda: batch.age(batch.tasks[0])  # noqa: E731
         soon(lambda: 0 in backend.sent)
-        assert call.age() < 10
+        assert age() < 10
         time.sleep(0.2)
-        assert call.age() > 0.1
+        assert age() > 0.1
         backend.refuse = {0}
         backend.answer(0, WorkerDied("its node was taken"))
-        assert (call.age(), call.running) == (0, False)
+        assert age() == 0
         backend.refuse = ()
         soon(lambda: 0 in backend.sent)
-        assert call.running
-        assert call.age() < 0.1
+        assert 0 < age() < 0.1
         backend.answer(0)
-        soon(lambda: call.over)
-        age = call.age()
+        soon(lambda: batch.available[0])
+        found = age()
         time.sleep(0.2)
-        assert call.age() == age
+        assert age() == found
 
 
 @pytest.mark.slow
@@ -501,13 +362,13 @@ def test_calls_grow_to_a_quarter_of_a_second_or_16_mib_and_leave_no_worker_idle(
     count, times, sizes, free = 20_000, AnswerTimes(), [], [0.0, 0.0]
     done = np.zeros(count, bool)
     rows = RowQueue(np.arange(count), 2, RowSettings(tolerance=0.0))
-    while len(taken := rows.take(done)):
+    while len(taken := rows.take(lambda some: ~done[some])):
         assert not done[taken].any()
         done[taken] = True
         seconds = transport + each * len(taken)
         free[free.index(min(free))] += seconds
         times.add(len(taken), seconds)
-        rows.observe(len(taken), times, row_bytes)
+        rows.observe(len(taken), times.median_of_latest(len(taken)), row_bytes)
         sizes.append(len(taken))
     assert done.all()
     assert len(sizes) <= most_calls

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _FEW = 2e11  # operations, which take some seconds on two cores
-_LEARNER = "nercc-learner"  # the name of a thread of `nercc_jax.pools.run_rows`
+_LEARNER = "nercc-learner"  # the name of a thread of `nercc_jax.rows.run_rows`
 _EXTRA = ("matplotlib", "rich", "safetensors", "sklearn", "typer")  # packages of the extra "demo"
 
 

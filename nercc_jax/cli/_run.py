@@ -15,8 +15,8 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
 from ..pools import AbstractPool, DevicePool, Faults, RayPool, leave_ray
-from ..pools._row_files import check_parts
-from ..pools._rows import hang_timeout
+from ..rows import RowSettings
+from ..rows.files import check_parts
 from ._errors import fail
 from ._options import Options, refuse, table_of_option
 from ._output import Finished, summary_table, write_json
@@ -127,7 +127,7 @@ def pool_opener(options: Options) -> Callable[..., AbstractPool]:
                 min_workers=1 if num_data is None else min(num_data, count),
             )
         further |= {"faults": faults, "worker_dtype": options.worker_dtype}
-        further |= {"hang_timeout": hang_timeout(options.deadline_s)}
+        further |= {"hang_timeout": RowSettings(0.0, deadline=options.deadline_s).hang_timeout}
         try:
             with console.status(f"starting {count} workers ({options.pool}) ..."):
                 return make(model, count, **further)

@@ -20,8 +20,8 @@ from ..pools import run_batches
 from ..pools._backend import pool_counts
 from ..pools._batch import answers_to_wait_for
 from ..pools._inference import BatchOutcome
-from ..pools._row_files import Parts, fingerprint
-from ..pools._rows import ATTEMPTS, reason_to_stop
+from ..rows._interface import ATTEMPTS
+from ..rows.files import Parts, fingerprint
 from ._options import Options
 from ._output import Finished, faults_seen, run_bar
 from ._process import compile_quickly
@@ -100,7 +100,7 @@ def run_groups(
                         f"{pool.report().deaths} deaths"
                     )
                     progress.update(task, advance=new, description=text)
-                    stopped = reason_to_stop(pool)
+                    stopped = pool.ending
                     if stopped is not None:
                         break
             except KeyboardInterrupt:

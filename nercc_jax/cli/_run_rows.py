@@ -1,4 +1,4 @@
-"""`nercc run --tolerance`: any function on each row of a file, by `nercc_jax.pools.run_rows`."""
+"""`nercc run --tolerance`: any function on each row of a file, by `nercc_jax.rows.run_rows`."""
 
 import contextlib
 import dataclasses
@@ -10,19 +10,20 @@ import numpy as np
 from rich.console import Console
 from rich.progress import TaskID
 
-from ..pools import RowResult, run_rows
-from ..pools._row_files import fingerprint
-from ..pools._rows import RowProgress, RowSettings
+from ..rows import RowProgress, RowResult, RowSettings, run_rows
+from ..rows.files import fingerprint
 from ._errors import fail
 from ._options import Options
 from ._output import Finished, faults_seen, run_bar
 from ._workload import find_workload
 
 # By the settings of `run_rows`, the options.
-_SETTINGS = {field.name: field.name for field in dataclasses.fields(RowSettings)} | {
+_SETTINGS = {
+    **{field.name: field.name for field in dataclasses.fields(RowSettings)},
     "rows_per_call": "groups",
     **{name: f"{name}_s" for name in ("deadline", "job_deadline", "grace")},
 }
+del _SETTINGS["learner_share"]
 
 
 def run_function(
@@ -75,7 +76,7 @@ def run_function(
     further |= {"on_progress": show, "num_workers": options.num_workers}
     try:
         with _naming_options():
-            result = run_rows(workload.model, x, open_and_say, **further, **numbers)
+            result = run_rows(workload.model, x, open_and_say, settings, **further)
     except RuntimeError as error:
         fail(str(error), 1)
     finally:
@@ -120,15 +121,15 @@ def _summary(result: RowResult, settings: RowSettings) -> Iterator[tuple[str, st
     largest = "" if bar is None else f", the largest error bar {bar:.3g}"
     yield "predicted", f"{numbers['predicted']:,}{largest}"
     learner = "none: all rows were computed before anything was learned"
-    if result.fitted is not None:
-        learner = f"fitted to {result.fitted.pairs:,} rows"
+    if result.learner is not None:
+        learner = f"fitted to {numbers['learned_from']:,} rows"
         if settings.tolerance is not None and result.values is not None:
             vectors = result.values[result.status == "computed"].reshape(numbers["computed"], -1)
             spread = np.sqrt(np.mean(np.var(vectors[np.isfinite(vectors).all(axis=1)], axis=0)))
             share = f" ({100 * settings.tolerance / spread:.2g} % of the spread)" * bool(spread > 0)
             learner += f"; the tolerance is {settings.tolerance:g}{share}"
     yield "learner", learner
-    if result.fitted is not None:
+    if result.learner is not None:
         for name, rows in (
             ("audited", "rows drawn at random"),
             ("came_late", "rows that came late"),

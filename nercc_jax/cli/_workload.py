@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Shaped
 from ..codes import AbstractCode, load_code
 from ..inference.models import call_model, check_model
 from ..pools._batch import reason_of
-from ..pools._row_files import fingerprint_of_array
+from ..rows.files import fingerprint
 from ._errors import of_option
 from ._options import Options, Returned
 from ._own_models import EXAMPLES, example_inputs, hub_name, is_own, is_shipped, load_callable
@@ -111,7 +111,7 @@ class Workload:
 
     def fingerprint(self, split: str) -> str:
         """Return a text that identifies the data: the split's name, or a fingerprint of all `x`."""
-        return split if self.x is None else fingerprint_of_array(self.x)
+        return split if self.x is None else str(fingerprint(self.x))
 
     def rows(self, split: str) -> Points:
         """Return all data points of a split, or all of `x`, in their order."""

@@ -1,4 +1,7 @@
-"""Pools of independent workers, and coded inference, batches and rows on them."""
+"""Pools of independent workers, and coded inference and batches on them."""
+
+import importlib
+from typing import Any
 
 from ._backend import PoolReport
 from ._batch import Batch, BatchAnswers
@@ -8,10 +11,7 @@ from ._inference import PoolResult, pool_inference, run_batches
 from ._pool import AbstractPool
 from ._ray import RayPool
 from ._ray_cluster import join_ray, leave_ray, ray_is_lost
-from ._row_engine import run_rows
-from ._rows import RowFunction, RowResult
 from ._times import Overdue
-from .ray_data import map_rows
 
 __all__ = [
     "AbstractPool",
@@ -25,13 +25,16 @@ __all__ = [
     "PoolReport",
     "PoolResult",
     "RayPool",
-    "RowFunction",
-    "RowResult",
     "join_ray",
     "leave_ray",
-    "map_rows",
     "pool_inference",
     "ray_is_lost",
     "run_batches",
-    "run_rows",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return what has moved to `nercc_jax.rows`, which stands on pools: imported when asked for."""
+    if name in ("RowFunction", "RowResult", "map_rows", "run_rows"):
+        return getattr(importlib.import_module("nercc_jax.rows"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 import abc
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ class AbstractPool(abc.ABC):
         raise TypeError(
             f"a {type(self).__name__} cannot be sent to another process, which Ray's tasks and Ray "
             "Data's map_batches would do: call it from here; for rows of a dataset there is "
-            "nercc_jax.pools.map_rows"
+            "nercc_jax.rows.map_rows"
         )
 
     @property
@@ -222,6 +223,13 @@ class AbstractPool(abc.ABC):
     def ends_at(self) -> float:
         """The monotonic time at which `alarm` ends this process; infinite where it does not."""
         return math.inf
+
+    @property
+    def ending(self) -> str | None:
+        """Why a run must end now: something else ends its process within ten seconds; else None."""
+        if self.ends_at - time.monotonic() >= 10.0:
+            return None
+        return "stopped before Ray ends this process, whose head is gone"
 
     @property
     def heartbeat(self) -> float:

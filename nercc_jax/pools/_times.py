@@ -136,3 +136,8 @@ def _bound(known: dict[int, float], size: int) -> float:
     # Copied at once, because other threads add sizes meanwhile.
     items = list(known.items())
     return min((seconds * max(1.0, size / other) for other, seconds in items), default=math.inf)
+
+
+def power_of_two(number: int | float) -> int:
+    """Return the largest power of two that is not larger, from 1 on."""
+    return 1 << max(int(number), 1).bit_length() - 1

@@ -20,7 +20,7 @@ from ..inference.order import random_projection
 from ..pools import AbstractPool
 from ..pools._batch import Refuse
 from ..pools._clock import TimeShare
-from ..pools._row_queue import power_of_two
+from ..pools._times import power_of_two
 from ._fallback import Budget, GroupPredictor
 from ._policy import BatchingPolicy
 from .adapt._adaptation import Adaptation

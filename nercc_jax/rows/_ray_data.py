@@ -1,16 +1,16 @@
 """Rows of a Ray Data dataset through `run_rows`: every row by the deadline, with an error bar."""
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
 
-from ._ray import RayPool
-from ._ray_cluster import ray_module
-from ._row_engine import run_rows
-from ._rows import RowFunction, RowProgress, hang_timeout
+from ..pools import RayPool
+from ..pools._ray_cluster import ray_module
+from ._run import run_rows
 
 _LOG = logging.getLogger(__name__)
 
@@ -23,11 +23,7 @@ def map_rows(
     function: Callable[[Any], Any],
     columns: str | Sequence[str],
     *,
-    tolerance: float,
     num_workers: int | None = None,
-    deadline: float = 30.0,
-    job_deadline: float | None = None,
-    on_progress: Callable[[RowProgress], Any] | None = None,
     **options: Any,
 ) -> Any:
     """Run a function on each row of a Ray Data dataset, as `run_rows` does.
@@ -48,12 +44,8 @@ def map_rows(
         function: Any callable on (rows, ...) that returns an array (rows, ...).
         columns: The column that the function gets, as (rows, ...); or several, which it gets side
             by side as (rows, inputs).
-        tolerance: As for `run_rows`: the largest error bar of a predicted row. 0 computes all rows.
         num_workers: Actors (default: one for each CPU; those that find none free join later).
-        deadline: As for `run_rows`, in seconds.
-        job_deadline: As for `run_rows`, in seconds.
-        on_progress: As for `run_rows`.
-        **options: Further ones of `run_rows`: `coverage`, `compute`, `max_calls`, `folder`, ...
+        **options: Those of `run_rows`: `tolerance`, `job_deadline`, `on_progress`, `folder`, ...
 
     Returns:
         A dataset with the rows and columns of the given one, and the columns `value`, `error_bar`
@@ -86,23 +78,8 @@ def map_rows(
     if num_workers is None:
         # Not those that are free: Ray counts the CPUs of tasks that have just ended for a while.
         num_workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    with RayPool(
-        cast(Any, RowFunction(function)),  # of NumPy arrays, where models are of JAX's
-        num_workers,
-        compiled=False,
-        min_workers=1,
-        hang_timeout=hang_timeout(deadline),
-    ) as pool:
-        result = run_rows(
-            function,
-            x,
-            pool,
-            tolerance=tolerance,
-            deadline=deadline,
-            job_deadline=job_deadline,
-            on_progress=on_progress,
-            **options,
-        )
+    pool = functools.partial(RayPool, min_workers=1)
+    result = run_rows(function, x, pool, num_workers=num_workers, **options)
     _LOG.info("rows: %s", result.summary)
     reasons = [result.reasons.get(row, "") for row in range(rows)]
     values = np.full(rows, np.nan) if result.values is None else result.values

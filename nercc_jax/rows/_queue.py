@@ -1,13 +1,13 @@
-"""The rows of a run that wait to be sent, and how many of them go in one call."""
+"""The rows of a run that are to be sent: in which order, and how many go in one call."""
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from ._rows import RowSettings
-from ._times import AnswerTimes
+from ..pools._times import power_of_two
+from ._interface import RowSettings
 
 _CALL = 0.25  # seconds of a call, where rows are so quick that several go together
 _SHORT = 0.02  # seconds of a call below which smaller ones balance workers no better
@@ -20,10 +20,11 @@ _BYTES = 1 << 24  # of a call's inputs and outputs, from which on larger ones ar
 
 
 class RowQueue:
-    """Rows that wait, in the order in which they are sent.
+    """Rows in the order in which they are sent, and the size of calls.
 
     Rows of a call that raised come first, in halves, so that those that raise are found in a few
-    calls, and rows whose answers look wrong; then rows that had no answer in time; then all others.
+    calls, and rows whose answers look wrong; then rows that had no answer in time; then those that
+    are `waiting`. Rows are sent that `may_go` then; others have been sent or answered meanwhile.
     """
 
     def __init__(self, rows: Int[np.ndarray, " rows"], num_workers: int, settings: RowSettings):
@@ -38,9 +39,6 @@ class RowQueue:
         self._smaller = (0, 0.0)  # the size before, and its seconds
         self._sent = 0  # rows that waited, and were sent
 
-    def __len__(self) -> int:
-        return len(self.waiting) + len(self._again) + sum(map(len, self._apart))
-
     @property
     def spent(self) -> bool:
         """Return whether as many rows were sent as may be."""
@@ -50,19 +48,15 @@ class RowQueue:
     @property
     def empty(self) -> bool:
         """Return whether nothing may be sent."""
-        return not len(self) or (self.spent and not self._again and not self._apart)
-
-    def to_send_again(self) -> Int[np.ndarray, " few"]:
-        """Return the rows that are to be sent again."""
-        return np.concatenate([np.asarray(self._again, int), *self._apart])
-
-    def halve(self, rows: Int[np.ndarray, " few"]) -> None:
-        """Send the rows of a call that raised again, in two calls."""
-        self._apart.extendleft(np.array_split(rows, 2))
+        return not (self._again or self._apart or (len(self.waiting) and not self.spent))
 
     def send_again(self, rows: Iterable[int]) -> None:
         """Send rows again that had no answer in time."""
         self._again.extend(rows)
+
+    def halve(self, rows: Int[np.ndarray, " few"]) -> None:
+        """Send the rows of a call that raised again, in two calls."""
+        self._apart.extendleft(part for part in np.array_split(rows, 2) if len(part))
 
     def send_first(self, rows: Int[np.ndarray, " some"]) -> None:
         """Send rows again before all others, apart from those.
@@ -73,8 +67,10 @@ class RowQueue:
         rows, size = self._random.permutation(rows), self.call_size
         self._apart.extend(rows[place : place + size] for place in range(0, len(rows), size))
 
-    def take(self, done: Bool[np.ndarray, " rows"]) -> Int[np.ndarray, " few"]:
-        """Take the rows of the next call, without those that are done; none if none is left."""
+    def take(
+        self, may_go: Callable[[Int[np.ndarray, " few"]], Bool[np.ndarray, " few"]]
+    ) -> Int[np.ndarray, " few"]:
+        """Take the rows of the next call, of those that `may_go`; none if none is left."""
         while not self.empty:
             if self._apart:
                 rows = self._apart.popleft()
@@ -87,13 +83,14 @@ class RowQueue:
                     size = min(size, most - self._sent)
                 rows, self.waiting = self.waiting[:size], self.waiting[size:]
                 self._sent += len(rows)
-            rows = rows[~done[rows]]
+            rows = rows[may_go(rows)]
             if len(rows):
                 return rows
         return np.zeros(0, int)
 
     @property
     def call_size(self) -> int:
+        """The rows of the next call."""
         if self._settings.rows_per_call is not None:
             return self._settings.rows_per_call
         return min(self._size, max(self._share, self._least))
@@ -108,12 +105,12 @@ class RowQueue:
         """Return whether enough calls of the size that they have now were timed."""
         return self._settings.rows_per_call is not None or self._timed >= _TIMED
 
-    def observe(self, size: int, times: AnswerTimes, row_bytes: int) -> None:
-        """Fit the size of calls to the time that they take, transport and all.
+    def observe(self, size: int, usual: float, row_bytes: int) -> None:
+        """FittedLearner the size of calls to the time that they take, transport and all.
 
-        A call of so many rows was answered, with inputs and outputs of `row_bytes` a row.
+        A call of so many rows was answered, with inputs and outputs of `row_bytes` a row; calls of
+        that size take `usual` seconds.
         """
-        usual = times.median_of_latest(size)
         if self._settings.rows_per_call is not None or not np.isfinite(usual):
             return
         self._least = power_of_two(size * _SHORT / usual)
@@ -133,8 +130,3 @@ class RowQueue:
             self._smaller, self._size, self._timed = (size, usual), most, 0
         elif usual > 2 * _CALL and size > 1:
             self._smaller, self._size, self._timed = (0, 0.0), size // 2, 0
-
-
-def power_of_two(number: int | float) -> int:
-    """Return the largest power of two that is not larger, from 1 on."""
-    return 1 << max(int(number), 1).bit_length() - 1

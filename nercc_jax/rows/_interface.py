@@ -1,0 +1,245 @@
+"""What people pass to a run over rows and get from it: function, settings, progress and result."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from ..codes._trees import is_float
+from ..pools import PoolReport
+from ..pools._batch import check_deadline
+from ..risk import Accuracy
+from ..surrogates import Learner
+
+Compute: TypeAlias = Literal["needed", "all"]
+
+ATTEMPTS = 3  # how often a row is sent before it is unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFunction:
+    """A function of a batch of rows, as workers call it: on NumPy arrays, and checked.
+
+    Integers and booleans become float64, half precision float32.
+
+    Args:
+        function: Any callable on (rows, ...) that returns an array (rows, ...).
+
+    Raises:
+        TypeError: When called, if the function returns no array of numbers.
+        ValueError: When called, if it returns another number of rows.
+
+    Example:
+        >>> RowFunction(lambda x: x.sum(axis=1) > 0)(np.ones((2, 3)))
+        array([1., 1.])
+    """
+
+    function: Callable[[Any], Any]
+
+    def __call__(self, batch: Shaped[np.ndarray, "rows ..."]) -> Float[np.ndarray, "rows ..."]:
+        found = self.function(batch)
+        if found is None or isinstance(found, dict | tuple):
+            raise TypeError(
+                f"the function gave a {type(found).__name__}: an array (rows, ...) is needed"
+            )
+        y = np.asarray(found)
+        if y.dtype.kind in "biu":
+            y = y.astype(np.float64)
+        if not is_float(y):
+            raise TypeError(f"the function gave {y.dtype}: real numbers are needed")
+        if y.shape[:1] != (len(batch),):
+            raise ValueError(f"{len(batch)} rows came back as an array of shape {y.shape}")
+        return y.astype(np.float32) if y.dtype.itemsize < 4 else y
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSettings:
+    """The settings of a run over rows, which `run_rows` takes by name, too.
+
+    Either `tolerance` or `max_disagreement` is needed.
+
+    Attributes:
+        tolerance: The largest error bar of a predicted row, in units of the outputs (root mean
+            square over a row's outputs). 0 computes all rows.
+        max_disagreement: Instead, where outputs are scores of labels: the share of predicted labels
+            that may differ from the function's own.
+        coverage: The share of errors that error bars cover.
+        compute: "needed" computes no row that is known well enough, except some at random, which
+            judge the error bars; "all" predicts only rows that are late.
+        rows_per_call: Rows in one call, at most those there are (default: as many as take 0.05 to
+            0.25 s).
+        deadline: Seconds that a call may take before its rows are sent again.
+        job_deadline: Seconds after which the run ends, with what is known by then (default: none).
+        grace: Seconds for which a run that has ended waits for answers that workers still owe. They
+            change no value, and judge the error bars of late rows in the summary.
+        max_calls: Rows to compute at most, those chosen that tell most (default: no limit).
+        check_answers: The share of right answers that may look wrong. Answers that do are compared
+            with other workers' (default: none are). It takes three workers.
+        max_fenced: The largest share of workers that is fenced for wrong answers.
+        seed: Of the order of the rows, which is random, so that the first ones are typical.
+        learner_share: The share of the time that learning may take.
+
+    Raises:
+        ValueError: If a number does not fit.
+
+    Example:
+        >>> RowSettings(tolerance=0.02, job_deadline=600.0).coverage
+        0.9
+    """
+
+    tolerance: float | None = None
+    max_disagreement: float | None = None
+    coverage: float = 0.9
+    compute: Compute = "needed"
+    rows_per_call: int | None = None
+    deadline: float = 30.0
+    job_deadline: float | None = None
+    grace: float = 0.0
+    max_calls: int | None = None
+    check_answers: float | None = None
+    max_fenced: float = 0.25
+    seed: int = 0
+    learner_share: float = 0.5
+
+    def __post_init__(self):
+        # Messages begin with the name of the field, by which the command line names its option.
+        if (self.tolerance is None) == (self.max_disagreement is None):
+            raise ValueError(
+                "tolerance is needed, in units of the outputs (0: all rows are computed), or "
+                "max_disagreement, where the outputs are scores of labels, not both"
+            )
+        if self.tolerance is not None and not 0 <= self.tolerance < np.inf:
+            raise ValueError(f"tolerance must be 0 or positive, not {self.tolerance}")
+        if self.max_disagreement is not None and not 0 <= self.max_disagreement <= 1:
+            raise ValueError(f"max_disagreement must be in [0, 1], not {self.max_disagreement}")
+        if not 0 < self.coverage < 1:
+            raise ValueError(f"coverage is a share between 0 and 1, not {self.coverage}")
+        if self.compute not in ("needed", "all"):
+            raise ValueError(f"compute is 'needed' or 'all', not {self.compute!r}")
+        for name in ("rows_per_call", "max_calls"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, not {value}")
+        if self.check_answers is not None and not 0 < self.check_answers < 1:
+            raise ValueError(f"check_answers must be between 0 and 1, not {self.check_answers}")
+        if not 0 <= self.max_fenced < 1:
+            raise ValueError(f"max_fenced must be in [0, 1), not {self.max_fenced}")
+        check_deadline(self.deadline)
+        if self.job_deadline is not None and not self.job_deadline > 0:
+            raise ValueError(
+                f"job_deadline is a positive number of seconds, not {self.job_deadline}"
+            )
+        if not 0 <= self.grace < np.inf:
+            raise ValueError(f"grace is a number of seconds from 0 on, not {self.grace}")
+        if not 0 < self.learner_share <= 1:
+            raise ValueError(f"learner_share must be in (0, 1], not {self.learner_share}")
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """The accuracy at which a row is known well enough."""
+        names = ("tolerance", "max_disagreement", "coverage")
+        return Accuracy(**{name: getattr(self, name) for name in names})
+
+    @property
+    def hang_timeout(self) -> float:
+        """The seconds after which a pool of the run's own replaces a worker.
+
+        All attempts but one are over by then: the last one finds new workers if all of them hung.
+        It is 10 s at least, since a worker may just straggle, and a new one needs time to start.
+        """
+        return max((ATTEMPTS - 1) * self.deadline, 10.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowProgress:
+    """The state of a run over rows, in numbers of rows.
+
+    Attributes:
+        rows: All rows.
+        computed: Rows with the function's own values.
+        predicted: Rows that are not to be computed, as things are.
+        unknown: Rows that are given up, after all attempts.
+        late: Rows of late calls.
+        workers: Workers alive.
+        seconds: Since the run began.
+        rows_per_second: Computed rows.
+    """
+
+    rows: int
+    computed: int
+    predicted: int
+    unknown: int
+    late: int
+    workers: int
+    seconds: float
+    rows_per_second: float
+
+    @property
+    def done(self) -> int:
+        """The rows that are computed or predicted."""
+        return self.computed + self.predicted
+
+    @property
+    def waiting(self) -> int:
+        """The rows that are neither done nor unknown."""
+        return self.rows - self.done - self.unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class RowResult:
+    """The result of a run over rows, in the order of the inputs.
+
+    Attributes:
+        values: The function's own values where computed, otherwise predicted ones; NaN where there
+            is none. None if no row has a value.
+        status: "computed", "predicted", "unknown" or "waiting", for each row.
+        deviation: How far values may be off: 0 where computed, infinite where unknown.
+        score: Error bars or, with `max_disagreement`, error probabilities.
+        reasons: Why rows are unknown, by row. One that is unknown because of the job's deadline may
+            have a prediction, whose error bar is larger than the tolerance.
+        summary: The settings and counts of the run, by name.
+        report: Of the pool.
+        stopped: Why the run ended early, if it did.
+        learner: The learner that rows were predicted by, if there was one.
+        ids: The rows' ids, if they have any.
+    """
+
+    values: Float[np.ndarray, "rows ..."] | None
+    status: Shaped[np.ndarray, " rows"]
+    deviation: Float[np.ndarray, " rows"]
+    score: Float[np.ndarray, " rows"]
+    reasons: dict[int, str]
+    summary: dict[str, Any]
+    report: PoolReport
+    stopped: str | None
+    learner: Learner | None
+    ids: Shaped[np.ndarray, " rows"] | None = None
+
+    def columns(self) -> dict[str, Shaped[np.ndarray, " rows"]]:
+        """Return a table's columns, as `pandas.DataFrame` and `pyarrow.table` take them.
+
+        Returns:
+            `id`, if rows have ids; `output_0`, `output_1` and so on; `deviation`; `bar`, or
+            `error_probability` with `max_disagreement`; `exact`, `status`, and `reason`, which is
+            empty for known rows.
+        """
+        number = len(self.status)
+        values = np.zeros((number, 0)) if self.values is None else self.values
+        outputs = enumerate(values.reshape(number, -1).T)
+        return {
+            **({} if self.ids is None else {"id": self.ids}),
+            **{f"output_{place}": each for place, each in outputs},
+            "deviation": self.deviation,
+            self.score_name: self.score,
+            "exact": self.status == "computed",
+            "status": self.status,
+            "reason": np.array([self.reasons.get(row, "") for row in range(number)], str),
+        }
+
+    @property
+    def score_name(self) -> str:
+        """The name of the scores: `bar` or `error_probability`."""
+        labels = self.summary.get("max_disagreement") is not None
+        return "error_probability" if labels else "bar"

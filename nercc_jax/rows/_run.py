@@ -1,0 +1,333 @@
+"""A run over rows on a pool: carries out what the state says, and tells it what happens.
+
+It owns the pool's batches, the clock, the files and the learner's thread, and decides nothing: that
+is the affair of `_state.py`.
+"""
+
+import contextlib
+import dataclasses
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+from ..pools import AbstractPool, Batch
+from ..pools._backend import pool_counts
+from ..risk import Accuracy
+from ._interface import RowFunction, RowProgress, RowResult, RowSettings
+from ._learner import FittedLearner, LearnerThread, learn
+from ._state import (
+    COMPUTED,
+    PREDICTED,
+    Answered,
+    Event,
+    Failed,
+    Fence,
+    Finish,
+    Forget,
+    Give,
+    Learn,
+    RowState,
+    Send,
+    Tick,
+    Withdraw,
+)
+from .files import Parts, check_parts, fingerprint
+
+_LOOKS = 0.05  # seconds between two looks at the clock and the pool
+_SHOWN = 0.1  # seconds between two reports of progress, at least
+
+
+def run_rows(
+    function: Callable[[Any], Any],
+    rows: Shaped[np.ndarray, "rows ..."],
+    pool: AbstractPool | Callable[..., AbstractPool],
+    settings: RowSettings | None = None,
+    *,
+    accuracy: Accuracy | None = None,
+    num_workers: int | None = None,
+    folder: Path | str | None = None,
+    resume: bool = False,
+    about: Mapping[str, Any] | None = None,
+    ids: Shaped[np.ndarray, " rows"] | Sequence[str | int] | None = None,
+    on_progress: Callable[[RowProgress], Any] | None = None,
+    on_rows: Callable[[Any, Any, bool], Any] | None = None,
+    **options: Any,
+) -> RowResult:
+    """Run a function on each row: every row is computed, or predicted within a tolerance.
+
+    A computed row has exactly the value that the function gave. A predicted row has a prediction
+    from the rows that were computed, and its error bar is no larger than the tolerance. A row that
+    is too uncertain is computed. `docs/run.md` describes how.
+
+    Args:
+        function: Any callable on (rows, ...) that returns an array (rows, ...).
+        rows: Inputs, one a row: finite numbers.
+        pool: An open pool whose workers run `RowFunction(function)`, not compiled; or a class such
+            as `DevicePool` or `RayPool`, which is opened for the run.
+        settings: The accuracy, deadlines and so on (default: by the options).
+        accuracy: The promise about predicted rows, in place of the settings'.
+        num_workers: The number of workers of a pool that is opened (default: 20).
+        folder: Where results are written as they come (default: nowhere).
+        resume: Go on with the run that the folder holds.
+        about: What else the values depend on, such as a version of the function, as JSON takes it;
+            a run with other values cannot be resumed.
+        ids: An id of each row, a text or a whole number, which the result and its files carry.
+        on_progress: Called at the beginning, at the end, and in between when rows came, ten times a
+            second at most.
+        on_rows: Called with rows as soon as they have values, each once: their numbers, their
+            values, and whether they were computed. Rows of a folder that is resumed come first. A
+            row whose value was taken back by `check_answers` comes again.
+        **options: Fields of `RowSettings` by name, such as `tolerance`, in place of those given.
+
+    Returns:
+        Values and a status for each row. After Ctrl-C, or where the pool is about to end, the rest
+        is "waiting", and `stopped` says why.
+
+    Raises:
+        ValueError: If an argument does not fit, or the folder holds another run.
+        RuntimeError: If the pool does not start, or the function raises on all of the first rows.
+
+    Example:
+        >>> import numpy as np
+        >>> from nercc_jax import DevicePool
+        >>> from nercc_jax.rows import run_rows
+        >>> def swing(x):  # any function of NumPy arrays
+        ...     return np.sin(3 * x).cumsum(axis=1)
+        >>> x = np.random.default_rng(0).uniform(-1, 1, (200, 2))
+        >>> result = run_rows(swing, x, DevicePool, num_workers=4, tolerance=0.0)
+        >>> result.values.shape, set(result.status.tolist())
+        ((200, 2), {'computed'})
+    """
+    x = np.asarray(rows)
+    if x.ndim < 1 or not x.size or x.dtype.kind not in "biuf" or not np.isfinite(x).all():
+        raise ValueError(f"rows are finite numbers (rows, ...), not {x.dtype} of shape {x.shape}")
+    names = None if ids is None else np.asarray(ids)
+    if names is not None and (names.shape != (len(x),) or names.dtype.kind not in "iuU"):
+        raise ValueError(
+            f"ids are a text or a whole number for each of {len(x)} rows, not {names.dtype} of "
+            f"shape {names.shape}"
+        )
+    if accuracy is not None:
+        options |= dataclasses.asdict(accuracy)
+    if settings is None:
+        settings = RowSettings(**options)
+    elif options:
+        settings = dataclasses.replace(settings, **options)
+    if settings.rows_per_call is not None:
+        most = min(settings.rows_per_call, len(x))
+        settings = dataclasses.replace(settings, rows_per_call=most)
+    kept = {"tolerance", "max_disagreement", "coverage", "seed"}  # what values depend on
+    facts = {"rows": len(x)} | {name: getattr(settings, name) for name in kept} | dict(about or {})
+    state, parts = RowState(settings, x), None
+    if folder is not None:
+        check_parts(Path(folder), resume)
+        parts = Parts(Path(folder), {"inputs": fingerprint(x)} | facts, state.table, names)
+    opening: Any = contextlib.nullcontext(pool)
+    if not isinstance(pool, AbstractPool):
+        further: Any = {"compiled": False, "hang_timeout": settings.hang_timeout}
+        opening = pool(RowFunction(function), num_workers or 20, **further)
+    with opening as opened:
+        run = _Run(opened, x, state, parts, on_rows or (lambda *_: None))
+        stopped = run.carry_out(on_progress or (lambda _: None))
+        return _result(state, opened, facts, stopped, names)
+
+
+class _Run:
+    """One run's pool, calls, files and learner."""
+
+    def __init__(
+        self,
+        pool: AbstractPool,
+        x: Shaped[np.ndarray, "rows ..."],
+        state: RowState,
+        parts: Parts | None,
+        on_rows: Callable[[Any, Any, bool], Any],
+    ):
+        self._pool, self._x, self._state = pool, x, state
+        self._parts, self._on_rows = parts, on_rows
+        self._learner = LearnerThread(state.settings.learner_share)
+        self._batches: dict[int, Batch] = {}
+        self._news: queue.SimpleQueue[int] = queue.SimpleQueue()  # calls that may have ended
+        self._begin, self._over = time.monotonic(), False
+        state.begin(pool.report(), pool.worker_dtype)
+
+    def carry_out(self, show: Callable[[RowProgress], Any]) -> str | None:
+        """Run until the state says that it is over; return why it ended early, if it did."""
+        state, stopped = self._state, None
+        try:
+            show(state.progress())
+            self._resume()
+            self._handle(self._tick())
+            for _ in self._turns():
+                show(state.progress())
+                if (stopped := self._pool.ending) is not None:
+                    break
+            show(state.progress())
+        except KeyboardInterrupt:
+            stopped = "interrupted"
+        except RuntimeError:
+            if self._parts is not None and len(state.table.open) == len(self._x):
+                self._parts.remove()
+                self._parts = None
+            raise
+        finally:
+            if stopped is None and self._over:
+                with contextlib.suppress(KeyboardInterrupt):
+                    self._wait_for_late_answers()
+            for batch in self._batches.values():
+                batch.forget()
+            if self._parts is not None:
+                self._parts.flush(complete=not len(state.table.open))
+        return stopped
+
+    def _resume(self) -> None:
+        """Give what an earlier run had, and go on with what it learned."""
+        state = self._state
+        for computed in (True, False):
+            rows = state.table.all_in(COMPUTED if computed else PREDICTED)
+            if len(rows) and state.table.values is not None:
+                self._on_rows(rows, state.table.values[rows], computed)
+        path = None if self._parts is None else self._parts.kept("learner")
+        if path is not None and state.table.values is not None:
+            task = state.evidence.task(resumed=FittedLearner.load(path))
+            if task is not None and (learned := learn(task)) is not None:
+                self._handle(learned)
+
+    def _turns(self) -> Iterator[None]:
+        """Yield now and then, when there is news, until the run is over."""
+        look_at = shown = 0.0
+        while not self._over:
+            now = time.monotonic()
+            if now >= look_at or not self._batches:
+                for learned in self._learner.take():
+                    self._handle(learned)
+                    if self._parts is not None:
+                        name = f"learner-{learned.fit.pairs:06d}.npz"
+                        self._parts.keep("learner", name, learned.fit.save)
+                self._handle(self._tick())
+                look_at = now + _LOOKS
+            if not self._over and self._take_ended(look_at) and time.monotonic() >= shown + _SHOWN:
+                yield
+                shown = time.monotonic()
+
+    def _tick(self) -> Tick:
+        now = time.monotonic() - self._begin
+        ages = {number: self._age(batch) for number, batch in self._batches.items()}
+        return Tick(now, self._pool.report(), ages, self._learner.busy, self._learner.seconds)
+
+    def _age(self, batch: Batch) -> tuple[float, bool]:
+        """Return the seconds for which a worker has or had a call, and whether it is overdue.
+
+        A worker's death begins it again, since that says nothing about how long the rows take.
+        """
+        task = batch.tasks.get(0)
+        age = 0.0 if task is None else batch.age(task)
+        return age, task is not None and age > task.limit
+
+    def _take_ended(self, until: float) -> bool:
+        """Wait until calls end, or until a time; return whether some may have."""
+        numbers = []
+        with contextlib.suppress(queue.Empty):
+            numbers.append(self._news.get(timeout=max(until - time.monotonic(), 0.001)))
+            while True:
+                numbers.append(self._news.get_nowait())
+        for number in numbers:
+            batch = self._batches.get(number)
+            if batch is None:
+                continue
+            late = self._age(batch)[1]
+            if batch.available[0]:
+                values: Any = batch.answer(0)
+                usual = batch.times.median_of_latest(len(values))
+                self._handle(Answered(number, batch.workers[0], values, late, usual))
+            elif batch.lost(0):
+                raised = [each.reason for each in batch.failures if each.raised]
+                reasons = raised or [each.reason for each in batch.failures] or ["no answer"]
+                self._handle(Failed(number, reasons[-1], bool(raised)))
+        return bool(numbers)
+
+    def _wait_for_late_answers(self) -> None:
+        """Wait for what workers still compute; what no worker has is dropped."""
+        end = time.monotonic() + self._state.settings.grace
+        for number, batch in list(self._batches.items()):
+            if not batch.available[0] and not self._age(batch)[0]:
+                self._batches.pop(number).forget()
+        while self._batches and time.monotonic() < end:
+            self._take_ended(end)
+
+    def _handle(self, event: Event) -> None:
+        """Tell the state what happened, and carry out what it says."""
+        state, parts = self._state, self._parts
+        for each in state.handle(event):
+            if isinstance(each, Send):
+                change: Any = lambda batch, number=each.call: self._news.put(number)  # noqa: E731
+                batch = self._pool.open(1, copies=1, on_change=change, refuse=lambda answer: None)
+                self._batches[each.call] = batch
+                x = np.take(self._x, np.resize(each.rows, each.size), axis=0)
+                self._pool.send(batch, [0], [x], avoid=each.avoid)
+            elif isinstance(each, Forget):
+                self._batches.pop(each.call).forget()
+            elif isinstance(each, Give | Withdraw):
+                if parts is not None:
+                    parts.add(each.rows.tolist())
+                if isinstance(each, Give) and state.table.values is not None:
+                    self._on_rows(each.rows, state.table.values[each.rows], each.computed)
+            elif isinstance(each, Fence):
+                self._pool.fence(each.workers)
+            elif isinstance(each, Learn):
+                self._learner.start(each.task)
+            else:
+                assert isinstance(each, Finish)
+                self._over = True
+
+
+def _result(
+    state: RowState,
+    pool: AbstractPool,
+    facts: dict[str, Any],
+    stopped: str | None,
+    ids: Shaped[np.ndarray, " rows"] | None,
+) -> RowResult:
+    """Return what a run has, in the order of the inputs."""
+    table, progress, report = state.table, state.progress(), pool.report()
+    computed, predicted = table.all_in(COMPUTED), table.all_in(PREDICTED)
+    status = np.full(len(table.rows), "waiting", "U9")
+    status[computed], status[predicted] = "computed", "predicted"
+    status[[*table.reasons]] = "unknown"
+    speed, evidence = max(progress.rows_per_second, 1e-9), state.evidence
+    bars = state.settings.tolerance is not None and len(predicted) > 0
+    summary = {
+        "rows_done": len(computed) + len(predicted),
+        "seconds": progress.seconds,
+        "seconds_if_all_were_computed": progress.seconds + len(predicted) / speed,
+        "rows_per_second": progress.rows_per_second,
+        "computed": len(computed),
+        "not_finite": 0 if table.values is None else len(computed) - len(table.learnable),
+        "predicted": len(predicted),
+        "largest_bar": float(table["score"][predicted].max()) if bars else None,
+        "learned_from": None if evidence.fit is None else evidence.fit.pairs,
+        "audited": len(evidence.audits.held),
+        "audited_held": sum(evidence.audits.held),
+        "came_late": len(evidence.late.held),
+        "came_late_held": sum(evidence.late.held),
+        **pool_counts(report),
+        "unknown": len(table.reasons),
+        **({} if state.checks is None else state.checks.counts()),
+    }
+    return RowResult(
+        table.values,
+        status,
+        table["deviation"].copy(),
+        table["score"].copy(),
+        dict(sorted(table.reasons.items())),
+        facts | summary,
+        report,
+        stopped,
+        None if evidence.fit is None else evidence.fit.learner,
+        ids,
+    )

@@ -1,0 +1,138 @@
+"""The table of a run over rows: a row for each input, and the values."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+# States, in which a row is one at a time: see `_state.py`.
+WAITING, AGAIN, SENT, FAILED, PREDICTED, COMPUTED = range(6)
+
+ROW = np.dtype(
+    [
+        ("state", "u1"),
+        ("held", "i4"),  # calls that have it and are not given up, without copies
+        ("tries", "u1"),  # calls that had it, and gave no answer in time
+        ("late", "?"),  # whether it came late,
+        ("overdue", "?"),  # or a call that has it is late
+        ("audit", "?"),  # whether it is computed whatever is known of it
+        ("deviation", "f8"),  # how far its value may be off, and its error bar or error probability
+        ("score", "f8"),
+        ("givers", "i4", (2,)),  # the workers that gave its value, and in which calls (`RowChecks`)
+        ("calls", "i4", (2,)),
+        ("checked", "?"),
+        ("estimated", "?"),  # whether the learner has predicted it, and how far that may be off:
+        ("expected", "f8"),  # by errors nearby,
+        ("plain", "f8"),  # and by the learner's own deviation (`Evidence`)
+        ("left_out", "?"),  # whether it was predicted without its own value
+        ("like_late", "?"),  # whether its neighbours came late
+        ("learned", "?"),  # whether the learner has been given it
+        ("known", "?"),  # whether it need not be computed, as things are
+    ]
+)
+
+
+NOBODY = -1
+
+
+class RowTable:
+    """All that is known of each row.
+
+    Attributes:
+        rows: A row for each input (`ROW`).
+        values: The function's own values where computed, otherwise predicted ones; NaN where there
+            is none. None before the first.
+        reasons: Why rows have FAILED.
+    """
+
+    def __init__(self, number: int):
+        self.rows = np.zeros(number, ROW)
+        for name in ("deviation", "score", "expected", "plain"):
+            self.rows[name] = np.inf
+        self.rows["givers"] = self.rows["calls"] = NOBODY
+        self.values: Float[np.ndarray, "rows ..."] | None = None
+        self.reasons: dict[int, str] = {}
+
+    def __getitem__(self, name: str) -> Shaped[np.ndarray, "rows ..."]:
+        """Return a column."""
+        return self.rows[name]
+
+    def state(self, rows: Int[np.ndarray, " some"]) -> Shaped[np.ndarray, " some"]:
+        """Return the states of some rows."""
+        return self.rows["state"][rows]
+
+    def all_in(self, state: int) -> Int[np.ndarray, " some"]:
+        """Return the rows in a state."""
+        return np.flatnonzero(self.rows["state"] == state)
+
+    @property
+    def open(self) -> Int[np.ndarray, " some"]:
+        """The rows that are neither computed nor predicted."""
+        return np.flatnonzero(self.rows["state"] < PREDICTED)
+
+    @property
+    def late(self) -> Bool[np.ndarray, " rows"]:
+        """Which rows came late, or are late."""
+        return self.rows["late"] | self.rows["overdue"]
+
+    @property
+    def vectors(self) -> Float[np.ndarray, "rows outputs"]:
+        """The values as vectors, when there are any."""
+        assert self.values is not None
+        return self.values.reshape(len(self.rows), -1)
+
+    @property
+    def learnable(self) -> Int[np.ndarray, " few"]:
+        """The computed rows whose values are finite."""
+        computed = self.all_in(COMPUTED)
+        return computed[np.isfinite(self.vectors[computed]).all(axis=1)]
+
+    @property
+    def unchecked(self) -> Int[np.ndarray, " some"]:
+        """The computed rows whose values have not been looked at."""
+        return np.flatnonzero((self.rows["state"] == COMPUTED) & ~self.rows["checked"])
+
+    def put(
+        self,
+        rows: Int[np.ndarray, " few"],
+        values: Float[np.ndarray, "few ..."],
+        deviation: float | Float[np.ndarray, " few"],
+        score: float | Float[np.ndarray, " few"],
+        state: int | Shaped[np.ndarray, " few"],
+    ) -> None:
+        """Give rows their values."""
+        if self.values is None:
+            self.values = np.full((len(self.rows), *values.shape[1:]), np.nan, values.dtype)
+        self.values[rows] = values
+        self.rows["deviation"][rows], self.rows["score"][rows] = deviation, score
+        self.move(rows, state)
+
+    def move(self, rows: Int[np.ndarray, " few"], state: int | Shaped[np.ndarray, " few"]) -> None:
+        """Take rows to a state, whatever theirs was."""
+        self.rows["state"][rows], self.rows["known"][rows] = state, False
+        for row in rows.tolist() if self.reasons else ():
+            self.reasons.pop(row, None)
+
+    def take_back(self, rows: Int[np.ndarray, " few"]) -> None:
+        """Treat some rows as if they had no values, until they are computed again."""
+        assert self.values is not None
+        self.put(rows, np.full_like(self.values[rows], np.nan), np.inf, np.inf, AGAIN)
+
+    def rows_of(self, pieces: Sequence[int]) -> dict[str, np.ndarray]:
+        """Return what is known of some rows, as arrays by name; those taken back are not done."""
+        rows = np.unique(np.asarray(pieces, int))
+        assert self.values is not None
+        return {
+            "index": rows,
+            "predictions": self.values[rows],
+            "deviation": self.rows["deviation"][rows],
+            "score": self.rows["score"][rows],
+            "exact": self.state(rows) == COMPUTED,
+            "done": self.state(rows) >= PREDICTED,
+        }
+
+    def take(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take what `rows_of` returned in another process."""
+        state = np.where(arrays["exact"], COMPUTED, np.where(arrays["done"], PREDICTED, WAITING))
+        rows, values = arrays["index"], arrays["predictions"]
+        self.put(rows, values, arrays["deviation"], arrays["score"], state)

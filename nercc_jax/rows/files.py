@@ -1,0 +1,143 @@
+"""Results of a run on disk as they come: parts in a folder, and one manifest of them.
+
+A part is a file that appears whole or not at all, and the manifest names those that count. So
+whatever ends a run, the results written by then are there, and a later run goes on from them.
+"""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Shaped
+
+from ..codes.whole_files import JsonFormat, read_arrays, write_arrays
+
+_MANIFEST = "manifest.json"
+REMEDY = "restore it from a copy, or remove its folder and run again without --resume (resume)"
+_FORMAT = JsonFormat(
+    "run", frozenset({"settings", "complete", "parts"}), frozenset({"learner"}), remedy=REMEDY
+)
+_EVERY = 1.0  # seconds between two parts, at least
+
+
+@runtime_checkable
+class PartResults(Protocol):
+    """Results of numbered pieces, such as batches, that are saved as named arrays.
+
+    The array "index" has the numbers of their rows.
+    """
+
+    def rows_of(self, pieces: Sequence[int], /) -> dict[str, np.ndarray]:
+        """Return the results of some pieces as arrays by name."""
+        ...
+
+    def take(self, arrays: Mapping[str, np.ndarray], /) -> None:
+        """Take what `rows_of` returned in another process."""
+
+
+def check_parts(folder: Path, resume: bool) -> None:
+    """Raise ValueError if a folder has parts and a new run is wanted, or holds anything else."""
+    found = (folder / _MANIFEST).is_file()
+    if found and not resume:
+        raise ValueError(
+            f"{folder} has the parts of an earlier run: give --resume (resume=True) to go on "
+            "with it, or remove the folder"
+        )
+    if folder.exists() and not found and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists, and holds no results of a run")
+
+
+class Parts:
+    """The folder of one run, with its parts and their manifest.
+
+    It is made when something is written. `settings` are all that the run's numbers depend on, as
+    JSON takes it. The results take the parts that an earlier run has written. Each part has the
+    ids of its rows, if rows have ids.
+
+    Raises:
+        ValueError: The folder holds a run with other settings, or a file is damaged or missing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        results: PartResults,
+        ids: Shaped[np.ndarray, " rows"] | None = None,
+    ):
+        self._folder, self._results, self._ids = folder, results, ids
+        if ids is not None:
+            settings = settings | {"ids": fingerprint(ids)}
+        self._manifest: dict[str, Any] = {"settings": settings, "complete": False, "parts": []}
+        if (folder / _MANIFEST).is_file():
+            earlier = _FORMAT.read(folder / _MANIFEST)
+            before = earlier["settings"]
+            other = [
+                f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
+                for name in sorted(before.keys() | settings.keys())
+                if before.get(name) != settings.get(name)
+            ]
+            if other:
+                raise ValueError(
+                    f"{folder} holds another run, with which --resume cannot go on: "
+                    f"{'; '.join(other)}"
+                )
+            self._manifest = earlier | {"complete": False}
+            for part in earlier["parts"]:
+                try:
+                    results.take(read_arrays(folder / part["file"], REMEDY))
+                except FileNotFoundError as error:
+                    raise ValueError(f"{folder / part['file']} is missing; {REMEDY}") from error
+        self._pending: list[int] = []
+        self._written = time.monotonic()
+
+    def add(self, pieces: Iterable[int]) -> None:
+        """Have pieces written that the results hold now; at most one part a second is written."""
+        self._pending.extend(pieces)
+        if time.monotonic() - self._written >= _EVERY:
+            self.flush()
+
+    def flush(self, complete: bool = False) -> None:
+        """Write what is pending, and whether the run is `complete`."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._pending:
+            name = f"part-{len(self._manifest['parts']):06d}.npz"
+            arrays = self._results.rows_of(self._pending)
+            if self._ids is not None:
+                arrays["id"] = self._ids[arrays["index"]]
+            write_arrays(self._folder / name, arrays)
+            self._manifest["parts"].append({"file": name})
+        self._manifest["complete"] = complete
+        _FORMAT.write(self._folder / _MANIFEST, self._manifest)
+        self._pending, self._written = [], time.monotonic()
+
+    def keep(self, name: str, file: str, write: Callable[[Path], Any]) -> None:
+        """Write a further file, and enter it in the manifest under a name, if it is not there."""
+        if self._manifest.get(name) == file:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write(self._folder / file)
+        self._manifest[name] = file
+        self.flush()
+
+    def kept(self, name: str) -> Path | None:
+        """Return the file that was entered under a name; None if there is none."""
+        return self._folder / self._manifest[name] if name in self._manifest else None
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def fingerprint(content: Path | np.ndarray | None) -> str | None:
+    """Return a hash of a file or an array, for the settings of a run; else a path's name."""
+    if isinstance(content, np.ndarray):
+        content = np.ascontiguousarray(content).reshape(-1).view(np.uint8)
+        return hashlib.sha256(content.data).hexdigest()
+    if content is None or not content.is_file():
+        return None if content is None else str(content)
+    return hashlib.sha256(content.read_bytes()).hexdigest()[:16]
