@@ -162,8 +162,8 @@ class GroupDecoder:
         decoded = self._clock.now()
         self._adaptation.observe("decode_seconds", decoded - begin)
         self._adaptation.observe("workers_responded", int(group.mask.sum()))
-        # Without a promise probabilities are unknown, and all are good.
-        good, error = ~(probability > limit), np.full_like(probability, np.nan)
+        error = np.full_like(probability, np.nan)
+        good = probability <= limit if self._accuracy.promises else np.isnan(probability)
         if self._accuracy.tolerance is not None:
             probability, error = error, probability
         basis = int(group.sent.sum()), int(group.mask.sum())

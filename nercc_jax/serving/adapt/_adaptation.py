@@ -59,7 +59,8 @@ class Learning:
         self.why: str | None = None
         self._decoding = decoding
         self._compared: collections.deque[Compared] = collections.deque(maxlen=_COMPARED)
-        self._number, self._due = 0, math.inf if decoding.calibrated else FIRST
+        self._due = math.inf if decoding.calibrated else FIRST
+        self._number = self._drifts = 0
         self._learned: tuple[DecodingScores, list[Comparison]] | None = None
         self._turns = clock.turns("nercc-learning", self._turn)
         self.start, self.close = self._turns.start, self._turns.close
@@ -84,6 +85,12 @@ class Learning:
         learned, self._learned = self._learned, None
         return learned
 
+    def forget(self) -> None:
+        """Learn from later comparisons only, after a drift."""
+        self._compared.clear()
+        self._number, self._learned, self._drifts = 0, None, self._drifts + 1
+        self._due = FIRST if self._due < math.inf else self._due
+
     @property
     def progress(self) -> tuple[int, int]:
         """The number of answers seen, and the number that is needed."""
@@ -98,8 +105,10 @@ class Learning:
         try:
             self._look()
             if self._number >= self._due:
+                drifts, compared = self._drifts, list(self._compared)
                 self._due = self._number + max(self._number // 2, FIRST)
-                self._learned = self._decoding.learn(list(self._compared), self._coder.form)
+                learned = self._decoding.learn(compared, self._coder.form)
+                self._learned = learned if drifts == self._drifts else None
         except Exception:
             # Earlier results stay; later answers may do better.
             _LOG.exception("learning from decoded answers failed")
@@ -329,6 +338,7 @@ class Adaptation:
             assert self.predictor is not None
             self.predictor.discard()
         elif drifted:
+            self._learning.forget()
             self.observe("drift", 1)
             _LOG.warning("decoded answers went wrong more often than promised: see the status")
         return not (wrong if labels else excess > given.widened)
