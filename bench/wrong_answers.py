@@ -35,9 +35,9 @@ from _report import environment, read_json, write_json
 from _settings import PACKAGES
 
 from nercc_jax.pools import DevicePool, Fault, Faults
-from nercc_jax.pools._answer_checks import AnswerChecks
 from nercc_jax.risk import Accuracy
 from nercc_jax.risk._answer_check import AnswerCheck, fit_answer_check
+from nercc_jax.risk.votes import AnswerChecks
 from nercc_jax.rows import run_rows
 from nercc_jax.serving.adapt._online_calibration import (
     BATCH,

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ..pools import PoolReport
-from ..pools._answer_checks import AnswerChecks
+from ..risk.votes import AnswerChecks
 from ._learner import OF_CALLS
 from ._table import COMPUTED, NOBODY, RowTable
 
@@ -250,7 +250,7 @@ class RowChecks:
 
     def look(self, report: PoolReport) -> None:
         """Trust workers again that were replaced. Others stay fenced to the end of the run."""
-        self._checks.audits(report)
+        self._checks.audits([worker.deaths for worker in report.workers])
 
     def counts(self) -> dict[str, Any]:
         """Return the counts for a run's summary."""

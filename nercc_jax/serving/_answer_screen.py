@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ..pools import AbstractPool, Batch
-from ..pools._answer_checks import AnswerChecks, Verdict
+from ..risk.votes import AnswerChecks, Verdict
 from ._fallback import Budget
 from ._policy import Observe
 from .core._adaptation import Expect, Expectation
@@ -193,7 +193,8 @@ class AnswerScreen:
         """Send audits to fenced workers, once a second while there are any."""
         if now < self._look_at:
             return
-        for worker, x in self._checks.audits(self._pool.report()):
+        deaths = [worker.deaths for worker in self._pool.report().workers]
+        for worker, x in self._checks.audits(deaths):
             if worker not in self._audits:
 
                 def answered(batch: Batch, worker: int = worker) -> None:

@@ -14,11 +14,11 @@ from jaxtyping import Shaped
 
 from ...evaluation._criteria import agree_on_labels, root_mean_square
 from ...pools import AbstractPool
-from ...pools._answer_checks import AnswerChecks
 from ...pools._clock import AbstractClock
 from ...risk import Comparison, Risk
 from ...risk._accuracy import error_ratios
 from ...risk._outputs import ROWS, why_no_scores
+from ...risk.votes import AnswerChecks
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import DispatchSetting, overdue_rule
 from ..core._coder import Coder

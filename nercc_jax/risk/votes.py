@@ -11,14 +11,13 @@ import collections
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
 
-from ..risk._monitor import WorkerMonitor
-from ._backend import PoolReport
+from ._monitor import WorkerMonitor
 
 _LOG = logging.getLogger(__name__)
 
@@ -147,15 +146,16 @@ class AnswerChecks:
         best = min(candidates, key=lambda each: (each in self._fenced, self._monitor.wrong[each]))
         return Verdict(candidates[best], (best, best))
 
-    def audits(self, report: PoolReport) -> list[tuple[int, np.ndarray]]:
+    def audits(self, deaths: Sequence[int]) -> list[tuple[int, np.ndarray]]:
         """Return workers to be asked a query whose answer is known, and the query for each.
 
-        By the state of the workers, one that was replaced is fenced no more.
+        A worker that has died since, by the number of deaths of each, was replaced: it is fenced no
+        more.
         """
-        for worker, (record, seen) in enumerate(zip(self._records, report.workers, strict=True)):
-            if seen.deaths != record.deaths:
+        for worker, (record, seen) in enumerate(zip(self._records, deaths, strict=True)):
+            if seen != record.deaths:
                 self._release(worker, "it was replaced")
-                self._records[worker] = _Record(self._first, seen.deaths, record.fences)
+                self._records[worker] = _Record(self._first, seen, record.fences)
         if not self._known:
             return []
         asked = []
