@@ -12,6 +12,7 @@ evidence, whatever their scores are made of.
 """
 
 import collections
+import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
@@ -56,7 +57,8 @@ class _Limits(NamedTuple):
     admitted: float
 
 
-class Comparison(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Comparison:
     """A straggling row whose approximate answer is compared with the model's own.
 
     Attributes:
@@ -284,7 +286,10 @@ class Risk:
         if self._share == 0 or len(rows) < (0 if self._tolerance is None else _BARS) or not rows:
             admits = not self._needs_evidence and self._share != 0
             return _Limits(math.inf if admits else -1.0, -1.0, 1.0, 0.0, float(admits))
-        probability, bound, wrong, excess = map(np.array, zip(*rows, strict=True))
+        probability, bound, wrong, excess = (
+            np.array([getattr(row, name) for row in rows])
+            for name in ("probability", "bound", "wrong", "excess")
+        )
         limit = beyond = math.inf
         if self._share is not None:
             # The largest scores up to which no more were wrong than allowed: of all rows, and of
