@@ -146,16 +146,17 @@ def test_what_was_given_out_and_was_wrong_stops_it_at_once():
     traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.05))
     traffic.send(450)
     assert predictor.state == "answering"
+    adaptation = traffic.batcher._adaptation
     # Those that straggle may be unlike the others: exams do not see them.
     x = np.ones((1, *SHAPE), np.float32)
     for _ in range(20):
         answer = Answer(model(x)[0], "predicted", 1, 0, disagreement=0.01)
         given = ApproximateAnswer(answer, x[0], predictor.risk.epoch, given=True)
-        predictor.audit(given, turned(x)[0])
-    assert not predictor.audit(given, None), "it will never come"
+        adaptation.audit(given, turned(x)[0])
+    assert not adaptation.audit(given, None), "it will never come"
     assert predictor.state == "drifted"
     assert predictor.predict(x) is None
-    assert not predictor.admits(answer)
+    assert not adaptation.admits(answer, calibrated=True)
 
 
 def by_difficulty(slow, delay):
