@@ -127,9 +127,9 @@ def ranked(wrong, sure=None, **options):
     return found, np.asarray(found.of_features(features))
 
 
-@pytest.mark.parametrize("failure", [0.025, 0.25])
+@pytest.mark.parametrize("failure", [None, 0.025, 0.25])
 def test_the_bound_is_that_of_clopper_and_pearson(failure, dtype):
-    """18 data points of which four are wrong, and two that are exact."""
+    """18 data points of which four are wrong, and two that are exact; or two standard errors."""
     wrong = np.isin(np.arange(20), [9, 14, 16, 17])
     found, value = ranked(wrong, np.arange(20) >= 18, failure=failure)
     assert found.weights[1] < 0
@@ -138,7 +138,9 @@ def test_the_bound_is_that_of_clopper_and_pearson(failure, dtype):
     np.testing.assert_allclose(value[:18].sum(), 4, rtol=0.1)
     for given in (9, 14, 18):
         errors = int(wrong[:given].sum())
-        bound = scipy.stats.beta.ppf(1 - failure, errors + 1, given - errors)
+        bound = (errors + 1) / (given + 1) + 2 * np.sqrt(errors * (given - errors) / given**3)
+        if failure is not None:
+            bound = scipy.stats.beta.ppf(1 - failure, errors + 1, given - errors)
         cap = min(value[given - 1] * (1 + 1e-5), risk_cap(bound + 1e-4))
         assert found.limit(bound + 1e-4) == pytest.approx(cap, rel=1e-4)
         assert found.limit(bound - 1e-4) < min(value[given - 1], risk_cap(bound - 1e-4) + 1e-9)

@@ -565,7 +565,7 @@ def uncertain():
     """A doubt of deviation / (deviation + margin); a limit is the disagreement asked for."""
     steps, weights = jax.numpy.linspace(0, 1, 1001), jax.numpy.array([0.0, -1.0, -1.0, 0.0])
     return ErrorProbability(
-        weights, jax.numpy.zeros(1), jax.numpy.zeros(1), steps, steps**2, 1 - steps
+        weights, jax.numpy.zeros(1), jax.numpy.zeros(1), steps, steps, 1 - steps
     )
 
 

@@ -368,7 +368,7 @@ def fit_error_probability(
     owners: Sequence[Int[np.ndarray, " samples"]] = (),
     points: int | None = None,
     falling: Sequence[int] = (1, 2),
-    failure: float = 0.025,
+    failure: float | None = None,
     form: Form | None = None,
     conditions: Conditions = Conditions(),  # noqa: B008, it is frozen
 ) -> ErrorProbability:
@@ -389,7 +389,8 @@ def fit_error_probability(
             Owners are independent of each other. The first splits the samples for cross-fitting.
         points: The number of different data points, where samples are these under several sets.
         falling: Features that must not raise the probability.
-        failure: The probability with which a bound fails.
+        failure: As for `upper_bound`. With 0, 1, 2, 3 standard errors the allowance was exceeded in
+            12, 4, 0, 0 % of the cases below, and of 0.5 % 58, 59, 59, 60 % went to the model.
         form: The structure of the outputs, if they may be no vectors.
         conditions: The conditions of the answers.
     """
@@ -498,7 +499,7 @@ def _curve(
     sure: int,
     owners: Sequence[Int[np.ndarray, " samples"]],
     points: int,
-    failure: float,
+    failure: float | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return levels of probability, a bound of the share of wrong labels, and the share above each.
 

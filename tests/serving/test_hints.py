@@ -16,14 +16,14 @@ from nercc_jax.serving import BatchingPolicy, Predictor, _served_model
 
 
 def known(*numbers):
-    return [[f"no estimate yet: {number} of 32 groups"] for number in numbers]
+    return [[f"{number} of 32 were compared"] for number in numbers]
 
 
 @pytest.mark.parametrize(
     ("looks", "reported"),
     [
         # Once, whatever its numbers.
-        (known(0, 1, 2, 3), [[], ["hint: no estimate yet: 1 of 32 groups"], [], []]),
+        (known(0, 1, 2, 3), [[], ["hint: 1 of 32 were compared"], [], []]),
         # What comes and goes is not told.
         ([["full"], [], ["full"], [], ["full"]], [[]] * 5),
         # Its end, once it has lasted; and then it may come again.

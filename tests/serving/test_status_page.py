@@ -42,7 +42,10 @@ def page():
 
 
 def test_the_log_tells_why_nothing_is_decoded(server):
-    hint = server.wait_for("hint: no estimate yet: 0 of 32 groups; nothing is decoded")
+    hint = server.wait_for(
+        "hint: outputs are scores or values: 0 of 256 answers were looked at; nothing approximate "
+        "is given out until then, or until outputs are set"
+    )
     assert (hint["level"], hint["model"]) == ("INFO", "own.double")
 
 
@@ -125,7 +128,7 @@ def test_it_is_not_green_unless_somebody_would_answer(shown, change):
 
 def test_why_nothing_is_decoded_is_reported(shown):
     model, show = shown
-    model["hints"] = ["no estimate yet: 3 of 32 groups", "the pool is saturated"]
+    model["hints"] = ["3 of 32 stragglers' answers were compared", "the pool is saturated"]
     hints = show().locator(".hints li")
     assert hints.all_inner_texts() == model["hints"]
     assert hints.first.is_visible()
