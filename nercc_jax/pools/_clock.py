@@ -183,27 +183,19 @@ class TimeShare:
     """A bound on the share of the time that a thread's work may take.
 
     Programs of JAX keep all cores of a CPU busy, and queries are answered meanwhile.
+
+    Attributes:
+        next: The time from which on there may be more work.
     """
 
-    def __init__(
-        self, clock: AbstractClock, share: float, *, longest: float = math.inf, at_once: float = 0.0
-    ):
-        """Start with nothing to make up for.
-
-        One piece of work costs a pause of `longest` seconds at most. `at_once` seconds of work
-        beyond the share may be done without a pause.
-        """
+    def __init__(self, clock: AbstractClock, share: float, *, longest: float = math.inf):
+        """Start with nothing to make up for; one piece of work pauses for `longest` s at most."""
         self._clock, self._share, self._longest = clock, share, longest
-        self._at_once = at_once
-        self._paid_until = -math.inf
-
-    @property
-    def next(self) -> float:
-        return self._paid_until - self._at_once / self._share
+        self.next = -math.inf
 
     def spend(self, begin: float, share: float | None = None) -> float:
         """Count work from `begin` until now, at another share if given; return its seconds."""
         now = self._clock.now()
         pause = min((now - begin) * (1 / (share or self._share) - 1), self._longest)
-        self._paid_until = max(self._paid_until, now) + pause
+        self.next = max(self.next, now) + pause
         return now - begin

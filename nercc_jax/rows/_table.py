@@ -72,7 +72,7 @@ class RowTable:
 
     @property
     def late(self) -> Bool[np.ndarray, " rows"]:
-        """Which rows came late, or are late."""
+        """The mask of rows that came late, or are late."""
         return self.rows["late"] | self.rows["overdue"]
 
     @property

@@ -171,7 +171,7 @@ class GroupDecoder:
         for cell, row, _ in group.open_queries(cells):
             if sound[row, cell] and (cell, row) not in skip:
                 errors = float(probability[row, cell]), float(error[row, cell])
-                value, known = predictions[row, cell, ...], features[row, cell]
+                value, known = predictions[row, cell, ...], features[row, cell].copy()
                 answer = Answer(value, "decoded", *basis, *errors, features=known)
                 found[not good[row, cell]].append(GroupAnswer(cell, row, answer))
         if group.trace is not None:

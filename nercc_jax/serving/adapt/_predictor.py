@@ -98,8 +98,7 @@ class Predictor:
 
         Answers are given out by the accuracy promised; `form` are their parts that have a label
         each. Programs are compiled for `width` queries. `check_rate` of the model's right answers
-        may look wrong
-        to it, if they are checked.
+        may look wrong to it, if they are checked.
 
         Raises:
             ValueError: where it has a batcher already, or nothing says what may be given out.
@@ -219,7 +218,7 @@ class Predictor:
 
     @property
     def risk(self) -> Risk:
-        """What stragglers showed of predictions, for the scheduler's thread.
+        """The evidence of stragglers on predictions, for the scheduler's thread.
 
         Where calibration began again, the evidence does, too.
         """
