@@ -55,6 +55,15 @@ class AbstractClock(abc.ABC):
         """
 
     @abc.abstractmethod
+    def start(self, name: str, work: Callable[[], Any]) -> Callable[[], bool]:
+        """Begin work that goes on beside all else, once; return a function that says if it does.
+
+        Args:
+            name: The name of the thread, where there are threads.
+            work: It must not raise.
+        """
+
+    @abc.abstractmethod
     def wait(self, condition: threading.Condition, seconds: float) -> None:
         """Wait until a condition that is held is notified, for some seconds at most.
 
@@ -70,6 +79,12 @@ class WallClock(AbstractClock):
 
     def turns(self, name: str, turn: Callable[[], float]) -> AbstractTurns:
         return _Thread(name, turn)
+
+    def start(self, name: str, work: Callable[[], Any]) -> Callable[[], bool]:
+        # No daemon: a process must not end in the middle of LAPACK's work.
+        thread = threading.Thread(target=work, name=name)
+        thread.start()
+        return thread.is_alive
 
     def wait(self, condition: threading.Condition, seconds: float) -> None:
         condition.wait(min(seconds, LONGEST_SLEEP))

@@ -82,7 +82,8 @@ class Fault:
         probability: With which it strikes a call.
         workers: Which workers it strikes (default: all).
         calls: Which of a worker's calls, counted from 0 in each of its lives (default: all).
-        latency: The law of a "delay", in seconds, the same for all calls that it strikes.
+        latency: The law of a "delay", in seconds, the same for all calls that it strikes; or a
+            function that maps a call's batch to its delay.
         episodes: Only during these spells. Workers that share a fault with episodes are slow
             together, as a rack is.
         score: Only calls with a row whose score is `least_score` or more. It maps a batch to one
@@ -99,7 +100,7 @@ class Fault:
     probability: float = 1.0
     workers: Sequence[int] | None = None
     calls: Sequence[int] | None = None
-    latency: AbstractLatency | None = None
+    latency: AbstractLatency | Callable[[Any], float] | None = None
     episodes: Episodes | None = None
     score: Callable[[Any], Any] | None = None
     least_score: float = 0.0
@@ -112,7 +113,7 @@ class Fault:
             raise ValueError(f"probability must be in [0, 1], not {self.probability}")
         if (self.kind == "delay") != (self.latency is not None):
             raise ValueError('a "delay" needs a latency law, and nothing else takes one')
-        if self.latency is not None:
+        if isinstance(self.latency, AbstractLatency):
             check_alike(
                 self.latency,
                 "the delays of a Fault have one law. If it differs between workers, give each its "
@@ -263,7 +264,10 @@ class WorkerFaults:
         # For the order of swapped rows, so that these shift no other draws.
         self.swap_random = np.random.default_rng([faults.seed, worker, life, 0xBAD])
         self._delays = [
-            _draws(fault.latency, faults.seed, number, worker, life) for number, fault in mine
+            _draws(fault.latency, faults.seed, number, worker, life)
+            if isinstance(fault.latency, AbstractLatency)
+            else None
+            for number, fault in mine
         ]
         self._spells = [
             _Spells(fault.episodes, time) if fault.episodes is not None else None
@@ -286,6 +290,8 @@ class WorkerFaults:
             if strikes and struck and (spells is None or spells.now()):
                 if delays is not None:
                     seconds += float(delays[call % _DRAWS])
+                elif callable(fault.latency):
+                    seconds += 0.0 if batch is None else float(fault.latency(batch))
                 else:
                     kinds.add(fault.kind)
         return StruckCall(seconds, kinds)
@@ -297,9 +303,7 @@ def row_norm(batch: PyTree) -> np.ndarray:
     return np.sqrt(sum(np.sum(leaf.reshape(len(leaf), -1) ** 2, axis=1) for leaf in leaves))
 
 
-def _draws(latency: AbstractLatency | None, seed: int, *numbers: int) -> np.ndarray | None:
-    if latency is None:
-        return None
+def _draws(latency: AbstractLatency, seed: int, *numbers: int) -> np.ndarray:
     key = jax.random.key(seed)
     for number in numbers:
         key = jax.random.fold_in(key, number)

@@ -63,6 +63,11 @@ class SimulatedClock(AbstractClock):
     def turns(self, name: str, turn: Callable[[], float]) -> AbstractTurns:
         return _Turns(self, turn)
 
+    def start(self, name: str, work: Callable[[], Any]) -> Callable[[], bool]:
+        """Do the work at once: it takes no simulated time."""
+        work()
+        return lambda: False
+
     def wait(self, condition: threading.Condition, seconds: float) -> None:
         """Jump to the next event, or to the end of the wait: nothing else could notify anybody."""
         end = self._now + seconds
