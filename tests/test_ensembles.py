@@ -127,6 +127,24 @@ def test_a_run_goes_on_until_the_interval_is_short_enough():
     assert len(unknown) == np.sum(early.status == "unknown")
 
 
+def test_a_resumed_run_estimates_by_what_the_folder_has(tmp_path):
+    x, options = rows(), {"statistic": lambda result: result.mean(first), "tolerance": 0.2}
+    options |= {"folder": tmp_path / "run", "seed": 1}
+    earlier, _ = run(x, stop_when=lambda estimate: estimate.width < 0.05, **options)
+    computed = np.sum(earlier.status == "computed")
+    assert computed < ROWS / 2
+    wanted = earlier.mean(first).width / 4
+    # Without a goal nothing more is computed; with one, the run goes on.
+    again, _ = run(x, **options | {"statistic": None}, resume=True)
+    further, _ = run(x, stop_when=lambda each: each.width < wanted, **options, resume=True)
+    assert further.mean(first).width < wanted
+    assert np.sum(further.status == "computed") > computed
+    for result in (earlier, again, further):
+        low, high = result.mean(first).interval
+        assert low <= function(x)[:, 0].mean() <= high
+        assert high - low < 0.06
+
+
 def test_late_rows_are_sent_again_first_where_the_interval_comes_from_them():
     """A late call's copy is quick here, so that the interval gets short before the original."""
     begun, sent = set(), []
@@ -160,6 +178,8 @@ def test_arguments_that_do_not_fit_are_refused():
         result.mean()
     with pytest.raises(ValueError, match="`f` maps 400 rows to a number each"):
         result.mean(lambda y: y)
+    with pytest.raises(ValueError, match=r"not to \(\)"):
+        result.mean(lambda y: 1.0)
     with pytest.raises(ValueError, match="not finite"):
         result.mean(lambda y: np.where(y[:, 0] > 0, 1.0, np.nan))
     with pytest.raises(ValueError, match=r"a share between 0 and 1, not 1\.5"):

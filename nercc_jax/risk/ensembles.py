@@ -1,10 +1,9 @@
 """The mean, a probability or a quantile over all rows of an ensemble, of which some were computed.
 
-Computed rows count with their own values, exactly. The others are predicted, and the predictions
-are corrected by rows whose errors are known: those drawn at random, for rows that nobody waited
-for, and those that came late, for rows that are late or missing. This is prediction-powered
-inference (Angelopoulos, Bates, Fannjiang, Jordan and Zrnic 2023, "Prediction-powered inference"),
-stratified by lateness. Judged rows are no less certain than the open ones that they stand for.
+Computed rows count with their own values. The others are predicted, and the predictions corrected
+by rows whose errors are known: those drawn at random, for rows that nobody waited for, and those
+that came late, for rows that are late or missing. This is prediction-powered inference
+(Angelopoulos et al. 2023), stratified by lateness.
 
 Let `g` be what is asked of a row's value, such as whether it exceeds a threshold. Errors are known
 in units of the row's deviation, `z_j = (y_j - p_j) / d_j`, and an open row `i` may have any of the
@@ -14,10 +13,9 @@ uncertainty `v_i`. The sum over open rows of one kind, whose weights are `w_i`, 
     sum_i w_i m_i + b sum_i w_i sqrt(v_i),  b = sum_j (g(y_j) - m_j) / sum_j sqrt(v_j),
 
 a ratio estimator of the error that predictions have in common (Cochran 1977, chapter 6). Its
-variance is `sum_i w_i^2 v_i + (sum_i w_i sqrt(v_i))^2 sum_j v_j / (sum_j sqrt(v_j))^2`, times the
-residual variance of the ratio over `sum_j v_j / n` if that is larger. A row that nobody waited for
-would have been late with the probability with which rows of similar predictions were: that share of
-it counts with the late ones.
+variance is `sum_i w_i^2 v_i + (sum_i w_i sqrt(v_i))^2 sum_j v_j / (sum_j sqrt(v_j))^2`, times that
+of the ratio's residuals over `sum_j v_j / n`, if it is larger. A row that nobody waited for would
+have been late as often as rows of similar predictions: that share of it counts with the late ones.
 """
 
 import dataclasses
@@ -32,14 +30,11 @@ from ._accuracy import conformal_quantile
 
 # Maps values (rows, ...) to a number a row, or to a truth value a row.
 RowStatistic: TypeAlias = Callable[[Any], Any]
-
-_DRAWS = 128  # errors from which a row's values are drawn
-_NEAREST = 32  # rows of which a share is late
-_CHUNK = 1 << 20  # numbers that are drawn together
+Weights: TypeAlias = Float[np.ndarray, " rows"] | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class EnsembleEstimate:
     """An estimate over all rows of an ensemble.
 
     Attributes:
@@ -68,9 +63,8 @@ class RowEvidence:
     """An ensemble's rows, as far as they are known, and what tells how far.
 
     Attributes:
-        values: Own values where `computed`.
-        predictions: Predicted values, those of `judged` rows made without their own; NaN where
-            there is none.
+        values: Own values where `computed`, predicted ones elsewhere.
+        predictions: Predicted values, those of `judged` rows made without their own.
         deviation: How far these may be off, in units of the outputs.
         computed: Rows that count with their own values.
         late: Rows that came late, or have not come though workers have had them for long.
@@ -89,40 +83,29 @@ class RowEvidence:
     def map(self, f: RowStatistic | None) -> "RowEvidence":
         """Return what `f` gives of values and predictions, (rows, outputs).
 
-        A row without a prediction has the mean of all, which is off by their spread.
-
         Raises:
             ValueError: If `f` does not give a finite number for each row.
         """
-        number, own = len(self.computed), self.values[self.computed]
-        predictions, deviation = self.predictions.copy(), self.deviation.copy()
-        unknown = ~np.isfinite(predictions.reshape(number, -1)).all(axis=1) | np.isinf(deviation)
-        predictions[unknown] = own.mean(axis=0)
-        deviation[unknown] = np.sqrt(np.mean((own - own.mean(axis=0)) ** 2))
-        values = np.where(
-            self.computed.reshape(-1, *[1] * (predictions.ndim - 1)), self.values, predictions
-        )
-        mapped = []
-        for each in (values, predictions):
+        number, mapped = len(self.computed), []
+        for each in (self.values, self.predictions):
             found = np.asarray(each if f is None else f(each), float)
-            if len(found) != number or (f is not None and found.ndim > 1):
+            if found.shape[:1] != (number,) or (f is not None and found.ndim > 1):
                 raise ValueError(f"`f` maps {number} rows to a number each, not to {found.shape}")
             mapped.append(found.reshape(number, -1))
         if odd := np.count_nonzero(~np.isfinite(np.hstack(mapped)).all(axis=1)):
             raise ValueError(f"{odd} rows' values or predictions are not finite: map them by `f`")
-        return dataclasses.replace(
-            self, values=mapped[0], predictions=mapped[1], deviation=deviation
-        )
+        return dataclasses.replace(self, values=mapped[0], predictions=mapped[1])
 
 
 def average(
     rows: RowEvidence,
     g: RowStatistic,
-    weights: Float[np.ndarray, " rows"] | None,
+    weights: Weights,
     coverage: float,
     *,
     step: bool = False,
-) -> Estimate:
+    draws: int = 128,
+) -> EnsembleEstimate:
     """Return the weighted mean of `g` over all rows, with an interval.
 
     Args:
@@ -131,6 +114,7 @@ def average(
         weights: Of the rows, from 0 on (default: all the same).
         coverage: The probability with which the interval holds.
         step: Whether `g` is 0 or 1. No such mean is known better than by half a row.
+        draws: Errors of a kind that open rows' values are drawn by, at most.
 
     Raises:
         ValueError: If weights or coverage do not fit.
@@ -144,7 +128,7 @@ def average(
     w = w / w.sum()
     value = float(w[computed] @ np.asarray(g(rows.values[computed]), float))
     if computed.all():
-        return Estimate(value, (value, value), coverage)
+        return EnsembleEstimate(value, (value, value), coverage)
 
     # Rows whose errors are known, in units of deviations, and the open ones that they stand for.
     open_rows, late = np.flatnonzero(~computed), np.flatnonzero(~computed & rows.late)
@@ -152,13 +136,14 @@ def average(
     judged = rows.judged & rows.random & ~rows.late
     judged &= rows.deviation <= rows.deviation[prompt if len(prompt) else late].max()
     of_kind = [np.flatnonzero(each) for each in (judged, rows.judged & rows.late)]
-    errors = [_errors(rows, each) for each in of_kind]
+    z = (rows.values - rows.predictions) / np.maximum(rows.deviation, 1e-300)[:, None]
+    errors = [z[np.random.default_rng(0).permutation(each)[:draws]] for each in of_kind]
     if len(errors[0]) < 2:
         note = "fewer than two rows that were drawn at random have come"
-        return Estimate(math.nan, (-math.inf, math.inf), coverage, note=note)
+        return EnsembleEstimate(math.nan, (-math.inf, math.inf), coverage, note=note)
     few = math.isinf(conformal_quantile(np.abs(errors[1]).max(axis=1, initial=0.0), coverage))
     if few:
-        errors[1] = np.concatenate(errors)[-_DRAWS:]
+        errors[1] = np.concatenate(errors)[-draws:]
     share = _shares_of_late(rows)[prompt]
     weighted = [
         (prompt, (1 - share) * w[prompt]),
@@ -172,11 +157,11 @@ def average(
         if kind == 1 and few:
             low, high = float(v @ (mean - least)), float(v @ (most - mean))
             continue
-        known, draws = of_kind[kind], len(errors[kind])
+        known, drawn = of_kind[kind], len(errors[kind])
         expected, spread, *_ = _moments(rows, g, known, errors[kind])
         own = np.asarray(g(rows.values[known]), float)
-        if draws == len(known):  # a row's own error is one of those drawn
-            expected = (draws * expected - own) / (draws - 1)
+        if drawn == len(known):  # a row's own error is one of those drawn
+            expected = (drawn * expected - own) / (drawn - 1)
         more, scale, total = 1.0, float(np.sqrt(spread).sum()), float(spread.sum())
         if scale > 0:
             bias, size = float((own - expected).sum()) / scale, float(v @ np.sqrt(variance))
@@ -188,7 +173,7 @@ def average(
         # A variance by n errors varies by (kurtosis - 1) / n, over its square.
         squares = np.sum((errors[kind] - errors[kind].mean(axis=0)) ** 2, axis=1)
         ratio = squares.var() / max(squares.mean() ** 2, 1e-300)
-        degrees[kind] = min(2 * draws / max(float(ratio), 1e-9), draws - 1)
+        degrees[kind] = min(2 * drawn / max(float(ratio), 1e-9), drawn - 1)
 
     half, total = 0.0, float(variances.sum())
     if total > 0:  # Student's t with Welch and Satterthwaite's degrees of freedom
@@ -202,18 +187,16 @@ def average(
     if low + high > 0:
         from_late = (low + high) / (low + high + 2 * half)
         note = (
-            f"only {len(of_kind[1])} late rows have come: the others count with the worst error "
-            "that any row has had, in units of deviations"
+            f"only {len(of_kind[1])} late rows have come: those that are missing count with the "
+            "worst error that any row has had, in units of deviations"
         )
     ends = (value - half - low, value + half + high)
     if step:
         value, ends = min(max(value, 0.0), 1.0), (max(ends[0], 0.0), min(ends[1], 1.0))
-    return Estimate(value, ends, coverage, from_late, note)
+    return EnsembleEstimate(value, ends, coverage, from_late, note)
 
 
-def quantile(
-    rows: RowEvidence, q: float, weights: Float[np.ndarray, " rows"] | None, coverage: float
-) -> Estimate:
+def quantile(rows: RowEvidence, q: float, weights: Weights, coverage: float) -> EnsembleEstimate:
     """Return the least value that a share `q` of the rows does not exceed, with an interval.
 
     The interval has the values whose share of rows may be `q`, by the share's own interval. Args
@@ -225,7 +208,7 @@ def quantile(
     # Shares change by whole rows.
     q -= (1 / len(rows.values) if weights is None else float(np.max(weights / np.sum(weights)))) / 2
 
-    def first(end: Callable[[Estimate], float]) -> int:
+    def first(end: Callable[[EnsembleEstimate], float]) -> int:
         """Return the first place at which the share, or an end of it, is `q` or more."""
         low, high = 0, len(places)
         while low < high:
@@ -252,16 +235,7 @@ def quantile(
     return dataclasses.replace(at, value=float(places[value]), interval=ends)
 
 
-def _errors(
-    rows: RowEvidence, judged: Int[np.ndarray, " judged"]
-) -> Float[np.ndarray, "draws outputs"]:
-    """Return errors of judged rows in units of deviations, `_DRAWS` at most."""
-    judged = judged[rows.deviation[judged] > 0]
-    judged = np.random.default_rng(0).permutation(judged)[:_DRAWS]
-    return (rows.values[judged] - rows.predictions[judged]) / rows.deviation[judged, None]
-
-
-def _shares_of_late(rows: RowEvidence) -> Float[np.ndarray, " rows"]:
+def _shares_of_late(rows: RowEvidence, nearest: int = 32) -> Float[np.ndarray, " rows"]:
     """Return for each row the probability that it would be late.
 
     It is the share of late ones among the rows whose values or predictions are nearest in rank,
@@ -270,15 +244,15 @@ def _shares_of_late(rows: RowEvidence) -> Float[np.ndarray, " rows"]:
     """
     known = np.flatnonzero(rows.computed | rows.late)
     late = rows.late[known]
-    if rows.values.shape[1] > 1 or len(known) < _NEAREST:
+    if rows.values.shape[1] > 1 or len(known) < nearest:
         random = rows.random[known]
         return np.full(len(rows.late), late[random].mean() if random.any() else 0.0)
     places = rows.values[:, 0]
     order = np.argsort(places[known], kind="stable")
     sums = np.concatenate([[0.0], np.cumsum(late[order])])
     at = np.searchsorted(places[known][order], places)
-    start = np.clip(at - _NEAREST // 2, 0, len(known) - _NEAREST)
-    return (sums[start + _NEAREST] - sums[start]) / _NEAREST
+    start = np.clip(at - nearest // 2, 0, len(known) - nearest)
+    return (sums[start + nearest] - sums[start]) / nearest
 
 
 def _moments(
@@ -289,7 +263,7 @@ def _moments(
 ) -> Float[np.ndarray, "4 some"]:
     """Return the mean, variance, least and largest `g` of some rows, over these errors."""
     found = np.zeros((4, len(some)))
-    step = max(_CHUNK // errors.size, 1)
+    step = max((1 << 20) // errors.size, 1)  # numbers that are drawn together
     for place in range(0, len(some), step):
         part = some[place : place + step]
         drawn = rows.predictions[part, None] + rows.deviation[part, None, None] * errors

@@ -18,12 +18,13 @@ from jaxtyping import Shaped
 from ..pools import AbstractPool, Batch
 from ..pools._backend import pool_counts
 from ..pools._clock import TimeShare
-from ..risk import Accuracy, Estimate
+from ..risk import Accuracy, EnsembleEstimate
 from ._interface import RowFunction, RowProgress, RowResult, RowSettings
 from ._learner import FittedLearner, LearnerThread, learn
 from ._state import (
     COMPUTED,
     PREDICTED,
+    WAITING,
     Answered,
     Estimated,
     Event,
@@ -58,8 +59,8 @@ def run_rows(
     ids: Shaped[np.ndarray, " rows"] | Sequence[str | int] | None = None,
     on_progress: Callable[[RowProgress], Any] | None = None,
     on_rows: Callable[[Any, Any, bool], Any] | None = None,
-    statistic: Callable[[RowResult], Estimate] | None = None,
-    stop_when: Callable[[Estimate], bool] | None = None,
+    statistic: Callable[[RowResult], EnsembleEstimate] | None = None,
+    stop_when: Callable[[EnsembleEstimate], bool] | None = None,
     **options: Any,
 ) -> RowResult:
     """Run a function on each row: every row is computed, or predicted within a tolerance.
@@ -139,6 +140,8 @@ def run_rows(
     if folder is not None:
         check_parts(Path(folder), resume)
         parts = Parts(Path(folder), {"inputs": fingerprint(x)} | facts, state.table, names)
+    if stop_when is not None:  # what an earlier run predicted may be computed
+        state.table.move(state.table.all_in(PREDICTED), WAITING)
     opening: Any = contextlib.nullcontext(pool)
     if not isinstance(pool, AbstractPool):
         further: Any = {"compiled": False, "hang_timeout": settings.hang_timeout}
@@ -161,9 +164,9 @@ class _Run:
         estimate: The latest one.
     """
 
-    statistic: Callable[[], Estimate] | None = None
-    stop_when: Callable[[Estimate], bool] | None = None
-    estimate: Estimate | None = None
+    statistic: Callable[[], EnsembleEstimate] | None = None
+    stop_when: Callable[[EnsembleEstimate], bool] | None = None
+    estimate: EnsembleEstimate | None = None
 
     def __init__(
         self,
@@ -245,7 +248,7 @@ class _Run:
                 shown = self._clock.now()
 
     def _look_at_statistic(self) -> None:
-        """Estimate the statistic from the rows so far, if there are new ones, and there is time."""
+        """Estimate the statistic from the rows so far, if new ones came, and there is time."""
         computed, begin = self._state.computed, self._clock.now()
         if self.statistic is None or computed == self._estimated or begin < self._time.next:
             return

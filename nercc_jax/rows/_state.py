@@ -403,28 +403,31 @@ class RowState:
         )
 
     def row_evidence(self) -> RowEvidence | None:
-        """Return all that is known of rows' values, for statistics; None if no row has one."""
-        table, evidence = self.table, self.evidence
-        if table.values is None:
+        """Return all that is known of rows' values, for statistics; None if none is finite."""
+        table, mean = self.table, self.evidence.mean
+        if table.values is None or not len(table.learnable):
             return None
-        computed, states = table["state"] == COMPUTED, table["state"]
-        late = table.late | ((table["tries"] > 0) & (states < COMPUTED))
-        predictions, judged = np.full(table.values.shape, np.nan, np.float32), computed.copy()
-        if evidence.mean is not None:
-            estimated = table["estimated"]
-            predictions[estimated] = evidence.mean[estimated].reshape(-1, *predictions.shape[1:])
-            judged &= estimated
-            judged[judged] = evidence.tells(np.flatnonzero(judged))
-        judged &= table["audit"] | late
-        return RowEvidence(
-            table.values,
-            predictions,
-            table["expected"].copy(),
-            computed,
-            late,
-            table["audit"],
-            judged,
+        computed, deviation = table["state"] == COMPUTED, table["expected"].copy()
+        late = table.late | ((table["tries"] > 0) & ~computed)
+        judged = computed & (table["audit"] | late)
+        # A row without a prediction has the mean of all, which is off by their spread.
+        known = table.values[table.learnable]
+        predictions = np.broadcast_to(known.mean(axis=0), table.values.shape).copy()
+        estimated = table["estimated"] & np.isfinite(deviation)
+        earlier = ~estimated & (table["state"] == PREDICTED)  # by the run that is resumed
+        predictions[earlier], deviation[earlier] = (
+            table.values[earlier],
+            table["deviation"][earlier],
         )
+        deviation[~estimated & ~earlier] = np.sqrt(np.mean((known - known.mean(axis=0)) ** 2))
+        if mean is not None:
+            predictions[estimated] = mean[estimated].reshape(-1, *known.shape[1:])
+            judged &= estimated
+            judged[judged] = self.evidence.tells(np.flatnonzero(judged))
+        values = predictions.copy()
+        values[computed] = table.values[computed]
+        audit = table["audit"].copy()
+        return RowEvidence(values, predictions, deviation, computed, late, audit, judged)
 
 
 # When a run is over.
