@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from ._clock import ErrorCounter, Watcher
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -24,62 +26,54 @@ def ray_module() -> Any:
     return ray
 
 
-class HeadProbe:
-    """A probe of a cluster's head at HOST:PORT, which its users have probed by `look`, often.
+class Head:
+    """A cluster's head, asked once a second: Ray says nothing of a head that is gone.
 
-    Without an address, which may not be known, the head counts as there. Its users have a thread
-    for it, since calls to Ray itself wait for a frozen head.
+    Its other calls wait for the head, and after a minute Ray ends the process.
 
-    Args:
-        address: HOST:PORT.
-        every: Seconds between two probes, at least, however often `look` is called.
-        timeout: Seconds for the head to answer.
-        misses: Probes without an answer, one after the other, that make an alarm.
+    Attributes:
+        frozen: Whether it takes connections and answers nothing, as a stopped process does.
+        seen: The monotonic time of its last answer.
+        misses: Questions without an answer since then.
     """
 
-    def __init__(self, address: str, every: float = 0.5, timeout: float = 2.0, misses: int = 2):
+    def __init__(self, address: str):
+        """Begin to ask the head at HOST:PORT; without an address it counts as there."""
         self.address = address
-        host, _, port = address.rpartition(":")
-        self._target = host.strip("[]"), int(port or 0)
-        self._every, self._timeout, self._most = every, timeout, misses
+        self.frozen, self.seen, self.misses = False, time.monotonic(), 0
         # Seconds without a head after which Ray ends this process.
         variable = "RAY_gcs_rpc_server_reconnect_timeout_s"
         self._limit = float(os.environ.get(variable) or 60.0)
-        self._lock = threading.Lock()
-        self._looked = -math.inf
-        self._seen, self._misses, self._frozen = time.monotonic(), 0, False
+        self._client: Any = None
+        self._watcher = Watcher("nercc-head", self._look, ErrorCounter(), lambda: None)
+        if address:
+            self._watcher.start()
 
-    def look(self) -> float:
-        """Probe the head, unless it was probed just now, and return when it is to be next."""
-        with self._lock:
-            if self.address and time.monotonic() - self._looked >= self._every:
-                self._ask()
-                self._looked = time.monotonic()
-        return time.monotonic() + 1.0
-
-    def _ask(self) -> None:
-        self._frozen = False
+    def _look(self) -> float:
+        self.frozen = False
         try:
-            with socket.create_connection(self._target, self._timeout) as connection:
-                # An accepted connection proves nothing: the kernel accepts it for a frozen process,
-                # too. gRPC answers the preface of HTTP/2 (RFC 9113, 3.4) and an empty frame of
-                # settings with its own at once.
-                self._frozen = True
-                settings = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-                connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
-                connection.recv(1)  # an empty one is an answer, too: the peer has hung up
-        except OSError:
-            self._misses += 1
-            if self._misses == self._most:
+            host, _, port = self.address.rpartition(":")
+            # The kernel accepts a connection for a process that is stopped, too.
+            socket.create_connection((host.strip("[]"), int(port)), 2.0).close()
+            self.frozen = True
+            if self._client is None:
+                from ray._raylet import GcsClient
+
+                self._client = GcsClient(address=self.address)
+            self._client.internal_kv_exists(b"nercc", None, timeout=2.0)
+        except (OSError, ray_module().exceptions.RayError):
+            self.misses += 1
+            if self.misses == 2:
                 _LOG.error("%s", self.alarm)
-            return
-        if self.gone:
-            _LOG.warning("Ray's head answers again")
-        self._seen, self._misses, self._frozen = time.monotonic(), 0, False
+        else:
+            if self.gone:
+                _LOG.warning("Ray's head answers again")
+            self.frozen, self.seen, self.misses = False, time.monotonic(), 0
+        return time.monotonic() + 1.0
 
     @property
     def gone(self) -> bool:
-        return self._misses >= self._most
+        return self.misses >= 2
 
     @property
     def ends_at(self) -> float:
@@ -87,13 +81,13 @@ class HeadProbe:
 
         Infinite, too, where the head is frozen: its connections are open, and Ray does not notice.
         """
-        return self._seen + self._limit if self.gone and not self._frozen else math.inf
+        return self.seen + self._limit if self.gone and not self.frozen else math.inf
 
     @property
     def alarm(self) -> str | None:
         if not self.gone:
             return None
-        if self._frozen:
+        if self.frozen:
             return (
                 f"Ray's head at {self.address} takes connections and says nothing, as a process "
                 "that is stopped: workers go on, and none is replaced until it goes on"
@@ -102,6 +96,9 @@ class HeadProbe:
             f"Ray's head at {self.address} does not answer: workers go on, none is replaced, and "
             f"unless it is back within {self._limit:g} s Ray ends this process"
         )
+
+    def close(self) -> None:
+        self._watcher.close()
 
 
 class Membership:
@@ -116,68 +113,53 @@ class Membership:
         self._users = 0
         self._job: str | None = None  # of Ray, where it was us who connected
         self._environment: dict[str, Any] = {}
-        self._probe: HeadProbe | None = None
+        self._head: Head | None = None
 
     def enter(
         self,
         address: str | None,
         runtime_env: Mapping[str, Any] | None,
         elsewhere: Mapping[str, Any] | None = None,
-    ) -> HeadProbe:
-        """Connect this process, unless it is connected, as `join_ray`; `leave` must follow.
-
-        Returns:
-            The probe of the cluster's head, one for all users.
-        """
+    ) -> Head:
+        """Connect this process, unless it is connected, as `join_ray`; `leave` must follow."""
         with self._lock:
             ray = ray_module()
             if not ray.is_initialized():
                 own = dict(runtime_env or {})
                 _connect(address, own, own if elsewhere is None else dict(elsewhere))
-                self._users, self._job, self._environment = 0, _job(), own
+                self._job, self._environment = ray.get_runtime_context().get_job_id(), own
+                self._users = 0
             elif self._environment != (runtime_env or self._environment):
                 raise ValueError(
                     "this process is connected to a Ray already, with another runtime environment: "
                     "give it to the first pool, or to `ray.init` where that connects"
                 )
-            head = _head(address)
-            if self._probe is None or self._probe.address != head:
-                self._probe = HeadProbe(head)
+            # Ray's client, for processes outside of the cluster, has no such address.
+            found = str(getattr(ray.get_runtime_context(), "gcs_address", ""))
+            if self._head is None or self._users == 0 or self._head.address != found:
+                self._head = Head(found)
             self._users += 1
-            return self._probe
+            return self._head
 
     @property
     def lost(self) -> bool:
-        return self._probe is not None and self._probe.gone
+        return self._head is not None and self._head.gone
 
     def leave(self) -> None:
         """End one use; call it once for each `enter`."""
         with self._lock:
             self._users -= 1
+            if self._users > 0 or self.lost:  # Ray would wait for its head
+                return
+            if self._head is not None:
+                self._head.close()
             ray = ray_module()
-            if self.lost:
-                return  # Ray would wait for its head
-            if self._users <= 0 and self._job is not None and ray.is_initialized():
-                if self._job == _job():
-                    ray.shutdown()
-                self._job, self._environment = None, {}
+            if ray.is_initialized() and ray.get_runtime_context().get_job_id() == self._job:
+                ray.shutdown()
+            self._job, self._environment = None, {}
 
 
 MEMBERSHIP = Membership()
-
-
-def _head(address: str | None) -> str:
-    address = address or os.environ.get("RAY_ADDRESS") or ""
-    if "://" in address:
-        return urllib.parse.urlsplit(address).netloc
-    try:
-        return str(ray_module().get_runtime_context().gcs_address)
-    except AttributeError:  # Ray's client, whose own connection must be enough
-        return ""
-
-
-def _job() -> str:
-    return ray_module().get_runtime_context().get_job_id()
 
 
 def join_ray(
@@ -231,16 +213,16 @@ def _connect(address: str | None, runtime_env: dict[str, Any], elsewhere: dict[s
                 "no Ray was started on this machine (`ray start`): give the address of its head"
             )
         address = here or "local"
-    what = "started a Ray on this machine" if address == "local" else f"joined Ray at {address}"
     if address == "local":
         _start(runtime_env)
     else:
         _reach(address)
         _init(address, elsewhere)
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    resources = ray.cluster_resources()
-    total = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
-    _LOG.info("%s: %d %s, %s", what, len(alive), "node" if len(alive) == 1 else "nodes", total)
+    what = "started a Ray on this machine" if address == "local" else f"joined Ray at {address}"
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    cpus, gpus = (ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU"))
+    each = "node" if nodes == 1 else "nodes"
+    _LOG.info("%s: %d %s, %g CPUs, %g GPUs", what, nodes, each, cpus, gpus)
 
 
 def _reach(address: str) -> None:
@@ -279,38 +261,29 @@ def _start(runtime_env: dict[str, Any]) -> None:
     """Start a Ray of our own.
 
     Linux kills Ray's processes when the thread that started them ends, and then Ray ends ours. So
-    that is the main thread, or one that does nothing else for good: any thread may make a pool.
+    that is a thread that does nothing else for good: any thread may make a pool.
     """
-
-    def start() -> None:
-        with warnings.catch_warnings():
-            # Of os.fork, which Ray follows by exec at once: no thread of JAX is missed.
-            warnings.simplefilter("ignore", RuntimeWarning)
-            # A busy machine's head may need longer than Ray waits for it (30 s for its port).
-            for _ in range(2):
-                try:
-                    return _init("local", runtime_env)
-                except Exception as error:
-                    _LOG.warning("Ray did not start, and is started again: %s", last_line(error))
-                    ray_module().shutdown()
-            _init("local", runtime_env)
-
-    if threading.current_thread() is threading.main_thread():
-        start()
-        return
     started: concurrent.futures.Future[None] = concurrent.futures.Future()
 
-    def stay() -> None:
-        try:
-            start()
-        except BaseException as error:
-            started.set_exception(error)
-            return
+    def start() -> None:
+        # A busy machine's head may need longer than Ray waits for it (30 s for its port).
+        for left in (2, 1, 0):
+            try:
+                _init("local", runtime_env)
+                break
+            except Exception as error:
+                if not left:
+                    return started.set_exception(error)
+                _LOG.warning("Ray did not start, and is started again: %s", last_line(error))
+                ray_module().shutdown()
         started.set_result(None)
         threading.Event().wait()
 
-    threading.Thread(target=stay, name="nercc-ray", daemon=True).start()
-    started.result()
+    with warnings.catch_warnings():
+        # Of os.fork, which Ray follows by exec at once: no thread of JAX is missed.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        threading.Thread(target=start, name="nercc-ray", daemon=True).start()
+        started.result()
 
 
 def last_line(error: BaseException | None) -> str:
