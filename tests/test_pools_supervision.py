@@ -40,7 +40,7 @@ def test_a_start_that_raises_is_tried_again(backend, open_scheduler):
 
 def test_a_worker_that_never_gets_ready_is_started_again(backend, open_scheduler):
     scheduler = open_scheduler(1)
-    scheduler._start_timeout = 0.05
+    scheduler.state.start_timeout = 0.05
     backend._begin = lambda worker, life: None
     batch = dispatch(scheduler, 1)
     backend.answer(0, WorkerDied("killed"))
@@ -86,15 +86,15 @@ def test_a_turn_of_the_watcher_that_fails_is_not_its_last(
     backend, open_scheduler, monkeypatch, caplog
 ):
     scheduler = open_scheduler(1, hang_timeout=0.05)
-    attend, failing = scheduler._handle_due, [True]
+    tick, failing = scheduler.state.tick, [True]
 
-    def fail_once(worker, now):
+    def fail_once(now):
         if failing:
             failing.pop()
             raise ZeroDivisionError("a mistake in the records")
-        return attend(worker, now)
+        tick(now)
 
-    monkeypatch.setattr(scheduler, "_handle_due", fail_once)
+    monkeypatch.setattr(scheduler.state, "tick", fail_once)
     dispatch(scheduler, 1)
     soon(lambda: scheduler.report().hung)
     assert scheduler.report().internal_errors == 1
@@ -128,13 +128,13 @@ def test_a_pool_whose_watcher_is_gone_fails_at_once_and_says_so(backend, open_sc
 def test_books_that_fail_while_a_worker_responds_break_the_pool(
     backend, open_scheduler, monkeypatch
 ):
-    def fail(worker, outcome):
+    def fail(worker, outcome, now):
         raise KeyError("no such batch")
 
     scheduler = open_scheduler(2)
     batch = dispatch(scheduler, 4)
     backend.answer(0)
-    monkeypatch.setattr(scheduler, "_handle_answer", fail)
+    monkeypatch.setattr(scheduler.state, "handle", fail)
     backend.answer(0)
     answers = batch.wait(deadline=SOON)
     assert answers.available.sum() == 1, "what was in is not lost"

@@ -105,7 +105,7 @@ def test_the_end_of_an_earlier_life_costs_the_next_one_nothing(backend, open_sch
     scheduler = open_scheduler(1, hang_timeout=0.05, max_attempts=10**6)
     batch = dispatch(scheduler, 1)
     soon(lambda: scheduler.report().hung)
-    scheduler._hang_timeout = SOON
+    scheduler.state.hang_timeout = SOON
     soon(lambda: backend.sent[0][0] == backend.lives[0] - 1 and scheduler.report().busy)
     deaths, life = scheduler.report().deaths, backend.sent[0][0]
     for earlier in range(life):
@@ -191,8 +191,8 @@ def test_a_copy_is_hoped_for_though_its_overdue_original_fails(backend, open_sch
 def test_a_task_is_overdue_by_the_times_of_its_size(backend, open_scheduler):
     scheduler = open_scheduler(3, overdue=Overdue(0.5, 1.0, least=4))
     for _ in range(4):
-        scheduler._times[scheduler._overdue].add(1, 0.001)
-        scheduler._times[scheduler._overdue].add(8, 10.0)
+        scheduler.state.times_of(None).add(1, 0.001)
+        scheduler.state.times_of(None).add(8, 10.0)
     batch = scheduler.open(2, None, 2, None, None)
     scheduler.add(batch, [0, 1], [np.zeros((1, 1)), np.ones((8, 1))], [0, 0])
     soon(lambda: len(backend.sent) == 3)
@@ -310,7 +310,7 @@ def test_points_of_one_batch_may_hold_different_numbers_of_data_points(backend, 
 def test_a_wait_for_an_idle_worker_is_reported(backend, open_scheduler):
     scheduler = open_scheduler(2)
     seen = []
-    scheduler.on_idle(lambda: seen.append(scheduler.idle))
+    scheduler.on_idle = lambda: seen.append(scheduler.idle)
     batch = dispatch(scheduler, 3)
     assert (scheduler.idle, seen) == (0, [])
     backend.answer(0)  # and is given the third

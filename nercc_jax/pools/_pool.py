@@ -255,7 +255,7 @@ class AbstractPool(abc.ABC):
 
         It is called from one of the pool's threads, as `on_change` is, and must be as quick.
         """
-        self._scheduler.on_idle(callback)
+        self._scheduler.on_idle = callback
 
     def close(self) -> None:
         """End the workers. Whoever still waits gets the answers that are in."""

@@ -21,17 +21,19 @@ The rules:
 """
 
 import collections
+import contextlib
+import dataclasses
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from jaxtyping import PyTree
 
 from ..codes._checks import check_counts
-from ._backend import PoolReport, WorkerBackend, WorkerDied, WorkerSlot
-from ._batch import Batch, BatchContext, Failure, Refuse, Task, reason_of, refuse_odd
+from ._backend import PoolReport, WorkerBackend, WorkerDied, WorkerReport, WorkerState
+from ._batch import Batch, Failure, Refuse, Task, arrays_of, reason_of, refuse_odd
 from ._clock import WALL, AbstractClock, ErrorCounter, Watcher, pause_after
 from ._times import CALLS_KEPT, AnswerTimes, Call, Overdue
 from ._worker import WEIGHTS
@@ -39,6 +41,39 @@ from ._worker import WEIGHTS
 _LOG = logging.getLogger(__name__)
 
 _STARTS = 3  # failed starts of a worker after which a new pool gives up
+
+
+@dataclasses.dataclass
+class Slot:
+    """A worker's record at the scheduler, through all its lives."""
+
+    life: int = 0
+    begun: bool = False  # this life has begun, and is not over
+    ready: bool = False
+    task: Task | None = None
+    since: float = 0.0  # when it was given its task
+    overdue: bool = False
+    fenced: bool = False
+    deaths: int = 0
+    failed_starts: int = 0  # lives that ended before it was ready, one after the other
+    start_at: float = math.inf  # when the next life begins, should this one not be ready by then
+
+    @property
+    def state(self) -> WorkerState:
+        if not self.ready:
+            return "starting"
+        if self.fenced:
+            return "fenced"
+        if self.task is None:
+            return "idle"
+        return "overdue" if self.overdue else "busy"
+
+    def due(self, hang_timeout: float) -> float:
+        """Return when the worker must be looked at, if nothing happens until then."""
+        if self.task is None:
+            return self.start_at
+        limit = hang_timeout if self.overdue else min(self.task.limit, hang_timeout)
+        return self.since + limit
 
 
 class SendQueue:
@@ -51,7 +86,7 @@ class SendQueue:
     `capacity(busy)` is `WorkerBackend.spare_capacity`.
     """
 
-    def __init__(self, slots: Sequence[WorkerSlot], capacity: Callable[[int], float]):
+    def __init__(self, slots: Sequence[Slot], capacity: Callable[[int], float]):
         self.batches: dict[Batch, None] = {}  # open ones
         self._sending: dict[Batch, None] = {}  # those of them that may have more to send
         self.copies = 0  # second copies sent
@@ -150,10 +185,233 @@ class SendQueue:
         return next((worker for worker in self._idle if worker not in barred), None)
 
 
+class Start(NamedTuple):
+    """An instruction to begin a life of a worker."""
+
+    worker: int
+    life: int
+
+
+class Send(NamedTuple):
+    """An instruction to send a worker a batch for its model number `kind`."""
+
+    worker: int
+    life: int
+    kind: int
+    value: Any
+
+
+class Schedule:
+    """The state of a pool: events and their times go in, instructions come out in `todo`.
+
+    It has no thread, lock or clock. An instruction is a `Start`, a `Send`, or a `Batch` of which
+    something has changed.
+
+    Attributes:
+        due: When `tick` must be called, if nothing happens until then.
+        earlier: Whether that is earlier than was known when it was last called.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        capacity: Callable[[int], float],
+        overdue: Overdue,
+        max_attempts: int,
+        hang_timeout: float,
+        start_timeout: float,
+    ):
+        self.slots = [Slot() for _ in range(num_workers)]
+        self.queue = SendQueue(self.slots, capacity)
+        self.todo: list[Start | Send | Batch] = []
+        self.due, self.earlier = -math.inf, False
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.seconds = self.wasted = 0.0
+        self.calls: collections.deque[Call] = collections.deque(maxlen=CALLS_KEPT)
+        self.start_trouble: str | None = None  # of the last worker that could not start
+        self._overdue, self._max_attempts = overdue, max_attempts
+        self.hang_timeout, self.start_timeout = hang_timeout, start_timeout
+        # By rule, each of which all of its batches share; a new rule knows the past.
+        self.times = {overdue: AnswerTimes(overdue)}
+
+    def times_of(self, rule: Overdue | None) -> AnswerTimes:
+        """Return the service times as a rule for overdue tasks sees them (default: the pool's)."""
+        rule = rule or self._overdue
+        if rule not in self.times:
+            self.times[rule] = self.times[self._overdue].under(rule)
+        return self.times[rule]
+
+    def add(self, batch: Batch, tasks: Sequence[Task], now: float) -> None:
+        """Take tasks of a batch: redundancy is sent while that is cheap, other tasks wait."""
+        batch.add(tasks)
+        self.queue.open(batch)
+        while (chosen := self.queue.first(batch)) is not None:
+            self._assign(*chosen, now)
+        if batch.at_once > 1:
+            self.assign_waiting(now)
+
+    def fence(self, workers: frozenset[int], now: float) -> None:
+        self.queue.fence(workers)
+        self.assign_waiting(now)
+
+    def start(self, worker: int, now: float) -> None:
+        """Begin a worker's next life, which is over unless it is ready in time."""
+        slot = self.slots[worker]
+        slot.begun, slot.start_at = True, now + self.start_timeout
+        self.todo.append(Start(worker, slot.life))
+
+    def restart(self, worker: int, now: float) -> bool:
+        """Begin a new life of a worker, if it is idle; return whether it is."""
+        slot = self.slots[worker]
+        if not slot.ready or slot.task is not None:
+            return False
+        self.queue.take(worker)
+        slot.ready, slot.life = False, slot.life + 1
+        self.start(worker, now)
+        return True
+
+    def give_up(self, batch: Batch, reason: str) -> None:
+        """Fail all that is open of a batch, so that no wait for it goes on."""
+        for task in batch.tasks.values():
+            if not task.settled:
+                batch.failures.append(Failure(-1, task.point, reason))
+                batch.settle(task, None)
+        self.queue.close(batch)
+
+    def handle(self, worker: int, outcome: Any, now: float) -> None:
+        """Take that a worker is ready (None), has answered, failed or died (`WorkerDied`)."""
+        slot = self.slots[worker]
+        if slot.task is not None:
+            self.todo.append(slot.task.batch)
+        if not slot.ready and not isinstance(outcome, Exception):
+            slot.ready, slot.failed_starts, slot.start_at = True, 0, math.inf
+            self.queue.free(worker)
+        elif not slot.ready or isinstance(outcome, WorkerDied):
+            self._handle_death(worker, outcome, now)
+        elif slot.task is not None:
+            self._handle_answer(worker, slot.task, outcome, now)
+        self.assign_waiting(now)
+
+    def tick(self, now: float) -> None:
+        """Handle what is due: overdue tasks, workers that hang, starts."""
+        for worker, slot in enumerate(self.slots):
+            if slot.due(self.hang_timeout) > now:
+                continue
+            task = slot.task
+            if task is None and slot.begun:
+                late = WorkerDied(f"it was not ready within {self.start_timeout} s")
+                self._handle_death(worker, late, now)
+            elif task is None:
+                self.start(worker, now)
+            elif slot.since + self.hang_timeout <= now:  # as `Slot.due`, to the last digit
+                self.calls.append(Call(slot.since, now - slot.since, task.size, worker))
+                self.counts["hung"] += 1
+                self.todo.append(task.batch)
+                hung = WorkerDied(f"no answer within {self.hang_timeout} s: it hangs")
+                self._handle_death(worker, hung, now)
+            else:
+                slot.overdue = True
+                task.batch.hedge(task)
+        self.assign_waiting(now)
+        self.due, self.earlier = self._next_due(), False
+
+    def assign_waiting(self, now: float) -> None:
+        """Assign to idle workers what batches cannot do without, oldest batches first."""
+        while (chosen := self.queue.next()) is not None:
+            self._assign(*chosen, now)
+
+    def _assign(self, task: Task, worker: int, now: float) -> None:
+        self.queue.take(worker)
+        slot = self.slots[worker]
+        slot.task, slot.since, slot.overdue = task, now, False
+        task.sent = now
+        task.attempts += 1
+        task.running += 1
+        task.batch.count_pending(task, 1)
+        self.counts["sent"] += 1
+        self._look_by(slot.due(self.hang_timeout))
+        self.todo.append(Send(worker, slot.life, task.kind, task.value))
+
+    def _handle_answer(self, worker: int, task: Task, outcome: Any, now: float) -> None:
+        batch, slot = task.batch, self.slots[worker]
+        spent = now - slot.since
+        late = not batch.open or task.settled
+        refused = None if late else batch.refusal(outcome, task.size)
+        self._release(slot, task)
+        self.queue.free(worker)
+        self.seconds += spent
+        if refused is None:
+            self.calls.append(Call(slot.since, spent, task.size, worker))
+            if any([times.add(task.size, spent) for times in self.times.values()]):
+                self._look_by(self._next_due())
+        if late:
+            self.counts["late"] += 1
+            self.wasted += spent
+        elif refused is None:
+            self.counts["answered"] += 1
+            batch.settle(task, outcome, worker)
+        else:
+            self.counts["errors"] += 1
+            self.wasted += spent
+            answered = not isinstance(outcome, Exception)
+            self._try_again(task, Failure(worker, task.point, refused, True, answered))
+
+    def _handle_death(self, worker: int, error: Exception, now: float) -> None:
+        """Give a dead worker's task to another, and begin the worker's next life."""
+        slot = self.slots[worker]
+        reason = str(error) if isinstance(error, WorkerDied) else reason_of(error)
+        if not slot.ready:
+            self.start_trouble = f"worker {worker} could not start: {reason}"
+        task = slot.task
+        if task is not None:
+            self.seconds += now - slot.since
+            self.wasted += now - slot.since
+            self._release(slot, task)
+            if task.batch.open and not task.settled:
+                self._try_again(task, Failure(worker, task.point, reason))
+        self.queue.take(worker)
+        failed = slot.failed_starts = 0 if slot.ready else slot.failed_starts + 1
+        slot.ready = slot.begun = False
+        slot.life += 1
+        slot.deaths += 1
+        self.counts["deaths"] += 1
+        if failed:
+            slot.start_at = now + pause_after(failed)
+            self._look_by(slot.start_at)
+        else:
+            self.start(worker, now)
+
+    def _try_again(self, task: Task, failure: Failure) -> None:
+        task.batch.failures.append(failure)
+        task.failed.add(failure.worker)
+        task.refusals += failure.refused
+        if task.running:
+            return  # a copy of it is still on its way
+        if task.attempts < self._max_attempts and task.refusals < 2:
+            task.batch.waiting.insert(0, task)
+        else:
+            task.batch.settle(task, None)
+
+    def _release(self, slot: Slot, task: Task) -> None:
+        task.running -= 1
+        if not slot.overdue:
+            task.batch.count_pending(task, -1)
+        slot.task, slot.overdue = None, False
+
+    def _next_due(self) -> float:
+        return min(slot.due(self.hang_timeout) for slot in self.slots)
+
+    def _look_by(self, at: float) -> None:
+        if at < self.due:
+            self.due, self.earlier = at, True
+
+
 class Scheduler:
     """The scheduler of one pool, for the models of each worker; other arguments are as for pools.
 
-    Every public method may be called from any thread. Those of a pool are described there.
+    It carries out on a backend what a `Schedule` decides, and owns its lock, its clock and the
+    thread that looks after what is due. Every public method may be called from any thread. Those of
+    a pool are described there.
 
     Raises:
         ValueError: If a number does not fit.
@@ -179,68 +437,57 @@ class Scheduler:
                 f"hang_timeout {hang_timeout} s and start_timeout {start_timeout} s must be "
                 "positive"
             )
-        self.num_workers, self.num_models = num_workers, num_models
-        self._backend, self.clock = backend, clock
-        self._overdue = overdue
-        self._max_attempts = max_attempts
-        self._hang_timeout, self._start_timeout = hang_timeout, start_timeout
-        self._lock = threading.RLock()
-        self._slots = [WorkerSlot() for _ in range(num_workers)]
         least = num_workers if min_workers is None else min_workers
         if not 1 <= least <= num_workers:
             raise ValueError(
                 f"min_workers is from 1 to {num_workers}, the number of workers, not {least}"
             )
-        self._changed = threading.Condition(self._lock)  # notified of workers that start or do not
-        self._start_trouble: str | None = None  # of the last worker that could not start
-        self._queue = SendQueue(self._slots, backend.spare_capacity)
-        # By rule, each of which all of its batches share; a new rule knows the past.
-        self._times = {overdue: AnswerTimes(overdue)}
-        self._calls: collections.deque[Call] = collections.deque(maxlen=CALLS_KEPT)
-        self._counts: collections.Counter[str] = collections.Counter()
-        self._seconds = self._wasted = 0.0
+        self.num_workers, self.num_models = num_workers, num_models
+        self.clock, self.lock = clock, threading.RLock()
+        self.on_idle: Callable[[], Any] | None = None
+        rules = overdue, max_attempts, hang_timeout, start_timeout
+        self.state = Schedule(num_workers, backend.spare_capacity, *rules)
+        self._backend = backend
+        self._changed = threading.Condition(self.lock)  # notified of workers that start or do not
         self._closed = False
         self._broken: str | None = None
-        self._next_turn = -math.inf  # when the watcher looks next
-        self._wake = False  # whether it must be woken to look earlier
-        self._on_idle: Callable[[], None] | None = None
         self._errors = ErrorCounter()
         ended = "the pool's watcher ended, so nobody would replace workers that hang"
         self._watcher = Watcher(
             "nercc-scheduler", self._look, self._errors, lambda: self._break(ended), clock
         )
-        with self._lock:
+        with self._event() as state:
             for worker in range(num_workers):
-                self._start(worker)
+                state.start(worker, clock.now())
         self._watcher.start()
         reason = self._wait_for_workers(least)
         if reason is not None:
             self.close()
             raise RuntimeError(reason)
-        with self._lock:
-            self._queue.order()
+        with self.lock:
+            self.state.queue.order()
 
     def _wait_for_workers(self, least: int) -> str | None:
         """Wait until enough workers are ready; return why they are not, if they cannot be."""
-        begin = self.clock.now()
-        end, warn_at = begin + self._start_timeout, begin + 10.0
+        begin, timeout = self.clock.now(), self.state.start_timeout
+        end, warn_at = begin + timeout, begin + 10.0
         while True:
             now = self.clock.now()
-            with self._lock:
-                ready = sum(slot.ready for slot in self._slots)
+            with self.lock:
+                ready = sum(slot.ready for slot in self.state.slots)
                 if ready >= least:
                     return None
                 started = f"{ready} of {self.num_workers} workers started"
-                failed = max(slot.failed_starts for slot in self._slots) >= _STARTS
+                failed = max(slot.failed_starts for slot in self.state.slots) >= _STARTS
                 if failed or self._broken:
-                    return f"{started}; {self._broken or self._start_trouble}"
+                    return f"{started}; {self._broken or self.state.start_trouble}"
                 if now < min(warn_at, end):
                     self.clock.wait(self._changed, min(warn_at, end) - now)
                     continue
             missing = self._backend.missing()  # without the lock: it takes its time
             if now >= end:
-                late = f"the others had not after {self._start_timeout} s"
-                return f"{started}; {self._start_trouble or missing or late}"
+                late = f"the others had not after {timeout} s"
+                return f"{started}; {missing or self.state.start_trouble or late}"
             warn_at = now + 10.0
             if missing is not None:
                 _LOG.warning("%d of %d workers are ready: %s", ready, self.num_workers, missing)
@@ -258,13 +505,9 @@ class Scheduler:
         *,
         at_once: int = 1,
     ) -> Batch:
-        rule = overdue or self._overdue
-        with self._lock:
-            if rule not in self._times:
-                self._times[rule] = self._times[self._overdue].under(rule)
-            times = self._times[rule]
-        context = BatchContext(self._lock, self.clock, self._forget)
-        return Batch(context, num_points, needed, copies, at_once, times, on_change, refuse)
+        with self.lock:
+            times = self.state.times_of(overdue)
+        return Batch(self, num_points, needed, copies, at_once, times, on_change, refuse)
 
     def add(
         self,
@@ -280,56 +523,53 @@ class Scheduler:
                 f"the workers of this pool run {self.num_models} model(s), but {max(kinds) + 1} "
                 "are asked for: give the pool all models of the code, served one first"
             )
-        # Outside the lock: values may be cast while they are taken.
-        parts = zip(points, kinds, values, strict=True)
-        tasks = [Task(batch, *each, avoid, only) for each in parts]
-        for task in tasks:
-            task.value = self._backend.prepare(task.value)
-        with self._lock:
+        tasks = []
+        for point, kind, value in zip(points, kinds, values, strict=True):  # they may be cast now
+            size, value = len(arrays_of(value)[0]), self._backend.prepare(value)
+            tasks.append(Task(batch, point, kind, value, size, self.clock.now(), avoid, only))
+        with self._event() as state:
             if self.trouble is not None:
                 kind = ValueError if self._closed else RuntimeError
                 raise kind(f"{self.trouble}: make a new one")
-            batch.check_new(points)
-            for task in tasks:
-                batch.add(task)
-            self._queue.open(batch)
-            sends = []
-            while (chosen := self._queue.first(batch)) is not None:
-                sends.append(self._assign(*chosen))
-            if batch.at_once > 1:
-                sends += self._assign_waiting()
-        self._send(sends)
+            state.add(batch, tasks, self.clock.now())
 
     def report(self) -> PoolReport:
-        with self._lock:
-            busy = sum(slot.task is not None for slot in self._slots)
-            ready = sum(slot.ready for slot in self._slots)
-            count = self._counts
-            now = self.clock.now()
+        with self.lock:
+            state, now = self.state, self.clock.now()
+            workers = tuple(
+                WorkerReport(
+                    slot.state,
+                    0.0 if slot.task is None else now - slot.since,
+                    slot.deaths,
+                    slot.failed_starts,
+                )
+                for slot in state.slots
+            )
+            counted = ("sent", "answered", "late", "errors", "deaths", "hung")
             return PoolReport(
-                num_workers=len(self._slots),
-                idle=self._queue.idle,
-                busy=busy,
-                starting=len(self._slots) - ready,
-                **{name: count[name] for name in _COUNTED},
-                copies=self._queue.copies,
+                num_workers=self.num_workers,
+                idle=state.queue.idle,
+                busy=sum(slot.task is not None for slot in state.slots),
+                starting=sum(not slot.ready for slot in state.slots),
+                **{name: state.counts[name] for name in counted},
+                copies=state.queue.copies,
                 internal_errors=self._errors.errors,
-                seconds=self._seconds,
-                wasted_seconds=self._wasted,
-                workers=tuple(slot.report(now) for slot in self._slots),
+                seconds=state.seconds,
+                wasted_seconds=state.wasted,
+                workers=workers,
             )
 
     def calls(self) -> list[Call]:
-        with self._lock:
-            return list(self._calls)
+        with self.lock:
+            return list(self.state.calls)
 
     @property
     def idle(self) -> int:
-        return self._queue.idle
+        return self.state.queue.idle
 
     @property
     def spare(self) -> float:
-        return self._queue.spare
+        return self.state.queue.spare
 
     @property
     def heartbeat(self) -> float:
@@ -339,272 +579,94 @@ class Scheduler:
     def trouble(self) -> str | None:
         return "this pool is closed" if self._closed else self._broken
 
-    def on_idle(self, callback: Callable[[], None]) -> None:
-        self._on_idle = callback
-
     def fence(self, workers: Iterable[int]) -> None:
-        with self._lock:
-            self._queue.fence(frozenset(workers))
-            sends = self._assign_waiting()
-        self._send(sends)
+        with self._event() as state:
+            state.fence(frozenset(workers), self.clock.now())
 
     def restart(self, worker: int) -> bool:
         """Begin a new life of a worker, for its backend to find it a better place.
 
         Return whether it was idle, and was restarted.
         """
-        with self._lock:
-            slot = self._slots[worker]
-            if self.trouble is not None or not slot.ready or slot.task is not None:
-                return False
-            self._queue.take(worker)
-            slot.ready, slot.life = False, slot.life + 1
-            self._start(worker)
-        return True
+        with self._event() as state:
+            return self.trouble is None and state.restart(worker, self.clock.now())
+
+    def forget(self, batch: Batch) -> None:
+        with self.lock:
+            batch.end()
+            self.state.queue.close(batch)
 
     def close(self) -> None:
-        with self._lock:
+        with self.lock:
             if self._closed:
                 return
             self._closed = True
-            for batch in list(self._queue.batches):
-                self._give_up(batch, "the pool was closed")
+            for batch in list(self.state.queue.batches):
+                self.state.give_up(batch, "the pool was closed")
         self._watcher.close()
         self._backend.close()
 
-    # Outcomes.
+    # Events, and what follows from them.
+
+    @contextlib.contextmanager
+    def _event(self) -> Iterator[Schedule]:
+        """Hold the lock for a change of the state; then carry out what follows, without it."""
+        with self.lock:
+            yield self.state
+            todo, self.state.todo = self.state.todo, []
+            earlier, self.state.earlier = self.state.earlier, False
+        for each in todo:
+            if isinstance(each, Start):
+                start, what = self._backend.start, f"starting worker {each.worker}"
+                error = self._errors.run(what, start, each.worker, each.life, self._on_outcome)
+                if error is not None:
+                    self._on_outcome(each.worker, each.life, error)
+            elif isinstance(each, Send):
+                what = f"sending to worker {each.worker}"
+                error = self._errors.run(what, self._backend.send, *each)
+                if error is not None:
+                    died = WorkerDied(f"it cannot be reached: {reason_of(error)}")
+                    self._on_outcome(each.worker, each.life, died)
+        if earlier:
+            self._watcher.wake()
+        for each in todo:
+            if isinstance(each, Batch):
+                self._notify(each)
 
     def _on_outcome(self, worker: int, life: int, outcome: Any) -> None:
         """Handle that a worker is ready, has answered, failed or died."""
         try:
-            self._handle(worker, life, outcome)
+            with self._event() as state:
+                if self.trouble is not None or life != state.slots[worker].life:
+                    return  # of a life that is over
+                state.handle(worker, outcome, self.clock.now())
+                self._changed.notify_all()
+                free = state.queue.idle > 0
         except Exception as error:  # its records may be wrong, which nothing else would notice
             what = f"handling an outcome of worker {worker}"
             self._errors.count(what)
-            self._break(f"{what} failed: {reason_of(error)}")
-
-    def _handle(self, worker: int, life: int, outcome: Any) -> None:
-        with self._lock:
-            slot = self._slots[worker]
-            if self.trouble is not None or life != slot.life:
-                return  # of a life that is over
-            batch = slot.task.batch if slot.task is not None else None
-            if not slot.ready:
-                if isinstance(outcome, Exception):
-                    self._fail_start(worker, outcome)
-                else:
-                    slot.ready, slot.failed_starts, slot.start_at = True, 0, math.inf
-                    self._queue.free(worker)
-                    self._changed.notify_all()
-            elif isinstance(outcome, WorkerDied):
-                self._handle_death(worker, str(outcome))
-            elif slot.task is not None:
-                self._handle_answer(worker, outcome)
-            sends = self._assign_waiting()
-            free = self._queue.idle > 0
-        self._send(sends)
-        if batch is not None:
-            self._notify(batch)
-        if free and self._on_idle is not None:
-            self._errors.run("on_idle", self._on_idle)
-
-    def _handle_answer(self, worker: int, outcome: Any) -> None:
-        slot = self._slots[worker]
-        task = slot.task
-        assert task is not None
-        batch = task.batch
-        spent = self.clock.now() - slot.since
-        late = not batch.open or task.settled
-        refused = None if late else batch.refusal(outcome, task.size)
-        self._release(worker)
-        self._queue.free(worker)
-        self._seconds += spent
-        if refused is None:
-            self._observe(worker, task.size, spent)
-        if late:
-            self._counts["late"] += 1
-            self._wasted += spent
-        elif refused is None:
-            self._counts["answered"] += 1
-            batch.settle(task, outcome, worker)
-        else:
-            self._counts["errors"] += 1
-            self._wasted += spent
-            answered = not isinstance(outcome, Exception)
-            self._try_again(worker, task, Failure(worker, task.point, refused, True, answered))
-
-    def _handle_death(self, worker: int, reason: str) -> None:
-        """Give a dead worker's task to another, and begin the worker's next life."""
-        slot = self._slots[worker]
-        task = slot.task
-        if task is not None:
-            spent = self.clock.now() - slot.since
-            self._seconds += spent
-            self._wasted += spent
-            self._release(worker)
-            if task.batch.open and not task.settled:
-                self._try_again(worker, task, Failure(worker, task.point, reason))
-        self._queue.take(worker)
-        failed = slot.failed_starts = 0 if slot.ready else slot.failed_starts + 1
-        slot.ready = slot.begun = False
-        slot.life += 1
-        slot.deaths += 1
-        self._counts["deaths"] += 1
-        if failed:
-            slot.start_at = self.clock.now() + pause_after(failed)
-            self._look_by(slot.start_at)
-        else:
-            self._start(worker)
-        self._changed.notify_all()
-
-    def _start(self, worker: int) -> None:
-        """Begin a worker's next life, which is over unless it is ready in time."""
-        slot = self._slots[worker]
-        slot.begun, slot.start_at = True, self.clock.now() + self._start_timeout
-        what = f"starting worker {worker}"
-        start = self._backend.start
-        error = self._errors.run(what, start, worker, slot.life, self._on_outcome)
-        if error is not None:
-            self._fail_start(worker, error)
-
-    def _fail_start(self, worker: int, error: Exception) -> None:
-        reason = str(error) if isinstance(error, WorkerDied) else reason_of(error)
-        self._start_trouble = f"worker {worker} could not start: {reason}"
-        self._handle_death(worker, self._start_trouble)
-
-    def _try_again(self, worker: int, task: Task, failure: Failure) -> None:
-        batch = task.batch
-        batch.failures.append(failure)
-        task.failed.add(worker)
-        task.refusals += failure.refused
-        if task.running:
-            return  # a copy of it is still on its way
-        if task.attempts < self._max_attempts and task.refusals < 2:
-            batch.waiting.insert(0, task)
-        else:
-            batch.settle(task, None)
-
-    def _release(self, worker: int) -> None:
-        slot = self._slots[worker]
-        task = slot.task
-        assert task is not None
-        task.running -= 1
-        if not slot.overdue:
-            task.batch.count_pending(task, -1)
-        slot.task, slot.overdue = None, False
-
-    def _give_up(self, batch: Batch, reason: str) -> None:
-        """Fail all that is open of a batch, so that no wait for it goes on."""
-        for task in batch.tasks.values():
-            if not task.settled:
-                batch.failures.append(Failure(-1, task.point, reason))
-                batch.settle(task, None)
-        self._queue.close(batch)
-
-    def _forget(self, batch: Batch) -> None:
-        with self._lock:
-            batch.end()
-            self._queue.close(batch)
-
-    # Sending.
-
-    def _assign_waiting(self) -> list[tuple[int, int, int, Any]]:
-        """Assign to idle workers what batches cannot do without, oldest batches first."""
-        sends = []
-        while (chosen := self._queue.next()) is not None:
-            sends.append(self._assign(*chosen))
-        return sends
-
-    def _assign(self, task: Task, worker: int) -> tuple[int, int, int, Any]:
-        self._queue.take(worker)
-        slot = self._slots[worker]
-        slot.task, slot.since, slot.overdue = task, self.clock.now(), False
-        task.sent = slot.since
-        task.attempts += 1
-        task.running += 1
-        task.batch.count_pending(task, 1)
-        self._counts["sent"] += 1
-        self._look_by(slot.due(self._hang_timeout))
-        return worker, slot.life, task.kind, task.value
-
-    def _send(self, sends: Sequence[tuple[int, int, int, Any]]) -> None:
-        """Send what was assigned: without the lock, which workers and the watcher want, too."""
-        for worker, life, *task in sends:
-            what = f"sending to worker {worker}"
-            error = self._errors.run(what, self._backend.send, worker, life, *task)
-            if error is not None:
-                died = WorkerDied(f"it cannot be reached: {reason_of(error)}")
-                self._on_outcome(worker, life, died)
-        if self._wake:
-            self._wake = False
-            self._watcher.wake()
-
-    # Time.
-
-    def _observe(self, worker: int, size: int, seconds: float) -> None:
-        self._calls.append(Call(self.clock.now() - seconds, seconds, size, worker))
-        fell = [times.add(size, seconds) for times in self._times.values()]
-        if any(fell):
-            self._look_by(self._next_due())
+            return self._break(f"{what} failed: {reason_of(error)}")
+        if free and self.on_idle is not None:
+            self._errors.run("on_idle", self.on_idle)
 
     def _look(self) -> float:
-        """Handle what is due: overdue tasks, workers that hang, starts. Return the next time."""
-        with self._lock:
+        with self._event() as state:
             if self.trouble is not None:
                 return math.inf
-            now = self.clock.now()
-            self._next_turn = -math.inf  # until then, the watcher need not be woken
-            failed = [
-                self._handle_due(worker, now)
-                for worker, slot in enumerate(self._slots)
-                if slot.due(self._hang_timeout) <= now
-            ]
-            sends = self._assign_waiting()
-            self._next_turn = self._next_due()
-        self._send(sends)
-        for batch in failed:
-            if batch is not None:
-                self._notify(batch)
-        return self._next_turn
-
-    def _handle_due(self, worker: int, now: float) -> Batch | None:
-        """Handle what is due at a worker. Return the batch whose task failed by that, if any."""
-        slot = self._slots[worker]
-        if slot.task is None and slot.begun:
-            late = WorkerDied(f"it was not ready within {self._start_timeout} s")
-            self._fail_start(worker, late)
-        elif slot.task is None:
-            self._start(worker)
-        elif slot.since + self._hang_timeout <= now:  # as `WorkerSlot.due`, to the last digit
-            batch = slot.task.batch
-            self._calls.append(Call(slot.since, now - slot.since, slot.task.size, worker))
-            self._counts["hung"] += 1
-            self._handle_death(worker, f"no answer within {self._hang_timeout} s: it hangs")
-            return batch
-        else:
-            slot.overdue = True
-            slot.task.batch.hedge(slot.task)
-        return None
-
-    def _next_due(self) -> float:
-        return min(slot.due(self._hang_timeout) for slot in self._slots)
-
-    def _look_by(self, at: float) -> None:
-        """Have the watcher woken, if this is earlier than it would look."""
-        if at < self._next_turn:
-            self._next_turn, self._wake = at, True
-
-    # Failures of the scheduler itself.
+            state.due = -math.inf  # until it has looked, the watcher need not be woken
+            state.tick(self.clock.now())
+            self._changed.notify_all()
+            return state.due
 
     def _break(self, reason: str) -> None:
         """Fail all that is open at once: nothing more can be answered."""
-        with self._lock:
+        with self.lock:
             if self.trouble is not None:
                 return
             self._broken = f"this pool is broken: {reason}"
-            batches = list(self._queue.batches)
+            batches = list(self.state.queue.batches)
             for batch in batches:
-                self._errors.run("giving up a batch", self._give_up, batch, self._broken)
+                self._errors.run("giving up a batch", self.state.give_up, batch, self._broken)
             self._changed.notify_all()
         for batch in batches:
             self._notify(batch)
@@ -614,6 +676,3 @@ class Scheduler:
         if on_change is not None:
             what = f"on_change of a batch of {batch.num_points}"
             self._errors.run(what, on_change, batch)
-
-
-_COUNTED = ("sent", "answered", "late", "errors", "deaths", "hung")
