@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree, Shaped
 
 from ..inference.models import Conditions, cast_floats
 from ._backend import PoolReport
-from ._batch import Batch, Refuse, refuse_odd
+from ._batch import Batch, Refuse, Task, arrays_of, refuse_odd
 from ._clock import AbstractClock
 from ._scheduler import Scheduler
 from ._times import Call, Overdue
@@ -127,9 +127,10 @@ class AbstractPool(abc.ABC):
             refuse: Returns why an answer cannot be used, in which case the worker has failed
                 (default: answers that are not finite floats).
         """
-        return self._scheduler.open(
-            num_points, needed, copies, on_change, overdue, refuse, at_once=at_once
-        )
+        with self._scheduler.lock:
+            times = self._scheduler.state.times_of(overdue)
+        parts = self._scheduler, num_points, needed, copies, at_once, times, on_change, refuse
+        return Batch(*parts)
 
     def send(
         self,
@@ -156,14 +157,27 @@ class AbstractPool(abc.ABC):
                 or the pool is closed.
             RuntimeError: If the pool is broken (`trouble`).
         """
-        if kinds is None:
-            kinds = [0] * len(points)
-        cast = (cast_floats(value, self._worker_dtype) for value in values)
-        self._scheduler.add(batch, points, cast, kinds, frozenset(avoid), only)
+        kinds = [0] * len(points) if kinds is None else kinds
+        scheduler = self._scheduler
+        if any(not WEIGHTS <= kind < scheduler.num_models for kind in kinds):
+            raise ValueError(
+                f"the workers of this pool run {scheduler.num_models} model(s), but "
+                f"{max(kinds) + 1} are asked for: give the pool all models of the code, served one "
+                "first"
+            )
+        tasks = []
+        for point, kind, value in zip(points, kinds, values, strict=True):
+            size, given = len(arrays_of(value)[0]), scheduler.clock.now()
+            value = scheduler.backend.prepare(cast_floats(value, self._worker_dtype))
+            tasks.append(Task(batch, point, kind, value, size, given, frozenset(avoid), only))
+        with scheduler.event() as state:
+            scheduler.check_open()
+            state.add(batch, tasks, scheduler.clock.now())
 
     def fence(self, workers: Iterable[int]) -> None:
         """Send these workers nothing but what is for them alone (`send`), until the next call."""
-        self._scheduler.fence(workers)
+        with self._scheduler.event() as state:
+            state.fence(frozenset(workers), self.clock.now())
 
     def check_weights(self, deadline: float = 60.0) -> dict[int, bool]:
         """Ask each worker for a checksum of the JAX arrays of its models, as they are there now.
@@ -195,7 +209,8 @@ class AbstractPool(abc.ABC):
 
     def report(self) -> PoolReport:
         """Return counts of what the pool has seen so far, and the state of its workers."""
-        return self._scheduler.report()
+        with self._scheduler.lock:
+            return self._scheduler.state.report(self.clock.now(), self._scheduler.errors.errors)
 
     def calls(self) -> list[Call]:
         """Return the latest 4,096 calls that were answered, or given up as hanging.
@@ -203,7 +218,8 @@ class AbstractPool(abc.ABC):
         Each is of `size` data points, was sent at `sent` by the pool's clock, in seconds, to
         `worker`, and took `seconds`; if the worker hung, as long as it was given.
         """
-        return self._scheduler.calls()
+        with self._scheduler.lock:
+            return list(self._scheduler.state.calls)
 
     @property
     def trouble(self) -> str | None:
@@ -239,7 +255,7 @@ class AbstractPool(abc.ABC):
     @property
     def idle(self) -> int:
         """The number of workers without a task, at this moment."""
-        return self._scheduler.idle
+        return self._scheduler.state.queue.idle
 
     @property
     def spare(self) -> float:
@@ -248,7 +264,7 @@ class AbstractPool(abc.ABC):
         Threads share their host's cores; overdue tasks are not counted as work. Infinite where
         workers share nothing: then waiting tasks slow down no other, either.
         """
-        return self._scheduler.spare
+        return self._scheduler.state.queue.spare
 
     def on_idle(self, callback: Callable[[], Any]) -> None:
         """Have `callback()` called whenever a worker is left without a task: one listener a pool.

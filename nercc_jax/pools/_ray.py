@@ -168,7 +168,7 @@ class RayPool(AbstractPool):
         """
         now = time.monotonic()
         # Without a head, Ray's answer about nodes would come when it ends us.
-        if self._head.gone or self._scheduler.report().starting:
+        if self._head.gone or self.report().starting:
             return now + 1.0
         held = collections.Counter(node for node in self.nodes() if node is not None)
         if not self._logged:

@@ -57,7 +57,7 @@ class Head:
             socket.create_connection((host.strip("[]"), int(port)), 2.0).close()
             self.frozen = True
             if self._client is None:
-                from ray._raylet import GcsClient
+                from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 
                 self._client = GcsClient(address=self.address)
             self._client.internal_kv_exists(b"nercc", None, timeout=2.0)

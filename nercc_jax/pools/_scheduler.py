@@ -26,17 +26,14 @@ import dataclasses
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
-
-from jaxtyping import PyTree
 
 from ..codes._checks import check_counts
 from ._backend import PoolReport, WorkerBackend, WorkerDied, WorkerReport, WorkerState
-from ._batch import Batch, Failure, Refuse, Task, arrays_of, reason_of, refuse_odd
+from ._batch import Batch, Failure, Task, reason_of
 from ._clock import WALL, AbstractClock, ErrorCounter, Watcher, pause_after
 from ._times import CALLS_KEPT, AnswerTimes, Call, Overdue
-from ._worker import WEIGHTS
 
 _LOG = logging.getLogger(__name__)
 
@@ -398,6 +395,26 @@ class Schedule:
             task.batch.count_pending(task, -1)
         slot.task, slot.overdue = None, False
 
+    def report(self, now: float, internal_errors: int) -> PoolReport:
+        """Return counts of what has happened so far, and the state of the workers."""
+        workers = []
+        for slot in self.slots:
+            busy = 0.0 if slot.task is None else now - slot.since
+            workers.append(WorkerReport(slot.state, busy, slot.deaths, slot.failed_starts))
+        counted = ("sent", "answered", "late", "errors", "deaths", "hung")
+        return PoolReport(
+            num_workers=len(workers),
+            idle=self.queue.idle,
+            busy=sum(slot.task is not None for slot in self.slots),
+            starting=sum(not slot.ready for slot in self.slots),
+            **{name: self.counts[name] for name in counted},
+            copies=self.queue.copies,
+            internal_errors=internal_errors,
+            seconds=self.seconds,
+            wasted_seconds=self.wasted,
+            workers=tuple(workers),
+        )
+
     def _next_due(self) -> float:
         return min(slot.due(self.hang_timeout) for slot in self.slots)
 
@@ -410,8 +427,7 @@ class Scheduler:
     """The scheduler of one pool, for the models of each worker; other arguments are as for pools.
 
     It carries out on a backend what a `Schedule` decides, and owns its lock, its clock and the
-    thread that looks after what is due. Every public method may be called from any thread. Those of
-    a pool are described there.
+    thread that looks after what is due. Every public method may be called from any thread.
 
     Raises:
         ValueError: If a number does not fit.
@@ -447,16 +463,16 @@ class Scheduler:
         self.on_idle: Callable[[], Any] | None = None
         rules = overdue, max_attempts, hang_timeout, start_timeout
         self.state = Schedule(num_workers, backend.spare_capacity, *rules)
-        self._backend = backend
+        self.backend = backend
         self._changed = threading.Condition(self.lock)  # notified of workers that start or do not
         self._closed = False
         self._broken: str | None = None
-        self._errors = ErrorCounter()
+        self.errors = ErrorCounter()
         ended = "the pool's watcher ended, so nobody would replace workers that hang"
         self._watcher = Watcher(
-            "nercc-scheduler", self._look, self._errors, lambda: self._break(ended), clock
+            "nercc-scheduler", self._look, self.errors, lambda: self._break(ended), clock
         )
-        with self._event() as state:
+        with self.event() as state:
             for worker in range(num_workers):
                 state.start(worker, clock.now())
         self._watcher.start()
@@ -484,92 +500,13 @@ class Scheduler:
                 if now < min(warn_at, end):
                     self.clock.wait(self._changed, min(warn_at, end) - now)
                     continue
-            missing = self._backend.missing()  # without the lock: it takes its time
+            missing = self.backend.missing()  # without the lock: it takes its time
             if now >= end:
                 late = f"the others had not after {timeout} s"
                 return f"{started}; {missing or self.state.start_trouble or late}"
             warn_at = now + 10.0
             if missing is not None:
                 _LOG.warning("%d of %d workers are ready: %s", ready, self.num_workers, missing)
-
-    # The interface of pools.
-
-    def open(
-        self,
-        num_points: int,
-        needed: int | None,
-        copies: int,
-        on_change: Callable[[Batch], None] | None,
-        overdue: Overdue | None,
-        refuse: Refuse = refuse_odd,
-        *,
-        at_once: int = 1,
-    ) -> Batch:
-        with self.lock:
-            times = self.state.times_of(overdue)
-        return Batch(self, num_points, needed, copies, at_once, times, on_change, refuse)
-
-    def add(
-        self,
-        batch: Batch,
-        points: Sequence[int],
-        values: Iterable[PyTree],
-        kinds: Sequence[int],
-        avoid: frozenset[int] = frozenset(),
-        only: int | None = None,
-    ) -> None:
-        if any(not WEIGHTS <= kind < self.num_models for kind in kinds):
-            raise ValueError(
-                f"the workers of this pool run {self.num_models} model(s), but {max(kinds) + 1} "
-                "are asked for: give the pool all models of the code, served one first"
-            )
-        tasks = []
-        for point, kind, value in zip(points, kinds, values, strict=True):  # they may be cast now
-            size, value = len(arrays_of(value)[0]), self._backend.prepare(value)
-            tasks.append(Task(batch, point, kind, value, size, self.clock.now(), avoid, only))
-        with self._event() as state:
-            if self.trouble is not None:
-                kind = ValueError if self._closed else RuntimeError
-                raise kind(f"{self.trouble}: make a new one")
-            state.add(batch, tasks, self.clock.now())
-
-    def report(self) -> PoolReport:
-        with self.lock:
-            state, now = self.state, self.clock.now()
-            workers = tuple(
-                WorkerReport(
-                    slot.state,
-                    0.0 if slot.task is None else now - slot.since,
-                    slot.deaths,
-                    slot.failed_starts,
-                )
-                for slot in state.slots
-            )
-            counted = ("sent", "answered", "late", "errors", "deaths", "hung")
-            return PoolReport(
-                num_workers=self.num_workers,
-                idle=state.queue.idle,
-                busy=sum(slot.task is not None for slot in state.slots),
-                starting=sum(not slot.ready for slot in state.slots),
-                **{name: state.counts[name] for name in counted},
-                copies=state.queue.copies,
-                internal_errors=self._errors.errors,
-                seconds=state.seconds,
-                wasted_seconds=state.wasted,
-                workers=workers,
-            )
-
-    def calls(self) -> list[Call]:
-        with self.lock:
-            return list(self.state.calls)
-
-    @property
-    def idle(self) -> int:
-        return self.state.queue.idle
-
-    @property
-    def spare(self) -> float:
-        return self.state.queue.spare
 
     @property
     def heartbeat(self) -> float:
@@ -579,16 +516,18 @@ class Scheduler:
     def trouble(self) -> str | None:
         return "this pool is closed" if self._closed else self._broken
 
-    def fence(self, workers: Iterable[int]) -> None:
-        with self._event() as state:
-            state.fence(frozenset(workers), self.clock.now())
+    def check_open(self) -> None:
+        """Raise ValueError if the pool is closed, RuntimeError if it is broken."""
+        if self.trouble is not None:
+            kind = ValueError if self._closed else RuntimeError
+            raise kind(f"{self.trouble}: make a new one")
 
     def restart(self, worker: int) -> bool:
         """Begin a new life of a worker, for its backend to find it a better place.
 
         Return whether it was idle, and was restarted.
         """
-        with self._event() as state:
+        with self.event() as state:
             return self.trouble is None and state.restart(worker, self.clock.now())
 
     def forget(self, batch: Batch) -> None:
@@ -604,12 +543,12 @@ class Scheduler:
             for batch in list(self.state.queue.batches):
                 self.state.give_up(batch, "the pool was closed")
         self._watcher.close()
-        self._backend.close()
+        self.backend.close()
 
     # Events, and what follows from them.
 
     @contextlib.contextmanager
-    def _event(self) -> Iterator[Schedule]:
+    def event(self) -> Iterator[Schedule]:
         """Hold the lock for a change of the state; then carry out what follows, without it."""
         with self.lock:
             yield self.state
@@ -617,13 +556,13 @@ class Scheduler:
             earlier, self.state.earlier = self.state.earlier, False
         for each in todo:
             if isinstance(each, Start):
-                start, what = self._backend.start, f"starting worker {each.worker}"
-                error = self._errors.run(what, start, each.worker, each.life, self._on_outcome)
+                start, what = self.backend.start, f"starting worker {each.worker}"
+                error = self.errors.run(what, start, each.worker, each.life, self._on_outcome)
                 if error is not None:
                     self._on_outcome(each.worker, each.life, error)
             elif isinstance(each, Send):
                 what = f"sending to worker {each.worker}"
-                error = self._errors.run(what, self._backend.send, *each)
+                error = self.errors.run(what, self.backend.send, *each)
                 if error is not None:
                     died = WorkerDied(f"it cannot be reached: {reason_of(error)}")
                     self._on_outcome(each.worker, each.life, died)
@@ -636,7 +575,7 @@ class Scheduler:
     def _on_outcome(self, worker: int, life: int, outcome: Any) -> None:
         """Handle that a worker is ready, has answered, failed or died."""
         try:
-            with self._event() as state:
+            with self.event() as state:
                 if self.trouble is not None or life != state.slots[worker].life:
                     return  # of a life that is over
                 state.handle(worker, outcome, self.clock.now())
@@ -644,13 +583,13 @@ class Scheduler:
                 free = state.queue.idle > 0
         except Exception as error:  # its records may be wrong, which nothing else would notice
             what = f"handling an outcome of worker {worker}"
-            self._errors.count(what)
+            self.errors.count(what)
             return self._break(f"{what} failed: {reason_of(error)}")
         if free and self.on_idle is not None:
-            self._errors.run("on_idle", self.on_idle)
+            self.errors.run("on_idle", self.on_idle)
 
     def _look(self) -> float:
-        with self._event() as state:
+        with self.event() as state:
             if self.trouble is not None:
                 return math.inf
             state.due = -math.inf  # until it has looked, the watcher need not be woken
@@ -666,7 +605,7 @@ class Scheduler:
             self._broken = f"this pool is broken: {reason}"
             batches = list(self.state.queue.batches)
             for batch in batches:
-                self._errors.run("giving up a batch", self.state.give_up, batch, self._broken)
+                self.errors.run("giving up a batch", self.state.give_up, batch, self._broken)
             self._changed.notify_all()
         for batch in batches:
             self._notify(batch)
@@ -675,4 +614,4 @@ class Scheduler:
         on_change = batch.on_change  # None once the batch is forgotten
         if on_change is not None:
             what = f"on_change of a batch of {batch.num_points}"
-            self._errors.run(what, on_change, batch)
+            self.errors.run(what, on_change, batch)
