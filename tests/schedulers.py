@@ -8,8 +8,8 @@ import time
 import numpy as np
 
 from nercc_jax.pools import AbstractPool, Overdue
-from nercc_jax.pools._backend import WorkerBackend
-from nercc_jax.pools._scheduler import Scheduler
+from nercc_jax.pools.backend import WorkerBackend
+from nercc_jax.pools.scheduler import Scheduler
 
 SOON = 60.0  # seconds that nothing here should need
 

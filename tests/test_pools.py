@@ -246,7 +246,7 @@ def _refuse():
 @pytest.fixture
 def started_once(monkeypatch):
     """A pool gives up at a worker's first start that fails: `test_scheduler` has the others."""
-    monkeypatch.setattr("nercc_jax.pools._scheduler._STARTS", 1)
+    monkeypatch.setattr("nercc_jax.pools.scheduler._STARTS", 1)
 
 
 def test_workers_that_do_not_start(make, started_once):
@@ -499,7 +499,7 @@ def test_nothing_is_sent_without_a_deadline(untyped):
 
 def test_a_wait_without_an_end(gate, monkeypatch):
     """Threads refuse to sleep for centuries, so what is that long is slept in pieces."""
-    monkeypatch.setattr("nercc_jax.pools._clock.LONGEST_SLEEP", 0.01)
+    monkeypatch.setattr("nercc_jax.pools.clock.LONGEST_SLEEP", 0.01)
     with gated(gate, 1, hang_timeout=1e300, start_timeout=np.inf) as pool:
         batches = [pool.dispatch(points(1) + np.float32(13)) for _ in range(2)]
         with ThreadPoolExecutor(2) as executor:

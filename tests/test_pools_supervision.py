@@ -10,15 +10,15 @@ from schedulers import SOON, dispatch, soon
 
 from nercc_jax import DevicePool
 from nercc_jax.pools import Fault, Faults
-from nercc_jax.pools._backend import WorkerDied
-from nercc_jax.pools._clock import pause_after
+from nercc_jax.pools.backend import WorkerDied
+from nercc_jax.pools.clock import pause_after
 from nercc_jax.stragglers import AbstractLatency
 
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
-    monkeypatch.setattr("nercc_jax.pools._clock._PAUSE", 0.001)
-    monkeypatch.setattr("nercc_jax.pools._clock._LONGEST", 0.01)
+    monkeypatch.setattr("nercc_jax.pools.clock._PAUSE", 0.001)
+    monkeypatch.setattr("nercc_jax.pools.clock._LONGEST", 0.01)
 
 
 def test_a_start_that_raises_is_tried_again(backend, open_scheduler):
@@ -154,7 +154,7 @@ def test_who_is_lost_by_hanging_is_reported_at_once(backend, open_scheduler):
 
 
 def test_the_heart_beats_while_there_is_nothing_to_do(backend, open_scheduler, monkeypatch):
-    monkeypatch.setattr("nercc_jax.pools._clock.BEAT", 0.01)
+    monkeypatch.setattr("nercc_jax.pools.clock.BEAT", 0.01)
     pool = open_scheduler(1)
     soon(lambda: pool.idle == 1)
     for _ in range(2):

@@ -12,8 +12,8 @@ from schedulers import ScriptedBackend, ScriptedPool, soon
 from nercc_jax import DevicePool
 from nercc_jax.cli._options import Options
 from nercc_jax.pools import Faults
-from nercc_jax.pools._backend import WorkerDied
-from nercc_jax.pools._times import AnswerTimes
+from nercc_jax.pools.backend import WorkerDied
+from nercc_jax.pools.times import AnswerTimes
 from nercc_jax.risk import Accuracy
 from nercc_jax.rows import RowFunction, RowSettings, run_rows
 from nercc_jax.rows._evidence import standardized_inputs

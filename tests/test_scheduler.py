@@ -10,8 +10,8 @@ import pytest
 from schedulers import SOON, ScriptedPool, dispatch, soon
 
 from nercc_jax.pools import Overdue
-from nercc_jax.pools._backend import WorkerDied
-from nercc_jax.pools._times import AnswerTimes
+from nercc_jax.pools.backend import WorkerDied
+from nercc_jax.pools.times import AnswerTimes
 
 
 def test_workers_stand_in_order_whoever_was_ready_first(backend, open_scheduler):

@@ -14,13 +14,13 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from ..inference.models import UNKNOWN, Model, check_worker_dtype, current_conditions
-from ._backend import OnOutcome, WorkerBackend, WorkerDied
-from ._batch import reason_of
 from ._faults import Faults
 from ._pool import AbstractPool
-from ._scheduler import Scheduler
-from ._times import Overdue
-from ._worker import Device, Examples, Program, Worker, as_models, warm_up, weights_checksum
+from .backend import OnOutcome, WorkerBackend, WorkerDied
+from .batch import reason_of
+from .scheduler import Scheduler
+from .times import Overdue
+from .worker import Device, Examples, Program, Worker, as_models, warm_up, weights_checksum
 
 _LAST_CALL = 1.0  # seconds for which closing waits for calls under way
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from ._worker import check_versions, checksum, code_versions
+from .worker import check_versions, checksum, code_versions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,12 @@ import numpy as np
 from jaxtyping import Array, PyTree, Shaped
 
 from ..inference.models import Conditions, cast_floats
-from ._backend import PoolReport
-from ._batch import Batch, Refuse, Task, arrays_of, refuse_odd
-from ._clock import AbstractClock
-from ._scheduler import Scheduler
-from ._times import Call, Overdue
-from ._worker import WEIGHTS
+from .backend import PoolReport
+from .batch import Batch, Refuse, Task, arrays_of, refuse_odd
+from .clock import AbstractClock
+from .scheduler import Scheduler
+from .times import Call, Overdue
+from .worker import WEIGHTS
 
 
 class AbstractPool(abc.ABC):
@@ -24,7 +24,7 @@ class AbstractPool(abc.ABC):
 
     Any worker can run any coded data point, one at a time, so a pool may have more workers than a
     code (spare ones), or fewer (each then runs several). The rules of which worker gets which task
-    are at the top of `_scheduler.py`. A pool holds threads or processes: `close` it, or use it as a
+    are at the top of `scheduler.py`. A pool holds threads or processes: `close` it, or use it as a
     context manager.
     """
 

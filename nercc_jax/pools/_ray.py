@@ -25,17 +25,17 @@ from ..inference.models import (
     current_conditions,
     matmul_precision,
 )
-from ._backend import OnOutcome, WorkerBackend, WorkerDied
-from ._batch import arrays_of
-from ._clock import ErrorCounter, Watcher
 from ._faults import Faults
-from ._garbage import short_collections
 from ._payload import EncodedInputs, pack
 from ._pool import AbstractPool
-from ._ray_cluster import MEMBERSHIP, Head, last_line, ray_module
-from ._scheduler import Scheduler
-from ._times import Overdue
-from ._worker import Examples, Program, Worker, as_models, warm_up, weights_checksum
+from .backend import OnOutcome, WorkerBackend, WorkerDied
+from .batch import arrays_of
+from .clock import ErrorCounter, Watcher
+from .garbage import short_collections
+from .ray_cluster import MEMBERSHIP, Head, last_line, ray_module
+from .scheduler import Scheduler
+from .times import Overdue
+from .worker import Examples, Program, Worker, as_models, warm_up, weights_checksum
 
 _LOG = logging.getLogger(__name__)
 

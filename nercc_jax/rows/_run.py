@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ..pools import AbstractPool, Batch
-from ..pools._backend import pool_counts
+from ..pools.backend import pool_counts
 from ..risk import Accuracy
 from ._interface import RowFunction, RowProgress, RowResult, RowSettings
 from ._learner import FittedLearner, LearnerThread, learn

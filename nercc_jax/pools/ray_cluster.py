@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from ._clock import ErrorCounter, Watcher
+from .clock import ErrorCounter, Watcher
 
 _LOG = logging.getLogger(__name__)
 

@@ -30,10 +30,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..codes._checks import check_counts
-from ._backend import PoolReport, WorkerBackend, WorkerDied, WorkerReport, WorkerState
-from ._batch import Batch, Failure, Task, reason_of
-from ._clock import WALL, AbstractClock, ErrorCounter, Watcher, pause_after
-from ._times import CALLS_KEPT, AnswerTimes, Call, Overdue
+from .backend import PoolReport, WorkerBackend, WorkerDied, WorkerReport, WorkerState
+from .batch import Batch, Failure, Task, reason_of
+from .clock import WALL, AbstractClock, ErrorCounter, Watcher, pause_after
+from .times import CALLS_KEPT, AnswerTimes, Call, Overdue
 
 _LOG = logging.getLogger(__name__)
 
@@ -182,14 +182,14 @@ class SendQueue:
         return next((worker for worker in self._idle if worker not in barred), None)
 
 
-class Start(NamedTuple):
+class StartLife(NamedTuple):
     """An instruction to begin a life of a worker."""
 
     worker: int
     life: int
 
 
-class Send(NamedTuple):
+class SendTask(NamedTuple):
     """An instruction to send a worker a batch for its model number `kind`."""
 
     worker: int
@@ -201,8 +201,8 @@ class Send(NamedTuple):
 class Schedule:
     """The state of a pool: events and their times go in, instructions come out in `todo`.
 
-    It has no thread, lock or clock. An instruction is a `Start`, a `Send`, or a `Batch` of which
-    something has changed.
+    It has no thread, lock or clock. An instruction is a `StartLife`, a `SendTask`, or a `Batch` of
+    which something has changed.
 
     Attributes:
         due: When `tick` must be called, if nothing happens until then.
@@ -220,7 +220,7 @@ class Schedule:
     ):
         self.slots = [Slot() for _ in range(num_workers)]
         self.queue = SendQueue(self.slots, capacity)
-        self.todo: list[Start | Send | Batch] = []
+        self.todo: list[StartLife | SendTask | Batch] = []
         self.due, self.earlier = -math.inf, False
         self.counts: collections.Counter[str] = collections.Counter()
         self.seconds = self.wasted = 0.0
@@ -255,7 +255,7 @@ class Schedule:
         """Begin a worker's next life, which is over unless it is ready in time."""
         slot = self.slots[worker]
         slot.begun, slot.start_at = True, now + self.start_timeout
-        self.todo.append(Start(worker, slot.life))
+        self.todo.append(StartLife(worker, slot.life))
 
     def restart(self, worker: int, now: float) -> bool:
         """Begin a new life of a worker, if it is idle; return whether it is."""
@@ -327,7 +327,7 @@ class Schedule:
         task.batch.count_pending(task, 1)
         self.counts["sent"] += 1
         self._look_by(slot.due(self.hang_timeout))
-        self.todo.append(Send(worker, slot.life, task.kind, task.value))
+        self.todo.append(SendTask(worker, slot.life, task.kind, task.value))
 
     def _handle_answer(self, worker: int, task: Task, outcome: Any, now: float) -> None:
         batch, slot = task.batch, self.slots[worker]
@@ -555,12 +555,12 @@ class Scheduler:
             todo, self.state.todo = self.state.todo, []
             earlier, self.state.earlier = self.state.earlier, False
         for each in todo:
-            if isinstance(each, Start):
+            if isinstance(each, StartLife):
                 start, what = self.backend.start, f"starting worker {each.worker}"
                 error = self.errors.run(what, start, each.worker, each.life, self._on_outcome)
                 if error is not None:
                     self._on_outcome(each.worker, each.life, error)
-            elif isinstance(each, Send):
+            elif isinstance(each, SendTask):
                 what = f"sending to worker {each.worker}"
                 error = self.errors.run(what, self.backend.send, *each)
                 if error is not None:

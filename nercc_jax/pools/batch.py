@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
-from ._times import AnswerTimes
+from .times import AnswerTimes
 
 # When to stop waiting: at this many answers, or once a function of their mask says so.
 Enough: TypeAlias = int | np.integer | Callable[[np.ndarray], bool]

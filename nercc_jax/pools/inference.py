@@ -21,9 +21,9 @@ from ..inference.models import check_conditions
 from ..risk._error_bars import error_bars
 from ..schemes import Scheme
 from ..schemes._scheme import PreparedInputs, select_uncertain
-from ._batch import BatchAnswers, Enough, check_deadline
 from ._pool import AbstractPool
-from ._worker import no_mesh, off_meshes
+from .batch import BatchAnswers, Enough, check_deadline
+from .worker import no_mesh, off_meshes
 
 
 @dataclasses.dataclass(frozen=True)
