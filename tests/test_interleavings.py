@@ -15,8 +15,6 @@ from nercc_jax import DevicePool
 from nercc_jax.pools import Fault, Faults, RowFunction, run_rows
 from nercc_jax.stragglers import TraceLatency
 
-pytestmark = pytest.mark.slow
-
 NUMBER = int(os.environ.get("NERCC_INTERLEAVINGS", "5"))
 ROWS = 500
 
@@ -49,6 +47,24 @@ def run(seed, life, folder, done):
     np.savez(done, values=result.values, status=result.status)
 
 
+def test_a_run_that_was_killed_before_its_manifest_is_begun_again(tmp_path):
+    """Its first part was there already, and the folder was refused as nobody's."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "part-000000.npz").write_bytes(b"of the run that was killed")
+    (folder / ".manifest.json.17").write_bytes(b"half of")
+    rows = rows_of(0)[:10]
+    result = run_rows(
+        function, rows, DevicePool, num_workers=2, tolerance=0.0, folder=folder, resume=True
+    )
+    np.testing.assert_array_equal(result.values, function(rows))
+    (folder / "manifest.json").unlink()
+    (folder / "notes.txt").write_text("of somebody else")
+    with pytest.raises(ValueError, match="holds no results of a run"):
+        run_rows(function, rows, DevicePool, num_workers=2, tolerance=0.0, folder=folder)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(NUMBER))
 def test_a_run_that_is_killed_and_resumed_has_the_functions_own_values(seed, tmp_path):
     random = np.random.default_rng([seed, 2])
