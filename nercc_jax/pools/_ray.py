@@ -30,7 +30,7 @@ from ._payload import EncodedInputs, pack
 from ._pool import AbstractPool
 from .backend import OnOutcome, WorkerBackend, WorkerDied
 from .batch import arrays_of
-from .clock import ErrorCounter, Watcher
+from .clock import Watcher
 from .garbage import short_collections
 from .ray_cluster import MEMBERSHIP, Head, last_line, ray_module
 from .scheduler import Scheduler
@@ -132,7 +132,7 @@ class RayPool(AbstractPool):
         self._max_per_node, self._rebalance_every = max_per_node, rebalance_every
         self._logged, self._due = False, time.monotonic() + rebalance_every
         self._open = True
-        self._watcher = Watcher("nercc-nodes", self._look, ErrorCounter(), lambda: None)
+        self._watcher = Watcher("nercc-nodes", self._look)
         self._watcher.start()
 
     def processes(self) -> list[int | None]:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from .clock import ErrorCounter, Watcher
+from .clock import Watcher
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Head:
         variable = "RAY_gcs_rpc_server_reconnect_timeout_s"
         self._limit = float(os.environ.get(variable) or 60.0)
         self._client: Any = None
-        self._watcher = Watcher("nercc-head", self._look, ErrorCounter(), lambda: None)
+        self._watcher = Watcher("nercc-head", self._look)
         if address:
             self._watcher.start()
 

@@ -89,7 +89,6 @@ class SendQueue:
         self.copies = 0  # second copies sent
         self._slots, self._capacity = slots, capacity
         self._idle: dict[int, None] = {}
-        self._fenced_idle: dict[int, None] = {}
 
     def open(self, batch: Batch) -> None:
         self.batches[batch] = self._sending[batch] = None
@@ -102,7 +101,8 @@ class SendQueue:
 
     @property
     def idle(self) -> int:
-        return len(self._idle)
+        """The number of workers without a task that may get any."""
+        return sum(not self._slots[worker].fenced for worker in tuple(self._idle))
 
     @property
     def spare(self) -> float:
@@ -115,21 +115,11 @@ class SendQueue:
         return float(room if room == math.inf else max(min(self.idle, room), 0))
 
     def free(self, worker: int) -> None:
-        (self._fenced_idle if self._slots[worker].fenced else self._idle)[worker] = None
+        self._idle[worker] = None
 
     def take(self, worker: int) -> None:
         """Remove a worker from the idle ones, if it is there."""
         self._idle.pop(worker, None)
-        self._fenced_idle.pop(worker, None)
-
-    def fence(self, workers: frozenset[int]) -> None:
-        """Give these workers nothing but what is for them alone, and all others everything."""
-        idle = {**self._idle, **self._fenced_idle}
-        self._idle, self._fenced_idle = {}, {}
-        for worker, slot in enumerate(self._slots):
-            slot.fenced = worker in workers
-        for worker in idle:
-            self.free(worker)
 
     def order(self) -> None:
         """Sort the idle workers, so that a seed means the same in each run."""
@@ -137,14 +127,12 @@ class SendQueue:
 
     def first(self, batch: Batch) -> tuple[Task, int] | None:
         """Return a new batch's next task and an idle worker: redundancy is sent while cheap."""
-        if not batch.waiting:
-            return None
-        worker = self._worker_for(batch.waiting[0])
+        worker = self._worker_for(batch.waiting[0]) if batch.waiting else None
         return None if worker is None else (batch.waiting.pop(0), worker)
 
     def next(self) -> tuple[Task, int] | None:
         """Return a task that a batch cannot do without, oldest batch first, and a worker for it."""
-        for batch in tuple(self._sending) if self._idle or self._fenced_idle else ():
+        for batch in tuple(self._sending) if self._idle else ():
             if batch.over or not batch.needed:  # a server keeps hundreds, for late answers
                 del self._sending[batch]
             elif batch.missing > 0 and (found := self._task(batch)) is not None:
@@ -172,14 +160,12 @@ class SendQueue:
     def _worker_for(self, task: Task) -> int | None:
         """Return an idle worker at which the task has not failed; any, if it failed at all."""
         if task.only is not None:
-            idle = task.only in self._idle or task.only in self._fenced_idle
-            return task.only if idle else None
-        serving = sum(not slot.fenced for slot in self._slots) if task.failed else 0
-        barred = task.failed if task.failed and len(task.failed) < serving else ()
-        if not barred and not task.avoid:
-            return next(iter(self._idle), None)
-        barred = task.avoid.union(barred)
-        return next((worker for worker in self._idle if worker not in barred), None)
+            return task.only if task.only in self._idle else None
+        slots, barred = self._slots, task.avoid
+        if task.failed and len(task.failed) < sum(not slot.fenced for slot in slots):
+            barred = barred | task.failed
+        free = (each for each in self._idle if not slots[each].fenced and each not in barred)
+        return next(free, None)
 
 
 class StartLife(NamedTuple):
@@ -248,7 +234,9 @@ class Schedule:
             self.assign_waiting(now)
 
     def fence(self, workers: frozenset[int], now: float) -> None:
-        self.queue.fence(workers)
+        """Give these workers nothing but what is for them alone, and all others everything."""
+        for worker, slot in enumerate(self.slots):
+            slot.fenced = worker in workers
         self.assign_waiting(now)
 
     def start(self, worker: int, now: float) -> None:
@@ -470,7 +458,11 @@ class Scheduler:
         self.errors = ErrorCounter()
         ended = "the pool's watcher ended, so nobody would replace workers that hang"
         self._watcher = Watcher(
-            "nercc-scheduler", self._look, self.errors, lambda: self._break(ended), clock
+            "nercc-scheduler",
+            self._look,
+            errors=self.errors,
+            end=lambda: self._break(ended),
+            clock=clock,
         )
         with self.event() as state:
             for worker in range(num_workers):
