@@ -82,10 +82,10 @@ class DevicePool(AbstractPool):
     ):
         devices = list(jax.local_devices() if devices is None else devices)
         models = as_models(model, worker_dtype)
-        self._worker_dtype = check_worker_dtype(worker_dtype)
+        self.worker_dtype = check_worker_dtype(worker_dtype)
         platforms = {device.platform for device in devices[:num_workers]}
         platform = platforms.pop() if len(platforms) == 1 else UNKNOWN
-        self._conditions = current_conditions(worker_dtype, platform)
+        self.conditions = current_conditions(worker_dtype, platform)
         programs = [Program(models, device, compiled) for device in devices[:num_workers]]
         warm_up(programs, len(models), example)
         self._weights = weights_checksum(models)

@@ -26,11 +26,16 @@ class AbstractPool(abc.ABC):
     code (spare ones), or fewer (each then runs several). The rules of which worker gets which task
     are at the top of `scheduler.py`. A pool holds threads or processes: `close` it, or use it as a
     context manager.
+
+    Attributes:
+        worker_dtype: The dtype that coded data points are cast to before they are sent; None: no
+            cast.
+        conditions: The precision and platform of the workers, to compare calibrations with.
     """
 
+    worker_dtype: str | None = None
+    conditions: Conditions = Conditions()
     _scheduler: Scheduler
-    _worker_dtype: str | None = None
-    _conditions: Conditions = Conditions()
     _weights: int = 0  # the checksum of the models that it was made with
 
     def __reduce__(self) -> Any:
@@ -39,16 +44,6 @@ class AbstractPool(abc.ABC):
             "Data's map_batches would do: call it from here; for rows of a dataset there is "
             "nercc_jax.rows.map_rows"
         )
-
-    @property
-    def worker_dtype(self) -> str | None:
-        """The dtype that coded data points are cast to before they are sent; None: no cast."""
-        return self._worker_dtype
-
-    @property
-    def conditions(self) -> Conditions:
-        """The precision and platform of the workers, to compare calibrations with."""
-        return self._conditions
 
     @property
     def clock(self) -> AbstractClock:
@@ -85,18 +80,16 @@ class AbstractPool(abc.ABC):
             ValueError: If the pool is closed, or a number does not fit.
             RuntimeError: If the pool is broken (`trouble`).
         """
-        values = jax.tree.map(np.asarray, coded)
-        leaves, structure = jax.tree.flatten(values)
+        leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, coded))
         leads = {leaf.shape[:2] for leaf in leaves}
         if len(leads) != 1 or len(min(leads)) < 2 or 0 in min(leads):
             shapes = ", ".join(str(leaf.shape) for leaf in leaves)
             raise ValueError(
                 f"coded data points are (num_points, batch, ...), not of shape {shapes}"
             )
-        number = len(leaves[0])
-        batch = self.open(number, needed=needed, copies=copies)
         each = [jax.tree.unflatten(structure, parts) for parts in zip(*leaves, strict=True)]
-        self.send(batch, range(number), each, kinds=kinds)
+        batch = self.open(len(each), needed=needed, copies=copies)
+        self.send(batch, range(len(each)), each, kinds=kinds)
         return batch
 
     def open(
@@ -127,10 +120,10 @@ class AbstractPool(abc.ABC):
             refuse: Returns why an answer cannot be used, in which case the worker has failed
                 (default: answers that are not finite floats).
         """
-        with self._scheduler.lock:
-            times = self._scheduler.state.times_of(overdue)
-        parts = self._scheduler, num_points, needed, copies, at_once, times, on_change, refuse
-        return Batch(*parts)
+        scheduler = self._scheduler
+        with scheduler.lock:
+            times = scheduler.state.times_of(overdue)
+        return Batch(scheduler, num_points, needed, copies, at_once, times, on_change, refuse)
 
     def send(
         self,
@@ -159,19 +152,13 @@ class AbstractPool(abc.ABC):
         """
         kinds = [0] * len(points) if kinds is None else kinds
         scheduler = self._scheduler
-        if any(not WEIGHTS <= kind < scheduler.num_models for kind in kinds):
-            raise ValueError(
-                f"the workers of this pool run {scheduler.num_models} model(s), but "
-                f"{max(kinds) + 1} are asked for: give the pool all models of the code, served one "
-                "first"
-            )
         tasks = []
         for point, kind, value in zip(points, kinds, values, strict=True):
             size, given = len(arrays_of(value)[0]), scheduler.clock.now()
-            value = scheduler.backend.prepare(cast_floats(value, self._worker_dtype))
+            value = scheduler.backend.prepare(cast_floats(value, self.worker_dtype))
             tasks.append(Task(batch, point, kind, value, size, given, frozenset(avoid), only))
         with scheduler.event() as state:
-            scheduler.check_open()
+            scheduler.check_send(kinds)
             state.add(batch, tasks, scheduler.clock.now())
 
     def fence(self, workers: Iterable[int]) -> None:
@@ -243,9 +230,8 @@ class AbstractPool(abc.ABC):
     @property
     def ending(self) -> str | None:
         """Why a run must end now: something else ends its process within ten seconds; else None."""
-        if self.ends_at - time.monotonic() >= 10.0:
-            return None
-        return "stopped before Ray ends this process, whose head is gone"
+        soon = self.ends_at - time.monotonic() < 10.0
+        return "stopped before Ray ends this process, whose head is gone" if soon else None
 
     @property
     def heartbeat(self) -> float:

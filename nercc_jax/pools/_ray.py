@@ -32,7 +32,7 @@ from .backend import OnOutcome, WorkerBackend, WorkerDied
 from .batch import arrays_of
 from .clock import Watcher
 from .garbage import short_collections
-from .ray_cluster import MEMBERSHIP, Head, last_line, ray_module
+from .ray_cluster import Head, join_ray, joined_head, last_line, leave_ray, ray_module
 from .scheduler import Scheduler
 from .times import Overdue
 from .worker import Examples, Program, Worker, as_models, warm_up, weights_checksum
@@ -103,9 +103,10 @@ class RayPool(AbstractPool):
         start_timeout: float = 300.0,
     ):
         models = as_models(model, worker_dtype)
-        self._worker_dtype = check_worker_dtype(worker_dtype)
+        self.worker_dtype = check_worker_dtype(worker_dtype)
         self._weights = weights_checksum(models)
-        self._head = MEMBERSHIP.enter(address, runtime_env)
+        join_ray(address, runtime_env)
+        self._head = joined_head()
         try:
             self._backend = ActorBackend(
                 pack((models, example, compiled, faults or Faults())),
@@ -124,11 +125,11 @@ class RayPool(AbstractPool):
                 min_workers=min_workers,
             )
         except BaseException:
-            MEMBERSHIP.leave()
+            leave_ray()
             raise
         platforms = {place.platform for place in self._backend.places.values()}
         platform = platforms.pop() if len(platforms) == 1 else UNKNOWN
-        self._conditions = current_conditions(worker_dtype, platform)
+        self.conditions = current_conditions(worker_dtype, platform)
         self._max_per_node, self._rebalance_every = max_per_node, rebalance_every
         self._logged, self._due = False, time.monotonic() + rebalance_every
         self._open = True
@@ -159,7 +160,7 @@ class RayPool(AbstractPool):
             self._open = False
             self._watcher.close()
             self._scheduler.close()
-            MEMBERSHIP.leave()
+            leave_ray()
 
     def _look(self) -> float:
         """Log where workers are, once all are ready; then move one, if Ray would not put it there.

@@ -1,6 +1,7 @@
 """The Ray that a process is part of: by address, one that it finds, or its own; and its head."""
 
 import concurrent.futures
+import dataclasses
 import logging
 import math
 import os
@@ -101,65 +102,22 @@ class Head:
         self._watcher.close()
 
 
-class Membership:
+@dataclasses.dataclass
+class _Membership:
     """This process's connection to a Ray, for as long as a pool of the process uses it.
 
     With the last user, the connection that we made is closed, and a Ray that we started ends. A Ray
     that the process was connected to before stays.
     """
 
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._users = 0
-        self._job: str | None = None  # of Ray, where it was us who connected
-        self._environment: dict[str, Any] = {}
-        self._head: Head | None = None
-
-    def enter(
-        self,
-        address: str | None,
-        runtime_env: Mapping[str, Any] | None,
-        elsewhere: Mapping[str, Any] | None = None,
-    ) -> Head:
-        """Connect this process, unless it is connected, as `join_ray`; `leave` must follow."""
-        with self._lock:
-            ray = ray_module()
-            if not ray.is_initialized():
-                own = dict(runtime_env or {})
-                _connect(address, own, own if elsewhere is None else dict(elsewhere))
-                self._job, self._environment = ray.get_runtime_context().get_job_id(), own
-                self._users = 0
-            elif self._environment != (runtime_env or self._environment):
-                raise ValueError(
-                    "this process is connected to a Ray already, with another runtime environment: "
-                    "give it to the first pool, or to `ray.init` where that connects"
-                )
-            # Ray's client, for processes outside of the cluster, has no such address.
-            found = str(getattr(ray.get_runtime_context(), "gcs_address", ""))
-            if self._head is None or self._users == 0 or self._head.address != found:
-                self._head = Head(found)
-            self._users += 1
-            return self._head
-
-    @property
-    def lost(self) -> bool:
-        return self._head is not None and self._head.gone
-
-    def leave(self) -> None:
-        """End one use; call it once for each `enter`."""
-        with self._lock:
-            self._users -= 1
-            if self._users > 0 or self.lost:  # Ray would wait for its head
-                return
-            if self._head is not None:
-                self._head.close()
-            ray = ray_module()
-            if ray.is_initialized() and ray.get_runtime_context().get_job_id() == self._job:
-                ray.shutdown()
-            self._job, self._environment = None, {}
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    users: int = 0
+    job: str | None = None  # of Ray, where it was us who connected
+    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    head: Head | None = None
 
 
-MEMBERSHIP = Membership()
+_MEMBERSHIP = _Membership()
 
 
 def join_ray(
@@ -181,17 +139,50 @@ def join_ray(
         ConnectionError: If no Ray is at the address, or it does not let us in.
         ValueError: If a runtime environment comes too late, or does not fit.
     """
-    MEMBERSHIP.enter(address, runtime_env, elsewhere)
+    ours = _MEMBERSHIP
+    with ours.lock:
+        ray = ray_module()
+        if not ray.is_initialized():
+            own = dict(runtime_env or {})
+            _connect(address, own, own if elsewhere is None else dict(elsewhere))
+            ours.job, ours.environment = ray.get_runtime_context().get_job_id(), own
+            ours.users = 0
+        elif ours.environment != (runtime_env or ours.environment):
+            raise ValueError(
+                "this process is connected to a Ray already, with another runtime environment: "
+                "give it to the first pool, or to `ray.init` where that connects"
+            )
+        # Ray's client, for processes outside of the cluster, has no such address.
+        found = str(getattr(ray.get_runtime_context(), "gcs_address", ""))
+        if ours.head is None or ours.users == 0 or ours.head.address != found:
+            ours.head = Head(found)
+        ours.users += 1
 
 
 def leave_ray() -> None:
     """End what `join_ray` began."""
-    MEMBERSHIP.leave()
+    ours = _MEMBERSHIP
+    with ours.lock:
+        ours.users -= 1
+        if ours.users > 0 or ray_is_lost():  # Ray would wait for its head
+            return
+        if ours.head is not None:
+            ours.head.close()
+        ray = ray_module()
+        if ray.is_initialized() and ray.get_runtime_context().get_job_id() == ours.job:
+            ray.shutdown()
+        ours.job, ours.environment = None, {}
 
 
 def ray_is_lost() -> bool:
     """Return whether this process is part of a Ray whose head is gone: Ray will end it."""
-    return MEMBERSHIP.lost
+    return _MEMBERSHIP.head is not None and _MEMBERSHIP.head.gone
+
+
+def joined_head() -> Head:
+    """Return the head of the Ray that this process has joined."""
+    assert _MEMBERSHIP.head is not None
+    return _MEMBERSHIP.head
 
 
 def _connect(address: str | None, runtime_env: dict[str, Any], elsewhere: dict[str, Any]) -> None:

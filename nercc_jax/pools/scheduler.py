@@ -34,6 +34,7 @@ from .backend import PoolReport, WorkerBackend, WorkerDied, WorkerReport, Worker
 from .batch import Batch, Failure, Task, reason_of
 from .clock import WALL, AbstractClock, ErrorCounter, Watcher, pause_after
 from .times import CALLS_KEPT, AnswerTimes, Call, Overdue
+from .worker import WEIGHTS
 
 _LOG = logging.getLogger(__name__)
 
@@ -449,8 +450,10 @@ class Scheduler:
         self.num_workers, self.num_models = num_workers, num_models
         self.clock, self.lock = clock, threading.RLock()
         self.on_idle: Callable[[], Any] | None = None
-        rules = overdue, max_attempts, hang_timeout, start_timeout
-        self.state = Schedule(num_workers, backend.spare_capacity, *rules)
+        capacity = backend.spare_capacity
+        self.state = Schedule(
+            num_workers, capacity, overdue, max_attempts, hang_timeout, start_timeout
+        )
         self.backend = backend
         self._changed = threading.Condition(self.lock)  # notified of workers that start or do not
         self._closed = False
@@ -508,11 +511,16 @@ class Scheduler:
     def trouble(self) -> str | None:
         return "this pool is closed" if self._closed else self._broken
 
-    def check_open(self) -> None:
-        """Raise ValueError if the pool is closed, RuntimeError if it is broken."""
+    def check_send(self, kinds: Sequence[int]) -> None:
+        """Raise ValueError or RuntimeError if nothing can be sent to workers' models `kinds`."""
         if self.trouble is not None:
             kind = ValueError if self._closed else RuntimeError
             raise kind(f"{self.trouble}: make a new one")
+        if any(not WEIGHTS <= kind < self.num_models for kind in kinds):
+            raise ValueError(
+                f"the workers of this pool run {self.num_models} model(s), but {max(kinds) + 1} "
+                "are asked for: give the pool all models of the code, served one first"
+            )
 
     def restart(self, worker: int) -> bool:
         """Begin a new life of a worker, for its backend to find it a better place.
