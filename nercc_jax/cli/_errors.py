@@ -25,7 +25,7 @@ def report_errors() -> Iterator[None]:
     except RuntimeError as error:
         if _ON_HOST not in str(error):
             raise
-        from ..pools._batch import reason_of
+        from ..pools.batch import reason_of
 
         fail(f"the model failed: {reason_of(error)}", 1)
 

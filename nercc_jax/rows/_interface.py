@@ -9,7 +9,7 @@ from jaxtyping import Float, Shaped
 
 from ..codes._trees import is_float
 from ..pools import PoolReport
-from ..pools._batch import check_deadline
+from ..pools.batch import check_deadline
 from ..risk import Accuracy, EnsembleEstimate
 from ..risk.ensembles import RowEvidence, RowStatistic, Weights, average, quantile
 from ..surrogates import Learner

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from ..codes import NeRCC
 from ..evaluation._criteria import root_mean_square
-from ..pools._clock import AbstractClock, TimeShare
+from ..pools.clock import AbstractClock, TimeShare
 from ..risk import ErrorProbability
 from ..risk._answer_check import AnswerCheck, fit_answer_check
 from ..schemes import fit_scheme

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ..pools import AbstractPool, Batch
-from ..pools._backend import pool_counts
-from ..pools._clock import TimeShare
+from ..pools.backend import pool_counts
+from ..pools.clock import TimeShare
 from ..risk import Accuracy, EnsembleEstimate
 from ._interface import RowFunction, RowProgress, RowResult, RowSettings
 from ._learner import FittedLearner, LearnerThread, learn

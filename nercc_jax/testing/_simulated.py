@@ -12,10 +12,10 @@ from jaxtyping import PyTree
 
 from ..inference.models import Model
 from ..pools import AbstractPool, Faults, Overdue
-from ..pools._backend import OnOutcome, WorkerBackend, WorkerDied
-from ..pools._clock import BEAT, AbstractClock, AbstractTurns
-from ..pools._scheduler import Scheduler
-from ..pools._worker import Program, Worker, weights_checksum
+from ..pools.backend import OnOutcome, WorkerBackend, WorkerDied
+from ..pools.clock import BEAT, AbstractClock, AbstractTurns
+from ..pools.scheduler import Scheduler
+from ..pools.worker import Program, Worker, weights_checksum
 
 
 class SimulatedClock(AbstractClock):

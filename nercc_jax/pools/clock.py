@@ -166,12 +166,13 @@ class Watcher:
         self,
         name: str,
         look: Callable[[], float],
-        errors: ErrorCounter,
-        end: Callable[[], Any],
+        *,
+        errors: ErrorCounter | None = None,
+        end: Callable[[], Any] = lambda: None,
         clock: AbstractClock = WALL,
     ):
-        self._look, self._errors, self._end, self._clock = look, errors, end, clock
-        self._name, self._failures = name, 0
+        self._look, self._errors, self._end = look, errors or ErrorCounter(), end
+        self._name, self._clock, self._failures = name, clock, 0
         self.heartbeat = clock.now()  # of the last turn
         self._turns = clock.turns(name, self._turn)
         self.start, self.wake = self._turns.start, self._turns.wake
