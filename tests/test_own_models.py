@@ -7,11 +7,10 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import invoke
 from conftest import require
-from typer.testing import CliRunner
 
 from nercc_jax import load_code
-from nercc_jax.cli._app import app
 from nercc_jax.cli._options import Options
 from nercc_jax.cli._workload import find_workload
 from nercc_jax.codes import LearnedDecoder, code_card
@@ -45,7 +44,7 @@ def example_inputs():
 
 
 def run(*arguments):
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(arguments))
+    result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -64,7 +63,7 @@ def folder(tmp_path_factory):
 
 def test_what_is_there_is_not_written_over(folder):
     for name, message in (("their_model.py", "is left as it is"), ("my-model.py", "of a module")):
-        result = CliRunner().invoke(app, ["new-model", name])
+        result = invoke("new-model", name)
         assert result.exit_code == 2
         assert message in result.output
 
@@ -107,7 +106,7 @@ def test_one_number_a_row_has_no_label(folder, outputs):
 
 def test_what_a_function_raises_on_the_host_is_one_line(folder):
     options = ["--num-data", "2", "--num-workers", "4", "--sets", "2", "--outputs", "values"]
-    result = CliRunner().invoke(app, ["demo", "--model", "own_parts:picky", *options])
+    result = invoke("demo", "--model", "own_parts:picky", *options)
     assert result.exit_code == 1
     assert result.output == "error: the model failed: ArithmeticError: no solution here\n"
 
@@ -128,7 +127,7 @@ def test_commands_run_what_jax_cannot_trace_but_tune_says_why_not(folder):
     report = run("run", "--model", "own_parts:by_hand", *code, "--output", "by-hand.npz")
     assert "labels are the model's own" in report
     tune = ("tune", "--model", "own_parts:by_hand", *code, "--steps", "1")
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(tune))
+    result = invoke(*tune)
     assert result.exit_code == 2
     assert "error: JAX cannot trace the model" in result.output
     assert "Traceback" not in result.output

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import invoke
 from scipy import stats
-from typer.testing import CliRunner
 
 from nercc_jax import NeRCC, Replication, coded_inference, plan
 from nercc_jax.inference import order_points
@@ -433,9 +433,7 @@ def test_a_plan_says_how_it_is_carried_out():
     ],
 )
 def test_the_command_tells_plainly_what_is_wrong(tmp_path, untyped, arguments, message):
-    from nercc_jax.cli._app import app
-
-    result = CliRunner().invoke(app, ["plan", *arguments, "--output-dir", str(tmp_path)])
+    result = invoke("plan", *arguments, "--output-dir", str(tmp_path))
     assert result.exit_code == 2, result.output
     assert message in result.output
     assert not list(tmp_path.iterdir())
@@ -518,7 +516,6 @@ def test_a_surrogate_tells_which_queries_go_out_twice(key):
 
 @pytest.mark.slow
 def test_the_command_plans_as_python_does(tmp_path, monkeypatch):
-    from nercc_jax.cli._app import app
     from nercc_jax.cli._options import Options
     from nercc_jax.cli._workload import find_workload
 
@@ -528,9 +525,7 @@ def test_the_command_plans_as_python_does(tmp_path, monkeypatch):
     asked = "--latency trace:trace.txt --queries 4 --max-workers 6 --budget 0.5 --overhead-s 0"
     asked += " --max-disagreement 0.05 --layouts interleaved --output planned"
     model = f"{__name__}:_model"
-    result = CliRunner().invoke(
-        app, ["plan", "--model", model, "--inputs", "x.npy", *asked.split()]
-    )
+    result = invoke("plan", "--model", model, "--inputs", "x.npy", *asked.split())
     assert result.exit_code == 0, result.output
     x = find_workload(Options(model, inputs=tmp_path / "x.npy")).points("train", 2000, 0)
     latency = TraceLatency.from_file("trace.txt")

@@ -24,8 +24,8 @@ from ..inference import coded_inference
 from ..schemes import Scheme
 from ..surrogates import Surrogate
 from ..tuning import learn_decoder
+from ._command import of_option
 from ._comparison import compare, straggler_laws
-from ._errors import of_option
 from ._options import Options
 from ._output import make_table, print_whole, write_json
 from ._process import compile_quickly

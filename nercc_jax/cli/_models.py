@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import track
 
@@ -54,4 +53,4 @@ def new_model(options: Options) -> None:
         raise ValueError(f"{file} is there already, and is left as it is")
     template = Path(__file__).parent / "templates" / "new_model.txt"
     file.write_text(template.read_text().format(module=file.stem, file=file.name))
-    typer.echo(f"wrote {file}; try it from its folder: nercc demo --model {file.stem}:model")
+    print(f"wrote {file}; try it from its folder: nercc demo --model {file.stem}:model")

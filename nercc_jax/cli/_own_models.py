@@ -23,6 +23,13 @@ def is_shipped(model: str) -> bool:
     return ":" not in model
 
 
+def is_data_set(inputs: Path) -> bool:
+    """Return whether inputs are named as a data set, such as digits, and not as a file."""
+    from nercc_models.data import list_data
+
+    return not inputs.is_file() and str(inputs) in list_data()
+
+
 def look_here() -> None:
     """Have modules looked for in the working directory, too."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:

@@ -19,7 +19,7 @@ from ..stragglers import (
     ParetoLatency,
     TraceLatency,
 )
-from ._errors import of_option
+from ._command import of_option
 from ._options import Options
 from ._output import make_table, print_whole
 from ._own_models import find_surrogate

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ._process import leave
-
 # Set by `ray job submit`, which has sent a folder of its own.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # Never sent with the folder of a model, whatever .gitignore says.
@@ -28,14 +26,14 @@ class RayJob:
 
     address: str | None = None
     working_dir: Path | None = None
-    py_modules: Sequence[Path] = ()
+    py_modules: Sequence[str | Path] = ()
     runtime_env: Path | None = None
 
     def __post_init__(self):
         for option, path in (
             ("--working-dir", self.working_dir),
             ("--runtime-env", self.runtime_env),
-            *(("--py-modules", each) for each in self.py_modules),
+            *(("--py-modules", Path(each)) for each in self.py_modules),
         ):
             if path is not None and "://" not in str(path) and not path.exists():
                 raise ValueError(f"{option} {path}: there is no such file or folder")
@@ -77,14 +75,6 @@ def leave_accelerators() -> None:
 
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
-
-
-def end_at_once(code: int) -> None:
-    """End this process if Ray's head is gone: a normal end would wait a minute for the head."""
-    from ..pools import ray_is_lost
-
-    if ray_is_lost():
-        leave(code)
 
 
 def own_folders(models: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import typer
 from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
@@ -17,11 +16,11 @@ from rich.logging import RichHandler
 from ..pools import AbstractPool, DevicePool, Faults, RayPool, leave_ray
 from ..rows import RowSettings
 from ..rows.files import check_parts
-from ._errors import fail
+from ._command import fail
 from ._options import Options, refuse, table_of_option
 from ._output import Finished, summary_table, write_json
 from ._own_models import find_score
-from ._ray_job import RayJob, end_at_once, leave_accelerators
+from ._ray_job import RayJob, leave_accelerators
 from ._run_groups import run_groups
 from ._run_rows import run_function
 from ._workload import needs_pyarrow
@@ -39,21 +38,17 @@ def run(options: Options) -> None:
     if options.by_row:
         engine, endings = run_function, (".npz", ".csv", ".parquet")
     folder = _folder_of_parts(options.output, options.resume, endings)
-    try:
-        found = engine(options, console, open_pool, folder)
-        if found.columns:
-            _write(console, options.output, folder, found)
-        rest = f"; {folder} has what is done, and --resume goes on from there"
-        if found.stopped is not None:
-            code = 130 if found.stopped == "interrupted" else _PARTIAL
-            fail(f"{found.stopped}: {found.done}{rest}", code)
-        if found.missing is not None:
-            fail(f"{found.missing}{rest}", _PARTIAL)
-        if options.output.suffix:
-            shutil.rmtree(folder)
-    except typer.Exit as end:
-        end_at_once(end.exit_code)
-        raise
+    found = engine(options, console, open_pool, folder)
+    if found.columns:
+        _write(console, options.output, folder, found)
+    rest = f"; {folder} has what is done, and --resume goes on from there"
+    if found.stopped is not None:
+        code = 130 if found.stopped == "interrupted" else _PARTIAL
+        fail(f"{found.stopped}: {found.done}{rest}", code)
+    if found.missing is not None:
+        fail(f"{found.missing}{rest}", _PARTIAL)
+    if options.output.suffix:
+        shutil.rmtree(folder)
     if options.pool == "ray":
         leave_ray()
 

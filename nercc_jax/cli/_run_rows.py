@@ -12,7 +12,7 @@ from rich.progress import TaskID
 
 from ..rows import RowProgress, RowResult, RowSettings, run_rows
 from ..rows.files import fingerprint
-from ._errors import fail
+from ._command import fail
 from ._options import Options
 from ._output import Finished, faults_seen, run_bar
 from ._workload import find_workload

@@ -23,7 +23,7 @@ from ..serving._metrics import Metrics
 from ..serving._served_model import ServedModel, log_phase
 from ..serving._settings import ModelSettings
 from ..serving.protocol._servable import FLOAT
-from ._errors import of_option
+from ._command import of_option
 from ._options import Options, Returned
 from ._own_models import (
     example_inputs,

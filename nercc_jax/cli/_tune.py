@@ -16,8 +16,8 @@ from ..evaluation._objective import landscape, make_trial
 from ..tuning import Descent, LayoutTuning, learn_decoder, search_layout, tune
 from ..tuning._layouts import LayoutSearch
 from ..tuning._tune import TuningStep
+from ._command import of_option
 from ._comparison import compare, straggler_laws
-from ._errors import of_option
 from ._options import Options
 from ._output import make_table, steps_bar, write_json
 from ._process import compile_quickly

@@ -20,7 +20,7 @@ from ..codes import AbstractCode, load_code
 from ..inference.models import call_model, check_model
 from ..pools._batch import reason_of
 from ..rows.files import fingerprint
-from ._errors import of_option
+from ._command import of_option
 from ._options import Options, Returned
 from ._own_models import EXAMPLES, example_inputs, hub_name, is_own, is_shipped, load_callable
 
