@@ -48,7 +48,8 @@ def draw():
 
 
 def names(axis):
-    return [text.get_text() for text in axis.get_legend().get_texts()]
+    """From the top down."""
+    return [text.get_text() for text in sorted(axis.texts, key=lambda text: -text.xyann[1])]
 
 
 def test_intervals_of_shares_stay_within_0_and_1(draw):

@@ -10,7 +10,7 @@ from rich.progress import track
 from nercc_models.names import list_models, model_card
 
 from ._options import Options
-from ._output import make_table, print_whole, write_json
+from ._output import print_table, write_json
 
 
 def models(options: Options) -> None:
@@ -40,7 +40,7 @@ def models(options: Options) -> None:
 
     score = "accuracy, measured now" if options.evaluate else "accuracy, by its card"
     columns = ("model", "data", "input", "parameters", "kB", score)
-    print_whole(console, make_table(None, columns, map(cells, rows), left=len(columns)))
+    print_table(console, None, columns, map(cells, rows), left=len(columns))
     write_json(console, options.numbers, {"measured": options.evaluate}, rows)
 
 

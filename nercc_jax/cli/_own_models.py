@@ -123,11 +123,13 @@ def find_surrogate(asked: str, model: str, outputs: str) -> Callable[..., Any]:
         raise ValueError(f"--surrogate {asked}: {error}") from error
 
 
-def find_score(asked: str) -> Callable[[Any], Any]:
-    """Return the function that scores rows, by which injected stragglers are chosen.
+def find_score(asked: str | None) -> Callable[[Any], Any] | None:
+    """Return the function that scores rows, by which injected stragglers are chosen, if any.
 
     It is `norm`, or module:function. Raises ValueError if there is no such function.
     """
+    if asked is None:
+        return None
     if asked != "norm":
         return load_callable(asked, None, "--straggler-score")
     from ..pools._faults import row_norm

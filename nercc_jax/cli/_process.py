@@ -74,12 +74,14 @@ def keep_lapack_to_one_thread() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> None:
+def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> bool:
     """Have programs compiled without most of LLVM's optimisations where they have little to do.
 
     They have little to do if the model, on so many rows in all, takes only seconds on a CPU. With
     `compile_plainly`, a step of `nercc tune` then compiles in 1.6 s, and runs in 33 ms instead of
     6. The number of turns of a loop is not known here, so a model with loops is left alone.
+
+    Return whether they have little to do; on an accelerator, anything is.
     """
     import equinox as eqx
     import jax
@@ -87,12 +89,14 @@ def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> No
     from ..inference.models import call_model
 
     if jax.default_backend() != "cpu":
-        return
+        return True
     jitted: Any = eqx.filter_jit(call_model)
     lowered = jitted.lower(model, x[:1]).lowered
     cost: Any = lowered.cost_analysis() or {}
-    if "stablehlo.while" not in lowered.as_text() and rows * cost.get("flops", math.inf) <= _FEW:
+    little = rows * cost.get("flops", math.inf) <= _FEW
+    if little and "stablehlo.while" not in lowered.as_text():
         jax.config.update("jax_disable_most_optimizations", True)
+    return little
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:

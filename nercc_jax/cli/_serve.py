@@ -35,7 +35,6 @@ _NEEDED = (
 _MOMENT = 0.25
 
 
-_LINE = 94  # letters of help beside names, in a window of 120
 # A newcomer's options, which come first, in the panel without a title of its own.
 _FIRST = ("scheme", "num_data", "num_workers", "pool", "workers", "http_port")
 
@@ -79,7 +78,7 @@ def options() -> list[Option]:
                 kind = str  # as the environment has it; the settings convert it
             flags = [flag, f"--no-{flag[2:]}"] if kind is bool else [flag]
             made = Option(name, kind, field.default, text, shown, flags)
-            room = _LINE - len(made.line()[1]) + len(text) - max(len(made.line()[0]) - 22, 0)
+            room = 94 - len(made.line()[1]) + len(text) - max(len(made.line()[0]) - 22, 0)
             short = textwrap.shorten(text, room, placeholder=" ...")
             found.append(dataclasses.replace(made, help=short))
     return found

@@ -115,8 +115,7 @@ def _start(
         code = fitting_code(code, settings, servable)
     try:
         cache, predictor = calibration_file(settings, code), predictor_of(settings, servable)
-        asked = settings.straggler_score
-        score = None if asked is None else find_score(asked)
+        score = find_score(settings.straggler_score)
         return ServedModel(servable, code, settings, metrics, cache, predictor, score)
     except RuntimeError as error:
         raise StartFailed(f"the workers of {name} did not start: {error}") from error

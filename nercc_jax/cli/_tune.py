@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, save_code
 from ..codes._points import coincident
@@ -19,7 +18,7 @@ from ..tuning._tune import TuningStep
 from ._command import of_option
 from ._comparison import compare, straggler_laws
 from ._options import Options
-from ._output import make_table, steps_bar, write_json
+from ._output import print_table, progress_bar, write_json
 from ._process import compile_quickly
 from ._workload import find_workload
 
@@ -90,7 +89,7 @@ def tune_code(options: Options) -> None:
                 tuning=LayoutTuning(**descent),
                 on_stage=lambda stage: status.update(f"{stage} ..."),
             )
-        console.print(_layout_table(search))
+        _print_layouts(console, search)
         title = f"{num_data} data points, {num_workers} workers"
         pictures.layouts_figure(search.best_of_layouts, title).savefig(options.plot, dpi=130)
         best = search.candidates[0]
@@ -99,7 +98,7 @@ def tune_code(options: Options) -> None:
             "objective": f"{100 * best.disagreement:.2f} % of labels differ, on held-out groups",
         }  # fmt: skip
     else:
-        with steps_bar(console) as bar:
+        with progress_bar(console) as bar:
             task = bar.add_task("compiling ...", total=options.steps)
 
             def on_step(step: TuningStep, code: NeRCC) -> None:
@@ -151,7 +150,7 @@ def start_code(num_data: int, num_workers: int, layout: str) -> NeRCC:
     return NeRCC(num_data, num_workers, points=layout, exact=True) if own else code
 
 
-def _layout_table(search: LayoutSearch) -> Table:
+def _print_layouts(console: Console, search: LayoutSearch) -> None:
     def cells(candidate: Any) -> tuple[str, ...]:
         code = candidate.code
         kept = "yes" if code.exact or not code.lambda_dec > 0 else "no"
@@ -164,4 +163,4 @@ def _layout_table(search: LayoutSearch) -> Table:
 
     columns = ("layout", "disagreement", "lambda_dec", "exact where answered")
     title = "Layouts, each with its best decoder, on held-out groups"
-    return make_table(title, columns, map(cells, search.best_of_layouts))
+    print_table(console, title, columns, map(cells, search.best_of_layouts))
