@@ -13,9 +13,8 @@ from scipy import stats
 
 from nercc_jax import NeRCC, Replication, coded_inference, plan
 from nercc_jax.inference import order_points
-from nercc_jax.planning import Candidate, Plan, PlanEffort
+from nercc_jax.planning import Candidate, Plan
 from nercc_jax.planning._plan import recommend
-from nercc_jax.planning._planner import Half, Planner
 from nercc_jax.stragglers import (
     ExponentialLatency,
     LogNormalLatency,
@@ -222,30 +221,6 @@ def test_replication_that_loses_tells_how_many(exact):
     row = max(rows, key=lambda row: row.disagreement.mean)
     assert row.disagreement.mean > 0.005
     _keeps(row, *_simulate(row, None))
-
-
-@pytest.mark.slow
-def test_re_execution_keeps_its_promise_on_fresh_data(key):
-    """Hedging is mostly faster, so a plan hardly shows it: here nothing stands against it."""
-    asked = {"num_queries": 4, "max_workers": 5, "max_extra_work": 0.9, "max_disagreement": 0.02}
-    x = _data(400)
-    halves = tuple(Half(_model, part, 4, None, 256) for part in (x[:200], x[200:]))
-    planner = Planner(Latencies(TAIL, key), asked, PlanEffort(), *halves)
-    screened = planner.screen([4], ("interleaved",), ("pixels",), np.inf)
-    doubts = planner.measure(screened, np.inf, key)
-    again = [row for row in doubts if row.limit is not None]
-    assert again
-    for row in again:
-        assert row.held_out
-        assert row.limit > 0
-        assert row.extra_work == pytest.approx(row.num_workers / 4 - 1 + row.resent)
-    row = max(again, key=lambda row: row.resent)
-    assert row.resent > 0.001
-    kind = (row.num_workers, row.wait_for, row.min_wait)
-    kinds = [(r.num_workers, r.wait_for, r.min_wait) for r in screened]
-    plain = screened[kinds.index(kind)]
-    assert row.disagreement.mean < plain.disagreement.mean
-    _keeps(row, *_simulate(row, doubts[row]))
 
 
 # Time.
