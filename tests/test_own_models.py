@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from nercc_jax.cli._options import Options
 from nercc_jax.cli._workload import find_workload
 from nercc_jax.codes import LearnedDecoder, code_card
 from nercc_jax.planning import Plan
+from nercc_models import load_data
 
 MODEL = "their_model:model"
 PARTS = """
@@ -78,6 +80,22 @@ def test_inputs_are_parted_alike_for_all_commands(folder):
     np.save("x.npy", np.ones((7, 3)))
     own = find_workload(Options("own_parts:model", inputs=folder / "x.npy"))
     assert own.points("train", 9, 0).shape == (6, 3)
+
+
+def test_inputs_may_be_a_data_set_by_name(folder):
+    (folder / "pixels.py").write_text("def model(x):\n    return x.reshape(len(x), -1)[:, 18:28]\n")
+    small = ("--num-data", "2", "--num-workers", "4", "--max-inputs", "9", "--output", "d.npz")
+    report = run("run", "--model", "pixels:model", "--inputs", "digits", *small)
+    assert "9 data points of 'test'" in report
+    with np.load("d.npz") as found:
+        assert found["label"].tolist() == load_data("digits", "test", limit=9).labels.tolist()
+    rows = find_workload(Options("pixels:model", inputs=Path("digits"))).points("train", 5, 0)
+    assert rows.shape == (5, 8, 8, 1)
+    assert rows.dtype == np.float32
+    result = invoke("run", "--model", "pixels:model", "--inputs", "digit")
+    assert "--inputs digit: there is no such file, and no such data set" in result.output
+    shipped = find_workload(Options(inputs=Path("digits"))).points("test", 5, 0)
+    np.testing.assert_array_equal(shipped, find_workload(Options()).points("test", 5, 0))
 
 
 def test_outputs_are_as_asked(folder):

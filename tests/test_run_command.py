@@ -309,7 +309,10 @@ def test_inputs_that_do_not_fit_are_reported_by_their_option(tmp_path, name, con
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model a:b --inputs no.npy", "--inputs no.npy: there is no such file"),
+        (
+            "--model a:b --inputs no.npy",
+            "--inputs no.npy: there is no such file, and no such data set",
+        ),
         ("--model nercc_own_rows:swing", "needs data points: use --inputs"),
         ("--inputs x.npy --weights x.npy", "--weights is for a model of your own"),
         ("--model a:b --weights no.npy", "there are no weights at no.npy"),

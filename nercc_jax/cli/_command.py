@@ -67,7 +67,8 @@ class Option:
             for flag, value in zip(self.flags, (True, False), strict=False):
                 parser.add_argument(flag, dest=self.name, action="store_const", const=value)
         elif not self.flags:
-            parser.add_argument(self.name, nargs="*" if several else "?", type=self.read)
+            given: Any = {"nargs": "*" if several else "?", "default": self.default}
+            parser.add_argument(self.name, type=self.read, **given)
         else:
             action = "append" if several else "store"
             parser.add_argument(*self.flags, dest=self.name, type=self.read, action=action)
