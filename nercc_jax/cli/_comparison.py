@@ -111,7 +111,7 @@ def _number(value: float) -> str:
     """Return a number in three digits, without an exponent where none is needed."""
     if value == 0 or np.isnan(value):
         return "0" if value == 0 else "?"
-    if abs(value) >= 1e4:
-        return f"{value:.0e}".replace("e+0", "e")
+    if not 1e-3 <= abs(value) < 1e4:
+        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-")
     digits = max(0, 2 - int(np.floor(np.log10(abs(value)))))
     return f"{value:.{min(digits, 4)}f}"
