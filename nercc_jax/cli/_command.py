@@ -49,7 +49,7 @@ class Option:
         kinds = (self.kind, *typing.get_args(self.kind))
         kind = next((each for each in kinds if each in (int, float, Path)), str)
         try:
-            value = kind(text)
+            value: Any = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{_WORDS[kind]} is needed, not {text!r}") from None
         if self.choices and value not in self.choices:

@@ -61,7 +61,7 @@ def demo(options: Options) -> None:
         own, decoded = np.asarray(run(some)), published.decode(np.asarray(run(coded)), available)
         pair = (each[..., 0] if x.shape[-1] == 1 else each for each in (some, coded))
         labels = (np.asarray(each).argmax(-1).tolist() for each in (decoded, own))
-        batch = (*pair, available, *labels)
+        batch: Any = (*pair, available, *labels)
         above.append((4.3, lambda part: pictures.batch_figure(*batch, into=part)))
     if kept:
         print_table(
@@ -169,15 +169,13 @@ def kept_labels(
         redundancy="uncertain",
         straggler_share=RATE,
     )
+    also = "replication, else surrogate"
     # Each has its look, its workers, the student's calls a query, and the labels of what is lost.
-    systems: list[tuple[str, str, Any, int, float, Any]] = [
+    systems: list[Any] = [
         ("two copies", "replication", Replication(num_data, two), two, 0.0, -1),
         (f"copies on {many} workers", "replication", Replication(num_data, many), many, 0.0, -1),
         *((system, system, code, many, 0.0, -1) for system, code in codes.items()),
-        (
-            *("copies, else the student", "replication, else surrogate"),
-            *(Replication(num_data, few), few, cost, guess),
-        ),
+        ("copies, else the student", also, Replication(num_data, few), few, cost, guess),
         # The student runs on the copies, too.
         (*2 * ("copies by the student's doubt",), placed, few, cost * (1 + few / num_data), -1),
     ]

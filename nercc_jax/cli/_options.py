@@ -30,8 +30,6 @@ CountOrNone: TypeAlias = Annotated[int | None, {"least": 1}]
 NotNegative: TypeAlias = Annotated[float, {"least": 0}]
 Share: TypeAlias = Annotated[float, {"least": 0, "most": 1}]
 
-_Annotated = type(Count)
-
 # By the first option of each panel of `--help`, its title.
 PANELS = {
     "model": "Model and data",
@@ -287,13 +285,14 @@ class Command:
         """Return its options in their order in `--help`."""
         fields: Any = ast.parse(inspect.getsource(Options)).body[0]
         words = {
-            ast.unparse(field.target): " ".join(text.value.value.split())
+            ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
             for field, text in itertools.pairwise(fields.body)
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
         }
         first, panel, found = self.first.split(), "", {}
         for name, kind in typing.get_type_hints(Options, include_extras=True).items():
-            kind, *further = typing.get_args(kind) if isinstance(kind, _Annotated) else (kind,)
+            annotated = typing.get_origin(kind) is Annotated
+            kind, *further = typing.get_args(kind) if annotated else (kind,)
             limits = further.pop() if further and isinstance(further[-1], dict) else {}
             flag, panel = f"--{name.replace('_', '-')}", PANELS.get(name, panel)
             flags = [*filter(None, further)] if further else [flag]

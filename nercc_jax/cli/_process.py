@@ -27,7 +27,7 @@ def end(code: Any) -> NoReturn:
     comes back from compiled code; and wait for a learner of rows, or for the head of a lost Ray.
     """
     threads = [each.name for each in threading.enumerate()]
-    ray = sys.modules.get(f"{__package__.rpartition('.')[0]}.pools")
+    ray = sys.modules.get("nercc_jax.pools")
     at_work = any(name.startswith(("nercc-learner", "nercc-worker-")) for name in threads)
     if code in (130, 143) or at_work or (ray is not None and ray.ray_is_lost()):
         leave(code or 0)
