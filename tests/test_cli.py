@@ -207,6 +207,17 @@ SERVED = {
     "py_modules": "separated by commas, for a file and the environment",
     "points": "a layout; to tune, whether points move",
 }
+# The options above all panels of `--help`.
+FIRST = {
+    "demo": "model inputs outputs num-data num-workers code plot numbers",
+    "distill": "model inputs share answers epochs output",
+    "models": "names evaluate data-dir numbers",
+    "new-model": "file",
+    "plan": "model inputs latency queries max-workers budget max-disagreement output",
+    "run": "model inputs tolerance max-disagreement num-data num-workers output resume",
+    "serve": "model config check print-config scheme num-data num-workers pool workers http-port",
+    "tune": "model inputs outputs num-data num-workers layout steps output",
+}
 # Results, whose kind and default name are each command's own.
 RESULTS = {"output", "plot"}
 
@@ -221,11 +232,10 @@ def test_help_fits_a_screen_or_two_and_begins_with_the_usual_options(command):
     usage, *lines = found.output.splitlines()
     assert usage == f"Usage: nercc {command} [OPTIONS]"
     assert len(lines) < (90 if command == "serve" else 60)
-    first = list(
-        itertools.takewhile(lambda line: line[:1] == " ", lines[1 + lines.index("Options:") :])
-    )
-    assert len(first) <= (12 if command == "serve" else 11)
-    assert command in ("models", "new-model") or first[0].startswith("  --model ")
+    panel = lines[1 + lines.index("Options:") :]
+    first = itertools.takewhile(lambda line: line[:1] == " ", panel)
+    names = [found[1] for line in first if (found := re.match(r"  (?:--)?([\w-]+)", line))]
+    assert names == [*FIRST[command].split(), "help"]
 
 
 def test_an_option_has_one_name_and_one_meaning_in_all_commands():

@@ -187,10 +187,10 @@ def _name_ends(axis: "Axes", ends: Mapping[str, tuple[float, float]]) -> None:
         least = places[number + 1] + gap if number + 1 < len(places) else 0.0
         places[number] = max(places[number], least)
     for name, place in zip(order, places, strict=True):
-        color = system_look(name)["color"]
+        color, (x, y) = system_look(name)["color"], ends[name]
         axis.annotate(
-            name, ends[name], (1.05, place), textcoords="axes fraction", va="center",
-            fontsize=FONT, annotation_clip=False,
+            name, (x, float(np.clip(y, *axis.get_ylim()))), (1.05, place),
+            textcoords="axes fraction", va="center", fontsize=FONT, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6},
         )  # fmt: skip
 
