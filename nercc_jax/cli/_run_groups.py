@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 from rich.console import Console
 
-from ..codes import NeRCC
+from ..codes import AbstractCode, NeRCC
 from ..evaluation import record_answers
 from ..evaluation._answers import batched
 from ..inference.models import call_model
@@ -24,7 +24,7 @@ from ..rows.files import Parts, fingerprint
 from ._options import Options
 from ._output import Finished, progress_bar
 from ._process import compile_quickly
-from ._workload import Points, find_workload, load_plain_code
+from ._workload import Points, Workload, find_workload, load_plain_code
 
 _SOME = 1000  # data points that a forecast is calibrated on, and that are compared with the model
 
@@ -36,34 +36,21 @@ def run_groups(
     code: Any = NeRCC(options.num_data, options.num_workers)
     if options.code is not None:
         code = load_plain_code(options.code, f"--code {options.code}")
-    num_data, num_workers, share = code.num_data, code.num_workers, options.max_disagreement
-    if options.wait_for is not None and share is not None:
+    num_data, num_workers = code.num_data, code.num_workers
+    if options.wait_for is not None and options.max_disagreement is not None:
         raise ValueError("give --wait-for or --max-disagreement, not both")
-    if share is not None and not 0 <= share < 1:
-        raise ValueError(f"--max-disagreement must be in [0, 1), not {share}")
     if options.wait_for is not None and not 1 <= options.wait_for <= num_workers:
         raise ValueError(f"--wait-for must be from 1 to N = {num_workers}, not {options.wait_for}")
     workload, split = find_workload(options), options.split or "test"
     network, source = workload.model, workload.rows(split)
     rows = CodedRows(network, source, options, num_data, num_workers)
     compile_quickly(network, rows.batch(0)[0, :1], rows.batches * rows.size * num_workers)
-
-    # When to decode: at a number of answers, or by a forecast from training data.
     enough: Any = options.wait_for or answers_to_wait_for(num_data, num_workers)
     until = f"at {enough} answers"
-    if share is not None:
+    if (share := options.max_disagreement) is not None:
         with console.status(f"calibrating on {_SOME:,} training inputs ..."):
-            x = workload.points("train", _SOME, options.seed)
-            answers = record_answers(network, code, x, worker_dtype=options.worker_dtype)
-            enough, everyone = answers.below(max_disagreement=share), np.ones(num_workers, bool)
-        if not enough(everyone):
-            best = float(answers.disagreement(everyone))
-            raise ValueError(
-                f"--max-disagreement {share}: with this code {best:.4f} is expected even when all "
-                f"{num_workers} workers answer; allow more, or use a tuned code (`nercc tune`)"
-            )
+            enough = _forecast(options, workload, code, share)
         until = f"once at most {100 * share:g} % of labels are expected to differ from the model's"
-
     described = f"{type(code).__name__} with K={num_data}, N={num_workers}"
     settings = {
         "model": options.model,
@@ -115,19 +102,7 @@ def run_groups(
     known, labelled = rows.rows[rows.done], options.outputs != "values"
     lost = int(np.sum(~known["recovered"]))
     numbers = settings | log.numbers() | pool_counts(report) | {"lost": lost}
-    some = known[np.unique(np.linspace(0, len(known) - 1, _SOME).astype(int))]
-    own = np.asarray(batched(network, 256)(rows.inputs(some["index"]))).reshape(len(some), -1)
-    if labelled:
-        same = int(np.sum(own.argmax(axis=1) == _labels(some)))
-        numbers |= {"compared": len(some), "same_labels": same}
-        share = f"{100 * same / len(some):.1f} %"
-        close = "RelAcc", f"{share}: {same:,} of {len(some):,} labels are the model's own"
-    else:
-        error = (some["predictions"] - own)[some["recovered"]]
-        rmse, spread = float(np.sqrt(np.mean(error**2))), float(np.sqrt(np.var(own, axis=0).mean()))
-        numbers |= {"compared": len(error), "rmse": rmse, "spread": spread}
-        words = f"RMSE {rmse:.3g} of {len(error):,} rows, whose outputs spread by {spread:.3g}"
-        close = "error", words
+    compared, close = _compared(network, rows, known, labelled)
     missing = None
     if lost:
         missing = (
@@ -136,7 +111,43 @@ def run_groups(
         )
     summary = *log.lines(), ("lost data points", f"{lost:,}"), close
     columns, arrays = rows.columns(labelled)
-    return Finished(columns, arrays, summary, numbers, report, stopped, done, missing)
+    return Finished(columns, arrays, summary, numbers | compared, report, stopped, done, missing)
+
+
+def _forecast(options: Options, workload: Workload, code: AbstractCode, share: float) -> Any:
+    """Return a rule for when to decode; raise ValueError if even all answers would not do."""
+    if not 0 <= share < 1:
+        raise ValueError(f"--max-disagreement must be in [0, 1), not {share}")
+    x, workers = workload.points("train", _SOME, options.seed), code.num_workers
+    answers = record_answers(workload.model, code, x, worker_dtype=options.worker_dtype)
+    enough, everyone = answers.below(max_disagreement=share), np.ones(workers, bool)
+    if not enough(everyone):
+        best = float(answers.disagreement(everyone))
+        raise ValueError(
+            f"--max-disagreement {share}: with this code {best:.4f} is expected even when all "
+            f"{workers} workers answer; allow more, or use a tuned code (`nercc tune`)"
+        )
+    return enough
+
+
+def _compared(
+    network: Any, rows: "CodedRows", known: Any, labelled: bool
+) -> tuple[dict[str, Any], tuple[str, str]]:
+    """Compare some evenly spread rows with the model's own: labels, or values.
+
+    Return numbers by the names of the summary file, and a line of the summary.
+    """
+    some = known[np.unique(np.linspace(0, len(known) - 1, _SOME).astype(int))]
+    own = np.asarray(batched(network, 256)(rows.inputs(some["index"]))).reshape(len(some), -1)
+    if labelled:
+        same = int(np.sum(own.argmax(axis=1) == _labels(some)))
+        share = f"{100 * same / len(some):.1f} %"
+        words = f"{share}: {same:,} of {len(some):,} labels are the model's own"
+        return {"compared": len(some), "same_labels": same}, ("RelAcc", words)
+    error = (some["predictions"] - own)[some["recovered"]]
+    rmse, spread = float(np.sqrt(np.mean(error**2))), float(np.sqrt(np.var(own, axis=0).mean()))
+    words = f"RMSE {rmse:.3g} of {len(error):,} rows, whose outputs spread by {spread:.3g}"
+    return {"compared": len(error), "rmse": rmse, "spread": spread}, ("error", words)
 
 
 class CodedRows:

@@ -12,6 +12,7 @@ from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, save
 from ..codes._points import coincident
 from ..evaluation import pictures
 from ..evaluation._objective import landscape, make_trial
+from ..stragglers import AbstractStragglers
 from ..tuning import Descent, LayoutTuning, learn_decoder, search_layout, tune
 from ..tuning._tune import TuningStep
 from ._command import of_option
@@ -25,22 +26,8 @@ from ._workload import find_workload
 def tune_code(options: Options) -> None:
     """Tune a code, write it, and compare it with others on other data points."""
     size, outputs = (options.num_data, options.num_workers), options.outputs
-    num_data, num_workers = size
-    searching = options.layout == "search"
-    if options.criterion == "cross_entropy" and outputs != "logits":
-        raise ValueError("--criterion cross_entropy needs --outputs logits")
-    if searching and outputs == "values":
-        raise ValueError("--layout search goes by labels, and --outputs values have none")
-    laws = straggler_laws(*size, options.max_stragglers)
-    with of_option(f"--layout {options.layout}"):
-        start = start_code(*size, "chebyshev" if searching else options.layout)
-    if start.exact:
-        laws.pop("0")  # without stragglers there is nothing to tune
-    if not laws:
-        raise ValueError(
-            f"--num-workers {num_workers}: without stragglers, and with a worker for each data "
-            "point, there is nothing to tune; say --max-stragglers"
-        )
+    (num_data, num_workers), searching = size, options.layout == "search"
+    start, laws = _checked_start(options)
     workload = find_workload(options)
     network = workload.model
     x = workload.groups("train", options, num_data, least=2)
@@ -119,6 +106,26 @@ def tune_code(options: Options) -> None:
         console.print(f"{name}: {value}", soft_wrap=True)
     written, drawn = options.output.resolve(), options.plot.resolve()
     console.print(f"tuned code: {written}\npicture: {drawn}", soft_wrap=True)
+
+
+def _checked_start(options: Options) -> tuple[NeRCC, dict[str, AbstractStragglers]]:
+    """Return the untuned code and the laws to tune it under; raise ValueError if options clash."""
+    size, searching = (options.num_data, options.num_workers), options.layout == "search"
+    if options.criterion == "cross_entropy" and options.outputs != "logits":
+        raise ValueError("--criterion cross_entropy needs --outputs logits")
+    if searching and options.outputs == "values":
+        raise ValueError("--layout search goes by labels, and --outputs values have none")
+    laws = straggler_laws(*size, options.max_stragglers)
+    with of_option(f"--layout {options.layout}"):
+        start = start_code(*size, "chebyshev" if searching else options.layout)
+    if start.exact:
+        laws.pop("0")  # without stragglers there is nothing to tune
+    if not laws:
+        raise ValueError(
+            f"--num-workers {size[1]}: without stragglers, and with a worker for each data point, "
+            "there is nothing to tune; say --max-stragglers"
+        )
+    return start, laws
 
 
 def start_code(num_data: int, num_workers: int, layout: str) -> NeRCC:
