@@ -12,10 +12,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from commands import invoke
 from conftest import require
-from typer.testing import CliRunner
 
-from nercc_jax.cli._app import app
 from nercc_jax.cli._workload import read_input_file
 
 # As users write them: NumPy, which JAX cannot trace.
@@ -93,7 +92,7 @@ def folder(tmp_path, monkeypatch):
 
 def run(function, *arguments, inputs="x.npy"):
     command = ["run", "--model", f"nercc_own_rows:{function}", "--inputs", inputs, *arguments]
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, command)
+    return invoke(*command)
 
 
 def load(path):
@@ -310,7 +309,10 @@ def test_inputs_that_do_not_fit_are_reported_by_their_option(tmp_path, name, con
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model a:b --inputs no.npy", "--inputs no.npy: there is no such file"),
+        (
+            "--model a:b --inputs no.npy",
+            "--inputs no.npy: there is no such file, and no such data set",
+        ),
         ("--model nercc_own_rows:swing", "needs data points: use --inputs"),
         ("--inputs x.npy --weights x.npy", "--weights is for a model of your own"),
         ("--model a:b --weights no.npy", "there are no weights at no.npy"),
@@ -337,7 +339,7 @@ def test_inputs_that_do_not_fit_are_reported_by_their_option(tmp_path, name, con
     ],
 )
 def test_errors_are_one_sentence(folder, arguments, message):
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["run", *arguments.split()])
+    result = invoke("run", *arguments.split())
     assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output

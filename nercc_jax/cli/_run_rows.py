@@ -12,9 +12,9 @@ from rich.progress import TaskID
 
 from ..rows import RowProgress, RowResult, RowSettings, run_rows
 from ..rows.files import fingerprint
-from ._errors import fail
+from ._command import fail
 from ._options import Options
-from ._output import Finished, faults_seen, run_bar
+from ._output import Finished, progress_bar
 from ._workload import find_workload
 
 # By the settings of `run_rows`, the options.
@@ -32,8 +32,7 @@ def run_function(
     numbers: dict[str, Any] = {name: getattr(options, each) for name, each in _SETTINGS.items()}
     with _naming_options():
         settings = RowSettings(**numbers)
-    workload = find_workload(options, traced=False)
-    split = options.split or "test"
+    workload, split = find_workload(options, traced=False), options.split or "test"
     source = workload.rows(split)
     ids = None if source.ids is None else source.ids[: options.max_inputs]
     x = np.asarray(source.preprocess(source.x[: options.max_inputs]))
@@ -51,7 +50,7 @@ def run_function(
         )
         return opened
 
-    bar, task = run_bar(console), TaskID(0)
+    bar = progress_bar(console)
 
     def show(progress: RowProgress) -> None:
         if not bar.task_ids:
@@ -67,7 +66,7 @@ def run_function(
             f"{progress.waiting:,}{late}{unknown}; {progress.rows_per_second:,.1f} rows/s, "
             f"{progress.workers:,} workers"
         )
-        bar.update(task, completed=progress.done, description=text)
+        bar.update(TaskID(0), completed=progress.done, description=text)
 
     about = {"model": options.model, "weights": fingerprint(options.weights)}
     about["inputs"] = workload.fingerprint(split)
@@ -92,9 +91,9 @@ def run_function(
     unknown = None
     if result.reasons:
         row, why = next(iter(result.reasons.items()))
-        unknown = f"{len(result.reasons):,} rows are unknown: row {row}: {why}; {done}"
-    summary = _summary(result, settings)
-    return Finished(columns, arrays, summary, result.summary, result.stopped, done, unknown)
+        unknown = f"{len(result.reasons):,} rows are unknown: row {row}: {why}"
+    summary, report = _summary(result, settings), result.report
+    return Finished(columns, arrays, summary, result.summary, report, result.stopped, done, unknown)
 
 
 @contextlib.contextmanager
@@ -119,23 +118,20 @@ def _summary(result: RowResult, settings: RowSettings) -> Iterator[tuple[str, st
     bar = numbers["largest_bar"]
     largest = "" if bar is None else f", the largest error bar {bar:.3g}"
     yield "predicted", f"{numbers['predicted']:,}{largest}"
-    learner = "none: all rows were computed before anything was learned"
-    if result.learner is not None:
+    if result.learner is None:
+        yield "learner", "none: all rows were computed before anything was learned"
+    else:
         learner = f"fitted to {numbers['learned_from']:,} rows"
         if settings.tolerance is not None and result.values is not None:
             vectors = result.values[result.status == "computed"].reshape(numbers["computed"], -1)
             spread = np.sqrt(np.mean(np.var(vectors[np.isfinite(vectors).all(axis=1)], axis=0)))
             share = f" ({100 * settings.tolerance / spread:.2g} % of the spread)" * bool(spread > 0)
             learner += f"; the tolerance is {settings.tolerance:g}{share}"
-    yield "learner", learner
-    if result.learner is not None:
-        for name, rows in (
-            ("audited", "rows drawn at random"),
-            ("came_late", "rows that came late"),
-        ):
+        yield "learner", learner
+        drawn = {"audited": "rows drawn at random", "came_late": "rows that came late"}
+        for name, rows in drawn.items():
             if numbers[name]:
-                held = f"{numbers[f'{name}_held']:,} of {numbers[name]:,}"
-                yield f"bars held, {rows}", held
+                yield f"bars held, {rows}", f"{numbers[f'{name}_held']:,} of {numbers[name]:,}"
         yield "all computed", f"would have taken {numbers['seconds_if_all_were_computed']:.0f} s"
     if settings.check_answers is not None:
         again, corrected = numbers["suspicious"], numbers["corrected"]
@@ -144,5 +140,4 @@ def _summary(result: RowResult, settings: RowSettings) -> Iterator[tuple[str, st
         for name in ("fenced", "not_fenced"):
             for worker, why in numbers[name].items():
                 yield f"{name.replace('_', ' ')}, worker {worker}", why
-    yield from faults_seen(result.report)
     yield "unknown", f"{numbers['unknown']:,}"
