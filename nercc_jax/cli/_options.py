@@ -148,6 +148,10 @@ class Options:
     "Seconds to wait after a run row by row for late answers, which test bars."
     max_calls: int | None = None
     "Rows to compute, at most (default: no limit)."
+    statistic: str | None = None
+    "For all rows mean, quantile:Q or above:VALUE; of several outputs mean@3, mean@module:name."
+    stop_at: float | None = None
+    "Length of the statistic's interval at which the run ends."
     check_answers: float | None = None
     "Share of right rows that may look wrong and are computed again (default: none)."
     max_fenced: float = 0.25
@@ -160,8 +164,7 @@ class Options:
     worker_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     "Dtype of workers' inputs and weights (default: the model's)."
     address: str | None = None
-    """Ray cluster of the actors: HOST:6379, ray://HOST:10001, auto or local (default: RAY_ADDRESS,
-    the cluster that runs on this machine, or a new one)."""
+    "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or one here)."
     worker_cpus: float | None = None
     "CPUs per Ray actor (default: at most 0.5)."
     worker_gpus: float | None = None
@@ -371,15 +374,14 @@ COMMANDS = {
         """Run a model over a data set on a pool whose workers may straggle or die.
 
         Each batch is encoded, sent to the workers, and decoded once enough of them answered. With
-        --tolerance, each row of any function is computed, or predicted well enough. Results are
-        written as they come. Exit codes: 0 all is done, 1 nothing, 2 an option does not fit, 3 a
-        part is missing or lost, 130 Ctrl-C.""",
+        --tolerance, each row of any function is computed or predicted. Exit codes: 0 all is done, 1
+        nothing, 2 wrong options, 3 a part is missing, 130 Ctrl-C.""",
         "model inputs tolerance max_disagreement num_data num_workers output resume",
         f"{_MODEL} columns id_column split outputs code groups batches coverage compute wait_for "
-        "deadline_s job_deadline_s grace_s max_calls check_answers max_fenced pool workers "
-        "worker_dtype address worker_cpus worker_gpus worker_resources working_dir py_modules "
-        "runtime_env straggler_rate straggler_delay_s straggler_score straggler_leaning death_rate "
-        "wrong_workers wrong_rate",
+        "deadline_s job_deadline_s grace_s max_calls statistic stop_at check_answers max_fenced "
+        "pool workers worker_dtype address worker_cpus worker_gpus worker_resources working_dir "
+        "py_modules runtime_env straggler_rate straggler_delay_s straggler_score straggler_leaning "
+        "death_rate wrong_workers wrong_rate",
         {"output": Path("nercc-run.npz")},
     ),
     "tune": Command(
