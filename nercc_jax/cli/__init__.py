@@ -41,7 +41,7 @@ def main() -> None:
         except RuntimeError as error:
             if "CpuCallback error" not in str(error):  # JAX's, around what a model raised
                 raise
-            from ..pools._batch import reason_of
+            from ..pools.batch import reason_of
 
             fail(f"the model failed: {reason_of(error)}", 1)
     except SystemExit as error:

@@ -17,9 +17,9 @@ from ..evaluation import record_answers
 from ..evaluation._answers import batched
 from ..inference.models import call_model
 from ..pools import run_batches
-from ..pools._backend import pool_counts
-from ..pools._batch import answers_to_wait_for
-from ..pools._inference import BatchOutcome
+from ..pools.backend import pool_counts
+from ..pools.batch import answers_to_wait_for
+from ..pools.inference import BatchOutcome
 from ..rows.files import Parts, fingerprint
 from ._options import Options
 from ._output import Finished, progress_bar

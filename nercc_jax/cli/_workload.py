@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Shaped
 
 from ..codes import AbstractCode, load_code
 from ..inference.models import call_model, check_model
-from ..pools._batch import reason_of
+from ..pools.batch import reason_of
 from ..rows.files import fingerprint
 from ._command import of_option
 from ._options import Options, Returned

@@ -17,8 +17,8 @@ from jaxtyping import Shaped
 
 from ..inference.models import warn_if_other
 from ..pools import AbstractPool
-from ..pools._batch import Refuse, refuse_odd
-from ..pools._times import AnswerTimes
+from ..pools.batch import Refuse, refuse_odd
+from ..pools.times import AnswerTimes
 from ._answer_screen import AnswerScreen, Audit, Settled
 from ._dispatch import Dispatcher, QueryOrdering, Turn
 from ._fallback import FallbackPolicy, GroupAnswer, GroupDecoder, GroupPredictor

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..pools._batch import answers_to_wait_for
-from ..pools._clock import AbstractClock
+from ..pools.batch import answers_to_wait_for
+from ..pools.clock import AbstractClock
 from ._policy import BatchingPolicy
 from .adapt._adaptation import Adaptation
 from .core._coder import Coder

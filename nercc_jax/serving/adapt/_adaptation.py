@@ -14,7 +14,7 @@ from jaxtyping import Shaped
 
 from ...evaluation._criteria import agree_on_labels, root_mean_square
 from ...pools import AbstractPool
-from ...pools._clock import AbstractClock
+from ...pools.clock import AbstractClock
 from ...risk import Comparison, Risk
 from ...risk._accuracy import error_ratios
 from ...risk._outputs import ROWS, why_no_scores

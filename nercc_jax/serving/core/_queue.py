@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ...pools._clock import AbstractClock
+from ...pools.clock import AbstractClock
 from ._request import Query, Request
 
 
