@@ -374,7 +374,7 @@ COMMANDS = {
         """Run a model over a data set on a pool whose workers may straggle or die.
 
         Each batch is encoded, sent to the workers, and decoded once enough of them answered. With
-        --tolerance, each row of any function is computed or predicted. Exit codes: 0 all is done, 1
+        --tolerance, each row of any function is computed or predicted. Exit codes: 0 done, 1
         nothing, 2 wrong options, 3 a part is missing, 130 Ctrl-C.""",
         "model inputs tolerance max_disagreement num_data num_workers output resume",
         f"{_MODEL} columns id_column split outputs code groups batches coverage compute wait_for "

@@ -19,7 +19,6 @@ from ..inference.models import call_model
 from ..pools import run_batches
 from ..pools.backend import pool_counts
 from ..pools.batch import answers_to_wait_for
-from ..pools.inference import BatchOutcome
 from ..rows.files import Parts, fingerprint
 from ._options import Options
 from ._output import Finished, progress_bar
@@ -197,7 +196,7 @@ class CodedRows:
         places = (np.asarray(batches, int)[:, None] * self.size + np.arange(self.size)).ravel()
         return places[places < len(self.rows)]
 
-    def add(self, batch: int, outcome: BatchOutcome) -> int:
+    def add(self, batch: int, outcome: Any) -> int:
         """Take a batch, and return how many rows it has: its fill is left out."""
         places = self._of([batch])
         self.done[places] = True
@@ -259,7 +258,7 @@ class _Log:
         self._workers, self._ends = workers, [(0, 0.0)]  # data points by a time
         self.batches = self.late = self.again = self.short = 0
 
-    def add(self, points: int, end: float, outcome: BatchOutcome) -> None:
+    def add(self, points: int, end: float, outcome: Any) -> None:
         """Count a batch of so many data points."""
         there = 0
         if outcome.result is not None:
