@@ -28,7 +28,8 @@ from ..risk._error_probability import (
     error_probability_of_predictions,
 )
 from ..schemes import Scheme
-from ..stragglers.simulate import Hedge, Latencies, Waiting, last_prediction, own_workers
+from ..stragglers import simulate
+from ..stragglers.groups import Latencies, Waiting, last_prediction, own_workers
 from ..surrogates import Surrogate
 from ..surrogates.surrogate import decode_with_deviation
 from ._candidates import DOUBTED, KNOWN, Candidate, PlanEffort
@@ -172,7 +173,7 @@ class Planner:
         for (copies, at_once), share in [((1, 1), 0.0), *hedges]:
             after = latencies.quantile(share) if copies > 1 else np.inf
             drawn = latencies.draw(copies, (copies, *shape))
-            there, sent, _ = Hedge(after, at_once).outcome(drawn[:1], drawn[1:])
+            there, sent, _ = simulate.Hedge(after, at_once).outcome(drawn[:1], drawn[1:])
             row = Candidate("uncoded", queries, queries, queries, 0.0)
             if copies > 1:
                 hedged = {"copies": copies, "hedge_after": after, "hedge_copies": at_once}
@@ -219,7 +220,7 @@ class Planner:
         point = self._latencies.random(10).integers(0, len(unsure), shape)
         found: Probabilities = {}
         for share in self._effort.hedge_quantiles:
-            hedge = Hedge(self._latencies.quantile(share))
+            hedge = simulate.Hedge(self._latencies.quantile(share))
             late = float(np.mean(hedge.outcome(drawn[:1], drawn[1:]).late))
             # Half of what may be wrong leaves room for chance on the other half.
             limits = set() if not late else {
