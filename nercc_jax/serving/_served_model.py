@@ -19,7 +19,7 @@ from ..codes import AbstractCode
 from ..pools import AbstractPool, DevicePool, Faults, PoolReport, RayPool
 from ..pools._clock import WALL
 from ._batcher import CodedBatcher
-from ._metrics import Meter, Metrics
+from ._metrics import Metrics
 from ._policy import read_outputs
 from ._settings import ModelSettings
 from ._tracing import current
@@ -101,7 +101,7 @@ class ServedModel:
             _check(decoding, self._coder)
         with log_phase("starting workers", servable.name):
             self.pool = _open_pool(servable, code, settings, straggler_score)
-        self.meter = Meter(metrics, servable.key, self.pool, code)
+        self.meter = metrics.add(servable.key, self.pool, code)
         with log_phase("compiling", servable.name):
             self._batcher = CodedBatcher(
                 self.pool,
@@ -118,7 +118,7 @@ class ServedModel:
             sizes = policy.batch_sizes
             prepares = servable.preprocess is not None
             self._preprocessing = Preprocessing(servable, sizes) if prepares else None
-        self.meter.waiting.set_function(lambda: self._batcher.waiting)
+        self.meter.waiting = lambda: self._batcher.waiting
         self._hint_log = HintLog(
             servable.name, lambda: self._hints(self.health(), self.pool.report())
         )

@@ -10,7 +10,9 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from .._metrics import Spent
+import numpy as np
+
+from .._meter import ANSWERS, OUTCOMES
 from .._policy import MAX_DEADLINE_S
 from .._served_model import ServedModel
 from .._settings import ServerSettings
@@ -311,36 +313,33 @@ class ServerState:
         """
         found = []
         for model in [self.find(name, version)] if name else list(self.models.values()):
-            meter, none = model.meter, Spent()
-            spent = meter.spent()
-            failed = [
-                each
-                for what, each in spent.items()
-                if what.startswith("request_") and what != "request_ok"
-            ]
-            computed = spent.get("compute_seconds", none)
+            meter = model.meter
+            answered, queued, computed = (
+                meter.read(what)[:2] for what in ("request_ok", "queue_seconds", "compute_seconds")
+            )
+            failed = np.sum([meter.read(f"request_{each}")[:2] for each in OUTCOMES[1:]], axis=0)
+            none = 0, 0.0
             durations = {
-                "success": spent.get("request_ok", none),
-                "fail": Spent(
-                    sum(each.count for each in failed), sum(each.seconds for each in failed)
-                ),
-                "queue": spent.get("queue_seconds", none),
-                "compute_input": Spent(computed.count),
+                "success": answered,
+                "fail": (int(failed[0]), float(failed[1])),
+                "queue": queued,
+                "compute_input": (computed[0], 0.0),
                 "compute_infer": computed,
-                "compute_output": Spent(computed.count),
+                "compute_output": (computed[0], 0.0),
                 "cache_hit": none,
                 "cache_miss": none,
             }
+            queries = sum(meter.read(f"query_{each}")[1] for each in ANSWERS)
             found.append(
                 {
                     "name": model.servable.name,
                     "version": model.servable.version,
                     "last_inference": round(1e3 * meter.last_answer),
-                    "inference_count": meter.answered,
+                    "inference_count": int(queries),
                     "execution_count": model.pool.report().answered,
                     "inference_stats": {
-                        what: {"count": each.count, "ns": round(1e9 * each.seconds)}
-                        for what, each in durations.items()
+                        what: {"count": count, "ns": round(1e9 * seconds)}
+                        for what, (count, seconds) in durations.items()
                     },
                     "batch_stats": [],
                 }
