@@ -75,11 +75,6 @@ class BatchingPolicy:
         "are sent again if none are left. 1 in settings (default: 0.05), None in Python: decode as "
         "soon as `wait_for` answers are in.",
     )
-    max_reexecution: float | None = _option(
-        None,
-        "Maximum share of queries sent again because their answer is uncertain; beyond it the best "
-        "answer is given with its error probability. Unlimited by default.",
-    )
     tolerance: float | None = _option(
         None,
         "Largest error bar of an answer that is not the model's own, in units of the outputs (root "
@@ -94,11 +89,6 @@ class BatchingPolicy:
         "Redundancy to send while workers are free: `always` all that the code has; `uncertain` "
         "only for queries that the surrogate could not answer, the most uncertain first, and none "
         "before it is calibrated.",
-    )
-    max_redundancy: float | None = _option(
-        None,
-        "With `uncertain`: maximum calls for redundancy, as a share of the queries. Unlimited by "
-        "default.",
     )
     max_calls: float | None = _option(
         None,
@@ -134,13 +124,12 @@ class BatchingPolicy:
                 f"a tolerance is for outputs = 'values', not {self.outputs!r}, which "
                 "max_disagreement is for"
             )
-        if self.tolerance is not None or self.outputs == "values":
-            for name in ("max_disagreement", "max_reexecution"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name} {getattr(self, name)} is for outputs with labels, and these are "
-                        "values: give a tolerance, or nothing for exact answers only"
-                    )
+        values = self.tolerance is not None or self.outputs == "values"
+        if values and self.max_disagreement is not None:
+            raise ValueError(
+                f"max_disagreement {self.max_disagreement} is for outputs with labels, and these "
+                "are values: give a tolerance, or nothing for exact answers only"
+            )
         for interval, names in _RANGES.items():
             for name in names.split():
                 value = getattr(self, name)
@@ -196,12 +185,10 @@ def read_outputs(
 _RANGES = {
     "[1, inf]": "max_batch_size max_queue_size copies hedge_copies",
     "[1, inf)": "max_calls",
-    "[0, inf]": "max_redundancy",
     "[0, inf)": "batch_wait_timeout_s priority_lead_s",
     "(0, inf]": "straggler_threshold",
     "(0, inf)": "tolerance",
     f"(0, {MAX_DEADLINE_S:g}]": "deadline_s",
-    "[0, 1]": "max_reexecution",
     "[0, 1)": "max_disagreement max_fenced",
     "(0, 1)": "quantile check_answers coverage",
 }

@@ -245,7 +245,6 @@ class ModelSettings(BaseModel):
     quantile: float = _of_policy("quantile")
     wait_for: int | None = _of_policy("wait_for", 6, le=_MANY)
     max_disagreement: float | None = _of_policy("max_disagreement", 0.05, le=1)
-    max_reexecution: float | None = _of_policy("max_reexecution", 0.1)
     copies: int = _of_policy("copies", le=_MANY)
     hedge_copies: int = _of_policy("hedge_copies", le=_MANY)
 
@@ -259,7 +258,6 @@ class ModelSettings(BaseModel):
     tolerance: float | None = _of_policy("tolerance", 0.01)
     coverage: float = _of_policy("coverage")
     redundancy: Literal["always", "uncertain"] = _of_policy("redundancy")
-    max_redundancy: float | None = _of_policy("max_redundancy", 0.1)
     max_calls: float | None = _of_policy("max_calls", 1.1)
     check_answers: float | None = _of_policy("check_answers", 0.01)
     max_fenced: float = _of_policy("max_fenced")
@@ -343,7 +341,7 @@ class ModelSettings(BaseModel):
         """
         given, own = defaults.model_fields_set, self.model_fields_set
         if self.outputs == "values" or self.tolerance is not None:
-            given = given - {"outputs", "max_disagreement", "max_reexecution"}
+            given = given - {"outputs", "max_disagreement"}
         values = {name: getattr(defaults, name) for name in given}
         return ModelSettings(**values | {name: getattr(self, name) for name in own})
 

@@ -113,7 +113,7 @@ def test_server_toml_shows_every_setting_with_its_default():
     every = tomllib.loads(re.sub(r"^# (?=\[\[|\w+ = )", "", text, flags=re.MULTILINE))
     assert every.keys() == ServerSettings.model_fields.keys()
     assert set(every["defaults"]).union(*every["models"]) == ModelSettings.model_fields.keys()
-    of_labels = {"max_disagreement", "max_reexecution"}  # which go with no tolerance
+    of_labels = {"max_disagreement"}  # which go with no tolerance
     defaults = {name: each for name, each in every["defaults"].items() if name not in of_labels}
     server = ServerSettings(**every | {"defaults": defaults})
     assert server.models[1].input_shape == (28, 28, 1)

@@ -75,7 +75,7 @@ SERVER, MODEL = (
     for kind in (ServerSettings, ModelSettings)
 )  # fmt: skip
 # Limits of outputs with labels, and of values, which no model has both of.
-LABELS, VALUES = {"outputs", "max_disagreement", "max_reexecution"}, {"tolerance", "coverage"}
+LABELS, VALUES = {"outputs", "max_disagreement"}, {"tolerance", "coverage"}
 # Flags that are no settings.
 ELSEWHERE = {"config", "check", "print_config"}
 ONE = [{"model": "own:double", "input_shape": [4]}]
@@ -354,7 +354,6 @@ OWN = ("--model", "own:double", "--input-shape", "4")
         ("[defaults]\ndeadline_s = nan", "deadline_s: input should be less than or equal to 3600"),
         ("[defaults]\nmax_queue_size = 0", "max_queue_size must be in [1, inf], not 0"),
         ("[defaults]\nmax_disagreement = -0.5", "max_disagreement must be in [0, 1), not -0.5"),
-        ("[defaults]\nmax_reexecution = 1.5", "max_reexecution must be in [0, 1], not 1.5"),
         ('[defaults]\nscheme = "lcc"', "scheme: input should be 'nercc', 'berrut'"),
         ('[[models]]\nname = "a"', "each of the models needs `model`"),
         ("models = 7", "models: input should be a valid list"),

@@ -22,7 +22,8 @@ from ...risk.votes import AnswerChecks
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import DispatchSetting, overdue_rule
 from ..core._coder import Coder
-from ..core._request import Answer, ApproximateAnswer, Source
+from ..core._decide import LateEvidence
+from ..core._request import ApproximateAnswer, Source
 from ._decoding import Compared, DecodingScores
 from ._predictor import Predictor
 from ._setting_controller import SettingController
@@ -296,15 +297,16 @@ class Adaptation:
         assert self.predictor is not None
         return self.predictor.risk
 
-    def admits(self, answer: Answer, *, calibrated: bool) -> bool:
-        """Return whether an approximate answer may be given out, by what stragglers showed.
-
-        It is `calibrated` if it is within the limit of a calibration.
-        """
-        if answer.source == "predicted" and not calibrated:
-            return False
-        risk = self.risk(answer.source)
-        return bool(risk.admits(answer.disagreement, answer.error, calibrated=calibrated))
+    def evidence(self, queries: int) -> LateEvidence:
+        """Return what is known by now, for a group with this number of queries."""
+        limit = math.inf
+        if self._accuracy.promises:
+            # What has had a drift is compared without being given out.
+            limit = self.scores.limit(queries) if self.risk("decoded").drifts == 0 else -1.0
+        risk: dict[Source, Risk] = {"decoded": self.risk("decoded")}
+        if self.predictor is not None:
+            risk["predicted"] = self.risk("predicted")
+        return LateEvidence(self.setting, self.approximates, self.can_predict, limit, risk)
 
     def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
         """Compare an answer with the model's own, which came late, or is None and will never come.
@@ -329,7 +331,6 @@ class Adaptation:
         drifted = risk.add(
             row,
             given=given.given,
-            forced=given.forced,
             epoch=given.epoch,
             unknown=own is None,
             widened=given.widened,
