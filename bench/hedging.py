@@ -1,6 +1,6 @@
 """Hedged HTTP calls against none, a fixed limit, and two calls at once.
 
-    python bench/hedging.py [--requests 5000] [--seeds 3] [--rate 12] [--output FILE]
+    python bench/hedging.py [--requests 4000] [--seeds 3] [--rate 16] [--output FILE]
 
 Two servers run in processes of their own and answer after half a second, or after five when they
 are slow: so long that other work on the machine hardly counts. The cases say when:
@@ -31,7 +31,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 import numpy as np
 import uvicorn
 from _report import environment, write_json
@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parent / "results" / "hedging.json"
 SECONDS, SLOW, SHARE = 0.5, 5.0, 0.05
 BUDGET, LEARNED = 1.06, 1000
 CASES = {"one": (0.0, SHARE, 0.0), "both": (SHARE, SHARE, 0.0), "query": (0.0, 0.0, SHARE)}
-Call = Callable[[httpx.AsyncClient, int], Awaitable[None]]
+Call = Callable[[aiohttp.ClientSession, int], Awaitable[None]]
 
 
 def serve(share: float, of_queries: float, seed: int) -> None:
@@ -59,12 +59,12 @@ def serve(share: float, of_queries: float, seed: int) -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         print(listening.getsockname()[1], flush=True)
-        config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_keep_alive=60)
+        config = uvicorn.Config(app, lifespan="off", log_level="error", timeout_keep_alive=60)
         uvicorn.Server(config).run([listening])
 
 
 @contextlib.asynccontextmanager
-async def servers(case: str, seed: int) -> AsyncIterator[list[httpx.AsyncClient]]:
+async def servers(case: str, seed: int) -> AsyncIterator[list[aiohttp.ClientSession]]:
     """Start both servers; yield a client of each."""
     first, second, of_queries = CASES[case]
     command = [sys.executable, __file__, "--serve"]
@@ -80,8 +80,7 @@ async def servers(case: str, seed: int) -> AsyncIterator[list[httpx.AsyncClient]
             for each in begun:
                 assert each.stdout is not None
                 url = f"http://127.0.0.1:{int(each.stdout.readline())}"
-                limits = httpx.Limits(max_connections=None)
-                client = httpx.AsyncClient(base_url=url, timeout=60, limits=limits, trust_env=False)
+                client = aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0))
                 clients.append(await stack.enter_async_context(client))
             yield clients
     finally:
@@ -93,7 +92,7 @@ async def servers(case: str, seed: int) -> AsyncIterator[list[httpx.AsyncClient]
 class Systems:
     """Ways to answer a request by two servers; each counts its calls."""
 
-    def __init__(self, clients: list[httpx.AsyncClient], seed: int):
+    def __init__(self, clients: list[aiohttp.ClientSession], seed: int):
         self.clients, self.draw = clients, random.Random(seed)
         self.calls: collections.Counter[str] = collections.Counter()
         self.times: collections.deque[float] = collections.deque(maxlen=1000)
@@ -101,13 +100,15 @@ class Systems:
         self.hedged = hedge(self.counted("hedge"), clients, budget=BUDGET)
 
     def counted(self, system: str) -> Call:
-        async def call(client: httpx.AsyncClient, number: int) -> None:
+        async def call(client: aiohttp.ClientSession, number: int) -> None:
             self.calls[system] += 1
-            (await client.get(f"/{number}")).raise_for_status()
+            async with client.get(f"/{number}") as response:
+                response.raise_for_status()
+                await response.read()
 
         return call
 
-    def in_turn(self) -> list[httpx.AsyncClient]:
+    def in_turn(self) -> list[aiohttp.ClientSession]:
         self.turn += 1
         return self.clients[:: 1 if self.turn % 2 else -1]
 
@@ -186,9 +187,9 @@ async def measure(case: str, seed: int, requests: int, rate: float) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--requests", type=int, default=4000)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=12.0)
+    parser.add_argument("--rate", type=float, default=16.0)
     parser.add_argument("--only", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--serve", nargs=3, type=float, help=argparse.SUPPRESS)
@@ -197,7 +198,7 @@ def main() -> None:
         serve(*options.serve[:2], int(options.serve[2]))
         return
     results: dict[str, Any] = {
-        "environment": environment(("httpx", "uvicorn", "numpy")),
+        "environment": environment(("aiohttp", "uvicorn", "numpy")),
         "requests": options.requests,
         "rate": options.rate,
         "cases": {},

@@ -32,7 +32,7 @@ class Choice(NamedTuple):
     weights: Sequence[float]
 
 
-def decide(
+def next_choice(
     calls: Sequence[TimedCall],
     raced: Float[np.ndarray, " requests"],
     choice: Choice,
@@ -71,6 +71,12 @@ def decide(
         limits = [*_PICKING.thresholds, float(np.quantile(replay.own, 1 - late))]
         candidates += [simulate.Hedge(limit, at_once) for limit in limits]
     forecasts = {each: picking.forecast(replay, picking.Play(each)) for each in candidates}
+    for each, found in forecasts.items():
+        # Beyond the budget copies are not sent, which leaves requests as slow as they are.
+        if found.calls > budget:
+            refused = 1 - (budget - 1) / (found.calls - 1)
+            left = replay.as_slow(np.full(len(replay.own), refused))
+            forecasts[each] = picking.forecast(left, picking.Play(each))._replace(calls=budget)
     hedge = picking.choose(forecasts, hedge, budget)
 
     # A target that is slow, or fails, more often than the others gets fewer and fewer first calls.

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from ..stragglers import picking, simulate
-from ._decide import Choice, TimedCall, decide
+from ._decide import Choice, TimedCall, next_choice
 
 _LOG = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class hedge(Generic[Answer]):
         """Begin a decision, which takes some 30 ms of another thread."""
         requests, began = self.counts["requests"], loop.time()
         known = list(self._calls), np.array(self._raced), self._choice, self._trials
-        run = functools.partial(decide, *known, copies=self._copies, budget=self._budget)
+        run = functools.partial(next_choice, *known, copies=self._copies, budget=self._budget)
         self._due = math.inf
         self._raced.clear()
 
