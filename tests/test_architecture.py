@@ -101,7 +101,7 @@ def test_a_served_model_knows_no_protocol():
 @pytest.mark.parametrize(
     ("package", "below"),
     [
-        ("core", {"_policy", "_tracing"}),
+        ("core", {"_policy"}),
         ("adapt", {"core", "_policy"}),
         ("protocol", {"core", "_policy"}),
     ],

@@ -24,7 +24,6 @@ from ._answer_screen import AnswerScreen, Audit, Settled
 from ._dispatch import Dispatcher, QueryOrdering
 from ._estimates import Estimator
 from ._policy import MAX_DEADLINE_S, BatchingPolicy, Observe, read_outputs
-from ._tracing import RequestTrace
 from .adapt._adaptation import Adaptation
 from .adapt._decoding import DecodingScores
 from .adapt._predictor import Predictor
@@ -191,7 +190,6 @@ class CodedBatcher:
         deadline: float | None = None,
         exact: bool = False,
         high: bool = False,
-        trace: RequestTrace | None = None,
     ) -> concurrent.futures.Future[Reply]:
         """Submit B queries, from any thread, and return at once.
 
@@ -200,7 +198,6 @@ class CodedBatcher:
             deadline: seconds from now; by default the policy's.
             exact: accept only the model's own answers, hedged if a worker straggles.
             high: high priority, ahead of ordinary queries (`priority_lead_s`).
-            trace: a record of what happens to the request.
 
         Returns:
             A future of the `Reply`. It may raise `DeadlineExceeded`, `InferenceFailed`, or
@@ -224,7 +221,7 @@ class CodedBatcher:
         exact = exact or (self._scales is not None and self._scales.is_odd(x))
         lead = self.policy.priority_lead_s if high else 0.0
         arrived, values = self._clock.now(), self._answers.zeros(len(x))
-        request = Request(x, values, arrived, deadline, exact, lead, trace)
+        request = Request(x, values, arrived, deadline, exact, lead)
         self._open.accept(request)
         if high:
             self._observe("high_priority", len(x))
@@ -422,7 +419,7 @@ class CodedBatcher:
         for point in np.flatnonzero(batch.available & ~group.mask).tolist():
             value = batch.answer(point)
             assert value is not None
-            group.add_answer(point, value, now, batch.workers[point])
+            group.add_answer(point, value)
             self._compare_late(group, point, value)
             place = int(group.layout.place_of[point])
             if 0 <= place < len(group.cells):
@@ -458,8 +455,6 @@ class CodedBatcher:
         """Have further workers compute queries that are late, or whose answers look wrong."""
         for query in queries:
             query.reexecuted = True
-            if query.request.trace is not None:
-                query.request.trace.send_again(query.place)
             self._observe("reexecution", 1)
         self._dispatcher.copy(queries, workers, now)
 

@@ -208,10 +208,7 @@ class Dispatcher:
         if len(points) and group.pending:
             begin = self._clock.now()
             coded = coder.encode(group.inputs(), points, group.layout)
-            end = self._clock.now()
-            self._observe("encode_seconds", end - begin)
-            if group.trace is not None:
-                group.trace.add("encode", begin, end, queries=queries, points=len(points))
+            self._observe("encode_seconds", self._clock.now() - begin)
             self._send(group, points, coded, now)
         group.drop_inputs()
 
@@ -331,8 +328,6 @@ class Dispatcher:
         avoid: Iterable[int] = (),
     ) -> None:
         group.sent_at[points] = now
-        if group.trace is not None:
-            group.trace.sent(points.tolist(), now)
         values = list(values)
         for value in values:
             self._observe("batch_size", len(value))

@@ -85,17 +85,14 @@ class Estimator:
         found = predictor.predict(np.stack(x))
         if found is None:
             return
-        end, epoch = self._clock.now(), self._adaptation.risk("predicted").epoch
-        self._adaptation.observe("predict_seconds", end - begin)
+        self._adaptation.observe("predict_seconds", self._clock.now() - begin)
+        epoch = self._adaptation.risk("predicted").epoch
         basis = int((~np.isnan(group.sent_at)).sum()), int(group.mask.sum())
         for row, place in enumerate(new):
             value = found.values[row].reshape(self._answers.shape)
             errors = float(found.disagreement[row]), float(found.error_bound[row])
             answer = Answer(value, "predicted", *basis, *errors)
             group.add_estimate(place, answer, bool(found.sure[row]), epoch)
-        if group.trace is not None:
-            sure = int(found.sure.sum())
-            group.trace.add("predict", begin, end, sure=sure, uncertain=len(new) - sure)
 
     def decode(self, group: Group, places: Sequence[Place]) -> None:
         """Add decoded answers to a group's queries, where they are sound."""
@@ -103,11 +100,11 @@ class Estimator:
         predictions, sound, features, score = self._decoded(
             group.values(), usable, len(group.cells)
         )
-        decoded, epoch = self._clock.now(), self._adaptation.risk("decoded").epoch
-        self._adaptation.observe("decode_seconds", decoded - begin)
+        self._adaptation.observe("decode_seconds", self._clock.now() - begin)
+        epoch = self._adaptation.risk("decoded").epoch
         self._adaptation.observe("workers_responded", int(group.mask.sum()))
         accuracy, basis = self._policy.accuracy, int((~np.isnan(group.sent_at)).sum())
-        limit, sure = self._adaptation.evidence(len(group.cells)).limit, 0
+        limit = self._adaptation.evidence(len(group.cells)).limit
         for cell, row in places:
             if not sound[row, cell]:
                 continue
@@ -123,11 +120,6 @@ class Estimator:
                 features=features[row, cell].copy(),
             )
             group.add_estimate((cell, row), answer, within, epoch)
-            sure += within
-        if group.trace is not None:
-            group.trace.add("decode", begin, decoded, answers=int(group.mask.sum()))
-            counts = {"sure": sure, "uncertain": len(places) - sure}
-            group.trace.add("error probability", decoded, self._clock.now(), **counts)
 
     def _decoded(
         self, values: np.ndarray, mask: np.ndarray, queries: int

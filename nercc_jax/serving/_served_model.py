@@ -22,7 +22,6 @@ from ._batcher import CodedBatcher
 from ._metrics import Metrics
 from ._policy import read_outputs
 from ._settings import ModelSettings
-from ._tracing import current
 from .adapt._decoding import DecodingScores, calibrate_or_restore
 from .adapt._predictor import Predictor
 from .core._adaptation import overdue_rule
@@ -168,9 +167,7 @@ class ServedModel:
         # One array of floats is checked by the batcher itself.
         elif isinstance(queries, Mapping) or not inputs.plain:
             queries = inputs.pack(queries)
-        future = self._batcher.submit(
-            queries, deadline=deadline, exact=exact, high=high, trace=current.get()
-        )
+        future = self._batcher.submit(queries, deadline=deadline, exact=exact, high=high)
         reply = await _result(future, deadline)
         if outputs.alone:
             return reply

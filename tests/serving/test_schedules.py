@@ -29,7 +29,6 @@ from nercc_jax.serving import (
     QueueFull,
 )
 from nercc_jax.serving.adapt import _setting_controller
-
 from nercc_jax.stragglers.picking import Picking
 from nercc_jax.stragglers.simulate import RecordedCalls
 from nercc_jax.testing import SimulatedClock, SimulatedPool

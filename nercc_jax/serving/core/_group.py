@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from ...pools import Batch
-from .._tracing import GroupTrace
 from ._coder import Coder
 from ._decide import AnswerEstimate, GroupView, Place, QueryView
 from ._request import Answer, ApproximateAnswer, Query, Source
@@ -74,7 +73,6 @@ class Group:
         self.posted = False  # it is in the scheduler's inbox
         self.closed = False
         self.due = math.inf
-        self.trace: GroupTrace | None = None
 
     @property
     def full(self) -> bool:
@@ -89,17 +87,11 @@ class Group:
         self.rows = max(self.rows, len(cell.queries))
         for query in cell.queries:
             query.groups.append(self)
-            request = query.request
-            if request.trace is not None:
-                self.trace = self.trace or GroupTrace()
-                request.trace.enter(self.trace, query.place, request.arrived)
 
-    def add_answer(self, point: int, answer: np.ndarray, now: float, worker: int) -> None:
+    def add_answer(self, point: int, answer: np.ndarray) -> None:
         self.mask[point] = True
         if self.cells:
             self.answers[point] = answer
-        if self.trace is not None:
-            self.trace.answered(point, now, worker)
 
     def add_estimate(self, place: Place, answer: Answer, within: bool, epoch: int) -> None:
         """Take an approximate answer, which will be compared with the model's own, given or not."""
@@ -173,7 +165,7 @@ class Group:
                         given.answer = dataclasses.replace(given.answer, value=value)
                         self.late.append(LateAnswer(points, row, given))
                 query.approximate = {}
-        self.cells, self.answers, self.estimates, self.trace = [], [], {}, None
+        self.cells, self.answers, self.estimates = [], [], {}
         self.batch.drop_answers()
         self.batch.suffice()
 

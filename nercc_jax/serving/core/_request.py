@@ -12,8 +12,6 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float, Int, PyTree, Shaped
 
-from .._tracing import RequestTrace
-
 Source: TypeAlias = Literal["exact", "decoded", "predicted"]
 
 _LONGEST_MESSAGE = 500  # characters
@@ -89,6 +87,12 @@ class Reply:
     queued: float
     seconds: float
 
+    def sources(self) -> list[str]:
+        """Return each answer's source; "reexecuted" is exact, at the second attempt."""
+        exact = np.where(self.reexecuted, "reexecuted", "exact")
+        approximate = np.where(self.predicted, "predicted", "decoded")
+        return np.where(self.exact, exact, approximate).tolist()
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -136,7 +140,6 @@ class Request:
         deadline: float,
         exact: bool,
         lead: float = 0.0,
-        trace: RequestTrace | None = None,
     ):
         """Create a request of queries (B, ...), whose answers are written into `values`.
 
@@ -145,7 +148,6 @@ class Request:
         """
         size = len(x)
         self.x: np.ndarray | None = x  # all queries, until the request is over
-        self.trace = trace
         self.future: concurrent.futures.Future[Reply] = concurrent.futures.Future()
         self.arrived, self.deadline = arrived, deadline
         self.high, self.turn = lead > 0, arrived - lead
@@ -187,8 +189,6 @@ class Request:
             self._suspicious[places] = True
         if again := [query.place for query in queries if query.reexecuted]:
             self._reexecuted[again] = True
-        if self.trace is not None:
-            self.trace.answers |= {query.place: query.source_of(answer) for query in queries}
         self._left -= len(places)
         return self._left == 0
 

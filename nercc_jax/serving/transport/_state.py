@@ -16,7 +16,7 @@ from .._meter import ANSWERS, OUTCOMES
 from .._policy import MAX_DEADLINE_S
 from .._served_model import ServedModel
 from .._settings import ServerSettings
-from .._tracing import RequestLog, Telemetry, current
+from .._tracing import RequestLog, RequestTrace
 from ..core._health import Health
 from ..core._request import DeadlineExceeded, InferenceFailed, Reply
 from ..protocol._errors import (
@@ -74,16 +74,19 @@ class ServerState:
         models: Mapping[str, ServedModel],
         settings: ServerSettings,
         starting: Sequence[str] = (),
-        telemetry: Telemetry | None = None,
+        spans: Any = None,
     ):
-        """Create the state; `starting` are put into `models` once they answer. All are keys."""
+        """Create the state; `starting` are put into `models` once they answer. All are keys.
+
+        Requests are `spans` by a provider of OpenTelemetry's SDK, if there is one.
+        """
         self.models = dict(models)
         self.settings = settings
         self.names = [*models, *starting]
         self.control = ModelControl()
         self.memory = RequestMemory(settings.max_bytes_in_flight)
         self.tokens = settings.tokens()
-        self._log = RequestLog(settings.request_log_rate, telemetry)
+        self._log = RequestLog(settings.request_log_rate, spans)
         self.draining = False
         self._started = time.monotonic()
 
@@ -165,7 +168,11 @@ class ServerState:
         return self.models[key]
 
     async def answer(
-        self, model: ServedModel, request: InferRequest, elapsed: float = 0.0
+        self,
+        model: ServedModel,
+        request: InferRequest,
+        trace: RequestTrace | None,
+        elapsed: float = 0.0,
     ) -> Reply:
         """Answer a request, of whose deadline some seconds have passed before it arrived.
 
@@ -174,7 +181,7 @@ class ServerState:
             TooLarge: where it has more queries than the queue holds.
             Exception: as `ServedModel.infer`.
         """
-        if (trace := current.get()) is not None:
+        if trace is not None:
             trace.id = request.id = request.id or uuid.uuid4().hex
         check_outputs(request, model.servable)
         options = answer_options(request)
@@ -191,7 +198,7 @@ class ServerState:
             options["deadline"] = deadline - elapsed
         queries = queries_of(request, model.servable, model.settings.max_queue_size)
         try:
-            return await model.infer(queries, **options)
+            reply = await model.infer(queries, **options)
         except ValueError as error:
             raise InvalidInput(str(error)) from error
         except InferenceFailed as error:
@@ -200,14 +207,19 @@ class ServerState:
             _LOG.warning("inference failed", extra=about)
             error.public += f": the server's log says why, by id {request.id}"
             raise
+        if trace is not None:
+            trace.reply = reply
+        return reply
 
     @contextlib.contextmanager
-    def watch(self, name: str, headers: Callable[[], Mapping[str, str]]) -> Iterator[None]:
+    def watch(
+        self, name: str, headers: Callable[[], Mapping[str, str]]
+    ) -> Iterator[RequestTrace | None]:
         """Log and trace the request of this block, and count it if it is refused."""
         trace = self._log.start(name, headers)
         outcome = "ok"
         try:
-            yield
+            yield trace
         except BaseException as error:  # a client that goes away cancels its call
             outcome = outcome_of(error)
             # What a model's batcher does not see is counted here.
