@@ -17,14 +17,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
-from ..inference.models import warn_if_other
 from ..pools import AbstractPool
 from ..pools._batch import Refuse, refuse_odd
 from ._answer_screen import AnswerScreen, Audit, Settled
 from ._comparisons import Comparisons
-from ._dispatch import Dispatcher, QueryOrdering
-from ._estimates import Estimator
-from ._policy import MAX_DEADLINE_S, BatchingPolicy, Observe, read_outputs
+from ._dispatch import Dispatcher
+from ._estimates import Estimator, fitting_policy
+from ._policy import MAX_DEADLINE_S, BatchingPolicy, Observe
 from ._tracing import RequestTrace
 from .adapt._adaptation import Adaptation
 from .adapt._decoding import DecodingScores
@@ -34,7 +33,6 @@ from .core._decide import Copy, Decode, Fail, GiveOut, Place, Predict, Wait, dec
 from .core._group import Group, GroupTimers
 from .core._health import Health, pool_health
 from .core._request import (
-    CODED,
     Answer,
     BatchSpec,
     DeadlineExceeded,
@@ -52,7 +50,6 @@ _LOG = logging.getLogger(__name__)
 
 _PROBE = 5.0  # seconds that a probe may take
 _LAST_TURN = 1.0  # seconds for which closing waits for a turn under way
-_WORKER_FREE = object()  # an event
 
 
 class CodedBatcher:
@@ -108,39 +105,13 @@ class CodedBatcher:
         """
         queries = BatchSpec(tuple(shape), np.dtype(dtypes[0]))
         answers = BatchSpec(tuple(outputs), np.dtype(dtypes[1]))
-        if coder.num_data > 1 and {queries.dtype, answers.dtype} != {CODED}:
-            raise ValueError(
-                f"queries are {queries.dtype} and answers {answers.dtype}: only float32 can be "
-                "coded, so give a Coder(Uncoded(1))"
-            )
-        policy = policy or BatchingPolicy()
-        shapes = [answers.shape] if coder.form is None else coder.form.shapes
-        read, _ = read_outputs(policy.outputs, policy.tolerance, shapes)
-        if answers.dtype != CODED:  # nothing approximate
-            read = policy.outputs or "values"
-        self.policy = policy = dataclasses.replace(policy, outputs=read)
-        exact_only = policy.outputs == "values" and policy.tolerance is None
-        if exact_only and coder.can_decode and not coder.systematic:
-            raise ValueError(
-                "outputs are values without a tolerance, so that all answers are exact, and a code "
-                "that mixes all queries would send each of them twice: give a tolerance, "
-                "interleaved points, or no code"
-            )
-        decoding = decoding or DecodingScores(policy.accuracy)
-        known, wanted = decoding.accuracy, policy.accuracy
-        if (known.tolerance, known.coverage) != (wanted.tolerance, wanted.coverage):
-            raise ValueError(
-                f"decoding was calibrated for a tolerance of {known.tolerance} and a coverage of "
-                f"{known.coverage}, the policy has {wanted.tolerance} and {wanted.coverage}"
-            )
-        decoding = dataclasses.replace(decoding, accuracy=wanted)
-        if decoding.calibrated:
-            warn_if_other("the error estimate", decoding.conditions, pool.conditions)
+        policy = fitting_policy(policy or BatchingPolicy(), coder, queries, answers)
+        self.policy = policy
         self._adaptation = adaptation = Adaptation(
             pool,
             coder,
             policy,
-            decoding,
+            decoding or DecodingScores(policy.accuracy),
             predictor,
             observe or (lambda what, number: None),
         )
@@ -148,12 +119,8 @@ class CodedBatcher:
         self._queries, self._answers = queries, answers
         self._scales = ScaleMonitor() if coder.num_data > 1 else None
         self._observe = adaptation.observe
-        parts = coder, policy, adaptation, self._clock
-        self._estimator = Estimator(*parts, (queries, answers))
-        ordered = policy.ordering and coder.needs_order
-        ordering = QueryOrdering(coder, queries.shape, policy.max_batch_size) if ordered else None
-        if ordering is not None:
-            ordering.compile()
+        specs = queries, answers
+        self._estimator = Estimator(coder, policy, adaptation, self._clock, specs)
         self._queue = QueryQueue(policy.max_queue_size)
         self._open = OpenRequests(self._queue, self._observe, self._clock)
         self._events = EventQueue(self._clock, "nercc-batcher", self._run)
@@ -162,21 +129,11 @@ class CodedBatcher:
             self._screen = AnswerScreen(
                 adaptation.checks, predictor.expect, pool, self._events, self._observe
             )
-        self._dispatcher = Dispatcher(
-            pool,
-            coder,
-            self._queue,
-            self._events,
-            policy,
-            refuse,
-            self._estimator,
-            adaptation,
-            ordering,
-        )
+        sender = pool, self._queue, self._events, refuse
+        self._dispatcher = Dispatcher(*sender, coder, policy, self._estimator, adaptation)
         self._timers = GroupTimers()
         self._comparisons = Comparisons(pool, adaptation, answers, self._submit_own)
         self._dispatch_due = math.inf
-        self._worker_free_posted = False
         adaptation.start()
         pool.on_idle(self._worker_free)
         self._events.start()
@@ -282,9 +239,8 @@ class CodedBatcher:
     # From any thread.
 
     def _worker_free(self) -> None:
-        if self.waiting and not self._worker_free_posted:
-            self._worker_free_posted = True
-            self._events.post(_WORKER_FREE)
+        if self.waiting:
+            self._events.wake()
 
     # The scheduler's thread.
 
@@ -358,8 +314,6 @@ class CodedBatcher:
         elif isinstance(event, Audit):
             assert self._screen is not None
             self._screen.receive_audit(event)
-        elif event is _WORKER_FREE:
-            self._worker_free_posted = False
         else:
             self._enqueue(event, now)
 
@@ -372,9 +326,9 @@ class CodedBatcher:
         if request.future.cancelled():
             self._revisit(self._open.cancel(request, now))
 
-    def _submit_own(self, request: Request) -> bool:
-        """Take a request of the server's own, to compare what was given out; return whether."""
-        accepted = self._open.accept_own(request, audits=True)
+    def _submit_own(self, request: Request, *, audits: bool = True) -> bool:
+        """Take a request of the server's own, and return whether; it audits, or is a probe."""
+        accepted = self._open.accept_own(request, audits=audits)
         if accepted:
             self._enqueue(request, request.arrived)
         return accepted
@@ -382,9 +336,7 @@ class CodedBatcher:
     def _send_probe(self) -> None:
         """Send a query of zeros, to notice when workers answer again."""
         now, zeros = self._clock.now(), (self._queries.zeros(1), self._answers.zeros(1))
-        probe = Request(*zeros, now, _PROBE, True)
-        if self._open.accept_own(probe, audits=False):
-            self._enqueue(probe, now)
+        self._submit_own(Request(*zeros, now, _PROBE, True), audits=False)
 
     def _expire(self, now: float) -> None:
         for request in self._open.pop_expired(now):
@@ -544,6 +496,5 @@ class CodedBatcher:
             took, limit = now - group.batch.tasks[0].sent, group.batch.times.limit(group.rows)
             if limit < math.inf:
                 self._observe("hedge_limits", took / limit)
-        for each in self._comparisons.keep(group):
-            if not each.closed:
-                self._dispatcher.close(each)
+        for each in [group] if group.alone else self._comparisons.keep(group):
+            self._dispatcher.close(each)

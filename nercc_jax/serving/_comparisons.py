@@ -77,7 +77,7 @@ class Comparisons:
 
         Queries whose answers do not come by themselves are computed again.
         """
-        if group.cells and not group.alone:
+        if group.cells:
             group.keep_late()
         never = self._without(group, lambda late: not group.comes(late))
         over = [] if group.late else [group]

@@ -5,6 +5,7 @@ immutable, and was computed by other threads: the scheduler's does nothing but a
 """
 
 import collections
+import dataclasses
 import logging
 import math
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ...evaluation._criteria import agree_on_labels, root_mean_square
+from ...inference.models import warn_if_other
 from ...pools import AbstractPool
 from ...risk import Comparison, Risk
 from ...risk._accuracy import error_ratios
@@ -59,8 +61,18 @@ class Adaptation:
         """Attach the parts to each other, without starting their threads.
 
         Raises:
-            ValueError: for a policy that does not fit the code or the predictor.
+            ValueError: for a policy that does not fit the code, the predictor, or the promise that
+                the scores were calibrated for.
         """
+        known, wanted = scores.accuracy, policy.accuracy
+        if (known.tolerance, known.coverage) != (wanted.tolerance, wanted.coverage):
+            raise ValueError(
+                f"decoding was calibrated for a tolerance of {known.tolerance} and a coverage of "
+                f"{known.coverage}, the policy has {wanted.tolerance} and {wanted.coverage}"
+            )
+        scores = dataclasses.replace(scores, accuracy=wanted)
+        if scores.calibrated:
+            warn_if_other("the error estimate", scores.conditions, pool.conditions)
         self.scores, self.predictor = scores, predictor
         self._controller = (
             None
