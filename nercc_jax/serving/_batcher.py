@@ -17,24 +17,22 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
-from ..inference.models import warn_if_other
 from ..pools import AbstractPool
 from ..pools._batch import Refuse, refuse_odd
 from ._answer_screen import AnswerScreen, Audit, Settled
-from ._dispatch import Dispatcher, QueryOrdering
-from ._estimates import Estimator
-from ._policy import MAX_DEADLINE_S, BatchingPolicy, Observe, read_outputs
+from ._comparisons import Comparisons
+from ._dispatch import Dispatcher
+from ._estimates import Estimator, fitting_policy
+from ._policy import MAX_DEADLINE_S, BatchingPolicy, Observe
 from .adapt._adaptation import Adaptation
 from .adapt._decoding import DecodingScores
 from .adapt._predictor import Predictor
 from .core._coder import Coder
 from .core._decide import Copy, Decode, Fail, GiveOut, Place, Predict, Wait, decide
-from .core._group import Group, GroupTimers, LateGroups
+from .core._group import Group, GroupTimers
 from .core._health import Health, pool_health
 from .core._request import (
-    CODED,
     Answer,
-    ApproximateAnswer,
     BatchSpec,
     DeadlineExceeded,
     InferenceFailed,
@@ -49,11 +47,8 @@ from .core._requests import EventQueue, OpenRequests, QueryQueue
 
 _LOG = logging.getLogger(__name__)
 
-# The share of approximate answers whose queries nobody has as they came that is computed, too.
-_AUDITED = 0.02
 _PROBE = 5.0  # seconds that a probe may take
 _LAST_TURN = 1.0  # seconds for which closing waits for a turn under way
-_WORKER_FREE = object()  # an event
 
 
 class CodedBatcher:
@@ -109,39 +104,13 @@ class CodedBatcher:
         """
         queries = BatchSpec(tuple(shape), np.dtype(dtypes[0]))
         answers = BatchSpec(tuple(outputs), np.dtype(dtypes[1]))
-        if coder.num_data > 1 and {queries.dtype, answers.dtype} != {CODED}:
-            raise ValueError(
-                f"queries are {queries.dtype} and answers {answers.dtype}: only float32 can be "
-                "coded, so give a Coder(Uncoded(1))"
-            )
-        policy = policy or BatchingPolicy()
-        shapes = [answers.shape] if coder.form is None else coder.form.shapes
-        read, _ = read_outputs(policy.outputs, policy.tolerance, shapes)
-        if answers.dtype != CODED:  # nothing approximate
-            read = policy.outputs or "values"
-        self.policy = policy = dataclasses.replace(policy, outputs=read)
-        exact_only = policy.outputs == "values" and policy.tolerance is None
-        if exact_only and coder.can_decode and not coder.systematic:
-            raise ValueError(
-                "outputs are values without a tolerance, so that all answers are exact, and a code "
-                "that mixes all queries would send each of them twice: give a tolerance, "
-                "interleaved points, or no code"
-            )
-        decoding = decoding or DecodingScores(policy.accuracy)
-        known, wanted = decoding.accuracy, policy.accuracy
-        if (known.tolerance, known.coverage) != (wanted.tolerance, wanted.coverage):
-            raise ValueError(
-                f"decoding was calibrated for a tolerance of {known.tolerance} and a coverage of "
-                f"{known.coverage}, the policy has {wanted.tolerance} and {wanted.coverage}"
-            )
-        decoding = dataclasses.replace(decoding, accuracy=wanted)
-        if decoding.calibrated:
-            warn_if_other("the error estimate", decoding.conditions, pool.conditions)
+        policy = fitting_policy(policy or BatchingPolicy(), coder, queries, answers)
+        self.policy = policy
         self._adaptation = adaptation = Adaptation(
             pool,
             coder,
             policy,
-            decoding,
+            decoding or DecodingScores(policy.accuracy),
             predictor,
             observe or (lambda what, number: None),
         )
@@ -149,12 +118,8 @@ class CodedBatcher:
         self._queries, self._answers = queries, answers
         self._scales = ScaleMonitor() if coder.num_data > 1 else None
         self._observe = adaptation.observe
-        parts = coder, policy, adaptation, self._clock
-        self._estimator = Estimator(*parts, (queries, answers))
-        ordered = policy.ordering and coder.needs_order
-        ordering = QueryOrdering(coder, queries.shape, policy.max_batch_size) if ordered else None
-        if ordering is not None:
-            ordering.compile()
+        specs = queries, answers
+        self._estimator = Estimator(coder, policy, adaptation, self._clock, specs)
         self._queue = QueryQueue(policy.max_queue_size)
         self._open = OpenRequests(self._queue, self._observe, self._clock)
         self._events = EventQueue(self._clock, "nercc-batcher", self._run)
@@ -163,22 +128,11 @@ class CodedBatcher:
             self._screen = AnswerScreen(
                 adaptation.checks, predictor.expect, pool, self._events, self._observe
             )
-        self._dispatcher = Dispatcher(
-            pool,
-            coder,
-            self._queue,
-            self._events,
-            policy,
-            refuse,
-            self._estimator,
-            adaptation,
-            ordering,
-        )
+        sender = pool, self._queue, self._events, refuse
+        self._dispatcher = Dispatcher(*sender, coder, policy, self._estimator, adaptation)
         self._timers = GroupTimers()
-        self._late_groups = LateGroups()
-        self._random = np.random.default_rng(0)
+        self._comparisons = Comparisons(pool, adaptation, answers, self._submit_own)
         self._dispatch_due = math.inf
-        self._worker_free_posted = False
         adaptation.start()
         pool.on_idle(self._worker_free)
         self._events.start()
@@ -282,9 +236,8 @@ class CodedBatcher:
     # From any thread.
 
     def _worker_free(self) -> None:
-        if self.waiting and not self._worker_free_posted:
-            self._worker_free_posted = True
-            self._events.post(_WORKER_FREE)
+        if self.waiting:
+            self._events.wake()
 
     # The scheduler's thread.
 
@@ -328,7 +281,7 @@ class CodedBatcher:
             requests = {query.request for query in self._queue.take_popped()}
             if isinstance(concerned, Group):
                 requests |= {query.request for _, query in concerned.open_queries()}
-                self._late_groups.discard(concerned)
+                self._comparisons.discard(concerned)
                 self._dispatcher.close(concerned)
             elif isinstance(concerned, Request):
                 requests.add(concerned)
@@ -339,7 +292,7 @@ class CodedBatcher:
     def _fail(self, request: Request, error: Exception) -> None:
         for query in request.queries if request.audits else ():
             for each in query.approximate.values():
-                self._audit(each, None)
+                self._comparisons.audit(each, None)
             query.approximate = {}
         self._revisit(self._open.fail(request, error))
 
@@ -358,8 +311,6 @@ class CodedBatcher:
         elif isinstance(event, Audit):
             assert self._screen is not None
             self._screen.receive_audit(event)
-        elif event is _WORKER_FREE:
-            self._worker_free_posted = False
         else:
             self._enqueue(event, now)
 
@@ -372,12 +323,17 @@ class CodedBatcher:
         if request.future.cancelled():
             self._revisit(self._open.cancel(request, now))
 
+    def _submit_own(self, request: Request, *, audits: bool = True) -> bool:
+        """Take a request of the server's own, and return whether; it audits, or is a probe."""
+        accepted = self._open.accept_own(request, audits=audits)
+        if accepted:
+            self._enqueue(request, request.arrived)
+        return accepted
+
     def _send_probe(self) -> None:
         """Send a query of zeros, to notice when workers answer again."""
         now, zeros = self._clock.now(), (self._queries.zeros(1), self._answers.zeros(1))
-        probe = Request(*zeros, now, _PROBE, True)
-        if self._open.accept_own(probe, audits=False):
-            self._enqueue(probe, now)
+        self._submit_own(Request(*zeros, now, _PROBE, True), audits=False)
 
     def _expire(self, now: float) -> None:
         for request in self._open.pop_expired(now):
@@ -420,7 +376,7 @@ class CodedBatcher:
             value = batch.answer(point)
             assert value is not None
             group.add_answer(point, value)
-            self._compare_late(group, point, value)
+            self._comparisons.learn_late(group, point, value)
             place = int(group.layout.place_of[point])
             if 0 <= place < len(group.cells):
                 self._receive_own(group, place, value, batch.workers[point], now)
@@ -439,7 +395,7 @@ class CodedBatcher:
             if len(kept) < len(queries):
                 queries, value = [queries[row] for row in kept], value[kept]
         for row, query in enumerate(queries):
-            self._learn(query, value[row, ...])
+            self._comparisons.learn(query, value[row, ...])
         answer = Answer(value, "exact", asked, responded)
         self._revisit(self._open.answer(queries, answer, now))
 
@@ -447,7 +403,7 @@ class CodedBatcher:
         for query, verdict, suspicious in settled:
             number = max(len(query.candidates), 1)
             if not suspicious:
-                self._learn(query, verdict.value)
+                self._comparisons.learn(query, verdict.value)
             answer = Answer(verdict.value[None], "exact", number, number, suspicious=suspicious)
             self._revisit(self._open.answer([query], answer, now))
 
@@ -505,13 +461,7 @@ class CodedBatcher:
         disagreement, error = map(float, risk.expected(answer.disagreement, answer.error))
         if answer.error > 0:
             record.widened = error / answer.error
-        record.given = True
-        # A query that nobody has as it came is computed for comparison alone, now and then.
-        if np.isnan(group.sent_at[group.layout.own[place[0]]]).all():
-            del query.approximate[source]
-            record.given = self._random.random() < _AUDITED and self._ask_again(record)
-        if record.given:
-            risk.give()
+        self._comparisons.give(group, place[0], query, record)
         self._observe("expected_disagreement", disagreement)
         if self.policy.tolerance is not None:
             self._observe("expected_error", error / self.policy.tolerance)
@@ -541,61 +491,5 @@ class CodedBatcher:
             took, limit = now - group.batch.tasks[0].sent, group.batch.times.limit(group.rows)
             if limit < math.inf:
                 self._observe("hedge_limits", took / limit)
-        if group.cells and not group.alone:
-            group.keep_late()
-        never = [each for each in group.late if not group.comes(each)]
-        group.late = [each for each in group.late if group.comes(each)]
-        if group.late and group not in self._late_groups:
-            for evicted in self._late_groups.add(group):
-                never, evicted.late = never + evicted.late, []
-                self._dispatcher.close(evicted)
-        if not group.late and not group.closed:
-            self._late_groups.discard(group)
-            self._dispatcher.close(group)
-        for each in never:
-            if not self._ask_again(each.given):
-                self._audit(each.given, None)
-
-    # Comparisons, and what is learned from them.
-
-    def _learn(self, query: Query, own: np.ndarray) -> None:
-        """Compare approximate answers to a query with the model's own, and learn from this."""
-        x = query.x
-        approximate, query.approximate = query.approximate, {}
-        for each in approximate.values():
-            self._audit(each, own)
-            x = each.x if x is None else x
-        if x is not None:
-            self._adaptation.add_answer(x, own)
-
-    def _compare_late(self, group: Group, point: int, value: np.ndarray) -> None:
-        """Compare what was given out with the answer that came at last."""
-        left = []
-        for each in group.late:
-            if point in each.points:
-                self._audit(each.given, own := value[each.row, ...])
-                if each.given.x is not None:
-                    self._adaptation.add_answer(each.given.x, own)
-            else:
-                left.append(each)
-        group.late = left
-
-    def _audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> None:
-        """Compare an approximate answer with the model's own, None if that will never come."""
-        right = self._adaptation.audit(given, own)
-        if given.given:
-            known = "audit_same" if right else "audit_other"
-            self._observe("audit_unknown" if own is None else known, 1)
-
-    def _ask_again(self, given: ApproximateAnswer) -> bool:
-        """Have the model answer, for comparison, where workers are free; return whether."""
-        if given.x is None or given.repeated or not self._pool.idle:
-            return False
-        zeros = self._answers.zeros(1)
-        request = Request(given.x[None], zeros, self._clock.now(), MAX_DEADLINE_S, True)
-        if not self._open.accept_own(request, audits=True):
-            return False
-        given.repeated = True
-        request.queries[0].approximate[given.answer.source] = given
-        self._enqueue(request, request.arrived)
-        return True
+        for each in [group] if group.alone else self._comparisons.keep(group):
+            self._dispatcher.close(each)

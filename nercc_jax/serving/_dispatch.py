@@ -127,19 +127,23 @@ class Dispatcher:
     def __init__(
         self,
         pool: AbstractPool,
-        coder: Coder,
         queue: QueryQueue,
         events: EventQueue,
-        policy: BatchingPolicy,
         refuse: Refuse,
+        coder: Coder,
+        policy: BatchingPolicy,
         estimator: Estimator,
         adaptation: Adaptation,
-        ordering: QueryOrdering | None,
     ):
-        """Create a dispatcher; without an ordering, queries are taken as they come."""
+        """Create a dispatcher, and compile the ordering of queries, if they are ordered."""
         self._pool, self._coder, self._queue, self._events = pool, coder, queue, events
-        self._policy, self._refuse, self._ordering = policy, refuse, ordering
+        self._policy, self._refuse = policy, refuse
         self._estimator, self._adaptation = estimator, adaptation
+        self._ordering = None
+        if policy.ordering and coder.needs_order:
+            shape = estimator.queries.shape
+            self._ordering = QueryOrdering(coder, shape, policy.max_batch_size)
+            self._ordering.compile()
         self._ordering_time = TimeShare(pool.clock, _OF_THE_TIME)
         self._observe, self._clock = adaptation.observe, pool.clock
         self._alone = _coder_of_one(coder.kinds[0])

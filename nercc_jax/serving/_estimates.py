@@ -3,6 +3,7 @@
 What becomes of them is for `core/_decide.py` to say.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from ..pools._batch import answers_to_wait_for
 from ..pools._clock import AbstractClock
-from ._policy import BatchingPolicy
+from ._policy import BatchingPolicy, read_outputs
 from .adapt._adaptation import Adaptation
 from .core._coder import Coder
 from .core._decide import Place
@@ -22,6 +23,7 @@ class Estimator:
     """A maker of approximate answers, on the scheduler's thread.
 
     Attributes:
+        queries: the shape and dtype of queries.
         enough: the answers of a full group that suffice for decoding where no error is estimated.
     """
 
@@ -41,7 +43,7 @@ class Estimator:
                 gives error bars for a tolerance.
         """
         self._coder, self._policy, self._adaptation = coder, policy, adaptation
-        self._clock, self._answers = clock, specs[1]
+        self._clock, (self.queries, self._answers) = clock, specs
         if adaptation.predictor is not None and {spec.dtype for spec in specs} != {CODED}:
             dtypes = [str(spec.dtype) for spec in specs]
             raise ValueError(f"only float32 can be predicted, not {dtypes}")
@@ -140,3 +142,30 @@ class Estimator:
         parts = found.predictions, found.recovered & finite, found.features, found.score
         predictions, sound, features, score = (each[:, :queries] for each in parts)
         return predictions, sound, features, score
+
+
+def fitting_policy(
+    policy: BatchingPolicy, coder: Coder, queries: BatchSpec, answers: BatchSpec
+) -> BatchingPolicy:
+    """Return a policy with its outputs as they are read, if it fits the code.
+
+    Raises:
+        ValueError: where it does not, or where queries or answers cannot be coded.
+    """
+    if coder.num_data > 1 and {queries.dtype, answers.dtype} != {CODED}:
+        raise ValueError(
+            f"queries are {queries.dtype} and answers {answers.dtype}: only float32 can be "
+            "coded, so give a Coder(Uncoded(1))"
+        )
+    shapes = [answers.shape] if coder.form is None else coder.form.shapes
+    read, _ = read_outputs(policy.outputs, policy.tolerance, shapes)
+    if answers.dtype != CODED:  # nothing approximate
+        read = policy.outputs or "values"
+    exact_only = read == "values" and policy.tolerance is None
+    if exact_only and coder.can_decode and not coder.systematic:
+        raise ValueError(
+            "outputs are values without a tolerance, so that all answers are exact, and a code "
+            "that mixes all queries would send each of them twice: give a tolerance, "
+            "interleaved points, or no code"
+        )
+    return dataclasses.replace(policy, outputs=read)

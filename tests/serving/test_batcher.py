@@ -347,7 +347,7 @@ def test_bad_deadlines(deadline, untyped):
         ("deadline_s", 9e11),
         ("straggler_threshold", np.nan),
         ("batch_wait_timeout_s", -1),
-        ("max_disagreement", 1.0),
+        ("max_disagreement", 1.5),
         *(("hedge_copies", wrong) for wrong in (0, 3)),
         *((name, 1.0) for name in ("check_answers", "max_fenced", "quantile")),
         *(("tolerance", 0.0), ("max_calls", 0.9)),

@@ -496,7 +496,11 @@ def served(cluster, tmp_path_factory, free_port):
     config["logging_config"]["logs_dir"] = str(logs)
     (application,) = config["applications"]
     # Two workers, and little to compile. Calls take half a second, to have something to drain.
-    application["args"]["defaults"] |= {"workers": 2, "max_batch_size": 1, "service_delay_s": 0.5}
+    application["args"]["defaults"] |= {
+        "workers": 2,
+        "max_batch_size": 1,
+        "faults": {"service_delay_s": 0.5},
+    }
     application["args"]["request_log_rate"] = 1.0
     file = tmp_path_factory.mktemp("deploy") / "ray-serve.yaml"
     file.write_text(require("yaml", "ray-serve").safe_dump(config))

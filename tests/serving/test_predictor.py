@@ -188,21 +188,13 @@ def test_queries_that_are_slow_because_they_are_hard_keep_the_promise(delay):
 def test_answers_wake_a_learner_that_has_to_wait_once_and_not_one_by_one():
     """Each time another thread would take the interpreter from those who answer."""
 
-    class Clock(SimulatedClock):
-        def turns(self, name, turn):
-            made, self.wakes = super().turns(name, turn), 0
-            made.wake = self.count
-            return made
-
-        def count(self):
-            self.wakes += 1
-
-    clock, predictor = Clock(), Predictor()
+    wakes, predictor = [], Predictor()
     target = Accuracy(max_disagreement=0.1, tolerance=None)
-    predictor.attach(target, 1, None, lambda what, number: None, clock)
+    parts = target, 1, None, lambda what, number: None, SimulatedClock()
+    predictor.attach(*parts, lambda: wakes.append(1))
     for query in np.random.default_rng(0).normal(size=(200, *SHAPE)).astype(np.float32):
         predictor.add_answer(query, model(query))
-    assert clock.wakes == 1
+    assert len(wakes) == 1
 
 
 def test_arguments():

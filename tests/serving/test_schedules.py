@@ -214,12 +214,7 @@ class Schedule:
             assert now <= request.arrived + request.deadline + LATE, "forgotten at its deadline"
         # The queue.
         lanes = batcher._queue
-        stand = [
-            query
-            for lane in (lanes.exact, lanes.coded)
-            for queue in (lane._high, lane._ordinary)
-            for query in queue
-        ]
+        stand = [query for lane in (lanes.exact, lanes.coded) for *_, query in lane._heap]
         waiting = [query for query in stand if query.waiting]
         assert lanes.waiting == len(waiting), "the queue's count is wrong"
         assert not any(query.done for query in waiting)

@@ -28,7 +28,7 @@ class Cell:
     x: np.ndarray | None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class LateAnswer:
     """An approximate answer that was given out, until the model's own comes to compare it with.
 
@@ -184,34 +184,6 @@ def _repeated(x: np.ndarray | None, rows: int) -> np.ndarray:
     """Return x with its rows repeated in turn up to this number."""
     assert x is not None
     return x if len(x) == rows else x[np.arange(rows) % len(x)]
-
-
-class LateGroups:
-    """Groups that are over, but for late answers that are to be compared with what was given out.
-
-    Their number and their memory are bounded.
-    """
-
-    def __init__(self, groups: int = 4096, size: int = 1 << 26):
-        """Keep at most this number of groups, and this number of bytes."""
-        self._groups: dict[Group, int] = {}
-        self._most, self._left = groups, size
-
-    def add(self, group: Group) -> list[Group]:
-        """Keep a group; return those that have to be given up for it."""
-        self._groups[group] = sum(each.kept_bytes for each in group.late)
-        self._left -= self._groups[group]
-        evicted = []
-        while len(self._groups) > self._most or (self._left < 0 and self._groups):
-            evicted.append(next(iter(self._groups)))
-            self.discard(evicted[-1])
-        return evicted
-
-    def __contains__(self, group: Group) -> bool:
-        return group in self._groups
-
-    def discard(self, group: Group) -> None:
-        self._left += self._groups.pop(group, 0)
 
 
 class GroupTimers:

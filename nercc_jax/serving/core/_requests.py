@@ -28,6 +28,7 @@ from ._request import (
 
 _LOG = logging.getLogger(__name__)
 
+_NUMBERS = itertools.count()  # queries of the same turn go in the order in which they came
 _STALE = 256  # deadlines of finished requests that are kept before the heap is rebuilt
 
 
@@ -70,45 +71,31 @@ class Lane:
     """
 
     def __init__(self):
-        self._high: collections.deque[Query] = collections.deque()
-        self._ordinary: collections.deque[Query] = collections.deque()
+        self._heap: list[tuple[float, int, Query]] = []
 
     def __len__(self) -> int:
-        return len(self._high) + len(self._ordinary)
-
-    def __bool__(self) -> bool:
-        return bool(self._high or self._ordinary)
-
-    def _next(self) -> collections.deque[Query]:
-        """Return the deque with the first query; each deque is in order by itself."""
-        high, ordinary = self._high, self._ordinary
-        if high and ordinary:
-            return min(ordinary, high, key=lambda queries: queries[0].request.turn)
-        return high or ordinary
+        return len(self._heap)
 
     @property
-    def first(self) -> Query:
-        return self._next()[0]
+    def turn(self) -> float:
+        """The turn of the first query."""
+        return self._heap[0][0]
 
     @property
     def since(self) -> float:
-        return min(
-            queries[0].request.arrived for queries in (self._high, self._ordinary) if queries
-        )
+        """The arrival of the query that has waited for longest."""
+        return min(query.request.arrived for *_, query in self._heap)
 
     def add(self, request: Request) -> None:
-        (self._high if request.high else self._ordinary).extend(request.queries)
+        for query in request.queries:
+            heapq.heappush(self._heap, (request.turn, next(_NUMBERS), query))
 
     def pop(self, number: int) -> list[Query]:
-        if not self._high:
-            return [self._ordinary.popleft() for _ in range(number)]
-        return [self._next().popleft() for _ in range(number)]
+        return [heapq.heappop(self._heap)[2] for _ in range(number)]
 
     def sweep(self) -> None:
-        for queries in (self._high, self._ordinary):
-            alive = [query for query in queries if not query.done]
-            queries.clear()
-            queries.extend(alive)
+        self._heap = [each for each in self._heap if not each[2].done]
+        heapq.heapify(self._heap)
 
 
 class QueryQueue:
@@ -150,7 +137,7 @@ class QueryQueue:
             return None
         exact, coded = bool(self.exact), bool(self.coded) and not hold_coded
         if exact and coded:
-            return min(self.exact, self.coded, key=lambda lane: lane.first.request.turn)
+            return min(self.exact, self.coded, key=lambda lane: lane.turn)
         return self.exact if exact else self.coded if coded else None
 
     def workers_for(self, lane: Lane, workers: int) -> int:
