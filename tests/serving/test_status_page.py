@@ -161,7 +161,7 @@ def test_what_is_unknown_is_not_shown_as_nothing(shown):
     errors = page.locator("[data-error]").all_inner_texts()
     assert errors
     assert all(text.endswith(" –") for text in errors)
-    assert page.locator("svg text", has_text="no data").count() == 2
+    assert page.locator("svg text", has_text="no data").count() == 1
 
 
 def test_on_a_phone_workers_and_errors_come_first(shown):
