@@ -8,6 +8,7 @@ Here are the names that people start with. Everything else is public through its
 - `nercc_jax.splines`: smoothing splines as linear operators, and as posteriors.
 - `nercc_jax.codes`: two matrices each, regression points, files.
 - `nercc_jax.stragglers`: who answers in time; laws of latency and rules of waiting.
+- `nercc_jax.hedging`: a second call, of anything async, where it shortens the tail.
 - `nercc_jax.inference`: encode, model, decode; on a mesh, in part, in order, among liars.
 - `nercc_jax.evaluation`: recorded answers, codes side by side, the nested objective.
 - `nercc_jax.tuning`: gradient descent through all of it, and the search for a layout.
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says
     from .codes import save_code as save_code
     from .evaluation import evaluate as evaluate
     from .evaluation import nested_objective as nested_objective
+    from .hedging import hedge as hedge
     from .inference import coded_inference as coded_inference
     from .planning import plan as plan
     from .pools import DevicePool as DevicePool
@@ -58,6 +60,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "codes": ("AbstractCode Berrut Lagrange NeRCC Parity Replication Uncoded load_code save_code"),
     "evaluation": "evaluate nested_objective",
+    "hedging": "hedge",
     "inference": "coded_inference",
     "planning": "plan",
     "pools": "DevicePool RayPool pool_inference",

@@ -6,6 +6,7 @@ ROOMS = (
     "splines",
     "codes",
     "stragglers",
+    "hedging",
     "inference",
     "evaluation",
     "tuning",

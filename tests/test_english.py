@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("nercc_jax", "models", "bench")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
-FILES = [path for path in FILES if not path.name.endswith("_pb2.py")]
+
 # Public names that are defined twice in nercc_jax, each with its reason.
 TWICE: dict[str, str] = {}
 # Words of a language that only its authors spoke; each has a standard term now.

@@ -11,6 +11,7 @@ from conftest import require
 
 import nercc_jax
 import nercc_jax.serving
+import nercc_jax.stragglers
 import nercc_models
 from nercc_models.names import TRAINED
 from nercc_models.recipes import RECIPES
@@ -66,7 +67,9 @@ def test_names_need_no_recipes_but_are_theirs():
     assert tuple(RECIPES) == TRAINED
 
 
-@pytest.mark.parametrize("package", [nercc_jax, nercc_jax.serving, nercc_models])
+@pytest.mark.parametrize(
+    "package", [nercc_jax, nercc_jax.serving, nercc_jax.stragglers, nercc_models]
+)
 def test_what_type_checkers_see_is_what_there_is(package):
     """The names are written twice: as imports for readers, and with their places for Python."""
     tree = ast.parse(Path(package.__file__).read_text())

@@ -22,7 +22,8 @@ from nercc_jax.stragglers import (
     TraceLatency,
     straggler_sets,
 )
-from nercc_jax.stragglers.simulate import Hedge, Latencies, Waiting, own_workers
+from nercc_jax.stragglers.groups import Latencies, Waiting, own_workers
+from nercc_jax.stragglers.simulate import Hedge
 from nercc_jax.surrogates import Surrogate
 from nercc_jax.surrogates.surrogate import decode_with_deviation
 

@@ -7,7 +7,8 @@ import pytest
 
 from nercc_jax.pools import Overdue
 from nercc_jax.stragglers import TraceLatency
-from nercc_jax.stragglers.simulate import Hedge, Latencies
+from nercc_jax.stragglers.groups import Latencies
+from nercc_jax.stragglers.simulate import Hedge
 from nercc_jax.testing import SimulatedPool
 
 

@@ -25,7 +25,7 @@ KNOWN = {"available", "deviation", "disagreement", "error", "error_bound", "erro
 KNOWN |= {"exact", "expected_disagreement", "expected_error", "recovered", "responded", "score"}
 KNOWN |= {"source", "status", "suspected", "suspicious"}
 
-TREES = {path: ast.parse(path.read_text()) for path in FILES if "_pb2" not in path.name}
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
 NODES = [node for tree in TREES.values() for node in ast.walk(tree)]
 
 

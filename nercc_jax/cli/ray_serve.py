@@ -22,14 +22,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..pools.garbage import short_collections
 from ..serving._settings import ModelSettings, ServerSettings, read_settings
-from ..serving._tracing import Telemetry, telemetry_from_environment
+from ..serving._tracing import provider_from_environment
 from ..serving.transport._http import REQUEST_START
 from ..serving.transport._rest import make_app
 from ..serving.transport._state import ServerState
 from ._serving_models import start_models
 
 # The server's settings that the application takes; Ray Serve itself listens, and logs.
-_OF_REQUESTS = (*("max_body_bytes", "max_json_bytes", "max_bytes_in_flight", "request_log_rate"),)
+_OF_REQUESTS = (*("max_body_bytes", "max_bytes_in_flight", "request_log_rate"),)
 _TAKEN = ("models", "defaults", "drain_timeout_s", *_OF_REQUESTS)
 _CHECK_EVERY, _CHECK_TIMEOUT = 2.0, 15.0  # seconds: a replica's health
 _ENDING = 10.0  # seconds for the workers to end, after everything is answered
@@ -78,7 +78,7 @@ class CodedServer:
     """A replica: the server's REST application in Ray Serve's own server."""
 
     _server_state: ServerState | None = None
-    _telemetry: Telemetry | None = None
+    _spans: Any = None
 
     async def __init__(self, models: Sequence[ModelSettings], limits: Mapping[str, Any]):
         """Start the models; `limits` are the server's settings of requests, by name."""
@@ -88,8 +88,8 @@ class CodedServer:
         ProcessCollector(registry=self._registry)
         # By another thread, so that Serve hears meanwhile that the replica lives.
         served = await asyncio.to_thread(start_models, models, self._registry)
-        self._telemetry = telemetry_from_environment()
-        self._server_state = ServerState(served, settings, telemetry=self._telemetry)
+        self._spans = provider_from_environment()
+        self._server_state = ServerState(served, settings, spans=self._spans)
         self._collections = contextlib.ExitStack()
         self._collections.enter_context(short_collections())
 
@@ -111,8 +111,8 @@ class CodedServer:
         state, self._server_state = self._server_state, None
         for model in () if state is None else state.models.values():
             await asyncio.to_thread(model.close, 0.0)
-        if self._telemetry is not None:
-            await asyncio.to_thread(self._telemetry.close)
+        if self._spans is not None:
+            await asyncio.to_thread(self._spans.shutdown)
 
 
 def stamp() -> list[Middleware]:

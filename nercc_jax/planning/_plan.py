@@ -18,7 +18,7 @@ from ..inference.models import Conditions, Model, check_model
 from ..risk import ErrorProbability
 from ..schemes import Scheme
 from ..stragglers import AbstractLatency
-from ..stragglers.simulate import Latencies
+from ..stragglers.groups import Latencies
 from ..surrogates import Surrogate
 from ._planner import DOUBTED, KNOWN, Candidate, Half, PlanEffort, Planner
 

@@ -25,7 +25,8 @@ from ..inference.models import Model
 from ..risk import ErrorProbability
 from ..risk._error_probability import error_probability_of_predictions
 from ..schemes import Scheme
-from ..stragglers.simulate import Hedge, Latencies, Waiting, last_prediction, own_workers
+from ..stragglers import simulate
+from ..stragglers.groups import Latencies, Waiting, last_prediction, own_workers
 from ..surrogates import Surrogate
 
 KNOWN, DOUBTED = "known, else hedged", "copies of the uncertain"
@@ -265,7 +266,7 @@ class Planner:
         for (copies, at_once), share in [((1, 1), 0.0), *hedges]:
             after = latencies.quantile(share) if copies > 1 else np.inf
             drawn = latencies.draw(copies, (copies, *self._shape(queries, 3 * queries)))
-            there, sent, _ = Hedge(after, at_once).outcome(drawn[:1], drawn[1:])
+            there, sent, _ = simulate.Hedge(after, at_once).outcome(drawn[:1], drawn[1:])
             row = Candidate("uncoded", queries, queries, queries, 0.0)
             if copies > 1:
                 hedged = {"copies": copies, "hedge_after": after, "hedge_copies": at_once}
@@ -306,7 +307,7 @@ class Planner:
         drawn = self._latencies.draw(9, (copies, *shape))
         point = self._latencies.random(10).integers(0, len(unsure), shape)
         for share in self._effort.hedge_quantiles:
-            hedge = Hedge(self._latencies.quantile(share))
+            hedge = simulate.Hedge(self._latencies.quantile(share))
             late = float(np.mean(hedge.outcome(drawn[:1], drawn[1:]).late))
             # Half of what may be wrong leaves room for chance on the other half.
             allowed = [min(self._wanted / late, 1.0) / part for part in (1, 2)] if late else []

@@ -22,17 +22,17 @@ from jaxtyping import Bool, Float
 
 from ..pools import AbstractPool, Batch
 from ..risk.votes import AnswerChecks, Verdict
-from ._fallback import Budget
 from ._policy import Observe
 from .core._adaptation import Expect, Expectation
-from .core._queue import EventQueue
 from .core._request import Query
+from .core._requests import EventQueue
 
 # The share of a deadline that is left when an answer that is held back goes out as it is.
 _LEFT = 0.1
 _EVERY = 1.0  # seconds between audits of a fenced worker
-# Queries held back, as a share of all: more would double the load where the queries have changed.
-_MOST, _FIRST = 0.2, 1000  # ... and what the budget begins with, in queries
+# Queries held back, as a share of all (more would double the load where the queries have changed),
+# and the queries whose share may be saved for later.
+_MOST, _SAVED = 0.2, 1000
 _AHEAD = 64  # expectations, at most, that wait for the scheduler to be idle
 
 
@@ -82,8 +82,7 @@ class AnswerScreen:
         self._checks, self._expect, self._pool = checks, expect, pool
         self._events, self._observe = events, observe
         self._fenced: frozenset[int] = frozenset()
-        self._budget = Budget(_MOST)
-        self._budget.earn(_FIRST)
+        self._left = _MOST * _SAVED  # of the queries that may be held back
         self._calls: list[_Call] = []
         self._due: list[tuple[float, int, Query]] = []
         self._numbers = itertools.count()
@@ -129,13 +128,13 @@ class AnswerScreen:
             fresh = [row for row in rows if not queries[row].done]
             for row in held:
                 verdict = self._receive_again(worker, queries[row], values[row])
-                # One that stands in the queue will be computed once more anyway.
-                if verdict is not None or not queries[row].waiting:
+                # One that a further worker has will have another answer anyway.
+                if verdict is not None or not queries[row].copied:
                     verdicts.append((queries[row], verdict))
                 if verdict is not None and verdict.agreed:
                     verdicts += self._doubt_calls(queries[row], verdict)
             values, queries = values[fresh], [queries[row] for row in fresh]
-        self._budget.earn(len(queries))
+        self._left = min(self._left + _MOST * len(queries), _MOST * _SAVED)
         suspicious = np.zeros(len(queries), bool)
         if queries:
             self.expect(queries)
@@ -230,8 +229,8 @@ class AnswerScreen:
 
     def _doubt(self, worker: int, query: Query, value: np.ndarray) -> Verdict | None:
         """Hold an answer back; return it as it is where the budget does not allow that."""
-        if self._budget.affords():
-            self._budget.spend()
+        if self._left >= 1:
+            self._left -= 1
             self._observe("check_again", 1)
             query.candidates = {worker: np.array(value)}
             self._keep_due(query)
@@ -249,8 +248,7 @@ class AnswerScreen:
         """Have answers wait whose requests wait for answers of the same call; return which do."""
         doubted = [query for query in itertools.compress(queries, suspicious) if query.candidates]
         call = _Call(worker, doubted, [])
-        # One that stands in the queue was late, and would be computed again without need.
-        waits = np.array([call.awaited(each) and not each.waiting for each in queries])
+        waits = np.array([call.awaited(each) for each in queries])
         waits &= ~suspicious
         for place in np.flatnonzero(waits).tolist():
             queries[place].candidates = {worker: np.array(values[place])}

@@ -1,7 +1,9 @@
 """The batcher: one thread that takes queries from the queue to their replies.
 
-It sends nothing that would only wait at the pool: while all workers are busy, queries wait in the
-queue, and go out in larger batches once a worker is free.
+It decides nothing by itself: `_dispatch.py` says which queries go out together, and
+`core/_decide.py` what becomes of those whose workers are late. It sends nothing new that would only
+wait at the pool: while all workers are busy, queries wait in the queue, and go out in larger
+batches once a worker is free.
 """
 
 import concurrent.futures
@@ -15,27 +17,22 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
-from ..inference.models import warn_if_other
 from ..pools import AbstractPool
 from ..pools.batch import Refuse, refuse_odd
-from ..pools.times import AnswerTimes
 from ._answer_screen import AnswerScreen, Audit, Settled
-from ._dispatch import Dispatcher, QueryOrdering, Turn
-from ._fallback import FallbackPolicy, GroupAnswer, GroupDecoder, GroupPredictor
-from ._policy import MAX_DEADLINE_S, BatchingPolicy, Observe, read_outputs
-from ._tracing import RequestTrace
+from ._comparisons import Comparisons
+from ._dispatch import Dispatcher
+from ._estimates import Estimator, fitting_policy
+from ._policy import MAX_DEADLINE_S, BatchingPolicy, Observe
 from .adapt._adaptation import Adaptation
 from .adapt._decoding import DecodingScores
 from .adapt._predictor import Predictor
 from .core._coder import Coder
-from .core._group import Group, GroupTimers, LateGroups
+from .core._decide import Copy, Decode, Fail, GiveOut, Place, Predict, Wait, decide
+from .core._group import Group, GroupTimers
 from .core._health import Health, pool_health
-from .core._open_requests import OpenRequests
-from .core._queue import EventQueue, QueryQueue
 from .core._request import (
-    CODED,
     Answer,
-    ApproximateAnswer,
     BatchSpec,
     DeadlineExceeded,
     InferenceFailed,
@@ -44,23 +41,14 @@ from .core._request import (
     Request,
     ScaleMonitor,
     ServerClosing,
+    Source,
 )
+from .core._requests import EventQueue, OpenRequests, QueryQueue
 
 _LOG = logging.getLogger(__name__)
 
-# Groups that may be kept after their queries are answered, to receive their stragglers' answers,
-# and for how many median answer times (but at least a second).
-_LINGERING, _LINGER = 256, 20
-# The median answer times after which a query is sent again even where copies are as slow as what
-# they copy: its worker may hang.
-_LONGEST = 30
-# The share of late queries that are copied all the same, to see whether that is so still.
-_TRIED = 0.1
-# The share of approximate answers whose queries nobody has as they came that is computed, too.
-_AUDITED = 0.02
 _PROBE = 5.0  # seconds that a probe may take
 _LAST_TURN = 1.0  # seconds for which closing waits for a turn under way
-_WORKER_FREE = object()  # an event
 
 
 class CodedBatcher:
@@ -116,39 +104,13 @@ class CodedBatcher:
         """
         queries = BatchSpec(tuple(shape), np.dtype(dtypes[0]))
         answers = BatchSpec(tuple(outputs), np.dtype(dtypes[1]))
-        if coder.num_data > 1 and {queries.dtype, answers.dtype} != {CODED}:
-            raise ValueError(
-                f"queries are {queries.dtype} and answers {answers.dtype}: only float32 can be "
-                "coded, so give a Coder(Uncoded(1))"
-            )
-        policy = policy or BatchingPolicy()
-        shapes = [answers.shape] if coder.form is None else coder.form.shapes
-        read, _ = read_outputs(policy.outputs, policy.tolerance, shapes)
-        if answers.dtype != CODED:  # nothing approximate
-            read = policy.outputs or "values"
-        self.policy = policy = dataclasses.replace(policy, outputs=read)
-        exact_only = policy.outputs == "values" and policy.tolerance is None
-        if exact_only and coder.can_decode and not coder.systematic:
-            raise ValueError(
-                "outputs are values without a tolerance, so that all answers are exact, and a code "
-                "that mixes all queries would send each of them twice: give a tolerance, "
-                "interleaved points, or no code"
-            )
-        decoding = decoding or DecodingScores(policy.accuracy)
-        known, wanted = decoding.accuracy, policy.accuracy
-        if (known.tolerance, known.coverage) != (wanted.tolerance, wanted.coverage):
-            raise ValueError(
-                f"decoding was calibrated for a tolerance of {known.tolerance} and a coverage of "
-                f"{known.coverage}, the policy has {wanted.tolerance} and {wanted.coverage}"
-            )
-        decoding = dataclasses.replace(decoding, accuracy=wanted)
-        if decoding.calibrated:
-            warn_if_other("the error estimate", decoding.conditions, pool.conditions)
+        policy = fitting_policy(policy or BatchingPolicy(), coder, queries, answers)
+        self.policy = policy
         self._adaptation = adaptation = Adaptation(
             pool,
             coder,
             policy,
-            decoding,
+            decoding or DecodingScores(policy.accuracy),
             predictor,
             observe or (lambda what, number: None),
         )
@@ -156,16 +118,8 @@ class CodedBatcher:
         self._queries, self._answers = queries, answers
         self._scales = ScaleMonitor() if coder.num_data > 1 else None
         self._observe = adaptation.observe
-        lookup = GroupPredictor(adaptation, policy, queries, answers, self._clock)
-        self._decoder = GroupDecoder(coder, policy, adaptation, self._clock)
-        self._fallback = FallbackPolicy(coder, policy, adaptation, lookup, self._decoder)
-        ordered = policy.ordering and coder.needs_order
-        ordering = QueryOrdering(coder, queries.shape, policy.max_batch_size) if ordered else None
-        if ordering is not None:
-            ordering.compile()
-        if coder.can_decode:
-            everyone = np.ones(coder.num_workers, bool)
-            self._decoder.decode(answers.zeros(len(everyone))[:, None], everyone, coder.num_data)
+        specs = queries, answers
+        self._estimator = Estimator(coder, policy, adaptation, self._clock, specs)
         self._queue = QueryQueue(policy.max_queue_size)
         self._open = OpenRequests(self._queue, self._observe, self._clock)
         self._events = EventQueue(self._clock, "nercc-batcher", self._run)
@@ -174,16 +128,11 @@ class CodedBatcher:
             self._screen = AnswerScreen(
                 adaptation.checks, predictor.expect, pool, self._events, self._observe
             )
-        self._setting = adaptation.setting
-        self._times = AnswerTimes(self._setting.overdue)
-        parts = pool, coder, self._queue, self._events
-        rules = policy, self._decoder.enough, refuse
-        self._dispatcher = Dispatcher(*parts, *rules, lookup, adaptation, ordering)
+        sender = pool, self._queue, self._events, refuse
+        self._dispatcher = Dispatcher(*sender, coder, policy, self._estimator, adaptation)
         self._timers = GroupTimers()
-        self._late_groups = LateGroups()
-        self._random = np.random.default_rng(0)
+        self._comparisons = Comparisons(pool, adaptation, answers, self._submit_own)
         self._dispatch_due = math.inf
-        self._worker_free_posted = False
         adaptation.start()
         pool.on_idle(self._worker_free)
         self._events.start()
@@ -195,7 +144,6 @@ class CodedBatcher:
         deadline: float | None = None,
         exact: bool = False,
         high: bool = False,
-        trace: RequestTrace | None = None,
     ) -> concurrent.futures.Future[Reply]:
         """Submit B queries, from any thread, and return at once.
 
@@ -204,7 +152,6 @@ class CodedBatcher:
             deadline: seconds from now; by default the policy's.
             exact: accept only the model's own answers, hedged if a worker straggles.
             high: high priority, ahead of ordinary queries (`priority_lead_s`).
-            trace: a record of what happens to the request.
 
         Returns:
             A future of the `Reply`. It may raise `DeadlineExceeded`, `InferenceFailed`, or
@@ -228,7 +175,7 @@ class CodedBatcher:
         exact = exact or (self._scales is not None and self._scales.is_odd(x))
         lead = self.policy.priority_lead_s if high else 0.0
         arrived, values = self._clock.now(), self._answers.zeros(len(x))
-        request = Request(x, values, arrived, deadline, exact, lead, trace)
+        request = Request(x, values, arrived, deadline, exact, lead)
         self._open.accept(request)
         if high:
             self._observe("high_priority", len(x))
@@ -248,7 +195,7 @@ class CodedBatcher:
 
     def health(self) -> Health:
         """Return whether it is alive, and would answer a query now."""
-        trouble = self._open.trouble(self._times.median(self.policy.max_batch_size))
+        trouble = self._open.trouble(self._dispatcher.answer_time)
         return pool_health(self._pool, self._coder) if trouble is None else trouble
 
     def status(self) -> dict[str, Any]:
@@ -289,9 +236,8 @@ class CodedBatcher:
     # From any thread.
 
     def _worker_free(self) -> None:
-        if self.waiting and not self._worker_free_posted:
-            self._worker_free_posted = True
-            self._events.post(_WORKER_FREE)
+        if self.waiting:
+            self._events.wake()
 
     # The scheduler's thread.
 
@@ -308,8 +254,6 @@ class CodedBatcher:
     def _turn(self) -> None:
         for event in self._events.take():
             self._guard(self._handle, event, self._clock.now(), concerned=event)
-        if (setting := self._adaptation.setting) is not self._setting:
-            self._setting, self._times = setting, self._times.under(setting.overdue)
         monitor = self._open.monitor
         now = monitor.report_turn(len(self._open) > 0)
         self._guard(self._handle_due, now)
@@ -328,16 +272,16 @@ class CodedBatcher:
         """
         try:
             step(*args)
-            if popped := self._queue.take_popped():
-                self._fallback.budget.earn(sum(not query.reexecuted for query in popped))
-                if self._screen is not None:
-                    self._screen.expect(popped)
+            popped = self._queue.take_popped()
+            if popped and self._screen is not None:
+                self._screen.expect(popped)
         except Exception as error:
             _LOG.exception("the batcher's step %s failed", step.__name__)
             self._observe("internal_error", 1)
             requests = {query.request for query in self._queue.take_popped()}
             if isinstance(concerned, Group):
-                requests |= {query.request for *_, query in concerned.open_queries()}
+                requests |= {query.request for _, query in concerned.open_queries()}
+                self._comparisons.discard(concerned)
                 self._dispatcher.close(concerned)
             elif isinstance(concerned, Request):
                 requests.add(concerned)
@@ -348,7 +292,7 @@ class CodedBatcher:
     def _fail(self, request: Request, error: Exception) -> None:
         for query in request.queries if request.audits else ():
             for each in query.approximate.values():
-                self._audit(each, None)
+                self._comparisons.audit(each, None)
             query.approximate = {}
         self._revisit(self._open.fail(request, error))
 
@@ -362,12 +306,11 @@ class CodedBatcher:
         self._expire(now)
         if isinstance(event, Group):
             event.posted = False
-            self._receive(event, now)
+            if not event.closed:
+                self._receive(event, now)
         elif isinstance(event, Audit):
             assert self._screen is not None
             self._screen.receive_audit(event)
-        elif event is _WORKER_FREE:
-            self._worker_free_posted = False
         else:
             self._enqueue(event, now)
 
@@ -380,12 +323,17 @@ class CodedBatcher:
         if request.future.cancelled():
             self._revisit(self._open.cancel(request, now))
 
+    def _submit_own(self, request: Request, *, audits: bool = True) -> bool:
+        """Take a request of the server's own, and return whether; it audits, or is a probe."""
+        accepted = self._open.accept_own(request, audits=audits)
+        if accepted:
+            self._enqueue(request, request.arrived)
+        return accepted
+
     def _send_probe(self) -> None:
         """Send a query of zeros, to notice when workers answer again."""
         now, zeros = self._clock.now(), (self._queries.zeros(1), self._answers.zeros(1))
-        probe = Request(*zeros, now, _PROBE, True)
-        if self._open.accept_own(probe, audits=False):
-            self._enqueue(probe, now)
+        self._submit_own(Request(*zeros, now, _PROBE, True), audits=False)
 
     def _expire(self, now: float) -> None:
         for request in self._open.pop_expired(now):
@@ -411,27 +359,26 @@ class CodedBatcher:
 
     def _dispatch(self, now: float) -> None:
         self._dispatch_due = math.inf
-        groups, self._dispatch_due = self._dispatcher.dispatch(self._turn_at(now))
+        closing = self._open.closing
+        groups, self._dispatch_due = self._dispatcher.dispatch(now, at_once=closing)
         for group in groups:
-            self._guard(self._set_timer, group, now, concerned=group)
+            due = group.began + self.policy.batch_wait_timeout_s
+            if group is not self._dispatcher.filling:
+                due = float(np.fmin.reduce(group.sent_at, initial=math.inf))
+                due += group.batch.times.limit(group.rows)
+            self._timers.set(group, due, now)
 
-    def _turn_at(self, now: float) -> Turn:
-        answer_time = self._times.median(self.policy.max_batch_size)
-        return Turn(now, self._setting, answer_time, self._open.closing)
+    # What workers answer.
 
     def _receive(self, group: Group, now: float) -> None:
         batch = group.batch
-        if group.closed:
-            return
         for point in np.flatnonzero(batch.available & ~group.mask).tolist():
             value = batch.answer(point)
             assert value is not None
-            group.add_answer(point, value, now, batch.workers[point])
+            group.add_answer(point, value)
+            self._comparisons.learn_late(group, point, value)
             place = int(group.layout.place_of[point])
-            # Coded data points may have waited for a worker: their time is not an answer time.
-            if place >= 0 or not group.coder.systematic:
-                self._times.add(len(value), now - float(group.sent_at[point]))
-            if place >= 0:
+            if 0 <= place < len(group.cells):
                 self._receive_own(group, place, value, batch.workers[point], now)
         self._decide(group, now)
 
@@ -439,205 +386,110 @@ class CodedBatcher:
         self, group: Group, place: int, value: np.ndarray, worker: int, now: float
     ) -> None:
         own = group.layout.own[place]
-        asked, responded = int(group.sent[own].sum()), int(group.mask[own].sum())
-        queries = group.cells[place].queries
+        asked = int((~np.isnan(group.sent_at[own])).sum())
+        responded, queries = int(group.mask[own].sum()), group.cells[place].queries
         if self._screen is not None:
             kept, again, settled = self._screen.receive(worker, queries, value)
-            self._send_again(again)
+            self._copy(again, 1, now)
             self._settle(settled, now)
             if len(kept) < len(queries):
                 queries, value = [queries[row] for row in kept], value[kept]
         for row, query in enumerate(queries):
-            self._learn(query, value[row, ...])
+            self._comparisons.learn(query, value[row, ...])
         answer = Answer(value, "exact", asked, responded)
         self._revisit(self._open.answer(queries, answer, now))
-
-    def _learn(self, query: Query, own: np.ndarray) -> None:
-        """Compare approximate answers to a query with the model's own, and learn from this."""
-        x = query.x
-        if query.approximate:
-            approximate, query.approximate = query.approximate, {}
-            for each in approximate.values():
-                self._audit(each, own)
-                x = each.x if x is None else x
-        if x is not None:
-            self._adaptation.add_answer(x, own)
-
-    def _send_again(self, queries: list[Query]) -> None:
-        """Have other workers compute queries whose answers look wrong."""
-        for query in queries:
-            query.reexecuted = True
-            if query.request.trace is not None:
-                query.request.trace.send_again(query.place)
-            self._observe("reexecution", 1)
-        self._queue.resend(queries)
 
     def _settle(self, settled: Sequence[Settled], now: float) -> None:
         for query, verdict, suspicious in settled:
             number = max(len(query.candidates), 1)
             if not suspicious:
-                self._learn(query, verdict.value)
+                self._comparisons.learn(query, verdict.value)
             answer = Answer(verdict.value[None], "exact", number, number, suspicious=suspicious)
             self._revisit(self._open.answer([query], answer, now))
 
-    def _audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> None:
-        """Compare an approximate answer with the model's own, None if that will never come."""
-        right = self._adaptation.audit(given, own)
-        if given.given or given.forced:
-            known = "audit_same" if right else "audit_other"
-            self._observe("audit_unknown" if own is None else known, 1)
+    def _copy(self, queries: Sequence[Query], workers: int, now: float) -> None:
+        """Have further workers compute queries that are late, or whose answers look wrong."""
+        for query in queries:
+            query.reexecuted = True
+            self._observe("reexecution", 1)
+        self._dispatcher.copy(queries, workers, now)
 
-    def _ask_again(self, given: ApproximateAnswer) -> bool:
-        """Have the model answer, for comparison, where workers are free; return whether."""
-        if given.x is None or given.repeated or not self._pool.idle:
-            return False
-        zeros = self._answers.zeros(1)
-        request = Request(given.x[None], zeros, self._clock.now(), MAX_DEADLINE_S, True)
-        if not self._open.accept_own(request, audits=True):
-            return False
-        given.repeated = True
-        request.queries[0].approximate[given.answer.source] = given
-        self._enqueue(request, request.arrived)
-        return True
+    # What becomes of a group.
 
     def _decide(self, group: Group, now: float) -> None:
-        """Complete a group, answer or resend its stragglers' queries, or close it."""
+        """Carry out what is decided about a group's queries, and close it once none is open."""
         if group is self._dispatcher.filling:
             due = group.began + self.policy.batch_wait_timeout_s
             if now < due and not self._open.closing:
-                self._set_timer(group, now)
+                self._timers.set(group, due, now)
                 return
-            self._dispatcher.complete(group, self._turn_at(now))
-        if group.pending and group.alone:
-            self._fail_if_lost(group)
-        elif group.pending:
-            late, hedges = self._late(group, now), self._hedges(group, now)
-            answers, resend = self._fallback.decide(group, late, hedges=hedges)
-            for each in answers:
-                query = group.cells[each.cell].queries[each.row]
-                self._give(group, query, each)
-                self._observe("expected_disagreement", each.answer.disagreement)
-                if self.policy.tolerance is not None:
-                    self._observe("expected_error", each.answer.error / self.policy.tolerance)
-                answer = dataclasses.replace(each.answer, value=each.answer.value[None])
-                self._revisit(self._open.answer([query], answer, now))
-            self._queue.resend(resend)
-        # What is held back of a single batch goes on by itself.
-        if not group.pending or (group.alone and group.mask.all()):
-            self._count_hedge(group, now)
-            self._close_group(group, now)
-        if not group.closed:
-            self._set_timer(group, now)
+            self._dispatcher.complete(group, now)
+        for known in group.estimates.values():
+            known.pop("decoded", None)  # further answers may have come since
+        looked: set[Source] = set()
+        while group.pending:
+            view, before = group.view(looked), len(looked)
+            evidence = self._adaptation.evidence(len(group.cells))
+            for action in decide(view, now, evidence, self.policy, self._estimator.enough):
+                match action:
+                    case Predict(places):
+                        self._estimator.predict(group, places)
+                        looked.add("predicted")
+                    case Decode(places):
+                        self._estimator.decode(group, places)
+                        looked.add("decoded")
+                    case GiveOut(place, source):
+                        self._give(group, place, source, now)
+                    case Copy(places, workers):
+                        self._copy([group.query(place) for place in places], workers, now)
+                    case Fail(places):
+                        self._give_up_queries(group, places, now)
+                    case Wait(until):
+                        self._timers.set(group, until, now)
+            if len(looked) == before:
+                late = view.late(now) & (not group.alone)
+                self._observe("straggler", int((late & ~group.counted).sum()))
+                group.counted |= late
+                break
+        if not group.pending:
+            self._end_group(group, now)
 
-    def _give(self, group: Group, query: Query, given: GroupAnswer) -> None:
-        """Note that an approximate answer is given out, if it can be compared with the model's."""
-        record = query.approximate[given.answer.source]
-        record.forced = given.forced
-        own = group.layout.own[given.cell]
-        # A query that nobody has as it came is computed for comparison alone, now and then.
-        if not group.sent[own].any():
-            del query.approximate[given.answer.source]
-            computed = not given.forced and self._random.random() < _AUDITED
-            record.given = computed and self._ask_again(record)
-        else:
-            record.given = not given.forced
-        if record.given:
-            self._adaptation.risk(given.answer.source).give()
+    def _give(self, group: Group, place: Place, source: Source, now: float) -> None:
+        """Give an approximate answer out, which is to be compared with the model's own."""
+        (answer, _), query = group.estimates[place][source], group.query(place)
+        risk, record = self._adaptation.risk(source), query.approximate[source]
+        disagreement, error = map(float, risk.expected(answer.disagreement, answer.error))
+        if answer.error > 0:
+            record.widened = error / answer.error
+        self._comparisons.give(group, place[0], query, record)
+        self._observe("expected_disagreement", disagreement)
+        if self.policy.tolerance is not None:
+            self._observe("expected_error", error / self.policy.tolerance)
+        shown = {"disagreement": disagreement, "error": error, "value": answer.value[None]}
+        self._revisit(self._open.answer([query], dataclasses.replace(answer, **shown), now))
 
-    def _late(self, group: Group, now: float) -> np.ndarray:
-        """Return the mask of coded data points not to wait for: late ones, and failed ones."""
-        outstanding = group.outstanding
-        late = outstanding & (now - group.sent_at >= self._times.limit(group.rows))
-        for point in np.flatnonzero(outstanding & ~late).tolist():
-            late[point] = group.batch.abandoned(point)
-        return late
-
-    def _hedges(self, group: Group, now: float) -> bool:
-        """Return whether to send late queries again: if the policy hedges, and it is of use.
-
-        Of use or not, some are tried, and so are all whose worker may well hang.
-        """
-        if self.policy.copies == 1:
-            return False
-        if self._setting.hedges:
-            return True
-        if group.tried is None:
-            group.tried = self._random.random() < _TRIED
-        if group.tried:
-            return True
-        waited = now - float(np.min(group.sent_at[group.outstanding], initial=now))
-        return waited >= _LONGEST * self._times.median(group.rows)
-
-    def _fail_if_lost(self, group: Group) -> None:
-        if not group.batch.lost(0):
-            return
+    def _give_up_queries(self, group: Group, places: Sequence[Place], now: float) -> None:
+        """Fail queries that no worker will answer, or give out the answers that are held back."""
         failures = group.batch.failures
         public = f"a query got no answer: {len(failures) or 'no'} workers failed"
         why = f"{public}, the last: {failures[-1].reason}" if failures else public
         if failures and failures[-1].refused:
             public = why  # the server's own words
-        for query in group.cells[0].queries:
+        for query in map(group.query, places):
             if query.candidates and not query.done:
                 assert self._screen is not None
-                self._settle([self._screen.give_up(query)], self._clock.now())
+                self._settle([self._screen.give_up(query)], now)
             elif not query.done:
                 self._fail(query.request, InferenceFailed(why, public))
 
-    def _count_hedge(self, group: Group, now: float) -> None:
-        """Note, once, how long a copy of late queries took, whether it came first or not."""
-        if group.is_copy:
-            group.is_copy, limit = False, self._times.limit(group.rows)
-            if limit < math.inf:
-                self._observe("hedge_limits", (now - float(group.sent_at[0])) / limit)
-
-    def _close_group(self, group: Group, now: float) -> None:
-        """Close a group whose queries are answered, or keep it to receive stragglers' answers."""
-        if not group.alone and group.outstanding.any() and now < group.linger_until:
-            kept = len(self._dispatcher.groups) - len(self._late_groups)
-            if math.isinf(group.linger_until) and kept < _LINGERING and not group.stripped:
-                group.batch.suffice()
-                median = self._times.median(group.rows)
-                group.linger_until = now + max(1.0, _LINGER * median if median < math.inf else 0)
-            if group.linger_until < math.inf:
-                return
-        if self._keeps_late(group):
+    def _end_group(self, group: Group, now: float) -> None:
+        """Close a group without open queries, once all that was given out has been compared."""
+        if group.is_copy and group.batch.tasks[0].running:
+            group.batch.suffice()  # nothing more is sent; how long the copy takes is of interest
             return
-        self._dispatcher.close(group)
-
-    def _keeps_late(self, group: Group) -> bool:
-        """Keep what is to be compared with answers that come later than groups are kept."""
-        awaited = list(group.awaited()) if group.outstanding.any() else []
-        for coming, query, given in awaited:
-            if not coming:
-                self._give_up(query, given)
-        if not any(coming for coming, *_ in awaited):
-            self._late_groups.discard(group)
-            return False
-        group.batch.suffice()
-        group.linger_until = math.inf
-        for evicted in self._late_groups.add(group):
-            for _, query, given in evicted.awaited():
-                self._give_up(query, given)
-            self._dispatcher.close(evicted)
-        return not group.closed
-
-    def _give_up(self, query: Query, given: ApproximateAnswer) -> None:
-        """Have an answer computed that does not come by itself, or count it as unknown."""
-        query.approximate.pop(given.answer.source, None)
-        if given.forced or not self._ask_again(given):
-            self._audit(given, None)
-
-    def _set_timer(self, group: Group, now: float) -> None:
-        """Set when to look at a group next, should nothing happen to it."""
-        due = math.inf
-        if group is self._dispatcher.filling:
-            due = group.began + self.policy.batch_wait_timeout_s
-        elif group.linger_until < math.inf:
-            due = group.linger_until
-        elif not group.alone:
-            sent = group.sent_at[group.outstanding]
-            ends = sent + self._times.limit(group.rows)
-            if not self._setting.hedges:
-                ends = np.append(ends, sent + _LONGEST * self._times.median(group.rows))
-            due = float(np.min(ends[ends > now], initial=math.inf))
-        self._timers.set(group, due, now)
+        if group.is_copy and group.mask.all():
+            took, limit = now - group.batch.tasks[0].sent, group.batch.times.limit(group.rows)
+            if limit < math.inf:
+                self._observe("hedge_limits", took / limit)
+        for each in [group] if group.alone else self._comparisons.keep(group):
+            self._dispatcher.close(each)

@@ -8,7 +8,6 @@ import itertools
 import math
 import timeit
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,15 +19,14 @@ from ..inference.order import random_projection
 from ..pools import AbstractPool
 from ..pools.batch import Refuse
 from ..pools.clock import TimeShare
-from ..pools.times import power_of_two
-from ._fallback import Budget, GroupPredictor
+from ..pools.times import AnswerTimes, power_of_two
+from ._estimates import Estimator
 from ._policy import BatchingPolicy
 from .adapt._adaptation import Adaptation
-from .core._adaptation import DispatchSetting
 from .core._coder import Coder
 from .core._group import Cell, Group
-from .core._queue import EventQueue, Lane, QueryQueue
 from .core._request import Query
+from .core._requests import EventQueue, Lane, QueryQueue
 
 # Fewer queries have only one path through them.
 _FEWEST = 3
@@ -108,6 +106,9 @@ class QueryOrdering:
         return order[order < len(x)]
 
 
+# The share of groups whose late queries are copied although copies are as slow as what they copy,
+# to see whether that is so still.
+_TRIED = 0.1
 # Ordering takes the scheduler's time. It is left out where it takes more seconds than this, and
 # more than this share of the time that an answer takes; and for a while where it has taken more
 # than this share of the whole time. Beside models that keep all cores busy it takes ten times as
@@ -115,21 +116,8 @@ class QueryOrdering:
 _ORDERING, _ORDERING_SHARE, _OF_THE_TIME = 0.002, 0.05, 0.1
 
 
-class Turn(NamedTuple):
-    """The circumstances of one turn of the scheduler.
-
-    An answer usually takes `answer_time` seconds, infinitely many if unknown. `at_once`, groups do
-    not wait to fill up.
-    """
-
-    now: float
-    setting: DispatchSetting
-    answer_time: float
-    at_once: bool
-
-
 class Dispatcher:
-    """Forms groups and sends them to the pool. It sends nothing that would only wait there.
+    """Forms groups and sends them to the pool. It sends nothing new that would only wait there.
 
     Attributes:
         filling: the group of a systematic code that has room for more queries.
@@ -139,33 +127,40 @@ class Dispatcher:
     def __init__(
         self,
         pool: AbstractPool,
-        coder: Coder,
         queue: QueryQueue,
         events: EventQueue,
-        policy: BatchingPolicy,
-        enough: int,
         refuse: Refuse,
-        predictor: GroupPredictor,
+        coder: Coder,
+        policy: BatchingPolicy,
+        estimator: Estimator,
         adaptation: Adaptation,
-        ordering: QueryOrdering | None,
     ):
-        """Create a dispatcher; without an ordering, queries are taken as they come.
-
-        With `enough` answers a group of a code that is not systematic can be decoded.
-        """
+        """Create a dispatcher, and compile the ordering of queries, if they are ordered."""
         self._pool, self._coder, self._queue, self._events = pool, coder, queue, events
-        self._policy, self._enough, self._refuse = policy, enough, refuse
-        self._ordering = ordering
-        self._predictor, self._adaptation = predictor, adaptation
-        self._budget = Budget(self._policy.max_redundancy)
+        self._policy, self._refuse = policy, refuse
+        self._estimator, self._adaptation = estimator, adaptation
+        self._ordering = None
+        if policy.ordering and coder.needs_order:
+            shape = estimator.queries.shape
+            self._ordering = QueryOrdering(coder, shape, policy.max_batch_size)
+            self._ordering.compile()
         self._ordering_time = TimeShare(pool.clock, _OF_THE_TIME)
         self._observe, self._clock = adaptation.observe, pool.clock
         self._alone = _coder_of_one(coder.kinds[0])
+        self._random = np.random.default_rng(0)
+        self._times: AnswerTimes | None = None  # the pool's, by the rule that holds
         self.filling: Group | None = None
         self.groups: set[Group] = set()
 
-    def dispatch(self, turn: Turn) -> tuple[list[Group], float]:
+    @property
+    def answer_time(self) -> float:
+        """Seconds that the answer to a full batch usually takes; infinite where unknown."""
+        return math.inf if self._times is None else self._times.median(self._policy.max_batch_size)
+
+    def dispatch(self, now: float, *, at_once: bool) -> tuple[list[Group], float]:
         """Send what waits while workers are idle, then the coded data points of full groups.
+
+        If `at_once`, groups do not wait to fill up.
 
         Returns:
             The coded groups of which something was sent, and when to dispatch again although
@@ -174,24 +169,38 @@ class Dispatcher:
         sent: list[Group] = []
         due = math.inf
         while self._pool.idle and (lane := self._queue.next_lane(hold_coded=due < math.inf)):
-            if lane is self._queue.resent:
-                self._resend(lane, turn)
-            elif lane is not self._queue.coded:
-                self._send_alone(_cell(self._next_batch(lane, turn.now)), turn)
+            if lane is not self._queue.coded:
+                queries = self._pop(lane, self._size(len(lane), self._workers_for(lane)), now)
+                self._send_alone(queries, now)
             elif self._coder.systematic:
-                sent += self._send_own(turn)
+                sent += self._send_own(now)
             else:
                 due = lane.since + self._policy.batch_wait_timeout_s
-                if len(lane) >= self._coder.num_data or turn.now >= due or turn.at_once:
+                if len(lane) >= self._coder.num_data or now >= due or at_once:
                     due = math.inf
-                    sent += self._send_group(turn)
+                    sent += self._send_group(now)
         groups = list(dict.fromkeys(sent))
         for group in groups:
             if group is not self.filling:
-                self.complete(group, turn)
+                self.complete(group, now)
         return groups, due
 
-    def complete(self, group: Group, turn: Turn) -> None:
+    def copy(self, queries: Sequence[Query], workers: int, now: float) -> None:
+        """Send queries once more, each to this number of workers that have not answered it.
+
+        They wait at the pool for such workers, ahead of all that comes later.
+        """
+        left = list(queries)
+        while left:
+            avoid = left[0].candidates.keys()
+            same = [query for query in left if query.candidates.keys() == avoid]
+            idle = min(self._pool.idle, self._pool.spare)
+            same = same[: self._size(len(same), idle)]
+            left = [query for query in left if query not in same]
+            group = self._send_alone(same, now, avoid, 1 if avoid else workers)
+            group.is_copy = not avoid
+
+    def complete(self, group: Group, now: float) -> None:
         """Close a group for further queries, and send its coded data points if they are of use."""
         if group is self.filling:
             self.filling = None
@@ -199,15 +208,12 @@ class Dispatcher:
         group.layout = coder.layout(queries)
         self._observe("group_fill", queries / coder.num_data)
         # Redundancy for one query is not worth slowing down others.
-        points = self._redundancy(group, turn)
+        points = self._redundancy(group)
         if len(points) and group.pending:
             begin = self._clock.now()
             coded = coder.encode(group.inputs(), points, group.layout)
-            end = self._clock.now()
-            self._observe("encode_seconds", end - begin)
-            if group.trace is not None:
-                group.trace.add("encode", begin, end, queries=queries, points=len(points))
-            self._send(group, points, coded, turn.now)
+            self._observe("encode_seconds", self._clock.now() - begin)
+            self._send(group, points, coded, now)
         group.drop_inputs()
 
     def close(self, group: Group) -> None:
@@ -218,113 +224,102 @@ class Dispatcher:
         self.groups.discard(group)
         group.batch.forget()
 
-    def _redundancy(self, group: Group, turn: Turn) -> Int[np.ndarray, " points"]:
+    def _redundancy(self, group: Group) -> Int[np.ndarray, " points"]:
         """Return the coded data points to send beyond the queries themselves."""
         points = group.layout.extras
         # A code that mixes queries sends all of them.
         if self._coder.systematic:
             points = points[: int(min(self._pool.spare, self._coder.num_workers))]
-        redundancy = turn.setting.redundancy
+        redundancy = self._adaptation.setting.redundancy
         if redundancy == "always" or not len(points):
             return points
         if redundancy == "none":
             return points[:0]
-        found = self._predictor.predictions(group, range(len(group.cells)))
+        waiting = [place for place, _ in group.open_queries()]
+        self._estimator.predict(group, waiting)
         doubt = np.zeros(len(group.cells))
-        for (cell, _), prediction in found.items():
-            if not prediction.sure:
-                answer = prediction.answer
+        for cell, row in waiting:
+            answer, sure = group.estimates.get((cell, row), {}).get("predicted", (None, True))
+            if answer is not None and not sure:
                 worth = answer.error**2 if math.isnan(answer.disagreement) else answer.disagreement
                 doubt[cell] = max(doubt[cell], worth, 1e-9)
         layout, places = group.layout, group.layout.place_of[points]
-        if np.all(places >= 0):  # copies, which go to the queries most in doubt, in turn
-            doubted = np.argsort(-doubt, kind="stable")[: np.count_nonzero(doubt)]
-            each = -(-len(layout.extras) // len(doubt))  # copies of a query, at most
-            places = np.tile(doubted, each)[: len(points)]
-            wanted = points[: len(places)]
-            group.layout = layout.with_copies(wanted, places)
-            group.moved = group.layout.place_of != layout.place_of
-        else:  # a point that mixes queries serves all of them
-            wanted = points[np.where(places < 0, doubt.any(), doubt[places] > 0)]
-        number = 0
-        while number < len(wanted) and self._budget.affords():
-            self._budget.spend()
-            number += 1
-        return wanted[:number]
+        if (places < 0).any():  # a point that mixes queries serves all of them
+            return points[np.where(places < 0, doubt.any(), doubt[places] > 0)]
+        # Copies, which go to the queries most in doubt, in turn.
+        doubted = np.argsort(-doubt, kind="stable")[: np.count_nonzero(doubt)]
+        each = -(-len(layout.extras) // len(doubt))  # copies of a query, at most
+        places = np.tile(doubted, each)[: len(points)]
+        points = points[: len(places)]
+        group.layout = layout.with_copies(points, places)
+        group.moved = group.layout.place_of != layout.place_of
+        return points
 
-    def _send_own(self, turn: Turn) -> list[Group]:
+    def _send_own(self, now: float) -> list[Group]:
         """Send queries as they came, each to its own worker, and return their groups."""
-        sent = []
-        for cell in self._next_cells(self._queue.coded, turn):
+        lane, sizes, sent = self._queue.coded, [], []
+        left, idle, spare = len(lane), self._workers_for(lane), self._pool.spare
+        while left and idle:
+            sizes.append(self._size(left, min(idle, spare - len(sizes))))
+            left, idle = left - sizes[-1], idle - 1
+        place = 0 if self.filling is None else len(self.filling.cells)
+        for queries in self._assign(self._pop(lane, sum(sizes), now), sizes, place):
             if self.filling is None:
-                self.filling = self._new_group(self._coder, turn)
+                self.filling = self._new_group(self._coder, now)
             group = self.filling
             sent.append(group)
-            own = self._coder.first[len(group.cells)]
+            own, cell = self._coder.first[len(group.cells)], _cell(queries)
             group.add(cell)
             assert cell.x is not None
-            self._send(group, own, [cell.x] * len(own), turn.now)
+            self._send(group, own, [cell.x] * len(own), now)
             if group.full:
                 self.filling = None
         return sent
 
-    def _send_group(self, turn: Turn) -> list[Group]:
+    def _send_group(self, now: float) -> list[Group]:
         num_data, lane = self._coder.num_data, self._queue.coded
         number = len(lane)
         rows = power_of_two(min(max(number // num_data, 1), self._policy.max_batch_size))
         columns = min(number, num_data)
-        queries = self._pop(lane, rows * columns, turn.now)
-        cells = self._assign(queries, [rows] * columns, 0, turn)
+        cells = self._assign(self._pop(lane, rows * columns, now), [rows] * columns, 0)
         if columns == 1:
-            self._send_alone(cells[0], turn)  # all coded data points would be the query
+            self._send_alone(cells[0], now)  # all coded data points would be the query
             return []
-        group = self._new_group(self._coder, turn)
-        for cell in cells:
-            group.add(cell)
+        group = self._new_group(self._coder, now)
+        for queries in cells:
+            group.add(_cell(queries))
         return [group]
 
-    def _resend(self, lane: Lane, turn: Turn) -> None:
-        """Send queries again, to workers whose answers are not among those to be compared.
-
-        A straggler's query goes to as many workers at once as hedging asks for.
-        """
-        queries = self._next_batch(lane, turn.now)
-        avoid = queries[0].candidates.keys()
-        same = [query for query in queries if query.candidates.keys() == avoid]
-        same = same[: power_of_two(len(same))]
-        self._queue.resend([query for query in queries if query not in same])
-        at_once = 1 if avoid else turn.setting.overdue.copies
-        group = self._send_alone(_cell(same), turn, avoid, at_once)
-        group.is_copy = not avoid
-
     def _send_alone(
-        self, cell: Cell, turn: Turn, avoid: Iterable[int] = (), at_once: int = 1
+        self, queries: Sequence[Query], now: float, avoid: Iterable[int] = (), at_once: int = 1
     ) -> Group:
         """Send a batch to one worker, but not to some, hedged: the answers are exact."""
-        group = self._new_group(self._alone, turn, alone=True, at_once=at_once)
+        group = self._new_group(self._alone, now, alone=True, at_once=at_once)
+        cell = _cell(queries)
         group.add(cell)
         assert cell.x is not None
-        self._send(group, np.arange(1), [cell.x], turn.now, avoid)
+        self._send(group, np.arange(1), [cell.x], now, avoid)
         group.drop_inputs()
         return group
 
     def _new_group(
-        self, coder: Coder, turn: Turn, *, alone: bool = False, at_once: int = 1
+        self, coder: Coder, now: float, *, alone: bool = False, at_once: int = 1
     ) -> Group:
-        group = Group(coder, turn.now, alone=alone)
+        group = Group(coder, now, alone=alone, trial=self._random.random() < _TRIED)
 
         def changed(_: object) -> None:
             self._events.post_group(group)
 
         group.batch = self._pool.open(
             coder.num_workers,
-            needed=coder.num_data if coder.systematic else self._enough,
+            needed=coder.num_data if coder.systematic else self._estimator.enough,
             copies=self._policy.copies if alone else 1,
             at_once=at_once,
             on_change=changed,
-            overdue=turn.setting.overdue,
+            overdue=self._adaptation.setting.overdue,
             refuse=self._refuse,
         )
+        self._times = group.batch.times
         self.groups.add(group)
         return group
 
@@ -337,53 +332,35 @@ class Dispatcher:
         avoid: Iterable[int] = (),
     ) -> None:
         group.sent_at[points] = now
-        if group.trace is not None:
-            group.trace.sent(points.tolist(), now)
         values = list(values)
         for value in values:
             self._observe("batch_size", len(value))
         kinds = [group.coder.kinds[point] for point in points]
         self._pool.send(group.batch, points.tolist(), values, kinds=kinds, avoid=avoid)
 
-    def _next_batch(self, lane: Lane, now: float) -> list[Query]:
-        """Take the next queries for one worker, if a lane's workers share its queries out."""
-        idle = self._queue.workers_for(lane, self._pool.idle)
-        size = self._size(len(lane), min(idle, self._pool.spare))
-        return self._pop(lane, size, now)
-
-    def _next_cells(self, lane: Lane, turn: Turn) -> list[Cell]:
-        sizes: list[int] = []
-        left, idle = len(lane), self._queue.workers_for(lane, self._pool.idle)
-        spare = self._pool.spare
-        while left and idle:
-            sizes.append(self._size(left, min(idle, spare - len(sizes))))
-            left, idle = left - sizes[-1], idle - 1
-        queries = self._pop(lane, sum(sizes), turn.now)
-        place = 0 if self.filling is None else len(self.filling.cells)
-        return self._assign(queries, sizes, place, turn)
+    def _workers_for(self, lane: Lane) -> int:
+        return self._queue.workers_for(lane, self._pool.idle)
 
     def _size(self, waiting: int, workers: int | float) -> int:
         """Return the size of a batch if workers that slow down no other share what waits."""
-        share = math.ceil(waiting / max(workers, 1))
+        share = math.ceil(waiting / max(min(workers, self._pool.spare), 1))
         return power_of_two(min(share, self._policy.max_batch_size))
 
-    def _assign(self, queries: list[Query], sizes: list[int], place: int, turn: Turn) -> list[Cell]:
+    def _assign(self, queries: list[Query], sizes: list[int], place: int) -> list[list[Query]]:
         """Distribute queries over cells of these sizes, for a group's places from `place` on."""
         # Where answer times are unknown, be quick.
-        known = turn.answer_time if turn.answer_time < math.inf else 0.0
+        known = self.answer_time if self.answer_time < math.inf else 0.0
         longest = max(_ORDERING, _ORDERING_SHARE * known)
         begin, ordering = self._clock.now(), self._ordering
         if ordering is None or ordering.seconds > longest or begin < self._ordering_time.next:
             rest = iter(queries)
-            assigned = [list(itertools.islice(rest, size)) for size in sizes]
-        else:
-            assigned = ordering.assign(queries, sizes, place)
-            self._observe("order_seconds", self._ordering_time.spend(begin))
-        return [_cell(each) for each in assigned]
+            return [list(itertools.islice(rest, size)) for size in sizes]
+        assigned = ordering.assign(queries, sizes, place)
+        self._observe("order_seconds", self._ordering_time.spend(begin))
+        return assigned
 
     def _pop(self, lane: Lane, number: int, now: float) -> list[Query]:
         queries = self._queue.pop(lane, number)
-        self._budget.earn(sum(not query.reexecuted for query in queries))
         for request in {query.request for query in queries}:
             if math.isinf(request.sent):
                 request.sent = now

@@ -1,6 +1,7 @@
 """The batching policy: how groups are formed, how long they wait, and what is given out."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -12,10 +13,24 @@ MAX_DEADLINE_S = 3600.0
 
 Outputs: TypeAlias = Literal["logits", "probabilities", "values"]
 
+_BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "more than"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "less than"),
+}
 
-def _option(default: Any, text: str) -> Any:
-    """Return a field whose help is the only description of the option, also in `nercc serve`."""
-    return dataclasses.field(default=default, metadata={"help": text})
+
+def _option(
+    default: Any, text: str, *, setting: bool = True, example: Any = None, **bounds: int | float
+) -> Any:
+    """Return a field: its help is the only description of the option, also in `nercc serve`.
+
+    Bounds are named as pydantic names them. What is no `setting` is for Python only. The `example`
+    is shown in the reference where the default is None.
+    """
+    metadata = {"help": text, "setting": setting, "example": example, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,35 +45,54 @@ class BatchingPolicy:
         16,
         "Maximum queries in one worker call, a power of two. Batches are powers of two, for which "
         "everything is compiled in advance; few idle workers and a long queue make large ones.",
+        ge=1,
+        le=2**16,
     )
     batch_wait_timeout_s: float = _option(
         0.01,
         "Seconds until a group that is not full is sent without waiting for more queries. With a "
         "systematic code only its redundancy waits.",
+        ge=0,
+        le=MAX_DEADLINE_S,
     )
     max_queue_size: int = _option(
         1024,
         "Maximum queries that wait to be sent; more are refused. High priority has a quarter more.",
+        ge=1,
+        le=10**6,
     )
-    deadline_s: float = _option(10.0, "Default deadline of a request, in seconds; at most an hour.")
+    deadline_s: float = _option(
+        10.0,
+        "Default deadline of a request, in seconds; at most an hour.",
+        gt=0,
+        le=MAX_DEADLINE_S,
+    )
     priority_lead_s: float = _option(
         1.0,
         "Seconds by which requests of high priority overtake earlier ones; 0 for no priority.",
+        setting=False,
+        ge=0,
+        le=MAX_DEADLINE_S,
     )
     straggler_threshold: float = _option(
         1.5,
-        "Straggler threshold, as a multiple of the median answer time (or of `quantile`). Queries "
-        "of stragglers are predicted, decoded, or sent again.",
+        "Straggler threshold, as a multiple of the median answer time. Queries of stragglers are "
+        "predicted, decoded, or sent again.",
+        gt=0,
     )
     quantile: float = _option(
         0.5,
         "Quantile of answer times that the straggler threshold multiplies. Hedging as published "
         "uses 0.95 with a threshold of 1.",
+        setting=False,
+        gt=0,
+        lt=1,
     )
     wait_for: int | None = _option(
         None,
         "Answers of a group that suffice for decoding where no error is estimated. By default half "
         "of the redundancy for interleaved codes, otherwise 85 % of N but at least K.",
+        setting=False,
     )
     outputs: Outputs | None = _option(  # noqa: RUF009, it is a field
         None,
@@ -66,28 +100,34 @@ class BatchingPolicy:
         "softmax of a classifier's logits; or `values`, numbers without labels, of which only a "
         "`tolerance` lets approximate answers out. By default one number a row is a value, and "
         "several are scores once the model's own answers look like scores.",
+        example="values",
     )
     max_disagreement: float | None = _option(
         None,
         "Maximum share of wrong labels among the answers that are not the model's own, by a bound "
         "that fails with a probability of 0.25; no single one may be wrong with more than five "
         "times that share, or a half. Answers that are too uncertain wait for more workers, and "
-        "are sent again if none are left. 1 in settings (default: 0.05), None in Python: decode as "
-        "soon as `wait_for` answers are in.",
-    )
-    max_reexecution: float | None = _option(
-        None,
-        "Maximum share of queries sent again because their answer is uncertain; beyond it the best "
-        "answer is given with its error probability. Unlimited by default.",
+        "are sent again if none are left. 1, and in Python None: decode as soon as enough answers "
+        "are in. Default of a server: 0.05.",
+        ge=0,
+        le=1,
+        example=0.05,
     )
     tolerance: float | None = _option(
         None,
         "Largest error bar of an answer that is not the model's own, in units of the outputs (root "
         "mean square over a row's outputs). Outputs are `values` then; without it, all answers to "
         "values are exact.",
+        gt=0,
+        lt=float("inf"),
+        example=0.01,
     )
     coverage: float = _option(
-        0.9, "Share of the errors of approximate answers to values that their error bars cover."
+        0.9,
+        "Share of the errors of approximate answers to values that their error bars cover.",
+        setting=False,
+        gt=0,
+        lt=1,
     )
     redundancy: Literal["always", "uncertain"] = _option(
         "always",
@@ -95,37 +135,45 @@ class BatchingPolicy:
         "only for queries that the surrogate could not answer, the most uncertain first, and none "
         "before it is calibrated.",
     )
-    max_redundancy: float | None = _option(
-        None,
-        "With `uncertain`: maximum calls for redundancy, as a share of the queries. Unlimited by "
-        "default.",
-    )
     max_calls: float | None = _option(
         None,
-        "Mean calls a query that may be spent. If set, straggler threshold and redundancy are "
-        "picked again and again by the measured tail latency, within this budget and up to the "
-        "redundancy set here.",
+        "Mean calls a query that may be spent. If set, straggler threshold, copies at once and "
+        "redundancy are picked again and again by the measured tail latency, within this budget "
+        "and up to the copies and the redundancy set here.",
+        ge=1,
+        lt=float("inf"),
+        example=1.1,
     )
     check_answers: float | None = _option(
         None,
         "Share of the model's right answers that may look wrong to the surrogate and are computed "
-        "again by another worker, before they are given out; workers found wrong are fenced: no "
-        "traffic. Needs a surrogate. Not checked by default.",
+        "again by another worker, before they are given out; workers found wrong are fenced, a "
+        "quarter of all at most: no traffic. Needs a surrogate. Not checked by default.",
+        gt=0,
+        lt=1,
+        example=0.01,
     )
-    max_fenced: float = _option(0.25, "Maximum share of the workers that is fenced.")
+    max_fenced: float = _option(
+        0.25, "Maximum share of the workers that is fenced.", setting=False, ge=0, lt=1
+    )
     ordering: bool = _option(
-        True, "Order the queries of a batch by similarity before encoding. No query waits for it."
+        True,
+        "Order the queries of a batch by similarity before encoding. No query waits for it.",
+        setting=False,
     )
     copies: int = _option(
         2,
         "Maximum workers that compute the same query at a time, if the first straggles and the "
         "query must be answered exactly or cannot be decoded (hedging). 1 waits for stragglers.",
+        ge=1,
+        le=10_000,
     )
-
     hedge_copies: int = _option(
         1,
         "Workers, of `copies`, that compute a straggler's query from the same time on. With 2 the "
         "tail is shorter, for one call more for each straggler.",
+        setting=False,
+        ge=1,
     )
 
     def __post_init__(self):
@@ -134,21 +182,21 @@ class BatchingPolicy:
                 f"a tolerance is for outputs = 'values', not {self.outputs!r}, which "
                 "max_disagreement is for"
             )
-        if self.tolerance is not None or self.outputs == "values":
-            for name in ("max_disagreement", "max_reexecution"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name} {getattr(self, name)} is for outputs with labels, and these are "
-                        "values: give a tolerance, or nothing for exact answers only"
-                    )
-        for interval, names in _RANGES.items():
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not _is_within(value, interval):
-                    raise ValueError(f"{name} must be in {interval}, not {value}")
+        values = self.tolerance is not None or self.outputs == "values"
+        if values and self.max_disagreement is not None:
+            raise ValueError(
+                f"max_disagreement {self.max_disagreement} is for outputs with labels, and these "
+                "are values: give a tolerance, or nothing for exact answers only"
+            )
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            for bound, limit in each.metadata["bounds"].items():
+                holds, words = _BOUNDS[bound]
+                if value is not None and not holds(value, limit):  # NaN never holds
+                    raise ValueError(f"{each.name} must be {words} {limit:g}, not {value}")
         if self.max_batch_size & (self.max_batch_size - 1):
             raise ValueError(f"max_batch_size must be a power of two, not {self.max_batch_size}")
-        if self.hedge_copies > self.copies:
+        if self.hedge_copies > max(self.copies, 1):
             raise ValueError(f"hedge_copies {self.hedge_copies} is more than copies {self.copies}")
         if self.redundancy not in ("always", "uncertain"):
             raise ValueError(f"redundancy must be 'always' or 'uncertain', not {self.redundancy!r}")
@@ -159,7 +207,7 @@ class BatchingPolicy:
         from ..risk import Accuracy  # late: settings are read without JAX
 
         return Accuracy(
-            max_disagreement=self.max_disagreement,
+            max_disagreement=None if self.max_disagreement == 1 else self.max_disagreement,
             tolerance=self.tolerance,
             coverage=self.coverage,
         )
@@ -193,30 +241,8 @@ def read_outputs(
     return (None, "") if tolerance is None else ("values", "a tolerance is set")
 
 
-_RANGES = {
-    "[1, inf]": "max_batch_size max_queue_size copies hedge_copies",
-    "[1, inf)": "max_calls",
-    "[0, inf]": "max_redundancy",
-    "[0, inf)": "batch_wait_timeout_s priority_lead_s",
-    "(0, inf]": "straggler_threshold",
-    "(0, inf)": "tolerance",
-    f"(0, {MAX_DEADLINE_S:g}]": "deadline_s",
-    "[0, 1]": "max_reexecution",
-    "[0, 1)": "max_disagreement max_fenced",
-    "(0, 1)": "quantile check_answers coverage",
-}
-
-
-def _is_within(value: int | float, interval: str) -> bool:
-    """Return whether a number lies in an interval; NaN lies in none."""
-    low, high = map(float, interval[1:-1].split(","))
-    inside = low <= value if interval[0] == "[" else low < value
-    return inside and (value <= high if interval[-1] == "]" else value < high)
-
-
-POLICY_HELP = {each.name: each.metadata["help"] for each in dataclasses.fields(BatchingPolicy)}
 BatchingPolicy.__doc__ = f"{BatchingPolicy.__doc__}\n    Attributes:\n" + "".join(
-    f"        {name}: {text}\n" for name, text in POLICY_HELP.items()
+    f"        {each.name}: {each.metadata['help']}\n" for each in dataclasses.fields(BatchingPolicy)
 )
 
 # Receives measurements, from any thread: their names are in the table of `_metrics.py`.

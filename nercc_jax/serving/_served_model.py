@@ -19,10 +19,9 @@ from ..codes import AbstractCode
 from ..pools import AbstractPool, DevicePool, Faults, PoolReport, RayPool
 from ..pools.clock import WALL
 from ._batcher import CodedBatcher
-from ._metrics import Meter, Metrics
+from ._metrics import Metrics
 from ._policy import read_outputs
 from ._settings import ModelSettings
-from ._tracing import current
 from .adapt._decoding import DecodingScores, calibrate_or_restore
 from .adapt._predictor import Predictor
 from .core._adaptation import overdue_rule
@@ -101,7 +100,7 @@ class ServedModel:
             _check(decoding, self._coder)
         with log_phase("starting workers", servable.name):
             self.pool = _open_pool(servable, code, settings, straggler_score)
-        self.meter = Meter(metrics, servable.key, self.pool, code)
+        self.meter = metrics.add(servable.key, self.pool, code)
         with log_phase("compiling", servable.name):
             self._batcher = CodedBatcher(
                 self.pool,
@@ -118,7 +117,7 @@ class ServedModel:
             sizes = policy.batch_sizes
             prepares = servable.preprocess is not None
             self._preprocessing = Preprocessing(servable, sizes) if prepares else None
-        self.meter.waiting.set_function(lambda: self._batcher.waiting)
+        self.meter.waiting = lambda: self._batcher.waiting
         self._hint_log = HintLog(
             servable.name, lambda: self._hints(self.health(), self.pool.report())
         )
@@ -168,9 +167,7 @@ class ServedModel:
         # One array of floats is checked by the batcher itself.
         elif isinstance(queries, Mapping) or not inputs.plain:
             queries = inputs.pack(queries)
-        future = self._batcher.submit(
-            queries, deadline=deadline, exact=exact, high=high, trace=current.get()
-        )
+        future = self._batcher.submit(queries, deadline=deadline, exact=exact, high=high)
         reply = await _result(future, deadline)
         if outputs.alone:
             return reply
@@ -359,24 +356,16 @@ def _open_pool(
     straggler_score: Callable[[Any], Any] | None,
 ) -> AbstractPool:
     inputs = servable.queries
+    # As `nercc run` names them, seconds have a unit.
+    faults: Any = {name.removesuffix("_s"): each for name, each in settings.faults.items()}
+    faults["straggler_score"] = straggler_score
     options: Any = {
         "example": [
             np.zeros((size, *inputs.shape), inputs.dtype) for size in settings.policy().batch_sizes
         ],
         "worker_dtype": settings.worker_dtype,
-        "faults": Faults.from_rates(
-            service_delay=settings.service_delay_s,
-            straggler_rate=settings.straggler_rate,
-            straggler_delay=settings.straggler_delay_s,
-            straggler_score=straggler_score,
-            straggler_leaning=settings.straggler_leaning,
-            death_rate=settings.death_rate,
-            wrong_workers=settings.wrong_workers,
-            wrong_rate=settings.wrong_rate,
-            seed=settings.fault_seed,
-        ),
+        "faults": Faults.from_rates(**faults),
         "overdue": overdue_rule(settings.policy()),
-        "max_attempts": settings.max_attempts,
         "hang_timeout": settings.hang_timeout_s,
     }
     number = settings.workers or settings.num_workers
@@ -384,7 +373,7 @@ def _open_pool(
         return RayPool(
             servable.model,
             number,
-            actor_options=settings.ray_options(),
+            actor_options=settings.actor_options,
             max_per_node=code.num_workers - code.num_data or None,
             min_workers=min(code.num_data, number),
             **options,

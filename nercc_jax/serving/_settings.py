@@ -13,13 +13,12 @@ share with `BatchingPolicy` has its default and its help there.
 """
 
 import dataclasses
-import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -27,7 +26,9 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    create_model,
     model_validator,
+    with_config,
 )
 from pydantic_settings import (
     BaseSettings,
@@ -36,74 +37,10 @@ from pydantic_settings import (
     SettingsError,
     TomlConfigSettingsSource,
 )
+from typing_extensions import TypedDict
 
-from ._policy import MAX_DEADLINE_S, POLICY_HELP, BatchingPolicy, Outputs
-
-# Settings as text, from a flag or a variable, where a file has tables and lists.
-
-
-def read_shape(value: Any) -> Any:
-    """Return the shape of one input, or of several by name: 28,28,1, or image=28,28,1,meta=4."""
-    if isinstance(value, str):
-        value = _by_name(value)
-    if isinstance(value, Mapping):
-        return {name: _axes(each) for name, each in value.items()}
-    return None if value is None else _axes(value or None)
-
-
-def read_datatype(value: Any) -> Any:
-    """Return the datatype of all inputs, or of some by name: INT64, or ids=INT64,mask=BOOL."""
-    if not isinstance(value, str) or "=" not in value:
-        return value
-    return {name: "".join(each) for name, each in _by_name(value).items()}
-
-
-def read_table(value: Any) -> Any:
-    """Return a table that is written as in TOML: {num_gpus = 0.5}."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return tomllib.loads(f"table = {value}")["table"]
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(
-            f"a table as in TOML is needed, {{num_gpus = 0.5}}, not {value!r}"
-        ) from error
-
-
-def read_policy(value: Any) -> Any:
-    """Return a policy of versions: latest, all, or numbers with commas."""
-    text = str(value).replace(" ", "")
-    numbers = text.split(",")
-    if text not in ("latest", "all") and not all(
-        each.isdecimal() and int(each) for each in numbers
-    ):
-        raise ValueError(f"latest, all, or versions with commas, 1,3, are needed, not {value!r}")
-    return text
-
-
-def _axes(value: Any) -> tuple[int, ...]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = [value]  # pydantic's reading of a variable whose text is one number
-    texts = [str(each).strip() for each in value] if isinstance(value, list | tuple) else [""]
-    if not all(text.isdecimal() and int(text) for text in texts):
-        raise ValueError(f"positive numbers with commas are needed, 28,28,1, not {value!r}")
-    return tuple(map(int, texts))
-
-
-def _by_name(text: str) -> Any:
-    """Return the parts between commas, by the names before them if there are any."""
-    found: dict[str, list[str]] = {}
-    name = ""
-    for part in text.split(","):
-        before, equals, after = part.rpartition("=")
-        name = before.strip() if equals else name
-        found.setdefault(name, []).extend([after.strip()] if after.strip() or not equals else [])
-    if len(found) > 1 and "" in found:
-        raise ValueError(f"all inputs are named, or none is, not {text!r}")
-    return found.get("", found)
-
-
-_POLICY = BatchingPolicy()
+from ._policy import MAX_DEADLINE_S, BatchingPolicy, Outputs
+from ._settings_text import read_datatype, read_shape, read_table, to_toml
 
 # Upper bounds: what is beyond is a mistake, or would stop the machine.
 _MANY, _QUERIES, _BYTES, _DAY_S = 10_000, 10**6, 2**40, 86_400.0
@@ -115,16 +52,27 @@ def _setting(default: Any, text: str, example: Any = None, **bounds: Any) -> Any
     return Field(default=default, description=text, examples=examples, **bounds)
 
 
-def _of_policy(name: str, example: Any = None, **changes: Any) -> Any:
-    default = changes.pop("default", getattr(_POLICY, name))
-    return _setting(default, POLICY_HELP[name], example, **changes)
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Seconds = Annotated[float, Field(ge=0, le=_DAY_S)]
 
 
-class ModelSettings(BaseModel):
-    """The settings of one model: what it is, how it is coded, and which workers run it.
+@with_config(ConfigDict(extra="forbid"))
+class FaultSettings(TypedDict, total=False):
+    """Faults to inject, for trials: `Faults.from_rates` says what each does."""
 
-    A setting that is not set has the value of the server's `defaults`, or the default here.
-    """
+    service_delay_s: _Seconds
+    straggler_rate: _Share
+    straggler_delay_s: Annotated[_Seconds, Field(gt=0)]
+    straggler_score: str
+    straggler_leaning: _Share
+    death_rate: _Share
+    wrong_workers: dict[Literal["swap"], tuple[int, ...]]
+    wrong_rate: _Share
+    seed: int
+
+
+class _OwnSettings(BaseModel):
+    """What a model is, how it is coded, and which workers run it."""
 
     model_config = ConfigDict(extra="forbid")
     # By the first setting of each panel of `nercc serve --help`, its title.
@@ -132,10 +80,8 @@ class ModelSettings(BaseModel):
         "model": "Model",
         "scheme": "Code",
         "pool": "Workers",
-        "max_batch_size": "Queue and batching",
-        "straggler_threshold": "Stragglers",
-        "surrogate": "Surrogate and redundancy",
-        "service_delay_s": "Fault injection",
+        "surrogate": "Late queries and trials",
+        "max_batch_size": "Batching and late queries",
     }
 
     model: str | None = _setting(
@@ -147,12 +93,10 @@ class ModelSettings(BaseModel):
         "classifier",
     )
     version: int = _setting(
-        1, "Version of the model; a name may have several, each with settings of its own.", ge=1
-    )
-    version_policy: Annotated[str, BeforeValidator(read_policy)] = _setting(
-        "latest",
-        "Versions of a name that are served: latest, all, or those listed, 1,3. Requests without a "
-        "version get the latest.",
+        1,
+        "Version of the model; a name may have several, each with settings of its own. Requests "
+        "without a version get the latest.",
+        ge=1,
     )
     weights: Path | None = _setting(
         None, "Weights passed to module:name, which makes the model: a path, or hf:.", "weights.npz"
@@ -179,10 +123,6 @@ class ModelSettings(BaseModel):
         "floats that the model takes: it runs before queries are coded (default: none).",
         "images:prepare",
     )
-    output_name: str | None = _setting(
-        None, "Output name; with several unnamed outputs, a prefix (default: output).", "scores"
-    )
-    outputs: Outputs | None = _of_policy("outputs", "values")
     inputs: Path | None = _setting(
         None,
         "File of unlabelled inputs to calibrate on: .npy of shape (points, *input_shape), or .npz "
@@ -208,46 +148,18 @@ class ModelSettings(BaseModel):
         "devices", "Kind of workers: threads on this process's devices, or Ray actors."
     )
     workers: int | None = _setting(None, "Workers of each model (default: N).", 8, ge=1, le=_MANY)
-    worker_cpus: float | None = _setting(
-        None, "CPUs per Ray actor (default: at most 0.5).", 0.5, ge=0, le=_MANY
-    )
-    worker_gpus: float | None = _setting(
-        None,
-        "GPUs per Ray actor (default: 1 or an equal share, where the cluster has GPUs).",
-        1.0,
-        ge=0,
-        le=_MANY,
-    )
-    worker_resources: Annotated[dict[str, float], BeforeValidator(read_table)] = _setting(
-        {}, "Other Ray resources per actor, as a TOML table: {TPU = 4}."
-    )
     actor_options: Annotated[dict[str, Any], BeforeValidator(read_table)] = _setting(
-        {}, "Other options of Ray actors, as a TOML table: {max_concurrency = 3}."
+        {},
+        "Options of Ray actors, as a TOML table: {num_cpus = 1, num_gpus = 0.5, resources = "
+        "{TPU = 4}} (default: at most 0.5 CPUs, and a GPU or an equal share, where the cluster has "
+        "GPUs).",
     )
     worker_dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(
         None, "Dtype of workers' inputs and weights (default: the model's).", "bfloat16"
     )
-    max_attempts: int = _setting(
-        3, "Workers that a failing data point is sent to before it is given up.", ge=1, le=_MANY
-    )
     hang_timeout_s: float = _setting(
         60.0, "Seconds after which a worker counts as hung and is replaced.", gt=0, le=_DAY_S
     )
-
-    max_batch_size: int = _of_policy("max_batch_size", le=2**16)
-    batch_wait_timeout_s: float = _of_policy("batch_wait_timeout_s", le=MAX_DEADLINE_S)
-    max_queue_size: int = _of_policy("max_queue_size", le=_QUERIES)
-    deadline_s: float = _of_policy("deadline_s", gt=0, le=MAX_DEADLINE_S)
-    priority_lead_s: float = _of_policy("priority_lead_s", ge=0, le=MAX_DEADLINE_S)
-    ordering: bool = _of_policy("ordering")
-
-    straggler_threshold: float = _of_policy("straggler_threshold")
-    quantile: float = _of_policy("quantile")
-    wait_for: int | None = _of_policy("wait_for", 6, le=_MANY)
-    max_disagreement: float | None = _of_policy("max_disagreement", 0.05, le=1)
-    max_reexecution: float | None = _of_policy("max_reexecution", 0.1)
-    copies: int = _of_policy("copies", le=_MANY)
-    hedge_copies: int = _of_policy("hedge_copies", le=_MANY)
 
     surrogate: str | None = _setting(
         None,
@@ -256,45 +168,44 @@ class ModelSettings(BaseModel):
         "module:function, with the model's outputs; or `none` (default: none).",
         "learn",
     )
-    tolerance: float | None = _of_policy("tolerance", 0.01)
-    coverage: float = _of_policy("coverage")
-    redundancy: Literal["always", "uncertain"] = _of_policy("redundancy")
-    max_redundancy: float | None = _of_policy("max_redundancy", 0.1)
-    max_calls: float | None = _of_policy("max_calls", 1.1)
-    check_answers: float | None = _of_policy("check_answers", 0.01)
-    max_fenced: float = _of_policy("max_fenced")
-
-    service_delay_s: float = _setting(
-        0.0, "Seconds added to every call, for trials.", ge=0, le=_DAY_S
-    )
-    straggler_rate: float = _setting(
-        0.0, "Share of calls that are delayed, for trials.", ge=0, le=1
-    )
-    straggler_delay_s: float = _setting(
-        1.0, "Seconds by which those calls are delayed.", gt=0, le=_DAY_S
-    )
-    straggler_score: str | None = _setting(
-        None,
-        "Score of a row, by which calls are delayed, the largest first: `norm`, or "
-        "module:function.",
-        "norm",
-    )
-    straggler_leaning: float = _setting(
-        1.0, "With a score, the share of delayed calls that have the largest scores.", ge=0, le=1
-    )
-    death_rate: float = _setting(
-        0.0, "Share of calls in which the worker dies, for trials.", ge=0, le=1
-    )
-    wrong_workers: Annotated[
-        dict[Literal["swap"], tuple[int, ...]], BeforeValidator(read_table)
-    ] = _setting(
+    faults: Annotated[FaultSettings, BeforeValidator(read_table)] = _setting(
         {},
-        "Workers that answer wrongly, for trials, by swapping rows, as a TOML table: {swap = [1]}.",
+        "Faults to inject, for trials, as a TOML table: {straggler_rate = 0.05, straggler_delay_s "
+        "= 0.5} delays one call in twenty. Others are service_delay_s, straggler_score (`norm`, or "
+        "module:function), straggler_leaning, death_rate, wrong_workers, wrong_rate and seed.",
     )
-    wrong_rate: float = _setting(
-        1.0, "Share of these workers' calls that are answered wrongly.", ge=0, le=1
+
+
+if TYPE_CHECKING:
+
+    class _AllSettings(_OwnSettings, BatchingPolicy):  # pyright: ignore[reportGeneralTypeIssues]
+        def __init__(self, **settings: Any): ...
+
+else:  # each option of the policy is described once, by the policy
+    _AllSettings = create_model(
+        "_AllSettings",
+        __base__=_OwnSettings,
+        **{
+            each.name: (
+                each.type,
+                _setting(
+                    each.default,
+                    each.metadata["help"],
+                    each.metadata["example"],
+                    **each.metadata["bounds"],
+                ),
+            )
+            for each in dataclasses.fields(BatchingPolicy)
+            if each.metadata["setting"]
+        },
     )
-    fault_seed: int = _setting(0, "Seed of the injected faults.")
+
+
+class ModelSettings(_AllSettings):
+    """The settings of one model: what it is, how it is coded, which workers run it, its policy.
+
+    A setting that is not set has the value of the server's `defaults`, or the default here.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> "ModelSettings":
@@ -314,26 +225,17 @@ class ModelSettings(BaseModel):
         """The name that clients use, without slash and colon, which proxies may interpret."""
         return self.name or str(self.model).rpartition("/")[2].replace(":", ".")
 
-    def ray_options(self) -> dict[str, Any]:
-        """Return the options of a worker that is a Ray actor."""
-        amounts = {"num_cpus": self.worker_cpus, "num_gpus": self.worker_gpus}
-        amounts = {name: amount for name, amount in amounts.items() if amount is not None}
-        named = {"resources": self.worker_resources} if self.worker_resources else {}
-        return self.actor_options | amounts | named
-
     def policy(self, outputs: Outputs | None = None) -> BatchingPolicy:
         """Return the batching policy of a model with these outputs (default: as they are set).
 
         Raises:
             ValueError: for values out of range, and for limits that do not fit the outputs.
         """
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(BatchingPolicy)}
+        names = (f.name for f in dataclasses.fields(BatchingPolicy) if f.metadata["setting"])
+        fields = {name: getattr(self, name) for name in names}
         fields["outputs"] = outputs = outputs or self.outputs
-        limit = self.max_disagreement
-        if limit is None and outputs != "values" and self.tolerance is None:
-            limit = 0.05
-        # Of values, 1 is refused as any other limit is.
-        fields["max_disagreement"] = None if limit == 1 and outputs != "values" else limit
+        if self.max_disagreement is None and outputs != "values" and self.tolerance is None:
+            fields["max_disagreement"] = 0.05
         return BatchingPolicy(**fields)
 
     def over(self, defaults: "ModelSettings") -> "ModelSettings":
@@ -343,7 +245,7 @@ class ModelSettings(BaseModel):
         """
         given, own = defaults.model_fields_set, self.model_fields_set
         if self.outputs == "values" or self.tolerance is not None:
-            given = given - {"outputs", "max_disagreement", "max_reexecution"}
+            given = given - {"outputs", "max_disagreement"}
         values = {name: getattr(defaults, name) for name in given}
         return ModelSettings(**values | {name: getattr(self, name) for name in own})
 
@@ -360,11 +262,16 @@ class ServerSettings(BaseSettings):
         "host": "Addresses",
         "token_file": "Authentication and TLS",
         "model_control": "Model repository",
-        "max_connections": "Limits",
-        "address": "Ray",
-        "compilation_cache": "Start and end",
-        "log_format": "Log",
+        "max_body_bytes": "Limits",
+        "runtime_env": "Ray",
+        "drain_delay_s": "End",
+        "request_log_rate": "Log",
     }
+
+    # More is refused: HTTP connections, silent ones included, and gRPC calls; and bytes of JSON, in
+    # which large tensors would take long.
+    max_connections: ClassVar[int] = 10_000
+    max_json_bytes: ClassVar[int] = 2**20
 
     host: str = _setting(
         "127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces of the machine."
@@ -395,48 +302,17 @@ class ServerSettings(BaseSettings):
         "Who loads and unloads models: none, or explicit, clients by the model repository's API.",
     )
 
-    max_connections: int = _setting(
-        10_000,
-        "Maximum HTTP connections, silent ones included, and gRPC calls; more are refused.",
-        ge=1,
-        le=_QUERIES,
-    )
     max_body_bytes: int = _setting(
         64 * 2**20, "Maximum bytes of a request's body, decompressed.", gt=0, le=_BYTES
-    )
-    max_json_bytes: int = _setting(
-        2**20, "Maximum bytes of a request's JSON, without binary tensors.", gt=0, le=_BYTES
     )
     max_bytes_in_flight: int = _setting(
         2**29, "Maximum bytes of all requests that are read or answered at a time.", gt=0, le=_BYTES
     )
 
-    address: str | None = _setting(
-        None,
-        "Ray cluster of the actors: HOST:6379, ray://HOST:10001, auto or local (default: "
-        "RAY_ADDRESS, the cluster that runs on this machine, or a new one).",
-        "auto",
-    )
-    working_dir: Path | None = _setting(
-        None,
-        "Folder sent to Ray's nodes (default: that of a module:function that is not installed).",
-        "app",
-    )
-    py_modules: Annotated[
-        list[Path],
-        BeforeValidator(
-            lambda value: list(filter(None, value.split(","))) if isinstance(value, str) else value
-        ),
-    ] = _setting([], "Modules sent to Ray's nodes, separated by commas.")
     runtime_env: Path | None = _setting(
         None, "File with Ray's runtime environment: .yaml, .json, or .toml.", "env.yaml"
     )
 
-    compilation_cache: bool = _setting(
-        True,
-        "Keep compiled programs and calibrations in JAX_COMPILATION_CACHE_DIR, or the user's cache "
-        "folder.",
-    )
     drain_delay_s: float = _setting(
         0.0,
         "Seconds after SIGTERM in which the server answers, but is not ready.",
@@ -447,10 +323,6 @@ class ServerSettings(BaseSettings):
         30.0, "Seconds after that for answering what was accepted.", ge=0, le=MAX_DEADLINE_S
     )
 
-    log_format: Literal["json", "text"] = _setting("json", "Format of the log on stderr.")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _setting(
-        "INFO", "Least level that is logged."
-    )
     request_log_rate: float = _setting(
         0.0, "Share of requests that get a line in the log.", ge=0, le=1
     )
@@ -513,8 +385,8 @@ class ServerSettings(BaseSettings):
         """Return every model's settings, with defaults filled in.
 
         Raises:
-            ValueError: where there is no model, one is not named, two have the same name and
-                version, or versions of one name have different policies or none that is served.
+            ValueError: where there is no model, one is not named, or two have the same name and
+                version.
         """
         models = [model.over(self.defaults) for model in self.models]
         if not models:
@@ -524,26 +396,7 @@ class ServerSettings(BaseSettings):
         names = [model.key for model in models]
         if len(set(names)) < len(names):
             raise ValueError(f"models must have different names (`name`) or versions, not {names}")
-        served = {
-            model.served_name: _served_versions(model.served_name, models) for model in models
-        }
-        return [model for model in models if model.version in served[model.served_name]]
-
-
-def _served_versions(name: str, models: Sequence[ModelSettings]) -> set[int]:
-    """Return the versions of a name that its policy chooses. Raises ValueError."""
-    versions = {model.version for model in models if model.served_name == name}
-    policy, *others = {model.version_policy for model in models if model.served_name == name}
-    if others:
-        raise ValueError(
-            f"versions of {name} must have one policy, not {sorted([policy, *others])}"
-        )
-    if policy == "all":
-        return versions
-    chosen = {max(versions)} if policy == "latest" else {int(each) for each in policy.split(",")}
-    if not chosen <= versions:
-        raise ValueError(f"version_policy {policy!r} of {name}: it has versions {sorted(versions)}")
-    return chosen
+        return models
 
 
 def _read(file: Path) -> bytes:
@@ -619,13 +472,3 @@ def as_toml(server: ServerSettings, models: Sequence[ModelSettings]) -> str:
         head + "\n".join(f"{k} = {to_toml(v)}" for k, v in values.items() if v is not None)
         for head, values in tables
     )
-
-
-def to_toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {to_toml(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(to_toml, value)) + "]"
-    if isinstance(value, str | Path):
-        return json.dumps(str(value), ensure_ascii=False)
-    return str(value).lower()  # numbers, infinity and booleans

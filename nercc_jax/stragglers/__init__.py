@@ -1,33 +1,39 @@
 """Stragglers: sets of them, laws of latency, and rules of waiting."""
 
-from ._laws import (
-    AbstractLatency,
-    AbstractStragglers,
-    ContiguousStragglers,
-    ExactStragglers,
-    ExponentialLatency,
-    IndependentStragglers,
-    LogNormalLatency,
-    ParetoLatency,
-    RowLatency,
-    TraceLatency,
-    WaitFor,
-    WaitUntil,
-    straggler_sets,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "AbstractLatency",
-    "AbstractStragglers",
-    "ContiguousStragglers",
-    "ExactStragglers",
-    "ExponentialLatency",
-    "IndependentStragglers",
-    "LogNormalLatency",
-    "ParetoLatency",
-    "RowLatency",
-    "TraceLatency",
-    "WaitFor",
-    "WaitUntil",
-    "straggler_sets",
-]
+if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
+    from ._laws import AbstractLatency as AbstractLatency
+    from ._laws import AbstractStragglers as AbstractStragglers
+    from ._laws import ContiguousStragglers as ContiguousStragglers
+    from ._laws import ExactStragglers as ExactStragglers
+    from ._laws import ExponentialLatency as ExponentialLatency
+    from ._laws import IndependentStragglers as IndependentStragglers
+    from ._laws import LogNormalLatency as LogNormalLatency
+    from ._laws import ParetoLatency as ParetoLatency
+    from ._laws import RowLatency as RowLatency
+    from ._laws import TraceLatency as TraceLatency
+    from ._laws import WaitFor as WaitFor
+    from ._laws import WaitUntil as WaitUntil
+    from ._laws import straggler_sets as straggler_sets
+
+# Imported when they are first used: the simulator of hedging runs without JAX.
+_WHERE = {
+    "_laws": "AbstractLatency AbstractStragglers ContiguousStragglers ExactStragglers "
+    "ExponentialLatency IndependentStragglers LogNormalLatency ParetoLatency RowLatency "
+    "TraceLatency WaitFor WaitUntil straggler_sets"
+}
+__all__ = [*_WHERE["_laws"].split()]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(importlib.import_module("._laws", __name__), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

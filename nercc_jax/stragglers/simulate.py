@@ -1,55 +1,19 @@
 """The simulator: latencies of calls and a policy give times, calls, and who answered.
 
 It runs on NumPy arrays of any number of queries at once: a million take a second. A policy says
-what is sent when, given what has come by then; `Hedge` sends further copies of single queries, and
-`Waiting` ends a group of coded data points. Latencies are drawn from a law (`Latencies`) or come
-from calls that were recorded (`RecordedCalls`). Each call finds a worker that is free: queueing is
-left out, and what the master does itself takes no time. `testing.SimulatedPool` runs the real
-scheduler instead, with queues, one query after the other.
+what is sent when, given what has come by then: `Hedge` sends further copies of single queries.
+Latencies come from calls that were recorded (`RecordedCalls`) or, in `groups`, are drawn from a
+law; groups of coded data points end there. Each call finds a worker that is free: queueing is left
+out, and what the master does itself takes no time. `testing.SimulatedPool` runs the real scheduler
+instead, with queues, one query after the other.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
-
-from ..codes import AbstractCode
-from ..codes._kept import encoder_of
-from ._laws import AbstractLatency, AbstractWaiting, check_alike
-
-
-class Latencies:
-    """Draws of a law, many at a time, taken from a million that were drawn once.
-
-    JAX would compile the law's sampling for every shape.
-
-    Raises:
-        ValueError: The law draws a negative or infinite latency.
-    """
-
-    def __init__(self, law: AbstractLatency, key: PRNGKeyArray, *, draws: int = 1 << 20):
-        self.law = law
-        check_alike(law, "give one law for all workers, such as a TraceLatency of all their times")
-        self._pool = np.asarray(law.sample(key, (draws,)))
-        self._seed = int(jax.random.bits(key))
-        if not np.all(np.isfinite(self._pool) & (self._pool >= 0)):
-            raise ValueError(f"latencies must be finite, in seconds, 0 or more; {law} draws others")
-
-    def random(self, stream: int) -> np.random.Generator:
-        """Return one of many independent streams of random numbers, all from the key."""
-        return np.random.default_rng([self._seed, stream])
-
-    def draw(self, stream: int, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
-        """Return independent latencies in seconds, the same for the same stream."""
-        return self._pool[self.random(stream).integers(0, len(self._pool), shape)]
-
-    def quantile(self, share: float) -> float:
-        return float(np.quantile(self._pool, share))
+from jaxtyping import Bool, Float, Int
 
 
 class Outcome(NamedTuple):
@@ -199,64 +163,18 @@ class RecordedCalls(NamedTuple):
         return float(beyond @ probability) / max(float(beyond.sum()), 1e-9)
 
 
-class Waiting(AbstractWaiting):
-    """The rule "decode when `number` workers have answered, but not before `min_wait` seconds".
+def completed(
+    seconds: Float[np.ndarray, " calls"],
+    ended: Bool[np.ndarray, " calls"],
+    random: np.random.Generator,
+) -> Float[np.ndarray, " calls"]:
+    """Return times of calls as they might have been, had none been cancelled before it `ended`.
 
-    A group ends sooner if all its workers have answered, or each data point has an answer of its
-    own: `own[k, n]` says that worker n runs on data point k as it came (`own_workers`). Groups may
-    have workers of their own.
+    A cancelled call takes as long as a random one of those that ended and took longer; twice as
+    long as it did where there is none.
     """
-
-    latency: AbstractLatency
-    own: Bool[Array, "*groups num_data num_workers"] = eqx.field(converter=jnp.asarray)
-    number: Int[Array, ""] = eqx.field(converter=jnp.asarray)
-    min_wait: Float[Array, ""] = eqx.field(converter=lambda value: jnp.asarray(value, float))
-
-    def outcome(
-        self, latencies: Float[Array | np.ndarray, "*groups num_workers"]
-    ) -> tuple[Any, Any, Any]:
-        """Return the mask of answers, the time of the end, and each data point's own time.
-
-        A data point's own time is that of its own answer, infinite where no worker runs on it.
-        NumPy arrays give NumPy arrays, and sort many short rows several times faster than XLA does
-        on a CPU.
-        """
-        workers = self.own.shape[-1]
-        if latencies.shape[-1] != workers:
-            raise ValueError(f"this rule is for {workers} workers, not {latencies.shape[-1]}")
-        xp: Any = np if isinstance(latencies, np.ndarray) else jnp
-        min_wait = xp.asarray(self.min_wait, latencies.dtype)
-        arrivals = xp.sort(latencies, axis=-1)
-        own = xp.where(xp.asarray(self.own), latencies[..., None, :], xp.inf).min(axis=-1)
-        enough = xp.maximum(xp.take(arrivals, xp.asarray(self.number) - 1, axis=-1), min_wait)
-        end = xp.minimum(xp.minimum(enough, arrivals[..., -1]), own.max(axis=-1))
-        return latencies <= end[..., None], end, own
-
-    def draw(
-        self, latencies: Latencies, stream: int, shape: tuple[int, ...]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the outcomes of many independent groups, with the axes `shape` in front."""
-        return self.outcome(latencies.draw(stream, (*shape, self.own.shape[-1])))
-
-
-def own_workers(code: AbstractCode) -> Bool[np.ndarray, "num_data num_workers"]:
-    """Return which workers run on an uncoded data point, and on which."""
-    matrix = encoder_of(code)
-    apart = np.abs(matrix - np.eye(code.num_data)[:, None]).max(axis=-1)
-    return apart < 1e-5  # a row of a spline's encoder is a data point's to rounding
-
-
-def last_prediction(
-    end: Float[np.ndarray, "*draws groups"],
-    own: Float[np.ndarray, "*draws groups num_data"],
-    again: Bool[np.ndarray, "*draws groups num_data"],
-    seconds: Float[np.ndarray, "*draws groups num_data"],
-) -> Float[np.ndarray, "*draws"]:
-    """Return when the last prediction of several groups that begin together is there.
-
-    `again` are the data points that are sent again, uncoded, when their group ends; that takes
-    `seconds`, unless their own answer comes before.
-    """
-    there = np.minimum(own, end[..., None] + seconds)
-    late = np.max(np.where(again, there, 0), axis=-1)
-    return np.max(np.maximum(end, late), axis=-1)
+    known = np.sort(seconds[ended])
+    longer = np.searchsorted(known, seconds, side="right")
+    drawn = longer + (random.random(len(seconds)) * (len(known) - longer)).astype(int)
+    drawn = np.append(known, np.inf)[drawn]
+    return np.where(ended, seconds, np.where(drawn < np.inf, drawn, 2 * seconds))

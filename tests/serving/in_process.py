@@ -91,11 +91,11 @@ def real(name: str, model: Any, code: AbstractCode, shape: Any = (4,), **options
 
 @contextlib.contextmanager
 def listening(
-    starts: Mapping[str, Callable[[], ServedModel]], telemetry: Any = None, **options: Any
+    starts: Mapping[str, Callable[[], ServedModel]], spans: Any = None, **options: Any
 ) -> Iterator[Server]:
     """A server that listens; how `run` ended is its attribute `ended` then."""
     usual = {"http_port": 0, "grpc_port": None, "drain_timeout_s": 1.0}
-    server = Server(starts, read_settings(None, **usual | options), CollectorRegistry(), telemetry)
+    server = Server(starts, read_settings(None, **usual | options), CollectorRegistry(), spans)
     server.ended = None
 
     def run():

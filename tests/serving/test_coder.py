@@ -8,15 +8,12 @@ import numpy as np
 import pytest
 from batching import EXTRAS, INTERLEAVED, OWN
 from conftest import require
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy.interpolate import make_interp_spline
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
 from nercc_jax.codes import BerrutSpline
 from nercc_jax.risk import Accuracy, ErrorProbability
 from nercc_jax.serving import Coder, make_servable
-from nercc_jax.serving._fallback import Budget
 from nercc_jax.serving.adapt._decoding import (
     Compared,
     DecodingScores,
@@ -305,24 +302,6 @@ def test_scores_are_learned_from_compared_answers_and_a_few_groups_say_nothing()
             assert np.mean(error[500:] <= score) > 0.85, "bars of nine tenths"
     short = calibrate_decoding(coder, tanh, rows(60, 3), LABELS)
     assert (short.limit(4), short.limit(2)) == (-1, -1)
-
-
-shares = st.floats(0, 1)
-
-
-@given(share=shares, events=st.lists(st.booleans(), max_size=300))
-def test_no_more_is_sent_again_than_the_budget_has(share, events):
-    free, budget, came, spent = Budget(None), Budget(share), 0, 0
-    for asks in events:
-        free.spend()
-        assert free.affords(), "it has no bound unless given"
-        if not asks:
-            budget.earn(1)
-            came += 1
-        elif budget.affords():
-            budget.spend()
-            spent += 1
-    assert spent <= share * came + 1e-6
 
 
 # Results of calibration are kept between starts: the same is known, and nothing is run for it.

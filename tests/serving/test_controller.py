@@ -10,126 +10,14 @@ from batching import INTERLEAVED
 from traffic import SERVICE, KnowsAll, Traffic, labels_right, model
 
 from nercc_jax import Berrut, Replication, Uncoded
-from nercc_jax.pools import Fault, Faults, Overdue
+from nercc_jax.pools import Fault, Faults
 from nercc_jax.pools.times import Call
 from nercc_jax.serving import BatchingPolicy, Coder
-from nercc_jax.serving.adapt._setting_controller import (
-    CopyTrials,
-    SettingController,
-    forecast,
-    hedged_times,
-)
-from nercc_jax.serving.core._adaptation import DispatchSetting
+from nercc_jax.serving.adapt._setting_controller import SettingController
 from nercc_jax.stragglers import TraceLatency
-from nercc_jax.stragglers.simulate import RecordedCalls
 from nercc_jax.testing import SimulatedPool
 
 REPLICATION = Coder(Replication(1, 2))
-MEDIAN = Overdue(0.5, 1.5, floor=0.0)
-
-
-def foresee(replay, redundancy, known, overdue=MEDIAN, extra=1):
-    return forecast(
-        replay, DispatchSetting(overdue, redundancy), known=known, extra=extra, extra_calls=1.0
-    )
-
-
-def test_a_tail_is_that_of_calls_played_again():
-    own = np.ones(10_000)
-    own[:30] = 11.0  # of which the 20 and more that tails look at are some
-    copies = np.full((2, 10_000), 2.0)
-    replay = RecordedCalls(own, copies, np.full(10_000, 0.5), 0.05)
-    hedged = foresee(replay, "none", 0.0)
-    assert hedged.tail == pytest.approx(1.5 + 2.0)
-    assert hedged.calls == pytest.approx(1 + 30 / 10_000)
-    assert hedged.late == pytest.approx(30 / 10_000)
-    known = foresee(replay, "none", 0.6)
-    assert (known.tail, known.calls) == (pytest.approx(1.5), 1.0)
-    # Half of the queries are drawn as known or not: here all alike.
-    assert foresee(replay, "uncertain", 0.6).calls == 1.0
-    doubted = foresee(replay, "uncertain", 0.4)
-    assert (doubted.tail, doubted.calls) == (pytest.approx(2.0), pytest.approx(2 + 30 / 10_000))
-    assert foresee(replay, "always", 0.6) == foresee(replay, "always", 0.6)
-    assert foresee(replay, "always", 0.6).tail == pytest.approx(1.5)
-    late = foresee(replay, "none", 0.0, Overdue(0.5, 20.0, floor=0.0))
-    assert (late.tail, late.calls) == (pytest.approx(11.0), 1.0)
-    # A floor of 50 ms is one median more than it.
-    floored = foresee(replay, "none", 0.0, Overdue(0.5, 1.5, floor=0.05))
-    assert floored.tail == pytest.approx(2.0 + 2.0)
-
-
-def test_copies_that_go_out_together_come_as_the_quickest_of_them():
-    own, copies = np.ones(10_000), np.full((3, 10_000), 11.0)
-    own[:30], copies[1] = 11.0, 1.0
-    replay = RecordedCalls(own, copies, np.full(10_000, 0.5), 0.05)
-    after = [Overdue(0.5, 1.5, floor=0.0, copies=number) for number in (1, 2, 3)]
-    found = [foresee(replay, "none", 0.0, rule, extra=0) for rule in after]
-    assert [each.tail for each in found] == pytest.approx([3.0 + 1.0, 1.5 + 1.0, 1.5 + 1.0])
-    again = [(each.calls - 1) * 10_000 / 30 for each in found]
-    assert again == pytest.approx([2, 2, 3]), "the third goes out only if two were not enough"
-
-
-def test_copies_are_other_workers_calls_of_the_same_time():
-    calls = [Call(float(i), 0.1 if i % 4 else 1.0, 1, i % 4) for i in range(400)]
-    calls += [Call(i + 0.5, 0.4, 8, i % 4) for i in range(40)]  # larger ones take longer
-    calls += [Call(0.1, 7.0, 2, 0)]  # of its size nothing is known
-    replay = RecordedCalls.replay(calls, 2, workers=4, seed=0)
-    assert replay.median == pytest.approx(0.1)
-    assert set(np.round(replay.own, 6)) == {1.0, 10.0}
-    slow = replay.own > 5
-    assert (replay.copies[:, slow] == 1).all(), "worker 0 is not its own copy"
-    assert (replay.copies[:, ~slow] > 5).any()
-    assert RecordedCalls.replay(calls[:10], 2, workers=4, seed=0) is None
-    # What is slow together stays together: a copy is as slow as its query.
-    together = [Call(float(i), 1.0 if 200 <= i < 400 else 0.1, 1, i % 4) for i in range(600)]
-    replay = RecordedCalls.replay(together, 1, workers=4, seed=0)
-    assert np.mean(replay.own == replay.copies[0]) > 0.97
-
-
-def test_copies_of_slow_queries_are_as_slow_where_that_was_seen():
-    own, quick = np.ones(10_000), np.ones((2, 10_000))
-    own[:500], own[500:1500] = 11.0, 4.0  # by their worker, and by themselves
-    replay = RecordedCalls(own, quick, np.random.default_rng(0).random(10_000), 0.05)
-    fours = own == 4.0
-    alike = replay.as_slow(1.0 * fours)
-    assert (alike.copies[:, :500] == 1).all()
-    assert (alike.copies[:, 500:1500] == 4).all()
-    assert foresee(alike, "none", 0.0, extra=0).tail == pytest.approx(4.0)
-    never = DispatchSetting(MEDIAN, "none", hedges=False)
-    found = forecast(alike, never, known=0.0, extra=0, extra_calls=0.0)
-    assert (found.tail, found.calls) == (11.0, 1.0)
-    half = replay.as_slow(0.5 * fours).copies[0, 500:1500]
-    assert 0.4 < np.mean(half == 4) < 0.6
-    # There are trials without hedging, too.
-    slow, copies = hedged_times(alike, never, known=0.0, extra=0)
-    assert (np.sort(slow) == np.repeat([4.0, 11.0], [1000, 500])).all()
-    assert np.sort(copies) == pytest.approx(np.repeat([1.0, 4.0], [500, 1000]))
-    # A second copy goes out after the first was late, or with it.
-    quick[0] = 11.0
-    for at_once, time in ((1, 2.5), (2, 1.0)):
-        rule = Overdue(0.5, 1.5, floor=0.0, copies=at_once)
-        _, copies = hedged_times(replay, DispatchSetting(rule, "none"), known=0.0, extra=0)
-        assert copies == pytest.approx(np.full(1500, time))
-
-
-def test_trials_show_that_copies_are_as_slow_only_beyond_chance():
-    random, fours = np.random.default_rng(0), 3
-
-    def trials(share, number=500):
-        found = CopyTrials()
-        for _ in range(number // 50):
-            times = np.where(random.random(50) < share, 4.0, 1.0)
-            apart, alike = np.array([4.0, 1.0, 1.0, 1.0, 1.0]), np.array([4.0])
-            found.add(times, apart=apart, alike=alike, decay=0.97)
-        return found.shares
-
-    assert max(trials(0.2)[fours] for _ in range(20)) < 0.05
-    assert trials(1.0)[fours] > 0.9
-    assert trials(1.0).sum() == trials(1.0)[fours]
-    assert 0.3 < trials(0.6)[fours] < 0.5  # (0.6 - 0.2) / (1 - 0.2), less what chance does
-    few = CopyTrials()
-    few.add(np.full(19, 9.0), apart=np.ones(1), alike=np.full(1, 9.0), decay=0.97)
-    assert not few.shares.any()
 
 
 class Sure(KnowsAll):

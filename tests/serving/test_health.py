@@ -10,8 +10,7 @@ from batching import INTERLEAVED, LONG, Held, count, model, queries, serving, se
 
 from nercc_jax import Uncoded
 from nercc_jax.pools.clock import WALL
-from nercc_jax.serving import InferenceFailed, Predictor
-from nercc_jax.serving._fallback import FallbackPolicy
+from nercc_jax.serving import InferenceFailed, Predictor, _batcher
 from nercc_jax.serving.adapt._online_calibration import OnlineCalibration
 from nercc_jax.serving.core import _health
 from nercc_jax.serving.core._health import Health
@@ -75,13 +74,13 @@ def test_a_step_that_fails_is_reported_at_once_and_the_next_works(step, monkeypa
 
 
 def test_a_group_that_cannot_be_decided_is_reported_at_once(monkeypatch):
-    def fails(self, group, late, *, hedges):
+    def fails(*_):
         raise RuntimeError("a bug of ours")
 
     held = Held()
     with serving(INTERLEAVED, held, warm=False) as batcher:
         with monkeypatch.context() as patched:
-            patched.setattr(FallbackPolicy, "decide", fails)
+            patched.setattr(_batcher, "decide", fails)
             future = batcher.submit(queries(3))
             with pytest.raises(InferenceFailed, match="a bug of ours"):
                 future.result(5.0)

@@ -19,6 +19,7 @@ from nercc_server import ENDS
 require("fastapi", "serve")
 
 from nercc_jax import Uncoded
+from nercc_jax.serving import ServerSettings
 from nercc_jax.serving.transport._bodies import RequestMemory
 
 INFER, ONE = "/v2/models/digits/infer", {"input": [[1.0, 2, 3, 4]]}
@@ -26,8 +27,10 @@ INFER, ONE = "/v2/models/digits/infer", {"input": [[1.0, 2, 3, 4]]}
 
 @pytest.fixture(scope="module")
 def server():
-    with serving(Doubles(), max_body_bytes=100_000, max_json_bytes=10_000) as server:
-        yield server
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ServerSettings, "max_json_bytes", 10_000)
+        with serving(Doubles(), max_body_bytes=100_000) as server:
+            yield server
 
 
 def is_fine(server):
@@ -69,9 +72,10 @@ def test_large_json_is_refused_in_favour_of_binary(server):
 # All together.
 
 
-def test_connections_have_a_limit():
+def test_connections_have_a_limit(monkeypatch):
     """The answer is uvicorn's own, and whoever closes one makes room."""
-    with serving(Doubles(), max_connections=2) as server:
+    monkeypatch.setattr(ServerSettings, "max_connections", 2)
+    with serving(Doubles()) as server:
         with connect(server), connect(server) as second:
             second.sendall(as_bytes(INFER, body()))
             assert second.recv(1000).startswith(b"HTTP/1.1 503")

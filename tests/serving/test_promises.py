@@ -302,11 +302,10 @@ def test_scores_are_read_from_the_models_own_answers_before_anything_approximate
     [
         ({"outputs": "logits"}, (), INTERLEAVED, "one number a row"),
         ({"max_disagreement": 0.1}, (), INTERLEAVED, "these are values"),
-        ({"max_reexecution": 0.1}, (), INTERLEAVED, "these are values"),
         ({"max_disagreement": 0.1, "outputs": "values"}, OUT, INTERLEAVED, "these are values"),
         ({"tolerance": 0.1, "max_disagreement": 0.1}, OUT, INTERLEAVED, "these are values"),
         ({"tolerance": 0.1, "outputs": "logits"}, OUT, INTERLEAVED, "a tolerance is for"),
-        ({"coverage": 1.0, "tolerance": 0.1}, OUT, INTERLEAVED, "coverage must be in"),
+        ({"coverage": 1.0, "tolerance": 0.1}, OUT, INTERLEAVED, "coverage must be"),
         ({"tolerance": 0.1}, OUT, Uncoded(1), "a tolerance needs error bars"),
         ({"tolerance": 0.1}, OUT, Berrut(4, 8, points="interleaved"), "Berrut has none"),
         ({"outputs": "values"}, OUT, NeRCC(4, 8), "send each of them twice"),

@@ -29,7 +29,7 @@ from nercc_jax.serving import (
     QueueFull,
 )
 from nercc_jax.serving.adapt import _setting_controller
-from nercc_jax.serving.adapt._setting_controller import Picking
+from nercc_jax.stragglers.picking import Picking
 from nercc_jax.stragglers.simulate import RecordedCalls
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
@@ -99,13 +99,11 @@ class Schedule:
             deadline_s=draw.choice([0.3, 5.0]),
             max_disagreement=0.01 if self.predicts else draw.choice([None, 0.01]),
             redundancy=draw.choice(["always", "uncertain"]) if self.predicts else "always",
-            max_redundancy=draw.choice([None, 0.2]),
-            max_reexecution=draw.choice([None, 0.1]),
             copies=draw.randint(1, 3),
             ordering=False,
             max_calls=1.5 if self.coder.systematic and draw.random() < 0.3 else None,
         )
-        self.seen = {"reexecution": 0, "internal_error": 0}
+        self.seen = {"internal_error": 0}
         self.batcher = CodedBatcher(
             self.pool,
             self.coder,
@@ -125,8 +123,6 @@ class Schedule:
             return audit(given, own)
 
         self.batcher._adaptation.audit = audited
-        self.first = 0  # queries that went out for the first time
-        self.count_first(self.batcher._queue)
         self.submitted = []
         self.ended = []  # a number of a request each time that one ends
         self.checked = 0  # of those, how many were looked at
@@ -138,16 +134,6 @@ class Schedule:
             return usual
         longest = 5 * SECONDS if self.draw.random() < 0.8 else 2 * HANG
         return usual + self.draw.uniform(0, longest)
-
-    def count_first(self, lanes):
-        pop = lanes.pop
-
-        def counting(lane, number):
-            queries = pop(lane, number)
-            self.first += sum(not query.reexecuted for query in queries)
-            return queries
-
-        lanes.pop = counting
 
     def observe(self, what, number):
         if what in self.seen:
@@ -228,20 +214,12 @@ class Schedule:
             assert now <= request.arrived + request.deadline + LATE, "forgotten at its deadline"
         # The queue.
         lanes = batcher._queue
-        stand = [
-            query
-            for lane in (lanes.resent, lanes.exact, lanes.coded)
-            for queue in (lane._high, lane._ordinary)
-            for query in queue
-        ]
+        stand = [query for lane in (lanes.exact, lanes.coded) for *_, query in lane._heap]
         waiting = [query for query in stand if query.waiting]
         assert lanes.waiting == len(waiting), "the queue's count is wrong"
         assert not any(query.done for query in waiting)
-        held = math.inf > batcher._dispatch_due and not (lanes.resent or lanes.exact)
+        held = math.inf > batcher._dispatch_due and not lanes.exact
         assert not waiting or not self.pool.idle or held, "a query waits beside an idle worker"
-        if (share := self.policy.max_reexecution) is not None:
-            left = share * self.first - self.seen["reexecution"]
-            assert math.isclose(batcher._fallback.budget._left, left, abs_tol=1e-9), "the budget"
         # The scheduler.
         idle = {w for w, seat in enumerate(scheduler._slots) if seat.ready and seat.task is None}
         assert set(scheduler._queue._idle) == idle

@@ -2,10 +2,8 @@
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
-import concurrent.futures
 import http.server
 import logging
-import socket
 import sys
 import threading
 
@@ -25,13 +23,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased, Sampler
 from opentelemetry.trace import StatusCode
 
 from nercc_jax import NeRCC, Uncoded
-from nercc_jax.serving._tracing import (
-    GroupTrace,
-    RequestLog,
-    RequestTrace,
-    Telemetry,
-    telemetry_from_environment,
-)
+from nercc_jax.serving._tracing import RequestLog, provider_from_environment
 
 pytestmark = pytest.mark.slow
 
@@ -44,8 +36,9 @@ JOURNAL = "nercc_jax.serving._tracing"
 def start(name, code):
     """A model three in ten of whose calls straggle. Groups wait to be filled for long."""
     usual = {"max_batch_size": 1, "batch_wait_timeout_s": 0.5, "ordering": False}
-    faults = {"straggler_rate": 0.3, "straggler_delay_s": 0.3, "max_disagreement": 1}
-    return real(name, lambda x: 2 * x, code, workers=4, outputs="logits", **usual | faults)
+    faults = {"straggler_rate": 0.3, "straggler_delay_s": 0.3}
+    usual |= {"max_disagreement": 1, "faults": faults, "workers": 4, "outputs": "logits"}
+    return real(name, lambda x: 2 * x, code, **usual)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +52,7 @@ def server(spans):
     provider = TracerProvider(sampler=ParentBased(ALWAYS_ON))
     provider.add_span_processor(SimpleSpanProcessor(spans))
     decodes = start("decodes", NeRCC(2, 4, points="interleaved", lambda_dec=0.0))
-    found = {"grpc_port": 0, "request_log_rate": 1.0, "telemetry": Telemetry(provider)}
+    found = {"grpc_port": 0, "request_log_rate": 1.0, "spans": provider}
     with serving(decodes, start("repeats", Uncoded(2)), **found) as server:
         yield server
 
@@ -78,93 +71,51 @@ def send(server, model, name, count=1, face="json", **headers):
     return ask(face, server, model, {"input": x}, id=name, headers=headers).is_(200)
 
 
-def family(spans, name):
-    """A request's span and its children, once they are all there."""
+def span_of(spans, name):
+    """A request's span, once it is there."""
     for _ in patience(ENDS):
-        ended = spans.get_finished_spans()
-        roots = [s for s in ended if (s.attributes or {}).get("nercc.request_id") == name]
-        if roots:
-            (root,) = roots
-            return root, [s for s in ended if s.parent and s.parent.span_id == root.context.span_id]
+        for span in spans.get_finished_spans():
+            if (span.attributes or {}).get("nercc.id") == name:
+                return span
     raise AssertionError(f"no span of {name}")
 
 
-def test_the_log_says_who_shared_a_group(server, lines):
+def test_the_log_and_the_span_say_what_became_of_a_request(server, spans, lines):
     assert send(server, "decodes", "two", count=2)
-    (alone,) = lines()["two"].groups
-    assert (alone["queries"], alone["shared_with"]) == ([0, 1], [])
-    names = ("first", "second")
-    with concurrent.futures.ThreadPoolExecutor(2) as clients:
-        assert all(clients.map(lambda name: send(server, "decodes", name), names))
-    found = {name: lines()[name].groups[0] for name in names}
-    # Whoever was answered before the other came did not share anything until then.
-    assert found["first"]["group"] == found["second"]["group"] > alone["group"]
-    shared = [each for name in names for each in found[name]["shared_with"]]
-    assert shared
-    assert set(shared) <= set(names)
-    for each in found.values():
-        assert each["queries"] == [0]
-        assert 1 <= each["responded"] <= each["asked"] <= 4
-    line = lines()["first"]
+    line, span = lines()["two"], span_of(spans, "two")
     assert (line.model, line.outcome) == ("decodes", "ok")
     assert 0 < line.queue_ms < line.ms < 1e3 * ENDS
     assert len(line.trace_id) == 32
+    assert all(1 <= a <= b <= 4 for a, b in zip(line.responded, line.asked, strict=True))
+    assert set(line.answers) <= {"exact", "decoded", "reexecuted"}
+    for name in ("model", "outcome", "ms", "queue_ms"):
+        assert span.attributes[f"nercc.{name}"] == getattr(line, name)
+    for name in ("answers", "asked", "responded"):
+        assert list(span.attributes[f"nercc.{name}"]) == getattr(line, name)
 
 
 def test_what_was_not_answered_is_in_the_log_and_an_error_of_its_span(server, spans, lines):
     assert not send(server, "decodes", "wrong", count=0)
     line = lines()["wrong"]
-    assert (line.outcome, line.answers, line.groups, line.queue_ms) == ("invalid", [], [], None)
+    assert line.outcome == "invalid"
+    assert not hasattr(line, "answers")
     assert "not of shape [0]" in line.error
-    root, children = family(spans, "wrong")
+    root = span_of(spans, "wrong")
     assert root.status.status_code == StatusCode.ERROR
     assert root.attributes["nercc.outcome"] == "invalid"
-    assert not children
-
-
-def test_what_a_group_does_after_a_request_has_ended_is_not_in_its_trace():
-    """Spans are made later, by another thread: others' calls may have ended, or begun, by then."""
-    exporter, provider = InMemorySpanExporter(), TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    telemetry, record, group = Telemetry(provider), RequestTrace("model", False), GroupTrace()
-    record.span = telemetry.start_span(record, {})
-    group.sent([0], record.arrived)
-    record.enter(group, 0, record.arrived)
-    group.answered(0, record.arrived + 60.0, 1)
-    group.add("decode", record.arrived + 60.0, record.arrived + 61.0)
-    telemetry.end(record, "ok")
-    telemetry.close()
-    *children, root = exporter.get_finished_spans()
-    assert {child.name: child.attributes["nercc.over"] for child in children} == {
-        "queue": True,
-        "worker call": False,
-    }
-    assert all(child.end_time <= root.end_time for child in children)
 
 
 def test_a_request_belongs_to_the_trace_of_who_asked(server, spans):
     for name in ("json", "raw"):
         assert send(server, "decodes", name, face=name, traceparent=TRACEPARENT)
-        root, children = family(spans, name)
+        root = span_of(spans, name)
         assert f"{root.context.trace_id:032x}" == TRACE
         assert f"{root.parent.span_id:016x}" == PARENT
         assert (root.name, root.attributes["nercc.outcome"]) == ("infer decodes", "ok")
-        assert {"queue", "worker call"} <= {child.name for child in children}
-        for child in children:
-            assert child.context.trace_id == root.context.trace_id
-            # Others' queries of the same group may have been sent before it came.
-            assert child.start_time <= child.end_time <= root.end_time
-            assert child.name != "queue" or root.start_time <= child.start_time
 
 
-@pytest.mark.parametrize(
-    ("model", "answer", "names"),
-    [
-        ("decodes", "decoded", {"queue", "encode", "worker call", "decode", "error probability"}),
-        ("repeats", "reexecuted", {"queue", "worker call", "send again"}),
-    ],
-)
-def test_spans_say_what_a_straggler_did(server, spans, lines, model, answer, names):
+@pytest.mark.parametrize(("model", "answer"), [("decodes", "decoded"), ("repeats", "reexecuted")])
+def test_they_say_what_a_straggler_did(server, spans, lines, model, answer):
     for number in range(60):
         name = f"{model}-{number}"
         assert send(server, model, name, count=2)
@@ -172,27 +123,16 @@ def test_spans_say_what_a_straggler_did(server, spans, lines, model, answer, nam
             break
     else:
         raise AssertionError("nothing ever straggled")
-    root, children = family(spans, name)
-    assert names <= {child.name for child in children}
-    assert root.attributes[f"nercc.queries_{answer}"] >= 1
-    calls = [child for child in children if child.name == "worker call"]
-    groups = lines()[name].groups
-    assert len(calls) == sum(group["asked"] for group in groups)
-    over = [child.attributes["nercc.over"] for child in calls]
-    workers = [child.attributes.get("nercc.worker") for child in calls]
-    assert [worker is not None and worker >= 0 for worker in workers] == over
-    # One more may have come between the decoding and the reply.
-    assert over.count(True) >= sum(group["responded"] for group in groups)
-    assert not all(over) or model == "repeats"  # the straggler's own is still out
+    assert answer in span_of(spans, name).attributes["nercc.answers"]
 
 
 def test_what_the_client_does_not_sample_is_not_traced(server, spans, lines):
     assert send(server, "decodes", "quiet", traceparent=UNSAMPLED)
     assert send(server, "decodes", "loud", traceparent=TRACEPARENT)
-    family(spans, "loud")
+    span_of(spans, "loud")
     assert lines()["loud"].trace_id == TRACE
     assert not hasattr(lines()["quiet"], "trace_id")
-    found = {(span.attributes or {}).get("nercc.request_id") for span in spans.get_finished_spans()}
+    found = {(span.attributes or {}).get("nercc.id") for span in spans.get_finished_spans()}
     assert "quiet" not in found
 
 
@@ -205,12 +145,10 @@ class Broken(Sampler):
 
 
 def test_no_request_fails_for_its_spans(caplog):
-    telemetry = Telemetry(TracerProvider(sampler=Broken()))
-    log = RequestLog(0.0, telemetry)
+    log = RequestLog(0.0, TracerProvider(sampler=Broken()))
     record = log.start("digits", dict)
     assert record is not None
     log.end(record, "ok")
-    telemetry.close()
     assert "a request is not traced" in caplog.text
 
 
@@ -232,23 +170,22 @@ def bare(monkeypatch):
 
 
 def test_nothing_is_traced_unless_an_endpoint_is_named_and_packages_are_there(bare):
-    assert telemetry_from_environment() is None
+    assert provider_from_environment() is None
     bare.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     bare.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(ImportError, match=r"OTLP_ENDPOINT is set, .*\.\[telemetry\]"):
-        telemetry_from_environment()
+        provider_from_environment()
     bare.setenv("OTEL_SDK_DISABLED", "true")
-    assert telemetry_from_environment() is None
+    assert provider_from_environment() is None
 
 
 def trace_one(bare, port):
-    """The telemetry after one request, with its endpoint at this port."""
+    """The provider of one request's span, with its endpoint at this port."""
     bare.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
-    telemetry = telemetry_from_environment()
-    log = RequestLog(0.0, telemetry)
+    provider = provider_from_environment()
+    log = RequestLog(0.0, provider)
     log.end(log.start("digits", dict), "ok")
-    telemetry.close()
-    return telemetry
+    return provider
 
 
 def test_spans_reach_a_collector(bare):
@@ -267,7 +204,7 @@ def test_spans_reach_a_collector(bare):
 
     with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
         threading.Thread(target=collector.serve_forever, daemon=True).start()
-        trace_one(bare, collector.server_port)
+        trace_one(bare, collector.server_port).shutdown()
         collector.shutdown()
     ((path, content),) = came
     assert path == "/v1/traces"
@@ -275,10 +212,3 @@ def test_spans_reach_a_collector(bare):
     named = {each.key: each.value.string_value for each in found.resource.attributes}
     assert named["service.name"] == "nercc_jax"
     assert [span.name for span in found.scope_spans[0].spans] == ["infer digits"]
-
-
-def test_a_collector_that_does_not_answer_keeps_nobody(bare):
-    bare.setattr("nercc_jax.serving._tracing._LAST", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        telemetry = trace_one(bare, silent.getsockname()[1])
-        assert telemetry._thread.is_alive(), "the server's end waited for the collector"

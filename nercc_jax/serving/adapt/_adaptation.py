@@ -5,16 +5,17 @@ immutable, and was computed by other threads: the scheduler's does nothing but a
 """
 
 import collections
+import dataclasses
 import logging
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Shaped
 
 from ...evaluation._criteria import agree_on_labels, root_mean_square
+from ...inference.models import warn_if_other
 from ...pools import AbstractPool
-from ...pools.clock import AbstractClock
 from ...risk import Comparison, Risk
 from ...risk._accuracy import error_ratios
 from ...risk._outputs import ROWS, why_no_scores
@@ -22,7 +23,8 @@ from ...risk.votes import AnswerChecks
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import DispatchSetting, overdue_rule
 from ..core._coder import Coder
-from ..core._request import Answer, ApproximateAnswer, Source
+from ..core._decide import LateEvidence
+from ..core._request import ApproximateAnswer, Source
 from ._decoding import Compared, DecodingScores
 from ._predictor import Predictor
 from ._setting_controller import SettingController
@@ -34,97 +36,11 @@ _LOG = logging.getLogger(__name__)
 FIRST, _COMPARED = 32, 1024
 
 
-class Learning:
-    """A thread that looks at answers: are outputs scores, and which decoded ones are right?
-
-    Attributes:
-        scores: whether outputs look like scores; None before enough of them are known.
-        why: why they do not.
-    """
-
-    def __init__(
-        self,
-        coder: Coder,
-        decoding: DecodingScores,
-        clock: AbstractClock,
-        observe: Observe,
-        *,
-        reads_outputs: bool,
-    ):
-        """Start with the answers that calibration has seen, if any."""
-        self._coder, self._observe = coder, observe
-        own = decoding.own if reads_outputs else None
-        self._answers = [] if own is None else list(own)
-        self.scores: bool | None = None if reads_outputs else True
-        self.why: str | None = None
-        self._decoding = decoding
-        self._compared: collections.deque[Compared] = collections.deque(maxlen=_COMPARED)
-        self._due = math.inf if decoding.calibrated else FIRST
-        self._number = self._drifts = 0
-        self._learned: tuple[DecodingScores, list[Comparison]] | None = None
-        self._turns = clock.turns("nercc-learning", self._turn)
-        self.start, self.close = self._turns.start, self._turns.close
-        self._look()
-
-    def add(self, own: np.ndarray) -> None:
-        """Take an answer of the model, and return at once."""
-        if self.scores is None:
-            self._answers.append(own.ravel())
-            if len(self._answers) == ROWS:
-                self._turns.wake()
-
-    def compare(self, compared: Compared) -> None:
-        """Take a straggler's decoded answer that was compared with its own; return at once."""
-        self._compared.append(compared)
-        self._number += 1
-        if self._number >= self._due:
-            self._turns.wake()
-
-    def take(self) -> tuple[DecodingScores, list[Comparison]] | None:
-        """Return new scores, once, with the comparisons that they have not learned from."""
-        learned, self._learned = self._learned, None
-        return learned
-
-    def forget(self) -> None:
-        """Learn from later comparisons only, after a drift."""
-        self._compared.clear()
-        self._number, self._learned, self._drifts = 0, None, self._drifts + 1
-        self._due = FIRST if self._due < math.inf else self._due
-
-    @property
-    def progress(self) -> tuple[int, int]:
-        """The number of answers seen, and the number that is needed."""
-        return min(len(self._answers), ROWS), ROWS
-
-    @property
-    def compared(self) -> int:
-        """The number of decoded answers that were compared."""
-        return self._number
-
-    def _turn(self) -> float:
-        try:
-            self._look()
-            if self._number >= self._due:
-                drifts, compared = self._drifts, list(self._compared)
-                self._due = self._number + max(self._number // 2, FIRST)
-                learned = self._decoding.learn(compared, self._coder.form)
-                self._learned = learned if drifts == self._drifts else None
-        except Exception:
-            # Earlier results stay; later answers may do better.
-            _LOG.exception("learning from decoded answers failed")
-            self._observe("internal_error", 1)
-        return math.inf
-
-    def _look(self) -> None:
-        if self.scores is None and len(self._answers) >= ROWS:
-            self.why = why_no_scores(np.stack(self._answers), self._coder.form)
-            self.scores = self.why is None
-            found = "scores of labels" if self.scores else f"values: {self.why}"
-            _LOG.info("outputs look like %s", found)
-
-
 class Adaptation:
     """Scores of decoded answers, a surrogate if there is one, and the choice of settings.
+
+    One thread learns: whether outputs are scores, which decoded answers are right, and the
+    surrogate.
 
     Attributes:
         scores: the scores of decoded answers.
@@ -145,8 +61,18 @@ class Adaptation:
         """Attach the parts to each other, without starting their threads.
 
         Raises:
-            ValueError: for a policy that does not fit the code or the predictor.
+            ValueError: for a policy that does not fit the code, the predictor, or the promise that
+                the scores were calibrated for.
         """
+        known, wanted = scores.accuracy, policy.accuracy
+        if (known.tolerance, known.coverage) != (wanted.tolerance, wanted.coverage):
+            raise ValueError(
+                f"decoding was calibrated for a tolerance of {known.tolerance} and a coverage of "
+                f"{known.coverage}, the policy has {wanted.tolerance} and {wanted.coverage}"
+            )
+        scores = dataclasses.replace(scores, accuracy=wanted)
+        if scores.calibrated:
+            warn_if_other("the error estimate", scores.conditions, pool.conditions)
         self.scores, self.predictor = scores, predictor
         self._controller = (
             None
@@ -161,12 +87,22 @@ class Adaptation:
         needs = self._accuracy.promises and not scores.calibrated
         self._decoding_risk = Risk(self._accuracy, needs_evidence=needs)
         unread = policy.outputs is None and (coder.can_decode or predictor is not None)
-        self._learning = Learning(coder, scores, pool.clock, self.observe, reads_outputs=unread)
-        self._outputs = self._learning if unread else None
+        # What is learned on the thread, from what the scheduler's thread adds.
+        self._unread, self._answers = unread, [] if scores.own is None else list(scores.own)
+        self._read_as: Literal["scores", "values"] | None = None if unread else "scores"
+        self._why: str | None = None
+        self._compared: collections.deque[Compared] = collections.deque(maxlen=_COMPARED)
+        self._due = math.inf if scores.calibrated else FIRST
+        self._number = self._drifts = 0
+        self._learned: tuple[DecodingScores, list[Comparison]] | None = None
+        self._turns = pool.clock.turns("nercc-learning", self._turn)
+        self._look()
         self.checks: AnswerChecks | None = None
         if predictor is not None:
             width, rate = policy.max_batch_size, policy.check_answers
-            predictor.attach(self._accuracy, width, coder.form, self.observe, pool.clock, rate)
+            wake = self._turns.wake
+            form = coder.form
+            predictor.attach(self._accuracy, width, form, self.observe, pool.clock, wake, rate)
             if rate is not None:
                 self.checks = AnswerChecks(
                     pool.num_workers, policy.max_fenced, pool.worker_dtype, self.observe
@@ -176,8 +112,6 @@ class Adaptation:
                 "check_answers needs a predictor (`--surrogate`): nothing else tells what answers "
                 "should be"
             )
-        parts = self._controller, predictor, self._learning
-        self._parts = [each for each in parts if each is not None]
 
     @property
     def setting(self) -> DispatchSetting:
@@ -193,12 +127,12 @@ class Adaptation:
         """True where nothing approximate will ever be given out, by what the outputs are."""
         if self._policy.outputs == "values":
             return self._policy.tolerance is None
-        return self._outputs is not None and self._outputs.scores is False
+        return self._read_as == "values"
 
     @property
     def approximates(self) -> bool:
         """True if approximate answers may be given out at all, by what the outputs are."""
-        return not self._exact_only and (self._outputs is None or bool(self._outputs.scores))
+        return not self._exact_only and self._read_as is not None
 
     @property
     def can_predict(self) -> bool:
@@ -208,27 +142,47 @@ class Adaptation:
 
     def start(self) -> None:
         """Start the threads."""
-        for each in self._parts:
-            each.start()
+        self._turns.start()
+        if self._controller is not None:
+            self._controller.start()
 
     def close(self) -> None:
         """End the threads."""
-        for each in self._parts:
-            each.close()
+        self._turns.close()
+        if self._controller is not None:
+            self._controller.close()
+
+    def _turn(self) -> float:
+        try:
+            self._look()
+            if self._number >= self._due:
+                drifts, compared = self._drifts, list(self._compared)
+                self._due = self._number + max(self._number // 2, FIRST)
+                learned = self.scores.learn(compared, self._coder.form)
+                self._learned = learned if drifts == self._drifts else None
+        except Exception:
+            # Earlier results stay; later answers may do better.
+            _LOG.exception("learning from decoded answers failed")
+            self.observe("internal_error", 1)
+        return math.inf if self.predictor is None else self.predictor.turn()
+
+    def _look(self) -> None:
+        """See whether outputs are scores, once enough of them are known."""
+        if self._read_as is None and len(self._answers) >= ROWS:
+            self._why = why_no_scores(np.stack(self._answers), self._coder.form)
+            self._read_as = "scores" if self._why is None else "values"
+            found = "scores of labels" if self._why is None else f"values: {self._why}"
+            _LOG.info("outputs look like %s", found)
 
     def status(self) -> dict[str, Any]:
         controller, predictor, checks = self._controller, self.predictor, self.checks
         ready = predictor is not None and predictor.checks_answers
         # How outputs are read, and why; None as long as that is not known.
-        read, why, look = "scores", "as set", self._outputs
-        if look is None:
-            read = "values" if self._policy.outputs == "values" else read
-        elif look.scores is None:
-            known, needed = look.progress
-            read, why = None, f"{known} of {needed} answers were looked at"
-        else:
-            read = "scores" if look.scores else "values"
-            why = look.why or "the model's own answers look like scores"
+        read, why = self._read_as, self._why or "the model's own answers look like scores"
+        if not self._unread:
+            read, why = "values" if self._policy.outputs == "values" else "scores", "as set"
+        elif read is None:
+            why = f"{min(len(self._answers), ROWS)} of {ROWS} answers were looked at"
         return {
             "policy": None if controller is None else controller.status(),
             "predictor": None if predictor is None else predictor.status(),
@@ -242,21 +196,20 @@ class Adaptation:
         """Return what stragglers showed of decoded answers, before a score is learned, too."""
         found = self._decoding_risk.status()
         if not self.scores.known:
-            compared = self._learning.compared
-            found |= {"compared": compared, "needed": max(found["needed"], FIRST)}
+            found |= {"compared": self._number, "needed": max(found["needed"], FIRST)}
         return found
 
     def hints(self) -> list[str]:
         found, risk = [], self._decoding_risk
-        if self._outputs is not None and self._outputs.scores is None:
-            known, needed = self._outputs.progress
+        if self._read_as is None:
             found.append(
-                f"outputs are scores or values: {known} of {needed} answers were looked at; "
-                "nothing approximate is given out until then, or until outputs are set"
+                f"outputs are scores or values: {min(len(self._answers), ROWS)} of {ROWS} answers "
+                "were looked at; nothing approximate is given out until then, or until outputs are "
+                "set"
             )
-        elif self._outputs is not None and self._exact_only:
+        elif self._unread and self._exact_only:
             found.append(
-                f"outputs are read as values, since {self._outputs.why}: all answers are exact; "
+                f"outputs are read as values, since {self._why}: all answers are exact; "
                 "set a tolerance, or outputs = 'logits' if they are scores"
             )
         elif self._exact_only and self._coder.can_decode:
@@ -278,8 +231,10 @@ class Adaptation:
 
     def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
         """Take the model's own answer to a query."""
-        if self._outputs is not None:
-            self._outputs.add(own)
+        if self._read_as is None:
+            self._answers.append(own.ravel())
+            if len(self._answers) == ROWS:
+                self._turns.wake()
         if self.predictor is not None:
             self.predictor.add_answer(x, own)
 
@@ -289,22 +244,24 @@ class Adaptation:
         Answers that are given out are counted there, and their `audit` follows.
         """
         if source == "decoded":
-            if (new := self._learning.take()) is not None:
+            new, self._learned = self._learned, None
+            if new is not None:  # with comparisons that it has not learned from
                 self.scores, shown = new
                 self._decoding_risk.replace(shown)
             return self._decoding_risk
         assert self.predictor is not None
         return self.predictor.risk
 
-    def admits(self, answer: Answer, *, calibrated: bool) -> bool:
-        """Return whether an approximate answer may be given out, by what stragglers showed.
-
-        It is `calibrated` if it is within the limit of a calibration.
-        """
-        if answer.source == "predicted" and not calibrated:
-            return False
-        risk = self.risk(answer.source)
-        return bool(risk.admits(answer.disagreement, answer.error, calibrated=calibrated))
+    def evidence(self, queries: int) -> LateEvidence:
+        """Return what is known by now, for a group with this number of queries."""
+        limit = math.inf
+        if self._accuracy.promises:
+            # What has had a drift is compared without being given out.
+            limit = self.scores.limit(queries) if self.risk("decoded").drifts == 0 else -1.0
+        risk: dict[Source, Risk] = {"decoded": self.risk("decoded")}
+        if self.predictor is not None:
+            risk["predicted"] = self.risk("predicted")
+        return LateEvidence(self.setting, self.approximates, self.can_predict, limit, risk)
 
     def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
         """Compare an answer with the model's own, which came late, or is None and will never come.
@@ -323,13 +280,14 @@ class Adaptation:
             error = root_mean_square(value - own.ravel())
             excess = float(error_ratios(error, np.asarray(answer.error)))
             if answer.features is not None:
-                compared = Compared(answer.features, wrong, float(error))
-                self._learning.compare(compared)
+                self._compared.append(Compared(answer.features, wrong, float(error)))
+                self._number += 1
+                if self._number >= self._due:
+                    self._turns.wake()
         row = Comparison(answer.disagreement, answer.error, wrong, excess)
         drifted = risk.add(
             row,
             given=given.given,
-            forced=given.forced,
             epoch=given.epoch,
             unknown=own is None,
             widened=given.widened,
@@ -338,7 +296,10 @@ class Adaptation:
             assert self.predictor is not None
             self.predictor.discard()
         elif drifted:
-            self._learning.forget()
+            # Learn from later comparisons only.
+            self._compared.clear()
+            self._number, self._learned, self._drifts = 0, None, self._drifts + 1
+            self._due = FIRST if self._due < math.inf else self._due
             self.observe("drift", 1)
             _LOG.warning("decoded answers went wrong more often than promised: see the status")
         return not (wrong if labels else excess > given.widened)

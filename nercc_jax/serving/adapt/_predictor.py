@@ -37,7 +37,7 @@ class Predictor:
     answers nothing until it is calibrated, which takes 384 answers, or 128 for a surrogate that
     does not learn, and has shown that it is right about stragglers' queries, which may be harder
     than others (14 of them for a `max_disagreement` of 0.1, 28 for 0.05, 138 for 0.01). It learns
-    on a thread of its own, in a twentieth of the time at most, later in a hundredth.
+    beside the batcher, in a twentieth of the time at most, later in a hundredth.
 
     Example:
         >>> import numpy as np
@@ -92,9 +92,10 @@ class Predictor:
         form: Form | None,
         observe: Observe,
         clock: AbstractClock,
+        wake: Callable[[], Any],
         check_rate: float | None = None,
     ) -> None:
-        """Attach the predictor to its batcher, which starts and closes it.
+        """Attach the predictor to its batcher, whose learning thread calls `turn` after a `wake`.
 
         Answers are given out by the accuracy promised; `form` are their parts that have a label
         each. Programs are compiled for `width` queries. `check_rate` of the model's right answers
@@ -119,8 +120,7 @@ class Predictor:
         self._width, self._observe, self._clock = width, observe, clock
         self._compiled = False
         self._time = TimeShare(clock, _SHARE, longest=_LONGEST)
-        self._turns = clock.turns("nercc-predictor", self._turn)
-        self.start, self.close = self._turns.start, self._turns.close
+        self._wake = wake
 
     @property
     def state(self) -> State:
@@ -214,7 +214,7 @@ class Predictor:
         """Take the model's own answer to a query, and return at once."""
         self._inbox.append((x, own.ravel()))
         if len(self._inbox) == BATCH:  # once: a turn that has to wait comes back by itself
-            self._turns.wake()
+            self._wake()
 
     @property
     def risk(self) -> Risk:
@@ -230,9 +230,10 @@ class Predictor:
     def discard(self) -> None:
         """Give nothing out until the surrogate is calibrated again: too many were wrong."""
         self._drift_detected = True
-        self._turns.wake()
+        self._wake()
 
-    def _turn(self) -> float:
+    def turn(self) -> float:
+        """Learn from what has come, and return when to be called again; on a thread of its own."""
         while len(self._inbox) >= BATCH:
             now = self._clock.now()
             if now < self._time.next:

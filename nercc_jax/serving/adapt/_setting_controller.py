@@ -1,199 +1,28 @@
 """The controller of settings: picks the late rule and the redundancy by the measured tail.
 
-Tails are forecast by replaying a pool's calls (`stragglers.simulate`). What slows a query, whoever
-computes it, is told by copies that were sent, and makes them useless. Queueing is left out, so
-forecasts are corrected by what is measured.
+It chooses as `stragglers.picking` does, by a replay of the pool's calls. Queueing is left out
+there, so forecasts are corrected by what is measured.
 """
 
 import collections
-import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
 
 from ...pools import AbstractPool, Overdue
 from ...pools.clock import TimeShare
 from ...pools.times import Call
-from ...stragglers.simulate import Hedge, RecordedCalls
+from ...stragglers import picking, simulate
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import DispatchSetting, Redundancy, overdue_rule
 from ..core._coder import Coder
 from ._predictor import Predictor
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Picking:
-    """The numbers that the choice of a setting rests on.
-
-    Attributes:
-        thresholds: Limits of lateness that are tried besides the policy's own rule, in medians.
-        at_once: Copies of a straggler's query that go out together, at most.
-        every: Queries between two decisions.
-        measured: Requests that a measurement needs.
-        measured_late: Stragglers' queries that a measurement needs.
-        p999: Quantiles between which latencies are averaged: p99.9 by itself jumps where one query
-            in a thousand straggles twice.
-        p99: The same for p99.
-        same: Share by which p99.9s may differ and count as equal; the cheaper is then better.
-        same_p99: The same for p99: wide, because all redundancy would always gain a little.
-        same_calls: Calls a query by which a setting must be cheaper than the present one.
-        more_late: Share by which more queries may straggle than by the policy's own rule.
-        late_of_all: Share of all queries that may straggle in addition.
-        decay: Factor of corrections at each decision: half in some 11,000 queries, because load
-            comes and goes.
-        worst: Largest correction of a forecast, as a factor.
-        lost: Share of late queries' time that copies cannot save, from which on not to hedge is a
-            candidate.
-        time_share: Share of the time that decisions may take.
-        edges: Times between which shares of queries that are slow each time differ, in medians.
-        trials: Copies that these shares need.
-        sure: Standard deviations beyond chance that these shares need.
-    """
-
-    thresholds: tuple[float, ...] = (1.2, 1.35, 1.5, 2.0, 3.0, 5.0)
-    at_once: int = 2
-    every: int = 500
-    measured: int = 1000
-    measured_late: int = 20
-    p999: tuple[float, float] = (0.998, 0.9998)
-    p99: tuple[float, float] = (0.99, 0.999)
-    same: float = 0.03
-    same_p99: float = 0.25
-    same_calls: float = 0.01
-    more_late: float = 0.1
-    late_of_all: float = 0.001
-    decay: float = 0.97
-    worst: float = 5.0
-    lost: float = 0.5
-    time_share: float = 0.02
-    edges: tuple[float, ...] = (1.5, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0)
-    trials: int = 20
-    sure: float = 3.0
-
-
-PICKING = Picking()
-
-
-@dataclasses.dataclass(frozen=True)
-class TailForecast:
-    """The forecast for a setting: mean latencies around p99.9 and from p99 to p99.9, in medians.
-
-    And the calls per query, and the share of queries whose own worker straggles.
-    """
-
-    tail: float
-    p99: float
-    calls: float
-    late: float
-
-
-def forecast(
-    calls: RecordedCalls,
-    setting: DispatchSetting,
-    *,
-    known: float,
-    extra: int,
-    extra_calls: float,
-) -> TailForecast:
-    """Return the forecast for a setting, of whose stragglers' queries some are known at once.
-
-    Where redundancy is sent, `extra` copies go out with a query, and calls are added to it.
-    """
-    sure, doubled = _known_and_doubled(calls, setting, known)
-    first = np.concatenate([calls.own[None], calls.copies[:extra]])
-    hedge, copies = hedge_of(calls, setting), calls.copies[extra:]
-    found = hedge.outcome(first, copies, doubled=doubled, known=sure)
-    seconds = np.sort(found.seconds)
-    further = (extra_calls - extra) * float(doubled.mean())
-    return TailForecast(
-        _mean_between(seconds, PICKING.p999),
-        _mean_between(seconds, PICKING.p99),
-        float(found.calls.mean()) + further,
-        float(found.late.mean()),
-    )
-
-
-def hedged_times(
-    calls: RecordedCalls, setting: DispatchSetting, *, known: float, extra: int
-) -> tuple[Float[np.ndarray, " hedged"], Float[np.ndarray, " hedged"]]:
-    """Return the times of late queries that no surrogate knows, and of their copies."""
-    sure, doubled = _known_and_doubled(calls, setting, known)
-    first = np.concatenate([calls.own[None], calls.copies[:extra]])
-    hedge, copies = hedge_of(calls, setting), calls.copies[extra:]
-    hedged = hedge.outcome(first, copies[:0], doubled=doubled).late & ~sure
-    copied = dataclasses.replace(hedge, hedges=True).first_copy(copies[:, hedged])
-    return calls.own[hedged], copied
-
-
-def hedge_of(calls: RecordedCalls, setting: DispatchSetting) -> Hedge:
-    """Return a setting's policy, with its limit in medians."""
-    overdue = setting.overdue
-    usual = calls.median * float(np.quantile(calls.own, overdue.quantile))
-    return Hedge(overdue.after(usual) / calls.median, overdue.copies, setting.hedges)
-
-
-def _known_and_doubled(
-    calls: RecordedCalls, setting: DispatchSetting, known: float
-) -> tuple[Bool[np.ndarray, " queries"], Bool[np.ndarray, " queries"]]:
-    """Return which queries a surrogate knows, and which get redundant calls."""
-    sure = calls.draws < known
-    doubled = {"none": np.zeros_like(sure), "uncertain": ~sure, "always": np.ones_like(sure)}
-    return sure, doubled[setting.redundancy]
-
-
-def _mean_between(ordered: Float[np.ndarray, " queries"], quantiles: tuple[float, float]) -> float:
-    begin, end = (int(quantile * len(ordered)) for quantile in quantiles)
-    return float(ordered[begin : max(end, begin + 1)].mean())
-
-
-class CopyTrials:
-    """A record of the copies of hedged queries, which shows whether they are as slow as these.
-
-    Their times are counted between `PICKING.edges`. How often each is to be expected, the replay
-    says: of copies that are other calls of that time (`apart`), and of those that are as slow as
-    their queries (`alike`).
-    """
-
-    def __init__(self):
-        self._seen, self._apart, self._alike = np.zeros((3, len(PICKING.edges) + 1))
-
-    def add(
-        self,
-        times: Float[np.ndarray, " copies"],
-        *,
-        apart: Float[np.ndarray, " _"],
-        alike: Float[np.ndarray, " _"],
-        decay: float,
-    ) -> None:
-        """Note copies' times, in medians, and samples of those to expect.
-
-        What is known already counts less, by the factor `decay`.
-        """
-        number = len(times)
-        self._seen = decay * self._seen + number * _shares_by_time(times)
-        self._apart = decay * self._apart + number * _shares_by_time(apart)
-        self._alike = decay * self._alike + number * _shares_by_time(alike)
-
-    @property
-    def shares(self) -> Float[np.ndarray, " bins"]:
-        """The shares of slow queries, by their time, whose copies are as slow: what is sure."""
-        trials = float(self._seen.sum())
-        if trials < PICKING.trials:
-            return np.zeros_like(self._seen)
-        chance = PICKING.sure * np.sqrt(self._apart * (1 - self._apart / trials) + 1)
-        more = self._seen - self._apart - chance
-        return np.clip(more / np.maximum(self._alike - self._apart, 1), 0, 1)
-
-
-def _shares_by_time(times: Float[np.ndarray, " times"]) -> Float[np.ndarray, " bins"]:
-    counts = np.bincount(np.digitize(times, PICKING.edges), minlength=len(PICKING.edges) + 1)
-    return counts / max(len(times), 1)
+PICKING = picking.PICKING
 
 
 class SettingController:
@@ -244,7 +73,7 @@ class SettingController:
             DispatchSetting(rule, each) for each in allowed for rule in dict.fromkeys(rules)
         ]
         self.setting, self._reason = self.settings[0], "nothing is known yet"
-        self._trials = CopyTrials()
+        self._trials = picking.CopyTrials()
         self._waits: list[float] = []  # for copies, in limits of the setting
         # Of tails, and of calls, by redundancy and whether it is hedged.
         self._factors: dict[tuple[Redundancy, bool], tuple[float, float]] = {}
@@ -302,70 +131,63 @@ class SettingController:
     def _decide(self) -> None:
         calls = self._pool.calls()
         copies = self._copies + self._attempts
-        replay = RecordedCalls.replay(calls, copies, self._pool.num_workers, self._decisions)
+        workers, seed = self._pool.num_workers, self._decisions
+        replay = simulate.RecordedCalls.replay(calls, copies, workers, seed)
         if replay is None:
             return
         current = self.setting
         # Learn from the queries that were hedged since the last decision.
+        play = self._play(current, replay)
         waits, self._waits = self._waits, []
-        known = self._answered_share(current)
-        own, copied = hedged_times(replay, current, known=known, extra=self._copies)
-        limit = hedge_of(replay, current).limit
-        times = limit * np.array(waits, float)
+        own, copied = picking.hedged_times(replay, play)
+        times = play.hedge.limit * np.array(waits, float)
         self._trials.add(times, apart=copied, alike=own, decay=PICKING.decay)
-        as_slow = self._trials.shares[np.digitize(replay.own, PICKING.edges)]
-        useless = replay.lost_share(limit, as_slow) > PICKING.lost
-        replay = replay.as_slow(as_slow)
+        replay, useless = self._trials.applied(replay, play.hedge.limit)
         settings = list(self.settings)
         if useless or not current.hedges:
             settings += [each._replace(hedges=False) for each in settings]
-        forecasts = {
-            each: forecast(
-                replay,
-                each,
-                known=self._answered_share(each),
-                extra=self._copies,
-                extra_calls=self._extra_calls,
-            )
-            for each in settings
-        }
+        forecasts = {each: picking.forecast(replay, self._play(each, replay)) for each in settings}
         self._learn_factors(forecasts[current], calls)
         for each, found in forecasts.items():
             tail, cost = self._factors.get((each.redundancy, each.hedges), (1.0, 1.0))
-            forecasts[each] = dataclasses.replace(
-                found, tail=tail * found.tail, calls=cost * found.calls
-            )
+            forecasts[each] = found._replace(tail=tail * found.tail, calls=cost * found.calls)
         own_late = forecasts[self.settings[0]].late
         most_late = own_late * (1 + PICKING.more_late) + PICKING.late_of_all
         predicts = self._predictor is not None and self._predictor.state == "answering"
-        candidates = [
-            each
-            for each in settings
-            if (forecasts[each].late <= most_late or self._answered_share(each) == 0)
+        candidates = {
+            each: found
+            for each, found in forecasts.items()
+            if (found.late <= most_late or self._answered_share(each) == 0)
             and (useless or each.hedges)
             and (predicts or each.redundancy != "uncertain")  # nothing says what is uncertain
-        ]
-        # If all cost more than may be spent, the cheapest.
-        least = min(forecasts[each].calls for each in candidates)
-        allowed = [e for e in candidates if forecasts[e].calls <= max(self._most, least)]
-        # Where p99.9 cannot be helped, p99 may.
-        same = _least(allowed, lambda each: forecasts[each].tail, PICKING.same)
-        same = _least(same, lambda each: forecasts[each].p99, PICKING.same_p99)
-        # Of equal calls, by the approximate answers: they cost labels.
-        cheapest = min(same, key=lambda each: (forecasts[each].calls, forecasts[each].late))
-        saved = forecasts[current].calls - forecasts[cheapest].calls
-        if current in same and saved <= PICKING.same_calls:
+        }
+        chosen = picking.choose(candidates, current, self._most)
+        if chosen == current:
             return
         reasons = []
-        for each in (cheapest, current):
+        for each in (chosen, current):
             found = forecasts[each]
             numbers = f"p99.9 of {found.tail:.2f} medians at {found.calls:.2f} calls a query"
             reasons.append(f"{_words(each)}: {numbers}")
-        self.setting, self._reason = cheapest, "; before, ".join(reasons)
+        self.setting, self._reason = chosen, "; before, ".join(reasons)
         self._waits = []
         self._start_measuring()
         self._pass_on("policy_change", 1)
         _LOG.info("policy: %s", self._reason)
+
+    def _play(self, setting: DispatchSetting, calls: simulate.RecordedCalls) -> picking.Play:
+        """Return how the simulator plays a setting."""
+        usual = calls.median * float(np.quantile(calls.own, setting.overdue.quantile))
+        limit = setting.overdue.after(usual) / calls.median
+        sure = calls.draws < self._answered_share(setting)
+        doubled = {"none": np.zeros_like(sure), "uncertain": ~sure, "always": np.ones_like(sure)}
+        return picking.Play(
+            simulate.Hedge(limit, setting.overdue.copies, setting.hedges),
+            self._copies,
+            doubled[setting.redundancy],
+            sure,
+            self._extra_calls - self._copies,
+        )
 
     def _answered_share(self, setting: DispatchSetting) -> float:
         """Return the share of stragglers' queries that are predicted or decoded."""
@@ -373,7 +195,7 @@ class SettingController:
         decodes = setting.redundancy == "always" and self._coder.can_decode
         return max(predicted, self._decoded) if decodes else predicted
 
-    def _learn_factors(self, forecast: TailForecast, calls: Sequence[Call]) -> None:
+    def _learn_factors(self, forecast: picking.TailForecast, calls: Sequence[Call]) -> None:
         """Correct forecasts by what was measured since the present setting holds."""
         for each, (tail, cost) in self._factors.items():
             self._factors[each] = 1 + (tail - 1) * PICKING.decay, 1 + (cost - 1) * PICKING.decay
@@ -382,7 +204,7 @@ class SettingController:
             return
         ordered = np.sort(np.asarray(self._seconds))
         median = float(ordered[len(ordered) // 2])
-        tail = _mean_between(ordered, PICKING.p99) / median / forecast.p99
+        tail = picking.mean_between(ordered, PICKING.p99) / median / forecast.p99
         sent = [call.size for call in calls if call.sent >= self._since]
         again = self._counts["reexecution"]
         given = self._counts["query_decoded"] + self._counts["query_predicted"]
@@ -401,15 +223,6 @@ class SettingController:
         """Attribute what is measured from now on to the present setting."""
         self._seconds, self._since = [], self._pool.clock.now()
         self._counts = collections.Counter()
-
-
-def _least(
-    settings: list[DispatchSetting], number: Callable[[DispatchSetting], float], margin: float
-) -> list[DispatchSetting]:
-    """Return the settings whose number exceeds the least by no more than this share."""
-    numbers = [number(setting) for setting in settings]
-    most = min(numbers) * (1 + margin)
-    return [each for each, it in zip(settings, numbers, strict=True) if it <= most]
 
 
 def _words(setting: DispatchSetting) -> str:

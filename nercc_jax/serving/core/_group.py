@@ -5,29 +5,16 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 
 from ...pools import Batch
-from .._tracing import GroupTrace
 from ._coder import Coder
-from ._request import Answer, ApproximateAnswer, Query, Request
-
-# Data points larger than this are not kept for late answers: one could not ask for them again.
-_ROW_BYTES = 1 << 14
-_NO_DATA = np.empty(0)
-_NOBODY = Request(np.empty((0, 0)), _NO_DATA, 0.0, 0.0, False)  # of queries that are over
+from ._decide import AnswerEstimate, GroupView, Place, QueryView
+from ._request import Answer, ApproximateAnswer, Query, Source
 
 # Seconds after its due time at which a group is handled, so that what was due has happened.
 _MARGIN = 1e-4
-
-
-class GroupPrediction(NamedTuple):
-    """A surrogate's answer to a query of a group, and whether it is sure enough to be given."""
-
-    answer: Answer
-    sure: bool
 
 
 @dataclasses.dataclass
@@ -40,41 +27,52 @@ class Cell:
     queries: list[Query]
     x: np.ndarray | None
 
+
+@dataclasses.dataclass(eq=False)
+class LateAnswer:
+    """An approximate answer that was given out, until the model's own comes to compare it with.
+
+    That is in this row of the first of these coded data points to be answered.
+    """
+
+    points: list[int]
+    row: int
+    given: ApproximateAnswer
+
     @property
-    def pending(self) -> bool:
-        return any(not query.done for query in self.queries)
+    def kept_bytes(self) -> int:
+        x = self.given.x
+        return self.given.answer.value.nbytes + (0 if x is None else x.nbytes)
 
 
 class Group:
     """Up to K cells behind one code, and what came back of their N coded data points.
 
     Cells may differ in size. Coded data points have as many rows as the largest cell; the rows of a
-    smaller cell are repeated.
+    smaller cell are repeated. Once no query is open, only `late` is left.
     """
 
-    def __init__(self, coder: Coder, now: float, *, alone: bool = False):
-        """Create an empty group; `alone` is a single batch that goes to one worker uncoded."""
-        self.coder, self.began, self.alone = coder, now, alone
+    def __init__(self, coder: Coder, now: float, *, alone: bool = False, trial: bool = False):
+        """Create an empty group; `alone` is a single batch that goes to one worker uncoded.
+
+        Its late queries are sent again in a `trial` even where that seems to be of no use.
+        """
+        self.coder, self.began, self.alone, self.trial = coder, now, alone, trial
         self.cells: list[Cell] = []
         self.rows = 0  # of the largest cell
         self.layout = coder.layout(coder.num_data)  # of a full group, until it is complete
         self.batch: Batch  # at the pool, which its opener sets
         # By coded data point.
-        self.mask = np.zeros(coder.num_workers, bool)
-        self.moved = np.zeros(coder.num_workers, bool)  # to other queries than the code's
+        self.mask, self.moved, self.counted = np.zeros((3, coder.num_workers), bool)
         self.sent_at = np.full(coder.num_workers, np.nan)
         self.answers: list[np.ndarray | None] = [None] * coder.num_workers
-        self.counted = np.zeros(coder.num_workers, bool)  # as stragglers
-        # By cell and row: predictions, looked up once for each query.
-        self.predictions: dict[tuple[int, int], GroupPrediction] = {}
-        self.tried: bool | None = None  # whether it is hedged for a trial; None if not drawn yet
+        # Approximate answers by query and source, and whether each is within its limit.
+        self.estimates: dict[Place, dict[Source, tuple[Answer, bool]]] = {}
+        self.late: list[LateAnswer] = []
         self.is_copy = False  # of late queries, until it is answered
-        self.stripped = False  # of all but what is to be compared with late answers
         self.posted = False  # it is in the scheduler's inbox
         self.closed = False
-        self.due = np.inf
-        self.linger_until = np.inf
-        self.trace: GroupTrace | None = None
+        self.due = math.inf
 
     @property
     def full(self) -> bool:
@@ -82,42 +80,61 @@ class Group:
 
     @property
     def pending(self) -> bool:
-        return any(cell.pending for cell in self.cells)
-
-    @property
-    def sent(self) -> np.ndarray:
-        return ~np.isnan(self.sent_at)
-
-    @property
-    def outstanding(self) -> np.ndarray:
-        return self.sent & ~self.mask
-
-    @property
-    def decodable(self) -> np.ndarray:
-        """The answers that the code's decoder knows what to do with."""
-        return self.mask & ~self.moved
+        return any(True for _ in self.open_queries())
 
     def add(self, cell: Cell) -> None:
         self.cells.append(cell)
         self.rows = max(self.rows, len(cell.queries))
         for query in cell.queries:
-            query.group = query.group or self
-            request = query.request
-            if request.trace is not None:
-                self.trace = self.trace or GroupTrace()
-                request.trace.enter(self.trace, query.place, request.arrived)
+            query.groups.append(self)
 
-    def add_answer(self, point: int, answer: np.ndarray, now: float, worker: int) -> None:
-        self.answers[point], self.mask[point] = answer, True
-        if self.trace is not None:
-            self.trace.answered(point, now, worker)
+    def add_answer(self, point: int, answer: np.ndarray) -> None:
+        self.mask[point] = True
+        if self.cells:
+            self.answers[point] = answer
 
-    def open_queries(self, cells: Iterable[int] | None = None) -> Iterator[tuple[int, int, Query]]:
-        """Yield (cell, row, query) for the queries of these cells (all) that somebody waits for."""
-        for number in range(len(self.cells)) if cells is None else cells:
-            for row, query in enumerate(self.cells[number].queries):
+    def add_estimate(self, place: Place, answer: Answer, within: bool, epoch: int) -> None:
+        """Take an approximate answer, which will be compared with the model's own, given or not."""
+        query = self.query(place)
+        query.approximate[answer.source] = ApproximateAnswer(answer, query.x, epoch)
+        self.estimates.setdefault(place, {})[answer.source] = answer, within
+
+    def query(self, place: Place) -> Query:
+        return self.cells[place[0]].queries[place[1]]
+
+    def open_queries(self) -> Iterator[tuple[Place, Query]]:
+        """Yield the queries that somebody waits for, with their places."""
+        for number, cell in enumerate(self.cells):
+            for row, query in enumerate(cell.queries):
                 if not query.done:
-                    yield number, row, query
+                    yield (number, row), query
+
+    def view(self, looked: Iterable[Source]) -> GroupView:
+        """Return a snapshot, in a turn in which these sources were asked."""
+        queries = []
+        for place, query in self.open_queries():
+            found = tuple(
+                AnswerEstimate(source, answer.disagreement, answer.error, within)
+                for source, (answer, within) in self.estimates.get(place, {}).items()
+            )
+            queries.append(QueryView(place, query.reexecuted, found))
+        failed = np.zeros_like(self.mask)
+        for point in np.flatnonzero(~np.isnan(self.sent_at) & ~self.mask).tolist():
+            failed[point] = self.batch.lost(point) if self.alone else self.batch.abandoned(point)
+        return GroupView(
+            self.coder,
+            self.layout.own[: len(self.cells)],
+            self.sent_at,
+            self.mask,
+            failed,
+            self.moved,
+            tuple(queries),
+            self.batch.times.limit(self.rows),
+            self.batch.times.median(self.rows),
+            self.alone,
+            self.trial,
+            frozenset(looked),
+        )
 
     def inputs(self) -> np.ndarray:
         return np.stack([_repeated(cell.x, self.rows) for cell in self.cells], axis=1)
@@ -136,53 +153,30 @@ class Group:
                 values[point] = _repeated(answer, self.rows)
         return values
 
-    def awaited(self) -> Iterator[tuple[bool, Query, ApproximateAnswer]]:
-        """Yield the approximate answers given out whose query's own worker has not answered.
-
-        Each comes with its query, and with whether that answer may still come.
-        """
+    def keep_late(self) -> None:
+        """Drop all but what late answers will be compared with."""
         for place, cell in enumerate(self.cells):
-            own = self.layout.own[place]
-            left = [point for point in own.tolist() if self.outstanding[point]]
-            coming = any(not self.batch.abandoned(point) for point in left)
-            for query in cell.queries if len(own) else ():
-                for each in list(query.approximate.values()):  # from which it may be taken
-                    if each.given or each.forced:
-                        yield coming, query, each
-
-    def strip(self) -> None:
-        """Drop all but what late answers will be compared with: queries, their data, answers."""
-        if self.stripped:
-            return
-        self.stripped = True
-        for cell in self.cells:
-            cell.x = None
-            queries, cell.queries = cell.queries, []
-            for query in queries:
-                left = Query(_NOBODY, query.place, _NO_DATA)
-                cell.queries.append(left)
-                left.x, left.done, left.waiting = None, True, False
-                left.approximate = dict(query.approximate)
-                for each in left.approximate.values():
-                    value = np.array(each.answer.value)
-                    each.answer = dataclasses.replace(each.answer, value=value)
-                    small = each.x is not None and each.x.nbytes <= _ROW_BYTES
-                    each.x = np.array(each.x) if small else None
-        self.answers = [None] * len(self.answers)
-        self.predictions, self.trace = {}, None
+            points = self.layout.own[place].tolist()
+            for row, query in enumerate(cell.queries):
+                for given in query.approximate.values() if points else ():
+                    if given.given:
+                        given.x = None if given.x is None else np.array(given.x)
+                        value = np.array(given.answer.value)
+                        given.answer = dataclasses.replace(given.answer, value=value)
+                        self.late.append(LateAnswer(points, row, given))
+                query.approximate = {}
+        self.cells, self.answers, self.estimates = [], [], {}
         self.batch.drop_answers()
+        self.batch.suffice()
 
-    @property
-    def kept_bytes(self) -> int:
-        """The memory of what late answers will be compared with."""
-        records = [
-            each
-            for cell in self.cells
-            for query in cell.queries
-            for each in query.approximate.values()
-        ]
-        return sum(
-            each.answer.value.nbytes + (0 if each.x is None else each.x.nbytes) for each in records
+    def comes(self, late: LateAnswer) -> bool:
+        """Return whether the model's own answer may still come."""
+        return any(
+            not np.isnan(self.sent_at[point])
+            and not self.mask[point]
+            and not self.batch.abandoned(point)
+            and not self.batch.lost(point)
+            for point in late.points
         )
 
 
@@ -190,36 +184,6 @@ def _repeated(x: np.ndarray | None, rows: int) -> np.ndarray:
     """Return x with its rows repeated in turn up to this number."""
     assert x is not None
     return x if len(x) == rows else x[np.arange(rows) % len(x)]
-
-
-class LateGroups:
-    """Groups that are over, but for late answers that are to be compared with what was given out.
-
-    Memory is bounded: only the answers given out are kept, and data points where they are small.
-    """
-
-    def __init__(self, groups: int = 4096, size: int = 1 << 26):
-        """Keep at most this number of groups, and this number of bytes."""
-        self._groups: dict[Group, int] = {}
-        self._most, self._left = groups, size
-
-    def add(self, group: Group) -> list[Group]:
-        """Keep a group, stripped; return the groups that have to be given up for it."""
-        if group not in self._groups:
-            group.strip()
-            self._groups[group] = group.kept_bytes
-            self._left -= self._groups[group]
-        evicted = []
-        while len(self._groups) > self._most or (self._left < 0 and self._groups):
-            evicted.append(next(iter(self._groups)))
-            self.discard(evicted[-1])
-        return evicted
-
-    def discard(self, group: Group) -> None:
-        self._left += self._groups.pop(group, 0)
-
-    def __len__(self) -> int:
-        return len(self._groups)
 
 
 class GroupTimers:

@@ -12,8 +12,6 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float, Int, PyTree, Shaped
 
-from .._tracing import RequestTrace
-
 Source: TypeAlias = Literal["exact", "decoded", "predicted"]
 
 _LONGEST_MESSAGE = 500  # characters
@@ -89,6 +87,12 @@ class Reply:
     queued: float
     seconds: float
 
+    def sources(self) -> list[str]:
+        """Return each answer's source; "reexecuted" is exact, at the second attempt."""
+        exact = np.where(self.reexecuted, "reexecuted", "exact")
+        approximate = np.where(self.predicted, "predicted", "decoded")
+        return np.where(self.exact, exact, approximate).tolist()
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -113,7 +117,6 @@ class ApproximateAnswer:
         x: the query's data point; None once it is not kept any more.
         epoch: of the evidence (`Risk.epoch`) when the answer was made.
         given: whether it was given out, and counts for what was promised.
-        forced: whether it was given out although it is less certain than was promised.
         repeated: whether the model was asked again because the first call failed.
         widened: the factor of the error bar with which it was given out.
     """
@@ -122,7 +125,6 @@ class ApproximateAnswer:
     x: np.ndarray | None
     epoch: int
     given: bool = False
-    forced: bool = False
     repeated: bool = False
     widened: float = 1.0
 
@@ -138,7 +140,6 @@ class Request:
         deadline: float,
         exact: bool,
         lead: float = 0.0,
-        trace: RequestTrace | None = None,
     ):
         """Create a request of queries (B, ...), whose answers are written into `values`.
 
@@ -147,7 +148,6 @@ class Request:
         """
         size = len(x)
         self.x: np.ndarray | None = x  # all queries, until the request is over
-        self.trace = trace
         self.future: concurrent.futures.Future[Reply] = concurrent.futures.Future()
         self.arrived, self.deadline = arrived, deadline
         self.high, self.turn = lead > 0, arrived - lead
@@ -189,8 +189,6 @@ class Request:
             self._suspicious[places] = True
         if again := [query.place for query in queries if query.reexecuted]:
             self._reexecuted[again] = True
-        if self.trace is not None:
-            self.trace.answers |= {query.place: query.source_of(answer) for query in queries}
         self._left -= len(places)
         return self._left == 0
 
@@ -220,7 +218,7 @@ class Query:
 
     Attributes:
         x: the data point; None once the request is over.
-        group: the first group that the query was part of, until the query is over.
+        groups: the groups that the query is part of, until it is over: a copy is in one of its own.
         done: whether nobody waits for it any more.
         waiting: whether it stands in the queue.
         reexecuted: whether it was sent a second time.
@@ -230,28 +228,33 @@ class Query:
     """
 
     __slots__ = (
-        "approximate", "candidates", "done", "expected", "group", "place", "reexecuted", "request",
+        "approximate", "candidates", "done", "expected", "groups", "place", "reexecuted", "request",
         "waiting", "x",
     )  # fmt: skip
 
     def __init__(self, request: Request, place: int, x: np.ndarray):
         self.request, self.place = request, place
         self.x: np.ndarray | None = x
-        self.group: Any = None  # a `Group`, which this file does not know
+        self.groups: list[Any] = []  # of `Group`, which this file does not know
         self.done = self.reexecuted = False
         self.approximate: dict[Source, ApproximateAnswer] = {}
         self.candidates: dict[int, np.ndarray] = {}
         self.expected: Any = None  # an `Expectation`
         self.waiting = True
 
-    def leave_group(self) -> Any:
-        """Forget the first group, and return it.
+    @property
+    def copied(self) -> bool:
+        """True while a further worker has it."""
+        return any(not group.mask.all() for group in self.groups[1:])
 
-        A finished query must not hold its group in a reference cycle: a collection of garbage
-        stops all threads of a server.
+    def leave_groups(self) -> list[Any]:
+        """Forget the groups, and return them.
+
+        A finished query must not hold them in a reference cycle: a collection of garbage stops all
+        threads of a server.
         """
-        group, self.group = self.group, None
-        return group
+        groups, self.groups = self.groups, []
+        return groups
 
     def source_of(self, answer: Answer) -> str:
         """Return the answer's source, or "reexecuted" for an exact answer at the second attempt."""

@@ -109,14 +109,14 @@ class InferenceService:
 
         state = self._state
         with (
-            state.watch(request.model_name, metadata),
+            state.watch(request.model_name, metadata) as trace,
             state.memory.request() as add,
         ):
             add(request.ByteSize())
             model = state.find(request.model_name, request.model_version)
             add(int(model.servable.growth * request.ByteSize()))
             given = read_message(request)
-            reply = await state.answer(model, given)
+            reply = await state.answer(model, given, trace)
             return write_message(reply, given, model.servable)
 
 

@@ -98,16 +98,19 @@ class InferenceEndpoint:
         self, name: str, version: str, scope: Scope, receive: Receive
     ) -> tuple[bytes, dict[str, str]]:
         state = self._state
-        with state.watch(name, lambda: Headers(scope=scope)), state.memory.request() as add:
+        with (
+            state.watch(name, lambda: Headers(scope=scope)) as trace,
+            state.memory.request() as add,
+        ):
             model = state.find(name, version)
             elapsed = seconds_since_proxy(scope["headers"], time.time())
             body, length = await _read(scope, receive, state.settings, add)
             add(int(model.servable.growth * len(body)))
-            answer = self._answer(model, body, length, elapsed)
+            answer = self._answer(model, body, length, elapsed, trace)
             return write_reply(*await _while_connected(receive, answer), model.servable)
 
     async def _answer(
-        self, model: ServedModel, body: bytearray, length: str | None, elapsed: float
+        self, model: ServedModel, body: bytearray, length: str | None, elapsed: float, trace: Any
     ) -> tuple[Reply, InferRequest]:
         """Read a request and answer it.
 
@@ -125,7 +128,7 @@ class InferenceEndpoint:
                 finally:
                     await asyncio.sleep(3 * (time.monotonic() - start))
             elapsed += time.monotonic() - begin
-        return await self._state.answer(model, request, elapsed), request
+        return await self._state.answer(model, request, trace, elapsed), request
 
 
 def error_response(error: Exception) -> Response:

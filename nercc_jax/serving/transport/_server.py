@@ -27,7 +27,7 @@ from ...pools.garbage import collect_all, short_collections
 from .._metrics import Metrics
 from .._served_model import ServedModel
 from .._settings import ModelSettings, ServerSettings
-from .._tracing import Telemetry, telemetry_from_environment
+from .._tracing import provider_from_environment
 from ..adapt._predictor import Predictor
 from ..protocol._errors import InvalidInput, ModelNotFound, ServerNotReady
 from ..protocol._servable import Servable, make_servable, name_and_version
@@ -73,21 +73,21 @@ class Server:
         starts: Mapping[str, Callable[[], ServedModel]],
         settings: ServerSettings | None = None,
         registry: CollectorRegistry | None = None,
-        telemetry: Telemetry | None = None,
+        spans: Any = None,
     ):
         """Create a server that does not listen yet.
 
-        By each model's key (`Servable.key`), a function starts it, which may take minutes.
-        Telemetry makes spans of requests, and is closed at the end; by default it is as
-        OpenTelemetry's variables say.
+        By each model's key (`Servable.key`), a function starts it, which may take minutes. Requests
+        are `spans` by a provider of OpenTelemetry's SDK, which is shut down at the end; by default
+        as OpenTelemetry's variables say.
 
         Raises:
             ImportError: where they ask for packages that are missing.
             ValueError: for files of tokens or TLS that are missing.
         """
         self.settings, self.starts = settings or ServerSettings(), dict(starts)
-        self._telemetry = telemetry or telemetry_from_environment()
-        self.state = ServerState({}, self.settings, list(starts), self._telemetry)
+        self._spans = spans or provider_from_environment()
+        self.state = ServerState({}, self.settings, list(starts), self._spans)
         self._tls_pair = self.settings.tls_pair()
         if self.settings.model_control == "explicit":
             self.state.control = _ExplicitControl(self)
@@ -177,8 +177,8 @@ class Server:
                 await http
         finally:
             ends = self._close_models()
-            if self._telemetry is not None:
-                ends["telemetry"] = _in_background(self._telemetry.close)
+            if self._spans is not None:
+                ends["spans"] = _in_background(self._spans.shutdown)
             self.ends_by = min(self.ends_by, time.monotonic() + _LAST_WAIT)
             while any(thread.is_alive() for thread in ends.values()):
                 if time.monotonic() > self.ends_by:

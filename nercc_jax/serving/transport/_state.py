@@ -10,11 +10,13 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from .._metrics import Spent
+import numpy as np
+
+from .._meter import ANSWERS, OUTCOMES
 from .._policy import MAX_DEADLINE_S
 from .._served_model import ServedModel
 from .._settings import ServerSettings
-from .._tracing import RequestLog, Telemetry, current
+from .._tracing import RequestLog, RequestTrace
 from ..core._health import Health
 from ..core._request import DeadlineExceeded, InferenceFailed, Reply
 from ..protocol._errors import (
@@ -72,16 +74,19 @@ class ServerState:
         models: Mapping[str, ServedModel],
         settings: ServerSettings,
         starting: Sequence[str] = (),
-        telemetry: Telemetry | None = None,
+        spans: Any = None,
     ):
-        """Create the state; `starting` are put into `models` once they answer. All are keys."""
+        """Create the state; `starting` are put into `models` once they answer. All are keys.
+
+        Requests are `spans` by a provider of OpenTelemetry's SDK, if there is one.
+        """
         self.models = dict(models)
         self.settings = settings
         self.names = [*models, *starting]
         self.control = ModelControl()
         self.memory = RequestMemory(settings.max_bytes_in_flight)
         self.tokens = settings.tokens()
-        self._log = RequestLog(settings.request_log_rate, telemetry)
+        self._log = RequestLog(settings.request_log_rate, spans)
         self.draining = False
         self._started = time.monotonic()
 
@@ -163,7 +168,11 @@ class ServerState:
         return self.models[key]
 
     async def answer(
-        self, model: ServedModel, request: InferRequest, elapsed: float = 0.0
+        self,
+        model: ServedModel,
+        request: InferRequest,
+        trace: RequestTrace | None,
+        elapsed: float = 0.0,
     ) -> Reply:
         """Answer a request, of whose deadline some seconds have passed before it arrived.
 
@@ -172,7 +181,7 @@ class ServerState:
             TooLarge: where it has more queries than the queue holds.
             Exception: as `ServedModel.infer`.
         """
-        if (trace := current.get()) is not None:
+        if trace is not None:
             trace.id = request.id = request.id or uuid.uuid4().hex
         check_outputs(request, model.servable)
         options = answer_options(request)
@@ -189,7 +198,7 @@ class ServerState:
             options["deadline"] = deadline - elapsed
         queries = queries_of(request, model.servable, model.settings.max_queue_size)
         try:
-            return await model.infer(queries, **options)
+            reply = await model.infer(queries, **options)
         except ValueError as error:
             raise InvalidInput(str(error)) from error
         except InferenceFailed as error:
@@ -198,14 +207,19 @@ class ServerState:
             _LOG.warning("inference failed", extra=about)
             error.public += f": the server's log says why, by id {request.id}"
             raise
+        if trace is not None:
+            trace.reply = reply
+        return reply
 
     @contextlib.contextmanager
-    def watch(self, name: str, headers: Callable[[], Mapping[str, str]]) -> Iterator[None]:
+    def watch(
+        self, name: str, headers: Callable[[], Mapping[str, str]]
+    ) -> Iterator[RequestTrace | None]:
         """Log and trace the request of this block, and count it if it is refused."""
         trace = self._log.start(name, headers)
         outcome = "ok"
         try:
-            yield
+            yield trace
         except BaseException as error:  # a client that goes away cancels its call
             outcome = outcome_of(error)
             # What a model's batcher does not see is counted here.
@@ -311,36 +325,33 @@ class ServerState:
         """
         found = []
         for model in [self.find(name, version)] if name else list(self.models.values()):
-            meter, none = model.meter, Spent()
-            spent = meter.spent()
-            failed = [
-                each
-                for what, each in spent.items()
-                if what.startswith("request_") and what != "request_ok"
-            ]
-            computed = spent.get("compute_seconds", none)
+            meter = model.meter
+            answered, queued, computed = (
+                meter.read(what)[:2] for what in ("request_ok", "queue_seconds", "compute_seconds")
+            )
+            failed = np.sum([meter.read(f"request_{each}")[:2] for each in OUTCOMES[1:]], axis=0)
+            none = 0, 0.0
             durations = {
-                "success": spent.get("request_ok", none),
-                "fail": Spent(
-                    sum(each.count for each in failed), sum(each.seconds for each in failed)
-                ),
-                "queue": spent.get("queue_seconds", none),
-                "compute_input": Spent(computed.count),
+                "success": answered,
+                "fail": (int(failed[0]), float(failed[1])),
+                "queue": queued,
+                "compute_input": (computed[0], 0.0),
                 "compute_infer": computed,
-                "compute_output": Spent(computed.count),
+                "compute_output": (computed[0], 0.0),
                 "cache_hit": none,
                 "cache_miss": none,
             }
+            queries = sum(meter.read(f"query_{each}")[1] for each in ANSWERS)
             found.append(
                 {
                     "name": model.servable.name,
                     "version": model.servable.version,
                     "last_inference": round(1e3 * meter.last_answer),
-                    "inference_count": meter.answered,
+                    "inference_count": int(queries),
                     "execution_count": model.pool.report().answered,
                     "inference_stats": {
-                        what: {"count": each.count, "ns": round(1e9 * each.seconds)}
-                        for what, each in durations.items()
+                        what: {"count": count, "ns": round(1e9 * seconds)}
+                        for what, (count, seconds) in durations.items()
                     },
                     "batch_stats": [],
                 }

@@ -1,4 +1,4 @@
-"""The requests that were accepted and have no reply yet: each ends exactly once."""
+"""The requests that have no reply yet: the queue of what no worker has had, and their ends."""
 
 import collections
 import concurrent.futures
@@ -14,9 +14,7 @@ from typing import Any
 
 from ...pools.clock import AbstractClock
 from .._policy import Observe
-from ._group import Group
 from ._health import Health, HealthMonitor
-from ._queue import QueryQueue
 from ._request import (
     Answer,
     DeadlineExceeded,
@@ -30,7 +28,146 @@ from ._request import (
 
 _LOG = logging.getLogger(__name__)
 
+_NUMBERS = itertools.count()  # queries of the same turn go in the order in which they came
 _STALE = 256  # deadlines of finished requests that are kept before the heap is rebuilt
+
+
+class EventQueue:
+    """The scheduler's thread and its inbox: requests, changed groups, free workers.
+
+    Any thread may `post`; only the scheduler's own thread takes events out.
+    """
+
+    def __init__(self, clock: AbstractClock, name: str, turn: Callable[[], float]):
+        """Create the thread, which calls `turn()` after each event and when that asked for it."""
+        self._events: collections.deque[Any] = collections.deque()
+        self._turns = clock.turns(name, turn)
+        self.start, self.wake, self.close = self._turns.start, self._turns.wake, self._turns.close
+
+    def post(self, event: Any) -> None:
+        self._events.append(event)
+        self._turns.wake()
+
+    def post_group(self, group: Any) -> None:
+        """Add a group to which something happened, unless it waits here already."""
+        if not group.posted:
+            group.posted = True
+            self.post(group)
+
+    def __bool__(self) -> bool:
+        """Return whether there is any event."""
+        return bool(self._events)
+
+    def take(self) -> list[Any]:
+        """Return the events so far; what comes meanwhile is left for the next turn."""
+        return [self._events.popleft() for _ in range(len(self._events))]
+
+
+class Lane:
+    """Queries in the order of their turns: the arrival of their request, less its lead.
+
+    A query of high priority overtakes ordinary ones that arrived at most the lead before it. An
+    ordinary query waits only for those that arrive within the lead after it, so it cannot starve.
+    """
+
+    def __init__(self):
+        self._heap: list[tuple[float, int, Query]] = []
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    @property
+    def turn(self) -> float:
+        """The turn of the first query."""
+        return self._heap[0][0]
+
+    @property
+    def since(self) -> float:
+        """The arrival of the query that has waited for longest."""
+        return min(query.request.arrived for *_, query in self._heap)
+
+    def add(self, request: Request) -> None:
+        for query in request.queries:
+            heapq.heappush(self._heap, (request.turn, next(_NUMBERS), query))
+
+    def pop(self, number: int) -> list[Query]:
+        return [heapq.heappop(self._heap)[2] for _ in range(number)]
+
+    def sweep(self) -> None:
+        self._heap = [each for each in self._heap if not each[2].done]
+        heapq.heapify(self._heap)
+
+
+class QueryQueue:
+    """The bounded queue of queries that no worker has had: a lane for those to be coded, and exact.
+
+    The lane whose first query has the earlier turn is next. Exact queries travel alone and others
+    in groups, hence the lanes. `waiting` and `reserve` may be used by any thread, all else only by
+    the scheduler's.
+    """
+
+    def __init__(self, capacity: int):
+        """Create an empty queue, in which so many queries may wait.
+
+        Those of high priority find room for a quarter more.
+        """
+        self.exact, self.coded = Lane(), Lane()
+        self.capacity, self.waiting = capacity, 0
+        self._lock = threading.Lock()
+        self._dead = 0  # queries that stand in a lane, but nobody waits for
+        self._popped: list[Query] = []
+
+    def reserve(self, number: int, *, high: bool = False) -> bool:
+        """Reserve room for a number of queries, and return whether there is any."""
+        capacity = self.capacity + high * -(-self.capacity // 4)
+        with self._lock:
+            reserved = self.waiting + number <= capacity
+            self.waiting += number * reserved
+        return reserved
+
+    def add(self, request: Request) -> None:
+        (self.exact if request.exact_only else self.coded).add(request)
+
+    def next_lane(self, *, hold_coded: bool = False) -> Lane | None:
+        """Return the lane to serve next, or None; without queries to be coded if these are held."""
+        for lane in (self.exact, self.coded) if self._dead else ():
+            lane.sweep()
+        self._dead = 0
+        if not self.waiting:
+            return None
+        exact, coded = bool(self.exact), bool(self.coded) and not hold_coded
+        if exact and coded:
+            return min(self.exact, self.coded, key=lambda lane: lane.turn)
+        return self.exact if exact else self.coded if coded else None
+
+    def workers_for(self, lane: Lane, workers: int) -> int:
+        """Return how many of these workers a lane may use, in proportion to its length."""
+        own, total = len(lane), len(self.exact) + len(self.coded)
+        return max(workers * own // total, 1) if own < total else workers
+
+    def pop(self, lane: Lane, number: int) -> list[Query]:
+        queries = lane.pop(number)
+        self._popped += queries
+        for query in queries:
+            query.waiting = False
+        self._count(-number)
+        return queries
+
+    def take_popped(self) -> list[Query]:
+        popped, self._popped = self._popped, []
+        return popped
+
+    def discard(self, query: Query) -> None:
+        """Mark a query as over, wherever it stands."""
+        query.done = True
+        if query.waiting:
+            query.waiting = False
+            self._count(-1)
+            self._dead += 1
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self.waiting += change
 
 
 class OpenRequests:
@@ -109,19 +246,19 @@ class OpenRequests:
         while self._deadlines and self._deadlines[0][0] <= now:
             yield heapq.heappop(self._deadlines)[2]
 
-    def answer(self, queries: Sequence[Query], answer: Answer, now: float) -> list[Group]:
+    def answer(self, queries: Sequence[Query], answer: Answer, now: float) -> list[Any]:
         """Give queries of any requests their answers, except those that nobody waits for."""
-        groups: list[Group] = []
+        groups: list[Any] = []
         rows: dict[Request, list[int]] = {}
         for row, query in enumerate(queries):
             if query.done:
                 continue
             self._queue.discard(query)
-            group = query.leave_group()
-            # The answer to a query that was sent again, or held back, does not come from its first
-            # group right now, which may be over.
-            if (query.reexecuted or query.candidates) and group is not None:
-                groups.append(group)
+            left = query.leave_groups()
+            # The answer to a query that was sent again, or held back, does not come from all of its
+            # groups right now, which may be over.
+            if query.reexecuted or query.candidates:
+                groups += left
             rows.setdefault(query.request, []).append(row)
         for request, own in rows.items():
             self.monitor.report_answer(now)
@@ -146,7 +283,7 @@ class OpenRequests:
         self._settle(request)
         _resolve(request.future.set_result, reply)
 
-    def fail(self, request: Request, error: Exception) -> list[Group]:
+    def fail(self, request: Request, error: Exception) -> list[Any]:
         """End a request with an error, unless it has ended."""
         if request not in self._open:
             return []
@@ -162,7 +299,7 @@ class OpenRequests:
         _resolve(request.future.set_exception, error)
         return groups
 
-    def cancel(self, request: Request, now: float) -> list[Group]:
+    def cancel(self, request: Request, now: float) -> list[Any]:
         if request not in self._open:
             return []
         self._observe("request_cancelled", now - request.arrived)
@@ -201,14 +338,12 @@ class OpenRequests:
             return Health(True, False, "draining")
         return self.monitor.trouble(answer_time)
 
-    def _drop(self, request: Request) -> list[Group]:
-        groups: list[Group] = []
+    def _drop(self, request: Request) -> list[Any]:
+        groups: list[Any] = []
         for query in request.queries:
             if not query.done:
                 self._queue.discard(query)
-                group = query.leave_group()
-                if group is not None:
-                    groups.append(group)
+                groups += query.leave_groups()
         self._settle(request)
         return groups
 

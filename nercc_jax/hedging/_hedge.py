@@ -1,0 +1,225 @@
+"""Hedged calls: the event loop's thread sends and cancels, and another thread decides."""
+
+import asyncio
+import functools
+import logging
+import math
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from ..stragglers import picking, simulate
+from ._decide import Choice, TimedCall, next_choice
+
+_LOG = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+
+class hedge(Generic[Answer]):
+    """An async call over interchangeable targets, with a second one where that shortens the tail.
+
+    A request calls one target. If that takes longer than usual, it calls another one, takes the
+    first answer, and cancels the other call. When "longer than usual" is, is learned: the latest
+    calls are replayed with each limit, and the one with the shortest tail within the budget is
+    picked, again and again. Where a copy is as slow as what it copies (the query itself is slow,
+    or something behind all targets), nearly none are sent, but for one late request in ten, which
+    shows when copies help again. Nothing is hedged before 20 requests were answered.
+
+        >>> import asyncio
+        >>> from nercc_jax import hedge
+        >>> async def ask(server, question):
+        ...     await asyncio.sleep(0.001)  # such as: await client.get(f"{server}/{question}")
+        ...     return f"{question} to {server}"
+        >>> async def main():
+        ...     hedged = hedge(ask, ["one", "two"], budget=1.05)
+        ...     return [await hedged(question) for question in ("first", "second")], hedged.counts
+        >>> asyncio.run(main())  # doctest: +NORMALIZE_WHITESPACE
+        (['first to one', 'second to two'], {'requests': 2, 'calls': 2, 'hedges': 0, 'won': 0})
+
+    A call may be made twice, and cancelled in the middle: hedge reads, inference, and what is safe
+    to repeat. A request that is cancelled cancels its calls. One loser in ten is not cancelled, so
+    that its time is known. A call that fails does not end a request while another one is out; when
+    all have failed, the first's exception is raised. Failures are not repeated.
+
+    An instance belongs to one event loop, and may answer any number of requests at a time. It keeps
+    the times of the latest 4,096 calls. Prometheus's client takes it: `REGISTRY.register(hedged)`
+    exports the counts as `hedge_requests_total` and so on.
+
+    Attributes:
+        counts: Numbers of `requests`, of `calls` for them, of `hedges` among the calls, and of
+            hedges that `won`: they answered first.
+    """
+
+    def __init__(
+        self,
+        call: Callable[..., Awaitable[Answer]],
+        targets: Sequence[Any] | None = None,
+        *,
+        budget: float = 1.1,
+        steer: bool = True,
+        name: str = "hedge",
+    ):
+        """Hedge a call.
+
+        Args:
+            call: Called as `call(target, *args, **kwargs)`, or without a target if there are none.
+            targets: Anything that the call can do its work with: clients, addresses, channels. The
+                second call goes to another one than the first. None for a call that is balanced
+                behind it, such as a deployment's handle.
+            budget: Mean calls a request, at most (default: 1.1). Up to ten copies can be saved up.
+            steer: Whether a target that is slow, or fails, more often than others gets fewer and
+                fewer first calls, 3 % of another's at least; otherwise all get as many (default:
+                true). Turn it off where the others could not carry its load.
+            name: Prefix of the metrics' names.
+
+        Raises:
+            ValueError: For a budget below 1, or an empty list of targets.
+        """
+        if not 1 <= budget < math.inf:
+            raise ValueError(f"budget is the mean calls a request, 1 or more, not {budget}")
+        if targets is not None and not targets:
+            raise ValueError("there is no target: give one or more, or None for a call without")
+        self._targets = [()] if targets is None else [(each,) for each in targets]
+        self._call, self._budget, self._name = call, budget, name
+        self.counts = dict.fromkeys(("requests", "calls", "hedges", "won"), 0)
+        number = len(self._targets)
+        self._steer = steer and number > 1
+        self._copies = 1 if number == 2 else 2
+        self._choice = Choice(simulate.Hedge(math.inf), math.inf, [1.0] * number)
+        self._flying, self._credit = [0] * number, [0.0] * number
+        self._tokens, self._random = 0.0, random.Random(0)
+        self._tasks: set[asyncio.Task[Answer]] = set()  # an event loop does not keep them
+        self._calls: deque[TimedCall] = deque(maxlen=picking.PICKING.kept)
+        self._raced: deque[float] = deque(maxlen=picking.PICKING.kept)  # seconds of hedged requests
+        self._trials = picking.CopyTrials()
+        self._due, self._rests_until = 20.0, -math.inf
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Answer:
+        """Return the first answer.
+
+        Raises:
+            Exception: The first call's, if all have failed.
+        """
+        loop, policy = asyncio.get_running_loop(), self._choice.hedge
+        self.counts["requests"] += 1
+        self._tokens = min(self._tokens + self._budget - 1, picking.PICKING.saved)
+        # Where copies are of no use, some are tried; what takes very long may hang.
+        hedges = policy.hedges or self._random.random() < picking.PICKING.tried
+        limit = self._choice.median * (policy.limit if hedges else picking.PICKING.hung)
+        limit = max(limit, 1e-3)  # as exact as timers are
+        began = loop.time()
+        due, tasks, used = began + limit, [], []
+        self._send(args, kwargs, tasks, used)
+        left_to_run = 0.0
+        try:
+            while pending := [task for task in tasks if not task.done()]:
+                left = self._copies + 1 - len(tasks)
+                wait = max(due - loop.time(), 0) if left and due < math.inf else None
+                done, _ = await asyncio.wait(pending, timeout=wait, return_when="FIRST_COMPLETED")
+                for task in tasks:
+                    if task in done and not task.cancelled() and task.exception() is None:
+                        left_to_run = picking.PICKING.finished
+                        self.counts["won"] += task is not tasks[0]
+                        if hedges and len(tasks) > 1:
+                            self._raced.append(loop.time() - began)
+                        return task.result()
+                if not done:
+                    copies = min(policy.at_once, left, int(self._tokens))
+                    due += limit if copies else due - began  # looks less and less often
+                    for _ in range(copies):
+                        self._tokens -= 1
+                        self._send(args, kwargs, tasks, used)
+            return tasks[0].result()  # which raises: all have failed
+        finally:
+            if self._random.random() >= left_to_run:
+                for task in tasks:
+                    task.cancel()
+            if self.counts["requests"] >= self._due and loop.time() >= self._rests_until:
+                self._decide(loop)
+
+    def _send(
+        self, args: Sequence[Any], kwargs: dict[str, Any], tasks: list[Any], used: list[int]
+    ) -> None:
+        """Send a call to a target that is not used yet.
+
+        This is smooth weighted round robin. A target with more calls in flight than by its weight
+        gets fewer.
+        """
+        weights, free = self._choice.weights, [*range(len(self._targets))]
+        if len(free) > 1:
+            free = [each for each in free if each not in used]
+        usual = sum(self._flying) / sum(weights)  # calls in flight, by weight
+        shares = {
+            each: weights[each] * (1 + usual * weights[each]) / (1 + self._flying[each])
+            for each in free
+        }
+        for each, share in shares.items():
+            self._credit[each] += share / sum(shares.values())
+        target = max(free, key=self._credit.__getitem__)
+        self._credit[target] -= 1
+
+        async def run() -> Answer:
+            return await self._call(*self._targets[target], *args, **kwargs)
+
+        loop = asyncio.get_running_loop()
+        call, task = TimedCall(target, loop.time(), first=not used), loop.create_task(run())
+        self.counts["calls"] += 1
+        self.counts["hedges"] += not call.first
+        self._flying[target] += 1
+
+        def ended(task: asyncio.Task[Answer]) -> None:
+            self._flying[target] -= 1
+            self._tasks.discard(task)
+            call.seconds = loop.time() - call.sent
+            if task.cancelled():
+                call.end = "cancelled"
+            else:
+                call.end = "answered" if task.exception() is None else "failed"
+            self._calls.append(call)
+
+        task.add_done_callback(ended)
+        self._tasks.add(task)
+        tasks.append(task)
+        used.append(target)
+
+    def _decide(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin a decision, which takes some 30 ms of another thread."""
+        requests, began = self.counts["requests"], loop.time()
+        known = list(self._calls), np.array(self._raced), self._choice, self._trials
+        run = functools.partial(next_choice, *known, copies=self._copies, budget=self._budget)
+        self._due = math.inf
+        self._raced.clear()
+
+        def decided(future: asyncio.Future[Choice]) -> None:
+            self._due = min(2 * requests, requests + picking.PICKING.every)
+            self._rests_until = loop.time() + (loop.time() - began) / picking.PICKING.time_share
+            try:
+                self._choice = future.result()
+            except Exception:  # the choice stays; the next decision may do better
+                _LOG.exception("deciding when to hedge failed")
+            if not self._steer:
+                self._choice = self._choice._replace(weights=[1.0] * len(self._targets))
+
+        loop.run_in_executor(None, run).add_done_callback(decided)
+
+    def status(self) -> dict[str, Any]:
+        """Return the counts, whether and when late requests are hedged, and targets' weights."""
+        policy, median, weights = self._choice
+        known = policy.limit < math.inf
+        return self.counts | {
+            "hedging": known and policy.hedges,
+            "after_seconds": policy.limit * median if known else None,
+            "copies_at_once": policy.at_once,
+            "weights": list(weights),
+        }
+
+    def collect(self) -> Iterator[Any]:
+        """Yield the counts as metrics of Prometheus's client."""
+        from prometheus_client.core import CounterMetricFamily
+
+        for name, number in self.counts.items():
+            yield CounterMetricFamily(f"{self._name}_{name}", f"Number of {name}.", value=number)

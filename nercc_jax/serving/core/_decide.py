@@ -1,0 +1,254 @@
+"""The fate of late queries: a pure function of a group, the time, the evidence and the policy.
+
+The rules, each with a row in `tests/serving/test_decide.py`:
+
+- While its own worker is in time, a query waits. A coded data point is late once it takes longer
+  than the pool's limit, or once its workers have failed.
+- A late query gets the cheapest answer that is good enough: a surrogate's, else a decoded one.
+  Good enough is what a calibration admits, or what other stragglers have shown to be right.
+- If none is, and none of the group's answers can be waited for any more, the query goes to another
+  worker, once; to several at once where the setting says so.
+- Where copies are as slow as what they copy, only queries whose calls have failed are sent again,
+  those that may hang, and a few for trial.
+- A query that is alone at its worker, and exact, fails once no worker has an answer.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from ...risk import Accuracy, Risk
+from .._policy import BatchingPolicy
+from ._adaptation import DispatchSetting
+from ._coder import Coder
+from ._request import Source
+
+Place: TypeAlias = tuple[int, int]  # of a query: its cell in the group, and its row there
+
+
+class AnswerEstimate(NamedTuple):
+    """What is known of an approximate answer.
+
+    Attributes:
+        source: where it comes from.
+        disagreement: the probability of another label than the model's; NaN where none is known.
+        error: its error bar; NaN where there is none.
+        within: whether it is within the limit of a calibration.
+    """
+
+    source: Source
+    disagreement: float
+    error: float
+    within: bool
+
+
+class QueryView(NamedTuple):
+    """A query that somebody waits for, whether it was sent again, and its approximate answers."""
+
+    place: Place
+    copied: bool = False
+    estimates: tuple[AnswerEstimate, ...] = ()
+
+
+class GroupView(NamedTuple):
+    """A snapshot of a group.
+
+    Attributes:
+        coder: its code.
+        own: by cell, the coded data points that are the query itself.
+        sent_at: by coded data point, when it was sent; NaN where it was not.
+        answered: the coded data points with an answer.
+        failed: those that will have none, as things are.
+        moved: those that are of other queries than the code's, which its decoder cannot use.
+        queries: the queries that somebody waits for.
+        limit: seconds after which a call is late, by the pool's rule.
+        median: median seconds of a call.
+        alone: it is a batch for one worker, uncoded.
+        trial: its late queries are sent again to see how slow copies are.
+        looked: the sources that have been asked in this turn.
+    """
+
+    coder: Coder
+    own: tuple[Int[np.ndarray, " _"], ...]
+    sent_at: Float[np.ndarray, " points"]
+    answered: Bool[np.ndarray, " points"]
+    failed: Bool[np.ndarray, " points"]
+    moved: Bool[np.ndarray, " points"]
+    queries: tuple[QueryView, ...]
+    limit: float
+    median: float
+    alone: bool = False
+    trial: bool = False
+    looked: frozenset[Source] = frozenset()
+
+    def late(self, now: float) -> Bool[np.ndarray, " points"]:
+        """Return the coded data points that are not waited for any more."""
+        outstanding = ~np.isnan(self.sent_at) & ~self.answered
+        return outstanding & ((now - self.sent_at >= self.limit) | self.failed)
+
+
+class LateEvidence(NamedTuple):
+    """What was learned so far, handed over as a whole by the thread that learns.
+
+    Attributes:
+        setting: the setting that holds.
+        approximates: whether the outputs allow approximate answers.
+        predicts: whether a surrogate may answer.
+        limit: the largest score within the calibration of decoded answers, for a group of the
+            present size; infinite where nothing is promised, negative where there is none.
+        risk: what stragglers showed of approximate answers, by source.
+    """
+
+    setting: DispatchSetting
+    approximates: bool = False
+    predicts: bool = False
+    limit: float = -1.0
+    risk: Mapping[Source, Risk] = {}
+
+
+class Predict(NamedTuple):
+    """Ask the surrogate for answers."""
+
+    places: list[Place]
+
+
+class Decode(NamedTuple):
+    """Decode these from what has been answered."""
+
+    places: list[Place]
+
+
+class GiveOut(NamedTuple):
+    """Give an approximate answer out."""
+
+    place: Place
+    source: Source
+
+
+class Copy(NamedTuple):
+    """Send queries to this number of other workers at once."""
+
+    places: list[Place]
+    workers: int
+
+
+class Fail(NamedTuple):
+    """Give queries up: no worker has an answer."""
+
+    places: list[Place]
+
+
+class Wait(NamedTuple):
+    """Decide again at this time, should nothing happen before."""
+
+    until: float
+
+
+Action: TypeAlias = Predict | Decode | GiveOut | Copy | Fail | Wait
+
+# The median answer times after which a query is sent again even where copies are as slow as what
+# they copy: its worker may hang.
+LONGEST = 30
+
+
+def decide(
+    group: GroupView, now: float, evidence: LateEvidence, policy: BatchingPolicy, enough: int
+) -> list[Action]:
+    """Decide what becomes of a group's queries.
+
+    After `Predict` and `Decode` it is asked again, with the estimates that they gave.
+
+    Args:
+        group: the group.
+        now: the time.
+        evidence: what is known.
+        policy: the policy.
+        enough: the answers of a full group that suffice for decoding where no error is estimated.
+
+    Returns:
+        What to do now, `Predict` or `Decode` alone, or `Wait` last.
+    """
+    places = [query.place for query in group.queries]
+    if group.alone:
+        return [Fail(places)] if group.failed[0] and places else [Wait(math.inf)]
+    sent, late = ~np.isnan(group.sent_at), group.late(now)
+    in_time = sent & ~group.answered & ~late
+    ends = group.sent_at[in_time] + group.limit
+    hedges = policy.copies > 1
+    if not evidence.setting.hedges:
+        outstanding = group.sent_at[sent & ~group.answered]
+        longest = LONGEST * group.median
+        ends = np.append(ends, outstanding + longest)
+        hedges &= group.trial or now - float(np.min(outstanding, initial=now)) >= longest
+    wait = Wait(float(np.min(ends[ends > now], initial=math.inf)))
+    if group.coder.systematic and not late.any():
+        return [wait]  # each query has a worker of its own that is in time
+    lost = [each for each in group.queries if not (sent & ~late)[group.own[each.place[0]]].any()]
+    if not lost:
+        return [wait]
+    last = not in_time.any()
+
+    # Approximate answers, the cheapest first.
+    given: list[Action] = []
+    left = lost
+    if evidence.approximates:
+        if evidence.predicts and late.any() and "predicted" not in group.looked:
+            return [Predict([each.place for each in lost])]
+        admitted: dict[Place, Source | None] = {}
+        for each in lost:
+            admitted[each.place] = _good_enough(each, evidence)
+        given += [
+            GiveOut(place, source) for place, source in admitted.items() if source is not None
+        ]
+        left = [each for each in lost if admitted[each.place] is None]
+        decodes = "decoded" not in group.looked and _decodes(group, evidence, policy, enough, last)
+        if left and decodes:
+            return [Decode([each.place for each in left])]
+    if not last:
+        return [*given, wait]
+
+    # No further answer can be waited for.
+    again = [each.place for each in left if not each.copied]
+    if not hedges:
+        own = {place: group.own[place[0]] for place in again}
+        failed = ~sent | (group.failed & ~group.answered)
+        again = [place for place in again if failed[own[place]].all()]
+    copies: list[Action] = [Copy(again, evidence.setting.overdue.copies)] if again else []
+    return [*given, *copies, wait]
+
+
+def _good_enough(query: QueryView, evidence: LateEvidence) -> Source | None:
+    """Return the source of the first approximate answer that may be given out."""
+    for source, disagreement, error, within in query.estimates:
+        if source == "predicted" and not (within and evidence.predicts):
+            continue  # or it has drifted since
+        if evidence.risk[source].admits(disagreement, error, calibrated=within):
+            return source
+    return None
+
+
+def _decodes(
+    group: GroupView, evidence: LateEvidence, policy: BatchingPolicy, enough: int, last: bool
+) -> bool:
+    """Return whether decoding now may give answers, or evidence on them."""
+    coder, answers = group.coder, int((group.answered & ~group.moved).sum())
+    if not answers or not coder.can_decode:
+        return False
+    if not (coder.systematic or answers >= enough or last):
+        return False
+    accuracy: Accuracy = policy.accuracy
+    if accuracy.promises:
+        risk = evidence.risk["decoded"]
+        return coder.ranks(accuracy) and (evidence.limit > 0 or not risk.waits or last)
+    # Nothing is promised: the number of answers decides.
+    least = min(coder.num_data, enough)
+    if coder.systematic:
+        cells = len(group.own)
+        least = max(cells - 2, 1)
+        if cells < coder.num_data:
+            sent = int((~np.isnan(group.sent_at) & ~group.moved).sum())
+            enough = cells + (sent - cells) // 2
+    return answers >= enough or (last and answers >= least)
