@@ -170,10 +170,14 @@ def average(
             more = max(left / total, 1.0)
             variances[kind] = more * total * (size / scale) ** 2
         variances[kind] += more * float(v**2 @ variance)
-        # A variance by n errors varies by (kurtosis - 1) / n, over its square.
+        # A variance by n errors varies by (kurtosis - 1) / n, over its square. Where a few rows have
+        # most of it, judged or open, it is as if there were no more.
+        count = float(drawn)
+        for each in () if step else (spread, v**2 * variance):
+            count = min(count, float(each.sum()) ** 2 / max(float(np.sum(each**2)), 1e-300))
         squares = np.sum((errors[kind] - errors[kind].mean(axis=0)) ** 2, axis=1)
         ratio = squares.var() / max(squares.mean() ** 2, 1e-300)
-        degrees[kind] = min(2 * drawn / max(float(ratio), 1e-9), drawn - 1)
+        degrees[kind] = max(min(2 * count / max(float(ratio), 1e-9), count - 1), 1.0)
 
     half, total = 0.0, float(variances.sum())
     if total > 0:  # Student's t with Welch and Satterthwaite's degrees of freedom
