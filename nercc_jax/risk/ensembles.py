@@ -170,7 +170,7 @@ def average(
             more = max(left / total, 1.0)
             variances[kind] = more * total * (size / scale) ** 2
         variances[kind] += more * float(v**2 @ variance)
-        # A variance by n errors varies by (kurtosis - 1) / n, over its square. Where a few rows have
+        # A variance by n errors varies by (kurtosis - 1) / n, over its square. Where few rows have
         # most of it, judged or open, it is as if there were no more.
         count = float(drawn)
         for each in () if step else (spread, v**2 * variance):
