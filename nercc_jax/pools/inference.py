@@ -231,10 +231,7 @@ def _scheme_steps(scheme: Scheme) -> tuple[Encode, Decode]:
 
     def encode(x: PyTree[Shaped[np.ndarray, "groups num_data ..."]]) -> tuple[PyTree, Any]:
         points = points_of(x)
-        prepared, encoders = _prepare(scheme, points)
-        rows = np.asarray(encoder if encoders is None else encoders)
-        groups = scheme.groups(points, jax.tree.map(np.asarray, prepared))
-        coded = jax.tree.map(lambda leaf: encode_on_host(rows, leaf), groups)
+        prepared, coded = _encode(scheme, points, encoder)
         return coded, (points, prepared)
 
     def decode(known: Any, values: PyTree, available: np.ndarray) -> ScoredPredictions:
@@ -250,9 +247,11 @@ def _scheme_steps(scheme: Scheme) -> tuple[Encode, Decode]:
 
 
 @eqx.filter_jit
-def _prepare(scheme: Scheme, points: PyTree) -> tuple[PreparedInputs, Array | None]:
-    prepared = scheme.prepare(to_device(points))
-    return prepared, scheme.encoders(prepared)
+def _encode(
+    scheme: Scheme, points: PyTree, encoder: ArrayLike
+) -> tuple[PreparedInputs, PyTree[Shaped[Array, "num_workers groups ..."]]]:
+    prepared, coded = scheme.encode(to_device(points), encoder)
+    return prepared, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), coded)
 
 
 @eqx.filter_jit

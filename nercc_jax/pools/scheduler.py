@@ -549,18 +549,22 @@ class Scheduler:
 
     @contextlib.contextmanager
     def event(self) -> Iterator[Schedule]:
-        """Hold the lock for a change of the state; then carry out what follows, without it."""
+        """Hold the lock for a change of the state; then carry out what follows, without it.
+
+        Lives begin under the lock, so that none begins once the pool is closed.
+        """
         with self.lock:
             yield self.state
+            for start in [each for each in self.state.todo if isinstance(each, StartLife)]:
+                what = f"starting worker {start.worker}"
+                error = self.errors.run(what, self.backend.start, *start, self._on_outcome)
+                if error is not None:
+                    self.state.handle(start.worker, error, self.clock.now())
             todo, self.state.todo = self.state.todo, []
             earlier, self.state.earlier = self.state.earlier, False
+            self._changed.notify_all()
         for each in todo:
-            if isinstance(each, StartLife):
-                start, what = self.backend.start, f"starting worker {each.worker}"
-                error = self.errors.run(what, start, each.worker, each.life, self._on_outcome)
-                if error is not None:
-                    self._on_outcome(each.worker, each.life, error)
-            elif isinstance(each, SendTask):
+            if isinstance(each, SendTask):
                 what = f"sending to worker {each.worker}"
                 error = self.errors.run(what, self.backend.send, *each)
                 if error is not None:
@@ -579,7 +583,6 @@ class Scheduler:
                 if self.trouble is not None or life != state.slots[worker].life:
                     return  # of a life that is over
                 state.handle(worker, outcome, self.clock.now())
-                self._changed.notify_all()
                 free = state.queue.idle > 0
         except Exception as error:  # its records may be wrong, which nothing else would notice
             what = f"handling an outcome of worker {worker}"
@@ -594,7 +597,6 @@ class Scheduler:
                 return math.inf
             state.due = -math.inf  # until it has looked, the watcher need not be woken
             state.tick(self.clock.now())
-            self._changed.notify_all()
             return state.due
 
     def _break(self, reason: str) -> None:
