@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nercc_jax.pools._times import Call
+from nercc_jax.pools.times import Call
 from nercc_jax.stragglers.picking import CopyTrials, Play, choose, forecast, hedged_times
 from nercc_jax.stragglers.simulate import Hedge, RecordedCalls, completed
 

@@ -12,7 +12,7 @@ from prometheus_client.utils import floatToGoString
 from ..codes import AbstractCode
 from ..codes._kept import kept_matrices
 from ..pools import AbstractPool
-from ..pools._backend import WorkerState
+from ..pools.backend import WorkerState
 from ._meter import ANSWERS, OUTCOMES, SECONDS, Meter
 
 _SHORT = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1)

@@ -155,7 +155,7 @@ class _OwnSettings(BaseModel):
         "GPUs).",
     )
     worker_dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(
-        None, "Dtype that workers cast inputs and weights to (default: the model's).", "bfloat16"
+        None, "Dtype of workers' inputs and weights (default: the model's).", "bfloat16"
     )
     hang_timeout_s: float = _setting(
         60.0, "Seconds after which a worker counts as hung and is replaced.", gt=0, le=_DAY_S

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from ...pools import AbstractPool, Overdue
-from ...pools._clock import TimeShare
-from ...pools._times import Call
+from ...pools.clock import TimeShare
+from ...pools.times import Call
 from ...stragglers import picking, simulate
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import DispatchSetting, Redundancy, overdue_rule
