@@ -115,7 +115,7 @@ def _start(
         code = fitting_code(code, settings, servable)
     try:
         cache, predictor = calibration_file(settings, code), predictor_of(settings, servable)
-        asked = settings.faults.get("straggler_score")
+        asked = settings.straggler_score
         score = None if asked is None else find_score(asked)
         return ServedModel(servable, code, settings, metrics, cache, predictor, score)
     except RuntimeError as error:
@@ -153,7 +153,7 @@ def servable_of(settings: ModelSettings) -> Servable:
         model,
         shape,
         datatype=settings.input_datatype or getattr(model, "input_datatype", FLOAT),
-        output_name=output_name,
+        output_name=settings.output_name or output_name,
         calibration=inputs,
         preprocess=None if prepare is None else load_callable(prepare, None, "--preprocess"),
         version=str(settings.version),
