@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from nercc_jax.pools import AbstractPool, Overdue
-from nercc_jax.pools._times import AnswerTimes
+from nercc_jax.pools.times import AnswerTimes
 from nercc_jax.serving import Reply
 from nercc_jax.stragglers.simulate import Hedge
 from nercc_jax.testing import SimulatedPool

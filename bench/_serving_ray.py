@@ -35,7 +35,7 @@ def main(port: int, replicas: int, batch: int, base: float, rate: float, delay: 
             import jax
 
             from nercc_jax.pools import Faults
-            from nercc_jax.pools._worker import Program, Worker, warm_up
+            from nercc_jax.pools.worker import Program, Worker, warm_up
             from nercc_jax.serving import make_servable
             from nercc_models import load_model
 

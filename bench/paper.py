@@ -52,7 +52,7 @@ from nercc_jax.evaluation import Estimate, Evaluation, Evaluations
 from nercc_jax.evaluation._answers import Recorder, batched, cut_groups
 from nercc_jax.evaluation._evaluation import evaluate_answers
 from nercc_jax.evaluation._objective import landscape, make_trial
-from nercc_jax.evaluation.pictures import straggler_curves
+from nercc_jax.evaluation.pictures import straggler_figure
 from nercc_jax.tuning import Descent, Tuned, learn_decoder
 from nercc_jax.tuning._parameters import Code
 from nercc_models import list_parity_models, load_parity_model
@@ -112,19 +112,15 @@ def main() -> None:
 
 def draw(part: Mapping[str, Any], folder: Path, setting: Setting) -> Path:
     """Draw error and RelAcc of all codes against the number of stragglers."""
-    kinds = [outputs for outputs in _OUTPUTS if outputs in part]
-    size = (11.5, 4.0 * len(kinds))
-    figure, axes = plt.subplots(len(kinds), 2, figsize=size, layout="constrained", squeeze=False)
-    for (left, right), outputs in zip(axes, kinds, strict=True):
-        rows = [_evaluation(row) for row in part[outputs]["rows"]]
-        approximate = [row for row in rows if row.code != "replication"]
-        straggler_curves(left, approximate, "mse", f"MSE of {outputs}", logarithmic=True)
-        straggler_curves(right, rows, "rel_acc", f"labels kept, {outputs}", logarithmic=False)
-    figure.suptitle(setting.words)
     folder.mkdir(exist_ok=True)
-    path = folder / f"{setting.name.replace(':', '-')}.png"
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    path = folder
+    for outputs in [outputs for outputs in _OUTPUTS if outputs in part]:
+        rows = [_evaluation(row) for row in part[outputs]["rows"]]
+        panels = {"mse": (f"MSE of {outputs}", True), "rel_acc": (f"labels kept, {outputs}", False)}
+        figure = straggler_figure(rows, panels, setting.words)
+        path = folder / f"{setting.name.replace(':', '-')}-{outputs}.png"
+        figure.savefig(path, dpi=90)
+        plt.close(figure)
     return path
 
 

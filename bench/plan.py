@@ -28,7 +28,7 @@ from nercc_jax.evaluation import Estimate
 from nercc_jax.evaluation._answers import batched
 from nercc_jax.inference import order_points
 from nercc_jax.planning import Plan
-from nercc_jax.planning._candidates import DOUBTED, KNOWN
+from nercc_jax.planning._planner import DOUBTED, KNOWN
 from nercc_jax.pools import AbstractPool, Batch, Fault, Faults
 from nercc_jax.stragglers.simulate import own_workers
 from nercc_jax.surrogates.surrogate import decode_with_deviation

@@ -36,8 +36,8 @@ from _settings import PACKAGES
 
 from nercc_jax.compilation import enable_compilation_cache
 from nercc_jax.pools import AbstractPool, Overdue
-from nercc_jax.pools._backend import OnOutcome, WorkerBackend, WorkerDied
-from nercc_jax.pools._scheduler import Scheduler
+from nercc_jax.pools.backend import OnOutcome, WorkerBackend, WorkerDied
+from nercc_jax.pools.scheduler import Scheduler
 from nercc_jax.rows import RowProgress, run_rows
 
 RESULTS = Path(__file__).parent / "results" / "spot.json"

@@ -35,7 +35,7 @@ from _report import block_bootstrap, environment, read_json, write_json
 from _tails_systems import ANY, System, Work, parity_models, rivals, systems, tune_rivals, works
 
 from nercc_jax.pools import AbstractPool, DevicePool, Fault, Faults, RayPool
-from nercc_jax.pools._garbage import short_collections
+from nercc_jax.pools.garbage import short_collections
 from nercc_jax.serving import CodedBatcher, Coder, Reply
 from nercc_jax.stragglers import TraceLatency
 from nercc_jax.testing import SimulatedPool

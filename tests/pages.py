@@ -12,15 +12,8 @@ def blocks(text: str, language: str) -> list[str]:
 
 def options_of(command: str) -> set[str]:
     """Of one of our commands, by its help's own list."""
-    import typer
-
-    from nercc_jax.cli._app import app
+    from nercc_jax import cli
 
     if command == "serve":
         require("fastapi", "serve")
-        from nercc_jax.cli._serve import command_with_options
-
-        parameters = command_with_options().params
-    else:
-        parameters = typer.main.get_command(app).commands[command].params
-    return {name for each in parameters for name in each.opts}
+    return {flag for each in cli.options_of(command) for flag in each.flags} | {"--help"}

@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 
-from nercc_jax.pools import Overdue
-from nercc_jax.pools._backend import WorkerBackend
-from nercc_jax.pools._scheduler import Scheduler
+from nercc_jax.pools import AbstractPool, Overdue
+from nercc_jax.pools.backend import WorkerBackend
+from nercc_jax.pools.scheduler import Scheduler
 
 SOON = 60.0  # seconds that nothing here should need
 
@@ -77,38 +77,40 @@ class ScriptedBackend(WorkerBackend):
         return {worker: point for worker, (_, point) in self.sent.items()}
 
 
-def make_scheduler(backend, num_workers, **options):
-    """A scheduler at which nothing is overdue and nobody hangs, unless options say so."""
-    defaults = {
-        "overdue": Overdue(least=10**6),
-        "max_attempts": 3,
-        "hang_timeout": 60.0,
-        "start_timeout": 30.0,
-    }
-    return Scheduler(backend, num_workers, 1, **(defaults | options))
+class ScriptedPool(AbstractPool):
+    """A pool at which nothing is overdue and nobody hangs, unless options say so."""
+
+    def __init__(self, backend, num_workers, **options):
+        defaults = {
+            "overdue": Overdue(least=10**6),
+            "max_attempts": 3,
+            "hang_timeout": 60.0,
+            "start_timeout": 30.0,
+        }
+        self._scheduler = Scheduler(backend, num_workers, 1, **(defaults | options))
+        self.state = self._scheduler.state
 
 
 @contextlib.contextmanager
 def open_schedulers(backend):
-    """Yield `make_scheduler` for this backend; close its schedulers, and check their records."""
-    schedulers = []
+    """Yield what opens pools on this backend; close them afterwards, and check their records."""
+    pools = []
 
     def make(num_workers, **options):
-        schedulers.append(make_scheduler(backend, num_workers, **options))
-        return schedulers[-1]
+        pools.append(ScriptedPool(backend, num_workers, **options))
+        return pools[-1]
 
     yield make
-    for scheduler in schedulers:
-        scheduler.close()
-        report = scheduler.report()
+    for pool in pools:
+        pool.close()
+        report = pool.report()
         assert report.deaths == sum(report.deaths_by_worker)
     assert not backend.mistakes
 
 
-def dispatch(scheduler, count, needed=None, copies=2):
-    batch = scheduler.open(count, needed, copies, None, None)
-    scheduler.add(batch, range(count), np.arange(count, dtype=float)[:, None, None], [0] * count)
-    return batch
+def dispatch(pool, count, needed=None, copies=2):
+    points = np.arange(count, dtype=float)[:, None, None]
+    return pool.dispatch(points, needed=needed, copies=copies)
 
 
 def next_call(faults, batch=None):

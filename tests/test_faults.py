@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from schedulers import next_call
 
+from nercc_jax.cli._own_models import find_score
 from nercc_jax.pools import Episodes, Fault, Faults
-from nercc_jax.pools._faults import row_norm
 from nercc_jax.stragglers import (
     AbstractLatency,
     ExponentialLatency,
@@ -125,7 +125,7 @@ def test_faults_by_scores_that_workers_have_seen(leaning):
     """As `--straggler-score` has them: of the first rows none is known to be among the hardest."""
     random = np.random.default_rng(0)
     rates = {"straggler_rate": 0.1, "straggler_delay": 2.0}
-    rates |= {"straggler_score": row_norm, "straggler_leaning": leaning}
+    rates |= {"straggler_score": find_score("norm"), "straggler_leaning": leaning}
     faults = Faults.from_rates(**rates).at(0, 0)
     rows = random.normal(size=(4000, 1, 3))
     struck = np.array([next_call(faults, {"x": row})[0] == 2.0 for row in rows])

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import invoke
 from matrices import errors_of_sets
-from typer.testing import CliRunner
 
 import nercc_jax as nj
 from nercc_jax import search_layout
-from nercc_jax.cli._app import app
 from nercc_jax.codes import code_card, regression_points
 from nercc_jax.evaluation._answers import Recorder
 from nercc_jax.evaluation._objective import draw_sets
@@ -255,7 +254,7 @@ SMALL = {
 def run(folder, *arguments):
     files = ("--output", str(folder / "code.json"), "--plot", str(folder / "tune.png"))
     small = [str(part) for option in SMALL.items() for part in option]
-    return CliRunner().invoke(app, ["tune", *small, *files, *arguments])
+    return invoke("tune", *small, *files, *arguments)
 
 
 @pytest.mark.slow

@@ -3,19 +3,20 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import invoke
 from conftest import require
-from typer.testing import CliRunner
 
 from nercc_jax import load_code
-from nercc_jax.cli._app import app
 from nercc_jax.cli._options import Options
 from nercc_jax.cli._workload import find_workload
 from nercc_jax.codes import LearnedDecoder, code_card
 from nercc_jax.planning import Plan
+from nercc_models import load_data
 
 MODEL = "their_model:model"
 PARTS = """
@@ -45,7 +46,7 @@ def example_inputs():
 
 
 def run(*arguments):
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(arguments))
+    result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -64,7 +65,7 @@ def folder(tmp_path_factory):
 
 def test_what_is_there_is_not_written_over(folder):
     for name, message in (("their_model.py", "is left as it is"), ("my-model.py", "of a module")):
-        result = CliRunner().invoke(app, ["new-model", name])
+        result = invoke("new-model", name)
         assert result.exit_code == 2
         assert message in result.output
 
@@ -79,6 +80,22 @@ def test_inputs_are_parted_alike_for_all_commands(folder):
     np.save("x.npy", np.ones((7, 3)))
     own = find_workload(Options("own_parts:model", inputs=folder / "x.npy"))
     assert own.points("train", 9, 0).shape == (6, 3)
+
+
+def test_inputs_may_be_a_data_set_by_name(folder):
+    (folder / "pixels.py").write_text("def model(x):\n    return x.reshape(len(x), -1)[:, 18:28]\n")
+    small = ("--num-data", "2", "--num-workers", "4", "--max-inputs", "9", "--output", "d.npz")
+    report = run("run", "--model", "pixels:model", "--inputs", "digits", *small)
+    assert "9 data points of 'test'" in report
+    with np.load("d.npz") as found:
+        assert found["label"].tolist() == load_data("digits", "test", limit=9).labels.tolist()
+    rows = find_workload(Options("pixels:model", inputs=Path("digits"))).points("train", 5, 0)
+    assert rows.shape == (5, 8, 8, 1)
+    assert rows.dtype == np.float32
+    result = invoke("run", "--model", "pixels:model", "--inputs", "digit")
+    assert "--inputs digit: there is no such file, and no such data set" in result.output
+    shipped = find_workload(Options(inputs=Path("digits"))).points("test", 5, 0)
+    np.testing.assert_array_equal(shipped, find_workload(Options()).points("test", 5, 0))
 
 
 def test_outputs_are_as_asked(folder):
@@ -107,7 +124,7 @@ def test_one_number_a_row_has_no_label(folder, outputs):
 
 def test_what_a_function_raises_on_the_host_is_one_line(folder):
     options = ["--num-data", "2", "--num-workers", "4", "--sets", "2", "--outputs", "values"]
-    result = CliRunner().invoke(app, ["demo", "--model", "own_parts:picky", *options])
+    result = invoke("demo", "--model", "own_parts:picky", *options)
     assert result.exit_code == 1
     assert result.output == "error: the model failed: ArithmeticError: no solution here\n"
 
@@ -128,7 +145,7 @@ def test_commands_run_what_jax_cannot_trace_but_tune_says_why_not(folder):
     report = run("run", "--model", "own_parts:by_hand", *code, "--output", "by-hand.npz")
     assert "labels are the model's own" in report
     tune = ("tune", "--model", "own_parts:by_hand", *code, "--steps", "1")
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(tune))
+    result = invoke(*tune)
     assert result.exit_code == 2
     assert "error: JAX cannot trace the model" in result.output
     assert "Traceback" not in result.output

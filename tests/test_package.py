@@ -38,7 +38,6 @@ def test_importing_needs_only_the_core():
         "matplotlib",
         "rich",
         "sklearn",
-        "typer",
         "datasets",
         "torch",
         "ray",

@@ -11,7 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from commands import invoke
 from conftest import require
 from pages import blocks, options_of
 
@@ -82,3 +84,75 @@ def test_commands_have_the_options_that_they_are_given():
         name, *words = shlex.split(command, comments=True)
         named = {word for word in words if word.startswith("--")}
         assert named <= options_of(name), (page, command)
+
+
+# Fewer data points and steps than a command on a page has; the last of two values counts.
+CHEAP = {
+    "demo": "--max-inputs 60 --sets 2 --max-stragglers 1",
+    "distill": "--answers 200 --epochs 1 --share 0.3",
+    "new-model": "",
+    "plan": "--max-inputs 200",
+    "run": "--max-inputs 60",
+    "serve": "--check",
+    "tune": "--steps 2 --max-inputs 60 --sets 2 --max-stragglers 1",
+}
+# What pages leave to the reader, by the name of a file.
+GIVEN = """
+import jax.numpy as jnp
+import numpy as np
+
+def simulate(x):
+    return np.sin(3 * x)
+
+def my_model(batch):
+    return batch.reshape(len(batch), -1)[:, :10]
+
+def prepare(images):
+    return images[:, ::32, ::32].astype(jnp.float32) / 255
+
+net = my_model
+
+def heads(batch):
+    return {"a": batch["image"].reshape(len(batch["image"]), -1)[:, :3], "b": batch["meta"]}
+"""
+# A Ray elsewhere, the hub, and words that stand for a command of the same page.
+NOT_HERE = ("HEAD:6379", "hf:", "...")
+SHOWN = {
+    page: [command for name, command in commands() if name == page]
+    for page in dict.fromkeys(name for name, _ in commands())
+    if page not in ELSEWHERE - {"docs/cluster.md"}
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", SHOWN)
+def test_commands_run_as_they_are_shown(page, tmp_path, monkeypatch):
+    """One after the other, in a folder with the page's own files; `serve` ends once it could."""
+    for extra, name in (("ray", "ray"), ("pydantic_settings", "serve"), ("matplotlib", "demo")):
+        require(extra, name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    for name in ("my_module", "shop"):
+        (tmp_path / f"{name}.py").write_text(GIVEN)
+    for block in blocks(FOUND[page].read_text(), "python"):
+        if found := re.match(r"# (\w+)\.py\n", block):
+            (tmp_path / f"{found[1]}.py").write_text(block)
+    for file in ("my_module", "my_model", "pendulum", "shop"):
+        monkeypatch.delitem(sys.modules, file, raising=False)
+    x = np.random.default_rng(0).uniform(0, 1, (400, 3))
+    np.save("x.npy", x)
+    for command in SHOWN[page]:
+        name, *words = shlex.split(command, comments=True)
+        if any(word.startswith(NOT_HERE) for word in words):
+            continue
+        cheap = [] if page == "docs/run.md" else CHEAP[name].split()
+        result = invoke(name, *words, *cheap)
+        assert result.exit_code == 0, (command, result.output, result.exception)
+        if name == "new-model":
+            subprocess.run([sys.executable, "my_model.py"], check=True)  # writes its weights
+            import my_model  # pyright: ignore[reportMissingImports]
+
+            np.save("points.npy", my_model.example_inputs())
+        if name == "plan" and (text := blocks(FOUND[page].read_text(), "text")):
+            choice = r"recommended: (\w+ \(\d+, \d+\))"
+            assert re.search(choice, result.output)[1] == re.search(choice, text[0])[1]

@@ -48,7 +48,8 @@ def draw():
 
 
 def names(axis):
-    return [text.get_text() for text in axis.get_legend().get_texts()]
+    """From the top down."""
+    return [text.get_text() for text in sorted(axis.texts, key=lambda text: -text.xyann[1])]
 
 
 def test_intervals_of_shares_stay_within_0_and_1(draw):
@@ -135,4 +136,28 @@ def test_a_batch_has_a_place_for_each_image_and_label():
     assert boxes.min() >= 0
     assert boxes.max() <= 1
     assert any("2 as the model's own" in text.get_text() for text in figure.texts)
+    plt.close(figure)
+
+
+def test_pictures_are_one_column_of_panels_with_seven_curves_at_most():
+    """To be read on a telephone: names in ten pixels, and curves that differ without colours."""
+    require("matplotlib", "demo")
+    import matplotlib.pyplot as plt
+
+    from nercc_jax.evaluation.pictures import LOOKS, system_look
+
+    row, codes = rows()[0], [*LOOKS][:9]
+    many = Evaluations(
+        [dataclasses.replace(row, code=c, stragglers=law) for c in codes for law in LAWS]
+    )
+    figure = many.plot()
+    assert len(figure.axes) == 4
+    assert [len(axis.texts) for axis in figure.axes] == [7, 2, 7, 2]
+    width = figure.get_size_inches()[0]
+    letters = [text.get_fontsize() for axis in figure.axes for text in axis.texts]
+    assert min(letters) / 72 * 390 / width > 9.5
+    together = "NeRCC published", "NeRCC tuned", "NeRCC learned", "BACC", "replication"
+    looks = [system_look(code) for code in together]
+    plain = [(look["marker"], look.get("linestyle"), look.get("markerfacecolor")) for look in looks]
+    assert len({*plain}) == len(together)
     plt.close(figure)

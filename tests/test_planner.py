@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import invoke
 from scipy import stats
-from typer.testing import CliRunner
 
 from nercc_jax import NeRCC, Replication, coded_inference, plan
 from nercc_jax.inference import order_points
-from nercc_jax.planning import Candidate, Plan, PlanEffort
+from nercc_jax.planning import Candidate, Plan
 from nercc_jax.planning._plan import recommend
-from nercc_jax.planning._planner import Half, Planner
 from nercc_jax.stragglers import (
     ExponentialLatency,
     LogNormalLatency,
@@ -224,30 +223,6 @@ def test_replication_that_loses_tells_how_many(exact):
     _keeps(row, *_simulate(row, None))
 
 
-@pytest.mark.slow
-def test_re_execution_keeps_its_promise_on_fresh_data(key):
-    """Hedging is mostly faster, so a plan hardly shows it: here nothing stands against it."""
-    asked = {"num_queries": 4, "max_workers": 5, "max_extra_work": 0.9, "max_disagreement": 0.02}
-    x = _data(400)
-    halves = tuple(Half(_model, part, 4, None, 256) for part in (x[:200], x[200:]))
-    planner = Planner(Latencies(TAIL, key), asked, PlanEffort(), *halves)
-    screened = planner.screen([4], ("interleaved",), ("pixels",), np.inf)
-    doubts = planner.measure(screened, np.inf, key)
-    again = [row for row in doubts if row.limit is not None]
-    assert again
-    for row in again:
-        assert row.held_out
-        assert row.limit > 0
-        assert row.extra_work == pytest.approx(row.num_workers / 4 - 1 + row.resent)
-    row = max(again, key=lambda row: row.resent)
-    assert row.resent > 0.001
-    kind = (row.num_workers, row.wait_for, row.min_wait)
-    kinds = [(r.num_workers, r.wait_for, r.min_wait) for r in screened]
-    plain = screened[kinds.index(kind)]
-    assert row.disagreement.mean < plain.disagreement.mean
-    _keeps(row, *_simulate(row, doubts[row]))
-
-
 # Time.
 
 
@@ -433,9 +408,7 @@ def test_a_plan_says_how_it_is_carried_out():
     ],
 )
 def test_the_command_tells_plainly_what_is_wrong(tmp_path, untyped, arguments, message):
-    from nercc_jax.cli._app import app
-
-    result = CliRunner().invoke(app, ["plan", *arguments, "--output-dir", str(tmp_path)])
+    result = invoke("plan", *arguments, "--output-dir", str(tmp_path))
     assert result.exit_code == 2, result.output
     assert message in result.output
     assert not list(tmp_path.iterdir())
@@ -518,7 +491,6 @@ def test_a_surrogate_tells_which_queries_go_out_twice(key):
 
 @pytest.mark.slow
 def test_the_command_plans_as_python_does(tmp_path, monkeypatch):
-    from nercc_jax.cli._app import app
     from nercc_jax.cli._options import Options
     from nercc_jax.cli._workload import find_workload
 
@@ -528,9 +500,7 @@ def test_the_command_plans_as_python_does(tmp_path, monkeypatch):
     asked = "--latency trace:trace.txt --queries 4 --max-workers 6 --budget 0.5 --overhead-s 0"
     asked += " --max-disagreement 0.05 --layouts interleaved --output planned"
     model = f"{__name__}:_model"
-    result = CliRunner().invoke(
-        app, ["plan", "--model", model, "--inputs", "x.npy", *asked.split()]
-    )
+    result = invoke("plan", "--model", model, "--inputs", "x.npy", *asked.split())
     assert result.exit_code == 0, result.output
     x = find_workload(Options(model, inputs=tmp_path / "x.npy")).points("train", 2000, 0)
     latency = TraceLatency.from_file("trace.txt")

@@ -25,6 +25,7 @@ from nercc_jax import (
     Parity,
     RayPool,
     Replication,
+    Scheme,
     coded_inference,
     pool_inference,
 )
@@ -245,7 +246,7 @@ def _refuse():
 @pytest.fixture
 def started_once(monkeypatch):
     """A pool gives up at a worker's first start that fails: `test_scheduler` has the others."""
-    monkeypatch.setattr("nercc_jax.pools._scheduler._STARTS", 1)
+    monkeypatch.setattr("nercc_jax.pools.scheduler._STARTS", 1)
 
 
 def test_workers_that_do_not_start(make, started_once):
@@ -498,7 +499,7 @@ def test_nothing_is_sent_without_a_deadline(untyped):
 
 def test_a_wait_without_an_end(gate, monkeypatch):
     """Threads refuse to sleep for centuries, so what is that long is slept in pieces."""
-    monkeypatch.setattr("nercc_jax.pools._clock.LONGEST_SLEEP", 0.01)
+    monkeypatch.setattr("nercc_jax.pools.clock.LONGEST_SLEEP", 0.01)
     with gated(gate, 1, hang_timeout=1e300, start_timeout=np.inf) as pool:
         batches = [pool.dispatch(points(1) + np.float32(13)) for _ in range(2)]
         with ThreadPoolExecutor(2) as executor:
@@ -570,14 +571,9 @@ def uncertain():
 
 
 def uncertain_pool_inference(pool, max_disagreement, **options):
-    return pool_inference(
-        pool,
-        SMALL,
-        with_status=True,
-        error_probability=uncertain(),
-        max_disagreement=max_disagreement,
-        **options,
-    )
+    scheme = Scheme(SMALL, error_probability=uncertain())
+    options |= {"with_status": True, "max_disagreement": max_disagreement}
+    return pool_inference(pool, scheme, **options)
 
 
 def by_hand(x, mask, run=network):
@@ -664,25 +660,16 @@ def test_of_two_answers_everything_is_doubted():
 
 
 @pytest.mark.parametrize(
-    ("code", "change", "message"),
+    ("code", "options", "message"),
     [
-        (SMALL, {"error_probability": None}, "error_probability and max_disagreement go together"),
-        (SMALL, {"max_disagreement": None}, "error_probability and max_disagreement go together"),
-        (SMALL, {"max_disagreement": 1.5}, r"max_disagreement must be in \[0, 1\], not 1.5"),
-        (
-            SMALL,
-            {"max_reexecution": -0.5},
-            r"max_reexecution must be a share in \[0, 1\]",
-        ),
-        (Berrut(5, 7), {}, "Berrut is no regression"),
-        (
-            SMALL,
-            {"error_probability": ErrorProbability(*jax.numpy.zeros((6, 6)))},
-            "the error probability was calibrated with a surrogate's outputs",
-        ),
+        (SMALL, {"max_disagreement": 0.1}, "max_disagreement needs an error probability"),
+        (Scheme(SMALL), {"max_disagreement": 0.1}, "max_disagreement needs an error probability"),
+        (uncertain(), {"max_disagreement": 1.5}, r"max_disagreement must be in \[0, 1\], not 1.5"),
+        (SMALL, {"max_reexecution": -0.5}, r"max_reexecution must be a share in \[0, 1\]"),
+        (uncertain(), {"tolerance": 0.1, "max_disagreement": 0.1}, "without max_disagreement: 0.1"),
     ],
 )
-def test_doubts_that_do_not_fit(code, change, message, untyped):
-    options = {"error_probability": uncertain(), "max_disagreement": 0.1} | change
+def test_doubts_that_do_not_fit(code, options, message, untyped):
+    code = Scheme(SMALL, None, code) if isinstance(code, ErrorProbability) else code
     with DevicePool(itself, 1) as pool, pytest.raises(ValueError, match=message):
         pool_inference(pool, code, **options)

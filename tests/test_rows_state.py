@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 )
 
 from nercc_jax.pools import PoolReport
-from nercc_jax.pools._backend import WorkerReport
+from nercc_jax.pools.backend import WorkerReport
 from nercc_jax.risk import ErrorProbability
 from nercc_jax.rows import RowSettings
 from nercc_jax.rows._learner import FittedLearner, Learned, LearnerTask, Neighbours, learn

@@ -13,8 +13,8 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import invoke
 from conftest import require
-from typer.testing import CliRunner
 
 from nercc_jax import (
     DevicePool,
@@ -26,7 +26,6 @@ from nercc_jax import (
     save_code,
 )
 from nercc_jax.cli import _run_groups as command
-from nercc_jax.cli._app import app
 from nercc_jax.pools import Fault, Faults, run_batches
 from nercc_models import load_data, load_model
 
@@ -267,7 +266,7 @@ def load(path):
 
 
 def run(*arguments):
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["run", *arguments])
+    return invoke("run", *arguments)
 
 
 SMALL = ["--num-data", "4", "--num-workers", "8", "--max-inputs", "30", "--groups", "2"]
@@ -522,17 +521,17 @@ def test_a_run_does_not_go_on_with_other_weights(tmp_path, monkeypatch):
         ("--max-disagreement 0 --num-workers 9", "is expected even when all 9 workers answer"),
         ("--deadline-s 0", "--deadline-s must be positive, not 0"),
         ("--deadline-s nan", "--deadline-s must be positive, not nan"),
-        ("--groups 0", "'--groups': it should be greater"),
-        ("--max-inputs 0", "'--max-inputs': it should be greater"),
-        ("--batches -1", "'--batches': it should be greater"),
-        ("--workers 0", "'--workers': it should be greater"),
-        ("--straggler-rate 1.5", "'--straggler-rate': it should be less"),
+        ("--groups 0", "--groups: it must be at least"),
+        ("--max-inputs 0", "--max-inputs: it must be at least"),
+        ("--batches -1", "--batches: it must be at least"),
+        ("--workers 0", "--workers: it must be at least"),
+        ("--straggler-rate 1.5", "--straggler-rate: it must be at most 1, not 1.5"),
         ("--straggler-score size", "--straggler-score: one of your own is named module:function"),
         ("--straggler-delay-s -1", "--straggler-delay-s must be positive"),
-        ("--death-rate -0.1", "'--death-rate': it should be greater"),
+        ("--death-rate -0.1", "--death-rate: it must be at least"),
         ("--split nothing", "--split nothing: The data set 'digits' has no split"),
         ("--model nothing", "nothing"),
-        ("--num-workers 0", "'--num-workers'"),
+        ("--num-workers 0", "--num-workers: it must be at least 1"),
         ("--code /no/such/code.json", "/no/such/code.json"),
         ("--pool threads", "threads"),
     ],

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from commands import invoke
 from conftest import require
-from typer.testing import CliRunner
 
-from nercc_jax.cli._app import app
 from nercc_jax.cli._workload import read_input_file
 
 # As users write them: NumPy, which JAX cannot trace.
@@ -93,7 +93,7 @@ def folder(tmp_path, monkeypatch):
 
 def run(function, *arguments, inputs="x.npy"):
     command = ["run", "--model", f"nercc_own_rows:{function}", "--inputs", inputs, *arguments]
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, command)
+    return invoke(*command)
 
 
 def load(path):
@@ -310,7 +310,10 @@ def test_inputs_that_do_not_fit_are_reported_by_their_option(tmp_path, name, con
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model a:b --inputs no.npy", "--inputs no.npy: there is no such file"),
+        (
+            "--model a:b --inputs no.npy",
+            "--inputs no.npy: there is no such file, and no such data set",
+        ),
         ("--model nercc_own_rows:swing", "needs data points: use --inputs"),
         ("--inputs x.npy --weights x.npy", "--weights is for a model of your own"),
         ("--model a:b --weights no.npy", "there are no weights at no.npy"),
@@ -337,7 +340,7 @@ def test_inputs_that_do_not_fit_are_reported_by_their_option(tmp_path, name, con
     ],
 )
 def test_errors_are_one_sentence(folder, arguments, message):
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["run", *arguments.split()])
+    result = invoke("run", *arguments.split())
     assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output
@@ -416,3 +419,40 @@ def test_a_run_with_stragglers_and_deaths_that_is_killed_and_goes_on(folder):
     assert (~exact).sum() > 5
     error = np.sqrt(np.mean((after["predictions"] - y) ** 2, axis=1))
     assert np.mean(error[~exact] <= after["score"][~exact]) > 0.7  # nine tenths are promised
+
+
+@pytest.mark.parametrize("asked", ["mean@0", "quantile:0.5@1", "above:0.2@own_rows:largest"])
+def test_a_statistic_of_all_rows_is_printed_and_written(tmp_path, monkeypatch, asked):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_rows.py").write_text(
+        "import numpy as np\n"
+        "def function(x):\n    return np.stack([x[:, 0] ** 2, np.sin(x[:, 1])], axis=1)\n"
+        "def largest(y):\n    return y.max(axis=1)\n"
+    )
+    x = np.random.default_rng(0).uniform(0, 1, (300, 2))
+    np.save("x.npy", x)
+    y = np.stack([x[:, 0] ** 2, np.sin(x[:, 1])], axis=1)
+    command = ["run", "--model", "own_rows:function", "--inputs", "x.npy", "--num-workers", "2"]
+    command += ["--tolerance", "0", "--output", "rows.npz"]
+    found = invoke(*command, "--statistic", asked)
+    assert found.exit_code == 0, found.output
+    (statistic,) = [json.loads(Path("rows.summary.json").read_text())["statistic"]]
+    wanted = {
+        "mean@0": y[:, 0].mean(),
+        "quantile:0.5@1": np.quantile(y[:, 1], 0.5, method="inverted_cdf"),
+        "above:0.2@own_rows:largest": np.mean(y.max(axis=1) > 0.2),
+    }
+    assert statistic["name"] == asked
+    assert statistic["value"] == pytest.approx(wanted[asked], rel=1e-6)
+    assert statistic["interval"] == [statistic["value"], statistic["value"]]
+    assert f"{statistic['value']:.6g}, 90 % in" in found.output
+    for wrong, why in (
+        ("median", "mean, quantile:Q or above:VALUE"),
+        ("mean", "rows have 2 outputs: --statistic mean@0"),
+        ("mean@own_rows:nothing", "--statistic own_rows:nothing"),
+    ):
+        shutil.rmtree("rows.npz.parts", ignore_errors=True)
+        refused = invoke(*command, "--statistic", wrong)
+        assert refused.exit_code == 2
+        assert why in " ".join(refused.output.split())
+    assert "--stop-at needs a --statistic" in invoke(*command, "--stop-at", "0.1").output

@@ -7,13 +7,13 @@ import time
 import numpy as np
 import pytest
 from conftest import require
-from schedulers import ScriptedBackend, make_scheduler, soon
+from schedulers import ScriptedBackend, ScriptedPool, soon
 
 from nercc_jax import DevicePool
 from nercc_jax.cli._options import Options
-from nercc_jax.pools import AbstractPool, Faults
-from nercc_jax.pools._backend import WorkerDied
-from nercc_jax.pools._times import AnswerTimes
+from nercc_jax.pools import Faults
+from nercc_jax.pools.backend import WorkerDied
+from nercc_jax.pools.times import AnswerTimes
 from nercc_jax.risk import Accuracy
 from nercc_jax.rows import RowFunction, RowSettings, run_rows
 from nercc_jax.rows._evidence import standardized_inputs
@@ -305,15 +305,10 @@ def test_answers_within_the_time_of_grace_judge_bars_and_change_no_value(quick_f
     assert result.summary["came_late_held"] >= held
 
 
-class PoolOnPaper(AbstractPool):
-    def __init__(self, backend, num_workers=1):
-        self._scheduler = make_scheduler(backend, num_workers, min_workers=1)
-
-
 def test_a_row_is_not_late_because_its_worker_died_or_the_run_is_busy():
     """It may wait for another worker for long, or its answer may be in: that says nothing of it."""
     backend = ScriptedBackend()
-    with PoolOnPaper(backend) as pool:
+    with ScriptedPool(backend, 1, min_workers=1) as pool:
         batch = pool.open(1, copies=1)
         pool.send(batch, [0], [np.ones((1, 1))])
         age = lambda: batch.age(batch.tasks[0])  # noqa: E731

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nercc_jax import DevicePool, NeRCC, pool_inference
+from nercc_jax import DevicePool, NeRCC, Scheme, pool_inference
 from nercc_jax.pools import Episodes, Fault, Faults, Overdue
 from nercc_jax.risk import ErrorProbability
 from nercc_jax.stragglers import TraceLatency
@@ -44,7 +44,10 @@ def test_data_points_that_are_run_again_have_the_rest_of_the_deadline():
     for deadline, again in ((4.0, False), (7.0, True)):
         with paper(8, np.tanh, seconds=lambda size: 3.0) as pool:
             infer = pool_inference(
-                pool, code, with_status=True, error_probability=probability, max_disagreement=0.0
+                pool,
+                Scheme(code, error_probability=probability),
+                with_status=True,
+                max_disagreement=0.0,
             )
             result = infer(X, None, deadline)
             assert pool.clock.now() == min(deadline, 6.0)

@@ -375,10 +375,11 @@ def test_another_platform_says_so(doubts):
 def test_a_pool_with_anothers_doubt_or_forecast_says_so(doubts):
     rule = record_answers(small(), CODE, FEW).below(max_disagreement=0.99)
     cast = record_answers(small(), CODE, FEW, worker_dtype="bfloat16").below(max_disagreement=0.99)
+    scheme = functools.partial(Scheme, REGRESSION, None)
     with DevicePool(small(), 2, worker_dtype="bfloat16") as pool:
         with pytest.warns(CalibrationWarning, match="ErrorProbability was"):
-            pool_inference(pool, REGRESSION, error_probability=doubts[None], max_disagreement=0.1)
-        pool_inference(pool, REGRESSION, error_probability=doubts["bfloat16"], max_disagreement=0.1)
+            pool_inference(pool, scheme(doubts[None]), max_disagreement=0.1)
+        pool_inference(pool, scheme(doubts["bfloat16"]), max_disagreement=0.1)
         infer = pool_inference(pool, CODE)
         infer(X, cast)
         with pytest.warns(CalibrationWarning, match="StoppingRule was"):

@@ -3,14 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from nercc_jax.evaluation import Estimate, Evaluation
-from nercc_jax.evaluation.pictures import straggler_curves
+from nercc_jax.evaluation.pictures import straggler_figure
 from nercc_models import list_parity_models, parity_card
 
-from .results import WIDTH, load, percent, plus_minus, strong
+from .results import load, percent, plus_minus, strong
 
 PAPER, MODERN = load("paper"), load("rivals")
 PARTS: Mapping[str, Any] = PAPER["parts"]
@@ -191,13 +190,9 @@ def better_with_noise(sign: int, *levels: str) -> int:
 
 def curves(part: Mapping[str, Any], outputs: str) -> Any:
     """Return a picture of error and RelAcc against the number of stragglers."""
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.5), layout="constrained")
     rows = list(by_pair(part[outputs]["rows"]).values())
-    decoded = [row for row in rows if row.code != "replication"]
-    straggler_curves(axes[0], decoded, "mse", f"MSE of {outputs}", logarithmic=True)
-    straggler_curves(axes[1], rows, "rel_acc", "labels kept (RelAcc)", logarithmic=False)
-    figure.suptitle(where(part), fontsize=10)
-    return figure
+    panels = {"mse": (f"MSE of {outputs}", True), "rel_acc": ("labels kept (RelAcc)", False)}
+    return straggler_figure(rows, panels, where(part))
 
 
 def modern(metric: str, unit: float = 100) -> Iterator[dict[str, str]]:

@@ -11,7 +11,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from nercc_jax import NeRCC
 from nercc_jax.evaluation.pictures import CODED, DATA, FOUND, LOST, batch_figure
@@ -87,9 +86,6 @@ def main() -> None:
         found["x"][..., 0], found["coded"][..., 0], available,
         found["decoded"].argmax(-1), found["own"].argmax(-1),
     )  # fmt: skip
-    for text in figure.findobj(Text):  # to be read at the width of a phone
-        if len(text.get_text()) > 1:
-            text.set_fontsize(16)
     figure.savefig(Path(__file__).parents[1] / "how-it-works.png", dpi=130)
 
 

@@ -1,125 +1,151 @@
-"""Commands as Typer reads them, from the table of options, with a line of help for each option."""
+"""Commands read by argparse from records of options; help has a line for each option."""
 
-import ast
+import argparse
+import contextlib
 import dataclasses
-import functools
-import importlib
 import inspect
-import itertools
 import shutil
+import sys
 import textwrap
 import typing
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
 
-import typer
-from typer.core import TyperCommand
-
-from ._errors import report_errors
-from ._options import PANELS, Command, Options, check_folder
+_WORDS = {int: "a whole number", float: "a number"}
 
 
-def parameter(
-    name: str, kind: Any, default: Any, help: str, panel: str, *names: str, **limits: Any
-) -> inspect.Parameter:
-    """Return an option as Typer reads it; its help ends with its choices and its default."""
-    flag = f"--{name.replace('_', '-')}"
-    names = names or (f"{flag}/--no-{flag[2:]}" if kind is bool else flag,)
-    kinds = [each for each in (kind, *typing.get_args(kind)) if typing.get_origin(each) is Literal]
-    shown = ["|".join(typing.get_args(each)) for each in kinds]
-    if default is True:
-        shown.append(f"default: {names[0].partition('/')[0]}")
-    elif default or (default == 0 and default is not False):
-        shown.append(f"default: {default}")
-    text = f"{help} [{'; '.join(shown)}]" if shown else help
-    further: dict[str, Any] = {"help": text, "rich_help_panel": panel, "show_default": False}
-    made: Any = typer.Option(*names, **further, **limits)
-    if names == ("argument",):
-        made = typer.Argument(**further)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, made]
-    )
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """An option, or an argument, which has no flags.
 
-
-@functools.cache
-def _help_of_options() -> dict[str, str]:
-    """Return the help of each option, which is the string below its field."""
-    made: Any = ast.parse(inspect.getsource(Options)).body[0]
-    found = {}
-    for pair in itertools.pairwise(made.body):
-        match pair:
-            case ast.AnnAssign(target=field), ast.Expr(value=ast.Constant(value=str(text))):
-                found[ast.unparse(field)] = " ".join(text.split())
-    return found
-
-
-def command_of(command: Command) -> Callable[..., None]:
-    """Return a command, as Typer reads it, that passes its options to its function."""
-    taken, first = [*command.first.split(), *command.further.split()], command.first.split()
-    folders = {name for name, each in command.defaults.items() if not each.suffix}  # made if needed
-    hints, panel, parameters = typing.get_type_hints(Options, include_extras=True), "", {}
-    for field in dataclasses.fields(Options):
-        panel = PANELS.get(field.name, panel)
-        kind, further = hints[field.name], ()
-        if typing.get_origin(kind) is Annotated:
-            kind, *further = typing.get_args(kind)
-        limits = further[0] if further and isinstance(further[0], dict) else {}
-        names = command.names.get(field.name, () if limits else further)
-        default = command.defaults.get(field.name, field.default)
-        shown, help = "Options" if field.name in first else panel, _help_of_options()[field.name]
-        made = parameter(field.name, kind, default, help, shown, *names, **limits)
-        parameters[field.name] = made
-
-    def call(**given: Any) -> None:
-        with report_errors():
-            options = Options(**given)
-            for name in ("output", "plot", "numbers", "file"):
-                if name not in folders:
-                    check_folder(f"--{name}", given.get(name))
-            file, _, name = command.function.partition(":")
-            getattr(importlib.import_module(f".{file}", __package__), name)(options)
-
-    call.__doc__ = command.help
-    order = [*first, *(name for name in parameters if name in set(taken) - set(first))]
-    signature = inspect.Signature([parameters[name] for name in order])
-    call.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
-    return call
-
-
-class PlainCommand(TyperCommand):
-    """A command whose help has a line for each option, and whose messages are its own words.
-
-    Typer prints "Value error, 'x' is not one of" and "Input should be a valid integer, unable to
-    parse string as an integer". Its help has three lines for most options.
+    Attributes:
+        name: The field that it sets.
+        kind: The field's type.
+        default: The value unless it is given.
+        help: Its help; an option without any is only listed.
+        panel: The title that it stands under in `--help`.
+        flags: Its names on the command line.
+        least: The smallest value, if there is one.
+        most: The largest one.
     """
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        width = max(shutil.get_terminal_size().columns, 60)
-        formatter.write(f"Usage: {ctx.command_path} {' '.join(self.collect_usage_pieces(ctx))}\n\n")
-        for paragraph in inspect.cleandoc(self.help or "").split("\n\n"):
-            formatter.write(textwrap.fill(paragraph, width) + "\n\n")
-        panels: dict[str, list[Any]] = {}
-        for each in self.get_params(ctx):
-            panels.setdefault(getattr(each, "rich_help_panel", None) or "Options", []).append(each)
-        for panel, options in panels.items():
-            formatter.write(f"{panel}:\n")
-            for each in options:
-                names = each.opts[0] if each.param_type_name == "argument" else ", ".join(
-                    [*each.opts, *each.secondary_opts]
-                )  # fmt: skip
-                text = f"  {names:<22}  {getattr(each, 'help', None) or ''}"
-                lines = textwrap.fill(text, width, subsequent_indent=" " * 26)
-                formatter.write(lines + "\n")
+    name: str
+    kind: Any
+    default: Any
+    help: str
+    panel: str
+    flags: Sequence[str]
+    least: float | int | None = None
+    most: float | int | None = None
 
-    def make_context(self, *arguments: Any, **options: Any) -> Any:
+    @property
+    def choices(self) -> tuple[str, ...]:
+        kinds = (self.kind, *typing.get_args(self.kind))
+        return sum((typing.get_args(k) for k in kinds if typing.get_origin(k) is Literal), ())
+
+    def read(self, text: str) -> Any:
+        """Return the value that a text stands for; raise ArgumentTypeError if it is none."""
+        kinds = (self.kind, *typing.get_args(self.kind))
+        kind = next((each for each in kinds if each in (int, float, Path)), str)
         try:
-            return super().make_context(*arguments, **options)
-        except typer.BadParameter as error:
-            found = getattr(error.__cause__, "errors", list)()  # Pydantic's, one for each fault
-            if found:
-                message, prefix = str(found[0]["msg"]), "Value error, "
-                wanted = message.removeprefix("Input ").partition(",")[0]
-                error.message = f"it {wanted}, not {found[0]['input']!r}"
-                if message.startswith(prefix):
-                    error.message = message.removeprefix(prefix)
-            raise
+            value: Any = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{_WORDS[kind]} is needed, not {text!r}") from None
+        if self.choices and value not in self.choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(self.choices)}")
+        if self.least is not None and not value >= self.least:  # NaN, too
+            raise argparse.ArgumentTypeError(f"it must be at least {self.least}, not {text}")
+        if self.most is not None and not value <= self.most:
+            raise argparse.ArgumentTypeError(f"it must be at most {self.most}, not {text}")
+        return value
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Have a parser read it; it sets nothing unless it is given."""
+        several = typing.get_origin(self.kind) is list or list[str] in typing.get_args(self.kind)
+        if self.kind is bool:
+            for flag, value in zip(self.flags, (True, False), strict=False):
+                parser.add_argument(flag, dest=self.name, action="store_const", const=value)
+        elif not self.flags:
+            given: Any = {"nargs": "*" if several else "?", "default": self.default}
+            parser.add_argument(self.name, type=self.read, **given)
+        else:
+            action = "append" if several else "store"
+            parser.add_argument(*self.flags, dest=self.name, type=self.read, action=action)
+
+    def line(self) -> tuple[str, str]:
+        """Return its names and its help, which ends with its choices and its default."""
+        choices = (f"{each} (default)" if each == self.default else each for each in self.choices)
+        shown = ["|".join(choices)] if self.choices else []
+        if self.default is True:
+            shown.append(f"default: {self.flags[0]}")
+        elif not shown and (self.default or (self.default == 0 and self.default is not False)):
+            shown.append(f"default: {self.default}")
+        further = f" [{shown[0]}]" if shown and self.help else ""
+        return ", ".join(self.flags) or self.name, self.help + further
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser of a command, whose errors are one sentence."""
+
+    def __init__(self, name: str, help: str, options: Iterable[Option]):
+        super().__init__(
+            f"nercc {name}".strip(),
+            add_help=False,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
+        self.description, self.options = help, tuple(options)
+        for each in self.options:
+            each.add_to(self)
+        self.add_argument("--help", action="help")
+
+    def error(self, message: str) -> NoReturn:
+        fail(message.removeprefix("argument "), 2)
+
+    def format_help(self) -> str:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for each in self.options:
+            panels.setdefault(each.panel, []).append(each.line())
+        panels.setdefault("Options", []).append(("--help", "Show this message and exit."))
+        return help_text(self.prog, str(self.description), panels)
+
+
+def help_text(prog: str, help: str, panels: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+    """Return the help of a command: a line for each entry of each panel, names first."""
+    width = max(shutil.get_terminal_size().columns, 60)
+    lines = [f"Usage: {prog} [OPTIONS]", ""]
+    for paragraph in inspect.cleandoc(help).split("\n\n"):
+        lines.append(textwrap.fill(paragraph, width))
+    lines.append("")
+    for title, entries in panels.items():
+        lines.append(f"{title}:")
+        for names, text in entries:
+            if text:
+                text = f"  {names:<22}  {text}"
+                lines.append(textwrap.fill(text, width, subsequent_indent=" " * 26))
+        if listed := ", ".join(names for names, text in entries if not text):
+            lines += textwrap.wrap(f"  {listed}, as there", width, break_on_hyphens=False)
+    return "\n".join(lines) + "\n"
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print what went wrong, and end the command with an exit code."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def error_text(error: Exception) -> str:
+    """Return an error's words, a file's name first."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+@contextlib.contextmanager
+def of_option(option: str) -> Iterator[None]:
+    """Have an error's message begin with the option that it is about."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{option}: {error_text(error)}") from error

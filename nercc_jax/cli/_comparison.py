@@ -1,21 +1,19 @@
 """Codes compared at each number of stragglers, as `nercc demo` and `nercc tune` do."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from ..codes import AbstractCode
 from ..evaluation import Estimate, Evaluation, Evaluations, evaluate
-from ..evaluation._evaluation import SHARES
 from ..stragglers import AbstractStragglers, ExactStragglers
 from ._options import Options
-from ._output import make_table, print_whole
+from ._output import print_table
 
 
 def straggler_laws(
@@ -61,53 +59,42 @@ def compare(
         f"\n{what}, {rows[0].num_data_points} data points x {options.sets} straggler sets; means "
         "over the sets with 95 % intervals; * is the best in a row."
     )
-    # Replication recovers exact predictions or none: it has no error to compare.
-    approximate = [row for row in rows if row.code != "replication"]
-    title = f"MSE of decoded {options.outputs}"
-    print_whole(console, straggler_table(approximate, "mse", title, best="min"))
+    _print_errors(console, rows, f"MSE of decoded {options.outputs}", labels=False)
     if options.outputs != "values":
         title = (
             "RelAcc: % of predictions with the label that the uncoded model gives; those not "
             "recovered count as wrong"
         )
-        print_whole(console, straggler_table(rows, "rel_acc", title, best="max"))
+        _print_errors(console, rows, title, labels=True)
     return rows
 
 
-def straggler_table(rows: Sequence[Evaluation], metric: str, title: str, *, best: str) -> Table:
-    """Return a table of one metric: codes in columns, laws in rows, the best of a row with *.
+def _print_errors(console: Console, rows: Evaluations, title: str, *, labels: bool) -> None:
+    """Print a table of MSEs, or of labels kept: codes in columns, numbers of stragglers in rows.
 
-    The best is the "min" or the "max". Shares are in %, with the ends of their intervals. A code
-    that lost predictions cannot win on an error that leaves them out; the last columns have the
-    share, in %, that such codes lost.
+    The best of a row has a star. Replication recovers exact predictions or none: it has no error to
+    compare. A code that lost predictions cannot win on an error that leaves them out.
     """
-    laws = [*dict.fromkeys(row.stragglers for row in rows)]
-    codes = [*dict.fromkeys(row.code for row in rows)]
-    by_pair = {(row.stragglers, row.code): row for row in rows}
-    losers = [code for code in codes if any(by_pair[law, code].lost.mean > 0 for law in laws)]
+    found = {(row.stragglers, row.code): row for row in rows if labels or row.code != "replication"}
+    laws, codes = ([*dict.fromkeys(names)] for names in zip(*found, strict=True))
+
+    def value(row: Evaluation) -> float:
+        """Return what is compared, the larger the better; NaN if it is not."""
+        return row.rel_acc.mean if labels else np.nan if row.lost.mean > 0 else -row.mse.mean
 
     def cells(law: str) -> list[str]:
-        found = {code: by_pair[law, code] for code in codes}
-        estimates: dict[str, Estimate] = {c: getattr(row, metric) for c, row in found.items()}
-        means = {
-            code: each.mean
-            for code, each in estimates.items()
-            if best == "max" or not found[code].lost.mean > 0
-        }
-        top = (max if best == "max" else min)(means.values(), default=np.nan)
-        texts = []
-        for code, estimate in estimates.items():
-            text = "-"
-            if metric in SHARES and not np.isnan(estimate.mean):
-                text = share_text(estimate)
-            elif not np.isnan(estimate.mean):
-                text = f"{_number(estimate.mean)} ±{_number(estimate.half_width)}"
-            wins = means.get(code) == top
-            texts.append(f"[bold green]{text}*[/bold green]" if wins else text)
-        return [law, *texts, *(f"{100 * found[code].lost.mean:.1f}" for code in losers)]
+        values, texts = [value(found[law, code]) for code in codes], []
+        for code, this in zip(codes, values, strict=True):
+            text, row = "-", found[law, code]
+            if labels and not np.isnan(row.rel_acc.mean):
+                text = share_text(row.rel_acc)
+            elif not labels and not np.isnan(row.mse.mean):
+                text = f"{_number(row.mse.mean)} ±{_number(row.mse.half_width)}"
+            best = this == np.nanmax([-np.inf, *values])
+            texts.append(f"[bold green]{text}*[/bold green]" if best else text)
+        return [law, *texts]
 
-    columns = ("S", *codes, *(f"lost by\n{code}" for code in losers))
-    return make_table(title, columns, map(cells, laws), left=0)
+    print_table(console, title, ("S", *codes), map(cells, laws), left=0)
 
 
 def share_text(estimate: Estimate) -> str:
@@ -124,7 +111,7 @@ def _number(value: float) -> str:
     """Return a number in three digits, without an exponent where none is needed."""
     if value == 0 or np.isnan(value):
         return "0" if value == 0 else "?"
-    if abs(value) >= 1e4:
-        return f"{value:.0e}".replace("e+0", "e")
+    if not 1e-3 <= abs(value) < 1e4:
+        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-")
     digits = max(0, 2 - int(np.floor(np.log10(abs(value)))))
     return f"{value:.{min(digits, 4)}f}"

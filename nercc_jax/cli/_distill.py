@@ -13,7 +13,7 @@ from nercc_models.students import multiplications, plan_within
 
 from ..serving import make_servable
 from ._options import Options
-from ._output import steps_bar
+from ._output import progress_bar
 from ._workload import find_workload
 
 _LOW = 0.7  # agreement with the model below which there is a warning
@@ -53,7 +53,7 @@ def distill_student(options: Options) -> None:
     cost = multiplications(served.model, served.inputs.shape)
     plan = plan_within(options.share * cost, served.inputs.shape, served.outputs.shape)
     student = plan.build(nnx.Rngs(seed))
-    with steps_bar(console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("the model's answers ...", total=None)
 
         def on_step(step: int, total: int) -> None:

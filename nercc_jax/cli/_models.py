@@ -4,14 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import track
 
 from nercc_models.names import list_models, model_card
 
 from ._options import Options
-from ._output import make_table, print_whole, write_json
+from ._output import print_table, write_json
 
 
 def models(options: Options) -> None:
@@ -41,7 +40,7 @@ def models(options: Options) -> None:
 
     score = "accuracy, measured now" if options.evaluate else "accuracy, by its card"
     columns = ("model", "data", "input", "parameters", "kB", score)
-    print_whole(console, make_table(None, columns, map(cells, rows), left=len(columns)))
+    print_table(console, None, columns, map(cells, rows), left=len(columns))
     write_json(console, options.numbers, {"measured": options.evaluate}, rows)
 
 
@@ -54,4 +53,4 @@ def new_model(options: Options) -> None:
         raise ValueError(f"{file} is there already, and is left as it is")
     template = Path(__file__).parent / "templates" / "new_model.txt"
     file.write_text(template.read_text().format(module=file.stem, file=file.name))
-    typer.echo(f"wrote {file}; try it from its folder: nercc demo --model {file.stem}:model")
+    print(f"wrote {file}; try it from its folder: nercc demo --model {file.stem}:model")

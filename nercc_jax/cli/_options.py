@@ -5,26 +5,30 @@ which is imported once the options are sound: JAX takes a second or two to impor
 `--help` nor a misspelt option waits for it.
 """
 
+import ast
 import dataclasses
 import importlib.util
+import inspect
+import itertools
 import math
 import os
 import tomllib
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from ._errors import of_option
-from ._own_models import HUB, check_weights, hub_name, is_own, is_shipped
+from ._command import Option, of_option
+from ._own_models import HUB, check_weights, hub_name, is_data_set, is_own, is_shipped
 
 Outputs: TypeAlias = Literal["logits", "probabilities"]  # of a classifier
 Returned: TypeAlias = Literal["logits", "probabilities", "values"]
 
-# Types with further arguments of `typer.Option`.
-Count: TypeAlias = Annotated[int, {"min": 1}]
-CountOrNone: TypeAlias = Annotated[int | None, {"min": 1}]
-NotNegative: TypeAlias = Annotated[float, {"min": 0}]
-Share: TypeAlias = Annotated[float, {"min": 0, "max": 1}]
+# Types with their limits.
+Count: TypeAlias = Annotated[int, {"least": 1}]
+CountOrNone: TypeAlias = Annotated[int | None, {"least": 1}]
+NotNegative: TypeAlias = Annotated[float, {"least": 0}]
+Share: TypeAlias = Annotated[float, {"least": 0, "most": 1}]
 
 # By the first option of each panel of `--help`, its title.
 PANELS = {
@@ -50,23 +54,23 @@ class Options:
     """
 
     model: str = "lenet5-digits"
-    "Shipped model (see `nercc models`), your own as module:name, or hf:owner/name."
+    "Shipped model, your own as module:name, or hf:owner/name."
     weights: Path | None = None
     "Weights passed to module:name, which makes the model: a path, or hf:."
     inputs: Path | None = None
-    "Unlabelled data points, one a row: .npy, .npz, .csv or .parquet (default: the model's own)."
+    "Data points: .npy, .npz, .csv or .parquet, or a data set: digits (default: the model's)."
     columns: str | None = None
-    "Columns of a .csv or .parquet that are inputs, a,b,c (default: all but that of the ids)."
+    "Columns of a table that are inputs, separated by commas (default: all but the ids')."
     id_column: str | None = None
     "Column of ids, texts or whole numbers, which results carry (default: none)."
     data_dir: Path | None = None
-    "Folder with the shipped model's data set; not needed for the digits."
+    "Folder with the data set of the model or of --inputs; not needed for the digits."
     split: str | None = None
     "Split of the data set (default: test; for a plan, train)."
     max_inputs: CountOrNone = None
-    "Data points to use, at most (default: 1,000; for a plan, 2,000; run and distill use all)."
+    "Data points to use, at most (default: 1,000; plan: 2,000; run and distill: all)."
     outputs: Returned = "logits"
-    "Outputs of a classifier, its logits or their softmax, or values without labels."
+    "A classifier's outputs, or values."
     seed: int = 0
     "Seed of all random numbers."
 
@@ -77,23 +81,23 @@ class Options:
     code: Path | None = None
     "File of a code that `nercc tune` wrote, whose K and N are used (default: none)."
     groups: CountOrNone = None
-    "Groups of K in a batch (default: 1); row by row, rows in a call (default: by their time)."
+    "Groups of K in a batch (default: 1); row by row, rows in a call (default: by time)."
     batches: CountOrNone = None
     "Batches to run, going over the data again and again (default: once over it)."
 
     max_stragglers: int | None = None
-    "Largest number of stragglers; all numbers from 0 on are compared (default: N - K)."
+    "Largest number of stragglers; all from 0 on are compared (default: N - K)."
     sets: Count = 20
     "Random straggler sets for each number of stragglers."
 
     layout: str = "chebyshev"
-    "Points to start from: chebyshev, interleaved, repeated, mixed:0.5, systematic:0.5, or search."
-    points: Annotated[bool, "--points/--lambdas-only"] = True
+    "Start: chebyshev, interleaved, repeated, mixed:0.5, systematic:0.5, or search."
+    points: Annotated[bool, "--points", "--lambdas-only"] = True
     "Tune the regression points, too, or the lambdas only."
-    learn_decoder: Annotated[bool, "--learn-decoder/--spline"] = False
-    "Learn the decoder at the end, by 8 (N + K) N calls of the model, or keep the spline's."
+    learn_decoder: Annotated[bool, "--learn-decoder", "--spline"] = False
+    "Learn the decoder at the end, by 8 (N + K) N calls, or keep the spline's."
     criterion: Literal["mse", "cross_entropy"] | None = None
-    "Error to reduce (default: mse; cross_entropy, of labels, for a search on logits)."
+    "Error to reduce (default: mse; a search on logits: cross_entropy)."
     steps: Count = 400
     "Gradient steps, at most."
 
@@ -107,13 +111,13 @@ class Options:
     queries: Count = 8
     "Queries that arrive together; the time of the last answer counts."
     overhead_s: NotNegative = 0.02
-    "Seconds for encoding, sending and decoding, added to every system's time."
+    "Seconds for encoding, sending, decoding, added to every system's time."
     buffer: CountOrNone = None
     "Waiting queries that are ordered by similarity at a time (default: --queries)."
     layouts: str = "chebyshev,interleaved,repeated"
-    "NeRCC's layouts of regression points, separated by commas, as in `nercc tune`."
+    "NeRCC's layouts, as in `nercc tune`, by commas."
     surrogate: str | None = None
-    "Cheap model to order and answer by: student, a file of `nercc distill`, or module:function."
+    "Model to order and answer by: student, a file of `nercc distill`, module:function."
 
     share: float = 0.07
     "Student's multiplications, at most, as a share of the model's."
@@ -127,13 +131,13 @@ class Options:
     "Largest learning rate of Adam."
 
     tolerance: float | None = None
-    "Largest error bar of a row that is not computed, in units of the outputs; 0 computes all."
+    "Largest error bar of a row that is not computed, in units of the outputs; 0: all are."
     max_disagreement: float | None = None
-    "Largest share of labels that differ from the model's own (default: none; for a plan, 0.005)."
+    "Largest share of labels that are not the model's own (default: none; plan: 0.005)."
     coverage: float = 0.9
     "Share of errors that error bars cover."
     compute: Literal["needed", "all"] = "needed"
-    "Rows to compute: those that are not known well enough, or all that arrive in time."
+    "Rows to compute: those not known well enough, or all in time."
     wait_for: int | None = None
     "Answers at which a batch is decoded (default: 85 % of N, but at least K)."
     deadline_s: float = 30.0
@@ -141,23 +145,26 @@ class Options:
     job_deadline_s: float | None = None
     "Seconds after which a run row by row ends with what is known (default: none)."
     grace_s: float = 0.0
-    "Seconds to wait after a run row by row for late answers, which test error bars."
+    "Seconds to wait after a run row by row for late answers, which test bars."
     max_calls: int | None = None
     "Rows to compute, at most (default: no limit)."
+    statistic: str | None = None
+    "For all rows mean, quantile:Q or above:VALUE; of several outputs mean@3, mean@module:name."
+    stop_at: float | None = None
+    "Length of the statistic's interval at which the run ends."
     check_answers: float | None = None
-    "Share of right rows that may look wrong and are computed again (default: no checks)."
+    "Share of right rows that may look wrong and are computed again (default: none)."
     max_fenced: float = 0.25
     "Maximum share of the workers that is fenced."
 
     pool: Literal["devices", "ray"] = "devices"
     "Kind of workers: threads on this process's devices, or Ray actors."
     workers: CountOrNone = None
-    "Workers in the pool: more than N are spare, fewer run several points each (default: N)."
+    "Workers in the pool: more than N are spare, fewer run several points (default: N)."
     worker_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    "Dtype that workers cast inputs and weights to (default: the model's)."
+    "Dtype of workers' inputs and weights (default: the model's)."
     address: str | None = None
-    """Ray cluster of the actors: HOST:6379, ray://HOST:10001, auto or local (default: RAY_ADDRESS,
-    the cluster that runs on this machine, or a new one)."""
+    "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or one here)."
     worker_cpus: float | None = None
     "CPUs per Ray actor (default: at most 0.5)."
     worker_gpus: float | None = None
@@ -166,7 +173,7 @@ class Options:
     "Other Ray resources per actor, as a TOML table: {TPU = 4}."
     working_dir: Path | None = None
     "Folder sent to Ray's nodes (default: that of a module:function that is not installed)."
-    py_modules: list[Path] | None = None
+    py_modules: list[str] | None = None
     "Module sent to Ray's nodes; may be repeated."
     runtime_env: Path | None = None
     "File with Ray's runtime environment: .yaml, .json, or .toml."
@@ -176,8 +183,7 @@ class Options:
     straggler_delay_s: float = 1.0
     "Seconds by which those calls are delayed."
     straggler_score: str | None = None
-    """Score of a row, by which calls are delayed instead of at random, the largest first: `norm`,
-    or module:function."""
+    "Score of a row, by which calls are delayed, the largest first: `norm`, or module:function."
     straggler_leaning: Share = 1.0
     "With a score, the share of delayed calls that have the largest scores."
     death_rate: Share = 0.0
@@ -187,9 +193,9 @@ class Options:
     wrong_rate: Share = 1.0
     "Share of these workers' calls that are answered wrongly."
 
-    output: Path = Path("nercc-result")
-    "File for the result; for a plan a folder, for a run one or the other."
-    plot: Path = Path("nercc.png")
+    output: Path = Path()
+    "File for the result; for a plan a folder, for a run either."
+    plot: Path = Path()
     "File for the picture."
     numbers: Path | None = None
     "JSON file for the table's numbers (default: none)."
@@ -197,9 +203,9 @@ class Options:
     "Go on with a run that ended early."
     evaluate: Annotated[bool, "--evaluate"] = False
     "Measure the accuracy now, on the test set; needs the data."
-    names: Annotated[list[str] | None, "argument"] = None
+    names: Annotated[list[str] | None, ""] = None
     "Names of models (default: all)."
-    file: Annotated[Path, "argument"] = Path("my_model.py")
+    file: Annotated[Path, ""] = Path("my_model.py")
     "The .py file to write."
 
     def __post_init__(self):
@@ -216,8 +222,8 @@ class Options:
                     f"--weights is for a model of your own, module:name, not {self.model!r}"
                 )
             check_weights(self.weights)
-        if self.inputs is not None and not self.inputs.is_file():
-            raise ValueError(f"--inputs {self.inputs}: there is no such file")
+        if self.inputs is not None and not self.inputs.is_file() and not is_data_set(self.inputs):
+            raise ValueError(f"--inputs {self.inputs}: there is no such file, and no such data set")
         if self.pool == "ray" and importlib.util.find_spec("ray") is None:
             raise ImportError("--pool ray needs Ray: pip install '.[ray]' in a clone")
         for name in ("deadline_s", "straggler_delay_s", "learning_rate"):
@@ -267,8 +273,8 @@ class Command:
         help: Its help, a sentence first.
         first: The options that come first in `--help`.
         further: The other options that it takes.
-        defaults: Defaults of its own, of results only.
-        names: Further names of options, as earlier versions had them.
+        defaults: Defaults of its own, of results only; a name without an ending is a folder.
+        alias: A further name of `--output`, as earlier versions had it.
     """
 
     function: str
@@ -276,7 +282,41 @@ class Command:
     first: str
     further: str = ""
     defaults: Mapping[str, Path] = dataclasses.field(default_factory=dict)
-    names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    alias: str | None = None
+
+    def options(self) -> list[Option]:
+        """Return its options in their order in `--help`."""
+        fields: Any = ast.parse(inspect.getsource(Options)).body[0]
+        words = {
+            ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
+            for field, text in itertools.pairwise(fields.body)
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+        }
+        first, panel, found = self.first.split(), "", {}
+        for name, kind in typing.get_type_hints(Options, include_extras=True).items():
+            annotated = typing.get_origin(kind) is Annotated
+            kind, *further = typing.get_args(kind) if annotated else (kind,)
+            limits = further.pop() if further and isinstance(further[-1], dict) else {}
+            flag, panel = f"--{name.replace('_', '-')}", PANELS.get(name, panel)
+            flags = [*filter(None, further)] if further else [flag]
+            if name == "output" and self.alias is not None:
+                flags.append(self.alias)
+            default = self.defaults.get(name, getattr(Options, name))
+            shown = "Options" if name in first else panel
+            found[name] = Option(name, kind, default, words[name], shown, flags, **limits)
+        taken = {*self.further.split()} - {*first}
+        return [found[name] for name in (*first, *(name for name in found if name in taken))]
+
+    def read(self, given: Mapping[str, Any]) -> Options:
+        """Return the options that are given, and its own defaults; raise ValueError if wrong."""
+        options = Options(**{**self.defaults, **given})
+        for name in ("output", "plot", "numbers", "file"):
+            folder = (
+                name in self.defaults and not self.defaults[name].suffix
+            )  # it is made if needed
+            if not folder and name in (*self.first.split(), *self.further.split()):
+                check_folder(f"--{name}", getattr(options, name))
+        return options
 
 
 _MODEL = "weights data_dir max_inputs seed"
@@ -285,7 +325,7 @@ _COMPARED = f"{_MODEL} max_stragglers sets"
 COMMANDS = {
     "demo": Command(
         "_demo:demo",
-        """Compare NeRCC with BACC, BSCC, LCC, replication and a student when workers straggle.
+        """Compare NeRCC with BACC, copies and a student when workers straggle.
 
         Each group of K data points is encoded as N coded data points, and each worker runs the
         model on one of them. S of the N workers straggle. All K predictions are recovered from the
@@ -327,24 +367,21 @@ COMMANDS = {
         "model inputs latency queries max_workers budget max_disagreement output",
         f"{_MODEL} split outputs overhead_s buffer layouts surrogate",
         {"output": Path("nercc-plan")},
-        {"output": ("--output", "--output-dir")},
+        "--output-dir",
     ),
     "run": Command(
         "_run:run",
         """Run a model over a data set on a pool whose workers may straggle or die.
 
-        Each batch is encoded, sent to the workers, and decoded once enough of them answered; a
-        batch that cannot be recovered is sent again. With --tolerance, each row of any function is
-        computed, or predicted well enough. Results are written as they come: to a .npz, .csv or,
-        row by row, .parquet, or into a folder. --resume goes on after any end. Exit codes: 0
-        everything is done, 1 nothing is, 2 an option does not fit, 3 a part is missing or lost, 130
-        Ctrl-C.""",
+        Each batch is encoded, sent to the workers, and decoded once enough of them answered. With
+        --tolerance, each row of any function is computed or predicted. Exit codes: 0 done, 1
+        nothing, 2 wrong options, 3 a part is missing, 130 Ctrl-C.""",
         "model inputs tolerance max_disagreement num_data num_workers output resume",
         f"{_MODEL} columns id_column split outputs code groups batches coverage compute wait_for "
-        "deadline_s job_deadline_s grace_s max_calls check_answers max_fenced pool workers "
-        "worker_dtype address worker_cpus worker_gpus worker_resources working_dir py_modules "
-        "runtime_env straggler_rate straggler_delay_s straggler_score straggler_leaning death_rate "
-        "wrong_workers wrong_rate",
+        "deadline_s job_deadline_s grace_s max_calls statistic stop_at check_answers max_fenced "
+        "pool workers worker_dtype address worker_cpus worker_gpus worker_resources working_dir "
+        "py_modules runtime_env straggler_rate straggler_delay_s straggler_score straggler_leaning "
+        "death_rate wrong_workers wrong_rate",
         {"output": Path("nercc-run.npz")},
     ),
     "tune": Command(
@@ -357,5 +394,14 @@ COMMANDS = {
         "model inputs outputs num_data num_workers layout steps output",
         f"{_COMPARED} points learn_decoder criterion plot numbers",
         {"output": Path("nercc-tuned.json"), "plot": Path("nercc-tune.png")},
+    ),
+    "serve": Command(
+        "_serve:serve_models",
+        """Serve models behind a code: Open Inference Protocol, REST and gRPC.
+
+        Clients' queries are coded in groups; one whose worker straggles is decoded from the others'
+        answers, or sent again. Settings also come from the environment (NERCC_...) and a file;
+        flags come first; docs/deploy/server.toml has all. SIGTERM answers what was accepted.""",
+        "",
     ),
 }

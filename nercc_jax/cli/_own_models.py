@@ -23,6 +23,13 @@ def is_shipped(model: str) -> bool:
     return ":" not in model
 
 
+def is_data_set(inputs: Path) -> bool:
+    """Return whether inputs are named as a data set, such as digits, and not as a file."""
+    from nercc_models.data import list_data
+
+    return not inputs.is_file() and str(inputs) in list_data()
+
+
 def look_here() -> None:
     """Have modules looked for in the working directory, too."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
@@ -116,16 +123,25 @@ def find_surrogate(asked: str, model: str, outputs: str) -> Callable[..., Any]:
         raise ValueError(f"--surrogate {asked}: {error}") from error
 
 
-def find_score(asked: str) -> Callable[[Any], Any]:
-    """Return the function that scores rows, by which injected stragglers are chosen.
+def find_score(asked: str | None) -> Callable[[Any], Any] | None:
+    """Return the function that scores rows, by which injected stragglers are chosen, if any.
 
     It is `norm`, or module:function. Raises ValueError if there is no such function.
     """
+    if asked is None:
+        return None
     if asked != "norm":
         return load_callable(asked, None, "--straggler-score")
-    from ..pools._faults import row_norm
-
     return row_norm
+
+
+def row_norm(batch: Any) -> Any:
+    """Return the Euclidean norm of each row, over all inputs."""
+    import jax
+    import numpy as np
+
+    leaves = [np.asarray(leaf, float) for leaf in jax.tree.leaves(batch)]
+    return np.sqrt(sum(np.sum(leaf.reshape(len(leaf), -1) ** 2, axis=1) for leaf in leaves))
 
 
 def _first_line(error: Exception) -> str:

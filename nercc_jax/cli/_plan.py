@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from ..codes import regression_points
 from ..evaluation import pictures
@@ -19,9 +18,9 @@ from ..stragglers import (
     ParetoLatency,
     TraceLatency,
 )
-from ._errors import of_option
+from ._command import of_option
 from ._options import Options
-from ._output import make_table, print_whole
+from ._output import print_table
 from ._own_models import find_surrogate
 from ._process import compile_quickly
 from ._workload import find_workload
@@ -84,7 +83,7 @@ def plan_service(options: Options) -> None:
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     found.save(file, about)
-    print_whole(console, plan_table(found))
+    print_plan(console, found)
     console.print(plan_words(found, about["data"]), soft_wrap=True, highlight=False, markup=False)
     title = f"{options.model}, {options.latency}, {options.queries} queries"
     pictures.plan_figure(found, title, PlanEffort.alike).savefig(picture, dpi=130)
@@ -123,8 +122,8 @@ def latency_law(text: str) -> AbstractLatency:
     raise ValueError(f"--latency must be {_LATENCIES}, not {text!r}")
 
 
-def plan_table(found: Plan) -> Table:
-    """Return a table of the fastest of each system at each size: see `shown_rows`."""
+def print_plan(console: Console, found: Plan) -> None:
+    """Print a table of the fastest of each system at each size: see `shown_rows`."""
 
     def ms(seconds: float) -> str:
         return f"{1e3 * seconds:.{0 if seconds >= 0.1 else 1}f}"
@@ -145,7 +144,8 @@ def plan_table(found: Plan) -> Table:
         )
 
     columns = ("(N, K)", "wait\nms", "again\n%", "extra\n%", "differ\n%", "p50\nms", "p99\nms")
-    return make_table(
+    print_table(
+        console,
         "Each system at each size: the fastest within the budget, or the nearest to it",
         ("system", *columns),
         map(cells, shown_rows(found)),

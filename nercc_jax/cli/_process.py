@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..compilation import enable_compilation_cache
 
@@ -17,13 +17,25 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _FEW = 2e11  # operations, which take some seconds on two cores
-_LEARNER = "nercc-learner"  # the name of a thread of `nercc_jax.rows.run_rows`
-_EXTRA = ("matplotlib", "rich", "safetensors", "sklearn", "typer")  # packages of the extra "demo"
+_EXTRA = ("matplotlib", "rich", "safetensors", "sklearn")  # packages of the extra "demo"
 
 
-def leave(code: int) -> None:
+def end(code: Any) -> NoReturn:
+    """End the process; at once where Python's own end would crash, hang, or wait for minutes.
+
+    It would crash where JAX is interrupted while compiling (0.10), or where a hung worker's thread
+    comes back from compiled code; and wait for a learner of rows, or for the head of a lost Ray.
+    """
+    threads = [each.name for each in threading.enumerate()]
+    ray = sys.modules.get("nercc_jax.pools")
+    at_work = any(name.startswith(("nercc-learner", "nercc-worker-")) for name in threads)
+    if code in (130, 143) or at_work or (ray is not None and ray.ray_is_lost()):
+        leave(code or 0)
+    sys.exit(code)
+
+
+def leave(code: int) -> NoReturn:
     """End the process at once, whatever threads it has."""
-    logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -62,12 +74,14 @@ def keep_lapack_to_one_thread() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> None:
+def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> bool:
     """Have programs compiled without most of LLVM's optimisations where they have little to do.
 
     They have little to do if the model, on so many rows in all, takes only seconds on a CPU. With
     `compile_plainly`, a step of `nercc tune` then compiles in 1.6 s, and runs in 33 ms instead of
     6. The number of turns of a loop is not known here, so a model with loops is left alone.
+
+    Return whether they have little to do; on an accelerator, anything is.
     """
     import equinox as eqx
     import jax
@@ -75,21 +89,19 @@ def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> No
     from ..inference.models import call_model
 
     if jax.default_backend() != "cpu":
-        return
+        return True
     jitted: Any = eqx.filter_jit(call_model)
     lowered = jitted.lower(model, x[:1]).lowered
     cost: Any = lowered.cost_analysis() or {}
-    if "stablehlo.while" not in lowered.as_text() and rows * cost.get("flops", math.inf) <= _FEW:
+    little = rows * cost.get("flops", math.inf) <= _FEW
+    if little and "stablehlo.while" not in lowered.as_text():
         jax.config.update("jax_disable_most_optimizations", True)
-
-
-def at_work() -> bool:
-    """Return whether a learner of rows is at work, on a thread that a process does not wait for."""
-    return any(each.name == _LEARNER for each in threading.enumerate())
+    return little
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
     """Return what to install for a missing package; None if it is none of the extra's."""
-    if error.name not in _EXTRA:
+    name = str(error.name).partition(".")[0]
+    if name not in _EXTRA:
         return None
-    return f"nercc needs {error.name}, which is missing: pip install '.[demo]' in a clone"
+    return f"nercc needs {name}, which is missing: pip install '.[demo]' in a clone"

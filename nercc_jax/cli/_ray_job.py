@@ -10,13 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ._process import leave
-
-# Set by `ray job submit`, which has sent a folder of its own.
-_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-# Never sent with the folder of a model, whatever .gitignore says.
-_EXCLUDED = [".git", ".venv", "venv", "__pycache__"]
-
 
 @dataclasses.dataclass(frozen=True)
 class RayJob:
@@ -28,21 +21,37 @@ class RayJob:
 
     address: str | None = None
     working_dir: Path | None = None
-    py_modules: Sequence[Path] = ()
+    py_modules: Sequence[str | Path] = ()
     runtime_env: Path | None = None
 
     def __post_init__(self):
         for option, path in (
             ("--working-dir", self.working_dir),
             ("--runtime-env", self.runtime_env),
-            *(("--py-modules", each) for each in self.py_modules),
+            *(("--py-modules", Path(each)) for each in self.py_modules),
         ):
             if path is not None and "://" not in str(path) and not path.exists():
                 raise ValueError(f"{option} {path}: there is no such file or folder")
 
     def environment(self) -> dict[str, Any]:
         """Return Ray's runtime environment, as far as options set it."""
-        found = {} if self.runtime_env is None else _read(self.runtime_env)
+        found: Any = {}
+        if (path := self.runtime_env) is not None:
+            text = path.read_text()
+            try:
+                if path.suffix == ".toml":
+                    found = tomllib.loads(text)
+                elif path.suffix == ".json":
+                    found = json.loads(text)
+                else:
+                    import yaml  # which Ray brings
+
+                    found = yaml.safe_load(text)
+            except ValueError as error:  # of TOML and JSON
+                raise ValueError(f"--runtime-env {path}: {error}") from error
+            if not isinstance(found, Mapping):
+                raise ValueError(f"--runtime-env {path}: a table is needed, not {found!r}")
+        found = dict(found)
         if self.working_dir is not None:
             found["working_dir"] = str(self.working_dir)
         if self.py_modules:
@@ -53,7 +62,8 @@ class RayJob:
         """Make this process part of that Ray.
 
         Unless options say otherwise, the folders of models (`module:function`) that are not
-        installed are sent along, if the Ray is joined.
+        installed are sent along, if the Ray is joined; so they are not by `ray job submit`, which
+        has sent a folder of its own.
 
         Raises:
             ConnectionError: If there is no Ray.
@@ -63,8 +73,8 @@ class RayJob:
         from ._own_models import look_here
 
         look_here()
-        asked = self.environment()
-        sent = {"working_dir", "py_modules"} & asked.keys() or _SUBMITTED in os.environ
+        asked, submitted = self.environment(), "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        sent = {"working_dir", "py_modules"} & asked.keys() or submitted
         join_ray(self.address, asked, asked if sent else own_folders(models) | asked)
 
 
@@ -79,54 +89,23 @@ def leave_accelerators() -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
-def end_at_once(code: int) -> None:
-    """End this process if Ray's head is gone: a normal end would wait a minute for the head."""
-    from ..pools import ray_is_lost
-
-    if ray_is_lost():
-        leave(code)
-
-
 def own_folders(models: Sequence[str]) -> dict[str, Any]:
     """Return the entries of a runtime environment for models that are not installed."""
-    found: dict[Path, Path] = {}  # a module by its folder
+    found: dict[Path, Path] = {}  # a module's file or folder by the folder that has it
+    installed = importlib.metadata.packages_distributions()
     for each in models:
         name = each.partition(":")[0].partition(".")[0]
-        if ":" in each and (path := _own_module(name)) is not None:
-            found[path.parent] = path
+        spec = importlib.util.find_spec(name) if ":" in each and name not in installed else None
+        if spec is not None and spec.origin is not None:
+            path = Path(spec.origin).resolve()
+            path = path.parent if spec.submodule_search_locations else path
+            if not {"site-packages", "dist-packages"} & set(path.parts):
+                found[path.parent] = path
     if not found:
         return {}
     first, *others = found
-    sent: dict[str, Any] = {"working_dir": str(first), "excludes": _EXCLUDED}
+    excluded = [".git", ".venv", "venv", "__pycache__"]  # whatever .gitignore says
+    sent: dict[str, Any] = {"working_dir": str(first), "excludes": excluded}
     if others:
         sent["py_modules"] = [str(found[each]) for each in others]
     return sent
-
-
-def _own_module(name: str) -> Path | None:
-    """Return the file or folder of a module that is not installed; None if it is."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None or name in importlib.metadata.packages_distributions():
-        return None
-    path = Path(spec.origin).resolve()
-    path = path.parent if spec.submodule_search_locations else path
-    return None if {"site-packages", "dist-packages"} & set(path.parts) else path
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Read a runtime environment's file; raise ValueError if that fails."""
-    text = path.read_text()
-    try:
-        if path.suffix == ".toml":
-            found: Any = tomllib.loads(text)
-        elif path.suffix == ".json":
-            found = json.loads(text)
-        else:
-            import yaml  # which Ray brings
-
-            found = yaml.safe_load(text)
-    except ValueError as error:  # of TOML and JSON
-        raise ValueError(f"--runtime-env {path}: {error}") from error
-    if not isinstance(found, Mapping):
-        raise ValueError(f"--runtime-env {path}: a table is needed, not {found!r}")
-    return dict(found)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import TaskID
 
+from ..risk import EnsembleEstimate
 from ..rows import RowProgress, RowResult, RowSettings, run_rows
 from ..rows.files import fingerprint
-from ._errors import fail
+from ._command import fail
 from ._options import Options
-from ._output import Finished, faults_seen, run_bar
+from ._output import Finished, progress_bar
+from ._own_models import load_callable
 from ._workload import find_workload
 
 # By the settings of `run_rows`, the options.
@@ -32,8 +35,7 @@ def run_function(
     numbers: dict[str, Any] = {name: getattr(options, each) for name, each in _SETTINGS.items()}
     with _naming_options():
         settings = RowSettings(**numbers)
-    workload = find_workload(options, traced=False)
-    split = options.split or "test"
+    workload, split = find_workload(options, traced=False), options.split or "test"
     source = workload.rows(split)
     ids = None if source.ids is None else source.ids[: options.max_inputs]
     x = np.asarray(source.preprocess(source.x[: options.max_inputs]))
@@ -51,7 +53,7 @@ def run_function(
         )
         return opened
 
-    bar, task = run_bar(console), TaskID(0)
+    bar = progress_bar(console)
 
     def show(progress: RowProgress) -> None:
         if not bar.task_ids:
@@ -67,12 +69,15 @@ def run_function(
             f"{progress.waiting:,}{late}{unknown}; {progress.rows_per_second:,.1f} rows/s, "
             f"{progress.workers:,} workers"
         )
-        bar.update(task, completed=progress.done, description=text)
+        bar.update(TaskID(0), completed=progress.done, description=text)
 
+    statistic = _statistic(options)
     about = {"model": options.model, "weights": fingerprint(options.weights)}
     about["inputs"] = workload.fingerprint(split)
     further: Any = {"folder": folder, "resume": options.resume, "about": about, "ids": ids}
-    further |= {"on_progress": show, "num_workers": options.num_workers}
+    further |= {"on_progress": show, "num_workers": options.num_workers, "statistic": statistic}
+    if options.stop_at is not None:
+        further["stop_when"] = lambda estimate: estimate.width <= options.stop_at
     try:
         with _naming_options():
             result = run_rows(workload.model, x, open_and_say, settings, **further)
@@ -88,13 +93,18 @@ def run_function(
         arrays = {} if result.ids is None else {"id": result.ids}
         arrays |= {"predictions": result.values}
         arrays |= {name: columns[name] for name in ("deviation", result.score_name, "exact")}
+    numbers, enough = dict(result.summary), False
+    if statistic is not None and result.evidence is not None:
+        estimate = statistic(result)
+        numbers["statistic"] = {"name": options.statistic, **dataclasses.asdict(estimate)}
+        enough = options.stop_at is not None and estimate.width <= options.stop_at
     done = f"{result.summary['rows_done']:,} of {len(result.status):,} rows are done"
     unknown = None
-    if result.reasons:
+    if result.reasons and not enough:
         row, why = next(iter(result.reasons.items()))
-        unknown = f"{len(result.reasons):,} rows are unknown: row {row}: {why}; {done}"
-    summary = _summary(result, settings)
-    return Finished(columns, arrays, summary, result.summary, result.stopped, done, unknown)
+        unknown = f"{len(result.reasons):,} rows are unknown: row {row}: {why}"
+    summary, report = _summary(result, numbers, settings), result.report
+    return Finished(columns, arrays, summary, numbers, report, result.stopped, done, unknown)
 
 
 @contextlib.contextmanager
@@ -109,8 +119,53 @@ def _naming_options() -> Iterator[None]:
         raise ValueError(f"--{_SETTINGS[name].replace('_', '-')} {rest}") from error
 
 
-def _summary(result: RowResult, settings: RowSettings) -> Iterator[tuple[str, str]]:
-    numbers = result.summary
+def _statistic(options: Options) -> Callable[[RowResult], EnsembleEstimate] | None:
+    """Return the statistic that options ask for, if any; raise ValueError if one does not fit."""
+    if options.statistic is None:
+        if options.stop_at is not None:
+            raise ValueError("--stop-at needs a --statistic")
+        return None
+    name, _, quantity = options.statistic.partition("@")
+    kind, _, number = name.partition(":")
+    try:
+        at = 0.0 if name == "mean" else float(number)
+    except ValueError:
+        at = math.nan
+    if name != "mean" and not (kind in ("quantile", "above") and math.isfinite(at)):
+        raise ValueError(f"--statistic is mean, quantile:Q or above:VALUE, not {name!r}")
+    own = (
+        None
+        if quantity.isdecimal() or not quantity
+        else load_callable(quantity, None, "--statistic")
+    )
+
+    def estimate(result: RowResult) -> EnsembleEstimate:
+        size, output = 1 if result.values is None else result.values[0].size, int(quantity or 0)
+        if size > 1 and (not quantity or output >= size):
+            raise ValueError(
+                f"rows have {size} outputs: --statistic {name}@0 to {name}@{size - 1} is of one, "
+                f"and {name}@module:function of what a function gives of them"
+            )
+        return of(result, lambda y: y.reshape(len(y), -1)[:, output])
+
+    def of(result: RowResult, f: Callable[[Any], Any]) -> EnsembleEstimate:
+        coverage = options.coverage
+        if kind == "above":
+            return result.probability(lambda v: v > at, f, coverage=coverage)
+        if kind == "quantile":
+            return result.quantile(at, f, coverage=coverage)
+        return result.mean(f, coverage=coverage)
+
+    return estimate if own is None else lambda result: of(result, own)
+
+
+def _summary(
+    result: RowResult, numbers: dict[str, Any], settings: RowSettings
+) -> Iterator[tuple[str, str]]:
+    if found := numbers.get("statistic"):
+        low, high = found["interval"]
+        text = f"{found['value']:.6g}, {100 * found['coverage']:g} % in [{low:.6g}, {high:.6g}]"
+        yield found["name"], text + (f"; {found['note']}" if found["note"] else "")
     done = f"{numbers['rows_done']:,} of {len(result.status):,}, {numbers['seconds']:.1f} s"
     yield "rows", f"{done}, {numbers['rows_per_second']:,.1f} rows/s"
     yield "computed", f"{numbers['computed']:,}"
@@ -119,23 +174,20 @@ def _summary(result: RowResult, settings: RowSettings) -> Iterator[tuple[str, st
     bar = numbers["largest_bar"]
     largest = "" if bar is None else f", the largest error bar {bar:.3g}"
     yield "predicted", f"{numbers['predicted']:,}{largest}"
-    learner = "none: all rows were computed before anything was learned"
-    if result.learner is not None:
+    if result.learner is None:
+        yield "learner", "none: all rows were computed before anything was learned"
+    else:
         learner = f"fitted to {numbers['learned_from']:,} rows"
         if settings.tolerance is not None and result.values is not None:
             vectors = result.values[result.status == "computed"].reshape(numbers["computed"], -1)
             spread = np.sqrt(np.mean(np.var(vectors[np.isfinite(vectors).all(axis=1)], axis=0)))
             share = f" ({100 * settings.tolerance / spread:.2g} % of the spread)" * bool(spread > 0)
             learner += f"; the tolerance is {settings.tolerance:g}{share}"
-    yield "learner", learner
-    if result.learner is not None:
-        for name, rows in (
-            ("audited", "rows drawn at random"),
-            ("came_late", "rows that came late"),
-        ):
+        yield "learner", learner
+        drawn = {"audited": "rows drawn at random", "came_late": "rows that came late"}
+        for name, rows in drawn.items():
             if numbers[name]:
-                held = f"{numbers[f'{name}_held']:,} of {numbers[name]:,}"
-                yield f"bars held, {rows}", held
+                yield f"bars held, {rows}", f"{numbers[f'{name}_held']:,} of {numbers[name]:,}"
         yield "all computed", f"would have taken {numbers['seconds_if_all_were_computed']:.0f} s"
     if settings.check_answers is not None:
         again, corrected = numbers["suspicious"], numbers["corrected"]
@@ -144,5 +196,4 @@ def _summary(result: RowResult, settings: RowSettings) -> Iterator[tuple[str, st
         for name in ("fenced", "not_fenced"):
             for worker, why in numbers[name].items():
                 yield f"{name.replace('_', ' ')}, worker {worker}", why
-    yield from faults_seen(result.report)
     yield "unknown", f"{numbers['unknown']:,}"

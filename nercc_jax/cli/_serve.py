@@ -1,29 +1,27 @@
 """`nercc serve`: a coded prediction server."""
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import importlib.util
-import inspect
 import logging
 import os
 import re
 import signal
 import socket
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from ._command import PlainCommand, parameter
-from ._errors import fail, report_errors
-from ._options import Options
+from ._command import Option, fail
+from ._options import COMMANDS, Options
 from ._process import keep_programs, leave
-from ._ray_job import RayJob, end_at_once, leave_accelerators
+from ._ray_job import RayJob, leave_accelerators
 
 if TYPE_CHECKING:
     from ..serving._settings import ModelSettings, ServerSettings
@@ -37,93 +35,68 @@ _NEEDED = (
 _MOMENT = 0.25
 
 
-def serve_command(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
-    """Serve models behind a code: Open Inference Protocol, REST and gRPC.
-
-    Clients' queries are coded in groups; one whose worker straggles is decoded
-    from the others' answers, and its response says so, or it is sent again. All
-    settings can also be given by environment (NERCC_...) and file; flags come
-    first. SIGTERM answers what was accepted, and ends. It listens at once, and
-    says that it is ready once its models are compiled.
-    """
-    # Imports and programs leave little garbage, and to look for it takes a tenth of a start. Once
-    # the server is ready, it looks again.
-    gc.disable()
-    try:
-        with report_errors():
-            missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-            if missing:
-                raise ImportError(
-                    f"nercc serve needs {', '.join(missing)}: pip install '.[serve]' in a clone"
-                )
-        command_with_options()(arguments or [], prog_name="nercc serve")
-    finally:
-        gc.enable()
-
-
 # A newcomer's options, which come first, in the panel without a title of its own.
 _FIRST = ("scheme", "num_data", "num_workers", "pool", "workers", "http_port")
-# Models are named by `--model`; the flags are the defaults of all of them.
-_NO_FLAGS = {"model", "models", "defaults"}
 
 
-def command_with_options() -> Any:
-    """Return Typer's command, with an option for each setting, which takes a while to import."""
-    from pydantic import BeforeValidator
+def options() -> list[Option]:
+    """Return an option for each setting, which takes a while to import.
 
+    Models are named by `--model`; the flags are the defaults of all of them. Options that `run` has
+    with the same words are only listed.
+    """
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"nercc serve needs {', '.join(missing)}: pip install '.[serve]' in a clone"
+        )
+    gc.disable()  # imports and programs leave little garbage; `Server` enables it
     from ..serving._settings import ModelSettings, ServerSettings
 
-    several = (
-        "Model to serve, as in all commands; repeat it for several (default: lenet5-digits, unless "
-        "the environment or --config name any)."
-    )
+    several = "Model to serve, as in all commands; repeat it for several (default: lenet5-digits)."
     checked, printed = "Check the settings and the models, and end.", "Print all settings as TOML."
     found = [
-        parameter("model", list[str] | None, None, several, "Options"),
-        parameter("config", Path | None, None, "TOML file with settings.", "Options"),
-        parameter("check", bool, False, checked, "Options", "--check"),
-        parameter("print_config", bool, False, printed, "Options", "--print-config"),
+        Option("model", list[str], None, several, "Options", ["--model"]),
+        Option("config", Path, None, "TOML file with settings.", "Options", ["--config"]),
+        Option("check", bool, False, checked, "Options", ["--check"]),
+        Option("print_config", bool, False, printed, "Options", ["--print-config"]),
     ]
+    same = {(each.name, each.help) for each in COMMANDS["run"].options()}
     for settings in (ModelSettings, ServerSettings):
         panel = ""
         for name, field in settings.model_fields.items():
             panel = settings.panels.get(name, panel)
-            kind, default = field.annotation, field.default
-            if any(isinstance(each, BeforeValidator) for each in field.metadata):
-                kind, default = str, default or None  # it reads text by itself
-            if name not in _NO_FLAGS:
-                # The first sentence; docs/deploy/server.toml has all of it.
-                text = re.match(r".*?[.)](?= [A-Z]|$)", str(field.description), re.DOTALL)
-                shown = "Options" if name in _FIRST else panel
-                found.append(parameter(name, kind, default, text[0] if text else "", shown))
-
-    def call(ctx, **arguments):  # Typer takes types from here before it looks at the signature
-        given = {n for n in arguments if ctx.get_parameter_source(n).name == "COMMANDLINE"}
-        _serve(**{name: arguments[name] for name in given})
-
-    ctx = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    call.__signature__ = inspect.Signature([*found, ctx])  # pyright: ignore
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=serve_command.__doc__, cls=PlainCommand)(call)
-    return typer.main.get_command(app)
+            if name in ("model", "models", "defaults"):
+                continue
+            # The first sentence, or as much of it as fits a line; docs/deploy/server.toml has all.
+            words = re.match(r".*?[.)](?= [A-Z]|$)", str(field.description), re.DOTALL)
+            text, shown = words[0] if words else "", "Options" if name in _FIRST else panel
+            if (name, words and words[0]) in same and name not in _FIRST:
+                text, shown = "", "As in `nercc run`"
+            flag, kind = f"--{name.replace('_', '-')}", field.annotation
+            if kind is not bool and ("Literal" not in str(kind) or "dict" in str(kind)):
+                kind = str  # as the environment has it; the settings convert it
+            flags = [flag, f"--no-{flag[2:]}"] if kind is bool else [flag]
+            made = Option(name, kind, field.default, text, shown, flags)
+            room = 94 - len(made.line()[1]) + len(text) - max(len(made.line()[0]) - 22, 0)
+            short = textwrap.shorten(text, room, placeholder=" ...")
+            found.append(dataclasses.replace(made, help=short))
+    return found
 
 
-def _serve(
-    model: Sequence[str] = (),
-    config: Path | None = None,
-    check: bool = False,
-    print_config: bool = False,
-    **flags: Any,
-) -> None:
-    """Run the command; `flags` are the settings on the command line, by name."""
-    with report_errors():
-        for each in model:
+def serve_models(given: Mapping[str, Any]) -> None:
+    """Run the command with the settings of the command line, by name."""
+    flags = dict(given)
+    names, config = flags.pop("model", ()), flags.pop("config", None)
+    check, print_config = flags.pop("check", False), flags.pop("print_config", False)
+    try:
+        for each in names:
             Options(each)
-        settings, chosen = _read(model, config, flags)
+        settings, chosen = _read(names, config, flags)
         if print_config:
             from ..serving._settings import as_toml
 
-            typer.echo(as_toml(settings, chosen))
+            print(as_toml(settings, chosen))
         elif check:
             from ._serving_models import check_loadable
 
@@ -131,9 +104,11 @@ def _serve(
             settings.tls_pair()
             for each in chosen:
                 check_loadable(each)  # without workers
-                typer.echo(f"{each.served_name} can be served")
+                print(f"{each.served_name} can be served")
         else:
             _run(settings, chosen)
+    finally:
+        gc.enable()
 
 
 def _read(
@@ -195,13 +170,7 @@ def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:
             server.run()
     except StartFailed as error:
         fail(str(error), 1)
-    code = int(bool(server.lost))
-    end_at_once(code)
-    if any(thread.name.startswith("nercc-worker-") for thread in threading.enumerate()):
-        # Python's own end stops a hung worker's thread when it comes back from compiled code, and
-        # XLA aborts then.
-        leave(code)
-    sys.exit(code)
+    sys.exit(int(bool(server.lost)))
 
 
 def _check_ports(settings: "ServerSettings") -> None:

@@ -23,7 +23,7 @@ from ..serving._metrics import Metrics
 from ..serving._served_model import ServedModel, log_phase
 from ..serving._settings import ModelSettings
 from ..serving.protocol._servable import FLOAT
-from ._errors import of_option
+from ._command import of_option
 from ._options import Options, Returned
 from ._own_models import (
     example_inputs,
@@ -38,8 +38,6 @@ from ._workload import find_model, load_plain_code, read_named_inputs
 # Codes tuned for shipped models by `nercc tune --layout interleaved`.
 _CODES = Path(__file__).parent / "codes"
 UNCODED = Uncoded(1)
-# Training images that the error estimate of a shipped model is calibrated on.
-_CALIBRATION = 1024
 # Packages whose version may matter to a calibration; of ours, every line does.
 _VERSIONS = ("jax", "jaxlib", "numpy", "flax", "scikit-learn")
 
@@ -63,7 +61,7 @@ def starts_of(
     """
     metrics = Metrics(registry)
     for settings in chosen:
-        _check_files(settings)
+        check_files(settings)
     return {
         settings.key: functools.partial(_start, settings, code_of(settings), metrics, join)
         for settings in chosen
@@ -90,15 +88,21 @@ def start_models(
 
 def check_loadable(settings: ModelSettings) -> None:
     """Check all that needs no workers. Raises ValueError where something does not fit."""
-    _check_files(settings)
-    servable = servable_of(settings)
-    fitting_code(code_of(settings), settings, servable)
-    predictor_of(settings, servable)
+    check_files(settings)
+    _loaded(settings, code_of(settings))
 
 
-def _check_files(settings: ModelSettings) -> None:
+def check_files(settings: ModelSettings) -> None:
+    """Raise ValueError where there is no such model or file, without loading any."""
     with of_option(settings.served_name):
         Options(str(settings.model), settings.weights, settings.inputs)
+
+
+def _loaded(
+    settings: ModelSettings, code: AbstractCode
+) -> tuple[Servable, AbstractCode, Predictor | None]:
+    servable = servable_of(settings)
+    return servable, fitting_code(code, settings, servable), predictor_of(settings, servable)
 
 
 def _start(
@@ -111,12 +115,10 @@ def _start(
         with log_phase("joining Ray", name):
             join()
     with log_phase("loading", name):
-        servable = servable_of(settings)
-        code = fitting_code(code, settings, servable)
+        servable, code, predictor = _loaded(settings, code)
+    score = find_score(settings.straggler_score)
     try:
-        cache, predictor = calibration_file(settings, code), predictor_of(settings, servable)
-        asked = settings.straggler_score
-        score = None if asked is None else find_score(asked)
+        cache = calibration_file(settings, code)
         return ServedModel(servable, code, settings, metrics, cache, predictor, score)
     except RuntimeError as error:
         raise StartFailed(f"the workers of {name} did not start: {error}") from error
@@ -134,7 +136,7 @@ def servable_of(settings: ModelSettings) -> Servable:
     if settings.inputs is not None:
         inputs = read_named_inputs(settings.inputs)
     elif is_shipped(name) and model.network.data == "digits":  # which come with a package
-        inputs = functools.partial(_images, model)
+        inputs = lambda: model.images("train", None, 1024, 0)[0]  # noqa: E731
     elif is_own(name):
         inputs = example_inputs(name)
         if settings.preprocess is None and inputs is not None:  # else as clients send them
@@ -158,10 +160,6 @@ def servable_of(settings: ModelSettings) -> Servable:
         preprocess=None if prepare is None else load_callable(prepare, None, "--preprocess"),
         version=str(settings.version),
     )
-
-
-def _images(model: Any) -> np.ndarray:
-    return model.images("train", None, _CALIBRATION, 0)[0]
 
 
 def predictor_of(settings: ModelSettings, servable: Servable) -> Predictor | None:

@@ -18,13 +18,20 @@ from jaxtyping import Array, Float, Shaped
 
 from ..codes import AbstractCode, load_code
 from ..inference.models import call_model, check_model
-from ..pools._batch import reason_of
+from ..pools.batch import reason_of
 from ..rows.files import fingerprint
-from ._errors import of_option
+from ._command import of_option
 from ._options import Options, Returned
-from ._own_models import EXAMPLES, example_inputs, hub_name, is_own, is_shipped, load_callable
+from ._own_models import (
+    EXAMPLES,
+    example_inputs,
+    hub_name,
+    is_data_set,
+    is_own,
+    is_shipped,
+    load_callable,
+)
 
-_HELD_OUT = 1000  # most inputs in the test split; a fifth of the inputs if that is fewer
 _FILES = (".npy", ".npz", ".csv", ".parquet")  # suffixes of files of inputs
 
 
@@ -71,31 +78,34 @@ class Points(NamedTuple):
 class Workload:
     """A model as workers run it, and its data points.
 
-    The data points come from the model's data set or, if `x` is given, are the rows of `x`.
-    `source` names where they come from. The "test" split of `x` is a fifth of its rows, at most
-    `_HELD_OUT`, and every command chooses the same ones; "train" is the rest.
+    The data points come from a data set by name or, if `x` is given, are the rows of `x`. `source`
+    names where they come from. The "test" split of `x` is a fifth of its rows, at most 1,000, and
+    every command chooses the same ones; "train" is the rest.
     """
 
     name: str
     model: Any
     source: str
-    x: np.ndarray | None
-    data_dir: Path | None
+    x: np.ndarray | None = None
     ids: np.ndarray | None = None
+    data_dir: Path | None = None
+    preprocess: Callable[[np.ndarray], Any] = np.asarray
 
     def points(self, split: str, count: int, seed: int) -> np.ndarray:
         """Return at most `count` data points of a split, shuffled.
 
         Raises ValueError if there is no such split.
         """
+        random = np.random.default_rng(seed)
         if self.x is None:
-            return self.model.images(split, self.data_dir, count, seed)[0]
+            found = self.rows(split)
+            return np.asarray(self.preprocess(found.x[random.permutation(len(found.x))[:count]]))
         if split not in ("train", "test"):
             raise ValueError(f"--split {split}: {self.source} has only the splits train and test")
         order = np.random.default_rng(0).permutation(len(self.x))
-        held = min(_HELD_OUT, len(order) // 5)
+        held = min(1000, len(order) // 5)
         rows = order[:held] if split == "test" else order[held:]
-        return self.x[np.random.default_rng(seed).permutation(rows)[:count]]
+        return self.x[random.permutation(rows)[:count]]
 
     def groups(self, split: str, options: Options, num_data: int, least: int = 1) -> np.ndarray:
         """Return data points as a comparison asks for them; raise ValueError for too few groups."""
@@ -118,10 +128,9 @@ class Workload:
         if self.x is None:
             from nercc_models import load_data
 
-            network = self.model.network
             with of_option(f"--split {split}"):
-                data = load_data(network.data, split, data_dir=self.data_dir)
-            return Points(split, data.images, data.labels, network.preprocess)
+                data = load_data(self.source, split, data_dir=self.data_dir)
+            return Points(split, data.images, data.labels, self.preprocess)
         labels = np.full(len(self.x), -1)
         return Points(Path(self.source).name, self.x, labels, np.asarray, self.ids)
 
@@ -130,20 +139,27 @@ def find_workload(options: Options, *, traced: bool = True) -> Workload:
     """Return the model and data points that the options of the command line select.
 
     Where JAX calls the model (`traced`), inputs of your own are converted to float32; otherwise
-    they keep the type in which they were read.
+    they keep the type in which they were read. Images of a data set are as they are stored, unless
+    a shipped model has preprocessing.
 
     Raises:
         ValueError: If there is no such model, no inputs are known, or the model does not run on
             them.
         ImportError: If an extra is missing; it says which.
     """
-    name, outputs = options.model, options.outputs
-    model, ids = find_model(name, options.weights, outputs), None
-    if options.inputs is not None:
-        source = str(options.inputs)
-        x, ids = read_input_file(options.inputs, options.columns, options.id_column)
-    elif is_shipped(name):
-        return Workload(name, model, model.network.data, None, options.data_dir)
+    name, outputs, inputs = options.model, options.outputs, options.inputs
+    model, ids, x = find_model(name, options.weights, outputs), None, None
+    prepare: Any = lambda images: np.asarray(images, np.float32)  # noqa: E731
+    if is_shipped(name):
+        prepare = model.network.preprocess
+    if is_shipped(name) and inputs is None:
+        source = model.network.data
+        return Workload(name, model, source, data_dir=options.data_dir, preprocess=prepare)
+    if inputs is not None and is_data_set(inputs):
+        source = str(inputs)
+    elif inputs is not None:
+        source = str(inputs)
+        x, ids = read_input_file(inputs, options.columns, options.id_column)
     else:
         source = f"{EXAMPLES}() of {name.partition(':')[0]}"
         found = example_inputs(name) if is_own(name) else None
@@ -156,13 +172,15 @@ def find_workload(options: Options, *, traced: bool = True) -> Workload:
                 f"--model {name}: {EXAMPLES}() gave {x.dtype} of shape {x.shape}: an array of "
                 "numbers is needed, of shape (rows, *shape of a data point)"
             )
+    x = x if x is None or not traced else x.astype(np.float32)
+    workload = Workload(name, model, source, x, ids, options.data_dir, prepare)
     if not traced:
-        return Workload(name, model, source, x, None, ids)
-    x = x.astype(np.float32)
+        return workload
 
     # JAX must be able to run it, and give a row for each.
     check_model(model)
-    one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    shape = (workload.points(options.split or "test", 1, 0) if x is None else x).shape[1:]
+    one = jax.ShapeDtypeStruct((1, *shape), np.float32)
     try:
         answer: Any = eqx.filter_eval_shape(lambda batch: call_model(model, batch), one)
     except Exception as error:
@@ -180,7 +198,7 @@ def find_workload(options: Options, *, traced: bool = True) -> Workload:
             f"--outputs {outputs}: {name} gives one number a row, whose largest is always itself, "
             "so that there are no labels: say --outputs values"
         )
-    return Workload(name, model, source, x, None, ids)
+    return workload
 
 
 def find_model(name: str, weights: Path | None, outputs: Returned) -> Any:
@@ -249,26 +267,25 @@ def read_input_file(
         ValueError: There is no such file or column, or inputs are anything but finite numbers; it
             names the option.
     """
-    option, tables = f"--inputs {path}", (".csv", ".parquet")
+    option, ids = f"--inputs {path}", None
     if not path.is_file():
         raise ValueError(f"{option}: there is no such file")
     if path.suffix not in _FILES:
         raise ValueError(f"{option}: a file ends in {', '.join(_FILES)}")
-    if path.suffix not in tables and (columns or id_column):
+    if path.suffix not in (".csv", ".parquet") and (columns or id_column):
         raise ValueError(f"{option}: --columns and --id-column are for .csv and .parquet files")
     if path.suffix == ".parquet":
         needs_pyarrow(option)
-    ids = None
     try:
-        if path.suffix in tables:
+        if path.suffix in (".csv", ".parquet"):
             found, ids = _read_table(path, columns, id_column)
         elif path.suffix == ".npy":
             found = np.load(path, allow_pickle=False)
         else:
-            with np.load(path, allow_pickle=False) as file:
-                if len(names := file.files) != 1:
-                    raise ValueError(f"it holds {len(names)} arrays, {names}: one is needed")
-                found = file[names[0]]
+            arrays = _read_arrays(path)
+            if len(arrays) != 1:
+                raise ValueError(f"it holds {len(arrays)} arrays, {[*arrays]}: one is needed")
+            (found,) = arrays.values()
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{option} cannot be read: {error}") from error
     if found.dtype.kind not in "biuf":
@@ -296,16 +313,21 @@ def read_named_inputs(path: Path) -> np.ndarray | dict[str, np.ndarray]:
     if path.suffix != ".npz" or not path.is_file():
         return read_input_file(path)[0].astype(np.float32)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name].astype(np.float32) for name in file.files}
+        return {name: each.astype(np.float32) for name, each in _read_arrays(path).items()}
     except (ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"--inputs {path} has no arrays of numbers by name: {error}") from error
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
 
 
 def _read_table(
     path: Path, columns: str | None, id_column: str | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the numbers of a .csv or .parquet, a row for each of it, and the ids."""
+    names: list[str] = []
     if path.suffix == ".parquet":
         import pyarrow
         from pyarrow import parquet
@@ -318,27 +340,26 @@ def _read_table(
     else:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark
             rows = [row for row in csv.reader(file) if row]
-        names = [name.strip() for name in rows[0]] if rows else []
+        width = len(rows[0]) if rows else 0
         try:
-            np.array(names, float)
+            np.array(rows[:1], float)
         except ValueError:  # the first line has names
-            rows = rows[1:]
-        else:
-            if columns or id_column:
-                raise ValueError("its first line has no names of columns")
-        if short := next((row for row in rows if len(row) != len(names)), None):
-            raise ValueError(f"a row has {len(short)} cells under {len(names)} names: {short}")
-        cells = list(np.array(rows, str).reshape(-1, len(names)).T)  # texts, for ids of any kind
+            names, rows = [name.strip() for name in rows[0]], rows[1:]
+        if not names and (columns or id_column):
+            raise ValueError("its first line has no names of columns")
+        if short := next((row for row in rows if len(row) != width), None):
+            raise ValueError(f"a row has {len(short)} cells, and the first line {width}: {short}")
+        cells = list(np.array(rows, str).reshape(-1, width).T)  # texts, for ids of any kind
 
     asked = [] if columns is None else columns.split(",")
     for name in (*asked, *([] if id_column is None else [id_column])):
         if names.count(name) != 1:
             count = "no column" if name not in names else f"{names.count(name)} columns"
             raise ValueError(f"it has {count} {name!r}, but {', '.join(names)}")
-    chosen = [names.index(name) for name in asked]
+    x = [cells[names.index(name)] for name in asked]
     if columns is None:
-        chosen = [place for place, name in enumerate(names) if name != id_column]
-    x = np.column_stack([cells[place] for place in chosen])
+        x = [each for place, each in enumerate(cells) if names[place : place + 1] != [id_column]]
+    x = np.column_stack(x)
     ids = None if id_column is None else cells[names.index(id_column)]
     if ids is not None and ids.dtype == object:  # texts of a .parquet
         if None in ids:

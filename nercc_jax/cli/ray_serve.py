@@ -20,7 +20,7 @@ from ray import serve
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..pools._garbage import short_collections
+from ..pools.garbage import short_collections
 from ..serving._settings import ModelSettings, ServerSettings, read_settings
 from ..serving._tracing import Telemetry, telemetry_from_environment
 from ..serving.transport._http import REQUEST_START

@@ -1,6 +1,8 @@
 """Pictures of evaluations, codes and plans; each system has the same colour and marker everywhere.
 
-Colours are never alone: lines have markers and styles, too, and are named.
+Each is one column of panels, to be read on a telephone (390 pixels wide) and in black and white:
+curves differ in markers and line styles, too, and are named where they end; a panel has at most
+seven.
 """
 
 import re
@@ -20,6 +22,8 @@ RED, BROWN, ORANGE, OLIVE = "#d55e00", "#a05000", "#e69f00", "#999933"
 GREEN, TEAL, INDIGO = "#009e73", "#44aa99", "#332288"
 GREY, LIGHT, BLACK = "#555555", "#999999", "#000000"
 OPEN, LOSSY = {"markerfacecolor": "white"}, {"linestyle": "--"}
+DOTS, MIXED = {"linestyle": ":"}, {"linestyle": "-."}
+WIDTH, FONT = 6.2, 11  # inches, and points: ten pixels where a picture is 390 wide
 
 # Of one batch: data points, coded ones, those that are lost, and what is decoded.
 DATA, CODED, LOST, FOUND = BLUE, GREEN, RED, PINK
@@ -27,18 +31,19 @@ DATA, CODED, LOST, FOUND = BLUE, GREEN, RED, PINK
 # The look of each system: a colour, a marker, and further properties. Pages add their own.
 LOOKS: dict[str, tuple[Any, ...]] = {
     "NeRCC": (BLUE, "o"),
-    "NeRCC published": (SKY, "o", OPEN),
+    "NeRCC published": (SKY, "o", OPEN | MIXED),
     "NeRCC tuned": (PINK, "D"),
     "tuned": (PINK, "D"),
     "NeRCC learned": (WINE, "*"),
-    "BACC": (RED, "s"),
-    "BACC tuned": (BROWN, "s", OPEN),
-    "BACC learned": (RED, "d"),
-    "SBACC": (ORANGE, "^", OPEN),
-    "ApproxIFER": (ORANGE, "v"),
-    "BSCC": (OLIVE, "h"),
-    "BSCC tuned": (OLIVE, "h", OPEN),
-    "LCC": (GREEN, "^"),
+    "learned": (WINE, "*"),
+    "BACC": (RED, "s", DOTS),
+    "BACC tuned": (BROWN, "s", OPEN | DOTS),
+    "BACC learned": (RED, "d", DOTS),
+    "SBACC": (ORANGE, "^", OPEN | MIXED),
+    "ApproxIFER": (ORANGE, "v", MIXED),
+    "BSCC": (OLIVE, "h", MIXED),
+    "BSCC tuned": (OLIVE, "h", OPEN | MIXED),
+    "LCC": (GREEN, "^", DOTS),
     "ParM": (BLACK, "P", LOSSY),
     "ParM, k = 4": (BLACK, "p", LOSSY),
     "replication": (GREY, "x", LOSSY),
@@ -47,9 +52,9 @@ LOOKS: dict[str, tuple[Any, ...]] = {
     "copies of the uncertain": (TEAL, "x", LOSSY),
     "scheme": (WINE, "*"),
     "scheme, uncertain again": (WINE, "X"),
-    "known, else hedged": (WINE, "*"),
-    "hedg": (OLIVE, "^"),
-    "uncoded": (LIGHT, "."),
+    "known, else hedged": (WINE, "*", MIXED),
+    "hedg": (OLIVE, "^", MIXED),
+    "uncoded": (LIGHT, ".", DOTS),
 }
 
 
@@ -68,26 +73,29 @@ def straggler_figure(
     rows: Sequence[Any],
     panels: Mapping[str, tuple[str, bool]],
     title: str,
-    above: Sequence[Callable[[Any], Any]] = (),
+    above: Sequence[tuple[float, Callable[[Any], Any]]] = (),
 ) -> "Figure":
-    """Return a figure with a panel for each metric, with intervals.
+    """Return a figure with a panel for each metric, with intervals, and for every seven codes.
 
     A metric has its label, and whether its axis is logarithmic. Each function of `above` draws into
-    a part of the figure above the panels; these stand side by side.
+    a part of the figure above the panels, which has a height in inches.
     """
     import matplotlib.pyplot as plt
 
-    lines, width = 1 + bool(above), 6.2 * max(len(panels), len(above))
-    figure = plt.figure(figsize=(width, 4.4 * lines), layout="constrained")
-    parts = figure.subfigures(lines, 1, squeeze=False)[:, 0]
-    if above:
-        tops = parts[0].subfigures(1, len(above), squeeze=False)[0]
-        for part, draw in zip(tops, above, strict=True):
-            draw(part)
-    axes = parts[-1].subplots(1, len(panels), squeeze=False)[0]
-    for axis, (metric, (label, logarithmic)) in zip(axes, panels.items(), strict=True):
-        straggler_curves(axis, rows, metric, label, logarithmic=logarithmic)
-    parts[-1].suptitle(title, fontsize=10)
+    codes = [*dict.fromkeys(row.code for row in rows)]
+    parts = [codes[start : start + 7] for start in range(0, len(codes), 7)]
+    drawn = [(metric, part) for metric in panels for part in parts]
+    heights = [*(height for height, _ in above), *(3.6 for _ in drawn)]
+    figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    places = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for (_, draw), place in zip(above, places, strict=False):
+        draw(place)
+    for number, ((metric, part), place) in enumerate(zip(drawn, places[len(above) :], strict=True)):
+        label, logarithmic = panels[metric]
+        some = [row for row in rows if row.code in part]
+        straggler_curves(place.subplots(), some, metric, label, logarithmic=logarithmic)
+        if title and not number:
+            place.suptitle(title, fontsize=FONT)
     return figure
 
 
@@ -96,10 +104,10 @@ def straggler_curves(
 ) -> None:
     """Draw one metric of each code against the number of stragglers, with intervals.
 
-    Laws whose names are no numbers stand side by side, in their order. The legend has the curves in
-    the order of their right ends. A logarithmic metric is an error: a code without any is named in
-    the title and not drawn, and one that explodes leaves the panel by its upper edge. Any other
-    metric is a share, whose intervals end at 0 and 1.
+    Laws whose names are no numbers stand side by side, in their order. Curves are named at their
+    right ends. A logarithmic metric is an error: a code without any is named in the title and not
+    drawn, and one that explodes leaves the panel by its upper edge. Any other metric is a share,
+    whose intervals end at 0 and 1.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -116,7 +124,7 @@ def straggler_curves(
         each = ([getattr(row, metric).mean for row in rows if row.code == code] for code in codes)
         tops = [most for means in each if (most := np.nanmax([0, *means])) > 0]
         top = min(max(tops), 100 * float(np.median(tops))) * 2 if len(tops) > 1 else np.inf
-    ends: dict[str, float] = {}
+    ends: dict[str, tuple[float, float]] = {}
     for number, code in enumerate(codes):
         estimates = [getattr(row, metric) for row in rows if row.code == code]
         mean = np.array([e.mean for e in estimates])
@@ -136,9 +144,11 @@ def straggler_curves(
         bars[:, over] = 0
         mean = np.where(np.cumsum(over) > 1, np.nan, mean)  # the line goes on to the first
         name = f"{code}, off the scale" if over.any() else code
-        axis.errorbar(dodged, mean, bars, capsize=2, lw=1.4, ms=4, label=name, **system_look(code))
-        ends[code] = float(mean[~np.isnan(mean)][-1])
-    axis.set(xlabel="stragglers", ylabel=label, yscale="log" if logarithmic else "linear")
+        axis.errorbar(dodged, mean, bars, capsize=2, lw=1.4, ms=5, label=name, **system_look(code))
+        last = int(np.flatnonzero(~np.isnan(mean))[-1])
+        ends[name] = float(dodged[last]), float(mean[last])
+    axis.set(yscale="log" if logarithmic else "linear")
+    _finish(axis, "stragglers", label)
     if numbered:
         whole = MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10])
         axis.xaxis.set_major_locator(whole)  # no half stragglers
@@ -147,18 +157,41 @@ def straggler_curves(
     if np.isfinite(top):
         axis.set_ylim(top=top)
     axis.margins(x=0.03)
+    drawn = {name.removesuffix(", off the scale") for name in ends}
+    if without := ", ".join(code for code in codes if code not in drawn):
+        title = f"no errors, or all lost: {without}"
+        axis.set_title(title, fontsize=FONT - 1, loc="left", color=GREY)
+    _name_ends(axis, ends)
+
+
+def _finish(axis: "Axes", xlabel: str, ylabel: str) -> None:
+    """Label the axes of a panel, in letters that can be read."""
+    axis.set_xlabel(xlabel, fontsize=FONT)
+    axis.set_ylabel(ylabel, fontsize=FONT)
+    axis.tick_params(labelsize=FONT)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    if without := ", ".join(code for code in codes if code not in ends):
-        axis.set_title(
-            f"no errors, or all lost: {without}", fontsize=9, loc="left", color="#555555"
-        )
-    if ends:
-        handles, names = axis.get_legend_handles_labels()
-        down = sorted(range(len(names)), key=lambda i: [*ends.values()][i], reverse=True)
-        axis.legend(
-            [handles[i] for i in down], [names[i] for i in down],
-            loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9,
+
+
+def _name_ends(axis: "Axes", ends: Mapping[str, tuple[float, float]]) -> None:
+    """Name curves beside the panel, at the height of their right ends or next to each other."""
+    axis.autoscale_view()
+    to_axes = axis.transData + axis.transAxes.inverted()
+    height = axis.get_window_extent().height / axis.figure.dpi
+    gap = 1.6 * FONT / 72 / max(height, 1.0)
+    order = sorted(ends, key=lambda name: -ends[name][1])
+    places = [float(np.clip(to_axes.transform(ends[name])[1], 0, 1)) for name in order]
+    for number in range(1, len(places)):  # downwards, and up again from the bottom
+        places[number] = min(places[number], places[number - 1] - gap)
+    for number in reversed(range(len(places))):
+        least = places[number + 1] + gap if number + 1 < len(places) else 0.0
+        places[number] = max(places[number], least)
+    for name, place in zip(order, places, strict=True):
+        color, (x, y) = system_look(name)["color"], ends[name]
+        axis.annotate(
+            name, (x, float(np.clip(y, *axis.get_ylim()))), (1.05, place),
+            textcoords="axes fraction", va="center", fontsize=FONT, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6},
         )  # fmt: skip
 
 
@@ -179,9 +212,9 @@ def batch_figure(
 
     count, workers = len(images), len(coded)
     columns = max((workers + 1) // 2, count, 10)
-    figure = into or plt.figure(figsize=(8.2, 5.6))
+    figure = into or plt.figure(figsize=(WIDTH, 4.3))
     wide = figure.bbox.width / figure.bbox.height
-    scale = figure.bbox.width / figure.dpi / 8.2  # of the letters
+    scale = figure.bbox.width / figure.dpi / WIDTH  # of the letters
     size, low, high = 0.92 / columns, images.min(), images.max()
 
     def cell(number: int, of: int, height: float, colour: str) -> "Axes":
@@ -208,11 +241,11 @@ def batch_figure(
     for number, kept in enumerate(same):
         axis = cell(number, count, 0.06, FOUND if kept else LOST)
         axis.text(
-            0.5, 0.5, str(decoded[number]), size=scale * min(22, 220 / columns), ha="center",
+            0.5, 0.5, str(decoded[number]), size=scale * min(18, 180 / columns), ha="center",
             va="center", color="black" if kept else LOST, transform=axis.transAxes,
         )  # fmt: skip
         if not kept:
-            axis.set_xlabel(f"model: {own[number]}", color=LOST, size=9 * scale)
+            axis.set_xlabel(f"model: {own[number]}", color=LOST, size=FONT * scale)
     lost = int(np.sum(~available))
     for text, height in (
         (f"{count} images", 0.94),
@@ -223,7 +256,7 @@ def batch_figure(
             0.235,
         ),
     ):
-        figure.text(0.5, height, text, ha="center", va="center", size=max(12 * scale, 9))
+        figure.text(0.5, height, text, ha="center", va="center", size=FONT * scale)
     return figure
 
 
@@ -246,16 +279,15 @@ def costs_figure(rows: Sequence[Any], title: str, into: Any) -> None:
             # Stepwise below, on the side with room: no name meets another's, nor its line.
             line = {"arrowstyle": "-", "color": look["color"], "lw": 0.6}
             side = cheap if row in cheap else dear
-            place = here[0] + (0.02 if side is cheap else -0.06), 0.3 + 0.12 * side.index(row)
+            aside, up = (0.02, 0.3) if side is cheap else (-0.06, 0.24)
+            place = here[0] + aside, up + 0.12 * side.index(row)
             name = {"xytext": place, "textcoords": axis.get_xaxis_transform()}
             name |= {"ha": "left" if side is cheap else "right"}
             name["arrowprops"] = line | {"relpos": (0 if side is cheap else 1, 0.5)}
-        axis.annotate(row.system, here, va="center", color=look["color"], fontsize=9, **name)
-    axis.set(xlabel="calls of the model a query", ylabel="labels kept, %")
+        axis.annotate(row.system, here, va="center", fontsize=FONT, **name)
+    _finish(axis, "calls of the model a query", "labels kept, %")
     axis.margins(x=0.05, y=0.08)
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(title, fontsize=10)
+    axis.set_title(title, fontsize=FONT)
 
 
 def layouts_figure(candidates: Sequence[Any], title: str) -> "Figure":
@@ -263,12 +295,14 @@ def layouts_figure(candidates: Sequence[Any], title: str) -> "Figure":
     from matplotlib.figure import Figure
 
     shown = candidates[::-1]
-    figure = Figure((7, 1 + 0.35 * len(shown)), layout="constrained")
+    figure = Figure((WIDTH, 1 + 0.4 * len(shown)), layout="constrained")
     axis = figure.subplots()
-    colours = [system_look(f"NeRCC{' tuned' * each.tuned}")["color"] for each in shown]
     names = [each.layout + ", tuned" * each.tuned for each in shown]
-    axis.barh(names, [100 * each.disagreement for each in shown], color=colours)
-    axis.set(xlabel="labels that differ from the model's own, in %, held-out groups", title=title)
+    hatches = ["//" * each.tuned for each in shown]
+    shares = [100 * each.disagreement for each in shown]
+    axis.barh(names, shares, color=SKY, edgecolor=BLACK, hatch=hatches)
+    _finish(axis, "labels that differ from the model's own, in %, held-out groups", "")
+    axis.set_title(title, fontsize=FONT)
     return figure
 
 
@@ -282,40 +316,44 @@ def tuning_figure(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure((15, 4.4), layout="constrained")
-    first, second, third = figure.subplots(1, 3)
-    steps = [(entry.step, entry.objective) for entry in history if entry.objective is not None]
-    looks = [(entry.step, entry.held_out) for entry in history if entry.held_out is not None]
-    if steps:
-        first.plot(*zip(*steps, strict=True), color=LIGHT, lw=1, label="on each step's own groups")
-    first.plot(*zip(*looks, strict=True), color=BLUE, marker="o", ms=3, label="held out")
+    figure = Figure((WIDTH, 11), layout="constrained")
+    first, second, third = figure.subplots(3, 1)
+    for name, look in (
+        ("objective", {"color": LIGHT, "lw": 1, "label": "each step's own groups"}),
+        ("held_out", {"color": BLUE, "marker": "o", "ms": 4, "label": "held out"}),
+    ):
+        steps = [(each.step, getattr(each, name)) for each in history]
+        if steps := [pair for pair in steps if pair[1] is not None]:
+            first.plot(*zip(*steps, strict=True), **look)
     first.axhline(1, color=GREY, lw=0.8, ls="--")
-    first.set(xlabel="step", ylabel="objective / the untuned code's", title="objective")
-    first.legend(fontsize=8)
+    _finish(first, "step", "objective / the untuned code's")
+    first.legend(fontsize=FONT - 1)
 
-    walk, places = {}, [entry.step for entry in history]
+    places, walk = [entry.step for entry in history], {}
     for name in ("lambda_enc", "lambda_dec", "gap_exponent"):
         walk[name] = np.array([entry.parameters[name] for entry in history])
     second.semilogy(places, walk["lambda_enc"], color=GREEN, label="lambda_enc")
-    label = "lambda_dec, all answering"
-    second.semilogy(places, walk["lambda_dec"], color=RED, ls="--", label=label)
-    second.set(xlabel="step", title="lambdas")
+    second.semilogy(places, walk["lambda_dec"], color=RED, ls="--", label="lambda_dec")
+    _finish(second, "step", "lambdas (lambda_dec: all answering)")
     further: dict[str, Any] = {"color": PINK, "ls": ":", "label": "gap exponent (right)"}
-    lines = second.twinx().plot(places, walk["gap_exponent"], **further)
-    # Below: curves go through every corner.
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 3, "frameon": False}
-    second.legend(handles=[*second.lines, *lines], fontsize=8, **below)
+    right = second.twinx()
+    lines = right.plot(places, walk["gap_exponent"], **further)
+    right.tick_params(labelsize=FONT)
+    # Above: curves go through every corner.
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 3, "frameon": False}
+    second.legend(handles=[*second.lines, *lines], fontsize=FONT - 1, **above)
 
     shown = np.log10(np.clip(landscape, None, 10 * np.nanmin(landscape))).T
-    colours = third.pcolormesh(lambdas, lambdas, shown, cmap="viridis", shading="nearest")
-    figure.colorbar(colours, ax=third, label="log10 objective, cut at 10 times the least")
+    colours = third.pcolormesh(lambdas, lambdas, shown, cmap="gray_r", shading="nearest")
+    bar = figure.colorbar(colours, ax=third)
+    bar.set_label("log10 objective, cut at 10 times the least", fontsize=FONT)
     path = [np.clip(walk[name], lambdas[0], lambdas[-1]) for name in ("lambda_enc", "lambda_dec")]
-    third.plot(*path, color="white", lw=1.2, marker=".", ms=2)
-    third.plot(path[0][-1], path[1][-1], "r*", ms=11, label="end")
-    third.set(xscale="log", yscale="log", xlabel="lambda_enc", ylabel="lambda_dec")
-    third.set_title("held-out objective, other numbers as tuned", fontsize=10)
-    third.legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    third.plot(*path, color=ORANGE, lw=1.6, marker=".", ms=3)
+    third.plot(path[0][-1], path[1][-1], "*", color=ORANGE, mec=BLACK, ms=14)
+    third.set(xscale="log", yscale="log")
+    _finish(third, "lambda_enc", "lambda_dec")
+    third.set_title("held-out objective; the star is where tuning ended", fontsize=FONT)
+    figure.suptitle(title, fontsize=FONT)
     return figure
 
 
@@ -323,33 +361,33 @@ def plan_figure(plan: Any, title: str, alike: float) -> "Figure":
     """Return the disagreement of a plan's candidates against their extra work.
 
     Of each system, candidates whose p99 exceeds the recommended one's by at most the share `alike`
-    are drawn, also those that were only screened.
+    are drawn, also those that were only screened; codes of all layouts are one system.
     """
     from matplotlib.figure import Figure
 
-    figure, best = Figure((7.5, 4.6), layout="constrained"), plan.recommended
-    axis, limit = figure.subplots(), (1 + alike) * plan.recommended.p99
-    for system in dict.fromkeys(row.system for row in plan.candidates):
-        rows = [row for row in plan.candidates if row.system == system and row.p99 <= limit]
+    figure, best = Figure((WIDTH, 4.6), layout="constrained"), plan.recommended
+    axis, limit, ends = figure.subplots(), (1 + alike) * plan.recommended.p99, {}
+    of = {row: "NeRCC" if row.points and "NeRCC" in row.system else row.system
+          for row in plan.candidates}  # fmt: skip
+    for system in dict.fromkeys(of.values()):
+        rows = [row for row in plan.candidates if of[row] == system and row.p99 <= limit]
         work, share = [], []  # the least disagreement at each amount of extra work or less
         for row in sorted(rows, key=lambda row: (row.extra_work, row.disagreement.mean)):
             if not share or 100 * row.disagreement.mean < share[-1]:
                 work.append(row.extra_work)
                 share.append(100 * row.disagreement.mean)
         if rows:
-            axis.plot(work, share, ms=4, lw=1.3, label=system, **system_look(system))
+            axis.plot(work, share, ms=6, lw=1.3, **system_look(system))
+            ends[system] = work[-1], share[-1]
     here = best.extra_work, 100 * best.disagreement.mean
-    axis.plot(*here, "k*", ms=13, mfc="none", label="recommended")
+    axis.plot(*here, "k*", ms=15, mfc="none")
     bounds: dict[str, Any] = {"color": GREY, "lw": 0.8, "ls": "--"}
-    axis.axhline(100 * plan.asked["max_disagreement"], label="at most, as asked", **bounds)
+    axis.axhline(100 * plan.asked["max_disagreement"], **bounds)
     axis.axvline(plan.asked["max_extra_work"], **bounds)
     axis.set_yscale("symlog", linthresh=0.1)  # logarithmic, with a place for none
-    axis.set(
-        xlabel="extra work: calls beyond one a query, as a share",
-        ylabel="labels that differ, in %",
-        ylim=(-0.01, 1.5 * axis.get_ylim()[1]),
-        title=f"{title}: p99 of {1e3 * limit:.3g} ms or less",
-    )
-    axis.legend(fontsize=8, loc="lower left")
-    axis.grid(alpha=0.3)
+    axis.set_ylim(-0.01, 1.5 * axis.get_ylim()[1])
+    _finish(axis, "extra work: calls beyond one a query, as a share", "labels that differ, in %")
+    words = f"{title}: p99 of {1e3 * limit:.3g} ms or less\nstar: recommended; dashed: as asked"
+    axis.set_title(words, fontsize=FONT)
+    _name_ends(axis, ends)
     return figure

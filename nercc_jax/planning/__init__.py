@@ -1,7 +1,7 @@
 """Planning: the code, the number of workers, and the rule of waiting for a service; or none."""
 
-from ._candidates import Candidate, PlanEffort
 from ._plan import Plan, plan
+from ._planner import Candidate, PlanEffort
 
 __all__ = [
     "Candidate",

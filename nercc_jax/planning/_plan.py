@@ -20,10 +20,7 @@ from ..schemes import Scheme
 from ..stragglers import AbstractLatency
 from ..stragglers.simulate import Latencies
 from ..surrogates import Surrogate
-from ._candidates import DOUBTED, KNOWN, Candidate, PlanEffort
-from ._planner import Half, Planner, Probabilities
-
-PLANNED = ("chebyshev", "interleaved", "repeated")
+from ._planner import DOUBTED, KNOWN, Candidate, Half, PlanEffort, Planner
 
 _FORMAT = JsonFormat(
     "plan",
@@ -41,7 +38,7 @@ class Plan:
         candidates: All systems that were measured.
         recommended: The recommended one.
         reason: Why it is recommended.
-        error_probability: The recommended system's, where it sends again what is uncertain.
+        error_probability: The surrogate's, where the recommended system gives out its answers.
         asked: The arguments of `plan`, by name.
         about: The data that it was measured on, and the seconds that took.
     """
@@ -150,7 +147,7 @@ def plan(
     max_extra_work: float = 1.5,
     max_disagreement: float = 0.005,
     num_data: Sequence[int] | None = None,
-    layouts: Sequence[str] = PLANNED,
+    layouts: Sequence[str] = ("chebyshev", "interleaved", "repeated"),
     surrogate: Callable[[Array], Array] | None = None,
     buffer_size: int | None = None,
     overhead: float = 0.0,
@@ -162,11 +159,10 @@ def plan(
 
     Compared are: one worker for each query ("uncoded"); further copies, one or two at once, of what
     is not answered after a quantile of the latency, all chosen ("hedged"); copies from the start
-    ("replication"); what a surrogate, if there is one, is sure enough of, and copies of the rest
-    ("known, else hedged"); copies from the start of what the surrogate is least sure of, where it
-    answers what is late ("copies of the uncertain"); and NeRCC codes, with and without ordering.
-    What a group of workers has not answered in time counts as wrong, or is decoded, or is sent
-    again; of decoded predictions, only the uncertain ones are. The recommendation is the least p99
+    ("replication"), where what is lost counts as wrong or is sent again; what a surrogate, if there
+    is one, is sure enough of, and copies of the rest ("known, else hedged"); copies from the start
+    of what the surrogate is least sure of, where it answers what is late ("copies of the
+    uncertain"); and NeRCC codes, with and without ordering. The recommendation is the least p99
     among those within the budget; within 3 % of it the least extra work, and then the least
     disagreement.
 
@@ -174,11 +170,10 @@ def plan(
     them is answered, by a worker's answer to the query itself or by decoding. All calls take
     independent draws of `latency`, on workers that are free; a copy that comes too late counts as a
     whole call. If your workers straggle together, or queue, this flatters all systems, hedging
-    most. Each p99 is of up to 20,000 draws, the same for all.
+    most.
 
-    **Disagreement** is measured: error probabilities are calibrated, and codes and rules are
-    screened, on one random half of `x`. The fastest of them, at most 10 as they are and 10 with
-    re-execution, meet the other half with straggler sets of their own; of those that keep to
+    **Disagreement** is measured: codes and rules are screened on one random half of `x`. The
+    fastest of them meet the other half with straggler sets of their own; of those that keep to
     `max_disagreement` there, by the end of their 99 % interval, one is recommended. Being chosen
     from several flatters it: expect its mean, but not that end, to be somewhat exceeded on data
     that chose nothing (`bench/plan.py` measures on such). Of a thousand data points 0.9 % can be
@@ -203,7 +198,7 @@ def plan(
         overhead: Seconds, measured or estimated, that the master takes in all (ordering, encoding,
             sending, decoding, a surrogate); added to every system's time.
         batch_size: Data points in a call of the model.
-        effort: The work of the plan: numbers of draws, straggler sets and measured codes.
+        effort: The work of the plan.
         on_stage: Called with a description of the next stage.
 
     Raises:
@@ -251,7 +246,7 @@ def plan(
     for layout in layouts:
         regression_points(num_queries, num_queries + 1, layout)  # says what is wrong with it
 
-    keys = jax.random.split(key, 3)
+    keys = jax.random.split(key, 2)
     latencies = Latencies(latency, keys[0])
     on_stage("the model's own answers")
     x = np.asarray(x)
@@ -262,20 +257,19 @@ def plan(
     ]
     planner = Planner(latencies, asked, effort, *halves)
     on_stage("systems without a code")
-    exact = list(planner.without_code())
-    fastest = min(row.p99 for row in exact if row.exact and row.feasible(asked))
-    probabilities: Probabilities = {}
+    found, probability = list(planner.without_code()), None
+    fastest = min(row.p99 for row in found if row.exact and row.feasible(asked))
+    orders: tuple[str | None, ...] = (None, "pixels")
     if surrogate is not None:
-        probabilities |= planner.known() | planner.doubted()
+        orders = (*orders, "surrogate")
+        known, probability = planner.known()
+        found += known + planner.doubted()
     on_stage("screening codes")
-    orders = (None, "pixels") + (() if surrogate is None else ("surrogate",))
-    screened = planner.screen(num_data, layouts, orders, fastest)
+    screened = planner.screened(num_data, layouts, orders, fastest)
     on_stage("measuring on held-out data")
-    probabilities |= planner.measure(screened, fastest, keys[2])
+    found += planner.judged(screened, fastest) + screened
 
-    found = (*exact, *probabilities, *screened)
-    late = asked["overhead"]
-    rows = tuple(dataclasses.replace(r, p50=r.p50 + late, p99=r.p99 + late) for r in found)
+    rows = [dataclasses.replace(r, p50=r.p50 + overhead, p99=r.p99 + overhead) for r in found]
     best, reason = recommend(rows, asked, effort.alike)
     about = {
         "calibration_points": len(halves[0].x),
@@ -283,8 +277,8 @@ def plan(
         "straggler_sets": effort.sets,
         "seconds": round(time.perf_counter() - begin, 1),
     }
-    error_probability = probabilities.get(found[rows.index(best)])
-    return Plan(rows, best, reason, error_probability, asked, about)
+    doubt = probability if best.system == KNOWN else None
+    return Plan(tuple(rows), best, reason, doubt, asked, about)
 
 
 def recommend(
@@ -301,7 +295,7 @@ def recommend(
 
     def words(row: Candidate) -> tuple[str, str]:
         size = "" if row.num_workers == row.num_data else f" ({row.num_workers}, {row.num_data})"
-        again = " with re-execution" if row.limit is not None and row.system != KNOWN else ""
+        again = " with re-execution" if row.limit == 0 else ""
         return f"{row.system}{size}{again}", f"{1e3 * row.p99:.3g} ms"
 
     (name, seconds), queries = words(best), asked["num_queries"]

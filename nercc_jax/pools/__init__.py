@@ -3,15 +3,15 @@
 import importlib
 from typing import Any
 
-from ._backend import PoolReport
-from ._batch import Batch, BatchAnswers
 from ._devices import DevicePool
 from ._faults import Episodes, Fault, Faults
-from ._inference import PoolResult, pool_inference, run_batches
 from ._pool import AbstractPool
 from ._ray import RayPool
-from ._ray_cluster import join_ray, leave_ray, ray_is_lost
-from ._times import Overdue
+from .backend import PoolReport
+from .batch import Batch, BatchAnswers
+from .inference import PoolResult, pool_inference, run_batches
+from .ray_cluster import join_ray, leave_ray, ray_is_lost
+from .times import Overdue
 
 __all__ = [
     "AbstractPool",

@@ -1,24 +1,26 @@
 """A pool of threads on the devices of this process."""
 
+import functools
 import math
 import os
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from ..inference.models import UNKNOWN, Model, check_worker_dtype, current_conditions
-from ._backend import OnOutcome, WorkerBackend, WorkerDied
-from ._batch import reason_of
 from ._faults import Faults
 from ._pool import AbstractPool
-from ._scheduler import Scheduler
-from ._times import Overdue
-from ._worker import Device, Examples, Program, Worker, as_models, warm_up, weights_checksum
+from .backend import OnOutcome, WorkerBackend, WorkerDied
+from .batch import reason_of
+from .scheduler import Scheduler
+from .times import Overdue
+from .worker import Device, Examples, Program, Worker, as_models, warm_up, weights_checksum
 
 _LAST_CALL = 1.0  # seconds for which closing waits for calls under way
 
@@ -80,10 +82,10 @@ class DevicePool(AbstractPool):
     ):
         devices = list(jax.local_devices() if devices is None else devices)
         models = as_models(model, worker_dtype)
-        self._worker_dtype = check_worker_dtype(worker_dtype)
+        self.worker_dtype = check_worker_dtype(worker_dtype)
         platforms = {device.platform for device in devices[:num_workers]}
         platform = platforms.pop() if len(platforms) == 1 else UNKNOWN
-        self._conditions = current_conditions(worker_dtype, platform)
+        self.conditions = current_conditions(worker_dtype, platform)
         programs = [Program(models, device, compiled) for device in devices[:num_workers]]
         warm_up(programs, len(models), example)
         self._weights = weights_checksum(models)
@@ -101,6 +103,19 @@ class DevicePool(AbstractPool):
         )
 
 
+class _Death(BaseException):
+    """Ends a thread as SIGKILL ends a process: nothing is answered."""
+
+
+class _Life(NamedTuple):
+    """One life of a worker: its thread, what is sent to it, and whether it is to end."""
+
+    number: int
+    thread: threading.Thread
+    inbox: queue.SimpleQueue
+    ended: threading.Event
+
+
 class _ThreadBackend(WorkerBackend):
     """One thread for each worker, with a queue of its own that holds one task at most.
 
@@ -109,19 +124,24 @@ class _ThreadBackend(WorkerBackend):
 
     def __init__(self, programs: Sequence[Program], faults: Faults, cores: float):
         self._programs, self._faults, self._cores = programs, faults, cores
-        self._threads: dict[int, _WorkerThread] = {}
+        self._lives: dict[int, _Life] = {}
 
     def start(self, worker: int, life: int, on_outcome: OnOutcome) -> None:
-        if worker in self._threads:
-            self._threads[worker].end()
-        program = self._programs[worker % len(self._programs)]
-        self._threads[worker] = _WorkerThread(program, self._faults, worker, life, on_outcome)
+        self._end(worker)
+        inbox, ended = queue.SimpleQueue(), threading.Event()
+        report = functools.partial(on_outcome, worker, life)
+        arguments = worker, life, report, inbox, ended
+        name = f"nercc-worker-{worker}"
+        thread = threading.Thread(target=self._live, args=arguments, name=name, daemon=True)
+        self._lives[worker] = _Life(life, thread, inbox, ended)
+        thread.start()
 
     def prepare(self, batch: PyTree) -> PyTree:
         return batch
 
     def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
-        self._threads[worker].inbox.put((life, kind, batch))
+        if self._lives[worker].number == life:  # otherwise it is over, as the scheduler knows
+            self._lives[worker].inbox.put((kind, batch))
 
     def spare_capacity(self, busy: int) -> float:
         return self._cores - busy
@@ -130,63 +150,50 @@ class _ThreadBackend(WorkerBackend):
         """Return None: threads start at once."""
 
     def close(self) -> None:
-        for each in self._threads.values():
-            each.end()
+        for worker in self._lives:
+            self._end(worker)
         end = time.monotonic() + _LAST_CALL
-        for each in self._threads.values():
+        for each in self._lives.values():
             each.thread.join(max(end - time.monotonic(), 0.0))
 
+    def _end(self, worker: int) -> None:
+        """Let a worker's thread end when it next looks; it is not waited for."""
+        if worker in self._lives:
+            self._lives[worker].ended.set()
+            self._lives[worker].inbox.put(None)
 
-class _Death(BaseException):
-    """Ends a thread as SIGKILL ends a process: nothing is answered."""
+    def _live(
+        self,
+        number: int,
+        life: int,
+        report: Callable[[Any], None],
+        inbox: queue.SimpleQueue,
+        ended: threading.Event,
+    ) -> None:
+        """Answer batches as they come, until the worker is ended."""
 
+        def die() -> NoReturn:
+            raise _Death
 
-class _WorkerThread:
-    """One life of a worker's thread."""
-
-    def __init__(
-        self, program: Program, faults: Faults, worker: int, life: int, on_outcome: OnOutcome
-    ):
-        self.inbox: queue.SimpleQueue = queue.SimpleQueue()
-        self._ended = threading.Event()
-        self._program, self._faults = program, faults
-        self._worker, self._life, self._on_outcome = worker, life, on_outcome
-        name = f"nercc-worker-{worker}"
-        self.thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self.thread.start()
-
-    def end(self) -> None:
-        """Let the thread end when it next looks; it is not waited for."""
-        self._ended.set()
-        self.inbox.put(None)
-
-    def _work(self) -> None:
         end = "its thread ended"
         try:
-            faults = self._faults.at(self._worker, self._life)
-            worker = Worker(self._program, faults, _die, self._ended.wait)
-            with self._program.at_home():
-                self._on_outcome(self._worker, self._life, None)
-                self._answer(worker)
+            program = self._programs[number % len(self._programs)]
+            worker = Worker(program, self._faults.at(number, life), die, ended.wait)
+            with program.at_home():
+                report(None)
+                while (item := inbox.get()) is not None and not ended.is_set():
+                    try:
+                        outcome = worker(*item)
+                    except Exception as error:  # that answer's trouble, whatever it is
+                        outcome = error
+                    report(outcome)
+                    del outcome, item  # they may be large, and the next may not come soon
         except _Death:
             pass
         except BaseException as error:  # a model may have exited
             end += f": {reason_of(error)}"
-        finally:  # ignored where `end` was called
-            self._on_outcome(self._worker, self._life, WorkerDied(end))
-
-    def _answer(self, worker: Worker) -> None:
-        """Answer batches as they come, until `end` is called."""
-        while (item := self.inbox.get()) is not None and not self._ended.is_set():
-            life, kind, batch = item
-            if life == self._life:
-                try:
-                    outcome = worker(kind, batch)
-                except Exception as error:  # that answer's trouble, whatever it is
-                    outcome = error
-                self._on_outcome(self._worker, self._life, outcome)
-                del outcome
-            del item, batch  # it may be large, and the next may not come soon
+        finally:  # ignored where the worker was ended
+            report(WorkerDied(end))
 
 
 def _cores() -> float:
@@ -194,7 +201,3 @@ def _cores() -> float:
     if hasattr(os, "sched_getaffinity"):
         return float(len(os.sched_getaffinity(0)))
     return float(os.cpu_count() or 1)
-
-
-def _die() -> None:
-    raise _Death

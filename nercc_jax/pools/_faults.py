@@ -6,13 +6,15 @@ meet a real one: the worker is busy while it sleeps, and gone when it dies.
 
 import collections
 import dataclasses
+import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import numpy as np
-from jaxtyping import ArrayLike, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 from ..stragglers import AbstractLatency, RowLatency, TraceLatency
 from ..stragglers._laws import check_alike
@@ -82,7 +84,8 @@ class Fault:
         probability: With which it strikes a call.
         workers: Which workers it strikes (default: all).
         calls: Which of a worker's calls, counted from 0 in each of its lives (default: all).
-        latency: The law of a "delay", in seconds, the same for all calls that it strikes.
+        latency: The law of a "delay", in seconds, the same for all calls that it strikes; or a
+            function that maps a call's batch to its delay.
         episodes: Only during these spells. Workers that share a fault with episodes are slow
             together, as a rack is.
         score: Only calls with a row whose score is `least_score` or more. It maps a batch to one
@@ -99,7 +102,7 @@ class Fault:
     probability: float = 1.0
     workers: Sequence[int] | None = None
     calls: Sequence[int] | None = None
-    latency: AbstractLatency | None = None
+    latency: AbstractLatency | Callable[[Any], float] | None = None
     episodes: Episodes | None = None
     score: Callable[[Any], Any] | None = None
     least_score: float = 0.0
@@ -112,30 +115,12 @@ class Fault:
             raise ValueError(f"probability must be in [0, 1], not {self.probability}")
         if (self.kind == "delay") != (self.latency is not None):
             raise ValueError('a "delay" needs a latency law, and nothing else takes one')
-        if self.latency is not None:
+        if isinstance(self.latency, AbstractLatency):
             check_alike(
                 self.latency,
                 "the delays of a Fault have one law. If it differs between workers, give each its "
                 'own, Fault("delay", workers=[0], latency=...)',
             )
-
-    def strikes_rows(self, batch: PyTree | None, seen: "collections.deque[float]") -> bool:
-        """Return whether a call with these rows may be struck.
-
-        Args:
-            batch: The rows.
-            seen: The scores of the worker's latest rows, to which these are added.
-        """
-        if self.score is None:
-            return True
-        if batch is None:
-            return False
-        scores = np.ravel(np.asarray(self.score(batch), float))
-        if self.hardest is None:
-            return bool(np.max(scores) >= self.least_score)
-        seen.extend(scores.tolist())
-        least = np.quantile(seen, 1 - self.hardest)
-        return len(seen) >= _FEWEST and bool(np.max(scores) > least)
 
 
 class StruckCall(NamedTuple):
@@ -253,68 +238,63 @@ class WorkerFaults:
     """The faults of one worker's calls, one call after the other."""
 
     def __init__(self, faults: Faults, worker: int, life: int, time: Callable[[], float]):
-        mine = [
-            (number, fault)
-            for number, fault in enumerate(faults.faults)
-            if fault.workers is None or worker in fault.workers
-        ]
-        self._faults = [fault for _, fault in mine]
         self._random = np.random.default_rng([faults.seed, worker, life])
         # For the order of swapped rows, so that these shift no other draws.
         self.swap_random = np.random.default_rng([faults.seed, worker, life, 0xBAD])
-        self._delays = [
-            _draws(fault.latency, faults.seed, number, worker, life) for number, fault in mine
-        ]
-        self._spells = [
-            _Spells(fault.episodes, time) if fault.episodes is not None else None
-            for fault in self._faults
-        ]
-        self._seen = [collections.deque[float](maxlen=_SCORES) for _ in self._faults]
-        self._call = 0
+        self._call, self._time, self._mine = 0, time, list[_WorkerFault]()
+        for number, fault in enumerate(faults.faults):
+            if fault.workers is None or worker in fault.workers:
+                numbers = number, worker, life
+                key = functools.reduce(jax.random.fold_in, numbers, jax.random.key(faults.seed))
+                self._mine.append(_WorkerFault(fault, key))
 
     def strike(self, batch: PyTree | None = None) -> StruckCall:
         """Return the faults of the next call; faults may strike rows of the batch by a score."""
         call, self._call = self._call, self._call + 1
         seconds, kinds = 0.0, set[FaultKind]()
-        parts = zip(self._faults, self._delays, self._spells, self._seen, strict=True)
-        for fault, delays, spells, seen in parts:
+        for each in self._mine:
+            fault = each.fault
             # Drawn first, and always: what else is set must not shift the later draws.
             strikes = self._random.random() < fault.probability
-            struck = fault.strikes_rows(batch, seen)
-            if fault.calls is not None and call not in fault.calls:
-                continue
-            if strikes and struck and (spells is None or spells.now()):
-                if delays is not None:
-                    seconds += float(delays[call % _DRAWS])
+            strikes &= each.strikes_rows(batch)
+            if strikes and (fault.calls is None or call in fault.calls) and each.spells(self._time):
+                if each.delays is not None:
+                    seconds += float(each.delays[call % _DRAWS])
+                elif callable(fault.latency):
+                    seconds += 0.0 if batch is None else float(fault.latency(batch))
                 else:
                     kinds.add(fault.kind)
         return StruckCall(seconds, kinds)
 
 
-def row_norm(batch: PyTree) -> np.ndarray:
-    """Return the Euclidean norm of each row, over all inputs."""
-    leaves = [np.asarray(leaf, float) for leaf in jax.tree.leaves(batch)]
-    return np.sqrt(sum(np.sum(leaf.reshape(len(leaf), -1) ** 2, axis=1) for leaf in leaves))
+class _WorkerFault:
+    """One fault at one worker: its delays, the scores that it has seen, and its spells."""
 
+    def __init__(self, fault: Fault, key: Array):
+        self.fault, self._seen = fault, collections.deque[float](maxlen=_SCORES)
+        law = fault.latency
+        drawn = isinstance(law, AbstractLatency)
+        self.delays = np.asarray(law.sample(key, (_DRAWS,))) if drawn else None
+        self._coming = None if fault.episodes is None else fault.episodes.spells()
+        self._spell = (-math.inf, math.inf) if self._coming is None else next(self._coming)
 
-def _draws(latency: AbstractLatency | None, seed: int, *numbers: int) -> np.ndarray | None:
-    if latency is None:
-        return None
-    key = jax.random.key(seed)
-    for number in numbers:
-        key = jax.random.fold_in(key, number)
-    return np.asarray(latency.sample(key, (_DRAWS,)))
+    def strikes_rows(self, batch: PyTree | None) -> bool:
+        """Return whether a call with these rows may be struck, by their scores."""
+        fault = self.fault
+        if fault.score is None or batch is None:
+            return fault.score is None
+        scores = np.ravel(np.asarray(fault.score(batch), float))
+        if fault.hardest is None:
+            return bool(np.max(scores) >= fault.least_score)
+        self._seen.extend(scores.tolist())
+        least = np.quantile(self._seen, 1 - fault.hardest)
+        return len(self._seen) >= _FEWEST and bool(np.max(scores) > least)
 
-
-class _Spells:
-    """The spells of episodes, at times that do not go back."""
-
-    def __init__(self, episodes: Episodes, time: Callable[[], float]):
-        self._time, self._coming = time, episodes.spells()
-        self._start, self._end = next(self._coming)
-
-    def now(self) -> bool:
-        time_now = self._time()
-        while self._end <= time_now:
-            self._start, self._end = next(self._coming)
-        return self._start <= time_now
+    def spells(self, time: Callable[[], float]) -> bool:
+        """Return whether now is within a spell of the fault's episodes, if it has any."""
+        if self._coming is None:
+            return True
+        now = time()
+        while self._spell[1] <= now:
+            self._spell = next(self._coming)
+        return self._spell[0] <= now

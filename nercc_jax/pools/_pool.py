@@ -11,12 +11,12 @@ import numpy as np
 from jaxtyping import Array, PyTree, Shaped
 
 from ..inference.models import Conditions, cast_floats
-from ._backend import PoolReport
-from ._batch import Batch, Refuse, refuse_odd
-from ._clock import AbstractClock
-from ._scheduler import Scheduler
-from ._times import Call, Overdue
-from ._worker import WEIGHTS
+from .backend import PoolReport
+from .batch import Batch, Refuse, Task, arrays_of, refuse_odd
+from .clock import AbstractClock
+from .scheduler import Scheduler
+from .times import Call, Overdue
+from .worker import WEIGHTS
 
 
 class AbstractPool(abc.ABC):
@@ -24,13 +24,18 @@ class AbstractPool(abc.ABC):
 
     Any worker can run any coded data point, one at a time, so a pool may have more workers than a
     code (spare ones), or fewer (each then runs several). The rules of which worker gets which task
-    are at the top of `_scheduler.py`. A pool holds threads or processes: `close` it, or use it as a
+    are at the top of `scheduler.py`. A pool holds threads or processes: `close` it, or use it as a
     context manager.
+
+    Attributes:
+        worker_dtype: The dtype that coded data points are cast to before they are sent; None: no
+            cast.
+        conditions: The precision and platform of the workers, to compare calibrations with.
     """
 
+    worker_dtype: str | None = None
+    conditions: Conditions = Conditions()
     _scheduler: Scheduler
-    _worker_dtype: str | None = None
-    _conditions: Conditions = Conditions()
     _weights: int = 0  # the checksum of the models that it was made with
 
     def __reduce__(self) -> Any:
@@ -39,16 +44,6 @@ class AbstractPool(abc.ABC):
             "Data's map_batches would do: call it from here; for rows of a dataset there is "
             "nercc_jax.rows.map_rows"
         )
-
-    @property
-    def worker_dtype(self) -> str | None:
-        """The dtype that coded data points are cast to before they are sent; None: no cast."""
-        return self._worker_dtype
-
-    @property
-    def conditions(self) -> Conditions:
-        """The precision and platform of the workers, to compare calibrations with."""
-        return self._conditions
 
     @property
     def clock(self) -> AbstractClock:
@@ -85,18 +80,16 @@ class AbstractPool(abc.ABC):
             ValueError: If the pool is closed, or a number does not fit.
             RuntimeError: If the pool is broken (`trouble`).
         """
-        values = jax.tree.map(np.asarray, coded)
-        leaves, structure = jax.tree.flatten(values)
+        leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, coded))
         leads = {leaf.shape[:2] for leaf in leaves}
         if len(leads) != 1 or len(min(leads)) < 2 or 0 in min(leads):
             shapes = ", ".join(str(leaf.shape) for leaf in leaves)
             raise ValueError(
                 f"coded data points are (num_points, batch, ...), not of shape {shapes}"
             )
-        number = len(leaves[0])
-        batch = self.open(number, needed=needed, copies=copies)
         each = [jax.tree.unflatten(structure, parts) for parts in zip(*leaves, strict=True)]
-        self.send(batch, range(number), each, kinds=kinds)
+        batch = self.open(len(each), needed=needed, copies=copies)
+        self.send(batch, range(len(each)), each, kinds=kinds)
         return batch
 
     def open(
@@ -127,9 +120,10 @@ class AbstractPool(abc.ABC):
             refuse: Returns why an answer cannot be used, in which case the worker has failed
                 (default: answers that are not finite floats).
         """
-        return self._scheduler.open(
-            num_points, needed, copies, on_change, overdue, refuse, at_once=at_once
-        )
+        scheduler = self._scheduler
+        with scheduler.lock:
+            times = scheduler.state.times_of(overdue)
+        return Batch(scheduler, num_points, needed, copies, at_once, times, on_change, refuse)
 
     def send(
         self,
@@ -156,14 +150,21 @@ class AbstractPool(abc.ABC):
                 or the pool is closed.
             RuntimeError: If the pool is broken (`trouble`).
         """
-        if kinds is None:
-            kinds = [0] * len(points)
-        cast = (cast_floats(value, self._worker_dtype) for value in values)
-        self._scheduler.add(batch, points, cast, kinds, frozenset(avoid), only)
+        kinds = [0] * len(points) if kinds is None else kinds
+        scheduler = self._scheduler
+        tasks = []
+        for point, kind, value in zip(points, kinds, values, strict=True):
+            size, given = len(arrays_of(value)[0]), scheduler.clock.now()
+            value = scheduler.backend.prepare(cast_floats(value, self.worker_dtype))
+            tasks.append(Task(batch, point, kind, value, size, given, frozenset(avoid), only))
+        with scheduler.event() as state:
+            scheduler.check_send(kinds)
+            state.add(batch, tasks, scheduler.clock.now())
 
     def fence(self, workers: Iterable[int]) -> None:
         """Send these workers nothing but what is for them alone (`send`), until the next call."""
-        self._scheduler.fence(workers)
+        with self._scheduler.event() as state:
+            state.fence(frozenset(workers), self.clock.now())
 
     def check_weights(self, deadline: float = 60.0) -> dict[int, bool]:
         """Ask each worker for a checksum of the JAX arrays of its models, as they are there now.
@@ -195,7 +196,8 @@ class AbstractPool(abc.ABC):
 
     def report(self) -> PoolReport:
         """Return counts of what the pool has seen so far, and the state of its workers."""
-        return self._scheduler.report()
+        with self._scheduler.lock:
+            return self._scheduler.state.report(self.clock.now(), self._scheduler.errors.errors)
 
     def calls(self) -> list[Call]:
         """Return the latest 4,096 calls that were answered, or given up as hanging.
@@ -203,7 +205,8 @@ class AbstractPool(abc.ABC):
         Each is of `size` data points, was sent at `sent` by the pool's clock, in seconds, to
         `worker`, and took `seconds`; if the worker hung, as long as it was given.
         """
-        return self._scheduler.calls()
+        with self._scheduler.lock:
+            return list(self._scheduler.state.calls)
 
     @property
     def trouble(self) -> str | None:
@@ -227,9 +230,8 @@ class AbstractPool(abc.ABC):
     @property
     def ending(self) -> str | None:
         """Why a run must end now: something else ends its process within ten seconds; else None."""
-        if self.ends_at - time.monotonic() >= 10.0:
-            return None
-        return "stopped before Ray ends this process, whose head is gone"
+        soon = self.ends_at - time.monotonic() < 10.0
+        return "stopped before Ray ends this process, whose head is gone" if soon else None
 
     @property
     def heartbeat(self) -> float:
@@ -239,7 +241,7 @@ class AbstractPool(abc.ABC):
     @property
     def idle(self) -> int:
         """The number of workers without a task, at this moment."""
-        return self._scheduler.idle
+        return self._scheduler.state.queue.idle
 
     @property
     def spare(self) -> float:
@@ -248,14 +250,14 @@ class AbstractPool(abc.ABC):
         Threads share their host's cores; overdue tasks are not counted as work. Infinite where
         workers share nothing: then waiting tasks slow down no other, either.
         """
-        return self._scheduler.spare
+        return self._scheduler.state.queue.spare
 
     def on_idle(self, callback: Callable[[], Any]) -> None:
         """Have `callback()` called whenever a worker is left without a task: one listener a pool.
 
         It is called from one of the pool's threads, as `on_change` is, and must be as quick.
         """
-        self._scheduler.on_idle(callback)
+        self._scheduler.on_idle = callback
 
     def close(self) -> None:
         """End the workers. Whoever still waits gets the answers that are in."""

@@ -1,22 +1,41 @@
 """A pool of Ray actors, on one machine or a cluster."""
 
+import collections
+import concurrent.futures
+import dataclasses
+import functools
 import logging
+import math
+import os
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from ..codes._kept import x64_enabled
-from ..inference.models import Model, check_worker_dtype, current_conditions, matmul_precision
-from ._clock import ErrorCounter, Watcher
+from ..inference.models import (
+    UNKNOWN,
+    Model,
+    check_worker_dtype,
+    current_conditions,
+    matmul_precision,
+)
 from ._faults import Faults
+from ._payload import EncodedInputs, pack
 from ._pool import AbstractPool
-from ._ray_backend import ActorBackend, by_node, crowding, pack, worker_options
-from ._ray_cluster import MEMBERSHIP, HeadProbe
-from ._scheduler import Scheduler
-from ._times import Overdue
-from ._worker import Examples, as_models, weights_checksum
+from .backend import OnOutcome, WorkerBackend, WorkerDied
+from .batch import arrays_of
+from .clock import Watcher
+from .garbage import short_collections
+from .ray_cluster import Head, join_ray, joined_head, last_line, leave_ray, ray_module
+from .scheduler import Scheduler
+from .times import Overdue
+from .worker import Examples, Program, Worker, as_models, warm_up, weights_checksum
 
 _LOG = logging.getLogger(__name__)
 
@@ -25,9 +44,9 @@ class RayPool(AbstractPool):
     """A pool of Ray actors: processes of their own, each with JAX and the models loaded.
 
     Nothing is shared between them, so neither a slow one nor a dead one holds up another. A death
-    is noticed at once, whether the worker has a task or not, and a new actor takes the place.
-    Workers lie on the nodes as evenly as those have room, and move, one at a time, when nodes come
-    or go. Weights and large data points exist once on a node, however many workers use them.
+    is noticed at once, whether the worker has a task or not, and a new actor takes the place. Ray
+    spreads workers over the nodes; when a node comes, they move to it, one at a time. Weights and
+    large data points exist once on a node, however many workers use them.
 
     The pool uses the Ray that this process is connected to. Otherwise it joins the one at
     `address`, at RAY_ADDRESS, or on this machine, and starts one here if there is none, for as long
@@ -84,15 +103,16 @@ class RayPool(AbstractPool):
         start_timeout: float = 300.0,
     ):
         models = as_models(model, worker_dtype)
-        self._worker_dtype = check_worker_dtype(worker_dtype)
+        self.worker_dtype = check_worker_dtype(worker_dtype)
         self._weights = weights_checksum(models)
-        self._probe = MEMBERSHIP.enter(address, runtime_env)
+        join_ray(address, runtime_env)
+        self._head = joined_head()
         try:
             self._backend = ActorBackend(
                 pack((models, example, compiled, faults or Faults())),
                 (x64_enabled(), matmul_precision()),
                 worker_options(actor_options or {}, num_workers),
-                lambda: self._probe.gone,
+                self._head,
             )
             self._scheduler = Scheduler(
                 self._backend,
@@ -105,82 +125,315 @@ class RayPool(AbstractPool):
                 min_workers=min_workers,
             )
         except BaseException:
-            MEMBERSHIP.leave()
+            leave_ray()
             raise
-        self._conditions = current_conditions(worker_dtype, self._backend.platform())
+        platforms = {place.platform for place in self._backend.places.values()}
+        platform = platforms.pop() if len(platforms) == 1 else UNKNOWN
+        self.conditions = current_conditions(worker_dtype, platform)
+        self._max_per_node, self._rebalance_every = max_per_node, rebalance_every
+        self._logged, self._due = False, time.monotonic() + rebalance_every
         self._open = True
-        parts = self._probe, self._scheduler, self._backend
-        watch = NodeWatch(*parts, max_per_node, rebalance_every)
-        looks = {"nercc-head": self._probe.look, "nercc-nodes": watch.look}
-        self._watchers = [
-            Watcher(name, look, ErrorCounter(), lambda: None) for name, look in looks.items()
-        ]
-        for each in self._watchers:
-            each.start()
+        self._watcher = Watcher("nercc-nodes", self._look)
+        self._watcher.start()
 
     def processes(self) -> list[int | None]:
         """Return the process id of each worker, on whatever machine; None while it is replaced."""
-        return [place and place.process for place in self._backend.places()]
+        places = map(self._backend.places.get, range(self.num_workers))
+        return [place and place.process for place in places]
 
     def nodes(self) -> list[str | None]:
         """Return the node of each worker, by Ray's id; None while it is replaced."""
-        return [place and place.node for place in self._backend.places()]
+        places = map(self._backend.places.get, range(self.num_workers))
+        return [place and place.node for place in places]
 
     @property
     def alarm(self) -> str | None:
-        return self._probe.alarm
+        return self._head.alarm
 
     @property
     def ends_at(self) -> float:
-        return self._probe.ends_at
+        return self._head.ends_at
 
     def close(self) -> None:
         """End the workers. Whoever still waits gets the answers that are in."""
         if self._open:
             self._open = False
-            for each in self._watchers:
-                each.close()
+            self._watcher.close()
             self._scheduler.close()
-            MEMBERSHIP.leave()
+            leave_ray()
+
+    def _look(self) -> float:
+        """Log where workers are, once all are ready; then move one, if Ray would not put it there.
+
+        Ray spreads actors as it places them, and leaves them there when a node comes.
+        """
+        now = time.monotonic()
+        # Without a head, Ray's answer about nodes would come when it ends us.
+        if self._head.gone or self.report().starting:
+            return now + 1.0
+        held = collections.Counter(node for node in self.nodes() if node is not None)
+        if not self._logged:
+            self._logged = True
+            each = sorted(held.values(), reverse=True)
+            _LOG.info("workers on %d node(s): %s", len(held), ", ".join(map(str, each)))
+            bound = self._max_per_node
+            if bound is not None and each and each[0] > bound:
+                _LOG.warning(
+                    "one of %d node(s) holds %d of %d workers, but the code can do without %d: "
+                    "should that node die, queries wait until others replace its workers. %d nodes "
+                    "with room for %d workers each would do",
+                    *(len(held), each[0], sum(each), bound, -(-sum(each) // max(bound, 1)), bound),
+                )
+        if now < self._due or self._backend.placed_by_caller:
+            return now + 1.0
+        self._due = now + self._rebalance_every
+        roomy = [
+            node["NodeID"]
+            for node in ray_module().nodes()
+            if node["Alive"]
+            and all(  # Ray counts in ten-thousandths
+                node["Resources"].get(name, 0.0) + 1e-4 >= amount * (held[node["NodeID"]] + 1)
+                for name, amount in self._backend.demand.items()
+            )
+        ]
+        target = min(roomy, key=lambda node: held[node], default=None)
+        fullest = max(held, key=lambda node: held[node], default=None)
+        if target is not None and fullest is not None and held[fullest] >= held[target] + 2:
+            worker = self.nodes().index(fullest)
+            self._backend.targets[worker] = target
+            if self._scheduler.restart(worker):
+                _LOG.info("worker %d moves to a node that has fewer of them", worker)
+            else:  # it is busy
+                self._due = now + 1.0
+        return now + 1.0
 
 
-class NodeWatch:
-    """The watch over the places of workers, once all are ready: logs them, then moves workers.
+def worker_options(options: Mapping[str, Any], num_workers: int) -> dict[str, Any]:
+    """Return an actor's options, with defaults for CPUs and GPUs.
 
-    A worker moves to a node that has fewer: one at a time, every `every` seconds at most. A node
-    with more than `max_per_node` causes a warning.
+    Where the cluster has GPUs, each worker gets one, or an equal part of one and of its memory.
+    """
+    ray = ray_module()
+    found = dict(options)
+    if "num_cpus" not in found:
+        # No more than four fifths of the free ones together, so that others find room.
+        free = 0.8 * ray.available_resources().get("CPU", 0.0) / num_workers
+        found["num_cpus"] = min(0.5, math.floor(100 * free) / 100)
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if gpus and "num_gpus" not in found:
+        sharing = math.ceil(num_workers / gpus)
+        found["num_gpus"] = math.floor(1e4 / sharing) / 1e4 if sharing > 1 else 1
+    if 0 < found.get("num_gpus", 0) < 1:
+        environment = dict(found.get("runtime_env") or {})
+        # Its workers take nine tenths of a GPU's memory: the rest is XLA's and the driver's.
+        share = f"{0.9 * found['num_gpus']:.3f}"
+        variables = {"XLA_PYTHON_CLIENT_MEM_FRACTION": share}
+        environment["env_vars"] = variables | dict(environment.get("env_vars") or {})
+        found["runtime_env"] = environment
+    return found
+
+
+# What runs in the process of an actor.
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """The place of a worker: its process, JAX's platform there, and Ray's node."""
+
+    process: int
+    platform: str
+    node: str
+
+
+class Actor:
+    """A worker in a process of Ray: placed by Ray first, and ready once it has loaded."""
+
+    def where(self) -> Placement:
+        node = ray_module().get_runtime_context().get_node_id()
+        return Placement(os.getpid(), jax.default_backend(), node)
+
+    def load(self, load: EncodedInputs, precision: tuple[Any, Any], worker: int, life: int) -> None:
+        x64, products = precision
+        jax.config.update("jax_enable_x64", x64)
+        jax.config.update("jax_default_matmul_precision", products)
+        try:
+            models, example, compiled, faults = load.unpack()
+        except ImportError as error:
+            node = f"node {ray_module().util.get_node_ip_address()}"
+            raise RuntimeError(cannot_import(str(error), node)) from error
+        self._program = Program(models, jax.local_devices()[0], compiled)
+        warm_up([self._program], len(models), example)
+        faults = faults.at(worker, life)
+        self._worker = Worker(self._program, faults, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        self._collections = short_collections()
+        self._collections.__enter__()
+
+    def run(self, kind: int, batch: PyTree) -> PyTree:
+        with self._program.at_home():
+            return self._worker(kind, batch)
+
+    def wait_for_death(self) -> None:
+        """Never return, so that the caller notices when this process is gone."""
+        threading.Event().wait()
+
+
+def cannot_import(reason: str, where: str) -> str:
+    """Return a message for a worker that cannot import what it needs."""
+    return (
+        f"a worker cannot import what it needs on {where}: {reason}. Install it there, or send it "
+        "along: --working-dir FOLDER or --py-modules FOLDER of `nercc`, runtime_env={'working_dir':"
+        " FOLDER} of RayPool or ray.init"
+    )
+
+
+class ActorBackend(WorkerBackend):
+    """One actor for each life of a worker. Ray reports answers and deaths by futures' callbacks.
+
+    Those come from Ray's own threads, in which a call that makes or ends an actor would wait for
+    itself: a thread of ours does that. Ray restarts no actor (`max_restarts`): it would report a
+    death after 1.5 s instead of 0.01 (measured), and what hangs or cannot load is the scheduler's
+    to start again in every pool.
+
+    Attributes:
+        places: The places of workers that have one.
+        targets: The nodes on which workers' next lives are to begin, instead of Ray's choice.
+        demand: The resources that a worker takes, by Ray's names.
+        placed_by_caller: Whether the caller's options say where workers go.
     """
 
     def __init__(
         self,
-        probe: HeadProbe,
-        scheduler: Scheduler,
-        backend: ActorBackend,
-        max_per_node: int | None,
-        every: float,
+        load: EncodedInputs,
+        precision: tuple[Any, Any],
+        options: Mapping[str, Any],
+        head: Head,
     ):
-        self._probe, self._scheduler, self._backend = probe, scheduler, backend
-        self._max_per_node, self._every = max_per_node, every
-        self._logged, self._due = False, time.monotonic() + every
+        """Prepare actors.
 
-    def look(self) -> float:
-        """Move a worker if one should move, and return the time of the next turn."""
-        now = time.monotonic()
-        # Without a head, we would wait for Ray's answer about nodes until it ends us.
-        if self._probe.gone or self._scheduler.report().starting:
-            return now + 1.0
-        if not self._logged:
-            self._logged = True
-            held = by_node(place and place.node for place in self._backend.places())
-            each = ", ".join(str(number) for number in sorted(held.values(), reverse=True))
-            _LOG.info("workers on %d node(s): %s", len(held), each)
-            if (trouble := crowding(held, self._max_per_node)) is not None:
-                _LOG.warning("%s", trouble)
-        if now >= self._due:
-            worker = self._backend.misplaced()
-            moved = worker is not None and self._scheduler.restart(worker)
-            if moved:
-                _LOG.info("worker %d moves to a node that has fewer of them", worker)
-            if moved or worker is None:  # otherwise it was busy
-                self._due = now + self._every
-        return now + 1.0
+        Args:
+            load: Models, example, whether they are compiled, and faults.
+            precision: JAX's `jax_enable_x64` and `jax_default_matmul_precision` there.
+            options: Ray's, of each actor.
+            head: The cluster's head, without which actors are neither made nor ended.
+        """
+        ray = ray_module()
+        self._load, self._precision, self._head = ray.put(load), precision, head
+        named = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus")}
+        named |= {"memory": options.get("memory"), **(options.get("resources") or {})}
+        self.demand = {name: float(amount) for name, amount in named.items() if amount}
+        self.placed_by_caller = "scheduling_strategy" in options
+        options = {"scheduling_strategy": "SPREAD", **options}
+        # Two threads: one works; the other only waits, which shows that the process is alive.
+        self._make: Any = ray.remote(max_concurrency=2, max_restarts=0, **options)(Actor)
+        self._actors: dict[int, tuple[int, Any, OnOutcome]] = {}  # with their lives, by worker
+        self.places: dict[int, Placement] = {}
+        self.targets: dict[int, str] = {}
+        self._pending: set[Any] = set()  # futures of Ray's
+        self._starts = concurrent.futures.ThreadPoolExecutor(1, "nercc-ray")
+
+    def start(self, worker: int, life: int, on_outcome: OnOutcome) -> None:
+        self.places.pop(worker, None)
+        self._starts.submit(self._start, worker, life, on_outcome)
+
+    def _start(self, worker: int, life: int, on_outcome: OnOutcome) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        def placed(future: Any) -> None:
+            outcome = _result(future)  # where it failed, so has `loaded`
+            if isinstance(outcome, Placement) and self._actors[worker][0] == life:
+                self.places[worker] = outcome
+
+        def loaded(future: Any) -> None:
+            error = future.exception()
+            if error is None:
+                self._when_done(actor.wait_for_death.remote(), died)
+                return on_outcome(worker, life, None)
+            reason, cause = last_line(error), getattr(error, "cause", None)
+            if isinstance(cause, Exception):
+                reason = str(cause)
+            elif "failed to import on the worker" in str(error):
+                reason = cannot_import(f"nercc_jax ({reason})", "its node")
+            on_outcome(worker, life, RuntimeError(reason))
+
+        def died(future: Any) -> None:
+            if not future.cancelled():
+                on_outcome(worker, life, _result(future))
+
+        try:
+            if worker in self._actors:
+                ray_module().kill(self._actors[worker][1])
+            make, target = self._make, self.targets.pop(worker, None)
+            if target is not None:  # or another node, if Ray finds no room there
+                how = NodeAffinitySchedulingStrategy(target, soft=True, _spill_on_unavailable=True)
+                make = make.options(scheduling_strategy=how)
+            actor = make.remote()
+            self._actors[worker] = life, actor, on_outcome
+            self._when_done(actor.where.remote(), placed)
+            ready = actor.load.remote(self._load, self._precision, worker, life)
+            self._when_done(ready, loaded)
+        except Exception as error:
+            on_outcome(worker, life, error)
+
+    def prepare(self, batch: PyTree) -> Any:
+        # Ray puts a larger argument into its store, again for each call; so it goes there once.
+        if sum(leaf.nbytes for leaf in arrays_of(batch)) > 100_000:
+            return functools.cache(lambda: ray_module().put(batch))
+        return lambda: batch
+
+    def send(self, worker: int, life: int, kind: int, batch: Any) -> None:
+        there, actor, on_outcome = self._actors[worker]
+        if there != life:
+            return  # it died meanwhile, as the scheduler knows: the task is another's
+        answer = actor.run.remote(kind, batch())
+        self._when_done(answer, lambda future: on_outcome(worker, life, _result(future)))
+
+    def _when_done(self, answer: Any, callback: Callable[[Any], None]) -> None:
+        future = answer.future()
+        self._pending.add(future)
+        future.add_done_callback(callback)
+        future.add_done_callback(self._pending.discard)
+
+    def missing(self) -> str | None:
+        if self._head.gone:
+            return "Ray's head does not answer"
+        waiting = len(self._actors) - len(self.places)
+        free = ray_module().available_resources()
+        short = {
+            name: amount
+            for name, amount in self.demand.items()
+            if amount > free.get(name, 0) + 1e-6
+        }
+        if not waiting or not short:
+            return None
+        each = ", ".join(f"{name} {amount:g}" for name, amount in self.demand.items())
+        lacks = "; ".join(
+            f"{name}: {waiting * amount:g} needed, {free.get(name, 0):g} free"
+            for name, amount in short.items()
+        )
+        return f"{waiting} take {each} each; in the whole cluster {lacks}"
+
+    def close(self) -> None:
+        gone = self._head.gone
+        self._starts.shutdown(wait=not gone, cancel_futures=True)
+        if not gone:  # otherwise Ray's nodes end them, as they end those of a dead driver
+            for _, actor, _ in self._actors.values():
+                ray_module().kill(actor)
+            # What was with them fails in a moment. Ray ends a process that hears of it after
+            # `ray.shutdown`.
+            concurrent.futures.wait(tuple(self._pending), timeout=5.0)
+
+
+def _result(future: Any) -> Any:
+    """Return the answer, or in its place the exception as the scheduler knows it."""
+    from ray.exceptions import RayActorError, RayTaskError
+
+    try:
+        return future.result()
+    except concurrent.futures.CancelledError:
+        return WorkerDied("Ray gave the call up")
+    except RayTaskError as error:
+        return error.cause if isinstance(error.cause, Exception) else error
+    except RayActorError as error:
+        return WorkerDied(f"its process is gone ({type(error).__name__})")
+    except Exception as error:
+        return error

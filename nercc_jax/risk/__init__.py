@@ -5,10 +5,12 @@ from ._error_bars import ErrorBars, calibrate_learner_bars
 from ._error_probability import ErrorProbability, logistic_regression
 from ._evidence import Comparison, Risk
 from ._monitor import RiskMonitor
+from .ensembles import EnsembleEstimate
 
 __all__ = [
     "Accuracy",
     "Comparison",
+    "EnsembleEstimate",
     "ErrorBars",
     "ErrorProbability",
     "Risk",

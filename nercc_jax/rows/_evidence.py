@@ -149,7 +149,7 @@ class Evidence:
         for errors in (self.audits, self.late):
             late = table["late"][computed]
             kind = computed[late if errors is self.late else table["audit"][computed] & ~late]
-            kind = kind[table["estimated"][kind] & self._tells(kind)]
+            kind = kind[table["estimated"][kind] & self.tells(kind)]
             if len(kind) >= max(errors.risk.needed, 1):  # else the evidence before is better
                 error = row_errors(self.mean[kind], y[kind].astype(np.float32))
                 errors.ratios = _ratios(error, table["expected"][kind])
@@ -259,7 +259,7 @@ class Evidence:
         counts &= table["estimated"][rows]
         if self.mean is None or not counts.any():
             return
-        counts &= self._tells(rows)
+        counts &= self.tells(rows)
         rows, y = rows[counts], y[counts]
         error, score = row_errors(self.mean[rows], y.astype(np.float32)), self.score(rows, late)
         compared, sure = self._compared(rows, y, error, errors), score <= self.limit
@@ -275,7 +275,7 @@ class Evidence:
             if errors.risk.add(each, given=given):
                 errors.ratios.clear()
 
-    def _tells(self, rows: Int[np.ndarray, " some"]) -> Bool[np.ndarray, " some"]:
+    def tells(self, rows: Int[np.ndarray, " some"]) -> Bool[np.ndarray, " some"]:
         """Return which rows' errors count: predicted by a learner with no answer to the input."""
         assert self.fit is not None
         tells = self._table["left_out"][rows]

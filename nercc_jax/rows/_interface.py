@@ -9,8 +9,9 @@ from jaxtyping import Float, Shaped
 
 from ..codes._trees import is_float
 from ..pools import PoolReport
-from ..pools._batch import check_deadline
-from ..risk import Accuracy
+from ..pools.batch import check_deadline
+from ..risk import Accuracy, EnsembleEstimate
+from ..risk.ensembles import RowEvidence, RowStatistic, Weights, average, quantile
 from ..surrogates import Learner
 
 Compute: TypeAlias = Literal["needed", "all"]
@@ -165,6 +166,7 @@ class RowProgress:
         workers: Workers alive.
         seconds: Since the run began.
         rows_per_second: Computed rows.
+        estimate: The latest estimate of the `statistic` that the run was asked for.
     """
 
     rows: int
@@ -175,6 +177,7 @@ class RowProgress:
     workers: int
     seconds: float
     rows_per_second: float
+    estimate: EnsembleEstimate | None = None
 
     @property
     def done(self) -> int:
@@ -204,6 +207,7 @@ class RowResult:
         stopped: Why the run ended early, if it did.
         learner: The learner that rows were predicted by, if there was one.
         ids: The rows' ids, if they have any.
+        evidence: Predictions and errors of rows, which the statistics rest on.
     """
 
     values: Float[np.ndarray, "rows ..."] | None
@@ -216,6 +220,73 @@ class RowResult:
     stopped: str | None
     learner: Learner | None
     ids: Shaped[np.ndarray, " rows"] | None = None
+    evidence: RowEvidence | None = None
+
+    def mean(
+        self, f: RowStatistic | None = None, *, coverage: float = 0.9, weights: Weights = None
+    ) -> EnsembleEstimate:
+        """Return the mean over all rows, computed or not, with an interval (`docs/ensembles.md`).
+
+        Computed rows add no error. What others add is judged by rows drawn at random and by rows
+        that came late.
+
+        Args:
+            f: Maps values (rows, ...) to a number a row, such as one output or a norm (default: the
+                function's only output).
+            coverage: The probability with which the interval holds.
+            weights: Of the rows, from 0 on (default: all the same).
+
+        Raises:
+            ValueError: If an argument does not fit, rows have several outputs and there is no `f`,
+                or it gives a number that is not finite.
+
+        Example:
+            >>> from nercc_jax import DevicePool
+            >>> from nercc_jax.rows import run_rows
+            >>> x = np.linspace(0, 1, 200)[:, None]
+            >>> result = run_rows(np.square, x, DevicePool, num_workers=2, tolerance=0.01)
+            >>> round(result.mean().value, 2)
+            0.33
+        """
+        return average(self._mapped(f), lambda values: values[:, 0], weights, coverage)
+
+    def probability(
+        self,
+        condition: RowStatistic,
+        f: RowStatistic | None = None,
+        *,
+        coverage: float = 0.9,
+        weights: Weights = None,
+    ) -> EnsembleEstimate:
+        """Return the share of all rows that meet a condition, with an interval; see `mean`.
+
+        `condition` maps values (rows, ...), or with `f` what it gives, (rows,), to booleans. With
+        `f`, errors are those of what it gives, which holds better.
+        """
+        shape = () if f is not None or self.values is None else self.values.shape[1:]
+        mapped = self._mapped(f, several=f is None)
+        return average(
+            mapped, lambda v: condition(v.reshape(-1, *shape)), weights, coverage, step=True
+        )
+
+    def quantile(
+        self,
+        q: float,
+        f: RowStatistic | None = None,
+        *,
+        coverage: float = 0.9,
+        weights: Weights = None,
+    ) -> EnsembleEstimate:
+        """Return the least value that a share `q` of all rows does not exceed; see `mean`."""
+        return quantile(self._mapped(f), q, weights, coverage)
+
+    def _mapped(self, f: RowStatistic | None, several: bool = False) -> RowEvidence:
+        if self.evidence is None:
+            raise ValueError("no row has a value yet, by which all others could be estimated")
+        mapped = self.evidence.map(f)
+        if mapped.values.shape[1] != 1 and not several:
+            raise ValueError(f"rows have {mapped.values.shape[1]} outputs: give an `f` of them")
+        return mapped
 
     def columns(self) -> dict[str, Shaped[np.ndarray, " rows"]]:
         """Return a table's columns, as `pandas.DataFrame` and `pyarrow.table` take them.

@@ -6,7 +6,7 @@ here is NumPy's: nothing is compiled, and nothing but its arguments is read.
 """
 
 import logging
-import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from ..codes import NeRCC
 from ..evaluation._criteria import root_mean_square
-from ..pools._clock import WALL, TimeShare
+from ..pools.clock import AbstractClock, TimeShare
 from ..risk import ErrorProbability
 from ..risk._answer_check import AnswerCheck, fit_answer_check
 from ..schemes import fit_scheme
@@ -199,31 +199,29 @@ class LearnerThread:
     `seconds` are those that the last task took; a guess before the first.
     """
 
-    def __init__(self, share: float):
+    def __init__(self, share: float, clock: AbstractClock):
         self.seconds = 0.5
         self._learned: list[Learned] = []
-        self._thread: threading.Thread | None = None
-        self._time = TimeShare(WALL, share)
+        self._clock, self._time = clock, TimeShare(clock, share)
+        self._works: Callable[[], bool] = lambda: False
 
     def start(self, task: LearnerTask) -> None:
         """Begin a task, when none is under way."""
 
         def work() -> None:
-            begin = WALL.now()
+            begin = self._clock.now()
             try:
                 if (learned := learn(task)) is not None:
                     self._learned.append(learned)
             finally:
                 self.seconds = self._time.spend(begin)
 
-        # No daemon: a process must not end in the middle of LAPACK's work.
-        self._thread = threading.Thread(target=work, name=LEARNER_THREAD)
-        self._thread.start()
+        self._works = self._clock.start(LEARNER_THREAD, work)
 
     @property
     def busy(self) -> bool:
         """Return whether it is at work, or has just been: it leaves the cores to others."""
-        return bool(self._thread and self._thread.is_alive()) or WALL.now() < self._time.next
+        return self._works() or self._clock.now() < self._time.next
 
     def take(self) -> list[Learned]:
         """Take what has been learned since the last call."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from jaxtyping import Bool, Int
 
-from ..pools._times import power_of_two
+from ..pools.times import power_of_two
 from ._interface import RowSettings
 
 _CALL = 0.25  # seconds of a call, where rows are so quick that several go together

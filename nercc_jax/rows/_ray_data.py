@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ..pools import RayPool
-from ..pools._ray_cluster import ray_module
+from ..pools.ray_cluster import ray_module
 from ._run import run_rows
 
 _LOG = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ is the affair of `_state.py`.
 
 import contextlib
 import dataclasses
-import queue
-import time
+import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,17 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ..pools import AbstractPool, Batch
-from ..pools._backend import pool_counts
-from ..risk import Accuracy
+from ..pools.backend import pool_counts
+from ..pools.clock import TimeShare
+from ..risk import Accuracy, EnsembleEstimate
 from ._interface import RowFunction, RowProgress, RowResult, RowSettings
 from ._learner import FittedLearner, LearnerThread, learn
 from ._state import (
     COMPUTED,
     PREDICTED,
+    WAITING,
     Answered,
+    Estimated,
     Event,
     Failed,
     Fence,
@@ -56,6 +59,8 @@ def run_rows(
     ids: Shaped[np.ndarray, " rows"] | Sequence[str | int] | None = None,
     on_progress: Callable[[RowProgress], Any] | None = None,
     on_rows: Callable[[Any, Any, bool], Any] | None = None,
+    statistic: Callable[[RowResult], EnsembleEstimate] | None = None,
+    stop_when: Callable[[EnsembleEstimate], bool] | None = None,
     **options: Any,
 ) -> RowResult:
     """Run a function on each row: every row is computed, or predicted within a tolerance.
@@ -82,6 +87,12 @@ def run_rows(
         on_rows: Called with rows as soon as they have values, each once: their numbers, their
             values, and whether they were computed. Rows of a folder that is resumed come first. A
             row whose value was taken back by `check_answers` comes again.
+        statistic: Returns what the run is for, such as `lambda result: result.mean()`, from the
+            result so far. Progress has it, at most for a tenth of this thread's time.
+        stop_when: Returns whether an estimate of the statistic is good enough, such as
+            `lambda estimate: estimate.width < 0.1`; then the run ends. Until then it goes on: late
+            rows are sent again first if most of the interval comes from them, and where enough is
+            known of every row, more are drawn at random and computed.
         **options: Fields of `RowSettings` by name, such as `tolerance`, in place of those given.
 
     Returns:
@@ -106,6 +117,8 @@ def run_rows(
     x = np.asarray(rows)
     if x.ndim < 1 or not x.size or x.dtype.kind not in "biuf" or not np.isfinite(x).all():
         raise ValueError(f"rows are finite numbers (rows, ...), not {x.dtype} of shape {x.shape}")
+    if stop_when is not None and statistic is None:
+        raise ValueError("stop_when needs the statistic whose estimates it judges")
     names = None if ids is None else np.asarray(ids)
     if names is not None and (names.shape != (len(x),) or names.dtype.kind not in "iuU"):
         raise ValueError(
@@ -127,18 +140,33 @@ def run_rows(
     if folder is not None:
         check_parts(Path(folder), resume)
         parts = Parts(Path(folder), {"inputs": fingerprint(x)} | facts, state.table, names)
+    if stop_when is not None:  # what an earlier run predicted may be computed
+        state.table.move(state.table.all_in(PREDICTED), WAITING)
     opening: Any = contextlib.nullcontext(pool)
     if not isinstance(pool, AbstractPool):
         further: Any = {"compiled": False, "hang_timeout": settings.hang_timeout}
         opening = pool(RowFunction(function), num_workers or 20, **further)
     with opening as opened:
         run = _Run(opened, x, state, parts, on_rows or (lambda *_: None))
+        if statistic is not None:
+            so_far = functools.partial(_result, state, opened, facts, None, names)
+            run.statistic, run.stop_when = (lambda: statistic(so_far())), stop_when
         stopped = run.carry_out(on_progress or (lambda _: None))
         return _result(state, opened, facts, stopped, names)
 
 
 class _Run:
-    """One run's pool, calls, files and learner."""
+    """One run's pool, calls, files and learner.
+
+    Attributes:
+        statistic: Returns an estimate of what the run is for, if it is for that.
+        stop_when: Returns whether the estimate is good enough.
+        estimate: The latest one.
+    """
+
+    statistic: Callable[[], EnsembleEstimate] | None = None
+    stop_when: Callable[[EnsembleEstimate], bool] | None = None
+    estimate: EnsembleEstimate | None = None
 
     def __init__(
         self,
@@ -150,24 +178,27 @@ class _Run:
     ):
         self._pool, self._x, self._state = pool, x, state
         self._parts, self._on_rows = parts, on_rows
-        self._learner = LearnerThread(state.settings.learner_share)
+        self._clock = pool.clock
+        self._learner = LearnerThread(state.settings.learner_share, pool.clock)
         self._batches: dict[int, Batch] = {}
-        self._news: queue.SimpleQueue[int] = queue.SimpleQueue()  # calls that may have ended
-        self._begin, self._over = time.monotonic(), False
+        self._news: list[int] = []  # calls that may have ended
+        self._changed = threading.Condition()
+        self._begin, self._over = pool.clock.now(), False
+        self._estimated, self._time = 0, TimeShare(pool.clock, 0.1)
         state.begin(pool.report(), pool.worker_dtype)
 
     def carry_out(self, show: Callable[[RowProgress], Any]) -> str | None:
         """Run until the state says that it is over; return why it ended early, if it did."""
         state, stopped = self._state, None
         try:
-            show(state.progress())
+            show(self._progress())
             self._resume()
             self._handle(self._tick())
             for _ in self._turns():
-                show(state.progress())
+                show(self._progress())
                 if (stopped := self._pool.ending) is not None:
                     break
-            show(state.progress())
+            show(self._progress())
         except KeyboardInterrupt:
             stopped = "interrupted"
         except RuntimeError:
@@ -202,7 +233,7 @@ class _Run:
         """Yield now and then, when there is news, until the run is over."""
         look_at = shown = 0.0
         while not self._over:
-            now = time.monotonic()
+            now = self._clock.now()
             if now >= look_at or not self._batches:
                 for learned in self._learner.take():
                     self._handle(learned)
@@ -211,12 +242,27 @@ class _Run:
                         self._parts.keep("learner", name, learned.fit.save)
                 self._handle(self._tick())
                 look_at = now + _LOOKS
-            if not self._over and self._take_ended(look_at) and time.monotonic() >= shown + _SHOWN:
+            if not self._over and self._take_ended(look_at) and self._clock.now() >= shown + _SHOWN:
+                self._look_at_statistic()
                 yield
-                shown = time.monotonic()
+                shown = self._clock.now()
+
+    def _look_at_statistic(self) -> None:
+        """Estimate the statistic from the rows so far, if new ones came, and there is time."""
+        computed, begin = self._state.computed, self._clock.now()
+        if self.statistic is None or computed == self._estimated or begin < self._time.next:
+            return
+        self.estimate, self._estimated = self.statistic(), computed
+        self._time.spend(begin)
+        if self.stop_when is not None:
+            short = bool(self.stop_when(self.estimate))
+            self._handle(Estimated(short, self.estimate.from_late > 0.5))
+
+    def _progress(self) -> RowProgress:
+        return dataclasses.replace(self._state.progress(), estimate=self.estimate)
 
     def _tick(self) -> Tick:
-        now = time.monotonic() - self._begin
+        now = self._clock.now() - self._begin
         ages = {number: self._age(batch) for number, batch in self._batches.items()}
         return Tick(now, self._pool.report(), ages, self._learner.busy, self._learner.seconds)
 
@@ -231,11 +277,10 @@ class _Run:
 
     def _take_ended(self, until: float) -> bool:
         """Wait until calls end, or until a time; return whether some may have."""
-        numbers = []
-        with contextlib.suppress(queue.Empty):
-            numbers.append(self._news.get(timeout=max(until - time.monotonic(), 0.001)))
-            while True:
-                numbers.append(self._news.get_nowait())
+        with self._changed:
+            if not self._news:
+                self._clock.wait(self._changed, max(until - self._clock.now(), 0.001))
+            numbers, self._news = self._news, []
         for number in numbers:
             batch = self._batches.get(number)
             if batch is None:
@@ -253,19 +298,25 @@ class _Run:
 
     def _wait_for_late_answers(self) -> None:
         """Wait for what workers still compute; what no worker has is dropped."""
-        end = time.monotonic() + self._state.settings.grace
+        end = self._clock.now() + self._state.settings.grace
         for number, batch in list(self._batches.items()):
             if not batch.available[0] and not self._age(batch)[0]:
                 self._batches.pop(number).forget()
-        while self._batches and time.monotonic() < end:
+        while self._batches and self._clock.now() < end:
             self._take_ended(end)
+
+    def _note(self, number: int, batch: Batch) -> None:
+        """Note that a call may have ended. Called by the pool's threads."""
+        with self._changed:
+            self._news.append(number)
+            self._changed.notify()
 
     def _handle(self, event: Event) -> None:
         """Tell the state what happened, and carry out what it says."""
         state, parts = self._state, self._parts
         for each in state.handle(event):
             if isinstance(each, Send):
-                change: Any = lambda batch, number=each.call: self._news.put(number)  # noqa: E731
+                change = functools.partial(self._note, each.call)
                 batch = self._pool.open(1, copies=1, on_change=change, refuse=lambda answer: None)
                 self._batches[each.call] = batch
                 x = np.take(self._x, np.resize(each.rows, each.size), axis=0)
@@ -330,4 +381,5 @@ def _result(
         stopped,
         None if evidence.fit is None else evidence.fit.learner,
         ids,
+        state.row_evidence(),
     )

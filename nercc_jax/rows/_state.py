@@ -31,6 +31,7 @@ from jaxtyping import Float, Int, Shaped
 
 from ..evaluation._criteria import row_errors
 from ..pools import PoolReport
+from ..risk.ensembles import RowEvidence
 from ._checks import RowChecks
 from ._evidence import NEWS, Evidence
 from ._interface import ATTEMPTS, RowProgress, RowSettings
@@ -79,7 +80,19 @@ class Tick(NamedTuple):
     fit_seconds: float
 
 
-Event: TypeAlias = Answered | Failed | Learned | Tick
+class Estimated(NamedTuple):
+    """An estimate of the statistic that the run is for, from all rows so far.
+
+    Attributes:
+        short: Whether its interval is short enough.
+        late: Whether most of the interval comes from late rows.
+    """
+
+    short: bool
+    late: bool
+
+
+Event: TypeAlias = Answered | Estimated | Failed | Learned | Tick
 
 
 class Send(NamedTuple):
@@ -171,6 +184,7 @@ class RowState:
         computed: The number of rows that this run has had computed.
         offered: That number when the learner was last offered what came.
         looked_at: That number when all that was unchecked was last looked at.
+        estimated: The latest estimate of the statistic, if the run goes on until it is known.
         over: Whether the run has ended.
     """
 
@@ -185,6 +199,7 @@ class RowState:
         self.evidence = Evidence(settings, x, self.table)
         self.computed = self.offered = 0
         self.looked_at = -1
+        self.estimated: Estimated | None = None
         self.over = False
         self._input_bytes = x[0].nbytes
         self._sent = 0  # calls
@@ -223,6 +238,10 @@ class RowState:
         elif isinstance(event, Learned):
             if not self.over:
                 _arrange(self, event)
+        elif isinstance(event, Estimated):
+            self.estimated = event
+            if event.short and not self.over:
+                _end(self, "since the statistic was known well enough")
         elif (call := self.calls.pop(event.call, None)) is not None:
             self.do(Forget(event.call))
             self.table["overdue"][call.rows] = False
@@ -304,6 +323,7 @@ class RowState:
             table["state"][rows] = AGAIN
             self.queue.halve(rows)
         else:
+            table["tries"][rows] += 1
             table["state"][rows] = FAILED
             reasons |= dict.fromkeys(rows.tolist(), why)
             if table.values is None and len(reasons) >= min(self._first, len(table.rows)):
@@ -331,14 +351,16 @@ class RowState:
             self.checks.look(tick.report)
             self._follow_fences()
         _offer_news(self)
+        late_first = self.estimated is not None and self.estimated.late
         if tick.now >= _end_of(self.settings) or _finished(self):
-            _end(self)
-        elif self.queue.empty:
+            why = "deadline" if tick.now >= _end_of(self.settings) else "last call"
+            _end(self, f"before the job's {why}")
+        elif self.queue.empty or late_first:
             calls = sorted(self.calls.values(), key=lambda call: -call.age)
             late_calls = (call for call in calls if call.late and not (call.copy or call.given_up))
             for call in late_calls:
                 rows = call.rows[self.table.state(call.rows) < PREDICTED]
-                if len(rows) and call.copies < 2 and self._idle > 0:
+                if len(rows) and call.copies < 2 and (late_first or self._idle > 0):
                     call.copies += 1
                     self._open(rows, copy=True)
 
@@ -380,6 +402,33 @@ class RowState:
             rows_per_second=self.computed / max(self.seen.now, 1e-9),
         )
 
+    def row_evidence(self) -> RowEvidence | None:
+        """Return all that is known of rows' values, for statistics; None if none is finite."""
+        table, mean = self.table, self.evidence.mean
+        if table.values is None or not len(table.learnable):
+            return None
+        computed, deviation = table["state"] == COMPUTED, table["expected"].copy()
+        late = table.late | ((table["tries"] > 0) & ~computed)
+        judged = computed & (table["audit"] | late)
+        # A row without a prediction has the mean of all, which is off by their spread.
+        known = table.values[table.learnable]
+        predictions = np.broadcast_to(known.mean(axis=0), table.values.shape).copy()
+        estimated = table["estimated"] & np.isfinite(deviation)
+        earlier = ~estimated & (table["state"] == PREDICTED)  # by the run that is resumed
+        predictions[earlier], deviation[earlier] = (
+            table.values[earlier],
+            table["deviation"][earlier],
+        )
+        deviation[~estimated & ~earlier] = np.sqrt(np.mean((known - known.mean(axis=0)) ** 2))
+        if mean is not None:
+            predictions[estimated] = mean[estimated].reshape(-1, *known.shape[1:])
+            judged &= estimated
+            judged[judged] = self.evidence.tells(np.flatnonzero(judged))
+        values = predictions.copy()
+        values[computed] = table.values[computed]
+        audit = table["audit"].copy()
+        return RowEvidence(values, predictions, deviation, computed, late, audit, judged)
+
 
 # When a run is over.
 
@@ -408,20 +457,29 @@ def _settled(run: RowState) -> bool:
     if not run.queue.spent and len(rows):
         run.queue.waiting = evidence.order(rows)
         return False
+    if run.estimated is not None:  # not yet short enough: more are drawn at random
+        rows = run.table.all_in(WAITING)
+        rows = np.random.default_rng(run.computed).permutation(rows)[:NEWS]
+        if not run.queue.spent and len(rows):
+            run.table["audit"][rows], run.table["known"][rows] = True, False
+            run.queue.waiting = rows
+            return False
     rows = run.table.all_in(SENT)
     if not len(rows):
         return True
     # A call that is not late has its answer soon, which is better than a prediction; and audits are
     # computed, however late they are.
     late = [call.rows for call in run.calls.values() if call.late]
-    if evidence.fit is None or not np.isin(rows, np.concatenate([[], *late])).all():
+    if run.estimated is not None or evidence.fit is None:
+        return False
+    if not np.isin(rows, np.concatenate([[], *late])).all():
         return False
     good = evidence.score(rows, late=True) <= evidence.limit
     needed = run.table["audit"][rows] & (run.settings.compute == "needed")
     return bool((good & ~needed).all())
 
 
-def _end(run: RowState) -> None:
+def _end(run: RowState, why: str) -> None:
     """End the run: predict the rows that are known well enough, and say why others are not."""
     run.over, evidence, table = True, run.evidence, run.table
     evidence.notice_late()
@@ -433,8 +491,7 @@ def _end(run: RowState) -> None:
         raised = failed & (table["tries"][rows] < ATTEMPTS)
         good = (score <= evidence.limit) & ~raised
     left = ~good & ~failed
-    why = "deadline" if run.seen.now >= _end_of(run.settings) else "last call"
-    reasons = np.full(len(rows), f"not computed before the job's {why}", object)
+    reasons = np.full(len(rows), f"not computed {why}", object)
     if run.checks is not None:
         reasons[run.checks.in_doubt(rows)] = "its answers differ, or one looked wrong"
     # A prediction with too large a bar is there all the same.

@@ -47,7 +47,10 @@ def check_parts(folder: Path, resume: bool) -> None:
             f"{folder} has the parts of an earlier run: give --resume (resume=True) to go on "
             "with it, or remove the folder"
         )
-    if folder.exists() and not found and (not folder.is_dir() or any(folder.iterdir())):
+    # All that a run has which was killed before its manifest.
+    ours = (".", "part-", "learner-")
+    inside = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
+    if not found and not all(each.name.startswith(ours) for each in inside):
         raise ValueError(f"{folder} exists, and holds no results of a run")
 
 

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 from ..pools import AbstractPool
-from ..pools._batch import Refuse, refuse_odd
+from ..pools.batch import Refuse, refuse_odd
 from ._answer_screen import AnswerScreen, Audit, Settled
 from ._comparisons import Comparisons
 from ._dispatch import Dispatcher

@@ -17,9 +17,9 @@ from ..codes import Uncoded
 from ..inference import order_points
 from ..inference.order import random_projection
 from ..pools import AbstractPool
-from ..pools._batch import Refuse
-from ..pools._clock import TimeShare
-from ..pools._times import AnswerTimes, power_of_two
+from ..pools.batch import Refuse
+from ..pools.clock import TimeShare
+from ..pools.times import AnswerTimes, power_of_two
 from ._estimates import Estimator
 from ._policy import BatchingPolicy
 from .adapt._adaptation import Adaptation

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..pools._batch import answers_to_wait_for
-from ..pools._clock import AbstractClock
+from ..pools.batch import answers_to_wait_for
+from ..pools.clock import AbstractClock
 from ._policy import BatchingPolicy, read_outputs
 from .adapt._adaptation import Adaptation
 from .core._coder import Coder

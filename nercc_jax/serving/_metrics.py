@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from ..codes import AbstractCode
 from ..codes._kept import kept_matrices
 from ..pools import AbstractPool
-from ..pools._backend import WorkerState
+from ..pools.backend import WorkerState
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _SHORT = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1)

@@ -17,7 +17,7 @@ from jaxtyping import Shaped
 
 from ..codes import AbstractCode
 from ..pools import AbstractPool, DevicePool, Faults, PoolReport, RayPool
-from ..pools._clock import WALL
+from ..pools.clock import WALL
 from ._batcher import CodedBatcher
 from ._metrics import Meter, Metrics
 from ._policy import read_outputs

@@ -152,7 +152,7 @@ class _OwnSettings(BaseModel):
         {}, "Other options of Ray actors, as a TOML table: {max_concurrency = 3}."
     )
     worker_dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(
-        None, "Dtype that workers cast inputs and weights to (default: the model's).", "bfloat16"
+        None, "Dtype of workers' inputs and weights (default: the model's).", "bfloat16"
     )
     max_attempts: int = _setting(
         3, "Workers that a failing data point is sent to before it is given up.", ge=1, le=_MANY
@@ -180,8 +180,8 @@ class _OwnSettings(BaseModel):
     )
     straggler_score: str | None = _setting(
         None,
-        "Score of a row, by which calls are delayed instead of at random, the largest first: "
-        "`norm`, or module:function.",
+        "Score of a row, by which calls are delayed, the largest first: `norm`, or "
+        "module:function.",
         "norm",
     )
     straggler_leaning: float = _setting(

@@ -12,10 +12,10 @@ from jaxtyping import PyTree
 
 from ..inference.models import Model
 from ..pools import AbstractPool, Faults, Overdue
-from ..pools._backend import OnOutcome, WorkerBackend, WorkerDied
-from ..pools._clock import BEAT, AbstractClock, AbstractTurns
-from ..pools._scheduler import Scheduler
-from ..pools._worker import Program, Worker, weights_checksum
+from ..pools.backend import OnOutcome, WorkerBackend, WorkerDied
+from ..pools.clock import BEAT, AbstractClock, AbstractTurns
+from ..pools.scheduler import Scheduler
+from ..pools.worker import Program, Worker, weights_checksum
 
 
 class SimulatedClock(AbstractClock):
@@ -62,6 +62,11 @@ class SimulatedClock(AbstractClock):
 
     def turns(self, name: str, turn: Callable[[], float]) -> AbstractTurns:
         return _Turns(self, turn)
+
+    def start(self, name: str, work: Callable[[], Any]) -> Callable[[], bool]:
+        """Do the work at once: it takes no simulated time."""
+        work()
+        return lambda: False
 
     def wait(self, condition: threading.Condition, seconds: float) -> None:
         """Jump to the next event, or to the end of the wait: nothing else could notify anybody."""

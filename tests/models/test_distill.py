@@ -330,10 +330,7 @@ def scores(x):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """The command in a folder with a model of one's own, `own_scores:scores`, and its inputs."""
-    pytest.importorskip("typer")
-    from typer.testing import CliRunner
-
-    from nercc_jax.cli._app import app
+    from commands import invoke
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_scores.py").write_text(OWN_MODEL)
@@ -342,7 +339,7 @@ def run(tmp_path, monkeypatch):
     np.save(tmp_path / "row.npy", np.zeros(9))
     np.save(tmp_path / "few.npy", np.zeros((4, 3, 4)))
     (tmp_path / "words.npy").write_text("words")
-    return lambda *arguments: CliRunner().invoke(app, ["distill", *arguments])
+    return lambda *arguments: invoke("distill", *arguments)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from traffic import SERVICE, KnowsAll, Traffic, labels_right, model
 
 from nercc_jax import Berrut, Replication, Uncoded
 from nercc_jax.pools import Fault, Faults, Overdue
-from nercc_jax.pools._times import Call
+from nercc_jax.pools.times import Call
 from nercc_jax.serving import BatchingPolicy, Coder
 from nercc_jax.serving.adapt._setting_controller import (
     CopyTrials,

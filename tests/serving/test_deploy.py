@@ -47,13 +47,12 @@ def yaml_of(name):
 
 def settings_of(arguments, environment):
     """What `nercc serve` would serve by, given these."""
-    from typer.testing import CliRunner
+    from commands import invoke
 
-    from nercc_jax.cli._app import app
     from nercc_jax.serving import ServerSettings
 
     environment = {name: value for name, value in environment.items() if name.startswith("NERCC_")}
-    result = CliRunner().invoke(app, ["serve", *arguments, "--print-config"], env=environment)
+    result = invoke("serve", *arguments, "--print-config", env=environment)
     assert result.exit_code == 0, result.output
     return ServerSettings(**tomllib.loads(result.output))
 
@@ -312,9 +311,9 @@ def test_readme_names_what_there_is():
     assert {line.split()[0] for line in COMMANDS} == {*commands}
     links = re.findall(r"\]\(([\w.-]+)\)", README)
     assert {path.name for path in DEPLOY.iterdir()} - {"README.md"} == {*links}
-    from nercc_jax.cli._serve import command_with_options
+    from pages import options_of
 
-    options = {name for each in command_with_options().params for name in each.opts}
+    options = options_of("serve")
     elsewhere = {"--format", "--stop-timeout", "--input-data"}
     assert set(re.findall(r"`(--[\w-]+)", README)) <= options | elsewhere
 

@@ -7,8 +7,8 @@ import pytest
 from traffic import SERVICE, SHAPE, Traffic
 
 from nercc_jax import Replication, Uncoded
-from nercc_jax.pools import Batch, _garbage
-from nercc_jax.pools._batch import Task
+from nercc_jax.pools import Batch, garbage
+from nercc_jax.pools.batch import Task
 from nercc_jax.serving import BatchingPolicy
 from nercc_jax.serving.core._group import Group
 from nercc_jax.serving.core._request import Query, Request
@@ -52,8 +52,8 @@ def looked_at(one):
 
 @pytest.mark.parametrize("long", [True, False])
 def test_what_survived_a_long_collection_is_left_out_of_later_ones(monkeypatch, long):
-    monkeypatch.setattr(_garbage, "_LONG", 0.0 if long else 60.0)
-    with _garbage.short_collections():
+    monkeypatch.setattr(garbage, "_LONG", 0.0 if long else 60.0)
+    with garbage.short_collections():
         kept = [[]]
         gc.collect(1)
         assert looked_at(kept), "it was not a full one"

@@ -9,7 +9,7 @@ import pytest
 from batching import INTERLEAVED, LONG, Held, count, model, queries, serving, settled, until
 
 from nercc_jax import Uncoded
-from nercc_jax.pools._clock import WALL
+from nercc_jax.pools.clock import WALL
 from nercc_jax.serving import InferenceFailed, Predictor, _batcher
 from nercc_jax.serving.adapt._online_calibration import OnlineCalibration
 from nercc_jax.serving.core import _health
@@ -108,7 +108,7 @@ def test_a_thread_that_dies_fails_what_is_open_and_what_comes(monkeypatch):
 
 def test_a_stuck_thread_is_not_alive(monkeypatch):
     monkeypatch.setattr(_health, "STUCK", 0.2)
-    monkeypatch.setattr("nercc_jax.pools._clock.BEAT", 0.05)
+    monkeypatch.setattr("nercc_jax.pools.clock.BEAT", 0.05)
     release = threading.Event()
     with serving(Uncoded(1), warm=False) as batcher:
         becomes(batcher, True, True)

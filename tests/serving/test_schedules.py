@@ -211,7 +211,7 @@ class Schedule:
     def check_books(self):
         batcher, scheduler, now = self.batcher, self.pool._scheduler, self.clock.now()
         assert not self.seen["internal_error"]
-        assert not scheduler._errors.errors
+        assert not scheduler.errors.errors
         for request in batcher._open._open:
             assert now <= request.arrived + request.deadline + LATE, "forgotten at its deadline"
         # The queue.
@@ -223,15 +223,15 @@ class Schedule:
         held = math.inf > batcher._dispatch_due and not lanes.exact
         assert not waiting or not self.pool.idle or held, "a query waits beside an idle worker"
         # The scheduler.
-        idle = {w for w, seat in enumerate(scheduler._slots) if seat.ready and seat.task is None}
-        assert set(scheduler._queue._idle) == idle
-        busy = [seat for seat in scheduler._slots if seat.task is not None]
+        idle = {w for w, seat in enumerate(scheduler.state.slots) if seat.ready and seat.task is None}
+        assert set(scheduler.state.queue._idle) == idle
+        busy = [seat for seat in scheduler.state.slots if seat.task is not None]
         assert all(now <= seat.since + HANG + LATE for seat in busy), "it hangs, and nobody saw"
         running = [seat.task for seat in busy]
-        for batch in scheduler._queue.batches:
+        for batch in scheduler.state.queue.batches:
             fresh = [
                 seat.task
-                for seat in scheduler._slots
+                for seat in scheduler.state.slots
                 if seat.task is not None and seat.task.batch is batch and not seat.overdue
             ]
             open_ = {task for task in fresh if not task.settled}
@@ -248,7 +248,7 @@ class Schedule:
             return  # it still asks whether somebody answers
         assert not batcher._dispatcher.groups
         assert not batcher.waiting
-        assert not scheduler._queue.batches
+        assert not scheduler.state.queue.batches
 
 
 def play(seeds, coders):

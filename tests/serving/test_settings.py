@@ -14,16 +14,15 @@ from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pytest
+from commands import invoke
 from conftest import require
 from nercc_server import ENDS, MODELS, command, environment
-from typer.testing import CliRunner
 
 require("pydantic_settings", "serve")
 require("fastapi", "serve")
 
 from nercc_jax import NeRCC, save_code
 from nercc_jax.cli import _serve, _serving_models
-from nercc_jax.cli._app import app
 from nercc_jax.serving._settings import ModelSettings, ServerSettings, read_settings
 
 # Values that the settings do not have unless set, where they are neither numbers nor one of a few.
@@ -152,7 +151,7 @@ def given(monkeypatch):
     monkeypatch.setattr(_serving_models, "starts_of", start)
 
     def run(*arguments, **variables):
-        result = CliRunner().invoke(app, ["serve", *arguments], env=variables)
+        result = invoke("serve", *arguments, env=variables)
         assert isinstance(result.exception, Told), result.output
         (chosen,) = result.exception.args
         return read["server"], chosen
@@ -309,7 +308,7 @@ def test_a_models_name_is_as_its_documentation_says(given, served):
 
 
 def test_every_setting_has_a_flag():
-    flags = [option.name for option in _serve.command_with_options().params]
+    flags = [option.name for option in _serve.options()]
     assert sorted(flags) == sorted([*SERVER, *MODEL, *ELSEWHERE])
 
 
@@ -320,7 +319,7 @@ def test_models_by_flag_replace_those_of_the_file_and_a_shipped_one_is_served_wi
 
 
 def run(*arguments, **variables):
-    result = CliRunner().invoke(app, ["serve", *arguments], env=variables)
+    result = invoke("serve", *arguments, env=variables)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     return result.exit_code, result.output
 
@@ -554,14 +553,20 @@ def test_help_says_what_each_setting_is_and_what_it_is_unless_set(settings, monk
     assert code == 0
     assert "SIGTERM" in output
     lines = output.splitlines()
+    first = lines.index("As in `nercc run`:")
+    listed = " ".join(lines[first : first + 4])
     assert {f"{title}:" for title in settings.panels.values()} <= {*lines}
     for name, field in settings.model_fields.items():
         if name in ("model", "models", "defaults"):
             continue
         flag = f"--{name.replace('_', '-')}"
-        (line,) = (line for line in lines if line.startswith((f"  {flag} ", f"  {flag}, ")))
-        text = line.partition(" [")[0].split("  ")[-1].strip()
+        found = [line for line in lines if line.startswith((f"  {flag}  ", f"  {flag}, --no-"))]
+        if not found:  # it is listed, as one that has the same words there
+            assert f"{flag}, " in listed
+            continue
+        text = found[0].partition(" [")[0].split("  ")[-1].strip().removesuffix(" ...")
         assert field.description.startswith(text)
         assert len(text) > 10
         default = flag if field.default is True else field.default
-        assert f"default: {default}]" in line or default in (None, {}, [])
+        shown = f"default: {default}]" in found[0] or f"{default} (default)" in found[0]
+        assert shown or default in (None, {}, [])

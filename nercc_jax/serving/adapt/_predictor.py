@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 from ...codes._checks import check_count
 from ...codes._trees import Form
 from ...inference.models import Model
-from ...pools._clock import AbstractClock, TimeShare
+from ...pools.clock import AbstractClock, TimeShare
 from ...risk import Accuracy, Risk
 from ...surrogates import AbstractSurrogate, Surrogate
 from .._policy import Observe

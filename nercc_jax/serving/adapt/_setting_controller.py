@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ...pools import AbstractPool, Overdue
-from ...pools._clock import TimeShare
-from ...pools._times import Call
+from ...pools.clock import TimeShare
+from ...pools.times import Call
 from ...stragglers.simulate import Hedge, RecordedCalls
 from .._policy import BatchingPolicy, Observe
 from ..core._adaptation import DispatchSetting, Redundancy, overdue_rule

@@ -23,7 +23,7 @@ from ...codes import AbstractCode, Berrut, BerrutSpline, LearnedDecoder, NeRCC
 from ...codes._berrut import berrut_matrix
 from ...codes._kept import encoder_of, kept_matrices
 from ...codes._trees import Form
-from ...pools._steps import encode_on_host, shared_decoder
+from ...codes.host import decode_shared, encode_on_host
 from ...risk import Accuracy, ErrorProbability
 from ...risk._features import decoding_features
 from ...splines._host import smoothing_matrix_on_host
@@ -105,7 +105,6 @@ class Coder:
         self.num_data, self.num_workers = code.num_data, code.num_workers
         self.kinds = [models[kind] for kind in code.worker_models]
         self.order = _spread(code)
-        self._decode = shared_decoder(code)
         self._variances = functools.lru_cache(_FEW_MASKS)(self._make_variances)
         matrices = few_encoders(code, self.order)
         own = _own(_place_of(matrices[-1]), self.num_data)
@@ -225,7 +224,7 @@ class Coder:
         """Return predictions by alpha, those that are recovered, and the workers in use."""
         _, rows, *out = values.shape
         flat = fill_up(values, width, axis=1).reshape(self.num_workers, 1, -1)
-        decoded = self._decode(flat, mask)
+        decoded = decode_shared(self.code, flat, mask)
         predictions = np.asarray(decoded.predictions).reshape(self.num_data, width, *out)
         recovered, responded = np.asarray(decoded.recovered)[0], np.asarray(decoded.responded)[0]
         return np.swapaxes(predictions, 0, 1)[:rows], recovered, responded

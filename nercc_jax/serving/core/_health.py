@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from ...pools import AbstractPool
-from ...pools._clock import AbstractClock
+from ...pools.clock import AbstractClock
 from ._coder import Coder
 
 # Seconds without a turn after which a thread counts as stuck, ...

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ...pools._clock import AbstractClock
+from ...pools.clock import AbstractClock
 from .._policy import Observe
 from ._health import Health, HealthMonitor
 from ._request import (

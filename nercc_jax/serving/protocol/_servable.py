@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PyTree, Shaped
 
 from ...codes._trees import Form
 from ...inference.models import Model, call_model, check_model
-from ...pools._batch import reason_of
+from ...pools.batch import reason_of
 from ..core._request import fill_up
 
 FLOAT = "FP32"

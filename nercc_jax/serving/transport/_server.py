@@ -23,7 +23,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from ...codes import AbstractCode, NeRCC, Uncoded
 from ...inference.models import Model
-from ...pools._garbage import collect_all, short_collections
+from ...pools.garbage import collect_all, short_collections
 from .._metrics import Metrics
 from .._served_model import ServedModel
 from .._settings import ModelSettings, ServerSettings

@@ -55,6 +55,15 @@ class AbstractClock(abc.ABC):
         """
 
     @abc.abstractmethod
+    def start(self, name: str, work: Callable[[], Any]) -> Callable[[], bool]:
+        """Begin work that goes on beside all else, once; return a function that says if it does.
+
+        Args:
+            name: The name of the thread, where there are threads.
+            work: It must not raise.
+        """
+
+    @abc.abstractmethod
     def wait(self, condition: threading.Condition, seconds: float) -> None:
         """Wait until a condition that is held is notified, for some seconds at most.
 
@@ -70,6 +79,12 @@ class WallClock(AbstractClock):
 
     def turns(self, name: str, turn: Callable[[], float]) -> AbstractTurns:
         return _Thread(name, turn)
+
+    def start(self, name: str, work: Callable[[], Any]) -> Callable[[], bool]:
+        # No daemon: a process must not end in the middle of LAPACK's work.
+        thread = threading.Thread(target=work, name=name)
+        thread.start()
+        return thread.is_alive
 
     def wait(self, condition: threading.Condition, seconds: float) -> None:
         condition.wait(min(seconds, LONGEST_SLEEP))
@@ -151,12 +166,13 @@ class Watcher:
         self,
         name: str,
         look: Callable[[], float],
-        errors: ErrorCounter,
-        end: Callable[[], Any],
+        *,
+        errors: ErrorCounter | None = None,
+        end: Callable[[], Any] = lambda: None,
         clock: AbstractClock = WALL,
     ):
-        self._look, self._errors, self._end, self._clock = look, errors, end, clock
-        self._name, self._failures = name, 0
+        self._look, self._errors, self._end = look, errors or ErrorCounter(), end
+        self._name, self._clock, self._failures = name, clock, 0
         self.heartbeat = clock.now()  # of the last turn
         self._turns = clock.turns(name, self._turn)
         self.start, self.wake = self._turns.start, self._turns.wake

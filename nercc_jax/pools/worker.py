@@ -7,6 +7,7 @@ imported. Weights may change in memory: workers are asked for them.
 """
 
 import contextlib
+import functools
 import hashlib
 import platform
 import sys
@@ -121,10 +122,9 @@ class Program:
     def __init__(self, models: tuple[Model, ...], device: Device, compiled: bool):
         self._device, self._dtype = device, worker_dtype_of(models)
         self._x64, self._products = x64_enabled(), matmul_precision()
-        with no_mesh():
-            self._calls = tuple(
-                _CompiledModel.on_device(model, device) if compiled else model for model in models
-            )
+        self._calls, self._arrays = list(models), list[Any](models)
+        for number, model in enumerate(models) if compiled else ():
+            self._calls[number], self._arrays[number] = _on_device(model, device)
 
     @contextlib.contextmanager
     def at_home(self) -> Iterator[None]:
@@ -141,54 +141,37 @@ class Program:
         ):
             yield
 
-    @property
-    def weights(self) -> int:
-        """A checksum of the models' arrays, as they are on the device now."""
-        models = (each.leaves if isinstance(each, _CompiledModel) else each for each in self._calls)
-        return weights_checksum(list(models))
-
     def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
         """Return model `kind`'s answers, on the host, in float32 at least. Only `at_home`."""
-        if kind == WEIGHTS:
-            return np.array([[self.weights]], float)
-        return _on_host(self._calls[kind](cast_floats(batch, self._dtype)))
+        if kind == WEIGHTS:  # as they are on the device now
+            return np.array([[weights_checksum(self._arrays)]], float)
+        answer = self._calls[kind](cast_floats(batch, self._dtype))
+        # A tree of one leaf, most often, which is quicker known than taken apart.
+        one = isinstance(answer, jax.Array)
+        return _on_host(answer) if one else jax.tree.map(_on_host, answer)
 
 
-def _on_host(answer: PyTree) -> PyTree[np.ndarray]:
-    # A tree of one leaf, most often, which is quicker known than taken apart.
-    one = isinstance(answer, jax.Array)
-    return _array_on_host(answer) if one else jax.tree.map(_array_on_host, answer)
-
-
-def _array_on_host(answer: Any) -> np.ndarray:
+def _on_host(array: Any) -> np.ndarray:
     """Return an array in float32 at least: NumPy would not take bfloat16 for a float."""
-    answer = np.asarray(answer)
-    short = answer.dtype.itemsize < 4 and is_float(answer)
-    return answer.astype(np.float32) if short else answer
+    array = np.asarray(array)
+    short = array.dtype.itemsize < 4 and is_float(array)
+    return array.astype(np.float32) if short else array
 
 
-class _CompiledModel:
-    """A model as a compiled function, whose arrays lie on a device."""
+@no_mesh()
+def _on_device(model: Model, device: Device) -> tuple[Callable[[PyTree], Any], list[Any]]:
+    """Return a model as a compiled function, and its arrays, which lie on the device."""
+    arrays, rest = eqx.partition(model, eqx.is_array)
+    # A device alone would leave an array of an explicit mesh typed by that mesh.
+    arrays = jax.device_put(arrays, SingleDeviceSharding(device))
+    # A list: to take a model apart, which Python does, takes as long as a small one's run.
+    leaves, structure = jax.tree.flatten(arrays)
 
-    def __init__(self, call: Callable[[list[Any], PyTree], Any], leaves: list[Any]):
-        self._call, self.leaves = call, leaves
+    @jax.jit
+    def call(leaves: list[Any], batch: PyTree) -> Any:
+        return call_model(eqx.combine(jax.tree.unflatten(structure, leaves), rest), batch)
 
-    @classmethod
-    def on_device(cls, model: Model, device: Device) -> "_CompiledModel":
-        arrays, rest = eqx.partition(model, eqx.is_array)
-        # A device alone would leave an array of an explicit mesh typed by that mesh.
-        arrays = jax.device_put(arrays, SingleDeviceSharding(device))
-        # A list: to take a model apart, which Python does, takes as long as a small one's run.
-        leaves, structure = jax.tree.flatten(arrays)
-
-        @jax.jit
-        def call(leaves, batch):
-            return call_model(eqx.combine(jax.tree.unflatten(structure, leaves), rest), batch)
-
-        return cls(call, leaves)
-
-    def __call__(self, batch: PyTree) -> Any:
-        return self._call(self.leaves, batch)
+    return functools.partial(call, leaves), leaves
 
 
 def as_models(

@@ -8,8 +8,6 @@ from typing import Any, Literal, TypeAlias
 
 from jaxtyping import PyTree
 
-from ._batch import Task
-
 WorkerState: TypeAlias = Literal["idle", "busy", "overdue", "starting", "fenced"]
 
 # Called with a worker, its life, and what became of it: see `WorkerBackend`.
@@ -123,40 +121,3 @@ def pool_counts(report: PoolReport) -> dict[str, Any]:
         "deaths_by_worker": [int(deaths) for deaths in report.deaths_by_worker],
         "hung": report.hung,
     }
-
-
-@dataclasses.dataclass
-class WorkerSlot:
-    """A worker's record at the scheduler, through all its lives."""
-
-    life: int = 0
-    begun: bool = False  # this life has begun, and is not over
-    ready: bool = False
-    task: Task | None = None
-    since: float = 0.0  # when it was given its task
-    overdue: bool = False
-    fenced: bool = False
-    deaths: int = 0
-    failed_starts: int = 0  # lives that ended before it was ready, one after the other
-    start_at: float = math.inf  # when the next life begins, should this one not be ready by then
-
-    @property
-    def state(self) -> WorkerState:
-        if not self.ready:
-            return "starting"
-        if self.fenced:
-            return "fenced"
-        if self.task is None:
-            return "idle"
-        return "overdue" if self.overdue else "busy"
-
-    def due(self, hang_timeout: float) -> float:
-        """Return when the worker must be looked at, if nothing happens until then."""
-        if self.task is None:
-            return self.start_at
-        limit = hang_timeout if self.overdue else min(self.task.limit, hang_timeout)
-        return self.since + limit
-
-    def report(self, now: float) -> WorkerReport:
-        busy_seconds = 0.0 if self.task is None else now - self.since
-        return WorkerReport(self.state, busy_seconds, self.deaths, self.failed_starts)

@@ -12,8 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
-from ._clock import AbstractClock
-from ._times import AnswerTimes
+from .times import AnswerTimes
 
 # When to stop waiting: at this many answers, or once a function of their mask says so.
 Enough: TypeAlias = int | np.integer | Callable[[np.ndarray], bool]
@@ -84,23 +83,19 @@ class Task:
     point: int
     kind: int
     value: PyTree
-    avoid: frozenset[int] = frozenset()  # workers that must not get it
-    only: int | None = None  # the worker that must
-    size: int = dataclasses.field(init=False)  # data points
-    given: float = dataclasses.field(init=False)
+    size: int  # data points
+    given: float  # when
+    avoid: frozenset[int]  # workers that must not get it
+    only: int | None  # the worker that must
     attempts: int = 0
     failed: set[int] = dataclasses.field(default_factory=set)  # workers at which it failed
     refusals: int = 0  # answers that could not be used
     running: int = 0  # workers that have it
     on_time: int = 0  # those of them that are not overdue
-    wanted: int = dataclasses.field(init=False)  # as many of these as it should have
+    wanted: int = 1  # as many of these as it should have
     settled: bool = False
     sent: float = math.nan  # when the latest worker got it
     settled_at: float = math.nan
-
-    def __post_init__(self):
-        self.size, self.given = len(arrays_of(self.value)[0]), self.batch.clock.now()
-        self.wanted = self.batch.at_once
 
     @property
     def pending(self) -> bool:
@@ -111,15 +106,6 @@ class Task:
     def limit(self) -> float:
         """The seconds after which a worker is overdue with it."""
         return self.batch.times.limit(self.size)
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchContext:
-    """The parts of a scheduler that its batches need: lock, clock, and how to forget a batch."""
-
-    lock: threading.RLock
-    clock: AbstractClock
-    forget: Callable[["Batch"], None]
 
 
 class Batch:
@@ -142,7 +128,7 @@ class Batch:
 
     def __init__(
         self,
-        context: BatchContext,
+        scheduler: Any,
         num_points: int,
         needed: int | None,
         copies: int,
@@ -151,8 +137,8 @@ class Batch:
         on_change: Callable[["Batch"], None] | None,
         refuse: Refuse,
     ):
-        if needed is None:
-            needed = num_points
+        """Open a batch at a scheduler, whose lock, clock and `forget` it uses."""
+        needed = num_points if needed is None else needed
         if not 1 <= needed <= num_points:
             raise ValueError(f"a batch of {num_points} needs 1 to as many answers, not {needed}")
         if copies < 1:
@@ -161,23 +147,22 @@ class Batch:
             raise ValueError(f"of {copies} copies, 1 to all go out at once, not {at_once}")
         self.num_points, self.needed = num_points, needed
         self.copies, self.at_once = copies, at_once
-        self.times, self._refuse = times, refuse
+        self.times, self.refuse, self.on_change = times, refuse, on_change
         self.open = True
-        self.waiting: list[Task] = []
         self.tasks: dict[int, Task] = {}
+        self.waiting: list[Task] = []  # those of them that are to be sent
+        self.pending = 0  # coded data points at which enough workers are, and not overdue
+        self.count = 0  # coded data points that have been answered
         self.available = np.zeros(num_points, bool)
+        self.workers: dict[int, int] = {}  # the worker that answered, by coded data point
         self.failures: list[Failure] = []
-        self.on_change = on_change
-        self.clock, self._on_forget = context.clock, context.forget
+        self._scheduler, self.clock = scheduler, scheduler.clock
+        self._changed = threading.Condition(scheduler.lock)
         self._values: list[PyTree | None] = [None] * num_points
         self._seconds = np.full(num_points, np.nan)
-        self.workers: dict[int, int] = {}  # the worker that answered, by coded data point
         self._form: Any = None  # of an answer, but for the number of data points
-        self._changed = threading.Condition(context.lock)
-        self._awaited = num_points
-        self._count = 0
+        self._awaited = num_points  # the fewest answers that somebody waits for
         self._unsettled = 0
-        self.pending = 0  # coded data points at which enough workers are, and not overdue
         self._start = self.clock.now()
 
     def __enter__(self) -> "Batch":
@@ -185,11 +170,6 @@ class Batch:
 
     def __exit__(self, *_) -> None:
         self.forget()
-
-    @property
-    def count(self) -> int:
-        """The number of coded data points that have been answered."""
-        return self._count
 
     def wait(self, enough: Enough | None = None, deadline: float = 60.0) -> BatchAnswers:
         """Wait until the answers are enough, no more can come, or the deadline has passed.
@@ -205,37 +185,31 @@ class Batch:
             ValueError: If the number is not from 1 to the number of coded data points, or the
                 deadline is not positive.
         """
-        if enough is None:
-            enough = self.num_points
-        if not callable(enough):
-            enough = operator.index(enough)  # NumPy's integers too
-        if isinstance(enough, int) and not 1 <= enough <= self.num_points:
-            raise ValueError(f"wait for 1 to {self.num_points} answers, not {enough}")
+        rule = enough if callable(enough) else None
+        number = self.num_points if enough is None else enough
+        number = 1 if callable(number) else operator.index(number)  # NumPy's integers too
+        if not 1 <= number <= self.num_points:
+            raise ValueError(f"wait for 1 to {self.num_points} answers, not {number}")
         end = self.clock.now() + check_deadline(deadline)
         while True:
             with self._changed:
-                seen = self._count
-                number = enough if isinstance(enough, int) else seen + 1
-                if isinstance(enough, int) and seen >= enough:
-                    return self._answers()
-                if self._unsettled == 0 or self.clock.now() >= end:
-                    return self._answers()
-                mask = self.available.copy()
-            # Outside the lock: a forecast takes its time, and answers come in meanwhile.
-            if not isinstance(enough, int) and seen > 0 and enough(mask):
-                with self._changed:
-                    return self._answers()
-            with self._changed:
-                while self._count < number and self._unsettled:
+                while self.count < number and self._unsettled:
                     left = end - self.clock.now()
                     if left <= 0:
                         break
                     self._awaited = min(self._awaited, number)
                     self.clock.wait(self._changed, left)
+                if rule is None or self.count < number or not self._unsettled:
+                    return self._answers()
+                mask, number = self.available.copy(), self.count + 1
+            # Outside the lock: a forecast takes its time, and answers come in meanwhile.
+            if rule(mask):
+                with self._changed:
+                    return self._answers()
 
     def forget(self) -> None:
         """Drop what has not been sent, and ignore answers that still come. Idempotent."""
-        self._on_forget(self)
+        self._scheduler.forget(self)
 
     def suffice(self) -> None:
         """Send nothing more; answers that are on their way are still collected."""
@@ -286,45 +260,38 @@ class Batch:
             for point in np.flatnonzero(self.available):
                 for whole, part in zip(wholes, arrays_of(self._values[point]), strict=True):
                     whole[point] = part
-        return BatchAnswers(
-            values,
-            self.available.copy(),
-            self._seconds.copy(),
-            self.clock.now() - self._start,
-            tuple(self.failures),
-        )
+        waited = self.clock.now() - self._start
+        arrays = self.available.copy(), self._seconds.copy()
+        return BatchAnswers(values, *arrays, waited, tuple(self.failures))
 
     # What follows is for the scheduler, which holds the lock.
 
     @property
     def missing(self) -> int:
         """The answers needed beyond those that are in or pending."""
-        return self.needed - self._count - self.pending
+        return self.needed - self.count - self.pending
 
     @property
     def over(self) -> bool:
         """True if every coded data point that was sent has its answer, or never will."""
         return self._unsettled == 0
 
-    def check_new(self, points: Sequence[int]) -> None:
-        """Raise ValueError if one of these cannot be sent."""
+    def add(self, tasks: Sequence[Task]) -> None:
+        """Add tasks that are to be sent; raise ValueError, and add none, if one cannot be."""
         if not self.open:
             raise ValueError("this batch has been forgotten: nothing more can be sent")
-        seen = set()
-        for point in points:
-            sent = point in self.tasks or point in seen
-            if sent or not 0 <= point < self.num_points:
+        new: dict[int, Task] = {}
+        for task in tasks:
+            point = task.point
+            if point in self.tasks or point in new or not 0 <= point < self.num_points:
                 raise ValueError(
                     f"coded data point {point} of {self.num_points} is not there, or has been sent "
                     "already"
                 )
-            seen.add(point)
-
-    def add(self, task: Task) -> None:
-        """Add a task that is to be sent."""
-        self.tasks[task.point] = task
-        self.waiting.append(task)
-        self._unsettled += 1
+            task.wanted, new[point] = self.at_once, task
+        self.tasks |= new
+        self.waiting += tasks
+        self._unsettled += len(tasks)
 
     def end(self) -> None:
         """Close the batch, and drop all references that make a cycle with it.
@@ -356,8 +323,8 @@ class Batch:
             self._values[task.point], self.workers[task.point] = value, worker
             self._seconds[task.point] = task.settled_at - task.given
             self.available[task.point] = True
-            self._count += 1
-        if self._count >= self._awaited or self._unsettled == 0:
+            self.count += 1
+        if self.count >= self._awaited or self._unsettled == 0:
             self._changed.notify_all()
 
     def refusal(self, outcome: Any, size: int) -> str | None:
@@ -376,7 +343,7 @@ class Batch:
             if self._form is not None and self._form != form:
                 forms = [jax.tree.unflatten(*each) for each in (form, self._form)]
                 return f"each answer has shape {forms[0]}, others of this batch {forms[1]}"
-            refused = self._refuse(outcome)
+            refused = self.refuse(outcome)
         except Exception as error:  # no array at all, for example
             return f"the answer cannot be read: {reason_of(error)}"
         if refused is None:

@@ -3,26 +3,27 @@
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded
 from ..codes._checks import check_count
-from ..codes._trees import check_finite, points_of
+from ..codes._kept import CachedMatrices, encoder_of, known_decoders
+from ..codes._trees import check_finite, points_of, to_device
+from ..codes.host import decode_shared, encode_on_host
 from ..inference._coded import as_groups
 from ..inference.models import check_conditions
-from ..risk import Accuracy, ErrorProbability
+from ..risk._error_bars import error_bars
 from ..schemes import Scheme
-from ..schemes._scheme import select_uncertain
-from ._batch import BatchAnswers, Enough, check_deadline
+from ..schemes._scheme import PreparedInputs, select_uncertain
 from ._pool import AbstractPool
-from ._steps import ScoredPredictions, code_steps, scheme_steps, score_of
-from ._worker import no_mesh, off_meshes
+from .batch import BatchAnswers, Enough, check_deadline
+from .worker import no_mesh, off_meshes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +52,9 @@ class PoolResult:
             `wait`, until the answers were enough: the workers' time, transport included; `decode`;
             `reexecute`; and of the whole call, `total`.
         error_probability: The probability that a label is not the model's own; None without an
-        error probability.
+            error probability.
         reexecuted: Which predictions are the model's own because they were run again; their error
-            and deviation are 0. None without an error probability or a tolerance.
+            and deviation are 0. None without a `max_disagreement` or a tolerance.
         deviation: How far predictions may be off, in units of the outputs; None without a scheme.
     """
 
@@ -65,6 +66,19 @@ class PoolResult:
     deviation: Float[np.ndarray, "*groups num_data"] | None = None
 
 
+class ScoredPredictions(NamedTuple):
+    """Predictions of groups, with error probabilities and deviations where there are any."""
+
+    decoded: Decoded
+    error_probability: Float[np.ndarray, "groups num_data"] | None = None
+    deviation: Float[np.ndarray, "groups num_data"] | None = None
+
+
+# Coded data points, worker by worker, and what `Decode` has to know of them.
+Encode: TypeAlias = Callable[[PyTree], tuple[PyTree, Any]]
+Decode: TypeAlias = Callable[[Any, PyTree, np.ndarray], ScoredPredictions]
+
+
 @no_mesh()
 def pool_inference(
     pool: AbstractPool,
@@ -72,7 +86,6 @@ def pool_inference(
     *,
     with_status: bool = False,
     grouped: bool | None = None,
-    error_probability: ErrorProbability | None = None,
     max_disagreement: float | None = None,
     max_reexecution: float = 1.0,
     tolerance: float | None = None,
@@ -87,14 +100,13 @@ def pool_inference(
     are decoded. Predictions are (K, ...) or (groups, K, ...), NaN where a data point cannot be
     recovered.
 
-    With an error probability, data points whose label is too uncertain are sent to the pool again,
-    themselves, and their predictions are then the model's own: the least certain first. Those calls
-    are hedged as all of the pool's. A data point without such an answer at the deadline stays as
-    decoded; `PoolResult.error_probability` says how uncertain it is.
-
     A `Scheme` in the code's place is carried out as a whole: its order (over all data points of a
     call), its surrogate or learner, the place of its redundant workers, its error probability and
-    its error bars. With a tolerance, data points whose error bar is larger are sent again as above.
+    its error bars. With a `max_disagreement` or a tolerance, data points whose label is too
+    uncertain, or whose error bar is too large, are sent to the pool again, themselves, and their
+    predictions are then the model's own: the least certain first. Those calls are hedged as all of
+    the pool's. A data point without such an answer at the deadline stays as decoded;
+    `PoolResult.error_probability` says how uncertain it is.
 
     The encoder and the decoder are compiled once, for every straggler set. An error probability or
     a forecast that was calibrated under other `conditions` than the pool's causes a
@@ -105,18 +117,15 @@ def pool_inference(
         code: A code or a scheme.
         with_status: Return a `PoolResult` instead of predictions alone.
         grouped: Whether x comes as groups (default: by the axis of length K, if only one has it).
-        error_probability: From `calibrate_error_probability`; a scheme has its own.
         max_disagreement: The largest share of the labels given out approximately that may differ
-            from the model's own (`ErrorProbability.limit`).
+            from the model's own (`ErrorProbability.limit`), by a scheme's error probability.
         max_reexecution: The share of a call's data points that may be run again.
         tolerance: The largest error bar of a scheme's predictions, in units of the outputs.
         coverage: The share of errors that error bars cover.
 
     Raises:
-        ValueError: For an error probability without `max_disagreement` or the reverse, or with a
-        scheme; for a
-            tolerance without a scheme or with a `max_disagreement`; for shares outside [0, 1]; for
-            an error probability that needs a surrogate, and a code that is no regression. From the
+        ValueError: For a `max_disagreement` without an error probability; for a tolerance without a
+            scheme, negative, or with a `max_disagreement`; for shares outside [0, 1]. From the
             function, before anything is sent: for an x that does not fit or is not finite, and a
             deadline that is not positive.
         TimeoutError: From the function, if no prediction can be recovered at the deadline.
@@ -131,123 +140,152 @@ def pool_inference(
         >>> int(result.answers.available.sum()) >= 5
         True
     """
-    bars = None
-    if isinstance(code, Scheme):
-        scheme = off_meshes(code)
-        plain, bars = scheme.code, scheme.bars
-        check_conditions((scheme.error_probability, bars), pool.conditions)
-        rule = error_probability, max_disagreement, max_reexecution, tolerance
-        limit = _limit(scheme, *rule)
-        encode, decode = scheme_steps(scheme)
-    elif tolerance is not None:
-        raise ValueError("a tolerance wants error bars: give a `Scheme` in the code's place")
-    else:
-        check_conditions(error_probability, pool.conditions)
-        plain, error_probability = off_meshes((code, error_probability))
-        limit = _limit(plain, error_probability, max_disagreement, max_reexecution)
-        if error_probability is None:
-            encode, decode = code_steps(plain)
-        else:
-            encode, decode = scheme_steps(Scheme(plain, error_probability=error_probability))
+    if not 0 <= max_reexecution <= 1:
+        raise ValueError(f"max_reexecution must be a share in [0, 1], not {max_reexecution}")
+    scheme = off_meshes(code) if isinstance(code, Scheme) else None
+    plain: AbstractCode = off_meshes(code) if scheme is None else scheme.code
+    encode, decode = _code_steps(plain) if scheme is None else _scheme_steps(scheme)
+    probability = bars = limit = None
+    if scheme is not None:
+        probability, bars = scheme.error_probability, scheme.bars
+        check_conditions((probability, bars), pool.conditions)
+    if tolerance is not None:
+        if scheme is None:
+            raise ValueError("a tolerance wants error bars: give a `Scheme` in the code's place")
+        if max_disagreement is not None or not tolerance >= 0:
+            raise ValueError(
+                f"a tolerance must be 0 or positive, and without max_disagreement: {tolerance}"
+            )
+        limit = tolerance
+    elif max_disagreement is not None:
+        if probability is None:
+            raise ValueError(
+                "max_disagreement needs an error probability: Scheme(code, error_probability=...)"
+            )
+        limit = probability.limit(max_disagreement)
     kinds = plain.worker_models.tolist()
-    target = Accuracy(max_disagreement=max_disagreement, tolerance=tolerance, coverage=coverage)
 
     @no_mesh()
     def infer(x: PyTree, enough: Enough | None = None, deadline: float = 60.0):
-        begin = pool.clock.now()
+        now, begin = pool.clock.now, pool.clock.now()
         deadline = check_deadline(deadline)
         x, _, many = as_groups(plain, jax.tree.map(np.asarray, x), grouped=grouped)
         check_finite(x if many else jax.tree.map(lambda leaf: leaf[0], x), 2 if many else 1)
-        outgoing = encode(x)
-        encoded = pool.clock.now()
+        coded, known = encode(x)
+        encoded = now()
         check_conditions(enough, pool.conditions)
         needed = None if enough is None or callable(enough) else operator.index(enough)
-        with pool.dispatch(outgoing.coded, kinds=kinds, needed=needed) as batch:
-            sent = pool.clock.now()
+        with pool.dispatch(coded, kinds=kinds, needed=needed) as batch:
+            sent = now()
             answers = batch.wait(enough, deadline)
-        waited = pool.clock.now()
+        waited = now()
         if answers.values is None:
-            raise _nobody(pool, answers, deadline)
-        found = decode(outgoing, answers.values, answers.available)
-        again = None
+            raise _no_answer(pool, answers, deadline)
+
+        found, again = decode(known, answers.values, answers.available), None
         if not np.any(found.decoded.recovered):
             raise TimeoutError(
                 f"no prediction can be recovered from the {answers.available.sum()} of "
                 f"{plain.num_workers} answers that were in after {deadline} s"
             )
-        end = pool.clock.now()
-        score = score_of(target, bars, found)
-        if score is not None:
+        end = now()
+        if limit is not None:
+            score: Any = found.error_probability
+            if tolerance is not None:
+                score = error_bars(jnp.asarray(found.deviation), bars, coverage)
+                score = np.where(found.decoded.recovered, score, np.inf)
             most = int(max_reexecution * score.size)
             chosen = select_uncertain(score.ravel(), limit=limit, at_most=most)
             found, again = _reexecute(pool, x, found, chosen, deadline - (end - sent))
+
         if not many:
             found, again = jax.tree.map(lambda leaf: leaf[0], (found, again))
+        timing = Timing(encoded - begin, sent - encoded, waited - sent, end - waited, now() - end)
         decoded, error_probabilities, deviation = found
-        last = pool.clock.now() - end
-        timing = Timing(encoded - begin, sent - encoded, waited - sent, end - waited, last)
         result = PoolResult(decoded, answers, timing, error_probabilities, again, deviation)
         return result if with_status else decoded.predictions
 
     return infer
 
 
-def _limit(
-    code: AbstractCode | Scheme,
-    error_probability: ErrorProbability | None,
-    max_disagreement: float | None,
-    max_reexecution: float,
-    tolerance: float | None = None,
-) -> float:
-    """Return the error probability or bar above which a prediction is not given out at once."""
-    if not 0 <= max_reexecution <= 1:
-        raise ValueError(f"max_reexecution must be a share in [0, 1], not {max_reexecution}")
-    if isinstance(code, Scheme):
-        if error_probability is not None:
-            raise ValueError(
-                "a scheme has its own error probability: Scheme(code, error_probability=...)"
-            )
-        if tolerance is not None:
-            if max_disagreement is not None or not tolerance >= 0:
-                raise ValueError(
-                    f"a tolerance must be 0 or positive, and without max_disagreement: {tolerance}"
-                )
-            return tolerance
-        if max_disagreement is None:
-            return 1.0
-        if code.error_probability is None:
-            raise ValueError(
-                "max_disagreement needs an error probability: Scheme(code, error_probability=...)"
-            )
-        return code.error_probability.limit(max_disagreement)
-    if error_probability is None and max_disagreement is None:
-        return 1.0
-    if error_probability is None or max_disagreement is None:
-        raise ValueError(
-            "error_probability and max_disagreement go together: how likely a label is wrong, "
-            "and how many may be"
-        )
-    # Each says so where it does not fit: a code without a deviation, and a surrogate's error
-    # probability.
-    code.posterior_variance(np.ones(code.num_workers, bool))
-    error_probability(
-        jnp.zeros(2 if error_probability.form is None else error_probability.form.size),
-        jnp.ones(()),
-    )
-    return error_probability.limit(max_disagreement)
+def _code_steps(code: AbstractCode) -> tuple[Encode, Decode]:
+    """Return encoding and decoding by a code alone, of groups (groups, K, ...): uncompiled."""
+    encoder = encoder_of(code)
+
+    def encode(x: PyTree) -> tuple[PyTree, None]:
+        return jax.tree.map(lambda leaf: encode_on_host(encoder, leaf), x), None
+
+    def decode(known: None, values: PyTree, available: np.ndarray) -> ScoredPredictions:
+        return ScoredPredictions(jax.tree.map(np.asarray, decode_shared(code, values, available)))
+
+    return encode, decode
+
+
+def _scheme_steps(scheme: Scheme) -> tuple[Encode, Decode]:
+    """Return encoding and decoding by a scheme, of groups (groups, K, ...).
+
+    The scheme is an argument of both programs: one that has learned more compiles nothing.
+    """
+    code = scheme.code
+    encoder = encoder_of(code)
+
+    def encode(x: PyTree[Shaped[np.ndarray, "groups num_data ..."]]) -> tuple[PyTree, Any]:
+        points = points_of(x)
+        prepared, encoders = _prepare(scheme, points)
+        rows = np.asarray(encoder if encoders is None else encoders)
+        groups = scheme.groups(points, jax.tree.map(np.asarray, prepared))
+        coded = jax.tree.map(lambda leaf: encode_on_host(rows, leaf), groups)
+        return coded, (points, prepared)
+
+    def decode(known: Any, values: PyTree, available: np.ndarray) -> ScoredPredictions:
+        points, prepared = known
+        given = None if prepared.points is not None else known_decoders(code, available)
+        matrices = CachedMatrices(encoder, given)
+        found = _decode(scheme, points, prepared, values, available, matrices)
+        decoded, error_probability, deviation = jax.tree.map(np.asarray, found)
+        certain = scheme.error_probability is not None
+        return ScoredPredictions(decoded, error_probability if certain else None, deviation)
+
+    return encode, decode
+
+
+@eqx.filter_jit
+def _prepare(scheme: Scheme, points: PyTree) -> tuple[PreparedInputs, Array | None]:
+    prepared = scheme.prepare(to_device(points))
+    return prepared, scheme.encoders(prepared)
+
+
+@eqx.filter_jit
+def _decode(
+    scheme: Scheme,
+    points: PyTree,
+    prepared: PreparedInputs,
+    values: PyTree,
+    available: ArrayLike,
+    known: CachedMatrices,
+) -> tuple[Decoded, Array, Array]:
+    y = jax.tree.map(lambda leaf: jnp.swapaxes(jnp.asarray(leaf), 0, 1), values)
+    groups = len(jax.tree.leaves(y)[0])
+    masks = jnp.broadcast_to(available, (groups, scheme.code.num_workers))
+    assessed = scheme.decode(to_device(points), prepared, y, masks, known)
+
+    def by_group(leaf: Array) -> Array:
+        return leaf.reshape(groups, scheme.code.num_data, *leaf.shape[1:])
+
+    decoded = assessed.decoded
+    predictions = jax.tree.map(by_group, decoded.predictions)
+    status = Decoded(predictions, decoded.responded, by_group(decoded.recovered))
+    return status, by_group(assessed.error_probability), by_group(assessed.deviation)
 
 
 def _reexecute(
     pool: AbstractPool,
     x: PyTree[Shaped[np.ndarray, "groups num_data ..."]],
     found: ScoredPredictions,
-    chosen: Int[np.ndarray, " chosen"],
+    chosen: np.ndarray,
     seconds: float,
 ) -> tuple[ScoredPredictions, Bool[np.ndarray, "groups num_data"]]:
-    """Have the pool run some data points themselves.
-
-    Return predictions with the model's own in place, and which of them those are.
-    """
+    """Return predictions with the pool's own of the chosen data points, and which those are."""
     decoded = found.decoded
     again = np.zeros(decoded.recovered.shape, bool)
     if len(chosen) == 0 or seconds <= 0:
@@ -255,8 +293,7 @@ def _reexecute(
     # As many in a call as coded ones were, for which workers have compiled their program.
     size = len(again)
     rows = np.resize(chosen, -(-len(chosen) // size) * size).reshape(-1, size)
-    points = jax.tree.map(lambda leaf: leaf[rows], points_of(x))
-    with pool.dispatch(points) as batch:
+    with pool.dispatch(jax.tree.map(lambda leaf: leaf[rows], points_of(x))) as batch:
         answers = batch.wait(deadline=seconds)
     if answers.values is None:
         return found, again
@@ -268,16 +305,17 @@ def _reexecute(
         return values
 
     own = jax.tree.map(lambda leaf: leaf[answers.available], answers.values)
+    predictions = jax.tree.map(filled, decoded.predictions, own)
     status = eqx.tree_at(
         lambda d: (d.predictions, d.recovered),
         decoded,
-        (jax.tree.map(filled, decoded.predictions, own), filled(decoded.recovered, True)),
+        (predictions, filled(decoded.recovered, True)),
     )
     sure = (None if each is None else filled(each, 0) for each in found[1:])
     return ScoredPredictions(status, *sure), filled(again, True)
 
 
-def _nobody(pool: AbstractPool, answers: BatchAnswers, deadline: float) -> Exception:
+def _no_answer(pool: AbstractPool, answers: BatchAnswers, deadline: float) -> Exception:
     """Return the error for a batch without a single answer."""
     report = pool.report()
     seen = f"{report.busy} workers are busy, {report.starting} are started again"

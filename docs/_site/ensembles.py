@@ -1,0 +1,60 @@
+"""Tables of docs/ensembles.md: intervals of an ensemble's statistics, and the rivals'."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from .results import load, percent
+
+STATISTICS = ("mean", "quantile", "probability")
+WAYS = {
+    "ours": "`run_rows`",
+    "random": "as many rows, drawn at random, all in time",
+    "came": "rows that came, taken for a random sample",
+    "dropped": "late rows dropped",
+    "worst": "worst case of what did not come",
+    "process": "Gaussian process, plugged in",
+}
+
+
+def cells() -> list[dict[str, Any]]:
+    """Return the results of each function and law of lateness."""
+    return load("ensembles")["cells"]
+
+
+def coverage() -> Iterator[dict[str, str]]:
+    """Yield how often each way's 90 % intervals held, by law and statistic, and their width."""
+    for law in dict.fromkeys(cell["law"] for cell in cells()):
+        for way, words in WAYS.items():
+            row, widths = {"late rows": law, "way": words}, []
+            for statistic in STATISTICS:
+                found = [c["ways"][way][statistic] for c in cells() if c["law"] == law]
+                held = np.mean([each["held"] for each in found])
+                row[f"{statistic}: held, %"] = "" if way == "process" else f"{100 * held:.0f}"
+                widths.append(np.median([each["width"][0] for each in found]))
+                error = np.sqrt(np.mean([each["error"] ** 2 for each in found]))
+                row[f"{statistic}: width"] = "" if way == "process" else f"{widths[-1]:.2f}"
+                row[f"{statistic}: error"] = f"{error:.2f}"
+            yield row
+
+
+def by_function() -> Iterator[dict[str, str]]:
+    """Yield the coverage and the width of our intervals, function by function."""
+    for cell in cells():
+        row = {"function": cell["function"], "late rows": cell["law"]}
+        row["computed"] = f"{cell['computed']['median']:.0f}"
+        for statistic in STATISTICS:
+            found = cell["ways"]["ours"][statistic]
+            half = 1.96 * np.sqrt(found["held"] * (1 - found["held"]) / found["draws"])
+            low, middle, high = (found["width"][place] for place in (1, 0, 2))
+            row[f"{statistic}: held, %"] = percent(found["held"], half, 0)
+            row[f"{statistic}: width"] = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        yield row
+
+
+def draws() -> str:
+    """Return how many draws there were."""
+    numbers = sorted({cell["draws"] for cell in cells()})
+    few = sorted({cell["ways"]["process"]["mean"]["draws"] for cell in cells()})
+    return f"{numbers[0]} draws of each ({few[0]} of the Gaussian process)"

@@ -1,0 +1,108 @@
+"""A value as it is sent to workers in other processes, with its arrays apart.
+
+Ray's object store is memory that all processes of a machine map: what is read from it is not
+copied, and on a CPU JAX uses it in place. So weights exist once on a machine, whatever holds them:
+modules, closures, bound methods.
+"""
+
+import dataclasses
+import inspect
+import io
+import pickle
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from .worker import check_versions, checksum, code_versions
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedInputs:
+    """A pickled value, with its arrays' bytes apart, which Ray does not copy.
+
+    `code` are the checksums of the modules that it is imported from.
+    """
+
+    pickled: bytes
+    arrays: list[np.ndarray]
+    checksum: int = 0
+    code: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def unpack(self) -> Any:
+        """Return the value; JAX's arrays are on the default device, at this thread's precision.
+
+        Raises RuntimeError if its arrays or its code are not those that were packed.
+        """
+        if checksum(self.arrays) != self.checksum:
+            raise RuntimeError("a worker has received other weights than were sent")
+        value = pickle.loads(self.pickled, buffers=self.arrays)
+        check_versions(self.code)
+        return value
+
+
+def pack(value: Any) -> EncodedInputs:
+    """Pickle a value, which may hold functions and classes of a script or a notebook.
+
+    Raises ValueError if pickle cannot take it.
+    """
+    from ray.cloudpickle import cloudpickle  # Ray's own, which knows its actors and references
+
+    modules: set[str] = set()
+
+    class Pickler(cloudpickle.Pickler):
+        def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, jax.Array) and _plain(obj):
+                host = np.ascontiguousarray(obj)
+                return _array, (host.reshape(-1).view(np.uint8), host.dtype, host.shape)
+            reduced: Any = super().reducer_override(obj)
+            if reduced is NotImplemented and isinstance(obj, type | types.FunctionType):
+                modules.add(str(obj.__module__))  # it is imported there
+            if isinstance(obj, type) and issubclass(obj, eqx.Module) and isinstance(reduced, tuple):
+                # The arguments of a class without content, of which the fourth is its namespace.
+                reduced[1][3].update(_fields(obj))
+            return reduced
+
+    buffers: list[pickle.PickleBuffer] = []
+    file = io.BytesIO()
+    try:
+        Pickler(file, protocol=5, buffer_callback=buffers.append).dump(value)
+    except (TypeError, pickle.PicklingError) as error:
+        raise ValueError(f"what workers run is sent to them by pickle: {error}") from error
+    arrays = [np.frombuffer(each.raw(), np.uint8) for each in buffers]
+    return EncodedInputs(file.getvalue(), arrays, checksum(arrays), code_versions(modules))
+
+
+def _plain(array: jax.Array) -> bool:
+    """Return whether an array is only its numbers: no random key, no weakly typed scalar."""
+    extended = jnp.issubdtype(array.dtype, jax.dtypes.extended)
+    return array.is_fully_addressable and not extended and not array.weak_type
+
+
+def _array(numbers: np.ndarray, dtype: DTypeLike, shape: tuple[int, ...]) -> jax.Array:
+    # Where that is a CPU's memory, the numbers stay where they are: `jnp.asarray` would copy them.
+    return jax.device_put(numbers.view(dtype).reshape(shape))
+
+
+def _fields(module: type[eqx.Module]) -> dict[str, Any]:
+    """Return the attributes by which Equinox knows a class for a pytree when it is made again.
+
+    A class that cannot be imported reaches a worker without content, which follows: Equinox would
+    have registered a pytree without leaves by then.
+    """
+    annotated = inspect.get_annotations(module)
+    own = [field for field in dataclasses.fields(module) if field.name in annotated]
+    found: dict[str, Any] = {
+        # By keyword, so that those with a default may come first; it all is overwritten.
+        field.name: eqx.field(static=field.metadata.get("static", False), kw_only=True)
+        for field in own
+    }
+    found["__annotations__"] = {field.name: Any for field in own}
+    if not module.__dataclass_params__.init:  # pyright: ignore[reportAttributeAccessIssue]
+        found["__init__"] = lambda self: None
+    return found

@@ -1,0 +1,282 @@
+"""The Ray that a process is part of: by address, one that it finds, or its own; and its head."""
+
+import concurrent.futures
+import dataclasses
+import logging
+import math
+import os
+import socket
+import threading
+import time
+import urllib.parse
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from .clock import Watcher
+
+_LOG = logging.getLogger(__name__)
+
+
+def ray_module() -> Any:
+    """Return Ray; raise ImportError that says how to install it."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("RayPool needs Ray: pip install '.[ray]' in a clone") from error
+    return ray
+
+
+class Head:
+    """A cluster's head, asked once a second: Ray says nothing of a head that is gone.
+
+    Its other calls wait for the head, and after a minute Ray ends the process.
+
+    Attributes:
+        frozen: Whether it takes connections and answers nothing, as a stopped process does.
+        seen: The monotonic time of its last answer.
+        misses: Questions without an answer since then.
+    """
+
+    def __init__(self, address: str):
+        """Begin to ask the head at HOST:PORT; without an address it counts as there."""
+        self.address = address
+        self.frozen, self.seen, self.misses = False, time.monotonic(), 0
+        # Seconds without a head after which Ray ends this process.
+        variable = "RAY_gcs_rpc_server_reconnect_timeout_s"
+        self._limit = float(os.environ.get(variable) or 60.0)
+        self._client: Any = None
+        self._watcher = Watcher("nercc-head", self._look)
+        if address:
+            self._watcher.start()
+
+    def _look(self) -> float:
+        self.frozen = False
+        try:
+            host, _, port = self.address.rpartition(":")
+            # The kernel accepts a connection for a process that is stopped, too.
+            socket.create_connection((host.strip("[]"), int(port)), 2.0).close()
+            self.frozen = True
+            if self._client is None:
+                from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
+
+                self._client = GcsClient(address=self.address)
+            self._client.internal_kv_exists(b"nercc", None, timeout=2.0)
+        except (OSError, ray_module().exceptions.RayError):
+            self.misses += 1
+            if self.misses == 2:
+                _LOG.error("%s", self.alarm)
+        else:
+            if self.gone:
+                _LOG.warning("Ray's head answers again")
+            self.frozen, self.seen, self.misses = False, time.monotonic(), 0
+        return time.monotonic() + 1.0
+
+    @property
+    def gone(self) -> bool:
+        return self.misses >= 2
+
+    @property
+    def ends_at(self) -> float:
+        """The monotonic time at which Ray ends this process; infinite where the head answers.
+
+        Infinite, too, where the head is frozen: its connections are open, and Ray does not notice.
+        """
+        return self.seen + self._limit if self.gone and not self.frozen else math.inf
+
+    @property
+    def alarm(self) -> str | None:
+        if not self.gone:
+            return None
+        if self.frozen:
+            return (
+                f"Ray's head at {self.address} takes connections and says nothing, as a process "
+                "that is stopped: workers go on, and none is replaced until it goes on"
+            )
+        return (
+            f"Ray's head at {self.address} does not answer: workers go on, none is replaced, and "
+            f"unless it is back within {self._limit:g} s Ray ends this process"
+        )
+
+    def close(self) -> None:
+        self._watcher.close()
+
+
+@dataclasses.dataclass
+class _Membership:
+    """This process's connection to a Ray, for as long as a pool of the process uses it.
+
+    With the last user, the connection that we made is closed, and a Ray that we started ends. A Ray
+    that the process was connected to before stays.
+    """
+
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    users: int = 0
+    job: str | None = None  # of Ray, where it was us who connected
+    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    head: Head | None = None
+
+
+_MEMBERSHIP = _Membership()
+
+
+def join_ray(
+    address: str | None,
+    runtime_env: Mapping[str, Any] | None = None,
+    elsewhere: Mapping[str, Any] | None = None,
+) -> None:
+    """Make this process part of a Ray until `leave_ray`, whatever pools come and go.
+
+    A process that is connected already stays as it is.
+
+    Args:
+        address: As for `RayPool`.
+        runtime_env: Ray's runtime environment.
+        elsewhere: The runtime environment for a Ray that is joined, which may have other machines
+            (default: `runtime_env`).
+
+    Raises:
+        ConnectionError: If no Ray is at the address, or it does not let us in.
+        ValueError: If a runtime environment comes too late, or does not fit.
+    """
+    ours = _MEMBERSHIP
+    with ours.lock:
+        ray = ray_module()
+        if not ray.is_initialized():
+            own = dict(runtime_env or {})
+            _connect(address, own, own if elsewhere is None else dict(elsewhere))
+            ours.job, ours.environment = ray.get_runtime_context().get_job_id(), own
+            ours.users = 0
+        elif ours.environment != (runtime_env or ours.environment):
+            raise ValueError(
+                "this process is connected to a Ray already, with another runtime environment: "
+                "give it to the first pool, or to `ray.init` where that connects"
+            )
+        # Ray's client, for processes outside of the cluster, has no such address.
+        found = str(getattr(ray.get_runtime_context(), "gcs_address", ""))
+        if ours.head is None or ours.users == 0 or ours.head.address != found:
+            ours.head = Head(found)
+        ours.users += 1
+
+
+def leave_ray() -> None:
+    """End what `join_ray` began."""
+    ours = _MEMBERSHIP
+    with ours.lock:
+        ours.users -= 1
+        if ours.users > 0 or ray_is_lost():  # Ray would wait for its head
+            return
+        if ours.head is not None:
+            ours.head.close()
+        ray = ray_module()
+        if ray.is_initialized() and ray.get_runtime_context().get_job_id() == ours.job:
+            ray.shutdown()
+        ours.job, ours.environment = None, {}
+
+
+def ray_is_lost() -> bool:
+    """Return whether this process is part of a Ray whose head is gone: Ray will end it."""
+    return _MEMBERSHIP.head is not None and _MEMBERSHIP.head.gone
+
+
+def joined_head() -> Head:
+    """Return the head of the Ray that this process has joined."""
+    assert _MEMBERSHIP.head is not None
+    return _MEMBERSHIP.head
+
+
+def _connect(address: str | None, runtime_env: dict[str, Any], elsewhere: dict[str, Any]) -> None:
+    """Connect by address, by RAY_ADDRESS, to a Ray on this machine, or to a Ray of our own."""
+    ray = ray_module()
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address in (None, "auto"):
+        # The Ray that `ray start` made this machine a part of. One that another process started for
+        # itself ends with that process, and does not count.
+        from ray._private.utils import read_ray_address  # what `ray.init` looks at
+
+        if (here := read_ray_address(None)) is not None:
+            try:
+                _reach(here)
+            except ConnectionError:  # it ended without a word
+                here = None
+        if here is None and address == "auto":
+            raise ConnectionError(
+                "no Ray was started on this machine (`ray start`): give the address of its head"
+            )
+        address = here or "local"
+    if address == "local":
+        _start(runtime_env)
+    else:
+        _reach(address)
+        _init(address, elsewhere)
+    what = "started a Ray on this machine" if address == "local" else f"joined Ray at {address}"
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    cpus, gpus = (ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU"))
+    each = "node" if nodes == 1 else "nodes"
+    _LOG.info("%s: %d %s, %g CPUs, %g GPUs", what, nodes, each, cpus, gpus)
+
+
+def _reach(address: str) -> None:
+    """Raise ConnectionError if there is no listener; Ray would try for a minute."""
+    parts = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
+    port = parts.port or (10001 if parts.scheme == "ray" else 6379)
+    try:
+        socket.create_connection((parts.hostname or "", port), 5.0).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"no Ray at {address}: {error.strerror or error}. Does its head run (`ray start --head`"
+            "), and may this machine reach it? ray://HOST:10001 is for clients outside of the "
+            "cluster, HOST:6379 for its own machines"
+        ) from error
+
+
+def _init(address: str, runtime_env: dict[str, Any]) -> None:
+    ray = ray_module()
+    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    # What Ray logs goes where this process's own log goes, in its format: a server's is JSON.
+    log = logging.getLogger("ray")
+    log.setLevel(logging.ERROR)
+    log.propagate = True
+    if "://" not in address:
+        options["include_dashboard"] = False
+    try:
+        ray.init(address, runtime_env=runtime_env or None, **options)
+    except ray.exceptions.AuthenticationError as error:
+        raise ConnectionError(
+            f"the Ray at {address} asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
+            "(or RAY_AUTH_TOKEN_PATH) to that of its head (~/.ray/auth_token there)"
+        ) from error
+
+
+def _start(runtime_env: dict[str, Any]) -> None:
+    """Start a Ray of our own.
+
+    Linux kills Ray's processes when the thread that started them ends, and then Ray ends ours. So
+    that is a thread that does nothing else for good: any thread may make a pool.
+    """
+    started: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def start() -> None:
+        # A busy machine's head may need longer than Ray waits for it (30 s for its port).
+        for left in (2, 1, 0):
+            try:
+                _init("local", runtime_env)
+                break
+            except Exception as error:
+                if not left:
+                    return started.set_exception(error)
+                _LOG.warning("Ray did not start, and is started again: %s", last_line(error))
+                ray_module().shutdown()
+        started.set_result(None)
+        threading.Event().wait()
+
+    with warnings.catch_warnings():
+        # Of os.fork, which Ray follows by exec at once: no thread of JAX is missed.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        threading.Thread(target=start, name="nercc-ray", daemon=True).start()
+        started.result()
+
+
+def last_line(error: BaseException | None) -> str:
+    """Return an error's last line: Ray puts the reason at the end of a page."""
+    return str(error).strip().splitlines()[-1]

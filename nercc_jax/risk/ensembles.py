@@ -1,0 +1,274 @@
+"""The mean, a probability or a quantile over all rows of an ensemble, of which some were computed.
+
+Computed rows count with their own values. The others are predicted, and the predictions corrected
+by rows whose errors are known: those drawn at random, for rows that nobody waited for, and those
+that came late, for rows that are late or missing. This is prediction-powered inference
+(Angelopoulos et al. 2023), stratified by lateness.
+
+Let `g` be what is asked of a row's value, such as whether it exceeds a threshold. Errors are known
+in units of the row's deviation, `z_j = (y_j - p_j) / d_j`, and an open row `i` may have any of the
+values `p_i + d_i z_j`. The mean and variance of `g` over these are its prediction `m_i` and its
+uncertainty `v_i`. The sum over open rows of one kind, whose weights are `w_i`, is
+
+    sum_i w_i m_i + b sum_i w_i sqrt(v_i),  b = sum_j (g(y_j) - m_j) / sum_j sqrt(v_j),
+
+a ratio estimator of the error that predictions have in common (Cochran 1977, chapter 6). Its
+variance is `sum_i w_i^2 v_i + (sum_i w_i sqrt(v_i))^2 sum_j v_j / (sum_j sqrt(v_j))^2`, times that
+of the ratio's residuals over `sum_j v_j / n`, if it is larger. A row that nobody waited for would
+have been late as often as rows of similar predictions: that share of it counts with the late ones.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from ._accuracy import conformal_quantile
+
+# Maps values (rows, ...) to a number a row, or to a truth value a row.
+RowStatistic: TypeAlias = Callable[[Any], Any]
+Weights: TypeAlias = Float[np.ndarray, " rows"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class EnsembleEstimate:
+    """An estimate over all rows of an ensemble.
+
+    Attributes:
+        value: The estimate.
+        interval: Its lower and upper end, which hold with the probability `coverage`.
+        coverage: That probability.
+        from_late: The share of the interval's squared width that rows have which are late or
+            missing, or would be late.
+        note: What the interval rests on if not on known errors of rows like those that are open.
+    """
+
+    value: float
+    interval: tuple[float, float]
+    coverage: float
+    from_late: float = 0.0
+    note: str = ""
+
+    @property
+    def width(self) -> float:
+        """The interval's length."""
+        return self.interval[1] - self.interval[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowEvidence:
+    """An ensemble's rows, as far as they are known, and what tells how far.
+
+    Attributes:
+        values: Own values where `computed`, predicted ones elsewhere.
+        predictions: Predicted values, those of `judged` rows made without their own.
+        deviation: How far these may be off, in units of the outputs.
+        computed: Rows that count with their own values.
+        late: Rows that came late, or have not come though workers have had them for long.
+        random: Rows that were drawn at random to be computed.
+        judged: Computed rows whose predictions judge others'.
+    """
+
+    values: Float[np.ndarray, "rows ..."]
+    predictions: Float[np.ndarray, "rows ..."]
+    deviation: Float[np.ndarray, " rows"]
+    computed: Bool[np.ndarray, " rows"]
+    late: Bool[np.ndarray, " rows"]
+    random: Bool[np.ndarray, " rows"]
+    judged: Bool[np.ndarray, " rows"]
+
+    def map(self, f: RowStatistic | None) -> "RowEvidence":
+        """Return what `f` gives of values and predictions, (rows, outputs).
+
+        Raises:
+            ValueError: If `f` does not give a finite number for each row.
+        """
+        number, mapped = len(self.computed), []
+        for each in (self.values, self.predictions):
+            found = np.asarray(each if f is None else f(each), float)
+            if found.shape[:1] != (number,) or (f is not None and found.ndim > 1):
+                raise ValueError(f"`f` maps {number} rows to a number each, not to {found.shape}")
+            mapped.append(found.reshape(number, -1))
+        if odd := np.count_nonzero(~np.isfinite(np.hstack(mapped)).all(axis=1)):
+            raise ValueError(f"{odd} rows' values or predictions are not finite: map them by `f`")
+        return dataclasses.replace(self, values=mapped[0], predictions=mapped[1])
+
+
+def average(
+    rows: RowEvidence,
+    g: RowStatistic,
+    weights: Weights,
+    coverage: float,
+    *,
+    step: bool = False,
+    draws: int = 128,
+) -> EnsembleEstimate:
+    """Return the weighted mean of `g` over all rows, with an interval.
+
+    Args:
+        rows: Of `RowEvidence.map`.
+        g: Maps values (rows, outputs) to a number a row.
+        weights: Of the rows, from 0 on (default: all the same).
+        coverage: The probability with which the interval holds.
+        step: Whether `g` is 0 or 1. No such mean is known better than by half a row.
+        draws: Errors of a kind that open rows' values are drawn by, at most.
+
+    Raises:
+        ValueError: If weights or coverage do not fit.
+    """
+    number, computed = len(rows.computed), rows.computed
+    w = np.ones(number) if weights is None else np.asarray(weights, float)
+    if w.shape != (number,) or not (np.isfinite(w) & (w >= 0)).all() or not w.any():
+        raise ValueError(f"weights are numbers from 0 on, not all 0, for each of {number} rows")
+    if not 0 < coverage < 1:
+        raise ValueError(f"coverage is a share between 0 and 1, not {coverage}")
+    w = w / w.sum()
+    value = float(w[computed] @ np.asarray(g(rows.values[computed]), float))
+    if computed.all():
+        return EnsembleEstimate(value, (value, value), coverage)
+
+    # Rows whose errors are known, in units of deviations, and the open ones that they stand for.
+    open_rows, late = np.flatnonzero(~computed), np.flatnonzero(~computed & rows.late)
+    prompt = np.flatnonzero(~computed & ~rows.late)
+    judged = rows.judged & rows.random & ~rows.late
+    judged &= rows.deviation <= rows.deviation[prompt if len(prompt) else late].max()
+    of_kind = [np.flatnonzero(each) for each in (judged, rows.judged & rows.late)]
+    z = (rows.values - rows.predictions) / np.maximum(rows.deviation, 1e-300)[:, None]
+    errors = [z[np.random.default_rng(0).permutation(each)[:draws]] for each in of_kind]
+    if len(errors[0]) < 2:
+        note = "fewer than two rows that were drawn at random have come"
+        return EnsembleEstimate(math.nan, (-math.inf, math.inf), coverage, note=note)
+    few = math.isinf(conformal_quantile(np.abs(errors[1]).max(axis=1, initial=0.0), coverage))
+    if few:
+        errors[1] = np.concatenate(errors)[-draws:]
+    share = _shares_of_late(rows)[prompt]
+    weighted = [
+        (prompt, (1 - share) * w[prompt]),
+        (np.concatenate([prompt, late]), np.concatenate([share * w[prompt], w[late]])),
+    ]
+
+    variances, degrees, low, high = np.zeros(2), np.ones(2), 0.0, 0.0
+    for kind, (some, v) in enumerate(weighted):
+        mean, variance, least, most = _moments(rows, g, some, errors[kind])
+        value += float(v @ mean)
+        if kind == 1 and few:
+            low, high = float(v @ (mean - least)), float(v @ (most - mean))
+            continue
+        known, drawn = of_kind[kind], len(errors[kind])
+        expected, spread, *_ = _moments(rows, g, known, errors[kind])
+        own = np.asarray(g(rows.values[known]), float)
+        if drawn == len(known):  # a row's own error is one of those drawn
+            expected = (drawn * expected - own) / (drawn - 1)
+        more, scale, total = 1.0, float(np.sqrt(spread).sum()), float(spread.sum())
+        if scale > 0:
+            bias, size = float((own - expected).sum()) / scale, float(v @ np.sqrt(variance))
+            value += bias * size
+            left = float(np.sum((own - expected - bias * np.sqrt(spread)) ** 2))
+            more = max(left / total, 1.0)
+            variances[kind] = more * total * (size / scale) ** 2
+        variances[kind] += more * float(v**2 @ variance)
+        # A variance by n errors varies by (kurtosis - 1) / n, over its square.
+        squares = np.sum((errors[kind] - errors[kind].mean(axis=0)) ** 2, axis=1)
+        ratio = squares.var() / max(squares.mean() ** 2, 1e-300)
+        degrees[kind] = min(2 * drawn / max(float(ratio), 1e-9), drawn - 1)
+
+    half, total = 0.0, float(variances.sum())
+    if total > 0:  # Student's t with Welch and Satterthwaite's degrees of freedom
+        from scipy.special import stdtrit  # late: a fifth of a worker's import time
+
+        freedom = total**2 / float(np.sum(variances**2 / degrees))
+        half = float(stdtrit(max(freedom, 1.0), (1 + coverage) / 2)) * total**0.5
+    if step:
+        half = max(half, float(w[open_rows].max()) / 2)
+    from_late, note = float(variances[1]) / total if total else 0.0, ""
+    if low + high > 0:
+        from_late = (low + high) / (low + high + 2 * half)
+        note = (
+            f"only {len(of_kind[1])} late rows have come: those that are missing count with the "
+            "worst error that any row has had, in units of deviations"
+        )
+    ends = (value - half - low, value + half + high)
+    if step:
+        value, ends = min(max(value, 0.0), 1.0), (max(ends[0], 0.0), min(ends[1], 1.0))
+    return EnsembleEstimate(value, ends, coverage, from_late, note)
+
+
+def quantile(rows: RowEvidence, q: float, weights: Weights, coverage: float) -> EnsembleEstimate:
+    """Return the least value that a share `q` of the rows does not exceed, with an interval.
+
+    The interval has the values whose share of rows may be `q`, by the share's own interval. Args
+    and errors are those of `average`; rows have one value each.
+    """
+    if not 0 < q < 1:
+        raise ValueError(f"a quantile is at a share between 0 and 1, not {q}")
+    places, shares = np.unique(rows.values), {}
+    # Shares change by whole rows.
+    q -= (1 / len(rows.values) if weights is None else float(np.max(weights / np.sum(weights)))) / 2
+
+    def first(end: Callable[[EnsembleEstimate], float]) -> int:
+        """Return the first place at which the share, or an end of it, is `q` or more."""
+        low, high = 0, len(places)
+        while low < high:
+            middle = (low + high) // 2
+            if middle not in shares:
+                most = places[middle]
+                below = average(
+                    rows, lambda v, most=most: v[:, 0] <= most, weights, coverage, step=True
+                )
+                shares[middle] = below
+            low, high = (low, middle) if end(shares[middle]) >= q else (middle + 1, high)
+        return low
+
+    value = min(first(lambda each: each.value), len(places) - 1)
+    low, high = (first(lambda each, end=end: each.interval[end]) for end in (1, 0))
+    at = shares.get(value) or average(rows, lambda v: v[:, 0], weights, coverage)
+    if math.isnan(at.value):
+        return at
+    bounded = low > 0 or rows.computed.all()
+    ends = (
+        float(places[low]) if bounded else -math.inf,
+        float(places[high]) if high < len(places) else math.inf,
+    )
+    return dataclasses.replace(at, value=float(places[value]), interval=ends)
+
+
+def _shares_of_late(rows: RowEvidence, nearest: int = 32) -> Float[np.ndarray, " rows"]:
+    """Return for each row the probability that it would be late.
+
+    It is the share of late ones among the rows whose values or predictions are nearest in rank,
+    since slow rows may be those with large values; of rows with several outputs, among all that
+    were drawn at random.
+    """
+    known = np.flatnonzero(rows.computed | rows.late)
+    late = rows.late[known]
+    if rows.values.shape[1] > 1 or len(known) < nearest:
+        random = rows.random[known]
+        return np.full(len(rows.late), late[random].mean() if random.any() else 0.0)
+    places = rows.values[:, 0]
+    order = np.argsort(places[known], kind="stable")
+    sums = np.concatenate([[0.0], np.cumsum(late[order])])
+    at = np.searchsorted(places[known][order], places)
+    start = np.clip(at - nearest // 2, 0, len(known) - nearest)
+    return (sums[start + nearest] - sums[start]) / nearest
+
+
+def _moments(
+    rows: RowEvidence,
+    g: RowStatistic,
+    some: Int[np.ndarray, " some"],
+    errors: Float[np.ndarray, "draws outputs"],
+) -> Float[np.ndarray, "4 some"]:
+    """Return the mean, variance, least and largest `g` of some rows, over these errors."""
+    found = np.zeros((4, len(some)))
+    step = max((1 << 20) // errors.size, 1)  # numbers that are drawn together
+    for place in range(0, len(some), step):
+        part = some[place : place + step]
+        drawn = rows.predictions[part, None] + rows.deviation[part, None, None] * errors
+        each = np.asarray(g(drawn.reshape(-1, errors.shape[1])), float).reshape(len(part), -1)
+        spread = each.var(axis=1, ddof=min(1, len(errors) - 1))
+        moments = (each.mean(axis=1), spread, each.min(axis=1), each.max(axis=1))
+        found[:, place : place + step] = moments
+    return found
