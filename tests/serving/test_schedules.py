@@ -223,7 +223,8 @@ class Schedule:
         held = math.inf > batcher._dispatch_due and not lanes.exact
         assert not waiting or not self.pool.idle or held, "a query waits beside an idle worker"
         # The scheduler.
-        idle = {w for w, seat in enumerate(scheduler.state.slots) if seat.ready and seat.task is None}
+        slots = scheduler.state.slots
+        idle = {w for w, seat in enumerate(slots) if seat.ready and seat.task is None}
         assert set(scheduler.state.queue._idle) == idle
         busy = [seat for seat in scheduler.state.slots if seat.task is not None]
         assert all(now <= seat.since + HANG + LATE for seat in busy), "it hangs, and nobody saw"
