@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 import numpy as np
 
-from nercc_jax.serving._settings import FaultSettings
 from nercc_models import load_data, load_model
 
 HERE = Path(__file__).parent
@@ -24,10 +23,7 @@ _Each = TypeVar("_Each")
 
 def nercc_serve(model: str, settings: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
     """Return the command that serves a model, and its environment variables."""
-    faults = {key: each for key, each in settings.items() if key in FaultSettings.__annotations__}
-    others = {key: each for key, each in settings.items() if key not in faults}
-    summary = {f"NERCC_DEFAULTS__{key.upper()}": str(value) for key, value in others.items()}
-    summary["NERCC_DEFAULTS__FAULTS"] = json.dumps(faults)
+    summary = {f"NERCC_DEFAULTS__{key.upper()}": str(value) for key, value in settings.items()}
     summary |= {"NERCC_HTTP_PORT": "0", "NERCC_GRPC_PORT": "0"}
     return [str(Path(sys.executable).parent / "nercc"), "serve", "--model", model], summary
 

@@ -104,7 +104,7 @@ def serve(work: Work, case: str, seed: int, checkout: Path | None) -> dict[str, 
         "service_delay_s": SERVICE,
         "straggler_rate": 0.05 if learns else 0.1,
         "straggler_delay_s": delay,
-        "seed": seed,
+        "fault_seed": seed,
         **(_LEARNS if learns else _DECODES),
     }
     slow = np.zeros(len(x), bool)

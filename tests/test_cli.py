@@ -204,6 +204,7 @@ SERVED = {
     "wait_for": "of a group of queries",
     "max_calls": "a mean of calls a query; of a run, rows",
     "check_answers": "of queries",
+    "py_modules": "separated by commas, for a file and the environment",
     "points": "a layout; to tune, whether points move",
 }
 # The options above all panels of `--help`.

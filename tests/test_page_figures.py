@@ -129,7 +129,7 @@ FIGURES = {
             "at port 8001", "-1: not known yet", "with 1 it goes ahead",
             "pick within 1.1 calls a query: every 500 queries", "1.2 to 5 times the median",
             "over 1), because", "before 30 median service times", "400 bad input", "413 too large",
-            "scores of labels | (0.05)", "and 10,000 silent connections", "else at the first 256",
+            "scores of labels | (0.05)", "in a share (0.9) of the cases", "else at the first 256",
             "functions with 2, 3, 10 and 100 outputs", "which sum to 1", "up to 1 MiB",
             "429 the queue", "502 the model", "503 starting", "504 the deadline",
         ),

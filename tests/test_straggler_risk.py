@@ -239,9 +239,10 @@ def test_answers_without_a_promise_are_counted_and_no_more():
     for wrong in [True] * 40 + [False]:
         risk.give()
         assert not risk.add(row(math.nan, wrong=wrong), given=True)
+    risk.add(row(math.nan, wrong=True), given=False, forced=True)
     risk.add(row(math.nan), given=False)
     assert risk.admits(math.nan, math.nan)
-    assert (len(risk.shown), sum(risk.shown)) == (41, 40)
+    assert (len(risk.shown), sum(risk.shown)) == (42, 41)
 
 
 @pytest.mark.parametrize("coverage", [0.5, 0.9])

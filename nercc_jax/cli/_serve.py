@@ -142,8 +142,8 @@ def _read(
 
 def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:
     """Serve until the end. Raises ValueError and OSError where something does not fit."""
-    job = RayJob(runtime_env=settings.runtime_env)
-    _start_log()
+    job = RayJob(settings.address, settings.working_dir, settings.py_modules, settings.runtime_env)
+    _start_log(settings.log_format, settings.log_level)
     _check_ports(settings)
     with contextlib.suppress(ImportError, OSError, ValueError):  # ImportError: Windows
         import resource
@@ -153,7 +153,8 @@ def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if all(each.pool == "ray" for each in chosen):
         leave_accelerators()
-    keep_programs()
+    if settings.compilation_cache:
+        keep_programs()
     # Until the server listens; as a container's first process it would be ignored.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     from prometheus_client import CollectorRegistry
@@ -202,20 +203,41 @@ def _leaving_in_time(server: "Server") -> Iterator[None]:
         ended.set()
 
 
-def _start_log() -> None:
-    """Log to stderr, a JSON object a line."""
+def _start_log(log_format: str, level: str) -> None:
+    """Log to stderr: a JSON object a line, or text for people."""
     from pythonjsonlogger.json import JsonFormatter
 
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JsonFormatter(
-            "%(asctime)s %(levelname)s %(name)s %(message)s",
-            rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+    if log_format == "json":
+        handler.setFormatter(
+            JsonFormatter(
+                "%(asctime)s %(levelname)s %(name)s %(message)s",
+                rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+            )
         )
-    )
+    else:
+        handler.setFormatter(_WithFields("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     # gRPC's core would write lines of its own; exceptions report what matters of them.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     # Uvicorn's word for each step of its life says less than ours; JAX misses TPUs everywhere.
     for name in ("uvicorn", "jax._src.xla_bridge"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level)))
+
+
+class _WithFields(logging.Formatter):
+    """A format for people, with the fields that JSON would have after the message.
+
+    Fields that begin with an underscore are left out: Ray puts its own clock into each record.
+    """
+
+    usual = frozenset(vars(logging.makeLogRecord({}))) | {"asctime", "message"}
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        fields = [
+            (name, value)
+            for name, value in vars(record).items()
+            if name not in self.usual and not name.startswith("_")
+        ]
+        text = logging.Formatter.formatMessage(self, record)
+        return " ".join([text, *(f"{name}={value}" for name, value in fields)])

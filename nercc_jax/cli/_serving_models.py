@@ -116,7 +116,7 @@ def _start(
             join()
     with log_phase("loading", name):
         servable, code, predictor = _loaded(settings, code)
-    score = find_score(settings.faults.get("straggler_score"))
+    score = find_score(settings.straggler_score)
     try:
         cache = calibration_file(settings, code)
         return ServedModel(servable, code, settings, metrics, cache, predictor, score)
@@ -155,7 +155,7 @@ def servable_of(settings: ModelSettings) -> Servable:
         model,
         shape,
         datatype=settings.input_datatype or getattr(model, "input_datatype", FLOAT),
-        output_name=output_name,
+        output_name=settings.output_name or output_name,
         calibration=inputs,
         preprocess=None if prepare is None else load_callable(prepare, None, "--preprocess"),
         version=str(settings.version),

@@ -29,7 +29,7 @@ from ..serving.transport._state import ServerState
 from ._serving_models import start_models
 
 # The server's settings that the application takes; Ray Serve itself listens, and logs.
-_OF_REQUESTS = (*("max_body_bytes", "max_bytes_in_flight", "request_log_rate"),)
+_OF_REQUESTS = (*("max_body_bytes", "max_json_bytes", "max_bytes_in_flight", "request_log_rate"),)
 _TAKEN = ("models", "defaults", "drain_timeout_s", *_OF_REQUESTS)
 _CHECK_EVERY, _CHECK_TIMEOUT = 2.0, 15.0  # seconds: a replica's health
 _ENDING = 10.0  # seconds for the workers to end, after everything is answered

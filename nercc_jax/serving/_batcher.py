@@ -128,13 +128,13 @@ class CodedBatcher:
             self._screen = AnswerScreen(
                 adaptation.checks, predictor.expect, pool, self._events, self._observe
             )
-        sender = pool, self._queue, self._events, refuse
-        self._dispatcher = Dispatcher(*sender, coder, policy, self._estimator, adaptation)
+        parts = pool, self._queue, self._events, refuse, coder, policy
+        self._dispatcher = Dispatcher(*parts, self._estimator, adaptation)
         self._timers = GroupTimers()
         self._comparisons = Comparisons(pool, adaptation, answers, self._submit_own)
         self._dispatch_due = math.inf
         adaptation.start()
-        pool.on_idle(self._worker_free)
+        pool.on_idle(lambda: self._events.wake() if self.waiting else None)
         self._events.start()
 
     def submit(
@@ -232,12 +232,6 @@ class CodedBatcher:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    # From any thread.
-
-    def _worker_free(self) -> None:
-        if self.waiting:
-            self._events.wake()
 
     # The scheduler's thread.
 
@@ -429,7 +423,8 @@ class CodedBatcher:
         looked: set[Source] = set()
         while group.pending:
             view, before = group.view(looked), len(looked)
-            evidence = self._adaptation.evidence(len(group.cells))
+            budget = self._dispatcher.again
+            evidence = self._adaptation.evidence(len(group.cells), budget.left)
             for action in decide(view, now, evidence, self.policy, self._estimator.enough):
                 match action:
                     case Predict(places):
@@ -438,9 +433,10 @@ class CodedBatcher:
                     case Decode(places):
                         self._estimator.decode(group, places)
                         looked.add("decoded")
-                    case GiveOut(place, source):
-                        self._give(group, place, source, now)
+                    case GiveOut() as given:
+                        self._give(group, given, now)
                     case Copy(places, workers):
+                        budget.left -= len(places)
                         self._copy([group.query(place) for place in places], workers, now)
                     case Fail(places):
                         self._give_up_queries(group, places, now)
@@ -454,13 +450,17 @@ class CodedBatcher:
         if not group.pending:
             self._end_group(group, now)
 
-    def _give(self, group: Group, place: Place, source: Source, now: float) -> None:
+    def _give(self, group: Group, given: GiveOut, now: float) -> None:
         """Give an approximate answer out, which is to be compared with the model's own."""
+        place, source, forced = given
         (answer, _), query = group.estimates[place][source], group.query(place)
         risk, record = self._adaptation.risk(source), query.approximate[source]
         disagreement, error = map(float, risk.expected(answer.disagreement, answer.error))
         if answer.error > 0:
             record.widened = error / answer.error
+        record.forced = forced
+        if forced:
+            self._observe("over_budget", 1)
         self._comparisons.give(group, place[0], query, record)
         self._observe("expected_disagreement", disagreement)
         if self.policy.tolerance is not None:
@@ -476,8 +476,7 @@ class CodedBatcher:
         if failures and failures[-1].refused:
             public = why  # the server's own words
         for query in map(group.query, places):
-            if query.candidates and not query.done:
-                assert self._screen is not None
+            if self._screen is not None and query.candidates and not query.done:
                 self._settle([self._screen.give_up(query)], now)
             elif not query.done:
                 self._fail(query.request, InferenceFailed(why, public))

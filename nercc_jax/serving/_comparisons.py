@@ -41,11 +41,12 @@ class Comparisons:
 
     def give(self, group: Group, cell: int, query: Query, record: ApproximateAnswer) -> None:
         """Note an answer that is given out, if the model's own will be known."""
-        record.given = True
+        record.given = not record.forced
         # A query that nobody has as it came is computed for comparison alone, now and then.
         if np.isnan(group.sent_at[group.layout.own[cell]]).all():
             del query.approximate[record.answer.source]
-            record.given = self._random.random() < _AUDITED and self._ask_again(record)
+            computed = record.given and self._random.random() < _AUDITED
+            record.given = computed and self._ask_again(record)
         if record.given:
             self._adaptation.risk(record.answer.source).give()
 
@@ -91,7 +92,7 @@ class Comparisons:
         for each in over:
             self.discard(each)
         for each in never:
-            if not self._ask_again(each.given):
+            if each.given.forced or not self._ask_again(each.given):
                 self.audit(each.given, None)
         return over
 
@@ -101,7 +102,7 @@ class Comparisons:
     def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> None:
         """Compare an approximate answer with the model's own, None if that will never come."""
         right = self._adaptation.audit(given, own)
-        if given.given:
+        if given.given or given.forced:
             known = "audit_same" if right else "audit_other"
             self._adaptation.observe("audit_unknown" if own is None else known, 1)
 

@@ -26,7 +26,7 @@ from .adapt._adaptation import Adaptation
 from .core._coder import Coder
 from .core._group import Cell, Group
 from .core._request import Query
-from .core._requests import EventQueue, Lane, QueryQueue
+from .core._requests import Budget, EventQueue, Lane, QueryQueue
 
 # Fewer queries have only one path through them.
 _FEWEST = 3
@@ -122,6 +122,7 @@ class Dispatcher:
     Attributes:
         filling: the group of a systematic code that has room for more queries.
         groups: all groups that are not closed.
+        again: the budget of queries that are sent again because they are uncertain.
     """
 
     def __init__(
@@ -144,6 +145,8 @@ class Dispatcher:
             shape = estimator.queries.shape
             self._ordering = QueryOrdering(coder, shape, policy.max_batch_size)
             self._ordering.compile()
+        self._budget = Budget(policy.max_redundancy)
+        self.again = Budget(policy.max_reexecution)
         self._ordering_time = TimeShare(pool.clock, _OF_THE_TIME)
         self._observe, self._clock = adaptation.observe, pool.clock
         self._alone = _coder_of_one(coder.kinds[0])
@@ -245,7 +248,7 @@ class Dispatcher:
                 doubt[cell] = max(doubt[cell], worth, 1e-9)
         layout, places = group.layout, group.layout.place_of[points]
         if (places < 0).any():  # a point that mixes queries serves all of them
-            return points[np.where(places < 0, doubt.any(), doubt[places] > 0)]
+            return self._afforded(points[np.where(places < 0, doubt.any(), doubt[places] > 0)])
         # Copies, which go to the queries most in doubt, in turn.
         doubted = np.argsort(-doubt, kind="stable")[: np.count_nonzero(doubt)]
         each = -(-len(layout.extras) // len(doubt))  # copies of a query, at most
@@ -253,6 +256,11 @@ class Dispatcher:
         points = points[: len(places)]
         group.layout = layout.with_copies(points, places)
         group.moved = group.layout.place_of != layout.place_of
+        return self._afforded(points)
+
+    def _afforded(self, points: Int[np.ndarray, " points"]) -> Int[np.ndarray, " few"]:
+        points = points[: int(min(self._budget.left, len(points)))]
+        self._budget.left -= len(points)
         return points
 
     def _send_own(self, now: float) -> list[Group]:
@@ -361,6 +369,8 @@ class Dispatcher:
 
     def _pop(self, lane: Lane, number: int, now: float) -> list[Query]:
         queries = self._queue.pop(lane, number)
+        self._budget.earn(number)
+        self.again.earn(number)
         for request in {query.request for query in queries}:
             if math.isinf(request.sent):
                 request.sent = now

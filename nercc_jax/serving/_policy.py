@@ -21,15 +21,13 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 }
 
 
-def _option(
-    default: Any, text: str, *, setting: bool = True, example: Any = None, **bounds: int | float
-) -> Any:
+def _option(default: Any, text: str, *, example: Any = None, **bounds: int | float) -> Any:
     """Return a field: its help is the only description of the option, also in `nercc serve`.
 
-    Bounds are named as pydantic names them. What is no `setting` is for Python only. The `example`
+    Bounds are named as pydantic names them. The `example`
     is shown in the reference where the default is None.
     """
-    metadata = {"help": text, "setting": setting, "example": example, "bounds": bounds}
+    metadata = {"help": text, "example": example, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -70,7 +68,6 @@ class BatchingPolicy:
     priority_lead_s: float = _option(
         1.0,
         "Seconds by which requests of high priority overtake earlier ones; 0 for no priority.",
-        setting=False,
         ge=0,
         le=MAX_DEADLINE_S,
     )
@@ -84,7 +81,6 @@ class BatchingPolicy:
         0.5,
         "Quantile of answer times that the straggler threshold multiplies. Hedging as published "
         "uses 0.95 with a threshold of 1.",
-        setting=False,
         gt=0,
         lt=1,
     )
@@ -92,7 +88,8 @@ class BatchingPolicy:
         None,
         "Answers of a group that suffice for decoding where no error is estimated. By default half "
         "of the redundancy for interleaved codes, otherwise 85 % of N but at least K.",
-        setting=False,
+        example=6,
+        le=10_000,
     )
     outputs: Outputs | None = _option(  # noqa: RUF009, it is a field
         None,
@@ -107,11 +104,19 @@ class BatchingPolicy:
         "Maximum share of wrong labels among the answers that are not the model's own, by a bound "
         "that fails with a probability of 0.25; no single one may be wrong with more than five "
         "times that share, or a half. Answers that are too uncertain wait for more workers, and "
-        "are sent again if none are left. 1, and in Python None: decode as soon as enough answers "
-        "are in. Default of a server: 0.05.",
+        "are sent again if none are left. 1, and in Python None: decode as soon as "
+        "`wait_for` answers are in. Default of a server: 0.05.",
         ge=0,
         le=1,
         example=0.05,
+    )
+    max_reexecution: float | None = _option(
+        None,
+        "Maximum share of queries sent again because their answer is uncertain; beyond it the best "
+        "answer is given with its error probability. Unlimited by default.",
+        example=0.1,
+        ge=0,
+        le=1,
     )
     tolerance: float | None = _option(
         None,
@@ -125,7 +130,6 @@ class BatchingPolicy:
     coverage: float = _option(
         0.9,
         "Share of the errors of approximate answers to values that their error bars cover.",
-        setting=False,
         gt=0,
         lt=1,
     )
@@ -134,6 +138,13 @@ class BatchingPolicy:
         "Redundancy to send while workers are free: `always` all that the code has; `uncertain` "
         "only for queries that the surrogate could not answer, the most uncertain first, and none "
         "before it is calibrated.",
+    )
+    max_redundancy: float | None = _option(
+        None,
+        "With `uncertain`: maximum calls for redundancy, as a share of the queries. Unlimited by "
+        "default.",
+        example=0.1,
+        ge=0,
     )
     max_calls: float | None = _option(
         None,
@@ -153,13 +164,10 @@ class BatchingPolicy:
         lt=1,
         example=0.01,
     )
-    max_fenced: float = _option(
-        0.25, "Maximum share of the workers that is fenced.", setting=False, ge=0, lt=1
-    )
+    max_fenced: float = _option(0.25, "Maximum share of the workers that is fenced.", ge=0, lt=1)
     ordering: bool = _option(
         True,
         "Order the queries of a batch by similarity before encoding. No query waits for it.",
-        setting=False,
     )
     copies: int = _option(
         2,
@@ -172,8 +180,8 @@ class BatchingPolicy:
         1,
         "Workers, of `copies`, that compute a straggler's query from the same time on. With 2 the "
         "tail is shorter, for one call more for each straggler.",
-        setting=False,
         ge=1,
+        le=10_000,
     )
 
     def __post_init__(self):
@@ -183,11 +191,12 @@ class BatchingPolicy:
                 "max_disagreement is for"
             )
         values = self.tolerance is not None or self.outputs == "values"
-        if values and self.max_disagreement is not None:
-            raise ValueError(
-                f"max_disagreement {self.max_disagreement} is for outputs with labels, and these "
-                "are values: give a tolerance, or nothing for exact answers only"
-            )
+        for name in ("max_disagreement", "max_reexecution") if values else ():
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} is for outputs with labels, and these are "
+                    "values: give a tolerance, or nothing for exact answers only"
+                )
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
             for bound, limit in each.metadata["bounds"].items():

@@ -356,16 +356,24 @@ def _open_pool(
     straggler_score: Callable[[Any], Any] | None,
 ) -> AbstractPool:
     inputs = servable.queries
-    # As `nercc run` names them, seconds have a unit.
-    faults: Any = {name.removesuffix("_s"): each for name, each in settings.faults.items()}
-    faults["straggler_score"] = straggler_score
     options: Any = {
         "example": [
             np.zeros((size, *inputs.shape), inputs.dtype) for size in settings.policy().batch_sizes
         ],
         "worker_dtype": settings.worker_dtype,
-        "faults": Faults.from_rates(**faults),
+        "faults": Faults.from_rates(
+            service_delay=settings.service_delay_s,
+            straggler_rate=settings.straggler_rate,
+            straggler_delay=settings.straggler_delay_s,
+            straggler_score=straggler_score,
+            straggler_leaning=settings.straggler_leaning,
+            death_rate=settings.death_rate,
+            wrong_workers=settings.wrong_workers,
+            wrong_rate=settings.wrong_rate,
+            seed=settings.fault_seed,
+        ),
         "overdue": overdue_rule(settings.policy()),
+        "max_attempts": settings.max_attempts,
         "hang_timeout": settings.hang_timeout_s,
     }
     number = settings.workers or settings.num_workers
@@ -373,7 +381,7 @@ def _open_pool(
         return RayPool(
             servable.model,
             number,
-            actor_options=settings.actor_options,
+            actor_options=settings.ray_options(),
             max_per_node=code.num_workers - code.num_data or None,
             min_workers=min(code.num_data, number),
             **options,

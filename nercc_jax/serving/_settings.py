@@ -28,7 +28,6 @@ from pydantic import (
     ValidationError,
     create_model,
     model_validator,
-    with_config,
 )
 from pydantic_settings import (
     BaseSettings,
@@ -37,10 +36,9 @@ from pydantic_settings import (
     SettingsError,
     TomlConfigSettingsSource,
 )
-from typing_extensions import TypedDict
 
 from ._policy import MAX_DEADLINE_S, BatchingPolicy, Outputs
-from ._settings_text import read_datatype, read_shape, read_table, to_toml
+from ._settings_text import read_datatype, read_policy, read_shape, read_table, to_toml
 
 # Upper bounds: what is beyond is a mistake, or would stop the machine.
 _MANY, _QUERIES, _BYTES, _DAY_S = 10_000, 10**6, 2**40, 86_400.0
@@ -52,25 +50,6 @@ def _setting(default: Any, text: str, example: Any = None, **bounds: Any) -> Any
     return Field(default=default, description=text, examples=examples, **bounds)
 
 
-_Share = Annotated[float, Field(ge=0, le=1)]
-_Seconds = Annotated[float, Field(ge=0, le=_DAY_S)]
-
-
-@with_config(ConfigDict(extra="forbid"))
-class FaultSettings(TypedDict, total=False):
-    """Faults to inject, for trials: `Faults.from_rates` says what each does."""
-
-    service_delay_s: _Seconds
-    straggler_rate: _Share
-    straggler_delay_s: Annotated[_Seconds, Field(gt=0)]
-    straggler_score: str
-    straggler_leaning: _Share
-    death_rate: _Share
-    wrong_workers: dict[Literal["swap"], tuple[int, ...]]
-    wrong_rate: _Share
-    seed: int
-
-
 class _OwnSettings(BaseModel):
     """What a model is, how it is coded, and which workers run it."""
 
@@ -80,8 +59,11 @@ class _OwnSettings(BaseModel):
         "model": "Model",
         "scheme": "Code",
         "pool": "Workers",
-        "surrogate": "Late queries and trials",
-        "max_batch_size": "Batching and late queries",
+        "surrogate": "Surrogate",
+        "service_delay_s": "Fault injection",
+        "max_batch_size": "Queue and batching",
+        "straggler_threshold": "Stragglers",
+        "tolerance": "Accuracy and redundancy",
     }
 
     model: str | None = _setting(
@@ -93,10 +75,12 @@ class _OwnSettings(BaseModel):
         "classifier",
     )
     version: int = _setting(
-        1,
-        "Version of the model; a name may have several, each with settings of its own. Requests "
-        "without a version get the latest.",
-        ge=1,
+        1, "Version of the model; a name may have several, each with settings of its own.", ge=1
+    )
+    version_policy: Annotated[str, BeforeValidator(read_policy)] = _setting(
+        "latest",
+        "Versions of a name that are served: latest, all, or those listed, 1,3. Requests without a "
+        "version get the latest.",
     )
     weights: Path | None = _setting(
         None, "Weights passed to module:name, which makes the model: a path, or hf:.", "weights.npz"
@@ -123,6 +107,9 @@ class _OwnSettings(BaseModel):
         "floats that the model takes: it runs before queries are coded (default: none).",
         "images:prepare",
     )
+    output_name: str | None = _setting(
+        None, "Output name; with several unnamed outputs, a prefix (default: output).", "scores"
+    )
     inputs: Path | None = _setting(
         None,
         "File of unlabelled inputs to calibrate on: .npy of shape (points, *input_shape), or .npz "
@@ -148,14 +135,27 @@ class _OwnSettings(BaseModel):
         "devices", "Kind of workers: threads on this process's devices, or Ray actors."
     )
     workers: int | None = _setting(None, "Workers of each model (default: N).", 8, ge=1, le=_MANY)
+    worker_cpus: float | None = _setting(
+        None, "CPUs per Ray actor (default: at most 0.5).", 0.5, ge=0, le=_MANY
+    )
+    worker_gpus: float | None = _setting(
+        None,
+        "GPUs per Ray actor (default: 1 or an equal share, where the cluster has GPUs).",
+        1.0,
+        ge=0,
+        le=_MANY,
+    )
+    worker_resources: Annotated[dict[str, float], BeforeValidator(read_table)] = _setting(
+        {}, "Other Ray resources per actor, as a TOML table: {TPU = 4}."
+    )
     actor_options: Annotated[dict[str, Any], BeforeValidator(read_table)] = _setting(
-        {},
-        "Options of Ray actors, as a TOML table: {num_cpus = 1, num_gpus = 0.5, resources = "
-        "{TPU = 4}} (default: at most 0.5 CPUs, and a GPU or an equal share, where the cluster has "
-        "GPUs).",
+        {}, "Other options of Ray actors, as a TOML table: {max_concurrency = 3}."
     )
     worker_dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(
         None, "Dtype of workers' inputs and weights (default: the model's).", "bfloat16"
+    )
+    max_attempts: int = _setting(
+        3, "Workers that a failing data point is sent to before it is given up.", ge=1, le=_MANY
     )
     hang_timeout_s: float = _setting(
         60.0, "Seconds after which a worker counts as hung and is replaced.", gt=0, le=_DAY_S
@@ -168,12 +168,38 @@ class _OwnSettings(BaseModel):
         "module:function, with the model's outputs; or `none` (default: none).",
         "learn",
     )
-    faults: Annotated[FaultSettings, BeforeValidator(read_table)] = _setting(
-        {},
-        "Faults to inject, for trials, as a TOML table: {straggler_rate = 0.05, straggler_delay_s "
-        "= 0.5} delays one call in twenty. Others are service_delay_s, straggler_score (`norm`, or "
-        "module:function), straggler_leaning, death_rate, wrong_workers, wrong_rate and seed.",
+
+    service_delay_s: float = _setting(
+        0.0, "Seconds added to every call, for trials.", ge=0, le=_DAY_S
     )
+    straggler_rate: float = _setting(
+        0.0, "Share of calls that are delayed, for trials.", ge=0, le=1
+    )
+    straggler_delay_s: float = _setting(
+        1.0, "Seconds by which those calls are delayed.", gt=0, le=_DAY_S
+    )
+    straggler_score: str | None = _setting(
+        None,
+        "Score of a row, by which calls are delayed, the largest first: `norm`, or "
+        "module:function.",
+        "norm",
+    )
+    straggler_leaning: float = _setting(
+        1.0, "With a score, the share of delayed calls that have the largest scores.", ge=0, le=1
+    )
+    death_rate: float = _setting(
+        0.0, "Share of calls in which the worker dies, for trials.", ge=0, le=1
+    )
+    wrong_workers: Annotated[
+        dict[Literal["swap"], tuple[int, ...]], BeforeValidator(read_table)
+    ] = _setting(
+        {},
+        "Workers that answer wrongly, for trials, by swapping rows, as a TOML table: {swap = [1]}.",
+    )
+    wrong_rate: float = _setting(
+        1.0, "Share of these workers' calls that are answered wrongly.", ge=0, le=1
+    )
+    fault_seed: int = _setting(0, "Seed of the injected faults.")
 
 
 if TYPE_CHECKING:
@@ -196,7 +222,6 @@ else:  # each option of the policy is described once, by the policy
                 ),
             )
             for each in dataclasses.fields(BatchingPolicy)
-            if each.metadata["setting"]
         },
     )
 
@@ -225,14 +250,20 @@ class ModelSettings(_AllSettings):
         """The name that clients use, without slash and colon, which proxies may interpret."""
         return self.name or str(self.model).rpartition("/")[2].replace(":", ".")
 
+    def ray_options(self) -> dict[str, Any]:
+        """Return the options of a worker that is a Ray actor."""
+        amounts = {"num_cpus": self.worker_cpus, "num_gpus": self.worker_gpus}
+        amounts = {name: amount for name, amount in amounts.items() if amount is not None}
+        named = {"resources": self.worker_resources} if self.worker_resources else {}
+        return self.actor_options | amounts | named
+
     def policy(self, outputs: Outputs | None = None) -> BatchingPolicy:
         """Return the batching policy of a model with these outputs (default: as they are set).
 
         Raises:
             ValueError: for values out of range, and for limits that do not fit the outputs.
         """
-        names = (f.name for f in dataclasses.fields(BatchingPolicy) if f.metadata["setting"])
-        fields = {name: getattr(self, name) for name in names}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(BatchingPolicy)}
         fields["outputs"] = outputs = outputs or self.outputs
         if self.max_disagreement is None and outputs != "values" and self.tolerance is None:
             fields["max_disagreement"] = 0.05
@@ -245,7 +276,7 @@ class ModelSettings(_AllSettings):
         """
         given, own = defaults.model_fields_set, self.model_fields_set
         if self.outputs == "values" or self.tolerance is not None:
-            given = given - {"outputs", "max_disagreement"}
+            given = given - {"outputs", "max_disagreement", "max_reexecution"}
         values = {name: getattr(defaults, name) for name in given}
         return ModelSettings(**values | {name: getattr(self, name) for name in own})
 
@@ -262,16 +293,11 @@ class ServerSettings(BaseSettings):
         "host": "Addresses",
         "token_file": "Authentication and TLS",
         "model_control": "Model repository",
-        "max_body_bytes": "Limits",
-        "runtime_env": "Ray",
-        "drain_delay_s": "End",
-        "request_log_rate": "Log",
+        "max_connections": "Limits",
+        "address": "Ray",
+        "compilation_cache": "Start and end",
+        "log_format": "Log",
     }
-
-    # More is refused: HTTP connections, silent ones included, and gRPC calls; and bytes of JSON, in
-    # which large tensors would take long.
-    max_connections: ClassVar[int] = 10_000
-    max_json_bytes: ClassVar[int] = 2**20
 
     host: str = _setting(
         "127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces of the machine."
@@ -302,17 +328,48 @@ class ServerSettings(BaseSettings):
         "Who loads and unloads models: none, or explicit, clients by the model repository's API.",
     )
 
+    max_connections: int = _setting(
+        10_000,
+        "Maximum HTTP connections, silent ones included, and gRPC calls; more are refused.",
+        ge=1,
+        le=_QUERIES,
+    )
     max_body_bytes: int = _setting(
         64 * 2**20, "Maximum bytes of a request's body, decompressed.", gt=0, le=_BYTES
+    )
+    max_json_bytes: int = _setting(
+        2**20, "Maximum bytes of a request's JSON, without binary tensors.", gt=0, le=_BYTES
     )
     max_bytes_in_flight: int = _setting(
         2**29, "Maximum bytes of all requests that are read or answered at a time.", gt=0, le=_BYTES
     )
 
+    address: str | None = _setting(
+        None,
+        "Ray cluster of the actors: HOST:6379, ray://HOST:10001, auto or local (default: "
+        "RAY_ADDRESS, the cluster that runs on this machine, or a new one).",
+        "auto",
+    )
+    working_dir: Path | None = _setting(
+        None,
+        "Folder sent to Ray's nodes (default: that of a module:function that is not installed).",
+        "app",
+    )
+    py_modules: Annotated[
+        list[Path],
+        BeforeValidator(
+            lambda value: list(filter(None, value.split(","))) if isinstance(value, str) else value
+        ),
+    ] = _setting([], "Modules sent to Ray's nodes, separated by commas.")
     runtime_env: Path | None = _setting(
         None, "File with Ray's runtime environment: .yaml, .json, or .toml.", "env.yaml"
     )
 
+    compilation_cache: bool = _setting(
+        True,
+        "Keep compiled programs and calibrations in JAX_COMPILATION_CACHE_DIR, or the user's cache "
+        "folder.",
+    )
     drain_delay_s: float = _setting(
         0.0,
         "Seconds after SIGTERM in which the server answers, but is not ready.",
@@ -323,6 +380,10 @@ class ServerSettings(BaseSettings):
         30.0, "Seconds after that for answering what was accepted.", ge=0, le=MAX_DEADLINE_S
     )
 
+    log_format: Literal["json", "text"] = _setting("json", "Format of the log on stderr.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _setting(
+        "INFO", "Least level that is logged."
+    )
     request_log_rate: float = _setting(
         0.0, "Share of requests that get a line in the log.", ge=0, le=1
     )
@@ -385,8 +446,8 @@ class ServerSettings(BaseSettings):
         """Return every model's settings, with defaults filled in.
 
         Raises:
-            ValueError: where there is no model, one is not named, or two have the same name and
-                version.
+            ValueError: where there is no model, one is not named, two have the same name and
+                version, or versions of one name have different policies or none that is served.
         """
         models = [model.over(self.defaults) for model in self.models]
         if not models:
@@ -396,7 +457,26 @@ class ServerSettings(BaseSettings):
         names = [model.key for model in models]
         if len(set(names)) < len(names):
             raise ValueError(f"models must have different names (`name`) or versions, not {names}")
-        return models
+        served = {
+            model.served_name: _served_versions(model.served_name, models) for model in models
+        }
+        return [model for model in models if model.version in served[model.served_name]]
+
+
+def _served_versions(name: str, models: Sequence[ModelSettings]) -> set[int]:
+    """Return the versions of a name that its policy chooses. Raises ValueError."""
+    versions = {model.version for model in models if model.served_name == name}
+    policy, *others = {model.version_policy for model in models if model.served_name == name}
+    if others:
+        raise ValueError(
+            f"versions of {name} must have one policy, not {sorted([policy, *others])}"
+        )
+    if policy == "all":
+        return versions
+    chosen = {max(versions)} if policy == "latest" else {int(each) for each in policy.split(",")}
+    if not chosen <= versions:
+        raise ValueError(f"version_policy {policy!r} of {name}: it has versions {sorted(versions)}")
+    return chosen
 
 
 def _read(file: Path) -> bytes:

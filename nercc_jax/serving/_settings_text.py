@@ -35,6 +35,17 @@ def read_table(value: Any) -> Any:
         ) from error
 
 
+def read_policy(value: Any) -> Any:
+    """Return a policy of versions: latest, all, or numbers with commas."""
+    text = str(value).replace(" ", "")
+    numbers = text.split(",")
+    if text not in ("latest", "all") and not all(
+        each.isdecimal() and int(each) for each in numbers
+    ):
+        raise ValueError(f"latest, all, or versions with commas, 1,3, are needed, not {value!r}")
+    return text
+
+
 def _axes(value: Any) -> tuple[int, ...]:
     if isinstance(value, int) and not isinstance(value, bool):
         value = [value]  # pydantic's reading of a variable whose text is one number

@@ -175,31 +175,49 @@ def of_two_kinds(even, odd):
     return (kinds + noise).astype(np.float32)
 
 
-def test_each_query_is_judged_by_itself():
-    """Two of one batch, decoded from the same workers: the uncertain one is sent again."""
-    x = of_two_kinds(2.0, 0.0)
-    policy = {"max_disagreement": 0.1, "max_batch_size": 2, "straggler_threshold": THRESHOLD}
-    sim = Simulated(INTERLEAVED, workers=8, decoding=by_margin, **policy)
+def judged(x, budget):
+    """The reply to 16 queries, two in a batch, the second of which straggle."""
+    policy = {"max_disagreement": 0.1, "max_reexecution": budget, "max_batch_size": 2}
+    sim = Simulated(
+        INTERLEAVED, workers=8, straggler_threshold=THRESHOLD, decoding=by_margin, **policy
+    )
     sim.hold(x[2], calls=1)
-    reply = sim.answer(x)
+    return sim, sim.answer(x)
+
+
+@pytest.mark.parametrize("budget", [None, 0.5, 0.0])
+def test_each_query_is_judged_by_itself(budget):
+    """Two of one batch, decoded from the same workers: the uncertain one is sent again."""
+    sim, reply = judged(x := of_two_kinds(2.0, 0.0), budget)
     assert reply.exact[np.delete(np.arange(16), [2, 3])].all()
     assert not reply.exact[2], "what is sure is not sent again"
     assert 0 < reply.expected_disagreement[2] < 0.5
-    assert reply.exact[3]
-    assert reply.reexecuted[3]
+    assert reply.exact[3] == reply.reexecuted[3] == (budget != 0)
+    assert (reply.expected_disagreement[3] > 0.5) == (budget == 0), "it says how uncertain"
     assert np.abs(reply.values - model(x)).max() < 0.1
-    assert sim.observed["reexecution"] == 1
+    assert (sim.observed["reexecution"], sim.observed["over_budget"]) == (budget != 0, budget == 0)
     sim.run(2 * HELD)
     audits = sim.observed["audit_same"] + sim.observed["audit_other"]
-    assert audits == 1, "what was given out is compared with what comes late"
+    assert audits == 1 + (budget == 0), "what was given out is compared with what comes late"
+
+
+@pytest.mark.parametrize("uncertain", [2, 3])
+def test_a_budget_for_one_is_spent_on_the_more_uncertain(uncertain):
+    # 24 queries have come before these 16: that is worth 1.2 of them.
+    margins = (0.0, 0.06) if uncertain == 2 else (0.06, 0.0)
+    sim, reply = judged(of_two_kinds(*margins), 0.03)
+    assert np.flatnonzero(reply.reexecuted).tolist() == [uncertain]
+    assert not reply.exact[5 - uncertain]
+    assert reply.expected_disagreement[5 - uncertain] > 0.5, "it is uncertain, too"
+    assert sim.observed["reexecution"] == sim.observed["over_budget"] == 1
 
 
 @pytest.mark.parametrize(
     ("code", "number", "more"),
     [(Uncoded(1), 1, {"max_disagreement": 0.1}), (Replication(2, 4), 2, {})],
 )
-def test_what_cannot_be_decoded_is_sent_again(code, number, more):
-    sim = Simulated(code, straggler_threshold=THRESHOLD, **more)
+def test_what_cannot_be_decoded_is_sent_again_whatever_the_budget(code, number, more):
+    sim = Simulated(code, straggler_threshold=THRESHOLD, max_reexecution=0.0, **more)
     x = queries(number)
     sim.hold(x[0], calls=code.num_workers // number)
     assert sim.answer(x).exact.all()
@@ -348,9 +366,11 @@ def test_bad_deadlines(deadline, untyped):
         ("straggler_threshold", np.nan),
         ("batch_wait_timeout_s", -1),
         ("max_disagreement", 1.5),
+        ("max_reexecution", 1.5),
+        ("max_reexecution", float("nan")),
         *(("hedge_copies", wrong) for wrong in (0, 3)),
         *((name, 1.0) for name in ("check_answers", "max_fenced", "quantile")),
-        *(("tolerance", 0.0), ("max_calls", 0.9)),
+        *(("tolerance", 0.0), ("max_redundancy", -1.0), ("max_calls", 0.9)),
     ],
 )
 def test_bad_policies(name, value, untyped):

@@ -36,7 +36,8 @@ name = "rack"
 max_batch_size = 1
 outputs = "logits"
 max_disagreement = 1
-faults = {straggler_rate = 0.3, straggler_delay_s = 0.3}
+straggler_rate = 0.3
+straggler_delay_s = 0.3
 [[models]]
 model = "own:double"
 name = "slow"
@@ -44,7 +45,7 @@ scheme = "uncoded"
 workers = 1
 max_batch_size = 1
 max_queue_size = 100
-faults = {service_delay_s = 0.4}
+service_delay_s = 0.4
 """
 
 

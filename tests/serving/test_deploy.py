@@ -112,7 +112,7 @@ def test_server_toml_shows_every_setting_with_its_default():
     every = tomllib.loads(re.sub(r"^# (?=\[\[|\w+ = )", "", text, flags=re.MULTILINE))
     assert every.keys() == ServerSettings.model_fields.keys()
     assert set(every["defaults"]).union(*every["models"]) == ModelSettings.model_fields.keys()
-    of_labels = {"max_disagreement"}  # which go with no tolerance
+    of_labels = {"max_disagreement", "max_reexecution"}  # which go with no tolerance
     defaults = {name: each for name, each in every["defaults"].items() if name not in of_labels}
     server = ServerSettings(**every | {"defaults": defaults})
     assert server.models[1].input_shape == (28, 28, 1)
@@ -495,11 +495,7 @@ def served(cluster, tmp_path_factory, free_port):
     config["logging_config"]["logs_dir"] = str(logs)
     (application,) = config["applications"]
     # Two workers, and little to compile. Calls take half a second, to have something to drain.
-    application["args"]["defaults"] |= {
-        "workers": 2,
-        "max_batch_size": 1,
-        "faults": {"service_delay_s": 0.5},
-    }
+    application["args"]["defaults"] |= {"workers": 2, "max_batch_size": 1, "service_delay_s": 0.5}
     application["args"]["request_log_rate"] = 1.0
     file = tmp_path_factory.mktemp("deploy") / "ray-serve.yaml"
     file.write_text(require("yaml", "ray-serve").safe_dump(config))

@@ -19,7 +19,6 @@ from nercc_server import ENDS
 require("fastapi", "serve")
 
 from nercc_jax import Uncoded
-from nercc_jax.serving import ServerSettings
 from nercc_jax.serving.transport._bodies import RequestMemory
 
 INFER, ONE = "/v2/models/digits/infer", {"input": [[1.0, 2, 3, 4]]}
@@ -27,10 +26,8 @@ INFER, ONE = "/v2/models/digits/infer", {"input": [[1.0, 2, 3, 4]]}
 
 @pytest.fixture(scope="module")
 def server():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ServerSettings, "max_json_bytes", 10_000)
-        with serving(Doubles(), max_body_bytes=100_000) as server:
-            yield server
+    with serving(Doubles(), max_body_bytes=100_000, max_json_bytes=10_000) as server:
+        yield server
 
 
 def is_fine(server):
@@ -72,10 +69,9 @@ def test_large_json_is_refused_in_favour_of_binary(server):
 # All together.
 
 
-def test_connections_have_a_limit(monkeypatch):
+def test_connections_have_a_limit():
     """The answer is uvicorn's own, and whoever closes one makes room."""
-    monkeypatch.setattr(ServerSettings, "max_connections", 2)
-    with serving(Doubles()) as server:
+    with serving(Doubles(), max_connections=2) as server:
         with connect(server), connect(server) as second:
             second.sendall(as_bytes(INFER, body()))
             assert second.recv(1000).startswith(b"HTTP/1.1 503")

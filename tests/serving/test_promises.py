@@ -302,6 +302,7 @@ def test_scores_are_read_from_the_models_own_answers_before_anything_approximate
     [
         ({"outputs": "logits"}, (), INTERLEAVED, "one number a row"),
         ({"max_disagreement": 0.1}, (), INTERLEAVED, "these are values"),
+        ({"max_reexecution": 0.1}, (), INTERLEAVED, "these are values"),
         ({"max_disagreement": 0.1, "outputs": "values"}, OUT, INTERLEAVED, "these are values"),
         ({"tolerance": 0.1, "max_disagreement": 0.1}, OUT, INTERLEAVED, "these are values"),
         ({"tolerance": 0.1, "outputs": "logits"}, OUT, INTERLEAVED, "a tolerance is for"),

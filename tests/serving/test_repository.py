@@ -27,6 +27,7 @@ from in_process import SERVABLE, Doubles, becomes, body, channel, http, listenin
 from nercc_server import ENDS, running
 
 from nercc_jax import Uncoded
+from nercc_jax.serving import ModelSettings, ServerSettings
 from nercc_jax.serving.core._health import Health
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 
@@ -153,6 +154,7 @@ num_data = 2
 num_workers = 4
 max_batch_size = 1
 name = "twice"
+version_policy = "all"
 [[models]]
 model = "own:double"
 [[models]]
@@ -200,6 +202,30 @@ def test_versions_of_a_coded_model_by_tritons_clients_and_curl(tmp_path):
                 url = f"{server.url}/v2/models/twice/versions/{version}/infer"
                 answer = json.loads(run(*curl, "-d", body().decode(), url))
                 assert answer["outputs"][0]["data"] == [factor, 2 * factor, 3 * factor]
+
+
+@pytest.mark.parametrize(
+    ("policy", "keys"), [("latest", ["x/3"]), ("all", ["x", "x/2", "x/3"]), ("1, 2", ["x", "x/2"])]
+)
+def test_a_policy_chooses_versions(policy, keys):
+    models = [ModelSettings(model="a:b", name="x", version=number) for number in (1, 2, 3)]
+    defaults = ModelSettings(version_policy=policy)
+    settings = ServerSettings(models=models, defaults=defaults)
+    assert [each.key for each in settings.resolved()] == keys
+
+
+@pytest.mark.parametrize(
+    ("policies", "message"),
+    [(("4", "4"), "has versions"), (("all", "latest"), "one policy"), (("none", "none"), "latest")],
+)
+def test_policies_that_do_not_fit(policies, message):
+    with pytest.raises(ValueError, match=message):
+        ServerSettings(
+            models=[
+                ModelSettings(model="a:b", name="x", version=number, version_policy=policy)
+                for number, policy in enumerate(policies, 1)
+            ]
+        ).resolved()
 
 
 # Tokens, TLS, and the index.

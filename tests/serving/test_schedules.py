@@ -99,6 +99,8 @@ class Schedule:
             deadline_s=draw.choice([0.3, 5.0]),
             max_disagreement=0.01 if self.predicts else draw.choice([None, 0.01]),
             redundancy=draw.choice(["always", "uncertain"]) if self.predicts else "always",
+            max_redundancy=draw.choice([None, 0.2]),
+            max_reexecution=draw.choice([None, 0.1]),
             copies=draw.randint(1, 3),
             ordering=False,
             max_calls=1.5 if self.coder.systematic and draw.random() < 0.3 else None,
@@ -221,9 +223,8 @@ class Schedule:
         held = math.inf > batcher._dispatch_due and not lanes.exact
         assert not waiting or not self.pool.idle or held, "a query waits beside an idle worker"
         # The scheduler.
-        idle = {
-            w for w, seat in enumerate(scheduler.state.slots) if seat.ready and seat.task is None
-        }
+        slots = scheduler.state.slots
+        idle = {w for w, seat in enumerate(slots) if seat.ready and seat.task is None}
         assert set(scheduler.state.queue._idle) == idle
         busy = [seat for seat in scheduler.state.slots if seat.task is not None]
         assert all(now <= seat.since + HANG + LATE for seat in busy), "it hangs, and nobody saw"

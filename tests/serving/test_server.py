@@ -34,13 +34,15 @@ name = "double"
 [[models]]
 model = "own:moody"
 name = "moody"
+max_attempts = 2
 [[models]]
 model = "own:from_weights"
 weights = "weights.npy"
+output_name = "scores"
 [[models]]
 model = "own:double"
 name = "slow"
-faults = {service_delay_s = 0.4}
+service_delay_s = 0.4
 [[models]]
 model = "own:double"
 name = "counted"
@@ -100,7 +102,7 @@ def test_health_metadata_and_a_model_made_from_weights(server, stub, version):
     about = server.http.get(path).json()
     assert (about["name"], about["versions"]) == (name, ["1"])
     assert about["inputs"] == [{"name": "input", "datatype": "FP32", "shape": [-1, 4]}]
-    assert about["outputs"][0] == {"name": "output", "datatype": "FP32", "shape": [-1, 5]}
+    assert about["outputs"][0] == {"name": "scores", "datatype": "FP32", "shape": [-1, 5]}
     assert server.http.get(f"{path}/ready").json() == {"name": name, "ready": True}
     assert about["parameters"] == {
         "nercc_max_queries": 1024,
@@ -115,7 +117,7 @@ def test_health_metadata_and_a_model_made_from_weights(server, stub, version):
     assert stub.ModelReady(messages.ModelReadyRequest(**asked)).ready
     for face in ("json", "raw"):
         found = ask(face, server, name, {"input": [[1.0, 0, 0, 2]]}, version=version).outputs
-        np.testing.assert_array_equal(found["output"], [MATRIX[0] + 2 * MATRIX[3]])
+        np.testing.assert_array_equal(found["scores"], [MATRIX[0] + 2 * MATRIX[3]])
 
 
 def test_the_page_and_the_description(server):

@@ -5,6 +5,7 @@
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -30,20 +31,27 @@ GIVEN = {
     "token_file": "tokens",
     "tls_certificate": "tls.crt",
     "tls_key": "tls.key",
+    "address": "local",
+    "working_dir": "folder",
+    "py_modules": ["own.py", "folder"],
     "runtime_env": "env.yaml",
     "model": "own:double",
     "name": "mine",
+    "version_policy": "all",
     "weights": "weights.npy",
     "input_shape": [2, 3],
     "input_datatype": "INT64",
     "preprocess": "own:double",
+    "output_name": "scores",
     "inputs": "points.npy",
     "code": "code.json",
+    "worker_resources": {"TPU": 4.0},
     "actor_options": {"max_task_retries": 1},
     "max_batch_size": 32,
     "surrogate": "learn",
     "max_calls": 1.5,
-    "faults": {"straggler_rate": 0.5, "wrong_workers": {"swap": [0, 2]}},
+    "straggler_score": "norm",
+    "wrong_workers": {"swap": [0, 2]},
 }
 
 
@@ -66,7 +74,7 @@ SERVER, MODEL = (
     for kind in (ServerSettings, ModelSettings)
 )  # fmt: skip
 # Limits of outputs with labels, and of values, which no model has both of.
-LABELS, VALUES = {"outputs", "max_disagreement"}, {"tolerance"}
+LABELS, VALUES = {"outputs", "max_disagreement", "max_reexecution"}, {"tolerance", "coverage"}
 # Flags that are no settings.
 ELSEWHERE = {"config", "check", "print_config"}
 ONE = [{"model": "own:double", "input_shape": [4]}]
@@ -201,17 +209,20 @@ def test_a_setting_by_file_environment_and_flag(name, given, monkeypatch):
 # By the first value beyond a bound, the settings that have it.
 BEYOND = {
     65536: "http_port grpc_port",
-    10**6 + 1: "max_queue_size",
-    2**40 + 1: "max_body_bytes max_bytes_in_flight",
-    3601.0: "drain_delay_s drain_timeout_s batch_wait_timeout_s deadline_s",
-    86401.0: "hang_timeout_s",
+    10**6 + 1: "max_connections max_queue_size",
+    2**40 + 1: "max_body_bytes max_json_bytes max_bytes_in_flight",
+    3601.0: "drain_delay_s drain_timeout_s batch_wait_timeout_s deadline_s priority_lead_s",
+    86401.0: "hang_timeout_s service_delay_s straggler_delay_s",
     65537: "max_batch_size",
-    10_001: "num_data num_workers workers copies",
-    2: "request_log_rate max_disagreement",
-    math.inf: "drain_delay_s deadline_s hang_timeout_s",
-    0: "max_body_bytes max_bytes_in_flight hang_timeout_s deadline_s version num_data num_workers "
-    "workers copies max_queue_size",
-    -1: "http_port grpc_port drain_delay_s drain_timeout_s request_log_rate max_disagreement",
+    10_001: "num_data num_workers workers worker_cpus worker_gpus max_attempts wait_for copies "
+    "hedge_copies",
+    2: "request_log_rate max_disagreement straggler_rate straggler_leaning death_rate wrong_rate",
+    math.inf: "drain_delay_s deadline_s hang_timeout_s straggler_rate",
+    0: "max_body_bytes max_json_bytes max_bytes_in_flight hang_timeout_s deadline_s "
+    "straggler_delay_s max_connections version num_data num_workers workers max_attempts",
+    -1: "http_port grpc_port drain_delay_s drain_timeout_s request_log_rate worker_cpus "
+    "worker_gpus priority_lead_s service_delay_s straggler_rate straggler_leaning death_rate "
+    "wrong_rate",
 }
 
 
@@ -227,13 +238,13 @@ def test_numbers_have_bounds(name, value):
 
 
 def test_sources_are_put_together_setting_by_setting(monkeypatch):
-    path = write({"request_log_rate": 0.5}, {"num_data": 2, "num_workers": 5, "copies": 4}, ONE)
+    path = write({"log_level": "DEBUG"}, {"num_data": 2, "num_workers": 5, "copies": 4}, ONE)
     monkeypatch.setenv("NERCC_DEFAULTS__NUM_WORKERS", "6")
     monkeypatch.setenv("NERCC_DEFAULTS__COPIES", "3")
     settings = read_settings(path, defaults={"copies": 1})
     (model,) = settings.resolved()
     assert (model.num_data, model.num_workers, model.copies) == (2, 6, 1)
-    assert settings.request_log_rate == 0.5
+    assert settings.log_level == "DEBUG"
     # Models come before defaults, even where they say what is usual.
     usual = ModelSettings().num_data
     path = write(defaults={"num_data": 5}, models=[ONE[0] | {"num_data": usual}])
@@ -336,16 +347,23 @@ OWN = ("--model", "own:double", "--input-shape", "4")
             "max_bytes_in_flight = 9",
             "max_body_bytes 67108864 must not be more than max_bytes_in_fl",
         ),
-        ('model_control = "all"', "model_control: input should be 'none' or 'explicit'"),
-        (
-            "[defaults]\nfaults = {straggler_rate = 2}",
-            "defaults.faults.straggler_rate: input should be less than or equal to 1, not 2",
-        ),
-        ("[defaults]\nfaults = {rate = 1}", "defaults.faults.rate: there is no such setting"),
+        ('log_level = "LOUD"', "log_level: input should be 'DEBUG', 'INFO'"),
         ("defaults = 7", "defaults: input should be"),
         ("[defaults]\nnum_dat = 3", "defaults.num_dat: there is no such setting"),
         ("[defaults]\nmax_batch_size = 3", "max_batch_size must be a power of two, not 3"),
         ("[defaults]\ndeadline_s = nan", "deadline_s: input should be less than or equal to 3600"),
+        (
+            "[defaults]\nmax_queue_size = 0",
+            "max_queue_size: input should be greater than",
+        ),
+        (
+            "[defaults]\nmax_disagreement = -0.5",
+            "max_disagreement: input should be greater",
+        ),
+        (
+            "[defaults]\nmax_reexecution = 1.5",
+            "max_reexecution: input should be less than",
+        ),
         ('[defaults]\nscheme = "lcc"', "scheme: input should be 'nercc', 'berrut'"),
         ('[[models]]\nname = "a"', "each of the models needs `model`"),
         ("models = 7", "models: input should be a valid list"),
@@ -459,16 +477,16 @@ def test_what_cannot_be_coded_is_served_uncoded_unless_it_was_asked_for(given, c
     assert type(fitting).__name__ == code
 
 
-@pytest.mark.parametrize("face", ["HTTP", "GRPC"])
-def test_a_port_that_is_taken_is_reported_in_one_sentence(face):
-    """Before anything is loaded; after the log."""
+@pytest.mark.parametrize(("face", "log"), [("HTTP", "text"), ("GRPC", "json")])
+def test_a_port_that_is_taken_is_reported_in_one_sentence(face, log):
+    """Before anything is loaded; after the log, which is for people or for machines."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         ports = {"NERCC_HTTP_PORT": "0", "NERCC_GRPC_PORT": "0", f"NERCC_{face}_PORT": str(port)}
         result = subprocess.run(
-            command(*OWN, "--scheme", "uncoded", "--workers", "1"),
+            command(*OWN, "--scheme", "uncoded", "--workers", "1", "--log-format", log),
             env=environment(**ports),
             capture_output=True,
             text=True,
@@ -480,7 +498,11 @@ def test_a_port_that_is_taken_is_reported_in_one_sentence(face):
     assert "Traceback" not in result.stderr
     assert "loading" not in result.stderr
     assert "programs are kept" not in result.stderr  # which is said once JAX is there
-    assert all(json.loads(line)["level"] for line in lines)
+    if log == "json":
+        assert all(json.loads(line)["level"] for line in lines)
+    else:
+        form = r"\d{4}-\d\d-\d\d [:,\d]{12} [A-Z]+ [\w.]+: .+"
+        assert all(re.fullmatch(form, line) for line in lines), lines
 
 
 @pytest.mark.parametrize("given", [{}, {"grpc_port": None}, SERVER])

@@ -32,7 +32,7 @@ deadline_s = 600
 [[models]]
 model = "own:double"
 name = "slow"
-faults = {{service_delay_s = {service}}}
+service_delay_s = {service}
 [[models]]
 model = "own:hangs"
 name = "hangs"
@@ -168,14 +168,8 @@ def test_it_ends_whatever_models_do(tmp_path, pool, queries):
     server = Server(
         tmp_path,
         *("--model", "own:hangs", "--input-shape", "4", "--hang-timeout-s", "2"),
-        *(
-            "--pool",
-            pool,
-            "--workers",
-            workers,
-        ),
+        *("--pool", pool, "--workers", workers, "--address", "local", "--max-attempts", "99"),
         *("--deadline-s", "600", "--drain-delay-s", "1", "--drain-timeout-s", "2"),
-        RAY_ADDRESS="local",
     )
     try:
         with concurrent.futures.ThreadPoolExecutor(queries) as threads:

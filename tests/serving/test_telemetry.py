@@ -35,10 +35,9 @@ JOURNAL = "nercc_jax.serving._tracing"
 
 def start(name, code):
     """A model three in ten of whose calls straggle. Groups wait to be filled for long."""
-    usual = {"max_batch_size": 1, "batch_wait_timeout_s": 0.5}
-    faults = {"straggler_rate": 0.3, "straggler_delay_s": 0.3}
-    usual |= {"max_disagreement": 1, "faults": faults, "workers": 4, "outputs": "logits"}
-    return real(name, lambda x: 2 * x, code, **usual)
+    usual = {"max_batch_size": 1, "batch_wait_timeout_s": 0.5, "ordering": False}
+    faults = {"straggler_rate": 0.3, "straggler_delay_s": 0.3, "max_disagreement": 1}
+    return real(name, lambda x: 2 * x, code, workers=4, outputs="logits", **usual | faults)
 
 
 @pytest.fixture(scope="module")

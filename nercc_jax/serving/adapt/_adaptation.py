@@ -252,7 +252,7 @@ class Adaptation:
         assert self.predictor is not None
         return self.predictor.risk
 
-    def evidence(self, queries: int) -> LateEvidence:
+    def evidence(self, queries: int, budget: float = math.inf) -> LateEvidence:
         """Return what is known by now, for a group with this number of queries."""
         limit = math.inf
         if self._accuracy.promises:
@@ -261,7 +261,7 @@ class Adaptation:
         risk: dict[Source, Risk] = {"decoded": self.risk("decoded")}
         if self.predictor is not None:
             risk["predicted"] = self.risk("predicted")
-        return LateEvidence(self.setting, self.approximates, self.can_predict, limit, risk)
+        return LateEvidence(self.setting, self.approximates, self.can_predict, limit, risk, budget)
 
     def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
         """Compare an answer with the model's own, which came late, or is None and will never come.
@@ -288,6 +288,7 @@ class Adaptation:
         drifted = risk.add(
             row,
             given=given.given,
+            forced=given.forced,
             epoch=given.epoch,
             unknown=own is None,
             widened=given.widened,

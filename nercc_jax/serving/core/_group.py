@@ -159,7 +159,7 @@ class Group:
             points = self.layout.own[place].tolist()
             for row, query in enumerate(cell.queries):
                 for given in query.approximate.values() if points else ():
-                    if given.given:
+                    if given.given or given.forced:
                         given.x = None if given.x is None else np.array(given.x)
                         value = np.array(given.answer.value)
                         given.answer = dataclasses.replace(given.answer, value=value)

@@ -117,6 +117,7 @@ class ApproximateAnswer:
         x: the query's data point; None once it is not kept any more.
         epoch: of the evidence (`Risk.epoch`) when the answer was made.
         given: whether it was given out, and counts for what was promised.
+        forced: whether it was given out although it is less certain than was promised.
         repeated: whether the model was asked again because the first call failed.
         widened: the factor of the error bar with which it was given out.
     """
@@ -125,6 +126,7 @@ class ApproximateAnswer:
     x: np.ndarray | None
     epoch: int
     given: bool = False
+    forced: bool = False
     repeated: bool = False
     widened: float = 1.0
 
