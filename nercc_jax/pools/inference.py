@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -66,17 +66,12 @@ class PoolResult:
     deviation: Float[np.ndarray, "*groups num_data"] | None = None
 
 
-class ScoredPredictions(NamedTuple):
-    """Predictions of groups, with error probabilities and deviations where there are any."""
-
-    decoded: Decoded
-    error_probability: Float[np.ndarray, "groups num_data"] | None = None
-    deviation: Float[np.ndarray, "groups num_data"] | None = None
-
+# Predictions of groups, with those of `PoolResult`'s fields that say how far they may be off.
+Found: TypeAlias = tuple[Decoded, dict[str, Float[np.ndarray, "groups num_data"]]]
 
 # Coded data points, worker by worker, and what `Decode` has to know of them.
 Encode: TypeAlias = Callable[[PyTree], tuple[PyTree, Any]]
-Decode: TypeAlias = Callable[[Any, PyTree, np.ndarray], ScoredPredictions]
+Decode: TypeAlias = Callable[[Any, PyTree, np.ndarray], Found]
 
 
 @no_mesh()
@@ -183,17 +178,17 @@ def pool_inference(
             raise _no_answer(pool, answers, deadline)
 
         found, again = decode(known, answers.values, answers.available), None
-        if not np.any(found.decoded.recovered):
+        if not np.any(found[0].recovered):
             raise TimeoutError(
                 f"no prediction can be recovered from the {answers.available.sum()} of "
                 f"{plain.num_workers} answers that were in after {deadline} s"
             )
         end = now()
         if limit is not None:
-            score: Any = found.error_probability
+            score: Any = found[1].get("error_probability")
             if tolerance is not None:
-                score = error_bars(jnp.asarray(found.deviation), bars, coverage)
-                score = np.where(found.decoded.recovered, score, np.inf)
+                score = error_bars(jnp.asarray(found[1]["deviation"]), bars, coverage)
+                score = np.where(found[0].recovered, score, np.inf)
             most = int(max_reexecution * score.size)
             chosen = select_uncertain(score.ravel(), limit=limit, at_most=most)
             found, again = _reexecute(pool, x, found, chosen, deadline - (end - sent))
@@ -201,8 +196,8 @@ def pool_inference(
         if not many:
             found, again = jax.tree.map(lambda leaf: leaf[0], (found, again))
         timing = Timing(encoded - begin, sent - encoded, waited - sent, end - waited, now() - end)
-        decoded, error_probabilities, deviation = found
-        result = PoolResult(decoded, answers, timing, error_probabilities, again, deviation)
+        decoded, sure = found
+        result = PoolResult(decoded, answers, timing, reexecuted=again, **sure)
         return result if with_status else decoded.predictions
 
     return infer
@@ -215,8 +210,8 @@ def _code_steps(code: AbstractCode) -> tuple[Encode, Decode]:
     def encode(x: PyTree) -> tuple[PyTree, None]:
         return jax.tree.map(lambda leaf: encode_on_host(encoder, leaf), x), None
 
-    def decode(known: None, values: PyTree, available: np.ndarray) -> ScoredPredictions:
-        return ScoredPredictions(jax.tree.map(np.asarray, decode_shared(code, values, available)))
+    def decode(known: None, values: PyTree, available: np.ndarray) -> Found:
+        return jax.tree.map(np.asarray, decode_shared(code, values, available)), {}
 
     return encode, decode
 
@@ -234,14 +229,16 @@ def _scheme_steps(scheme: Scheme) -> tuple[Encode, Decode]:
         prepared, coded = _encode(scheme, points, encoder)
         return coded, (points, prepared)
 
-    def decode(known: Any, values: PyTree, available: np.ndarray) -> ScoredPredictions:
+    def decode(known: Any, values: PyTree, available: np.ndarray) -> Found:
         points, prepared = known
         given = None if prepared.points is not None else known_decoders(code, available)
         matrices = CachedMatrices(encoder, given)
         found = _decode(scheme, points, prepared, values, available, matrices)
         decoded, error_probability, deviation = jax.tree.map(np.asarray, found)
-        certain = scheme.error_probability is not None
-        return ScoredPredictions(decoded, error_probability if certain else None, deviation)
+        sure = {"deviation": deviation}
+        if scheme.error_probability is not None:
+            sure["error_probability"] = error_probability
+        return decoded, sure
 
     return encode, decode
 
@@ -280,12 +277,12 @@ def _decode(
 def _reexecute(
     pool: AbstractPool,
     x: PyTree[Shaped[np.ndarray, "groups num_data ..."]],
-    found: ScoredPredictions,
+    found: Found,
     chosen: np.ndarray,
     seconds: float,
-) -> tuple[ScoredPredictions, Bool[np.ndarray, "groups num_data"]]:
+) -> tuple[Found, Bool[np.ndarray, "groups num_data"]]:
     """Return predictions with the pool's own of the chosen data points, and which those are."""
-    decoded = found.decoded
+    decoded, sure = found
     again = np.zeros(decoded.recovered.shape, bool)
     if len(chosen) == 0 or seconds <= 0:
         return found, again
@@ -310,8 +307,7 @@ def _reexecute(
         decoded,
         (predictions, filled(decoded.recovered, True)),
     )
-    sure = (None if each is None else filled(each, 0) for each in found[1:])
-    return ScoredPredictions(status, *sure), filled(again, True)
+    return (status, {name: filled(each, 0) for name, each in sure.items()}), filled(again, True)
 
 
 def _no_answer(pool: AbstractPool, answers: BatchAnswers, deadline: float) -> Exception:
