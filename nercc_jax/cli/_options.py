@@ -164,7 +164,7 @@ class Options:
     worker_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     "Dtype of workers' inputs and weights (default: the model's)."
     address: str | None = None
-    "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or one here)."
+    "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or this machine)."
     worker_cpus: float | None = None
     "CPUs per Ray actor (default: at most 0.5)."
     worker_gpus: float | None = None
@@ -399,9 +399,8 @@ COMMANDS = {
         "_serve:serve_models",
         """Serve models behind a code: Open Inference Protocol, REST and gRPC.
 
-        Clients' queries are coded in groups; one whose worker straggles is decoded from the others'
-        answers, or sent again. Settings also come from the environment (NERCC_...) and a file;
-        flags come first; docs/deploy/server.toml has all. SIGTERM answers what was accepted.""",
+        Settings also come from the environment (NERCC_...) and a file (docs/deploy/server.toml has
+        all); flags come first. SIGTERM answers what was accepted.""",
         "",
     ),
 }

@@ -346,8 +346,8 @@ class ServerSettings(BaseSettings):
 
     address: str | None = _setting(
         None,
-        "Ray cluster of the actors: HOST:6379, ray://HOST:10001, auto or local (default: "
-        "RAY_ADDRESS, the cluster that runs on this machine, or a new one).",
+        "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or this "
+        "machine).",
         "auto",
     )
     working_dir: Path | None = _setting(
