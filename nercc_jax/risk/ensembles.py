@@ -228,13 +228,14 @@ def quantile(rows: RowEvidence, q: float, weights: Weights, coverage: float) -> 
 
     value = min(first(lambda each: each.value), len(places) - 1)
     low, high = (first(lambda each, end=end: each.interval[end]) for end in (1, 0))
+    last = max(high - 1, value)  # beyond which shares are larger
     at = shares.get(value) or average(rows, lambda v: v[:, 0], weights, coverage)
     if math.isnan(at.value):
         return at
     bounded = low > 0 or rows.computed.all()
     ends = (
         float(places[low]) if bounded else -math.inf,
-        float(places[high]) if high < len(places) else math.inf,
+        float(places[last]) if high < len(places) else math.inf,
     )
     return dataclasses.replace(at, value=float(places[value]), interval=ends)
 
