@@ -138,7 +138,7 @@ def test_commands_run_as_they_are_shown(page, tmp_path, monkeypatch):
     for block in blocks(FOUND[page].read_text(), "python"):
         if found := re.match(r"# (\w+)\.py\n", block):
             (tmp_path / f"{found[1]}.py").write_text(block)
-    for file in ("my_module", "my_model", "pendulum", "shop"):
+    for file in ("my_module", "my_model", "pendulum", "shop", "simulation"):
         monkeypatch.delitem(sys.modules, file, raising=False)
     x = np.random.default_rng(0).uniform(0, 1, (400, 3))
     np.save("x.npy", x)
