@@ -140,23 +140,21 @@ def _statistic(options: Options) -> Callable[[RowResult], EnsembleEstimate] | No
     )
 
     def estimate(result: RowResult) -> EnsembleEstimate:
-        size, output = 1 if result.values is None else result.values[0].size, int(quantity or 0)
-        if size > 1 and (not quantity or output >= size):
+        size = 1 if result.values is None else result.values[0].size
+        output = 0 if own is not None else int(quantity or 0)
+        if own is None and size > 1 and (not quantity or output >= size):
             raise ValueError(
                 f"rows have {size} outputs: --statistic {name}@0 to {name}@{size - 1} is of one, "
                 f"and {name}@module:function of what a function gives of them"
             )
-        return of(result, lambda y: y.reshape(len(y), -1)[:, output])
-
-    def of(result: RowResult, f: Callable[[Any], Any]) -> EnsembleEstimate:
-        coverage = options.coverage
+        f: Any = own or (lambda y: y.reshape(len(y), -1)[:, output])
         if kind == "above":
-            return result.probability(lambda v: v > at, f, coverage=coverage)
+            return result.probability(lambda v: v > at, f, coverage=options.coverage)
         if kind == "quantile":
-            return result.quantile(at, f, coverage=coverage)
-        return result.mean(f, coverage=coverage)
+            return result.quantile(at, f, coverage=options.coverage)
+        return result.mean(f, coverage=options.coverage)
 
-    return estimate if own is None else lambda result: of(result, own)
+    return estimate
 
 
 def _summary(

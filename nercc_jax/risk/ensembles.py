@@ -156,28 +156,11 @@ def average(
         value += float(v @ mean)
         if kind == 1 and few:
             low, high = float(v @ (mean - least)), float(v @ (most - mean))
-            continue
-        known, drawn = of_kind[kind], len(errors[kind])
-        expected, spread, *_ = _moments(rows, g, known, errors[kind])
-        own = np.asarray(g(rows.values[known]), float)
-        if drawn == len(known):  # a row's own error is one of those drawn
-            expected = (drawn * expected - own) / (drawn - 1)
-        more, scale, total = 1.0, float(np.sqrt(spread).sum()), float(spread.sum())
-        if scale > 0:
-            bias, size = float((own - expected).sum()) / scale, float(v @ np.sqrt(variance))
-            value += bias * size
-            left = float(np.sum((own - expected - bias * np.sqrt(spread)) ** 2))
-            more = max(left / total, 1.0)
-            variances[kind] = more * total * (size / scale) ** 2
-        variances[kind] += more * float(v**2 @ variance)
-        # A variance by n errors varies by (kurtosis - 1) / n, over its square. Where few rows have
-        # most of it, judged or open, it is as if there were no more.
-        count = float(drawn)
-        for each in () if step else (spread, v**2 * variance):
-            count = min(count, float(each.sum()) ** 2 / max(float(np.sum(each**2)), 1e-300))
-        squares = np.sum((errors[kind] - errors[kind].mean(axis=0)) ** 2, axis=1)
-        ratio = squares.var() / max(squares.mean() ** 2, 1e-300)
-        degrees[kind] = max(min(2 * count / max(float(ratio), 1e-9), count - 1), 1.0)
+        else:
+            bias, variances[kind], degrees[kind] = _correction(
+                rows, g, of_kind[kind], errors[kind], v, variance, step
+            )
+            value += bias
 
     half, total = 0.0, float(variances.sum())
     if total > 0:  # Student's t with Welch and Satterthwaite's degrees of freedom
@@ -208,9 +191,12 @@ def quantile(rows: RowEvidence, q: float, weights: Weights, coverage: float) -> 
     """
     if not 0 < q < 1:
         raise ValueError(f"a quantile is at a share between 0 and 1, not {q}")
+    at = average(rows, lambda v: v[:, 0], weights, coverage)
+    if math.isnan(at.value):
+        return at
     places, shares = np.unique(rows.values), {}
-    # Shares change by whole rows.
-    q -= (1 / len(rows.values) if weights is None else float(np.max(weights / np.sum(weights)))) / 2
+    w = np.ones(len(rows.values)) if weights is None else np.asarray(weights, float)
+    q -= float(w.max() / w.sum()) / 2  # shares change by whole rows
 
     def first(end: Callable[[EnsembleEstimate], float]) -> int:
         """Return the first place at which the share, or an end of it, is `q` or more."""
@@ -229,15 +215,48 @@ def quantile(rows: RowEvidence, q: float, weights: Weights, coverage: float) -> 
     value = min(first(lambda each: each.value), len(places) - 1)
     low, high = (first(lambda each, end=end: each.interval[end]) for end in (1, 0))
     last = max(high - 1, value)  # beyond which shares are larger
-    at = shares.get(value) or average(rows, lambda v: v[:, 0], weights, coverage)
-    if math.isnan(at.value):
-        return at
+    at = shares.get(value, at)
     bounded = low > 0 or rows.computed.all()
     ends = (
         float(places[low]) if bounded else -math.inf,
         float(places[last]) if high < len(places) else math.inf,
     )
     return dataclasses.replace(at, value=float(places[value]), interval=ends)
+
+
+def _correction(
+    rows: RowEvidence,
+    g: RowStatistic,
+    judged: Int[np.ndarray, " judged"],
+    errors: Float[np.ndarray, "draws outputs"],
+    v: Float[np.ndarray, " open"],
+    variance: Float[np.ndarray, " open"],
+    step: bool,
+) -> tuple[float, float, float]:
+    """Return what judged rows say of the sum over open rows with weights `v` and variances.
+
+    Returns:
+        The error that predictions have in common, the sum's variance, and its degrees of freedom.
+    """
+    expected, spread, *_ = _moments(rows, g, judged, errors)
+    own, drawn = np.asarray(g(rows.values[judged]), float), len(errors)
+    if drawn == len(judged):  # a row's own error is one of those drawn
+        expected = (drawn * expected - own) / (drawn - 1)
+    scale, total = float(np.sqrt(spread).sum()), float(spread.sum())
+    error, found = 0.0, float(v**2 @ variance)
+    if scale > 0:
+        bias, size = float((own - expected).sum()) / scale, float(v @ np.sqrt(variance))
+        left = float(np.sum((own - expected - bias * np.sqrt(spread)) ** 2))
+        error = bias * size
+        found = max(left / total, 1.0) * (found + total * (size / scale) ** 2)
+    # A variance by n errors varies by (kurtosis - 1) / n, over its square. Where few rows have most
+    # of it, judged or open, it is as if there were no more.
+    count = float(drawn)
+    for each in () if step else (spread, v**2 * variance):
+        count = min(count, float(each.sum()) ** 2 / max(float(np.sum(each**2)), 1e-300))
+    squares = np.sum((errors - errors.mean(axis=0)) ** 2, axis=1)
+    ratio = float(squares.var() / max(squares.mean() ** 2, 1e-300))
+    return error, found, max(min(2 * count / max(ratio, 1e-9), count - 1), 1.0)
 
 
 def _shares_of_late(rows: RowEvidence, nearest: int = 32) -> Float[np.ndarray, " rows"]:
