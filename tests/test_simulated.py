@@ -235,3 +235,12 @@ def test_a_forgotten_batch_sends_nothing_more_and_its_answers_are_wasted_time():
     np.testing.assert_array_equal(answers.values, 2 * POINTS[:2], err_msg="not the other's")
     assert (report.sent, report.late, report.answered) == (4, 2, 2)
     assert (report.seconds, report.wasted_seconds) == (4.0, 2.0)
+
+
+def test_dropping_taken_answers_keeps_one_that_has_just_come():
+    """A server lost it: it was there, by the mask, and was none."""
+    with paper(3) as pool, pool.dispatch(np.ones((3, 1, 2))) as batch:
+        batch.wait(deadline=10.0)
+        batch.drop_answers(np.array([True, False, True]))
+        assert batch.answer(0) is None
+        np.testing.assert_array_equal(batch.answer(1), 2 * np.ones((1, 2)))

@@ -216,10 +216,11 @@ class Batch:
         with self._changed:
             self.needed = 0
 
-    def drop_answers(self) -> None:
-        """Drop the answers that are in, which may be large; ones that still come are collected."""
+    def drop_answers(self, points: Bool[np.ndarray, " num_points"]) -> None:
+        """Drop the answers to some coded data points, which may be large; others are collected."""
         with self._changed:
-            self._values = [None] * self.num_points
+            for point in np.flatnonzero(points).tolist():
+                self._values[point] = None
 
     def answer(self, point: int) -> PyTree[np.ndarray] | None:
         """Return one coded data point's answer, or None if it is not in."""

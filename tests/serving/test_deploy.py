@@ -464,7 +464,7 @@ def test_ray_replica_is_ill_without_workers_and_ends_quietly_if_it_never_started
     check("overdue")
     with pytest.raises(RuntimeError, match="m: none of its workers is ready"):
         check("starting", "starting")
-    replica = types.SimpleNamespace(_server_state=None, _telemetry=None)
+    replica = types.SimpleNamespace(_server_state=None, _spans=None)
     asyncio.run(CodedServer.check_health(replica))
     asyncio.run(CodedServer.__del__(replica))
 

@@ -156,7 +156,7 @@ def test_what_was_given_out_and_was_wrong_stops_it_at_once():
     assert not adaptation.audit(given, None), "it will never come"
     assert predictor.state == "drifted"
     assert predictor.predict(x) is None
-    assert not adaptation.admits(answer, calibrated=True)
+    assert not adaptation.risk("predicted").admits(answer.disagreement, answer.error)
 
 
 def by_difficulty(slow, delay):

@@ -200,7 +200,8 @@ def test_nothing_is_decoded_after_a_drift_until_new_stragglers_were_compared():
         adaptation.risk("decoded").give()
         given = ApproximateAnswer(answer, None, adaptation.risk("decoded").epoch, given=True)
         adaptation.audit(given, np.eye(3, dtype=np.float32)[1])
-    assert not adaptation.admits(answer, calibrated=True)
+    risk = adaptation.risk("decoded")
+    assert not risk.admits(answer.disagreement, answer.error)
     status = traffic.batcher.status()["decoding"]
     assert (status["drifts"], status["compared"], status["admitted"]) == (1, 0, 0)
     assert "went wrong more often than promised" in traffic.batcher.hints()[0]

@@ -166,7 +166,7 @@ class Group:
                         self.late.append(LateAnswer(points, row, given))
                 query.approximate = {}
         self.cells, self.answers, self.estimates = [], [], {}
-        self.batch.drop_answers()
+        self.batch.drop_answers(self.mask)  # another may have come, and is to be received
         self.batch.suffice()
 
     def comes(self, late: LateAnswer) -> bool:
