@@ -192,7 +192,7 @@ class Half:
 
     @property
     def off(self) -> Bool[np.ndarray, " points"]:
-        """Which of the surrogate's labels are not the model's."""
+        """The mask of the surrogate's labels that are not the model's."""
         return np.asarray(~agree_on_labels(self.cheap, jnp.asarray(self.own), self.form))
 
 

@@ -56,7 +56,7 @@ class AbstractClock(abc.ABC):
 
     @abc.abstractmethod
     def start(self, name: str, work: Callable[[], Any]) -> Callable[[], bool]:
-        """Begin work that goes on beside all else, once; return a function that says if it does.
+        """Start work in the background, once; return a function that says whether it still runs.
 
         Args:
             name: The name of the thread, where there are threads.

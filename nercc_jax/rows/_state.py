@@ -410,6 +410,9 @@ class RowState:
         computed, deviation = table["state"] == COMPUTED, table["expected"].copy()
         late = table.late | ((table["tries"] > 0) & ~computed)
         judged = computed & (table["audit"] | late)
+        if computed.all():  # nothing is predicted, and nothing need be copied
+            values = table.values
+            return RowEvidence(values, values, deviation, computed, late, table["audit"], judged)
         # A row without a prediction has the mean of all, which is off by their spread.
         known = table.values[table.learnable]
         predictions = np.broadcast_to(known.mean(axis=0), table.values.shape).copy()

@@ -20,6 +20,7 @@ from ..pools import AbstractPool
 from ..pools.batch import Refuse
 from ..pools.clock import TimeShare
 from ..pools.times import AnswerTimes, power_of_two
+from ..stragglers import picking
 from ._estimates import Estimator
 from ._policy import BatchingPolicy
 from .adapt._adaptation import Adaptation
@@ -106,9 +107,6 @@ class QueryOrdering:
         return order[order < len(x)]
 
 
-# The share of groups whose late queries are copied although copies are as slow as what they copy,
-# to see whether that is so still.
-_TRIED = 0.1
 # Ordering takes the scheduler's time. It is left out where it takes more seconds than this, and
 # more than this share of the time that an answer takes; and for a while where it has taken more
 # than this share of the whole time. Beside models that keep all cores busy it takes ten times as
@@ -313,7 +311,7 @@ class Dispatcher:
     def _new_group(
         self, coder: Coder, now: float, *, alone: bool = False, at_once: int = 1
     ) -> Group:
-        group = Group(coder, now, alone=alone, trial=self._random.random() < _TRIED)
+        group = Group(coder, now, alone=alone, trial=self._random.random() < picking.PICKING.tried)
 
         def changed(_: object) -> None:
             self._events.post_group(group)

@@ -51,7 +51,7 @@ def _setting(default: Any, text: str, example: Any = None, **bounds: Any) -> Any
 
 
 class _OwnSettings(BaseModel):
-    """What a model is, how it is coded, and which workers run it."""
+    """The settings of a model that are not the policy's: its code, and the workers that run it."""
 
     model_config = ConfigDict(extra="forbid")
     # By the first setting of each panel of `nercc serve --help`, its title.

@@ -12,7 +12,6 @@ from nercc_jax.risk import Accuracy, Risk
 from nercc_jax.serving import BatchingPolicy, Coder
 from nercc_jax.serving.core._adaptation import DispatchSetting
 from nercc_jax.serving.core._decide import (
-    LONGEST,
     AnswerEstimate,
     Copy,
     Decode,
@@ -25,6 +24,7 @@ from nercc_jax.serving.core._decide import (
     Wait,
     decide,
 )
+from nercc_jax.stragglers import picking
 
 NOW, LIMIT = 100.0, 1.0
 SOON = NOW - LIMIT / 2  # when what is in time was sent: it is late half a limit from now
@@ -74,7 +74,7 @@ SOURCES, SOME = frozenset({"predicted", "decoded"}), EXTRAS[:2]
 THEN = Wait(SOON + LIMIT)  # when what is in time would be late
 NEVER = Wait(math.inf)
 AGAIN = [Copy([FIRST], 1), NEVER]
-LEAST = LONGEST * 0.8  # seconds after which a worker may hang
+LEAST = picking.PICKING.hung * 0.8  # seconds after which a worker may hang
 
 TABLE = {
     "while its own worker is in time, a query waits": (of(late=()), known(), PROMISE, [THEN]),

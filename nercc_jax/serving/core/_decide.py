@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ...risk import Accuracy, Risk
+from ...stragglers import picking
 from .._policy import BatchingPolicy
 from ._adaptation import DispatchSetting
 from ._coder import Coder
@@ -31,7 +32,7 @@ Place: TypeAlias = tuple[int, int]  # of a query: its cell in the group, and its
 
 
 class AnswerEstimate(NamedTuple):
-    """What is known of an approximate answer.
+    """An approximate answer's source, and how far it may be off.
 
     Attributes:
         source: where it comes from.
@@ -92,7 +93,7 @@ class GroupView(NamedTuple):
 
 
 class LateEvidence(NamedTuple):
-    """What was learned so far, handed over as a whole by the thread that learns.
+    """The state of all learning, handed over as a whole by the thread that learns.
 
     Attributes:
         setting: the setting that holds.
@@ -153,10 +154,6 @@ class Wait(NamedTuple):
 
 Action: TypeAlias = Predict | Decode | GiveOut | Copy | Fail | Wait
 
-# The median answer times after which a query is sent again even where copies are as slow as what
-# they copy: its worker may hang.
-LONGEST = 30
-
 
 def decide(
     group: GroupView, now: float, evidence: LateEvidence, policy: BatchingPolicy, enough: int
@@ -184,7 +181,7 @@ def decide(
     hedges = policy.copies > 1
     if not evidence.setting.hedges:
         outstanding = group.sent_at[sent & ~group.answered]
-        longest = LONGEST * group.median
+        longest = picking.PICKING.hung * group.median
         ends = np.append(ends, outstanding + longest)
         hedges &= group.trial or now - float(np.min(outstanding, initial=now)) >= longest
     wait = Wait(float(np.min(ends[ends > now], initial=math.inf)))
