@@ -76,6 +76,19 @@ def test_intervals_hold_and_are_shorter_than_a_samples(slow):
     assert np.median([each for each in widths if each]) < 1 / 3
 
 
+def test_a_quantiles_interval_has_the_values_whose_share_may_be_it():
+    """Shares of values up to a number are those of the condition that says so."""
+    result, _ = run(rows(), tolerance=0.3, job_deadline=8.0)
+    estimate = result.quantile(0.8, first)
+    below, above = estimate.interval
+    assert below <= estimate.value <= above
+    assert below < above
+    half = 0.5 / ROWS
+    for value, inside in ((below - 1e-3, False), (estimate.value, True), (above + 1e-2, False)):
+        low, high = result.probability(lambda v, most=value: v <= most, first).interval
+        assert (low <= 0.8 + half and high >= 0.8 - half) == inside
+
+
 def test_late_rows_that_never_came_widen_the_interval_and_are_said():
     """No row of the slow kind comes by the deadline: nothing is known of their errors."""
 

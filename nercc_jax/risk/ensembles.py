@@ -19,6 +19,7 @@ have been late as often as rows of similar predictions: that share of it counts 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -96,10 +97,30 @@ class RowEvidence:
             raise ValueError(f"{odd} rows' values or predictions are not finite: map them by `f`")
         return dataclasses.replace(self, values=mapped[0], predictions=mapped[1])
 
+    @functools.cached_property
+    def shares_of_late(self) -> Float[np.ndarray, " rows"]:
+        """The probability that a row would be late.
+
+        It is the share of late ones among the 32 rows whose values or predictions are nearest in
+        rank, since slow rows may be those with large values; of rows with several outputs, among
+        all that were drawn at random.
+        """
+        known, nearest = np.flatnonzero(self.computed | self.late), 32
+        late = self.late[known]
+        if self.values.shape[1] > 1 or len(known) < nearest:
+            random = self.random[known]
+            return np.full(len(self.late), late[random].mean() if random.any() else 0.0)
+        places = self.values[:, 0]
+        order = np.argsort(places[known], kind="stable")
+        sums = np.concatenate([[0.0], np.cumsum(late[order])])
+        at = np.searchsorted(places[known][order], places)
+        start = np.clip(at - nearest // 2, 0, len(known) - nearest)
+        return (sums[start + nearest] - sums[start]) / nearest
+
 
 def average(
     rows: RowEvidence,
-    g: RowStatistic,
+    g: RowStatistic | float,
     weights: Weights,
     coverage: float,
     *,
@@ -110,7 +131,8 @@ def average(
 
     Args:
         rows: Of `RowEvidence.map`.
-        g: Maps values (rows, outputs) to a number a row.
+        g: Maps values (rows, outputs) to a number a row. A number stands for whether rows' only
+            value is at most that: then errors are sorted once, and nothing is drawn.
         weights: Of the rows, from 0 on (default: all the same).
         coverage: The probability with which the interval holds.
         step: Whether `g` is 0 or 1. No such mean is known better than by half a row.
@@ -126,7 +148,8 @@ def average(
     if not 0 < coverage < 1:
         raise ValueError(f"coverage is a share between 0 and 1, not {coverage}")
     w = w / w.sum()
-    value = float(w[computed] @ np.asarray(g(rows.values[computed]), float))
+    own = rows.values[computed]
+    value = float(w[computed] @ np.asarray(g(own) if callable(g) else own[:, 0] <= g, float))
     if computed.all():
         return EnsembleEstimate(value, (value, value), coverage)
 
@@ -144,7 +167,7 @@ def average(
     few = math.isinf(conformal_quantile(np.abs(errors[1]).max(axis=1, initial=0.0), coverage))
     if few:
         errors[1] = np.concatenate(errors)[-draws:]
-    share = _shares_of_late(rows)[prompt]
+    share = rows.shares_of_late[prompt]
     weighted = [
         (prompt, (1 - share) * w[prompt]),
         (np.concatenate([prompt, late]), np.concatenate([share * w[prompt], w[late]])),
@@ -204,11 +227,8 @@ def quantile(rows: RowEvidence, q: float, weights: Weights, coverage: float) -> 
         while low < high:
             middle = (low + high) // 2
             if middle not in shares:
-                most = places[middle]
-                below = average(
-                    rows, lambda v, most=most: v[:, 0] <= most, weights, coverage, step=True
-                )
-                shares[middle] = below
+                at_most = float(places[middle])
+                shares[middle] = average(rows, at_most, weights, coverage, step=True)
             low, high = (low, middle) if end(shares[middle]) >= q else (middle + 1, high)
         return low
 
@@ -226,7 +246,7 @@ def quantile(rows: RowEvidence, q: float, weights: Weights, coverage: float) -> 
 
 def _correction(
     rows: RowEvidence,
-    g: RowStatistic,
+    g: RowStatistic | float,
     judged: Int[np.ndarray, " judged"],
     errors: Float[np.ndarray, "draws outputs"],
     v: Float[np.ndarray, " open"],
@@ -239,7 +259,8 @@ def _correction(
         The error that predictions have in common, the sum's variance, and its degrees of freedom.
     """
     expected, spread, *_ = _moments(rows, g, judged, errors)
-    own, drawn = np.asarray(g(rows.values[judged]), float), len(errors)
+    own, drawn = rows.values[judged], len(errors)
+    own = np.asarray(g(own) if callable(g) else own[:, 0] <= g, float)
     if drawn == len(judged):  # a row's own error is one of those drawn
         expected = (drawn * expected - own) / (drawn - 1)
     scale, total = float(np.sqrt(spread).sum()), float(spread.sum())
@@ -259,33 +280,18 @@ def _correction(
     return error, found, max(min(2 * count / max(ratio, 1e-9), count - 1), 1.0)
 
 
-def _shares_of_late(rows: RowEvidence, nearest: int = 32) -> Float[np.ndarray, " rows"]:
-    """Return for each row the probability that it would be late.
-
-    It is the share of late ones among the rows whose values or predictions are nearest in rank,
-    since slow rows may be those with large values; of rows with several outputs, among all that
-    were drawn at random.
-    """
-    known = np.flatnonzero(rows.computed | rows.late)
-    late = rows.late[known]
-    if rows.values.shape[1] > 1 or len(known) < nearest:
-        random = rows.random[known]
-        return np.full(len(rows.late), late[random].mean() if random.any() else 0.0)
-    places = rows.values[:, 0]
-    order = np.argsort(places[known], kind="stable")
-    sums = np.concatenate([[0.0], np.cumsum(late[order])])
-    at = np.searchsorted(places[known][order], places)
-    start = np.clip(at - nearest // 2, 0, len(known) - nearest)
-    return (sums[start + nearest] - sums[start]) / nearest
-
-
 def _moments(
     rows: RowEvidence,
-    g: RowStatistic,
+    g: RowStatistic | float,
     some: Int[np.ndarray, " some"],
     errors: Float[np.ndarray, "draws outputs"],
 ) -> Float[np.ndarray, "4 some"]:
     """Return the mean, variance, least and largest `g` of some rows, over these errors."""
+    if not callable(g):  # a share of the errors, by their order
+        limits = (g - rows.predictions[some, 0]) / np.maximum(rows.deviation[some], 1e-300)
+        share = np.searchsorted(np.sort(errors[:, 0]), limits, side="right") / len(errors)
+        spread = share * (1 - share) * len(errors) / max(len(errors) - 1, 1)
+        return np.stack([share, spread, share >= 1, share > 0])
     found = np.zeros((4, len(some)))
     step = max((1 << 20) // errors.size, 1)  # numbers that are drawn together
     for place in range(0, len(some), step):
