@@ -1,13 +1,10 @@
 """Count what accelerators would launch, without one, and time the same programs on a device.
 
-    python bench/accelerator.py --platform tpu|cuda [--only PATTERN ...] [--quick] [--update]
-    python bench/accelerator.py [--only PATTERN ...] [--models NAME ...] [--groups G ...] [--update]
-
 With `--platform`, each of six programs is compiled for a description of a TPU v5e or an H100, and
 not run. The command fails (1) where one does not compile, has float64 or a callback to the host,
 lets the device round the factors of a product of the spline mathematics, or is over its budget,
 which stands beside the program below. `.ci/compiled` installs the compilers, in the versions that
-the budgets are for.
+the budgets are for. `--quick` leaves out what compiles slowly.
 
 On a GPU each instruction outside of a fusion is a kernel launch, and each turn of a loop launches
 its body again. These, not bytes or operations, are what small programs take: 2.5 microseconds a
@@ -17,9 +14,13 @@ one and may launch several kernels. A TPU launches none.
 Without `--platform`, the programs run on JAX's default device: medians and quartiles of compiled
 calls, coded inference in turn with the bare model on as many images as there are coded ones.
 `--update` adds to results/accelerator.json, by device, or to results/compiled-PLATFORM.json.
+
+`learner`: one `update` with 32 pairs and one `predict` for 32 queries, together and by themselves,
+for windows and numbers of outputs that users have, in addition to making the factor again, and
+`predict` in a compiled program. Nothing may be compiled while they take turns. LAPACK runs on one
+thread, as under `nercc`, unless OPENBLAS_NUM_THREADS says otherwise.
 """
 
-import argparse
 import dataclasses
 import fnmatch
 import functools
@@ -29,6 +30,8 @@ import os
 import re
 import sys
 import time
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy is imported
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,18 +40,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _report import Contender, affordable, environment, interleaved, read_json, warmed, write_json
 from flax import nnx
 from jax.experimental.topologies import get_topology_desc
+from measure import CompileCounter, Contender, affordable, interleaved, warmed
+from report import RESULTS, Report, environment, show
 
 from nercc_jax import NeRCC, coded_inference, nested_objective
 from nercc_jax.codes import AbstractCode, encode_groups
+from nercc_jax.surrogates import Learner, init_learner
 from nercc_models import repvgg_cifar, vit_small_cifar
 from nercc_models.lenet5 import INPUT_SHAPE, LeNet5
 from nercc_models.repvgg import CIFAR_SHAPE
 
-RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("jax", "jaxlib", "equinox", "flax", "numpy")
 _PLUGINS = {"tpu": "libtpu", "cuda": "jax_cuda12_plugin"}
 _CODE, _LOST = (20, 8), 3  # (N, K), and stragglers of each set
 _MODELS: Mapping[str, tuple[Callable[[], nnx.Module], tuple[int, ...]]] = {
@@ -285,7 +288,8 @@ def time_all(cases: Mapping[str, tuple[str, int, Mapping[str, Program]]]) -> dic
             call = Contender(lambda c=compiled, a=arrays: jax.block_until_ready(c(a)))
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(call.call())):
                 raise ValueError(f"{name}, {part}: a result is not finite")
-            contenders[part] = warmed(call)
+            contenders[part] = call
+        contenders = warmed(contenders)
         timings = interleaved(contenders, affordable(contenders, seconds=10.0, most=31))
         bare = {part: timing for part, timing in timings.items() if part.startswith("bare")}
         found = {
@@ -302,47 +306,104 @@ def time_all(cases: Mapping[str, tuple[str, int, Mapping[str, Program]]]) -> dic
     return results
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--platform", choices=tuple(_PLUGINS), help="compile for it, run nothing")
-    parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN", help="names: 'try*'")
-    parser.add_argument("--quick", action="store_true", help="without what compiles slowly")
-    parser.add_argument("--update", action="store_true", help="write the results")
-    parser.add_argument("--models", nargs="*", default=["LeNet5"], choices=tuple(_MODELS))
-    parser.add_argument("--groups", nargs="*", type=int, default=[1], help="a call (default: 1)")
-    options = parser.parse_args()
-    device = described_device(options.platform) if options.platform else None  # before any array
+def run(
+    report: Report,
+    platform: str | None = None,
+    only: tuple[str, ...] = ("*",),
+    update: bool = False,
+    models: tuple[str, ...] = ("*",),
+    groups: tuple[int, ...] = (1,),
+) -> int:
+    """Count or time the programs; return 1 where one is over its budget.
+
+    Options:
+        platform: "tpu" or "cuda": compile for it, run nothing.
+        only: Patterns of programs, such as "try*".
+        update: Write the results.
+        models: Patterns of models that are timed (default: LeNet5).
+        groups: Groups a call.
+    """
+
+    def matches(name: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    device = described_device(platform) if platform else None  # before any array
     chosen = {
         name: program
         for name, program in programs().items()
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in options.only)
-        and not (options.quick and name == SLOW)
+        if matches(name, only) and not (report.quick and name == SLOW)
     }
-    plugin = [_PLUGINS[options.platform]] if device else []
-    where = environment([*_PACKAGES, *plugin])
+    where = environment(*([_PLUGINS[platform]] if platform else []))
+    report.path = (
+        RESULTS / f"compiled-{platform}.json" if platform else RESULTS / "accelerator.json"
+    )
     if device is None:
         alone = {name: each for name, each in chosen.items() if not name.startswith("LeNet5")}
         cases = {name: (name, 1, {"compiled": program}) for name, program in alone.items()}
-        for model, groups in itertools.product(options.models, options.groups):
-            subject = f"{model} {_CODE}" + f" x {groups} groups" * (groups > 1)
-            cases[f"inference: {subject}, float32"] = (subject, groups, inference(model, groups))
-        path, results = RESULTS / "accelerator.json", time_all(cases)
-        kept = read_json(path)["runs"]
+        models = ("LeNet5",) if models == ("*",) else models
+        timed = [name for name in _MODELS if matches(name, models)]
+        for model, number in itertools.product(timed, groups):
+            subject = f"{model} {_CODE}" + f" x {number} groups" * (number > 1)
+            cases[f"inference: {subject}, float32"] = (subject, number, inference(model, number))
+        results, kept = time_all(cases), report.read()["runs"]
         older = kept.get(where["device"], {"cases": {}})["cases"]
-        content = {
-            "runs": kept | {where["device"]: {"environment": where, "cases": older | results}}
-        }
+        here = {"environment": where, "cases": older | results}
+        content = {"runs": kept | {where["device"]: here}}
     else:
-        path = RESULTS / f"compiled-{options.platform}.json"
-        results = count_all(chosen, options.platform, device)
-        kept = read_json(path)["programs"]
-        content = {"environment": where, "programs": kept | results}
-    if options.update:
-        write_json(path, content)
+        results = count_all(chosen, str(platform), device)
+        content = {"environment": where, "programs": report.read()["programs"] | results}
+    if update:
+        report.write(content)
     failed = {name: words for name, found in results.items() if (words := found.get("faults"))}
     print("\n".join(f"{name}: {'; '.join(words)}" for name, words in failed.items()))
     return 1 if failed or not results else 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+# --- a learner
+
+
+@eqx.filter_jit
+def _predict(learner: Learner, x: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    return learner.predict(x)
+
+
+def learner(report: Report, repeats: int = 100) -> None:
+    """Time a learner's calls on windows that are full.
+
+    Options:
+        repeats: Of each call.
+    """
+    counter, rows, number, features = CompileCounter(), [], 32, 16
+    cases = ((512, 10), (1024, 10), (1024, 1000), (2048, 10), (4096, 10))  # window, outputs
+    if report.quick:
+        cases, repeats = ((256, 10),), 5
+    for window, outputs in cases:
+        random = np.random.default_rng(window + outputs)
+        weights = random.normal(size=(features, outputs)) / 4
+        x = random.normal(size=(window, features)).astype(np.float32)
+        known = init_learner(x, np.sin(x @ weights), capacity=window)
+        new = random.normal(size=(number, features)).astype(np.float32)
+        answers, queries = np.sin(new @ weights), new + 0.1
+        calls: dict[str, Callable[[], Any]] = {
+            "update": lambda: known.update(new, answers),  # noqa: B023
+            "predict": lambda: known.predict(queries),  # noqa: B023
+            "update and predict": lambda: known.update(new, answers).predict(queries),  # noqa: B023
+            "factor anew": lambda: known.refactorized(),  # noqa: B023
+            "predict in a program": lambda: _predict(known, queries),  # noqa: B023
+        }
+        contenders = {
+            name: Contender(lambda call=call: jax.block_until_ready(call()))
+            for name, call in calls.items()
+        }
+        for each in contenders.values():
+            each.call()
+        before = counter.compilations
+        timings = interleaved(contenders, repeats)
+        after, compiled = known.update(new, answers), counter.compilations - before
+        error = np.abs(after.predict(queries)[0] - after.refactorized().predict(queries)[0]).max()
+        about = {"window": window, "outputs": outputs, "queries": number}
+        about |= {"compiled_again": compiled, "error": float(error)}
+        rows.append(about | {name: timing.summary() for name, timing in timings.items()})
+        show([about | {name: 1e3 * timing.median for name, timing in timings.items()}])
+    threads = {"lapack_threads": os.environ["OPENBLAS_NUM_THREADS"]}
+    report.write({"environment": environment() | threads, "rows": rows})

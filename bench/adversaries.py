@@ -1,9 +1,7 @@
 """Workers that lie: robust decoding beside plain decoding, copies with a median, and BACC.
 
-    python bench/adversaries.py [--quick] [--only lenet5-mnist:100:20] [--data-dir FOLDER]
-
-A of N workers return wrong answers within the range [low, high] of honest ones, the same workers in
-all groups. Four attacks:
+`adversaries`: A of N workers return wrong answers within the range [low, high] of honest ones, the
+same workers in all groups. Four attacks:
 
 - **noise**: Gaussian, three times the root mean square of the outputs, added and clipped;
 - **flip**: low + high - y, the sign flipped about the middle of the range;
@@ -16,35 +14,32 @@ all groups. Four attacks:
 The liars of the first three are drawn at random. The rate: a smooth function of one number, A = N^a
 neighbours that answer an end of the range, all placements of twenty; mean square and sup norm.
 
-Writes `results/adversaries.json`, which docs/adversaries.md shows. `--only` runs one part, whose
-results replace those in the file.
+`liars`: the worst answers of A of N = 100 workers, found by gradient ascent through the decoder.
+Where they lie: neighbours on the line, workers spread evenly, or random ones. What they answer: the
+end of the range (for networks the labels moved on by one), or the worst that projected gradient
+ascent finds for the decoder at hand, from three starts. The error is the root mean square, and the
+largest deviation (sup norm), over data points and outputs of a group, by the function's root mean
+square; means over groups. For images, also the labels that differ. Source of the question: Moradi
+and Akbarinodehi, "Adversarial Robustness of Nonparametric Regression"; the smoothing rule is that
+of arXiv 2502.08058.
 """
 
-import argparse
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _report import add_json, environment
-from _settings import PACKAGES, Setting
+from jaxtyping import Array, Bool, Float, Int
+from report import Report, environment, show
+from workloads import Network, Outputs, Setting, coded_answers, groups_of, in_batches, own_answers
 
 from nercc_jax import AbstractCode, Berrut, NeRCC, Replication
-from nercc_jax.cli._options import Outputs
-from nercc_jax.cli._workload import load_worker_model
-from nercc_jax.codes._points import copies
 from nercc_jax.evaluation import Estimate
-from nercc_jax.evaluation._answers import Recorder, batched, cut_groups
 from nercc_jax.inference import robust_decode
-from nercc_jax.inference._robust import RobustMethod
-
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
 
 SETTINGS: dict[Setting, Outputs] = {
     Setting("lenet5-mnist", 100, 20): "logits",
@@ -54,6 +49,9 @@ STRENGTHS = (0.125, 0.25, 1.0)
 ATTACKS = ("noise", "flip", "worst", "coalition")
 RATE_CONSTANT = jnp.asarray(4e-6)  # of "smooth" for the networks, near the best of a grid
 TOLD_WITHOUT = 10  # how many adversaries the decoder allows for where there are none
+EXPONENTS = (0.3, 0.4, 0.5, 0.6)
+RATE_DATA = 64
+RATE_CONSTANTS = tuple(10.0**p for p in np.arange(-4, 1.5, 0.5))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,23 +64,17 @@ class Size:
     workers: tuple[int, ...] = (64, 128, 256, 512, 1024)
 
 
-FULL = Size()
-QUICK = Size(points=100, sets=3, adversaries=(5,), workers=(32, 64, 128))
-EXPONENTS = (0.3, 0.4, 0.5, 0.6)
-RATE_DATA = 64
-RATE_CONSTANTS = tuple(10.0**p for p in np.arange(-4, 1.5, 0.5))
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A code and the way its answers (groups, N, m) are decoded, given how many may lie.
-
-    `matrix` is its plain decoder.
-    """
+class Method(NamedTuple):
+    """A code, its plain decoder, and the way its answers are decoded, given how many may lie."""
 
     code: AbstractCode
     matrix: np.ndarray
     decode: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray | None]]
+
+
+def decoder(code: AbstractCode) -> np.ndarray:
+    """Return the plain decoder."""
+    return np.asarray(code.decoder_matrix(np.ones(code.num_workers, bool)))
 
 
 @eqx.filter_jit
@@ -90,49 +82,54 @@ def _decode_each(code, y, most, method, constant):
     """Decode each group for itself; one compilation for any number of adversaries."""
 
     def decode(answers):
-        got = robust_decode(
+        found, suspected = robust_decode(
             code, answers, jnp.ones(code.num_workers, bool), max_adversaries=most, method=method,
             rate_constant=constant,
         )  # fmt: skip
-        return got.decoded.predictions, got.suspected
+        return found.predictions, suspected
 
     return jax.vmap(decode)(y)
 
 
-def robust(code: NeRCC, method: RobustMethod, together: bool = False) -> Method:
+def robust(code: NeRCC, method: Any, together: bool = False) -> Method:
     """Return robust decoding, of each group for itself or of all groups together."""
-    everyone = np.ones(code.num_workers, bool)
 
     def decode(y: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray | None]:
         if together:
-            got = robust_decode(
-                code, np.moveaxis(y, 0, 1), everyone,
+            found, suspected = robust_decode(
+                code, np.moveaxis(y, 0, 1), np.ones(code.num_workers, bool),
                 max_adversaries=most, method=method,
             )  # fmt: skip
-            suspected = np.broadcast_to(got.suspected, y.shape[:2])
-            return np.moveaxis(np.asarray(got.decoded.predictions), 1, 0), suspected
-        predictions, suspected = _decode_each(code, y, jnp.asarray(most), method, RATE_CONSTANT)
-        return np.asarray(predictions), np.asarray(suspected)
+            suspected = np.broadcast_to(suspected, y.shape[:2])
+            return np.moveaxis(np.asarray(found.predictions), 1, 0), suspected
+        found = _decode_each(code, y, jnp.asarray(most), method, RATE_CONSTANT)
+        return np.asarray(found[0]), np.asarray(found[1])
 
     return Method(code, decoder(code), decode)
 
 
-def plain(code: AbstractCode, before: Callable[[np.ndarray], np.ndarray] | None = None) -> Method:
-    """Return the code's own decoder on all answers."""
-    matrix = decoder(code)
+def plain(code: AbstractCode, width: int = 1) -> Method:
+    """Return a code's own decoder, of medians of so many neighbours on the line."""
+    matrix, order = decoder(code), places(code)
 
     def decode(y: np.ndarray, most: int) -> tuple[np.ndarray, None]:
-        return matrix @ (y if before is None else before(y)), None
+        if width > 1:
+            padded = np.pad(y[:, order], ((0, 0), (width // 2,) * 2, (0, 0)), mode="edge")
+            windows = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1)
+            y = np.empty_like(y)
+            y[:, order] = np.median(windows, axis=-1)
+        return matrix @ y, None
 
-    return Method(code, decoder(code), decode)
+    return Method(code, matrix, decode)
 
 
-def decoder(code: AbstractCode) -> np.ndarray:
-    return np.asarray(code.decoder_matrix(np.ones(code.num_workers, bool)))
+def held_by(code: AbstractCode) -> np.ndarray:
+    """Return the data point that weighs most in each worker's: of copies, the data point itself."""
+    return np.argmax(np.asarray(code.encoder_matrix()), axis=1)
 
 
 def medians_of_copies(code: Replication) -> Method:
-    holds = copies(code.num_data, code.num_workers)
+    holds = held_by(code)
 
     def decode(y: np.ndarray, most: int) -> tuple[np.ndarray, None]:
         parts = [np.median(y[:, holds == k], axis=1) for k in range(code.num_data)]
@@ -141,41 +138,24 @@ def medians_of_copies(code: Replication) -> Method:
     return Method(code, decoder(code), decode)
 
 
-def running_median(beta: np.ndarray, width: int = 5) -> Callable[[np.ndarray], np.ndarray]:
-    """Return each answer by the median of it and its neighbours on the line."""
-    order = np.argsort(beta)
-
-    def smooth(y: np.ndarray) -> np.ndarray:
-        padded = np.pad(y[:, order], ((0, 0), (width // 2, width // 2), (0, 0)), mode="edge")
-        windows = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1)
-        summary = np.empty_like(y)
-        summary[:, order] = np.median(windows, axis=-1)
-        return summary
-
-    return smooth
+def places(code: Any) -> np.ndarray:
+    """Return workers in the order of their places on the line."""
+    where = held_by(code) if isinstance(code, Replication) else np.asarray(code.beta)
+    return np.argsort(where, kind="stable")
 
 
 def methods(setting: Setting) -> dict[str, Method]:
-    shape = (setting.num_data, setting.num_workers)
-    nercc, repeated = NeRCC(*shape), NeRCC(*shape, points="repeated")
-    bacc = Berrut(*shape)
+    nercc, bacc = NeRCC(*setting.shape), Berrut(*setting.shape)
     return {
         "NeRCC": plain(nercc),
         "NeRCC, reject": robust(nercc, "reject"),
         "NeRCC, reject, groups together": robust(nercc, "reject", together=True),
         "NeRCC, smooth": robust(nercc, "smooth"),
-        "repeated NeRCC, reject": robust(repeated, "reject"),
-        "replication, median": medians_of_copies(Replication(*shape)),
+        "repeated NeRCC, reject": robust(NeRCC(*setting.shape, points="repeated"), "reject"),
+        "replication, median": medians_of_copies(Replication(*setting.shape)),
         "BACC": plain(bacc),
-        "BACC, median of 5 neighbours": plain(bacc, running_median(np.asarray(bacc.beta))),
+        "BACC, median of 5 neighbours": plain(bacc, 5),
     }
-
-
-def places(code: AbstractCode) -> np.ndarray:
-    """Return workers in the order of their places on the line."""
-    if isinstance(code, Replication):
-        return np.argsort(copies(code.num_data, code.num_workers), kind="stable")
-    return np.argsort(np.asarray(code.beta), kind="stable")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def attack(
@@ -189,13 +169,12 @@ def attack(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the answers with `count` liars among the workers, and the liars."""
     random = np.random.default_rng([seed, count, ATTACKS.index(kind)])
-    low, high = limits
-    code = method.code
+    (low, high), workers = limits, method.code.num_workers
     if kind == "coalition":
-        start = random.integers(code.num_workers - count + 1)
-        liars = places(code)[start : start + count]
+        start = random.integers(workers - count + 1)
+        liars = places(method.code)[start : start + count]
     else:
-        liars = random.choice(code.num_workers, count, replace=False)
+        liars = random.choice(workers, count, replace=False)
     y = y.copy()
     said = y[:, liars]
     if kind == "noise":
@@ -206,183 +185,275 @@ def attack(
     elif kind == "coalition":
         said = np.roll(said, 1, axis=-1)
     else:
-        end = worst_ends(method.matrix[:, liars], said, limits, random)
+        # The ends at which |matrix (end - said)|^2 is (locally) largest are its gradient's signs,
+        # until they stay. The square is convex, so an end is never worse than the inside.
+        matrix = method.matrix[:, liars]
+        gram, end = matrix.T @ matrix, np.where(random.random(said.shape) < 0.5, *limits)
+        for _ in range(20):
+            end = np.where(gram @ (end - said) >= 0, high, low)
         said = said + strength * (end - said)
     y[:, liars] = said
     return y, liars
 
 
-def worst_ends(
-    matrix: np.ndarray, said: np.ndarray, limits: tuple[float, float], random
-) -> np.ndarray:
-    """Return the ends of the range at which |matrix (end - said)|^2 is (locally) largest.
+def run(
+    report: Report, only: tuple[str, ...] = (*(each.name for each in SETTINGS), "rate")
+) -> None:
+    """Measure every method under every attack, and the rate.
 
-    They are its gradient's signs, until they stay. The square is convex, so an end is never worse
-    than the inside.
+    Options:
+        only: Parts.
     """
-    gram = matrix.T @ matrix
-    end = np.where(random.random(said.shape) < 0.5, *limits)
-    for _ in range(20):
-        end = np.where(gram @ (end - said) >= 0, limits[1], limits[0])
-    return end
+    size = Size()
+    if report.quick:
+        size = Size(points=100, sets=2, adversaries=(5,), workers=(32, 64))
+    for setting in SETTINGS:
+        if setting.name in only:
+            part = run_setting(report, setting, size)
+            report.add(parts={setting.name: part})
+            show({key: row[key] for key in ("method", "attack", "adversaries")}
+                 | {key: row[key]["mean"] for key in ("mse", "disagreement")}
+                 for row in part["rows"])  # fmt: skip
+    if "rate" in only:
+        report.add(rate=rate(report, size))
 
 
-def run_setting(setting: Setting, size: Size, data_dir: Path) -> dict[str, Any]:
-    """Every method under every attack: rows of estimates over sets of adversaries."""
-    start = time.perf_counter()
-    network = load_worker_model(setting.model, SETTINGS[setting])
-    images, _ = network.images("test", data_dir, size.points, 0)
-    train, _ = network.images("train", data_dir, 1000, 0)
-    run = batched(network, 256)
-    groups = cut_groups(images, setting.num_data)
-    recorder = Recorder(run, groups, 256)
-    own = recorder.own
-    largest = float(np.abs(run(train)).max())
-    limits = (0.0, 1.0) if SETTINGS[setting] == "probabilities" else (-largest, largest)
-    compared = methods(setting)
-    answers: dict[int, np.ndarray] = {}
-    for method in compared.values():
+def run_setting(report: Report, setting: Setting, size: Size) -> dict[str, Any]:
+    """Return rows of estimates over sets of adversaries."""
+    start, outputs = time.perf_counter(), SETTINGS[setting]
+    network = Network.load(setting.model, outputs)
+    groups = groups_of(network.images("test", report.data_dir, size.points)[0], setting.num_data)
+    own, answers = own_answers(network, groups), {}
+    train, _ = network.images("train", report.data_dir, 1000)
+    largest = float(np.abs(in_batches(network, train)).max())
+    limits = (0.0, 1.0) if outputs == "probabilities" else (-largest, largest)
+    rows: list[dict[str, Any]] = []
+    for name, method in methods(setting).items():
         if id(method.code) not in answers:
-            answers[id(method.code)] = np.asarray(recorder.of(method.code).coded)
-    rows = []
-    for name, method in compared.items():
-        honest = answers[id(method.code)]
-        rows += list(_rows(name, method, honest, own, limits, size))
-        print(f"{setting.name} {name}: {time.perf_counter() - start:.0f} s", flush=True)
+            answers[id(method.code)] = coded_answers(network, method.code, groups), method.code
+        honest, _ = answers[id(method.code)]
+        clean = [score(method, honest, own, np.arange(0), TOLD_WITHOUT)] * 2
+        rows.append({"method": name, "attack": "none", "adversaries": 0, **estimates(clean)})
+        for count, kind in ((count, kind) for count in size.adversaries for kind in ATTACKS):
+            tried = []
+            for strength in STRENGTHS if kind == "worst" else (1.0,):
+                scores = []
+                for seed in range(size.sets):
+                    y, liars = attack(kind, strength, honest, method, count, limits, seed)
+                    scores.append(score(method, y, own, liars, count))
+                tried.append({"strength": strength, **estimates(scores)})
+            worst = max(tried, key=lambda row: row["mse"]["mean"])
+            about = {"method": name, "attack": kind, "adversaries": count}
+            rows.append(about | worst | {"all": tried})
+        report.log(f"{setting.name} {name}")
     return {
-        "outputs": SETTINGS[setting],
+        "outputs": outputs,
         "size": dataclasses.asdict(size),
         "limits": limits,
-        "environment": environment(PACKAGES),
+        "environment": environment(),
         "seconds": round(time.perf_counter() - start, 1),
         "num_data_points": own.shape[0] * own.shape[1],
         "rows": rows,
     }
 
 
-def _rows(
-    name: str,
-    method: Method,
-    honest: np.ndarray,
-    own: np.ndarray,
-    limits: tuple[float, float],
-    size: Size,
-) -> Iterator[dict[str, Any]]:
-    clean = [_score(method, honest, own, np.arange(0), TOLD_WITHOUT)] * 2
-    yield {"method": name, "attack": "none", "adversaries": 0, **_estimates(clean)}
-    for count in size.adversaries:
-        for kind in ATTACKS:
-            strengths = STRENGTHS if kind == "worst" else (1.0,)
-            tried = []
-            for strength in strengths:
-                scores = [
-                    _score(method, *_swap(attack(kind, strength, honest, method, count,
-                                                 limits, seed), own), count)
-                    for seed in range(size.sets)
-                ]  # fmt: skip
-                tried.append({"strength": strength, **_estimates(scores)})
-            worst = max(tried, key=lambda row: row["mse"]["mean"])
-            yield {"method": name, "attack": kind, "adversaries": count, **worst, "all": tried}
-
-
-def _swap(lying: tuple[np.ndarray, np.ndarray], own: np.ndarray):
-    return lying[0], own, lying[1]
-
-
-def _score(
+def score(
     method: Method, y: np.ndarray, own: np.ndarray, liars: np.ndarray, most: int
 ) -> dict[str, float]:
     predictions, suspected = method.decode(y.astype(np.float32), most)
-    score = {
+    found = {
         "mse": float(np.mean((predictions - own) ** 2)),
         "disagreement": float(np.mean(predictions.argmax(-1) != own.argmax(-1))),
     }
     if suspected is not None:
-        guilty = np.zeros(y.shape[1], bool)
-        guilty[liars] = True
-        score["caught"] = float(suspected[:, guilty].mean()) if len(liars) else float("nan")
-        score["falsely"] = float(suspected[:, ~guilty].sum(axis=1).mean())
-    return score
+        guilty = np.isin(np.arange(y.shape[1]), liars)
+        found["caught"] = float(suspected[:, guilty].mean()) if len(liars) else float("nan")
+        found["falsely"] = float(suspected[:, ~guilty].sum(axis=1).mean())
+    return found
 
 
-def _estimates(scores: list[dict[str, float]]) -> dict[str, Any]:
+def estimates(scores: list[dict[str, float]]) -> dict[str, Any]:
     return {m: dataclasses.asdict(Estimate.over([s[m] for s in scores])) for m in scores[0]}
 
 
-def rate(size: Size) -> dict[str, Any]:
-    """Error against N at A = N^a, of a smooth function whose truth is known."""
+def rate(report: Report, size: Size) -> dict[str, Any]:
+    """Return the error against N at A = N^a, of a smooth function whose truth is known."""
     middle = size.workers[len(size.workers) // 2]
     tried = {
-        c: np.mean(_rate_errors(middle, round(middle**0.5), "smooth", c)["mse"])
+        c: np.mean(rate_errors(middle, round(middle**0.5), "smooth", c)["mse"])
         for c in RATE_CONSTANTS
     }
-    constant = min(tried, key=lambda c: tried[c])
-    points = []
+    constant, points = min(tried, key=lambda c: tried[c]), []
     for num_workers in size.workers:
         for exponent in EXPONENTS:
             count = round(num_workers**exponent)
+            about = {"num_workers": num_workers, "exponent": exponent, "adversaries": count}
             for method in ("plain", "smooth", "reject"):
-                errors = _rate_errors(num_workers, count, method, constant)
-                points.append(
-                    {"num_workers": num_workers, "exponent": exponent, "adversaries": count,
-                     "method": method, "largest": {k: float(e.max()) for k, e in errors.items()}}
-                    | {k: dataclasses.asdict(Estimate.over(e)) for k, e in errors.items()}
-                )  # fmt: skip
-        print(f"rate: N = {num_workers}", flush=True)
-    return {
-        "constant": constant,
-        "num_data": RATE_DATA,
-        "placements": 20,
-        "points": points,
-        "environment": environment(PACKAGES),
-    }
+                errors = rate_errors(num_workers, count, method, constant)
+                largest = {name: float(each.max()) for name, each in errors.items()}
+                found = {k: dataclasses.asdict(Estimate.over(e)) for k, e in errors.items()}
+                points.append(about | {"method": method, "largest": largest} | found)
+        report.log(f"rate: N = {num_workers}")
+    about = {"constant": constant, "num_data": RATE_DATA, "placements": 20}
+    return about | {"points": points, "environment": environment()}
 
 
-def _rate_errors(
-    num_workers: int, count: int, method: Any, constant: float
-) -> dict[str, np.ndarray]:
+def rate_errors(
+    num_workers: int, count: int, method: str, constant: float
+) -> Mapping[str, np.ndarray]:
     """Return the squared error's mean and largest value for twenty placements of neighbours.
 
     All answer 1, the end of sin's range; the function is sin of three times a number from -1 to 1.
     """
     code = NeRCC(RATE_DATA, num_workers)
     y = np.asarray(jnp.sin(3 * code.encode(code.alpha[:, None])))
-    own = np.sin(3 * np.asarray(code.alpha))[:, None]
-    placements = []
-    for start in np.linspace(0, num_workers - count, 20).round().astype(int):
-        lying = y.copy()
-        lying[start : start + count] = 1.0
-        placements.append(lying)
-    lying = np.stack(placements)
+    own, lying = np.sin(3 * np.asarray(code.alpha))[:, None], np.stack([y] * 20)
+    starts = np.linspace(0, num_workers - count, 20).round().astype(int)
+    for each, start in zip(lying, starts, strict=True):
+        each[start : start + count] = 1.0
     if method == "plain":
-        predictions = decoder(code) @ lying
+        predictions, _ = plain(code).decode(lying, count)
     else:
-        predictions = np.asarray(
-            _decode_each(code, lying, jnp.asarray(count), method, jnp.asarray(constant))[0]
-        )
+        most, constant_ = jnp.asarray(count), jnp.asarray(constant)
+        predictions = np.asarray(_decode_each(code, lying, most, method, constant_)[0])
     squares = (predictions - own) ** 2
     return {"mse": squares.mean(axis=(1, 2)), "sup": squares.max(axis=(1, 2))}
 
 
-def main() -> None:
-    options = _parse()
-    path = RESULTS / ("adversaries-quick.json" if options.quick else "adversaries.json")
-    size = QUICK if options.quick else FULL
-    for setting in SETTINGS:
-        if options.only in (None, setting.name):
-            add_json(path, {"parts": {setting.name: run_setting(setting, size, options.data_dir)}})
-    if options.only in (None, "rate"):
-        add_json(path, {"rate": rate(size)})
-    print(f"results: {path}")
+# --- the worst answers
+
+WORKERS, POINTS, IMAGES = 100, 8, 20
+METHODS, PLACES = ("plain", "reject", "smooth"), ("neighbours", "spread", "random")
+FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+    "sin 3t": lambda t: jnp.sin(3 * t),
+    "|t|": jnp.abs,
+    "tanh 20t": lambda t: jnp.tanh(20 * t),
+}
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Workers that lie: robust decoding measured.")
-    parser.add_argument("--quick", action="store_true", help="a small version of everything")
-    parser.add_argument("--only", choices=[*(s.name for s in SETTINGS), "rate"], help="one part")
-    parser.add_argument("--data-dir", type=Path, default=HERE.parent.parent / "shared" / "data")
-    return parser.parse_args()
+class Case(NamedTuple):
+    """A function's honest answers and own outputs in groups, and the range of honest answers."""
+
+    name: str
+    code: NeRCC
+    answers: Float[Array, "groups num_workers m"]
+    own: Float[Array, "groups num_data m"]
+    limits: tuple[float, float]
 
 
-if __name__ == "__main__":
-    main()
+def cases(groups: int, data_dir: Any) -> Iterator[Case]:
+    """Yield functions of one number, in order along the line, and LeNet5's logits."""
+
+    def case(name: str, model: Any, x: np.ndarray, limits: tuple[float, float]) -> Case:
+        code = NeRCC(x.shape[1], WORKERS)
+        answers, own = coded_answers(model, code, x), own_answers(model, x)
+        return Case(name, code, jnp.asarray(answers), jnp.asarray(own), limits)
+
+    x = np.random.default_rng(0).uniform(-1, 1, (groups, POINTS, 1)).astype(np.float32)
+    x = np.sort(x, axis=1)[:, ::-1]
+    for name, function in FUNCTIONS.items():
+        own = function(jnp.linspace(-1, 1, 1000))
+        yield case(name, function, x, (float(own.min()), float(own.max())))
+    network = Network.load("lenet5-mnist", "logits")
+    images, _ = network.images("test", data_dir, IMAGES * groups)
+    largest = float(np.abs(in_batches(network, images)).max())
+    yield case("LeNet5", network, groups_of(images, IMAGES), (-largest, largest))
+
+
+def liars_at(kind: str, code: NeRCC, count: int, groups: int) -> Bool[np.ndarray, "groups N"]:
+    """Return which workers lie, in each group."""
+    order, random = np.argsort(np.asarray(code.beta)), np.random.default_rng(count)
+    liars = np.zeros((groups, len(order)), bool)
+    for group in liars:
+        if kind == "random":
+            group[random.permutation(len(order))[:count]] = True
+        elif kind == "spread":
+            step = len(order) // count
+            group[order[random.integers(step) + step * np.arange(count)]] = True
+        else:
+            start = random.integers(len(order) - count + 1)
+            group[order[start : start + count]] = True
+    return liars
+
+
+@eqx.filter_jit
+def worst(
+    case: Case,
+    liars: Bool[Array, "groups num_workers"],
+    starts: Float[Array, "groups num_workers m"],
+    most: Int[Array, ""],
+    method: Any,
+    goal: Int[Array, ""],
+    steps: int,
+) -> Float[Array, "groups 3"]:
+    """Return each group's errors, where that of the goal is the largest that an ascent meets.
+
+    Errors are the mean square, the largest deviation, and the share of other labels. Each step
+    moves all lies by a share of the range along the sign of the gradient, within the range; the
+    share falls from a half to a hundredth. Without steps the lies are the start.
+    """
+    code, everyone, (low, high) = case.code, jnp.ones(case.code.num_workers, bool), case.limits
+
+    def of_group(answers: Array, own: Array, liars: Array, start: Array) -> Array:
+        def error(lies: Array) -> tuple[Array, Array]:
+            y = jnp.where(liars[:, None], lies, answers)
+            if method == "plain":
+                predictions = code.decoder_matrix(everyone) @ y
+            else:
+                found, _ = robust_decode(code, y, everyone, max_adversaries=most, method=method)
+                predictions = found.predictions
+            off, other = predictions - own, predictions.argmax(axis=1) != own.argmax(axis=1)
+            found = jnp.stack([jnp.mean(off**2), jnp.max(jnp.abs(off)), jnp.mean(other)])
+            return found[goal], found
+
+        def step(state: Any, share: Array) -> tuple[Any, None]:
+            lies, best = state
+            (_, found), slope = jax.value_and_grad(error, has_aux=True)(lies)
+            best = jnp.where(found[goal] > best[goal], found, best)
+            lies = lies + share * (high - low) * jnp.sign(slope)
+            return (jnp.clip(lies, low, high), best), None
+
+        if not steps:
+            return error(start)[1]
+        shares = jnp.geomspace(0.5, 0.01, steps)
+        return jax.lax.scan(step, (start, jnp.full(3, -jnp.inf)), shares)[0][1]
+
+    return jax.vmap(of_group)(case.answers, case.own, liars, starts)
+
+
+def liars(report: Report) -> None:
+    """Measure the errors of every method, place and number of liars."""
+    size: dict[str, Any] = {"groups": 20, "liars": (2, 5, 10), "steps": 40}
+    if report.quick:
+        size = {"groups": 2, "liars": (5,), "steps": 3}
+    rows: list[dict[str, Any]] = []
+    for case in cases(size["groups"], report.data_dir):
+        scale = float(jnp.sqrt(jnp.mean(case.own**2)))
+        fixed = jnp.full_like(case.answers, case.limits[1])
+        if case.answers.shape[2] > 1:
+            fixed = jnp.roll(case.answers, 1, axis=2)
+        noise = np.random.default_rng(1).uniform(*case.limits, case.answers.shape)
+        starts = (case.answers, jnp.asarray(noise, fixed.dtype), fixed)
+        for count, place in ((count, place) for count in size["liars"] for place in PLACES):
+            who = jnp.asarray(liars_at(place, case.code, count, len(case.own)))
+            for method in METHODS:
+                options = jnp.asarray(count), method
+                simple = np.asarray(worst(case, who, fixed, *options, jnp.asarray(0), 0))
+                for goal, name in enumerate(("mean square", "sup norm")):
+                    each = [
+                        worst(case, who, start, *options, jnp.asarray(goal), size["steps"])
+                        for start in starts
+                    ]
+                    found = np.stack(each)
+                    best = found[:, :, goal].argmax(axis=0)
+                    found = found[best, np.arange(len(best))]
+                    for kind, errors in (("simple", simple), ("worst", found)):
+                        values = np.sqrt(errors[:, 0]) if goal == 0 else errors[:, 1]
+                        mean = dataclasses.asdict(Estimate.over((values / scale).tolist()))
+                        about = {"function": case.name, "liars": count, "place": place}
+                        about |= {"method": method, "answers": kind, "error": name}
+                        rows.append(about | {"labels": float(errors[:, 2].mean())} | mean)
+        report.log(case.name)
+        report.write({"environment": environment(), "size": size, "rows": rows})
+    columns = ("function", "liars", "place", "method", "answers", "error", "mean")
+    show({key: row[key] for key in columns} for row in rows)

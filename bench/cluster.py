@@ -1,73 +1,62 @@
-"""A node of a cluster, or a replica of Ray Serve, is killed: what clients of the server see.
+"""Ray: a node of a cluster or a replica of Ray Serve is killed, and what a call of a pool costs.
 
-    python bench/cluster.py [--label first] [--output bench/results/cluster.json]
-    python bench/cluster.py --replicas [--rounds 3] [--output bench/results/replica.json]
+`cluster`: single images come as a stream, latency counted from the scheduled arrival; a row is a
+stretch of it. A head that does no work and three nodes are raylets of this machine, an address
+each, and `nercc serve` runs LeNet5 behind a code on workers of theirs: undisturbed, from the moment
+in which all processes of a node are killed (SIGKILL), after that, from the moment in which all of
+another one's stop (SIGSTOP), and when they go on. The result is put beside others in the file, by
+label.
 
-Single images come as a stream, latency counted from the scheduled arrival; a row is a stretch of
-it. A head that does no work and three nodes are raylets of this machine, an address each, and
-`nercc serve` runs LeNet5 behind a code on workers of theirs: undisturbed, from the moment in which
-all processes of a node are killed (SIGKILL), after that, from the moment in which all of another
-one's stop (SIGSTOP), and when they go on. The result is put beside others in the file, by label.
-
-With `--replicas`, LeNet5 is behind two replicas of the Ray Serve application with two workers each:
+`replica`: LeNet5 is behind two replicas of the Ray Serve application with two workers each:
 undisturbed, and from the moment in which the process of one replica is killed, with the seconds
 until two are ready again, with all their workers.
+
+`ray_calls`: a `RayPool`'s calls against Ray's own futures of as many actors with the same function,
+turn by turn in one process, with small inputs and large images. All answers of a batch are waited
+for, so that both do the same calls.
 """
 
-import argparse
 import asyncio
 import contextlib
-import json
+import functools
 import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
+import statistics
 import threading
 import time
 import warnings
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import httpx
 import numpy as np
 import psutil
 import ray
-from _report import environment, read_json, write_json
+from load import Rest
 from ray import serve
-from ray._common.utils import reset_ray_address
-from ray._private import state
 from ray.cluster_utils import Cluster
-from ray.serve._private.common import ReplicaState
+from report import Report, environment, show
+from servers import nercc_serve, running, url_of
+
+from nercc_jax import RayPool
 
 MODEL = "lenet5-digits"
-PACKAGES = ("jax", "numpy", "ray", "nercc-jax")
-TIMEOUT = 30.0  # seconds of a client
-SERVE_TIMEOUT = 60.0  # as Serve's own limit in docs/deploy/ray-serve.yaml
-STARTS = 240.0  # seconds for the server at most
-SERVER = ["serve", "--model", MODEL, "--pool", "ray", "--grpc-port", "none"]
+TIMEOUT, SERVE_TIMEOUT = 30.0, 60.0  # of a client; the second as in docs/deploy/ray-serve.yaml
 REPLICAS, WORKERS = 2, 2
 
 
-async def stretch(url, seconds, rate, timeout):
-    """Send a query at each tick; return (latency in s, status, whether it is exact) of each."""
-    x = np.random.default_rng(0).uniform(size=1024).round(3).tolist()
-    tensor = {"name": "input", "datatype": "FP32", "shape": [1, 32, 32, 1], "data": x}
-    seen = []
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(timeout=timeout, limits=limits) as client:
+async def _stretch(url: str, seconds: float, rate: float, timeout: float) -> list[Any]:
+    """Send a query at each tick; return (latency in s, error, whether it is exact) of each."""
+    x = np.random.default_rng(0).uniform(size=(1, 32, 32, 1)).astype(np.float32)
+    seen, tasks = [], []
+    async with Rest(url, timeout) as server:
 
-        async def ask(due):
-            try:
-                answer = await client.post(url, json={"inputs": [tensor]})
-                summary = answer.json()["outputs"] if answer.status_code == 200 else []
-                outputs = {each["name"]: each["data"] for each in summary}
-                exact = bool(outputs.get("exact", [False])[0])
-                seen.append((time.monotonic() - due, answer.status_code, exact))
-            except httpx.HTTPError as error:
-                seen.append((time.monotonic() - due, type(error).__name__, False))
+        async def ask(due: float) -> None:
+            error, _, exact = await server.ask(server.pack(x))
+            seen.append((time.monotonic() - due, error, exact))
 
-        start, tasks = time.monotonic(), []
+        start = time.monotonic()
         for number in range(int(seconds * rate)):
             due = start + number / rate
             await asyncio.sleep(max(due - time.monotonic(), 0.0))
@@ -76,8 +65,12 @@ async def stretch(url, seconds, rate, timeout):
     return seen
 
 
-def cell(name, seen, **about):
-    times = np.array([1e3 * seconds for seconds, status, _ in seen if status == 200])
+def stretch(
+    name: str, url: str, seconds: float, rate: float, timeout: float = TIMEOUT, **about: Any
+) -> dict[str, Any]:
+    """Return the row of a stretch."""
+    seen = asyncio.run(_stretch(url, seconds, rate, timeout))
+    times = np.array([1e3 * latency for latency, error, _ in seen if error is None])
     row = {
         "stretch": name,
         **about,
@@ -88,61 +81,30 @@ def cell(name, seen, **about):
         "max_ms": round(float(times.max()), 1),
         "exact": round(sum(exact for *_, exact in seen) / len(seen), 4),
     }
-    print(json.dumps(row), flush=True)
+    show([row])
     return row
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 @contextlib.contextmanager
-def cluster_of(nodes):
+def cluster_of(nodes: int) -> Iterator[tuple[Any, list[Any]]]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     found = [
         cluster.add_node(num_cpus=8, node_ip_address=f"127.0.0.{number + 2}")
         for number in range(nodes)
     ]
-    reset_ray_address()  # nobody else is to join it
     try:
         yield cluster, found
     finally:
         cluster.shutdown()
 
 
-@contextlib.contextmanager
-def server_on(cluster):
-    """Run `nercc serve` on the cluster, and yield its address."""
-    nercc, port = str(Path(sys.executable).with_name("nercc")), free_port()
-    command = [nercc, *SERVER, "--http-port", str(port), "--drain-timeout-s", "1"]
-    variables = os.environ | {"RAY_ADDRESS": cluster.address}
-    log = Path(f"/tmp/nercc-bench-{os.getpid()}.log")
-    with log.open("w") as file:
-        process = subprocess.Popen(command, env=variables, stderr=file)
-    try:
-        end = time.monotonic() + STARTS
-        while process.poll() is None and time.monotonic() < end:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"http://127.0.0.1:{port}/v2/health/ready").status_code == 200:
-                    break
-            time.sleep(0.2)
-        else:
-            raise RuntimeError(f"the server did not start: see {log}")
-        yield f"http://127.0.0.1:{port}/v2/models/{MODEL}/infer"
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def processes_of(node):
+def processes_of(node: Any) -> list[psutil.Process]:
     """Return the raylet of a node, and all that it started."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
     return [raylet, *raylet.children(recursive=True)]
 
 
-def workers_by_node(nodes):
+def workers_by_node(nodes: list[Any]) -> list[int]:
     """Return for each node how many of its processes are workers of a pool."""
     named = [[" ".join(each.cmdline()) for each in processes_of(node)] for node in nodes]
     return [
@@ -150,61 +112,68 @@ def workers_by_node(nodes):
     ]
 
 
-def fullest(nodes):
-    """Return the node with the most workers: the worst that can happen."""
-    return nodes[int(np.argmax(workers_by_node(nodes)))]
+def run(report: Report, label: str = "first", seconds: float = 15.0, rate: float = 20.0) -> None:
+    """Run a stretch while all is well, while a node is dead, and while one is frozen.
 
+    Options:
+        label: Of the rows, in the file.
+        seconds: Of a stretch.
+        rate: Queries a second.
+    """
+    warnings.simplefilter("ignore")  # of fork, which Ray follows by exec
+    seconds, rows = 3.0 if report.quick else seconds, []
+    command, variables = nercc_serve(MODEL, {})
+    command += ["--pool", "ray", "--drain-timeout-s", "1"]
+    with (
+        cluster_of(3) as (cluster, nodes),
+        running(command, variables | {"RAY_ADDRESS": cluster.address}) as ports,
+    ):
+        url = url_of(ports, MODEL)
 
-def strike(node, what):
-    for process in processes_of(node):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(what)
-
-
-def nodes_die(seconds, rate):
-    """Return a row for each stretch in which a node is well, dead or frozen."""
-    rows = []
-    with cluster_of(3) as (cluster, nodes), server_on(cluster) as url:
-
-        def run(name):
+        def now(name: str) -> None:
             placed = workers_by_node([cluster.head_node, *nodes])
-            seen = asyncio.run(stretch(url, seconds, rate, TIMEOUT))
-            rows.append(cell(name, seen, workers_by_node=placed))
+            rows.append(stretch(name, url, seconds, rate, workers_by_node=placed))
 
-        asyncio.run(stretch(url, 5.0, rate, TIMEOUT))  # it learns how long answers take
-        run("undisturbed")
-        first = fullest(nodes)
+        def strike(node: Any, what: signal.Signals) -> None:
+            for process in processes_of(node):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(what)
+
+        def fullest() -> Any:
+            """Return the node with the most workers: the worst that can happen."""
+            return nodes[int(np.argmax(workers_by_node(nodes)))]
+
+        stretch("to learn how long answers take", url, min(seconds, 5.0), rate)
+        now("undisturbed")
+        first = fullest()
         strike(first, signal.SIGKILL)
         nodes.remove(first)
-        run("a node is killed")
-        run("after that")
-        second = fullest(nodes)
+        now("a node is killed")
+        now("after that")
+        second = fullest()
         strike(second, signal.SIGSTOP)
-        run("a node is frozen")
+        now("a node is frozen")
         strike(second, signal.SIGCONT)
-        run("it goes on")
-    return rows
+        now("it goes on")
+    about = {"rate": rate, "seconds": seconds, "environment": environment("ray", "nercc-jax")}
+    report.write(report.read() | {label: about | {"rows": rows}})
 
 
-def alive(class_name):
-    """Return the process ids of living actors, by the name of their class."""
-    actors = [each for each in state.actors().values() if each["State"] == "ALIVE"]
-    return [each["Pid"] for each in actors if each["ActorClassName"].split(":")[0] == class_name]
+def replicas(report: Report, seconds: float = 30.0, rate: float = 10.0, rounds: int = 3) -> None:
+    """Run two stretches a round: undisturbed, and while a replica dies and comes back.
 
-
-def whole(but=()):
-    """Return whether all replicas but these take requests, with all their workers."""
-    (deployment,) = serve.status().applications["nercc"].deployments.values()
-    complete = len(set(alive("ServeReplica")) - set(but)) == REPLICAS
-    complete &= len(alive("Actor")) == REPLICAS * WORKERS
-    return complete and deployment.replica_states.get(ReplicaState.RUNNING, 0) == REPLICAS
-
-
-def replicas_die(seconds, rate, rounds):
-    """Return two rows a round: undisturbed, and while a replica dies and comes back."""
+    Options:
+        seconds: Of a stretch with a dead replica.
+        rate: Queries a second.
+        rounds: Of a death each.
+    """
     from nercc_jax.cli.ray_serve import app
 
-    port, rows = free_port(), []
+    warnings.simplefilter("ignore")  # of fork, which Ray follows by exec
+    seconds, rounds, rows = (10.0, 1, []) if report.quick else (seconds, rounds, [])
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     http = {"host": "127.0.0.1", "port": port, "request_timeout_s": SERVE_TIMEOUT}
     serve.start(http_options=http)
@@ -212,54 +181,112 @@ def replicas_die(seconds, rate, rounds):
     deployment = application._bound_deployment.options(num_replicas=REPLICAS)
     arguments = application._bound_deployment.init_args
     serve.run(deployment.bind(*arguments), name="nercc", route_prefix="/")
+
+    def alive(name: str) -> list[int]:
+        """Return the process ids of living actors, by the title that Ray gives them."""
+        found = psutil.Process().children(recursive=True)
+        named = [(each.pid, " ".join(each.cmdline())) for each in found]
+        return [pid for pid, title in named if title.startswith(f"ray::{name}")]
+
+    def whole(but: tuple[int, ...] = ()) -> bool:
+        """Return whether all replicas but these take requests, with all their workers."""
+        (deployment,) = serve.status().applications["nercc"].deployments.values()
+        complete = len(set(alive("ServeReplica")) - set(but)) == REPLICAS
+        complete &= len(alive("Actor") + alive("_Actor")) == REPLICAS * WORKERS
+        states: Any = deployment.replica_states  # by a string, or an enumeration of strings
+        return complete and states.get("RUNNING", 0) == REPLICAS
+
     while not whole():
         time.sleep(0.2)
-    url = f"http://127.0.0.1:{port}/v2/models/{MODEL}/infer"
+    url = url_of({"http_port": port}, MODEL)
     for _ in range(rounds):
-        seen = asyncio.run(stretch(url, seconds / 3, rate, SERVE_TIMEOUT))
-        rows.append(cell("undisturbed", seen))
+        rows.append(stretch("undisturbed", url, seconds / 3, rate, SERVE_TIMEOUT))
         took, victim, begin = [], alive("ServeReplica")[0], time.monotonic()
 
-        def watch(took=took, victim=victim, begin=begin):
-            while not whole(but=[victim]):
+        def watch(took=took, victim=victim, begin=begin) -> None:
+            while not whole(but=(victim,)):
                 time.sleep(0.2)
             took.append(round(time.monotonic() - begin, 1))
 
         watcher = threading.Thread(target=watch, daemon=True)
         os.kill(victim, signal.SIGKILL)
         watcher.start()
-        seen = asyncio.run(stretch(url, seconds, rate, SERVE_TIMEOUT))
+        row = stretch("a replica is killed", url, seconds, rate, SERVE_TIMEOUT)
         watcher.join(SERVE_TIMEOUT)
-        rows.append(cell("a replica is killed", seen, whole_again_s=took[0] if took else None))
+        rows.append(row | {"whole_again_s": took[0] if took else None})
     serve.shutdown()
     ray.shutdown()
-    return rows
+    about = {"rate": rate, "replicas": REPLICAS, "workers": WORKERS, "rows": rows}
+    report.write(about | {"environment": environment("ray", "nercc-jax")})
 
 
-def main():
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--replicas", action="store_true", help="of Ray Serve, in place of nodes")
-    parser.add_argument("--label", default="first")
-    parser.add_argument("--seconds", type=float, help="of a stretch (15; of replicas 30)")
-    parser.add_argument("--rate", type=float, help="queries a second (20; of replicas 10)")
-    parser.add_argument("--rounds", type=int, default=3, help="of replicas")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    seconds = options.seconds or (30.0 if options.replicas else 15.0)
-    rate = options.rate or (10.0 if options.replicas else 20.0)
-    warnings.simplefilter("ignore")  # of fork, which Ray follows by exec
-    if options.replicas:
-        about = {"rate": rate, "replicas": REPLICAS, "workers": WORKERS}
-        about |= {"rows": replicas_die(seconds, rate, options.rounds)}
-        content = about | {"environment": environment(PACKAGES)}
-    else:
-        about = {"rate": rate, "seconds": seconds, "environment": environment(PACKAGES)}
-        content = {options.label: about | {"rows": nodes_die(seconds, rate)}}
-        if options.output is not None:
-            content = read_json(options.output) | content
-    if options.output is not None:
-        write_json(options.output, content)
+# --- a pool's calls
 
 
-if __name__ == "__main__":
-    main()
+def answer(batch: Any) -> Any:
+    """Next to no work, and a small answer."""
+    return batch.reshape(len(batch), -1)[:, :8] * 2.0
+
+
+def seconds_of(function: Callable[[], Any], seconds: float) -> list[float]:
+    """Return the seconds of each call, for this long."""
+    found, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        function()
+        found.append(time.perf_counter() - begin)
+    return found
+
+
+def calls(report: Report, workers: int = 20, seconds: float = 3.0, rounds: int = 3) -> None:
+    """Time a pool's calls and Ray's own futures.
+
+    Options:
+        workers: Actors of each.
+        seconds: Of a measurement.
+        rounds: Turns of both.
+    """
+    warnings.simplefilter("ignore")
+    if report.quick:
+        workers, seconds, rounds = 2, 0.5, 1
+    rows: list[dict[str, Any]] = []
+    with RayPool(answer, workers, compiled=False, address="local") as pool:
+
+        @ray.remote(num_cpus=0)
+        class Actor:
+            def run(self, batch: np.ndarray) -> np.ndarray:
+                return answer(batch)
+
+        actors: list[Any] = [Actor.remote() for _ in range(workers)]
+
+        def bare(points: np.ndarray) -> None:
+            """Call actors as Ray's users do: arguments as they are, answers by futures."""
+            pairs = zip(actors, points, strict=True)
+            futures = [actor.run.remote(x).future() for actor, x in pairs]
+            np.stack([future.result() for future in futures])
+
+        def pooled(points: np.ndarray) -> None:
+            with pool.dispatch(points) as batch:
+                batch.wait()
+
+        for name, shape in {"small": (8,), "image": (224, 224, 3)}.items():
+            points = np.random.default_rng(0).normal(size=(workers, 1, *shape))
+            points, times = points.astype(np.float32), {}
+            for turn in range(rounds + 1):  # the first is to warm up
+                for way in (bare, pooled):
+                    found = seconds_of(functools.partial(way, points), seconds)
+                    times.setdefault(way.__name__, []).extend(found if turn else [])
+            each = {way: 1e6 * statistics.median(of) / workers for way, of in times.items()}
+            rate = {way: workers * len(of) / sum(of) for way, of in times.items()}
+            rows.append(
+                {
+                    "inputs": name,
+                    "futures_us": each["bare"],
+                    "pool_us": each["pooled"],
+                    "own_us": each["pooled"] - each["bare"],
+                    "futures_calls_per_s": rate["bare"],
+                    "pool_calls_per_s": rate["pooled"],
+                }
+            )
+    show(rows)
+    report.write({"workers": workers, "environment": environment("ray"), "rows": rows})

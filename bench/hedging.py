@@ -1,7 +1,5 @@
 """Hedged HTTP calls against none, a fixed limit, and two calls at once.
 
-    python bench/hedging.py [--requests 3000] [--seeds 3] [--rate 24] [--output FILE]
-
 Two servers run in processes of their own and answer after two seconds, or after twenty when they
 are slow: so long that other work on the machine hardly counts. The cases say when:
 
@@ -14,11 +12,8 @@ of them: `nercc_jax.hedge` within 1.06 calls a request; no hedging; a second cal
 server once the 95th percentile of the latest 1,000 times has passed (Dean and Barroso, "The tail
 at scale"); and both servers at once for a random 6 % of the requests. Figures are of the requests
 after the first 1,000, by seed.
-
-Writes results/hedging.json, which docs/hedging.md shows.
 """
 
-import argparse
 import asyncio
 import collections
 import contextlib
@@ -28,31 +23,58 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
 import uvicorn
-from _report import environment, write_json
 
 from nercc_jax import hedge
 
-RESULTS = Path(__file__).parent / "results" / "hedging.json"
-SECONDS, SLOW, SHARE = 2.0, 20.0, 0.05
-BUDGET, LEARNED = 1.06, 1000
+SHARE, BUDGET = 0.05, 1.06
 CASES = {"one": (0.0, SHARE, 0.0), "both": (SHARE, SHARE, 0.0), "query": (0.0, 0.0, SHARE)}
 Call = Callable[[aiohttp.ClientSession, int], Coroutine[Any, Any, None]]
 
 
-def serve(share: float, of_queries: float, seed: int) -> None:
+def run(
+    report: Any,
+    requests: int = 3000,
+    seeds: int = 3,
+    rate: float = 24.0,
+    only: tuple[str, ...] = (*CASES,),
+) -> None:
+    """Send requests by all systems.
+
+    Options:
+        requests: Of each case and seed; the first 1,000 are not judged.
+        seeds: Of arrivals and slowness.
+        rate: Requests a second.
+        only: Cases.
+    """
+    from report import environment, show
+
+    seconds, learned = 2.0, 1000
+    if report.quick:
+        requests, seeds, only, seconds, learned = 200, 1, only[:1], 0.1, 100
+    cases: dict[str, list[Any]] = {}
+    about = {"environment": environment("aiohttp", "uvicorn"), "requests": requests}
+    for case, seed in ((case, seed) for case in only for seed in range(seeds)):
+        found = asyncio.run(measure(case, seed, requests, rate, seconds, learned))
+        cases.setdefault(case, []).append(found)
+        report.write(about | {"rate": rate, "cases": cases})
+        report.log(f"{case} {seed}")
+        columns = ("p50_ms", "p99_medians", "calls")
+        show({"system": name} | {key: row[key] for key in columns} for name, row in found.items())
+
+
+def serve(share: float, of_queries: float, seed: int, seconds: float) -> None:
     """Answer by HTTP: slowly by chance, or where the request's number is one of a share."""
     draw = random.Random(seed)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         number = int(scope["path"].rpartition("/")[2])
         slow = draw.random() < share or random.Random(number).random() < of_queries
-        await asyncio.sleep(SLOW if slow else SECONDS)
+        await asyncio.sleep(10 * seconds if slow else seconds)
         headers = [(b"content-length", b"2")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"ok"})
@@ -64,13 +86,15 @@ def serve(share: float, of_queries: float, seed: int) -> None:
 
 
 @contextlib.asynccontextmanager
-async def servers(case: str, seed: int) -> AsyncIterator[list[aiohttp.ClientSession]]:
+async def servers(
+    case: str, seed: int, seconds: float
+) -> AsyncIterator[list[aiohttp.ClientSession]]:
     """Start both servers; yield a client of each."""
     first, second, of_queries = CASES[case]
-    command = [sys.executable, __file__, "--serve"]
     begun = [
         subprocess.Popen(
-            [*command, str(share), str(of_queries), str(2 * seed + place)], stdout=subprocess.PIPE
+            [sys.executable, __file__, *map(str, (share, of_queries, 2 * seed + place, seconds))],
+            stdout=subprocess.PIPE,
         )
         for place, share in enumerate((first, second))
     ]
@@ -93,11 +117,10 @@ class Systems:
     """Ways to answer a request by two servers; each counts its calls."""
 
     def __init__(self, clients: list[aiohttp.ClientSession], seed: int):
-        self.clients, self.draw = clients, random.Random(seed)
+        self.clients, self.draw, self.turn = clients, random.Random(seed), 0
         self.calls: collections.Counter[str] = collections.Counter()
         self.times: collections.deque[float] = collections.deque(maxlen=1000)
-        self.turn = 0
-        self.hedged = hedge(self.counted("hedge"), clients, budget=BUDGET)
+        self.hedge = hedge(self.counted("hedge"), clients, budget=BUDGET)
 
     def counted(self, system: str) -> Call:
         async def call(client: aiohttp.ClientSession, number: int) -> None:
@@ -117,8 +140,7 @@ class Systems:
 
     async def fixed(self, number: int) -> None:
         call, (first, second) = self.counted("fixed"), self.in_turn()
-        known = len(self.times) >= 20
-        after = float(np.quantile(self.times, 0.95)) if known else 60.0
+        after = float(np.quantile(self.times, 0.95)) if len(self.times) >= 20 else 60.0
 
         async def timed() -> None:
             begin = time.perf_counter()
@@ -131,94 +153,57 @@ class Systems:
         done, _ = await asyncio.wait(tasks, timeout=after)
         if not done:
             tasks.append(asyncio.create_task(call(second, number)))
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            task.cancel()
+        await self.first_of(tasks)
 
     async def at_once(self, number: int) -> None:
         call, clients = self.counted("at_once"), self.in_turn()
         chosen = clients if self.draw.random() < BUDGET - 1 else clients[:1]
-        tasks = [asyncio.create_task(call(client, number)) for client in chosen]
+        await self.first_of([asyncio.create_task(call(client, number)) for client in chosen])
+
+    @staticmethod
+    async def first_of(tasks: list[asyncio.Task]) -> None:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()
 
 
-async def measure(case: str, seed: int, requests: int, rate: float) -> dict[str, Any]:
-    """Send the requests by all systems; return what each took and cost after the first 1,000."""
-    async with servers(case, seed) as clients:
+async def measure(
+    case: str, seed: int, requests: int, rate: float, usual: float, learned: int
+) -> dict[str, Any]:
+    """Send the requests by all systems; return what each took and cost after the first ones."""
+    async with servers(case, seed, usual) as clients:
         systems = Systems(clients, seed)
-        run = {
-            "hedge": systems.hedged,
-            "none": systems.none,
-            "fixed": systems.fixed,
-            "at_once": systems.at_once,
-        }
-        seconds = {name: np.full(requests, np.nan) for name in run}
+        names = ("hedge", "none", "fixed", "at_once")
+        seconds = {name: np.full(requests, np.nan) for name in names}
         before: collections.Counter[str] = collections.Counter()
 
         async def request(name: str, number: int) -> None:
             begin = time.perf_counter()
-            await run[name](number)
+            await getattr(systems, name)(number)
             seconds[name][number] = time.perf_counter() - begin
 
         arrivals, begun, due = random.Random(seed), [], time.perf_counter()
         for number in range(requests):
-            if number == LEARNED:
+            if number == learned:
                 before = collections.Counter(systems.calls)
-            begun += [asyncio.create_task(request(name, number)) for name in run]
+            begun += [asyncio.create_task(request(name, number)) for name in names]
             due += arrivals.expovariate(rate)
             await asyncio.sleep(max(due - time.perf_counter(), 0))
         await asyncio.gather(*begun)
         found = {}
         for name, taken in seconds.items():
-            median, p99 = np.quantile(taken[LEARNED:], [0.5, 0.99])
-            usual = taken[LEARNED:][taken[LEARNED:] < SLOW]  # without hedging: the machine's noise
+            judged = taken[learned:]
+            median, p99 = np.quantile(judged, [0.5, 0.99])
             found[name] = {
                 "p50_ms": 1e3 * float(median),
                 "p99_ms": 1e3 * float(p99),
                 "p99_medians": float(p99 / median),
-                "p99_of_usual_medians": float(np.quantile(usual, 0.99) / median),
-                "calls": (systems.calls[name] - before[name]) / (requests - LEARNED),
-                "calls_of_all": systems.calls[name] / requests,
-                "p99_medians_of_all": float(np.quantile(taken, 0.99) / np.median(taken)),
+                "calls": (systems.calls[name] - before[name]) / (requests - learned),
             }
-        found["hedge"]["status"] = systems.hedged.status()
+        found["hedge"]["status"] = systems.hedge.status()
         return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--requests", type=int, default=3000)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=24.0)
-    parser.add_argument("--only", nargs="+", choices=CASES, default=[*CASES])
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--serve", nargs=3, type=float, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.serve:
-        share, of_queries, seed = options.serve
-        serve(share, of_queries, int(seed))
-        return
-    results: dict[str, Any] = {
-        "environment": environment(("aiohttp", "uvicorn", "numpy")),
-        "requests": options.requests,
-        "rate": options.rate,
-        "cases": {},
-    }
-    for case in options.only:
-        for seed in range(options.seeds):
-            found = asyncio.run(measure(case, seed, options.requests, options.rate))
-            results["cases"].setdefault(case, []).append(found)
-            for name, row in found.items():
-                print(
-                    f"{case} {seed} {name:8}"
-                    f" p99 {row['p99_medians']:5.2f} medians, {row['calls']:.3f} calls;"
-                    f" of all {row['p99_medians_of_all']:5.2f}, {row['calls_of_all']:.3f}",
-                    flush=True,
-                )
-            write_json(options.output, results)
-
-
 if __name__ == "__main__":
-    main()
+    share, of_queries, seed, seconds = map(float, sys.argv[1:])
+    serve(share, of_queries, int(seed), seconds)

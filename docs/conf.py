@@ -1,6 +1,8 @@
 """The documentation site: `sphinx-build -W --keep-going docs build/docs`. No network is needed."""
 
 import os
+import re
+import shutil
 import sys
 import typing
 from importlib.metadata import version as version_of
@@ -39,6 +41,7 @@ extensions = [
 ]
 exclude_patterns = ["_site"]
 
+
 # Pages are Markdown; those with code cells are run, and what they print is shown. A link to a page,
 # section or file that is not there is a warning.
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
@@ -56,6 +59,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+napoleon_use_ivar = True  # a field with a text of its own is described once
 python_maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
 add_module_names = False
@@ -74,3 +78,22 @@ copybutton_prompt_is_regexp = True
 # `sphinx-build -b linkcheck` asks the network; nothing else does.
 linkcheck_ignore = [r"http://localhost.*", r"http://127\.0\.0\.1.*"]
 linkcheck_timeout = 20
+
+
+def _lead(app, docname, source):
+    """Let links to the benchmarks' tables lead to the site's copies of these, and back."""
+    if docname.startswith("measured/"):
+        back = source[0].replace("](../../docs/", "](../")
+        source[0] = re.sub(r"\]\((?=[\w-]+\.png\))", "](../../bench/results/", back)
+    else:
+        source[0] = re.sub(r"\]\(\.\./bench/results/(?=[\w-]+\.md)", "](measured/", source[0])
+
+
+def setup(app):
+    """Copy the benchmarks' tables to where pages are read."""
+    folder = HERE / "measured"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for page in (HERE.parent / "bench" / "results").glob("*.md"):
+        shutil.copy(page, folder)
+    app.connect("source-read", _lead)

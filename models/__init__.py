@@ -10,6 +10,10 @@ if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says
     from .distillation import Distilled as Distilled
     from .distillation import StudentScore as StudentScore
     from .distillation import score_student as score_student
+    from .finding import SoftmaxModel as SoftmaxModel
+    from .finding import example_inputs as example_inputs
+    from .finding import find_callable as find_callable
+    from .finding import find_model as find_model
     from .hub import HubModel as HubModel
     from .hub import TorchModel as TorchModel
     from .hub import load_hub_model as load_hub_model
@@ -17,9 +21,13 @@ if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says
     from .hybrid import HybridViT as HybridViT
     from .hybrid import fold_stem as fold_stem
     from .hybrid import hybrid_vit_cifar as hybrid_vit_cifar
+    from .inputs import load_inputs as load_inputs
     from .lenet5 import LeNet5 as LeNet5
     from .names import list_models as list_models
     from .names import model_card as model_card
+    from .points import DataPoints as DataPoints
+    from .points import Split as Split
+    from .points import find_points as find_points
     from .pretrained import Pretrained as Pretrained
     from .pretrained import load_pretrained as load_pretrained
     from .pretrained import load_state_dict as load_state_dict
@@ -51,11 +59,14 @@ if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says
 _WHERE = {
     "data": "Data list_data load_data",
     "distillation": "Distilled StudentScore score_student",
+    "finding": "SoftmaxModel example_inputs find_callable find_model",
     "hub": "HubModel TorchModel load_hub_model",
     "hub_files": "hub_file",
     "hybrid": "HybridViT fold_stem hybrid_vit_cifar",
+    "inputs": "load_inputs",
     "lenet5": "LeNet5",
     "names": "list_models model_card",
+    "points": "DataPoints Split find_points",
     "pretrained": "Pretrained load_pretrained load_state_dict",
     "registry": (
         "ParityModel ReadyModel evaluate_model list_parity_models load_model "

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
+HUB = "hf:"  # prefix of names on Hugging Face's hub
 
 # As `RECIPES` has them.
 TRAINED = ("lenet5-digits", "lenet5-mnist", "repvgg-cifar10", "vit-cifar10")

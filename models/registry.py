@@ -6,8 +6,9 @@ from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
 import jax
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from .data import load_data
 from .names import WEIGHTS_DIR, check_model_name, read_card
@@ -19,7 +20,7 @@ Outputs: TypeAlias = Literal["logits", "probabilities"]
 
 
 class ReadyModel(eqx.Module):
-    """A trained model as a function of a batch: `model(images)` are the logits.
+    """A trained model as a function of a batch: `model(images)` are the logits, or their softmax.
 
     A pytree whose leaves are the model's arrays: pass it through `jax.jit` as an argument, and
     `jax.grad` with respect to it is the gradient in the parameters. `preprocess` makes the float32
@@ -34,18 +35,28 @@ class ReadyModel(eqx.Module):
     input_shape: tuple[int, int, int] = eqx.field(static=True)
     classes: tuple[str, ...] = eqx.field(static=True)
     preprocess: Callable[..., Float[Array, "batch height width channels"]] = eqx.field(static=True)
+    outputs: Outputs = eqx.field(static=True, default="logits")
 
     def __call__(
         self, images: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch classes"]:
-        """Return logits of a preprocessed batch; raise ValueError for any other shape of image."""
+        """Return outputs of a preprocessed batch; raise ValueError for any other shape of image."""
         if images.ndim != 4 or tuple(images.shape[1:]) != self.input_shape:
             raise ValueError(
                 f"{self.name} takes preprocessed images (B, {', '.join(map(str, self.input_shape))}"
                 f"); got shape {tuple(images.shape)}. See its `preprocess`."
             )
         model: Any = nnx.merge(self.graphdef, self.state)
-        return model(images)
+        logits = model(images)
+        return jax.nn.softmax(logits) if self.outputs == "probabilities" else logits
+
+    def images(
+        self, split: str, data_dir: str | Path | None, count: int, seed: int
+    ) -> tuple[Float[np.ndarray, "points ..."], Int[np.ndarray, " points"]]:
+        """Return at most `count` preprocessed images of the model's data set, and their labels."""
+        data = load_data(self.data, split, data_dir=data_dir)
+        data = data.take(np.random.default_rng(seed).permutation(len(data))[:count])
+        return np.asarray(self.preprocess(data.images)), data.labels
 
     @property
     def num_parameters(self) -> int:
@@ -80,7 +91,9 @@ class ParityModel(eqx.Module):
         return self.k * jax.nn.softmax(logits / (2 * self.k))
 
 
-def load_model(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> ReadyModel:
+def load_model(
+    name: str, *, outputs: Outputs = "logits", weights_dir: str | Path = WEIGHTS_DIR
+) -> ReadyModel:
     """Load a shipped model with its trained weights; see `ReadyModel`.
 
     To compile it, give JAX a function, `jax.jit(lambda images: model(images))`, or the model as an
@@ -89,6 +102,7 @@ def load_model(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> ReadyMode
 
     Args:
         name: One of `list_models()`.
+        outputs: What the model returns: logits, or their softmax.
         weights_dir: The folder where a training of your own wrote `<name>.safetensors` and
             `<name>.json`. Default: the shipped weights.
 
@@ -97,10 +111,12 @@ def load_model(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> ReadyMode
         ImportError: safetensors is missing; the message names the extra.
     """
     check_model_name(name, weights_dir)
-    return _ready(RECIPES[name], name, weights_dir)
+    return _ready(RECIPES[name], name, weights_dir, outputs)
 
 
-def _ready(recipe: Recipe, file: str, weights_dir: str | Path) -> ReadyModel:
+def _ready(
+    recipe: Recipe, file: str, weights_dir: str | Path, outputs: Outputs = "logits"
+) -> ReadyModel:
     graphdef, blank = nnx.split(blank_model(recipe))
     card, path = read_card(file, weights_dir), Path(weights_dir) / f"{file}.safetensors"
     return ReadyModel(
@@ -111,6 +127,7 @@ def _ready(recipe: Recipe, file: str, weights_dir: str | Path) -> ReadyModel:
         input_shape=recipe.input_shape,
         classes=tuple(card["classes"]),
         preprocess=recipe.preprocess,
+        outputs=outputs,
     )
 
 

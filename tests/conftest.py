@@ -144,6 +144,9 @@ def pytest_collection_modifyitems(config, items):
         (others if repeats else kept).append(item)
         if wide:
             seen.add(function)
+        drawn = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+        if drawn or item.name == "runTest":
+            item.add_marker(pytest.mark.drawn)
     items[:] = sorted(kept, key=lambda item: FIRST.get(item.path.name, len(FIRST)))
     config.hook.pytest_deselected(items=others)
 
@@ -251,5 +254,10 @@ def require(module: str, extra: str):
     return pytest.importorskip(module, reason=f"needs pip install '.[{extra}]'")
 
 
+# The same inputs each time; in CI's slow part (`--hypothesis-profile=fresh`) others each time.
+# A failure prints how to draw its input again: add that to the test as an `@example`.
 hypothesis.settings.register_profile("nercc", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.register_profile(
+    "fresh", deadline=None, max_examples=60, derandomize=False, print_blob=True
+)
 hypothesis.settings.load_profile("nercc")

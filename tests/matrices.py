@@ -27,10 +27,27 @@ _SUMS = (Parity, Replication, Uncoded)  # whose workers get sums of data points
 def errors_of_sets(model, code, x, masks, **options) -> jax.Array:
     """The nested objective under each straggler set by itself; 0 where a set loses all."""
 
-    def error(weights):
-        return nested_objective(model, code, x, masks, weights=weights, **options)
+    return jax.vmap(lambda mask: nested_objective(model, code, x, mask[None], **options))(masks)
 
-    return jax.vmap(error)(np.eye(len(masks), dtype=x.dtype))
+
+def decoded_by_hand(code, models, groups, masks) -> np.ndarray:
+    """(sets, groups, num_data, m): predictions, a set and a group at a time; NaN where one is lost.
+
+    `models` are functions of NumPy's batches, the served one first, which get one coded data point
+    at a time. An answer that is not finite is not used.
+    """
+    models = models if isinstance(models, list | tuple) else [models]
+    found = []
+    for group in np.asarray(groups, float):
+        coded = encoder_matrix(code) @ group
+        kinds = zip(code.worker_models, coded, strict=True)
+        y = np.stack([np.asarray(models[kind](point[None]), float)[0] for kind, point in kinds])
+        for mask in masks:
+            responded = np.asarray(mask) & np.isfinite(y).all(axis=1)
+            decoder = decoder_matrix(code, responded)
+            kept = decoder.any(axis=1)[:, None]
+            found.append(np.where(kept, decoder[:, responded] @ y[responded], np.nan))
+    return np.swapaxes(np.reshape(found, (len(groups), len(masks), *found[0].shape)), 0, 1)
 
 
 def encoder_matrix(code) -> np.ndarray:

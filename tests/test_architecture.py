@@ -94,7 +94,7 @@ def test_a_served_model_knows_no_protocol():
         needed |= left
         left = set().union(*(arrows.get(module, set()) for module in left)) - needed
     assert "serving._batcher" in needed
-    assert not needed & {"serving.protocol._messages", "serving.protocol._errors"}
+    assert not needed & {"serving.protocol._messages"}
     assert not any(name.startswith("serving.transport") for name in needed)
 
 

@@ -43,9 +43,7 @@ DOORS = {
         x[:4], MASK, y[0]
     ),
     "a model on the host": lambda x, y: ON_HOST(x[:4], MASK),
-    "robust_decode": lambda x, y: (
-        robust_decode(CODE, y, MASK, max_adversaries=1).decoded.predictions
-    ),
+    "robust_decode": lambda x, y: robust_decode(CODE, y, MASK, max_adversaries=1)[0].predictions,
     "smoothing_spline": lambda x, y: smoothing_spline(T, y, 0.1).evaluate(T),
     "process_variance": lambda x, y: process_variance(T, y, 0.1),
     "order_points": lambda x, y: order_points(x, 4, features=x),

@@ -2,7 +2,6 @@
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +16,6 @@ from nercc_jax import (
     Uncoded,
 )
 from nercc_jax.codes import regression_points
-from nercc_jax.codes._checks import check_count, check_counts
 from nercc_jax.stragglers import (
     ContiguousStragglers,
     ExponentialLatency,
@@ -26,25 +24,6 @@ from nercc_jax.stragglers import (
     WaitFor,
     straggler_sets,
 )
-
-
-@pytest.mark.parametrize("kind", [int, np.int32, np.int64, np.uint8, jnp.int32, np.array])
-def test_integers_of_all_kinds_become_pythons(kind):
-    counts = check_counts(first=kind(4), second=kind(7))
-    assert counts == (4, 7)
-    assert all(type(count) is int for count in counts)
-
-
-@pytest.mark.parametrize("value", [0, -1, 1.0, np.float32(2), True, np.True_, "3", None, [3]])
-def test_what_is_no_count_is_refused(value):
-    with pytest.raises(ValueError, match="size must be a positive integer, not"):
-        check_count("size", value)
-
-
-def test_a_count_from_zero_on():
-    assert check_count("size", np.int64(0), least=0) == 0
-    with pytest.raises(ValueError, match="size must be an integer from 0 on, not -1"):
-        check_count("size", -1, least=0)
 
 
 def static_numbers(module):

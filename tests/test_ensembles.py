@@ -184,6 +184,26 @@ def test_late_rows_are_sent_again_first_where_the_interval_comes_from_them():
     assert sum(not first_time for _, first_time in sent)
 
 
+def test_rows_are_chosen_for_the_statistic():
+    """Those near the threshold are computed, though all are known well enough for the tolerance."""
+
+    def rough(x):
+        return function(x) + 0.2 * np.sin(40 * x)
+
+    def estimate(result):
+        return result.probability(lambda v: v > 1, first)
+
+    x, widths = rows(), []
+    for aim in ({}, {"statistic": estimate, "stop_when": lambda estimate: False}):
+        result, _ = run(x, model=rough, tolerance=0.8, job_deadline=14.0, **aim)
+        found, computed = estimate(result), result.status == "computed"
+        widths.append(found.width)
+        low, high = found.interval
+        assert low <= np.mean(rough(x)[:, 0] > 1) <= high
+        assert not found.uncertainty[computed].any()
+    assert widths[1] < 0.5 * widths[0]
+
+
 def test_arguments_that_do_not_fit_are_refused():
     x = rows()
     result, _ = run(x)

@@ -8,17 +8,18 @@ import scipy.optimize
 import scipy.stats
 from scipy.special import expit
 
-from nercc_jax import Berrut, ExactStragglers, NeRCC, calibrate_error_probability
-from nercc_jax.evaluation import record_answers
+from nercc_jax import (
+    Berrut,
+    ExactStragglers,
+    NeRCC,
+    Scheme,
+    calibrate_error_probability,
+    coded_inference,
+)
 from nercc_jax.risk import ErrorProbability, logistic_regression
 from nercc_jax.risk._accuracy import risk_cap
-from nercc_jax.risk._error_probability import (
-    DecodeAnswers,
-    fit_error_probability,
-    observe_errors,
-)
+from nercc_jax.risk._error_probability import fit_error_probability
 from nercc_jax.surrogates import Surrogate
-from nercc_jax.surrogates.surrogate import group_prior_of_points
 
 K, N, OUTPUTS = 4, 7, 4
 LAWS = {"three": ExactStragglers(3)}
@@ -43,13 +44,16 @@ CODES = {
 }
 
 
-def seen(code, x, surrogate=None):
-    """Features, sure and wrong ones of data points under all sets, and their doubts' inputs."""
-    masks = jnp.asarray(LAWS["three"].every_set(N, 100))
-    own = record_answers(model, code, x)
-    beside = None if surrogate is None else group_prior_of_points(surrogate, code, x)
-    found = observe_errors(DecodeAnswers(own, surrogate, beside), own.own, own.form, masks)
-    return [np.asarray(each) for each in (found.features, found.sure, found.wrong)]
+def seen(scheme, x):
+    """Promised probabilities, sure and wrong ones of data points under all sets."""
+    own = np.asarray(model(x)).argmax(-1)
+    infer, found = coded_inference(model, scheme, with_status=True), []
+    for mask in LAWS["three"].every_set(N, 100):
+        result = infer(x, mask)
+        labels = np.asarray(result.predictions).argmax(-1)
+        wrong = (labels != own) | ~np.asarray(result.recovered)
+        found.append((result.error_probability, result.deviation == 0, wrong))
+    return [np.asarray(each) for each in zip(*found, strict=True)]
 
 
 @pytest.mark.parametrize(("allowed", "limit"), [(0.0, 0.0), (0.03, 0.1), (0.0625, 0.2), (0.5, 0.2)])
@@ -74,11 +78,12 @@ def test_no_answer_may_be_wrong_with_five_times_the_allowance():
 )
 def test_it_keeps_its_promises_on_other_data(code, surrogate, key):
     code = CODES[code]()
+    scheme = Scheme(code, surrogate=surrogate)
     error_probability = calibrate_error_probability(
-        model, code, points(0, 400), LAWS, key=key, surrogate=surrogate, num_sets=100
+        model, scheme, points(0, 400), LAWS, key=key, num_sets=100
     )
-    features, sure, wrong = seen(code, points(1, 800), surrogate)
-    promised = np.where(sure, 0, error_probability.of_features(jnp.asarray(features)))
+    scheme = Scheme(code, surrogate=surrogate, error_probability=error_probability)
+    promised, sure, wrong = seen(scheme, points(1, 800))
     assert not wrong[sure].any()
     assert sure.any() == (code.alpha[0] in code.beta)
     # Bins of as many expected wrong ones each.
@@ -255,13 +260,13 @@ def test_the_regression_where_all_are_alike(all_wrong):
     ("change", "message"),
     [
         ({"stragglers": {}}, "there are no stragglers"),
-        ({"code": Berrut(K, N)}, "Berrut is no regression"),
+        ({"scheme": Berrut(K, N)}, "Berrut is no regression"),
         ({"x": np.full((8, 5), np.inf, "float32")}, "are not finite: take them out"),
         ({"x": points(0, 1)[:3]}, "3 data points fill no group of 4"),
     ],
 )
 def test_input_errors(change, message, key, untyped):
-    arguments = {"code": NeRCC(K, N), "x": points(0, 3), "stragglers": LAWS} | change
+    arguments = {"scheme": NeRCC(K, N), "x": points(0, 3), "stragglers": LAWS} | change
     with pytest.raises(ValueError, match=message):
         calibrate_error_probability(model, key=key, num_sets=2, **arguments)
 

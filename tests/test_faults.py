@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from schedulers import next_call
 
-from nercc_jax.cli._own_models import find_score
+from nercc_jax.cli._workload import score_of
 from nercc_jax.pools import Episodes, Fault, Faults
 from nercc_jax.stragglers import (
     AbstractLatency,
@@ -63,9 +63,13 @@ def test_a_law_that_differs_between_workers_is_refused_with_a_way_out(law):
     """Of each worker's delays 4,096 are drawn at once, which were taken for so many workers."""
     with pytest.raises(ValueError, match=r'own, Fault\("delay", workers=\[0\], latency=...\)'):
         Fault("delay", latency=law)
-    with pytest.raises(ValueError, match="give one law for all workers"):
-        Latencies(law, jax.random.key(0))
     assert WaitFor(law, 2).latency is law
+
+
+def test_a_law_for_other_numbers_of_workers_is_refused():
+    law = WorkerLatency(jax.numpy.arange(1.0, 4.0))
+    with pytest.raises(ValueError, match="must take any number of workers"):
+        Latencies(law, jax.random.key(0))
 
 
 def test_delays_differ_by_worker_life_and_fault():
@@ -125,7 +129,7 @@ def test_faults_by_scores_that_workers_have_seen(leaning):
     """As `--straggler-score` has them: of the first rows none is known to be among the hardest."""
     random = np.random.default_rng(0)
     rates = {"straggler_rate": 0.1, "straggler_delay": 2.0}
-    rates |= {"straggler_score": find_score("norm"), "straggler_leaning": leaning}
+    rates |= {"straggler_score": score_of("norm"), "straggler_leaning": leaning}
     faults = Faults.from_rates(**rates).at(0, 0)
     rows = random.normal(size=(4000, 1, 3))
     struck = np.array([next_call(faults, {"x": row})[0] == 2.0 for row in rows])

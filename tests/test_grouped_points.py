@@ -7,7 +7,6 @@ import pytest
 
 from nercc_jax import Lagrange, NeRCC, Scheme, coded_inference
 from nercc_jax.codes._grouped import following_points
-from nercc_jax.schemes._scheme import copies_of_uncertain
 
 K, N = 20, 24
 
@@ -54,21 +53,3 @@ def test_a_sweep_of_one_parameter():
         found[name] = np.sqrt(np.mean((decoded - own) ** 2) / np.mean((own - own.mean(0)) ** 2))
     assert found["inputs"] == found["given"] <= 0.002
     assert found["fixed"] > 0.02
-
-
-def test_copies_go_where_they_are_worth_most():
-    deviation = jnp.array([[1.0, 4.0, 2.0], [0.1, 0.1, 9.0], [jnp.inf, 1.0, jnp.inf]])
-    holds, busy = copies_of_uncertain(deviation, 6, lost=0.1)
-    np.testing.assert_array_equal(holds[:, :3], np.tile(np.arange(3), (3, 1)))
-    # 16, 4, 1.6 (a second copy of the first); 81, 8.1, 0.81; what is unknown first.
-    np.testing.assert_array_equal(holds[:2, 3:], [[1, 2, 1], [2, 2, 2]])
-    assert set(np.asarray(holds[2, 3:5])) == {0, 2}
-    assert busy.all()
-    # Five copies in all: the gains are 16, 4, 1.6; 81, 8.1, 0.81; and three without end.
-    _, busy = copies_of_uncertain(deviation, 6, lost=0.1, budget=3 + 5 / 3)
-    np.testing.assert_array_equal(busy.sum(axis=1), [4, 4, 6])
-    for budget in (2.9, 6.1):
-        with pytest.raises(ValueError, match="budget must be from 3 to 6 workers"):
-            copies_of_uncertain(deviation, 6, budget=budget)
-    with pytest.raises(ValueError, match="need as many workers, not 2"):
-        copies_of_uncertain(deviation, 2)

@@ -1,10 +1,7 @@
-"""Matrices that are made once: that they are, that it shows nowhere else, and has a bound.
+"""Matrices that are made once: that it shows nowhere.
 
 Where a program is compiled around them the code is BACC's, whose own is small.
 """
-
-import gc
-import threading
 
 import equinox as eqx
 import jax
@@ -15,8 +12,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array
 
 from nercc_jax import AbstractCode, Berrut, NeRCC, Uncoded, coded_inference
-from nercc_jax.codes import BerrutSpline, _kept, decode_groups
-from nercc_jax.codes._kept import KeptMatrices, Lookups, kept_matrices, known_decoders
+from nercc_jax.codes import BerrutSpline
 
 MASK = np.array([1, 1, 0, 1, 1, 1], bool)
 OTHER = np.array([0, 1, 1, 1, 1, 1], bool)
@@ -41,29 +37,6 @@ def by_hand(code, mask, x=X):
     return decoder.astype(float) @ np.sin(encoder.astype(float) @ x)
 
 
-def test_a_set_that_comes_again_is_looked_up():
-    code = NeRCC(3, 6)
-    y = np.sin(np.asarray(code.encode(X)))
-    for mask in (MASK, OTHER, MASK, jnp.asarray(MASK)):
-        code.decode(y, mask)
-    assert kept_matrices(code).lookups == Lookups(hits=2, misses=2, kept=2)
-    infer(code)(X, OTHER)
-    infer(code)(np.stack([X] * 3), np.stack([MASK, OTHER, MASK]))
-    assert kept_matrices(code).lookups == Lookups(hits=5, misses=2, kept=2)
-
-
-def test_an_encoder_is_made_once(monkeypatch):
-    made = []
-    make = NeRCC.encoder_on_host
-    monkeypatch.setattr(NeRCC, "encoder_on_host", lambda code: made.append(1) or make(code))
-    code = NeRCC(3, 6)
-    for _ in range(2):
-        code.encode(X)
-        infer(code)(X, MASK)
-        jax.jit(lambda x, mask: infer(code)(x, mask))(X, MASK)
-    assert len(made) == 1
-
-
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 9])
 def test_groups_with_sets_of_their_own(count):
     """Few different sets are looked up, many are made at once in the program: all the same."""
@@ -74,8 +47,6 @@ def test_groups_with_sets_of_their_own(count):
     got = infer(code)(x, masks)
     wanted = [by_hand(code, mask, group) for mask, group in zip(masks, x, strict=True)]
     np.testing.assert_allclose(got, wanted, atol=1e-5)
-    lookups = kept_matrices(code).lookups
-    assert lookups.kept == lookups.misses == (len(np.unique(masks, axis=0)) if count < 5 else 0)
 
 
 @pytest.mark.parametrize("way", ["eager", "jit", "vmap", "grad", "scan", "checkpoint", "code"])
@@ -97,7 +68,6 @@ def test_whatever_is_traced(way):
         }
         got, wanted = ways[way](), by_hand(code, MASK)
     np.testing.assert_allclose(got, wanted, atol=1e-5)
-    assert kept_matrices(code).lookups.misses == (0 if way == "code" else 1)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -139,52 +109,12 @@ def test_what_is_lost_is_so_whatever_is_looked_up():
         np.testing.assert_array_equal(np.isnan(decoded.predictions).all(1), ~decoded.recovered)
 
 
-def test_no_more_is_kept_than_the_bound(monkeypatch):
-    code = NeRCC(3, 6)
-    monkeypatch.setattr(KeptMatrices, "most_bytes", 2 * 3 * 6 * 4)
-    for place in (0, 1, 0, 2, 0, 1):  # the least recently used one goes
-        known_decoders(code, np.arange(6) != place)
-    assert kept_matrices(code).lookups == Lookups(hits=2, misses=4, kept=2)
-
-
-def test_an_entry_goes_with_its_code():
-    code, other = NeRCC(3, 6), NeRCC(3, 6)
-    places = [(id(each), False) for each in (code, other)]  # other tests' codes come and go
-    for each in (code, other):
-        each.decode(np.ones((6, 1), "float32"), MASK)
-    assert [place in _kept._KEPT for place in places] == [True, True]
-    del each, other
-    gc.collect()
-    assert [place in _kept._KEPT for place in places] == [True, False]
-    assert kept_matrices(code).lookups.kept == 1
-
-
 def test_codes_with_other_numbers_share_nothing():
     code = NeRCC(3, 6, lambda_dec=1e-3)
     y = np.random.default_rng(0).normal(size=(6, 2)).astype("float32")
     for each in (code, code.replace(lambda_dec=1.0), Berrut(3, 6)):
         wanted = np.asarray(each.decoder_matrix(MASK), float) @ y
         np.testing.assert_allclose(each.decode(y, MASK), wanted, atol=1e-5)
-
-
-def test_threads_may_share_a_code():
-    code, seen = NeRCC(3, 6), []
-    masks = [np.arange(6) != place for place in range(6)]
-    wanted = [matrices(code, mask)[1] for mask in masks]
-
-    def run(seed):
-        for place in np.random.default_rng(seed).integers(6, size=30):
-            made = known_decoders(code, masks[place])
-            seen.append(np.allclose(made.decoder[0], wanted[place], atol=1e-6))
-
-    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(seen) == 180
-    assert all(seen)
-    assert kept_matrices(code).lookups.kept == 6
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -216,7 +146,6 @@ class Drawn(AbstractCode):
 def test_a_users_code_with_a_key():
     code = Drawn(3, 6, jax.random.key(0))
     np.testing.assert_allclose(code.decode(code.encode(X), MASK), X, atol=1e-4)
-    assert kept_matrices(code).lookups.kept == 0, "without NumPy they are part of the program"
     assert repr(code).startswith("Drawn(num_data=3, num_workers=6, key=")
 
 
@@ -245,24 +174,3 @@ def test_matrices_of_what_is_known_are_the_hosts(make):
     """Each call outside a program compiled the regression anew: 1.4 s for (20, 8)."""
     code, masks = make(5, 11), np.random.default_rng(0).random((3, 11)) < 0.8
     assert not compiled_by(lambda: [code.encoder_matrix(), *map(code.decoder_matrix, masks)])
-
-
-def test_groups_with_many_masks_have_matrices_that_are_kept(monkeypatch):
-    """By the host, or, where they are too many, in the program that decodes."""
-    code, rng = NeRCC(4, 12), np.random.default_rng(0)
-    y = rng.normal(size=(40, 12, 3)).astype(np.float32)
-    y[3, 1] = np.nan
-    for most in (4096, 0):
-        monkeypatch.setattr(KeptMatrices, "many_sets", most)
-        masks = rng.random((40, 12)) < 0.7
-        masks[:, 0] = True
-        for _ in range(2):
-            misses = kept_matrices(code).lookups.misses
-            found = decode_groups(code, y, masks)
-        assert kept_matrices(code).lookups.misses == misses
-        responded = masks & np.isfinite(y).all(axis=2)
-        np.testing.assert_array_equal(found.responded, responded)
-        for group, mask in enumerate(responded):
-            exact, _ = kept_matrices(code).by_numpy("decoder_on_host", mask)
-            exact = exact @ np.where(mask[:, None], y[group], 0)
-            np.testing.assert_allclose(found.predictions[group], exact, atol=1e-5)

@@ -13,11 +13,9 @@ from matrices import errors_of_sets
 import nercc_jax as nj
 from nercc_jax import search_layout
 from nercc_jax.codes import code_card, regression_points
-from nercc_jax.evaluation._answers import Recorder
 from nercc_jax.evaluation._objective import draw_sets
 from nercc_jax.tuning import Descent, LayoutTuning, Sampling
 from nercc_jax.tuning._sampling import split_points
-from nercc_jax.tuning._tune import TuningStep
 
 K, N = 4, 8
 LAWS = {"1": nj.ExactStragglers(1), "3": nj.ExactStragglers(3)}
@@ -236,13 +234,6 @@ def test_errors(change, message, untyped):
         search_layout(model, **arguments | change)
 
 
-def test_errors_of_how_layouts_are_tuned(untyped):
-    with pytest.raises(ValueError, match="best must be an integer from 0 on, not -1"):
-        LayoutTuning(best=-1)
-    with pytest.raises(ValueError, match=r"criterion must be one of mse, .*'brier'"):
-        LayoutTuning(criterion="brier")
-
-
 # -- The command -----------------------------------------------------------------------------------
 
 SMALL = {
@@ -293,26 +284,11 @@ def test_the_command_starts_exact_where_every_data_point_has_a_worker(layout, ex
     assert np.isin(start.alpha, start.beta).all() == exact
 
 
-@pytest.mark.slow
-def test_a_run_that_keeps_lambda_enc_zero_can_be_drawn(tmp_path):
-    from nercc_jax.evaluation.pictures import tuning_figure
-
-    numbers = {"lambda_enc": 0.0, "lambda_dec": 1e-6, "gap_exponent": 4.0}
-    history = [TuningStep(0, step, 1.0, 0.9, False, numbers) for step in range(3)]
-    grid = np.logspace(-9, 0, 4)
-    tuning_figure(history, grid, np.ones((4, 4)), "exact").savefig(tmp_path / "tune.png")
-    assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
-
-
 SWEEP = Sampling(held_out_share=0.5, held_out_sets=8, grouped=True)
 
 
 def bend(x):
     return jnp.concatenate([jnp.sin(3 * x[:, :1]), jnp.cos(2 * x[:, :1])], axis=1)
-
-
-def first_input(x):
-    return x[:, :1]
 
 
 @pytest.fixture(scope="module")
@@ -341,16 +317,3 @@ def test_points_follow_the_data_where_that_is_measured_to_help(sweeps, data, hel
     assert (best["inputs"] < 0.75 * best[None]) == helps
     assert (best["inputs"] > best[None]) != helps
     assert len(found.best_of_layouts) == 2
-
-
-def test_following_candidates_are_judged_as_a_scheme_runs_them(sweeps):
-    code, groups = nj.NeRCC(8, 10, points="interleaved"), sweeps["jumping"].reshape(8, 8, 2)
-    recorder = Recorder(jax.jit(bend), groups, 64)
-    answers = recorder.following(code, first_input)
-    mask = jnp.arange(10) % 4 != 1
-    infer = nj.coded_inference(bend, nj.Scheme(code, follow=first_input), with_status=True)
-    expected = infer(groups.reshape(-1, 2), mask).decoded.predictions.reshape(8, 8, 2)
-    np.testing.assert_allclose(answers.decode(mask).predictions, expected, atol=1e-5)
-    again = recorder.evaluations
-    recorder.following(code, first_input)
-    assert recorder.evaluations == again

@@ -5,17 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import relative_rmse
 from scipy.spatial.distance import cdist
 from scipy.stats import norm
 
 from nercc_jax import NeRCC, save_code
 from nercc_jax.risk import calibrate_learner_bars
-from nercc_jax.serving.adapt._online_calibration import _tuned, predictions_on_host
 from nercc_jax.surrogates import (
     Kernel,
     LearnerTuning,
-    Surrogate,
     fit_learner,
     init_learner,
     learner_card,
@@ -24,6 +21,7 @@ from nercc_jax.surrogates import (
     save_learner,
     tune_learner,
 )
+from nercc_jax.surrogates.nearest import nearest_predictions
 
 CAPACITY, B = 48, 6
 RNG = np.random.default_rng(0)
@@ -38,11 +36,6 @@ def model(x):
 
 def rough(x):
     return 0.5 * model(x)
-
-
-@eqx.filter_jit
-def update(learner, x, y, observed):
-    return learner.update(x, y, observed)
 
 
 @eqx.filter_jit
@@ -93,7 +86,7 @@ def test_it_is_the_posterior_of_the_last_that_were_observed(shape, dtype):
         observed = RNG.uniform(size=B) < 0.8
         # What is not observed may be anything.
         y = model(x[here]).at[~observed].set(jnp.nan)
-        learner = update(learner, x[here].at[~observed].set(jnp.inf), y, jnp.ones(B, bool))
+        learner = learner.update(x[here].at[~observed].set(jnp.inf), y)
         seen += here[observed].tolist()
     assert len(seen) > CAPACITY == learner.size
     last, at = np.array(seen[-CAPACITY:]), x[-B:]
@@ -107,7 +100,7 @@ def test_it_is_the_posterior_of_the_last_that_were_observed(shape, dtype):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("projected", [False, True])
-def test_on_the_host_it_has_the_same_means_and_the_deviation_given_the_nearest_pair(
+def test_a_few_queries_have_the_same_means_and_the_deviation_given_the_nearest_pair(
     shape, projected
 ):
     x, y = X[:30].astype(np.float32), np.asarray(model(X[:30]), np.float32)
@@ -115,25 +108,13 @@ def test_on_the_host_it_has_the_same_means_and_the_deviation_given_the_nearest_p
     z = np.asarray(features(jnp.asarray(X, jnp.float32))) if features is not None else X
     kernel = Kernel(shape, centre=z.mean(0), unit=z.std(0), widths=[1.5], linear=0.3, noise=1e-3)
     learner = init_learner(x, y, capacity=CAPACITY, kernel=kernel, features=features)
-    mean, deviation = predictions_on_host(learner)(X[-B:].astype(np.float32)).wait()
+    mean, deviation = nearest_predictions(learner)(X[-B:].astype(np.float32))
     wanted, _ = exact(kernel, z[:30], y, z[-B:])
     np.testing.assert_allclose(mean, wanted, atol=1e-3)
     scaled = z / np.float64(kernel.unit) / 1.5
     nearest = SHAPES[shape](cdist(scaled[-B:], scaled[:30]).min(axis=1))
     variance = (1.001 - nearest**2 / 1.001) * np.mean((y - y.mean(axis=0)) ** 2)
     np.testing.assert_allclose(deviation, np.sqrt(variance), rtol=1e-3)
-
-
-def test_on_the_host_others_predict_as_they_do():
-    x = X[:20].astype(np.float32)
-    learner = init_learner(x, model(x), prior=rough)
-    mean, deviation = predictions_on_host(learner)(x[:5]).wait()
-    wanted, wanted_deviation = predict(learner, x[:5])
-    np.testing.assert_allclose(mean, wanted, atol=1e-5)
-    np.testing.assert_allclose(deviation, wanted_deviation, rtol=1e-5)
-    mean, deviation = predictions_on_host(Surrogate(rough))(x[:5]).wait()
-    np.testing.assert_allclose(mean, np.asarray(rough(x[:5])), atol=1e-6)
-    np.testing.assert_array_equal(deviation, 1)
 
 
 def test_a_prior_carries_what_it_can_and_features_are_what_tells():
@@ -144,7 +125,7 @@ def test_a_prior_carries_what_it_can_and_features_are_what_tells():
     wanted, _ = exact(kernel, jnp.sin(x[:40]), model(x[:40]) - rough(x[:40]), jnp.sin(x[40:50]))
     np.testing.assert_allclose(mean, wanted + rough(x[40:50]), atol=1e-3)
     # A few rows more, which are written into the factor.
-    more = update(learner, x[40:43], model(x[40:43]), jnp.ones(3, bool)).predict(x[50:60])[0]
+    more = learner.update(x[40:43], model(x[40:43])).predict(x[50:60])[0]
     anew = init_learner(
         x[:43], model(x[:43]), capacity=64, prior=rough, features=jnp.sin, kernel=kernel
     )
@@ -179,72 +160,47 @@ def test_it_knows_nothing_at_first():
     np.testing.assert_allclose(again.predict(x)[0], anew.predict(x)[0], atol=1e-5)
 
 
-def test_pairs_that_hardly_differ_and_no_noise_raise_the_jitter_and_say_so():
+def test_pairs_that_hardly_differ_and_no_noise():
     """Float32 cannot factorise this; the answer stays finite and right."""
     x = jnp.tile(jnp.asarray(X[:4], jnp.float32), (8, 1)) + 3e-4 * jnp.arange(32)[:, None]
     kernel = Kernel("squared_exponential", centre=jnp.zeros(3), widths=[3.0], noise=1e-12)
     learner = init_learner(x, model(x), capacity=32, kernel=kernel)
     assert learner.factor.jitter < 1e-12, "float64 can"
-    again = update(learner, x[:B], model(x[:B]), jnp.ones(B, bool))
-    assert 0 < again.factor.jitter < 1e-2
-    for one, run in ((learner, learner.predict), (again, lambda x: predict(again, x))):
+    again = learner.update(x[:B], model(x[:B]))
+    for run in (learner.predict, again.predict):
         mean, deviation = run(x[:4])
         np.testing.assert_allclose(mean, model(x[:4]), atol=1e-2)
         assert np.all(deviation < 0.05)
-        assert one.size == 32
+    assert learner.size == again.size == 32
+    with pytest.raises(ValueError, match="call update outside of"):
+        jax.jit(lambda x: learner.update(x, model(x)).predict(x)[0])(x)
 
 
 def test_derivatives_are_those_of_the_posterior():
-    """In float64, by finite differences: of queries, past answers, past inputs and the kernel."""
+    """In float64, by finite differences; batches of gradients, and curvature."""
     with jax.enable_x64(True):
         x = jnp.asarray(X, jnp.float64)
         learner = init_learner(x[:40], model(x[:40]), capacity=CAPACITY)
 
-        def whitened(shift):
-            y = model(x[40 : 40 + B]) + shift[1] * jnp.arange(B)[:, None]
-            after = learner.update(x[40 : 40 + B] + shift[2] * jnp.arange(B)[:, None], y)
-            mean, deviation = after.predict(x[60:63] + shift[0])
-            return jnp.sum(mean[:, 0]) + 3 * jnp.sum(deviation)
+        def height(query):
+            mean, deviation = learner.predict(query[None])
+            return mean[0, 0] + 3 * deviation[0]
 
-        slope = jax.jit(jax.grad(whitened))(jnp.zeros(3))
-        compiled, steps = jax.jit(whitened), 1e-5 * np.eye(3)
-        wanted = [(compiled(step) - compiled(-step)) / 2e-5 for step in jnp.asarray(steps)]
-        np.testing.assert_allclose(slope, wanted, rtol=1e-5)
-
-        @jax.jit
-        def of_width(width):
-            kernel = eqx.tree_at(lambda k: k.widths, learner.kernel, width[None])
-            return jnp.sum(learner.with_kernel(kernel).predict(x[60:63])[0][:, 0])
-
-        slope = jax.grad(of_width)(jnp.asarray(1.5))
-        difference = (of_width(jnp.asarray(1.5 + 1e-5)) - of_width(jnp.asarray(1.5 - 1e-5))) / 2e-5
-        np.testing.assert_allclose(slope, difference, rtol=1e-5)
-
-
-def test_transformations_compose():
-    """Batches of gradients, and curvature."""
-    with jax.enable_x64(True):
-        x = jnp.asarray(X, jnp.float64)
-        learner = init_learner(x[:12], model(x[:12]), capacity=24)
-
-        def whitened(query, shift):
-            after = learner.update(x[12:15], model(x[12:15]) + shift)
-            mean, deviation = after.predict(query[None])
-            return mean[0, 0] + deviation[0]
-
-        queries, shift = x[60:63], jnp.asarray(0.1)
-        slopes = jax.jit(jax.vmap(jax.grad(whitened), in_axes=(0, None)))(queries, shift)
-        one = jax.jit(jax.grad(whitened))
-        np.testing.assert_allclose(slopes[1], one(queries[1], shift), rtol=1e-6, atol=1e-9)
+        queries, step = x[60:63], 1e-5
+        one, value = jax.jit(jax.grad(height)), jax.jit(height)
+        slopes = jax.jit(jax.vmap(jax.grad(height)))(queries)
+        for query, slope in zip(queries, slopes, strict=True):
+            wanted = [(value(query + e) - value(query - e)) / (2 * step) for e in step * np.eye(3)]
+            np.testing.assert_allclose(slope, wanted, rtol=1e-5, atol=1e-8)
+            np.testing.assert_allclose(slope, one(query), rtol=1e-6, atol=1e-9)
         along = jnp.asarray([1.0, -1.0, 0.5])
-        _, curvature = jax.jvp(lambda q: one(q, shift), (queries[0],), (along,))
-        step = 1e-5 * along
-        difference = (one(queries[0] + step, shift) - one(queries[0] - step, shift)) / 2e-5
-        np.testing.assert_allclose(curvature, difference, rtol=1e-4, atol=1e-6)
+        _, curvature = jax.jvp(one, (queries[0],), (along,))
+        difference = one(queries[0] + step * along) - one(queries[0] - step * along)
+        np.testing.assert_allclose(curvature, difference / (2 * step), rtol=1e-4, atol=1e-6)
 
 
 def test_replaced_rows_cost_no_accuracy():
-    """Errors are those of exact solutions, after each update: float32 does for this noise."""
+    """Errors are those of exact solutions, after each update."""
     rng = np.random.default_rng(0)
     x = rng.uniform(-2, 2, (512, 4)).astype(np.float32)
     y = np.stack(
@@ -258,7 +214,7 @@ def test_replaced_rows_cost_no_accuracy():
     learner = init_learner(x[:128], y[:128], capacity=256, kernel=kernel)
     for end in range(144, 272, 16):
         new = slice(end - 16, end)
-        learner = update(learner, x[new], y[new], jnp.ones(16, bool))
+        learner = learner.update(x[new], y[new])
         known = slice(max(end - 256, 0), end)
         wanted, _ = exact(kernel, x[known], y[known], x[-200:])
         found = learner.predict(x[-200:])[0]
@@ -454,19 +410,3 @@ def started(**change):
 def test_wrong_use(make, change, message, untyped):
     with pytest.raises(ValueError, match=message):
         make(**change)
-
-
-def test_a_server_keeps_a_kernel_that_another_is_worse_than():
-    """What is best for an eighth of the pairs, which are farther apart, need not be for all."""
-    x = np.random.default_rng(0).uniform(-1, 1, (320, 2)).astype("float32")
-    y = np.stack(
-        [np.exp(2 * x[:, 0]) * np.sin(8 * x.sum(axis=1)), np.cos(8 * x[:, 0]) * x[:, 1]], axis=1
-    )
-    learner = fit_learner(
-        x[:256], y[:256], capacity=256, tuning=LearnerTuning(widths="one", steps=0)
-    )
-    few = LearnerTuning(widths="kept", rows=32, steps=0)
-    both = _tuned(learner, few), tune_learner(learner, few)
-    errors = [relative_rmse(one.outputs(jnp.asarray(x[256:])), y[256:]) for one in both]
-    assert float(errors[0]) < 0.05
-    assert float(errors[1]) > 0.2

@@ -74,13 +74,11 @@ def test_bars_by_pairs_that_came_twice_cover_as_many(tuning):
 
 
 @pytest.mark.parametrize("jump", [0.0, 1e-7])  # the second is a rounding of float32
-@pytest.mark.parametrize("on_host", [False, True])
-def test_what_comes_again_is_the_same_pair(jump, on_host):
+def test_what_comes_again_is_the_same_pair(jump):
     """In a batch, in the window, and where the ring comes round: one pair, and no older answer."""
     x, y = X[:8], smooth(X[:8])
     learner = init_learner(x, y, capacity=12)
-    update = traced(on_host)(lambda one, *args: one.update(*args))
-    again = update(learner, x + np.float32(jump), y)
+    again = learner.update(x + np.float32(jump), y)
     assert again.size == 8
     np.testing.assert_array_equal(again.window.counts, 2 * (np.arange(12) < 8))
     np.testing.assert_array_equal(again.window.residuals, learner.window.residuals)
@@ -88,7 +86,7 @@ def test_what_comes_again_is_the_same_pair(jump, on_host):
     np.testing.assert_array_equal(again.window.scatter, 0)
     # Six that are new and two that are not: the oldest that did not come again make room.
     both = np.concatenate([X[8:14], x[:2]])
-    later = update(again, both, smooth(both))
+    later = again.update(both, smooth(both))
     assert later.size == 12
     for row in (*X[:2], *X[8:14]):
         assert np.abs(np.asarray(later.window.inputs) - row).sum(axis=1).min() == 0
@@ -119,10 +117,9 @@ def test_answers_that_differ_are_noise_and_their_mean_is_learned():
 @pytest.mark.parametrize("on_host", [False, True])
 def test_the_unit_of_outputs_changes_nothing(exponent, on_host):
     unit, y = 10.0**exponent, smooth(X)
-    run = traced(on_host)
-    make = run(lambda y: init_learner(X, y, capacity=64))
-    predict = run(lambda one: one.predict(AT))
-    learners = [make((y * size).astype(np.float32)) for size in (1.0, unit)]
+    predict = traced(on_host)(lambda one: one.predict(AT))
+    sizes = ((y * size).astype(np.float32) for size in (1.0, unit))
+    learners = [init_learner(X, each, capacity=64) for each in sizes]
     learners = [one.with_kernel(learners[0].kernel) for one in learners]
     (mean, deviation), (other, scaled) = map(predict, learners)
     # 1e-30 squared, and products with numbers below 1e-38, have no float32.
@@ -170,10 +167,9 @@ def smooth_jnp(x):
 @pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("answers", [[], [0.7], [0.7, 0.7, 0.7], [0.1] * 40])
 def test_before_two_answers_differ_nothing_is_known_of_errors(answers, on_host):
-    run = traced(on_host)
-    predict = run(lambda one: one.predict(AT))
+    predict = traced(on_host)(lambda one: one.predict(AT))
     y = np.array(answers, np.float32).reshape(-1, 1)
-    learner = run(lambda y: init_learner(X[: len(y)], y, capacity=64))(y)
+    learner = init_learner(X[: len(y)], y, capacity=64)
     mean, deviation = predict(learner)
     np.testing.assert_array_equal(deviation, np.inf)
     np.testing.assert_allclose(mean, answers[0] if answers else 0, rtol=1e-6)
@@ -188,7 +184,7 @@ def test_a_scheme_gives_nothing_out_by_a_learner_without_evidence():
     learner = init_learner(X[:3], 0 * smooth(X[:3]), capacity=16)
     scheme, mask = Scheme(NeRCC(2, 2), learner), np.array([False, False])
     result = coded_inference(smooth_jnp, scheme, with_status=True)(AT[:2], mask)
-    assert not result.decoded.recovered.any()
+    assert not result.recovered.any()
     np.testing.assert_array_equal(result.deviation, np.inf)
     bars = calibrate_learner_bars(init_learner(X, smooth(X), capacity=64), None)
     np.testing.assert_array_equal(bars(jnp.full(2, jnp.inf), 0.9), np.inf)
@@ -205,7 +201,7 @@ def test_held_out_inputs_leave_with_all_answers_to_them():
     for times in (1, 4):
         x = repeated(times)
         fitted = fit_scheme(x, smooth(x), NeRCC(1, 2), capacity=256, tuning=tuning)
-        bars, learner = fitted.scheme.bars, fitted.scheme.surrogate
+        bars, learner = fitted.bars, fitted.surrogate
         assert bars is not None
         assert isinstance(learner, Learner)
         scheme = Scheme(NeRCC(4, 6, points="interleaved"), learner)
@@ -282,7 +278,7 @@ for target in ({"tolerance": 0.02}, {"max_disagreement": 0.05}):
 from nercc_jax.serving.adapt._online_calibration import OnlineCalibration
 study = OnlineCalibration(None, Accuracy(max_disagreement=0.1), check_rate=0.01)
 while study.calibrated is None:
-    draw = np.random.default_rng(study._learned + study._count).uniform(-1, 1, (32, 2))
+    draw = np.random.default_rng(study.progress()[0]).uniform(-1, 1, (32, 2))
     draw = draw.astype(np.float32)
     study.add(draw, np.stack([np.sin(3 * draw[:, 0]), draw[:, 1] ** 2], axis=1))
 study.calibrated.predict(draw)

@@ -65,8 +65,8 @@ def test_without_a_regression_the_surrogate_answers_for_what_is_lost(code, learn
     lost = np.arange(K) % 2 == 1
     for surrogate in (fitted, Surrogate(lambda x: model(x) + 0.5)):
         result = infer(Scheme(code, surrogate=surrogate))(x, mask)
-        assert result.decoded.recovered.all()
-        predictions, cheap = result.decoded.predictions, surrogate.theta * surrogate.outputs(x)
+        assert result.recovered.all()
+        predictions, cheap = result.predictions, surrogate.theta * surrogate.outputs(x)
         np.testing.assert_allclose(predictions[~lost], model(x)[~lost], atol=1e-6)
         # A learner has learned from the group's answers, too.
         exactly = 0.1 if surrogate is fitted else 1e-5
@@ -99,7 +99,7 @@ def test_decoding_is_the_posterior_of_window_and_group():
         weights = np.linalg.solve(covariance(seen, seen) + 1e-3 * np.eye(len(seen)), cross)
         rows = slice(group * K, (group + 1) * K)
         np.testing.assert_allclose(
-            assessed.decoded.predictions[rows], centre + weights.T @ answers, atol=2e-3
+            assessed.predictions[rows], centre + weights.T @ answers, atol=2e-3
         )
         variance = 1 + 1e-3 - np.sum(weights * cross, axis=0)
         np.testing.assert_allclose(
@@ -123,16 +123,12 @@ def test_copies_of_the_uncertain_are_the_default_and_what_is_answered_is_exact(l
     answered = [np.isin(np.arange(K), holds[g][MASKS[g]]) for g in range(GROUPS)]
     np.testing.assert_array_equal(known, np.concatenate(answered))
     assert 0 < known.sum() < len(x)
-    np.testing.assert_allclose(assessed.decoded.predictions[known], own[known], atol=1e-5)
-    assert relative_rmse(assessed.decoded.predictions, own) < 0.2
+    np.testing.assert_allclose(assessed.predictions[known], own[known], atol=1e-5)
+    assert relative_rmse(assessed.predictions, own) < 0.2
     without = infer(Scheme(CODE))(x, MASKS)
-    assert relative_rmse(assessed.decoded.predictions, own) < 0.3 * relative_rmse(
-        without.decoded.predictions, own
-    )
+    assert relative_rmse(assessed.predictions, own) < 0.3 * relative_rmse(without.predictions, own)
     fixed = Scheme(CODE, learner, redundancy="code")
     assert fixed.prepare(jnp.asarray(x)).points is None
-    some = Scheme(CODE, learner, budget=K + 1.0).prepare(jnp.asarray(x))
-    assert some.busy.sum() == GROUPS * (K + 1)
 
 
 def test_what_straggles_reaches_nothing(learner):
@@ -190,7 +186,7 @@ def test_bars_cover_what_they_say_and_a_tolerance_is_kept(learner, key):
     by_window, (alone, deviation) = calibrate_learner_bars(learner, TUNING), learner.predict(x)
     for share in (0.5, 0.9):
         bar = bars(assessed.deviation, share)
-        assert abs(coverage(assessed.decoded.predictions, own, bar) - share) < 0.12
+        assert abs(coverage(assessed.predictions, own, bar) - share) < 0.12
         assert abs(coverage(alone, own, by_window(deviation, share)) - share) < 0.15
     assert np.all(np.asarray(bars(assessed.deviation, 0.9999)[assessed.deviation > 0]) == np.inf)
     bar = np.asarray(bars(assessed.deviation, 0.9))
@@ -198,9 +194,9 @@ def test_bars_cover_what_they_say_and_a_tolerance_is_kept(learner, key):
     fixed = reexecute(model, x, assessed, tolerance=tolerance, bars=bars)
     again = bar > tolerance
     assert 0 < again.sum() < np.sum(bar > 0)
-    np.testing.assert_allclose(fixed.decoded.predictions[again], own[again], atol=1e-5)
+    np.testing.assert_allclose(fixed.predictions[again], own[again], atol=1e-5)
     np.testing.assert_array_equal(fixed.deviation, np.where(again, 0, assessed.deviation))
-    error = np.asarray(row_errors(fixed.decoded.predictions, own))
+    error = np.asarray(row_errors(fixed.predictions, own))
     assert np.mean(error[bar > 0] <= tolerance) > 0.85
     with pytest.raises(ValueError, match="coverage must be a share between 0 and 1, not 1"):
         bars(assessed.deviation, 1.0)
@@ -227,7 +223,7 @@ def test_bars_of_a_mixture_cover_what_they_say(learner, key):
     )
     for each in (bars, crossed):
         bar = each(assessed.deviation, 0.9)
-        covered = coverage(assessed.decoded.predictions, model(jnp.asarray(x)), bar)
+        covered = coverage(assessed.predictions, model(jnp.asarray(x)), bar)
         assert abs(covered - 0.9) < 0.06
     with pytest.raises(ValueError, match="two groups at least"):
         cross_validate_error_bars(model, scheme, past[:K], model(past[:K]), LAWS, fit, key=key)
@@ -236,9 +232,8 @@ def test_bars_of_a_mixture_cover_what_they_say(learner, key):
 def test_doubt_order_and_a_mesh_go_with_it(learner, key):
     x = points(22)
     mesh = jax.make_mesh((3,), ("workers",), axis_types=(jax.sharding.AxisType.Auto,))
-    error_probability = calibrate_error_probability(
-        model, CODE, points(23, 20), LAWS, key=key, surrogate=learner
-    )
+    plain = Scheme(CODE, learner, order="surrogate")
+    error_probability = calibrate_error_probability(model, plain, points(23, 20), LAWS, key=key)
     scheme = Scheme(CODE, learner, error_probability, "surrogate")
     assessed = infer(scheme)(x, MASKS)
     assert np.isfinite(assessed.error_probability).all()
@@ -248,7 +243,7 @@ def test_doubt_order_and_a_mesh_go_with_it(learner, key):
     # uncertain, and what is hardly known differs by about its deviation.
     deviations = np.stack([assessed.deviation, on_mesh.deviation])
     assert np.mean((deviations[0] == 0) == (deviations[1] == 0)) >= 0.9
-    apart = np.abs(assessed.decoded.predictions - on_mesh.decoded.predictions).max(axis=1)
+    apart = np.abs(assessed.predictions - on_mesh.predictions).max(axis=1)
     assert (apart <= 5 * deviations.sum(axis=0) + 1e-4).all()
 
 
@@ -260,24 +255,22 @@ def test_a_pool_carries_it_out(learner):
         within = pool_inference(pool, scheme, with_status=True, tolerance=0.0)(x, N - 3)
         own = np.asarray(model(x.reshape(-1, 3))).reshape(GROUPS, K, -1)
         np.testing.assert_allclose(pooled.decoded.predictions, own, atol=1e-5)
-        assert (pooled.deviation == 0).all()
-        assert pooled.error_probability is None
+        assert (pooled.decoded.deviation == 0).all()
+        assert pooled.decoded.error_probability is None
         np.testing.assert_allclose(within.decoded.predictions, own, atol=1e-5)
-        assert (within.deviation == 0).all()
+        assert (within.decoded.deviation == 0).all()
         few = pool_inference(pool, scheme, with_status=True)(x, N - 3)
         mask = few.answers.available
         expected = infer(scheme)(x.reshape(-1, 3), mask)
         np.testing.assert_allclose(
-            few.decoded.predictions.reshape(-1, 4), expected.decoded.predictions, atol=1e-2
+            few.decoded.predictions.reshape(-1, 4), expected.predictions, atol=1e-2
         )
-        np.testing.assert_allclose(few.deviation.ravel(), expected.deviation, atol=1e-2)
+        np.testing.assert_allclose(few.decoded.deviation.ravel(), expected.deviation, atol=1e-2)
         with pytest.raises(ValueError, match="a tolerance wants error bars"):
             pool_inference(pool, CODE, tolerance=0.1)
 
 
 def test_what_does_not_fit(learner, untyped):
-    with pytest.raises(ValueError, match="a budget is for redundancy='uncertain'"):
-        Scheme(CODE, learner, redundancy="code", budget=7.0)
     with pytest.raises(ValueError, match="follow must be 'inputs' or a function"):
         Scheme(CODE, follow="pixels")
     with pytest.raises(ValueError, match="the surrogate gives outputs"):
@@ -294,5 +287,3 @@ def test_doubt_is_of_the_scheme_as_it_runs(learner, key):
     unsure = np.mean([np.asarray(each.deviation) != 0 for each in result])
     assert 0 < unsure < 1
     assert error_probability.share(0.0) == pytest.approx(unsure, abs=1e-6)
-    with pytest.raises(ValueError, match="a scheme has its own surrogate"):
-        calibrate_error_probability(model, scheme, x, law, key=key, surrogate=learner)

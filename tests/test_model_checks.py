@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 from nercc_jax import DevicePool, ExactStragglers, NeRCC, coded_inference, evaluate
-from nercc_jax.inference.models import call_model, check_model
+from nercc_jax.codes.workers import call_model
+from nercc_jax.inference.models import check_model
 from nercc_jax.serving import make_servable
 
 K, N = 3, 5

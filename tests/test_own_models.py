@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +11,9 @@ from commands import invoke
 from conftest import require
 
 from nercc_jax import load_code
-from nercc_jax.cli._options import Options
-from nercc_jax.cli._workload import find_workload
 from nercc_jax.codes import LearnedDecoder, code_card
 from nercc_jax.planning import Plan
-from nercc_models import load_data
+from nercc_models import find_model, find_points, load_data, load_model
 
 MODEL = "their_model:model"
 PARTS = """
@@ -71,15 +68,16 @@ def test_what_is_there_is_not_written_over(folder):
 
 
 def test_inputs_are_parted_alike_for_all_commands(folder):
-    workload = find_workload(Options("own_parts:model"))
-    train, test = workload.points("train", 100, 1), workload.points("test", 100, 2)
+    data = find_points("own_parts:model")
+    train, test = data.shuffled("train", 100, 1), data.shuffled("test", 100, 2)
     assert (train.shape, test.shape) == ((8, 3), (2, 3))
     np.testing.assert_array_equal(np.sort([*train[:, 0], *test[:, 0]]), 3 * np.arange(10))
-    np.testing.assert_array_equal(np.sort(workload.points("test", 9, 3), 0), np.sort(test, 0))
-    np.testing.assert_array_equal(workload.rows("all").x, np.arange(30).reshape(10, 3))
+    np.testing.assert_array_equal(np.sort(data.shuffled("test", 9, 3), 0), np.sort(test, 0))
+    np.testing.assert_array_equal(data.split("all").x, np.arange(30).reshape(10, 3))
     np.save("x.npy", np.ones((7, 3)))
-    own = find_workload(Options("own_parts:model", inputs=folder / "x.npy"))
-    assert own.points("train", 9, 0).shape == (6, 3)
+    assert find_points("own_parts:model", inputs="x.npy").shuffled("train", 9, 0).shape == (6, 3)
+    with pytest.raises(ValueError, match="only the splits train and test, not 'all'"):
+        data.shuffled("all", 9, 0)
 
 
 def test_inputs_may_be_a_data_set_by_name(folder):
@@ -89,37 +87,36 @@ def test_inputs_may_be_a_data_set_by_name(folder):
     assert "9 data points of 'test'" in report
     with np.load("d.npz") as found:
         assert found["label"].tolist() == load_data("digits", "test", limit=9).labels.tolist()
-    rows = find_workload(Options("pixels:model", inputs=Path("digits"))).points("train", 5, 0)
+    rows = find_points("pixels:model", inputs="digits").shuffled("train", 5, 0)
     assert rows.shape == (5, 8, 8, 1)
     assert rows.dtype == np.float32
     result = invoke("run", "--model", "pixels:model", "--inputs", "digit")
     assert "--inputs digit: there is no such file, and no such data set" in result.output
-    shipped = find_workload(Options(inputs=Path("digits"))).points("test", 5, 0)
-    np.testing.assert_array_equal(shipped, find_workload(Options()).points("test", 5, 0))
+    own = load_model("lenet5-digits")
+    shipped, named = (find_points("lenet5-digits", own, each) for each in (None, "digits"))
+    np.testing.assert_array_equal(shipped.shuffled("test", 5, 0), named.shuffled("test", 5, 0))
 
 
 def test_outputs_are_as_asked(folder):
     x = jnp.eye(3)
     logits, shares = (
-        find_workload(Options("own_parts:model", outputs=outputs)).model(x)
-        for outputs in ("values", "probabilities")
+        find_model("own_parts:model", outputs=outputs)(x) for outputs in ("logits", "probabilities")
     )
     np.testing.assert_allclose(
         shares, np.exp(logits) / np.exp(logits).sum(1, keepdims=True), rtol=1e-5
     )
     np.save("w.npy", 3.0)
-    model = find_workload(Options("own_parts:load", folder / "w.npy")).model
-    np.testing.assert_array_equal(model(x), 3 * x)
+    np.testing.assert_array_equal(find_model("own_parts:load", folder / "w.npy")(x), 3 * x)
 
 
-@pytest.mark.parametrize("outputs", ["logits", "probabilities"])
+@pytest.mark.parametrize("outputs", ["logits", "probabilities", "values"])
 def test_one_number_a_row_has_no_label(folder, outputs):
     (folder / "one.py").write_text("def model(x):\n    return x[:, :1]\n")
     np.save("x.npy", np.ones((9, 3), np.float32))
-    with pytest.raises(ValueError, match="say --outputs values"):
-        find_workload(Options("one:model", inputs=folder / "x.npy", outputs=outputs))
-    found = find_workload(Options("one:model", inputs=folder / "x.npy", outputs="values"))
-    assert found.model(np.ones((2, 3), np.float32)).shape == (2, 1)
+    code = ("--num-data", "2", "--num-workers", "4", "--output", f"one-{outputs}.npz")
+    result = invoke("run", "--model", "one:model", "--inputs", "x.npy", "--outputs", outputs, *code)
+    assert result.exit_code == (0 if outputs == "values" else 2)
+    assert ("say --outputs values" in result.output) == (outputs != "values")
 
 
 def test_what_a_function_raises_on_the_host_is_one_line(folder):

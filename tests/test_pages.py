@@ -4,6 +4,7 @@ Code cells are run where the site is built; the blocks of docs/extending.md, doc
 docs/deploy have tests of their own.
 """
 
+import ast
 import os
 import re
 import shlex
@@ -38,6 +39,7 @@ def python_of(page: Path) -> str:
 FOUND = {
     str(page.relative_to(ROOT)): page
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if page.parent.name != "measured"  # the site's copies of bench/results
 }
 PAGES = {name: python_of(page) for name, page in FOUND.items()}
 RUN = [name for name, code in PAGES.items() if code and name not in ELSEWHERE]
@@ -157,3 +159,26 @@ def test_commands_run_as_they_are_shown(page, tmp_path, monkeypatch):
         if name == "plan" and (text := blocks(FOUND[page].read_text(), "text")):
             choice = r"recommended: (\w+ \(\d+, \d+\))"
             assert re.search(choice, result.output)[1] == re.search(choice, text[0])[1]
+
+
+def test_messages_that_troubleshooting_quotes_are_the_librarys():
+    """Where a message has values, the page has dots."""
+    found = []
+    for path in (ROOT / "nercc_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append(
+                    "".join(
+                        getattr(part, "value", "")
+                        for part in node.values
+                        if isinstance(part, ast.Constant)
+                    )
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^\| `(.+?)`(?: \(hint\))? \|", page, re.MULTILINE)
+    assert len(messages) > 10
+    for message in messages:
+        parts = [part.strip() for part in message.split("...") if part.strip(" ,")]
+        assert any(all(part in text for part in parts) for text in found), message

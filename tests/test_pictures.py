@@ -7,6 +7,7 @@ import pytest
 from conftest import require
 
 from nercc_jax.evaluation import Estimate, Evaluation, Evaluations
+from nercc_jax.tuning._tune import TuningStep
 
 LAWS = ("0", "2", "4")
 MSE = {"NeRCC": (0.1, 0.2, 0.4), "BACC": (0.2, 0.3, 0.5), "LCC": (3.0, 1e5, 1e7)}
@@ -35,16 +36,11 @@ def draw():
     require("rich", "demo")
     import matplotlib.pyplot as plt
 
-    from nercc_jax.evaluation.pictures import straggler_curves
-
-    figure, axis = plt.subplots()
-
-    def curves(metric, **options):
-        straggler_curves(axis, rows(), metric, metric, **options)
-        return axis
+    def curves(metric):
+        return Evaluations(rows()).plot([metric]).axes[0]
 
     yield curves
-    plt.close(figure)
+    plt.close("all")
 
 
 def names(axis):
@@ -53,7 +49,7 @@ def names(axis):
 
 
 def test_intervals_of_shares_stay_within_0_and_1(draw):
-    axis = draw("rel_acc", logarithmic=False)
+    axis = draw("rel_acc")
     ends = np.concatenate([path.vertices[:, 1] for c in axis.collections for path in c.get_paths()])
     assert len(ends) == 2 * len(LAWS) * len(SHARES)
     assert ends.min() >= 0
@@ -62,7 +58,7 @@ def test_intervals_of_shares_stay_within_0_and_1(draw):
 
 
 def test_only_curves_that_are_there_are_named_from_the_top_down(draw):
-    axis = draw("mse", logarithmic=True)
+    axis = draw("mse")
     assert names(axis) == ["LCC, off the scale", "BACC", "NeRCC"]
     assert "replication" in axis.get_title(loc="left")
     top = axis.get_ylim()[1]
@@ -87,16 +83,17 @@ def test_laws_have_any_names(names):
 
 
 def test_a_table_is_printed():
-    labelled = [dataclasses.replace(row, accuracy=Estimate(0.75, np.nan)) for row in rows()[:1]]
-    lines = str(Evaluations(labelled + rows()[1:3])).splitlines()
-    assert lines[0].split() == (
-        ["code", "stragglers", "mse", "rmse", "mean_l2", "rel_acc", "accuracy", "lost"]
-    )
-    assert len(lines) == 4
-    assert lines[1].startswith("NeRCC  0           0.1 ± 0.06")
-    assert "0.75 ± nan" in lines[1]
-    assert lines[2].index("0.2 ±") == lines[0].index("mse"), "columns stand under their names"
-    assert str(Evaluations()).split() == ["code", "stragglers"]
+    """A row for each law, a column for each code; a cell that was not evaluated has a dash."""
+    found = Evaluations(rows()[:1] + rows()[4:6])
+    errors, shares = str(found).split("\n\n")
+    assert errors.startswith("mse\n")
+    assert shares.startswith("rel_acc\n")
+    lines = errors.splitlines()[1:]
+    assert len(lines) == 1 + len({row.stragglers for row in found})
+    assert lines[0].split() == ["S", *dict.fromkeys(row.code for row in found)]
+    assert sum("-" in line.split() for line in lines[1:]) > 0
+    assert "-" in found.table("accuracy")
+    assert str(Evaluations()) == "mse\nS\n\nrel_acc\nS"
 
 
 def test_a_system_looks_the_same_under_all_its_names():
@@ -161,3 +158,18 @@ def test_pictures_are_one_column_of_panels_with_seven_curves_at_most():
     plain = [(look["marker"], look.get("linestyle"), look.get("markerfacecolor")) for look in looks]
     assert len({*plain}) == len(together)
     plt.close(figure)
+
+
+def test_a_tuning_run_is_a_picture(tmp_path):
+    """Also one that keeps a lambda of zero, which a logarithmic axis has no place for."""
+    require("matplotlib", "demo")
+    from nercc_jax.evaluation.pictures import tuning_figure
+
+    numbers = {"lambda_enc": 0.0, "lambda_dec": 1e-6, "gap_exponent": 4.0}
+    history = [TuningStep(0, step, 1.0, 0.9, False, numbers) for step in range(3)]
+    figure = tuning_figure(history, "exact")
+    shown = [[text.get_text() for text in axis.texts] for axis in figure.axes]
+    assert [sorted(names) for names in shown] == [
+        ["held out", "own groups"], ["gap_exponent", "lambda_dec"],
+    ]  # fmt: skip
+    figure.savefig(tmp_path / "tune.png")

@@ -594,7 +594,7 @@ def test_uncertain_data_points_are_run_again(networks):
     exact = np.asarray(network(x.reshape(-1, 6))).reshape(3, 4, 2)
     for group in range(3):
         decoded, doubts = by_hand(x[group], result.answers.available)
-        again, error_probability = result.reexecuted[group], result.error_probability[group]
+        again, error_probability = result.reexecuted[group], result.decoded.error_probability[group]
         clear = np.abs(doubts - 0.1) > 0.01  # rounding decides between the others
         assert (again == (doubts > 0.1))[clear].all()
         np.testing.assert_allclose(error_probability, np.where(again, 0, doubts), atol=0.01)
@@ -611,7 +611,7 @@ def test_any_disagreement_may_be_allowed(networks):
     """1 is a share like any other, and the last one: nothing is run again."""
     result = uncertain_pool_inference(networks, 1.0)(groups_of(3, 3), 5, LONG)
     assert not result.reexecuted.any()
-    assert result.error_probability.max() > 0.1
+    assert result.decoded.error_probability.max() > 0.1
     assert result.timing.reexecute < result.timing.total
 
 
@@ -619,7 +619,7 @@ def test_no_more_than_the_budget_is_run_again_the_most_uncertain_first():
     x = groups_of(1, 4)[0]
     with DevicePool(network, 4, example=x[:1]) as pool:
         result = uncertain_pool_inference(pool, 0.0, max_reexecution=0.5)(x, 7, LONG)
-        assert result.reexecuted.shape == result.error_probability.shape == (4,)
+        assert result.reexecuted.shape == result.decoded.error_probability.shape == (4,)
         _, doubts = by_hand(x, np.ones(7, bool))
         assert result.reexecuted.sum() == 2
         assert doubts[result.reexecuted].min() >= doubts[~result.reexecuted].max() - 1e-3
@@ -642,8 +642,10 @@ def test_stragglers_and_deaths_leave_no_data_point_without_an_answer():
             known, exact = result.reexecuted, np.asarray(network(group))
             np.testing.assert_allclose(result.decoded.predictions[known], exact[known], atol=1e-5)
             assert np.isfinite(result.decoded.predictions).all()
-            assert (result.error_probability[known] == 0).all()
-            assert (result.error_probability[~known] > 0).all(), "what failed three times says so"
+            assert (result.decoded.error_probability[known] == 0).all()
+            assert (result.decoded.error_probability[~known] > 0).all(), (
+                "what failed three times says so"
+            )
             again += known.sum()
     assert again > 5
 

@@ -195,15 +195,15 @@ def test_a_head_that_dies_takes_nothing_with_it(cluster, tmp_path):
     assert "does not answer: workers go on, none is replaced" in text
     assert "stopped before Ray ends this process" in text
     written = json.loads(parts.read_text())["parts"]
-    batches = np.concatenate([np.load(parts.parent / part["file"])["batches"] for part in written])
-    done = len(batches)
-    assert len(np.unique(batches)) == done
-    assert 0 < done < 200
+    rows = np.concatenate([np.load(parts.parent / part["file"])["row"] for part in written])
+    done = len(rows)
+    assert len(np.unique(rows)) == done
+    assert 0 < done < 400
     resumed = subprocess.run(
         [*run, *output, "--resume"], cwd=cluster.folder, capture_output=True, text=True
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert f"{2 * done} data points are done already" in resumed.stdout
+    assert f"{done} rows are done already" in resumed.stdout
     with np.load(tmp_path / "result.npz") as rows:
         np.testing.assert_array_equal(rows["index"], np.arange(400))
         assert rows["recovered"].all()

@@ -128,43 +128,60 @@ def test_what_cannot_be_sent_is_reported():
 # What goes along.
 
 
-def test_a_model_that_is_not_installed_has_its_folder_sent_along(tmp_path, monkeypatch):
-    from nercc_jax.cli._ray_job import RayJob, own_folders
+@pytest.fixture
+def joined(monkeypatch):
+    """What is asked of Ray for models, by the options of a command."""
+    from nercc_jax.cli._process import ray_joiner
 
+    found = []
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    monkeypatch.setattr("nercc_jax.pools.join_ray", lambda *arguments: found.append(arguments))
+
+    def join(*models, address="HEAD:1", working_dir=None, py_modules=(), runtime_env=None):
+        ray_joiner(address, working_dir, py_modules, runtime_env)(models)
+        return found[-1]
+
+    return join
+
+
+def test_a_model_that_is_not_installed_has_its_folder_sent_along(tmp_path, monkeypatch, joined):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "nercc_alone.py").touch()
     (tmp_path / "b" / "nercc_package").mkdir(parents=True)
     (tmp_path / "b" / "nercc_package" / "__init__.py").touch()
     for folder in ("a", "b"):
         monkeypatch.syspath_prepend(str(tmp_path / folder))
-    sent = own_folders(["nercc_alone:model", "lenet5-digits", "jax.numpy:sin", "nercc_jax:x"])
+    address, here, sent = joined(
+        "nercc_alone:model", "lenet5-digits", "jax.numpy:sin", "nercc_jax:x"
+    )
+    assert (address, here) == ("HEAD:1", {}), "a Ray that is started here needs no copy"
     assert sent["working_dir"] == str(tmp_path / "a")
     assert "py_modules" not in sent
-    both = own_folders(["nercc_alone:model", "nercc_package.inner:model"])
+    both = joined("nercc_alone:model", "nercc_package.inner:model")[2]
     assert both["py_modules"] == [str(tmp_path / "b" / "nercc_package")]
-    assert own_folders(["lenet5-digits"]) == {}
-
-    (tmp_path / "env.yaml").write_text("env_vars: {A: b}\nworking_dir: elsewhere")
-    job = RayJob(working_dir=tmp_path / "a", runtime_env=tmp_path / "env.yaml")
-    assert job.environment() == {"env_vars": {"A": "b"}, "working_dir": str(tmp_path / "a")}
-    with pytest.raises(ValueError, match="--py-modules /nowhere: there is no such"):
-        RayJob(py_modules=[tmp_path.__class__("/nowhere")])
+    assert joined("lenet5-digits")[2] == {}
 
 
-def test_the_folder_is_sent_to_a_ray_that_is_joined_unless_something_else_is(tmp_path, monkeypatch):
-    from nercc_jax.cli._ray_job import RayJob
-
+def test_a_folder_that_is_named_is_sent_and_no_other(tmp_path, monkeypatch, joined):
+    require("ray", "ray")
     (tmp_path / "nercc_alone.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    joined = []
-    monkeypatch.setattr("nercc_jax.pools.join_ray", lambda *arguments: joined.append(arguments))
-    RayJob("HEAD:1").connect(["nercc_alone:model"])
-    RayJob("HEAD:1", working_dir=tmp_path.parent).connect(["nercc_alone:model"])
-    (address, here, there), (_, _, chosen) = joined
-    assert (address, here) == ("HEAD:1", {}), "a Ray that is started here needs no copy"
-    assert there["working_dir"] == str(tmp_path)
+    _, _, chosen = joined("nercc_alone:model", working_dir=tmp_path.parent)
     assert chosen == {"working_dir": str(tmp_path.parent)}
+    for name, text in (
+        ("env.yaml", "env_vars: {A: b}\nworking_dir: elsewhere"),
+        ("env.json", '{"env_vars": {"A": "b"}}'),
+        ("env.toml", "env_vars = {A = 'b'}"),
+    ):
+        (tmp_path / name).write_text(text)
+        options = {"working_dir": tmp_path, "runtime_env": tmp_path / name}
+        _, here, _ = joined("lenet5-digits", **options)
+        assert here == {"env_vars": {"A": "b"}, "working_dir": str(tmp_path)}
+        (tmp_path / name).write_text("[[")
+        with pytest.raises(ValueError, match=f"--runtime-env .*{name}: no table: "):
+            joined("lenet5-digits", **options)
+    with pytest.raises(ValueError, match="--py-modules /nowhere: there is no such"):
+        joined("lenet5-digits", py_modules=["/nowhere"])
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])

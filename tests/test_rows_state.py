@@ -1,8 +1,8 @@
 """The state of a run over rows, driven by events: each row ends once, nothing waits for ever."""
 
+from typing import Any
 from unittest import mock
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import Phase, settings
@@ -17,28 +17,10 @@ from hypothesis.stateful import (
 
 from nercc_jax.pools import PoolReport
 from nercc_jax.pools.backend import WorkerReport
-from nercc_jax.risk import ErrorProbability
 from nercc_jax.rows import RowSettings
-from nercc_jax.rows._learner import FittedLearner, Learned, LearnerTask, Neighbours, learn
-from nercc_jax.rows._state import (
-    AGAIN,
-    COMPUTED,
-    FAILED,
-    PREDICTED,
-    SENT,
-    WAITING,
-    Answered,
-    Failed,
-    Fence,
-    Finish,
-    Forget,
-    Give,
-    Learn,
-    RowState,
-    Send,
-    Tick,
-    Withdraw,
-)
+from nercc_jax.rows._learner import FittedLearner, Learned, learn
+from nercc_jax.rows._state import Answered, Failed, Fence, Give, Learn, RowState, Send, Tick
+from nercc_jax.rows._table import COMPUTED, FAILED, PREDICTED, SENT, WAITING, RowTable
 from nercc_jax.surrogates import init_learner
 
 ROWS, WORKERS, BAD = 160, 5, {3, 77}
@@ -58,19 +40,16 @@ def report(idle=0, starting=0, deaths=0):
     return PoolReport(**numbers, **zeros, **further, workers=workers)
 
 
-def fitted(pairs=200, probability=None):
-    """A learner that has no answers to any input."""
-    learner = mock.Mock(knows=lambda x: np.zeros(len(x), bool))
-    return FittedLearner(learner, probability, pairs)
-
-
-def estimates(rows, mean, deviation, *, left_out=0, late=(), fit=None):
+def estimates(rows, mean, deviation, *, left_out=0, late=()):
     """Return predictions of rows, the last few of which are known ones."""
     rows, mean = np.asarray(rows), np.asarray(mean, np.float32)
     deviation = np.broadcast_to(np.asarray(deviation, float), len(rows)).copy()
     known = np.arange(len(rows)) >= len(rows) - left_out
     like = np.isin(rows, np.asarray(late, int))
-    return Learned(fit or fitted(), rows, known, mean, deviation, deviation, like, rows[:0], None)
+    learner: Any = mock.Mock(knows=lambda x: np.zeros(len(x), bool))  # no answers to any input
+    return Learned(
+        FittedLearner(learner, None, 200), rows, known, mean, deviation, deviation, like, None
+    )
 
 
 class Run(RuleBasedStateMachine):
@@ -86,27 +65,23 @@ class Run(RuleBasedStateMachine):
         wrong=st.booleans(),
     )
     def begin(self, tolerance, compute, most, rate, deadline, size, wrong):
-        self.state = RowState(
-            RowSettings(
-                tolerance=tolerance, compute=compute, max_calls=most, check_answers=rate,
-                job_deadline=deadline, rows_per_call=size, deadline=5.0,
-            ),
-            X,
+        self.state = a_state(
+            X, tolerance=tolerance, compute=compute, max_calls=most, check_answers=rate,
+            job_deadline=deadline, rows_per_call=size, deadline=5.0,
         )  # fmt: skip
-        self.state.begin(report())
         self.wrong = {0} if wrong and rate is not None else set()
         self.calls, self.values, self.task, self.now = {}, {}, None, 0.0
-        self.fenced, self.finished = frozenset(), False
+        self.fenced = frozenset()
         self.tick(idle=WORKERS, aged=0.01, late=False, passed=0.1)
 
     def handle(self, event):
+        if isinstance(event, Answered | Failed):
+            del self.calls[event.call]
+        over = self.state.over
         for each in self.state.handle(event):
-            if isinstance(each, Forget):
-                del self.calls[each.call]
-                continue
-            assert not self.finished, "nothing but calls that end, once the run is over"
+            assert not over, "nothing is done once the run is over"
             if isinstance(each, Send):
-                assert (self.state.table.state(each.rows) == SENT).all()
+                assert (self.state.table["state"][each.rows] == SENT).all()
                 assert 0 < len(each.rows) <= each.size
                 assert len(each.avoid | self.fenced) < WORKERS, "somebody must compute them"
                 self.calls[each.call] = each
@@ -117,17 +92,14 @@ class Run(RuleBasedStateMachine):
                     self.values[row] = value
                 if each.computed and not self.wrong:
                     np.testing.assert_array_equal(given, function(each.rows))
-            elif isinstance(each, Withdraw):
-                for row in each.rows.tolist():
-                    del self.values[row]
             elif isinstance(each, Fence):
                 self.fenced = each.workers
             elif isinstance(each, Learn):
                 assert self.task is None, "one at a time"
-                self.task = each.task
+                self.task = each.work.keywords
             else:
-                assert isinstance(each, Finish)
-                self.finished = True
+                for row in each.rows.tolist():  # withdrawn
+                    del self.values[row]
 
     @rule(idle=st.integers(0, 2), aged=st.sampled_from([0.0, 0.01, 9.0]), late=st.booleans(),
           passed=st.sampled_from([0.05, 3.0]))  # fmt: skip
@@ -161,10 +133,10 @@ class Run(RuleBasedStateMachine):
     @rule(off=st.sampled_from([1e-3, 0.5]), late=st.booleans())
     def learn(self, off, late):
         task, self.task = self.task, None
-        rows = task.rows
+        rows = task["rows"]
         some = rows[:3] if late else ()
         off = np.where(rows % 2, off, -off)[:, None]
-        known = len(task.known_y)
+        known = len(task["known_y"])
         self.handle(
             estimates(rows, function(rows) + off, 0.05, left_out=known, late=some)
         )  # fmt: skip
@@ -176,7 +148,7 @@ class Run(RuleBasedStateMachine):
             if not call.copy and not call.given_up:
                 held[call.rows] += 1
         np.testing.assert_array_equal(table["held"], held)
-        if not self.finished:
+        if not self.state.over:
             assert (held[table["state"] == SENT] > 0).all()
         assert self.state.calls.keys() == self.calls.keys()
         done = np.flatnonzero(table["state"] >= PREDICTED).tolist()
@@ -186,7 +158,7 @@ class Run(RuleBasedStateMachine):
     def teardown(self):
         """Nothing waits for ever: when all calls are answered, the run ends."""
         for step in range(2000):
-            if self.finished:
+            if self.state.over:
                 break
             for number in sorted(self.calls):
                 if number in self.calls:
@@ -197,7 +169,7 @@ class Run(RuleBasedStateMachine):
                 self.learn(1e-3, late=False)
             self.tick(idle=1, aged=0.0, late=False, passed=0.05)
             self.every_row_is_somewhere()
-        assert self.finished
+        assert self.state.over
         state = self.state.table.rows["state"]
         assert {*state.tolist()} <= {FAILED, PREDICTED, COMPUTED}
         assert not (state[[*BAD]] == COMPUTED).any()
@@ -217,9 +189,7 @@ TestRun = Run.TestCase
 
 
 def a_state(x, **options):
-    state = RowState(RowSettings(**options), x)
-    state.begin(report())
-    return state
+    return RowState(RowSettings(**options), x, RowTable(len(x)), report())
 
 
 def come(state, rows, values, late):
@@ -227,18 +197,6 @@ def come(state, rows, values, late):
     state.table.rows["late"][rows] = late
     state.evidence.compare(rows, values, late)
     state.table.put(rows, values, 0.0, 0.0, COMPUTED)
-
-
-def test_labels_are_scored_by_their_error_probabilities():
-    steps, weights = jnp.linspace(0, 1, 1001), jnp.array([0.0, -1.0, -1.0, 0.0, 0.0, 0.0])
-    probability = ErrorProbability(weights, jnp.zeros(1), jnp.zeros(1), steps, steps, 1 - steps)
-    mean = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
-    state = a_state(mean[:, :1], max_disagreement=0.1)
-    state.table.put(np.arange(1), mean[:1], 0.0, 0.0, COMPUTED)
-    state.handle(estimates(np.arange(200), mean, 0.1, fit=fitted(200, probability)))
-    outputs = jnp.asarray(mean)
-    expected = np.asarray(probability(outputs, jnp.full(200, 0.1), outputs))
-    np.testing.assert_allclose(state.evidence.score(np.arange(200)), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -282,21 +240,10 @@ def test_a_run_does_not_end_by_bars_of_quick_rows_where_rows_nearby_came_late():
         come(state, rows, x[rows] + error, late)
     state.queue.waiting = np.zeros(0, int)
     sent = state.handle(Tick(1.0, report(WORKERS), {}, learning=True, fit_seconds=9.0))
-    assert not any(isinstance(each, Finish) for each in sent)
+    assert not state.over
     # Of the eight computed rows nearest to these, one or more came late.
     rows = [row for each in sent if isinstance(each, Send) for row in each.rows.tolist()]
     assert {*rows, *state.queue.waiting.tolist()} == {*range(145, 200, 2)}
-
-
-def test_a_row_that_comes_after_its_prediction_is_the_functions_own():
-    state = a_state(X[:2], tolerance=0.0)
-    state.table.put(np.array([1]), np.array([[2.0]]), 0.1, 0.2, PREDICTED)
-    assert state.table.rows["state"].tolist() == [WAITING, PREDICTED]
-    state.table.put(np.array([1]), np.array([[1.0]]), 0.0, 0.0, COMPUTED)
-    row = state.table.rows[1]
-    assert state.table.values[1].tolist() == [1.0]
-    assert (row["state"], row["score"], row["deviation"]) == (COMPUTED, 0, 0)
-    assert AGAIN < SENT < PREDICTED < COMPUTED
 
 
 def test_answers_after_the_end_judge_bars_and_change_nothing():
@@ -310,7 +257,7 @@ def test_answers_after_the_end_judge_bars_and_change_nothing():
     state.over = True
     order = state.calls[call].rows
     values = np.tile([0.4, -0.4], (5, 1))[order]
-    assert state.handle(Answered(call, 0, values, late=True, usual=0.1)) == [Forget(call)]
+    assert state.handle(Answered(call, 0, values, late=True, usual=0.1)) == []
     assert sorted(state.evidence.late.held) == [False, True, True]
     assert not state.table.values.any()
 
@@ -342,14 +289,11 @@ def test_a_row_is_predicted_without_itself_and_as_far_off_as_its_neighbours_were
 
     late, new = np.array([3, 7, 20]), x[:1] + 1
     features = np.concatenate([new, x[late], new])  # the first is not known
-    nobody = Neighbours(x[:0], np.zeros(0, bool))
+    nobody = x[:0], np.zeros(0, bool)
     found = learn(
-        LearnerTask(
-            fit=FittedLearner(learner, None, 24), x=x[:0], y=y[:0], rows=np.arange(5),
-            features=features, known_y=np.asarray(smooth(features[1:]), np.float32),
-            by_input=nobody, by_output=nobody, unchecked=late[:0],
-            settings=RowSettings(tolerance=0.1),
-        )
+        FittedLearner(learner, None, 24), x[:0], y[:0], rows=np.arange(5), features=features,
+        known_y=np.asarray(smooth(features[1:]), np.float32), lateness=(nobody, nobody),
+        settings=RowSettings(tolerance=0.1),
     )  # fmt: skip
     assert found.left_out.tolist() == [False, True, True, True, True]
     np.testing.assert_allclose(found.mean[1:4], wanted[late], atol=0.05)

@@ -25,8 +25,8 @@ from nercc_jax import (
     coded_inference,
     save_code,
 )
-from nercc_jax.cli import _run_groups as command
 from nercc_jax.pools import Fault, Faults, run_batches
+from nercc_jax.rows import run_groups
 from nercc_models import load_data, load_model
 
 
@@ -149,6 +149,38 @@ def test_a_batch_decoded_at_the_deadline_is_short(enough):
 def test_what_does_not_fit_is_refused_at_once(untyped, options, message):
     with DevicePool(linear, 2) as pool, pytest.raises(ValueError, match=message):
         run_batches(pool, Replication(1, 2), [], **options)
+
+
+def test_groups_go_over_the_data_carry_ids_and_are_resumed_by_the_same_run_only(tmp_path, untyped):
+    """A run of Python's is the command's: its folder, its table, and what it prints."""
+    x, ids = numbered(1, 5, 2)[0].reshape(10, 1), [f"n{number}" for number in range(10)]
+    options = {"groups": 2, "batches": 4, "ids": ids, "folder": tmp_path / "rows"}
+    code, seen = Replication(2, 4), []
+    with DevicePool(failing_on(3), 4, compiled=False) as pool:
+        found = run_groups(pool, code, x, attempts=1, **options)
+        index, lost = found.arrays["index"], np.isin(np.arange(16), [1, 3, 13, 15])
+        np.testing.assert_array_equal(
+            found.arrays["recovered"], ~lost
+        )  # 3, and what is sent with it
+        np.testing.assert_array_equal(found.arrays["predictions"][~lost], exact(x[index])[~lost])
+        assert [*found.reasons] == np.flatnonzero(lost).tolist()
+        assert "cannot be recovered" in found.reasons[13]
+        assert found.columns()["id"].tolist() == [ids[number % 10] for number in range(16)]
+        assert "16 in 4 batches" in str(found)
+        for changed, message in (
+            ({"groups": 1, "resume": True}, "groups was 2 and is 1"),
+            ({"ids": None, "resume": True}, "ids was"),
+            ({}, "has the parts of an earlier run"),
+            ({"groups": 0, "folder": None}, "groups must be"),
+            ({"ids": [1], "folder": None}, "each of 10 rows"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                run_groups(pool, code, x, **options | changed)
+    with DevicePool(linear, 4) as pool:
+        again = run_groups(pool, code, x, resume=True, on_progress=seen.append, **options)
+    assert seen[0].done == 12
+    assert (again.summary["batches"], again.summary["lost"]) == (2, 0)
+    np.testing.assert_array_equal(again.arrays["predictions"], exact(x[index]))
 
 
 # Workers die for good while it runs.
@@ -282,8 +314,8 @@ def test_run_tells_what_it_saw(small):
     result, path = small
     assert result.exit_code == 0, result.output
     for word in (
-        "30 data points of 'test', NeRCC with K=4, N=8; 8 workers (devices)",
-        "decoding at 6 answers, or after 30 s",
+        "30 data points of 'test', NeRCC with K=4, N=8; decoding at 6 answers, or after 30 s; "
+        "8 workers (devices)",
         "30 in 4 batches",
         "points/s, after",
         "stragglers",
@@ -359,8 +391,8 @@ def test_what_is_lost_is_nan_and_told(tmp_path):
     options = "--batches 2 --straggler-rate 1 --straggler-delay-s 60 --deadline-s 0.1"
     result = run(*SMALL, *options.split(), "--output", str(path))
     assert result.exit_code == 3
-    assert "16 of 16 data points were lost after 3 attempts" in result.output
-    assert "no worker answered within 0.1 s" in result.output
+    assert "16 rows are unknown: row 0: no worker answered within 0.1 s" in result.output
+    assert "(after 3 attempts)" in result.output
     assert "Traceback" not in result.output
     rows = load(path)
     assert not rows["recovered"].any()
@@ -381,12 +413,11 @@ def test_what_is_recovered_of_a_batch_is_reported_and_why_the_rest_is_not(tmp_pa
         yield dataclasses.replace(first, result=result, trouble="the network was down")
         yield from others
 
-    monkeypatch.setattr(command, "run_batches", spoilt)
+    monkeypatch.setattr("nercc_jax.rows._groups.run_batches", spoilt)
     path = tmp_path / "result.npz"
     result = run(*SMALL, "--max-inputs", "16", "--output", str(path))
     assert result.exit_code == 3
-    assert "5 of 16 data points were lost after 3 attempts" in result.output
-    assert "the last trouble: the network was down" in result.output
+    assert "5 rows are unknown: row 1: the network was down (after 1 attempts)" in result.output
     rows = load(path)
     lost = np.isin(np.arange(16), [1, 4, 5, 6, 7])
     np.testing.assert_array_equal(rows["recovered"], ~lost)
@@ -410,11 +441,11 @@ def test_ctrl_c_writes_what_is_done(tmp_path, monkeypatch):
         yield next(outcomes)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "run_batches", interrupted)
+    monkeypatch.setattr("nercc_jax.rows._groups.run_batches", interrupted)
     path = tmp_path / "result.npz"
     result = run(*SMALL, "--output", str(path))
     assert result.exit_code == 130
-    assert "interrupted: 16 of 30 data points are done" in result.output
+    assert "interrupted: 16 of 30 rows are done" in result.output
     assert load(path)["recovered"].tolist() == [True] * 16
     refused = run(*SMALL, "--output", str(path))
     assert refused.exit_code == 2
@@ -430,7 +461,7 @@ def test_a_run_goes_on_where_it_ended(tmp_path, monkeypatch, small):
         yield next(outcomes)
         raise MemoryError
 
-    monkeypatch.setattr(command, "run_batches", dying)
+    monkeypatch.setattr("nercc_jax.rows._groups.run_batches", dying)
     for _ in range(2):  # a batch each
         assert run(*SMALL, "--resume", "--output", str(path)).exit_code == 1
     assert not path.exists()
@@ -441,13 +472,13 @@ def test_a_run_goes_on_where_it_ended(tmp_path, monkeypatch, small):
             seen.append(outcome.number)
             yield outcome
 
-    monkeypatch.setattr(command, "run_batches", counted)
+    monkeypatch.setattr("nercc_jax.rows._groups.run_batches", counted)
     other = run(*SMALL[:-1], "1", "--resume", "--output", str(path))
     assert other.exit_code == 2
     assert "groups was 2 and is 1" in other.output
     result = run(*SMALL, "--resume", "--output", str(path))
     assert result.exit_code == 0, result.output
-    assert "16 data points are done already" in result.output
+    assert "16 rows are done already" in result.output
     assert len(seen) == 2  # of four
     rows, whole = load(path), load(small[1])
     # Who answers in time, and so what is predicted, differs between runs.
@@ -476,7 +507,7 @@ def test_a_folder_has_the_parts_and_a_manifest(tmp_path):
     np.testing.assert_array_equal(np.concatenate([each["index"] for each in parts]), np.arange(30))
     again = run(*SMALL, "--resume", "--output", str(folder))  # there is nothing left to do
     assert again.exit_code == 0, again.output
-    assert "30 data points are done already" in again.output
+    assert "30 rows are done already" in again.output
 
 
 def test_a_run_does_not_go_on_with_another_code(tmp_path):
@@ -507,42 +538,6 @@ def test_a_run_does_not_go_on_with_other_weights(tmp_path, monkeypatch):
         again = run(*options, *more, "--output", output, "--resume")
         assert again.exit_code == 2
         assert "with which --resume cannot go on: weights was" in again.output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--output /no/such/folder/x.npz", "there is no folder /no/such/folder"),
-        ("--output x.parquet", "a result file ends in .npz or .csv"),
-        ("--wait-for 21", "--wait-for must be from 1 to N = 20, not 21"),
-        ("--wait-for 0", "--wait-for must be from 1 to N = 20, not 0"),
-        ("--wait-for 17 --max-disagreement 0.1", "--wait-for or --max-disagreement, not both"),
-        ("--max-disagreement 1", "--max-disagreement must be in [0, 1)"),
-        ("--max-disagreement 0 --num-workers 9", "is expected even when all 9 workers answer"),
-        ("--deadline-s 0", "--deadline-s must be positive, not 0"),
-        ("--deadline-s nan", "--deadline-s must be positive, not nan"),
-        ("--groups 0", "--groups: it must be at least"),
-        ("--max-inputs 0", "--max-inputs: it must be at least"),
-        ("--batches -1", "--batches: it must be at least"),
-        ("--workers 0", "--workers: it must be at least"),
-        ("--straggler-rate 1.5", "--straggler-rate: it must be at most 1, not 1.5"),
-        ("--straggler-score size", "--straggler-score: one of your own is named module:function"),
-        ("--straggler-delay-s -1", "--straggler-delay-s must be positive"),
-        ("--death-rate -0.1", "--death-rate: it must be at least"),
-        ("--split nothing", "--split nothing: The data set 'digits' has no split"),
-        ("--model nothing", "nothing"),
-        ("--num-workers 0", "--num-workers: it must be at least 1"),
-        ("--code /no/such/code.json", "/no/such/code.json"),
-        ("--pool threads", "threads"),
-    ],
-)
-def test_errors_are_one_sentence(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = run(*arguments.split())
-    assert result.exit_code == 2
-    assert message in result.output
-    assert "Traceback" not in result.output
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_code_with_further_models_is_refused(tmp_path):

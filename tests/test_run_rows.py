@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import require
 from schedulers import ScriptedBackend, ScriptedPool, soon
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from nercc_jax import DevicePool
 from nercc_jax.cli._options import Options
@@ -16,7 +17,6 @@ from nercc_jax.pools.backend import WorkerDied
 from nercc_jax.pools.times import AnswerTimes
 from nercc_jax.risk import Accuracy
 from nercc_jax.rows import RowFunction, RowSettings, run_rows
-from nercc_jax.rows._evidence import standardized_inputs
 from nercc_jax.rows._queue import RowQueue
 from nercc_jax.schemes import fit_scheme
 from nercc_jax.surrogates import LearnerTuning
@@ -71,14 +71,6 @@ def test_ids_come_back_with_the_rows(tmp_path):
         run_rows(np.negative, x, DevicePool, ids=[1, 2, 3, 4], resume=True, **options)
     with pytest.raises(ValueError, match="each of 4 rows, not <U"):
         run_rows(np.negative, x, DevicePool, ids=["a", 1, 2], **options)
-
-
-def test_rows_whose_workers_all_die_are_unknown_for_that_reason():
-    faults = Faults.from_rates(death_rate=1.0, seed=3)
-    with DevicePool(RowFunction(np.negative), 2, compiled=False, faults=faults) as pool:
-        result = run_rows(np.negative, np.ones((3, 1)), pool, tolerance=0.0)
-    assert set(result.status.tolist()) == {"unknown"}
-    assert set(result.reasons.values()) == {"its thread ended"}
 
 
 # From Python.
@@ -174,14 +166,14 @@ def test_rows_that_are_no_finite_numbers_are_refused(untyped):
         ({}, "tolerance is needed"),
         ({"tolerance": 1.0, "max_disagreement": 0.1}, "not both"),
         ({"tolerance": -1.0}, "tolerance must be 0 or positive"),
-        ({"tolerance": 1.0, "compute": "some"}, "compute is 'needed' or 'all', not 'some'"),
-        ({"tolerance": 1.0, "job_deadline": -1.0}, "job_deadline is a positive number"),
-        ({"tolerance": 1.0, "grace": -1.0}, "grace is a number of seconds from 0 on"),
+        ({"tolerance": 1.0, "compute": "some"}, "compute must be 'needed' or 'all', not 'some'"),
+        ({"tolerance": 1.0, "job_deadline": -1.0}, "job_deadline must be a positive number"),
+        ({"tolerance": 1.0, "grace": -1.0}, "grace must be a number of seconds from 0 on"),
         ({"tolerance": 1.0, "max_calls": 0}, "max_calls must be positive"),
         ({"tolerance": 1.0, "check_answers": 1.0}, "check_answers must be between 0 and 1, not 1"),
         ({"tolerance": 1.0, "max_fenced": 1.0}, r"max_fenced must be in \[0, 1\), not 1"),
         ({"tolerance": 1.0, "rows_per_call": 0}, "rows_per_call must be positive"),
-        ({"tolerance": 1.0, "deadline": 0.0}, "a deadline is a positive number"),
+        ({"tolerance": 1.0, "deadline": 0.0}, "deadline must be a positive number"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused_before_a_pool_is_opened(options, message, untyped):
@@ -340,6 +332,37 @@ def test_a_budget_of_calls_is_kept(quick_fit):
     }
 
 
+@pytest.mark.parametrize(("share", "wanted"), [(0.5, 2), (0.1, 1)])
+def test_learning_takes_its_share_of_the_cores(monkeypatch, share, wanted):
+    seen = []
+
+    def fit(x, y, code, **_):
+        seen.extend(each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas")
+        raise ValueError("nothing is learned here")
+
+    def limit(threads):  # in a thread that ends: the one that sets them last keeps others from it
+        thread = threading.Thread(target=threadpool_limits, args=(threads, "blas"))
+        thread.start()
+        thread.join()
+
+    before = {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
+    monkeypatch.setattr("nercc_jax.rows._learner.fit_scheme", fit)
+    limit(4)
+    try:
+        run_paced(Paced(0.005), tolerance=0.1, learner_share=share)
+    finally:
+        limit(max(before))
+    assert set(seen) == {wanted}
+
+
+def test_a_resumed_run_without_a_budget_learns_from_the_rows_that_are_there(quick_fit, tmp_path):
+    options = {"folder": tmp_path / "rows", "tolerance": 0.1}
+    run_paced(smooth, max_calls=150, compute="all", **options)
+    found = run_paced(smooth, max_calls=1, resume=True, **options)
+    assert np.sum(found.status == "computed") <= 151
+    assert np.isfinite(found.score).all(), "each row is computed, or has a prediction with a bar"
+
+
 @pytest.mark.parametrize(
     ("transport", "each", "row_bytes", "most_calls"),
     [
@@ -372,38 +395,51 @@ def test_calls_grow_to_a_quarter_of_a_second_or_16_mib_and_leave_no_worker_idle(
     assert max(free) <= 1.1 * (count * each + len(sizes) * transport) / 2 + 0.02
 
 
-def test_rows_that_raise_are_found_in_few_calls():
-    calls, rows = [], np.arange(1024.0)[:, None]
+def odd(kind, over):
+    """A function that does what is odd on the rows 3 and 700."""
 
-    def fails(batch):
-        calls.append(len(batch))
-        if 700 in batch:
-            raise ArithmeticError("there is no solution here")
+    def function(batch):
+        if {3, 700} & {*batch[:, 0].tolist()}:
+            if kind == "raise":
+                raise ArithmeticError("there is no solution here")
+            while kind == "hang" and not over.wait(0.005):
+                pass
+            return np.concatenate([batch, batch], axis=1)
         return batch
 
-    result = run_rows(fails, rows, DevicePool, num_workers=2, tolerance=0.0, rows_per_call=256)
-    assert np.flatnonzero(result.status != "computed").tolist() == [700]
-    assert len(calls) <= 4 + 4 * 9  # of two halves one raises, at three workers
+    return function
 
 
-def test_a_row_of_another_shape_is_unknown_and_costs_no_other():
-    def odd(batch):
-        return np.concatenate([batch, batch], axis=1) if 7 in batch else batch
+@pytest.mark.parametrize(
+    ("kind", "size", "reason", "most_calls"),
+    [
+        ("raise", 256, "ArithmeticError: there is no solution here", 4 + 2 * 4 * 9),
+        ("shape", 32, "a row came as (2,), others as (1,)", 32 + 2 * 4 * 6),
+        # Of 64 rows of a call, eight have the second attempt together, and each has its own last.
+        ("hang", 64, "no answer within 0.3 s", 16 + 2 * (8 + 8)),
+    ],
+)
+def test_odd_rows_are_unknown_for_a_reason_and_cost_no_others(kind, size, reason, most_calls):
+    over, rows = threading.Event(), np.arange(1024.0)[:, None]
+    with DevicePool(RowFunction(odd(kind, over)), 12, compiled=False) as pool:
+        options = {
+            "tolerance": 0.0,
+            "rows_per_call": size,
+            "deadline": 0.3 if kind == "hang" else 30.0,
+        }
+        result = run_rows(np.negative, rows, pool, **options)
+        over.set()
+    assert result.reasons == dict.fromkeys((3, 700), reason)
+    known = np.delete(np.arange(1024), [3, 700])
+    np.testing.assert_array_equal(result.values[known], rows[known])
+    assert result.report.sent <= most_calls
 
-    rows = np.arange(12.0)[:, None]
-    result = run_rows(odd, rows, DevicePool, num_workers=2, tolerance=0.0, seed=5)
-    assert result.reasons == {7: "a row came as (2,), others as (1,)"}
-    np.testing.assert_array_equal(result.values, np.where(rows == 7, np.nan, rows))
 
-
-def test_inputs_of_the_learner_are_in_units_of_their_spread():
-    rng = np.random.default_rng(0)
-    x = np.stack([rng.normal(1e6, 1e-2, 1000), rng.integers(0, 9, 1000), np.ones(1000)], axis=1)
-    expected = (x[:, :2] - x[:, :2].mean(axis=0)) / x[:, :2].std(axis=0)
-    np.testing.assert_allclose(standardized_inputs(x)[:, :2], expected, rtol=1e-5, atol=1e-6)
-    assert not standardized_inputs(x)[:, 2].any(), "what is constant says nothing"
-    images = rng.integers(0, 255, (600, 4, 4, 3)).astype(np.uint8)
-    assert standardized_inputs(images).shape == (600, 48)
+def test_rows_whose_workers_all_die_are_unknown_for_that_reason():
+    faults = Faults.from_rates(death_rate=1.0, seed=3)
+    with DevicePool(RowFunction(np.negative), 2, compiled=False, faults=faults) as pool:
+        result = run_rows(np.negative, np.ones((3, 1)), pool, tolerance=0.0)
+    assert set(result.reasons.values()) == {"its thread ended"}
 
 
 def run_stuck(count, is_stuck, num_workers, **options):

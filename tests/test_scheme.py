@@ -1,5 +1,6 @@
 """Order, code, surrogate and doubt together, and the model where there is doubt."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -16,8 +17,6 @@ from nercc_jax import (
     coded_inference,
     reexecute,
 )
-from nercc_jax.schemes import AssessedPredictions
-from nercc_jax.schemes._scheme import select_uncertain
 from nercc_jax.surrogates import Surrogate
 
 K, N, OUTPUTS = 4, 7, 3
@@ -49,12 +48,12 @@ def test_without_extras_it_is_coded_inference():
     x = points(0)
     assessed = decode_with_deviation(model, Scheme(CODE))(x, MASKS)
     expected = coded_inference(model, CODE)(x.reshape(-1, K, 2, 3), MASKS)
-    np.testing.assert_array_equal(assessed.decoded.predictions, expected.reshape(-1, OUTPUTS))
-    assert assessed.decoded.recovered.all()
-    assert np.isnan(assessed.error_probability).all()
-    np.testing.assert_array_equal(assessed.decoded.responded, MASKS)
+    np.testing.assert_array_equal(assessed.predictions, expected.reshape(-1, OUTPUTS))
+    assert assessed.recovered.all()
+    assert assessed.error_probability is None
+    np.testing.assert_array_equal(assessed.responded, MASKS)
     one = decode_with_deviation(model, Scheme(CODE))(x, MASKS[0])
-    np.testing.assert_array_equal(one.decoded.responded, np.tile(MASKS[0], (6, 1)))
+    np.testing.assert_array_equal(one.responded, np.tile(MASKS[0], (6, 1)))
 
 
 @pytest.mark.parametrize("order", [None, "pixels", "surrogate", model])
@@ -62,14 +61,14 @@ def test_predictions_come_back_where_data_points_came(order):
     x = points(1)
     scheme = Scheme(CODE, Surrogate(rough, theta=0.5, kappa=1.0), order=order, buffer_size=3 * K)
     everyone = decode_with_deviation(model, scheme)(x, np.ones(N, bool))
-    np.testing.assert_allclose(everyone.decoded.predictions, model(jnp.asarray(x)), atol=1e-5)
+    np.testing.assert_allclose(everyone.predictions, model(jnp.asarray(x)), atol=1e-5)
     arranged = np.asarray(scheme.arrange(x))
     assert sorted(arranged[: 3 * K]) == list(range(3 * K)), "buffers are not mixed"
     by_hand = Scheme(CODE, scheme.surrogate)
     expected = decode_with_deviation(model, by_hand)(x[arranged], MASKS)
     assessed = decode_with_deviation(model, scheme)(x, MASKS)
     np.testing.assert_allclose(
-        np.asarray(assessed.decoded.predictions)[arranged], expected.decoded.predictions, atol=1e-5
+        np.asarray(assessed.predictions)[arranged], expected.predictions, atol=1e-5
     )
     np.testing.assert_allclose(
         np.asarray(assessed.deviation)[arranged], expected.deviation, atol=1e-4
@@ -113,7 +112,7 @@ def test_copies_go_to_the_data_points_whose_label_the_student_doubts(order, shar
     own, cheap = (np.asarray(each(x))[order] for each in (model, logits))
     expected = np.where(np.ravel(known)[:, None], own, cheap)
     assert 0 < np.mean(known) < 1
-    np.testing.assert_allclose(assessed.decoded.predictions[order], expected, atol=1e-5)
+    np.testing.assert_allclose(assessed.predictions[order], expected, atol=1e-5)
     np.testing.assert_array_equal(assessed.deviation[order] == 0, np.ravel(known))
     plain = Scheme(CODE, scheme.surrogate)  # copies only where they are asked for
     assert plain.prepare(jnp.asarray(x)).points is None
@@ -143,11 +142,9 @@ def test_what_is_uncertain_becomes_the_models_own(key):
     own = np.asarray(model(jnp.asarray(x)))
     unsure = np.asarray(assessed.error_probability) > 0
     assert 0 < unsure.sum() < len(x)
-    np.testing.assert_allclose(
-        np.asarray(assessed.decoded.predictions)[~unsure], own[~unsure], atol=1e-5
-    )
+    np.testing.assert_allclose(np.asarray(assessed.predictions)[~unsure], own[~unsure], atol=1e-5)
     fixed = reexecute(model, x, assessed)
-    np.testing.assert_allclose(fixed.decoded.predictions, own, atol=1e-5)
+    np.testing.assert_allclose(fixed.predictions, own, atol=1e-5)
     np.testing.assert_array_equal(fixed.error_probability, np.zeros(len(x)))
     few = reexecute(model, x, assessed, share=2 / len(x))
     changed = np.flatnonzero(
@@ -164,14 +161,6 @@ def test_what_is_uncertain_becomes_the_models_own(key):
     assert reexecute(model, x, assessed, limit=1.0) is assessed
 
 
-def test_what_lies_above_the_limit_is_selected_the_most_uncertain_first():
-    error_probability = np.array([0.1, 0.5, 0.0, 0.2])
-    assert select_uncertain(error_probability).tolist() == [1, 3, 0]
-    assert select_uncertain(error_probability, limit=0.1).tolist() == [1, 3]
-    assert select_uncertain(error_probability, limit=0.1, at_most=1).tolist() == [1]
-    assert select_uncertain(error_probability, at_most=0).tolist() == []
-
-
 def test_without_any_answer_all_is_executed_again(key):
     error_probability = calibrate_error_probability(model, CODE, points(2, 20), LAWS, key=key)
     x = points(4)
@@ -181,14 +170,13 @@ def test_without_any_answer_all_is_executed_again(key):
         x, masks
     )
     lost = np.arange(len(x)) // K == 2
-    np.testing.assert_array_equal(assessed.decoded.recovered, ~lost)
-    assert np.isnan(np.asarray(assessed.decoded.predictions)[lost]).all()
+    np.testing.assert_array_equal(assessed.recovered, ~lost)
+    assert np.isnan(np.asarray(assessed.predictions)[lost]).all()
     np.testing.assert_array_equal(np.asarray(assessed.error_probability)[lost], 1)
-    assert set(select_uncertain(assessed.error_probability, at_most=K)) == set(np.flatnonzero(lost))
     fixed = reexecute(model, x, assessed, limit=0.999)
-    assert fixed.decoded.recovered.all()
+    assert fixed.recovered.all()
     own = np.asarray(model(jnp.asarray(x)))
-    np.testing.assert_allclose(np.asarray(fixed.decoded.predictions)[lost], own[lost], atol=1e-5)
+    np.testing.assert_allclose(np.asarray(fixed.predictions)[lost], own[lost], atol=1e-5)
 
 
 def test_one_compilation_serves_every_mask():
@@ -233,9 +221,9 @@ def test_models_and_schemes_that_do_not_fit(untyped):
 def test_what_cannot_be_executed_again(untyped):
     x = points(0)
     assessed = decode_with_deviation(model, Scheme(CODE))(x, MASKS)
-    with pytest.raises(ValueError, match="the error probability is NaN: calibrate"):
+    with pytest.raises(ValueError, match="there is no error probability: calibrate"):
         reexecute(model, x, assessed)
-    sound = AssessedPredictions(assessed.decoded, assessed.deviation, jnp.ones(len(x)))
+    sound = dataclasses.replace(assessed, error_probability=jnp.ones(len(x)))
     with pytest.raises(ValueError, match=r"share must be in \[0, 1\], not 1.5"):
         reexecute(model, x, sound, share=1.5)
     with pytest.raises(ValueError, match="must be 0 or positive"):

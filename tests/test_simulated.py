@@ -53,7 +53,9 @@ def test_data_points_that_are_run_again_have_the_rest_of_the_deadline():
             assert pool.clock.now() == min(deadline, 6.0)
         assert result.reexecuted.all() == again
         assert result.reexecuted.any() == again
-        assert (result.error_probability > 0).all() != again, "what was decoded says how uncertain"
+        assert (result.decoded.error_probability > 0).all() != again, (
+            "what was decoded says how uncertain"
+        )
         expected = np.tanh(X) if again else code.decode(np.tanh(code.encode(X)), np.ones(8, bool))
         np.testing.assert_allclose(result.decoded.predictions, expected, atol=1e-5)
 

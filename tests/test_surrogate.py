@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 
 from nercc_jax import Berrut, ExactStragglers, NeRCC, fit_surrogate
-from nercc_jax.codes._trees import Form
+from nercc_jax.codes._trees import Form, join
 from nercc_jax.surrogates import Surrogate
-from nercc_jax.surrogates.interface import AbstractGroupPrior, fixed_outputs
+from nercc_jax.surrogates.interface import AbstractGroupPrior, SurrogatePredictions
 from nercc_jax.surrogates.surrogate import decode_with_deviation
 
 K, N, GROUPS, OUTPUTS = 4, 7, 6, 3
 _WEIGHTS = np.random.default_rng(0).normal(size=(2, 5, OUTPUTS))
 EPS = {"float32": 2e-5, "float64": 1e-10}
+
+
+def fixed_outputs(own, coded):
+    return SurrogatePredictions(own=own, coded=coded, form=join(own, 2)[1])
 
 
 @eqx.filter_jit
@@ -55,7 +59,8 @@ def test_it_is_the_formula(name, theta, kappa, dtype):
     code = CODES[name]()
     _, y, masks, cheap, cheap_coded = inputs(code)
     surrogate = Surrogate(rough, theta=theta, kappa=kappa)
-    decoded, deviation = decode(code, surrogate, y, masks, cheap, cheap_coded)
+    decoded = decode(code, surrogate, y, masks, cheap, cheap_coded)
+    deviation = decoded.deviation
     assert decoded.predictions.dtype == deviation.dtype == dtype
     assert decoded.recovered.all()
     for group in range(GROUPS):
@@ -93,8 +98,8 @@ def test_the_variance_is_the_mean_of_the_codes_and_the_surrogates_own():
     outputs = fixed_outputs(cheap, cheap_coded)
     prior = WithDeviation(outputs, outputs.form)
     compiled = eqx.filter_jit(decode_with_deviation)
-    _, alone = compiled(code, Surrogate(rough, kappa=0.0), y, masks, outputs)
-    _, found = compiled(code, Surrogate(rough, kappa=30.0), y, masks, prior)
+    alone = compiled(code, Surrogate(rough, kappa=0.0), y, masks, outputs).deviation
+    found = compiled(code, Surrogate(rough, kappa=30.0), y, masks, prior).deviation
     rho = 1 / (1 + 30 * np.stack([code.posterior_variance(mask) for mask in masks]))
     assert rho.min() < 0.5 < rho.max()
     np.testing.assert_allclose(found**2, rho * alone**2 + (1 - rho) * 0.09, rtol=1e-3)
@@ -103,10 +108,10 @@ def test_the_variance_is_the_mean_of_the_codes_and_the_surrogates_own():
 def test_its_ends_are_the_code_alone_and_the_surrogate_alone(dtype):
     code = CODES["chebyshev"]()
     _, y, masks, cheap, cheap_coded = inputs(code)
-    code_alone, _ = decode(code, Surrogate(rough, theta=0.0), y, masks, cheap, cheap_coded)
+    code_alone = decode(code, Surrogate(rough, theta=0.0), y, masks, cheap, cheap_coded)
     expected = jnp.stack([code.decode(*each) for each in zip(y, masks, strict=True)])
     np.testing.assert_allclose(code_alone.predictions, expected, atol=EPS[dtype])
-    alone, _ = decode(code, Surrogate(rough, kappa=np.inf), y, masks, cheap, cheap_coded)
+    alone = decode(code, Surrogate(rough, kappa=np.inf), y, masks, cheap, cheap_coded)
     np.testing.assert_allclose(alone.predictions, cheap, atol=EPS[dtype])
 
 
@@ -114,15 +119,13 @@ def test_its_ends_are_the_code_alone_and_the_surrogate_alone(dtype):
 def test_an_answered_data_point_stays_exact(name, dtype):
     code = CODES[name]()
     x, y, masks, cheap, cheap_coded = inputs(code)
-    decoded, deviation = decode(
-        code, Surrogate(rough, theta=0.6, kappa=3.0), y, masks, cheap, cheap_coded
-    )
+    decoded = decode(code, Surrogate(rough, theta=0.6, kappa=3.0), y, masks, cheap, cheap_coded)
     own = np.isclose(code.alpha[:, None], code.beta[None, :], atol=1e-6)
     answered = (own[None] & np.asarray(masks)[:, None, :]).any(axis=-1)
     assert 0 < answered.sum() < answered.size
     error = np.abs(decoded.predictions - model(x)).max(axis=-1)
     assert error[answered].max() < 10 * EPS[dtype]
-    np.testing.assert_array_equal(np.asarray(deviation) == 0, answered)
+    np.testing.assert_array_equal(np.asarray(decoded.deviation) == 0, answered)
 
 
 def test_broken_answers_are_stragglers_and_without_answers_it_is_the_surrogate(dtype):
@@ -130,17 +133,17 @@ def test_broken_answers_are_stragglers_and_without_answers_it_is_the_surrogate(d
     _, y, masks, cheap, cheap_coded = inputs(code)
     surrogate = Surrogate(rough, theta=1.0, kappa=5.0)
     worker = int(np.argmax(masks[0]))
-    broken, _ = decode(code, surrogate, y.at[0, worker].set(jnp.nan), masks, cheap, cheap_coded)
-    missing, _ = decode(code, surrogate, y, masks.at[0, worker].set(False), cheap, cheap_coded)
+    broken = decode(code, surrogate, y.at[0, worker].set(jnp.nan), masks, cheap, cheap_coded)
+    missing = decode(code, surrogate, y, masks.at[0, worker].set(False), cheap, cheap_coded)
     np.testing.assert_allclose(broken.predictions, missing.predictions, atol=1e-6)
     np.testing.assert_array_equal(broken.responded, missing.responded)
     assert not broken.responded[0, worker]
-    nobody, _ = decode(
+    nobody = decode(
         code, surrogate, jnp.full_like(y, jnp.nan), jnp.zeros_like(masks), cheap, cheap_coded
     )
     np.testing.assert_array_equal(nobody.predictions, cheap)
     assert nobody.recovered.all()
-    spoilt, _ = decode(code, surrogate, y, masks, cheap.at[2, 1].set(jnp.nan), cheap_coded)
+    spoilt = decode(code, surrogate, y, masks, cheap.at[2, 1].set(jnp.nan), cheap_coded)
     expected = np.ones((GROUPS, K), bool)
     expected[2, 1] = False
     np.testing.assert_array_equal(spoilt.recovered, expected)
@@ -154,7 +157,7 @@ def test_gradients_are_finite_and_right(kappa):
 
         def error(numbers):
             surrogate = Surrogate(rough, theta=numbers[0], kappa=numbers[1])
-            decoded, _ = decode(code, surrogate, y, masks, cheap, cheap_coded)
+            decoded = decode(code, surrogate, y, masks, cheap, cheap_coded)
             return jnp.mean((decoded.predictions - model(x)) ** 2)
 
         here, step = jnp.array([0.5, kappa]), 1e-6
@@ -182,7 +185,7 @@ def disagreement_and_mse(code, surrogate, x, key):
         for mask in masks_of_law:
             masks = jnp.broadcast_to(jnp.asarray(mask), (len(groups), N))
             cheap, cheap_coded = surrogate.model(groups), surrogate.model(coded)
-            decoded, _ = decode(code, surrogate, model(coded), masks, cheap, cheap_coded)
+            decoded = decode(code, surrogate, model(coded), masks, cheap, cheap_coded)
             difference = decoded.predictions - model(groups)
             labels = np.argmax(model(groups), axis=-1)
             wrong.append(np.mean(np.argmax(decoded.predictions, axis=-1) != labels))

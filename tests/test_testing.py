@@ -167,19 +167,19 @@ class SizeAsAnArray(AbstractCode):
         ),
         (
             recovers(lambda _, mask: jnp.arange(K) < jnp.where(jnp.any(mask), K - 1, 0)),
-            r"all workers available; .* data points \[2\]",
+            r"with all workers; with all workers available it is broken at \[2\]",
         ),
         (
             recovers(lambda *_: jnp.ones(K, bool)),
-            r"no worker available; it does for data points \[0 1 2\]",
+            r"with no worker; with no worker available it is broken at \[0 1 2\]",
         ),
         (
             decoder(lambda matrix, mask: jnp.where(jnp.sum(mask) == 1, jnp.nan, matrix)),
-            "must be finite; with only worker 0 available it is not",
+            "must be finite; with only worker 0 available it is broken",
         ),
         (
             changed(decoder_matrix=reads_stragglers),
-            "columns of unavailable.*only worker 0 available those of",
+            "columns of unavailable.*only worker 0 available it is",
         ),
         (
             recovers(lambda _, mask: jnp.full(K, jnp.sum(mask) > 1)),
@@ -193,7 +193,7 @@ class SizeAsAnArray(AbstractCode):
         (scaled(of_matrix=1.01), r"decoder_map\(available\)\.matrix differs from what it"),
         (
             changed(OnHost, encoder_on_host=lambda self: 1.01 * OnHost.encoder_on_host(self)),
-            r"encoder_on_host\(\) must be encoder_matrix\(\); the",
+            r"encoder_on_host\(\) differs from what it must be: the",
         ),
         (
             changed(OnHost, encoder_on_host=lambda self: jnp.asarray(OnHost.encoder_on_host(self))),
@@ -215,7 +215,7 @@ class SizeAsAnArray(AbstractCode):
         ),
         (
             on_host(lambda matrix, known, mask: (matrix, known) if mask.all() else None),
-            "every straggler set or for none; it does with no worker",
+            "every straggler set or for none; with no worker",
         ),
         (
             on_host(lambda matrix, known, mask: (matrix, known.astype(int))),
@@ -229,7 +229,7 @@ class SizeAsAnArray(AbstractCode):
             changed(try_decode=adds_all_answers),
             "unavailable worker must not reach a prediction; with nan",
         ),
-        (changed(_near=root_of_zero), r"code's numbers must be finite; .* that in \.width is not"),
+        (changed(_near=root_of_zero), r"code's numbers must be finite: in \.width; with"),
         (
             changed(
                 try_decode=lambda self, y, mask: Means.try_decode(

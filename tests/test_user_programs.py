@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded, coded_inference
 from nercc_jax.codes import decode_groups
-from nercc_jax.codes._groups import decode_sets
+from nercc_jax.codes._decoding import decode_sets
 
 GROUPS, FEATURES, OUTPUTS = 8, 3, 4
 CODES = {

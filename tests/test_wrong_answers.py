@@ -159,7 +159,7 @@ def test_a_worker_that_does_not_answer_is_not_judged():
 
 @pytest.fixture(scope="module")
 def lies():
-    with bench_modules(lies="_lying_models") as found:
+    with bench_modules(lies="wrong_answers") as found:
         yield found.lies
 
 

@@ -161,6 +161,15 @@ def rates() -> Iterator[dict[str, Any]]:
         }
 
 
+def rate_setting() -> str:
+    """Return the sizes, and the constant of smoothing."""
+    return (
+        f"K = {RATE['num_data']}, N from {WORKERS[0]} to {WORKERS[-1]}, {RATE['placements']} "
+        f"placements; smooth has c = {RATE['constant']:.2g}, the best of a grid at the middle N "
+        "and a = 0.5."
+    )
+
+
 def rate_picture() -> Any:
     """Return the errors against N, for each exponent of the number of liars."""
     figure, panels = plt.subplots(

@@ -9,7 +9,8 @@ from .results import load, percent
 
 STATISTICS = ("mean", "quantile", "probability")
 WAYS = {
-    "ours": "`run_rows`",
+    "ours": "`run_rows`, for the statistic",
+    "together": "one run for all of them",
     "random": "as many rows, drawn at random, all in time",
     "came": "rows that came, taken for a random sample",
     "dropped": "late rows dropped",
@@ -43,7 +44,8 @@ def by_function() -> Iterator[dict[str, str]]:
     """Yield the coverage and the width of our intervals, function by function."""
     for cell in cells():
         row = {"function": cell["function"], "late rows": cell["law"]}
-        row["computed"] = f"{cell['computed']['median']:.0f}"
+        computed = sorted(each["median"] for each in cell["computed"].values())
+        row["computed"] = f"{computed[0]:.0f} to {computed[-1]:.0f}"
         for statistic in STATISTICS:
             found = cell["ways"]["ours"][statistic]
             half = 1.96 * np.sqrt(found["held"] * (1 - found["held"]) / found["draws"])
@@ -57,4 +59,5 @@ def draws() -> str:
     """Return how many draws there were."""
     numbers = sorted({cell["draws"] for cell in cells()})
     few = sorted({cell["ways"]["process"]["mean"]["draws"] for cell in cells()})
-    return f"{numbers[0]} draws of each ({few[0]} of the Gaussian process)"
+    shown = (" to ".join(map(str, sorted({each[0], each[-1]}))) for each in (numbers, few))
+    return f"{next(shown)} draws of each ({next(shown)} of the process and of one run for all)"

@@ -81,7 +81,7 @@ def setting() -> str:
     return (
         f"{min(numbers)} to {max(numbers)} draws of {size['history']} past answers, "
         f"{size['groups']} groups, {size['sets']} straggler sets for each group. Learners at "
-        f"{CELLS[0]}, again, no figure off by 0.0002: {', '.join(again)}; all else:"
+        f"{CELLS[0]}, again, no figure off by 0.0002: {', '.join(again)}."
     )
 
 

@@ -34,7 +34,7 @@ def convergence() -> Iterator[dict[str, str]]:
             "noise": f"{100 * curve['noise']:g} %",
             "code": curve["code"],
             "slope": f"{fit['slope']:+.2f}\u00a0±\u00a0{fit['standard_error']:.2f}" if fit else "",
-            "bound": "<br>".join(f"<code>{b['formula']}</code>" for b in bounds),
+            "bound": "<br>".join(f"`{b['formula']}`" for b in bounds),
             "its slope": "<br>".join(f"{b['slope']:+.2f}" for b in bounds),
             "verdict": "<br>".join(map(_verdict, bounds)),
             "error at the largest N": f"{last['mean']:.2g}\u00a0±\u00a0{last['half_width']:.1g}",

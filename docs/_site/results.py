@@ -1,21 +1,26 @@
-"""Tables and pictures of the results pages, made from the benchmarks' JSON as the site is built."""
+"""Tables and pictures of the results, made from the benchmarks' JSON by blocks of the pages.
 
-import html
+A block is Python in a comment, and what it makes stands below it as Markdown, so that any Git host
+shows it. `.ci/measured` makes all blocks again by [cog](https://cog.readthedocs.io); with `--check`
+it compares, and with `--pictures` it draws pictures, too.
+"""
+
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
-from IPython.display import HTML, Markdown
+from report import room_hashes  # of bench/
 from scipy.special import stdtrit
 
 from nercc_jax.evaluation import Estimate
 
-RESULTS = Path(__file__).parents[2] / "bench" / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench" / "results"
 WIDTH = 7.36  # inches: pictures are shown at 736 pixels
 plt.rcParams.update({"figure.dpi": 100, "font.size": 9, "legend.fontsize": 8, "axes.titlesize": 9})
 
@@ -25,12 +30,54 @@ def load(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def machine(environment: Mapping[str, Any]) -> Markdown:
-    """Return a line that names the machine, the versions, and the day."""
+def show(*parts: str) -> None:
+    """Write parts of a page below the block that runs."""
+    import cog  # pyright: ignore[reportMissingImports], there while blocks run
+
+    for part in parts:
+        cog.outl(f"\n{part.strip()}")
+
+
+def measured(environment: Mapping[str, Any], rooms: str) -> str:
+    """Return a line that names commit, day, machine and versions, and which rooms changed since.
+
+    Args:
+        environment: Of `bench/report.py`; its `rooms` are hashes of the rooms' sources.
+        rooms: The rooms of `nercc_jax` whose code was measured.
+    """
     versions = ", ".join(f"{name} {each}" for name, each in environment["versions"].items())
     day, cores = environment["date"][:10], environment["cores"]
     cpu, python = environment["cpu"], environment["python"]
-    return Markdown(f"Measured on {cpu}, {cores} cores, Python {python}, {versions}; {day}.")
+    own = environment["rooms"]
+    now = room_hashes()
+    changed = [room for room in rooms.split() if own.get(room) != now.get(room)]
+    # Of results from before commits were noted, it is the last one before that day and hour.
+    dirty = {None: " or soon after", True: " with changes", False: ""}[environment["dirty"]]
+    line = (
+        f"Measured at {environment['commit'][:9]}{dirty}, {day}, on {cpu}, {cores} cores, "
+        f"Python {python}, {versions}."
+    )
+    if not changed:
+        return f"{line} The code that was measured ({rooms}) has not changed since."
+    return f"{line} **Changed since, and not measured again: {', '.join(changed)}.**"
+
+
+def picture(
+    name: str, draw: Callable[[], Any], about: str, *, folder: str = "../bench/results/"
+) -> str:
+    """Return a picture in Markdown; draw it where pictures are made (`.ci/measured --pictures`).
+
+    Args:
+        name: Of the file, in `bench/results`.
+        draw: Returns the figure, or leaves it as the current one.
+        about: A sentence for those who do not see it.
+        folder: The page's way to `bench/results`.
+    """
+    if os.environ.get("DRAW") or not (RESULTS / f"{name}.png").exists():
+        figure = draw() or plt.gcf()
+        figure.savefig(RESULTS / f"{name}.png", dpi=150)
+        plt.close(figure)
+    return f"![{about}]({folder}{name}.png)"
 
 
 def mean_and_half_width(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -70,25 +117,21 @@ def percent(mean: float, half: float, digits: int = 1) -> str:
     return f"{text} [{100 * low:.{digits}f},\u00a0{100 * high:.{digits}f}]" if half > 0 else text
 
 
-def table(rows: Iterable[Mapping[str, Any]]) -> HTML:
-    """Return a table of these rows, which scrolls sideways where it is wide."""
-    return HTML(_html(rows))
-
-
-def folded(summary: str, rows: Iterable[Mapping[str, Any]]) -> HTML:
-    """Return a table behind a line that opens it."""
-    return HTML(f"<details><summary>{html.escape(summary)}</summary>{_html(rows)}</details>")
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return a table of these rows in Markdown; where a row lacks a column, its cell is empty."""
+    rows = [{column: _cell(value) for column, value in row.items()} for row in rows]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [[column or "&nbsp;" for column in columns], ["---"] * len(columns)]
+    lines += [[row.get(column, "") for column in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def strong(text: str) -> str:
     """Return a cell that stands out."""
-    return f"<b>{text}</b>"
+    return f"**{text}**"
 
 
-def _html(rows: Iterable[Mapping[str, Any]]) -> str:
-    frame = pd.DataFrame(list(rows)).fillna("")
+def _cell(value: Any) -> str:
     # A size such as (24, 20, 2) stays on its line.
-    frame = frame.map(lambda cell: re.sub(r"(?<=\d), (?=\d)", ",\u00a0", str(cell)))
-    made = frame.to_html(index=False, escape=False, border=0, classes="docutils align-default")
-    made = made.replace(' style="text-align: right;"', "")
-    return f'<div class="table-wrapper docutils" style="overflow-x: auto">{made}</div>'
+    text = re.sub(r"(?<=\d), (?=\d)", ",\u00a0", "" if value is None else str(value))
+    return text.replace("|", "\\|").replace("\n", " ")

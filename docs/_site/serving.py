@@ -98,7 +98,7 @@ def picture() -> Any:
 def abouts() -> Iterator[dict[str, str]]:
     """Yield what each system is."""
     for name, about in RESULTS["systems"].items():
-        yield {"system": name, "about": about["words"].replace("`", "")}
+        yield {"system": name, "about": about["words"]}
 
 
 def throughput() -> Iterator[dict[str, str]]:
@@ -126,6 +126,23 @@ def closed_loops() -> Iterator[dict[str, str]]:
                 ratios = np.array(row["rates"][name]) / bare
                 entry[name] = f"{np.median(row['rates'][name]):,.0f}/s: {_middle(ratios)}"
             yield entry
+
+
+def paced_setting() -> str:
+    """Return how often clients ask now and then."""
+    paced = PRICE["paced"]
+    return (
+        f"p50 and p99 in ms of {paced['clients']} clients that ask every "
+        f"{1e3 * paced['period_s']:.0f} ms each; in brackets p99 by round."
+    )
+
+
+def offline_setting() -> str:
+    """Return what error probabilities were calibrated and judged on."""
+    return (
+        f"{OFFLINE['model']}, calibrated on {OFFLINE['calibration']:,} training images, then "
+        f"{OFFLINE['test']:,} test images in {OFFLINE['sets']} straggler sets."
+    )
 
 
 def paced_clients() -> Iterator[dict[str, str]]:

@@ -3,12 +3,14 @@
 import importlib
 import importlib.metadata
 import itertools
+import os
+import re
 import sys
 from collections.abc import Sequence
 
-from ._command import CommandParser, Option, error_text, fail, help_text
-from ._options import COMMANDS
-from ._process import compile_plainly, end, keep_lapack_to_one_thread, keep_programs, missing_extra
+from ._command import Option, error_text, fail, help_text, parse
+from ._options import COMMANDS, Options
+from ._process import compile_plainly, end, keep_programs
 
 _KEEP = (
     "Keep compiled programs on disk, in JAX_COMPILATION_CACHE_DIR or the user's cache folder; for "
@@ -35,9 +37,18 @@ def main() -> None:
         except KeyboardInterrupt:
             fail("interrupted", 130)
         except ModuleNotFoundError as error:
-            fail(missing_extra(error) or str(error), 2)
+            name = str(error.name).partition(".")[0]
+            if name in ("matplotlib", "rich", "safetensors", "sklearn"):  # of the extra "demo"
+                fail(f"nercc needs {name}, which is missing: pip install '.[demo]' in a clone", 2)
+            fail(str(error), 2)
         except (ValueError, OSError, ImportError) as error:
-            fail(error_text(error), 2)
+            text = error_text(error)
+            # An argument's name, at the beginning of our errors, is that of an option.
+            if found := re.match(r"(\w+) (?=must be |is needed)", text):
+                name = f"{found[1]}_s" if hasattr(Options, f"{found[1]}_s") else found[1]
+                if hasattr(Options, name):
+                    text = f"--{name.replace('_', '-')} {text[found.end() :]}"
+            fail(text, 2)
         except RuntimeError as error:
             if "CpuCallback error" not in str(error):  # JAX's, around what a model raised
                 raise
@@ -51,29 +62,28 @@ def main() -> None:
 def _follow(words: Sequence[str]) -> None:
     """Run the command that the words name, with what they set."""
     flags = [*itertools.takewhile(lambda word: word.startswith("-"), words)]
-    given = {}
-    if "--help" not in flags:
-        given = vars(CommandParser("", _ABOUT, _OPTIONS).parse_args(flags))
-    if "version" in given:
-        print(f"nercc {importlib.metadata.version('nercc-jax')}")
-        return
-    if "--help" in flags or len(flags) == len(words):
+    if "--help" in flags or not words:
         commands = [(name, each.help.partition("\n")[0]) for name, each in COMMANDS.items()]
         panels = {"Commands": commands, "Options": [each.line() for each in _OPTIONS]}
         print(help_text("nercc", _ABOUT, panels), end="")
-        sys.exit(0 if "--help" in flags else 2)
-    name, *rest = words[len(flags) :]
+        sys.exit(0 if words else 2)
+    given = parse("", _ABOUT, _OPTIONS, flags)
+    if "version" in given:
+        return print(f"nercc {importlib.metadata.version('nercc-jax')}")
+    name, *rest = [*words[len(flags) :], ""]
     if name not in COMMANDS:
         fail(f"there is no command {name!r}, but {', '.join(COMMANDS)}", 2)
     command, serves = COMMANDS[name], name == "serve"  # whose settings say more of its process
-    if not serves and given.get("compilation_cache", True):
-        keep_programs()
     if not serves:
         compile_plainly()
-    keep_lapack_to_one_thread()
-    found = vars(CommandParser(name, command.help, options_of(name)).parse_args(rest))
-    options = found if serves else command.read(found)
+        if given.get("compilation_cache", True):
+            keep_programs()
+    # The threads of OpenBLAS, whose LAPACK JAX calls on CPUs, would wait busily for their next call
+    # on cores that XLA then lacks: 11.8 ms for a learner's update and prediction, and 6.4 on one.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    found = parse(name, command.help, options_of(name), rest[:-1])
     file, _, function = command.function.partition(":")
+    options = found if serves else command.read(found)
     getattr(importlib.import_module(f".{file}", __package__), function)(options)
 
 

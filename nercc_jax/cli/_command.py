@@ -4,15 +4,15 @@ import argparse
 import contextlib
 import dataclasses
 import inspect
+import math
 import shutil
 import sys
 import textwrap
+import tomllib
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
-
-_WORDS = {int: "a whole number", float: "a number"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Option:
         flags: Its names on the command line.
         least: The smallest value, if there is one.
         most: The largest one.
+        above: Whether the value must be larger than `least`, and finite.
     """
 
     name: str
@@ -38,77 +39,76 @@ class Option:
     flags: Sequence[str]
     least: float | int | None = None
     most: float | int | None = None
+    above: bool = False
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The field's type, and the types that it is made of."""
+        return self.kind, *typing.get_args(self.kind)
 
     @property
     def choices(self) -> tuple[str, ...]:
-        kinds = (self.kind, *typing.get_args(self.kind))
-        return sum((typing.get_args(k) for k in kinds if typing.get_origin(k) is Literal), ())
+        return next((typing.get_args(k) for k in self.kinds if typing.get_origin(k) is Literal), ())
 
     def read(self, text: str) -> Any:
         """Return the value that a text stands for; raise ArgumentTypeError if it is none."""
-        kinds = (self.kind, *typing.get_args(self.kind))
-        kind = next((each for each in kinds if each in (int, float, Path)), str)
+        kind: Any = next((each for each in self.kinds if each in (int, float, Path)), str)
+        needed = {int: "a whole number", float: "a number"}.get(kind, "a table, {name = 1},")
+        if any(typing.get_origin(each) is dict for each in self.kinds):
+            kind = lambda text: dict(tomllib.loads(f"table = {text}")["table"])  # noqa: E731
+        wrong = None
         try:
             value: Any = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{_WORDS[kind]} is needed, not {text!r}") from None
+        except (TypeError, ValueError):
+            raise argparse.ArgumentTypeError(f"{needed} is needed, not {text!r}") from None
         if self.choices and value not in self.choices:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(self.choices)}")
-        if self.least is not None and not value >= self.least:  # NaN, too
-            raise argparse.ArgumentTypeError(f"it must be at least {self.least}, not {text}")
-        if self.most is not None and not value <= self.most:
-            raise argparse.ArgumentTypeError(f"it must be at most {self.most}, not {text}")
+            wrong = f"{text!r} is not one of {', '.join(self.choices)}"
+        elif self.above and not self.least < value < math.inf:
+            wrong = f"it must be above {self.least}, not {text}"
+        elif self.least is not None and not value >= self.least:  # NaN, too
+            wrong = f"it must be at least {self.least}, not {text}"
+        elif self.most is not None and not value <= self.most:
+            wrong = f"it must be at most {self.most}, not {text}"
+        if wrong is not None:
+            raise argparse.ArgumentTypeError(wrong)
         return value
-
-    def add_to(self, parser: argparse.ArgumentParser) -> None:
-        """Have a parser read it; it sets nothing unless it is given."""
-        several = typing.get_origin(self.kind) is list or list[str] in typing.get_args(self.kind)
-        if self.kind is bool:
-            for flag, value in zip(self.flags, (True, False), strict=False):
-                parser.add_argument(flag, dest=self.name, action="store_const", const=value)
-        elif not self.flags:
-            given: Any = {"nargs": "*" if several else "?", "default": self.default}
-            parser.add_argument(self.name, type=self.read, **given)
-        else:
-            action = "append" if several else "store"
-            parser.add_argument(*self.flags, dest=self.name, type=self.read, action=action)
 
     def line(self) -> tuple[str, str]:
         """Return its names and its help, which ends with its choices and its default."""
-        choices = (f"{each} (default)" if each == self.default else each for each in self.choices)
-        shown = ["|".join(choices)] if self.choices else []
+        shown = [f"{each} (default)" if each == self.default else each for each in self.choices]
+        further = "|".join(shown)
         if self.default is True:
-            shown.append(f"default: {self.flags[0]}")
+            further = f"default: {self.flags[0]}"
         elif not shown and (self.default or (self.default == 0 and self.default is not False)):
-            shown.append(f"default: {self.default}")
-        further = f" [{shown[0]}]" if shown and self.help else ""
+            further = f"default: {self.default}"
+        further = f" [{further}]" if further and self.help else ""
         return ", ".join(self.flags) or self.name, self.help + further
 
 
-class CommandParser(argparse.ArgumentParser):
-    """A parser of a command, whose errors are one sentence."""
-
-    def __init__(self, name: str, help: str, options: Iterable[Option]):
-        super().__init__(
-            f"nercc {name}".strip(),
-            add_help=False,
-            allow_abbrev=False,
-            argument_default=argparse.SUPPRESS,
-        )
-        self.description, self.options = help, tuple(options)
-        for each in self.options:
-            each.add_to(self)
-        self.add_argument("--help", action="help")
-
-    def error(self, message: str) -> NoReturn:
-        fail(message.removeprefix("argument "), 2)
-
-    def format_help(self) -> str:
-        panels: dict[str, list[tuple[str, str]]] = {}
-        for each in self.options:
-            panels.setdefault(each.panel, []).append(each.line())
+def parse(name: str, help: str, options: Iterable[Option], words: Sequence[str]) -> dict[str, Any]:
+    """Return what the words set, by option; print the help and exit if they ask for it."""
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    parser.error = lambda message: fail(message.removeprefix("argument "), 2)
+    panels: dict[str, list[tuple[str, str]]] = {}
+    for each in options:
+        panels.setdefault(each.panel, []).append(each.line())
+        several = any(typing.get_origin(kind) is list for kind in each.kinds)
+        if each.kind is bool:
+            for flag, value in zip(each.flags, (True, False), strict=False):
+                parser.add_argument(flag, dest=each.name, action="store_const", const=value)
+        elif not each.flags:
+            given: Any = {"nargs": "*" if several else "?", "default": each.default}
+            parser.add_argument(each.name, type=each.read, **given)
+        else:
+            action = "append" if several else "store"
+            parser.add_argument(*each.flags, dest=each.name, type=each.read, action=action)
+    if "--help" in words:
         panels.setdefault("Options", []).append(("--help", "Show this message and exit."))
-        return help_text(self.prog, str(self.description), panels)
+        print(help_text(f"nercc {name}", help, panels), end="")
+        sys.exit(0)
+    return vars(parser.parse_args(words))
 
 
 def help_text(prog: str, help: str, panels: Mapping[str, Sequence[tuple[str, str]]]) -> str:

@@ -9,8 +9,9 @@ from rich.progress import track
 
 from nercc_models.names import list_models, model_card
 
+from ..evaluation.tables import text_table
 from ._options import Options
-from ._output import print_table, write_json
+from ._output import show, write_json
 
 
 def models(options: Options) -> None:
@@ -40,12 +41,15 @@ def models(options: Options) -> None:
 
     score = "accuracy, measured now" if options.evaluate else "accuracy, by its card"
     columns = ("model", "data", "input", "parameters", "kB", score)
-    print_table(console, None, columns, map(cells, rows), left=len(columns))
+    show(console, text_table([columns, *map(cells, rows)], left=len(columns)))
     write_json(console, options.numbers, {"measured": options.evaluate}, rows)
 
 
 def new_model(options: Options) -> None:
-    """Write a file with a model, unless it is there already."""
+    """Write a file with a model that runs in every command, as a start for your own.
+
+    Its comments say what a model must provide, and how each command uses it.
+    """
     file = options.file
     if file.suffix != ".py" or not re.fullmatch(r"[A-Za-z_]\w*", file.stem):
         raise ValueError(f"{file}: the name of a module is needed, as my_model.py")

@@ -1,7 +1,7 @@
 """Options of all commands but `serve`: each is defined once, and checked without JAX.
 
-A command is a name, a help text, the options that it takes, and a function in a file of its own,
-which is imported once the options are sound: JAX takes a second or two to import, and neither
+A command is the options that it takes, and a function in a file of its own, whose docstring is its
+help. It is imported once the options are sound: JAX takes a second or two to import, and neither
 `--help` nor a misspelt option waits for it.
 """
 
@@ -10,24 +10,25 @@ import dataclasses
 import importlib.util
 import inspect
 import itertools
-import math
 import os
-import tomllib
+import re
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from ._command import Option, of_option
-from ._own_models import HUB, check_weights, hub_name, is_data_set, is_own, is_shipped
+from nercc_models.names import HUB, check_model_name  # which imports neither JAX nor the models
 
-Outputs: TypeAlias = Literal["logits", "probabilities"]  # of a classifier
+from ._command import Option, of_option
+
 Returned: TypeAlias = Literal["logits", "probabilities", "values"]
 
 # Types with their limits.
 Count: TypeAlias = Annotated[int, {"least": 1}]
 CountOrNone: TypeAlias = Annotated[int | None, {"least": 1}]
+Positive: TypeAlias = Annotated[float, {"least": 0, "above": True}]
 NotNegative: TypeAlias = Annotated[float, {"least": 0}]
+NotNegativeOrNone: TypeAlias = Annotated[float | None, {"least": 0}]
 Share: TypeAlias = Annotated[float, {"least": 0, "most": 1}]
 
 # By the first option of each panel of `--help`, its title.
@@ -71,7 +72,7 @@ class Options:
     "Data points to use, at most (default: 1,000; plan: 2,000; run and distill: all)."
     outputs: Returned = "logits"
     "A classifier's outputs, or values."
-    seed: int = 0
+    seed: Annotated[int, {"least": 0}] = 0
     "Seed of all random numbers."
 
     num_data: Count = 8
@@ -119,7 +120,7 @@ class Options:
     surrogate: str | None = None
     "Model to order and answer by: student, a file of `nercc distill`, module:function."
 
-    share: float = 0.07
+    share: Annotated[float, {"least": 0, "above": True, "most": 1}] = 0.07
     "Student's multiplications, at most, as a share of the model's."
     answers: CountOrNone = None
     "Answers of the model to learn from (default: twice the inputs, at least 4,000)."
@@ -127,7 +128,7 @@ class Options:
     "Passes over those answers."
     mixed: Share = 0.5
     "Share of the answers that are to weighted sums of inputs."
-    learning_rate: float = 3e-3
+    learning_rate: Positive = 3e-3
     "Largest learning rate of Adam."
 
     tolerance: float | None = None
@@ -140,7 +141,7 @@ class Options:
     "Rows to compute: those not known well enough, or all in time."
     wait_for: int | None = None
     "Answers at which a batch is decoded (default: 85 % of N, but at least K)."
-    deadline_s: float = 30.0
+    deadline_s: Positive = 30.0
     "Seconds after which a batch is decoded from the answers that are in."
     job_deadline_s: float | None = None
     "Seconds after which a run row by row ends with what is known (default: none)."
@@ -150,7 +151,7 @@ class Options:
     "Rows to compute, at most (default: no limit)."
     statistic: str | None = None
     "For all rows mean, quantile:Q or above:VALUE; of several outputs mean@3, mean@module:name."
-    stop_at: float | None = None
+    stop_at: NotNegativeOrNone = None
     "Length of the statistic's interval at which the run ends."
     check_answers: float | None = None
     "Share of right rows that may look wrong and are computed again (default: none)."
@@ -165,11 +166,11 @@ class Options:
     "Dtype of workers' inputs and weights (default: the model's)."
     address: str | None = None
     "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or this machine)."
-    worker_cpus: float | None = None
+    worker_cpus: NotNegativeOrNone = None
     "CPUs per Ray actor (default: at most 0.5)."
-    worker_gpus: float | None = None
+    worker_gpus: NotNegativeOrNone = None
     "GPUs per Ray actor (default: 1 or an equal share, where the cluster has GPUs)."
-    worker_resources: str | None = None
+    worker_resources: dict[str, Any] | None = None
     "Other Ray resources per actor, as a TOML table: {TPU = 4}."
     working_dir: Path | None = None
     "Folder sent to Ray's nodes (default: that of a module:function that is not installed)."
@@ -180,7 +181,7 @@ class Options:
 
     straggler_rate: Share = 0.0
     "Share of calls that are delayed, for trials."
-    straggler_delay_s: float = 1.0
+    straggler_delay_s: Positive = 1.0
     "Seconds by which those calls are delayed."
     straggler_score: str | None = None
     "Score of a row, by which calls are delayed, the largest first: `norm`, or module:function."
@@ -188,7 +189,7 @@ class Options:
     "With a score, the share of delayed calls that have the largest scores."
     death_rate: Share = 0.0
     "Share of calls in which the worker dies, for trials."
-    wrong_workers: str | None = None
+    wrong_workers: dict[str, Any] | None = None
     "Workers that answer wrongly, for trials, by swapping rows, as a TOML table: {swap = [1]}."
     wrong_rate: Share = 1.0
     "Share of these workers' calls that are answered wrongly."
@@ -209,32 +210,26 @@ class Options:
     "The .py file to write."
 
     def __post_init__(self):
-        if self.model.startswith(HUB):
-            hub_name(self.model)
-        elif is_shipped(self.model):
-            from nercc_models.names import check_model_name  # it imports neither JAX nor the models
-
+        model, weights, inputs = self.model, self.weights, self.inputs
+        if ":" not in model:
             with of_option("--model"):
-                check_model_name(self.model)
-        if self.weights is not None:
-            if not is_own(self.model):
-                raise ValueError(
-                    f"--weights is for a model of your own, module:name, not {self.model!r}"
-                )
-            check_weights(self.weights)
-        if self.inputs is not None and not self.inputs.is_file() and not is_data_set(self.inputs):
-            raise ValueError(f"--inputs {self.inputs}: there is no such file, and no such data set")
+                check_model_name(model)
+        elif model.startswith(HUB) and not re.fullmatch("[^/]+/[^/]+", model.removeprefix(HUB)):
+            raise ValueError(f"--model: one of the hub is named hf:owner/name, not {model!r}")
+        if weights is not None and not str(weights).startswith(HUB) and not weights.exists():
+            raise ValueError(f"--weights {weights}: there are no weights at {weights}")
+        if inputs is not None and not inputs.is_file():
+            from nercc_models.data import list_data
+
+            if str(inputs) not in list_data():
+                raise ValueError(f"--inputs {inputs}: there is no such file, and no such data set")
         if self.pool == "ray" and importlib.util.find_spec("ray") is None:
             raise ImportError("--pool ray needs Ray: pip install '.[ray]' in a clone")
-        for name in ("deadline_s", "straggler_delay_s", "learning_rate"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{option} must be positive, not {getattr(self, name)}")
 
     @property
     def by_row(self) -> bool:
         """Return whether a run's model is a function that runs row by row."""
-        own = self.inputs is not None or not is_shipped(self.model)
+        own = self.inputs is not None or ":" in self.model
         return self.tolerance is not None or (own and self.max_disagreement is not None)
 
 
@@ -245,32 +240,12 @@ def refuse(options: Options, other: str, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} does not go with {other}")
 
 
-def check_folder(option: str, path: Path | None) -> None:
-    """Raise ValueError if nothing can be written to an option's path: before work, not after it."""
-    if path is None:
-        return
-    if not path.parent.is_dir():
-        raise ValueError(f"{option} {path}: there is no folder {path.parent}")
-    there = path if path.exists() else path.parent
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"{option} {path}: {there.resolve()} may not be written to")
-
-
-def table_of_option(option: str, text: str, example: str) -> dict[str, Any]:
-    """Return a table that is written as in TOML; raise ValueError, naming the option, if wrong."""
-    try:
-        return tomllib.loads(f"table = {text}")["table"]
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{option}: a table is needed, '{example}', not {text!r}") from error
-
-
 @dataclasses.dataclass(frozen=True)
 class Command:
     """A command.
 
     Attributes:
         function: Its function's `file:name` in this package, imported when the command runs.
-        help: Its help, a sentence first.
         first: The options that come first in `--help`.
         further: The other options that it takes.
         defaults: Defaults of its own, of results only; a name without an ending is a folder.
@@ -278,11 +253,18 @@ class Command:
     """
 
     function: str
-    help: str
-    first: str
+    first: str = ""
     further: str = ""
     defaults: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     alias: str | None = None
+
+    @property
+    def help(self) -> str:
+        """Its function's docstring."""
+        file, _, name = self.function.partition(":")
+        tree = ast.parse((Path(__file__).parent / f"{file}.py").read_text())
+        found: Any = next(each for each in tree.body if getattr(each, "name", "") == name)
+        return str(ast.get_docstring(found))
 
     def options(self) -> list[Option]:
         """Return its options in their order in `--help`."""
@@ -308,14 +290,24 @@ class Command:
         return [found[name] for name in (*first, *(name for name in found if name in taken))]
 
     def read(self, given: Mapping[str, Any]) -> Options:
-        """Return the options that are given, and its own defaults; raise ValueError if wrong."""
+        """Return the options that are given, and its own defaults.
+
+        Raises ValueError if one is wrong, or nothing can be written where a result is to be: before
+        work, not after it.
+        """
         options = Options(**{**self.defaults, **given})
-        for name in ("output", "plot", "numbers", "file"):
-            folder = (
-                name in self.defaults and not self.defaults[name].suffix
-            )  # it is made if needed
-            if not folder and name in (*self.first.split(), *self.further.split()):
-                check_folder(f"--{name}", getattr(options, name))
+        if "plot" in self.defaults and importlib.util.find_spec("matplotlib") is None:
+            raise ModuleNotFoundError(name="matplotlib")  # it is imported after all work
+        taken = {*self.first.split(), *self.further.split()}
+        for name in filter(taken.__contains__, ("output", "plot", "numbers", "file")):
+            path, usual = getattr(options, name), self.defaults.get(name)
+            if path is None or (usual is not None and not usual.suffix):  # made if needed
+                continue
+            if not path.parent.is_dir():
+                raise ValueError(f"--{name} {path}: there is no folder {path.parent}")
+            there = path if path.exists() else path.parent
+            if not os.access(there, os.W_OK):
+                raise ValueError(f"--{name} {path}: {there.resolve()} may not be written to")
         return options
 
 
@@ -325,45 +317,20 @@ _COMPARED = f"{_MODEL} max_stragglers sets"
 COMMANDS = {
     "demo": Command(
         "_demo:demo",
-        """Compare NeRCC with BACC, copies and a student when workers straggle.
-
-        Each group of K data points is encoded as N coded data points, and each worker runs the
-        model on one of them. S of the N workers straggle. All K predictions are recovered from the
-        answers of the other workers, and compared with what the model predicts without coding.""",
         "model inputs outputs num_data num_workers code plot numbers",
         _COMPARED,
         {"plot": Path("nercc-demo.png")},
     ),
     "distill": Command(
         "_distill:distill_student",
-        """Train a cheap student to answer as a model does, in the model's own units.
-
-        No labels are needed. A fifth of the inputs, 1,000 at most, is held out to measure how often
-        student and model agree; for a shipped model these are the test images.
-        `nercc_models.load_student_file` reads the student back.""",
         "model inputs share answers epochs output",
         f"{_MODEL} mixed learning_rate",
         {"output": Path("nercc-student.safetensors")},
     ),
-    "models": Command(
-        "_models:models",
-        "List the shipped models with their scores, as their cards say or as measured now.",
-        "names evaluate data_dir numbers",
-    ),
-    "new-model": Command(
-        "_models:new_model",
-        """Write a file with a model that runs in every command, as a start for your own.
-
-        Its comments say what a model must provide, and how each command uses it.""",
-        "file",
-    ),
+    "models": Command("_models:models", "names evaluate data_dir numbers"),
+    "new-model": Command("_models:new_model", "file"),
     "plan": Command(
         "_plan:plan_service",
-        """Plan how to serve a model: coded, replicated, hedged, or as it is.
-
-        All of them are measured within a budget of workers, on data points without labels. The plan
-        recommends the one whose last prediction is there soonest (p99), with few enough labels that
-        differ. On data that the model was trained on, it promises too much.""",
         "model inputs latency queries max_workers budget max_disagreement output",
         f"{_MODEL} split outputs overhead_s buffer layouts surrogate",
         {"output": Path("nercc-plan")},
@@ -371,11 +338,6 @@ COMMANDS = {
     ),
     "run": Command(
         "_run:run",
-        """Run a model over a data set on a pool whose workers may straggle or die.
-
-        Each batch is encoded, sent to the workers, and decoded once enough of them answered. With
-        --tolerance, each row of any function is computed or predicted. Exit codes: 0 done, 1
-        nothing, 2 wrong options, 3 a part is missing, 130 Ctrl-C.""",
         "model inputs tolerance max_disagreement num_data num_workers output resume",
         f"{_MODEL} columns id_column split outputs code groups batches coverage compute wait_for "
         "deadline_s job_deadline_s grace_s max_calls statistic stop_at check_answers max_fenced "
@@ -386,21 +348,9 @@ COMMANDS = {
     ),
     "tune": Command(
         "_tune:tune_code",
-        """Tune a code for a model by gradient descent through encoder, model and decoder.
-
-        No labels are needed. The errors before and after are printed, on other data points, and the
-        tuned code is written, for `nercc demo --code`, `nercc run --code` and `nercc serve
-        --code`.""",
         "model inputs outputs num_data num_workers layout steps output",
         f"{_COMPARED} points learn_decoder criterion plot numbers",
         {"output": Path("nercc-tuned.json"), "plot": Path("nercc-tune.png")},
     ),
-    "serve": Command(
-        "_serve:serve_models",
-        """Serve models behind a code: Open Inference Protocol, REST and gRPC.
-
-        Settings also come from the environment (NERCC_...) and a file (docs/deploy/server.toml has
-        all); flags come first. SIGTERM answers what was accepted.""",
-        "",
-    ),
+    "serve": Command("_serve:serve_models"),
 }

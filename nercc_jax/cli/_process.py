@@ -1,23 +1,18 @@
-"""A command's process: settings of the compiler, work on other threads, missing packages."""
+"""A command's process: its end, settings of the compiler, and the Ray that it is part of."""
 
 import importlib.metadata
 import logging
-import math
 import os
 import sys
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from ..compilation import enable_compilation_cache
 
-if TYPE_CHECKING:
-    import numpy as np
-
 _LOG = logging.getLogger(__name__)
-
-_FEW = 2e11  # operations, which take some seconds on two cores
-_EXTRA = ("matplotlib", "rich", "safetensors", "sklearn")  # packages of the extra "demo"
 
 
 def end(code: Any) -> NoReturn:
@@ -64,44 +59,53 @@ def compile_plainly() -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=false".strip()
 
 
-def keep_lapack_to_one_thread() -> None:
-    """Have OpenBLAS, whose LAPACK JAX calls on CPUs, run on one thread, unless set otherwise.
+def ray_joiner(
+    address: str | None,
+    working_dir: Path | None,
+    py_modules: Sequence[str | Path] | None,
+    runtime_env: Path | None,
+) -> Callable[[Sequence[str]], None]:
+    """Return a function that makes this process part of the Ray that options name.
 
-    Its threads wait busily for the next call, on cores that XLA's own threads then lack. On two
-    cores, next to a QR decomposition of 1,024 x 32 numbers, a learner's update and prediction took
-    11.8 ms before and 6.4 ms after. A factor of 1,024 rows takes 29 ms on one thread, 33 on two.
+    It takes the names of the models that workers run, which are sent along if the Ray is joined. It
+    raises ConnectionError if there is no Ray.
+
+    Raises:
+        ValueError: A file or folder does not exist, or the file holds no runtime environment.
     """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    modules = [("--py-modules", each) for each in py_modules or ()]
+    for option, path in (("--working-dir", working_dir), ("--runtime-env", runtime_env), *modules):
+        if path is not None and "://" not in str(path) and not Path(path).exists():
+            raise ValueError(f"{option} {path}: there is no such file or folder")
+    asked: Any = {}
+    if runtime_env is not None:
+        read: Any = tomllib.loads
+        if runtime_env.suffix != ".toml":
+            import yaml  # which Ray brings; JSON is YAML, too
+
+            read = yaml.safe_load
+        try:
+            asked = dict(read(runtime_env.read_text()))
+        except Exception as error:
+            raise ValueError(f"--runtime-env {runtime_env}: no table: {error}") from error
+    asked |= {} if working_dir is None else {"working_dir": str(working_dir)}
+    asked |= {"py_modules": [str(each) for _, each in modules]} if modules else {}
+
+    def join(models: Sequence[str]) -> None:
+        from ..pools import join_ray
+        from ..pools.ray_cluster import with_modules
+
+        join_ray(address, asked, with_modules(asked, models))
+
+    return join
 
 
-def compile_quickly(model: Callable[..., Any], x: "np.ndarray", rows: int) -> bool:
-    """Have programs compiled without most of LLVM's optimisations where they have little to do.
+def leave_accelerators() -> None:
+    """Keep this process's own JAX on the CPU, unless JAX_PLATFORMS says otherwise.
 
-    They have little to do if the model, on so many rows in all, takes only seconds on a CPU. With
-    `compile_plainly`, a step of `nercc tune` then compiles in 1.6 s, and runs in 33 ms instead of
-    6. The number of turns of a loop is not known here, so a model with loops is left alone.
-
-    Return whether they have little to do; on an accelerator, anything is.
+    Workers are processes of their own, and this one would take most of an accelerator's memory.
     """
-    import equinox as eqx
     import jax
 
-    from ..inference.models import call_model
-
-    if jax.default_backend() != "cpu":
-        return True
-    jitted: Any = eqx.filter_jit(call_model)
-    lowered = jitted.lower(model, x[:1]).lowered
-    cost: Any = lowered.cost_analysis() or {}
-    little = rows * cost.get("flops", math.inf) <= _FEW
-    if little and "stablehlo.while" not in lowered.as_text():
-        jax.config.update("jax_disable_most_optimizations", True)
-    return little
-
-
-def missing_extra(error: ModuleNotFoundError) -> str | None:
-    """Return what to install for a missing package; None if it is none of the extra's."""
-    name = str(error.name).partition(".")[0]
-    if name not in _EXTRA:
-        return None
-    return f"nercc needs {name}, which is missing: pip install '.[demo]' in a clone"
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")

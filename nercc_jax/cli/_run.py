@@ -1,166 +1,300 @@
-"""`nercc run`: its workers, its result files, and an engine for rows or for groups of a code."""
+"""`nercc run`: a model over data, row by row or in groups of a code, on workers that may fail."""
 
 import csv
+import dataclasses
 import functools
+import importlib.util
 import logging
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
-from rich.table import Table
+from rich.progress import TaskID
 
-from ..pools import AbstractPool, DevicePool, Faults, PoolReport, RayPool, leave_ray
-from ..rows import RowSettings
-from ..rows.files import check_parts
-from ._command import fail
-from ._options import Options, refuse, table_of_option
-from ._output import Finished, write_json
-from ._own_models import find_score
-from ._ray_job import RayJob, leave_accelerators
-from ._run_groups import run_groups
-from ._run_rows import run_function
-from ._workload import needs_pyarrow
+from ..codes import NeRCC
+from ..evaluation import record_answers
+from ..evaluation._answers import batched
+from ..pools import AbstractPool, leave_ray
+from ..pools.batch import answers_to_wait_for
+from ..pools.options import open_pool
+from ..risk import EnsembleEstimate
+from ..rows import GroupResult, RowProgress, RowResult, RowSettings, run_groups, run_rows
+from ..rows.files import check_parts, fingerprint
+from ._command import fail, of_option
+from ._options import Options, refuse
+from ._output import progress_bar, show, write_json
+from ._process import leave_accelerators, ray_joiner
+from ._workload import callable_of, find_workload, load_plain_code, score_of
+
+_SOME = 1000  # data points to calibrate a forecast on, and to compare with the model
 
 
 def run(options: Options) -> None:
-    """Run a model over a data set or row by row, and exit with a code if not all is done."""
+    """Run a model over a data set on a pool whose workers may straggle or die.
+
+    Each batch is encoded, sent to the workers, and decoded once enough of them answered. With
+    --tolerance, each row of any function is computed or predicted. Exit codes: 0 done, 1 nothing, 2
+    wrong options, 3 a part is missing, 130 Ctrl-C.
+    """
     if options.inputs is None or options.inputs.suffix not in (".csv", ".parquet"):
         refuse(options, "inputs other than a .csv or .parquet", "columns", "id_column")
     if options.outputs == "values" and options.max_disagreement is not None:
         raise ValueError(
             "--max-disagreement is about labels, and --outputs values have none: give --tolerance"
         )
-    engine, endings = run_groups, (".npz", ".csv")
     if options.by_row:
-        engine, endings = run_function, (".npz", ".csv", ".parquet")
         other = "--tolerance" if options.max_disagreement is None else "--max-disagreement"
         refuse(options, other, "code", "batches", "worker_dtype", "num_data", "wait_for")
     else:
         refuse(options, "a coded run", "job_deadline_s", "max_calls", "check_answers", "grace_s")
-    if options.pool == "ray":
-        leave_accelerators()
-    console, open_pool, path = Console(), pool_opener(options), options.output
+    path, endings = options.output, (".npz", ".csv", ".parquet")
     if path.suffix not in ("", *endings):
         raise ValueError(
             f"--output {path}: a result file ends in {', '.join(endings[:-1])} or {endings[-1]}; "
             "a folder, which gets parts and a manifest, has no ending"
         )
-    if path.suffix == ".parquet":
-        needs_pyarrow(f"--output {path}")
+    if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ImportError(f"--output {path} needs pyarrow: pip install '.[data]' in a clone")
+    if options.pool == "ray":
+        leave_accelerators()
+    console = Console()
+    opened, bar = pool_opener(options, console), progress_bar(console)
     # A file has its parts beside it until it is whole; a folder is the result itself.
     folder = path.with_name(f"{path.name}.parts") if path.suffix else path
     check_parts(folder, options.resume)
 
-    found = engine(options, console, open_pool, folder)
-    if found.columns:
-        _write(console, path, folder, found)
-    rest = f"{found.done}; {folder} has what is done, and --resume goes on from there"
-    if found.stopped is not None:
-        fail(f"{found.stopped}: {rest}", 130 if found.stopped == "interrupted" else 3)
-    if found.missing is not None:
-        fail(f"{found.missing}; {rest}", 3)  # there are results, but not all
+    def follow(progress: RowProgress) -> None:
+        if not bar.task_ids:
+            if progress.done:
+                console.print(f"{progress.done:,} rows are done already")
+            bar.add_task("computing the first rows ...", total=progress.rows)
+            return bar.start()
+        bar.update(TaskID(0), completed=progress.done, description=str(progress))
+
+    kept = {"folder": folder, "resume": options.resume, "on_progress": follow}
+    engine = _by_row if options.by_row else _by_group
+    try:
+        result, columns, numbers, words = engine(options, opened, kept)
+    finally:
+        if bar.task_ids:
+            bar.stop()
+    if columns:
+        _write(path, result, columns)
+        show(console, *filter(None, [words]), result, f"results: {path.resolve()}")
+        file = path.with_suffix(".summary.json") if path.suffix else folder / "summary.json"
+        write_json(console, file, result.summary | numbers)
+    done = f"{result.summary['rows_done']:,} of {result.summary['rows']:,} rows are done"
+    rest = f"{done}; {folder} has what is done, and --resume goes on from there"
+    if result.stopped is not None:
+        fail(f"{result.stopped}: {rest}", 130 if result.stopped == "interrupted" else 3)
+    low, high = numbers.get("statistic", {}).get("interval", (0.0, np.inf))
+    if result.reasons and not (options.stop_at is not None and high - low <= options.stop_at):
+        row, why = next(iter(result.reasons.items()))
+        fail(f"{len(result.reasons):,} rows are unknown: row {row}: {why}; {rest}", 3)
     if path.suffix:
         shutil.rmtree(folder)
     if options.pool == "ray":
         leave_ray()
 
 
-def pool_opener(options: Options) -> Callable[..., AbstractPool]:
-    """Return a function that opens the pool that options ask for.
+def pool_opener(options: Options, console: Console) -> Callable[..., AbstractPool]:
+    """Return a function that opens the pool that options ask for, and prints what it is for.
 
-    It takes the console, the model, K (None without a code), N, and further arguments of a pool. It
-    exits with code 1 if the workers do not start.
+    It takes the model, N, further arguments of a pool, and for a code K. It exits with code 1 if
+    the workers do not start.
 
     Raises:
-        ValueError: An option of Ray or of faults is wrong.
+        ValueError: An option of Ray is wrong.
     """
-    modules = tuple(options.py_modules or ())
-    ray = RayJob(options.address, options.working_dir, modules, options.runtime_env)
-    amounts = {"num_cpus": options.worker_cpus, "num_gpus": options.worker_gpus}
-    actor: dict[str, Any] = {name: each for name, each in amounts.items() if each is not None}
-    if (asked := options.worker_resources) is not None:
-        actor["resources"] = table_of_option("--worker-resources", asked, "{TPU = 4}")
-    asked, example = options.wrong_workers, "{swap = [1]}"
-    wrong = table_of_option("--wrong-workers", asked or "{}", example)
-    lists = (each if isinstance(each, list) else [None] for each in wrong.values())
-    if not all(type(worker) is int for each in lists for worker in each):
-        raise ValueError(f"--wrong-workers: a table of workers is needed, '{example}', not {asked}")
-    faults = Faults.from_rates(
-        straggler_rate=options.straggler_rate,
-        straggler_delay=options.straggler_delay_s,
-        straggler_score=find_score(options.straggler_score),
-        straggler_leaning=options.straggler_leaning,
-        death_rate=options.death_rate,
-        wrong_workers=wrong,
-        wrong_rate=options.wrong_rate,
-        seed=options.seed,
-    )
+    join = ray_joiner(options.address, options.working_dir, options.py_modules, options.runtime_env)
+    further = {"score": score_of(options.straggler_score), "seed": options.seed}
+    further["hang_timeout"] = RowSettings(0.0, deadline=options.deadline_s).hang_timeout
 
-    def open_pool(
-        console: Console, model: Any, num_data: int | None, num_workers: int, **further: Any
-    ) -> AbstractPool:
-        make: Any = DevicePool
-        count = options.workers or num_workers
+    def opened(what: str, model: Any, num_workers: int, **others: Any) -> AbstractPool:
+        words = f"{options.workers or num_workers} workers ({options.pool})"
         if options.pool == "ray":
             # What pools log, such as which Ray was joined, in a line each.
             log = logging.getLogger("nercc_jax.pools")
             shown: Any = {"show_time": False, "show_level": False, "show_path": False}
             log.handlers[:] = [RichHandler(console=console, highlighter=NullHighlighter(), **shown)]
             log.setLevel(logging.INFO)
-            ray.connect([options.model])
-            make = functools.partial(
-                RayPool,
-                actor_options=actor,
-                max_per_node=None if num_data is None else num_workers - num_data or None,
-                min_workers=1 if num_data is None else min(num_data, count),
-            )
-        further |= {"faults": faults, "worker_dtype": options.worker_dtype}
-        further |= {"hang_timeout": RowSettings(0.0, deadline=options.deadline_s).hang_timeout}
+            join([options.model])
         try:
-            with console.status(f"starting {count} workers ({options.pool}) ..."):
-                return make(model, count, **further)
+            with console.status(f"starting {words} ..."):
+                pool = open_pool(model, num_workers, options, **others | further)
         except RuntimeError as error:
             fail(f"the pool did not start: {error}", 1)
+        show(console, f"{options.model}, {what}; {words}")
+        return pool
 
-    return open_pool
+    return opened
 
 
-def _write(console: Console, path: Path, folder: Path, found: Finished) -> None:
-    """Write the rows, as a table or as arrays, and print and write their summary."""
+def _by_row(
+    options: Options, opened: Callable[..., Any], kept: dict[str, Any]
+) -> tuple[RowResult, dict[str, np.ndarray], dict[str, Any], str]:
+    """Run a function on rows, and return the result, its table, further numbers and a text."""
+    fields = {field.name for field in dataclasses.fields(RowSettings)} - {"learner_share"}
+    named = {"rows_per_call": "groups"}
+    named |= {name: f"{name}_s" for name in ("deadline", "job_deadline", "grace")}
+    settings = RowSettings(**{name: getattr(options, named.get(name, name)) for name in fields})
+    (model, data), split = find_workload(options, traced=False), options.split or "test"
+    with of_option(f"--split {split}"):
+        source = data.split(split)
+    x = np.asarray(data.preprocess(source.x[: options.max_inputs]))
+    ids = None if source.ids is None else source.ids[: len(x)]
+    what = f"{len(x):,} rows of {source.name!r}"
+    target = f"at most {100 * (settings.max_disagreement or 0):g} % of labels different"
+    if settings.tolerance is not None:
+        target = f"each within {settings.tolerance:g} ({100 * settings.coverage:g} % bars)"
+    statistic = _statistic(options)
+    about = {"model": options.model, "weights": fingerprint(options.weights)}
+    about["inputs"] = split if data.x is None else fingerprint(data.x)
+    further: Any = kept | {"about": about, "ids": ids, "num_workers": options.num_workers}
+    if options.stop_at is not None:
+        further["stop_when"] = lambda estimate: estimate.width <= options.stop_at
+    opening = functools.partial(opened, f"{what}, {target}")
+    try:
+        result = run_rows(model, x, opening, settings, statistic=statistic, **further)
+    except RuntimeError as error:
+        fail(str(error), 1)
+    numbers, words = {}, ""
+    if statistic is not None and result.evidence is not None:
+        found = statistic(result)
+        numbers["statistic"] = {"name": options.statistic, **dataclasses.asdict(found)}
+        low, high = found.interval
+        words = f"{options.statistic}: {found.value:.6g}, {100 * found.coverage:g} % in "
+        words += f"[{low:.6g}, {high:.6g}]{'; ' * bool(found.note)}{found.note}"
+    return result, {} if result.values is None else result.columns(), numbers, words
+
+
+def _statistic(options: Options) -> Callable[[RowResult], EnsembleEstimate] | None:
+    """Return the statistic that options ask for, if any; raise ValueError if one does not fit."""
+    if options.statistic is None:
+        if options.stop_at is not None:
+            raise ValueError("--stop-at needs a --statistic")
+        return None
+    name, _, quantity = options.statistic.partition("@")
+    found = re.fullmatch(r"mean|(quantile|above):([-+.\de]+)", name)
+    if found is None:
+        raise ValueError(f"--statistic is mean, quantile:Q or above:VALUE, not {name!r}")
+    with of_option("--statistic"):
+        at = float(found[2] or 0)
+    of_index = not quantity or quantity.isdecimal()
+    own = None if of_index else callable_of("--statistic", quantity)
+
+    def estimate(result: RowResult) -> EnsembleEstimate:
+        size = 1 if result.values is None else result.values[0].size
+        output = int(quantity or 0) if own is None else 0
+        if own is None and size > 1 and (not quantity or output >= size):
+            raise ValueError(
+                f"rows have {size} outputs: --statistic {name}@0 to {name}@{size - 1} is of one, "
+                f"and {name}@module:function of what a function gives of them"
+            )
+        f: Any = own or (lambda y: y.reshape(len(y), -1)[:, output])
+        further: Any = {"f": f, "coverage": options.coverage}
+        if found[1] == "above":
+            return result.probability(lambda v: v > at, **further)
+        return result.quantile(at, **further) if found[1] else result.mean(**further)
+
+    return estimate
+
+
+def _by_group(
+    options: Options, opened: Callable[..., Any], kept: dict[str, Any]
+) -> tuple[GroupResult, dict[str, np.ndarray], dict[str, Any], str]:
+    """Run a model on groups of a code, and compare some predictions with its own."""
+    code: Any = NeRCC(options.num_data, options.num_workers)
+    if options.code is not None:
+        code = load_plain_code(options.code, f"--code {options.code}")
+    num_workers, share = code.num_workers, options.max_disagreement
+    if options.wait_for is not None and share is not None:
+        raise ValueError("give --wait-for or --max-disagreement, not both")
+    if options.wait_for is not None and not 1 <= options.wait_for <= num_workers:
+        raise ValueError(f"--wait-for must be from 1 to N = {num_workers}, not {options.wait_for}")
+    if share is not None and not 0 <= share < 1:
+        raise ValueError(f"--max-disagreement must be in [0, 1), not {share}")
+    (model, data), split = find_workload(options), options.split or "test"
+    with of_option(f"--split {split}"):
+        source = data.split(split)
+    x, labelled = source.x[: options.max_inputs], options.outputs != "values"
+    ids = None if source.ids is None else source.ids[: len(x)]
+    enough: Any = options.wait_for or answers_to_wait_for(code.num_data, num_workers)
+    until = f"at {enough} answers"
+    if share is not None:
+        training, all_in = data.shuffled("train", _SOME, options.seed), np.ones(num_workers, bool)
+        answers = record_answers(model, code, training, worker_dtype=options.worker_dtype)
+        enough = answers.below(max_disagreement=share)
+        until = f"once at most {100 * share:g} % of labels are expected to differ from the model's"
+        if not enough(all_in):
+            raise ValueError(
+                f"--max-disagreement {share}: with this code "
+                f"{float(answers.disagreement(all_in)):.4f} is expected even when all "
+                f"{num_workers} workers answer; allow more, or use a tuned code (`nercc tune`)"
+            )
+    described = f"{type(code).__name__} with K={code.num_data}, N={num_workers}"
+    about = {
+        "model": options.model,
+        "weights": fingerprint(options.weights),
+        "outputs": options.outputs,
+        "data": split if data.x is None else fingerprint(data.x),
+        "code": fingerprint(options.code) or described,
+        "worker_dtype": options.worker_dtype,
+    }
+    what = f"{len(x):,} data points of {source.name!r}, {described}; decoding {until}, or after "
+    what += f"{options.deadline_s:g} s"
+    groups = min(options.groups or 1, -(-len(x) // code.num_data))
+    example = np.repeat(np.asarray(data.preprocess(x[:1])), groups, axis=0)
+    opening = {"num_data": code.num_data, "example": example}
+    further: Any = kept | {"about": about, "ids": ids, "prepare": data.preprocess}
+    further |= {"enough": enough, "deadline": options.deadline_s, "groups": groups}
+    with opened(what, model, num_workers, **opening) as pool:
+        found = run_groups(pool, code, x, batches=options.batches, **further)
+
+    rows = len(found.arrays["index"])
+    if not rows:
+        return found, {}, {}, ""
+    index, recovered, y = (found.arrays[n] for n in ("index", "recovered", "predictions"))
+    some = np.unique(np.linspace(0, rows - 1, _SOME).astype(int))
+    own = np.asarray(batched(model, 256)(np.asarray(data.preprocess(x[index[some]]))))
+    own, known, columns = own.reshape(len(some), -1), recovered[some], found.columns()
+    if labelled:
+        predicted = np.full(rows, -1)
+        predicted[recovered] = y[recovered].argmax(axis=1) if recovered.any() else -1
+        columns |= {"label": source.labels[index], "predicted": predicted}
+        same = int(np.sum(own.argmax(axis=1) == predicted[some]))
+        words = f"RelAcc: {100 * same / len(some):.1f} %: {same:,} of {len(some):,} labels are the "
+        return found, columns, {"compared": len(some), "same_labels": same}, f"{words}model's own"
+    error = y[some][known] - own[known] if known.any() else np.full(1, np.nan)
+    rmse, spread = float(np.sqrt(np.mean(error**2))), float(np.sqrt(np.var(own, axis=0).mean()))
+    words = f"error: RMSE {rmse:.3g} of {known.sum():,} rows, whose outputs spread by {spread:.3g}"
+    return found, columns, {"compared": int(known.sum()), "rmse": rmse, "spread": spread}, words
+
+
+def _write(path: Path, result: Any, columns: dict[str, np.ndarray]) -> None:
+    """Write rows as arrays or as a table; nothing for a folder, which has its parts."""
     if path.suffix == ".npz":
-        np.savez(path, **found.arrays)  # pyright: ignore[reportArgumentType]
+        wide: Any = (
+            {"predictions": result.values}
+            if isinstance(result, RowResult)
+            else {name: result.arrays[name] for name in ("responded", "predictions")}
+        )
+        plain = {n: each for n, each in columns.items() if not n.startswith(("output_", "reason"))}
+        np.savez(path, **plain | wide)
     elif path.suffix == ".parquet":
         import pyarrow
         from pyarrow import parquet
 
-        parquet.write_table(pyarrow.table(dict(found.columns)), path)
+        parquet.write_table(pyarrow.table(dict(columns)), path)
     elif path.suffix:
         with path.open("w", newline="") as opened:
             writer = csv.writer(opened)
-            writer.writerow(found.columns)
+            writer.writerow(columns)
             # As texts, floats have the shortest digits that identify them.
-            texts = (each.astype(str) for each in found.columns.values())
-            writer.writerows(zip(*texts, strict=True))
-    table = Table("", "", box=box.SIMPLE_HEAD, show_header=False)
-    for name, value in (*found.summary, *_faults_seen(found.report)):
-        table.add_row(f"[bold]{name}[/bold]", value)
-    console.print(table)
-    console.print(f"results: {path.resolve()}", soft_wrap=True)
-    file = path.with_suffix(".summary.json") if path.suffix else folder / "summary.json"
-    write_json(console, file, found.numbers)
-
-
-def _faults_seen(report: PoolReport) -> Iterator[tuple[str, str]]:
-    """Yield the lines of a summary about late answers, errors and deaths, worker by worker."""
-    yield "late answers", f"{report.late:,}"
-    yield "errors", f"{report.errors:,}"
-    workers = enumerate(report.deaths_by_worker)
-    deaths = ", ".join(f"worker {worker}: {number}" for worker, number in workers if number)
-    hung = f", {report.hung} of them hung" if report.hung else ""
-    yield "deaths", f"{report.deaths:,}{hung} ({deaths})" if report.deaths else "0"
+            writer.writerows(zip(*(each.astype(str) for each in columns.values()), strict=True))

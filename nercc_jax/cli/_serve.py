@@ -1,6 +1,5 @@
 """`nercc serve`: a coded prediction server."""
 
-import contextlib
 import dataclasses
 import functools
 import gc
@@ -9,32 +8,22 @@ import logging
 import os
 import re
 import signal
-import socket
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ._command import Option, fail
 from ._options import COMMANDS, Options
-from ._process import keep_programs, leave
-from ._ray_job import RayJob, leave_accelerators
-
-if TYPE_CHECKING:
-    from ..serving._settings import ModelSettings, ServerSettings
-    from ..serving.transport._server import Server
+from ._process import keep_programs, leave, leave_accelerators, ray_joiner
 
 _NEEDED = (
     *("fastapi", "grpc", "grpc_health", "httptools", "orjson", "prometheus_client"),
     *("pydantic_settings", "pythonjsonlogger", "uvicorn"),
 )
-# Seconds that the server may take longer to end than it should.
-_MOMENT = 0.25
-
-
 # A newcomer's options, which come first, in the panel without a title of its own.
 _FIRST = ("scheme", "num_data", "num_workers", "pool", "workers", "http_port")
 
@@ -51,7 +40,7 @@ def options() -> list[Option]:
             f"nercc serve needs {', '.join(missing)}: pip install '.[serve]' in a clone"
         )
     gc.disable()  # imports and programs leave little garbage; `Server` enables it
-    from ..serving._settings import ModelSettings, ServerSettings
+    from ..serving import ModelSettings, ServerSettings
 
     several = "Model to serve, as in all commands; repeat it for several (default: lenet5-digits)."
     checked, printed = "Check the settings and the models, and end.", "Print all settings as TOML."
@@ -85,43 +74,17 @@ def options() -> list[Option]:
 
 
 def serve_models(given: Mapping[str, Any]) -> None:
-    """Run the command with the settings of the command line, by name."""
+    """Serve models behind a code: Open Inference Protocol, REST and gRPC.
+
+    Settings also come from the environment (NERCC_...) and a file (docs/deploy/server.toml has
+    all); flags come first. SIGTERM answers what was accepted.
+    """
+    from ..serving import ModelSettings
+    from ..serving._settings import as_toml, read_settings
+
     flags = dict(given)
     names, config = flags.pop("model", ()), flags.pop("config", None)
     check, print_config = flags.pop("check", False), flags.pop("print_config", False)
-    try:
-        for each in names:
-            Options(each)
-        settings, chosen = _read(names, config, flags)
-        if print_config:
-            from ..serving._settings import as_toml
-
-            print(as_toml(settings, chosen))
-        elif check:
-            from ._serving_models import check_loadable
-
-            settings.tokens()
-            settings.tls_pair()
-            for each in chosen:
-                check_loadable(each)  # without workers
-                print(f"{each.served_name} can be served")
-        else:
-            _run(settings, chosen)
-    finally:
-        gc.enable()
-
-
-def _read(
-    names: Sequence[str], config: Path | None, flags: dict[str, Any]
-) -> "tuple[ServerSettings, list[ModelSettings]]":
-    """Return the settings of the server and of each model, from all sources.
-
-    Raises:
-        ValueError: for settings that are wrong.
-        ImportError: where a pool's package is missing.
-    """
-    from ..serving._settings import ModelSettings, read_settings
-
     of_all = {name: each for name, each in flags.items() if name in ModelSettings.model_fields}
     try:
         settings = read_settings(config, model=names, **flags)
@@ -135,22 +98,23 @@ def _read(
         settings.models = [ModelSettings(model="lenet5-digits")]
     # Flags come before what a file says of one model, too.
     chosen = [ModelSettings(**of_all).over(each) for each in settings.resolved()]
-    if any(each.pool == "ray" for each in chosen) and importlib.util.find_spec("ray") is None:
-        raise ImportError("--pool ray needs Ray: pip install '.[ray]' in a clone")
-    return settings, chosen
+    if print_config:
+        return print(as_toml(settings, chosen))
+    for each in chosen:
+        Options(str(each.model), pool=each.pool)
+    if check:
+        from ._serving_models import load_parts
 
+        settings.tokens()
+        settings.tls_pair()
+        for each in chosen:
+            load_parts(each)  # without workers
+            print(f"{each.served_name} can be served")
+        return None
 
-def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:
-    """Serve until the end. Raises ValueError and OSError where something does not fit."""
-    job = RayJob(settings.address, settings.working_dir, settings.py_modules, settings.runtime_env)
+    ray = settings.address, settings.working_dir, settings.py_modules, settings.runtime_env
+    join_ray = ray_joiner(*ray)
     _start_log(settings.log_format, settings.log_level)
-    _check_ports(settings)
-    with contextlib.suppress(ImportError, OSError, ValueError):  # ImportError: Windows
-        import resource
-
-        # As many files as this process may open: connections are files.
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if all(each.pool == "ray" for each in chosen):
         leave_accelerators()
     if settings.compilation_cache:
@@ -159,85 +123,46 @@ def _run(settings: "ServerSettings", chosen: "list[ModelSettings]") -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     from prometheus_client import CollectorRegistry
 
-    from ..serving.transport._server import Server
+    from ..serving import Server
     from ._serving_models import StartFailed, starts_of
 
-    registry = CollectorRegistry()
+    registry, moment = CollectorRegistry(), 0.25
+    join = functools.cache(lambda: join_ray([str(each.model) for each in chosen]))
+    server = Server(starts_of(chosen, registry, join), settings, registry)
+
+    def watch() -> None:
+        """End the process should the server not have ended a moment after it should have."""
+        while time.monotonic() <= server.ends_by + moment:
+            time.sleep(moment)
+        logging.getLogger(__name__).warning("ending with something left behind")
+        leave(1)
+
+    threading.Thread(target=watch, daemon=True).start()
     try:
-        join = functools.cache(lambda: job.connect([str(each.model) for each in chosen]))
-        server = Server(starts_of(chosen, registry, join), settings, registry)
-        with _leaving_in_time(server):
-            server.run()
+        server.run()
     except StartFailed as error:
         fail(str(error), 1)
     sys.exit(int(bool(server.lost)))
 
 
-def _check_ports(settings: "ServerSettings") -> None:
-    """Raise OSError where a port cannot be listened on, before JAX is imported for seconds."""
-    for port in filter(None, (settings.http_port, settings.grpc_port)):
-        try:
-            family, *_, address = socket.getaddrinfo(
-                settings.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            socket.create_server(address, family=family).close()
-        except OSError as error:
-            raise settings.cannot_listen(port) from error
-
-
-@contextlib.contextmanager
-def _leaving_in_time(server: "Server") -> Iterator[None]:
-    """End the process should the server not have ended a moment after it should have."""
-    ended = threading.Event()
-
-    def look() -> None:
-        while not ended.wait(_MOMENT):
-            if time.monotonic() > server.ends_by + _MOMENT:
-                logging.getLogger(__name__).warning("ending with something left behind")
-                leave(1)
-
-    threading.Thread(target=look, daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
-
-
 def _start_log(log_format: str, level: str) -> None:
-    """Log to stderr: a JSON object a line, or text for people."""
+    """Log to stderr: a JSON object a line, or text for people, the fields after the message."""
     from pythonjsonlogger.json import JsonFormatter
 
+    def as_text(fields: dict[str, Any], **_: Any) -> str:
+        time, level, name, message = (fields.pop(n) for n in ("time", "level", "logger", "message"))
+        further = (f"{name}={value}" for name, value in fields.items())
+        return " ".join([f"{time} {level} {name}: {message}", *further])
+
+    renamed = {"asctime": "time", "levelname": "level", "name": "logger"}
+    form: Any = {"rename_fields": renamed} | (
+        {} if log_format == "json" else {"json_serializer": as_text}
+    )
     handler = logging.StreamHandler(sys.stderr)
-    if log_format == "json":
-        handler.setFormatter(
-            JsonFormatter(
-                "%(asctime)s %(levelname)s %(name)s %(message)s",
-                rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
-            )
-        )
-    else:
-        handler.setFormatter(_WithFields("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", **form))
     # gRPC's core would write lines of its own; exceptions report what matters of them.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(level=level, handlers=[handler], force=True)
     # Uvicorn's word for each step of its life says less than ours; JAX misses TPUs everywhere.
     for name in ("uvicorn", "jax._src.xla_bridge"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level)))
-
-
-class _WithFields(logging.Formatter):
-    """A format for people, with the fields that JSON would have after the message.
-
-    Fields that begin with an underscore are left out: Ray puts its own clock into each record.
-    """
-
-    usual = frozenset(vars(logging.makeLogRecord({}))) | {"asctime", "message"}
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        fields = [
-            (name, value)
-            for name, value in vars(record).items()
-            if name not in self.usual and not name.startswith("_")
-        ]
-        text = logging.Formatter.formatMessage(self, record)
-        return " ".join([text, *(f"{name}={value}" for name, value in fields)])

@@ -1,6 +1,5 @@
 """From settings to served models: shipped models, your own, and their codes."""
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -18,22 +17,13 @@ import nercc_models
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, Uncoded, load_code
 from ..codes._kept import x64_enabled
 from ..inference.models import current_conditions
-from ..serving import Predictor, Servable, make_servable
+from ..serving import ModelSettings, Predictor, Servable, ServedModel, make_servable
 from ..serving._metrics import Metrics
-from ..serving._served_model import ServedModel, log_phase
-from ..serving._settings import ModelSettings
+from ..serving._served_model import log_phase
 from ..serving.protocol._servable import FLOAT
 from ._command import of_option
-from ._options import Options, Returned
-from ._own_models import (
-    example_inputs,
-    find_score,
-    find_surrogate,
-    is_own,
-    is_shipped,
-    load_callable,
-)
-from ._workload import find_model, load_plain_code, read_named_inputs
+from ._options import HUB, Options, Returned
+from ._workload import callable_of, load_plain_code, model_of, score_of, surrogate_of
 
 # Codes tuned for shipped models by `nercc tune --layout interleaved`.
 _CODES = Path(__file__).parent / "codes"
@@ -60,163 +50,124 @@ def starts_of(
         ValueError: for mistakes that are found without loading a model.
     """
     metrics = Metrics(registry)
-    for settings in chosen:
-        check_files(settings)
-    return {
-        settings.key: functools.partial(_start, settings, code_of(settings), metrics, join)
-        for settings in chosen
-    }
+
+    def start(settings: ModelSettings, code: AbstractCode) -> ServedModel:
+        name = settings.served_name
+        if settings.pool == "ray":
+            with log_phase("joining Ray", name):
+                join()
+        with log_phase("loading", name):
+            servable, code, predictor = load_parts(settings, code)
+        if ":" not in str(settings.model) and settings.outputs is settings.tolerance is None:
+            settings = settings.model_copy(update={"outputs": "logits"})  # they are classifiers
+        score, cache = score_of(settings.straggler_score), calibration_file(settings, code)
+        try:
+            return ServedModel(servable, code, settings, metrics, cache, predictor, score)
+        except RuntimeError as error:
+            raise StartFailed(f"the workers of {name} did not start: {error}") from error
+
+    return {each.key: functools.partial(start, each, code_of(each)) for each in chosen}
 
 
-def start_models(
-    chosen: Sequence[ModelSettings], registry: CollectorRegistry
-) -> dict[str, ServedModel]:
-    """Start all models, and return them by name. If one does not start, the others are closed.
+def load_parts(
+    settings: ModelSettings, code: AbstractCode | None = None
+) -> tuple[Servable, AbstractCode, Predictor | None]:
+    """Return a model, its code and its predictor: all that needs no workers.
+
+    The code is `UNCODED` where the model cannot be coded, and no code was asked for. The model has
+    unlabelled inputs to calibrate on, if there are any.
 
     Raises:
-        ValueError: for settings that do not fit.
-        StartFailed: where workers do not start.
+        ValueError: where something does not fit.
     """
-    served: dict[str, ServedModel] = {}
-    with contextlib.ExitStack() as undo:
-        for name, start in starts_of(chosen, registry).items():
-            served[name] = start()
-            undo.callback(served[name].close, 0.0)
-        undo.pop_all()
-    return served
-
-
-def check_loadable(settings: ModelSettings) -> None:
-    """Check all that needs no workers. Raises ValueError where something does not fit."""
-    check_files(settings)
-    _loaded(settings, code_of(settings))
-
-
-def check_files(settings: ModelSettings) -> None:
-    """Raise ValueError where there is no such model or file, without loading any."""
-    with of_option(settings.served_name):
-        Options(str(settings.model), settings.weights, settings.inputs)
-
-
-def _loaded(
-    settings: ModelSettings, code: AbstractCode
-) -> tuple[Servable, AbstractCode, Predictor | None]:
-    servable = servable_of(settings)
-    return servable, fitting_code(code, settings, servable), predictor_of(settings, servable)
-
-
-def _start(
-    settings: ModelSettings, code: AbstractCode, metrics: Metrics, join: Callable[[], Any]
-) -> ServedModel:
-    name = settings.served_name
-    if is_shipped(str(settings.model)) and settings.outputs is None and settings.tolerance is None:
-        settings = settings.model_copy(update={"outputs": "logits"})  # they are classifiers
-    if settings.pool == "ray":
-        with log_phase("joining Ray", name):
-            join()
-    with log_phase("loading", name):
-        servable, code, predictor = _loaded(settings, code)
-    score = find_score(settings.straggler_score)
-    try:
-        cache = calibration_file(settings, code)
-        return ServedModel(servable, code, settings, metrics, cache, predictor, score)
-    except RuntimeError as error:
-        raise StartFailed(f"the workers of {name} did not start: {error}") from error
-
-
-def _returned(settings: ModelSettings) -> Returned:
-    """Return the outputs of a shipped model as its workers return them, and as files name them."""
-    return "probabilities" if settings.outputs == "probabilities" else "logits"
-
-
-def servable_of(settings: ModelSettings) -> Servable:
-    name = str(settings.model)
-    model: Any = find_model(name, settings.weights, _returned(settings))
-    inputs: Any = None  # unlabelled ones, or a function that returns them
+    code = code_of(settings) if code is None else code
+    asked, name, prepare = str(settings.model), settings.served_name, settings.preprocess
+    # As workers return them, and as files name them.
+    returned: Returned = "probabilities" if settings.outputs == "probabilities" else "logits"
+    model: Any = model_of(asked, settings.weights, returned)
+    shipped = ":" not in asked
+    inputs: Any = None
     if settings.inputs is not None:
-        inputs = read_named_inputs(settings.inputs)
-    elif is_shipped(name) and model.network.data == "digits":  # which come with a package
+        with of_option(f"--inputs {settings.inputs}"):
+            if settings.inputs.suffix == ".npz":  # by name, for a model of a dict
+                with np.load(settings.inputs, allow_pickle=False) as arrays:
+                    inputs = dict(arrays)
+            else:
+                inputs = nercc_models.load_inputs(settings.inputs)[0]
+    elif shipped and model.data == "digits":  # which come with a package
         inputs = lambda: model.images("train", None, 1024, 0)[0]  # noqa: E731
-    elif is_own(name):
-        inputs = example_inputs(name)
-        if settings.preprocess is None and inputs is not None:  # else as clients send them
-            inputs = jax.tree.map(lambda x: np.asarray(x, np.float32), inputs)
+    elif not shipped and not asked.startswith(HUB):
+        with of_option(f"--model {asked}"):
+            inputs = nercc_models.example_inputs(asked)
+    if inputs is not None and not callable(inputs) and (settings.inputs is not None or not prepare):
+        inputs = jax.tree.map(lambda x: np.asarray(x, np.float32), inputs)  # else as clients do
     shape = settings.input_shape or getattr(model, "input_shape", None)
-    if shape is None and isinstance(inputs, dict):
-        shape = {name: each.shape[1:] for name, each in inputs.items()}
-    elif shape is None and inputs is not None:
-        shape = inputs.shape[1:]
+    if shape is None and inputs is not None:
+        shape = jax.tree.map(lambda x: x.shape[1:], inputs)
     if shape is None:
-        raise ValueError(f"{name}: say the shape of one query with --input-shape, or give --inputs")
-    prepare = settings.preprocess
-    output_name = _returned(settings) if is_shipped(name) else "output"
-    return make_servable(
-        settings.served_name,
+        raise ValueError(
+            f"{asked}: say the shape of one query with --input-shape, or give --inputs"
+        )
+    servable = make_servable(
+        name,
         model,
         shape,
         datatype=settings.input_datatype or getattr(model, "input_datatype", FLOAT),
-        output_name=settings.output_name or output_name,
-        calibration=inputs,
-        preprocess=None if prepare is None else load_callable(prepare, None, "--preprocess"),
+        output_name=settings.output_name or (returned if shipped else "output"),
+        calibration=inputs,  # pyright: ignore[reportArgumentType]
+        preprocess=None if prepare is None else callable_of("--preprocess", prepare),
         version=str(settings.version),
     )
-
-
-def predictor_of(settings: ModelSettings, servable: Servable) -> Predictor | None:
-    """Return the predictor that the setting `surrogate` names; None for none.
-
-    Raises ValueError where there is no such surrogate, or nothing can be predicted.
-    """
-    asked, name = settings.surrogate, servable.name
-    if asked in (None, "none"):
+    uncodable = servable.uncodable
+    if uncodable is not None and code.num_data > 1:
+        if settings.code is not None or settings.scheme is not None:
+            wanted = f"scheme {settings.scheme!r}"
+            wanted = wanted if settings.code is None else f"code {settings.code}"
+            raise ValueError(
+                f"{name} cannot have {wanted}: {uncodable}. Say scheme = 'uncoded' (or "
+                "'replication') for it, or nothing; or serve what follows its embedding, which "
+                "takes floats"
+            )
+        code = UNCODED
+    surrogate = settings.surrogate
+    if surrogate in (None, "none"):
         if settings.redundancy == "uncertain":
             raise ValueError(f"{name}: redundancy 'uncertain' needs a surrogate")
-        return None
-    if servable.uncodable is not None:
-        raise ValueError(f"{name} cannot have a surrogate: {servable.uncodable}")
-    if asked == "learn":
-        return Predictor()
+        return servable, code, None
+    if uncodable is not None:
+        raise ValueError(f"{name} cannot have a surrogate: {uncodable}")
+    if surrogate == "learn":
+        return servable, code, Predictor()
     try:
-        found = find_surrogate(asked, str(settings.model), _returned(settings))
+        found = surrogate_of(surrogate, asked, returned)
     except ValueError as error:
         raise ValueError(f"{name}: {error}; or learn, or none") from error
-    return Predictor(servable.on_rows(found))
-
-
-def fitting_code(code: AbstractCode, settings: ModelSettings, servable: Servable) -> AbstractCode:
-    """Return the code, or `UNCODED` where the model cannot be coded and no code was asked for.
-
-    Raises ValueError where one was.
-    """
-    if servable.uncodable is None or code.num_data == 1:
-        return code
-    if settings.code is None and settings.scheme is None:
-        return UNCODED
-    asked = f"scheme {settings.scheme!r}" if settings.code is None else f"code {settings.code}"
-    raise ValueError(
-        f"{servable.name} cannot have {asked}: {servable.uncodable}. Say scheme = 'uncoded' (or "
-        "'replication') for it, or nothing; or serve what follows its embedding, which takes floats"
-    )
+    return servable, code, Predictor(servable.on_rows(found))
 
 
 def code_of(settings: ModelSettings) -> AbstractCode:
-    """Return the code that the settings name; for a shipped model a tuned one, if there is one."""
-    k, n = settings.num_data, settings.num_workers
+    """Return the code that the settings name; for a shipped model a tuned one, if there is one.
+
+    Raises ValueError where there is no such model, file or code, without loading any model.
+    """
+    with of_option(settings.served_name):
+        Options(str(settings.model), settings.weights, settings.inputs)
+    k, n, points = settings.num_data, settings.num_workers, settings.points
     if settings.code is not None:
         return load_plain_code(settings.code, f"--code {settings.code}")
     if settings.scheme == "uncoded":
         return UNCODED
     if settings.scheme == "replication":
         return Replication(1, max(n // k, 1))  # each query by itself: no group to wait for
-    if settings.scheme == "berrut":
-        return Berrut(k, n, points=settings.points)
-    if settings.scheme == "berrut-spline":
-        return BerrutSpline(k, n, points=settings.points)
-    tuned = _CODES / f"{settings.model}-{n}-{k}-{_returned(settings)}.json"
-    if settings.points == "interleaved" and tuned.exists():
+    if settings.scheme in ("berrut", "berrut-spline"):
+        kind = Berrut if settings.scheme == "berrut" else BerrutSpline
+        return kind(k, n, points=points)
+    returned = "probabilities" if settings.outputs == "probabilities" else "logits"
+    tuned = _CODES / f"{settings.model}-{n}-{k}-{returned}.json"
+    if points == "interleaved" and tuned.exists():
         return load_code(tuned)
-    own = settings.points in ("interleaved", "repeated")
-    return NeRCC(k, n, points=settings.points, lambda_dec=0.0 if own else None)
+    own = points in ("interleaved", "repeated")
+    return NeRCC(k, n, points=points, lambda_dec=0.0 if own else None)
 
 
 def calibration_file(settings: ModelSettings, code: AbstractCode) -> Path | None:
@@ -233,7 +184,8 @@ def calibration_file(settings: ModelSettings, code: AbstractCode) -> Path | None
     leaves, structure = jax.tree.flatten(code)
     conditions = current_conditions(settings.worker_dtype), x64_enabled(), structure
     versions = [importlib.metadata.version(name) for name in _VERSIONS]
-    digest = hashlib.sha256(repr((_returned(settings), *conditions, *versions)).encode())
+    shares = settings.outputs == "probabilities"
+    digest = hashlib.sha256(repr((shares, *conditions, *versions)).encode())
     for leaf in leaves:
         digest.update(np.asarray(leaf).tobytes())
     for source in (Path(__file__).parents[1], Path(str(nercc_models.__file__)).parent):

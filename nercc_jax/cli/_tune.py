@@ -5,42 +5,52 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, save_code
 from ..codes._points import coincident
 from ..evaluation import pictures
-from ..evaluation._objective import landscape, make_trial
-from ..stragglers import AbstractStragglers
+from ..evaluation.tables import text_table
 from ..tuning import Descent, LayoutTuning, learn_decoder, search_layout, tune
-from ..tuning._tune import TuningStep
 from ._command import of_option
-from ._comparison import compare, straggler_laws
+from ._comparison import compare, points_for, straggler_laws
 from ._options import Options
-from ._output import print_table, progress_bar, write_json
-from ._process import compile_quickly
+from ._output import progress_bar, show, write_json
 from ._workload import find_workload
 
 
 def tune_code(options: Options) -> None:
-    """Tune a code, write it, and compare it with others on other data points."""
+    """Tune a code for a model by gradient descent through encoder, model and decoder.
+
+    No labels are needed. The errors before and after are printed, on other data points, and the
+    tuned code is written, for `nercc demo --code`, `nercc run --code` and `nercc serve --code`.
+    """
     size, outputs = (options.num_data, options.num_workers), options.outputs
     (num_data, num_workers), searching = size, options.layout == "search"
-    start, laws = _checked_start(options)
-    workload = find_workload(options)
-    network = workload.model
-    x = workload.groups("train", options, num_data, least=2)
-    held = workload.groups("test", options, num_data)
-    rounds = 6 * options.steps + (options.max_inputs or 1000)
-    compile_quickly(network, x, rounds * num_workers)
+    if options.criterion == "cross_entropy" and outputs != "logits":
+        raise ValueError("--criterion cross_entropy needs --outputs logits")
+    if searching and outputs == "values":
+        raise ValueError("--layout search goes by labels, and --outputs values have none")
+    laws = straggler_laws(*size, options.max_stragglers)
+    with of_option(f"--layout {options.layout}"):
+        start = start_code(*size, "chebyshev" if searching else options.layout)
+    if start.exact:
+        laws.pop("0")  # without stragglers there is nothing to tune
+    if not laws:
+        raise ValueError(
+            f"--num-workers {num_workers}: without stragglers, and with a worker for each data "
+            "point, there is nothing to tune; say --max-stragglers"
+        )
+    network, data = find_workload(options)
+    x = points_for(options, data, "train", num_data, least=2)
+    held = points_for(options, data, "test", num_data)
     console, key = Console(), jax.random.key(options.seed)
     labels = searching and outputs == "logits"
-    criterion = options.criterion or ("cross_entropy" if labels else "mse")
+    criterion: Any = options.criterion or ("cross_entropy" if labels else "mse")
     about = {
         "model": options.model,
         "outputs": outputs,
-        "data": workload.source,
+        "data": data.source,
         "data_points": len(x),
         "layout": options.layout,
         "stragglers": f"{', '.join(laws)} of {num_workers} workers, each number alike",
@@ -55,19 +65,30 @@ def tune_code(options: Options) -> None:
     if searching:
         tuning = LayoutTuning(**descent)
         with console.status("searching ...") as status:
-            show: Any = lambda stage: status.update(f"{stage} ...")  # noqa: E731
-            found = search_layout(network, x, *size, laws, key=key, tuning=tuning, on_stage=show)
-        _print_layouts(console, found.best_of_layouts)
+            say: Any = lambda stage: status.update(f"{stage} ...")  # noqa: E731
+            found = search_layout(network, x, *size, laws, key=key, tuning=tuning, on_stage=say)
         picture, best = pictures.layouts_figure(found.best_of_layouts, title), found.candidates[0]
-        code, results = best.code, {
+        code, lines = best.code, []
+        for each in found.best_of_layouts:
+            kept = "yes" if each.code.exact or not each.code.lambda_dec > 0 else "no"
+            lines.append((
+                each.layout + (", tuned" if each.tuned else ""),
+                f"{100 * each.disagreement:.2f} %",
+                f"{float(each.code.lambda_dec):.1e}",
+                "" if each.layout == "chebyshev" else kept,
+            ))  # fmt: skip
+        columns = ("layout", "disagreement", "lambda_dec", "exact where answered")
+        title = "Layouts, each with its best decoder, on held-out groups"
+        show(console, f"{title}\n{text_table([columns, *lines])}")
+        results = {
             "layout": f"search: {best.layout}{', tuned' if best.tuned else ''}",
             "objective": f"{100 * best.disagreement:.2f} % of labels differ, on held-out groups",
-        }  # fmt: skip
+        }
     else:
         with progress_bar(console) as bar:
             task = bar.add_task("compiling ...", total=options.steps)
 
-            def on_step(step: TuningStep, code: NeRCC) -> None:
+            def on_step(step: Any, code: NeRCC) -> None:
                 bar.update(task, completed=step.step)
                 if step.held_out is not None:
                     text = f"error {step.held_out:.3f} of the untuned code's"
@@ -81,12 +102,7 @@ def tune_code(options: Options) -> None:
             "tuned": f"{taken} steps in {tuned.seconds:.0f} s: {numbers}",
             "objective": f"{tuned.objective:.4f} of the untuned code's, on held-out groups",
         }
-        with console.status("the objective's landscape, for the picture ..."):
-            count, grid = min(len(held) // num_data, 16), np.logspace(-12, 0, 13)
-            groups = held[: count * num_data].reshape(count, num_data, *held.shape[1:])
-            trial = make_trial(network, start, groups, laws, key=key, num_sets=8)
-            heights = np.asarray(landscape(network, code, trial, grid, grid))
-        picture = pictures.tuning_figure(tuned.path, grid, heights, title)
+        picture = pictures.tuning_figure(tuned.path, title)
     picture.savefig(options.plot, dpi=130)
     codes: dict[str, AbstractCode] = {"untuned": start, "tuned": code}
     if options.learn_decoder:
@@ -102,30 +118,8 @@ def tune_code(options: Options) -> None:
     what = f"{title}, data that it was not tuned on"
     compared = compare(console, options, network, codes, held, laws, what)
     write_json(console, options.numbers, about, compared.records())
-    for name, value in results.items():
-        console.print(f"{name}: {value}", soft_wrap=True)
-    written, drawn = options.output.resolve(), options.plot.resolve()
-    console.print(f"tuned code: {written}\npicture: {drawn}", soft_wrap=True)
-
-
-def _checked_start(options: Options) -> tuple[NeRCC, dict[str, AbstractStragglers]]:
-    """Return the untuned code and the laws to tune it under; raise ValueError if options clash."""
-    size, searching = (options.num_data, options.num_workers), options.layout == "search"
-    if options.criterion == "cross_entropy" and options.outputs != "logits":
-        raise ValueError("--criterion cross_entropy needs --outputs logits")
-    if searching and options.outputs == "values":
-        raise ValueError("--layout search goes by labels, and --outputs values have none")
-    laws = straggler_laws(*size, options.max_stragglers)
-    with of_option(f"--layout {options.layout}"):
-        start = start_code(*size, "chebyshev" if searching else options.layout)
-    if start.exact:
-        laws.pop("0")  # without stragglers there is nothing to tune
-    if not laws:
-        raise ValueError(
-            f"--num-workers {size[1]}: without stragglers, and with a worker for each data point, "
-            "there is nothing to tune; say --max-stragglers"
-        )
-    return start, laws
+    results |= {"tuned code": options.output.resolve(), "picture": options.plot.resolve()}
+    show(console, *(f"{name}: {value}" for name, value in results.items()))
 
 
 def start_code(num_data: int, num_workers: int, layout: str) -> NeRCC:
@@ -133,19 +127,3 @@ def start_code(num_data: int, num_workers: int, layout: str) -> NeRCC:
     code = NeRCC(num_data, num_workers, points=layout)
     own = jnp.all(coincident(code.alpha, code.beta))
     return NeRCC(num_data, num_workers, points=layout, exact=True) if own else code
-
-
-def _print_layouts(console: Console, found: Any) -> None:
-    def cells(candidate: Any) -> tuple[str, ...]:
-        code = candidate.code
-        kept = "yes" if code.exact or not code.lambda_dec > 0 else "no"
-        return (
-            candidate.layout + (", tuned" if candidate.tuned else ""),
-            f"{100 * candidate.disagreement:.2f} %",
-            f"{float(code.lambda_dec):.1e}",
-            "" if candidate.layout == "chebyshev" else kept,
-        )
-
-    columns = ("layout", "disagreement", "lambda_dec", "exact where answered")
-    title = "Layouts, each with its best decoder, on held-out groups"
-    print_table(console, title, columns, map(cells, found))

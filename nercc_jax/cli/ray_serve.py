@@ -21,18 +21,16 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..pools.garbage import short_collections
-from ..serving._settings import ModelSettings, ServerSettings, read_settings
+from ..serving import ModelSettings
+from ..serving._settings import read_settings
 from ..serving._tracing import provider_from_environment
 from ..serving.transport._http import REQUEST_START
 from ..serving.transport._rest import make_app
 from ..serving.transport._state import ServerState
-from ._serving_models import start_models
+from ._serving_models import starts_of
 
 # The server's settings that the application takes; Ray Serve itself listens, and logs.
-_OF_REQUESTS = (*("max_body_bytes", "max_json_bytes", "max_bytes_in_flight", "request_log_rate"),)
-_TAKEN = ("models", "defaults", "drain_timeout_s", *_OF_REQUESTS)
-_CHECK_EVERY, _CHECK_TIMEOUT = 2.0, 15.0  # seconds: a replica's health
-_ENDING = 10.0  # seconds for the workers to end, after everything is answered
+_OF_REQUESTS = ("max_body_bytes", "max_json_bytes", "max_bytes_in_flight", "request_log_rate")
 
 
 def app(args: dict[str, Any]) -> serve.Application:
@@ -51,7 +49,20 @@ def app(args: dict[str, Any]) -> serve.Application:
     Raises:
         ValueError: for arguments that are unknown or out of range.
     """
-    settings = _settings(args)
+    given = dict(args)
+    file, taken = (
+        given.pop("config", None),
+        ("models", "defaults", "drain_timeout_s", *_OF_REQUESTS),
+    )
+    if unknown := sorted(set(given) - {*taken, *ModelSettings.model_fields}):
+        raise ValueError(
+            f"{', '.join(unknown)}: the application takes a model's settings, {', '.join(taken)} "
+            "and config; the address, the port and the log are Ray Serve's (http_options, "
+            "logging_config)"
+        )
+    settings = read_settings(None if file is None else Path(file), **given)
+    if "pool" not in settings.defaults.model_fields_set:
+        settings.defaults.pool = "ray"
     chosen = settings.resolved()
     # Not fewer than the queues hold, so that too many are told 429 at once by the queue, and do not
     # wait without a deadline in Ray's proxy.
@@ -64,10 +75,11 @@ def app(args: dict[str, Any]) -> serve.Application:
         name="CodedServer",
         num_replicas=1,
         # A replica that is killed is noticed by the next of these, and started anew.
-        health_check_period_s=_CHECK_EVERY,
-        health_check_timeout_s=_CHECK_TIMEOUT,
+        health_check_period_s=2.0,
+        health_check_timeout_s=15.0,
         max_ongoing_requests=calls + 100,  # metrics, status and health
-        graceful_shutdown_timeout_s=settings.drain_timeout_s + _ENDING,
+        # Workers end after everything is answered.
+        graceful_shutdown_timeout_s=settings.drain_timeout_s + 10.0,
         graceful_shutdown_wait_loop_s=0.5,
     )
     return deployment.bind(chosen, {name: getattr(settings, name) for name in _OF_REQUESTS})
@@ -78,18 +90,24 @@ class CodedServer:
     """A replica: the server's REST application in Ray Serve's own server."""
 
     _server_state: ServerState | None = None
-    _spans: Any = None
 
     async def __init__(self, models: Sequence[ModelSettings], limits: Mapping[str, Any]):
         """Start the models; `limits` are the server's settings of requests, by name."""
-        _log_by_serve()
+        # Where Serve logs, and at its level; otherwise lines of INFO would be lost.
+        ours, serves = logging.getLogger("nercc_jax"), logging.getLogger("ray.serve")
+        ours.handlers, ours.propagate = serves.handlers, False
+        ours.setLevel(serves.getEffectiveLevel())
         settings = read_settings(None, **limits)
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        # By another thread, so that Serve hears meanwhile that the replica lives.
-        served = await asyncio.to_thread(start_models, models, self._registry)
-        self._spans = provider_from_environment()
-        self._server_state = ServerState(served, settings, spans=self._spans)
+        served: dict[str, Any] = {}
+        with contextlib.ExitStack() as undo:  # if one does not start, the others are closed
+            for name, start in starts_of(models, self._registry).items():
+                # By another thread, so that Serve hears meanwhile that the replica lives.
+                served[name] = await asyncio.to_thread(start)
+                undo.callback(served[name].close, 0.0)
+            undo.pop_all()
+        self._server_state = ServerState(served, settings, spans=provider_from_environment())
         self._collections = contextlib.ExitStack()
         self._collections.enter_context(short_collections())
 
@@ -100,19 +118,18 @@ class CodedServer:
 
     async def check_health(self) -> None:
         """Raise RuntimeError where no worker is ready: Serve restarts the replica after three."""
-        for name, model in (
-            {} if self._server_state is None else self._server_state.models
-        ).items():
+        state = self._server_state
+        for name, model in ({} if state is None else state.models.started).items():
             if all(worker.state == "starting" for worker in model.pool.report().workers):
                 raise RuntimeError(f"{name}: none of its workers is ready")
 
     async def __del__(self) -> None:
         """Close the models. Serve has waited until all was answered, or it never started."""
         state, self._server_state = self._server_state, None
-        for model in () if state is None else state.models.values():
+        for model in () if state is None else state.models.started.values():
             await asyncio.to_thread(model.close, 0.0)
-        if self._spans is not None:
-            await asyncio.to_thread(self._spans.shutdown)
+        if state is not None and state.spans is not None:
+            await asyncio.to_thread(state.spans.shutdown)
 
 
 def stamp() -> list[Middleware]:
@@ -121,25 +138,17 @@ def stamp() -> list[Middleware]:
     Deadlines count from that time. Proxies call this where their nodes are started with the
     variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=nercc_jax.cli.ray_serve.stamp.
     """
-    return [Middleware(_Stamp)]
 
+    def stamped(app: ASGIApp) -> ASGIApp:
+        async def call(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http" and all(n != REQUEST_START for n, _ in scope["headers"]):
+                now = REQUEST_START, f"t={time.time():.6f}".encode()
+                scope = {**scope, "headers": [*scope["headers"], now]}
+            await app(scope, receive, send)
 
-class _Stamp:
-    def __init__(self, app: ASGIApp):
-        self._app = app
+        return call
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and all(name != REQUEST_START for name, _ in scope["headers"]):
-            stamp = REQUEST_START, f"t={time.time():.6f}".encode()
-            scope = {**scope, "headers": [*scope["headers"], stamp]}
-        await self._app(scope, receive, send)
-
-
-def _log_by_serve() -> None:
-    """Log where Serve logs, and at its level; otherwise lines of INFO would be lost."""
-    ours, serves = logging.getLogger("nercc_jax"), logging.getLogger("ray.serve")
-    ours.handlers, ours.propagate = serves.handlers, False
-    ours.setLevel(serves.getEffectiveLevel())
+    return [Middleware(stamped)]
 
 
 def __getattr__(name: str) -> serve.Application:
@@ -147,18 +156,3 @@ def __getattr__(name: str) -> serve.Application:
     if name != "application":
         raise AttributeError(f"{__name__} has no {name}")
     return app({})
-
-
-def _settings(args: Mapping[str, Any]) -> ServerSettings:
-    file, given = args.get("config"), {name: args[name] for name in args if name != "config"}
-    unknown = sorted(set(given) - {*_TAKEN, *ModelSettings.model_fields})
-    if unknown:
-        raise ValueError(
-            f"{', '.join(unknown)}: the application takes a model's settings, "
-            f"{', '.join(_TAKEN)} and config; the address, the port and the log are Ray Serve's "
-            "(http_options, logging_config)"
-        )
-    settings = read_settings(None if file is None else Path(file), **given)
-    if "pool" not in settings.defaults.model_fields_set:
-        settings.defaults.pool = "ray"
-    return settings

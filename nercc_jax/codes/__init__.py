@@ -3,9 +3,8 @@
 from ._berrut import Berrut
 from ._berrut_spline import BerrutSpline
 from ._code import AbstractCode, as_mask
-from ._decoding import Decoded
+from ._decoding import Decoded, decode_groups, encode_groups
 from ._files import code_card, load_code, save_code
-from ._groups import decode_groups, encode_groups
 from ._lagrange import Lagrange
 from ._learned_decoder import LearnedDecoder
 from ._nercc import NeRCC

@@ -5,11 +5,10 @@ A code is two matrices: the encoder E (N, K) and, for the workers that answered,
 """
 
 import abc
-import dataclasses
 import functools
 import inspect
 import warnings
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
@@ -19,11 +18,9 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..splines.arrays import native
-from ._decoding import Decoded, PlainMap
-from ._groups import decode_answers, encode_groups
-from ._kept import known_decoders, known_encoder
+from ._decoding import Decoded, PlainMap, decode_groups, encode_groups
+from ._kept import known_matrices
 from ._trees import (
-    Form,
     check_beside,
     check_finite,
     check_floats,
@@ -106,26 +103,6 @@ class AbstractCode(eqx.Module):
 
     num_data: eqx.AbstractVar[int]
     num_workers: eqx.AbstractVar[int]
-
-    def __repr__(self) -> str:
-        """Show the code's numbers as far as they are known, where Equinox has shapes."""
-
-        def described(value: Any) -> str:
-            # They are not of a tracer or a random key, of a donated array, or on other hosts.
-            known = eqx.is_array(value) and value.ndim <= 1 and not isinstance(value, Tracer)
-            if known and isinstance(value, jax.Array):
-                known = not jnp.issubdtype(value.dtype, jax.dtypes.extended)
-                known = known and value.is_fully_addressable and not value.is_deleted()
-            if not known:
-                return eqx.tree_pformat(value)
-            if value.ndim == 0:
-                return f"{value.item():.4g}"
-            shown = [f"{each:.3g}" for each in np.asarray(value)[:8]]
-            return f"[{', '.join(shown)}{', ...' if len(value) > len(shown) else ''}]"
-
-        fields = (field.name for field in dataclasses.fields(self) if field.repr)
-        summary = (f"{name}={described(getattr(self, name))}" for name in fields)
-        return f"{type(self).__name__}({', '.join(summary)})"
 
     @property
     def worker_models(self) -> Int[np.ndarray, " num_workers"]:
@@ -247,30 +224,12 @@ class AbstractCode(eqx.Module):
         x = to_device(x, "x")
         check_leading("x", x, (self.num_data,), "data points")
         check_floats("x", x, beside=True)
-        coded, finite = _encode(self, x, known_encoder(self))
+        coded, finite = _encode(self, x, known_matrices(self).encoder)
         if not isinstance(finite, Tracer):
             check_beside("x", x, 1)
             if not finite:
                 check_finite(x, 1)  # says which
         return coded
-
-    @overload
-    def decode(
-        self,
-        y: PyTree[Float[ArrayLike, "num_workers ..."]],
-        available: Bool[ArrayLike, " num_workers"],
-        *,
-        return_uncertainty: Literal[False] = False,
-    ) -> PyTree[Float[Array, "num_data ..."]]: ...
-
-    @overload
-    def decode(
-        self,
-        y: PyTree[Float[ArrayLike, "num_workers ..."]],
-        available: Bool[ArrayLike, " num_workers"],
-        *,
-        return_uncertainty: Literal[True],
-    ) -> tuple[PyTree[Float[Array, "num_data ..."]], Float[Array, " num_data"]]: ...
 
     @transformable
     def decode(
@@ -279,7 +238,7 @@ class AbstractCode(eqx.Module):
         available: Bool[ArrayLike, " num_workers"],
         *,
         return_uncertainty: bool = False,
-    ) -> PyTree | tuple[PyTree, Array]:
+    ) -> Any:
         """Return the predictions of all K data points from the available workers' answers y.
 
         An unavailable worker's value reaches neither the result nor a gradient. An available one
@@ -323,7 +282,7 @@ class AbstractCode(eqx.Module):
                 )
         if not return_uncertainty:
             return decoded.predictions
-        vectors, _ = joined_answers(self, y)
+        vectors, _ = join(to_device(checked_answers(self, y)), 1)
         return decoded.predictions, deviations(self, vectors[None], decoded.responded[None])[0]
 
     @transformable
@@ -337,7 +296,7 @@ class AbstractCode(eqx.Module):
         Arguments are those of `decode`.
         """
         available = check_mask(available, (self.num_workers,))
-        return decode_answers(self, checked_answers(self, y), available, "group")
+        return decode_groups(self, checked_answers(self, y), available, one=True)
 
 
 class AbstractNumpyCode(AbstractCode):
@@ -356,7 +315,7 @@ class AbstractNumpyCode(AbstractCode):
         """Return D."""
 
     def encoder_matrix(self) -> Float[Array, "num_workers num_data"]:
-        known = known_encoder(self)
+        known = known_matrices(self).encoder
         return jnp.asarray(self._encoder()) if known is None else jax.device_put(known)
 
     def decoder_matrix(
@@ -365,7 +324,7 @@ class AbstractNumpyCode(AbstractCode):
         available = check_mask(available, (self.num_workers,))
         # Outside a program the regression's loops would be compiled in each call: 1.4 s for
         # (20, 8).
-        known = known_decoders(self, available)
+        known = known_matrices(self, available).decoders
         if known is not None:
             return jax.device_put(np.asarray(known.decoder[0]))
         return jnp.asarray(self._decoder(jnp.asarray(available)))
@@ -393,11 +352,6 @@ def _encode(
     coded = encode_groups(code, jax.tree.map(lambda leaf: leaf[None], x), matrix)
     coded = jax.tree.map(lambda leaf: leaf[0], coded)
     return coded, finite_points(jax.tree.map(lambda leaf: leaf[:1], coded), 1)[0]
-
-
-def joined_answers(code: AbstractCode, y: PyTree) -> tuple[Float[Array, "num_workers m"], Form]:
-    """Return one group's answers as vectors, and in which form they came; raise as `decode`."""
-    return join(to_device(checked_answers(code, y)), 1)
 
 
 def checked_answers(code: AbstractCode, y: PyTree) -> PyTree[Float[Any, "num_workers ..."]]:
@@ -454,6 +408,15 @@ def deviations(
 ) -> Float[Array, "groups num_data"]:
     """Return the standard deviation of each group's predictions from these answers."""
     return deviation(*variances(code, y, responded))
+
+
+def with_deviation(code: AbstractCode, decoded: Decoded, y: PyTree) -> Decoded:
+    """Return groups' result with its deviation, where the code is a regression."""
+    try:
+        errors = deviations(code, join(y, 2)[0], decoded.responded)
+    except ValueError:
+        errors = None
+    return Decoded(decoded.predictions, decoded.responded, decoded.recovered, errors)
 
 
 def as_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:

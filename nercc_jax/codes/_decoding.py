@@ -1,26 +1,38 @@
-"""Decoding: one product with the decoder's matrix, and what happens where that would not do.
+"""Both matrices of a code at work on trees of arrays, of one group or many.
 
 Nearly always every value that came back is finite, the decoder well conditioned and everything
 recovered; then decoding is one product. So that is tried, and what it shows decides: a broken
 value leaves its mark in every row of the product (0 * NaN is NaN), so one row shows all of them.
 
+Where code, answers and masks are at hand, outside of any trace, the matrices are kept, or made on
+the host, and one program multiplies and says whether that is sound. If not, the host decodes, in
+float64, which loses no digit of float32. So a first decode compiles in a fraction of a second, and
+a broken answer compiles no regression. In a program the careful way is part of it.
+
 The derivative is the plain product's: the decoder's matrix for the workers that responded times
 their answers, zeros for all others. So a straggler's value reaches no gradient, and no branch or
 loop is ever differentiated.
+
+On a mesh with Explicit axes, the default of `jax.make_mesh`, every operation says how its result is
+sharded. Coding leaves that to the compiler, in the Auto mode, and says it of its results only: axes
+of groups and of coordinates stay as they were, that of workers or data points is on all devices.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree, Shaped
+from jax.core import Tracer
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..splines._platforms import alike_in_shard_map
-from ..splines.arrays import working_dtype
-from ._trees import is_float, same_within_group
+from ..splines.arrays import native, where
+from ._kept import Matrices, kept_matrices
+from ._trees import any_tracer, is_float, join, same_within_group, to_device
 
 # TPUs and GPUs would round the factors of a float32 product.
 FULL = jax.lax.Precision.HIGHEST
@@ -33,21 +45,31 @@ class Decoded(eqx.Module):
     `recovered` says that answers determine a prediction, not that it is near the model's own: the
     more workers straggle, the farther it may be off. It is NaN where `recovered` is false.
     `responded` are the workers whose answers were used: available, and finite in every coordinate.
-    `expected_error` is the standard deviation of each prediction, in units of the outputs, as
-    `AbstractCode.decode` returns it; None where it was not asked for, or the code has none.
+    What `coded_inference` returns is in the order in which data points came, but for `responded`,
+    which has a row for each group as it was sent.
+
+    Attributes:
+        predictions: Predictions of data points.
+        responded: The workers that were used.
+        recovered: Whether answers, or a surrogate, determine a prediction.
+        deviation: The standard deviation of each prediction, in units of the outputs: 0 where it is
+            an answer itself, infinite where nothing is known; None where it was not asked for, or
+            the code has none.
+        error_probability: The probability that the label differs from the model's own, 1 where
+            nothing is recovered; None without a calibrated `ErrorProbability`.
     """
 
-    predictions: PyTree[Float[Array, "..."]]
-    responded: Bool[Array, "... num_workers"]
-    recovered: Bool[Array, "..."]
-    expected_error: Float[Array, "..."] | None = None
+    predictions: PyTree[Float[Any, "..."]]
+    responded: Bool[Any, "... num_workers"]
+    recovered: Bool[Any, "..."]
+    deviation: Float[Any, "..."] | None = None
+    error_probability: Float[Any, "..."] | None = None
 
-
-class Matrices(NamedTuple):
-    """The decoder's matrix and what it recovers, for each group's straggler set, or for all's."""
-
-    decoder: Float[Array | np.ndarray, "sets num_data num_workers"]
-    recovered: Bool[Array | np.ndarray, "sets num_data"]
+    def map_points(self, change: Callable[[Any], Any]) -> "Decoded":
+        """Return it with all arrays of data points changed; `responded` stays."""
+        parts = self.predictions, self.recovered, self.deviation, self.error_probability
+        predictions, recovered, *trust = jax.tree.map(change, parts)
+        return Decoded(predictions, self.responded, recovered, *trust)
 
 
 class PlainMap(eqx.Module):
@@ -68,10 +90,9 @@ def multiply(
     matrix: Float[Array, "... a b"], x: Float[Array, "... b m"]
 ) -> Float[Array, "... a m"]:
     """Return matrix @ x in x's precision, float32 at least; one matrix may be for many groups."""
-    dtype = working_dtype(x.dtype)
+    dtype = x.dtype if jnp.finfo(x.dtype).bits > 32 else jnp.float32
     matrix, x = matrix.astype(dtype), x.astype(dtype)
-    one = matrix.ndim == 2 or matrix.shape[0] == 1
-    if x.ndim != 3 or not one:
+    if x.ndim != 3 or (matrix.ndim == 3 and matrix.shape[0] != 1):
         return jnp.matmul(matrix, x, precision=FULL)
     matrix = matrix.reshape(matrix.shape[-2:])
     if x.shape[0] == 1:
@@ -84,12 +105,165 @@ def multiply(
     return jax.lax.dot_general(each, x, (((2,), (1,)), ((0,), (0,))), precision=FULL)
 
 
+def encode_groups(
+    code: Any,
+    x: PyTree[Shaped[Array, "groups num_data ..."]],
+    matrix: Float[ArrayLike, "*groups num_workers num_data"] | None = None,
+) -> PyTree[Shaped[Array, "groups num_workers ..."]]:
+    """Return the coded data points of many groups, in x's dtype.
+
+    `matrix` is the encoder's, if it is made, or one for each group; then there need be no code.
+    What is no float is taken to be the same for all data points of a group (see
+    `same_within_group`), and is repeated for each row of the matrix.
+    """
+    if explicit_mesh(code, x, matrix) is not None:
+
+        def spec(leaf: Any) -> PartitionSpec:
+            groups, _, *axes = axes_on_mesh(leaf)
+            return PartitionSpec(groups, None, *axes)
+
+        return in_auto_mode(encode_groups, (code, x, matrix), jax.tree.map(spec, x))
+    leaves, structure = jax.tree.flatten(x)
+    with jax.named_scope("nercc.encode"):
+        rows = jnp.asarray(code.encoder_matrix() if matrix is None else matrix)
+        for number, leaf in enumerate(leaves):
+            shape = (leaf.shape[0], rows.shape[-2], *leaf.shape[2:])
+            if is_float(leaf):
+                coded = multiply(rows, leaf.reshape(*leaf.shape[:2], -1)).astype(leaf.dtype)
+                leaves[number] = coded.reshape(shape)
+            else:
+                leaves[number] = jnp.broadcast_to(leaf[:, :1], shape)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def decode_groups(
+    code: Any,
+    y: PyTree[Float[ArrayLike, "..."]],
+    available: Bool[ArrayLike, "*masks num_workers"],
+    given: Matrices | None = None,
+    *,
+    one: bool = False,
+) -> Decoded:
+    """Decode many groups, each with its own workers.
+
+    Answers may be a pytree of arrays, whose predictions come in the same form. In a program
+    (`jax.jit`) this is part of it; outside, as little as possible is compiled.
+
+    Args:
+        code: The code.
+        y: The answers of all groups. An unavailable worker's may hold anything, and one that is not
+            finite makes its worker a straggler in its own group.
+        available: The workers of each group that answered, or one mask for all groups.
+        given: The decoder's matrices for these workers, where they are made already.
+        one: Whether y is one group, (N, ...), with its mask (N,), and so are the predictions.
+    """
+    y = native(y, "y")
+    if any_tracer(code, y, available, given):
+        return decode_in_program(code, y, available, given, one=one)[0]
+    config: Any = jax.config
+    # A straggler's NaN in a first product would be taken for a fault.
+    debugs = config.jax_debug_nans or config.jax_debug_infs
+    masks, kept = np.asarray(available), kept_matrices(code)
+    if given is None and kept is not None:
+        given = kept.decoders(masks, kept.many_sets)
+    if given is None or debugs:
+        decoded, sound = None, jnp.zeros((), bool)
+    else:
+        decoded, sound = _multiply(y, masks, given, one=one)
+    if isinstance(sound, Tracer):  # in a trace, of something else
+        return decode_in_program(code, y, available, given, one=one)[0]
+    if decoded is not None and sound:
+        return decoded
+
+    # The host cannot where a code has no matrices by NumPy, or answers lie on several hosts. Of
+    # more sets than are kept a program makes the matrices faster.
+    here = (leaf.is_fully_addressable for leaf in jax.tree.leaves(y) if isinstance(leaf, Array))
+    if given is None or kept is None or not kept.on_host or not all(here):
+        return _decode(code, to_device(y), to_device(masks), None, one=one)[0]
+    vectors, form = join(jax.tree.map(np.asarray, to_device(y)), 1 if one else 2)
+    vectors, masks = (vectors[None], masks[None]) if one else (vectors, masks)
+    responded = masks & np.isfinite(vectors).all(axis=-1)
+    dtype = np.result_type(vectors.dtype, np.float32)
+    predictions = np.empty((len(vectors), code.num_data, vectors.shape[-1]), dtype)
+    recovered, exact = np.empty(predictions.shape[:2], bool), {}
+    for group, mask in enumerate(responded):
+        if (name := mask.tobytes()) not in exact:
+            exact[name] = kept.by_numpy("decoder_on_host", mask)
+        decoder, recovered[group] = exact[name]
+        with np.errstate(over="ignore"):  # it becomes infinite, as in a program
+            predictions[group] = decoder[:, mask] @ vectors[group, mask].astype(np.float64)
+    predictions[~recovered] = np.nan
+    found = predictions, responded, recovered
+    predictions, responded, recovered = to_device([each[0] for each in found] if one else found)
+    return Decoded(form.split(predictions), responded, recovered)
+
+
+@eqx.filter_jit
+def decode_sets(
+    code: Any,
+    y: Float[ArrayLike, "groups num_workers m"],
+    available: Bool[ArrayLike, "sets num_workers"],
+) -> Decoded:
+    """Decode the answers of all groups under each straggler set: leading axes (sets, groups).
+
+    Each set's matrix is made once. An answer that is not finite makes its worker a straggler in its
+    own group only, as everywhere; if there is one, or for a derivative, the groups get matrices of
+    their own.
+    """
+    return jax.vmap(lambda mask: decode_groups(code, y, mask[None]))(jnp.asarray(available))
+
+
+def decode_in_program(
+    code: Any,
+    y: PyTree,
+    available: ArrayLike,
+    given: Matrices | None = None,
+    *,
+    one: bool = False,
+) -> tuple[Decoded, Bool[Array, ""]]:
+    """Decode as part of a program: by whichever way the answers need, which is sound.
+
+    Without a code it is the product with the given matrices, and whether that is sound. Answers are
+    joined to vectors here, and predictions split. Arguments are those of `decode_groups`.
+    """
+    y, available = jax.tree.map(jnp.asarray, y), jnp.asarray(available)
+    if explicit_mesh(code, y, available, given) is not None:
+        # Predictions lie as the answers along groups and outputs.
+        leaves, structure = jax.tree.flatten(y)
+        axes, lead = [*map(axes_on_mesh, leaves)], 0 if one else 1
+        parts = [PartitionSpec(*each[:lead], None, *each[lead + 1 :]) for each in axes]
+        status = PartitionSpec(*axes[0][:lead], None)
+        specs = (jax.tree.unflatten(structure, parts), status, status), PartitionSpec()
+
+        def function(*arguments: Any) -> Any:
+            made, sound = decode_in_program(*arguments, one=one)
+            return (made.predictions, made.responded, made.recovered), sound
+
+        made, sound = in_auto_mode(function, (code, y, available, given), specs)
+        return Decoded(*made), sound
+    with jax.named_scope("nercc.decode"):
+        vectors, form = join(y, 1 if one else 2)
+        if one:
+            vectors, available = vectors[None], available[None]
+        if code is not None:
+            made, sound = decode_vectors(code, vectors, available, given), jnp.ones((), bool)
+        else:
+            assert given is not None
+            made, sound = multiplied(vectors, available, given)
+        made = Decoded(form.split(made.predictions), made.responded, made.recovered)
+        return jax.tree.map(lambda leaf: leaf[0], made) if one else made, sound
+
+
+_decode = eqx.filter_jit(decode_in_program)
+_multiply = jax.jit(
+    lambda *args, one: decode_in_program(None, *args, one=one), static_argnames="one"
+)
+
+
 def multiplied(
     y: Float[Array, "groups num_workers m"],
-    available: Bool[Array, "groups_or_sets num_workers"],
+    available: Bool[Array, "groups_or_1 num_workers"],
     given: Matrices,
-    *,
-    sets: bool = False,
 ) -> tuple[Decoded, Bool[Array, ""]]:
     """Decode by the product with these matrices; return also whether that is sound.
 
@@ -97,21 +271,12 @@ def multiplied(
     recovered.
     """
     matrices, recovered = jnp.asarray(given.decoder), jnp.asarray(given.recovered)
-    if sets:
-        shape = (available.shape[0], y.shape[0])
-        matrices = jnp.broadcast_to(matrices, (shape[0], *matrices.shape[1:]))
-        # Every matrix times every group, as one product of two matrices.
-        dtype = working_dtype(y.dtype)
-        factors = matrices.astype(dtype), y.astype(dtype)
-        predictions = jnp.moveaxis(jnp.tensordot(*factors, ((2,), (1,)), precision=FULL), 2, 1)
-        available = jnp.broadcast_to(available[:, None], (*shape, available.shape[1]))
-        recovered = jnp.broadcast_to(recovered[:, None], (*shape, recovered.shape[1]))
-    else:
-        predictions = multiply(matrices, y)
-        recovered = jnp.broadcast_to(recovered, (y.shape[0], recovered.shape[1]))
-    finite = jnp.all(jnp.isfinite(predictions[..., 0, :]))
+    predictions = multiply(matrices, y)
+    finite = jnp.all(jnp.isfinite(predictions[:, 0]))
     sound = finite & is_steady(matrices) & jnp.all(recovered)
-    return Decoded(predictions, available, recovered), sound
+    responded = jnp.broadcast_to(available, (y.shape[0], available.shape[1]))
+    recovered = jnp.broadcast_to(recovered, predictions.shape[:2])
+    return Decoded(predictions, responded, recovered), sound
 
 
 def is_steady(matrices: Float[Array, "*sets num_data num_workers"]) -> Bool[Array, ""]:
@@ -127,25 +292,22 @@ def is_steady(matrices: Float[Array, "*sets num_data num_workers"]) -> Bool[Arra
 def decode_vectors(
     code: Any,
     y: Float[Array, "groups num_workers m"],
-    available: Bool[Array, "groups_or_sets num_workers"],
+    available: Bool[Array, "groups_or_1 num_workers"],
     given: Matrices | None = None,
-    *,
-    sets: bool = False,
 ) -> Decoded:
     """Decode the answers of many groups in a program, each with its own workers.
 
-    With `sets`, `available` are straggler sets (sets, N) and all groups are decoded under each of
-    them, by one matrix a set: results have the axes (sets, groups). An answer that is not finite
-    makes its worker a straggler in its own group only.
+    With one mask for all groups there is one matrix. An answer that is not finite makes its worker
+    a straggler in its own group only.
 
     `given` are the matrices of these workers where they are made already. A derivative makes them
     again, since it is the code's too; so does an answer that is not finite, for those that are.
     """
-    return _decoded(*alike_in_shard_map((code, y, available, given)), sets=sets)
+    return _decoded(*alike_in_shard_map((code, y, available, given)))
 
 
 @eqx.filter_custom_jvp
-def _decoded(code: Any, y: Array, available: Array, given: Matrices | None, *, sets: bool) -> Any:
+def _decoded(code: Any, y: Array, available: Array, given: Matrices | None) -> Any:
     leaves, rest = eqx.partition(code, eqx.is_array)
 
     def decode(leaves: Any, y: Array, available: Array, given: Matrices | None) -> Decoded:
@@ -153,13 +315,9 @@ def _decoded(code: Any, y: Array, available: Array, given: Matrices | None, *, s
         if given is None:
             maps, recovered = _fitted(own, available)
             given = Matrices(maps.matrix, recovered)
-        attempt, sound = multiplied(y, available, given, sets=sets)
-        return _unless(
-            sound, attempt, lambda: _carefully(own, y, available, sets=sets, seldom=True)
-        )
+        attempt, sound = multiplied(y, available, given)
+        return _unless(sound, attempt, lambda: _carefully(own, y, available, seldom=True))
 
-    if sets:
-        return decode(leaves, y, available, given)
     # `jax.vmap` gives it more groups. Else what one group needs, once more, would be done for each,
     # and selected: 64 groups of (100, 20) and 1,000 coordinates took 80 ms on two CPU cores, and 8
     # by `decode_groups`.
@@ -167,20 +325,25 @@ def _decoded(code: Any, y: Array, available: Array, given: Matrices | None, *, s
 
     @merged.def_vmap
     def _(size: int, batched: Any, leaves: Any, y: Array, available: Array, given: Any) -> Any:
-        groups = y.shape[int(batched[1])]
+        of_leaves, of_y, of_mask, of_given = batched
+        groups = y.shape[int(of_y)]
 
         def merge(leaf: Array, own: bool) -> Array:
             leaf = leaf if own else leaf[None]
             leaf = jnp.broadcast_to(leaf, (size, groups, *leaf.shape[2:]))
             return leaf.reshape(size * groups, *leaf.shape[2:])
 
-        if any(jax.tree.leaves(batched[0])):  # each group has a code of its own
+        # Each group may have a code of its own; and groups that share a set have one matrix.
+        shared = of_mask and not of_y and available.shape[1] == 1 != groups
+        if any(jax.tree.leaves(of_leaves)) or shared:
             axes = jax.tree.map(lambda own: 0 if own else None, tuple(batched))
             found = jax.vmap(decode, axes, axis_size=size)(leaves, y, available, given)
         else:
-            one_for_all = given is not None and not batched[3].decoder and len(given.decoder) == 1
-            given = given if one_for_all else jax.tree.map(merge, given, batched[3])
-            found = merged(leaves, merge(y, batched[1]), merge(available, batched[2]), given)
+            one_for_all = given is not None and not of_given.decoder and len(given.decoder) == 1
+            given = given if one_for_all else jax.tree.map(merge, given, of_given)
+            one_mask = not of_mask and available.shape[0] == 1
+            available = available if one_mask else merge(available, of_mask)
+            found = merged(leaves, merge(y, of_y), available, given)
             found = jax.tree.map(lambda leaf: leaf.reshape(size, groups, *leaf.shape[1:]), found)
         return found, jax.tree.map(lambda _: True, found)
 
@@ -188,7 +351,7 @@ def _decoded(code: Any, y: Array, available: Array, given: Matrices | None, *, s
 
 
 @_decoded.def_jvp
-def _(primals: Any, tangents: Any, *, sets: bool) -> Any:
+def _(primals: Any, tangents: Any) -> Any:
     # By what has a tangent only: that of a code takes half of the program.
     (*values, available, _), changes = primals, tangents[:2]
     moves = jax.tree.map(lambda change: change is not None, changes, is_leaf=lambda t: t is None)
@@ -196,14 +359,12 @@ def _(primals: Any, tangents: Any, *, sets: bool) -> Any:
 
     def of_moving(moving: Any) -> Decoded:
         code, y = eqx.combine(moving, still)
-        return _carefully(code, y, available, sets=sets)
+        return _carefully(code, y, available)
 
     return jax.jvp(of_moving, (moving,), (changes,))
 
 
-def _carefully(
-    code: Any, y: Array, available: Array, *, sets: bool = False, seldom: bool = False
-) -> Decoded:
+def _carefully(code: Any, y: Array, available: Array, *, seldom: bool = False) -> Decoded:
     """Decode answers of which some may be broken, or whose matrix would lose digits.
 
     `seldom` is for a branch that few calls take, and that is not differentiated. There, groups come
@@ -211,24 +372,17 @@ def _carefully(
     of 6 for 64 groups of (100, 20) and 1,000 coordinates, and every call took 11.0 ms instead of
     9.0 on two CPU cores.
     """
-    if sets:
-
-        def under_all(y: Array) -> Decoded:
-            every = jnp.broadcast_to(y, (len(available), *y.shape))
-            return _carefully(code, every, available, seldom=seldom)
-
-        decoded = jax.lax.map(under_all, y) if seldom else jax.vmap(under_all)(y)
-        return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), decoded)
 
     def of_group(group: tuple[Any, ...]) -> Array:
         own, y, responded, recovered = group
-        clean = jnp.where(responded[:, None], y, 0).astype(working_dtype(y.dtype))
+        clean = where(responded[:, None], y, 0)
+        clean = clean.astype(y.dtype if jnp.finfo(y.dtype).bits > 32 else jnp.float32)
 
         def accurately(y: Array) -> Array:
-            return jnp.where(recovered[:, None], own.apply(y), jnp.nan)
+            return where(recovered[:, None], own.apply(y), jnp.nan)
 
         def as_needed(y: Array) -> Array:
-            matrix = jnp.where(recovered[:, None], own.matrix, jnp.nan)  # and so is a row's product
+            matrix = where(recovered[:, None], own.matrix, jnp.nan)  # and so is a row's product
             attempt = multiply(matrix[None], y[None])[0]
             return _unless(is_steady(own.matrix), attempt, lambda: accurately(y))
 
@@ -240,10 +394,10 @@ def _carefully(
     responded = available & jnp.all(jnp.isfinite(y), axis=-1)
     maps, recovered = _fitted(code, responded)
     groups = maps, y, responded, recovered
-    if not seldom:
-        predictions = jax.vmap(of_group)(groups)
-    elif y.shape[0] == 1:  # without a loop
+    if y.shape[0] == 1:
         predictions = of_group(jax.tree.map(lambda leaf: leaf[0], groups))[None]
+    elif not seldom:
+        predictions = jax.vmap(of_group)(groups)
     else:
         predictions = jax.lax.map(of_group, groups)
     return Decoded(predictions, responded, recovered)
@@ -252,7 +406,13 @@ def _carefully(
 @eqx.filter_jit  # so that a program that needs it twice has it once
 def _fitted(code: Any, responded: Bool[Array, "sets num_workers"]) -> tuple[Any, Array]:
     """Return the decoder's map of each set, and what it recovers."""
-    return jax.vmap(lambda mask: (code.decoder_map(mask), code.recovered(mask)))(responded)
+
+    def of_mask(mask: Bool[Array, " num_workers"]) -> tuple[Any, Array]:
+        return code.decoder_map(mask), code.recovered(mask)
+
+    if responded.shape[0] == 1:  # fewer operations to compile than of a batch
+        return jax.tree.map(lambda leaf: leaf[None], of_mask(responded[0]))
+    return jax.vmap(of_mask)(responded)
 
 
 def _unless(sound: Bool[Array, ""], attempt: State, otherwise: Callable[[], State]) -> State:
@@ -278,3 +438,37 @@ def mask_mixed_groups(
     if all(map(is_float, jax.tree.leaves(x))):
         return available, given
     return available & same_within_group(x, 2)[:, None], None
+
+
+def explicit_mesh(*trees: PyTree) -> Any:
+    """Return the mesh with Explicit axes that an array lies on, or else None."""
+    for leaf in jax.tree.leaves(trees):
+        here = isinstance(leaf, jax.Array)
+        if here and (mesh := jax.typeof(leaf).sharding.mesh).explicit_axes:
+            return mesh
+    # An argument of a program may lie nowhere yet.
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.explicit_axes and any_tracer(trees) else None
+
+
+def axes_on_mesh(leaf: Any) -> tuple[Any, ...]:
+    """Return by which Explicit axes of a mesh each dimension of an array is sharded."""
+    if isinstance(leaf, jax.Array) and (lies := jax.typeof(leaf).sharding).mesh.explicit_axes:
+        return tuple(lies.spec)
+    return (None,) * leaf.ndim
+
+
+def in_auto_mode(
+    function: Callable[..., PyTree], arguments: tuple[PyTree, ...], specs: PyTree
+) -> PyTree:
+    """Return `function(*arguments)`, with results sharded by `specs` if an array is on a mesh."""
+    if (mesh := explicit_mesh(arguments)) is None:
+        return function(*arguments)
+    arrays, rest = eqx.partition(arguments, eqx.is_array)
+    axes = tuple(mesh.explicit_axes)
+    run = jax.sharding.auto_axes(
+        lambda arrays: function(*eqx.combine(arrays, rest)), axes=axes, out_sharding=specs
+    )
+    # Without a mesh in the context, JAX cannot batch a loop over an axis that lies on this one.
+    with jax.sharding.use_abstract_mesh(mesh):
+        return run(arrays)

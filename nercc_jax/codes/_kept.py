@@ -7,22 +7,25 @@ made on the host by NumPy, which compiles nothing, wherever the code lies, for c
 (`AbstractCode.decoder_on_host`). The matrices of others are part of each program.
 """
 
-import collections
-import dataclasses
 import functools
-import threading
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._decoding import Matrices
 from ._trees import any_tracer
+
+
+class Matrices(NamedTuple):
+    """The decoder's matrix and what it recovers, for each group's straggler set, or for all's."""
+
+    decoder: Float[Array | np.ndarray, "sets num_data num_workers"]
+    recovered: Bool[Array | np.ndarray, "sets num_data"]
 
 
 class CachedMatrices(eqx.Module):
@@ -30,15 +33,6 @@ class CachedMatrices(eqx.Module):
 
     encoder: Float[ArrayLike, "num_workers num_data"] | None = None
     decoders: Matrices | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Lookups:
-    """Counts of decoder matrices that were there, that had to be made, and that are kept."""
-
-    hits: int
-    misses: int
-    kept: int
 
 
 class KeptMatrices:
@@ -68,13 +62,14 @@ class KeptMatrices:
         floats = [a.dtype for a in jax.tree.leaves(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
         default = jax.dtypes.canonicalize_dtype(float)
         self._dtype = np.dtype(jnp.result_type(*floats) if floats else default)
-        self._decoders: collections.OrderedDict[bytes, Matrices] = collections.OrderedDict()
-        self._hits = self._misses = 0
-        self._lock = threading.Lock()
+        size = self._code.num_data * self._code.num_workers * self._dtype.itemsize
+        # It is safe among threads, and counts.
+        self._made = functools.lru_cache(max(self.most_bytes // size, 1))(self._make)
 
     @property
-    def lookups(self) -> Lookups:
-        return Lookups(self._hits, self._misses, len(self._decoders))
+    def lookups(self) -> Any:
+        """Return counts of decoders that were there (`hits`) and that had to be made (`misses`)."""
+        return self._made.cache_info()
 
     @functools.cached_property
     def on_host(self) -> bool:
@@ -108,46 +103,28 @@ class KeptMatrices:
         if masks.dtype != bool or masks.shape[1:] != (self._code.num_workers,):
             return None
         names = [row.tobytes() for row in masks]
-        sets = dict(zip(names, masks, strict=True))
-        if not 1 <= len(sets) <= most:
+        if not 1 <= len(set(names)) <= most:
             return None
-        found = {}
-        for name, mask in sets.items():
-            with self._lock:
-                if name in self._decoders:
-                    self._hits += 1
-                    self._decoders.move_to_end(name)
-                    found[name] = self._decoders[name]
-                    continue
-                self._misses += 1
-            exact, recovered = self.by_numpy("decoder_on_host", mask)
-            found[name] = made = Matrices(exact[None].astype(self._dtype), recovered[None])
-            with self._lock:
-                self._decoders[name] = made
-                while len(self._decoders) > max(self.most_bytes // made.decoder.nbytes, 1):
-                    self._decoders.popitem(last=False)
+        found = {name: self._made(name) for name in dict.fromkeys(names)}
         if len(found) == 1:
             return found[names[0]]
         return Matrices(*map(np.concatenate, zip(*(found[name] for name in names), strict=True)))
 
-
-def known_decoders(
-    code: Any, available: ArrayLike, most: int = KeptMatrices.few_sets
-) -> Matrices | None:
-    """Return the decoder's matrices for masks (`KeptMatrices.decoders`), where a code is known."""
-    kept = kept_matrices(code)
-    return None if kept is None else kept.decoders(available, most)
+    def _make(self, mask: bytes) -> Matrices:
+        exact, recovered = self.by_numpy("decoder_on_host", np.frombuffer(mask, bool))
+        return Matrices(exact[None].astype(self._dtype), recovered[None])
 
 
-def known_encoder(code: Any) -> np.ndarray | None:
-    """Return the encoder's matrix, where the code is known and has it by NumPy."""
-    kept = kept_matrices(code)
-    return None if kept is None else kept.encoder
+def known_matrices(code: Any, available: ArrayLike | None = None) -> CachedMatrices:
+    """Return the encoder's matrix, and the decoder's for masks if given, where a code is known."""
+    if (kept := kept_matrices(code)) is None:
+        return CachedMatrices()
+    return CachedMatrices(kept.encoder, None if available is None else kept.decoders(available))
 
 
 def encoder_of(code: Any) -> Any:
     """Return the encoder's matrix: NumPy's where the code is known, else part of the program."""
-    known = known_encoder(code)
+    known = known_matrices(code).encoder
     made = code.encoder_matrix() if known is None else known
     return made if any_tracer(made) else np.asarray(made)
 

@@ -77,7 +77,7 @@ class LearnedDecoder(AbstractNumpyCode):
         return self.encoder
 
     def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
-        return Regression(self.root, available).matrix()
+        return Regression(self.root, available).matrix
 
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
         available = as_mask(available, (self.num_workers,))
@@ -123,6 +123,7 @@ class Regression:
     time in one program, both batched, wait for each other for ever on a machine of two cores.
 
     Attributes:
+        matrix: The decoder's matrix, (K, N).
         variance: The expected squared errors of predictions, over the square of the largest moment.
         whitening: S: for one output |S y|^2 is how much the answers y vary. What all answers have
             in common counts for nothing.
@@ -174,11 +175,7 @@ class Regression:
         total = xp.sum(left**2, axis=0) + missing**2 / shown
         count = xp.sum(available) - 1
         centred = whites - xp.sum(whites, axis=1)[:, None] * common[None]
-        self._matrix = free + missing[:, None] * common[None]
+        self.matrix = free + missing[:, None] * common[None]
         self.variance = xp.where(weight > 0, total, xp.inf)
         several = xp.sqrt(xp.where(count > 0, count, 1))
         self.whitening = xp.where(count > 0, centred / several, 0)
-
-    def matrix(self) -> Any:
-        """Return the decoder's matrix, (K, N)."""
-        return self._matrix

@@ -12,7 +12,7 @@ from ..splines import posterior_variance, process_variance, smoothing_matrix
 from ..splines._ends import Ends, check_ends
 from ..splines._host import smoothing_matrix_on_host, variances_on_host
 from ..splines._smoothing import smoothing_map
-from ..splines.arrays import namespace, working_dtype
+from ..splines.arrays import namespace, where, working_dtype
 from ._checks import check_counts
 from ._code import AbstractNumpyCode, as_mask, check_mask
 from ._points import Points, coincident, mean_gap, regression_points
@@ -201,7 +201,7 @@ class NeRCC(AbstractSplineCode):
     def decoding_options(self, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
         xp = namespace(self.beta, available)
         both = xp.stack([self.beta, -self.beta])
-        outermost = xp.min(xp.where(available, both, 1), axis=1)
+        outermost = xp.min(where(available, both, 1), axis=1)
         options = {
             "lambda_": NeRCC.decoder_penalty(self, available),
             "available": available,
@@ -209,10 +209,10 @@ class NeRCC(AbstractSplineCode):
         }
         if self.exact:
             own = coincident(self.beta, self.alpha)
-            weights = xp.where(own, 1 / np.finfo(self.beta.dtype).eps, 1).astype(self.beta.dtype)
+            weights = where(own, 1 / np.finfo(self.beta.dtype).eps, 1).astype(self.beta.dtype)
             # lambda is taken times the sum of weights: heavy answers must not add to the penalty.
             total = xp.sum(weights, where=available)
             count = xp.sum(available, dtype=total.dtype)
-            options["lambda_"] *= count / xp.where(total > 0, total, 1)
+            options["lambda_"] *= count / where(total > 0, total, 1)
             options["weights"] = weights
         return options

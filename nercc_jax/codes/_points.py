@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ..splines.arrays import namespace
+from ..splines.arrays import namespace, where
 from ._checks import check_counts
 from ._trees import to_device
 
@@ -109,18 +109,16 @@ def mean_gap(points: Float[Any, " n"], available: Bool[Any, "*sets n"]) -> Float
     """
     xp = namespace(points, available)
     inside = xp.abs(points) < 1
-    angles = xp.where(
-        inside, xp.arccos(xp.where(inside, points, 0)), xp.where(points > 0, 0, np.pi)
-    )
+    angles = where(inside, xp.arccos(where(inside, points, 0)), where(points > 0, 0, np.pi))
     angles, place = angles.astype(points.dtype), np.arange(points.shape[0])
     here, there = angles[:, None], angles[None]
     # Each with each, not sorted: on an accelerator, and in its derivative, that is one kernel. Over
     # the end of the interval a square counts twice, for which nothing follows the last point.
     later = (there > here) | ((there == here) & (place[None] > place[:, None]))
     follows = available[..., None, :] & later.reshape(*(1,) * (available.ndim - 1), *later.shape)
-    steps = xp.min(xp.where(follows, there - here, 2**0.5 * (np.pi - here)), axis=-1)
-    first = xp.min(xp.where(available, angles, np.pi), axis=-1)
-    squares = xp.sum(xp.where(available, steps**2, 0), axis=-1) + 2 * first**2
+    steps = xp.min(where(follows, there - here, 2**0.5 * (np.pi - here)), axis=-1)
+    first = xp.min(where(available, angles, np.pi), axis=-1)
+    squares = xp.sum(where(available, steps**2, 0), axis=-1) + 2 * first**2
     return (squares / np.pi).astype(points.dtype)
 
 

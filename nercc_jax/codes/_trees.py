@@ -143,15 +143,16 @@ def join(tree: PyTree, axes: int) -> tuple[Float[Any, "*lead m"], Form]:
     `axes` is the number of first axes, which all leaves share.
     """
     leaves, structure = jax.tree.flatten(tree)
-    dtypes = [working_dtype(leaf.dtype) for leaf in leaves]
-    sizes = [math.prod(leaf.shape[axes:]) for leaf in leaves]  # there may be no row
-    flat = [
-        leaf.reshape(*leaf.shape[:axes], size) for leaf, size in zip(leaves, sizes, strict=True)
+    shapes = tuple(leaf.shape[axes:] for leaf in leaves)
+    dtypes = [leaf.dtype for leaf in leaves]
+    flat = [  # there may be no row
+        leaf.reshape(*leaf.shape[:axes], math.prod(shape))
+        for leaf, shape in zip(leaves, shapes, strict=True)
     ]
     if len(flat) > 1:
+        dtypes = list(map(working_dtype, dtypes))
         together = working_dtype(*dtypes)
         flat = [namespace(*flat).concatenate([part.astype(together) for part in flat], axis=-1)]
-    shapes = tuple(leaf.shape[axes:] for leaf in leaves)
     return flat[0], Form(structure, shapes, tuple(map(str, dtypes)))
 
 
@@ -176,15 +177,13 @@ def finite_points(x: PyTree, axes: int) -> Bool[Any, "*lead"]:
     return finite
 
 
-_finite_points = jax.jit(finite_points, static_argnums=1)
-
-
 def check_finite(x: PyTree, axes: int) -> None:
     """Raise ValueError that names the data points that are not finite; not for tracers."""
     if any_tracer(x):
         return
     known = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(x))
-    finite = np.asarray((finite_points if known else _finite_points)(x, axes))
+    find = finite_points if known else jax.jit(finite_points, static_argnums=1)
+    finite = np.asarray(find(x, axes))
     if not finite.all():
         broken = np.argwhere(~finite) if axes > 1 else np.flatnonzero(~finite)
         raise ValueError(f"data points {broken.tolist()} are not finite: take them out")

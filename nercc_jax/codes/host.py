@@ -1,11 +1,8 @@
-"""Both matrices of a code at work on arrays of the host, on which workers of a pool answer."""
+"""The encoder's matrix at work on arrays of the host, on which workers of a pool answer."""
 
-import jax
 import numpy as np
-from jaxtyping import Bool, Float, PyTree, Shaped
+from jaxtyping import Float, Shaped
 
-from ._code import AbstractCode, Decoded
-from ._groups import decode_groups
 from ._trees import is_float
 
 
@@ -24,15 +21,3 @@ def encode_on_host(
     else:
         coded = np.moveaxis(encoder @ vectors, 1, 0)
     return coded.reshape(num_workers, groups, *shape)
-
-
-def decode_shared(
-    code: AbstractCode,
-    values: PyTree[Float[np.ndarray, "num_workers groups ..."]],
-    available: Bool[np.ndarray, " num_workers"],
-) -> Decoded:
-    """Decode answers, worker by worker, of groups that share a mask."""
-    y = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), values)
-    groups = len(jax.tree.leaves(y)[0])
-    masks = np.broadcast_to(np.asarray(available), (groups, code.num_workers))
-    return decode_groups(code, y, masks)

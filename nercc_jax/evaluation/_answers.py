@@ -15,9 +15,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, as_mask
+from ..codes import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
+from ..codes._decoding import decode_sets
 from ..codes._grouped import GroupPoints, following_points
-from ..codes._groups import decode_sets, encode_leaf
 from ..codes._kept import encoder_of
 from ..codes._trees import (
     Form,
@@ -30,17 +30,16 @@ from ..codes._trees import (
     points_of,
     to_device,
 )
+from ..codes.workers import call_model, check_number_of_models
 from ..inference import cast_model
 from ..inference.models import (
     AbstractCalibrated,
     Conditions,
     Model,
-    call_model,
     check_model,
-    check_number_of_models,
     current_conditions,
 )
-from ..splines.arrays import native
+from ..splines.arrays import namespace, native
 from ._criteria import Criterion, agree_on_labels, labels_of, point_criterion, same_labels
 
 Run: TypeAlias = Callable[[PyTree], PyTree]  # a model for any number of data points: `batched`
@@ -88,14 +87,18 @@ class Answers(AbstractCalibrated):
 
     def decode(self, available: Bool[Array, " num_workers"]) -> Decoded:
         """Decode all groups from these workers' answers; predictions are vectors."""
-        decoded = self.decode_sets(available[None])
-        return jax.tree.map(lambda leaf: leaf[0], decoded)
+        if self.points is None:
+            return decode_groups(self.code, self.coded, available[None])
+        return jax.tree.map(lambda leaf: leaf[0], self.decode_sets(available[None]))
 
     def decode_sets(self, available: Bool[Array, "sets num_workers"]) -> Decoded:
         """Decode all groups under each straggler set; the axis of sets comes first."""
         if self.points is None:
             return decode_sets(self.code, self.coded, available)
-        return _decode_sets(self, self.points, jnp.asarray(available))
+        decoded = jax.vmap(
+            lambda own, coded: decode_sets(own.of(self.code), coded[None], available), out_axes=1
+        )(self.points, self.coded)
+        return jax.tree.map(lambda leaf: leaf[:, :, 0], decoded)
 
     def same_labels(
         self, decoded: Float[Array, "*lead groups num_data m"]
@@ -247,16 +250,6 @@ def _expect(answers: Answers, available: Bool[ArrayLike, " num_workers"]) -> tup
 
 
 @eqx.filter_jit
-def _decode_sets(
-    answers: Answers, points: GroupPoints, available: Bool[Array, "sets num_workers"]
-) -> Decoded:
-    decoded = jax.vmap(
-        lambda own, coded: decode_sets(own.of(answers.code), coded[None], available), out_axes=1
-    )(points, answers.coded)
-    return jax.tree.map(lambda leaf: leaf[:, :, 0], decoded)
-
-
-@eqx.filter_jit
 def mean_losses(
     answers: Answers,
     available: Bool[Array, "sets num_workers"],
@@ -404,16 +397,15 @@ class Recorder:
         """Return a model's outputs for combinations of the data points of each group."""
         groups, number = self._shape[0], rows.shape[-2]
         self.evaluations += groups * number
-        at_once = min(max(self._batch_size // number, 1), groups)
-        parts = []
-        for place in range(0, groups, at_once):
-            # The last groups are filled up: one shape is one compilation.
-            here = np.minimum(np.arange(place, place + at_once), groups - 1)
-            part = jax.tree.map(lambda leaf: leaf[here], self._groups)  # noqa: B023
-            coded = _combine(rows if rows.ndim == 2 else rows[here], part)
+
+        def ask(part: Any) -> Float[np.ndarray, "some rows m"]:
+            own, x = part
+            coded = _combine(rows if own is None else own, x)
             flat = np.asarray(join(run(points_of(coded)), 1)[0])
-            parts.append(flat.reshape(at_once, number, -1))
-        return np.concatenate(parts)[:groups]
+            return flat.reshape(-1, number, flat.shape[-1])
+
+        at_once = min(max(self._batch_size // number, 1), groups)
+        return in_parts(ask, (None if rows.ndim == 2 else rows, self._groups), at_once)
 
 
 def cut_groups(x: PyTree, num_data: int) -> PyTree[Shaped[np.ndarray, "groups num_data ..."]]:
@@ -450,20 +442,25 @@ def batched(model: Model, batch_size: int) -> Run:
 
     def run(x: PyTree) -> PyTree:
         x = jax.tree.map(np.asarray, native(x))
-        points = len(jax.tree.leaves(x)[0])
-        size = min(batch_size, 1 << (points - 1).bit_length())  # a model may be expensive
-        filled = np.minimum(np.arange(points + -points % size), points - 1)
-        x = jax.tree.map(lambda leaf: leaf[filled], x)
-        parts = [
-            compiled(
-                model,
-                jax.tree.map(lambda leaf: jnp.asarray(leaf[i : i + size]), x),  # noqa: B023
-            )
-            for i in range(0, points, size)
-        ]
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:points], *parts)
+        least = 1 << (len(jax.tree.leaves(x)[0]) - 1).bit_length()  # a model may be expensive
+        on_device = lambda part: compiled(model, jax.tree.map(jnp.asarray, part))  # noqa: E731
+        return in_parts(on_device, x, min(batch_size, least))
 
     return run
+
+
+def in_parts(
+    run: Callable[[PyTree], PyTree], rows: PyTree[Shaped[Any, "rows ..."]], at_once: int
+) -> PyTree:
+    """Return what a function makes of rows, so many at once.
+
+    The last part is filled up with copies of the last row: one shape is one compilation.
+    """
+    number, parts = len(jax.tree.leaves(rows)[0]), []
+    for place in range(0, number, at_once):
+        here = np.minimum(np.arange(place, place + at_once), number - 1)
+        parts.append(run(jax.tree.map(lambda leaf: leaf[here], rows)))  # noqa: B023
+    return jax.tree.map(lambda *each: namespace(*each).concatenate(each)[:number], *parts)
 
 
 def _row_name(row: np.ndarray) -> bytes:
@@ -471,4 +468,4 @@ def _row_name(row: np.ndarray) -> bytes:
     return (np.round(np.asarray(row, np.float32), 6) + 0.0).tobytes()  # -0.0 becomes 0.0
 
 
-_combine = jax.jit(lambda rows, x: jax.tree.map(functools.partial(encode_leaf, rows), x))
+_combine = jax.jit(lambda rows, x: encode_groups(None, x, rows))

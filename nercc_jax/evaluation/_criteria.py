@@ -23,11 +23,27 @@ def point_criterion(criterion: Criterion) -> Callable[[PyTree, PyTree], Float[Ar
     Raises:
         ValueError: The name is unknown.
     """
-    found: Any = _NAMED.get(criterion) if isinstance(criterion, str) else criterion
-    if not callable(found):
+    if callable(criterion):
+        return criterion
+    if not isinstance(criterion, str) or criterion not in get_args(CriterionName):
         known = ", ".join(get_args(CriterionName))
         raise ValueError(f"criterion must be one of {known} or a function, not {criterion!r}")
-    return found  # pyright: ignore[reportReturnType]
+
+    def named(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
+        if criterion == "disagreement":
+            dtype = working_dtype(*(leaf.dtype for leaf in jax.tree.leaves(decoded)))
+            return (~same_labels(labels_of(decoded, 0), labels_of(original, 0), 0)).astype(dtype)
+        pairs = [*zip(jax.tree.leaves(decoded), jax.tree.leaves(original), strict=True)]
+        if criterion == "mse":  # over all outputs alike, in whatever leaf they are
+            squares = [jnp.sum((mine - theirs) ** 2) for mine, theirs in pairs]
+            return jnp.sum(jnp.stack(squares)) / sum(theirs.size for _, theirs in pairs)
+        parts = []
+        for both in pairs:
+            mine, wanted = (jax.nn.log_softmax(each, axis=-1) for each in both)
+            parts.append(jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - mine), axis=-1)))
+        return jnp.mean(jnp.stack(parts))
+
+    return named
 
 
 def labels_of(outputs: PyTree, axes: int) -> PyTree[Int[Any, "..."]]:
@@ -61,29 +77,6 @@ def agree_on_labels(
     if form is not None:
         outputs = [form.split(each) for each in outputs]
     return same_labels(*(labels_of(each, axes) for each in outputs), axes)
-
-
-def _mse(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
-    """Over all outputs alike, in whatever leaf they are."""
-    squares = jax.tree.map(lambda mine, theirs: jnp.sum((mine - theirs) ** 2), decoded, original)
-    number = sum(leaf.size for leaf in jax.tree.leaves(original))
-    return jnp.sum(jnp.stack(jax.tree.leaves(squares))) / number
-
-
-def _cross_entropy(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
-    parts = []
-    for both in zip(jax.tree.leaves(decoded), jax.tree.leaves(original), strict=True):
-        mine, wanted = (jax.nn.log_softmax(each, axis=-1) for each in both)
-        parts.append(jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - mine), axis=-1)))
-    return jnp.mean(jnp.stack(parts))
-
-
-def _disagreement(decoded: PyTree, original: PyTree) -> Float[Array, ""]:
-    dtype = working_dtype(*(leaf.dtype for leaf in jax.tree.leaves(decoded)))
-    return (~same_labels(labels_of(decoded, 0), labels_of(original, 0), 0)).astype(dtype)
-
-
-_NAMED = {"mse": _mse, "cross_entropy": _cross_entropy, "disagreement": _disagreement}
 
 
 def safe_sqrt(square: Float[Any, "..."]) -> Float[Any, "..."]:

@@ -19,6 +19,7 @@ from ..inference.models import Model, current_conditions
 from ..splines.arrays import native
 from ..stragglers import AbstractStragglers
 from ._answers import Answers, Recorder, batched, cut_groups
+from .tables import text_table
 
 SHARES = ("rel_acc", "accuracy", "lost")  # metrics between 0 and 1
 _METRICS = ("mse", "rmse", "mean_l2", *SHARES)
@@ -80,6 +81,15 @@ class Estimate:
         centre = (mean + ratio / 2) / (1 + ratio)
         reach = np.sqrt(half**2 + ratio**2 / 4) / (1 + ratio)
         return float(max(centre - reach, 0.0)), float(min(centre + reach, 1.0))
+
+    def percent(self) -> str:
+        """Return a share in %, with the ends of its interval unless these are the same number."""
+        low, high = (100 * end for end in self.interval(share=True))
+        mean = f"{100 * self.mean:.1f}"
+        if not high - low >= 0.1:
+            return mean
+        digits = 0 if high - low >= 3 else 1
+        return f"{mean} {low:.{digits}f}–{high:.{digits}f}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,17 +209,35 @@ class Evaluations(list[Evaluation]):
         panels = {metric: (metric, metric not in SHARES) for metric in metrics}
         return straggler_figure(self, panels, title)
 
+    def table(self, metric: str, codes: Sequence[str] | None = None) -> str:
+        """Return a metric as a table with a row for each law, and a column for each code.
+
+        Shares are in %, with the ends of their intervals. The best of a row has a star; a code that
+        lost predictions cannot win on an error that leaves them out.
+
+        Args:
+            metric: The name of a field of `Evaluation`.
+            codes: The codes' names. Default: all.
+        """
+        names, share = codes or dict.fromkeys(row.code for row in self), metric in SHARES
+        by_name, lines = {(row.stragglers, row.code): row for row in self}, [("S", *names)]
+        for law in dict.fromkeys(row.stragglers for row in self):
+            scores, texts = [], []
+            for row in (by_name.get((law, name)) for name in names):
+                each = getattr(row, metric, None) or Estimate(np.nan, np.nan)
+                score = each.mean if share and metric != "lost" else -each.mean
+                loses = row is not None and row.lost.mean > 0 and not share
+                scores.append(np.nan if loses else score)
+                text = each.percent() if share else f"{each.mean:.3g} ±{each.half_width:.2g}"
+                texts.append("-" if np.isnan(each.mean) else text)
+            best = np.nanmax([-np.inf, *scores])
+            stars = ("*" * bool(score == best) for score in scores)
+            lines.append((law, *map("".join, zip(texts, stars, strict=True))))
+        return text_table(lines, left=0)
+
     def __str__(self) -> str:
-        """Return means and half widths of their intervals as a table."""
-        names = [each for each in _METRICS if any(getattr(row, each) is not None for row in self)]
-        table = [["code", "stragglers", *names]]
-        for row in self:
-            found = (getattr(row, name) for name in names)
-            cells = (f"{each.mean:.4g} ± {each.half_width:.2g}" if each else "" for each in found)
-            table.append([row.code, row.stragglers, *cells])
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = (map(str.ljust, line, widths) for line in table)
-        return "\n".join("  ".join(line).rstrip() for line in lines)
+        """Return the tables of MSE and of labels kept."""
+        return "\n\n".join(f"{metric}\n{self.table(metric)}" for metric in ("mse", "rel_acc"))
 
 
 def evaluate(
@@ -283,26 +311,6 @@ def evaluate(
     for name, code in codes.items():
         others = cast_model(tuple((further_models or {}).get(name, ())), worker_dtype)
         recorded[name] = recorder.of(code, [batched(each, batch_size) for each in others])
-    return evaluate_answers(
-        recorded, stragglers,
-        key=key, num_sets=num_sets, labels=targets, channel=channel, progress=progress,
-    )  # fmt: skip
-
-
-_sums_of = eqx.filter_jit(Answers.sums_of)
-
-
-def evaluate_answers(
-    recorded: Mapping[str, Answers],
-    stragglers: Mapping[str, AbstractStragglers],
-    *,
-    key: PRNGKeyArray,
-    num_sets: int = 20,
-    labels: PyTree[Int[Array, "points ..."]] | None = None,
-    channel: Callable[[PyTree, PRNGKeyArray], PyTree] | None = None,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> Evaluations:
-    """Evaluate codes by their recorded answers to the same groups, as `evaluate` does."""
     first = next(iter(recorded.values()))
     groups, num_data, num_outputs = first.own.shape
     pairs = [(law, index) for law in stragglers for index in range(num_sets)]
@@ -314,7 +322,7 @@ def evaluate_answers(
         for name, answers in recorded.items():
             if channel is not None:  # the mask takes the draw's key itself
                 answers = _send(channel, answers, jax.random.fold_in(draw, 1))
-            found = _sums_of(answers, answers.decode(available), labels)
+            found = _sums_of(answers, answers.decode(available), targets)
             sums.setdefault((name, law), []).append(found)
     rows, errors = [], {}
     for law in stragglers:
@@ -325,6 +333,9 @@ def evaluate_answers(
             rows.append(Evaluation(name, law, num_data_points=groups * num_data, **estimates))
             errors[name, law] = table["mse"]
     return Evaluations(rows, errors)
+
+
+_sums_of = eqx.filter_jit(Answers.sums_of)
 
 
 @eqx.filter_jit

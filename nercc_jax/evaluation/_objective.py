@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, NeRCC, encode_groups
-from ..codes._decoding import Matrices, multiplied
+from ..codes import AbstractCode, Decoded, encode_groups
 from ..codes._trees import check_leading, groups_of, join, points_of, to_device
-from ..inference.models import Model, call_model, check_model, run_workers
+from ..codes.workers import call_model, run_workers
+from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers, straggler_sets
 from ._answers import Answers
 from ._criteria import Criterion
@@ -27,11 +27,9 @@ def nested_objective(
     x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
     available: Bool[ArrayLike, "sets num_workers"],
     *,
-    weights: Float[ArrayLike, " sets"] | None = None,
     criterion: Criterion = "mse",
-    originals: PyTree[Float[ArrayLike, "groups num_data ..."]] | None = None,
 ) -> Float[Array, ""]:
-    """Return the mean error of decoded predictions over straggler sets, or their weighted sum.
+    """Return the mean error of decoded predictions over straggler sets.
 
     The error of a straggler set F is a mean over groups and data points:
 
@@ -49,13 +47,10 @@ def nested_objective(
         code: The code.
         x: Data points in groups.
         available: Straggler sets, one mask a row.
-        weights: Of the straggler sets. Default: equal ones that sum to one.
         criterion: A criterion of one data point: "mse", the mean over outputs of the squared
             difference; "cross_entropy", the Kullback-Leibler divergence between the softmax of
             both, for logits; "disagreement", whether the label is another, which has no slope; or a
             function (decoded, original) -> scalar of predictions as the model gives them.
-        originals: f(x), (groups, K, outputs...), where they are known; else the served model runs
-            on x.
 
     Raises:
         ValueError: Shapes do not fit, or the criterion is unknown.
@@ -68,17 +63,18 @@ def nested_objective(
             f"available must be masks (sets, {code.num_workers}), not "
             f"{available.dtype}{available.shape}"
         )
-    errors = nested_answers(model, code, x, originals).losses(available, criterion)
-    summary = jnp.any(jax.vmap(code.recovered)(available), axis=1)
-    if weights is None:
-        weights = 1 / jnp.maximum(jnp.sum(summary), 1)
-    return jnp.sum(jnp.where(summary, weights * errors, 0))
+    errors = nested_answers(model, code, x, None).losses(available, criterion)
+    known = jnp.any(jax.vmap(code.recovered)(available), axis=1)
+    return jnp.sum(jnp.where(known, errors, 0)) / jnp.maximum(jnp.sum(known), 1)
 
 
 def nested_answers(
     model: Model | Sequence[Model], code: AbstractCode, x: PyTree, originals: PyTree | None
 ) -> Answers:
-    """Return groups' answers as a function of all that makes them; raise as `nested_objective`."""
+    """Return groups' answers as a function of all that makes them; raise as `nested_objective`.
+
+    `originals` are the model's own predictions of x, where they are known.
+    """
     x = to_device(x)
     groups = jax.tree.leaves(x)[0].shape[:1]
     if groups in [(), (0,)]:
@@ -87,11 +83,6 @@ def nested_answers(
     answers = run_workers(model, code, encode_groups(code, x))
     if originals is None:
         originals = _own_predictions(model, x)
-    originals = to_device(originals)
-    wanted = jax.tree.map(lambda leaf: (*groups, code.num_data, *leaf.shape[2:]), answers)
-    got = jax.tree.map(lambda leaf: leaf.shape, originals)
-    if got != wanted:
-        raise ValueError(f"originals have shape {got}; the model's answers on x would be {wanted}")
     coded, form = join(answers, 2)
     own, _ = join(originals, 2)
     return Answers(code, coded, own, form)
@@ -113,7 +104,7 @@ class Trial(eqx.Module):
     `scales` the error of a starting code under each law (infinite: the law does not count).
     """
 
-    x: PyTree[Shaped[Array, "groups num_data ..."]]
+    x: PyTree[Shaped[Array, "groups num_data ..."]] | None
     originals: PyTree[Float[Array, "groups num_data ..."]] | None
     available: Bool[Array, "sets num_workers"]
     law: Int[Array, " sets"]
@@ -137,8 +128,13 @@ class Trial(eqx.Module):
         not finite makes it NaN.
         """
         answers = nested_answers(model, code, self.x, self.originals)
-        given = jax.vmap(lambda mask: Matrices(code.decoder_matrix(mask), code.recovered(mask)))
-        decoded, _ = multiplied(answers.coded, self.available, given(self.available), sets=True)
+        of_mask = jax.vmap(lambda mask: (code.decoder_matrix(mask), code.recovered(mask)))
+        matrices, recovered = of_mask(self.available)
+        # As one product of two matrices.
+        factors = matrices.astype(answers.coded.dtype), answers.coded
+        found = jnp.tensordot(*factors, ((2,), (1,)), precision=jax.lax.Precision.HIGHEST)
+        recovered = jnp.broadcast_to(recovered[:, None], (*found.shape[:3:2], code.num_data))
+        decoded = Decoded(jnp.moveaxis(found, 2, 1), self.available, recovered)
         return self.by_law(code, answers.losses_of(decoded, self.criterion))[1]
 
     def by_law(
@@ -224,38 +220,3 @@ def draw_sets(
     return jnp.concatenate(masks), jnp.repeat(
         jnp.arange(len(masks)), np.array([len(sets) for sets in masks])
     )
-
-
-def landscape(
-    model: Model,
-    code: NeRCC,
-    trial: Trial,
-    lambda_enc: Float[ArrayLike, " rows"],
-    lambda_dec: Float[ArrayLike, " columns"],
-) -> Float[Array, "rows columns"]:
-    """Return a trial's objective on a grid of the two lambdas, all else as in `code`.
-
-    This is what one would do without gradients, and a picture of what they descend. The decoder
-    needs no new answers, so the model runs on the coded data points once for each `lambda_enc`.
-    """
-    rows, columns = (jnp.asarray(each, code.lambda_dec.dtype) for each in (lambda_enc, lambda_dec))
-    return jnp.stack([_row(model, code, trial, here, columns) for here in rows])
-
-
-@eqx.filter_jit
-def _row(
-    model: Model,
-    code: NeRCC,
-    trial: Trial,
-    row: Float[Array, ""],
-    columns: Float[Array, " columns"],
-) -> Float[Array, " columns"]:
-    code = eqx.tree_at(lambda c: c.lambda_enc, code, row)
-    answers = nested_answers(model, code, trial.x, trial.originals)
-
-    def cell(value: Float[Array, ""]) -> Float[Array, ""]:
-        here = eqx.tree_at(lambda c: c.lambda_dec, code, value)
-        decoded_so = eqx.tree_at(lambda known: known.code, answers, here)
-        return trial.by_law(here, decoded_so.losses(trial.available, trial.criterion))[1]
-
-    return jax.lax.map(cell, columns)

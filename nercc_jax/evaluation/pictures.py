@@ -1,13 +1,12 @@
 """Pictures of evaluations, codes and plans; each system has the same colour and marker everywhere.
 
 Each is one column of panels, to be read on a telephone (390 pixels wide) and in black and white:
-curves differ in markers and line styles, too, and are named where they end; a panel has at most
-seven.
+curves differ in markers and line styles, too, and are named beside the panel, where they end.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -69,116 +68,58 @@ def system_look(system: str) -> dict[str, Any]:
     return {"color": color, "marker": marker} | dict(*further)
 
 
-def straggler_figure(
-    rows: Sequence[Any],
-    panels: Mapping[str, tuple[str, bool]],
-    title: str,
-    above: Sequence[tuple[float, Callable[[Any], Any]]] = (),
-) -> "Figure":
-    """Return a figure with a panel for each metric, with intervals, and for every seven codes.
+class Curve(NamedTuple):
+    """A line or a point of a panel, with intervals where `low` and `high` are given."""
 
-    A metric has its label, and whether its axis is logarithmic. Each function of `above` draws into
-    a part of the figure above the panels, which has a height in inches.
-    """
-    import matplotlib.pyplot as plt
-
-    codes = [*dict.fromkeys(row.code for row in rows)]
-    parts = [codes[start : start + 7] for start in range(0, len(codes), 7)]
-    drawn = [(metric, part) for metric in panels for part in parts]
-    heights = [*(height for height, _ in above), *(3.6 for _ in drawn)]
-    figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-    places = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for (_, draw), place in zip(above, places, strict=False):
-        draw(place)
-    for number, ((metric, part), place) in enumerate(zip(drawn, places[len(above) :], strict=True)):
-        label, logarithmic = panels[metric]
-        some = [row for row in rows if row.code in part]
-        straggler_curves(place.subplots(), some, metric, label, logarithmic=logarithmic)
-        if title and not number:
-            place.suptitle(title, fontsize=FONT)
-    return figure
+    x: Any
+    y: Any
+    look: Mapping[str, Any]
+    low: Any = None
+    high: Any = None
 
 
-def straggler_curves(
-    axis: "Axes", rows: Sequence[Any], metric: str, label: str, *, logarithmic: bool
+def panel(
+    axis: "Axes",
+    curves: Mapping[str, Curve],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    *,
+    scale: str = "linear",
+    top: float = np.inf,
 ) -> None:
-    """Draw one metric of each code against the number of stragglers, with intervals.
+    """Draw curves by name, with their intervals; each is named at the height of its right end.
 
-    Laws whose names are no numbers stand side by side, in their order. Curves are named at their
-    right ends. A logarithmic metric is an error: a code without any is named in the title and not
-    drawn, and one that explodes leaves the panel by its upper edge. Any other metric is a share,
-    whose intervals end at 0 and 1.
+    What is NaN is left out, and on a logarithmic scale what is not positive. `top` is the panel's
+    upper edge.
     """
-    from matplotlib.ticker import MaxNLocator
-
-    laws = [*dict.fromkeys(row.stragglers for row in rows)]
-    codes = [*dict.fromkeys(row.code for row in rows)]
-    places = np.arange(len(laws), dtype=float)
-    numbers = [float(law) for law in laws if re.fullmatch(r"\d+(\.\d*)?", law)]
-    numbered = len({*numbers}) == len(laws)
-    if numbered:
-        places = np.array(numbers)
-    apart = np.diff(np.sort(places)).min() if len(places) > 1 else 1.0
-    top = np.inf  # the panel's upper edge: a code that explodes leaves others room
-    if logarithmic:
-        each = ([getattr(row, metric).mean for row in rows if row.code == code] for code in codes)
-        tops = [most for means in each if (most := np.nanmax([0, *means])) > 0]
-        top = min(max(tops), 100 * float(np.median(tops))) * 2 if len(tops) > 1 else np.inf
     ends: dict[str, tuple[float, float]] = {}
-    for number, code in enumerate(codes):
-        estimates = [getattr(row, metric) for row in rows if row.code == code]
-        mean = np.array([e.mean for e in estimates])
-        half = np.nan_to_num([e.half_width for e in estimates])
-        if logarithmic:
-            mean = np.where(mean > 0, mean, np.nan)
-            below, above = np.minimum(half, 0.9 * mean), half
-        else:
-            ends_of = np.array([e.interval(share=True) for e in estimates])
-            below, above = mean - ends_of[:, 0], ends_of[:, 1] - mean  # NaN of a single set
-        if np.isnan(mean).all():
+    for name, curve in curves.items():
+        x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
+        y = np.where(y > 0, y, np.nan) if scale == "log" else y
+        if np.isnan(y).all():
             continue
-        # Side by side: intervals would hide each other.
-        dodged = places + 0.4 * apart * ((number + 0.5) / len(codes) - 0.5)
-        bars = np.nan_to_num(np.maximum([below, above], 0))
-        over = mean > top
-        bars[:, over] = 0
-        mean = np.where(np.cumsum(over) > 1, np.nan, mean)  # the line goes on to the first
-        name = f"{code}, off the scale" if over.any() else code
-        axis.errorbar(dodged, mean, bars, capsize=2, lw=1.4, ms=5, label=name, **system_look(code))
-        last = int(np.flatnonzero(~np.isnan(mean))[-1])
-        ends[name] = float(dodged[last]), float(mean[last])
-    axis.set(yscale="log" if logarithmic else "linear")
-    _finish(axis, "stragglers", label)
-    if numbered:
-        whole = MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10])
-        axis.xaxis.set_major_locator(whole)  # no half stragglers
-    else:
-        axis.set_xticks(places, laws, rotation=20 if sum(map(len, laws)) > 40 else 0)
-    if np.isfinite(top):
-        axis.set_ylim(top=top)
-    axis.margins(x=0.03)
-    drawn = {name.removesuffix(", off the scale") for name in ends}
-    if without := ", ".join(code for code in codes if code not in drawn):
-        title = f"no errors, or all lost: {without}"
-        axis.set_title(title, fontsize=FONT - 1, loc="left", color=GREY)
-    _name_ends(axis, ends)
-
-
-def _finish(axis: "Axes", xlabel: str, ylabel: str) -> None:
-    """Label the axes of a panel, in letters that can be read."""
+        low, high = (y if end is None else np.asarray(end, float) for end in curve[3:])
+        bars = np.nan_to_num(np.maximum([y - low, high - y], 0))
+        axis.errorbar(x, y, bars, capsize=2, lw=1.4, ms=6, label=name, **curve.look)
+        last = int(np.flatnonzero(~np.isnan(y))[-1])
+        ends[name] = float(x[last]), float(y[last])
+    axis.set_yscale(scale, **({"linthresh": 0.1} if scale == "symlog" else {}))
     axis.set_xlabel(xlabel, fontsize=FONT)
     axis.set_ylabel(ylabel, fontsize=FONT)
+    if title:
+        axis.set_title(title, fontsize=FONT)
     axis.tick_params(labelsize=FONT)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(x=0.04)
+    if np.isfinite(top):
+        axis.set_ylim(top=top)
 
-
-def _name_ends(axis: "Axes", ends: Mapping[str, tuple[float, float]]) -> None:
-    """Name curves beside the panel, at the height of their right ends or next to each other."""
+    # Names from the top down, next to each other where their ends are too near.
     axis.autoscale_view()
     to_axes = axis.transData + axis.transAxes.inverted()
-    height = axis.get_window_extent().height / axis.figure.dpi
-    gap = 1.6 * FONT / 72 / max(height, 1.0)
+    gap = 1.6 * FONT / 72 / max(axis.get_window_extent().height / axis.figure.dpi, 1.0)
     order = sorted(ends, key=lambda name: -ends[name][1])
     places = [float(np.clip(to_axes.transform(ends[name])[1], 0, 1)) for name in order]
     for number in range(1, len(places)):  # downwards, and up again from the bottom
@@ -187,12 +128,81 @@ def _name_ends(axis: "Axes", ends: Mapping[str, tuple[float, float]]) -> None:
         least = places[number + 1] + gap if number + 1 < len(places) else 0.0
         places[number] = max(places[number], least)
     for name, place in zip(order, places, strict=True):
-        color, (x, y) = system_look(name)["color"], ends[name]
+        color = curves[name].look.get("color", BLACK)
+        line = {"arrowstyle": "-", "color": color, "lw": 0.6, "relpos": (0.0, 0.5)}
         axis.annotate(
-            name, (x, float(np.clip(y, *axis.get_ylim()))), (1.05, place),
-            textcoords="axes fraction", va="center", fontsize=FONT, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6},
+            name, ends[name], (1.05, place), textcoords="axes fraction", va="center",
+            fontsize=FONT, annotation_clip=False, arrowprops=line,
         )  # fmt: skip
+
+
+def straggler_figure(
+    rows: Sequence[Any],
+    panels: Mapping[str, tuple[str, bool]],
+    title: str,
+    above: Sequence[tuple[float, Callable[[Any], Any]]] = (),
+) -> "Figure":
+    """Return a figure with a panel for each metric, with intervals, and for every seven codes.
+
+    A metric has its label, and whether it is an error, on a logarithmic axis: a code without any is
+    named in the title, and one that explodes leaves the panel by its upper edge. Any other is a
+    share, whose intervals end at 0 and 1. Laws whose names are no numbers stand side by side. Each
+    function of `above` draws into a part of the figure above the panels, which has a height in
+    inches.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    every, laws = (
+        [*dict.fromkeys(r.code for r in rows)],
+        [*dict.fromkeys(r.stragglers for r in rows)],
+    )
+    parts = [every[start : start + 7] for start in range(0, len(every), 7)]
+    drawn = [(metric, part) for metric in panels for part in parts]
+    heights = [*(height for height, _ in above), *(3.6 for _ in drawn)]
+    figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    subfigures = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for (_, draw), place in zip(above, subfigures, strict=False):
+        draw(place)
+    numbers = [float(law) for law in laws if re.fullmatch(r"\d+(\.\d*)?", law)]
+    numbered = len({*numbers}) == len(laws)
+    at = np.array(numbers) if numbered else np.arange(len(laws), dtype=float)
+    apart = np.diff(np.sort(at)).min() if len(at) > 1 else 1.0
+    for number, ((metric, codes), place) in enumerate(
+        zip(drawn, subfigures[len(above) :], strict=True)
+    ):
+        (label, is_error), axis, curves = panels[metric], place.subplots(), {}
+        found = {c: [getattr(row, metric) for row in rows if row.code == c] for c in codes}
+        means = {code: np.array([each.mean for each in found[code]]) for code in codes}
+        tops = [most for each in means.values() if (most := np.nanmax([0, *each])) > 0]
+        several = is_error and len(tops) > 1
+        top = min(max(tops), 100 * float(np.median(tops))) * 2 if several else np.inf
+        for shift, code in enumerate(codes):
+            mean = means[code]
+            low, high = np.array([each.interval(share=not is_error) for each in found[code]]).T
+            low = np.maximum(low, 0.1 * mean) if is_error else low
+            over = mean > top  # the line goes on to the first such place
+            low, high = np.where(over, mean, low), np.where(over, mean, high)
+            mean = np.where(np.cumsum(over) > 1, np.nan, mean)
+            # Side by side: intervals would hide each other.
+            x = at + 0.4 * apart * ((shift + 0.5) / len(codes) - 0.5)
+            name = f"{code}, off the scale" if over.any() else code
+            curves[name] = Curve(x, mean, system_look(code), low, high)
+        without = [
+            c for c in codes if not np.any(means[c] > 0 if is_error else ~np.isnan(means[c]))
+        ]
+        panel(axis, curves, "stragglers", label, scale="log" if is_error else "linear", top=top)
+        if numbered:
+            whole = MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10])
+            axis.xaxis.set_major_locator(whole)  # no half stragglers
+        else:
+            axis.set_xticks(at, laws, rotation=20 if sum(map(len, laws)) > 40 else 0)
+        if without:
+            lost = f"no errors, or all lost: {', '.join(without)}"
+            axis.set_title(lost, fontsize=FONT - 1, loc="left", color=GREY)
+        if title and not number:
+            place.suptitle(title, fontsize=FONT)
+    return figure
 
 
 def batch_figure(
@@ -265,95 +275,58 @@ def costs_figure(rows: Sequence[Any], title: str, into: Any) -> None:
 
     A row has `system`, `look`, `calls`, and `kept`, an `Estimate`.
     """
-    axis = into.subplots()
-    cheap = sorted((row for row in rows if row.calls < 1.75), key=lambda row: row.calls)
-    dear = sorted((row for row in rows if row.calls >= 1.75), key=lambda row: row.kept.mean)
+    curves = {}
     for row in rows:
-        low, high = (100 * end for end in row.kept.interval(share=True))
-        here = row.calls, 100 * row.kept.mean
-        ends = [[max(here[1] - low, 0)], [max(high - here[1], 0)]]
-        look: dict[str, Any] = system_look(row.look) | {"linestyle": "none"}
-        axis.errorbar(*here, ends, ms=8, capsize=2, **look)
-        name: dict[str, Any] = {"xytext": (12, 0), "textcoords": "offset points"}
-        if here[1] > 95:
-            # Stepwise below, on the side with room: no name meets another's, nor its line.
-            line = {"arrowstyle": "-", "color": look["color"], "lw": 0.6}
-            side = cheap if row in cheap else dear
-            aside, up = (0.02, 0.3) if side is cheap else (-0.06, 0.24)
-            place = here[0] + aside, up + 0.12 * side.index(row)
-            name = {"xytext": place, "textcoords": axis.get_xaxis_transform()}
-            name |= {"ha": "left" if side is cheap else "right"}
-            name["arrowprops"] = line | {"relpos": (0 if side is cheap else 1, 0.5)}
-        axis.annotate(row.system, here, va="center", fontsize=FONT, **name)
-    _finish(axis, "calls of the model a query", "labels kept, %")
-    axis.margins(x=0.05, y=0.08)
-    axis.set_title(title, fontsize=FONT)
+        ends = [[100 * end] for end in row.kept.interval(share=True)]
+        look = system_look(row.look) | {"linestyle": "none"}
+        curves[row.system] = Curve([row.calls], [100 * row.kept.mean], look, *ends)
+    panel(into.subplots(), curves, "calls of the model a query", "labels kept, %", title)
 
 
 def layouts_figure(candidates: Sequence[Any], title: str) -> "Figure":
-    """Return a bar for each layout's best code, its share of labels that differ."""
+    """Return the share of labels that differ by each layout's best code, untuned and tuned."""
     from matplotlib.figure import Figure
 
-    shown = candidates[::-1]
-    figure = Figure((WIDTH, 1 + 0.4 * len(shown)), layout="constrained")
+    figure, curves = Figure((WIDTH, 4.6), layout="constrained"), {}
+    colours, marks = (BLUE, RED, GREEN, ORANGE, PINK, TEAL, OLIVE, GREY), "osD^vhPX"
+    for number, layout in enumerate(dict.fromkeys(each.layout for each in candidates)):
+        found = {each.tuned: each.disagreement for each in candidates if each.layout == layout}
+        shares = [100 * found.get(tuned, np.nan) for tuned in (False, True)]
+        place = number % len(marks)
+        look = {"color": colours[place], "marker": marks[place]}
+        curves[layout] = Curve([0, 1], shares, look)
     axis = figure.subplots()
-    names = [each.layout + ", tuned" * each.tuned for each in shown]
-    hatches = ["//" * each.tuned for each in shown]
-    shares = [100 * each.disagreement for each in shown]
-    axis.barh(names, shares, color=SKY, edgecolor=BLACK, hatch=hatches)
-    _finish(axis, "labels that differ from the model's own, in %, held-out groups", "")
-    axis.set_title(title, fontsize=FONT)
+    panel(axis, curves, "", "labels that differ, held-out groups, in %", title)
+    axis.set_xticks([0, 1], ["untuned", "tuned"])
     return figure
 
 
-def tuning_figure(
-    history: Sequence[Any], lambdas: np.ndarray, landscape: np.ndarray, title: str
-) -> "Figure":
-    """Return a picture of a tuning run: its objective, its lambdas, and its path.
-
-    The path is drawn over the landscape, the objective over (lambda_enc, lambda_dec) on a grid of
-    both lambdas.
-    """
+def tuning_figure(history: Sequence[Any], title: str) -> "Figure":
+    """Return a picture of a tuning run: its objective, and its numbers, at each step."""
     from matplotlib.figure import Figure
 
-    figure = Figure((WIDTH, 11), layout="constrained")
-    first, second, third = figure.subplots(3, 1)
-    for name, look in (
-        ("objective", {"color": LIGHT, "lw": 1, "label": "each step's own groups"}),
-        ("held_out", {"color": BLUE, "marker": "o", "ms": 4, "label": "held out"}),
-    ):
-        steps = [(each.step, getattr(each, name)) for each in history]
-        if steps := [pair for pair in steps if pair[1] is not None]:
-            first.plot(*zip(*steps, strict=True), **look)
+    figure = Figure((WIDTH, 7.4), layout="constrained")
+    first, second = figure.subplots(2, 1)
+    looks = {
+        "own groups": {"color": LIGHT},
+        "held out": {"color": BLUE, "marker": "o"},
+        "lambda_enc": {"color": GREEN},
+        "lambda_dec": {"color": RED, "linestyle": "--"},
+        "gap_exponent": {"color": PINK, "linestyle": ":"},
+    }
+    curves = {}
+    for name, look in looks.items():
+        values = {"own groups": "objective", "held out": "held_out"}.get(name)
+        known = [
+            (each.step, getattr(each, values) if values else each.parameters[name])
+            for each in history
+            if not values or getattr(each, values) is not None
+        ]
+        curves[name] = Curve(*np.array(known, float).reshape(-1, 2).T[:2], look=look)
+    heights = {name: curves.pop(name) for name in ("own groups", "held out")}
+    panel(first, heights, "step", "objective / the untuned code's", title)
     first.axhline(1, color=GREY, lw=0.8, ls="--")
-    _finish(first, "step", "objective / the untuned code's")
-    first.legend(fontsize=FONT - 1)
-
-    places, walk = [entry.step for entry in history], {}
-    for name in ("lambda_enc", "lambda_dec", "gap_exponent"):
-        walk[name] = np.array([entry.parameters[name] for entry in history])
-    second.semilogy(places, walk["lambda_enc"], color=GREEN, label="lambda_enc")
-    second.semilogy(places, walk["lambda_dec"], color=RED, ls="--", label="lambda_dec")
-    _finish(second, "step", "lambdas (lambda_dec: all answering)")
-    further: dict[str, Any] = {"color": PINK, "ls": ":", "label": "gap exponent (right)"}
-    right = second.twinx()
-    lines = right.plot(places, walk["gap_exponent"], **further)
-    right.tick_params(labelsize=FONT)
-    # Above: curves go through every corner.
-    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 3, "frameon": False}
-    second.legend(handles=[*second.lines, *lines], fontsize=FONT - 1, **above)
-
-    shown = np.log10(np.clip(landscape, None, 10 * np.nanmin(landscape))).T
-    colours = third.pcolormesh(lambdas, lambdas, shown, cmap="gray_r", shading="nearest")
-    bar = figure.colorbar(colours, ax=third)
-    bar.set_label("log10 objective, cut at 10 times the least", fontsize=FONT)
-    path = [np.clip(walk[name], lambdas[0], lambdas[-1]) for name in ("lambda_enc", "lambda_dec")]
-    third.plot(*path, color=ORANGE, lw=1.6, marker=".", ms=3)
-    third.plot(path[0][-1], path[1][-1], "*", color=ORANGE, mec=BLACK, ms=14)
-    third.set(xscale="log", yscale="log")
-    _finish(third, "lambda_enc", "lambda_dec")
-    third.set_title("held-out objective; the star is where tuning ended", fontsize=FONT)
-    figure.suptitle(title, fontsize=FONT)
+    panel(second, curves, "step", "numbers (lambda_dec: all answer)", scale="log")
     return figure
 
 
@@ -366,28 +339,25 @@ def plan_figure(plan: Any, title: str, alike: float) -> "Figure":
     from matplotlib.figure import Figure
 
     figure, best = Figure((WIDTH, 4.6), layout="constrained"), plan.recommended
-    axis, limit, ends = figure.subplots(), (1 + alike) * plan.recommended.p99, {}
-    of = {row: "NeRCC" if row.points and "NeRCC" in row.system else row.system
-          for row in plan.candidates}  # fmt: skip
-    for system in dict.fromkeys(of.values()):
-        rows = [row for row in plan.candidates if of[row] == system and row.p99 <= limit]
-        work, share = [], []  # the least disagreement at each amount of extra work or less
-        for row in sorted(rows, key=lambda row: (row.extra_work, row.disagreement.mean)):
-            if not share or 100 * row.disagreement.mean < share[-1]:
-                work.append(row.extra_work)
-                share.append(100 * row.disagreement.mean)
-        if rows:
-            axis.plot(work, share, ms=6, lw=1.3, **system_look(system))
-            ends[system] = work[-1], share[-1]
-    here = best.extra_work, 100 * best.disagreement.mean
-    axis.plot(*here, "k*", ms=15, mfc="none")
+    axis, limit = figure.subplots(), (1 + alike) * best.p99
+    fronts: dict[str, list[tuple[float, float]]] = {}
+    for row in sorted(plan.candidates, key=lambda row: (row.extra_work, row.disagreement.mean)):
+        system = "NeRCC" if row.points and "NeRCC" in row.system else row.system
+        share, front = 100 * row.disagreement.mean, fronts.setdefault(system, [])
+        # The least disagreement at each amount of extra work or less.
+        if row.p99 <= limit and (not front or share < front[-1][1]):
+            front.append((row.extra_work, share))
+    curves = {
+        system: Curve(*zip(*front, strict=True), look=system_look(system))
+        for system, front in fronts.items()
+        if front
+    }
+    axis.plot(best.extra_work, 100 * best.disagreement.mean, "k*", ms=15, mfc="none")
     bounds: dict[str, Any] = {"color": GREY, "lw": 0.8, "ls": "--"}
     axis.axhline(100 * plan.asked["max_disagreement"], **bounds)
     axis.axvline(plan.asked["max_extra_work"], **bounds)
-    axis.set_yscale("symlog", linthresh=0.1)  # logarithmic, with a place for none
-    axis.set_ylim(-0.01, 1.5 * axis.get_ylim()[1])
-    _finish(axis, "extra work: calls beyond one a query, as a share", "labels that differ, in %")
     words = f"{title}: p99 of {1e3 * limit:.3g} ms or less\nstar: recommended; dashed: as asked"
-    axis.set_title(words, fontsize=FONT)
-    _name_ends(axis, ends)
+    along = "extra work: calls beyond one a query, as a share"
+    panel(axis, curves, along, "labels that differ, in %", words, scale="symlog")
+    axis.set_ylim(bottom=-0.01)
     return figure

@@ -1,13 +1,12 @@
 """Encode, model, decode: on one device, on a mesh, among liars; and orders of data points."""
 
 from ._coded import coded_inference
-from ._robust import RobustDecoded, robust_decode
+from ._robust import robust_decode
 from .models import CalibrationWarning, cast_model
 from .order import order_points
 
 __all__ = [
     "CalibrationWarning",
-    "RobustDecoded",
     "cast_model",
     "coded_inference",
     "order_points",

@@ -1,9 +1,7 @@
 """Coded inference: encode, model, decode as one jitted program."""
 
-import abc
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -11,17 +9,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, decode_groups, encode_groups
-from ..codes._code import check_mask, deviations
-from ..codes._decoding import mask_mixed_groups
-from ..codes._groups import multiply_groups
-from ..codes._kept import CachedMatrices, known_decoders, known_encoder
-from ..codes._meshes import coded_on_mesh
+from ..codes import AbstractCode, encode_groups
+from ..codes._code import check_mask, with_deviation
+from ..codes._decoding import in_auto_mode, mask_mixed_groups
+from ..codes._kept import CachedMatrices, known_matrices
 from ..codes._trees import (
     any_tracer,
     check_beside,
@@ -29,53 +24,23 @@ from ..codes._trees import (
     check_floats,
     groups_of,
     is_float,
-    join,
     leaves_of,
     points_of,
 )
+from ..codes.workers import infer_groups, run_workers
 from ..splines.arrays import native
 from ._mesh import Placed, place
-from .models import (
-    Model,
-    cast_model,
-    check_conditions,
-    check_model,
-    current_conditions,
-    run_workers,
-)
+from .models import Model, cast_model, check_conditions, check_model, current_conditions
 
 # What becomes of groups of data points at the workers: all their answers, (groups, N, ...). Beside
-# the groups it takes their encoders, (groups, N, K), or None for the code's.
+# the groups it takes their encoders, (groups, N, K), or None for the code's. A scheme's `infer` has
+# it between its own two steps.
 Work: TypeAlias = Callable[[PyTree, Array | None], PyTree]
-
-
-class AbstractScheme(eqx.Module):
-    """A code with what is added to it: another way from waiting data points to a result.
-
-    `infer` is pure, and part of one program with the workers. It returns an Equinox module whose
-    field `decoded` holds the predictions in the order in which the data points came; all its other
-    arrays have a first axis of points too, but for what is `responded`.
-    """
-
-    code: eqx.AbstractVar[AbstractCode]
-
-    @abc.abstractmethod
-    def infer(
-        self,
-        work: Work,
-        x: PyTree[Shaped[Array, "points ..."]],
-        available: Bool[Array, "groups num_workers"],
-        known: CachedMatrices,
-    ) -> Any:
-        """Return predictions of data points (whole groups of K), with what `work` makes of groups.
-
-        `known` are the code's matrices where they are made already: the decoder's for these masks.
-        """
 
 
 def coded_inference(
     model: Model | Sequence[Model],
-    code: AbstractCode | AbstractScheme,
+    code: Any,
     *,
     with_status: bool = False,
     with_error: bool = False,
@@ -117,11 +82,10 @@ def coded_inference(
             pytree (an Equinox or NNX module, a `jax.tree_util.Partial`), its arrays are arguments
             of the program, not constants in it. `args` are passed on to it: `model(batch, *args)`.
             A code whose workers run further models takes all of them, (served, further...).
-        code: A code or a scheme.
+        code: A code or a scheme (`nercc_jax.Scheme`).
         with_status: Whether to return `Decoded`, with the workers that were used and the
-            predictions that were recovered; for a scheme what it knows in addition, such as its
-            error probability.
-        with_error: Whether `Decoded` is returned with `expected_error`, how far each prediction may
+            predictions that were recovered; for a scheme with deviations and error probability.
+        with_error: Whether `Decoded` is returned with its `deviation`, how far each prediction may
             be off, for the codes that are regressions (`AbstractCode.decode`). It takes a product
             with all answers more, and on a mesh all answers on each device.
         grouped: Whether x has an axis of groups. Default: by its axes.
@@ -146,7 +110,9 @@ def coded_inference(
     check_model(model)
     workers: Any = cast_model(model, worker_dtype)
     inner: Any = code
-    if isinstance(code, AbstractScheme):
+    if not isinstance(code, AbstractCode):
+        if not isinstance(getattr(code, "code", None), AbstractCode):
+            raise ValueError(f"code must be a code or a scheme, not {type(code).__name__}")
         if with_error:
             raise ValueError("a scheme's result has deviations of its own: give with_status=True")
         platform = None if mesh is None else mesh.devices.flat[0].platform
@@ -165,56 +131,45 @@ class CodedInference:
     """
 
     workers: Any
-    code: AbstractCode | AbstractScheme
+    code: Any
     grouped: bool | None
     with_status: bool
     with_error: bool
 
     def __call__(self, x: PyTree, available: ArrayLike, *args: Any) -> Any:
         """Return the predictions, or all that is known of them `with_status`."""
-        coder, workers, with_error = self.code, self.workers, self.with_error
-        scheme = isinstance(coder, AbstractScheme)
-        code = coder.code if isinstance(coder, AbstractScheme) else coder
+        coder, workers = self.code, self.workers
+        scheme = not isinstance(coder, AbstractCode)
+        code = coder.code if scheme else coder
         x, masks, grouped = as_groups(code, x, available, self.grouped, in_a_row=scheme)
         if scheme:
             check_finite(points_of(x), 1)
         args = native(args, "an argument of the model") if args else args
-        known = CachedMatrices(known_encoder(code), known_decoders(code, available))
+        known = known_matrices(code, available)
+        one, with_error = not grouped, self.with_error
+        if not scheme and not isinstance(workers, Placed):
+            result: Any = infer_groups(
+                workers, code, x, masks, args, known, one=one, with_error=with_error
+            )
+        else:
 
-        if isinstance(workers, Placed):
-
-            def on_mesh(x: PyTree, masks: ArrayLike, args: tuple) -> Any:
+            def run(x: PyTree, masks: ArrayLike, args: tuple) -> Any:
+                if not isinstance(workers, Placed):
+                    return _run(workers, coder, x, masks, args, known, one, with_error)
                 here = known if scheme else CachedMatrices(decoders=known.decoders)
                 inputs, shape = workers.inputs(x, masks, args, here, share=not scheme)
                 # The context's mesh must be that of the arrays, where the context is ours to set.
                 ours = not any_tracer(workers, inputs)
                 with jax.set_mesh(workers.mesh) if ours else contextlib.nullcontext():
-                    options = grouped, with_error, False, shape
-                    return _run(workers, workers.coder, *inputs, *options)[0]
+                    return _run(workers, workers.coder, *inputs, one, with_error, shape)
 
             if scheme or not any_tracer(x, masks, args):
-                result = on_mesh(x, masks, args)
+                result = run(x, masks, args)
             else:
-                result = coded_on_mesh(on_mesh, (x, masks, args), lambda _: PartitionSpec())
-        else:
-            # Where all is known but the answers, the program holds no regression: it tells whether
-            # one product was enough, and if not, the host decodes the answers.
-            quick = not scheme and known.decoders is not None
-            quick = quick and all(map(is_float, jax.tree.leaves(x)))
-            quick = quick and not any_tracer(workers, code, x, masks, args)
-            given = workers, coder, x, masks, args, known, grouped, with_error
-            result, sound, y = _run(*given, quick)
-            if quick and isinstance(sound, Tracer):  # of what the model closes over
-                result, *_ = _run(*given)
-            elif quick and not sound:
-                result = decode_groups(code, y, masks)
-                result = _with_error(code, result, y) if with_error else result
-                result = result if grouped else jax.tree.map(lambda leaf: leaf[0], result)
-
+                result = in_auto_mode(run, (x, masks, args), PartitionSpec())
         if self.with_status or with_error:
             return result
-        decoded: Any = result.decoded if scheme else result  # pyright: ignore[reportAttributeAccessIssue]
-        return decoded.predictions
+        return result.predictions
 
     def lower(self, x: PyTree, available: Any, *args: Any) -> Any:
         """Return the program for these arguments, arrays or their `jax.ShapeDtypeStruct`, lowered.
@@ -247,67 +202,36 @@ class CodedInference:
 @eqx.filter_jit
 def _run(
     workers: Any,
-    coder: AbstractCode | AbstractScheme,
+    coder: Any,
     x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
     available: Bool[ArrayLike, "groups num_workers"],
     args: tuple,
     known: CachedMatrices,
-    grouped: bool,
+    one: bool,
     with_error: bool,
-    quick: bool = False,
     shape: tuple[int, ...] | None = None,
-) -> tuple[Any, Array | None, PyTree]:
-    """Return the result of a code or a scheme; if `quick`, also whether it is sound, and answers.
+) -> Any:
+    """Return the result of a scheme, or of a code on a mesh.
 
     `shape` is the data points' on a mesh where x holds shares of their coordinates.
     """
     x, available = jax.tree.map(jnp.asarray, x), jnp.asarray(available)
-    spread = isinstance(workers, Placed)
-    if isinstance(coder, AbstractScheme):
-        code = coder.code
-
-        def work(groups: PyTree, encoders: Array | None) -> PyTree:
-            if spread:
-                return workers.of_workers(workers.answer(groups, args, encoders=encoders))
-            coded = encode_groups(code, groups, known.encoder if encoders is None else encoders)
-            return run_workers(workers, code, coded, *args)
-
-        points = points_of(x)
-        result = coder.infer(work, points, available, known)
-        if grouped:
-            number, responded = len(jax.tree.leaves(points)[0]), result.decoded.responded
-            result = jax.tree.map(
-                lambda leaf: groups_of(leaf, code.num_data) if len(leaf) == number else leaf, result
-            )
-            result = eqx.tree_at(lambda r: r.decoded.responded, result, responded)
-        return result, None, None
-
-    if spread:
+    if isinstance(coder, AbstractCode):
         y = workers.answer(x, args, shape)
-    else:
-        y = run_workers(workers, coder, encode_groups(coder, x, known.encoder), *args)
-    sound = None
-    if quick:
-        assert known.decoders is not None
-        decoded, sound = multiply_groups(y, available, known.decoders)
-    else:
-        there, given = mask_mixed_groups(x, available, known.decoders)
-        decode = workers.decode if spread else functools.partial(decode_groups, coder)
-        decoded = decode(y, there, given)
-    if spread and with_error:
-        y = workers.of_workers(y)
-    if with_error:
-        decoded = _with_error(coder, decoded, y)
-    return decoded if grouped else jax.tree.map(lambda leaf: leaf[0], decoded), sound, y
+        result = workers.decode(y, *mask_mixed_groups(x, available, known.decoders))
+        result = with_deviation(coder, result, workers.of_workers(y)) if with_error else result
+        return jax.tree.map(lambda leaf: leaf[0], result) if one else result
 
+    code = coder.code
 
-def _with_error(code: AbstractCode, decoded: Decoded, y: PyTree) -> Decoded:
-    """Return the result with its expected error, where the code is a regression."""
-    try:
-        errors = deviations(code, join(y, 2)[0], decoded.responded)
-    except ValueError:
-        errors = None
-    return Decoded(decoded.predictions, decoded.responded, decoded.recovered, errors)
+    def work(groups: PyTree, encoders: Array | None) -> PyTree:
+        if isinstance(workers, Placed):
+            return workers.of_workers(workers.answer(groups, args, encoders=encoders))
+        coded = encode_groups(code, groups, known.encoder if encoders is None else encoders)
+        return run_workers(workers, code, coded, *args)
+
+    result = coder.infer(work, points_of(x), available, known)
+    return result if one else result.map_points(lambda leaf: groups_of(leaf, code.num_data))
 
 
 def as_groups(
@@ -343,26 +267,26 @@ def as_groups(
 
     many = in_a_row
     if not in_a_row:
-        masks_of_groups = available is not None and np.ndim(available) == 2
-        single = all(shape[:1] == (num_data,) for shape in shapes) and not masks_of_groups
-        many = all(shape[1:2] == (num_data,) for shape in shapes)
-        undecided = grouped is None and single and many
-        many = many and grouped is not False
-        if undecided or (not many and (not single or grouped)):
+        of_groups = available is not None and np.ndim(available) == 2
+        fits = {
+            False: all(shape[:1] == (num_data,) for shape in shapes) and not of_groups,
+            True: all(shape[1:2] == (num_data,) for shape in shapes),
+        }
+        found = [each for each in fits if fits[each] and grouped in (None, each)]
+        if len(found) != 1:
             named = (f"{label} of shape {leaf.shape}" for label, leaf in leaves_of("x", x))
             one, several = "(K, ...)", "(groups, K, ...)"
             wanted = {None: f"{one} or {several}", True: several, False: one}
-            raise ValueError(
-                ", ".join(named)
-                + (
-                    f" may be one group of {num_data} or {shapes[0][0]} groups: say which with "
-                    "grouped=True or grouped=False, or give a mask per group, (groups, N)"
-                    if undecided
-                    else ": with this code and mask it must be "
-                    f"{wanted[True if masks_of_groups else grouped]}, K = {num_data}"
-                    + (", and one mask (N,)" if masks_of_groups and grouped is False else "")
-                )
+            asked = wanted[True if of_groups else grouped]
+            remedy = (
+                f" may be one group of {num_data} or {shapes[0][0]} groups: say which with "
+                "grouped=True or grouped=False, or give a mask per group, (groups, N)"
+                if found
+                else f": with this code and mask it must be {asked}, K = {num_data}"
+                + (", and one mask (N,)" if of_groups and grouped is False else "")
             )
+            raise ValueError(", ".join(named) + remedy)
+        (many,) = found
     floats = all(map(is_float, leaves))
     if not floats:
         check_floats("x", x, beside=True)

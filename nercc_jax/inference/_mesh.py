@@ -18,12 +18,12 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded
-from ..codes._decoding import Matrices, decode_vectors
-from ..codes._groups import encode_leaf
-from ..codes._kept import CachedMatrices, encoder_of
+from ..codes import AbstractCode, Decoded, encode_groups
+from ..codes._decoding import decode_vectors
+from ..codes._kept import CachedMatrices, Matrices, encoder_of
 from ..codes._trees import join
-from .models import Model, cast_floats, run_workers, worker_dtype_of
+from ..codes.workers import run_workers
+from .models import Model, cast_floats, worker_dtype_of
 
 _REPLICATED = PartitionSpec()
 
@@ -98,8 +98,7 @@ class Placed:
 
         def of_device(arrays, encoder, x):
             model, args = eqx.combine(arrays, static)
-            coded = jax.tree.map(lambda leaf: encode_leaf(encoder, leaf), x)
-            coded = cast_floats(coded, dtype)  # before it is sent
+            coded = cast_floats(encode_groups(None, x, encoder), dtype)  # before it is sent
             if shape is not None:
                 (leaf,), structure = jax.tree.flatten(coded)
                 leaf = jax.lax.all_to_all(leaf, self.axis, split_axis=1, concat_axis=2, tiled=True)

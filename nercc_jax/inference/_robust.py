@@ -9,24 +9,14 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from ..codes import AbstractCode, Decoded, NeRCC, as_mask
-from ..codes._code import joined_answers
+from ..codes._code import checked_answers
 from ..codes._decoding import decode_vectors, multiply
+from ..codes._trees import join, to_device
 from ..splines import smoothing_matrix
 from ..splines._knots import gather_knots
 from ..splines.arrays import native, working_dtype
 
 RobustMethod: TypeAlias = Literal["reject", "smooth"]
-
-
-class RobustDecoded(eqx.Module):
-    """Decoded predictions, and the workers that are suspected.
-
-    `decoded.responded` are the workers whose answers were used, `suspected` those whose finite
-    answers came in time and were left out.
-    """
-
-    decoded: Decoded
-    suspected: Bool[Array, "*groups num_workers"]
 
 
 def robust_decode(
@@ -38,8 +28,7 @@ def robust_decode(
     method: RobustMethod = "reject",
     threshold: Float[ArrayLike, ""] | None = None,
     rate_constant: Float[ArrayLike, ""] = 4e-6,
-    bounds: tuple[float, float] | None = None,
-) -> RobustDecoded:
+) -> tuple[Decoded, Bool[Array, "*groups num_workers"]]:
     """Decode one group where up to `max_adversaries` of the workers may answer anything.
 
     "reject" (docs/adversaries.md) errs less by far where the path is rough, as for images in any
@@ -64,16 +53,18 @@ def robust_decode(
         threshold: How many times worse than the median answer one must fit to be left out by
             "reject". Default: 4 + 6 / sqrt(m) for m outputs.
         rate_constant: The constant of "smooth".
-        bounds: (low, high), between which every honest output lies. "reject" leaves out an answer
-            beyond them, which is not counted among `max_adversaries`, and "smooth" clips it.
+
+    Returns:
+        Predictions, whose `responded` are the workers whose answers were used; and the suspected
+        workers, whose finite answers came in time and were left out.
 
     Raises:
-        ValueError: The code is no regression, `max_adversaries` is negative or no minority of N,
-            the method is unknown, or bounds are in the wrong order; and as `try_decode`.
+        ValueError: The code is no regression, `max_adversaries` is negative or no minority of N, or
+            the method is unknown; and as `try_decode`.
 
-    Source: Moradi, Akbarinodehi and Maddah-Ali, arXiv 2502.08058: adversaries within bounds, and
-    the rate of lambda_dec, from lambda^(3/4) = A^2 / (n^2 lambda^(1/2)), where smoothing and lies
-    add as much to the squared error; then it falls as (A / n)^(6/5).
+    Source: Moradi, Akbarinodehi and Maddah-Ali, arXiv 2502.08058: the rate of lambda_dec, from
+    lambda^(3/4) = A^2 / (n^2 lambda^(1/2)), where smoothing and lies add as much to the squared
+    error; then it falls as (A / n)^(6/5).
     """
     if not isinstance(code, NeRCC):
         raise ValueError(
@@ -90,8 +81,6 @@ def robust_decode(
     if method not in get_args(RobustMethod):
         known = ", ".join(get_args(RobustMethod))
         raise ValueError(f"method must be one of {known}, not {method!r}")
-    if bounds is not None and not bounds[0] < bounds[1]:
-        raise ValueError(f"bounds must be (low, high) with low < high, not {bounds}")
     return _robust_decode(
         code,
         native(y, "y"),
@@ -100,7 +89,6 @@ def robust_decode(
         method,
         None if threshold is None else jnp.asarray(threshold),
         jnp.asarray(rate_constant),
-        None if bounds is None else jnp.asarray(bounds, float),
     )
 
 
@@ -113,15 +101,13 @@ def _robust_decode(
     method: RobustMethod,
     threshold: Array | None,
     rate_constant: Array,
-    bounds: Array | None,
-) -> RobustDecoded:
-    flat, form = joined_answers(code, y)
+) -> tuple[Decoded, Array]:
+    flat, form = join(to_device(checked_answers(code, y)), 1)
     answered = as_mask(available, (code.num_workers,)) & jnp.all(jnp.isfinite(flat), axis=1)
     flat = jnp.where(answered[:, None], flat, 0)
 
     if method == "smooth":
         responded, recovered = answered, code.recovered(answered)
-        flat = flat if bounds is None else jnp.clip(flat, *bounds.astype(flat.dtype))
         share = max_adversaries / jnp.maximum(jnp.sum(responded), 1)
         lambda_ = jnp.maximum(code.decoder_penalty(responded), rate_constant * share ** (8 / 5))
         options = code.decoding_options(responded)
@@ -130,27 +116,23 @@ def _robust_decode(
         matrix = smoothing_matrix(code.beta, code.alpha, **options)
         predictions = jnp.where(recovered[:, None], multiply(matrix, flat), jnp.nan)
     else:
-        responded = answered
-        if bounds is not None:
-            low, high = bounds.astype(flat.dtype)
-            responded = responded & jnp.all((flat >= low) & (flat <= high), axis=1)
         # Answers are judged by a spline that smooths over half of the workers' gap, pi / n radians
         # for n Chebyshev points. Measured on LeNet5's logits and RepVGG's probabilities at
         # (100, 20): a wider one takes the path's own bends for noise and lets lies pass, a narrower
         # one finds honest answers guilty beside liars. Where points repeat, copies should vote and
         # not neighbours: it narrows with the third power of the share of distinct points.
-        number = jnp.maximum(jnp.sum(responded), 1)
-        distinct = gather_knots(code.beta, responded.astype(code.beta.dtype)).number / number
+        number = jnp.maximum(jnp.sum(answered), 1)
+        distinct = gather_knots(code.beta, answered.astype(code.beta.dtype)).number / number
         length = 0.5 * jnp.pi / number * distinct**3
         if threshold is None:
             # What honest misfits scatter by, in units of the median one: more with few outputs to
             # take the norm of. Measured as above, for 10 outputs and for 250.
             threshold = jnp.asarray(4 + 6 / max(flat.shape[1], 1) ** 0.5)
         dtype = working_dtype(flat.dtype, code.beta.dtype)
-        responded = responded & ~find_adversaries(
+        responded = answered & ~find_adversaries(
             jax.lax.stop_gradient(code.beta),
             jax.lax.stop_gradient(flat.astype(dtype)),
-            responded,
+            answered,
             length**4,
             max_adversaries=max_adversaries,
             threshold=threshold,
@@ -158,8 +140,7 @@ def _robust_decode(
         clean = jnp.where(responded[:, None], flat, 0)
         decoded = decode_vectors(code, clean[None], responded[None])
         predictions, recovered = decoded.predictions[0], decoded.recovered[0]
-    status = Decoded(form.split(predictions), responded, recovered)
-    return RobustDecoded(status, answered & ~responded)
+    return Decoded(form.split(predictions), responded, recovered), answered & ~responded
 
 
 @jax.jit

@@ -1,6 +1,7 @@
 """The plan for a service: which code, when to decode, and what to send again; or none."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +15,12 @@ from ..codes import regression_points
 from ..codes._checks import check_counts, check_not_negative
 from ..codes.whole_files import JsonFormat
 from ..evaluation import Estimate
+from ..evaluation.tables import text_table
 from ..inference.models import Conditions, Model, check_model
 from ..risk import ErrorProbability
 from ..schemes import Scheme
 from ..stragglers import AbstractLatency
 from ..stragglers.groups import Latencies
-from ..surrogates import Surrogate
 from ._planner import DOUBTED, KNOWN, Candidate, Half, PlanEffort, Planner
 
 _FORMAT = JsonFormat(
@@ -50,6 +51,48 @@ class Plan:
     asked: dict[str, Any]
     about: dict[str, Any]
 
+    @classmethod
+    def of(
+        cls,
+        candidates: Sequence[Candidate],
+        asked: dict[str, Any],
+        about: dict[str, Any],
+        alike: float = PlanEffort.alike,
+        probability: ErrorProbability | None = None,
+    ) -> "Plan":
+        """Return the plan that recommends the best of those that keep to what is asked.
+
+        p99s that differ by a share of `alike` at most are equal; the cheaper is then better. The
+        surrogate has this error probability.
+        """
+        allowed = [row for row in candidates if row.feasible(asked)]  # "uncoded" always is one
+        least = min(row.p99 for row in allowed)
+        equal = [row for row in allowed if row.p99 <= (1 + alike) * least]
+        best = min(
+            equal, key=lambda row: (round(row.extra_work, 3), row.most_disagreement, row.p99)
+        )
+
+        def words(row: Candidate) -> tuple[str, str]:
+            size = f" ({row.num_workers}, {row.num_data})" * (row.num_workers != row.num_data)
+            again = " with re-execution" if row.limit == 0 else ""
+            return f"{row.system}{size}{again}", f"{1e3 * row.p99:.3g} ms"
+
+        name, seconds = words(best)
+        reason = f"{name} answers all {asked['num_queries']} queries within {seconds} (p99)"
+        if not best.exact:
+            reason += f", with at most {100 * best.most_disagreement:.2f} % of labels different"
+        others = [row for row in allowed if row.system != best.system]
+        then = "nothing else keeps to the budget"
+        if others:
+            second = min(others, key=lambda row: row.p99)
+            name, seconds = words(second)
+            then = f"the next best system within the budget, {name}, takes {seconds}"
+            if second.p99 <= (1 + alike) * best.p99:
+                faster = f"nothing is faster by more than {100 * alike:.0f} %"
+                then = f"{faster} ({name} takes {seconds})"
+        doubt = probability if best.system == KNOWN else None
+        return cls(tuple(candidates), best, f"{reason}; {then}.", doubt, asked, about)
+
     def scheme(self, surrogate: Callable[[Array], Array] | None = None) -> Scheme:
         """Return the recommended system, to run by `coded_inference`.
 
@@ -60,26 +103,77 @@ class Plan:
         Raises:
             ValueError: The surrogate is missing.
         """
-        best, given, further = self.recommended, None, {}
-        if best.order == "surrogate" or best.system in (KNOWN, DOUBTED):
-            if surrogate is None:
-                raise ValueError("this plan orders by a surrogate, or answers by it: give it")
-            given = None if best.order == "surrogate" else Surrogate(surrogate)
-        if best.system == DOUBTED:
-            further = best.placement
-        order: Any = surrogate if best.order == "surrogate" else best.order
-        return Scheme(
-            best.code,
-            surrogate=given,
-            error_probability=self.error_probability,
-            order=order,
-            buffer_size=self.asked["buffer_size"],
-            **further,
-        )
+        further = {"buffer_size": self.asked["buffer_size"]}
+        doubt = self.error_probability
+        return self.recommended.scheme(surrogate, error_probability=doubt, **further)
 
     def feasible(self, candidate: Candidate) -> bool:
         """Return whether a candidate keeps to what was asked for, with enough certainty."""
         return candidate.feasible(self.asked)
+
+    def __str__(self) -> str:
+        """Return a table of the best candidate of each system at each size, and what to do.
+
+        The best is the fastest within the budget. Where none is, it is the one with the fewest
+        labels that differ, preferably measured on held-out data and not only screened.
+        """
+
+        def rank(row: Candidate) -> tuple:
+            if self.feasible(row):
+                return 0, row.p99
+            return 1 + (not row.held_out), row.most_disagreement, row.p99
+
+        def ms(seconds: float) -> str:
+            return f"{1e3 * seconds:.{0 if seconds >= 0.1 else 1}f}"
+
+        best, about = self.recommended, self.about
+        chosen: dict[Any, Candidate] = {None: best}
+        for row in sorted(self.candidates, key=rank):
+            size = row.num_workers, row.num_data, row.limit is None
+            chosen.setdefault((row.system, *size), row)
+        head = "", "system", "(N, K)", "wait, ms", "again", "extra", "differ", "p50, ms", "p99, ms"
+        table: list[tuple[str, ...]] = [head]
+        for row in sorted({*chosen.values()}, key=lambda row: (not self.feasible(row), row.p99)):
+            share, most = 100 * row.disagreement.mean, 100 * row.most_disagreement
+            cells = (
+                "*" if row == best else "" if self.feasible(row) else "x",
+                row.system + (f", {row.order}" if row.order else ""),
+                f"({row.num_workers}, {row.num_data})",
+                str(row.wait_for) + (f", {ms(row.min_wait)}" if row.min_wait else ""),
+                f"{100 * row.resent:.1f}" if row.resent > 0 else "",
+                f"{100 * row.extra_work:.0f}",
+                "0" if row.exact else f"{share:.2f}<{most:.2f}",
+                *(ms(row.p50), ms(row.p99)),
+            )
+            table.append(cells)
+        lines = ["Each system at each size: the fastest within the budget, or nearest to it", ""]
+        lines.append(text_table(table, left=2))
+        lines += [
+            "",
+            "* recommended; x over the budget, too many labels differ, or only screened",
+            "wait: answers to wait for, and how long at least; again: % of calls sent twice;",
+            "extra: % of calls beyond one a query; differ: % of labels, and an upper bound;",
+            "p50, p99: milliseconds until the last of the queries is answered",
+            "",
+            f"recommended: {self.reason}",
+        ]
+        if best.num_workers > best.num_data or best.limit is not None:
+            doubt = f"; send again what has an error probability above {best.limit}"
+            again = {None: "", 0.0: "; send again what has no answer"}.get(best.limit, doubt)
+            lines.append(
+                f"decode when {best.wait_for} of {best.num_workers} workers have answered, but not "
+                f"before {1e3 * best.min_wait:.3g} ms unless all have{again}"
+            )
+        if best.hedge_after is not None:
+            lines.append(
+                f"send up to {best.copies} copies, {best.hedge_copies} further after every "
+                f"{1e3 * best.hedge_after:.3g} ms of waiting"
+            )
+        lines.append(
+            f"codes were measured on {about['held_out_points']} held-out data points, "
+            f"{about['straggler_sets']} straggler sets a group; planned in {about['seconds']} s"
+        )
+        return "\n".join(lines)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -176,14 +270,15 @@ def plan(
     fastest of them meet the other half with straggler sets of their own; of those that keep to
     `max_disagreement` there, by the end of their 99 % interval, one is recommended. Being chosen
     from several flatters it: expect its mean, but not that end, to be somewhat exceeded on data
-    that chose nothing (`bench/plan.py` measures on such). Of a thousand data points 0.9 % can be
-    promised at best, of two thousand 0.5 %: none wrong in the held-out half.
+    that chose nothing. Of a thousand data points 0.9 % can be promised at best, of two thousand
+    0.5 %: none wrong in the held-out half.
 
     Args:
         model: Maps (B, ...) to vectors (B, outputs), and is compiled.
         x: Unlabelled data points as they will come, floats. Those that the model was trained on
             promise too much.
-        latency: The law of the seconds that a call takes (or `TraceLatency.from_file`).
+        latency: The law of the seconds that a call takes (or `TraceLatency.from_file`), which draws
+            for any number of workers, its last axis.
         key: Random key.
         num_queries: Queries that come together.
         max_workers: The most workers for the first copies of `num_queries` queries.
@@ -212,6 +307,8 @@ def plan(
         max_workers=max_workers,
         buffer_size=num_queries if buffer_size is None else buffer_size,
     )
+    check_model(model)
+    check_not_negative(max_extra_work=max_extra_work, overhead=overhead)
     asked = {
         "num_queries": num_queries,
         "max_workers": max_workers,
@@ -220,29 +317,29 @@ def plan(
         "buffer_size": buffer_size,
         "overhead": float(overhead),
     }
-    check_model(model)
-    if max_workers < num_queries:
-        raise ValueError(
-            f"{num_queries} queries that come together need {num_queries} workers at least, not "
-            f"{max_workers}"
-        )
-    if asked["buffer_size"] < num_queries:
-        raise ValueError(
-            f"buffer_size {asked['buffer_size']} is less than the {num_queries} queries that come "
-            "together"
-        )
-    check_not_negative(max_extra_work=max_extra_work, overhead=overhead)
-    if not 0 <= max_disagreement <= 1:
-        raise ValueError(f"max_disagreement must be in [0, 1], not {max_disagreement}")
-    if len(np.atleast_1d(x)) < 2 * num_queries:
-        raise ValueError(
-            f"x of shape {np.shape(x)} fills no group of {num_queries} in both halves: give "
-            f"{2 * num_queries} data points at least, and a thousand to promise 1 %"
-        )
+    together, needed = (
+        f"{num_queries} queries that come together",
+        f"{num_queries} workers at least",
+    )
     if num_data is None:
         num_data = [k for k in (num_queries, num_queries // 2) if k > 1 and num_queries % k == 0]
-    if broken := [k for k in num_data if not 1 <= k <= num_queries or num_queries % k]:
-        raise ValueError(f"num_data must be divisors of the {num_queries} queries, not {broken}")
+    broken = [k for k in num_data if not 1 <= k <= num_queries or num_queries % k]
+    for fits, message in (
+        (
+            max_workers >= num_queries,
+            f"{together} need {needed}, not {max_workers}",
+        ),
+        (buffer_size >= num_queries, f"buffer_size {buffer_size} is less than the {together}"),
+        (0 <= max_disagreement <= 1, f"max_disagreement must be in [0, 1], not {max_disagreement}"),
+        (
+            len(np.atleast_1d(x)) >= 2 * num_queries,
+            f"x of shape {np.shape(x)} fills no group of {num_queries} in both halves: give "
+            f"{2 * num_queries} data points at least, and a thousand to promise 1 %",
+        ),
+        (not broken, f"num_data must be divisors of the {num_queries} queries, not {broken}"),
+    ):
+        if not fits:
+            raise ValueError(message)
     for layout in layouts:
         regression_points(num_queries, num_queries + 1, layout)  # says what is wrong with it
 
@@ -260,54 +357,27 @@ def plan(
     found, probability = list(planner.without_code()), None
     fastest = min(row.p99 for row in found if row.exact and row.feasible(asked))
     orders: tuple[str | None, ...] = (None, "pixels")
+    approximate: Any = {"exact": False, "held_out": False}
     if surrogate is not None:
         orders = (*orders, "surrogate")
         known, probability = planner.known()
-        found += known + planner.doubted()
+        doubted = Candidate(DOUBTED, num_queries, 0, 0, 0.0, "repeated", **approximate)
+        copied = planner.screened([doubted], [None], np.inf)
+        found += known + planner.judged(copied, np.inf) + copied
     on_stage("screening codes")
-    screened = planner.screened(num_data, layouts, orders, fastest)
+    codes = [
+        Candidate(f"NeRCC {points}", k, 0, 0, 0.0, points, **approximate)
+        for k, points in itertools.product(num_data, layouts)
+    ]
+    screened = planner.screened(codes, orders, fastest)
     on_stage("measuring on held-out data")
     found += planner.judged(screened, fastest) + screened
 
     rows = [dataclasses.replace(r, p50=r.p50 + overhead, p99=r.p99 + overhead) for r in found]
-    best, reason = recommend(rows, asked, effort.alike)
     about = {
         "calibration_points": len(halves[0].x),
         "held_out_points": len(halves[1].x),
         "straggler_sets": effort.sets,
         "seconds": round(time.perf_counter() - begin, 1),
     }
-    doubt = probability if best.system == KNOWN else None
-    return Plan(tuple(rows), best, reason, doubt, asked, about)
-
-
-def recommend(
-    rows: Sequence[Candidate], asked: Mapping[str, Any], alike: float
-) -> tuple[Candidate, str]:
-    """Return the best of those that keep to what is asked, and the reason in one sentence.
-
-    p99s that differ by a share of `alike` at most are equal; the cheaper is then better.
-    """
-    allowed = [row for row in rows if row.feasible(asked)]  # "uncoded" always is one
-    least = min(row.p99 for row in allowed)
-    equal = [row for row in allowed if row.p99 <= (1 + alike) * least]
-    best = min(equal, key=lambda row: (round(row.extra_work, 3), row.most_disagreement, row.p99))
-
-    def words(row: Candidate) -> tuple[str, str]:
-        size = "" if row.num_workers == row.num_data else f" ({row.num_workers}, {row.num_data})"
-        again = " with re-execution" if row.limit == 0 else ""
-        return f"{row.system}{size}{again}", f"{1e3 * row.p99:.3g} ms"
-
-    (name, seconds), queries = words(best), asked["num_queries"]
-    reason = f"{name} answers all {queries} queries within {seconds} (p99)"
-    if not best.exact:
-        reason += f", with at most {100 * best.most_disagreement:.2f} % of labels different"
-    others = [row for row in allowed if row.system != best.system]
-    if not others:
-        return best, f"{reason}; nothing else keeps to the budget."
-    second = min(others, key=lambda row: row.p99)
-    name, seconds = words(second)
-    if second.p99 <= (1 + alike) * best.p99:
-        faster = f"nothing is faster by more than {100 * alike:.0f} %"
-        return best, f"{reason}; {faster} ({name} takes {seconds})."
-    return best, f"{reason}; the next best system within the budget, {name}, takes {seconds}."
+    return Plan.of(rows, asked, about, effort.alike, probability)

@@ -5,6 +5,7 @@ other, with straggler sets of their own.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,28 +38,22 @@ class PlanEffort:
     """The work of a plan, and the numbers that its comparison rests on.
 
     Attributes:
-        draws: Groups of queries whose times are drawn for a p99.
-        screen_draws: The same in screening.
-        sets: Straggler sets that each group of the held-out half meets.
-        screen_sets: The same in screening, on the other half.
+        draws: Groups of queries whose times are drawn for a p99; a quarter in screening.
+        sets: Straggler sets that each group of the held-out half meets; a twelfth in screening.
         enough: Ways that keep to what was asked on the held-out half, after which no more are
             measured there.
         most: Ways that are measured there, at most.
         hedge_quantiles: Quantiles of the latency after which hedging sends again.
         early: Quantile of the latency before which nothing else is sent again.
-        known_copies: Copies of a query whose answer no surrogate knows, at most.
         alike: Share by which p99s may differ and still count as equal; the cheaper is then better.
     """
 
     draws: int = 20_000
-    screen_draws: int = 5_000
     sets: int = 48
-    screen_sets: int = 4
     enough: int = 3
     most: int = 10
     hedge_quantiles: tuple[float, ...] = (0.5, 0.75, 0.9, 0.95, 0.99)
     early: float = 0.9
-    known_copies: int = 3
     alike: float = 0.03
 
 
@@ -108,11 +103,22 @@ class Candidate:
             return Uncoded(self.num_data)
         return Replication(self.num_data, self.num_workers)
 
-    @property
-    def placement(self) -> dict[str, Any]:
-        """The options of a scheme that places this candidate's copies."""
-        share = 1 - self.wait_for / self.num_workers
-        return {"redundancy": "uncertain", "straggler_share": share}
+    def scheme(self, surrogate: Callable[[Array], Array] | None = None, **further: Any) -> Scheme:
+        """Return it as a scheme, with the surrogate that it orders by, or answers by.
+
+        Raises:
+            ValueError: The surrogate is missing.
+        """
+        ordered, answered = self.order == "surrogate", self.system in (KNOWN, DOUBTED)
+        if (ordered or answered) and surrogate is None:
+            raise ValueError("this plan orders by a surrogate, or answers by it: give it")
+        if answered:
+            further["surrogate"] = Surrogate(surrogate)  # pyright: ignore[reportArgumentType]
+        if self.system == DOUBTED:
+            share = 1 - self.wait_for / self.num_workers
+            further |= {"redundancy": "uncertain", "straggler_share": share}
+        order: Any = surrogate if ordered else self.order
+        return Scheme(self.code, order=order, **further)
 
     def seen(
         self,
@@ -151,7 +157,15 @@ class Candidate:
 
 
 class Half:
-    """One half of the data: its groups in each order, and all workers' answers to each code."""
+    """One half of the data: the model's answers, and a surrogate's.
+
+    Attributes:
+        x: Data points.
+        own: The model's outputs on them.
+        form: The structure of the outputs; None for vectors.
+        cheap: The surrogate's outputs, as vectors.
+        off: Whether the surrogate's label is not the model's.
+    """
 
     def __init__(
         self,
@@ -161,51 +175,34 @@ class Half:
         surrogate: Callable[[Array], Array] | None,
         batch_size: int,
     ):
-        self._run, self._batch_size = batched(model, batch_size), batch_size
-        self._buffer_size = buffer_size
-        groups = cut_groups(x, 1)
-        self.x = groups[:, 0]
-        recorder = Recorder(self._run, groups, batch_size)
-        self.own, self._form = recorder.own[:, 0], recorder.form
-        self.form = None if self._form.is_vector else self._form
-        self._cheap: Any = None if surrogate is None else batched(surrogate, batch_size)(self.x)
-        self._answers: dict[tuple[str | None, int], Recorder] = {}
+        run, groups = batched(model, batch_size), cut_groups(x, 1)
+        recorder, self.x = Recorder(run, groups, batch_size), groups[:, 0]
+        self.own, form = recorder.own[:, 0], recorder.form
+        self.form = None if form.is_vector else form
+        features: Any = None if surrogate is None else batched(surrogate, batch_size)(self.x)
+        if surrogate is not None:
+            self.cheap = join(features, 1)[0]
+            agree = agree_on_labels(self.cheap, jnp.asarray(self.own), self.form)
+            self.off = np.asarray(~agree)
 
-    def answers(self, order: str | None, num_data: int) -> Recorder:
-        """Return the model's answers on groups in this order."""
-        if (order, num_data) not in self._answers:
+        @functools.cache
+        def answers(order: str | None, num_data: int) -> Recorder:
             places = np.arange(len(self.x))
             if order is not None:
-                features = self._cheap if order == "surrogate" else None
-                options: Any = {"features": features, "buffer_size": self._buffer_size}
-                places = np.asarray(order_points(jnp.asarray(self.x), num_data, **options))
+                by: Any = {"features": features if order == "surrogate" else None}
+                by["buffer_size"] = buffer_size
+                places = np.asarray(order_points(jnp.asarray(self.x), num_data, **by))
             places = places[: len(places) // num_data * num_data].reshape(-1, num_data)
-            known = self.own[places], self._form
-            made = Recorder(self._run, self.x[places], self._batch_size, known)
-            self._answers[order, num_data] = made
-        return self._answers[order, num_data]
+            return Recorder(run, self.x[places], batch_size, (self.own[places], form))
 
-    @property
-    def cheap(self) -> Float[Array, "points m"]:
-        """The surrogate's outputs, as vectors."""
-        return join(self._cheap, 1)[0]
-
-    @property
-    def off(self) -> Bool[np.ndarray, " points"]:
-        """The mask of the surrogate's labels that are not the model's."""
-        return np.asarray(~agree_on_labels(self.cheap, jnp.asarray(self.own), self.form))
+        self.answers = answers  # the record of groups in this order
 
 
 class Planner:
-    """The measurements of a plan.
+    """The measurements of a plan, on the half of the data for screening, and that for judging.
 
-    Args:
-        latencies: Of calls. Numbered streams of draws are those that must not be the same; what is
-            compared with each other meets the same.
-        asked: The plan's arguments.
-        effort: The work of the plan.
-        calibration: The half of the data for screening and calibration.
-        held_out: The half for judging.
+    Numbered streams of latencies are those that must not be the same; what is compared with each
+    other meets the same.
     """
 
     def __init__(
@@ -220,71 +217,63 @@ class Planner:
         self._calibration, self._held_out = calibration, held_out
         self._queries, self._wanted = asked["num_queries"], asked["max_disagreement"]
         self._early = latencies.quantile(effort.early)
-        self._made: dict[Any, tuple[Any, np.ndarray]] = {}
+        self._own: dict[Any, np.ndarray] = {}
 
-    def _sizes(self, num_data: int) -> Iterator[tuple[int, list[int]]]:
+    def sizes(self, num_data: int, least: int = 1) -> Iterator[tuple[int, list[int]]]:
         """Yield a third, two thirds and all of the redundancy that the budget allows, as workers.
 
-        Each has numbers of answers to wait for: all but 1, 2, 4, ... and N - K; at least K / 2.
+        There are `least` more than data points. Each has numbers of answers to wait for: all but 1,
+        2, 4, ... and N - K; at least K / 2.
         """
         groups, budget = self._queries // num_data, 1 + self._asked["max_extra_work"]
         most = min(int(num_data * budget + 1e-9), self._asked["max_workers"] // groups)
-        further = {math.ceil((most - num_data) * share / 3) for share in (1, 2, 3)}
-        for workers in sorted(num_data + number for number in further if number > 0):
-            yield workers, _waits(num_data, workers)
-
-    def _rule(self, row: Candidate) -> tuple[Any, Waiting]:
-        """Return the code of a candidate, and when its groups end."""
-        size = row.num_data, row.num_workers, row.points
-        if size not in self._made:
-            self._made[size] = row.code, own_workers(row.code)
-        code, own = self._made[size]
-        return code, Waiting(self._latencies.law, own, row.wait_for, row.min_wait)
-
-    def _shape(self, groups: int, workers: int, draws: int | None = None) -> tuple[int, int]:
-        """Return how many draws of groups with this many workers in all are held at a time."""
-        return max(min(draws or self._effort.draws, 4_000_000 // workers), 1000), groups
+        further = {0} | {math.ceil((most - num_data) * share / 3) for share in (1, 2, 3)}
+        for workers in sorted(num_data + number for number in further if number >= least):
+            missing = {1, 2, 4, 8, 16, workers - num_data} - {0}
+            waits = {workers - number for number in missing}
+            yield workers, sorted(each for each in waits if each >= max(num_data // 2, 1))
 
     def _draw(
-        self, row: Candidate, stream: int, draws: int | None = None
+        self, row: Candidate, stream: int, shape: tuple[int, ...], own: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        groups = self._queries // row.num_data
-        shape = self._shape(groups, groups * row.num_workers, draws)
-        return self._rule(row)[1].draw(self._latencies, stream, shape)
-
-    def _ends(self, row: Candidate, draws: int | None = None) -> Float[np.ndarray, " draws"]:
-        """Return when the last of all groups ends."""
-        return np.max(self._draw(row, 1, draws or self._effort.screen_draws)[1], axis=1)
+        """Return masks of answers, ends of groups, and data points' own times, for many groups."""
+        if own is None:
+            size = row.num_data, row.num_workers, row.points
+            if size not in self._own:
+                self._own[size] = own_workers(row.code)
+            own = self._own[size]
+        rule = Waiting(self._latencies.law, own, row.wait_for, row.min_wait)
+        return rule.draw(self._latencies, stream, shape)
 
     def without_code(self) -> Iterator[Candidate]:
         """Yield uncoded, hedged and replicated ways, for which nothing depends on the data.
 
         They are exact, or lose predictions, which count as wrong.
         """
-        latencies, queries = self._latencies, self._queries
+        latencies, queries, draws = self._latencies, self._queries, self._effort.draws
+        uncoded = Candidate("uncoded", queries, queries, queries, 0.0)
         hedges = itertools.product(((2, 1), (3, 1), (3, 2)), self._effort.hedge_quantiles)
-        for (copies, at_once), share in [((1, 1), 0.0), *hedges]:
-            after = latencies.quantile(share) if copies > 1 else np.inf
-            drawn = latencies.draw(copies, (copies, *self._shape(queries, 3 * queries)))
-            there, sent, _ = simulate.Hedge(after, at_once).outcome(drawn[:1], drawn[1:])
-            row = Candidate("uncoded", queries, queries, queries, 0.0)
+        for (copies, at_once), share in [((1, 1), 1.0), *hedges]:
+            after, row = latencies.quantile(share), uncoded
             if copies > 1:
                 hedged = {"copies": copies, "hedge_after": after, "hedge_copies": at_once}
-                row = dataclasses.replace(row, system="hedged", **hedged)
+                row = dataclasses.replace(uncoded, system="hedged", **hedged)
+            drawn = latencies.draw(copies, (copies, draws, queries))
+            there, sent, _ = simulate.Hedge(after, at_once).outcome(drawn[:1], drawn[1:])
             yield row.seen(np.max(there, axis=1), resent=float(np.mean(sent)) - 1)
 
-        for workers, waits in ((queries, _waits(queries, queries)), *self._sizes(queries)):
+        again = latencies.draw(7, (draws, 1, queries))
+        for workers, waits in self.sizes(queries, 0):
             system = "replication" if workers > queries else "uncoded"
-            again = latencies.draw(7, (*self._shape(1, workers), queries))
             whole = Candidate(system, queries, workers, workers, 0.0)
             if workers > queries:
-                yield whole.seen(self._draw(whole, 8)[1][:, 0])
+                yield whole.seen(self._draw(whole, 8, (draws, 1))[1][:, 0])
             for number in waits:
                 whole = dataclasses.replace(whole, wait_for=number)
-                late = float(np.quantile(self._draw(whole, 8)[1], 0.99))
+                late = float(np.quantile(self._draw(whole, 8, (draws, 1))[1], 0.99))
                 for min_wait, limit in ((0.0, 0.0), (self._early, 0.0), (late, None)):
                     row = dataclasses.replace(whole, min_wait=min_wait, limit=limit)
-                    _, end, own = self._draw(row, 8)
+                    _, end, own = self._draw(row, 8, (draws, 1))
                     lost = own > end[..., None]
                     if limit is None:
                         yield dataclasses.replace(row, exact=False).seen(end[:, 0], lost)
@@ -296,14 +285,13 @@ class Planner:
         """Measure the surrogate at each straggler threshold, on the half that set no limit.
 
         Its error probability is that of predictions without answers; it serves a scheme with
-        `Uncoded`, too.
+        `Uncoded`, too. What it does not know has up to three copies.
         """
-        first, half = self._calibration, self._held_out
+        first, half, found, copies = self._calibration, self._held_out, [], 3
         never, own = jnp.full(len(first.x), jnp.inf), jnp.asarray(first.own)
         probability = error_probability_of_predictions(first.cheap, never, own, first.form)
         unsure = np.asarray(probability(half.cheap, jnp.full(len(half.x), jnp.inf), half.cheap))
-        queries, copies = self._queries, self._effort.known_copies
-        shape, found = self._shape(queries, copies * queries), []
+        queries, shape = self._queries, (self._effort.draws, self._queries)
         drawn = self._latencies.draw(9, (copies, *shape))
         point = self._latencies.random(10).integers(0, len(unsure), shape)
         for share in self._effort.hedge_quantiles:
@@ -315,59 +303,37 @@ class Planner:
                 sure = unsure <= limit
                 row = Candidate(KNOWN, queries, queries, queries, 0.0, exact=False, limit=limit)
                 row = row.seen(wrong=(sure & half.off)[:, None])
+                mean, half_width = row.disagreement.mean, row.disagreement.half_width
+                changes: Any = {"copies": copies, "hedge_after": hedge.limit}
+                changes["disagreement"] = Estimate(late * mean, late * half_width)
+                changes["most_disagreement"] = late * row.most_disagreement
                 served = hedge.outcome(drawn[:1], drawn[1:], known=sure[point])
-                share = row.disagreement
-                row = dataclasses.replace(
-                    row,
-                    copies=copies,
-                    hedge_after=hedge.limit,
-                    disagreement=Estimate(late * share.mean, late * share.half_width),
-                    most_disagreement=late * row.most_disagreement,
-                )
-                resent = float(np.mean(served.calls)) - 1
-                found.append(row.seen(np.max(served.seconds, axis=1), resent=resent))
+                changes["resent"] = float(np.mean(served.calls)) - 1
+                found.append(row.seen(np.max(served.seconds, axis=1), **changes))
         return found, probability
 
-    def doubted(self) -> list[Candidate]:
-        """Measure copies of what the surrogate is least sure of; it answers what is late."""
-        found, queries = [], self._queries
-        for workers, waits in self._sizes(queries):
-            for number in waits:
-                row = Candidate(DOUBTED, queries, workers, number, 0.0, "repeated", exact=False)
-                late = self._measured(row, self._calibration).p99
-                for min_wait in sorted({self._early, late}):
-                    row = dataclasses.replace(row, min_wait=min_wait)
-                    found.append(self._measured(row, self._calibration))
-        return [*found, *self.judged(found, np.inf)]
-
     def screened(
-        self,
-        sizes: Sequence[int],
-        layouts: Sequence[str],
-        orders: Sequence[str | None],
-        fastest: float,
+        self, ways: Iterable[Candidate], orders: Sequence[str | None], fastest: float
     ) -> list[Candidate]:
-        """Return all codes and rules that might be faster, by few sets on the first half.
+        """Return ways with all sizes and rules that might be faster, by few sets on the first half.
 
         Waiting until the p99 of the time in which enough answer makes that p99 no later, and most
         others are in by then. One rule is always there, so that every code is shown.
         """
-        found = []
-        for num_data, points in itertools.product(sizes, layouts):
-            for workers, waits in self._sizes(num_data):
+        found, half = [], self._calibration
+        for way in ways:
+            for workers, waits in self.sizes(way.num_data):
                 rows = []
                 for number in waits:
-                    row = Candidate(f"NeRCC {points}", num_data, workers, number, 0.0, points)
-                    row = dataclasses.replace(row, exact=False, held_out=False)
-                    late = row.seen(self._ends(row)).p99
+                    row = dataclasses.replace(way, num_workers=workers, wait_for=number)
+                    late = row.seen(self._times(row, half)).p99
                     for min_wait in sorted({self._early, late}):
                         row = dataclasses.replace(row, min_wait=min_wait)
-                        row = row.seen(self._ends(row))
+                        row = row.seen(self._times(row, half))
                         if row.p99 < fastest or (number == waits[-1] and min_wait == late):
                             rows.append(row)
                 for order, row in itertools.product(orders, rows):
-                    row = dataclasses.replace(row, order=order)
-                    found.append(self._measured(row, self._calibration))
+                    found.append(self._measured(dataclasses.replace(row, order=order), half))
         return found
 
     def judged(self, screened: Iterable[Candidate], fastest: float) -> list[Candidate]:
@@ -389,26 +355,35 @@ class Planner:
                 break
         return found
 
+    def _own_by_doubt(self, row: Candidate, half: Half) -> np.ndarray:
+        """Return which workers run on which data points of each group, by the surrogate's doubt."""
+        cheap = half.cheap[: len(half.x) // row.num_data * row.num_data]
+        outputs = cheap if half.form is None else half.form.split(cheap)
+        scheme = row.scheme(lambda _: outputs)
+        encoders = np.asarray(scheme.encoders(scheme.prepare(cheap)))
+        return np.swapaxes(encoders > 0.5, 1, 2)[:, None]
+
+    def _times(self, row: Candidate, half: Half) -> Float[np.ndarray, " draws"]:
+        """Return when the last of all groups ends."""
+        draws = self._effort.draws // (1 if half is self._held_out else 4)
+        if row.system == DOUBTED:
+            own = self._own_by_doubt(row, half)
+            return self._draw(row, 11, (len(own), -(-draws // len(own))), own)[1].ravel()
+        return np.max(self._draw(row, 1, (draws, self._queries // row.num_data))[1], axis=1)
+
     def _measured(self, row: Candidate, half: Half) -> Candidate:
         """Return a row with its times and its disagreement, on a half's groups in its order."""
-        held, effort = half is self._held_out, self._effort
+        held, times = half is self._held_out, self._times(row, half)
         if row.system == DOUBTED:
-            groups = len(half.x) // row.num_data
-            cheap = half.cheap[: groups * row.num_data]
-            outputs = cheap if half.form is None else half.form.split(cheap)
-            scheme = Scheme(row.code, Surrogate(lambda _: outputs), **row.placement)
-            encoders = scheme.encoders(scheme.prepare(cheap))
-            own = np.swapaxes(np.asarray(encoders) > 0.5, 1, 2)[:, None]
-            rule = Waiting(self._latencies.law, own, row.wait_for, row.min_wait)
-            sets = -(-(effort.draws if held else effort.screen_draws) // groups)
-            _, end, there = rule.draw(self._latencies, 11, (groups, sets))
-            wrong = (there > end[..., None]) & half.off[: len(cheap)].reshape(groups, 1, -1)
-            return row.seen(end.ravel(), wrong, held_out=held)
-        code, rule = self._rule(row)
+            own = self._own_by_doubt(row, half)
+            _, end, there = self._draw(row, 11, (len(own), len(times) // len(own)), own)
+            off = half.off[: len(own) * row.num_data].reshape(len(own), 1, -1)
+            return row.seen(times, (there > end[..., None]) & off, held_out=held)
         coded = half.answers(row.order, row.num_data)
+        code: Any = row.code
         answers, labels = np.asarray(coded.of(code).coded), np.argmax(coded.own, axis=-1)
-        shape = len(labels), effort.sets if held else effort.screen_sets
-        mask, end, there = rule.draw(self._latencies, 4 if held else 3, shape)
+        sets = self._effort.sets // (1 if held else 12)
+        mask, end, there = self._draw(row, 4 if held else 3, (len(labels), sets))
         known, size = there <= end[..., None], 512  # groups that are decoded at a time
         wrong, rows = np.zeros(known.shape, bool), np.argwhere(~known.all(axis=-1))
         for start in range(0, len(rows), size):
@@ -417,15 +392,7 @@ class Planner:
             given = (answers[group], mask[group, index], labels[group])
             off = np.asarray(_wrong_labels(code, *map(jnp.asarray, given)))
             wrong[tuple(part.T)] = off[: len(part)]
-        return row.seen(
-            self._ends(row, effort.draws if held else None), wrong & ~known, held_out=held
-        )
-
-
-def _waits(num_data: int, num_workers: int) -> list[int]:
-    missing = {1, 2, 4, 8, 16, num_workers - num_data} - {0}
-    least = max(num_data // 2, 1)
-    return sorted({num_workers - number for number in missing if num_workers - number >= least})
+        return row.seen(times, wrong & ~known, held_out=held)
 
 
 @eqx.filter_jit

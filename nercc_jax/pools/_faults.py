@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree
 
 from ..stragglers import AbstractLatency, RowLatency, TraceLatency
-from ..stragglers._laws import check_alike
+from ..stragglers._laws import draws_alike
 
 FaultKind: TypeAlias = Literal["delay", "error", "nan", "hang", "death", "swap"]
 
@@ -115,11 +115,11 @@ class Fault:
             raise ValueError(f"probability must be in [0, 1], not {self.probability}")
         if (self.kind == "delay") != (self.latency is not None):
             raise ValueError('a "delay" needs a latency law, and nothing else takes one')
-        if isinstance(self.latency, AbstractLatency):
-            check_alike(
-                self.latency,
-                "the delays of a Fault have one law. If it differs between workers, give each its "
-                'own, Fault("delay", workers=[0], latency=...)',
+        if isinstance(self.latency, AbstractLatency) and not draws_alike(self.latency):
+            raise ValueError(
+                f"the delays of a Fault have one law, and draws of {type(self.latency).__name__} "
+                "depend on their place, or are not of every shape. If it differs between workers, "
+                'give each its own, Fault("delay", workers=[0], latency=...)'
             )
 
 
@@ -193,6 +193,8 @@ class Faults:
         for kind, workers in (wrong_workers or {}).items():
             if kind != "swap":
                 raise ValueError(f"wrong answers are a 'swap' of rows, not {kind!r}")
+            if not all(type(worker) is int for worker in workers):
+                raise ValueError(f"wrong workers are whole numbers, [1, 2], not {workers}")
             faults.append(Fault(kind, wrong_rate, workers=tuple(workers)))
         return cls(faults, seed)
 

@@ -9,18 +9,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Bool, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded
+from ..codes import AbstractCode, Decoded, decode_groups
 from ..codes._checks import check_count
-from ..codes._kept import CachedMatrices, encoder_of, known_decoders
-from ..codes._trees import check_finite, points_of, to_device
-from ..codes.host import decode_shared, encode_on_host
+from ..codes._kept import CachedMatrices, encoder_of, known_matrices
+from ..codes._trees import check_finite, groups_of, points_of, to_device
+from ..codes.host import encode_on_host
 from ..inference._coded import as_groups
 from ..inference.models import check_conditions
-from ..risk._error_bars import error_bars
 from ..schemes import Scheme
-from ..schemes._scheme import PreparedInputs, select_uncertain
+from ..schemes._scheme import PreparedInputs, uncertain_points, with_own_answers
 from ._pool import AbstractPool
 from .batch import BatchAnswers, Enough, check_deadline
 from .worker import no_mesh, off_meshes
@@ -46,32 +45,24 @@ class PoolResult:
     """Predictions with their status, the answers they rest on, and the time they took.
 
     Attributes:
-        decoded: Predictions, and which of them were recovered.
+        decoded: Predictions, which of them were recovered, and how far they may be off.
         answers: The answers to coded data points.
         timing: Seconds of each step: `encode`; `dispatch`, handing coded data points to the pool;
             `wait`, until the answers were enough: the workers' time, transport included; `decode`;
             `reexecute`; and of the whole call, `total`.
-        error_probability: The probability that a label is not the model's own; None without an
-            error probability.
         reexecuted: Which predictions are the model's own because they were run again; their error
             and deviation are 0. None without a `max_disagreement` or a tolerance.
-        deviation: How far predictions may be off, in units of the outputs; None without a scheme.
     """
 
     decoded: Decoded
     answers: BatchAnswers
     timing: Timing
-    error_probability: Float[np.ndarray, "*groups num_data"] | None = None
     reexecuted: Bool[np.ndarray, "*groups num_data"] | None = None
-    deviation: Float[np.ndarray, "*groups num_data"] | None = None
 
-
-# Predictions of groups, with those of `PoolResult`'s fields that say how far they may be off.
-Found: TypeAlias = tuple[Decoded, dict[str, Float[np.ndarray, "groups num_data"]]]
 
 # Coded data points, worker by worker, and what `Decode` has to know of them.
 Encode: TypeAlias = Callable[[PyTree], tuple[PyTree, Any]]
-Decode: TypeAlias = Callable[[Any, PyTree, np.ndarray], Found]
+Decode: TypeAlias = Callable[[Any, PyTree, np.ndarray], Decoded]
 
 
 @no_mesh()
@@ -101,7 +92,7 @@ def pool_inference(
     uncertain, or whose error bar is too large, are sent to the pool again, themselves, and their
     predictions are then the model's own: the least certain first. Those calls are hedged as all of
     the pool's. A data point without such an answer at the deadline stays as decoded;
-    `PoolResult.error_probability` says how uncertain it is.
+    `Decoded.error_probability` says how uncertain it is.
 
     The encoder and the decoder are compiled once, for every straggler set. An error probability or
     a forecast that was calibrated under other `conditions` than the pool's causes a
@@ -178,27 +169,33 @@ def pool_inference(
             raise _no_answer(pool, answers, deadline)
 
         found, again = decode(known, answers.values, answers.available), None
-        if not np.any(found[0].recovered):
+        if not np.any(found.recovered):
             raise TimeoutError(
                 f"no prediction can be recovered from the {answers.available.sum()} of "
                 f"{plain.num_workers} answers that were in after {deadline} s"
             )
         end = now()
         if limit is not None:
-            score: Any = found[1].get("error_probability")
-            if tolerance is not None:
-                score = error_bars(jnp.asarray(found[1]["deviation"]), bars, coverage)
-                score = np.where(found[0].recovered, score, np.inf)
-            most = int(max_reexecution * score.size)
-            chosen = select_uncertain(score.ravel(), limit=limit, at_most=most)
-            found, again = _reexecute(pool, x, found, chosen, deadline - (end - sent))
+            asked = limit, max_reexecution, tolerance, bars, coverage
+            chosen = uncertain_points(found, *asked)
+            again, left = np.zeros(found.recovered.shape, bool), deadline - (end - sent)
+            if len(chosen) and left > 0:
+                # As many in a call as coded ones were, for which workers have compiled a program.
+                rows = np.resize(chosen, (-(-len(chosen) // len(again)), len(again)))
+                few = jax.tree.map(lambda leaf: leaf[rows], points_of(x))
+                with pool.dispatch(few) as batch:
+                    own = batch.wait(deadline=left)
+                if own.values is not None:
+                    points = rows[own.available].ravel()
+                    again.ravel()[points] = True
+                    few = jax.tree.map(lambda leaf: np.concatenate(leaf[own.available]), own.values)
+                    found = with_own_answers(found, points, few)
 
         if not many:
             found, again = jax.tree.map(lambda leaf: leaf[0], (found, again))
         timing = Timing(encoded - begin, sent - encoded, waited - sent, end - waited, now() - end)
-        decoded, sure = found
-        result = PoolResult(decoded, answers, timing, reexecuted=again, **sure)
-        return result if with_status else decoded.predictions
+        result = PoolResult(found, answers, timing, again)
+        return result if with_status else found.predictions
 
     return infer
 
@@ -210,8 +207,9 @@ def _code_steps(code: AbstractCode) -> tuple[Encode, Decode]:
     def encode(x: PyTree) -> tuple[PyTree, None]:
         return jax.tree.map(lambda leaf: encode_on_host(encoder, leaf), x), None
 
-    def decode(known: None, values: PyTree, available: np.ndarray) -> Found:
-        return jax.tree.map(np.asarray, decode_shared(code, values, available)), {}
+    def decode(known: None, values: PyTree, available: np.ndarray) -> Decoded:
+        y = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), values)
+        return jax.tree.map(np.asarray, decode_groups(code, y, np.asarray(available)[None]))
 
     return encode, decode
 
@@ -229,16 +227,12 @@ def _scheme_steps(scheme: Scheme) -> tuple[Encode, Decode]:
         prepared, coded = _encode(scheme, points, encoder)
         return coded, (points, prepared)
 
-    def decode(known: Any, values: PyTree, available: np.ndarray) -> Found:
+    def decode(known: Any, values: PyTree, available: np.ndarray) -> Decoded:
         points, prepared = known
-        given = None if prepared.points is not None else known_decoders(code, available)
+        given = None if prepared.points is not None else known_matrices(code, available).decoders
         matrices = CachedMatrices(encoder, given)
         found = _decode(scheme, points, prepared, values, available, matrices)
-        decoded, error_probability, deviation = jax.tree.map(np.asarray, found)
-        sure = {"deviation": deviation}
-        if scheme.error_probability is not None:
-            sure["error_probability"] = error_probability
-        return decoded, sure
+        return jax.tree.map(np.asarray, found)
 
     return encode, decode
 
@@ -259,55 +253,12 @@ def _decode(
     values: PyTree,
     available: ArrayLike,
     known: CachedMatrices,
-) -> tuple[Decoded, Array, Array]:
+) -> Decoded:
     y = jax.tree.map(lambda leaf: jnp.swapaxes(jnp.asarray(leaf), 0, 1), values)
     groups = len(jax.tree.leaves(y)[0])
     masks = jnp.broadcast_to(available, (groups, scheme.code.num_workers))
-    assessed = scheme.decode(to_device(points), prepared, y, masks, known)
-
-    def by_group(leaf: Array) -> Array:
-        return leaf.reshape(groups, scheme.code.num_data, *leaf.shape[1:])
-
-    decoded = assessed.decoded
-    predictions = jax.tree.map(by_group, decoded.predictions)
-    status = Decoded(predictions, decoded.responded, by_group(decoded.recovered))
-    return status, by_group(assessed.error_probability), by_group(assessed.deviation)
-
-
-def _reexecute(
-    pool: AbstractPool,
-    x: PyTree[Shaped[np.ndarray, "groups num_data ..."]],
-    found: Found,
-    chosen: np.ndarray,
-    seconds: float,
-) -> tuple[Found, Bool[np.ndarray, "groups num_data"]]:
-    """Return predictions with the pool's own of the chosen data points, and which those are."""
-    decoded, sure = found
-    again = np.zeros(decoded.recovered.shape, bool)
-    if len(chosen) == 0 or seconds <= 0:
-        return found, again
-    # As many in a call as coded ones were, for which workers have compiled their program.
-    size = len(again)
-    rows = np.resize(chosen, -(-len(chosen) // size) * size).reshape(-1, size)
-    with pool.dispatch(jax.tree.map(lambda leaf: leaf[rows], points_of(x))) as batch:
-        answers = batch.wait(deadline=seconds)
-    if answers.values is None:
-        return found, again
-    places = np.unravel_index(rows[answers.available], again.shape)
-
-    def filled(values: Any, new: Any) -> Any:
-        values = np.array(values)
-        values[places] = new
-        return values
-
-    own = jax.tree.map(lambda leaf: leaf[answers.available], answers.values)
-    predictions = jax.tree.map(filled, decoded.predictions, own)
-    status = eqx.tree_at(
-        lambda d: (d.predictions, d.recovered),
-        decoded,
-        (predictions, filled(decoded.recovered, True)),
-    )
-    return (status, {name: filled(each, 0) for name, each in sure.items()}), filled(again, True)
+    found = scheme.decode(to_device(points), prepared, y, masks, known)
+    return found.map_points(lambda leaf: groups_of(leaf, scheme.code.num_data))
 
 
 def _no_answer(pool: AbstractPool, answers: BatchAnswers, deadline: float) -> Exception:

@@ -2,15 +2,19 @@
 
 import concurrent.futures
 import dataclasses
+import importlib.metadata
+import importlib.util
 import logging
 import math
 import os
 import socket
+import sys
 import threading
 import time
 import urllib.parse
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .clock import Watcher
@@ -157,6 +161,33 @@ def join_ray(
         if ours.head is None or ours.users == 0 or ours.head.address != found:
             ours.head = Head(found)
         ours.users += 1
+
+
+def with_modules(runtime_env: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
+    """Return a runtime environment that sends the modules of models along, `module:name`.
+
+    Those that are installed need not be sent; nor does anything where the environment names a
+    folder, or `ray job submit` has sent one of its own.
+    """
+    sys.path[:0] = [] if "" in sys.path else [str(Path.cwd())]
+    found: dict[Path, Path] = {}  # a module's file or folder by the folder that has it
+    installed = importlib.metadata.packages_distributions()
+    for each in models:
+        name = each.partition(":")[0].partition(".")[0]
+        spec = importlib.util.find_spec(name) if ":" in each and name not in installed else None
+        if spec is not None and spec.origin is not None:
+            path = Path(spec.origin).resolve()
+            path = path.parent if spec.submodule_search_locations else path
+            if not {"site-packages", "dist-packages"} & set(path.parts):
+                found[path.parent] = path
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if not found or submitted or {"working_dir", "py_modules"} & runtime_env.keys():
+        return dict(runtime_env)
+    first, *others = found
+    # Whatever .gitignore says.
+    sent = {"working_dir": str(first), "excludes": [".git", ".venv", "venv", "__pycache__"]}
+    sent |= {"py_modules": [str(found[each]) for each in others]} if others else {}
+    return sent | dict(runtime_env)
 
 
 def leave_ray() -> None:

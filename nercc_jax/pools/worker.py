@@ -27,10 +27,10 @@ from jaxtyping import PyTree
 
 from ..codes._kept import x64_enabled
 from ..codes._trees import is_float
+from ..codes.workers import call_model
 from ..inference import cast_model
 from ..inference.models import (
     Model,
-    call_model,
     cast_floats,
     check_model,
     matmul_precision,

@@ -4,12 +4,11 @@ These are the only places where a bound, a quantile or a factor of error bars is
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,27 +72,23 @@ def risk_cap(share: float) -> float:
     return max(min(5 * share, 0.5), share)
 
 
-@functools.lru_cache(maxsize=64)
-def allowed_errors(share: float, most: int, failure: float = 0.25) -> Int[np.ndarray, " numbers"]:
-    """Return for each number of answers, from 0 to `most`, how many may have been wrong.
+def within_bound(wrong: Any, number: Any, share: float, failure: float = 0.25) -> Any:
+    """Return whether the upper confidence bound of a share of wrong answers is at most `share`.
 
-    With so many wrong ones or fewer, the upper confidence bound of the share of wrong answers is
-    at most `share`; -1 where even none is too many (Clopper and Pearson 1934).
+    The bound is that of Clopper and Pearson (1934), and fails with the probability `failure`; the
+    sequential test of what is given out finds it if that matters. Decoded digits, random
+    stragglers, 5 % allowed: with 0.1, 0.25, 0.4 it gives out 84, 86, 89 % of what is given out
+    without a bound, and 2.2, 3.2, 3.6 % of that is wrong.
 
-    The bound fails with the probability `failure`; the sequential test of what is given out finds
-    it if that matters. Decoded digits, random stragglers, 5 % allowed: with 0.1, 0.25, 0.4 it gives
-    out 84, 86, 89 % of what is given out without a bound, and 2.2, 3.2, 3.6 % of that is wrong.
+    Args:
+        wrong: The number of wrong answers, or an array of such.
+        number: The number of independent answers.
+        share: The share that is allowed.
+        failure: The probability with which the bound fails.
     """
     from scipy.special import bdtr  # late: a fifth of a worker's import time
 
-    if share >= 1:
-        return np.arange(most + 1)
-    allowed, wrong = np.full(most + 1, -1), -1
-    for number in range(1, most + 1):
-        while wrong < number and bdtr(wrong + 1, number, share) <= failure:
-            wrong += 1
-        allowed[number] = wrong
-    return allowed
+    return bdtr(wrong, number, min(share, 1.0)) <= (failure if share < 1 else 1.0)
 
 
 def upper_bound(
@@ -108,27 +103,30 @@ def upper_bound(
         number: Independent answers that each share was observed on, which need not be whole.
         failure: The probability with which a bound fails (Clopper and Pearson 1934). None counts
             one more wrong answer than there were, and adds two standard errors: tighter where none
-            was wrong, and wider where many were.
+            was wrong, and wider where many were. With Clopper and Pearson's at 0.025 in its place,
+            0.79 of the answers were given out instead of 0.88 in three of 36 cells.
     """
     if failure is None:
         deviation = np.sqrt(wrong * (1 - wrong) / np.maximum(number, 1e-9))
         return np.minimum((wrong * number + 1) / (number + 1) + 2 * deviation, 1)
     from scipy.special import betaincinv  # late, as above
 
-    errors = wrong * number
-    return np.where(
-        errors < number, betaincinv(errors + 1, np.maximum(number - errors, 1e-9), 1 - failure), 1.0
-    )
+    errors, right = wrong * number, np.maximum((1 - wrong) * number, 1e-9)
+    return np.where(wrong < 1, betaincinv(errors + 1, right, 1 - failure), 1.0)
 
 
-def conformal_quantile(ratios: Float[np.ndarray, " rows"], coverage: float) -> float:
+def conformal_quantile(ratios: Float[np.ndarray, " rows"], coverage: Any) -> Any:
     """Return the ratio that covers a share of others; infinite where there are too few.
 
     The k-th of n ratios covers `k / (n + 1)` of others like them (Lei et al. 2018,
     "Distribution-free predictive inference for regression").
+
+    Args:
+        ratios: Observed ratios of error to deviation.
+        coverage: The share, or an array of such.
     """
-    place = math.ceil((len(ratios) + 1) * coverage) - 1
-    return float(np.partition(ratios, place)[place]) if place < len(ratios) else math.inf
+    place = np.ceil((len(ratios) + 1) * np.asarray(coverage) - 1e-9).astype(int) - 1
+    return np.append(np.sort(ratios), np.inf)[np.minimum(place, len(ratios))]
 
 
 def bar_factor(
@@ -148,7 +146,7 @@ def bar_factor(
         number: The number of different rows, where the same ones come several times.
     """
     ratios = error_ratios(error, deviation)
-    factor = conformal_quantile(ratios[np.isfinite(deviation)], accuracy.coverage)
+    factor = float(conformal_quantile(ratios[np.isfinite(deviation)], accuracy.coverage))
     if accuracy.tolerance is None or math.isinf(factor):
         return factor
     bound = factor * deviation
@@ -165,7 +163,7 @@ def least_factor(
     """Return the least factor, from 1 to 32, with which error bars hold for what is given out.
 
     They hold where no more errors are beyond them than a finite-sample bound allows
-    (`allowed_errors`). A row is given out at the first look at which its bound is within the
+    (`within_bound`). A row is given out at the first look at which its bound is within the
     tolerance.
 
     Args:
@@ -179,10 +177,10 @@ def least_factor(
     """
     assert accuracy.tolerance is not None
     rows, times = np.arange(len(bounds)), number / max(len(bounds), 1)
-    allowed = allowed_errors(1 - accuracy.coverage, 1 << max(number, 2047).bit_length())
     for factor in np.geomspace(1, 32, 81).tolist():
         within = bounds * factor <= accuracy.tolerance
         given = excess[rows, within.argmax(axis=1)][within.any(axis=1)]
-        if times * np.sum(given > factor) <= allowed[int(times * len(given))]:
+        beyond = math.ceil(times * np.sum(given > factor) - 1e-9)
+        if within_bound(beyond, int(times * len(given)), 1 - accuracy.coverage):
             return factor
     return math.inf

@@ -94,7 +94,8 @@ class AnswerCheck:
             answers: The answers.
         """
         deviation = np.maximum(deviation, _LEAST)
-        mean, ratios = self._ratios(mean, deviation, answers)
+        mean = _mapped(mean, self.slope) + self.offset  # as right answers are, by the regression
+        ratios = (answers - mean) / deviation[:, None]
         found = np.ones((len(answers), 9 if self.labels else 5), np.float32)
         found[:, 1] = _square(ratios)
         found[:, 2] = _square(_mapped(ratios, self.residual))
@@ -110,19 +111,6 @@ class AnswerCheck:
             lengths = np.sqrt(_square(own) * _square(expected))
             found[:, 7], found[:, 8] = margin, np.vecdot(own, expected) / (lengths + _LEAST)
         return found
-
-    def residuals(self, mean: _Vectors, deviation: _Numbers, answers: _Vectors) -> _Vectors:
-        """Return residuals over deviations, uncorrelated; arguments as for `features`."""
-        with np.errstate(all="ignore"):
-            _, ratios = self._ratios(mean, np.maximum(deviation, _LEAST), answers)
-            return _mapped(ratios, self.residual)
-
-    def _ratios(
-        self, mean: np.ndarray, deviation: np.ndarray, answers: np.ndarray
-    ) -> tuple[_Vectors, _Vectors]:
-        """Return the answers that are expected, and the residuals over deviations."""
-        mean = _mapped(mean, self.slope) + self.offset
-        return mean, (answers - mean) / deviation[:, None]
 
     def _distance(self, mapped: _Vectors) -> _Numbers:
         """Return the squares of the distances of mapped answers to the nearest reference."""

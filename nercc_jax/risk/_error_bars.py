@@ -7,6 +7,7 @@ al. 2018, "Distribution-free predictive inference for regression").
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import equinox as eqx
@@ -20,9 +21,9 @@ from ..codes._trees import to_device
 from ..evaluation._criteria import root_mean_square
 from ..inference.models import AbstractCalibrated, Conditions
 from ..surrogates import Kernel, Learner, LearnerTuning, tune_learner
-from ._accuracy import Accuracy, bar_factor
+from ._accuracy import Accuracy, bar_factor, conformal_quantile
 
-_LEVELS = 1024  # of coverage that are kept
+_LEVELS = 1000  # of coverage that are kept
 
 
 class ErrorBars(AbstractCalibrated):
@@ -32,12 +33,11 @@ class ErrorBars(AbstractCalibrated):
     coverage, it returns bars.
 
     Attributes:
-        coverages: Shares of errors, increasing.
-        factors: For each coverage, the quantile of error over deviation.
+        factors: For each share of errors, from one in so many to all, the quantile of error over
+            deviation; infinite where the calibration had too few points.
         conditions: The conditions of the calibration's answers.
     """
 
-    coverages: Float[Array, " levels"]
     factors: Float[Array, " levels"]
     conditions: Conditions = eqx.field(static=True, default=Conditions())
 
@@ -57,9 +57,7 @@ class ErrorBars(AbstractCalibrated):
         """Return the factor for a coverage; infinite where the calibration had too few points."""
         if not 0 < coverage < 1:
             raise ValueError(f"coverage must be a share between 0 and 1, not {coverage}")
-        place = jnp.searchsorted(self.coverages, coverage)
-        factors = jnp.append(self.factors, jnp.inf)
-        return factors[place]
+        return self.factors[math.ceil(len(self.factors) * coverage - 1e-9) - 1]
 
 
 def calibrate_learner_bars(
@@ -122,21 +120,14 @@ def error_bars_from_ratios(
     Raises:
         ValueError: No ratio is a number.
     """
-    ratios = np.sort(ratios[~np.isnan(ratios)])
+    ratios = ratios[~np.isnan(ratios)]
     if ratios.size == 0:
         raise ValueError(
             "all predictions are exact or none is known: there is nothing to calibrate"
         )
-    # The k-th of n covers k / (n + 1) of others. There are always as many levels, so that programs
-    # are compiled once: for larger coverages the factor is infinite.
-    places = np.unique(
-        np.linspace(0, ratios.size - 1, min(_LEVELS, ratios.size)).round().astype(int)
-    )
-    coverages, factors = np.ones(_LEVELS), np.full(_LEVELS, np.inf)
-    coverages[: len(places)] = (places + 1) / (ratios.size + 1)
-    factors[: len(places)] = ratios[places]
-    coverages, factors = to_device((coverages, factors))
-    return ErrorBars(coverages=coverages, factors=factors, conditions=conditions)
+    shares = np.arange(1, _LEVELS + 1) / _LEVELS  # always as many: programs are compiled once
+    factors: Any = to_device(conformal_quantile(ratios, shares))
+    return ErrorBars(factors=factors, conditions=conditions)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,19 +20,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ..codes import Decoded
 from ..codes._trees import Form, to_device
-from ..evaluation import Answers
 from ..evaluation._criteria import agree_on_labels, root_mean_square
-from ..evaluation._objective import draw_sets
 from ..inference.models import AbstractCalibrated, Conditions
 from ..splines.arrays import namespace
-from ..stragglers import AbstractStragglers
-from ..surrogates import AbstractSurrogate
-from ..surrogates.interface import AbstractGroupPrior
-from ..surrogates.surrogate import decode_with_deviation
 from ._accuracy import risk_cap, upper_bound
 from ._features import label_features
 
@@ -151,30 +144,6 @@ class ErrorProbability(AbstractCalibrated):
         return float(np.asarray(self.shares)[place])
 
 
-def error_probability_from_answers(
-    own: Answers,
-    stragglers: Mapping[str, AbstractStragglers],
-    key: PRNGKeyArray,
-    num_sets: int,
-    surrogate: AbstractSurrogate | None = None,
-    prior: AbstractGroupPrior | None = None,
-) -> ErrorProbability:
-    """Calibrate an error probability on recorded answers.
-
-    Args:
-        own: Recorded answers of the code.
-        stragglers: Named laws that straggler sets are drawn from.
-        key: Random key of the draws.
-        num_sets: Straggler sets for each law.
-        surrogate: The surrogate that predictions are decoded with, if any.
-        prior: The surrogate's outputs on the same groups.
-    """
-    check_labels(own.form)
-    masks, _ = draw_sets(stragglers, key, own.code.num_workers, num_sets)
-    seen = observe_errors(DecodeAnswers(own, surrogate, prior), own.own, own.form, masks)
-    return error_probability_of_sets(seen, own.form, own.conditions)
-
-
 def check_labels(form: Form) -> None:
     """Raise ValueError for outputs without labels: a single number is its own largest."""
     if not form.has_labels:
@@ -182,23 +151,6 @@ def check_labels(form: Form) -> None:
             f"outputs of shapes {list(form.shapes)} have one number a row, which is no label: "
             "calibrate_error_bars and a tolerance are for values"
         )
-
-
-class DecodeAnswers(eqx.Module):
-    """Decodes recorded answers, with a surrogate or without, as `observe_errors` asks for."""
-
-    own: Answers
-    surrogate: AbstractSurrogate | None = None
-    prior: AbstractGroupPrior | None = None
-
-    def __call__(
-        self, available: Bool[Array, "groups num_workers"]
-    ) -> tuple[Decoded, Array, Array | None]:
-        """Return predictions as vectors, their deviations, and the surrogate's outputs."""
-        own = self.own
-        found = decode_with_deviation(own.code, self.surrogate, own.coded, available, self.prior)
-        cheap = None if self.prior is None else self.prior.condition(own.coded, available).own
-        return *found, cheap
 
 
 class ObservedErrors(eqx.Module):
@@ -227,15 +179,16 @@ def observe_errors(
     """Return each data point's error, and features, under each straggler set.
 
     Args:
-        decode: Returns predictions as vectors, their deviations, and a surrogate's outputs or None
-            for the workers that answered in each group (`DecodeAnswers`).
+        decode: Returns predictions as vectors with their deviations, and a surrogate's outputs or
+            None, for the workers that answered in each group (`Scheme.assess`).
         own: The model's own outputs as vectors.
         form: Their structure.
         masks: The straggler sets, for all groups.
     """
 
     def of_set(mask: Array) -> ObservedErrors:
-        decoded, deviation, cheap = decode(jnp.broadcast_to(mask, (len(own), len(mask))))
+        decoded, cheap = decode(jnp.broadcast_to(mask, (len(own), len(mask))))
+        deviation = decoded.deviation
         features = label_features(
             decoded.predictions, deviation, cheap, None if form.is_vector else form
         )
@@ -402,10 +355,24 @@ def fit_error_probability(
     flat, missed = features[used][thin].astype(np.float64), wrong[used][thin]
     # A data point is much the same under all sets and looks: it counts once in all.
     count = min(points / max(len(flat), 1), 1.0)
-    owner = np.arange(len(wrong)) if not owners else owners[0]
+    owner = owners[0] if owners else np.arange(len(wrong))
     owner = np.broadcast_to(owner[:, None], wrong.shape)[used][thin]
-    weights, logit = _cross_fitted(flat, missed, owner, count, falling)
-    knots, shifts = _correction(logit, missed, count)
+
+    # A regression on few samples is too sure of itself on others. The excess is measured where the
+    # regression is made without a part of the owners, and the log-odds are scaled by it (van
+    # Houwelingen and Le Cessie 1990, "Predictive value of statistical models").
+    weights = logistic_regression(flat, missed, falling, count)
+    logit, folds = flat @ weights, 5  # miscalibration with 2, 5, 10: 0.057, 0.051, 0.054
+    for fold in range(folds):
+        part = owner % folds == fold
+        if not part.all():
+            others = logistic_regression(flat[~part], missed[~part], falling, count)
+            logit[part] = flat[part] @ others
+    shift, scale = logistic_regression(np.stack([np.ones_like(logit), logit], axis=-1), missed)
+    # Where it says hardly anything, some order is left. Use with 0.0001, 0.1, 0.3: .27, .43, .44.
+    scale = max(scale, 0.1)
+    weights = scale * weights + shift * np.eye(1, len(weights))[0]
+    knots, shifts = _correction(scale * logit + shift, missed, count)
 
     logit = features @ weights
     logit = logit + np.interp(logit, knots, shifts)
@@ -423,33 +390,7 @@ def fit_error_probability(
 # points, 35 straggler sets, calibrated on 100 or 400 groups (six draws) and judged on 800 others.
 # The figures are means over these of "miscalibration", the worst of five bins' |log(observed /
 # promised)|; of "use", the disagreement over what was allowed (0.5 and 2 %); or of what is named.
-
-
-def _cross_fitted(
-    features: Float[np.ndarray, "samples features"],
-    wrong: Bool[np.ndarray, " samples"],
-    owner: Int[np.ndarray, " samples"],
-    count: float,
-    falling: Sequence[int],
-) -> tuple[Float[np.ndarray, " features"], Float[np.ndarray, " samples"]]:
-    """Return the regression's weights, and each sample's log-odds from other owners' samples.
-
-    A regression on few samples is too sure of itself on others. The excess is measured where the
-    regression is made without a part of the owners, and the log-odds are scaled by it (van
-    Houwelingen and Le Cessie 1990, "Predictive value of statistical models").
-    """
-    weights = logistic_regression(features, wrong, falling, count)
-    logit, folds = features @ weights, 5  # miscalibration with 2, 5, 10: 0.057, 0.051, 0.054
-    for fold in range(folds):
-        part = owner % folds == fold
-        if not part.all():
-            logit[part] = features[part] @ logistic_regression(
-                features[~part], wrong[~part], falling, count
-            )
-    shift, scale = logistic_regression(np.stack([np.ones_like(logit), logit], axis=-1), wrong)
-    # Where it says hardly anything, some order is left. Use with 0.0001, 0.1, 0.3: .27, .43, .44.
-    scale = max(scale, 0.1)
-    return scale * weights + shift * np.eye(1, len(weights))[0], scale * logit + shift
+SUREST = 1 - 1e-6  # the largest probability of an error
 
 
 def _correction(
@@ -488,9 +429,6 @@ def _correction(
     shifts = (1 - slope) * (logit_of(share) - knots)
     fill = bins - len(knots)
     return np.append(knots, knots[-1] + 1 + np.arange(fill)), np.pad(shifts, (0, fill), "edge")
-
-
-SUREST = 1 - 1e-6  # the largest probability of an error
 
 
 def _curve(

@@ -18,9 +18,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
-from ._accuracy import Accuracy, allowed_errors, conformal_quantile, least_factor, risk_cap
+from ._accuracy import Accuracy, conformal_quantile, least_factor, risk_cap, within_bound
 from ._monitor import RiskMonitor
 
 _ROWS = 1024  # the latest rows that count
@@ -52,9 +52,9 @@ class _Limits(NamedTuple):
 
     probability: float
     beyond: float
-    factor: float
-    shift: float
-    admitted: float
+    factor: float = 1.0
+    shift: float = 0.0
+    admitted: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,9 +112,9 @@ class Risk:
         self._needs_evidence = needs_evidence and self._share != 0
         self._monitor = RiskMonitor(accuracy.promised)
         self.needed = 0 if self._tolerance is None else _BARS
-        if self._share:
-            self._allowed = allowed_errors(self._share, 2 * _ROWS)
-            self.needed = max(int(np.searchsorted(self._allowed, 0)), self.needed)
+        if self._share and self._share < 1:
+            suffices = within_bound(0, np.arange(2 * _ROWS), self._share)  # if all are right
+            self.needed = max(int(np.searchsorted(suffices, True)), self.needed)
         self._rows: collections.deque[Comparison] = collections.deque(maxlen=_ROWS)
         self.shown: collections.deque[bool] = collections.deque(maxlen=_SHOWN)
         self.epoch = self.drifts = self.unknown = 0
@@ -140,10 +140,10 @@ class Risk:
             limit = -1.0
         within = np.full(np.shape(bound), limit >= 0)
         if self._tolerance is not None:
-            within &= bound * limits.factor <= self._tolerance
+            within = within & (bound * limits.factor <= self._tolerance)
         if self._share is not None:
-            within &= probability <= min(limit, risk_cap(self._share))
-        return within
+            within = within & (probability <= min(limit, risk_cap(self._share)))
+        return np.asarray(within)
 
     def expected(self, probability: Number, bound: Number) -> tuple[Number, Number]:
         """Return the probability that a straggling row's label is wrong, and its error bound.
@@ -233,7 +233,39 @@ class Risk:
         """The share of straggling rows whose answers may be given out."""
         return self._limits.admitted
 
-    def hardness(self) -> tuple[float, float]:
+    @property
+    def excesses(self) -> Float[np.ndarray, " rows"]:
+        """The errors of the straggling rows that have a bound, over their bounds."""
+        return np.array([row.excess for row in self._rows if not math.isnan(row.bound)])
+
+    @property
+    def hint(self) -> str | None:
+        """A sentence that straggling rows are harder than others, if they are beyond chance."""
+        (missed, expected), number = self._hardness(), len(self._rows)
+        if missed <= expected + 3 * math.sqrt(max(expected, 1.0)):
+            return None
+        what = "error bars are too short" if self._share is None else "labels would be wrong"
+        shares = f"{100 * missed / number:.0f} % of their {what}, {100 * expected / number:.0f} %"
+        return f"queries that straggle are harder than others: {shares} were expected"
+
+    def status(self) -> dict[str, Any]:
+        """Return the evidence for a server's status."""
+        rows, (missed, expected) = list(self._rows), self._hardness()
+        shares = bool(rows) and self._share is not None
+        return {
+            "compared": len(rows),
+            "needed": self.needed if self._needs_evidence else 0,
+            "disagreement": sum(row.wrong for row in rows) / len(rows) if shares else None,
+            "harder": missed / expected if expected > 0 else None,
+            "admitted": self.share,
+            "given": self._monitor.number,
+            "given_wrong": self._monitor.wrong,
+            "pending": self._pending,
+            "unknown": self.unknown,
+            "drifts": self.drifts,
+        }
+
+    def _hardness(self) -> tuple[float, float]:
         """Return how many approximate answers to straggling rows missed, and how many should have.
 
         A label misses where it is wrong, an error where it is beyond its bound. What should have
@@ -248,34 +280,6 @@ class Risk:
         return float(wrong), float(expected if self.usual is None else self.usual * len(rows))
 
     @property
-    def hint(self) -> str | None:
-        """A sentence that straggling rows are harder than others, if they are beyond chance."""
-        (missed, expected), number = self.hardness(), len(self._rows)
-        if missed <= expected + 3 * math.sqrt(max(expected, 1.0)):
-            return None
-        what = "error bars are too short" if self._share is None else "labels would be wrong"
-        shares = f"{100 * missed / number:.0f} % of their {what}, {100 * expected / number:.0f} %"
-        return f"queries that straggle are harder than others: {shares} were expected"
-
-    def status(self) -> dict[str, Any]:
-        """Return the evidence for a server's status."""
-        rows, (missed, expected) = list(self._rows), self.hardness()
-        number, wrong = len(rows), sum(row.wrong for row in rows)
-        monitor = self._monitor
-        return {
-            "compared": number,
-            "needed": self.needed if self._needs_evidence else 0,
-            "disagreement": wrong / number if number and self._share is not None else None,
-            "harder": missed / expected if expected > 0 else None,
-            "admitted": self.share,
-            "given": monitor.number,
-            "given_wrong": int(monitor.wrong),
-            "pending": self._pending,
-            "unknown": self.unknown,
-            "drifts": self.drifts,
-        }
-
-    @property
     def _limits(self) -> _Limits:
         if self._known is None:
             self._known = self._decide(list(self._rows))
@@ -283,50 +287,49 @@ class Risk:
 
     def _decide(self, rows: list[Comparison]) -> _Limits:
         """Choose the largest probability, and the factor of error bounds, of what is given out."""
-        if self._share == 0 or len(rows) < (0 if self._tolerance is None else _BARS) or not rows:
-            admits = not self._needs_evidence and self._share != 0
-            return _Limits(math.inf if admits else -1.0, -1.0, 1.0, 0.0, float(admits))
+        share, tolerance = self._share, self._tolerance
+        if share == 0 or len(rows) < (1 if tolerance is None else _BARS):
+            admits = not self._needs_evidence and share != 0
+            return _Limits(math.inf if admits else -1.0, -1.0, admitted=float(admits))
         probability, bound, wrong, excess = (
             np.array([getattr(row, name) for row in rows])
             for name in ("probability", "bound", "wrong", "excess")
         )
         limit = beyond = math.inf
-        if self._share is not None:
+        given = np.full(len(rows), True)
+        if share is not None:
             # The largest scores up to which no more were wrong than allowed: of all rows, and of
             # the latest, since what came before a change of the queries or the model must not count
             # for long. Rows with the same score are given out together; NaN is never given.
             order = np.argsort(probability, kind="stable")
             scores, recent = probability[order], order >= len(rows) - _RECENT
             errors, late = np.cumsum(wrong[order]), np.cumsum(wrong[order] & recent)
-            good = late <= np.maximum(self._allowed[np.cumsum(recent)], 0)
+            good = (late == 0) | within_bound(late, np.cumsum(recent), share)
             good &= np.append(scores[1:] != scores[:-1], True) & ~np.isnan(scores)
+            number = np.arange(1, len(rows) + 1)
 
             def largest(known: int) -> float:
-                allowed = self._allowed[1 + known : 1 + known + len(rows)]
-                found = np.flatnonzero(good & (errors <= allowed))
+                found = np.flatnonzero(good & within_bound(errors, known + number, share))
                 if found.size == 0:
                     return -1.0
                 return math.inf if found[-1] == len(rows) - 1 else float(scores[found[-1]])
 
-            beyond = largest(0)
             # What was calibrated counts as so many right answers as suffice by themselves, and
             # less and less beside stragglers.
             known = 0 if self._needs_evidence else max(self.needed - len(rows) // _FADING, 0)
-            limit = largest(known)
-        given = np.full(len(rows), True) if self._share is None else probability <= limit
+            limit, beyond = largest(known), largest(0)
+            given = probability <= limit
         factor, shift = 1.0, 0.0
-        if self._tolerance is not None:
-            looks = bound[:, None], excess[:, None]
-            factor = least_factor(*looks, self._accuracy, len(rows))
+        if tolerance is not None:
+            factor = least_factor(bound[:, None], excess[:, None], self._accuracy, len(rows))
             if math.isinf(factor):
                 factor = max(conformal_quantile(excess, self._accuracy.coverage), 1.0)
                 # Too few rows within the tolerance show nothing about these. So they are admitted
                 # by what all rows show, unless evidence is needed.
-                within = int(np.sum(bound * factor <= self._tolerance))
-                if self._needs_evidence or within >= _BARS:
+                if self._needs_evidence or np.sum(bound * factor <= tolerance) >= _BARS:
                     limit = beyond = -1.0
-            given &= bound * factor <= self._tolerance
-        if self._share is not None and given.any():
+            given &= bound * factor <= tolerance
+        if share is not None and given.any():
             shift = max(float(np.mean(wrong[given] - probability[given])), 0.0)
         admitted = float(np.mean(given)) if limit >= 0 else 0.0
         return _Limits(limit, beyond, factor, shift, admitted)

@@ -1,26 +1,50 @@
 """Sequential tests: of workers, and of a promise: at most this share of the answers is wrong.
 
 The test bets against the promise. If each answer is wrong with a probability of at most m, given
-all that came before, then the product of `1 + bet * (wrong - m)` is a nonnegative supermartingale,
-whatever the dependence between answers (Waudby-Smith and Ramdas 2024, "Estimating means of bounded
-random variables by betting"; Howard et al. 2021, "Time-uniform, nonparametric, nonasymptotic
-confidence sequences"). A drift may begin at any time, so the products from all starting times are
-added up, the statistic of Shiryaev and Roberts: an e-detector (Shin, Ramdas and Rinaldo 2024,
-"E-detectors: a nonparametric framework for sequential change detection"). It is valid at every
-time, however often one looks.
+all that came before, then the product of `q / m` for each wrong answer and `(1 - q) / (1 - m)` for
+each right one is a nonnegative supermartingale for every q > m, whatever the dependence between
+answers (Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting";
+Howard et al. 2021, "Time-uniform, nonparametric, nonasymptotic confidence sequences"). A drift may
+begin at any time, so the products from all starting times are added up, the statistic of Shiryaev
+and Roberts: an e-detector (Shin, Ramdas and Rinaldo 2024, "E-detectors: a nonparametric framework
+for sequential change detection"). It is valid at every time, however often one looks.
 
 This file needs NumPy only.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 
-def _best(ratios: list[float], share: float) -> np.ndarray:
-    """Return the shares of wrong answers whose odds are multiples of those of a share."""
+def detect(
+    sums: Float[np.ndarray, " bets"],
+    share: float,
+    ratios: Sequence[float],
+    right: int,
+    wrong: int,
+) -> Float[np.ndarray, " bets"]:
+    """Return the e-detector's sums of products after some answers, the right ones first.
+
+    A run of right answers is taken in one step, so that a server's answers cost nothing.
+
+    Args:
+        sums: The sums before, zeros at first. Their mean is the statistic.
+        share: The share m of wrong answers that is allowed.
+        ratios: Each bet is on a share q whose odds are this multiple of m's.
+        right: The number of right answers.
+        wrong: The number of wrong ones.
+    """
     odds = np.array(ratios) * share / (1 - share)
-    return odds / (1 + odds)
+    best = odds / (1 + odds)
+    if right:
+        less = (1 - best) / (1 - share)
+        power = less**right
+        sums = sums * power + less * (1 - power) / (1 - less)
+    for _ in range(wrong):
+        sums = np.minimum((sums + 1) * best / share, 1e100)  # many would make it infinite
+    return sums
 
 
 class RiskMonitor:
@@ -60,27 +84,27 @@ class RiskMonitor:
         if not 0 < false_alarms < 1:
             raise ValueError(f"false_alarms must be between 0 and 1, not {false_alarms}")
         self.promised, self._threshold = promised, 1 / false_alarms
-        # For a smaller promise, each wrong answer would be a drift.
-        self._share = share = min(max(promised, 1e-4), 1 - 1e-4)
-        # The best bet where the true share is q: (q - m) / (m (1 - m)). The mean of several bets is
-        # one, too: a single 2 would detect an error rate of 4 promises in twice the time.
-        self._bets = (_best([1.5, 2.0, 4.0, 10.0], share) - share) / (share * (1 - share))
+        # The mean of several bets is a bet: a single 2 would detect an error rate of 4 promises in
+        # twice the time.
+        self._ratios = [1.5, 2.0, 4.0, 10.0]
         self.clear()
 
     def clear(self) -> None:
         """Forget all answers."""
-        self._sums = np.zeros(len(self._bets))
-        self.number, self.wrong, self.alarm = 0, 0.0, False
+        self._sums = np.zeros(len(self._ratios))
+        self.number, self.wrong, self.alarm = 0, 0, False
 
-    def add(self, losses: Iterable[float | int]) -> bool:
-        """Take answers in order, by how wrong each was, from 0 to 1; return whether to alarm.
+    def add(self, losses: Iterable[bool | int]) -> bool:
+        """Take answers in order, by whether each was wrong; return whether to alarm.
 
         After an alarm it stays on until `clear`.
         """
+        share = min(max(self.promised, 1e-4), 1 - 1e-4)  # of less, each wrong answer is a drift
         for loss in losses:
-            self.number, self.wrong = self.number + 1, self.wrong + float(loss)
+            wrong = int(loss)
+            self.number, self.wrong = self.number + 1, self.wrong + wrong
             if not self.alarm:
-                self._sums = (self._sums + 1) * (1 + self._bets * (float(loss) - self._share))
+                self._sums = detect(self._sums, share, self._ratios, 1 - wrong, wrong)
                 self.alarm = bool(self._sums.mean() >= self._threshold)
         return self.alarm
 
@@ -95,8 +119,7 @@ class WorkerMonitor:
     of answers, and no less than a usual share.
 
     The statistic is that of `RiskMonitor`, with larger bets, because a few wrong answers have to
-    do. A run of right answers is taken in one step, so that a server's answers cost it nothing.
-    While a worker is wrong no more often than it is allowed, it is accused within its first n
+    do. While a worker is wrong no more often than it is allowed, it is accused within its first n
     answers with a probability of at most `n * false_alarms`.
 
     Attributes:
@@ -131,64 +154,30 @@ class WorkerMonitor:
         self._ratios, self._stretch = [4.0, 16.0, 64.0, 256.0, 1024.0], 256
         self._sums = np.zeros((num_workers, len(self._ratios)))
         self.number, self.wrong = [0] * num_workers, [0] * num_workers
-        # Right answers that are not in the sums yet, and the share that they were allowed.
-        self._right, self._shares = [0] * num_workers, [usual] * num_workers
-        # By worker, of this stretch and the one before: answers, and wrong ones.
-        self._stretches = [[[0, 0] for _ in range(num_workers)] for _ in range(2)]
-        self._totals = [[0, 0], [0, 0]]  # of all workers
-        self._left = self._stretch
+        # Of this stretch and the one before: answers and wrong ones, by worker.
+        self._stretches = np.zeros((2, 2, num_workers), int)
 
     def allowed(self, worker: int) -> float:
         """Return the share of wrong answers that a worker is allowed now."""
-        found = self._usual
-        for stretch, total in zip(self._stretches, self._totals, strict=True):
-            number, wrong = total[0] - stretch[worker][0], total[1] - stretch[worker][1]
-            found = max(found, wrong / max(number, 128))  # of fewer, no share is known
-        return min(found, 0.5)
+        number, wrong = (self._stretches.sum(axis=2) - self._stretches[:, :, worker]).T
+        shares = wrong / np.maximum(number, 128)  # of fewer, no share is known
+        return float(np.clip(shares.max(), self._usual, 0.5))
 
     def add(self, worker: int, *, right: int = 0, wrong: int = 0) -> bool:
         """Take answers of a worker, the right ones first; return whether to accuse it.
 
         Right ones alone accuse nobody.
         """
-        share = self.allowed(worker)
-        if share != self._shares[worker]:
-            self._take_right(worker)
-            self._shares[worker] = share
-        self._right[worker] += right
+        sums = detect(self._sums[worker], self.allowed(worker), self._ratios, right, wrong)
+        self._sums[worker] = sums
         self.number[worker] += right + wrong
         self.wrong[worker] += wrong
-        for each in (self._stretches[-1][worker], self._totals[-1]):
-            each[0] += right + wrong
-            each[1] += wrong
-        self._left -= right + wrong
-        if self._left <= 0:
-            self._left = self._stretch
-            self._stretches = [self._stretches[-1], [[0, 0] for _ in self.number]]
-            self._totals = [self._totals[-1], [0, 0]]
-        if not wrong:
-            return False
-        sums, best = self._take_right(worker), _best(self._ratios, share)
-        for _ in range(wrong):
-            sums = np.minimum((sums + 1) * best / share, 1e100)  # many would make it infinite
-        self._sums[worker] = sums
-        return bool(sums.mean() >= self._threshold)
-
-    def _take_right(self, worker: int) -> np.ndarray:
-        """Return a worker's sums after its right answers."""
-        right, self._right[worker] = self._right[worker], 0
-        if right:
-            share = self._shares[worker]
-            less = (1 - _best(self._ratios, share)) / (1 - share)
-            power = less**right
-            self._sums[worker] = self._sums[worker] * power + less * (1 - power) / (1 - less)
-        return self._sums[worker]
+        self._stretches[-1, :, worker] += right + wrong, wrong
+        if self._stretches[-1, 0].sum() >= self._stretch:
+            self._stretches = np.stack([self._stretches[-1], np.zeros_like(self._stretches[-1])])
+        return wrong > 0 and bool(sums.mean() >= self._threshold)
 
     def restart(self, worker: int) -> None:
         """Begin a worker's test again, and forget its answers."""
-        self._sums[worker] = self._right[worker] = 0
+        self._sums[worker] = self._stretches[:, :, worker] = 0
         self.number[worker] = self.wrong[worker] = 0
-        for stretch, total in zip(self._stretches, self._totals, strict=True):
-            for what, number in enumerate(stretch[worker]):
-                total[what] -= number
-            stretch[worker] = [0, 0]

@@ -40,43 +40,30 @@ def why_no_scores(answers: Float[np.ndarray, "rows m"], form: Form | None = None
     shapes = [(answers.shape[1],)] if form is None else form.shapes
     if any(shape[-1:] in ((), (1,)) for shape in shapes):
         return "an output has one number a row"
-    begin = 0
-    for shape in shapes:
-        size = int(np.prod(shape, dtype=int))
-        part = answers[:, begin : begin + size].reshape(-1, shape[-1])[:4096]
-        begin += size
-        if (why := _why(part.astype(np.float64))) is not None:
-            return why
-    return None
-
-
-def _why(y: Float[np.ndarray, "rows m"]) -> str | None:
-    """Return why the rows of one output are no scores; None if they look like scores."""
-    with np.errstate(all="ignore"):
-        largest = y.max(axis=1)
-        rounding = 1e-3  # by which a sum of probabilities may differ from 1
-        total = largest + np.log(np.exp(y - largest[:, None]).sum(axis=1))
-        if (y >= 0).all() and (np.abs(y.sum(axis=1) - 1) < rounding).all():
-            return None  # probabilities
-        if (np.abs(total) < rounding).all():
-            return None  # their logarithms
-    random = np.random.default_rng(0)
-    lead = margin(y)
-    exchanged = np.sort(np.concatenate([margin(random.permuted(y, axis=0)) for _ in range(4)]))
-    # Of equal leads each counts as larger in half of the cases.
-    places = [np.searchsorted(exchanged, lead, side=side) for side in ("left", "right")]
-    larger = float(np.mean(places)) / len(exchanged)
-    outputs = y.shape[1]
-    wanted = _OF_TWO if outputs == 2 else _OF_FIVE if outputs <= 5 else _OF_MORE
-    if larger < wanted:
-        return (
-            "the largest output leads the second hardly more than if each output came from another "
-            f"row (with a probability of {larger:.2f}; scores do with {wanted} or more)"
-        )
-    if outputs > 2:
+    ends = np.cumsum([np.prod(shape, dtype=int) for shape in shapes])
+    for part, shape in zip(np.split(answers, ends[:-1], axis=1), shapes, strict=True):
+        y = part.reshape(-1, shape[-1])[:4096].astype(np.float64)
+        outputs, largest, rounding = y.shape[1], y.max(axis=1), 1e-3
+        with np.errstate(all="ignore"):
+            total = largest + np.log(np.exp(y - largest[:, None]).sum(axis=1))
+            sums = np.abs(y.sum(axis=1) - 1)
+        if ((y >= 0).all() and (sums < rounding).all()) or (np.abs(total) < rounding).all():
+            continue  # probabilities, or their logarithms
+        random, lead = np.random.default_rng(0), margin(y)
+        exchanged = [margin(random.permuted(y, axis=0)) for _ in range(4)]
+        exchanged = np.sort(np.concatenate(exchanged))
+        # Of equal leads each counts as larger in half of the cases.
+        places = [np.searchsorted(exchanged, lead, side=side) for side in ("left", "right")]
+        larger = float(np.mean(places)) / len(exchanged)
+        wanted = _OF_TWO if outputs == 2 else _OF_FIVE if outputs <= 5 else _OF_MORE
+        if larger < wanted:
+            return (
+                "the largest output leads the second hardly more than if each output came from "
+                f"another row (with a probability of {larger:.2f}; scores do with {wanted} or more)"
+            )
         over = largest - np.median(y, axis=1)
         share = float(np.median(lead[over > 0] / over[over > 0])) if (over > 0).any() else 0.0
-        if share < _LEAD:
+        if outputs > 2 and share < _LEAD:
             return (
                 f"the largest output leads the second by {100 * share:.0f} % of what it leads the "
                 "median by, as in a field of values"

@@ -45,6 +45,8 @@ class EnsembleEstimate:
         from_late: The share of the interval's squared width that rows have which are late or
             missing, or would be late.
         note: What the interval rests on if not on known errors of rows like those that are open.
+        uncertainty: What each row adds to the estimate's standard deviation, 0 for computed rows;
+            None where nothing is known of predictions' errors.
     """
 
     value: float
@@ -52,6 +54,9 @@ class EnsembleEstimate:
     coverage: float
     from_late: float = 0.0
     note: str = ""
+    uncertainty: Float[np.ndarray, " rows"] | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
 
     @property
     def width(self) -> float:
@@ -174,9 +179,11 @@ def average(
     ]
 
     variances, degrees, low, high = np.zeros(2), np.ones(2), 0.0, 0.0
+    uncertainty = np.zeros(number)
     for kind, (some, v) in enumerate(weighted):
         mean, variance, least, most = _moments(rows, g, some, errors[kind])
         value += float(v @ mean)
+        uncertainty[some] += v * np.sqrt(variance)
         if kind == 1 and few:
             low, high = float(v @ (mean - least)), float(v @ (most - mean))
         else:
@@ -203,7 +210,7 @@ def average(
     ends = (value - half - low, value + half + high)
     if step:
         value, ends = min(max(value, 0.0), 1.0), (max(ends[0], 0.0), min(ends[1], 1.0))
-    return EnsembleEstimate(value, ends, coverage, from_late, note)
+    return EnsembleEstimate(value, ends, coverage, from_late, note, uncertainty)
 
 
 def quantile(rows: RowEvidence, q: float, weights: Weights, coverage: float) -> EnsembleEstimate:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
+from ._answer_check import fit_answer_check as fit_answer_check
 from ._monitor import WorkerMonitor
 
 _LOG = logging.getLogger(__name__)
@@ -63,6 +64,9 @@ class AnswerChecks:
     """Checks of one pool's answers: suspicious answers, wrong ones, and fenced workers.
 
     One thread uses it; others may read `status`.
+
+    Attributes:
+        fenced: The workers that get no traffic; a new object whenever they change.
     """
 
     def __init__(
@@ -84,16 +88,9 @@ class AnswerChecks:
         self._most = int(max_fenced * num_workers)
         self._same = _SAME if worker_dtype in (None, "float32") else _SAME_SHORT
         self._records = [_Record(first) for _ in range(num_workers)]
-        self._fenced: frozenset[int] = frozenset()
+        self.fenced: frozenset[int] = frozenset()
         self._seen: collections.deque[np.ndarray] = collections.deque(maxlen=_SEEN)
-        self._known: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque(
-            maxlen=_KNOWN
-        )
-
-    @property
-    def fenced(self) -> frozenset[int]:
-        """The workers that get no traffic; a new object whenever they change."""
-        return self._fenced
+        self._known = collections.deque[tuple[np.ndarray, np.ndarray]](maxlen=_KNOWN)
 
     @property
     def accused(self) -> frozenset[int]:
@@ -106,7 +103,7 @@ class AnswerChecks:
     ) -> Bool[np.ndarray, " queries"]:
         """Return which answers of a worker to hold back until another worker has answered, too."""
         # What a fenced worker answers was sent before it was.
-        if worker in self._fenced:
+        if worker in self.fenced:
             return np.ones(len(suspicious), bool)
         if probation := self._records[worker].probation:
             suspicious = suspicious.copy()
@@ -128,22 +125,21 @@ class AnswerChecks:
             self._seen.append(np.asarray(latest, float).ravel())
         accused = self.accused  # who are wrong alike, for example by the same old weights
         for one, other in itertools.combinations(candidates, 2):
-            if not accused >= {one, other} and self.agree(candidates[one], candidates[other]):
-                value = candidates[one]
-                if x is not None:
-                    self._known.append((np.array(x), value))
-                for worker in candidates:
-                    if worker not in (one, other):
-                        self._accuse(worker)
-                        continue
-                    self._monitor.add(worker, right=1)
-                    record = self._records[worker]
-                    record.probation = max(record.probation - 1, 0)
-                return Verdict(value, (one, other))
-        others = len(self._records) - len(self._fenced.union(candidates))
+            if accused >= {one, other} or not self.agree(candidates[one], candidates[other]):
+                continue
+            if x is not None:
+                self._known.append((np.array(x), candidates[one]))
+            for worker in candidates:
+                if worker not in (one, other):
+                    self._accuse(worker)
+                    continue
+                self._monitor.add(worker, right=1)
+                self._records[worker].probation = max(self._records[worker].probation - 1, 0)
+            return Verdict(candidates[one], (one, other))
+        others = len(self._records) - len(self.fenced.union(candidates))
         if len(candidates) < self._most_workers and others and not last:
             return None
-        best = min(candidates, key=lambda each: (each in self._fenced, self._monitor.wrong[each]))
+        best = min(candidates, key=lambda each: (each in self.fenced, self._monitor.wrong[each]))
         return Verdict(candidates[best], (best, best))
 
     def audits(self, deaths: Sequence[int]) -> list[tuple[int, np.ndarray]]:
@@ -156,10 +152,8 @@ class AnswerChecks:
             if seen != record.deaths:
                 self._release(worker, "it was replaced")
                 self._records[worker] = _Record(self._first, seen, record.fences)
-        if not self._known:
-            return []
         asked = []
-        for worker in self._fenced:
+        for worker in self.fenced if self._known else ():
             x, self._records[worker].asked = self._known[0]
             self._known.rotate(-1)
             asked.append((worker, x))
@@ -168,7 +162,7 @@ class AnswerChecks:
     def audited(self, worker: int, value: np.ndarray | None) -> None:
         """Take a fenced worker's answer to its latest audit; None if there is none."""
         record = self._records[worker]
-        if worker not in self._fenced or record.asked is None:
+        if worker not in self.fenced or record.asked is None:
             return
         right = value is not None and self.agree(value, record.asked)
         record.clean = record.clean + 1 if right else 0
@@ -176,63 +170,53 @@ class AnswerChecks:
             self._release(worker, f"its last {record.clean} answers to audits were right")
 
     def status(self) -> dict[str, Any]:
-        monitor = self._monitor
-        reasons = {
-            worker: record.reason
-            for worker, record in enumerate(self._records)
-            if record.reason is not None
-        }
+        reasons = ((worker, record.reason) for worker, record in enumerate(self._records))
+        named = {str(worker): (worker in self.fenced, why) for worker, why in reasons if why}
         return {
-            "answers": sum(monitor.number),
-            "wrong": sum(monitor.wrong),
-            "fenced": {str(each): reasons[each] for each in reasons if each in self._fenced},
-            "not_fenced": {
-                str(each): reasons[each] for each in reasons if each not in self._fenced
-            },
+            "answers": sum(self._monitor.number),
+            "wrong": sum(self._monitor.wrong),
+            "fenced": {worker: why for worker, (fenced, why) in named.items() if fenced},
+            "not_fenced": {worker: why for worker, (fenced, why) in named.items() if not fenced},
             "max_fenced": self._most,
         }
 
     def hints(self) -> list[str]:
         """Return which workers answer wrongly, and what is done about it."""
-        status = self.status()
+        status, most = self.status(), f"no more than {self._most} may be fenced"
         found = [f"worker {worker} is fenced: {why}" for worker, why in status["fenced"].items()]
         return found + [
-            f"worker {worker} answers wrongly, but no more than {self._most} may be fenced: {why}"
+            f"worker {worker} answers wrongly, but {most}: {why}"
             for worker, why in status["not_fenced"].items()
         ]
 
     def agree(self, one: np.ndarray, other: np.ndarray) -> bool:
-        """Return whether two answers are the same but for rounding."""
+        """Return whether two answers are the same but for rounding.
+
+        Where outputs hardly differ by query, less counts: temperatures of 300 K, for example, of
+        which each answer has nearly the same.
+        """
         if np.array_equal(one, other, equal_nan=True):
             return True
         limit = self._same * float(max(np.abs(one).max(), np.abs(other).max()))
         difference = np.abs(one - other).max()
-        return bool(difference <= limit and difference <= self._closest(limit))
-
-    def _closest(self, limit: float) -> float:
-        """Return the largest difference of right answers where outputs hardly differ by query.
-
-        Temperatures of 300 K, for example, of which each answer has nearly the same.
-        """
-        if len(self._seen) < _FEWEST or self._same == _SAME_SHORT:
-            return limit
-        seen = np.stack(self._seen)
-        spread = np.median(np.abs(seen - np.median(seen, axis=0)).max(axis=1))
-        return max(_OF_SPREAD * float(spread), _ROUNDING * limit)
+        if difference <= limit and len(self._seen) >= _FEWEST and self._same == _SAME:
+            seen = np.stack(self._seen)
+            spread = np.median(np.abs(seen - np.median(seen, axis=0)).max(axis=1))
+            limit = min(limit, max(_OF_SPREAD * float(spread), _ROUNDING * limit))
+        return bool(difference <= limit)
 
     def _accuse(self, worker: int) -> None:
         """Take a wrong answer of a worker."""
         self._observe("check_wrong", 1)
         record, monitor = self._records[worker], self._monitor
         record.probation = _PROBATION
-        if not monitor.add(worker, wrong=1) or worker in self._fenced:
+        if not monitor.add(worker, wrong=1) or worker in self.fenced:
             return
-        wrong, number = monitor.wrong[worker], monitor.number[worker]
-        reason = f"{wrong} of {number} answers were not those of two other workers"
-        known, record.reason = record.reason, reason
-        facts = {"worker": worker, "why": reason}
-        if len(self._fenced) < self._most:
-            self._fenced |= {worker}
+        wrong, number, known = monitor.wrong[worker], monitor.number[worker], record.reason
+        record.reason = f"{wrong} of {number} answers were not those of two other workers"
+        facts = {"worker": worker, "why": record.reason}
+        if len(self.fenced) < self._most:
+            self.fenced |= {worker}
             record.fences, record.clean = record.fences + 1, 0
             self._observe("worker_fenced", 1)
             _LOG.warning("a worker is fenced: it answers wrongly", extra=facts)
@@ -245,7 +229,7 @@ class AnswerChecks:
         record = self._records[worker]
         self._monitor.restart(worker)
         record.reason, record.asked, record.probation = None, None, _PROBATION
-        if worker in self._fenced:
-            self._fenced -= {worker}
+        if worker in self.fenced:
+            self.fenced -= {worker}
             self._observe("worker_released", 1)
             _LOG.info("a worker is fenced no more", extra={"worker": worker, "why": why})

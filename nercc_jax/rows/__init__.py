@@ -1,7 +1,17 @@
-"""A function on many rows, by the workers of a pool: each row is computed, or known well enough."""
+"""Many rows on a pool: each is computed or known well enough, or is decoded in groups of a code."""
 
+from ._groups import GroupResult, run_groups
 from ._interface import RowFunction, RowProgress, RowResult, RowSettings
 from ._ray_data import map_rows
 from ._run import run_rows
 
-__all__ = ["RowFunction", "RowProgress", "RowResult", "RowSettings", "map_rows", "run_rows"]
+__all__ = [
+    "GroupResult",
+    "RowFunction",
+    "RowProgress",
+    "RowResult",
+    "RowSettings",
+    "map_rows",
+    "run_groups",
+    "run_rows",
+]

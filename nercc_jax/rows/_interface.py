@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from ..codes._trees import is_float
+from ..evaluation.tables import text_table
 from ..pools import PoolReport
-from ..pools.batch import check_deadline
 from ..risk import Accuracy, EnsembleEstimate
 from ..risk.ensembles import RowEvidence, RowStatistic, Weights, average, quantile
 from ..surrogates import Learner
@@ -75,7 +75,7 @@ class RowSettings:
         job_deadline: Seconds after which the run ends, with what is known by then (default: none).
         grace: Seconds for which a run that has ended waits for answers that workers still owe. They
             change no value, and judge the error bars of late rows in the summary.
-        max_calls: Rows to compute at most, those chosen that tell most (default: no limit).
+        max_calls: Rows to compute at most, the least certain ones (default: no limit).
         check_answers: The share of right answers that may look wrong. Answers that do are compared
             with other workers' (default: none are). It takes three workers.
         max_fenced: The largest share of workers that is fenced for wrong answers.
@@ -111,31 +111,24 @@ class RowSettings:
                 "tolerance is needed, in units of the outputs (0: all rows are computed), or "
                 "max_disagreement, where the outputs are scores of labels, not both"
             )
-        if self.tolerance is not None and not 0 <= self.tolerance < np.inf:
-            raise ValueError(f"tolerance must be 0 or positive, not {self.tolerance}")
-        if self.max_disagreement is not None and not 0 <= self.max_disagreement <= 1:
-            raise ValueError(f"max_disagreement must be in [0, 1], not {self.max_disagreement}")
-        if not 0 < self.coverage < 1:
-            raise ValueError(f"coverage is a share between 0 and 1, not {self.coverage}")
-        if self.compute not in ("needed", "all"):
-            raise ValueError(f"compute is 'needed' or 'all', not {self.compute!r}")
-        for name in ("rows_per_call", "max_calls"):
+        rules: dict[str, tuple[str, Callable[[Any], bool]]] = {
+            "tolerance": ("0 or positive", lambda value: 0 <= value < np.inf),
+            "max_disagreement": ("in [0, 1]", lambda value: 0 <= value <= 1),
+            "coverage": ("between 0 and 1", lambda value: 0 < value < 1),
+            "compute": ("'needed' or 'all'", lambda value: value in ("needed", "all")),
+            "rows_per_call": ("positive", lambda value: value >= 1),
+            "deadline": ("a positive number of seconds", lambda value: value > 0),
+            "job_deadline": ("a positive number of seconds", lambda value: value > 0),
+            "grace": ("a number of seconds from 0 on", lambda value: 0 <= value < np.inf),
+            "max_calls": ("positive", lambda value: value >= 1),
+            "check_answers": ("between 0 and 1", lambda value: 0 < value < 1),
+            "max_fenced": ("in [0, 1)", lambda value: 0 <= value < 1),
+            "learner_share": ("in (0, 1]", lambda value: 0 < value <= 1),
+        }
+        for name, (wanted, fits) in rules.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be positive, not {value}")
-        if self.check_answers is not None and not 0 < self.check_answers < 1:
-            raise ValueError(f"check_answers must be between 0 and 1, not {self.check_answers}")
-        if not 0 <= self.max_fenced < 1:
-            raise ValueError(f"max_fenced must be in [0, 1), not {self.max_fenced}")
-        check_deadline(self.deadline)
-        if self.job_deadline is not None and not self.job_deadline > 0:
-            raise ValueError(
-                f"job_deadline is a positive number of seconds, not {self.job_deadline}"
-            )
-        if not 0 <= self.grace < np.inf:
-            raise ValueError(f"grace is a number of seconds from 0 on, not {self.grace}")
-        if not 0 < self.learner_share <= 1:
-            raise ValueError(f"learner_share must be in (0, 1], not {self.learner_share}")
+            if value is not None and not fits(value):
+                raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
     @property
     def accuracy(self) -> Accuracy:
@@ -178,6 +171,15 @@ class RowProgress:
     seconds: float
     rows_per_second: float
     estimate: EnsembleEstimate | None = None
+
+    def __str__(self) -> str:
+        late = f", of them late {self.late:,}" if self.late else ""
+        unknown = f", unknown {self.unknown:,}" if self.unknown else ""
+        return (
+            f"computed {self.computed:,}, predicted {self.predicted:,}, waiting "
+            f"{self.waiting:,}{late}{unknown}; {self.rows_per_second:,.1f} rows/s, "
+            f"{self.workers:,} workers"
+        )
 
     @property
     def done(self) -> int:
@@ -308,6 +310,40 @@ class RowResult:
             "status": self.status,
             "reason": np.array([self.reasons.get(row, "") for row in range(number)], str),
         }
+
+    def __str__(self) -> str:
+        """Return what the run did, a line for each count."""
+        of, bar = self.summary, self.summary["largest_bar"]
+        done = f"{of['rows_done']:,} of {len(self.status):,}, {of['seconds']:.1f} s"
+        lines = {"rows": f"{done}, {of['rows_per_second']:,.1f} rows/s"}
+        lines["computed"] = f"{of['computed']:,}"
+        if of["not_finite"]:
+            lines["of them not finite"] = f"{of['not_finite']:,}, as the function gave them"
+        largest = "" if bar is None else f", the largest error bar {bar:.3g}"
+        lines["predicted"] = f"{of['predicted']:,}{largest}"
+        if self.learner is None:
+            lines["learner"] = "none: all rows were computed before anything was learned"
+        else:
+            lines["learner"] = f"fitted to {of['learned_from']:,} rows"
+            if of["tolerance"] is not None and self.values is not None:
+                y = self.values[self.status == "computed"].reshape(of["computed"], -1)
+                spread = np.sqrt(np.mean(np.var(y[np.isfinite(y).all(axis=1)], axis=0)))
+                share = 100 * of["tolerance"] / spread if spread > 0 else np.inf
+                lines["tolerance"] = f"{of['tolerance']:g}, {share:.2g} % of the spread"
+            for name, rows in (("audited", "drawn at random"), ("came_late", "that came late")):
+                if of[name]:
+                    held = f"{of[f'{name}_held']:,} of {of[name]:,}"
+                    lines[f"bars held, rows {rows}"] = held
+            lines["all computed"] = f"would have taken {of['seconds_if_all_were_computed']:.0f} s"
+        if "suspicious" in of:
+            again = f"{of['suspicious']:,} computed again elsewhere"
+            lines["answers checked"] = f"{of['checked']:,}; {again}"
+            lines["corrected"] = f"{of['corrected']:,}"
+            for name in ("fenced", "not_fenced"):
+                for worker, why in of[name].items():
+                    lines[f"{name.replace('_', ' ')}, worker {worker}"] = why
+        lines |= {"unknown": f"{of['unknown']:,}", "workers": str(self.report)}
+        return text_table(lines.items(), left=2)
 
     @property
     def score_name(self) -> str:

@@ -1,7 +1,7 @@
 """The rows of a run that are to be sent: in which order, and how many go in one call."""
 
 import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -22,15 +22,14 @@ _BYTES = 1 << 24  # of a call's inputs and outputs, from which on larger ones ar
 class RowQueue:
     """Rows in the order in which they are sent, and the size of calls.
 
-    Rows of a call that raised come first, in halves, so that those that raise are found in a few
-    calls, and rows whose answers look wrong; then rows that had no answer in time; then those that
-    are `waiting`. Rows are sent that `may_go` then; others have been sent or answered meanwhile.
+    Rows that are sent again come first: those of a call that raised in halves, so that the ones
+    that raise are found in a few calls. Then come those that are `waiting`. Rows are sent that
+    `may_go` then; others have been sent or answered meanwhile.
     """
 
     def __init__(self, rows: Int[np.ndarray, " rows"], num_workers: int, settings: RowSettings):
         self.waiting = rows
-        self._again: collections.deque[int] = collections.deque()
-        self._apart: collections.deque[Int[np.ndarray, " few"]] = collections.deque()
+        self._again: collections.deque[Int[np.ndarray, " few"]] = collections.deque()  # by call
         self._num_workers, self._settings = num_workers, settings
         self._random = np.random.default_rng(settings.seed)
         self._size, self._least = settings.rows_per_call or 1, 1  # rows of a call
@@ -48,39 +47,32 @@ class RowQueue:
     @property
     def empty(self) -> bool:
         """Return whether nothing may be sent."""
-        return not (self._again or self._apart or (len(self.waiting) and not self.spent))
-
-    def send_again(self, rows: Iterable[int]) -> None:
-        """Send rows again that had no answer in time."""
-        self._again.extend(rows)
+        return not self._again and (self.spent or not len(self.waiting))
 
     def halve(self, rows: Int[np.ndarray, " few"]) -> None:
         """Send the rows of a call that raised again, in two calls."""
-        self._apart.extendleft(part for part in np.array_split(rows, 2) if len(part))
+        self._again.extendleft(part for part in np.array_split(rows, 2) if len(part))
 
-    def send_first(self, rows: Int[np.ndarray, " some"]) -> None:
-        """Send rows again before all others, apart from those.
+    def send_again(self, rows: Int[np.ndarray, " some"], most: int | None = None) -> None:
+        """Send rows again that had no answer in time, or one that looks wrong, `most` in a call.
 
         They are in another order: two workers that confuse the rows of a call in the same way would
         otherwise give the same wrong answers.
         """
-        rows, size = self._random.permutation(rows), self.call_size
-        self._apart.extend(rows[place : place + size] for place in range(0, len(rows), size))
+        rows, size = self._random.permutation(rows), self._call_size
+        size = size if most is None else min(size, most)
+        self._again.extend(rows[place : place + size] for place in range(0, len(rows), size))
 
     def take(
         self, may_go: Callable[[Int[np.ndarray, " few"]], Bool[np.ndarray, " few"]]
     ) -> Int[np.ndarray, " few"]:
         """Take the rows of the next call, of those that `may_go`; none if none is left."""
         while not self.empty:
-            if self._apart:
-                rows = self._apart.popleft()
-            elif self._again:
-                count = min(self.call_size, len(self._again))
-                rows = np.array([self._again.popleft() for _ in range(count)])
+            if self._again:
+                rows = self._again.popleft()
             else:
-                size, most = self.call_size, self._settings.max_calls
-                if most is not None:
-                    size = min(size, most - self._sent)
+                size, most = self._call_size, self._settings.max_calls
+                size = size if most is None else min(size, most - self._sent)
                 rows, self.waiting = self.waiting[:size], self.waiting[size:]
                 self._sent += len(rows)
             rows = rows[may_go(rows)]
@@ -89,7 +81,7 @@ class RowQueue:
         return np.zeros(0, int)
 
     @property
-    def call_size(self) -> int:
+    def _call_size(self) -> int:
         """The rows of the next call."""
         if self._settings.rows_per_call is not None:
             return self._settings.rows_per_call
@@ -106,7 +98,7 @@ class RowQueue:
         return self._settings.rows_per_call is not None or self._timed >= _TIMED
 
     def observe(self, size: int, usual: float, row_bytes: int) -> None:
-        """FittedLearner the size of calls to the time that they take, transport and all.
+        """Fit the size of calls to the time that they take, transport and all.
 
         A call of so many rows was answered, with inputs and outputs of `row_bytes` a row; calls of
         that size take `usual` seconds.

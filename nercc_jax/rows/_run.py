@@ -8,38 +8,34 @@ import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
+from threadpoolctl import ThreadpoolController
 
 from ..pools import AbstractPool, Batch
 from ..pools.backend import pool_counts
 from ..pools.clock import TimeShare
 from ..risk import Accuracy, EnsembleEstimate
 from ._interface import RowFunction, RowProgress, RowResult, RowSettings
-from ._learner import FittedLearner, LearnerThread, learn
+from ._learner import Learned
 from ._state import (
-    COMPUTED,
-    PREDICTED,
-    WAITING,
     Answered,
     Estimated,
     Event,
     Failed,
     Fence,
-    Finish,
-    Forget,
     Give,
-    Learn,
     RowState,
     Send,
     Tick,
     Withdraw,
 )
-from .files import Parts, check_parts, fingerprint
+from ._table import COMPUTED, PREDICTED, WAITING, RowTable
+from .files import Parts, check_parts, fingerprint, ids_of_rows
 
 _LOOKS = 0.05  # seconds between two looks at the clock and the pool
 _SHOWN = 0.1  # seconds between two reports of progress, at least
@@ -90,9 +86,10 @@ def run_rows(
         statistic: Returns what the run is for, such as `lambda result: result.mean()`, from the
             result so far. Progress has it, at most for a tenth of this thread's time.
         stop_when: Returns whether an estimate of the statistic is good enough, such as
-            `lambda estimate: estimate.width < 0.1`; then the run ends. Until then it goes on: late
-            rows are sent again first if most of the interval comes from them, and where enough is
-            known of every row, more are drawn at random and computed.
+            `lambda estimate: estimate.width < 0.1`; then the run ends. Until then it goes on, and
+            computes the rows that add most to the interval, such as those near a threshold, with
+            one in four drawn at random. If most of the interval comes from late rows, these are
+            sent again first.
         **options: Fields of `RowSettings` by name, such as `tolerance`, in place of those given.
 
     Returns:
@@ -119,12 +116,7 @@ def run_rows(
         raise ValueError(f"rows are finite numbers (rows, ...), not {x.dtype} of shape {x.shape}")
     if stop_when is not None and statistic is None:
         raise ValueError("stop_when needs the statistic whose estimates it judges")
-    names = None if ids is None else np.asarray(ids)
-    if names is not None and (names.shape != (len(x),) or names.dtype.kind not in "iuU"):
-        raise ValueError(
-            f"ids are a text or a whole number for each of {len(x)} rows, not {names.dtype} of "
-            f"shape {names.shape}"
-        )
+    names = ids_of_rows(ids, len(x))
     if accuracy is not None:
         options |= dataclasses.asdict(accuracy)
     if settings is None:
@@ -136,17 +128,18 @@ def run_rows(
         settings = dataclasses.replace(settings, rows_per_call=most)
     kept = {"tolerance", "max_disagreement", "coverage", "seed"}  # what values depend on
     facts = {"rows": len(x)} | {name: getattr(settings, name) for name in kept} | dict(about or {})
-    state, parts = RowState(settings, x), None
+    table, parts = RowTable(len(x)), None
     if folder is not None:
         check_parts(Path(folder), resume)
-        parts = Parts(Path(folder), {"inputs": fingerprint(x)} | facts, state.table, names)
+        parts = Parts(Path(folder), {"inputs": fingerprint(x)} | facts, table, names)
     if stop_when is not None:  # what an earlier run predicted may be computed
-        state.table.move(state.table.all_in(PREDICTED), WAITING)
+        table.move(table.all_in(PREDICTED), WAITING)
     opening: Any = contextlib.nullcontext(pool)
     if not isinstance(pool, AbstractPool):
         further: Any = {"compiled": False, "hang_timeout": settings.hang_timeout}
         opening = pool(RowFunction(function), num_workers or 20, **further)
     with opening as opened:
+        state = RowState(settings, x, table, opened.report(), opened.worker_dtype)
         run = _Run(opened, x, state, parts, on_rows or (lambda *_: None))
         if statistic is not None:
             so_far = functools.partial(_result, state, opened, facts, None, names)
@@ -179,25 +172,42 @@ class _Run:
         self._pool, self._x, self._state = pool, x, state
         self._parts, self._on_rows = parts, on_rows
         self._clock = pool.clock
-        self._learner = LearnerThread(state.settings.learner_share, pool.clock)
+        self._learned: list[Learned] = []
+        self._learns: Callable[[], bool] = lambda: False
+        share = state.settings.learner_share
+        self._fit_seconds, self._learning_time = 0.5, TimeShare(pool.clock, share)
+        # BLAS's threads wait by spinning: as many as there are cores starve each other as soon as
+        # anything else runs, and runs computed 1.2 to 1.7 times as many rows.
+        self._blas = ThreadpoolController().select(user_api="blas")
+        threads = max((each["num_threads"] for each in self._blas.info()), default=1)
+        self._blas_threads = max(int(share * threads), 1)
         self._batches: dict[int, Batch] = {}
         self._news: list[int] = []  # calls that may have ended
         self._changed = threading.Condition()
-        self._begin, self._over = pool.clock.now(), False
+        self._begin = pool.clock.now()
         self._estimated, self._time = 0, TimeShare(pool.clock, 0.1)
-        state.begin(pool.report(), pool.worker_dtype)
 
     def carry_out(self, show: Callable[[RowProgress], Any]) -> str | None:
         """Run until the state says that it is over; return why it ended early, if it did."""
         state, stopped = self._state, None
+        look_at = shown = 0.0
         try:
             show(self._progress())
-            self._resume()
-            self._handle(self._tick())
-            for _ in self._turns():
-                show(self._progress())
-                if (stopped := self._pool.ending) is not None:
-                    break
+            for computed in (True, False):
+                rows = state.table.all_in(COMPUTED if computed else PREDICTED)
+                if len(rows) and state.table.values is not None:
+                    self._on_rows(rows, state.table.values[rows], computed)
+            while not state.over and stopped is None:
+                if (now := self._clock.now()) >= look_at or not self._batches:
+                    while self._learned:
+                        self._handle(self._learned.pop(0))
+                    self._handle(self._tick())
+                    look_at = now + _LOOKS
+                news = not state.over and self._take_ended(look_at)
+                if news and self._clock.now() >= shown + _SHOWN:
+                    self._look_at_statistic()
+                    show(self._progress())
+                    shown, stopped = self._clock.now(), self._pool.ending
             show(self._progress())
         except KeyboardInterrupt:
             stopped = "interrupted"
@@ -207,7 +217,7 @@ class _Run:
                 self._parts = None
             raise
         finally:
-            if stopped is None and self._over:
+            if stopped is None and state.over:
                 with contextlib.suppress(KeyboardInterrupt):
                     self._wait_for_late_answers()
             for batch in self._batches.values():
@@ -215,37 +225,6 @@ class _Run:
             if self._parts is not None:
                 self._parts.flush(complete=not len(state.table.open))
         return stopped
-
-    def _resume(self) -> None:
-        """Give what an earlier run had, and go on with what it learned."""
-        state = self._state
-        for computed in (True, False):
-            rows = state.table.all_in(COMPUTED if computed else PREDICTED)
-            if len(rows) and state.table.values is not None:
-                self._on_rows(rows, state.table.values[rows], computed)
-        path = None if self._parts is None else self._parts.kept("learner")
-        if path is not None and state.table.values is not None:
-            task = state.evidence.task(resumed=FittedLearner.load(path))
-            if task is not None and (learned := learn(task)) is not None:
-                self._handle(learned)
-
-    def _turns(self) -> Iterator[None]:
-        """Yield now and then, when there is news, until the run is over."""
-        look_at = shown = 0.0
-        while not self._over:
-            now = self._clock.now()
-            if now >= look_at or not self._batches:
-                for learned in self._learner.take():
-                    self._handle(learned)
-                    if self._parts is not None:
-                        name = f"learner-{learned.fit.pairs:06d}.npz"
-                        self._parts.keep("learner", name, learned.fit.save)
-                self._handle(self._tick())
-                look_at = now + _LOOKS
-            if not self._over and self._take_ended(look_at) and self._clock.now() >= shown + _SHOWN:
-                self._look_at_statistic()
-                yield
-                shown = self._clock.now()
 
     def _look_at_statistic(self) -> None:
         """Estimate the statistic from the rows so far, if new ones came, and there is time."""
@@ -255,8 +234,7 @@ class _Run:
         self.estimate, self._estimated = self.statistic(), computed
         self._time.spend(begin)
         if self.stop_when is not None:
-            short = bool(self.stop_when(self.estimate))
-            self._handle(Estimated(short, self.estimate.from_late > 0.5))
+            self._handle(Estimated(self.estimate, bool(self.stop_when(self.estimate))))
 
     def _progress(self) -> RowProgress:
         return dataclasses.replace(self._state.progress(), estimate=self.estimate)
@@ -264,7 +242,20 @@ class _Run:
     def _tick(self) -> Tick:
         now = self._clock.now() - self._begin
         ages = {number: self._age(batch) for number, batch in self._batches.items()}
-        return Tick(now, self._pool.report(), ages, self._learner.busy, self._learner.seconds)
+        # The learner leaves the cores to others for a while after its work.
+        learning = self._learns() or self._clock.now() < self._learning_time.next
+        return Tick(now, self._pool.report(), ages, learning, self._fit_seconds)
+
+    def _learn(self, work: Callable[[], Learned | None]) -> None:
+        """Do a piece of the learner's work, on a thread of its own."""
+        begin = self._clock.now()
+        try:
+            with self._blas.limit(limits=self._blas_threads):
+                learned = work()
+            if learned is not None:
+                self._learned.append(learned)
+        finally:
+            self._fit_seconds = self._learning_time.spend(begin)
 
     def _age(self, batch: Batch) -> tuple[float, bool]:
         """Return the seconds for which a worker has or had a call, and whether it is overdue.
@@ -283,17 +274,18 @@ class _Run:
             numbers, self._news = self._news, []
         for number in numbers:
             batch = self._batches.get(number)
-            if batch is None:
+            if batch is None or not (batch.available[0] or batch.lost(0)):
                 continue
-            late = self._age(batch)[1]
+            late = self._age(self._batches.pop(number))[1]
             if batch.available[0]:
                 values: Any = batch.answer(0)
                 usual = batch.times.median_of_latest(len(values))
                 self._handle(Answered(number, batch.workers[0], values, late, usual))
-            elif batch.lost(0):
+            else:
                 raised = [each.reason for each in batch.failures if each.raised]
                 reasons = raised or [each.reason for each in batch.failures] or ["no answer"]
                 self._handle(Failed(number, reasons[-1], bool(raised)))
+            batch.forget()
         return bool(numbers)
 
     def _wait_for_late_answers(self) -> None:
@@ -321,8 +313,6 @@ class _Run:
                 self._batches[each.call] = batch
                 x = np.take(self._x, np.resize(each.rows, each.size), axis=0)
                 self._pool.send(batch, [0], [x], avoid=each.avoid)
-            elif isinstance(each, Forget):
-                self._batches.pop(each.call).forget()
             elif isinstance(each, Give | Withdraw):
                 if parts is not None:
                     parts.add(each.rows.tolist())
@@ -330,11 +320,9 @@ class _Run:
                     self._on_rows(each.rows, state.table.values[each.rows], each.computed)
             elif isinstance(each, Fence):
                 self._pool.fence(each.workers)
-            elif isinstance(each, Learn):
-                self._learner.start(each.task)
-            else:
-                assert isinstance(each, Finish)
-                self._over = True
+            else:  # the end of a process waits for this thread
+                work = functools.partial(self._learn, each.work)
+                self._learns = self._clock.start("nercc-learner", work)
 
 
 def _result(

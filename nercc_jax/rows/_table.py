@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 # States, in which a row is one at a time: see `_state.py`.
 WAITING, AGAIN, SENT, FAILED, PREDICTED, COMPUTED = range(6)
+NOBODY = -1
 
 ROW = np.dtype(
     [
@@ -18,8 +19,8 @@ ROW = np.dtype(
         ("audit", "?"),  # whether it is computed whatever is known of it
         ("deviation", "f8"),  # how far its value may be off, and its error bar or error probability
         ("score", "f8"),
-        ("givers", "i4", (2,)),  # the workers that gave its value, and in which calls (`RowChecks`)
-        ("calls", "i4", (2,)),
+        ("givers", "i4", (2,)),  # the workers that gave its value, and in which call (`RowChecks`)
+        ("call", "i4"),
         ("checked", "?"),
         ("estimated", "?"),  # whether the learner has predicted it, and how far that may be off:
         ("expected", "f8"),  # by errors nearby,
@@ -30,9 +31,6 @@ ROW = np.dtype(
         ("known", "?"),  # whether it need not be computed, as things are
     ]
 )
-
-
-NOBODY = -1
 
 
 class RowTable:
@@ -49,17 +47,13 @@ class RowTable:
         self.rows = np.zeros(number, ROW)
         for name in ("deviation", "score", "expected", "plain"):
             self.rows[name] = np.inf
-        self.rows["givers"] = self.rows["calls"] = NOBODY
+        self.rows["givers"] = self.rows["call"] = NOBODY
         self.values: Float[np.ndarray, "rows ..."] | None = None
         self.reasons: dict[int, str] = {}
 
     def __getitem__(self, name: str) -> Shaped[np.ndarray, "rows ..."]:
         """Return a column."""
         return self.rows[name]
-
-    def state(self, rows: Int[np.ndarray, " some"]) -> Shaped[np.ndarray, " some"]:
-        """Return the states of some rows."""
-        return self.rows["state"][rows]
 
     def all_in(self, state: int) -> Int[np.ndarray, " some"]:
         """Return the rows in a state."""
@@ -95,13 +89,14 @@ class RowTable:
     def put(
         self,
         rows: Int[np.ndarray, " few"],
-        values: Float[np.ndarray, "few ..."],
+        values: float | Float[np.ndarray, "few ..."],
         deviation: float | Float[np.ndarray, " few"],
         score: float | Float[np.ndarray, " few"],
         state: int | Shaped[np.ndarray, " few"],
     ) -> None:
-        """Give rows their values."""
+        """Give rows their values, and take them to a state."""
         if self.values is None:
+            assert isinstance(values, np.ndarray)
             self.values = np.full((len(self.rows), *values.shape[1:]), np.nan, values.dtype)
         self.values[rows] = values
         self.rows["deviation"][rows], self.rows["score"][rows] = deviation, score
@@ -113,23 +108,14 @@ class RowTable:
         for row in rows.tolist() if self.reasons else ():
             self.reasons.pop(row, None)
 
-    def take_back(self, rows: Int[np.ndarray, " few"]) -> None:
-        """Treat some rows as if they had no values, until they are computed again."""
-        assert self.values is not None
-        self.put(rows, np.full_like(self.values[rows], np.nan), np.inf, np.inf, AGAIN)
-
     def rows_of(self, pieces: Sequence[int]) -> dict[str, np.ndarray]:
         """Return what is known of some rows, as arrays by name; those taken back are not done."""
         rows = np.unique(np.asarray(pieces, int))
         assert self.values is not None
-        return {
-            "index": rows,
-            "predictions": self.values[rows],
-            "deviation": self.rows["deviation"][rows],
-            "score": self.rows["score"][rows],
-            "exact": self.state(rows) == COMPUTED,
-            "done": self.state(rows) >= PREDICTED,
-        }
+        named = {name: self.rows[name][rows] for name in ("deviation", "score")}
+        state = self.rows["state"][rows]
+        named |= {"exact": state == COMPUTED, "done": state >= PREDICTED}
+        return {"index": rows, "predictions": self.values[rows]} | named
 
     def take(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take what `rows_of` returned in another process."""

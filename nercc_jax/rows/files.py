@@ -7,9 +7,9 @@ whatever ends a run, the results written by then are there, and a later run goes
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -18,25 +18,11 @@ from ..codes.whole_files import JsonFormat, read_arrays, write_arrays
 
 _MANIFEST = "manifest.json"
 REMEDY = "restore it from a copy, or remove its folder and run again without --resume (resume)"
+# Earlier versions kept the learner, which is fitted again to the rows that are there.
 _FORMAT = JsonFormat(
     "run", frozenset({"settings", "complete", "parts"}), frozenset({"learner"}), remedy=REMEDY
 )
 _EVERY = 1.0  # seconds between two parts, at least
-
-
-@runtime_checkable
-class PartResults(Protocol):
-    """Results of numbered pieces, such as batches, that are saved as named arrays.
-
-    The array "index" has the numbers of their rows.
-    """
-
-    def rows_of(self, pieces: Sequence[int], /) -> dict[str, np.ndarray]:
-        """Return the results of some pieces as arrays by name."""
-        ...
-
-    def take(self, arrays: Mapping[str, np.ndarray], /) -> None:
-        """Take what `rows_of` returned in another process."""
 
 
 def check_parts(folder: Path, resume: bool) -> None:
@@ -58,8 +44,10 @@ class Parts:
     """The folder of one run, with its parts and their manifest.
 
     It is made when something is written. `settings` are all that the run's numbers depend on, as
-    JSON takes it. The results take the parts that an earlier run has written. Each part has the
-    ids of its rows, if rows have ids.
+    JSON takes it. The results are numbered pieces, such as rows or batches: `results.rows_of` gives
+    some as arrays by name, of which "index" has the numbers of their rows, and `results.take` takes
+    such arrays, of the parts that an earlier run has written. Each part has the ids of its rows, if
+    rows have ids.
 
     Raises:
         ValueError: The folder holds a run with other settings, or a file is damaged or missing.
@@ -69,7 +57,7 @@ class Parts:
         self,
         folder: Path,
         settings: dict[str, Any],
-        results: PartResults,
+        results: Any,
         ids: Shaped[np.ndarray, " rows"] | None = None,
     ):
         self._folder, self._results, self._ids = folder, results, ids
@@ -118,19 +106,6 @@ class Parts:
         _FORMAT.write(self._folder / _MANIFEST, self._manifest)
         self._pending, self._written = [], time.monotonic()
 
-    def keep(self, name: str, file: str, write: Callable[[Path], Any]) -> None:
-        """Write a further file, and enter it in the manifest under a name, if it is not there."""
-        if self._manifest.get(name) == file:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write(self._folder / file)
-        self._manifest[name] = file
-        self.flush()
-
-    def kept(self, name: str) -> Path | None:
-        """Return the file that was entered under a name; None if there is none."""
-        return self._folder / self._manifest[name] if name in self._manifest else None
-
     def remove(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -144,3 +119,14 @@ def fingerprint(content: Path | np.ndarray | None) -> str | None:
     if content is None or not content.is_file():
         return None if content is None else str(content)
     return hashlib.sha256(content.read_bytes()).hexdigest()[:16]
+
+
+def ids_of_rows(ids: Any, rows: int) -> Shaped[np.ndarray, " rows"] | None:
+    """Return ids as an array; raise ValueError unless each row has a text or a whole number."""
+    found = None if ids is None else np.asarray(ids)
+    if found is not None and (found.shape != (rows,) or found.dtype.kind not in "iuU"):
+        raise ValueError(
+            f"ids are a text or a whole number for each of {rows} rows, not {found.dtype} of shape "
+            f"{found.shape}"
+        )
+    return found

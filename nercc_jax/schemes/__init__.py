@@ -6,10 +6,9 @@ from ._calibrate import (
     cross_validate_error_bars,
     fit_scheme,
 )
-from ._scheme import AssessedPredictions, Scheme, reexecute
+from ._scheme import Scheme, reexecute
 
 __all__ = [
-    "AssessedPredictions",
     "Scheme",
     "calibrate_error_bars",
     "calibrate_error_probability",

@@ -16,10 +16,10 @@ from ..codes._decoding import mask_mixed_groups
 from ..codes._grouped import GroupPoints, following_points
 from ..codes._kept import CachedMatrices
 from ..codes._trees import Form, groups_of, join, to_device
+from ..codes.workers import call_model
 from ..inference import order_points
-from ..inference._coded import AbstractScheme, Work
-from ..inference.models import Model, call_model, check_model
-from ..inference.order import Features
+from ..inference._coded import Work
+from ..inference.models import Model, check_model
 from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars
 from ..splines.arrays import native
@@ -29,64 +29,17 @@ from ..surrogates.kernel import features_of
 from ..surrogates.surrogate import decode_with_deviation
 
 
-class AssessedPredictions(eqx.Module):
-    """Predictions in the order in which the data points came, with a measure of trust.
-
-    Data points in groups have an axis of groups in all fields.
-
-    Attributes:
-        decoded: Predictions and `recovered`, a row for each data point; `responded` are the workers
-            that were used, a row for each group as it was sent.
-        deviation: Standard deviations in units of the outputs; infinite where nothing is known.
-        error_probability: The probability that the label differs from the model's own; NaN without
-            a calibrated `ErrorProbability`, 1 where nothing is recovered (the prediction is NaN
-            there).
-    """
-
-    decoded: Decoded
-    deviation: Float[Array, "*points"]
-    error_probability: Float[Array, "*points"]
-
-
-def select_uncertain(
-    error_probability: Float[ArrayLike, " points"],
-    *,
-    limit: float = 0.0,
-    at_most: int | None = None,
-) -> Int[np.ndarray, " _"]:
-    """Return the data points that the model must answer itself, the most uncertain first.
-
-    Args:
-        error_probability: Probabilities of a wrong label.
-        limit: Data points above it are selected (`ErrorProbability.limit`). 0 selects all that are
-            not certain.
-        at_most: The most data points to select.
-
-    Raises:
-        ValueError: A probability is NaN, or the limit or the number is negative.
-    """
-    error_probability = np.asarray(error_probability)
-    if np.isnan(error_probability).any():
-        raise ValueError(
-            "the error probability is NaN: calibrate the scheme with `calibrate_error_probability`"
-        )
-    if not limit >= 0 or (at_most is not None and at_most < 0):
-        raise ValueError(f"limit {limit} and at_most {at_most} must be 0 or positive")
-    order = np.argsort(-error_probability, kind="stable")
-    return order[: int(np.sum(error_probability > limit))][:at_most]
-
-
 def reexecute(
     model: Model,
     x: PyTree[Shaped[ArrayLike, "..."]],
-    assessed: AssessedPredictions,
+    assessed: Decoded,
     *,
     limit: float = 0.0,
     share: float = 1.0,
     tolerance: float | None = None,
     bars: ErrorBars | None = None,
     coverage: float = 0.9,
-) -> AssessedPredictions:
+) -> Decoded:
     """Replace uncertain predictions by the model's own answers.
 
     The replaced predictions are recovered, with an error probability and a deviation of 0. The
@@ -96,7 +49,8 @@ def reexecute(
         model: The served model, a function of a batch.
         x: The data points that were assessed.
         assessed: Their predictions.
-        limit: The largest error probability that is left as it is (`select_uncertain`).
+        limit: The largest error probability that is left as it is (`ErrorProbability.limit`); 0
+            leaves what is certain.
         share: The largest share of the data points that the model may answer.
         tolerance: For functions instead of labels: the largest error bar that is left as it is, in
             units of the outputs. The largest bars go first.
@@ -105,51 +59,75 @@ def reexecute(
         coverage: The share of errors that a bar covers.
 
     Raises:
-        ValueError: As `select_uncertain`; or the share is outside [0, 1], the tolerance is negative
-            or given with a limit, bars are given without a tolerance, the model is in training
-            mode, or x is not what was assessed.
+        ValueError: There is no error probability, the limit or the tolerance is negative, both or
+            bars without a tolerance are given, the share is outside [0, 1], the model is in
+            training mode, or x is not what was assessed.
     """
     check_model(model)
-    lead = assessed.error_probability.shape
+    lead = assessed.recovered.shape
     x = jax.tree.map(np.asarray, native(x, "x"))
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], not {share}")
     for leaf in jax.tree.leaves(x):
         if leaf.shape[: len(lead)] != lead:
             raise ValueError(f"x has shape {leaf.shape}; assessed are data points {lead}")
-    points = assessed.error_probability.size
-    score = assessed.error_probability
-    if tolerance is not None:
-        if limit != 0 or not tolerance >= 0:
-            raise ValueError(
-                f"tolerance must be 0 or positive, without a limit: {tolerance}, {limit}"
-            )
-        score, limit = error_bars(assessed.deviation, bars, coverage), tolerance
-        score = jnp.where(assessed.decoded.recovered, score, jnp.inf)
-    elif bars is not None:
+    if tolerance is not None and (limit != 0 or not tolerance >= 0):
+        raise ValueError(f"tolerance must be 0 or positive, without a limit: {tolerance}, {limit}")
+    if tolerance is None and bars is not None:
         raise ValueError("error bars go with a tolerance: give one")
-    chosen = select_uncertain(score.ravel(), limit=limit, at_most=int(share * points))
-    if len(chosen) == 0:
-        return assessed
-    padded = np.resize(chosen, 1 << (len(chosen) - 1).bit_length())
 
-    few = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf.reshape(points, *leaf.shape[len(lead) :])[padded]), x
-    )
-    own = eqx.filter_jit(call_model)(model, few)
-    own = jax.tree.map(lambda leaf: leaf[: len(chosen)], own)
+    chosen = uncertain_points(assessed, limit, share, tolerance, bars, coverage)
+    if not len(chosen):
+        return assessed
+    at = np.unravel_index(np.resize(chosen, 1 << (len(chosen) - 1).bit_length()), lead)
+    own = eqx.filter_jit(call_model)(model, jax.tree.map(lambda leaf: jnp.asarray(leaf[at]), x))
+    own = jax.tree.map(lambda leaf: np.asarray(leaf[: len(chosen)]), own)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(own)):
         raise ValueError("the model's own outputs are not finite")
-    places = np.unravel_index(chosen, lead)
+    return jax.tree.map(jnp.asarray, with_own_answers(assessed, chosen, own))
 
-    def fill(values: Array, new: ArrayLike) -> Array:
-        return values.at[places].set(jnp.asarray(new).astype(values.dtype))
 
-    decoded = assessed.decoded
-    predictions = jax.tree.map(fill, decoded.predictions, own)
-    status = Decoded(predictions, decoded.responded, fill(decoded.recovered, True))
-    deviation = fill(assessed.deviation, 0)
-    return AssessedPredictions(status, deviation, fill(assessed.error_probability, 0))
+def uncertain_points(
+    assessed: Decoded,
+    limit: float,
+    share: float,
+    tolerance: float | None,
+    bars: ErrorBars | None,
+    coverage: float,
+) -> Int[np.ndarray, " few"]:
+    """Return the data points that `reexecute` replaces, the most uncertain first."""
+    score = assessed.error_probability
+    if tolerance is not None:
+        score, limit = error_bars(jnp.asarray(assessed.deviation), bars, coverage), tolerance
+        score = np.where(assessed.recovered, score, np.inf)
+    if score is None:
+        raise ValueError(
+            "there is no error probability: calibrate the scheme with `calibrate_error_probability`"
+        )
+    if not limit >= 0:
+        raise ValueError(f"limit must be 0 or positive, not {limit}")
+    score = np.asarray(score).ravel()
+    order = np.argsort(-score, kind="stable")
+    return order[: int(np.sum(score > limit))][: int(share * score.size)]
+
+
+def with_own_answers(
+    assessed: Decoded,
+    points: Int[np.ndarray, " few"],
+    own: PyTree[Float[np.ndarray, "few ..."]],
+) -> Decoded:
+    """Return predictions, as NumPy's arrays, of which some are replaced by own answers."""
+    places = np.unravel_index(points, assessed.recovered.shape)
+
+    def fill(values: ArrayLike, new: ArrayLike) -> np.ndarray:
+        values = np.array(values)
+        values[places] = new
+        return values
+
+    predictions = jax.tree.map(fill, assessed.predictions, own)
+    trust = assessed.deviation, assessed.error_probability
+    trust = (None if each is None else fill(each, 0) for each in trust)
+    return Decoded(predictions, assessed.responded, fill(assessed.recovered, True), *trust)
 
 
 class PreparedInputs(eqx.Module):
@@ -160,16 +138,14 @@ class PreparedInputs(eqx.Module):
         own: The surrogate's outputs on the data points as they came, where they are ordered or
             copied by them.
         points: The regression points of each group; None where all have the code's.
-        busy: The workers that get a query; None where all do.
     """
 
     order: Int[Array | np.ndarray, " points"]
     own: PyTree[Float[Array | np.ndarray, "points ..."]] | None = None
     points: GroupPoints | None = None
-    busy: Bool[Array | np.ndarray, "groups num_workers"] | None = None
 
 
-class Scheme(AbstractScheme):
+class Scheme(eqx.Module):
     """A code, and what is added to it: order, surrogate, trust, and placement of copies.
 
     `coded_inference(model, scheme)` carries it out:
@@ -178,8 +154,8 @@ class Scheme(AbstractScheme):
     >>> from nercc_jax import NeRCC, Scheme, coded_inference
     >>> scheme = Scheme(NeRCC(4, 8, points="interleaved"), order="pixels")
     >>> infer = coded_inference(lambda x: jnp.sin(x), scheme, with_status=True)
-    >>> assessed = infer(jnp.linspace(0, 1, 12)[:, None], jnp.arange(8) != 3)
-    >>> assessed.decoded.predictions.shape, assessed.deviation.shape
+    >>> found = infer(jnp.linspace(0, 1, 12)[:, None], jnp.arange(8) != 3)
+    >>> found.predictions.shape, found.deviation.shape
     ((12, 1), (12,))
 
     Parts of the data that are not coded (integers, for example) must be the same for all data
@@ -204,8 +180,6 @@ class Scheme(AbstractScheme):
             deviation where it has one (a learner does), else by the probability of its label (a
             student's), which then answers what is lost alone, whatever its theta and kappa. None is
             "uncertain" where the surrogate has a deviation and the code is NeRCC.
-        budget: With "uncertain", the mean number of workers for a group: groups with more
-            uncertainty get more, up to N. None is always N.
         straggler_share: With "uncertain", the share of the workers that are expected to straggle:
             with more of them, a few data points get several copies.
 
@@ -222,7 +196,6 @@ class Scheme(AbstractScheme):
     bars: ErrorBars | None = None
     follow: Literal["inputs"] | Callable[[PyTree], PyTree] | None = None
     redundancy: Literal["code", "uncertain"] | None = eqx.field(static=True, default=None)
-    budget: float | None = eqx.field(static=True, default=None)
     straggler_share: float = eqx.field(static=True, default=0.1)
 
     def __check_init__(self):
@@ -241,8 +214,8 @@ class Scheme(AbstractScheme):
             raise ValueError(
                 f"straggler_share must be a share between 0 and 1, not {self.straggler_share}"
             )
-        if self.budget is not None and not self.places_copies:
-            raise ValueError("a budget is for redundancy='uncertain'")
+        if self.places_copies and self.code.num_workers < self.code.num_data:
+            raise ValueError(f"copies need as many workers as data points: {self.code}")
         if (self.follow is not None or self.places_copies) and not self._has_points:
             raise ValueError(
                 f"{type(self.code).__name__} has no smoothing splines whose points could be moved: "
@@ -254,8 +227,8 @@ class Scheme(AbstractScheme):
         """Return whether the redundant workers get copies of uncertain data points."""
         if self.redundancy is not None:
             return self.redundancy == "uncertain"
-        more = self.code.num_workers > self.code.num_data
-        return self._has_deviation and self._has_points and more
+        known = self.surrogate is not None and self.surrogate.has_deviation
+        return known and self._has_points and self.code.num_workers > self.code.num_data
 
     @property
     def _has_points(self) -> bool:
@@ -264,63 +237,59 @@ class Scheme(AbstractScheme):
         return {"alpha", "beta", "lambda_enc", "lambda_dec"} <= names
 
     @property
-    def _has_deviation(self) -> bool:
-        return self.surrogate is not None and self.surrogate.has_deviation
-
-    @property
     def _doubts_labels(self) -> bool:
-        return self.places_copies and not self._has_deviation
+        """Return whether copies go by a student's doubt, who then answers what is lost alone."""
+        return self.places_copies and not (self.surrogate and self.surrogate.has_deviation)
 
-    def arrange(self, x: PyTree[Shaped[ArrayLike, "points ..."]]) -> Int[Array, " points"]:
+    def arrange(
+        self, x: PyTree[Shaped[ArrayLike, "points ..."]], own: PyTree = None
+    ) -> Int[Array, " points"]:
         """Return the order in which data points are coded: `x[order]` is cut into groups of K.
 
         What the surrogate and the error probability are fitted on must come in this order, too.
 
+        Args:
+            x: Data points.
+            own: The surrogate's outputs on them, where they are known.
+
         Raises:
             ValueError: As `order_points`.
         """
-        cheap = None if self.surrogate is None else self.surrogate.outputs
-        return self._arrange(to_device(x), cheap)
-
-    def _arrange(self, x: PyTree, surrogate: Features | None) -> Int[Array, " points"]:
-        """Return the order, given the surrogate's outputs on x or a function that makes them."""
-        if self.order is None:
+        x, features = to_device(x), self.order
+        if features is None:
             return jnp.arange(len(jax.tree.leaves(x)[0]))
-        features = None if isinstance(self.order, str) else self.order
-        if self.order == "surrogate":
-            features = surrogate
+        if isinstance(features, str):
+            features = None
+            if self.order == "surrogate":
+                assert self.surrogate is not None
+                features = self.surrogate.outputs if own is None else own
         return order_points(x, self.code.num_data, features=features, buffer_size=self.buffer_size)
 
     def prepare(self, x: PyTree[Shaped[Array, "points ..."]]) -> PreparedInputs:
         """Decide order, points and copies for data points (whole groups of K); a pure function."""
-        code, surrogate = self.code, self.surrogate
-        own = None
+        code, surrogate, own = self.code, self.surrogate, None
         if surrogate is not None and (self.order == "surrogate" or self._doubts_labels):
             own = surrogate.outputs(x)  # once, for order, copies and decoding
-        arranged = PreparedInputs(self._arrange(x, own), own)
+        arranged = PreparedInputs(self.arrange(x, own), own)
         if self.follow is None and not self.places_copies:
             return arranged
-        groups = self.groups(x, arranged)
+        groups, points = self.groups(x, arranged), code
         number = len(jax.tree.leaves(groups)[0])
-        points: Any = code
-        alpha, beta = (jnp.tile(each, (number, 1)) for each in (points.alpha, points.beta))
+        alpha, beta = (jnp.tile(getattr(code, each), (number, 1)) for each in ("alpha", "beta"))
         if self.follow is not None:
             where = None if isinstance(self.follow, str) else self.follow
             places = outputs_of_groups(lambda batch: features_of(where, batch), groups)
             alpha, beta = jax.vmap(lambda each: following_points(code, each))(places)
-        busy = None
         if self.places_copies:
             assert surrogate is not None
             if self._doubts_labels:  # a wrong label counts as a squared error of 1
                 deviation = jnp.sqrt(self.groups(label_doubt(own), arranged))
             else:
                 deviation = surrogate.prior_deviation(groups)
-            holds, busy = copies_of_uncertain(
-                deviation, code.num_workers, lost=self.straggler_share, budget=self.budget
-            )
+            holds = copies_of_uncertain(deviation, code.num_workers, lost=self.straggler_share)
             beta = jnp.take_along_axis(alpha, holds, axis=1)
-        placed = GroupPoints(alpha, beta, exact=self.places_copies)
-        return PreparedInputs(arranged.order, own, placed, busy)
+        points = GroupPoints(alpha, beta, exact=self.places_copies)
+        return PreparedInputs(arranged.order, own, points)
 
     def infer(
         self,
@@ -328,7 +297,7 @@ class Scheme(AbstractScheme):
         x: PyTree[Shaped[Array, "points ..."]],
         available: Bool[Array, "groups num_workers"],
         known: CachedMatrices,
-    ) -> AssessedPredictions:
+    ) -> Decoded:
         """Run the scheme on data points, as `coded_inference` does; a pure function.
 
         Raises:
@@ -340,12 +309,12 @@ class Scheme(AbstractScheme):
 
     def encode(
         self, x: PyTree[Shaped[Array, "points ..."]], encoder: ArrayLike | None
-    ) -> tuple[PreparedInputs, PyTree[Float[Array, "groups num_workers ..."]]]:
+    ) -> tuple[PreparedInputs, PyTree[Shaped[Array, "groups num_workers ..."]]]:
         """Return the decisions and the coded data points; a pure function.
 
         Args:
             x: Data points, whole groups of K.
-            encoder: The code's encoder matrix, if it is known (`known_encoder`).
+            encoder: The code's encoder matrix, if it is known (`known_matrices`).
         """
         prepared = self.prepare(x)
         return prepared, self._coded(self.groups(x, prepared), prepared, encoder)
@@ -367,93 +336,80 @@ class Scheme(AbstractScheme):
         y: PyTree[Float[Array, "groups num_workers ..."]],
         available: Bool[Array, "groups num_workers"],
         known: CachedMatrices,
-    ) -> AssessedPredictions:
+    ) -> Decoded:
         """Return predictions of the data points in the order in which they came; a pure function.
 
         Raises:
             ValueError: The surrogate's outputs are not like the model's.
         """
-        found, form = self.decode_sent(x, prepared, y, available, known)
-        decoded, deviation, cheap = found
-        error_probability = jnp.full(decoded.recovered.shape, jnp.nan, deviation.dtype)
+        sent, (vectors, form) = self.groups(x, prepared), join(y, 2)
+        prior = self.expect(sent, prepared, known.encoder, form)
+        found, cheap = self.assess(sent, prepared, vectors, prior, available, known.decoders)
+        trust, points = [found.deviation, None], len(prepared.order)
         if self.error_probability is not None:
-            error_probability = self.error_probability(decoded.predictions, deviation, cheap)
-        points = len(prepared.order)
+            trust[1] = self.error_probability(found.predictions, found.deviation, cheap)
 
         def home(values: Array) -> Array:
             values = values.reshape(points, *values.shape[2:])
             return jnp.zeros_like(values).at[prepared.order].set(values)
 
-        predictions = form.split(home(decoded.predictions))
-        status = Decoded(predictions, decoded.responded, home(decoded.recovered))
-        return AssessedPredictions(status, home(deviation), home(error_probability))
+        found = Decoded(found.predictions, found.responded, found.recovered, *trust)
+        found = found.map_points(home)
+        return eqx.tree_at(lambda d: d.predictions, found, form.split(found.predictions))
 
-    def decode_sent(
-        self,
-        x: PyTree[Shaped[Array, "points ..."]],
-        prepared: PreparedInputs,
-        y: PyTree[Float[Array, "groups num_workers ..."]],
-        available: Bool[Array, "groups num_workers"],
-        known: CachedMatrices,
-    ) -> tuple[tuple[Decoded, Array, Array | None], Form]:
-        """Return predictions of the groups as they were sent; a pure function.
-
-        Returns:
-            Predictions as vectors, their standard deviations, and the surrogate's outputs after the
-            answers; and the structure of the outputs.
+    def expect(
+        self, sent: PyTree, prepared: PreparedInputs, encoder: ArrayLike | None, form: Form
+    ) -> AbstractGroupPrior | None:
+        """Return what the surrogate knows of groups as they are sent; None without a surrogate.
 
         Raises:
-            ValueError: As `decode`.
+            ValueError: The surrogate's outputs are not like the model's, which have this `form`.
         """
-        code, surrogate = self.code, self.surrogate
+        if self.surrogate is None:
+            return None
+        own = None if prepared.own is None else self.groups(prepared.own, prepared)
+        prior = self.surrogate.group_prior(sent, self._coded(sent, prepared, encoder), own)
+        check_like(prior.form, form)
+        return prior
+
+    def assess(
+        self,
+        sent: PyTree,
+        prepared: PreparedInputs,
+        y: Float[Array, "groups num_workers m"],
+        prior: AbstractGroupPrior | None,
+        available: Bool[Array, "groups num_workers"],
+        decoders: Any = None,
+    ) -> tuple[Decoded, Array | None]:
+        """Decode groups as they were sent, whose answers are joined to vectors; a pure function.
+
+        Returns:
+            Predictions as vectors with their deviations, and the surrogate's outputs after the
+            answers.
+        """
+        surrogate = self.surrogate
         if surrogate is not None and self._doubts_labels:
             # Neighbours have nothing to tell of data points that only their copies answer.
             alone = jnp.ones_like(surrogate.theta), jnp.full_like(surrogate.kappa, jnp.inf)
             surrogate = eqx.tree_at(lambda one: (one.theta, one.kappa), surrogate, alone)
-        sent = self.groups(x, prepared)
-        vectors, form = join(y, 2)
-        available = available if prepared.busy is None else available & prepared.busy
-        available, given = mask_mixed_groups(sent, available, known.decoders)
-        prior = None
-        if surrogate is not None:
-            coded = self._coded(sent, prepared, known.encoder)
-            own = None if prepared.own is None else self.groups(prepared.own, prepared)
-            prior = surrogate.group_prior(sent, coded, own)
-            check_like(prior.form, form)
+        available, given = mask_mixed_groups(sent, available, decoders)
+
+        def of_group(points: GroupPoints, *group: Any) -> Decoded:
+            one = jax.tree.map(lambda leaf: leaf[None], group)
+            found = decode_with_deviation(points.of(self.code), surrogate, *one)
+            return jax.tree.map(lambda leaf: leaf[0], found)
+
         if prepared.points is None:
-            decoded, deviation = decode_with_deviation(
-                code, surrogate, vectors, available, prior, given
-            )
+            found = decode_with_deviation(self.code, surrogate, y, available, prior, given)
         else:
-            decoded, deviation = assess_each(
-                code, prepared.points, surrogate, vectors, available, prior
-            )
-        cheap = None if prior is None else prior.condition(vectors, available).own
-        return (decoded, deviation, cheap), form
+            found = jax.vmap(of_group)(prepared.points, y, available, prior)
+        return found, None if prior is None else prior.condition(y, available).own
 
     def groups(
         self, x: PyTree[Shaped[Array | np.ndarray, "points ..."]], prepared: PreparedInputs
     ) -> PyTree[Shaped[Array | np.ndarray, "groups num_data ..."]]:
         """Return data points, or what belongs to each, in the groups in which they are coded."""
         return groups_of(jax.tree.map(lambda leaf: leaf[prepared.order], x), self.code.num_data)
-
-
-def assess_each(
-    code: AbstractCode,
-    points: GroupPoints,
-    surrogate: AbstractSurrogate | None,
-    y: Float[Array, "groups num_workers m"],
-    available: Bool[Array, "groups num_workers"],
-    prior: AbstractGroupPrior | None,
-) -> tuple[Decoded, Float[Array, "groups num_data"]]:
-    """Decode groups that have regression points of their own, with their deviations."""
-
-    def of_group(own, y, available, prior):
-        one = jax.tree.map(lambda leaf: leaf[None], (y, available, prior))
-        found = decode_with_deviation(own.of(code), surrogate, *one)
-        return jax.tree.map(lambda leaf: leaf[0], found)
-
-    return jax.vmap(of_group)(points, y, available, prior)
 
 
 def label_doubt(outputs: PyTree[Float[Array, "points ..."]]) -> Float[Array, " points"]:
@@ -485,52 +441,24 @@ def label_doubt(outputs: PyTree[Float[Array, "points ..."]]) -> Float[Array, " p
 
 
 def copies_of_uncertain(
-    deviation: Float[Array, "groups num_data"],
-    num_workers: int,
-    *,
-    lost: float = 0.1,
-    budget: float | None = None,
-) -> tuple[Int[Array, "groups num_workers"], Array]:
-    """Return the data point of each worker in each group, and which workers have one.
+    deviation: Float[Array, "groups num_data"], num_workers: int, *, lost: float
+) -> Int[Array, "groups num_workers"]:
+    """Return the data point of each worker in each group.
 
     All data points come once, and uncertain ones again: with the share `lost` of the workers, a
     further copy of a data point that c workers have takes deviation^2 lost^c off the expected
-    squared error, and copies go, one by one, where that is most.
-
-    Args:
-        deviation: The standard deviation of each data point's prediction, or the root of the
-            probability that its label is wrong.
-        num_workers: N.
-        lost: The share of workers that are expected to straggle.
-        budget: The mean number of workers of a group: groups with more uncertainty get more of
-            them, up to N, and those left over have nothing to do.
-
-    Raises:
-        ValueError: There are fewer workers than data points, or the budget is not between them.
+    squared error, and copies go, one by one, where that is most. `deviation` is that of each data
+    point's prediction, or the root of the probability that its label is wrong.
     """
     groups, num_data = deviation.shape
-    further = num_workers - num_data
-    if further < 0:
-        raise ValueError(f"{num_data} data points need as many workers, not {num_workers}")
-    if budget is not None and not num_data <= budget <= num_workers:
-        raise ValueError(f"budget must be from {num_data} to {num_workers} workers, not {budget}")
     own = jnp.broadcast_to(jnp.arange(num_data), (groups, num_data))
-    busy = jnp.ones((groups, num_workers), bool)
-    if further == 0:
-        return own, busy
     # What is infinite ranks first, and its copies among each other. Roots rank as the gains do, and
     # stay within float32 in any unit.
     worth, kept = jnp.minimum(deviation, jnp.finfo(deviation.dtype).max), math.sqrt(lost)
 
-    def next_copy(worth: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
+    def next_copy(worth: Array, _: None) -> tuple[Array, Array]:
         chosen = jnp.argmax(worth, axis=1)
-        gain = jnp.take_along_axis(worth, chosen[:, None], axis=1)[:, 0]
-        return worth * jnp.where(jnp.arange(num_data) == chosen[:, None], kept, 1), (chosen, gain)
+        return worth * jnp.where(jnp.arange(num_data) == chosen[:, None], kept, 1), chosen
 
-    _, (chosen, gains) = jax.lax.scan(next_copy, worth, None, length=further)
-    holds = jnp.concatenate([own, chosen.T], axis=1)
-    if budget is None:
-        return holds, busy
-    number = round(groups * (budget - num_data))
-    rank = jnp.argsort(jnp.argsort(-gains.T.reshape(-1), stable=True)).reshape(groups, further)
-    return holds, busy.at[:, num_data:].set(rank < number)
+    _, chosen = jax.lax.scan(next_copy, worth, None, length=max(num_workers - num_data, 0))
+    return jnp.concatenate([own, chosen.T], axis=1)

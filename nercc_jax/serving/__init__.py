@@ -1,21 +1,23 @@
 """Coded serving: a batcher on any pool, and a server around it (extra `serve`).
 
-The way of a request through nine files, and of its reply back:
+The way of a request through eight files, and of its reply back:
 
-1. `transport/_http.py` or `transport/_grpc.py` reads it, `protocol/_messages.py` its tensors.
-2. `transport/_state.py`: `ServerState.answer` finds the model and checks what is asked of it.
+1. `transport/_http.py` or `transport/_grpc.py` receives it, counts its bytes, finds the model.
+2. `transport/_state.py`: `ServerState.answer` reads and checks it (`protocol/_messages.py`).
 3. `_served_model.py`: `ServedModel.infer` preprocesses, makes rows of tensors, awaits the reply.
-4. `_batcher.py`: `CodedBatcher.submit` posts it to the one thread that decides, whose `_enqueue`
-   puts its queries into the queue of `core/_requests.py`, where its deadline is kept, too.
-5. `_dispatch.py`: while workers are idle, `dispatch` puts queries into a `Group`
+4. `_batcher.py`: `CodedBatcher.submit` checks it, and posts it to the one thread that decides.
+5. `core/_requests.py`: `OpenRequests.accept` takes it, `enqueue` puts its queries into the queue
+   and keeps its deadline.
+6. `_dispatch.py`: while workers are idle, `Dispatcher.dispatch` puts queries into a `Group`
    (`core/_group.py`), and sends it to the pool, which owns calls, copies and overdue times.
-6. `_batcher.py`: `_receive` takes answers from the pool; the model's own go out at once, unless
-   they look wrong (`_answer_screen.py`).
-7. `core/_decide.py`: `decide` says what becomes of late queries, and the batcher does it.
+7. `_batcher.py` again: `CodedBatcher._receive` takes answers from the pool; the model's own go out
+   at once, unless they look wrong (`_answer_screen.py`). `decide` (`core/_decide.py`) says what
+   becomes of late queries, and `CodedBatcher._decide` does it.
 8. `OpenRequests.answer` resolves the future once each query is answered, and the reply goes back.
+   `response_of` makes the response of it, which the transport writes.
 
 Whatever approximate was given out is compared with the model's own answer, however late
-(`_comparisons.py`). One thread learns from that (`adapt/`); `decide` gets it as `LateEvidence`.
+(`_approximate.py`). One thread learns from that (`adapt/`); `decide` gets it as `LateEvidence`.
 """
 
 import importlib

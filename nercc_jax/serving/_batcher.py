@@ -1,13 +1,13 @@
-"""The batcher: one thread that takes queries from the queue to their replies.
+"""The batcher: single queries, and requests of several, by one code on one pool of workers.
 
-It decides nothing by itself: `_dispatch.py` says which queries go out together, and
-`core/_decide.py` what becomes of those whose workers are late. It sends nothing new that would only
-wait at the pool: while all workers are busy, queries wait in the queue, and go out in larger
-batches once a worker is free.
+Its thread takes queries from the queue to their replies, and nothing else. `_dispatch.py` says
+which queries go out together, and `core/_decide.py` what becomes of those whose workers are late;
+here that is carried out. The thread sends nothing new that would only wait at the pool: while all
+workers are busy, queries wait in the queue, and go out in larger batches once a worker is free.
 """
 
+import collections
 import concurrent.futures
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -19,21 +19,18 @@ from jaxtyping import Shaped
 
 from ..pools import AbstractPool
 from ..pools.batch import Refuse, refuse_odd
-from ._answer_screen import AnswerScreen, Audit, Settled
-from ._comparisons import Comparisons
+from ._answer_screen import AnswerScreen, Audit
+from ._approximate import Approximations
 from ._dispatch import Dispatcher
-from ._estimates import Estimator, fitting_policy
 from ._policy import MAX_DEADLINE_S, BatchingPolicy, Observe
 from .adapt._adaptation import Adaptation
 from .adapt._decoding import DecodingScores
 from .adapt._predictor import Predictor
 from .core._coder import Coder
 from .core._decide import Copy, Decode, Fail, GiveOut, Place, Predict, Wait, decide
-from .core._group import Group, GroupTimers
-from .core._health import Health, pool_health
+from .core._group import Group
 from .core._request import (
     Answer,
-    BatchSpec,
     DeadlineExceeded,
     InferenceFailed,
     Query,
@@ -43,12 +40,16 @@ from .core._request import (
     ServerClosing,
     Source,
 )
-from .core._requests import EventQueue, OpenRequests, QueryQueue
+from .core._requests import Health, OpenRequests, QueryQueue, Timers
+from .core._setup import BatchSpec, Setup
 
 _LOG = logging.getLogger(__name__)
 
+# Seconds for which closing waits for a turn under way, and for a step of learning.
+_LAST_TURN, _LAST_STEP = 1.0, 30.0
 _PROBE = 5.0  # seconds that a probe may take
-_LAST_TURN = 1.0  # seconds for which closing waits for a turn under way
+# Seconds after its due time at which a group is handled, so that what was due has happened.
+_MARGIN = 1e-4
 
 
 class CodedBatcher:
@@ -104,38 +105,26 @@ class CodedBatcher:
         """
         queries = BatchSpec(tuple(shape), np.dtype(dtypes[0]))
         answers = BatchSpec(tuple(outputs), np.dtype(dtypes[1]))
-        policy = fitting_policy(policy or BatchingPolicy(), coder, queries, answers)
-        self.policy = policy
-        self._adaptation = adaptation = Adaptation(
-            pool,
-            coder,
-            policy,
-            decoding or DecodingScores(policy.accuracy),
-            predictor,
-            observe or (lambda what, number: None),
-        )
-        self._pool, self._clock, self._coder = pool, pool.clock, coder
-        self._queries, self._answers = queries, answers
+        policy, observe = policy or BatchingPolicy(), observe or (lambda what, number: None)
+        setup = Setup(pool, coder, policy, queries, answers, refuse, observe)
+        setup = setup.checked(predicts=predictor is not None)
+        scores = decoding or DecodingScores(policy.accuracy)
+        self._adaptation = Adaptation(setup, scores, predictor)
+        self._setup = setup = self._adaptation.setup
+        self.policy, clock = setup.policy, setup.clock
         self._scales = ScaleMonitor() if coder.num_data > 1 else None
-        self._observe = adaptation.observe
-        specs = queries, answers
-        self._estimator = Estimator(coder, policy, adaptation, self._clock, specs)
-        self._queue = QueryQueue(policy.max_queue_size)
-        self._open = OpenRequests(self._queue, self._observe, self._clock)
-        self._events = EventQueue(self._clock, "nercc-batcher", self._run)
-        self._screen = None
-        if adaptation.checks is not None and predictor is not None:
-            self._screen = AnswerScreen(
-                adaptation.checks, predictor.expect, pool, self._events, self._observe
-            )
-        parts = pool, self._queue, self._events, refuse, coder, policy
-        self._dispatcher = Dispatcher(*parts, self._estimator, adaptation)
-        self._timers = GroupTimers()
-        self._comparisons = Comparisons(pool, adaptation, answers, self._submit_own)
-        self._dispatch_due = math.inf
-        adaptation.start()
-        pool.on_idle(lambda: self._events.wake() if self.waiting else None)
-        self._events.start()
+        self._inbox: collections.deque[Request | Group | Audit] = collections.deque()
+        self._turns = clock.turns("nercc-batcher", self._run)
+        self._queue = QueryQueue(self.policy.max_queue_size)
+        self._requests = OpenRequests(self._queue, setup.observe, clock, self._post)
+        self._screen = AnswerScreen(setup, self._adaptation, self._post)
+        known = Approximations(setup, self._adaptation, self._requests.accept_own)
+        self._approximations = known
+        self._dispatcher = Dispatcher(setup, self._queue, known, self._post)
+        self._timers: Timers[Group] = Timers()  # when to decide on a group again
+        self._adaptation.turns.start()
+        pool.on_idle(lambda: self._turns.wake() if self.waiting else None)
+        self._turns.start()
 
     def submit(
         self,
@@ -164,23 +153,24 @@ class CodedBatcher:
             ServerClosing: while the batcher closes.
             InferenceFailed: once the batcher is broken.
         """
-        x = self._queries.check(x)
-        deadline = self.policy.deadline_s if deadline is None else deadline
+        setup, policy = self._setup, self.policy
+        x = setup.queries.check(x)
+        deadline = policy.deadline_s if deadline is None else deadline
         if not 0 < deadline <= MAX_DEADLINE_S:
             raise ValueError(
                 f"a deadline is a positive number of seconds, {MAX_DEADLINE_S:g} at most, not "
                 f"{deadline:g}"
             )
+        lead = policy.priority_lead_s if high else 0.0
         # Queries of another scale travel alone, as those that must be answered exactly.
         exact = exact or (self._scales is not None and self._scales.is_odd(x))
-        lead = self.policy.priority_lead_s if high else 0.0
-        arrived, values = self._clock.now(), self._answers.zeros(len(x))
-        request = Request(x, values, arrived, deadline, exact, lead)
-        self._open.accept(request)
+        values, now = setup.answers.zeros(len(x)), setup.clock.now()
+        request = Request(x, values, now, deadline, exact, lead)
+        self._requests.accept(request)
         if high:
-            self._observe("high_priority", len(x))
-        request.on_cancel(self._events.post)
-        self._events.post(request)
+            setup.observe("high_priority", len(x))
+        request.on_cancel(self._post)
+        self._post(request)
         return request.future
 
     @property
@@ -191,12 +181,12 @@ class CodedBatcher:
     @property
     def in_flight(self) -> int:
         """The number of requests without a reply."""
-        return len(self._open)
+        return len(self._requests)
 
     def health(self) -> Health:
         """Return whether it is alive, and would answer a query now."""
-        trouble = self._open.trouble(self._dispatcher.answer_time)
-        return pool_health(self._pool, self._coder) if trouble is None else trouble
+        setup, monitor = self._setup, self._requests.monitor
+        return monitor.health(setup.pool, setup.coder, self._dispatcher.answer_time)
 
     def status(self) -> dict[str, Any]:
         """Return what has been learned and measured so far.
@@ -217,15 +207,14 @@ class CodedBatcher:
     def close(self, drain: float = 0.0) -> None:
         """Accept no more requests, answer for up to `drain` seconds, and fail the rest.
 
-        A turn of the thread that does not end is not waited for.
+        A turn of a thread that does not end is not waited for.
         """
-        self._open.close()
-        self._events.wake()
-        self._open.wait(drain)
-        self._events.close(_LAST_TURN)
-        for request in self._open:
-            self._open.fail(request, ServerClosing("the server shut down before it could answer"))
-        self._adaptation.close()
+        self._requests.drain(drain, self._turns.wake)
+        self._turns.close(_LAST_TURN)
+        for request in self._requests:
+            why = "the server shut down before it could answer"
+            self._requests.fail(request, ServerClosing(why))
+        self._adaptation.turns.close(_LAST_STEP)
 
     def __enter__(self) -> "CodedBatcher":
         return self
@@ -233,242 +222,212 @@ class CodedBatcher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # The scheduler's thread.
+    # The thread that decides.
+
+    def _post(self, event: Request | Group | Audit) -> None:
+        """Take a new or cancelled request, or a group or an audit to which something happened."""
+        self._inbox.append(event)
+        self._turns.wake()
 
     def _run(self) -> float:
         try:
             self._turn()
         except BaseException as error:
             _LOG.exception("the batcher ends")
-            self._open.fail_all(error)
-            self._events.close()
-        screened = math.inf if self._screen is None else self._screen.next_due
-        return min(self._dispatch_due, self._timers.next, self._open.next_deadline, screened)
+            self._requests.fail_all(error)
+            self._turns.close()
+        due = self._dispatcher.due, self._timers.next, self._requests.deadlines.next
+        return min(*due, self._screen.next_due)
 
     def _turn(self) -> None:
-        for event in self._events.take():
-            self._guard(self._handle, event, self._clock.now(), concerned=event)
-        monitor = self._open.monitor
-        now = monitor.report_turn(len(self._open) > 0)
+        clock, requests = self._setup.clock, self._requests
+        number = len(self._inbox)  # what comes meanwhile is left for the next turn
+        for event in dict.fromkeys(self._inbox.popleft() for _ in range(number)):
+            self._guard(self._handle, event, clock.now(), concerned=event)
+        now = requests.monitor.report_turn(len(requests) > 0)
         self._guard(self._handle_due, now)
-        if monitor.probe_due(now):
-            self._guard(self._send_probe)
+        if requests.monitor.probe_due(now):  # to notice when workers answer again
+            zeros = self._setup.queries.zeros(1), self._setup.answers.zeros(1)
+            request = Request(*zeros, clock.now(), _PROBE, True, own="probe")
+            self._guard(requests.accept_own, request)
         self._guard(self._dispatch, now)
-        # The workers compute meanwhile.
-        while self._screen is not None and self._screen.ahead and not self._events:
-            self._guard(self._screen.compute_ahead)
 
-    def _guard(self, step: Callable[..., None], *args: Any, concerned: Any = None) -> None:
+    def _guard(self, step: Callable[..., Any], *args: Any, concerned: Any = None) -> None:
         """Run a step. If it fails, fail the requests it concerns instead of the thread.
 
         Those are `concerned`, a group or a request, and the queries that the step took out of the
         queue.
         """
+        self._queue.popped = []
         try:
             step(*args)
-            popped = self._queue.take_popped()
-            if popped and self._screen is not None:
-                self._screen.expect(popped)
         except Exception as error:
             _LOG.exception("the batcher's step %s failed", step.__name__)
-            self._observe("internal_error", 1)
-            requests = {query.request for query in self._queue.take_popped()}
+            self._setup.observe("internal_error", 1)
+            failed = {query.request for query in self._queue.popped}
             if isinstance(concerned, Group):
-                requests |= {query.request for _, query in concerned.open_queries()}
-                self._comparisons.discard(concerned)
+                failed |= {query.request for _, query in concerned.open_queries()}
+                self._approximations.discard(concerned)
                 self._dispatcher.close(concerned)
             elif isinstance(concerned, Request):
-                requests.add(concerned)
-            for request in requests:
+                failed.add(concerned)
+            for request in failed:
                 why = f"internal error: {error}"
                 self._fail(request, InferenceFailed(why, "internal error"))
 
     def _fail(self, request: Request, error: Exception) -> None:
-        for query in request.queries if request.audits else ():
-            for each in query.approximate.values():
-                self._comparisons.audit(each, None)
-            query.approximate = {}
-        self._revisit(self._open.fail(request, error))
+        for query in request.queries if request.own == "audit" else ():
+            self._approximations.learn(query, None)
+        self._requests.fail(request, error)
 
-    def _revisit(self, groups: Sequence[Group]) -> None:
-        """Look at groups in the next turn: some of their queries ended elsewhere."""
-        for group in groups:
-            self._events.post_group(group)
-
-    def _handle(self, event: Any, now: float) -> None:
+    def _handle(self, event: Request | Group | Audit, now: float) -> None:
         # However long a turn is: deadlines come before the answers that were too late for them.
         self._expire(now)
-        if isinstance(event, Group):
-            event.posted = False
-            if not event.closed:
-                self._receive(event, now)
-        elif isinstance(event, Audit):
-            assert self._screen is not None
-            self._screen.receive_audit(event)
-        else:
-            self._enqueue(event, now)
-
-    def _enqueue(self, request: Request, now: float) -> None:
-        """Put a request into the queue. The second time that it comes it was cancelled."""
-        if not request.queued:
-            request.queued = True
-            self._queue.add(request)
-            self._open.keep_deadline(request)
-        if request.future.cancelled():
-            self._revisit(self._open.cancel(request, now))
-
-    def _submit_own(self, request: Request, *, audits: bool = True) -> bool:
-        """Take a request of the server's own, and return whether; it audits, or is a probe."""
-        accepted = self._open.accept_own(request, audits=audits)
-        if accepted:
-            self._enqueue(request, request.arrived)
-        return accepted
-
-    def _send_probe(self) -> None:
-        """Send a query of zeros, to notice when workers answer again."""
-        now, zeros = self._clock.now(), (self._queries.zeros(1), self._answers.zeros(1))
-        self._submit_own(Request(*zeros, now, _PROBE, True), audits=False)
+        match event:
+            case Request() as request:
+                self._requests.enqueue(request)
+                if request.future.cancelled():
+                    self._requests.cancel(request, now)
+            case Group() as group:
+                if group in self._dispatcher.groups:
+                    self._receive(group, now)
+            case Audit() as audit:
+                self._screen.receive_audit(audit)
+                self._settle(now)
 
     def _expire(self, now: float) -> None:
-        for request in self._open.pop_expired(now):
+        pool = self._setup.pool
+        for request in self._requests.deadlines.pop_due(now):
             why = (
                 f"not answered within {request.deadline:g} s: {self.waiting} queries wait, "
-                f"{self._pool.idle} of {self._pool.num_workers} workers are idle"
+                f"{pool.idle} of {pool.num_workers} workers are idle"
             )
             self._fail(request, DeadlineExceeded(why))
 
     def _handle_due(self, now: float) -> None:
         """Handle what is due: deadlines, groups to be completed, stragglers."""
-        if self._screen is not None:
-            self._settle(self._screen.pop_due(now), now)
-            self._screen.look(now)
+        self._screen.settle_due(now)
+        self._screen.look(now)
+        self._settle(now)
         self._expire(now)
-        for group in self._timers.pop_due(now):
-            self._guard(self._decide, group, now, concerned=group)
         filling = self._dispatcher.filling
-        if self._open.closing and filling is not None:
-            self._guard(self._decide, filling, now, concerned=filling)
-        if self._screen is not None:  # after all that may have ended a query in this turn
-            self._settle(self._screen.release(), now)
+        if self._requests.monitor.closing and filling is not None:
+            self._timers.set(filling, now)
+        for group in self._timers.pop_due(now):
+            if group in self._dispatcher.groups:
+                self._guard(self._decide, group, now, concerned=group)
+        self._screen.release()  # after all that may have ended a query in this turn
+        self._settle(now)
 
     def _dispatch(self, now: float) -> None:
-        self._dispatch_due = math.inf
-        closing = self._open.closing
-        groups, self._dispatch_due = self._dispatcher.dispatch(now, at_once=closing)
-        for group in groups:
-            due = group.began + self.policy.batch_wait_timeout_s
-            if group is not self._dispatcher.filling:
+        dispatcher, policy = self._dispatcher, self.policy
+        for group in dispatcher.dispatch(now, at_once=self._requests.monitor.closing):
+            due = group.began + policy.batch_wait_timeout_s
+            if group is not dispatcher.filling:
                 due = float(np.fmin.reduce(group.sent_at, initial=math.inf))
                 due += group.batch.times.limit(group.rows)
-            self._timers.set(group, due, now)
+            self._look_at(group, due, now)
 
-    # What workers answer.
+    def _look_at(self, group: Group, due: float, now: float) -> None:
+        """Decide on a group again at this time; an infinite one leaves what was set before."""
+        if due < math.inf:
+            self._timers.set(group, max(due, now) + _MARGIN)
 
     def _receive(self, group: Group, now: float) -> None:
-        batch = group.batch
+        """Take the answers of workers to a group."""
+        batch, layout = group.batch, group.layout
         for point in np.flatnonzero(batch.available & ~group.mask).tolist():
             value = batch.answer(point)
             assert value is not None
-            group.add_answer(point, value)
-            self._comparisons.learn_late(group, point, value)
-            place = int(group.layout.place_of[point])
-            if 0 <= place < len(group.cells):
-                self._receive_own(group, place, value, batch.workers[point], now)
+            group.mask[point] = True
+            if group.answers:
+                group.answers[point] = value
+            place = int(layout.place_of[point])
+            if not 0 <= place < len(group.cells):
+                continue
+            # The model's own answers to the queries of a cell.
+            own, queries = layout.own[place], group.cells[place].queries
+            asked, responded = (~np.isnan(group.sent_at[own])).sum(), group.mask[own].sum()
+            rows = self._screen.receive(batch.workers[point], queries, value)
+            self._settle(now)
+            if len(rows) < len(queries):
+                queries, value = [queries[row] for row in rows], value[rows]
+            for row, query in enumerate(queries):
+                self._approximations.learn(query, value[row, ...])
+            self._requests.answer(queries, Answer(value, "exact", int(asked), int(responded)), now)
         self._decide(group, now)
 
-    def _receive_own(
-        self, group: Group, place: int, value: np.ndarray, worker: int, now: float
-    ) -> None:
-        own = group.layout.own[place]
-        asked = int((~np.isnan(group.sent_at[own])).sum())
-        responded, queries = int(group.mask[own].sum()), group.cells[place].queries
-        if self._screen is not None:
-            kept, again, settled = self._screen.receive(worker, queries, value)
-            self._copy(again, 1, now)
-            self._settle(settled, now)
-            if len(kept) < len(queries):
-                queries, value = [queries[row] for row in kept], value[kept]
-        for row, query in enumerate(queries):
-            self._comparisons.learn(query, value[row, ...])
-        answer = Answer(value, "exact", asked, responded)
-        self._revisit(self._open.answer(queries, answer, now))
-
-    def _settle(self, settled: Sequence[Settled], now: float) -> None:
-        for query, verdict, suspicious in settled:
-            number = max(len(query.candidates), 1)
-            if not suspicious:
-                self._comparisons.learn(query, verdict.value)
-            answer = Answer(verdict.value[None], "exact", number, number, suspicious=suspicious)
-            self._revisit(self._open.answer([query], answer, now))
+    def _settle(self, now: float) -> None:
+        """Carry out what the screen has decided about answers that it held back."""
+        outcomes = self._screen.take()
+        self._copy([query for query, verdict in outcomes if verdict is None], 1, now)
+        for query, verdict in outcomes:
+            if verdict is not None:
+                number, doubted = max(len(query.candidates), 1), not verdict.agreed
+                if not doubted:
+                    self._approximations.learn(query, verdict.value)
+                answer = Answer(verdict.value[None], "exact", number, number, suspicious=doubted)
+                self._requests.answer([query], answer, now)
 
     def _copy(self, queries: Sequence[Query], workers: int, now: float) -> None:
         """Have further workers compute queries that are late, or whose answers look wrong."""
         for query in queries:
             query.reexecuted = True
-            self._observe("reexecution", 1)
+            self._setup.observe("reexecution", 1)
         self._dispatcher.copy(queries, workers, now)
-
-    # What becomes of a group.
 
     def _decide(self, group: Group, now: float) -> None:
         """Carry out what is decided about a group's queries, and close it once none is open."""
-        if group is self._dispatcher.filling:
-            due = group.began + self.policy.batch_wait_timeout_s
-            if now < due and not self._open.closing:
-                self._timers.set(group, due, now)
+        dispatcher, policy, setup = self._dispatcher, self.policy, self._setup
+        if group is dispatcher.filling:
+            due = group.began + policy.batch_wait_timeout_s
+            if now < due and not self._requests.monitor.closing:
+                self._look_at(group, due, now)
                 return
-            self._dispatcher.complete(group, now)
-        for known in group.estimates.values():
-            known.pop("decoded", None)  # further answers may have come since
+            dispatcher.complete(group, now)
         looked: set[Source] = set()
-        while group.pending:
+        while any(group.open_queries()):
             view, before = group.view(looked), len(looked)
-            budget = self._dispatcher.again
-            evidence = self._adaptation.evidence(len(group.cells), budget.left)
-            for action in decide(view, now, evidence, self.policy, self._estimator.enough):
+            evidence = self._adaptation.evidence(len(group.cells), dispatcher.again.left)
+            for action in decide(view, now, evidence, policy, setup.enough):
                 match action:
                     case Predict(places):
-                        self._estimator.predict(group, places)
+                        self._approximations.predict(group, places)
                         looked.add("predicted")
                     case Decode(places):
-                        self._estimator.decode(group, places)
+                        self._approximations.decode(group, places)
                         looked.add("decoded")
                     case GiveOut() as given:
-                        self._give(group, given, now)
+                        query, answer = self._approximations.give(group, given)
+                        self._requests.answer([query], answer, now)
                     case Copy(places, workers):
-                        budget.left -= len(places)
+                        dispatcher.again.left -= len(places)
                         self._copy([group.query(place) for place in places], workers, now)
                     case Fail(places):
-                        self._give_up_queries(group, places, now)
+                        self._give_up(group, places, now)
                     case Wait(until):
-                        self._timers.set(group, until, now)
+                        self._look_at(group, until, now)
             if len(looked) == before:
                 late = view.late(now) & (not group.alone)
-                self._observe("straggler", int((late & ~group.counted).sum()))
+                setup.observe("straggler", int((late & ~group.counted).sum()))
                 group.counted |= late
                 break
-        if not group.pending:
-            self._end_group(group, now)
+        if any(group.open_queries()):
+            return
 
-    def _give(self, group: Group, given: GiveOut, now: float) -> None:
-        """Give an approximate answer out, which is to be compared with the model's own."""
-        place, source, forced = given
-        (answer, _), query = group.estimates[place][source], group.query(place)
-        risk, record = self._adaptation.risk(source), query.approximate[source]
-        disagreement, error = map(float, risk.expected(answer.disagreement, answer.error))
-        if answer.error > 0:
-            record.widened = error / answer.error
-        record.forced = forced
-        if forced:
-            self._observe("over_budget", 1)
-        self._comparisons.give(group, place[0], query, record)
-        self._observe("expected_disagreement", disagreement)
-        if self.policy.tolerance is not None:
-            self._observe("expected_error", error / self.policy.tolerance)
-        shown = {"disagreement": disagreement, "error": error, "value": answer.value[None]}
-        self._revisit(self._open.answer([query], dataclasses.replace(answer, **shown), now))
+        # A group without open queries is closed once all that was given out has been compared.
+        if group.kind == "copy" and group.batch.tasks[0].running:
+            group.batch.suffice()  # nothing more is sent; how long the copy takes is of interest
+            return
+        if group.kind == "copy" and group.mask.all():
+            took, limit = now - group.batch.tasks[0].sent, group.batch.times.limit(group.rows)
+            if limit < math.inf:
+                setup.observe("hedge_limits", took / limit)
+        for each in [group] if group.alone else self._approximations.keep(group):
+            self._timers.drop(each)
+            dispatcher.close(each)
 
-    def _give_up_queries(self, group: Group, places: Sequence[Place], now: float) -> None:
+    def _give_up(self, group: Group, places: Sequence[Place], now: float) -> None:
         """Fail queries that no worker will answer, or give out the answers that are held back."""
         failures = group.batch.failures
         public = f"a query got no answer: {len(failures) or 'no'} workers failed"
@@ -476,19 +435,8 @@ class CodedBatcher:
         if failures and failures[-1].refused:
             public = why  # the server's own words
         for query in map(group.query, places):
-            if self._screen is not None and query.candidates and not query.done:
-                self._settle([self._screen.give_up(query)], now)
+            if query.candidates:
+                self._screen.give_up(query)
             elif not query.done:
                 self._fail(query.request, InferenceFailed(why, public))
-
-    def _end_group(self, group: Group, now: float) -> None:
-        """Close a group without open queries, once all that was given out has been compared."""
-        if group.is_copy and group.batch.tasks[0].running:
-            group.batch.suffice()  # nothing more is sent; how long the copy takes is of interest
-            return
-        if group.is_copy and group.mask.all():
-            took, limit = now - group.batch.tasks[0].sent, group.batch.times.limit(group.rows)
-            if limit < math.inf:
-                self._observe("hedge_limits", took / limit)
-        for each in [group] if group.alone else self._comparisons.keep(group):
-            self._dispatcher.close(each)
+        self._settle(now)

@@ -1,9 +1,16 @@
-"""The metrics of served models, for Prometheus: one table of what is measured, and one of pools."""
+"""The measurements of served models: one table of what is measured, for Prometheus and status."""
 
+import bisect
+import collections
+import dataclasses
 import itertools
-from collections.abc import Iterator
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
@@ -13,8 +20,14 @@ from ..codes import AbstractCode
 from ..codes._kept import kept_matrices
 from ..pools import AbstractPool
 from ..pools.backend import WorkerState
-from ._meter import ANSWERS, OUTCOMES, SECONDS, Meter
 
+OUTCOMES = ("ok", "deadline", "failed", "cancelled")
+OUTCOMES += ("invalid", "overloaded", "queue_full", "draining")
+ANSWERS = ("exact", "decoded", "predicted", "reexecuted")
+_RECENT = 60.0  # seconds that the status page's latencies cover, ...
+_MOST = 50_000  # ... unless there are more requests than this
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _SHORT = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1)
 _SHARES = (1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _TENTHS = tuple(place / 10 for place in range(1, 11))
@@ -35,10 +48,10 @@ _TABLE = (
     ("fenced_workers", "worker_fenced", "Times that a worker was fenced.", ()),
     ("released_workers", "worker_released", "Fenced workers that were released.", ()),
     ("internal_errors", "internal_error", "Failures of the server, see its log.", ()),
-    ("request_seconds", "request_ok", "Seconds from arrival to answer.", SECONDS),
-    ("queue_seconds", "queue_seconds", "Seconds from arrival until sent to a worker.", SECONDS),
-    ("compute_seconds", "compute_seconds", "Seconds from sent until answered.", SECONDS),
-    ("learn_seconds", "learn_seconds", "Seconds of a learning step, on its own thread.", SECONDS),
+    ("request_seconds", "request_ok", "Seconds from arrival to answer.", _SECONDS),
+    ("queue_seconds", "queue_seconds", "Seconds from arrival until sent to a worker.", _SECONDS),
+    ("compute_seconds", "compute_seconds", "Seconds from sent until answered.", _SECONDS),
+    ("learn_seconds", "learn_seconds", "Seconds of a learning step, on its own thread.", _SECONDS),
     ("order_seconds", "order_seconds", "Seconds to order the queries of a batch.", _SHORT),
     ("encode_seconds", "encode_seconds", "Seconds to encode a group.", _SHORT),
     ("decode_seconds", "decode_seconds", "Seconds to decode a group.", _SHORT),
@@ -70,6 +83,103 @@ _OF_POOLS = (
 )  # fmt: skip
 
 
+_EDGES = {measure: edges for _, measure, _, edges in _TABLE if edges}
+
+
+@dataclasses.dataclass
+class Measure:
+    """A measurement: how often it came, the sum of its numbers, and counts by bucket, if any."""
+
+    count: int = 0
+    total: float = 0.0
+    buckets: list[int] = dataclasses.field(default_factory=list)
+
+
+class Meter:
+    """The measurements of one model.
+
+    Attributes:
+        served: The model's pool and code; None once it is closed.
+        waiting: Returns the number of queries that wait to be sent.
+        last_answer: The time of the latest answer, by the wall clock; 0 for none yet.
+    """
+
+    def __init__(self, pool: AbstractPool, code: AbstractCode):
+        """Count from 0."""
+        self.served: tuple[AbstractPool, AbstractCode] | None = pool, code
+        self.waiting: Callable[[], float] = lambda: 0
+        self.last_answer = 0.0
+        self._lock = threading.Lock()
+        self._measures: dict[str, Measure] = {}
+        self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=_MOST)
+
+    def observe(self, what: str, number: int | float) -> None:
+        """Take a measurement, from any thread. NaN is for what is not known."""
+        number, edges = float(number), _EDGES.get(what, ())
+        if math.isnan(number):
+            return
+        with self._lock:
+            measure = self._measures.get(what)
+            if measure is None:
+                buckets = [0] * (len(edges) + 1)
+                measure = self._measures[what] = Measure(buckets=buckets)
+            measure.count += 1
+            measure.total += number
+            measure.buckets[bisect.bisect_left(edges, number)] += 1
+            if what == "request_ok":
+                self._recent.append((time.monotonic(), number))
+                self.last_answer = time.time()
+
+    def read(self, what: str) -> Measure:
+        """Return a copy of what is known of a measurement."""
+        with self._lock:
+            found = self._measures.get(what, Measure(buckets=[0] * (len(_EDGES.get(what, ())) + 1)))
+            return dataclasses.replace(found, buckets=list(found.buckets))
+
+    def close(self) -> None:
+        """Let the workers and the queue go; what was counted stays."""
+        self.served, self.waiting = None, lambda: 0
+
+    def status(self, num_workers: int) -> dict[str, Any]:
+        """Return what the status page shows of it, for a code with this number of workers."""
+        with self._lock:
+            recent, now = list(self._recent), time.monotonic()
+        answers = {answer: int(self.read(f"query_{answer}").total) for answer in ANSWERS}
+        requests = {outcome: self.read(f"request_{outcome}").count for outcome in OUTCOMES}
+        approximate, queries = answers["decoded"] + answers["predicted"], sum(answers.values())
+        expected = self.read("expected_disagreement")
+        seconds = np.array([value for at, value in recent if now - at <= _RECENT])
+        bins, _ = np.histogram(seconds, bins=(0, *_SECONDS, np.inf))
+        shares = {"p50_ms": 0.5, "p99_ms": 0.99, "p999_ms": 0.999}
+        return {
+            "totals": {
+                "requests": sum(requests.values()),
+                "queries": answers,
+                "errors": {name: count for name, count in requests.items() if name != "ok"},
+                "groups": self.read("group_fill").count,
+                "stragglers": int(self.read("straggler").total),
+                "reexecutions": int(self.read("reexecution").total),
+            },
+            "latency": {
+                "bounds_ms": [1000 * bound for bound in _SECONDS],
+                "counts": bins.tolist(),
+                **{
+                    name: 1000 * float(np.quantile(seconds, share)) if len(seconds) else None
+                    for name, share in shares.items()
+                },
+                "number": len(seconds),
+                "seconds": _RECENT if len(recent) < _MOST else now - recent[0][0],
+            },
+            "responded": {"counts": [0, *self.read("workers_responded").buckets[:num_workers]]},
+            "fidelity": {
+                "decoded_share": approximate / queries if queries else None,
+                "expected_disagreement": (
+                    expected.total / expected.count if expected.count else None
+                ),
+            },
+        }
+
+
 class Metrics(Collector):
     """The metrics of all models of a server, in a registry."""
 
@@ -79,8 +189,7 @@ class Metrics(Collector):
 
     def add(self, model: str, pool: AbstractPool, code: AbstractCode) -> Meter:
         """Return the meter of a model, which takes the place of an earlier one of that name."""
-        buckets = {measure: edges for _, measure, _, edges in _TABLE if edges}
-        self.meters[model] = Meter(pool, code, buckets)
+        self.meters[model] = Meter(pool, code)
         return self.meters[model]
 
     def collect(self) -> Iterator[Metric]:
@@ -93,13 +202,13 @@ class Metrics(Collector):
             kind = HistogramMetricFamily if edges else CounterMetricFamily
             found, by_edge = family(kind, name, text, label), [*map(floatToGoString, edges), "+Inf"]
             for model, value in itertools.product(meters, values):
-                count, total, counts = meters[model].read(measure + value)
+                known = meters[model].read(measure + value)
                 if edges:
-                    buckets = zip(by_edge, itertools.accumulate(counts), strict=True)
-                    found.add_metric([model], list(buckets), total)
+                    buckets = zip(by_edge, itertools.accumulate(known.buckets), strict=True)
+                    found.add_metric([model], list(buckets), known.total)
                 else:  # the number that comes with a request or an audit is no count
                     times = measure in ("request_", "audit_")
-                    found.add_metric([model, value], count if times else total)
+                    found.add_metric([model, value], known.count if times else known.total)
             yield found
         waiting = family(GaugeMetricFamily, "queue_queries", "Queries that wait to be sent.")
         workers = family(GaugeMetricFamily, "workers", "Workers by state.", "state")

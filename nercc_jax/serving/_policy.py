@@ -1,6 +1,12 @@
-"""The batching policy: how groups are formed, how long they wait, and what is given out."""
+"""The batching policy: how groups are formed, how long they wait, and what is given out.
 
+It needs none of the extra `serve`, and no JAX: `ModelSettings` has its fields, bounds and texts.
+"""
+
+import ast
 import dataclasses
+import inspect
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -12,8 +18,10 @@ if TYPE_CHECKING:
 MAX_DEADLINE_S = 3600.0
 
 Outputs: TypeAlias = Literal["logits", "probabilities", "values"]
+# Receives measurements, from any thread: their names are in the table of `_metrics.py`.
+Observe: TypeAlias = Callable[[str, float], Any]
 
-_BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+_BOUNDS = {
     "ge": (operator.ge, "at least"),
     "gt": (operator.gt, "more than"),
     "le": (operator.le, "at most"),
@@ -21,14 +29,23 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 }
 
 
-def _option(default: Any, text: str, *, example: Any = None, **bounds: int | float) -> Any:
-    """Return a field: its help is the only description of the option, also in `nercc serve`.
+def texts_of(settings: type) -> dict[str, str]:
+    """Return the text below each field of a class, in one line, by the field's name."""
+    (found,) = ast.parse(inspect.getsource(settings)).body
+    assert isinstance(found, ast.ClassDef)
+    return {
+        ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
+        for field, text in itertools.pairwise(found.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
 
-    Bounds are named as pydantic names them. The `example`
-    is shown in the reference where the default is None.
+
+def _option(default: Any, *, example: Any = None, **bounds: int | float) -> Any:
+    """Return a field, with bounds as pydantic names them.
+
+    The `example` is shown in the reference where the default is None.
     """
-    metadata = {"help": text, "example": example, "bounds": bounds}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"example": example, "bounds": bounds})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,150 +56,72 @@ class BatchingPolicy:
         ValueError: for values out of range.
     """
 
-    max_batch_size: int = _option(
-        16,
-        "Maximum queries in one worker call, a power of two. Batches are powers of two, for which "
-        "everything is compiled in advance; few idle workers and a long queue make large ones.",
-        ge=1,
-        le=2**16,
-    )
-    batch_wait_timeout_s: float = _option(
-        0.01,
-        "Seconds until a group that is not full is sent without waiting for more queries. With a "
-        "systematic code only its redundancy waits.",
-        ge=0,
-        le=MAX_DEADLINE_S,
-    )
-    max_queue_size: int = _option(
-        1024,
-        "Maximum queries that wait to be sent; more are refused. High priority has a quarter more.",
-        ge=1,
-        le=10**6,
-    )
-    deadline_s: float = _option(
-        10.0,
-        "Default deadline of a request, in seconds; at most an hour.",
-        gt=0,
-        le=MAX_DEADLINE_S,
-    )
-    priority_lead_s: float = _option(
-        1.0,
-        "Seconds by which requests of high priority overtake earlier ones; 0 for no priority.",
-        ge=0,
-        le=MAX_DEADLINE_S,
-    )
-    straggler_threshold: float = _option(
-        1.5,
-        "Straggler threshold, as a multiple of the median answer time. Queries of stragglers are "
-        "predicted, decoded, or sent again.",
-        gt=0,
-    )
-    quantile: float = _option(
-        0.5,
-        "Quantile of answer times that the straggler threshold multiplies. Hedging as published "
-        "uses 0.95 with a threshold of 1.",
-        gt=0,
-        lt=1,
-    )
-    wait_for: int | None = _option(
-        None,
-        "Answers of a group that suffice for decoding where no error is estimated. By default half "
-        "of the redundancy for interleaved codes, otherwise 85 % of N but at least K.",
-        example=6,
-        le=10_000,
-    )
-    outputs: Outputs | None = _option(  # noqa: RUF009, it is a field
-        None,
-        "Outputs of the model: `logits`, scores whose largest is a label; `probabilities`, the "
-        "softmax of a classifier's logits; or `values`, numbers without labels, of which only a "
-        "`tolerance` lets approximate answers out. By default one number a row is a value, and "
-        "several are scores once the model's own answers look like scores.",
-        example="values",
-    )
-    max_disagreement: float | None = _option(
-        None,
-        "Maximum share of wrong labels among the answers that are not the model's own, by a bound "
-        "that fails with a probability of 0.25; no single one may be wrong with more than five "
-        "times that share, or a half. Answers that are too uncertain wait for more workers, and "
-        "are sent again if none are left. 1, and in Python None: decode as soon as "
-        "`wait_for` answers are in. Default of a server: 0.05.",
-        ge=0,
-        le=1,
-        example=0.05,
-    )
-    max_reexecution: float | None = _option(
-        None,
-        "Maximum share of queries sent again because their answer is uncertain; beyond it the best "
-        "answer is given with its error probability. Unlimited by default.",
-        example=0.1,
-        ge=0,
-        le=1,
-    )
-    tolerance: float | None = _option(
-        None,
-        "Largest error bar of an answer that is not the model's own, in units of the outputs (root "
-        "mean square over a row's outputs). Outputs are `values` then; without it, all answers to "
-        "values are exact.",
-        gt=0,
-        lt=float("inf"),
-        example=0.01,
-    )
-    coverage: float = _option(
-        0.9,
-        "Share of the errors of approximate answers to values that their error bars cover.",
-        gt=0,
-        lt=1,
-    )
-    redundancy: Literal["always", "uncertain"] = _option(
-        "always",
-        "Redundancy to send while workers are free: `always` all that the code has; `uncertain` "
-        "only for queries that the surrogate could not answer, the most uncertain first, and none "
-        "before it is calibrated.",
-    )
-    max_redundancy: float | None = _option(
-        None,
-        "With `uncertain`: maximum calls for redundancy, as a share of the queries. Unlimited by "
-        "default.",
-        example=0.1,
-        ge=0,
-    )
-    max_calls: float | None = _option(
-        None,
-        "Mean calls a query that may be spent. If set, straggler threshold, copies at once and "
-        "redundancy are picked again and again by the measured tail latency, within this budget "
-        "and up to the copies and the redundancy set here.",
-        ge=1,
-        lt=float("inf"),
-        example=1.1,
-    )
-    check_answers: float | None = _option(
-        None,
-        "Share of the model's right answers that may look wrong to the surrogate and are computed "
-        "again by another worker, before they are given out; workers found wrong are fenced, a "
-        "quarter of all at most: no traffic. Needs a surrogate. Not checked by default.",
-        gt=0,
-        lt=1,
-        example=0.01,
-    )
-    max_fenced: float = _option(0.25, "Maximum share of the workers that is fenced.", ge=0, lt=1)
-    ordering: bool = _option(
-        True,
-        "Order the queries of a batch by similarity before encoding. No query waits for it.",
-    )
-    copies: int = _option(
-        2,
-        "Maximum workers that compute the same query at a time, if the first straggles and the "
-        "query must be answered exactly or cannot be decoded (hedging). 1 waits for stragglers.",
-        ge=1,
-        le=10_000,
-    )
-    hedge_copies: int = _option(
-        1,
-        "Workers, of `copies`, that compute a straggler's query from the same time on. With 2 the "
-        "tail is shorter, for one call more for each straggler.",
-        ge=1,
-        le=10_000,
-    )
+    max_batch_size: int = _option(16, ge=1, le=2**16)
+    """Maximum queries in one worker call, a power of two. Batches are powers of two, for which
+    everything is compiled in advance; few idle workers and a long queue make large ones."""
+    batch_wait_timeout_s: float = _option(0.01, ge=0, le=MAX_DEADLINE_S)
+    """Seconds until a group that is not full is sent without waiting for more queries. With a
+    systematic code only its redundancy waits."""
+    max_queue_size: int = _option(1024, ge=1, le=10**6)
+    "Maximum queries that wait to be sent; more are refused. High priority has a quarter more."
+    deadline_s: float = _option(10.0, gt=0, le=MAX_DEADLINE_S)
+    "Default deadline of a request, in seconds; at most an hour."
+    priority_lead_s: float = _option(1.0, ge=0, le=MAX_DEADLINE_S)
+    "Seconds by which requests of high priority overtake earlier ones; 0 for no priority."
+    straggler_threshold: float = _option(1.5, gt=0)
+    """Straggler threshold, as a multiple of the median answer time. Queries of stragglers are
+    predicted, decoded, or sent again."""
+    quantile: float = _option(0.5, gt=0, lt=1)
+    """Quantile of answer times that the straggler threshold multiplies. Hedging as published uses
+    0.95 with a threshold of 1."""
+    wait_for: int | None = _option(None, example=6, le=10_000)
+    """Answers of a group that suffice for decoding where no error is estimated. By default half of
+    the redundancy for interleaved codes, otherwise 85 % of N but at least K."""
+    outputs: Outputs | None = _option(None, example="values")  # noqa: RUF009, it is a field
+    """Outputs of the model: `logits`, scores whose largest is a label; `probabilities`, the softmax
+    of a classifier's logits; or `values`, numbers without labels, of which only a `tolerance` lets
+    approximate answers out. By default one number a row is a value, and several are scores once the
+    model's own answers look like scores."""
+    max_disagreement: float | None = _option(None, ge=0, le=1, example=0.05)
+    """Maximum share of wrong labels among the answers that are not the model's own, by a bound that
+    fails with a probability of 0.25; no single one may be wrong with more than five times that
+    share, or a half. Answers that are too uncertain wait for more workers, and are sent again if
+    none are left. 1, and in Python None: decode as soon as `wait_for` answers are in. Default of a
+    server: 0.05."""
+    max_reexecution: float | None = _option(None, example=0.1, ge=0, le=1)
+    """Maximum share of queries sent again because their answer is uncertain; beyond it the best
+    answer is given with its error probability. Unlimited by default."""
+    tolerance: float | None = _option(None, gt=0, lt=float("inf"), example=0.01)
+    """Largest error bar of an answer that is not the model's own, in units of the outputs (root
+    mean square over a row's outputs). Outputs are `values` then; without it, all answers to values
+    are exact."""
+    coverage: float = _option(0.9, gt=0, lt=1)
+    "Share of the errors of approximate answers to values that their error bars cover."
+    redundancy: Literal["always", "uncertain"] = "always"
+    """Redundancy to send while workers are free: `always` all that the code has; `uncertain` only
+    for queries that the surrogate could not answer, the most uncertain first, and none before it is
+    calibrated."""
+    max_redundancy: float | None = _option(None, example=0.1, ge=0)
+    """With `uncertain`: maximum calls for redundancy, as a share of the queries. Unlimited by
+    default."""
+    max_calls: float | None = _option(None, ge=1, lt=float("inf"), example=1.1)
+    """Mean calls a query that may be spent. If set, straggler threshold, copies at once and
+    redundancy are picked again and again by the measured tail latency, within this budget and up to
+    the copies and the redundancy set here."""
+    check_answers: float | None = _option(None, gt=0, lt=1, example=0.01)
+    """Share of the model's right answers that may look wrong to the surrogate and are computed
+    again by another worker, before they are given out; workers found wrong are fenced, a quarter of
+    all at most: no traffic. Needs a surrogate. Not checked by default."""
+    max_fenced: float = _option(0.25, ge=0, lt=1)
+    "Maximum share of the workers that is fenced."
+    ordering: bool = True
+    "Order the queries of a batch by similarity before encoding. No query waits for it."
+    copies: int = _option(2, ge=1, le=10_000)
+    """Maximum workers that compute the same query at a time, if the first straggles and the query
+    must be answered exactly or cannot be decoded (hedging). 1 waits for stragglers."""
+    hedge_copies: int = _option(1, ge=1, le=10_000)
+    """Workers, of `copies`, that compute a straggler's query from the same time on. With 2 the tail
+    is shorter, for one call more for each straggler."""
 
     def __post_init__(self):
         if self.tolerance is not None and self.outputs not in (None, "values"):
@@ -199,7 +138,7 @@ class BatchingPolicy:
                 )
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
-            for bound, limit in each.metadata["bounds"].items():
+            for bound, limit in each.metadata.get("bounds", {}).items():
                 holds, words = _BOUNDS[bound]
                 if value is not None and not holds(value, limit):  # NaN never holds
                     raise ValueError(f"{each.name} must be {words} {limit:g}, not {value}")
@@ -251,8 +190,5 @@ def read_outputs(
 
 
 BatchingPolicy.__doc__ = f"{BatchingPolicy.__doc__}\n    Attributes:\n" + "".join(
-    f"        {each.name}: {each.metadata['help']}\n" for each in dataclasses.fields(BatchingPolicy)
+    f"        {name}: {text}\n" for name, text in texts_of(BatchingPolicy).items()
 )
-
-# Receives measurements, from any thread: their names are in the table of `_metrics.py`.
-Observe: TypeAlias = Callable[[str, float], Any]

@@ -7,9 +7,9 @@ num_workers = 8
 [[models]]
 model = "lenet5-digits"
 
-The two models below are the only description of every setting: the flags of `nercc serve`, the
-environment, the file, `--print-config` and `docs/deploy/server.toml` are made from them. What they
-share with `BatchingPolicy` has its default and its help there.
+The two models below are the only description of every setting, with the text below it: the flags of
+`nercc serve`, the environment, the file, `--print-config` and `docs/deploy/server.toml` are made
+from them. Fields of `BatchingPolicy` are a model's settings, too, and described there.
 """
 
 import dataclasses
@@ -20,15 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    create_model,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -37,17 +29,12 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from ._policy import MAX_DEADLINE_S, BatchingPolicy, Outputs
-from ._settings_text import read_datatype, read_policy, read_shape, read_table, to_toml
+from ._policy import MAX_DEADLINE_S, BatchingPolicy, Outputs, texts_of
+from ._settings_text import Datatypes, Paths, PortOrNone, Shapes, Table, to_toml
 
-# Upper bounds: what is beyond is a mistake, or would stop the machine.
-_MANY, _QUERIES, _BYTES, _DAY_S = 10_000, 10**6, 2**40, 86_400.0
-
-
-def _setting(default: Any, text: str, example: Any = None, **bounds: Any) -> Any:
-    """Return a field; `example` is shown in the reference where the default is None."""
-    examples = None if example is None else [example]
-    return Field(default=default, description=text, examples=examples, **bounds)
+DAY_S = 86_400.0
+_setting: Any = Field  # so that a type checker sees that each setting has a default
+_VERSIONS = r"^(latest|all|[1-9]\d*(, *[1-9]\d*)*)$"
 
 
 class _OwnSettings(BaseModel):
@@ -66,140 +53,85 @@ class _OwnSettings(BaseModel):
         "tolerance": "Accuracy and redundancy",
     }
 
-    model: str | None = _setting(
-        None, "Model to serve: a shipped one, your own as module:name, or hf:owner/name."
-    )
-    name: str | None = _setting(
-        None,
-        "Name that clients use (default: that of the model, with a dot for a colon).",
-        "classifier",
-    )
-    version: int = _setting(
-        1, "Version of the model; a name may have several, each with settings of its own.", ge=1
-    )
-    version_policy: Annotated[str, BeforeValidator(read_policy)] = _setting(
-        "latest",
-        "Versions of a name that are served: latest, all, or those listed, 1,3. Requests without a "
-        "version get the latest.",
-    )
-    weights: Path | None = _setting(
-        None, "Weights passed to module:name, which makes the model: a path, or hf:.", "weights.npz"
-    )
-    input_shape: Annotated[
-        tuple[int, ...] | dict[str, tuple[int, ...]] | None, BeforeValidator(read_shape)
-    ] = _setting(
-        None,
-        "Shape of one query without the batch axis, 28,28,1; of several inputs by name, "
-        "image=28,28,1,meta=4 (default: that of the inputs).",
-        [28, 28, 1],
-    )
-    input_datatype: Annotated[str | dict[str, str] | None, BeforeValidator(read_datatype)] = (
-        _setting(
-            None,
-            "Datatype of the inputs, INT64, or by name, ids=INT64,mask=BOOL (default: FP32). "
-            "Others than FP32 are served uncoded, unless preprocess makes floats of them.",
-            "INT64",
-        )
-    )
-    preprocess: str | None = _setting(
-        None,
-        "Function module:function that turns a batch of inputs, such as bytes of images, into the "
-        "floats that the model takes: it runs before queries are coded (default: none).",
-        "images:prepare",
-    )
-    output_name: str | None = _setting(
-        None, "Output name; with several unnamed outputs, a prefix (default: output).", "scores"
-    )
-    inputs: Path | None = _setting(
-        None,
-        "File of unlabelled inputs to calibrate on: .npy of shape (points, *input_shape), or .npz "
-        "by name (default: example_inputs() of the module, if it has that).",
-        "inputs.npy",
-    )
-
+    model: str | None = None
+    "Model to serve: a shipped one, your own as module:name, or hf:owner/name."
+    name: str | None = _setting(None, examples=["classifier"])
+    "Name that clients use (default: that of the model, with a dot for a colon)."
+    version: int = _setting(1, ge=1)
+    "Version of the model; a name may have several, each with settings of its own."
+    version_policy: str = _setting("latest", pattern=_VERSIONS, coerce_numbers_to_str=True)
+    """Versions of a name that are served: latest, all, or those listed, 1,3. Requests without a
+    version get the latest."""
+    weights: Path | None = _setting(None, examples=["weights.npz"])
+    "Weights passed to module:name, which makes the model: a path, or hf:."
+    input_shape: Shapes = _setting(None, examples=[[28, 28, 1]])
+    """Shape of one query without the batch axis, 28,28,1; of several inputs by name,
+    image=28,28,1,meta=4 (default: that of the inputs)."""
+    input_datatype: Datatypes = _setting(None, examples=["INT64"])
+    """Datatype of the inputs, INT64, or by name, ids=INT64,mask=BOOL (default: FP32). Others than
+    FP32 are served uncoded, unless preprocess makes floats of them."""
+    preprocess: str | None = _setting(None, examples=["images:prepare"])
+    """Function module:function that turns a batch of inputs, such as bytes of images, into the
+    floats that the model takes: it runs before queries are coded (default: none)."""
+    output_name: str | None = _setting(None, examples=["scores"])
+    "Output name; with several unnamed outputs, a prefix (default: output)."
+    inputs: Path | None = _setting(None, examples=["inputs.npy"])
+    """File of unlabelled inputs to calibrate on: .npy of shape (points, *input_shape), or .npz by
+    name (default: example_inputs() of the module, if it has that)."""
     scheme: Literal["nercc", "berrut", "berrut-spline", "replication", "uncoded"] | None = _setting(
-        None,
-        "Code of the queries (default: nercc, or uncoded for what cannot be coded).",
-        "nercc",
+        None, examples=["nercc"]
     )
-    num_data: int = _setting(4, "K: queries coded together.", ge=1, le=_MANY)
-    num_workers: int = _setting(8, "N: coded data points of K queries.", ge=1, le=_MANY)
-    points: Literal["interleaved", "repeated", "chebyshev", "uniform"] = _setting(
-        "interleaved", "Layout of the regression points."
-    )
-    code: Path | None = _setting(
-        None, "File of a code that `nercc tune` wrote, instead of the settings above.", "code.json"
-    )
-
-    pool: Literal["devices", "ray"] = _setting(
-        "devices", "Kind of workers: threads on this process's devices, or Ray actors."
-    )
-    workers: int | None = _setting(None, "Workers of each model (default: N).", 8, ge=1, le=_MANY)
-    worker_cpus: float | None = _setting(
-        None, "CPUs per Ray actor (default: at most 0.5).", 0.5, ge=0, le=_MANY
-    )
-    worker_gpus: float | None = _setting(
-        None,
-        "GPUs per Ray actor (default: 1 or an equal share, where the cluster has GPUs).",
-        1.0,
-        ge=0,
-        le=_MANY,
-    )
-    worker_resources: Annotated[dict[str, float], BeforeValidator(read_table)] = _setting(
-        {}, "Other Ray resources per actor, as a TOML table: {TPU = 4}."
-    )
-    actor_options: Annotated[dict[str, Any], BeforeValidator(read_table)] = _setting(
-        {}, "Other options of Ray actors, as a TOML table: {max_concurrency = 3}."
-    )
+    "Code of the queries (default: nercc, or uncoded for what cannot be coded)."
+    num_data: int = _setting(4, ge=1, le=10_000)
+    "K: queries coded together."
+    num_workers: int = _setting(8, ge=1, le=10_000)
+    "N: coded data points of K queries."
+    points: Literal["interleaved", "repeated", "chebyshev", "uniform"] = "interleaved"
+    "Layout of the regression points."
+    code: Path | None = _setting(None, examples=["code.json"])
+    "File of a code that `nercc tune` wrote, instead of the settings above."
+    pool: Literal["devices", "ray"] = "devices"
+    "Kind of workers: threads on this process's devices, or Ray actors."
+    workers: int | None = _setting(None, examples=[8], ge=1, le=10_000)
+    "Workers of each model (default: N)."
+    worker_cpus: float | None = _setting(None, examples=[0.5], ge=0, le=10_000)
+    "CPUs per Ray actor (default: at most 0.5)."
+    worker_gpus: float | None = _setting(None, examples=[1.0], ge=0, le=10_000)
+    "GPUs per Ray actor (default: 1 or an equal share, where the cluster has GPUs)."
+    worker_resources: Annotated[dict[str, float], Table] = {}
+    "Other Ray resources per actor, as a TOML table: {TPU = 4}."
+    actor_options: Annotated[dict[str, Any], Table] = {}
+    "Other options of Ray actors, as a TOML table: {max_concurrency = 3}."
     worker_dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(
-        None, "Dtype of workers' inputs and weights (default: the model's).", "bfloat16"
+        None, examples=["bfloat16"]
     )
-    max_attempts: int = _setting(
-        3, "Workers that a failing data point is sent to before it is given up.", ge=1, le=_MANY
-    )
-    hang_timeout_s: float = _setting(
-        60.0, "Seconds after which a worker counts as hung and is replaced.", gt=0, le=_DAY_S
-    )
-
-    surrogate: str | None = _setting(
-        None,
-        "Surrogate that answers stragglers' queries where it is certain enough: `learn`, a learner "
-        "from the traffic; `student`, the shipped one; a file that `nercc distill` wrote; "
-        "module:function, with the model's outputs; or `none` (default: none).",
-        "learn",
-    )
-
-    service_delay_s: float = _setting(
-        0.0, "Seconds added to every call, for trials.", ge=0, le=_DAY_S
-    )
-    straggler_rate: float = _setting(
-        0.0, "Share of calls that are delayed, for trials.", ge=0, le=1
-    )
-    straggler_delay_s: float = _setting(
-        1.0, "Seconds by which those calls are delayed.", gt=0, le=_DAY_S
-    )
-    straggler_score: str | None = _setting(
-        None,
-        "Score of a row, by which calls are delayed, the largest first: `norm`, or "
-        "module:function.",
-        "norm",
-    )
-    straggler_leaning: float = _setting(
-        1.0, "With a score, the share of delayed calls that have the largest scores.", ge=0, le=1
-    )
-    death_rate: float = _setting(
-        0.0, "Share of calls in which the worker dies, for trials.", ge=0, le=1
-    )
-    wrong_workers: Annotated[
-        dict[Literal["swap"], tuple[int, ...]], BeforeValidator(read_table)
-    ] = _setting(
-        {},
-        "Workers that answer wrongly, for trials, by swapping rows, as a TOML table: {swap = [1]}.",
-    )
-    wrong_rate: float = _setting(
-        1.0, "Share of these workers' calls that are answered wrongly.", ge=0, le=1
-    )
-    fault_seed: int = _setting(0, "Seed of the injected faults.")
+    "Dtype of workers' inputs and weights (default: the model's)."
+    max_attempts: int = _setting(3, ge=1, le=10_000)
+    "Workers that a failing data point is sent to before it is given up."
+    hang_timeout_s: float = _setting(60.0, gt=0, le=DAY_S)
+    "Seconds after which a worker counts as hung and is replaced."
+    surrogate: str | None = _setting(None, examples=["learn"])
+    """Surrogate that answers stragglers' queries where it is certain enough: `learn`, a learner
+    from the traffic; `student`, the shipped one; a file that `nercc distill` wrote;
+    module:function, with the model's outputs; or `none` (default: none)."""
+    service_delay_s: float = _setting(0.0, ge=0, le=DAY_S)
+    "Seconds added to every call, for trials."
+    straggler_rate: float = _setting(0.0, ge=0, le=1)
+    "Share of calls that are delayed, for trials."
+    straggler_delay_s: float = _setting(1.0, gt=0, le=DAY_S)
+    "Seconds by which those calls are delayed."
+    straggler_score: str | None = _setting(None, examples=["norm"])
+    "Score of a row, by which calls are delayed, the largest first: `norm`, or module:function."
+    straggler_leaning: float = _setting(1.0, ge=0, le=1)
+    "With a score, the share of delayed calls that have the largest scores."
+    death_rate: float = _setting(0.0, ge=0, le=1)
+    "Share of calls in which the worker dies, for trials."
+    wrong_workers: Annotated[dict[Literal["swap"], tuple[int, ...]], Table] = {}
+    "Workers that answer wrongly, for trials, by swapping rows, as a TOML table: {swap = [1]}."
+    wrong_rate: float = _setting(1.0, ge=0, le=1)
+    "Share of these workers' calls that are answered wrongly."
+    fault_seed: int = 0
+    "Seed of the injected faults."
 
 
 if TYPE_CHECKING:
@@ -208,21 +140,17 @@ if TYPE_CHECKING:
         def __init__(self, **settings: Any): ...
 
 else:  # each option of the policy is described once, by the policy
+
+    def _field(option: dataclasses.Field) -> Any:
+        """Return an option of the policy as a setting."""
+        about = {"bounds": {}, "example": None} | dict(option.metadata)
+        examples = None if about["example"] is None else [about["example"]]
+        return option.type, _setting(option.default, examples=examples, **about["bounds"])
+
     _AllSettings = create_model(
         "_AllSettings",
         __base__=_OwnSettings,
-        **{
-            each.name: (
-                each.type,
-                _setting(
-                    each.default,
-                    each.metadata["help"],
-                    each.metadata["example"],
-                    **each.metadata["bounds"],
-                ),
-            )
-            for each in dataclasses.fields(BatchingPolicy)
-        },
+        **{each.name: _field(each) for each in dataclasses.fields(BatchingPolicy)},
     )
 
 
@@ -249,13 +177,6 @@ class ModelSettings(_AllSettings):
     def served_name(self) -> str:
         """The name that clients use, without slash and colon, which proxies may interpret."""
         return self.name or str(self.model).rpartition("/")[2].replace(":", ".")
-
-    def ray_options(self) -> dict[str, Any]:
-        """Return the options of a worker that is a Ray actor."""
-        amounts = {"num_cpus": self.worker_cpus, "num_gpus": self.worker_gpus}
-        amounts = {name: amount for name, amount in amounts.items() if amount is not None}
-        named = {"resources": self.worker_resources} if self.worker_resources else {}
-        return self.actor_options | amounts | named
 
     def policy(self, outputs: Outputs | None = None) -> BatchingPolicy:
         """Return the batching policy of a model with these outputs (default: as they are set).
@@ -285,9 +206,7 @@ class ServerSettings(BaseSettings):
     """The settings of a server, and those of its models."""
 
     model_config = SettingsConfigDict(
-        env_prefix="NERCC_",
-        env_nested_delimiter="__",
-        extra="forbid",
+        env_prefix="NERCC_", env_nested_delimiter="__", extra="forbid"
     )
     panels: ClassVar[dict[str, str]] = {
         "host": "Addresses",
@@ -299,94 +218,50 @@ class ServerSettings(BaseSettings):
         "log_format": "Log",
     }
 
-    host: str = _setting(
-        "127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces of the machine."
-    )
-    http_port: int = _setting(
-        8000, "Port of REST, status page and metrics; 0 for any free one.", ge=0, le=65535
-    )
-    # TOML has no null, and the environment has only strings.
-    grpc_port: Annotated[
-        int | None, BeforeValidator(lambda value: None if value == "none" else value)
-    ] = _setting(8001, "Port of gRPC; 0 for any free one, none for no gRPC.", ge=0, le=65535)
-
-    token_file: Path | None = _setting(
-        None,
-        "File of bearer tokens, one a line, of which clients send one (default: none is needed). "
-        "Health needs none.",
-        "tokens",
-    )
-    tls_certificate: Path | None = _setting(
-        None,
-        "File of the certificate in PEM, with its chain: REST and gRPC speak only TLS then.",
-        "tls.crt",
-    )
-    tls_key: Path | None = _setting(None, "File of the certificate's key in PEM.", "tls.key")
-
-    model_control: Literal["none", "explicit"] = _setting(
-        "none",
-        "Who loads and unloads models: none, or explicit, clients by the model repository's API.",
-    )
-
-    max_connections: int = _setting(
-        10_000,
-        "Maximum HTTP connections, silent ones included, and gRPC calls; more are refused.",
-        ge=1,
-        le=_QUERIES,
-    )
-    max_body_bytes: int = _setting(
-        64 * 2**20, "Maximum bytes of a request's body, decompressed.", gt=0, le=_BYTES
-    )
-    max_json_bytes: int = _setting(
-        2**20, "Maximum bytes of a request's JSON, without binary tensors.", gt=0, le=_BYTES
-    )
-    max_bytes_in_flight: int = _setting(
-        2**29, "Maximum bytes of all requests that are read or answered at a time.", gt=0, le=_BYTES
-    )
-
-    address: str | None = _setting(
-        None,
-        "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or this "
-        "machine).",
-        "auto",
-    )
-    working_dir: Path | None = _setting(
-        None,
-        "Folder sent to Ray's nodes (default: that of a module:function that is not installed).",
-        "app",
-    )
-    py_modules: Annotated[
-        list[Path],
-        BeforeValidator(
-            lambda value: list(filter(None, value.split(","))) if isinstance(value, str) else value
-        ),
-    ] = _setting([], "Modules sent to Ray's nodes, separated by commas.")
-    runtime_env: Path | None = _setting(
-        None, "File with Ray's runtime environment: .yaml, .json, or .toml.", "env.yaml"
-    )
-
-    compilation_cache: bool = _setting(
-        True,
-        "Keep compiled programs and calibrations in JAX_COMPILATION_CACHE_DIR, or the user's cache "
-        "folder.",
-    )
-    drain_delay_s: float = _setting(
-        0.0,
-        "Seconds after SIGTERM in which the server answers, but is not ready.",
-        ge=0,
-        le=MAX_DEADLINE_S,
-    )
-    drain_timeout_s: float = _setting(
-        30.0, "Seconds after that for answering what was accepted.", ge=0, le=MAX_DEADLINE_S
-    )
-
-    log_format: Literal["json", "text"] = _setting("json", "Format of the log on stderr.")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _setting(
-        "INFO", "Least level that is logged."
-    )
-    request_log_rate: float = _setting(
-        0.0, "Share of requests that get a line in the log.", ge=0, le=1
-    )
+    host: str = "127.0.0.1"
+    "Address to listen on; 0.0.0.0 for all interfaces of the machine."
+    http_port: int = _setting(8000, ge=0, le=65535)
+    "Port of REST, status page and metrics; 0 for any free one."
+    grpc_port: PortOrNone = _setting(8001, ge=0, le=65535)
+    "Port of gRPC; 0 for any free one, none for no gRPC."
+    token_file: Path | None = _setting(None, examples=["tokens"])
+    """File of bearer tokens, one a line, of which clients send one (default: none is needed).
+    Health needs none."""
+    tls_certificate: Path | None = _setting(None, examples=["tls.crt"])
+    "File of the certificate in PEM, with its chain: REST and gRPC speak only TLS then."
+    tls_key: Path | None = _setting(None, examples=["tls.key"])
+    "File of the certificate's key in PEM."
+    model_control: Literal["none", "explicit"] = "none"
+    "Who loads and unloads models: none, or explicit, clients by the model repository's API."
+    max_connections: int = _setting(10_000, ge=1, le=10**6)
+    "Maximum HTTP connections, silent ones included, and gRPC calls; more are refused."
+    max_body_bytes: int = _setting(64 * 2**20, gt=0, le=2**40)
+    "Maximum bytes of a request's body."
+    max_json_bytes: int = _setting(2**20, gt=0, le=2**40)
+    "Maximum bytes of a request's JSON, without binary tensors."
+    max_bytes_in_flight: int = _setting(2**29, gt=0, le=2**40)
+    "Maximum bytes of all requests that are read or answered at a time."
+    address: str | None = _setting(None, examples=["auto"])
+    "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or this machine)."
+    working_dir: Path | None = _setting(None, examples=["app"])
+    "Folder sent to Ray's nodes (default: that of a module:function that is not installed)."
+    py_modules: Paths = []
+    "Modules sent to Ray's nodes, separated by commas."
+    runtime_env: Path | None = _setting(None, examples=["env.yaml"])
+    "File with Ray's runtime environment: .yaml, .json, or .toml."
+    compilation_cache: bool = True
+    """Keep compiled programs and calibrations in JAX_COMPILATION_CACHE_DIR, or the user's cache
+    folder."""
+    drain_delay_s: float = _setting(0.0, ge=0, le=MAX_DEADLINE_S)
+    "Seconds after SIGTERM in which the server answers, but is not ready."
+    drain_timeout_s: float = _setting(30.0, ge=0, le=MAX_DEADLINE_S)
+    "Seconds after that for answering what was accepted."
+    log_format: Literal["json", "text"] = "json"
+    "Format of the log on stderr."
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    "Least level that is logged."
+    request_log_rate: float = _setting(0.0, ge=0, le=1)
+    "Share of requests that get a line in the log."
 
     defaults: ModelSettings = ModelSettings()
     models: list[ModelSettings] = []
@@ -457,26 +332,31 @@ class ServerSettings(BaseSettings):
         names = [model.key for model in models]
         if len(set(names)) < len(names):
             raise ValueError(f"models must have different names (`name`) or versions, not {names}")
-        served = {
-            model.served_name: _served_versions(model.served_name, models) for model in models
-        }
+        served: dict[str, set[int]] = {}
+        for name in {model.served_name for model in models}:
+            own = [model for model in models if model.served_name == name]
+            versions, policies = (
+                {each.version for each in own},
+                {each.version_policy for each in own},
+            )
+            if len(policies) > 1:
+                raise ValueError(f"versions of {name} must have one policy, not {sorted(policies)}")
+            (policy,) = policies
+            usual = {"all": versions, "latest": {max(versions)}}
+            served[name] = usual.get(policy) or {int(each) for each in policy.split(",")}
+            if not served[name] <= versions:
+                raise ValueError(
+                    f"version_policy {policy!r} of {name}: it has versions {sorted(versions)}"
+                )
         return [model for model in models if model.version in served[model.served_name]]
 
 
-def _served_versions(name: str, models: Sequence[ModelSettings]) -> set[int]:
-    """Return the versions of a name that its policy chooses. Raises ValueError."""
-    versions = {model.version for model in models if model.served_name == name}
-    policy, *others = {model.version_policy for model in models if model.served_name == name}
-    if others:
-        raise ValueError(
-            f"versions of {name} must have one policy, not {sorted([policy, *others])}"
-        )
-    if policy == "all":
-        return versions
-    chosen = {max(versions)} if policy == "latest" else {int(each) for each in policy.split(",")}
-    if not chosen <= versions:
-        raise ValueError(f"version_policy {policy!r} of {name}: it has versions {sorted(versions)}")
-    return chosen
+for _kind, _described in (
+    (ModelSettings, texts_of(_OwnSettings) | texts_of(BatchingPolicy)),
+    (ServerSettings, texts_of(ServerSettings)),
+):
+    for _name, _text in _described.items():
+        _kind.model_fields[_name].description = _text
 
 
 def _read(file: Path) -> bytes:
@@ -545,7 +425,8 @@ def _describe(error: ValidationError) -> str:
 def as_toml(server: ServerSettings, models: Sequence[ModelSettings]) -> str:
     """Return a configuration file with all settings of the server and of each model."""
     of_server = server.model_dump(exclude={"defaults", "models"})
-    of_server["grpc_port"] = of_server["grpc_port"] or "none"
+    if server.grpc_port is None:
+        of_server["grpc_port"] = "none"
     tables = [("", of_server), *(("\n[[models]]\n", model.model_dump()) for model in models)]
     # TOML has no null: what is not written is None.
     return "\n".join(

@@ -4,55 +4,31 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BeforeValidator
 
 
-def read_shape(value: Any) -> Any:
+def _read_shape(value: Any) -> Any:
     """Return the shape of one input, or of several by name: 28,28,1, or image=28,28,1,meta=4."""
-    if isinstance(value, str):
-        value = _by_name(value)
+    value = _by_name(value) if isinstance(value, str) else value
     if isinstance(value, Mapping):
-        return {name: _axes(each) for name, each in value.items()}
-    return None if value is None else _axes(value or None)
+        return {name: _read_shape(each) for name, each in value.items()}
+    if value is None or value == "":
+        return None
+    # One number is pydantic's reading of a variable whose text it is.
+    axes = [value] if isinstance(value, int) and not isinstance(value, bool) else value
+    texts = [str(each).strip() for each in axes] if isinstance(axes, list | tuple) else [""]
+    if not all(text.isdecimal() and int(text) for text in texts):
+        raise ValueError(f"positive numbers with commas are needed, 28,28,1, not {value!r}")
+    return tuple(map(int, texts))
 
 
-def read_datatype(value: Any) -> Any:
+def _read_datatype(value: Any) -> Any:
     """Return the datatype of all inputs, or of some by name: INT64, or ids=INT64,mask=BOOL."""
     if not isinstance(value, str) or "=" not in value:
         return value
     return {name: "".join(each) for name, each in _by_name(value).items()}
-
-
-def read_table(value: Any) -> Any:
-    """Return a table that is written as in TOML: {num_gpus = 0.5}."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return tomllib.loads(f"table = {value}")["table"]
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(
-            f"a table as in TOML is needed, {{num_gpus = 0.5}}, not {value!r}"
-        ) from error
-
-
-def read_policy(value: Any) -> Any:
-    """Return a policy of versions: latest, all, or numbers with commas."""
-    text = str(value).replace(" ", "")
-    numbers = text.split(",")
-    if text not in ("latest", "all") and not all(
-        each.isdecimal() and int(each) for each in numbers
-    ):
-        raise ValueError(f"latest, all, or versions with commas, 1,3, are needed, not {value!r}")
-    return text
-
-
-def _axes(value: Any) -> tuple[int, ...]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = [value]  # pydantic's reading of a variable whose text is one number
-    texts = [str(each).strip() for each in value] if isinstance(value, list | tuple) else [""]
-    if not all(text.isdecimal() and int(text) for text in texts):
-        raise ValueError(f"positive numbers with commas are needed, 28,28,1, not {value!r}")
-    return tuple(map(int, texts))
 
 
 def _by_name(text: str) -> Any:
@@ -66,6 +42,31 @@ def _by_name(text: str) -> Any:
     if len(found) > 1 and "" in found:
         raise ValueError(f"all inputs are named, or none is, not {text!r}")
     return found.get("", found)
+
+
+def _read_table(value: Any) -> Any:
+    """Return a table that is written as in TOML: {num_gpus = 0.5}."""
+    try:
+        return tomllib.loads(f"table = {value}")["table"] if isinstance(value, str) else value
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(
+            f"a table as in TOML is needed, {{num_gpus = 0.5}}, not {value!r}"
+        ) from error
+
+
+Shapes: TypeAlias = Annotated[
+    tuple[int, ...] | dict[str, tuple[int, ...]] | None, BeforeValidator(_read_shape)
+]
+Datatypes: TypeAlias = Annotated[str | dict[str, str] | None, BeforeValidator(_read_datatype)]
+Table = BeforeValidator(_read_table)
+Paths: TypeAlias = Annotated[
+    list[Path],
+    BeforeValidator(lambda x: [*filter(None, x.split(","))] if isinstance(x, str) else x),
+]
+# TOML has no null, and the environment has only strings.
+PortOrNone: TypeAlias = Annotated[
+    int | None, BeforeValidator(lambda value: None if value == "none" else value)
+]
 
 
 def to_toml(value: Any) -> str:

@@ -27,8 +27,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ._ends import Ends, combined, not_a_knot
-from ._fit import gap_of, hermite_basis
-from ._knots import Knots, gather_knots
+from ._knots import Knots, gap_of, gather_knots, hermite_basis
 
 
 def smoothing_matrix_on_host(

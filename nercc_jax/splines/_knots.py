@@ -140,3 +140,33 @@ def _by_knot(values: Any, knot: Any, slots: int) -> Any:
     if values.ndim > 1 or slots * len(knot) > COMPARED_WITH_ALL:
         return jax.ops.segment_sum(values, knot, slots)
     return jnp.sum(where(knot[None] == jnp.arange(slots)[:, None], values[None], 0), axis=1)
+
+
+def gap_of(t: Float[Any, " n"], at: Float[Any, " k"]) -> Int[Any, " k"]:
+    """Return the gap between knots that each point lies in, or beyond the ends is nearest to."""
+    xp = namespace(t, at)
+    if t.shape[0] * at.shape[0] <= COMPARED_WITH_ALL:
+        upto = xp.sum(t[None] <= at[:, None], axis=1)
+    else:
+        upto = xp.searchsorted(t, at, side="right")
+    return xp.minimum(xp.maximum(upto - 1, 0), t.shape[0] - 2)
+
+
+def hermite_basis(left: Any, right: Any, at: Any) -> tuple[Any, tuple[Any, Any, Any, Any]]:
+    """Return each point's share of the gap between two knots (0 to 1), and its coefficients.
+
+    The coefficients are those of the left knot's value and slope, and the right one's. Beyond the
+    ends there are straight lines.
+    """
+    h, after = right - left, at - left
+    s = after / h
+    inside = s = where(s < 0, 0, where(s > 1, 1, s))
+    before, after = where(after < 0, after, 0), where(after > h, after - h, 0)
+    r = 1 - s
+    basis = (
+        r * r * (1 + 2 * s),
+        s * r * r * h + before,
+        s * s * (1 + 2 * r),
+        after - s * s * r * h,
+    )
+    return inside, basis

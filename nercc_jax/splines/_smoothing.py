@@ -14,12 +14,14 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ._choice import cross_validated
-from ._ends import Ends
-from ._fit import LinearMap, fit, gap_of, hermite_basis
-from .arrays import jitted, taken
+from ._ends import Ends, check_ends, combined, not_a_knot
+from ._knots import Knots, by_observation, gap_of, gather_knots, hermite_basis
+from ._platforms import unsharded
+from ._problem import Columns, Problem, steps
+from ._rule import solve, variance
+from .arrays import jitted, product, taken, where
 
 
 class SmoothingSpline(eqx.Module):
@@ -108,7 +110,9 @@ def smoothing_spline(
         observations = found.observations(y)
         if lambda_ is None:
             found = cross_validated(found, observations)
-        values, slopes = found.values(observations)
+        means = found.knots.average(observations)
+        shifts, slopes = found.shifts(-steps(means))
+        values = means + shifts
     shape = (len(found.knots.t), *jnp.shape(y)[1:])
     values, slopes = values.reshape(shape), slopes.reshape(shape)
     return SmoothingSpline(found.knots.t, values, slopes, found.lambda_)
@@ -135,14 +139,57 @@ def smoothing_matrix(
     return smoothing_map(t, at, lambda_, **options).matrix
 
 
+class LinearMap(eqx.Module):
+    """The map from observations to the fitted spline's values at k points, in two forms.
+
+    `matrix` is the plain one. Where its entries are large and of opposite sign, its product with
+    observations loses digits, which `apply` keeps: it adds to the observation of the knot on the
+    left of each point what the differences of neighbouring observations make.
+    """
+
+    matrix: Float[Array, "k n"]
+    differences: Float[Array, "k gaps"]
+    gap: Int[Array, " k"]
+    knots: Knots
+
+    def apply(self, y: Float[Array, "n m"]) -> Float[Array, "k m"]:
+        """Return the values for finite observations y."""
+        means = self.knots.average(y)
+        made = product(self.differences.astype(y.dtype), steps(means))
+        return taken(means, self.gap) + made
+
+
 @partial(jitted, static_argnames="ends")
 def smoothing_map(
     t: Float[ArrayLike, " n"], at: Float[ArrayLike, " k"], lambda_: ArrayLike, **options: Any
 ) -> LinearMap:
-    """Return `smoothing_matrix` with a way to apply it that loses no digits, from the same fit."""
+    """Return `smoothing_matrix` with a way to apply it that loses no digits, from the same fit.
+
+    With natural ends, forces that are a prediction's coefficients of values and slopes make the
+    multipliers that are, with the other sign, its responses to the differences of neighbouring
+    observations; otherwise each difference by itself is fitted.
+    """
     with jax.named_scope("nercc.fit"):
         found = fit(t, lambda_, **options)
-        return found.map_to(jnp.asarray(at, found.knots.t.dtype))
+        knots, slot = found.knots, jnp.arange(len(found.knots.t))[:, None]
+        places = jnp.asarray(at, knots.t.dtype)
+        gap = gap_of(knots.t, places)
+        # As products with what is needed anyway: the derivative of `taken` would be a scatter.
+        left, right = ((slot == each[None]).astype(places.dtype) for each in (gap, gap + 1))
+        before, after = (jnp.sum(each * knots.t[:, None], axis=0) for each in (left, right))
+        basis = [each[None] for each in hermite_basis(before, after, places)[1]]
+        values, slopes = left * basis[0] + right * basis[2], left * basis[1] + right * basis[3]
+        if found.ends == "natural":
+            columns = Columns(value=values, slope=slopes)
+            differences = -solve(found.problem, columns, ("shear",)).shear.T
+        else:
+            shifts, bent = found.shifts(-jnp.eye(len(knots.t) - 1, dtype=places.dtype))
+            differences = product(values.T, shifts) + product(slopes.T, bent)
+        # By differences the response to a constant is exact: it has none of the solution's
+        # rounding.
+        matrix = knots.spread(by_observation(values.T, differences, knots.shown))
+        differences += left[:-1].T * basis[2].T
+        return LinearMap(matrix, differences, gap, knots)
 
 
 @jitted
@@ -166,7 +213,17 @@ def posterior_variance(
         ValueError: Shapes do not agree.
     """
     found = fit(t, lambda_, weights=weights, available=available, end_weights=end_weights)
-    return found.variance(jnp.asarray(at, found.knots.t.dtype))
+    knots, number = found.knots.t, found.knots.number
+    places = jnp.asarray(at, knots.dtype)
+    gap = gap_of(knots, places)
+    before, after = taken(knots, gap), taken(knots, gap + 1)
+    inside, basis = hermite_basis(before, after, places)
+    known = variance(found.problem, gap, jnp.stack(basis[:2]), jnp.stack(basis[2:]))
+    # Between two knots of known value and slope, integrated white noise still varies this much, and
+    # beyond the outermost with the distance.
+    between = (after - before) * inside * (1 - inside)
+    beyond = jnp.maximum(jnp.maximum(knots[0] - places, places - knots[-1]), 0)
+    return where(number > 1, known + (between**3 + beyond**3) / 3, jnp.inf)
 
 
 @jitted
@@ -189,4 +246,192 @@ def process_variance(
     uncertain when they are few.
     """
     found = fit(t, lambda_, weights=weights, available=available, end_weights=end_weights)
-    return found.process(found.observations(y))
+    knots, means = found.knots, found.knots.average(found.observations(y))
+    shifts = solve(found.problem, Columns(shear=-steps(means))).value
+    # At the minimum the penalised squares are -(g - y)' W y, and W (g - y) sums to zero.
+    forces = knots.weights[:, None] * shifts / found.problem.mu
+    energy = -jnp.sum(forces * (means - means[0]))
+    freedom = jnp.maximum(knots.number - 2, 0) * means.shape[1]
+    return where(freedom > 0, jnp.maximum(energy, 0) / jnp.maximum(freedom, 1), jnp.inf)
+
+
+class Fit(eqx.Module):
+    """The spline regression at its points, before it has seen observations; `fit` makes one.
+
+    `ends` is how the fitted spline ends; variances are those of natural ends.
+    """
+
+    knots: Knots
+    lambda_: Float[Array, ""]
+    end_weights: Float[Array, "2"]
+    problem: Problem  # its penalty mu is lambda times the sum of the weights
+    ends: Ends = eqx.field(static=True)
+
+    def __init__(self, knots: Knots, lambda_: Array, end_weights: Array, ends: Ends):
+        """Make the fit of these knots."""
+        self.knots, self.lambda_, self.end_weights, self.ends = knots, lambda_, end_weights, ends
+        slot = jnp.arange(len(knots.t))
+        first, last = knots.shown[0], knots.shown[-1]
+        observed = (knots.weights[1:] > 0) & (slot[1:] > first)
+        apart = knots.t[1:] - taken(knots.t, knots.shown[:-1])
+        # Outside these bounds the fit is, to rounding, the interpolating spline and the straight
+        # line.
+        eps = jnp.finfo(knots.t.dtype).eps
+        shortest = jnp.min(where(observed, apart, 1))
+        span = jnp.sum(where(observed, apart, 0))
+        low, high = jax.lax.stop_gradient((eps**2 * shortest**3, (1 + span**3) / eps))
+        total = jnp.sum(knots.weights)
+        # `clip` has a derivative that shares what lies on a bound, in a dozen operations more.
+        bounded = where(lambda_ < low, low, where(lambda_ > high, high, lambda_))
+        mu = bounded * where(total > 0, total, 1)
+        before, after = end_weights
+        slope_weights = mu * (where(slot == first, before, 0) + where(slot == last, after, 0))
+        # At this price a slope is zero, to rounding, and its square is still a number.
+        most = jnp.finfo(knots.t.dtype).max ** 0.75
+        slope_weights = where(slope_weights > most, most, slope_weights)
+        self.problem = Problem(steps(knots.t), knots.weights, slope_weights, mu)
+
+    def observations(self, y: ArrayLike) -> Float[Array, "n m"]:
+        """Return observations as vectors in the points' dtype, zeros where they do not count.
+
+        Raises:
+            ValueError: They are not one for each point.
+        """
+        y, share = jnp.asarray(y), self.knots.share
+        if y.ndim < 1 or len(y) != len(share):
+            raise ValueError(
+                f"y has shape {y.shape}; its first axis must be the {len(share)} points"
+            )
+        (y,) = unsharded(y.reshape(len(y), -1))
+        return where(share[:, None] > 0, y, 0).astype(share.dtype)
+
+    def shifts(self, columns: Float[Array, "gaps m"]) -> tuple[Float[Array, "knots m"], ...]:
+        """Return values less observations, and slopes, by what each observation is below the last.
+
+        These are the problem's unknowns, so that data enter as the differences of neighbours, which
+        are exact: a slope that carries the spline over a wide gap is not made of rounded values.
+        """
+        if self.ends == "natural":
+            made = solve(self.problem, Columns(shear=columns))
+            return made.value, made.slope
+        # The two forces at the ends are two columns more.
+        mu, m = self.problem.mu, columns.shape[1]
+        ends = not_a_knot(self.knots, self.problem.slope_weights / mu)
+        none = jnp.zeros((len(self.knots.t), m), columns.dtype)
+        value, slope = (jnp.concatenate([none, mu * e], axis=1) for e in (ends.values, ends.slopes))
+        columns = jnp.concatenate([columns, jnp.zeros((len(columns), 2), columns.dtype)], axis=1)
+        made = solve(self.problem, Columns(shear=columns, value=value, slope=slope))
+        jumps = product(ends.kinks.T, self.knots.weights)[:, None] / mu
+        jumps = jumps * product(ends.kinks.T, made.value)
+        share = ends.share(jumps[:, m:], -jumps[:, :m])
+        return tuple(
+            each[:, :m] + combined(each[:, m:], share) for each in (made.value, made.slope)
+        )
+
+
+def fit(
+    t: ArrayLike,
+    lambda_: ArrayLike,
+    *,
+    weights: Any = None,
+    available: Any = None,
+    end_weights: Any = None,
+    ends: Ends = "natural",
+) -> Fit:
+    """Return the regression for these points, without those that are not available.
+
+    Raises:
+        ValueError: Shapes or dtypes do not agree, or `ends` are unknown.
+    """
+    t = jnp.asarray(t)
+    if t.ndim != 1 or t.shape[0] == 0 or not jnp.issubdtype(t.dtype, jnp.floating):
+        raise ValueError(f"points must be a float vector, not empty: got {t.dtype}{t.shape}")
+    weights = jnp.ones_like(t) if weights is None else jnp.asarray(weights, t.dtype)
+    available = jnp.ones(t.shape, bool) if available is None else jnp.asarray(available)
+    for name, value in (("weights", weights), ("available", available)):
+        if value.shape != t.shape:
+            raise ValueError(
+                f"{name} has shape {value.shape}; the {t.shape[0]} points need one each"
+            )
+    if available.dtype != bool:
+        raise ValueError(f"available must be a boolean mask, not {available.dtype}")
+    heavy = jnp.zeros(2, t.dtype) if end_weights is None else jnp.asarray(end_weights, t.dtype)
+    if heavy.shape != (2,):
+        raise ValueError(f"end_weights must be two, first and last, not of shape {heavy.shape}")
+    arrays = t, jnp.asarray(lambda_, t.dtype), weights, available, heavy
+    t, penalty, weights, available, heavy = unsharded(*arrays)
+    return Fit(gather_knots(t, where(available, weights, 0)), penalty, heavy, check_ends(ends))
+
+
+def cross_validated(found: Fit, y: Float[Array, "n m"]) -> Fit:
+    """Return the fit with the lambda of the least generalised cross-validation score.
+
+    The score is, over all coordinates of y and the n available observations,
+
+        sum_i w_i |y_i - u(t_i)|^2 / (1 - trace A / n)^2,
+
+    where A maps observations to fitted values. It is looked for among 33 values of log lambda, five
+    times, each time between the best one's neighbours. At first only those count from which the
+    score rises on both sides, and the straight line: of two observations that lie close together
+    and agree by chance, the score would take all noise for a signal, and interpolate. The
+    derivative is that of a root of the slope, to any order, and zero where the best is the first or
+    the last. It takes O(n^2) memory.
+
+    Source: Craven and Wahba 1979, Numerische Mathematik 31; with weights: Green and Silverman 1994,
+    section 3.5.3.
+    """
+    knots, slot = found.knots, jnp.arange(len(found.knots.t))
+    means, count = knots.average(y), jnp.sum(knots.share > 0).astype(y.dtype)
+    # Coincident observations differ from their knot's whatever lambda is.
+    by_point = knots.share * taken(knots.weights, knots.knot)
+    apart = jnp.sum(by_point[:, None] * (y - taken(means, knots.knot)) ** 2)
+    # Each knot's value is that of its gap's right end, the first one's of its left end.
+    gap, later = jnp.maximum(slot - 1, 0), (slot > 0).astype(y.dtype)
+    left, right = (jnp.stack([each, jnp.zeros_like(each)]) for each in (1 - later, later))
+
+    def with_lambda(log_lambda: Float[Array, ""]) -> Fit:
+        return Fit(knots, jnp.exp(log_lambda), found.end_weights, found.ends)
+
+    def score(log_lambda: Float[Array, ""]) -> Float[Array, ""]:
+        problem = with_lambda(log_lambda).problem
+        shifts = solve(problem, Columns(shear=-steps(means))).value
+        squares = apart + jnp.sum(knots.weights[:, None] * shifts**2)
+        trace = jnp.sum(knots.weights * variance(problem, gap, left, right)) / problem.mu
+        free = 1 - trace / jnp.maximum(count, 1)
+        sure = free > 1e3 * jnp.finfo(y.dtype).eps  # below, it is all rounding
+        return where(sure, squares / where(sure, free, 1) ** 2, jnp.inf)
+
+    observed = knots.weights > 0
+    span = jnp.max(where(observed, knots.t, -jnp.inf)) - jnp.min(where(observed, knots.t, jnp.inf))
+    shortest = jnp.min(where(observed[1:] & observed[:-1], steps(knots.t), span))
+    enough = knots.number > 2
+    low, high = jax.lax.stop_gradient(
+        (
+            where(enough, 3 * jnp.log(where(enough, shortest, 1) / 10) - jnp.log(count), -1),
+            where(enough, 3 * jnp.log(where(enough, span, 1) * 10), 1),
+        )
+    )
+
+    def search(_: object, start: Float[Array, ""]) -> Float[Array, ""]:
+        def closer(turn: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
+            middle, width = kept
+            near = jnp.clip(middle + width * jnp.linspace(-1, 1, 33, dtype=y.dtype), low, high)
+            scores = jax.vmap(score)(near)
+            known = where(jnp.isfinite(scores), scores, -jnp.inf)
+            before, after = jax.lax.cummax(known), jax.lax.cummax(known, reverse=True)
+            rises = (before > 1.001 * scores) & (after > 1.001 * scores).at[-1].set(True)
+            skipped = (turn == 0) & jnp.any(rises) & ~rises
+            return near[jnp.argmin(where(skipped, jnp.inf, scores))], width / 16
+
+        return jax.lax.fori_loop(0, 5, closer, (start, (high - low) / 2))[0]
+
+    def slope(log_lambda: Float[Array, ""]) -> Float[Array, ""]:
+        inside = (log_lambda > low) & (log_lambda < high)
+        return where(inside, jax.grad(score)(log_lambda), log_lambda)
+
+    def tangent(linear, change):
+        curvature = linear(jnp.ones_like(change))
+        return where(curvature > 0, change / where(curvature > 0, curvature, 1), 0)
+
+    best = jax.lax.custom_root(slope, (low + high) / 2, search, tangent)
+    return with_lambda(best)

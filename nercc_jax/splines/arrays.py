@@ -28,11 +28,11 @@ def native(tree: PyTree, name: str = "an argument") -> PyTree:
         ValueError: An array has masked values, or holds objects, text, times, or numbers that JAX
             has no type for.
     """
-
-    def of_leaf(leaf: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    for number, leaf in enumerate(leaves):
         is_array = hasattr(leaf, "__array__") or isinstance(leaf, memoryview)
         if isinstance(leaf, jax.Array) or not is_array:
-            return leaf
+            continue
         if np.ma.is_masked(leaf):
             raise ValueError(
                 f"{name} has {np.ma.count_masked(leaf)} masked values: fill them (`.filled(...)`) "
@@ -44,9 +44,9 @@ def native(tree: PyTree, name: str = "an argument") -> PyTree:
                 f"{name} is {array.dtype}, which JAX has no type for: convert it first, for "
                 "example by `.astype(np.float32)`"
             )
-        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-
-    return jax.tree.map(of_leaf, tree)
+        native = array.dtype.isnative
+        leaves[number] = array if native else array.astype(array.dtype.newbyteorder("="))
+    return jax.tree.unflatten(structure, leaves)
 
 
 def working_dtype(*dtypes: Any) -> Any:
@@ -88,7 +88,8 @@ def where(condition: Any, yes: Any, no: Any) -> Any:
 
     def full(value: Any, dtype: Any) -> Any:
         if jnp.ndim(value) == 0 and not isinstance(value, jax.Array):
-            return jax.lax.full(shape, value, dtype)
+            # No operation of its own, which `jax_debug_nans` would look at.
+            return np.broadcast_to(np.asarray(value, dtype), shape)
         value = jnp.asarray(value, dtype)
         return value if value.shape == shape else jnp.broadcast_to(value, shape)
 

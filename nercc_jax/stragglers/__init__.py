@@ -16,13 +16,14 @@ if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
     from ._laws import TraceLatency as TraceLatency
     from ._laws import WaitFor as WaitFor
     from ._laws import WaitUntil as WaitUntil
+    from ._laws import latency_law as latency_law
     from ._laws import straggler_sets as straggler_sets
 
 # Imported when they are first used: the simulator of hedging runs without JAX.
 _WHERE = {
     "_laws": "AbstractLatency AbstractStragglers ContiguousStragglers ExactStragglers "
     "ExponentialLatency IndependentStragglers LogNormalLatency ParetoLatency RowLatency "
-    "TraceLatency WaitFor WaitUntil straggler_sets"
+    "TraceLatency WaitFor WaitUntil latency_law straggler_sets"
 }
 __all__ = [*_WHERE["_laws"].split()]  # pyright: ignore[reportUnsupportedDunderAll]
 

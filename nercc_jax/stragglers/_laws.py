@@ -106,29 +106,29 @@ class AbstractLatency(eqx.Module):
 
     @abc.abstractmethod
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """Independent latencies in seconds.
+        """Return latencies in seconds.
 
-        The last axis of `shape` is workers for `WaitFor` and `WaitUntil`: their laws may differ
-        between workers. `Faults` and `plan` draw for any worker, and refuse such laws.
+        The last axis of `shape` is workers: a law may differ between them, or slow some of them
+        together. `plan` draws for any number of workers; `Faults` refuses laws that are not the
+        same, and independent, for all workers.
         """
 
 
-def check_alike(law: AbstractLatency, remedy: str) -> None:
-    """Raise ValueError, which ends with a remedy, if a law's draws depend on their place.
+def draws_alike(law: AbstractLatency) -> bool:
+    """Return whether a law's draws are independent of their place, for every shape.
 
-    For a law that is the same at each place, draws in rows are those in a line with the same key,
-    whichever of the functions in `jax.random` draws them.
+    Draws in rows are then those in a line with the same key, whichever of the functions in
+    `jax.random` draws them. Rows of a prime number of workers are cut by racks of any size, and
+    there are enough of them that a rare event is among them.
     """
-    key, name = jax.random.key(0), type(law).__name__
+    rows, workers = 256, 257
     try:
-        line, rows = (np.asarray(law.sample(key, shape)) for shape in ((6,), (2, 3)))
-        alike = rows.shape == (2, 3) and np.allclose(line, rows.ravel(), rtol=1e-4, equal_nan=True)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{type(law).__name__} cannot draw an array of every shape: {remedy}"
-        ) from error
-    if not alike:
-        raise ValueError(f"the draws of {name} depend on their place: {remedy}")
+        line = np.asarray(law.sample(jax.random.key(0), (rows * workers,)))
+        drawn = np.asarray(law.sample(jax.random.key(0), (rows, workers)))
+    except (TypeError, ValueError):
+        return False
+    alike = drawn.shape == (rows, workers) and line.shape == (rows * workers,)
+    return alike and np.allclose(line, drawn.ravel(), rtol=1e-4, equal_nan=True)
 
 
 class ExponentialLatency(AbstractLatency):
@@ -203,6 +203,51 @@ class TraceLatency(AbstractLatency):
 
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
         return jax.random.choice(key, self.latencies, shape)
+
+
+def latency_law(text: str) -> AbstractLatency:
+    """Return the law of latency that a text names, as `nercc plan --latency` takes it.
+
+    Args:
+        text: `lognormal:MEDIAN:SIGMA`, `exponential:MEAN[:SHIFT]` or `pareto:MINIMUM:SHAPE`, in
+            seconds; `stragglers:SECONDS:SHARE:FACTOR`, where a share of the calls takes several
+            times as long; or `trace:FILE`, as `TraceLatency.from_file`.
+
+    Raises:
+        ValueError: There is no such law.
+        OSError: As `open`.
+
+    Example:
+        >>> latency_law("lognormal:0.05:0.6")
+        LogNormalLatency(median=0.05, sigma=0.6)
+    """
+    name, _, rest = text.partition(":")
+    if name == "trace" and rest:
+        return TraceLatency.from_file(rest)
+    try:
+        numbers = [float(number) for number in rest.split(":")]
+    except ValueError:
+        numbers = []
+    match name, numbers:
+        case "lognormal", [median, sigma]:
+            return LogNormalLatency(median, sigma)
+        case "exponential", [_] | [_, _]:
+            return ExponentialLatency(*numbers)
+        case "pareto", [minimum, shape]:
+            return ParetoLatency(minimum, shape)
+        case "stragglers", [seconds, share, factor]:
+            if not (seconds > 0 and 0 <= share <= 1 and factor > 0):
+                raise ValueError(
+                    "seconds and factor must be positive, and the share between 0 and 1"
+                )
+            # No two calls take the same time, and no rule may rely on equal times.
+            usual = seconds * np.linspace(0.95, 1.05, 100)
+            late = np.arange(100)[:, None] < round(100 * share)
+            return TraceLatency(np.where(late, factor * usual, usual).ravel())
+    raise ValueError(
+        "a law of latency is lognormal:MEDIAN:SIGMA, exponential:MEAN[:SHIFT], "
+        f"pareto:MINIMUM:SHAPE, stragglers:SECONDS:SHARE:FACTOR or trace:FILE, not {text!r}"
+    )
 
 
 class RowLatency(eqx.Module):

@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
-from ..codes._trees import Form, join
+from ..codes._trees import Form
 from ..inference.models import Model
 
 
@@ -124,9 +124,3 @@ def outputs_of_groups(
     shape = jax.tree.leaves(groups)[0].shape[:2]
     flat = model(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups))
     return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), flat)
-
-
-def fixed_outputs(own: PyTree, coded: PyTree) -> SurrogatePredictions:
-    """Return a fixed model's outputs on groups and on their coded data points."""
-    vectors, form = join(own, 2)
-    return SurrogatePredictions(own=vectors, coded=join(coded, 2)[0], form=form)

@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeAlias, get_args
 import equinox as eqx
 import jax
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes._checks import check_count
@@ -66,32 +65,24 @@ class Kernel(eqx.Module):
             ValueError: The shape is unknown, groups do not fit, units, widths or noise are not
                 positive, or `linear` is negative.
         """
-
-        def leaf(value: Any, dtype: type) -> Any:
-            """Return NumPy's array, or JAX's where a part of the value is one."""
-            xp = namespace(*jax.tree.leaves(value))
-            return xp.asarray(value, jax.dtypes.canonicalize_dtype(dtype))
-
-        self.shape = check_shape(shape)
-        self.centre, self.widths = leaf(centre, float), leaf(widths, float)
-        self.linear, self.noise, unit = (leaf(each, float) for each in (linear, noise, unit))
-        self.unit = namespace(unit).broadcast_to(unit, self.centre.shape)
+        self.shape, own = check_shape(shape), jax.dtypes.canonicalize_dtype(float)
+        self.centre, self.widths = np.asarray(centre, own), np.asarray(widths, own)
+        self.linear, self.noise = np.asarray(linear, own), np.asarray(noise, own)
+        self.unit = np.broadcast_to(np.asarray(unit, own), self.centre.shape)
         features, number = len(self.centre), len(self.widths)
         if groups is None:
             groups = np.arange(features) if number == features else np.zeros(features, int)
-        self.groups = leaf(groups, int)
+        self.groups = np.asarray(groups, jax.dtypes.canonicalize_dtype(int))
         if self.groups.shape != (features,):
             raise ValueError(
                 f"groups must name a width for each of {features} features, not {groups}"
             )
-        if not isinstance(self.groups, Tracer) and not np.isin(self.groups, range(number)).all():
+        if not np.isin(self.groups, range(number)).all():
             raise ValueError(f"groups name widths {groups}, of which there are {number}")
         for name in ("unit", "widths", "noise", "linear"):
-            if isinstance(value := getattr(self, name), Tracer):
-                continue
-            wanted = "0 or positive" if name == "linear" else "positive"
-            enough = np.asarray(value) >= 0 if name == "linear" else np.asarray(value) > 0
-            if not np.all(enough & np.isfinite(value)):
+            value, zero = getattr(self, name), name == "linear"
+            wanted = "0 or positive" if zero else "positive"
+            if not np.all((value >= 0 if zero else value > 0) & np.isfinite(value)):
                 raise ValueError(f"{name} must be {wanted} and finite, not {value}")
 
     def __call__(
@@ -147,13 +138,13 @@ def first_kernel(shape: Shape, z: Float[Any, "pairs features"]) -> Kernel:
 
     It is centred on the features, in units of their spreads.
     """
-    features, xp = z.shape[1], namespace(z)
-    finite = xp.all(xp.isfinite(z), axis=1)[:, None]
-    centre = xp.sum(z, axis=0, where=finite) / xp.maximum(xp.sum(finite), 1)
+    z, features = np.asarray(z), z.shape[1]
+    finite = np.all(np.isfinite(z), axis=1)[:, None]
+    centre = np.sum(z, axis=0, where=finite) / np.maximum(np.sum(finite), 1)
     spread = root_mean_square(z - centre, 0, finite)
-    typical = root_mean_square(spread) if features else xp.ones(())
+    typical = root_mean_square(spread) if features else np.ones(())
     # A feature that hardly varies here may vary later: its unit is not 0.
-    unit = xp.where(typical > 0, xp.maximum(spread, 1e-3 * typical), 1)
+    unit = np.where(typical > 0, np.maximum(spread, 1e-3 * typical), 1)
     return Kernel(shape, centre=centre, unit=unit, widths=[float(np.sqrt(max(features, 1)))])
 
 

@@ -12,14 +12,12 @@ equations are solved for the points and not for the outputs, of which there may 
 Answers to the same input are one pair, with their mean and the noise divided by their number.
 
 The factor is W = L^-1, the inverse of Cholesky's, since W' W = A^-1 takes products alone, which
-are faster than solving. Outside of programs all of this is NumPy's, in float64: nothing is
-compiled, and a learner of a hundred pairs is there in milliseconds. New pairs are appended to the
-factor, old ones leave it by a reflection, and once as many have come as the window holds it is made
-again. In a program (`jax.jit`, `jax.grad`) the same functions are JAX's, in the program's
-precision. A factor that came from outside is only rounded then: with the least noise of a tuned
-kernel, errors stay within 1 % of those in float64, and deviations within 1 % for 1,024 pairs, 10 %
-for 64. An update in a program makes the factor again in that precision: errors are up to a sixth
-larger.
+are faster than solving. Learning is NumPy's, in float64: nothing is compiled, and a learner of a
+hundred pairs is there in milliseconds. New pairs are appended to the factor, old ones leave it by a
+reflection, and once as many have come as the window holds it is made again. Predictions are NumPy's
+too, or in a program (`jax.jit`, `jax.grad`) JAX's, in the program's precision. The factor is only
+rounded then: with the least noise of a tuned kernel, errors stay within 1 % of those in float64,
+and deviations within 1 % for 1,024 pairs, 10 % for 64.
 
 Source: Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", section 2.2.
 """
@@ -35,7 +33,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 from ..codes._checks import check_count
 from ..codes._trees import Form, any_tracer, check_floats, finite_points, is_float, join
 from ..evaluation._criteria import root_mean_square, safe_sqrt
-from ..splines.arrays import constant, namespace, native, product
+from ..splines.arrays import namespace, native, product
 from ._factor import replace_rows, whiten
 from .interface import (
     AbstractGroupPrior,
@@ -142,8 +140,8 @@ class GaussianGroupPrior(AbstractGroupPrior):
 class Learner(AbstractSurrogate):
     """A Gaussian process on past answers: a pytree of bounded size that forgets the oldest pairs.
 
-    `update` and `predict` are pure. Outside of programs they are NumPy's, and return its arrays; in
-    programs they may be jitted, vmapped and differentiated.
+    `update` and `predict` are pure, and return NumPy's arrays. In programs `predict` may be jitted,
+    vmapped and differentiated, and so may a scheme with a learner.
 
     >>> import numpy as np
     >>> from nercc_jax.surrogates import init_learner
@@ -243,8 +241,7 @@ class Learner(AbstractSurrogate):
     ) -> L:
         """Return the learner that knows these pairs, too, in place of its oldest ones.
 
-        Coded data points with their answers are pairs like any other. In a program the shapes
-        decide what is compiled, not the number of observed pairs.
+        Coded data points with their answers are pairs like any other.
 
         Args:
             x: Inputs.
@@ -253,19 +250,19 @@ class Learner(AbstractSurrogate):
                 out, whatever their values.
 
         Raises:
-            ValueError: x and y are not like what it holds.
+            ValueError: x and y are not like what it holds, or a program is traced.
         """
+        if any_tracer(self, x, y, observed):
+            raise ValueError("a learner learns outside of programs: call update outside of jax.jit")
         one, (x, y, observed) = self._in_place((x, y, observed))
         window, source, fresh = learn_pairs(one.window, one.kernel, *one._pairs(x, y, observed))
         learned = eqx.tree_at(lambda learner: learner.window, one, window)
-        if namespace(fresh) is jnp:
-            return learned.refactorized()
         if not fresh.any():
             return self
         factor, kept = one.factor, source[learned.filled & ~fresh]
         replaced = int(factor.replaced) + int(fresh.sum())
-        # A factor that lost precision in a program is no start, and of many rows a new one is
-        # cheaper. Rounding errors of reflections add up, but slowly.
+        # A factor that was rounded on a device is no start, and of many rows a new one is cheaper.
+        # Rounding errors of reflections add up, but slowly.
         exact = factor.whitening.dtype == np.float64
         if not exact or fresh.sum() > 0.25 * len(kept) or replaced > one.capacity:
             return learned.refactorized()
@@ -403,34 +400,29 @@ class Learner(AbstractSurrogate):
 
     def with_kernel(self: L, kernel: Kernel, scale: Float[ArrayLike, ""] = 1.0) -> L:
         """Return the same window with another kernel."""
-        numbers = kernel, namespace(scale).asarray(scale, self.scale.dtype)
+        numbers = kernel, np.asarray(scale, self.scale.dtype)
         return eqx.tree_at(lambda one: (one.kernel, one.scale), self, numbers).refactorized()
 
     def refactorized(self: L) -> L:
         """Return the same learner with its factor made again."""
         one, _ = self._in_place(())
-        rows, counts, xp = one._rows, one.window.counts, namespace(one.window.counts)
-        noise = one.kernel.noise / xp.maximum(xp.max(counts, initial=1), 1)
-        whitening, jitter = whiten(one._covariance(rows), noise)
-        if xp is np:
-            whole = np.zeros((one.capacity, one.capacity))
-            whole[rows, rows] = whitening
-            whitening = whole
-        return one._with_factor(whitening, jitter, 0)
+        rows, whole = one._rows, np.zeros((one.capacity, one.capacity))
+        noise = one.kernel.noise / np.maximum(one.window.counts.max(initial=1), 1)
+        whole[rows, rows], jitter = whiten(one._covariance(rows), noise)
+        return one._with_factor(whole, jitter, 0)
 
     def _with_factor(self: L, whitening: Any, jitter: Any, replaced: int) -> L:
         """Return the learner with this whitening matrix, and the moments of its residuals."""
         window, filled = self.window, self.filled
-        xp = namespace(window.counts)
-        total = xp.sum(window.residuals, axis=0, where=filled[:, None])
-        centre = total / xp.maximum(self.size, 1).astype(total.dtype)
+        total = np.sum(window.residuals, axis=0, where=filled[:, None])
+        centre = total / np.maximum(self.size, 1).astype(total.dtype)
         deviation = root_mean_square(window.residuals - centre, where=filled[:, None])
-        parts = xp.stack([deviation, root_mean_square(window.scatter, where=filled)])
+        parts = np.stack([deviation, root_mean_square(window.scatter, where=filled)])
         spread = np.sqrt(2.0).astype(parts.dtype) * root_mean_square(parts)
         # Less than eight units in the last place of the largest answer is no difference of answers.
-        size = xp.max(xp.abs(window.residuals), initial=0, where=filled[:, None])
-        spread = xp.where(spread > 8 * xp.finfo(spread.dtype).eps * size, spread, 0)
-        factor = Factor(whitening, jitter, centre, spread, xp.asarray(replaced, np.int32))
+        size = np.max(np.abs(window.residuals), initial=0, where=filled[:, None])
+        spread = np.where(spread > 8 * np.finfo(spread.dtype).eps * size, spread, 0)
+        factor = Factor(whitening, jitter, centre, spread, np.asarray(replaced, np.int32))
         return eqx.tree_at(lambda one: one.factor, self, factor)
 
     def _in_place(self: L, tree: PyTree) -> tuple[L, PyTree]:
@@ -469,11 +461,10 @@ class Learner(AbstractSurrogate):
         Rows that hold no pair have none, and a variance of 1.
         """
         inputs, counts = self.window.inputs[rows], self.window.counts[rows]
-        xp, filled = namespace(counts), counts > 0
-        own = 1 + self.kernel.linear * xp.sum(self.kernel.scaled(inputs) ** 2, axis=1)
-        own = own + self.kernel.noise / xp.maximum(counts, 1)
-        covariance = self.kernel(inputs, inputs) * (filled[:, None] & filled)
-        return xp.where(xp.eye(len(counts), dtype=bool), xp.where(filled, own, 1), covariance)
+        own = 1 + self.kernel.linear * np.sum(self.kernel.scaled(inputs) ** 2, axis=1)
+        covariance = self.kernel(inputs, inputs) * ((counts[:, None] > 0) & (counts > 0))
+        own = np.where(counts > 0, own + self.kernel.noise / np.maximum(counts, 1), 1)
+        return np.where(np.eye(len(counts), dtype=bool), own, covariance)
 
     def _pairs(
         self, x: PyTree, y: PyTree, observed: Bool[Any, " pairs"] | None
@@ -483,14 +474,12 @@ class Learner(AbstractSurrogate):
         pairs = length_of("y", y)
         if length_of("x", x) != pairs:
             raise ValueError(f"x are {length_of('x', x)} data points, y {pairs} answers")
-        xp = namespace(self.window.counts)
         known = finite_points(x, 1) & finite_points(y, 1)
         known = known if observed is None else known & observed
 
-        # Values that are not observed may be anything, and must not reach derivatives either.
-        def clean(leaf: Any) -> Any:
+        def clean(leaf: Any) -> Any:  # values that are not observed may be anything
             mask = known.reshape(-1, *[1] * (leaf.ndim - 1))
-            return xp.where(mask, leaf, xp.zeros_like(leaf)) if is_float(leaf) else leaf
+            return np.where(mask, leaf, np.zeros_like(leaf)) if is_float(leaf) else leaf
 
         x, y = jax.tree.map(clean, (x, y))
         z, r = self._features(x), join(y, 1)[0]
@@ -501,9 +490,9 @@ class Learner(AbstractSurrogate):
         if self.prior is not None:
             priors, found = join(called(self.prior, x), 1)
             check_like(found, self.form)
-            r = r - xp.asarray(priors)
-        known = known & xp.isfinite(z).all(axis=1) & xp.isfinite(r).all(axis=1)
-        return xp.where(known[:, None], z, 0), xp.where(known[:, None], r, 0), known
+            r = r - np.asarray(priors)
+        known = known & np.isfinite(z).all(axis=1) & np.isfinite(r).all(axis=1)
+        return np.where(known[:, None], z, 0), np.where(known[:, None], r, 0), known
 
 
 def learn_pairs(
@@ -521,48 +510,45 @@ def learn_pairs(
         The window; each row's place in the window before, with the new pairs after it; and which
             rows are new, or have new answers.
     """
-    xp, size, number = namespace(z), len(window.counts), len(known)
+    size, number = len(window.counts), len(known)
 
     # Which row of the window and the new pairs, in this order, stands for each new pair.
     old = kernel.same(z, window.inputs) & known[:, None] & (window.counts > 0)
-    first = xp.argmax(kernel.same(z, z) & known, axis=1) if number else xp.zeros(0, int)
+    first = np.argmax(kernel.same(z, z) & known, axis=1) if number else np.zeros(0, int)
     for _ in range(number.bit_length()):  # the same as the same is the same
         first = first[first]
-    merged = xp.any(old, axis=1)[first]
-    lead = xp.where(merged, xp.argmax(old, axis=1)[first], size + first)
-    lead = xp.where(known, lead, size + number)
+    merged = np.any(old, axis=1)[first]
+    lead = np.where(merged, np.argmax(old, axis=1)[first], size + first)
+    lead = np.where(known, lead, size + number)
 
     def summed(values: Any) -> Any:
         """Return the sums over the new pairs that each row stands for."""
-        rows = xp.zeros((size + number + 1, *values.shape[1:]), values.dtype)
-        if xp is jnp:
-            return rows.at[lead].add(values)[:-1]
+        rows = np.zeros((size + number + 1, *values.shape[1:]), values.dtype)
         np.add.at(rows, lead, values)
         return rows[:-1]
 
     def after(rows: Any, new: Any) -> Any:
-        return xp.concatenate([rows, new.astype(rows.dtype)])
+        return np.concatenate([rows, new.astype(rows.dtype)])
 
     # Means are those of the earlier answers plus changes: equal answers change nothing.
-    place = xp.minimum(lead, size + number - 1)
-    before = after(window.counts, xp.zeros(number, int))
+    place = np.minimum(lead, size + number - 1)
+    before = after(window.counts, np.zeros(number, int))
     added = summed(known.astype(before.dtype))
     counts = before + added
-    each, base = xp.maximum(counts, 1), after(window.residuals, r)
+    each, base = np.maximum(counts, 1), after(window.residuals, r)
     r = r.astype(base.dtype)
-    change = summed(xp.where(known[:, None], r - base[place], 0)) / each[:, None].astype(base.dtype)
+    change = summed(np.where(known[:, None], r - base[place], 0)) / each[:, None].astype(base.dtype)
     mean = base + change
-    scatter = after(window.scatter, xp.zeros(number))
-    apart = root_mean_square(xp.where(known[:, None], r - mean[place], 0), axis=1)
+    scatter = after(window.scatter, np.zeros(number))
+    apart = root_mean_square(np.where(known[:, None], r - mean[place], 0), axis=1)
     moved = root_mean_square(change, axis=1)
-    largest = constant(xp.maximum(xp.max(apart, initial=0), xp.max(scatter)))
-    unit = xp.where(largest > 0, largest, 1)
+    unit = max(np.max(apart, initial=0), np.max(scatter)) or 1
     square = before * ((scatter / unit) ** 2 + (moved / unit) ** 2) + summed((apart / unit) ** 2)
-    scatter = xp.where(added > 0, unit * safe_sqrt(square / each), scatter)
+    scatter = np.where(added > 0, unit * safe_sqrt(square / each), scatter)
 
     # The rows that stay as they were, then those that are new or have new answers, then nothing.
-    order = xp.argsort(xp.where(counts == 0, 2, xp.where(added > 0, 1, 0)), stable=True)
-    source = order[xp.maximum(xp.sum(counts > 0) - size, 0) + xp.arange(size)]
+    order = np.argsort(np.where(counts == 0, 2, np.where(added > 0, 1, 0)), stable=True)
+    source = order[np.maximum(np.sum(counts > 0) - size, 0) + np.arange(size)]
     learned = PairWindow(
         inputs=after(window.inputs, z)[source],
         residuals=mean[source],
@@ -598,13 +584,9 @@ def init_learner(
         ValueError: The capacity is no positive integer, x and y have different lengths, outputs are
             no floats, the prior has other outputs, or the kernel is for other features.
     """
-    traced = any_tracer(x, y, kernel)
-
-    def own(leaf: Any) -> Any:
-        leaf = jnp.asarray(leaf) if traced else np.asarray(leaf)
-        return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype))
-
-    x, y = jax.tree.map(own, native((x, y)))
+    x, y = jax.tree.map(np.asarray, native((x, y)))
+    own = lambda leaf: leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype))  # noqa: E731
+    x, y = jax.tree.map(own, (x, y))
     check_floats("y", y)
     # There may be no pair.
     blank = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:]), leaf.dtype), (x, y))

@@ -22,11 +22,11 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shape
 
 from ..codes import AbstractCode, Decoded, encode_groups
 from ..codes._code import deviation, deviations, variances
-from ..codes._decoding import Matrices, decode_vectors
-from ..codes._kept import known_encoder
-from ..codes._trees import scalar_leaf
+from ..codes._decoding import decode_vectors
+from ..codes._kept import Matrices, encoder_of
+from ..codes._trees import join, scalar_leaf
 from ..evaluation import Answers, record_answers
-from ..evaluation._answers import cut_groups
+from ..evaluation._answers import cut_groups, in_parts
 from ..evaluation._objective import draw_sets
 from ..inference.models import Model
 from ..stragglers import AbstractStragglers
@@ -35,7 +35,6 @@ from .interface import (
     AbstractSurrogate,
     SurrogatePredictions,
     check_like,
-    fixed_outputs,
     outputs_of_groups,
 )
 
@@ -68,7 +67,8 @@ class Surrogate(AbstractSurrogate):
         if not callable(model):
             raise ValueError(f"a surrogate is a callable on a batch, not {type(model).__name__}")
         self.model = model
-        self.theta, self.kappa = trust(theta, kappa)
+        self.theta = scalar_leaf("theta", theta, float, least=0.0, most=np.inf)
+        self.kappa = scalar_leaf("kappa", kappa, float, least=0.0, most=np.inf)
 
     def outputs(self, x: PyTree[Shaped[Array, "points ..."]]) -> PyTree[Float[Array, "points ..."]]:
         return self.model(x)
@@ -80,17 +80,9 @@ class Surrogate(AbstractSurrogate):
         own: PyTree[Float[Array, "groups num_data ..."]] | None = None,
     ) -> SurrogatePredictions:
         own = outputs_of_groups(self.model, x) if own is None else own
-        return fixed_outputs(own, outputs_of_groups(self.model, coded))
-
-
-def trust(
-    theta: Float[ArrayLike, ""], kappa: Float[ArrayLike, ""]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Return theta and kappa as arrays; raise ValueError where they are negative or no scalars."""
-    return (
-        scalar_leaf("theta", theta, float, least=0.0, most=np.inf),
-        scalar_leaf("kappa", kappa, float, least=0.0, most=np.inf),
-    )
+        vectors, form = join(own, 2)
+        coded = join(outputs_of_groups(self.model, coded), 2)[0]
+        return SurrogatePredictions(own=vectors, coded=coded, form=form)
 
 
 def decode_with_deviation(
@@ -100,8 +92,8 @@ def decode_with_deviation(
     available: Bool[Array, "groups num_workers"],
     prior: AbstractGroupPrior | None = None,
     given: Matrices | None = None,
-) -> tuple[Decoded, Float[Array, "groups num_data"]]:
-    """Decode groups, with a surrogate or without.
+) -> Decoded:
+    """Decode groups with their deviations, with a surrogate or without.
 
     With one, a data point is recovered where its prediction is finite; without any answer it is the
     surrogate's. Broken answers make stragglers, as in `AbstractCode.decode`.
@@ -115,15 +107,15 @@ def decode_with_deviation(
         given: The code's matrices, where they are known.
 
     Returns:
-        Predictions, and their standard deviations in units of the outputs. A deviation is 0 where a
-            prediction is an answer itself. Where the surrogate has its own (a learner does), the
+        Predictions as vectors. Where the surrogate has deviations of its own (a learner does), the
             variance is the mean of the code's and its, weighted as the prediction is. Where it has
             none, an infinite kappa says nothing of its quality, and the deviations are those of the
             code alone.
     """
     if surrogate is None:
         decoded = decode_vectors(code, y, available, given)
-        return decoded, deviations(code, y, decoded.responded)
+        own = deviations(code, y, decoded.responded)
+        return Decoded(decoded.predictions, decoded.responded, decoded.recovered, own)
     assert prior is not None
     expected = prior.condition(y, available)
     residual = y - surrogate.theta * expected.coded
@@ -138,7 +130,7 @@ def decode_with_deviation(
         known = variance == 0
         # v / (1 + kappa v), written so that it has a value where v is infinite.
         share = jnp.where(known, 0, 1 / (1 / jnp.where(known, 1, variance) + kappa))
-        return Decoded(predictions, decoded.responded, recovered), deviation(share, process)
+        return Decoded(predictions, decoded.responded, recovered, deviation(share, process))
     own = expected.deviation
     by_code = jnp.sqrt(jnp.where(rho > 0, rho, 1)) * deviation(variance, process)
     by_own = jnp.sqrt(jnp.where(rho < 1, 1 - rho, 1)) * own
@@ -147,7 +139,7 @@ def decode_with_deviation(
     # Without a pair or an answer to go by, a learner's output is no prediction.
     recovered &= jnp.isfinite(spread)
     predictions = jnp.where(recovered[..., None], predictions, jnp.nan)
-    return Decoded(predictions, decoded.responded, recovered), spread
+    return Decoded(predictions, decoded.responded, recovered, spread)
 
 
 def _code_share(kappa: Array, variance: Float[Array, "*points"]) -> Float[Array, "*points"]:
@@ -223,43 +215,17 @@ def fit_surrogate(
     kappas = np.concatenate([[0.0], np.logspace(-3, 4, 22), [np.inf]]) / typical
     grid = np.meshgrid(np.linspace(0, 1, 9), kappas, indexing="ij")
     grid = [jnp.asarray(axis.ravel(), own.coded.dtype) for axis in grid]
-    found = []
+    groups, encoder, found = cut_groups(x, code.num_data), encoder_of(code), []
     for candidate in candidates:
-        prior = group_prior_of_points(candidate, code, x, batch_size=batch_size)
+        expect = lambda part: _expect(candidate, code, jax.tree.map(jnp.asarray, part), encoder)  # noqa: B023, E731
+        prior = in_parts(expect, groups, max(batch_size // code.num_workers, 1))
         check_like(prior.form, own.form)
         disagreement, mse = np.asarray(_scores(own, prior, masks, *grid))
         best = np.argmin(mse) if criterion == "mse" else np.lexsort((mse, disagreement))[0]
         rank = (mse[best],) if criterion == "mse" else (disagreement[best], mse[best])
-        numbers = trust(grid[0][best], grid[1][best])
-        found.append((rank, eqx.tree_at(lambda s: (s.theta, s.kappa), candidate, numbers)))
+        numbers = [axis[best] for axis in grid]
+        found.append((rank, eqx.tree_at(lambda s: [s.theta, s.kappa], candidate, numbers)))
     return min(found, key=lambda entry: entry[0])[1]
-
-
-def group_prior_of_points(
-    surrogate: AbstractSurrogate,
-    code: AbstractCode,
-    x: PyTree[Shaped[ArrayLike, "points ..."]],
-    *,
-    batch_size: int = 256,
-) -> AbstractGroupPrior:
-    """Return a surrogate's knowledge of data points that are cut into groups of K, in this order.
-
-    Groups are taken together so that no batch is much larger than `batch_size`.
-
-    Raises:
-        ValueError: As `record_answers` for the data.
-    """
-    groups = cut_groups(x, code.num_data)
-    number = len(jax.tree.leaves(groups)[0])
-    at_once = max(batch_size // code.num_workers, 1)
-    parts = []
-    for place in range(0, number, at_once):
-        # The last part is filled up, so that all have one shape.
-        rows = np.minimum(np.arange(place, place + at_once), number - 1)
-        part = jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), groups)  # noqa: B023
-        summary = _expect(surrogate, code, part, known_encoder(code))
-        parts.append(jax.tree.map(lambda leaf: leaf[: number - place], summary))  # noqa: B023
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 @eqx.filter_jit

@@ -1,13 +1,15 @@
 """Where the workers' points should lie for a model: measured, layout against layout."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import ArrayLike, Float, PRNGKeyArray
 
 from ..codes import NeRCC
 from ..codes._checks import check_fields
@@ -15,7 +17,7 @@ from ..codes._points import coincident
 from ..codes._trees import groups_of
 from ..evaluation._answers import Recorder, batched, mean_losses
 from ..evaluation._criteria import Criterion, point_criterion
-from ..evaluation._objective import draw_sets
+from ..evaluation._objective import Trial, draw_sets
 from ..inference.models import Model
 from ..stragglers import AbstractStragglers
 from ._sampling import Sampling, split_points
@@ -24,6 +26,11 @@ from ._tune import Descent, rounding_error, tune
 SearchCriterion: TypeAlias = Literal["mse", "cross_entropy", "disagreement"]
 # What points follow: data points' own floats, or a function of a batch of them.
 Follow: TypeAlias = Literal["inputs"] | Callable[[Any], Any]
+
+# A code's objective, and its errors under each law by the search's criterion, by that of gradient
+# descent, and its disagreement.
+Score: TypeAlias = tuple[float, np.ndarray, np.ndarray, np.ndarray]
+by_law = eqx.filter_jit(Trial.by_law)
 
 # The plain ones first: a mixture whose points are theirs is left out.
 SEARCHED = (
@@ -181,24 +188,50 @@ def search_layout(
     # What is folded into the key differs, so that no draws are the same.
     training, held = split_points(x, num_data, sampling, jax.random.fold_in(key, 0))
 
-    def scored_on(points: np.ndarray, draw: int) -> tuple[Recorder, Callable[..., _Score]]:
+    def scored_on(points: np.ndarray, draw: int) -> tuple[Recorder, Callable[..., Score]]:
+        """Return the recorder of groups, and the function to a code's score on them."""
         recorder = Recorder(batched(model, batch_size), groups_of(points, num_data), batch_size)
-        key_sets = jax.random.fold_in(key, draw)
+        key_sets, laws = jax.random.fold_in(key, draw), tuple(stragglers)
         sets = draw_sets(stragglers, key_sets, num_workers, sampling.held_out_sets)
-        return recorder, _scorer(recorder, tuple(stragglers), sets, (criterion, slope), codes[0][1])
+        trial = Trial(None, None, *sets, jnp.ones(len(laws)), laws, criterion, 1.0)
+
+        def score(code: NeRCC, follow: Follow | None = None, trial: Trial = trial) -> Score:
+            if follow is None:
+                answers = recorder.of(code)
+            else:
+                answers = recorder.following(code, None if isinstance(follow, str) else follow)
+            if not np.isfinite(answers.coded).all():
+                unknown = np.full(len(laws), np.nan)
+                return np.inf, unknown, unknown, unknown
+            criteria = criterion, slope, "disagreement"
+            judged = [by_law(trial, code, each) for each in mean_losses(answers, sets[0], criteria)]
+            height = float(judged[0][1])
+            own, slopes, wrong = (np.asarray(errors) for errors, _ in judged)
+            return height if np.isfinite(height) else np.inf, own, slopes, wrong
+
+        scales = score(codes[0][1])[1]
+        if not np.isfinite(scales).all():
+            raise ValueError(
+                f"under the laws {laws} the first layout's errors are {scales}: leave out laws "
+                "under which nobody answers; and the model must give finite answers on coded data "
+                "points, mixtures of data points"
+            )
+        if criterion != "disagreement":
+            trial = dataclasses.replace(trial, scales=jnp.asarray(scales))
+        return recorder, functools.partial(score, trial=trial)
 
     on_stage(f"judging {len(codes)} untuned codes")
     first, score = scored_on(training, 1)
-    best: dict[str, tuple[NeRCC, _Score]] = {}
+    best: dict[str, tuple[NeRCC, Score]] = {}
     scored = [(name, (code, score(code))) for name, code in codes]
-    for name, found in sorted(scored, key=lambda named: named[1][1].objective):
+    for name, found in sorted(scored, key=lambda named: named[1][1][0]):
         best.setdefault(name, found)
     least = float(rounding_error(slope, first.form, jnp.asarray(first.own)))
     drawn = Sampling(sampling.groups_per_step, sampling.sets_per_step, grouped=sampling.grouped)
     candidates, evaluations = [(name, code, False) for name, code in codes], 0
     for name, (code, found) in list(best.items())[: tuning.best]:
         # Tuning counts errors relative to the code's own.
-        laws = zip(stragglers.items(), found.slope, strict=True)
+        laws = zip(stragglers.items(), found[2], strict=True)
         if erring := dict(law for law, error in laws if error > least):
             on_stage(f"tuning {name}")
             tuned = tune(
@@ -212,9 +245,9 @@ def search_layout(
     judged = []
     for name, code, is_tuned in candidates:
         for each in (None, *follow):
-            found = score(code, each)
-            numbers = found.objective, float(found.disagreement.mean())
-            judged.append(LayoutCandidate(name, code, is_tuned, *numbers, each))
+            height, _, _, wrong = score(code, each)
+            candidate = LayoutCandidate(name, code, is_tuned, height, float(wrong.mean()), each)
+            judged.append(candidate)
     judged.sort(key=lambda candidate: candidate.objective)
     return LayoutSearch(tuple(judged), evaluations + first.evaluations + second.evaluations)
 
@@ -241,67 +274,3 @@ def _untuned_codes(
                 smoothing = {"lambda_dec": factor * code.lambda_dec, "exact": exact}
                 codes.append((name, NeRCC(num_data, num_workers, **kept, **smoothing)))
     return codes
-
-
-class _Score(NamedTuple):
-    """A code's objective, and under each law its error to descend by and its disagreement."""
-
-    objective: float
-    slope: Float[np.ndarray, " laws"]
-    disagreement: Float[np.ndarray, " laws"]
-
-
-def _scorer(
-    recorder: Recorder,
-    laws: tuple[str, ...],
-    sets: tuple[Bool[Array, "sets num_workers"], Int[Array, " sets"]],
-    criteria: tuple[Criterion, Criterion],
-    reference: NeRCC,
-) -> Callable[..., _Score]:
-    """Return the function to a code's score on groups and straggler sets, the same for all codes.
-
-    Points may follow the data, as in `search_layout`.
-
-    Args:
-        recorder: The model's answers.
-        laws: Names of the laws.
-        sets: Straggler sets, and the law of each, as by `draw_sets`.
-        criteria: The criterion of the search, and that of gradient descent.
-        reference: The code whose errors count as 1.
-
-    Raises:
-        ValueError: An error of the reference is not finite.
-    """
-    available, law = sets
-    answering = np.asarray(jnp.any(available, axis=1))  # where nobody answers there is nothing
-    available, law = available[answering], np.asarray(law)[answering]
-
-    def errors(code: NeRCC, follow: Follow | None = None) -> Float[np.ndarray, "criteria laws"]:
-        if follow is None:
-            answers = recorder.of(code)
-        else:
-            answers = recorder.following(code, None if isinstance(follow, str) else follow)
-        if not np.isfinite(answers.coded).all():
-            return np.full((3, len(laws)), np.nan)
-        losses = np.asarray(mean_losses(answers, available, (*criteria, "disagreement")))
-        of_law = [law == place for place in range(len(laws))]
-        with np.errstate(invalid="ignore"):  # of no set the mean is NaN
-            return np.stack([losses[:, own].sum(1) / np.sum(own) for own in of_law], axis=1)
-
-    scales = errors(reference)[0]
-    if not np.isfinite(scales).all():
-        raise ValueError(
-            f"under the laws {laws} the first layout's errors are {scales}: leave out laws under "
-            "which nobody answers; and the model must give finite answers on coded data points, "
-            "mixtures of data points"
-        )
-    scales = np.maximum(scales, np.finfo(scales.dtype).tiny)
-    if criteria[0] == "disagreement":
-        scales = np.ones_like(scales)
-
-    def score(code: NeRCC, follow: Follow | None = None) -> _Score:
-        own, slope, disagreement = errors(code, follow)
-        objective = float(np.mean(own / scales))
-        return _Score(objective if np.isfinite(objective) else np.inf, slope, disagreement)
-
-    return score

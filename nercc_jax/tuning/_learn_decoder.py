@@ -83,7 +83,21 @@ def learn_decoder(
     recorder = Recorder(run, jax.tree.map(lambda leaf: leaf[None], x), batch_size)
     outputs, form = recorder.own[0], recorder.form
     own = outputs.astype(np.float64)
-    drawn = _draw_groups(x, order, code.num_data, groups, key)
+    # Groups are permutations of all data points, each cut in groups.
+    seeds = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
+    points = len(own)
+    whole, drawn = points // code.num_data, []
+    for _ in range(-(-groups // whole)):
+        chosen = seeds.permutation(points)[: whole * code.num_data]
+        if order is not None:
+            found = np.asarray(order(to_device(jax.tree.map(lambda leaf: leaf[chosen], x))))  # noqa: B023
+            if not np.array_equal(np.sort(found), np.arange(len(chosen))):
+                raise ValueError(
+                    f"order must return a permutation of {len(chosen)} data points, not {found}"
+                )
+            chosen = chosen[found]
+        drawn.append(chosen.reshape(-1, code.num_data))
+    drawn = np.concatenate(drawn)[:groups]
     # Outputs are held some groups at a time; of each fold of the groups a triangle is kept.
     largest = max(own.shape[1], sum(leaf[0].size for leaf in jax.tree.leaves(x)))
     at_once = max(1, _AT_ONCE // (len(places) * largest))
@@ -164,7 +178,7 @@ def _best_noise(
             root = _root_of_moments(others, places, num_workers, known, noise)
             answers, outputs = np.split(left_out, [num_workers], axis=1)
             for law, sets in enumerate(masks):
-                matrices = [Regression(root, mask).matrix() for mask in sets]
+                matrices = [Regression(root, mask).matrix for mask in sets]
                 wrong = [np.sum((answers @ matrix.T - outputs) ** 2) for matrix in matrices]
                 errors[law] += np.mean(wrong)
         heights.append(np.mean(np.log(errors + np.finfo(float).tiny)))
@@ -186,27 +200,6 @@ def places_of(code: AbstractCode) -> Float[np.ndarray, " places"]:
             "is learned: take NeRCC, Berrut or Replication"
         )
     return np.concatenate([np.asarray(each) for each in points])
-
-
-def _draw_groups(
-    x: PyTree, order: Order | None, num_data: int, groups: int, key: PRNGKeyArray
-) -> Int[np.ndarray, "groups num_data"]:
-    """Return groups of data points: permutations of all, each cut in groups."""
-    seeds = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
-    points = len(jax.tree.leaves(x)[0])
-    whole = points // num_data
-    drawn = []
-    for _ in range(-(-groups // whole)):
-        places = seeds.permutation(points)[: whole * num_data]
-        if order is not None:
-            found = np.asarray(order(to_device(jax.tree.map(lambda leaf: leaf[places], x))))  # noqa: B023
-            if not np.array_equal(np.sort(found), np.arange(len(places))):
-                raise ValueError(
-                    f"order must return a permutation of {len(places)} data points, not {found}"
-                )
-            places = places[found]
-        drawn.append(places.reshape(-1, num_data))
-    return np.concatenate(drawn)[:groups]
 
 
 def _triangle(

@@ -221,10 +221,21 @@ def tune(
     if optimizer == "lbfgs":
         groups, sets = 4 * sampling.groups_per_step, 2 * sampling.sets_per_step
         sampling = dataclasses.replace(sampling, groups_per_step=groups, sets_per_step=sets)
-        descend = _descent_by_lbfgs(_objective(sampling, stragglers), descent)
+        objective = functools.partial(_objective, sampling, stragglers)
+        descend = _descent_by_lbfgs(objective, descent)
     else:
-        chosen = optimizer if optimizer != "adam" else _adam(parametrized[0][0], descent)
-        descend = _descent_by_steps(_objective(sampling, stragglers), chosen, descent)
+        objective = functools.partial(_objective, sampling, stragglers)
+        chosen: Any = optimizer
+        if optimizer == "adam":
+            rates, most = {"numbers": 1.0, "shifts": descent.points_rate}, descent.learning_rate
+            adams: Any = {
+                kind: optax.adam(optax.cosine_decay_schedule(rate * most, descent.steps))
+                for kind, rate in rates.items()
+            }
+            free = parametrized[0][0]
+            kinds = {n: "shifts" if n.endswith("_shifts") else "numbers" for n in free}
+            chosen = optax.partition(adams, kinds)
+        descend = _descent_by_steps(objective, chosen, descent)
     asked = 0
     for start, (parameters, rebuild) in enumerate(parametrized):
         arguments = rebuild, model, training, trial
@@ -286,36 +297,22 @@ def rounding_error(
 
 
 def _objective(
-    sampling: Sampling, stragglers: Mapping[str, AbstractStragglers]
-) -> Callable[..., Float[Array, ""]]:
+    sampling: Sampling,
+    stragglers: Mapping[str, AbstractStragglers],
+    parameters: Parameters,
+    rebuild: Rebuild,
+    model: Model,
+    training: PyTree,
+    trial: Trial,
+    key: PRNGKeyArray,
+) -> Float[Array, ""]:
     """Return the objective on groups and straggler sets that are drawn by a key."""
-
-    def objective(
-        parameters: Parameters,
-        rebuild: Rebuild,
-        model: Model,
-        training: PyTree,
-        trial: Trial,
-        key: PRNGKeyArray,
-    ) -> Float[Array, ""]:
-        key_groups, key_sets = jax.random.split(key)
-        code = rebuild(parameters)
-        chosen = sampling.draw(code.num_data, training, key_groups)
-        available, law = draw_sets(stragglers, key_sets, code.num_workers, sampling.sets_per_step)
-        fresh = dataclasses.replace(trial, x=chosen, originals=None, available=available, law=law)
-        return fresh.objective_by_products(model, code)
-
-    return objective
-
-
-def _adam(parameters: Parameters, descent: Descent) -> optax.GradientTransformation:
-    """Return Adam with the two learning rates of a descent."""
-
-    def adam(rate: float) -> optax.GradientTransformation:
-        return optax.adam(optax.cosine_decay_schedule(rate * descent.learning_rate, descent.steps))
-
-    kinds = {name: "shifts" if name.endswith("_shifts") else "numbers" for name in parameters}
-    return optax.partition({"shifts": adam(descent.points_rate), "numbers": adam(1.0)}, kinds)
+    key_groups, key_sets = jax.random.split(key)
+    code = rebuild(parameters)
+    chosen = sampling.draw(code.num_data, training, key_groups)
+    available, law = draw_sets(stragglers, key_sets, code.num_workers, sampling.sets_per_step)
+    fresh = dataclasses.replace(trial, x=chosen, originals=None, available=available, law=law)
+    return fresh.objective_by_products(model, code)
 
 
 def _descent_by_steps(

@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nercc_jax.cli._own_models import load_callable
-from nercc_jax.cli._workload import find_model
-from nercc_models import HubModel, TorchModel, hub_file, load_hub_model, load_pretrained
+from nercc_jax.cli._options import Options
+from nercc_models import (
+    HubModel,
+    TorchModel,
+    find_callable,
+    find_model,
+    hub_file,
+    load_hub_model,
+    load_pretrained,
+)
 
 COMMIT = "0" * 40
 
@@ -75,7 +82,7 @@ def test_weights_by_name_are_given_as_a_path(hub, tmp_path, monkeypatch):
     (hub("owner/net") / "net.npy").write_bytes(b"")
     (tmp_path / "hub_own.py").write_text("def load(path):\n    return lambda x: x + len(path.name)")
     monkeypatch.chdir(tmp_path)
-    model = load_callable("hub_own:load", Path("hf:owner/net/net.npy"))
+    model = find_callable("hub_own:load", Path("hf:owner/net/net.npy"))
     assert model(1) == 1 + len("net.npy")
 
 
@@ -89,7 +96,7 @@ def test_what_cannot_be_had_is_told(hub):
     assert hub_file("owner/text", "config.json").read_text() == '{"model_type": "bert"}'
     for name in ("hf:owner", "hf:owner/name/file", "hf:/name"):
         with pytest.raises(ValueError, match="named hf:owner/name"):
-            find_model(name, None, "logits")
+            Options(name)
 
 
 def test_pytorch_behind_jax_may_be_mapped():

@@ -24,7 +24,7 @@ from nercc_jax.codes import AbstractCode
 from nercc_jax.serving import ModelSettings, Reply, ServedModel, make_servable
 from nercc_jax.serving._metrics import Metrics
 from nercc_jax.serving._settings import read_settings
-from nercc_jax.serving.core._health import Health
+from nercc_jax.serving.core._requests import Health
 from nercc_jax.serving.transport._server import Server
 
 SERVABLE = make_servable("digits", lambda x: 2 * x, (4,))
@@ -121,7 +121,7 @@ def serving(*models: ServedModel, **options: Any) -> Iterator[Server]:
     starts = {model.servable.key: lambda model=model: model for model in models}
     with listening(starts, **options) as server:
         grpc_is_off = options.get("grpc_port") is None
-        becomes(lambda: server.state.phase == "serving" and (grpc_is_off or server.grpc_port))
+        becomes(lambda: server.state.models.complete and (grpc_is_off or server.grpc_port))
         yield server
 
 

@@ -11,7 +11,6 @@ from traffic import OUT, WEIGHTS, Traffic, labels_right
 from nercc_jax import DevicePool, RayPool, Uncoded
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Predictor
-from nercc_jax.serving.core._adaptation import Expectation
 
 # After these calls of each worker, some 600 queries, the learner knows enough.
 LATER = range(80, 10**6)
@@ -155,28 +154,13 @@ class FirstOnly(Predictor):
 
     def __init__(self):
         super().__init__()
-        self.learned, self.expected = [], []
+        self.learned = []
 
-    def expect(self, x):
-        self.expected.append(FirstKnown(np.stack(x)))
-        return [Expectation(self.expected[-1], row) for row in range(len(x))]
+    def suspicious(self, x, own):
+        return np.any(own != 2 * x[:, :3], axis=1) & (x[:, 0] > 0)
 
     def add_answer(self, x, own):
         self.learned.append((x, own))
-
-
-class FirstKnown:
-    begun = False
-
-    def __init__(self, x):
-        self._x, self.computed = x, 0
-
-    def compute(self):
-        self.computed += 1
-
-    def suspicious(self, rows, own):
-        x = self._x[rows]
-        return np.any(own != 2 * x[:, :3], axis=1) & (x[:, 0] > 0)
 
 
 def known_first(**options):
@@ -184,13 +168,6 @@ def known_first(**options):
     predictor = FirstOnly()
     model = {"share": 0.0, "num_workers": 4, "model": lambda x: 2 * x[:, :3]}
     return predictor, Traffic(predictor, policy, **model | options)
-
-
-def test_what_is_expected_is_computed_while_workers_compute():
-    predictor, traffic = known_first()
-    traffic.batcher.submit(np.ones((2, 4), np.float32))
-    traffic.clock.run(traffic.clock.now() + 1e-3)
-    assert [each.computed for each in predictor.expected] == [1], "no worker answers so early"
 
 
 def send_requests(traffic, number):

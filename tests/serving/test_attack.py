@@ -96,10 +96,13 @@ def test_others_hardly_notice(server, attack):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", bodies(SHAPE))
 def test_all_are_answered_while_json_is_parsed_that_is_no_request(server, kind):
-    times = ask(server.http_port, HONEST, CLIENTS, SECONDS)
-    with attacking(server.http_port, post(PATH, bodies(SHAPE)[kind]), ATTACKERS) as statuses:
-        assert len(ask(server.http_port, HONEST, CLIENTS, SECONDS)) > len(times) / 3
-        assert statuses.get(timeout=60) == 400
+    shares = []
+    for _ in range(3):  # which other processes that come and go change alike
+        times = ask(server.http_port, HONEST, CLIENTS, SECONDS)
+        with attacking(server.http_port, post(PATH, bodies(SHAPE)[kind]), ATTACKERS) as statuses:
+            shares.append(len(ask(server.http_port, HONEST, CLIENTS, SECONDS)) / len(times))
+            assert statuses.get(timeout=60) == 400
+    assert statistics.median(shares) > 1 / 3
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ NERCC_CHAOS_SECONDS=600 NERCC_SOAK_SECONDS=1800 pytest -m slow tests/serving/tes
 import asyncio
 import collections
 import contextlib
-import gzip
 import itertools
 import os
 import random
@@ -238,14 +237,12 @@ class Chaos:
             (b"not gzip", {"content-encoding": "gzip"}),
             (b"{}", {"inference-header-content-length": "900"}),
         ]  # fmt: skip
-        bomb = [(gzip.compress(bytes(10**8)), {"content-encoding": "gzip"})]
         head = b"POST /v2/models/shaky/infer HTTP/1.1\r\ncontent-length: 1000\r\n"
         async with sessions() as session:
             await asyncio.gather(
                 *(self.honest(session, number) for number in range(HONEST)),
                 *(self.leaver(session) for _ in range(4)),
                 *(self.liar(session, lies, 0.05) for _ in range(2)),
-                self.liar(session, bomb, 0.5),
                 *(self.hold(head, rest, pause=0.5) for rest in (b"", b"\r\n{") for _ in range(4)),
                 *(self.hold(head + b"\r\n", *[b" "] * 100) for _ in range(4)),
                 self.hold(most=SILENT),

@@ -10,9 +10,7 @@ from nercc_jax import NeRCC, Uncoded
 from nercc_jax.pools import Overdue
 from nercc_jax.risk import Accuracy, Risk
 from nercc_jax.serving import BatchingPolicy, Coder
-from nercc_jax.serving.core._adaptation import DispatchSetting
 from nercc_jax.serving.core._decide import (
-    AnswerEstimate,
     Copy,
     Decode,
     Fail,
@@ -24,6 +22,8 @@ from nercc_jax.serving.core._decide import (
     Wait,
     decide,
 )
+from nercc_jax.serving.core._request import Answer
+from nercc_jax.serving.core._setup import DispatchSetting
 from nercc_jax.stragglers import picking
 
 NOW, LIMIT = 100.0, 1.0
@@ -34,8 +34,11 @@ KNOWN = Risk(Accuracy(max_disagreement=0.1), needs_evidence=False)
 UNKNOWN = Risk(Accuracy(max_disagreement=0.1), needs_evidence=True)
 ANY = Risk(Accuracy(), needs_evidence=False)
 BOTH = "predicted", "decoded"
-SURE, DECODED = (AnswerEstimate(source, 0.01, math.nan, True) for source in BOTH)
-UNSURE, DOUBTED = (AnswerEstimate(source, 0.9, math.nan, False) for source in BOTH)
+SURE, DECODED, UNSURE, DOUBTED = (
+    Answer(np.zeros(1), source, 8, 7, probability, math.nan, within=probability < 0.1)
+    for probability in (0.01, 0.9)
+    for source in BOTH
+)
 FIRST = (0, 0)
 
 
@@ -54,12 +57,12 @@ def of(late=(0,), failed=(), open=(0,), extras=EXTRAS, estimates=(), copied=Fals
     own = tuple(np.array([point]) for point in OWN)
     if coder is MIXED:
         own = (np.array([], int),) * 4
-    parts = sent_at, answered, failed_points, np.zeros(8, bool), queries
+    parts = sent_at, answered, failed_points, queries
     return GroupView(coder, own, *parts, LIMIT, median=0.8, **more)
 
 
 def alone(failed):
-    each = np.array([SOON]), np.zeros(1, bool), np.array([failed]), np.zeros(1, bool)
+    each = np.array([SOON]), np.zeros(1, bool), np.array([failed])
     return GroupView(ALONE, (np.array([0]),), *each, (QueryView(FIRST),), LIMIT, 0.8, alone=True)
 
 

@@ -457,7 +457,8 @@ def test_ray_replica_is_ill_without_workers_and_ends_quietly_if_it_never_started
     def check(*states):
         report = types.SimpleNamespace(workers=[types.SimpleNamespace(state=s) for s in states])
         model = types.SimpleNamespace(pool=types.SimpleNamespace(report=lambda: report))
-        replica = types.SimpleNamespace(_server_state=types.SimpleNamespace(models={"m": model}))
+        models = types.SimpleNamespace(started={"m": model})
+        replica = types.SimpleNamespace(_server_state=types.SimpleNamespace(models=models))
         asyncio.run(CodedServer.check_health(replica))
 
     check("starting", "busy")

@@ -42,10 +42,9 @@ def server(tmp_path_factory):
         yield server
         server.signal()
         assert server.wait() == 0
-        # Uvicorn warns of what is no HTTP. An error would be a request that we failed at; but gRPC
-        # says so of bytes that are no message.
+        # Uvicorn warns of what is no HTTP. An error would be a request that we failed at.
         errors = [line for line in server.log() if line["level"] == "ERROR"]
-        assert {line["logger"] for line in errors} <= {"grpc._cython.cygrpc"}, errors
+        assert not errors, errors
     finally:
         server.kill()
 
@@ -84,10 +83,25 @@ def test_schemathesis_finds_nothing(server, tmp_path):
 
 words = st.sampled_from(["input", "output", "exact", "", "input\0", "ï", "a" * 300])
 integers = st.one_of(st.integers(-3, 5), st.sampled_from([2**31, 2**63, 2**64, -(2**63)]))
-values = st.one_of(
-    st.floats(allow_nan=False, allow_infinity=False), integers, st.none(), st.booleans(), words
-)
-rows = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=4, max_size=4)
+
+
+def overflows(numbers):
+    """Return whether the model, which doubles, makes infinity of a finite float32: a 502."""
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        numbers = np.abs(np.asarray(numbers, float))
+    return np.any((numbers >= 2.0**127) & (numbers < 2.0**128))
+
+
+def binary(max_size):
+    """Bytes, which a request may give for float32."""
+    fine = st.binary(max_size=max_size)
+    return fine.filter(lambda raw: not overflows(np.frombuffer(raw[: len(raw) & -4], "<f4")))
+
+
+numbers = st.floats(allow_nan=False, allow_infinity=False).filter(lambda x: not overflows(x))
+values = st.one_of(numbers, integers, st.none(), st.booleans(), words)
+row_values = st.floats(-(2.0**126), 2.0**126, width=32)
+rows = st.lists(row_values, min_size=4, max_size=4)
 parameters = st.dictionaries(
     st.sampled_from(["nercc_exact", "timeout", "binary_data_output", "binary_data_size", "x"]),
     values,
@@ -132,22 +146,19 @@ def check(answer, asked=None):
         assert list(answer.json()) == ["error"]
     elif answer.headers["content-type"] == "application/json" and not asked.get("outputs"):
         x = np.array(asked["inputs"][0]["data"], np.float32).reshape(-1, 4)
-        found = np.array(answer.json()["outputs"][0]["data"], object)
+        found = np.array(answer.json()["outputs"][0]["data"], np.float32)
         doubled = (2 * x[:, :3]).ravel()
-        # JSON has no infinity, which twice a large number is.
-        known = [value is not None for value in found]
-        np.testing.assert_array_equal(found[known].astype(np.float32), doubled[known])
-        assert not np.isfinite(doubled[np.logical_not(known)]).any()
+        # XLA makes zeros of subnormal numbers.
+        np.testing.assert_allclose(found, doubled, rtol=0, atol=np.finfo(np.float32).tiny)
 
 
 @given(requests)
-@np.errstate(over="ignore")
 def test_requests_in_json(server, asked):
     answer = server.http.post("/v2/models/double/infer", content=json.dumps(asked).encode())
     check(answer, asked)
 
 
-@given(requests, st.binary(max_size=40), st.sampled_from([0, 0, 0, -1, 1, 10**6, None]))
+@given(requests, binary(40), st.sampled_from([0, 0, 0, -1, 1, 10**6, None]))
 def test_requests_in_binary(server, asked, raw, shift):
     for tensor in asked["inputs"]:
         data = tensor.pop("data")
@@ -175,7 +186,7 @@ def test_bodies_of_bytes(server, content, encoding, kind):
 @given(
     st.sampled_from(["double", "double", "double", "other"]),
     one | st.lists(nearly_right(), max_size=2),
-    st.none() | st.lists(st.binary(max_size=20) | st.just(bytes(16)), max_size=2),
+    st.none() | st.lists(binary(20) | st.just(bytes(16)), max_size=2),
     st.lists(st.sampled_from(["output", "exact", "nothing"]), max_size=2),
     st.dictionaries(words | st.just("timeout"), st.booleans() | st.integers(-5, 5), max_size=2),
 )
@@ -197,8 +208,9 @@ def test_requests_by_grpc(stub, model, inputs, raw, outputs, parameters):
 def test_bytes_that_are_no_message(server, stub):
     with grpc.insecure_channel(server.grpc) as channel:
         call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-        with pytest.raises(grpc.RpcError):
+        with pytest.raises(grpc.RpcError) as error:
             call(b"\xff" * 50, timeout=ENDS)
+    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert stub.ServerReady(messages.ServerReadyRequest()).ready
 
 
@@ -208,5 +220,5 @@ def test_it_goes_on(server):
     status = server.status("double")
     assert status["queue"]["in_flight"] == status["queue"]["waiting"] == 0
     assert {worker["state"] for worker in status["workers"]} == {"idle"}
-    assert status["totals"]["queries"]["exact"] > 50
+    assert status["totals"]["queries"]["exact"] > 20
     assert status["totals"]["deaths"] == status["totals"]["errors"]["failed"] == 0

@@ -1,5 +1,6 @@
 """A failure within the batcher is reported at once, and its health is the truth."""
 
+import math
 import threading
 import time
 import types
@@ -12,8 +13,8 @@ from nercc_jax import Uncoded
 from nercc_jax.pools.clock import WALL
 from nercc_jax.serving import InferenceFailed, Predictor, _batcher
 from nercc_jax.serving.adapt._online_calibration import OnlineCalibration
-from nercc_jax.serving.core import _health
-from nercc_jax.serving.core._health import Health
+from nercc_jax.serving.core import _requests
+from nercc_jax.serving.core._requests import Health
 
 FINE = Health(True, True)
 
@@ -40,7 +41,7 @@ def test_it_is_ready_while_a_group_can_be_answered(
         report=lambda: types.SimpleNamespace(num_workers=workers, starting=starting),
     )
     coder = types.SimpleNamespace(num_data=4, num_workers=8)
-    health = _health.pool_health(pool, coder)
+    health = _requests.HealthMonitor(WALL).health(pool, coder, math.inf)
     assert health == Health(True, ready, message)
 
 
@@ -57,7 +58,7 @@ def test_a_step_that_fails_is_reported_at_once_and_the_next_works(step, monkeypa
 
         def fails(*args, **options):
             result = whole(*args, **options) if step == "dispatch" else None
-            if batcher._queue._popped and left[0]:
+            if batcher._queue.popped and left[0]:
                 left[0] -= 1
                 raise RuntimeError("a bug of ours")
             return result if step == "dispatch" else whole(*args, **options)
@@ -107,7 +108,7 @@ def test_a_thread_that_dies_fails_what_is_open_and_what_comes(monkeypatch):
 
 
 def test_a_stuck_thread_is_not_alive(monkeypatch):
-    monkeypatch.setattr(_health, "STUCK", 0.2)
+    monkeypatch.setattr(_requests, "STUCK", 0.2)
     monkeypatch.setattr("nercc_jax.pools.clock.BEAT", 0.05)
     release = threading.Event()
     with serving(Uncoded(1), warm=False) as batcher:

@@ -4,7 +4,6 @@ nobody."""
 # ruff: noqa: E402 (`require` comes before what needs it)
 
 import concurrent.futures
-import gzip
 import threading
 import time
 
@@ -19,7 +18,7 @@ from nercc_server import ENDS
 require("fastapi", "serve")
 
 from nercc_jax import Uncoded
-from nercc_jax.serving.transport._bodies import RequestMemory
+from nercc_jax.serving import ModelSettings
 
 INFER, ONE = "/v2/models/digits/infer", {"input": [[1.0, 2, 3, 4]]}
 
@@ -55,7 +54,6 @@ def test_large_json_is_refused_in_favour_of_binary(server):
     for given in (
         {"content": large},
         {"content": iter([b" " * 5000] * 3)},
-        {"content": gzip.compress(large), "headers": {"content-encoding": "gzip"}},
     ):
         answer = post(server, INFER, **given)
         assert answer.status_code == 413
@@ -64,6 +62,14 @@ def test_large_json_is_refused_in_favour_of_binary(server):
         connection.sendall(as_bytes(INFER, b"", length=10_001))
         assert read_answer(connection)[0] == 413
     assert ask("binary", server, "digits", {"input": np.ones((1000, 4), "<f4")}).is_(200)
+
+
+def test_a_large_body_is_refused_wherever_it_is_sent(server, caplog):
+    """Its rest is dropped without an error of the server."""
+    for path in ("/v2/repository/index", "/v2/repository/models/digits/load"):
+        answer = post(server, path, content=b" " * 90_000)
+        assert (answer.status_code, answer.headers["connection"]) == (413, "close")
+    assert not [each for each in caplog.records if each.levelname == "ERROR"]
 
 
 # All together.
@@ -83,10 +89,10 @@ def test_bytes_in_flight_have_a_limit():
     model = Doubles(at_once=False)
     limits = {"max_body_bytes": 1000, "max_bytes_in_flight": 1500}
     with serving(model, grpc_port=0, **limits) as server:
-        held = server.state.memory
+        state = server.state
         with connect(server) as stuck:
             stuck.sendall(as_bytes(INFER, b" " * 900, length=1000))
-            becomes(lambda: held.used == 900)
+            becomes(lambda: state.bytes_held == 900)
             for face in ("json", "raw"):
                 answer = ask(face, server, "digits", ONE, id="x" * 700)
                 assert (answer.is_(503), "900 bytes" in answer.error) == (True, True)
@@ -94,21 +100,13 @@ def test_bytes_in_flight_have_a_limit():
             # What waits for its answer counts, too.
             with connect(server) as waits:
                 waits.sendall(as_bytes(INFER, body()))
-                becomes(lambda: held.used == 900 + len(body()))
+                becomes(lambda: state.bytes_held == 900 + len(body()))
                 assert len(model.asked) == 1
                 model.may_answer.set()
                 assert read_answer(waits)[0] == 200
-        becomes(lambda: held.used == 0)
+        becomes(lambda: state.bytes_held == 0)
         assert ask("json", server, "digits", ONE, id="x" * 700).is_(200)
-        assert held.used == 0
-
-
-def test_what_is_unpacked_counts(server, monkeypatch):
-    monkeypatch.setattr(server.state, "memory", RequestMemory(1000))
-    packed = gzip.compress(body() + b" " * 2000)
-    headers = {"content-encoding": "gzip"}
-    assert post(server, INFER, content=packed, headers=headers).status_code == 503
-    assert server.state.memory.used == 0
+        assert state.bytes_held == 0
 
 
 # Deadlines.
@@ -173,6 +171,17 @@ def test_deadlines_count_from_the_proxy(listens, header, seconds):
     assert ask("json", server, "digits", ONE, parameters=parameters, headers=headers).is_(200)
     left = model.asked[-1][1]["deadline"]
     assert left == 100 if seconds == 0 else 50 < left < 61
+
+
+def test_numbers_that_take_long_to_read_cost_their_own_deadline():
+    """They are read one request at a time, in JSON and in gRPC's typed contents; bytes are not."""
+    model = Doubles()
+    model.settings = ModelSettings(model="digits", max_queue_size=10**5)
+    with serving(model, grpc_port=0) as server:
+        x, parameters = {"input": np.ones((20_000, 4), "<f4")}, {"nercc_deadline_ms": 60_000}
+        for face in FACES:
+            assert ask(face, server, "digits", x, parameters=parameters).is_(200)
+            assert (model.asked[-1][1]["deadline"] < 60) == (face in ("json", "typed"))
 
 
 def test_what_waited_for_longer_before_the_server_is_not_computed(listens):

@@ -10,10 +10,9 @@ from nercc_jax.pools import Fault, Faults
 from nercc_jax.risk import Accuracy
 from nercc_jax.serving import BatchingPolicy, Predictor
 from nercc_jax.serving.adapt._online_calibration import BATCH, OnlineCalibration
-from nercc_jax.serving.core._request import Answer, ApproximateAnswer
+from nercc_jax.serving.core._request import Answer
 from nercc_jax.stragglers import TraceLatency
 from nercc_jax.surrogates import principal_components
-from nercc_jax.testing import SimulatedClock
 
 
 def turned(x):
@@ -150,13 +149,13 @@ def test_what_was_given_out_and_was_wrong_stops_it_at_once():
     # Those that straggle may be unlike the others: exams do not see them.
     x = np.ones((1, *SHAPE), np.float32)
     for _ in range(20):
-        answer = Answer(model(x)[0], "predicted", 1, 0, disagreement=0.01)
-        given = ApproximateAnswer(answer, x[0], predictor.risk.epoch, given=True)
+        kept = {"x": x[0], "epoch": predictor.risk.epoch, "given": True}
+        given = Answer(model(x)[0], "predicted", 1, 0, disagreement=0.01, **kept)
         adaptation.audit(given, turned(x)[0])
     assert not adaptation.audit(given, None), "it will never come"
     assert predictor.state == "drifted"
     assert predictor.predict(x) is None
-    assert not adaptation.risk("predicted").admits(answer.disagreement, answer.error)
+    assert not adaptation.risk("predicted").admits(given.disagreement, given.error)
 
 
 def by_difficulty(slow, delay):
@@ -193,11 +192,9 @@ def test_queries_that_are_slow_because_they_are_hard_keep_the_promise(delay):
 
 def test_answers_wake_a_learner_that_has_to_wait_once_and_not_one_by_one():
     """Each time another thread would take the interpreter from those who answer."""
-
     wakes, predictor = [], Predictor()
-    target = Accuracy(max_disagreement=0.1, tolerance=None)
-    parts = target, 1, None, lambda what, number: None, SimulatedClock()
-    predictor.attach(*parts, lambda: wakes.append(1))
+    traffic = Traffic(None, BatchingPolicy(max_disagreement=0.1))
+    predictor.attach(traffic.batcher._setup, lambda: wakes.append(1))
     for query in np.random.default_rng(0).normal(size=(200, *SHAPE)).astype(np.float32):
         predictor.add_answer(query, model(query))
     assert len(wakes) == 1

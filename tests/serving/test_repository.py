@@ -20,15 +20,27 @@ from conftest import require
 grpc, httpx = require("grpc", "serve-test"), require("httpx", "serve-test")
 require("fastapi", "serve")
 
+from attack import post
 from faces import FACES, Stub, ask
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from in_process import SERVABLE, Doubles, becomes, body, channel, http, listening, real, serving
+from in_process import (
+    SERVABLE,
+    Doubles,
+    becomes,
+    body,
+    channel,
+    connect,
+    http,
+    listening,
+    real,
+    serving,
+)
 from nercc_server import ENDS, running
 
 from nercc_jax import Uncoded
 from nercc_jax.serving import ModelSettings, ServerSettings
-from nercc_jax.serving.core._health import Health
+from nercc_jax.serving.core._requests import Health
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 
@@ -58,7 +70,7 @@ def server(started):
 
     starts = {"digits": start("1"), "digits/10": start("10"), "digits/2": start("2")}
     with listening(starts, grpc_port=0, model_control="explicit") as server:
-        becomes(lambda: server._started and server.grpc_port)
+        becomes(lambda: server.state.models.complete and server.grpc_port)
         yield server
 
 
@@ -122,11 +134,31 @@ def test_what_is_unloaded_is_freed():
         return real("digits", net, Uncoded(1), max_batch_size=1, num_workers=1)
 
     with listening({"digits": start}, model_control="explicit") as server, http(server) as client:
-        becomes(lambda: server._started)
+        becomes(lambda: server.state.models.complete)
         assert ask("json", server, "digits", ONE).is_(200)
         assert weights[0]() is not None
         assert client.post("/v2/repository/models/digits/unload").is_success
         assert weights[0]() is None
+
+
+def test_the_end_waits_for_what_is_being_unloaded():
+    """Also where the client that asked for it has gone away."""
+    closes, may_close = threading.Event(), threading.Event()
+
+    class Slow(Doubles):
+        def close(self, drain):
+            closes.set()
+            self.closed = may_close.wait(ENDS)
+
+    model = Slow()
+    with listening({"digits": lambda: model}, model_control="explicit") as server:
+        becomes(lambda: server.state.models.complete)
+        with connect(server) as connection:
+            connection.sendall(post("/v2/repository/models/digits/unload", b""))
+            assert closes.wait(ENDS)
+        server.stop()
+        threading.Timer(1.0, may_close.set).start()
+    assert model.closed
 
 
 @pytest.mark.parametrize("action", ["load", "unload"])
@@ -354,14 +386,14 @@ def test_the_index_has_all_models_and_their_states():
 
     starts, url = {"digits": lambda: model, "later": start_later}, "/v2/repository/index"
     with listening(starts) as server, http(server) as client:
-        becomes(lambda: server.state.models)
+        becomes(lambda: server.state.models.started)
         assert client.post(url).json() == [
             ready("digits") | {"state": "UNAVAILABLE", "reason": "it is busy"},
             ready("later") | {"state": "LOADING", "reason": "It is being started."},
         ]
         assert client.post(url, json={"ready": True}).json() == []
         wrong = client.post(url, content=b'{"ready": 7}')
-        assert (wrong.status_code, "boolean" in wrong.json()["error"]) == (400, True)
+        assert (wrong.status_code, "ready is a bool, not 7" in wrong.json()["error"]) == (400, True)
         model.is_well = Health(True, True)
         assert client.post(url, json={"ready": True}).json() == [ready("digits")]
         may_start.set()

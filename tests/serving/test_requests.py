@@ -5,11 +5,9 @@ Tables of requests, asked of one server by REST (JSON and binary), gRPC (typed a
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
-import gzip
 import itertools
 import json
 import socket
-import zlib
 
 import numpy as np
 import pytest
@@ -26,7 +24,7 @@ from nercc_jax import NeRCC, Replication, Uncoded
 from nercc_jax import serving as public
 from nercc_jax.serving import Reply
 from nercc_jax.serving._metrics import Metrics
-from nercc_jax.serving.core._health import Health
+from nercc_jax.serving.core._requests import Health
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 REGISTRY, BODY_LIMIT = CollectorRegistry(), 2_000_000
@@ -140,8 +138,8 @@ def binary(raw=RAW, shape=(1, 4), size=None, shift=0):
     return head + raw, {"inference-header-content-length": str(len(head) + shift)}
 
 
-def packed(kind, squeeze=gzip.compress, given=None):
-    return squeeze(body() if given is None else given), {"content-encoding": kind}
+def packed(kind):
+    return body(), {"content-encoding": kind}
 
 
 def length(text):
@@ -155,10 +153,7 @@ def length(text):
         body([1, 2, 3, 4]),
         body([[1, 2], [3.0, 4]]),
         (body(), {"content-type": "text/plain"}),
-        packed("identity", bytes),
-        packed("GZip"),
-        packed("deflate", zlib.compress),
-        packed("gzip", given=body() + b" " * 900_000),
+        packed("Identity"),
         length(str(len(body()))),
         binary(),
         (iter((body()[:20], body()[20:])), {}),  # without a length
@@ -236,7 +231,7 @@ DIGITS = body()[12:-2]
         *((b'{"inputs": [%s]}' % number, "not JSON") for number in (b"NaN", b"Infinity", b"1e400")),
         (b'{"id": "\xed\xa0\x80", "inputs": []}', "not JSON"),
         (b"[" * 3000 + b"]" * 3000, "not JSON"),
-        (b"7", "should be a valid dictionary"),
+        (b"7", "should be a dictionary"),
         (b"{}", "inputs: Field required"),
         (b'{"inputs": {}}', "inputs: Input should be a valid list"),
         (b'{"inputs": [{}]}', "inputs.0.name: Field required"),
@@ -283,10 +278,6 @@ DIGITS = body()[12:-2]
         (binary(bytes(12), size=16), "does not fit the 12 bytes"),
         (binary(size=12), "4 bytes are left over"),
         *((binary(size=size), f"_size {size!r} does not fit") for size in (-4, True, "16")),
-        ((body(), {"content-encoding": "gzip"}), "the body is not gzip"),
-        (packed("gzip", bytes, b""), "ends too early"),
-        (packed("gzip", lambda content: gzip.compress(content)[:-1]), "ends too early"),
-        (packed("gzip", lambda content: gzip.compress(content) + b"more"), "bytes after"),
     ],
     ids=itertools.count(),
 )  # fmt: skip
@@ -399,22 +390,19 @@ def test_refusals_are_alike_by_every_face(
 @pytest.mark.parametrize(
     ("given", "status", "words"),
     [
-        (packed("br"), 415, "'br': gzip and deflate are known"),
+        (packed("br"), 415, "'br': send the body as it is, or let a proxy decompress it"),
+        (packed("gzip"), 415, "'gzip': send the body as it is"),
         ((b"x" * (BODY_LIMIT + 1), {}), 413, f"at most {BODY_LIMIT} are taken"),
         ((iter([bytes(10**5)] * 40), {}), 413, "at most 1048576 are taken: send tensors as binary"),
-        (packed("gzip", given=bytes(10**7)), 413, "at most 1048576 are taken | when decompressed"),
-        (packed("deflate", zlib.compress, bytes(10**7)), 413, "at most 1048576 are taken | when d"),
-        ((gzip.compress(bytes(10**7)), {"inference-header-content-length": "9",
-          "content-encoding": "gzip"}), 413, f"is more than {BODY_LIMIT} bytes when decom"),
     ],
     ids=itertools.count(),
-)  # fmt: skip
+)
 def test_bodies_that_are_refused_by_size_or_encoding(server, given, status, words):
     """Too large ones before they are read: the client may find its connection closed."""
     data, headers = given
     answer = post(server, "/v2/models/double/infer", content=data, headers=headers)
     assert answer.status_code == status
-    assert any(word in answer.json()["error"] for word in words.split(" | "))
+    assert words in answer.json()["error"]
 
 
 def test_json_that_is_not_what_it_says_is_refused(server):
@@ -435,7 +423,7 @@ def test_json_that_is_not_what_it_says_is_refused(server):
         (lambda r: r.inputs[0].parameters["class"].MergeFromString(b"\x10\x03"), "no par"),
         (lambda r: r.outputs.add(name="output").parameters["class"].MergeFromString(b"\x10\x03"),
          "no parameters ['class']"),
-        (lambda r: r.parameters["nercc_exact"].MergeFromString(b"\x3a\x01a"), "boolean, not None"),
+        (lambda r: r.parameters["nercc_exact"].MergeFromString(b"\x3a\x01a"), "of an unknown kind"),
         (lambda r: setattr(r.inputs[0], "datatype", "COMPLEX"), "not COMPLEX"),
         (lambda r: setattr(r, "id", "x" * BODY_LIMIT), ""),
     ],

@@ -119,8 +119,8 @@ class Schedule:
         audit = self.batcher._adaptation.audit
 
         def audited(given, own):
-            if given.answer.source == "predicted" and own is not None:
-                value = given.answer.value - Checks.OFF
+            if given.source == "predicted" and own is not None:
+                value = given.value - Checks.OFF
                 assert np.allclose(value, own, atol=1e-6), "an audit of another query"
             return audit(given, own)
 
@@ -212,15 +212,15 @@ class Schedule:
         batcher, scheduler, now = self.batcher, self.pool._scheduler, self.clock.now()
         assert not self.seen["internal_error"]
         assert not scheduler.errors.errors
-        for request in batcher._open._open:
+        for request in batcher._requests:
             assert now <= request.arrived + request.deadline + LATE, "forgotten at its deadline"
         # The queue.
         lanes = batcher._queue
-        stand = [query for lane in (lanes.exact, lanes.coded) for *_, query in lane._heap]
+        stand = [*lanes.exact, *lanes.coded]
         waiting = [query for query in stand if query.waiting]
         assert lanes.waiting == len(waiting), "the queue's count is wrong"
         assert not any(query.done for query in waiting)
-        held = math.inf > batcher._dispatch_due and not lanes.exact
+        held = math.inf > batcher._dispatcher.due and not lanes.exact
         assert not waiting or not self.pool.idle or held, "a query waits beside an idle worker"
         # The scheduler.
         slots = scheduler.state.slots
@@ -243,9 +243,8 @@ class Schedule:
     def check_end(self):
         batcher, scheduler = self.batcher, self.pool._scheduler
         assert len(self.ended) == len(self.submitted), "a request was forgotten"
-        question = batcher._open._probe
-        assert batcher._open._open <= {question}
-        if batcher._open._open:
+        assert all(request.own == "probe" for request in batcher._requests)
+        if batcher.in_flight:
             return  # it still asks whether somebody answers
         assert not batcher._dispatcher.groups
         assert not batcher.waiting

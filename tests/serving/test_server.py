@@ -127,10 +127,7 @@ def test_the_page_and_the_description(server):
     schema = server.http.get("/openapi.json").json()
     known = {f"#/components/schemas/{name}" for name in schema["components"]["schemas"]}
     assert set(re.findall(r'"\$ref": "([^"]+)"', json.dumps(schema))) <= known
-    described = server.http.get("/docs").text
-    assert "http" not in described, "it loads nothing from elsewhere"
-    for where in (schema["paths"], described):
-        assert "/v2/models/{model_name}/infer" in where
+    assert "/v2/models/{model_name}/infer" in schema["paths"]
 
 
 # Metrics and status.

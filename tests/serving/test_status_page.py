@@ -41,14 +41,6 @@ def page():
         browser.close()
 
 
-def test_the_log_tells_why_nothing_is_decoded(server):
-    hint = server.wait_for(
-        "hint: outputs are scores or values: 0 of 256 answers were looked at; nothing approximate "
-        "is given out until then, or until outputs are set"
-    )
-    assert (hint["level"], hint["model"]) == ("INFO", "own.double")
-
-
 def test_numbers_move(server, page, tmp_path):
     from faces import ask
 

@@ -8,7 +8,7 @@ import numpy as np
 from nercc_jax import Uncoded
 from nercc_jax.risk import Accuracy, Risk
 from nercc_jax.serving import CodedBatcher, Coder, Predictor
-from nercc_jax.serving.core._adaptation import Predictions
+from nercc_jax.serving.adapt._online_calibration import Predictions
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 SHAPE, OUT = (4,), (3,)
@@ -94,8 +94,8 @@ class Traffic:
         audit = adaptation.audit
 
         def audited(given, own):
-            if given.given and given.answer.source == "predicted":
-                error = np.nan if own is None else np.abs(given.answer.value - own).max()
+            if given.given and given.source == "predicted":
+                error = np.nan if own is None else np.abs(given.value - own).max()
                 self.audited.append(error)
             return audit(given, own)
 

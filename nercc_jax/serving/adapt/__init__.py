@@ -1,5 +1,5 @@
 """Adaptation next to the scheduler: calibration, surrogates, and the choice of settings.
 
 It takes the scheduler's observations, works on threads of its own, and hands over immutable
-results (`core/_adaptation.py` has their types).
+results (`core/_setup.py` has their types).
 """

@@ -1,10 +1,9 @@
-"""All that adapts, as the scheduler sees it.
+"""All that adapts: the one thread that learns, and what the deciding thread sees of it.
 
-The scheduler calls these methods from its own thread, so each returns at once. What it reads is
-immutable, and was computed by other threads: the scheduler's does nothing but answer queries.
+The deciding thread calls these methods, so each returns at once. What it reads is immutable, and
+was computed by the other thread: the deciding thread does nothing but answer queries.
 """
 
-import collections
 import dataclasses
 import logging
 import math
@@ -15,124 +14,114 @@ from jaxtyping import Shaped
 
 from ...evaluation._criteria import agree_on_labels, root_mean_square
 from ...inference.models import warn_if_other
-from ...pools import AbstractPool
 from ...risk import Comparison, Risk
 from ...risk._accuracy import error_ratios
 from ...risk._outputs import ROWS, why_no_scores
 from ...risk.votes import AnswerChecks
-from .._policy import BatchingPolicy, Observe
-from ..core._adaptation import DispatchSetting, overdue_rule
-from ..core._coder import Coder
 from ..core._decide import LateEvidence
-from ..core._request import ApproximateAnswer, Source
-from ._decoding import Compared, DecodingScores
+from ..core._request import Answer, Source
+from ..core._setup import DispatchSetting, Setup
+from ._decoding import DecodingEvidence, DecodingScores
 from ._predictor import Predictor
 from ._setting_controller import SettingController
 
 _LOG = logging.getLogger(__name__)
 
-# Comparisons of decoded answers from which a score is learned where there is no calibration, at
-# least, and those that are kept.
-FIRST, _COMPARED = 32, 1024
+_PAUSE = 1.0  # seconds before the thread goes on after a failure
 
 
 class Adaptation:
-    """Scores of decoded answers, a surrogate if there is one, and the choice of settings.
+    """Two sources of approximate answers, and the choice of settings.
 
-    One thread learns: whether outputs are scores, which decoded answers are right, and the
-    surrogate.
+    One thread learns: whether outputs are scores, which decoded answers are right, the surrogate,
+    and the setting.
 
     Attributes:
-        scores: the scores of decoded answers.
-        predictor: the surrogate, ready or not; None where there is none.
-        checks: the checks of the model's own answers; None where they are given out unseen.
-        observe: takes a measurement.
+        setup: The batcher's parts; its `observe` passes the choice of settings.
+        turns: The thread that learns, not started yet.
+        decoding: The evidence on decoded answers.
+        predictor: The surrogate, ready or not; None where there is none.
+        checks: The checks of the model's own answers; None where they are given out unseen.
     """
 
-    def __init__(
-        self,
-        pool: AbstractPool,
-        coder: Coder,
-        policy: BatchingPolicy,
-        scores: DecodingScores,
-        predictor: Predictor | None,
-        observe: Observe,
-    ):
-        """Attach the parts to each other, without starting their threads.
+    def __init__(self, setup: Setup, scores: DecodingScores, predictor: Predictor | None):
+        """Attach the parts to each other.
 
         Raises:
-            ValueError: for a policy that does not fit the code, the predictor, or the promise that
-                the scores were calibrated for.
+            ValueError: for a policy that does not fit the predictor, or the promise that the scores
+                were calibrated for.
         """
+        policy, coder = setup.policy, setup.coder
         known, wanted = scores.accuracy, policy.accuracy
         if (known.tolerance, known.coverage) != (wanted.tolerance, wanted.coverage):
             raise ValueError(
                 f"decoding was calibrated for a tolerance of {known.tolerance} and a coverage of "
                 f"{known.coverage}, the policy has {wanted.tolerance} and {wanted.coverage}"
             )
-        scores = dataclasses.replace(scores, accuracy=wanted)
         if scores.calibrated:
-            warn_if_other("the error estimate", scores.conditions, pool.conditions)
-        self.scores, self.predictor = scores, predictor
-        self._controller = (
-            None
-            if policy.max_calls is None
-            else SettingController(policy, coder, pool, predictor, observe)
-        )
-        self._policy, self._coder, self._accuracy = policy, coder, policy.accuracy
-        self._overdue = overdue_rule(policy)
-        self._fixed = DispatchSetting(self._overdue, policy.redundancy)
-        self._exact = DispatchSetting(self._overdue, "none")
-        self.observe = observe if self._controller is None else self._controller.observe
-        needs = self._accuracy.promises and not scores.calibrated
-        self._decoding_risk = Risk(self._accuracy, needs_evidence=needs)
-        unread = policy.outputs is None and (coder.can_decode or predictor is not None)
-        # What is learned on the thread, from what the scheduler's thread adds.
-        self._unread, self._answers = unread, [] if scores.own is None else list(scores.own)
-        self._read_as: Literal["scores", "values"] | None = None if unread else "scores"
-        self._why: str | None = None
-        self._compared: collections.deque[Compared] = collections.deque(maxlen=_COMPARED)
-        self._due = math.inf if scores.calibrated else FIRST
-        self._number = self._drifts = 0
-        self._learned: tuple[DecodingScores, list[Comparison]] | None = None
-        self._turns = pool.clock.turns("nercc-learning", self._turn)
-        self._look()
+            warn_if_other("the error estimate", scores.conditions, setup.pool.conditions)
+        self.turns = setup.clock.turns("nercc-learning", self._turn)
+        self._controller = None
+        if policy.max_calls is not None:
+            self._controller = SettingController(setup, predictor, self.turns.wake)
+            setup = dataclasses.replace(setup, observe=self._controller.observe)
+        self.setup, self.predictor = setup, predictor
+        self._setting = DispatchSetting.of_policy(policy)
+        self.decoding = DecodingEvidence(dataclasses.replace(scores, accuracy=wanted), coder.form)
+        # Answers of the model, of which the thread sees how outputs are read; None once they are.
+        self._read_as: Literal["scores", "values"] | None = "scores"
+        self._why = "as set"
+        self._answers: list[np.ndarray] = []
+        if policy.outputs is None and (coder.can_decode or predictor is not None):
+            self._read_as = None
+            self._answers = [] if scores.own is None else list(scores.own)
+        elif policy.outputs == "values":
+            self._read_as = "values"
         self.checks: AnswerChecks | None = None
         if predictor is not None:
-            width, rate = policy.max_batch_size, policy.check_answers
-            wake = self._turns.wake
-            form = coder.form
-            predictor.attach(self._accuracy, width, form, self.observe, pool.clock, wake, rate)
-            if rate is not None:
-                self.checks = AnswerChecks(
-                    pool.num_workers, policy.max_fenced, pool.worker_dtype, self.observe
-                )
-        elif policy.check_answers is not None:
-            raise ValueError(
-                "check_answers needs a predictor (`--surrogate`): nothing else tells what answers "
-                "should be"
-            )
+            predictor.attach(setup, self.turns.wake)
+            if policy.check_answers is not None:
+                workers, dtype = setup.pool.num_workers, setup.pool.worker_dtype
+                self.checks = AnswerChecks(workers, policy.max_fenced, dtype, setup.observe)
+        self._read_outputs()
 
-    @property
-    def setting(self) -> DispatchSetting:
-        """The setting that holds now."""
-        if self._controller is not None:
-            return self._controller.setting
-        # What mixes queries is of no use where nothing may be decoded.
-        mixes = self._coder.systematic and self._coder.can_decode
-        return self._exact if mixes and self._exact_only else self._fixed
+    # The thread that learns.
+
+    def _turn(self) -> float:
+        due, steps = math.inf, [self._read_outputs, self.decoding.learn]
+        steps += [] if self.predictor is None else [self.predictor.turn]
+        steps += [] if self._controller is None else [self._controller.turn]
+        for step in steps:
+            try:
+                due = min(due, step())
+            except Exception:
+                # Earlier results stay; what comes may do better.
+                _LOG.exception("learning from the traffic failed")
+                self.setup.observe("internal_error", 1)
+                due = min(due, self.setup.clock.now() + _PAUSE)
+        return due
+
+    def _read_outputs(self) -> float:
+        """See whether outputs are scores, once enough of them are known."""
+        if self._read_as is None and len(self._answers) >= ROWS:
+            why = why_no_scores(np.stack(self._answers), self.setup.coder.form)
+            self._why = why or "the model's own answers look like scores"
+            self._read_as, self._answers = "scores" if why is None else "values", []
+            found = "scores of labels" if why is None else f"values: {why}"
+            _LOG.info("outputs look like %s", found)
+        return math.inf
+
+    # The deciding thread's view.
 
     @property
     def _exact_only(self) -> bool:
         """True where nothing approximate will ever be given out, by what the outputs are."""
-        if self._policy.outputs == "values":
-            return self._policy.tolerance is None
-        return self._read_as == "values"
+        return self._read_as == "values" and self.setup.policy.tolerance is None
 
     @property
     def approximates(self) -> bool:
         """True if approximate answers may be given out at all, by what the outputs are."""
-        return not self._exact_only and self._read_as is not None
+        return self._read_as is not None and not self._exact_only
 
     @property
     def can_predict(self) -> bool:
@@ -140,103 +129,23 @@ class Adaptation:
         predictor = self.predictor
         return predictor is not None and self.approximates and predictor.state == "answering"
 
-    def start(self) -> None:
-        """Start the threads."""
-        self._turns.start()
+    @property
+    def _reason(self) -> str:
+        """The reason why outputs are read as they are."""
+        if self._read_as is not None:
+            return self._why
+        return f"{min(len(self._answers), ROWS)} of {ROWS} answers were looked at"
+
+    @property
+    def setting(self) -> DispatchSetting:
+        """The setting that holds now."""
         if self._controller is not None:
-            self._controller.start()
-
-    def close(self) -> None:
-        """End the threads."""
-        self._turns.close()
-        if self._controller is not None:
-            self._controller.close()
-
-    def _turn(self) -> float:
-        try:
-            self._look()
-            if self._number >= self._due:
-                drifts, compared = self._drifts, list(self._compared)
-                self._due = self._number + max(self._number // 2, FIRST)
-                learned = self.scores.learn(compared, self._coder.form)
-                self._learned = learned if drifts == self._drifts else None
-        except Exception:
-            # Earlier results stay; later answers may do better.
-            _LOG.exception("learning from decoded answers failed")
-            self.observe("internal_error", 1)
-        return math.inf if self.predictor is None else self.predictor.turn()
-
-    def _look(self) -> None:
-        """See whether outputs are scores, once enough of them are known."""
-        if self._read_as is None and len(self._answers) >= ROWS:
-            self._why = why_no_scores(np.stack(self._answers), self._coder.form)
-            self._read_as = "scores" if self._why is None else "values"
-            found = "scores of labels" if self._why is None else f"values: {self._why}"
-            _LOG.info("outputs look like %s", found)
-
-    def status(self) -> dict[str, Any]:
-        controller, predictor, checks = self._controller, self.predictor, self.checks
-        ready = predictor is not None and predictor.checks_answers
-        # How outputs are read, and why; None as long as that is not known.
-        read, why = self._read_as, self._why or "the model's own answers look like scores"
-        if not self._unread:
-            read, why = "values" if self._policy.outputs == "values" else "scores", "as set"
-        elif read is None:
-            why = f"{min(len(self._answers), ROWS)} of {ROWS} answers were looked at"
-        return {
-            "policy": None if controller is None else controller.status(),
-            "predictor": None if predictor is None else predictor.status(),
-            "checks": None if checks is None else {"ready": ready} | checks.status(),
-            "decoding": self._decoding_status() if self._accuracy.promises else None,
-            "outputs": {"read_as": read, "why": why},
-            "audited": list(self._decoding_risk.shown),
-        }
-
-    def _decoding_status(self) -> dict[str, Any]:
-        """Return what stragglers showed of decoded answers, before a score is learned, too."""
-        found = self._decoding_risk.status()
-        if not self.scores.known:
-            found |= {"compared": self._number, "needed": max(found["needed"], FIRST)}
-        return found
-
-    def hints(self) -> list[str]:
-        found, risk = [], self._decoding_risk
-        if self._read_as is None:
-            found.append(
-                f"outputs are scores or values: {min(len(self._answers), ROWS)} of {ROWS} answers "
-                "were looked at; nothing approximate is given out until then, or until outputs are "
-                "set"
-            )
-        elif self._unread and self._exact_only:
-            found.append(
-                f"outputs are read as values, since {self._why}: all answers are exact; "
-                "set a tolerance, or outputs = 'logits' if they are scores"
-            )
-        elif self._exact_only and self._coder.can_decode:
-            found.append("outputs are values without a tolerance: all answers are exact")
-        if self._accuracy.promises and self.approximates and self._coder.can_decode:
-            if risk.waits:
-                evidence = self._decoding_status()
-                why = "decoded answers went wrong more often than promised: "
-                compared = f"{why if risk.drifts else ''}{evidence['compared']}"
-                if evidence["compared"] < evidence["needed"]:
-                    compared += f" of {evidence['needed']} stragglers' answers were compared with "
-                    found.append(compared + "decoded ones; nothing is decoded")
-                else:
-                    compared += " stragglers' answers were compared with decoded ones, of which "
-                    found.append(compared + "none is sure enough; nothing is decoded")
-            found += [] if risk.hint is None else [risk.hint]
-        found += [] if self.checks is None else self.checks.hints()
-        return found if self.predictor is None else found + self.predictor.hints()
-
-    def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
-        """Take the model's own answer to a query."""
-        if self._read_as is None:
-            self._answers.append(own.ravel())
-            if len(self._answers) == ROWS:
-                self._turns.wake()
-        if self.predictor is not None:
-            self.predictor.add_answer(x, own)
+            return self._controller.setting
+        coder = self.setup.coder
+        # What mixes queries is of no use where nothing may be decoded.
+        if coder.systematic and coder.can_decode and self._exact_only:
+            return self._setting._replace(redundancy="none")
+        return self._setting
 
     def risk(self, source: Source) -> Risk:
         """Return what other stragglers showed of approximate answers of this source.
@@ -244,26 +153,28 @@ class Adaptation:
         Answers that are given out are counted there, and their `audit` follows.
         """
         if source == "decoded":
-            new, self._learned = self._learned, None
-            if new is not None:  # with comparisons that it has not learned from
-                self.scores, shown = new
-                self._decoding_risk.replace(shown)
-            return self._decoding_risk
+            return self.decoding.risk
         assert self.predictor is not None
         return self.predictor.risk
 
     def evidence(self, queries: int, budget: float = math.inf) -> LateEvidence:
         """Return what is known by now, for a group with this number of queries."""
-        limit = math.inf
-        if self._accuracy.promises:
-            # What has had a drift is compared without being given out.
-            limit = self.scores.limit(queries) if self.risk("decoded").drifts == 0 else -1.0
-        risk: dict[Source, Risk] = {"decoded": self.risk("decoded")}
+        limit = self.decoding.limit(queries)
+        risk: dict[Source, Risk] = {"decoded": self.decoding.risk}
         if self.predictor is not None:
-            risk["predicted"] = self.risk("predicted")
+            risk["predicted"] = self.predictor.risk
         return LateEvidence(self.setting, self.approximates, self.can_predict, limit, risk, budget)
 
-    def audit(self, given: ApproximateAnswer, own: np.ndarray | None) -> bool:
+    def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
+        """Take the model's own answer to a query."""
+        if self._read_as is None:
+            self._answers.append(own.ravel())
+            if len(self._answers) == ROWS:
+                self.turns.wake()
+        if self.predictor is not None:
+            self.predictor.add_answer(x, own)
+
+    def audit(self, given: Answer, own: np.ndarray | None) -> bool:
         """Compare an answer with the model's own, which came late, or is None and will never come.
 
         One that will never come counts as wrong. If too many of those given out are wrong, nothing
@@ -272,35 +183,63 @@ class Adaptation:
         Returns:
             Whether it was right.
         """
-        answer, risk = given.answer, self.risk(given.answer.source)
-        value, labels = answer.value.ravel(), self._accuracy.tolerance is None
-        wrong, excess = labels, math.inf
+        labels = self.setup.policy.tolerance is None
+        wrong, excess, value = labels, math.inf, given.value.ravel()
         if own is not None:
-            wrong = labels and not bool(agree_on_labels(value, own.ravel(), self._coder.form))
+            form = self.setup.coder.form
+            wrong = labels and not bool(agree_on_labels(value, own.ravel(), form))
             error = root_mean_square(value - own.ravel())
-            excess = float(error_ratios(error, np.asarray(answer.error)))
-            if answer.features is not None:
-                self._compared.append(Compared(answer.features, wrong, float(error)))
-                self._number += 1
-                if self._number >= self._due:
-                    self._turns.wake()
-        row = Comparison(answer.disagreement, answer.error, wrong, excess)
-        drifted = risk.add(
-            row,
+            excess = float(error_ratios(error, np.asarray(given.error)))
+            if given.features is not None and self.decoding.add(given, wrong, float(error)):
+                self.turns.wake()
+        drifted = self.risk(given.source).add(
+            Comparison(given.disagreement, given.error, wrong, excess),
             given=given.given,
             forced=given.forced,
             epoch=given.epoch,
             unknown=own is None,
             widened=given.widened,
         )
-        if drifted and answer.source == "predicted":
+        if drifted and given.source == "predicted":
             assert self.predictor is not None
             self.predictor.discard()
         elif drifted:
-            # Learn from later comparisons only.
-            self._compared.clear()
-            self._number, self._learned, self._drifts = 0, None, self._drifts + 1
-            self._due = FIRST if self._due < math.inf else self._due
-            self.observe("drift", 1)
+            self.decoding.discard()
+            self.setup.observe("drift", 1)
             _LOG.warning("decoded answers went wrong more often than promised: see the status")
         return not (wrong if labels else excess > given.widened)
+
+    # What others see.
+
+    def status(self) -> dict[str, Any]:
+        controller, predictor, checks = self._controller, self.predictor, self.checks
+        ready = predictor is not None and predictor.checks_answers
+        promises = self.setup.policy.accuracy.promises
+        return {
+            "policy": None if controller is None else controller.status(),
+            "predictor": None if predictor is None else predictor.status(),
+            "checks": None if checks is None else {"ready": ready} | checks.status(),
+            "decoding": self.decoding.status() if promises else None,
+            "outputs": {"read_as": self._read_as, "why": self._reason},
+            "audited": self.decoding.shown,
+        }
+
+    def hints(self) -> list[str]:
+        """Return why nothing is decoded or predicted, and which workers answer wrongly."""
+        found, can_decode = [], self.setup.coder.can_decode
+        if self._read_as is None:
+            found.append(
+                f"outputs are scores or values: {self._reason}; nothing approximate is given out "
+                "until then, or until outputs are set"
+            )
+        elif self._exact_only and self.setup.policy.outputs is None:
+            found.append(
+                f"outputs are read as values, since {self._why}: all answers are exact; "
+                "set a tolerance, or outputs = 'logits' if they are scores"
+            )
+        elif self._exact_only and can_decode:
+            found.append("outputs are values without a tolerance: all answers are exact")
+        elif can_decode:
+            found += self.decoding.hints()
+        found += [] if self.checks is None else self.checks.hints()
+        return found if self.predictor is None else found + self.predictor.hints()

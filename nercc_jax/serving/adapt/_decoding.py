@@ -4,6 +4,7 @@ A calibration on unlabelled data points gives them before anything is served. Wi
 learned from stragglers whose decoded answers were compared with the model's own.
 """
 
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -17,25 +18,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import ArrayLike, Bool, Float
+from jaxtyping import ArrayLike, Float
 
 from ...codes._trees import Form
 from ...codes.whole_files import read_arrays, write_arrays
+from ...codes.workers import run_workers
 from ...evaluation._answers import batched, cut_groups
 from ...evaluation._criteria import agree_on_labels, root_mean_square
 from ...inference import cast_model
-from ...inference.models import Conditions, Model, current_conditions, run_workers
-from ...risk import Accuracy, Comparison, ErrorProbability
+from ...inference.models import Conditions, Model, current_conditions
+from ...risk import Accuracy, Comparison, ErrorProbability, Risk
 from ...risk._accuracy import error_ratios
 from ...risk._error_bars import ErrorScale, fit_error_scale
 from ...risk._error_probability import NUMBERS, fit_error_probability
 from ..core._coder import Coder
+from ..core._request import Answer
 
 _LOG = logging.getLogger(__name__)
 
 Score: TypeAlias = ErrorProbability | ErrorScale
 
 _MARGIN = 1  # the feature that is a label's; values have none
+# Comparisons of decoded answers from which a score is learned where there is no calibration, at
+# least, and those that are kept.
+FIRST, _COMPARED = 32, 1024
 
 
 class Compared(NamedTuple):
@@ -71,11 +77,6 @@ class DecodingScores:
     own: Float[np.ndarray, "rows m"] | None = None
     learned: Score | None = None
 
-    @property
-    def known(self) -> bool:
-        """True if there is any score."""
-        return bool(self.calibrated) or self.learned is not None
-
     def of(self, queries: int) -> Score | None:
         """Return the score for groups of this size; None where there is none."""
         return self.calibrated.get(queries, self.learned)
@@ -89,27 +90,22 @@ class DecodingScores:
             Scores with that one, and the comparisons of the others, from which it has not learned.
         """
         features, wrong, error = map(np.stack, zip(*compared, strict=True))
+        found, others, nan = features[1::2], len(features[1::2]), math.nan
         if self.accuracy.tolerance is None:
             score = fit_error_probability(
                 features[::2, None], wrong[::2, None], falling=(_MARGIN,), form=form
             )
             score = jax.tree.map(np.asarray, score)
-            shown = [
-                Comparison(value, math.nan, missed, math.inf)
-                for value, missed in zip(
-                    score.of_features(features[1::2]).tolist(), wrong[1::2].tolist(), strict=True
-                )
-            ]
+            rows = score.of_features(found).tolist(), [nan] * others, wrong[1::2].tolist()
+            rows = *rows, [math.inf] * others
         else:
             # It judges its bars by the others itself.
             usable, looks = np.ones((len(error), 1), bool), _without_margin(features)[:, None]
             score = fit_error_scale(looks, error[:, None], usable, self.accuracy, len(error))
-            bars = score.of_features(features[1::2])
+            bars = score.of_features(found)
             ratios = error_ratios(error[1::2], bars).tolist()
-            shown = [
-                Comparison(math.nan, bar, False, ratio)
-                for bar, ratio in zip(bars.tolist(), ratios, strict=True)
-            ]
+            rows = [nan] * others, bars.tolist(), [False] * others, ratios
+        shown = [Comparison(*each) for each in zip(*rows, strict=True)]
         return dataclasses.replace(self, learned=score), shown
 
     def limit(self, queries: int) -> float:
@@ -129,6 +125,97 @@ class DecodingScores:
         if isinstance(score, ErrorProbability):
             return score.share(max(self.limit(queries), 0.0))
         return 1.0 if score is None else 1 - score.share
+
+
+class DecodingEvidence:
+    """The scores of decoded answers, and what stragglers have shown of these.
+
+    The deciding thread adds comparisons, and the learning one learns scores from them where there
+    is no calibration.
+
+    Attributes:
+        scores: The scores.
+    """
+
+    def __init__(self, scores: DecodingScores, form: Form | None):
+        """Start with scores, and without comparisons; `form` are the parts that have a label."""
+        self.scores, self._form, accuracy = scores, form, scores.accuracy
+        needs = accuracy.promises and not scores.calibrated
+        self._risk = Risk(accuracy, needs_evidence=needs)
+        self._compared: collections.deque[Compared] = collections.deque(maxlen=_COMPARED)
+        # Where nothing is promised no score decides, and answers have no features.
+        self._number, self._due = 0, FIRST if needs else math.inf
+        self._learned: tuple[DecodingScores, list[Comparison]] | None = None
+
+    @property
+    def risk(self) -> Risk:
+        """The evidence, by the latest scores, for the deciding thread."""
+        new, self._learned = self._learned, None
+        if new is not None:  # with comparisons that it has not learned from
+            self.scores, shown = new
+            self._risk.replace(shown)
+        return self._risk
+
+    @property
+    def shown(self) -> list[bool]:
+        """The latest answers given out, each by whether it missed its promise."""
+        return list(self._risk.shown)
+
+    def limit(self, queries: int) -> float:
+        """Return the largest score within a calibration, for a group with this number of queries.
+
+        It is infinite where nothing is promised, and negative where there is none. What has had a
+        drift is compared without being given out.
+        """
+        if not self.scores.accuracy.promises:
+            return math.inf
+        return self.scores.limit(queries) if self.risk.drifts == 0 else -1.0
+
+    def add(self, answer: Answer, wrong: bool, error: float) -> bool:
+        """Take a comparison with the model's own; return whether there are enough to learn from."""
+        assert answer.features is not None
+        self._compared.append(Compared(answer.features, wrong, error))
+        self._number += 1
+        return self._number >= self._due
+
+    def discard(self) -> None:
+        """Learn from later comparisons only, after a drift."""
+        self._compared.clear()
+        self._number, self._learned = 0, None
+        self._due = FIRST if self._due < math.inf else self._due
+
+    def learn(self) -> float:
+        """Learn scores if there are enough comparisons; on the learning thread."""
+        if self._number >= self._due:
+            drifts, compared = self._risk.drifts, list(self._compared)
+            self._due = self._number + max(self._number // 2, FIRST)
+            learned = self.scores.learn(compared, self._form)
+            self._learned = learned if drifts == self._risk.drifts else None
+        return math.inf
+
+    def status(self) -> dict[str, Any]:
+        """Return what stragglers showed of decoded answers, before a score is learned, too."""
+        found = self._risk.status()
+        if not (self.scores.calibrated or self.scores.learned is not None):
+            found |= {"compared": self._number, "needed": max(found["needed"], FIRST)}
+        return found
+
+    def hints(self) -> list[str]:
+        """Return why nothing is decoded, and whether stragglers are harder than others."""
+        found, risk = [], self._risk
+        if not self.scores.accuracy.promises:
+            return []
+        if risk.waits:
+            evidence = self.status()
+            why = "decoded answers went wrong more often than promised: "
+            compared = f"{why if risk.drifts else ''}{evidence['compared']}"
+            if evidence["compared"] < evidence["needed"]:
+                compared += f" of {evidence['needed']} stragglers' answers were compared with "
+                found.append(compared + "decoded ones; nothing is decoded")
+            else:
+                compared += " stragglers' answers were compared with decoded ones, of which "
+                found.append(compared + "none is sure enough; nothing is decoded")
+        return found if risk.hint is None else [*found, risk.hint]
 
 
 def _without_margin(features: np.ndarray) -> np.ndarray:
@@ -193,24 +280,36 @@ def calibrate_decoding(
         own = own.reshape(len(own), -1)
         if len(groups) < least or not coder.ranks(accuracy):
             continue
-        originals = coder.to_alphas(own.reshape(len(groups), queries, -1).swapaxes(0, 1))
-        originals, layout = originals.swapaxes(0, 1), coder.layout(queries)
+        originals, layout = own.reshape(len(groups), queries, -1), coder.layout(queries)
         random, seen, owners = np.random.default_rng(queries), [], []
+        sent = np.concatenate([*coder.first[:queries], layout.extras]).astype(int)
         for draw in range(draws):
-            looks = _straggler_looks(coder, queries, draw, random)
+            # Queries and numbers of stragglers are spread evenly over the draws, so that few sets
+            # represent all: Roberts' sequence, whose points fill the square evenly (1/p and 1/p^2
+            # of the root of p^3 = p + 1).
+            first, second = np.modf(
+                (draw + 1) * np.array([0.7548776662466927, 0.5698402909980532])
+            )[0]
+            others = np.setdiff1d(sent, layout.own[int(first * queries)])
+            others, spare = random.permutation(others), max(len(others) - queries, 0)
+            answered = max(len(others) - int(second * (spare + 1)), 1)
+            looks = np.zeros((3, coder.num_workers), bool)
+            for look, mask in enumerate(looks):
+                mask[others[: max(answered - 2 + look, 1)]] = True
             lost = [place for place, each in enumerate(layout.own) if not looks[-1, each].any()]
-            lost = coder.order[random.permutation(lost)[:places]]
+            lost = random.permutation(lost)[:places]
             parts = []
             for mask in looks:
-                found = coder.decode_all(answers, mask, len(groups))
+                found = coder.decode(answers, mask, len(groups), features=True)
+                predictions = found.predictions[:, lost]
                 missed = (
-                    ~agree_on_labels(found.predictions, originals, coder.form)
+                    ~agree_on_labels(predictions, originals[:, lost], coder.form)
                     if accuracy.tolerance is None
-                    else root_mean_square(found.predictions - originals, axis=2)
+                    else root_mean_square(predictions - originals[:, lost], axis=2)
                 )
-                parts.append((found.features, found.informative, missed))
+                parts.append((found.features[:, lost], found.informative[:, lost], missed))
             # (looks, groups, places, ...) becomes (groups and places, looks, ...).
-            stacked = [np.moveaxis(np.stack(p)[:, :, lost], 0, 2) for p in zip(*parts, strict=True)]
+            stacked = [np.moveaxis(np.stack(part), 0, 2) for part in zip(*parts, strict=True)]
             seen.append([part.reshape(-1, *part.shape[2:]) for part in stacked])
             owners.append(np.repeat(np.arange(len(groups)), len(lost)))
         features, informative, missed = map(np.concatenate, zip(*seen, strict=True))
@@ -232,26 +331,6 @@ def calibrate_decoding(
     return DecodingScores(accuracy, scores, current_conditions(worker_dtype), own)
 
 
-def _straggler_looks(
-    coder: Coder, queries: int, draw: int, random: np.random.Generator
-) -> Bool[np.ndarray, "3 num_workers"]:
-    """Return which workers have answered at each look, where those of one query straggle.
-
-    Queries and numbers are spread evenly over the draws, so that few sets represent all: Roberts'
-    sequence, whose points fill the square evenly (1/p and 1/p^2 of the root of p^3 = p + 1).
-    """
-    first, second = np.modf((draw + 1) * np.array([0.7548776662466927, 0.5698402909980532]))[0]
-    layout = coder.layout(queries)
-    sent = np.concatenate([*coder.first[:queries], layout.extras]).astype(int)
-    others = random.permutation(np.setdiff1d(sent, layout.own[int(first * queries)]))
-    spare = max(len(others) - queries, 0)
-    answered = max(len(others) - int(second * (spare + 1)), 1)
-    looks = np.zeros((3, coder.num_workers), bool)
-    for look, mask in enumerate(looks):
-        mask[others[: max(answered - 2 + look, 1)]] = True
-    return looks
-
-
 def calibrate_or_restore(
     coder: Coder,
     model: Model,
@@ -265,32 +344,32 @@ def calibrate_or_restore(
     The file is named after all that calibration depends on. It is written if it is not there, or
     is damaged, which is logged. Raises as `calibrate_decoding`.
     """
-    cache = cache if accuracy.tolerance is None else None  # bars are for one tolerance
-    if cache is not None:
+    state: dict[str, Any] = {}
+    if cache is not None and accuracy.tolerance is None:  # bars are for one tolerance
         try:
             state = read_arrays(cache, "it is made again")
         except (FileNotFoundError, NotADirectoryError):
             pass
         except (OSError, ValueError) as error:
             _LOG.warning("%s", error)
-        else:
-            restored: dict[int, Any] = {}
-            for queries in range(2, coder.num_data + 1):
-                if f"{queries} weights" in state:
-                    numbers: Any = {name: state[f"{queries} {name}"] for name in NUMBERS}
-                    restored[queries] = ErrorProbability(**numbers, form=coder.form)
-            conditions = current_conditions(worker_dtype)
-            return DecodingScores(accuracy, restored, conditions, state["own"])
+    if state:
+        scores = {
+            queries: ErrorProbability(
+                **{name: state[f"{queries} {name}"] for name in NUMBERS}, form=coder.form
+            )
+            for queries in range(2, coder.num_data + 1)
+            if f"{queries} weights" in state
+        }
+        return DecodingScores(accuracy, scores, current_conditions(worker_dtype), state["own"])
     x = x() if callable(x) else x
-    scores = calibrate_decoding(coder, model, x, accuracy, worker_dtype=worker_dtype)
-    if cache is not None:
+    made = calibrate_decoding(coder, model, x, accuracy, worker_dtype=worker_dtype)
+    if cache is not None and accuracy.tolerance is None:
         state = {
             f"{queries} {name}": np.asarray(getattr(score, name))
-            for queries, score in scores.calibrated.items()
+            for queries, score in made.calibrated.items()
             for name in NUMBERS
         }
-        assert scores.own is not None
         with contextlib.suppress(OSError):
             cache.parent.mkdir(parents=True, exist_ok=True)
-            write_arrays(cache, state | {"own": scores.own})
-    return scores
+            write_arrays(cache, state | {"own": np.asarray(made.own)})
+    return made

@@ -12,10 +12,9 @@ changed, and everything that was calibrated is discarded.
 
 import collections
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -24,13 +23,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from ...codes._trees import Form, join
-from ...evaluation._criteria import agree_on_labels, root_mean_square, row_errors
+from ...evaluation._criteria import agree_on_labels, row_errors
 from ...risk import Accuracy, ErrorProbability, RiskMonitor
 from ...risk._accuracy import bar_factor, error_ratios
 from ...risk._answer_check import AnswerCheck, fit_answer_check
 from ...risk._error_probability import fit_error_probability
 from ...risk._features import label_features
-from ...splines.arrays import namespace
 from ...surrogates import (
     AbstractSurrogate,
     Learner,
@@ -40,36 +38,34 @@ from ...surrogates import (
     tune_learner,
 )
 from ...surrogates.nearest import nearest_predictions
-from ..core._adaptation import Predictions
+from ..core._group import repeat_rows
 
-# Answers that a learner takes at once, that it starts from, and after which the kernel found on
-# those is tuned again.
-BATCH, FIRST, RETUNE = 32, 256, 1024
+# Answers that a learner takes at once, and that it starts from.
+BATCH, FIRST = 32, 256
 _SETTLED = 1024  # validation answers after which little is left to learn
 # Validation answers that calibration looks at, at most and at least, and the share by which their
 # number grows until the next calibration.
 _VALIDATION, LEAST, _MORE = 2048, 128, 0.25
 _FEATURES = 64  # principal components, where queries have more numbers
-# From a grid: with one width for all features, on LeNet5's answers, descent finds nothing better
-# (93.1 % of labels from 1,024 of them either way).
-_TUNING = LearnerTuning(widths="one", rows=FIRST, steps=0)
 
 
-class Pending(NamedTuple):
-    """Predictions that are asked for.
+# Returns the answers to queries as vectors, and their deviations. Arrays of JAX may be longer than
+# asked for, and may not be computed yet.
+HostPredictions: TypeAlias = Callable[[np.ndarray], tuple[Any, Any]]
 
-    Attributes:
-        wait: Returns the means of answers as vectors, and their deviations.
-        begun: Whether JAX computes them already. NumPy begins when it is waited for: at once it
-            would compete with the thread that sends the queries to the model.
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """A surrogate's answers to some queries, and which may be given out.
+
+    Disagreement is the probability of another label, NaN where labels do not matter. The error
+    bound, in units of the outputs, covers the error of a share `coverage` of the answers.
     """
 
-    wait: Callable[[], tuple[np.ndarray, np.ndarray]]
-    begun: bool
-
-
-# A function that asks for the answers to queries.
-HostPredictions: TypeAlias = Callable[[np.ndarray], Pending]
+    values: Float[np.ndarray, "queries m"]
+    disagreement: Float[np.ndarray, " queries"]
+    error_bound: Float[np.ndarray, " queries"]
+    sure: Bool[np.ndarray, " queries"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,71 +94,58 @@ class CalibratedSurrogate:
     check: AnswerCheck | None = None
     expected: HostPredictions | None = None
 
-    def expect(self, x: Shaped[np.ndarray, "queries ..."]) -> "ExpectedAnswers":
-        """Return what the check expects of the model's own answers to some queries."""
-        assert self.check is not None
-        assert self.expected is not None
-        return ExpectedAnswers(self.check, self.expected(x))
+    def suspicious(
+        self, x: Shaped[np.ndarray, "queries ..."], own: Float[np.ndarray, "queries m"]
+    ) -> Bool[np.ndarray, " queries"]:
+        """Return which of the model's own answers look wrong; none where there is no check."""
+        if self.check is None or self.expected is None:
+            return np.zeros(len(x), bool)
+        mean, deviation = (np.asarray(each)[: len(x)] for each in self.expected(x))
+        return self.check.suspicious(mean, deviation, own)
 
-    def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Predictions:
-        """Return the answers to some queries."""
-        found = _predict(self.surrogate, self.error_probability, x)
-        values, deviation, probability = map(np.asarray, found)
-        bound = _bounds(self.factor, deviation)
-        sure = self.is_sure(probability, bound) & np.isfinite(values).all(axis=1)
+    def predict(self, x: Shaped[np.ndarray, "queries ..."], width: int = BATCH) -> Predictions:
+        """Return the answers to some queries; programs are compiled for `width` queries."""
+        return self.assess(*host_outputs(self.surrogate, x, width))
+
+    def assess(
+        self, values: Float[np.ndarray, "queries m"], deviation: Float[np.ndarray, " queries"]
+    ) -> Predictions:
+        """Return the surrogate's answers with what calibration says of them."""
+        # Infinite where a deviation is, whatever the factor.
+        finite = np.isfinite(deviation)
+        bound = np.where(finite, self.factor * np.where(finite, deviation, 0), np.inf)
+        probability = np.full(len(values), np.nan)
+        sure = (bound <= self.tolerance) & np.isfinite(values).all(axis=1)
+        if self.error_probability is not None:
+            probability = self.error_probability(values, deviation, values)
+            sure &= probability <= self.limit
         return Predictions(values, probability, bound, sure)
 
-    def is_sure(
-        self, probability: Float[np.ndarray, " queries"], bound: Float[np.ndarray, " queries"]
-    ) -> Bool[np.ndarray, " queries"]:
-        within = bound <= self.tolerance
-        return within if self.error_probability is None else within & (probability <= self.limit)
 
+class ValidationBatch(NamedTuple):
+    """A surrogate's answers to some queries, compared with the model's own, which may be large.
 
-class ExpectedAnswers:
-    """The answers that a check expects to some queries."""
-
-    def __init__(self, check: AnswerCheck, predictions: Pending):
-        """Keep predictions without waiting for them."""
-        self._check, self._pending = check, predictions
-        self.begun = predictions.begun
-
-    def compute(self) -> None:
-        """Compute what the answers are compared with, if it has not been yet."""
-        _ = self._predictions
-
-    @functools.cached_property
-    def _predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The means, the deviations, and the squares of residuals that look right at once."""
-        mean, deviation = self._pending.wait()
-        return mean, deviation, self._check.clear_squares(mean, deviation)
-
-    def suspicious(
-        self, rows: Sequence[int], own: Float[np.ndarray, "some m"]
-    ) -> Bool[np.ndarray, " some"]:
-        """Return which of the model's own answers to some of the queries look wrong."""
-        mean, deviation, clear = self._predictions
-        if list(rows) != list(range(len(mean))):
-            mean, deviation, clear = mean[rows], deviation[rows], clear[rows]
-        return self._check.suspicious(mean, deviation, own, clear)
-
-
-@dataclasses.dataclass(frozen=True)
-class ValidationBatch:
-    """A surrogate's answers to some queries, compared with the model's own.
-
-    `probability` is that of a wrong label, NaN before calibration. `mean` and `spread` are the
-    answers that the check expects, and `own` the model's; empty where they are not checked.
+    `mean` and `spread` are the answers that the check expects, and `own` the model's; empty where
+    they are not checked.
     """
 
     features: Float[np.ndarray, "queries features"]
     deviation: Float[np.ndarray, " queries"]
     error: Float[np.ndarray, " queries"]
     wrong: Bool[np.ndarray, " queries"]
-    probability: Float[np.ndarray, " queries"]
     mean: Float[np.ndarray, "checked m"]
     spread: Float[np.ndarray, " checked"]
     own: Float[np.ndarray, "checked m"]
+
+
+class _Options(NamedTuple):
+    """The arguments of a calibration."""
+
+    accuracy: Accuracy
+    features: Callable[[Any], Any] | None
+    capacity: int
+    form: Form | None
+    check_rate: float | None
 
 
 class OnlineCalibration:
@@ -182,169 +165,154 @@ class OnlineCalibration:
         form: Form | None = None,
         check_rate: float | None = None,
     ):
-        """Start without data; arguments are those of `Predictor` and `Predictor.attach`."""
-        self._check_rate = check_rate
-        self._accuracy = accuracy
-        self._set_surrogate(surrogate)
-        self._features, self._capacity, self._form = features, capacity, form
-        self._first: list[tuple[np.ndarray, np.ndarray]] = []
-        self._learned = 0
-        # The ratios of widths that were given stay.
-        self._tuning = dataclasses.replace(_TUNING, widths="kept")
+        """Start without data; arguments are those of `Predictor`.
+
+        `form` are the parts of answers that have a label each, and `check_rate` the share of right
+        answers that may look wrong, if they are checked.
+        """
+        self._options = _Options(accuracy, features, capacity, form, check_rate)
+        # Pairs that a learner is made of; None where there is a surrogate from the first.
+        self._first: list[tuple[np.ndarray, np.ndarray]] | None = [] if surrogate is None else None
+        self._surrogate, self._expected = surrogate, self._expectations(surrogate)
         self._validation: collections.deque[ValidationBatch] = collections.deque(
             maxlen=_VALIDATION // BATCH
         )
         self._count, self._due = 0, float(LEAST)
         self._monitor = RiskMonitor(accuracy.promised)
         self.calibrated: CalibratedSurrogate | None = None
-        self._current = True  # whether `calibrated` has the latest surrogate
         self.drifts = 0
 
     @property
     def settled(self) -> bool:
-        """True where calibration is current, and rests on a thousand answers."""
-        return self.calibrated is not None and self._current and self._count >= _SETTLED
+        """True where calibration rests on a thousand answers."""
+        return self.calibrated is not None and self._count >= _SETTLED
 
     def progress(self) -> tuple[int, int]:
         """Return the number of answers used so far, and the number that the first result needs."""
-        learns = self._surrogate is None or isinstance(self._surrogate, Learner)
-        needed = LEAST + FIRST * learns
-        done = min(self._learned, FIRST) * learns + len(self._first) + self._count
+        needed, done = LEAST, self._count
+        if self._first is not None:
+            needed, done = LEAST + FIRST, done + len(self._first)
         return needed if self.calibrated is not None else min(done, needed), needed
 
     def add(self, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]) -> None:
-        if self._surrogate is None:
-            self._first += zip(x, own, strict=True)
-            if len(self._first) >= FIRST:
-                self._start_learner(*map(np.stack, zip(*self._first, strict=True)))
-                self._first = []
-            return
-        self._validate(x, own)
-        if isinstance(self._surrogate, Learner):
-            self._learned += len(x)
-            learner = self._surrogate.update(x, own)
-            tuning = self._tuning
-            if self._learned == RETUNE and (tuned := _tuned(learner, tuning)) is not learner:
-                # Its deviations change, so earlier validation says nothing about them. Until there
-                # is enough of it again, the learner as it was answers.
-                self._set_surrogate(tuned)
-                self._current = False
-                self._restart_validation()
+        """Validate, calibrate and train the surrogate; of the first pairs, make a learner."""
+        if self._surrogate is not None:
+            self._validate(self._surrogate, x, own)
+            if not isinstance(self._surrogate, Learner):
                 return
-            self._set_surrogate(learner)
-            if self.calibrated is not None and self._current:
-                self.calibrated = dataclasses.replace(
-                    self.calibrated, surrogate=self._surrogate, expected=self._expected
-                )
+            learner = self._surrogate.update(x, own)
+        else:
+            assert self._first is not None
+            self._first += zip(x, own, strict=True)
+            if len(self._first) < FIRST:
+                return
+            x, own = map(np.stack, zip(*self._first, strict=True))
+            features, capacity = self._options.features, self._options.capacity
+            if features is None and x[0].size > _FEATURES:
+                features = principal_components(x, _FEATURES)
+            learner = init_learner(
+                x, own, features=features, capacity=capacity, kernel="squared_exponential"
+            )
+            # A width for each feature is found by descent. With one for all, 31 and 0 % of the
+            # answers of an elliptic equation, with 10 parameters, were within a tenth of their
+            # spread, and now 99 %. Where all have one anyway, it is from a grid: on LeNet5's
+            # answers descent finds nothing better (93.1 % of labels from 1,024 of them either way).
+            tuning = LearnerTuning(rows=FIRST)
+            groups = tuning.groups(learner.kernel)
+            if len(groups) > 1 and not groups.any():
+                tuning = LearnerTuning(widths="one", rows=FIRST, steps=0)
+            learner = tune_learner(learner, tuning)
+        self._surrogate, self._expected = learner, self._expectations(learner)
+        if self.calibrated is not None:
+            self.calibrated = dataclasses.replace(
+                self.calibrated, surrogate=learner, expected=self._expected
+            )
 
-    def _set_surrogate(self, surrogate: AbstractSurrogate | None) -> None:
-        self._surrogate, self._expected = surrogate, None
-        if surrogate is not None and self._check_rate is not None:
-            self._expected = predictions_on_host(surrogate)
+    def _expectations(self, surrogate: AbstractSurrogate | None) -> HostPredictions | None:
+        if surrogate is None or self._options.check_rate is None:
+            return None
+        return predictions_on_host(surrogate)
 
     def discard(self) -> None:
         """Discard the calibration after a drift, until there is a new one."""
-        self.calibrated, self._current = None, True
+        self.calibrated = None
         self.drifts += 1
-        self._restart_validation()
-
-    def _start_learner(
-        self, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]
-    ) -> None:
-        features = self._features
-        if features is None and x[0].size > _FEATURES:
-            features = principal_components(x, _FEATURES)
-        start = init_learner(
-            x, own, features=features, capacity=self._capacity, kernel="squared_exponential"
-        )
-        # A width for each feature is found by descent. With one for all, 31 and 0 % of the answers
-        # of an elliptic equation, with 10 parameters, were within a tenth of their spread, and now
-        # 99 %.
-        self._tuning = LearnerTuning(rows=FIRST)
-        groups = self._tuning.groups(start.kernel)
-        if len(groups) > 1 and not groups.any():
-            self._tuning = _TUNING
-        self._set_surrogate(tune_learner(start, self._tuning))
-        self._learned = len(x)
-
-    def _restart_validation(self) -> None:
         self._validation.clear()
         self._monitor.clear()
         self._count, self._due = 0, float(LEAST)
 
-    def _validate(self, x: np.ndarray, own: np.ndarray) -> None:
-        assert self._surrogate is not None
-        calibrated = self.calibrated if self._current else None
-        error_probability = None if calibrated is None else calibrated.error_probability
-        found = _predict(self._surrogate, error_probability, x)
-        values, deviation, probability = map(np.asarray, found)
-        features = np.asarray(label_features(values, deviation, values, self._form))
-        wrong = ~np.asarray(agree_on_labels(values, own, self._form))
+    def _validate(self, surrogate: AbstractSurrogate, x: np.ndarray, own: np.ndarray) -> None:
+        """Compare the surrogate's answers with the model's own, and calibrate now and then."""
+        accuracy, _, _, form, check_rate = self._options
+        values, deviation = host_outputs(surrogate, x, BATCH)
+        features = np.asarray(label_features(values, deviation, values, form))
+        wrong = ~np.asarray(agree_on_labels(values, own, form))
         error = np.asarray(row_errors(values, own))
-        mean, spread, checked = own[:0], own[:0, 0], own[:0]
+        checked: tuple[np.ndarray, ...] = own[:0], own[:0, 0], own[:0]
         if self._expected is not None:
-            (mean, spread), checked = self._expected(x).wait(), own
-        if calibrated is not None:
-            bound = _bounds(calibrated.factor, deviation)
-            sure = calibrated.is_sure(probability, bound)
-            failed = self._accuracy.missed(wrong, error_ratios(error, bound))
-            if self._monitor.add(failed[sure].tolist()):
+            mean, spread = (np.asarray(each)[: len(x)] for each in self._expected(x))
+            checked = mean, spread, own
+        if self.calibrated is not None:
+            found = self.calibrated.assess(values, deviation)
+            excess = error_ratios(error, found.error_bound)
+            if self._monitor.add(accuracy.missed(wrong, excess)[found.sure].tolist()):
                 self.discard()
         # Queries that come again are predicted better than new ones, whose bars they would shorten.
         # Where nothing is known of errors yet, there is nothing to calibrate.
         new = np.isfinite(deviation)
-        if isinstance(self._surrogate, Learner):
-            new &= ~self._surrogate.knows(x)
-        fields = (features, deviation, error, wrong, probability, mean, spread, checked)
-        batch = ValidationBatch(*(each[new[: len(each)]] for each in fields))
-        self._validation.append(batch)
+        if isinstance(surrogate, Learner):
+            new &= ~surrogate.knows(x)
+        fields = (features, deviation, error, wrong, *checked)
+        self._validation.append(ValidationBatch(*(each[new[: len(each)]] for each in fields)))
         self._count += int(new.sum())
-        if self._count >= self._due:
-            self._due = self._count + _MORE * min(self._count, _VALIDATION)
-            self.calibrated, self._current = self._calibrate(), True
+        if self._count < self._due:
+            return
+        self._due = self._count + _MORE * min(self._count, _VALIDATION)
 
-    def _calibrate(self) -> CalibratedSurrogate:
-        assert self._surrogate is not None
-        batches = list(self._validation)
-        features, deviation, error, wrong, mean, spread, own = (
-            np.concatenate([getattr(batch, part) for batch in batches])
-            for part in ("features", "deviation", "error", "wrong", "mean", "spread", "own")
-        )
-        wanted, tolerance = self._accuracy.max_disagreement, self._accuracy.tolerance
+        parts = map(np.concatenate, zip(*self._validation, strict=True))
+        features, deviation, error, wrong, mean, spread, own = parts
+        wanted, tolerance = accuracy.max_disagreement, accuracy.tolerance
         # It has to be right for those that are given out, not for all.
-        looks = deviation[:, None], error[:, None]
-        factor = bar_factor(*looks, self._accuracy, len(error))
-        error_probability, limit, share = None, 1.0, 1.0
+        factor = bar_factor(deviation[:, None], error[:, None], accuracy, len(error))
+        error_probability, limit, share, check = None, 1.0, 1.0, None
         if wanted is not None:
             error_probability = fit_error_probability(
-                features[:, None], wrong[:, None], failure=0.25, form=self._form
+                features[:, None], wrong[:, None], failure=0.25, form=form
             )
+            error_probability = jax.tree.map(np.asarray, error_probability)
             limit = error_probability.limit(wanted)
             share = 1 - error_probability.share(limit)
         if tolerance is not None:
             share *= float(np.mean(factor * deviation <= tolerance))
-        tolerance = math.inf if tolerance is None else tolerance
-        disagreement = float(np.mean(wrong))
-        check = None
-        if self._check_rate is not None:
-            labels = wanted is not None and (self._form is None or self._form.is_vector)
-            check = fit_answer_check(mean, spread, own, self._check_rate, labels=labels)
-        return CalibratedSurrogate(
-            self._surrogate,
+        if check_rate is not None:
+            labels = wanted is not None and (form is None or form.is_vector)
+            check = fit_answer_check(mean, spread, own, check_rate, labels=labels)
+        self.calibrated = CalibratedSurrogate(
+            surrogate,
             error_probability,
             factor,
             limit,
-            tolerance,
+            math.inf if tolerance is None else tolerance,
             share,
-            disagreement,
+            float(np.mean(wrong)),
             check,
             self._expected,
         )
 
 
-def is_on_host(surrogate: AbstractSurrogate) -> TypeGuard[Learner]:
-    """Return whether a surrogate predicts by NumPy, without programs."""
-    return isinstance(surrogate, Learner) and surrogate.is_on_host
+def host_outputs(
+    surrogate: AbstractSurrogate, x: Shaped[np.ndarray, "queries ..."], width: int
+) -> tuple[Float[np.ndarray, "queries m"], Float[np.ndarray, " queries"]]:
+    """Return a surrogate's outputs as vectors, and deviations, 1 where it has none, on the host.
+
+    Where it is not NumPy that predicts, a program is compiled for `width` queries.
+    """
+    if isinstance(surrogate, Learner) and surrogate.is_on_host:
+        return _outputs(surrogate, x)
+    parts = [x[begin : begin + width] for begin in range(0, len(x), width)]
+    found = [_compiled_outputs(surrogate, repeat_rows(part, width)) for part in parts]
+    values, deviation = (np.concatenate(each)[: len(x)] for each in zip(*found, strict=True))
+    return values, deviation
 
 
 def predictions_on_host(surrogate: AbstractSurrogate, most_outputs: int = 256) -> HostPredictions:
@@ -357,83 +325,27 @@ def predictions_on_host(surrogate: AbstractSurrogate, most_outputs: int = 256) -
         most_outputs: The most outputs of a learner for `nearest_predictions`, which solve for each
             output at every update.
     """
-    if is_on_host(surrogate):
-        predict = surrogate.predict
-        if surrogate.form.size <= most_outputs:
-            predict = nearest_predictions(surrogate)
+    if isinstance(surrogate, Learner) and surrogate.is_on_host:
+        if surrogate.form.size > most_outputs:
+            return lambda x: _outputs(surrogate, x)
+        predict = nearest_predictions(surrogate)
 
-        def vectors(x: Shaped[np.ndarray, "queries ..."]) -> tuple[np.ndarray, np.ndarray]:
+        def nearest(x: Shaped[np.ndarray, "queries ..."]) -> tuple[Any, Any]:
             mean, deviation = predict(x)
             return join(mean, 1)[0], deviation
 
-        return lambda x: Pending(lambda: vectors(x), begun=False)
+        return nearest
     arrays, rest = eqx.partition(surrogate, eqx.is_array)
     on_device = eqx.combine(jax.tree.map(jnp.asarray, arrays), rest)
-
-    def begin(x: Shaped[np.ndarray, "queries ..."]) -> Pending:
-        number = len(x)
-        padded = repeat_rows(x, 1 << (number - 1).bit_length())
-        mean, deviation, _ = _compiled_predicted(on_device, None, padded)
-        return Pending(lambda: (np.asarray(mean)[:number], np.asarray(deviation)[:number]), True)
-
-    return begin
+    return lambda x: _compiled_outputs(on_device, repeat_rows(x, 1 << (len(x) - 1).bit_length()))
 
 
-def repeat_rows(x: Shaped[np.ndarray, "few ..."], number: int) -> Shaped[np.ndarray, "number ..."]:
-    """Repeat rows up to this number, so that one compiled program serves all."""
-    return x if len(x) == number else x[np.arange(number) % len(x)]
-
-
-def _bounds(
-    factor: float, deviation: Float[np.ndarray, " queries"]
-) -> Float[np.ndarray, " queries"]:
-    """Return error bounds; infinite where a deviation is, whatever the factor."""
-    return np.where(np.isfinite(deviation), factor * np.nan_to_num(deviation), np.inf)
-
-
-def _predict(
-    surrogate: AbstractSurrogate,
-    error_probability: ErrorProbability | None,
-    x: Shaped[np.ndarray, "queries ..."],
-) -> tuple[Any, Any, Any]:
-    """Return outputs as vectors, deviations (1 if there are none), and error probabilities."""
-    predict = _predicted if is_on_host(surrogate) else _compiled_predicted
-    return predict(surrogate, error_probability, x)
-
-
-def _predicted(
-    surrogate: AbstractSurrogate,
-    error_probability: ErrorProbability | None,
-    x: Shaped[Any, "queries ..."],
-) -> tuple[Any, Any, Any]:
+def _outputs(surrogate: AbstractSurrogate, x: Shaped[Any, "queries ..."]) -> tuple[Any, Any]:
     if isinstance(surrogate, Learner):
         mean, deviation = surrogate.predict(x)
     else:
         mean, deviation = surrogate.outputs(x), jnp.ones(len(x))
-    values = join(mean, 1)[0]
-    if error_probability is None:
-        return values, deviation, namespace(values).full(len(values), np.nan)
-    return values, deviation, error_probability(values, deviation, values)
+    return join(mean, 1)[0], deviation
 
 
-_compiled_predicted = eqx.filter_jit(_predicted)
-
-
-def _tuned(learner: Learner, tuning: LearnerTuning) -> Learner:
-    """Tune the kernels on the learner's data.
-
-    They are judged on some of the pairs. A kernel that does worse on all of them is not taken: one
-    that is right for pairs four times as far apart may be.
-    """
-    return min(learner, tune_learner(learner, tuning), key=_log_loss)
-
-
-def _log_loss(learner: Learner) -> float:
-    """Return the mean log loss of leaving each pair of the window out."""
-    errors, deviation, scatter = (
-        np.asarray(each)[np.asarray(learner.filled)]
-        for each in (*learner.left_out(), learner.window.scatter)
-    )
-    errors = np.stack([root_mean_square(errors, axis=1), scatter])
-    square = 2 * root_mean_square(errors / deviation, axis=0) ** 2
-    return float(np.mean(np.log(deviation) + square / 2))
+_compiled_outputs = eqx.filter_jit(_outputs)

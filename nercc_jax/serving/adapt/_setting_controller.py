@@ -1,28 +1,44 @@
-"""The controller of settings: picks the late rule and the redundancy by the measured tail.
+"""The choice of the late rule and the redundancy by the measured tail.
 
 It chooses as `stragglers.picking` does, by a replay of the pool's calls. Queueing is left out
 there, so forecasts are corrected by what is measured.
 """
 
 import collections
+import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from ...pools import AbstractPool, Overdue
+from ...pools import Overdue
 from ...pools.clock import TimeShare
 from ...pools.times import Call
 from ...stragglers import picking, simulate
-from .._policy import BatchingPolicy, Observe
-from ..core._adaptation import DispatchSetting, Redundancy, overdue_rule
-from ..core._coder import Coder
+from ..core._setup import DispatchSetting, Redundancy, Setup
 from ._predictor import Predictor
 
 _LOG = logging.getLogger(__name__)
 PICKING = picking.PICKING
+
+
+@dataclasses.dataclass
+class _Measured:
+    """The measurements since a setting holds, or since they were last learned from.
+
+    Attributes:
+        since: When that was.
+        seconds: Of requests.
+        waits: For copies, in limits of the setting.
+        counts: Of queries by how they were answered, and of second calls.
+    """
+
+    since: float
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    waits: list[float] = dataclasses.field(default_factory=list)
+    counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
 class SettingController:
@@ -37,69 +53,35 @@ class SettingController:
 
     Attributes:
         setting: the setting that holds; immutable, and replaced as a whole.
-        settings: all candidates, the policy's own first.
     """
 
-    def __init__(
-        self,
-        policy: BatchingPolicy,
-        coder: Coder,
-        pool: AbstractPool,
-        predictor: Predictor | None,
-        observe: Observe,
-    ):
-        """Start with the policy's rule. Raises ValueError for a code that needs its redundancy."""
-        assert policy.max_calls is not None
-        if not coder.systematic:
-            raise ValueError(
-                "max_calls needs a code that sends queries as they came (interleaved or repeated "
-                "points, replication, uncoded): of another one all is sent, or nothing"
-            )
-        self._most, self._attempts = policy.max_calls, policy.copies
-        self._coder, self._pool, self._predictor = coder, pool, predictor
-        self._pass_on = observe
-        extra = coder.num_workers - coder.num_data
-        self._extra_calls = extra / coder.num_data
-        self._copies = extra if coder.num_data == 1 else 0
-        allowed: list[Redundancy] = ["none"]
-        if extra and predictor is not None:
-            allowed.append("uncertain")
-        if extra and policy.redundancy == "always":
-            allowed.append("always")
-        rules = [overdue_rule(policy)]
-        for copies in range(1, min(policy.copies, PICKING.at_once) + 1):
-            rules += [Overdue(0.5, threshold, copies=copies) for threshold in PICKING.thresholds]
-        self.settings = [
-            DispatchSetting(rule, each) for each in allowed for rule in dict.fromkeys(rules)
-        ]
-        self.setting, self._reason = self.settings[0], "nothing is known yet"
+    def __init__(self, setup: Setup, predictor: Predictor | None, wake: Callable[[], Any]):
+        """Start with the policy's rule; `wake` has `turn` called soon, on the learning thread."""
+        self._setup, self._predictor, self._wake = setup, predictor, wake
+        self.setting, self._reason = self._candidates()[0], "nothing is known yet"
         self._trials = picking.CopyTrials()
-        self._waits: list[float] = []  # for copies, in limits of the setting
         # Of tails, and of calls, by redundancy and whether it is hedged.
         self._factors: dict[tuple[Redundancy, bool], tuple[float, float]] = {}
         # The share of stragglers' queries that redundancy answers, until it was tried.
         self._decoded = 1.0
-        self._queries = self._decided_at = self._decisions = 0
-        self._time = TimeShare(pool.clock, PICKING.time_share)
-        self._start_measuring()
-        self._turns = pool.clock.turns("nercc-controller", self._turn)
-        self.start, self.close = self._turns.start, self._turns.close
+        self._queries, self._due = 0, PICKING.every
+        self._time = TimeShare(setup.clock, PICKING.time_share)
+        self._measured = _Measured(setup.clock.now())
 
     def observe(self, what: str, number: int | float) -> None:
-        """Take a measurement, and pass it on. Returns at once."""
-        self._pass_on(what, number)
+        """Take a measurement, from any thread, and pass it on."""
+        self._setup.observe(what, number)
+        measured = self._measured
         if what in ("request_ok", "request_deadline"):
-            self._seconds.append(number)
+            measured.seconds.append(number)
         elif what == "hedge_limits":
-            self._waits.append(number)
-        elif what == "reexecution":
-            self._counts[what] += int(number)
-        elif what.startswith("query_"):
-            self._counts[what] += int(number)
-            before, self._queries = self._queries, self._queries + int(number)
-            # Once: a turn that has to wait comes back by itself.
-            if before < self._decided_at + PICKING.every <= self._queries:
-                self._turns.wake()
+            measured.waits.append(number)
+        elif what == "reexecution" or what.startswith("query_"):
+            measured.counts[what] += int(number)
+            if what != "reexecution":
+                before, self._queries = self._queries, self._queries + int(number)
+                if before < self._due <= self._queries:  # once: a turn that waits comes back
+                    self._wake()
 
     def status(self) -> dict[str, Any]:
         setting = self.setting
@@ -112,38 +94,49 @@ class SettingController:
             "reason": self._reason,
         }
 
-    def _turn(self) -> float:
-        if self._queries < self._decided_at + PICKING.every:
+    def turn(self) -> float:
+        """Pick a setting if it is time to, and return when to be called again."""
+        now = self._setup.clock.now()
+        if self._queries < self._due:
             return math.inf
-        now = self._pool.clock.now()
         if now < self._time.next:
             return self._time.next
-        self._decided_at, self._decisions = self._queries, self._decisions + 1
+        self._due = self._queries + PICKING.every
         try:
-            self._decide()
-        except Exception:
-            # The setting stays; the next decision may do better.
-            _LOG.exception("picking a setting failed")
-            self._pass_on("internal_error", 1)
-        self._time.spend(now)
+            self._pick()
+        finally:
+            self._time.spend(now)
         return math.inf
 
-    def _decide(self) -> None:
-        calls = self._pool.calls()
-        copies = self._copies + self._attempts
-        workers, seed = self._pool.num_workers, self._decisions
-        replay = simulate.RecordedCalls.replay(calls, copies, workers, seed)
+    def _candidates(self) -> list[DispatchSetting]:
+        """Return all settings that may be picked, the policy's own rule first."""
+        policy, coder = self._setup.policy, self._setup.coder
+        extra = coder.num_workers - coder.num_data
+        allowed: list[Redundancy] = ["none"]
+        if extra and self._predictor is not None:
+            allowed.append("uncertain")
+        if extra and policy.redundancy == "always":
+            allowed.append("always")
+        rules = [DispatchSetting.of_policy(policy).overdue]
+        for copies in range(1, min(policy.copies, PICKING.at_once) + 1):
+            rules += [Overdue(0.5, threshold, copies=copies) for threshold in PICKING.thresholds]
+        return [DispatchSetting(rule, each) for each in allowed for rule in dict.fromkeys(rules)]
+
+    def _pick(self) -> None:
+        pool, settings, current = self._setup.pool, self._candidates(), self.setting
+        calls, seed = pool.calls(), self._queries
+        copies = self._extra_copies + self._setup.policy.copies
+        replay = simulate.RecordedCalls.replay(calls, copies, pool.num_workers, seed)
         if replay is None:
             return
-        current = self.setting
         # Learn from the queries that were hedged since the last decision.
         play = self._play(current, replay)
-        waits, self._waits = self._waits, []
+        waits, self._measured.waits = self._measured.waits, []
         own, copied = picking.hedged_times(replay, play)
         times = play.hedge.limit * np.array(waits, float)
         self._trials.add(times, apart=copied, alike=own, decay=PICKING.decay)
         replay, useless = self._trials.applied(replay, play.hedge.limit)
-        settings = list(self.settings)
+        policys_own = settings[0]
         if useless or not current.hedges:
             settings += [each._replace(hedges=False) for each in settings]
         forecasts = {each: picking.forecast(replay, self._play(each, replay)) for each in settings}
@@ -151,7 +144,7 @@ class SettingController:
         for each, found in forecasts.items():
             tail, cost = self._factors.get((each.redundancy, each.hedges), (1.0, 1.0))
             forecasts[each] = found._replace(tail=tail * found.tail, calls=cost * found.calls)
-        own_late = forecasts[self.settings[0]].late
+        own_late = forecasts[policys_own].late
         most_late = own_late * (1 + PICKING.more_late) + PICKING.late_of_all
         predicts = self._predictor is not None and self._predictor.state == "answering"
         candidates = {
@@ -161,19 +154,23 @@ class SettingController:
             and (useless or each.hedges)
             and (predicts or each.redundancy != "uncertain")  # nothing says what is uncertain
         }
-        chosen = picking.choose(candidates, current, self._most)
+        chosen = picking.choose(candidates, current, self._setup.policy.max_calls or math.inf)
         if chosen == current:
             return
-        reasons = []
-        for each in (chosen, current):
-            found = forecasts[each]
-            numbers = f"p99.9 of {found.tail:.2f} medians at {found.calls:.2f} calls a query"
-            reasons.append(f"{_words(each)}: {numbers}")
-        self.setting, self._reason = chosen, "; before, ".join(reasons)
-        self._waits = []
-        self._start_measuring()
-        self._pass_on("policy_change", 1)
+        self._reason = "; before, ".join(
+            f"{_words(each)}: p99.9 of {forecasts[each].tail:.2f} medians at "
+            f"{forecasts[each].calls:.2f} calls a query"
+            for each in (chosen, current)
+        )
+        self.setting, self._measured = chosen, _Measured(self._setup.clock.now())
+        self._setup.observe("policy_change", 1)
         _LOG.info("policy: %s", self._reason)
+
+    @property
+    def _extra_copies(self) -> int:
+        """The redundant calls of a query that are copies of it."""
+        coder = self._setup.coder
+        return coder.num_workers - 1 if coder.num_data == 1 else 0
 
     def _play(self, setting: DispatchSetting, calls: simulate.RecordedCalls) -> picking.Play:
         """Return how the simulator plays a setting."""
@@ -181,18 +178,19 @@ class SettingController:
         limit = setting.overdue.after(usual) / calls.median
         sure = calls.draws < self._answered_share(setting)
         doubled = {"none": np.zeros_like(sure), "uncertain": ~sure, "always": np.ones_like(sure)}
+        coder, copies = self._setup.coder, self._extra_copies
         return picking.Play(
             simulate.Hedge(limit, setting.overdue.copies, setting.hedges),
-            self._copies,
+            copies,
             doubled[setting.redundancy],
             sure,
-            self._extra_calls - self._copies,
+            (coder.num_workers - coder.num_data) / coder.num_data - copies,
         )
 
     def _answered_share(self, setting: DispatchSetting) -> float:
         """Return the share of stragglers' queries that are predicted or decoded."""
         predicted = 0.0 if self._predictor is None else self._predictor.share
-        decodes = setting.redundancy == "always" and self._coder.can_decode
+        decodes = setting.redundancy == "always" and self._setup.coder.can_decode
         return max(predicted, self._decoded) if decodes else predicted
 
     def _learn_factors(self, forecast: picking.TailForecast, calls: Sequence[Call]) -> None:
@@ -200,15 +198,17 @@ class SettingController:
         for each, (tail, cost) in self._factors.items():
             self._factors[each] = 1 + (tail - 1) * PICKING.decay, 1 + (cost - 1) * PICKING.decay
         self._decoded = 1 + (self._decoded - 1) * PICKING.decay
-        if len(self._seconds) < PICKING.measured:
+        measured = self._measured
+        if len(measured.seconds) < PICKING.measured:
             return
-        ordered = np.sort(np.asarray(self._seconds))
+        self._measured = _Measured(self._setup.clock.now())
+        ordered = np.sort(np.asarray(measured.seconds))
         median = float(ordered[len(ordered) // 2])
         tail = picking.mean_between(ordered, PICKING.p99) / median / forecast.p99
-        sent = [call.size for call in calls if call.sent >= self._since]
-        again = self._counts["reexecution"]
-        given = self._counts["query_decoded"] + self._counts["query_predicted"]
-        queries = self._counts.total() - again
+        sent = [call.size for call in calls if call.sent >= measured.since]
+        again = measured.counts["reexecution"]
+        given = measured.counts["query_decoded"] + measured.counts["query_predicted"]
+        queries = measured.counts.total() - again
         # Where more calls were sent than the pool keeps, their number is unknown.
         known = queries and len(sent) < len(calls)
         cost = sum(sent) / queries / forecast.calls if known else 1.0
@@ -217,12 +217,6 @@ class SettingController:
         self._factors[redundancy, self.setting.hedges] = factors
         if redundancy == "always" and given + again >= PICKING.measured_late:
             self._decoded = given / (given + again)
-        self._start_measuring()
-
-    def _start_measuring(self) -> None:
-        """Attribute what is measured from now on to the present setting."""
-        self._seconds, self._since = [], self._pool.clock.now()
-        self._counts = collections.Counter()
 
 
 def _words(setting: DispatchSetting) -> str:

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Int, Shaped
 
-from ...codes import AbstractCode, Berrut, BerrutSpline, LearnedDecoder, NeRCC
+from ...codes import AbstractCode, Berrut, BerrutSpline, LearnedDecoder, NeRCC, decode_groups
 from ...codes._berrut import berrut_matrix
 from ...codes._kept import encoder_of, kept_matrices
 from ...codes._trees import Form
-from ...codes.host import decode_shared, encode_on_host
+from ...codes.host import encode_on_host
 from ...risk import Accuracy, ErrorProbability
 from ...risk._features import decoding_features
 from ...splines._host import smoothing_matrix_on_host
@@ -55,18 +55,9 @@ class Layout:
     own: tuple[Int[np.ndarray, " _"], ...]  # each of its own length
     extras: Int[np.ndarray, " extras"]
 
-    def with_copies(
-        self, points: Int[np.ndarray, " points"], queries: Int[np.ndarray, " points"]
-    ) -> "Layout":
-        """Return the layout in which each of these points is a copy of a query."""
-        place_of, matrix = self.place_of.copy(), self.matrix.copy()
-        place_of[points], matrix[points] = queries, np.eye(len(self.own))[queries]
-        own = _own(place_of, len(self.own))
-        return dataclasses.replace(self, matrix=matrix, place_of=place_of, own=own)
-
 
 class DecodedGroup(NamedTuple):
-    """Decoded predictions with the features of their score, and the score where one was asked for.
+    """Decoded predictions with the features of their score, and the score; NaN without one.
 
     `informative` masks the predictions whose features say anything.
     """
@@ -75,7 +66,7 @@ class DecodedGroup(NamedTuple):
     recovered: Bool[np.ndarray, " num_data"]
     features: Float[np.ndarray, "rows num_data features"]
     informative: Bool[np.ndarray, "rows num_data"]
-    score: Float[np.ndarray, "rows num_data"] | None = None
+    score: Float[np.ndarray, "rows num_data"]
 
 
 class Coder:
@@ -92,7 +83,6 @@ class Coder:
         can_decode: whether a query can be decoded when none of its own points is answered.
         has_deviation: whether a decoded prediction has a posterior deviation. Without one, its
             margin alone ranks it, and it has no error bar.
-        needs_order: whether decoding gains when queries at neighbouring alphas are similar.
         kinds: by coded data point, the model of the pool that computes it.
         form: the parts of an answer, where each has a label of its own.
     """
@@ -107,39 +97,41 @@ class Coder:
         self.order = _spread(code)
         self._variances = functools.lru_cache(_FEW_MASKS)(self._make_variances)
         matrices = few_encoders(code, self.order)
-        own = _own(_place_of(matrices[-1]), self.num_data)
+        whole = _place_of(matrices[-1])
+        own = [np.flatnonzero(whole == place) for place in range(self.num_data)]
         self.systematic = all(len(points) for points in own)
         self.first = [points[: int(self.systematic)] for points in own]
         without = np.ones(self.num_workers, bool)
         without[own[0]] = False
         self.can_decode = bool(np.asarray(code.recovered(jnp.asarray(without)))[self.order[0]])
         self.has_deviation = self.can_decode and isinstance(code, NeRCC | LearnedDecoder)
-        self.needs_order = self.can_decode and isinstance(code, _ON_A_LINE)
-        self._layouts = [self._layout(matrix) for matrix in matrices]
+        self._layouts: list[Layout] = []
+        for queries, matrix in enumerate(matrices, 1):
+            # In a code that has to mix queries, a row that happens to be one-hot is of no use.
+            place_of = _place_of(matrix) if self.systematic else np.full(len(matrix), -1)
+            extras = _by_use(code, self.order[:queries], np.concatenate(self.first[:queries]))
+            if self.systematic:
+                redundancy = self.num_workers - self.num_data
+                extras = extras[: -(-redundancy * queries // self.num_data)]
+            own = tuple(np.flatnonzero(place_of == place) for place in range(queries))
+            self._layouts.append(Layout(matrix, place_of, own, extras))
+
+    @property
+    def needs_order(self) -> bool:
+        """True if decoding gains when queries at neighbouring alphas are similar."""
+        return self.can_decode and isinstance(self.code, _ON_A_LINE)
 
     def layout(self, queries: int) -> Layout:
         """Return the coding of this number of queries."""
         return self._layouts[queries - 1]
 
-    def _layout(self, matrix: np.ndarray) -> Layout:
-        queries = matrix.shape[1]
-        # In a code that has to mix queries, a row that happens to be one-hot is of no use.
-        place_of = _place_of(matrix) if self.systematic else np.full(len(matrix), -1)
-        extras = _by_use(self.code, self.order[:queries], np.concatenate(self.first[:queries]))
-        if self.systematic:
-            redundancy = self.num_workers - self.num_data
-            extras = extras[: -(-redundancy * queries // self.num_data)]
-        return Layout(matrix, place_of, _own(place_of, queries), extras)
-
     def encode(
         self,
         x: Shaped[np.ndarray, "rows queries ..."],
         points: Int[np.ndarray, " points"],
-        layout: Layout | None = None,
     ) -> Shaped[np.ndarray, "points rows ..."]:
         """Return some coded data points of `rows` groups; those of a single query are copies."""
-        layout = layout or self.layout(x.shape[1])
-        return encode_on_host(layout.matrix[points], x)
+        return encode_on_host(self.layout(x.shape[1]).matrix[points], x)
 
     def decode(
         self,
@@ -152,47 +144,25 @@ class Coder:
     ) -> DecodedGroup:
         """Decode, in the queries' order, answers that are zero where there is none.
 
-        The program is compiled for `width` rows, at least as many as there are. Each query's score
-        is its probability of a wrong label, or its error bar: 1 or infinite where nothing is known,
-        and NaN without a score. With one, or where they are asked for, it has features.
-        """
-        features = features or score is not None
-        found, order = self.decode_all(values, mask, width, features=features), self.order
-        scores = np.full(found.predictions.shape[:2], np.nan)
-        if score is not None:
-            unknown = 1 if isinstance(score, ErrorProbability) else np.inf
-            scores = np.where(found.informative, score.of_features(found.features), unknown)
-        return DecodedGroup(
-            found.predictions[:, order],
-            found.recovered[order],
-            found.features[:, order],
-            found.informative[:, order],
-            scores[:, order],
-        )
-
-    def ranks(self, accuracy: Accuracy) -> bool:
-        """Return whether something says which decoded answers are good enough for a promise."""
-        return self.can_decode and (self.has_deviation or accuracy.tolerance is None)
-
-    def decode_all(
-        self,
-        values: Float[np.ndarray, "num_workers rows ..."],
-        mask: Bool[np.ndarray, " num_workers"],
-        width: int,
-        features: bool = True,
-    ) -> DecodedGroup:
-        """Decode at the code's alphas, with the features of the score.
-
         All rows share the workers, so they are further coordinates of one group. They are filled up
-        with zeros to `width` rows, so that one compiled program serves any number up to it.
+        with zeros to `width` rows, so that one compiled program serves any number up to it. Each
+        query's score is its probability of a wrong label, or its error bar: 1 or infinite where
+        nothing is known, and NaN without a score. With one, or where they are asked for, it has
+        features.
         """
-        predictions, recovered, responded = self._decoded(values, mask, width)
-        if not features:
-            nothing = np.zeros((*predictions.shape[:2], 0), np.float32)
-            return DecodedGroup(predictions, recovered, nothing, np.zeros(nothing.shape[:2], bool))
-        outputs = predictions.reshape(*predictions.shape[:2], -1)
-        roughness, variance = np.ones(len(outputs)), np.ones(self.num_data)
+        _, rows, *out = values.shape
+        flat = fill_up(values, width, axis=1).reshape(1, self.num_workers, -1)
+        decoded = decode_groups(self.code, flat, np.asarray(mask)[None])
+        predictions = np.asarray(decoded.predictions).reshape(self.num_data, width, *out)
+        predictions = np.swapaxes(predictions, 0, 1)[:rows, self.order]
+        recovered, shape = np.asarray(decoded.recovered)[0, self.order], predictions.shape[:2]
+        scores = np.full(shape, np.nan)
+        if score is None and not features:
+            none = np.zeros((*shape, 0), np.float32), np.zeros(shape, bool)
+            return DecodedGroup(predictions, recovered, *none, scores)
+        roughness, variance = np.ones(rows), np.ones(self.num_data)
         if self.has_deviation:
+            responded = np.asarray(decoded.responded)[0]
             variance, root = self._variances(responded.tobytes())
             flat = values.reshape(*values.shape[:2], -1)
             # What all answers have in common is taken off, since the product's rounding is its
@@ -200,8 +170,16 @@ class Coder:
             flat = np.where(responded[:, None, None], flat - flat[np.argmax(responded)], 0)
             varies = np.tensordot(root, flat, 1).astype(np.float64)
             roughness = np.mean(varies**2, axis=2).sum(axis=0)
-        found = decoding_features(outputs, roughness, variance, self.form)
-        return DecodedGroup(predictions, recovered, *found)
+        outputs = predictions.reshape(*shape, -1)
+        found, informative = decoding_features(outputs, roughness, variance[self.order], self.form)
+        if score is not None:
+            unknown = 1 if isinstance(score, ErrorProbability) else np.inf
+            scores = np.where(informative, score.of_features(found), unknown)
+        return DecodedGroup(predictions, recovered, found, informative, scores)
+
+    def ranks(self, accuracy: Accuracy) -> bool:
+        """Return whether something says which decoded answers are good enough for a promise."""
+        return self.can_decode and (self.has_deviation or accuracy.tolerance is None)
 
     def _make_variances(
         self, responded: bytes
@@ -211,36 +189,12 @@ class Coder:
         variance, root = kept.by_numpy("variances_on_host", np.frombuffer(responded, bool))
         return variance, root.astype(np.float32)
 
-    def _decoded(
-        self,
-        values: Float[np.ndarray, "num_workers rows ..."],
-        mask: Bool[np.ndarray, " num_workers"],
-        width: int,
-    ) -> tuple[
-        Float[np.ndarray, "rows num_data ..."],
-        Bool[np.ndarray, " num_data"],
-        Bool[np.ndarray, " num_workers"],
-    ]:
-        """Return predictions by alpha, those that are recovered, and the workers in use."""
-        _, rows, *out = values.shape
-        flat = fill_up(values, width, axis=1).reshape(self.num_workers, 1, -1)
-        decoded = decode_shared(self.code, flat, mask)
-        predictions = np.asarray(decoded.predictions).reshape(self.num_data, width, *out)
-        recovered, responded = np.asarray(decoded.recovered)[0], np.asarray(decoded.responded)[0]
-        return np.swapaxes(predictions, 0, 1)[:rows], recovered, responded
-
     def path_order(self, first: int, number: int) -> Int[np.ndarray, " number"]:
         """Return a group's `number` queries from the `first` on, sorted by their alphas."""
         places = self.order[first : first + number]
         if isinstance(self.code, _ON_A_LINE):
             places = np.asarray(self.code.alpha)[places]
         return np.argsort(places)
-
-    def to_alphas(self, queries: Float[np.ndarray, "few ..."]) -> Float[np.ndarray, "num_data ..."]:
-        """Return queries' values by alpha, with zeros at alphas where no query stands."""
-        by_alpha = np.zeros((self.num_data, *queries.shape[1:]), queries.dtype)
-        by_alpha[self.order[: len(queries)]] = queries
-        return by_alpha
 
 
 def few_encoders(
@@ -306,7 +260,3 @@ def _place_of(matrix: np.ndarray) -> Int[np.ndarray, " num_workers"]:
     place = np.argmax(matrix, axis=1)
     one_hot = np.abs(matrix - np.eye(matrix.shape[1])[place]).max(axis=1) < _ROUNDING
     return np.where(one_hot, place, -1)
-
-
-def _own(place_of: np.ndarray, queries: int) -> tuple[Int[np.ndarray, " _"], ...]:
-    return tuple(np.flatnonzero(place_of == place) for place in range(queries))

@@ -15,7 +15,7 @@ The rules, each with a row in `tests/serving/test_decide.py`:
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -24,27 +24,11 @@ from jaxtyping import Bool, Float, Int
 from ...risk import Accuracy, Risk
 from ...stragglers import picking
 from .._policy import BatchingPolicy
-from ._adaptation import DispatchSetting
 from ._coder import Coder
-from ._request import Source
+from ._request import Answer, Source
+from ._setup import DispatchSetting
 
 Place: TypeAlias = tuple[int, int]  # of a query: its cell in the group, and its row there
-
-
-class AnswerEstimate(NamedTuple):
-    """An approximate answer's source, and how far it may be off.
-
-    Attributes:
-        source: where it comes from.
-        disagreement: the probability of another label than the model's; NaN where none is known.
-        error: its error bar; NaN where there is none.
-        within: whether it is within the limit of a calibration.
-    """
-
-    source: Source
-    disagreement: float
-    error: float
-    within: bool
 
 
 class QueryView(NamedTuple):
@@ -52,7 +36,7 @@ class QueryView(NamedTuple):
 
     place: Place
     copied: bool = False
-    estimates: tuple[AnswerEstimate, ...] = ()
+    answers: tuple[Answer, ...] = ()
 
 
 class GroupView(NamedTuple):
@@ -64,7 +48,6 @@ class GroupView(NamedTuple):
         sent_at: by coded data point, when it was sent; NaN where it was not.
         answered: the coded data points with an answer.
         failed: those that will have none, as things are.
-        moved: those that are of other queries than the code's, which its decoder cannot use.
         queries: the queries that somebody waits for.
         limit: seconds after which a call is late, by the pool's rule.
         median: median seconds of a call.
@@ -78,13 +61,12 @@ class GroupView(NamedTuple):
     sent_at: Float[np.ndarray, " points"]
     answered: Bool[np.ndarray, " points"]
     failed: Bool[np.ndarray, " points"]
-    moved: Bool[np.ndarray, " points"]
     queries: tuple[QueryView, ...]
     limit: float
     median: float
     alone: bool = False
     trial: bool = False
-    looked: frozenset[Source] = frozenset()
+    looked: Container[Source] = frozenset()
 
     def late(self, now: float) -> Bool[np.ndarray, " points"]:
         """Return the coded data points that are not waited for any more."""
@@ -194,30 +176,39 @@ def decide(
 
     # Approximate answers, the cheapest first.
     given: list[Action] = []
-    left = lost
-    if evidence.approximates:
-        if evidence.predicts and late.any() and "predicted" not in group.looked:
-            return [Predict([each.place for each in lost])]
-        admitted: dict[Place, Source | None] = {}
-        for each in lost:
-            admitted[each.place] = _good_enough(each, evidence)
-        given += [
-            GiveOut(place, source) for place, source in admitted.items() if source is not None
-        ]
-        left = [each for each in lost if admitted[each.place] is None]
-        decodes = "decoded" not in group.looked and _decodes(group, evidence, policy, enough, last)
-        if left and decodes:
-            return [Decode([each.place for each in left])]
+    left: list[QueryView] = []
+    predicts = evidence.approximates and evidence.predicts and late.any()
+    if predicts and "predicted" not in group.looked:
+        return [Predict([each.place for each in lost])]
+    for query in lost:
+        for answer in query.answers if evidence.approximates else ():
+            if answer.source == "predicted" and not (answer.within and evidence.predicts):
+                continue  # or it has drifted since
+            risk = evidence.risk[answer.source]
+            if risk.admits(answer.disagreement, answer.error, calibrated=answer.within):
+                given.append(GiveOut(query.place, answer.source))
+                break
+        else:
+            left.append(query)
+    undecoded = left and evidence.approximates and "decoded" not in group.looked
+    if undecoded and _decodes(group, evidence, policy, enough, last):
+        return [Decode([each.place for each in left])]
     if not last:
         return [*given, wait]
 
     # No further answer can be waited for.
     failed, budget = ~sent | (group.failed & ~group.answered), evidence.budget
+
+    def certainty(query: QueryView) -> float:
+        """Return the probability that a decoded label is right; -1 where it is not decoded."""
+        known = [each.disagreement for each in query.answers if each.source == "decoded"]
+        return 1 - np.nan_to_num(known[0], nan=1.0) if known else -1.0
+
     again: list[Place] = []
-    for each in sorted(left, key=_certainty):
+    for each in sorted(left, key=certainty):
         if each.copied or not (hedges or failed[group.own[each.place[0]]].all()):
             continue
-        if _certainty(each) >= 0 and budget < 1:
+        if certainty(each) >= 0 and budget < 1:
             given.append(GiveOut(each.place, "decoded", forced=True))
         else:
             again.append(each.place)
@@ -226,29 +217,11 @@ def decide(
     return [*given, *copies, wait]
 
 
-def _certainty(query: QueryView) -> float:
-    """Return the probability that a query's decoded label is right; -1 where it is not decoded."""
-    for source, disagreement, *_ in query.estimates:
-        if source == "decoded":
-            return 0.0 if math.isnan(disagreement) else 1 - disagreement
-    return -1.0
-
-
-def _good_enough(query: QueryView, evidence: LateEvidence) -> Source | None:
-    """Return the source of the first approximate answer that may be given out."""
-    for source, disagreement, error, within in query.estimates:
-        if source == "predicted" and not (within and evidence.predicts):
-            continue  # or it has drifted since
-        if evidence.risk[source].admits(disagreement, error, calibrated=within):
-            return source
-    return None
-
-
 def _decodes(
     group: GroupView, evidence: LateEvidence, policy: BatchingPolicy, enough: int, last: bool
 ) -> bool:
     """Return whether decoding now may give answers, or evidence on them."""
-    coder, answers = group.coder, int((group.answered & ~group.moved).sum())
+    coder, answers = group.coder, int(group.answered.sum())
     if not answers or not coder.can_decode:
         return False
     if not (coder.systematic or answers >= enough or last):
@@ -263,6 +236,6 @@ def _decodes(
         cells = len(group.own)
         least = max(cells - 2, 1)
         if cells < coder.num_data:
-            sent = int((~np.isnan(group.sent_at) & ~group.moved).sum())
+            sent = int((~np.isnan(group.sent_at)).sum())
             enough = cells + (sent - cells) // 2
     return answers >= enough or (last and answers >= least)

@@ -1,20 +1,16 @@
 """Groups: queries that are coded together, and the state of their coded data points."""
 
 import dataclasses
-import heapq
-import itertools
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator
+from typing import Literal
 
 import numpy as np
+from jaxtyping import Shaped
 
 from ...pools import Batch
 from ._coder import Coder
-from ._decide import AnswerEstimate, GroupView, Place, QueryView
-from ._request import Answer, ApproximateAnswer, Query, Source
-
-# Seconds after its due time at which a group is handled, so that what was due has happened.
-_MARGIN = 1e-4
+from ._decide import GroupView, Place, QueryView
+from ._request import Query, Source
 
 
 @dataclasses.dataclass
@@ -28,186 +24,109 @@ class Cell:
     x: np.ndarray | None
 
 
-@dataclasses.dataclass(eq=False)
-class LateAnswer:
-    """An approximate answer that was given out, until the model's own comes to compare it with.
-
-    That is in this row of the first of these coded data points to be answered.
-    """
-
-    points: list[int]
-    row: int
-    given: ApproximateAnswer
-
-    @property
-    def kept_bytes(self) -> int:
-        x = self.given.x
-        return self.given.answer.value.nbytes + (0 if x is None else x.nbytes)
-
-
 class Group:
     """Up to K cells behind one code, and what came back of their N coded data points.
 
     Cells may differ in size. Coded data points have as many rows as the largest cell; the rows of a
-    smaller cell are repeated. Once no query is open, only `late` is left.
+    smaller cell are repeated. Once no query is open, it is kept while there are answers to compare.
+
+    Attributes:
+        coder: Its code.
+        kind: A "coded" group, a batch that goes to one worker "alone", or such a "copy" of late
+            queries, until it is answered.
+        trial: Its late queries are sent again even where that seems to be of no use.
+        began: When it was made.
+        cells: Its queries.
+        layout: Their coding; of a full group, until it is complete.
+        batch: The batch at the pool, which its opener sets.
+        sent_at: By coded data point, when it was sent; NaN where it was not.
+        mask: Those that are answered.
+        counted: Those that were counted as late.
+        answers: The answers; empty once the group is kept.
     """
 
-    def __init__(self, coder: Coder, now: float, *, alone: bool = False, trial: bool = False):
-        """Create an empty group; `alone` is a single batch that goes to one worker uncoded.
+    batch: Batch
 
-        Its late queries are sent again in a `trial` even where that seems to be of no use.
-        """
-        self.coder, self.began, self.alone, self.trial = coder, now, alone, trial
+    def __init__(
+        self, coder: Coder, kind: Literal["coded", "alone", "copy"], now: float, *, trial: bool
+    ):
+        """Create a group without queries."""
+        self.coder, self.kind, self.began, self.trial = coder, kind, now, trial
         self.cells: list[Cell] = []
-        self.rows = 0  # of the largest cell
-        self.layout = coder.layout(coder.num_data)  # of a full group, until it is complete
-        self.batch: Batch  # at the pool, which its opener sets
-        # By coded data point.
-        self.mask, self.moved, self.counted = np.zeros((3, coder.num_workers), bool)
+        self.layout = coder.layout(coder.num_data)
+        self.mask, self.counted = np.zeros((2, coder.num_workers), bool)
         self.sent_at = np.full(coder.num_workers, np.nan)
         self.answers: list[np.ndarray | None] = [None] * coder.num_workers
-        # Approximate answers by query and source, and whether each is within its limit.
-        self.estimates: dict[Place, dict[Source, tuple[Answer, bool]]] = {}
-        self.late: list[LateAnswer] = []
-        self.is_copy = False  # of late queries, until it is answered
-        self.posted = False  # it is in the scheduler's inbox
-        self.closed = False
-        self.due = math.inf
 
     @property
-    def full(self) -> bool:
-        return len(self.cells) == self.coder.num_data
+    def alone(self) -> bool:
+        return self.kind != "coded"
 
     @property
-    def pending(self) -> bool:
-        return any(True for _ in self.open_queries())
+    def rows(self) -> int:
+        """The queries of the largest cell."""
+        return max((len(cell.queries) for cell in self.cells), default=1)
 
-    def add(self, cell: Cell) -> None:
-        self.cells.append(cell)
-        self.rows = max(self.rows, len(cell.queries))
-        for query in cell.queries:
+    def add(self, queries: list[Query]) -> np.ndarray:
+        """Add a cell, and return its data; neighbours of one request are not copied."""
+        request, begin = queries[0].request, queries[0].place
+        places = [query.place for query in queries if query.request is request]
+        if request.x is not None and places == [*range(begin, begin + len(queries))]:
+            x = request.x[begin : begin + len(queries)]
+        else:  # queries that are over are taken out of the queue, and all others have their data
+            x = np.stack([query.x for query in queries if query.x is not None])
+        self.cells.append(Cell(queries, x))
+        for query in queries:
             query.groups.append(self)
-
-    def add_answer(self, point: int, answer: np.ndarray) -> None:
-        self.mask[point] = True
-        if self.cells:
-            self.answers[point] = answer
-
-    def add_estimate(self, place: Place, answer: Answer, within: bool, epoch: int) -> None:
-        """Take an approximate answer, which will be compared with the model's own, given or not."""
-        query = self.query(place)
-        query.approximate[answer.source] = ApproximateAnswer(answer, query.x, epoch)
-        self.estimates.setdefault(place, {})[answer.source] = answer, within
+        return x
 
     def query(self, place: Place) -> Query:
         return self.cells[place[0]].queries[place[1]]
 
-    def open_queries(self) -> Iterator[tuple[Place, Query]]:
-        """Yield the queries that somebody waits for, with their places."""
+    def queries(self) -> Iterator[tuple[Place, Query]]:
+        """Yield all queries, with their places."""
         for number, cell in enumerate(self.cells):
             for row, query in enumerate(cell.queries):
-                if not query.done:
-                    yield (number, row), query
+                yield (number, row), query
 
-    def view(self, looked: Iterable[Source]) -> GroupView:
-        """Return a snapshot, in a turn in which these sources were asked."""
+    def open_queries(self) -> Iterator[tuple[Place, Query]]:
+        """Yield the queries that somebody waits for, with their places."""
+        return (each for each in self.queries() if not each[1].done)
+
+    def compared(self) -> Iterator[tuple[Place, Query]]:
+        """Yield the queries with approximate answers that are still to be compared."""
+        return (each for each in self.queries() if each[1].approximate)
+
+    def view(self, looked: Container[Source]) -> GroupView:
+        """Return a snapshot, in a turn in which these sources were asked.
+
+        Decoded answers of earlier turns are left out: further answers may have come since.
+        """
         queries = []
         for place, query in self.open_queries():
-            found = tuple(
-                AnswerEstimate(source, answer.disagreement, answer.error, within)
-                for source, (answer, within) in self.estimates.get(place, {}).items()
-            )
+            sources: tuple[Source, ...] = ("predicted", "decoded")
+            known = [query.approximate.get(each) for each in sources[: 1 + ("decoded" in looked)]]
+            found = tuple(each for each in known if each is not None)
             queries.append(QueryView(place, query.reexecuted, found))
         failed = np.zeros_like(self.mask)
         for point in np.flatnonzero(~np.isnan(self.sent_at) & ~self.mask).tolist():
             failed[point] = self.batch.lost(point) if self.alone else self.batch.abandoned(point)
+        times, rows = self.batch.times, self.rows
         return GroupView(
             self.coder,
             self.layout.own[: len(self.cells)],
             self.sent_at,
             self.mask,
             failed,
-            self.moved,
             tuple(queries),
-            self.batch.times.limit(self.rows),
-            self.batch.times.median(self.rows),
+            times.limit(rows),
+            times.median(rows),
             self.alone,
             self.trial,
-            frozenset(looked),
-        )
-
-    def inputs(self) -> np.ndarray:
-        return np.stack([_repeated(cell.x, self.rows) for cell in self.cells], axis=1)
-
-    def drop_inputs(self) -> None:
-        """Let the queries' data go, which may be large: nothing more will be encoded."""
-        for cell in self.cells:
-            cell.x = None
-
-    def values(self) -> np.ndarray:
-        """Return all answers, (N, rows, ...), with zeros where there is none."""
-        some = next(answer for answer in self.answers if answer is not None)
-        values = np.zeros((len(self.answers), self.rows, *some.shape[1:]), some.dtype)
-        for point, answer in enumerate(self.answers):
-            if answer is not None:
-                values[point] = _repeated(answer, self.rows)
-        return values
-
-    def keep_late(self) -> None:
-        """Drop all but what late answers will be compared with."""
-        for place, cell in enumerate(self.cells):
-            points = self.layout.own[place].tolist()
-            for row, query in enumerate(cell.queries):
-                for given in query.approximate.values() if points else ():
-                    if given.given or given.forced:
-                        given.x = None if given.x is None else np.array(given.x)
-                        value = np.array(given.answer.value)
-                        given.answer = dataclasses.replace(given.answer, value=value)
-                        self.late.append(LateAnswer(points, row, given))
-                query.approximate = {}
-        self.cells, self.answers, self.estimates = [], [], {}
-        self.batch.drop_answers(self.mask)  # another may have come, and is to be received
-        self.batch.suffice()
-
-    def comes(self, late: LateAnswer) -> bool:
-        """Return whether the model's own answer may still come."""
-        return any(
-            not np.isnan(self.sent_at[point])
-            and not self.mask[point]
-            and not self.batch.abandoned(point)
-            and not self.batch.lost(point)
-            for point in late.points
+            looked,
         )
 
 
-def _repeated(x: np.ndarray | None, rows: int) -> np.ndarray:
+def repeat_rows(x: Shaped[np.ndarray, "few ..."], number: int) -> Shaped[np.ndarray, "number ..."]:
     """Return x with its rows repeated in turn up to this number."""
-    assert x is not None
-    return x if len(x) == rows else x[np.arange(rows) % len(x)]
-
-
-class GroupTimers:
-    """The times at which groups are to be handled; each group has one."""
-
-    def __init__(self):
-        self._heap: list[tuple[float, int, Group]] = []
-        self._numbers = itertools.count()
-
-    @property
-    def next(self) -> float:
-        return self._heap[0][0] if self._heap else math.inf
-
-    def set(self, group: Group, due: float, now: float) -> None:
-        """Handle the group at this time, instead of the time set before."""
-        when = max(due, now) + _MARGIN
-        if when < math.inf and when != group.due:
-            group.due = when
-            heapq.heappush(self._heap, (when, next(self._numbers), group))
-
-    def pop_due(self, now: float) -> Iterator[Group]:
-        """Yield the groups whose time has come."""
-        while self._heap and self._heap[0][0] <= now:
-            due, _, group = heapq.heappop(self._heap)
-            if due == group.due and not group.closed:
-                group.due = math.inf
-                yield group
+    return x if len(x) == number else x[np.arange(number) % len(x)]

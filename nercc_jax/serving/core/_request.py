@@ -15,13 +15,9 @@ from jaxtyping import Bool, Float, Int, PyTree, Shaped
 Source: TypeAlias = Literal["exact", "decoded", "predicted"]
 
 _LONGEST_MESSAGE = 500  # characters
-
 # Scales of queries that are remembered, after how many the median is computed, and the factor
 # beyond which a query is odd.
 _SCALES, _FEWEST_SCALES, _ODD = 127, 16, 100.0
-
-# The only dtype that can be coded.
-CODED = np.dtype(np.float32)
 
 
 class QueueFull(RuntimeError):
@@ -94,9 +90,28 @@ class Reply:
         return np.where(self.exact, exact, approximate).tolist()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Answer:
-    """The answer to one query, or to several, one row each, and where it came from."""
+    """The answer to one query, or to several, one row each, and where it came from.
+
+    Attributes:
+        value: the answer.
+        source: where it came from.
+        asked: the number of workers that had received the query, or a coded data point of its
+            group.
+        responded: the number of those that had responded.
+        disagreement: the probability that the label differs from the model's own.
+        error: the error bar.
+        suspicious: whether it is the model's own, looked wrong, and nobody confirmed it.
+        features: of a decoded answer, its features.
+        x: of an approximate answer, which is compared with the model's own, the query's data point.
+        epoch: of the evidence (`Risk.epoch`) when it was made.
+        within: whether it is within the limit of a calibration.
+        given: whether it was given out, and counts for what was promised.
+        forced: whether it was given out although it is less certain than was promised.
+        repeated: whether the model was asked again because the first call failed.
+        widened: the factor of the error bar with which it was given out.
+    """
 
     value: np.ndarray
     source: Source
@@ -105,26 +120,10 @@ class Answer:
     disagreement: float = 0.0
     error: float = 0.0
     suspicious: bool = False
-    features: np.ndarray | None = None  # of a decoded one
-
-
-@dataclasses.dataclass
-class ApproximateAnswer:
-    """An answer to a straggler's query that will be compared with the model's own.
-
-    Attributes:
-        answer: the answer, not the model's own.
-        x: the query's data point; None once it is not kept any more.
-        epoch: of the evidence (`Risk.epoch`) when the answer was made.
-        given: whether it was given out, and counts for what was promised.
-        forced: whether it was given out although it is less certain than was promised.
-        repeated: whether the model was asked again because the first call failed.
-        widened: the factor of the error bar with which it was given out.
-    """
-
-    answer: Answer
-    x: np.ndarray | None
-    epoch: int
+    features: np.ndarray | None = None
+    x: np.ndarray | None = None
+    epoch: int = 0
+    within: bool = False
     given: bool = False
     forced: bool = False
     repeated: bool = False
@@ -132,7 +131,23 @@ class ApproximateAnswer:
 
 
 class Request:
-    """B queries that arrived together and get one reply. Only the scheduler's thread changes it."""
+    """B queries that arrived together and get one reply. Only the deciding thread changes it.
+
+    Attributes:
+        x: All queries, until the request is over.
+        future: Gets the reply.
+        arrived: When it came.
+        deadline: Seconds after which it fails.
+        turn: When it came, less the seconds by which it overtakes others.
+        exact_only: Whether only the model's own answers are accepted.
+        own: Whose it is: a caller's (None), or the server's own, to compare what was given out
+            ("audit"), or to see whether somebody answers ("probe").
+        sent: When its first query was sent; infinite before.
+        queued: Whether it has been put into the queue.
+        queries: Its queries.
+        left: Queries without an answer.
+        reply: The reply, as far as there are answers.
+    """
 
     def __init__(
         self,
@@ -142,29 +157,21 @@ class Request:
         deadline: float,
         exact: bool,
         lead: float = 0.0,
+        own: Literal["audit", "probe"] | None = None,
     ):
-        """Create a request of queries (B, ...), whose answers are written into `values`.
-
-        It fails `deadline` seconds after it arrived. `exact` accepts only the model's own answers.
-        It overtakes requests that arrived up to `lead` seconds earlier; 0 is ordinary priority.
-        """
+        """Create a request of queries (B, ...), whose answers are written into `values`."""
         size = len(x)
-        self.x: np.ndarray | None = x  # all queries, until the request is over
+        self.x: np.ndarray | None = x
         self.future: concurrent.futures.Future[Reply] = concurrent.futures.Future()
-        self.arrived, self.deadline = arrived, deadline
-        self.high, self.turn = lead > 0, arrived - lead
-        self.sent = np.inf  # when its first query was sent
-        self.exact_only = exact
-        self.audits = False  # it is the scheduler's own, to compare what was given out
-        self.queued = False
+        self.arrived, self.deadline, self.turn = arrived, deadline, arrived - lead
+        self.exact_only, self.own = exact, own
+        self.sent, self.queued = np.inf, False
         self.queries = [Query(self, place, row) for place, row in enumerate(x)]
-        self._left = size
-        self._values = values
-        self._exact, self._predicted = np.ones(size, bool), np.zeros(size, bool)
-        self._reexecuted, self._suspicious = np.zeros((2, size), bool)
-        self._asked = np.zeros(size, int)
-        self._responded = np.zeros(size, int)
-        self._expected = np.zeros((2, size))
+        self.left = size
+        predicted, reexecuted, suspicious = np.zeros((3, size), bool)
+        counts, expected = np.zeros((2, size), int), np.zeros((2, size))
+        flags = np.ones(size, bool), predicted, reexecuted, suspicious
+        self.reply = Reply(values, *flags, *counts, *expected, queued=0.0, seconds=0.0)
 
     def on_cancel(self, notify: Callable[["Request"], Any]) -> None:
         """Call `notify(self)`, from any thread, when somebody cancels the future."""
@@ -178,35 +185,20 @@ class Request:
 
         self.future.add_done_callback(ended)
 
-    def answer(self, queries: Sequence["Query"], answer: Answer) -> bool:
-        """Store the answers to some queries, one row each, and return whether none is missing."""
-        places = [query.place for query in queries]
-        self._values[places] = answer.value
-        self._asked[places], self._responded[places] = answer.asked, answer.responded
+    def answer(self, queries: Sequence["Query"], answer: Answer, rows: Sequence[int]) -> None:
+        """Store the answers to some queries, which are these rows."""
+        places, reply = [query.place for query in queries], self.reply
+        reply.values[places] = answer.value[rows]
+        reply.asked[places], reply.responded[places] = answer.asked, answer.responded
         if answer.source != "exact":
-            self._exact[places], self._predicted[places] = False, answer.source == "predicted"
-            self._expected[0, places] = answer.disagreement
-            self._expected[1, places] = answer.error
+            reply.exact[places], reply.predicted[places] = False, answer.source == "predicted"
+            reply.expected_disagreement[places] = answer.disagreement
+            reply.expected_error[places] = answer.error
         if answer.suspicious:
-            self._suspicious[places] = True
+            reply.suspicious[places] = True
         if again := [query.place for query in queries if query.reexecuted]:
-            self._reexecuted[again] = True
-        self._left -= len(places)
-        return self._left == 0
-
-    def reply(self, now: float) -> Reply:
-        return Reply(
-            self._values,
-            self._exact,
-            self._predicted,
-            self._reexecuted,
-            self._suspicious,
-            self._asked,
-            self._responded,
-            *self._expected,
-            queued=self.sent - self.arrived,
-            seconds=now - self.arrived,
-        )
+            reply.reexecuted[again] = True
+        self.left -= len(places)
 
     def release(self) -> None:
         """Drop the queries' data, which may be large and must not live until the deadline."""
@@ -226,12 +218,11 @@ class Query:
         reexecuted: whether it was sent a second time.
         approximate: answers that are to be compared with the model's own, by their sources.
         candidates: the model's answers that are held back to be compared, by their workers.
-        expected: what the model's own answer is expected to be (`AnswerChecks`).
     """
 
     __slots__ = (
-        "approximate", "candidates", "done", "expected", "groups", "place", "reexecuted", "request",
-        "waiting", "x",
+        "approximate", "candidates", "done", "groups", "place", "reexecuted", "request", "waiting",
+        "x",
     )  # fmt: skip
 
     def __init__(self, request: Request, place: int, x: np.ndarray):
@@ -239,67 +230,14 @@ class Query:
         self.x: np.ndarray | None = x
         self.groups: list[Any] = []  # of `Group`, which this file does not know
         self.done = self.reexecuted = False
-        self.approximate: dict[Source, ApproximateAnswer] = {}
+        self.approximate: dict[Source, Answer] = {}
         self.candidates: dict[int, np.ndarray] = {}
-        self.expected: Any = None  # an `Expectation`
         self.waiting = True
 
     @property
     def copied(self) -> bool:
         """True while a further worker has it."""
         return any(not group.mask.all() for group in self.groups[1:])
-
-    def leave_groups(self) -> list[Any]:
-        """Forget the groups, and return them.
-
-        A finished query must not hold them in a reference cycle: a collection of garbage stops all
-        threads of a server.
-        """
-        groups, self.groups = self.groups, []
-        return groups
-
-    def source_of(self, answer: Answer) -> str:
-        """Return the answer's source, or "reexecuted" for an exact answer at the second attempt."""
-        return "reexecuted" if answer.source == "exact" and self.reexecuted else answer.source
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchSpec:
-    """The shape and dtype of the rows of a batch: queries, or answers."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype = CODED
-
-    def zeros(self, number: int) -> Shaped[np.ndarray, "number ..."]:
-        return np.zeros((number, *self.shape), self.dtype)
-
-    def check(self, x: np.ndarray) -> Shaped[np.ndarray, "batch ..."]:
-        """Return queries as workers receive them.
-
-        Raises ValueError where they are not rows of this shape and kind, or not finite.
-        """
-        x = np.asarray(x)
-        if x.ndim != len(self.shape) + 1 or x.shape[1:] != self.shape or not len(x):
-            raise ValueError(
-                f"queries must come as an array of shape (B, {', '.join(map(str, self.shape))}) "
-                f"with B of 1 or more, not {x.shape}"
-            )
-        if self.dtype != CODED:
-            if x.dtype != self.dtype:
-                raise ValueError(f"queries are {x.dtype}, but the model takes {self.dtype}")
-            return np.ascontiguousarray(x)
-        if not np.issubdtype(x.dtype, np.floating):
-            raise ValueError(f"queries are {x.dtype}: codes work on floats, so convert them first")
-        if x.dtype != self.dtype:  # workers compute in float32, where too large a number is inf
-            with np.errstate(over="ignore"):
-                x = x.astype(self.dtype)
-        x = np.ascontiguousarray(x)
-        if not np.isfinite(x).all():
-            finite = np.isfinite(x.reshape(len(x), -1)).all(axis=1)
-            raise ValueError(
-                f"queries {np.flatnonzero(~finite).tolist()} are not finite in float32"
-            )
-        return x
 
 
 def fill_up(x: Shaped[np.ndarray, "..."], size: int, axis: int = 0) -> Shaped[np.ndarray, "..."]:
@@ -308,6 +246,18 @@ def fill_up(x: Shaped[np.ndarray, "..."], size: int, axis: int = 0) -> Shaped[np
         return x
     more = (*x.shape[:axis], size - x.shape[axis], *x.shape[axis + 1 :])
     return np.concatenate([x, np.zeros(more, x.dtype)], axis)
+
+
+def message_of(error: BaseException) -> str:
+    """Return the text that clients see of an error, which may echo much of what they sent."""
+    public = error.public if isinstance(error, InferenceFailed) else str(error)
+    return shorten(public or type(error).__name__)
+
+
+def shorten(text: str) -> str:
+    if len(text) <= _LONGEST_MESSAGE:
+        return text
+    return f"{text[:_LONGEST_MESSAGE]}... ({len(text)} characters)"
 
 
 class ScaleMonitor:
@@ -336,15 +286,3 @@ class ScaleMonitor:
             self._range = (usual / _ODD, usual * _ODD) if usual > 0 else (0.0, math.inf)
         least, most = self._range
         return not (least <= min(scales) and max(scales) <= most)
-
-
-def message_of(error: BaseException) -> str:
-    """Return the text that clients see of an error, which may echo much of what they sent."""
-    public = error.public if isinstance(error, InferenceFailed) else str(error)
-    return shorten(public or type(error).__name__)
-
-
-def shorten(text: str) -> str:
-    if len(text) <= _LONGEST_MESSAGE:
-        return text
-    return f"{text[:_LONGEST_MESSAGE]}... ({len(text)} characters)"

@@ -1,6 +1,5 @@
-"""The requests that have no reply yet: the queue of what no worker has had, and their ends."""
+"""The requests that have no reply yet: the queue of what no worker has had, ends, and health."""
 
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -10,11 +9,12 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from ...pools import AbstractPool
 from ...pools.clock import AbstractClock
 from .._policy import Observe
-from ._health import Health, HealthMonitor
+from ._coder import Coder
 from ._request import (
     Answer,
     DeadlineExceeded,
@@ -28,8 +28,15 @@ from ._request import (
 
 _LOG = logging.getLogger(__name__)
 
-_NUMBERS = itertools.count()  # queries of the same turn go in the order in which they came
-_STALE = 256  # deadlines of finished requests that are kept before the heap is rebuilt
+Item = TypeVar("Item")
+
+# Seconds without a turn after which a thread counts as stuck, ...
+STUCK = 5.0
+# ... and without an answer while queries wait after which a batcher is not ready. Models that take
+# long have this many answer times instead.
+_SILENT, _ANSWER_TIMES = 3.0, 5
+# Failed queries in a row after which the batcher sends a probe, and the seconds between probes.
+_SUSPICIOUS, _PROBE_EVERY = 3, 1.0
 
 
 class Budget:
@@ -49,78 +56,58 @@ class Budget:
             self.left = min(self.left + self._share * queries, most)
 
 
-class EventQueue:
-    """The scheduler's thread and its inbox: requests, changed groups, free workers.
+class Timers(Generic[Item]):
+    """Items in the order of the times at which they are due; each has one."""
 
-    Any thread may `post`; only the scheduler's own thread takes events out.
-    """
-
-    def __init__(self, clock: AbstractClock, name: str, turn: Callable[[], float]):
-        """Create the thread, which calls `turn()` after each event and when that asked for it."""
-        self._events: collections.deque[Any] = collections.deque()
-        self._turns = clock.turns(name, turn)
-        self.start, self.wake, self.close = self._turns.start, self._turns.wake, self._turns.close
-
-    def post(self, event: Any) -> None:
-        self._events.append(event)
-        self._turns.wake()
-
-    def post_group(self, group: Any) -> None:
-        """Add a group to which something happened, unless it waits here already."""
-        if not group.posted:
-            group.posted = True
-            self.post(group)
-
-    def __bool__(self) -> bool:
-        """Return whether there is any event."""
-        return bool(self._events)
-
-    def take(self) -> list[Any]:
-        """Return the events so far; what comes meanwhile is left for the next turn."""
-        return [self._events.popleft() for _ in range(len(self._events))]
-
-
-class Lane:
-    """Queries in the order of their turns: the arrival of their request, less its lead.
-
-    A query of high priority overtakes ordinary ones that arrived at most the lead before it. An
-    ordinary query waits only for those that arrive within the lead after it, so it cannot starve.
-    """
-
-    def __init__(self):
-        self._heap: list[tuple[float, int, Query]] = []
+    def __init__(self, stale: int = 256):
+        """Create no timers; besides twice the items, `stale` entries are kept at most."""
+        self._heap: list[tuple[float, int, Item]] = []
+        self._due: dict[Item, tuple[float, int]] = {}
+        self._numbers, self._stale = itertools.count(), stale
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._due)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self._due)
 
     @property
-    def turn(self) -> float:
-        """The turn of the first query."""
-        return self._heap[0][0]
+    def next(self) -> float:
+        """The time of the next one; infinite for none."""
+        return self._heap[0][0] if self._heap else math.inf
 
-    @property
-    def since(self) -> float:
-        """The arrival of the query that has waited for longest."""
-        return min(query.request.arrived for *_, query in self._heap)
+    def set(self, item: Item, due: float) -> None:
+        """Have an item due at this time, instead of the time set before."""
+        self.drop(item)
+        if due < math.inf:
+            self._due[item] = entry = due, next(self._numbers)
+            heapq.heappush(self._heap, (*entry, item))
 
-    def add(self, request: Request) -> None:
-        for query in request.queries:
-            heapq.heappush(self._heap, (request.turn, next(_NUMBERS), query))
+    def drop(self, item: Item) -> None:
+        self._due.pop(item, None)
+        if len(self._heap) > 2 * len(self._due) + self._stale:
+            self._heap = [each for each in self._heap if self._due.get(each[2]) == each[:2]]
+            heapq.heapify(self._heap)
+        while self._heap and self._due.get(self._heap[0][2]) != self._heap[0][:2]:
+            heapq.heappop(self._heap)
 
-    def pop(self, number: int) -> list[Query]:
-        return [heapq.heappop(self._heap)[2] for _ in range(number)]
-
-    def sweep(self) -> None:
-        self._heap = [each for each in self._heap if not each[2].done]
-        heapq.heapify(self._heap)
+    def pop_due(self, now: float = math.inf) -> Iterator[Item]:
+        """Yield the items whose time has come, in order."""
+        while self._heap and self._heap[0][0] <= now:
+            item = self._heap[0][2]
+            self.drop(item)
+            yield item
 
 
 class QueryQueue:
     """The bounded queue of queries that no worker has had: a lane for those to be coded, and exact.
 
-    The lane whose first query has the earlier turn is next. Exact queries travel alone and others
-    in groups, hence the lanes. `waiting` and `reserve` may be used by any thread, all else only by
-    the scheduler's.
+    Queries of a lane stand in the order of their turns, the arrival of their request less its lead,
+    and the lane whose first query has the earlier turn is next. One of high priority overtakes
+    ordinary ones that arrived at most the lead before it. An ordinary one waits only for those that
+    arrive within the lead after it, so it cannot starve. Exact queries travel alone and others in
+    groups, hence the lanes. `waiting` and `reserve` may be used by any thread, all else only by the
+    deciding one.
     """
 
     def __init__(self, capacity: int):
@@ -128,11 +115,11 @@ class QueryQueue:
 
         Those of high priority find room for a quarter more.
         """
-        self.exact, self.coded = Lane(), Lane()
+        self.exact: Timers[Query] = Timers()
+        self.coded: Timers[Query] = Timers()
         self.capacity, self.waiting = capacity, 0
+        self.popped: list[Query] = []  # in the present step of the thread
         self._lock = threading.Lock()
-        self._dead = 0  # queries that stand in a lane, but nobody waits for
-        self._popped: list[Query] = []
 
     def reserve(self, number: int, *, high: bool = False) -> bool:
         """Reserve room for a number of queries, and return whether there is any."""
@@ -143,67 +130,148 @@ class QueryQueue:
         return reserved
 
     def add(self, request: Request) -> None:
-        (self.exact if request.exact_only else self.coded).add(request)
+        lane = self.exact if request.exact_only else self.coded
+        for query in request.queries:
+            lane.set(query, request.turn)
 
-    def next_lane(self, *, hold_coded: bool = False) -> Lane | None:
+    def next_lane(self, *, hold_coded: bool = False) -> Timers[Query] | None:
         """Return the lane to serve next, or None; without queries to be coded if these are held."""
-        for lane in (self.exact, self.coded) if self._dead else ():
-            lane.sweep()
-        self._dead = 0
-        if not self.waiting:
-            return None
-        exact, coded = bool(self.exact), bool(self.coded) and not hold_coded
-        if exact and coded:
-            return min(self.exact, self.coded, key=lambda lane: lane.turn)
-        return self.exact if exact else self.coded if coded else None
+        lane = min(self.exact, self.exact if hold_coded else self.coded, key=lambda each: each.next)
+        return lane if len(lane) else None
 
-    def workers_for(self, lane: Lane, workers: int) -> int:
+    def workers_for(self, lane: Timers[Query], workers: int) -> int:
         """Return how many of these workers a lane may use, in proportion to its length."""
         own, total = len(lane), len(self.exact) + len(self.coded)
         return max(workers * own // total, 1) if own < total else workers
 
-    def pop(self, lane: Lane, number: int) -> list[Query]:
-        queries = lane.pop(number)
-        self._popped += queries
+    def pop(self, lane: Timers[Query], number: int) -> list[Query]:
+        queries = list(itertools.islice(lane.pop_due(), number))
+        self.popped += queries
         for query in queries:
             query.waiting = False
-        self._count(-number)
+        with self._lock:
+            self.waiting -= number
         return queries
-
-    def take_popped(self) -> list[Query]:
-        popped, self._popped = self._popped, []
-        return popped
 
     def discard(self, query: Query) -> None:
         """Mark a query as over, wherever it stands."""
         query.done = True
         if query.waiting:
             query.waiting = False
-            self._count(-1)
-            self._dead += 1
+            self.exact.drop(query)
+            self.coded.drop(query)
+            with self._lock:
+                self.waiting -= 1
 
-    def _count(self, change: int) -> None:
-        with self._lock:
-            self.waiting += change
+
+@dataclasses.dataclass(frozen=True)
+class Health:
+    """The health of a batcher or a model: where it is not live, only a restart would help."""
+
+    live: bool
+    ready: bool
+    trouble: str | None = None
+
+
+class HealthMonitor:
+    """Judges a batcher by its turns and answers. Its thread reports, any thread may ask.
+
+    Attributes:
+        failed_in_a_row: the number of requests that failed since the last answer.
+        probe_error: why the latest probe failed, if nothing was answered since.
+        broken: why nothing is answered any more, if so.
+        closing: no more requests are taken.
+    """
+
+    def __init__(self, clock: AbstractClock):
+        self._clock = clock
+        self._last_turn = clock.now()
+        # Since when somebody waits and nobody was answered; infinite if nobody waits.
+        self._silent_since = math.inf
+        self.failed_in_a_row = 0
+        self._probed_at = 0.0
+        self.probe_error: str | None = None
+        self.broken: str | None = None
+        self.closing = False
+
+    def report_turn(self, open_requests: bool) -> float:
+        """Record a turn of the batcher's thread, and return the time."""
+        now = self._last_turn = self._clock.now()
+        if not open_requests:
+            self._silent_since = math.inf
+        elif math.isinf(self._silent_since):
+            self._silent_since = now
+        return now
+
+    def report_answer(self, now: float) -> None:
+        self._silent_since, self.failed_in_a_row, self.probe_error = now, 0, None
+
+    def probe_due(self, now: float) -> bool:
+        """Return whether to send a probe now; if so, the next one is due a second later."""
+        suspicious = self.failed_in_a_row >= _SUSPICIOUS or self.probe_error is not None
+        due = suspicious and now >= self._probed_at + _PROBE_EVERY
+        if due:
+            self._probed_at = now
+        return due
+
+    def health(self, pool: AbstractPool, coder: Coder, answer_time: float) -> Health:
+        """Return whether a query would be answered now.
+
+        A group takes as many workers as the code needs answers, if the pool has a worker for each
+        coded data point; otherwise one worker computes several of them.
+
+        Args:
+            pool: The workers.
+            coder: The code.
+            answer_time: Seconds that an answer usually takes; infinite for unknown.
+        """
+        now, live, trouble = self._clock.now(), True, None
+        silence, pool_silence = now - self._silent_since, pool.clock.now() - pool.heartbeat
+        if self.broken is not None:
+            live, trouble = False, self.broken
+        elif self.closing:
+            trouble = "draining"
+        elif now - self._last_turn > STUCK:
+            live, trouble = False, f"the batcher is stuck for {now - self._last_turn:.0f} s"
+        elif silence > max(_SILENT, _ANSWER_TIMES * answer_time if answer_time < math.inf else 0.0):
+            trouble = f"no answer for {silence:.0f} s while queries wait"
+        elif self.probe_error is not None:
+            trouble = f"a query of its own got no answer: {self.probe_error}"
+        elif pool.trouble is not None:
+            live, trouble = False, pool.trouble
+        elif pool_silence > STUCK:
+            live, trouble = False, f"the pool is stuck for {pool_silence:.0f} s"
+        elif pool.alarm is not None:
+            trouble = pool.alarm
+        else:  # only now: a pool that is stuck may not report
+            report = pool.report()
+            ready = report.num_workers - report.starting
+            least = coder.num_data if report.num_workers >= coder.num_workers else 1
+            if ready == 0:
+                trouble = f"none of {report.num_workers} workers is ready"
+            elif ready < least:
+                few = f"{ready} of {report.num_workers} workers are ready"
+                trouble = f"{few}, and a group needs answers of {least}"
+        return Health(live, trouble is None, trouble)
 
 
 class OpenRequests:
     """Accepts requests, resolves their futures, and keeps their deadlines.
 
-    `accept`, `close`, `wait`, `trouble` and `len` may be used by any thread, all else only by the
-    scheduler's. Methods that end queries return the groups that should be looked at because of it.
+    `accept`, `drain` and `len` may be used by any thread, all else only by the deciding one. `look`
+    is called with each group in which a query ended elsewhere. The `monitor` knows whether requests
+    are taken, and answered.
     """
 
-    def __init__(self, queue: QueryQueue, observe: Observe, clock: AbstractClock):
-        self._queue, self._observe, self._clock = queue, observe, clock
+    def __init__(
+        self, queue: QueryQueue, observe: Observe, clock: AbstractClock, look: Callable[[Any], Any]
+    ):
+        self._queue, self._observe, self._clock, self._look = queue, observe, clock, look
         self._settled = threading.Condition()
         self._open: set[Request] = set()
-        self._deadlines: list[tuple[float, int, Request]] = []
-        self._numbers = itertools.count()
+        self.deadlines: Timers[Request] = Timers()
         self.monitor = HealthMonitor(clock)
-        self.closing = False
-        self._broken: str | None = None
-        self._probe: Request | None = None  # the batcher's own request, which is not counted
+        self._probe: Request | None = None  # the server's own request, which is not counted
 
     def __len__(self) -> int:
         return len(self._open)
@@ -216,18 +284,18 @@ class OpenRequests:
 
         Raises:
             QueueFull: where the queue has no room.
-            ServerClosing: after `close`.
-            InferenceFailed: where the scheduler has died.
+            ServerClosing: after `drain`.
+            InferenceFailed: where the deciding thread has died.
         """
         number = len(request.queries)
         with self._settled:
-            if self._broken is not None:
+            if self.monitor.broken is not None:
                 self._observe("request_failed", 0.0)
-                raise InferenceFailed(self._broken)
-            if self.closing:
+                raise InferenceFailed(self.monitor.broken)
+            if self.monitor.closing:
                 self._observe("request_draining", 0.0)
                 raise ServerClosing("no more requests are taken: the server is shutting down")
-            if not self._queue.reserve(number, high=request.high):
+            if not self._queue.reserve(number, high=request.turn < request.arrived):
                 self._observe("request_queue_full", 0.0)
                 raise QueueFull(
                     f"{self._queue.waiting} queries wait and {number} more came; the queue holds "
@@ -235,146 +303,125 @@ class OpenRequests:
                 )
             self._open.add(request)
 
-    def accept_own(self, request: Request, *, audits: bool) -> bool:
-        """Accept a request of the batcher's own, which is not counted, and return whether.
+    def accept_own(self, request: Request) -> bool:
+        """Accept a request of the server's own, which is not counted, and return whether.
 
         There is one probe at a time. An audit is not accepted where queries wait.
         """
+        audits = request.own == "audit"
         with self._settled:
             barred = self._queue.waiting > 0 if audits else self._probe in self._open
-            if self.closing or barred or not self._queue.reserve(len(request.queries)):
+            full = barred or not self._queue.reserve(len(request.queries))
+            if self.monitor.closing or full:
                 return False
-            self._probe, request.audits = self._probe if audits else request, audits
+            self._probe = self._probe if audits else request
             self._open.add(request)
+        self.enqueue(request)
         return True
 
-    def keep_deadline(self, request: Request) -> None:
-        end = request.arrived + request.deadline
-        heapq.heappush(self._deadlines, (end, next(self._numbers), request))
+    def enqueue(self, request: Request) -> None:
+        """Put an accepted request into the queue, once, and keep its deadline."""
+        if not request.queued:
+            request.queued = True
+            self._queue.add(request)
+            self.deadlines.set(request, request.arrived + request.deadline)
 
-    @property
-    def next_deadline(self) -> float:
-        return self._deadlines[0][0] if self._deadlines else math.inf
-
-    def pop_expired(self, now: float) -> Iterator[Request]:
-        if len(self._deadlines) > 2 * len(self._open) + _STALE:
-            self._deadlines = [each for each in self._deadlines if each[2] in self._open]
-            heapq.heapify(self._deadlines)
-        while self._deadlines and self._deadlines[0][0] <= now:
-            yield heapq.heappop(self._deadlines)[2]
-
-    def answer(self, queries: Sequence[Query], answer: Answer, now: float) -> list[Any]:
-        """Give queries of any requests their answers, except those that nobody waits for."""
-        groups: list[Any] = []
+    def answer(self, queries: Sequence[Query], answer: Answer, now: float) -> None:
+        """Give out answers, one row each, to those queries that somebody waits for."""
         rows: dict[Request, list[int]] = {}
         for row, query in enumerate(queries):
-            if query.done:
-                continue
-            self._queue.discard(query)
-            left = query.leave_groups()
-            # The answer to a query that was sent again, or held back, does not come from all of its
-            # groups right now, which may be over.
-            if query.reexecuted or query.candidates:
-                groups += left
-            rows.setdefault(query.request, []).append(row)
+            if not query.done:
+                # A query that was sent again, or held back, has its answer from one of its groups;
+                # the others may be over now.
+                self._leave(query, look=query.reexecuted or bool(query.candidates))
+                rows.setdefault(query.request, []).append(row)
         for request, own in rows.items():
             self.monitor.report_answer(now)
             given = [queries[row] for row in own]
-            if self._counts(request):
-                sources = collections.Counter(query.source_of(answer) for query in given)
-                for source, number in sources.items():
-                    self._observe(f"query_{source}", number)
-            if request.answer(given, dataclasses.replace(answer, value=answer.value[own])):
-                self._reply(request)
-        return groups
+            if request.own is None:
+                again = sum(query.reexecuted for query in given) * (answer.source == "exact")
+                for source, number in ((answer.source, len(given) - again), ("reexecuted", again)):
+                    if number:
+                        self._observe(f"query_{source}", number)
+            request.answer(given, answer, own)
+            if request.left:
+                continue
+            seconds, queued = self._clock.now() - request.arrived, request.sent - request.arrived
+            if request.own is None:
+                self._observe("request_ok", seconds)
+                self._observe("compute_seconds", seconds - queued)
+            self._end(request)
+            reply = dataclasses.replace(request.reply, queued=queued, seconds=seconds)
+            _resolve(request.future.set_result, reply)
 
-    def _counts(self, request: Request) -> bool:
-        """Return whether a request is somebody's, and not the server's own."""
-        return request is not self._probe and not request.audits
-
-    def _reply(self, request: Request) -> None:
-        reply = request.reply(self._clock.now())
-        if self._counts(request):
-            self._observe("request_ok", reply.seconds)
-            self._observe("compute_seconds", reply.seconds - reply.queued)
-        self._settle(request)
-        _resolve(request.future.set_result, reply)
-
-    def fail(self, request: Request, error: Exception) -> list[Any]:
+    def fail(self, request: Request, error: Exception) -> None:
         """End a request with an error, unless it has ended."""
         if request not in self._open:
-            return []
-        groups = self._drop(request)
-        if request is self._probe:
+            return
+        self._end(request)
+        if request.own == "probe":
             _LOG.info("a query of the server's own got no answer", extra={"why": str(error)})
             self.monitor.probe_error = message_of(error)
-        elif not request.audits:
+        elif request.own is None:
             late = isinstance(error, DeadlineExceeded)
             what = "request_deadline" if late else "request_failed"
             self._observe(what, self._clock.now() - request.arrived)
             self.monitor.failed_in_a_row += 1
         _resolve(request.future.set_exception, error)
-        return groups
 
-    def cancel(self, request: Request, now: float) -> list[Any]:
-        if request not in self._open:
-            return []
-        self._observe("request_cancelled", now - request.arrived)
-        return self._drop(request)
+    def cancel(self, request: Request, now: float) -> None:
+        if request in self._open:
+            self._observe("request_cancelled", now - request.arrived)
+            self._end(request)
 
-    def close(self) -> None:
-        with self._settled:
-            self.closing = True
-
-    def wait(self, seconds: float) -> None:
-        """Wait until all requests have ended, but no longer than this."""
+    def drain(self, seconds: float, wake: Callable[[], Any]) -> None:
+        """Accept no more, `wake` the thread, and wait until all have ended, but no longer."""
         end = self._clock.now() + seconds
         with self._settled:
+            self.monitor.closing = True
+            wake()
             while self._owed and (left := end - self._clock.now()) > 0:
                 self._clock.wait(self._settled, left)
 
     def fail_all(self, error: BaseException) -> None:
-        """Fail all open requests and all that come, because the scheduler's thread ends."""
+        """Fail all open requests and all that come, because the deciding thread ends."""
         with self._settled:
-            self._broken = f"the batcher has failed: {error}"
+            self.monitor.broken = why = f"the batcher has failed: {error}"
             left, self._open = self._open, set()
             self._settled.notify_all()
         now = self._clock.now()
-        counts = [("request_failed", now - request.arrived) for request in left]
         for request in left:
-            _resolve(request.future.set_exception, InferenceFailed(self._broken))
+            _resolve(request.future.set_exception, InferenceFailed(why))
+        counts = [("request_failed", now - request.arrived) for request in left]
         for what, number in (("internal_error", 1), *counts):
             with contextlib.suppress(Exception):  # it may be what failed
                 self._observe(what, number)
 
-    def trouble(self, answer_time: float) -> Health | None:
-        """Return what is wrong, if anything; see `HealthMonitor.trouble`."""
-        if self._broken is not None:
-            return Health(False, False, self._broken)
-        if self.closing:
-            return Health(True, False, "draining")
-        return self.monitor.trouble(answer_time)
+    def _leave(self, query: Query, *, look: bool) -> None:
+        """End a query, which forgets its groups.
 
-    def _drop(self, request: Request) -> list[Any]:
-        groups: list[Any] = []
+        It must not hold them in a reference cycle: a collection of garbage stops all threads.
+        """
+        self._queue.discard(query)
+        groups, query.groups = query.groups, []
+        for group in groups if look else ():
+            self._look(group)
+
+    def _end(self, request: Request) -> None:
         for query in request.queries:
             if not query.done:
-                self._queue.discard(query)
-                groups += query.leave_groups()
-        self._settle(request)
-        return groups
-
-    @property
-    def _owed(self) -> bool:
-        """True if somebody waits for a request: the batcher's own comparisons do not count."""
-        return any(not request.audits for request in self._open)
-
-    def _settle(self, request: Request) -> None:
+                self._leave(query, look=True)
         request.release()
+        self.deadlines.drop(request)
         with self._settled:
             self._open.discard(request)
             if not self._owed:
                 self._settled.notify_all()
+
+    @property
+    def _owed(self) -> bool:
+        """True if somebody waits for a request: the server's own comparisons do not count."""
+        return any(request.own != "audit" for request in self._open)
 
 
 def _resolve(settle: Callable[[Any], None], outcome: Any) -> None:

@@ -1,57 +1,128 @@
-"""Messages of the Open Inference Protocol: requests to queries, and replies to outputs.
+"""Messages of the Open Inference Protocol: a record of requests, one of responses, and errors.
 
-`InferRequest` is a request of either transport. Its REST form is read and written here; `_grpc.py`
-has the other.
+JSON and the binary extension are read and written here, gRPC's messages in `transport/_grpc.py`.
+What a request asks for is checked by `question_of` alone, whoever has read it.
 """
 
+import asyncio
 import dataclasses
 import itertools
 import math
 import sys
 import uuid
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
+import grpc
 import numpy as np
 import orjson
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     Field,
     StrictBool,
     StrictFloat,
     StrictInt,
+    TypeAdapter,
     ValidationError,
+    WithJsonSchema,
 )
+from starlette.requests import ClientDisconnect
 
 from .._policy import MAX_DEADLINE_S
-from ..core._request import Reply
-from ._errors import InvalidInput, TooLarge, UnsupportedEncoding
-from ._servable import ADDED_OUTPUTS, Servable, Tensor
+from ..core._request import DeadlineExceeded, InferenceFailed, QueueFull, Reply, ServerClosing
+from ._servable import Servable, Tensor
 
 # The value of a probability or an error that is unknown: JSON has no NaN.
 UNKNOWN = -1.0
 
-_MICROSECONDS, _MILLISECONDS = 1e6, 1e3
-
-_REQUEST_PARAMETERS = frozenset(
+# Parameters that mean something, of a request, its inputs and its outputs. KServe's clients send
+# those of binary data by gRPC, too.
+_OF_REQUESTS = frozenset(
     ("nercc_exact", "nercc_deadline_ms", "timeout", "priority", "binary_data_output")
 )
-
-# Bytes that a compressed body may become at a time.
-_UNPACKED = 2**20
-
-# By the first letter of a datatype: the Python types that JSON may have for it, and their name.
+_OF_INPUTS, _OF_OUTPUTS = frozenset(("binary_data_size",)), frozenset(("binary_data",))
+# By kind of dtype: the Python types that JSON may have for it, and their name.
 _TYPES: Mapping[str, tuple[set[type], str]] = {
-    "F": ({int, float}, "numbers"),
-    "I": ({int}, "whole numbers"),
-    "U": ({int}, "whole numbers"),
-    "B": ({bool}, "booleans"),
+    "f": ({int, float}, "numbers"),
+    "i": ({int}, "whole numbers"),
+    "u": ({int}, "whole numbers"),
+    "b": ({bool}, "booleans"),
 }
-
 # Most inputs or outputs of a request, axes of a tensor (NumPy has no more), and parameters of each.
 _TENSORS, _AXES, _PARAMETERS = 1024, 64, 64
+
+
+class InvalidInput(ValueError):
+    """A request that is not as the protocol or the model wants it."""
+
+
+class Unauthenticated(Exception):
+    """A request without a token that the server knows."""
+
+    def __init__(self):
+        Exception.__init__(self, "a token is needed: Authorization: Bearer TOKEN")
+
+
+class ModelNotFound(Exception):
+    """There is no such model, or no such version of it."""
+
+    def __init__(self, model: str):
+        Exception.__init__(self, f"Model with name {model} does not exist.")
+
+
+class ServerNotReady(RuntimeError):
+    """The server or a model is not ready."""
+
+    def __init__(self, reason: str = ""):
+        RuntimeError.__init__(self, f"Server is not ready. {reason}".rstrip())
+
+
+class TooLarge(Exception):
+    """A body or a batch is larger than the server accepts."""
+
+
+class UnsupportedEncoding(Exception):
+    """A body is compressed."""
+
+
+class Overloaded(RuntimeError):
+    """The requests in progress use all memory they may: the client should come back later."""
+
+
+class ErrorKind(NamedTuple):
+    """An error's statuses in HTTP and gRPC, and its outcome in metrics and the log."""
+
+    http: int
+    grpc: grpc.StatusCode
+    outcome: str = "failed"
+
+
+KINDS: Mapping[type[Exception], ErrorKind] = {
+    InvalidInput: ErrorKind(400, grpc.StatusCode.INVALID_ARGUMENT, "invalid"),
+    Unauthenticated: ErrorKind(401, grpc.StatusCode.UNAUTHENTICATED),
+    ModelNotFound: ErrorKind(404, grpc.StatusCode.NOT_FOUND, "not_found"),
+    TooLarge: ErrorKind(413, grpc.StatusCode.RESOURCE_EXHAUSTED, "invalid"),
+    UnsupportedEncoding: ErrorKind(415, grpc.StatusCode.UNIMPLEMENTED, "invalid"),
+    QueueFull: ErrorKind(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "queue_full"),
+    NotImplementedError: ErrorKind(403, grpc.StatusCode.UNIMPLEMENTED),
+    InferenceFailed: ErrorKind(502, grpc.StatusCode.INTERNAL),
+    Overloaded: ErrorKind(503, grpc.StatusCode.UNAVAILABLE, "overloaded"),
+    ServerClosing: ErrorKind(503, grpc.StatusCode.UNAVAILABLE, "draining"),
+    ServerNotReady: ErrorKind(503, grpc.StatusCode.UNAVAILABLE, "not_ready"),
+    DeadlineExceeded: ErrorKind(504, grpc.StatusCode.DEADLINE_EXCEEDED, "deadline"),
+}
+
+
+def outcome_of(error: BaseException) -> str:
+    """Return the outcome, in metrics and the log, of a request that an error ends."""
+    if isinstance(error, ClientDisconnect | asyncio.CancelledError):
+        return "cancelled"
+    kind = KINDS.get(type(error))  # pyright: ignore[reportArgumentType]
+    return "failed" if kind is None else kind.outcome
+
+
+# The message of all other errors.
+INTERNAL = "internal error: see the server's log"
 
 
 def _refuse_many(parameters: Any) -> Any:
@@ -67,112 +138,56 @@ Parameters: TypeAlias = Annotated[
 ]
 
 
-class RequestInput(BaseModel):
-    """A tensor of a REST request."""
+@dataclasses.dataclass(slots=True)
+class RequestInput:
+    """An input tensor, whose data are numbers in lists, as JSON has them, or bytes."""
 
     name: str
     shape: Annotated[list[int], Field(max_length=_AXES, fail_fast=True)]
     datatype: str
     parameters: Parameters | None = None
-    data: list[Any] | None = None
+    data: Annotated[Any, WithJsonSchema({"type": "array", "items": {}})] = None
 
 
-class RequestOutput(BaseModel):
-    """An output that a REST request asks for."""
+@dataclasses.dataclass(slots=True)
+class RequestOutput:
+    """An output that a request asks for."""
 
     name: str
     parameters: Parameters | None = None
 
 
-class InferenceRequest(BaseModel):
-    """The JSON of a REST request."""
+@dataclasses.dataclass(slots=True)
+class InferenceRequest:
+    """A request by either face; all outputs are asked for if none is."""
 
-    id: str | None = None
-    parameters: Parameters | None = None
     inputs: Annotated[list[RequestInput], Field(max_length=_TENSORS, fail_fast=True)]
     outputs: Annotated[list[RequestOutput], Field(max_length=_TENSORS, fail_fast=True)] | None = (
         None
     )
-
-
-class ResponseOutput(BaseModel):
-    """A tensor of a REST response."""
-
-    name: str
-    shape: list[int]
-    datatype: str
-    parameters: Parameters | None = None
-    data: list[Any]
-
-
-class InferenceResponse(BaseModel):
-    """The JSON of a REST response."""
-
-    model_name: str
-    model_version: str | None = None
-    id: str
-    parameters: Parameters | None = None
-    outputs: list[ResponseOutput]
-
-
-class InputTensor(NamedTuple):
-    """An input tensor: as numbers (`data`, or what is wrong with them), or as bytes (`raw`)."""
-
-    name: str
-    shape: list[int]
-    datatype: str
-    data: np.ndarray | str | None = None
-    raw: bytes | memoryview | None = None
-
-
-class RequestedOutput(NamedTuple):
-    """An output that a request asks for, and whether as binary data."""
-
-    name: str
-    binary: bool = False
-
-
-@dataclasses.dataclass
-class InferRequest:
-    """An inference request of either transport; all outputs are asked for if none is."""
-
-    inputs: list[InputTensor]
     id: str | None = None
-    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    outputs: list[RequestedOutput] = dataclasses.field(default_factory=list)
-    binary_outputs: bool = False
+    parameters: Parameters | None = None
 
 
-def decompress(body: bytes | bytearray, encoding: str, limit: int) -> Iterator[bytes]:
-    """Yield the pieces of a body as it was before compression, by its Content-Encoding.
+AS_JSON = TypeAdapter(InferenceRequest)
 
-    Raises:
-        TooLarge: where the result is larger than the limit, in bytes.
-        UnsupportedEncoding: for an unknown encoding.
-        InvalidInput: where the body is not compressed so.
+
+class Response(NamedTuple):
+    """A response by either face.
+
+    Attributes:
+        id: the request's, or one of its own.
+        servable: the model.
+        parameters: what the reply as a whole rests on.
+        outputs: datatypes and arrays by name.
+        binary: the outputs that are asked for as binary data.
     """
-    kind = encoding.lower()
-    if kind == "identity":
-        yield bytes(body)
-        return
-    if kind not in ("gzip", "deflate"):
-        raise UnsupportedEncoding(f"Content-Encoding {encoding!r}: gzip and deflate are known")
-    reader = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # tells gzip from zlib by itself
-    size = 0
-    while not reader.eof:
-        try:
-            piece = reader.decompress(body, min(_UNPACKED, limit + 1 - size))
-        except zlib.error as error:
-            raise InvalidInput(f"the body is not {kind}: {error}") from error
-        size += len(piece)
-        if size > limit:
-            raise TooLarge(f"the body is more than {limit} bytes when decompressed")
-        if not piece and not reader.eof:
-            raise InvalidInput(f"the body's {kind} data ends too early")
-        yield piece
-        body = reader.unconsumed_tail
-    if reader.unused_data:
-        raise InvalidInput(f"{len(reader.unused_data)} bytes after the body's {kind} data")
+
+    id: str
+    servable: Servable
+    parameters: dict[str, Any]
+    outputs: dict[str, tuple[str, np.ndarray]]
+    binary: frozenset[str]
 
 
 def json_size(size: int, json_length: str | None, limit: int = sys.maxsize) -> int:
@@ -200,106 +215,95 @@ def json_size(size: int, json_length: str | None, limit: int = sys.maxsize) -> i
     return length
 
 
-def read_request(body: bytes | bytearray, json_length: str | None) -> InferRequest:
+def read_request(body: bytes | bytearray, json_length: str | None) -> InferenceRequest:
     """Read a REST body: JSON, which ends at `json_length` if binary tensors follow it.
 
     Raises InvalidInput where it is not such a body.
     """
     size = json_size(len(body), json_length)
-    data: list[np.ndarray | str | None] = []
     try:
-        value = orjson.loads(memoryview(body)[:size])
-        given = value.get("inputs") if isinstance(value, dict) else None
-        # Numbers become arrays before pydantic would look at each of them.
-        for each in given if isinstance(given, list) else ():
-            numbers = each.get("data") if isinstance(each, dict) else None
-            data.append(None)
-            if isinstance(numbers, list):
-                data[-1] = array_or_error(numbers, each.get("shape"), each.get("datatype"))
-                each["data"] = []
-        request = InferenceRequest.model_validate(value)
+        request = AS_JSON.validate_python(orjson.loads(memoryview(body)[:size]))
     except orjson.JSONDecodeError as error:
         raise InvalidInput(f"the body is not JSON: {error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = "".join(f"{part}: " for part in (".".join(map(str, first["loc"])),) if part)
         raise InvalidInput(f"the request is not as it should be: {where}{first['msg']}") from error
-    binary = memoryview(body)[size:]
-    inputs = []
-    for each, numbers in zip(request.inputs, data, strict=True):
-        raw = None
-        check_parameters(f"input {each.name!r}", each.parameters, {"binary_data_size"})
+
+    binary: Any = memoryview(body)[size:]
+    for place, each in enumerate(request.inputs):
+        if not isinstance(each.data, list | None):
+            raise InvalidInput(
+                f"the request is not as it should be: inputs.{place}.data: Input should be a list"
+            )
         size = (each.parameters or {}).get("binary_data_size")
-        if size is not None and each.data is not None:
+        if size is None:
+            continue
+        if each.data is not None:
             raise InvalidInput(f"input {each.name!r} has both data and a binary_data_size")
-        if size is not None:
-            if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary):
-                raise InvalidInput(
-                    f"input {each.name!r}: binary_data_size {size!r} does not fit the "
-                    f"{len(binary)} bytes that are left after the JSON"
-                )
-            raw, binary = binary[:size], binary[size:]
-        elif each.data is None:
-            raise InvalidInput(f"input {each.name!r} has neither data nor a binary_data_size")
-        inputs.append(InputTensor(each.name, each.shape, each.datatype.upper(), numbers, raw))
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary):
+            raise InvalidInput(
+                f"input {each.name!r}: binary_data_size {size!r} does not fit the "
+                f"{len(binary)} bytes that are left after the JSON"
+            )
+        each.data, binary = binary[:size], binary[size:]
     if len(binary):
         raise InvalidInput(f"{len(binary)} bytes are left over after all binary tensors")
-    parameters = request.parameters or {}
-    # An output that does not say so is binary if the request says that all are.
-    every = _boolean(parameters, "binary_data_output", False)
-    outputs = []
-    for each in request.outputs or ():
-        check_parameters(f"output {each.name!r}", each.parameters, {"binary_data"})
-        binary_output = _boolean(each.parameters or {}, "binary_data", every)
-        outputs.append(RequestedOutput(each.name, binary_output))
-    return InferRequest(inputs, request.id, parameters, outputs, every)
+    return request
 
 
-def array_or_error(data: Sequence[Any], shape: Any, datatype: Any) -> np.ndarray | str:
-    """Return a tensor's data as an array of one axis, or what is wrong with them.
+def question_of(
+    request: InferenceRequest, servable: Servable, most: int = sys.maxsize
+) -> tuple[np.ndarray | dict[str, np.ndarray], dict[str, Any]]:
+    """Check a request, and return its queries and the other arguments of `ServedModel.infer`.
 
-    Sizes and types are checked first, since NumPy converts whatever it is given, at a price.
-    """
-    try:
-        types, what = _TYPES[str(datatype)[:1].upper()]
-        # Of a shape without end even the product would take long.
-        count = math.prod(map(int, shape[: _AXES + 1]))
-        while len(data) and isinstance(data[0], list):
-            if len(set(map(len, data))) > 1:
-                return "nested lists have different lengths"
-            data = list(itertools.chain.from_iterable(data))
-        if len(data) != count:
-            return f"it takes {count} elements, but {len(data)} came"
-        # Nulls would become NaN, strings and booleans numbers.
-        if not set(map(type, data)) <= types:
-            return f"not all of it are {what}"
-        if what == "numbers":
-            with np.errstate(over="ignore"):
-                return np.fromiter(data, np.float64, count).astype(np.float32)
-        numbers = np.array(data, bool if what == "booleans" else None)
-    except KeyError:
-        return "its datatype is unknown"
-    except (ValueError, OverflowError, TypeError) as error:
-        return str(error)
-    # Whole numbers may be of any size.
-    return numbers if numbers.dtype.kind in "iub" else "some of it do not fit into 64 bits"
-
-
-def queries_of(
-    request: InferRequest, servable: Servable, most: int = sys.maxsize
-) -> np.ndarray | dict[str, np.ndarray]:
-    """Return a request's queries, (B, *shape), by name where the model takes a dict of arrays.
+    Queries are an array (B, *shape), or arrays by name where the model takes a dict of arrays. The
+    arguments are the parameters `nercc_exact` (a boolean), `nercc_deadline_ms`, and Triton's
+    `timeout` in microseconds and `priority`, 1 or 2 (0 means the default).
 
     Raises:
-        InvalidInput: for anything but tensors of the names, types and shapes in the metadata.
+        InvalidInput: for unknown outputs and parameters, values of another kind, and anything but
+            tensors of the names, types and shapes in the metadata.
         TooLarge: for more queries than `most`, for which there would never be room.
     """
+    parameters = request.parameters or {}
+    check_parameters("a request", parameters, _OF_REQUESTS)
+    for each in request.inputs:
+        check_parameters(f"input {each.name!r}", each.parameters, _OF_INPUTS)
+    _boolean(parameters, "binary_data_output", False)
+    for each in request.outputs or ():
+        check_parameters(f"output {each.name!r}", each.parameters, _OF_OUTPUTS)
+        _boolean(each.parameters or {}, "binary_data", False)
+    names, known = [each.name for each in request.outputs or ()], servable.answer_names
+    if not {*names} <= {*known} or len({*names}) < len(names):
+        raise InvalidInput(f"{servable.name} has outputs {known}, each once, not {names}")
+
+    deadline = None
+    for name, unit in (("timeout", 1e6), ("nercc_deadline_ms", 1e3)):
+        value, longest = parameters.get(name), unit * MAX_DEADLINE_S
+        if name not in parameters or (name == "timeout" and value == 0):
+            continue
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value <= longest
+        ):
+            raise InvalidInput(
+                f"parameter {name} must be a positive number up to {longest:.0f}, an hour, not "
+                f"{value!r}"
+            )
+        deadline = value / unit
+    priority = parameters.get("priority", 0)
+    if isinstance(priority, bool) or priority not in (0, 1, 2):
+        raise InvalidInput(f"parameter priority must be 1 (high) or 2 (as usual), not {priority!r}")
+    options = {"deadline": deadline, "exact": _boolean(parameters, "nercc_exact", False)}
+    options["high"] = priority == 1
+
     inputs = servable.inputs
-    given = {each.name: each for each in request.inputs}
     try:
         inputs.check_names([each.name for each in request.inputs])
+        given = {each.name: each for each in request.inputs}
         arrays = {each.name: _read_tensor(given[each.name], each) for each in inputs.parts}
-        inputs.check_sizes(arrays)
     except ValueError as error:
         raise InvalidInput(str(error)) from error
     some = arrays[inputs.parts[0].name]
@@ -307,60 +311,51 @@ def queries_of(
         raise TooLarge(
             f"{len(some)} queries in one request; the queue of {servable.name} holds {most}"
         )
-    return some if inputs.alone else arrays
+    return (some if inputs.alone else arrays), options
 
 
-def _read_tensor(given: InputTensor, wanted: Tensor) -> np.ndarray:
-    """Return a tensor as an array. Raises ValueError where it is not the wanted one."""
-    shape, dtype = tuple(given.shape), wanted.sent
-    if given.datatype != wanted.datatype:
-        raise ValueError(f"the model takes {wanted}, not {given.datatype}")
-    if len(shape) != len(wanted.shape) + 1 or shape[1:] != wanted.shape or shape[0] < 1:
-        raise ValueError(f"the model takes {wanted}, not of shape {list(shape)}")
-    if given.raw is not None:
-        size = dtype.itemsize * math.prod(shape)
-        if len(given.raw) != size:
-            raise ValueError(
-                f"shape {list(shape)} takes {size} bytes of {wanted.datatype}, but "
-                f"{len(given.raw)} came for {wanted.name!r}"
-            )
-        array = np.frombuffer(given.raw, np.uint8 if dtype.kind == "b" else dtype)
-        return (array != 0 if dtype.kind == "b" else array).reshape(shape)
-    if not isinstance(given.data, np.ndarray):
-        raise ValueError(
-            f"the data of {wanted.name!r} do not make a tensor of shape {list(shape)}: {given.data}"
-        )
-    return given.data.reshape(shape)
+def _read_tensor(given: RequestInput, wanted: Tensor) -> np.ndarray:
+    """Return a tensor as an array. Raises ValueError where it is not the wanted one.
 
-
-def answer_options(request: InferRequest) -> dict[str, Any]:
-    """Return the keywords of `ServedModel.infer` that a request asks for.
-
-    They are the parameters `nercc_exact` (a boolean), `nercc_deadline_ms`, and Triton's `timeout`
-    in microseconds and `priority`, 1 or 2 (0 means the default).
-
-    Raises:
-        InvalidInput: for values of another kind, and other parameters.
+    Sizes and types are checked first, since NumPy converts whatever it is given, at a price.
     """
-    parameters = request.parameters
-    check_parameters("a request", parameters, _REQUEST_PARAMETERS)
-    exact = _boolean(parameters, "nercc_exact", False)
-    deadline = None
-    for name, unit in (("timeout", _MICROSECONDS), ("nercc_deadline_ms", _MILLISECONDS)):
-        if name not in parameters or (name == "timeout" and parameters[name] == 0):
-            continue
-        value = parameters[name]
-        most = unit * MAX_DEADLINE_S
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
-            raise InvalidInput(
-                f"parameter {name} must be a positive number up to {most:.0f}, an hour, not "
-                f"{value!r}"
+    shape, dtype, data = tuple(given.shape), wanted.sent, given.data
+    if given.datatype.upper() != wanted.datatype:
+        raise ValueError(f"the model takes {wanted}, not {given.datatype.upper()}")
+    wanted.check_shape(shape)
+    count = math.prod(shape)
+    if isinstance(data, bytes | memoryview):
+        if len(data) != dtype.itemsize * count:
+            raise ValueError(
+                f"shape {given.shape} takes {dtype.itemsize * count} bytes of {wanted.datatype}, "
+                f"but {len(data)} came for {wanted.name!r}"
             )
-        deadline = value / unit
-    priority = parameters.get("priority", 0)
-    if isinstance(priority, bool) or priority not in (0, 1, 2):
-        raise InvalidInput(f"parameter priority must be 1 (high) or 2 (as usual), not {priority!r}")
-    return {"deadline": deadline, "exact": exact, "high": priority == 1}
+        array = np.frombuffer(data, np.uint8 if dtype.kind == "b" else dtype)
+        return (array != 0 if dtype.kind == "b" else array).reshape(shape)
+    if data is None:
+        raise ValueError(f"input {wanted.name!r} has neither data nor a binary_data_size")
+    types, what = _TYPES[dtype.kind]
+    try:
+        while len(data) and isinstance(data[0], list):
+            if len(set(map(len, data))) > 1:
+                raise ValueError("nested lists have different lengths")
+            data = list(itertools.chain.from_iterable(data))
+        if len(data) != count:
+            raise ValueError(f"it takes {count} elements, but {len(data)} came")
+        # Nulls would become NaN, strings and booleans numbers.
+        if not set(map(type, data)) <= types:
+            raise ValueError(f"not all of it are {what}")
+        if dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                return np.fromiter(data, np.float64, count).astype(np.float32).reshape(shape)
+        array = np.array(data, bool if dtype.kind == "b" else None)
+        if array.dtype.kind not in "iub":  # whole numbers may be of any size
+            raise ValueError("some of it do not fit into 64 bits")
+    except (ValueError, OverflowError, TypeError) as error:
+        raise ValueError(
+            f"the data of {wanted.name!r} do not make a tensor of shape {given.shape}: {error}"
+        ) from error
+    return array.reshape(shape)
 
 
 def check_parameters(where: str, given: Mapping[str, Any] | None, known: Set[str]) -> None:
@@ -382,15 +377,49 @@ def _boolean(parameters: Mapping[str, Any], name: str, default: bool) -> bool:
     return value
 
 
-def write_reply(
-    reply: Reply, request: InferRequest, servable: Servable
-) -> tuple[bytes, dict[str, str]]:
-    """Return a REST body and its headers, with all outputs unless some are asked for."""
-    asked = dict(request.outputs)
+def response_of(reply: Reply, request: InferenceRequest, servable: Servable) -> Response:
+    """Return the response to a request that was checked, with what its reply rests on."""
+    # By lists: NumPy takes longer for the numbers of one query.
+    exact = reply.exact.tolist()
+    disagreement, error = (
+        [UNKNOWN if math.isnan(value) else value for value in values.tolist()]
+        for values in (reply.expected_disagreement, reply.expected_error)
+    )
+    parameters = {
+        "nercc_exact": all(exact),
+        "nercc_approximate": exact.count(False),
+        "nercc_predicted": sum(reply.predicted.tolist()),
+        "nercc_reexecuted": sum(reply.reexecuted.tolist()),
+        "nercc_suspicious": sum(reply.suspicious.tolist()),
+        "nercc_workers_asked": sum(reply.asked.tolist()),
+        "nercc_workers_responded": sum(reply.responded.tolist()),
+        "nercc_expected_disagreement": max(disagreement),
+        "nercc_expected_error": max(error),
+        "nercc_queue_ms": 1e3 * reply.queued,
+    }
+    parts = servable.outputs.parts
+    values = {parts[0].name: reply.values} if servable.outputs.alone else reply.values
+    outputs = {part.name: (part.datatype, values[part.name]) for part in parts}
+    outputs["exact"] = "BOOL", reply.exact
+    outputs["expected_disagreement"] = "FP32", np.array(disagreement, np.float32)
+    outputs["expected_error"] = "FP32", np.array(error, np.float32)
+    # An output that does not say so is binary if the request says that all are.
+    every = (request.parameters or {}).get("binary_data_output", False)
+    binary = frozenset(outputs) if every else frozenset()
+    if request.outputs:
+        outputs = {each.name: outputs[each.name] for each in request.outputs}
+        flags = {each.name: (each.parameters or {}).get("binary_data", every)
+                 for each in request.outputs}  # fmt: skip
+        binary = frozenset(name for name, flag in flags.items() if flag)
+    return Response(request.id or uuid.uuid4().hex, servable, parameters, outputs, binary)
+
+
+def write_response(response: Response) -> tuple[bytes, dict[str, str]]:
+    """Return a REST body and its headers."""
     outputs, binary = [], []
-    for name, (datatype, array) in response_outputs(reply, request, servable).items():
+    for name, (datatype, array) in response.outputs.items():
         output = {"name": name, "shape": array.shape, "datatype": datatype}
-        if asked.get(name, request.binary_outputs):
+        if name in response.binary:
             raw = array.tobytes()
             output["parameters"] = {"binary_data_size": len(raw)}
             binary.append(raw)
@@ -399,11 +428,11 @@ def write_reply(
         outputs.append(output)
     head = orjson.dumps(
         {
-            "id": request.id or uuid.uuid4().hex,
-            "model_name": servable.name,
-            "model_version": servable.version,
+            "id": response.id,
+            "model_name": response.servable.name,
+            "model_version": response.servable.version,
             "outputs": outputs,
-            "parameters": reply_parameters(reply),
+            "parameters": response.parameters,
         }
     )
     if not binary:
@@ -412,69 +441,3 @@ def write_reply(
         "content-type": "application/octet-stream",
         "inference-header-content-length": str(len(head)),
     }
-
-
-def response_outputs(
-    reply: Reply, request: InferRequest, servable: Servable
-) -> dict[str, tuple[str, np.ndarray]]:
-    """Return datatypes and arrays by name, of the outputs that are asked for (`check_outputs`)."""
-    values = reply.values
-    if servable.outputs.alone:
-        values = {servable.outputs.parts[0].name: values}
-    tensors = {
-        **{part.name: (part.datatype, values[part.name]) for part in servable.outputs.parts},
-        "exact": ("BOOL", reply.exact),
-        "expected_disagreement": ("FP32", _tensor(reply.expected_disagreement)),
-        "expected_error": ("FP32", _tensor(reply.expected_error)),
-    }
-    return {name: tensors[name] for name, _ in request.outputs} if request.outputs else tensors
-
-
-def reply_parameters(reply: Reply) -> dict[str, Any]:
-    """Return what the reply as a whole rests on: a response's parameters."""
-    # By lists: NumPy takes longer for the numbers of one query.
-    exact = reply.exact.tolist()
-    return {
-        "nercc_exact": all(exact),
-        "nercc_approximate": exact.count(False),
-        "nercc_predicted": sum(reply.predicted.tolist()),
-        "nercc_reexecuted": sum(reply.reexecuted.tolist()),
-        "nercc_suspicious": sum(reply.suspicious.tolist()),
-        "nercc_workers_asked": sum(reply.asked.tolist()),
-        "nercc_workers_responded": sum(reply.responded.tolist()),
-        "nercc_expected_disagreement": max(_without_nan(reply.expected_disagreement)),
-        "nercc_expected_error": max(_without_nan(reply.expected_error)),
-        "nercc_queue_ms": 1e3 * reply.queued,
-    }
-
-
-def check_outputs(request: InferRequest, servable: Servable) -> None:
-    """Raise InvalidInput where an output is asked for that there is not, or twice."""
-    if not request.outputs:
-        return
-    known = [output["name"] for output in output_types(servable)]
-    names = [name for name, _ in request.outputs]
-    unknown = [name for name in names if name not in known]
-    if unknown or len(set(names)) < len(names):
-        raise InvalidInput(f"{servable.name} has outputs {known}, each once, not {names}")
-
-
-def output_types(servable: Servable) -> list[dict[str, Any]]:
-    """Return the outputs as the metadata have them, the server's own included."""
-    added = (Tensor(name, "BOOL" if name == "exact" else "FP32", ()) for name in ADDED_OUTPUTS)
-    return tensor_types((*servable.outputs.parts, *added))
-
-
-def tensor_types(tensors: Iterable[Tensor]) -> list[dict[str, Any]]:
-    return [
-        {"name": each.name, "datatype": each.datatype, "shape": each.batch_shape}
-        for each in tensors
-    ]
-
-
-def _without_nan(values: np.ndarray) -> list[float]:
-    return [UNKNOWN if math.isnan(value) else value for value in values.tolist()]
-
-
-def _tensor(values: np.ndarray) -> np.ndarray:
-    return np.array(_without_nan(values), np.float32)

@@ -8,6 +8,7 @@ that.
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import math
@@ -22,7 +23,8 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from ...codes._trees import Form
-from ...inference.models import Model, call_model, check_model
+from ...codes.workers import call_model
+from ...inference.models import Model, check_model
 from ...pools.batch import reason_of
 from ..core._request import fill_up
 
@@ -70,16 +72,21 @@ class Tensor:
         return jax.dtypes.canonicalize_dtype(self.sent)
 
     @property
-    def batch_shape(self) -> list[int]:
-        return [-1, *self.shape]
+    def about(self) -> dict[str, Any]:
+        """Its metadata."""
+        return {"name": self.name, "datatype": self.datatype, "shape": [-1, *self.shape]}
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError where it is not the shape of one query or more."""
+        if len(shape) != len(self.shape) + 1 or shape[1:] != self.shape or shape[0] < 1:
+            raise ValueError(f"the model takes {self}, not of shape {list(shape)}")
 
     def fit(self, x: np.ndarray) -> np.ndarray:
         """Return queries (B, *shape) in the model's dtype.
 
         Raises ValueError where they have another shape or kind, or do not fit into the dtype.
         """
-        if x.ndim != len(self.shape) + 1 or x.shape[1:] != self.shape or not len(x):
-            raise ValueError(f"the model takes {self}, not of shape {list(x.shape)}")
+        self.check_shape(x.shape)
         if x.dtype.kind not in _KINDS[self.dtype.kind]:
             raise ValueError(f"the model takes {self}, not {x.dtype}")
         with np.errstate(over="ignore"):
@@ -101,7 +108,7 @@ class Tensor:
         return fitting
 
     def __str__(self) -> str:
-        return f"{self.name!r}, {self.datatype}, of shape {self.batch_shape}"
+        return f"{self.name!r}, {self.datatype}, of shape {[-1, *self.shape]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,31 +178,24 @@ class Tensors:
     def fit(self, given: Any) -> dict[str, np.ndarray]:
         """Return arrays (B, *shape) by name in the model's dtypes. Raises as `pack` does."""
         if isinstance(given, Mapping) == self.alone:
-            given_kind = (
-                f"arrays by name {list(given)}" if self.alone else f"a {type(given).__name__}"
-            )
-            raise ValueError(f"the model takes {self}, not {given_kind}")
+            kind = f"arrays by name {list(given)}" if self.alone else f"a {type(given).__name__}"
+            raise ValueError(f"the model takes {self}, not {kind}")
         arrays = {self.parts[0].name: given} if self.alone else given
         self.check_names(list(arrays))
         columns = {part.name: part.fit(np.asarray(arrays[part.name])) for part in self.parts}
-        self.check_sizes(columns)
+        if len({len(column) for column in columns.values()}) > 1:
+            sizes = ", ".join(f"{name!r} has {len(column)}" for name, column in columns.items())
+            raise ValueError(f"all inputs have as many queries, their first axis, but {sizes}")
         return columns
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise ValueError where a name is missing, unknown, or there twice."""
-        if list(names) == self.names or sorted(names) == sorted(self.names):
-            return
-        missing = [name for name in self.names if name not in names]
-        unknown = [name for name in names if name not in self.names]
-        trouble = [f"{missing} missing"] * bool(missing) + [f"{unknown} unknown"] * bool(unknown)
-        problem = ", ".join(trouble) or "each comes once"
-        raise ValueError(f"the model takes {self}, not inputs {list(names)}: {problem}")
-
-    def check_sizes(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Raise ValueError where arrays have different numbers of queries."""
-        if len({len(array) for array in arrays.values()}) > 1:
-            sizes = ", ".join(f"{name!r} has {len(array)}" for name, array in arrays.items())
-            raise ValueError(f"all inputs have as many queries, their first axis, but {sizes}")
+        if sorted(names) != sorted(self.names):
+            missing = [name for name in self.names if name not in names]
+            unknown = [name for name in names if name not in self.names]
+            found = [f"{missing} missing"] * bool(missing) + [f"{unknown} unknown"] * bool(unknown)
+            problem = ", ".join(found) or "each comes once"
+            raise ValueError(f"the model takes {self}, not inputs {list(names)}: {problem}")
 
     def refuse(self, rows: np.ndarray) -> str | None:
         """Return why rows are no valid answers, None if they are: an output is not finite."""
@@ -218,8 +218,8 @@ class Tensors:
                 column = column.reshape(len(column), -1, dtype.itemsize)
             return jax.lax.bitcast_convert_type(column, dtype)
 
-        arrays = list(self._split(rows, bitcast))
-        return arrays[0] if self.alone else dict(zip(self.names, arrays, strict=True))
+        arrays = dict(zip(self.names, self._split(rows, bitcast), strict=True))
+        return arrays[self.names[0]] if self.alone else arrays
 
     def join(self, answer: PyTree[Array]) -> Array:
         """Return the model's answer as rows; to be compiled."""
@@ -245,9 +245,7 @@ class Tensors:
             begin += width
 
     def __str__(self) -> str:
-        if self.alone:
-            return f"one input {self.parts[0]}"
-        return f"inputs {'; '.join(map(str, self.parts))}"
+        return f"{'one input' if self.alone else 'inputs'} {'; '.join(map(str, self.parts))}"
 
 
 @jax.tree_util.register_dataclass
@@ -268,8 +266,12 @@ class RowModel:
 
 # The name of a model's only input.
 INPUT = "input"
-# The names of the outputs that the server adds to the model's own.
-ADDED_OUTPUTS = ("exact", "expected_disagreement", "expected_error")
+# The outputs that the server adds to the model's own.
+ADDED = (
+    Tensor("exact", "BOOL", ()),
+    Tensor("expected_disagreement", FLOAT, ()),
+    Tensor("expected_error", FLOAT, ()),
+)
 
 # The shape of a query, or shapes by name where the model takes a dict of arrays.
 Shapes = Sequence[int] | Mapping[str, Sequence[int]]
@@ -315,9 +317,9 @@ class Servable:
     def __post_init__(self):
         if not self.name or "/" in self.name:
             raise ValueError(f"a model's name is not empty and has no slash, not {self.name!r}")
-        names = self.outputs.names
+        names, ours = self.outputs.names, {"", *(each.name for each in ADDED)}
         for name in names:
-            if not name or name in ADDED_OUTPUTS:
+            if name in ours:
                 raise ValueError(f"an output cannot be called {name!r}: the server's is")
         if len(set(names)) < len(names):
             raise ValueError(f"{self.name}: outputs must have different names, not {names}")
@@ -331,6 +333,11 @@ class Servable:
     def key(self) -> str:
         """The name and the version, by which the server keeps its models."""
         return model_key(self.name, self.version)
+
+    @functools.cached_property
+    def answer_names(self) -> list[str]:
+        """The names of all outputs, the server's own included."""
+        return [each.name for each in (*self.outputs.parts, *ADDED)]
 
     @property
     def queries(self) -> Tensors:
@@ -390,19 +397,58 @@ def make_servable(
             `calibration` do not fit.
     """
     check_model(model)
-    inputs = _inputs(name, shape, datatype)
-    prepared = None if preprocess is None else _prepared(name, preprocess, inputs)
-    queries = prepared or inputs
-    batch = _example(queries)
+    alone = not isinstance(shape, Mapping)
+    shapes: Mapping[str, Sequence[int]] = {INPUT: shape} if alone else shape  # pyright: ignore
+    words = dict.fromkeys(shapes, datatype) if isinstance(datatype, str) else datatype
+    unknown = [each for each in words if each not in shapes]
+    if unknown or not shapes:
+        raise ValueError(f"{name}: inputs {list(shapes)} have shapes, but {unknown} have none")
     try:
-        answer: Any = eqx.filter_eval_shape(lambda x: call_model(model, x), batch)
-    except Exception as error:
-        raise ValueError(
-            f"{name} does not run on a batch of {queries}: {reason_of(error)}"
-        ) from error
-    outputs = _outputs(name, answer, output_name)
-    if not (queries.alone and outputs.alone):
-        model = RowModel(model, queries, outputs)
+        parts = [Tensor(n, words.get(n, FLOAT), tuple(each)) for n, each in shapes.items()]
+    except ValueError as error:
+        raise ValueError(f"{name}: input {error}") from error
+    inputs, prepared = Tensors(tuple(parts), alone), None
+
+    def traced(what: str, function: Callable[..., Any], tensors: Tensors, on: str) -> Any:
+        """Return what a function makes of one query, without computing it."""
+        one = {p.name: jax.ShapeDtypeStruct((1, *p.shape), p.dtype) for p in tensors.parts}
+        try:
+            return eqx.filter_eval_shape(function, one[INPUT] if tensors.alone else one)
+        except Exception as error:
+            raise ValueError(f"{what} does not run on {on}{tensors}: {reason_of(error)}") from error
+
+    if preprocess is not None:
+        found = traced(f"{name}: preprocessing", preprocess, inputs, "")
+        named: Mapping[str, Any] = found if isinstance(found, Mapping) else {INPUT: found}
+        for each, leaf in named.items():
+            form, dtype = getattr(leaf, "shape", ()), getattr(leaf, "dtype", np.dtype(object))
+            if form[:1] != (1,) or not jax.numpy.issubdtype(dtype, np.floating):
+                raise ValueError(
+                    f"{name}: preprocessing must map a batch of B inputs to floats (B, ...), or a "
+                    f"dict of them; for B = 1, {each!r} was {leaf}"
+                )
+        parts = [Tensor(n, FLOAT, leaf.shape[1:]) for n, leaf in named.items()]
+        prepared = Tensors(tuple(parts), named is not found)
+
+    queries, parts = prepared or inputs, []
+    answer = traced(name, lambda x: call_model(model, x), queries, "a batch of ")
+    of_dtype = {dtype: word for word, dtype in DTYPES.items()}
+    leaves = jax.tree_util.tree_flatten_with_path(answer)[0]
+    for path, leaf in leaves:
+        form, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+        called = jax.tree_util.keystr(path, simple=True, separator=".")
+        if not path or isinstance(path[0], jax.tree_util.SequenceKey):
+            called = f"{output_name}_{called}" if path else output_name
+        if not form or form[0] != 1 or dtype not in of_dtype:
+            raise ValueError(
+                f"{name} must map a batch of B queries to arrays (B, ...) of float32, integers or "
+                f"booleans; for B = 1, {called!r} was {leaf}"
+            )
+        parts.append(Tensor(called, of_dtype[np.dtype(dtype)], form[1:]))
+    if not parts:
+        raise ValueError(f"{name} must map a batch to arrays; it returned {answer}")
+    outputs = Tensors(tuple(parts), alone=not leaves[0][0])
+
     rows: Any = calibration
     if calibration is not None and not callable(calibration):
         try:
@@ -412,65 +458,8 @@ def make_servable(
             rows = queries.pack(jax.tree.map(np.asarray, rows))
         except ValueError as error:
             raise ValueError(f"{name}: calibration data do not fit: {error}") from error
-    return Servable(name, model, inputs, outputs, rows, preprocess, prepared, version)
-
-
-def _prepared(name: str, preprocess: Callable[..., Any], inputs: Tensors) -> Tensors:
-    try:
-        found: Any = eqx.filter_eval_shape(preprocess, _example(inputs))
-    except Exception as error:
-        raise ValueError(
-            f"{name}: preprocessing does not run on {inputs}: {reason_of(error)}"
-        ) from error
-    alone = not isinstance(found, Mapping)
-    named: Mapping[str, Any] = {INPUT: found} if alone else found
-    for each, leaf in named.items():
-        shape, dtype = getattr(leaf, "shape", ()), getattr(leaf, "dtype", np.dtype(object))
-        if shape[:1] != (1,) or not jax.numpy.issubdtype(dtype, np.floating):
-            raise ValueError(
-                f"{name}: preprocessing must map a batch of B inputs to floats (B, ...), or a dict "
-                f"of them; for B = 1, {each!r} was {leaf}"
-            )
-    return Tensors(tuple(Tensor(n, FLOAT, leaf.shape[1:]) for n, leaf in named.items()), alone)
-
-
-def _inputs(name: str, shape: Shapes, datatype: str | Mapping[str, str]) -> Tensors:
-    alone = not isinstance(shape, Mapping)
-    shapes: Mapping[str, Sequence[int]] = {INPUT: shape} if alone else shape  # pyright: ignore
-    words = dict.fromkeys(shapes, datatype) if isinstance(datatype, str) else datatype
-    unknown = [each for each in words if each not in shapes]
-    if unknown or not shapes:
-        raise ValueError(f"{name}: inputs {list(shapes)} have shapes, but {unknown} have none")
-    try:
-        parts = (Tensor(n, words.get(n, FLOAT), tuple(each)) for n, each in shapes.items())
-        return Tensors(tuple(parts), alone)
-    except ValueError as error:
-        raise ValueError(f"{name}: input {error}") from error
-
-
-def _example(inputs: Tensors) -> Any:
-    each = {p.name: jax.ShapeDtypeStruct((1, *p.shape), p.dtype) for p in inputs.parts}
-    return each[INPUT] if inputs.alone else each
-
-
-def _outputs(name: str, answer: Any, output_name: str) -> Tensors:
-    words = {dtype: word for word, dtype in DTYPES.items()}
-    found = jax.tree_util.tree_flatten_with_path(answer)[0]
-    parts = []
-    for path, leaf in found:
-        shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
-        called = jax.tree_util.keystr(path, simple=True, separator=".")
-        if not path or isinstance(path[0], jax.tree_util.SequenceKey):
-            called = f"{output_name}_{called}" if path else output_name
-        if not shape or shape[0] != 1 or dtype not in words:
-            raise ValueError(
-                f"{name} must map a batch of B queries to arrays (B, ...) of float32, integers or "
-                f"booleans; for B = 1, {called!r} was {leaf}"
-            )
-        parts.append(Tensor(called, words[np.dtype(dtype)], shape[1:]))
-    if not parts:
-        raise ValueError(f"{name} must map a batch to arrays; it returned {answer}")
-    return Tensors(tuple(parts), alone=not found[0][0])
+    made = Servable(name, model, inputs, outputs, rows, preprocess, prepared, version)
+    return dataclasses.replace(made, model=made.on_rows(model))
 
 
 class Preprocessing:
@@ -484,29 +473,25 @@ class Preprocessing:
         threads = min(os.cpu_count() or 1, 4)  # a compiled function leaves Python's lock
         self._executor = concurrent.futures.ThreadPoolExecutor(threads, "nercc-preprocess")
         for size in sizes:
-            self._compute({p.name: np.zeros((size, *p.shape), p.dtype) for p in self._inputs.parts})
+            zeros = {p.name: np.zeros((size, *p.shape), p.dtype) for p in self._inputs.parts}
+            with contextlib.suppress(ValueError):  # what it makes of zeros may not be finite
+                self(zeros[INPUT] if self._inputs.alone else zeros)
 
     def __call__(self, given: Any) -> Float[np.ndarray, "batch ..."]:
         """Return rows of floats from an array (B, *shape), or by name if there are several.
 
         Raises ValueError for inputs that do not fit, or whose preprocessing is not finite.
         """
-        columns = self._inputs.fit(given)
+        columns, pieces = self._inputs.fit(given), []
         number = len(columns[self._inputs.names[0]])
-        pieces = []
         for begin in range(0, number, self._sizes[-1]):
             few = min(self._sizes[-1], number - begin)
             size = next(size for size in self._sizes if size >= few)
             piece = {name: fill_up(x[begin : begin + few], size) for name, x in columns.items()}
-            pieces.append(jax.tree.map(lambda y, few=few: y[:few], self._compute(piece)))
-        if len(pieces) > 1:
-            pieces = [jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)]
-        return self._queries.pack(pieces[0])
-
-    def _compute(self, columns: dict[str, np.ndarray]) -> PyTree[Float[np.ndarray, "batch ..."]]:
-        given = columns[self._inputs.names[0]] if self._inputs.alone else columns
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            return jax.tree.map(lambda y: np.asarray(y, np.float32), self._function(given))
+            with jax.default_device(jax.local_devices(backend="cpu")[0]):
+                found = self._function(piece[INPUT] if self._inputs.alone else piece)
+            pieces.append(jax.tree.map(lambda y, few=few: np.asarray(y, np.float32)[:few], found))
+        return self._queries.pack(jax.tree.map(lambda *parts: np.concatenate(parts), *pieces))
 
     async def run(self, given: Any) -> Float[np.ndarray, "batch ..."]:
         return await asyncio.get_running_loop().run_in_executor(self._executor, self, given)

@@ -1,10 +1,11 @@
-"""Inference by HTTP.
+"""Inference by HTTP, and the limits of every body.
 
 It stands in front of FastAPI, whose routing and layers take as long as everything that is done
 here.
 """
 
 import asyncio
+import contextlib
 import re
 import time
 from collections.abc import Callable, Coroutine, Iterable
@@ -13,32 +14,28 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .._policy import MAX_DEADLINE_S
-from .._served_model import ServedModel
-from .._settings import ServerSettings
-from ..core._request import Reply, message_of
-from ..protocol._errors import INTERNAL, KINDS, Unauthenticated
-from ..protocol._messages import InferRequest, decompress, json_size, read_request, write_reply
-from ._bodies import read_body
+from ..core._request import message_of
+from ..protocol._messages import (
+    INTERNAL,
+    KINDS,
+    TooLarge,
+    UnsupportedEncoding,
+    json_size,
+    read_request,
+    write_response,
+)
 from ._state import ServerState
 
 _PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
-
-_LARGE = 2**16  # bytes of JSON that take a millisecond or more to parse
-
-# Seconds until the server starts to look whether the client is still there, which takes a task that
-# most answers come sooner than.
-_WATCH_AFTER = 0.02
-
-_RETRY = {"retry-after": "1"}
-_HEADERS = {401: {"www-authenticate": "Bearer"}, 429: _RETRY, 503: _RETRY}  # by status
 # Paths that need no token: probes have none, and the status page sends that of its own address.
 _OPEN = frozenset(("/", "/v2/health/live", "/v2/health/ready"))
-
-# nginx's status for a client that went away before it was answered.
-_CLIENT_CLOSED = 499
+_RETRY = {"retry-after": "1"}
+_HEADERS = {401: {"www-authenticate": "Bearer"}, 429: _RETRY, 503: _RETRY}  # by status
+# The header of a body with binary tensors: the length of the JSON before them.
+_JSON_LENGTH = b"inference-header-content-length"
 
 # The header with the time at which a proxy took the request: Unix time, with or without "t=" before
 # it, as Heroku's router sends it, and nginx and Apache as they are usually configured. It is in
@@ -50,85 +47,162 @@ _UNITS = ((1e14, 1e-6), (1e11, 1e-3))
 
 
 class InferenceEndpoint:
-    """Answers inference requests, and passes all others to the application behind it.
+    """ASGI middleware that answers inference requests, and bounds the bodies of all others.
 
-    An unexpected exception is answered by an error of the protocol, and raised.
+    Whoever asks for a body gets `TooLarge` instead, by the header or as soon as too much has come.
+    Where an answer is given before a large body has come, the rest is received and dropped, slowly,
+    and then the connection is closed: a client that sends everything before it reads finds the
+    answer, and costs the others little. An unexpected exception is answered by an error of the
+    protocol, and raised.
     """
 
+    # Seconds for which the rest of a body is received at most, and between two pieces of it (of 64
+    # KiB or more), over all connections.
+    linger_s, pause_s = 5.0, 0.005
+    # Seconds until the server starts to look whether the client is still there, which takes a task
+    # that most answers come sooner than.
+    watch_after_s = 0.02
+
     def __init__(self, app: ASGIApp, state: ServerState):
-        self._app, self._state, self._parsing = app, state, asyncio.Lock()
+        self._app, self._state, self._dropping = app, state, asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if self._state.tokens and scope["type"] == "http" and path not in _OPEN:
-            try:
-                self._state.check_token(dict(scope["headers"]).get(b"authorization", b""))
-            except Unauthenticated as error:
-                await error_response(error)(scope, receive, send)
-                return
-        found = _PATH.fullmatch(path)
-        if found is not None and scope["type"] == "http" and scope["method"] == "POST":
-            name, version = found.groups("")
-            await self._respond(name, version, scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
             return
-        if scope["type"] == "http" and scope["method"] == "HEAD":
+        headers, settings = dict(scope["headers"]), self._state.settings
+        announced = int(headers.get(b"content-length", b"0"))
+        chunked = b"transfer-encoding" in headers
+        came, more = 0, chunked or announced > 0
+
+        def check(size: int) -> None:
+            if size > (most := settings.max_body_bytes):
+                raise TooLarge(f"the body has {size} bytes; at most {most} are taken")
+            if _JSON_LENGTH not in headers:
+                json_size(size, None, settings.max_json_bytes)
+
+        async def receive_within_limits() -> Message:
+            nonlocal came, more
+            check(announced)
+            message = await receive()
+            came, more = came + len(message.get("body", b"")), message.get("more_body", False)
+            check(came)
+            return message
+
+        async def send_and_close(message: Message) -> None:
+            # Uvicorn drops what is small by itself.
+            if more and (chunked or announced > 2**16):
+                if message["type"] == "http.response.start":
+                    close = (b"connection", b"close")
+                    message = {**message, "headers": [*message["headers"], close]}
+                elif not message.get("more_body", False):
+                    await send({**message, "more_body": True})
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(self.linger_s):
+                            while (await receive()).get("more_body", False):
+                                async with self._dropping:
+                                    await asyncio.sleep(self.pause_s)
+                    message = {"type": "http.response.body"}
+            await send(message)
+
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        found = _PATH.fullmatch(path) if scope["method"] == "POST" else None
+        app = self._app
+        try:
+            if path not in _OPEN:
+                self._state.check_token(headers.get(b"authorization", b""))
+            if found is not None:
+                name, version = found.groups("")
+                app = await self._infer(name, version, scope, headers, receive_within_limits)
+        except ClientDisconnect:
+            app = Response(status_code=499)  # nginx's, for a client that went away
+        except tuple(KINDS) as error:
+            app = error_response(error)
+        except Exception:
+            await JSONResponse({"error": INTERNAL}, 500)(scope, receive, send_and_close)
+            raise  # for the server around it to log
+        if scope["method"] == "HEAD":
             # The application has none of its own; whoever sends the response leaves out the body.
             scope = {**scope, "method": "GET"}
-        await self._app(scope, receive, send)
+        await app(scope, receive_within_limits, send_and_close)
 
-    async def _respond(
-        self, name: str, version: str, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        try:
-            content, headers = await self._infer(name, version, scope, receive)
-        except ClientDisconnect:
-            await Response(status_code=_CLIENT_CLOSED)(scope, receive, send)
-        except tuple(KINDS) as error:
-            await error_response(error)(scope, receive, send)
-        except Exception:
-            await JSONResponse({"error": INTERNAL}, 500)(scope, receive, send)
-            raise  # for the server around it to log
-        else:
-            headers["content-length"] = str(len(content))
-            lines = [(key.encode(), value.encode()) for key, value in headers.items()]
+    async def _infer(
+        self,
+        name: str,
+        version: str,
+        scope: Scope,
+        headers: dict[bytes, bytes],
+        receive: Receive,
+    ) -> ASGIApp:
+        state, length = self._state, headers.get(_JSON_LENGTH)
+        length = None if length is None else length.decode("latin-1")
+        encoding = headers.get(b"content-encoding", b"identity").decode("latin-1")
+        with state.watch(name, lambda: Headers(scope=scope)) as trace, state.hold() as add:
+            model = state.models.find(name, version)
+            if encoding.lower() != "identity":
+                raise UnsupportedEncoding(
+                    f"Content-Encoding {encoding!r}: send the body as it is, or let a proxy "
+                    "decompress it"
+                )
+            elapsed = seconds_since_proxy(scope["headers"], time.time())
+            body = await read_body(receive, add)
+            size = json_size(len(body), length, state.settings.max_json_bytes)
+            add(int(model.servable.growth * len(body)))
+            answer = state.answer(model, lambda: read_request(body, length), size, trace, elapsed)
+            content, about = write_response(await self._while_connected(receive, answer))
+        about["content-length"] = str(len(content))
+        lines = [(key.encode(), value.encode()) for key, value in about.items()]
+
+        async def respond(scope: Scope, receive: Receive, send: Send) -> None:
             await send({"type": "http.response.start", "status": 200, "headers": lines})
             await send({"type": "http.response.body", "body": content})
 
-    async def _infer(
-        self, name: str, version: str, scope: Scope, receive: Receive
-    ) -> tuple[bytes, dict[str, str]]:
-        state = self._state
-        with (
-            state.watch(name, lambda: Headers(scope=scope)) as trace,
-            state.memory.request() as add,
-        ):
-            model = state.find(name, version)
-            elapsed = seconds_since_proxy(scope["headers"], time.time())
-            body, length = await _read(scope, receive, state.settings, add)
-            add(int(model.servable.growth * len(body)))
-            answer = self._answer(model, body, length, elapsed, trace)
-            return write_reply(*await _while_connected(receive, answer), model.servable)
+        return respond
 
-    async def _answer(
-        self, model: ServedModel, body: bytearray, length: str | None, elapsed: float, trace: Any
-    ) -> tuple[Reply, InferRequest]:
-        """Read a request and answer it.
+    async def _while_connected(self, receive: Receive, answer: Coroutine[Any, Any, Any]) -> Any:
+        """Await the answer; raise ClientDisconnect once the client has gone away."""
+        asker = asyncio.current_task()
+        assert asker is not None
+        gone, watchers = False, []
 
-        While JSON is parsed nothing else happens. Large JSON is therefore parsed one request at a
-        time, after which the others have three times as long.
-        """
-        if json_size(len(body), length) <= _LARGE:
-            request = read_request(body, length)
-        else:
-            begin = time.monotonic()
-            async with self._parsing:
-                start = time.monotonic()
-                try:
-                    request = read_request(body, length)
-                finally:
-                    await asyncio.sleep(3 * (time.monotonic() - start))
-            elapsed += time.monotonic() - begin
-        return await self._state.answer(model, request, trace, elapsed), request
+        async def watch() -> None:
+            nonlocal gone
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone = True
+            asker.cancel()
+
+        soon = asyncio.get_running_loop().call_later(
+            self.watch_after_s, lambda: watchers.append(asyncio.create_task(watch()))
+        )
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if not gone or asker.uncancel():  # by somebody else
+                raise
+            raise ClientDisconnect from None
+        finally:
+            soon.cancel()
+            for watcher in watchers:
+                watcher.cancel()
+
+
+async def read_body(receive: Receive, add: Callable[[int], None]) -> bytearray:
+    """Return the body of a request, whose bytes `add` counts as they come.
+
+    Raises:
+        ClientDisconnect: where the client goes away.
+        Exception: as `add` and `receive` do.
+    """
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        part, more = message.get("body", b""), message.get("more_body", False)
+        add(len(part))
+        body += part
+    return body
 
 
 def error_response(error: Exception) -> Response:
@@ -149,58 +223,3 @@ def seconds_since_proxy(headers: Iterable[tuple[bytes, bytes]], now: float) -> f
             start *= next((unit for least, unit in _UNITS if start >= least), 1.0)
             return now - start if 0 < now - start < MAX_DEADLINE_S else 0.0
     return 0.0
-
-
-async def _read(
-    scope: Scope, receive: Receive, settings: ServerSettings, add: Callable[[int], None]
-) -> tuple[bytearray, str | None]:
-    """Return the body, decompressed, and the length of its JSON by the header.
-
-    Raises as `read_body`, `decompress` and `json_size` do.
-    """
-    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-    length = headers.get(b"inference-header-content-length")
-    body = await read_body(receive, add)
-    if (encoding := headers.get(b"content-encoding")) is not None:
-        pieces = decompress(body, encoding, settings.max_body_bytes)
-        body = bytearray()
-        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
-            add(len(piece))
-            body += piece
-            if length is None:
-                json_size(len(body), None, settings.max_json_bytes)
-    json_size(len(body), length, settings.max_json_bytes)
-    return body, length
-
-
-async def _while_connected(
-    receive: Receive, answer: Coroutine[Any, Any, tuple[Reply, InferRequest]]
-) -> tuple[Reply, InferRequest]:
-    """Await the answer; raise ClientDisconnect once the client has gone away."""
-    asker = asyncio.current_task()
-    assert asker is not None
-    gone = False
-    watcher: asyncio.Task[None] | None = None
-
-    async def watch() -> None:
-        nonlocal gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        gone = True
-        asker.cancel()
-
-    def start() -> None:
-        nonlocal watcher
-        watcher = asyncio.create_task(watch())
-
-    soon = asyncio.get_running_loop().call_later(_WATCH_AFTER, start)
-    try:
-        return await answer
-    except asyncio.CancelledError:
-        if not gone or asker.uncancel():  # by somebody else
-            raise
-        raise ClientDisconnect from None
-    finally:
-        soon.cancel()
-        if watcher is not None:
-            watcher.cancel()

@@ -1,110 +1,36 @@
 """The REST application: the Open Inference Protocol, its description, the status page, metrics."""
 
 import asyncio
-import html
 import importlib.resources
-import math
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import fastapi
+import orjson
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CollectorRegistry, exposition
-from pydantic import BaseModel, ValidationError
+from pydantic import create_model
 from starlette.exceptions import HTTPException
 
 from ..core._request import shorten
-from ..protocol._errors import INTERNAL, KINDS, InvalidInput, ServerNotReady
-from ..protocol._messages import InferenceRequest, InferenceResponse, check_parameters
-from ._bodies import BodyLimits, read_body
-from ._http import InferenceEndpoint, error_response
+from ..protocol._messages import AS_JSON, INTERNAL, KINDS, InvalidInput, ServerNotReady
+from ._http import InferenceEndpoint, error_response, read_body
 from ._state import ServerState
 
+# Seconds after workers were asked for their weights at which they may be asked again: strangers
+# could keep them busy with it.
+_WEIGHTS_EVERY = 10.0
 
-class ErrorResponse(BaseModel):
-    """The body of every error."""
-
-    error: str
-
-
-class ServerMetadataResponse(BaseModel):
-    """The server's metadata."""
-
-    name: str
-    version: str
-    extensions: list[str]
+ErrorResponse = create_model("ErrorResponse", error=str)  # for the description
 
 
-class ServerLiveResponse(BaseModel):
-    """The server is alive."""
+def make_app(
+    state: ServerState, registry: CollectorRegistry, *, infers: bool = True
+) -> fastapi.FastAPI:
+    """Return the ASGI application: for this server, Ray Serve, or any other.
 
-    live: bool
-
-
-class ServerReadyResponse(BaseModel):
-    """The server is ready."""
-
-    ready: bool
-
-
-class ListModelsResponse(BaseModel):
-    """The names of all models."""
-
-    models: list[str]
-
-
-class IndexRequest(BaseModel):
-    """The models to list: all, or those that are ready."""
-
-    ready: bool = False
-
-
-class ControlRequest(BaseModel):
-    """The body of loading and unloading."""
-
-    parameters: dict[str, Any] = {}
-
-
-Body = TypeVar("Body", bound=BaseModel)
-
-
-class IndexEntry(BaseModel):
-    """A model of the repository, and its state."""
-
-    name: str
-    version: str
-    state: str
-    reason: str
-
-
-class MetadataTensor(BaseModel):
-    """An input or output of a model."""
-
-    name: str
-    datatype: str
-    shape: list[int]
-
-
-class ModelMetadataResponse(BaseModel):
-    """A model's metadata."""
-
-    name: str
-    versions: list[str]
-    platform: str
-    inputs: list[MetadataTensor]
-    outputs: list[MetadataTensor]
-    parameters: dict[str, bool | float | str]
-
-
-class ModelReadyResponse(BaseModel):
-    """A model is ready."""
-
-    name: str
-    ready: bool
-
-
-def make_app(state: ServerState, registry: CollectorRegistry) -> fastapi.FastAPI:
-    """Return the ASGI application: for this server, Ray Serve, or any other."""
+    Unless it `infers`, an `InferenceEndpoint` has to stand before it.
+    """
+    repository = state.models
     app = fastapi.FastAPI(
         title="nercc_jax",
         description="Coded inference by the Open Inference Protocol (V2).",
@@ -112,98 +38,91 @@ def make_app(state: ServerState, registry: CollectorRegistry) -> fastapi.FastAPI
         docs_url=None,  # FastAPI's pages load their scripts from elsewhere
         redoc_url=None,
     )
-    _add_server(app, state)
-    _add_models(app, state)
-    _add_pages(app, state, registry)
-    _add_errors(app)
-    app.add_middleware(InferenceEndpoint, state=state)  # pyright: ignore[reportArgumentType]
-    app.add_middleware(BodyLimits, settings=state.settings)  # pyright: ignore[reportArgumentType]
-    return app
 
+    def statuses(*which: int) -> Any:
+        return {status: {"model": ErrorResponse} for status in which}
 
-def _add_server(app: fastapi.FastAPI, state: ServerState) -> None:
-    not_ready: dict[int | str, dict[str, Any]] = {503: {"model": ErrorResponse}}
+    # What the server says of itself and of its models, by either face.
 
-    @app.get("/v2", responses=not_ready)
-    async def metadata() -> ServerMetadataResponse:
-        return ServerMetadataResponse(**state.metadata())
+    def add(path: str, name: str, method: str) -> None:
+        def answer(model_name: str = "", version: str = "") -> Any:
+            found = state.says[method](model_name, version)
+            reason = found.pop("reason", "")
+            if found.get("ready") is False:
+                raise ServerNotReady(reason)
+            return found
 
-    @app.get("/v2/health/live", responses=not_ready)
-    async def live() -> ServerLiveResponse:
-        state.check_live()
-        return ServerLiveResponse(live=True)
+        async def of_server() -> Any:
+            return answer()
 
-    @app.get("/v2/health/ready", responses=not_ready)
-    async def ready() -> ServerReadyResponse:
-        if not state.ready():
-            raise ServerNotReady
-        return ServerReadyResponse(ready=True)
+        async def of_model(model_name: str, version: str = "") -> Any:
+            return answer(model_name, version)
 
-    @app.get("/v2/models", responses=not_ready)
-    async def models() -> ListModelsResponse:
-        return ListModelsResponse(models=list(state.versions))
+        of_one, described = "{" in path, "versions" not in path
+        app.add_api_route(
+            path,
+            of_model if of_one else of_server,
+            name=name,
+            responses=statuses(404, 503) if of_one else statuses(503),
+            include_in_schema=described,
+        )
 
-    async def parse(request: fastapi.Request, kind: type[Body]) -> Body:
-        """Return a small body, which may be empty."""
-        with state.memory.request() as add:
+    for path, name, method in (
+        ("/v2", "metadata", "ServerMetadata"),
+        ("/v2/health/live", "live", "ServerLive"),
+        ("/v2/health/ready", "ready", "ServerReady"),
+        # A model called `stats` has no metadata here.
+        ("/v2/models/stats", "all_statistics", "ModelStatistics"),
+    ):
+        add(path, name, method)
+    for where in ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}"):
+        for suffix, name, method in (
+            ("", "model_metadata", "ModelMetadata"),
+            ("/config", "model_config", "ModelConfig"),
+            ("/stats", "model_statistics", "ModelStatistics"),
+            ("/ready", "model_ready", "ModelReady"),
+        ):
+            add(where + suffix, name, method)
+
+    @app.get("/v2/models", responses=statuses(503))
+    async def models() -> Any:
+        return {"models": list(repository.versions)}
+
+    # The model repository.
+
+    async def field_of(request: fastapi.Request, name: str, kind: type, default: Any) -> Any:
+        """Return a field of a small body, which may be empty."""
+        with state.hold() as add:
             body = await read_body(request.receive, add)
             try:
-                return kind.model_validate_json(body or b"{}")
-            except ValidationError as error:
-                raise InvalidInput(error.errors()[0]["msg"]) from error
+                content = orjson.loads(body or b"{}")
+            except orjson.JSONDecodeError as error:
+                raise InvalidInput(f"the body is not JSON: {error}") from error
+        found = content.get(name, default) if isinstance(content, dict) else None
+        if not isinstance(found, kind):
+            raise InvalidInput(f"the body is an object; {name} is a {kind.__name__}, not {found!r}")
+        return found
 
-    @app.post("/v2/repository/index", responses=not_ready)
-    async def index(request: fastapi.Request) -> list[IndexEntry]:
-        asked = await parse(request, IndexRequest)
-        return [IndexEntry(**each) for each in state.repository_index(asked.ready)]
+    @app.post("/v2/repository/index", responses=statuses(503))
+    async def index(request: fastapi.Request) -> Any:
+        return repository.index(await field_of(request, "ready", bool, False))
 
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse} for status in (400, 403, 404, 503)
-    }
-
-    @app.post("/v2/repository/models/{model_name}/load", responses=errors)
+    @app.post("/v2/repository/models/{model_name}/load", responses=statuses(400, 403, 404, 503))
     async def load(model_name: str, request: fastapi.Request) -> None:
-        asked = await parse(request, ControlRequest)
-        check_parameters("loading a model", asked.parameters, set())
-        await state.control.load(model_name)
+        parameters = await field_of(request, "parameters", dict, {})
+        await repository.control(model_name, parameters, load=True)
 
-    @app.post("/v2/repository/models/{model_name}/unload", responses=errors)
+    @app.post("/v2/repository/models/{model_name}/unload", responses=statuses(400, 403, 404, 503))
     async def unload(model_name: str, request: fastapi.Request) -> None:
-        asked = await parse(request, ControlRequest)
-        check_parameters("unloading a model", asked.parameters, {"unload_dependents"})
-        await state.control.unload(model_name)
+        parameters = await field_of(request, "parameters", dict, {})
+        await repository.control(model_name, parameters, load=False)
 
-    # Before the models' own paths: one called `stats` has no metadata here.
-    @app.get("/v2/models/stats", responses=not_ready)
-    async def all_statistics() -> dict[str, Any]:
-        return state.statistics()
-
-
-def _add_models(app: fastapi.FastAPI, state: ServerState) -> None:
-    async def model_metadata(model_name: str, version: str = "") -> Any:
-        return state.model_metadata(model_name, version)
-
-    async def model_config(model_name: str, version: str = "") -> dict[str, Any]:
-        return state.configuration(model_name, version)
-
-    async def model_statistics(model_name: str, version: str = "") -> dict[str, Any]:
-        return state.statistics(model_name, version)
-
-    async def model_ready(model_name: str, version: str = "") -> Any:
-        state.find(model_name, version)
-        if (trouble := state.trouble(model_name, version)) is not None:
-            raise ServerNotReady(trouble)
-        return {"name": model_name, "ready": True}
+    # Inference, which is only described here.
 
     async def infer(model_name: str, version: str = "") -> None:
         """Describe inference and its errors; `InferenceEndpoint` answers it."""
 
-    missing: dict[int | str, dict[str, Any]] = {
-        404: {"model": ErrorResponse},
-        503: {"model": ErrorResponse},
-    }
-    errors = {each.http: {"model": ErrorResponse} for each in KINDS.values() if each.http != 403}
-    schema = InferenceRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema = AS_JSON.json_schema(ref_template="#/components/schemas/{model}")
     describe, parts = app.openapi, schema.pop("$defs")  # which FastAPI does not know
 
     def describe_all() -> dict[str, Any]:
@@ -212,55 +131,44 @@ def _add_models(app: fastapi.FastAPI, state: ServerState) -> None:
         return description
 
     app.openapi = describe_all
-    body = {"content": {"application/json": {"schema": schema}}, "required": True}
-    for path in ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}"):
-        for suffix, endpoint, model in (
-            ("", model_metadata, ModelMetadataResponse),
-            ("/config", model_config, dict[str, Any]),
-            ("/stats", model_statistics, dict[str, Any]),
-            ("/ready", model_ready, ModelReadyResponse),
-        ):
-            app.add_api_route(
-                path + suffix,
-                endpoint,
-                response_model=model,
-                responses=missing,
-                include_in_schema="versions" not in path,
-            )
+    refusals = sorted({each.http for each in KINDS.values()} - {403})
+    for where in ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}"):
         app.add_api_route(
-            f"{path}/infer",
+            f"{where}/infer",
             infer,
             methods=["POST"],
-            response_class=JSONResponse,
-            responses={200: {"model": InferenceResponse}, **errors},
-            openapi_extra={"requestBody": body},
-            include_in_schema="versions" not in path,
+            responses=statuses(*refusals),
+            openapi_extra={
+                "requestBody": {
+                    "content": {"application/json": {"schema": schema}},
+                    "required": True,
+                }
+            },
+            include_in_schema="versions" not in where,
         )
 
+    # Pages, some of which other threads put together, because it takes milliseconds.
 
-def _add_pages(app: fastapi.FastAPI, state: ServerState, registry: CollectorRegistry) -> None:
     page = importlib.resources.files("nercc_jax.serving").joinpath("status.html").read_text()
 
     @app.get("/", include_in_schema=False)
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page)
 
-    @app.get("/docs", include_in_schema=False)
-    async def show_description() -> HTMLResponse:
-        return HTMLResponse(_describe(app.openapi()))
-
-    # Put together by other threads, because it takes milliseconds.
-
     @app.get("/status", include_in_schema=False)
     async def status() -> JSONResponse:
         content = await asyncio.to_thread(state.status)
         return JSONResponse(content, headers={"cache-control": "no-store"})
 
-    checked = SharedAnswer(state.weights, seconds=10.0)
+    checks: list[tuple[float, asyncio.Task[Any]]] = []  # the latest, for all that ask meanwhile
 
     @app.get("/weights", include_in_schema=False)
     async def weights() -> JSONResponse:
-        return JSONResponse(await checked(), headers={"cache-control": "no-store"})
+        now = asyncio.get_running_loop().time()
+        if not checks or (checks[-1][1].done() and now >= checks[-1][0] + _WEIGHTS_EVERY):
+            checks[:] = [(now, asyncio.create_task(state.weights()))]
+        content = await asyncio.shield(checks[-1][1])
+        return JSONResponse(content, headers={"cache-control": "no-store"})
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics(request: fastapi.Request) -> Response:
@@ -268,47 +176,8 @@ def _add_pages(app: fastapi.FastAPI, state: ServerState, registry: CollectorRegi
         content = await asyncio.to_thread(write, registry)
         return Response(content, headers={"content-type": content_type})
 
+    # Errors.
 
-class SharedAnswer:
-    """An answer that is expensive to find, found once for all that ask meanwhile or soon after.
-
-    Else strangers could keep workers busy with it.
-    """
-
-    def __init__(self, find: Callable[[], Coroutine[Any, Any, Any]], seconds: float):
-        """Create one; `seconds` after one beginning there may be another."""
-        self._find, self._seconds, self._until = find, seconds, -math.inf
-        self._task: asyncio.Task[Any] | None = None
-
-    async def __call__(self) -> Any:
-        """Return the answer; raise what finding it out raised."""
-        now = asyncio.get_running_loop().time()
-        if self._task is None or (self._task.done() and now >= self._until):
-            self._task, self._until = asyncio.create_task(self._find()), now + self._seconds
-        return await asyncio.shield(self._task)
-
-
-def _describe(description: Mapping[str, Any]) -> str:
-    """Return a page with all paths of a description, which loads nothing from elsewhere."""
-    rows = []
-    for path, methods in description["paths"].items():
-        for method, about in methods.items():
-            statuses = ", ".join(about["responses"])
-            text = about.get("description") or about["summary"]
-            cells = (method.upper(), path, text, statuses)
-            rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
-    title = html.escape(description["info"]["title"])
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        "<style>body{font-family:sans-serif;margin:2rem}td,th{text-align:left;padding:.3rem 1rem "
-        f".3rem 0}}</style><h1>{title}</h1><p>{html.escape(description['info']['description'])} "
-        'All schemas: <a href="openapi.json">openapi.json</a>.</p>'
-        "<table><tr><th>Method</th><th>Path</th><th>About</th><th>Statuses</th></tr><tr>"
-        f"{'</tr><tr>'.join(rows)}</tr></table></html>"
-    )
-
-
-def _add_errors(app: fastapi.FastAPI) -> None:
     async def known(request: fastapi.Request, error: Exception) -> Response:
         return error_response(error)
 
@@ -324,3 +193,6 @@ def _add_errors(app: fastapi.FastAPI) -> None:
         app.add_exception_handler(kind, known)
     app.add_exception_handler(HTTPException, no_such_path)
     app.add_exception_handler(Exception, unexpected)
+    if infers:
+        app.add_middleware(InferenceEndpoint, state=state)  # pyright: ignore[reportArgumentType]
+    return app

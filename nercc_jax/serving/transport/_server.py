@@ -23,19 +23,18 @@ from prometheus_client.process_collector import ProcessCollector
 
 from ...codes import AbstractCode, NeRCC, Uncoded
 from ...inference.models import Model
-from ...pools.garbage import collect_all, short_collections
+from ...pools.garbage import short_collections
 from .._metrics import Metrics
 from .._served_model import ServedModel
 from .._settings import ModelSettings, ServerSettings
 from .._tracing import provider_from_environment
 from ..adapt._predictor import Predictor
-from ..protocol._errors import InvalidInput, ModelNotFound, ServerNotReady
-from ..protocol._servable import Servable, make_servable, name_and_version
-from ._bodies import BodyLimits
+from ..protocol._servable import Servable, make_servable
 from ._grpc import GrpcServer
 from ._http import InferenceEndpoint
+from ._models import TICK, in_background
 from ._rest import make_app
-from ._state import ModelControl, ServerState
+from ._state import ServerState
 
 try:  # it takes less time for each request; there is none for Windows
     from uvloop import new_event_loop
@@ -46,12 +45,9 @@ _LOG = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _NOT_MAIN_THREAD = ValueError, RuntimeError  # raised where signals cannot be handled
-# Seconds between looks at whether the server should end.
-_TICK = 0.02
-# Seconds in which the last errors may reach their clients, if draining takes too long.
-_LAST_ERRORS = 3.0
-# Seconds after draining at which nothing is waited for any more, whatever models do.
-_LAST_WAIT = 4.5
+# Seconds in which the last errors may reach their clients, if draining takes too long, and seconds
+# after draining at which nothing is waited for any more, whatever models do.
+_LAST_ERRORS, _LAST_WAIT = 3.0, 4.5
 
 
 class Server:
@@ -62,6 +58,8 @@ class Server:
 
     Attributes:
         settings: the server's settings.
+        starts: by each model's key (`Servable.key`), the function that starts it.
+        state: its models, and what they were asked.
         http_port: the port of REST; 0 before it listens.
         grpc_port: the port of gRPC; 0 before it listens.
         ends_by: the monotonic time by which `run` and `serve` return; infinite before it drains.
@@ -86,22 +84,15 @@ class Server:
             ValueError: for files of tokens or TLS that are missing.
         """
         self.settings, self.starts = settings or ServerSettings(), dict(starts)
-        self._spans = spans or provider_from_environment()
-        self.state = ServerState({}, self.settings, list(starts), self._spans)
-        self._tls_pair = self.settings.tls_pair()
-        if self.settings.model_control == "explicit":
-            self.state.control = _ExplicitControl(self)
-        self._open: dict[str, ServedModel] = {}  # not closed yet
-        self._closing: dict[str, threading.Thread] = {}
+        spans = spans or provider_from_environment()
+        self.state = ServerState({}, self.settings, self.starts, spans)
+        self.settings.tls_pair()
         registry = registry or CollectorRegistry()
         with contextlib.suppress(ValueError):  # it is there already, if a server had the registry
             ProcessCollector(registry=registry)
-        # In front of FastAPI's own layers, too. Ray Serve needs the application as FastAPI has it:
-        # it looks at its routes, and adds handlers of its own errors.
-        app = InferenceEndpoint(make_app(self.state, registry), self.state)
-        app = BodyLimits(app, self.settings)
-        self.http_port = self.grpc_port = 0
-        drain = self.settings.drain_timeout_s
+        # In front of FastAPI's own layers. Ray Serve needs all in one, as FastAPI has it: it sees
+        # its routes, and adds handlers of its own errors.
+        app = InferenceEndpoint(make_app(self.state, registry, infers=False), self.state)
         self._http = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -118,20 +109,18 @@ class Server:
                 limit_concurrency=self.settings.max_connections,
                 timeout_keep_alive=65,
                 # Ours ends first, see `_drain`.
-                timeout_graceful_shutdown=int(drain + 2 * _LAST_ERRORS) + 1,
+                timeout_graceful_shutdown=int(self.settings.drain_timeout_s + 2 * _LAST_ERRORS) + 1,
             )
         )
         # Uvicorn would end at a signal, before the server can say that it drains.
         self._http.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
+        self._grpc: GrpcServer | None = None
+        self.http_port = self.grpc_port = 0
         self.ends_by = math.inf
         self.lost: dict[str, int] = {}
-        self._grpc: GrpcServer | None = None
         self._at_once = False
         self._signal: signal.Signals | None = None
-        self._started = False
-        self._collections = contextlib.ExitStack()
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then drain.
@@ -143,7 +132,7 @@ class Server:
         """
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(self.serve())
-        if self._signal is not None and not self._started:
+        if self._signal is not None and not self.state.models.complete:
             raise SystemExit(128 + self._signal)
 
     async def serve(self) -> None:
@@ -161,36 +150,46 @@ class Server:
 
             _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        http = asyncio.create_task(self._serve_http())
+
+        async def serve_http() -> None:
+            try:
+                await self._http.serve()
+            except SystemExit:  # uvicorn has logged why
+                raise self.settings.cannot_listen(self.settings.http_port) from None
+
+        http, models = asyncio.create_task(serve_http()), self.state.models
         try:
             self._catch_signals()
-            try:
-                while not self._http.started and not http.done():
-                    await asyncio.sleep(0.01)
-                if not http.done():
+            while not self._http.started and not http.done():
+                await asyncio.sleep(0.01)
+            if not http.done():
+                try:
                     await self._answer(http)
-            finally:
-                with contextlib.suppress(*_NOT_MAIN_THREAD):
-                    for each in _SIGNALS:
-                        asyncio.get_running_loop().remove_signal_handler(each)
+                except BaseException:
+                    self._at_once = True
+                    raise
+                finally:
+                    await self._drain(http)
             with contextlib.suppress(asyncio.CancelledError):  # it did not end in time
                 await http
         finally:
-            ends = self._close_models()
-            if self._spans is not None:
-                ends["spans"] = _in_background(self._spans.shutdown)
+            with contextlib.suppress(*_NOT_MAIN_THREAD):
+                for each in _SIGNALS:
+                    asyncio.get_running_loop().remove_signal_handler(each)
+            ends = models.close_all()
+            if self.state.spans is not None:
+                ends["spans"] = in_background(self.state.spans.shutdown)
             self.ends_by = min(self.ends_by, time.monotonic() + _LAST_WAIT)
-            while any(thread.is_alive() for thread in ends.values()):
-                if time.monotonic() > self.ends_by:
-                    left = [name for name, thread in ends.items() if thread.is_alive()]
-                    _LOG.warning("left behind: it does not close", extra={"left": left})
-                    break
-                await asyncio.sleep(_TICK)
+            if ends:
+                await asyncio.wait(ends.values(), timeout=self.ends_by - time.monotonic())
+            if left := [name for name, end in ends.items() if not end.done()]:
+                _LOG.warning("left behind: it does not close", extra={"left": left})
 
     def stop(self) -> None:
         """Drain: answer what was accepted, and nothing new. The second time, end at once."""
-        self._at_once = self.state.draining or not self.state.models
-        self.state.draining = True
+        models = self.state.models
+        self._at_once = models.draining or not models.started
+        models.draining = True
         drain = self.settings.drain_delay_s + self.settings.drain_timeout_s
         last = time.monotonic() + _LAST_WAIT
         self.ends_by = min(self.ends_by, last if self._at_once else last + drain)
@@ -202,19 +201,20 @@ class Server:
         Raises:
             Exception: as `serve`.
         """
+        failures: list[BaseException] = []
 
         def run() -> None:
             try:
                 self.run()
             except BaseException as error:
-                self._failure = error
+                failures.append(error)
 
         self._thread = threading.Thread(target=run, name="nercc-server", daemon=True)
         self._thread.start()
-        while self._thread.is_alive() and not self._started:
-            time.sleep(_TICK)
-        if self._failure is not None:
-            raise self._failure
+        while self._thread.is_alive() and not self.state.models.complete:
+            time.sleep(TICK)
+        if failures:
+            raise failures[0]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -223,135 +223,69 @@ class Server:
         self._thread.join()
 
     async def _answer(self, http: asyncio.Task) -> None:
-        try:
-            await self._listen()
-            await self._start_models()
-            while not self.state.draining and not http.done():
-                # Something will end this process soon.
-                ends_at = min((each.ends_at for each in self._open.values()), default=math.inf)
-                if ends_at - time.monotonic() < self.settings.drain_timeout_s + 2 * _LAST_ERRORS:
-                    self.stop()
-                await asyncio.sleep(_TICK)
-        except BaseException:
-            self._at_once = True
-            raise
-        finally:
-            with self._collections:
-                await self._drain(http)
-
-    async def _listen(self) -> None:
-        """Listen by gRPC; uvicorn listens already."""
+        """Listen by gRPC, too, start the models, and answer until the server drains."""
+        models, begin, settings = self.state.models, time.monotonic(), self.settings
         self.http_port = self._http.servers[0].sockets[0].getsockname()[1]
-        if self.settings.grpc_port is not None:
-            made = GrpcServer(self.state)
-            server = made.server
-            address = f"{self.settings.host}:{self.settings.grpc_port}"
+        if settings.grpc_port is not None:
+            made, pair = GrpcServer(self.state), settings.tls_pair()
+            where = f"{settings.host}:{settings.grpc_port}"
             try:
-                if self._tls_pair is None:
-                    self.grpc_port = server.add_insecure_port(address)
+                if pair is None:
+                    self.grpc_port = made.server.add_insecure_port(where)
                 else:
-                    credentials = grpc.ssl_server_credentials([self._tls_pair])
-                    self.grpc_port = server.add_secure_port(address, credentials)
+                    credentials = grpc.ssl_server_credentials([pair])
+                    self.grpc_port = made.server.add_secure_port(where, credentials)
             except RuntimeError as error:
-                raise self.settings.cannot_listen(self.settings.grpc_port) from error
-            await server.start()
+                raise settings.cannot_listen(settings.grpc_port) from error
+            await made.server.start()
             self._grpc = made
-        _LOG.info("listening", extra=self._address())
-
-    def _address(self) -> dict[str, Any]:
-        return {
-            "host": self.settings.host,
-            "http_port": self.http_port,
-            "grpc_port": self.grpc_port if self._grpc else None,
-        }
-
-    async def _start_models(self) -> None:
-        """Start the models in a thread; meanwhile clients are told to come again."""
-        begin = time.monotonic()
-        failures: list[BaseException] = []
-
-        def start_each() -> None:
-            try:
-                for name in self.starts:
-                    if self.state.draining:
-                        return
-                    self._start(name)
-            except BaseException as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=start_each, name="nercc-start", daemon=True)
-        thread.start()
-        while thread.is_alive() and not self.state.draining:
-            self._catch_signals()
-            await asyncio.sleep(_TICK)
+        address: dict[str, Any] = {"host": settings.host, "http_port": self.http_port}
+        address["grpc_port"] = self.grpc_port if self._grpc else None
+        _LOG.info("listening", extra=address)
+        await models.start_all(self._catch_signals)  # Ray handles them, too
         self._catch_signals()
-        if failures:
-            raise failures[0]
-        if len(self.state.models) < len(self.starts):  # it drains
-            return
-        self._started = True
-        self._collections.enter_context(short_collections())
-        gc.enable()  # `nercc serve` starts without
-        seconds = round(time.monotonic() - begin, 3)
-        models = list(self.state.models)
-        _LOG.info("ready", extra={**self._address(), "models": models, "seconds": seconds})
-
-    def _start(self, name: str) -> None:
-        self._open[name] = self.state.models[name] = self.starts[name]()
-        if self.state.draining:  # the others may have been closed by now
-            self._close(name)
+        with short_collections() if models.complete else contextlib.nullcontext():
+            if models.complete:
+                gc.enable()  # `nercc serve` starts without
+                address["seconds"] = round(time.monotonic() - begin, 3)
+                _LOG.info("ready", extra={**address, "models": list(models.started)})
+            while not models.draining and not http.done():
+                # Something will end this process soon.
+                left = models.ends_at - time.monotonic()
+                if left < settings.drain_timeout_s + 2 * _LAST_ERRORS:
+                    self.stop()
+                await asyncio.sleep(TICK)
 
     async def _drain(self, http: asyncio.Task) -> None:
         """Be not ready, then accept nothing new, and fail what takes too long."""
-        await self._wait(lambda: False, self.settings.drain_delay_s)
-        self._http.should_exit = True
-        ends = [http]
-        if self._grpc is not None:
-            ends.append(asyncio.create_task(self._grpc.stop()))
+        ends: list[asyncio.Future[Any]] = []
 
         def ended() -> bool:
-            return all(end.done() for end in ends)
+            return bool(ends) and all(face.done() for face in ends)
 
-        await self._wait(ended, self.settings.drain_timeout_s)
+        async def wait(seconds: float) -> None:
+            """Wait until all faces have ended, but no longer, and not if told to end at once."""
+            end = time.monotonic() + seconds
+            while not ended() and not self._at_once and time.monotonic() < end:
+                await asyncio.sleep(TICK)
+
+        await wait(self.settings.drain_delay_s)
+        self._http.should_exit = True
+        ends.append(http)
+        if self._grpc is not None:
+            ends.append(asyncio.create_task(self._grpc.stop()))
+        await wait(self.settings.drain_timeout_s)
         if not ended():
-            found = {name: model.in_flight for name, model in self._open.items()}
-            self.lost = {name: number for name, number in found.items() if number}
+            self.lost = self.state.models.in_flight
             if self.lost:
                 _LOG.warning("requests are lost: draining took too long", extra={"lost": self.lost})
-            self._close_models()
-            await self._wait(ended, _LAST_ERRORS)
+            self.state.models.close_all()
+            await wait(_LAST_ERRORS)
         self._http.force_exit = True
         if self._grpc is not None:
             ends.append(asyncio.create_task(self._grpc.stop(at_once=True)))
         await asyncio.wait(ends, timeout=1.0)
         http.cancel()
-
-    async def _wait(self, happened: Callable[[], bool], seconds: float) -> None:
-        """Wait until it happened, but no longer, and not if the server should end at once."""
-        end = time.monotonic() + seconds
-        while not happened() and not self._at_once and time.monotonic() < end:
-            await asyncio.sleep(_TICK)
-
-    def _close_models(self) -> dict[str, threading.Thread]:
-        """Begin to close all models, and return the threads that do so.
-
-        A model that hangs may never be closed, so that nobody may have to wait for them.
-        """
-        for name in list(self._open):
-            self._closing[name] = _in_background(functools.partial(self._close, name))
-        return dict(self._closing)
-
-    def _close(self, name: str, drain: float = 0.0) -> None:
-        model = self._open.pop(name, None)
-        if model is not None:
-            model.close(drain)
-            _LOG.info("model is closed", extra={"model": name})
-
-    async def _serve_http(self) -> None:
-        try:
-            await self._http.serve()
-        except SystemExit:  # uvicorn has logged why
-            raise self.settings.cannot_listen(self.settings.http_port) from None
 
     def _catch_signals(self) -> None:
         """Handle signals. Repeated while models start: Ray would take SIGTERM for its own crash."""
@@ -364,82 +298,6 @@ class Server:
         with contextlib.suppress(*_NOT_MAIN_THREAD):
             for each in _SIGNALS:
                 loop.add_signal_handler(each, interrupt, each)
-
-
-class _ExplicitControl(ModelControl):
-    """Loads and unloads the models that a server was started with, for the event loop's thread."""
-
-    def __init__(self, server: Server):
-        self._server, self._state = server, server.state
-        self.known = list(server.starts)
-        self._turn = asyncio.Lock()  # one at a time
-
-    async def load(self, name: str) -> None:
-        # To its end, although the client may go away.
-        await asyncio.shield(asyncio.ensure_future(self._load(self._keys(name))))
-
-    async def unload(self, name: str) -> None:
-        await asyncio.shield(asyncio.ensure_future(self._unload(self._keys(name))))
-
-    async def _load(self, keys: Sequence[str]) -> None:
-        server, state = self._server, self._state
-        failures: list[Exception] = []
-
-        def start(key: str) -> None:
-            try:
-                server._start(key)
-            except Exception as error:
-                failures.append(error)
-
-        async with self._turn:
-            for key in keys:
-                if key in state.names:
-                    continue
-                self.loading |= {key}
-                state.names.append(key)
-                await _ended(_in_background(functools.partial(start, key)))
-                self.loading -= {key}
-                if failures:
-                    state.names.remove(key)
-                    _LOG.error("not loaded", exc_info=failures[0], extra={"model": key})
-                    own = isinstance(failures[0], ValueError)  # the server's own words
-                    why = failures[0] if own else "see the server's log"
-                    raise InvalidInput(f"{key} does not load: {why}")
-                gc.freeze()  # as when the server starts
-                _LOG.info("model is loaded", extra={"model": key})
-
-    async def _unload(self, keys: Sequence[str]) -> None:
-        server, state = self._server, self._state
-        async with self._turn:
-            for key in keys:
-                if key in state.models:
-                    state.names.remove(key)
-                    del state.models[key]
-                    close = functools.partial(server._close, key, server.settings.drain_timeout_s)
-                    server._closing[key] = _in_background(close)
-                    await _ended(server._closing.pop(key))
-            await _ended(_in_background(collect_all))
-
-    def _keys(self, name: str) -> list[str]:
-        """Return the keys of a model's versions. Raises ModelNotFound, and ServerNotReady."""
-        keys = [key for key in self.known if name_and_version(key)[0] == name]
-        if not keys:
-            raise ModelNotFound(name)
-        if self._state.phase == "draining" or not self._server._started:
-            raise ServerNotReady(f"It is {self._state.phase}.")
-        return keys
-
-
-async def _ended(thread: threading.Thread) -> None:
-    while thread.is_alive():
-        await asyncio.sleep(_TICK)
-
-
-def _in_background(work: Callable[[], Any]) -> threading.Thread:
-    """Begin work in a thread that a process does not wait for when it ends."""
-    thread = threading.Thread(target=work, name="nercc-closing", daemon=True)
-    thread.start()
-    return thread
 
 
 def make_server(

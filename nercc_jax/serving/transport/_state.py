@@ -1,4 +1,4 @@
-"""The state of the server: its models, and all that both transports ask of it."""
+"""The state of the server: its models and its load, and the answers that both faces give."""
 
 import asyncio
 import contextlib
@@ -7,184 +7,162 @@ import importlib.metadata
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-import numpy as np
-
-from .._meter import ANSWERS, OUTCOMES
+from .._metrics import ANSWERS, OUTCOMES, Measure
 from .._policy import MAX_DEADLINE_S
 from .._served_model import ServedModel
 from .._settings import ServerSettings
 from .._tracing import RequestLog, RequestTrace
-from ..core._health import Health
-from ..core._request import DeadlineExceeded, InferenceFailed, Reply
-from ..protocol._errors import (
+from ..core._request import DeadlineExceeded, InferenceFailed
+from ..protocol._messages import (
+    InferenceRequest,
     InvalidInput,
-    ModelNotFound,
-    ServerNotReady,
+    Overloaded,
+    Response,
     Unauthenticated,
     outcome_of,
+    question_of,
+    response_of,
 )
-from ..protocol._messages import (
-    InferRequest,
-    answer_options,
-    check_outputs,
-    output_types,
-    queries_of,
-    tensor_types,
-)
-from ..protocol._servable import model_key, name_and_version
-from ._bodies import RequestMemory
+from ..protocol._servable import ADDED
+from ._models import Models
 
 _LOG = logging.getLogger(__name__)
-
-
-class ModelControl:
-    """Loads and unloads the models of a server; this one refuses to.
-
-    `known` are the keys of all models that can be loaded, and `loading` of those that are being
-    loaded, for which the server does not wait.
-    """
-
-    known: Sequence[str] = ()
-    loading: frozenset[str] = frozenset()
-
-    async def load(self, name: str) -> None:
-        """Start all versions of a model that are not started. Raises as `unload`."""
-        raise NotImplementedError("clients may load models only with --model-control explicit")
-
-    async def unload(self, name: str) -> None:
-        """Answer what was accepted by a model, and end it.
-
-        Raises NotImplementedError where clients may not do so, and ModelNotFound.
-        """
-        raise NotImplementedError("clients may unload models only with --model-control explicit")
+# Bytes of JSON, or of a message, that take a millisecond or more to read.
+_LARGE = 2**16
 
 
 class ServerState:
     """The models of a server, and the answers to what clients ask.
 
-    `models` are those that are started, by key (`Servable.key`), and `names` the keys of all that
-    are started or will be. Without `tokens` clients need none.
+    Attributes:
+        models: the models.
+        settings: the server's settings.
+        spans: a provider of OpenTelemetry's SDK, if there is one.
+        bytes_held: the bytes of all requests, from their first byte to their answer.
+        says: what the server says, as JSON has it, of a model's name and version, or of all, by the
+            names of gRPC's methods.
     """
 
     def __init__(
         self,
-        models: Mapping[str, ServedModel],
+        started: Mapping[str, ServedModel],
         settings: ServerSettings,
-        starting: Sequence[str] = (),
+        starts: Mapping[str, Callable[[], ServedModel]] | None = None,
         spans: Any = None,
     ):
-        """Create the state; `starting` are put into `models` once they answer. All are keys.
-
-        Requests are `spans` by a provider of OpenTelemetry's SDK, if there is one.
-        """
-        self.models = dict(models)
-        self.settings = settings
-        self.names = [*models, *starting]
-        self.control = ModelControl()
-        self.memory = RequestMemory(settings.max_bytes_in_flight)
-        self.tokens = settings.tokens()
+        """Create the state of models that have started, and of those that `starts` will start."""
+        self.models = models = Models(settings, {} if starts is None else starts, started)
+        self.settings, self.spans = settings, spans
+        self.bytes_held = 0
+        self._tokens = settings.tokens()
         self._log = RequestLog(settings.request_log_rate, spans)
-        self.draining = False
-        self._started = time.monotonic()
+        self._reading = asyncio.Lock()
+        self._since = time.monotonic()
+        self.says: dict[str, Callable[[str, str], dict[str, Any]]] = {
+            "ServerLive": lambda *_: {"live": models.check_live() is None},
+            "ServerReady": lambda *_: {"ready": models.ready},
+            "ServerMetadata": lambda *_: self.metadata(),
+            "ModelReady": self._model_ready,
+            "ModelMetadata": self._model_metadata,
+            "ModelConfig": self._configuration,
+            "ModelStatistics": self._statistics,
+        }
 
-    @property
-    def phase(self) -> Literal["starting", "serving", "draining"]:
-        if self.draining:
-            return "draining"
-        waits = any(
-            key not in self.models and key not in self.control.loading for key in self.names
-        )
-        return "starting" if waits else "serving"
+    # Admission.
 
     def check_token(self, authorization: bytes) -> None:
         """Raise Unauthenticated unless a header or gRPC's metadata have a token that is needed."""
         kind, _, token = authorization.strip().partition(b" ")
-        known = [hmac.compare_digest(token.strip(), each) for each in self.tokens]
-        if self.tokens and not (kind.lower() == b"bearer" and any(known)):
+        known = [hmac.compare_digest(token.strip(), each) for each in self._tokens]
+        if self._tokens and not (kind.lower() == b"bearer" and any(known)):
             raise Unauthenticated
 
-    # Health.
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[Callable[[int], None]]:
+        """Count one request's bytes until the end of the block.
 
-    def check_live(self) -> None:
-        """Raise ServerNotReady where only a restart would help."""
-        for name, health in self._health():
-            if not health.live:
-                raise ServerNotReady(f"{name}: {health.trouble}")
-
-    def ready(self) -> bool:
-        return self.phase == "serving" and all(health.ready for _, health in self._health())
-
-    def trouble(self, name: str, version: str = "") -> str | None:
-        """Return why a model would not answer now; None if it would. Raises ModelNotFound."""
-        key = self.check(name, version)
-        if self.draining:
-            return "It is draining."
-        if key not in self.models:
-            return "It is being started."
-        health = self.models[key].health()
-        return None if health.ready else health.trouble or "It is not ready."
-
-    def _health(self) -> Iterator[tuple[str, Health]]:
-        return ((name, model.health()) for name, model in list(self.models.items()))
-
-    # Models.
-
-    @property
-    def versions(self) -> dict[str, list[str]]:
-        """The versions of each model that are started or will be, by name, the latest last."""
-        found: dict[str, list[str]] = {}
-        for key in self.names:
-            name, version = name_and_version(key)
-            found.setdefault(name, []).append(version)
-        return {name: sorted(each, key=int) for name, each in found.items()}
-
-    def check(self, name: str, version: str = "") -> str:
-        """Return the key of a model's version, by default of the latest that is started.
-
-        Raises ModelNotFound where there is no such model, nor will be.
+        Yields:
+            A function that adds a number of bytes; it raises `Overloaded` above the limit.
         """
-        key = model_key(name, version or "1")
-        if key in self.names and (version or len(self.names) == 1):
-            return key
-        versions = self.versions.get(name)
-        if versions is None:
-            raise ModelNotFound(name)
-        if version:
-            raise ModelNotFound(f"{name}, version {version}")
-        keys = [model_key(name, each) for each in versions]
-        return next((key for key in reversed(keys) if key in self.models), keys[-1])
+        own, limit = 0, self.settings.max_bytes_in_flight
 
-    def find(self, name: str, version: str = "") -> ServedModel:
-        """Return a model's version, by default the latest that is started.
+        def add(size: int) -> None:
+            nonlocal own
+            if self.bytes_held + size > limit:
+                raise Overloaded(
+                    f"the requests in hand have {self.bytes_held} bytes and {size} more came; at "
+                    f"most {limit} are held: come again later"
+                )
+            own += size
+            self.bytes_held += size
 
-        Raises ModelNotFound, and ServerNotReady while it is started.
-        """
-        key = self.check(name, version)
-        if key not in self.models:
-            raise ServerNotReady(f"{key} is being started: come again later.")
-        return self.models[key]
+        try:
+            yield add
+        finally:
+            self.bytes_held -= own
+
+    @contextlib.contextmanager
+    def watch(
+        self, name: str, headers: Callable[[], Mapping[str, str]]
+    ) -> Iterator[RequestTrace | None]:
+        """Log and trace the request of this block, and count it if it is refused."""
+        trace, outcome = self._log.start(name, headers), "ok"
+        try:
+            yield trace
+        except BaseException as error:  # a client that goes away cancels its call
+            outcome = outcome_of(error)
+            # What a model's batcher does not see is counted here.
+            if outcome in ("invalid", "overloaded") and name in self.models.versions:
+                model = self.models.started.get(self.models.key_of(name))
+                if model is not None:  # it may still be starting
+                    model.count(f"request_{outcome}")
+            if trace is not None:
+                trace.error = str(error) or type(error).__name__
+            raise
+        finally:
+            if trace is not None:
+                self._log.end(trace, outcome)
+
+    # Inference.
 
     async def answer(
         self,
         model: ServedModel,
-        request: InferRequest,
+        read: Callable[[], InferenceRequest],
+        size: int,
         trace: RequestTrace | None,
         elapsed: float = 0.0,
-    ) -> Reply:
-        """Answer a request, of whose deadline some seconds have passed before it arrived.
+    ) -> Response:
+        """Read a request and answer it; some seconds of its deadline passed before it arrived.
+
+        Nothing else happens while numbers in JSON or in a message are read. Of requests in which
+        their `size` in bytes is large, one is read at a time; the others have three times as long
+        after it.
 
         Raises:
             InvalidInput: where it does not fit the model.
             TooLarge: where it has more queries than the queue holds.
-            Exception: as `ServedModel.infer`.
+            Exception: as `read` and `ServedModel.infer`.
         """
-        if trace is not None:
-            trace.id = request.id = request.id or uuid.uuid4().hex
-        check_outputs(request, model.servable)
-        options = answer_options(request)
+        begin = time.monotonic()
+        large = size > _LARGE
+        async with self._reading if large else contextlib.nullcontext():
+            start = time.monotonic()
+            try:
+                request = read()
+                if trace is not None:
+                    trace.id = request.id = request.id or uuid.uuid4().hex
+                most = model.settings.max_queue_size
+                queries, options = question_of(request, model.servable, most)
+            finally:
+                if large:
+                    await asyncio.sleep(3 * (time.monotonic() - start))
+        if large:
+            elapsed += time.monotonic() - begin
+
         if elapsed > 0:
             deadline = options["deadline"]
             deadline = model.settings.deadline_s if deadline is None else deadline
@@ -196,7 +174,6 @@ class ServerState:
                     "took"
                 )
             options["deadline"] = deadline - elapsed
-        queries = queries_of(request, model.servable, model.settings.max_queue_size)
         try:
             reply = await model.infer(queries, **options)
         except ValueError as error:
@@ -209,49 +186,9 @@ class ServerState:
             raise
         if trace is not None:
             trace.reply = reply
-        return reply
-
-    @contextlib.contextmanager
-    def watch(
-        self, name: str, headers: Callable[[], Mapping[str, str]]
-    ) -> Iterator[RequestTrace | None]:
-        """Log and trace the request of this block, and count it if it is refused."""
-        trace = self._log.start(name, headers)
-        outcome = "ok"
-        try:
-            yield trace
-        except BaseException as error:  # a client that goes away cancels its call
-            outcome = outcome_of(error)
-            # What a model's batcher does not see is counted here.
-            if outcome in ("invalid", "overloaded") and name in self.versions:
-                model = self.models.get(self.check(name))
-                if model is not None:  # it may still be starting
-                    model.count(f"request_{outcome}")
-            if trace is not None:
-                trace.error = str(error) or type(error).__name__
-            raise
-        finally:
-            if trace is not None:
-                self._log.end(trace, outcome)
+        return response_of(reply, request, model.servable)
 
     # What the server says about itself.
-
-    def repository_index(self, ready: bool = False) -> list[dict[str, str]]:
-        """Return all models with their states, by Triton's extension; or only those ready."""
-        index = []
-        for key in dict.fromkeys([*self.names, *self.control.known]):
-            name, version = name_and_version(key)
-            state, reason = "READY", ""
-            if key not in self.names:
-                state, reason = "UNAVAILABLE", "unloaded"
-            elif (trouble := self.trouble(name, version)) is not None:
-                state, reason = "UNAVAILABLE", trouble
-                if key not in self.models and not self.draining:
-                    state = "LOADING"
-            if state == "READY" or not ready:
-                entry = {"name": name, "version": version, "state": state, "reason": reason}
-                index.append(entry)
-        return index
 
     def metadata(self) -> dict[str, Any]:
         version = importlib.metadata.version("nercc-jax")
@@ -259,20 +196,22 @@ class ServerState:
         extensions = ["binary_tensor_data", *triton]
         return {"name": "nercc_jax", "version": version, "extensions": extensions}
 
-    def model_metadata(self, name: str, version: str = "") -> dict[str, Any]:
-        """Return a model's metadata. Raises as `find` does."""
-        model = self.find(name, version)
-        coded = (
-            {"nercc_coded": True}
-            if model.uncoded is None
-            else {"nercc_coded": False, "nercc_uncoded": model.uncoded}
-        )
+    def _model_ready(self, name: str, version: str) -> dict[str, Any]:
+        trouble = self.models.trouble(name, version)
+        return {"name": name, "ready": trouble is None, "reason": trouble}
+
+    def _model_metadata(self, name: str, version: str) -> dict[str, Any]:
+        """Return a model's metadata. Raises as `Models.find` does."""
+        model = self.models.find(name, version)
+        coded: dict[str, Any] = {"nercc_coded": model.uncoded is None}
+        if model.uncoded is not None:
+            coded["nercc_uncoded"] = model.uncoded
         return {
             "name": name,
-            "versions": self.versions[name],
+            "versions": self.models.versions[name],
             "platform": "nercc_jax",
-            "inputs": tensor_types(model.servable.inputs.parts),
-            "outputs": output_types(model.servable),
+            "inputs": [each.about for each in model.servable.inputs.parts],
+            "outputs": [each.about for each in (*model.servable.outputs.parts, *ADDED)],
             "parameters": {
                 "nercc_max_queries": model.settings.max_queue_size,
                 "nercc_deadline_ms": 1e3 * model.settings.deadline_s,
@@ -282,28 +221,33 @@ class ServerState:
             },
         }
 
-    def configuration(self, name: str, version: str = "") -> dict[str, Any]:
-        """Return a model's configuration by Triton's extension. Raises as `find` does.
+    def _configuration(self, name: str, version: str) -> dict[str, Any]:
+        """Return a model's configuration by Triton's extension. Raises as `Models.find` does.
 
         What has no counterpart here is left out. `max_batch_size` is that of a request, as
         `nercc_max_queries` in the metadata; `preferred_batch_size` are the batches that workers
         receive.
         """
-        model = self.find(name, version)
+        about, model = self._model_metadata(name, version), self.models.find(name, version)
         policy = model.settings.policy()
-
-        def tensor(metadata: Mapping[str, Any]) -> dict[str, Any]:
-            kind = {"BYTES": "STRING"}.get(metadata["datatype"], metadata["datatype"])
-            without_batch = metadata["shape"][1:]
-            return {"name": metadata["name"], "data_type": f"TYPE_{kind}", "dims": without_batch}
-
+        inputs, outputs = (
+            [
+                {
+                    "name": each["name"],
+                    "data_type": f"TYPE_{each['datatype']}",
+                    "dims": each["shape"][1:],
+                }
+                for each in about[tensors]
+            ]
+            for tensors in ("inputs", "outputs")
+        )
         return {
-            "name": model.servable.name,
+            "name": name,
             "platform": "nercc_jax",
             "backend": "nercc_jax",
             "max_batch_size": policy.max_queue_size,
-            "input": [tensor(each) for each in tensor_types(model.servable.inputs.parts)],
-            "output": [tensor(each) for each in output_types(model.servable)],
+            "input": inputs,
+            "output": outputs,
             "dynamic_batching": {
                 "preferred_batch_size": list(policy.batch_sizes),
                 "max_queue_delay_microseconds": round(1e6 * policy.batch_wait_timeout_s),
@@ -312,7 +256,7 @@ class ServerState:
             },
         }
 
-    def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
+    def _statistics(self, name: str, version: str) -> dict[str, Any]:
         """Return the statistics of one model, or of all started ones, by Triton's extension.
 
         They say how often something happened, and how long it took in total. `success` are requests
@@ -321,27 +265,24 @@ class ServerState:
         answer. Encoding and decoding are within that, and belong to groups: so `compute_input` and
         `compute_output`, which count as often (`perf_analyzer` insists), have no time.
         `execution_count` are workers' calls that answered in time, coded ones and copies included.
-        There is no cache, and nothing by batch size. Raises as `find` does.
+        There is no cache, and nothing by batch size. Raises as `Models.find` does.
         """
         found = []
-        for model in [self.find(name, version)] if name else list(self.models.values()):
+        for model in [self.models.find(name, version)] if name else [*self.models.started.values()]:
             meter = model.meter
-            answered, queued, computed = (
-                meter.read(what)[:2] for what in ("request_ok", "queue_seconds", "compute_seconds")
-            )
-            failed = np.sum([meter.read(f"request_{each}")[:2] for each in OUTCOMES[1:]], axis=0)
-            none = 0, 0.0
+            failed = [meter.read(f"request_{each}") for each in OUTCOMES[1:]]
+            computed = meter.read("compute_seconds")
             durations = {
-                "success": answered,
-                "fail": (int(failed[0]), float(failed[1])),
-                "queue": queued,
-                "compute_input": (computed[0], 0.0),
+                "success": meter.read("request_ok"),
+                "fail": Measure(sum(e.count for e in failed), sum(e.total for e in failed)),
+                "queue": meter.read("queue_seconds"),
+                "compute_input": Measure(computed.count),
                 "compute_infer": computed,
-                "compute_output": (computed[0], 0.0),
-                "cache_hit": none,
-                "cache_miss": none,
+                "compute_output": Measure(computed.count),
+                "cache_hit": Measure(),
+                "cache_miss": Measure(),
             }
-            queries = sum(meter.read(f"query_{each}")[1] for each in ANSWERS)
+            queries = sum(meter.read(f"query_{each}").total for each in ANSWERS)
             found.append(
                 {
                     "name": model.servable.name,
@@ -350,8 +291,8 @@ class ServerState:
                     "inference_count": int(queries),
                     "execution_count": model.pool.report().answered,
                     "inference_stats": {
-                        what: {"count": count, "ns": round(1e9 * seconds)}
-                        for what, (count, seconds) in durations.items()
+                        what: {"count": each.count, "ns": round(1e9 * each.total)}
+                        for what, each in durations.items()
                     },
                     "batch_stats": [],
                 }
@@ -360,19 +301,20 @@ class ServerState:
 
     async def weights(self) -> dict[str, dict[int, bool]]:
         """Return whether each worker that answers has the weights that it was given, by model."""
-        pools = {name: model.pool for name, model in self.models.items()}
+        pools = {name: model.pool for name, model in self.models.started.items()}
         longest = 10.0  # seconds in which a worker must answer what its weights are
         checks = (asyncio.to_thread(pool.check_weights, longest) for pool in pools.values())
         return dict(zip(pools, await asyncio.gather(*checks), strict=True))
 
     def status(self) -> dict[str, Any]:
-        metadata = self.metadata()
+        about = self.metadata()
+        started = self.models.started
         return {
             "server": {
-                "name": metadata["name"],
-                "version": metadata["version"],
-                "state": self.phase,
-                "uptime_s": time.monotonic() - self._started,
+                "name": about["name"],
+                "version": about["version"],
+                "state": self.models.phase,
+                "uptime_s": time.monotonic() - self._since,
             },
-            "models": [self.models[name].status() for name in self.names if name in self.models],
+            "models": [started[key].status() for key in self.models.names if key in started],
         }

@@ -1,0 +1,254 @@
+"""The workers' models at work, between the two matrices of a code."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
+
+from ..splines.arrays import native
+from ._code import AbstractCode, with_deviation
+from ._decoding import (
+    Decoded,
+    decode_groups,
+    decode_in_program,
+    encode_groups,
+    mask_mixed_groups,
+)
+from ._kept import CachedMatrices
+from ._trees import any_tracer, check_floats, is_float, leaves_of
+
+# Raised by JAX where a function does not take tracers.
+_UNTRACEABLE = (
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerBoolConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.ConcretizationTypeError,
+)
+
+
+class NoDerivative(TypeError, ValueError):
+    """A derivative is asked of a model that runs on the host.
+
+    JAX raises TypeErrors for such models; commands print the ValueErrors in a line.
+    """
+
+
+def call_model(model: Callable[..., Any], batch: PyTree, *args: Any, rows: bool = False) -> Any:
+    """Return `model(batch, *args)`.
+
+    A model that JAX cannot trace, since it works on NumPy arrays or looks at values, is called on
+    the host whenever the program runs. It is called once more when the program is traced, on one
+    data point of zeros (or ones), for the shapes of its outputs. A list that it returns is an array
+    of rows. It has no derivative.
+
+    Args:
+        model: The model.
+        batch: A batch of data points.
+        *args: Further arguments of the model.
+        rows: Whether to refuse answers that are not floats with as many rows as the batch.
+
+    Raises:
+        ValueError: The model takes one data point instead of a batch (from the model's own error),
+            JAX cannot trace it and it raises at zeros and ones, or there are other `rows`; else
+            what the model raises.
+        NoDerivative: A derivative is taken of a model that JAX cannot trace.
+    """
+
+    def traces(x: PyTree) -> bool:
+        try:
+            eqx.filter_eval_shape(lambda x: model(x, *args), x)
+        except Exception:
+            return False
+        return True
+
+    try:
+        y = model(batch, *args)
+    except _UNTRACEABLE:
+        y = _call_on_host(model, batch, args)
+    except Exception as error:
+        # What fails on the batch while running only says nothing of shapes.
+        if not traces(batch) and traces(jax.tree.map(lambda leaf: leaf[0], batch)):
+            raise ValueError(
+                "the model takes one data point, not a batch of them: give jax.vmap(model)"
+            ) from error
+        raise
+    size = jax.tree.leaves(batch)[0].shape[0] if rows else 0  # which may be symbolic, for an export
+    for label, leaf in leaves_of("the model's answer", y) if rows else ():
+        if not isinstance(leaf, jax.Array) or leaf.ndim < 1 or leaf.shape[0] != size:
+            got = leaf.shape if isinstance(leaf, jax.Array) else type(leaf).__name__
+            given = ", ".join(str(each.shape) for each in jax.tree.leaves(batch))
+            raise ValueError(
+                f"the model must map a batch of {size} to arrays of as many answers: for input "
+                f"{given}, {label} was {got}"
+            )
+        if not is_float(leaf):
+            check_floats("the model's answer", y)  # says which
+    return y
+
+
+def _call_on_host(model: Callable[..., Any], batch: PyTree, args: tuple) -> Any:
+    arrays, static = eqx.partition((model, args), eqx.is_array)
+
+    def call(arrays: PyTree, batch: PyTree) -> PyTree:
+        arrays, batch = jax.tree.map(np.asarray, (arrays, batch))
+        function, further = eqx.combine(arrays, static)
+        answer = function(batch, *further)
+        answer = np.asarray(answer) if isinstance(answer, list) else answer
+        answer = jax.tree.map(np.asarray, native(answer, "the model's answer"))
+        return jax.tree.map(lambda y: y.astype(jax.dtypes.canonicalize_dtype(y.dtype)), answer)
+
+    # The form of its answers: those to one data point of zeros; of ones, if it raises at zeros.
+    known = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, Tracer) else leaf, arrays
+    )
+    example, raised = None, None
+    with jax.ensure_compile_time_eval():  # what the model does with JAX is no part of the program
+        for number in (0, 1):
+            one = jax.tree.map(lambda x: np.full((1, *x.shape[1:]), number, x.dtype), batch)  # noqa: B023
+            try:
+                example = call(known, one)
+                break
+            except Exception as error:
+                raised = raised or error
+        else:
+            raise ValueError(
+                "JAX cannot trace the model, which was therefore called on one data point of "
+                f"zeros, and on one of ones, for the shape of its answers, and raised: {raised!r}"
+            ) from raised
+    size = len(jax.tree.leaves(batch)[0])
+    answers = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), example
+    )
+
+    def answer(arrays: PyTree, batch: PyTree) -> PyTree:
+        # Whole numbers by JSON are integers.
+        cast = lambda leaf, form: leaf.astype(form.dtype, casting="same_kind")  # noqa: E731
+        return jax.tree.map(cast, call(arrays, batch), answers)
+
+    @jax.custom_jvp
+    def answered(arrays: PyTree, batch: PyTree) -> PyTree:
+        return jax.pure_callback(answer, answers, arrays, batch, vmap_method="sequential")
+
+    @answered.defjvp
+    def _(*_: Any) -> Any:
+        raise NoDerivative(
+            "JAX cannot trace the model, since it works on NumPy arrays or looks at values. So it "
+            "runs on the host and has no derivative: tuning and gradients need a model of jax.numpy"
+        )
+
+    return answered(arrays, batch)
+
+
+def check_number_of_models(kinds: Int[np.ndarray, " slots"], number: int) -> None:
+    """Raise ValueError where another number of models came than workers run."""
+    needed = int(kinds.max()) + 1
+    if number != needed:
+        wanted = "alone" if needed == 1 else f"and {needed - 1} further, in this order"
+        raise ValueError(
+            f"the workers of this code run {needed} model{'s' * (needed > 1)}, but {number} "
+            f"came: give the served model {wanted}"
+        )
+
+
+def run_workers(
+    model: Callable[..., Any] | Sequence[Callable[..., Any]],
+    code: AbstractCode | Int[np.ndarray, " slots"],
+    coded: PyTree[Shaped[Array, "groups slots ..."]],
+    *args: Any,
+) -> PyTree[Float[Array, "groups slots ..."]]:
+    """Return all workers' answers: each runs its own model on its coded data point of every group.
+
+    Args:
+        model: A function `model(batch, *args)`, (B, ...) to (B, ...), of floats, which is called
+            once; both may be pytrees of such arrays. For a code whose workers run several
+            (`worker_models`), a sequence of such, the served model first; each is called once, on
+            the coded data points of all its workers.
+        code: The code; or the number of the model that runs in each place of work.
+        coded: Coded data points.
+        *args: Further arguments of the models.
+
+    Raises:
+        ValueError: The number of models is not the code's, one returns another first axis or no
+            floats, or their answers differ in shape.
+    """
+    kinds = code if isinstance(code, np.ndarray) else code.worker_models
+    models = (model,) if callable(model) else tuple(model)
+    check_number_of_models(kinds, len(models))
+    parts = []
+    for kind, each in enumerate(models):
+        theirs, structure = jax.tree.flatten(coded)
+        if len(models) > 1:
+            theirs = [leaf[:, kinds == kind] for leaf in theirs]
+        shape = theirs[0].shape[:2]
+        batch = [leaf.reshape(-1, *leaf.shape[2:]) for leaf in theirs]
+        with jax.named_scope("nercc.model"):
+            y = call_model(each, jax.tree.unflatten(structure, batch), *args, rows=True)
+        parts.append(jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), y))  # noqa: B023
+    if len(parts) == 1:
+        return parts[0]
+
+    forms = [jax.tree.map(lambda leaf: leaf.shape[2:], part) for part in parts]
+    if any(form != forms[0] for form in forms):
+        raise ValueError(f"the models' answers differ in shape, served model first: {forms}")
+    order = np.argsort(kinds, kind="stable")
+    together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *parts)
+    if np.all(np.diff(order) == 1):
+        return together
+    return jax.tree.map(lambda leaf: leaf[:, np.argsort(order)], together)
+
+
+def infer_groups(
+    model: Callable[..., Any] | Sequence[Callable[..., Any]],
+    code: AbstractCode,
+    x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
+    available: Bool[ArrayLike, "groups num_workers"],
+    args: tuple,
+    known: CachedMatrices,
+    *,
+    one: bool,
+    with_error: bool,
+) -> Decoded:
+    """Return predictions by models between the two matrices; part of a program that is traced.
+
+    Where all is known but the answers, the program holds no regression: it tells whether one
+    product was enough, and if not, the host decodes the answers. `one` group's result has no axis
+    of groups.
+    """
+    quick = known.decoders is not None and all(map(is_float, jax.tree.leaves(x)))
+    quick = quick and not any_tracer(model, code, x, available, args)
+    given = model, code, x, available, args, known, one, with_error
+    result, sound, y = _infer(*given, quick)
+    if quick and isinstance(sound, Tracer):  # of what the model closes over
+        result, *_ = _infer(*given, False)
+    elif quick and not sound:
+        result = decode_groups(code, y, available)
+        result = with_deviation(code, result, y) if with_error else result
+        result = jax.tree.map(lambda leaf: leaf[0], result) if one else result
+    return result
+
+
+@eqx.filter_jit
+def _infer(
+    model: Any,
+    code: AbstractCode,
+    x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
+    available: Bool[ArrayLike, "groups num_workers"],
+    args: tuple,
+    known: CachedMatrices,
+    one: bool,
+    with_error: bool,
+    quick: bool,
+) -> tuple[Decoded, Any, PyTree]:
+    """Return the result, whether it is sound, and the answers."""
+    x = jax.tree.map(jnp.asarray, x)
+    y = run_workers(model, code, encode_groups(code, x, known.encoder), *args)
+    given = jnp.asarray(available), known.decoders
+    given = given if quick else mask_mixed_groups(x, *given)
+    result, sound = decode_in_program(None if quick else code, y, *given)
+    result = with_deviation(code, result, y) if with_error else result
+    return jax.tree.map(lambda leaf: leaf[0], result) if one else result, sound, y

@@ -1,0 +1,264 @@
+"""The models of a server: which there are, whether they answer, and how they start and end."""
+
+import asyncio
+import contextlib
+import functools
+import gc
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+from ...pools.garbage import collect_all
+from .._served_model import ServedModel
+from .._settings import ServerSettings
+from ..core._requests import Health
+from ..protocol._messages import InvalidInput, ModelNotFound, ServerNotReady, check_parameters
+from ..protocol._servable import model_key, name_and_version
+
+_LOG = logging.getLogger(__name__)
+# Seconds between looks at whether something happened.
+TICK = 0.02
+
+
+class Models:
+    """The models of a server, by key (`Servable.key`), for the event loop's thread.
+
+    Attributes:
+        starts: by key, a function that starts the model, which may take minutes.
+        started: those that answer.
+        names: the keys of all that are started or will be.
+        complete: whether the server's start is over.
+        draining: whether the server accepts nothing new any more.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        starts: Mapping[str, Callable[[], ServedModel]],
+        started: Mapping[str, ServedModel],
+    ):
+        self.starts, self.started = starts, dict(started)
+        self.names = [*started, *starts]
+        self.complete = self.draining = False
+        self._settings = settings
+        self._loading: set[str] = set()  # for which the server is not waited for
+        self._open: dict[str, ServedModel] = {}  # not closed yet
+        self._closing: dict[str, asyncio.Future[Any]] = {}
+        self._turn = asyncio.Lock()  # one is loaded or unloaded at a time
+
+    # Health.
+
+    @property
+    def phase(self) -> Literal["starting", "serving", "draining"]:
+        if self.draining:
+            return "draining"
+        waits = {*self.names} - {*self.started} - self._loading
+        return "starting" if waits else "serving"
+
+    def _health(self) -> Iterator[tuple[str, Health]]:
+        return ((key, model.health()) for key, model in list(self.started.items()))
+
+    def check_live(self) -> None:
+        """Raise ServerNotReady where only a restart would help."""
+        for key, health in self._health():
+            if not health.live:
+                raise ServerNotReady(f"{key}: {health.trouble}")
+
+    @property
+    def ready(self) -> bool:
+        return self.phase == "serving" and all(health.ready for _, health in self._health())
+
+    def trouble(self, name: str, version: str = "") -> str | None:
+        """Return why a model would not answer now; None if it would. Raises ModelNotFound."""
+        key = self.key_of(name, version)
+        if self.draining:
+            return "It is draining."
+        if key not in self.started:
+            return "It is being started."
+        health = self.started[key].health()
+        return None if health.ready else health.trouble or "It is not ready."
+
+    @property
+    def ends_at(self) -> float:
+        """The monotonic time at which something will end this process; infinite for nothing."""
+        return min((model.ends_at for model in self._open.values()), default=math.inf)
+
+    @property
+    def in_flight(self) -> dict[str, int]:
+        """The numbers of requests without a reply, where there are any."""
+        found = {key: model.in_flight for key, model in self._open.items()}
+        return {key: number for key, number in found.items() if number}
+
+    # Names and versions.
+
+    @property
+    def versions(self) -> dict[str, list[str]]:
+        """The versions of each model that are started or will be, by name, the latest last."""
+        found: dict[str, list[str]] = {}
+        for key in self.names:
+            name, version = name_and_version(key)
+            found.setdefault(name, []).append(version)
+        return {name: sorted(each, key=int) for name, each in found.items()}
+
+    def key_of(self, name: str, version: str = "") -> str:
+        """Return the key of a model's version, by default of the latest that is started.
+
+        Raises ModelNotFound where there is no such model, nor will be.
+        """
+        key = model_key(name, version or "1")
+        if key in self.names and (version or len(self.names) == 1):
+            return key
+        versions = self.versions.get(name)
+        if versions is None or version:
+            raise ModelNotFound(f"{name}, version {version}" if versions else name)
+        keys = [model_key(name, each) for each in versions]
+        return next((key for key in reversed(keys) if key in self.started), keys[-1])
+
+    def find(self, name: str, version: str = "") -> ServedModel:
+        """Return a model's version, by default the latest that is started.
+
+        Raises ModelNotFound, and ServerNotReady while it is started.
+        """
+        key = self.key_of(name, version)
+        if key not in self.started:
+            raise ServerNotReady(f"{key} is being started: come again later.")
+        return self.started[key]
+
+    def index(self, ready: bool = False) -> list[dict[str, str]]:
+        """Return all models with their states, by Triton's extension; or only those ready."""
+        index = []
+        explicit = self._settings.model_control == "explicit"
+        for key in dict.fromkeys([*self.names, *(self.starts if explicit else ())]):
+            name, version = name_and_version(key)
+            state, reason = "READY", ""
+            if key not in self.names:
+                state, reason = "UNAVAILABLE", "unloaded"
+            elif (trouble := self.trouble(name, version)) is not None:
+                starting = key not in self.started and not self.draining
+                state, reason = "LOADING" if starting else "UNAVAILABLE", trouble
+            if state == "READY" or not ready:
+                entry = {"name": name, "version": version, "state": state, "reason": reason}
+                index.append(entry)
+        return index
+
+    # Starts and ends.
+
+    def _start(self, key: str) -> None:
+        self._open[key] = self.started[key] = self.starts[key]()
+        if self.draining:  # the others may have been closed by now
+            self._close(key)
+
+    def _close(self, key: str, drain: float = 0.0) -> None:
+        model = self._open.pop(key, None)
+        if model is not None:
+            model.close(drain)
+            _LOG.info("model is closed", extra={"model": key})
+
+    async def start_all(self, meanwhile: Callable[[], None]) -> None:
+        """Start the models in a thread, until they have started or the server drains.
+
+        Raises as the start of a model does.
+        """
+
+        def start_each() -> None:
+            for key in self.starts:
+                if not self.draining:
+                    self._start(key)
+
+        starts = in_background(start_each)
+        while not starts.done() and not self.draining:
+            meanwhile()
+            await asyncio.wait([starts], timeout=TICK)
+        if starts.done():
+            await starts
+        self.complete = len(self.started) == len(self.starts)
+
+    def close_all(self) -> dict[str, asyncio.Future[Any]]:
+        """Begin to close all models, and return when each is closed.
+
+        A model that hangs may never be, so that nobody may have to wait for them.
+        """
+        for key in list(self._open):
+            self._closing[key] = in_background(functools.partial(self._close, key))
+        return dict(self._closing)
+
+    async def control(self, name: str, parameters: Mapping[str, Any], *, load: bool) -> None:
+        """Start all versions of a model; or answer what they accepted, and end them.
+
+        That is done to its end, although the client may go away. The parameters are a client's.
+
+        Raises:
+            NotImplementedError: where clients may not do so.
+            ModelNotFound: for a model that the server was not started with.
+            ServerNotReady: where the server starts or drains.
+            InvalidInput: where a model does not start.
+        """
+        verb, known = ("load", set()) if load else ("unload", {"unload_dependents"})
+        check_parameters(f"{verb}ing a model", parameters, known)
+        if self._settings.model_control != "explicit":
+            raise NotImplementedError(
+                f"clients may {verb} models only with --model-control explicit"
+            )
+        keys = [key for key in self.starts if name_and_version(key)[0] == name]
+        if not keys:
+            raise ModelNotFound(name)
+        if self.draining or not self.complete:
+            raise ServerNotReady(f"It is {self.phase}.")
+
+        async def to_its_end() -> None:
+            async with self._turn:
+                for key in keys:
+                    if load and key not in self.names:
+                        await self._load(key)
+                    elif not load and key in self.started:
+                        self.names.remove(key)
+                        del self.started[key]
+                        drain = self._settings.drain_timeout_s
+                        close = functools.partial(self._close, key, drain)
+                        self._closing[key] = in_background(close)
+                        await self._closing[key]
+                        del self._closing[key]
+                if not load:
+                    await in_background(collect_all)
+
+        await asyncio.shield(asyncio.ensure_future(to_its_end()))
+
+    async def _load(self, key: str) -> None:
+        self._loading.add(key)
+        self.names.append(key)
+        try:
+            await in_background(functools.partial(self._start, key))
+        except Exception as error:
+            self.names.remove(key)
+            _LOG.exception("not loaded", extra={"model": key})
+            own = isinstance(error, ValueError)  # the server's own words
+            why = error if own else "see the server's log"
+            raise InvalidInput(f"{key} does not load: {why}") from error
+        finally:
+            self._loading.remove(key)
+        gc.freeze()  # as when the server starts
+        _LOG.info("model is loaded", extra={"model": key})
+
+
+def in_background(work: Callable[[], Any]) -> asyncio.Future[Any]:
+    """Begin work in a thread that a process does not wait for when it ends."""
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if not ended.done():
+            ended.set_result(result) if error is None else ended.set_exception(error)
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="nercc-background", daemon=True).start()
+    return ended

@@ -1,0 +1,272 @@
+"""Recorded answers under straggler sets, the objective, and when they are enough: by NumPy."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from matrices import decoded_by_hand, errors_of_sets
+
+from nercc_jax import AbstractCode, Berrut, Lagrange, NeRCC, Parity, Replication
+from nercc_jax.evaluation import record_answers
+
+K, N, GROUPS = 4, 6, 5
+CODES = {
+    "nercc": lambda: NeRCC(
+        K, N, lambda_enc=1e-4, lambda_dec=1e-6, gap_exponent=2.0, end_penalty=5.0
+    ),
+    "berrut": lambda: Berrut(K, N),
+    "lagrange": lambda: Lagrange(K, N),
+    "copies": lambda: Replication(K, N),
+    "parity": lambda: Parity(K, N),
+}
+FIRST = np.array([[0.4, -1.1, 0.7, 0.3], [-0.8, 0.5, 0.9, -0.6], [0.5, 0.2, -0.3, 0.8]])
+SECOND = np.array([[1.2, 0.3, -0.7], [0.2, -1.4, 0.5], [-0.3, 0.8, 1.1], [0.6, 0.4, -0.9]])
+MASKS = np.array(
+    [
+        [1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 1, 1],
+        [0, 0, 0, 0, 0, 0],
+    ],
+    bool,
+)  # fmt: skip
+
+
+def model(x, xp=jnp):
+    return xp.tanh(x @ FIRST.astype(x.dtype)) @ SECOND.astype(x.dtype)
+
+
+def broken_at_mixtures(x, xp=jnp):
+    """NaN on some coded data points; data points themselves are of length 1."""
+    return xp.where(xp.sum(x**2, axis=1, keepdims=True) < 0.5, xp.nan, model(x, xp))
+
+
+def parity_model(x, xp=jnp):
+    return 1.1 * model(x, xp) + 0.2
+
+
+def models(code, served=model):
+    return (served, parity_model) if code.worker_models.max() else served
+
+
+def data(dtype="float32", points=22):
+    """Five groups, and two data points that fill none."""
+    x = np.random.default_rng(0).normal(size=(points, 3))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(dtype)
+
+
+def by_hand(code, x, served=model):
+    """Predictions under each of the sets, and the model's own."""
+    groups = x[: GROUPS * K].reshape(GROUPS, K, 3).astype(float)
+    both = [lambda x, one=one: one(x, np) for one in (served, parity_model)]
+    return decoded_by_hand(code, both, groups, MASKS), served(groups.reshape(-1, 3), np).reshape(
+        GROUPS, K, 3
+    )
+
+
+def divergence(decoded, own):
+    p, q = scipy.special.softmax(own, -1), scipy.special.softmax(decoded, -1)
+    return scipy.special.rel_entr(p, q).sum(-1)
+
+
+CRITERIA = {
+    "mse": lambda decoded, own: ((decoded - own) ** 2).mean(-1),
+    "cross_entropy": divergence,
+    "disagreement": lambda decoded, own: 1.0 * (decoded.argmax(-1) != own.argmax(-1)),
+    lambda decoded, own: jnp.max(jnp.abs(decoded - own)): (
+        lambda decoded, own: np.abs(decoded - own).max(-1)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "served"), [*((name, model) for name in CODES), ("nercc", broken_at_mixtures)]
+)
+def test_they_tell_what_a_plain_loop_does(name, served, dtype):
+    code, x = CODES[name](), data(dtype)
+    known = record_answers(models(code, served), code, x, batch_size=7)
+    assert known.coded.shape == (GROUPS, N, 3), "a remainder is left out"
+    assert known.coded.dtype == known.own.dtype == dtype
+    wanted, own = by_hand(code, x, served)
+    tolerance = {"float32": 2e-5, "float64": 1e-11}[dtype]
+    close = {"rtol": tolerance, "atol": tolerance}
+    np.testing.assert_allclose(known.own, own, **close)
+    if served is broken_at_mixtures:
+        broken = ~np.isfinite(known.coded).all(axis=2)
+        assert broken.any()
+        assert not broken.all(axis=1).any()
+    lost = np.isnan(wanted).all(axis=-1)
+    sets = known.decode_sets(jnp.asarray(MASKS))
+    np.testing.assert_array_equal(sets.recovered, ~lost)
+    np.testing.assert_allclose(sets.predictions, wanted, **close)
+    groups = x[: GROUPS * K].reshape(GROUPS, K, 3)
+    for criterion, loss in CRITERIA.items():
+        losses = np.where(lost, np.nan, loss(np.nan_to_num(wanted), own))
+        count = (~lost).sum(axis=(1, 2))
+        expected = np.nansum(losses, axis=(1, 2)) / np.where(count, count, np.nan)
+        found = known.losses(jnp.asarray(MASKS), criterion)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, expected, **close)
+        if criterion != "disagreement" and served is model:
+            found = errors_of_sets(models(code), code, groups, MASKS, criterion=criterion)
+            np.testing.assert_allclose(found, np.nan_to_num(expected), **close)
+    squares = np.sum((wanted - own) ** 2, axis=-1)
+    wrong = lost | (np.nan_to_num(wanted).argmax(-1) != own.argmax(-1))
+    for place, mask in enumerate(MASKS):
+        error = np.sqrt(np.nanmean(squares[place])) if mask.any() and count[place] else np.nan
+        np.testing.assert_allclose(known.error(mask), error, **close)
+        np.testing.assert_allclose(known.disagreement(mask), wrong[place].mean(), atol=1e-6)
+    many = jax.jit(jax.vmap(known.disagreement))(MASKS)
+    np.testing.assert_allclose(many, wrong.mean(axis=(1, 2)), atol=1e-6)
+
+
+@pytest.fixture
+def lowered():
+    """What JAX makes programs of while the test runs."""
+    programs = []
+
+    def listen(event, duration, **about):
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+            programs.append(about.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield programs
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_one_compilation_serves_every_mask(lowered):
+    known = record_answers(model, Berrut(K, 7), data())
+    lowered.clear()
+    enough = known.below(max_error=1)
+    assert lowered, "compiled before the first answer comes"
+    lowered.clear()
+    every = (np.arange(1, 2**7)[:, None] >> np.arange(7)) % 2 == 1
+    verdicts = [enough(mask) for mask in every]
+    assert len(set(verdicts)) == 2
+    known.error(every[5])
+    known.disagreement(every[6])
+    assert not lowered
+
+
+@pytest.mark.parametrize("name", ["copies", "berrut"])
+def test_enough_by_disagreement(name):
+    """The limit itself is enough, whatever float32 makes of a share of 20 data points."""
+    code = CODES[name]()
+    wanted, own = by_hand(code, data())
+    wrong = np.isnan(wanted[..., 0]) | (np.nan_to_num(wanted).argmax(-1) != own.argmax(-1))
+    shares = [round(share * 20) / 20 for share in wrong.mean(axis=(1, 2))]
+    assert len(set(shares)) > 2
+    known = record_answers(model, code, data())
+    for share in set(shares) - {1.0}:
+        enough, not_yet = (
+            known.below(max_disagreement=limit) for limit in (share, max(share - 1e-3, 0))
+        )
+        assert [enough(mask) for mask in MASKS] == [other <= share for other in shares]
+        fewer = [other < share or share == 0 == other for other in shares]
+        assert [not_yet(mask) for mask in MASKS] == fewer
+
+
+def test_enough_by_error_wants_every_data_point():
+    """Copies make no error, but lose data points."""
+    code, lossy = CODES["copies"](), MASKS[2]
+    known = record_answers(model, code, data())
+    enough = known.below(max_error=1)
+    assert not np.asarray(code.recovered(lossy)).all()
+    assert known.error(lossy) < 1e-6
+    assert [enough(mask) for mask in (MASKS[0], lossy, MASKS[-1])] == [True, False, False]
+    known = record_answers(model, CODES["nercc"](), data())
+    error = float(known.error(MASKS[1]))
+    assert known.below(max_error=error * 1.001)(MASKS[1])
+    assert not known.below(max_error=error * 0.999)(MASKS[1])
+
+
+class CountedCode(AbstractCode):
+    """A code that counts how often a program makes its decoder."""
+
+    made: list = eqx.field(static=True)
+    num_data: int = eqx.field(static=True, default=K)
+    num_workers: int = eqx.field(static=True, default=N)
+
+    def encoder_matrix(self):
+        return Berrut(K, N).encoder_matrix()
+
+    def decoder_matrix(self, available):
+        jax.debug.callback(lambda: self.made.append(1))
+        return Berrut(K, N).decoder_matrix(available)
+
+    def recovered(self, available):
+        return Berrut(K, N).recovered(available)
+
+
+def test_a_known_mask_is_not_decoded_again():
+    code = CountedCode([])
+    enough = record_answers(model, code, data()).below(max_disagreement=0.1)
+
+    def decoded(mask):
+        jax.effects_barrier()
+        before = len(code.made)
+        enough(mask)
+        jax.effects_barrier()
+        return len(code.made) > before
+
+    assert not decoded(MASKS[0]), "all workers were decoded before"
+    assert not decoded(MASKS[-1]), "nobody needs no decoding"
+    assert [decoded(MASKS[1]) for _ in range(3)] == [True, False, False]
+
+
+def test_threads_and_devices():
+    known = record_answers(model, CODES["nercc"](), data())
+    enough = known.below(max_disagreement=0.2)
+    masks = np.random.default_rng(1).uniform(size=(8, N)) < 0.6
+    with ThreadPoolExecutor(8) as threads:
+        verdicts = list(threads.map(enough, masks))
+    assert verdicts == [enough(mask) for mask in masks]
+    device = jax.devices()[3]
+    there = jax.device_put(known, device)
+    assert there.error(MASKS[1]).devices() == {device}
+    assert there.below(max_error=100)(MASKS[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": data(points=3)}, "3 data points fill no group of 4"),
+        ({"x": np.full((4, 3), np.nan, np.float32)}, "are not finite: take them out"),
+        ({"x": np.ones((4, 3), np.uint8)}, "x is uint8: codes work on floats"),
+        ({"code": Parity(K, N)}, "run 2 models, but 1 came"),
+        ({"model": (model, parity_model)}, "run 1 model, but 2 came"),
+        ({"model": ()}, "run 1 model, but 0 came"),
+        ({"model": lambda x: model(x) * jnp.inf}, "own outputs must be finite"),
+    ],
+)
+def test_errors_of_making(change, message, untyped):
+    given = {"model": model, "code": CODES["nercc"](), "x": data(), **change}
+    with pytest.raises(ValueError, match=message):
+        record_answers(**given)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({}, "give max_disagreement or max_error, not neither"),
+        ({"max_disagreement": 0.1, "max_error": 0.1}, "not both"),
+        ({"max_disagreement": 1}, r"max_disagreement must be in \[0, 1\), not 1"),
+        ({"max_disagreement": -0.1}, r"max_disagreement must be in \[0, 1\), not -0.1"),
+        ({"max_disagreement": float("nan")}, r"max_disagreement must be in \[0, 1\), not nan"),
+        ({"max_error": 0}, "max_error must be positive, not 0"),
+        ({"max_error": float("nan")}, "max_error must be positive, not nan"),
+    ],
+)
+def test_errors_of_limits(limits, message):
+    with pytest.raises(ValueError, match=message):
+        record_answers(model, Berrut(K, N), data()).below(**limits)
+
+
+@pytest.mark.parametrize("mask", [np.ones(5, bool), np.ones((2, N), bool), np.ones(N), np.True_])
+def test_errors_of_masks(mask, untyped):
+    known = record_answers(model, Berrut(K, N), data())
+    for ask in (known.error, known.disagreement, known.below(max_error=1)):
+        with pytest.raises(ValueError, match=r"boolean mask of shape \(6,\)"):
+            ask(mask)

@@ -1,0 +1,368 @@
+"""The one decision on approximate answers, and the sequential tests beneath it.
+
+Bounds are compared with SciPy's beta quantiles, and delays and false alarms are counted.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from nercc_jax.risk import Accuracy, Comparison, Risk, RiskMonitor
+from nercc_jax.risk._error_bars import error_bars_from_ratios
+from nercc_jax.risk._monitor import WorkerMonitor
+
+LABELS, VALUES, POOL = Accuracy(max_disagreement=0.1), Accuracy(tolerance=1.0), 8
+
+
+def row(probability=0.01, *, wrong=False, bound=0.0, excess=0.0):
+    return Comparison(probability, bound, wrong, excess)
+
+
+def bar(bound, excess):
+    return row(math.nan, bound=bound, excess=excess)
+
+
+WRONG = row(wrong=True)
+# The bound holds in three of four cases: so many of a hundred, or of 112, may be wrong.
+OF_100, OF_112 = (int(scipy.stats.binom.ppf(0.25, n, 0.1)) - 1 for n in (100, 112))
+EVIDENCE, CALIBRATED = {"needs_evidence": True}, {"needs_evidence": False}
+# A promise, whether evidence is needed, and stages: rows that were compared, and then whether
+# answers with a probability and a bound are admitted, within a calibration's limit or beyond.
+DECISIONS = {
+    "nothing is given out without evidence": (LABELS, EVIDENCE, [
+        (13 * [row()], {(0.0, 0.0, True): False}),
+        ([row()], {(0.01, 0.0, True): True, (0.51, 0.0, True): False}),  # beyond a single one's cap
+    ]),
+    "rows that straggle decide": (LABELS, EVIDENCE, [
+        (100 * [row(0.02), row(0.04, wrong=True)],
+         {(0.02, 0.0, True): True, (0.04, 0.0, True): False}),
+    ]),
+    "the latest hundred decide by themselves": (LABELS, EVIDENCE, [
+        (900 * [row()] + OF_100 * [WRONG], {(0.01, 0.0, True): True}),
+        ([WRONG], {(0.01, 0.0, True): False}),
+        (100 * [row()], {(0.01, 0.0, True): True}),
+    ]),
+    "14 right ones of a calibration have faded": (LABELS, CALIBRATED, [
+        ([], {(0.01, 0.0, True): True}),
+        (OF_112 * [WRONG] + (112 - OF_112) * [row()], {(0.01, 0.0, True): True}),
+    ]),
+    "one more is too many": (LABELS, CALIBRATED, [
+        ((OF_112 + 1) * [WRONG] + (111 - OF_112) * [row()], {(0.01, 0.0, True): False}),
+    ]),
+    "one wrong of 16 forbids its like until 27": (LABELS, CALIBRATED, [
+        (15 * [row()] + [row(0.02, wrong=True)],
+         {(0.01, 0.0, True): True, (0.02, 0.0, True): False}),
+        (11 * [row(0.02)], {(0.02, 0.0, True): True}),
+    ]),
+    "beyond a calibration only evidence counts": (LABELS, CALIBRATED, [
+        ([], {(0.1, 0.0, True): True, (0.1, 0.0, False): False}),
+        (12 * [row(0.05)], {(0.05, 0.0, False): False}),
+        (12 * [row(0.05)], {(0.05, 0.0, False): True}),
+        (4 * [WRONG], {(0.01, 0.0, True): False}),
+    ]),
+    "the unknown is not given out": (LABELS, CALIBRATED, [
+        (30 * [row(math.nan)], {(math.nan, 0.0, True): False}),
+    ]),
+    "too few within the tolerance forbid nothing": (VALUES, CALIBRATED, [
+        (4 * [bar(0.5, 0.8)] + 56 * [bar(2.0, 0.8)], {(math.nan, 0.9, True): True}),
+        (20 * [bar(0.9, 3.0)], {(math.nan, 0.9, True): False}),
+    ]),
+    "but where evidence is needed": (VALUES, EVIDENCE, [
+        (4 * [bar(0.5, 0.8)] + 56 * [bar(2.0, 0.8)], {(math.nan, 0.9, True): False}),
+    ]),
+    "bars are widened": (VALUES, EVIDENCE, [
+        (60 * [bar(0.2, 2.0)], {(math.nan, 0.4, True): True, (math.nan, 0.6, True): False}),
+    ]),
+    "without a promise all is given out": (Accuracy(), CALIBRATED, [
+        (40 * [row(math.nan, wrong=True)], {(math.nan, math.nan, True): True}),
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DECISIONS)
+def test_what_is_admitted(case):
+    accuracy, options, stages = DECISIONS[case]
+    risk = Risk(accuracy, **options)
+    for rows, wanted in stages:
+        for each in rows:
+            risk.add(each, given=False)
+        for (probability, bound, calibrated), admitted in wanted.items():
+            assert bool(risk.admits(probability, bound, calibrated=calibrated)) == admitted
+
+
+@pytest.mark.parametrize(("share", "needed"), [(0.01, 138), (0.05, 28), (0.1, 14), (0.5, 2)])
+def test_as_many_stragglers_are_needed_as_a_bound_says(share, needed):
+    risk = Risk(Accuracy(max_disagreement=share), needs_evidence=True)
+    assert risk.needed == risk.status()["needed"] == needed
+    assert (
+        scipy.stats.beta.ppf(0.75, 1, needed) <= share < scipy.stats.beta.ppf(0.75, 1, needed - 1)
+    )
+
+
+@pytest.mark.parametrize("wrong", [2, 9, 30])
+def test_the_limit_is_that_of_clopper_and_pearson(wrong):
+    """By the number of right answers after which others like them are given out again."""
+    risk, number = Risk(LABELS, needs_evidence=True), wrong
+    for each in range(1024):
+        if risk.admits(0.01, 0.0):
+            break
+        risk.add(WRONG if each < wrong else row(), given=False)
+        number = each + 1
+    recent = max(wrong - max(number - 100, 0), 0)  # of the latest hundred
+    for count, among in ((wrong, number), (recent, min(number, 100))):
+        assert scipy.stats.beta.ppf(0.75, count + 1, among - count) <= 0.1
+    assert scipy.stats.beta.ppf(0.75, wrong + 1, number - 1 - wrong) > 0.1 or number > 100
+
+
+def test_what_stragglers_show_is_expected_and_counted():
+    risk = Risk(LABELS, needs_evidence=True)
+    for number in range(200):
+        risk.add(row(0.02 + 0.02 * (number % 2), wrong=bool(number % 2)), given=False)
+    assert risk.share == 0.5
+    assert risk.expected(0.02, 0.0) == (0.02, 0.0), "they were right"
+    assert (risk.status()["disagreement"], risk.status()["compared"]) == (0.5, 200)
+    shorter = Risk(VALUES, needs_evidence=True)
+    for _ in range(60):
+        shorter.add(bar(0.2, 2.0), given=False)
+    assert shorter.expected(0.0, 0.2)[1] == pytest.approx(0.4, rel=0.05)
+    np.testing.assert_array_equal(shorter.excesses, np.full(60, 2.0))
+
+
+def test_an_answer_misses_the_target_by_its_label_or_by_its_error():
+    wrong, excess = np.array([False, False, True]), np.array([1.0, 1.1, 0.5])
+    for options, missed in (
+        ({}, [False] * 3),
+        ({"tolerance": 0.1}, [False, True, False]),
+        ({"max_disagreement": 0.1}, [False, False, True]),
+        ({"tolerance": 0.1, "max_disagreement": 0.1}, [False, True, True]),
+    ):
+        assert Accuracy(**options).missed(wrong, excess).tolist() == missed
+
+
+def give(risk, each, number):
+    """Give answers out, and compare them; return how many until a drift is found."""
+    for count in range(number):
+        risk.give()
+        if risk.add(each, given=True, unknown=each.wrong):
+            return count + 1
+    return number
+
+
+def test_answers_that_never_come_count_as_wrong_and_all_begins_again():
+    risk = Risk(LABELS, needs_evidence=False)
+    given = give(risk, WRONG, 100)
+    assert risk.unknown == given < 30
+    assert (risk.drifts, risk.epoch) == (1, 1)
+    assert not risk.admits(0.0, 0.0)
+    assert risk.waits
+    risk.add(row(), given=False, epoch=0)
+    assert risk.status()["compared"] == 0, "of before the drift"
+
+
+def test_no_more_is_given_out_than_can_be_compared():
+    risk = Risk(LABELS, needs_evidence=False)
+    for most in (32, 64):  # later, as many more as were right
+        given = 0
+        while risk.admits(0.01, 0.0):
+            risk.give()
+            given += 1
+        assert given == most
+        for _ in range(32 if most == 32 else 0):
+            risk.add(row(), given=True)
+
+
+def test_evidence_is_replaced_and_what_was_given_out_stays_tested():
+    risk = Risk(LABELS, needs_evidence=True)
+    assert give(risk, WRONG, 3) == 3
+    assert not risk.enough
+    risk.replace(row() for _ in range(20))
+    assert risk.enough
+    assert risk.admits(0.01, 0.0)
+    found = risk.status()
+    assert (found["given_wrong"], found["disagreement"], found["compared"]) == (3, 0, 20)
+    assert give(risk, WRONG, 10) < 7, "those from before count in the test"
+
+
+def test_answers_without_a_promise_are_counted_and_no_more():
+    risk = Risk(Accuracy(), needs_evidence=False)
+    give(risk, row(math.nan, wrong=True), 40)
+    give(risk, row(math.nan), 1)
+    risk.add(row(math.nan, wrong=True), given=False, forced=True)
+    risk.add(row(math.nan), given=False)
+    assert (len(risk.shown), sum(risk.shown), risk.drifts) == (42, 41, 0)
+
+
+def test_stragglers_that_are_harder_than_others_are_noticed_beyond_chance():
+    labels, bars = Risk(LABELS, needs_evidence=False), Risk(VALUES, needs_evidence=False)
+    assert labels.status()["harder"] is None
+    for number in range(125):
+        missed = number % 10 == 0 if number < 100 else True
+        labels.add(row(0.1, wrong=missed), given=False)
+        bars.add(bar(0.1, 1.5 * missed), given=False)
+        if number == 99:
+            assert labels.hint is bars.hint is None, "exactly as many as were expected"
+            assert labels.status()["harder"] == pytest.approx(1.0)
+    for each, what in ((labels, "labels would be wrong"), (bars, "error bars are too short")):
+        assert each.status()["harder"] == pytest.approx(35 / 12.5)
+        assert f"28 % of their {what}, 10 % were expected" in str(each.hint)
+
+
+# Sequential tests.
+
+
+@pytest.mark.parametrize(
+    "days", [100, pytest.param(1000, marks=pytest.mark.slow)], ids=lambda days: f"{days} days"
+)
+@pytest.mark.parametrize("dependent", [False, True])
+def test_the_monitor_alarms_no_more_often_than_stated(days, dependent):
+    """Days of 1,000 answers as wrong as was promised: alone, or in runs whose mean is promised."""
+    random, alarms = np.random.default_rng(0), 0
+    for _ in range(days):
+        wrong = random.random(1000) < 0.1
+        if dependent:  # a wrong answer makes the next one right: still no more than promised
+            wrong[1:] &= ~wrong[:-1]
+        alarms += RiskMonitor(0.1).add(wrong.tolist())
+    most = days * 1000 * 2e-5
+    assert alarms <= most + 3 * math.sqrt(most)
+
+
+@pytest.mark.parametrize(("times", "most"), [(1.5, 700), (2.0, 250), (4.0, 50)])
+def test_a_broken_promise_is_found_after_a_long_good_time(times, most):
+    random, delays = np.random.default_rng(1), []
+    for _ in range(20):
+        monitor = RiskMonitor(0.1)
+        assert not monitor.add((random.random(1000) < 0.05).tolist())
+        while not monitor.add([bool(random.random() < 0.1 * times)]):
+            pass
+        delays.append(monitor.number - 1000)
+    assert np.mean(delays) < most
+
+
+def test_a_monitor_begins_anew():
+    monitor = RiskMonitor(0.1)
+    assert monitor.add([True] * 20)
+    assert monitor.add([False]), "an alarm stays"
+    monitor.clear()
+    assert not monitor.add([False, True])
+    assert (monitor.number, monitor.wrong) == (2, 1)
+    for wrong in ({"promised": 1.5}, {"promised": 0.1, "false_alarms": 0.0}):
+        with pytest.raises(ValueError, match=list(wrong)[-1]):
+            RiskMonitor(**wrong)
+
+
+def serve(monitor, wrong, random):
+    """Have a pool's workers answer in turn; return the number of those that are accused.
+
+    `wrong` are places in the stream at which an answer is wrong; the answers before each are shared
+    out to all workers.
+    """
+    accused, before = set(), 0
+    for place in wrong.tolist():
+        right = random.multinomial(place - before, np.full(POOL, 1 / POOL))
+        worker, before = int(random.integers(POOL)), place + 1
+        for each, number in enumerate(right.tolist()):
+            assert not monitor.add(each, right=number)
+        if monitor.add(worker, wrong=1):
+            accused.add(worker)
+    return len(accused)
+
+
+@pytest.mark.parametrize(
+    ("shares", "pools", "answers", "most"),
+    [
+        ((1e-4,), 125, 10_000, 10),  # the rate of false accusations is one in a million answers
+        ((5e-4,), 125, 10_000, 10),
+        ((1e-4, 2e-3), 25, 4000, 2),  # as where a model draws random numbers, more so from then on
+        ((1e-4, 1e-2), 25, 4000, 2),
+    ],
+)
+def test_workers_that_are_wrong_as_others_are_accused_no_more_often_than_stated(
+    shares, pools, answers, most
+):
+    random, accused = np.random.default_rng(0), 0
+    for _ in range(pools):
+        share = np.repeat(shares, POOL * answers // len(shares))
+        accused += serve(
+            WorkerMonitor(POOL), np.flatnonzero(random.random(len(share)) < share), random
+        )
+    assert accused <= most
+
+
+@pytest.mark.parametrize(
+    ("shares", "most"), [((1.0,), 3), ((0.2,), 40), ((0.05,), 160), ((0.5, 0.5), 200)]
+)
+def test_workers_that_are_wrong_are_found_soon(shares, most):
+    """After a long time without; of two, one does not shield another."""
+    random, found = np.random.default_rng(2), []
+    for _ in range(50):
+        monitor, accused = WorkerMonitor(POOL), set()
+        for worker in range(POOL):
+            monitor.add(worker, right=1000)
+        for _ in range(most):
+            for worker in range(POOL if len(shares) > 1 else 1):
+                wrong = worker < len(shares) and random.random() < shares[worker]
+                if monitor.add(worker, **{"wrong" if wrong else "right": 1}):
+                    accused.add(worker)
+        assert accused <= {*range(len(shares))}
+        found.append(len(accused) == len(shares))
+    assert np.mean(found) >= 0.9
+
+
+def test_runs_of_right_answers_count_as_they_would_one_by_one():
+    """And against the sum of products from all starting times, by hand."""
+    share, ratios = 5e-4, np.array([4.0, 16.0, 64.0, 256.0, 1024.0])
+    best = ratios * share / (1 - share + ratios * share)
+    losses = [0] * 30 + [1] + [0] * 7 + [1]
+    factors = np.array([np.where(loss, best / share, (1 - best) / (1 - share)) for loss in losses])
+    products = sum(np.prod(factors[start:], axis=0) for start in range(len(losses)))
+    for less, accused in ((1.001, False), (0.999, True)):
+        monitor = WorkerMonitor(2, false_alarms=1 / (less * products.mean()))
+        assert not monitor.add(0, right=30, wrong=1)
+        assert monitor.add(0, right=7, wrong=1) == accused
+
+
+def test_a_restart_forgets():
+    monitor = WorkerMonitor(2)
+    assert monitor.add(1, wrong=3)
+    assert monitor.allowed(0) == 3 / 128, "of the least number of answers"
+    monitor.restart(1)
+    assert (monitor.number, monitor.wrong) == ([0, 0], [0, 0])
+    assert monitor.allowed(0) == monitor.allowed(1) == 5e-4
+    assert not monitor.add(1, wrong=2)
+    with pytest.raises(ValueError, match="must be between 0 and 1"):
+        WorkerMonitor(2, usual=0.0)
+
+
+# Error bars, from ratios of errors to deviations that are counted by hand: the k-th smallest of 99
+# covers k hundredths of others; those that are NaN do not count.
+
+RATIOS = np.random.default_rng(0).permutation([*range(1, 100), *[math.nan] * 7]).astype(float)
+
+
+@pytest.mark.parametrize(
+    ("coverage", "factor"), [(0.005, 1), (0.25, 25), (0.5, 50), (0.9, 90), (0.991, math.inf)]
+)
+def test_a_factor_is_the_ratio_that_covers_its_share_of_others(coverage, factor):
+    bars = error_bars_from_ratios(RATIOS)
+    assert float(bars.factor(coverage)) == factor
+    expected = [0.0, 0.5 * factor, 2.0 * factor, np.inf]  # none for what is exact
+    np.testing.assert_array_equal(bars(jnp.array([0.0, 0.5, 2.0, jnp.inf]), coverage), expected)
+
+
+def test_of_many_ratios_a_thousand_quantiles_are_kept():
+    ratios = np.random.default_rng(1).exponential(size=100_000)
+    bars = error_bars_from_ratios(ratios)
+    for coverage in (0.05, 0.5, 0.9, 0.99):
+        covered = np.mean(ratios <= float(bars.factor(coverage)))
+        assert coverage - 1e-5 <= covered <= coverage + 2e-3  # never shorter than asked
+
+
+@pytest.mark.parametrize("coverage", [0.0, 1.0, -0.5, math.nan])
+def test_wrong_coverages_and_ratios(coverage, untyped):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        error_bars_from_ratios(RATIOS).factor(coverage)
+    with pytest.raises(ValueError, match="nothing to calibrate"):
+        error_bars_from_ratios(np.full(3, np.nan))
