@@ -49,7 +49,8 @@ class DataPoints:
     x: Shaped[np.ndarray, "rows ..."] | None = None
     ids: Shaped[np.ndarray, " rows"] | None = None
     data_dir: Path | None = None
-    preprocess: Callable[[Any], Any] = np.asarray
+    # By a factory, since a function on the class would be taken for a method of it.
+    preprocess: Callable[[Any], Any] = dataclasses.field(default_factory=lambda: np.asarray)
 
     def split(self, name: str) -> Split:
         """Return a split of the data set, or all rows, in their order.
