@@ -128,7 +128,7 @@ LATENCIES = {
     "pools._faults": "injects delays into real workers; the scheduler runs the policy",
 }
 BOUNDS = {
-    "planning._planner": "if none of n labels is wrong, at most -log(1 %) / n are",
+    "planning._plan": "if none of n labels is wrong, at most -log(1 %) / n are",
 }
 OF_LATENCY = {"arrivals", "copies", "drawn", "latencies", "latency", "replay", "seconds"}
 COMBINED = {"cumsum", "maximum", "minimum", "partition"}  # of arrays: how times make a time

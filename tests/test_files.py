@@ -13,8 +13,6 @@ import pytest
 import nercc_jax as nj
 from nercc_jax.codes._points import LAYOUTS
 from nercc_jax.codes.whole_files import NO_CHECKSUM, read_checked, write_checked
-from nercc_jax.evaluation import Estimate
-from nercc_jax.planning import Candidate, Plan
 from nercc_jax.pools import DevicePool
 from nercc_jax.rows import run_rows
 from nercc_jax.surrogates import init_learner, load_learner, save_learner
@@ -268,17 +266,6 @@ def a_code(folder):
     return path, lambda: nj.load_code(path)
 
 
-def a_plan(folder):
-    path, numbers = folder / "plan.json", dict.fromkeys(("resent", "extra_work", "p50", "p99"), 0.0)
-    best = Candidate(
-        "NeRCC", K, N, N, 0.0, copies=1, disagreement=Estimate(0.0, 0.0), most_disagreement=0.0,
-        points="chebyshev", order=None, hedge_after=None, limit=None, exact=False, held_out=True,
-        hedge_copies=1, **numbers,
-    )  # fmt: skip
-    Plan((best,), best, "why", None, {"buffer_size": 8}, {}).save(path)
-    return path, lambda: Plan.load(path)
-
-
 def a_learner(folder):
     path = folder / "learner.npz"
     save_learner(path, init_learner(ROWS[:4].astype("float32"), np.sin(ROWS[:4], dtype="float32")))
@@ -292,7 +279,6 @@ def a_run(folder, name):
 
 DAMAGED = {
     "code": a_code,
-    "plan": a_plan,
     "learner": a_learner,
     "manifest": lambda folder: a_run(folder, "manifest.json"),
     "part": lambda folder: a_run(folder, "part-000000.npz"),

@@ -1,5 +1,6 @@
 """A model of one's own in every command, by what `nercc new-model` writes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,6 @@ from conftest import require
 
 from nercc_jax import load_code
 from nercc_jax.codes import LearnedDecoder, code_card
-from nercc_jax.planning import Plan
 from nercc_models import find_model, find_points, load_data, load_model
 
 MODEL = "their_model:model"
@@ -190,14 +190,14 @@ def test_demo_takes_a_tuned_code_and_weights(tuned, folder):
 @pytest.mark.slow
 def test_plan_writes_a_plan_and_a_picture(folder):
     arguments = "--latency stragglers:0.05:0.08:10 --queries 4 --max-workers 5 --budget 0.25"
-    arguments += " --max-inputs 96 --max-disagreement 0.2 --layouts interleaved --output-dir a/b"
+    arguments += " --max-inputs 96 --max-disagreement 0.2 --layouts interleaved --output a/b"
     reported = run("plan", "--model", MODEL, *arguments.split())
     for word in ("uncoded", "hedged", "NeRCC interleaved", "recommended:", "*"):
         assert word in reported
     assert (folder / "a/b/plan.png").read_bytes().startswith(b"\x89PNG")
-    back = Plan.load(folder / "a/b/plan.json")
-    assert back.about["latency"] == "stragglers:0.05:0.08:10"
-    assert back.feasible(back.recommended)
+    written = json.loads((folder / "a/b/plan.json").read_text())
+    assert written["latency"] == "stragglers:0.05:0.08:10"
+    assert written["recommended"] in written["candidates"]
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 
 import equinox as eqx
 import jax
@@ -25,10 +24,9 @@ from nercc_jax import (
     evaluate,
     pool_inference,
 )
-from nercc_jax.evaluation import Estimate, record_answers
+from nercc_jax.evaluation import record_answers
 from nercc_jax.inference import CalibrationWarning, cast_model
 from nercc_jax.inference.models import Conditions, current_conditions
-from nercc_jax.planning import Candidate, Plan
 from nercc_jax.risk import Accuracy
 from nercc_jax.serving import CodedBatcher, Coder
 from nercc_jax.serving.adapt._decoding import calibrate_decoding
@@ -398,22 +396,3 @@ def test_a_servers_calibration_elsewhere_says_so():
     ):
         answer = batcher.submit(FEW[:1], deadline=60.0).result().values
     np.testing.assert_array_equal(answer, cast_model(small(), "bfloat16")(FEW[:1]))
-
-
-def test_a_plan_keeps_its_doubts_conditions(tmp_path, doubts):
-    numbers = {name: 0.0 for name in ("resent", "extra_work", "most_disagreement", "p50", "p99")}
-    flags = {"points": "chebyshev", "order": None, "hedge_after": None, "limit": None}
-    flags |= {"exact": False, "held_out": True, "hedge_copies": 1}
-    none = Estimate(0.0, 0.0)
-    best = Candidate("NeRCC", K, N, N, 0.0, copies=1, disagreement=none, **numbers, **flags)
-    plan = Plan((best,), best, "why", doubts["bfloat16"], {"buffer_size": 8}, {})
-    path = tmp_path / "plan.json"
-    plan.save(path)
-    assert Plan.load(path).error_probability.conditions == doubts["bfloat16"].conditions
-    content = json.loads(path.read_text())
-    del content["conditions"], content["checksum"]  # as files were before
-    path.write_text(json.dumps(content))
-    old = Plan.load(path).error_probability
-    assert old.conditions == Conditions()
-    assert old.conditions.dtype == old.conditions.platform == "unknown"
-    coded_inference(small(), Scheme(REGRESSION, error_probability=old), worker_dtype="bfloat16")

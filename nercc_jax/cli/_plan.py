@@ -1,6 +1,6 @@
 """`nercc plan`: the code for a model and its workers, or none, measured on unlabelled data."""
 
-import datetime
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,11 +8,11 @@ from rich.console import Console
 
 from ..codes import regression_points
 from ..evaluation import pictures
-from ..planning import PlanEffort, plan
+from ..planning import ALIKE, plan
 from ..stragglers import latency_law
 from ._command import of_option
 from ._options import Options
-from ._output import show
+from ._output import show, write_json
 from ._workload import find_workload, surrogate_of
 
 
@@ -33,8 +33,7 @@ def plan_service(options: Options) -> None:
             regression_points(2, 4, layout)
     asked: dict[str, Any] = {}
     if options.surrogate is not None:
-        cheap = surrogate_of(options.surrogate, options.model, options.outputs)
-        asked["surrogate"] = cheap
+        asked["surrogate"] = surrogate_of(options.surrogate, options.model, options.outputs)
     if options.max_disagreement is not None:
         asked["max_disagreement"] = options.max_disagreement
     with of_option(f"--latency {options.latency}"):
@@ -42,7 +41,7 @@ def plan_service(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
     (model, data), console = find_workload(options), Console()
     x = data.shuffled(split, options.max_inputs or 2000, options.seed)
-    with console.status("planning ...") as status:
+    with console.status("planning ..."):
         found = plan(
             model,
             x,
@@ -54,20 +53,12 @@ def plan_service(options: Options) -> None:
             layouts=tuple(layouts),
             buffer_size=options.buffer,
             overhead=options.overhead_s,
-            on_stage=lambda stage: status.update(f"{stage} ..."),
             **asked,
         )
     file, picture = options.output / "plan.json", options.output / "plan.png"
-    about = {
-        "model": options.model,
-        "outputs": options.outputs,
-        "data": f"{data.source}, {split}",
-        "latency": options.latency,
-        "surrogate": options.surrogate,
-        "seed": options.seed,
-        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    found.save(file, about)
+    about = {name: getattr(options, name) for name in ("model", "outputs", "latency", "surrogate")}
+    about |= {"data": f"{data.source}, {split}", "seed": options.seed}
+    write_json(console, file, about | dataclasses.asdict(found))
     title = f"{options.model}, {options.latency}, {options.queries} queries"
-    pictures.plan_figure(found, title, PlanEffort.alike).savefig(picture, dpi=130)
-    show(console, found, f"plan: {file.resolve()}", f"picture: {picture.resolve()}")
+    pictures.plan_figure(found, title, ALIKE).savefig(picture, dpi=130)
+    show(console, found, f"picture: {picture.resolve()}")

@@ -1,34 +1,129 @@
-"""The plan for a service: which code, when to decode, and what to send again; or none."""
+"""The plan for a service: copies, hedging, a code and its rule of waiting, or nothing.
+
+Times are the simulator's, labels are measured. Ways to serve are screened on one half of the data,
+and the most promising are judged on the other, with straggler sets of their own.
+"""
 
 import dataclasses
+import functools
 import itertools
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
-from ..codes import regression_points
+from ..codes import AbstractCode, NeRCC, Replication, decode_groups, regression_points
 from ..codes._checks import check_counts, check_not_negative
-from ..codes.whole_files import JsonFormat
 from ..evaluation import Estimate
+from ..evaluation._answers import Recorder, batched, cut_groups
 from ..evaluation.tables import text_table
-from ..inference.models import Conditions, Model, check_model
-from ..risk import ErrorProbability
+from ..inference import order_points
+from ..inference.models import Model, check_model
 from ..schemes import Scheme
-from ..stragglers import AbstractLatency
-from ..stragglers.groups import Latencies
-from ._planner import DOUBTED, KNOWN, Candidate, Half, PlanEffort, Planner
+from ..stragglers import AbstractLatency, simulate
+from ..stragglers.groups import Latencies, Waiting, own_workers
+from ..surrogates import Surrogate
 
-_FORMAT = JsonFormat(
-    "plan",
-    frozenset({"recommended", "reason", "asked", "about", "doubt", "candidates"}),
-    frozenset({"conditions"}),
-    editable=True,
-)
+DRAWS = 20_000  # groups of queries whose times are drawn for a p99
+ALIKE = 0.03  # p99s that differ by less count as equal; the cheaper is then better
+DOUBTED = "copies of the uncertain"
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to serve the queries, and what it does.
+
+    `num_data` queries are coded together on `num_workers` workers, at the layout `points`, in the
+    order `order` ("pixels" or None). A group is decoded when `wait_for` workers have answered, but
+    not before `min_wait` seconds. Hedging sends up to `copies` of a query, `hedge_copies` further
+    ones every `hedge_after` seconds.
+
+    `extra_work` is what is sent beyond one call a query, as a share. `disagreement` is the share of
+    labels that differ from the model's own, lost ones included, and `most_disagreement` its upper
+    bound; 0 for `exact` ones, whose predictions are all the model's own. `p50` and `p99` are of the
+    seconds until the last of the queries is answered. What is not `held_out` was only screened, on
+    few straggler sets of the other half.
+    """
+
+    system: str
+    num_data: int
+    num_workers: int
+    wait_for: int
+    min_wait: float = 0.0
+    points: str | None = None
+    order: str | None = None
+    copies: int = 1
+    hedge_after: float | None = None
+    hedge_copies: int = 1
+    extra_work: float = 0.0
+    disagreement: Estimate = Estimate(0.0, 0.0)  # noqa: RUF009, it is frozen
+    most_disagreement: float = 0.0
+    p50: float = 0.0
+    p99: float = 0.0
+    exact: bool = True
+    held_out: bool = True
+
+    @property
+    def code(self) -> AbstractCode:
+        """The code, untuned."""
+        if self.points is not None:
+            return NeRCC(self.num_data, self.num_workers, points=self.points, exact=True)
+        return Replication(self.num_data, self.num_workers)
+
+    def seen(
+        self,
+        times: Float[np.ndarray, " draws"],
+        wrong: Bool[np.ndarray, "groups sets num_data"] | None = None,
+        resent: float = 0.0,
+    ) -> "Candidate":
+        """Return the same way with results: times to the last prediction, and wrong labels.
+
+        Groups are independent, their straggler sets are not. The bound holds with a probability of
+        99 %: if the share were 4.6 over the number, none would be seen with a probability of 1 %.
+        One of up to twenty candidates is chosen by this, and 95 % would often choose one that was
+        lucky.
+        """
+        changes: Any = {"extra_work": self.num_workers / self.num_data - 1 + resent}
+        changes |= zip(("p50", "p99"), np.quantile(times, (0.5, 0.99)).tolist(), strict=True)
+        if wrong is None:
+            return dataclasses.replace(self, **changes)
+        share = Estimate.over(np.mean(wrong, axis=(1, 2)).tolist())
+        wider = 2.576 / 1.960  # of the interval, which is one of 95 %
+        least = -math.log(0.01) / (len(wrong) * wrong.shape[-1])
+        most = max(share.mean + wider * share.half_width, least)
+        changes |= {"disagreement": share, "most_disagreement": most, "exact": False}
+        return dataclasses.replace(self, **changes)
+
+    def feasible(self, asked: Mapping[str, Any]) -> bool:
+        """Return whether it keeps to what was asked for, and was not only screened."""
+        return (
+            self.held_out
+            and self.extra_work <= asked["max_extra_work"] + 1e-9
+            and self.most_disagreement <= asked["max_disagreement"]
+        )
+
+    def scheme(self, surrogate: Callable[[Array], Array] | None = None) -> Scheme:
+        """Return it as a scheme for `coded_inference`, with the surrogate that it answers by.
+
+        Raises:
+            ValueError: The surrogate is missing.
+        """
+        if self.system != DOUBTED:
+            return Scheme(self.code, order=self.order)  # pyright: ignore[reportArgumentType]
+        if surrogate is None:
+            raise ValueError("this plan answers by a surrogate: give it")
+        cheap: Any = Surrogate(surrogate)  # pyright: ignore[reportArgumentType]
+        share = 1 - self.wait_for / self.num_workers
+        return Scheme(self.code, cheap, redundancy="uncertain", straggler_share=share)
+
+    def __str__(self) -> str:
+        return f"{self.system} ({self.num_workers}, {self.num_data})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +134,6 @@ class Plan:
         candidates: All systems that were measured.
         recommended: The recommended one.
         reason: Why it is recommended.
-        error_probability: The surrogate's, where the recommended system gives out its answers.
         asked: The arguments of `plan`, by name.
         about: The data that it was measured on, and the seconds that took.
     """
@@ -47,187 +141,77 @@ class Plan:
     candidates: tuple[Candidate, ...]
     recommended: Candidate
     reason: str
-    error_probability: ErrorProbability | None
     asked: dict[str, Any]
     about: dict[str, Any]
 
     @classmethod
     def of(
-        cls,
-        candidates: Sequence[Candidate],
-        asked: dict[str, Any],
-        about: dict[str, Any],
-        alike: float = PlanEffort.alike,
-        probability: ErrorProbability | None = None,
+        cls, candidates: Sequence[Candidate], asked: dict[str, Any], about: dict[str, Any]
     ) -> "Plan":
         """Return the plan that recommends the best of those that keep to what is asked.
 
-        p99s that differ by a share of `alike` at most are equal; the cheaper is then better. The
-        surrogate has this error probability.
+        p99s that differ by less than 3 % are equal; the cheaper is then better.
         """
         allowed = [row for row in candidates if row.feasible(asked)]  # "uncoded" always is one
-        least = min(row.p99 for row in allowed)
-        equal = [row for row in allowed if row.p99 <= (1 + alike) * least]
+        equal = (1 + ALIKE) * min(row.p99 for row in allowed)
         best = min(
-            equal, key=lambda row: (round(row.extra_work, 3), row.most_disagreement, row.p99)
+            (row for row in allowed if row.p99 <= equal),
+            key=lambda row: (round(row.extra_work, 3), row.most_disagreement, row.p99),
         )
-
-        def words(row: Candidate) -> tuple[str, str]:
-            size = f" ({row.num_workers}, {row.num_data})" * (row.num_workers != row.num_data)
-            again = " with re-execution" if row.limit == 0 else ""
-            return f"{row.system}{size}{again}", f"{1e3 * row.p99:.3g} ms"
-
-        name, seconds = words(best)
-        reason = f"{name} answers all {asked['num_queries']} queries within {seconds} (p99)"
+        reason = f"{best} answers all {asked['num_queries']} queries within {_ms(best.p99)} (p99)"
         if not best.exact:
             reason += f", with at most {100 * best.most_disagreement:.2f} % of labels different"
         others = [row for row in allowed if row.system != best.system]
         then = "nothing else keeps to the budget"
         if others:
             second = min(others, key=lambda row: row.p99)
-            name, seconds = words(second)
-            then = f"the next best system within the budget, {name}, takes {seconds}"
-            if second.p99 <= (1 + alike) * best.p99:
-                faster = f"nothing is faster by more than {100 * alike:.0f} %"
-                then = f"{faster} ({name} takes {seconds})"
-        doubt = probability if best.system == KNOWN else None
-        return cls(tuple(candidates), best, f"{reason}; {then}.", doubt, asked, about)
-
-    def scheme(self, surrogate: Callable[[Array], Array] | None = None) -> Scheme:
-        """Return the recommended system, to run by `coded_inference`.
-
-        Args:
-            surrogate: The surrogate that was planned with, where the recommended system orders by
-                it, or answers stragglers' queries by it.
-
-        Raises:
-            ValueError: The surrogate is missing.
-        """
-        further = {"buffer_size": self.asked["buffer_size"]}
-        doubt = self.error_probability
-        return self.recommended.scheme(surrogate, error_probability=doubt, **further)
-
-    def feasible(self, candidate: Candidate) -> bool:
-        """Return whether a candidate keeps to what was asked for, with enough certainty."""
-        return candidate.feasible(self.asked)
+            then = f"the next best system within the budget, {second}, takes {_ms(second.p99)}"
+            if second.p99 <= (1 + ALIKE) * best.p99:
+                faster = f"nothing is faster by more than {100 * ALIKE:.0f} %"
+                then = f"{faster} ({second} takes {_ms(second.p99)})"
+        return cls(tuple(candidates), best, f"{reason}; {then}.", asked, about)
 
     def __str__(self) -> str:
-        """Return a table of the best candidate of each system at each size, and what to do.
+        """Return a table of the fastest candidate of each system at each size, and what to do."""
+        best, about, asked = self.recommended, self.about, self.asked
 
-        The best is the fastest within the budget. Where none is, it is the one with the fewest
-        labels that differ, preferably measured on held-out data and not only screened.
-        """
+        def rank(row: Candidate) -> tuple[bool, bool, float]:  # else nearest to what was asked
+            kept = row.feasible(asked)
+            return not kept, not row.held_out, row.p99 if kept else row.most_disagreement
 
-        def rank(row: Candidate) -> tuple:
-            if self.feasible(row):
-                return 0, row.p99
-            return 1 + (not row.held_out), row.most_disagreement, row.p99
-
-        def ms(seconds: float) -> str:
-            return f"{1e3 * seconds:.{0 if seconds >= 0.1 else 1}f}"
-
-        best, about = self.recommended, self.about
         chosen: dict[Any, Candidate] = {None: best}
         for row in sorted(self.candidates, key=rank):
-            size = row.num_workers, row.num_data, row.limit is None
-            chosen.setdefault((row.system, *size), row)
-        head = "", "system", "(N, K)", "wait, ms", "again", "extra", "differ", "p50, ms", "p99, ms"
-        table: list[tuple[str, ...]] = [head]
-        for row in sorted({*chosen.values()}, key=lambda row: (not self.feasible(row), row.p99)):
+            chosen.setdefault((row.system, row.num_workers, row.num_data), row)
+        table = [("", "system", "(N, K)", "wait", "extra", "differ", "p50", "p99")]
+        for row in sorted({*chosen.values()}, key=lambda row: (rank(row)[0], row.p99)):
             share, most = 100 * row.disagreement.mean, 100 * row.most_disagreement
             cells = (
-                "*" if row == best else "" if self.feasible(row) else "x",
+                "*" if row == best else "x" * rank(row)[0],
                 row.system + (f", {row.order}" if row.order else ""),
                 f"({row.num_workers}, {row.num_data})",
-                str(row.wait_for) + (f", {ms(row.min_wait)}" if row.min_wait else ""),
-                f"{100 * row.resent:.1f}" if row.resent > 0 else "",
+                str(row.wait_for) + (f", {_ms(row.min_wait)}" if row.min_wait else ""),
                 f"{100 * row.extra_work:.0f}",
                 "0" if row.exact else f"{share:.2f}<{most:.2f}",
-                *(ms(row.p50), ms(row.p99)),
+                *(_ms(row.p50), _ms(row.p99)),
             )
             table.append(cells)
-        lines = ["Each system at each size: the fastest within the budget, or nearest to it", ""]
-        lines.append(text_table(table, left=2))
-        lines += [
-            "",
-            "* recommended; x over the budget, too many labels differ, or only screened",
-            "wait: answers to wait for, and how long at least; again: % of calls sent twice;",
-            "extra: % of calls beyond one a query; differ: % of labels, and an upper bound;",
-            "p50, p99: milliseconds until the last of the queries is answered",
-            "",
-            f"recommended: {self.reason}",
-        ]
-        if best.num_workers > best.num_data or best.limit is not None:
-            doubt = f"; send again what has an error probability above {best.limit}"
-            again = {None: "", 0.0: "; send again what has no answer"}.get(best.limit, doubt)
-            lines.append(
-                f"decode when {best.wait_for} of {best.num_workers} workers have answered, but not "
-                f"before {1e3 * best.min_wait:.3g} ms unless all have{again}"
-            )
+        how = ""
+        if best.num_workers > best.num_data:
+            how = f"decode when {best.wait_for} of {best.num_workers} workers have answered, but "
+            how += f"not before {_ms(best.min_wait)} unless all have\n"
         if best.hedge_after is not None:
-            lines.append(
-                f"send up to {best.copies} copies, {best.hedge_copies} further after every "
-                f"{1e3 * best.hedge_after:.3g} ms of waiting"
-            )
-        lines.append(
+            how = f"send up to {best.copies} copies, {best.hedge_copies} further after every "
+            how += f"{_ms(best.hedge_after)} of waiting\n"
+        return (
+            "Each system at each size: the fastest within the budget, or nearest to it\n\n"
+            f"{text_table(table, left=2)}\n\n"
+            "* recommended; x over the budget, too many labels differ, or only screened\n"
+            "wait: answers to wait for, and how long at least; extra: % of calls beyond one a\n"
+            "query; differ: % of labels, and an upper bound; p50, p99: until the last is answered\n"
+            f"\nrecommended: {self.reason}\n{how}"
             f"codes were measured on {about['held_out_points']} held-out data points, "
             f"{about['straggler_sets']} straggler sets a group; planned in {about['seconds']} s"
         )
-        return "\n".join(lines)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Plan":
-        """Read the plan that `save` wrote.
-
-        The conditions of its error probability are "unknown", so that it warns of none, where the
-        file does not have them.
-
-        Raises:
-            ValueError: The file, which is named, is damaged or holds no plan. One without a
-                checksum is read as it stands.
-            OSError: As `open`.
-        """
-        content = _FORMAT.read(Path(path))
-
-        def candidate(row: dict[str, Any]) -> Candidate:
-            fields: dict[str, Any] = row | {"disagreement": Estimate(**row["disagreement"])}
-            return Candidate(**fields)
-
-        try:
-            conditions, doubt = Conditions(**(content.get("conditions") or {})), content["doubt"]
-            return cls(
-                tuple(map(candidate, content["candidates"])),
-                candidate(content["recommended"]),
-                content["reason"],
-                doubt and ErrorProbability.from_json(doubt, conditions),
-                content["asked"],
-                content["about"],
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no plan: {error}") from error
-
-    def save(self, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
-        """Write the plan as JSON, which `load` reads.
-
-        Args:
-            path: The file.
-            about: JSON values to add to `Plan.about`.
-
-        Raises:
-            TypeError: `about` is no JSON.
-            OSError: As `open`.
-        """
-        probability = self.error_probability
-        content = {
-            "recommended": dataclasses.asdict(self.recommended),
-            "reason": self.reason,
-            "asked": self.asked,
-            "about": self.about | dict(about or {}),
-            "doubt": probability and probability.to_json(),
-            "conditions": probability and dataclasses.asdict(probability.conditions),
-            "candidates": [dataclasses.asdict(candidate) for candidate in self.candidates],
-        }
-        _FORMAT.write(Path(path), content)
 
 
 def plan(
@@ -245,20 +229,15 @@ def plan(
     surrogate: Callable[[Array], Array] | None = None,
     buffer_size: int | None = None,
     overhead: float = 0.0,
-    batch_size: int = 256,
-    effort: PlanEffort = PlanEffort(),  # noqa: B008, it is frozen
-    on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Plan:
     """Find the way to serve a model with the least p99 latency that the budget allows.
 
     Compared are: one worker for each query ("uncoded"); further copies, one or two at once, of what
     is not answered after a quantile of the latency, all chosen ("hedged"); copies from the start
-    ("replication"), where what is lost counts as wrong or is sent again; what a surrogate, if there
-    is one, is sure enough of, and copies of the rest ("known, else hedged"); copies from the start
-    of what the surrogate is least sure of, where it answers what is late ("copies of the
-    uncertain"); and NeRCC codes, with and without ordering. The recommendation is the least p99
-    among those within the budget; within 3 % of it the least extra work, and then the least
-    disagreement.
+    ("replication"), where what is lost counts as wrong; copies from the start of what the surrogate
+    is least sure of, where it answers what is late ("copies of the uncertain"); and NeRCC codes,
+    with and without ordering. The recommendation is the least p99 among those within the budget;
+    within 3 % of it the least extra work, and then the least disagreement.
 
     **Time** is the same for all: `num_queries` come together, and the clock runs until the last of
     them is answered, by a worker's answer to the query itself or by decoding. All calls take
@@ -284,17 +263,13 @@ def plan(
         max_workers: The most workers for the first copies of `num_queries` queries.
         max_extra_work: The most calls beyond one for each query, as a share, in the mean.
         max_disagreement: The largest share of labels that may differ.
-        num_data: Numbers of queries to code together, divisors of `num_queries`. Default: all of
-            them, and half of them.
+        num_data: Divisors of `num_queries`, coded together. Default: all, and half of them.
         layouts: NeRCC's layouts, as in `regression_points`.
-        surrogate: A cheap model to order by, to answer by, and to place copies by.
+        surrogate: A cheap model to answer by, and to place copies by.
         buffer_size: Waiting queries that are ordered at a time. Default: those that come together.
             How long queries wait for others is not counted.
-        overhead: Seconds, measured or estimated, that the master takes in all (ordering, encoding,
-            sending, decoding, a surrogate); added to every system's time.
-        batch_size: Data points in a call of the model.
-        effort: The work of the plan.
-        on_stage: Called with a description of the next stage.
+        overhead: Seconds that the master takes in all (ordering, encoding, sending, decoding, a
+            surrogate); added to every system's time.
 
     Raises:
         ValueError: A number is out of range, a layout is unknown, latencies are not finite or
@@ -303,81 +278,167 @@ def plan(
     """
     begin = time.perf_counter()
     num_queries, max_workers, buffer_size = check_counts(
-        num_queries=num_queries,
-        max_workers=max_workers,
-        buffer_size=num_queries if buffer_size is None else buffer_size,
+        num_queries=num_queries, max_workers=max_workers, buffer_size=buffer_size or num_queries
     )
     check_model(model)
     check_not_negative(max_extra_work=max_extra_work, overhead=overhead)
-    asked = {
-        "num_queries": num_queries,
-        "max_workers": max_workers,
-        "max_extra_work": float(max_extra_work),
-        "max_disagreement": float(max_disagreement),
-        "buffer_size": buffer_size,
-        "overhead": float(overhead),
-    }
-    together, needed = (
-        f"{num_queries} queries that come together",
-        f"{num_queries} workers at least",
-    )
     if num_data is None:
         num_data = [k for k in (num_queries, num_queries // 2) if k > 1 and num_queries % k == 0]
-    broken = [k for k in num_data if not 1 <= k <= num_queries or num_queries % k]
-    for fits, message in (
-        (
-            max_workers >= num_queries,
-            f"{together} need {needed}, not {max_workers}",
-        ),
-        (buffer_size >= num_queries, f"buffer_size {buffer_size} is less than the {together}"),
-        (0 <= max_disagreement <= 1, f"max_disagreement must be in [0, 1], not {max_disagreement}"),
-        (
-            len(np.atleast_1d(x)) >= 2 * num_queries,
-            f"x of shape {np.shape(x)} fills no group of {num_queries} in both halves: give "
-            f"{2 * num_queries} data points at least, and a thousand to promise 1 %",
-        ),
-        (not broken, f"num_data must be divisors of the {num_queries} queries, not {broken}"),
-    ):
-        if not fits:
-            raise ValueError(message)
+    if max_workers < num_queries:
+        raise ValueError(f"the queries need {num_queries} workers at least, not {max_workers}")
+    if not 0 <= max_disagreement <= 1:
+        raise ValueError(f"max_disagreement must be in [0, 1], not {max_disagreement}")
+    if len(np.atleast_1d(x)) < 2 * num_queries:
+        few = f"x of shape {np.shape(x)} fills no group of {num_queries} in both halves"
+        raise ValueError(f"{few}: give {2 * num_queries} at least, and a thousand to promise 1 %")
+    if broken := [k for k in num_data if not 1 <= k <= num_queries or num_queries % k]:
+        raise ValueError(f"num_data must be divisors of the {num_queries} queries, not {broken}")
     for layout in layouts:
         regression_points(num_queries, num_queries + 1, layout)  # says what is wrong with it
+    asked = {"num_queries": num_queries, "max_workers": max_workers, "buffer_size": buffer_size}
+    asked |= {"overhead": float(overhead)}
+    asked |= {"max_extra_work": float(max_extra_work), "max_disagreement": float(max_disagreement)}
 
-    keys = jax.random.split(key, 2)
-    latencies = Latencies(latency, keys[0])
-    on_stage("the model's own answers")
-    x = np.asarray(x)
-    order = np.asarray(jax.random.permutation(keys[1], len(x)))
-    halves = [
-        Half(model, x[np.sort(part)], buffer_size, surrogate, batch_size)
-        for part in (order[: len(x) // 2], order[len(x) // 2 :])
-    ]
-    planner = Planner(latencies, asked, effort, *halves)
-    on_stage("systems without a code")
-    found, probability = list(planner.without_code()), None
-    fastest = min(row.p99 for row in found if row.exact and row.feasible(asked))
-    orders: tuple[str | None, ...] = (None, "pixels")
-    approximate: Any = {"exact": False, "held_out": False}
+    of_latencies, of_data = jax.random.split(key, 2)
+    latencies, x = Latencies(latency, of_latencies), np.asarray(x)
+    order = np.asarray(jax.random.permutation(of_data, len(x)))
+    screening, held_out = (
+        _Half(model, x[np.sort(part)], surrogate, asked, latencies, sets)
+        for sets, part in ((4, order[: len(x) // 2]), (48, order[len(x) // 2 :]))
+    )
+    found: list[Candidate] = []
+    hedges = itertools.product(((2, 1), (3, 1), (3, 2)), (0.5, 0.75, 0.9, 0.95, 0.99))
+    for (copies, at_once), share in [((1, 1), 1.0), *hedges]:
+        after = latencies.quantile(share)
+        drawn = latencies.draw(copies, (copies, DRAWS, num_queries))
+        there, sent, _ = simulate.Hedge(after, at_once).outcome(drawn[:1], drawn[1:])
+        row = Candidate("uncoded", num_queries, num_queries, num_queries, hedge_copies=at_once)
+        if copies > 1:
+            row = dataclasses.replace(row, system="hedged", copies=copies, hedge_after=after)
+        found.append(row.seen(np.max(there, axis=1) + overhead, resent=float(np.mean(sent)) - 1))
+    ways = [Candidate("replication", num_queries, 0, 0)]
     if surrogate is not None:
-        orders = (*orders, "surrogate")
-        known, probability = planner.known()
-        doubted = Candidate(DOUBTED, num_queries, 0, 0, 0.0, "repeated", **approximate)
-        copied = planner.screened([doubted], [None], np.inf)
-        found += known + planner.judged(copied, np.inf) + copied
-    on_stage("screening codes")
-    codes = [
-        Candidate(f"NeRCC {points}", k, 0, 0, 0.0, points, **approximate)
-        for k, points in itertools.product(num_data, layouts)
-    ]
-    screened = planner.screened(codes, orders, fastest)
-    on_stage("measuring on held-out data")
-    found += planner.judged(screened, fastest) + screened
+        ways.append(Candidate(DOUBTED, num_queries, 0, 0, points="repeated"))
+    for k, layout, order in itertools.product(num_data, layouts, (None, "pixels")):
+        ways.append(Candidate(f"NeRCC {layout}", k, 0, 0, points=layout, order=order))
+    fastest = min(row.p99 for row in found if row.feasible(asked))
+    screened = [row for way in ways for row in screening.screened(way, fastest)]
 
-    rows = [dataclasses.replace(r, p50=r.p50 + overhead, p99=r.p99 + overhead) for r in found]
-    about = {
-        "calibration_points": len(halves[0].x),
-        "held_out_points": len(halves[1].x),
-        "straggler_sets": effort.sets,
-        "seconds": round(time.perf_counter() - begin, 1),
-    }
-    return Plan.of(rows, asked, about, effort.alike, probability)
+    # The most promising, until three keep to what is asked; among p99s that count as equal the
+    # cheaper comes first.
+    fast = [
+        row for row in screened
+        if not row.held_out and row.p99 < fastest and max_disagreement >= row.disagreement.mean
+    ]  # fmt: skip
+    fast.sort(key=lambda r: (round(math.log(r.p99) / math.log(1 + ALIKE)), r.extra_work, r.p99))
+    judged: list[Candidate] = []
+    for row in fast[:10]:
+        if sum(other.most_disagreement <= max_disagreement for other in judged) < 3:
+            judged.append(held_out.measured(row))
+    about = {"calibration_points": len(screening.x), "held_out_points": len(held_out.x)}
+    about |= {"straggler_sets": held_out.sets, "seconds": round(time.perf_counter() - begin, 1)}
+    return Plan.of(found + judged + screened, asked, about)
+
+
+class _Half:
+    """One half of the data, and what ways to serve do on it: all meet the same latencies."""
+
+    def __init__(
+        self,
+        model: Model,
+        x: Float[np.ndarray, "points ..."],
+        surrogate: Callable[[Array], Array] | None,
+        asked: Mapping[str, Any],
+        latencies: Latencies,
+        sets: int,
+    ):
+        size, groups = 256, cut_groups(x, 1)  # data points in a call of the model
+        run = batched(model, size)
+        recorder, self.x = Recorder(run, groups, size), groups[:, 0]
+        self._own = recorder.own[:, 0]
+        if surrogate is not None:
+            self._cheap = np.asarray(batched(surrogate, size)(self.x))
+        self._latencies, self._asked, self.sets = latencies, asked, sets
+
+        @functools.cache
+        def recorded(num_data: int, order: str | None) -> Recorder:
+            """Return the record of groups of so many data points, in this order."""
+            places, by = np.arange(len(self.x)), {"buffer_size": asked["buffer_size"]}
+            if order is not None:
+                places = np.asarray(order_points(jnp.asarray(self.x), num_data, **by))
+            places = places[: len(places) // num_data * num_data].reshape(-1, num_data)
+            return Recorder(run, self.x[places], size, (self._own[places], recorder.form))
+
+        self._recorded = recorded
+
+    def screened(self, way: Candidate, fastest: float) -> Iterator[Candidate]:
+        """Yield a way at a third, two thirds and all of the redundancy that the budget allows.
+
+        Each waits for all but 1, 2, 4, ... and N - K answers, copies also for all, and until the
+        p99 of the time in which as many answer: that makes the p99 no later, and most others are in
+        by then. If none is faster than the `fastest`, the last is yielded, so that each is shown.
+        """
+        asked, k = self._asked, way.num_data
+        budget = int(k * (1 + asked["max_extra_work"]) + 1e-9)
+        most = min(budget, asked["max_workers"] * k // asked["num_queries"])
+        for workers in sorted({k + math.ceil((most - k) * share / 3) for share in (1, 2, 3)} - {k}):
+            missing = {1, 2, 4, 8, 16, workers - k} | ({0} if way.points is None else set())
+            waits = sorted(workers - each for each in missing if workers - each >= max(k // 2, 1))
+            for number in waits:
+                row = dataclasses.replace(way, num_workers=workers, wait_for=number)
+                late = float(np.quantile(self._drawn(row)[0], 0.99))
+                if late < fastest or number == waits[-1]:
+                    yield self.measured(dataclasses.replace(row, min_wait=late - asked["overhead"]))
+
+    def _drawn(self, row: Candidate) -> tuple[Float[np.ndarray, " draws"], Waiting, Any]:
+        """Return when the last of all groups ends, by which rule, and what is lost until then."""
+        own, shape = own_workers(row.code), (DRAWS, self._asked["num_queries"] // row.num_data)
+        if row.system == DOUBTED:  # all queries are one group, and groups differ in their copies
+            cheap = jnp.asarray(self._cheap)[: len(self.x) // row.num_data * row.num_data]
+            scheme = row.scheme(lambda _: cheap)
+            own = np.swapaxes(np.asarray(scheme.encoders(scheme.prepare(cheap))) > 0.5, 1, 2)
+            own = np.repeat(own, -(-DRAWS // len(own)), axis=0)[:, None]
+            shape = own.shape[:2]
+        rule = Waiting(self._latencies.law, own, row.wait_for, row.min_wait)
+        _, end, there = rule.draw(self._latencies, 1, shape)
+        return end.max(axis=1) + self._asked["overhead"], rule, there > end[..., None]
+
+    def measured(self, row: Candidate) -> Candidate:
+        """Return a row with its times and its disagreement, on groups in its order."""
+        times, rule, lost = self._drawn(row)
+        if row.points is None:  # copies are exact, or lost
+            return row.seen(times, lost if row.wait_for < row.num_workers else None)
+        row = dataclasses.replace(row, held_out=self.sets > 4)
+        if row.system == DOUBTED:
+            off = np.argmax(self._cheap, axis=-1) != np.argmax(self._own, axis=-1)
+            off = off[: len(off) // row.num_data * row.num_data].reshape(-1, 1, row.num_data)
+            return row.seen(times, lost.reshape(len(off), -1, row.num_data) & off)
+        code, coded = row.code, self._recorded(row.num_data, row.order)
+        answers, labels = np.asarray(coded.of(code).coded), np.argmax(coded.own, axis=-1)
+        draws = rule.draw(self._latencies, self.sets, (len(labels), self.sets))
+        lost, size = draws[2] > draws[1][..., None], 512  # groups that are decoded at a time
+        wrong, rows = np.zeros(lost.shape, bool), np.argwhere(lost.any(axis=-1))
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            group, index = np.resize(part, (size, 2)).T
+            given = (answers[group], draws[0][group, index], labels[group])
+            off = np.asarray(_wrong_labels(code, *map(jnp.asarray, given)))
+            wrong[tuple(part.T)] = off[: len(part)]
+        return row.seen(times, wrong & lost)
+
+
+@eqx.filter_jit
+def _wrong_labels(
+    code: AbstractCode,
+    answers: Float[Array, "groups num_workers outputs"],
+    mask: Bool[Array, "groups num_workers"],
+    labels: Int[Array, "groups num_data"],
+) -> Bool[Array, "groups num_data"]:
+    """Return which labels differ or are lost."""
+    decoded = decode_groups(code, answers, mask)
+    return (jnp.argmax(decoded.predictions, axis=-1) != labels) | ~decoded.recovered
+
+
+def _ms(seconds: float) -> str:
+    """Return milliseconds with three digits."""
+    return f"{1e3 * seconds:.3g} ms"

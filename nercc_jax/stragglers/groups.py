@@ -115,19 +115,3 @@ def own_workers(code: AbstractCode) -> Bool[np.ndarray, "num_data num_workers"]:
     matrix = encoder_of(code)
     apart = np.abs(matrix - np.eye(code.num_data)[:, None]).max(axis=-1)
     return apart < 1e-5  # a row of a spline's encoder is a data point's to rounding
-
-
-def last_prediction(
-    end: Float[np.ndarray, "*draws groups"],
-    own: Float[np.ndarray, "*draws groups num_data"],
-    again: Bool[np.ndarray, "*draws groups num_data"],
-    seconds: Float[np.ndarray, "*draws groups num_data"],
-) -> Float[np.ndarray, "*draws"]:
-    """Return when the last prediction of several groups that begin together is there.
-
-    `again` are the data points that are sent again, uncoded, when their group ends; that takes
-    `seconds`, unless their own answer comes before.
-    """
-    there = np.minimum(own, end[..., None] + seconds)
-    late = np.max(np.where(again, there, 0), axis=-1)
-    return np.max(np.maximum(end, late), axis=-1)
