@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,10 @@ class ServedModel:
         metrics: Metrics,
         cache: Path | None = None,
         predictor: Predictor | None = None,
-        straggler_score: Callable[[Any], Any] | None = None,
     ):
         """Start the workers, and compile everything, so that no request waits for the compiler.
 
-        `cache` is a file for results of calibration. Injected stragglers are chosen by the score of
-        rows. The predictor is as for `CodedBatcher`.
+        `cache` is a file for results of calibration. The predictor is as for `CodedBatcher`.
 
         Raises:
             ValueError: for a code where nothing can be coded (`Servable.uncodable`), or where
@@ -107,11 +105,8 @@ class ServedModel:
                     settings.num_workers,
                     settings,
                     num_data=code.num_data,
-                    score=straggler_score,
-                    seed=settings.fault_seed,
                     example=[np.zeros((size, *inputs.shape), inputs.dtype) for size in sizes],
                     overdue=DispatchSetting.of_policy(policy).overdue,
-                    max_attempts=settings.max_attempts,
                     hang_timeout=settings.hang_timeout_s,
                 )
                 undo.callback(self.pool.close)

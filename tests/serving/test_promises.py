@@ -39,7 +39,7 @@ def test_a_group_leaves_when_its_oldest_query_has_waited_long_enough():
     """Whatever stands before it in the queue by its priority."""
     clock = SimulatedClock()
     pool = SimulatedPool(model, 8, seconds=lambda size: SERVICE, clock=clock)
-    policy = BatchingPolicy(batch_wait_timeout_s=0.5, priority_lead_s=1.0, ordering=False)
+    policy = BatchingPolicy(batch_wait_timeout_s=0.5)
     with CodedBatcher(pool, Coder(NeRCC(4, 8)), SHAPE, OUT, policy=policy) as batcher:
         x, futures = np.zeros((1, *SHAPE), np.float32), []
         for when, high in ((0.0, False), (0.3, True), (0.4, True)):
@@ -89,7 +89,7 @@ def test_a_slow_model_is_well_for_as_long_as_its_answers_take():
         clock=clock,
         hang_timeout=1e5,
     )
-    policy = BatchingPolicy(deadline_s=3000.0, copies=1, ordering=False, max_batch_size=1)
+    policy = BatchingPolicy(deadline_s=3000.0, copies=1, max_batch_size=1)
     with CodedBatcher(pool, Coder(Uncoded(1)), SHAPE, OUT, policy=policy) as batcher:
         x = np.zeros((1, *SHAPE), np.float32)
         for _ in range(30):
@@ -120,9 +120,7 @@ def seconds_of_a_straggler(traffic, **options):
 @pytest.mark.parametrize("fails", ["raises", "is no number"])
 def test_answers_that_fail_leave_the_limits_of_late_calls_as_they_are(fails):
     """However quickly they fail: of predicted queries as of those that are sent again."""
-    policy = BatchingPolicy(
-        straggler_threshold=2.0, max_disagreement=0.1, ordering=False, max_batch_size=1
-    )
+    policy = BatchingPolicy(straggler_threshold=2.0, max_disagreement=0.1, max_batch_size=1)
     traffic = Traffic(knows(True), policy, Uncoded(1), share=0.0)
     ways = ({"exact": False}, {"exact": True})
     traffic.send(100)
@@ -279,7 +277,6 @@ def test_scores_are_read_from_the_models_own_answers_before_anything_approximate
     [
         ({"outputs": "logits"}, (), INTERLEAVED, "one number a row"),
         ({"max_disagreement": 0.1}, (), INTERLEAVED, "these are values"),
-        ({"max_reexecution": 0.1}, (), INTERLEAVED, "these are values"),
         ({"max_disagreement": 0.1, "outputs": "values"}, OUT, INTERLEAVED, "these are values"),
         ({"tolerance": 0.1, "max_disagreement": 0.1}, OUT, INTERLEAVED, "these are values"),
         ({"tolerance": 0.1, "outputs": "logits"}, OUT, INTERLEAVED, "a tolerance is for"),

@@ -28,6 +28,7 @@ from ._setting_controller import SettingController
 _LOG = logging.getLogger(__name__)
 
 _PAUSE = 1.0  # seconds before the thread goes on after a failure
+_MAX_FENCED = 0.25  # share of the workers that is fenced for wrong answers
 
 
 class Adaptation:
@@ -82,7 +83,7 @@ class Adaptation:
             predictor.attach(setup, self.turns.wake)
             if policy.check_answers is not None:
                 workers, dtype = setup.pool.num_workers, setup.pool.worker_dtype
-                self.checks = AnswerChecks(workers, policy.max_fenced, dtype, setup.observe)
+                self.checks = AnswerChecks(workers, _MAX_FENCED, dtype, setup.observe)
         self._read_outputs()
 
     # The thread that learns.
@@ -157,13 +158,13 @@ class Adaptation:
         assert self.predictor is not None
         return self.predictor.risk
 
-    def evidence(self, queries: int, budget: float = math.inf) -> LateEvidence:
+    def evidence(self, queries: int) -> LateEvidence:
         """Return what is known by now, for a group with this number of queries."""
         limit = self.decoding.limit(queries)
         risk: dict[Source, Risk] = {"decoded": self.decoding.risk}
         if self.predictor is not None:
             risk["predicted"] = self.predictor.risk
-        return LateEvidence(self.setting, self.approximates, self.can_predict, limit, risk, budget)
+        return LateEvidence(self.setting, self.approximates, self.can_predict, limit, risk)
 
     def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
         """Take the model's own answer to a query."""
@@ -195,7 +196,6 @@ class Adaptation:
         drifted = self.risk(given.source).add(
             Comparison(given.disagreement, given.error, wrong, excess),
             given=given.given,
-            forced=given.forced,
             epoch=given.epoch,
             unknown=own is None,
             widened=given.widened,

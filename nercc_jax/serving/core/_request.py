@@ -108,7 +108,6 @@ class Answer:
         epoch: of the evidence (`Risk.epoch`) when it was made.
         within: whether it is within the limit of a calibration.
         given: whether it was given out, and counts for what was promised.
-        forced: whether it was given out although it is less certain than was promised.
         repeated: whether the model was asked again because the first call failed.
         widened: the factor of the error bar with which it was given out.
     """
@@ -125,7 +124,6 @@ class Answer:
     epoch: int = 0
     within: bool = False
     given: bool = False
-    forced: bool = False
     repeated: bool = False
     widened: float = 1.0
 

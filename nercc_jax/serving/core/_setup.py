@@ -124,13 +124,10 @@ class Setup:
                 f"a tolerance needs error bars, and {type(coder.code).__name__} has none: give a "
                 "predictor (`--surrogate`), or NeRCC with K of 2 or more"
             )
-        num_data, num_workers, enough = coder.num_data, coder.num_workers, policy.wait_for
-        if enough is None and coder.systematic:
+        num_data, num_workers = coder.num_data, coder.num_workers
+        enough = answers_to_wait_for(num_data, num_workers)
+        if coder.systematic:
             enough = num_workers - (num_workers - num_data) // 2
-        elif enough is None:
-            enough = answers_to_wait_for(num_data, num_workers)
-        if not 1 <= enough <= num_workers:
-            raise ValueError(f"wait_for must be from 1 to N = {num_workers}, not {enough}")
         if policy.max_calls is not None and not coder.systematic:
             raise ValueError(
                 "max_calls needs a code that sends queries as they came (interleaved or repeated "
@@ -158,5 +155,4 @@ class DispatchSetting(NamedTuple):
 
     @classmethod
     def of_policy(cls, policy: BatchingPolicy) -> "DispatchSetting":
-        rule = Overdue(policy.quantile, policy.straggler_threshold, copies=policy.hedge_copies)
-        return cls(rule, policy.redundancy)
+        return cls(Overdue(factor=policy.straggler_threshold), policy.redundancy)

@@ -14,7 +14,7 @@ from .._metrics import ANSWERS, OUTCOMES, Measure
 from .._policy import MAX_DEADLINE_S
 from .._served_model import ServedModel
 from .._settings import ServerSettings
-from .._tracing import RequestLog, RequestTrace
+from .._tracing import RequestSpans, RequestTrace
 from ..core._request import DeadlineExceeded, InferenceFailed
 from ..protocol._messages import (
     InferenceRequest,
@@ -38,6 +38,7 @@ class ServerState:
     """The models of a server, and the answers to what clients ask.
 
     Attributes:
+        max_connections: HTTP connections, silent ones included, and gRPC calls; more are refused.
         models: the models.
         settings: the server's settings.
         spans: a provider of OpenTelemetry's SDK, if there is one.
@@ -45,6 +46,8 @@ class ServerState:
         says: what the server says, as JSON has it, of a model's name and version, or of all, by the
             names of gRPC's methods.
     """
+
+    max_connections = 10_000
 
     def __init__(
         self,
@@ -58,7 +61,7 @@ class ServerState:
         self.settings, self.spans = settings, spans
         self.bytes_held = 0
         self._tokens = settings.tokens()
-        self._log = RequestLog(settings.request_log_rate, spans)
+        self._spans = RequestSpans(spans)
         self._reading = asyncio.Lock()
         self._since = time.monotonic()
         self.says: dict[str, Callable[[str, str], dict[str, Any]]] = {
@@ -108,8 +111,8 @@ class ServerState:
     def watch(
         self, name: str, headers: Callable[[], Mapping[str, str]]
     ) -> Iterator[RequestTrace | None]:
-        """Log and trace the request of this block, and count it if it is refused."""
-        trace, outcome = self._log.start(name, headers), "ok"
+        """Trace the request of this block, and count it if it is refused."""
+        trace, outcome = self._spans.start(name, headers), "ok"
         try:
             yield trace
         except BaseException as error:  # a client that goes away cancels its call
@@ -124,7 +127,7 @@ class ServerState:
             raise
         finally:
             if trace is not None:
-                self._log.end(trace, outcome)
+                self._spans.end(trace, outcome)
 
     # Inference.
 
