@@ -185,11 +185,10 @@ class ServerSettings(BaseSettings):
         env_prefix="NERCC_", env_nested_delimiter="__", extra="forbid"
     )
     panels: ClassVar[dict[str, str]] = {
-        "host": "Addresses",
+        "host": "Addresses and Ray",
         "token_file": "Authentication and TLS",
         "model_control": "Model repository",
         "max_body_bytes": "Limits",
-        "address": "Ray",
         "drain_delay_s": "End",
     }
 
@@ -199,6 +198,11 @@ class ServerSettings(BaseSettings):
     "Port of REST, status page and metrics; 0 for any free one."
     grpc_port: PortOrNone = _setting(8001, ge=0, le=65535)
     "Port of gRPC; 0 for any free one, none for no gRPC."
+    address: str | None = _setting(None, examples=["auto"])
+    "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or this machine)."
+    runtime_env: Path | None = _setting(None, examples=["env.yaml"])
+    """File with Ray's runtime environment, .yaml, .json or .toml, such as working_dir, a folder
+    sent to its nodes (default: that of a module:function that is not installed)."""
     token_file: Path | None = _setting(None, examples=["tokens"])
     """File of bearer tokens, one a line, of which clients send one (default: none is needed).
     Health needs none."""
@@ -210,11 +214,6 @@ class ServerSettings(BaseSettings):
     "Maximum bytes of a request's body."
     max_bytes_in_flight: int = _setting(2**29, gt=0, le=2**40)
     "Maximum bytes of all requests that are read or answered at a time."
-    address: str | None = _setting(None, examples=["auto"])
-    "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or this machine)."
-    runtime_env: Path | None = _setting(None, examples=["env.yaml"])
-    """File with Ray's runtime environment, .yaml, .json or .toml, such as working_dir, a folder
-    sent to its nodes (default: that of a module:function that is not installed)."""
     drain_delay_s: float = _setting(0.0, ge=0, le=MAX_DEADLINE_S)
     "Seconds after SIGTERM in which the server answers, but is not ready."
     drain_timeout_s: float = _setting(30.0, ge=0, le=MAX_DEADLINE_S)
