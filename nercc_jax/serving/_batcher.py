@@ -93,8 +93,7 @@ class CodedBatcher:
             shape: the shape of a query.
             outputs: the shape of an answer.
             dtypes: of queries and answers; dtypes other than float32 cannot be coded.
-            policy: the batching policy. Where it does not state the outputs, one number a row is a
-                value, and several are scores once the model's own answers look like scores.
+            policy: the batching policy.
             decoding: scores of decoded answers (`calibrate_decoding`). Without them, stragglers
                 have to show first which decoded answers may be given out.
             predictor: answers queries independently of their groups.
@@ -195,9 +194,8 @@ class CodedBatcher:
         Returns:
             By name, None for what there is not: "policy", the setting picked under `max_calls`, and
             why; "predictor"; "checks" of the model's own answers; "decoding", what stragglers
-            showed of decoded answers; "outputs", whether they are read as scores or values, and
-            why; "audited", whether the latest decoded answers that were compared had wrong labels,
-            or errors beyond their bars.
+            showed of decoded answers; "audited", whether the latest decoded answers that were
+            compared had wrong labels, or errors beyond their bars.
         """
         return self._adaptation.status()
 

@@ -72,8 +72,8 @@ class BatchingPolicy:
     outputs: Outputs | None = _option(None, example="values")  # noqa: RUF009, it is a field
     """Outputs of the model: `logits`, scores whose largest is a label; `probabilities`, the softmax
     of a classifier's logits; or `values`, numbers without labels, of which only a `tolerance` lets
-    approximate answers out. By default one number a row is a value, and several are scores once the
-    model's own answers look like scores."""
+    approximate answers out. Default: `values`; for shipped models, and where a `max_disagreement`
+    is set, `logits`."""
     max_disagreement: float | None = _option(None, ge=0, le=1, example=0.05)
     """Maximum share of wrong labels among the answers that are not the model's own, by a bound that
     fails with a probability of 0.25; no single one may be wrong with more than five times that
@@ -143,11 +143,12 @@ class BatchingPolicy:
 
 
 def read_outputs(
-    stated: Outputs | None, tolerance: float | None, shapes: Sequence[tuple[int, ...]]
-) -> tuple[Outputs | None, str]:
+    stated: Outputs | None,
+    tolerance: float | None,
+    max_disagreement: float | None,
+    shapes: Sequence[tuple[int, ...]],
+) -> tuple[Outputs, str]:
     """Return how a model's outputs, of these shapes a row, are read, and why.
-
-    They are None where that is not known, and the model's own answers have to show it.
 
     Raises:
         ValueError: where a label is asked of a single number.
@@ -162,7 +163,11 @@ def read_outputs(
         return stated, "as set"
     if single:
         return "values", "an output has one number a row"
-    return (None, "") if tolerance is None else ("values", "a tolerance is set")
+    if tolerance is not None:
+        return "values", "a tolerance is set"
+    if max_disagreement is not None:
+        return "logits", "a max_disagreement is set"
+    return "values", "nothing says that they are scores of labels"
 
 
 BatchingPolicy.__doc__ = f"{BatchingPolicy.__doc__}\n    Attributes:\n" + "".join(

@@ -70,7 +70,8 @@ class ServedModel:
         """
         begin, tensors = time.monotonic(), servable.outputs
         shapes = [part.shape for part in tensors.parts]
-        outputs, self._why_read = read_outputs(settings.outputs, settings.tolerance, shapes)
+        limits = settings.tolerance, settings.max_disagreement
+        outputs, self._why_read = read_outputs(settings.outputs, *limits, shapes)
         if tensors.uncodable is not None and settings.outputs is None:
             outputs, self._why_read = "values", "they are no floats"
         policy = settings.policy(outputs)
@@ -191,10 +192,10 @@ class ServedModel:
         """The number of requests without a reply."""
         return self._batcher.in_flight
 
-    def outputs(self) -> dict[str, str | None]:
-        """Return how outputs are read, as scores, as values or not yet (None), and why."""
-        read = self._batcher.status()["outputs"]
-        return read | {"why": self._why_read or read["why"]}
+    def outputs(self) -> dict[str, str]:
+        """Return how outputs are read, as scores or as values, and why."""
+        values = self._batcher.policy.outputs == "values"
+        return {"read_as": "values" if values else "scores", "why": self._why_read}
 
     def health(self) -> Health:
         """Return whether it is alive, and would answer a query now."""

@@ -162,7 +162,7 @@ class ModelSettings(_AllSettings):
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(BatchingPolicy)}
         fields["outputs"] = outputs = outputs or self.outputs
-        if self.max_disagreement is None and outputs != "values" and self.tolerance is None:
+        if self.max_disagreement is None and outputs in ("logits", "probabilities"):
             fields["max_disagreement"] = 0.05
         return BatchingPolicy(**fields)
 

@@ -39,7 +39,7 @@ def test_a_group_leaves_when_its_oldest_query_has_waited_long_enough():
     """Whatever stands before it in the queue by its priority."""
     clock = SimulatedClock()
     pool = SimulatedPool(model, 8, seconds=lambda size: SERVICE, clock=clock)
-    policy = BatchingPolicy(batch_wait_timeout_s=0.5)
+    policy = BatchingPolicy(batch_wait_timeout_s=0.5, outputs="logits")
     with CodedBatcher(pool, Coder(NeRCC(4, 8)), SHAPE, OUT, policy=policy) as batcher:
         x, futures = np.zeros((1, *SHAPE), np.float32), []
         for when, high in ((0.0, False), (0.3, True), (0.4, True)):
@@ -228,7 +228,6 @@ def test_without_a_tolerance_all_answers_to_values_are_exact(name):
     (hint,) = traffic.batcher.hints()
     assert "values" in hint
     assert "all answers are exact" in hint
-    assert traffic.batcher.status()["outputs"]["read_as"] == "values"
     # Redundancy of a code that may decode nothing is not sent either.
     calls = traffic.calls()
     traffic.share = 0.0
@@ -242,7 +241,6 @@ def test_bars_hold_and_none_is_beyond_the_tolerance(name, predicts):
     tolerance = 0.1 if predicts else 0.7
     policy = BatchingPolicy(straggler_threshold=1.4, tolerance=tolerance, coverage=0.95)
     traffic = traffic_of(name, policy, Predictor() if predicts else None)
-    assert traffic.batcher.status()["outputs"] == {"read_as": "values", "why": "as set"}
     errors, bars, predicted = approximate(traffic.send(4000))
     assert len(errors) > 40
     assert predicted == predicts
@@ -252,24 +250,19 @@ def test_bars_hold_and_none_is_beyond_the_tolerance(name, predicts):
     assert status["drifts"] == 0
 
 
-def test_scores_are_read_from_the_models_own_answers_before_anything_approximate():
-    """A classifier's: its logits have one winner in each row."""
-
-    def classify(x):
-        largest = x[:, :3] == x[:, :3].max(axis=1, keepdims=True)
-        return (np.where(largest, 4, -4) + x[:, :3]).astype(np.float32)
-
-    policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.3)
+@pytest.mark.parametrize(
+    ("policy", "exact"),
+    [({}, True), ({"outputs": "values"}, True), ({"outputs": "logits"}, False),
+     ({"outputs": "probabilities"}, False), ({"max_disagreement": 1.0}, False)],
+)  # fmt: skip
+def test_outputs_are_values_unless_something_says_that_they_are_scores_of_labels(policy, exact):
+    policy = BatchingPolicy(straggler_threshold=1.4, **policy)
     busy = {"rate": 600, "num_workers": 128}  # groups are full
     traffic = Traffic(None, policy, INTERLEAVED, stated=False, share=0.15, **busy)
-    traffic.model = classify
-    first = traffic.send(200)
-    assert all(reply.exact.all() for _, reply, _ in first)
-    assert "were looked at" in traffic.batcher.hints()[0]
-    assert traffic.batcher.status()["outputs"]["read_as"] is None
-    later = traffic.send(2000)
-    assert traffic.batcher.status()["outputs"]["read_as"] == "scores"
-    assert not all(reply.exact.all() for _, reply, _ in later)
+    replies = traffic.send(400)
+    assert all(reply.exact.all() for _, reply, _ in replies) == exact
+    hints = [hint for hint in traffic.batcher.hints() if "outputs = 'logits'" in hint]
+    assert len(hints) == exact
 
 
 @pytest.mark.parametrize(

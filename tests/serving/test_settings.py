@@ -241,7 +241,7 @@ def test_sources_are_put_together_setting_by_setting(monkeypatch):
 @pytest.mark.parametrize(("given", "limit"), [(0.25, 0.25), (1.0, None), (None, 0.05)])
 def test_any_disagreement_may_be_allowed(given, limit):
     """1 is a share like any other, and the last one: then answers are decoded whatever they are."""
-    accuracy = ModelSettings(max_disagreement=given).policy().accuracy
+    accuracy = ModelSettings(max_disagreement=given, outputs="logits").policy().accuracy
     assert accuracy.max_disagreement == limit
     values = ModelSettings(max_disagreement=given)
     if given is None:

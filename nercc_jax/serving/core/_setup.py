@@ -100,15 +100,16 @@ class Setup:
         if predicts and {*dtypes} != {CODED}:
             raise ValueError(f"only float32 can be predicted, not {[str(each) for each in dtypes]}")
         shapes = [self.answers.shape] if coder.form is None else coder.form.shapes
-        read, _ = read_outputs(policy.outputs, policy.tolerance, shapes)
+        limits = policy.tolerance, policy.max_disagreement
+        read, _ = read_outputs(policy.outputs, *limits, shapes)
         if self.answers.dtype != CODED:  # nothing approximate
             read = policy.outputs or "values"
         exact_only = read == "values" and policy.tolerance is None
         if exact_only and coder.can_decode and not coder.systematic:
             raise ValueError(
                 "outputs are values without a tolerance, so that all answers are exact, and a code "
-                "that mixes all queries would send each of them twice: give a tolerance, "
-                "interleaved points, or no code"
+                "that mixes all queries would send each of them twice: give a tolerance, outputs = "
+                "'logits' if they are scores of labels, interleaved points, or no code"
             )
         policy = dataclasses.replace(policy, outputs=read)
         for wanted, name, why in (

@@ -219,7 +219,7 @@ class ServerState:
                 "nercc_max_queries": model.settings.max_queue_size,
                 "nercc_deadline_ms": 1e3 * model.settings.deadline_s,
                 "nercc_max_deadline_ms": 1e3 * MAX_DEADLINE_S,
-                "nercc_outputs": model.outputs()["read_as"] or "not known yet",
+                "nercc_outputs": model.outputs()["read_as"],
                 **coded,
             },
         }
