@@ -69,8 +69,9 @@ class Approximations:
         setup.observe("predict_seconds", setup.clock.now() - begin)
         epoch = adaptation.predictor.risk.epoch
         basis = int((~np.isnan(group.sent_at)).sum()), int(group.mask.sum())
-        values = found.values.reshape(-1, *setup.answers.shape)
-        numbers = found.disagreement.tolist(), found.error_bound.tolist(), found.sure.tolist()
+        values = found.predictions.reshape(-1, *setup.answers.shape)
+        numbers = found.error_probability, found.deviation, found.recovered
+        numbers = (np.asarray(each).tolist() for each in numbers)
         for query, value, known, error, sure in zip(new, values, *numbers, strict=True):
             about = {"x": query.x, "epoch": epoch, "within": sure}
             made = Answer(value, "predicted", *basis, known, error, **about)
