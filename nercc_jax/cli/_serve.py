@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import gc
 import importlib.util
 import logging
 import os
@@ -39,7 +38,6 @@ def options() -> list[Option]:
         raise ImportError(
             f"nercc serve needs {', '.join(missing)}: pip install '.[serve]' in a clone"
         )
-    gc.disable()  # imports and programs leave little garbage; `Server` enables it
     from ..serving import ModelSettings, ServerSettings
 
     several = "Model to serve, as in all commands; repeat it for several (default: lenet5-digits)."

@@ -90,7 +90,8 @@ class AnswerScreen:
                 if verdict is not None:
                     self._settle(query, verdict)
                 else:  # one that a further worker has will have another answer anyway
-                    self._hold(query, again=not query.copied)
+                    copied = any(not group.mask.all() for group in query.groups[1:])
+                    self._hold(query, again=not copied)
         if not new:
             return out
 

@@ -25,7 +25,7 @@ from .core._coder import Coder
 from .core._request import DeadlineExceeded, Reply
 from .core._requests import Health
 from .core._setup import DispatchSetting
-from .protocol._servable import Preprocessing, Servable
+from .protocol._servable import FLOAT, Preprocessing, Servable
 
 _LOG = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class ServedModel:
                 raise DeadlineExceeded(f"not preprocessed within {deadline:g} s") from error
             deadline = max(deadline - (time.monotonic() - begin), _LEAST)
         # One array of floats is checked by the batcher itself.
-        elif isinstance(queries, Mapping) or not inputs.plain:
+        elif isinstance(queries, Mapping) or inputs.parts[0].datatype != FLOAT:
             queries = inputs.pack(queries)
         future = self._batcher.submit(queries, deadline=deadline, exact=exact, high=high)
         reply = await _result(future, deadline)

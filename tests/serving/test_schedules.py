@@ -97,6 +97,7 @@ class Schedule:
             batch_wait_timeout_s=draw.choice([0.0, 0.05]),
             max_queue_size=draw.choice([6, 200]),
             deadline_s=draw.choice([0.3, 5.0]),
+            outputs="logits",
             max_disagreement=0.01 if self.predicts else draw.choice([None, 0.01]),
             redundancy=draw.choice(["always", "uncertain"]) if self.predicts else "always",
             copies=draw.randint(1, 3),

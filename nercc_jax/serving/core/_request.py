@@ -198,12 +198,6 @@ class Request:
             reply.reexecuted[again] = True
         self.left -= len(places)
 
-    def release(self) -> None:
-        """Drop the queries' data, which may be large and must not live until the deadline."""
-        for query in self.queries:
-            query.x = None
-        self.queries, self.x = [], None
-
 
 class Query:
     """One data point of a request.
@@ -231,11 +225,6 @@ class Query:
         self.approximate: dict[Source, Answer] = {}
         self.candidates: dict[int, np.ndarray] = {}
         self.waiting = True
-
-    @property
-    def copied(self) -> bool:
-        """True while a further worker has it."""
-        return any(not group.mask.all() for group in self.groups[1:])
 
 
 def fill_up(x: Shaped[np.ndarray, "..."], size: int, axis: int = 0) -> Shaped[np.ndarray, "..."]:

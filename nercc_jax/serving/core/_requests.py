@@ -394,7 +394,8 @@ class OpenRequests:
         for query in request.queries:
             if not query.done:
                 self._leave(query, look=True)
-        request.release()
+            query.x = None  # which may be large, and must not live until the deadline
+        request.queries, request.x = [], None
         self.deadlines.drop(request)
         with self._settled:
             self._open.discard(request)

@@ -6,7 +6,6 @@
 import asyncio
 import contextlib
 import functools
-import gc
 import logging
 import math
 import signal
@@ -245,7 +244,6 @@ class Server:
         self._catch_signals()
         with short_collections() if models.complete else contextlib.nullcontext():
             if models.complete:
-                gc.enable()  # `nercc serve` starts without
                 address["seconds"] = round(time.monotonic() - begin, 3)
                 _LOG.info("ready", extra={**address, "models": list(models.started)})
             while not models.draining and not http.done():

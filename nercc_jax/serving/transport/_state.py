@@ -68,7 +68,11 @@ class ServerState:
             "ServerLive": lambda *_: {"live": models.check_live() is None},
             "ServerReady": lambda *_: {"ready": models.ready},
             "ServerMetadata": lambda *_: self.metadata(),
-            "ModelReady": self._model_ready,
+            "ModelReady": lambda name, version: {
+                "name": name,
+                "ready": (trouble := models.trouble(name, version)) is None,
+                "reason": trouble,
+            },
             "ModelMetadata": self._model_metadata,
             "ModelConfig": self._configuration,
             "ModelStatistics": self._statistics,
@@ -198,10 +202,6 @@ class ServerState:
         triton = ("model_configuration", "model_repository", "schedule_policy", "statistics")
         extensions = ["binary_tensor_data", *triton]
         return {"name": "nercc_jax", "version": version, "extensions": extensions}
-
-    def _model_ready(self, name: str, version: str) -> dict[str, Any]:
-        trouble = self.models.trouble(name, version)
-        return {"name": name, "ready": trouble is None, "reason": trouble}
 
     def _model_metadata(self, name: str, version: str) -> dict[str, Any]:
         """Return a model's metadata. Raises as `Models.find` does."""
