@@ -261,7 +261,7 @@ def beyond(wrong: list[bool], allowed: float) -> float:
 # --- the real server
 
 QUERIES, RATE, BEFORE = 4000, 40.0, 1000  # judged, a second, and digits before inverted ones
-SERVED = {"workers": 48, "service_delay_s": 0.2}  # three copies of each slow query fit
+SERVED = {"workers": 48}  # three copies of each slow query fit
 # Cases on the server, by their names there.
 SERVER_CASES = {
     **{name: name for name in [*CASES][:4]},
@@ -312,18 +312,20 @@ def served(work: Work, case: Case, seed: int, number: int) -> dict[str, Any]:
 
     before = BEFORE if case.kind == "decode inverted" else 0
     random, x, own, slow = asked(work, case, seed, before + number, before)
-    settings = SERVED | (LEARNS if case.learns else DECODES) | {
-        "max_disagreement": case.allowed,
+    faults = {
+        "service_delay_s": 0.2,
         "straggler_rate": case.rate,
         "straggler_delay_s": case.delay,
         "fault_seed": seed,
-    }  # fmt: skip
+    }
+    settings = SERVED | (LEARNS if case.learns else DECODES)
+    settings |= {"max_disagreement": case.allowed, "faults": faults}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "slow.npy"
         if case.law is not None:
             np.save(path, x[slow])
             # Half of what a worker sees would straggle if it were struck by rank: ties are not.
-            settings |= {"straggler_score": "served:slow_score", "straggler_rate": 0.5}
+            faults |= {"straggler_score": "served:slow_score", "straggler_rate": 0.5}
         command, variables = nercc_serve(str(work.model), settings)
         variables |= {"SLOW_QUERIES": str(path)}
         with running(command, variables) as ports:

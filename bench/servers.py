@@ -24,7 +24,11 @@ UNCODED = {"scheme": "uncoded", "copies": 1}
 
 def nercc_serve(model: str, settings: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
     """Return the command that serves a model, and its environment variables."""
-    variables = {f"NERCC_DEFAULTS__{key.upper()}": str(value) for key, value in settings.items()}
+    texts = {
+        key: json.dumps(value) if isinstance(value, dict) else str(value)
+        for key, value in settings.items()
+    }
+    variables = {f"NERCC_DEFAULTS__{key.upper()}": value for key, value in texts.items()}
     variables |= {"NERCC_HTTP_PORT": "0", "NERCC_GRPC_PORT": "0"}
     return [str(Path(sys.executable).parent / "nercc"), "serve", "--model", model], variables
 

@@ -164,9 +164,11 @@ def serve(system: System, rate: float) -> Iterator[int]:
     settings = {
         "pool": "ray",
         "workers": WORKERS,
-        "service_delay_s": SERVICE,
-        "straggler_rate": rate,
-        "straggler_delay_s": STRAGGLE,
+        "faults": {
+            "service_delay_s": SERVICE,
+            "straggler_rate": rate,
+            "straggler_delay_s": STRAGGLE,
+        },
         "max_batch_size": BATCH,
     }
     command, variables = nercc_serve(MODEL, settings | (system.settings or {}))
@@ -196,9 +198,7 @@ def calls_of(port: int) -> int:
 ASKED = {"p99_by_p50": 1.7, "worst_second_p99_s": 1.0}  # at most
 MINUTES = {
     "workers": 16,
-    "service_delay_s": 0.05,
-    "straggler_rate": 0.05,
-    "straggler_delay_s": 0.5,
+    "faults": {"service_delay_s": 0.05, "straggler_rate": 0.05, "straggler_delay_s": 0.5},
 }
 MINUTE_SYSTEMS = {
     "picked, 1.1 calls": {"scheme": "replication", "surrogate": "learn", "max_calls": 1.1},

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from schedulers import next_call
 
-from nercc_jax.cli._workload import score_of
+from nercc_jax.cli._workload import faults_of
 from nercc_jax.pools import Episodes, Fault, Faults
 from nercc_jax.stragglers import (
     AbstractLatency,
@@ -107,7 +107,7 @@ def test_faults_by_their_rates():
         Faults.from_rates(death_rate=1.5)
 
 
-def test_faults_by_a_score_of_the_rows():
+def test_faults_by_a_faults_of_the_rows():
     delay = TraceLatency(jax.numpy.array([2.0]))
     law = RowLatency.leaning_to(delay, delay, 0.1, leaning=0.5, hardest=0.25)
     scores = np.arange(100.0)
@@ -126,10 +126,10 @@ def test_faults_by_a_score_of_the_rows():
 
 @pytest.mark.parametrize("leaning", [1.0, 0.5])
 def test_faults_by_scores_that_workers_have_seen(leaning):
-    """As `--straggler-score` has them: of the first rows none is known to be among the hardest."""
+    """As `--faults` has them: of the first rows none is known to be among the hardest."""
     random = np.random.default_rng(0)
     rates = {"straggler_rate": 0.1, "straggler_delay": 2.0}
-    rates |= {"straggler_score": score_of("norm"), "straggler_leaning": leaning}
+    rates |= faults_of({"straggler_score": "norm", "straggler_leaning": leaning})
     faults = Faults.from_rates(**rates).at(0, 0)
     rows = random.normal(size=(4000, 1, 3))
     struck = np.array([next_call(faults, {"x": row})[0] == 2.0 for row in rows])

@@ -141,11 +141,11 @@ def test_a_head_that_dies_takes_nothing_with_it(cluster, tmp_path):
     # Ray ends a process so many seconds after its head.
     variables = os.environ | {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}
     nercc = str(Path(sys.executable).with_name("nercc"))
-    own = ["--pool", "ray", "--address", cluster.address, "--worker-gpus", "0"]
+    own = ["--pool", "ray", "--address", cluster.address, "--actor-options", "num_gpus = 0"]
     code = ["--num-data", "2", "--num-workers", "4"]
     model = ["--model", "nercc_own_model:model"]
     run = [nercc, "run", *model, "--inputs", str(tmp_path / "points.npy"), *code]
-    slow = ["--straggler-rate", "1", "--straggler-delay-s", "0.4", "--workers", "2"]
+    slow = ["--faults", "straggler_rate = 1, straggler_delay_s = 0.4", "--workers", "2"]
     output = ["--output", str(tmp_path / "result.npz")]
     port = free_port()
     serve = [nercc, "serve", *model, *own, *code, "--workers", "2", "--input-shape", "1"]

@@ -137,8 +137,8 @@ def joined(monkeypatch):
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     monkeypatch.setattr("nercc_jax.pools.join_ray", lambda *arguments: found.append(arguments))
 
-    def join(*models, address="HEAD:1", working_dir=None, py_modules=(), runtime_env=None):
-        ray_joiner(address, working_dir, py_modules, runtime_env)(models)
+    def join(*models, address="HEAD:1", runtime_env=None):
+        ray_joiner(address, runtime_env)(models)
         return found[-1]
 
     return join
@@ -166,22 +166,24 @@ def test_a_folder_that_is_named_is_sent_and_no_other(tmp_path, monkeypatch, join
     require("ray", "ray")
     (tmp_path / "nercc_alone.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
-    _, _, chosen = joined("nercc_alone:model", working_dir=tmp_path.parent)
-    assert chosen == {"working_dir": str(tmp_path.parent)}
+    folder = str(tmp_path.parent)
     for name, text in (
-        ("env.yaml", "env_vars: {A: b}\nworking_dir: elsewhere"),
-        ("env.json", '{"env_vars": {"A": "b"}}'),
-        ("env.toml", "env_vars = {A = 'b'}"),
+        ("env.yaml", f"env_vars: {{A: b}}\nworking_dir: {folder}"),
+        ("env.json", f'{{"env_vars": {{"A": "b"}}, "working_dir": "{folder}"}}'),
+        ("env.toml", f"env_vars = {{A = 'b'}}\nworking_dir = '{folder}'"),
     ):
-        (tmp_path / name).write_text(text)
-        options = {"working_dir": tmp_path, "runtime_env": tmp_path / name}
-        _, here, _ = joined("lenet5-digits", **options)
-        assert here == {"env_vars": {"A": "b"}, "working_dir": str(tmp_path)}
-        (tmp_path / name).write_text("[[")
+        file = tmp_path / name
+        file.write_text(text)
+        _, here, sent = joined("nercc_alone:model", runtime_env=file)
+        assert here == sent == {"env_vars": {"A": "b"}, "working_dir": folder}
+        file.write_text("[[")
         with pytest.raises(ValueError, match=f"--runtime-env .*{name}: no table: "):
-            joined("lenet5-digits", **options)
-    with pytest.raises(ValueError, match="--py-modules /nowhere: there is no such"):
-        joined("lenet5-digits", py_modules=["/nowhere"])
+            joined("lenet5-digits", runtime_env=file)
+    file.write_text("py_modules = ['/nowhere']")
+    with pytest.raises(ValueError, match=r"env.toml: there is no such file or folder: /nowhere"):
+        joined("lenet5-digits", runtime_env=file)
+    with pytest.raises(ValueError, match=r"--runtime-env .*none.yaml: there is no such file"):
+        joined("lenet5-digits", runtime_env=tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])

@@ -374,7 +374,9 @@ def test_batches_go_over_the_data_again(tmp_path):
 
 
 def test_deaths_and_delays_on_trial_lose_nothing(tmp_path):
-    faults = "--straggler-rate 0.1 --straggler-delay-s 0.2 --death-rate 0.1 --outputs probabilities"
+    faults = (
+        "--faults straggler_rate=0.1,straggler_delay_s=0.2,death_rate=0.1 --outputs probabilities"
+    )
     path = tmp_path / "result.npz"
     result = run(*SMALL, "--batches", "12", *faults.split(), "--output", str(path))
     assert result.exit_code == 0, result.output
@@ -388,7 +390,7 @@ def test_deaths_and_delays_on_trial_lose_nothing(tmp_path):
 
 def test_what_is_lost_is_nan_and_told(tmp_path):
     path = tmp_path / "result.npz"
-    options = "--batches 2 --straggler-rate 1 --straggler-delay-s 60 --deadline-s 0.1"
+    options = "--batches 2 --faults straggler_rate=1,straggler_delay_s=60 --deadline-s 0.1"
     result = run(*SMALL, *options.split(), "--output", str(path))
     assert result.exit_code == 3
     assert "16 rows are unknown: row 0: no worker answered within 0.1 s" in result.output
@@ -551,7 +553,7 @@ def test_a_code_with_further_models_is_refused(tmp_path):
 def test_ray_workers_that_die_on_trial(ray_pool, tmp_path):
     path = tmp_path / "result.npz"
     options = "--num-data 2 --num-workers 4 --workers 2 --max-inputs 40 --groups 2 --pool ray"
-    options += " --death-rate 0.02"
+    options += " --faults death_rate=0.02"
     result = run(*options.split(), "--output", str(path))
     assert result.exit_code == 0, result.output
     assert "2 workers (ray)" in result.output

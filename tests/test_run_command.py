@@ -350,8 +350,10 @@ def test_a_run_with_stragglers_and_deaths_that_is_killed_and_goes_on(folder):
     tolerance, rows = 0.1, 1500  # which a learner of 200 rows keeps easily
     x = np.random.default_rng(0).uniform(-1, 1, (rows, 3))
     np.save("x.npy", x)
-    asked = "--pool ray --address local --num-workers 5 --worker-cpus 0.1 --output results"
-    faults = "--straggler-rate 0.05 --straggler-delay-s 1 --death-rate 0.005"
+    asked = (
+        "--pool ray --address local --num-workers 5 --actor-options num_cpus=0.1 --output results"
+    )
+    faults = "--faults straggler_rate=0.05,straggler_delay_s=1,death_rate=0.005"
     arguments = command(
         *("--model", "nercc_own_rows:slow", "--tolerance", str(tolerance)),
         *(*asked.split(), *faults.split()),

@@ -55,7 +55,8 @@ class Option:
         kind: Any = next((each for each in self.kinds if each in (int, float, Path)), str)
         needed = {int: "a whole number", float: "a number"}.get(kind, "a table, {name = 1},")
         if any(typing.get_origin(each) is dict for each in self.kinds):
-            kind = lambda text: dict(tomllib.loads(f"table = {text}")["table"])  # noqa: E731
+            braced = text if text.lstrip().startswith("{") else f"{{{text}}}"
+            kind = lambda _: dict(tomllib.loads(f"table = {braced}")["table"])  # noqa: E731
         wrong = None
         try:
             value: Any = kind(text)

@@ -41,7 +41,7 @@ PANELS = {
     "share": "Training",
     "tolerance": "Accuracy",
     "pool": "Workers",
-    "straggler_rate": "Fault injection",
+    "faults": "Fault injection",
     "output": "Results",
 }
 
@@ -166,33 +166,19 @@ class Options:
     "Dtype of workers' inputs and weights (default: the model's)."
     address: str | None = None
     "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or this machine)."
-    worker_cpus: NotNegativeOrNone = None
-    "CPUs per Ray actor (default: at most 0.5)."
-    worker_gpus: NotNegativeOrNone = None
-    "GPUs per Ray actor (default: 1 or an equal share, where the cluster has GPUs)."
-    worker_resources: dict[str, Any] | None = None
-    "Other Ray resources per actor, as a TOML table: {TPU = 4}."
-    working_dir: Path | None = None
-    "Folder sent to Ray's nodes (default: that of a module:function that is not installed)."
-    py_modules: list[str] | None = None
-    "Module sent to Ray's nodes; may be repeated."
+    actor_options: dict[str, Any] | None = None
+    """Ray's options of its actors, as a TOML table: {num_cpus = 1, num_gpus = 0.5, resources =
+    {TPU = 4}} (default: 0.5 CPUs at most; where the cluster has GPUs, 1 or an equal share)."""
     runtime_env: Path | None = None
-    "File with Ray's runtime environment: .yaml, .json, or .toml."
+    """File with Ray's runtime environment, .yaml, .json or .toml, such as working_dir, a folder
+    sent to its nodes (default: that of a module:function that is not installed)."""
 
-    straggler_rate: Share = 0.0
-    "Share of calls that are delayed, for trials."
-    straggler_delay_s: Positive = 1.0
-    "Seconds by which those calls are delayed."
-    straggler_score: str | None = None
-    "Score of a row, by which calls are delayed, the largest first: `norm`, or module:function."
-    straggler_leaning: Share = 1.0
-    "With a score, the share of delayed calls that have the largest scores."
-    death_rate: Share = 0.0
-    "Share of calls in which the worker dies, for trials."
-    wrong_workers: dict[str, Any] | None = None
-    "Workers that answer wrongly, for trials, by swapping rows, as a TOML table: {swap = [1]}."
-    wrong_rate: Share = 1.0
-    "Share of these workers' calls that are answered wrongly."
+    faults: dict[str, Any] | None = None
+    """Faults to inject for trials, as a TOML table: {straggler_rate = 0.05, straggler_delay_s =
+    0.5}. Seconds: service_delay_s, of every call, and straggler_delay_s (1). Shares of the calls:
+    straggler_rate, death_rate, wrong_rate (1). straggler_score, `norm` or module:function, scores
+    rows, and the calls with the largest are delayed; a share straggler_leaning (1) of them.
+    wrong_workers, {swap = [1]}, swap rows. fault_seed is the seed (default: --seed)."""
 
     output: Path = Path()
     "File for the result; for a plan a folder, for a run either."
@@ -341,9 +327,7 @@ COMMANDS = {
         "model inputs tolerance max_disagreement num_data num_workers output resume",
         f"{_MODEL} columns id_column split outputs code groups batches coverage compute wait_for "
         "deadline_s job_deadline_s grace_s max_calls statistic stop_at check_answers max_fenced "
-        "pool workers worker_dtype address worker_cpus worker_gpus worker_resources working_dir "
-        "py_modules runtime_env straggler_rate straggler_delay_s straggler_score straggler_leaning "
-        "death_rate wrong_workers wrong_rate",
+        "pool workers worker_dtype address actor_options runtime_env faults",
         {"output": Path("nercc-run.npz")},
     ),
     "tune": Command(

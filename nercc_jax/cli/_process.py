@@ -59,27 +59,21 @@ def compile_plainly() -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=false".strip()
 
 
-def ray_joiner(
-    address: str | None,
-    working_dir: Path | None,
-    py_modules: Sequence[str | Path] | None,
-    runtime_env: Path | None,
-) -> Callable[[Sequence[str]], None]:
+def ray_joiner(address: str | None, runtime_env: Path | None) -> Callable[[Sequence[str]], None]:
     """Return a function that makes this process part of the Ray that options name.
 
     It takes the names of the models that workers run, which are sent along if the Ray is joined. It
     raises ConnectionError if there is no Ray.
 
     Raises:
-        ValueError: A file or folder does not exist, or the file holds no runtime environment.
+        ValueError: The file, or a folder or module that it names, does not exist, or it holds no
+            runtime environment.
     """
-    modules = [("--py-modules", each) for each in py_modules or ()]
-    for option, path in (("--working-dir", working_dir), ("--runtime-env", runtime_env), *modules):
-        if path is not None and "://" not in str(path) and not Path(path).exists():
-            raise ValueError(f"{option} {path}: there is no such file or folder")
     asked: Any = {}
     if runtime_env is not None:
-        read: Any = tomllib.loads
+        option, read = f"--runtime-env {runtime_env}", tomllib.loads
+        if not runtime_env.exists():
+            raise ValueError(f"{option}: there is no such file")
         if runtime_env.suffix != ".toml":
             import yaml  # which Ray brings; JSON is YAML, too
 
@@ -87,9 +81,10 @@ def ray_joiner(
         try:
             asked = dict(read(runtime_env.read_text()))
         except Exception as error:
-            raise ValueError(f"--runtime-env {runtime_env}: no table: {error}") from error
-    asked |= {} if working_dir is None else {"working_dir": str(working_dir)}
-    asked |= {"py_modules": [str(each) for _, each in modules]} if modules else {}
+            raise ValueError(f"{option}: no table: {error}") from error
+        for path in filter(None, (asked.get("working_dir"), *asked.get("py_modules", ()))):
+            if "://" not in str(path) and not Path(path).exists():
+                raise ValueError(f"{option}: there is no such file or folder: {path}")
 
     def join(models: Sequence[str]) -> None:
         from ..pools import join_ray

@@ -30,7 +30,7 @@ from ._command import fail, of_option
 from ._options import Options, refuse
 from ._output import progress_bar, show, write_json
 from ._process import leave_accelerators, ray_joiner
-from ._workload import callable_of, find_workload, load_plain_code, score_of
+from ._workload import callable_of, faults_of, find_workload, load_plain_code
 
 _SOME = 1000  # data points to calibrate a forecast on, and to compare with the model
 
@@ -112,9 +112,10 @@ def pool_opener(options: Options, console: Console) -> Callable[..., AbstractPoo
     Raises:
         ValueError: An option of Ray is wrong.
     """
-    join = ray_joiner(options.address, options.working_dir, options.py_modules, options.runtime_env)
-    further = {"score": score_of(options.straggler_score), "seed": options.seed}
-    further["hang_timeout"] = RowSettings(0.0, deadline=options.deadline_s).hang_timeout
+    join = ray_joiner(options.address, options.runtime_env)
+    asked = dataclasses.replace(options, faults=faults_of(options.faults))
+    hang_timeout = RowSettings(0.0, deadline=options.deadline_s).hang_timeout
+    further = {"seed": options.seed, "hang_timeout": hang_timeout}
 
     def opened(what: str, model: Any, num_workers: int, **others: Any) -> AbstractPool:
         words = f"{options.workers or num_workers} workers ({options.pool})"
@@ -127,7 +128,7 @@ def pool_opener(options: Options, console: Console) -> Callable[..., AbstractPoo
             join([options.model])
         try:
             with console.status(f"starting {words} ..."):
-                pool = open_pool(model, num_workers, options, **others | further)
+                pool = open_pool(model, num_workers, asked, **others | further)
         except RuntimeError as error:
             fail(f"the pool did not start: {error}", 1)
         show(console, f"{options.model}, {what}; {words}")

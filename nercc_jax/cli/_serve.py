@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import gc
 import importlib.util
 import logging
 import os
@@ -39,7 +38,6 @@ def options() -> list[Option]:
         raise ImportError(
             f"nercc serve needs {', '.join(missing)}: pip install '.[serve]' in a clone"
         )
-    gc.disable()  # imports and programs leave little garbage; `Server` enables it
     from ..serving import ModelSettings, ServerSettings
 
     several = "Model to serve, as in all commands; repeat it for several (default: lenet5-digits)."
@@ -106,19 +104,17 @@ def serve_models(given: Mapping[str, Any]) -> None:
         from ._serving_models import load_parts
 
         settings.tokens()
-        settings.tls_pair()
+        settings.tls_pem()
         for each in chosen:
             load_parts(each)  # without workers
             print(f"{each.served_name} can be served")
         return None
 
-    ray = settings.address, settings.working_dir, settings.py_modules, settings.runtime_env
-    join_ray = ray_joiner(*ray)
-    _start_log(settings.log_format, settings.log_level)
+    join_ray = ray_joiner(settings.address, settings.runtime_env)
+    _start_log()
     if all(each.pool == "ray" for each in chosen):
         leave_accelerators()
-    if settings.compilation_cache:
-        keep_programs()
+    keep_programs()
     # Until the server listens; as a container's first process it would be ignored.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     from prometheus_client import CollectorRegistry
@@ -145,24 +141,17 @@ def serve_models(given: Mapping[str, Any]) -> None:
     sys.exit(int(bool(server.lost)))
 
 
-def _start_log(log_format: str, level: str) -> None:
-    """Log to stderr: a JSON object a line, or text for people, the fields after the message."""
+def _start_log() -> None:
+    """Log to stderr, a JSON object a line."""
     from pythonjsonlogger.json import JsonFormatter
 
-    def as_text(fields: dict[str, Any], **_: Any) -> str:
-        time, level, name, message = (fields.pop(n) for n in ("time", "level", "logger", "message"))
-        further = (f"{name}={value}" for name, value in fields.items())
-        return " ".join([f"{time} {level} {name}: {message}", *further])
-
     renamed = {"asctime": "time", "levelname": "level", "name": "logger"}
-    form: Any = {"rename_fields": renamed} | (
-        {} if log_format == "json" else {"json_serializer": as_text}
-    )
+    fields = "%(asctime)s %(levelname)s %(name)s %(message)s"
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", **form))
+    handler.setFormatter(JsonFormatter(fields, rename_fields=renamed))
     # gRPC's core would write lines of its own; exceptions report what matters of them.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     # Uvicorn's word for each step of its life says less than ours; JAX misses TPUs everywhere.
     for name in ("uvicorn", "jax._src.xla_bridge"):
-        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level)))
+        logging.getLogger(name).setLevel(logging.WARNING)

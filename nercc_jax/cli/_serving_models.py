@@ -23,7 +23,7 @@ from ..serving._served_model import log_phase
 from ..serving.protocol._servable import FLOAT
 from ._command import of_option
 from ._options import HUB, Options, Returned
-from ._workload import callable_of, load_plain_code, model_of, score_of, surrogate_of
+from ._workload import callable_of, faults_of, load_plain_code, model_of, surrogate_of
 
 # Codes tuned for shipped models by `nercc tune --layout interleaved`.
 _CODES = Path(__file__).parent / "codes"
@@ -60,9 +60,10 @@ def starts_of(
             servable, code, predictor = load_parts(settings, code)
         if ":" not in str(settings.model) and settings.outputs is settings.tolerance is None:
             settings = settings.model_copy(update={"outputs": "logits"})  # they are classifiers
-        score, cache = score_of(settings.straggler_score), calibration_file(settings, code)
+        settings = settings.model_copy(update={"faults": faults_of(settings.faults)})
+        cache = calibration_file(settings, code)
         try:
-            return ServedModel(servable, code, settings, metrics, cache, predictor, score)
+            return ServedModel(servable, code, settings, metrics, cache, predictor)
         except RuntimeError as error:
             raise StartFailed(f"the workers of {name} did not start: {error}") from error
 
@@ -113,7 +114,7 @@ def load_parts(
         model,
         shape,
         datatype=settings.input_datatype or getattr(model, "input_datatype", FLOAT),
-        output_name=settings.output_name or (returned if shipped else "output"),
+        output_name=returned if shipped else "output",
         calibration=inputs,  # pyright: ignore[reportArgumentType]
         preprocess=None if prepare is None else callable_of("--preprocess", prepare),
         version=str(settings.version),

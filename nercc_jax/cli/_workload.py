@@ -4,7 +4,7 @@ docs/own-models.md describes them, and `nercc new-model` writes a file that foll
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..codes import AbstractCode, load_code
 from ..codes.workers import call_model
 from ..inference.models import check_model
 from ..pools.batch import reason_of
+from ..pools.options import check_faults
 from ._command import of_option
 from ._options import Options, Returned
 
@@ -104,19 +105,25 @@ def surrogate_of(asked: str, model: str, outputs: str) -> Callable[..., Any]:
         return nercc_models.load_student(model) if asked == "student" else load(asked)
 
 
-def score_of(asked: str | None) -> Callable[[Any], Any] | None:
-    """Return the function that scores rows, by which injected stragglers are chosen, if any.
+def faults_of(asked: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the faults that a table asks for, with a function as the score of rows, if any.
 
-    It is `norm`, or module:function. Raises ValueError if there is no such function.
+    The score is `norm`, or module:function.
+
+    Raises:
+        ValueError: If there is no such fault or function, or a value does not fit.
     """
-    if asked != "norm":
-        return None if asked is None else callable_of("--straggler-score", asked)
 
     def norm(batch: Any) -> Any:
         leaves = [np.asarray(leaf, float) for leaf in jax.tree.leaves(batch)]
         return np.sqrt(sum(np.sum(leaf.reshape(len(leaf), -1) ** 2, axis=1) for leaf in leaves))
 
-    return norm
+    with of_option("--faults"):
+        found = check_faults(asked or {})
+        if (score := found.get("straggler_score")) is not None:
+            own = score != "norm"
+            found["straggler_score"] = callable_of("straggler_score", score) if own else norm
+    return found
 
 
 def load_plain_code(path: Path, option: str) -> AbstractCode:

@@ -30,7 +30,7 @@ from ..serving.transport._state import ServerState
 from ._serving_models import starts_of
 
 # The server's settings that the application takes; Ray Serve itself listens, and logs.
-_OF_REQUESTS = ("max_body_bytes", "max_json_bytes", "max_bytes_in_flight", "request_log_rate")
+_OF_REQUESTS = ("max_body_bytes", "max_bytes_in_flight")
 
 
 def app(args: dict[str, Any]) -> serve.Application:
@@ -42,9 +42,8 @@ def app(args: dict[str, Any]) -> serve.Application:
 
     Args:
         args: settings of `nercc serve`: `model`; any setting of a model, for all models; `models`
-            and `defaults` as in a TOML file; the limits of bodies, `drain_timeout_s` and
-            `request_log_rate`; and `config`, the path of such a file. Models run on Ray actors
-            unless `pool` is set.
+            and `defaults` as in a TOML file; the limits of bodies and `drain_timeout_s`; and
+            `config`, the path of such a file. Models run on Ray actors unless `pool` is set.
 
     Raises:
         ValueError: for arguments that are unknown or out of range.

@@ -1,12 +1,49 @@
 """A pool by options, which `nercc run` and the settings of `nercc serve` have by the same names."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from ._devices import DevicePool
 from ._faults import Faults
 from ._pool import AbstractPool
 from ._ray import RayPool
+
+_DAY_S = 86_400.0
+# By what a value of a fault must be, the names of those faults.
+_FAULTS = {
+    "seconds, from 0 to a day": ("service_delay_s", "straggler_delay_s"),
+    "a share, from 0 to 1": ("straggler_rate", "straggler_leaning", "death_rate", "wrong_rate"),
+    "`norm`, or module:function": ("straggler_score",),
+    "a table of whole numbers, {swap = [1]}": ("wrong_workers",),
+    "a whole number": ("fault_seed",),
+}
+
+
+def check_faults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table of faults to inject, once its names and values are seen to be right.
+
+    Raises:
+        ValueError: There is no such fault, or its value does not fit.
+    """
+    kinds = {name: kind for kind, names in _FAULTS.items() for name in names}
+    for name, value in given.items():
+        if name not in kinds:
+            raise ValueError(f"there is no fault {name!r}, only {', '.join(kinds)}")
+        number = type(value) in (int, float)
+        if name == "straggler_score":
+            fits = isinstance(value, str)
+        elif name == "wrong_workers":
+            fits = isinstance(value, Mapping) and {*value} <= {"swap"}
+            fits = fits and all(type(each) is int for each in value.get("swap", ()))
+        elif name == "fault_seed":
+            fits = type(value) is int and value >= 0
+        else:
+            most = _DAY_S if name.endswith("_s") else 1
+            fits = number and 0 <= value <= most and not math.isnan(value)
+        if not fits:
+            raise ValueError(f"{name} is {kinds[name]}, not {value!r}")
+    return dict(given)
 
 
 def open_pool(
@@ -15,7 +52,6 @@ def open_pool(
     asked: Any,
     *,
     num_data: int | None = None,
-    score: Callable[[Any], Any] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> AbstractPool:
@@ -24,37 +60,23 @@ def open_pool(
     Args:
         model: The model.
         num_workers: N, as many workers as there are unless `asked` says otherwise.
-        asked: The options: `pool`, `workers`, `worker_dtype`, what a Ray actor needs, and rates of
-            faults.
+        asked: The options: `pool`, `workers`, `worker_dtype`, `actor_options`, and `faults`, as
+            `check_faults` returns them, with a function as the `straggler_score`.
         num_data: K, as many workers as a pool of Ray actors begins with; no node has more than
             N - K. Default: one is enough, anywhere.
-        score: The score of a row, by which straggling calls are chosen.
-        seed: Of the faults.
+        seed: Of the faults, unless they have one.
         **options: Further arguments of the pool.
 
     Raises:
-        ValueError: A rate, or a table of wrong workers, does not fit.
         RuntimeError: The workers do not start.
     """
-    faults = Faults.from_rates(
-        service_delay=getattr(asked, "service_delay_s", 0.0),
-        straggler_rate=asked.straggler_rate,
-        straggler_delay=asked.straggler_delay_s,
-        straggler_score=score,
-        straggler_leaning=asked.straggler_leaning,
-        death_rate=asked.death_rate,
-        wrong_workers=asked.wrong_workers,
-        wrong_rate=asked.wrong_rate,
-        seed=seed,
-    )
-    options |= {"faults": faults, "worker_dtype": asked.worker_dtype}
+    rates = dict(asked.faults or {})
+    seed = rates.pop("fault_seed", seed)
+    rates = {name.removesuffix("_s"): each for name, each in rates.items()}
+    options |= {"faults": Faults.from_rates(**rates, seed=seed), "worker_dtype": asked.worker_dtype}
     count = asked.workers or num_workers
     if asked.pool != "ray":
         return DevicePool(model, count, **options)
-    amounts = {"num_cpus": asked.worker_cpus, "num_gpus": asked.worker_gpus}
-    amounts |= {"resources": asked.worker_resources or None}
-    actor = dict(getattr(asked, "actor_options", {}))
-    actor |= {name: each for name, each in amounts.items() if each is not None}
     options["max_per_node"] = None if num_data is None else num_workers - num_data or None
     options["min_workers"] = 1 if num_data is None else min(num_data, count)
-    return RayPool(model, count, actor_options=actor, **options)
+    return RayPool(model, count, actor_options=asked.actor_options or {}, **options)

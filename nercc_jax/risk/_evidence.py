@@ -86,7 +86,7 @@ class Risk:
         epoch: How often the evidence began again.
         drifts: How often more of the answers were wrong than promised.
         unknown: The number of answers given out whose rows never got an answer of the model's own.
-        shown: Whether the latest answers given out were wrong, the forced ones included.
+        shown: Whether the latest answers given out were wrong.
         usual: The share of all rows' approximate labels that are wrong, where a calibration knows.
 
     Example:
@@ -164,7 +164,6 @@ class Risk:
         row: Comparison,
         *,
         given: bool,
-        forced: bool = False,
         epoch: int | None = None,
         unknown: bool = False,
         widened: float = 1.0,
@@ -174,7 +173,6 @@ class Risk:
         Args:
             row: The comparison.
             given: Whether the approximate answer was given out (`give`).
-            forced: Whether it was given out although it was less certain than was promised.
             epoch: The `epoch` when it was made; from before the present one it is no evidence.
             unknown: The model's own answer will never come.
             widened: The factor of its bound with which it was given out (`expected`).
@@ -187,7 +185,7 @@ class Risk:
             self._pending -= 1
             self.unknown += unknown
         excess = row.excess / widened
-        if given or forced:
+        if given:
             beyond = self._tolerance is not None and excess > 1
             self.shown.append(bool(row.wrong or beyond))
         if epoch is not None and epoch != self.epoch:

@@ -19,14 +19,15 @@ from ..pools import Batch
 from ..risk.votes import Verdict
 from .adapt._adaptation import Adaptation
 from .core._request import Query
-from .core._requests import Budget, Timers
+from .core._requests import Timers
 from .core._setup import Setup
 
 # The share of a deadline that is left when an answer that is held back goes out as it is.
 _LEFT = 0.1
 _EVERY = 1.0  # seconds between audits of a fenced worker
 # Queries held back, as a share of all: more would double the load where the queries have changed.
-_MOST = 0.2
+# What the latest thousand earned is kept for later.
+_MOST, _SAVED = 0.2, 1000
 
 
 class Audit(NamedTuple):
@@ -48,8 +49,7 @@ class AnswerScreen:
         self._setup, self._post = setup, post
         self._checks, self._predictor = adaptation.checks, adaptation.predictor
         self._fenced: frozenset[int] = frozenset()
-        self._budget = Budget(_MOST)
-        self._budget.earn(1000)
+        self._budget = _MOST * _SAVED
         self._due: Timers[Query] = Timers()
         # Answers that nobody doubts, by their workers, with those of the same call that are.
         self._others: dict[Query, tuple[int, Sequence[Query]]] = {}
@@ -90,11 +90,12 @@ class AnswerScreen:
                 if verdict is not None:
                     self._settle(query, verdict)
                 else:  # one that a further worker has will have another answer anyway
-                    self._hold(query, again=not query.copied)
+                    copied = any(not group.mask.all() for group in query.groups[1:])
+                    self._hold(query, again=not copied)
         if not new:
             return out
 
-        self._budget.earn(len(new))
+        self._budget = min(self._budget + _MOST * len(new), _MOST * _SAVED)
         x = np.stack([x for row in new if (x := queries[row].x) is not None])
         suspicious = self._checks.screen(worker, self._predictor.suspicious(x, values[new]))
         doubted = [row for row, wrong in zip(new, suspicious.tolist(), strict=True) if wrong]
@@ -172,10 +173,10 @@ class AnswerScreen:
 
     def _doubt(self, worker: int, query: Query, value: np.ndarray) -> None:
         """Hold an answer back; give it out as it is where the budget does not allow that."""
-        if self._budget.left < 1:
+        if self._budget < 1:
             self._settle(query, Verdict(value, (worker, worker)))
             return
-        self._budget.left -= 1
+        self._budget -= 1
         self._setup.observe("check_again", 1)
         query.candidates = {worker: np.array(value)}
         self._hold(query, again=True)

@@ -69,8 +69,9 @@ class Approximations:
         setup.observe("predict_seconds", setup.clock.now() - begin)
         epoch = adaptation.predictor.risk.epoch
         basis = int((~np.isnan(group.sent_at)).sum()), int(group.mask.sum())
-        values = found.values.reshape(-1, *setup.answers.shape)
-        numbers = found.disagreement.tolist(), found.error_bound.tolist(), found.sure.tolist()
+        values = found.predictions.reshape(-1, *setup.answers.shape)
+        numbers = found.error_probability, found.deviation, found.recovered
+        numbers = (np.asarray(each).tolist() for each in numbers)
         for query, value, known, error, sure in zip(new, values, *numbers, strict=True):
             about = {"x": query.x, "epoch": epoch, "within": sure}
             made = Answer(value, "predicted", *basis, known, error, **about)
@@ -120,22 +121,19 @@ class Approximations:
 
     def give(self, group: Group, given: GiveOut) -> tuple[Query, Answer]:
         """Return an answer that is given out, as the caller sees it, which is to be compared."""
-        (cell, _), source, forced = given
+        (cell, _), source = given
         query, tolerance = group.query(given.place), self._setup.policy.tolerance
         answer, risk = query.approximate[source], self.adaptation.risk(source)
         disagreement, error = map(float, risk.expected(answer.disagreement, answer.error))
         if answer.error > 0:
             answer.widened = error / answer.error
-        answer.given, answer.forced = not forced, forced
+        answer.given = True
         # A query that nobody has as it came is computed for comparison alone, now and then.
         if np.isnan(group.sent_at[group.layout.own[cell]]).all():
             del query.approximate[source]
-            computed = answer.given and self._random.random() < _AUDITED
-            answer.given = computed and self._ask_again(answer)
+            answer.given = self._random.random() < _AUDITED and self._ask_again(answer)
         if answer.given:
             risk.give()
-        if forced:
-            self._setup.observe("over_budget", 1)
         self._setup.observe("expected_disagreement", disagreement)
         if tolerance is not None:
             self._setup.observe("expected_error", error / tolerance)
@@ -151,7 +149,7 @@ class Approximations:
         approximate, query.approximate = query.approximate, {}
         for each in approximate.values():
             right = self.adaptation.audit(each, own)
-            if each.given or each.forced:
+            if each.given:
                 known = "audit_same" if right else "audit_other"
                 self._setup.observe("audit_unknown" if own is None else known, 1)
             x = each.x if x is None else x
@@ -167,7 +165,7 @@ class Approximations:
         if group.answers:
             # All but the approximate answers that were given out goes.
             for (cell, _), query in group.compared():
-                given = [each for each in query.approximate.values() if each.given or each.forced]
+                given = [each for each in query.approximate.values() if each.given]
                 query.approximate = {each.source: each for each in given if len(own[cell])}
                 for each in query.approximate.values():  # and the arrays that they are parts of
                     each.value = np.array(each.value)
@@ -192,7 +190,7 @@ class Approximations:
         never = [query for (cell, _), query in group.compared() if not outstanding[own[cell]].any()]
         for query in {*forgotten, *never}:
             for source, each in list(query.approximate.items()):
-                if not each.forced and self._ask_again(each):
+                if self._ask_again(each):
                     del query.approximate[source]
             self.learn(query, None)
         if not any(group.compared()) and group not in over:

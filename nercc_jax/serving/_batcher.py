@@ -48,6 +48,7 @@ _LOG = logging.getLogger(__name__)
 # Seconds for which closing waits for a turn under way, and for a step of learning.
 _LAST_TURN, _LAST_STEP = 1.0, 30.0
 _PROBE = 5.0  # seconds that a probe may take
+_LEAD = 1.0  # seconds by which requests of high priority overtake earlier ones
 # Seconds after its due time at which a group is handled, so that what was due has happened.
 _MARGIN = 1e-4
 
@@ -92,8 +93,7 @@ class CodedBatcher:
             shape: the shape of a query.
             outputs: the shape of an answer.
             dtypes: of queries and answers; dtypes other than float32 cannot be coded.
-            policy: the batching policy. Where it does not state the outputs, one number a row is a
-                value, and several are scores once the model's own answers look like scores.
+            policy: the batching policy.
             decoding: scores of decoded answers (`calibrate_decoding`). Without them, stragglers
                 have to show first which decoded answers may be given out.
             predictor: answers queries independently of their groups.
@@ -140,7 +140,7 @@ class CodedBatcher:
             x: the queries.
             deadline: seconds from now; by default the policy's.
             exact: accept only the model's own answers, hedged if a worker straggles.
-            high: high priority, ahead of ordinary queries (`priority_lead_s`).
+            high: high priority, ahead of ordinary queries that came up to a second earlier.
 
         Returns:
             A future of the `Reply`. It may raise `DeadlineExceeded`, `InferenceFailed`, or
@@ -161,7 +161,7 @@ class CodedBatcher:
                 f"a deadline is a positive number of seconds, {MAX_DEADLINE_S:g} at most, not "
                 f"{deadline:g}"
             )
-        lead = policy.priority_lead_s if high else 0.0
+        lead = _LEAD if high else 0.0
         # Queries of another scale travel alone, as those that must be answered exactly.
         exact = exact or (self._scales is not None and self._scales.is_odd(x))
         values, now = setup.answers.zeros(len(x)), setup.clock.now()
@@ -194,9 +194,8 @@ class CodedBatcher:
         Returns:
             By name, None for what there is not: "policy", the setting picked under `max_calls`, and
             why; "predictor"; "checks" of the model's own answers; "decoding", what stragglers
-            showed of decoded answers; "outputs", whether they are read as scores or values, and
-            why; "audited", whether the latest decoded answers that were compared had wrong labels,
-            or errors beyond their bars.
+            showed of decoded answers; "audited", whether the latest decoded answers that were
+            compared had wrong labels, or errors beyond their bars.
         """
         return self._adaptation.status()
 
@@ -388,7 +387,7 @@ class CodedBatcher:
         looked: set[Source] = set()
         while any(group.open_queries()):
             view, before = group.view(looked), len(looked)
-            evidence = self._adaptation.evidence(len(group.cells), dispatcher.again.left)
+            evidence = self._adaptation.evidence(len(group.cells))
             for action in decide(view, now, evidence, policy, setup.enough):
                 match action:
                     case Predict(places):
@@ -401,7 +400,6 @@ class CodedBatcher:
                         query, answer = self._approximations.give(group, given)
                         self._requests.answer([query], answer, now)
                     case Copy(places, workers):
-                        dispatcher.again.left -= len(places)
                         self._copy([group.query(place) for place in places], workers, now)
                     case Fail(places):
                         self._give_up(group, places, now)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
 from ..codes import Uncoded
 from ..inference import order_points
@@ -23,7 +23,7 @@ from ._approximate import Approximations
 from .core._coder import Coder
 from .core._group import Group, repeat_rows
 from .core._request import Query
-from .core._requests import Budget, QueryQueue, Timers
+from .core._requests import QueryQueue, Timers
 from .core._setup import Setup
 
 # Queries of a path, at least (fewer have only one), and at most: 256 take 1.3 ms.
@@ -49,9 +49,6 @@ class QueryOrdering:
         self._coder, self.time = coder, TimeShare(clock, _OF_THE_TIME)
         most = min(coder.num_data * rows, _LONGEST)
         self._sizes = sorted({max(most >> shift, _FEWEST) for shift in (0, 3, 6)})
-        self._path = jax.jit(
-            lambda rows: order_points(rows, 1, features=rows, buffer_size=len(rows))
-        )
         for size in self._sizes:
             self.path([np.zeros(tuple(shape), np.float32)] * size)
 
@@ -90,9 +87,14 @@ class QueryOrdering:
                 size = next(size for size in self._sizes if size >= len(part))
                 filled = np.full((size, *features[0].shape), np.nan, np.float32)
                 filled[: len(part)] = features
-                order = np.asarray(self._path(filled))
+                order = np.asarray(_path_through(filled))
             found += (begin + order[order < len(part)]).tolist()
         return found
+
+
+@jax.jit
+def _path_through(rows: Float[Array, "rows features"]) -> Int[Array, " rows"]:
+    return order_points(rows, 1, features=rows, buffer_size=len(rows))
 
 
 class Dispatcher:
@@ -102,7 +104,6 @@ class Dispatcher:
         due: When to dispatch again although nothing happens.
         filling: The group of a systematic code that has room for more queries.
         groups: All groups that are not closed.
-        again: The budget of queries that are sent again because they are uncertain.
     """
 
     def __init__(
@@ -112,17 +113,16 @@ class Dispatcher:
         approximations: Approximations,
         post: Callable[[Group], Any],
     ):
-        """Create a dispatcher, and compile the ordering of queries, if they are ordered.
+        """Create a dispatcher, and compile the ordering of queries, where that is of use.
 
         `post` is called when an answer to a group may have come.
         """
         self._setup, self._queue, self._post = setup, queue, post
         self._approximations = approximations
         policy, self._ordering = setup.policy, None
-        if policy.ordering and setup.coder.needs_order:
+        if setup.coder.needs_order:
             shape = setup.queries.shape
             self._ordering = QueryOrdering(setup.coder, shape, policy.max_batch_size, setup.clock)
-        self._redundancy, self.again = Budget(policy.max_redundancy), Budget(policy.max_reexecution)
         self._random = np.random.default_rng(0)
         self._times: AnswerTimes | None = None  # the pool's, by the rule that holds
         self.due = math.inf
@@ -224,10 +224,7 @@ class Dispatcher:
         # A point that mixes queries serves all of them.
         places = group.layout.place_of[points]
         worth = np.where(places < 0, doubt.max(), doubt[places])
-        points = points[np.argsort(-worth, kind="stable")[: np.count_nonzero(worth)]]
-        points = points[: int(min(self._redundancy.left, most))]
-        self._redundancy.left -= len(points)
-        return points
+        return points[np.argsort(-worth, kind="stable")[: min(np.count_nonzero(worth), most)]]
 
     def _send_own(self, lane: Timers[Query], now: float) -> list[Group]:
         """Send queries as they came, each to its own worker, and return their groups."""
@@ -325,8 +322,6 @@ class Dispatcher:
 
     def _pop(self, lane: Timers[Query], number: int, now: float) -> list[Query]:
         queries = self._queue.pop(lane, number)
-        self._redundancy.earn(number)
-        self.again.earn(number)
         for request in {query.request for query in queries}:
             if math.isinf(request.sent):
                 request.sent = now

@@ -42,7 +42,6 @@ _TABLE = (
     ("high_priority_queries", "high_priority", "Queries of high priority.", ()),
     ("stragglers", "straggler", "Coded data points that were not waited for.", ()),
     ("reexecutions", "reexecution", "Queries sent a second time.", ()),
-    ("over_budget", "over_budget", "Uncertain answers given as the budget was spent.", ()),
     ("drifts", "drift", "Times that predictions were wrong more often than promised.", ()),
     ("policy_changes", "policy_change", "Times that another setting was picked.", ()),
     ("fenced_workers", "worker_fenced", "Times that a worker was fenced.", ()),

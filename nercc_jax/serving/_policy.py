@@ -66,31 +66,20 @@ class BatchingPolicy:
     "Maximum queries that wait to be sent; more are refused. High priority has a quarter more."
     deadline_s: float = _option(10.0, gt=0, le=MAX_DEADLINE_S)
     "Default deadline of a request, in seconds; at most an hour."
-    priority_lead_s: float = _option(1.0, ge=0, le=MAX_DEADLINE_S)
-    "Seconds by which requests of high priority overtake earlier ones; 0 for no priority."
     straggler_threshold: float = _option(1.5, gt=0)
     """Straggler threshold, as a multiple of the median answer time. Queries of stragglers are
     predicted, decoded, or sent again."""
-    quantile: float = _option(0.5, gt=0, lt=1)
-    """Quantile of answer times that the straggler threshold multiplies. Hedging as published uses
-    0.95 with a threshold of 1."""
-    wait_for: int | None = _option(None, example=6, le=10_000)
-    """Answers of a group that suffice for decoding where no error is estimated. By default half of
-    the redundancy for interleaved codes, otherwise 85 % of N but at least K."""
     outputs: Outputs | None = _option(None, example="values")  # noqa: RUF009, it is a field
     """Outputs of the model: `logits`, scores whose largest is a label; `probabilities`, the softmax
     of a classifier's logits; or `values`, numbers without labels, of which only a `tolerance` lets
-    approximate answers out. By default one number a row is a value, and several are scores once the
-    model's own answers look like scores."""
+    approximate answers out. Default: `values`; for shipped models, and where a `max_disagreement`
+    is set, `logits`."""
     max_disagreement: float | None = _option(None, ge=0, le=1, example=0.05)
     """Maximum share of wrong labels among the answers that are not the model's own, by a bound that
     fails with a probability of 0.25; no single one may be wrong with more than five times that
     share, or a half. Answers that are too uncertain wait for more workers, and are sent again if
-    none are left. 1, and in Python None: decode as soon as `wait_for` answers are in. Default of a
-    server: 0.05."""
-    max_reexecution: float | None = _option(None, example=0.1, ge=0, le=1)
-    """Maximum share of queries sent again because their answer is uncertain; beyond it the best
-    answer is given with its error probability. Unlimited by default."""
+    none are left. 1, and in Python None: decode as soon as half of the redundancy is in, or, for
+    codes that mix all queries, 85 % of N. Default of a server: 0.05."""
     tolerance: float | None = _option(None, gt=0, lt=float("inf"), example=0.01)
     """Largest error bar of an answer that is not the model's own, in units of the outputs (root
     mean square over a row's outputs). Outputs are `values` then; without it, all answers to values
@@ -101,9 +90,6 @@ class BatchingPolicy:
     """Redundancy to send while workers are free: `always` all that the code has; `uncertain` only
     for queries that the surrogate could not answer, the most uncertain first, and none before it is
     calibrated."""
-    max_redundancy: float | None = _option(None, example=0.1, ge=0)
-    """With `uncertain`: maximum calls for redundancy, as a share of the queries. Unlimited by
-    default."""
     max_calls: float | None = _option(None, ge=1, lt=float("inf"), example=1.1)
     """Mean calls a query that may be spent. If set, straggler threshold, copies at once and
     redundancy are picked again and again by the measured tail latency, within this budget and up to
@@ -112,16 +98,9 @@ class BatchingPolicy:
     """Share of the model's right answers that may look wrong to the surrogate and are computed
     again by another worker, before they are given out; workers found wrong are fenced, a quarter of
     all at most: no traffic. Needs a surrogate. Not checked by default."""
-    max_fenced: float = _option(0.25, ge=0, lt=1)
-    "Maximum share of the workers that is fenced."
-    ordering: bool = True
-    "Order the queries of a batch by similarity before encoding. No query waits for it."
     copies: int = _option(2, ge=1, le=10_000)
     """Maximum workers that compute the same query at a time, if the first straggles and the query
     must be answered exactly or cannot be decoded (hedging). 1 waits for stragglers."""
-    hedge_copies: int = _option(1, ge=1, le=10_000)
-    """Workers, of `copies`, that compute a straggler's query from the same time on. With 2 the tail
-    is shorter, for one call more for each straggler."""
 
     def __post_init__(self):
         if self.tolerance is not None and self.outputs not in (None, "values"):
@@ -130,12 +109,11 @@ class BatchingPolicy:
                 "max_disagreement is for"
             )
         values = self.tolerance is not None or self.outputs == "values"
-        for name in ("max_disagreement", "max_reexecution") if values else ():
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} {getattr(self, name)} is for outputs with labels, and these are "
-                    "values: give a tolerance, or nothing for exact answers only"
-                )
+        if values and self.max_disagreement is not None:
+            raise ValueError(
+                f"max_disagreement {self.max_disagreement} is for outputs with labels, and these "
+                "are values: give a tolerance, or nothing for exact answers only"
+            )
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
             for bound, limit in each.metadata.get("bounds", {}).items():
@@ -144,8 +122,6 @@ class BatchingPolicy:
                     raise ValueError(f"{each.name} must be {words} {limit:g}, not {value}")
         if self.max_batch_size & (self.max_batch_size - 1):
             raise ValueError(f"max_batch_size must be a power of two, not {self.max_batch_size}")
-        if self.hedge_copies > max(self.copies, 1):
-            raise ValueError(f"hedge_copies {self.hedge_copies} is more than copies {self.copies}")
         if self.redundancy not in ("always", "uncertain"):
             raise ValueError(f"redundancy must be 'always' or 'uncertain', not {self.redundancy!r}")
 
@@ -167,11 +143,12 @@ class BatchingPolicy:
 
 
 def read_outputs(
-    stated: Outputs | None, tolerance: float | None, shapes: Sequence[tuple[int, ...]]
-) -> tuple[Outputs | None, str]:
+    stated: Outputs | None,
+    tolerance: float | None,
+    max_disagreement: float | None,
+    shapes: Sequence[tuple[int, ...]],
+) -> tuple[Outputs, str]:
     """Return how a model's outputs, of these shapes a row, are read, and why.
-
-    They are None where that is not known, and the model's own answers have to show it.
 
     Raises:
         ValueError: where a label is asked of a single number.
@@ -186,7 +163,11 @@ def read_outputs(
         return stated, "as set"
     if single:
         return "values", "an output has one number a row"
-    return (None, "") if tolerance is None else ("values", "a tolerance is set")
+    if tolerance is not None:
+        return "values", "a tolerance is set"
+    if max_disagreement is not None:
+        return "logits", "a max_disagreement is set"
+    return "values", "nothing says that they are scores of labels"
 
 
 BatchingPolicy.__doc__ = f"{BatchingPolicy.__doc__}\n    Attributes:\n" + "".join(

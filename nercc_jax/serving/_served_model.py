@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .core._coder import Coder
 from .core._request import DeadlineExceeded, Reply
 from .core._requests import Health
 from .core._setup import DispatchSetting
-from .protocol._servable import Preprocessing, Servable
+from .protocol._servable import FLOAT, Preprocessing, Servable
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,12 +58,10 @@ class ServedModel:
         metrics: Metrics,
         cache: Path | None = None,
         predictor: Predictor | None = None,
-        straggler_score: Callable[[Any], Any] | None = None,
     ):
         """Start the workers, and compile everything, so that no request waits for the compiler.
 
-        `cache` is a file for results of calibration. Injected stragglers are chosen by the score of
-        rows. The predictor is as for `CodedBatcher`.
+        `cache` is a file for results of calibration. The predictor is as for `CodedBatcher`.
 
         Raises:
             ValueError: for a code where nothing can be coded (`Servable.uncodable`), or where
@@ -72,7 +70,8 @@ class ServedModel:
         """
         begin, tensors = time.monotonic(), servable.outputs
         shapes = [part.shape for part in tensors.parts]
-        outputs, self._why_read = read_outputs(settings.outputs, settings.tolerance, shapes)
+        limits = settings.tolerance, settings.max_disagreement
+        outputs, self._why_read = read_outputs(settings.outputs, *limits, shapes)
         if tensors.uncodable is not None and settings.outputs is None:
             outputs, self._why_read = "values", "they are no floats"
         policy = settings.policy(outputs)
@@ -107,11 +106,8 @@ class ServedModel:
                     settings.num_workers,
                     settings,
                     num_data=code.num_data,
-                    score=straggler_score,
-                    seed=settings.fault_seed,
                     example=[np.zeros((size, *inputs.shape), inputs.dtype) for size in sizes],
                     overdue=DispatchSetting.of_policy(policy).overdue,
-                    max_attempts=settings.max_attempts,
                     hang_timeout=settings.hang_timeout_s,
                 )
                 undo.callback(self.pool.close)
@@ -174,7 +170,7 @@ class ServedModel:
                 raise DeadlineExceeded(f"not preprocessed within {deadline:g} s") from error
             deadline = max(deadline - (time.monotonic() - begin), _LEAST)
         # One array of floats is checked by the batcher itself.
-        elif isinstance(queries, Mapping) or not inputs.plain:
+        elif isinstance(queries, Mapping) or inputs.parts[0].datatype != FLOAT:
             queries = inputs.pack(queries)
         future = self._batcher.submit(queries, deadline=deadline, exact=exact, high=high)
         reply = await _result(future, deadline)
@@ -196,10 +192,10 @@ class ServedModel:
         """The number of requests without a reply."""
         return self._batcher.in_flight
 
-    def outputs(self) -> dict[str, str | None]:
-        """Return how outputs are read, as scores, as values or not yet (None), and why."""
-        read = self._batcher.status()["outputs"]
-        return read | {"why": self._why_read or read["why"]}
+    def outputs(self) -> dict[str, str]:
+        """Return how outputs are read, as scores or as values, and why."""
+        values = self._batcher.policy.outputs == "values"
+        return {"read_as": "values" if values else "scores", "why": self._why_read}
 
     def health(self) -> Health:
         """Return whether it is alive, and would answer a query now."""

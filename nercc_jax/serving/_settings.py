@@ -30,11 +30,10 @@ from pydantic_settings import (
 )
 
 from ._policy import MAX_DEADLINE_S, BatchingPolicy, Outputs, texts_of
-from ._settings_text import Datatypes, Paths, PortOrNone, Shapes, Table, to_toml
+from ._settings_text import Datatypes, Faults, PortOrNone, Shapes, Table, to_toml
 
 DAY_S = 86_400.0
 _setting: Any = Field  # so that a type checker sees that each setting has a default
-_VERSIONS = r"^(latest|all|[1-9]\d*(, *[1-9]\d*)*)$"
 
 
 class _OwnSettings(BaseModel):
@@ -47,7 +46,7 @@ class _OwnSettings(BaseModel):
         "scheme": "Code",
         "pool": "Workers",
         "surrogate": "Surrogate",
-        "service_delay_s": "Fault injection",
+        "faults": "Fault injection",
         "max_batch_size": "Queue and batching",
         "straggler_threshold": "Stragglers",
         "tolerance": "Accuracy and redundancy",
@@ -58,10 +57,8 @@ class _OwnSettings(BaseModel):
     name: str | None = _setting(None, examples=["classifier"])
     "Name that clients use (default: that of the model, with a dot for a colon)."
     version: int = _setting(1, ge=1)
-    "Version of the model; a name may have several, each with settings of its own."
-    version_policy: str = _setting("latest", pattern=_VERSIONS, coerce_numbers_to_str=True)
-    """Versions of a name that are served: latest, all, or those listed, 1,3. Requests without a
-    version get the latest."""
+    """Version of the model; a name may have several, each with settings of its own. Requests
+    without a version get the latest."""
     weights: Path | None = _setting(None, examples=["weights.npz"])
     "Weights passed to module:name, which makes the model: a path, or hf:."
     input_shape: Shapes = _setting(None, examples=[[28, 28, 1]])
@@ -73,8 +70,6 @@ class _OwnSettings(BaseModel):
     preprocess: str | None = _setting(None, examples=["images:prepare"])
     """Function module:function that turns a batch of inputs, such as bytes of images, into the
     floats that the model takes: it runs before queries are coded (default: none)."""
-    output_name: str | None = _setting(None, examples=["scores"])
-    "Output name; with several unnamed outputs, a prefix (default: output)."
     inputs: Path | None = _setting(None, examples=["inputs.npy"])
     """File of unlabelled inputs to calibrate on: .npy of shape (points, *input_shape), or .npz by
     name (default: example_inputs() of the module, if it has that)."""
@@ -94,44 +89,25 @@ class _OwnSettings(BaseModel):
     "Kind of workers: threads on this process's devices, or Ray actors."
     workers: int | None = _setting(None, examples=[8], ge=1, le=10_000)
     "Workers of each model (default: N)."
-    worker_cpus: float | None = _setting(None, examples=[0.5], ge=0, le=10_000)
-    "CPUs per Ray actor (default: at most 0.5)."
-    worker_gpus: float | None = _setting(None, examples=[1.0], ge=0, le=10_000)
-    "GPUs per Ray actor (default: 1 or an equal share, where the cluster has GPUs)."
-    worker_resources: Annotated[dict[str, float], Table] = {}
-    "Other Ray resources per actor, as a TOML table: {TPU = 4}."
     actor_options: Annotated[dict[str, Any], Table] = {}
-    "Other options of Ray actors, as a TOML table: {max_concurrency = 3}."
+    """Ray's options of its actors, as a TOML table: {num_cpus = 1, num_gpus = 0.5, resources =
+    {TPU = 4}} (default: 0.5 CPUs at most; where the cluster has GPUs, 1 or an equal share)."""
     worker_dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(
         None, examples=["bfloat16"]
     )
     "Dtype of workers' inputs and weights (default: the model's)."
-    max_attempts: int = _setting(3, ge=1, le=10_000)
-    "Workers that a failing data point is sent to before it is given up."
     hang_timeout_s: float = _setting(60.0, gt=0, le=DAY_S)
     "Seconds after which a worker counts as hung and is replaced."
     surrogate: str | None = _setting(None, examples=["learn"])
     """Surrogate that answers stragglers' queries where it is certain enough: `learn`, a learner
     from the traffic; `student`, the shipped one; a file that `nercc distill` wrote;
     module:function, with the model's outputs; or `none` (default: none)."""
-    service_delay_s: float = _setting(0.0, ge=0, le=DAY_S)
-    "Seconds added to every call, for trials."
-    straggler_rate: float = _setting(0.0, ge=0, le=1)
-    "Share of calls that are delayed, for trials."
-    straggler_delay_s: float = _setting(1.0, gt=0, le=DAY_S)
-    "Seconds by which those calls are delayed."
-    straggler_score: str | None = _setting(None, examples=["norm"])
-    "Score of a row, by which calls are delayed, the largest first: `norm`, or module:function."
-    straggler_leaning: float = _setting(1.0, ge=0, le=1)
-    "With a score, the share of delayed calls that have the largest scores."
-    death_rate: float = _setting(0.0, ge=0, le=1)
-    "Share of calls in which the worker dies, for trials."
-    wrong_workers: Annotated[dict[Literal["swap"], tuple[int, ...]], Table] = {}
-    "Workers that answer wrongly, for trials, by swapping rows, as a TOML table: {swap = [1]}."
-    wrong_rate: float = _setting(1.0, ge=0, le=1)
-    "Share of these workers' calls that are answered wrongly."
-    fault_seed: int = 0
-    "Seed of the injected faults."
+    faults: Annotated[dict[str, Any], Faults] = {}
+    """Faults to inject for trials, as a TOML table: {straggler_rate = 0.05, straggler_delay_s =
+    0.5}. Seconds: service_delay_s, of every call, and straggler_delay_s (1). Shares of the calls:
+    straggler_rate, death_rate, wrong_rate (1). straggler_score, `norm` or module:function, scores
+    rows, and the calls with the largest are delayed; a share straggler_leaning (1) of them.
+    wrong_workers, {swap = [1]}, swap rows. fault_seed is the seed (0)."""
 
 
 if TYPE_CHECKING:
@@ -186,7 +162,7 @@ class ModelSettings(_AllSettings):
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(BatchingPolicy)}
         fields["outputs"] = outputs = outputs or self.outputs
-        if self.max_disagreement is None and outputs != "values" and self.tolerance is None:
+        if self.max_disagreement is None and outputs in ("logits", "probabilities"):
             fields["max_disagreement"] = 0.05
         return BatchingPolicy(**fields)
 
@@ -197,7 +173,7 @@ class ModelSettings(_AllSettings):
         """
         given, own = defaults.model_fields_set, self.model_fields_set
         if self.outputs == "values" or self.tolerance is not None:
-            given = given - {"outputs", "max_disagreement", "max_reexecution"}
+            given = given - {"outputs", "max_disagreement"}
         values = {name: getattr(defaults, name) for name in given}
         return ModelSettings(**values | {name: getattr(self, name) for name in own})
 
@@ -209,13 +185,11 @@ class ServerSettings(BaseSettings):
         env_prefix="NERCC_", env_nested_delimiter="__", extra="forbid"
     )
     panels: ClassVar[dict[str, str]] = {
-        "host": "Addresses",
+        "host": "Addresses and Ray",
         "token_file": "Authentication and TLS",
         "model_control": "Model repository",
-        "max_connections": "Limits",
-        "address": "Ray",
-        "compilation_cache": "Start and end",
-        "log_format": "Log",
+        "max_body_bytes": "Limits",
+        "drain_delay_s": "End",
     }
 
     host: str = "127.0.0.1"
@@ -224,44 +198,26 @@ class ServerSettings(BaseSettings):
     "Port of REST, status page and metrics; 0 for any free one."
     grpc_port: PortOrNone = _setting(8001, ge=0, le=65535)
     "Port of gRPC; 0 for any free one, none for no gRPC."
+    address: str | None = _setting(None, examples=["auto"])
+    "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or this machine)."
+    runtime_env: Path | None = _setting(None, examples=["env.yaml"])
+    """File with Ray's runtime environment, .yaml, .json or .toml, such as working_dir, a folder
+    sent to its nodes (default: that of a module:function that is not installed)."""
     token_file: Path | None = _setting(None, examples=["tokens"])
     """File of bearer tokens, one a line, of which clients send one (default: none is needed).
     Health needs none."""
-    tls_certificate: Path | None = _setting(None, examples=["tls.crt"])
-    "File of the certificate in PEM, with its chain: REST and gRPC speak only TLS then."
-    tls_key: Path | None = _setting(None, examples=["tls.key"])
-    "File of the certificate's key in PEM."
+    tls_certificate: Path | None = _setting(None, examples=["tls.pem"])
+    "PEM file of the certificate's key, the certificate and its chain: only TLS is spoken then."
     model_control: Literal["none", "explicit"] = "none"
     "Who loads and unloads models: none, or explicit, clients by the model repository's API."
-    max_connections: int = _setting(10_000, ge=1, le=10**6)
-    "Maximum HTTP connections, silent ones included, and gRPC calls; more are refused."
     max_body_bytes: int = _setting(64 * 2**20, gt=0, le=2**40)
     "Maximum bytes of a request's body."
-    max_json_bytes: int = _setting(2**20, gt=0, le=2**40)
-    "Maximum bytes of a request's JSON, without binary tensors."
     max_bytes_in_flight: int = _setting(2**29, gt=0, le=2**40)
     "Maximum bytes of all requests that are read or answered at a time."
-    address: str | None = _setting(None, examples=["auto"])
-    "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or this machine)."
-    working_dir: Path | None = _setting(None, examples=["app"])
-    "Folder sent to Ray's nodes (default: that of a module:function that is not installed)."
-    py_modules: Paths = []
-    "Modules sent to Ray's nodes, separated by commas."
-    runtime_env: Path | None = _setting(None, examples=["env.yaml"])
-    "File with Ray's runtime environment: .yaml, .json, or .toml."
-    compilation_cache: bool = True
-    """Keep compiled programs and calibrations in JAX_COMPILATION_CACHE_DIR, or the user's cache
-    folder."""
     drain_delay_s: float = _setting(0.0, ge=0, le=MAX_DEADLINE_S)
     "Seconds after SIGTERM in which the server answers, but is not ready."
     drain_timeout_s: float = _setting(30.0, ge=0, le=MAX_DEADLINE_S)
     "Seconds after that for answering what was accepted."
-    log_format: Literal["json", "text"] = "json"
-    "Format of the log on stderr."
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    "Least level that is logged."
-    request_log_rate: float = _setting(0.0, ge=0, le=1)
-    "Share of requests that get a line in the log."
 
     defaults: ModelSettings = ModelSettings()
     models: list[ModelSettings] = []
@@ -289,17 +245,22 @@ class ServerSettings(BaseSettings):
             raise ValueError(f"{self.token_file} has no token")
         return found
 
-    def tls_pair(self) -> tuple[bytes, bytes] | None:
-        """Return the key and the certificate; None without TLS.
+    def tls_pem(self) -> bytes | None:
+        """Return the certificate's key, the certificate and its chain; None without TLS.
 
         Raises:
-            ValueError: where one of them is missing.
+            ValueError: where the file is missing, or has no key.
         """
-        if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("tls_certificate and tls_key belong together")
-        if self.tls_certificate is None or self.tls_key is None:
+        if self.tls_certificate is None:
             return None
-        return _read(self.tls_key), _read(self.tls_certificate)
+        found = _read(self.tls_certificate)
+        for needed in (b"PRIVATE KEY", b"CERTIFICATE"):
+            if needed + b"-----" not in found:
+                raise ValueError(
+                    f"{self.tls_certificate} has no {needed.decode()}: one file has the key, the "
+                    "certificate and its chain (cat tls.key tls.crt > tls.pem)"
+                )
+        return found
 
     @classmethod
     def settings_customise_sources(
@@ -321,8 +282,8 @@ class ServerSettings(BaseSettings):
         """Return every model's settings, with defaults filled in.
 
         Raises:
-            ValueError: where there is no model, one is not named, two have the same name and
-                version, or versions of one name have different policies or none that is served.
+            ValueError: where there is no model, one is not named, or two have the same name and
+                version.
         """
         models = [model.over(self.defaults) for model in self.models]
         if not models:
@@ -332,23 +293,7 @@ class ServerSettings(BaseSettings):
         names = [model.key for model in models]
         if len(set(names)) < len(names):
             raise ValueError(f"models must have different names (`name`) or versions, not {names}")
-        served: dict[str, set[int]] = {}
-        for name in {model.served_name for model in models}:
-            own = [model for model in models if model.served_name == name]
-            versions, policies = (
-                {each.version for each in own},
-                {each.version_policy for each in own},
-            )
-            if len(policies) > 1:
-                raise ValueError(f"versions of {name} must have one policy, not {sorted(policies)}")
-            (policy,) = policies
-            usual = {"all": versions, "latest": {max(versions)}}
-            served[name] = usual.get(policy) or {int(each) for each in policy.split(",")}
-            if not served[name] <= versions:
-                raise ValueError(
-                    f"version_policy {policy!r} of {name}: it has versions {sorted(versions)}"
-                )
-        return [model for model in models if model.version in served[model.served_name]]
+        return models
 
 
 for _kind, _described in (

@@ -45,13 +45,26 @@ def _by_name(text: str) -> Any:
 
 
 def _read_table(value: Any) -> Any:
-    """Return a table that is written as in TOML: {num_gpus = 0.5}."""
+    """Return a table that is written as in TOML, with or without braces: {num_gpus = 0.5}."""
+    if not isinstance(value, str):
+        return value
+    text = value if value.lstrip().startswith("{") else f"{{{value}}}"
     try:
-        return tomllib.loads(f"table = {value}")["table"] if isinstance(value, str) else value
+        return tomllib.loads(f"table = {text}")["table"]
     except tomllib.TOMLDecodeError as error:
         raise ValueError(
             f"a table as in TOML is needed, {{num_gpus = 0.5}}, not {value!r}"
         ) from error
+
+
+def _read_faults(value: Any) -> Any:
+    """Return a table of faults, which is checked where there are any."""
+    table = _read_table(value)
+    if not table or not isinstance(table, Mapping):
+        return table
+    from ..pools.options import check_faults  # late: it takes JAX
+
+    return check_faults(table)
 
 
 Shapes: TypeAlias = Annotated[
@@ -59,10 +72,7 @@ Shapes: TypeAlias = Annotated[
 ]
 Datatypes: TypeAlias = Annotated[str | dict[str, str] | None, BeforeValidator(_read_datatype)]
 Table = BeforeValidator(_read_table)
-Paths: TypeAlias = Annotated[
-    list[Path],
-    BeforeValidator(lambda x: [*filter(None, x.split(","))] if isinstance(x, str) else x),
-]
+Faults = BeforeValidator(_read_faults)
 # TOML has no null, and the environment has only strings.
 PortOrNone: TypeAlias = Annotated[
     int | None, BeforeValidator(lambda value: None if value == "none" else value)

@@ -1,10 +1,9 @@
-"""Reports of single requests, made where they come in: lines of the log, OpenTelemetry's spans."""
+"""A span of OpenTelemetry for each request, made where requests come in."""
 
 import dataclasses
 import importlib
 import logging
 import os
-import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,23 +15,21 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class RequestTrace:
-    """A request that is reported: in the log if `logged`, and by OpenTelemetry's `span` if any."""
+    """A request that has a `span`."""
 
     model: str
-    logged: bool
-    span: Any = None
+    span: Any
     id: str = ""
     error: str | None = None
     reply: Reply | None = None
-    arrived_ns: int = dataclasses.field(default_factory=time.time_ns)
 
 
-class RequestLog:
-    """Starts a trace for each request, and reports it at the end. It never fails a request."""
+class RequestSpans:
+    """Starts a span for each request, and ends it with what is known. It never fails a request."""
 
-    def __init__(self, rate: float = 0.0, provider: Any = None):
-        """Create a log with a line of this share of requests, and spans by OpenTelemetry's SDK."""
-        self._rate, self._tracer = rate, None
+    def __init__(self, provider: Any = None):
+        """Make spans by a provider of OpenTelemetry's SDK; none without it."""
+        self._tracer = None
         if provider is not None:
             from opentelemetry import propagate, trace
 
@@ -40,36 +37,29 @@ class RequestLog:
             self._extract = propagate.extract
 
     def start(self, model: str, headers: Callable[[], Mapping[str, str]]) -> RequestTrace | None:
-        """Start a trace, within the span that `headers()` name; None where nobody wants one."""
-        if not self._rate and self._tracer is None:
+        """Start a span, within the one that `headers()` name; None where it is not sampled."""
+        if self._tracer is None:
             return None
-        trace = RequestTrace(model, random.random() < self._rate)
         try:
-            if self._tracer is not None:
-                about = {"kind": self._api.SpanKind.SERVER, "start_time": trace.arrived_ns}
-                span = self._tracer.start_span(f"infer {model}", self._extract(headers()), **about)
-                trace.span = span if span.is_recording() else None  # it may not be sampled
+            about = {"kind": self._api.SpanKind.SERVER, "start_time": time.time_ns()}
+            span = self._tracer.start_span(f"infer {model}", self._extract(headers()), **about)
         except Exception:
             _LOG.exception("a request is not traced")
-        return trace
+            return None
+        return RequestTrace(model, span) if span.is_recording() else None
 
     def end(self, trace: RequestTrace, outcome: str) -> None:
-        """Write the line, and end the span, with the same facts."""
+        """End a request's span."""
         fields: dict[str, Any] = {"id": trace.id, "model": trace.model, "outcome": outcome}
-        fields["ms"] = round(1e-6 * (time.time_ns() - trace.arrived_ns), 3)
         try:
             if (reply := trace.reply) is not None:
                 fields |= {"queue_ms": round(1e3 * reply.queued, 3), "answers": reply.sources()}
                 fields |= {"asked": reply.asked.tolist(), "responded": reply.responded.tolist()}
             fields |= {} if trace.error is None else {"error": trace.error}
-            if (span := trace.span) is not None:
-                span.set_attributes({f"nercc.{name}": each for name, each in fields.items()})
-                fields["trace_id"] = f"{span.context.trace_id:032x}"
-                if trace.error is not None:
-                    span.set_status(self._api.StatusCode.ERROR, trace.error)
-                span.end()
-            if trace.logged:
-                _LOG.info("answered" if outcome == "ok" else "not answered", extra=fields)
+            trace.span.set_attributes({f"nercc.{name}": each for name, each in fields.items()})
+            if trace.error is not None:
+                trace.span.set_status(self._api.StatusCode.ERROR, trace.error)
+            trace.span.end()
         except Exception:
             _LOG.exception("a request is not reported")
 

@@ -110,7 +110,7 @@ def test_the_picker_chooses_by_trace_and_budget(trace, most, redundancy, hedges,
     delay = Fault("delay", latency=TraceLatency(jnp.array([10 * SERVICE])), **struck)
     take = lambda size: SERVICE * random.uniform(0.95, 1.05)  # noqa: E731
     pool = SimulatedPool(lambda x: np.asarray(x)[:, :3], 24, seconds=take, faults=Faults([delay]))
-    policy = BatchingPolicy(straggler_threshold=1.35, copies=3, max_calls=most, ordering=False)
+    policy = BatchingPolicy(straggler_threshold=1.35, copies=3, max_calls=most)
     with CodedBatcher(pool, Coder(Replication(1, 2)), (4,), (3,), policy=policy) as batcher:
 
         def come(arrived):

@@ -76,7 +76,7 @@ class Simulated(Traffic):
         self, code, *, workers=12, run=model, faults=(), warm=True, decoding=None, **policy
     ):
         usual = {"max_batch_size": 1, "batch_wait_timeout_s": SERVICE / 2, "deadline_s": 1000.0}
-        usual |= {"outputs": "logits", "ordering": False}  # tests say which query is where
+        usual |= {"outputs": "logits"}
         latency, self.answered, self._held = TraceLatency(jnp.array([HELD])), [], []
         slow = Fault("delay", latency=latency, score=self._score, least_score=1.0)
 
@@ -137,7 +137,7 @@ def serving(
     seen = []
     usual = {"max_batch_size": 1, "batch_wait_timeout_s": 0.02, "deadline_s": LONG}
     usual["outputs"] = "logits"
-    policy = usual | {"ordering": False} | policy  # tests say which query is where
+    policy = usual | policy
     with DevicePool(run, workers, compiled=False, faults=faults) as pool:
         coder = Coder(code)
         with CodedBatcher(

@@ -37,12 +37,11 @@ def jax_net():
     return JaxNet(jnp.asarray(WEIGHTS))
 
 
-def served(*faults, workers=8, max_fenced=0.25, **options):
+def served(*faults, workers=8, **options):
     policy = BatchingPolicy(
         straggler_threshold=4.0,
         max_disagreement=0.1,
         check_answers=0.01,
-        max_fenced=max_fenced,
         max_batch_size=4,
     )
     return Traffic(
@@ -122,7 +121,7 @@ def test_a_worker_that_is_right_again_or_replaced_is_released(replaced):
 
 
 def test_no_more_are_fenced_than_the_policy_allows_and_the_status_says_so(caplog):
-    traffic = served(Fault("swap", workers=(1, 4, 6)), max_fenced=0.25)
+    traffic = served(Fault("swap", workers=(1, 4, 6)))
     replies = traffic.send(300)
     status = traffic.batcher.status()["checks"]
     assert len(status["fenced"]) == status["max_fenced"] == 2

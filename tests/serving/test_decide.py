@@ -125,18 +125,7 @@ TABLE = {
         PROMISE,
         [Copy([FIRST], 2), NEVER],
     ),
-    "beyond the budget of second calls the best answer there is is given": (
-        of(estimates=[DOUBTED], looked=SOURCES),
-        known(budget=0.5),
-        PROMISE,
-        [GiveOut(FIRST, "decoded", forced=True), NEVER],
-    ),
-    "what has none is sent again all the same": (
-        of(looked=SOURCES),
-        known(budget=0.5),
-        PROMISE,
-        AGAIN,
-    ),
+    "what has no answer is sent again all the same": (of(looked=SOURCES), known(), PROMISE, AGAIN),
     "but once only": (of(looked=SOURCES, copied=True), known(), PROMISE, [NEVER]),
     "each query is judged by itself": (
         of(late=(0, 1), open=(0, 1), looked=SOURCES)._replace(

@@ -112,8 +112,8 @@ def test_server_toml_shows_every_setting_with_its_default():
     every = tomllib.loads(re.sub(r"^# (?=\[\[|\w+ = )", "", text, flags=re.MULTILINE))
     assert every.keys() == ServerSettings.model_fields.keys()
     assert set(every["defaults"]).union(*every["models"]) == ModelSettings.model_fields.keys()
-    of_labels = {"max_disagreement", "max_reexecution"}  # which go with no tolerance
-    defaults = {name: each for name, each in every["defaults"].items() if name not in of_labels}
+    defaults = dict(every["defaults"])
+    del defaults["max_disagreement"]  # which goes with no tolerance
     server = ServerSettings(**every | {"defaults": defaults})
     assert server.models[1].input_shape == (28, 28, 1)
     assert server.models[2].input_shape == {"ids": (128,), "image": (28, 28, 1)}
@@ -496,8 +496,8 @@ def served(cluster, tmp_path_factory, free_port):
     config["logging_config"]["logs_dir"] = str(logs)
     (application,) = config["applications"]
     # Two workers, and little to compile. Calls take half a second, to have something to drain.
-    application["args"]["defaults"] |= {"workers": 2, "max_batch_size": 1, "service_delay_s": 0.5}
-    application["args"]["request_log_rate"] = 1.0
+    few = {"workers": 2, "max_batch_size": 1, "faults": {"service_delay_s": 0.5}}
+    application["args"]["defaults"] |= few
     file = tmp_path_factory.mktemp("deploy") / "ray-serve.yaml"
     file.write_text(require("yaml", "ray-serve").safe_dump(config))
     address = cluster.get_runtime_context().gcs_address
@@ -557,8 +557,7 @@ def test_ray_serve_answers_as_the_model_itself(served):
     assert "nercc_requests_total" in httpx.get(f"{url}/metrics").text
     (log,) = served.logs.glob("replica_*")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    given = [line for line in lines if line["message"] == "answered"]
-    assert [(line["outcome"], line["answers"]) for line in given] == [("ok", ["exact"] * 3)]
+    assert "model is ready" in [line["message"] for line in lines], "where Serve logs"
 
 
 @pytest.mark.slow

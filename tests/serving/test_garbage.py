@@ -24,9 +24,7 @@ def living():
 @pytest.mark.parametrize("code", [Uncoded(1), Replication(1, 2)], ids=("hedged", "twice"))
 def test_what_is_over_goes_without_a_look_for_garbage(code, untyped):
     # From Python 3.13 on, the run-time type checks themselves keep what they saw.
-    policy = BatchingPolicy(
-        ordering=False, straggler_threshold=1.5, max_disagreement=0.5, deadline_s=1.0
-    )
+    policy = BatchingPolicy(straggler_threshold=1.5, max_disagreement=0.5, deadline_s=1.0)
     traffic = Traffic(None, policy, code)
     gc.collect()
     before = living()

@@ -12,7 +12,6 @@ from batching import INTERLEAVED, LONG, Held, count, model, queries, serving, se
 from nercc_jax import Uncoded
 from nercc_jax.pools.clock import WALL
 from nercc_jax.serving import InferenceFailed, Predictor, _batcher
-from nercc_jax.serving.adapt._online_calibration import OnlineCalibration
 from nercc_jax.serving.core import _requests
 from nercc_jax.serving.core._requests import Health
 
@@ -154,7 +153,7 @@ def test_nobody_waits_for_learning(monkeypatch):
         learning.set()
         assert release.wait(LONG)
 
-    monkeypatch.setattr(OnlineCalibration, "add", slow)
+    monkeypatch.setattr(Predictor, "learn", slow)
     with serving(**LEARNS | {"predictor": Predictor()}) as batcher:
         while not learning.is_set():
             batcher.submit(queries(4)).result(LONG)
@@ -168,7 +167,7 @@ def test_learning_that_fails_is_counted_and_nothing_else(monkeypatch):
     def fails(self, x, own):
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr(OnlineCalibration, "add", fails)
+    monkeypatch.setattr(Predictor, "learn", fails)
     with serving(**LEARNS | {"predictor": Predictor()}) as batcher:
         end = time.monotonic() + LONG
         while not count(batcher, "internal_error"):

@@ -19,13 +19,16 @@ require("fastapi", "serve")
 
 from nercc_jax import Uncoded
 from nercc_jax.serving import ModelSettings
+from nercc_jax.serving.transport._state import ServerState
 
 INFER, ONE = "/v2/models/digits/infer", {"input": [[1.0, 2, 3, 4]]}
 
 
 @pytest.fixture(scope="module")
 def server():
-    with serving(Doubles(), max_body_bytes=100_000, max_json_bytes=10_000) as server:
+    model = Doubles()
+    model.settings = ModelSettings(model="digits", max_queue_size=100_000)
+    with serving(model, max_body_bytes=2_000_000) as server:
         yield server
 
 
@@ -44,30 +47,30 @@ def test_a_refused_body_may_come_to_its_end_but_no_further(server, size):
         connection.sendall(as_bytes(INFER, b"x" * 5_000_000, length=size))
         status, headers, response = read_answer(connection)
         assert (status, headers["connection"]) == (413, "close")
-        assert response["error"] == f"the body has {size} bytes; at most 100000 are taken"
+        assert response["error"] == f"the body has {size} bytes; at most 2000000 are taken"
         assert is_cut_off(connection, b"x")
     is_fine(server)
 
 
 def test_large_json_is_refused_in_favour_of_binary(server):
-    large = body() + b" " * 10_000
+    large = body() + b" " * 2**20
     for given in (
         {"content": large},
-        {"content": iter([b" " * 5000] * 3)},
+        {"content": iter([b" " * 2**19] * 3)},
     ):
         answer = post(server, INFER, **given)
         assert answer.status_code == 413
-        assert "at most 10000 are taken: send tensors as binary data" in answer.json()["error"]
+        assert "at most 1048576 are taken: send tensors as binary data" in answer.json()["error"]
     with connect(server) as connection:  # what is announced is not even read
-        connection.sendall(as_bytes(INFER, b"", length=10_001))
+        connection.sendall(as_bytes(INFER, b"", length=2**20 + 1))
         assert read_answer(connection)[0] == 413
-    assert ask("binary", server, "digits", {"input": np.ones((1000, 4), "<f4")}).is_(200)
+    assert ask("binary", server, "digits", {"input": np.ones((70_000, 4), "<f4")}).is_(200)
 
 
 def test_a_large_body_is_refused_wherever_it_is_sent(server, caplog):
     """Its rest is dropped without an error of the server."""
     for path in ("/v2/repository/index", "/v2/repository/models/digits/load"):
-        answer = post(server, path, content=b" " * 90_000)
+        answer = post(server, path, content=b" " * 1_500_000)
         assert (answer.status_code, answer.headers["connection"]) == (413, "close")
     assert not [each for each in caplog.records if each.levelname == "ERROR"]
 
@@ -75,9 +78,11 @@ def test_a_large_body_is_refused_wherever_it_is_sent(server, caplog):
 # All together.
 
 
-def test_connections_have_a_limit():
+def test_connections_have_a_limit(monkeypatch):
     """The answer is uvicorn's own, and whoever closes one makes room."""
-    with serving(Doubles(), max_connections=2) as server:
+    assert ServerState.max_connections == 10_000
+    monkeypatch.setattr(ServerState, "max_connections", 2)
+    with serving(Doubles()) as server:
         with connect(server), connect(server) as second:
             second.sendall(as_bytes(INFER, body()))
             assert second.recv(1000).startswith(b"HTTP/1.1 503")

@@ -51,8 +51,8 @@ def pictures(number, seed=0):
 @pytest.fixture(scope="module")
 def server():
     servable = make_servable("images", network, SHAPE, datatype="UINT8", preprocess=prepare)
-    faults = {"straggler_rate": 0.2, "straggler_delay_s": 0.3, "max_disagreement": 1}
-    settings = ModelSettings(max_batch_size=2, outputs="logits", **faults)
+    faults = {"straggler_rate": 0.2, "straggler_delay_s": 0.3}
+    settings = ModelSettings(max_batch_size=2, outputs="logits", max_disagreement=1, faults=faults)
     code = NeRCC(2, 4, points="interleaved", lambda_dec=0.0)
     ports = ServerSettings(http_port=0, grpc_port=0)
     with make_server(servable, code, settings=settings, server_settings=ports) as server:

@@ -39,7 +39,7 @@ def test_a_group_leaves_when_its_oldest_query_has_waited_long_enough():
     """Whatever stands before it in the queue by its priority."""
     clock = SimulatedClock()
     pool = SimulatedPool(model, 8, seconds=lambda size: SERVICE, clock=clock)
-    policy = BatchingPolicy(batch_wait_timeout_s=0.5, priority_lead_s=1.0, ordering=False)
+    policy = BatchingPolicy(batch_wait_timeout_s=0.5, outputs="logits")
     with CodedBatcher(pool, Coder(NeRCC(4, 8)), SHAPE, OUT, policy=policy) as batcher:
         x, futures = np.zeros((1, *SHAPE), np.float32), []
         for when, high in ((0.0, False), (0.3, True), (0.4, True)):
@@ -89,7 +89,7 @@ def test_a_slow_model_is_well_for_as_long_as_its_answers_take():
         clock=clock,
         hang_timeout=1e5,
     )
-    policy = BatchingPolicy(deadline_s=3000.0, copies=1, ordering=False, max_batch_size=1)
+    policy = BatchingPolicy(deadline_s=3000.0, copies=1, max_batch_size=1)
     with CodedBatcher(pool, Coder(Uncoded(1)), SHAPE, OUT, policy=policy) as batcher:
         x = np.zeros((1, *SHAPE), np.float32)
         for _ in range(30):
@@ -120,9 +120,7 @@ def seconds_of_a_straggler(traffic, **options):
 @pytest.mark.parametrize("fails", ["raises", "is no number"])
 def test_answers_that_fail_leave_the_limits_of_late_calls_as_they_are(fails):
     """However quickly they fail: of predicted queries as of those that are sent again."""
-    policy = BatchingPolicy(
-        straggler_threshold=2.0, max_disagreement=0.1, ordering=False, max_batch_size=1
-    )
+    policy = BatchingPolicy(straggler_threshold=2.0, max_disagreement=0.1, max_batch_size=1)
     traffic = Traffic(knows(True), policy, Uncoded(1), share=0.0)
     ways = ({"exact": False}, {"exact": True})
     traffic.send(100)
@@ -230,7 +228,6 @@ def test_without_a_tolerance_all_answers_to_values_are_exact(name):
     (hint,) = traffic.batcher.hints()
     assert "values" in hint
     assert "all answers are exact" in hint
-    assert traffic.batcher.status()["outputs"]["read_as"] == "values"
     # Redundancy of a code that may decode nothing is not sent either.
     calls = traffic.calls()
     traffic.share = 0.0
@@ -244,7 +241,6 @@ def test_bars_hold_and_none_is_beyond_the_tolerance(name, predicts):
     tolerance = 0.1 if predicts else 0.7
     policy = BatchingPolicy(straggler_threshold=1.4, tolerance=tolerance, coverage=0.95)
     traffic = traffic_of(name, policy, Predictor() if predicts else None)
-    assert traffic.batcher.status()["outputs"] == {"read_as": "values", "why": "as set"}
     errors, bars, predicted = approximate(traffic.send(4000))
     assert len(errors) > 40
     assert predicted == predicts
@@ -254,24 +250,19 @@ def test_bars_hold_and_none_is_beyond_the_tolerance(name, predicts):
     assert status["drifts"] == 0
 
 
-def test_scores_are_read_from_the_models_own_answers_before_anything_approximate():
-    """A classifier's: its logits have one winner in each row."""
-
-    def classify(x):
-        largest = x[:, :3] == x[:, :3].max(axis=1, keepdims=True)
-        return (np.where(largest, 4, -4) + x[:, :3]).astype(np.float32)
-
-    policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.3)
+@pytest.mark.parametrize(
+    ("policy", "exact"),
+    [({}, True), ({"outputs": "values"}, True), ({"outputs": "logits"}, False),
+     ({"outputs": "probabilities"}, False), ({"max_disagreement": 1.0}, False)],
+)  # fmt: skip
+def test_outputs_are_values_unless_something_says_that_they_are_scores_of_labels(policy, exact):
+    policy = BatchingPolicy(straggler_threshold=1.4, **policy)
     busy = {"rate": 600, "num_workers": 128}  # groups are full
     traffic = Traffic(None, policy, INTERLEAVED, stated=False, share=0.15, **busy)
-    traffic.model = classify
-    first = traffic.send(200)
-    assert all(reply.exact.all() for _, reply, _ in first)
-    assert "were looked at" in traffic.batcher.hints()[0]
-    assert traffic.batcher.status()["outputs"]["read_as"] is None
-    later = traffic.send(2000)
-    assert traffic.batcher.status()["outputs"]["read_as"] == "scores"
-    assert not all(reply.exact.all() for _, reply, _ in later)
+    replies = traffic.send(400)
+    assert all(reply.exact.all() for _, reply, _ in replies) == exact
+    hints = [hint for hint in traffic.batcher.hints() if "outputs = 'logits'" in hint]
+    assert len(hints) == exact
 
 
 @pytest.mark.parametrize(
@@ -279,7 +270,6 @@ def test_scores_are_read_from_the_models_own_answers_before_anything_approximate
     [
         ({"outputs": "logits"}, (), INTERLEAVED, "one number a row"),
         ({"max_disagreement": 0.1}, (), INTERLEAVED, "these are values"),
-        ({"max_reexecution": 0.1}, (), INTERLEAVED, "these are values"),
         ({"max_disagreement": 0.1, "outputs": "values"}, OUT, INTERLEAVED, "these are values"),
         ({"tolerance": 0.1, "max_disagreement": 0.1}, OUT, INTERLEAVED, "these are values"),
         ({"tolerance": 0.1, "outputs": "logits"}, OUT, INTERLEAVED, "a tolerance is for"),

@@ -186,7 +186,6 @@ num_data = 2
 num_workers = 4
 max_batch_size = 1
 name = "twice"
-version_policy = "all"
 [[models]]
 model = "own:double"
 [[models]]
@@ -236,28 +235,9 @@ def test_versions_of_a_coded_model_by_tritons_clients_and_curl(tmp_path):
                 assert answer["outputs"][0]["data"] == [factor, 2 * factor, 3 * factor]
 
 
-@pytest.mark.parametrize(
-    ("policy", "keys"), [("latest", ["x/3"]), ("all", ["x", "x/2", "x/3"]), ("1, 2", ["x", "x/2"])]
-)
-def test_a_policy_chooses_versions(policy, keys):
+def test_all_versions_that_are_listed_are_served():
     models = [ModelSettings(model="a:b", name="x", version=number) for number in (1, 2, 3)]
-    defaults = ModelSettings(version_policy=policy)
-    settings = ServerSettings(models=models, defaults=defaults)
-    assert [each.key for each in settings.resolved()] == keys
-
-
-@pytest.mark.parametrize(
-    ("policies", "message"),
-    [(("4", "4"), "has versions"), (("all", "latest"), "one policy"), (("none", "none"), "latest")],
-)
-def test_policies_that_do_not_fit(policies, message):
-    with pytest.raises(ValueError, match=message):
-        ServerSettings(
-            models=[
-                ModelSettings(model="a:b", name="x", version=number, version_policy=policy)
-                for number, policy in enumerate(policies, 1)
-            ]
-        ).resolved()
+    assert [each.key for each in ServerSettings(models=models).resolved()] == ["x", "x/2", "x/3"]
 
 
 # Tokens, TLS, and the index.
@@ -268,9 +248,9 @@ INFER = "/v2/models/digits/infer"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A file of tokens, and a certificate for this machine with its key."""
+    """A file of tokens, a certificate for this machine, and one file of it and its key."""
     folder = tmp_path_factory.mktemp("files")
-    tokens, certificate, key = (folder / name for name in ("tokens", "tls.crt", "tls.key"))
+    tokens, certificate, key, both = map(folder.joinpath, ("tokens", "crt", "key", "tls.pem"))
     tokens.write_text(f"another\n\n{TOKEN}\n")
     if shutil.which("openssl") is None:
         pytest.skip("openssl makes the certificate")
@@ -280,7 +260,8 @@ def files(tmp_path_factory):
         *("-subj", "/CN=localhost", "-addext", names),
         *("-keyout", str(key), "-out", str(certificate)),
     )
-    return tokens, certificate, key
+    both.write_bytes(key.read_bytes() + certificate.read_bytes())
+    return tokens, certificate, both
 
 
 @pytest.fixture(scope="module")
@@ -340,8 +321,8 @@ def test_grpc_needs_one_too(guarded):
 
 def test_tls_and_tokens_by_tritons_clients_and_curl(files):
     require("tritonclient", "serve-test")
-    tokens, certificate, key = map(str, files)
-    secure = {"tls_certificate": certificate, "tls_key": key, "token_file": tokens}
+    tokens, certificate, both = map(str, files)
+    secure = {"tls_certificate": both, "token_file": tokens}
     with serving(Doubles(), grpc_port=0, **secure) as server:
         x, headers = np.float32([[1, 2, 3, 4]]), {"authorization": f"Bearer {TOKEN}"}
         ways = {"http": {"ssl_options": {"ca_certs": certificate}}}

@@ -61,7 +61,9 @@ KINDS = {"ids": "INT64", "mask": "BOOL", "scale": "FP32"}
 @pytest.fixture(scope="module")
 def models():
     metrics, one = Metrics(REGISTRY), {"workers": 1, "max_batch_size": 1}
-    loose = {"max_disagreement": 1, "straggler_rate": 0.3, "straggler_delay_s": 0.2, "workers": 4}
+    loose = {"max_disagreement": 1, "workers": 4}
+    loose["faults"] = {"straggler_rate": 0.3, "straggler_delay_s": 0.2}
+    late = {"service_delay_s": 0.4}
     shapes = {word: [(), (3,), (2, 2)][place % 3] for place, word in enumerate(WORDS)}
     kinds = {word: word for word in WORDS}
 
@@ -70,8 +72,8 @@ def models():
 
     found = [
         make("double", double, Uncoded(1), (4,)),
-        make("slow", double, Uncoded(1), (4,), **one, max_queue_size=4, service_delay_s=0.4),
-        make("moody", moody, Uncoded(1), (4,), max_attempts=2),
+        make("slow", double, Uncoded(1), (4,), **one, max_queue_size=4, faults=late),
+        make("moody", moody, Uncoded(1), (4,)),
         make(
             *("heads", heads, NeRCC(2, 4, points="interleaved"), {"image": (2, 3), "meta": (4,)}),
             **loose,
@@ -338,9 +340,9 @@ def asked(*names, **parameters):
         ("slow", ONE, asked(timeout=50_000), 504, LATE, None),
         (
             *("moody", [[-1.0, 2, 3, 4]], {"id": "7"}, 502),
-            *("no answer: 2 workers failed: the server's log says why, by id 7", None),
+            *("no answer: 3 workers failed: the server's log says why, by id 7", None),
         ),
-        ("moody", [[-1.0, 2, 3, 4]], {}, 502, "2 workers failed", "InferenceFailed"),
+        ("moody", [[-1.0, 2, 3, 4]], {}, 502, "3 workers failed", "InferenceFailed"),
         # Several tensors, and others than floats.
         ("heads", {"image": X["image"]}, {}, 400, f"{TAKES}inputs ['image']: ['meta'] m", None),
         ("heads", {"x": X["meta"], **X}, {}, 400, "['x'] unknown", None),

@@ -97,12 +97,10 @@ class Schedule:
             batch_wait_timeout_s=draw.choice([0.0, 0.05]),
             max_queue_size=draw.choice([6, 200]),
             deadline_s=draw.choice([0.3, 5.0]),
+            outputs="logits",
             max_disagreement=0.01 if self.predicts else draw.choice([None, 0.01]),
             redundancy=draw.choice(["always", "uncertain"]) if self.predicts else "always",
-            max_redundancy=draw.choice([None, 0.2]),
-            max_reexecution=draw.choice([None, 0.1]),
             copies=draw.randint(1, 3),
-            ordering=False,
             max_calls=1.5 if self.coder.systematic and draw.random() < 0.3 else None,
         )
         self.seen = {"internal_error": 0}

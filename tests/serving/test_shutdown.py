@@ -32,7 +32,7 @@ deadline_s = 600
 [[models]]
 model = "own:double"
 name = "slow"
-service_delay_s = {service}
+faults = {{service_delay_s = {service}}}
 [[models]]
 model = "own:hangs"
 name = "hangs"
@@ -167,8 +167,8 @@ def test_it_ends_whatever_models_do(tmp_path, pool, queries):
         workers = "2"  # each of their replacements imports JAX
     server = Server(
         tmp_path,
-        *("--model", "own:hangs", "--input-shape", "4", "--hang-timeout-s", "2"),
-        *("--pool", pool, "--workers", workers, "--address", "local", "--max-attempts", "99"),
+        *("--model", "own:hangs", "--input-shape", "4", "--hang-timeout-s", "4"),
+        *("--pool", pool, "--workers", workers, "--address", "local"),
         *("--deadline-s", "600", "--drain-delay-s", "1", "--drain-timeout-s", "2"),
     )
     try:
@@ -178,7 +178,7 @@ def test_it_ends_whatever_models_do(tmp_path, pool, queries):
             for _ in patience(ENDS):
                 if server.http.get("/v2/health/ready").status_code == 503:
                     break
-            time.sleep(2 * 2)  # until the first workers that hang were replaced
+            time.sleep(4)  # until the first workers that hang were replaced, but not the third
             open_calls = server.status("own.hangs")["queue"]["in_flight"]
             server.signal()
             begin = time.monotonic()

@@ -15,9 +15,11 @@ def server(tmp_path_factory):
     require("fastapi", "serve")
     from nercc_server import Server
 
-    command = "--model own:double --input-shape 4 --workers 8 --straggler-rate 0.1"
+    command = "--model own:double --input-shape 4 --workers 8"
     folder = tmp_path_factory.mktemp("page")
-    server = Server(folder, *command.split(), "--straggler-delay-s", "0.2")
+    server = Server(
+        folder, *command.split(), "--faults", "straggler_rate=0.1, straggler_delay_s=0.2"
+    )
     yield server
     server.kill()
 

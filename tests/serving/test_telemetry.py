@@ -1,9 +1,8 @@
-"""Reports of single requests: lines of the log, and OpenTelemetry's spans."""
+"""Reports of single requests: OpenTelemetry's spans."""
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
 import http.server
-import logging
 import sys
 import threading
 
@@ -23,21 +22,20 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased, Sampler
 from opentelemetry.trace import StatusCode
 
 from nercc_jax import NeRCC, Uncoded
-from nercc_jax.serving._tracing import RequestLog, provider_from_environment
+from nercc_jax.serving._tracing import RequestSpans, provider_from_environment
 
 pytestmark = pytest.mark.slow
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
 UNSAMPLED = f"00-{TRACE}-{PARENT}-00"
-JOURNAL = "nercc_jax.serving._tracing"
 
 
 def start(name, code):
     """A model three in ten of whose calls straggle. Groups wait to be filled for long."""
-    usual = {"max_batch_size": 1, "batch_wait_timeout_s": 0.5, "ordering": False}
-    faults = {"straggler_rate": 0.3, "straggler_delay_s": 0.3, "max_disagreement": 1}
-    return real(name, lambda x: 2 * x, code, workers=4, outputs="logits", **usual | faults)
+    usual = {"max_batch_size": 1, "batch_wait_timeout_s": 0.5}
+    usual |= {"faults": {"straggler_rate": 0.3, "straggler_delay_s": 0.3}, "max_disagreement": 1}
+    return real(name, lambda x: 2 * x, code, workers=4, outputs="logits", **usual)
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +49,14 @@ def server(spans):
     provider = TracerProvider(sampler=ParentBased(ALWAYS_ON))
     provider.add_span_processor(SimpleSpanProcessor(spans))
     decodes = start("decodes", NeRCC(2, 4, points="interleaved", lambda_dec=0.0))
-    found = {"grpc_port": 0, "request_log_rate": 1.0, "spans": provider}
+    found = {"grpc_port": 0, "spans": provider}
     with serving(decodes, start("repeats", Uncoded(2)), **found) as server:
         yield server
 
 
 @pytest.fixture(autouse=True)
-def lines(caplog, spans):
-    """The log's lines of requests, by id."""
+def no_spans_yet(spans):
     spans.clear()
-    caplog.set_level(logging.INFO, logger=JOURNAL)
-    return lambda: {each.id: each for each in caplog.records if each.name == JOURNAL}
 
 
 def send(server, model, name, count=1, face="json", **headers):
@@ -79,29 +74,25 @@ def span_of(spans, name):
     raise AssertionError(f"no span of {name}")
 
 
-def test_the_log_and_the_span_say_what_became_of_a_request(server, spans, lines):
+def test_the_span_says_what_became_of_a_request(server, spans):
     assert send(server, "decodes", "two", count=2)
-    line, span = lines()["two"], span_of(spans, "two")
-    assert (line.model, line.outcome) == ("decodes", "ok")
-    assert 0 < line.queue_ms < line.ms < 1e3 * ENDS
-    assert len(line.trace_id) == 32
-    assert all(1 <= a <= b <= 4 for a, b in zip(line.responded, line.asked, strict=True))
-    assert set(line.answers) <= {"exact", "decoded", "reexecuted"}
-    for name in ("model", "outcome", "ms", "queue_ms"):
-        assert span.attributes[f"nercc.{name}"] == getattr(line, name)
-    for name in ("answers", "asked", "responded"):
-        assert list(span.attributes[f"nercc.{name}"]) == getattr(line, name)
+    span = span_of(spans, "two")
+    about = {name.removeprefix("nercc."): each for name, each in span.attributes.items()}
+    assert (about["model"], about["outcome"]) == ("decodes", "ok")
+    assert 0 < about["queue_ms"] < 1e-6 * (span.end_time - span.start_time) < 1e3 * ENDS
+    counts = zip(about["responded"], about["asked"], strict=True)
+    assert all(1 <= responded <= asked <= 4 for responded, asked in counts)
+    assert len(about["answers"]) == 2
+    assert set(about["answers"]) <= {"exact", "decoded", "reexecuted"}
 
 
-def test_what_was_not_answered_is_in_the_log_and_an_error_of_its_span(server, spans, lines):
+def test_what_was_not_answered_is_an_error_of_its_span(server, spans):
     assert not send(server, "decodes", "wrong", count=0)
-    line = lines()["wrong"]
-    assert line.outcome == "invalid"
-    assert not hasattr(line, "answers")
-    assert "not of shape [0]" in line.error
     root = span_of(spans, "wrong")
     assert root.status.status_code == StatusCode.ERROR
     assert root.attributes["nercc.outcome"] == "invalid"
+    assert "not of shape [0]" in root.attributes["nercc.error"]
+    assert "nercc.answers" not in root.attributes
 
 
 def test_a_request_belongs_to_the_trace_of_who_asked(server, spans):
@@ -114,23 +105,20 @@ def test_a_request_belongs_to_the_trace_of_who_asked(server, spans):
 
 
 @pytest.mark.parametrize(("model", "answer"), [("decodes", "decoded"), ("repeats", "reexecuted")])
-def test_they_say_what_a_straggler_did(server, spans, lines, model, answer):
+def test_they_say_what_a_straggler_did(server, spans, model, answer):
     for number in range(60):
         name = f"{model}-{number}"
         assert send(server, model, name, count=2)
-        if answer in lines()[name].answers:
+        if answer in span_of(spans, name).attributes["nercc.answers"]:
             break
     else:
         raise AssertionError("nothing ever straggled")
-    assert answer in span_of(spans, name).attributes["nercc.answers"]
 
 
-def test_what_the_client_does_not_sample_is_not_traced(server, spans, lines):
+def test_what_the_client_does_not_sample_is_not_traced(server, spans):
     assert send(server, "decodes", "quiet", traceparent=UNSAMPLED)
     assert send(server, "decodes", "loud", traceparent=TRACEPARENT)
-    span_of(spans, "loud")
-    assert lines()["loud"].trace_id == TRACE
-    assert not hasattr(lines()["quiet"], "trace_id")
+    assert f"{span_of(spans, 'loud').context.trace_id:032x}" == TRACE
     found = {(span.attributes or {}).get("nercc.id") for span in spans.get_finished_spans()}
     assert "quiet" not in found
 
@@ -144,21 +132,9 @@ class Broken(Sampler):
 
 
 def test_no_request_fails_for_its_spans(caplog):
-    log = RequestLog(0.0, TracerProvider(sampler=Broken()))
-    record = log.start("digits", dict)
-    assert record is not None
-    log.end(record, "ok")
+    assert RequestSpans().start("digits", dict) is None
+    assert RequestSpans(TracerProvider(sampler=Broken())).start("digits", dict) is None
     assert "a request is not traced" in caplog.text
-
-
-def test_a_share_of_the_requests_is_logged(lines):
-    assert RequestLog(0.0).start("digits", dict) is None
-    log = RequestLog(0.25)
-    for number in range(400):
-        record = log.start("digits", dict)
-        record.id = str(number)
-        log.end(record, "ok")
-    assert 50 < len(lines()) < 150
 
 
 @pytest.fixture
@@ -182,7 +158,7 @@ def trace_one(bare, port):
     """The provider of one request's span, with its endpoint at this port."""
     bare.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
     provider = provider_from_environment()
-    log = RequestLog(0.0, provider)
+    log = RequestSpans(provider)
     log.end(log.start("digits", dict), "ok")
     return provider
 

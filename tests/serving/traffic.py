@@ -6,9 +6,9 @@ import dataclasses
 import numpy as np
 
 from nercc_jax import Uncoded
+from nercc_jax.codes import Decoded
 from nercc_jax.risk import Accuracy, Risk
 from nercc_jax.serving import CodedBatcher, Coder, Predictor
-from nercc_jax.serving.adapt._online_calibration import Predictions
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 SHAPE, OUT = (4,), (3,)
@@ -37,7 +37,8 @@ class KnowsAll(Predictor):
     def predict(self, x):
         sure = np.array(self.sure(x), bool)
         values = self.model(x) + self.off
-        return Predictions(values, np.where(sure, 0.01, 0.9), np.zeros(len(x)), sure)
+        bars, probability = np.zeros(len(x)), np.where(sure, 0.01, 0.9)
+        return Decoded(values, np.zeros(0, bool), sure, bars, probability)
 
     def add_answer(self, x, own):
         pass

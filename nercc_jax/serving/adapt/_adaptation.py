@@ -7,7 +7,7 @@ was computed by the other thread: the deciding thread does nothing but answer qu
 import dataclasses
 import logging
 import math
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -16,7 +16,6 @@ from ...evaluation._criteria import agree_on_labels, root_mean_square
 from ...inference.models import warn_if_other
 from ...risk import Comparison, Risk
 from ...risk._accuracy import error_ratios
-from ...risk._outputs import ROWS, why_no_scores
 from ...risk.votes import AnswerChecks
 from ..core._decide import LateEvidence
 from ..core._request import Answer, Source
@@ -28,17 +27,18 @@ from ._setting_controller import SettingController
 _LOG = logging.getLogger(__name__)
 
 _PAUSE = 1.0  # seconds before the thread goes on after a failure
+_MAX_FENCED = 0.25  # share of the workers that is fenced for wrong answers
 
 
 class Adaptation:
     """Two sources of approximate answers, and the choice of settings.
 
-    One thread learns: whether outputs are scores, which decoded answers are right, the surrogate,
-    and the setting.
+    One thread learns: which decoded answers are right, the surrogate, and the setting.
 
     Attributes:
         setup: The batcher's parts; its `observe` passes the choice of settings.
         turns: The thread that learns, not started yet.
+        approximates: Whether approximate answers may be given out, by what the outputs are.
         decoding: The evidence on decoded answers.
         predictor: The surrogate, ready or not; None where there is none.
         checks: The checks of the model's own answers; None where they are given out unseen.
@@ -68,27 +68,19 @@ class Adaptation:
         self.setup, self.predictor = setup, predictor
         self._setting = DispatchSetting.of_policy(policy)
         self.decoding = DecodingEvidence(dataclasses.replace(scores, accuracy=wanted), coder.form)
-        # Answers of the model, of which the thread sees how outputs are read; None once they are.
-        self._read_as: Literal["scores", "values"] | None = "scores"
-        self._why = "as set"
-        self._answers: list[np.ndarray] = []
-        if policy.outputs is None and (coder.can_decode or predictor is not None):
-            self._read_as = None
-            self._answers = [] if scores.own is None else list(scores.own)
-        elif policy.outputs == "values":
-            self._read_as = "values"
+        # Whether approximate answers may be given out at all, by what the outputs are.
+        self.approximates = policy.outputs != "values" or policy.tolerance is not None
         self.checks: AnswerChecks | None = None
         if predictor is not None:
             predictor.attach(setup, self.turns.wake)
             if policy.check_answers is not None:
                 workers, dtype = setup.pool.num_workers, setup.pool.worker_dtype
-                self.checks = AnswerChecks(workers, policy.max_fenced, dtype, setup.observe)
-        self._read_outputs()
+                self.checks = AnswerChecks(workers, _MAX_FENCED, dtype, setup.observe)
 
     # The thread that learns.
 
     def _turn(self) -> float:
-        due, steps = math.inf, [self._read_outputs, self.decoding.learn]
+        due, steps = math.inf, [self.decoding.learn]
         steps += [] if self.predictor is None else [self.predictor.turn]
         steps += [] if self._controller is None else [self._controller.turn]
         for step in steps:
@@ -101,27 +93,7 @@ class Adaptation:
                 due = min(due, self.setup.clock.now() + _PAUSE)
         return due
 
-    def _read_outputs(self) -> float:
-        """See whether outputs are scores, once enough of them are known."""
-        if self._read_as is None and len(self._answers) >= ROWS:
-            why = why_no_scores(np.stack(self._answers), self.setup.coder.form)
-            self._why = why or "the model's own answers look like scores"
-            self._read_as, self._answers = "scores" if why is None else "values", []
-            found = "scores of labels" if why is None else f"values: {why}"
-            _LOG.info("outputs look like %s", found)
-        return math.inf
-
     # The deciding thread's view.
-
-    @property
-    def _exact_only(self) -> bool:
-        """True where nothing approximate will ever be given out, by what the outputs are."""
-        return self._read_as == "values" and self.setup.policy.tolerance is None
-
-    @property
-    def approximates(self) -> bool:
-        """True if approximate answers may be given out at all, by what the outputs are."""
-        return self._read_as is not None and not self._exact_only
 
     @property
     def can_predict(self) -> bool:
@@ -130,20 +102,13 @@ class Adaptation:
         return predictor is not None and self.approximates and predictor.state == "answering"
 
     @property
-    def _reason(self) -> str:
-        """The reason why outputs are read as they are."""
-        if self._read_as is not None:
-            return self._why
-        return f"{min(len(self._answers), ROWS)} of {ROWS} answers were looked at"
-
-    @property
     def setting(self) -> DispatchSetting:
         """The setting that holds now."""
         if self._controller is not None:
             return self._controller.setting
         coder = self.setup.coder
         # What mixes queries is of no use where nothing may be decoded.
-        if coder.systematic and coder.can_decode and self._exact_only:
+        if coder.systematic and coder.can_decode and not self.approximates:
             return self._setting._replace(redundancy="none")
         return self._setting
 
@@ -157,20 +122,16 @@ class Adaptation:
         assert self.predictor is not None
         return self.predictor.risk
 
-    def evidence(self, queries: int, budget: float = math.inf) -> LateEvidence:
+    def evidence(self, queries: int) -> LateEvidence:
         """Return what is known by now, for a group with this number of queries."""
         limit = self.decoding.limit(queries)
         risk: dict[Source, Risk] = {"decoded": self.decoding.risk}
         if self.predictor is not None:
             risk["predicted"] = self.predictor.risk
-        return LateEvidence(self.setting, self.approximates, self.can_predict, limit, risk, budget)
+        return LateEvidence(self.setting, self.approximates, self.can_predict, limit, risk)
 
     def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
         """Take the model's own answer to a query."""
-        if self._read_as is None:
-            self._answers.append(own.ravel())
-            if len(self._answers) == ROWS:
-                self.turns.wake()
         if self.predictor is not None:
             self.predictor.add_answer(x, own)
 
@@ -195,7 +156,6 @@ class Adaptation:
         drifted = self.risk(given.source).add(
             Comparison(given.disagreement, given.error, wrong, excess),
             given=given.given,
-            forced=given.forced,
             epoch=given.epoch,
             unknown=own is None,
             widened=given.widened,
@@ -220,25 +180,17 @@ class Adaptation:
             "predictor": None if predictor is None else predictor.status(),
             "checks": None if checks is None else {"ready": ready} | checks.status(),
             "decoding": self.decoding.status() if promises else None,
-            "outputs": {"read_as": self._read_as, "why": self._reason},
             "audited": self.decoding.shown,
         }
 
     def hints(self) -> list[str]:
         """Return why nothing is decoded or predicted, and which workers answer wrongly."""
         found, can_decode = [], self.setup.coder.can_decode
-        if self._read_as is None:
+        if not self.approximates and (can_decode or self.predictor is not None):
             found.append(
-                f"outputs are scores or values: {self._reason}; nothing approximate is given out "
-                "until then, or until outputs are set"
+                "outputs are values without a tolerance: all answers are exact; set a tolerance, "
+                "or outputs = 'logits' if they are scores of labels"
             )
-        elif self._exact_only and self.setup.policy.outputs is None:
-            found.append(
-                f"outputs are read as values, since {self._why}: all answers are exact; "
-                "set a tolerance, or outputs = 'logits' if they are scores"
-            )
-        elif self._exact_only and can_decode:
-            found.append("outputs are values without a tolerance: all answers are exact")
         elif can_decode:
             found += self.decoding.hints()
         found += [] if self.checks is None else self.checks.hints()

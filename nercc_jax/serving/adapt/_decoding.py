@@ -68,13 +68,11 @@ class DecodingScores:
         learned: The score that was learned from stragglers where there is no calibration; None
             before that.
         conditions: The conditions of the calibration.
-        own: Answers of the calibration's model.
     """
 
     accuracy: Accuracy
     calibrated: Mapping[int, Score] = dataclasses.field(default_factory=dict)
     conditions: Conditions = Conditions()  # noqa: RUF009, it is frozen
-    own: Float[np.ndarray, "rows m"] | None = None
     learned: Score | None = None
 
     def of(self, queries: int) -> Score | None:
@@ -269,7 +267,7 @@ def calibrate_decoding(
         True
     """
     models = cast_model((model,) if callable(model) else tuple(model), worker_dtype)
-    run, own, scores = eqx.filter_jit(run_workers), None, {}
+    run, scores = eqx.filter_jit(run_workers), {}
     for queries in range(2, coder.num_data + 1):
         groups = cut_groups(x, queries)[: most if queries == coder.num_data else most // 2]
         coded = coder.encode(groups, np.arange(coder.num_workers)).swapaxes(0, 1)
@@ -328,7 +326,7 @@ def calibrate_decoding(
         else:
             features = _without_margin(features)
             scores[queries] = fit_error_scale(features, missed, informative, accuracy, len(points))
-    return DecodingScores(accuracy, scores, current_conditions(worker_dtype), own)
+    return DecodingScores(accuracy, scores, current_conditions(worker_dtype))
 
 
 def calibrate_or_restore(
@@ -360,7 +358,7 @@ def calibrate_or_restore(
             for queries in range(2, coder.num_data + 1)
             if f"{queries} weights" in state
         }
-        return DecodingScores(accuracy, scores, current_conditions(worker_dtype), state["own"])
+        return DecodingScores(accuracy, scores, current_conditions(worker_dtype))
     x = x() if callable(x) else x
     made = calibrate_decoding(coder, model, x, accuracy, worker_dtype=worker_dtype)
     if cache is not None and accuracy.tolerance is None:
@@ -371,5 +369,5 @@ def calibrate_or_restore(
         }
         with contextlib.suppress(OSError):
             cache.parent.mkdir(parents=True, exist_ok=True)
-            write_arrays(cache, state | {"own": np.asarray(made.own)})
+            write_arrays(cache, state)
     return made

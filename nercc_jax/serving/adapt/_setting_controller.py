@@ -87,7 +87,6 @@ class SettingController:
         setting = self.setting
         return {
             "straggler_threshold": setting.overdue.factor,
-            "quantile": setting.overdue.quantile,
             "hedge_copies": setting.overdue.copies,
             "redundancy": setting.redundancy,
             "hedges": setting.hedges,
@@ -119,7 +118,7 @@ class SettingController:
             allowed.append("always")
         rules = [DispatchSetting.of_policy(policy).overdue]
         for copies in range(1, min(policy.copies, PICKING.at_once) + 1):
-            rules += [Overdue(0.5, threshold, copies=copies) for threshold in PICKING.thresholds]
+            rules += [Overdue(factor=threshold, copies=copies) for threshold in PICKING.thresholds]
         return [DispatchSetting(rule, each) for each in allowed for rule in dict.fromkeys(rules)]
 
     def _pick(self) -> None:
@@ -174,7 +173,7 @@ class SettingController:
 
     def _play(self, setting: DispatchSetting, calls: simulate.RecordedCalls) -> picking.Play:
         """Return how the simulator plays a setting."""
-        usual = calls.median * float(np.quantile(calls.own, setting.overdue.quantile))
+        usual = calls.median * float(np.median(calls.own))
         limit = setting.overdue.after(usual) / calls.median
         sure = calls.draws < self._answered_share(setting)
         doubled = {"none": np.zeros_like(sure), "uncertain": ~sure, "always": np.ones_like(sure)}
@@ -221,7 +220,6 @@ class SettingController:
 
 def _words(setting: DispatchSetting) -> str:
     overdue = setting.overdue
-    when = "the median" if overdue.quantile == 0.5 else f"p{100 * overdue.quantile:g}"
     redundancy = {
         "none": "no redundancy",
         "uncertain": "redundancy where the surrogate is uncertain",
@@ -230,4 +228,4 @@ def _words(setting: DispatchSetting) -> str:
     times = "" if overdue.factor == 1 else f"{overdue.factor:g} times "
     copies = f", {overdue.copies} copies at once" if overdue.copies > 1 else ""
     copies = copies if setting.hedges else ", no copies (as slow as their queries)"
-    return f"late after {times}{when}{copies}, {redundancy[setting.redundancy]}"
+    return f"late after {times}the median{copies}, {redundancy[setting.redundancy]}"

@@ -7,8 +7,7 @@ The rules, each with a row in `tests/serving/test_decide.py`:
 - A late query gets the cheapest answer that is good enough: a surrogate's, else a decoded one.
   Good enough is what a calibration admits, or what other stragglers have shown to be right.
 - If none is, and none of the group's answers can be waited for any more, the query goes to another
-  worker, once; to several at once where the setting says so. Beyond
-  the budget of second calls the best decoded answer goes out; the least certain go first.
+  worker, once; to several at once where the setting says so.
 - Where copies are as slow as what they copy, only queries whose calls have failed are sent again,
   those that may hang, and a few for trial.
 - A query that is alone at its worker, and exact, fails once no worker has an answer.
@@ -84,7 +83,6 @@ class LateEvidence(NamedTuple):
         limit: the largest score within the calibration of decoded answers, for a group of the
             present size; infinite where nothing is promised, negative where there is none.
         risk: what stragglers showed of approximate answers, by source.
-        budget: the queries that may be sent again although there is a decoded answer.
     """
 
     setting: DispatchSetting
@@ -92,7 +90,6 @@ class LateEvidence(NamedTuple):
     predicts: bool = False
     limit: float = -1.0
     risk: Mapping[Source, Risk] = {}
-    budget: float = math.inf
 
 
 class Predict(NamedTuple):
@@ -108,11 +105,10 @@ class Decode(NamedTuple):
 
 
 class GiveOut(NamedTuple):
-    """Give an approximate answer out; `forced`, where it is less certain than was promised."""
+    """Give an approximate answer out."""
 
     place: Place
     source: Source
-    forced: bool = False
 
 
 class Copy(NamedTuple):
@@ -197,22 +193,12 @@ def decide(
         return [*given, wait]
 
     # No further answer can be waited for.
-    failed, budget = ~sent | (group.failed & ~group.answered), evidence.budget
-
-    def certainty(query: QueryView) -> float:
-        """Return the probability that a decoded label is right; -1 where it is not decoded."""
-        known = [each.disagreement for each in query.answers if each.source == "decoded"]
-        return 1 - np.nan_to_num(known[0], nan=1.0) if known else -1.0
-
-    again: list[Place] = []
-    for each in sorted(left, key=certainty):
-        if each.copied or not (hedges or failed[group.own[each.place[0]]].all()):
-            continue
-        if certainty(each) >= 0 and budget < 1:
-            given.append(GiveOut(each.place, "decoded", forced=True))
-        else:
-            again.append(each.place)
-            budget -= 1
+    failed = ~sent | (group.failed & ~group.answered)
+    again = [
+        each.place
+        for each in left
+        if not each.copied and (hedges or failed[group.own[each.place[0]]].all())
+    ]
     copies: list[Action] = [Copy(again, evidence.setting.overdue.copies)] if again else []
     return [*given, *copies, wait]
 

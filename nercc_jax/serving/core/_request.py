@@ -108,7 +108,6 @@ class Answer:
         epoch: of the evidence (`Risk.epoch`) when it was made.
         within: whether it is within the limit of a calibration.
         given: whether it was given out, and counts for what was promised.
-        forced: whether it was given out although it is less certain than was promised.
         repeated: whether the model was asked again because the first call failed.
         widened: the factor of the error bar with which it was given out.
     """
@@ -125,7 +124,6 @@ class Answer:
     epoch: int = 0
     within: bool = False
     given: bool = False
-    forced: bool = False
     repeated: bool = False
     widened: float = 1.0
 
@@ -200,12 +198,6 @@ class Request:
             reply.reexecuted[again] = True
         self.left -= len(places)
 
-    def release(self) -> None:
-        """Drop the queries' data, which may be large and must not live until the deadline."""
-        for query in self.queries:
-            query.x = None
-        self.queries, self.x = [], None
-
 
 class Query:
     """One data point of a request.
@@ -233,11 +225,6 @@ class Query:
         self.approximate: dict[Source, Answer] = {}
         self.candidates: dict[int, np.ndarray] = {}
         self.waiting = True
-
-    @property
-    def copied(self) -> bool:
-        """True while a further worker has it."""
-        return any(not group.mask.all() for group in self.groups[1:])
 
 
 def fill_up(x: Shaped[np.ndarray, "..."], size: int, axis: int = 0) -> Shaped[np.ndarray, "..."]:

@@ -39,23 +39,6 @@ _SILENT, _ANSWER_TIMES = 3.0, 5
 _SUSPICIOUS, _PROBE_EVERY = 3, 1.0
 
 
-class Budget:
-    """A share of the queries that may be spent on further calls, earned as queries come.
-
-    What `saved` queries earn is kept for later at most, so that no stretch costs much more.
-    """
-
-    def __init__(self, share: float | None, saved: int = 1000):
-        """Create a budget; a share of None means no bound."""
-        self._share, self._saved = share, saved
-        self.left = math.inf if share is None else 0.0
-
-    def earn(self, queries: int) -> None:
-        if self._share is not None:
-            most = max(self._share * self._saved, 1)
-            self.left = min(self.left + self._share * queries, most)
-
-
 class Timers(Generic[Item]):
     """Items in the order of the times at which they are due; each has one."""
 
@@ -411,7 +394,8 @@ class OpenRequests:
         for query in request.queries:
             if not query.done:
                 self._leave(query, look=True)
-        request.release()
+            query.x = None  # which may be large, and must not live until the deadline
+        request.queries, request.x = [], None
         self.deadlines.drop(request)
         with self._settled:
             self._open.discard(request)

@@ -100,15 +100,16 @@ class Setup:
         if predicts and {*dtypes} != {CODED}:
             raise ValueError(f"only float32 can be predicted, not {[str(each) for each in dtypes]}")
         shapes = [self.answers.shape] if coder.form is None else coder.form.shapes
-        read, _ = read_outputs(policy.outputs, policy.tolerance, shapes)
+        limits = policy.tolerance, policy.max_disagreement
+        read, _ = read_outputs(policy.outputs, *limits, shapes)
         if self.answers.dtype != CODED:  # nothing approximate
             read = policy.outputs or "values"
         exact_only = read == "values" and policy.tolerance is None
         if exact_only and coder.can_decode and not coder.systematic:
             raise ValueError(
                 "outputs are values without a tolerance, so that all answers are exact, and a code "
-                "that mixes all queries would send each of them twice: give a tolerance, "
-                "interleaved points, or no code"
+                "that mixes all queries would send each of them twice: give a tolerance, outputs = "
+                "'logits' if they are scores of labels, interleaved points, or no code"
             )
         policy = dataclasses.replace(policy, outputs=read)
         for wanted, name, why in (
@@ -124,13 +125,10 @@ class Setup:
                 f"a tolerance needs error bars, and {type(coder.code).__name__} has none: give a "
                 "predictor (`--surrogate`), or NeRCC with K of 2 or more"
             )
-        num_data, num_workers, enough = coder.num_data, coder.num_workers, policy.wait_for
-        if enough is None and coder.systematic:
+        num_data, num_workers = coder.num_data, coder.num_workers
+        enough = answers_to_wait_for(num_data, num_workers)
+        if coder.systematic:
             enough = num_workers - (num_workers - num_data) // 2
-        elif enough is None:
-            enough = answers_to_wait_for(num_data, num_workers)
-        if not 1 <= enough <= num_workers:
-            raise ValueError(f"wait_for must be from 1 to N = {num_workers}, not {enough}")
         if policy.max_calls is not None and not coder.systematic:
             raise ValueError(
                 "max_calls needs a code that sends queries as they came (interleaved or repeated "
@@ -158,5 +156,4 @@ class DispatchSetting(NamedTuple):
 
     @classmethod
     def of_policy(cls, policy: BatchingPolicy) -> "DispatchSetting":
-        rule = Overdue(policy.quantile, policy.straggler_threshold, copies=policy.hedge_copies)
-        return cls(rule, policy.redundancy)
+        return cls(Overdue(factor=policy.straggler_threshold), policy.redundancy)

@@ -30,7 +30,7 @@ from starlette.requests import ClientDisconnect
 
 from .._policy import MAX_DEADLINE_S
 from ..core._request import DeadlineExceeded, InferenceFailed, QueueFull, Reply, ServerClosing
-from ._servable import Servable, Tensor
+from ._servable import ADDED, Servable, Tensor
 
 # The value of a probability or an error that is unknown: JSON has no NaN.
 UNKNOWN = -1.0
@@ -274,7 +274,8 @@ def question_of(
     for each in request.outputs or ():
         check_parameters(f"output {each.name!r}", each.parameters, _OF_OUTPUTS)
         _boolean(each.parameters or {}, "binary_data", False)
-    names, known = [each.name for each in request.outputs or ()], servable.answer_names
+    names = [each.name for each in request.outputs or ()]
+    known = [each.name for each in (*servable.outputs.parts, *ADDED)]
     if not {*names} <= {*known} or len({*names}) < len(names):
         raise InvalidInput(f"{servable.name} has outputs {known}, each once, not {names}")
 

@@ -150,10 +150,6 @@ class Tensors:
         return Form(structure, shapes, ("float32",) * len(self.parts))
 
     @property
-    def plain(self) -> bool:
-        return self.alone and self.parts[0].datatype == FLOAT
-
-    @property
     def uncodable(self) -> str | None:
         """The reason why it cannot be coded; None if it can."""
         for part in self.parts:
@@ -333,11 +329,6 @@ class Servable:
     def key(self) -> str:
         """The name and the version, by which the server keeps its models."""
         return model_key(self.name, self.version)
-
-    @functools.cached_property
-    def answer_names(self) -> list[str]:
-        """The names of all outputs, the server's own included."""
-        return [each.name for each in (*self.outputs.parts, *ADDED)]
 
     @property
     def queries(self) -> Tensors:

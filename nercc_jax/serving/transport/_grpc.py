@@ -70,7 +70,7 @@ class GrpcServer:
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
             ],
-            maximum_concurrent_rpcs=state.settings.max_connections,
+            maximum_concurrent_rpcs=state.max_connections,
         )
         handlers = {
             method.name: grpc.unary_unary_rpc_method_handler(

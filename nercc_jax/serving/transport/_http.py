@@ -37,6 +37,8 @@ _HEADERS = {401: {"www-authenticate": "Bearer"}, 429: _RETRY, 503: _RETRY}  # by
 # The header of a body with binary tensors: the length of the JSON before them.
 _JSON_LENGTH = b"inference-header-content-length"
 
+_MOST_JSON = 2**20  # bytes of a request's JSON, without binary tensors
+
 # The header with the time at which a proxy took the request: Unix time, with or without "t=" before
 # it, as Heroku's router sends it, and nginx and Apache as they are usually configured. It is in
 # seconds with a fraction (nginx's `$msec`), milliseconds, or microseconds (Apache's `%t`); the size
@@ -79,7 +81,7 @@ class InferenceEndpoint:
             if size > (most := settings.max_body_bytes):
                 raise TooLarge(f"the body has {size} bytes; at most {most} are taken")
             if _JSON_LENGTH not in headers:
-                json_size(size, None, settings.max_json_bytes)
+                json_size(size, None, _MOST_JSON)
 
         async def receive_within_limits() -> Message:
             nonlocal came, more
@@ -146,7 +148,7 @@ class InferenceEndpoint:
                 )
             elapsed = seconds_since_proxy(scope["headers"], time.time())
             body = await read_body(receive, add)
-            size = json_size(len(body), length, state.settings.max_json_bytes)
+            size = json_size(len(body), length, _MOST_JSON)
             add(int(model.servable.growth * len(body)))
             answer = state.answer(model, lambda: read_request(body, length), size, trace, elapsed)
             content, about = write_response(await self._while_connected(receive, answer))

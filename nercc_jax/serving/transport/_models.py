@@ -157,22 +157,20 @@ class Models:
             _LOG.info("model is closed", extra={"model": key})
 
     async def start_all(self, meanwhile: Callable[[], None]) -> None:
-        """Start the models in a thread, until they have started or the server drains.
+        """Start the models one by one, until they have started or the server drains.
 
         Raises as the start of a model does.
         """
-
-        def start_each() -> None:
-            for key in self.starts:
-                if not self.draining:
-                    self._start(key)
-
-        starts = in_background(start_each)
-        while not starts.done() and not self.draining:
-            meanwhile()
-            await asyncio.wait([starts], timeout=TICK)
-        if starts.done():
-            await starts
+        for key in self.starts:
+            if self.draining:
+                break
+            start = in_background(functools.partial(self._start, key))
+            while not start.done() and not self.draining:
+                meanwhile()
+                await asyncio.wait([start], timeout=TICK)
+            if not start.done():
+                break
+            await start
         self.complete = len(self.started) == len(self.starts)
 
     def close_all(self) -> dict[str, asyncio.Future[Any]]:

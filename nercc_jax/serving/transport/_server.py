@@ -6,7 +6,6 @@
 import asyncio
 import contextlib
 import functools
-import gc
 import logging
 import math
 import signal
@@ -86,7 +85,7 @@ class Server:
         self.settings, self.starts = settings or ServerSettings(), dict(starts)
         spans = spans or provider_from_environment()
         self.state = ServerState({}, self.settings, self.starts, spans)
-        self.settings.tls_pair()
+        self.settings.tls_pem()
         registry = registry or CollectorRegistry()
         with contextlib.suppress(ValueError):  # it is there already, if a server had the registry
             ProcessCollector(registry=registry)
@@ -100,13 +99,12 @@ class Server:
                 port=self.settings.http_port,
                 http="httptools",
                 ssl_certfile=self.settings.tls_certificate,
-                ssl_keyfile=self.settings.tls_key,  # pyright: ignore[reportArgumentType]
                 ws="none",
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,  # nothing asks for whom a proxy speaks
                 lifespan="off",
-                limit_concurrency=self.settings.max_connections,
+                limit_concurrency=self.state.max_connections,
                 timeout_keep_alive=65,
                 # Ours ends first, see `_drain`.
                 timeout_graceful_shutdown=int(self.settings.drain_timeout_s + 2 * _LAST_ERRORS) + 1,
@@ -227,13 +225,13 @@ class Server:
         models, begin, settings = self.state.models, time.monotonic(), self.settings
         self.http_port = self._http.servers[0].sockets[0].getsockname()[1]
         if settings.grpc_port is not None:
-            made, pair = GrpcServer(self.state), settings.tls_pair()
+            made, pem = GrpcServer(self.state), settings.tls_pem()
             where = f"{settings.host}:{settings.grpc_port}"
             try:
-                if pair is None:
+                if pem is None:
                     self.grpc_port = made.server.add_insecure_port(where)
                 else:
-                    credentials = grpc.ssl_server_credentials([pair])
+                    credentials = grpc.ssl_server_credentials([(pem, pem)])
                     self.grpc_port = made.server.add_secure_port(where, credentials)
             except RuntimeError as error:
                 raise settings.cannot_listen(settings.grpc_port) from error
@@ -246,7 +244,6 @@ class Server:
         self._catch_signals()
         with short_collections() if models.complete else contextlib.nullcontext():
             if models.complete:
-                gc.enable()  # `nercc serve` starts without
                 address["seconds"] = round(time.monotonic() - begin, 3)
                 _LOG.info("ready", extra={**address, "models": list(models.started)})
             while not models.draining and not http.done():

@@ -14,7 +14,7 @@ from .._metrics import ANSWERS, OUTCOMES, Measure
 from .._policy import MAX_DEADLINE_S
 from .._served_model import ServedModel
 from .._settings import ServerSettings
-from .._tracing import RequestLog, RequestTrace
+from .._tracing import RequestSpans, RequestTrace
 from ..core._request import DeadlineExceeded, InferenceFailed
 from ..protocol._messages import (
     InferenceRequest,
@@ -38,6 +38,7 @@ class ServerState:
     """The models of a server, and the answers to what clients ask.
 
     Attributes:
+        max_connections: HTTP connections, silent ones included, and gRPC calls; more are refused.
         models: the models.
         settings: the server's settings.
         spans: a provider of OpenTelemetry's SDK, if there is one.
@@ -45,6 +46,8 @@ class ServerState:
         says: what the server says, as JSON has it, of a model's name and version, or of all, by the
             names of gRPC's methods.
     """
+
+    max_connections = 10_000
 
     def __init__(
         self,
@@ -58,14 +61,18 @@ class ServerState:
         self.settings, self.spans = settings, spans
         self.bytes_held = 0
         self._tokens = settings.tokens()
-        self._log = RequestLog(settings.request_log_rate, spans)
+        self._spans = RequestSpans(spans)
         self._reading = asyncio.Lock()
         self._since = time.monotonic()
         self.says: dict[str, Callable[[str, str], dict[str, Any]]] = {
             "ServerLive": lambda *_: {"live": models.check_live() is None},
             "ServerReady": lambda *_: {"ready": models.ready},
             "ServerMetadata": lambda *_: self.metadata(),
-            "ModelReady": self._model_ready,
+            "ModelReady": lambda name, version: {
+                "name": name,
+                "ready": (trouble := models.trouble(name, version)) is None,
+                "reason": trouble,
+            },
             "ModelMetadata": self._model_metadata,
             "ModelConfig": self._configuration,
             "ModelStatistics": self._statistics,
@@ -108,8 +115,8 @@ class ServerState:
     def watch(
         self, name: str, headers: Callable[[], Mapping[str, str]]
     ) -> Iterator[RequestTrace | None]:
-        """Log and trace the request of this block, and count it if it is refused."""
-        trace, outcome = self._log.start(name, headers), "ok"
+        """Trace the request of this block, and count it if it is refused."""
+        trace, outcome = self._spans.start(name, headers), "ok"
         try:
             yield trace
         except BaseException as error:  # a client that goes away cancels its call
@@ -124,7 +131,7 @@ class ServerState:
             raise
         finally:
             if trace is not None:
-                self._log.end(trace, outcome)
+                self._spans.end(trace, outcome)
 
     # Inference.
 
@@ -196,10 +203,6 @@ class ServerState:
         extensions = ["binary_tensor_data", *triton]
         return {"name": "nercc_jax", "version": version, "extensions": extensions}
 
-    def _model_ready(self, name: str, version: str) -> dict[str, Any]:
-        trouble = self.models.trouble(name, version)
-        return {"name": name, "ready": trouble is None, "reason": trouble}
-
     def _model_metadata(self, name: str, version: str) -> dict[str, Any]:
         """Return a model's metadata. Raises as `Models.find` does."""
         model = self.models.find(name, version)
@@ -216,7 +219,7 @@ class ServerState:
                 "nercc_max_queries": model.settings.max_queue_size,
                 "nercc_deadline_ms": 1e3 * model.settings.deadline_s,
                 "nercc_max_deadline_ms": 1e3 * MAX_DEADLINE_S,
-                "nercc_outputs": model.outputs()["read_as"] or "not known yet",
+                "nercc_outputs": model.outputs()["read_as"],
                 **coded,
             },
         }
