@@ -1,4 +1,4 @@
-"""Ray: a node of a cluster or a replica of Ray Serve is killed, and what a call of a pool costs.
+"""Ray: a node of a cluster is killed, and what a call of a pool costs.
 
 `cluster`: single images come as a stream, latency counted from the scheduled arrival; a row is a
 stretch of it. A head that does no work and three nodes are raylets of this machine, an address
@@ -6,10 +6,6 @@ each, and `nercc serve` runs LeNet5 behind a code on workers of theirs: undistur
 in which all processes of a node are killed (SIGKILL), after that, from the moment in which all of
 another one's stop (SIGSTOP), and when they go on. The result is put beside others in the file, by
 label.
-
-`replica`: LeNet5 is behind two replicas of the Ray Serve application with two workers each:
-undisturbed, and from the moment in which the process of one replica is killed, with the seconds
-until two are ready again, with all their workers.
 
 `ray_calls`: a `RayPool`'s calls against Ray's own futures of as many actors with the same function,
 turn by turn in one process, with small inputs and large images. All answers of a batch are waited
@@ -19,12 +15,8 @@ for, so that both do the same calls.
 import asyncio
 import contextlib
 import functools
-import logging
-import os
 import signal
-import socket
 import statistics
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,7 +26,6 @@ import numpy as np
 import psutil
 import ray
 from load import Rest
-from ray import serve
 from ray.cluster_utils import Cluster
 from report import Report, environment, show
 from servers import nercc_serve, running, url_of
@@ -42,8 +33,7 @@ from servers import nercc_serve, running, url_of
 from nercc_jax import RayPool
 
 MODEL = "lenet5-digits"
-TIMEOUT, SERVE_TIMEOUT = 30.0, 60.0  # of a client; the second as in docs/deploy/ray-serve.yaml
-REPLICAS, WORKERS = 2, 2
+TIMEOUT = 30.0  # of a client
 
 
 async def _stretch(url: str, seconds: float, rate: float, timeout: float) -> list[Any]:
@@ -157,67 +147,6 @@ def run(report: Report, label: str = "first", seconds: float = 15.0, rate: float
         now("it goes on")
     about = {"rate": rate, "seconds": seconds, "environment": environment("ray", "nercc-jax")}
     report.write(report.read() | {label: about | {"rows": rows}})
-
-
-def replicas(report: Report, seconds: float = 30.0, rate: float = 10.0, rounds: int = 3) -> None:
-    """Run two stretches a round: undisturbed, and while a replica dies and comes back.
-
-    Options:
-        seconds: Of a stretch with a dead replica.
-        rate: Queries a second.
-        rounds: Of a death each.
-    """
-    from nercc_jax.cli.ray_serve import app
-
-    warnings.simplefilter("ignore")  # of fork, which Ray follows by exec
-    seconds, rounds, rows = (10.0, 1, []) if report.quick else (seconds, rounds, [])
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    http = {"host": "127.0.0.1", "port": port, "request_timeout_s": SERVE_TIMEOUT}
-    serve.start(http_options=http)
-    application = app({"model": MODEL, "workers": WORKERS, "scheme": "uncoded"})
-    deployment = application._bound_deployment.options(num_replicas=REPLICAS)
-    arguments = application._bound_deployment.init_args
-    serve.run(deployment.bind(*arguments), name="nercc", route_prefix="/")
-
-    def alive(name: str) -> list[int]:
-        """Return the process ids of living actors, by the title that Ray gives them."""
-        found = psutil.Process().children(recursive=True)
-        named = [(each.pid, " ".join(each.cmdline())) for each in found]
-        return [pid for pid, title in named if title.startswith(f"ray::{name}")]
-
-    def whole(but: tuple[int, ...] = ()) -> bool:
-        """Return whether all replicas but these take requests, with all their workers."""
-        (deployment,) = serve.status().applications["nercc"].deployments.values()
-        complete = len(set(alive("ServeReplica")) - set(but)) == REPLICAS
-        complete &= len(alive("Actor") + alive("_Actor")) == REPLICAS * WORKERS
-        states: Any = deployment.replica_states  # by a string, or an enumeration of strings
-        return complete and states.get("RUNNING", 0) == REPLICAS
-
-    while not whole():
-        time.sleep(0.2)
-    url = url_of({"http_port": port}, MODEL)
-    for _ in range(rounds):
-        rows.append(stretch("undisturbed", url, seconds / 3, rate, SERVE_TIMEOUT))
-        took, victim, begin = [], alive("ServeReplica")[0], time.monotonic()
-
-        def watch(took=took, victim=victim, begin=begin) -> None:
-            while not whole(but=(victim,)):
-                time.sleep(0.2)
-            took.append(round(time.monotonic() - begin, 1))
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        os.kill(victim, signal.SIGKILL)
-        watcher.start()
-        row = stretch("a replica is killed", url, seconds, rate, SERVE_TIMEOUT)
-        watcher.join(SERVE_TIMEOUT)
-        rows.append(row | {"whole_again_s": took[0] if took else None})
-    serve.shutdown()
-    ray.shutdown()
-    about = {"rate": rate, "replicas": REPLICAS, "workers": WORKERS, "rows": rows}
-    report.write(about | {"environment": environment("ray", "nercc-jax")})
 
 
 # --- a pool's calls

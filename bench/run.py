@@ -47,7 +47,6 @@ BENCHES = {
     "accelerator": ("accelerator", "programs timed on a device, or counted for one not there"),
     "learner": ("accelerator:learner", "a learner's update and predict"),
     "cluster": ("cluster", "a node of a Ray cluster is killed, or frozen"),
-    "replica": ("cluster:replicas", "a replica of Ray Serve is killed"),
     "ray_calls": ("cluster:calls", "a pool's call against Ray's own futures"),
 }
 

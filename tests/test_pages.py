@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 ELSEWHERE = {"docs/cluster.md", "docs/deploy/README.md", "docs/extending.md"}
 EXTRA = {
     "docs/devices.md": ("ray", "ray"),
-    "docs/hedging.md": ("ray.serve", "ray-serve"),
+    "docs/hedging.md": ("ray.serve", "serve-test"),
     "docs/run.md": ("ray.data", "ray-data"),
     "docs/stiff.md": ("diffrax", "dev"),
     "docs/tuning.md": ("sklearn", "demo"),

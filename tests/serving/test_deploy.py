@@ -2,22 +2,16 @@
 
 import asyncio
 import json
-import logging
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
-import threading
-import time
 import tomllib
 import types
-import warnings
 from pathlib import Path
 
 import pytest
-from batching import until
 from conftest import require
 from pages import blocks
 
@@ -42,7 +36,7 @@ def bare(monkeypatch):
 
 
 def yaml_of(name):
-    return require("yaml", "ray-serve").safe_load((DEPLOY / name).read_text())
+    return require("yaml", "ray").safe_load((DEPLOY / name).read_text())
 
 
 def settings_of(arguments, environment):
@@ -286,28 +280,10 @@ def test_readme_commands_name_what_there_is(command, monkeypatch):
         assert published == [settings.http_port, settings.grpc_port]
         grace = int(words[words.index("--stop-timeout") + 1])
         assert grace > settings.drain_delay_s + settings.drain_timeout_s
-    elif words[0] == "serve":
-        scripts = require("ray.serve.scripts", "ray-serve")
-        serve = scripts.cli.commands[words[1]]
-        context = serve.make_context("serve", words[2:])
-        target = context.params["config_or_import_path"]
-        if not target.endswith(".yaml"):
-            given = scripts.convert_args_to_dict(context.params["arguments"])
-            application = application_of(target, given)
-            assert application._bound_deployment.name == "CodedServer"
-
-
-def application_of(import_path, arguments):
-    """What Ray Serve makes of an import path and arguments."""
-    require("ray.serve", "ray-serve")
-    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
-    from ray.serve._private.utils import import_attr
-
-    return build(import_attr(import_path), arguments)
 
 
 def test_readme_names_what_there_is():
-    commands = "pip", "nercc", "serve", "podman", "kubectl", "prometheus"
+    commands = "pip", "nercc", "podman", "kubectl", "prometheus"
     assert {line.split()[0] for line in COMMANDS} == {*commands}
     links = re.findall(r"\]\(([\w.-]+)\)", README)
     assert {path.name for path in DEPLOY.iterdir()} - {"README.md"} == {*links}
@@ -334,230 +310,17 @@ def test_the_proxy_reaches_the_server_and_takes_as_much():
     assert "location /inference.GRPCInferenceService/ {" in text
 
 
-# Ray Serve
-
-
-@pytest.mark.slow
-def test_ray_serve_yaml_is_as_ray_wants_it():
-    require("ray.serve", "ray-serve")
-    from ray.serve.schema import ServeDeploySchema
-
-    config = yaml_of("ray-serve.yaml")
-    schema = ServeDeploySchema.model_validate(config)
-    given = schema.model_dump(exclude_unset=True)
-    assert given["http_options"] == config["http_options"]  # what Ray does not know it would drop
-    (application,) = schema.applications
-    assert config["applications"][0].keys() <= type(application).model_fields.keys()
-    (deployment,) = application.deployments
-    made = application_of(application.import_path, application.args)._bound_deployment
-    assert deployment.name == made.name
-    assert made.num_replicas == 1
-
-
-def build(**arguments):
-    require("ray.serve", "ray-serve")
-    from nercc_jax.cli.ray_serve import app
-
-    deployment = app(arguments)._bound_deployment
-    models, limits = deployment.init_args
-    return deployment, models, limits
-
-
-@pytest.mark.slow
-def test_ray_application_takes_words_settings_and_files(tmp_path):
-    deployment, (model,), _ = build(
-        model="lenet5-digits", workers="5", deadline_s="2.5", input_shape="28,28,1"
-    )
-    assert (model.pool, model.workers, model.deadline_s) == ("ray", 5, 2.5)
-    assert model.input_shape == (28, 28, 1)
-    assert deployment._deployment_config.max_ongoing_requests > model.max_queue_size
-    assert deployment._deployment_config.graceful_shutdown_timeout_s > 30
-
-    file = tmp_path / "server.toml"
-    file.write_text(
-        """
-        http_port = 1
-        max_body_bytes = 1000
-        drain_timeout_s = 100
-        defaults = {num_workers = 6}
-        models = [{model = "lenet5-digits"}, {name = "b", model = "a:b", pool = "devices"}]
-        """
-    )
-    deployment, models, limits = build(config=str(file), workers=3)
-    assert [(each.model, each.pool, each.workers, each.num_workers) for each in models] == [
-        ("lenet5-digits", "ray", 3, 6),
-        ("a:b", "devices", 3, 6),
-    ]
-    assert limits["max_body_bytes"] == 1000
-    assert deployment._deployment_config.graceful_shutdown_timeout_s > 100
-    _, (model,), _ = build(model="a:b", defaults={"pool": "devices"})
-    assert model.pool == "devices"
-
-
-@pytest.mark.slow
-def test_serves_proxy_tells_when_a_request_came():
-    """A proxy before it may have said so already."""
-    require("ray.serve", "ray-serve")
-    from nercc_jax.cli.ray_serve import stamp
-    from nercc_jax.serving.transport._http import seconds_since_proxy
-
-    came = []
-
-    async def replica(scope, receive, send):
-        came.append(scope.get("headers"))
-
-    [middleware] = stamp()
-    proxy = middleware.cls(replica, *middleware.args, **middleware.kwargs)
-    begin = time.time()
-    own, earlier = (b"host", b"here"), (b"x-request-start", b"t=%.6f" % (begin - 7))
-    for headers in ([own], [own, earlier]):
-        asyncio.run(proxy({"type": "http", "headers": headers}, None, None))
-    asyncio.run(proxy({"type": "lifespan"}, None, None))
-    assert came[0][0] == own
-    assert 3 <= seconds_since_proxy(came[0], time.time() + 3) < 3 + SOON
-    assert came[1] == [own, earlier]
-    assert came[2] is None
-
-
-@pytest.mark.slow
-def test_ray_application_without_arguments_is_as_the_environment_says(monkeypatch):
-    """`serve build` takes no others."""
-    require("ray.serve", "ray-serve")
-    from ray import serve
-    from ray.serve._private.utils import import_attr
-
-    monkeypatch.setenv("NERCC_MODELS", '[{"model": "lenet5-digits", "workers": 3}]')
-    application = import_attr("nercc_jax.cli.ray_serve:application")
-    assert isinstance(application, serve.Application)
-    (model,) = application._bound_deployment.init_args[0]
-    assert (model.model, model.pool, model.workers) == ("lenet5-digits", "ray", 3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"model": "a:b", "http_port": 8000}, r"http_port: .*http_options"),
-        ({"model": "a:b", "wrokers": 8}, "wrokers"),
-        ({"model": "a:b", "workers": "many"}, "workers"),
-        ({}, "no model to serve"),
-        ({"config": "/nowhere.toml"}, "no configuration file /nowhere.toml"),
-    ],
-)
-def test_ray_application_says_what_is_wrong(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        build(**arguments)
-
-
-@pytest.mark.slow
-def test_ray_replica_is_ill_without_workers_and_ends_quietly_if_it_never_started():
-    require("ray.serve", "ray-serve")
-    from nercc_jax.cli.ray_serve import CodedServer
-
-    def check(*states):
-        report = types.SimpleNamespace(workers=[types.SimpleNamespace(state=s) for s in states])
-        model = types.SimpleNamespace(pool=types.SimpleNamespace(report=lambda: report))
-        models = types.SimpleNamespace(started={"m": model})
-        replica = types.SimpleNamespace(_server_state=types.SimpleNamespace(models=models))
-        asyncio.run(CodedServer.check_health(replica))
-
-    check("starting", "busy")
-    check("overdue")
-    with pytest.raises(RuntimeError, match="m: none of its workers is ready"):
-        check("starting", "starting")
-    replica = types.SimpleNamespace(_server_state=None, _spans=None)
-    asyncio.run(CodedServer.check_health(replica))
-    asyncio.run(CodedServer.__del__(replica))
+# A server.
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """A Ray of our own, where docs/deploy/ray-serve.yaml runs: its address, and the server's."""
-    ray = require("ray", "ray-serve")
-    require("ray.serve", "ray-serve")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of fork, which Ray follows by exec
-        ray.init(
-            num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-        )
-    try:
-        yield ray
-    finally:
-        ray.serve.shutdown()
-        ray.shutdown()
+def served(tmp_path_factory):
+    """`nercc serve` with the model of the examples: its address."""
+    from nercc_server import Server
 
-
-@pytest.fixture(scope="module")
-def served(cluster, tmp_path_factory, free_port):
-    """The file's application, smaller and slower, on a free port."""
-    config = yaml_of("ray-serve.yaml")
-    config["http_options"] |= {"host": "127.0.0.1", "port": free_port}
-    logs = tmp_path_factory.mktemp("logs")
-    config["logging_config"]["logs_dir"] = str(logs)
-    (application,) = config["applications"]
-    # Two workers, and little to compile. Calls take half a second, to have something to drain.
-    few = {"workers": 2, "max_batch_size": 1, "faults": {"service_delay_s": 0.5}}
-    application["args"]["defaults"] |= few
-    file = tmp_path_factory.mktemp("deploy") / "ray-serve.yaml"
-    file.write_text(require("yaml", "ray-serve").safe_dump(config))
-    address = cluster.get_runtime_context().gcs_address
-    command = [str(Path(sys.executable).with_name("serve")), "run", "--non-blocking"]
-    subprocess.run(
-        [*command, "--address", address, str(file)],
-        check=True,
-        capture_output=True,
-        timeout=SOON,
-    )
-    name = application["name"]
-    until(lambda: status(cluster, name) not in ("NOT_STARTED", "DEPLOYING"), SOON)
-    state = cluster.serve.status().applications[name]
-    assert state.status == "RUNNING", state
-    found = {"address": f"localhost:{free_port}", "http_port": free_port, "logs": logs}
-    return types.SimpleNamespace(name=name, **found)
-
-
-@pytest.fixture(scope="module")
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def status(cluster, name):
-    return cluster.serve.status().applications[name].status
-
-
-def alive(class_name):
-    """Actors of the cluster that live, by the name of their class."""
-    from ray._private import state
-
-    actors = [each for each in state.actors().values() if each["State"] == "ALIVE"]
-    return [each for each in actors if each["ActorClassName"].split(":")[0] == class_name]
-
-
-@pytest.mark.slow
-def test_ray_serve_answers_as_the_model_itself(served):
-    import numpy as np
-
-    httpx = require("httpx", "serve")
-    from faces import ask
-
-    from nercc_models import load_model
-
-    url = f"http://{served.address}"
-    assert len(alive("Actor")) == 2
-    (model,) = httpx.get(f"{url}/status").json()["models"]
-    assert model["pool"] == {"kind": "ray", "num_workers": 2}
-    x = np.full((3, 32, 32, 1), 0.5, np.float32)
-    outputs = ask("json", served, "lenet5-digits", {"input": x}).outputs
-    assert outputs["exact"].tolist() == [True] * 3
-    np.testing.assert_allclose(outputs["logits"], load_model("lenet5-digits")(x), atol=1e-5)
-    wrong = ask("json", served, "lenet5-digits", {})
-    assert (wrong.status, "not inputs []" in wrong.error) == (400, True)
-    assert "nercc_requests_total" in httpx.get(f"{url}/metrics").text
-    (log,) = served.logs.glob("replica_*")
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert "model is ready" in [line["message"] for line in lines], "where Serve logs"
+    usual = "--http-port 0 --grpc-port none --workers 2 --scheme uncoded"
+    with Server(tmp_path_factory.mktemp("deploy"), *usual.split()) as server:
+        yield types.SimpleNamespace(address=f"localhost:{server.http_port}")
 
 
 @pytest.mark.slow
@@ -600,25 +363,3 @@ def test_readme_names_metrics_that_there_are(served):
             labels |= {value for key, value in found[name] if key == label}
             assert not label or labels, f"{name} has no label {label}"
         assert set(re.findall(r"`(\w+)`", meaning)) <= labels
-
-
-@pytest.mark.slow
-def test_ray_serve_drains_when_the_application_is_deleted(cluster, served):
-    """The last of this file: the application is gone after it."""
-    httpx = require("httpx", "serve")
-    url = f"http://{served.address}"
-    from faces import ask
-
-    answers, x = [], {"input": [[[[0.5]] * 32] * 32] * 8}
-    client = threading.Thread(
-        target=lambda: answers.append(ask("json", served, "lenet5-digits", x))
-    )
-    client.start()
-    until(lambda: httpx.get(f"{url}/status").json()["models"][0]["queue"]["in_flight"], SOON)
-    assert alive("ServeReplica")
-    cluster.serve.delete(served.name)
-    client.join(SOON)
-    assert [answer.status for answer in answers] == [200]
-    assert not alive("ServeReplica")
-    until(lambda: not alive("Actor"), SOON)
-    assert httpx.get(f"{url}/v2/health/ready").status_code == 404

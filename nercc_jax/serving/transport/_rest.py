@@ -23,13 +23,8 @@ _WEIGHTS_EVERY = 10.0
 ErrorResponse = create_model("ErrorResponse", error=str)  # for the description
 
 
-def make_app(
-    state: ServerState, registry: CollectorRegistry, *, infers: bool = True
-) -> fastapi.FastAPI:
-    """Return the ASGI application: for this server, Ray Serve, or any other.
-
-    Unless it `infers`, an `InferenceEndpoint` has to stand before it.
-    """
+def make_app(state: ServerState, registry: CollectorRegistry) -> fastapi.FastAPI:
+    """Return the ASGI application that an `InferenceEndpoint` stands before."""
     repository = state.models
     app = fastapi.FastAPI(
         title="nercc_jax",
@@ -193,6 +188,4 @@ def make_app(
         app.add_exception_handler(kind, known)
     app.add_exception_handler(HTTPException, no_such_path)
     app.add_exception_handler(Exception, unexpected)
-    if infers:
-        app.add_middleware(InferenceEndpoint, state=state)  # pyright: ignore[reportArgumentType]
     return app

@@ -89,9 +89,8 @@ class Server:
         registry = registry or CollectorRegistry()
         with contextlib.suppress(ValueError):  # it is there already, if a server had the registry
             ProcessCollector(registry=registry)
-        # In front of FastAPI's own layers. Ray Serve needs all in one, as FastAPI has it: it sees
-        # its routes, and adds handlers of its own errors.
-        app = InferenceEndpoint(make_app(self.state, registry, infers=False), self.state)
+        # Inference goes past FastAPI's own layers.
+        app = InferenceEndpoint(make_app(self.state, registry), self.state)
         self._http = uvicorn.Server(
             uvicorn.Config(
                 app,
