@@ -22,8 +22,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..pools.garbage import short_collections
 from ..serving import ModelSettings
-from ..serving._settings import read_settings
 from ..serving._tracing import provider_from_environment
+from ..serving.settings import read_settings
 from ..serving.transport._http import REQUEST_START
 from ..serving.transport._rest import make_app
 from ..serving.transport._state import ServerState
