@@ -78,7 +78,7 @@ def serve_models(given: Mapping[str, Any]) -> None:
     all); flags come first. SIGTERM answers what was accepted.
     """
     from ..serving import ModelSettings
-    from ..serving._settings import as_toml, read_settings
+    from ..serving.settings import as_toml, read_settings
 
     flags = dict(given)
     names, config = flags.pop("model", ()), flags.pop("config", None)

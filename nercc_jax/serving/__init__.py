@@ -11,7 +11,7 @@ The way of a request through eight files, and of its reply back:
 6. `_dispatch.py`: while workers are idle, `Dispatcher.dispatch` puts queries into a `Group`
    (`core/_group.py`), and sends it to the pool, which owns calls, copies and overdue times.
 7. `_batcher.py` again: `CodedBatcher._receive` takes answers from the pool; the model's own go out
-   at once, unless they look wrong (`_answer_screen.py`). `decide` (`core/_decide.py`) says what
+   at once, unless they look wrong (`_answer_screen.py`). `decide` (`core/decide.py`) says what
    becomes of late queries, and `CodedBatcher._decide` does it.
 8. `OpenRequests.answer` resolves the future once each query is answered, and the reply goes back.
    `response_of` makes the response of it, which the transport writes.
@@ -27,8 +27,7 @@ if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
     from ._batcher import CodedBatcher as CodedBatcher
     from ._policy import BatchingPolicy as BatchingPolicy
     from ._served_model import ServedModel as ServedModel
-    from ._settings import ModelSettings as ModelSettings
-    from ._settings import ServerSettings as ServerSettings
+    from .adapt._decoding import DecodingScores as DecodingScores
     from .adapt._decoding import calibrate_decoding as calibrate_decoding
     from .adapt._predictor import Predictor as Predictor
     from .core._coder import Coder as Coder
@@ -37,8 +36,11 @@ if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
     from .core._request import QueueFull as QueueFull
     from .core._request import Reply as Reply
     from .core._request import ServerClosing as ServerClosing
+    from .core._requests import Health as Health
     from .protocol._servable import Servable as Servable
     from .protocol._servable import make_servable as make_servable
+    from .settings import ModelSettings as ModelSettings
+    from .settings import ServerSettings as ServerSettings
     from .transport._server import Server as Server
     from .transport._server import make_server as make_server
     from .transport._server import serve as serve
@@ -49,11 +51,12 @@ _WHERE = {
     "_batcher": "CodedBatcher",
     "_policy": "BatchingPolicy",
     "_served_model": "ServedModel",
-    "_settings": "ModelSettings ServerSettings",
-    "adapt._decoding": "calibrate_decoding",
+    "settings": "ModelSettings ServerSettings",
+    "adapt._decoding": "DecodingScores calibrate_decoding",
     "adapt._predictor": "Predictor",
     "core._coder": "Coder",
     "core._request": "DeadlineExceeded InferenceFailed QueueFull Reply ServerClosing",
+    "core._requests": "Health",
     "protocol._servable": "Servable make_servable",
     "transport._server": "Server make_server serve",
 }

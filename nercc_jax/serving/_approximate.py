@@ -2,7 +2,7 @@
 
 They stand at their queries (`Query.approximate`), by source. Each is compared with the model's own
 answer, however late that comes, whether it was given out or not. What becomes of them is for
-`core/_decide.py` to say.
+`core/decide.py` to say.
 """
 
 import math
@@ -13,10 +13,10 @@ import numpy as np
 from ._policy import MAX_DEADLINE_S
 from .adapt._adaptation import Adaptation
 from .core._coder import DecodedGroup
-from .core._decide import GiveOut, Place
 from .core._group import Group, repeat_rows
 from .core._request import Answer, Query, Request
 from .core._setup import Setup
+from .core.decide import GiveOut, Place
 
 # The share of approximate answers whose queries nobody has as they came that is computed, too.
 _AUDITED = 0.02

@@ -1,7 +1,7 @@
 """The batcher: single queries, and requests of several, by one code on one pool of workers.
 
 Its thread takes queries from the queue to their replies, and nothing else. `_dispatch.py` says
-which queries go out together, and `core/_decide.py` what becomes of those whose workers are late;
+which queries go out together, and `core/decide.py` what becomes of those whose workers are late;
 here that is carried out. The thread sends nothing new that would only wait at the pool: while all
 workers are busy, queries wait in the queue, and go out in larger batches once a worker is free.
 """
@@ -27,7 +27,6 @@ from .adapt._adaptation import Adaptation
 from .adapt._decoding import DecodingScores
 from .adapt._predictor import Predictor
 from .core._coder import Coder
-from .core._decide import Copy, Decode, Fail, GiveOut, Place, Predict, Wait, decide
 from .core._group import Group
 from .core._request import (
     Answer,
@@ -42,6 +41,7 @@ from .core._request import (
 )
 from .core._requests import Health, OpenRequests, QueryQueue, Timers
 from .core._setup import BatchSpec, Setup
+from .core.decide import Copy, Decode, Fail, GiveOut, Place, Predict, Wait, decide
 
 _LOG = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ from ..pools.options import open_pool
 from ._batcher import CodedBatcher
 from ._metrics import Metrics
 from ._policy import read_outputs
-from ._settings import ModelSettings
 from .adapt._decoding import calibrate_or_restore
 from .adapt._predictor import Predictor
 from .core._coder import Coder
@@ -26,6 +25,7 @@ from .core._request import DeadlineExceeded, Reply
 from .core._requests import Health
 from .core._setup import DispatchSetting
 from .protocol._servable import FLOAT, Preprocessing, Servable
+from .settings import ModelSettings
 
 _LOG = logging.getLogger(__name__)
 

@@ -11,8 +11,7 @@ from traffic import Traffic
 from nercc_jax import DevicePool, NeRCC
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.risk import Accuracy, ErrorProbability
-from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder
-from nercc_jax.serving.adapt._decoding import DecodingScores
+from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, DecodingScores
 from nercc_jax.stragglers import TraceLatency
 
 SHAPE, OUT = (6,), (3,)

@@ -21,11 +21,9 @@ require("fastapi", "serve")
 from prometheus_client import CollectorRegistry
 
 from nercc_jax.codes import AbstractCode
-from nercc_jax.serving import ModelSettings, Reply, ServedModel, make_servable
+from nercc_jax.serving import Health, ModelSettings, Reply, ServedModel, Server, make_servable
 from nercc_jax.serving._metrics import Metrics
-from nercc_jax.serving._settings import read_settings
-from nercc_jax.serving.core._requests import Health
-from nercc_jax.serving.transport._server import Server
+from nercc_jax.serving.settings import read_settings
 
 SERVABLE = make_servable("digits", lambda x: 2 * x, (4,))
 

@@ -34,15 +34,15 @@ from nercc_jax.serving import (
     CodedBatcher,
     Coder,
     DeadlineExceeded,
+    Health,
     InferenceFailed,
     QueueFull,
     ServerClosing,
     _dispatch,
+    calibrate_decoding,
 )
 from nercc_jax.serving._dispatch import QueryOrdering
-from nercc_jax.serving.adapt._decoding import calibrate_decoding
 from nercc_jax.serving.core._request import Request
-from nercc_jax.serving.core._requests import Health
 
 SYSTEMATIC = {
     "interleaved": INTERLEAVED,

@@ -1,4 +1,4 @@
-"""What becomes of late queries: a row for each sentence of the guide and of `core/_decide.py`."""
+"""What becomes of late queries: a row for each sentence of the guide and of `core/decide.py`."""
 
 import math
 
@@ -10,9 +10,11 @@ from nercc_jax import NeRCC, Uncoded
 from nercc_jax.pools import Overdue
 from nercc_jax.risk import Accuracy, Risk
 from nercc_jax.serving import BatchingPolicy, Coder
-from nercc_jax.serving.core._decide import (
+from nercc_jax.serving.core._request import Answer
+from nercc_jax.serving.core.decide import (
     Copy,
     Decode,
+    DispatchSetting,
     Fail,
     GiveOut,
     GroupView,
@@ -22,8 +24,6 @@ from nercc_jax.serving.core._decide import (
     Wait,
     decide,
 )
-from nercc_jax.serving.core._request import Answer
-from nercc_jax.serving.core._setup import DispatchSetting
 from nercc_jax.stragglers import picking
 
 NOW, LIMIT = 100.0, 1.0

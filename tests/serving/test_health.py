@@ -11,9 +11,8 @@ from batching import INTERLEAVED, LONG, Held, count, model, queries, serving, se
 
 from nercc_jax import Uncoded
 from nercc_jax.pools.clock import WALL
-from nercc_jax.serving import InferenceFailed, Predictor, _batcher
+from nercc_jax.serving import Health, InferenceFailed, Predictor, _batcher
 from nercc_jax.serving.core import _requests
-from nercc_jax.serving.core._requests import Health
 
 FINE = Health(True, True)
 

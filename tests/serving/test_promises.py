@@ -8,8 +8,15 @@ from traffic import OUT, SERVICE, SHAPE, WEIGHTS, KnowsAll, Traffic, model
 
 from nercc_jax import Berrut, NeRCC, Replication, Uncoded
 from nercc_jax.risk import Accuracy
-from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, InferenceFailed, Predictor
-from nercc_jax.serving.adapt._decoding import DecodingScores, calibrate_decoding
+from nercc_jax.serving import (
+    BatchingPolicy,
+    CodedBatcher,
+    Coder,
+    DecodingScores,
+    InferenceFailed,
+    Predictor,
+    calibrate_decoding,
+)
 from nercc_jax.serving.core._request import Answer
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 

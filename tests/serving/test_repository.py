@@ -39,8 +39,7 @@ from in_process import (
 from nercc_server import ENDS, running
 
 from nercc_jax import Uncoded
-from nercc_jax.serving import ModelSettings, ServerSettings
-from nercc_jax.serving.core._requests import Health
+from nercc_jax.serving import Health, ModelSettings, ServerSettings
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 

@@ -22,7 +22,8 @@ require("fastapi", "serve")
 
 from nercc_jax import NeRCC, save_code
 from nercc_jax.cli import _serve, _serving_models
-from nercc_jax.serving._settings import ModelSettings, ServerSettings, read_settings
+from nercc_jax.serving import ModelSettings, ServerSettings
+from nercc_jax.serving.settings import read_settings
 
 # Values that the settings do not have unless set, where they are neither numbers nor one of a few.
 GIVEN = {
@@ -139,7 +140,7 @@ def given(monkeypatch):
     def start(chosen, registry, join):
         raise Told(chosen)
 
-    monkeypatch.setattr("nercc_jax.serving._settings.read_settings", remember)
+    monkeypatch.setattr("nercc_jax.serving.settings.read_settings", remember)
     monkeypatch.setattr(_serving_models, "starts_of", start)
 
     def run(*arguments, **variables):

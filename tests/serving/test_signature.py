@@ -10,8 +10,7 @@ from jax import lax
 
 from nercc_jax import NeRCC
 from nercc_jax.risk import Accuracy
-from nercc_jax.serving import Coder, make_servable
-from nercc_jax.serving.adapt._decoding import calibrate_decoding
+from nercc_jax.serving import Coder, calibrate_decoding, make_servable
 
 
 def heads(x):

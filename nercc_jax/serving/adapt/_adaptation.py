@@ -17,9 +17,9 @@ from ...inference.models import warn_if_other
 from ...risk import Comparison, Risk
 from ...risk._accuracy import error_ratios
 from ...risk.votes import AnswerChecks
-from ..core._decide import LateEvidence
 from ..core._request import Answer, Source
 from ..core._setup import DispatchSetting, Setup
+from ..core.decide import LateEvidence
 from ._decoding import DecodingEvidence, DecodingScores
 from ._predictor import Predictor
 from ._setting_controller import SettingController

@@ -9,8 +9,8 @@ from jaxtyping import Shaped
 
 from ...pools import Batch
 from ._coder import Coder
-from ._decide import GroupView, Place, QueryView
 from ._request import Query, Source
+from .decide import GroupView, Place, QueryView
 
 
 @dataclasses.dataclass

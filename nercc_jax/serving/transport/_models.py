@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from ...pools.garbage import collect_all
 from .._served_model import ServedModel
-from .._settings import ServerSettings
 from ..core._requests import Health
 from ..protocol._messages import InvalidInput, ModelNotFound, ServerNotReady, check_parameters
 from ..protocol._servable import model_key, name_and_version
+from ..settings import ServerSettings
 
 _LOG = logging.getLogger(__name__)
 # Seconds between looks at whether something happened.

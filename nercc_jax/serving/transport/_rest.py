@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from ..core._request import shorten
 from ..protocol._messages import AS_JSON, INTERNAL, KINDS, InvalidInput, ServerNotReady
-from ._http import InferenceEndpoint, error_response, read_body
+from ._http import error_response, read_body
 from ._state import ServerState
 
 # Seconds after workers were asked for their weights at which they may be asked again: strangers

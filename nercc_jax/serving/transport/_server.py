@@ -25,10 +25,10 @@ from ...inference.models import Model
 from ...pools.garbage import short_collections
 from .._metrics import Metrics
 from .._served_model import ServedModel
-from .._settings import ModelSettings, ServerSettings
 from .._tracing import provider_from_environment
 from ..adapt._predictor import Predictor
 from ..protocol._servable import Servable, make_servable
+from ..settings import ModelSettings, ServerSettings
 from ._grpc import GrpcServer
 from ._http import InferenceEndpoint
 from ._models import TICK, in_background

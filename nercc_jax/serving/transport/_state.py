@@ -13,7 +13,6 @@ from typing import Any
 from .._metrics import ANSWERS, OUTCOMES, Measure
 from .._policy import MAX_DEADLINE_S
 from .._served_model import ServedModel
-from .._settings import ServerSettings
 from .._tracing import RequestSpans, RequestTrace
 from ..core._request import DeadlineExceeded, InferenceFailed
 from ..protocol._messages import (
@@ -27,6 +26,7 @@ from ..protocol._messages import (
     response_of,
 )
 from ..protocol._servable import ADDED
+from ..settings import ServerSettings
 from ._models import Models
 
 _LOG = logging.getLogger(__name__)
