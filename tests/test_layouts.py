@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import invoke
 from matrices import errors_of_sets
 
 import nercc_jax as nj
 from nercc_jax import search_layout
-from nercc_jax.codes import code_card, regression_points
+from nercc_jax.codes import regression_points
 from nercc_jax.evaluation._objective import draw_sets
 from nercc_jax.tuning import Descent, LayoutTuning, Sampling
 from nercc_jax.tuning._sampling import split_points
@@ -235,41 +234,6 @@ def test_errors(change, message, untyped):
 
 
 # -- The command -----------------------------------------------------------------------------------
-
-SMALL = {
-    "--num-data": 3, "--num-workers": 5, "--max-stragglers": 1, "--max-inputs": 60, "--sets": 2,
-    "--steps": 2,
-}  # fmt: skip
-
-
-def run(folder, *arguments):
-    files = ("--output", str(folder / "code.json"), "--plot", str(folder / "tune.png"))
-    small = [str(part) for option in SMALL.items() for part in option]
-    return invoke("tune", *small, *files, *arguments)
-
-
-@pytest.mark.slow
-def test_the_command_searches_and_writes_what_it_found(tmp_path, monkeypatch):
-    # Tuning takes long to compile, and another test has it.
-    def untuned(*given, **options):
-        return search_layout(*given, **options | {"tuning": PLAIN})
-
-    monkeypatch.setattr("nercc_jax.cli._tune.search_layout", untuned)
-    result = run(tmp_path, "--layout", "search")
-    assert result.exit_code == 0, result.output
-    for word in (
-        "disagreement",
-        "repeated",
-        "mixed:0.5",
-        "systematic:0.5",
-        "RelAcc",
-        "replication",
-    ):
-        assert word in result.output
-    assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
-    assert code_card(tmp_path / "code.json")["layout"].startswith("search: ")
-    code = nj.load_code(tmp_path / "code.json")
-    assert (code.num_data, code.num_workers) == (3, 5)
 
 
 @pytest.mark.parametrize(

@@ -92,13 +92,13 @@ class Options:
     "Random straggler sets for each number of stragglers."
 
     layout: str = "chebyshev"
-    "Start: chebyshev, interleaved, repeated, mixed:0.5, systematic:0.5, or search."
+    "Start: chebyshev, interleaved, repeated, mixed:0.5 or systematic:0.5."
     points: Annotated[bool, "--points", "--lambdas-only"] = True
     "Tune the regression points, too, or the lambdas only."
     learn_decoder: Annotated[bool, "--learn-decoder", "--spline"] = False
     "Learn the decoder at the end, by 8 (N + K) N calls, or keep the spline's."
-    criterion: Literal["mse", "cross_entropy"] | None = None
-    "Error to reduce (default: mse; a search on logits: cross_entropy)."
+    criterion: Literal["mse", "cross_entropy"] = "mse"
+    "Error to reduce."
     steps: Count = 400
     "Gradient steps, at most."
 

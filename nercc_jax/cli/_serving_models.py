@@ -1,9 +1,6 @@
 """From settings to served models: shipped models, your own, and their codes."""
 
 import functools
-import hashlib
-import importlib.metadata
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,6 @@ from prometheus_client import CollectorRegistry
 import nercc_models
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, Uncoded, load_code
-from ..codes._kept import x64_enabled
-from ..inference.models import current_conditions
 from ..serving import ModelSettings, Predictor, Servable, ServedModel, make_servable
 from ..serving._metrics import Metrics
 from ..serving._served_model import log_phase
@@ -28,8 +23,6 @@ from ._workload import callable_of, faults_of, load_plain_code, model_of, surrog
 # Codes tuned for shipped models by `nercc tune --layout interleaved`.
 _CODES = Path(__file__).parent / "codes"
 UNCODED = Uncoded(1)
-# Packages whose version may matter to a calibration; of ours, every line does.
-_VERSIONS = ("jax", "jaxlib", "numpy", "flax", "scikit-learn")
 
 
 class StartFailed(RuntimeError):
@@ -61,9 +54,8 @@ def starts_of(
         if ":" not in str(settings.model) and settings.outputs is settings.tolerance is None:
             settings = settings.model_copy(update={"outputs": "logits"})  # they are classifiers
         settings = settings.model_copy(update={"faults": faults_of(settings.faults)})
-        cache = calibration_file(settings, code)
         try:
-            return ServedModel(servable, code, settings, metrics, cache, predictor)
+            return ServedModel(servable, code, settings, metrics, predictor)
         except RuntimeError as error:
             raise StartFailed(f"the workers of {name} did not start: {error}") from error
 
@@ -169,27 +161,3 @@ def code_of(settings: ModelSettings) -> AbstractCode:
         return load_code(tuned)
     own = points in ("interleaved", "repeated")
     return NeRCC(k, n, points=points, lambda_dec=0.0 if own else None)
-
-
-def calibration_file(settings: ModelSettings, code: AbstractCode) -> Path | None:
-    """Return the cache file of a shipped model's calibration, beside the compiled programs.
-
-    It is named after all that the calibration depends on: the model, its code, how it runs, and our
-    sources. None where those programs are not kept, for a model of your own, whose name does not
-    say what it computes, and for a tolerance.
-    """
-    folder, model = os.environ.get("JAX_COMPILATION_CACHE_DIR"), str(settings.model)
-    values = settings.policy().tolerance is not None
-    if values or not folder or "://" in folder or ":" in model:
-        return None
-    leaves, structure = jax.tree.flatten(code)
-    conditions = current_conditions(settings.worker_dtype), x64_enabled(), structure
-    versions = [importlib.metadata.version(name) for name in _VERSIONS]
-    shares = settings.outputs == "probabilities"
-    digest = hashlib.sha256(repr((shares, *conditions, *versions)).encode())
-    for leaf in leaves:
-        digest.update(np.asarray(leaf).tobytes())
-    for source in (Path(__file__).parents[1], Path(str(nercc_models.__file__)).parent):
-        for path in (*sorted(source.rglob("*.py")), *sorted(source.glob(f"weights/{model}.*"))):
-            digest.update(path.read_bytes())
-    return Path(folder) / "calibrations" / f"{model}-{digest.hexdigest()[:32]}.npz"

@@ -10,8 +10,7 @@ from rich.console import Console
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, save_code
 from ..codes._points import coincident
 from ..evaluation import pictures
-from ..evaluation.tables import text_table
-from ..tuning import Descent, LayoutTuning, learn_decoder, search_layout, tune
+from ..tuning import Descent, learn_decoder, tune
 from ._command import of_option
 from ._comparison import compare, points_for, straggler_laws
 from ._options import Options
@@ -26,14 +25,12 @@ def tune_code(options: Options) -> None:
     tuned code is written, for `nercc demo --code`, `nercc run --code` and `nercc serve --code`.
     """
     size, outputs = (options.num_data, options.num_workers), options.outputs
-    (num_data, num_workers), searching = size, options.layout == "search"
+    num_data, num_workers = size
     if options.criterion == "cross_entropy" and outputs != "logits":
         raise ValueError("--criterion cross_entropy needs --outputs logits")
-    if searching and outputs == "values":
-        raise ValueError("--layout search goes by labels, and --outputs values have none")
     laws = straggler_laws(*size, options.max_stragglers)
     with of_option(f"--layout {options.layout}"):
-        start = start_code(*size, "chebyshev" if searching else options.layout)
+        start = start_code(*size, options.layout)
     if start.exact:
         laws.pop("0")  # without stragglers there is nothing to tune
     if not laws:
@@ -45,8 +42,6 @@ def tune_code(options: Options) -> None:
     x = points_for(options, data, "train", num_data, least=2)
     held = points_for(options, data, "test", num_data)
     console, key = Console(), jax.random.key(options.seed)
-    labels = searching and outputs == "logits"
-    criterion: Any = options.criterion or ("cross_entropy" if labels else "mse")
     about = {
         "model": options.model,
         "outputs": outputs,
@@ -54,55 +49,32 @@ def tune_code(options: Options) -> None:
         "data_points": len(x),
         "layout": options.layout,
         "stragglers": f"{', '.join(laws)} of {num_workers} workers, each number alike",
-        "criterion": criterion,
+        "criterion": options.criterion,
         "seed": options.seed,
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": "nercc tune",
     }
-    descent: dict[str, Any] = {"criterion": criterion, "points": options.points}
+    descent: dict[str, Any] = {"criterion": options.criterion, "points": options.points}
     descent["descent"] = Descent(options.steps)
     title = f"{options.model}, K={num_data}, N={num_workers}"
-    if searching:
-        tuning = LayoutTuning(**descent)
-        with console.status("searching ...") as status:
-            say: Any = lambda stage: status.update(f"{stage} ...")  # noqa: E731
-            found = search_layout(network, x, *size, laws, key=key, tuning=tuning, on_stage=say)
-        picture, best = pictures.layouts_figure(found.best_of_layouts, title), found.candidates[0]
-        code, lines = best.code, []
-        for each in found.best_of_layouts:
-            kept = "yes" if each.code.exact or not each.code.lambda_dec > 0 else "no"
-            lines.append((
-                each.layout + (", tuned" if each.tuned else ""),
-                f"{100 * each.disagreement:.2f} %",
-                f"{float(each.code.lambda_dec):.1e}",
-                "" if each.layout == "chebyshev" else kept,
-            ))  # fmt: skip
-        columns = ("layout", "disagreement", "lambda_dec", "exact where answered")
-        title = "Layouts, each with its best decoder, on held-out groups"
-        show(console, f"{title}\n{text_table([columns, *lines])}")
-        results = {
-            "layout": f"search: {best.layout}{', tuned' if best.tuned else ''}",
-            "objective": f"{100 * best.disagreement:.2f} % of labels differ, on held-out groups",
-        }
-    else:
-        with progress_bar(console) as bar:
-            task = bar.add_task("compiling ...", total=options.steps)
+    with progress_bar(console) as bar:
+        task = bar.add_task("compiling ...", total=options.steps)
 
-            def on_step(step: Any, code: NeRCC) -> None:
-                bar.update(task, completed=step.step)
-                if step.held_out is not None:
-                    text = f"error {step.held_out:.3f} of the untuned code's"
-                    bar.update(task, description=text)
+        def on_step(step: Any, code: NeRCC) -> None:
+            bar.update(task, completed=step.step)
+            if step.held_out is not None:
+                text = f"error {step.held_out:.3f} of the untuned code's"
+                bar.update(task, description=text)
 
-            tuned = tune(network, start, x, laws, key=key, on_step=on_step, **descent)
-        code, names = tuned.code, ("lambda_enc", "lambda_dec", "gap_exponent")
-        numbers = ", ".join(f"{name} {float(getattr(code, name)):.3g}" for name in names)
-        taken = sum(step.objective is not None for step in tuned.history)
-        results = {
-            "tuned": f"{taken} steps in {tuned.seconds:.0f} s: {numbers}",
-            "objective": f"{tuned.objective:.4f} of the untuned code's, on held-out groups",
-        }
-        picture = pictures.tuning_figure(tuned.path, title)
+        tuned = tune(network, start, x, laws, key=key, on_step=on_step, **descent)
+    code, names = tuned.code, ("lambda_enc", "lambda_dec", "gap_exponent")
+    numbers = ", ".join(f"{name} {float(getattr(code, name)):.3g}" for name in names)
+    taken = sum(step.objective is not None for step in tuned.history)
+    results = {
+        "tuned": f"{taken} steps in {tuned.seconds:.0f} s: {numbers}",
+        "objective": f"{tuned.objective:.4f} of the untuned code's, on held-out groups",
+    }
+    picture = pictures.tuning_figure(tuned.path, title)
     picture.savefig(options.plot, dpi=130)
     codes: dict[str, AbstractCode] = {"untuned": start, "tuned": code}
     if options.learn_decoder:

@@ -283,24 +283,6 @@ def costs_figure(rows: Sequence[Any], title: str, into: Any) -> None:
     panel(into.subplots(), curves, "calls of the model a query", "labels kept, %", title)
 
 
-def layouts_figure(candidates: Sequence[Any], title: str) -> "Figure":
-    """Return the share of labels that differ by each layout's best code, untuned and tuned."""
-    from matplotlib.figure import Figure
-
-    figure, curves = Figure((WIDTH, 4.6), layout="constrained"), {}
-    colours, marks = (BLUE, RED, GREEN, ORANGE, PINK, TEAL, OLIVE, GREY), "osD^vhPX"
-    for number, layout in enumerate(dict.fromkeys(each.layout for each in candidates)):
-        found = {each.tuned: each.disagreement for each in candidates if each.layout == layout}
-        shares = [100 * found.get(tuned, np.nan) for tuned in (False, True)]
-        place = number % len(marks)
-        look = {"color": colours[place], "marker": marks[place]}
-        curves[layout] = Curve([0, 1], shares, look)
-    axis = figure.subplots()
-    panel(axis, curves, "", "labels that differ, held-out groups, in %", title)
-    axis.set_xticks([0, 1], ["untuned", "tuned"])
-    return figure
-
-
 def tuning_figure(history: Sequence[Any], title: str) -> "Figure":
     """Return a picture of a tuning run: its objective, and its numbers, at each step."""
     from matplotlib.figure import Figure

@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from ..pools.options import open_pool
 from ._batcher import CodedBatcher
 from ._metrics import Metrics
 from ._policy import read_outputs
-from .adapt._decoding import calibrate_or_restore
+from .adapt._decoding import calibrate_decoding
 from .adapt._predictor import Predictor
 from .core._coder import Coder
 from .core._request import DeadlineExceeded, Reply
@@ -56,12 +55,11 @@ class ServedModel:
         code: AbstractCode,
         settings: ModelSettings,
         metrics: Metrics,
-        cache: Path | None = None,
         predictor: Predictor | None = None,
     ):
         """Start the workers, and compile everything, so that no request waits for the compiler.
 
-        `cache` is a file for results of calibration. The predictor is as for `CodedBatcher`.
+        The predictor is as for `CodedBatcher`.
 
         Raises:
             ValueError: for a code where nothing can be coded (`Servable.uncodable`), or where
@@ -86,8 +84,8 @@ class ServedModel:
         if x is not None and self._coder.can_decode and not exact_only:
             with log_phase("calibrating", servable.name):
                 dtype, model = settings.worker_dtype, servable.model
-                accuracy = policy.accuracy
-                decoding = calibrate_or_restore(self._coder, model, x, accuracy, dtype, cache)
+                accuracy, x = policy.accuracy, x() if callable(x) else x
+                decoding = calibrate_decoding(self._coder, model, x, accuracy, worker_dtype=dtype)
             again = decoding.resent(code.num_data) if decoding.calibrated else 0.0
             if not self._coder.systematic and accuracy.promises and again > _MOST_RESENT:
                 asked = f"max_disagreement {accuracy.max_disagreement}"

@@ -2,19 +2,17 @@
 
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from batching import EXTRAS, INTERLEAVED, OWN
-from conftest import require
 from scipy.interpolate import make_interp_spline
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
 from nercc_jax.codes import BerrutSpline
 from nercc_jax.risk import Accuracy, ErrorProbability
-from nercc_jax.serving import Coder, DecodingScores, calibrate_decoding, make_servable
-from nercc_jax.serving.adapt._decoding import Compared, calibrate_or_restore
+from nercc_jax.serving import Coder, DecodingScores, calibrate_decoding
+from nercc_jax.serving.adapt._decoding import Compared
 
 # By name: whether queries are coded data points themselves, a query can be decoded from others',
 # its error has a probability, and it gains from an order.
@@ -298,107 +296,3 @@ def test_scores_are_learned_from_compared_answers_and_a_few_groups_say_nothing()
             assert np.mean(error[500:] <= score) > 0.85, "bars of nine tenths"
     short = calibrate_decoding(coder, tanh, rows(60, 3), LABELS)
     assert (short.limit(4), short.limit(2)) == (-1, -1)
-
-
-# Results of calibration are kept between starts: the same is known, and nothing is run for it.
-
-
-class Rows:
-    """Calibration data, and how often they were asked for."""
-
-    def __init__(self):
-        self.asked = 0
-
-    def __call__(self):
-        self.asked += 1
-        return np.random.default_rng(3).normal(size=(256, 4)).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def calibrate():
-    """Makes scores by a kept file, and says how often data were needed for it."""
-    servable = make_servable("tanh", lambda x: tanh(x), (4,), calibration=Rows())
-
-    def calibrate(path=None):
-        asked = servable.calibration.asked
-        made = calibrate_or_restore(
-            Coder(INTERLEAVED), servable.model, servable.calibration, LABELS, None, path
-        )
-        return made, servable.calibration.asked - asked
-
-    return calibrate
-
-
-def test_a_kept_calibration_needs_no_data(calibrate, tmp_path):
-    path = tmp_path / "folder" / "kept.npz"
-    (made, first), (kept, second) = calibrate(path), calibrate(path)
-    assert (first, second) == (1, 0)
-    assert kept.conditions == made.conditions
-    np.testing.assert_array_equal(kept.own, made.own)
-    assert kept.calibrated.keys() == made.calibrated.keys() == {2, 3, 4}
-    for few in (2, 3, 4):
-        same = zip(jax.tree.leaves(kept.of(few)), jax.tree.leaves(made.of(few)), strict=True)
-        assert all(np.array_equal(*each) for each in same)
-        assert kept.limit(few) == made.limit(few)
-
-
-def test_a_file_that_is_broken_is_made_anew_and_one_that_cannot_be_is_no_error(
-    calibrate, tmp_path, caplog
-):
-    path = tmp_path / "kept.npz"
-    made, _ = calibrate(path)
-    flipped = bytearray(path.read_bytes())
-    flipped[len(flipped) // 2] ^= 1
-    for content in (b"", b"PK\x03\x04 half of it", bytes(flipped)):
-        path.write_bytes(content)
-        again, asked = calibrate(path)
-        assert (asked, again.limit(4)) == (1, made.limit(4))
-        assert path.stat().st_size > 1000
-        assert "kept.npz" in caplog.text
-        caplog.clear()
-    (tmp_path / "file").touch()
-    assert calibrate(tmp_path / "file" / "kept.npz")[0].limit(4) == made.limit(4)
-
-
-@pytest.fixture
-def file_of():
-    """Gives the file of the results of a served model's calibration, by its settings."""
-    require("pydantic_settings", "serve")
-    from nercc_jax.cli._serving_models import calibration_file
-    from nercc_jax.serving import ModelSettings
-
-    return lambda code, **settings: calibration_file(ModelSettings(**settings), code)
-
-
-def test_its_name_has_all_that_it_depends_on(tmp_path, monkeypatch, file_of):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-    usual = {"model": "lenet5-digits"}
-    code = NeRCC(4, 8)
-    path = file_of(code, **usual)
-    assert path is not None
-    assert path.parent == tmp_path / "calibrations"
-    assert path == file_of(NeRCC(4, 8), **usual)
-    others = {
-        file_of(other, **usual | more)
-        for more, other in (
-            ({}, NeRCC(4, 8, lambda_dec=0.1)),
-            ({}, NeRCC(4, 9)),
-            ({"model": "lenet5-mnist"}, code),
-            ({"outputs": "probabilities"}, code),
-            ({"worker_dtype": "bfloat16"}, code),
-        )
-    }
-    assert len(others) == 5
-    assert path not in others
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "another")
-    assert file_of(code, **usual) != path
-
-
-@pytest.mark.parametrize(
-    ("folder", "model"),
-    [("", "lenet5-digits"), ("gs://there", "lenet5-digits"), ("here", "my:own")],
-)
-def test_not_all_is_kept(folder, model, monkeypatch, file_of):
-    """What your own model computes cannot be known from its name."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
-    assert file_of(NeRCC(4, 8), model=model) is None

@@ -5,12 +5,10 @@ learned from stragglers whose decoded answers were compared with the model's own
 """
 
 import collections
-import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
@@ -21,7 +19,6 @@ from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, Float
 
 from ...codes._trees import Form
-from ...codes.whole_files import read_arrays, write_arrays
 from ...codes.workers import run_workers
 from ...evaluation._answers import batched, cut_groups
 from ...evaluation._criteria import agree_on_labels, root_mean_square
@@ -30,7 +27,7 @@ from ...inference.models import Conditions, Model, current_conditions
 from ...risk import Accuracy, Comparison, ErrorProbability, Risk
 from ...risk._accuracy import error_ratios
 from ...risk._error_bars import ErrorScale, fit_error_scale
-from ...risk._error_probability import NUMBERS, fit_error_probability
+from ...risk._error_probability import fit_error_probability
 from ..core._coder import Coder
 from ..core._request import Answer
 
@@ -327,47 +324,3 @@ def calibrate_decoding(
             features = _without_margin(features)
             scores[queries] = fit_error_scale(features, missed, informative, accuracy, len(points))
     return DecodingScores(accuracy, scores, current_conditions(worker_dtype))
-
-
-def calibrate_or_restore(
-    coder: Coder,
-    model: Model,
-    x: np.ndarray | Callable[[], np.ndarray],
-    accuracy: Accuracy,
-    worker_dtype: DTypeLike | None,
-    cache: Path | None,
-) -> DecodingScores:
-    """Calibrate decoding, or restore a calibration from a file: it takes seconds.
-
-    The file is named after all that calibration depends on. It is written if it is not there, or
-    is damaged, which is logged. Raises as `calibrate_decoding`.
-    """
-    state: dict[str, Any] = {}
-    if cache is not None and accuracy.tolerance is None:  # bars are for one tolerance
-        try:
-            state = read_arrays(cache, "it is made again")
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except (OSError, ValueError) as error:
-            _LOG.warning("%s", error)
-    if state:
-        scores = {
-            queries: ErrorProbability(
-                **{name: state[f"{queries} {name}"] for name in NUMBERS}, form=coder.form
-            )
-            for queries in range(2, coder.num_data + 1)
-            if f"{queries} weights" in state
-        }
-        return DecodingScores(accuracy, scores, current_conditions(worker_dtype))
-    x = x() if callable(x) else x
-    made = calibrate_decoding(coder, model, x, accuracy, worker_dtype=worker_dtype)
-    if cache is not None and accuracy.tolerance is None:
-        state = {
-            f"{queries} {name}": np.asarray(getattr(score, name))
-            for queries, score in made.calibrated.items()
-            for name in NUMBERS
-        }
-        with contextlib.suppress(OSError):
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_arrays(cache, state)
-    return made
