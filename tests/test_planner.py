@@ -295,7 +295,7 @@ def test_own_workers():
         ({"max_extra_work": float("nan")}, "max_extra_work must be 0 or positive, and finite"),
         ({"max_disagreement": 1.5}, r"max_disagreement must be in \[0, 1\], not 1.5"),
         ({"overhead": -1.0}, "overhead must be 0 or positive, and finite, not -1.0"),
-        ({"buffer_size": -1}, "buffer_size must be a positive integer, not -1"),
+        ({"buffer_size": 0}, "buffer_size must be a positive integer, not 0"),
         ({"count": 7}, "fills no group of 4 in both halves"),
         ({"num_data": (3,)}, r"num_data must be divisors of the 4 queries, not \[3\]"),
         ({"layouts": ("none",)}, "points must be one of"),

@@ -277,8 +277,9 @@ def plan(
             in both halves, or data points or outputs are not finite.
     """
     begin = time.perf_counter()
+    buffer_size = num_queries if buffer_size is None else buffer_size
     num_queries, max_workers, buffer_size = check_counts(
-        num_queries=num_queries, max_workers=max_workers, buffer_size=buffer_size or num_queries
+        num_queries=num_queries, max_workers=max_workers, buffer_size=buffer_size
     )
     check_model(model)
     check_not_negative(max_extra_work=max_extra_work, overhead=overhead)
