@@ -19,8 +19,8 @@ from nercc_jax.pools import PoolReport
 from nercc_jax.pools.backend import WorkerReport
 from nercc_jax.rows import RowSettings
 from nercc_jax.rows._learner import FittedLearner, Learned, learn
-from nercc_jax.rows._state import Answered, Failed, Fence, Give, Learn, RowState, Send, Tick
 from nercc_jax.rows._table import COMPUTED, FAILED, PREDICTED, SENT, WAITING, RowTable
+from nercc_jax.rows.state import Answered, Failed, Fence, Give, Learn, RowState, Send, Tick
 from nercc_jax.surrogates import init_learner
 
 ROWS, WORKERS, BAD = 160, 5, {3, 77}
