@@ -11,13 +11,11 @@ from schedulers import ScriptedBackend, ScriptedPool, soon
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from nercc_jax import DevicePool
-from nercc_jax.cli._options import Options
-from nercc_jax.pools import Faults
+from nercc_jax.cli import Options
+from nercc_jax.pools import Fault, Faults
 from nercc_jax.pools.backend import WorkerDied
-from nercc_jax.pools.times import AnswerTimes
 from nercc_jax.risk import Accuracy
 from nercc_jax.rows import RowFunction, RowSettings, run_rows
-from nercc_jax.rows._queue import RowQueue
 from nercc_jax.schemes import fit_scheme
 from nercc_jax.surrogates import LearnerTuning
 
@@ -363,38 +361,6 @@ def test_a_resumed_run_without_a_budget_learns_from_the_rows_that_are_there(quic
     assert np.isfinite(found.score).all(), "each row is computed, or has a prediction with a bar"
 
 
-@pytest.mark.parametrize(
-    ("transport", "each", "row_bytes", "most_calls"),
-    [
-        (1e-3, 1e-6, 100, 120),
-        (0.0, 0.01, 100, 2700),
-        (0.06, 0.01, 100, 1400),
-        (0.0, 0.1, 100, 20_000),
-        (1e-3, 0.0, 224 * 224 * 3 * 8, 3000),
-    ],
-)
-def test_calls_grow_to_a_quarter_of_a_second_or_16_mib_and_leave_no_worker_idle(
-    transport, each, row_bytes, most_calls
-):
-    """A law of the calls' time, and two workers: each takes the next call when it is free."""
-    count, times, sizes, free = 20_000, AnswerTimes(), [], [0.0, 0.0]
-    done = np.zeros(count, bool)
-    rows = RowQueue(np.arange(count), 2, RowSettings(tolerance=0.0))
-    while len(taken := rows.take(lambda some: ~done[some])):
-        assert not done[taken].any()
-        done[taken] = True
-        seconds = transport + each * len(taken)
-        free[free.index(min(free))] += seconds
-        times.add(len(taken), seconds)
-        rows.observe(len(taken), times.median_of_latest(len(taken)), row_bytes)
-        sizes.append(len(taken))
-    assert done.all()
-    assert len(sizes) <= most_calls
-    assert max(sizes) == 1 or max(sizes) * each <= 0.25
-    assert max(sizes) * row_bytes <= 2**24
-    assert max(free) <= 1.1 * (count * each + len(sizes) * transport) / 2 + 0.02
-
-
 def odd(kind, over):
     """A function that does what is odd on the rows 3 and 700."""
 
@@ -541,3 +507,85 @@ def test_a_result_is_a_table():
     assert (table.drop(index=3)["output_1"] == 2 * np.delete(rows[:, 0], 3)).all()
     assert np.isnan(table["output_0"][3])
     assert "bar" in table
+
+
+# Answers that are checked by other workers'.
+
+
+def run_checked(*faults, num_workers=8, function=smooth, **options):
+    def make(function, number, **others):
+        return DevicePool(function, number, faults=Faults(faults, seed=3), **others)
+
+    options = {"tolerance": 0.0, "check_answers": 0.05, "rows_per_call": 4} | options
+    return run_rows(function, ROWS, make, num_workers=num_workers, **options)
+
+
+@pytest.mark.slow
+def test_rows_of_wrong_workers_are_computed_by_others(quick_fit):
+    """One swaps all answers; another those of one call in ten: nothing gives it away at first."""
+    result = run_checked(Fault("swap", workers=(1,)), Fault("swap", 0.1, workers=(5,)))
+    assert (result.status == "computed").all()
+    # Two swapped answers that are alike look like nothing: 1 of 40 runs kept one, 3e-4 off.
+    np.testing.assert_allclose(result.values, smooth(ROWS), atol=2e-3)
+    assert result.summary["checked"] == 600
+    assert "1" in result.summary["fenced"]
+    assert result.summary["corrected"] > 0
+    # A quarter may be fenced, so both may be.
+    assert set(result.summary["fenced"]) | set(result.summary["not_fenced"]) <= {"1", "5"}
+
+
+@pytest.mark.parametrize("looks_wrong", [0, 1])
+def test_what_came_in_one_call_with_an_outvoted_answer_is_computed_by_others(
+    monkeypatch, looks_wrong
+):
+    """One call of one worker is wrong, and one of its two rows looks so."""
+    pair = np.random.default_rng(0).permutation(600)[400:402]  # rows that are sent together
+    struck = []
+
+    def wrong_once(rows):
+        if np.array_equal(rows, ROWS[pair]) and not struck:
+            struck.append(True)
+            return smooth(rows) + 1
+        return smooth(rows)
+
+    def look_wrong(self, rows, values):
+        off = np.abs(values - smooth(ROWS[rows])).max(axis=1) > 0.1
+        return off & (rows == pair[looks_wrong]), np.ones(len(rows), bool)
+
+    monkeypatch.setattr("nercc_jax.rows._evidence.Evidence.look_wrong", look_wrong)
+    monkeypatch.setattr("nercc_jax.rows._evidence.Evidence.task", lambda *_, **__: None)
+    result = run_checked(function=wrong_once, rows_per_call=2, seed=0)
+    assert struck
+    np.testing.assert_allclose(result.values, smooth(ROWS), rtol=1e-12)
+    assert result.summary["fenced"] == result.summary["not_fenced"] == {}, "two are too few"
+    assert (result.summary["corrected"], result.summary["checked"]) == (2, 600)
+
+
+@pytest.mark.slow
+def test_right_answers_are_trusted_at_the_price_of_few_calls(quick_fit):
+    result = run_checked()
+    np.testing.assert_array_equal(result.values, smooth(ROWS))
+    assert result.summary["checked"] == 600
+    assert result.summary["suspicious"] <= 8 + 4 * 0.05 * 600
+    assert (result.summary["corrected"], result.summary["fenced"]) == (0, {})
+
+
+def test_two_workers_are_too_few():
+    with pytest.raises(ValueError, match=r"check_answers needs three workers or more.* has 2"):
+        run_checked(num_workers=2)
+
+
+def test_at_the_jobs_deadline_a_row_in_doubt_is_unknown_for_that_reason():
+    """The first row of each worker is computed by another, too, which takes too long here."""
+    seen = set()
+
+    def once(batch):
+        if (row := float(batch[0, 0])) in seen:
+            time.sleep(5.0)
+        seen.add(row)
+        return smooth(batch)
+
+    options = {"tolerance": 0.0, "check_answers": 0.05, "rows_per_call": 1, "job_deadline": 1.5}
+    result = run_rows(once, ROWS[:9], DevicePool, num_workers=3, **options)
+    assert result.status.tolist().count("unknown") >= 3
+    assert "its answers differ, or one looked wrong" in set(result.reasons.values())

@@ -13,11 +13,10 @@ import optax
 import oracle
 import pytest
 from flax import nnx
-from matrices import decoder_matrix, encoder_matrix
+from matrices import LAYOUTS, decoder_matrix, encoder_matrix
 
 import nercc_jax as nj
 from nercc_jax import parametrize
-from nercc_jax.codes._points import LAYOUTS
 from nercc_jax.evaluation._objective import make_trial
 from nercc_jax.tuning import Descent, Sampling
 from nercc_jax.tuning._sampling import split_points

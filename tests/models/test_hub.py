@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nercc_jax.cli._options import Options
+from nercc_jax.cli import Options
 from nercc_models import (
     HubModel,
     TorchModel,
