@@ -10,8 +10,9 @@ import pytest
 import test_splines as suite
 
 from nercc_jax import NeRCC
+
+from nercc_jax.splines import _rule  # isort: skip
 from nercc_jax.splines import (
-    _rule,  # how a program fits on each platform: no public name can force another's way
     posterior_variance,
     process_variance,
     smoothing_matrix,

@@ -85,17 +85,22 @@ def test_a_worker_that_breaks_costs_only_itself(x, masks):
     np.testing.assert_allclose(status.predictions[group], expected, atol=1e-5)
 
 
-def test_one_compilation_serves_every_straggler_set(x):
+@pytest.mark.parametrize("way", ["code", "mesh", "scheme"])
+def test_one_compilation_serves_every_straggler_set(way, x):
     traces = []
 
     def counting(batch):
         traces.append(batch.shape)
         return model(batch)
 
-    infer = coded_inference(counting, NeRCC(K, N))
-    for seed in range(20):
-        infer(x, np.random.default_rng(seed).uniform(size=(6, N)) < 0.6)
-    assert traces == [(6 * N, 3)], "one trace, all coded points in one batch"
+    mesh = jax.make_mesh((3,), ("workers",), devices=jax.devices()[:3]) if way == "mesh" else None
+    code = Scheme(NeRCC(K, N)) if way == "scheme" else NeRCC(K, N)
+    infer = coded_inference(counting, code, mesh=mesh)
+    for seed in range(20 if way == "code" else 5):
+        masks = np.random.default_rng(seed).uniform(size=(6, N)) < 0.6
+        infer(x.reshape(-1, 3) if way == "scheme" else x, masks)
+    # All coded points in one batch: on a mesh, those of the four workers of a device.
+    assert traces == [(6 * (4 if way == "mesh" else N), 3)]
 
 
 def test_parameters_pass_through_and_get_gradients(x, masks):

@@ -98,20 +98,6 @@ def test_each_kind_of_worker_is_spread_by_itself(devices):
     assert_same(infer(x[0], masks[0]), jax.tree.map(lambda leaf: leaf[0], expected))
 
 
-def test_one_compilation_serves_every_straggler_set():
-    traces = []
-
-    def counting(batch):
-        traces.append(batch.shape)
-        return model(batch)
-
-    infer = coded_inference(counting, NeRCC(4, 10), mesh=mesh_of(3))
-    for seed in range(10):
-        rng = np.random.default_rng(seed)
-        infer(rng.normal(size=(2, 4, 5)).astype("f"), rng.uniform(size=(2, 10)) < 0.6)
-    assert traces == [(2 * 4, 5)], "one trace, the four workers of a device in one batch"
-
-
 def test_models_of_every_make():
     x = np.random.default_rng(2).normal(size=(4, 3)).astype("f")
     mask = np.arange(7) != 2
