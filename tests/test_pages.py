@@ -1,7 +1,7 @@
 """Every Python block of README and of the documentation's pages runs as it stands, page by page.
 
-Code cells are run where the site is built; the blocks of docs/extending.md, docs/cluster.md and
-docs/deploy have tests of their own.
+Code cells are run where the site is built; the blocks of docs/cluster.md and docs/deploy have tests
+of their own, and those of docs/extending.md are one program, of which other tests use the code.
 """
 
 import ast
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import extending
 import numpy as np
 import pytest
 from commands import invoke
@@ -69,6 +70,23 @@ def test_the_blocks_run(page, tmp_path, request):
 
 def test_there_are_pages_to_run():
     assert {"README.md", "docs/own-models.md", "docs/serve.md"} <= {*RUN}
+
+
+def test_the_blocks_of_extending_run_as_one(capsys):
+    """Among them `check_code` of its own code."""
+    names: dict = {}
+    for block in extending.BLOCKS:
+        exec(compile(block, "docs/extending.md", "exec"), names)
+    assert any("\ncheck_code(MovingAverages(" in block for block in extending.BLOCKS)
+    rmse, slope = capsys.readouterr().out.split("\n")[:2]
+    assert np.isfinite(float(rmse.split()[1]))
+    assert abs(float(slope.split()[1])) > 0
+    law = names["EveryOther"]()
+    draws = {
+        tuple(np.asarray(law.available(key, 4)))
+        for key in names["jax"].random.split(names["jax"].random.key(0), 20)
+    }
+    assert draws == {(True, False, True, False), (False, True, False, True)}
 
 
 def commands():

@@ -145,12 +145,6 @@ def test_a_further_axis_of_the_mesh_may_shard_the_model(kind):
     np.testing.assert_allclose(got.predictions, expected.predictions, atol=1e-5)
 
 
-def test_a_mesh_without_the_axis(untyped):
-    message = r"axes \('x',\), and none named 'y': say by axis= over which of them"
-    with pytest.raises(ValueError, match=message):
-        coded_inference(model, NeRCC(4, 7), mesh=mesh_of(2, ("x",)), axis="y")
-
-
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """The program of docs/devices.md, in two processes of one job."""

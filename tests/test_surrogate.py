@@ -10,7 +10,7 @@ import pytest
 
 from nercc_jax import Berrut, ExactStragglers, NeRCC, fit_surrogate
 from nercc_jax.surrogates import Surrogate
-from nercc_jax.surrogates.interface import AbstractGroupPrior, SurrogatePredictions
+from nercc_jax.surrogates.interface import AbstractGroupPrior
 from nercc_jax.surrogates.surrogate import decode_with_deviation
 
 K, N, GROUPS, OUTPUTS = 4, 7, 6, 3
@@ -18,12 +18,9 @@ _WEIGHTS = np.random.default_rng(0).normal(size=(2, 5, OUTPUTS))
 EPS = {"float32": 2e-5, "float64": 1e-10}
 
 
-# The structure of outputs that are vectors.
-FORM = Surrogate(lambda x: x).group_prior(*2 * [np.zeros((1, 1, OUTPUTS), np.float32)]).form
-
-
 def fixed_outputs(own, coded):
-    return SurrogatePredictions(own=own, coded=coded, form=FORM)
+    """Return the prior of a surrogate that has these outputs."""
+    return Surrogate(lambda x: x).group_prior(own, coded)
 
 
 @eqx.filter_jit
