@@ -509,6 +509,7 @@ def by_program(t, y, at, lambda_, given):
     st.lists(st.floats(0.2, 5), min_size=9, max_size=9),
     st.sampled_from(((0.0, 0.0), *END_WEIGHTS)),
 )
+@hypothesis.settings(max_examples=40)
 def test_fits_are_the_textbooks_on_the_host_and_in_programs(t, mask, lambda_, weights, prices):
     """Of any observations, weighted, coincident, few and in any order.
 
@@ -523,7 +524,8 @@ def test_fits_are_the_textbooks_on_the_host_and_in_programs(t, mask, lambda_, we
     wanted[:, mask] = matrices.spline_matrix(t[mask], at, mu, tuple(prices), weights[mask].tolist())
     size = np.abs(wanted).sum(axis=1).max()
     with jax.enable_x64(True):
-        found, matrix, variance, process = by_program(t, y, at, jnp.asarray(lambda_), given)
+        asked = by_program(t, y, at, jnp.asarray(lambda_), given)
+        found, matrix, variance, process = map(np.asarray, asked)
         np.testing.assert_allclose(found, wanted @ y, atol=1e-9 * size)
         np.testing.assert_array_equal(matrix[:, ~mask], 0)
     host = smoothing_matrix_on_host(t, at, lambda_, **given)
