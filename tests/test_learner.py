@@ -5,7 +5,6 @@ And what it claims: of copies of pairs, in any unit of outputs, and without any 
 
 import subprocess
 import sys
-import time
 
 import equinox as eqx
 import jax
@@ -16,9 +15,8 @@ from scipy.spatial.distance import cdist
 from scipy.stats import norm
 
 from nercc_jax import NeRCC, Scheme, coded_inference, save_code
-from nercc_jax.pools import DevicePool
 from nercc_jax.risk import Accuracy, calibrate_learner_bars
-from nercc_jax.rows import run_rows
+from nercc_jax.rows import RowFunction, run_rows
 from nercc_jax.schemes import cross_validate_error_bars, fit_scheme
 from nercc_jax.serving.adapt._online_calibration import OnlineCalibration  # its claims, too
 from nercc_jax.stragglers import ExactStragglers
@@ -35,6 +33,7 @@ from nercc_jax.surrogates import (
     tune_learner,
 )
 from nercc_jax.surrogates.nearest import nearest_predictions
+from nercc_jax.testing import SimulatedPool
 
 CAPACITY, B = 48, 6
 RNG = np.random.default_rng(0)
@@ -591,18 +590,14 @@ def test_held_out_inputs_leave_with_all_answers_to_them():
 def test_rows_that_come_again_have_bars_that_hold():
     base = np.random.default_rng(1).uniform(-1, 1, (100, 2))
     x = np.random.default_rng(2).permutation(np.repeat(base, 6, axis=0))
-    result = run_rows(slow, x, DevicePool, num_workers=4, tolerance=0.05, rows_per_call=4)
+    with SimulatedPool(RowFunction(smooth), 4, seconds=lambda size: 0.02 * size) as pool:
+        result = run_rows(smooth, x, pool, tolerance=0.05, rows_per_call=4)
     predicted = result.status == "predicted"
     assert result.values is not None
     error = np.sqrt(np.mean((result.values - smooth(x)) ** 2, axis=1))
     assert predicted.sum() > 100
     assert np.mean(error[predicted] <= result.score[predicted]) > 0.85
     assert np.mean(error[predicted] > 0.05) < 0.02
-
-
-def slow(x):
-    time.sleep(0.02 * len(x))
-    return smooth(x)
 
 
 def test_queries_that_come_again_calibrate_no_server():
@@ -616,7 +611,7 @@ def test_queries_that_come_again_calibrate_no_server():
         study.add(x, smooth(x))
         if study.calibrated is not None:
             break
-    assert study.calibrated is None or study.progress()[0] <= 4 * 80
+    assert study.calibrated is None or study._count <= 4 * 80
     at = random.uniform(-1, 1, (400, 2)).astype(np.float32)
     while study.calibrated is None:
         x = random.uniform(-1, 1, (32, 2)).astype(np.float32)

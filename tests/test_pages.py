@@ -5,6 +5,7 @@ of their own, and those of docs/extending.md are one program, of which other tes
 """
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -105,6 +106,39 @@ def test_commands_have_the_options_that_they_are_given():
         name, *words = shlex.split(command, comments=True)
         named = {word for word in words if word.startswith("--")}
         assert named <= options_of(name), (page, command)
+
+
+CLUSTER = FOUND["docs/cluster.md"].read_text()
+
+
+def test_the_page_of_clusters_names_what_there_is():
+    """Options of Ray's commands, and of ours that are submitted to it; files; measured tables."""
+    lines = "".join(blocks(CLUSTER, "bash")).splitlines()
+    known = require("ray.scripts.scripts", "ray").cli.commands
+    for words in (shlex.split(line, comments=True) for line in lines):
+        if words[:2] == ["ray", "start"]:
+            known["start"].make_context("start", words[2:])
+        elif words:
+            if words[0] == "ray":
+                assert words[:3] == ["ray", "job", "submit"]
+                words = words[words.index("--") + 1 :]
+            assert words[0] == "nercc"
+            named = {word for word in words[2:] if word.startswith("--")}
+            assert named
+            assert named <= options_of(words[1])
+    options = options_of("run") | options_of("serve") | {"--hang-timeout-s"}
+    assert set(re.findall(r"`(--[\w-]+)", CLUSTER)) <= options
+    for link in re.findall(r"\]\((?!http)([\w./-]+)(?:#[\w-]+)?\)", CLUSTER):
+        assert (ROOT / "docs" / link).exists(), link
+    codes = dict(re.findall(r"^\| (\d+) \| (.+?) \|$", CLUSTER, re.MULTILINE))
+    assert codes.keys() == {"0", "1", "2", "3", "130"}
+    found = json.loads((ROOT / "bench" / "results" / "cluster.json").read_text())
+    assert found
+    for label, measured in found.items():
+        for row in measured["rows"]:
+            times = f"{row['p50_ms']:.0f} | {row['p99_ms']:.0f} | {row['max_ms']:.0f}"
+            line = f"| {label} | {row['stretch']} | {times} | {100 * row['exact']:.1f} %"
+            assert line in CLUSTER, line
 
 
 # Fewer data points and steps than a command on a page has; the last of two values counts.
