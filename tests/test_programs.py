@@ -192,6 +192,15 @@ def test_vmap_makes_more_groups_of_one_program():
     assert each <= groups
 
 
+def test_answers_of_one_group_under_many_masks():
+    code, y, masks, *_ = case("replication")
+    found = jax.jit(jax.vmap(lambda mask: code.try_decode(y[1], mask).predictions, out_axes=1))
+    exact = np.stack([matrices.decoder_matrix(code, mask) for mask in masks], axis=1)
+    wanted = np.where(exact.any(axis=2)[..., None], exact @ y[1].astype(float), np.nan)
+    assert np.isnan(wanted).any()
+    close(found(masks), wanted)
+
+
 def test_codes_of_which_each_has_a_group():
     codes = [NeRCC(4, 8, lambda_dec=each) for each in (1e-3, 1e-1)]
     leaves = [eqx.filter(code, eqx.is_array) for code in codes]
@@ -404,6 +413,12 @@ def test_workers_spread_by_shard_map(name):
     found = jax.jit(lambda x: run(code.encode(x)))(X[0])
     for device in range(4):
         close(found[device], wanted[0])
+    # Or each device does all for its own groups.
+    groups = jax.shard_map(
+        jax.vmap(lambda x: code.decode(model(code.encode(x)), mask)),
+        mesh=mesh_of(), check_vma=True, in_specs=P("w"), out_specs=P("w"),
+    )  # fmt: skip
+    close(jax.jit(groups)(X), wanted)
 
 
 @pytest.mark.parametrize("within", [True, False])
