@@ -2,6 +2,8 @@
 
 import threading
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,12 +119,50 @@ def test_racks_are_slow_by_the_clock():
         assert all(seen)
 
 
-def test_a_run_is_the_same_each_time():
+STRIKES = st.lists(
+    st.tuples(
+        st.sampled_from(["delay", "error", "nan", "hang", "death"]), st.sampled_from([0.1, 0.4])
+    ),
+    max_size=3,
+)
+
+
+@hypothesis.given(
+    STRIKES, st.integers(1, 4), st.integers(1, 6), st.integers(1, 3), st.booleans(),
+    st.integers(0, 10**6),
+)  # fmt: skip
+@hypothesis.settings(max_examples=25)
+def test_no_answer_is_lost_or_swapped_whatever_strikes(
+    strikes, workers, count, copies, hasty, seed
+):
+    """Each point of each batch has its own answer, or its attempts are used up, and says so.
+
+    Whether late ones are copied or not; and a run is the same each time.
+    """
+    three = TraceLatency(jnp.array([3.0]))
+    faults = Faults(
+        [Fault(kind, often, latency=three if kind == "delay" else None) for kind, often in strikes],
+        seed=seed,
+    )
+    overdue = Overdue(0.5, 2.0, least=4) if hasty else Overdue(least=10**6)
+
     def run():
-        faults = Faults([delay(3.0, probability=0.3), Fault("death", 0.1)], seed=7)
-        with paper(3, faults=faults) as pool:
-            waits = [pool.dispatch(POINTS).wait(3, deadline=50.0) for _ in range(20)]
-            return [(got.waited, *got.available) for got in waits], pool.report()
+        found = []
+        with paper(workers, faults=faults, overdue=overdue, hang_timeout=10.0) as pool:
+            for number in range(4):
+                points = np.arange(float(count))[:, None, None] + 100 * number
+                with pool.dispatch(points, copies=copies) as batch:
+                    answers = batch.wait(deadline=1e4)
+                    there = np.flatnonzero(answers.available).tolist()
+                    for point in there:
+                        assert answers.values is not None
+                        np.testing.assert_array_equal(answers.values[point], 2 * points[point])
+                    failed = {failure.point for failure in answers.failures}
+                    for point in {*range(count)} - {*there}:
+                        assert batch.lost(point)
+                        assert point in failed
+                    found.append((answers.waited, *there))
+            return found, pool.report()
 
     assert run() == run()
 
