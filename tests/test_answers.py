@@ -287,6 +287,7 @@ def test_enough_by_error_wants_every_data_point():
     known = record_answers(model, CODES["nercc"](), data())
     error = float(known.error(MASKS[1]))
     assert known.below(max_error=error * 1.001)(MASKS[1])
+    assert known.below(max_error=error)(MASKS[1]), "the limit itself is enough"
     assert not known.below(max_error=error * 0.999)(MASKS[1])
 
 
