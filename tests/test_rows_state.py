@@ -128,6 +128,7 @@ class Run(RuleBasedStateMachine):
     def tick(self, idle, aged, late, passed):
         self.now += passed
         ages = {call: (aged, late and aged > 0) for call in self.calls}
+        self.late = {call for call, (_, late) in ages.items() if late}
         learning = self.task is not None
         self.handle(Tick(self.now, report(idle), ages, learning, fit_seconds=0.01))
 
@@ -172,6 +173,9 @@ class Run(RuleBasedStateMachine):
         np.testing.assert_array_equal(table["held"], held)
         if not self.state.over:
             assert (held[table["state"] == SENT] > 0).all()
+            late = [self.calls[call] for call in self.late & self.calls.keys()]
+            wanted = sum(len(call.rows) for call in late if not call.copy)
+            assert self.state.progress().late == wanted
         assert self.state.calls.keys() == self.calls.keys()
         done = np.flatnonzero(table["state"] >= PREDICTED).tolist()
         assert sorted(self.values) == done
