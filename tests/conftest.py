@@ -33,11 +33,11 @@ type_checks.install()
 # that wait for processes and those that compile take turns, for two workers to have one of each.
 LONGEST = (
     *("test_answer_checks.py", "test_codes.py", "test_shutdown.py", "test_predictor.py"),
-    *("test_schedules.py", "test_ray_cluster.py", "test_compositions.py", "test_attack.py"),
+    *("test_schedules.py", "test_ray_cluster.py", "test_programs.py", "test_attack.py"),
     *("test_dissection.py", "test_learning_scheme.py", "test_run_command.py", "test_pools.py"),
     *("test_batcher.py", "test_deploy.py", "test_splines.py", "test_ray_data.py"),
     *("test_tuning.py", "test_chaos.py", "test_layouts.py", "test_own_models.py"),
-    *("test_planner.py", "test_ray_pools.py", "test_user_programs.py"),
+    *("test_planner.py", "test_ray_pools.py"),
 )
 FIRST = {name: place for place, name in enumerate(LONGEST)}
 
@@ -45,7 +45,7 @@ FIRST = {name: place for place, name in enumerate(LONGEST)}
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Where numbers are the subject, both precisions run by default; elsewhere one case, a slow one.
-NUMERICS = {"test_codes.py", "test_points.py", "test_posterior.py", "test_splines.py"}
+NUMERICS = {"test_codes.py", "test_points.py", "test_splines.py"}
 
 # Compiling is most of the time. Four programs (decoding, its two gradients, one of them vmapped)
 # took XLA 23.8 s of CPU time, 16.1 s without its fusion emitters, and 9.2 s without most of LLVM's

@@ -18,6 +18,9 @@ from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded, nes
 from nercc_jax.codes import BerrutSpline, LearnedDecoder
 from nercc_jax.tuning import learn_decoder
 
+# All layouts that the error at an unknown one names: `test_points.py` compares them.
+LAYOUTS = ("chebyshev", "approxifer", "sbacc", "uniform", "interleaved", "repeated")
+
 # For lambda = 0, and for answers that a code keeps as they are. Normal equations square both, and
 # 150 digits have room for that.
 _SMALL, _HEAVY, _DIGITS = 1e-30, 1e30, 150

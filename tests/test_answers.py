@@ -1,5 +1,6 @@
 """Recorded answers under straggler sets, the objective, and when they are enough: by NumPy."""
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import equinox as eqx
@@ -10,8 +11,18 @@ import pytest
 import scipy.special
 from matrices import decoded_by_hand, errors_of_sets
 
-from nercc_jax import AbstractCode, Berrut, Lagrange, NeRCC, Parity, Replication
+from nercc_jax import (
+    AbstractCode,
+    Berrut,
+    ExactStragglers,
+    Lagrange,
+    NeRCC,
+    Parity,
+    Replication,
+    nested_objective,
+)
 from nercc_jax.evaluation import record_answers
+from nercc_jax.stragglers import straggler_sets
 
 K, N, GROUPS = 4, 6, 5
 CODES = {
@@ -122,6 +133,103 @@ def test_they_tell_what_a_plain_loop_does(name, served, dtype):
     np.testing.assert_allclose(many, wrong.mean(axis=(1, 2)), atol=1e-6)
 
 
+# -- The objective: the mean over sets, and its gradients ------------------------------------------
+
+objective = eqx.filter_jit(nested_objective)
+
+
+def grouped(dtype="float32"):
+    return data(dtype)[: GROUPS * K].reshape(GROUPS, K, 3)
+
+
+def test_the_objective_is_the_mean_over_the_sets_that_recover_anything(dtype, key):
+    """So over all sets it is the expectation."""
+    code, x = CODES["nercc"](), grouped(dtype)
+    predictions, own = by_hand(code, data(dtype))
+    plain = [np.nanmean((each - own) ** 2) for each in predictions[:-1]]
+    tolerance = {"float32": 2e-5, "float64": 1e-10}[dtype]
+    np.testing.assert_allclose(objective(model, code, x, MASKS), np.mean(plain), rtol=tolerance)
+    assert float(objective(model, code, x, np.zeros_like(MASKS))) == 0
+    every = straggler_sets(ExactStragglers(2), key, N, 100)
+    gone = itertools.combinations(range(N), 2)
+    masks = np.stack([~np.isin(np.arange(N), each) for each in gone])
+    assert {row.tobytes() for row in np.asarray(every)} == {row.tobytes() for row in masks}
+    both = [lambda x: model(x, np), lambda x: parity_model(x, np)]
+    expected = np.mean((decoded_by_hand(code, both, x.astype(float), masks) - own) ** 2)
+    np.testing.assert_allclose(objective(model, code, x, every), expected, rtol=tolerance)
+
+
+def test_one_compilation_serves_every_mask_and_every_number(key):
+    traces, values = [], []
+
+    def counting(batch):
+        traces.append(1)
+        return model(batch)
+
+    compiled, x = eqx.filter_jit(nested_objective), grouped()
+    for i, layout in enumerate(("chebyshev", "approxifer", "uniform", "interleaved")):
+        masks = jax.random.bernoulli(jax.random.fold_in(key, i), 0.7, (5, N))
+        code = NeRCC(K, N, lambda_enc=1e-3 * i, lambda_dec=1e-3 * i, points=layout)
+        values.append(float(compiled(counting, code, x, masks)))
+    assert len(traces) == 2, "the model on data points and on coded data points, once each"
+    assert len(set(values)) == 4
+
+
+@pytest.mark.slow
+def test_gradients_in_every_number_are_finite_differences():
+    """At points inside (-1, 1), where the angle has a derivative; some masks lose the ends."""
+    with jax.enable_x64(True):
+        points = ([0.85, 0.3, -0.2, -0.7], [0.97, 0.8, 0.35, 0.05, -0.4, -0.93])
+        numbers = {"lambda_enc": 2e-3, "lambda_dec": 1e-4, "gap_exponent": 1.5, "end_penalty": 3.0}
+        code, x = NeRCC(K, N, **numbers, points=points), jnp.asarray(grouped("float64"))
+        numbers = {name: getattr(code, name) for name in (*numbers, "alpha", "beta")}
+
+        def error(numbers):
+            moved = eqx.tree_at(lambda c: [getattr(c, n) for n in numbers], code,
+                                list(numbers.values()))  # fmt: skip
+            return nested_objective(model, moved, x, jnp.asarray(MASKS))
+
+        value_and_gradient, forward = jax.jit(jax.value_and_grad(error)), jax.jacfwd(error)(numbers)
+        _, reverse = value_and_gradient(numbers)
+        for name, value in numbers.items():
+            np.testing.assert_allclose(forward[name], reverse[name], rtol=1e-8, atol=1e-14)
+            size = np.abs(reverse[name]).max()
+            assert size > 0, name
+            for i in np.ndindex(value.shape):
+                step = 3e-5 * float(jnp.abs(value[i])) if value.ndim == 0 else 3e-6
+                up, down = (
+                    float(value_and_gradient({**numbers, name: value.at[i].add(s)})[0])
+                    for s in (step, -step)
+                )
+                slope = (up - down) / (2 * step)
+                np.testing.assert_allclose(reverse[name][i], slope, atol=2e-6 * size, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": np.zeros((2, K + 1, 2))}, r"x has shape \(2, 5, 2\); its first 2 axes must be"),
+        ({"x": np.zeros((0, K, 2))}, "x must be"),
+        ({"x": np.zeros(K)}, "its first 2 axes must be"),
+        ({"available": MASKS[0]}, r"available must be masks \(sets, 6\), not bool\(6,\)"),
+        ({"available": MASKS[:, :-1]}, r"not bool\(5, 5\)"),
+        ({"available": MASKS.astype(float)}, r"not float\d\d"),
+        ({"criterion": "mae"}, "mse, cross_entropy, disagreement or a function, not 'mae'"),
+        ({"criterion": None}, "criterion must be one of .* or a function, not None"),
+        ({"code": Parity(K, N)}, "the workers of this code run 2 models, but 1 came"),
+    ],
+)
+def test_errors_of_the_objective(change, message, untyped):
+    given = {"code": Berrut(K, N), "x": grouped(), "available": MASKS} | change
+    code, x, masks = (given.pop(name) for name in ("code", "x", "available"))
+    with pytest.raises(ValueError, match=message):
+        # All that is checked are shapes and names.
+        eqx.filter_eval_shape(nested_objective, model, code, x, masks, **given)
+
+
+# -- When they are enough --------------------------------------------------------------------------
+
+
 @pytest.fixture
 def lowered():
     """What JAX makes programs of while the test runs."""
@@ -179,6 +287,7 @@ def test_enough_by_error_wants_every_data_point():
     known = record_answers(model, CODES["nercc"](), data())
     error = float(known.error(MASKS[1]))
     assert known.below(max_error=error * 1.001)(MASKS[1])
+    assert known.below(max_error=error)(MASKS[1]), "the limit itself is enough"
     assert not known.below(max_error=error * 0.999)(MASKS[1])
 
 

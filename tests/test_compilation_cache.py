@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nercc_jax.cli import _process
+from nercc_jax.cli import keep_programs
 
 COUNT = """
 import jax
@@ -87,7 +87,7 @@ def test_commands_run_without_a_folder(tmp_path, monkeypatch, caplog):
     def fail():
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(_process, "enable_compilation_cache", fail)
+    monkeypatch.setattr("nercc_jax.cli._process.enable_compilation_cache", fail)
     with caplog.at_level("INFO"):
-        _process.keep_programs()
+        keep_programs()
     assert caplog.messages == ["compiled programs are not kept"]

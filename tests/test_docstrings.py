@@ -7,7 +7,7 @@ import pkgutil
 
 import pytest
 from pages import blocks
-from rooms import ROOMS
+from test_architecture import ROOMS
 
 # What needs an extra is imported by its own tests.
 WITH_EXTRAS = {"serving", "cli"}

@@ -7,8 +7,6 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("nercc_jax", "models", "bench")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -36,10 +34,12 @@ def definitions(tree: ast.AST) -> Iterator[Definition]:
             yield node
 
 
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
+
+
 def test_docstrings_are_sentences():
     total, fragments = 0, []
-    for path in FILES:
-        tree = ast.parse(path.read_text())
+    for path, tree in TREES.items():
         for node in (tree, *definitions(tree)):
             if text := ast.get_docstring(node):
                 total += 1
@@ -51,18 +51,17 @@ def test_docstrings_are_sentences():
 
 def test_a_public_name_has_one_meaning():
     places: dict[str, list[str]] = {}
-    for path in FILES:
+    for path, tree in TREES.items():
         if path.is_relative_to(ROOT / "nercc_jax"):
-            for node in ast.parse(path.read_text()).body:
+            for node in tree.body:
                 if isinstance(node, Definition) and not node.name.startswith("_"):
                     places.setdefault(node.name, []).append(label(path))
     twice = {name: where for name, where in places.items() if len(set(where)) > 1}
     assert twice.keys() == TWICE.keys(), twice
 
 
-@pytest.mark.parametrize("path", FILES, ids=label)
-def test_documented_arguments_are_the_functions_own(path):
-    for node in definitions(ast.parse(path.read_text())):
+def test_documented_arguments_are_the_functions_own():
+    for path, node in ((path, node) for path, tree in TREES.items() for node in definitions(tree)):
         documented = section(ast.get_docstring(node) or "", "Args")
         if isinstance(node, ast.ClassDef) or documented is None:
             continue
@@ -70,7 +69,7 @@ def test_documented_arguments_are_the_functions_own(path):
         own = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
         own += [f"*{given.vararg.arg}"] if given.vararg else []
         own += [f"**{given.kwarg.arg}"] if given.kwarg else []
-        assert {*documented} == {*own} - {"self", "cls"}, node.name
+        assert {*documented} == {*own} - {"self", "cls"}, f"{label(path)}: {node.name}"
 
 
 def section(docstring: str, title: str) -> list[str] | None:
@@ -81,10 +80,8 @@ def section(docstring: str, title: str) -> list[str] | None:
     return re.findall(r"^    (\*{0,2}\w+)(?: \([^)]*\))?:", found[1], re.MULTILINE)
 
 
-@pytest.mark.parametrize("path", FILES, ids=label)
-def test_words_that_are_gone_stay_gone(path):
-    words = set()
-    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
-        if token.type == tokenize.NAME:
-            words.add(token.string)
-    assert not words & GONE
+def test_words_that_are_gone_stay_gone():
+    for path in FILES:
+        tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+        words = {token.string for token in tokens if token.type == tokenize.NAME}
+        assert not words & GONE, label(path)

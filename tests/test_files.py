@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import nercc_jax as nj
-from nercc_jax.codes._points import LAYOUTS
 from nercc_jax.codes.whole_files import NO_CHECKSUM, read_checked, write_checked
 from nercc_jax.pools import DevicePool
 from nercc_jax.rows import run_rows
@@ -26,7 +25,10 @@ ODD = {
     "end_penalty": 1e5 / 7,
 }
 CODES = {
-    **{layout: lambda layout=layout: nj.NeRCC(K, N, points=layout, **ODD) for layout in LAYOUTS},
+    **{
+        layout: lambda layout=layout: nj.NeRCC(K, N, points=layout, **ODD)
+        for layout in matrices.LAYOUTS
+    },
     "published": lambda: nj.NeRCC(K, N, lambda_enc=0.0, lambda_dec=1e-7),
     "exact": lambda: nj.NeRCC(K, N, lambda_dec=1e-3, points="interleaved", exact=True),
     "not-a-knot": lambda: nj.NeRCC(K, N, lambda_dec=0.0, ends="not-a-knot"),

@@ -66,61 +66,22 @@ def test_status(x, masks):
     assert not status.responded[4].any(), "every coded point holds a part of the broken one"
 
 
-def test_a_worker_that_breaks_costs_only_itself(x, masks):
-    """A model that fails on some coded points, in one group."""
-    code = NeRCC(K, N)
-    sizes = jnp.sort(jnp.abs(jax.vmap(code.encode)(x)).max(axis=2).ravel())
-    limit = float(jnp.mean(sizes[-2:]))  # between the two largest: no rounding decides
-
-    def fragile(batch):
-        broken = jnp.abs(batch).max(axis=1, keepdims=True) > limit
-        return jnp.where(broken, jnp.inf, model(batch))
-
-    everyone = np.ones(N, bool)
-    status = coded_inference(fragile, code, with_status=True)(x, everyone)
-    assert (~status.responded).sum() == 1
-    assert status.recovered.all()
-    group = int(np.flatnonzero(~status.responded.all(axis=1))[0])
-    expected = code.decode(model(code.encode(x[group])), status.responded[group])
-    np.testing.assert_allclose(status.predictions[group], expected, atol=1e-5)
-
-
-def test_one_compilation_serves_every_straggler_set(x):
+@pytest.mark.parametrize("way", ["code", "mesh", "scheme"])
+def test_one_compilation_serves_every_straggler_set(way, x):
     traces = []
 
     def counting(batch):
         traces.append(batch.shape)
         return model(batch)
 
-    infer = coded_inference(counting, NeRCC(K, N))
-    for seed in range(20):
-        infer(x, np.random.default_rng(seed).uniform(size=(6, N)) < 0.6)
-    assert traces == [(6 * N, 3)], "one trace, all coded points in one batch"
-
-
-def test_parameters_pass_through_and_get_gradients(x, masks):
-    def linear(batch, weights):
-        return jnp.tanh(batch @ weights)
-
-    weights = jnp.ones((3, 2), x.dtype)
-    infer = coded_inference(linear, NeRCC(K, N))
-    expected = coded_inference(lambda batch: linear(batch, weights), NeRCC(K, N))(x, masks)
-    np.testing.assert_allclose(infer(x, masks, weights), expected, atol=1e-6)
-
-    def loss(weights, code, x):
-        return jnp.sum(coded_inference(linear, code)(x, masks, weights) ** 2)
-
-    gradients = eqx.filter_jit(eqx.filter_grad(lambda parts: loss(*parts)))(
-        (weights, NeRCC(K, N, lambda_enc=1e-5), x)
-    )
-    for leaf in jax.tree.leaves(gradients):
-        assert np.isfinite(leaf).all()
-        assert np.abs(leaf).max() > 0
-    step = 1e-2
-    up, down = (
-        loss(weights.at[0, 0].add(s), NeRCC(K, N, lambda_enc=1e-5), x) for s in (step, -step)
-    )
-    np.testing.assert_allclose(gradients[0][0, 0], (up - down) / (2 * step), rtol=1e-2)
+    mesh = jax.make_mesh((3,), ("workers",), devices=jax.devices()[:3]) if way == "mesh" else None
+    code = Scheme(NeRCC(K, N)) if way == "scheme" else NeRCC(K, N)
+    infer = coded_inference(counting, code, mesh=mesh)
+    for seed in range(20 if way == "code" else 5):
+        masks = np.random.default_rng(seed).uniform(size=(6, N)) < 0.6
+        infer(x.reshape(-1, 3) if way == "scheme" else x, masks)
+    # All coded points in one batch: on a mesh, those of the four workers of a device.
+    assert traces == [(6 * (4 if way == "mesh" else N), 3)]
 
 
 def test_each_worker_runs_its_own_model_in_one_batch_a_model(x):

@@ -12,7 +12,7 @@ from matrices import errors_of_sets
 import nercc_jax as nj
 from nercc_jax import search_layout
 from nercc_jax.codes import regression_points
-from nercc_jax.evaluation._objective import draw_sets
+from nercc_jax.stragglers import straggler_sets
 from nercc_jax.tuning import Descent, LayoutTuning, Sampling
 from nercc_jax.tuning._sampling import split_points
 
@@ -48,8 +48,10 @@ def search(reported):
 def held_out(key):
     """The groups and straggler sets that the search decides on."""
     groups = split_points(DATA, K, HALF, jax.random.fold_in(key, 0))[1].reshape(-1, K, 3)
-    masks, law = draw_sets(LAWS, jax.random.fold_in(key, 2), N, 12)
-    return groups, np.asarray(masks), np.asarray(law)
+    keys = (jax.random.fold_in(jax.random.fold_in(key, 2), place) for place in range(len(LAWS)))
+    masks = [straggler_sets(law, key, N, 12) for law, key in zip(LAWS.values(), keys, strict=True)]
+    law = np.repeat(np.arange(len(masks)), [len(sets) for sets in masks])
+    return groups, np.concatenate(masks), law
 
 
 def disagreement(code, groups, masks, law):

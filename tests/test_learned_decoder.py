@@ -11,7 +11,6 @@ import pytest
 
 from nercc_jax import Berrut, NeRCC, Replication, Uncoded, coded_inference
 from nercc_jax.codes import LearnedDecoder
-from nercc_jax.codes._kept import kept_matrices
 from nercc_jax.evaluation import record_answers
 from nercc_jax.inference import order_points
 from nercc_jax.tuning import learn_decoder, parametrize
@@ -131,9 +130,7 @@ def test_how_sure_it_is(learned):
     for mask in MASKS:
         predictions, deviation = learned.decode(y, mask, return_uncertainty=True)
         np.testing.assert_allclose(predictions, infer(X[600 : 600 + K], mask), atol=1e-5)
-        kept = kept_matrices(learned)
-        assert kept is not None
-        variance, root = kept.by_numpy("variances_on_host", mask)
+        variance, root = jax.tree.map(np.asarray, learned).variances_on_host(mask)
         white = np.einsum("in,nm->im", root, np.where(mask[:, None], y, 0))
         scale = np.sum(np.mean(white**2, axis=1))
         np.testing.assert_allclose(deviation, np.sqrt(variance * scale), rtol=0.02)

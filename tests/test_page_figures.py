@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from conftest import bench_modules, require
 
-from nercc_jax.risk import RiskMonitor, _accuracy, _evidence
+from nercc_jax.risk import RiskMonitor
+
+from nercc_jax.risk import _accuracy, _evidence  # isort: skip
 from nercc_jax.serving.adapt import _decoding
 
 HERE = Path(__file__).parents[1]

@@ -1,10 +1,11 @@
 """Every Python block of README and of the documentation's pages runs as it stands, page by page.
 
-Code cells are run where the site is built; the blocks of docs/extending.md, docs/cluster.md and
-docs/deploy have tests of their own.
+Code cells are run where the site is built; the blocks of docs/cluster.md and docs/deploy have tests
+of their own, and those of docs/extending.md are one program, of which other tests use the code.
 """
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import extending
 import numpy as np
 import pytest
 from commands import invoke
@@ -71,6 +73,23 @@ def test_there_are_pages_to_run():
     assert {"README.md", "docs/own-models.md", "docs/serve.md"} <= {*RUN}
 
 
+def test_the_blocks_of_extending_run_as_one(capsys):
+    """Among them `check_code` of its own code."""
+    names: dict = {}
+    for block in extending.BLOCKS:
+        exec(compile(block, "docs/extending.md", "exec"), names)
+    assert any("\ncheck_code(MovingAverages(" in block for block in extending.BLOCKS)
+    rmse, slope = capsys.readouterr().out.split("\n")[:2]
+    assert np.isfinite(float(rmse.split()[1]))
+    assert abs(float(slope.split()[1])) > 0
+    law = names["EveryOther"]()
+    draws = {
+        tuple(np.asarray(law.available(key, 4)))
+        for key in names["jax"].random.split(names["jax"].random.key(0), 20)
+    }
+    assert draws == {(True, False, True, False), (False, True, False, True)}
+
+
 def commands():
     """Ours in all pages' blocks, with the page."""
     for name, page in FOUND.items():
@@ -87,6 +106,39 @@ def test_commands_have_the_options_that_they_are_given():
         name, *words = shlex.split(command, comments=True)
         named = {word for word in words if word.startswith("--")}
         assert named <= options_of(name), (page, command)
+
+
+CLUSTER = FOUND["docs/cluster.md"].read_text()
+
+
+def test_the_page_of_clusters_names_what_there_is():
+    """Options of Ray's commands, and of ours that are submitted to it; files; measured tables."""
+    lines = "".join(blocks(CLUSTER, "bash")).splitlines()
+    known = require("ray.scripts.scripts", "ray").cli.commands
+    for words in (shlex.split(line, comments=True) for line in lines):
+        if words[:2] == ["ray", "start"]:
+            known["start"].make_context("start", words[2:])
+        elif words:
+            if words[0] == "ray":
+                assert words[:3] == ["ray", "job", "submit"]
+                words = words[words.index("--") + 1 :]
+            assert words[0] == "nercc"
+            named = {word for word in words[2:] if word.startswith("--")}
+            assert named
+            assert named <= options_of(words[1])
+    options = options_of("run") | options_of("serve") | {"--hang-timeout-s"}
+    assert set(re.findall(r"`(--[\w-]+)", CLUSTER)) <= options
+    for link in re.findall(r"\]\((?!http)([\w./-]+)(?:#[\w-]+)?\)", CLUSTER):
+        assert (ROOT / "docs" / link).exists(), link
+    codes = dict(re.findall(r"^\| (\d+) \| (.+?) \|$", CLUSTER, re.MULTILINE))
+    assert codes.keys() == {"0", "1", "2", "3", "130"}
+    found = json.loads((ROOT / "bench" / "results" / "cluster.json").read_text())
+    assert found
+    for label, measured in found.items():
+        for row in measured["rows"]:
+            times = f"{row['p50_ms']:.0f} | {row['p99_ms']:.0f} | {row['max_ms']:.0f}"
+            line = f"| {label} | {row['stretch']} | {times} | {100 * row['exact']:.1f} %"
+            assert line in CLUSTER, line
 
 
 # Fewer data points and steps than a command on a page has; the last of two values counts.

@@ -34,6 +34,7 @@ from nercc_jax.inference.models import Conditions
 from nercc_jax.pools import Fault, Faults, Overdue, run_batches
 from nercc_jax.risk import ErrorProbability
 from nercc_jax.stragglers import TraceLatency
+from nercc_jax.testing import SimulatedPool
 
 K, N = 8, 20
 
@@ -65,13 +66,29 @@ def threads(*models, **options):
     return DevicePool(*models, devices=jax.local_devices(), **options)
 
 
-@pytest.fixture(scope="module", params=["devices", pytest.param("ray", marks=pytest.mark.slow)])
+def on_paper(model, num_workers, *, example=None, **options):
+    """Workers that exist in simulated time only, and need no example of an input."""
+    return SimulatedPool(model, num_workers, seconds=lambda size: 0.1 * size, **options)
+
+
+KINDS = {"devices": threads, "simulated": on_paper, "ray": RayPool}
+
+
+@pytest.fixture(
+    scope="module", params=["devices", "simulated", pytest.param("ray", marks=pytest.mark.slow)]
+)
 def make(request):
-    """Makes a pool of either kind."""
-    if request.param == "devices":
-        return threads
-    request.getfixturevalue("cluster")
-    return RayPool
+    """Makes a pool of any kind."""
+    if request.param == "ray":
+        request.getfixturevalue("cluster")
+    return KINDS[request.param]
+
+
+def settle(pool, condition):
+    """Wait until it holds; simulated time goes on only while somebody waits, or is told to."""
+    if isinstance(pool, SimulatedPool):
+        pool.clock.run(pool.clock.now() + 10.0)
+    soon(condition)
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +166,16 @@ def test_workers_run_the_model_that_the_code_gives_them(make):
         )
 
 
-REASONS = {"error": "InjectedError", "nan": "not finite", "hang": "it hangs", "death": "gone|ended"}
+REASONS = {"error": "InjectedError", "nan": "not finite", "hang": "it hangs"}
+REASONS |= {"death": "gone|ended|died"}
 
 
+@pytest.mark.parametrize("make", [threads, on_paper])
 @pytest.mark.parametrize("kind", REASONS)
-def test_a_fault_costs_no_answer(kind):
+def test_a_fault_costs_no_answer(kind, make):
     """Each in the first call of worker 0: another worker does it, and the report says so."""
     faults = Faults([Fault(kind, workers=(0,), calls=(0,))])
-    with threads(itself, 3, example=points(1)[0], faults=faults, hang_timeout=5.0) as pool:
+    with make(itself, 3, example=points(1)[0], faults=faults, hang_timeout=5.0) as pool:
         with pool.dispatch(points(6)) as batch:
             answers = batch.wait(deadline=SOON)
         np.testing.assert_array_equal(answers.values, 2 * points(6))
@@ -168,7 +187,7 @@ def test_a_fault_costs_no_answer(kind):
             assert failure.worker == 0
             assert re.search(REASONS[kind], failure.reason)
         if kind in ("hang", "death"):
-            soon(lambda: pool.report().deaths >= 1 and pool.report().deaths_by_worker[0] >= 1)
+            settle(pool, lambda: pool.report().deaths_by_worker[0] == pool.report().deaths >= 1)
             assert pool.report().hung == (pool.report().deaths if kind == "hang" else 0)
         else:
             assert pool.report().errors == 1
@@ -206,8 +225,8 @@ def test_a_delayed_answer_is_late_and_never_anothers(make):
                 np.testing.assert_array_equal(
                     answers.values[answers.available], 2 * points(2, number)[answers.available]
                 )
-        soon(lambda: pool.report().late >= 1)
-        soon(lambda: pool.report().idle == 2)
+        settle(pool, lambda: pool.report().late >= 1)
+        settle(pool, lambda: pool.report().idle == 2)
         assert pool.report().wasted_seconds > 0
         with pool.dispatch(points(2, 9)) as batch:
             np.testing.assert_array_equal(batch.wait(deadline=SOON).values, 2 * points(2, 9))
@@ -250,6 +269,9 @@ def started_once(monkeypatch):
 
 
 def test_workers_that_do_not_start(make, started_once):
+    if make is on_paper:
+        pytest.skip("they are there at once, and run nothing before they are asked")
+
     def broken(batch):
         raise ValueError("cannot multiply")
 

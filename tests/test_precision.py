@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded, coded_inference
-from nercc_jax.codes._code import variances
 from nercc_jax.evaluation import nested_objective
 from nercc_jax.inference import robust_decode
 from nercc_jax.splines import (
@@ -54,7 +53,10 @@ PROGRAMS = {
     "matrix": (lambda t: smoothing_matrix(t, AT, 1e-3), (T,)),
     "posterior variance": (lambda t: posterior_variance(t, AT, 1e-3), (T,)),
     "process variance": (lambda t, y: process_variance(t, y, 1e-3), (T, Y)),
-    "variances": (variances, (CODES["nercc"], Y[None], jnp.ones((1, 9), bool))),
+    "variances": (
+        lambda y: CODES["nercc"].decode(y, jnp.ones(9, bool), return_uncertainty=True),
+        (Y,),
+    ),
     "robust": (
         lambda y: robust_decode(CODES["nercc"], y, np.ones(9, bool), max_adversaries=1),
         (Y,),

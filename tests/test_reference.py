@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import require
-from rooms import ROOMS
+from test_architecture import ROOMS
 
 DOCS = Path(__file__).parents[1] / "docs"
 MODULES = (*(f"nercc_jax.{room}" for room in ROOMS if room != "cli"), "nercc_models")

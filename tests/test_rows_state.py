@@ -1,5 +1,10 @@
-"""The state of a run over rows, driven by events: each row ends once, nothing waits for ever."""
+"""The state of a run over rows, driven by events: each row ends once, nothing waits for ever.
 
+Then its parts, one by one: what may be given out, what is learned, how large calls are, and which
+answers are doubted.
+"""
+
+import itertools
 from typing import Any
 from unittest import mock
 
@@ -17,10 +22,28 @@ from hypothesis.stateful import (
 
 from nercc_jax.pools import PoolReport
 from nercc_jax.pools.backend import WorkerReport
+from nercc_jax.pools.times import AnswerTimes
 from nercc_jax.rows import RowSettings
-from nercc_jax.rows._learner import FittedLearner, Learned, learn
-from nercc_jax.rows._state import Answered, Failed, Fence, Give, Learn, RowState, Send, Tick
-from nercc_jax.rows._table import COMPUTED, FAILED, PREDICTED, SENT, WAITING, RowTable
+from nercc_jax.rows._learner import FittedLearner, learn  # what the learner's thread does
+from nercc_jax.rows.files import Parts
+from nercc_jax.rows.state import (
+    AGAIN,
+    COMPUTED,
+    FAILED,
+    PREDICTED,
+    SENT,
+    WAITING,
+    Answered,
+    Failed,
+    Fence,
+    Give,
+    Learn,
+    Learned,
+    RowState,
+    RowTable,
+    Send,
+    Tick,
+)
 from nercc_jax.surrogates import init_learner
 
 ROWS, WORKERS, BAD = 160, 5, {3, 77}
@@ -31,13 +54,12 @@ def function(rows):
     return np.concatenate([np.sin(3 * X[rows]), np.cos(2 * X[rows])], axis=1)
 
 
-def report(idle=0, starting=0, deaths=0):
-    workers = tuple(WorkerReport("idle", 0.0, deaths) for _ in range(WORKERS))
+def report(idle=0, workers=WORKERS):
+    reports = tuple(WorkerReport("idle", 0.0, 0) for _ in range(workers))
     zeros = dict.fromkeys(("sent", "answered", "late", "errors", "deaths", "hung", "copies"), 0)
     further = {"internal_errors": 0, "seconds": 0.0, "wasted_seconds": 0.0}
-    busy = WORKERS - idle - starting
-    numbers = {"num_workers": WORKERS, "idle": idle, "busy": busy, "starting": starting}
-    return PoolReport(**numbers, **zeros, **further, workers=workers)
+    numbers = {"num_workers": workers, "idle": idle, "busy": workers - idle, "starting": 0}
+    return PoolReport(**numbers, **zeros, **further, workers=reports)
 
 
 def estimates(rows, mean, deviation, *, left_out=0, late=()):
@@ -106,6 +128,7 @@ class Run(RuleBasedStateMachine):
     def tick(self, idle, aged, late, passed):
         self.now += passed
         ages = {call: (aged, late and aged > 0) for call in self.calls}
+        self.late = {call for call, (_, late) in ages.items() if late}
         learning = self.task is not None
         self.handle(Tick(self.now, report(idle), ages, learning, fit_seconds=0.01))
 
@@ -150,6 +173,9 @@ class Run(RuleBasedStateMachine):
         np.testing.assert_array_equal(table["held"], held)
         if not self.state.over:
             assert (held[table["state"] == SENT] > 0).all()
+            late = [self.calls[call] for call in self.late & self.calls.keys()]
+            wanted = sum(len(call.rows) for call in late if not call.copy)
+            assert self.state.progress().late == wanted
         assert self.state.calls.keys() == self.calls.keys()
         done = np.flatnonzero(table["state"] >= PREDICTED).tolist()
         assert sorted(self.values) == done
@@ -188,8 +214,8 @@ TestRun = Run.TestCase
 # What may be given out.
 
 
-def a_state(x, **options):
-    return RowState(RowSettings(**options), x, RowTable(len(x)), report())
+def a_state(x, workers=WORKERS, **options):
+    return RowState(RowSettings(**options), x, RowTable(len(x)), report(workers=workers))
 
 
 def come(state, rows, values, late):
@@ -304,3 +330,171 @@ def test_a_row_is_predicted_without_itself_and_as_far_off_as_its_neighbours_were
     for place in (0, 4):
         np.testing.assert_allclose(found.mean[place], mean[0], atol=1e-2, err_msg="not a pair")
         np.testing.assert_allclose(found.plain[place], deviation[0], rtol=0.02)
+
+
+# How large calls are.
+
+
+@pytest.mark.parametrize(
+    ("transport", "each", "row_bytes", "most_calls"),
+    [
+        (1e-3, 1e-6, 100, 120),
+        (0.0, 0.01, 100, 2700),
+        (0.06, 0.01, 100, 1400),
+        (0.0, 0.1, 100, 20_000),
+        (1e-3, 0.0, 224 * 224 * 3 * 8, 3000),
+    ],
+)
+def test_calls_grow_to_a_quarter_of_a_second_or_16_mib_and_leave_no_worker_idle(
+    transport, each, row_bytes, most_calls
+):
+    """A law of the calls' time, and two workers: each takes the next call when it is free."""
+    count, times, sizes, free = 20_000, AnswerTimes(), [], [0.0, 0.0]
+    done = np.zeros(count, bool)
+    rows = a_state(np.zeros((count, 1)), 2, tolerance=0.0).queue
+    while len(taken := rows.take(lambda some: ~done[some])):
+        assert not done[taken].any()
+        done[taken] = True
+        seconds = transport + each * len(taken)
+        free[free.index(min(free))] += seconds
+        times.add(len(taken), seconds)
+        rows.observe(len(taken), times.median_of_latest(len(taken)), row_bytes)
+        sizes.append(len(taken))
+    assert done.all()
+    assert len(sizes) <= most_calls
+    assert max(sizes) == 1 or max(sizes) * each <= 0.25
+    assert max(sizes) * row_bytes <= 2**24
+    assert max(free) <= 1.1 * (count * each + len(sizes) * transport) / 2 + 0.02
+
+
+# Which answers are doubted.
+
+NONE, ALL = np.zeros(3, bool), np.ones(3, bool)
+CALLS = itertools.count()
+
+
+def checks_of(workers=4):
+    x, options = np.zeros((10, 1)), {"check_answers": 0.05, "max_fenced": 0.5}
+    checks = a_state(x, workers, tolerance=0.0, **options).checks
+    assert checks is not None
+    return checks
+
+
+def answers(checks, worker, rows, values, looks_wrong=NONE, known=ALL):
+    looks = looks_wrong[: len(rows)], known[: len(rows)]
+    return checks.take(next(CALLS), worker, np.asarray(rows), np.asarray(values, float), *looks)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("lies", [(1.0,), (0.2,), (1.0, 0.2), (0.0,)])
+@pytest.mark.parametrize("seed", range(3))
+def test_in_a_stream_of_calls_liars_are_accused_and_no_row_is_wrong_in_the_end(lies, alike, seed):
+    """Of eight workers some lie, each in its own way or both alike; nine in ten lies look wrong.
+
+    Those that do not look so come in a call with another, or their worker is accused later.
+    """
+    random, rows, size = np.random.default_rng(seed), 400, 4
+    state = a_state(np.zeros((rows, 1)), 8, tolerance=0.0, check_answers=0.05)
+    table, checks = state.table, state.checks
+    assert checks is not None
+    right, waiting = random.normal(size=(rows, 1)), [*np.arange(rows).reshape(-1, size)]
+    values = []
+    while waiting:
+        some = waiting.pop(0)
+        others = sorted({*range(8)} - checks.avoid(some) - checks.fenced)
+        worker = int(random.choice(others))
+        lying = worker < len(lies) and random.random() < lies[worker]
+        given = right[some] + lying * (1.0 if alike else 1.0 + worker)
+        wrong = np.full(len(some), lying) & (random.random(len(some)) < 0.9)
+        looks = wrong | (random.random(len(some)) < 0.01), random.random(len(some)) < 0.7
+        done, found = checks.take(next(CALLS), worker, some, given, *looks)
+        if done.any():
+            table.put(some[done], found[done], 0.0, 0.0, COMPUTED)
+        back, _ = checks.review()
+        if len(back):
+            table.put(back, np.nan, np.inf, np.inf, AGAIN)
+        values += found[done].tolist()
+        again = np.concatenate([some[~done], back])
+        waiting += [again[place : place + size] for place in range(0, len(again), size)]
+        if not waiting:  # values of which nothing was known are looked at in the end
+            rest = table.unchecked
+            off = np.abs(table.values[rest, 0] - right[rest, 0]) > 0.1
+            back = checks.recheck(rest, off)
+            table.put(back, np.nan, np.inf, np.inf, AGAIN)
+            waiting += [back] * (len(back) > 0)
+    assert np.sum(np.abs(table.values - right) > 1e-9) <= (1 if lies != (0.0,) else 0)
+    accused = {*checks.counts()["fenced"]} | {*checks.counts()["not_fenced"]}
+    assert accused == {str(worker) for worker, rate in enumerate(lies) if rate}
+    assert (checks.corrected > 0) == (lies != (0.0,))
+    assert len(values) < 1.6 * rows, "most rows are computed once"
+
+
+def test_a_row_in_doubt_has_the_value_that_two_workers_give():
+    checks = checks_of()
+    given, _ = answers(checks, 0, [0, 1, 2], [[1.0], [2.0], [3.0]])
+    assert given.tolist() == [False, True, True], "the first row of a new worker"
+    given, values = answers(checks, 1, [0], [[1.0]])
+    assert (given.all(), values.tolist()) == (True, [[1.0]])
+    # Two differ, and a third decides; whoever gave an answer does not get the row again.
+    given, _ = answers(checks, 0, [3, 4], [[5.0], [6.0]], np.array([True, False]))
+    assert given.tolist() == [False, True]
+    assert checks.avoid(np.array([3, 4])) == {0}
+    assert not answers(checks, 1, [3], [[7.0]])[0].any()
+    assert checks.avoid(np.array([3])) == {0, 1}
+    given, values = answers(checks, 2, [3], [[7.0]])
+    assert (given.all(), values.tolist()) == (True, [[7.0]])
+    counts = {"checked": 5, "suspicious": 2, "corrected": 1, "fenced": {}, "not_fenced": {}}
+    assert checks.counts() == counts
+    for worker in range(4):
+        answers(checks, worker, [worker + 5], [[1.0]], ALL)
+    assert checks.avoid(np.arange(5, 9)) == set(), "somebody must compute them"
+
+
+def test_outputs_that_hardly_differ_between_rows_are_not_taken_for_the_same():
+    """Temperatures of 300 K; rounding is no difference."""
+    checks, values = checks_of(5), 300 + np.random.default_rng(0).normal(scale=0.1, size=(10, 2))
+    for row in range(9):
+        answers(checks, row % 3, [row], values[[row]], ALL)
+        assert answers(checks, 3, [row], values[[row]] * (1 + 1e-6))[0].all()
+    answers(checks, 0, [9], values[[2]], ALL)
+    assert not answers(checks, 1, [9], values[[9]])[0].any()
+    given, found = answers(checks, 2, [9], values[[9]])
+    assert given.all()
+    np.testing.assert_array_equal(found, values[[9]])
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "values", "taken", "corrected"),
+    [
+        (4, [np.nan, np.nan], np.nan, 0),
+        (8, [1.0, 2.0, 3.0, 3.0], 3.0, 1),
+        (3, [0.0, 1.0, 2.0], 0.0, 0),  # nobody is left
+    ],
+)
+def test_the_first_value_that_two_gave_is_taken_or_one_where_all_workers_differ(
+    num_workers, values, taken, corrected
+):
+    checks = checks_of(num_workers)
+    for worker, value in enumerate(values):
+        given, found = answers(checks, worker, [0], [[value, 1.0]], ALL)
+        assert given.any() == (worker == len(values) - 1)
+    np.testing.assert_array_equal(found, [[taken, 1.0]])
+    assert checks.counts()["corrected"] == corrected
+
+
+def test_what_was_taken_back_after_it_was_written_is_not_taken_for_a_value(tmp_path):
+    state = RowTable(3)
+    parts = Parts(tmp_path / "run", {}, state)
+
+    def write(rows, value, kind):
+        state.put(np.array(rows), np.full((len(rows), 1), value), 0.0, 0.0, kind)
+        parts.add(rows)
+        parts.flush()
+
+    write([0, 1, 2], 1.0, COMPUTED)
+    write([0, 1], np.nan, AGAIN)
+    write([0], 2.0, COMPUTED)
+    resumed = RowTable(3)
+    Parts(tmp_path / "run", {}, resumed)
+    assert resumed.rows["state"].tolist() == [COMPUTED, WAITING, COMPUTED]
+    np.testing.assert_array_equal(resumed.values, [[2.0], [np.nan], [1.0]])

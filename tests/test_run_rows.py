@@ -1,6 +1,12 @@
-"""Rows of a function on workers: what is computed, predicted, late, or unknown, and why."""
+"""Rows of a function on workers: what is computed, predicted, late, or unknown, and why.
 
+`NERCC_INTERLEAVINGS=100 pytest -m slow tests/test_run_rows.py -k killed` kills a hundred runs.
+"""
+
+import collections
 import dataclasses
+import multiprocessing
+import os
 import threading
 import time
 
@@ -11,15 +17,15 @@ from schedulers import ScriptedBackend, ScriptedPool, soon
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from nercc_jax import DevicePool
-from nercc_jax.cli._options import Options
-from nercc_jax.pools import Faults
+from nercc_jax.cli import Options
+from nercc_jax.pools import Fault, Faults
 from nercc_jax.pools.backend import WorkerDied
-from nercc_jax.pools.times import AnswerTimes
 from nercc_jax.risk import Accuracy
 from nercc_jax.rows import RowFunction, RowSettings, run_rows
-from nercc_jax.rows._queue import RowQueue
 from nercc_jax.schemes import fit_scheme
+from nercc_jax.stragglers import TraceLatency
 from nercc_jax.surrogates import LearnerTuning
+from nercc_jax.testing import SimulatedPool
 
 
 def test_rows_whose_workers_die_are_computed_by_others():
@@ -188,16 +194,35 @@ def test_defaults_are_the_same_in_python_and_at_the_command_line():
         assert command.get(field.name, field.default) == field.default
 
 
-class Paced:
-    """A smooth function of one input that takes its time; rows above 0.8 take longer."""
+# In simulated time, in which a learner's work takes none.
 
-    def __init__(self, seconds, more=0.0):
-        self.seconds, self.more, self.rows = seconds, more, []
 
-    def __call__(self, batch):
-        self.rows += batch[:, 0].tolist()
-        time.sleep(self.seconds * len(batch) + self.more * np.sum(batch[:, 0] > 0.8))
-        return np.concatenate([np.sin(3 * batch), np.cos(2 * batch)], axis=1)
+def smooth(rows):
+    return np.concatenate([np.sin(3 * rows), np.cos(2 * rows)], axis=1)
+
+
+ROWS = np.random.default_rng(0).uniform(-1, 1, (600, 1))
+NEVER = 1e6  # seconds
+
+
+def run_timed(seconds, x=ROWS, *, function=smooth, workers=4, **options):
+    """Run rows whose calls take `seconds(rows)`; return the result and the rows that were sent."""
+    sent = []
+
+    def delay(batch):
+        sent.extend(np.asarray(batch)[:, 0].tolist())
+        return float(np.sum(seconds(np.asarray(batch)[:, 0])))
+
+    faults = Faults([Fault("delay", latency=delay)])
+    options = {"rows_per_call": 1} | options
+    with SimulatedPool(
+        RowFunction(function), workers, seconds=lambda size: 1e-6, faults=faults, hang_timeout=1e9
+    ) as pool:
+        return run_rows(function, x, pool, **options), sent
+
+
+def usual(rows):
+    return np.full(len(rows), 0.1)
 
 
 QUICK_WINDOW = 64
@@ -205,7 +230,7 @@ QUICK_WINDOW = 64
 
 @pytest.fixture
 def quick_fit(monkeypatch):
-    """Learners that are fitted in a moment, once they are compiled."""
+    """Learners that are fitted in a moment."""
 
     def fit(x, y, code, *, capacity, labels, tuning=None):
         quick = LearnerTuning(rows=32, steps=2)
@@ -214,47 +239,34 @@ def quick_fit(monkeypatch):
     monkeypatch.setattr("nercc_jax.rows._learner.fit_scheme", fit)
 
 
-def smooth(rows):
-    return np.concatenate([np.sin(3 * rows), np.cos(2 * rows)], axis=1)
+def errors_of(result):
+    return np.sqrt(np.mean((result.values - smooth(ROWS)) ** 2, axis=1))
 
 
-ROWS = np.random.default_rng(0).uniform(-1, 1, (600, 1))
-
-
-def run_paced(function, **options):
-    return run_rows(function, ROWS, DevicePool, num_workers=4, rows_per_call=1, **options)
-
-
-@pytest.mark.slow
 def test_rows_that_are_known_well_enough_are_not_computed(quick_fit):
-    function = Paced(0.1)
-    result = run_paced(function, tolerance=0.1)
+    result, sent = run_timed(usual, tolerance=0.1)
     computed, predicted = result.status == "computed", result.status == "predicted"
     assert (computed | predicted).all()
     np.testing.assert_array_equal(result.values[computed], smooth(ROWS[computed]))
-    assert len(function.rows) < 500
-    assert predicted.sum() == 600 - len({*function.rows}) > 100
+    assert len(sent) < 500
+    assert predicted.sum() == 600 - len({*sent}) > 100
     assert (result.score <= 0.1).all()
-    error = np.sqrt(np.mean((result.values - smooth(ROWS)) ** 2, axis=1))
-    assert np.mean(error[predicted] <= result.score[predicted]) > 0.8  # nine tenths are promised
+    held = errors_of(result)[predicted] <= result.score[predicted]
+    assert np.mean(held) > 0.8  # nine tenths are promised
     held, audited = result.summary["audited_held"], result.summary["audited"]
     assert audited > 5
     assert held / audited > 0.6
 
 
-@pytest.mark.slow
-def test_all_rows_are_computed_where_that_is_asked_or_nothing_is_known(quick_fit):
-    for options in ({"tolerance": 0.1, "compute": "all"}, {"tolerance": 1e-9}):
-        result = run_paced(Paced(0.03), **options)
-        assert set(result.status.tolist()) == {"computed"}
-        np.testing.assert_array_equal(result.values, smooth(ROWS))
+@pytest.mark.parametrize("options", [{"tolerance": 0.1, "compute": "all"}, {"tolerance": 1e-9}])
+def test_all_rows_are_computed_where_that_is_asked_or_nothing_is_known(quick_fit, options):
+    result, _ = run_timed(usual, **options)
+    assert set(result.status.tolist()) == {"computed"}
+    np.testing.assert_array_equal(result.values, smooth(ROWS))
 
 
-@pytest.mark.slow
 def test_at_the_jobs_deadline_every_row_has_a_value_a_bar_or_a_reason(quick_fit):
-    begin = time.monotonic()
-    result = run_paced(Paced(0.3), tolerance=1e-6, job_deadline=12.0)
-    assert time.monotonic() - begin < 30
+    result, _ = run_timed(usual, tolerance=1e-6, job_deadline=5.0)
     computed, unknown = result.status == "computed", result.status == "unknown"
     assert (computed | unknown).all()
     assert list(result.reasons) == np.flatnonzero(unknown).tolist()
@@ -262,39 +274,157 @@ def test_at_the_jobs_deadline_every_row_has_a_value_a_bar_or_a_reason(quick_fit)
     assert all("not computed before the job's deadline" in why for why in result.reasons.values())
     # A prediction that is worse than asked is there all the same, with its bar.
     assert np.isfinite(result.score[unknown]).mean() > 0.9
-    error = np.sqrt(np.mean((result.values - smooth(ROWS)) ** 2, axis=1))
-    assert np.mean(error[unknown] <= result.score[unknown]) > 0.7
+    assert np.mean(errors_of(result)[unknown] <= result.score[unknown]) > 0.7
 
 
-@pytest.mark.slow
 def test_answers_within_the_time_of_grace_judge_bars_and_change_no_value(quick_fit, monkeypatch):
-    over = threading.Event()
-
-    class Held(Paced):
-        """Its slow rows are answered once the run is over; others are late, and are evidence."""
-
-        def __call__(self, batch):
-            time.sleep(0.5 * np.any(batch[:, 0] < -0.2))
-            y = super().__call__(batch)
-            if (batch[:, 0] > 0.8).any():
-                over.wait(120.0)
-            return y
-
+    """Some rows are answered once the run is over; others are late, and are evidence."""
     monkeypatch.setattr("test_run_rows.QUICK_WINDOW", 256)  # with enough late rows in it
-    options = {"rows_per_call": 1, "job_deadline": 60.0, "grace": 30.0, "compute": "all"}
-    options["on_progress"] = lambda progress: progress.waiting or over.set()
-    with DevicePool(RowFunction(Held(0.05)), 80, compiled=False) as pool:
-        result = run_rows(smooth, ROWS, pool, tolerance=0.5, **options)
+
+    def seconds(rows):
+        return 0.1 + 1.0 * (rows < -0.2) + 70.0 * (rows > 0.8)
+
+    options = {"tolerance": 0.5, "job_deadline": 60.0, "grace": 30.0, "compute": "all"}
+    result, _ = run_timed(seconds, workers=80, deadline=NEVER, **options)
     late = ROWS[:, 0] > 0.8
     assert set(result.status[late].tolist()) <= {"predicted", "unknown"}
     barred = late & np.isfinite(result.score)
     assert np.isfinite(result.values[barred]).all()
     assert (result.values[barred] != smooth(ROWS[barred])).all(), "predictions are kept"
-    error = np.sqrt(np.mean((result.values - smooth(ROWS)) ** 2, axis=1))
-    held = np.sum(error[barred] <= result.score[barred])
+    held = np.sum(errors_of(result)[barred] <= result.score[barred])
     # Added to those that had a bar when they came late in the run.
     assert result.summary["came_late"] >= barred.sum() > 0
     assert result.summary["came_late_held"] >= held
+
+
+def test_a_budget_of_calls_is_kept(quick_fit):
+    result, sent = run_timed(usual, tolerance=1e-6, max_calls=150)
+    assert len(sent) == 150
+    assert np.sum(result.status == "computed") == 150
+    assert {why.partition(";")[0] for why in result.reasons.values()} == {
+        "not computed before the job's last call"
+    }
+
+
+def test_a_resumed_run_without_a_budget_learns_from_the_rows_that_are_there(quick_fit, tmp_path):
+    options = {"folder": tmp_path / "rows", "tolerance": 0.1}
+    run_timed(usual, max_calls=150, compute="all", **options)
+    found, _ = run_timed(usual, max_calls=1, resume=True, **options)
+    assert np.sum(found.status == "computed") <= 151
+    assert np.isfinite(found.score).all(), "each row is computed, or has a prediction with a bar"
+
+
+def odd(kind):
+    """A function that does what is odd on the rows 3 and 700."""
+
+    def function(batch):
+        if {3, 700} & {*batch[:, 0].tolist()}:
+            if kind == "raise":
+                raise ArithmeticError("there is no solution here")
+            return np.concatenate([batch, batch], axis=1) if kind == "shape" else batch
+        return batch
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "reason", "most_calls"),
+    [
+        ("raise", 256, "ArithmeticError: there is no solution here", 4 + 2 * 4 * 9),
+        ("shape", 32, "a row came as (2,), others as (1,)", 32 + 2 * 4 * 6),
+        # Of 64 rows of a call, eight have the second attempt together, and each has its own last.
+        ("hang", 64, "no answer within 0.3 s", 16 + 2 * (8 + 8)),
+    ],
+)
+def test_odd_rows_are_unknown_for_a_reason_and_cost_no_others(kind, size, reason, most_calls):
+    def seconds(rows):
+        return np.where(np.isin(rows, [3, 700]) & (kind == "hang"), NEVER, 1e-4)
+
+    rows, limit = np.arange(1024.0)[:, None], 0.3 if kind == "hang" else 30.0
+    options = {"rows_per_call": size, "deadline": limit, "tolerance": 0.0}
+    result, _ = run_timed(seconds, rows, function=odd(kind), workers=12, **options)
+    assert result.reasons == dict.fromkeys((3, 700), reason)
+    known = np.delete(np.arange(1024), [3, 700])
+    np.testing.assert_array_equal(result.values[known], rows[known])
+    assert result.report.sent <= most_calls
+
+
+# Rows, workers, seconds that a row takes when it is sent for the nth time, and options; then why
+# rows are unknown, and which are sent more than once, how often.
+STUCK = {
+    "a row that nobody answers in time is unknown after three attempts": (
+        4, 6, lambda row, time: NEVER if row == 2 else 0.01, {"deadline": 0.3},
+        {2: "no answer within 0.3 s"}, {2: 3},
+    ),
+    "an answer after its deadline is welcome": (
+        5, 4, lambda row, time: 0.8 if row == 2 else 0.01, {"deadline": 0.3}, {}, {2: 3},
+    ),
+    "slow rows hold up no others, and go twice": (
+        200, 4, lambda row, time: NEVER if row in (3, 4) and time == 1 else 0.01, {},
+        {}, {3: 2, 4: 2},
+    ),
+    "a job that ends before anything is known says so": (
+        2, 2, lambda row, time: NEVER, {"job_deadline": 0.3},
+        dict.fromkeys(range(2), "not computed before the job's deadline"), {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STUCK)
+def test_rows_whose_calls_do_not_come_back(case):
+    count, workers, seconds, options, reasons, more = STUCK[case]
+    times = collections.Counter()
+
+    def delay(rows):
+        times.update(rows.tolist())
+        return [seconds(row, times[row]) for row in rows.tolist()]
+
+    x = np.arange(float(count))[:, None]
+    result, sent = run_timed(
+        delay, x, function=np.negative, workers=workers, tolerance=0.0, **options
+    )
+    assert result.reasons == reasons
+    known = np.delete(np.arange(count), [*reasons])
+    assert set(result.status[known].tolist()) <= {"computed"}
+    assert sorted(sent) == sorted(
+        [*range(count), *(row for row in more for _ in range(more[row] - 1))]
+    )
+    if len(reasons) == count:
+        assert result.values is None
+        assert np.isinf(result.score).all()
+    else:
+        np.testing.assert_array_equal(result.values[known], -x[known])
+
+
+# On threads.
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(0.5, 2), (0.1, 1)])
+def test_learning_takes_its_share_of_the_cores(monkeypatch, share, wanted):
+    seen = []
+
+    def slowly(rows):
+        time.sleep(0.005 * len(rows))
+        return smooth(rows)
+
+    def fit(x, y, code, **_):
+        seen.extend(each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas")
+        raise ValueError("nothing is learned here")
+
+    def limit(threads):  # in a thread that ends: the one that sets them last keeps others from it
+        thread = threading.Thread(target=threadpool_limits, args=(threads, "blas"))
+        thread.start()
+        thread.join()
+
+    before = {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
+    monkeypatch.setattr("nercc_jax.rows._learner.fit_scheme", fit)
+    limit(4)
+    try:
+        options = {"rows_per_call": 1, "tolerance": 0.1, "learner_share": share}
+        run_rows(slowly, ROWS, DevicePool, num_workers=4, **options)
+    finally:
+        limit(max(before))
+    assert set(seen) == {wanted}
 
 
 def test_a_row_is_not_late_because_its_worker_died_or_the_run_is_busy():
@@ -321,170 +451,11 @@ def test_a_row_is_not_late_because_its_worker_died_or_the_run_is_busy():
         assert age() == found
 
 
-@pytest.mark.slow
-def test_a_budget_of_calls_is_kept(quick_fit):
-    function = Paced(0.05)
-    result = run_paced(function, tolerance=1e-6, max_calls=150)
-    assert len(function.rows) == 150
-    assert np.sum(result.status == "computed") == 150
-    assert {why.partition(";")[0] for why in result.reasons.values()} == {
-        "not computed before the job's last call"
-    }
-
-
-@pytest.mark.parametrize(("share", "wanted"), [(0.5, 2), (0.1, 1)])
-def test_learning_takes_its_share_of_the_cores(monkeypatch, share, wanted):
-    seen = []
-
-    def fit(x, y, code, **_):
-        seen.extend(each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas")
-        raise ValueError("nothing is learned here")
-
-    def limit(threads):  # in a thread that ends: the one that sets them last keeps others from it
-        thread = threading.Thread(target=threadpool_limits, args=(threads, "blas"))
-        thread.start()
-        thread.join()
-
-    before = {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
-    monkeypatch.setattr("nercc_jax.rows._learner.fit_scheme", fit)
-    limit(4)
-    try:
-        run_paced(Paced(0.005), tolerance=0.1, learner_share=share)
-    finally:
-        limit(max(before))
-    assert set(seen) == {wanted}
-
-
-def test_a_resumed_run_without_a_budget_learns_from_the_rows_that_are_there(quick_fit, tmp_path):
-    options = {"folder": tmp_path / "rows", "tolerance": 0.1}
-    run_paced(smooth, max_calls=150, compute="all", **options)
-    found = run_paced(smooth, max_calls=1, resume=True, **options)
-    assert np.sum(found.status == "computed") <= 151
-    assert np.isfinite(found.score).all(), "each row is computed, or has a prediction with a bar"
-
-
-@pytest.mark.parametrize(
-    ("transport", "each", "row_bytes", "most_calls"),
-    [
-        (1e-3, 1e-6, 100, 120),
-        (0.0, 0.01, 100, 2700),
-        (0.06, 0.01, 100, 1400),
-        (0.0, 0.1, 100, 20_000),
-        (1e-3, 0.0, 224 * 224 * 3 * 8, 3000),
-    ],
-)
-def test_calls_grow_to_a_quarter_of_a_second_or_16_mib_and_leave_no_worker_idle(
-    transport, each, row_bytes, most_calls
-):
-    """A law of the calls' time, and two workers: each takes the next call when it is free."""
-    count, times, sizes, free = 20_000, AnswerTimes(), [], [0.0, 0.0]
-    done = np.zeros(count, bool)
-    rows = RowQueue(np.arange(count), 2, RowSettings(tolerance=0.0))
-    while len(taken := rows.take(lambda some: ~done[some])):
-        assert not done[taken].any()
-        done[taken] = True
-        seconds = transport + each * len(taken)
-        free[free.index(min(free))] += seconds
-        times.add(len(taken), seconds)
-        rows.observe(len(taken), times.median_of_latest(len(taken)), row_bytes)
-        sizes.append(len(taken))
-    assert done.all()
-    assert len(sizes) <= most_calls
-    assert max(sizes) == 1 or max(sizes) * each <= 0.25
-    assert max(sizes) * row_bytes <= 2**24
-    assert max(free) <= 1.1 * (count * each + len(sizes) * transport) / 2 + 0.02
-
-
-def odd(kind, over):
-    """A function that does what is odd on the rows 3 and 700."""
-
-    def function(batch):
-        if {3, 700} & {*batch[:, 0].tolist()}:
-            if kind == "raise":
-                raise ArithmeticError("there is no solution here")
-            while kind == "hang" and not over.wait(0.005):
-                pass
-            return np.concatenate([batch, batch], axis=1)
-        return batch
-
-    return function
-
-
-@pytest.mark.parametrize(
-    ("kind", "size", "reason", "most_calls"),
-    [
-        ("raise", 256, "ArithmeticError: there is no solution here", 4 + 2 * 4 * 9),
-        ("shape", 32, "a row came as (2,), others as (1,)", 32 + 2 * 4 * 6),
-        # Of 64 rows of a call, eight have the second attempt together, and each has its own last.
-        ("hang", 64, "no answer within 0.3 s", 16 + 2 * (8 + 8)),
-    ],
-)
-def test_odd_rows_are_unknown_for_a_reason_and_cost_no_others(kind, size, reason, most_calls):
-    over, rows = threading.Event(), np.arange(1024.0)[:, None]
-    with DevicePool(RowFunction(odd(kind, over)), 12, compiled=False) as pool:
-        options = {
-            "tolerance": 0.0,
-            "rows_per_call": size,
-            "deadline": 0.3 if kind == "hang" else 30.0,
-        }
-        result = run_rows(np.negative, rows, pool, **options)
-        over.set()
-    assert result.reasons == dict.fromkeys((3, 700), reason)
-    known = np.delete(np.arange(1024), [3, 700])
-    np.testing.assert_array_equal(result.values[known], rows[known])
-    assert result.report.sent <= most_calls
-
-
 def test_rows_whose_workers_all_die_are_unknown_for_that_reason():
     faults = Faults.from_rates(death_rate=1.0, seed=3)
     with DevicePool(RowFunction(np.negative), 2, compiled=False, faults=faults) as pool:
         result = run_rows(np.negative, np.ones((3, 1)), pool, tolerance=0.0)
     assert set(result.reasons.values()) == {"its thread ended"}
-
-
-def run_stuck(count, is_stuck, num_workers, **options):
-    """Run rows whose calls wait while `is_stuck(row, rows of all calls)`; the result and calls."""
-    over, calls = threading.Event(), []
-
-    def function(batch):
-        calls.append(batch[0, 0])
-        while is_stuck(batch[0, 0], calls) and not over.wait(0.005):
-            pass
-        return batch
-
-    rows = np.arange(float(count))[:, None]
-    with DevicePool(RowFunction(function), num_workers, compiled=False) as pool:
-        result = run_rows(function, rows, pool, tolerance=0.0, rows_per_call=1, **options)
-        over.set()
-    return result, calls
-
-
-def test_a_row_that_no_worker_answers_in_time_is_unknown_after_three_attempts():
-    result, calls = run_stuck(4, lambda row, calls: row == 2, 6, deadline=0.3)
-    assert result.status.tolist() == ["computed", "computed", "unknown", "computed"]
-    assert result.reasons == {2: "no answer within 0.3 s"}
-    assert calls.count(2) == 3
-
-
-def test_an_answer_that_comes_after_its_deadline_is_welcome():
-    result, calls = run_stuck(5, lambda row, calls: row == 2 and len(calls) < 7, 4, deadline=0.3)
-    assert set(result.status.tolist()) == {"computed"}
-    assert calls.count(2) == 3
-
-
-def test_slow_rows_hold_up_no_others():
-    """However many workers have a slow row, the others go on; a row that is late goes twice."""
-    result, calls = run_stuck(200, lambda row, calls: row in (3, 4) and calls.count(row) == 1, 4)
-    assert set(result.status.tolist()) == {"computed"}
-    assert sorted(calls) == sorted([*range(200), 3, 4])
-
-
-def test_a_job_that_ends_before_anything_is_known_says_so():
-    result, _ = run_stuck(5, lambda row, calls: True, 2, job_deadline=0.3)
-    assert result.values is None
-    assert set(result.status.tolist()) == {"unknown"}
-    assert result.reasons[0] == "not computed before the job's deadline"
-    assert np.isinf(result.score).all()
 
 
 def test_calls_grow_while_they_are_short():
@@ -541,3 +512,157 @@ def test_a_result_is_a_table():
     assert (table.drop(index=3)["output_1"] == 2 * np.delete(rows[:, 0], 3)).all()
     assert np.isnan(table["output_0"][3])
     assert "bar" in table
+
+
+# Answers that are checked by other workers'.
+
+
+def run_checked(*faults, num_workers=8, function=smooth, **options):
+    options = {"tolerance": 0.0, "check_answers": 0.05, "rows_per_call": 4} | options
+    with SimulatedPool(
+        RowFunction(function), num_workers, seconds=lambda size: 0.01 * size,
+        faults=Faults(faults, seed=3),
+    ) as pool:  # fmt: skip
+        return run_rows(function, ROWS, pool, **options)
+
+
+def test_rows_of_wrong_workers_are_computed_by_others(quick_fit):
+    """One swaps all answers; another those of one call in ten: nothing gives it away at first."""
+    result = run_checked(Fault("swap", workers=(1,)), Fault("swap", 0.1, workers=(5,)))
+    assert (result.status == "computed").all()
+    # Two swapped answers that are alike look like nothing: 1 of 40 runs kept one, 3e-4 off.
+    np.testing.assert_allclose(result.values, smooth(ROWS), atol=2e-3)
+    assert result.summary["checked"] == 600
+    assert "1" in result.summary["fenced"]
+    assert result.summary["corrected"] > 0
+    # A quarter may be fenced, so both may be.
+    assert set(result.summary["fenced"]) | set(result.summary["not_fenced"]) <= {"1", "5"}
+
+
+@pytest.mark.parametrize("looks_wrong", [0, 1])
+def test_what_came_in_one_call_with_an_outvoted_answer_is_computed_by_others(
+    monkeypatch, looks_wrong
+):
+    """One call of one worker is wrong, and one of its two rows looks so."""
+    pair = np.random.default_rng(0).permutation(600)[400:402]  # rows that are sent together
+    struck = []
+
+    def wrong_once(rows):
+        if np.array_equal(rows, ROWS[pair]) and not struck:
+            struck.append(True)
+            return smooth(rows) + 1
+        return smooth(rows)
+
+    def look_wrong(self, rows, values):
+        off = np.abs(values - smooth(ROWS[rows])).max(axis=1) > 0.1
+        return off & (rows == pair[looks_wrong]), np.ones(len(rows), bool)
+
+    monkeypatch.setattr("nercc_jax.rows._evidence.Evidence.look_wrong", look_wrong)
+    monkeypatch.setattr("nercc_jax.rows._evidence.Evidence.task", lambda *_, **__: None)
+    result = run_checked(function=wrong_once, rows_per_call=2, seed=0)
+    assert struck
+    np.testing.assert_allclose(result.values, smooth(ROWS), rtol=1e-12)
+    assert result.summary["fenced"] == result.summary["not_fenced"] == {}, "two are too few"
+    assert (result.summary["corrected"], result.summary["checked"]) == (2, 600)
+
+
+def test_right_answers_are_trusted_at_the_price_of_few_calls(quick_fit):
+    result = run_checked()
+    np.testing.assert_array_equal(result.values, smooth(ROWS))
+    assert result.summary["checked"] == 600
+    assert result.summary["suspicious"] <= 8 + 4 * 0.05 * 600
+    assert (result.summary["corrected"], result.summary["fenced"]) == (0, {})
+
+
+def test_two_workers_are_too_few():
+    with pytest.raises(ValueError, match=r"check_answers needs three workers or more.* has 2"):
+        run_checked(num_workers=2)
+
+
+def test_at_the_jobs_deadline_a_row_in_doubt_is_unknown_for_that_reason():
+    """The first row of each worker is computed by another, too, which takes too long here."""
+    times = collections.Counter()
+
+    def delay(rows):
+        times.update(rows.tolist())
+        return [0.01 if times[row] == 1 else NEVER for row in rows.tolist()]
+
+    options = {"tolerance": 0.0, "check_answers": 0.05, "job_deadline": 1.5}
+    result, _ = run_timed(delay, ROWS[:9], workers=3, **options)
+    assert result.status.tolist().count("unknown") >= 3
+    assert "its answers differ, or one looked wrong" in set(result.reasons.values())
+
+
+# -- Runs that are killed and resumed, at random ---------------------------------------------------
+
+NUMBER = int(os.environ.get("NERCC_INTERLEAVINGS", "5"))
+KILLED_ROWS = 500
+
+
+def rows_of(seed):
+    return np.random.default_rng([seed, 0]).normal(size=(KILLED_ROWS, 3))
+
+
+def waves(x):
+    time.sleep(0.01 * len(x))
+    return np.stack([np.sin(3 * x).sum(axis=1), x.prod(axis=1) / 3], axis=1)
+
+
+def run_once(seed, life, folder, done):
+    """One process of a run: its workers have faults of their own in each."""
+    random = np.random.default_rng([seed, 1, life])
+    faults = [
+        Fault("death", random.uniform(0.0, 0.1)),
+        Fault("error", random.uniform(0.0, 0.02)),
+        Fault("delay", random.uniform(0.0, 0.2), latency=TraceLatency([0.05])),
+        Fault("hang", random.uniform(0.0, 0.01)),
+    ]
+    workers, rows_per_call = int(random.integers(1, 6)), int(random.integers(1, 8))
+    options = {"faults": Faults(faults, int(random.integers(2**31))), "compiled": False}
+    options |= {"hang_timeout": 0.3, "max_attempts": 20}
+    with DevicePool(RowFunction(waves), workers, **options) as pool:
+        parts = {"folder": folder, "resume": folder.exists()}
+        options = {"rows_per_call": rows_per_call, "tolerance": 0.0}
+        result = run_rows(waves, rows_of(seed), pool, **parts, **options)
+    np.savez(done, values=result.values, status=result.status)
+
+
+def test_a_run_that_was_killed_before_its_manifest_is_begun_again(tmp_path):
+    """Its first part was there already, and the folder was refused as nobody's."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "part-000000.npz").write_bytes(b"of the run that was killed")
+    (folder / ".manifest.json.17").write_bytes(b"half of")
+    rows = rows_of(0)[:10]
+    result = run_rows(
+        waves, rows, DevicePool, num_workers=2, tolerance=0.0, folder=folder, resume=True
+    )
+    np.testing.assert_array_equal(result.values, waves(rows))
+    (folder / "manifest.json").unlink()
+    (folder / "notes.txt").write_text("of somebody else")
+    with pytest.raises(ValueError, match="holds no results of a run"):
+        run_rows(waves, rows, DevicePool, num_workers=2, tolerance=0.0, folder=folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(NUMBER))
+def test_a_run_that_is_killed_and_resumed_has_the_functions_own_values(seed, tmp_path):
+    random = np.random.default_rng([seed, 2])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nercc_jax.rows"])
+    folder, done = tmp_path / "rows", tmp_path / "done.npz"
+    kills = int(random.integers(1, 5))
+    for life in range(kills + 1):
+        # Killed before or while it computes, but for the last.
+        process = context.Process(target=run_once, args=(seed, life, folder, done))
+        process.start()
+        if random.random() < 0.8:  # otherwise it may be killed before it computes anything
+            soon(lambda process=process: folder.exists() or not process.is_alive())
+        process.join(random.uniform(0.0, 3.0) if life < kills else 120.0)
+        process.kill()
+        process.join()
+        if done.exists():
+            break
+    with np.load(done) as found:
+        assert set(found["status"].tolist()) == {"computed"}
+        np.testing.assert_array_equal(found["values"], waves(rows_of(seed)))

@@ -179,19 +179,6 @@ def test_without_any_answer_all_is_executed_again(key):
     np.testing.assert_allclose(np.asarray(fixed.predictions)[lost], own[lost], atol=1e-5)
 
 
-def test_one_compilation_serves_every_mask():
-    traces = []
-
-    def counted(x):
-        traces.append(x.shape)
-        return model(x)
-
-    infer = decode_with_deviation(counted, Scheme(CODE))
-    for seed in range(4):
-        infer(points(seed), np.roll(MASKS, seed, axis=1))
-    assert len(traces) == 1
-
-
 @pytest.mark.parametrize(
     ("x", "available", "message"),
     [

@@ -1,15 +1,20 @@
-"""A simulated pool does what a pool does, by a clock that jumps."""
+"""Rules of time, by a clock that jumps: `test_pools.py` has what all pools do."""
 
 import threading
 
+import hypothesis
+import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nercc_jax import DevicePool, NeRCC, Scheme, pool_inference
+from nercc_jax import NeRCC, Scheme, pool_inference
 from nercc_jax.pools import Episodes, Fault, Faults, Overdue
 from nercc_jax.risk import ErrorProbability
 from nercc_jax.stragglers import TraceLatency
+from nercc_jax.stragglers.groups import Latencies
+from nercc_jax.stragglers.simulate import Hedge
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
@@ -26,14 +31,6 @@ def paper(num_workers=5, model=double, seconds=lambda size: 1.0, **options):
 
 def delay(seconds, **where):
     return Fault("delay", latency=TraceLatency(jnp.array([seconds])), **where)
-
-
-def test_it_decodes_what_a_pool_of_threads_does():
-    code = NeRCC(4, 8)
-    with paper(8, np.tanh) as pool, DevicePool(jnp.tanh, 8) as other:
-        found = pool_inference(pool, code, with_status=True)(X[None]).decoded.predictions
-        same = pool_inference(other, code, with_status=True)(X[None]).decoded.predictions
-    np.testing.assert_allclose(found, same, atol=1e-5)
 
 
 def test_data_points_that_are_run_again_have_the_rest_of_the_deadline():
@@ -88,16 +85,6 @@ def test_what_is_late_is_replaced_and_what_waits_finds_a_worker():
         assert (report.seconds, report.wasted_seconds) == (15.0, 10.0)
 
 
-@pytest.mark.parametrize("kind", ["death", "error", "nan"])
-def test_faults_strike_as_elsewhere(kind):
-    faults = Faults([Fault(kind, workers=[0], calls=[0])])
-    with paper(faults=faults, start_seconds=2.0) as pool:
-        got = pool.dispatch(POINTS).wait(deadline=100.0)
-        assert got.available.all()
-        assert [failure.point for failure in got.failures] == [0]
-        assert pool.report().deaths == (kind == "death")
-
-
 def test_an_error_of_the_model_is_that_answers_trouble():
     def fails(x):
         if x[0, 0] == 3:
@@ -132,12 +119,50 @@ def test_racks_are_slow_by_the_clock():
         assert all(seen)
 
 
-def test_a_run_is_the_same_each_time():
+STRIKES = st.lists(
+    st.tuples(
+        st.sampled_from(["delay", "error", "nan", "hang", "death"]), st.sampled_from([0.1, 0.4])
+    ),
+    max_size=3,
+)
+
+
+@hypothesis.given(
+    STRIKES, st.integers(1, 4), st.integers(1, 6), st.integers(1, 3), st.booleans(),
+    st.integers(0, 10**6),
+)  # fmt: skip
+@hypothesis.settings(max_examples=25)
+def test_no_answer_is_lost_or_swapped_whatever_strikes(
+    strikes, workers, count, copies, hasty, seed
+):
+    """Each point of each batch has its own answer, or its attempts are used up, and says so.
+
+    Whether late ones are copied or not; and a run is the same each time.
+    """
+    three = TraceLatency(jnp.array([3.0]))
+    faults = Faults(
+        [Fault(kind, often, latency=three if kind == "delay" else None) for kind, often in strikes],
+        seed=seed,
+    )
+    overdue = Overdue(0.5, 2.0, least=4) if hasty else Overdue(least=10**6)
+
     def run():
-        faults = Faults([delay(3.0, probability=0.3), Fault("death", 0.1)], seed=7)
-        with paper(3, faults=faults) as pool:
-            waits = [pool.dispatch(POINTS).wait(3, deadline=50.0) for _ in range(20)]
-            return [(got.waited, *got.available) for got in waits], pool.report()
+        found = []
+        with paper(workers, faults=faults, overdue=overdue, hang_timeout=10.0) as pool:
+            for number in range(4):
+                points = np.arange(float(count))[:, None, None] + 100 * number
+                with pool.dispatch(points, copies=copies) as batch:
+                    answers = batch.wait(deadline=1e4)
+                    there = np.flatnonzero(answers.available).tolist()
+                    for point in there:
+                        assert answers.values is not None
+                        np.testing.assert_array_equal(answers.values[point], 2 * points[point])
+                    failed = {failure.point for failure in answers.failures}
+                    for point in {*range(count)} - {*there}:
+                        assert batch.lost(point)
+                        assert point in failed
+                    found.append((answers.waited, *there))
+            return found, pool.report()
 
     assert run() == run()
 
@@ -246,3 +271,36 @@ def test_dropping_taken_answers_keeps_one_that_has_just_come():
         batch.drop_answers(np.array([True, False, True]))
         assert batch.answer(0) is None
         np.testing.assert_array_equal(batch.answer(1), 2 * np.ones((1, 2)))
+
+
+# -- The simulator of policies, beside the real scheduler on the same latencies -------------------
+
+
+@pytest.mark.parametrize(("copies", "at_once"), [(2, 1), (3, 1), (3, 2)])
+def test_the_simulator_and_the_scheduler_agree(copies, at_once):
+    """Stragglers take ten times as long; more workers than calls, so nothing waits for one."""
+    law = TraceLatency(jnp.concatenate([jnp.linspace(0.9, 1.1, 900), jnp.linspace(9, 11, 100)]))
+    latencies = Latencies(law, jax.random.key(0), draws=1 << 16)
+    queries, limit = 1500, 1.5
+    calls = latencies.draw(0, (2 * queries,)).tolist()
+    overdue = Overdue(0.5, limit, floor=0.0, copies=at_once)
+    taken = []
+    with SimulatedPool(
+        lambda x: x, 64, seconds=lambda _: calls.pop(), overdue=overdue, max_attempts=copies
+    ) as pool:
+        for _ in range(queries):
+            begin = pool.clock.now()
+            with pool.dispatch(np.ones((1, 1, 1)), copies=copies) as batch:
+                batch.wait(deadline=60.0)
+                taken.append(pool.clock.now() - begin)
+            pool.clock.run(begin + 20.0)  # what straggles comes to its end
+    sent = (2 * queries - len(calls)) / queries
+    drawn = latencies.draw(1, (copies, 100_000))
+    found = Hedge(limit, at_once).outcome(drawn[:1], drawn[1:])
+    taken = taken[100:]  # the median of service times is known
+    # One in a hundred is slow twice: p99 would be one or the other.
+    for quantile in (0.5, 0.85, 0.95, 0.98):
+        there, own = np.quantile(taken, quantile), np.quantile(found.seconds, quantile)
+        assert there == pytest.approx(own, rel=0.05), quantile
+    assert np.mean(np.array(taken) > 5) == pytest.approx(np.mean(found.seconds > 5), abs=0.01)
+    assert sent == pytest.approx(np.mean(found.calls), abs=0.03)

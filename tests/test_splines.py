@@ -1,17 +1,27 @@
-"""Smoothing splines against a 50-digit oracle, SciPy, finite differences and their invariants."""
+"""Smoothing splines and their posterior: 50 digits, SciPy, kriging and finite differences."""
 
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import matrices
 import mpmath as mp
 import numpy as np
 import oracle
 import pytest
 import scipy.interpolate
+from jax.test_util import check_grads
 
+import nercc_jax as nj
 from nercc_jax import NeRCC
-from nercc_jax.splines import smoothing_matrix, smoothing_spline
+from nercc_jax.codes import BerrutSpline, LearnedDecoder, regression_points
+from nercc_jax.splines import (
+    posterior_variance,
+    process_variance,
+    smoothing_matrix,
+    smoothing_spline,
+)
+from nercc_jax.splines._host import smoothing_matrix_on_host, variances_on_host
 
 LAMBDAS = (0.0, 1e-12, 1e-8, 1e-4, 1e-1, 1e2)
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
@@ -135,16 +145,6 @@ def test_few_observations(lambda_, dtype):
     np.testing.assert_allclose(got, expected, rtol=0, atol=40 * jnp.finfo(dtype).eps)  # up to 4.4
     none = smoothing_matrix(t, at, lambda_, available=jnp.zeros(6, bool))
     np.testing.assert_array_equal(none, 0)
-
-
-def test_weights_are_repetitions(dtype):
-    t, y = jnp.array([-1.0, -0.2, 0.5, 1.0]), jnp.array([0.0, 1.0, -1.0, 2.0])
-    weights, at = jnp.array([1, 3, 2, 1]), jnp.linspace(-1, 1, 9)
-    repeat = np.repeat(np.arange(4), weights)
-    for lambda_ in LAMBDAS:
-        weighted = smoothing_spline(t, y, lambda_, weights=weights.astype(dtype)).evaluate(at)
-        repeated = smoothing_spline(t[repeat], y[repeat], lambda_).evaluate(at)
-        np.testing.assert_allclose(weighted, repeated, atol=30 * jnp.finfo(dtype).eps)
 
 
 def test_points_an_ulp_apart_are_one(dtype):
@@ -451,7 +451,6 @@ def test_the_choice_weighs_coincident_observations_as_one_knot(dtype):
 
 # -- Invariants ---------------------------------------------------------------------------------
 
-FLOATS = st.floats(-1, 1, width=32)
 MASKS = st.lists(st.booleans(), min_size=9, max_size=9).filter(any)
 PENALTIES = st.one_of(st.just(0.0), st.floats(-12, 4).map(lambda e: 10.0**e))
 
@@ -462,31 +461,360 @@ def points(draw):
     return np.array(draw(st.lists(st.integers(-100, 100), min_size=9, max_size=9))) / 100.0
 
 
-@hypothesis.given(points(), MASKS, PENALTIES, FLOATS, FLOATS)
-def test_a_straight_line_is_reproduced(t, mask, lambda_, slope, offset):
-    mask = np.array(mask)
-    hypothesis.assume(len(np.unique(t[mask])) > 1)
-    at = np.linspace(-1, 1, 5)
-    with jax.enable_x64(True):
-        spline = smoothing_spline(t, jnp.asarray(slope * t + offset), lambda_, available=mask)
-        np.testing.assert_allclose(spline.evaluate(at), slope * at + offset, atol=1e-9)
+def covariance(s, t):
+    """Of twice integrated white noise of variance 1 that starts at -2 with value and slope 0."""
+    s, t = sorted((s + 2, t + 2))
+    return s**2 * (3 * t - s) / 6
 
 
-@hypothesis.given(points(), MASKS, PENALTIES, st.randoms(use_true_random=False))
-def test_the_matrix_keeps_its_invariants(t, mask, lambda_, random):
-    """Rows sum to one, what is not available is not read, the order does not matter, and its
-    product is the spline."""
-    mask, at, y = np.array(mask), np.linspace(-1, 1, 5), np.sin(4 * t)
-    order = np.array(random.sample(range(9), 9))
+def exact(t, at, mu, y=None, weights=None):
+    """Posterior variance (and tau^2 of observations y) with a straight line nothing is known of.
+
+    Universal kriging: the covariance of the observations K, the line's basis B.
+    """
+    t, at = [mp.mpf(float(v)) for v in t], [mp.mpf(float(v)) for v in at]
+    n = len(t)
+    system = mp.matrix(n + 2, n + 2)
+    for i in range(n):
+        own = mu / mp.mpf(float(weights[i])) if weights is not None else mu
+        for j in range(n):
+            system[i, j] = covariance(t[i], t[j]) + (own if i == j else 0)
+        for c, value in enumerate((mp.mpf(1), t[i])):
+            system[i, n + c] = system[n + c, i] = value
+    variances = []
+    for a in at:
+        right = mp.matrix([covariance(s, a) for s in t] + [mp.mpf(1), a])
+        solution = mp.lu_solve(system, right)
+        variances.append(covariance(a, a) - mp.fdot(solution, right))
+    if y is None:
+        return np.array([float(v) for v in variances])
+    y = mp.matrix([mp.mpf(float(v)) for v in y] + [0, 0])
+    solution = mp.lu_solve(system, y)
+    return float(mp.fdot(y[:n], solution[:n]) / (n - 2))
+
+
+@jax.jit
+def by_program(t, y, at, lambda_, given):
+    """All that can be asked of a fit with natural ends."""
+    spline = smoothing_spline(t, jnp.where(given["available"], y, jnp.nan), lambda_, **given)
+    matrix = smoothing_matrix(t, at, lambda_, **given)
+    variance = posterior_variance(t, at, lambda_, **given)
+    return spline.evaluate(at), matrix, variance, process_variance(t, y, lambda_, **given)
+
+
+@hypothesis.given(
+    points(),
+    MASKS,
+    PENALTIES,
+    st.lists(st.floats(0.2, 5), min_size=9, max_size=9),
+    st.sampled_from(((0.0, 0.0), *END_WEIGHTS)),
+)
+@hypothesis.settings(max_examples=40)
+def test_fits_are_the_textbooks_on_the_host_and_in_programs(t, mask, lambda_, weights, prices):
+    """Of any observations, weighted, coincident, few and in any order.
+
+    So straight lines are reproduced, rows of the matrix sum to one, nothing is read of what is not
+    available, and a variance is that of the process of which the spline is the posterior mean.
+    """
+    mask, weights, prices = np.array(mask), np.array(weights), np.array(prices)
+    at, y = np.array([-1.2, -0.5, 0.0, 0.33, 1.0]), np.sin(4 * t)
+    given = {"available": mask, "weights": weights, "end_weights": prices}
+    mu = float(lambda_) * weights[mask].sum()
+    wanted = np.zeros((5, 9))
+    wanted[:, mask] = matrices.spline_matrix(t[mask], at, mu, tuple(prices), weights[mask].tolist())
+    size = np.abs(wanted).sum(axis=1).max()
     with jax.enable_x64(True):
-        matrix = smoothing_matrix(t, at, lambda_, available=mask)
-        size = np.abs(matrix).sum(axis=1).max()
-        np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-12 * size)
+        asked = by_program(t, y, at, jnp.asarray(lambda_), given)
+        found, matrix, variance, process = map(np.asarray, asked)
+        np.testing.assert_allclose(found, wanted @ y, atol=1e-9 * size)
         np.testing.assert_array_equal(matrix[:, ~mask], 0)
-        other = smoothing_matrix(t[order], at, lambda_, available=mask[order])
-        np.testing.assert_allclose(other, matrix[:, order], atol=1e-11 * size)
-        spline = smoothing_spline(t, jnp.asarray(y), lambda_, available=mask).evaluate(at)
-        np.testing.assert_allclose(matrix @ y, spline, atol=1e-11 * size)
+    host = smoothing_matrix_on_host(t, at, lambda_, **given)
+    for each in (matrix, host):
+        np.testing.assert_allclose(each, wanted, atol=1e-9 * size)
+        np.testing.assert_allclose(each.sum(axis=1), 1, atol=1e-10 * size)
+    knots, place = np.unique(t[mask], return_inverse=True)
+    on_host, root = variances_on_host(t, at, lambda_, **given)
+    if len(knots) < 2:
+        assert np.isinf(variance).all()
+        assert np.isinf(on_host).all()
+        return
+    np.testing.assert_allclose(on_host, variance, rtol=1e-6, atol=1e-12)
+    if len(knots) > 2:
+        np.testing.assert_allclose(np.sum((root @ y) ** 2), process, rtol=1e-6)
+    if not prices.any():
+        mu = mp.mpf(max(mu, 1e-18))
+        heavy = np.bincount(place, weights[mask])
+        krige = exact(knots, at, mu, weights=heavy)
+        np.testing.assert_allclose(variance, krige, rtol=1e-6, atol=1e-12)
+        if len(knots) > 2:  # differences among coincident observations are left out
+            means = np.bincount(place, (weights * y)[mask]) / heavy
+            np.testing.assert_allclose(process, exact(knots, [], mu, means, heavy), rtol=1e-6)
+
+
+# -- The posterior ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 1e-9, 1e-5, 1e-2])
+@pytest.mark.parametrize("layout", ["chebyshev", "interleaved", "repeated"])
+def test_variance_is_the_posteriors(layout, lambda_, dtype):
+    alpha, beta = regression_points(6, 9, layout)
+    available = np.array([1, 1, 0, 1, 0, 1, 1, 1, 0], bool)
+    got = posterior_variance(beta, alpha, lambda_, available=available)
+    assert got.dtype == dtype
+    t = np.asarray(beta, np.float64)[available]
+    mu = mp.mpf(max(lambda_, 1e-18)) * len(t)
+    want = exact(t, np.asarray(alpha, np.float64), mu)
+    tolerance = {"float32": 3e-4, "float64": 1e-8}[dtype]
+    np.testing.assert_allclose(
+        got, want, rtol=tolerance, atol=2e-9 if dtype == "float32" else 1e-13
+    )
+    on_host, _ = variances_on_host(
+        np.asarray(beta), np.asarray(alpha), lambda_, available=available
+    )
+    np.testing.assert_allclose(on_host, want, rtol=1e-8, atol=1e-13)
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 1e-9, 1e-5, 1e-2])
+def test_process_variance_is_restricted_maximum_likelihood(lambda_, dtype, key):
+    _, beta = regression_points(8, 20, "chebyshev")
+    y = jax.random.normal(key, (20, 1)) + 3 * jnp.sin(4 * beta)[:, None] + 50
+    available = np.arange(20) % 3 != 1
+    unread = jnp.where(available[:, None], y, jnp.nan)
+    got = process_variance(beta, unread, lambda_, available=available)
+    t, seen = np.asarray(beta, np.float64)[available], np.asarray(y, np.float64)[available, 0]
+    want = exact(t, [], mp.mpf(max(lambda_, 1e-18)) * len(t), seen)
+    np.testing.assert_allclose(got, want, rtol={"float32": 2e-3, "float64": 1e-8}[dtype])
+    _, root = variances_on_host(np.asarray(beta), np.zeros(0), lambda_, available=available)
+    broken = np.where(available, np.asarray(y, np.float64)[:, 0], 1e9)
+    np.testing.assert_allclose(np.sum((root @ broken) ** 2), want, rtol=1e-8)
+
+
+def test_outside_and_with_few_answers(dtype):
+    t = jnp.linspace(-0.5, 0.5, 5)
+    got = posterior_variance(t, jnp.array([-1.0, 1.0, 0.9]), 0.0)
+    np.testing.assert_allclose(got, exact(t, [-1, 1, 0.9], mp.mpf(1e-20)), rtol=1e-4)
+    one = np.arange(5) == 2
+    assert np.all(np.isinf(posterior_variance(t, t, 0.0, available=one)))
+    assert np.all(np.isinf(posterior_variance(t, t, 0.0, available=one & ~one)))
+    two = np.arange(5) < 2
+    assert np.all(np.isfinite(posterior_variance(t, t, 0.0, available=two)))
+    assert process_variance(t, t, 0.0, available=two) == np.inf
+    for mask, finite in ((one, False), (one & ~one, False), (two, True)):
+        variance, root = variances_on_host(np.asarray(t), np.asarray(t), 0.0, available=mask)
+        assert np.isfinite(variance).all() == finite
+        assert not root.any()
+
+
+def test_gradients_against_finite_differences():
+    with jax.enable_x64(True):
+        _, beta = regression_points(6, 9, "chebyshev")
+        at = jnp.array([-0.7, 0.05, 0.99])
+
+        def total(beta, lambda_):
+            return jnp.sum(jnp.log(posterior_variance(beta, at, lambda_)))
+
+        check_grads(total, (beta[1:-1] * 1.0, jnp.asarray(1e-3)), order=1, rtol=1e-4)
+
+
+def test_one_compilation_serves_every_mask():
+    t = jnp.linspace(-1.0, 1.0, 12)
+    compiled = posterior_variance.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+    before = compiled._cache_size()
+    for missing in range(5):
+        posterior_variance(t, t[:3], 0.0, available=np.arange(12) != missing)
+    assert compiled._cache_size() <= before + 1
+
+
+@pytest.mark.parametrize("code", ["spline", "berrut", "learned"])
+@pytest.mark.parametrize("scale", [1e-25, 1e-19, 1e18, 1e25])
+def test_deviations_scale_with_the_answers(code, scale, key):
+    """Their squares are 0 or infinite in float32."""
+    codes = {"spline": NeRCC, "berrut": BerrutSpline}
+    root = jax.random.normal(key, (13, 13), jnp.float32)
+    made = codes[code](4, 9) if code in codes else LearnedDecoder(np.ones((9, 4)) / 4, root * scale)
+    y, mask = jax.random.normal(key, (9, 2), jnp.float32), np.arange(9) != 4
+    unit = made if code in codes else LearnedDecoder(np.ones((9, 4)) / 4, root)
+    _, wanted = unit.decode(y, mask, return_uncertainty=True)
+    for decode in (made.decode, jax.jit(made.decode, static_argnames="return_uncertainty")):
+        _, got = decode(y * scale, mask, return_uncertainty=True)
+        np.testing.assert_allclose(got / scale, wanted, rtol=1e-5)
+
+
+def test_groups_of_groups_of_groups():
+    """As sets, groups and coordinates are: it ended the process, by a fault of jaxlib's."""
+    t = jnp.linspace(-1.0, 1.0, 24)
+    masks = np.random.default_rng(0).random((4, 10, 1, 24)) < 0.8
+
+    def of_mask(mask):
+        return posterior_variance(t, t[:20], 1e-4, available=mask)
+
+    found = jax.jit(jax.vmap(jax.vmap(jax.vmap(of_mask))))(masks)
+    one = jax.jit(of_mask)
+    for place in ((0, 0, 0), (3, 9, 0)):
+        np.testing.assert_allclose(found[place], one(masks[place]), rtol=1e-4)
+
+
+# -- Ends of one cubic over two gaps ---------------------------------------------------------------
+
+
+def ending(dtype, seed=0):
+    """Points in no order, two of them twice, and a mask that leaves out one at an end."""
+    rng = np.random.default_rng(seed)
+    t = np.cumsum(rng.uniform(0.3, 1, 12))
+    t = rng.permutation(2 * (t - t[0]) / (t[-1] - t[0]) - 1)
+    t = np.concatenate([t, t[[2, 7]]]).astype(dtype)
+    available = ~np.isin(np.arange(14), [4, int(np.argmax(t))])
+    return t, available
+
+
+def cubic(t):
+    return (1 + t - 2 * t**2 + 3 * t**3)[:, None]
+
+
+def test_not_a_knot_is_scipys_in_programs_and_on_the_host(dtype):
+    t, available = ending(dtype)
+    y = np.stack([np.sin(3 * t), np.exp(t)], axis=1)
+    distinct, places = np.unique(t[available], return_index=True)
+    at = np.linspace(distinct[0], distinct[-1], 31).astype(dtype)
+    wanted = scipy.interpolate.CubicSpline(distinct, y[available][places], bc_type="not-a-knot")(at)
+    options = {"available": available, "ends": "not-a-knot"}
+    bent, natural = (
+        smoothing_matrix(t, at, 0.0, available=available, ends=ends) @ y
+        for ends in ("not-a-knot", "natural")
+    )
+    np.testing.assert_allclose(bent, wanted, atol=2 * TOLERANCE[dtype])
+    assert np.abs(natural - wanted).max() > 1e-3
+    for lambda_ in (0.0, 1e-5, 1e-2, np.inf):
+        program = smoothing_matrix(t, at, lambda_, **options)
+        host = smoothing_matrix_on_host(t, at, lambda_, **options)
+        np.testing.assert_allclose(host, program, atol=20 * TOLERANCE[dtype])
+    few = available & (np.cumsum(available) <= 3)
+    bent, natural = (
+        smoothing_matrix_on_host(t, at, 0.0, available=few, ends=ends)
+        for ends in ("not-a-knot", "natural")
+    )
+    np.testing.assert_array_equal(bent, natural)
+
+
+@pytest.mark.parametrize(("num_data", "num_workers", "lambda_"), [(7, 50, 1e-5), (8, 20, 0.0)])
+def test_programs_are_as_exact_as_the_host_whatever_the_data(num_data, num_workers, lambda_):
+    """Third derivatives of noise over the outermost gaps, 0.002 wide, are a million times it."""
+    code = nj.codes.BerrutSpline(num_data, num_workers, lambda_dec=lambda_)
+    available = ~np.isin(np.arange(num_workers), [1, num_workers - 2])
+    y = np.random.default_rng(0).normal(size=(num_workers, 3)).astype(np.float32)
+    wanted = code.decoder_on_host(available)[0] @ y
+    np.testing.assert_allclose(jax.jit(code.decode)(y, available), wanted, atol=1e-5)
+    spline = smoothing_spline(code.beta, y, lambda_, available=available, ends=code.ends)
+    np.testing.assert_allclose(spline.evaluate(code.alpha), wanted, atol=1e-5)
+
+
+def test_gradients_are_those_of_differences():
+    random = np.random.default_rng(3)
+    t, at = np.sort(random.uniform(-1, 1, 9)), random.uniform(-1, 1, 3)
+    y, by = random.normal(size=(9, 2)), random.normal(size=(3, 2))
+    weights, heavy = random.uniform(0.5, 2, 9), np.asarray([0.3, 0.1])
+    moved = [random.normal(size=np.shape(each)) for each in (t, at, 1e-4, weights, heavy)]
+    with jax.enable_x64(True):
+
+        @jax.jit
+        def total(step):
+            points = [
+                each + step * way
+                for each, way in zip((t, at, 1e-4, weights, heavy), moved, strict=True)
+            ]
+            known = {"weights": points[3], "end_weights": points[4], "ends": "not-a-knot"}
+            return jnp.sum(by * (smoothing_matrix(*points[:3], **known) @ y))
+
+        slope, step = jax.jit(jax.grad(total)), 1e-8
+        wanted = (total(step) - total(-step)) / (2 * step)
+        np.testing.assert_allclose(slope(0.0), wanted, rtol=1e-5)
+        wanted = (slope(step) - slope(-step)) / (2 * step)
+        np.testing.assert_allclose(jax.jit(jax.grad(slope))(0.0), wanted, rtol=1e-4)
+
+
+def test_programs_for_accelerators_have_no_loop():
+    code = nj.codes.BerrutSpline(3, 6)
+    slope = jax.grad(
+        lambda lambda_: jnp.sum(smoothing_matrix(code.beta, code.alpha, lambda_, ends=code.ends))
+    )
+    text = jax.jit(slope).trace(0.1).lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.while" not in text
+
+
+def test_beyond_the_ends_it_goes_straight_on(dtype):
+    t, available = ending(dtype)
+    spline = smoothing_spline(t, cubic(t), 0.0, available=available, ends="not-a-knot")
+    for end, step in ((t[available].min(), -0.5), (t[available].max(), 0.5)):
+        slope = 1 - 4 * end + 9 * end**2
+        wanted = cubic(np.asarray([end])) + slope * step
+        np.testing.assert_allclose(
+            spline.evaluate(jnp.asarray([end + step])), wanted, atol=100 * 2 * TOLERANCE[dtype]
+        )
+
+
+@pytest.mark.parametrize(
+    ("number", "lambda_"), [(0, 0.0), (1, 0.0), (2, 0.0), (3, 0.0), (12, 10.0)]
+)
+def test_of_few_observations_it_is_natural_and_nearly_where_much_is_smoothed(
+    number, lambda_, dtype
+):
+    t, _ = ending(dtype)
+    available = np.arange(14) < number
+    at = np.linspace(-1, 1, 9).astype(dtype)
+    natural, found = (
+        smoothing_spline(t, cubic(t), lambda_, available=available, ends=ends).evaluate(at)
+        for ends in ("natural", "not-a-knot")
+    )
+    atol = 0.02 * np.abs(cubic(t)).max() if lambda_ else 2 * TOLERANCE[dtype] / 10
+    np.testing.assert_allclose(found, natural, atol=atol)
+
+
+def testcubics_come_back_from_four_and_where_little_is_smoothed(dtype):
+    t, available = ending(dtype)
+    for mask in (np.arange(14) < 4, available):
+        at = np.linspace(t[mask].min(), t[mask].max(), 9).astype(dtype)
+        found = smoothing_spline(t, cubic(t), 1e-9, available=mask, ends="not-a-knot")
+        np.testing.assert_allclose(found.evaluate(at), cubic(at), atol=1e-4)
+
+
+def test_a_code_decodes_by_it(dtype):
+    code = nj.NeRCC(20, 24, points="interleaved", lambda_dec=0.0, ends="not-a-knot")
+    assert nj.NeRCC(20, 24, ends="not-a-knot").end_penalty == 0
+    assert nj.NeRCC(20, 24).end_penalty > 0
+    available = jnp.arange(24) != 1
+    y = jnp.asarray(np.exp(np.asarray(code.beta))[:, None])
+    wanted = np.exp(np.asarray(code.alpha))[:, None]
+    decoded = code.decode(y, available)
+    np.testing.assert_allclose(decoded, wanted, atol=1e-4)
+    np.testing.assert_allclose(
+        code.decoder_matrix(available) @ y, decoded, atol=10 * 2 * TOLERANCE[dtype]
+    )
+    natural = nj.NeRCC(20, 24, points="interleaved", lambda_dec=0.0)
+    error = np.abs(natural.decode(y, available) - wanted).max()
+    assert np.abs(decoded - wanted).max() < error / 2
+
+
+@pytest.mark.parametrize("price", [1e10, 1e20, 3e38, np.inf])
+def test_ends_of_any_price_are_flat(price, dtype):
+    """The docstring names infinity; infinity times a penalty is NaN."""
+    t = np.linspace(-1, 1, 6).astype(dtype)
+    prices = np.full(2, price, np.float64).astype(dtype)
+    spline = smoothing_spline(t, np.sin(3 * t), 0.1, end_weights=prices)
+    beyond = spline.evaluate(np.array([-1.4, -1.2, 1.2, 1.4], dtype))
+    np.testing.assert_allclose(beyond[:2], beyond[0], atol=1e-6)
+    np.testing.assert_allclose(beyond[2:], beyond[3], atol=1e-6)
+    host = smoothing_matrix_on_host(t, t, 0.1, end_weights=prices) @ np.sin(3 * t)
+    np.testing.assert_allclose(spline.evaluate(t), host, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"lambda_dec": 1e38, "end_penalty": 1e32}, {"lambda_dec": 1.0, "end_penalty": 3e38}]
+)
+def test_penalties_that_overflow_decode_all_the_same(numbers):
+    code, mask = nj.NeRCC(4, 9, **numbers), np.isin(np.arange(9), [3, 4])
+    found = jax.jit(code.try_decode)(np.ones((9, 1), np.float32), mask)
+    assert np.all(found.recovered)
+    np.testing.assert_allclose(found.predictions, 1, atol=1e-6)
 
 
 # -- Errors -------------------------------------------------------------------------------------

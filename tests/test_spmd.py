@@ -98,20 +98,6 @@ def test_each_kind_of_worker_is_spread_by_itself(devices):
     assert_same(infer(x[0], masks[0]), jax.tree.map(lambda leaf: leaf[0], expected))
 
 
-def test_one_compilation_serves_every_straggler_set():
-    traces = []
-
-    def counting(batch):
-        traces.append(batch.shape)
-        return model(batch)
-
-    infer = coded_inference(counting, NeRCC(4, 10), mesh=mesh_of(3))
-    for seed in range(10):
-        rng = np.random.default_rng(seed)
-        infer(rng.normal(size=(2, 4, 5)).astype("f"), rng.uniform(size=(2, 10)) < 0.6)
-    assert traces == [(2 * 4, 5)], "one trace, the four workers of a device in one batch"
-
-
 def test_models_of_every_make():
     x = np.random.default_rng(2).normal(size=(4, 3)).astype("f")
     mask = np.arange(7) != 2
@@ -157,12 +143,6 @@ def test_a_further_axis_of_the_mesh_may_shard_the_model(kind):
         assert_same(infer(x, mask, factor), expected)
     got = jax.jit(infer)(jnp.asarray(x), jnp.asarray(mask), factor)
     np.testing.assert_allclose(got.predictions, expected.predictions, atol=1e-5)
-
-
-def test_a_mesh_without_the_axis(untyped):
-    message = r"axes \('x',\), and none named 'y': say by axis= over which of them"
-    with pytest.raises(ValueError, match=message):
-        coded_inference(model, NeRCC(4, 7), mesh=mesh_of(2, ("x",)), axis="y")
 
 
 @pytest.mark.slow

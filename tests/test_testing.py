@@ -1,6 +1,6 @@
 """`check_code` refuses each code that breaks a rule, and names the rule.
 
-`test_codes.py` calls it for the library's own codes, `test_extending.py` for the documentation's.
+`test_codes.py` calls it for the library's own codes, `test_pages.py` for the documentation's.
 """
 
 import subprocess

@@ -6,14 +6,14 @@ import pytest
 import type_checks
 
 from nercc_jax import NeRCC
-from nercc_jax.risk._monitor import WorkerMonitor
+from nercc_jax.risk import RiskMonitor
 
 CHECKER = beartype.beartype(conf=beartype.BeartypeConf(violation_type=TypeError))
 
 
 def test_what_is_no_array():
     with pytest.raises(TypeError, match="violates type hint"):
-        WorkerMonitor("8")
+        RiskMonitor("0.1")
 
 
 def test_arrays_whose_axes_have_other_sizes():

@@ -1,16 +1,18 @@
 """Workers at another precision, and calibrations that say so where theirs was another."""
 
+import contextlib
 import dataclasses
 import functools
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import matrices
 import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType
 
 from nercc_jax import (
     Berrut,
@@ -89,55 +91,101 @@ def rounded(values, dtype):
     return np.asarray(values, np.float32).astype(dtype).astype(np.float32)
 
 
-def by_hand(x, dtype, weights=WEIGHTS):
+def by_hand(x, dtype, code=CODE, mask=MASK):
     """Predictions by matrices in float64: inputs and weights are rounded, products are not."""
-    encoder = np.asarray(CODE.encoder_matrix(), np.float64)
-    coded = rounded(np.einsum("nk,gkd->gnd", encoder, x), dtype)
-    answers = np.tanh(coded.astype(np.float64) @ rounded(weights, dtype).astype(np.float64))
-    return np.asarray(CODE.decoder_matrix(MASK), np.float64) @ answers
+    coded = rounded(np.einsum("nk,gkd->gnd", matrices.encoder_matrix(code), x), dtype)
+    answers = np.tanh(coded.astype(np.float64) @ rounded(WEIGHTS, dtype).astype(np.float64))
+    return matrices.decoder_matrix(code, mask) @ answers
 
 
+def infer(model=None, code=CODE, **options):
+    """Return a way of running a model, the linear one if none is given, by its workers' dtype."""
+    model = linear() if model is None else model
+    return lambda dtype: coded_inference(model, code, worker_dtype=dtype, **options)
+
+
+def mesh(kind=AxisType.Auto):
+    return jax.make_mesh((8,), ("workers",), axis_types=(kind,))
+
+
+def in_pool(dtype, within=None):
+    with contextlib.ExitStack() as stack:
+        if within is not None:
+            stack.enter_context(jax.set_mesh(mesh(within)))
+        pool = stack.enter_context(DevicePool(linear(), 2, worker_dtype=dtype))
+        return pool_inference(pool, CODE)(X)
+
+
+ALL = {"mask": np.ones(N, bool)}
+WAYS = {
+    "module": (lambda dtype: infer()(dtype)(X, MASK), {}),
+    "layers": (lambda dtype: infer(layer())(dtype)(X, MASK), {}),
+    "arguments": (
+        lambda dtype: infer(by_argument)(dtype)(
+            X, MASK, jnp.asarray(WEIGHTS), jnp.arange(3, dtype=jnp.int32)
+        ),
+        {},
+    ),
+    "jit": (lambda dtype: jax.jit(infer()(dtype))(X, MASK), {}),
+    "vmap": (lambda dtype: jax.vmap(lambda x: infer()(dtype)(x, MASK))(jnp.asarray(X)), {}),
+    "mesh": (lambda dtype: infer(mesh=mesh())(dtype)(X, MASK), {}),
+    "layers on a mesh": (lambda dtype: infer(layer(), mesh=mesh())(dtype)(X, MASK), {}),
+    "scheme": (
+        lambda dtype: infer(code=Scheme(REGRESSION))(dtype)(X.reshape(-1, 5), MASK).reshape(
+            2, K, OUTPUTS
+        ),
+        {"code": REGRESSION},
+    ),
+    "pool": (in_pool, ALL),
+    "pool within a mesh": (lambda dtype: in_pool(dtype, AxisType.Auto), ALL),
+    "pool within an explicit mesh": (lambda dtype: in_pool(dtype, AxisType.Explicit), ALL),
+    **{
+        f"module in {name}": (lambda dtype, wrap=wrap: infer(wrap(linear()))(dtype)(X, MASK), {})
+        for name, wrap in (
+            ("partial", lambda module: functools.partial(lambda module, x: module(x), module)),
+            ("method", lambda module: module.__call__),
+            ("Partial", lambda m: jax.tree_util.Partial(lambda module, x: module(x), m)),
+            ("filter_jit", lambda module: eqx.filter_jit(module)),
+        )
+    },
+}
 # A product of five in bfloat16, and the tangent: some roundings of 2^-9, times the decoder's row
 # sums. Of float16 2^-12.
 BOUND = {"bfloat16": 3e-2, "float16": 4e-3, "float32": 1e-5}
 DTYPES = {"bfloat16": BFLOAT16, "float16": np.float16, "float32": np.float32}
 
 
-def check(predictions, dtype, **options):
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [(way, "bfloat16") for way in WAYS]
+    + [(way, dtype) for way in ("module", "layers") for dtype in ("float16", "float32")],
+)
+def test_models_run_in_it(way, dtype):
+    run, about = WAYS[way]
+    predictions = run(dtype)
     assert predictions.dtype == jnp.float32
-    error = np.abs(np.asarray(predictions) - by_hand(X, DTYPES[dtype], **options)).max()
+    error = np.abs(np.asarray(predictions) - by_hand(X, DTYPES[dtype], **about)).max()
     assert error < BOUND[dtype]
     if dtype != "float32":
-        exact = np.abs(np.asarray(predictions) - by_hand(X, np.float32, **options)).max()
+        exact = np.abs(np.asarray(predictions) - by_hand(X, np.float32, **about)).max()
         assert exact > BOUND[dtype] / 300, "it ran in float32"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("make", [linear, layer])
-def test_modules_run_in_it(make, dtype):
-    predictions = coded_inference(make(), CODE, worker_dtype=dtype)(X, MASK)
-    check(predictions, dtype)
+def test_a_mesh_exchanges_the_narrow_numbers_and_weights_stay_where_they_lie():
+    run = infer(mesh=mesh())("bfloat16")
+    text = jax.jit(run).lower(jnp.asarray(X), jnp.asarray(MASK)).as_text()
+    exchanged = [line for line in text.splitlines() if "all_to_all" in line and "5x" not in line]
+    assert any("xbf16>" in line for line in exchanged)
+    spread = jax.sharding.NamedSharding(mesh(), jax.sharding.PartitionSpec(None, "workers"))
+    model = eqx.tree_at(lambda m: m.weights, linear(), jax.device_put(WEIGHTS, spread))
+    assert cast_model(model, "bfloat16").func.weights.sharding.is_equivalent_to(spread, 2)
 
 
-def test_weights_as_arguments():
-    infer = coded_inference(by_argument, CODE, worker_dtype=jnp.bfloat16)
-    check(infer(X, MASK, jnp.asarray(WEIGHTS), jnp.arange(3, dtype=jnp.int32)), "bfloat16")
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda module: functools.partial(lambda module, x: module(x), module),
-        lambda module: module.__call__,
-        lambda module: jax.tree_util.Partial(lambda module, x: module(x), module),
-        lambda module: eqx.filter_jit(module),
-    ],
-    ids=["partial", "method", "Partial", "filter_jit"],
-)
-def test_functions_of_modules(wrap):
-    answers = cast_model(wrap(linear()), "bfloat16")(X[0])
-    assert answers.dtype == jnp.float32
-    np.testing.assert_array_equal(answers, rounded(answers, BFLOAT16))
+def test_several_models():
+    models = (linear(), Linear(jnp.asarray(2 * WEIGHTS), jnp.arange(OUTPUTS)))
+    predictions = infer(models, Parity(2, 3), grouped=True)("bfloat16")(X[:, :2], np.ones(3, bool))
+    expected = np.tanh(rounded(X[:, :2], BFLOAT16) @ rounded(WEIGHTS, BFLOAT16))
+    np.testing.assert_allclose(predictions, expected, atol=1e-2)
 
 
 def test_what_a_function_closes_over_stays():
@@ -162,25 +210,6 @@ def test_pytrees_and_integers_beside():
     assert {leaf.dtype for leaf in jax.tree.leaves(predictions)} == {jnp.dtype("float32")}
 
 
-def test_jit_and_vmap_agree():
-    infer = coded_inference(linear(), CODE, worker_dtype="bfloat16")
-    expected = np.asarray(infer(X, MASK))
-    np.testing.assert_allclose(jax.jit(infer)(X, MASK), expected, atol=2e-2)
-    mapped = jax.vmap(lambda x: infer(x, MASK))(jnp.asarray(X))
-    np.testing.assert_allclose(mapped, expected, atol=2e-2)
-
-
-@pytest.mark.slow
-def test_a_scheme_runs_in_it():
-    infer, schemed = (
-        coded_inference(linear(), each, worker_dtype="bfloat16")
-        for each in (REGRESSION, Scheme(REGRESSION))
-    )
-    expected = np.asarray(infer(X, MASK))
-    flat = schemed(X.reshape(-1, 5), MASK)
-    np.testing.assert_allclose(flat, expected.reshape(-1, OUTPUTS), atol=2e-2)
-
-
 def test_gradients_are_those_of_float32_but_for_rounding():
     def loss(model, x, dtype):
         return jnp.mean(coded_inference(model, CODE, worker_dtype=dtype)(x, MASK)[..., :20] ** 2)
@@ -194,25 +223,6 @@ def test_gradients_are_those_of_float32_but_for_rounding():
         assert by.dtype == np.float32
         scale = np.abs(plain).max()
         assert 0 < np.abs(by - plain).max() < 0.05 * scale
-
-
-@pytest.mark.parametrize("make", [linear, layer])
-def test_a_mesh_exchanges_the_narrow_numbers(make):
-    mesh = Mesh(np.array(jax.devices()), ("workers",))
-    infer = coded_inference(make(), CODE, mesh=mesh, worker_dtype="bfloat16")
-    check(infer(X, MASK), "bfloat16")
-    text = jax.jit(infer).lower(jnp.asarray(X), jnp.asarray(MASK)).as_text()
-    exchanged = [line for line in text.splitlines() if "all_to_all" in line and "5x" not in line]
-    assert any("xbf16>" in line for line in exchanged)
-
-
-def test_several_models():
-    code = Parity(2, 3)
-    models = (linear(), Linear(jnp.asarray(2 * WEIGHTS), jnp.arange(OUTPUTS)))
-    infer = coded_inference(models, code, worker_dtype="bfloat16", grouped=True)
-    predictions = infer(X[:, :2], np.ones(3, bool))
-    expected = np.tanh(rounded(X[:, :2], BFLOAT16) @ rounded(WEIGHTS, BFLOAT16))
-    np.testing.assert_allclose(predictions, expected, atol=1e-2)
 
 
 # Pools.
@@ -287,18 +297,6 @@ def test_a_module_that_is_no_pytree_is_reported():
 
     with pytest.raises(ValueError, match="the arrays of Plain cannot be cast"):
         cast_model(Plain(), "bfloat16")
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_under_a_mesh_of_the_callers(kind):
-    mesh = jax.make_mesh((8,), ("workers",), axis_types=(kind,))
-    with jax.set_mesh(mesh), DevicePool(linear(), 2, worker_dtype="bfloat16") as pool:
-        predictions = pool_inference(pool, CODE)(X)
-    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "workers"))
-    model = eqx.tree_at(lambda m: m.weights, linear(), jax.device_put(WEIGHTS, spread))
-    assert cast_model(model, "bfloat16").func.weights.sharding.is_equivalent_to(spread, 2)
-    expected = np.asarray(coded_inference(linear(), CODE, worker_dtype="bfloat16")(X, MASK | True))
-    np.testing.assert_allclose(predictions, expected, atol=2e-2)
 
 
 def test_answers_beyond_float16_make_stragglers():

@@ -1,7 +1,7 @@
 """A run over rows on a pool: carries out what the state says, and tells it what happens.
 
 It owns the pool's batches, the clock, the files and the learner's thread, and decides nothing: that
-is the affair of `_state.py`.
+is the affair of `state.py`.
 """
 
 import contextlib
@@ -22,7 +22,9 @@ from ..pools.clock import TimeShare
 from ..risk import Accuracy, EnsembleEstimate
 from ._interface import RowFunction, RowProgress, RowResult, RowSettings
 from ._learner import Learned
-from ._state import (
+from ._table import COMPUTED, PREDICTED, WAITING, RowTable
+from .files import Parts, check_parts, fingerprint, ids_of_rows
+from .state import (
     Answered,
     Estimated,
     Event,
@@ -34,8 +36,6 @@ from ._state import (
     Tick,
     Withdraw,
 )
-from ._table import COMPUTED, PREDICTED, WAITING, RowTable
-from .files import Parts, check_parts, fingerprint, ids_of_rows
 
 _LOOKS = 0.05  # seconds between two looks at the clock and the pool
 _SHOWN = 0.1  # seconds between two reports of progress, at least

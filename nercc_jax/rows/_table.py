@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-# States, in which a row is one at a time: see `_state.py`.
+# States, in which a row is one at a time: see `state.py`.
 WAITING, AGAIN, SENT, FAILED, PREDICTED, COMPUTED = range(6)
 NOBODY = -1
 
