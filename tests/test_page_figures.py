@@ -204,7 +204,7 @@ def test_settings_that_pages_name():
     require("pydantic_settings", "serve")
     from nercc_jax.serving import ModelSettings
 
-    assert ModelSettings().policy().max_disagreement == 0.05
+    assert ModelSettings(outputs="logits").policy().max_disagreement == 0.05
 
 
 def test_of_servers_and_tails():

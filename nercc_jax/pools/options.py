@@ -26,7 +26,7 @@ def check_faults(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: There is no such fault, or its value does not fit.
     """
-    kinds = {name: kind for kind, names in _FAULTS.items() for name in names}
+    kinds, found = {name: kind for kind, names in _FAULTS.items() for name in names}, dict(given)
     for name, value in given.items():
         if name not in kinds:
             raise ValueError(f"there is no fault {name!r}, only {', '.join(kinds)}")
@@ -41,9 +41,10 @@ def check_faults(given: Mapping[str, Any]) -> dict[str, Any]:
         else:
             most = _DAY_S if name.endswith("_s") else 1
             fits = number and 0 <= value <= most and not math.isnan(value)
+            found[name] = float(value) if fits else value
         if not fits:
             raise ValueError(f"{name} is {kinds[name]}, not {value!r}")
-    return dict(given)
+    return found
 
 
 def open_pool(

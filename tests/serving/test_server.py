@@ -107,7 +107,7 @@ def test_health_metadata_and_a_model_made_from_weights(server, stub, version):
         "nercc_max_deadline_ms": 3_600_000,
         "nercc_coded": False,
         "nercc_uncoded": "it is served by Uncoded",
-        "nercc_outputs": "scores",
+        "nercc_outputs": "values",
     }
     asked = {"name": name, "version": version}
     assert list(stub.ModelMetadata(messages.ModelMetadataRequest(**asked)).versions) == ["1"]
