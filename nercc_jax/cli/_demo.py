@@ -26,7 +26,6 @@ from ._output import show, write_json
 from ._workload import find_workload
 
 RATE = 0.1  # share of the workers that straggle, independently of each other
-_SETS = 10  # straggler sets
 
 
 def demo(options: Options) -> None:
@@ -176,7 +175,7 @@ def kept_labels(
     for system, look, run, workers, student_calls, lost in systems:
         # All systems of as many workers meet the same stragglers.
         infer, shares, draw = coded_inference(model, run), [], np.random.default_rng(seed)
-        for _ in range(_SETS):
+        for _ in range(10):  # straggler sets
             masks = draw.random((len(groups), workers)) >= RATE
             found = np.asarray(infer(judged if run is placed else groups, masks))
             found = found.reshape(len(judged), -1)

@@ -35,9 +35,25 @@ def enable_compilation_cache(folder: str | Path | None = None) -> Path:
     enable_compilation_cache()  # before the first computation
     ```
     """
-    if folder is None and (current := _current_folder()):
-        return Path(current)
-    chosen = _default_folder() if folder is None else Path(folder).absolute()
+    if folder is None:
+        current = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+        if "jax" in sys.modules:  # which read the environment when it was imported
+            import jax
+
+            current = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+        if current:
+            return Path(current)
+        # One for each kind of processor: home folders are shared, and programs are made for one.
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        try:
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+        except OSError:
+            lines = [f"model name {platform.processor()}"]
+        names = ("vendor_id", "model name", "flags", "Features", "CPU part")
+        kept = sorted({line for line in lines if line.startswith(names)})
+        kind = hashlib.sha256("".join(kept).encode()).hexdigest()[:8]
+        folder = Path(base) / "nercc_jax" / f"programs-{kind}"
+    chosen = Path(folder).absolute()
     chosen.mkdir(parents=True, exist_ok=True)
     settings = {
         "jax_compilation_cache_dir": str(chosen),
@@ -46,7 +62,7 @@ def enable_compilation_cache(folder: str | Path | None = None) -> Path:
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     os.environ.update({name.upper(): str(value) for name, value in settings.items()})
-    if "jax" in sys.modules:  # which read the environment when it was imported
+    if "jax" in sys.modules:
         import jax
         from jax.experimental.compilation_cache import compilation_cache
 
@@ -54,28 +70,3 @@ def enable_compilation_cache(folder: str | Path | None = None) -> Path:
             jax.config.update(name, value)
         compilation_cache.reset_cache()  # which may have opened another folder
     return chosen
-
-
-def _current_folder() -> str | None:
-    """Return the folder that JAX is set to, or will be once it is imported."""
-    if "jax" in sys.modules:
-        import jax
-
-        return jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    return os.environ.get("JAX_COMPILATION_CACHE_DIR")
-
-
-def _default_folder() -> Path:
-    # One for each kind of processor: home folders are shared, and programs are made for one kind.
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    processor = hashlib.sha256(_processor().encode()).hexdigest()[:8]
-    return Path(base).absolute() / "nercc_jax" / f"programs-{processor}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = ("vendor_id", "model name", "flags", "Features", "CPU part")
-    return "".join(sorted({line for line in lines if line.startswith(names)}))

@@ -57,7 +57,9 @@ def pack(value: Any) -> EncodedInputs:
 
     class Pickler(cloudpickle.Pickler):
         def reducer_override(self, obj: Any) -> Any:
-            if isinstance(obj, jax.Array) and _plain(obj):
+            # An array that is only its numbers: no random key, no weakly typed scalar.
+            plain = isinstance(obj, jax.Array) and obj.is_fully_addressable and not obj.weak_type
+            if plain and not jnp.issubdtype(obj.dtype, jax.dtypes.extended):
                 host = np.ascontiguousarray(obj)
                 return _array, (host.reshape(-1).view(np.uint8), host.dtype, host.shape)
             reduced: Any = super().reducer_override(obj)
@@ -76,12 +78,6 @@ def pack(value: Any) -> EncodedInputs:
         raise ValueError(f"what workers run is sent to them by pickle: {error}") from error
     arrays = [np.frombuffer(each.raw(), np.uint8) for each in buffers]
     return EncodedInputs(file.getvalue(), arrays, checksum(arrays), code_versions(modules))
-
-
-def _plain(array: jax.Array) -> bool:
-    """Return whether an array is only its numbers: no random key, no weakly typed scalar."""
-    extended = jnp.issubdtype(array.dtype, jax.dtypes.extended)
-    return array.is_fully_addressable and not extended and not array.weak_type
 
 
 def _array(numbers: np.ndarray, dtype: DTypeLike, shape: tuple[int, ...]) -> jax.Array:

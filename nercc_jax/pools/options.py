@@ -9,7 +9,6 @@ from ._faults import Faults
 from ._pool import AbstractPool
 from ._ray import RayPool
 
-_DAY_S = 86_400.0
 # By what a value of a fault must be, the names of those faults.
 _FAULTS = {
     "seconds, from 0 to a day": ("service_delay_s", "straggler_delay_s"),
@@ -39,7 +38,7 @@ def check_faults(given: Mapping[str, Any]) -> dict[str, Any]:
         elif name == "fault_seed":
             fits = type(value) is int and value >= 0
         else:
-            most = _DAY_S if name.endswith("_s") else 1
+            most = 86_400.0 if name.endswith("_s") else 1  # a day, or all
             fits = number and 0 <= value <= most and not math.isnan(value)
             found[name] = float(value) if fits else value
         if not fits:

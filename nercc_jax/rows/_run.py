@@ -201,7 +201,11 @@ class _Run:
                 if (now := self._clock.now()) >= look_at or not self._batches:
                     while self._learned:
                         self._handle(self._learned.pop(0))
-                    self._handle(self._tick())
+                    ages = {number: self._age(batch) for number, batch in self._batches.items()}
+                    # The learner leaves the cores to others for a while after its work.
+                    learning = self._learns() or now < self._learning_time.next
+                    seen = now - self._begin, self._pool.report(), ages, learning
+                    self._handle(Tick(*seen, self._fit_seconds))
                     look_at = now + _LOOKS
                 news = not state.over and self._take_ended(look_at)
                 if news and self._clock.now() >= shown + _SHOWN:
@@ -218,8 +222,14 @@ class _Run:
             raise
         finally:
             if stopped is None and state.over:
+                # For what workers still compute; what no worker has is dropped.
+                end = self._clock.now() + state.settings.grace
+                for number, batch in list(self._batches.items()):
+                    if not batch.available[0] and not self._age(batch)[0]:
+                        self._batches.pop(number).forget()
                 with contextlib.suppress(KeyboardInterrupt):
-                    self._wait_for_late_answers()
+                    while self._batches and self._clock.now() < end:
+                        self._take_ended(end)
             for batch in self._batches.values():
                 batch.forget()
             if self._parts is not None:
@@ -238,13 +248,6 @@ class _Run:
 
     def _progress(self) -> RowProgress:
         return dataclasses.replace(self._state.progress(), estimate=self.estimate)
-
-    def _tick(self) -> Tick:
-        now = self._clock.now() - self._begin
-        ages = {number: self._age(batch) for number, batch in self._batches.items()}
-        # The learner leaves the cores to others for a while after its work.
-        learning = self._learns() or self._clock.now() < self._learning_time.next
-        return Tick(now, self._pool.report(), ages, learning, self._fit_seconds)
 
     def _learn(self, work: Callable[[], Learned | None]) -> None:
         """Do a piece of the learner's work, on a thread of its own."""
@@ -287,15 +290,6 @@ class _Run:
                 self._handle(Failed(number, reasons[-1], bool(raised)))
             batch.forget()
         return bool(numbers)
-
-    def _wait_for_late_answers(self) -> None:
-        """Wait for what workers still compute; what no worker has is dropped."""
-        end = self._clock.now() + self._state.settings.grace
-        for number, batch in list(self._batches.items()):
-            if not batch.available[0] and not self._age(batch)[0]:
-                self._batches.pop(number).forget()
-        while self._batches and self._clock.now() < end:
-            self._take_ended(end)
 
     def _note(self, number: int, batch: Batch) -> None:
         """Note that a call may have ended. Called by the pool's threads."""

@@ -220,7 +220,13 @@ class RowState:
             self._look(event)
         elif isinstance(event, Learned):
             if not self.over:
-                _arrange(self, event)
+                checked = self.evidence.take(event)
+                _refill(self)
+                if checked and self.checks is not None:
+                    # Values from before there was a check are taken back where they look wrong.
+                    rows = self.table.unchecked[self.table["estimated"][self.table.unchecked]]
+                    wrong, _ = self.evidence.look_wrong(rows, self.table.vectors[rows])
+                    self.take_back(self.checks.recheck(rows, wrong))
         elif isinstance(event, Estimated):
             self.estimated = event
             if event.short and not self.over:
@@ -508,18 +514,6 @@ def _end(run: RowState, why: str) -> None:
         table.reasons[row] = reason + barred
     if good.any():
         run.todo.append(Give(rows[good], computed=False))
-
-
-def _arrange(run: RowState, learned: Learned) -> None:
-    """Take what was learned, and decide which rows are computed, in which order."""
-    evidence, table = run.evidence, run.table
-    checks = evidence.take(learned)
-    _refill(run)
-    if checks and run.checks is not None:
-        # Values that came before there was a check are taken back where they look wrong.
-        rows = table.unchecked[table["estimated"][table.unchecked]]
-        wrong, _ = evidence.look_wrong(rows, table.vectors[rows])
-        run.take_back(run.checks.recheck(rows, wrong))
 
 
 def _offer_news(run: RowState) -> None:
