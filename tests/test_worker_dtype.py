@@ -30,8 +30,7 @@ from nercc_jax.evaluation import record_answers
 from nercc_jax.inference import CalibrationWarning, cast_model
 from nercc_jax.inference.models import Conditions, current_conditions
 from nercc_jax.risk import Accuracy
-from nercc_jax.serving import CodedBatcher, Coder
-from nercc_jax.serving.adapt._decoding import calibrate_decoding
+from nercc_jax.serving import CodedBatcher, Coder, calibrate_decoding
 
 K, N, OUTPUTS = 3, 7, 1000
 CODE = Berrut(K, N)  # quickly compiled, and decoded as all others
