@@ -15,8 +15,7 @@ import scipy.stats
 from nercc_jax.risk import Accuracy, Comparison, Risk, RiskMonitor
 from nercc_jax.risk._error_bars import error_bars_from_ratios
 from nercc_jax.risk._monitor import WorkerMonitor
-from nercc_jax.serving import DecodingScores
-from nercc_jax.serving.adapt._decoding import Compared
+from nercc_jax.serving import Compared, DecodingScores
 
 LABELS, VALUES, POOL = Accuracy(max_disagreement=0.1), Accuracy(tolerance=1.0), 8
 

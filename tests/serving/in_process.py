@@ -21,8 +21,15 @@ require("fastapi", "serve")
 from prometheus_client import CollectorRegistry
 
 from nercc_jax.codes import AbstractCode
-from nercc_jax.serving import Health, ModelSettings, Reply, ServedModel, Server, make_servable
-from nercc_jax.serving._metrics import Metrics
+from nercc_jax.serving import (
+    Health,
+    Metrics,
+    ModelSettings,
+    Reply,
+    ServedModel,
+    Server,
+    make_servable,
+)
 from nercc_jax.serving.settings import read_settings
 
 SERVABLE = make_servable("digits", lambda x: 2 * x, (4,))

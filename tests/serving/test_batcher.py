@@ -38,10 +38,10 @@ from nercc_jax.serving import (
     InferenceFailed,
     QueueFull,
     ServerClosing,
-    _dispatch,
     calibrate_decoding,
 )
-from nercc_jax.serving._dispatch import QueryOrdering
+
+from nercc_jax.serving import _dispatch  # isort: skip
 from nercc_jax.serving.core._request import Request
 
 SYSTEMATIC = {
@@ -462,7 +462,7 @@ def requested(x):
 
 
 def arranger(code=INTERLEAVED, shape=(3,), rows=4):
-    return QueryOrdering(Coder(code), shape, rows)
+    return _dispatch.QueryOrdering(Coder(code), shape, rows)
 
 
 def test_the_path_is_the_shortest_there_is_and_compiled_beforehand():
@@ -491,7 +491,7 @@ def test_rows_of_groups_lie_along_the_curve(code):
     coder = Coder(code)
     count = 4 * code.num_data
     x = np.random.default_rng(0).permutation(count)
-    dealt = QueryOrdering(coder, (2,), 4).assign(
+    dealt = _dispatch.QueryOrdering(coder, (2,), 4).assign(
         requested(x[:, None] * np.ones((1, 2))), [4] * code.num_data, 0
     )
     assert [len(cell) for cell in dealt] == [4] * code.num_data
@@ -515,13 +515,13 @@ def test_queries_whose_projection_overflows_are_dealt_like_others():
 @pytest.mark.parametrize(("share", "again"), [(1e-3, False), (1.0, True)])
 def test_ordering_takes_no_more_than_its_share_of_the_time(share, again, monkeypatch):
     """What comes soon after an ordering that took long goes out as it comes."""
-    assign = QueryOrdering.assign
+    assign = _dispatch.QueryOrdering.assign
 
     def slow(*args):
         time.sleep(0.05)
         return assign(*args)
 
-    monkeypatch.setattr(QueryOrdering, "assign", slow)
+    monkeypatch.setattr(_dispatch.QueryOrdering, "assign", slow)
     monkeypatch.setattr(_dispatch, "_OF_THE_TIME", share)
     with serving(INTERLEAVED, workers=8) as batcher:
         for _ in range(2):

@@ -11,8 +11,7 @@ from scipy.interpolate import make_interp_spline
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
 from nercc_jax.codes import BerrutSpline
 from nercc_jax.risk import Accuracy, ErrorProbability
-from nercc_jax.serving import Coder, DecodingScores, calibrate_decoding
-from nercc_jax.serving.adapt._decoding import Compared
+from nercc_jax.serving import Coder, Compared, DecodingScores, calibrate_decoding
 
 # By name: whether queries are coded data points themselves, a query can be decoded from others',
 # its error has a probability, and it gains from an order.

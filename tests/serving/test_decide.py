@@ -10,8 +10,8 @@ from nercc_jax import NeRCC, Uncoded
 from nercc_jax.pools import Overdue
 from nercc_jax.risk import Accuracy, Risk
 from nercc_jax.serving import BatchingPolicy, Coder
-from nercc_jax.serving.core._request import Answer
 from nercc_jax.serving.core.decide import (
+    Answer,
     Copy,
     Decode,
     DispatchSetting,

@@ -15,7 +15,7 @@ import pytest
 from conftest import require
 from pages import blocks
 
-from nercc_jax import __version__
+import nercc_jax
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "docs" / "deploy"
@@ -231,7 +231,7 @@ def test_inference_service_serves_what_the_container_does():
     image = re.search(r"-t (\S+) ", (DEPLOY / "Containerfile").read_text())
     assert image
     assert container.image == image[1]
-    assert container.image.split(":")[1] == __version__
+    assert container.image.split(":")[1] == nercc_jax.__version__
     assert container.security_context.run_as_non_root
     requests, limits = container.resources.requests, container.resources.limits
     assert parse_quantity(requests["cpu"]) >= 1
@@ -274,7 +274,7 @@ def test_readme_commands_name_what_there_is(command, monkeypatch):
         monkeypatch.chdir(ROOT)
         settings_of(words[2:], {})
     elif words[:2] == ["podman", "run"]:
-        image = words.index(f"nercc-jax:{__version__}")
+        image = words.index(f"nercc-jax:{nercc_jax.__version__}")
         settings = settings_of(words[image + 1 :], image_environment())
         published = [int(each.split(":")[1]) for each in words if re.fullmatch(r"\d+:\d+", each)]
         assert published == [settings.http_port, settings.grpc_port]

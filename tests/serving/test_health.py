@@ -11,8 +11,8 @@ from batching import INTERLEAVED, LONG, Held, count, model, queries, serving, se
 
 from nercc_jax import Uncoded
 from nercc_jax.pools.clock import WALL
-from nercc_jax.serving import Health, InferenceFailed, Predictor, _batcher
-from nercc_jax.serving.core import _requests
+from nercc_jax.serving import Health, InferenceFailed, Predictor
+from nercc_jax.serving.core._requests import HealthMonitor
 
 FINE = Health(True, True)
 
@@ -39,7 +39,7 @@ def test_it_is_ready_while_a_group_can_be_answered(
         report=lambda: types.SimpleNamespace(num_workers=workers, starting=starting),
     )
     coder = types.SimpleNamespace(num_data=4, num_workers=8)
-    health = _requests.HealthMonitor(WALL).health(pool, coder, math.inf)
+    health = HealthMonitor(WALL).health(pool, coder, math.inf)
     assert health == Health(True, ready, message)
 
 
@@ -79,7 +79,7 @@ def test_a_group_that_cannot_be_decided_is_reported_at_once(monkeypatch):
     held = Held()
     with serving(INTERLEAVED, held, warm=False) as batcher:
         with monkeypatch.context() as patched:
-            patched.setattr(_batcher, "decide", fails)
+            patched.setattr("nercc_jax.serving._batcher.decide", fails)
             future = batcher.submit(queries(3))
             with pytest.raises(InferenceFailed, match="a bug of ours"):
                 future.result(5.0)
@@ -106,7 +106,7 @@ def test_a_thread_that_dies_fails_what_is_open_and_what_comes(monkeypatch):
 
 
 def test_a_stuck_thread_is_not_alive(monkeypatch):
-    monkeypatch.setattr(_requests, "STUCK", 0.2)
+    monkeypatch.setattr("nercc_jax.serving.core._requests.STUCK", 0.2)
     monkeypatch.setattr("nercc_jax.pools.clock.BEAT", 0.05)
     release = threading.Event()
     with serving(Uncoded(1), warm=False) as batcher:

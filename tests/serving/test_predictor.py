@@ -8,7 +8,7 @@ from traffic import SERVICE, SHAPE, WEIGHTS, KnowsAll, Traffic, labels_right, mo
 from nercc_jax import Replication
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.serving import BatchingPolicy, Predictor
-from nercc_jax.serving.core._request import Answer
+from nercc_jax.serving.core.decide import Answer
 from nercc_jax.stragglers import TraceLatency
 from nercc_jax.surrogates import principal_components
 

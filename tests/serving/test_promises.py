@@ -17,7 +17,7 @@ from nercc_jax.serving import (
     Predictor,
     calibrate_decoding,
 )
-from nercc_jax.serving.core._request import Answer
+from nercc_jax.serving.core.decide import Answer
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 

@@ -22,8 +22,7 @@ from prometheus_client import CollectorRegistry
 
 from nercc_jax import NeRCC, Replication, Uncoded
 from nercc_jax import serving as public
-from nercc_jax.serving import Health, Reply
-from nercc_jax.serving._metrics import Metrics
+from nercc_jax.serving import Health, Metrics, Reply
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 REGISTRY, BODY_LIMIT = CollectorRegistry(), 2_000_000
