@@ -118,7 +118,7 @@ class Options:
     layouts: str = "chebyshev,interleaved,repeated"
     "NeRCC's layouts, as in `nercc tune`, by commas."
     surrogate: str | None = None
-    "Model to order and answer by: student, a file of `nercc distill`, module:function."
+    "Model to place copies and answer by: student, a file of `nercc distill`, module:function."
 
     share: Annotated[float, {"least": 0, "above": True, "most": 1}] = 0.07
     "Student's multiplications, at most, as a share of the model's."

@@ -281,8 +281,8 @@ def cannot_import(reason: str, where: str) -> str:
     """Return a message for a worker that cannot import what it needs."""
     return (
         f"a worker cannot import what it needs on {where}: {reason}. Install it there, or send it "
-        "along: --working-dir FOLDER or --py-modules FOLDER of `nercc`, runtime_env={'working_dir':"
-        " FOLDER} of RayPool or ray.init"
+        "along: runtime_env={'working_dir': FOLDER} of RayPool or ray.init, or `nercc`'s "
+        "--runtime-env FILE with that in it"
     )
 
 
