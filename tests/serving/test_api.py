@@ -89,7 +89,8 @@ def test_the_model_of_the_page_is_served_to_its_clients(tmp_path):
     (shop,) = (block for block in python if block.startswith("# shop.py"))
     (client,) = (block for block in python if "tritonclient" in block)
     (curl,) = (block for block in bash if block.startswith("curl"))
-    (serve,) = (line for block in bash for line in block.splitlines() if "shop:" in line)
+    whole = (block.replace("\\\n", " ") for block in bash)
+    (serve,) = (line for block in whole for line in block.splitlines() if "shop:" in line)
     (tmp_path / "shop.py").write_text(shop)
     server = Server(tmp_path, *shlex.split(serve)[2:])
     try:

@@ -70,7 +70,7 @@ def server(tmp_path):
         tmp_path,
         *("--model", "chaos:shaky", "--input-shape", "4", "--workers", "10"),
         NERCC_DEFAULTS__NAME="shaky",
-        NERCC_DEFAULTS__DEATH_RATE="0.005",
+        NERCC_DEFAULTS__FAULTS='{"death_rate": 0.005}',
         NERCC_DEFAULTS__HANG_TIMEOUT_S="3",
         NERCC_DEFAULTS__MAX_QUEUE_SIZE="256",
         NERCC_DEFAULTS__MAX_DISAGREEMENT="1",  # nothing is known of such a model beforehand
@@ -337,7 +337,7 @@ def test_trouble_under_full_load(tmp_path):
     from nercc_server import Server
 
     defaults = {"POOL": "ray", "WORKERS": WORKERS, "MAX_BATCH_SIZE": 32, "DEADLINE_S": 30}
-    defaults |= {"STRAGGLER_RATE": 0.15, "STRAGGLER_DELAY_S": 0.5}
+    defaults["FAULTS"] = '{"straggler_rate": 0.15, "straggler_delay_s": 0.5}'
     settings = {f"NERCC_DEFAULTS__{name}": str(value) for name, value in defaults.items()}
     models = '[{"model": "lenet5-digits"}]'
     server = Server(tmp_path, NERCC_MODELS=models, NERCC_DRAIN_TIMEOUT_S="60", **settings)
