@@ -153,14 +153,15 @@ def average(
     if not 0 < coverage < 1:
         raise ValueError(f"coverage is a share between 0 and 1, not {coverage}")
     w = w / w.sum()
-    own = rows.values[computed]
-    value = float(w[computed] @ np.asarray(g(own) if callable(g) else own[:, 0] <= g, float))
+    own = np.zeros(number)
+    known = rows.values[computed]
+    own[computed] = g(known) if callable(g) else known[:, 0] <= g
+    value = float(w @ own)
     if computed.all():
         return EnsembleEstimate(value, (value, value), coverage)
 
     # Rows whose errors are known, in units of deviations, and the open ones that they stand for.
-    open_rows, late = np.flatnonzero(~computed), np.flatnonzero(~computed & rows.late)
-    prompt = np.flatnonzero(~computed & ~rows.late)
+    late, prompt = (np.flatnonzero(~computed & each) for each in (rows.late, ~rows.late))
     judged = rows.judged & rows.random & ~rows.late
     judged &= rows.deviation <= rows.deviation[prompt if len(prompt) else late].max()
     of_kind = [np.flatnonzero(each) for each in (judged, rows.judged & rows.late)]
@@ -186,11 +187,30 @@ def average(
         uncertainty[some] += v * np.sqrt(variance)
         if kind == 1 and few:
             low, high = float(v @ (mean - least)), float(v @ (most - mean))
-        else:
-            bias, variances[kind], degrees[kind] = _correction(
-                rows, g, of_kind[kind], errors[kind], v, variance, step
-            )
-            value += bias
+            continue
+
+        # The error that predictions have in common, and what it adds to the sum's variance.
+        judged, drawn = of_kind[kind], len(errors[kind])
+        expected, spread, *_ = _moments(rows, g, judged, errors[kind])
+        if drawn == len(judged):  # a row's own error is one of those drawn
+            expected = (drawn * expected - own[judged]) / (drawn - 1)
+        scale, total = float(np.sqrt(spread).sum()), float(spread.sum())
+        variances[kind] = float(v**2 @ variance)
+        if scale > 0:
+            bias, size = float((own[judged] - expected).sum()) / scale, float(v @ np.sqrt(variance))
+            left = float(np.sum((own[judged] - expected - bias * np.sqrt(spread)) ** 2))
+            value += bias * size
+            variances[kind] += total * (size / scale) ** 2
+            variances[kind] *= max(left / total, 1.0)
+
+        # A variance by n errors varies by (kurtosis - 1) / n, over its square. Where few rows have
+        # most of it, judged or open, it is as if there were no more.
+        count = float(drawn)
+        for each in () if step else (spread, v**2 * variance):
+            count = min(count, float(each.sum()) ** 2 / max(float(np.sum(each**2)), 1e-300))
+        squares = np.sum((errors[kind] - errors[kind].mean(axis=0)) ** 2, axis=1)
+        ratio = float(squares.var() / max(squares.mean() ** 2, 1e-300))
+        degrees[kind] = max(min(2 * count / max(ratio, 1e-9), count - 1), 1.0)
 
     half, total = 0.0, float(variances.sum())
     if total > 0:  # Student's t with Welch and Satterthwaite's degrees of freedom
@@ -199,7 +219,7 @@ def average(
         freedom = total**2 / float(np.sum(variances**2 / degrees))
         half = float(stdtrit(max(freedom, 1.0), (1 + coverage) / 2)) * total**0.5
     if step:
-        half = max(half, float(w[open_rows].max()) / 2)
+        half = max(half, float(w[~computed].max()) / 2)
     from_late, note = float(variances[1]) / total if total else 0.0, ""
     if low + high > 0:
         from_late = (low + high) / (low + high + 2 * half)
@@ -224,23 +244,26 @@ def quantile(rows: RowEvidence, q: float, weights: Weights, coverage: float) -> 
     at = average(rows, lambda v: v[:, 0], weights, coverage)
     if math.isnan(at.value):
         return at
-    places, shares = np.unique(rows.values), {}
+    # Eight places from each value to the next: the row that is sought may have none of its own yet.
+    values, shares = np.unique(rows.values), {}
+    places = np.interp(np.arange(8 * len(values) - 7) / 8, np.arange(len(values)), values)
     w = np.ones(len(rows.values)) if weights is None else np.asarray(weights, float)
-    q -= float(w.max() / w.sum()) / 2  # shares change by whole rows
+    row = float(w.max() / w.sum())  # by which shares change, and of which sums' errors are far less
 
-    def first(end: Callable[[EnsembleEstimate], float]) -> int:
-        """Return the first place at which the share, or an end of it, is `q` or more."""
+    def first(end: Callable[[EnsembleEstimate], float], share: float) -> int:
+        """Return the first place at which an end of the share of rows is `share` or more."""
         low, high = 0, len(places)
         while low < high:
             middle = (low + high) // 2
             if middle not in shares:
                 at_most = float(places[middle])
                 shares[middle] = average(rows, at_most, weights, coverage, step=True)
-            low, high = (low, middle) if end(shares[middle]) >= q else (middle + 1, high)
+            low, high = (low, middle) if end(shares[middle]) >= share else (middle + 1, high)
         return low
 
-    value = min(first(lambda each: each.value), len(places) - 1)
-    low, high = (first(lambda each, end=end: each.interval[end]) for end in (1, 0))
+    value = min(first(lambda each: each.value, q - row / 2), len(places) - 1)
+    low = min(first(lambda each: each.interval[1], q - 1e-6 * row), value)
+    high = first(lambda each: each.interval[0], q - 1e-6 * row)
     last = max(high - 1, value)  # beyond which shares are larger
     at = shares.get(value, at)
     bounded = low > 0 or rows.computed.all()
@@ -249,42 +272,6 @@ def quantile(rows: RowEvidence, q: float, weights: Weights, coverage: float) -> 
         float(places[last]) if high < len(places) else math.inf,
     )
     return dataclasses.replace(at, value=float(places[value]), interval=ends)
-
-
-def _correction(
-    rows: RowEvidence,
-    g: RowStatistic | float,
-    judged: Int[np.ndarray, " judged"],
-    errors: Float[np.ndarray, "draws outputs"],
-    v: Float[np.ndarray, " open"],
-    variance: Float[np.ndarray, " open"],
-    step: bool,
-) -> tuple[float, float, float]:
-    """Return what judged rows say of the sum over open rows with weights `v` and variances.
-
-    Returns:
-        The error that predictions have in common, the sum's variance, and its degrees of freedom.
-    """
-    expected, spread, *_ = _moments(rows, g, judged, errors)
-    own, drawn = rows.values[judged], len(errors)
-    own = np.asarray(g(own) if callable(g) else own[:, 0] <= g, float)
-    if drawn == len(judged):  # a row's own error is one of those drawn
-        expected = (drawn * expected - own) / (drawn - 1)
-    scale, total = float(np.sqrt(spread).sum()), float(spread.sum())
-    error, found = 0.0, float(v**2 @ variance)
-    if scale > 0:
-        bias, size = float((own - expected).sum()) / scale, float(v @ np.sqrt(variance))
-        left = float(np.sum((own - expected - bias * np.sqrt(spread)) ** 2))
-        error = bias * size
-        found = max(left / total, 1.0) * (found + total * (size / scale) ** 2)
-    # A variance by n errors varies by (kurtosis - 1) / n, over its square. Where few rows have most
-    # of it, judged or open, it is as if there were no more.
-    count = float(drawn)
-    for each in () if step else (spread, v**2 * variance):
-        count = min(count, float(each.sum()) ** 2 / max(float(np.sum(each**2)), 1e-300))
-    squares = np.sum((errors - errors.mean(axis=0)) ** 2, axis=1)
-    ratio = float(squares.var() / max(squares.mean() ** 2, 1e-300))
-    return error, found, max(min(2 * count / max(ratio, 1e-9), count - 1), 1.0)
 
 
 def _moments(
