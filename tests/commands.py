@@ -13,7 +13,7 @@ from nercc_jax.cli import main
 
 def invoke(*arguments: str, env: Mapping[str, str] | None = None) -> types.SimpleNamespace:
     """What `nercc` with these arguments prints (`output`), its `exit_code`, and its `exception`."""
-    shown, argv = io.StringIO(), ["nercc", "--no-compilation-cache", *arguments]
+    shown, argv = io.StringIO(), ["nercc", *arguments]
     code, error = 0, None
     with (
         mock.patch.multiple(sys, argv=argv, stdout=shown, stderr=shown),

@@ -113,29 +113,6 @@ def test_a_system_looks_the_same_under_all_its_names():
     assert system_look("LCC")["color"] != "red"
 
 
-def test_a_batch_has_a_place_for_each_image_and_label():
-    require("matplotlib", "demo")
-    import matplotlib.pyplot as plt
-
-    from nercc_jax.evaluation.pictures import batch_figure
-
-    draw = np.random.default_rng(0).normal
-    available = np.arange(7) != 2
-    figure = batch_figure(
-        draw(size=(3, 8, 8)), draw(size=(7, 8, 8)), available, [4, 5, 6], [4, 5, 7]
-    )
-    axes = figure.axes
-    assert len(axes) == 3 + 7 + 3
-    assert [len(axis.lines) for axis in axes] == [0] * 5 + [2] + [0] * 7  # what is lost is crossed
-    assert [axis.texts[0].get_text() for axis in axes[-3:]] == ["4", "5", "6"]
-    assert axes[-1].get_xlabel() == "model: 7"
-    boxes = np.array([axis.get_position().extents for axis in axes])
-    assert boxes.min() >= 0
-    assert boxes.max() <= 1
-    assert any("2 as the model's own" in text.get_text() for text in figure.texts)
-    plt.close(figure)
-
-
 def test_pictures_are_one_column_of_panels_with_seven_curves_at_most():
     """To be read on a telephone: names in ten pixels, and curves that differ without colours."""
     require("matplotlib", "demo")

@@ -319,8 +319,6 @@ def test_run_tells_what_it_saw(small):
         "30 in 4 batches",
         "points/s, after",
         "stragglers",
-        "RelAcc",
-        "labels are the model's own",
         str(path),
         str(path.with_suffix(".summary.json")),
     ):
@@ -334,10 +332,6 @@ def test_the_summary_is_a_file_too(small):
     assert summary["deaths_by_worker"] == [0] * 8
     rows = load(small[1])
     assert summary["stragglers_per_batch"] * 4 == np.sum(~rows["responded"][[0, 8, 16, 24]])
-    own = load_model("lenet5-digits")
-    images = own.preprocess(load_data("digits", "test", limit=30).images)
-    same = np.sum(np.asarray(own(images)).argmax(axis=1) == rows["predicted"])
-    assert (summary["same_labels"], summary["compared"]) == (same, 30)
 
 
 def test_the_result_is_what_coded_inference_makes_of_the_workers_that_responded(small):
@@ -426,14 +420,6 @@ def test_what_is_recovered_of_a_batch_is_reported_and_why_the_rest_is_not(tmp_pa
     assert not rows["responded"][lost].any()
     assert (rows["responded"][~lost].sum(axis=1) >= 6).all()
     assert (rows["predicted"] == -1).tolist() == lost.tolist()
-
-
-def test_a_forecast_decides(tmp_path):
-    path = tmp_path / "result.npz"
-    result = run(*SMALL, "--max-disagreement", "0.3", "--output", str(path))
-    assert result.exit_code == 0, result.output
-    assert "decoding once at most 30 % of labels are expected to differ" in result.output
-    assert load(path)["recovered"].all()
 
 
 def test_ctrl_c_writes_what_is_done(tmp_path, monkeypatch):

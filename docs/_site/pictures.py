@@ -3,6 +3,7 @@
 .venv/bin/python docs/_site/pictures.py
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nercc_jax import NeRCC
-from nercc_jax.evaluation.pictures import CODED, DATA, FOUND, LOST, batch_figure
+from nercc_jax.evaluation.pictures import CODED, DATA, FONT, FOUND, LOST, WIDTH
 from nercc_jax.splines import smoothing_spline
 
 CURVE = "#999999"
@@ -75,6 +76,67 @@ def digits(code: NeRCC, available: np.ndarray, *, seed: int = 0) -> dict[str, An
     answers, own = np.asarray(model(coded)), np.asarray(model(x))
     decoded = np.asarray(code.decode(answers, available))
     return {"x": x, "coded": coded, "answers": answers, "own": own, "decoded": decoded}
+
+
+def batch_figure(
+    images: np.ndarray,
+    coded: np.ndarray,
+    available: np.ndarray,
+    decoded: Sequence[Any],
+    own: Sequence[Any],
+) -> Any:
+    """Draw K images, the N mixtures that workers get, with lost ones crossed out, and K labels.
+
+    Images are (K, height, width) in grey, or (K, height, width, 3). Decoded labels are drawn as
+    text, the model's own where they differ.
+    """
+    count, workers = len(images), len(coded)
+    columns = max((workers + 1) // 2, count, 10)
+    figure = plt.figure(figsize=(WIDTH, 4.3))
+    wide = figure.bbox.width / figure.bbox.height
+    size, low, high = 0.92 / columns, images.min(), images.max()
+
+    def cell(number: int, of: int, height: float, colour: str) -> Any:
+        """Return one of a row's cells, in the middle of the figure."""
+        left = 0.04 + ((columns - of) / 2 + number) * size
+        axis = figure.add_axes((left, height, 0.92 * size, 0.92 * size * wide))
+        axis.set(xticks=[], yticks=[])
+        for spine in axis.spines.values():
+            spine.set(edgecolor=colour, linewidth=2)
+        return axis
+
+    half = (workers + 1) // 2
+    cells = [cell(number, count, 0.775, DATA) for number in range(count)]
+    for number, there in enumerate(available):
+        row, column = divmod(number, half)
+        axis = cell(column, half, (0.485, 0.305)[row], CODED if there else LOST)
+        for ends in [] if there else [(0, 1), (1, 0)]:
+            axis.plot([0, 1], ends, color=LOST, lw=2.5, transform=axis.transAxes)
+        cells.append(axis)
+    for axis, image in zip(cells, [*images, *coded], strict=True):
+        shown = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
+        axis.imshow(shown, cmap="gray_r", vmin=0, vmax=1)
+    same = [label == true for label, true in zip(decoded, own, strict=True)]
+    for number, kept in enumerate(same):
+        axis = cell(number, count, 0.06, FOUND if kept else LOST)
+        axis.text(
+            0.5, 0.5, str(decoded[number]), size=min(18, 180 / columns), ha="center",
+            va="center", color="black" if kept else LOST, transform=axis.transAxes,
+        )  # fmt: skip
+        if not kept:
+            axis.set_xlabel(f"model: {own[number]}", color=LOST, size=FONT)
+    lost = int(np.sum(~available))
+    for text, height in (
+        (f"{count} images", 0.94),
+        (f"{workers} coded images, one a worker; {lost} workers straggle", 0.655),
+        (
+            f"{count} labels, from the {workers - lost} answers that came: "
+            f"{'all' if all(same) else sum(same)} as the model's own",
+            0.235,
+        ),
+    ):
+        figure.text(0.5, height, text, ha="center", va="center", size=FONT)
+    return figure
 
 
 def main() -> None:

@@ -12,17 +12,7 @@ from ._command import Option, error_text, fail, help_text, parse
 from ._options import COMMANDS, Options
 from ._process import compile_plainly, end, keep_programs
 
-_KEEP = (
-    "Keep compiled programs on disk, in JAX_COMPILATION_CACHE_DIR or the user's cache folder; for "
-    "`serve` a setting."
-)
-_OPTIONS = (
-    Option("version", bool, False, "Print the version.", "Options", ["--version"]),
-    Option(
-        *("compilation_cache", bool, True, _KEEP, "Options"),
-        ["--compilation-cache", "--no-compilation-cache"],
-    ),
-)
+_VERSION = Option("version", bool, False, "Print the version.", "Options", ["--version"])
 _ABOUT = "Coded computing: approximate predictions from whichever workers answered."
 
 
@@ -64,11 +54,10 @@ def _follow(words: Sequence[str]) -> None:
     flags = [*itertools.takewhile(lambda word: word.startswith("-"), words)]
     if "--help" in flags or not words:
         commands = [(name, each.help.partition("\n")[0]) for name, each in COMMANDS.items()]
-        panels = {"Commands": commands, "Options": [each.line() for each in _OPTIONS]}
+        panels = {"Commands": commands, "Options": [_VERSION.line()]}
         print(help_text("nercc", _ABOUT, panels), end="")
         sys.exit(0 if words else 2)
-    given = parse("", _ABOUT, _OPTIONS, flags)
-    if "version" in given:
+    if "version" in parse("", _ABOUT, [_VERSION], flags):
         return print(f"nercc {importlib.metadata.version('nercc-jax')}")
     name, *rest = [*words[len(flags) :], ""]
     if name not in COMMANDS:
@@ -76,8 +65,7 @@ def _follow(words: Sequence[str]) -> None:
     command, serves = COMMANDS[name], name == "serve"  # whose settings say more of its process
     if not serves:
         compile_plainly()
-        if given.get("compilation_cache", True):
-            keep_programs()
+        keep_programs()
     # The threads of OpenBLAS, whose LAPACK JAX calls on CPUs, would wait busily for their next call
     # on cores that XLA then lacks: 11.8 ms for a learner's update and prediction, and 6.4 on one.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

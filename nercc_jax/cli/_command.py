@@ -23,7 +23,7 @@ class Option:
         name: The field that it sets.
         kind: The field's type.
         default: The value unless it is given.
-        help: Its help; an option without any is only listed.
+        help: Its help.
         panel: The title that it stands under in `--help`.
         flags: Its names on the command line.
         least: The smallest value, if there is one.
@@ -82,7 +82,7 @@ class Option:
             further = f"default: {self.flags[0]}"
         elif not shown and (self.default or (self.default == 0 and self.default is not False)):
             further = f"default: {self.default}"
-        further = f" [{further}]" if further and self.help else ""
+        further = f" [{further}]" if further else ""
         return ", ".join(self.flags) or self.name, self.help + further
 
 
@@ -122,11 +122,8 @@ def help_text(prog: str, help: str, panels: Mapping[str, Sequence[tuple[str, str
     for title, entries in panels.items():
         lines.append(f"{title}:")
         for names, text in entries:
-            if text:
-                text = f"  {names:<22}  {text}"
-                lines.append(textwrap.fill(text, width, subsequent_indent=" " * 26))
-        if listed := ", ".join(names for names, text in entries if not text):
-            lines += textwrap.wrap(f"  {listed}, as there", width, break_on_hyphens=False)
+            text = f"  {names:<22}  {text}"
+            lines.append(textwrap.fill(text, width, subsequent_indent=" " * 26))
     return "\n".join(lines) + "\n"
 
 

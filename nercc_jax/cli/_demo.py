@@ -82,17 +82,7 @@ def demo(options: Options) -> None:
     with console.status("measuring labels kept for an amount of work; compiles first ..."):
         del codes["replication"]
         kept = kept_labels(model, x, codes, options)
-    above: list[tuple[float, Callable[[Any], Any]]] = []
-    if options.outputs != "values" and x.ndim == 4 and x.shape[-1] in (1, 3):
-        # One batch: K images, N coded ones, and K labels decoded without a fifth of the workers.
-        some, published = x[:num_data], codes["NeRCC published"]
-        coded, run = np.asarray(published.encode(some)), batched(model, num_workers)
-        available = np.random.default_rng(seed).permutation(num_workers) >= num_workers // 5
-        own, decoded = np.asarray(run(some)), published.decode(np.asarray(run(coded)), available)
-        pair = (each[..., 0] if x.shape[-1] == 1 else each for each in (some, coded))
-        labels = (np.asarray(each).argmax(-1).tolist() for each in (decoded, own))
-        batch: Any = (*pair, available, *labels)
-        above.append((4.3, lambda part: pictures.batch_figure(*batch, into=part)))
+    above: Callable[[Any], Any] | None = None
     if kept:
         straggle = f"{100 * RATE:g} % of the workers straggle"
         cells = [(r.system, str(r.workers), f"{r.calls:.2f}", r.kept.percent()) for r in kept]
@@ -103,7 +93,7 @@ def demo(options: Options) -> None:
             "answer comes later; the student is the shipped one",
             f"{text_table([columns, *cells])}\n\n{kept_words(kept)}",
         )
-        above.append((4.6, lambda part: pictures.costs_figure(kept, straggle, part)))
+        above = lambda part: pictures.costs_figure(kept, straggle, part)  # noqa: E731
     panels = {"mse": (f"MSE of {options.outputs}", True)}
     if options.outputs != "values":
         panels["rel_acc"] = ("labels kept (RelAcc)", False)

@@ -169,9 +169,9 @@ class Options:
     actor_options: dict[str, Any] | None = None
     """Ray's options of its actors, as a TOML table: {num_cpus = 1, num_gpus = 0.5, resources =
     {TPU = 4}} (default: 0.5 CPUs at most; where the cluster has GPUs, 1 or an equal share)."""
-    runtime_env: Path | None = None
-    """File with Ray's runtime environment, .yaml, .json or .toml, such as working_dir, a folder
-    sent to its nodes (default: that of a module:function that is not installed)."""
+    runtime_env: dict[str, Any] | None = None
+    """Ray's runtime environment, as a TOML table, such as {working_dir = '.'}, a folder sent to its
+    nodes (default: that of a module:function that is not installed)."""
 
     faults: dict[str, Any] | None = None
     """Faults to inject for trials, as a TOML table: {straggler_rate = 0.05, straggler_delay_s =
@@ -214,9 +214,8 @@ class Options:
 
     @property
     def by_row(self) -> bool:
-        """Return whether a run's model is a function that runs row by row."""
-        own = self.inputs is not None or ":" in self.model
-        return self.tolerance is not None or (own and self.max_disagreement is not None)
+        """Return whether a run is row by row, not in groups of a code."""
+        return self.tolerance is not None or self.max_disagreement is not None
 
 
 def refuse(options: Options, other: str, *names: str) -> None:
@@ -235,14 +234,12 @@ class Command:
         first: The options that come first in `--help`.
         further: The other options that it takes.
         defaults: Defaults of its own, of results only; a name without an ending is a folder.
-        alias: A further name of `--output`, as earlier versions had it.
     """
 
     function: str
     first: str = ""
     further: str = ""
     defaults: Mapping[str, Path] = dataclasses.field(default_factory=dict)
-    alias: str | None = None
 
     @property
     def help(self) -> str:
@@ -267,8 +264,6 @@ class Command:
             limits = further.pop() if further and isinstance(further[-1], dict) else {}
             flag, panel = f"--{name.replace('_', '-')}", PANELS.get(name, panel)
             flags = [*filter(None, further)] if further else [flag]
-            if name == "output" and self.alias is not None:
-                flags.append(self.alias)
             default = self.defaults.get(name, getattr(Options, name))
             shown = "Options" if name in first else panel
             found[name] = Option(name, kind, default, words[name], shown, flags, **limits)
@@ -289,11 +284,10 @@ class Command:
             path, usual = getattr(options, name), self.defaults.get(name)
             if path is None or (usual is not None and not usual.suffix):  # made if needed
                 continue
-            if not path.parent.is_dir():
-                raise ValueError(f"--{name} {path}: there is no folder {path.parent}")
             there = path if path.exists() else path.parent
             if not os.access(there, os.W_OK):
-                raise ValueError(f"--{name} {path}: {there.resolve()} may not be written to")
+                trouble = "may not be written to" if there.exists() else "is no folder"
+                raise ValueError(f"--{name} {path}: {there.resolve()} {trouble}")
         return options
 
 
@@ -320,7 +314,6 @@ COMMANDS = {
         "model inputs latency queries max_workers budget max_disagreement output",
         f"{_MODEL} split outputs overhead_s buffer layouts surrogate",
         {"output": Path("nercc-plan")},
-        "--output-dir",
     ),
     "run": Command(
         "_run:run",

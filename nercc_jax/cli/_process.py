@@ -5,8 +5,7 @@ import logging
 import os
 import sys
 import threading
-import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,32 +58,21 @@ def compile_plainly() -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=false".strip()
 
 
-def ray_joiner(address: str | None, runtime_env: Path | None) -> Callable[[Sequence[str]], None]:
+def ray_joiner(
+    address: str | None, runtime_env: Mapping[str, Any] | None
+) -> Callable[[Sequence[str]], None]:
     """Return a function that makes this process part of the Ray that options name.
 
     It takes the names of the models that workers run, which are sent along if the Ray is joined. It
     raises ConnectionError if there is no Ray.
 
     Raises:
-        ValueError: The file, or a folder or module that it names, does not exist, or it holds no
-            runtime environment.
+        ValueError: A folder or module of the runtime environment does not exist.
     """
-    asked: Any = {}
-    if runtime_env is not None:
-        option, read = f"--runtime-env {runtime_env}", tomllib.loads
-        if not runtime_env.exists():
-            raise ValueError(f"{option}: there is no such file")
-        if runtime_env.suffix != ".toml":
-            import yaml  # which Ray brings; JSON is YAML, too
-
-            read = yaml.safe_load
-        try:
-            asked = dict(read(runtime_env.read_text()))
-        except Exception as error:
-            raise ValueError(f"{option}: no table: {error}") from error
-        for path in filter(None, (asked.get("working_dir"), *asked.get("py_modules", ()))):
-            if "://" not in str(path) and not Path(path).exists():
-                raise ValueError(f"{option}: there is no such file or folder: {path}")
+    asked = dict(runtime_env or {})
+    for path in filter(None, (asked.get("working_dir"), *asked.get("py_modules", ()))):
+        if "://" not in str(path) and not Path(path).exists():
+            raise ValueError(f"--runtime-env: there is no such file or folder: {path}")
 
     def join(models: Sequence[str]) -> None:
         from ..pools import join_ray

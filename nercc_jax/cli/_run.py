@@ -13,13 +13,9 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.highlighter import NullHighlighter
-from rich.logging import RichHandler
 from rich.progress import TaskID
 
 from ..codes import NeRCC
-from ..evaluation import record_answers
-from ..evaluation._answers import batched
 from ..pools import AbstractPool, leave_ray
 from ..pools.batch import answers_to_wait_for
 from ..pools.options import open_pool
@@ -32,15 +28,13 @@ from ._output import progress_bar, show, write_json
 from ._process import leave_accelerators, ray_joiner
 from ._workload import callable_of, faults_of, find_workload, load_plain_code
 
-_SOME = 1000  # data points to calibrate a forecast on, and to compare with the model
-
 
 def run(options: Options) -> None:
     """Run a model over a data set on a pool whose workers may straggle or die.
 
     Each batch is encoded, sent to the workers, and decoded once enough of them answered. With
-    --tolerance, each row of any function is computed or predicted. Exit codes: 0 done, 1 nothing, 2
-    wrong options, 3 a part is missing, 130 Ctrl-C.
+    --tolerance or --max-disagreement, each row is computed or predicted, by any function. Exit
+    codes: 0 done, 1 nothing, 2 wrong options, 3 a part is missing, 130 Ctrl-C.
     """
     if options.inputs is None or options.inputs.suffix not in (".csv", ".parquet"):
         refuse(options, "inputs other than a .csv or .parquet", "columns", "id_column")
@@ -80,20 +74,24 @@ def run(options: Options) -> None:
     kept = {"folder": folder, "resume": options.resume, "on_progress": follow}
     engine = _by_row if options.by_row else _by_group
     try:
-        result, columns, numbers, words = engine(options, opened, kept)
+        result, columns, found = engine(options, opened, kept)
     finally:
         if bar.task_ids:
             bar.stop()
+    numbers, (low, high) = {}, (0.0, np.inf) if found is None else found.interval
+    if found is not None:
+        numbers["statistic"] = {"name": options.statistic, **dataclasses.asdict(found)}
+        words = f"{options.statistic}: {found.value:.6g}, {100 * found.coverage:g} % in "
+        show(console, f"{words}[{low:.6g}, {high:.6g}]{'; ' * bool(found.note)}{found.note}")
     if columns:
         _write(path, result, columns)
-        show(console, *filter(None, [words]), result, f"results: {path.resolve()}")
+        show(console, result, f"results: {path.resolve()}")
         file = path.with_suffix(".summary.json") if path.suffix else folder / "summary.json"
         write_json(console, file, result.summary | numbers)
     done = f"{result.summary['rows_done']:,} of {result.summary['rows']:,} rows are done"
     rest = f"{done}; {folder} has what is done, and --resume goes on from there"
     if result.stopped is not None:
         fail(f"{result.stopped}: {rest}", 130 if result.stopped == "interrupted" else 3)
-    low, high = numbers.get("statistic", {}).get("interval", (0.0, np.inf))
     if result.reasons and not (options.stop_at is not None and high - low <= options.stop_at):
         row, why = next(iter(result.reasons.items()))
         fail(f"{len(result.reasons):,} rows are unknown: row {row}: {why}; {rest}", 3)
@@ -120,10 +118,8 @@ def pool_opener(options: Options, console: Console) -> Callable[..., AbstractPoo
     def opened(what: str, model: Any, num_workers: int, **others: Any) -> AbstractPool:
         words = f"{options.workers or num_workers} workers ({options.pool})"
         if options.pool == "ray":
-            # What pools log, such as which Ray was joined, in a line each.
-            log = logging.getLogger("nercc_jax.pools")
-            shown: Any = {"show_time": False, "show_level": False, "show_path": False}
-            log.handlers[:] = [RichHandler(console=console, highlighter=NullHighlighter(), **shown)]
+            log = logging.getLogger("nercc_jax.pools")  # such as which Ray was joined
+            log.handlers[:] = [logging.StreamHandler()]
             log.setLevel(logging.INFO)
             join([options.model])
         try:
@@ -139,8 +135,8 @@ def pool_opener(options: Options, console: Console) -> Callable[..., AbstractPoo
 
 def _by_row(
     options: Options, opened: Callable[..., Any], kept: dict[str, Any]
-) -> tuple[RowResult, dict[str, np.ndarray], dict[str, Any], str]:
-    """Run a function on rows, and return the result, its table, further numbers and a text."""
+) -> tuple[RowResult, dict[str, np.ndarray], EnsembleEstimate | None]:
+    """Run a function on rows, and return the result, its table, and the statistic asked for."""
     fields = {field.name for field in dataclasses.fields(RowSettings)} - {"learner_share"}
     named = {"rows_per_call": "groups"}
     named |= {name: f"{name}_s" for name in ("deadline", "job_deadline", "grace")}
@@ -165,14 +161,8 @@ def _by_row(
         result = run_rows(model, x, opening, settings, statistic=statistic, **further)
     except RuntimeError as error:
         fail(str(error), 1)
-    numbers, words = {}, ""
-    if statistic is not None and result.evidence is not None:
-        found = statistic(result)
-        numbers["statistic"] = {"name": options.statistic, **dataclasses.asdict(found)}
-        low, high = found.interval
-        words = f"{options.statistic}: {found.value:.6g}, {100 * found.coverage:g} % in "
-        words += f"[{low:.6g}, {high:.6g}]{'; ' * bool(found.note)}{found.note}"
-    return result, {} if result.values is None else result.columns(), numbers, words
+    found = None if statistic is None or result.evidence is None else statistic(result)
+    return result, {} if result.values is None else result.columns(), found
 
 
 def _statistic(options: Options) -> Callable[[RowResult], EnsembleEstimate] | None:
@@ -209,36 +199,20 @@ def _statistic(options: Options) -> Callable[[RowResult], EnsembleEstimate] | No
 
 def _by_group(
     options: Options, opened: Callable[..., Any], kept: dict[str, Any]
-) -> tuple[GroupResult, dict[str, np.ndarray], dict[str, Any], str]:
-    """Run a model on groups of a code, and compare some predictions with its own."""
+) -> tuple[GroupResult, dict[str, np.ndarray], None]:
+    """Run a model on groups of a code, and return the result and its table."""
     code: Any = NeRCC(options.num_data, options.num_workers)
     if options.code is not None:
         code = load_plain_code(options.code, f"--code {options.code}")
-    num_workers, share = code.num_workers, options.max_disagreement
-    if options.wait_for is not None and share is not None:
-        raise ValueError("give --wait-for or --max-disagreement, not both")
+    num_workers = code.num_workers
     if options.wait_for is not None and not 1 <= options.wait_for <= num_workers:
         raise ValueError(f"--wait-for must be from 1 to N = {num_workers}, not {options.wait_for}")
-    if share is not None and not 0 <= share < 1:
-        raise ValueError(f"--max-disagreement must be in [0, 1), not {share}")
     (model, data), split = find_workload(options), options.split or "test"
     with of_option(f"--split {split}"):
         source = data.split(split)
-    x, labelled = source.x[: options.max_inputs], options.outputs != "values"
+    x = source.x[: options.max_inputs]
     ids = None if source.ids is None else source.ids[: len(x)]
-    enough: Any = options.wait_for or answers_to_wait_for(code.num_data, num_workers)
-    until = f"at {enough} answers"
-    if share is not None:
-        training, all_in = data.shuffled("train", _SOME, options.seed), np.ones(num_workers, bool)
-        answers = record_answers(model, code, training, worker_dtype=options.worker_dtype)
-        enough = answers.below(max_disagreement=share)
-        until = f"once at most {100 * share:g} % of labels are expected to differ from the model's"
-        if not enough(all_in):
-            raise ValueError(
-                f"--max-disagreement {share}: with this code "
-                f"{float(answers.disagreement(all_in)):.4f} is expected even when all "
-                f"{num_workers} workers answer; allow more, or use a tuned code (`nercc tune`)"
-            )
+    enough = options.wait_for or answers_to_wait_for(code.num_data, num_workers)
     described = f"{type(code).__name__} with K={code.num_data}, N={num_workers}"
     about = {
         "model": options.model,
@@ -248,8 +222,8 @@ def _by_group(
         "code": fingerprint(options.code) or described,
         "worker_dtype": options.worker_dtype,
     }
-    what = f"{len(x):,} data points of {source.name!r}, {described}; decoding {until}, or after "
-    what += f"{options.deadline_s:g} s"
+    what = f"{len(x):,} data points of {source.name!r}, {described}; decoding at {enough} "
+    what += f"answers, or after {options.deadline_s:g} s"
     groups = min(options.groups or 1, -(-len(x) // code.num_data))
     example = np.repeat(np.asarray(data.preprocess(x[:1])), groups, axis=0)
     opening = {"num_data": code.num_data, "example": example}
@@ -258,24 +232,13 @@ def _by_group(
     with opened(what, model, num_workers, **opening) as pool:
         found = run_groups(pool, code, x, batches=options.batches, **further)
 
-    rows = len(found.arrays["index"])
-    if not rows:
-        return found, {}, {}, ""
-    index, recovered, y = (found.arrays[n] for n in ("index", "recovered", "predictions"))
-    some = np.unique(np.linspace(0, rows - 1, _SOME).astype(int))
-    own = np.asarray(batched(model, 256)(np.asarray(data.preprocess(x[index[some]]))))
-    own, known, columns = own.reshape(len(some), -1), recovered[some], found.columns()
-    if labelled:
-        predicted = np.full(rows, -1)
+    columns = found.columns() if len(found.arrays["index"]) else {}
+    if columns and options.outputs != "values":
+        index, recovered, y = (found.arrays[n] for n in ("index", "recovered", "predictions"))
+        predicted = np.full(len(index), -1)
         predicted[recovered] = y[recovered].argmax(axis=1) if recovered.any() else -1
         columns |= {"label": source.labels[index], "predicted": predicted}
-        same = int(np.sum(own.argmax(axis=1) == predicted[some]))
-        words = f"RelAcc: {100 * same / len(some):.1f} %: {same:,} of {len(some):,} labels are the "
-        return found, columns, {"compared": len(some), "same_labels": same}, f"{words}model's own"
-    error = y[some][known] - own[known] if known.any() else np.full(1, np.nan)
-    rmse, spread = float(np.sqrt(np.mean(error**2))), float(np.sqrt(np.var(own, axis=0).mean()))
-    words = f"error: RMSE {rmse:.3g} of {known.sum():,} rows, whose outputs spread by {spread:.3g}"
-    return found, columns, {"compared": int(known.sum()), "rmse": rmse, "spread": spread}, words
+    return found, columns, None
 
 
 def _write(path: Path, result: Any, columns: dict[str, np.ndarray]) -> None:

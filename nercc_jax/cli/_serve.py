@@ -1,6 +1,5 @@
 """`nercc serve`: a coded prediction server."""
 
-import dataclasses
 import functools
 import importlib.util
 import logging
@@ -8,7 +7,6 @@ import os
 import re
 import signal
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Mapping
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ._command import Option, fail
-from ._options import COMMANDS, Options
+from ._options import Options
 from ._process import keep_programs, leave, leave_accelerators, ray_joiner
 
 _NEEDED = (
@@ -30,8 +28,7 @@ _FIRST = ("scheme", "num_data", "num_workers", "pool", "workers", "http_port")
 def options() -> list[Option]:
     """Return an option for each setting, which takes a while to import.
 
-    Models are named by `--model`; the flags are the defaults of all of them. Options that `run` has
-    with the same words are only listed.
+    Models are named by `--model`; the flags are the defaults of all of them.
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -48,26 +45,20 @@ def options() -> list[Option]:
         Option("check", bool, False, checked, "Options", ["--check"]),
         Option("print_config", bool, False, printed, "Options", ["--print-config"]),
     ]
-    same = {(each.name, each.help) for each in COMMANDS["run"].options()}
     for settings in (ModelSettings, ServerSettings):
         panel = ""
         for name, field in settings.model_fields.items():
             panel = settings.panels.get(name, panel)
             if name in ("model", "models", "defaults"):
                 continue
-            # The first sentence, or as much of it as fits a line; docs/deploy/server.toml has all.
+            # The first sentence; docs/deploy/server.toml has all.
             words = re.match(r".*?[.)](?= [A-Z]|$)", str(field.description), re.DOTALL)
             text, shown = words[0] if words else "", "Options" if name in _FIRST else panel
-            if (name, words and words[0]) in same and name not in _FIRST:
-                text, shown = "", "As in `nercc run`"
             flag, kind = f"--{name.replace('_', '-')}", field.annotation
             if kind is not bool and ("Literal" not in str(kind) or "dict" in str(kind)):
                 kind = str  # as the environment has it; the settings convert it
             flags = [flag, f"--no-{flag[2:]}"] if kind is bool else [flag]
-            made = Option(name, kind, field.default, text, shown, flags)
-            room = 94 - len(made.line()[1]) + len(text) - max(len(made.line()[0]) - 22, 0)
-            short = textwrap.shorten(text, room, placeholder=" ...")
-            found.append(dataclasses.replace(made, help=short))
+            found.append(Option(name, kind, field.default, text, shown, flags))
     return found
 
 

@@ -140,15 +140,14 @@ def straggler_figure(
     rows: Sequence[Any],
     panels: Mapping[str, tuple[str, bool]],
     title: str,
-    above: Sequence[tuple[float, Callable[[Any], Any]]] = (),
+    above: Callable[[Any], Any] | None = None,
 ) -> "Figure":
     """Return a figure with a panel for each metric, with intervals, and for every seven codes.
 
     A metric has its label, and whether it is an error, on a logarithmic axis: a code without any is
     named in the title, and one that explodes leaves the panel by its upper edge. Any other is a
-    share, whose intervals end at 0 and 1. Laws whose names are no numbers stand side by side. Each
-    function of `above` draws into a part of the figure above the panels, which has a height in
-    inches.
+    share, whose intervals end at 0 and 1. Laws whose names are no numbers stand side by side. What
+    `above` draws stands above the panels.
     """
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
@@ -159,17 +158,17 @@ def straggler_figure(
     )
     parts = [every[start : start + 7] for start in range(0, len(every), 7)]
     drawn = [(metric, part) for metric in panels for part in parts]
-    heights = [*(height for height, _ in above), *(3.6 for _ in drawn)]
+    heights = [*([4.6] * (above is not None)), *(3.6 for _ in drawn)]
     figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     subfigures = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for (_, draw), place in zip(above, subfigures, strict=False):
-        draw(place)
+    if above is not None:
+        above(subfigures[0])
     numbers = [float(law) for law in laws if re.fullmatch(r"\d+(\.\d*)?", law)]
     numbered = len({*numbers}) == len(laws)
     at = np.array(numbers) if numbered else np.arange(len(laws), dtype=float)
     apart = np.diff(np.sort(at)).min() if len(at) > 1 else 1.0
     for number, ((metric, codes), place) in enumerate(
-        zip(drawn, subfigures[len(above) :], strict=True)
+        zip(drawn, subfigures[-len(drawn) :], strict=True)
     ):
         (label, is_error), axis, curves = panels[metric], place.subplots(), {}
         found = {c: [getattr(row, metric) for row in rows if row.code == c] for c in codes}
@@ -202,71 +201,6 @@ def straggler_figure(
             axis.set_title(lost, fontsize=FONT - 1, loc="left", color=GREY)
         if title and not number:
             place.suptitle(title, fontsize=FONT)
-    return figure
-
-
-def batch_figure(
-    images: np.ndarray,
-    coded: np.ndarray,
-    available: np.ndarray,
-    decoded: Sequence[Any],
-    own: Sequence[Any],
-    into: Any = None,
-) -> "Figure":
-    """Draw K images, the N mixtures that workers get, with lost ones crossed out, and K labels.
-
-    Images are (K, height, width) in grey, or (K, height, width, 3). Decoded labels are drawn as
-    text, the model's own where they differ. It draws into a part of another figure if given.
-    """
-    import matplotlib.pyplot as plt
-
-    count, workers = len(images), len(coded)
-    columns = max((workers + 1) // 2, count, 10)
-    figure = into or plt.figure(figsize=(WIDTH, 4.3))
-    wide = figure.bbox.width / figure.bbox.height
-    scale = figure.bbox.width / figure.dpi / WIDTH  # of the letters
-    size, low, high = 0.92 / columns, images.min(), images.max()
-
-    def cell(number: int, of: int, height: float, colour: str) -> "Axes":
-        """Return one of a row's cells, in the middle of the figure."""
-        left = 0.04 + ((columns - of) / 2 + number) * size
-        axis = figure.add_axes((left, height, 0.92 * size, 0.92 * size * wide))
-        axis.set(xticks=[], yticks=[])
-        for spine in axis.spines.values():
-            spine.set(edgecolor=colour, linewidth=2)
-        return axis
-
-    half = (workers + 1) // 2
-    cells = [cell(number, count, 0.775, DATA) for number in range(count)]
-    for number, there in enumerate(available):
-        row, column = divmod(number, half)
-        axis = cell(column, half, (0.485, 0.305)[row], CODED if there else LOST)
-        for ends in [] if there else [(0, 1), (1, 0)]:
-            axis.plot([0, 1], ends, color=LOST, lw=2.5, transform=axis.transAxes)
-        cells.append(axis)
-    for axis, image in zip(cells, [*images, *coded], strict=True):
-        shown = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
-        axis.imshow(shown, cmap="gray_r", vmin=0, vmax=1)
-    same = [label == true for label, true in zip(decoded, own, strict=True)]
-    for number, kept in enumerate(same):
-        axis = cell(number, count, 0.06, FOUND if kept else LOST)
-        axis.text(
-            0.5, 0.5, str(decoded[number]), size=scale * min(18, 180 / columns), ha="center",
-            va="center", color="black" if kept else LOST, transform=axis.transAxes,
-        )  # fmt: skip
-        if not kept:
-            axis.set_xlabel(f"model: {own[number]}", color=LOST, size=FONT * scale)
-    lost = int(np.sum(~available))
-    for text, height in (
-        (f"{count} images", 0.94),
-        (f"{workers} coded images, one a worker; {lost} workers straggle", 0.655),
-        (
-            f"{count} labels, from the {workers - lost} answers that came: "
-            f"{'all' if all(same) else sum(same)} as the model's own",
-            0.235,
-        ),
-    ):
-        figure.text(0.5, height, text, ha="center", va="center", size=FONT * scale)
     return figure
 
 

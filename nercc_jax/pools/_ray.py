@@ -282,7 +282,7 @@ def cannot_import(reason: str, where: str) -> str:
     return (
         f"a worker cannot import what it needs on {where}: {reason}. Install it there, or send it "
         "along: runtime_env={'working_dir': FOLDER} of RayPool or ray.init, or `nercc`'s "
-        "--runtime-env FILE with that in it"
+        "--runtime-env"
     )
 
 

@@ -74,7 +74,7 @@ def check_versions(wanted: Mapping[str, str]) -> None:
         raise RuntimeError(
             f"a worker on {platform.node()} has other code than the pool: {', '.join(other)}. "
             "Install the same version there, or send it along: runtime_env={'working_dir': FOLDER} "
-            "of RayPool, or `nercc`'s --runtime-env FILE with that in it"
+            "of RayPool, or `nercc`'s --runtime-env"
         )
 
 

@@ -70,10 +70,10 @@ class BatchingPolicy:
     """Straggler threshold, as a multiple of the median answer time. Queries of stragglers are
     predicted, decoded, or sent again."""
     outputs: Outputs | None = _option(None, example="values")  # noqa: RUF009, it is a field
-    """Outputs of the model: `logits`, scores whose largest is a label; `probabilities`, the softmax
-    of a classifier's logits; or `values`, numbers without labels, of which only a `tolerance` lets
-    approximate answers out. Default: `values`; for shipped models, and where a `max_disagreement`
-    is set, `logits`."""
+    """Outputs of the model: `logits`, `probabilities` or `values`. The largest of logits is a label;
+    probabilities are the softmax of a classifier's logits; values are numbers without labels, of
+    which only a `tolerance` lets approximate answers out. Default: `values`; for shipped models,
+    and where a `max_disagreement` is set, `logits`."""
     max_disagreement: float | None = _option(None, ge=0, le=1, example=0.05)
     """Maximum share of wrong labels among the answers that are not the model's own, by a bound that
     fails with a probability of 0.25; no single one may be wrong with more than five times that

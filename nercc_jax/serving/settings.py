@@ -200,9 +200,9 @@ class ServerSettings(BaseSettings):
     "Port of gRPC; 0 for any free one, none for no gRPC."
     address: str | None = _setting(None, examples=["auto"])
     "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or this machine)."
-    runtime_env: Path | None = _setting(None, examples=["env.yaml"])
-    """File with Ray's runtime environment, .yaml, .json or .toml, such as working_dir, a folder
-    sent to its nodes (default: that of a module:function that is not installed)."""
+    runtime_env: Annotated[dict[str, Any], Table] = {}
+    """Ray's runtime environment, as a TOML table, such as {working_dir = '.'}, a folder sent to its
+    nodes (default: that of a module:function that is not installed)."""
     token_file: Path | None = _setting(None, examples=["tokens"])
     """File of bearer tokens, one a line, of which clients send one (default: none is needed).
     Health needs none."""

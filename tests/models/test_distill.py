@@ -369,7 +369,7 @@ def test_the_command_makes_a_student_of_ones_own_model_or_a_shipped_one(run, tmp
     [
         ("--model nothing", "There is no model 'nothing'"),
         ("--output s.npz", "must end in .safetensors"),
-        ("--output none/s.safetensors", "there is no folder none"),
+        ("--output none/s.safetensors", "none is no folder"),
         ("--share 0", "--share: it must be above 0, not 0"),
         ("--share 0.0001", "too cheap to be worth a student"),
         ("--epochs 0", "--epochs: it must be at least 1, not 0"),
