@@ -70,7 +70,7 @@ class BatchingPolicy:
     """Straggler threshold, as a multiple of the median answer time. Queries of stragglers are
     predicted, decoded, or sent again."""
     outputs: Outputs | None = _option(None, example="values")  # noqa: RUF009, it is a field
-    """Outputs of the model: `logits`, `probabilities` or `values`. The largest of logits is a label;
+    """Outputs of the model: `logits`, `probabilities` or `values`. The largest logit has the label;
     probabilities are the softmax of a classifier's logits; values are numbers without labels, of
     which only a `tolerance` lets approximate answers out. Default: `values`; for shipped models,
     and where a `max_disagreement` is set, `logits`."""
