@@ -33,7 +33,7 @@ from nercc_jax import (
     Replication,
     Scheme,
     fit_surrogate,
-    search_layout,
+    tune,
 )
 from nercc_jax.evaluation import Answers, Estimate, record_answers
 from nercc_jax.inference import order_points
@@ -50,7 +50,7 @@ from nercc_jax.surrogates import (
     tune_learner,
 )
 from nercc_jax.surrogates.interface import AbstractGroupPrior, SurrogatePredictions
-from nercc_jax.tuning import Descent, LayoutTuning, Sampling, learn_decoder
+from nercc_jax.tuning import Descent, Sampling, learn_decoder
 from nercc_models import list_parity_models, load_parity_model, student_card
 
 MODELS: dict[str, Outputs] = {
@@ -268,20 +268,18 @@ class Bench:
         kept = [np.asarray(_kept(known, mask)) for mask in self.masks]
         self.add(mode, 1 - np.array(kept) / code.num_data, order)
 
-    def search(self, order: Order, tune_best: int) -> dict[str, NeRCC]:
-        """Return the best code of each layout, and ("search") of all, for data in this order."""
-        found = search_layout(
-            self.work.model, self.points("choose", order), self.cell.num_data,
-            self.cell.num_workers, self.cell.law, key=jax.random.key(3),
+    def layouts(self, order: Order) -> dict[str, NeRCC]:
+        """Return each layout's code, and ("search") the best, tuned for data in this order."""
+        size = self.cell.num_data, self.cell.num_workers
+        codes = {name: NeRCC(*size, points=name) for name in SHOWN}
+        found = tune(
+            self.work.model, [*codes.values()], self.points("choose", order), self.cell.law,
+            key=jax.random.key(3), criterion="cross_entropy",
             sampling=Sampling(held_out_share=0.5, held_out_sets=40, grouped=True),
-            tuning=LayoutTuning(best=tune_best, descent=Descent(self.work.size.steps)),
+            descent=Descent(self.work.size.steps),
         )  # fmt: skip
-        best: dict[str, Any] = {"search": found.candidates[0]}
-        for candidate in found.best_of_layouts:
-            if candidate.layout in SHOWN and not candidate.tuned:
-                best.setdefault(candidate.layout, candidate)
-        self.log(f"{self.cell.name} {order.name}: search picks {best['search'].layout}")
-        return {name: candidate.code for name, candidate in best.items()}
+        self.log(f"{self.cell.name} {order.name}: the best starts as {SHOWN[found.start]}")
+        return {"search": found.code} | codes
 
     def best_with_surrogate(
         self, codes: Mapping[str, NeRCC], order: Order
@@ -383,11 +381,7 @@ def every_mode(bench: Bench, name: str) -> None:
     orders = [Order("pixels", size) for size in (cell.num_data, 256, 1024)]
     for order in (UNORDERED, *orders, BY_STUDENT):
         bench.plain("published", published, order)
-    found = {
-        UNORDERED: bench.search(UNORDERED, 1),
-        orders[-1]: bench.search(orders[-1], 1),
-        BY_STUDENT: bench.search(BY_STUDENT, 0),
-    }
+    found = {order: bench.layouts(order) for order in (UNORDERED, orders[-1], BY_STUDENT)}
     for order in (UNORDERED, *orders, BY_STUDENT):
         for layout, code in found.get(order, found[orders[-1]]).items():
             if (layout, order) == ("search", orders[-1]):

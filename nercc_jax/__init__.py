@@ -51,7 +51,6 @@ if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says
     from .stragglers import IndependentStragglers as IndependentStragglers
     from .surrogates import fit_surrogate as fit_surrogate
     from .tuning import parametrize as parametrize
-    from .tuning import search_layout as search_layout
     from .tuning import tune as tune
 
 __version__ = "0.1.0"
@@ -67,7 +66,7 @@ _WHERE = {
     "stragglers": "ExactStragglers IndependentStragglers",
     "schemes": "Scheme calibrate_error_probability reexecute",
     "surrogates": "fit_surrogate",
-    "tuning": "parametrize search_layout tune",
+    "tuning": "parametrize tune",
 }
 # Rooms without a name at the top.
 _ROOMS = ("compilation", "risk", "rows", "serving", "splines", "testing")

@@ -36,7 +36,7 @@ LONGEST = (
     *("test_schedules.py", "test_ray_cluster.py", "test_programs.py", "test_attack.py"),
     *("test_dissection.py", "test_learning_scheme.py", "test_run_command.py", "test_pools.py"),
     *("test_batcher.py", "test_deploy.py", "test_splines.py", "test_ray_data.py"),
-    *("test_tuning.py", "test_chaos.py", "test_layouts.py", "test_own_models.py"),
+    *("test_tuning.py", "test_chaos.py", "test_own_models.py"),
     *("test_planner.py", "test_ray_pools.py"),
 )
 FIRST = {name: place for place, name in enumerate(LONGEST)}

@@ -17,18 +17,15 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
 from ..codes._decoding import decode_sets
-from ..codes._grouped import GroupPoints, following_points
 from ..codes._kept import encoder_of
 from ..codes._trees import (
     Form,
     check_finite,
     check_floats,
     groups_of,
-    is_float,
     join,
     leaves_of,
     points_of,
-    to_device,
 )
 from ..codes.workers import call_model, check_number_of_models
 from ..inference import cast_model
@@ -61,7 +58,6 @@ class Answers(AbstractCalibrated):
         own: The model's outputs on the data points.
         form: The structure of the outputs.
         conditions: The conditions in which `coded` was computed, where they are known.
-        points: The groups' regression points, where they are not the code's.
     """
 
     code: AbstractCode
@@ -69,7 +65,6 @@ class Answers(AbstractCalibrated):
     own: Float[Array, "groups num_data m"]
     form: Form = eqx.field(static=True)
     conditions: Conditions = eqx.field(static=True)
-    points: GroupPoints | None
 
     def __init__(
         self,
@@ -78,27 +73,19 @@ class Answers(AbstractCalibrated):
         own: Float[Array, "groups num_data m"],
         form: Form | None = None,
         conditions: Conditions = Conditions(),  # noqa: B008, it is frozen
-        points: GroupPoints | None = None,
     ):
         """Make a record; without a form, outputs are vectors."""
-        self.code, self.coded, self.own, self.points = code, coded, own, points
+        self.code, self.coded, self.own = code, coded, own
         self.form = join(own, 2)[1] if form is None else form
         self.conditions = conditions
 
     def decode(self, available: Bool[Array, " num_workers"]) -> Decoded:
         """Decode all groups from these workers' answers; predictions are vectors."""
-        if self.points is None:
-            return decode_groups(self.code, self.coded, available[None])
-        return jax.tree.map(lambda leaf: leaf[0], self.decode_sets(available[None]))
+        return decode_groups(self.code, self.coded, available[None])
 
     def decode_sets(self, available: Bool[Array, "sets num_workers"]) -> Decoded:
         """Decode all groups under each straggler set; the axis of sets comes first."""
-        if self.points is None:
-            return decode_sets(self.code, self.coded, available)
-        decoded = jax.vmap(
-            lambda own, coded: decode_sets(own.of(self.code), coded[None], available), out_axes=1
-        )(self.points, self.coded)
-        return jax.tree.map(lambda leaf: leaf[:, :, 0], decoded)
+        return decode_sets(self.code, self.coded, available)
 
     def same_labels(
         self, decoded: Float[Array, "*lead groups num_data m"]
@@ -249,21 +236,6 @@ def _expect(answers: Answers, available: Bool[ArrayLike, " num_workers"]) -> tup
     return error, 1 - sums["rel_acc"] / total, 1 - count / total
 
 
-@eqx.filter_jit
-def mean_losses(
-    answers: Answers,
-    available: Bool[Array, "sets num_workers"],
-    criteria: tuple[Criterion, ...],
-) -> Float[Array, "criteria sets"]:
-    """Return `Answers.losses` of several criteria, decoding one straggler set at a time."""
-
-    def of_set(mask: Array) -> Float[Array, " criteria"]:
-        decoded = answers.decode_sets(mask[None])
-        return jnp.stack([answers.losses_of(decoded, each)[0] for each in criteria])
-
-    return jax.lax.map(of_set, available).T
-
-
 def record_answers(
     model: Model | Sequence[Model],
     code: AbstractCode,
@@ -306,7 +278,6 @@ class Recorder:
     Attributes:
         own: The model's outputs on the data points, (groups, K, m).
         form: The structure of the outputs.
-        evaluations: The number of data points and coded data points that it ran on.
     """
 
     def __init__(
@@ -329,14 +300,10 @@ class Recorder:
         self._run, self._groups, self._batch_size = run, groups, batch_size
         self._conditions = conditions or current_conditions()
         self._shape = jax.tree.leaves(groups)[0].shape[:2]
-        self.evaluations = 0
         self._known: dict[bytes, np.ndarray] = {}
-        self._following: dict[bytes, np.ndarray] = {}
-        self._places: dict[Any, Array] = {}  # coordinates of the data points
         if isinstance(own, tuple):
             self.own, self.form = own
         else:
-            self.evaluations = self._shape[0] * self._shape[1]
             outputs = (own or run)(points_of(groups))
             check_floats("the model's answer", outputs)
             flat, self.form = join(outputs, 1)
@@ -372,40 +339,17 @@ class Recorder:
         own = jnp.asarray(self.own)
         return Answers(code, jnp.asarray(coded), own, self.form, self._conditions)
 
-    def following(self, code: AbstractCode, function: Callable[[PyTree], PyTree] | None) -> Answers:
-        """Return answers with points as far apart as the data points, group by group.
-
-        Distances are those of a function's outputs on the batch, or of the data points' own floats.
-        See `following_points`.
-        """
-        if function not in self._places:
-            flat = to_device(points_of(self._groups))
-            found = leaves_of("coordinates", flat if function is None else function(flat))
-            flat, _ = join([leaf for _, leaf in found if is_float(leaf)], 1)
-            self._places[function] = jnp.asarray(flat).reshape(*self._shape, -1)
-        points = jax.vmap(lambda each: following_points(code, each))(self._places[function])
-        points = GroupPoints(*points)
-        rows = np.asarray(eqx.filter_jit(GroupPoints.encoders)(points, code))
-        if (name := _row_name(rows)) not in self._following:
-            self._following[name] = self._ask(self._run, rows)
-        coded, own = jnp.asarray(self._following[name]), jnp.asarray(self.own)
-        return Answers(code, coded, own, self.form, self._conditions, points)
-
     def _ask(
-        self, run: Run, rows: Float[np.ndarray, "*groups rows num_data"]
+        self, run: Run, rows: Float[np.ndarray, "rows num_data"]
     ) -> Float[np.ndarray, "groups rows m"]:
         """Return a model's outputs for combinations of the data points of each group."""
-        groups, number = self._shape[0], rows.shape[-2]
-        self.evaluations += groups * number
 
-        def ask(part: Any) -> Float[np.ndarray, "some rows m"]:
-            own, x = part
-            coded = _combine(rows if own is None else own, x)
-            flat = np.asarray(join(run(points_of(coded)), 1)[0])
-            return flat.reshape(-1, number, flat.shape[-1])
+        def ask(x: Any) -> Float[np.ndarray, "some rows m"]:
+            flat = np.asarray(join(run(points_of(_combine(rows, x))), 1)[0])
+            return flat.reshape(-1, len(rows), flat.shape[-1])
 
-        at_once = min(max(self._batch_size // number, 1), groups)
-        return in_parts(ask, (None if rows.ndim == 2 else rows, self._groups), at_once)
+        at_once = min(max(self._batch_size // len(rows), 1), self._shape[0])
+        return in_parts(ask, self._groups, at_once)
 
 
 def cut_groups(x: PyTree, num_data: int) -> PyTree[Shaped[np.ndarray, "groups num_data ..."]]:
