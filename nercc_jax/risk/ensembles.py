@@ -14,12 +14,10 @@ uncertainty `v_i`. The sum over open rows of one kind, whose weights are `w_i`, 
 
 a ratio estimator of the error that predictions have in common (Cochran 1977, chapter 6). Its
 variance is `sum_i w_i^2 v_i + (sum_i w_i sqrt(v_i))^2 sum_j v_j / (sum_j sqrt(v_j))^2`, times that
-of the ratio's residuals over `sum_j v_j / n`, if it is larger. A row that nobody waited for would
-have been late as often as rows of similar predictions: that share of it counts with the late ones.
+of the ratio's residuals over `sum_j v_j / n`, if it is larger.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -42,8 +40,7 @@ class EnsembleEstimate:
         value: The estimate.
         interval: Its lower and upper end, which hold with the probability `coverage`.
         coverage: That probability.
-        from_late: The share of the interval's squared width that rows have which are late or
-            missing, or would be late.
+        from_late: The share of the interval's squared width that late and missing rows have.
         note: What the interval rests on if not on known errors of rows like those that are open.
         uncertainty: What each row adds to the estimate's standard deviation, 0 for computed rows;
             None where nothing is known of predictions' errors.
@@ -102,26 +99,6 @@ class RowEvidence:
             raise ValueError(f"{odd} rows' values or predictions are not finite: map them by `f`")
         return dataclasses.replace(self, values=mapped[0], predictions=mapped[1])
 
-    @functools.cached_property
-    def shares_of_late(self) -> Float[np.ndarray, " rows"]:
-        """The probability that a row would be late.
-
-        It is the share of late ones among the 32 rows whose values or predictions are nearest in
-        rank, since slow rows may be those with large values; of rows with several outputs, among
-        all that were drawn at random.
-        """
-        known, nearest = np.flatnonzero(self.computed | self.late), 32
-        late = self.late[known]
-        if self.values.shape[1] > 1 or len(known) < nearest:
-            random = self.random[known]
-            return np.full(len(self.late), late[random].mean() if random.any() else 0.0)
-        places = self.values[:, 0]
-        order = np.argsort(places[known], kind="stable")
-        sums = np.concatenate([[0.0], np.cumsum(late[order])])
-        at = np.searchsorted(places[known][order], places)
-        start = np.clip(at - nearest // 2, 0, len(known) - nearest)
-        return (sums[start + nearest] - sums[start]) / nearest
-
 
 def average(
     rows: RowEvidence,
@@ -162,7 +139,7 @@ def average(
 
     # Rows whose errors are known, in units of deviations, and the open ones that they stand for.
     late, prompt = (np.flatnonzero(~computed & each) for each in (rows.late, ~rows.late))
-    judged = rows.judged & rows.random & ~rows.late
+    judged = rows.judged & rows.random
     judged &= rows.deviation <= rows.deviation[prompt if len(prompt) else late].max()
     of_kind = [np.flatnonzero(each) for each in (judged, rows.judged & rows.late)]
     z = (rows.values - rows.predictions) / np.maximum(rows.deviation, 1e-300)[:, None]
@@ -173,18 +150,14 @@ def average(
     few = math.isinf(conformal_quantile(np.abs(errors[1]).max(axis=1, initial=0.0), coverage))
     if few:
         errors[1] = np.concatenate(errors)[-draws:]
-    share = rows.shares_of_late[prompt]
-    weighted = [
-        (prompt, (1 - share) * w[prompt]),
-        (np.concatenate([prompt, late]), np.concatenate([share * w[prompt], w[late]])),
-    ]
 
     variances, degrees, low, high = np.zeros(2), np.ones(2), 0.0, 0.0
     uncertainty = np.zeros(number)
-    for kind, (some, v) in enumerate(weighted):
+    for kind, some in enumerate((prompt, late)):
+        v = w[some]
         mean, variance, least, most = _moments(rows, g, some, errors[kind])
         value += float(v @ mean)
-        uncertainty[some] += v * np.sqrt(variance)
+        uncertainty[some] = v * np.sqrt(variance)
         if kind == 1 and few:
             low, high = float(v @ (mean - least)), float(v @ (most - mean))
             continue
@@ -203,14 +176,11 @@ def average(
             variances[kind] += total * (size / scale) ** 2
             variances[kind] *= max(left / total, 1.0)
 
-        # A variance by n errors varies by (kurtosis - 1) / n, over its square. Where few rows have
-        # most of it, judged or open, it is as if there were no more.
-        count = float(drawn)
+        # Where few rows have most of the variance, judged or open, it is as if there were no more.
+        counts = [float(drawn)]
         for each in () if step else (spread, v**2 * variance):
-            count = min(count, float(each.sum()) ** 2 / max(float(np.sum(each**2)), 1e-300))
-        squares = np.sum((errors[kind] - errors[kind].mean(axis=0)) ** 2, axis=1)
-        ratio = float(squares.var() / max(squares.mean() ** 2, 1e-300))
-        degrees[kind] = max(min(2 * count / max(ratio, 1e-9), count - 1), 1.0)
+            counts.append(float(each.sum()) ** 2 / max(float(np.sum(each**2)), 1e-300))
+        degrees[kind] = max(min(counts) - 1, 1.0)
 
     half, total = 0.0, float(variances.sum())
     if total > 0:  # Student's t with Welch and Satterthwaite's degrees of freedom
