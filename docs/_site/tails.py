@@ -95,11 +95,15 @@ def _shown(cell: Cell, key: str, *, stands_out: bool) -> str:
     return strong(text) if stands_out else text
 
 
-def sentences(cells: Mapping[str, Cell]) -> str:
-    """Return who wins where, as a list in Markdown."""
-    found = [each for budget in BUDGETS for each in _verdicts(cells, budget)]
-    found += [_own_hedging(cells, BUDGETS[0]), _silent(cells, BUDGETS[0])]
-    return "\n".join(f"- {each}" for each in found)
+def sentences(cells: Mapping[str, Cell], all_budgets: bool = False) -> Iterator[str]:
+    """Yield who wins where within the least budget; with `all_budgets`, also within others."""
+    first, *rest = _verdicts(cells, BUDGETS[0])
+    yield first
+    yield _own_hedging(cells, BUDGETS[0])
+    if all_budgets:
+        yield from rest
+        yield from _verdicts(cells, BUDGETS[1])
+        yield _silent(cells, BUDGETS[0])
 
 
 def _silent(cells: Mapping[str, Cell], budget: float) -> str:
