@@ -14,7 +14,7 @@ uncertainty `v_i`. The sum over open rows of one kind, whose weights are `w_i`, 
 
 a ratio estimator of the error that predictions have in common (Cochran 1977, chapter 6). Its
 variance is `sum_i w_i^2 v_i + (sum_i w_i sqrt(v_i))^2 sum_j v_j / (sum_j sqrt(v_j))^2`, times that
-of the ratio's residuals over `sum_j v_j / n`, if it is larger.
+of the ratio's residuals over `sum_j v_j / n`, if it is larger, where one degree of freedom is spent.
 """
 
 import dataclasses
@@ -173,8 +173,9 @@ def average(
             bias, size = float((own[judged] - expected).sum()) / scale, float(v @ np.sqrt(variance))
             left = float(np.sum((own[judged] - expected - bias * np.sqrt(spread)) ** 2))
             value += bias * size
+            few_judge = total**2 / float(np.sum(spread**2))  # so many rows' residuals, less one
             variances[kind] += total * (size / scale) ** 2
-            variances[kind] *= max(left / total, 1.0)
+            variances[kind] *= max(left / total * few_judge / max(few_judge - 1, 1), 1.0)
 
         # Where few rows have most of the variance, judged or open, it is as if there were no more.
         counts = [float(drawn)]
