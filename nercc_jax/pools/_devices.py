@@ -18,7 +18,6 @@ from ._faults import Faults
 from ._pool import AbstractPool
 from .backend import OnOutcome, WorkerBackend, WorkerDied
 from .batch import reason_of
-from .scheduler import Scheduler
 from .times import Overdue
 from .worker import Device, Examples, Program, Worker, as_models, warm_up, weights_checksum
 
@@ -92,11 +91,11 @@ class DevicePool(AbstractPool):
         faults = faults or Faults()
         # Faults on purpose let two cores stand for many machines.
         shared = compiled and platform == "cpu" and not faults.faults
-        self._scheduler = Scheduler(
+        self._begin(
             _ThreadBackend(programs, faults, _cores() if shared else math.inf),
             num_workers,
             len(models),
-            overdue=overdue or Overdue(),
+            overdue=overdue,
             max_attempts=max_attempts,
             hang_timeout=hang_timeout,
             start_timeout=start_timeout,
@@ -136,18 +135,12 @@ class _ThreadBackend(WorkerBackend):
         self._lives[worker] = _Life(life, thread, inbox, ended)
         thread.start()
 
-    def prepare(self, batch: PyTree) -> PyTree:
-        return batch
-
     def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
         if self._lives[worker].number == life:  # otherwise it is over, as the scheduler knows
             self._lives[worker].inbox.put((kind, batch))
 
     def spare_capacity(self, busy: int) -> float:
         return self._cores - busy
-
-    def missing(self) -> None:
-        """Return None: threads start at once."""
 
     def close(self) -> None:
         for worker in self._lives:

@@ -33,7 +33,6 @@ from .batch import arrays_of
 from .clock import Watcher
 from .garbage import short_collections
 from .ray_cluster import Head, join_ray, joined_head, last_line, leave_ray, ray_module
-from .scheduler import Scheduler
 from .times import Overdue
 from .worker import Examples, Program, Worker, as_models, warm_up, weights_checksum
 
@@ -114,11 +113,11 @@ class RayPool(AbstractPool):
                 worker_options(actor_options or {}, num_workers),
                 self._head,
             )
-            self._scheduler = Scheduler(
+            self._begin(
                 self._backend,
                 num_workers,
                 len(models),
-                overdue=overdue or Overdue(),
+                overdue=overdue,
                 max_attempts=max_attempts,
                 hang_timeout=hang_timeout,
                 start_timeout=start_timeout,
@@ -133,8 +132,7 @@ class RayPool(AbstractPool):
         self._max_per_node, self._rebalance_every = max_per_node, rebalance_every
         self._logged, self._due = False, time.monotonic() + rebalance_every
         self._open = True
-        self._watcher = Watcher("nercc-nodes", self._look)
-        self._watcher.start()
+        self._node_watcher = Watcher("nercc-nodes", self._look_at_nodes)
 
     def processes(self) -> list[int | None]:
         """Return the process id of each worker, on whatever machine; None while it is replaced."""
@@ -158,11 +156,11 @@ class RayPool(AbstractPool):
         """End the workers. Whoever still waits gets the answers that are in."""
         if self._open:
             self._open = False
-            self._watcher.close()
-            self._scheduler.close()
+            self._node_watcher.close()
+            AbstractPool.close(self)
             leave_ray()
 
-    def _look(self) -> float:
+    def _look_at_nodes(self) -> float:
         """Log where workers are, once all are ready; then move one, if Ray would not put it there.
 
         Ray spreads actors as it places them, and leaves them there when a node comes.
@@ -201,7 +199,7 @@ class RayPool(AbstractPool):
         if target is not None and fullest is not None and held[fullest] >= held[target] + 2:
             worker = self.nodes().index(fullest)
             self._backend.targets[worker] = target
-            if self._scheduler.restart(worker):
+            if self._restart(worker):
                 _LOG.info("worker %d moves to a node that has fewer of them", worker)
             else:  # it is busy
                 self._due = now + 1.0

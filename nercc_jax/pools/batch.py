@@ -128,7 +128,7 @@ class Batch:
 
     def __init__(
         self,
-        scheduler: Any,
+        pool: Any,
         num_points: int,
         needed: int | None,
         copies: int,
@@ -137,7 +137,7 @@ class Batch:
         on_change: Callable[["Batch"], None] | None,
         refuse: Refuse,
     ):
-        """Open a batch at a scheduler, whose lock, clock and `forget` it uses."""
+        """Open a batch at a pool, whose lock, clock and `forget` it uses."""
         needed = num_points if needed is None else needed
         if not 1 <= needed <= num_points:
             raise ValueError(f"a batch of {num_points} needs 1 to as many answers, not {needed}")
@@ -156,8 +156,8 @@ class Batch:
         self.available = np.zeros(num_points, bool)
         self.workers: dict[int, int] = {}  # the worker that answered, by coded data point
         self.failures: list[Failure] = []
-        self._scheduler, self.clock = scheduler, scheduler.clock
-        self._changed = threading.Condition(scheduler.lock)
+        self._pool, self.clock = pool, pool.clock
+        self._changed = threading.Condition(pool._lock)
         self._values: list[PyTree | None] = [None] * num_points
         self._seconds = np.full(num_points, np.nan)
         self._form: Any = None  # of an answer, but for the number of data points
@@ -209,7 +209,7 @@ class Batch:
 
     def forget(self) -> None:
         """Drop what has not been sent, and ignore answers that still come. Idempotent."""
-        self._scheduler.forget(self)
+        self._pool.forget(self)
 
     def suffice(self) -> None:
         """Send nothing more; answers that are on their way are still collected."""
@@ -265,7 +265,7 @@ class Batch:
         arrays = self.available.copy(), self._seconds.copy()
         return BatchAnswers(values, *arrays, waited, tuple(self.failures))
 
-    # What follows is for the scheduler, which holds the lock.
+    # What follows is for the pool and its schedule, which hold the lock.
 
     @property
     def missing(self) -> int:

@@ -50,9 +50,7 @@ class Head:
         variable = "RAY_gcs_rpc_server_reconnect_timeout_s"
         self._limit = float(os.environ.get(variable) or 60.0)
         self._client: Any = None
-        self._watcher = Watcher("nercc-head", self._look)
-        if address:
-            self._watcher.start()
+        self._watcher = Watcher("nercc-head", self._look) if address else None
 
     def _look(self) -> float:
         self.frozen = False
@@ -103,7 +101,8 @@ class Head:
         )
 
     def close(self) -> None:
-        self._watcher.close()
+        if self._watcher is not None:
+            self._watcher.close()
 
 
 @dataclasses.dataclass

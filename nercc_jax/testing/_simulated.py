@@ -14,7 +14,6 @@ from ..inference.models import Model
 from ..pools import AbstractPool, Faults, Overdue
 from ..pools.backend import OnOutcome, WorkerBackend, WorkerDied
 from ..pools.clock import BEAT, AbstractClock, AbstractTurns
-from ..pools.scheduler import Scheduler
 from ..pools.worker import Program, Worker, weights_checksum
 
 
@@ -146,11 +145,11 @@ class SimulatedPool(AbstractPool):
         models = (model,) if callable(model) else tuple(model)
         clock = clock or SimulatedClock()
         self._weights = weights_checksum(models)
-        self._scheduler = Scheduler(
+        self._begin(
             _SimulatedBackend(models, seconds, clock, faults, start_seconds),
             num_workers,
             len(models),
-            overdue=overdue or Overdue(),
+            overdue=overdue,
             max_attempts=max_attempts,
             hang_timeout=hang_timeout,
             start_timeout=start_timeout,
@@ -180,9 +179,6 @@ class _SimulatedBackend(WorkerBackend):
         ready = self._clock.now() + (self._start_seconds if life else 0.0)
         self._clock.at(ready, lambda: on_outcome(worker, life, None))
 
-    def prepare(self, batch: PyTree) -> PyTree:
-        return batch
-
     def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
         simulated, on_outcome = self._lives[worker]
         struck = simulated.faults.strike(batch)
@@ -200,9 +196,6 @@ class _SimulatedBackend(WorkerBackend):
         size = len(jax.tree.leaves(batch)[0])
         end = self._clock.now() + self._seconds(size) + struck.seconds
         self._clock.at(end, lambda: on_outcome(worker, life, answer()))
-
-    def missing(self) -> None:
-        """Return None: all workers start."""
 
     def close(self) -> None:
         """Do nothing: the scheduler ignores what is still planned."""
