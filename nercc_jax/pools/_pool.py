@@ -215,8 +215,7 @@ class AbstractPool(abc.ABC):
             refuse: Returns why an answer cannot be used, in which case the worker has failed
                 (default: answers that are not finite floats).
         """
-        with self._lock:
-            times = self._schedule.times_of(overdue)
+        times = self._schedule.times.under(overdue)
         return Batch(self, num_points, needed, copies, at_once, times, on_change, refuse)
 
     def send(

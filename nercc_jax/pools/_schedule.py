@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from .backend import PoolReport, WorkerDied, WorkerReport, WorkerState
 from .batch import Batch, Failure, Task, reason_of
 from .clock import pause_after
-from .times import CALLS_KEPT, AnswerTimes, Call, Overdue
+from .times import AnswerTimes, Call, Overdue
 
 
 @dataclasses.dataclass
@@ -104,19 +104,11 @@ class Schedule:
         self.due, self.earlier = -math.inf, False
         self.counts: collections.Counter[str] = collections.Counter()
         self.seconds = self.wasted = 0.0
-        self.calls: collections.deque[Call] = collections.deque(maxlen=CALLS_KEPT)
+        self.calls: collections.deque[Call] = collections.deque(maxlen=4096)
         self.start_trouble: str | None = None  # of the last worker that could not start
-        self._capacity, self._overdue, self._max_attempts = capacity, overdue, max_attempts
+        self._capacity, self._max_attempts = capacity, max_attempts
         self.hang_timeout, self.start_timeout = hang_timeout, start_timeout
-        # By rule, each of which all of its batches share; a new rule knows the past.
-        self.times = {overdue: AnswerTimes(overdue)}
-
-    def times_of(self, rule: Overdue | None) -> AnswerTimes:
-        """Return the service times as a rule for overdue tasks sees them (default: the pool's)."""
-        rule = rule or self._overdue
-        if rule not in self.times:
-            self.times[rule] = self.times[self._overdue].under(rule)
-        return self.times[rule]
+        self.times = AnswerTimes(overdue)
 
     @property
     def idle(self) -> int:
@@ -279,7 +271,7 @@ class Schedule:
         self.available[worker] = None
         if refused is None:
             self.calls.append(Call(slot.since, spent, task.size, worker))
-            if any([times.add(task.size, spent) for times in self.times.values()]):
+            if self.times.add(task.size, spent):
                 self._look_by(min(slot.due(self.hang_timeout) for slot in self.slots))
         if late:
             self.counts["late"] += 1

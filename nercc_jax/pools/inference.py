@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, decode_groups
-from ..codes._checks import check_count
 from ..codes._kept import CachedMatrices, encoder_of, known_matrices
 from ..codes._trees import check_finite, groups_of, points_of, to_device
 from ..codes.host import encode_on_host
@@ -166,7 +165,14 @@ def pool_inference(
             answers = batch.wait(enough, deadline)
         waited = now()
         if answers.values is None:
-            raise _no_answer(pool, answers, deadline)
+            report = pool.report()
+            seen = f"{report.busy} workers are busy, {report.starting} are started again"
+            if number := len(answers.failures):
+                last = answers.failures[-1]
+                seen += f"; {number} failures, the last at worker {last.worker}: {last.reason}"
+            if answers.waited < deadline:
+                raise RuntimeError(f"no worker answered, and none will: {seen}")
+            raise TimeoutError(f"no worker answered within {deadline} s: {seen}")
 
         found, again = decode(known, answers.values, answers.available), None
         if not np.any(found.recovered):
@@ -259,109 +265,3 @@ def _decode(
     masks = jnp.broadcast_to(available, (groups, scheme.code.num_workers))
     found = scheme.decode(to_device(points), prepared, y, masks, known)
     return found.map_points(lambda leaf: groups_of(leaf, scheme.code.num_data))
-
-
-def _no_answer(pool: AbstractPool, answers: BatchAnswers, deadline: float) -> Exception:
-    """Return the error for a batch without a single answer."""
-    report = pool.report()
-    seen = f"{report.busy} workers are busy, {report.starting} are started again"
-    if answers.failures:
-        last = answers.failures[-1]
-        seen += (
-            f"; {len(answers.failures)} failures, the last at worker {last.worker}: {last.reason}"
-        )
-    if answers.waited < deadline:
-        return RuntimeError(f"no worker answered, and none will: {seen}")
-    return TimeoutError(f"no worker answered within {deadline} s: {seen}")
-
-
-# Many batches, one after the other.
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchOutcome:
-    """The outcome of one batch of many: see `run_batches`."""
-
-    number: int
-    attempts: int
-    result: PoolResult | None
-    short: bool
-    trouble: str | None
-
-
-def run_batches(
-    pool: AbstractPool,
-    code: AbstractCode,
-    batches: Iterable[PyTree],
-    *,
-    enough: Enough | None = None,
-    deadline: float = 60.0,
-    attempts: int = 3,
-) -> Iterator[BatchOutcome]:
-    """Yield the outcome of coded inference on each of many batches, in order.
-
-    A batch that is not recovered whole is dispatched again, each time with its own deadline. Data
-    points that are lost in spite of that are NaN in its outcome, and the next batch follows. A pool
-    whose workers die goes on with their replacements.
-
-    Args:
-        pool: The workers.
-        code: The code.
-        batches: Batches (groups, K, ...).
-        enough: When to decode, as in `pool_inference`.
-        deadline: Seconds for each attempt.
-        attempts: How often a batch is dispatched at most.
-
-    Yields:
-        The batch's `number`, from 0; how often it was dispatched (`attempts`); the `result` of the
-        attempt that recovered the most, a `PoolResult`, None where none recovered anything; whether
-        that was decoded from fewer answers than `enough` (`short`), at the deadline or because no
-        more could come; and what went wrong in the last attempt that did not recover everything
-        (`trouble`), None where every attempt did.
-
-    Raises:
-        ValueError: At once, for fewer than one attempt, or a deadline that is not positive; in its
-            turn, for a batch or a number that does not fit.
-
-    Example:
-        >>> from nercc_jax import NeRCC
-        >>> from nercc_jax.pools import DevicePool
-        >>> batches = np.ones((3, 1, 4, 2), np.float32)  # three batches of one group of K = 4
-        >>> with DevicePool(jnp.tanh, 6) as pool:
-        ...     for outcome in run_batches(pool, NeRCC(4, 6), batches, enough=5):
-        ...         print(outcome.number, outcome.result.decoded.predictions.shape)
-        0 (1, 4, 2)
-        1 (1, 4, 2)
-        2 (1, 4, 2)
-    """
-    attempts, deadline = check_count("attempts", attempts), check_deadline(deadline)
-    infer = pool_inference(pool, code, with_status=True, grouped=True)
-
-    def run() -> Iterator[BatchOutcome]:
-        for number, x in enumerate(batches):
-            result, most, trouble, tries = None, 0, None, 0
-            while tries < attempts:
-                tries += 1
-                try:
-                    found = infer(x, enough, deadline)
-                except (TimeoutError, RuntimeError) as error:  # nothing to decode, or recovered
-                    trouble = str(error)
-                    continue
-                recovered = np.asarray(found.decoded.recovered)
-                if recovered.sum() > most:
-                    result, most = found, recovered.sum()
-                if recovered.all():
-                    break
-                responded = int(found.answers.available.sum())
-                trouble = (
-                    f"{recovered.size - recovered.sum()} of {recovered.size} data points cannot be "
-                    f"recovered from the {responded} answers that were in"
-                )
-            short = False
-            if result is not None:
-                available = result.answers.available
-                needed = code.num_workers if enough is None else enough
-                short = not (needed(available) if callable(needed) else available.sum() >= needed)
-            yield BatchOutcome(number, tries, result, short, trouble)
-
-    return run()

@@ -12,9 +12,9 @@ from jaxtyping import Shaped
 from ..codes import AbstractCode
 from ..codes._checks import check_count
 from ..evaluation.tables import text_table
-from ..pools import AbstractPool, PoolReport, run_batches
+from ..pools import AbstractPool, PoolReport, PoolResult, pool_inference
 from ..pools.backend import pool_counts
-from ..pools.batch import Enough
+from ..pools.batch import Enough, check_deadline
 from ._interface import RowProgress
 from .files import Parts, check_parts, ids_of_rows
 
@@ -92,8 +92,10 @@ def run_groups(
 ) -> GroupResult:
     """Run coded inference on each group of K data points, in batches, whatever happens to workers.
 
-    It calls `run_batches`. What is known is written to a folder as it comes, and a later run
-    continues from there.
+    A batch that is not recovered whole is dispatched again, each time with its own deadline; the
+    attempt that recovered most counts. Data points that are lost in spite of that are NaN, and the
+    next batch follows. What is known is written to a folder as it comes, and a later run continues
+    from there.
 
     Args:
         pool: The workers. One of them gets a coded data point of each group of a batch at once.
@@ -128,6 +130,7 @@ def run_groups(
         >>> result.arrays["predictions"].shape
         (10, 3)
     """
+    attempts, deadline = check_count("attempts", attempts), check_deadline(deadline)
     count, num_data, begin = len(x), code.num_data, pool.clock.now()
     groups = min(check_count("groups", groups), math.ceil(count / num_data))
     size = groups * num_data
@@ -142,10 +145,6 @@ def run_groups(
     recovered = rows.arrays["recovered"]
     left = [each for each in range(number) if not recovered[each * size :][:size].all()]
 
-    def batch(which: int) -> np.ndarray:
-        made = np.asarray(prepare(x[places[which * size :][:size]]))
-        return made.reshape(groups, num_data, *made.shape[1:])
-
     def progress() -> RowProgress:
         known, report = int(np.sum(recovered & rows.done)), pool.report()
         alive, seconds = report.num_workers - report.starting, pool.clock.now() - begin
@@ -157,26 +156,46 @@ def run_groups(
     # Of each batch: rows, when it ended, stragglers, whether it was sent again, or was short.
     log: list[tuple[int, float, int, bool, bool]] = []
     reasons: dict[int, str] = {}
-    limits: Any = {"enough": enough, "deadline": deadline, "attempts": attempts}
-    outcomes, stopped = run_batches(pool, code, map(batch, left), **limits), None
+    infer, stopped = pool_inference(pool, code, with_status=True, grouped=True), None
     on_progress(progress())
     try:
-        for outcome in outcomes:
-            own = np.arange(total)[left[outcome.number] * size :][:size]
-            result, late = outcome.result, code.num_workers
+        for number in left:
+            made = np.asarray(prepare(x[places[number * size :][:size]]))
+            made = made.reshape(groups, num_data, *made.shape[1:])
+            result: PoolResult | None = None
+            most, tries, trouble, own = 0, 0, "", np.arange(total)[number * size :][:size]
+            while tries < attempts and most < size:
+                tries += 1
+                try:
+                    found = infer(made, enough, deadline)
+                except (TimeoutError, RuntimeError) as error:  # nothing to decode, or recovered
+                    trouble = str(error)
+                    continue
+                known = int(np.sum(found.decoded.recovered))
+                if known > most:
+                    result, most = found, known
+                if known < size:
+                    trouble = (
+                        f"{size - known} of {size} data points cannot be recovered from the "
+                        f"{found.answers.available.sum()} answers that were in"
+                    )
+
+            late, short = code.num_workers, False
             if result is None:
                 rows.done[own] = True
             else:
-                decoded, late = result.decoded, late - int(result.answers.available.sum())
-                known = np.asarray(decoded.recovered)
-                by_row = np.repeat(decoded.responded, num_data, axis=0) & known.reshape(-1, 1)
+                decoded, available = result.decoded, result.answers.available
+                late -= int(available.sum())
+                needed = code.num_workers if enough is None else enough
+                short = not (needed(available) if callable(needed) else available.sum() >= needed)
+                whole = np.asarray(decoded.recovered)
+                by_row = np.repeat(decoded.responded, num_data, axis=0) & whole.reshape(-1, 1)
                 predictions = np.asarray(decoded.predictions).reshape(size, -1)
-                found = {"predictions": predictions, "recovered": known.ravel()}
-                rows.put(own, found | {"responded": by_row})
+                given = {"predictions": predictions, "recovered": whole.ravel()}
+                rows.put(own, given | {"responded": by_row})
             lost = own[~recovered[own]].tolist()
-            reasons |= dict.fromkeys(lost, f"{outcome.trouble} (after {outcome.attempts} attempts)")
-            ended = pool.clock.now() - begin
-            log.append((len(own), ended, late, outcome.attempts > 1, outcome.short))
+            reasons |= dict.fromkeys(lost, f"{trouble} (after {tries} attempts)")
+            log.append((len(own), pool.clock.now() - begin, late, tries > 1, short))
             if parts is not None:
                 parts.add(own.tolist())
             on_progress(progress())

@@ -209,7 +209,6 @@ class _Run:
                     look_at = now + _LOOKS
                 news = not state.over and self._take_ended(look_at)
                 if news and self._clock.now() >= shown + _SHOWN:
-                    self._look_at_statistic()
                     show(self._progress())
                     shown, stopped = self._clock.now(), self._pool.ending
             show(self._progress())
@@ -236,17 +235,14 @@ class _Run:
                 self._parts.flush(complete=not len(state.table.open))
         return stopped
 
-    def _look_at_statistic(self) -> None:
-        """Estimate the statistic from the rows so far, if new ones came, and there is time."""
-        computed, begin = self._state.computed, self._clock.now()
-        if self.statistic is None or computed == self._estimated or begin < self._time.next:
-            return
-        self.estimate, self._estimated = self.statistic(), computed
-        self._time.spend(begin)
-        if self.stop_when is not None:
-            self._handle(Estimated(self.estimate, bool(self.stop_when(self.estimate))))
-
     def _progress(self) -> RowProgress:
+        """Return the progress, with a new estimate if rows came, and there is time for one."""
+        computed, begin = self._state.computed, self._clock.now()
+        if self.statistic is not None and computed != self._estimated and begin >= self._time.next:
+            self.estimate, self._estimated = self.statistic(), computed
+            self._time.spend(begin)
+            if self.stop_when is not None:
+                self._handle(Estimated(self.estimate, bool(self.stop_when(self.estimate))))
         return dataclasses.replace(self._state.progress(), estimate=self.estimate)
 
     def _learn(self, work: Callable[[], Learned | None]) -> None:
