@@ -113,10 +113,8 @@ class _ThreadBackend(WorkerBackend):
 
     def __init__(self, programs: Sequence[Program], faults: Faults, cores: float):
         self._programs, self._faults, self._cores = programs, faults, cores
-        # By worker: its life, its thread, its queue, and whether it is to end.
-        self._lives: dict[
-            int, tuple[int, threading.Thread, queue.SimpleQueue, threading.Event]
-        ] = {}
+        # By worker: its life, its thread, its queue, and the event that it is to end.
+        self._lives: dict[int, tuple[int, threading.Thread, queue.SimpleQueue, Any]] = {}
 
     def start(self, worker: int, life: int, on_outcome: OnOutcome) -> None:
         self._end(worker)
