@@ -32,7 +32,7 @@ from rows import COVERAGE, TOLERANCE, Table, row_errors
 from simulators import EXPENSIVE, rows_of
 
 from nercc_jax.compilation import enable_compilation_cache
-from nercc_jax.pools import AbstractPool, Overdue
+from nercc_jax.pools import AbstractPool
 from nercc_jax.pools.backend import OnOutcome, WorkerBackend, WorkerDied
 from nercc_jax.rows import run_rows
 
@@ -108,7 +108,7 @@ class SpotPool(AbstractPool):
     def __init__(self, function: Table, spells: Spells, seconds: float):
         self._begin(
             _SpotBackend(function, spells, seconds), len(spells), 1,
-            overdue=Overdue(), max_attempts=3, hang_timeout=60.0, start_timeout=1e6, min_workers=1,
+            start_timeout=1e6, min_workers=1,
         )  # fmt: skip
 
 

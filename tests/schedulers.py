@@ -74,13 +74,8 @@ class ScriptedPool(AbstractPool):
     """A pool at which nothing is overdue and nobody hangs, unless options say so."""
 
     def __init__(self, backend, num_workers, **options):
-        defaults = {
-            "overdue": Overdue(least=10**6),
-            "max_attempts": 3,
-            "hang_timeout": 60.0,
-            "start_timeout": 30.0,
-        }
-        self._begin(backend, num_workers, 1, **(defaults | options))
+        options = {"overdue": Overdue(least=10**6), "start_timeout": 30.0} | options
+        self._begin(backend, num_workers, 1, **options)
         self.state = self._schedule
 
 

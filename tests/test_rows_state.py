@@ -107,6 +107,9 @@ class Run(RuleBasedStateMachine):
                 assert 0 < len(each.rows) <= each.size
                 assert len(each.avoid | self.fenced) < WORKERS, "somebody must compute them"
                 self.calls[each.call] = each
+            elif isinstance(each, Give) and each.computed is None:  # withdrawn
+                for row in each.rows.tolist():
+                    del self.values[row]
             elif isinstance(each, Give):
                 given = self.state.table.values[each.rows]
                 for row, value in zip(each.rows.tolist(), given, strict=True):
@@ -116,12 +119,10 @@ class Run(RuleBasedStateMachine):
                     np.testing.assert_array_equal(given, function(each.rows))
             elif isinstance(each, Fence):
                 self.fenced = each.workers
-            elif isinstance(each, Learn):
+            else:
+                assert isinstance(each, Learn)
                 assert self.task is None, "one at a time"
                 self.task = each.work.keywords
-            else:
-                for row in each.rows.tolist():  # withdrawn
-                    del self.values[row]
 
     @rule(idle=st.integers(0, 2), aged=st.sampled_from([0.0, 0.01, 9.0]), late=st.booleans(),
           passed=st.sampled_from([0.05, 3.0]))  # fmt: skip

@@ -33,7 +33,6 @@ from .batch import arrays_of
 from .clock import Watcher
 from .garbage import short_collections
 from .ray_cluster import Head, join_ray, last_line, leave_ray, ray_module
-from .times import Overdue
 from .worker import Examples, Program, Worker, as_models, warm_up, weights_checksum
 
 _LOG = logging.getLogger(__name__)
@@ -52,7 +51,8 @@ class RayPool(AbstractPool):
     as a pool of this process is open. The models are sent to the actors by pickle, with classes and
     functions of a script or a notebook.
 
-    Further arguments are as for `DevicePool`.
+    Further arguments are as for `DevicePool`, and so are the `rules`: `overdue`, `max_attempts` and
+    `hang_timeout`.
 
     Args:
         address: Of Ray's head: "HOST:6379", "ray://HOST:10001" from outside of the cluster, "auto"
@@ -90,12 +90,10 @@ class RayPool(AbstractPool):
         address: str | None = None,
         runtime_env: Mapping[str, Any] | None = None,
         actor_options: Mapping[str, Any] | None = None,
-        min_workers: int | None = None,
         faults: Faults | None = None,
-        overdue: Overdue | None = None,
-        max_attempts: int = 3,
-        hang_timeout: float = 60.0,
         start_timeout: float = 300.0,
+        min_workers: int | None = None,
+        **rules: Any,
     ):
         models = as_models(model, worker_dtype)
         self.worker_dtype = check_worker_dtype(worker_dtype)
@@ -112,11 +110,9 @@ class RayPool(AbstractPool):
                 self._backend,
                 num_workers,
                 len(models),
-                overdue=overdue,
-                max_attempts=max_attempts,
-                hang_timeout=hang_timeout,
                 start_timeout=start_timeout,
                 min_workers=min_workers,
+                **rules,
             )
         except BaseException:
             leave_ray()

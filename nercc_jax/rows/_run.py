@@ -34,7 +34,6 @@ from .state import (
     RowState,
     Send,
     Tick,
-    Withdraw,
 )
 
 _LOOKS = 0.05  # seconds between two looks at the clock and the pool
@@ -303,10 +302,10 @@ class _Run:
                 self._batches[each.call] = batch
                 x = np.take(self._x, np.resize(each.rows, each.size), axis=0)
                 self._pool.send(batch, [0], [x], avoid=each.avoid)
-            elif isinstance(each, Give | Withdraw):
+            elif isinstance(each, Give):
                 if parts is not None:
                     parts.add(each.rows.tolist())
-                if isinstance(each, Give) and state.table.values is not None:
+                if each.computed is not None and state.table.values is not None:
                     self._on_rows(each.rows, state.table.values[each.rows], each.computed)
             elif isinstance(each, Fence):
                 self._pool.fence(each.workers)

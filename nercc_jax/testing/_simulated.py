@@ -11,7 +11,7 @@ import jax
 from jaxtyping import PyTree
 
 from ..inference.models import Model
-from ..pools import AbstractPool, Faults, Overdue
+from ..pools import AbstractPool, Faults
 from ..pools.backend import OnOutcome, WorkerBackend, WorkerDied
 from ..pools.clock import BEAT, AbstractClock, AbstractTurns
 from ..pools.worker import Program, Worker, weights_checksum
@@ -109,7 +109,8 @@ class SimulatedPool(AbstractPool):
     """A pool of simulated workers, with the scheduler of all pools and a clock that jumps.
 
     Everything happens in one thread, as time goes on: by `clock.run`, or by waiting for a batch.
-    The workers are ready at once. Further arguments are as for `DevicePool`.
+    The workers are ready at once. The `rules` are as for `DevicePool`: `overdue`, `max_attempts`,
+    `hang_timeout` and `start_timeout`.
 
     Args:
         model: As for `DevicePool`, on NumPy arrays; it is called at the moment of an answer.
@@ -137,10 +138,7 @@ class SimulatedPool(AbstractPool):
         clock: SimulatedClock | None = None,
         faults: Faults | None = None,
         start_seconds: float = 1.0,
-        overdue: Overdue | None = None,
-        max_attempts: int = 3,
-        hang_timeout: float = 60.0,
-        start_timeout: float = 60.0,
+        **rules: Any,
     ):
         models = (model,) if callable(model) else tuple(model)
         clock = clock or SimulatedClock()
@@ -149,11 +147,8 @@ class SimulatedPool(AbstractPool):
             _SimulatedBackend(models, seconds, clock, faults, start_seconds),
             num_workers,
             len(models),
-            overdue=overdue,
-            max_attempts=max_attempts,
-            hang_timeout=hang_timeout,
-            start_timeout=start_timeout,
             clock=clock,
+            **rules,
         )
 
 
