@@ -372,7 +372,7 @@ def test_waiting_until_the_forecast_is_good_enough(gate):
 )
 def test_threads_share_the_hosts_cores(options, spare, monkeypatch):
     """But for what is no JAX function, and where faults let them stand for other machines."""
-    monkeypatch.setattr("nercc_jax.pools._devices._cores", lambda: 2.0)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
     with DevicePool(lambda x: x, 4, **options) as pool:
         assert (pool.idle, pool.spare) == (4, spare)
 

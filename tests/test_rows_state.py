@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from nercc_jax.pools import PoolReport
+from nercc_jax.pools import Overdue, PoolReport
 from nercc_jax.pools.backend import WorkerReport
 from nercc_jax.pools.times import AnswerTimes
 from nercc_jax.rows import RowSettings
@@ -350,7 +350,7 @@ def test_calls_grow_to_a_quarter_of_a_second_or_16_mib_and_leave_no_worker_idle(
     transport, each, row_bytes, most_calls
 ):
     """A law of the calls' time, and two workers: each takes the next call when it is free."""
-    count, times, sizes, free = 20_000, AnswerTimes(), [], [0.0, 0.0]
+    count, times, sizes, free = 20_000, AnswerTimes(Overdue(least=1)), [], [0.0, 0.0]
     done = np.zeros(count, bool)
     rows = a_state(np.zeros((count, 1)), 2, tolerance=0.0).queue
     while len(taken := rows.take(lambda some: ~done[some])):
@@ -359,7 +359,7 @@ def test_calls_grow_to_a_quarter_of_a_second_or_16_mib_and_leave_no_worker_idle(
         seconds = transport + each * len(taken)
         free[free.index(min(free))] += seconds
         times.add(len(taken), seconds)
-        rows.observe(len(taken), times.median_of_latest(len(taken)), row_bytes)
+        rows.observe(len(taken), times.median(len(taken)), row_bytes)
         sizes.append(len(taken))
     assert done.all()
     assert len(sizes) <= most_calls

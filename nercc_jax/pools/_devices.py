@@ -88,10 +88,13 @@ class DevicePool(AbstractPool):
         warm_up(programs, len(models), example)
         self._weights = weights_checksum(models)
         faults = faults or Faults()
-        # Faults on purpose let two cores stand for many machines.
-        shared = compiled and platform == "cpu" and not faults.faults
+        # Threads share a CPU's cores. Faults on purpose let two of them stand for many machines.
+        cores = math.inf
+        if compiled and platform == "cpu" and not faults.faults:
+            here = hasattr(os, "sched_getaffinity")  # those that this process may use
+            cores = float(len(os.sched_getaffinity(0)) if here else os.cpu_count() or 1)
         self._begin(
-            _ThreadBackend(programs, faults, _cores() if shared else math.inf),
+            _ThreadBackend(programs, faults, cores),
             num_workers,
             len(models),
             overdue=overdue,
@@ -170,10 +173,3 @@ class _ThreadBackend(WorkerBackend):
             _, _, inbox, ended = self._lives[worker]
             ended.set()
             inbox.put(None)
-
-
-def _cores() -> float:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return float(len(os.sched_getaffinity(0)))
-    return float(os.cpu_count() or 1)

@@ -183,7 +183,23 @@ class Schedule:
         elif not slot.ready or isinstance(outcome, WorkerDied):
             self._handle_death(worker, outcome, now)
         elif slot.task is not None:
-            self._handle_answer(worker, slot.task, outcome, now)
+            task, spent = slot.task, now - slot.since
+            late = not task.batch.open or task.settled
+            refused = None if late else task.batch.refusal(outcome, task.size)
+            self._release(slot, task, now)
+            self.available[worker] = None
+            if refused is None:
+                self.calls.append(Call(slot.since, spent, task.size, worker))
+                if self.times.add(task.size, spent):
+                    self._look_by(min(each.due(self.hang_timeout) for each in self.slots))
+            self.counts["late" if late else "answered" if refused is None else "errors"] += 1
+            if late or refused is not None:
+                self.wasted += spent
+            else:
+                task.batch.settle(task, outcome, worker)
+            if refused is not None:
+                answered = not isinstance(outcome, Exception)
+                self._try_again(task, Failure(worker, task.point, refused, True, answered))
         self._assign_waiting(now)
 
     def tick(self, now: float) -> None:
@@ -261,29 +277,6 @@ class Schedule:
         self.todo.append(SendTask(worker, slot.life, task.kind, task.value))
 
     # What became of it.
-
-    def _handle_answer(self, worker: int, task: Task, outcome: Any, now: float) -> None:
-        batch, slot = task.batch, self.slots[worker]
-        spent = now - slot.since
-        late = not batch.open or task.settled
-        refused = None if late else batch.refusal(outcome, task.size)
-        self._release(slot, task, now)
-        self.available[worker] = None
-        if refused is None:
-            self.calls.append(Call(slot.since, spent, task.size, worker))
-            if self.times.add(task.size, spent):
-                self._look_by(min(slot.due(self.hang_timeout) for slot in self.slots))
-        if late:
-            self.counts["late"] += 1
-            self.wasted += spent
-        elif refused is None:
-            self.counts["answered"] += 1
-            batch.settle(task, outcome, worker)
-        else:
-            self.counts["errors"] += 1
-            self.wasted += spent
-            answered = not isinstance(outcome, Exception)
-            self._try_again(task, Failure(worker, task.point, refused, True, answered))
 
     def _handle_death(self, worker: int, error: Exception, now: float) -> None:
         """Give a dead worker's task to another, and begin the worker's next life."""

@@ -109,11 +109,6 @@ class AnswerTimes:
         """Return the median seconds for `size` data points; infinite until enough is known."""
         return self._bound(size, lambda ordered: ordered[len(ordered) // 2])
 
-    def median_of_latest(self, size: int) -> float:
-        """Return the median seconds for `size` data points so far; infinite before the first."""
-        times = sorted(self._times.get(size, ()))
-        return times[len(times) // 2] if times else math.inf
-
     def limit(self, size: int) -> float:
         """Return the seconds after which an answer to `size` data points is late.
 

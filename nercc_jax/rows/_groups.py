@@ -137,20 +137,20 @@ def run_groups(
     number = math.ceil(count / size) if batches is None else check_count("batches", batches)
     places = np.arange(number * size) % count
     rows = _Rows(places[: count if batches is None else None], size, code.num_workers)
-    total, names = len(rows.done), ids_of_rows(ids, count)
+    total, names = len(rows.known), ids_of_rows(ids, count)
     facts, parts = {"rows": total, "points": count, "groups": groups} | dict(about or {}), None
     if folder is not None:
         check_parts(Path(folder), resume)
         parts = Parts(Path(folder), facts, rows, names)
-    recovered = rows.arrays["recovered"]
+    recovered, ended = rows.known["recovered"], rows.known["done"]
     left = [each for each in range(number) if not recovered[each * size :][:size].all()]
 
     def progress() -> RowProgress:
-        known, report = int(np.sum(recovered & rows.done)), pool.report()
+        known, report = int(np.sum(recovered & ended)), pool.report()
         alive, seconds = report.num_workers - report.starting, pool.clock.now() - begin
         new = sum(each[0] for each in log[1:] or log)  # the first batch compiles
         speed = new / max(log[-1][1] - log[0][1] * (len(log) > 1), 1e-9) if log else 0.0
-        lost = int(np.sum(rows.done)) - known
+        lost = int(np.sum(ended)) - known
         return RowProgress(total, known, 0, lost, 0, alive, seconds, speed)
 
     # Of each batch: rows, when it ended, stragglers, whether it was sent again, or was short.
@@ -182,7 +182,7 @@ def run_groups(
 
             late, short = code.num_workers, False
             if result is None:
-                rows.done[own] = True
+                ended[own] = True
             else:
                 decoded, available = result.decoded, result.answers.available
                 late -= int(available.sum())
@@ -191,8 +191,8 @@ def run_groups(
                 whole = np.asarray(decoded.recovered)
                 by_row = np.repeat(decoded.responded, num_data, axis=0) & whole.reshape(-1, 1)
                 predictions = np.asarray(decoded.predictions).reshape(size, -1)
-                given = {"predictions": predictions, "recovered": whole.ravel()}
-                rows.put(own, given | {"responded": by_row})
+                given = {"row": own, "predictions": predictions}
+                rows.take(given | {"recovered": whole.ravel(), "responded": by_row})
             lost = own[~recovered[own]].tolist()
             reasons |= dict.fromkeys(lost, f"{trouble} (after {tries} attempts)")
             log.append((len(own), pool.clock.now() - begin, late, tries > 1, short))
@@ -220,9 +220,10 @@ def run_groups(
         "stragglers_per_batch": float(late.sum() / max(len(log), 1)),
         "batches_sent_again": int(again.sum()),
         "short_batches": int(short.sum()),
-        "lost": int(np.sum(rows.done & ~recovered)),
+        "lost": int(np.sum(ended & ~recovered)),
     }
-    arrays = {name: each[rows.done] for name, each in rows.arrays.items()}
+    arrays = rows.rows_of(np.flatnonzero(ended))
+    arrays.pop("row")
     names = None if names is None else names[arrays["index"]]
     return GroupResult(
         arrays, reasons, facts | counts | pool_counts(report), report, stopped, names
@@ -230,35 +231,27 @@ def run_groups(
 
 
 class _Rows:
-    """The rows of a run's batches by name, as its parts have them, and which of them are done."""
+    """The rows of a run's batches, as its parts have them: what is known of each, and outputs."""
 
     def __init__(self, index: Shaped[np.ndarray, " rows"], size: int, workers: int):
-        number = len(index)
-        self.done = np.zeros(number, bool)
-        self.arrays: dict[str, np.ndarray] = {
-            "index": index,
-            "batch": np.arange(number) // size,
-            "recovered": np.zeros(number, bool),
-            "responded": np.zeros((number, workers), bool),
-            "predictions": np.zeros((number, 0), np.float32),  # until their width is known
-        }
-
-    def put(self, rows: Any, found: Mapping[str, np.ndarray]) -> None:
-        """Take predictions and what is known of them; a batch's filling beyond the rows is cut."""
-        width = found["predictions"].shape[1]
-        if width > self.arrays["predictions"].shape[1]:
-            self.arrays["predictions"] = np.full((len(self.done), width), np.nan, np.float32)
-        for name, each in found.items():
-            if each.shape[1:] == self.arrays[name].shape[1:]:
-                self.arrays[name][rows] = each[: len(rows)]
-        self.done[rows] = True
-
-    def rows_of(self, pieces: Sequence[int], /) -> dict[str, np.ndarray]:
-        """Return some rows as arrays by name."""
-        rows = np.asarray(pieces)
-        return {"row": rows} | {name: each[rows] for name, each in self.arrays.items()}
+        columns = {"index": int, "batch": int, "recovered": bool, "responded": (bool, workers)}
+        self.known = np.zeros(len(index), [*columns.items(), ("done", bool)])
+        self.known["index"], self.known["batch"] = index, np.arange(len(index)) // size
+        self.predictions = np.zeros((len(index), 0), np.float32)  # until their width is known
 
     def take(self, arrays: Mapping[str, np.ndarray], /) -> None:
-        """Take what `rows_of` returned in another process."""
-        names = ("predictions", "recovered", "responded")
-        self.put(arrays["row"], {name: arrays[name] for name in names})
+        """Take what `rows_of` returned; a batch's filling beyond the rows is cut."""
+        rows, predictions = arrays["row"], arrays["predictions"]
+        if predictions.shape[1] > self.predictions.shape[1]:
+            self.predictions = np.full((len(self.known), predictions.shape[1]), np.nan, np.float32)
+        if predictions.shape[1] == self.predictions.shape[1]:
+            self.predictions[rows] = predictions[: len(rows)]
+        for name in ("recovered", "responded"):
+            self.known[name][rows] = arrays[name][: len(rows)]
+        self.known["done"][rows] = True
+
+    def rows_of(self, pieces: Sequence[int] | np.ndarray, /) -> dict[str, np.ndarray]:
+        """Return some rows as arrays by name."""
+        rows, names = np.asarray(pieces), ("index", "batch", "recovered", "responded")
+        known = {name: self.known[name][rows] for name in names}
+        return {"row": rows} | known | {"predictions": self.predictions[rows]}

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Shaped
 from threadpoolctl import ThreadpoolController
 
-from ..pools import AbstractPool, Batch
+from ..pools import AbstractPool, Batch, Overdue
 from ..pools.backend import pool_counts
 from ..pools.clock import TimeShare
 from ..risk import Accuracy, EnsembleEstimate
@@ -38,6 +38,7 @@ from .state import (
 
 _LOOKS = 0.05  # seconds between two looks at the clock and the pool
 _SHOWN = 0.1  # seconds between two reports of progress, at least
+_FROM_THE_FIRST = Overdue(least=1)  # medians are known from the first call on
 
 
 def run_rows(
@@ -277,7 +278,7 @@ class _Run:
             late = self._age(self._batches.pop(number))[1]
             if batch.available[0]:
                 values: Any = batch.answer(0)
-                usual = batch.times.median_of_latest(len(values))
+                usual = batch.times.under(_FROM_THE_FIRST).median(len(values))
                 self._handle(Answered(number, batch.workers[0], values, late, usual))
             else:
                 raised = [each.reason for each in batch.failures if each.raised]
