@@ -58,18 +58,6 @@ def test_what_is_late_is_replaced_and_what_waits_finds_a_worker():
         assert (report.seconds, report.wasted_seconds) == (15.0, 10.0)
 
 
-def test_an_error_of_the_model_is_that_answers_trouble():
-    def fails(x):
-        if x[0, 0] == 3:
-            raise ValueError("three")
-        return x
-
-    with paper(model=fails) as pool:
-        got = pool.dispatch(POINTS).wait(deadline=100.0)
-    assert got.available.tolist() == [True, True, True, False, True]
-    assert "three" in got.failures[0].reason
-
-
 def test_a_copy_is_sent_when_a_rule_says_so():
     """Twenty answers of a second each; then one takes a minute: its copy goes out after two."""
     faults = Faults([delay(59.0, workers=[0], calls=[4])])

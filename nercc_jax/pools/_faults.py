@@ -230,9 +230,8 @@ class WorkerFaults:
         for each in self._mine:
             fault = each.fault
             # Drawn first, and always: what else is set must not shift the later draws.
-            strikes = self._random.random() < fault.probability
-            strikes &= each.strikes_rows(batch)
-            if strikes and (fault.calls is None or call in fault.calls) and each.spells(self._time):
+            drawn = self._random.random() < fault.probability
+            if each.strikes(call, batch, self._time) and drawn:
                 if each.delays is not None:
                     seconds += float(each.delays[call % _DRAWS])
                 elif callable(fault.latency):
@@ -253,20 +252,23 @@ class _WorkerFault:
         self._coming = None if fault.episodes is None else fault.episodes.spells()
         self._spell = (-math.inf, math.inf) if self._coming is None else next(self._coming)
 
-    def strikes_rows(self, batch: PyTree | None) -> bool:
-        """Return whether a call with these rows may be struck, by their scores."""
+    def strikes(self, call: int, batch: PyTree | None, time: Callable[[], float]) -> bool:
+        """Return whether it strikes a call, by its number, its rows' scores and its spells."""
         fault = self.fault
-        if fault.score is None or batch is None:
-            return fault.score is None
-        scores = np.ravel(np.asarray(fault.score(batch), float))
-        if fault.hardest is None:
-            return bool(np.max(scores) >= fault.least_score)
-        self._seen.extend(scores.tolist())
-        least = np.quantile(self._seen, 1 - fault.hardest)
-        return len(self._seen) >= _FEWEST and bool(np.max(scores) > least)
-
-    def spells(self, time: Callable[[], float]) -> bool:
-        """Return whether now is within a spell of the fault's episodes, if it has any."""
+        if fault.score is not None:
+            if batch is None:
+                return False
+            scores = np.ravel(np.asarray(fault.score(batch), float))
+            least = fault.least_score
+            if fault.hardest is not None:
+                self._seen.extend(scores.tolist())
+                if len(self._seen) < _FEWEST:
+                    return False
+                least = np.nextafter(np.quantile(self._seen, 1 - fault.hardest), np.inf)
+            if np.max(scores) < least:
+                return False
+        if fault.calls is not None and call not in fault.calls:
+            return False
         if self._coming is None:
             return True
         now = time()

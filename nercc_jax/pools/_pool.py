@@ -54,6 +54,7 @@ class AbstractPool(abc.ABC):
     worker_dtype: str | None = None
     conditions: Conditions = Conditions()
     _weights: int = 0  # the checksum of the models that it was made with
+    _head: Any = None  # of the cluster that the workers are part of (`ray_cluster.Head`)
 
     def _begin(
         self,
@@ -327,12 +328,12 @@ class AbstractPool(abc.ABC):
     @property
     def alarm(self) -> str | None:
         """The fault that will end the pool unless it is repaired; None where all is well."""
-        return None
+        return None if self._head is None else self._head.alarm
 
     @property
     def ends_at(self) -> float:
         """The monotonic time at which `alarm` ends this process; infinite where it does not."""
-        return math.inf
+        return math.inf if self._head is None else self._head.ends_at
 
     @property
     def ending(self) -> str | None:

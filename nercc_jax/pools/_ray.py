@@ -134,14 +134,6 @@ class RayPool(AbstractPool):
         places = map(self._backend.places.get, range(self.num_workers))
         return [place and place.node for place in places]
 
-    @property
-    def alarm(self) -> str | None:
-        return self._head.alarm
-
-    @property
-    def ends_at(self) -> float:
-        return self._head.ends_at
-
     def close(self) -> None:
         """End the workers. Whoever still waits gets the answers that are in."""
         if self._open:
@@ -391,10 +383,9 @@ class ActorBackend(WorkerBackend):
         return f"{waiting} take {each} each; in the whole cluster {lacks}"
 
     def close(self) -> None:
-        self._starts.shutdown(wait=not self._head.alarm, cancel_futures=True)
-        if (
-            not self._head.alarm
-        ):  # otherwise Ray's nodes end them, as they end those of a dead driver
+        gone = self._head.alarm is not None
+        self._starts.shutdown(wait=not gone, cancel_futures=True)
+        if not gone:  # otherwise Ray's nodes end them, as they end those of a dead driver
             for _, actor, _ in self._actors.values():
                 ray_module().kill(actor)
             # What was with them fails in a moment. Ray ends a process that hears of it after

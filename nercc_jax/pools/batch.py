@@ -234,11 +234,18 @@ class Batch:
         task = self.tasks.get(point)
         return task is not None and task.settled and not self.available[point]
 
-    def age(self, task: Task) -> float:
-        """Return the seconds for which the latest worker has or had a task; 0 if none has it."""
-        if task.settled:
-            return task.settled_at - task.sent if task.attempts else 0.0
-        return self.clock.now() - task.sent if task.running else 0.0
+    def age(self, point: int) -> tuple[float, bool]:
+        """Return the seconds for which the latest worker has or had a coded data point.
+
+        They are 0 if none has it: a worker's death says nothing about how long a point takes. The
+        second value is whether it is overdue.
+        """
+        task, seconds = self.tasks.get(point), 0.0
+        if task is not None and task.settled and task.attempts:
+            seconds = task.settled_at - task.sent
+        elif task is not None and task.running and not task.settled:
+            seconds = self.clock.now() - task.sent
+        return seconds, task is not None and seconds > task.limit
 
     def abandoned(self, point: int) -> bool:
         """Return whether a coded data point failed and, as things are, will not be sent again.

@@ -201,7 +201,7 @@ class _Run:
                 if (now := self._clock.now()) >= look_at or not self._batches:
                     while self._learned:
                         self._handle(self._learned.pop(0))
-                    ages = {number: self._age(batch) for number, batch in self._batches.items()}
+                    ages = {number: batch.age(0) for number, batch in self._batches.items()}
                     # The learner leaves the cores to others for a while after its work.
                     learning = self._learns() or now < self._learning_time.next
                     seen = now - self._begin, self._pool.report(), ages, learning
@@ -224,7 +224,7 @@ class _Run:
                 # For what workers still compute; what no worker has is dropped.
                 end = self._clock.now() + state.settings.grace
                 for number, batch in list(self._batches.items()):
-                    if not batch.available[0] and not self._age(batch)[0]:
+                    if not batch.available[0] and not batch.age(0)[0]:
                         self._batches.pop(number).forget()
                 with contextlib.suppress(KeyboardInterrupt):
                     while self._batches and self._clock.now() < end:
@@ -256,15 +256,6 @@ class _Run:
         finally:
             self._fit_seconds = self._learning_time.spend(begin)
 
-    def _age(self, batch: Batch) -> tuple[float, bool]:
-        """Return the seconds for which a worker has or had a call, and whether it is overdue.
-
-        A worker's death begins it again, since that says nothing about how long the rows take.
-        """
-        task = batch.tasks.get(0)
-        age = 0.0 if task is None else batch.age(task)
-        return age, task is not None and age > task.limit
-
     def _take_ended(self, until: float) -> bool:
         """Wait until calls end, or until a time; return whether some may have."""
         with self._changed:
@@ -275,7 +266,7 @@ class _Run:
             batch = self._batches.get(number)
             if batch is None or not (batch.available[0] or batch.lost(0)):
                 continue
-            late = self._age(self._batches.pop(number))[1]
+            late = self._batches.pop(number).age(0)[1]
             if batch.available[0]:
                 values: Any = batch.answer(0)
                 usual = batch.times.under(_FROM_THE_FIRST).median(len(values))

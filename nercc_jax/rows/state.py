@@ -223,7 +223,8 @@ class RowState:
                     # Values from before there was a check are taken back where they look wrong.
                     rows = self.table.unchecked[self.table["estimated"][self.table.unchecked]]
                     wrong, _ = self.evidence.look_wrong(rows, self.table.vectors[rows])
-                    self.take_back(self.checks.recheck(rows, wrong))
+                    self.table["checked"][rows[~wrong]] = True
+                    self.take_back(self.checks.doubt(rows[wrong]))
         elif isinstance(event, Estimated):
             self.estimated = event
             if event.short and not self.over:
