@@ -32,9 +32,8 @@ from rows import COVERAGE, TOLERANCE, Table, row_errors
 from simulators import EXPENSIVE, rows_of
 
 from nercc_jax.compilation import enable_compilation_cache
-from nercc_jax.pools import AbstractPool, Overdue
+from nercc_jax.pools import AbstractPool
 from nercc_jax.pools.backend import OnOutcome, WorkerBackend, WorkerDied
-from nercc_jax.pools.scheduler import Scheduler
 from nercc_jax.rows import run_rows
 
 TICK = 2.0  # seconds
@@ -107,9 +106,9 @@ class SpotPool(AbstractPool):
     """Threads that are there in their spells, and take their row with them when they go."""
 
     def __init__(self, function: Table, spells: Spells, seconds: float):
-        self._scheduler = Scheduler(
+        self._begin(
             _SpotBackend(function, spells, seconds), len(spells), 1,
-            overdue=Overdue(), max_attempts=3, hang_timeout=60.0, start_timeout=1e6, min_workers=1,
+            start_timeout=1e6, min_workers=1,
         )  # fmt: skip
 
 
@@ -146,14 +145,8 @@ class _SpotBackend(WorkerBackend):
     def _wait(self, until: float) -> bool:
         return self._over.wait(max(self._begin + until - time.monotonic(), 0))
 
-    def prepare(self, batch: Any) -> Any:
-        return batch
-
     def send(self, worker: int, life: int, kind: int, batch: Any) -> None:
         self._inboxes[worker, life].put(batch)
-
-    def missing(self) -> None:
-        return None
 
     def close(self) -> None:
         self._over.set()

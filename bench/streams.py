@@ -134,11 +134,10 @@ def slow_rows(rows: np.ndarray, seconds: float) -> Fault:
     """Return the fault that makes the calls of these queries longer, copies too."""
     slow = {row.tobytes() for row in rows}
 
-    def score(batch: Any) -> list[bool]:
-        return [row.tobytes() in slow for row in np.asarray(batch)]
+    def latency(batch: Any) -> float:
+        return seconds * any(row.tobytes() in slow for row in np.asarray(batch))
 
-    latency = TraceLatency(jnp.array([seconds]))
-    return Fault("delay", latency=latency, score=score, least_score=1.0)
+    return Fault("delay", latency=latency)
 
 
 def play(

@@ -9,7 +9,6 @@ import numpy as np
 
 from nercc_jax.pools import AbstractPool, Overdue
 from nercc_jax.pools.backend import WorkerBackend
-from nercc_jax.pools.scheduler import Scheduler
 
 SOON = 60.0  # seconds that nothing here should need
 
@@ -48,18 +47,12 @@ class ScriptedBackend(WorkerBackend):
         self._ready.add((worker, life))
         self.on_outcome(worker, life, None)
 
-    def prepare(self, batch):
-        return batch
-
     def send(self, worker, life, kind, batch):
         if self.sent.get(worker, (None, None))[0] == life:
             self.mistakes.append(f"worker {worker} was busy, and was given work")
         if (worker, life) not in self._ready:
             self.mistakes.append(f"worker {worker} was not there, and was given work")
         self.sent[worker] = (life, int(batch[0, 0]))
-
-    def missing(self):
-        return None
 
     def close(self):
         self.closed = True
@@ -81,14 +74,9 @@ class ScriptedPool(AbstractPool):
     """A pool at which nothing is overdue and nobody hangs, unless options say so."""
 
     def __init__(self, backend, num_workers, **options):
-        defaults = {
-            "overdue": Overdue(least=10**6),
-            "max_attempts": 3,
-            "hang_timeout": 60.0,
-            "start_timeout": 30.0,
-        }
-        self._scheduler = Scheduler(backend, num_workers, 1, **(defaults | options))
-        self.state = self._scheduler.state
+        options = {"overdue": Overdue(least=10**6), "start_timeout": 30.0} | options
+        self._begin(backend, num_workers, 1, **options)
+        self.state = self._schedule
 
 
 @contextlib.contextmanager

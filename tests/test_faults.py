@@ -12,7 +12,6 @@ from nercc_jax.pools import Episodes, Fault, Faults
 from nercc_jax.stragglers import (
     AbstractLatency,
     ExponentialLatency,
-    RowLatency,
     TraceLatency,
     WaitFor,
 )
@@ -105,23 +104,6 @@ def test_faults_by_their_rates():
     assert Faults.from_rates(seed=5) == Faults([], 5), "nothing is asked for"
     with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], not 1.5"):
         Faults.from_rates(death_rate=1.5)
-
-
-def test_faults_by_a_faults_of_the_rows():
-    delay = TraceLatency(jax.numpy.array([2.0]))
-    law = RowLatency.leaning_to(delay, delay, 0.1, leaning=0.5, hardest=0.25)
-    scores = np.arange(100.0)
-    faults = Faults.from_rows(law, lambda batch: batch[:, 0], scores).at(0, 0)
-    drawn = {
-        row: [next_call(faults, np.array([[row]]))[0] > 0 for _ in range(2000)] for row in (10, 90)
-    }
-    assert np.mean(drawn[10]) == pytest.approx(0.05, abs=0.02)
-    assert np.mean(drawn[90]) == pytest.approx(0.05 + 0.05 / 0.25, abs=0.03)
-    extreme = Faults.from_rows(RowLatency.extreme(delay, delay, 0.1), lambda x: x[:, 0], scores)
-    assert [next_call(extreme.at(0, 0), np.array([[row], [1.0]]))[0] for row in (50, 95)] == [
-        0.0,
-        2.0,
-    ]
 
 
 @pytest.mark.parametrize("leaning", [1.0, 0.5])

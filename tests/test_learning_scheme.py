@@ -251,13 +251,10 @@ def test_a_pool_carries_it_out(learner):
     scheme = Scheme(CODE, learner, order="pixels", bars=calibrate_learner_bars(learner, TUNING))
     with DevicePool(model, N, example=x[0, :1]) as pool:
         pooled = pool_inference(pool, scheme, with_status=True)(x)
-        within = pool_inference(pool, scheme, with_status=True, tolerance=0.0)(x, N - 3)
         own = np.asarray(model(x.reshape(-1, 3))).reshape(GROUPS, K, -1)
         np.testing.assert_allclose(pooled.decoded.predictions, own, atol=1e-5)
         assert (pooled.decoded.deviation == 0).all()
         assert pooled.decoded.error_probability is None
-        np.testing.assert_allclose(within.decoded.predictions, own, atol=1e-5)
-        assert (within.decoded.deviation == 0).all()
         few = pool_inference(pool, scheme, with_status=True)(x, N - 3)
         mask = few.answers.available
         expected = infer(scheme)(x.reshape(-1, 3), mask)
@@ -265,8 +262,6 @@ def test_a_pool_carries_it_out(learner):
             few.decoded.predictions.reshape(-1, 4), expected.predictions, atol=1e-2
         )
         np.testing.assert_allclose(few.decoded.deviation.ravel(), expected.deviation, atol=1e-2)
-        with pytest.raises(ValueError, match="a tolerance wants error bars"):
-            pool_inference(pool, CODE, tolerance=0.1)
 
 
 def test_what_does_not_fit(learner, untyped):

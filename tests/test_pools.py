@@ -25,14 +25,12 @@ from nercc_jax import (
     Parity,
     RayPool,
     Replication,
-    Scheme,
     coded_inference,
     pool_inference,
 )
 from nercc_jax.evaluation import record_answers
 from nercc_jax.inference.models import Conditions
-from nercc_jax.pools import Fault, Faults, Overdue, run_batches
-from nercc_jax.risk import ErrorProbability
+from nercc_jax.pools import Fault, Faults, Overdue
 from nercc_jax.stragglers import TraceLatency
 from nercc_jax.testing import SimulatedPool
 
@@ -265,7 +263,7 @@ def _refuse():
 @pytest.fixture
 def started_once(monkeypatch):
     """A pool gives up at a worker's first start that fails: `test_scheduler` has the others."""
-    monkeypatch.setattr("nercc_jax.pools.scheduler._STARTS", 1)
+    monkeypatch.setattr("nercc_jax.pools._pool._STARTS", 1)
 
 
 def test_workers_that_do_not_start(make, started_once):
@@ -372,7 +370,7 @@ def test_waiting_until_the_forecast_is_good_enough(gate):
 )
 def test_threads_share_the_hosts_cores(options, spare, monkeypatch):
     """But for what is no JAX function, and where faults let them stand for other machines."""
-    monkeypatch.setattr("nercc_jax.pools._devices._cores", lambda: 2.0)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
     with DevicePool(lambda x: x, 4, **options) as pool:
         assert (pool.idle, pool.spare) == (4, spare)
 
@@ -572,128 +570,4 @@ def test_the_callers_mesh_is_no_business_of_a_pools(kind):
         with jax.set_mesh(mesh), DevicePool(network, 6, example=x[:, 0]) as pool:
             np.testing.assert_array_equal(pool_inference(later, code)(x), before)
             np.testing.assert_allclose(pool_inference(pool, code)(x), before, atol=1e-4)
-            (outcome,) = run_batches(pool, code, [x])
-            assert outcome.result is not None
-            np.testing.assert_allclose(outcome.result.decoded.predictions, before, atol=1e-4)
             assert jax.sharding.get_mesh() == mesh
-
-
-# What is uncertain is run again.
-
-SMALL = NeRCC(4, 7)
-LONG = 10 * SOON  # where it takes the compiler with it
-
-
-def uncertain():
-    """A doubt of deviation / (deviation + margin); a limit is the disagreement asked for."""
-    steps, weights = jax.numpy.linspace(0, 1, 1001), jax.numpy.array([0.0, -1.0, -1.0, 0.0])
-    return ErrorProbability(
-        weights, jax.numpy.zeros(1), jax.numpy.zeros(1), steps, steps, 1 - steps
-    )
-
-
-def uncertain_pool_inference(pool, max_disagreement, **options):
-    scheme = Scheme(SMALL, error_probability=uncertain())
-    options |= {"with_status": True, "max_disagreement": max_disagreement}
-    return pool_inference(pool, scheme, **options)
-
-
-def by_hand(x, mask, run=network):
-    """Predictions and doubts of a group, by the code's own deviation."""
-    answers = np.asarray(run(np.asarray(SMALL.encode(x))))
-    decoded, deviation = map(np.asarray, SMALL.decode(answers, mask, return_uncertainty=True))
-    margin = np.abs(decoded[:, 0] - decoded[:, 1])
-    return decoded, deviation / (deviation + margin)
-
-
-def groups_of(number, seed):
-    return np.random.default_rng(seed).normal(size=(number, 4, 6)).astype(np.float32)
-
-
-def test_uncertain_data_points_are_run_again(networks):
-    x = groups_of(3, 3)
-    result = uncertain_pool_inference(networks, 0.1)(x, 5, LONG)
-    exact = np.asarray(network(x.reshape(-1, 6))).reshape(3, 4, 2)
-    for group in range(3):
-        decoded, doubts = by_hand(x[group], result.answers.available)
-        again, error_probability = result.reexecuted[group], result.decoded.error_probability[group]
-        clear = np.abs(doubts - 0.1) > 0.01  # rounding decides between the others
-        assert (again == (doubts > 0.1))[clear].all()
-        np.testing.assert_allclose(error_probability, np.where(again, 0, doubts), atol=0.01)
-        wanted = np.where(again[:, None], exact[group], decoded)
-        np.testing.assert_allclose(result.decoded.predictions[group], wanted, atol=1e-5)
-    assert 0 < result.reexecuted.sum() < 12
-    assert result.decoded.recovered.all()
-    timing = result.timing
-    assert timing.reexecute > 0
-    assert timing.total >= timing.wait + timing.reexecute
-
-
-def test_any_disagreement_may_be_allowed(networks):
-    """1 is a share like any other, and the last one: nothing is run again."""
-    result = uncertain_pool_inference(networks, 1.0)(groups_of(3, 3), 5, LONG)
-    assert not result.reexecuted.any()
-    assert result.decoded.error_probability.max() > 0.1
-    assert result.timing.reexecute < result.timing.total
-
-
-def test_no_more_than_the_budget_is_run_again_the_most_uncertain_first():
-    x = groups_of(1, 4)[0]
-    with DevicePool(network, 4, example=x[:1]) as pool:
-        result = uncertain_pool_inference(pool, 0.0, max_reexecution=0.5)(x, 7, LONG)
-        assert result.reexecuted.shape == result.decoded.error_probability.shape == (4,)
-        _, doubts = by_hand(x, np.ones(7, bool))
-        assert result.reexecuted.sum() == 2
-        assert doubts[result.reexecuted].min() >= doubts[~result.reexecuted].max() - 1e-3
-
-
-def test_stragglers_and_deaths_leave_no_data_point_without_an_answer():
-    faults = Faults(
-        [
-            Fault("delay", 0.2, latency=TraceLatency(jax.numpy.array([0.2]))),
-            Fault("death", 0.1),
-            Fault("error", 0.1),
-        ],
-        seed=2,
-    )
-    x, again = groups_of(12, 6), 0
-    with DevicePool(network, 8, example=x[0, :1], faults=faults) as pool:
-        infer = uncertain_pool_inference(pool, 0.05)
-        for group in x:
-            result = infer(group, 5, LONG)
-            known, exact = result.reexecuted, np.asarray(network(group))
-            np.testing.assert_allclose(result.decoded.predictions[known], exact[known], atol=1e-5)
-            assert np.isfinite(result.decoded.predictions).all()
-            assert (result.decoded.error_probability[known] == 0).all()
-            assert (result.decoded.error_probability[~known] > 0).all(), (
-                "what failed three times says so"
-            )
-            again += known.sum()
-    assert again > 5
-
-
-def test_of_two_answers_everything_is_doubted():
-    """They lie on a straight line, which tells nothing of how far the path bends."""
-    x = groups_of(1, 7)[0]
-    gone = Faults([Fault("error", calls=range(2, 7))])  # one worker: the first two calls answer
-    with DevicePool(network, 1, example=x[:1], faults=gone, max_attempts=1) as pool:
-        result = uncertain_pool_inference(pool, 0.9)(x, None, LONG)
-        assert result.answers.available.sum() == 2
-        assert result.reexecuted.all()
-        np.testing.assert_allclose(result.decoded.predictions, network(x), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("code", "options", "message"),
-    [
-        (SMALL, {"max_disagreement": 0.1}, "max_disagreement needs an error probability"),
-        (Scheme(SMALL), {"max_disagreement": 0.1}, "max_disagreement needs an error probability"),
-        (uncertain(), {"max_disagreement": 1.5}, r"max_disagreement must be in \[0, 1\], not 1.5"),
-        (SMALL, {"max_reexecution": -0.5}, r"max_reexecution must be a share in \[0, 1\]"),
-        (uncertain(), {"tolerance": 0.1, "max_disagreement": 0.1}, "without max_disagreement: 0.1"),
-    ],
-)
-def test_doubts_that_do_not_fit(code, options, message, untyped):
-    code = Scheme(SMALL, None, code) if isinstance(code, ErrorProbability) else code
-    with DevicePool(itself, 1) as pool, pytest.raises(ValueError, match=message):
-        pool_inference(pool, code, **options)

@@ -19,7 +19,7 @@ from conftest import require
 from schedulers import SOON, soon
 
 from nercc_jax import RayPool, Replication
-from nercc_jax.pools import run_batches
+from nercc_jax.rows import run_groups
 
 pytestmark = pytest.mark.slow
 
@@ -84,8 +84,6 @@ def test_workers_lie_apart_and_nothing_is_lost(cluster):
         example=np.zeros((2, 1), np.float32),
         address=cluster.address,
         runtime_env={"working_dir": str(cluster.folder)},
-        max_per_node=WORKERS // NODES,
-        rebalance_every=1.0,
         min_workers=WORKERS // 2,
     ) as pool:
         soon(lambda: by_node(pool) == sorted(every), STARTS)
@@ -225,9 +223,7 @@ class Answers:
         """Nothing is lost or swapped."""
         begin = self._next
         self._next += batches * 8
-        numbers = np.arange(begin, self._next, dtype=np.float32).reshape(batches, 4, 2, 1)
-        outcomes = run_batches(self._pool, Replication(2, WORKERS), numbers, enough=6)
-        for outcome, x in zip(outcomes, numbers, strict=True):
-            np.testing.assert_array_equal(
-                outcome.result.decoded.predictions, np.concatenate([3 * x + 1, -x], axis=-1)
-            )
+        x = np.arange(begin, self._next, dtype=np.float32)[:, None]
+        found = run_groups(self._pool, Replication(2, WORKERS), x, enough=6, groups=4)
+        expected = np.concatenate([3 * x + 1, -x], axis=-1)
+        np.testing.assert_array_equal(found.arrays["predictions"], expected)

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from nercc_jax.pools import PoolReport
+from nercc_jax.pools import Overdue, PoolReport
 from nercc_jax.pools.backend import WorkerReport
 from nercc_jax.pools.times import AnswerTimes
 from nercc_jax.rows import RowSettings
@@ -107,6 +107,9 @@ class Run(RuleBasedStateMachine):
                 assert 0 < len(each.rows) <= each.size
                 assert len(each.avoid | self.fenced) < WORKERS, "somebody must compute them"
                 self.calls[each.call] = each
+            elif isinstance(each, Give) and each.computed is None:  # withdrawn
+                for row in each.rows.tolist():
+                    del self.values[row]
             elif isinstance(each, Give):
                 given = self.state.table.values[each.rows]
                 for row, value in zip(each.rows.tolist(), given, strict=True):
@@ -116,12 +119,10 @@ class Run(RuleBasedStateMachine):
                     np.testing.assert_array_equal(given, function(each.rows))
             elif isinstance(each, Fence):
                 self.fenced = each.workers
-            elif isinstance(each, Learn):
+            else:
+                assert isinstance(each, Learn)
                 assert self.task is None, "one at a time"
                 self.task = each.work.keywords
-            else:
-                for row in each.rows.tolist():  # withdrawn
-                    del self.values[row]
 
     @rule(idle=st.integers(0, 2), aged=st.sampled_from([0.0, 0.01, 9.0]), late=st.booleans(),
           passed=st.sampled_from([0.05, 3.0]))  # fmt: skip
@@ -349,7 +350,7 @@ def test_calls_grow_to_a_quarter_of_a_second_or_16_mib_and_leave_no_worker_idle(
     transport, each, row_bytes, most_calls
 ):
     """A law of the calls' time, and two workers: each takes the next call when it is free."""
-    count, times, sizes, free = 20_000, AnswerTimes(), [], [0.0, 0.0]
+    count, times, sizes, free = 20_000, AnswerTimes(Overdue(least=1)), [], [0.0, 0.0]
     done = np.zeros(count, bool)
     rows = a_state(np.zeros((count, 1)), 2, tolerance=0.0).queue
     while len(taken := rows.take(lambda some: ~done[some])):
@@ -358,7 +359,7 @@ def test_calls_grow_to_a_quarter_of_a_second_or_16_mib_and_leave_no_worker_idle(
         seconds = transport + each * len(taken)
         free[free.index(min(free))] += seconds
         times.add(len(taken), seconds)
-        rows.observe(len(taken), times.median_of_latest(len(taken)), row_bytes)
+        rows.observe(len(taken), times.median(len(taken)), row_bytes)
         sizes.append(len(taken))
     assert done.all()
     assert len(sizes) <= most_calls
@@ -419,7 +420,8 @@ def test_in_a_stream_of_calls_liars_are_accused_and_no_row_is_wrong_in_the_end(l
         if not waiting:  # values of which nothing was known are looked at in the end
             rest = table.unchecked
             off = np.abs(table.values[rest, 0] - right[rest, 0]) > 0.1
-            back = checks.recheck(rest, off)
+            table["checked"][rest[~off]] = True
+            back = checks.doubt(rest[off])
             table.put(back, np.nan, np.inf, np.inf, AGAIN)
             waiting += [back] * (len(back) > 0)
     assert np.sum(np.abs(table.values - right) > 1e-9) <= (1 if lies != (0.0,) else 0)

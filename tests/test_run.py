@@ -23,9 +23,10 @@ from nercc_jax import (
     Replication,
     Uncoded,
     coded_inference,
+    pool_inference,
     save_code,
 )
-from nercc_jax.pools import Fault, Faults, run_batches
+from nercc_jax.pools import Fault, Faults
 from nercc_jax.rows import run_groups
 from nercc_models import load_data, load_model
 
@@ -48,23 +49,22 @@ def exact(x):
 # The function under the command.
 
 
-def test_outcomes_come_in_order_and_are_exact():
-    batches = numbered(20, 2, 3)
-    with DevicePool(linear, 6, example=np.zeros((2, 1), np.float32)) as pool:
-        for number, outcome in enumerate(run_batches(pool, Replication(3, 6), batches, enough=5)):
-            assert (outcome.number, outcome.attempts, outcome.trouble) == (number, 1, None)
-            assert not outcome.short
-            np.testing.assert_array_equal(
-                outcome.result.decoded.predictions, exact(batches[number])
-            )
-    assert number == 19
+def grouped(code, count, pool, **options):
+    """A run over the numbers from 0 on, and their values."""
+    x = np.arange(count, dtype=np.float32)[:, None]
+    with pool:
+        return run_groups(pool, code, x, **options), exact(x)
 
 
-def test_k_groups_of_k_are_groups():
-    x = numbered(1, 3, 3)
-    with DevicePool(linear, 6) as pool:
-        (outcome,) = run_batches(pool, Replication(3, 6), x)
-    np.testing.assert_array_equal(outcome.result.decoded.predictions, exact(x[0]))
+def test_rows_come_in_order_and_are_exact():
+    """Of 20 batches of two groups of K = 3; K groups of K are groups, too."""
+    for groups, batches in ((2, 20), (3, 14)):
+        pool = DevicePool(linear, 6, example=np.zeros((groups, 1), np.float32))
+        found, y = grouped(Replication(3, 6), 120, pool, enough=5, groups=groups)
+        np.testing.assert_array_equal(found.arrays["predictions"], y)
+        assert found.summary["batches"] == batches
+        names = ("batches_sent_again", "short_batches", "lost")
+        assert [found.summary[name] for name in names] == [0, 0, 0]
 
 
 def failing_on(*numbers, times=10**9):
@@ -81,33 +81,27 @@ def failing_on(*numbers, times=10**9):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "times", "attempts", "recovered"),
+    ("numbers", "times", "lost"),
     [
         # Both data points of batch 1, their copies, and 3 tries of each: 12 errors in an attempt.
-        ((2, 3), 12, 2, [True, True]),
-        ((2, 3), 10**9, 3, None),
-        ((3,), 10**9, 3, [True, False]),
+        ((2, 3), 12, {}),
+        ((2, 3), 10**9, dict.fromkeys((2, 3), "this one")),
+        ((3,), 10**9, {3: "1 of 2 data points cannot be recovered"}),
     ],
 )
-def test_a_batch_that_is_not_recovered_is_sent_again(numbers, times, attempts, recovered):
+def test_a_batch_that_is_not_recovered_is_sent_again(numbers, times, lost):
     """What can be recovered is kept, what is not is reported, and the next batch follows."""
-    batches = numbered(3, 1, 2)
-    with DevicePool(failing_on(*numbers, times=times), 4, compiled=False) as pool:
-        outcomes = list(run_batches(pool, Replication(2, 4), batches))
-    assert [outcome.attempts for outcome in outcomes] == [1, attempts, 1]
-    for outcome, x in zip(outcomes[::2], batches[::2], strict=True):
-        np.testing.assert_array_equal(outcome.result.decoded.predictions, exact(x))
-    middle = outcomes[1]
-    if recovered is None:
-        assert middle.result is None
-        assert not middle.short
-        return
-    assert middle.result.decoded.recovered.tolist() == [recovered]
-    predictions = np.asarray(middle.result.decoded.predictions)[0]
-    np.testing.assert_array_equal(predictions[recovered], exact(batches[1])[0][recovered])
-    assert middle.short == (not all(recovered))
-    trouble = "this one" if all(recovered) else "1 of 2 data points cannot be recovered"
-    assert trouble in middle.trouble
+    pool = DevicePool(failing_on(*numbers, times=times), 4, compiled=False)
+    found, y = grouped(Replication(2, 4), 6, pool)
+    recovered = ~np.isin(np.arange(6), list(lost))
+    np.testing.assert_array_equal(found.arrays["recovered"], recovered)
+    np.testing.assert_array_equal(found.arrays["predictions"][recovered], y[recovered])
+    assert found.summary["batches_sent_again"] == 1
+    assert found.summary["short_batches"] == (len(lost) == 1)
+    assert found.reasons.keys() == lost.keys()
+    for row, reason in lost.items():
+        assert reason in found.reasons[row]
+        assert "(after 3 attempts)" in found.reasons[row]
 
 
 def test_the_attempt_that_recovered_most_counts():
@@ -121,34 +115,20 @@ def test_the_attempt_that_recovered_most_counts():
             raise RuntimeError("not for me")
         return np.asarray(exact(batch))
 
-    with DevicePool(model, 1, compiled=False, max_attempts=1) as pool:
-        (outcome,) = run_batches(pool, Uncoded(3), numbered(1, 1, 3))
-    assert outcome.attempts == 3
-    assert outcome.result.decoded.recovered.tolist() == [[False, True, True]]
-    assert "2 of 3 data points cannot be recovered" in outcome.trouble
+    pool = DevicePool(model, 1, compiled=False, max_attempts=1)
+    found, _ = grouped(Uncoded(3), 3, pool)
+    assert found.arrays["recovered"].tolist() == [False, True, True]
+    wanted = "2 of 3 data points cannot be recovered from the 1 answers that were in"
+    assert found.reasons == {0: f"{wanted} (after 3 attempts)"}
 
 
 @pytest.mark.parametrize("enough", [6, lambda mask: mask.sum() >= 6])
 def test_a_batch_decoded_at_the_deadline_is_short(enough):
     faults = Faults([Fault("hang", workers=[0])])
-    code = NeRCC(2, 6)
-    with DevicePool(linear, 6, faults=faults, example=np.zeros((1, 1), np.float32)) as pool:
-        (outcome,) = run_batches(pool, code, numbered(1, 1, 2), enough=enough, deadline=3.0)
-        assert outcome.short
-        assert outcome.result.answers.available.sum() == 5
-        assert outcome.attempts == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"attempts": 0}, "attempts must be a positive integer, not 0"),
-        ({"deadline": np.nan}, "a positive number of seconds, not nan"),
-    ],
-)
-def test_what_does_not_fit_is_refused_at_once(untyped, options, message):
-    with DevicePool(linear, 2) as pool, pytest.raises(ValueError, match=message):
-        run_batches(pool, Replication(1, 2), [], **options)
+    pool = DevicePool(linear, 6, faults=faults, example=np.zeros((1, 1), np.float32))
+    found, _ = grouped(NeRCC(2, 6), 2, pool, enough=enough, deadline=3.0)
+    names = ("short_batches", "stragglers_per_batch", "batches_sent_again")
+    assert [found.summary[name] for name in names] == [1, 1, 0]
 
 
 def test_groups_go_over_the_data_carry_ids_and_are_resumed_by_the_same_run_only(tmp_path, untyped):
@@ -172,10 +152,12 @@ def test_groups_go_over_the_data_carry_ids_and_are_resumed_by_the_same_run_only(
             ({"ids": None, "resume": True}, "ids was"),
             ({}, "has the parts of an earlier run"),
             ({"groups": 0, "folder": None}, "groups must be"),
+            ({"attempts": 0, "folder": None}, "attempts must be a positive integer, not 0"),
+            ({"deadline": np.nan, "folder": None}, "a positive number of seconds, not nan"),
             ({"ids": [1], "folder": None}, "each of 10 rows"),
         ):
             with pytest.raises(ValueError, match=message):
-                run_groups(pool, code, x, **options | changed)
+                run_groups(pool, code, x, **{"attempts": 1} | options | changed)
     with DevicePool(linear, 4) as pool:
         again = run_groups(pool, code, x, resume=True, on_progress=seen.append, **options)
     assert seen[0].done == 12
@@ -242,27 +224,26 @@ def ray_pool():
 )
 def test_killing_ray_workers_loses_no_batch_and_mixes_up_none(ray_pool, code, number, kills):
     """What is guaranteed: every kill of a live worker is one death in the report, and no other."""
-    batches = numbered(number, 2, 3)
-    before = ray_pool.report()
-    killer = Killer(ray_pool, kills, len(batches))
+    x = np.arange(6 * number, dtype=np.float32)[:, None]
+    before, killer = ray_pool.report(), Killer(ray_pool, kills, number)
+
+    def count(progress):
+        killer.done = progress.done // 6
+
     killer.start()
-    unsharded = coded_inference(linear, code)
     try:
-        for outcome in run_batches(ray_pool, code, batches, enough=5):
-            assert outcome.number == killer.done
-            x = batches[outcome.number]
-            assert outcome.result is not None, outcome.trouble
-            decoded = outcome.result.decoded
-            assert decoded.recovered.all()
-            if isinstance(code, Replication):
-                np.testing.assert_array_equal(decoded.predictions, exact(x))
-            else:
-                expected = unsharded(x, decoded.responded)
-                np.testing.assert_allclose(decoded.predictions, expected, rtol=1e-5, atol=0.01)
-            killer.done += 1
+        found = run_groups(ray_pool, code, x, enough=5, groups=2, on_progress=count)
     finally:
         killer.over = True
         killer.join(60)
+    assert found.arrays["recovered"].all()
+    if isinstance(code, Replication):
+        np.testing.assert_array_equal(found.arrays["predictions"], exact(x))
+    else:
+        unsharded, masks = coded_inference(linear, code), found.arrays["responded"][::3]
+        groups = zip(x.reshape(-1, 3, 1), masks, strict=True)
+        expected = np.concatenate([unsharded(*each) for each in groups])
+        np.testing.assert_allclose(found.arrays["predictions"], expected, rtol=1e-5, atol=0.01)
     assert killer.done == number
     assert not killer.is_alive()
     deaths = [
@@ -397,23 +378,34 @@ def test_what_is_lost_is_nan_and_told(tmp_path):
     assert not rows["responded"].any()
 
 
+def after_each_call(monkeypatch, change):
+    """Have each result of `pool_inference` changed before a run gets it."""
+
+    def changed(*arguments, **options):
+        infer = pool_inference(*arguments, **options)
+        return lambda *call: change(infer(*call))
+
+    monkeypatch.setattr("nercc_jax.rows._groups.pool_inference", changed)
+
+
 def test_what_is_recovered_of_a_batch_is_reported_and_why_the_rest_is_not(tmp_path, monkeypatch):
     """A lost row rests on nobody's answers; the trouble is reported though the last went well."""
 
-    def spoilt(*arguments, **options):
-        first, *others = run_batches(*arguments, **options)
-        decoded = first.result.decoded
-        recovered = np.array([[True, False, True, True], [False] * 4])
-        decoded = eqx.tree_at(lambda each: each.recovered, decoded, recovered)
-        result = dataclasses.replace(first.result, decoded=decoded)
-        yield dataclasses.replace(first, result=result, trouble="the network was down")
-        yield from others
+    tries = []
 
-    monkeypatch.setattr("nercc_jax.rows._groups.run_batches", spoilt)
+    def spoilt(result):
+        tries.append(result)
+        if len(tries) > 3:
+            return result
+        recovered = np.array([[True, False, True, True], [False] * 4])
+        decoded = eqx.tree_at(lambda each: each.recovered, result.decoded, recovered)
+        return dataclasses.replace(result, decoded=decoded)
+
+    after_each_call(monkeypatch, spoilt)
     path = tmp_path / "result.npz"
     result = run(*SMALL, "--max-inputs", "16", "--output", str(path))
     assert result.exit_code == 3
-    assert "5 rows are unknown: row 1: the network was down (after 1 attempts)" in result.output
+    assert "5 rows are unknown: row 1: 5 of 8 data points cannot be recovered" in result.output
     rows = load(path)
     lost = np.isin(np.arange(16), [1, 4, 5, 6, 7])
     np.testing.assert_array_equal(rows["recovered"], ~lost)
@@ -423,13 +415,15 @@ def test_what_is_recovered_of_a_batch_is_reported_and_why_the_rest_is_not(tmp_pa
 
 
 def test_ctrl_c_writes_what_is_done(tmp_path, monkeypatch):
-    def interrupted(*arguments, **options):
-        outcomes = run_batches(*arguments, **options)
-        yield next(outcomes)
-        yield next(outcomes)
-        raise KeyboardInterrupt
+    calls = []
 
-    monkeypatch.setattr("nercc_jax.rows._groups.run_batches", interrupted)
+    def interrupted(result):
+        calls.append(result)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return result
+
+    after_each_call(monkeypatch, interrupted)
     path = tmp_path / "result.npz"
     result = run(*SMALL, "--output", str(path))
     assert result.exit_code == 130
@@ -444,30 +438,25 @@ def test_a_run_goes_on_where_it_ended(tmp_path, monkeypatch, small):
     """After whatever end: what was written is not computed again."""
     path = tmp_path / "result.npz"
 
-    def dying(*arguments, **options):
-        outcomes = run_batches(*arguments, **options)
-        yield next(outcomes)
-        raise MemoryError
+    calls = []
 
-    monkeypatch.setattr("nercc_jax.rows._groups.run_batches", dying)
+    def dying(result):
+        calls.append(result)
+        if len(calls) in (2, 4):
+            raise MemoryError
+        return result
+
+    after_each_call(monkeypatch, dying)
     for _ in range(2):  # a batch each
         assert run(*SMALL, "--resume", "--output", str(path)).exit_code == 1
     assert not path.exists()
-    seen = []
-
-    def counted(*arguments, **options):
-        for outcome in run_batches(*arguments, **options):
-            seen.append(outcome.number)
-            yield outcome
-
-    monkeypatch.setattr("nercc_jax.rows._groups.run_batches", counted)
     other = run(*SMALL[:-1], "1", "--resume", "--output", str(path))
     assert other.exit_code == 2
     assert "groups was 2 and is 1" in other.output
     result = run(*SMALL, "--resume", "--output", str(path))
     assert result.exit_code == 0, result.output
     assert "16 rows are done already" in result.output
-    assert len(seen) == 2  # of four
+    assert len(calls) == 2 * 2 + 2  # of four batches, two were done
     rows, whole = load(path), load(small[1])
     # Who answers in time, and so what is predicted, differs between runs.
     for name in ("index", "batch", "label", "recovered"):

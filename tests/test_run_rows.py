@@ -433,7 +433,7 @@ def test_a_row_is_not_late_because_its_worker_died_or_the_run_is_busy():
     with ScriptedPool(backend, 1, min_workers=1) as pool:
         batch = pool.open(1, copies=1)
         pool.send(batch, [0], [np.ones((1, 1))])
-        age = lambda: batch.age(batch.tasks[0])  # noqa: E731
+        age = lambda: batch.age(0)[0]  # noqa: E731
         soon(lambda: 0 in backend.sent)
         assert age() < 10
         time.sleep(0.2)

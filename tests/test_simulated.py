@@ -9,15 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nercc_jax import NeRCC, Scheme, pool_inference
 from nercc_jax.pools import Episodes, Fault, Faults, Overdue
-from nercc_jax.risk import ErrorProbability
 from nercc_jax.stragglers import TraceLatency
 from nercc_jax.stragglers.groups import Latencies
 from nercc_jax.stragglers.simulate import Hedge
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
-X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
 POINTS = np.arange(5.0)[:, None, None]
 
 
@@ -31,30 +28,6 @@ def paper(num_workers=5, model=double, seconds=lambda size: 1.0, **options):
 
 def delay(seconds, **where):
     return Fault("delay", latency=TraceLatency(jnp.array([seconds])), **where)
-
-
-def test_data_points_that_are_run_again_have_the_rest_of_the_deadline():
-    """Of four seconds three are gone when the answers are in: nothing is run again in one."""
-    code = NeRCC(4, 8)
-    steps, weights = jnp.linspace(0, 1, 1001), jnp.array([0.0, -1.0, -1.0, 0.0])
-    probability = ErrorProbability(weights, jnp.zeros(1), jnp.zeros(1), steps, steps, 1 - steps)
-    for deadline, again in ((4.0, False), (7.0, True)):
-        with paper(8, np.tanh, seconds=lambda size: 3.0) as pool:
-            infer = pool_inference(
-                pool,
-                Scheme(code, error_probability=probability),
-                with_status=True,
-                max_disagreement=0.0,
-            )
-            result = infer(X, None, deadline)
-            assert pool.clock.now() == min(deadline, 6.0)
-        assert result.reexecuted.all() == again
-        assert result.reexecuted.any() == again
-        assert (result.decoded.error_probability > 0).all() != again, (
-            "what was decoded says how uncertain"
-        )
-        expected = np.tanh(X) if again else code.decode(np.tanh(code.encode(X)), np.ones(8, bool))
-        np.testing.assert_allclose(result.decoded.predictions, expected, atol=1e-5)
 
 
 def test_time_goes_on_while_somebody_waits_and_only_then():
@@ -83,18 +56,6 @@ def test_what_is_late_is_replaced_and_what_waits_finds_a_worker():
         report = pool.report()
         assert (report.hung, report.deaths, report.sent) == (1, 1, 6)
         assert (report.seconds, report.wasted_seconds) == (15.0, 10.0)
-
-
-def test_an_error_of_the_model_is_that_answers_trouble():
-    def fails(x):
-        if x[0, 0] == 3:
-            raise ValueError("three")
-        return x
-
-    with paper(model=fails) as pool:
-        got = pool.dispatch(POINTS).wait(deadline=100.0)
-    assert got.available.tolist() == [True, True, True, False, True]
-    assert "three" in got.failures[0].reason
 
 
 def test_a_copy_is_sent_when_a_rule_says_so():

@@ -9,7 +9,7 @@ from ._pool import AbstractPool
 from ._ray import RayPool
 from .backend import PoolReport
 from .batch import Batch, BatchAnswers
-from .inference import PoolResult, pool_inference, run_batches
+from .inference import PoolResult, pool_inference
 from .ray_cluster import join_ray, leave_ray, ray_is_lost
 from .times import Overdue
 
@@ -29,7 +29,6 @@ __all__ = [
     "leave_ray",
     "pool_inference",
     "ray_is_lost",
-    "run_batches",
 ]
 
 

@@ -1,13 +1,12 @@
 """A pool of threads on the devices of this process."""
 
-import functools
 import math
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import jax
 from jax.typing import DTypeLike
@@ -18,7 +17,6 @@ from ._faults import Faults
 from ._pool import AbstractPool
 from .backend import OnOutcome, WorkerBackend, WorkerDied
 from .batch import reason_of
-from .scheduler import Scheduler
 from .times import Overdue
 from .worker import Device, Examples, Program, Worker, as_models, warm_up, weights_checksum
 
@@ -90,13 +88,16 @@ class DevicePool(AbstractPool):
         warm_up(programs, len(models), example)
         self._weights = weights_checksum(models)
         faults = faults or Faults()
-        # Faults on purpose let two cores stand for many machines.
-        shared = compiled and platform == "cpu" and not faults.faults
-        self._scheduler = Scheduler(
-            _ThreadBackend(programs, faults, _cores() if shared else math.inf),
+        # Threads share a CPU's cores. Faults on purpose let two of them stand for many machines.
+        cores = math.inf
+        if compiled and platform == "cpu" and not faults.faults:
+            here = hasattr(os, "sched_getaffinity")  # those that this process may use
+            cores = float(len(os.sched_getaffinity(0)) if here else os.cpu_count() or 1)
+        self._begin(
+            _ThreadBackend(programs, faults, cores),
             num_workers,
             len(models),
-            overdue=overdue or Overdue(),
+            overdue=overdue,
             max_attempts=max_attempts,
             hang_timeout=hang_timeout,
             start_timeout=start_timeout,
@@ -107,15 +108,6 @@ class _Death(BaseException):
     """Ends a thread as SIGKILL ends a process: nothing is answered."""
 
 
-class _Life(NamedTuple):
-    """One life of a worker: its thread, what is sent to it, and whether it is to end."""
-
-    number: int
-    thread: threading.Thread
-    inbox: queue.SimpleQueue
-    ended: threading.Event
-
-
 class _ThreadBackend(WorkerBackend):
     """One thread for each worker, with a queue of its own that holds one task at most.
 
@@ -124,80 +116,60 @@ class _ThreadBackend(WorkerBackend):
 
     def __init__(self, programs: Sequence[Program], faults: Faults, cores: float):
         self._programs, self._faults, self._cores = programs, faults, cores
-        self._lives: dict[int, _Life] = {}
+        # By worker: its life, its thread, its queue, and the event that it is to end.
+        self._lives: dict[int, tuple[int, threading.Thread, queue.SimpleQueue, Any]] = {}
 
     def start(self, worker: int, life: int, on_outcome: OnOutcome) -> None:
         self._end(worker)
         inbox, ended = queue.SimpleQueue(), threading.Event()
-        report = functools.partial(on_outcome, worker, life)
-        arguments = worker, life, report, inbox, ended
-        name = f"nercc-worker-{worker}"
-        thread = threading.Thread(target=self._live, args=arguments, name=name, daemon=True)
-        self._lives[worker] = _Life(life, thread, inbox, ended)
+
+        def die() -> NoReturn:
+            raise _Death
+
+        def live() -> None:
+            """Answer batches as they come, until the worker is ended."""
+            end = "its thread ended"
+            try:
+                program = self._programs[worker % len(self._programs)]
+                run = Worker(program, self._faults.at(worker, life), die, ended.wait)
+                with program.at_home():
+                    on_outcome(worker, life, None)
+                    while (item := inbox.get()) is not None and not ended.is_set():
+                        try:
+                            outcome = run(*item)
+                        except Exception as error:  # that answer's trouble, whatever it is
+                            outcome = error
+                        on_outcome(worker, life, outcome)
+                        del outcome, item  # they may be large, and the next may not come soon
+            except _Death:
+                pass
+            except BaseException as error:  # a model may have exited
+                end += f": {reason_of(error)}"
+            finally:  # ignored where the worker was ended
+                on_outcome(worker, life, WorkerDied(end))
+
+        thread = threading.Thread(target=live, name=f"nercc-worker-{worker}", daemon=True)
+        self._lives[worker] = life, thread, inbox, ended
         thread.start()
 
-    def prepare(self, batch: PyTree) -> PyTree:
-        return batch
-
     def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
-        if self._lives[worker].number == life:  # otherwise it is over, as the scheduler knows
-            self._lives[worker].inbox.put((kind, batch))
+        there, _, inbox, _ = self._lives[worker]
+        if there == life:  # otherwise it is over, as the scheduler knows
+            inbox.put((kind, batch))
 
     def spare_capacity(self, busy: int) -> float:
         return self._cores - busy
-
-    def missing(self) -> None:
-        """Return None: threads start at once."""
 
     def close(self) -> None:
         for worker in self._lives:
             self._end(worker)
         end = time.monotonic() + _LAST_CALL
-        for each in self._lives.values():
-            each.thread.join(max(end - time.monotonic(), 0.0))
+        for _, thread, *_ in self._lives.values():
+            thread.join(max(end - time.monotonic(), 0.0))
 
     def _end(self, worker: int) -> None:
         """Let a worker's thread end when it next looks; it is not waited for."""
         if worker in self._lives:
-            self._lives[worker].ended.set()
-            self._lives[worker].inbox.put(None)
-
-    def _live(
-        self,
-        number: int,
-        life: int,
-        report: Callable[[Any], None],
-        inbox: queue.SimpleQueue,
-        ended: threading.Event,
-    ) -> None:
-        """Answer batches as they come, until the worker is ended."""
-
-        def die() -> NoReturn:
-            raise _Death
-
-        end = "its thread ended"
-        try:
-            program = self._programs[number % len(self._programs)]
-            worker = Worker(program, self._faults.at(number, life), die, ended.wait)
-            with program.at_home():
-                report(None)
-                while (item := inbox.get()) is not None and not ended.is_set():
-                    try:
-                        outcome = worker(*item)
-                    except Exception as error:  # that answer's trouble, whatever it is
-                        outcome = error
-                    report(outcome)
-                    del outcome, item  # they may be large, and the next may not come soon
-        except _Death:
-            pass
-        except BaseException as error:  # a model may have exited
-            end += f": {reason_of(error)}"
-        finally:  # ignored where the worker was ended
-            report(WorkerDied(end))
-
-
-def _cores() -> float:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return float(len(os.sched_getaffinity(0)))
-    return float(os.cpu_count() or 1)
+            _, _, inbox, ended = self._lives[worker]
+            ended.set()
+            inbox.put(None)

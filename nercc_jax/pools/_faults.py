@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import numpy as np
-from jaxtyping import Array, ArrayLike, PyTree
+from jaxtyping import Array, PyTree
 
 from ..stragglers import AbstractLatency, RowLatency, TraceLatency
 from ..stragglers._laws import draws_alike
@@ -165,7 +165,7 @@ class Faults:
             straggler_rate: Share of calls that straggle.
             straggler_delay: Seconds that a straggling call takes longer.
             straggler_score: Maps a batch to one score a row. Then calls do not straggle at random,
-                but those with the largest scores.
+                but those with the largest scores (`nercc_jax.stragglers.RowLatency`).
             straggler_leaning: With a score, the share of stragglers that have the largest scores;
                 the others are random.
             death_rate: Share of calls in which the worker dies.
@@ -187,7 +187,13 @@ class Faults:
             else:
                 hardest = max(straggler_rate, _HARDEST if straggler_leaning < 1 else 0.0)
                 law = RowLatency(delay, delay, straggler_rate, straggler_leaning, hardest)
-                faults += cls.from_rows(law, straggler_score).faults
+                hard, other = law.probabilities()
+                # Both may strike a row; together they do so as often as the hardest rows are.
+                more = (hard - other) / (1 - other) if other < 1 else 0.0
+                by_score: Any = {"score": straggler_score, "hardest": hardest}
+                for probability, which in ((other, {}), (more, by_score)):
+                    if probability:
+                        faults.append(Fault("delay", probability, latency=delay, **which))
         if death_rate:
             faults.append(Fault("death", death_rate))
         for kind, workers in (wrong_workers or {}).items():
@@ -197,39 +203,6 @@ class Faults:
                 raise ValueError(f"wrong workers are whole numbers, [1, 2], not {workers}")
             faults.append(Fault(kind, wrong_rate, workers=tuple(workers)))
         return cls(faults, seed)
-
-    @classmethod
-    def from_rows(
-        cls,
-        law: RowLatency,
-        score: Callable[[Any], Any],
-        scores: ArrayLike | None = None,
-        *,
-        seed: int = 0,
-    ) -> "Faults":
-        """Return faults that delay calls by the scores of their rows.
-
-        The delays are those of `law`; its base latency is left to the model. A call of several rows
-        is delayed like the hardest of them.
-
-        Args:
-            law: Which rows straggle.
-            score: Maps a batch to one score a row.
-            scores: Scores of typical rows, from which it is known which scores are the hardest
-                (default: those of the rows that each worker has seen).
-            seed: Of the random numbers.
-        """
-        hard, other = law.probabilities()
-        hardest: dict[str, Any] = {"hardest": law.hardest}
-        if scores is not None:
-            hardest = {"least_score": float(np.quantile(np.asarray(scores), 1 - law.hardest))}
-        # Both may strike a row; together they do so with the probability of the hardest rows.
-        more = (hard - other) / (1 - other) if other < 1 else 0.0
-        faults = [
-            Fault("delay", other, latency=law.delay),
-            Fault("delay", more, latency=law.delay, score=score, **hardest),
-        ]
-        return cls([fault for fault in faults if fault.probability], seed)
 
     def at(self, worker: int, life: int, time: Callable[[], float] = time.time) -> "WorkerFaults":
         """Return the faults of one worker in one life (0: the first); episodes go by `time()`."""
@@ -257,9 +230,8 @@ class WorkerFaults:
         for each in self._mine:
             fault = each.fault
             # Drawn first, and always: what else is set must not shift the later draws.
-            strikes = self._random.random() < fault.probability
-            strikes &= each.strikes_rows(batch)
-            if strikes and (fault.calls is None or call in fault.calls) and each.spells(self._time):
+            drawn = self._random.random() < fault.probability
+            if each.strikes(call, batch, self._time) and drawn:
                 if each.delays is not None:
                     seconds += float(each.delays[call % _DRAWS])
                 elif callable(fault.latency):
@@ -280,20 +252,23 @@ class _WorkerFault:
         self._coming = None if fault.episodes is None else fault.episodes.spells()
         self._spell = (-math.inf, math.inf) if self._coming is None else next(self._coming)
 
-    def strikes_rows(self, batch: PyTree | None) -> bool:
-        """Return whether a call with these rows may be struck, by their scores."""
+    def strikes(self, call: int, batch: PyTree | None, time: Callable[[], float]) -> bool:
+        """Return whether it strikes a call, by its number, its rows' scores and its spells."""
         fault = self.fault
-        if fault.score is None or batch is None:
-            return fault.score is None
-        scores = np.ravel(np.asarray(fault.score(batch), float))
-        if fault.hardest is None:
-            return bool(np.max(scores) >= fault.least_score)
-        self._seen.extend(scores.tolist())
-        least = np.quantile(self._seen, 1 - fault.hardest)
-        return len(self._seen) >= _FEWEST and bool(np.max(scores) > least)
-
-    def spells(self, time: Callable[[], float]) -> bool:
-        """Return whether now is within a spell of the fault's episodes, if it has any."""
+        if fault.score is not None:
+            if batch is None:
+                return False
+            scores = np.ravel(np.asarray(fault.score(batch), float))
+            least = fault.least_score
+            if fault.hardest is not None:
+                self._seen.extend(scores.tolist())
+                if len(self._seen) < _FEWEST:
+                    return False
+                least = np.nextafter(np.quantile(self._seen, 1 - fault.hardest), np.inf)
+            if np.max(scores) < least:
+                return False
+        if fault.calls is not None and call not in fault.calls:
+            return False
         if self._coming is None:
             return True
         now = time()

@@ -32,9 +32,7 @@ from .backend import OnOutcome, WorkerBackend, WorkerDied
 from .batch import arrays_of
 from .clock import Watcher
 from .garbage import short_collections
-from .ray_cluster import Head, join_ray, joined_head, last_line, leave_ray, ray_module
-from .scheduler import Scheduler
-from .times import Overdue
+from .ray_cluster import Head, join_ray, last_line, leave_ray, ray_module
 from .worker import Examples, Program, Worker, as_models, warm_up, weights_checksum
 
 _LOG = logging.getLogger(__name__)
@@ -53,7 +51,8 @@ class RayPool(AbstractPool):
     as a pool of this process is open. The models are sent to the actors by pickle, with classes and
     functions of a script or a notebook.
 
-    Further arguments are as for `DevicePool`.
+    Further arguments are as for `DevicePool`, and so are the `rules`: `overdue`, `max_attempts` and
+    `hang_timeout`.
 
     Args:
         address: Of Ray's head: "HOST:6379", "ray://HOST:10001" from outside of the cluster, "auto"
@@ -63,8 +62,6 @@ class RayPool(AbstractPool):
             counts for half a CPU or less and, where the cluster has GPUs, for one or an equal part,
             of whose memory it takes that part. A `scheduling_strategy` places the workers, which
             are then not moved.
-        max_per_node: Workers that may be lost together, N - K; a node with more causes a warning.
-        rebalance_every: Seconds between two checks whether a worker should move.
         min_workers: Workers to wait for (default: all); the others come in while the pool runs.
         start_timeout: Seconds until `min_workers` must be ready.
 
@@ -93,20 +90,15 @@ class RayPool(AbstractPool):
         address: str | None = None,
         runtime_env: Mapping[str, Any] | None = None,
         actor_options: Mapping[str, Any] | None = None,
-        max_per_node: int | None = None,
-        rebalance_every: float = 10.0,
-        min_workers: int | None = None,
         faults: Faults | None = None,
-        overdue: Overdue | None = None,
-        max_attempts: int = 3,
-        hang_timeout: float = 60.0,
         start_timeout: float = 300.0,
+        min_workers: int | None = None,
+        **rules: Any,
     ):
         models = as_models(model, worker_dtype)
         self.worker_dtype = check_worker_dtype(worker_dtype)
         self._weights = weights_checksum(models)
-        join_ray(address, runtime_env)
-        self._head = joined_head()
+        self._head = join_ray(address, runtime_env)
         try:
             self._backend = ActorBackend(
                 pack((models, example, compiled, faults or Faults())),
@@ -114,15 +106,13 @@ class RayPool(AbstractPool):
                 worker_options(actor_options or {}, num_workers),
                 self._head,
             )
-            self._scheduler = Scheduler(
+            self._begin(
                 self._backend,
                 num_workers,
                 len(models),
-                overdue=overdue or Overdue(),
-                max_attempts=max_attempts,
-                hang_timeout=hang_timeout,
                 start_timeout=start_timeout,
                 min_workers=min_workers,
+                **rules,
             )
         except BaseException:
             leave_ray()
@@ -130,11 +120,9 @@ class RayPool(AbstractPool):
         platforms = {place.platform for place in self._backend.places.values()}
         platform = platforms.pop() if len(platforms) == 1 else UNKNOWN
         self.conditions = current_conditions(worker_dtype, platform)
-        self._max_per_node, self._rebalance_every = max_per_node, rebalance_every
-        self._logged, self._due = False, time.monotonic() + rebalance_every
-        self._open = True
-        self._watcher = Watcher("nercc-nodes", self._look)
-        self._watcher.start()
+        self._logged, self._open = False, True
+        self._move_at = time.monotonic() + 10.0  # when a worker may move next
+        self._node_watcher = Watcher("nercc-nodes", self._look_at_nodes)
 
     def processes(self) -> list[int | None]:
         """Return the process id of each worker, on whatever machine; None while it is replaced."""
@@ -146,47 +134,30 @@ class RayPool(AbstractPool):
         places = map(self._backend.places.get, range(self.num_workers))
         return [place and place.node for place in places]
 
-    @property
-    def alarm(self) -> str | None:
-        return self._head.alarm
-
-    @property
-    def ends_at(self) -> float:
-        return self._head.ends_at
-
     def close(self) -> None:
         """End the workers. Whoever still waits gets the answers that are in."""
         if self._open:
             self._open = False
-            self._watcher.close()
-            self._scheduler.close()
+            self._node_watcher.close()
+            AbstractPool.close(self)
             leave_ray()
 
-    def _look(self) -> float:
+    def _look_at_nodes(self) -> float:
         """Log where workers are, once all are ready; then move one, if Ray would not put it there.
 
         Ray spreads actors as it places them, and leaves them there when a node comes.
         """
         now = time.monotonic()
         # Without a head, Ray's answer about nodes would come when it ends us.
-        if self._head.gone or self.report().starting:
+        if self._head.alarm or self.report().starting:
             return now + 1.0
         held = collections.Counter(node for node in self.nodes() if node is not None)
         if not self._logged:
             self._logged = True
-            each = sorted(held.values(), reverse=True)
-            _LOG.info("workers on %d node(s): %s", len(held), ", ".join(map(str, each)))
-            bound = self._max_per_node
-            if bound is not None and each and each[0] > bound:
-                _LOG.warning(
-                    "one of %d node(s) holds %d of %d workers, but the code can do without %d: "
-                    "should that node die, queries wait until others replace its workers. %d nodes "
-                    "with room for %d workers each would do",
-                    *(len(held), each[0], sum(each), bound, -(-sum(each) // max(bound, 1)), bound),
-                )
-        if now < self._due or self._backend.placed_by_caller:
+            each = ", ".join(map(str, sorted(held.values(), reverse=True)))
+            _LOG.info("workers on %d node(s): %s", len(held), each)
+        if now < self._move_at or self._backend.placed_by_caller:
             return now + 1.0
-        self._due = now + self._rebalance_every
         roomy = [
             node["NodeID"]
             for node in ray_module().nodes()
@@ -201,10 +172,9 @@ class RayPool(AbstractPool):
         if target is not None and fullest is not None and held[fullest] >= held[target] + 2:
             worker = self.nodes().index(fullest)
             self._backend.targets[worker] = target
-            if self._scheduler.restart(worker):
+            if self._restart(worker):  # otherwise it is busy
                 _LOG.info("worker %d moves to a node that has fewer of them", worker)
-            else:  # it is busy
-                self._due = now + 1.0
+                self._move_at = now + 10.0  # should it find no room there, it is not moved for ever
         return now + 1.0
 
 
@@ -394,7 +364,7 @@ class ActorBackend(WorkerBackend):
         future.add_done_callback(self._pending.discard)
 
     def missing(self) -> str | None:
-        if self._head.gone:
+        if self._head.alarm:
             return "Ray's head does not answer"
         waiting = len(self._actors) - len(self.places)
         free = ray_module().available_resources()
@@ -413,7 +383,7 @@ class ActorBackend(WorkerBackend):
         return f"{waiting} take {each} each; in the whole cluster {lacks}"
 
     def close(self) -> None:
-        gone = self._head.gone
+        gone = self._head.alarm is not None
         self._starts.shutdown(wait=not gone, cancel_futures=True)
         if not gone:  # otherwise Ray's nodes end them, as they end those of a dead driver
             for _, actor, _ in self._actors.values():

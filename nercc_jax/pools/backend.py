@@ -31,9 +31,9 @@ class WorkerBackend(abc.ABC):
     def start(self, worker: int, life: int, on_outcome: OnOutcome) -> None:
         """Begin a life of a worker, and end an earlier one that is still there."""
 
-    @abc.abstractmethod
     def prepare(self, batch: PyTree) -> Any:
         """Return what `send` takes for a batch: made once, however often the batch is sent."""
+        return batch
 
     @abc.abstractmethod
     def send(self, worker: int, life: int, kind: int, batch: Any) -> None:
@@ -43,9 +43,9 @@ class WorkerBackend(abc.ABC):
         """Return how many more workers could run next to `busy` ones and slow none of them down."""
         return math.inf
 
-    @abc.abstractmethod
     def missing(self) -> str | None:
         """Return what workers that have not started may be waiting for, if known; may block."""
+        return None
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -128,7 +128,7 @@ class Batch:
 
     def __init__(
         self,
-        scheduler: Any,
+        pool: Any,
         num_points: int,
         needed: int | None,
         copies: int,
@@ -137,7 +137,7 @@ class Batch:
         on_change: Callable[["Batch"], None] | None,
         refuse: Refuse,
     ):
-        """Open a batch at a scheduler, whose lock, clock and `forget` it uses."""
+        """Open a batch at a pool, whose lock, clock and `forget` it uses."""
         needed = num_points if needed is None else needed
         if not 1 <= needed <= num_points:
             raise ValueError(f"a batch of {num_points} needs 1 to as many answers, not {needed}")
@@ -156,8 +156,8 @@ class Batch:
         self.available = np.zeros(num_points, bool)
         self.workers: dict[int, int] = {}  # the worker that answered, by coded data point
         self.failures: list[Failure] = []
-        self._scheduler, self.clock = scheduler, scheduler.clock
-        self._changed = threading.Condition(scheduler.lock)
+        self._pool, self.clock = pool, pool.clock
+        self._changed = threading.Condition(pool._lock)
         self._values: list[PyTree | None] = [None] * num_points
         self._seconds = np.full(num_points, np.nan)
         self._form: Any = None  # of an answer, but for the number of data points
@@ -209,7 +209,7 @@ class Batch:
 
     def forget(self) -> None:
         """Drop what has not been sent, and ignore answers that still come. Idempotent."""
-        self._scheduler.forget(self)
+        self._pool.forget(self)
 
     def suffice(self) -> None:
         """Send nothing more; answers that are on their way are still collected."""
@@ -234,11 +234,18 @@ class Batch:
         task = self.tasks.get(point)
         return task is not None and task.settled and not self.available[point]
 
-    def age(self, task: Task) -> float:
-        """Return the seconds for which the latest worker has or had a task; 0 if none has it."""
-        if task.settled:
-            return task.settled_at - task.sent if task.attempts else 0.0
-        return self.clock.now() - task.sent if task.running else 0.0
+    def age(self, point: int) -> tuple[float, bool]:
+        """Return the seconds for which the latest worker has or had a coded data point.
+
+        They are 0 if none has it: a worker's death says nothing about how long a point takes. The
+        second value is whether it is overdue.
+        """
+        task, seconds = self.tasks.get(point), 0.0
+        if task is not None and task.settled and task.attempts:
+            seconds = task.settled_at - task.sent
+        elif task is not None and task.running and not task.settled:
+            seconds = self.clock.now() - task.sent
+        return seconds, task is not None and seconds > task.limit
 
     def abandoned(self, point: int) -> bool:
         """Return whether a coded data point failed and, as things are, will not be sent again.
@@ -265,7 +272,7 @@ class Batch:
         arrays = self.available.copy(), self._seconds.copy()
         return BatchAnswers(values, *arrays, waited, tuple(self.failures))
 
-    # What follows is for the scheduler, which holds the lock.
+    # What follows is for the pool and its schedule, which hold the lock.
 
     @property
     def missing(self) -> int:

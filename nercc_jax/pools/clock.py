@@ -132,34 +132,16 @@ def pause_after(failures: int) -> float:
     return min(_PAUSE * 2.0 ** min(failures, 10), _LONGEST)
 
 
-class ErrorCounter:
-    """A runner of steps that may fail: logs and counts their exceptions. Thread-safe."""
-
-    def __init__(self):
-        self.errors = 0
-        self._lock = threading.Lock()
-
-    def run(self, what: str, step: Callable[..., Any], *args: Any) -> Exception | None:
-        """Run a step, and return the exception that it raised, if any."""
-        try:
-            step(*args)
-        except Exception as error:
-            self.count(what)
-            return error
-        return None
-
-    def count(self, what: str) -> None:
-        with self._lock:
-            self.errors += 1
-        _LOG.exception("%s failed", what)
-
-
 class Watcher:
     """A supervised task: calls `look` again and again, whatever one of its turns raises.
 
     `look()` returns the time at which its next turn is due; `wake` makes that now. After a turn
-    that raises, which is counted, the next one comes after a pause that grows. `end()` is called
-    last, should the turns end nevertheless.
+    that raises, the next one comes after a pause that grows. `end()` is called last, should the
+    turns end nevertheless.
+
+    Attributes:
+        heartbeat: The time of the last turn.
+        errors: The number of turns that raised. The log has each.
     """
 
     def __init__(
@@ -167,15 +149,16 @@ class Watcher:
         name: str,
         look: Callable[[], float],
         *,
-        errors: ErrorCounter | None = None,
         end: Callable[[], Any] = lambda: None,
         clock: AbstractClock = WALL,
     ):
-        self._look, self._errors, self._end = look, errors or ErrorCounter(), end
-        self._name, self._clock, self._failures = name, clock, 0
-        self.heartbeat = clock.now()  # of the last turn
+        """Begin at once."""
+        self._name, self._look, self._end, self._clock = name, look, end, clock
+        self._failures = 0  # one after the other
+        self.errors, self.heartbeat = 0, clock.now()
         self._turns = clock.turns(name, self._turn)
-        self.start, self.wake = self._turns.start, self._turns.wake
+        self.wake = self._turns.wake
+        self._turns.start()
 
     def close(self) -> None:
         """Take no more turns; wait a few seconds for one that is under way."""
@@ -187,8 +170,8 @@ class Watcher:
             due, self._failures = self._look(), 0
             return due
         except Exception:
-            self._failures += 1
-            self._errors.count(f"a turn of {self._name}")
+            self._failures, self.errors = self._failures + 1, self.errors + 1
+            _LOG.exception("a turn of %s failed", self._name)
             return self.heartbeat + pause_after(self._failures)
         except BaseException:
             self._end()

@@ -2,62 +2,39 @@
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, decode_groups
-from ..codes._checks import check_count
 from ..codes._kept import CachedMatrices, encoder_of, known_matrices
 from ..codes._trees import check_finite, groups_of, points_of, to_device
 from ..codes.host import encode_on_host
 from ..inference._coded import as_groups
 from ..inference.models import check_conditions
 from ..schemes import Scheme
-from ..schemes._scheme import PreparedInputs, uncertain_points, with_own_answers
+from ..schemes._scheme import PreparedInputs
 from ._pool import AbstractPool
 from .batch import BatchAnswers, Enough, check_deadline
 from .worker import no_mesh, off_meshes
 
 
 @dataclasses.dataclass(frozen=True)
-class Timing:
-    """The seconds of each step of a call: see `PoolResult`."""
-
-    encode: float
-    dispatch: float
-    wait: float
-    decode: float
-    reexecute: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.encode + self.dispatch + self.wait + self.decode + self.reexecute
-
-
-@dataclasses.dataclass(frozen=True)
 class PoolResult:
-    """Predictions with their status, the answers they rest on, and the time they took.
+    """Predictions with their status, and the answers they rest on.
 
     Attributes:
         decoded: Predictions, which of them were recovered, and how far they may be off.
         answers: The answers to coded data points.
-        timing: Seconds of each step: `encode`; `dispatch`, handing coded data points to the pool;
-            `wait`, until the answers were enough: the workers' time, transport included; `decode`;
-            `reexecute`; and of the whole call, `total`.
-        reexecuted: Which predictions are the model's own because they were run again; their error
-            and deviation are 0. None without a `max_disagreement` or a tolerance.
     """
 
     decoded: Decoded
     answers: BatchAnswers
-    timing: Timing
-    reexecuted: Bool[np.ndarray, "*groups num_data"] | None = None
 
 
 # Coded data points, worker by worker, and what `Decode` has to know of them.
@@ -72,10 +49,6 @@ def pool_inference(
     *,
     with_status: bool = False,
     grouped: bool | None = None,
-    max_disagreement: float | None = None,
-    max_reexecution: float = 1.0,
-    tolerance: float | None = None,
-    coverage: float = 0.9,
 ) -> Callable[..., Any]:
     """Return a function `(x, enough=None, deadline=60.0) -> predictions` of a pool behind a code.
 
@@ -87,12 +60,8 @@ def pool_inference(
     recovered.
 
     A `Scheme` in the code's place is carried out as a whole: its order (over all data points of a
-    call), its surrogate or learner, the place of its redundant workers, its error probability and
-    its error bars. With a `max_disagreement` or a tolerance, data points whose label is too
-    uncertain, or whose error bar is too large, are sent to the pool again, themselves, and their
-    predictions are then the model's own: the least certain first. Those calls are hedged as all of
-    the pool's. A data point without such an answer at the deadline stays as decoded;
-    `Decoded.error_probability` says how uncertain it is.
+    call), its surrogate or learner, the place of its redundant workers, and its error probability,
+    which is in `PoolResult.decoded`. `reexecute` replaces what is too uncertain.
 
     The encoder and the decoder are compiled once, for every straggler set. An error probability or
     a forecast that was calibrated under other `conditions` than the pool's causes a
@@ -103,17 +72,10 @@ def pool_inference(
         code: A code or a scheme.
         with_status: Return a `PoolResult` instead of predictions alone.
         grouped: Whether x comes as groups (default: by the axis of length K, if only one has it).
-        max_disagreement: The largest share of the labels given out approximately that may differ
-            from the model's own (`ErrorProbability.limit`), by a scheme's error probability.
-        max_reexecution: The share of a call's data points that may be run again.
-        tolerance: The largest error bar of a scheme's predictions, in units of the outputs.
-        coverage: The share of errors that error bars cover.
 
     Raises:
-        ValueError: For a `max_disagreement` without an error probability; for a tolerance without a
-            scheme, negative, or with a `max_disagreement`; for shares outside [0, 1]. From the
-            function, before anything is sent: for an x that does not fit or is not finite, and a
-            deadline that is not positive.
+        ValueError: From the function, before anything is sent: for an x that does not fit or is not
+            finite, and a deadline that is not positive.
         TimeoutError: From the function, if no prediction can be recovered at the deadline.
         RuntimeError: From the function, if no worker answers and none will.
 
@@ -126,76 +88,42 @@ def pool_inference(
         >>> int(result.answers.available.sum()) >= 5
         True
     """
-    if not 0 <= max_reexecution <= 1:
-        raise ValueError(f"max_reexecution must be a share in [0, 1], not {max_reexecution}")
     scheme = off_meshes(code) if isinstance(code, Scheme) else None
     plain: AbstractCode = off_meshes(code) if scheme is None else scheme.code
     encode, decode = _code_steps(plain) if scheme is None else _scheme_steps(scheme)
-    probability = bars = limit = None
     if scheme is not None:
-        probability, bars = scheme.error_probability, scheme.bars
-        check_conditions((probability, bars), pool.conditions)
-    if tolerance is not None:
-        if scheme is None:
-            raise ValueError("a tolerance wants error bars: give a `Scheme` in the code's place")
-        if max_disagreement is not None or not tolerance >= 0:
-            raise ValueError(
-                f"a tolerance must be 0 or positive, and without max_disagreement: {tolerance}"
-            )
-        limit = tolerance
-    elif max_disagreement is not None:
-        if probability is None:
-            raise ValueError(
-                "max_disagreement needs an error probability: Scheme(code, error_probability=...)"
-            )
-        limit = probability.limit(max_disagreement)
+        check_conditions((scheme.error_probability, scheme.bars), pool.conditions)
     kinds = plain.worker_models.tolist()
 
     @no_mesh()
     def infer(x: PyTree, enough: Enough | None = None, deadline: float = 60.0):
-        now, begin = pool.clock.now, pool.clock.now()
         deadline = check_deadline(deadline)
         x, _, many = as_groups(plain, jax.tree.map(np.asarray, x), grouped=grouped)
         check_finite(x if many else jax.tree.map(lambda leaf: leaf[0], x), 2 if many else 1)
         coded, known = encode(x)
-        encoded = now()
         check_conditions(enough, pool.conditions)
         needed = None if enough is None or callable(enough) else operator.index(enough)
         with pool.dispatch(coded, kinds=kinds, needed=needed) as batch:
-            sent = now()
             answers = batch.wait(enough, deadline)
-        waited = now()
         if answers.values is None:
-            raise _no_answer(pool, answers, deadline)
+            report = pool.report()
+            seen = f"{report.busy} workers are busy, {report.starting} are started again"
+            if number := len(answers.failures):
+                last = answers.failures[-1]
+                seen += f"; {number} failures, the last at worker {last.worker}: {last.reason}"
+            if answers.waited < deadline:
+                raise RuntimeError(f"no worker answered, and none will: {seen}")
+            raise TimeoutError(f"no worker answered within {deadline} s: {seen}")
 
-        found, again = decode(known, answers.values, answers.available), None
+        found = decode(known, answers.values, answers.available)
         if not np.any(found.recovered):
             raise TimeoutError(
                 f"no prediction can be recovered from the {answers.available.sum()} of "
                 f"{plain.num_workers} answers that were in after {deadline} s"
             )
-        end = now()
-        if limit is not None:
-            asked = limit, max_reexecution, tolerance, bars, coverage
-            chosen = uncertain_points(found, *asked)
-            again, left = np.zeros(found.recovered.shape, bool), deadline - (end - sent)
-            if len(chosen) and left > 0:
-                # As many in a call as coded ones were, for which workers have compiled a program.
-                rows = np.resize(chosen, (-(-len(chosen) // len(again)), len(again)))
-                few = jax.tree.map(lambda leaf: leaf[rows], points_of(x))
-                with pool.dispatch(few) as batch:
-                    own = batch.wait(deadline=left)
-                if own.values is not None:
-                    points = rows[own.available].ravel()
-                    again.ravel()[points] = True
-                    few = jax.tree.map(lambda leaf: np.concatenate(leaf[own.available]), own.values)
-                    found = with_own_answers(found, points, few)
-
         if not many:
-            found, again = jax.tree.map(lambda leaf: leaf[0], (found, again))
-        timing = Timing(encoded - begin, sent - encoded, waited - sent, end - waited, now() - end)
-        result = PoolResult(found, answers, timing, again)
-        return result if with_status else found.predictions
+            found = jax.tree.map(lambda leaf: leaf[0], found)
+        return PoolResult(found, answers) if with_status else found.predictions
 
     return infer
 
@@ -259,109 +187,3 @@ def _decode(
     masks = jnp.broadcast_to(available, (groups, scheme.code.num_workers))
     found = scheme.decode(to_device(points), prepared, y, masks, known)
     return found.map_points(lambda leaf: groups_of(leaf, scheme.code.num_data))
-
-
-def _no_answer(pool: AbstractPool, answers: BatchAnswers, deadline: float) -> Exception:
-    """Return the error for a batch without a single answer."""
-    report = pool.report()
-    seen = f"{report.busy} workers are busy, {report.starting} are started again"
-    if answers.failures:
-        last = answers.failures[-1]
-        seen += (
-            f"; {len(answers.failures)} failures, the last at worker {last.worker}: {last.reason}"
-        )
-    if answers.waited < deadline:
-        return RuntimeError(f"no worker answered, and none will: {seen}")
-    return TimeoutError(f"no worker answered within {deadline} s: {seen}")
-
-
-# Many batches, one after the other.
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchOutcome:
-    """The outcome of one batch of many: see `run_batches`."""
-
-    number: int
-    attempts: int
-    result: PoolResult | None
-    short: bool
-    trouble: str | None
-
-
-def run_batches(
-    pool: AbstractPool,
-    code: AbstractCode,
-    batches: Iterable[PyTree],
-    *,
-    enough: Enough | None = None,
-    deadline: float = 60.0,
-    attempts: int = 3,
-) -> Iterator[BatchOutcome]:
-    """Yield the outcome of coded inference on each of many batches, in order.
-
-    A batch that is not recovered whole is dispatched again, each time with its own deadline. Data
-    points that are lost in spite of that are NaN in its outcome, and the next batch follows. A pool
-    whose workers die goes on with their replacements.
-
-    Args:
-        pool: The workers.
-        code: The code.
-        batches: Batches (groups, K, ...).
-        enough: When to decode, as in `pool_inference`.
-        deadline: Seconds for each attempt.
-        attempts: How often a batch is dispatched at most.
-
-    Yields:
-        The batch's `number`, from 0; how often it was dispatched (`attempts`); the `result` of the
-        attempt that recovered the most, a `PoolResult`, None where none recovered anything; whether
-        that was decoded from fewer answers than `enough` (`short`), at the deadline or because no
-        more could come; and what went wrong in the last attempt that did not recover everything
-        (`trouble`), None where every attempt did.
-
-    Raises:
-        ValueError: At once, for fewer than one attempt, or a deadline that is not positive; in its
-            turn, for a batch or a number that does not fit.
-
-    Example:
-        >>> from nercc_jax import NeRCC
-        >>> from nercc_jax.pools import DevicePool
-        >>> batches = np.ones((3, 1, 4, 2), np.float32)  # three batches of one group of K = 4
-        >>> with DevicePool(jnp.tanh, 6) as pool:
-        ...     for outcome in run_batches(pool, NeRCC(4, 6), batches, enough=5):
-        ...         print(outcome.number, outcome.result.decoded.predictions.shape)
-        0 (1, 4, 2)
-        1 (1, 4, 2)
-        2 (1, 4, 2)
-    """
-    attempts, deadline = check_count("attempts", attempts), check_deadline(deadline)
-    infer = pool_inference(pool, code, with_status=True, grouped=True)
-
-    def run() -> Iterator[BatchOutcome]:
-        for number, x in enumerate(batches):
-            result, most, trouble, tries = None, 0, None, 0
-            while tries < attempts:
-                tries += 1
-                try:
-                    found = infer(x, enough, deadline)
-                except (TimeoutError, RuntimeError) as error:  # nothing to decode, or recovered
-                    trouble = str(error)
-                    continue
-                recovered = np.asarray(found.decoded.recovered)
-                if recovered.sum() > most:
-                    result, most = found, recovered.sum()
-                if recovered.all():
-                    break
-                responded = int(found.answers.available.sum())
-                trouble = (
-                    f"{recovered.size - recovered.sum()} of {recovered.size} data points cannot be "
-                    f"recovered from the {responded} answers that were in"
-                )
-            short = False
-            if result is not None:
-                available = result.answers.available
-                needed = code.num_workers if enough is None else enough
-                short = not (needed(available) if callable(needed) else available.sum() >= needed)
-            yield BatchOutcome(number, tries, result, short, trouble)
-
-    return run()

@@ -62,8 +62,7 @@ def open_pool(
         num_workers: N, as many workers as there are unless `asked` says otherwise.
         asked: The options: `pool`, `workers`, `worker_dtype`, `actor_options`, and `faults`, as
             `check_faults` returns them, with a function as the `straggler_score`.
-        num_data: K, as many workers as a pool of Ray actors begins with; no node has more than
-            N - K. Default: one is enough, anywhere.
+        num_data: K, as many workers as a pool of Ray actors begins with (default: one).
         seed: Of the faults, unless they have one.
         **options: Further arguments of the pool.
 
@@ -77,6 +76,5 @@ def open_pool(
     count = asked.workers or num_workers
     if asked.pool != "ray":
         return DevicePool(model, count, **options)
-    options["max_per_node"] = None if num_data is None else num_workers - num_data or None
-    options["min_workers"] = 1 if num_data is None else min(num_data, count)
+    options["min_workers"] = min(num_data or 1, count)
     return RayPool(model, count, actor_options=asked.actor_options or {}, **options)

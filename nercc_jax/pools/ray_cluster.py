@@ -37,73 +37,57 @@ class Head:
     Its other calls wait for the head, and after a minute Ray ends the process.
 
     Attributes:
-        frozen: Whether it takes connections and answers nothing, as a stopped process does.
-        seen: The monotonic time of its last answer.
-        misses: Questions without an answer since then.
+        address: HOST:PORT; empty where it is not known, and the head counts as there.
+        alarm: What is wrong, once two questions had no answer; None where the head answers.
+        ends_at: The monotonic time at which Ray ends this process; infinite where the head answers,
+            or is frozen: its connections are open, and Ray does not notice.
     """
 
     def __init__(self, address: str):
-        """Begin to ask the head at HOST:PORT; without an address it counts as there."""
-        self.address = address
-        self.frozen, self.seen, self.misses = False, time.monotonic(), 0
-        # Seconds without a head after which Ray ends this process.
-        variable = "RAY_gcs_rpc_server_reconnect_timeout_s"
-        self._limit = float(os.environ.get(variable) or 60.0)
-        self._client: Any = None
-        self._watcher = Watcher("nercc-head", self._look)
-        if address:
-            self._watcher.start()
+        self.address, self.alarm, self.ends_at = address, None, math.inf
+        self._seen, self._misses, self._client = time.monotonic(), 0, None
+        self._watcher = Watcher("nercc-head", self._look) if address else None
 
     def _look(self) -> float:
-        self.frozen = False
+        frozen, before = False, self.alarm
         try:
             host, _, port = self.address.rpartition(":")
             # The kernel accepts a connection for a process that is stopped, too.
             socket.create_connection((host.strip("[]"), int(port)), 2.0).close()
-            self.frozen = True
+            frozen = True
             if self._client is None:
                 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 
                 self._client = GcsClient(address=self.address)
             self._client.internal_kv_exists(b"nercc", None, timeout=2.0)
         except (OSError, ray_module().exceptions.RayError):
-            self.misses += 1
-            if self.misses == 2:
-                _LOG.error("%s", self.alarm)
+            self._misses += 1
         else:
-            if self.gone:
-                _LOG.warning("Ray's head answers again")
-            self.frozen, self.seen, self.misses = False, time.monotonic(), 0
-        return time.monotonic() + 1.0
-
-    @property
-    def gone(self) -> bool:
-        return self.misses >= 2
-
-    @property
-    def ends_at(self) -> float:
-        """The monotonic time at which Ray ends this process; infinite where the head answers.
-
-        Infinite, too, where the head is frozen: its connections are open, and Ray does not notice.
-        """
-        return self.seen + self._limit if self.gone and not self.frozen else math.inf
-
-    @property
-    def alarm(self) -> str | None:
-        if not self.gone:
-            return None
-        if self.frozen:
-            return (
+            self._seen, self._misses, self.alarm = time.monotonic(), 0, None
+        # Seconds without a head after which Ray ends this process.
+        variable = "RAY_gcs_rpc_server_reconnect_timeout_s"
+        limit = float(os.environ.get(variable) or 60.0)
+        self.ends_at = math.inf
+        if self._misses >= 2 and frozen:
+            self.alarm = (
                 f"Ray's head at {self.address} takes connections and says nothing, as a process "
                 "that is stopped: workers go on, and none is replaced until it goes on"
             )
-        return (
-            f"Ray's head at {self.address} does not answer: workers go on, none is replaced, and "
-            f"unless it is back within {self._limit:g} s Ray ends this process"
-        )
+        elif self._misses >= 2:
+            self.ends_at = self._seen + limit
+            self.alarm = (
+                f"Ray's head at {self.address} does not answer: workers go on, none is replaced, "
+                f"and unless it is back within {limit:g} s Ray ends this process"
+            )
+        if self.alarm is not None and before is None:
+            _LOG.error("%s", self.alarm)
+        elif self.alarm is None and before is not None:
+            _LOG.warning("Ray's head answers again")
+        return time.monotonic() + 1.0
 
     def close(self) -> None:
-        self._watcher.close()
+        if self._watcher is not None:
+            self._watcher.close()
 
 
 @dataclasses.dataclass
@@ -128,7 +112,7 @@ def join_ray(
     address: str | None,
     runtime_env: Mapping[str, Any] | None = None,
     elsewhere: Mapping[str, Any] | None = None,
-) -> None:
+) -> Head:
     """Make this process part of a Ray until `leave_ray`, whatever pools come and go.
 
     A process that is connected already stays as it is.
@@ -138,6 +122,9 @@ def join_ray(
         runtime_env: Ray's runtime environment.
         elsewhere: The runtime environment for a Ray that is joined, which may have other machines
             (default: `runtime_env`).
+
+    Returns:
+        The head of that Ray.
 
     Raises:
         ConnectionError: If no Ray is at the address, or it does not let us in.
@@ -161,6 +148,7 @@ def join_ray(
         if ours.head is None or ours.users == 0 or ours.head.address != found:
             ours.head = Head(found)
         ours.users += 1
+        return ours.head
 
 
 def with_modules(runtime_env: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
@@ -207,13 +195,7 @@ def leave_ray() -> None:
 
 def ray_is_lost() -> bool:
     """Return whether this process is part of a Ray whose head is gone: Ray will end it."""
-    return _MEMBERSHIP.head is not None and _MEMBERSHIP.head.gone
-
-
-def joined_head() -> Head:
-    """Return the head of the Ray that this process has joined."""
-    assert _MEMBERSHIP.head is not None
-    return _MEMBERSHIP.head
+    return _MEMBERSHIP.head is not None and _MEMBERSHIP.head.alarm is not None
 
 
 def _connect(address: str | None, runtime_env: dict[str, Any], elsewhere: dict[str, Any]) -> None:

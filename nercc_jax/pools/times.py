@@ -3,11 +3,12 @@
 import collections
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
-CALLS_KEPT = 4096  # the latest calls, of which a pool keeps a record
 _WINDOW = 256  # answers of one size that a running quantile is taken over
-_REFRESH = 16  # answers between two updates of that quantile
+# Up to the first number of answers each one updates that quantile, then one in the second number.
+_FIRST, _REFRESH = 20, 16
 
 
 class Call(NamedTuple):
@@ -75,67 +76,58 @@ class Overdue:
 
 
 class AnswerTimes:
-    """Running service times by batch size, and the limit after which an answer is late.
+    """Running service times by batch size, and the limit by a rule after which an answer is late.
 
     For a size that has not been seen often enough, the other sizes give a bound: it takes no longer
     than a larger batch, and no longer than a smaller one scaled in proportion. Not thread-safe.
     """
 
-    def __init__(self, overdue: Overdue | None = None):
+    def __init__(self, overdue: Overdue | None = None, shared: "AnswerTimes | None" = None):
+        """Judge the times of another one by this rule (default: its own times, none so far)."""
         self.overdue = overdue or Overdue()
-        self._times: dict[int, collections.deque[float]] = {}
-        self._seen: collections.Counter[int] = collections.Counter()
-        # By size, once enough answers of it are in.
-        self._medians: dict[int, float] = {}
-        self._limits: dict[int, float] = {}
+        times: dict[int, collections.deque[float]] = {}
+        seen: collections.Counter[int] = collections.Counter()
+        ordered: dict[int, list[float]] = {}  # as they were when last looked at
+        known = (times, seen, ordered) if shared is None else shared._known
+        self._known = self._times, self._seen, self._ordered = known
+
+    def under(self, overdue: Overdue | None) -> "AnswerTimes":
+        """Return the same service times, those to come as well, judged by another rule."""
+        return self if overdue is None else AnswerTimes(overdue, self)
 
     def add(self, size: int, seconds: float) -> bool:
-        """Record how long an answer to `size` data points took; return whether their limit fell."""
+        """Record how long an answer to `size` data points took; return whether limits are new."""
         times = self._times.setdefault(size, collections.deque(maxlen=_WINDOW))
         times.append(seconds)
         self._seen[size] += 1
-        before = self._limits.get(size, math.inf)
-        if len(times) < self.overdue.least or (before < math.inf and self._seen[size] % _REFRESH):
+        if self._seen[size] > _FIRST and self._seen[size] % _REFRESH:
             return False
-        ordered = sorted(times)
-        self._medians[size] = ordered[len(ordered) // 2]
-        usual = ordered[int(self.overdue.quantile * len(ordered))]
-        self._limits[size] = self.overdue.after(usual)
-        return self._limits[size] < before
+        self._ordered[size] = sorted(times)
+        return True
 
     def median(self, size: int) -> float:
         """Return the median seconds for `size` data points; infinite until enough is known."""
-        return _bound(self._medians, size)
-
-    def median_of_latest(self, size: int) -> float:
-        """Return the median seconds for `size` data points so far; infinite before the first."""
-        times = sorted(self._times.get(size, ()))
-        return times[len(times) // 2] if times else math.inf
+        return self._bound(size, lambda ordered: ordered[len(ordered) // 2])
 
     def limit(self, size: int) -> float:
         """Return the seconds after which an answer to `size` data points is late.
 
         Infinite until enough is known.
         """
-        return _bound(self._limits, size)
+        rule = self.overdue
+        return self._bound(
+            size, lambda ordered: rule.after(ordered[int(rule.quantile * len(ordered))])
+        )
 
-    def under(self, overdue: Overdue) -> "AnswerTimes":
-        """Return the same service times, judged by another rule."""
-        other = AnswerTimes(overdue)
-        for size, times in self._times.items():
-            for seconds in times:
-                other.add(size, seconds)
-        return other
-
-
-def _bound(known: dict[int, float], size: int) -> float:
-    """Return the number of this size, or a bound on it by the other sizes."""
-    found = known.get(size)
-    if found is not None:
-        return found
-    # Copied at once, because other threads add sizes meanwhile.
-    items = list(known.items())
-    return min((seconds * max(1.0, size / other) for other, seconds in items), default=math.inf)
+    def _bound(self, size: int, number: Callable[[list[float]], float]) -> float:
+        """Return a number of this size's times, or a bound on it by the other sizes."""
+        least = max(self.overdue.least, 1)
+        if len(ordered := self._ordered.get(size, [])) >= least:
+            return number(ordered)
+        # Copied at once, because other threads add sizes meanwhile.
+        others = [each for each in tuple(self._ordered.items()) if len(each[1]) >= least]
+        bounds = (number(times) * max(1.0, size / other) for other, times in others)
+        return min(bounds, default=math.inf)
 
 
 def power_of_two(number: int | float) -> int:

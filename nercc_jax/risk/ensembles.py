@@ -14,7 +14,7 @@ uncertainty `v_i`. The sum over open rows of one kind, whose weights are `w_i`, 
 
 a ratio estimator of the error that predictions have in common (Cochran 1977, chapter 6). Its
 variance is `sum_i w_i^2 v_i + (sum_i w_i sqrt(v_i))^2 sum_j v_j / (sum_j sqrt(v_j))^2`, times that
-of the ratio's residuals over `sum_j v_j / n`, if it is larger, where one degree of freedom is spent.
+of the ratio's residuals, less a degree of freedom, over `sum_j v_j / n`, if it is larger.
 """
 
 import dataclasses

@@ -114,17 +114,6 @@ class RowChecks:
                 self.corrected += not self._votes.agree(before, value)
         return given, values
 
-    def recheck(
-        self, rows: Int[np.ndarray, " some"], looks_wrong: Bool[np.ndarray, " some"]
-    ) -> Int[np.ndarray, " few"]:
-        """Look at values that were given out before anything was known of their rows.
-
-        Returns:
-            The rows whose values are to be taken back.
-        """
-        self._table["checked"][rows[~looks_wrong]] = True
-        return self._doubt_values(rows[looks_wrong])
-
     def review(self) -> tuple[Int[np.ndarray, " few"], bool]:
         """Follow the votes since the last call: fence workers, and distrust what they gave.
 
@@ -154,12 +143,12 @@ class RowChecks:
             table["checked"][:] &= table["givers"][:, 0] != table["givers"][:, 1]
         if self._outvoted:
             also = np.flatnonzero(np.isin(table["call"], list(self._outvoted)))
-            rows = np.concatenate([rows, self._doubt_values(also)])
+            rows = np.concatenate([rows, self.doubt(also)])
             self._outvoted.clear()
         return rows, bool(new)
 
-    def _doubt_values(self, rows: Int[np.ndarray, " few"]) -> Int[np.ndarray, " few"]:
-        """Doubt the values that rows have, by their first givers."""
+    def doubt(self, rows: Int[np.ndarray, " few"]) -> Int[np.ndarray, " few"]:
+        """Doubt the values that rows have, by their first givers; return the rows."""
         givers, calls, values = self._table["givers"], self._table["call"], self._table.values
         assert values is not None
         for row in rows.tolist():

@@ -12,9 +12,9 @@ from jaxtyping import Shaped
 from ..codes import AbstractCode
 from ..codes._checks import check_count
 from ..evaluation.tables import text_table
-from ..pools import AbstractPool, PoolReport, run_batches
+from ..pools import AbstractPool, PoolReport, PoolResult, pool_inference
 from ..pools.backend import pool_counts
-from ..pools.batch import Enough
+from ..pools.batch import Enough, check_deadline
 from ._interface import RowProgress
 from .files import Parts, check_parts, ids_of_rows
 
@@ -92,8 +92,10 @@ def run_groups(
 ) -> GroupResult:
     """Run coded inference on each group of K data points, in batches, whatever happens to workers.
 
-    It calls `run_batches`. What is known is written to a folder as it comes, and a later run
-    continues from there.
+    A batch that is not recovered whole is dispatched again, each time with its own deadline; the
+    attempt that recovered most counts. Data points that are lost in spite of that are NaN, and the
+    next batch follows. What is known is written to a folder as it comes, and a later run continues
+    from there.
 
     Args:
         pool: The workers. One of them gets a coded data point of each group of a batch at once.
@@ -128,55 +130,72 @@ def run_groups(
         >>> result.arrays["predictions"].shape
         (10, 3)
     """
+    attempts, deadline = check_count("attempts", attempts), check_deadline(deadline)
     count, num_data, begin = len(x), code.num_data, pool.clock.now()
     groups = min(check_count("groups", groups), math.ceil(count / num_data))
     size = groups * num_data
     number = math.ceil(count / size) if batches is None else check_count("batches", batches)
     places = np.arange(number * size) % count
     rows = _Rows(places[: count if batches is None else None], size, code.num_workers)
-    total, names = len(rows.done), ids_of_rows(ids, count)
+    total, names = len(rows.known), ids_of_rows(ids, count)
     facts, parts = {"rows": total, "points": count, "groups": groups} | dict(about or {}), None
     if folder is not None:
         check_parts(Path(folder), resume)
         parts = Parts(Path(folder), facts, rows, names)
-    recovered = rows.arrays["recovered"]
+    recovered, ended = rows.known["recovered"], rows.known["done"]
     left = [each for each in range(number) if not recovered[each * size :][:size].all()]
 
-    def batch(which: int) -> np.ndarray:
-        made = np.asarray(prepare(x[places[which * size :][:size]]))
-        return made.reshape(groups, num_data, *made.shape[1:])
-
     def progress() -> RowProgress:
-        known, report = int(np.sum(recovered & rows.done)), pool.report()
+        known, report = int(np.sum(recovered & ended)), pool.report()
         alive, seconds = report.num_workers - report.starting, pool.clock.now() - begin
         new = sum(each[0] for each in log[1:] or log)  # the first batch compiles
         speed = new / max(log[-1][1] - log[0][1] * (len(log) > 1), 1e-9) if log else 0.0
-        lost = int(np.sum(rows.done)) - known
+        lost = int(np.sum(ended)) - known
         return RowProgress(total, known, 0, lost, 0, alive, seconds, speed)
 
     # Of each batch: rows, when it ended, stragglers, whether it was sent again, or was short.
     log: list[tuple[int, float, int, bool, bool]] = []
     reasons: dict[int, str] = {}
-    limits: Any = {"enough": enough, "deadline": deadline, "attempts": attempts}
-    outcomes, stopped = run_batches(pool, code, map(batch, left), **limits), None
+    infer, stopped = pool_inference(pool, code, with_status=True, grouped=True), None
     on_progress(progress())
     try:
-        for outcome in outcomes:
-            own = np.arange(total)[left[outcome.number] * size :][:size]
-            result, late = outcome.result, code.num_workers
+        for number in left:
+            made = np.asarray(prepare(x[places[number * size :][:size]]))
+            made = made.reshape(groups, num_data, *made.shape[1:])
+            result: PoolResult | None = None
+            most, tries, trouble, own = 0, 0, "", np.arange(total)[number * size :][:size]
+            while tries < attempts and most < size:
+                tries += 1
+                try:
+                    found = infer(made, enough, deadline)
+                except (TimeoutError, RuntimeError) as error:  # nothing to decode, or recovered
+                    trouble = str(error)
+                    continue
+                known = int(np.sum(found.decoded.recovered))
+                if known > most:
+                    result, most = found, known
+                if known < size:
+                    trouble = (
+                        f"{size - known} of {size} data points cannot be recovered from the "
+                        f"{found.answers.available.sum()} answers that were in"
+                    )
+
+            late, short = code.num_workers, False
             if result is None:
-                rows.done[own] = True
+                ended[own] = True
             else:
-                decoded, late = result.decoded, late - int(result.answers.available.sum())
-                known = np.asarray(decoded.recovered)
-                by_row = np.repeat(decoded.responded, num_data, axis=0) & known.reshape(-1, 1)
+                decoded, available = result.decoded, result.answers.available
+                late -= int(available.sum())
+                needed = code.num_workers if enough is None else enough
+                short = not (needed(available) if callable(needed) else available.sum() >= needed)
+                whole = np.asarray(decoded.recovered)
+                by_row = np.repeat(decoded.responded, num_data, axis=0) & whole.reshape(-1, 1)
                 predictions = np.asarray(decoded.predictions).reshape(size, -1)
-                found = {"predictions": predictions, "recovered": known.ravel()}
-                rows.put(own, found | {"responded": by_row})
+                given = {"row": own, "predictions": predictions}
+                rows.take(given | {"recovered": whole.ravel(), "responded": by_row})
             lost = own[~recovered[own]].tolist()
-            reasons |= dict.fromkeys(lost, f"{outcome.trouble} (after {outcome.attempts} attempts)")
-            ended = pool.clock.now() - begin
-            log.append((len(own), ended, late, outcome.attempts > 1, outcome.short))
+            reasons |= dict.fromkeys(lost, f"{trouble} (after {tries} attempts)")
+            log.append((len(own), pool.clock.now() - begin, late, tries > 1, short))
             if parts is not None:
                 parts.add(own.tolist())
             on_progress(progress())
@@ -201,9 +220,10 @@ def run_groups(
         "stragglers_per_batch": float(late.sum() / max(len(log), 1)),
         "batches_sent_again": int(again.sum()),
         "short_batches": int(short.sum()),
-        "lost": int(np.sum(rows.done & ~recovered)),
+        "lost": int(np.sum(ended & ~recovered)),
     }
-    arrays = {name: each[rows.done] for name, each in rows.arrays.items()}
+    arrays = rows.rows_of(np.flatnonzero(ended))
+    arrays.pop("row")
     names = None if names is None else names[arrays["index"]]
     return GroupResult(
         arrays, reasons, facts | counts | pool_counts(report), report, stopped, names
@@ -211,35 +231,27 @@ def run_groups(
 
 
 class _Rows:
-    """The rows of a run's batches by name, as its parts have them, and which of them are done."""
+    """The rows of a run's batches, as its parts have them: what is known of each, and outputs."""
 
     def __init__(self, index: Shaped[np.ndarray, " rows"], size: int, workers: int):
-        number = len(index)
-        self.done = np.zeros(number, bool)
-        self.arrays: dict[str, np.ndarray] = {
-            "index": index,
-            "batch": np.arange(number) // size,
-            "recovered": np.zeros(number, bool),
-            "responded": np.zeros((number, workers), bool),
-            "predictions": np.zeros((number, 0), np.float32),  # until their width is known
-        }
-
-    def put(self, rows: Any, found: Mapping[str, np.ndarray]) -> None:
-        """Take predictions and what is known of them; a batch's filling beyond the rows is cut."""
-        width = found["predictions"].shape[1]
-        if width > self.arrays["predictions"].shape[1]:
-            self.arrays["predictions"] = np.full((len(self.done), width), np.nan, np.float32)
-        for name, each in found.items():
-            if each.shape[1:] == self.arrays[name].shape[1:]:
-                self.arrays[name][rows] = each[: len(rows)]
-        self.done[rows] = True
-
-    def rows_of(self, pieces: Sequence[int], /) -> dict[str, np.ndarray]:
-        """Return some rows as arrays by name."""
-        rows = np.asarray(pieces)
-        return {"row": rows} | {name: each[rows] for name, each in self.arrays.items()}
+        columns = {"index": int, "batch": int, "recovered": bool, "responded": (bool, workers)}
+        self.known = np.zeros(len(index), [*columns.items(), ("done", bool)])
+        self.known["index"], self.known["batch"] = index, np.arange(len(index)) // size
+        self.predictions = np.zeros((len(index), 0), np.float32)  # until their width is known
 
     def take(self, arrays: Mapping[str, np.ndarray], /) -> None:
-        """Take what `rows_of` returned in another process."""
-        names = ("predictions", "recovered", "responded")
-        self.put(arrays["row"], {name: arrays[name] for name in names})
+        """Take what `rows_of` returned; a batch's filling beyond the rows is cut."""
+        rows, predictions = arrays["row"], arrays["predictions"]
+        if predictions.shape[1] > self.predictions.shape[1]:
+            self.predictions = np.full((len(self.known), predictions.shape[1]), np.nan, np.float32)
+        if predictions.shape[1] == self.predictions.shape[1]:
+            self.predictions[rows] = predictions[: len(rows)]
+        for name in ("recovered", "responded"):
+            self.known[name][rows] = arrays[name][: len(rows)]
+        self.known["done"][rows] = True
+
+    def rows_of(self, pieces: Sequence[int] | np.ndarray, /) -> dict[str, np.ndarray]:
+        """Return some rows as arrays by name."""
+        rows, names = np.asarray(pieces), ("index", "batch", "recovered", "responded")
+        known = {name: self.known[name][rows] for name in names}
+        return {"row": rows} | known | {"predictions": self.predictions[rows]}

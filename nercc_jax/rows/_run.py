@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Shaped
 from threadpoolctl import ThreadpoolController
 
-from ..pools import AbstractPool, Batch
+from ..pools import AbstractPool, Batch, Overdue
 from ..pools.backend import pool_counts
 from ..pools.clock import TimeShare
 from ..risk import Accuracy, EnsembleEstimate
@@ -34,11 +34,11 @@ from .state import (
     RowState,
     Send,
     Tick,
-    Withdraw,
 )
 
 _LOOKS = 0.05  # seconds between two looks at the clock and the pool
 _SHOWN = 0.1  # seconds between two reports of progress, at least
+_FROM_THE_FIRST = Overdue(least=1)  # medians are known from the first call on
 
 
 def run_rows(
@@ -201,7 +201,7 @@ class _Run:
                 if (now := self._clock.now()) >= look_at or not self._batches:
                     while self._learned:
                         self._handle(self._learned.pop(0))
-                    ages = {number: self._age(batch) for number, batch in self._batches.items()}
+                    ages = {number: batch.age(0) for number, batch in self._batches.items()}
                     # The learner leaves the cores to others for a while after its work.
                     learning = self._learns() or now < self._learning_time.next
                     seen = now - self._begin, self._pool.report(), ages, learning
@@ -209,7 +209,6 @@ class _Run:
                     look_at = now + _LOOKS
                 news = not state.over and self._take_ended(look_at)
                 if news and self._clock.now() >= shown + _SHOWN:
-                    self._look_at_statistic()
                     show(self._progress())
                     shown, stopped = self._clock.now(), self._pool.ending
             show(self._progress())
@@ -225,7 +224,7 @@ class _Run:
                 # For what workers still compute; what no worker has is dropped.
                 end = self._clock.now() + state.settings.grace
                 for number, batch in list(self._batches.items()):
-                    if not batch.available[0] and not self._age(batch)[0]:
+                    if not batch.available[0] and not batch.age(0)[0]:
                         self._batches.pop(number).forget()
                 with contextlib.suppress(KeyboardInterrupt):
                     while self._batches and self._clock.now() < end:
@@ -236,17 +235,14 @@ class _Run:
                 self._parts.flush(complete=not len(state.table.open))
         return stopped
 
-    def _look_at_statistic(self) -> None:
-        """Estimate the statistic from the rows so far, if new ones came, and there is time."""
-        computed, begin = self._state.computed, self._clock.now()
-        if self.statistic is None or computed == self._estimated or begin < self._time.next:
-            return
-        self.estimate, self._estimated = self.statistic(), computed
-        self._time.spend(begin)
-        if self.stop_when is not None:
-            self._handle(Estimated(self.estimate, bool(self.stop_when(self.estimate))))
-
     def _progress(self) -> RowProgress:
+        """Return the progress, with a new estimate if rows came, and there is time for one."""
+        computed, begin = self._state.computed, self._clock.now()
+        if self.statistic is not None and computed != self._estimated and begin >= self._time.next:
+            self.estimate, self._estimated = self.statistic(), computed
+            self._time.spend(begin)
+            if self.stop_when is not None:
+                self._handle(Estimated(self.estimate, bool(self.stop_when(self.estimate))))
         return dataclasses.replace(self._state.progress(), estimate=self.estimate)
 
     def _learn(self, work: Callable[[], Learned | None]) -> None:
@@ -260,15 +256,6 @@ class _Run:
         finally:
             self._fit_seconds = self._learning_time.spend(begin)
 
-    def _age(self, batch: Batch) -> tuple[float, bool]:
-        """Return the seconds for which a worker has or had a call, and whether it is overdue.
-
-        A worker's death begins it again, since that says nothing about how long the rows take.
-        """
-        task = batch.tasks.get(0)
-        age = 0.0 if task is None else batch.age(task)
-        return age, task is not None and age > task.limit
-
     def _take_ended(self, until: float) -> bool:
         """Wait until calls end, or until a time; return whether some may have."""
         with self._changed:
@@ -279,10 +266,10 @@ class _Run:
             batch = self._batches.get(number)
             if batch is None or not (batch.available[0] or batch.lost(0)):
                 continue
-            late = self._age(self._batches.pop(number))[1]
+            late = self._batches.pop(number).age(0)[1]
             if batch.available[0]:
                 values: Any = batch.answer(0)
-                usual = batch.times.median_of_latest(len(values))
+                usual = batch.times.under(_FROM_THE_FIRST).median(len(values))
                 self._handle(Answered(number, batch.workers[0], values, late, usual))
             else:
                 raised = [each.reason for each in batch.failures if each.raised]
@@ -307,10 +294,10 @@ class _Run:
                 self._batches[each.call] = batch
                 x = np.take(self._x, np.resize(each.rows, each.size), axis=0)
                 self._pool.send(batch, [0], [x], avoid=each.avoid)
-            elif isinstance(each, Give | Withdraw):
+            elif isinstance(each, Give):
                 if parts is not None:
                     parts.add(each.rows.tolist())
-                if isinstance(each, Give) and state.table.values is not None:
+                if each.computed is not None and state.table.values is not None:
                     self._on_rows(each.rows, state.table.values[each.rows], each.computed)
             elif isinstance(each, Fence):
                 self._pool.fence(each.workers)

@@ -123,16 +123,13 @@ class Send:
 
 
 class Give(NamedTuple):
-    """Give values to the caller, and have them written."""
+    """Have rows written, and give their values to the caller.
+
+    `computed` is None where they have no values any more, which is written only.
+    """
 
     rows: Int[np.ndarray, " few"]
-    computed: bool
-
-
-class Withdraw(NamedTuple):
-    """Have it written that rows have no values any more."""
-
-    rows: Int[np.ndarray, " few"]
+    computed: bool | None
 
 
 class Fence(NamedTuple):
@@ -147,7 +144,7 @@ class Learn(NamedTuple):
     work: Callable[[], Learned | None]
 
 
-Instruction: TypeAlias = Send | Give | Withdraw | Fence | Learn
+Instruction: TypeAlias = Send | Give | Fence | Learn
 
 
 class RowState:
@@ -226,7 +223,8 @@ class RowState:
                     # Values from before there was a check are taken back where they look wrong.
                     rows = self.table.unchecked[self.table["estimated"][self.table.unchecked]]
                     wrong, _ = self.evidence.look_wrong(rows, self.table.vectors[rows])
-                    self.take_back(self.checks.recheck(rows, wrong))
+                    self.table["checked"][rows[~wrong]] = True
+                    self.take_back(self.checks.doubt(rows[wrong]))
         elif isinstance(event, Estimated):
             self.estimated = event
             if event.short and not self.over:
@@ -371,7 +369,7 @@ class RowState:
             self.table.put(rows, np.nan, np.inf, np.inf, AGAIN)
             self.evidence.forget(rows)
             self.queue.send_again(rows)
-            self.todo.append(Withdraw(rows))
+            self.todo.append(Give(rows, computed=None))
 
     def progress(self) -> RowProgress:
         """Return the numbers of rows that are computed, predicted and so on."""

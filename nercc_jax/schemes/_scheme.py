@@ -76,26 +76,6 @@ def reexecute(
     if tolerance is None and bars is not None:
         raise ValueError("error bars go with a tolerance: give one")
 
-    chosen = uncertain_points(assessed, limit, share, tolerance, bars, coverage)
-    if not len(chosen):
-        return assessed
-    at = np.unravel_index(np.resize(chosen, 1 << (len(chosen) - 1).bit_length()), lead)
-    own = eqx.filter_jit(call_model)(model, jax.tree.map(lambda leaf: jnp.asarray(leaf[at]), x))
-    own = jax.tree.map(lambda leaf: np.asarray(leaf[: len(chosen)]), own)
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(own)):
-        raise ValueError("the model's own outputs are not finite")
-    return jax.tree.map(jnp.asarray, with_own_answers(assessed, chosen, own))
-
-
-def uncertain_points(
-    assessed: Decoded,
-    limit: float,
-    share: float,
-    tolerance: float | None,
-    bars: ErrorBars | None,
-    coverage: float,
-) -> Int[np.ndarray, " few"]:
-    """Return the data points that `reexecute` replaces, the most uncertain first."""
     score = assessed.error_probability
     if tolerance is not None:
         score, limit = error_bars(jnp.asarray(assessed.deviation), bars, coverage), tolerance
@@ -107,27 +87,28 @@ def uncertain_points(
     if not limit >= 0:
         raise ValueError(f"limit must be 0 or positive, not {limit}")
     score = np.asarray(score).ravel()
-    order = np.argsort(-score, kind="stable")
-    return order[: int(np.sum(score > limit))][: int(share * score.size)]
+    order = np.argsort(-score, kind="stable")  # the most uncertain first
+    chosen = order[: int(np.sum(score > limit))][: int(share * score.size)]
+    if not len(chosen):
+        return assessed
 
+    at = np.unravel_index(np.resize(chosen, 1 << (len(chosen) - 1).bit_length()), lead)
+    own = eqx.filter_jit(call_model)(model, jax.tree.map(lambda leaf: jnp.asarray(leaf[at]), x))
+    own = jax.tree.map(lambda leaf: np.asarray(leaf[: len(chosen)]), own)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(own)):
+        raise ValueError("the model's own outputs are not finite")
+    places = np.unravel_index(chosen, lead)
 
-def with_own_answers(
-    assessed: Decoded,
-    points: Int[np.ndarray, " few"],
-    own: PyTree[Float[np.ndarray, "few ..."]],
-) -> Decoded:
-    """Return predictions, as NumPy's arrays, of which some are replaced by own answers."""
-    places = np.unravel_index(points, assessed.recovered.shape)
-
-    def fill(values: ArrayLike, new: ArrayLike) -> np.ndarray:
+    def fill(values: ArrayLike, new: ArrayLike) -> Array:
         values = np.array(values)
         values[places] = new
-        return values
+        return jnp.asarray(values)
 
-    predictions = jax.tree.map(fill, assessed.predictions, own)
     trust = assessed.deviation, assessed.error_probability
     trust = (None if each is None else fill(each, 0) for each in trust)
-    return Decoded(predictions, assessed.responded, fill(assessed.recovered, True), *trust)
+    predictions = jax.tree.map(fill, assessed.predictions, own)
+    recovered = fill(assessed.recovered, True)
+    return Decoded(predictions, jnp.asarray(assessed.responded), recovered, *trust)
 
 
 class PreparedInputs(eqx.Module):

@@ -11,10 +11,9 @@ import jax
 from jaxtyping import PyTree
 
 from ..inference.models import Model
-from ..pools import AbstractPool, Faults, Overdue
+from ..pools import AbstractPool, Faults
 from ..pools.backend import OnOutcome, WorkerBackend, WorkerDied
 from ..pools.clock import BEAT, AbstractClock, AbstractTurns
-from ..pools.scheduler import Scheduler
 from ..pools.worker import Program, Worker, weights_checksum
 
 
@@ -110,7 +109,8 @@ class SimulatedPool(AbstractPool):
     """A pool of simulated workers, with the scheduler of all pools and a clock that jumps.
 
     Everything happens in one thread, as time goes on: by `clock.run`, or by waiting for a batch.
-    The workers are ready at once. Further arguments are as for `DevicePool`.
+    The workers are ready at once. The `rules` are as for `DevicePool`: `overdue`, `max_attempts`,
+    `hang_timeout` and `start_timeout`.
 
     Args:
         model: As for `DevicePool`, on NumPy arrays; it is called at the moment of an answer.
@@ -138,23 +138,17 @@ class SimulatedPool(AbstractPool):
         clock: SimulatedClock | None = None,
         faults: Faults | None = None,
         start_seconds: float = 1.0,
-        overdue: Overdue | None = None,
-        max_attempts: int = 3,
-        hang_timeout: float = 60.0,
-        start_timeout: float = 60.0,
+        **rules: Any,
     ):
         models = (model,) if callable(model) else tuple(model)
         clock = clock or SimulatedClock()
         self._weights = weights_checksum(models)
-        self._scheduler = Scheduler(
+        self._begin(
             _SimulatedBackend(models, seconds, clock, faults, start_seconds),
             num_workers,
             len(models),
-            overdue=overdue or Overdue(),
-            max_attempts=max_attempts,
-            hang_timeout=hang_timeout,
-            start_timeout=start_timeout,
             clock=clock,
+            **rules,
         )
 
 
@@ -180,9 +174,6 @@ class _SimulatedBackend(WorkerBackend):
         ready = self._clock.now() + (self._start_seconds if life else 0.0)
         self._clock.at(ready, lambda: on_outcome(worker, life, None))
 
-    def prepare(self, batch: PyTree) -> PyTree:
-        return batch
-
     def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
         simulated, on_outcome = self._lives[worker]
         struck = simulated.faults.strike(batch)
@@ -200,9 +191,6 @@ class _SimulatedBackend(WorkerBackend):
         size = len(jax.tree.leaves(batch)[0])
         end = self._clock.now() + self._seconds(size) + struck.seconds
         self._clock.at(end, lambda: on_outcome(worker, life, answer()))
-
-    def missing(self) -> None:
-        """Return None: all workers start."""
 
     def close(self) -> None:
         """Do nothing: the scheduler ignores what is still planned."""

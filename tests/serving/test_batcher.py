@@ -320,7 +320,7 @@ def test_batches_grow_while_workers_are_busy():
 def test_redundancy_slows_nobody_down(workers, spare, calls, monkeypatch):
     """Coded data points go to workers that are free, while there are cores to spare."""
     sim = Simulated(INTERLEAVED, workers=workers, straggler_threshold=1e6)
-    monkeypatch.setattr(sim.pool._scheduler.state.queue, "_capacity", lambda busy: float(spare))
+    monkeypatch.setattr(sim.pool._schedule, "_capacity", lambda busy: float(spare))
     assert sim.answer(queries(4)).exact.all()
     sim.run(10 * SERVICE)
     assert len(sim.answered) == calls

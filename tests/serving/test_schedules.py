@@ -207,9 +207,9 @@ class Schedule:
         self.checked = len(self.ended)
 
     def check_books(self):
-        batcher, scheduler, now = self.batcher, self.pool._scheduler, self.clock.now()
+        batcher, schedule, now = self.batcher, self.pool._schedule, self.clock.now()
         assert not self.seen["internal_error"]
-        assert not scheduler.errors.errors
+        assert not self.pool.report().internal_errors
         for request in batcher._requests:
             assert now <= request.arrived + request.deadline + LATE, "forgotten at its deadline"
         # The queue.
@@ -221,16 +221,16 @@ class Schedule:
         held = math.inf > batcher._dispatcher.due and not lanes.exact
         assert not waiting or not self.pool.idle or held, "a query waits beside an idle worker"
         # The scheduler.
-        slots = scheduler.state.slots
+        slots = schedule.slots
         idle = {w for w, seat in enumerate(slots) if seat.ready and seat.task is None}
-        assert set(scheduler.state.queue._idle) == idle
-        busy = [seat for seat in scheduler.state.slots if seat.task is not None]
+        assert set(schedule.available) == idle
+        busy = [seat for seat in schedule.slots if seat.task is not None]
         assert all(now <= seat.since + HANG + LATE for seat in busy), "it hangs, and nobody saw"
         running = [seat.task for seat in busy]
-        for batch in scheduler.state.queue.batches:
+        for batch in schedule.batches:
             fresh = [
                 seat.task
-                for seat in scheduler.state.slots
+                for seat in schedule.slots
                 if seat.task is not None and seat.task.batch is batch and not seat.overdue
             ]
             open_ = {task for task in fresh if not task.settled}
@@ -239,14 +239,14 @@ class Schedule:
                 assert task.running == running.count(task)
 
     def check_end(self):
-        batcher, scheduler = self.batcher, self.pool._scheduler
+        batcher, schedule = self.batcher, self.pool._schedule
         assert len(self.ended) == len(self.submitted), "a request was forgotten"
         assert all(request.own == "probe" for request in batcher._requests)
         if batcher.in_flight:
             return  # it still asks whether somebody answers
         assert not batcher._dispatcher.groups
         assert not batcher.waiting
-        assert not scheduler.state.queue.batches
+        assert not schedule.batches
 
 
 def play(seeds, coders):
