@@ -48,7 +48,6 @@ _LOG = logging.getLogger(__name__)
 # Seconds for which closing waits for a turn under way, and for a step of learning.
 _LAST_TURN, _LAST_STEP = 1.0, 30.0
 _PROBE = 5.0  # seconds that a probe may take
-_LEAD = 1.0  # seconds by which requests of high priority overtake earlier ones
 # Seconds after its due time at which a group is handled, so that what was due has happened.
 _MARGIN = 1e-4
 
@@ -132,7 +131,6 @@ class CodedBatcher:
         *,
         deadline: float | None = None,
         exact: bool = False,
-        high: bool = False,
     ) -> concurrent.futures.Future[Reply]:
         """Submit B queries, from any thread, and return at once.
 
@@ -140,7 +138,6 @@ class CodedBatcher:
             x: the queries.
             deadline: seconds from now; by default the policy's.
             exact: accept only the model's own answers, hedged if a worker straggles.
-            high: high priority, ahead of ordinary queries that came up to a second earlier.
 
         Returns:
             A future of the `Reply`. It may raise `DeadlineExceeded`, `InferenceFailed`, or
@@ -161,14 +158,11 @@ class CodedBatcher:
                 f"a deadline is a positive number of seconds, {MAX_DEADLINE_S:g} at most, not "
                 f"{deadline:g}"
             )
-        lead = _LEAD if high else 0.0
         # Queries of another scale travel alone, as those that must be answered exactly.
         exact = exact or (self._scales is not None and self._scales.is_odd(x))
         values, now = setup.answers.zeros(len(x)), setup.clock.now()
-        request = Request(x, values, now, deadline, exact, lead)
+        request = Request(x, values, now, deadline, exact)
         self._requests.accept(request)
-        if high:
-            setup.observe("high_priority", len(x))
         request.on_cancel(self._post)
         self._post(request)
         return request.future

@@ -43,14 +43,13 @@ def test_uncertain_redundancy_sends_coded_points_only_where_the_surrogate_doubts
 
 
 def test_a_group_leaves_when_its_oldest_query_has_waited_long_enough():
-    """Whatever stands before it in the queue by its priority."""
     clock = SimulatedClock()
     pool = SimulatedPool(model, 8, seconds=lambda size: SERVICE, clock=clock)
     policy = BatchingPolicy(batch_wait_timeout_s=0.5, outputs="logits")
     with CodedBatcher(pool, Coder(NeRCC(4, 8)), SHAPE, OUT, policy=policy) as batcher:
         x, futures = np.zeros((1, *SHAPE), np.float32), []
-        for when, high in ((0.0, False), (0.3, True), (0.4, True)):
-            clock.at(when, lambda high=high: futures.append(batcher.submit(x, high=high)))
+        for when in (0.0, 0.3, 0.4):
+            clock.at(when, lambda: futures.append(batcher.submit(x)))
         clock.run(3.0)
         waited = [future.result(0).queued for future in futures]
     assert waited == pytest.approx([0.5, 0.2, 0.1], abs=1e-3)
