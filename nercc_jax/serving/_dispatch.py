@@ -209,7 +209,7 @@ class Dispatcher:
         pool, coder, points = self._setup.pool, self._setup.coder, group.layout.extras
         # A code that mixes queries sends all of them.
         most = int(min(pool.spare, len(points))) if coder.systematic else len(points)
-        redundancy = self._approximations.adaptation.setting.redundancy
+        redundancy = self._approximations.setting.redundancy
         if redundancy != "uncertain" or not most:
             return points[: most * (redundancy == "always")]
         waiting = [place for place, _ in group.open_queries()]
@@ -284,7 +284,7 @@ class Dispatcher:
             copies=setup.policy.copies if group.alone else 1,
             at_once=at_once,
             on_change=lambda _: self._post(group),
-            overdue=self._approximations.adaptation.setting.overdue,
+            overdue=self._approximations.setting.overdue,
             refuse=setup.refuse,
         )
         self._times = group.batch.times

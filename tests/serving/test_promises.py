@@ -173,14 +173,14 @@ def test_nothing_is_decoded_after_a_drift_until_new_stragglers_were_compared():
     known = lambda coder: calibrated(coder, policy.accuracy)  # noqa: E731
     traffic = Traffic(None, policy, INTERLEAVED, share=0.15, decoding=known)
     assert any(not reply.exact.all() for _, reply, _ in traffic.send(150))
-    adaptation = traffic.batcher._adaptation
+    learned = traffic.batcher._approximations
     while not traffic.observed["drift"]:
-        adaptation.risk("decoded").give()
-        kept = {"epoch": adaptation.risk("decoded").epoch, "given": True}
+        learned.decoding.risk.give()
+        kept = {"epoch": learned.decoding.risk.epoch, "given": True}
         label = np.eye(3, dtype=np.float32)[0]
         given = Answer(label, "decoded", 8, 7, disagreement=0.01, **kept)
-        adaptation.audit(given, np.eye(3, dtype=np.float32)[1])
-    risk = adaptation.risk("decoded")
+        learned.audit(given, np.eye(3, dtype=np.float32)[1])
+    risk = learned.decoding.risk
     assert not risk.admits(given.disagreement, given.error)
     status = traffic.batcher.status()["decoding"]
     assert (status["drifts"], status["compared"], status["admitted"]) == (1, 0, 0)

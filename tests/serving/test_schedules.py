@@ -114,7 +114,7 @@ class Schedule:
             predictor=Checks() if self.predicts else None,
             observe=self.observe,
         )
-        audit = self.batcher._adaptation.audit
+        audit = self.batcher._approximations.audit
 
         def audited(given, own):
             if given.source == "predicted" and own is not None:
@@ -122,7 +122,7 @@ class Schedule:
                 assert np.allclose(value, own, atol=1e-6), "an audit of another query"
             return audit(given, own)
 
-        self.batcher._adaptation.audit = audited
+        self.batcher._approximations.audit = audited
         self.submitted = []
         self.ended = []  # a number of a request each time that one ends
         self.checked = 0  # of those, how many were looked at
