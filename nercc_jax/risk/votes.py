@@ -1,10 +1,9 @@
 """Checks of the model's own answers: which look wrong, which are wrong, and who gave them.
 
 An answer is held back where the surrogate finds it suspicious, and while its worker is on
-probation: at first, after an answer that was wrong, and after it was released, each time until some
-of its answers were right. An answer that two workers give is right. A worker that a sequential test
-accuses of wrong answers (`WorkerMonitor`) is fenced. It is released after as many right answers to
-audits as its record asks for, or when it was replaced.
+probation: at first, and after an answer that was wrong, each time until some of its answers were
+right. An answer that two workers give is right. A worker that a sequential test
+accuses of wrong answers (`WorkerMonitor`) is fenced until it is replaced.
 """
 
 import collections
@@ -22,10 +21,7 @@ from ._monitor import WorkerMonitor
 
 _LOG = logging.getLogger(__name__)
 
-_PROBATION = 16  # right answers with which one ends after a wrong answer or a release
-# Right answers to audits until a worker is released; twice as many each time, up to the second.
-_CLEAN, _CLEANEST = 16, 1024
-_KNOWN = 64  # queries whose answers two workers gave, for audits
+_PROBATION = 16  # right answers with which one ends after a wrong answer
 # The largest difference of two right answers, as a share of the largest output: batches of other
 # sizes are computed in another order. It is no more than a share of what answers differ by among
 # one another, as far as rounding allows.
@@ -54,10 +50,7 @@ class _Record:
 
     probation: int  # right answers until it ends
     deaths: int = 0
-    fences: int = 0
-    clean: int = 0  # right answers to audits, in a row
     reason: str | None = None  # why it is, or should be, fenced
-    asked: np.ndarray | None = None  # the known answer to its latest audit
 
 
 class AnswerChecks:
@@ -90,7 +83,6 @@ class AnswerChecks:
         self._records = [_Record(first) for _ in range(num_workers)]
         self.fenced: frozenset[int] = frozenset()
         self._seen: collections.deque[np.ndarray] = collections.deque(maxlen=_SEEN)
-        self._known = collections.deque[tuple[np.ndarray, np.ndarray]](maxlen=_KNOWN)
 
     @property
     def accused(self) -> frozenset[int]:
@@ -112,7 +104,7 @@ class AnswerChecks:
         return suspicious
 
     def compare(
-        self, x: np.ndarray | None, candidates: Mapping[int, np.ndarray], *, last: bool = False
+        self, candidates: Mapping[int, np.ndarray], *, last: bool = False
     ) -> Verdict | None:
         """Compare workers' answers to one query, by worker, in the order in which they came.
 
@@ -127,8 +119,6 @@ class AnswerChecks:
         for one, other in itertools.combinations(candidates, 2):
             if accused >= {one, other} or not self.agree(candidates[one], candidates[other]):
                 continue
-            if x is not None:
-                self._known.append((np.array(x), candidates[one]))
             for worker in candidates:
                 if worker not in (one, other):
                     self._accuse(worker)
@@ -142,32 +132,17 @@ class AnswerChecks:
         best = min(candidates, key=lambda each: (each in self.fenced, self._monitor.wrong[each]))
         return Verdict(candidates[best], (best, best))
 
-    def audits(self, deaths: Sequence[int]) -> list[tuple[int, np.ndarray]]:
-        """Return workers to be asked a query whose answer is known, and the query for each.
-
-        A worker that has died since, by the number of deaths of each, was replaced: it is fenced no
-        more.
-        """
+    def look(self, deaths: Sequence[int]) -> None:
+        """Trust the workers that were replaced, by the number of deaths of each."""
         for worker, (record, seen) in enumerate(zip(self._records, deaths, strict=True)):
-            if seen != record.deaths:
-                self._release(worker, "it was replaced")
-                self._records[worker] = _Record(self._first, seen, record.fences)
-        asked = []
-        for worker in self.fenced if self._known else ():
-            x, self._records[worker].asked = self._known[0]
-            self._known.rotate(-1)
-            asked.append((worker, x))
-        return asked
-
-    def audited(self, worker: int, value: np.ndarray | None) -> None:
-        """Take a fenced worker's answer to its latest audit; None if there is none."""
-        record = self._records[worker]
-        if worker not in self.fenced or record.asked is None:
-            return
-        right = value is not None and self.agree(value, record.asked)
-        record.clean = record.clean + 1 if right else 0
-        if record.clean >= min(_CLEAN << (record.fences - 1), _CLEANEST):
-            self._release(worker, f"its last {record.clean} answers to audits were right")
+            if seen == record.deaths:
+                continue
+            self._records[worker] = _Record(self._first, seen)
+            self._monitor.restart(worker)
+            if worker in self.fenced:
+                self.fenced -= {worker}
+                self._observe("worker_released", 1)
+                _LOG.info("a worker is fenced no more: it was replaced", extra={"worker": worker})
 
     def status(self) -> dict[str, Any]:
         reasons = ((worker, record.reason) for worker, record in enumerate(self._records))
@@ -217,19 +192,8 @@ class AnswerChecks:
         facts = {"worker": worker, "why": record.reason}
         if len(self.fenced) < self._most:
             self.fenced |= {worker}
-            record.fences, record.clean = record.fences + 1, 0
             self._observe("worker_fenced", 1)
             _LOG.warning("a worker is fenced: it answers wrongly", extra=facts)
         elif known is None:
             facts["max_fenced"] = self._most
             _LOG.warning("a worker answers wrongly, but no more may be fenced", extra=facts)
-
-    def _release(self, worker: int, why: str) -> None:
-        """Let a worker answer again, on probation."""
-        record = self._records[worker]
-        self._monitor.restart(worker)
-        record.reason, record.asked, record.probation = None, None, _PROBATION
-        if worker in self.fenced:
-            self.fenced -= {worker}
-            self._observe("worker_released", 1)
-            _LOG.info("a worker is fenced no more", extra={"worker": worker, "why": why})

@@ -91,7 +91,7 @@ class RowChecks:
             row = int(rows[place])
             answers = self._answers[row]
             answers.setdefault(worker, (values[place].copy(), call))
-            verdict = self._votes.compare(None, {each: answers[each][0] for each in answers})
+            verdict = self._votes.compare({each: answers[each][0] for each in answers})
             if verdict is None:
                 continue
             values[place], given[place] = verdict.value, True
@@ -166,7 +166,7 @@ class RowChecks:
 
     def look(self, report: PoolReport) -> None:
         """Trust workers again that were replaced. Others stay fenced to the end of the run."""
-        self._votes.audits([worker.deaths for worker in report.workers])
+        self._votes.look([worker.deaths for worker in report.workers])
 
     def counts(self) -> dict[str, Any]:
         """Return the counts for a run's summary."""

@@ -10,31 +10,24 @@ one of the call is outvoted, they are computed again, too.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from ..pools import Batch
-from ..risk.votes import Verdict
-from .adapt._adaptation import Adaptation
+from ..risk.votes import AnswerChecks, Verdict
+from .adapt._predictor import Predictor
 from .core._request import Query
 from .core._requests import Timers
 from .core._setup import Setup
 
 # The share of a deadline that is left when an answer that is held back goes out as it is.
 _LEFT = 0.1
-_EVERY = 1.0  # seconds between audits of a fenced worker
+_MAX_FENCED = 0.25  # share of the workers that is fenced for wrong answers
+_EVERY = 1.0  # seconds between looks whether a fenced worker was replaced
 # Queries held back, as a share of all: more would double the load where the queries have changed.
 # What the latest thousand earned is kept for later.
 _MOST, _SAVED = 0.2, 1000
-
-
-class Audit(NamedTuple):
-    """An event: a fenced worker may have answered an audit."""
-
-    worker: int
-    batch: Batch
 
 
 class AnswerScreen:
@@ -44,17 +37,20 @@ class AnswerScreen:
     settled.
     """
 
-    def __init__(self, setup: Setup, adaptation: Adaptation, post: Callable[[Audit], Any]):
-        """Create a screen that holds nothing; `post` is called when an audit is answered."""
-        self._setup, self._post = setup, post
-        self._checks, self._predictor = adaptation.checks, adaptation.predictor
+    def __init__(self, setup: Setup, predictor: Predictor | None):
+        """Create a screen that holds nothing."""
+        self._setup, self._predictor, pool = setup, predictor, setup.pool
+        self._checks: AnswerChecks | None = None
+        if setup.policy.check_answers is not None:
+            self._checks = AnswerChecks(
+                pool.num_workers, _MAX_FENCED, pool.worker_dtype, setup.observe
+            )
         self._fenced: frozenset[int] = frozenset()
         self._budget = _MOST * _SAVED
         self._due: Timers[Query] = Timers()
         # Answers that nobody doubts, by their workers, with those of the same call that are.
         self._others: dict[Query, tuple[int, Sequence[Query]]] = {}
         self._look_at = -math.inf if self._checks is not None else math.inf
-        self._audits: dict[int, Batch] = {}
         self._outcomes: list[tuple[Query, Verdict | None]] = []
 
     @property
@@ -86,7 +82,7 @@ class AnswerScreen:
                 out.append(row)
             else:
                 query.candidates.setdefault(worker, np.array(values[row]))
-                verdict = self._checks.compare(query.x, query.candidates)
+                verdict = self._checks.compare(query.candidates)
                 if verdict is not None:
                     self._settle(query, verdict)
                 else:  # one that a further worker has will have another answer anyway
@@ -112,14 +108,17 @@ class AnswerScreen:
         return sorted(out)
 
     def settle_due(self, now: float) -> None:
-        """Settle the queries whose deadlines do not allow to wait any longer."""
+        """Settle the queries whose deadlines do not allow to wait; look who was replaced."""
+        if self._checks is not None and now >= self._look_at:
+            self._checks.look([each.deaths for each in self._setup.pool.report().workers])
+            self._look_at = now + _EVERY
         for query in self._due.pop_due(now):
             self.give_up(query)
 
     def give_up(self, query: Query) -> None:
         """Settle a query that no further worker will answer in time."""
         if self._checks is not None and not query.done and query.candidates:
-            verdict = self._checks.compare(query.x, query.candidates, last=True)
+            verdict = self._checks.compare(query.candidates, last=True)
             assert verdict is not None
             self._settle(query, verdict)
 
@@ -132,33 +131,6 @@ class AnswerScreen:
                 del self._others[query]
                 verdict = Verdict(query.candidates[worker], (worker, -1))  # nobody doubts it
                 self._outcomes.append((query, verdict))
-
-    def look(self, now: float) -> None:
-        """Send audits to fenced workers, once a second while there are any."""
-        if self._checks is None or now < self._look_at:
-            return
-        pool = self._setup.pool
-        for worker, x in self._checks.audits([each.deaths for each in pool.report().workers]):
-            if worker not in self._audits:
-
-                def answered(batch: Batch, worker: int = worker) -> None:
-                    self._post(Audit(worker, batch))
-
-                batch = pool.open(1, needed=1, copies=1, on_change=answered)
-                self._audits[worker] = batch
-                pool.send(batch, [0], [x[None]], only=worker)
-        self._look_at = now + _EVERY
-
-    def receive_audit(self, audit: Audit) -> None:
-        """Take a fenced worker's answer to an audit, if it is there."""
-        if self._audits.get(audit.worker) is not audit.batch or self._checks is None:
-            return
-        value = audit.batch.answer(0)
-        if value is None and not audit.batch.lost(0):
-            return
-        del self._audits[audit.worker]
-        audit.batch.forget()
-        self._checks.audited(audit.worker, None if value is None else value[0])
 
     def _settle(self, query: Query, verdict: Verdict) -> None:
         """Give a held query's answer out; where it was outvoted, doubt what waits for that."""
@@ -186,3 +158,13 @@ class AnswerScreen:
         self._due.set(query, request.arrived + (1 - _LEFT) * request.deadline)
         if again:
             self._outcomes.append((query, None))
+
+    def status(self) -> dict[str, Any] | None:
+        """Return what the checks found; None where there are none."""
+        if self._checks is None or self._predictor is None:
+            return None
+        return {"ready": self._predictor.checks_answers} | self._checks.status()
+
+    def hints(self) -> list[str]:
+        """Return which workers answer wrongly."""
+        return [] if self._checks is None else self._checks.hints()

@@ -1,38 +1,59 @@
-"""Approximate answers on the deciding thread: how they are made, given out, and compared.
+"""Approximate answers: how they are made, given out and compared, and what is learned from that.
 
 They stand at their queries (`Query.approximate`), by source. Each is compared with the model's own
 answer, however late that comes, whether it was given out or not. What becomes of them is for
 `core/decide.py` to say.
+
+The deciding thread calls these methods, so each returns at once. One other thread learns: which
+decoded answers are right, the surrogate, and the setting. What it hands over is immutable.
 """
 
+import dataclasses
+import logging
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
+from ..evaluation._criteria import agree_on_labels, root_mean_square
+from ..inference.models import warn_if_other
+from ..risk import Comparison, Risk
+from ..risk._accuracy import error_ratios
 from ._policy import MAX_DEADLINE_S
-from .adapt._adaptation import Adaptation
+from .adapt._decoding import DecodingEvidence, DecodingScores
+from .adapt._predictor import Predictor
+from .adapt._setting_controller import SettingController
 from .core._coder import DecodedGroup
 from .core._group import Group, repeat_rows
-from .core._request import Answer, Query, Request
-from .core._setup import Setup
-from .core.decide import GiveOut, Place
+from .core._request import Answer, Query, Request, Source
+from .core._setup import DispatchSetting, Setup
+from .core.decide import GiveOut, LateEvidence, Place
 
+_LOG = logging.getLogger(__name__)
+
+_PAUSE = 1.0  # seconds before the learning thread goes on after a failure
 # The share of approximate answers whose queries nobody has as they came that is computed, too.
 _AUDITED = 0.02
 
 
 class Approximations:
-    """A maker of approximate answers, and the books of those that are to be compared.
+    """Two sources of approximate answers, and the choice of settings.
 
-    The groups, and their memory, that are kept for late answers are bounded. `adaptation` says what
-    is known.
+    The groups, and their memory, that are kept for late answers are bounded.
+
+    Attributes:
+        setup: The batcher's parts; its `observe` passes the choice of settings.
+        turns: The thread that learns, not started yet.
+        decoding: The evidence on decoded answers.
+        predictor: The surrogate, ready or not; None where there is none.
     """
 
     def __init__(
         self,
         setup: Setup,
-        adaptation: Adaptation,
+        scores: DecodingScores,
+        predictor: Predictor | None,
         submit: Callable[[Request], bool],
         *,
         most: int = 4096,
@@ -41,14 +62,71 @@ class Approximations:
         """Compile the decoder; keep at most `most` groups and `size` bytes.
 
         `submit` takes requests of the server's own, unless queries wait, and returns whether.
+
+        Raises:
+            ValueError: for a policy that does not fit the predictor, or the promise that the scores
+                were calibrated for.
         """
-        self._setup, self.adaptation, self._submit = setup, adaptation, submit
+        policy, coder = setup.policy, setup.coder
+        known, wanted = scores.accuracy, policy.accuracy
+        if (known.tolerance, known.coverage) != (wanted.tolerance, wanted.coverage):
+            raise ValueError(
+                f"decoding was calibrated for a tolerance of {known.tolerance} and a coverage of "
+                f"{known.coverage}, the policy has {wanted.tolerance} and {wanted.coverage}"
+            )
+        if scores.calibrated:
+            warn_if_other("the error estimate", scores.conditions, setup.pool.conditions)
+        self.turns = setup.clock.turns("nercc-learning", self._turn)
+        self._controller = None
+        if policy.max_calls is not None:
+            self._controller = SettingController(setup, predictor, self.turns.wake)
+            setup = dataclasses.replace(setup, observe=self._controller.observe)
+        self.setup, self.predictor, self._submit = setup, predictor, submit
+        self.decoding = DecodingEvidence(dataclasses.replace(scores, accuracy=wanted), coder.form)
+        # Whether approximate answers may be given out at all, by what the outputs are.
+        self._allowed = policy.outputs != "values" or policy.tolerance is not None
+        self._setting = DispatchSetting.of_policy(policy)
+        if coder.systematic and coder.can_decode and not self._allowed:
+            # What mixes queries is of no use where nothing may be decoded.
+            self._setting = self._setting._replace(redundancy="none")
+        if predictor is not None:
+            predictor.attach(setup, self.turns.wake)
         self._most, self._left = most, size
         self._kept: dict[Group, int] = {}
-        self._random, coder = np.random.default_rng(0), setup.coder
+        self._random = np.random.default_rng(0)
         if coder.can_decode:
             zeros, everyone = setup.answers.zeros(coder.num_workers), np.ones(coder.num_workers)
             self._decoded(zeros[:, None], everyone > 0, coder.num_data)
+
+    def _turn(self) -> float:
+        """Learn, on the thread that does, and return when to do so again."""
+        due, steps = math.inf, [self.decoding.learn]
+        steps += [] if self.predictor is None else [self.predictor.turn]
+        steps += [] if self._controller is None else [self._controller.turn]
+        for step in steps:
+            try:
+                due = min(due, step())
+            except Exception:
+                # Earlier results stay; what comes may do better.
+                _LOG.exception("learning from the traffic failed")
+                self.setup.observe("internal_error", 1)
+                due = min(due, self.setup.clock.now() + _PAUSE)
+        return due
+
+    @property
+    def setting(self) -> DispatchSetting:
+        """The setting that holds now."""
+        return self._setting if self._controller is None else self._controller.setting
+
+    def evidence(self, queries: int) -> LateEvidence:
+        """Return what is known by now, for a group with this number of queries."""
+        limit, predictor = self.decoding.limit(queries), self.predictor
+        risk: dict[Source, Risk] = {"decoded": self.decoding.risk}
+        predicts = False
+        if predictor is not None:
+            risk["predicted"] = predictor.risk
+            predicts = self._allowed and predictor.state == "answering"
+        return LateEvidence(self.setting, self._allowed, predicts, limit, risk)
 
     def predict(self, group: Group, places: Sequence[Place]) -> None:
         """Add a surrogate's answers to a group's queries, of which each is looked up once.
@@ -57,17 +135,17 @@ class Approximations:
         it has drifted, there are none.
         """
         new = [query for query in map(group.query, places) if "predicted" not in query.approximate]
-        adaptation, setup = self.adaptation, self._setup
-        if not new or adaptation.predictor is None or not adaptation.can_predict:
+        setup, predictor = self.setup, self.predictor
+        if not new or predictor is None or not self._allowed:
             return
         begin = setup.clock.now()
         # Queries that somebody waits for have their data.
         x = np.stack([x for each in new if (x := each.x) is not None])
-        found = adaptation.predictor.predict(x)
+        found = predictor.predict(x)
         if found is None:
             return
         setup.observe("predict_seconds", setup.clock.now() - begin)
-        epoch = adaptation.predictor.risk.epoch
+        epoch = predictor.risk.epoch
         basis = int((~np.isnan(group.sent_at)).sum()), int(group.mask.sum())
         values = found.predictions.reshape(-1, *setup.answers.shape)
         numbers = found.error_probability, found.deviation, found.recovered
@@ -82,7 +160,7 @@ class Approximations:
 
         A code may have lost a query, and a sum of large answers may overflow.
         """
-        setup, decoding, number = self._setup, self.adaptation.decoding, len(group.cells)
+        setup, decoding, number = self.setup, self.decoding, len(group.cells)
         begin, accuracy = setup.clock.now(), setup.policy.accuracy
         known = [(point, each) for point, each in enumerate(group.answers) if each is not None]
         some = known[0][1]
@@ -113,17 +191,17 @@ class Approximations:
             )
 
     def _decoded(self, values: np.ndarray, mask: np.ndarray, queries: int) -> DecodedGroup:
-        policy, decoding = self._setup.policy, self.adaptation.decoding
+        policy = self.setup.policy
         promises = policy.accuracy.promises
-        score = decoding.scores.of(queries) if promises else None
+        score = self.decoding.scores.of(queries) if promises else None
         width = policy.max_batch_size
-        return self._setup.coder.decode(values, mask, width, score, features=promises)
+        return self.setup.coder.decode(values, mask, width, score, features=promises)
 
     def give(self, group: Group, given: GiveOut) -> tuple[Query, Answer]:
         """Return an answer that is given out, as the caller sees it, which is to be compared."""
         (cell, _), source = given
-        query, tolerance = group.query(given.place), self._setup.policy.tolerance
-        answer, risk = query.approximate[source], self.adaptation.risk(source)
+        query, tolerance = group.query(given.place), self.setup.policy.tolerance
+        answer, risk = query.approximate[source], self._of(source).risk
         disagreement, error = map(float, risk.expected(answer.disagreement, answer.error))
         if answer.error > 0:
             answer.widened = error / answer.error
@@ -134,9 +212,9 @@ class Approximations:
             answer.given = self._random.random() < _AUDITED and self._ask_again(answer)
         if answer.given:
             risk.give()
-        self._setup.observe("expected_disagreement", disagreement)
+        self.setup.observe("expected_disagreement", disagreement)
         if tolerance is not None:
-            self._setup.observe("expected_error", error / tolerance)
+            self.setup.observe("expected_error", error / tolerance)
         basis = answer.asked, answer.responded
         return query, Answer(answer.value[None], source, *basis, disagreement, error)
 
@@ -148,13 +226,52 @@ class Approximations:
         x = query.x
         approximate, query.approximate = query.approximate, {}
         for each in approximate.values():
-            right = self.adaptation.audit(each, own)
+            right = self.audit(each, own)
             if each.given:
                 known = "audit_same" if right else "audit_other"
-                self._setup.observe("audit_unknown" if own is None else known, 1)
+                self.setup.observe("audit_unknown" if own is None else known, 1)
             x = each.x if x is None else x
-        if x is not None and own is not None:
-            self.adaptation.add_answer(x, own)
+        if x is not None and own is not None and self.predictor is not None:
+            self.predictor.add_answer(x, own)
+
+    def _of(self, source: Source) -> DecodingEvidence | Predictor:
+        """Return what is known of answers of a source."""
+        if source == "decoded":
+            return self.decoding
+        assert self.predictor is not None
+        return self.predictor
+
+    def audit(self, given: Answer, own: np.ndarray | None) -> bool:
+        """Compare an answer with the model's own, which came late, or is None and will never come.
+
+        One that will never come counts as wrong. If too many of those given out are wrong, nothing
+        more is given out until there is evidence on other stragglers.
+
+        Returns:
+            Whether it was right.
+        """
+        labels, source = self.setup.policy.tolerance is None, self._of(given.source)
+        wrong, excess, value = labels, math.inf, given.value.ravel()
+        if own is not None:
+            form = self.setup.coder.form
+            wrong = labels and not bool(agree_on_labels(value, own.ravel(), form))
+            error = root_mean_square(value - own.ravel())
+            excess = float(error_ratios(error, np.asarray(given.error)))
+            if given.features is not None and self.decoding.add(given, wrong, float(error)):
+                self.turns.wake()
+        drifted = source.risk.add(
+            Comparison(given.disagreement, given.error, wrong, excess),
+            given=given.given,
+            epoch=given.epoch,
+            unknown=own is None,
+            widened=given.widened,
+        )
+        if drifted:
+            source.discard()
+            self.setup.observe("drift", 1)
+            what = f"{given.source} answers went wrong more often than promised: see the status"
+            _LOG.warning(what)
+        return not (wrong if labels else excess > given.widened)
 
     def keep(self, group: Group) -> list[Group]:
         """Keep a group that is over for what may still come; return the groups that are not kept.
@@ -203,7 +320,7 @@ class Approximations:
 
     def _ask_again(self, given: Answer) -> bool:
         """Have the model answer, for comparison, where workers are free; return whether."""
-        setup = self._setup
+        setup = self.setup
         if given.x is None or given.repeated or not setup.pool.idle:
             return False
         zeros, now = setup.answers.zeros(1), setup.clock.now()
@@ -211,3 +328,27 @@ class Approximations:
         request.queries[0].approximate[given.source] = given
         given.repeated = self._submit(request)
         return given.repeated
+
+    def status(self) -> dict[str, Any]:
+        """Return what has been learned and measured so far."""
+        controller, predictor = self._controller, self.predictor
+        promises = self.setup.policy.accuracy.promises
+        return {
+            "policy": None if controller is None else controller.status(),
+            "predictor": None if predictor is None else predictor.status(),
+            "decoding": self.decoding.status() if promises else None,
+            "audited": list(self.decoding.risk.shown),
+        }
+
+    def hints(self) -> list[str]:
+        """Return why nothing is decoded or predicted."""
+        can_decode, predictor = self.setup.coder.can_decode, self.predictor
+        found = []
+        if not self._allowed and (can_decode or predictor is not None):
+            found.append(
+                "outputs are values without a tolerance: all answers are exact; set a tolerance, "
+                "or outputs = 'logits' if they are scores of labels"
+            )
+        elif can_decode:
+            found += self.decoding.hints()
+        return found if predictor is None else found + predictor.hints()

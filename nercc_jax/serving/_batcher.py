@@ -19,11 +19,10 @@ from jaxtyping import Shaped
 
 from ..pools import AbstractPool
 from ..pools.batch import Refuse, refuse_odd
-from ._answer_screen import AnswerScreen, Audit
+from ._answer_screen import AnswerScreen
 from ._approximate import Approximations
 from ._dispatch import Dispatcher
 from ._policy import MAX_DEADLINE_S, BatchingPolicy, Observe
-from .adapt._adaptation import Adaptation
 from .adapt._decoding import DecodingScores
 from .adapt._predictor import Predictor
 from .core._coder import Coder
@@ -48,7 +47,6 @@ _LOG = logging.getLogger(__name__)
 # Seconds for which closing waits for a turn under way, and for a step of learning.
 _LAST_TURN, _LAST_STEP = 1.0, 30.0
 _PROBE = 5.0  # seconds that a probe may take
-_LEAD = 1.0  # seconds by which requests of high priority overtake earlier ones
 # Seconds after its due time at which a group is handled, so that what was due has happened.
 _MARGIN = 1e-4
 
@@ -109,20 +107,19 @@ class CodedBatcher:
         setup = Setup(pool, coder, policy, queries, answers, refuse, observe)
         setup = setup.checked(predicts=predictor is not None)
         scores = decoding or DecodingScores(policy.accuracy)
-        self._adaptation = Adaptation(setup, scores, predictor)
-        self._setup = setup = self._adaptation.setup
+        known = Approximations(setup, scores, predictor, lambda own: self._requests.accept_own(own))
+        self._approximations, self._setup = known, known.setup
+        setup = known.setup
         self.policy, clock = setup.policy, setup.clock
         self._scales = ScaleMonitor() if coder.num_data > 1 else None
-        self._inbox: collections.deque[Request | Group | Audit] = collections.deque()
+        self._inbox: collections.deque[Request | Group] = collections.deque()
         self._turns = clock.turns("nercc-batcher", self._run)
         self._queue = QueryQueue(self.policy.max_queue_size)
         self._requests = OpenRequests(self._queue, setup.observe, clock, self._post)
-        self._screen = AnswerScreen(setup, self._adaptation, self._post)
-        known = Approximations(setup, self._adaptation, self._requests.accept_own)
-        self._approximations = known
+        self._screen = AnswerScreen(setup, predictor)
         self._dispatcher = Dispatcher(setup, self._queue, known, self._post)
         self._timers: Timers[Group] = Timers()  # when to decide on a group again
-        self._adaptation.turns.start()
+        known.turns.start()
         pool.on_idle(lambda: self._turns.wake() if self.waiting else None)
         self._turns.start()
 
@@ -132,7 +129,6 @@ class CodedBatcher:
         *,
         deadline: float | None = None,
         exact: bool = False,
-        high: bool = False,
     ) -> concurrent.futures.Future[Reply]:
         """Submit B queries, from any thread, and return at once.
 
@@ -140,7 +136,6 @@ class CodedBatcher:
             x: the queries.
             deadline: seconds from now; by default the policy's.
             exact: accept only the model's own answers, hedged if a worker straggles.
-            high: high priority, ahead of ordinary queries that came up to a second earlier.
 
         Returns:
             A future of the `Reply`. It may raise `DeadlineExceeded`, `InferenceFailed`, or
@@ -161,14 +156,11 @@ class CodedBatcher:
                 f"a deadline is a positive number of seconds, {MAX_DEADLINE_S:g} at most, not "
                 f"{deadline:g}"
             )
-        lead = _LEAD if high else 0.0
         # Queries of another scale travel alone, as those that must be answered exactly.
         exact = exact or (self._scales is not None and self._scales.is_odd(x))
         values, now = setup.answers.zeros(len(x)), setup.clock.now()
-        request = Request(x, values, now, deadline, exact, lead)
+        request = Request(x, values, now, deadline, exact)
         self._requests.accept(request)
-        if high:
-            setup.observe("high_priority", len(x))
         request.on_cancel(self._post)
         self._post(request)
         return request.future
@@ -197,11 +189,11 @@ class CodedBatcher:
             showed of decoded answers; "audited", whether the latest decoded answers that were
             compared had wrong labels, or errors beyond their bars.
         """
-        return self._adaptation.status()
+        return self._approximations.status() | {"checks": self._screen.status()}
 
     def hints(self) -> list[str]:
         """Return why nothing is decoded or predicted, and which workers answer wrongly."""
-        return self._adaptation.hints()
+        return self._approximations.hints() + self._screen.hints()
 
     def close(self, drain: float = 0.0) -> None:
         """Accept no more requests, answer for up to `drain` seconds, and fail the rest.
@@ -213,7 +205,7 @@ class CodedBatcher:
         for request in self._requests:
             why = "the server shut down before it could answer"
             self._requests.fail(request, ServerClosing(why))
-        self._adaptation.turns.close(_LAST_STEP)
+        self._approximations.turns.close(_LAST_STEP)
 
     def __enter__(self) -> "CodedBatcher":
         return self
@@ -223,8 +215,8 @@ class CodedBatcher:
 
     # The thread that decides.
 
-    def _post(self, event: Request | Group | Audit) -> None:
-        """Take a new or cancelled request, or a group or an audit to which something happened."""
+    def _post(self, event: Request | Group) -> None:
+        """Take a new or cancelled request, or a group to which something happened."""
         self._inbox.append(event)
         self._turns.wake()
 
@@ -279,20 +271,15 @@ class CodedBatcher:
             self._approximations.learn(query, None)
         self._requests.fail(request, error)
 
-    def _handle(self, event: Request | Group | Audit, now: float) -> None:
+    def _handle(self, event: Request | Group, now: float) -> None:
         # However long a turn is: deadlines come before the answers that were too late for them.
         self._expire(now)
-        match event:
-            case Request() as request:
-                self._requests.enqueue(request)
-                if request.future.cancelled():
-                    self._requests.cancel(request, now)
-            case Group() as group:
-                if group in self._dispatcher.groups:
-                    self._receive(group, now)
-            case Audit() as audit:
-                self._screen.receive_audit(audit)
-                self._settle(now)
+        if isinstance(event, Request):
+            self._requests.enqueue(event)
+            if event.future.cancelled():
+                self._requests.cancel(event, now)
+        elif event in self._dispatcher.groups:
+            self._receive(event, now)
 
     def _expire(self, now: float) -> None:
         pool = self._setup.pool
@@ -306,7 +293,6 @@ class CodedBatcher:
     def _handle_due(self, now: float) -> None:
         """Handle what is due: deadlines, groups to be completed, stragglers."""
         self._screen.settle_due(now)
-        self._screen.look(now)
         self._settle(now)
         self._expire(now)
         filling = self._dispatcher.filling
@@ -387,7 +373,7 @@ class CodedBatcher:
         looked: set[Source] = set()
         while any(group.open_queries()):
             view, before = group.view(looked), len(looked)
-            evidence = self._adaptation.evidence(len(group.cells))
+            evidence = self._approximations.evidence(len(group.cells))
             for action in decide(view, now, evidence, policy, setup.enough):
                 match action:
                     case Predict(places):

@@ -23,7 +23,7 @@ from ._approximate import Approximations
 from .core._coder import Coder
 from .core._group import Group, repeat_rows
 from .core._request import Query
-from .core._requests import QueryQueue, Timers
+from .core._requests import Lane, QueryQueue
 from .core._setup import Setup
 
 # Queries of a path, at least (fewer have only one), and at most: 256 take 1.3 ms.
@@ -153,7 +153,7 @@ class Dispatcher:
             else:
                 full = len(lane) >= coder.num_data
                 if not full:
-                    since = min(query.request.arrived for query in lane)
+                    since = next(iter(lane)).request.arrived
                     self.due = since + setup.policy.batch_wait_timeout_s
                 if full or now >= self.due or at_once:
                     self.due = math.inf
@@ -209,7 +209,7 @@ class Dispatcher:
         pool, coder, points = self._setup.pool, self._setup.coder, group.layout.extras
         # A code that mixes queries sends all of them.
         most = int(min(pool.spare, len(points))) if coder.systematic else len(points)
-        redundancy = self._approximations.adaptation.setting.redundancy
+        redundancy = self._approximations.setting.redundancy
         if redundancy != "uncertain" or not most:
             return points[: most * (redundancy == "always")]
         waiting = [place for place, _ in group.open_queries()]
@@ -226,7 +226,7 @@ class Dispatcher:
         worth = np.where(places < 0, doubt.max(), doubt[places])
         return points[np.argsort(-worth, kind="stable")[: min(np.count_nonzero(worth), most)]]
 
-    def _send_own(self, lane: Timers[Query], now: float) -> list[Group]:
+    def _send_own(self, lane: Lane, now: float) -> list[Group]:
         """Send queries as they came, each to its own worker, and return their groups."""
         coder, pool = self._setup.coder, self._setup.pool
         sizes, sent, left = [], [], len(lane)
@@ -246,7 +246,7 @@ class Dispatcher:
                 self.filling = None
         return sent
 
-    def _send_mixed(self, lane: Timers[Query], now: float) -> list[Group]:
+    def _send_mixed(self, lane: Lane, now: float) -> list[Group]:
         """Form a group of a code that mixes its queries, of as many rows as wait, and return it."""
         num_data, number = self._setup.coder.num_data, len(lane)
         most = self._setup.policy.max_batch_size
@@ -284,7 +284,7 @@ class Dispatcher:
             copies=setup.policy.copies if group.alone else 1,
             at_once=at_once,
             on_change=lambda _: self._post(group),
-            overdue=self._approximations.adaptation.setting.overdue,
+            overdue=self._approximations.setting.overdue,
             refuse=setup.refuse,
         )
         self._times = group.batch.times
@@ -320,7 +320,7 @@ class Dispatcher:
         self._setup.observe("order_seconds", ordering.time.spend(begin))
         return assigned
 
-    def _pop(self, lane: Timers[Query], number: int, now: float) -> list[Query]:
+    def _pop(self, lane: Lane, number: int, now: float) -> list[Query]:
         queries = self._queue.pop(lane, number)
         for request in {query.request for query in queries}:
             if math.isinf(request.sent):

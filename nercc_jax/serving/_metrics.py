@@ -39,7 +39,6 @@ _TABLE = (
     ("queries", "query_", "Queries by how they were answered.", ()),
     ("audited", "audit_", "Approximate answers, by whether the model's own agreed later.", ()),
     ("checked_answers", "check_", "Suspicious answers, by what computing them again showed.", ()),
-    ("high_priority_queries", "high_priority", "Queries of high priority.", ()),
     ("stragglers", "straggler", "Coded data points that were not waited for.", ()),
     ("reexecutions", "reexecution", "Queries sent a second time.", ()),
     ("drifts", "drift", "Times that predictions were wrong more often than promised.", ()),
@@ -100,14 +99,12 @@ class Meter:
     Attributes:
         served: The model's pool and code; None once it is closed.
         waiting: Returns the number of queries that wait to be sent.
-        last_answer: The time of the latest answer, by the wall clock; 0 for none yet.
     """
 
     def __init__(self, pool: AbstractPool, code: AbstractCode):
         """Count from 0."""
         self.served: tuple[AbstractPool, AbstractCode] | None = pool, code
         self.waiting: Callable[[], float] = lambda: 0
-        self.last_answer = 0.0
         self._lock = threading.Lock()
         self._measures: dict[str, Measure] = {}
         self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=_MOST)
@@ -127,7 +124,6 @@ class Meter:
             measure.buckets[bisect.bisect_left(edges, number)] += 1
             if what == "request_ok":
                 self._recent.append((time.monotonic(), number))
-                self.last_answer = time.time()
 
     def read(self, what: str) -> Measure:
         """Return a copy of what is known of a measurement."""

@@ -63,7 +63,7 @@ class BatchingPolicy:
     """Seconds until a group that is not full is sent without waiting for more queries. With a
     systematic code only its redundancy waits."""
     max_queue_size: int = _option(1024, ge=1, le=10**6)
-    "Maximum queries that wait to be sent; more are refused. High priority has a quarter more."
+    "Maximum queries that wait to be sent; more are refused."
     deadline_s: float = _option(10.0, gt=0, le=MAX_DEADLINE_S)
     "Default deadline of a request, in seconds; at most an hour."
     straggler_threshold: float = _option(1.5, gt=0)

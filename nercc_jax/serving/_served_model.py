@@ -146,7 +146,6 @@ class ServedModel:
         *,
         deadline: float | None = None,
         exact: bool = False,
-        high: bool = False,
     ) -> Reply:
         """Answer queries: an array, or arrays by name where the model takes a dict of arrays.
 
@@ -170,7 +169,7 @@ class ServedModel:
         # One array of floats is checked by the batcher itself.
         elif isinstance(queries, Mapping) or inputs.parts[0].datatype != FLOAT:
             queries = inputs.pack(queries)
-        future = self._batcher.submit(queries, deadline=deadline, exact=exact, high=high)
+        future = self._batcher.submit(queries, deadline=deadline, exact=exact)
         reply = await _result(future, deadline)
         if outputs.alone:
             return reply

@@ -97,39 +97,32 @@ def test_swapped_answers_are_fenced_and_no_wrong_label_goes_out(calls):
     assert labels_right(replies) >= 0.995
     sent = [call.worker for call in traffic.pool.calls()][-300:]
     assert labels_right(traffic.send(700)) == 1
-    audits = sum(worker in (2, 5) for worker in sent)
-    assert audits < 20, "nothing but audits"
+    assert not {2, 5} & {*sent}
     first, second = worker_hints(traffic)
     assert "worker 2 is fenced" in first
     assert "answers were not those of two other workers" in second
 
 
-@pytest.mark.parametrize("replaced", [False, True])
-def test_a_worker_that_is_right_again_or_replaced_is_released(replaced):
-    if replaced:
-        faults = Fault("swap", workers=(5,)), Fault("death", workers=(5,), calls=(20,))
-    else:
-        faults = (Fault("swap", workers=(5,), calls=range(25)),)
-    traffic = served(*faults)
+def test_a_fenced_worker_that_is_replaced_is_released():
+    traffic = served(Fault("swap", workers=(5,)), Fault("death", workers=(5,), calls=(4,)))
     traffic.send(200)
-    assert traffic.observed["worker_fenced"] == 1
     traffic.clock.run(traffic.clock.now() + 60)
+    times = traffic.pool.report().deaths
+    assert times == traffic.observed["worker_fenced"] == traffic.observed["worker_released"] > 0
     assert fenced(traffic) == []
     assert "fenced" not in states(traffic)
-    assert traffic.pool.report().deaths == replaced
-    assert replaced or traffic.observed["worker_released"] == 1
 
 
 def test_no_more_are_fenced_than_the_policy_allows_and_the_status_says_so(caplog):
     traffic = served(Fault("swap", workers=(1, 4, 6)))
-    replies = traffic.send(300)
+    traffic.send(300)
     status = traffic.batcher.status()["checks"]
     assert len(status["fenced"]) == status["max_fenced"] == 2
     (left,) = status["not_fenced"]
     assert f"worker {left} answers wrongly, but no more than 2 may be" in str(worker_hints(traffic))
     assert sum("no more may be fenced" in record.message for record in caplog.records) == 1
     # Its answers are computed again, one and all; two that swap rows alike confirm each other.
-    assert labels_right(replies[100:]) >= 0.99
+    assert labels_right(traffic.send(200)) >= 0.99
 
 
 def test_an_answer_that_nobody_confirms_goes_out_in_time_and_says_so():

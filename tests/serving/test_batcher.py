@@ -259,48 +259,32 @@ def test_exact_queries_are_hedged_and_never_decoded():
 # Whose turn it is.
 
 
-@pytest.mark.parametrize(
-    ("kinds", "expected"),
-    [
-        # o: ordinary, e: exact, h: of high priority, H: and exact. Who came first goes first ...
-        ("oeeoeeeoe", [*range(9)]),
-        # ... but for high ones, which come within a second.
-        ("oohoHo", [2, 4, 0, 1, 3, 5]),
-        # Others do not: the ordinary ones have waited for longer.
-        ("oo-hoHo", [0, 1, 2, 4, 3, 5]),
-    ],
-)
 @pytest.mark.parametrize("code", [ONE, Uncoded(1)])
-def test_queries_of_high_priority_go_ahead_but_nobody_starves(kinds, expected, code):
+def test_who_came_first_goes_first_whether_exact_or_not(code):
     sim = Simulated(code, workers=1, copies=1)
     x = queries(10)
     sim.hold(x[9])
     futures = [sim.submit(x[9:])]
     sim.run()
-    for kind in kinds:
-        if kind == "-":
-            sim.run(2.0)
-            continue
-        each = x[len(futures) - 1 : len(futures)]
-        futures.append(sim.submit(each, high=kind in "hH", exact=kind in "eH"))
+    for place, exact in enumerate((False, True, True, False, True, True, True, False, True)):
+        futures.append(sim.submit(x[place : place + 1], exact=exact))
         sim.run(1e-6)
     for future in futures:
         sim.result(future)
-    assert list(dict.fromkeys(sim.order(x))) == [9, *expected]
-    assert sim.observed["high_priority"] == kinds.lower().count("h")
+    assert list(dict.fromkeys(sim.order(x))) == [9, *range(9)]
 
 
-def test_what_is_sent_again_goes_ahead_of_high_priority():
+def test_what_is_sent_again_goes_ahead_of_what_waits():
     sim = Simulated(Uncoded(1), workers=2, straggler_threshold=THRESHOLD)
     x = queries(12)
     sim.hold(x[0], calls=1)
     futures = [sim.submit(x[:1])]
     sim.run(SERVICE / 100)
-    futures += [sim.submit(each[None], high=True) for each in x[1:]]
+    futures += [sim.submit(each[None]) for each in x[1:]]
     for future in futures:
         sim.result(future)
     place = sim.order(x).index(0)
-    assert THRESHOLD <= place < len(x) - 1, "before the last of high priority"
+    assert THRESHOLD <= place < len(x) - 1, "before the last of those that waited"
 
 
 def test_batches_grow_while_workers_are_busy():
@@ -371,7 +355,7 @@ def test_bad_policies(name, value, untyped):
         BatchingPolicy(**{name: value})
 
 
-def test_a_full_queue_refuses_at_once_has_room_for_high_priority_and_then_takes_again():
+def test_a_full_queue_refuses_at_once_and_then_takes_again():
     sim = Simulated(Uncoded(1), workers=1, max_queue_size=4, copies=1)
     x = queries(9)
     futures = [sim.submit(x[:1])]
@@ -379,14 +363,10 @@ def test_a_full_queue_refuses_at_once_has_room_for_high_priority_and_then_takes_
     futures.append(sim.submit(x[1:5]))
     with pytest.raises(QueueFull, match="4 queries wait and 1 more came; the queue holds 4"):
         sim.submit(x[5:6])
-    futures.append(sim.submit(x[5:6], high=True))  # a quarter more
-    for more in ({"high": True}, {}):
-        with pytest.raises(QueueFull):
-            sim.submit(x[6:7], **more)
     for future in futures:
         sim.result(future)
     sim.answer(x[6:9])
-    assert sim.observed["request_queue_full"] == 3
+    assert sim.observed["request_queue_full"] == 1
 
 
 def test_deadlines_and_who_goes_away_leave_nothing_behind():

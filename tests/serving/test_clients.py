@@ -1,10 +1,7 @@
 """The protocol's clients: Triton's and kserve's, each by REST and by gRPC, of coded models."""
 
 import asyncio
-import re
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,67 +146,6 @@ def test_triton_may_ask_for_exact_answers(triton, server):
     answer = triton(triton_calls.infer, "rack", x, parameters={"nercc_exact": True})
     assert answer["outputs"]["exact"].all()
     np.testing.assert_array_equal(answer["outputs"]["output"], 2 * x[:, :3])
-
-
-def test_triton_gets_the_models_configuration(triton):
-    given = triton(triton_calls.ask, "get_model_config", "rack", "1")
-    given = given if triton.face == "http" else given["config"]
-    assert (given["name"], given["backend"], given["max_batch_size"]) == ("rack", "nercc_jax", 1024)
-    types = {each["name"]: each["data_type"] for each in given["output"]}
-    assert (types["output"], types["exact"]) == ("TYPE_FP32", "TYPE_BOOL")
-    assert [int(each) for each in given["input"][0]["dims"]] == [4]  # strings by gRPC's JSON
-    batching = given["dynamic_batching"]
-    assert batching["preferred_batch_size"] == [1]
-    assert (int(batching["priority_levels"]), int(batching["default_priority_level"])) == (2, 2)
-
-
-def test_triton_learns_what_was_done(triton):
-    def given():
-        (stats,) = triton(triton_calls.ask, "get_inference_statistics", "slow")["model_stats"]
-        return stats["inference_stats"], int(stats["inference_count"])
-
-    def count(stats, name, key="count"):
-        return int(stats[name].get(key, 0))
-
-    before, inferences = given()
-    triton(triton_calls.infer, "slow", numbers(2))
-    for _ in range(2):
-        refused = triton(triton_calls.infer, "slow", numbers(1), parameters={"nercc_exact": "yes"})
-        assert refused["message"]
-    after, now = given()
-    assert now == inferences + 2
-    for name, more in {"success": 1, "fail": 2, "queue": 1, "compute_infer": 1}.items():
-        assert count(after, name) == count(before, name) + more, name
-    spent = {
-        name: (count(after, name, "ns") - count(before, name, "ns")) / 1e9
-        for name in ("success", "queue", "compute_infer")
-    }
-    assert 0.8 <= spent["compute_infer"] < spent["success"] < ENDS  # two calls of 0.4 s
-    assert spent["success"] == pytest.approx(spent["queue"] + spent["compute_infer"])
-    everyone = triton(triton_calls.ask, "get_inference_statistics")["model_stats"]
-    assert [each["name"] for each in everyone] == ["double", "rack", "slow"]
-
-
-@pytest.mark.parametrize("face", ["http", "grpc"])
-def test_perf_analyzer_runs_to_its_end(server, face):
-    """Triton's own, which reads metadata, configuration and statistics before and after."""
-    wheel = require("perf_analyzer", "perf")
-    # Its script gives 0 whatever happens.
-    program = Path(wheel.__file__).with_name("bin") / "perf_analyzer"
-    address = {"http": f"127.0.0.1:{server.http_port}", "grpc": server.grpc}[face]
-    given = ["-m", "double", "-u", address, "-i", face, "--service-kind", "triton", "-b", "2"]
-    given += ["--input-data", "zero"]  # its random bytes are no finite numbers
-    asked = server.count("requests_total", model="double", outcome="ok")
-    done = subprocess.run(
-        [program, *given, "--concurrency-range", "2", "--request-count", "20"],
-        capture_output=True,
-        text=True,
-        timeout=ENDS,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"Client:\s+Request count: 20\b", done.stdout), done.stdout
-    assert re.search(r"Server:\s+Inference count: (3[89]|[4-9]\d)\b", done.stdout), done.stdout
-    assert server.count("requests_total", model="double", outcome="ok") >= asked + 20
 
 
 # kserve's.

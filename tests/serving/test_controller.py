@@ -160,7 +160,7 @@ def test_traffic_is_served_by_what_is_picked():
     policy = BatchingPolicy(straggler_threshold=1.5, copies=3, max_calls=1.4, max_disagreement=0.1)
     traffic = Traffic(Sure(), policy, code=Replication(1, 2), share=0.05)
     traffic.send(600)
-    assert traffic.batcher._adaptation.setting.redundancy == "uncertain"
+    assert traffic.batcher._approximations.setting.redundancy == "uncertain"
     before, replies = traffic.calls(), traffic.send(300)
     assert 1.2 < (traffic.calls() - before) / 300 < 1.4  # three of ten twice
     assert np.quantile([seconds for seconds, *_ in replies], 0.99) < 1.5 * SERVICE
@@ -185,7 +185,7 @@ def slow_queries():
 
 def test_queries_that_are_slow_themselves_are_not_copied_unless_a_worker_hangs():
     traffic, _ = slow_queries()
-    assert not traffic.batcher._adaptation.setting.hedges
+    assert not traffic.batcher._approximations.setting.hedges
     assert "no copies" in traffic.batcher.status()["policy"]["reason"]
     before, replies = traffic.calls(), traffic.send(500)
     assert 500 <= traffic.calls() - before <= 515  # but for trials
@@ -201,9 +201,9 @@ def test_queries_that_are_slow_themselves_are_not_copied_unless_a_worker_hangs()
 def test_copies_are_tried_again():
     traffic, stop = slow_queries()
     stop()
-    traffic.share, tried, adaptation = 0.05, 0, traffic.batcher._adaptation
-    assert not adaptation.setting.hedges
-    while not adaptation.setting.hedges:
+    traffic.share, tried, learned = 0.05, 0, traffic.batcher._approximations
+    assert not learned.setting.hedges
+    while not learned.setting.hedges:
         traffic.send(500)
         tried += 1
     assert tried < 20

@@ -5,13 +5,12 @@ nobody."""
 
 import concurrent.futures
 import threading
-import time
 
 import numpy as np
 import pytest
 from attack import post as as_bytes
 from conftest import require
-from faces import FACES, ask, content, post
+from faces import FACES, ask, post
 from in_process import Doubles, becomes, body, connect, is_cut_off, read_answer, real, serving
 from nercc_server import ENDS
 
@@ -154,30 +153,6 @@ def listens():
         yield server, model
 
 
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [
-        ("{now:.3f}", 40),  # nginx's $msec
-        ("t={now:.3f}", 40),
-        ("{milliseconds}", 40),  # Heroku
-        ("t={milliseconds}000", 40),  # Apache's %t
-        ("t={now:.0f}", 40),
-        *((wrong, 0) for wrong in ("t={now:.3f} D=3", "yesterday", "", "-{now:.0f}", "9" * 400)),
-        ("t={ahead}", 0),  # a clock that goes fast
-        ("t={behind}", 0),  # ... and one that is hours behind
-    ],
-)
-def test_deadlines_count_from_the_proxy(listens, header, seconds):
-    server, model = listens
-    now = time.time() - 40
-    times = {"now": now, "milliseconds": int(1e3 * now), "ahead": now + 100, "behind": now - 9000}
-    headers = {"X-Request-Start": header.format(**times)}
-    parameters = {"nercc_deadline_ms": 100_000}
-    assert ask("json", server, "digits", ONE, parameters=parameters, headers=headers).is_(200)
-    left = model.asked[-1][1]["deadline"]
-    assert left == 100 if seconds == 0 else 50 < left < 61
-
-
 def test_numbers_that_take_long_to_read_cost_their_own_deadline():
     """They are read one request at a time, in JSON and in gRPC's typed contents; bytes are not."""
     model = Doubles()
@@ -187,14 +162,3 @@ def test_numbers_that_take_long_to_read_cost_their_own_deadline():
         for face in FACES:
             assert ask(face, server, "digits", x, parameters=parameters).is_(200)
             assert (model.asked[-1][1]["deadline"] < 60) == (face in ("json", "typed"))
-
-
-def test_what_waited_for_longer_before_the_server_is_not_computed(listens):
-    server, model = listens
-    usual, before = model.settings.deadline_s, len(model.asked)
-    given, _ = content("digits", ONE)
-    headers = {"X-Request-Start": f"t={time.time() - usual - 1}"}
-    answer = post(server, INFER, content=given, headers=headers)
-    assert answer.status_code == 504
-    assert f"its {usual:g} s had passed before it was read" in answer.json()["error"]
-    assert (len(model.asked), model.refused) == (before, ["request_deadline"])

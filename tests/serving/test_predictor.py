@@ -139,17 +139,17 @@ def test_what_was_given_out_and_was_wrong_stops_it_at_once():
     traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.05))
     traffic.send(450)
     assert predictor.state == "answering"
-    adaptation = traffic.batcher._adaptation
+    learned = traffic.batcher._approximations
     # Those that straggle may be unlike the others: exams do not see them.
     x = np.ones((1, *SHAPE), np.float32)
     for _ in range(20):
         kept = {"x": x[0], "epoch": predictor.risk.epoch, "given": True}
         given = Answer(model(x)[0], "predicted", 1, 0, disagreement=0.01, **kept)
-        adaptation.audit(given, turned(x)[0])
-    assert not adaptation.audit(given, None), "it will never come"
+        learned.audit(given, turned(x)[0])
+    assert not learned.audit(given, None), "it will never come"
     assert predictor.state == "drifted"
     assert predictor.predict(x) is None
-    assert not adaptation.risk("predicted").admits(given.disagreement, given.error)
+    assert not learned.predictor.risk.admits(given.disagreement, given.error)
 
 
 def by_difficulty(slow, delay):
@@ -172,7 +172,7 @@ def by_difficulty(slow, delay):
 def test_queries_that_are_slow_because_they_are_hard_keep_the_promise(delay):
     """However late their own answers come: groups are kept for a second."""
     traffic = by_difficulty(0.02, delay)
-    predictor, replies = traffic.batcher._adaptation.predictor, traffic.send(2000)
+    predictor, replies = traffic.batcher._approximations.predictor, traffic.send(2000)
     traffic.clock.run(traffic.clock.now() + 10)
     predicted = [(reply, own) for _, reply, own in replies if reply.predicted[0]]
     wrong = sum(reply.values[0].argmax() != own.argmax() for reply, own in predicted)

@@ -43,14 +43,13 @@ def test_uncertain_redundancy_sends_coded_points_only_where_the_surrogate_doubts
 
 
 def test_a_group_leaves_when_its_oldest_query_has_waited_long_enough():
-    """Whatever stands before it in the queue by its priority."""
     clock = SimulatedClock()
     pool = SimulatedPool(model, 8, seconds=lambda size: SERVICE, clock=clock)
     policy = BatchingPolicy(batch_wait_timeout_s=0.5, outputs="logits")
     with CodedBatcher(pool, Coder(NeRCC(4, 8)), SHAPE, OUT, policy=policy) as batcher:
         x, futures = np.zeros((1, *SHAPE), np.float32), []
-        for when, high in ((0.0, False), (0.3, True), (0.4, True)):
-            clock.at(when, lambda high=high: futures.append(batcher.submit(x, high=high)))
+        for when in (0.0, 0.3, 0.4):
+            clock.at(when, lambda: futures.append(batcher.submit(x)))
         clock.run(3.0)
         waited = [future.result(0).queued for future in futures]
     assert waited == pytest.approx([0.5, 0.2, 0.1], abs=1e-3)
@@ -174,14 +173,14 @@ def test_nothing_is_decoded_after_a_drift_until_new_stragglers_were_compared():
     known = lambda coder: calibrated(coder, policy.accuracy)  # noqa: E731
     traffic = Traffic(None, policy, INTERLEAVED, share=0.15, decoding=known)
     assert any(not reply.exact.all() for _, reply, _ in traffic.send(150))
-    adaptation = traffic.batcher._adaptation
+    learned = traffic.batcher._approximations
     while not traffic.observed["drift"]:
-        adaptation.risk("decoded").give()
-        kept = {"epoch": adaptation.risk("decoded").epoch, "given": True}
+        learned.decoding.risk.give()
+        kept = {"epoch": learned.decoding.risk.epoch, "given": True}
         label = np.eye(3, dtype=np.float32)[0]
         given = Answer(label, "decoded", 8, 7, disagreement=0.01, **kept)
-        adaptation.audit(given, np.eye(3, dtype=np.float32)[1])
-    risk = adaptation.risk("decoded")
+        learned.audit(given, np.eye(3, dtype=np.float32)[1])
+    risk = learned.decoding.risk
     assert not risk.admits(given.disagreement, given.error)
     status = traffic.batcher.status()["decoding"]
     assert (status["drifts"], status["compared"], status["admitted"]) == (1, 0, 0)

@@ -294,12 +294,11 @@ IDS["scale"] = np.ones(2, "<f4")
 TAKES = "takes inputs 'image', FP32, of shape [-1, 2, 3]; 'meta', FP32, of shape [-1, 4], not "
 BYTE = {"input": Tensor([[1, 2, 3]], (1, 3), "INT8")}
 LATE = "not answered within 0.05 s"
-DEADLINE, TIMEOUT, PRIORITY = (
+DEADLINE, TIMEOUT = (
     f"{name} must be {rest}"
     for name, rest in (
         ("nercc_deadline_ms", "a positive number up to 3600000, an hour"),
         ("timeout", "a positive number up to 3600000000, an hour"),
-        ("priority", "1 (high) or 2 (as usual)"),
     )
 )
 
@@ -330,7 +329,7 @@ def asked(*names, **parameters):
             for value in (0, -5, True, "250", 1e300, 9 * 10**14)
         ),
         *(("double", ONE, asked(timeout=v), 400, TIMEOUT, None) for v in (-1, 3_600_000_001)),
-        *(("double", ONE, asked(priority=v), 400, PRIORITY, None) for v in (3, -1, True, "high")),
+        ("double", ONE, asked(priority=1), 400, "no parameters ['priority'], only", None),
         ("nothing", ONE, {}, 404, "nothing", None),
         ("double", ONE, {"version": "2"}, 404, "version 2", None),
         ("slow", [[0.0] * 4] * 5, {}, 413, "5 queries in one request; the queue of", None),
@@ -360,7 +359,7 @@ def asked(*names, **parameters):
             *("the last: the model's output 'scaled' is not finite", "InferenceFailed"),
         ),
         ("count", [[1.0, 2, 3]], {}, 400, "takes 'input', INT8", None),
-        ("count", BYTE, asked(priority=3), 400, PRIORITY, None),
+        ("count", BYTE, asked(timeout=-1), 400, TIMEOUT, None),
     ],
 )  # fmt: skip
 def test_refusals_are_alike_by_every_face(
@@ -492,28 +491,14 @@ def test_grpc_knows_no_other_model_or_version_and_loads_none(server):
         ({"timeout": 9_000_000, "nercc_deadline_ms": 250}, {"deadline": 0.25}),
         ({"nercc_deadline_ms": 3_600_000}, {"deadline": 3600}),
         ({"timeout": 3_600_000_000}, {"deadline": 3600}),
-        ({"priority": 1}, {"high": True}),
-        ({"priority": 2}, {}),
-        ({"priority": 0}, {}),  # Triton's for the default
     ],
 )
-def test_deadline_exactness_and_priority(server, told, parameters, expected):
+def test_deadline_and_exactness(server, told, parameters, expected):
     for face in FACES:
         assert ask(face, server, "digits", ONE, parameters=parameters).is_(200)
         x, demanded = told.asked[-1]
         np.testing.assert_array_equal(x, ONE["input"])
-        assert demanded == {"deadline": None, "exact": False, "high": False} | expected
-
-
-def test_high_priority_is_counted(server):
-    before = counted("high_priority_queries", "heads")
-    for face in FACES:
-        ask(face, server, "heads", X, parameters={"priority": 1})
-    with stub_of(server) as stub:  # as Triton's client sends it, a kind that KServe's has not
-        request = message("heads", X)
-        request.parameters["priority"].MergeFromString(b"\x28\x01")
-        stub.ModelInfer(request, timeout=LONG)
-    assert counted("high_priority_queries", "heads") == before + 2 * 5
+        assert demanded == {"deadline": None, "exact": False} | expected
 
 
 def reply(disagreement=(0.0, 0.25), error=(0.0, 1.5)):

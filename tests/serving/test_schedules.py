@@ -1,6 +1,6 @@
 """Random schedules under a simulated clock: whatever happens, and in whichever order, holds.
 
-A schedule is a seed: requests that come alone and together, with and without deadlines, high ones,
+A schedule is a seed: requests that come alone and together, with and without deadlines,
 exact ones, some cancelled; workers that are slow, hang, die, raise, answer NaN, or answer when they
 have long been replaced. After each event the books of batcher and pool are counted anew. A seed
 that fails fails again: `python tests/serving/test_schedules.py 7 8` plays number 7.
@@ -114,7 +114,7 @@ class Schedule:
             predictor=Checks() if self.predicts else None,
             observe=self.observe,
         )
-        audit = self.batcher._adaptation.audit
+        audit = self.batcher._approximations.audit
 
         def audited(given, own):
             if given.source == "predicted" and own is not None:
@@ -122,7 +122,7 @@ class Schedule:
                 assert np.allclose(value, own, atol=1e-6), "an audit of another query"
             return audit(given, own)
 
-        self.batcher._adaptation.audit = audited
+        self.batcher._approximations.audit = audited
         self.submitted = []
         self.ended = []  # a number of a request each time that one ends
         self.checked = 0  # of those, how many were looked at
@@ -153,7 +153,7 @@ class Schedule:
         x = self.inputs.normal(size=(size, *SHAPE))
         number, arrived = len(self.submitted), self.clock.now()
         (deadline,) = draw.choices([self.policy.deadline_s, 0.05, 2.0], [0.7, 0.1, 0.2])
-        ways = {"exact": draw.random() < 0.2, "high": draw.random() < 0.2}
+        ways = {"exact": draw.random() < 0.2}
         try:
             future = self.batcher.submit(x.astype(np.float32), deadline=deadline, **ways)
         except QueueFull:

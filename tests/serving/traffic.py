@@ -91,8 +91,8 @@ class Traffic:
             observe=self.observe,
         )
         # Errors of predictions that were given out; NaN where the own answer will never come.
-        self.audited, adaptation = [], self.batcher._adaptation
-        audit = adaptation.audit
+        self.audited, learned = [], self.batcher._approximations
+        audit = learned.audit
 
         def audited(given, own):
             if given.given and given.source == "predicted":
@@ -100,7 +100,7 @@ class Traffic:
                 self.audited.append(error)
             return audit(given, own)
 
-        adaptation.audit = audited
+        learned.audit = audited
 
     def seconds(self, size):
         straggles = self.random.random() < self.share

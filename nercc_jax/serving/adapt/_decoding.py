@@ -151,11 +151,6 @@ class DecodingEvidence:
             self._risk.replace(shown)
         return self._risk
 
-    @property
-    def shown(self) -> list[bool]:
-        """The latest answers given out, each by whether it missed its promise."""
-        return list(self._risk.shown)
-
     def limit(self, queries: int) -> float:
         """Return the largest score within a calibration, for a group with this number of queries.
 

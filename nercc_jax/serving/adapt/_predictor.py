@@ -14,21 +14,24 @@ import collections
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from ...codes import Decoded
 from ...codes._checks import check_count
+from ...codes._trees import join
 from ...evaluation._criteria import agree_on_labels, row_errors
 from ...inference.models import Model
 from ...pools.clock import TimeShare
-from ...risk import Risk, RiskMonitor
+from ...risk import ErrorProbability, Risk, RiskMonitor
 from ...risk._accuracy import bar_factor, error_ratios
-from ...risk._answer_check import fit_answer_check
+from ...risk._answer_check import AnswerCheck, fit_answer_check
 from ...risk._error_probability import fit_error_probability
 from ...risk._features import label_features
 from ...surrogates import (
@@ -40,9 +43,9 @@ from ...surrogates import (
     principal_components,
     tune_learner,
 )
+from ...surrogates.nearest import nearest_predictions
 from ..core._group import repeat_rows
 from ..core._setup import Setup
-from ._calibrated_surrogate import CalibratedSurrogate, host_outputs, predictions_on_host
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,6 +60,107 @@ _SETTLED = 1024  # validation answers after which little is left to learn
 # number grows until the next calibration.
 _VALIDATION, LEAST, _MORE = 2048, 128, 0.25
 _FEATURES = 64  # principal components, where queries have more numbers
+
+
+# Returns the answers to queries as vectors, and their deviations, 1 where there are none.
+HostOutputs: TypeAlias = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def outputs_on_host(
+    surrogate: AbstractSurrogate,
+    sizes: Sequence[int],
+    *,
+    nearest: bool = False,
+    most_outputs: int = 256,
+) -> HostOutputs:
+    """Return a function that returns a surrogate's outputs on the host.
+
+    A learner that predicts by NumPy does so. Of others a program is compiled for each of some
+    numbers of queries, up to which queries are repeated.
+
+    Args:
+        surrogate: The surrogate.
+        sizes: These numbers, in ascending order.
+        nearest: Whether a learner on the host predicts from few pairs (`nearest_predictions`).
+        most_outputs: The most outputs for that: it solves for each of them at every update.
+    """
+    if isinstance(surrogate, Learner) and surrogate.is_on_host:
+        few = nearest and surrogate.form.size <= most_outputs
+        predict = nearest_predictions(surrogate) if few else surrogate.predict
+
+        def on_host(x: Shaped[np.ndarray, "queries ..."]) -> tuple[Any, Any]:
+            mean, deviation = predict(x)
+            return join(mean, 1)[0], deviation
+
+        return on_host
+    arrays, rest = eqx.partition(surrogate, eqx.is_array)
+    on_device = eqx.combine(jax.tree.map(jnp.asarray, arrays), rest)
+
+    def compiled(x: Shaped[np.ndarray, "queries ..."]) -> tuple[np.ndarray, np.ndarray]:
+        found = []
+        for begin in range(0, len(x), sizes[-1]):
+            part = x[begin : begin + sizes[-1]]
+            rows = repeat_rows(part, next(size for size in sizes if size >= len(part)))
+            found.append([np.asarray(each)[: len(part)] for each in _outputs(on_device, rows)])
+        values, deviation = map(np.concatenate, zip(*found, strict=True))
+        return values, deviation
+
+    return compiled
+
+
+@eqx.filter_jit
+def _outputs(surrogate: AbstractSurrogate, x: Shaped[Any, "queries ..."]) -> tuple[Any, Any]:
+    if isinstance(surrogate, Learner):
+        mean, deviation = surrogate.predict(x)
+    else:
+        mean, deviation = surrogate.outputs(x), jnp.ones(len(x))
+    return join(mean, 1)[0], deviation
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """The calibration of a surrogate; immutable, so that one thread may make it for others.
+
+    Attributes:
+        outputs: the surrogate's outputs.
+        expected: the outputs by which the model's own answers are checked; None where they are not.
+        error_probability: the probability of a wrong label; None where labels do not matter.
+        factor: what deviations are multiplied by to get error bounds.
+        limit: the largest probability of a wrong label with which an answer is given out.
+        tolerance: the largest error bound with which an answer is given out.
+        share: the share of queries that are certain enough, by validation.
+        disagreement: the share of all labels that were wrong in validation.
+        check: the check of the model's own answers; None where they are not checked.
+    """
+
+    outputs: HostOutputs
+    expected: HostOutputs | None
+    error_probability: ErrorProbability | None
+    factor: float
+    limit: float
+    tolerance: float
+    share: float
+    disagreement: float
+    check: AnswerCheck | None = None
+
+    def assess(
+        self, values: Float[np.ndarray, "queries m"], deviation: Float[np.ndarray, " queries"]
+    ) -> Decoded:
+        """Return the surrogate's answers with what calibration says of them.
+
+        `recovered` are those that may be given out. The error probability is that of another label,
+        NaN where labels do not matter; the deviation is the error bound, in units of the outputs,
+        which covers the error of a share `coverage` of the answers.
+        """
+        # Infinite where a deviation is, whatever the factor.
+        finite = np.isfinite(deviation)
+        bound = np.where(finite, self.factor * np.where(finite, deviation, 0), np.inf)
+        probability = np.full(len(values), np.nan)
+        sure = (bound <= self.tolerance) & np.isfinite(values).all(axis=1)
+        if self.error_probability is not None:
+            probability = self.error_probability(values, deviation, values)
+            sure &= probability <= self.limit
+        return Decoded(values, np.zeros(0, bool), sure, bound, probability)
 
 
 class ValidationBatch(NamedTuple):
@@ -137,7 +241,7 @@ class Predictor:
         self._count, self._due, self._learns = 0, float(LEAST), surrogate is None
         # The calibration, replaced as a whole by that thread; and whether the deciding thread has
         # discarded it.
-        self._calibrated: CalibratedSurrogate | None = None
+        self._calibrated: Calibration | None = None
         self._discarded, self._drifts = False, 0
 
     def attach(self, setup: Setup, wake: Callable[[], Any]) -> None:
@@ -229,8 +333,7 @@ class Predictor:
         calibrated = self._calibrated
         if calibrated is None or self._discarded:
             return None
-        assert self._setup is not None
-        return calibrated.predict(x, self._setup.policy.max_batch_size)
+        return calibrated.assess(*calibrated.outputs(x))
 
     @property
     def checks_answers(self) -> bool:
@@ -241,8 +344,11 @@ class Predictor:
         self, x: Shaped[np.ndarray, "queries ..."], own: Shaped[np.ndarray, "queries ..."]
     ) -> Bool[np.ndarray, " queries"]:
         """Return which of the model's own answers look wrong; none while it is not calibrated."""
-        calibrated, own = self._calibrated, own.reshape(len(own), -1)
-        return np.zeros(len(x), bool) if calibrated is None else calibrated.suspicious(x, own)
+        calibrated = self._calibrated
+        if calibrated is None or calibrated.check is None or calibrated.expected is None:
+            return np.zeros(len(x), bool)
+        mean, deviation = calibrated.expected(x)
+        return calibrated.check.suspicious(mean, deviation, own.reshape(len(own), -1))
 
     def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
         """Take the model's own answer to a query, and return at once."""
@@ -273,60 +379,49 @@ class Predictor:
 
     def learn(self, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]) -> None:
         """Validate, calibrate and train the surrogate; of the first pairs, make a learner."""
-        assert self._setup is not None
         if self._discarded:
             self._restart()
             self._discarded = False
-        if self._surrogate is None:
+        if self._surrogate is not None:
+            self._validate(x, own)
+            if isinstance(self._surrogate, Learner):
+                self._use(self._surrogate.update(x, own))
+        else:
             self._first += zip(x, own, strict=True)
             if len(self._first) < FIRST:
                 return
-            surrogate = self._make_learner()
+            x, own = map(np.stack, zip(*self._first, strict=True))
+            features = self._features
+            if features is None and x[0].size > _FEATURES:
+                features = principal_components(x, _FEATURES)
+            learner = init_learner(
+                x, own, features=features, capacity=self._capacity, kernel="squared_exponential"
+            )
+            # A width for each feature is found by descent. With one for all, 31 and 0 % of the
+            # answers of an elliptic equation, with 10 parameters, were within a tenth of their
+            # spread, and now 99 %. Where all have one anyway, it is from a grid: on LeNet5's
+            # answers descent finds nothing better (93.1 % of labels from 1,024 of them either way).
+            tuning = LearnerTuning(rows=FIRST)
+            groups = tuning.groups(learner.kernel)
+            if len(groups) > 1 and not groups.any():
+                tuning = LearnerTuning(widths="one", rows=FIRST, steps=0)
             self._first = []
-        else:
-            surrogate, before = self._surrogate, self._drifts
-            self._validate(surrogate, x, own)
-            if self._drifts > before:
-                self._setup.observe("drift", 1)
-                _LOG.warning(
-                    "predictions went wrong more often than promised: they are not given out"
-                )
-            if isinstance(surrogate, Learner):
-                surrogate = surrogate.update(x, own)
-        if surrogate is not self._surrogate:
-            self._use(surrogate)
-            if self._calibrated is not None:
-                self._calibrated = dataclasses.replace(
-                    self._calibrated, surrogate=surrogate, expected=self._expected
-                )
+            self._use(tune_learner(learner, tuning))
         calibrated = self._calibrated
         self._risk.usual = None if calibrated is None else calibrated.disagreement
 
     def _use(self, surrogate: AbstractSurrogate) -> None:
-        """Go by this surrogate, which the deciding thread does not see yet."""
+        """Go by this surrogate from now on, with the calibration that there is."""
         assert self._setup is not None
-        checks = self._setup.policy.check_answers is not None
-        self._surrogate = surrogate
-        self._expected = predictions_on_host(surrogate) if checks else None
-
-    def _make_learner(self) -> Learner:
-        """Return a learner of the first pairs."""
-        x, own = map(np.stack, zip(*self._first, strict=True))
-        features, capacity = self._features, self._capacity
-        if features is None and x[0].size > _FEATURES:
-            features = principal_components(x, _FEATURES)
-        learner = init_learner(
-            x, own, features=features, capacity=capacity, kernel="squared_exponential"
-        )
-        # A width for each feature is found by descent. With one for all, 31 and 0 % of the answers
-        # of an elliptic equation, with 10 parameters, were within a tenth of their spread, and now
-        # 99 %. Where all have one anyway, it is from a grid: on LeNet5's answers descent finds
-        # nothing better (93.1 % of labels from 1,024 of them either way).
-        tuning = LearnerTuning(rows=FIRST)
-        groups = tuning.groups(learner.kernel)
-        if len(groups) > 1 and not groups.any():
-            tuning = LearnerTuning(widths="one", rows=FIRST, steps=0)
-        return tune_learner(learner, tuning)
+        policy = self._setup.policy
+        self._surrogate, self._expected = surrogate, None
+        self._sizes = sorted({policy.max_batch_size, BATCH})
+        self._outputs = outputs_on_host(surrogate, self._sizes)
+        if policy.check_answers is not None:
+            self._expected = outputs_on_host(surrogate, policy.batch_sizes, nearest=True)
+        if self._calibrated is not None:
+            parts = {"outputs": self._outputs, "expected": self._expected}
+            self._calibrated = dataclasses.replace(self._calibrated, **parts)
 
     def _restart(self) -> None:
         """Discard the calibration after a drift, until there is a new one."""
@@ -336,29 +431,32 @@ class Predictor:
         self._monitor.clear()
         self._count, self._due = 0, float(LEAST)
 
-    def _validate(self, surrogate: AbstractSurrogate, x: np.ndarray, own: np.ndarray) -> None:
+    def _validate(self, x: np.ndarray, own: np.ndarray) -> None:
         """Compare the surrogate's answers with the model's own, and calibrate now and then."""
         assert self._setup is not None
         policy, form = self._setup.policy, self._setup.coder.form
         accuracy, check_rate = policy.accuracy, policy.check_answers
-        values, deviation = host_outputs(surrogate, x, BATCH)
+        values, deviation = self._outputs(x)
         features = np.asarray(label_features(values, deviation, values, form))
         wrong = ~np.asarray(agree_on_labels(values, own, form))
         error = np.asarray(row_errors(values, own))
         checked: tuple[np.ndarray, ...] = own[:0], own[:0, 0], own[:0]
         if self._expected is not None:
-            mean, spread = (np.asarray(each)[: len(x)] for each in self._expected(x))
-            checked = mean, spread, own
+            checked = *self._expected(x), own
         if self._calibrated is not None:
             found = self._calibrated.assess(values, deviation)
             excess = error_ratios(error, np.asarray(found.deviation))
             if self._monitor.add(accuracy.missed(wrong, excess)[found.recovered].tolist()):
                 self._restart()
+                self._setup.observe("drift", 1)
+                _LOG.warning(
+                    "predictions went wrong more often than promised: they are not given out"
+                )
         # Queries that come again are predicted better than new ones, whose bars they would shorten.
         # Where nothing is known of errors yet, there is nothing to calibrate.
         new = np.isfinite(deviation)
-        if isinstance(surrogate, Learner):
-            new &= ~surrogate.knows(x)
+        if isinstance(self._surrogate, Learner):
+            new &= ~self._surrogate.knows(x)
         fields = (features, deviation, error, wrong, *checked)
         self._validation.append(ValidationBatch(*(each[new[: len(each)]] for each in fields)))
         self._count += int(new.sum())
@@ -385,8 +483,9 @@ class Predictor:
         if check_rate is not None:
             labels = wanted is not None and (form is None or form.is_vector)
             check = fit_answer_check(mean, spread, own, check_rate, labels=labels)
-        made = CalibratedSurrogate(
-            surrogate,
+        made = Calibration(
+            self._outputs,
+            self._expected,
             error_probability,
             factor,
             limit,
@@ -394,11 +493,12 @@ class Predictor:
             share,
             float(np.mean(wrong)),
             check,
-            self._expected,
         )
         if self._calibrated is None:
             # Compile what the deciding thread calls.
-            made.predict(x[:1], policy.max_batch_size)
-            for size in policy.batch_sizes:
-                made.suspicious(repeat_rows(x[:size], size), repeat_rows(answers[:size], size))
+            for size in self._sizes:
+                made.assess(*made.outputs(repeat_rows(x[:size], size)))
+            for size in policy.batch_sizes if check is not None and made.expected else ():
+                rows = repeat_rows(x[:size], size)
+                check.suspicious(*made.expected(rows), repeat_rows(answers[:size], size))
         self._calibrated = made

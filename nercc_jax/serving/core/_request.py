@@ -136,7 +136,6 @@ class Request:
         future: Gets the reply.
         arrived: When it came.
         deadline: Seconds after which it fails.
-        turn: When it came, less the seconds by which it overtakes others.
         exact_only: Whether only the model's own answers are accepted.
         own: Whose it is: a caller's (None), or the server's own, to compare what was given out
             ("audit"), or to see whether somebody answers ("probe").
@@ -154,14 +153,13 @@ class Request:
         arrived: float,
         deadline: float,
         exact: bool,
-        lead: float = 0.0,
         own: Literal["audit", "probe"] | None = None,
     ):
         """Create a request of queries (B, ...), whose answers are written into `values`."""
         size = len(x)
         self.x: np.ndarray | None = x
         self.future: concurrent.futures.Future[Reply] = concurrent.futures.Future()
-        self.arrived, self.deadline, self.turn = arrived, deadline, arrived - lead
+        self.arrived, self.deadline = arrived, deadline
         self.exact_only, self.own = exact, own
         self.sent, self.queued = np.inf, False
         self.queries = [Query(self, place, row) for place, row in enumerate(x)]

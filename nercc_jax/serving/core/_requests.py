@@ -1,5 +1,6 @@
 """The requests that have no reply yet: the queue of what no worker has had, ends, and health."""
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -9,7 +10,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from ...pools import AbstractPool
 from ...pools.clock import AbstractClock
@@ -29,6 +30,7 @@ from ._request import (
 _LOG = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+Lane: TypeAlias = collections.OrderedDict[Query, None]
 
 # Seconds without a turn after which a thread counts as stuck, ...
 STUCK = 5.0
@@ -47,12 +49,6 @@ class Timers(Generic[Item]):
         self._heap: list[tuple[float, int, Item]] = []
         self._due: dict[Item, tuple[float, int]] = {}
         self._numbers, self._stale = itertools.count(), stale
-
-    def __len__(self) -> int:
-        return len(self._due)
-
-    def __iter__(self) -> Iterator[Item]:
-        return iter(self._due)
 
     @property
     def next(self) -> float:
@@ -85,50 +81,43 @@ class Timers(Generic[Item]):
 class QueryQueue:
     """The bounded queue of queries that no worker has had: a lane for those to be coded, and exact.
 
-    Queries of a lane stand in the order of their turns, the arrival of their request less its lead,
-    and the lane whose first query has the earlier turn is next. One of high priority overtakes
-    ordinary ones that arrived at most the lead before it. An ordinary one waits only for those that
-    arrive within the lead after it, so it cannot starve. Exact queries travel alone and others in
-    groups, hence the lanes. `waiting` and `reserve` may be used by any thread, all else only by the
-    deciding one.
+    Who came first goes first. Exact queries travel alone and others in groups, hence the lanes.
+    `waiting` and `reserve` may be used by any thread, all else only by the deciding one.
     """
 
     def __init__(self, capacity: int):
-        """Create an empty queue, in which so many queries may wait.
-
-        Those of high priority find room for a quarter more.
-        """
-        self.exact: Timers[Query] = Timers()
-        self.coded: Timers[Query] = Timers()
+        """Create an empty queue, in which so many queries may wait."""
+        self.exact: Lane = collections.OrderedDict()
+        self.coded: Lane = collections.OrderedDict()
         self.capacity, self.waiting = capacity, 0
         self.popped: list[Query] = []  # in the present step of the thread
         self._lock = threading.Lock()
 
-    def reserve(self, number: int, *, high: bool = False) -> bool:
+    def reserve(self, number: int) -> bool:
         """Reserve room for a number of queries, and return whether there is any."""
-        capacity = self.capacity + high * -(-self.capacity // 4)
         with self._lock:
-            reserved = self.waiting + number <= capacity
+            reserved = self.waiting + number <= self.capacity
             self.waiting += number * reserved
         return reserved
 
     def add(self, request: Request) -> None:
         lane = self.exact if request.exact_only else self.coded
-        for query in request.queries:
-            lane.set(query, request.turn)
+        lane.update(dict.fromkeys(request.queries))
 
-    def next_lane(self, *, hold_coded: bool = False) -> Timers[Query] | None:
+    def next_lane(self, *, hold_coded: bool = False) -> Lane | None:
         """Return the lane to serve next, or None; without queries to be coded if these are held."""
-        lane = min(self.exact, self.exact if hold_coded else self.coded, key=lambda each: each.next)
-        return lane if len(lane) else None
+        lanes = [lane for lane in (self.exact, self.coded) if lane]
+        if hold_coded:
+            lanes = [self.exact] if self.exact else []
+        return min(lanes, key=lambda lane: next(iter(lane)).request.arrived, default=None)
 
-    def workers_for(self, lane: Timers[Query], workers: int) -> int:
+    def workers_for(self, lane: Lane, workers: int) -> int:
         """Return how many of these workers a lane may use, in proportion to its length."""
         own, total = len(lane), len(self.exact) + len(self.coded)
         return max(workers * own // total, 1) if own < total else workers
 
-    def pop(self, lane: Timers[Query], number: int) -> list[Query]:
-        queries = list(itertools.islice(lane.pop_due(), number))
+    def pop(self, lane: Lane, number: int) -> list[Query]:
+        queries = [lane.popitem(last=False)[0] for _ in range(number)]
         self.popped += queries
         for query in queries:
             query.waiting = False
@@ -141,8 +130,8 @@ class QueryQueue:
         query.done = True
         if query.waiting:
             query.waiting = False
-            self.exact.drop(query)
-            self.coded.drop(query)
+            self.exact.pop(query, None)
+            self.coded.pop(query, None)
             with self._lock:
                 self.waiting -= 1
 
@@ -278,7 +267,7 @@ class OpenRequests:
             if self.monitor.closing:
                 self._observe("request_draining", 0.0)
                 raise ServerClosing("no more requests are taken: the server is shutting down")
-            if not self._queue.reserve(number, high=request.turn < request.arrived):
+            if not self._queue.reserve(number):
                 self._observe("request_queue_full", 0.0)
                 raise QueueFull(
                     f"{self._queue.waiting} queries wait and {number} more came; the queue holds "

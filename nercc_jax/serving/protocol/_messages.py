@@ -37,9 +37,7 @@ UNKNOWN = -1.0
 
 # Parameters that mean something, of a request, its inputs and its outputs. KServe's clients send
 # those of binary data by gRPC, too.
-_OF_REQUESTS = frozenset(
-    ("nercc_exact", "nercc_deadline_ms", "timeout", "priority", "binary_data_output")
-)
+_OF_REQUESTS = frozenset(("nercc_exact", "nercc_deadline_ms", "timeout", "binary_data_output"))
 _OF_INPUTS, _OF_OUTPUTS = frozenset(("binary_data_size",)), frozenset(("binary_data",))
 # By kind of dtype: the Python types that JSON may have for it, and their name.
 _TYPES: Mapping[str, tuple[set[type], str]] = {
@@ -258,8 +256,8 @@ def question_of(
     """Check a request, and return its queries and the other arguments of `ServedModel.infer`.
 
     Queries are an array (B, *shape), or arrays by name where the model takes a dict of arrays. The
-    arguments are the parameters `nercc_exact` (a boolean), `nercc_deadline_ms`, and Triton's
-    `timeout` in microseconds and `priority`, 1 or 2 (0 means the default).
+    arguments are the parameters `nercc_exact` (a boolean), and the deadline: `nercc_deadline_ms`,
+    or Triton's `timeout` in microseconds (0 means the default).
 
     Raises:
         InvalidInput: for unknown outputs and parameters, values of another kind, and anything but
@@ -294,11 +292,7 @@ def question_of(
                 f"{value!r}"
             )
         deadline = value / unit
-    priority = parameters.get("priority", 0)
-    if isinstance(priority, bool) or priority not in (0, 1, 2):
-        raise InvalidInput(f"parameter priority must be 1 (high) or 2 (as usual), not {priority!r}")
     options = {"deadline": deadline, "exact": _boolean(parameters, "nercc_exact", False)}
-    options["high"] = priority == 1
 
     inputs = servable.inputs
     try:

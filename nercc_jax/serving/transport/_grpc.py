@@ -1,4 +1,4 @@
-"""The gRPC server: the Open Inference Protocol, Triton's extensions, and gRPC's health service.
+"""The gRPC server: the Open Inference Protocol, Triton's repository, and gRPC's health service.
 
 Messages are those of `open_inference.proto`.
 """
@@ -129,8 +129,6 @@ class GrpcServer:
         else:
             of_model = "name" in asked.DESCRIPTOR.fields_by_name
             found = state.says[name](*((asked.name, asked.version) if of_model else ("", "")))
-            if name == "ModelConfig":  # its message has it in a field
-                found = {"config": found}
         # The metadata's parameters are no field of these messages.
         response = GetMessageClass(method.output_type)()
         return ParseDict(found, response, ignore_unknown_fields=True)

@@ -7,8 +7,7 @@ here.
 import asyncio
 import contextlib
 import re
-import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -16,7 +15,6 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .._policy import MAX_DEADLINE_S
 from ..core._request import message_of
 from ..protocol._messages import (
     INTERNAL,
@@ -38,14 +36,6 @@ _HEADERS = {401: {"www-authenticate": "Bearer"}, 429: _RETRY, 503: _RETRY}  # by
 _JSON_LENGTH = b"inference-header-content-length"
 
 _MOST_JSON = 2**20  # bytes of a request's JSON, without binary tensors
-
-# The header with the time at which a proxy took the request: Unix time, with or without "t=" before
-# it, as Heroku's router sends it, and nginx and Apache as they are usually configured. It is in
-# seconds with a fraction (nginx's `$msec`), milliseconds, or microseconds (Apache's `%t`); the size
-# of the number says which, since as seconds the others would be after the year 5000.
-REQUEST_START = b"x-request-start"
-_TIME = re.compile(rb"(?:t=)?(\d{9,20}(?:\.\d{1,9})?)")
-_UNITS = ((1e14, 1e-6), (1e11, 1e-3))
 
 
 class InferenceEndpoint:
@@ -146,11 +136,10 @@ class InferenceEndpoint:
                     f"Content-Encoding {encoding!r}: send the body as it is, or let a proxy "
                     "decompress it"
                 )
-            elapsed = seconds_since_proxy(scope["headers"], time.time())
             body = await read_body(receive, add)
             size = json_size(len(body), length, _MOST_JSON)
             add(int(model.servable.growth * len(body)))
-            answer = state.answer(model, lambda: read_request(body, length), size, trace, elapsed)
+            answer = state.answer(model, lambda: read_request(body, length), size, trace)
             content, about = write_response(await self._while_connected(receive, answer))
         about["content-length"] = str(len(content))
         lines = [(key.encode(), value.encode()) for key, value in about.items()]
@@ -210,18 +199,3 @@ async def read_body(receive: Receive, add: Callable[[int], None]) -> bytearray:
 def error_response(error: Exception) -> Response:
     status = KINDS[type(error)].http
     return JSONResponse({"error": message_of(error)}, status, _HEADERS.get(status))
-
-
-def seconds_since_proxy(headers: Iterable[tuple[bytes, bytes]], now: float) -> float:
-    """Return the seconds since a proxy took the request, by the `X-Request-Start` header.
-
-    They are 0 without the header, and for a time in the future or more than an hour ago, longer
-    than any deadline, by which clocks of machines differ and not requests. `now` is the wall
-    clock's time.
-    """
-    for name, value in headers:
-        if name == REQUEST_START and (found := _TIME.fullmatch(value.strip())) is not None:
-            start = float(found[1])
-            start *= next((unit for least, unit in _UNITS if start >= least), 1.0)
-            return now - start if 0 < now - start < MAX_DEADLINE_S else 0.0
-    return 0.0

@@ -66,15 +66,11 @@ def make_app(state: ServerState, registry: CollectorRegistry) -> fastapi.FastAPI
         ("/v2", "metadata", "ServerMetadata"),
         ("/v2/health/live", "live", "ServerLive"),
         ("/v2/health/ready", "ready", "ServerReady"),
-        # A model called `stats` has no metadata here.
-        ("/v2/models/stats", "all_statistics", "ModelStatistics"),
     ):
         add(path, name, method)
     for where in ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}"):
         for suffix, name, method in (
             ("", "model_metadata", "ModelMetadata"),
-            ("/config", "model_config", "ModelConfig"),
-            ("/stats", "model_statistics", "ModelStatistics"),
             ("/ready", "model_ready", "ModelReady"),
         ):
             add(where + suffix, name, method)

@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from .._metrics import ANSWERS, OUTCOMES, Measure
 from .._policy import MAX_DEADLINE_S
 from .._served_model import ServedModel
 from .._tracing import RequestSpans, RequestTrace
@@ -74,8 +73,6 @@ class ServerState:
                 "reason": trouble,
             },
             "ModelMetadata": self._model_metadata,
-            "ModelConfig": self._configuration,
-            "ModelStatistics": self._statistics,
         }
 
     # Admission.
@@ -141,13 +138,12 @@ class ServerState:
         read: Callable[[], InferenceRequest],
         size: int,
         trace: RequestTrace | None,
-        elapsed: float = 0.0,
     ) -> Response:
-        """Read a request and answer it; some seconds of its deadline passed before it arrived.
+        """Read a request and answer it.
 
         Nothing else happens while numbers in JSON or in a message are read. Of requests in which
         their `size` in bytes is large, one is read at a time; the others have three times as long
-        after it.
+        after it. The time that it took is a part of the request's deadline.
 
         Raises:
             InvalidInput: where it does not fit the model.
@@ -168,18 +164,11 @@ class ServerState:
                 if large:
                     await asyncio.sleep(3 * (time.monotonic() - start))
         if large:
-            elapsed += time.monotonic() - begin
-
-        if elapsed > 0:
-            deadline = options["deadline"]
+            deadline, elapsed = options["deadline"], time.monotonic() - begin
             deadline = model.settings.deadline_s if deadline is None else deadline
             if elapsed >= deadline:
                 model.count("request_deadline")
-                raise DeadlineExceeded(
-                    f"its {deadline:g} s had passed before it was read: it was under way for "
-                    f"{elapsed:.3f} s, by the proxy's X-Request-Start and the time that reading "
-                    "took"
-                )
+                raise DeadlineExceeded(f"its {deadline:g} s had passed before it was read")
             options["deadline"] = deadline - elapsed
         try:
             reply = await model.infer(queries, **options)
@@ -199,8 +188,7 @@ class ServerState:
 
     def metadata(self) -> dict[str, Any]:
         version = importlib.metadata.version("nercc-jax")
-        triton = ("model_configuration", "model_repository", "schedule_policy", "statistics")
-        extensions = ["binary_tensor_data", *triton]
+        extensions = ["binary_tensor_data", "model_repository"]
         return {"name": "nercc_jax", "version": version, "extensions": extensions}
 
     def _model_metadata(self, name: str, version: str) -> dict[str, Any]:
@@ -223,84 +211,6 @@ class ServerState:
                 **coded,
             },
         }
-
-    def _configuration(self, name: str, version: str) -> dict[str, Any]:
-        """Return a model's configuration by Triton's extension. Raises as `Models.find` does.
-
-        What has no counterpart here is left out. `max_batch_size` is that of a request, as
-        `nercc_max_queries` in the metadata; `preferred_batch_size` are the batches that workers
-        receive.
-        """
-        about, model = self._model_metadata(name, version), self.models.find(name, version)
-        policy = model.settings.policy()
-        inputs, outputs = (
-            [
-                {
-                    "name": each["name"],
-                    "data_type": f"TYPE_{each['datatype']}",
-                    "dims": each["shape"][1:],
-                }
-                for each in about[tensors]
-            ]
-            for tensors in ("inputs", "outputs")
-        )
-        return {
-            "name": name,
-            "platform": "nercc_jax",
-            "backend": "nercc_jax",
-            "max_batch_size": policy.max_queue_size,
-            "input": inputs,
-            "output": outputs,
-            "dynamic_batching": {
-                "preferred_batch_size": list(policy.batch_sizes),
-                "max_queue_delay_microseconds": round(1e6 * policy.batch_wait_timeout_s),
-                "priority_levels": 2,
-                "default_priority_level": 2,
-            },
-        }
-
-    def _statistics(self, name: str, version: str) -> dict[str, Any]:
-        """Return the statistics of one model, or of all started ones, by Triton's extension.
-
-        They say how often something happened, and how long it took in total. `success` are requests
-        that were answered, `fail` all others (the time of those refused at once is not measured).
-        `queue` is from arrival until the first query is sent, `compute_infer` from then until the
-        answer. Encoding and decoding are within that, and belong to groups: so `compute_input` and
-        `compute_output`, which count as often (`perf_analyzer` insists), have no time.
-        `execution_count` are workers' calls that answered in time, coded ones and copies included.
-        There is no cache, and nothing by batch size. Raises as `Models.find` does.
-        """
-        found = []
-        for model in [self.models.find(name, version)] if name else [*self.models.started.values()]:
-            meter = model.meter
-            failed = [meter.read(f"request_{each}") for each in OUTCOMES[1:]]
-            computed = meter.read("compute_seconds")
-            durations = {
-                "success": meter.read("request_ok"),
-                "fail": Measure(sum(e.count for e in failed), sum(e.total for e in failed)),
-                "queue": meter.read("queue_seconds"),
-                "compute_input": Measure(computed.count),
-                "compute_infer": computed,
-                "compute_output": Measure(computed.count),
-                "cache_hit": Measure(),
-                "cache_miss": Measure(),
-            }
-            queries = sum(meter.read(f"query_{each}").total for each in ANSWERS)
-            found.append(
-                {
-                    "name": model.servable.name,
-                    "version": model.servable.version,
-                    "last_inference": round(1e3 * meter.last_answer),
-                    "inference_count": int(queries),
-                    "execution_count": model.pool.report().answered,
-                    "inference_stats": {
-                        what: {"count": each.count, "ns": round(1e9 * each.total)}
-                        for what, each in durations.items()
-                    },
-                    "batch_stats": [],
-                }
-            )
-        return {"model_stats": found}
 
     async def weights(self) -> dict[str, dict[int, bool]]:
         """Return whether each worker that answers has the weights that it was given, by model."""
