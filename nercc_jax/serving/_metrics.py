@@ -1,20 +1,17 @@
 """The measurements of served models: one table of what is measured, for Prometheus and status."""
 
-import bisect
 import collections
-import dataclasses
 import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Metric
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from ..codes import AbstractCode
 from ..codes._kept import kept_matrices
@@ -81,18 +78,6 @@ _OF_POOLS = (
 )  # fmt: skip
 
 
-_EDGES = {measure: edges for _, measure, _, edges in _TABLE if edges}
-
-
-@dataclasses.dataclass
-class Measure:
-    """A measurement: how often it came, the sum of its numbers, and counts by bucket, if any."""
-
-    count: int = 0
-    total: float = 0.0
-    buckets: list[int] = dataclasses.field(default_factory=list)
-
-
 class Meter:
     """The measurements of one model.
 
@@ -101,35 +86,36 @@ class Meter:
         waiting: Returns the number of queries that wait to be sent.
     """
 
-    def __init__(self, pool: AbstractPool, code: AbstractCode):
-        """Count from 0."""
+    def __init__(
+        self,
+        pool: AbstractPool,
+        code: AbstractCode,
+        counts: Mapping[str, Sequence[Counter | Histogram]],
+    ):
+        """Count by measure, in one metric or two."""
         self.served: tuple[AbstractPool, AbstractCode] | None = pool, code
         self.waiting: Callable[[], float] = lambda: 0
+        self._counts = counts
         self._lock = threading.Lock()
-        self._measures: dict[str, Measure] = {}
         self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=_MOST)
 
     def observe(self, what: str, number: int | float) -> None:
         """Take a measurement, from any thread. NaN is for what is not known."""
-        number, edges = float(number), _EDGES.get(what, ())
         if math.isnan(number):
             return
-        with self._lock:
-            measure = self._measures.get(what)
-            if measure is None:
-                buckets = [0] * (len(edges) + 1)
-                measure = self._measures[what] = Measure(buckets=buckets)
-            measure.count += 1
-            measure.total += number
-            measure.buckets[bisect.bisect_left(edges, number)] += 1
-            if what == "request_ok":
+        for metric in self._counts[what]:
+            if isinstance(metric, Histogram):
+                metric.observe(number)
+            else:  # the number that comes with a request or an audit is no count
+                metric.inc(1 if what.startswith(("request_", "audit_")) else number)
+        if what == "request_ok":
+            with self._lock:
                 self._recent.append((time.monotonic(), number))
 
-    def read(self, what: str) -> Measure:
-        """Return a copy of what is known of a measurement."""
-        with self._lock:
-            found = self._measures.get(what, Measure(buckets=[0] * (len(_EDGES.get(what, ())) + 1)))
-            return dataclasses.replace(found, buckets=list(found.buckets))
+    def read(self, what: str) -> dict[str, float]:
+        """Return a counter's "total", or a histogram's "count", "sum" and cumulated buckets."""
+        (family,) = self._counts[what][0].collect()
+        return {s.labels.get("le", s.name.rpartition("_")[2]): s.value for s in family.samples}
 
     def close(self) -> None:
         """Let the workers and the queue go; what was counted stays."""
@@ -139,10 +125,11 @@ class Meter:
         """Return what the status page shows of it, for a code with this number of workers."""
         with self._lock:
             recent, now = list(self._recent), time.monotonic()
-        answers = {answer: int(self.read(f"query_{answer}").total) for answer in ANSWERS}
-        requests = {outcome: self.read(f"request_{outcome}").count for outcome in OUTCOMES}
+        answers = {answer: int(self.read(f"query_{answer}")["total"]) for answer in ANSWERS}
+        requests = {outcome: int(self.read(f"request_{outcome}")["total"]) for outcome in OUTCOMES}
         approximate, queries = answers["decoded"] + answers["predicted"], sum(answers.values())
-        expected = self.read("expected_disagreement")
+        expected, responded = self.read("expected_disagreement"), self.read("workers_responded")
+        few = [responded[f"{number}.0"] for number in range(1, min(num_workers, 32) + 1)]
         seconds = np.array([value for at, value in recent if now - at <= _RECENT])
         bins, _ = np.histogram(seconds, bins=(0, *_SECONDS, np.inf))
         shares = {"p50_ms": 0.5, "p99_ms": 0.99, "p999_ms": 0.999}
@@ -151,9 +138,9 @@ class Meter:
                 "requests": sum(requests.values()),
                 "queries": answers,
                 "errors": {name: count for name, count in requests.items() if name != "ok"},
-                "groups": self.read("group_fill").count,
-                "stragglers": int(self.read("straggler").total),
-                "reexecutions": int(self.read("reexecution").total),
+                "groups": int(self.read("group_fill")["count"]),
+                "stragglers": int(self.read("straggler")["total"]),
+                "reexecutions": int(self.read("reexecution")["total"]),
             },
             "latency": {
                 "bounds_ms": [1000 * bound for bound in _SECONDS],
@@ -165,11 +152,11 @@ class Meter:
                 "number": len(seconds),
                 "seconds": _RECENT if len(recent) < _MOST else now - recent[0][0],
             },
-            "responded": {"counts": [0, *self.read("workers_responded").buckets[:num_workers]]},
+            "responded": {"counts": np.diff([0, 0, *few]).tolist()},
             "fidelity": {
                 "decoded_share": approximate / queries if queries else None,
                 "expected_disagreement": (
-                    expected.total / expected.count if expected.count else None
+                    expected["sum"] / expected["count"] if expected["count"] else None
                 ),
             },
         }
@@ -180,11 +167,22 @@ class Metrics(Collector):
 
     def __init__(self, registry: CollectorRegistry):
         self.meters: dict[str, Meter] = {}  # by model
+        self._metrics: list[tuple[str, Counter | Histogram]] = []  # with their measures
+        for name, measure, text, edges in _TABLE:
+            label, _ = _LABELS.get(measure, ("", ()))
+            about = f"nercc_{name}", text, ["model", label] if label else ["model"]
+            made = Histogram(*about, buckets=edges, registry=None) if edges else None
+            self._metrics.append((measure, made or Counter(*about, registry=None)))
         registry.register(self)
 
     def add(self, model: str, pool: AbstractPool, code: AbstractCode) -> Meter:
-        """Return the meter of a model, which takes the place of an earlier one of that name."""
-        self.meters[model] = Meter(pool, code)
+        """Return the meter of a model, which goes on where an earlier one of that name ended."""
+        counts = collections.defaultdict[str, list[Counter | Histogram]](list)
+        for measure, metric in self._metrics:
+            _, values = _LABELS.get(measure, ("", ()))
+            for labels in [(model, value) for value in values] or [(model,)]:
+                counts["".join((measure, *labels[1:]))].append(metric.labels(*labels))
+        self.meters[model] = Meter(pool, code, counts)
         return self.meters[model]
 
     def collect(self) -> Iterator[Metric]:
@@ -192,19 +190,10 @@ class Metrics(Collector):
             return kind(f"nercc_{name}", text, labels=["model", label] if label else ["model"])
 
         meters = dict(self.meters)  # models come and go
-        for name, measure, text, edges in _TABLE:
-            label, values = _LABELS.get(measure, ("", ("",)))
-            kind = HistogramMetricFamily if edges else CounterMetricFamily
-            found, by_edge = family(kind, name, text, label), [*map(floatToGoString, edges), "+Inf"]
-            for model, value in itertools.product(meters, values):
-                known = meters[model].read(measure + value)
-                if edges:
-                    buckets = zip(by_edge, itertools.accumulate(known.buckets), strict=True)
-                    found.add_metric([model], list(buckets), known.total)
-                else:  # the number that comes with a request or an audit is no count
-                    times = measure in ("request_", "audit_")
-                    found.add_metric([model, value], known.count if times else known.total)
-            yield found
+        for _, metric in self._metrics:
+            for found in metric.collect():
+                found.samples = [s for s in found.samples if not s.name.endswith("_created")]
+                yield found
         waiting = family(GaugeMetricFamily, "queue_queries", "Queries that wait to be sent.")
         workers = family(GaugeMetricFamily, "workers", "Workers by state.", "state")
         text = "Decoder matrices that were cached (hit) or computed (miss)."

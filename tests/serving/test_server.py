@@ -50,7 +50,7 @@ name = "untouched"
 NAMES = ["double", "moody", "own.from_weights", "slow", "counted", "untouched"]
 MATRIX = np.arange(20, dtype=np.float32).reshape(4, 5)
 ROOT = Path(__file__).parents[2]
-EXTENSIONS = ["model_configuration", "model_repository", "schedule_policy", "statistics"]
+EXTENSIONS = ["model_repository"]
 OUTCOMES = ("ok", "deadline", "failed", "cancelled")
 OUTCOMES += ("invalid", "overloaded", "queue_full", "draining")
 ONE = {"input": [[1.0, 2, 3, 4]]}

@@ -7,12 +7,11 @@ import gc
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from ...pools.garbage import collect_all
 from .._served_model import ServedModel
-from ..core._requests import Health
 from ..protocol._messages import InvalidInput, ModelNotFound, ServerNotReady, check_parameters
 from ..protocol._servable import model_key, name_and_version
 from ..settings import ServerSettings
@@ -37,13 +36,11 @@ class Models:
         self,
         settings: ServerSettings,
         starts: Mapping[str, Callable[[], ServedModel]],
-        started: Mapping[str, ServedModel],
     ):
-        self.starts, self.started = starts, dict(started)
-        self.names = [*started, *starts]
-        self.complete = self.draining = False
+        self.starts, self.names = starts, [*starts]
+        self.started: dict[str, ServedModel] = {}
+        self.complete, self.draining = not starts, False
         self._settings = settings
-        self._loading: set[str] = set()  # for which the server is not waited for
         self._open: dict[str, ServedModel] = {}  # not closed yet
         self._closing: dict[str, asyncio.Future[Any]] = {}
         self._turn = asyncio.Lock()  # one is loaded or unloaded at a time
@@ -54,21 +51,18 @@ class Models:
     def phase(self) -> Literal["starting", "serving", "draining"]:
         if self.draining:
             return "draining"
-        waits = {*self.names} - {*self.started} - self._loading
-        return "starting" if waits else "serving"
-
-    def _health(self) -> Iterator[tuple[str, Health]]:
-        return ((key, model.health()) for key, model in list(self.started.items()))
+        return "serving" if self.complete else "starting"
 
     def check_live(self) -> None:
         """Raise ServerNotReady where only a restart would help."""
-        for key, health in self._health():
-            if not health.live:
+        for key, model in list(self.started.items()):
+            if not (health := model.health()).live:
                 raise ServerNotReady(f"{key}: {health.trouble}")
 
     @property
     def ready(self) -> bool:
-        return self.phase == "serving" and all(health.ready for _, health in self._health())
+        healthy = (model.health().ready for model in list(self.started.values()))
+        return self.phase == "serving" and all(healthy)
 
     def trouble(self, name: str, version: str = "") -> str | None:
         """Return why a model would not answer now; None if it would. Raises ModelNotFound."""
@@ -129,8 +123,7 @@ class Models:
     def index(self, ready: bool = False) -> list[dict[str, str]]:
         """Return all models with their states, by Triton's extension; or only those ready."""
         index = []
-        explicit = self._settings.model_control == "explicit"
-        for key in dict.fromkeys([*self.names, *(self.starts if explicit else ())]):
+        for key in self.starts:
             name, version = name_and_version(key)
             state, reason = "READY", ""
             if key not in self.names:
@@ -224,7 +217,6 @@ class Models:
         await asyncio.shield(asyncio.ensure_future(to_its_end()))
 
     async def _load(self, key: str) -> None:
-        self._loading.add(key)
         self.names.append(key)
         try:
             await in_background(functools.partial(self._start, key))
@@ -234,8 +226,6 @@ class Models:
             own = isinstance(error, ValueError)  # the server's own words
             why = error if own else "see the server's log"
             raise InvalidInput(f"{key} does not load: {why}") from error
-        finally:
-            self._loading.remove(key)
         gc.freeze()  # as when the server starts
         _LOG.info("model is loaded", extra={"model": key})
 

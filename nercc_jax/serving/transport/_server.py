@@ -84,7 +84,7 @@ class Server:
         """
         self.settings, self.starts = settings or ServerSettings(), dict(starts)
         spans = spans or provider_from_environment()
-        self.state = ServerState({}, self.settings, self.starts, spans)
+        self.state = ServerState(self.starts, self.settings, spans)
         self.settings.tls_pem()
         registry = registry or CollectorRegistry()
         with contextlib.suppress(ValueError):  # it is there already, if a server had the registry

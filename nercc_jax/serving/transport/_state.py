@@ -50,13 +50,12 @@ class ServerState:
 
     def __init__(
         self,
-        started: Mapping[str, ServedModel],
+        starts: Mapping[str, Callable[[], ServedModel]],
         settings: ServerSettings,
-        starts: Mapping[str, Callable[[], ServedModel]] | None = None,
         spans: Any = None,
     ):
-        """Create the state of models that have started, and of those that `starts` will start."""
-        self.models = models = Models(settings, {} if starts is None else starts, started)
+        """Create the state of models that have not started."""
+        self.models = models = Models(settings, starts)
         self.settings, self.spans = settings, spans
         self.bytes_held = 0
         self._tokens = settings.tokens()
