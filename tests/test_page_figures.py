@@ -133,7 +133,7 @@ FIGURES = {
     "docs/serve.md": (
         tuple,
         (
-            "at port 8001", "-1: not known yet", "with 1 it goes ahead",
+            "at port 8001", "-1: not known yet",
             "pick within 1.1 calls a query", "400 bad input", "413 too large",
             "scores of labels | (0.05)", "in a share (0.9) of the cases", "429 the queue",
             "502 the model", "503 starting", "504 the deadline",
