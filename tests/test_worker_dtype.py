@@ -373,8 +373,8 @@ def test_a_pool_with_anothers_doubt_or_forecast_says_so(doubts):
     scheme = functools.partial(Scheme, REGRESSION, None)
     with DevicePool(small(), 2, worker_dtype="bfloat16") as pool:
         with pytest.warns(CalibrationWarning, match="ErrorProbability was"):
-            pool_inference(pool, scheme(doubts[None]), max_disagreement=0.1)
-        pool_inference(pool, scheme(doubts["bfloat16"]), max_disagreement=0.1)
+            pool_inference(pool, scheme(doubts[None]))
+        pool_inference(pool, scheme(doubts["bfloat16"]))
         infer = pool_inference(pool, CODE)
         infer(X, cast)
         with pytest.warns(CalibrationWarning, match="StoppingRule was"):
