@@ -1,5 +1,7 @@
 """Statistics of a run's rows: exact where all are computed, and intervals that hold otherwise."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -203,6 +205,26 @@ def test_rows_are_chosen_for_the_statistic():
         assert low <= np.mean(rough(x)[:, 0] > 1) <= high
         assert not found.uncertainty[computed].any()
     assert widths[1] < 0.5 * widths[0]
+
+
+@pytest.mark.parametrize("unit", [1e-90, 1e80])
+def test_the_unit_of_the_outputs_does_not_matter(unit):
+    """Squares of variances would be 0, or infinite; it was a ZeroDivisionError or an overflow."""
+    x = rows()
+    result, _ = run(x, slow=late_where_large, job_deadline=14.0)
+    usual = result.mean(first)
+    scaled = result.mean(lambda y: unit * first(y).astype(float))
+    assert usual.width > 0
+    # Deviations are those of the outputs, whatever is asked of them.
+    rescaled = dataclasses.replace(
+        result.evidence,
+        **{n: unit * getattr(result.evidence, n).astype(float)
+           for n in ("values", "predictions", "deviation")},
+    )  # fmt: skip
+    moved = dataclasses.replace(result, evidence=rescaled).mean(first)
+    for found in (scaled, moved):
+        assert found.value == pytest.approx(unit * usual.value, rel=1e-5)
+        assert found.width == pytest.approx(unit * usual.width, rel=1e-3)
 
 
 def test_arguments_that_do_not_fit_are_refused():

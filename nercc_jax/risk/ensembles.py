@@ -163,31 +163,29 @@ def average(
             continue
 
         # The error that predictions have in common, and what it adds to the sum's variance.
-        judged, drawn = of_kind[kind], len(errors[kind])
-        expected, spread, *_ = _moments(rows, g, judged, errors[kind])
-        if drawn == len(judged):  # a row's own error is one of those drawn
-            expected = (drawn * expected - own[judged]) / (drawn - 1)
+        judges, drawn = of_kind[kind], len(errors[kind])
+        expected, spread, *_ = _moments(rows, g, judges, errors[kind])
+        if drawn == len(judges):  # a row's own error is one of those drawn
+            expected = (drawn * expected - own[judges]) / (drawn - 1)
         scale, total = float(np.sqrt(spread).sum()), float(spread.sum())
         variances[kind] = float(v**2 @ variance)
         if scale > 0:
-            bias, size = float((own[judged] - expected).sum()) / scale, float(v @ np.sqrt(variance))
-            left = float(np.sum((own[judged] - expected - bias * np.sqrt(spread)) ** 2))
+            bias, size = float((own[judges] - expected).sum()) / scale, float(v @ np.sqrt(variance))
+            left = float(np.sum((own[judges] - expected - bias * np.sqrt(spread)) ** 2))
             value += bias * size
-            few_judge = total**2 / float(np.sum(spread**2))  # so many rows' residuals, less one
+            count = _effective_number(spread)
             variances[kind] += total * (size / scale) ** 2
-            variances[kind] *= max(left / total * few_judge / max(few_judge - 1, 1), 1.0)
+            variances[kind] *= max(left / total * count / max(count - 1, 1), 1.0)
 
         # Where few rows have most of the variance, judged or open, it is as if there were no more.
-        counts = [float(drawn)]
-        for each in () if step else (spread, v**2 * variance):
-            counts.append(float(each.sum()) ** 2 / max(float(np.sum(each**2)), 1e-300))
-        degrees[kind] = max(min(counts) - 1, 1.0)
+        counts = () if step else map(_effective_number, (spread, v**2 * variance))
+        degrees[kind] = max(min([float(drawn), *counts]) - 1, 1.0)
 
     half, total = 0.0, float(variances.sum())
     if total > 0:  # Student's t with Welch and Satterthwaite's degrees of freedom
         from scipy.special import stdtrit  # late: a fifth of a worker's import time
 
-        freedom = total**2 / float(np.sum(variances**2 / degrees))
+        freedom = 1 / float(np.sum((variances / total) ** 2 / degrees))
         half = float(stdtrit(max(freedom, 1.0), (1 + coverage) / 2)) * total**0.5
     if step:
         half = max(half, float(w[~computed].max()) / 2)
@@ -202,6 +200,12 @@ def average(
     if step:
         value, ends = min(max(value, 0.0), 1.0), (max(ends[0], 0.0), min(ends[1], 1.0))
     return EnsembleEstimate(value, ends, coverage, from_late, note, uncertainty)
+
+
+def _effective_number(parts: Float[np.ndarray, " rows"]) -> float:
+    """Return how many equal parts a sum of these is as variable as (Kish 1965); 0 for no sum."""
+    shares = parts / max(float(parts.max(initial=0.0)), 1e-300)  # squares of 1e-180 would be 0
+    return float(shares.sum()) ** 2 / max(float(np.sum(shares**2)), 1e-300)
 
 
 def quantile(rows: RowEvidence, q: float, weights: Weights, coverage: float) -> EnsembleEstimate:
