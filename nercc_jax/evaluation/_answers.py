@@ -332,24 +332,20 @@ class Recorder:
             known = self._known if kind == 0 else {}
             theirs = {n: r for n, r, k in zip(names, rows, kinds, strict=True) if k == kind}
             if new := {name: row for name, row in theirs.items() if name not in known}:
-                found = self._ask(run, np.stack(list(new.values())))
+                matrix = np.stack(list(new.values()))
+
+                def ask(x: PyTree, run: Run = run, matrix: np.ndarray = matrix) -> np.ndarray:
+                    """Return a model's outputs for the new combinations of some groups."""
+                    flat = np.asarray(join(run(points_of(_combine(matrix, x))), 1)[0])
+                    return flat.reshape(-1, len(matrix), flat.shape[-1])
+
+                at_once = min(max(self._batch_size // len(matrix), 1), self._shape[0])
+                found = in_parts(ask, self._groups, at_once)
                 known |= {name: found[:, place] for place, name in enumerate(new)}
             answers |= {(kind, name): known[name] for name in theirs}
         coded = np.stack([answers[each] for each in zip(kinds, names, strict=True)], axis=1)
         own = jnp.asarray(self.own)
         return Answers(code, jnp.asarray(coded), own, self.form, self._conditions)
-
-    def _ask(
-        self, run: Run, rows: Float[np.ndarray, "rows num_data"]
-    ) -> Float[np.ndarray, "groups rows m"]:
-        """Return a model's outputs for combinations of the data points of each group."""
-
-        def ask(x: Any) -> Float[np.ndarray, "some rows m"]:
-            flat = np.asarray(join(run(points_of(_combine(rows, x))), 1)[0])
-            return flat.reshape(-1, len(rows), flat.shape[-1])
-
-        at_once = min(max(self._batch_size // len(rows), 1), self._shape[0])
-        return in_parts(ask, self._groups, at_once)
 
 
 def cut_groups(x: PyTree, num_data: int) -> PyTree[Shaped[np.ndarray, "groups num_data ..."]]:

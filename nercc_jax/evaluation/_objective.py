@@ -99,13 +99,13 @@ def _own_predictions(
 class Trial(eqx.Module):
     """Groups and straggler sets on which codes are compared; `make_trial` makes one.
 
-    `x` are groups of data points, `originals` the model's own predictions of them (None: not yet
-    known), `available` straggler sets, `law` the number in `laws` of the law that each is from,
-    `scales` the error of a starting code under each law (infinite: the law does not count).
+    `x` are groups of data points, `originals` the model's own predictions of them, `available`
+    straggler sets, `law` the number in `laws` of the law that each is from, `scales` the error of a
+    starting code under each law (infinite: the law does not count).
     """
 
-    x: PyTree[Shaped[Array, "groups num_data ..."]] | None
-    originals: PyTree[Float[Array, "groups num_data ..."]] | None
+    x: PyTree[Shaped[Array, "groups num_data ..."]]
+    originals: PyTree[Float[Array, "groups num_data ..."]]
     available: Bool[Array, "sets num_workers"]
     law: Int[Array, " sets"]
     scales: Float[Array, " laws"]
