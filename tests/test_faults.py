@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from schedulers import next_call
 
-from nercc_jax.cli._workload import faults_of
 from nercc_jax.pools import Episodes, Fault, Faults
 from nercc_jax.stragglers import (
     AbstractLatency,
@@ -108,13 +107,13 @@ def test_faults_by_their_rates():
 
 @pytest.mark.parametrize("leaning", [1.0, 0.5])
 def test_faults_by_scores_that_workers_have_seen(leaning):
-    """As `--faults` has them: of the first rows none is known to be among the hardest."""
+    """Of the first rows none is known to be among the hardest."""
     random = np.random.default_rng(0)
-    rates = {"straggler_rate": 0.1, "straggler_delay": 2.0}
-    rates |= faults_of({"straggler_score": "norm", "straggler_leaning": leaning})
+    rates = {"straggler_rate": 0.1, "straggler_delay": 2.0, "straggler_leaning": leaning}
+    rates["straggler_score"] = lambda batch: np.linalg.norm(batch.reshape(len(batch), -1), axis=1)
     faults = Faults.from_rates(**rates).at(0, 0)
     rows = random.normal(size=(4000, 1, 3))
-    struck = np.array([next_call(faults, {"x": row})[0] == 2.0 for row in rows])
+    struck = np.array([next_call(faults, row)[0] == 2.0 for row in rows])
     norms = np.linalg.norm(rows[:, 0], axis=1)
     hard = norms > np.quantile(norms, 0.9 if leaning == 1 else 0.88)
     assert np.mean(struck) == pytest.approx(0.1, abs=0.02)

@@ -129,7 +129,7 @@ def test_what_a_function_raises_on_the_host_is_one_line(folder):
 def test_the_demo_goes_on_where_some_mixtures_have_no_answer(folder):
     code = ("--num-data", "2", "--num-workers", "4", "--sets", "2", "--max-stragglers", "1")
     report = run("demo", "--model", "own_parts:holes", *code, "--outputs", "values")
-    assert "no decoder was learned: the model's answers to coded data points must be" in report
+    assert "no NeRCC learned: the model's answers to coded data points must be" in report
     assert "MSE of decoded values" in report
 
 

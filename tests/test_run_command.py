@@ -395,12 +395,15 @@ def test_a_run_with_stragglers_and_deaths_that_is_killed_and_goes_on(folder):
     assert np.mean(error[~exact] <= after["score"][~exact]) > 0.7  # nine tenths are promised
 
 
-@pytest.mark.parametrize("asked", ["mean@0", "quantile:0.5@1", "above:0.2@own_rows:largest"])
+@pytest.mark.parametrize(
+    "asked", ["mean@own_rows:first", "quantile:0.5@own_rows:first", "above:0.2@own_rows:largest"]
+)
 def test_a_statistic_of_all_rows_is_printed_and_written(tmp_path, monkeypatch, asked):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_rows.py").write_text(
         "import numpy as np\n"
         "def function(x):\n    return np.stack([x[:, 0] ** 2, np.sin(x[:, 1])], axis=1)\n"
+        "def first(y):\n    return y[:, 0]\n"
         "def largest(y):\n    return y.max(axis=1)\n"
     )
     x = np.random.default_rng(0).uniform(0, 1, (300, 2))
@@ -412,8 +415,8 @@ def test_a_statistic_of_all_rows_is_printed_and_written(tmp_path, monkeypatch, a
     assert found.exit_code == 0, found.output
     (statistic,) = [json.loads(Path("rows.summary.json").read_text())["statistic"]]
     wanted = {
-        "mean@0": y[:, 0].mean(),
-        "quantile:0.5@1": np.quantile(y[:, 1], 0.5, method="inverted_cdf"),
+        "mean@own_rows:first": y[:, 0].mean(),
+        "quantile:0.5@own_rows:first": np.quantile(y[:, 0], 0.5, method="inverted_cdf"),
         "above:0.2@own_rows:largest": np.mean(y.max(axis=1) > 0.2),
     }
     assert statistic["name"] == asked
@@ -422,7 +425,7 @@ def test_a_statistic_of_all_rows_is_printed_and_written(tmp_path, monkeypatch, a
     assert f"{statistic['value']:.6g}, 90 % in" in found.output
     for wrong, why in (
         ("median", "mean, quantile:Q or above:VALUE"),
-        ("mean", "rows have 2 outputs: --statistic mean@0"),
+        ("mean", "--statistic mean@module:function: rows have 2 outputs"),
         ("mean@own_rows:nothing", "--statistic own_rows:nothing"),
     ):
         shutil.rmtree("rows.npz.parts", ignore_errors=True)

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.metadata
-import itertools
 import os
 import re
 import sys
@@ -12,7 +11,6 @@ from ._command import Option, error_text, fail, help_text, parse
 from ._options import COMMANDS, Options
 from ._process import compile_plainly, end, keep_programs
 
-_VERSION = Option("version", bool, False, "Print the version.", "Options", ["--version"])
 _ABOUT = "Coded computing: approximate predictions from whichever workers answered."
 
 
@@ -51,15 +49,14 @@ def main() -> None:
 
 def _follow(words: Sequence[str]) -> None:
     """Run the command that the words name, with what they set."""
-    flags = [*itertools.takewhile(lambda word: word.startswith("-"), words)]
-    if "--help" in flags or not words:
+    name, *rest = words or ("--help",)
+    if name == "--help":
         commands = [(name, each.help.partition("\n")[0]) for name, each in COMMANDS.items()]
-        panels = {"Commands": commands, "Options": [_VERSION.line()]}
+        panels = {"Commands": commands, "Options": [("--version", "Print the version.")]}
         print(help_text("nercc", _ABOUT, panels), end="")
         sys.exit(0 if words else 2)
-    if "version" in parse("", _ABOUT, [_VERSION], flags):
+    if name == "--version":
         return print(f"nercc {importlib.metadata.version('nercc-jax')}")
-    name, *rest = [*words[len(flags) :], ""]
     if name not in COMMANDS:
         fail(f"there is no command {name!r}, but {', '.join(COMMANDS)}", 2)
     command, serves = COMMANDS[name], name == "serve"  # whose settings say more of its process
@@ -69,7 +66,7 @@ def _follow(words: Sequence[str]) -> None:
     # The threads of OpenBLAS, whose LAPACK JAX calls on CPUs, would wait busily for their next call
     # on cores that XLA then lacks: 11.8 ms for a learner's update and prediction, and 6.4 on one.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    found = parse(name, command.help, options_of(name), rest[:-1])
+    found = parse(name, command.help, options_of(name), rest)
     file, _, function = command.function.partition(":")
     options = found if serves else command.read(found)
     getattr(importlib.import_module(f".{file}", __package__), function)(options)

@@ -1,6 +1,5 @@
 """Codes compared at each number of stragglers, as `nercc demo` and `nercc tune` do."""
 
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -62,12 +61,10 @@ def compare(
 
     Replication recovers exact predictions or none: it has no error to compare.
     """
-    begin, key = time.monotonic(), jax.random.key(options.seed)
-    status: Any = console.status("the model's calls: compiling, then data points ...")
+    key, status = jax.random.key(options.seed), console.status("the model's calls ...")
 
     def progress(pairs: Iterable) -> Iterable:
         status.stop()
-        show(console, f"compiled the model's calls and made them: {time.monotonic() - begin:.1f} s")
         return track(pairs, description="straggler sets", console=console)
 
     with status:

@@ -1,6 +1,6 @@
 """`nercc demo`: coded inference under stragglers, on real data, next to copies and a student."""
 
-import time
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -65,26 +65,22 @@ def demo(options: Options) -> None:
         code, key = [*codes.values()][-1], jax.random.key(seed)
         return learn_decoder(model, code, training, key=key, num_groups=100)
 
-    made = [("NeRCC tuned", "code was tuned", tuned)] if given is None else []
-    for name, done, make in (*made, ("NeRCC learned", "decoder was learned", learned)):
-        if len(training) < (2 if make is tuned else 1) * num_data:
-            continue
-        begin = time.monotonic()
+    made = {"NeRCC tuned": tuned} if given is None else {}
+    for name, make in (made | {"NeRCC learned": learned}).items():
         try:
             with console.status(f"{name}: compiles first ..."):
                 codes[name] = make()
-            show(console, f"a {done}: {time.monotonic() - begin:.1f} s")
         except ValueError as error:  # other codes take what is not finite for stragglers
-            show(console, f"no {done}: {error}")
+            show(console, f"no {name}: {error}")
     codes |= {"BACC": Berrut(*size), "replication": Replication(*size)}
     what = f"{options.model}, K={num_data}, N={num_workers}"
     rows = compare(console, options, model, codes, x, laws, what)
     with console.status("measuring labels kept for an amount of work; compiles first ..."):
         del codes["replication"]
         kept = kept_labels(model, x, codes, options)
+    straggle = f"{100 * RATE:g} % of the workers straggle"
     above: Callable[[Any], Any] | None = None
     if kept:
-        straggle = f"{100 * RATE:g} % of the workers straggle"
         cells = [(r.system, str(r.workers), f"{r.calls:.2f}", r.kept.percent()) for r in kept]
         columns = ("system", "workers", "calls a query", "labels kept, %")
         show(
@@ -99,11 +95,7 @@ def demo(options: Options) -> None:
         panels["rel_acc"] = ("labels kept (RelAcc)", False)
     pictures.straggler_figure(rows, panels, what, above).savefig(options.plot, dpi=130)
     show(console, f"picture: {options.plot.resolve()}")
-    records = []
-    for row in kept:
-        low, high = row.kept.interval(share=True)
-        record = {"system": row.system, "workers": row.workers, "calls": row.calls}
-        records.append(record | {"kept": row.kept.mean, "kept_low": low, "kept_high": high})
+    records = [row._asdict() | {"kept": dataclasses.asdict(row.kept)} for row in kept]
     about = {"model": options.model, "data": data.source, "outputs": options.outputs}
     about |= {"seed": seed, "num_data": num_data, "num_workers": num_workers}
     write_json(console, options.numbers, about | {"labels_kept": records}, rows.records())
@@ -113,7 +105,6 @@ class Kept(NamedTuple):
     """The share of labels that a system keeps, and the model's calls that a query costs."""
 
     system: str
-    look: str
     workers: int
     calls: float
     kept: Estimate
@@ -145,24 +136,21 @@ def kept_labels(
         redundancy="uncertain",
         straggler_share=RATE,
     )
-    # Each has its look, its workers, the student's calls a query, and the labels of what is lost.
-    systems: list[Any] = [
-        ("two copies", "replication", Replication(num_data, two), two, 0.0, -1),
-        (f"copies on {many} workers", "replication", Replication(num_data, many), many, 0.0, -1),
-        *((system, system, code, many, 0.0, -1) for system, code in codes.items()),
-        (
-            *("copies, else the student", "replication, else surrogate"),
-            *(Replication(num_data, few), few, cost, guess),
-        ),
+    # Each has its workers, the student's calls a query, and the labels of what is lost.
+    systems: dict[str, Any] = {
+        f"replication on {two} workers": (Replication(num_data, two), two, 0.0, -1),
+        f"replication on {many} workers": (Replication(num_data, many), many, 0.0, -1),
+        **{system: (code, many, 0.0, -1) for system, code in codes.items()},
+        "replication, else surrogate": (Replication(num_data, few), few, cost, guess),
         # The student runs on the copies, too.
-        (*2 * ("copies by the student's doubt",), placed, few, cost * (1 + few / num_data), -1),
-    ]
+        "copies by the student's doubt": (placed, few, cost * (1 + few / num_data), -1),
+    }
     # Known without being run: a straggling call is lost, or exact.
     rows = [
-        Kept("one worker a query", "uncoded", num_data, 1.0, Estimate(1 - RATE, 0.0)),
-        Kept("lost calls again, later", "hedging", num_data, 1 + RATE, Estimate(1.0, 0.0)),
+        Kept("uncoded", num_data, 1.0, Estimate(1 - RATE, 0.0)),
+        Kept("hedging: lost calls again", num_data, 1 + RATE, Estimate(1.0, 0.0)),
     ]
-    for system, look, run, workers, student_calls, lost in systems:
+    for system, (run, workers, student_calls, lost) in systems.items():
         # All systems of as many workers meet the same stragglers.
         infer, shares, draw = coded_inference(model, run), [], np.random.default_rng(seed)
         for _ in range(10):  # straggler sets
@@ -172,21 +160,20 @@ def kept_labels(
             labels = np.where(np.isfinite(found).all(-1), found.argmax(-1), lost)
             shares.append(float(np.mean(labels == own)))
         calls = workers / num_data + student_calls
-        rows.append(Kept(system, look, workers, calls, Estimate.over(shares)))
+        rows.append(Kept(system, workers, calls, Estimate.over(shares)))
     return rows
 
 
 def kept_words(rows: list[Kept]) -> str:
     """Return what follows from the table, in two sentences."""
 
-    def best(of: str, chosen: Callable[[Kept], bool]) -> str:
-        row = max(filter(chosen, rows), key=lambda row: (row.kept.mean, -row.calls))
-        return f"{100 * row.kept.mean:.1f} %{of} ({row.system}, {row.calls:.2f} calls a query)"
+    def best(*systems: str) -> str:
+        chosen = [row for row in rows if row.system.startswith(systems)]
+        row = max(chosen, key=lambda row: (row.kept.mean, -row.calls))
+        return f"{100 * row.kept.mean:.1f} % ({row.system}, {row.calls:.2f} calls a query)"
 
-    copies = best(" of the labels", lambda row: row.look == "replication")
-    codes = best("", lambda row: row.look.startswith(("NeRCC", "BACC")))
-    helped = best("", lambda row: "student" in row.system)
     return (
-        f"Without the student, copies keep {copies}, and codes {codes}. With it, copies keep "
-        f"{helped}."
+        "Labels kept without the student: "
+        f"{best('replication on')} by copies, {best('NeRCC', 'BACC')} by codes. "
+        f"With it: {best('replication, else', 'copies by')} by copies."
     )

@@ -2,8 +2,10 @@
 
 import dataclasses
 import datetime
+import functools
 from typing import Any
 
+import equinox as eqx
 from flax import nnx
 from rich.console import Console
 
@@ -11,7 +13,7 @@ from nercc_models.distill import summary, write_student
 from nercc_models.distillation import distill
 from nercc_models.students import multiplications, plan_within
 
-from ..serving import make_servable
+from ..codes.workers import call_model
 from ._options import Options
 from ._output import progress_bar, show
 from ._workload import find_workload
@@ -32,28 +34,17 @@ def distill_student(options: Options) -> None:
     test = data.shuffled("test", 1000, seed)
     if not len(test):
         raise ValueError(f"{data.source} has {len(x)} inputs: needs five or more")
-    name = options.model.rpartition("/")[2].replace(":", ".")
-    served = make_servable(name, model, x.shape[1:])
-    if served.uncodable or not served.outputs.alone:
-        raise ValueError(
-            f"{served.name} must return one float32 array, for a student to learn, not "
-            f"{'; '.join(map(str, served.outputs.parts))}"
-        )
+    teacher = functools.partial(call_model, model)
+    answer: Any = eqx.filter_eval_shape(teacher, x[:1])
     queries = max(2 * len(x), 4000) if options.answers is None else options.answers
-    training = {
-        "num_queries": queries,
-        "epochs": options.epochs,
-        "mixed": options.mixed,
-        "learning_rate": options.learning_rate,
-        "seed": seed,
-    }
-    about = {"base": options.model, "data": data.source} | training
+    training = {name: getattr(options, name) for name in ("epochs", "mixed", "learning_rate")}
+    training |= {"num_queries": queries, "seed": seed}
+    about = {"base": options.model, "data": data.source, "made_by": "nercc distill"} | training
     about["made"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    about["made_by"] = "nercc distill"
 
     console = Console()
-    cost = multiplications(served.model, served.inputs.shape)
-    plan = plan_within(options.share * cost, served.inputs.shape, served.outputs.shape)
+    cost = multiplications(teacher, x.shape[1:])
+    plan = plan_within(options.share * cost, x.shape[1:], answer.shape[1:])
     student = plan.build(nnx.Rngs(seed))
     with progress_bar(console) as progress:
         task = progress.add_task("the model's answers ...", total=None)
@@ -66,15 +57,7 @@ def distill_student(options: Options) -> None:
             progress.update(task, description=described)
 
         further: Any = training | {"batch_size": min(128, max(queries // 8, 1))}
-        trained = distill(served.model, student, x, on_step=on_step, on_epoch=on_epoch, **further)
-    card = write_student(options.output, served.model, plan, trained, test, about)[1]
+        trained = distill(teacher, student, x, on_step=on_step, on_epoch=on_epoch, **further)
+    card = write_student(options.output, teacher, plan, trained, test, about)[1]
     show(console, summary(card))
-    agreement = card["score"]["agreement"]
-    if agreement < 0.7:
-        show(
-            console,
-            f"warning: it agrees with the model in {agreement:.0%} of cases only, which is too few "
-            "to answer queries with: give more --inputs and --answers, more --epochs, or a larger "
-            "--share",
-        )
     show(console, f"student: {options.output.resolve()}")

@@ -1,8 +1,8 @@
 """`nercc models`: the shipped models and their scores. `nercc new-model`: a template for yours."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -17,6 +17,8 @@ from ._output import show, write_json
 def models(options: Options) -> None:
     """List the shipped models with their scores, as their cards say or as measured now."""
     console, rows = Console(), []
+    score = "accuracy, measured now" if options.evaluate else "accuracy, by its card"
+    table: list[Sequence[str]] = [("model", "data", "input", "parameters", "kB", score)]
     names = options.names or list(list_models())
     for name in track(names, "evaluating", console=console) if options.evaluate else names:
         card = model_card(name)
@@ -27,21 +29,11 @@ def models(options: Options) -> None:
             now = evaluate_model(name, options.data_dir)
             correct, total = now.correct, now.total
         rows.append({"model": name, **card, "score": {"correct": correct, "total": total}})
-
-    def cells(row: dict[str, Any]) -> tuple[str, ...]:
-        correct, total = row["score"].values()
-        return (
-            row["model"],
-            row["data"],
-            "x".join(map(str, row["recipe"]["input_shape"])),
-            f"{row['num_parameters']:,}",
-            f"{row['bytes'] / 1000:.0f}",
-            f"{100 * correct / total:.2f} % ({correct} of {total})",
-        )
-
-    score = "accuracy, measured now" if options.evaluate else "accuracy, by its card"
-    columns = ("model", "data", "input", "parameters", "kB", score)
-    show(console, text_table([columns, *map(cells, rows)], left=len(columns)))
+        shape = "x".join(map(str, card["recipe"]["input_shape"]))
+        size = f"{card['num_parameters']:,}", f"{card['bytes'] / 1000:.0f}"
+        share = f"{100 * correct / total:.2f} % ({correct} of {total})"
+        table.append((name, card["data"], shape, *size, share))
+    show(console, text_table(table, left=6))
     write_json(console, options.numbers, {"measured": options.evaluate}, rows)
 
 

@@ -150,7 +150,7 @@ class Options:
     max_calls: int | None = None
     "Rows to compute, at most (default: no limit)."
     statistic: str | None = None
-    "For all rows mean, quantile:Q or above:VALUE; of several outputs mean@3, mean@module:name."
+    "For all rows mean, quantile:Q or above:VALUE; of a function of outputs mean@module:name."
     stop_at: NotNegativeOrNone = None
     "Length of the statistic's interval at which the run ends."
     check_answers: float | None = None
@@ -176,7 +176,7 @@ class Options:
     faults: dict[str, Any] | None = None
     """Faults to inject for trials, as a TOML table: {straggler_rate = 0.05, straggler_delay_s =
     0.5}. Seconds: service_delay_s, of every call, and straggler_delay_s (1). Shares of the calls:
-    straggler_rate, death_rate, wrong_rate (1). straggler_score, `norm` or module:function, scores
+    straggler_rate, death_rate, wrong_rate (1). straggler_score, a module:function, scores
     rows, and the calls with the largest are delayed; a share straggler_leaning (1) of them.
     wrong_workers, {swap = [1]}, swap rows. fault_seed is the seed (default: --seed)."""
 

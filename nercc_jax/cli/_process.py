@@ -1,17 +1,14 @@
 """A command's process: its end, settings of the compiler, and the Ray that it is part of."""
 
+import contextlib
 import importlib.metadata
-import logging
 import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ..compilation import enable_compilation_cache
-
-_LOG = logging.getLogger(__name__)
 
 
 def end(code: Any) -> NoReturn:
@@ -37,12 +34,8 @@ def leave(code: int) -> NoReturn:
 
 def keep_programs() -> None:
     """Enable the compilation cache, where its folder can be written to."""
-    try:
-        folder = enable_compilation_cache()
-    except OSError as error:
-        _LOG.info("compiled programs are not kept", extra={"why": str(error)})
-    else:
-        _LOG.info("compiled programs are kept", extra={"folder": str(folder)})
+    with contextlib.suppress(OSError):
+        enable_compilation_cache()
 
 
 def compile_plainly() -> None:
@@ -65,19 +58,13 @@ def ray_joiner(
 
     It takes the names of the models that workers run, which are sent along if the Ray is joined. It
     raises ConnectionError if there is no Ray.
-
-    Raises:
-        ValueError: A folder or module of the runtime environment does not exist.
     """
-    asked = dict(runtime_env or {})
-    for path in filter(None, (asked.get("working_dir"), *asked.get("py_modules", ()))):
-        if "://" not in str(path) and not Path(path).exists():
-            raise ValueError(f"--runtime-env: there is no such file or folder: {path}")
 
     def join(models: Sequence[str]) -> None:
         from ..pools import join_ray
         from ..pools.ray_cluster import with_modules
 
+        asked = dict(runtime_env or {})
         join_ray(address, asked, with_modules(asked, models))
 
     return join

@@ -118,9 +118,8 @@ def pool_opener(options: Options, console: Console) -> Callable[..., AbstractPoo
     def opened(what: str, model: Any, num_workers: int, **others: Any) -> AbstractPool:
         words = f"{options.workers or num_workers} workers ({options.pool})"
         if options.pool == "ray":
-            log = logging.getLogger("nercc_jax.pools")  # such as which Ray was joined
-            log.handlers[:] = [logging.StreamHandler()]
-            log.setLevel(logging.INFO)
+            logging.basicConfig(format="%(message)s")
+            logging.getLogger("nercc_jax.pools").setLevel(logging.INFO)  # which Ray was joined
             join([options.model])
         try:
             with console.status(f"starting {words} ..."):
@@ -146,17 +145,13 @@ def _by_row(
         source = data.split(split)
     x = np.asarray(data.preprocess(source.x[: options.max_inputs]))
     ids = None if source.ids is None else source.ids[: len(x)]
-    what = f"{len(x):,} rows of {source.name!r}"
-    target = f"at most {100 * (settings.max_disagreement or 0):g} % of labels different"
-    if settings.tolerance is not None:
-        target = f"each within {settings.tolerance:g} ({100 * settings.coverage:g} % bars)"
     statistic = _statistic(options)
     about = {"model": options.model, "weights": fingerprint(options.weights)}
     about["inputs"] = split if data.x is None else fingerprint(data.x)
     further: Any = kept | {"about": about, "ids": ids, "num_workers": options.num_workers}
     if options.stop_at is not None:
         further["stop_when"] = lambda estimate: estimate.width <= options.stop_at
-    opening = functools.partial(opened, f"{what}, {target}")
+    opening = functools.partial(opened, f"{len(x):,} rows of {source.name!r}")
     try:
         result = run_rows(model, x, opening, settings, statistic=statistic, **further)
     except RuntimeError as error:
@@ -177,22 +172,14 @@ def _statistic(options: Options) -> Callable[[RowResult], EnsembleEstimate] | No
         raise ValueError(f"--statistic is mean, quantile:Q or above:VALUE, not {name!r}")
     with of_option("--statistic"):
         at = float(found[2] or 0)
-    of_index = not quantity or quantity.isdecimal()
-    own = None if of_index else callable_of("--statistic", quantity)
+    f = callable_of("--statistic", quantity) if quantity else None
+    further: Any = {"f": f, "coverage": options.coverage}
 
     def estimate(result: RowResult) -> EnsembleEstimate:
-        size = 1 if result.values is None else result.values[0].size
-        output = int(quantity or 0) if own is None else 0
-        if own is None and size > 1 and (not quantity or output >= size):
-            raise ValueError(
-                f"rows have {size} outputs: --statistic {name}@0 to {name}@{size - 1} is of one, "
-                f"and {name}@module:function of what a function gives of them"
-            )
-        f: Any = own or (lambda y: y.reshape(len(y), -1)[:, output])
-        further: Any = {"f": f, "coverage": options.coverage}
-        if found[1] == "above":
-            return result.probability(lambda v: v > at, **further)
-        return result.quantile(at, **further) if found[1] else result.mean(**further)
+        with of_option(f"--statistic {name}@module:function"):
+            if found[1] == "above":
+                return result.probability(lambda v: v > at, **further)
+            return result.quantile(at, **further) if found[1] else result.mean(**further)
 
     return estimate
 

@@ -114,12 +114,10 @@ def load_parts(
     uncodable = servable.uncodable
     if uncodable is not None and code.num_data > 1:
         if settings.code is not None or settings.scheme is not None:
-            wanted = f"scheme {settings.scheme!r}"
-            wanted = wanted if settings.code is None else f"code {settings.code}"
             raise ValueError(
-                f"{name} cannot have {wanted}: {uncodable}. Say scheme = 'uncoded' (or "
-                "'replication') for it, or nothing; or serve what follows its embedding, which "
-                "takes floats"
+                f"{name} cannot have {settings.code or settings.scheme}: {uncodable}. Say scheme = "
+                "'uncoded' (or 'replication'), or serve what follows its embedding, which takes "
+                "floats"
             )
         code = UNCODED
     surrogate = settings.surrogate
@@ -144,7 +142,7 @@ def code_of(settings: ModelSettings) -> AbstractCode:
     Raises ValueError where there is no such model, file or code, without loading any model.
     """
     with of_option(settings.served_name):
-        Options(str(settings.model), settings.weights, settings.inputs)
+        Options(str(settings.model), settings.weights, settings.inputs, pool=settings.pool)
     k, n, points = settings.num_data, settings.num_workers, settings.points
     if settings.code is not None:
         return load_plain_code(settings.code, f"--code {settings.code}")

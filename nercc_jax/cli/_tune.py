@@ -35,8 +35,7 @@ def tune_code(options: Options) -> None:
         laws.pop("0")  # without stragglers there is nothing to tune
     if not laws:
         raise ValueError(
-            f"--num-workers {num_workers}: without stragglers, and with a worker for each data "
-            "point, there is nothing to tune; say --max-stragglers"
+            f"--num-workers {num_workers}: without stragglers, there is nothing to tune"
         )
     network, data = find_workload(options)
     x = points_for(options, data, "train", num_data, least=2)
@@ -54,8 +53,7 @@ def tune_code(options: Options) -> None:
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": "nercc tune",
     }
-    descent: dict[str, Any] = {"criterion": options.criterion, "points": options.points}
-    descent["descent"] = Descent(options.steps)
+    descent: Any = {"criterion": options.criterion, "points": options.points}
     title = f"{options.model}, K={num_data}, N={num_workers}"
     with progress_bar(console) as bar:
         task = bar.add_task("compiling ...", total=options.steps)
@@ -66,7 +64,8 @@ def tune_code(options: Options) -> None:
                 text = f"error {step.held_out:.3f} of the untuned code's"
                 bar.update(task, description=text)
 
-        tuned = tune(network, start, x, laws, key=key, on_step=on_step, **descent)
+        descent |= {"descent": Descent(options.steps), "on_step": on_step}
+        tuned = tune(network, start, x, laws, key=key, **descent)
     code, names = tuned.code, ("lambda_enc", "lambda_dec", "gap_exponent")
     numbers = ", ".join(f"{name} {float(getattr(code, name)):.3g}" for name in names)
     taken = sum(step.objective is not None for step in tuned.history)

@@ -58,10 +58,10 @@ def find_workload(options: Options, *, traced: bool = True) -> tuple[Any, nercc_
             f"{reason_of(error)}"
         ) from error
     if getattr(answer, "shape", ())[:1] != (1,) or len(answer.shape) < 2:
-        got = type(answer).__name__
-        if isinstance(answer, jax.ShapeDtypeStruct):
-            got = f"{answer.dtype} of shape {answer.shape} for {one.shape}"
-        raise ValueError(f"--model {name} must give an array, a row for each of a batch, not {got}")
+        raise ValueError(
+            f"--model {name} must give an array, a row for each of a batch, not {answer} for "
+            f"{one.shape}"
+        )
     if outputs != "values" and answer.shape[-1] == 1:
         raise ValueError(
             f"--outputs {outputs}: {name} gives one number a row, whose largest is always itself, "
@@ -108,21 +108,13 @@ def surrogate_of(asked: str, model: str, outputs: str) -> Callable[..., Any]:
 def faults_of(asked: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the faults that a table asks for, with a function as the score of rows, if any.
 
-    The score is `norm`, or module:function.
-
     Raises:
         ValueError: If there is no such fault or function, or a value does not fit.
     """
-
-    def norm(batch: Any) -> Any:
-        leaves = [np.asarray(leaf, float) for leaf in jax.tree.leaves(batch)]
-        return np.sqrt(sum(np.sum(leaf.reshape(len(leaf), -1) ** 2, axis=1) for leaf in leaves))
-
     with of_option("--faults"):
         found = check_faults(asked or {})
         if (score := found.get("straggler_score")) is not None:
-            own = score != "norm"
-            found["straggler_score"] = callable_of("straggler_score", score) if own else norm
+            found["straggler_score"] = callable_of("straggler_score", score)
     return found
 
 

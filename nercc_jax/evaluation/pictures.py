@@ -207,12 +207,12 @@ def straggler_figure(
 def costs_figure(rows: Sequence[Any], title: str, into: Any) -> None:
     """Draw the labels that systems keep against their calls a query, each with its name.
 
-    A row has `system`, `look`, `calls`, and `kept`, an `Estimate`.
+    A row has `system`, `calls`, and `kept`, an `Estimate`.
     """
     curves = {}
     for row in rows:
         ends = [[100 * end] for end in row.kept.interval(share=True)]
-        look = system_look(row.look) | {"linestyle": "none"}
+        look = system_look(row.system) | {"linestyle": "none"}
         curves[row.system] = Curve([row.calls], [100 * row.kept.mean], look, *ends)
     panel(into.subplots(), curves, "calls of the model a query", "labels kept, %", title)
 

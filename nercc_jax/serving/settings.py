@@ -105,7 +105,7 @@ class _OwnSettings(BaseModel):
     faults: Annotated[dict[str, Any], Faults] = {}
     """Faults to inject for trials, as a TOML table: {straggler_rate = 0.05, straggler_delay_s =
     0.5}. Seconds: service_delay_s, of every call, and straggler_delay_s (1). Shares of the calls:
-    straggler_rate, death_rate, wrong_rate (1). straggler_score, `norm` or module:function, scores
+    straggler_rate, death_rate, wrong_rate (1). straggler_score, a module:function, scores
     rows, and the calls with the largest are delayed; a share straggler_leaning (1) of them.
     wrong_workers, {swap = [1]}, swap rows. fault_seed is the seed (0)."""
 

@@ -44,7 +44,7 @@ GIVEN = {
     "max_batch_size": 32,
     "surrogate": "learn",
     "max_calls": 1.5,
-    "faults": {"straggler_score": "norm", "wrong_workers": {"swap": [0, 2]}},
+    "faults": {"straggler_score": "own:double", "wrong_workers": {"swap": [0, 2]}},
 }
 
 
@@ -379,8 +379,8 @@ OWN = ("--model", "own:double", "--input-shape", "4")
         ),
         ((*OWN, "--input-datatype", "BYTES"), "input 'input' cannot be BYTES: JAX, which runs mod"),
         ((*OWN, "--input-datatype", "ids=INT64"), "inputs ['input'] have shapes, but ['ids'] have"),
-        ((*OWN, "--input-datatype", "INT64", "--scheme", "nercc"), "cannot have scheme 'nercc'"),
-        ((*OWN, "--input-datatype", "INT8", "--code", "code.json"), "cannot have code code.json"),
+        ((*OWN, "--input-datatype", "INT64", "--scheme", "nercc"), "cannot have nercc"),
+        ((*OWN, "--input-datatype", "INT8", "--code", "code.json"), "cannot have code.json"),
         (("--actor-options", "{x"), "--actor-options: a table as in TOML is needed"),
         (("--faults", "straggler_rate"), "--faults: a table as in TOML is needed"),
         (("--faults", "straggle_rate = 1"), "--faults: there is no fault 'straggle_rate', only"),
