@@ -52,7 +52,7 @@ def test_all_rows_computed_give_exact_statistics():
     weighed = result.mean(first, weights=weights)
     assert weighed.value == pytest.approx(np.average(y, weights=weights))
     assert weighed.width == 0
-    share = result.probability(lambda v: first(v) > 0.5)
+    share = result.probability(lambda v: v > 0.5, first)
     assert (share.value, share.width) == (pytest.approx(np.mean(y > 0.5)), 0)
     middle = result.quantile(0.9, first)
     assert middle.value == np.quantile(y, 0.9, method="inverted_cdf")

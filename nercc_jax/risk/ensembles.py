@@ -84,18 +84,21 @@ class RowEvidence:
     judged: Bool[np.ndarray, " rows"]
 
     def map(self, f: RowStatistic | None) -> "RowEvidence":
-        """Return what `f` gives of values and predictions, (rows, outputs).
+        """Return what `f` gives of values and predictions, (rows,).
 
         Raises:
-            ValueError: If `f` does not give a finite number for each row.
+            ValueError: If `f` does not give a finite number for each row, or rows have several
+                outputs and there is no `f`.
         """
         number, mapped = len(self.computed), []
         for each in (self.values, self.predictions):
-            found = np.asarray(each if f is None else f(each), float)
-            if found.shape[:1] != (number,) or (f is not None and found.ndim > 1):
+            if f is None and each.size != number:
+                raise ValueError(f"rows have {each.size // number} outputs: give an `f` of them")
+            found = np.asarray(each.reshape(number) if f is None else f(each), float)
+            if found.shape != (number,):
                 raise ValueError(f"`f` maps {number} rows to a number each, not to {found.shape}")
-            mapped.append(found.reshape(number, -1))
-        if odd := np.count_nonzero(~np.isfinite(np.hstack(mapped)).all(axis=1)):
+            mapped.append(found)
+        if odd := np.count_nonzero(~np.isfinite(mapped).all(axis=0)):
             raise ValueError(f"{odd} rows' values or predictions are not finite: map them by `f`")
         return dataclasses.replace(self, values=mapped[0], predictions=mapped[1])
 
@@ -113,11 +116,11 @@ def average(
 
     Args:
         rows: Of `RowEvidence.map`.
-        g: Maps values (rows, outputs) to a number a row. A number stands for whether rows' only
-            value is at most that: then errors are sorted once, and nothing is drawn.
+        g: Maps values to numbers, of the same shape. A number stands for whether values are at most
+            that: then errors are sorted once, and nothing is drawn.
         weights: Of the rows, from 0 on (default: all the same).
         coverage: The probability with which the interval holds.
-        step: Whether `g` is 0 or 1. No such mean is known better than by half a row.
+        step: Whether `g` is 0 or 1.
         draws: Errors of a kind that open rows' values are drawn by, at most.
 
     Raises:
@@ -132,7 +135,7 @@ def average(
     w = w / w.sum()
     own = np.zeros(number)
     known = rows.values[computed]
-    own[computed] = g(known) if callable(g) else known[:, 0] <= g
+    own[computed] = g(known) if callable(g) else known <= g
     value = float(w @ own)
     if computed.all():
         return EnsembleEstimate(value, (value, value), coverage)
@@ -142,12 +145,12 @@ def average(
     judged = rows.judged & rows.random
     judged &= rows.deviation <= rows.deviation[prompt if len(prompt) else late].max()
     of_kind = [np.flatnonzero(each) for each in (judged, rows.judged & rows.late)]
-    z = (rows.values - rows.predictions) / np.maximum(rows.deviation, 1e-300)[:, None]
+    z = (rows.values - rows.predictions) / np.maximum(rows.deviation, 1e-300)
     errors = [z[np.random.default_rng(0).permutation(each)[:draws]] for each in of_kind]
     if len(errors[0]) < 2:
         note = "fewer than two rows that were drawn at random have come"
         return EnsembleEstimate(math.nan, (-math.inf, math.inf), coverage, note=note)
-    few = math.isinf(conformal_quantile(np.abs(errors[1]).max(axis=1, initial=0.0), coverage))
+    few = math.isinf(conformal_quantile(np.abs(errors[1]), coverage))
     if few:
         errors[1] = np.concatenate(errors)[-draws:]
 
@@ -159,7 +162,8 @@ def average(
         value += float(v @ mean)
         uncertainty[some] = v * np.sqrt(variance)
         if kind == 1 and few:
-            low, high = float(v @ (mean - least)), float(v @ (most - mean))
+            row = float(v.max(initial=0.0)) / 2 if step else 0.0  # no share is known better
+            low, high = max(float(v @ (mean - least)), row), max(float(v @ (most - mean)), row)
             continue
 
         # The error that predictions have in common, and what it adds to the sum's variance.
@@ -187,8 +191,6 @@ def average(
 
         freedom = 1 / float(np.sum((variances / total) ** 2 / degrees))
         half = float(stdtrit(max(freedom, 1.0), (1 + coverage) / 2)) * total**0.5
-    if step:
-        half = max(half, float(w[~computed].max()) / 2)
     from_late, note = float(variances[1]) / total if total else 0.0, ""
     if low + high > 0:
         from_late = (low + high) / (low + high + 2 * half)
@@ -216,14 +218,13 @@ def quantile(rows: RowEvidence, q: float, weights: Weights, coverage: float) -> 
     """
     if not 0 < q < 1:
         raise ValueError(f"a quantile is at a share between 0 and 1, not {q}")
-    at = average(rows, lambda v: v[:, 0], weights, coverage)
-    if math.isnan(at.value):
-        return at
     # Eight places from each value to the next: the row that is sought may have none of its own yet.
     values, shares = np.unique(rows.values), {}
     places = np.interp(np.arange(8 * len(values) - 7) / 8, np.arange(len(values)), values)
-    w = np.ones(len(rows.values)) if weights is None else np.asarray(weights, float)
-    row = float(w.max() / w.sum())  # by which shares change, and of which sums' errors are far less
+    # Without weights shares are whole rows. An open row that is the quantile counts half, at either
+    # end: below its value it does not, and from there on it does.
+    row = 1 / len(rows.values) if weights is None else 0.0
+    q = math.ceil(q / row - 1e-6) * row - row / 2 if row else q
 
     def first(end: Callable[[EnsembleEstimate], float], share: float) -> int:
         """Return the first place at which an end of the share of rows is `share` or more."""
@@ -233,41 +234,36 @@ def quantile(rows: RowEvidence, q: float, weights: Weights, coverage: float) -> 
             if middle not in shares:
                 at_most = float(places[middle])
                 shares[middle] = average(rows, at_most, weights, coverage, step=True)
-            low, high = (low, middle) if end(shares[middle]) >= share else (middle + 1, high)
+            above = end(shares[middle]) >= share - 1e-9
+            low, high = (low, middle) if above else (middle + 1, high)
         return low
 
-    value = min(first(lambda each: each.value, q - row / 2), len(places) - 1)
-    low = min(first(lambda each: each.interval[1], q - 1e-6 * row), value)
-    high = first(lambda each: each.interval[0], q - 1e-6 * row)
-    last = max(high - 1, value)  # beyond which shares are larger
-    at = shares.get(value, at)
-    bounded = low > 0 or rows.computed.all()
+    value = min(first(lambda each: each.value, q), len(places) - 1)
+    low = min(first(lambda each: each.interval[1], q), value)
+    high = first(lambda each: each.interval[0], q + 2e-9)
+    found, known = shares[value], rows.computed.all()
     ends = (
-        float(places[low]) if bounded else -math.inf,
-        float(places[last]) if high < len(places) else math.inf,
+        float(places[low]) if low > 0 or known else -math.inf,
+        float(places[max(high, value)]) if high < len(places) else math.inf,
     )
-    return dataclasses.replace(at, value=float(places[value]), interval=ends)
+    return dataclasses.replace(found, value=float(places[value]), interval=ends)
 
 
 def _moments(
     rows: RowEvidence,
     g: RowStatistic | float,
     some: Int[np.ndarray, " some"],
-    errors: Float[np.ndarray, "draws outputs"],
+    errors: Float[np.ndarray, " draws"],
 ) -> Float[np.ndarray, "4 some"]:
     """Return the mean, variance, least and largest `g` of some rows, over these errors."""
     if not callable(g):  # a share of the errors, by their order
-        limits = (g - rows.predictions[some, 0]) / np.maximum(rows.deviation[some], 1e-300)
-        share = np.searchsorted(np.sort(errors[:, 0]), limits, side="right") / len(errors)
+        limits = (g - rows.predictions[some]) / np.maximum(rows.deviation[some], 1e-300)
+        share = np.searchsorted(np.sort(errors), limits, side="right") / len(errors)
         spread = share * (1 - share) * len(errors) / max(len(errors) - 1, 1)
         return np.stack([share, spread, share >= 1, share > 0])
-    found = np.zeros((4, len(some)))
-    step = max((1 << 20) // errors.size, 1)  # numbers that are drawn together
-    for place in range(0, len(some), step):
-        part = some[place : place + step]
-        drawn = rows.predictions[part, None] + rows.deviation[part, None, None] * errors
-        each = np.asarray(g(drawn.reshape(-1, errors.shape[1])), float).reshape(len(part), -1)
-        spread = each.var(axis=1, ddof=min(1, len(errors) - 1))
-        moments = (each.mean(axis=1), spread, each.min(axis=1), each.max(axis=1))
-        found[:, place : place + step] = moments
-    return found
+    if len(some) * len(errors) > 1 << 22:  # numbers that are drawn together
+        return np.hstack([_moments(rows, g, part, errors) for part in np.array_split(some, 2)])
+    drawn = rows.predictions[some, None] + rows.deviation[some, None] * errors
+    found = np.asarray(g(drawn.ravel()), float).reshape(drawn.shape)
+    spread = found.var(axis=1, ddof=min(1, len(errors) - 1))
+    return np.stack([found.mean(axis=1), spread, found.min(axis=1), found.max(axis=1)])

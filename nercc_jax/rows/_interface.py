@@ -250,7 +250,7 @@ class RowResult:
             >>> round(result.mean().value, 2)
             0.33
         """
-        return average(self._mapped(f), lambda values: values[:, 0], weights, coverage)
+        return average(self._mapped(f), np.asarray, weights, coverage)
 
     def probability(
         self,
@@ -262,14 +262,9 @@ class RowResult:
     ) -> EnsembleEstimate:
         """Return the share of all rows that meet a condition, with an interval; see `mean`.
 
-        `condition` maps values (rows, ...), or with `f` what it gives, (rows,), to booleans. With
-        `f`, errors are those of what it gives, which holds better.
+        `condition` maps what `f` gives, (rows,), to booleans.
         """
-        shape = () if f is not None or self.values is None else self.values.shape[1:]
-        mapped = self._mapped(f, several=f is None)
-        return average(
-            mapped, lambda v: condition(v.reshape(-1, *shape)), weights, coverage, step=True
-        )
+        return average(self._mapped(f), condition, weights, coverage, step=True)
 
     def quantile(
         self,
@@ -282,13 +277,10 @@ class RowResult:
         """Return the least value that a share `q` of all rows does not exceed; see `mean`."""
         return quantile(self._mapped(f), q, weights, coverage)
 
-    def _mapped(self, f: RowStatistic | None, several: bool = False) -> RowEvidence:
+    def _mapped(self, f: RowStatistic | None) -> RowEvidence:
         if self.evidence is None:
             raise ValueError("no row has a value yet, by which all others could be estimated")
-        mapped = self.evidence.map(f)
-        if mapped.values.shape[1] != 1 and not several:
-            raise ValueError(f"rows have {mapped.values.shape[1]} outputs: give an `f` of them")
-        return mapped
+        return self.evidence.map(f)
 
     def columns(self) -> dict[str, Shaped[np.ndarray, " rows"]]:
         """Return a table's columns, as `pandas.DataFrame` and `pyarrow.table` take them.
