@@ -203,12 +203,15 @@ def learners() -> Iterator[dict[str, str]]:
             }
 
 
-def copies() -> Iterator[dict[str, str]]:
+def copies(intervals: bool = True) -> Iterator[dict[str, str]]:
     """Yield wrong labels with copies, decoded and placed in several ways, next to coding."""
     for model, recorded in RESULTS.items():
         for cell, measured in recorded["copies"].items():
             *_, doubt = measured["rows"]
-            modes = {row["mode"]: _percent(row) for row in measured["rows"]}
+            modes = {
+                row["mode"]: _percent(row if intervals else row | {"half_width": 0.0})
+                for row in measured["rows"]
+            }
             ratio = f"{doubt['ratio']:.2f} ± {doubt['ratio_half_width']:.2f}"
             yield {"model": model, "(N, K, S)": cell} | modes | {"doubt / student": ratio}
 

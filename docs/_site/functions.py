@@ -33,15 +33,18 @@ def draws(function: str, cell: str, system: str, number: str = "rmse") -> Sequen
     return measured["systems"].get(name, {}).get(number, [])
 
 
-def errors(cell: str, systems: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Yield the errors of systems by function; the least stands out."""
+def errors(
+    cell: str, systems: Sequence[str], intervals: bool = True
+) -> Iterator[dict[str, str]]:
+    """Yield the errors of systems by function, with intervals or not; the least stands out."""
     found = {(s, f): mean_and_half_width(draws(f, cell, s)) for s in systems for f in RESULTS}
     least = {f: np.nanmin([found[s, f][0] for s in systems]) for f in RESULTS}
     for s in systems:
         row = {"": s}
         for f in RESULTS:
-            text = plus_minus(*found[s, f])
-            row[f] = strong(text) if found[s, f][0] == least[f] else text
+            mean, half = found[s, f]
+            text = plus_minus(mean, half if intervals else 0.0)
+            row[f] = strong(text) if mean == least[f] else text
         yield row
 
 

@@ -39,23 +39,19 @@ def show(*parts: str) -> None:
 
 
 def measured(environment: Mapping[str, Any], rooms: str) -> str:
-    """Return a line that names commit, day, machine and versions, and which rooms changed since.
+    """Return a line that names commit, day and machine, and which rooms changed since.
 
     Args:
         environment: Of `bench/report.py`; its `rooms` are hashes of the rooms' sources.
         rooms: The rooms of `nercc_jax` whose code was measured.
     """
-    versions = ", ".join(f"{name} {each}" for name, each in environment["versions"].items())
-    day, cores = environment["date"][:10], environment["cores"]
-    cpu, python = environment["cpu"], environment["python"]
-    own = environment["rooms"]
-    now = room_hashes()
+    own, now = environment["rooms"], room_hashes()
     changed = [room for room in rooms.split() if own.get(room) != now.get(room)]
     # Of results from before commits were noted, it is the last one before that day and hour.
     dirty = {None: " or soon after", True: " with changes", False: ""}[environment["dirty"]]
     line = (
-        f"Measured at {environment['commit'][:9]}{dirty}, {day}, on {cpu}, {cores} cores, "
-        f"Python {python}, {versions}."
+        f"Measured at {environment['commit'][:9]}{dirty}, {environment['date'][:10]}, on "
+        f"{environment['cpu']}, {environment['cores']} cores (versions: in the JSON)."
     )
     if not changed:
         return f"{line} The code that was measured ({rooms}) has not changed since."

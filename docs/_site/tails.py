@@ -64,18 +64,18 @@ def _ours(cells: Mapping[str, Cell], place: str, budget: float) -> dict[str, Cel
 
 
 def comparison(
-    cells: Mapping[str, Cell], budget: float, key: str = "p999_ms"
+    cells: Mapping[str, Cell], budget: float, key: str = "p999_ms", services: str = ""
 ) -> Iterator[dict[str, str]]:
-    """Yield each law's p99.9 and calls, or p99.99 where it was measured.
+    """Yield each law's p99.9 and calls, or p99.99 where it was measured, of all or some services.
 
     The shortest tail of exact answers in the budget stands out, and each of ours that is shorter.
     """
     cells = {name: cell for name, cell in cells.items() if key in cell}
     for place in places(cells):
         exact, ours = _exact(cells, place, budget), _ours(cells, place, budget)
-        if not ours:
-            continue
         law, service = place.rsplit(", ", 1)
+        if not ours or (services and service not in services.split(", ")):
+            continue
         best = _best(exact, budget, key)
         shortest = {name for name in ours if tail(ours[name], key) < tail(best, key)}
         yield {"straggling": law, "service times": service} | {
