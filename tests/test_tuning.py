@@ -612,15 +612,3 @@ def test_a_lambda_too_large_to_descend_from_starts_where_none_does(lambda_):
     for name in ("log_lambda_enc", "log_lambda_dec"):
         np.testing.assert_array_equal(free[name], none[name])
     assert float(rebuild(free).lambda_dec) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("layout", "exact"),
-    [("chebyshev", False), ("systematic:0.5", False), ("systematic:1", True), ("mixed:0.5", True)],
-)
-def test_the_command_starts_exact_where_every_data_point_has_a_worker(layout, exact):
-    from nercc_jax.cli._tune import start_code  # late, as matplotlib takes a second to import
-
-    start = start_code(4, 10, layout)
-    assert start.exact is exact
-    assert np.isin(start.alpha, start.beta).all() == exact

@@ -1,7 +1,8 @@
 """`nercc demo`: coded inference under stragglers, on real data, next to copies and a student."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -79,7 +80,6 @@ def demo(options: Options) -> None:
         del codes["replication"]
         kept = kept_labels(model, x, codes, options)
     straggle = f"{100 * RATE:g} % of the workers straggle"
-    above: Callable[[Any], Any] | None = None
     if kept:
         cells = [(r.system, str(r.workers), f"{r.calls:.2f}", r.kept.percent()) for r in kept]
         columns = ("system", "workers", "calls a query", "labels kept, %")
@@ -89,10 +89,10 @@ def demo(options: Options) -> None:
             "answer comes later; the student is the shipped one",
             f"{text_table([columns, *cells])}\n\n{kept_words(kept)}",
         )
-        above = lambda part: pictures.costs_figure(kept, straggle, part)  # noqa: E731
     panels = {"mse": (f"MSE of {options.outputs}", True)}
     if options.outputs != "values":
         panels["rel_acc"] = ("labels kept (RelAcc)", False)
+    above = functools.partial(pictures.costs_figure, kept, straggle) if kept else None
     pictures.straggler_figure(rows, panels, what, above).savefig(options.plot, dpi=130)
     show(console, f"picture: {options.plot.resolve()}")
     records = [row._asdict() | {"kept": dataclasses.asdict(row.kept)} for row in kept]

@@ -30,8 +30,9 @@ def tune_code(options: Options) -> None:
         raise ValueError("--criterion cross_entropy needs --outputs logits")
     laws = straggler_laws(*size, options.max_stragglers)
     with of_option(f"--layout {options.layout}"):
-        start = start_code(*size, options.layout)
-    if start.exact:
+        start = NeRCC(*size, points=options.layout)
+    if jnp.all(coincident(start.alpha, start.beta)):  # each data point has a worker of its own
+        start = NeRCC(*size, points=options.layout, exact=True)
         laws.pop("0")  # without stragglers there is nothing to tune
     if not laws:
         raise ValueError(
@@ -91,10 +92,3 @@ def tune_code(options: Options) -> None:
     write_json(console, options.numbers, about, compared.records())
     results |= {"tuned code": options.output.resolve(), "picture": options.plot.resolve()}
     show(console, *(f"{name}: {value}" for name, value in results.items()))
-
-
-def start_code(num_data: int, num_workers: int, layout: str) -> NeRCC:
-    """Return the untuned code; exact where every data point has a worker of its own."""
-    code = NeRCC(num_data, num_workers, points=layout)
-    own = jnp.all(coincident(code.alpha, code.beta))
-    return NeRCC(num_data, num_workers, points=layout, exact=True) if own else code
