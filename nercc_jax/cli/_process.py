@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,29 +58,20 @@ def compile_plainly() -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=false".strip()
 
 
-def ray_joiner(
-    address: str | None, runtime_env: Mapping[str, Any] | None
-) -> Callable[[Sequence[str]], None]:
-    """Return a function that makes this process part of the Ray that options name.
-
-    It takes the names of the models that workers run, which are sent along if the Ray is joined. It
-    raises ConnectionError if there is no Ray.
+def join_ray_of(address: str | None, runtime_env: Mapping[str, Any] | None) -> None:
+    """Make this process part of the Ray that options name.
 
     Raises:
         ValueError: A folder or module of the runtime environment does not exist.
+        ConnectionError: There is no Ray.
     """
     asked = dict(runtime_env or {})
     for path in filter(None, (asked.get("working_dir"), *asked.get("py_modules", ()))):
         if "://" not in str(path) and not Path(path).exists():
             raise ValueError(f"--runtime-env: there is no such file or folder: {path}")
+    from ..pools import join_ray
 
-    def join(models: Sequence[str]) -> None:
-        from ..pools import join_ray
-        from ..pools.ray_cluster import with_modules
-
-        join_ray(address, asked, with_modules(asked, models))
-
-    return join
+    join_ray(address, asked)
 
 
 def leave_accelerators() -> None:

@@ -25,7 +25,7 @@ from ..rows.files import check_parts, fingerprint
 from ._command import fail, of_option
 from ._options import Options, refuse
 from ._output import progress_bar, show, write_json
-from ._process import leave_accelerators, ray_joiner
+from ._process import join_ray_of, leave_accelerators
 from ._workload import callable_of, faults_of, find_workload, load_plain_code
 
 
@@ -106,11 +106,7 @@ def pool_opener(options: Options, console: Console) -> Callable[..., AbstractPoo
 
     It takes the model, N, further arguments of a pool, and for a code K. It exits with code 1 if
     the workers do not start.
-
-    Raises:
-        ValueError: An option of Ray is wrong.
     """
-    join = ray_joiner(options.address, options.runtime_env)
     asked = dataclasses.replace(options, faults=faults_of(options.faults))
     hang_timeout = RowSettings(0.0, deadline=options.deadline_s).hang_timeout
     further = {"seed": options.seed, "hang_timeout": hang_timeout}
@@ -121,7 +117,7 @@ def pool_opener(options: Options, console: Console) -> Callable[..., AbstractPoo
             log = logging.getLogger("nercc_jax.pools")  # such as which Ray was joined
             log.handlers[:] = [logging.StreamHandler()]
             log.setLevel(logging.INFO)
-            join([options.model])
+            join_ray_of(options.address, options.runtime_env)
         try:
             with console.status(f"starting {words} ..."):
                 pool = open_pool(model, num_workers, asked, **others | further)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ..stragglers import AbstractLatency, RowLatency, TraceLatency
+from ..stragglers import AbstractLatency, TraceLatency
 from ..stragglers._laws import draws_alike
 
 FaultKind: TypeAlias = Literal["delay", "error", "nan", "hang", "death", "swap"]
@@ -25,8 +25,6 @@ FaultKind: TypeAlias = Literal["delay", "error", "nan", "hang", "death", "swap"]
 _DRAWS = 4096
 # The latest scores of a worker's rows that say which scores are large, and the least number.
 _SCORES, _FEWEST = 1024, 20
-# Of the stragglers that lean to the largest scores, the share of rows that these are, at least.
-_HARDEST = 0.12
 
 
 class InjectedError(RuntimeError):
@@ -152,7 +150,6 @@ class Faults:
         straggler_rate: float = 0.0,
         straggler_delay: float = 1.0,
         straggler_score: Callable[[Any], Any] | None = None,
-        straggler_leaning: float = 1.0,
         death_rate: float = 0.0,
         wrong_workers: Mapping[Any, Sequence[int]] | None = None,
         wrong_rate: float = 1.0,
@@ -165,9 +162,7 @@ class Faults:
             straggler_rate: Share of calls that straggle.
             straggler_delay: Seconds that a straggling call takes longer.
             straggler_score: Maps a batch to one score a row. Then calls do not straggle at random,
-                but those with the largest scores (`nercc_jax.stragglers.RowLatency`).
-            straggler_leaning: With a score, the share of stragglers that have the largest scores;
-                the others are random.
+                but those with the largest scores.
             death_rate: Share of calls in which the worker dies.
             wrong_workers: The workers that answer wrongly, by kind of fault, which is "swap".
             wrong_rate: Share of these workers' calls that are answered wrongly.
@@ -181,19 +176,10 @@ class Faults:
         if service_delay:
             faults.append(Fault("delay", latency=TraceLatency([service_delay])))
         if straggler_rate:
-            delay = TraceLatency([straggler_delay])
-            if straggler_score is None:
-                faults.append(Fault("delay", straggler_rate, latency=delay))
-            else:
-                hardest = max(straggler_rate, _HARDEST if straggler_leaning < 1 else 0.0)
-                law = RowLatency(delay, delay, straggler_rate, straggler_leaning, hardest)
-                hard, other = law.probabilities()
-                # Both may strike a row; together they do so as often as the hardest rows are.
-                more = (hard - other) / (1 - other) if other < 1 else 0.0
-                by_score: Any = {"score": straggler_score, "hardest": hardest}
-                for probability, which in ((other, {}), (more, by_score)):
-                    if probability:
-                        faults.append(Fault("delay", probability, latency=delay, **which))
+            delay, score = TraceLatency([straggler_delay]), straggler_score
+            by_score: Any = {} if score is None else {"score": score, "hardest": straggler_rate}
+            probability = straggler_rate if score is None else 1.0
+            faults.append(Fault("delay", probability, latency=delay, **by_score))
         if death_rate:
             faults.append(Fault("death", death_rate))
         for kind, workers in (wrong_workers or {}).items():

@@ -386,14 +386,6 @@ class AbstractPool(abc.ABC):
 
     # Events, and what follows from them.
 
-    def _restart(self, worker: int) -> bool:
-        """Begin a new life of a worker, for its backend to find it a better place.
-
-        Return whether it was idle, and was restarted.
-        """
-        with self._event() as state:
-            return self._trouble is None and state.restart(worker, self.clock.now())
-
     @contextlib.contextmanager
     def _event(self) -> Iterator[Schedule]:
         """Hold the lock for a change of the state; then carry out what follows, without it.

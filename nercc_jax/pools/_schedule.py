@@ -162,16 +162,6 @@ class Schedule:
         slot.begun, slot.start_at = True, now + self.start_timeout
         self.todo.append(StartLife(worker, slot.life))
 
-    def restart(self, worker: int, now: float) -> bool:
-        """Begin a new life of a worker, if it is idle; return whether it is."""
-        slot = self.slots[worker]
-        if not slot.ready or slot.task is not None:
-            return False
-        self.available.pop(worker, None)
-        slot.ready, slot.life = False, slot.life + 1
-        self.start(worker, now)
-        return True
-
     def handle(self, worker: int, outcome: Any, now: float) -> None:
         """Take that a worker is ready (None), has answered, failed or died (`WorkerDied`)."""
         slot = self.slots[worker]

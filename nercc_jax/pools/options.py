@@ -12,7 +12,7 @@ from ._ray import RayPool
 # By what a value of a fault must be, the names of those faults.
 _FAULTS = {
     "seconds, from 0 to a day": ("service_delay_s", "straggler_delay_s"),
-    "a share, from 0 to 1": ("straggler_rate", "straggler_leaning", "death_rate", "wrong_rate"),
+    "a share, from 0 to 1": ("straggler_rate", "death_rate", "wrong_rate"),
     "`norm`, or module:function": ("straggler_score",),
     "a table of whole numbers, {swap = [1]}": ("wrong_workers",),
     "a whole number": ("fault_seed",),
