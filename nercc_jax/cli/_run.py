@@ -133,7 +133,7 @@ def _by_row(
     options: Options, opened: Callable[..., Any], kept: dict[str, Any]
 ) -> tuple[RowResult, dict[str, np.ndarray], EnsembleEstimate | None]:
     """Run a function on rows, and return the result, its table, and the statistic asked for."""
-    fields = {field.name for field in dataclasses.fields(RowSettings)} - {"learner_share"}
+    fields = {field.name for field in dataclasses.fields(RowSettings)}
     named = {"rows_per_call": "groups"}
     named |= {name: f"{name}_s" for name in ("deadline", "job_deadline", "grace")}
     settings = RowSettings(**{name: getattr(options, named.get(name, name)) for name in fields})

@@ -34,6 +34,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Return what has moved to `nercc_jax.rows`, which stands on pools: imported when asked for."""
-    if name in ("RowFunction", "RowResult", "map_rows", "run_rows"):
+    if name in ("RowResult", "map_rows", "run_rows"):
         return getattr(importlib.import_module("nercc_jax.rows"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

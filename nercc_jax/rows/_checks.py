@@ -29,7 +29,6 @@ class RowChecks:
     Attributes:
         fenced: The workers that are to get nothing.
         suspicious: The number of answers that were in doubt.
-        corrected: The number of rows whose value became another than that which came first.
     """
 
     def __init__(
@@ -55,8 +54,7 @@ class RowChecks:
         self._outvoted: set[int] = set()  # calls with a wrong answer, the rest of which is trusted
         # By row in doubt and worker: the answer, and the number of the call that it came in.
         self._answers: dict[int, dict[int, tuple[np.ndarray, int]]] = {}
-        self._came_first: dict[int, np.ndarray] = {}
-        self.suspicious = self.corrected = 0
+        self.suspicious = 0
 
     def doubts(self, row: int) -> bool:
         """Return whether a row has answers that differ, or one that looked wrong."""
@@ -109,9 +107,6 @@ class RowChecks:
         table["checked"][rows[trusted[known[trusted]]]] = True
         for place in fresh[held].tolist():
             self._doubt(int(rows[place]), values[place], worker, call)
-        for row, value in zip(rows[given].tolist(), values[given], strict=True):
-            if (before := self._came_first.pop(row, None)) is not None:
-                self.corrected += not self._votes.agree(before, value)
         return given, values
 
     def review(self) -> tuple[Int[np.ndarray, " few"], bool]:
@@ -120,10 +115,10 @@ class RowChecks:
         Returns:
             The rows whose values are to be taken back, and whether a worker was accused.
         """
-        table, values, accused = self._table, self._table.values, self._votes.accused
+        table, accused = self._table, self._votes.accused
         new, self.fenced, self._accused = accused - self._accused, self._votes.fenced, accused
         rows = np.zeros(0, int)
-        if values is None:
+        if table.values is None:
             return rows, False
         if new:
             for row, given in list(self._answers.items()):
@@ -133,8 +128,6 @@ class RowChecks:
                     del self._answers[row]  # as if nobody had computed it
             wrong = np.isin(table["givers"], list(accused))
             rows = np.flatnonzero((table["state"] == COMPUTED) & wrong.all(axis=1))
-            for row in rows.tolist():
-                self._came_first.setdefault(row, values[row].copy())
             self.suspicious += len(rows)
             one = (wrong[:, 0] != wrong[:, 1])[:, None]  # of the two that gave a row's value
             # The other one stands for both.
@@ -157,9 +150,7 @@ class RowChecks:
 
     def _doubt(self, row: int, value: np.ndarray, worker: int, call: int) -> None:
         """Doubt an answer of a worker."""
-        value = value.copy()
-        self._came_first.setdefault(row, value)
-        self._answers[row] = {} if worker == NOBODY else {worker: (value, call)}
+        self._answers[row] = {} if worker == NOBODY else {worker: (value.copy(), call)}
         self._table["givers"][row] = self._table["call"][row] = NOBODY
         self._table["checked"][row] = False
         self.suspicious += 1
@@ -170,7 +161,6 @@ class RowChecks:
 
     def counts(self) -> dict[str, Any]:
         """Return the counts for a run's summary."""
+        counts = {"checked": int(self._table["checked"].sum()), "suspicious": self.suspicious}
         status = self._votes.status()
-        counts = {"suspicious": self.suspicious, "corrected": self.corrected}
-        counts |= {name: status[name] for name in ("fenced", "not_fenced")}
-        return {"checked": int(self._table["checked"].sum())} | counts
+        return counts | {name: status[name] for name in ("fenced", "not_fenced")}
