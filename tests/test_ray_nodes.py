@@ -15,8 +15,24 @@ from conftest import require
 
 from nercc_jax import RayPool
 from nercc_jax.cli._process import join_ray_of
-from nercc_jax.pools import join_ray
 from nercc_jax.pools._payload import pack
+from nercc_jax.pools.ray_cluster import join_ray
+
+# Which Ray.
+
+
+def test_a_folder_that_is_not_there_is_refused():
+    require("ray", "ray")
+    with pytest.raises(ValueError, match=r"--runtime-env: there is no such .* folder: /nowhere"):
+        join_ray_of(None, {"py_modules": ["/nowhere"]})
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_where_no_ray_is_that_is_reported_at_once(address):
+    require("ray", "ray")
+    with pytest.raises(ConnectionError, match=f"no Ray at {address}: .*Does its head run"):
+        join_ray(address)
+
 
 # What goes to workers.
 
@@ -125,21 +141,3 @@ def test_what_cannot_be_sent_is_reported():
     lock = __import__("threading").Lock()
     with pytest.raises(ValueError, match="by pickle: cannot pickle"):
         pack(lambda x: (lock, x))
-
-
-# Which Ray.
-
-
-def test_a_folder_that_is_not_there_is_refused():
-    require("ray", "ray")
-    with pytest.raises(ValueError, match=r"--runtime-env: there is no such .* folder: /nowhere"):
-        join_ray_of(None, {"py_modules": ["/nowhere"]})
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
-def test_where_no_ray_is_that_is_reported_at_once(address):
-    ray = require("ray", "ray")
-    if ray.is_initialized():
-        pytest.skip("this process is part of a Ray")
-    with pytest.raises(ConnectionError, match=f"no Ray at {address}: .*Does its head run"):
-        join_ray(address)

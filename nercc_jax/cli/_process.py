@@ -69,7 +69,7 @@ def join_ray_of(address: str | None, runtime_env: Mapping[str, Any] | None) -> N
     for path in filter(None, (asked.get("working_dir"), *asked.get("py_modules", ()))):
         if "://" not in str(path) and not Path(path).exists():
             raise ValueError(f"--runtime-env: there is no such file or folder: {path}")
-    from ..pools import join_ray
+    from ..pools.ray_cluster import join_ray
 
     join_ray(address, asked)
 

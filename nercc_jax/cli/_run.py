@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from ..codes import NeRCC
-from ..pools import AbstractPool, leave_ray
+from ..pools import AbstractPool
 from ..pools.batch import answers_to_wait_for
 from ..pools.options import open_pool
 from ..risk import EnsembleEstimate
@@ -97,8 +97,6 @@ def run(options: Options) -> None:
         fail(f"{len(result.reasons):,} rows are unknown: row {row}: {why}; {rest}", 3)
     if path.suffix:
         shutil.rmtree(folder)
-    if options.pool == "ray":
-        leave_ray()
 
 
 def pool_opener(options: Options, console: Console) -> Callable[..., AbstractPool]:

@@ -10,7 +10,7 @@ from ._ray import RayPool
 from .backend import PoolReport
 from .batch import Batch, BatchAnswers
 from .inference import PoolResult, pool_inference
-from .ray_cluster import join_ray, leave_ray, ray_is_lost
+from .ray_cluster import ray_is_lost
 from .times import Overdue
 
 __all__ = [
@@ -25,8 +25,6 @@ __all__ = [
     "PoolReport",
     "PoolResult",
     "RayPool",
-    "join_ray",
-    "leave_ray",
     "pool_inference",
     "ray_is_lost",
 ]

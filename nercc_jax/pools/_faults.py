@@ -7,14 +7,13 @@ meet a real one: the worker is busy while it sleeps, and gone when it dies.
 import collections
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from ..stragglers import AbstractLatency, TraceLatency
 from ..stragglers._laws import draws_alike
@@ -202,62 +201,59 @@ class WorkerFaults:
         self._random = np.random.default_rng([faults.seed, worker, life])
         # For the order of swapped rows, so that these shift no other draws.
         self.swap_random = np.random.default_rng([faults.seed, worker, life, 0xBAD])
-        self._call, self._time, self._mine = 0, time, list[_WorkerFault]()
-        for number, fault in enumerate(faults.faults):
-            if fault.workers is None or worker in fault.workers:
-                numbers = number, worker, life
-                key = functools.reduce(jax.random.fold_in, numbers, jax.random.key(faults.seed))
-                self._mine.append(_WorkerFault(fault, key))
+        self._call, self._time = 0, time
+        numbers = enumerate(faults.faults)
+        self._mine = {n: f for n, f in numbers if f.workers is None or worker in f.workers}
+        # Of some faults: their delays, the latest scores of rows, and the spells to come.
+        self._delays: dict[int, np.ndarray] = {}
+        self._seen: dict[int, collections.deque[float]] = {}
+        self._spells: dict[int, tuple[tuple[float, float], Iterator[tuple[float, float]]]] = {}
+        for number, fault in self._mine.items():
+            if isinstance(fault.latency, AbstractLatency):
+                key = jax.random.key(faults.seed)
+                key = functools.reduce(jax.random.fold_in, (number, worker, life), key)
+                self._delays[number] = np.asarray(fault.latency.sample(key, (_DRAWS,)))
+            self._seen[number] = collections.deque(maxlen=_SCORES)
+            if fault.episodes is not None:
+                coming = fault.episodes.spells()
+                self._spells[number] = next(coming), coming
 
     def strike(self, batch: PyTree | None = None) -> StruckCall:
         """Return the faults of the next call; faults may strike rows of the batch by a score."""
         call, self._call = self._call, self._call + 1
         seconds, kinds = 0.0, set[FaultKind]()
-        for each in self._mine:
-            fault = each.fault
+        for number, fault in self._mine.items():
             # Drawn first, and always: what else is set must not shift the later draws.
             drawn = self._random.random() < fault.probability
-            if each.strikes(call, batch, self._time) and drawn:
-                if each.delays is not None:
-                    seconds += float(each.delays[call % _DRAWS])
+            if self._strikes(number, fault, call, batch) and drawn:
+                if number in self._delays:
+                    seconds += float(self._delays[number][call % _DRAWS])
                 elif callable(fault.latency):
                     seconds += 0.0 if batch is None else float(fault.latency(batch))
                 else:
                     kinds.add(fault.kind)
         return StruckCall(seconds, kinds)
 
-
-class _WorkerFault:
-    """One fault at one worker: its delays, the scores that it has seen, and its spells."""
-
-    def __init__(self, fault: Fault, key: Array):
-        self.fault, self._seen = fault, collections.deque[float](maxlen=_SCORES)
-        law = fault.latency
-        drawn = isinstance(law, AbstractLatency)
-        self.delays = np.asarray(law.sample(key, (_DRAWS,))) if drawn else None
-        self._coming = None if fault.episodes is None else fault.episodes.spells()
-        self._spell = (-math.inf, math.inf) if self._coming is None else next(self._coming)
-
-    def strikes(self, call: int, batch: PyTree | None, time: Callable[[], float]) -> bool:
-        """Return whether it strikes a call, by its number, its rows' scores and its spells."""
-        fault = self.fault
+    def _strikes(self, number: int, fault: Fault, call: int, batch: PyTree | None) -> bool:
+        """Return whether a fault strikes a call, by its number, its rows' scores and its spells."""
         if fault.score is not None:
             if batch is None:
                 return False
-            scores = np.ravel(np.asarray(fault.score(batch), float))
-            least = fault.least_score
+            scores, least = np.ravel(np.asarray(fault.score(batch), float)), fault.least_score
             if fault.hardest is not None:
-                self._seen.extend(scores.tolist())
-                if len(self._seen) < _FEWEST:
+                seen = self._seen[number]
+                seen.extend(scores.tolist())
+                if len(seen) < _FEWEST:
                     return False
-                least = np.nextafter(np.quantile(self._seen, 1 - fault.hardest), np.inf)
+                least = np.nextafter(np.quantile(seen, 1 - fault.hardest), np.inf)
             if np.max(scores) < least:
                 return False
         if fault.calls is not None and call not in fault.calls:
             return False
-        if self._coming is None:
+        if number not in self._spells:
             return True
-        now = time()
-        while self._spell[1] <= now:
-            self._spell = next(self._coming)
-        return self._spell[0] <= now
+        now, (spell, coming) = self._time(), self._spells[number]
+        while spell[1] <= now:
+            spell = next(coming)
+        self._spells[number] = spell, coming
+        return spell[0] <= now

@@ -30,8 +30,8 @@ from ._pool import AbstractPool
 from .backend import OnOutcome, WorkerBackend, WorkerDied
 from .batch import arrays_of
 from .garbage import short_collections
-from .ray_cluster import Head, join_ray, last_line, leave_ray, ray_module
-from .worker import Examples, Program, Worker, as_models, warm_up, weights_checksum
+from .ray_cluster import Head, join_ray, last_line, ray_module
+from .worker import Examples, Program, Worker, as_models, warm_up
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,9 +45,9 @@ class RayPool(AbstractPool):
     node, however many workers use them.
 
     The pool uses the Ray that this process is connected to. Otherwise it joins the one at
-    `address`, at RAY_ADDRESS, or on this machine, and starts one here if there is none, for as long
-    as a pool of this process is open. The models are sent to the actors by pickle, with classes and
-    functions of a script or a notebook.
+    `address`, at RAY_ADDRESS, or on this machine, and starts one here if there is none. The process
+    stays part of it to its end, or to `ray.shutdown()`. The models are sent to the actors by
+    pickle, with classes and functions of a script or a notebook.
 
     Further arguments are as for `DevicePool`, and so are the `rules`: `overdue`, `max_attempts` and
     `hang_timeout`.
@@ -95,33 +95,27 @@ class RayPool(AbstractPool):
     ):
         models = as_models(model, worker_dtype)
         self.worker_dtype = check_worker_dtype(worker_dtype)
-        self._weights = weights_checksum(models)
         self._head = join_ray(address, runtime_env)
-        try:
-            self._backend = ActorBackend(
-                pack((models, example, compiled, faults or Faults())),
-                (x64_enabled(), matmul_precision()),
-                worker_options(actor_options or {}, num_workers),
-                self._head,
-            )
-            self._begin(
-                self._backend,
-                num_workers,
-                len(models),
-                start_timeout=start_timeout,
-                min_workers=min_workers,
-                **rules,
-            )
-        except BaseException:
-            leave_ray()
-            raise
+        self._backend = ActorBackend(
+            pack((models, example, compiled, faults or Faults())),
+            (x64_enabled(), matmul_precision()),
+            worker_options(actor_options or {}, num_workers),
+            self._head,
+        )
+        self._begin(
+            self._backend,
+            num_workers,
+            len(models),
+            start_timeout=start_timeout,
+            min_workers=min_workers,
+            **rules,
+        )
         places = list(self._backend.places.values())
         platforms = {place.platform for place in places}
         platform = platforms.pop() if len(platforms) == 1 else UNKNOWN
         self.conditions = current_conditions(worker_dtype, platform)
         held = sorted(collections.Counter(place.node for place in places).values(), reverse=True)
         _LOG.info("workers on %d node(s): %s", len(held), ", ".join(map(str, held)))
-        self._open = True
 
     def processes(self) -> list[int | None]:
         """Return the process id of each worker, on whatever machine; None while it is replaced."""
@@ -132,13 +126,6 @@ class RayPool(AbstractPool):
         """Return the node of each worker, by Ray's id; None while it is replaced."""
         places = map(self._backend.places.get, range(self.num_workers))
         return [place and place.node for place in places]
-
-    def close(self) -> None:
-        """End the workers. Whoever still waits gets the answers that are in."""
-        if self._open:
-            self._open = False
-            AbstractPool.close(self)
-            leave_ray()
 
 
 def worker_options(options: Mapping[str, Any], num_workers: int) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class Schedule:
         self.forget(batch)
 
     def fence(self, workers: frozenset[int], now: float) -> None:
-        """Give these workers nothing but what is for them alone, and all others everything."""
+        """Give these workers nothing, and all others everything."""
         for worker, slot in enumerate(self.slots):
             slot.fenced = worker in workers
         self._assign_waiting(now)
@@ -246,8 +246,6 @@ class Schedule:
 
     def _worker_for(self, task: Task) -> int | None:
         """Return an idle worker at which the task has not failed; any, if it failed at all."""
-        if task.only is not None:  # even if it is fenced
-            return task.only if task.only in self.available else None
         slots, barred = self.slots, task.avoid
         if task.failed and len(task.failed) < sum(not slot.fenced for slot in slots):
             barred = barred | task.failed

@@ -1,7 +1,6 @@
 """The Ray that a process is part of: by address, one that it finds, or its own; and its head."""
 
 import concurrent.futures
-import dataclasses
 import logging
 import math
 import os
@@ -46,6 +45,9 @@ class Head:
 
     def _look(self) -> float:
         frozen, before = False, self.alarm
+        if not ray_module().is_initialized():  # it was left
+            self.alarm, self.ends_at = None, math.inf
+            return time.monotonic() + 1.0
         try:
             host, _, port = self.address.rpartition(":")
             # The kernel accepts a connection for a process that is stopped, too.
@@ -86,26 +88,13 @@ class Head:
             self._watcher.close()
 
 
-@dataclasses.dataclass
-class _Membership:
-    """This process's connection to a Ray, for as long as a pool of the process uses it.
-
-    With the last user, the connection that we made is closed, and a Ray that we started ends. A Ray
-    that the process was connected to before stays.
-    """
-
-    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-    users: int = 0
-    job: str | None = None  # of Ray, where it was us who connected
-    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
-    head: Head | None = None
-
-
-_MEMBERSHIP = _Membership()
+_LOCK = threading.Lock()
+_heads: list[Head] = []  # of the Ray that this process is part of, if it is
+_environments: list[dict[str, Any]] = []  # with which we have connected this process
 
 
 def join_ray(address: str | None, runtime_env: Mapping[str, Any] | None = None) -> Head:
-    """Make this process part of a Ray until `leave_ray`, whatever pools come and go.
+    """Make this process part of a Ray, to its end or to `ray.shutdown()`.
 
     A process that is connected already stays as it is.
 
@@ -120,45 +109,28 @@ def join_ray(address: str | None, runtime_env: Mapping[str, Any] | None = None) 
         ConnectionError: If no Ray is at the address, or it does not let us in.
         ValueError: If a runtime environment comes too late, or does not fit.
     """
-    ours = _MEMBERSHIP
-    with ours.lock:
-        ray = ray_module()
+    with _LOCK:
+        ray, own = ray_module(), dict(runtime_env or {})
         if not ray.is_initialized():
-            own = dict(runtime_env or {})
             _connect(address, own)
-            ours.job, ours.environment = ray.get_runtime_context().get_job_id(), own
-            ours.users = 0
-        elif ours.environment != (runtime_env or ours.environment):
+            _environments[:] = [own]
+        elif own and own not in _environments:
             raise ValueError(
                 "this process is connected to a Ray already, with another runtime environment: "
                 "give it to the first pool, or to `ray.init` where that connects"
             )
         # Ray's client, for processes outside of the cluster, has no such address.
         found = str(getattr(ray.get_runtime_context(), "gcs_address", ""))
-        if ours.head is None or ours.users == 0 or ours.head.address != found:
-            ours.head = Head(found)
-        ours.users += 1
-        return ours.head
-
-
-def leave_ray() -> None:
-    """End what `join_ray` began."""
-    ours = _MEMBERSHIP
-    with ours.lock:
-        ours.users -= 1
-        if ours.users > 0 or ray_is_lost():  # Ray would wait for its head
-            return
-        if ours.head is not None:
-            ours.head.close()
-        ray = ray_module()
-        if ray.is_initialized() and ray.get_runtime_context().get_job_id() == ours.job:
-            ray.shutdown()
-        ours.job, ours.environment = None, {}
+        if not _heads or _heads[0].address != found:
+            for earlier in _heads:
+                earlier.close()
+            _heads[:] = [Head(found)]
+        return _heads[0]
 
 
 def ray_is_lost() -> bool:
     """Return whether this process is part of a Ray whose head is gone: Ray will end it."""
-    return _MEMBERSHIP.head is not None and _MEMBERSHIP.head.alarm is not None
+    return any(head.alarm is not None for head in _heads)
 
 
 def _connect(address: str | None, runtime_env: dict[str, Any]) -> None:

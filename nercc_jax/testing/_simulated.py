@@ -14,7 +14,7 @@ from ..inference.models import Model
 from ..pools import AbstractPool, Faults
 from ..pools.backend import OnOutcome, WorkerBackend, WorkerDied
 from ..pools.clock import BEAT, AbstractClock, AbstractTurns
-from ..pools.worker import Program, Worker, weights_checksum
+from ..pools.worker import Program, Worker
 
 
 class SimulatedClock(AbstractClock):
@@ -142,7 +142,6 @@ class SimulatedPool(AbstractPool):
     ):
         models = (model,) if callable(model) else tuple(model)
         clock = clock or SimulatedClock()
-        self._weights = weights_checksum(models)
         self._begin(
             _SimulatedBackend(models, seconds, clock, faults, start_seconds),
             num_workers,
