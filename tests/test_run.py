@@ -21,7 +21,6 @@ from nercc_jax import (
     NeRCC,
     Parity,
     Replication,
-    Uncoded,
     coded_inference,
     pool_inference,
     save_code,
@@ -63,17 +62,14 @@ def test_rows_come_in_order_and_are_exact():
         found, y = grouped(Replication(3, 6), 120, pool, enough=5, groups=groups)
         np.testing.assert_array_equal(found.arrays["predictions"], y)
         assert found.summary["batches"] == batches
-        names = ("batches_sent_again", "short_batches", "lost")
-        assert [found.summary[name] for name in names] == [0, 0, 0]
+        assert found.summary["lost"] == 0
 
 
-def failing_on(*numbers, times=10**9):
-    """A model that raises where a batch holds one of the numbers, so many times."""
-    left = [times]
+def failing_on(*numbers):
+    """A model that raises where a batch holds one of the numbers."""
 
     def model(batch):
-        if np.isin(batch, numbers).any() and left[0] > 0:
-            left[0] -= 1
+        if np.isin(batch, numbers).any():
             raise RuntimeError("this one is not for me")
         return np.asarray(exact(batch))
 
@@ -81,54 +77,26 @@ def failing_on(*numbers, times=10**9):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "times", "lost"),
-    [
-        # Both data points of batch 1, their copies, and 3 tries of each: 12 errors in an attempt.
-        ((2, 3), 12, {}),
-        ((2, 3), 10**9, dict.fromkeys((2, 3), "this one")),
-        ((3,), 10**9, {3: "1 of 2 data points cannot be recovered"}),
-    ],
+    "lost", [dict.fromkeys((2, 3), "this one"), {3: "1 of 2 data points cannot be recovered"}]
 )
-def test_a_batch_that_is_not_recovered_is_sent_again(numbers, times, lost):
-    """What can be recovered is kept, what is not is reported, and the next batch follows."""
-    pool = DevicePool(failing_on(*numbers, times=times), 4, compiled=False)
+def test_what_cannot_be_recovered_is_reported_and_the_rest_is_kept(lost):
+    pool = DevicePool(failing_on(*lost), 4, compiled=False)
     found, y = grouped(Replication(2, 4), 6, pool)
     recovered = ~np.isin(np.arange(6), list(lost))
     np.testing.assert_array_equal(found.arrays["recovered"], recovered)
     np.testing.assert_array_equal(found.arrays["predictions"][recovered], y[recovered])
-    assert found.summary["batches_sent_again"] == 1
-    assert found.summary["short_batches"] == (len(lost) == 1)
     assert found.reasons.keys() == lost.keys()
     for row, reason in lost.items():
         assert reason in found.reasons[row]
-        assert "(after 3 attempts)" in found.reasons[row]
-
-
-def test_the_attempt_that_recovered_most_counts():
-    """Of three data points the first attempt recovers two, and each further one only one."""
-    calls = []
-
-    def model(batch):
-        calls.append(int(batch[0, 0]))
-        number = int(batch[0, 0])
-        if number == 0 or (number == 1 and calls.count(0) > 1):
-            raise RuntimeError("not for me")
-        return np.asarray(exact(batch))
-
-    pool = DevicePool(model, 1, compiled=False, max_attempts=1)
-    found, _ = grouped(Uncoded(3), 3, pool)
-    assert found.arrays["recovered"].tolist() == [False, True, True]
-    wanted = "2 of 3 data points cannot be recovered from the 1 answers that were in"
-    assert found.reasons == {0: f"{wanted} (after 3 attempts)"}
 
 
 @pytest.mark.parametrize("enough", [6, lambda mask: mask.sum() >= 6])
-def test_a_batch_decoded_at_the_deadline_is_short(enough):
+def test_a_batch_is_decoded_at_the_deadline(enough):
     faults = Faults([Fault("hang", workers=[0])])
     pool = DevicePool(linear, 6, faults=faults, example=np.zeros((1, 1), np.float32))
     found, _ = grouped(NeRCC(2, 6), 2, pool, enough=enough, deadline=3.0)
-    names = ("short_batches", "stragglers_per_batch", "batches_sent_again")
-    assert [found.summary[name] for name in names] == [1, 1, 0]
+    assert found.arrays["recovered"].all()
+    assert found.summary["stragglers_per_batch"] == 1
 
 
 def test_groups_go_over_the_data_carry_ids_and_are_resumed_by_the_same_run_only(tmp_path, untyped):
@@ -137,7 +105,7 @@ def test_groups_go_over_the_data_carry_ids_and_are_resumed_by_the_same_run_only(
     options = {"groups": 2, "batches": 4, "ids": ids, "folder": tmp_path / "rows"}
     code, seen = Replication(2, 4), []
     with DevicePool(failing_on(3), 4, compiled=False) as pool:
-        found = run_groups(pool, code, x, attempts=1, **options)
+        found = run_groups(pool, code, x, **options)
         index, lost = found.arrays["index"], np.isin(np.arange(16), [1, 3, 13, 15])
         np.testing.assert_array_equal(
             found.arrays["recovered"], ~lost
@@ -152,12 +120,11 @@ def test_groups_go_over_the_data_carry_ids_and_are_resumed_by_the_same_run_only(
             ({"ids": None, "resume": True}, "ids was"),
             ({}, "has the parts of an earlier run"),
             ({"groups": 0, "folder": None}, "groups must be"),
-            ({"attempts": 0, "folder": None}, "attempts must be a positive integer, not 0"),
             ({"deadline": np.nan, "folder": None}, "a positive number of seconds, not nan"),
             ({"ids": [1], "folder": None}, "each of 10 rows"),
         ):
             with pytest.raises(ValueError, match=message):
-                run_groups(pool, code, x, **{"attempts": 1} | options | changed)
+                run_groups(pool, code, x, **options | changed)
     with DevicePool(linear, 4) as pool:
         again = run_groups(pool, code, x, resume=True, on_progress=seen.append, **options)
     assert seen[0].done == 12
@@ -367,7 +334,6 @@ def test_what_is_lost_is_nan_and_told(tmp_path):
     result = run(*SMALL, *options.split(), "--output", str(path))
     assert result.exit_code == 3
     assert "16 rows are unknown: row 0: no worker answered within 0.1 s" in result.output
-    assert "(after 3 attempts)" in result.output
     assert "Traceback" not in result.output
     rows = load(path)
     assert not rows["recovered"].any()
@@ -393,7 +359,7 @@ def test_what_is_recovered_of_a_batch_is_reported_and_why_the_rest_is_not(tmp_pa
 
     def spoilt(result):
         tries.append(result)
-        if len(tries) > 3:
+        if len(tries) > 1:
             return result
         recovered = np.array([[True, False, True, True], [False] * 4])
         decoded = eqx.tree_at(lambda each: each.recovered, result.decoded, recovered)

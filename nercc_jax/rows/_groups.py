@@ -65,7 +65,6 @@ def run_groups(
     *,
     enough: Enough | None = None,
     deadline: float = 60.0,
-    attempts: int = 3,
     groups: int = 1,
     batches: int | None = None,
     prepare: Callable[[np.ndarray], Any] = np.asarray,
@@ -77,18 +76,16 @@ def run_groups(
 ) -> GroupResult:
     """Run coded inference on each group of K data points, in batches, whatever happens to workers.
 
-    A batch that is not recovered whole is dispatched again, each time with its own deadline; the
-    attempt that recovered most counts. Data points that are lost in spite of that are NaN, and the
-    next batch follows. What is known is written to a folder as it comes, and a later run continues
-    from there.
+    The pool sends what fails to other workers until the batch's deadline. Data points that are lost
+    in spite of that are NaN, and the next batch follows. What is known is written to a folder as it
+    comes, and a later run continues from there, and tries what was lost again.
 
     Args:
         pool: The workers. One of them gets a coded data point of each group of a batch at once.
         code: The code.
         x: Data points. The last batch begins again at their start, to be full.
         enough: When to decode, as in `pool_inference`.
-        deadline: Seconds for each attempt at a batch.
-        attempts: How often a batch is dispatched at most.
+        deadline: Seconds for each batch.
         groups: Groups in a batch, at most as many as the data points fill.
         batches: Batches to run, over the data again and again (default: once over them).
         prepare: Called with the data points of a batch, as the model takes them.
@@ -115,7 +112,7 @@ def run_groups(
         >>> result.arrays["predictions"].shape
         (10, 3)
     """
-    attempts, deadline = check_count("attempts", attempts), check_deadline(deadline)
+    deadline = check_deadline(deadline)
     count, num_data, begin = len(x), code.num_data, pool.clock.now()
     groups = min(check_count("groups", groups), math.ceil(count / num_data))
     size = groups * num_data
@@ -146,14 +143,13 @@ def run_groups(
         for each in parts.read():
             take(each)
     left = [each for each in range(number) if not recovered[each * size :][:size].all()]
-    counts = dict.fromkeys(("data_points", "batches", "batches_sent_again", "short_batches"), 0)
-    missing, seconds = 0, 0.0  # answers of workers, and when the last batch ended
+    done = batches_done = missing = 0  # data points, batches, and answers that did not come in time
+    seconds = 0.0  # when the last batch ended
 
     def progress() -> RowProgress:
         known, report = int(np.sum(recovered)), pool.report()
         alive, lost = report.num_workers - report.starting, int(np.sum(ended)) - known
-        speed = counts["data_points"] / max(seconds, 1e-9)
-        return RowProgress(total, known, 0, lost, alive, seconds, speed)
+        return RowProgress(total, known, 0, lost, alive, seconds, done / max(seconds, 1e-9))
 
     reasons: dict[int, str] = {}
     infer, stopped = pool_inference(pool, code, with_status=True, grouped=True), None
@@ -162,47 +158,34 @@ def run_groups(
         for number in left:
             made = np.asarray(prepare(x[places[number * size :][:size]]))
             made = made.reshape(groups, num_data, *made.shape[1:])
-            result: PoolResult | None = None
-            most, tries, trouble, own = 0, 0, "", np.arange(total)[number * size :][:size]
-            while tries < attempts and most < size:
-                tries += 1
-                try:
-                    found = infer(made, enough, deadline)
-                except (TimeoutError, RuntimeError) as error:  # nothing to decode, or recovered
-                    trouble = str(error)
-                    continue
-                known = int(np.sum(found.decoded.recovered))
-                if known > most:
-                    result, most = found, known
-                if known < size:
-                    trouble = (
-                        f"{size - known} of {size} data points cannot be recovered from the "
-                        f"{found.answers.available.sum()} answers that were in"
-                    )
-
-            ended[own] = True
-            if result is None:
-                missing += workers
+            own, trouble = np.arange(total)[number * size :][:size], ""
+            try:
+                found: PoolResult = infer(made, enough, deadline)
+            except (TimeoutError, RuntimeError) as error:  # nothing to decode, or recovered
+                trouble, missing = str(error), missing + workers
             else:
-                decoded, available = result.decoded, result.answers.available
+                decoded, available = found.decoded, found.answers.available
                 missing += workers - int(available.sum())
-                needed = workers if enough is None else enough
-                whole = needed(available) if callable(needed) else available.sum() >= needed
-                counts["short_batches"] += not whole
                 # A batch's filling beyond the rows is cut.
                 mask, many = np.asarray(decoded.recovered).reshape(-1), len(own)
                 by_row = np.repeat(decoded.responded, num_data, axis=0) & mask[:, None]
                 y = np.asarray(decoded.predictions).reshape(size, -1)[:many]
                 given = {"row": own, "predictions": y, "recovered": mask[:many]}
                 take(given | {"responded": by_row[:many]})
+                trouble = (
+                    f"{size - mask.sum()} of {size} data points cannot be recovered from the "
+                    f"{available.sum()} answers that were in"
+                )
+                if parts is not None:  # others are lost, and tried again by a later run
+                    parts.add(arrays_of(own))
+            ended[own] = True
             lost = own[~recovered[own]].tolist()
-            reasons |= dict.fromkeys(lost, f"{trouble} (after {tries} attempts)")
-            counts["data_points"] += len(own)
-            counts["batches"] += 1
-            counts["batches_sent_again"] += tries > 1
-            seconds = pool.clock.now() - begin
-            if parts is not None and result is not None:  # others are lost, and tried again
-                parts.add(arrays_of(own))
+            reasons |= dict.fromkeys(lost, trouble)
+            done, batches_done, seconds = (
+                done + len(own),
+                batches_done + 1,
+                pool.clock.now() - begin,
+            )
             on_progress(progress())
             if (stopped := pool.ending) is not None:
                 break
@@ -213,11 +196,17 @@ def run_groups(
             parts.flush(complete=bool(recovered.all()))
 
     report = pool.report()
-    found = {"rows_done": int(recovered.sum()), "seconds": seconds, "workers": workers}
-    found |= {"rows_per_second": progress().rows_per_second} | counts
-    found["stragglers_per_batch"] = missing / max(counts["batches"], 1)
-    found["lost"] = int(np.sum(ended & ~recovered))
+    counts = {
+        "rows_done": int(recovered.sum()),
+        "data_points": done,
+        "batches": batches_done,
+        "seconds": seconds,
+        "rows_per_second": progress().rows_per_second,
+        "workers": workers,
+        "stragglers_per_batch": missing / max(batches_done, 1),
+        "lost": int(np.sum(ended & ~recovered)),
+    }
     arrays = arrays_of(np.flatnonzero(ended))
     names = None if names is None else names[arrays["index"]]
-    summary = facts | found | pool_counts(report)
+    summary = facts | counts | pool_counts(report)
     return GroupResult(arrays, reasons, summary, report, stopped, names)
