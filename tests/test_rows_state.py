@@ -69,9 +69,8 @@ def estimates(rows, mean, deviation, *, left_out=0, late=()):
     known = np.arange(len(rows)) >= len(rows) - left_out
     like = np.isin(rows, np.asarray(late, int))
     learner: Any = mock.Mock(knows=lambda x: np.zeros(len(x), bool))  # no answers to any input
-    return Learned(
-        FittedLearner(learner, None, 200), rows, known, mean, deviation, deviation, like, None
-    )
+    columns = {"expected": deviation, "plain": deviation, "left_out": known, "like_late": like}
+    return Learned(FittedLearner(learner, None, 200), rows, mean, columns, None)
 
 
 class Run(RuleBasedStateMachine):
@@ -273,6 +272,7 @@ def test_answers_after_the_end_judge_bars_and_change_nothing():
     bars = np.array([1.0, 0.5, 0.1, np.inf, 0.0])
     state.table.put(np.arange(5), np.zeros((5, 2)), 1.0, bars, PREDICTED)
     state.table.rows["state"][[1, 3, 4]] = FAILED, FAILED, COMPUTED
+    state.evidence.mean, state.table.rows["estimated"] = np.zeros((5, 2), np.float32), True
     state.over = True
     order = state.calls[call].rows
     values = np.tile([0.4, -0.4], (5, 1))[order]
@@ -314,15 +314,16 @@ def test_a_row_is_predicted_without_itself_and_as_far_off_as_its_neighbours_were
         known_y=np.asarray(smooth(features[1:]), np.float32), lateness=(nobody, nobody),
         settings=RowSettings(tolerance=0.1),
     )  # fmt: skip
-    assert found.left_out.tolist() == [False, True, True, True, True]
+    plain_of, expected_of = found.columns["plain"], found.columns["expected"]
+    assert found.columns["left_out"].tolist() == [False, True, True, True, True]
     np.testing.assert_allclose(found.mean[1:4], wanted[late], atol=0.05)
-    np.testing.assert_allclose(found.plain[1:4], plain[late], rtol=0.2)
+    np.testing.assert_allclose(plain_of[1:4], plain[late], rtol=0.2)
     scales = [*(expected(x[place], place) for place in late), expected(new[0])]
-    np.testing.assert_allclose((found.expected / found.plain)[1:], scales, rtol=0.3)
+    np.testing.assert_allclose((expected_of / plain_of)[1:], scales, rtol=0.3)
     mean, deviation = learner.predict(new)
     for place in (0, 4):
         np.testing.assert_allclose(found.mean[place], mean[0], atol=1e-2, err_msg="not a pair")
-        np.testing.assert_allclose(found.plain[place], deviation[0], rtol=0.02)
+        np.testing.assert_allclose(plain_of[place], deviation[0], rtol=0.02)
 
 
 # How large calls are.

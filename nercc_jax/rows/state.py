@@ -268,7 +268,7 @@ class RowState:
         """Take a worker's values, or let them judge error bars where the run is over."""
         table, rows, values = self.table, call.rows, event.values[: len(call.rows)]
         if self.over:
-            self.evidence.check_bars(rows, values.reshape(len(rows), -1))
+            self.evidence.compare(rows, values.reshape(len(rows), -1), late=True, over=True)
             return
         if table.values is not None and values.shape[1:] != table.values.shape[1:]:
             shapes = f"a row came as {values.shape[1:]}, others as {table.values.shape[1:]}"
