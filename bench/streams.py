@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import time
 import zlib
@@ -17,7 +18,6 @@ from report import RESULTS
 from workloads import in_batches
 
 from nercc_jax.pools import Episodes, Fault
-from nercc_jax.pools.garbage import short_collections
 from nercc_jax.serving import Reply
 from nercc_jax.stragglers import ExponentialLatency, ParetoLatency, TraceLatency
 from nercc_models import load_data, load_model, load_student, student_card
@@ -164,13 +164,14 @@ def play(
         batcher.submit(x[number][None]).add_done_callback(answered)
 
     if real:
-        with short_collections():  # as `nercc serve` does
-            begin = clock.now()
-            for number, when in enumerate(arrivals):
-                time.sleep(max(begin + when - clock.now(), 0))
-                send(number, begin + when)
-            while ended[0] < len(arrivals):
-                time.sleep(0.01)
+        gc.collect()
+        gc.freeze()  # as `nercc serve` does
+        begin = clock.now()
+        for number, when in enumerate(arrivals):
+            time.sleep(max(begin + when - clock.now(), 0))
+            send(number, begin + when)
+        while ended[0] < len(arrivals):
+            time.sleep(0.01)
         return
     for number, when in enumerate(arrivals):
         clock.at(when, lambda number=number, when=when: send(number, when))

@@ -1,6 +1,5 @@
 """What goes to workers in other processes, without a Ray."""
 
-import dataclasses
 import pickle
 import subprocess
 import sys
@@ -113,7 +112,7 @@ def version(folder, factor, monkeypatch):
     return __import__("nercc_version")
 
 
-def test_other_code_and_other_weights_are_refused(tmp_path, monkeypatch):
+def test_other_code_is_refused(tmp_path, monkeypatch):
     require("ray", "ray")
     own = version(tmp_path / "own", 2, monkeypatch)
     packed = pack((own.model, np.arange(3.0)))
@@ -121,9 +120,6 @@ def test_other_code_and_other_weights_are_refused(tmp_path, monkeypatch):
     version(tmp_path / "other", 3, monkeypatch)
     with pytest.raises(RuntimeError, match=r"other code than the pool: nercc_version\. Install"):
         packed.unpack()
-    other = dataclasses.replace(packed, code={}, arrays=[each + 1 for each in packed.arrays])
-    with pytest.raises(RuntimeError, match="other weights than were sent"):
-        other.unpack()
 
 
 @pytest.mark.slow

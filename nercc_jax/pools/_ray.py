@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import gc
 import logging
 import math
 import os
@@ -29,7 +30,6 @@ from ._payload import EncodedInputs, pack
 from ._pool import AbstractPool
 from .backend import OnOutcome, WorkerBackend, WorkerDied
 from .batch import arrays_of
-from .garbage import short_collections
 from .ray_cluster import Head, join_ray, last_line, ray_module
 from .worker import Examples, Program, Worker, as_models, warm_up
 
@@ -184,8 +184,8 @@ class Actor:
         warm_up([self._program], len(models), example)
         faults = faults.at(worker, life)
         self._worker = Worker(self._program, faults, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        self._collections = short_collections()
-        self._collections.__enter__()
+        gc.collect()
+        gc.freeze()  # a full collection would stop all threads, and look at all that was compiled
         node = ray.get_runtime_context().get_node_id()
         return Placement(os.getpid(), jax.default_backend(), node)
 

@@ -1,7 +1,7 @@
 """The code that runs at a worker, in whichever thread or process it lives, and checksums of it.
 
 A worker in another process gets its weights from the pool, but it imports code from where it runs,
-which may be of another version: one that has other code or weights is refused before it answers.
+which may be of another version: one that has other code is refused before it answers.
 The workers of a `DevicePool` share the pool's own objects.
 """
 
@@ -11,7 +11,6 @@ import hashlib
 import platform
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -44,14 +43,6 @@ def code_versions(modules: Iterable[str]) -> dict[str, str]:
         path = Path(getattr(sys.modules.get(name), "__file__", None) or "")
         if path.suffix == ".py" and path.is_file():
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return found
-
-
-def checksum(arrays: Iterable[np.ndarray]) -> int:
-    """Return a checksum of contiguous arrays, which shows accidental changes."""
-    found = 0
-    for each in arrays:
-        found = zlib.crc32(each.data, found)
     return found
 
 
