@@ -270,7 +270,7 @@ def test_results_carry_the_ids_and_a_run_with_others_is_not_resumed(folder, outp
         from pyarrow import parquet
 
         found = parquet.read_table(output)["id"].to_pylist()
-    assert sorted(found) == sorted(NAMED["name"])
+    assert found == NAMED["name"]
 
 
 def test_a_coded_run_carries_ids_too(folder):

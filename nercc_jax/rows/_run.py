@@ -22,7 +22,7 @@ from ..pools.clock import TimeShare
 from ..risk import Accuracy, EnsembleEstimate
 from ._interface import RowProgress, RowResult, RowSettings
 from ._learner import Learned
-from ._table import COMPUTED, PREDICTED, WAITING, RowTable
+from ._table import COMPUTED, PREDICTED, RowTable
 from .files import Parts, check_parts, fingerprint, ids_of_rows
 from .state import (
     Answered,
@@ -75,7 +75,8 @@ def run_rows(
         accuracy: The promise about predicted rows, in place of the settings'.
         num_workers: The number of workers of a pool that is opened (default: 20).
         folder: Where results are written as they come (default: nowhere).
-        resume: Go on with the run that the folder holds.
+        resume: Go on with the run that the folder holds: what it computed is not computed again,
+            and what it predicted is predicted from that, or computed.
         about: What else the values depend on, such as a version of the function, as JSON takes it;
             a run with other values cannot be resumed.
         ids: An id of each row, a text or a whole number, which the result and its files carry.
@@ -135,8 +136,6 @@ def run_rows(
         parts = Parts(Path(folder), {"inputs": fingerprint(x)} | facts, names)
         for each in parts.read():
             table.take(each)
-    if stop_when is not None:  # what an earlier run predicted may be computed
-        table.move(table.all_in(PREDICTED), WAITING)
     opening: Any = contextlib.nullcontext(pool)
     if not isinstance(pool, AbstractPool):
         further: Any = {"compiled": False, "hang_timeout": settings.hang_timeout}
@@ -195,10 +194,9 @@ class _Run:
         look_at = shown = 0.0
         try:
             show(self._progress())
-            for computed in (True, False):
-                rows = state.table.all_in(COMPUTED if computed else PREDICTED)
-                if len(rows) and state.table.values is not None:
-                    self._on_rows(rows, state.table.values[rows], computed)
+            rows = state.table.all_in(COMPUTED)  # of an earlier run
+            if len(rows) and state.table.values is not None:
+                self._on_rows(rows, state.table.values[rows], True)
             while not state.over and stopped is None:
                 if (now := self._clock.now()) >= look_at or not self._batches:
                     while self._learned:

@@ -118,7 +118,7 @@ class RowTable:
         return named | {"done": state >= PREDICTED}
 
     def take(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take what `arrays` returned in another process."""
-        state = np.where(arrays["exact"], COMPUTED, np.where(arrays["done"], PREDICTED, WAITING))
-        rows, values = arrays["index"], arrays["predictions"]
-        self.put(rows, values, arrays["deviation"], arrays["score"], state)
+        """Take what `arrays` returned in another process; rows that were predicted wait again."""
+        rows, exact = arrays["index"], arrays["exact"]
+        self.put(rows, arrays["predictions"], 0.0, 0.0, COMPUTED)
+        self.put(rows[~exact], np.nan, np.inf, np.inf, WAITING)

@@ -424,11 +424,8 @@ class RowState:
         if not self._settled():
             return False
         evidence, table, spent = self.evidence, self.table, self.queue.spent
-        earlier = evidence.fit is None and len(table.all_in(PREDICTED)) > 0  # an earlier run's
-        if earlier and self.offered < 0:
-            self._learn(hurry=True)
-        if self.seen.learning and (earlier or (spent and len(table.open))):
-            return False  # nothing else can be known, or judged, of these
+        if self.seen.learning and spent and len(table.open):
+            return False  # nothing else can be known of these
         if self.checks is not None and table.values is not None:
             outdated = not evidence.due and len(table.open) > 0
             news = self.looked_at != self.computed and (len(table.unchecked) > 0 or outdated)
@@ -523,8 +520,6 @@ class RowState:
         predictions = np.broadcast_to(known.mean(axis=0), values.shape).copy()
         estimated = table["estimated"] & np.isfinite(deviation)
         deviation[~estimated] = np.sqrt(np.mean((known - known.mean(axis=0)) ** 2))
-        earlier = ~estimated & (table["state"] == PREDICTED)  # by the run that is resumed
-        predictions[earlier], deviation[earlier] = values[earlier], table["deviation"][earlier]
         if mean is not None:
             predictions[estimated] = mean[estimated].reshape(-1, *known.shape[1:])
             judged &= estimated
