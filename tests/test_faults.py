@@ -8,7 +8,7 @@ import pytest
 from schedulers import next_call
 
 from nercc_jax.cli._workload import faults_of
-from nercc_jax.pools import Episodes, Fault, Faults
+from nercc_jax.pools import Fault, Faults
 from nercc_jax.stragglers import (
     AbstractLatency,
     ExponentialLatency,
@@ -130,23 +130,12 @@ def test_faults_of_some_workers_and_calls():
     assert struck == [True, False, False, True, False]
 
 
-def test_episodes_are_the_same_everywhere_and_as_long_as_they_should_be():
-    episodes = Episodes(every=10.0, lasting=2.0, seed=4, origin=1000.0)
-    spells = [spell for spell, _ in zip(episodes.spells(), range(4000), strict=False)]
-    again = [spell for spell, _ in zip(episodes.spells(), range(4000), strict=False)]
-    assert spells == again
-    start, end = np.transpose(spells)
-    assert (np.diff(np.ravel(spells)) > 0).all()
-    assert 1.8 < np.mean(end - start) < 2.2
-    assert 9.5 < np.mean(np.diff(start)) < 10.5
-
-
 def test_a_rack_is_slow_together():
     fault = Fault(
         "delay",
         workers=(0, 1),
         latency=TraceLatency(jax.numpy.array([1.0])),
-        episodes=Episodes(every=10.0, lasting=5.0, origin=0.0),
+        when=lambda now: now % 10 < 5,
     )
     now = 0.0
     laws = [Faults([fault]).at(worker, 0, lambda: now) for worker in range(3)]
@@ -166,7 +155,6 @@ def test_a_rack_is_slow_together():
         (lambda: Fault("nan", probability=1.5), r"in \[0, 1\]"),
         (lambda: Fault("delay"), "needs a latency law"),
         (lambda: Fault("nan", latency=ExponentialLatency(1.0)), "nothing else takes one"),
-        (lambda: Episodes(1.0, 2.0), "end before the next begins"),
     ],
 )
 def test_errors_in_faults(make, message, untyped):

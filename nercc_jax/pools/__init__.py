@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 from ._devices import DevicePool
-from ._faults import Episodes, Fault, Faults
+from ._faults import Fault, Faults
 from ._pool import AbstractPool
 from ._ray import RayPool
 from .backend import PoolReport
@@ -18,7 +18,6 @@ __all__ = [
     "Batch",
     "BatchAnswers",
     "DevicePool",
-    "Episodes",
     "Fault",
     "Faults",
     "Overdue",

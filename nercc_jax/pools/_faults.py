@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -31,44 +31,6 @@ class InjectedError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Episodes:
-    """Random spells of time, with exponential lengths and pauses, from a seed.
-
-    Every process that has the same seed and origin sees the same spells.
-
-    Args:
-        every: Mean seconds from the start of one spell to the start of the next.
-        lasting: Mean seconds of a spell.
-        seed: Of the random numbers.
-        origin: Where the spells are counted from, in seconds since the epoch (default: now).
-
-    Raises:
-        ValueError: Unless `lasting` is positive and smaller than `every`.
-    """
-
-    every: float
-    lasting: float
-    seed: int = 0
-    origin: float = dataclasses.field(default_factory=time.time)
-
-    def __post_init__(self):
-        if not 0 < self.lasting < self.every:
-            raise ValueError(
-                f"spells of {self.lasting} s every {self.every} s: they must last longer than 0 "
-                "and end before the next begins"
-            )
-
-    def spells(self) -> Iterator[tuple[float, float]]:
-        """Yield the start and end of each spell, in seconds since the epoch."""
-        random = np.random.default_rng([self.seed, 0x5BE11])
-        now = self.origin
-        while True:
-            start = now + random.exponential(self.every - self.lasting)
-            now = start + random.exponential(self.lasting)
-            yield start, now
-
-
-@dataclasses.dataclass(frozen=True)
 class Fault:
     """One kind of fault, and which calls it strikes.
 
@@ -83,8 +45,8 @@ class Fault:
         calls: Which of a worker's calls, counted from 0 in each of its lives (default: all).
         latency: The law of a "delay", in seconds, the same for all calls that it strikes; or a
             function that maps a call's batch to its delay.
-        episodes: Only during these spells. Workers that share a fault with episodes are slow
-            together, as a rack is.
+        when: Only at times, in seconds since the epoch, of which this is true. Workers that share
+            such a fault are slow together, as a rack is.
         score: Only calls with a row whose score is `least_score` or more. It maps a batch to one
             score a row, and is called in the worker.
         least_score: The least score that is struck.
@@ -100,7 +62,7 @@ class Fault:
     workers: Sequence[int] | None = None
     calls: Sequence[int] | None = None
     latency: AbstractLatency | Callable[[Any], float] | None = None
-    episodes: Episodes | None = None
+    when: Callable[[float], bool] | None = None
     score: Callable[[Any], Any] | None = None
     least_score: float = 0.0
     hardest: float | None = None
@@ -190,7 +152,7 @@ class Faults:
         return cls(faults, seed)
 
     def at(self, worker: int, life: int, time: Callable[[], float] = time.time) -> "WorkerFaults":
-        """Return the faults of one worker in one life (0: the first); episodes go by `time()`."""
+        """Return the faults of one worker in one life (0: the first), by the clock `time`."""
         return WorkerFaults(self, worker, life, time)
 
 
@@ -204,19 +166,15 @@ class WorkerFaults:
         self._call, self._time = 0, time
         numbers = enumerate(faults.faults)
         self._mine = {n: f for n, f in numbers if f.workers is None or worker in f.workers}
-        # Of some faults: their delays, the latest scores of rows, and the spells to come.
+        # Of some faults: their delays, and the latest scores of rows.
         self._delays: dict[int, np.ndarray] = {}
         self._seen: dict[int, collections.deque[float]] = {}
-        self._spells: dict[int, tuple[tuple[float, float], Iterator[tuple[float, float]]]] = {}
         for number, fault in self._mine.items():
             if isinstance(fault.latency, AbstractLatency):
                 key = jax.random.key(faults.seed)
                 key = functools.reduce(jax.random.fold_in, (number, worker, life), key)
                 self._delays[number] = np.asarray(fault.latency.sample(key, (_DRAWS,)))
             self._seen[number] = collections.deque(maxlen=_SCORES)
-            if fault.episodes is not None:
-                coming = fault.episodes.spells()
-                self._spells[number] = next(coming), coming
 
     def strike(self, batch: PyTree | None = None) -> StruckCall:
         """Return the faults of the next call; faults may strike rows of the batch by a score."""
@@ -235,7 +193,7 @@ class WorkerFaults:
         return StruckCall(seconds, kinds)
 
     def _strikes(self, number: int, fault: Fault, call: int, batch: PyTree | None) -> bool:
-        """Return whether a fault strikes a call, by its number, its rows' scores and its spells."""
+        """Return whether a fault strikes a call, by its number, its rows' scores and the time."""
         if fault.score is not None:
             if batch is None:
                 return False
@@ -250,10 +208,4 @@ class WorkerFaults:
                 return False
         if fault.calls is not None and call not in fault.calls:
             return False
-        if number not in self._spells:
-            return True
-        now, (spell, coming) = self._time(), self._spells[number]
-        while spell[1] <= now:
-            spell = next(coming)
-        self._spells[number] = spell, coming
-        return spell[0] <= now
+        return fault.when is None or bool(fault.when(self._time()))
