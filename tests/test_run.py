@@ -3,18 +3,13 @@
 import csv
 import dataclasses
 import json
-import os
-import signal
 import sys
-import threading
-import time
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import invoke
-from conftest import require
 
 from nercc_jax import (
     DevicePool,
@@ -130,111 +125,6 @@ def test_groups_go_over_the_data_carry_ids_and_are_resumed_by_the_same_run_only(
     assert seen[0].done == 12
     assert (again.summary["batches"], again.summary["lost"]) == (2, 0)
     np.testing.assert_array_equal(again.arrays["predictions"], exact(x[index]))
-
-
-# Workers die for good while it runs.
-
-
-class Killer(threading.Thread):
-    """SIGKILLs one worker after the other, each time the run has come so many batches further.
-
-    By batches, not by the clock: on a slow machine as many workers die.
-    """
-
-    def __init__(self, pool, kills, batches):
-        super().__init__(daemon=True)
-        self.pool, self.pids = pool, []
-        self.due = [(kill + 1) * batches // (kills + 1) for kill in range(kills)]
-        self.done = 0
-        self.over = False
-        self.random = np.random.default_rng(0)
-
-    def run(self):
-        for kill, due in enumerate(self.due):
-            while self.done < due and not self.over:
-                time.sleep(0.001)
-            if self.over:
-                return
-            time.sleep(self.random.uniform(0, 0.01))  # anywhere within a batch
-            self.kill(kill)
-
-    def kill(self, kill):
-        """Only a process that lives and was not killed before: each kill is one death."""
-        while True:
-            alive = [pid for pid in self.pool.processes() if pid and pid not in self.pids]
-            if alive:
-                pid = alive[kill % len(alive)]
-                self.pids.append(pid)
-                os.kill(pid, signal.SIGKILL)
-                return
-            time.sleep(0.01)
-
-
-@pytest.fixture(scope="module")
-def ray_pool():
-    require("ray", "ray")
-    from nercc_jax import RayPool
-
-    def model(batch):  # goes to the workers by value: they cannot import this file
-        return jnp.concatenate([3 * batch + 1, -batch], axis=1)
-
-    with RayPool(model, 3, example=np.zeros((2, 1), np.float32)) as pool:
-        yield pool
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("code", "number", "kills"),
-    # Decoding is what the second adds: the pool's own part is the first's.
-    [(Replication(3, 6), 200, 2), (NeRCC(3, 6), 100, 1)],
-    ids=["replication", "nercc"],
-)
-def test_killing_ray_workers_loses_no_batch_and_mixes_up_none(ray_pool, code, number, kills):
-    """What is guaranteed: every kill of a live worker is one death in the report, and no other."""
-    x = np.arange(6 * number, dtype=np.float32)[:, None]
-    before, killer = ray_pool.report(), Killer(ray_pool, kills, number)
-
-    def count(progress):
-        killer.done = progress.done // 6
-
-    killer.start()
-    try:
-        found = run_groups(ray_pool, code, x, enough=5, groups=2, on_progress=count)
-    finally:
-        killer.over = True
-        killer.join(60)
-    assert found.arrays["recovered"].all()
-    if isinstance(code, Replication):
-        np.testing.assert_array_equal(found.arrays["predictions"], exact(x))
-    else:
-        unsharded, masks = coded_inference(linear, code), found.arrays["responded"][::3]
-        groups = zip(x.reshape(-1, 3, 1), masks, strict=True)
-        expected = np.concatenate([unsharded(*each) for each in groups])
-        np.testing.assert_allclose(found.arrays["predictions"], expected, rtol=1e-5, atol=0.01)
-    assert killer.done == number
-    assert not killer.is_alive()
-    deaths = [
-        after - b
-        for after, b in zip(
-            settled(ray_pool, before.deaths + kills).deaths_by_worker,
-            before.deaths_by_worker,
-            strict=True,
-        )
-    ]
-    assert sum(deaths) == len(killer.pids) == kills
-    assert ray_pool.report().hung == 0
-
-
-def settled(pool, deaths):
-    """The report once so many deaths are known and all workers are back."""
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        report = pool.report()
-        if report.deaths >= deaths and report.idle == report.num_workers:
-            break
-        time.sleep(0.05)
-    assert (report.deaths, report.idle) == (deaths, report.num_workers)
-    return report
 
 
 # The command.
