@@ -1,6 +1,5 @@
 """Runs over a data set: nothing lost, nothing mixed up, whatever happens to the workers."""
 
-import csv
 import dataclasses
 import json
 import sys
@@ -188,20 +187,6 @@ def test_the_result_is_what_coded_inference_makes_of_the_workers_that_responded(
     expected = np.asarray(expected).reshape(32, -1)[:30]
     np.testing.assert_allclose(rows["predictions"], expected, rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(rows["predicted"], rows["predictions"].argmax(axis=1))
-
-
-def test_batches_go_over_the_data_again(tmp_path):
-    path = tmp_path / "result.csv"
-    result = run(*SMALL, "--batches", "5", "--output", str(path))
-    assert result.exit_code == 0, result.output
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    assert [int(row["index"]) for row in rows] == [*range(30), *range(10)]
-    assert {row["recovered"] for row in rows} == {"True"}
-    assert all(6 <= int(row["responded"]) <= 8 for row in rows)
-    for row in rows:
-        logits = [float(row[f"output_{k}"]) for k in range(10)]
-        assert int(row["predicted"]) == int(np.argmax(logits))
 
 
 def test_deaths_and_delays_on_trial_lose_nothing(tmp_path):

@@ -460,21 +460,6 @@ def test_rows_whose_workers_all_die_are_unknown_for_that_reason():
     assert set(result.reasons.values()) == {"its thread ended"}
 
 
-def test_calls_grow_while_they_are_short():
-    sizes = []
-
-    def counted(batch):
-        sizes.append(len(batch))
-        return batch
-
-    rows = np.arange(20_000.0)[:, None]
-    result = run_rows(counted, rows, DevicePool, num_workers=2, tolerance=0.0)
-    np.testing.assert_array_equal(result.values, rows)
-    assert sizes[0] == 1
-    assert max(sizes) > 50
-    assert {size & (size - 1) for size in sizes} == {0}, "few shapes, for functions that compile"
-
-
 def test_rows_come_as_soon_as_they_have_values_and_resumed_ones_first(tmp_path):
     rows, came = np.arange(300.0)[:, None], []
 
