@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ..pools import PoolReport
-from ..risk.votes import AnswerChecks
+from ..risk.votes import AnswerChecks, Candidate, Candidates
 from ._interface import RowSettings
 from ._table import COMPUTED, NOBODY, RowTable
 
@@ -51,9 +51,7 @@ class RowChecks:
         self._table, self._num_workers = table, num_workers
         self.fenced: frozenset[int] = frozenset()
         self._accused: frozenset[int] = frozenset()
-        self._outvoted: set[int] = set()  # calls with a wrong answer, the rest of which is trusted
-        # By row in doubt and worker: the answer, and the number of the call that it came in.
-        self._answers: dict[int, dict[int, tuple[np.ndarray, int]]] = {}
+        self._answers: dict[int, Candidates] = {}  # to rows in doubt
         self.suspicious = 0
 
     def doubts(self, row: int) -> bool:
@@ -84,29 +82,21 @@ class RowChecks:
         given, values, table = np.zeros(len(rows), bool), values.copy(), self._table
         if worker in self.fenced:  # its calls were sent before it was
             return given, values
-        doubted = np.array([self.doubts(row) for row in rows.tolist()], bool)
-        for place in np.flatnonzero(doubted).tolist():
-            row = int(rows[place])
-            answers = self._answers[row]
-            answers.setdefault(worker, (values[place].copy(), call))
-            verdict = self._votes.compare({each: answers[each][0] for each in answers})
-            if verdict is None:
-                continue
+        candidates = [self._answers.pop(row, None) or {} for row in rows.tolist()]
+        new = [not each for each in candidates]
+        trusted, verdicts = self._votes.receive(call, worker, candidates, values, looks_wrong)
+        for place, verdict in verdicts.items():
+            row = rows[place]
             values[place], given[place] = verdict.value, True
-            del self._answers[row]
             table["givers"][row], table["checked"][row] = verdict.givers, True
-            table["call"][row] = NOBODY if verdict.agreed else answers[verdict.givers[0]][1]
-            if verdict.agreed:
-                others = answers.keys() - verdict.givers
-                self._outvoted |= {answers[each][1] for each in others}
-        fresh = np.flatnonzero(~doubted)
-        held = self._votes.screen(worker, looks_wrong[fresh]) | (worker in self._accused)
-        trusted = fresh[~held]
+            own = candidates[place][verdict.givers[0]].call
+            table["call"][row] = NOBODY if verdict.agreed else own
         given[trusted] = True
         table["givers"][rows[trusted]], table["call"][rows[trusted]] = worker, call
-        table["checked"][rows[trusted[known[trusted]]]] = True
-        for place in fresh[held].tolist():
-            self._doubt(int(rows[place]), values[place], worker, call)
+        table["checked"][rows[trusted]] |= known[trusted]
+        for place in np.flatnonzero(~given).tolist():
+            self._answers[int(rows[place])] = candidates[place]
+            self.suspicious += new[place]
         return given, values
 
     def review(self) -> tuple[Int[np.ndarray, " few"], bool]:
@@ -134,26 +124,24 @@ class RowChecks:
             table["givers"][:] = np.where(one & wrong, table["givers"][:, ::-1], table["givers"])
             table["givers"][rows] = table["call"][rows] = NOBODY
             table["checked"][:] &= table["givers"][:, 0] != table["givers"][:, 1]
-        if self._outvoted:
-            also = np.flatnonzero(np.isin(table["call"], list(self._outvoted)))
+        if self._votes.outvoted:
+            also = np.flatnonzero(np.isin(table["call"], list(self._votes.outvoted)))
             rows = np.concatenate([rows, self.doubt(also)])
-            self._outvoted.clear()
+            self._votes.outvoted.clear()
         return rows, bool(new)
 
     def doubt(self, rows: Int[np.ndarray, " few"]) -> Int[np.ndarray, " few"]:
         """Doubt the values that rows have, by their first givers; return the rows."""
-        givers, calls, values = self._table["givers"], self._table["call"], self._table.values
-        assert values is not None
+        table = self._table
+        assert table.values is not None
         for row in rows.tolist():
-            self._doubt(row, values[row], int(givers[row, 0]), int(calls[row]))
+            worker, value = int(table["givers"][row, 0]), table.values[row].copy()
+            one = {worker: Candidate(value, int(table["call"][row]))}
+            self._answers[row] = {} if worker == NOBODY else one
+        table["givers"][rows] = table["call"][rows] = NOBODY
+        table["checked"][rows] = False
+        self.suspicious += len(rows)
         return rows
-
-    def _doubt(self, row: int, value: np.ndarray, worker: int, call: int) -> None:
-        """Doubt an answer of a worker."""
-        self._answers[row] = {} if worker == NOBODY else {worker: (value.copy(), call)}
-        self._table["givers"][row] = self._table["call"][row] = NOBODY
-        self._table["checked"][row] = False
-        self.suspicious += 1
 
     def look(self, report: PoolReport) -> None:
         """Trust workers again that were replaced. Others stay fenced to the end of the run."""
