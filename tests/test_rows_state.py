@@ -404,7 +404,7 @@ def test_in_a_stream_of_calls_liars_are_accused_and_no_row_is_wrong_in_the_end(l
         done, found = checks.take(next(CALLS), worker, some, given, *looks)
         if done.any():
             table.put(some[done], found[done], 0.0, 0.0, COMPUTED)
-        back, _ = checks.review()
+        back, _ = checks.review(report(workers=8))
         if len(back):
             table.put(back, np.nan, np.inf, np.inf, AGAIN)
         values += found[done].tolist()

@@ -30,7 +30,7 @@ from ._payload import EncodedInputs, pack
 from ._pool import AbstractPool
 from .backend import OnOutcome, WorkerBackend, WorkerDied
 from .batch import arrays_of
-from .ray_cluster import Head, join_ray, last_line, ray_module
+from .ray_cluster import Head, join_ray, ray_module
 from .worker import Examples, Program, Worker, as_models, warm_up
 
 _LOG = logging.getLogger(__name__)
@@ -259,7 +259,8 @@ class ActorBackend(WorkerBackend):
                     self.places[worker] = future.result()
                 self._when_done(actor.wait_for_death.remote(), died)
                 return on_outcome(worker, life, None)
-            reason, cause = last_line(error), getattr(error, "cause", None)
+            # Ray puts the reason at the end of a page.
+            reason, cause = str(error).strip().splitlines()[-1], getattr(error, "cause", None)
             if isinstance(cause, Exception):
                 reason = str(cause)
             elif "failed to import on the worker" in str(error):

@@ -8,15 +8,11 @@ from ._faults import Faults
 from ._pool import AbstractPool
 from ._ray import RayPool
 
-
-def _number(most: float) -> Callable[[Any], bool]:
-    return lambda value: type(value) in (int, float) and 0 <= value <= most
-
-
-_SECONDS, _SHARE = (
-    ("seconds, from 0 to a day", _number(86_400.0)),
-    ("a share, from 0 to 1", _number(1.0)),
+_SECONDS = (
+    "seconds, from 0 to a day",
+    lambda value: type(value) in (int, float) and 0 <= value <= 86_400,
 )
+_SHARE = "a share, from 0 to 1", lambda value: type(value) in (int, float) and 0 <= value <= 1
 # What the values of faults are.
 _FAULTS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "service_delay_s": _SECONDS,

@@ -129,7 +129,13 @@ def join_ray(address: str | None, runtime_env: Mapping[str, Any] | None = None) 
 
 
 def ray_is_lost() -> bool:
-    """Return whether this process is part of a Ray whose head is gone: Ray will end it."""
+    """Return whether this process is part of a Ray whose head is gone: Ray will end it.
+
+    Example:
+        >>> from nercc_jax.pools import ray_is_lost
+        >>> ray_is_lost()
+        False
+    """
     return any(head.alarm is not None for head in _heads)
 
 
@@ -183,8 +189,3 @@ def _connect(address: str | None, runtime_env: dict[str, Any]) -> None:
     found = getattr(ray.get_runtime_context(), "gcs_address", "") or address
     each = "node" if nodes == 1 else "nodes"
     _LOG.info("joined Ray at %s: %d %s, %g CPUs, %g GPUs", found, nodes, each, cpus, gpus)
-
-
-def last_line(error: BaseException | None) -> str:
-    """Return an error's last line: Ray puts the reason at the end of a page."""
-    return str(error).strip().splitlines()[-1]

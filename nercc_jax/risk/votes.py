@@ -33,7 +33,7 @@ _OF_SPREAD, _ROUNDING = 0.01, 0.01  # the second is a share of the first limit
 _SEEN, _FEWEST = 64, 8  # answers by which the spread is known
 
 
-class Candidate(NamedTuple):
+class HeldAnswer(NamedTuple):
     """An answer that is held back, and the call that it came in."""
 
     value: np.ndarray
@@ -41,7 +41,7 @@ class Candidate(NamedTuple):
 
 
 # Workers' answers to a query or a row in doubt, in the order in which they came.
-Candidates: TypeAlias = dict[int, Candidate]
+HeldAnswers: TypeAlias = dict[int, HeldAnswer]
 
 
 class Verdict(NamedTuple):
@@ -111,7 +111,7 @@ class AnswerChecks:
         self,
         call: int,
         worker: int,
-        candidates: Sequence[Candidates],
+        candidates: Sequence[HeldAnswers],
         values: Shaped[np.ndarray, "answers ..."],
         suspicious: Bool[np.ndarray, " answers"],
     ) -> tuple[list[int], dict[int, Verdict]]:
@@ -131,7 +131,7 @@ class AnswerChecks:
         verdicts = {}
         for place, earlier in enumerate(candidates):
             if earlier:
-                earlier.setdefault(worker, Candidate(np.array(values[place]), call))
+                earlier.setdefault(worker, HeldAnswer(np.array(values[place]), call))
                 if (verdict := self.settle(earlier)) is not None:
                     verdicts[place] = verdict
         fresh = [place for place, each in enumerate(candidates) if not each]
@@ -142,10 +142,10 @@ class AnswerChecks:
             held[: self._records[worker].probation] = True
             self._monitor.add(worker, right=len(held) - int(np.count_nonzero(held)))
         for place in np.array(fresh, int)[held].tolist():
-            candidates[place][worker] = Candidate(np.array(values[place]), call)
+            candidates[place][worker] = HeldAnswer(np.array(values[place]), call)
         return np.array(fresh, int)[~held].tolist(), verdicts
 
-    def settle(self, candidates: Candidates, *, last: bool = False) -> Verdict | None:
+    def settle(self, candidates: HeldAnswers, *, last: bool = False) -> Verdict | None:
         """Compare workers' answers to one query or row.
 
         Returns:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ..pools import PoolReport
-from ..risk.votes import AnswerChecks, Candidate, Candidates
+from ..risk.votes import AnswerChecks, HeldAnswer, HeldAnswers
 from ._interface import RowSettings
 from ._table import COMPUTED, NOBODY, RowTable
 
@@ -51,7 +51,7 @@ class RowChecks:
         self._table, self._num_workers = table, num_workers
         self.fenced: frozenset[int] = frozenset()
         self._accused: frozenset[int] = frozenset()
-        self._answers: dict[int, Candidates] = {}  # to rows in doubt
+        self._answers: dict[int, HeldAnswers] = {}  # to rows in doubt
         self.suspicious = 0
 
     def doubts(self, row: int) -> bool:
@@ -99,12 +99,15 @@ class RowChecks:
             self.suspicious += new[place]
         return given, values
 
-    def review(self) -> tuple[Int[np.ndarray, " few"], bool]:
+    def review(self, report: PoolReport) -> tuple[Int[np.ndarray, " few"], bool]:
         """Follow the votes since the last call: fence workers, and distrust what they gave.
+
+        Workers that were replaced are trusted again. Others stay fenced to the end of the run.
 
         Returns:
             The rows whose values are to be taken back, and whether a worker was accused.
         """
+        self._votes.look([worker.deaths for worker in report.workers])
         table, accused = self._table, self._votes.accused
         new, self.fenced, self._accused = accused - self._accused, self._votes.fenced, accused
         rows = np.zeros(0, int)
@@ -136,16 +139,12 @@ class RowChecks:
         assert table.values is not None
         for row in rows.tolist():
             worker, value = int(table["givers"][row, 0]), table.values[row].copy()
-            one = {worker: Candidate(value, int(table["call"][row]))}
+            one = {worker: HeldAnswer(value, int(table["call"][row]))}
             self._answers[row] = {} if worker == NOBODY else one
         table["givers"][rows] = table["call"][rows] = NOBODY
         table["checked"][rows] = False
         self.suspicious += len(rows)
         return rows
-
-    def look(self, report: PoolReport) -> None:
-        """Trust workers again that were replaced. Others stay fenced to the end of the run."""
-        self._votes.look([worker.deaths for worker in report.workers])
 
     def counts(self) -> dict[str, Any]:
         """Return the counts for a run's summary."""

@@ -266,8 +266,8 @@ class Evidence:
             return
         rows, y = rows[counts], y[counts].astype(np.float32)
         if not over:
-            told = self.tells(rows)
-            rows, y = rows[told], y[told]
+            judges = self.tells(rows)
+            rows, y = rows[judges], y[judges]
         score = table["score"][rows] if over else self.score(rows, late)
         sure = score <= self.limit
         wrong = np.argmax(self.mean[rows], axis=1) != np.argmax(y, axis=1)

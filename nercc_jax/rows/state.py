@@ -331,9 +331,7 @@ class RowState:
                 call.given_up = True  # an answer that still comes is welcome
                 self._fail(call, f"no answer within {limit:g} s", raised=False)
             overdue[call.rows] |= late or call.given_up
-        if self.checks is not None:
-            self.checks.look(tick.report)
-            self._review()
+        self._review()
 
         # Learn what came, if that takes no longer than to compute the rows that wait, at the speed
         # so far, and calls that last as long again as they have lasted. The speed of the first
@@ -355,23 +353,18 @@ class RowState:
         elif self._finished():
             self._end("before the job's last call")
         else:
-            self._copy_late_calls()
-
-    def _copy_late_calls(self) -> None:
-        """Send late calls again, once each, on workers that would be idle.
-
-        Copies may be as slow as what they copy. So before other rows go only those of a run for a
-        statistic whose interval comes from late rows, on a quarter of the workers.
-        """
-        late_first = self.estimated is not None and self.estimated.estimate.from_late > 0.5
-        first = max(self.seen.report.num_workers // 4, 1) if late_first else 0
-        first -= sum(call.copy and not call.given_up for call in self.calls.values())
-        for call in sorted(self.calls.values(), key=lambda call: -call.age):
-            rows = call.rows[self.table["state"][call.rows] < PREDICTED]
-            once = call.late and not (call.copy or call.given_up or call.copied)
-            if once and len(rows) and (first > 0 or (self.queue.empty and self._idle > 0)):
-                call.copied, first = True, first - 1
-                self._send(rows, copy=True)
+            # Late calls go once more, to workers that would be idle. Copies may be as slow as what
+            # they copy. So before other rows go only those of a run for a statistic whose interval
+            # comes from late rows, on a quarter of the workers.
+            late_first = self.estimated is not None and self.estimated.estimate.from_late > 0.5
+            first = max(tick.report.num_workers // 4, 1) if late_first else 0
+            first -= sum(call.copy and not call.given_up for call in self.calls.values())
+            for call in sorted(self.calls.values(), key=lambda call: -call.age):
+                rows = call.rows[self.table["state"][call.rows] < PREDICTED]
+                once = call.late and not (call.copy or call.given_up or call.copied)
+                if once and len(rows) and (first > 0 or (self.queue.empty and self._idle > 0)):
+                    call.copied, first = True, first - 1
+                    self._send(rows, copy=True)
 
     def _learn(self, hurry: bool) -> None:
         """Have the learner learn all that came, if there is enough of it."""
@@ -383,7 +376,7 @@ class RowState:
     def _review(self) -> None:
         """Have workers fenced that answer wrongly, and take back what is in doubt by now."""
         if self.checks is not None:
-            fenced, (rows, accused) = self.checks.fenced, self.checks.review()
+            fenced, (rows, accused) = self.checks.fenced, self.checks.review(self.seen.report)
             if self.checks.fenced != fenced:
                 self.todo.append(Fence(self.checks.fenced))
             if accused:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..risk.votes import AnswerChecks, Candidate, Verdict
+from ..risk.votes import AnswerChecks, HeldAnswer, Verdict
 from .adapt._predictor import Predictor
 from .core._request import Query
 from .core._requests import Timers
@@ -100,7 +100,7 @@ class AnswerScreen:
         held, out = [queries[row] for row in waiting if row in new], []
         for row, query in enumerate(queries):
             if row in trusted and any(each.request is query.request for each in held):
-                query.candidates[worker] = Candidate(np.array(values[row]), call)
+                query.candidates[worker] = HeldAnswer(np.array(values[row]), call)
                 self._others[query] = call, held
             elif row in trusted or query.done:
                 out.append(row)

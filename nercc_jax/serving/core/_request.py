@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float, Int, PyTree, Shaped
 
-from ...risk.votes import Candidates
+from ...risk.votes import HeldAnswers
 
 Source: TypeAlias = Literal["exact", "decoded", "predicted"]
 
@@ -223,7 +223,7 @@ class Query:
         self.groups: list[Any] = []  # of `Group`, which this file does not know
         self.done = self.reexecuted = False
         self.approximate: dict[Source, Answer] = {}
-        self.candidates: Candidates = {}
+        self.candidates: HeldAnswers = {}
         self.waiting = True
 
 
