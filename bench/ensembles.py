@@ -38,7 +38,7 @@ from simulators import EXPENSIVE, rows_of
 from nercc_jax.compilation import enable_compilation_cache
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.risk import EnsembleEstimate
-from nercc_jax.rows import RowFunction, RowResult, run_rows
+from nercc_jax.rows import RowResult, run_rows
 from nercc_jax.testing import SimulatedPool
 
 ROWS, WORKERS, SECONDS, DEATHS, DEADLINE = 1000, 50, 4.0, 0.01, 60.0
@@ -114,7 +114,7 @@ def measure(name: str, law: str, seed: int, more_ways: bool) -> dict[str, Any]:
 
     true = f(y)
     late, delays = late_rows(law, true, seed)
-    more, function = late * delays[0], RowFunction(table)
+    more, function = late * delays[0], table
     point = float(np.quantile(true, 0.95))
     delay = Fault("delay", latency=lambda batch: float(more[table.places(batch)].sum()))  # pyright: ignore[reportArgumentType]
     estimates: dict[str, Callable[[RowResult], EnsembleEstimate]] = {

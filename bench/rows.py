@@ -49,7 +49,7 @@ from simulators import EXPENSIVE, rows_of
 from nercc_jax.compilation import enable_compilation_cache
 from nercc_jax.pools import DevicePool
 from nercc_jax.risk import calibrate_learner_bars
-from nercc_jax.rows import RowFunction, run_rows
+from nercc_jax.rows import run_rows
 from nercc_jax.stragglers import ExponentialLatency, RowLatency, TraceLatency
 from nercc_jax.surrogates import LearnerTuning, fit_learner
 from nercc_jax.testing import SimulatedPool
@@ -243,7 +243,7 @@ def judged(y: np.ndarray, mean: np.ndarray, bar: np.ndarray, tolerance: float) -
 
 def needed(x: np.ndarray, y: np.ndarray, tolerance: float, seed: int) -> dict[str, Any]:
     """Return what a run computed, and how good its predictions are."""
-    function: Any = RowFunction(Table(x, y))
+    function: Any = Table(x, y)
     with SimulatedPool(function, 4, seconds=lambda size: 0.02 * size) as pool:
         result = run_rows(
             function, x, pool, rows_per_call=1, deadline=1e6, tolerance=tolerance,

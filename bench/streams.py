@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import time
 import zlib
@@ -16,8 +17,7 @@ from jaxtyping import Float
 from report import RESULTS
 from workloads import in_batches
 
-from nercc_jax.pools import Episodes, Fault
-from nercc_jax.pools.garbage import short_collections
+from nercc_jax.pools import Fault
 from nercc_jax.serving import Reply
 from nercc_jax.stragglers import ExponentialLatency, ParetoLatency, TraceLatency
 from nercc_models import load_data, load_model, load_student, student_card
@@ -164,13 +164,14 @@ def play(
         batcher.submit(x[number][None]).add_done_callback(answered)
 
     if real:
-        with short_collections():  # as `nercc serve` does
-            begin = clock.now()
-            for number, when in enumerate(arrivals):
-                time.sleep(max(begin + when - clock.now(), 0))
-                send(number, begin + when)
-            while ended[0] < len(arrivals):
-                time.sleep(0.01)
+        gc.collect()
+        gc.freeze()  # as `nercc serve` does
+        begin = clock.now()
+        for number, when in enumerate(arrivals):
+            time.sleep(max(begin + when - clock.now(), 0))
+            send(number, begin + when)
+        while ended[0] < len(arrivals):
+            time.sleep(0.01)
         return
     for number, when in enumerate(arrivals):
         clock.at(when, lambda number=number, when=when: send(number, when))
@@ -237,6 +238,30 @@ def large_queries(service: str, queries: np.ndarray, base: float) -> list[Fault]
     return [slow_rows(queries[large], base)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Spells:
+    """Random spells of time from a seed, with exponential lengths and pauses, from `origin` on.
+
+    They begin every so many seconds, in the mean, and last so many: `when` of a `Fault`.
+    """
+
+    every: float
+    lasting: float
+    seed: int = 0
+    origin: float = 0.0
+
+    def __call__(self, now: float) -> bool:
+        edges = _edges(self.every, self.lasting, self.seed)
+        return bool(np.searchsorted(edges, now - self.origin, side="right") % 2)
+
+
+@functools.cache
+def _edges(every: float, lasting: float, seed: int) -> np.ndarray:
+    """Return when spells begin and end, one after the other."""
+    drawn = np.random.default_rng([seed, 0x5BE11]).exponential(size=(8192, 2))
+    return np.cumsum(drawn * [every - lasting, lasting])
+
+
 def laws(base: float, num_workers: int, seed: int = 0) -> dict[str, Law]:
     """Return laws by name, in units of the base service time.
 
@@ -245,8 +270,8 @@ def laws(base: float, num_workers: int, seed: int = 0) -> dict[str, Law]:
     seed *= 10_000
     tenfold, rack = TraceLatency(jnp.array([10 * base])), tuple(range(num_workers // 4))
 
-    def spells(every: float, last: float, number: int) -> Episodes:
-        return Episodes(every, last, seed=number + seed, origin=0.0)
+    def spells(every: float, last: float, number: int) -> Spells:
+        return Spells(every, last, number + seed)
 
     found = [
         Law(
@@ -269,7 +294,7 @@ def laws(base: float, num_workers: int, seed: int = 0) -> dict[str, Law]:
             tuple(
                 Fault(
                     "delay", workers=(worker,), latency=ExponentialLatency(10 * base),
-                    episodes=spells(20.0, 2.0, worker),
+                    when=spells(20.0, 2.0, worker),
                 )
                 for worker in range(num_workers)
             ),
@@ -279,13 +304,13 @@ def laws(base: float, num_workers: int, seed: int = 0) -> dict[str, Law]:
             f"{len(rack)} of the {num_workers} workers together have spells (1 s on average, every "
             "5 s) in which their calls take 10 service times more; every system meets the same "
             "spells",
-            (Fault("delay", workers=rack, latency=tenfold, episodes=spells(5.0, 1.0, 1005)),),
+            (Fault("delay", workers=rack, latency=tenfold, when=spells(5.0, 1.0, 1005)),),
         ),
         Law(
             "rack dies",
             f"{len(rack)} of the {num_workers} workers hang together for 2 s every 20 s, on "
             "average, and come back a second later",
-            (Fault("hang", 1.0, workers=rack, episodes=spells(20.0, 2.0, 77)),),
+            (Fault("hang", 1.0, workers=rack, when=spells(20.0, 2.0, 77)),),
         ),
         Law(
             "hard queries",

@@ -24,7 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 from measure import block_bootstrap
 from report import Report, environment, show
-from streams import ANY, SERVICES, Law, Lookup, Work, large_queries, laws, play, slow_rows, works
+from streams import (
+    ANY,
+    SERVICES,
+    Law,
+    Lookup,
+    Spells,
+    Work,
+    large_queries,
+    laws,
+    play,
+    slow_rows,
+    works,
+)
 from tails_systems import System, parity_models, rivals, systems, tune_rivals
 from workloads import in_batches
 
@@ -317,10 +329,9 @@ def _pool(work: Work, system: System, law: Law, load: Load, ground: str) -> Abst
 
 def _from_now(fault: Fault) -> Fault:
     """Return the fault with its spells, if it has some, counted from now on."""
-    if fault.episodes is None:
+    if not isinstance(fault.when, Spells):
         return fault
-    episodes = dataclasses.replace(fault.episodes, origin=time.time())
-    return dataclasses.replace(fault, episodes=episodes)
+    return dataclasses.replace(fault, when=dataclasses.replace(fault.when, origin=time.time()))
 
 
 def _narrow(model: Any) -> Callable[[np.ndarray], np.ndarray]:

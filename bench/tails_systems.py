@@ -251,7 +251,8 @@ class Balancer:
                 overdue=Overdue(factor=NEVER),
                 on_change=lambda batch: self._end(number, batch),
             )
-            self._pool.send(batch, [0], [query.x], only=number)
+            others = {*range(len(self.workers))} - {number}
+            self._pool.send(batch, [0], [query.x], avoid=others)
 
     def _end(self, number: int, batch: Any) -> None:
         worker, now = self.workers[number], self._clock.now()

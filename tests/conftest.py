@@ -261,3 +261,12 @@ hypothesis.settings.register_profile(
     "fresh", deadline=None, max_examples=60, derandomize=False, print_blob=True
 )
 hypothesis.settings.load_profile("nercc")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_ray_stays():
+    """A process stays part of a Ray to its end; the next file may want another."""
+    yield
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nercc_jax.pools import Fault, Faults
-from nercc_jax.rows import RowFunction, RowResult, run_rows
+from nercc_jax.rows import RowResult, run_rows
 from nercc_jax.testing import SimulatedPool
 
 ROWS, WORKERS = 400, 20
@@ -33,7 +33,7 @@ def run(x, *, slow=None, model=function, deaths=0.0, **options) -> tuple[RowResu
     faults = [Fault("delay", latency=lambda batch: float(slow(np.asarray(batch)).max()))]
     faults = faults * (slow is not None) + [Fault("death", deaths)] * (deaths > 0)
     with SimulatedPool(
-        RowFunction(model), WORKERS, seconds=float, faults=Faults(faults), hang_timeout=1e4
+        model, WORKERS, seconds=float, faults=Faults(faults), hang_timeout=1e4
     ) as pool:
         options = {"tolerance": 0.05, "rows_per_call": 1, "deadline": 1e3} | options
         return run_rows(model, x, pool, **options), pool.clock.now()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from schedulers import next_call
 
-from nercc_jax.pools import Episodes, Fault, Faults
+from nercc_jax.pools import Fault, Faults
 from nercc_jax.stragglers import (
     AbstractLatency,
     ExponentialLatency,
@@ -105,21 +105,20 @@ def test_faults_by_their_rates():
         Faults.from_rates(death_rate=1.5)
 
 
-@pytest.mark.parametrize("leaning", [1.0, 0.5])
-def test_faults_by_scores_that_workers_have_seen(leaning):
+def test_faults_by_scores_that_workers_have_seen():
     """Of the first rows none is known to be among the hardest."""
     random = np.random.default_rng(0)
-    rates = {"straggler_rate": 0.1, "straggler_delay": 2.0, "straggler_leaning": leaning}
+    rates = {"straggler_rate": 0.1, "straggler_delay": 2.0}
     rates["straggler_score"] = lambda batch: np.linalg.norm(batch.reshape(len(batch), -1), axis=1)
     faults = Faults.from_rates(**rates).at(0, 0)
     rows = random.normal(size=(4000, 1, 3))
     struck = np.array([next_call(faults, row)[0] == 2.0 for row in rows])
     norms = np.linalg.norm(rows[:, 0], axis=1)
-    hard = norms > np.quantile(norms, 0.9 if leaning == 1 else 0.88)
+    hard = norms > np.quantile(norms, 0.9)
     assert np.mean(struck) == pytest.approx(0.1, abs=0.02)
-    assert np.mean(struck[hard]) == pytest.approx(0.95 if leaning == 1 else 0.45, abs=0.08)
-    assert np.mean(struck[~hard]) == pytest.approx(0.005 if leaning == 1 else 0.05, abs=0.02)
-    alone = Faults.from_rates(**rates | {"straggler_leaning": 1.0}).at(0, 0)
+    assert np.mean(struck[hard]) == pytest.approx(0.95, abs=0.08)
+    assert np.mean(struck[~hard]) == pytest.approx(0.005, abs=0.02)
+    alone = Faults.from_rates(**rates).at(0, 0)
     assert not any(next_call(alone, row)[0] for row in np.arange(10.0)[:, None, None])
 
 
@@ -130,23 +129,12 @@ def test_faults_of_some_workers_and_calls():
     assert struck == [True, False, False, True, False]
 
 
-def test_episodes_are_the_same_everywhere_and_as_long_as_they_should_be():
-    episodes = Episodes(every=10.0, lasting=2.0, seed=4, origin=1000.0)
-    spells = [spell for spell, _ in zip(episodes.spells(), range(4000), strict=False)]
-    again = [spell for spell, _ in zip(episodes.spells(), range(4000), strict=False)]
-    assert spells == again
-    start, end = np.transpose(spells)
-    assert (np.diff(np.ravel(spells)) > 0).all()
-    assert 1.8 < np.mean(end - start) < 2.2
-    assert 9.5 < np.mean(np.diff(start)) < 10.5
-
-
 def test_a_rack_is_slow_together():
     fault = Fault(
         "delay",
         workers=(0, 1),
         latency=TraceLatency(jax.numpy.array([1.0])),
-        episodes=Episodes(every=10.0, lasting=5.0, origin=0.0),
+        when=lambda now: now % 10 < 5,
     )
     now = 0.0
     laws = [Faults([fault]).at(worker, 0, lambda: now) for worker in range(3)]
@@ -166,7 +154,6 @@ def test_a_rack_is_slow_together():
         (lambda: Fault("nan", probability=1.5), r"in \[0, 1\]"),
         (lambda: Fault("delay"), "needs a latency law"),
         (lambda: Fault("nan", latency=ExponentialLatency(1.0)), "nothing else takes one"),
-        (lambda: Episodes(1.0, 2.0), "end before the next begins"),
     ],
 )
 def test_errors_in_faults(make, message, untyped):

@@ -16,7 +16,7 @@ from scipy.stats import norm
 
 from nercc_jax import NeRCC, Scheme, Uncoded, coded_inference, save_code
 from nercc_jax.risk import calibrate_learner_bars
-from nercc_jax.rows import RowFunction, run_rows
+from nercc_jax.rows import run_rows
 from nercc_jax.schemes import cross_validate_error_bars, fit_scheme
 from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Predictor
 from nercc_jax.stragglers import ExactStragglers
@@ -590,7 +590,7 @@ def test_held_out_inputs_leave_with_all_answers_to_them():
 def test_rows_that_come_again_have_bars_that_hold():
     base = np.random.default_rng(1).uniform(-1, 1, (100, 2))
     x = np.random.default_rng(2).permutation(np.repeat(base, 6, axis=0))
-    with SimulatedPool(RowFunction(smooth), 4, seconds=lambda size: 0.02 * size) as pool:
+    with SimulatedPool(smooth, 4, seconds=lambda size: 0.02 * size) as pool:
         result = run_rows(smooth, x, pool, tolerance=0.05, rows_per_call=4)
     predicted = result.status == "predicted"
     assert result.values is not None

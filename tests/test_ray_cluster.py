@@ -99,11 +99,13 @@ def test_workers_lie_apart_and_nothing_is_lost(cluster):
         answers.go_on()
         soon(lambda: by_node(pool) == sorted(fewer), STARTS)
         answers.go_on()
-        # A node is added: workers move to it, and meanwhile it goes on.
+        # A node is added, and another lost: workers start there.
         new = cluster.add_node(num_cpus=CPUS, num_gpus=2, node_ip_address="127.0.0.9")
-        soon(lambda: new.node_id in pool.nodes())
         answers.go_on()
-        soon(lambda: by_node(pool) == sorted(every), STARTS)
+        strike(frozen, signal.SIGKILL)
+        answers.go_on()
+        soon(lambda: new.node_id in pool.nodes(), STARTS)
+        soon(lambda: by_node(pool)[-1] < WORKERS, STARTS)
 
     def memory_fraction(batch):
         return batch + np.float32(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"])
@@ -143,6 +145,7 @@ def test_a_head_that_dies_takes_nothing_with_it(cluster, tmp_path):
     code = ["--num-data", "2", "--num-workers", "4"]
     model = ["--model", "nercc_own_model:model"]
     run = [nercc, "run", *model, "--inputs", str(tmp_path / "points.npy"), *code]
+    own += ["--runtime-env", f"working_dir = '{cluster.folder}'"]
     slow = ["--faults", "straggler_rate = 1, straggler_delay_s = 0.4", "--workers", "2"]
     output = ["--output", str(tmp_path / "result.npz")]
     port = free_port()

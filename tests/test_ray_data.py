@@ -69,14 +69,6 @@ def test_every_row_has_its_value_and_its_other_columns(data):
     assert found.select_columns(["value"]).limit(5).count() == 5  # further steps, as of any dataset
 
 
-def test_tasks_of_ray_data_need_not_import_jax(data):
-    found = map_rows(dataset(data), swing, COLUMNS, tolerance=0.0, num_workers=1)
-    seen = found.map_batches(
-        lambda batch: {"jax": np.full(len(batch["name"]), "jax" in sys.modules)}
-    )
-    assert [row["jax"] for row in seen.take_all()] == [False] * 120
-
-
 def test_one_column_keeps_its_shape(data):
     def middle(x):
         assert x.shape[1:] == (2, 2)

@@ -1,4 +1,4 @@
-"""A Ray of our own: whose models come from a script, shared by two pools, gone with the last."""
+"""A Ray of our own, shared by two pools: models come from a script."""
 
 import contextlib
 import functools
@@ -19,7 +19,6 @@ from pages import blocks
 from schedulers import SOON
 
 from nercc_jax import RayPool
-from nercc_jax.pools import join_ray, leave_ray
 
 pytestmark = pytest.mark.slow
 
@@ -68,8 +67,6 @@ def test_models_of_a_script_run_and_two_pools_share_a_ray():
     models = own_models()
     with warnings.catch_warnings(), contextlib.ExitStack() as second:
         warnings.simplefilter("ignore")  # of fork, which Ray follows by exec
-        join_ray("local")
-        second.callback(leave_ray)
         with RayPool(models, 1, example=X, address="local") as pool:
             other = second.enter_context(RayPool(models[0], 1, min_workers=1))
             points = np.stack([X] * len(models))
@@ -84,9 +81,7 @@ def test_models_of_a_script_run_and_two_pools_share_a_ray():
         assert ray.is_initialized()
         with other.dispatch(X[None]) as batch:
             np.testing.assert_allclose(batch.wait(deadline=SOON).values[0], models[0](X), atol=1e-5)
-        other.close()
-        assert ray.is_initialized()
-    assert not ray.is_initialized()
+    ray.shutdown()
 
 
 def test_the_pages_example_runs_as_a_notebook_would():

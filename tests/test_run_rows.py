@@ -21,7 +21,7 @@ from nercc_jax.cli import Options
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.pools.backend import WorkerDied
 from nercc_jax.risk import Accuracy
-from nercc_jax.rows import RowFunction, RowSettings, run_rows
+from nercc_jax.rows import RowSettings, run_rows
 from nercc_jax.schemes import fit_scheme
 from nercc_jax.stragglers import TraceLatency
 from nercc_jax.surrogates import LearnerTuning
@@ -32,7 +32,10 @@ def test_rows_whose_workers_die_are_computed_by_others():
     """Float32 and integers as they come."""
     x = np.arange(40, dtype=np.float32)[:, None]
     faults = Faults.from_rates(death_rate=0.2, seed=3)
-    function = RowFunction(lambda batch: (2 * batch).astype(int))
+
+    def function(batch):
+        return (2 * batch).astype(int)
+
     with DevicePool(function, 3, compiled=False, faults=faults, max_attempts=9) as pool:
         result = run_rows(function, x, pool, tolerance=0.0, rows_per_call=4)
         assert pool.report().deaths > 0
@@ -96,7 +99,7 @@ def test_each_row_has_a_status_and_an_unknown_one_its_reason(opened):
     odd, seen = X[:, 0] > 0.9, []
     options = {"tolerance": 0.0, "rows_per_call": 4, "on_progress": seen.append}
     if opened:
-        with DevicePool(RowFunction(picky), 3, compiled=False) as pool:
+        with DevicePool(picky, 3, compiled=False) as pool:
             result = run_rows(picky, X, pool, **options)
             assert pool.report() == result.report
     else:
@@ -216,7 +219,7 @@ def run_timed(seconds, x=ROWS, *, function=smooth, workers=4, **options):
     faults = Faults([Fault("delay", latency=delay)])
     options = {"rows_per_call": 1} | options
     with SimulatedPool(
-        RowFunction(function), workers, seconds=lambda size: 1e-6, faults=faults, hang_timeout=1e9
+        function, workers, seconds=lambda size: 1e-6, faults=faults, hang_timeout=1e9
     ) as pool:
         return run_rows(function, x, pool, **options), sent
 
@@ -330,8 +333,8 @@ def odd(kind):
 @pytest.mark.parametrize(
     ("kind", "size", "reason", "most_calls"),
     [
-        ("raise", 256, "ArithmeticError: there is no solution here", 4 + 2 * 4 * 9),
-        ("shape", 32, "a row came as (2,), others as (1,)", 32 + 2 * 4 * 6),
+        ("raise", 256, "ArithmeticError: there is no solution here", 4 + 2 * (8 + 8 + 4 + 4)),
+        ("shape", 32, "a row came as (2,), others as (1,)", 32 + 2 * (8 + 4)),
         # Of 64 rows of a call, eight have the second attempt together, and each has its own last.
         ("hang", 64, "no answer within 0.3 s", 16 + 2 * (8 + 8)),
     ],
@@ -399,8 +402,7 @@ def test_rows_whose_calls_do_not_come_back(case):
 # On threads.
 
 
-@pytest.mark.parametrize(("share", "wanted"), [(0.5, 2), (0.1, 1)])
-def test_learning_takes_its_share_of_the_cores(monkeypatch, share, wanted):
+def test_learning_takes_half_of_the_cores(monkeypatch):
     seen = []
 
     def slowly(rows):
@@ -420,11 +422,11 @@ def test_learning_takes_its_share_of_the_cores(monkeypatch, share, wanted):
     monkeypatch.setattr("nercc_jax.rows._learner.fit_scheme", fit)
     limit(4)
     try:
-        options = {"rows_per_call": 1, "tolerance": 0.1, "learner_share": share}
+        options = {"rows_per_call": 1, "tolerance": 0.1}
         run_rows(slowly, ROWS, DevicePool, num_workers=4, **options)
     finally:
         limit(max(before))
-    assert set(seen) == {wanted}
+    assert set(seen) == {2}
 
 
 def test_a_row_is_not_late_because_its_worker_died_or_the_run_is_busy():
@@ -453,24 +455,9 @@ def test_a_row_is_not_late_because_its_worker_died_or_the_run_is_busy():
 
 def test_rows_whose_workers_all_die_are_unknown_for_that_reason():
     faults = Faults.from_rates(death_rate=1.0, seed=3)
-    with DevicePool(RowFunction(np.negative), 2, compiled=False, faults=faults) as pool:
+    with DevicePool(np.negative, 2, compiled=False, faults=faults) as pool:
         result = run_rows(np.negative, np.ones((3, 1)), pool, tolerance=0.0)
     assert set(result.reasons.values()) == {"its thread ended"}
-
-
-def test_calls_grow_while_they_are_short():
-    sizes = []
-
-    def counted(batch):
-        sizes.append(len(batch))
-        return batch
-
-    rows = np.arange(20_000.0)[:, None]
-    result = run_rows(counted, rows, DevicePool, num_workers=2, tolerance=0.0)
-    np.testing.assert_array_equal(result.values, rows)
-    assert sizes[0] == 1
-    assert max(sizes) > 50
-    assert {size & (size - 1) for size in sizes} == {0}, "few shapes, for functions that compile"
 
 
 def test_rows_come_as_soon_as_they_have_values_and_resumed_ones_first(tmp_path):
@@ -504,7 +491,7 @@ def test_a_result_is_a_table():
         return np.stack([batch[:, 0], 2 * batch[:, 0]], axis=1)
 
     rows = np.arange(6.0)[:, None]
-    with DevicePool(RowFunction(sometimes), 2, compiled=False) as pool:
+    with DevicePool(sometimes, 2, compiled=False) as pool:
         result = run_rows(sometimes, rows, pool, tolerance=0.0, rows_per_call=1)
     table = pandas.DataFrame(result.columns())
     assert table["status"].tolist() == ["computed"] * 3 + ["unknown"] + ["computed"] * 2
@@ -520,7 +507,7 @@ def test_a_result_is_a_table():
 def run_checked(*faults, num_workers=8, function=smooth, **options):
     options = {"tolerance": 0.0, "check_answers": 0.05, "rows_per_call": 4} | options
     with SimulatedPool(
-        RowFunction(function), num_workers, seconds=lambda size: 0.01 * size,
+        function, num_workers, seconds=lambda size: 0.01 * size,
         faults=Faults(faults, seed=3),
     ) as pool:  # fmt: skip
         return run_rows(function, ROWS, pool, **options)
@@ -534,7 +521,6 @@ def test_rows_of_wrong_workers_are_computed_by_others(quick_fit):
     np.testing.assert_allclose(result.values, smooth(ROWS), atol=2e-3)
     assert result.summary["checked"] == 600
     assert "1" in result.summary["fenced"]
-    assert result.summary["corrected"] > 0
     # A quarter may be fenced, so both may be.
     assert set(result.summary["fenced"]) | set(result.summary["not_fenced"]) <= {"1", "5"}
 
@@ -563,7 +549,7 @@ def test_what_came_in_one_call_with_an_outvoted_answer_is_computed_by_others(
     assert struck
     np.testing.assert_allclose(result.values, smooth(ROWS), rtol=1e-12)
     assert result.summary["fenced"] == result.summary["not_fenced"] == {}, "two are too few"
-    assert (result.summary["corrected"], result.summary["checked"]) == (2, 600)
+    assert result.summary["checked"] == 600
 
 
 def test_right_answers_are_trusted_at_the_price_of_few_calls(quick_fit):
@@ -571,7 +557,7 @@ def test_right_answers_are_trusted_at_the_price_of_few_calls(quick_fit):
     np.testing.assert_array_equal(result.values, smooth(ROWS))
     assert result.summary["checked"] == 600
     assert result.summary["suspicious"] <= 8 + 4 * 0.05 * 600
-    assert (result.summary["corrected"], result.summary["fenced"]) == (0, {})
+    assert result.summary["fenced"] == {}
 
 
 def test_two_workers_are_too_few():
@@ -620,7 +606,7 @@ def run_once(seed, life, folder, done):
     workers, rows_per_call = int(random.integers(1, 6)), int(random.integers(1, 8))
     options = {"faults": Faults(faults, int(random.integers(2**31))), "compiled": False}
     options |= {"hang_timeout": 0.3, "max_attempts": 20}
-    with DevicePool(RowFunction(waves), workers, **options) as pool:
+    with DevicePool(waves, workers, **options) as pool:
         parts = {"folder": folder, "resume": folder.exists()}
         options = {"rows_per_call": rows_per_call, "tolerance": 0.0}
         result = run_rows(waves, rows_of(seed), pool, **parts, **options)

@@ -171,13 +171,13 @@ class Options:
     {TPU = 4}} (default: 0.5 CPUs at most; where the cluster has GPUs, 1 or an equal share)."""
     runtime_env: dict[str, Any] | None = None
     """Ray's runtime environment, as a TOML table, such as {working_dir = '.'}, a folder sent to its
-    nodes (default: that of a module:function that is not installed)."""
+    nodes."""
 
     faults: dict[str, Any] | None = None
     """Faults to inject for trials, as a TOML table: {straggler_rate = 0.05, straggler_delay_s =
     0.5}. Seconds: service_delay_s, of every call, and straggler_delay_s (1). Shares of the calls:
     straggler_rate, death_rate, wrong_rate (1). straggler_score, a module:function, scores
-    rows, and the calls with the largest are delayed; a share straggler_leaning (1) of them.
+    rows, and the calls with the largest are delayed.
     wrong_workers, {swap = [1]}, swap rows. fault_seed is the seed (default: --seed)."""
 
     output: Path = Path()

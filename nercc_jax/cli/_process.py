@@ -5,7 +5,7 @@ import importlib.metadata
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ..compilation import enable_compilation_cache
@@ -51,23 +51,11 @@ def compile_plainly() -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=false".strip()
 
 
-def ray_joiner(
-    address: str | None, runtime_env: Mapping[str, Any] | None
-) -> Callable[[Sequence[str]], None]:
-    """Return a function that makes this process part of the Ray that options name.
+def join_ray_of(address: str | None, runtime_env: Mapping[str, Any] | None) -> None:
+    """Make this process part of the Ray that options name; raise ConnectionError if there is none."""
+    from ..pools.ray_cluster import join_ray
 
-    It takes the names of the models that workers run, which are sent along if the Ray is joined. It
-    raises ConnectionError if there is no Ray.
-    """
-
-    def join(models: Sequence[str]) -> None:
-        from ..pools import join_ray
-        from ..pools.ray_cluster import with_modules
-
-        asked = dict(runtime_env or {})
-        join_ray(address, asked, with_modules(asked, models))
-
-    return join
+    join_ray(address, dict(runtime_env or {}))
 
 
 def leave_accelerators() -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from ..codes import NeRCC
-from ..pools import AbstractPool, leave_ray
+from ..pools import AbstractPool
 from ..pools.batch import answers_to_wait_for
 from ..pools.options import open_pool
 from ..risk import EnsembleEstimate
@@ -25,7 +25,7 @@ from ..rows.files import check_parts, fingerprint
 from ._command import fail, of_option
 from ._options import Options, refuse
 from ._output import progress_bar, show, write_json
-from ._process import leave_accelerators, ray_joiner
+from ._process import join_ray_of, leave_accelerators
 from ._workload import callable_of, faults_of, find_workload, load_plain_code
 
 
@@ -97,8 +97,6 @@ def run(options: Options) -> None:
         fail(f"{len(result.reasons):,} rows are unknown: row {row}: {why}; {rest}", 3)
     if path.suffix:
         shutil.rmtree(folder)
-    if options.pool == "ray":
-        leave_ray()
 
 
 def pool_opener(options: Options, console: Console) -> Callable[..., AbstractPool]:
@@ -106,11 +104,7 @@ def pool_opener(options: Options, console: Console) -> Callable[..., AbstractPoo
 
     It takes the model, N, further arguments of a pool, and for a code K. It exits with code 1 if
     the workers do not start.
-
-    Raises:
-        ValueError: An option of Ray is wrong.
     """
-    join = ray_joiner(options.address, options.runtime_env)
     asked = dataclasses.replace(options, faults=faults_of(options.faults))
     hang_timeout = RowSettings(0.0, deadline=options.deadline_s).hang_timeout
     further = {"seed": options.seed, "hang_timeout": hang_timeout}
@@ -120,7 +114,7 @@ def pool_opener(options: Options, console: Console) -> Callable[..., AbstractPoo
         if options.pool == "ray":
             logging.basicConfig(format="%(message)s")
             logging.getLogger("nercc_jax.pools").setLevel(logging.INFO)  # which Ray was joined
-            join([options.model])
+            join_ray_of(options.address, options.runtime_env)
         try:
             with console.status(f"starting {words} ..."):
                 pool = open_pool(model, num_workers, asked, **others | further)
@@ -136,7 +130,7 @@ def _by_row(
     options: Options, opened: Callable[..., Any], kept: dict[str, Any]
 ) -> tuple[RowResult, dict[str, np.ndarray], EnsembleEstimate | None]:
     """Run a function on rows, and return the result, its table, and the statistic asked for."""
-    fields = {field.name for field in dataclasses.fields(RowSettings)} - {"learner_share"}
+    fields = {field.name for field in dataclasses.fields(RowSettings)}
     named = {"rows_per_call": "groups"}
     named |= {name: f"{name}_s" for name in ("deadline", "job_deadline", "grace")}
     settings = RowSettings(**{name: getattr(options, named.get(name, name)) for name in fields})

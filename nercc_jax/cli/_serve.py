@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ._command import Option, fail
-from ._process import keep_programs, leave, leave_accelerators, ray_joiner
+from ._process import join_ray_of, keep_programs, leave, leave_accelerators
 
 _NEEDED = (
     *("fastapi", "grpc", "grpc_health", "httptools", "orjson", "prometheus_client"),
@@ -98,7 +98,6 @@ def serve_models(given: Mapping[str, Any]) -> None:
             print(f"{each.served_name} can be served")
         return None
 
-    join_ray = ray_joiner(settings.address, settings.runtime_env)
     _start_log()
     if all(each.pool == "ray" for each in chosen):
         leave_accelerators()
@@ -111,7 +110,7 @@ def serve_models(given: Mapping[str, Any]) -> None:
     from ._serving_models import StartFailed, starts_of
 
     registry, moment = CollectorRegistry(), 0.25
-    join = functools.cache(lambda: join_ray([str(each.model) for each in chosen]))
+    join = functools.cache(lambda: join_ray_of(settings.address, settings.runtime_env))
     server = Server(starts_of(chosen, registry, join), settings, registry)
 
     def watch() -> None:

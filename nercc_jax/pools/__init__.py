@@ -4,13 +4,13 @@ import importlib
 from typing import Any
 
 from ._devices import DevicePool
-from ._faults import Episodes, Fault, Faults
+from ._faults import Fault, Faults
 from ._pool import AbstractPool
 from ._ray import RayPool
 from .backend import PoolReport
 from .batch import Batch, BatchAnswers
 from .inference import PoolResult, pool_inference
-from .ray_cluster import join_ray, leave_ray, ray_is_lost
+from .ray_cluster import ray_is_lost
 from .times import Overdue
 
 __all__ = [
@@ -18,15 +18,12 @@ __all__ = [
     "Batch",
     "BatchAnswers",
     "DevicePool",
-    "Episodes",
     "Fault",
     "Faults",
     "Overdue",
     "PoolReport",
     "PoolResult",
     "RayPool",
-    "join_ray",
-    "leave_ray",
     "pool_inference",
     "ray_is_lost",
 ]
@@ -34,6 +31,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Return what has moved to `nercc_jax.rows`, which stands on pools: imported when asked for."""
-    if name in ("RowFunction", "RowResult", "map_rows", "run_rows"):
+    if name in ("RowResult", "map_rows", "run_rows"):
         return getattr(importlib.import_module("nercc_jax.rows"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ from ._pool import AbstractPool
 from .backend import OnOutcome, WorkerBackend, WorkerDied
 from .batch import reason_of
 from .times import Overdue
-from .worker import Device, Examples, Program, Worker, as_models, warm_up, weights_checksum
+from .worker import Device, Examples, Program, Worker, as_models, warm_up
 
 _LAST_CALL = 1.0  # seconds for which closing waits for calls under way
 
@@ -86,7 +86,6 @@ class DevicePool(AbstractPool):
         self.conditions = current_conditions(worker_dtype, platform)
         programs = [Program(models, device, compiled) for device in devices[:num_workers]]
         warm_up(programs, len(models), example)
-        self._weights = weights_checksum(models)
         faults = faults or Faults()
         # Threads share a CPU's cores. Faults on purpose let two of them stand for many machines.
         cores = math.inf

@@ -7,16 +7,15 @@ meet a real one: the worker is busy while it sleeps, and gone when it dies.
 import collections
 import dataclasses
 import functools
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
-from ..stragglers import AbstractLatency, RowLatency, TraceLatency
+from ..stragglers import AbstractLatency, TraceLatency
 from ..stragglers._laws import draws_alike
 
 FaultKind: TypeAlias = Literal["delay", "error", "nan", "hang", "death", "swap"]
@@ -25,50 +24,10 @@ FaultKind: TypeAlias = Literal["delay", "error", "nan", "hang", "death", "swap"]
 _DRAWS = 4096
 # The latest scores of a worker's rows that say which scores are large, and the least number.
 _SCORES, _FEWEST = 1024, 20
-# Of the stragglers that lean to the largest scores, the share of rows that these are, at least.
-_HARDEST = 0.12
 
 
 class InjectedError(RuntimeError):
     """The exception that an "error" fault raises."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Episodes:
-    """Random spells of time, with exponential lengths and pauses, from a seed.
-
-    Every process that has the same seed and origin sees the same spells.
-
-    Args:
-        every: Mean seconds from the start of one spell to the start of the next.
-        lasting: Mean seconds of a spell.
-        seed: Of the random numbers.
-        origin: Where the spells are counted from, in seconds since the epoch (default: now).
-
-    Raises:
-        ValueError: Unless `lasting` is positive and smaller than `every`.
-    """
-
-    every: float
-    lasting: float
-    seed: int = 0
-    origin: float = dataclasses.field(default_factory=time.time)
-
-    def __post_init__(self):
-        if not 0 < self.lasting < self.every:
-            raise ValueError(
-                f"spells of {self.lasting} s every {self.every} s: they must last longer than 0 "
-                "and end before the next begins"
-            )
-
-    def spells(self) -> Iterator[tuple[float, float]]:
-        """Yield the start and end of each spell, in seconds since the epoch."""
-        random = np.random.default_rng([self.seed, 0x5BE11])
-        now = self.origin
-        while True:
-            start = now + random.exponential(self.every - self.lasting)
-            now = start + random.exponential(self.lasting)
-            yield start, now
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +45,8 @@ class Fault:
         calls: Which of a worker's calls, counted from 0 in each of its lives (default: all).
         latency: The law of a "delay", in seconds, the same for all calls that it strikes; or a
             function that maps a call's batch to its delay.
-        episodes: Only during these spells. Workers that share a fault with episodes are slow
-            together, as a rack is.
+        when: Only at times, in seconds since the epoch, of which this is true. Workers that share
+            such a fault are slow together, as a rack is.
         score: Only calls with a row whose score is `least_score` or more. It maps a batch to one
             score a row, and is called in the worker.
         least_score: The least score that is struck.
@@ -103,7 +62,7 @@ class Fault:
     workers: Sequence[int] | None = None
     calls: Sequence[int] | None = None
     latency: AbstractLatency | Callable[[Any], float] | None = None
-    episodes: Episodes | None = None
+    when: Callable[[float], bool] | None = None
     score: Callable[[Any], Any] | None = None
     least_score: float = 0.0
     hardest: float | None = None
@@ -152,7 +111,6 @@ class Faults:
         straggler_rate: float = 0.0,
         straggler_delay: float = 1.0,
         straggler_score: Callable[[Any], Any] | None = None,
-        straggler_leaning: float = 1.0,
         death_rate: float = 0.0,
         wrong_workers: Mapping[Any, Sequence[int]] | None = None,
         wrong_rate: float = 1.0,
@@ -165,9 +123,7 @@ class Faults:
             straggler_rate: Share of calls that straggle.
             straggler_delay: Seconds that a straggling call takes longer.
             straggler_score: Maps a batch to one score a row. Then calls do not straggle at random,
-                but those with the largest scores (`nercc_jax.stragglers.RowLatency`).
-            straggler_leaning: With a score, the share of stragglers that have the largest scores;
-                the others are random.
+                but those with the largest scores.
             death_rate: Share of calls in which the worker dies.
             wrong_workers: The workers that answer wrongly, by kind of fault, which is "swap".
             wrong_rate: Share of these workers' calls that are answered wrongly.
@@ -181,19 +137,10 @@ class Faults:
         if service_delay:
             faults.append(Fault("delay", latency=TraceLatency([service_delay])))
         if straggler_rate:
-            delay = TraceLatency([straggler_delay])
-            if straggler_score is None:
-                faults.append(Fault("delay", straggler_rate, latency=delay))
-            else:
-                hardest = max(straggler_rate, _HARDEST if straggler_leaning < 1 else 0.0)
-                law = RowLatency(delay, delay, straggler_rate, straggler_leaning, hardest)
-                hard, other = law.probabilities()
-                # Both may strike a row; together they do so as often as the hardest rows are.
-                more = (hard - other) / (1 - other) if other < 1 else 0.0
-                by_score: Any = {"score": straggler_score, "hardest": hardest}
-                for probability, which in ((other, {}), (more, by_score)):
-                    if probability:
-                        faults.append(Fault("delay", probability, latency=delay, **which))
+            delay, score = TraceLatency([straggler_delay]), straggler_score
+            by_score: Any = {} if score is None else {"score": score, "hardest": straggler_rate}
+            probability = straggler_rate if score is None else 1.0
+            faults.append(Fault("delay", probability, latency=delay, **by_score))
         if death_rate:
             faults.append(Fault("death", death_rate))
         for kind, workers in (wrong_workers or {}).items():
@@ -205,7 +152,7 @@ class Faults:
         return cls(faults, seed)
 
     def at(self, worker: int, life: int, time: Callable[[], float] = time.time) -> "WorkerFaults":
-        """Return the faults of one worker in one life (0: the first); episodes go by `time()`."""
+        """Return the faults of one worker in one life (0: the first), by the clock `time`."""
         return WorkerFaults(self, worker, life, time)
 
 
@@ -216,62 +163,49 @@ class WorkerFaults:
         self._random = np.random.default_rng([faults.seed, worker, life])
         # For the order of swapped rows, so that these shift no other draws.
         self.swap_random = np.random.default_rng([faults.seed, worker, life, 0xBAD])
-        self._call, self._time, self._mine = 0, time, list[_WorkerFault]()
-        for number, fault in enumerate(faults.faults):
-            if fault.workers is None or worker in fault.workers:
-                numbers = number, worker, life
-                key = functools.reduce(jax.random.fold_in, numbers, jax.random.key(faults.seed))
-                self._mine.append(_WorkerFault(fault, key))
+        self._call, self._time = 0, time
+        numbers = enumerate(faults.faults)
+        self._mine = {n: f for n, f in numbers if f.workers is None or worker in f.workers}
+        # Of some faults: their delays, and the latest scores of rows.
+        self._delays: dict[int, np.ndarray] = {}
+        self._seen: dict[int, collections.deque[float]] = {}
+        for number, fault in self._mine.items():
+            if isinstance(fault.latency, AbstractLatency):
+                key = jax.random.key(faults.seed)
+                key = functools.reduce(jax.random.fold_in, (number, worker, life), key)
+                self._delays[number] = np.asarray(fault.latency.sample(key, (_DRAWS,)))
+            self._seen[number] = collections.deque(maxlen=_SCORES)
 
     def strike(self, batch: PyTree | None = None) -> StruckCall:
         """Return the faults of the next call; faults may strike rows of the batch by a score."""
         call, self._call = self._call, self._call + 1
         seconds, kinds = 0.0, set[FaultKind]()
-        for each in self._mine:
-            fault = each.fault
+        for number, fault in self._mine.items():
             # Drawn first, and always: what else is set must not shift the later draws.
             drawn = self._random.random() < fault.probability
-            if each.strikes(call, batch, self._time) and drawn:
-                if each.delays is not None:
-                    seconds += float(each.delays[call % _DRAWS])
+            if self._strikes(number, fault, call, batch) and drawn:
+                if number in self._delays:
+                    seconds += float(self._delays[number][call % _DRAWS])
                 elif callable(fault.latency):
                     seconds += 0.0 if batch is None else float(fault.latency(batch))
                 else:
                     kinds.add(fault.kind)
         return StruckCall(seconds, kinds)
 
-
-class _WorkerFault:
-    """One fault at one worker: its delays, the scores that it has seen, and its spells."""
-
-    def __init__(self, fault: Fault, key: Array):
-        self.fault, self._seen = fault, collections.deque[float](maxlen=_SCORES)
-        law = fault.latency
-        drawn = isinstance(law, AbstractLatency)
-        self.delays = np.asarray(law.sample(key, (_DRAWS,))) if drawn else None
-        self._coming = None if fault.episodes is None else fault.episodes.spells()
-        self._spell = (-math.inf, math.inf) if self._coming is None else next(self._coming)
-
-    def strikes(self, call: int, batch: PyTree | None, time: Callable[[], float]) -> bool:
-        """Return whether it strikes a call, by its number, its rows' scores and its spells."""
-        fault = self.fault
+    def _strikes(self, number: int, fault: Fault, call: int, batch: PyTree | None) -> bool:
+        """Return whether a fault strikes a call, by its number, its rows' scores and the time."""
         if fault.score is not None:
             if batch is None:
                 return False
-            scores = np.ravel(np.asarray(fault.score(batch), float))
-            least = fault.least_score
+            scores, least = np.ravel(np.asarray(fault.score(batch), float)), fault.least_score
             if fault.hardest is not None:
-                self._seen.extend(scores.tolist())
-                if len(self._seen) < _FEWEST:
+                seen = self._seen[number]
+                seen.extend(scores.tolist())
+                if len(seen) < _FEWEST:
                     return False
-                least = np.nextafter(np.quantile(self._seen, 1 - fault.hardest), np.inf)
+                least = np.nextafter(np.quantile(seen, 1 - fault.hardest), np.inf)
             if np.max(scores) < least:
                 return False
         if fault.calls is not None and call not in fault.calls:
             return False
-        if self._coming is None:
-            return True
-        now = time()
-        while self._spell[1] <= now:
-            self._spell = next(self._coming)
-        return self._spell[0] <= now
+        return fault.when is None or bool(fault.when(self._time()))

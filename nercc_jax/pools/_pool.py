@@ -23,7 +23,6 @@ from .backend import PoolReport, WorkerBackend, WorkerDied
 from .batch import Batch, Refuse, Task, arrays_of, reason_of, refuse_odd
 from .clock import WALL, AbstractClock, Watcher
 from .times import Call, Overdue
-from .worker import WEIGHTS
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,7 +52,6 @@ class AbstractPool(abc.ABC):
     clock: AbstractClock
     worker_dtype: str | None = None
     conditions: Conditions = Conditions()
-    _weights: int = 0  # the checksum of the models that it was made with
     _head: Any = None  # of the cluster that the workers are part of (`ray_cluster.Head`)
 
     def _begin(
@@ -227,7 +225,6 @@ class AbstractPool(abc.ABC):
         *,
         kinds: Sequence[int] | None = None,
         avoid: Iterable[int] = (),
-        only: int | None = None,
     ) -> None:
         """Send some coded data points of an open batch.
 
@@ -237,7 +234,6 @@ class AbstractPool(abc.ABC):
             values: Inputs (batch, ...) for each.
             kinds: As in `dispatch`.
             avoid: Workers that must not get them.
-            only: The worker that must, even if it is fenced (default: any).
 
         Raises:
             ValueError: If the batch has been forgotten, a point was sent before or does not exist,
@@ -249,12 +245,12 @@ class AbstractPool(abc.ABC):
         for point, kind, value in zip(points, kinds, values, strict=True):
             size, given = len(arrays_of(value)[0]), self.clock.now()
             value = self._backend.prepare(cast_floats(value, self.worker_dtype))
-            tasks.append(Task(batch, point, kind, value, size, given, frozenset(avoid), only))
+            tasks.append(Task(batch, point, kind, value, size, given, frozenset(avoid)))
         with self._event() as state:
             if self._trouble is not None:
                 error = ValueError if self._trouble == _CLOSED else RuntimeError
                 raise error(f"{self._trouble}: make a new one")
-            if any(not WEIGHTS <= kind < self._num_models for kind in kinds):
+            if any(not 0 <= kind < self._num_models for kind in kinds):
                 raise ValueError(
                     f"the workers of this pool run {self._num_models} model(s), but "
                     f"{max(kinds) + 1} are asked for: give the pool all models of the code, served "
@@ -269,37 +265,9 @@ class AbstractPool(abc.ABC):
             self._schedule.forget(batch)
 
     def fence(self, workers: Iterable[int]) -> None:
-        """Send these workers nothing but what is for them alone (`send`), until the next call."""
+        """Send these workers nothing, until the next call."""
         with self._event() as state:
             state.fence(frozenset(workers), self.clock.now())
-
-    def check_weights(self, deadline: float = 60.0) -> dict[int, bool]:
-        """Ask each worker for a checksum of the JAX arrays of its models, as they are there now.
-
-        A worker is asked when it has no other task, a fenced one as well.
-
-        Args:
-            deadline: Seconds to wait for answers.
-
-        Returns:
-            Whether they are those that the pool was made with, by worker; without the workers that
-            did not answer.
-
-        Example:
-            >>> import jax.numpy as jnp
-            >>> from nercc_jax import DevicePool
-            >>> with DevicePool(jnp.tanh, 2) as pool:
-            ...     pool.check_weights()
-            {0: True, 1: True}
-        """
-        everyone, value = range(self.num_workers), np.zeros((1, 1), np.float32)
-        with self.open(self.num_workers, copies=1, refuse=lambda answer: None) as batch:
-            for worker in everyone:
-                self.send(batch, [worker], [value], kinds=[WEIGHTS], only=worker)
-            batch.wait(deadline=deadline)
-            answers: dict[int, Any] = {worker: batch.answer(worker) for worker in everyone}
-        found = {worker: each for worker, each in answers.items() if each is not None}
-        return {worker: each.item() == self._weights for worker, each in found.items()}
 
     def report(self) -> PoolReport:
         """Return counts of what the pool has seen so far, and the state of its workers."""
@@ -385,14 +353,6 @@ class AbstractPool(abc.ABC):
         self.close()
 
     # Events, and what follows from them.
-
-    def _restart(self, worker: int) -> bool:
-        """Begin a new life of a worker, for its backend to find it a better place.
-
-        Return whether it was idle, and was restarted.
-        """
-        with self._event() as state:
-            return self._trouble is None and state.restart(worker, self.clock.now())
 
     @contextlib.contextmanager
     def _event(self) -> Iterator[Schedule]:

@@ -4,12 +4,12 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import gc
 import logging
 import math
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,10 +30,8 @@ from ._payload import EncodedInputs, pack
 from ._pool import AbstractPool
 from .backend import OnOutcome, WorkerBackend, WorkerDied
 from .batch import arrays_of
-from .clock import Watcher
-from .garbage import short_collections
-from .ray_cluster import Head, join_ray, last_line, leave_ray, ray_module
-from .worker import Examples, Program, Worker, as_models, warm_up, weights_checksum
+from .ray_cluster import Head, join_ray, ray_module
+from .worker import Examples, Program, Worker, as_models, warm_up
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,13 +41,13 @@ class RayPool(AbstractPool):
 
     Nothing is shared between them, so neither a slow one nor a dead one holds up another. A death
     is noticed at once, whether the worker has a task or not, and a new actor takes the place. Ray
-    spreads workers over the nodes; when a node comes, they move to it, one at a time. Weights and
-    large data points exist once on a node, however many workers use them.
+    spreads workers over the nodes as they start. Weights and large data points exist once on a
+    node, however many workers use them.
 
     The pool uses the Ray that this process is connected to. Otherwise it joins the one at
-    `address`, at RAY_ADDRESS, or on this machine, and starts one here if there is none, for as long
-    as a pool of this process is open. The models are sent to the actors by pickle, with classes and
-    functions of a script or a notebook.
+    `address`, at RAY_ADDRESS, or on this machine, and starts one here if there is none. The process
+    stays part of it to its end, or to `ray.shutdown()`. The models are sent to the actors by
+    pickle, with classes and functions of a script or a notebook.
 
     Further arguments are as for `DevicePool`, and so are the `rules`: `overdue`, `max_attempts` and
     `hang_timeout`.
@@ -60,8 +58,8 @@ class RayPool(AbstractPool):
         runtime_env: Ray's, for all workers: `{"working_dir": FOLDER}` sends a folder along.
         actor_options: Ray's `num_cpus`, `num_gpus`, `resources` and so on. By default a worker
             counts for half a CPU or less and, where the cluster has GPUs, for one or an equal part,
-            of whose memory it takes that part. A `scheduling_strategy` places the workers, which
-            are then not moved.
+            of whose memory it takes that part. A `scheduling_strategy` places the workers (default:
+            "SPREAD").
         min_workers: Workers to wait for (default: all); the others come in while the pool runs.
         start_timeout: Seconds until `min_workers` must be ready.
 
@@ -97,32 +95,27 @@ class RayPool(AbstractPool):
     ):
         models = as_models(model, worker_dtype)
         self.worker_dtype = check_worker_dtype(worker_dtype)
-        self._weights = weights_checksum(models)
         self._head = join_ray(address, runtime_env)
-        try:
-            self._backend = ActorBackend(
-                pack((models, example, compiled, faults or Faults())),
-                (x64_enabled(), matmul_precision()),
-                worker_options(actor_options or {}, num_workers),
-                self._head,
-            )
-            self._begin(
-                self._backend,
-                num_workers,
-                len(models),
-                start_timeout=start_timeout,
-                min_workers=min_workers,
-                **rules,
-            )
-        except BaseException:
-            leave_ray()
-            raise
-        platforms = {place.platform for place in self._backend.places.values()}
+        self._backend = ActorBackend(
+            pack((models, example, compiled, faults or Faults())),
+            (x64_enabled(), matmul_precision()),
+            worker_options(actor_options or {}, num_workers),
+            self._head,
+        )
+        self._begin(
+            self._backend,
+            num_workers,
+            len(models),
+            start_timeout=start_timeout,
+            min_workers=min_workers,
+            **rules,
+        )
+        places = list(self._backend.places.values())
+        platforms = {place.platform for place in places}
         platform = platforms.pop() if len(platforms) == 1 else UNKNOWN
         self.conditions = current_conditions(worker_dtype, platform)
-        self._logged, self._open = False, True
-        self._move_at = time.monotonic() + 10.0  # when a worker may move next
-        self._node_watcher = Watcher("nercc-nodes", self._look_at_nodes)
+        held = sorted(collections.Counter(place.node for place in places).values(), reverse=True)
+        _LOG.info("workers on %d node(s): %s", len(held), ", ".join(map(str, held)))
 
     def processes(self) -> list[int | None]:
         """Return the process id of each worker, on whatever machine; None while it is replaced."""
@@ -133,49 +126,6 @@ class RayPool(AbstractPool):
         """Return the node of each worker, by Ray's id; None while it is replaced."""
         places = map(self._backend.places.get, range(self.num_workers))
         return [place and place.node for place in places]
-
-    def close(self) -> None:
-        """End the workers. Whoever still waits gets the answers that are in."""
-        if self._open:
-            self._open = False
-            self._node_watcher.close()
-            AbstractPool.close(self)
-            leave_ray()
-
-    def _look_at_nodes(self) -> float:
-        """Log where workers are, once all are ready; then move one, if Ray would not put it there.
-
-        Ray spreads actors as it places them, and leaves them there when a node comes.
-        """
-        now = time.monotonic()
-        # Without a head, Ray's answer about nodes would come when it ends us.
-        if self._head.alarm or self.report().starting:
-            return now + 1.0
-        held = collections.Counter(node for node in self.nodes() if node is not None)
-        if not self._logged:
-            self._logged = True
-            each = ", ".join(map(str, sorted(held.values(), reverse=True)))
-            _LOG.info("workers on %d node(s): %s", len(held), each)
-        if now < self._move_at or self._backend.placed_by_caller:
-            return now + 1.0
-        roomy = [
-            node["NodeID"]
-            for node in ray_module().nodes()
-            if node["Alive"]
-            and all(  # Ray counts in ten-thousandths
-                node["Resources"].get(name, 0.0) + 1e-4 >= amount * (held[node["NodeID"]] + 1)
-                for name, amount in self._backend.demand.items()
-            )
-        ]
-        target = min(roomy, key=lambda node: held[node], default=None)
-        fullest = max(held, key=lambda node: held[node], default=None)
-        if target is not None and fullest is not None and held[fullest] >= held[target] + 2:
-            worker = self.nodes().index(fullest)
-            self._backend.targets[worker] = target
-            if self._restart(worker):  # otherwise it is busy
-                _LOG.info("worker %d moves to a node that has fewer of them", worker)
-                self._move_at = now + 10.0  # should it find no room there, it is not moved for ever
-        return now + 1.0
 
 
 def worker_options(options: Mapping[str, Any], num_workers: int) -> dict[str, Any]:
@@ -216,27 +166,28 @@ class Placement:
 
 
 class Actor:
-    """A worker in a process of Ray: placed by Ray first, and ready once it has loaded."""
+    """A worker in a process of Ray, ready once it has loaded."""
 
-    def where(self) -> Placement:
-        node = ray_module().get_runtime_context().get_node_id()
-        return Placement(os.getpid(), jax.default_backend(), node)
-
-    def load(self, load: EncodedInputs, precision: tuple[Any, Any], worker: int, life: int) -> None:
+    def load(
+        self, load: EncodedInputs, precision: tuple[Any, Any], worker: int, life: int
+    ) -> Placement:
         x64, products = precision
         jax.config.update("jax_enable_x64", x64)
         jax.config.update("jax_default_matmul_precision", products)
+        ray = ray_module()
         try:
             models, example, compiled, faults = load.unpack()
         except ImportError as error:
-            node = f"node {ray_module().util.get_node_ip_address()}"
+            node = f"node {ray.util.get_node_ip_address()}"
             raise RuntimeError(cannot_import(str(error), node)) from error
         self._program = Program(models, jax.local_devices()[0], compiled)
         warm_up([self._program], len(models), example)
         faults = faults.at(worker, life)
         self._worker = Worker(self._program, faults, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        self._collections = short_collections()
-        self._collections.__enter__()
+        gc.collect()
+        gc.freeze()  # a full collection would stop all threads, and look at all that was compiled
+        node = ray.get_runtime_context().get_node_id()
+        return Placement(os.getpid(), jax.default_backend(), node)
 
     def run(self, kind: int, batch: PyTree) -> PyTree:
         with self._program.at_home():
@@ -265,10 +216,7 @@ class ActorBackend(WorkerBackend):
     to start again in every pool.
 
     Attributes:
-        places: The places of workers that have one.
-        targets: The nodes on which workers' next lives are to begin, instead of Ray's choice.
-        demand: The resources that a worker takes, by Ray's names.
-        placed_by_caller: Whether the caller's options say where workers go.
+        places: The places of workers that are ready.
     """
 
     def __init__(
@@ -290,14 +238,12 @@ class ActorBackend(WorkerBackend):
         self._load, self._precision, self._head = ray.put(load), precision, head
         named = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus")}
         named |= {"memory": options.get("memory"), **(options.get("resources") or {})}
-        self.demand = {name: float(amount) for name, amount in named.items() if amount}
-        self.placed_by_caller = "scheduling_strategy" in options
+        self._demand = {name: float(amount) for name, amount in named.items() if amount}
         options = {"scheduling_strategy": "SPREAD", **options}
         # Two threads: one works; the other only waits, which shows that the process is alive.
         self._make: Any = ray.remote(max_concurrency=2, max_restarts=0, **options)(Actor)
         self._actors: dict[int, tuple[int, Any, OnOutcome]] = {}  # with their lives, by worker
         self.places: dict[int, Placement] = {}
-        self.targets: dict[int, str] = {}
         self._pending: set[Any] = set()  # futures of Ray's
         self._starts = concurrent.futures.ThreadPoolExecutor(1, "nercc-ray")
 
@@ -306,19 +252,15 @@ class ActorBackend(WorkerBackend):
         self._starts.submit(self._start, worker, life, on_outcome)
 
     def _start(self, worker: int, life: int, on_outcome: OnOutcome) -> None:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        def placed(future: Any) -> None:
-            outcome = _result(future)  # where it failed, so has `loaded`
-            if isinstance(outcome, Placement) and self._actors[worker][0] == life:
-                self.places[worker] = outcome
-
         def loaded(future: Any) -> None:
             error = future.exception()
             if error is None:
+                if self._actors[worker][0] == life:
+                    self.places[worker] = future.result()
                 self._when_done(actor.wait_for_death.remote(), died)
                 return on_outcome(worker, life, None)
-            reason, cause = last_line(error), getattr(error, "cause", None)
+            # Ray puts the reason at the end of a page.
+            reason, cause = str(error).strip().splitlines()[-1], getattr(error, "cause", None)
             if isinstance(cause, Exception):
                 reason = str(cause)
             elif "failed to import on the worker" in str(error):
@@ -332,13 +274,8 @@ class ActorBackend(WorkerBackend):
         try:
             if worker in self._actors:
                 ray_module().kill(self._actors[worker][1])
-            make, target = self._make, self.targets.pop(worker, None)
-            if target is not None:  # or another node, if Ray finds no room there
-                how = NodeAffinitySchedulingStrategy(target, soft=True, _spill_on_unavailable=True)
-                make = make.options(scheduling_strategy=how)
-            actor = make.remote()
+            actor = self._make.remote()
             self._actors[worker] = life, actor, on_outcome
-            self._when_done(actor.where.remote(), placed)
             ready = actor.load.remote(self._load, self._precision, worker, life)
             self._when_done(ready, loaded)
         except Exception as error:
@@ -366,21 +303,16 @@ class ActorBackend(WorkerBackend):
     def missing(self) -> str | None:
         if self._head.alarm:
             return "Ray's head does not answer"
-        waiting = len(self._actors) - len(self.places)
-        free = ray_module().available_resources()
-        short = {
-            name: amount
-            for name, amount in self.demand.items()
+        waiting, free = len(self._actors) - len(self.places), ray_module().available_resources()
+        short = [
+            f"{name}: {waiting * amount:g} needed, {free.get(name, 0):g} free"
+            for name, amount in self._demand.items()
             if amount > free.get(name, 0) + 1e-6
-        }
+        ]
         if not waiting or not short:
             return None
-        each = ", ".join(f"{name} {amount:g}" for name, amount in self.demand.items())
-        lacks = "; ".join(
-            f"{name}: {waiting * amount:g} needed, {free.get(name, 0):g} free"
-            for name, amount in short.items()
-        )
-        return f"{waiting} take {each} each; in the whole cluster {lacks}"
+        each = ", ".join(f"{name} {amount:g}" for name, amount in self._demand.items())
+        return f"{waiting} take {each} each; in the whole cluster {'; '.join(short)}"
 
     def close(self) -> None:
         gone = self._head.alarm is not None

@@ -151,7 +151,7 @@ class Schedule:
         self.forget(batch)
 
     def fence(self, workers: frozenset[int], now: float) -> None:
-        """Give these workers nothing but what is for them alone, and all others everything."""
+        """Give these workers nothing, and all others everything."""
         for worker, slot in enumerate(self.slots):
             slot.fenced = worker in workers
         self._assign_waiting(now)
@@ -161,16 +161,6 @@ class Schedule:
         slot = self.slots[worker]
         slot.begun, slot.start_at = True, now + self.start_timeout
         self.todo.append(StartLife(worker, slot.life))
-
-    def restart(self, worker: int, now: float) -> bool:
-        """Begin a new life of a worker, if it is idle; return whether it is."""
-        slot = self.slots[worker]
-        if not slot.ready or slot.task is not None:
-            return False
-        self.available.pop(worker, None)
-        slot.ready, slot.life = False, slot.life + 1
-        self.start(worker, now)
-        return True
 
     def handle(self, worker: int, outcome: Any, now: float) -> None:
         """Take that a worker is ready (None), has answered, failed or died (`WorkerDied`)."""
@@ -256,8 +246,6 @@ class Schedule:
 
     def _worker_for(self, task: Task) -> int | None:
         """Return an idle worker at which the task has not failed; any, if it failed at all."""
-        if task.only is not None:  # even if it is fenced
-            return task.only if task.only in self.available else None
         slots, barred = self.slots, task.avoid
         if task.failed and len(task.failed) < sum(not slot.fenced for slot in slots):
             barred = barred | task.failed

@@ -106,14 +106,6 @@ class PoolReport:
     wasted_seconds: float
     workers: tuple[WorkerReport, ...]
 
-    def __str__(self) -> str:
-        """Return what went wrong at the workers, in one line."""
-        workers = enumerate(self.deaths_by_worker)
-        deaths = ", ".join(f"worker {worker}: {number}" for worker, number in workers if number)
-        hung = f", {self.hung} of them hung" if self.hung else ""
-        late = f"{self.late:,} late answers, {self.errors:,} errors, {self.deaths:,} deaths"
-        return late + (f"{hung} ({deaths})" if deaths else "")
-
     @property
     def deaths_by_worker(self) -> tuple[int, ...]:
         """The deaths of each worker."""

@@ -86,7 +86,6 @@ class Task:
     size: int  # data points
     given: float  # when
     avoid: frozenset[int]  # workers that must not get it
-    only: int | None  # the worker that must
     attempts: int = 0
     failed: set[int] = dataclasses.field(default_factory=set)  # workers at which it failed
     refusals: int = 0  # answers that could not be used

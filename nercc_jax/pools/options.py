@@ -1,7 +1,6 @@
 """A pool by options, which `nercc run` and the settings of `nercc serve` have by the same names."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ._devices import DevicePool
@@ -9,13 +8,28 @@ from ._faults import Faults
 from ._pool import AbstractPool
 from ._ray import RayPool
 
-# By what a value of a fault must be, the names of those faults.
-_FAULTS = {
-    "seconds, from 0 to a day": ("service_delay_s", "straggler_delay_s"),
-    "a share, from 0 to 1": ("straggler_rate", "straggler_leaning", "death_rate", "wrong_rate"),
-    "module:function": ("straggler_score",),
-    "a table of whole numbers, {swap = [1]}": ("wrong_workers",),
-    "a whole number": ("fault_seed",),
+_SECONDS = (
+    "seconds, from 0 to a day",
+    lambda value: type(value) in (int, float) and 0 <= value <= 86_400,
+)
+_SHARE = "a share, from 0 to 1", lambda value: type(value) in (int, float) and 0 <= value <= 1
+# What the values of faults are.
+_FAULTS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "service_delay_s": _SECONDS,
+    "straggler_delay_s": _SECONDS,
+    "straggler_rate": _SHARE,
+    "death_rate": _SHARE,
+    "wrong_rate": _SHARE,
+    "straggler_score": ("module:function", lambda value: isinstance(value, str)),
+    "wrong_workers": (
+        "a table of whole numbers, {swap = [1]}",
+        lambda value: (
+            isinstance(value, Mapping)
+            and {*value} <= {"swap"}
+            and all(type(each) is int for each in value.get("swap", ()))
+        ),
+    ),
+    "fault_seed": ("a whole number", lambda value: type(value) is int and value >= 0),
 }
 
 
@@ -25,25 +39,13 @@ def check_faults(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: There is no such fault, or its value does not fit.
     """
-    kinds, found = {name: kind for kind, names in _FAULTS.items() for name in names}, dict(given)
     for name, value in given.items():
-        if name not in kinds:
-            raise ValueError(f"there is no fault {name!r}, only {', '.join(kinds)}")
-        number = type(value) in (int, float)
-        if name == "straggler_score":
-            fits = isinstance(value, str)
-        elif name == "wrong_workers":
-            fits = isinstance(value, Mapping) and {*value} <= {"swap"}
-            fits = fits and all(type(each) is int for each in value.get("swap", ()))
-        elif name == "fault_seed":
-            fits = type(value) is int and value >= 0
-        else:
-            most = 86_400.0 if name.endswith("_s") else 1  # a day, or all
-            fits = number and 0 <= value <= most and not math.isnan(value)
-            found[name] = float(value) if fits else value
-        if not fits:
-            raise ValueError(f"{name} is {kinds[name]}, not {value!r}")
-    return found
+        if name not in _FAULTS:
+            raise ValueError(f"there is no fault {name!r}, only {', '.join(_FAULTS)}")
+        if not _FAULTS[name][1](value):
+            raise ValueError(f"{name} is {_FAULTS[name][0]}, not {value!r}")
+    whole = {name for name, value in given.items() if type(value) is int} - {"fault_seed"}
+    return {name: float(value) if name in whole else value for name, value in given.items()}
 
 
 def open_pool(

@@ -1,20 +1,15 @@
 """The Ray that a process is part of: by address, one that it finds, or its own; and its head."""
 
 import concurrent.futures
-import dataclasses
-import importlib.metadata
-import importlib.util
 import logging
 import math
 import os
 import socket
-import sys
 import threading
 import time
 import urllib.parse
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from .clock import Watcher
@@ -50,6 +45,9 @@ class Head:
 
     def _look(self) -> float:
         frozen, before = False, self.alarm
+        if not ray_module().is_initialized():  # it was left
+            self.alarm, self.ends_at = None, math.inf
+            return time.monotonic() + 1.0
         try:
             host, _, port = self.address.rpartition(":")
             # The kernel accepts a connection for a process that is stopped, too.
@@ -90,38 +88,19 @@ class Head:
             self._watcher.close()
 
 
-@dataclasses.dataclass
-class _Membership:
-    """This process's connection to a Ray, for as long as a pool of the process uses it.
-
-    With the last user, the connection that we made is closed, and a Ray that we started ends. A Ray
-    that the process was connected to before stays.
-    """
-
-    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-    users: int = 0
-    job: str | None = None  # of Ray, where it was us who connected
-    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
-    head: Head | None = None
+_LOCK = threading.Lock()
+_heads: list[Head] = []  # of the Ray that this process is part of, if it is
+_environments: list[dict[str, Any]] = []  # with which we have connected this process
 
 
-_MEMBERSHIP = _Membership()
-
-
-def join_ray(
-    address: str | None,
-    runtime_env: Mapping[str, Any] | None = None,
-    elsewhere: Mapping[str, Any] | None = None,
-) -> Head:
-    """Make this process part of a Ray until `leave_ray`, whatever pools come and go.
+def join_ray(address: str | None, runtime_env: Mapping[str, Any] | None = None) -> Head:
+    """Make this process part of a Ray, to its end or to `ray.shutdown()`.
 
     A process that is connected already stays as it is.
 
     Args:
         address: As for `RayPool`.
         runtime_env: Ray's runtime environment.
-        elsewhere: The runtime environment for a Ray that is joined, which may have other machines
-            (default: `runtime_env`).
 
     Returns:
         The head of that Ray.
@@ -130,156 +109,73 @@ def join_ray(
         ConnectionError: If no Ray is at the address, or it does not let us in.
         ValueError: If a runtime environment comes too late, or does not fit.
     """
-    ours = _MEMBERSHIP
-    with ours.lock:
-        ray = ray_module()
+    with _LOCK:
+        ray, own = ray_module(), dict(runtime_env or {})
         if not ray.is_initialized():
-            own = dict(runtime_env or {})
-            _connect(address, own, own if elsewhere is None else dict(elsewhere))
-            ours.job, ours.environment = ray.get_runtime_context().get_job_id(), own
-            ours.users = 0
-        elif ours.environment != (runtime_env or ours.environment):
+            _connect(address, own)
+            _environments[:] = [own]
+        elif own and own not in _environments:
             raise ValueError(
                 "this process is connected to a Ray already, with another runtime environment: "
                 "give it to the first pool, or to `ray.init` where that connects"
             )
         # Ray's client, for processes outside of the cluster, has no such address.
         found = str(getattr(ray.get_runtime_context(), "gcs_address", ""))
-        if ours.head is None or ours.users == 0 or ours.head.address != found:
-            ours.head = Head(found)
-        ours.users += 1
-        return ours.head
-
-
-def with_modules(runtime_env: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
-    """Return a runtime environment that sends the modules of models along, `module:name`.
-
-    Those that are installed need not be sent; nor does anything where the environment names a
-    folder, or `ray job submit` has sent one of its own.
-    """
-    sys.path[:0] = [] if "" in sys.path else [str(Path.cwd())]
-    found: dict[Path, Path] = {}  # a module's file or folder by the folder that has it
-    installed = importlib.metadata.packages_distributions()
-    for each in models:
-        name = each.partition(":")[0].partition(".")[0]
-        spec = importlib.util.find_spec(name) if ":" in each and name not in installed else None
-        if spec is not None and spec.origin is not None:
-            path = Path(spec.origin).resolve()
-            path = path.parent if spec.submodule_search_locations else path
-            if not {"site-packages", "dist-packages"} & set(path.parts):
-                found[path.parent] = path
-    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    if not found or submitted or {"working_dir", "py_modules"} & runtime_env.keys():
-        return dict(runtime_env)
-    first, *others = found
-    # Whatever .gitignore says.
-    sent = {"working_dir": str(first), "excludes": [".git", ".venv", "venv", "__pycache__"]}
-    sent |= {"py_modules": [str(found[each]) for each in others]} if others else {}
-    return sent | dict(runtime_env)
-
-
-def leave_ray() -> None:
-    """End what `join_ray` began."""
-    ours = _MEMBERSHIP
-    with ours.lock:
-        ours.users -= 1
-        if ours.users > 0 or ray_is_lost():  # Ray would wait for its head
-            return
-        if ours.head is not None:
-            ours.head.close()
-        ray = ray_module()
-        if ray.is_initialized() and ray.get_runtime_context().get_job_id() == ours.job:
-            ray.shutdown()
-        ours.job, ours.environment = None, {}
+        if not _heads or _heads[0].address != found:
+            for earlier in _heads:
+                earlier.close()
+            _heads[:] = [Head(found)]
+        return _heads[0]
 
 
 def ray_is_lost() -> bool:
-    """Return whether this process is part of a Ray whose head is gone: Ray will end it."""
-    return _MEMBERSHIP.head is not None and _MEMBERSHIP.head.alarm is not None
+    """Return whether this process is part of a Ray whose head is gone: Ray will end it.
+
+    Example:
+        >>> from nercc_jax.pools import ray_is_lost
+        >>> ray_is_lost()
+        False
+    """
+    return any(head.alarm is not None for head in _heads)
 
 
-def _connect(address: str | None, runtime_env: dict[str, Any], elsewhere: dict[str, Any]) -> None:
-    """Connect by address, by RAY_ADDRESS, to a Ray on this machine, or to a Ray of our own."""
-    ray = ray_module()
+def _connect(address: str | None, runtime_env: dict[str, Any]) -> None:
+    """Connect by address, by RAY_ADDRESS, to a Ray on this machine, or to a Ray of our own.
+
+    Linux kills the processes of a Ray that we start when the thread that started them ends, and
+    then Ray ends ours. So that is a thread that does nothing else for good: any thread may make a
+    pool.
+
+    Raises:
+        ConnectionError: If there is no listener, for which Ray would try for a minute.
+    """
+    ray, started = ray_module(), concurrent.futures.Future[None]()
     address = address or os.environ.get("RAY_ADDRESS") or None
-    if address in (None, "auto"):
-        # The Ray that `ray start` made this machine a part of. One that another process started for
-        # itself ends with that process, and does not count.
-        from ray._private.utils import read_ray_address  # what `ray.init` looks at
-
-        if (here := read_ray_address(None)) is not None:
-            try:
-                _reach(here)
-            except ConnectionError:  # it ended without a word
-                here = None
-        if here is None and address == "auto":
+    if address not in (None, "auto", "local"):
+        parts = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
+        port = parts.port or (10001 if parts.scheme == "ray" else 6379)
+        try:
+            socket.create_connection((parts.hostname or "", port), 5.0).close()
+        except OSError as error:
             raise ConnectionError(
-                "no Ray was started on this machine (`ray start`): give the address of its head"
-            )
-        address = here or "local"
-    if address == "local":
-        _start(runtime_env)
-    else:
-        _reach(address)
-        _init(address, elsewhere)
-    what = "started a Ray on this machine" if address == "local" else f"joined Ray at {address}"
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    cpus, gpus = (ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU"))
-    each = "node" if nodes == 1 else "nodes"
-    _LOG.info("%s: %d %s, %g CPUs, %g GPUs", what, nodes, each, cpus, gpus)
+                f"no Ray at {address}: {error.strerror or error}. Does its head run (`ray start "
+                "--head`), and may this machine reach it? ray://HOST:10001 is for clients outside "
+                "of the cluster, HOST:6379 for its own machines"
+            ) from error
 
-
-def _reach(address: str) -> None:
-    """Raise ConnectionError if there is no listener; Ray would try for a minute."""
-    parts = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
-    port = parts.port or (10001 if parts.scheme == "ray" else 6379)
-    try:
-        socket.create_connection((parts.hostname or "", port), 5.0).close()
-    except OSError as error:
-        raise ConnectionError(
-            f"no Ray at {address}: {error.strerror or error}. Does its head run (`ray start --head`"
-            "), and may this machine reach it? ray://HOST:10001 is for clients outside of the "
-            "cluster, HOST:6379 for its own machines"
-        ) from error
-
-
-def _init(address: str, runtime_env: dict[str, Any]) -> None:
-    ray = ray_module()
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     # What Ray logs goes where this process's own log goes, in its format: a server's is JSON.
     log = logging.getLogger("ray")
     log.setLevel(logging.ERROR)
     log.propagate = True
-    if "://" not in address:
+    if address is None or "://" not in address:
         options["include_dashboard"] = False
-    try:
-        ray.init(address, runtime_env=runtime_env or None, **options)
-    except ray.exceptions.AuthenticationError as error:
-        raise ConnectionError(
-            f"the Ray at {address} asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
-            "(or RAY_AUTH_TOKEN_PATH) to that of its head (~/.ray/auth_token there)"
-        ) from error
-
-
-def _start(runtime_env: dict[str, Any]) -> None:
-    """Start a Ray of our own.
-
-    Linux kills Ray's processes when the thread that started them ends, and then Ray ends ours. So
-    that is a thread that does nothing else for good: any thread may make a pool.
-    """
-    started: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     def start() -> None:
-        # A busy machine's head may need longer than Ray waits for it (30 s for its port).
-        for left in (2, 1, 0):
-            try:
-                _init("local", runtime_env)
-                break
-            except Exception as error:
-                if not left:
-                    return started.set_exception(error)
-                _LOG.warning("Ray did not start, and is started again: %s", last_line(error))
-                ray_module().shutdown()
+        try:
+            ray.init(address, runtime_env=runtime_env or None, **options)
+        except Exception as error:
+            return started.set_exception(error)
         started.set_result(None)
         threading.Event().wait()
 
@@ -288,8 +184,8 @@ def _start(runtime_env: dict[str, Any]) -> None:
         warnings.simplefilter("ignore", RuntimeWarning)
         threading.Thread(target=start, name="nercc-ray", daemon=True).start()
         started.result()
-
-
-def last_line(error: BaseException | None) -> str:
-    """Return an error's last line: Ray puts the reason at the end of a page."""
-    return str(error).strip().splitlines()[-1]
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    cpus, gpus = (ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU"))
+    found = getattr(ray.get_runtime_context(), "gcs_address", "") or address
+    each = "node" if nodes == 1 else "nodes"
+    _LOG.info("joined Ray at %s: %d %s, %g CPUs, %g GPUs", found, nodes, each, cpus, gpus)

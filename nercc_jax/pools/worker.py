@@ -1,9 +1,8 @@
 """The code that runs at a worker, in whichever thread or process it lives, and checksums of it.
 
 A worker in another process gets its weights from the pool, but it imports code from where it runs,
-which may be of another version: one that has other code or weights is refused before it answers.
-The workers of a `DevicePool` share the pool's own objects. Code stays what it was when it was
-imported. Weights may change in memory: workers are asked for them.
+which may be of another version: one that has other code is refused before it answers.
+The workers of a `DevicePool` share the pool's own objects.
 """
 
 import contextlib
@@ -12,14 +11,12 @@ import hashlib
 import platform
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.typing import DTypeLike
@@ -38,8 +35,6 @@ from ..inference.models import (
 )
 from ._faults import InjectedError, StruckCall, WorkerFaults
 
-WEIGHTS = -1  # in place of the number of a worker's model: asks for its `weights_checksum`
-
 
 def code_versions(modules: Iterable[str]) -> dict[str, str]:
     """Return a checksum of the source file of each module that is imported from one."""
@@ -49,21 +44,6 @@ def code_versions(modules: Iterable[str]) -> dict[str, str]:
         if path.suffix == ".py" and path.is_file():
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return found
-
-
-def checksum(arrays: Iterable[np.ndarray]) -> int:
-    """Return a checksum of contiguous arrays, which shows accidental changes."""
-    found = 0
-    for each in arrays:
-        found = zlib.crc32(each.data, found)
-    return found
-
-
-def weights_checksum(models: PyTree) -> int:
-    """Return a checksum of the JAX arrays of models, wherever they lie."""
-    arrays = jax.tree.leaves(eqx.filter(models, eqx.is_array))
-    plain = (each for each in arrays if not jnp.issubdtype(each.dtype, jax.dtypes.extended))
-    return checksum(np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in plain)
 
 
 def check_versions(wanted: Mapping[str, str]) -> None:
@@ -122,9 +102,7 @@ class Program:
     def __init__(self, models: tuple[Model, ...], device: Device, compiled: bool):
         self._device, self._dtype = device, worker_dtype_of(models)
         self._x64, self._products = x64_enabled(), matmul_precision()
-        self._calls, self._arrays = list(models), list[Any](models)
-        for number, model in enumerate(models) if compiled else ():
-            self._calls[number], self._arrays[number] = _on_device(model, device)
+        self._calls = [_on_device(model, device) if compiled else model for model in models]
 
     @contextlib.contextmanager
     def at_home(self) -> Iterator[None]:
@@ -143,8 +121,6 @@ class Program:
 
     def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
         """Return model `kind`'s answers, on the host, in float32 at least. Only `at_home`."""
-        if kind == WEIGHTS:  # as they are on the device now
-            return np.array([[weights_checksum(self._arrays)]], float)
         answer = self._calls[kind](cast_floats(batch, self._dtype))
         # A tree of one leaf, most often, which is quicker known than taken apart.
         one = isinstance(answer, jax.Array)
@@ -159,8 +135,8 @@ def _on_host(array: Any) -> np.ndarray:
 
 
 @no_mesh()
-def _on_device(model: Model, device: Device) -> tuple[Callable[[PyTree], Any], list[Any]]:
-    """Return a model as a compiled function, and its arrays, which lie on the device."""
+def _on_device(model: Model, device: Device) -> Callable[[PyTree], Any]:
+    """Return a model as a compiled function, whose arrays lie on the device."""
     arrays, rest = eqx.partition(model, eqx.is_array)
     # A device alone would leave an array of an explicit mesh typed by that mesh.
     arrays = jax.device_put(arrays, SingleDeviceSharding(device))
@@ -171,7 +147,7 @@ def _on_device(model: Model, device: Device) -> tuple[Callable[[PyTree], Any], l
     def call(leaves: list[Any], batch: PyTree) -> Any:
         return call_model(eqx.combine(jax.tree.unflatten(structure, leaves), rest), batch)
 
-    return functools.partial(call, leaves), leaves
+    return functools.partial(call, leaves)
 
 
 def as_models(

@@ -2,19 +2,22 @@
 
 An answer is held back where the surrogate finds it suspicious, and while its worker is on
 probation: at first, and after an answer that was wrong, each time until some of its answers were
-right. An answer that two workers give is right. A worker that a sequential test
-accuses of wrong answers (`WorkerMonitor`) is fenced until it is replaced.
+right. An answer that two workers give is right. What else came in a call with an answer that was
+outvoted is in doubt. A worker that a sequential test accuses of wrong answers (`WorkerMonitor`) is
+fenced until it is replaced.
+
+A server's queries and the rows of a run go by the same checks.
 """
 
 import collections
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Shaped
 
 from ._answer_check import fit_answer_check as fit_answer_check
 from ._monitor import WorkerMonitor
@@ -30,8 +33,19 @@ _OF_SPREAD, _ROUNDING = 0.01, 0.01  # the second is a share of the first limit
 _SEEN, _FEWEST = 64, 8  # answers by which the spread is known
 
 
+class HeldAnswer(NamedTuple):
+    """An answer that is held back, and the call that it came in."""
+
+    value: np.ndarray
+    call: int
+
+
+# Workers' answers to a query or a row in doubt, in the order in which they came.
+HeldAnswers: TypeAlias = dict[int, HeldAnswer]
+
+
 class Verdict(NamedTuple):
-    """The answer to a query that is given out, and the workers that gave it.
+    """The answer that is given out, and the workers that gave it.
 
     They are twice the same if no two agreed.
     """
@@ -60,6 +74,8 @@ class AnswerChecks:
 
     Attributes:
         fenced: The workers that get no traffic; a new object whenever they change.
+        outvoted: Calls with an answer that was not that of two other workers, until whoever doubts
+            the rest of them clears it.
     """
 
     def __init__(
@@ -82,6 +98,7 @@ class AnswerChecks:
         self._same = _SAME if worker_dtype in (None, "float32") else _SAME_SHORT
         self._records = [_Record(first) for _ in range(num_workers)]
         self.fenced: frozenset[int] = frozenset()
+        self.outvoted: set[int] = set()
         self._seen: collections.deque[np.ndarray] = collections.deque(maxlen=_SEEN)
 
     @property
@@ -90,47 +107,72 @@ class AnswerChecks:
         records = enumerate(self._records)
         return frozenset(worker for worker, record in records if record.reason is not None)
 
-    def screen(
-        self, worker: int, suspicious: Bool[np.ndarray, " queries"]
-    ) -> Bool[np.ndarray, " queries"]:
-        """Return which answers of a worker to hold back until another worker has answered, too."""
-        # What a fenced worker answers was sent before it was.
-        if worker in self.fenced:
-            return np.ones(len(suspicious), bool)
-        if probation := self._records[worker].probation:
-            suspicious = suspicious.copy()
-            suspicious[:probation] = True
-        self._monitor.add(worker, right=len(suspicious) - int(np.count_nonzero(suspicious)))
-        return suspicious
+    def receive(
+        self,
+        call: int,
+        worker: int,
+        candidates: Sequence[HeldAnswers],
+        values: Shaped[np.ndarray, "answers ..."],
+        suspicious: Bool[np.ndarray, " answers"],
+    ) -> tuple[list[int], dict[int, Verdict]]:
+        """Take a worker's answers, which came in one call.
 
-    def compare(
-        self, candidates: Mapping[int, np.ndarray], *, last: bool = False
-    ) -> Verdict | None:
-        """Compare workers' answers to one query, by worker, in the order in which they came.
+        Args:
+            call: A number of the call.
+            worker: The worker.
+            candidates: Earlier answers to the same query or row, empty where it is not in doubt.
+                Those that stay or come in doubt get this worker's, too.
+            values: The answers.
+            suspicious: Which of them look wrong, where there are no others yet.
+
+        Returns:
+            The places of answers that nobody doubts, and verdicts on those that were in doubt.
+        """
+        verdicts = {}
+        for place, earlier in enumerate(candidates):
+            if earlier:
+                earlier.setdefault(worker, HeldAnswer(np.array(values[place]), call))
+                if (verdict := self.settle(earlier)) is not None:
+                    verdicts[place] = verdict
+        fresh = [place for place, each in enumerate(candidates) if not each]
+        held = suspicious[fresh]
+        if worker in self.accused:  # what a fenced worker answers was sent before it was
+            held = np.ones(len(fresh), bool)
+        else:
+            held[: self._records[worker].probation] = True
+            self._monitor.add(worker, right=len(held) - int(np.count_nonzero(held)))
+        for place in np.array(fresh, int)[held].tolist():
+            candidates[place][worker] = HeldAnswer(np.array(values[place]), call)
+        return np.array(fresh, int)[~held].tolist(), verdicts
+
+    def settle(self, candidates: HeldAnswers, *, last: bool = False) -> Verdict | None:
+        """Compare workers' answers to one query or row.
 
         Returns:
             The answer to give out; None to wait for one more worker's. There will be no more after
             the `last` one, for all that other workers could do.
         """
-        latest = list(candidates.values())[-1]
+        latest = list(candidates.values())[-1].value
         if np.isfinite(latest).all():
             self._seen.append(np.asarray(latest, float).ravel())
         accused = self.accused  # who are wrong alike, for example by the same old weights
         for one, other in itertools.combinations(candidates, 2):
-            if accused >= {one, other} or not self.agree(candidates[one], candidates[other]):
+            value = candidates[one].value
+            if accused >= {one, other} or not self.agree(value, candidates[other].value):
                 continue
-            for worker in candidates:
+            for worker, candidate in candidates.items():
                 if worker not in (one, other):
+                    self.outvoted.add(candidate.call)
                     self._accuse(worker)
                     continue
                 self._monitor.add(worker, right=1)
                 self._records[worker].probation = max(self._records[worker].probation - 1, 0)
-            return Verdict(candidates[one], (one, other))
+            return Verdict(value, (one, other))
         others = len(self._records) - len(self.fenced.union(candidates))
         if len(candidates) < self._most_workers and others and not last:
             return None
         best = min(candidates, key=lambda each: (each in self.fenced, self._monitor.wrong[each]))
-        return Verdict(candidates[best], (best, best))
+        return Verdict(candidates[best].value, (best, best))
 
     def look(self, deaths: Sequence[int]) -> None:
         """Trust the workers that were replaced, by the number of deaths of each."""

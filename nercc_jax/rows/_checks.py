@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ..pools import PoolReport
-from ..risk.votes import AnswerChecks
+from ..risk.votes import AnswerChecks, HeldAnswer, HeldAnswers
 from ._interface import RowSettings
 from ._table import COMPUTED, NOBODY, RowTable
 
@@ -29,7 +29,6 @@ class RowChecks:
     Attributes:
         fenced: The workers that are to get nothing.
         suspicious: The number of answers that were in doubt.
-        corrected: The number of rows whose value became another than that which came first.
     """
 
     def __init__(
@@ -52,11 +51,8 @@ class RowChecks:
         self._table, self._num_workers = table, num_workers
         self.fenced: frozenset[int] = frozenset()
         self._accused: frozenset[int] = frozenset()
-        self._outvoted: set[int] = set()  # calls with a wrong answer, the rest of which is trusted
-        # By row in doubt and worker: the answer, and the number of the call that it came in.
-        self._answers: dict[int, dict[int, tuple[np.ndarray, int]]] = {}
-        self._came_first: dict[int, np.ndarray] = {}
-        self.suspicious = self.corrected = 0
+        self._answers: dict[int, HeldAnswers] = {}  # to rows in doubt
+        self.suspicious = 0
 
     def doubts(self, row: int) -> bool:
         """Return whether a row has answers that differ, or one that looked wrong."""
@@ -86,44 +82,36 @@ class RowChecks:
         given, values, table = np.zeros(len(rows), bool), values.copy(), self._table
         if worker in self.fenced:  # its calls were sent before it was
             return given, values
-        doubted = np.array([self.doubts(row) for row in rows.tolist()], bool)
-        for place in np.flatnonzero(doubted).tolist():
-            row = int(rows[place])
-            answers = self._answers[row]
-            answers.setdefault(worker, (values[place].copy(), call))
-            verdict = self._votes.compare({each: answers[each][0] for each in answers})
-            if verdict is None:
-                continue
+        candidates = [self._answers.pop(row, None) or {} for row in rows.tolist()]
+        new = [not each for each in candidates]
+        trusted, verdicts = self._votes.receive(call, worker, candidates, values, looks_wrong)
+        for place, verdict in verdicts.items():
+            row = rows[place]
             values[place], given[place] = verdict.value, True
-            del self._answers[row]
             table["givers"][row], table["checked"][row] = verdict.givers, True
-            table["call"][row] = NOBODY if verdict.agreed else answers[verdict.givers[0]][1]
-            if verdict.agreed:
-                others = answers.keys() - verdict.givers
-                self._outvoted |= {answers[each][1] for each in others}
-        fresh = np.flatnonzero(~doubted)
-        held = self._votes.screen(worker, looks_wrong[fresh]) | (worker in self._accused)
-        trusted = fresh[~held]
+            own = candidates[place][verdict.givers[0]].call
+            table["call"][row] = NOBODY if verdict.agreed else own
         given[trusted] = True
         table["givers"][rows[trusted]], table["call"][rows[trusted]] = worker, call
-        table["checked"][rows[trusted[known[trusted]]]] = True
-        for place in fresh[held].tolist():
-            self._doubt(int(rows[place]), values[place], worker, call)
-        for row, value in zip(rows[given].tolist(), values[given], strict=True):
-            if (before := self._came_first.pop(row, None)) is not None:
-                self.corrected += not self._votes.agree(before, value)
+        table["checked"][rows[trusted]] |= known[trusted]
+        for place in np.flatnonzero(~given).tolist():
+            self._answers[int(rows[place])] = candidates[place]
+            self.suspicious += new[place]
         return given, values
 
-    def review(self) -> tuple[Int[np.ndarray, " few"], bool]:
+    def review(self, report: PoolReport) -> tuple[Int[np.ndarray, " few"], bool]:
         """Follow the votes since the last call: fence workers, and distrust what they gave.
+
+        Workers that were replaced are trusted again. Others stay fenced to the end of the run.
 
         Returns:
             The rows whose values are to be taken back, and whether a worker was accused.
         """
-        table, values, accused = self._table, self._table.values, self._votes.accused
+        self._votes.look([worker.deaths for worker in report.workers])
+        table, accused = self._table, self._votes.accused
         new, self.fenced, self._accused = accused - self._accused, self._votes.fenced, accused
         rows = np.zeros(0, int)
-        if values is None:
+        if table.values is None:
             return rows, False
         if new:
             for row, given in list(self._answers.items()):
@@ -133,44 +121,33 @@ class RowChecks:
                     del self._answers[row]  # as if nobody had computed it
             wrong = np.isin(table["givers"], list(accused))
             rows = np.flatnonzero((table["state"] == COMPUTED) & wrong.all(axis=1))
-            for row in rows.tolist():
-                self._came_first.setdefault(row, values[row].copy())
             self.suspicious += len(rows)
             one = (wrong[:, 0] != wrong[:, 1])[:, None]  # of the two that gave a row's value
             # The other one stands for both.
             table["givers"][:] = np.where(one & wrong, table["givers"][:, ::-1], table["givers"])
             table["givers"][rows] = table["call"][rows] = NOBODY
             table["checked"][:] &= table["givers"][:, 0] != table["givers"][:, 1]
-        if self._outvoted:
-            also = np.flatnonzero(np.isin(table["call"], list(self._outvoted)))
+        if self._votes.outvoted:
+            also = np.flatnonzero(np.isin(table["call"], list(self._votes.outvoted)))
             rows = np.concatenate([rows, self.doubt(also)])
-            self._outvoted.clear()
+            self._votes.outvoted.clear()
         return rows, bool(new)
 
     def doubt(self, rows: Int[np.ndarray, " few"]) -> Int[np.ndarray, " few"]:
         """Doubt the values that rows have, by their first givers; return the rows."""
-        givers, calls, values = self._table["givers"], self._table["call"], self._table.values
-        assert values is not None
+        table = self._table
+        assert table.values is not None
         for row in rows.tolist():
-            self._doubt(row, values[row], int(givers[row, 0]), int(calls[row]))
+            worker, value = int(table["givers"][row, 0]), table.values[row].copy()
+            one = {worker: HeldAnswer(value, int(table["call"][row]))}
+            self._answers[row] = {} if worker == NOBODY else one
+        table["givers"][rows] = table["call"][rows] = NOBODY
+        table["checked"][rows] = False
+        self.suspicious += len(rows)
         return rows
-
-    def _doubt(self, row: int, value: np.ndarray, worker: int, call: int) -> None:
-        """Doubt an answer of a worker."""
-        value = value.copy()
-        self._came_first.setdefault(row, value)
-        self._answers[row] = {} if worker == NOBODY else {worker: (value, call)}
-        self._table["givers"][row] = self._table["call"][row] = NOBODY
-        self._table["checked"][row] = False
-        self.suspicious += 1
-
-    def look(self, report: PoolReport) -> None:
-        """Trust workers again that were replaced. Others stay fenced to the end of the run."""
-        self._votes.look([worker.deaths for worker in report.workers])
 
     def counts(self) -> dict[str, Any]:
         """Return the counts for a run's summary."""
+        counts = {"checked": int(self._table["checked"].sum()), "suspicious": self.suspicious}
         status = self._votes.status()
-        counts = {"suspicious": self.suspicious, "corrected": self.corrected}
-        counts |= {name: status[name] for name in ("fenced", "not_fenced")}
-        return {"checked": int(self._table["checked"].sum())} | counts
+        return counts | {name: status[name] for name in ("fenced", "not_fenced")}

@@ -69,13 +69,8 @@ class Evidence:
     def _features(self) -> Float[np.ndarray, "rows inputs"]:
         """The learner's inputs: in units of their spread, at which float32 is precise enough."""
         x = self._x.reshape(len(self._x), math.prod(self._x.shape[1:]))
-        features, mean = np.empty(x.shape, np.float32), x.mean(axis=0, dtype=np.float64)
-        step = max((1 << 22) // max(x.shape[1], 1), 1)
-        parts = [slice(place, place + step) for place in range(0, len(x), step)]
-        spread = np.sqrt(sum(np.sum((x[part] - mean) ** 2, axis=0) for part in parts) / len(x))
-        for part in parts:  # rows may take most of the memory, and float64 twice as much
-            features[part] = (x[part] - mean) / np.where(spread > 0, spread, 1)
-        return features
+        mean, spread = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float)
+        return ((x - mean) / np.where(spread > 0, spread, 1)).astype(np.float32)
 
     # Learning.
 
@@ -140,8 +135,8 @@ class Evidence:
         if self.mean is None:
             self.mean = np.zeros((len(table.rows), learned.mean.shape[1]), np.float32)
         self.mean[rows], table["estimated"][rows] = learned.mean, True
-        for name in ("expected", "plain", "left_out", "like_late"):
-            table[name][rows] = getattr(learned, name)
+        for name, column in learned.columns.items():
+            table[name][rows] = column
         computed = table.learnable
         late = table["late"][computed]
         audits = table["audit"][computed] & ~late
@@ -246,45 +241,45 @@ class Evidence:
         return [Comparison(*each) for each in zip(*facts, strict=True)]
 
     def compare(
-        self, rows: Int[np.ndarray, " some"], y: Float[np.ndarray, "some outputs"], late: bool
+        self,
+        rows: Int[np.ndarray, " some"],
+        y: Float[np.ndarray, "some outputs"],
+        late: bool,
+        over: bool = False,
     ) -> None:
-        """Compare rows that have come with what was predicted of them, where that counts."""
-        errors, table = self.late if late else self.audits, self._table
-        counts = np.isfinite(y).all(axis=1) & (table["audit"][rows] | late)
-        counts &= table["estimated"][rows]
+        """Compare rows that have come with what was predicted of them, where that counts.
+
+        Once the run is `over`, they judge the bars of rows that were not waited for, each once, and
+        change nothing else.
+        """
+        table, errors = self._table, self.late if late else self.audits
+        labels = self._settings.tolerance is None
+        counts = np.isfinite(y).all(axis=1) & table["estimated"][rows]
+        if over:
+            state = table["state"][rows]
+            known = state == PREDICTED if labels else np.isfinite(table["score"][rows])
+            counts &= known & (state < COMPUTED) & ~table["late"][rows]
+            table["late"][rows[counts]] = True
+        else:
+            counts &= table["audit"][rows] | late
         if self.mean is None or not counts.any():
             return
-        counts &= self.tells(rows)
         rows, y = rows[counts], y[counts].astype(np.float32)
-        score, factor = self.score(rows, late), 1.0
-        compared, sure = self._compared(rows, y), score <= self.limit
-        if self._settings.tolerance is None:
-            errors.held.extend(not compared[place].wrong for place in np.flatnonzero(sure))
-        else:
-            factor = self._factor(errors)
-            held = row_errors(self.mean[rows], y) <= score
-            errors.held.extend(held[np.isfinite(score)].tolist())
-        for given, each in zip(sure.tolist(), compared, strict=True):
-            if given:
+        if not over:
+            judges = self.tells(rows)
+            rows, y = rows[judges], y[judges]
+        score = table["score"][rows] if over else self.score(rows, late)
+        sure = score <= self.limit
+        wrong = np.argmax(self.mean[rows], axis=1) != np.argmax(y, axis=1)
+        held = row_errors(self.mean[rows], y) <= score
+        judged = sure | over if labels else np.isfinite(score)
+        errors.held.extend((~wrong if labels else held)[judged].tolist())
+        factor = 1.0 if labels else self._factor(errors)
+        given = [] if over else zip(sure.tolist(), self._compared(rows, y), strict=True)
+        for admitted, each in given:
+            if admitted:
                 errors.risk.give()
-            errors.risk.add(each, given=given, widened=factor)
-
-    def check_bars(
-        self, rows: Int[np.ndarray, " some"], y: Float[np.ndarray, "some outputs"]
-    ) -> None:
-        """Compare rows' error bars with answers that came after the end, which change nothing."""
-        table, labels = self._table, self._settings.tolerance is None
-        state, score = table["state"][rows], table["score"][rows]
-        barred = state == PREDICTED if labels else (state < COMPUTED) & np.isfinite(score)
-        barred &= np.isfinite(y).all(axis=1)
-        barred &= ~table["late"][rows]  # another answer has judged it
-        if barred.any():
-            rows, y = rows[barred], y[barred].astype(np.float32)
-            table["late"][rows] = True
-            mean = table.vectors[rows].astype(np.float32)
-            right = np.argmax(mean, axis=1) == np.argmax(y, axis=1)
-            held = right if labels else row_errors(mean, y) <= score[barred]
-            self.late.held.extend(held.tolist())
+            errors.risk.add(each, given=admitted, widened=factor)
 
     def tells(self, rows: Int[np.ndarray, " some"]) -> Bool[np.ndarray, " some"]:
         """Return which rows' errors count: predicted by a learner with no answer to the input."""

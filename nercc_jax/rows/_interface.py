@@ -1,13 +1,12 @@
 """What people pass to a run over rows and get from it: function, settings, progress and result."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from ..codes._trees import is_float
 from ..evaluation.tables import text_table
 from ..pools import PoolReport
 from ..risk import Accuracy, EnsembleEstimate
@@ -17,42 +16,6 @@ from ..surrogates import Learner
 Compute: TypeAlias = Literal["needed", "all"]
 
 ATTEMPTS = 3  # how often a row is sent before it is unknown
-
-
-@dataclasses.dataclass(frozen=True)
-class RowFunction:
-    """A function of a batch of rows, as workers call it: on NumPy arrays, and checked.
-
-    Integers and booleans become float64, half precision float32.
-
-    Args:
-        function: Any callable on (rows, ...) that returns an array (rows, ...).
-
-    Raises:
-        TypeError: When called, if the function returns no array of numbers.
-        ValueError: When called, if it returns another number of rows.
-
-    Example:
-        >>> RowFunction(lambda x: x.sum(axis=1) > 0)(np.ones((2, 3)))
-        array([1., 1.])
-    """
-
-    function: Callable[[Any], Any]
-
-    def __call__(self, batch: Shaped[np.ndarray, "rows ..."]) -> Float[np.ndarray, "rows ..."]:
-        found = self.function(batch)
-        if found is None or isinstance(found, dict | tuple):
-            raise TypeError(
-                f"the function gave a {type(found).__name__}: an array (rows, ...) is needed"
-            )
-        y = np.asarray(found)
-        if y.dtype.kind in "biu":
-            y = y.astype(np.float64)
-        if not is_float(y):
-            raise TypeError(f"the function gave {y.dtype}: real numbers are needed")
-        if y.shape[:1] != (len(batch),):
-            raise ValueError(f"{len(batch)} rows came back as an array of shape {y.shape}")
-        return y.astype(np.float32) if y.dtype.itemsize < 4 else y
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +43,6 @@ class RowSettings:
             with other workers' (default: none are). It takes three workers.
         max_fenced: The largest share of workers that is fenced for wrong answers.
         seed: Of the order of the rows, which is random, so that the first ones are typical.
-        learner_share: The share of the time that learning may take.
 
     Raises:
         ValueError: If a number does not fit.
@@ -102,7 +64,6 @@ class RowSettings:
     check_answers: float | None = None
     max_fenced: float = 0.25
     seed: int = 0
-    learner_share: float = 0.5
 
     def __post_init__(self):
         # Messages begin with the name of the field, by which the command line names its option.
@@ -123,7 +84,6 @@ class RowSettings:
             "max_calls": ("positive", lambda value: value >= 1),
             "check_answers": ("between 0 and 1", lambda value: 0 < value < 1),
             "max_fenced": ("in [0, 1)", lambda value: 0 <= value < 1),
-            "learner_share": ("in (0, 1]", lambda value: 0 < value <= 1),
         }
         for name, (wanted, fits) in rules.items():
             value = getattr(self, name)
@@ -155,7 +115,6 @@ class RowProgress:
         computed: Rows with the function's own values.
         predicted: Rows that are not to be computed, as things are.
         unknown: Rows that are given up, after all attempts.
-        late: Rows of late calls.
         workers: Workers alive.
         seconds: Since the run began.
         rows_per_second: Computed rows.
@@ -166,18 +125,16 @@ class RowProgress:
     computed: int
     predicted: int
     unknown: int
-    late: int
     workers: int
     seconds: float
     rows_per_second: float
     estimate: EnsembleEstimate | None = None
 
     def __str__(self) -> str:
-        late = f", of them late {self.late:,}" if self.late else ""
         unknown = f", unknown {self.unknown:,}" if self.unknown else ""
         return (
             f"computed {self.computed:,}, predicted {self.predicted:,}, waiting "
-            f"{self.waiting:,}{late}{unknown}; {self.rows_per_second:,.1f} rows/s, "
+            f"{self.waiting:,}{unknown}; {self.rows_per_second:,.1f} rows/s, "
             f"{self.workers:,} workers"
         )
 
@@ -190,6 +147,19 @@ class RowProgress:
     def waiting(self) -> int:
         """The rows that are neither done nor unknown."""
         return self.rows - self.done - self.unknown
+
+
+def summary_text(summary: Mapping[str, Any]) -> str:
+    """Return a run's settings and counts as a table, without those that are 0 or none."""
+    lines = []
+    for name, value in summary.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        words = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if number else ""
+        if isinstance(value, dict):
+            words = "; ".join(f"worker {worker}: {why}" for worker, why in value.items())
+        if value and words:
+            lines.append((name.replace("_", " "), words))
+    return text_table(lines, left=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,55 +260,20 @@ class RowResult:
             `error_probability` with `max_disagreement`; `exact`, `status`, and `reason`, which is
             empty for known rows.
         """
-        number = len(self.status)
+        number, labels = len(self.status), self.summary.get("max_disagreement") is not None
+        score = "error_probability" if labels else "bar"
         values = np.zeros((number, 0)) if self.values is None else self.values
         outputs = enumerate(values.reshape(number, -1).T)
         return {
             **({} if self.ids is None else {"id": self.ids}),
             **{f"output_{place}": each for place, each in outputs},
             "deviation": self.deviation,
-            self.score_name: self.score,
+            score: self.score,
             "exact": self.status == "computed",
             "status": self.status,
             "reason": np.array([self.reasons.get(row, "") for row in range(number)], str),
         }
 
     def __str__(self) -> str:
-        """Return what the run did, a line for each count."""
-        of, bar = self.summary, self.summary["largest_bar"]
-        done = f"{of['rows_done']:,} of {len(self.status):,}, {of['seconds']:.1f} s"
-        lines = {"rows": f"{done}, {of['rows_per_second']:,.1f} rows/s"}
-        lines["computed"] = f"{of['computed']:,}"
-        if of["not_finite"]:
-            lines["of them not finite"] = f"{of['not_finite']:,}, as the function gave them"
-        largest = "" if bar is None else f", the largest error bar {bar:.3g}"
-        lines["predicted"] = f"{of['predicted']:,}{largest}"
-        if self.learner is None:
-            lines["learner"] = "none: all rows were computed before anything was learned"
-        else:
-            lines["learner"] = f"fitted to {of['learned_from']:,} rows"
-            if of["tolerance"] is not None and self.values is not None:
-                y = self.values[self.status == "computed"].reshape(of["computed"], -1)
-                spread = np.sqrt(np.mean(np.var(y[np.isfinite(y).all(axis=1)], axis=0)))
-                share = 100 * of["tolerance"] / spread if spread > 0 else np.inf
-                lines["tolerance"] = f"{of['tolerance']:g}, {share:.2g} % of the spread"
-            for name, rows in (("audited", "drawn at random"), ("came_late", "that came late")):
-                if of[name]:
-                    held = f"{of[f'{name}_held']:,} of {of[name]:,}"
-                    lines[f"bars held, rows {rows}"] = held
-            lines["all computed"] = f"would have taken {of['seconds_if_all_were_computed']:.0f} s"
-        if "suspicious" in of:
-            again = f"{of['suspicious']:,} computed again elsewhere"
-            lines["answers checked"] = f"{of['checked']:,}; {again}"
-            lines["corrected"] = f"{of['corrected']:,}"
-            for name in ("fenced", "not_fenced"):
-                for worker, why in of[name].items():
-                    lines[f"{name.replace('_', ' ')}, worker {worker}"] = why
-        lines |= {"unknown": f"{of['unknown']:,}", "workers": str(self.report)}
-        return text_table(lines.items(), left=2)
-
-    @property
-    def score_name(self) -> str:
-        """The name of the scores: `bar` or `error_probability`."""
-        labels = self.summary.get("max_disagreement") is not None
-        return "error_probability" if labels else "bar"
+        """Return what the run did, a line for each number."""
+        return summary_text(self.summary)

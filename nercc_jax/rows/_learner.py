@@ -9,7 +9,7 @@ import logging
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from ..codes import NeRCC
 from ..evaluation._criteria import root_mean_square
@@ -51,21 +51,15 @@ class Learned(NamedTuple):
     Attributes:
         fit: The learner.
         rows: The task's rows.
-        left_out: Which of them are predicted without their own values.
         mean: Predictions, as vectors.
-        expected: How far these may be off, in units of the outputs.
-        plain: The learner's own deviations.
-        like_late: Rows that have a late one among their nearest neighbours.
+        columns: What is known of them, by the names of `ROW`.
         check: The check of computed values, if there is one and enough is known.
     """
 
     fit: FittedLearner
     rows: Int[np.ndarray, " rows"]
-    left_out: Bool[np.ndarray, " rows"]
     mean: Float[np.ndarray, "rows outputs"]
-    expected: Float[np.ndarray, " rows"]
-    plain: Float[np.ndarray, " rows"]
-    like_late: Bool[np.ndarray, " rows"]
+    columns: dict[str, Shaped[np.ndarray, " rows"]]
     check: AnswerCheck | None
 
 
@@ -151,7 +145,8 @@ def learn(
         check = fit_answer_check(*facts, settings.check_answers, labels=labels, blatant=0.25)
         check = None if check.limit == np.inf else check
     late = like_late(features, mean, lateness) & ~left_out
-    return Learned(fit, rows, left_out, mean, expected, plain, late, check)
+    columns = {"expected": expected, "plain": plain, "left_out": left_out, "like_late": late}
+    return Learned(fit, rows, mean, columns, check)
 
 
 def like_late(

@@ -1,7 +1,6 @@
 """Rows of a Ray Data dataset through `run_rows`: every row by the deadline, with an error bar."""
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +9,6 @@ import numpy as np
 from ..pools import RayPool
 from ..pools.ray_cluster import ray_module
 from ._run import run_rows
-
-_LOG = logging.getLogger(__name__)
 
 ADDED = ("value", "error_bar", "status", "reason")
 
@@ -33,9 +30,8 @@ def map_rows(
 
     Rows do not stream through. The least certain ones are computed first, and answers that come
     last may still change an error bar: so all inputs are needed at the beginning, and bars are
-    known at the end. `on_rows` gets computed rows as they come. Inputs and values pass
-    through this process, but no other columns: with a million rows of 10 inputs and 10 outputs its
-    memory grew from 0.5 to 1.0 GB.
+    known at the end. `on_rows` gets computed rows as they come. All columns pass through this
+    process.
 
     Args:
         dataset: A `ray.data.Dataset`.
@@ -72,57 +68,39 @@ def map_rows(
             f"Ray Data is missing ({error}): pip install '.[ray-data]' in a clone"
         ) from error
     names = [columns] if isinstance(columns, str) else list(columns)
-
-    def mapped(step: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
-        # Ray's workers get lambdas by value, and import neither this package nor JAX for them. A
-        # task takes a CPU: of those without one Ray would start as many processes as blocks.
-        remote: Any = ray.remote(step)
-        return [remote.remote(*each) for each in zip(*arguments, strict=True)]
-
-    blocks = dataset.to_arrow_refs()  # executed once: their order is that of the rows
-    sizes = ray.get(mapped(lambda table: (table.num_rows, table.column_names), blocks))
-    blocks = [block for block, (rows, _) in zip(blocks, sizes, strict=True) if rows]
-    present = next((columns for rows, columns in sizes if rows), None)
-    if present is None:
+    # Executed once: the order is that of the rows. Ray's store is read in place.
+    tables = [each for each in ray.get(dataset.to_arrow_refs()) if each.num_rows]
+    if not tables:
         raise ValueError("the dataset has no rows")
+    present = tables[0].column_names
     if missing := [name for name in names if name not in present]:
         raise ValueError(f"the dataset has no column {missing[0]!r}; it has {', '.join(present)}")
     if taken := [name for name in present if name in ADDED]:
         raise ValueError(
             f"the dataset has a column {taken[0]!r}, which map_rows adds: rename it, or drop it"
         )
-    parts = []
-    for read in mapped(lambda table: BlockAccessor.for_block(table).to_numpy(names), blocks):
-        found: Any = ray.get(read)
-        for name in names:
-            each = np.asarray(found[name])
-            like = np.shape(parts[0][name])[1:] if parts else each.shape[1:]
-            finite = each.dtype.kind in "biuf" and np.isfinite(each).all()
-            if not finite or each.shape[1:] != like:
-                raise ValueError(f"column {name!r} must hold finite numbers, all of one shape")
-        parts.append(found)
-    inputs_of = (np.concatenate([part[name] for part in parts]) for name in names)
-    x: Any = next(inputs_of)
+    parts: list[Any] = [BlockAccessor.for_block(table).to_numpy(names) for table in tables]
+    inputs = []
+    for name in names:
+        each = [np.asarray(part[name]) for part in parts]
+        finite = all(part.dtype.kind in "biuf" and np.isfinite(part).all() for part in each)
+        if not finite or len({part.shape[1:] for part in each}) > 1:
+            raise ValueError(f"column {name!r} must hold finite numbers, all of one shape")
+        inputs.append(np.concatenate(each))
+    x = inputs[0]
     if not isinstance(columns, str):
-        x = np.concatenate([each.reshape(len(x), -1) for each in (x, *inputs_of)], axis=1)
-    parts.clear()  # which Ray's store holds as long as somebody has them
+        x = np.concatenate([each.reshape(len(x), -1) for each in inputs], axis=1)
     if num_workers is None:
         # Not those that are free: Ray counts the CPUs of tasks that have just ended for a while.
         num_workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
     pool = functools.partial(RayPool, min_workers=1)
     result = run_rows(function, x, pool, num_workers=num_workers, **options)
-    _LOG.info("rows: %s", result.summary)
     reasons = np.array([result.reasons.get(row, "") for row in range(len(x))], dtype=object)
     values = np.full(len(x), np.nan) if result.values is None else result.values
-    ends = np.cumsum([rows for rows, _ in sizes if rows])[:-1]
-    added = (values, result.deviation, result.status, reasons)
-    split = zip(*(np.split(each, ends) for each in added), strict=True)
-    pieces = [dict(zip(ADDED, each, strict=True)) for each in split]
-    return ray.data.from_arrow_refs(
-        mapped(
-            lambda table, piece: BlockAccessor.for_block(table).zip(
-                BlockAccessor.batch_to_arrow_block(piece)
-            ),
-            *(blocks, pieces),
-        )
-    )
+    added = dict(zip(ADDED, (values, result.deviation, result.status, reasons), strict=True))
+    found, begin = [], 0
+    for table in tables:
+        own = slice(begin, begin := begin + table.num_rows)
+        piece = BlockAccessor.batch_to_arrow_block({name: y[own] for name, y in added.items()})
+        found.append(BlockAccessor.for_block(table).zip(piece))
+    return ray.data.from_arrow(found)

@@ -20,9 +20,9 @@ from ..pools import AbstractPool, Batch, Overdue
 from ..pools.backend import pool_counts
 from ..pools.clock import TimeShare
 from ..risk import Accuracy, EnsembleEstimate
-from ._interface import RowFunction, RowProgress, RowResult, RowSettings
+from ._interface import RowProgress, RowResult, RowSettings
 from ._learner import Learned
-from ._table import COMPUTED, PREDICTED, WAITING, RowTable
+from ._table import COMPUTED, PREDICTED, RowTable
 from .files import Parts, check_parts, fingerprint, ids_of_rows
 from .state import (
     Answered,
@@ -38,6 +38,7 @@ from .state import (
 
 _LOOKS = 0.05  # seconds between two looks at the clock and the pool
 _SHOWN = 0.1  # seconds between two reports of progress, at least
+_LEARNING = 0.5  # the share of the time, and of the cores, that learning may take
 _FROM_THE_FIRST = Overdue(least=1)  # medians are known from the first call on
 
 
@@ -68,13 +69,14 @@ def run_rows(
     Args:
         function: Any callable on (rows, ...) that returns an array (rows, ...).
         rows: Inputs, one a row: finite numbers.
-        pool: An open pool whose workers run `RowFunction(function)`, not compiled; or a class such
-            as `DevicePool` or `RayPool`, which is opened for the run.
+        pool: An open pool whose workers run the function, not compiled; or a class such as
+            `DevicePool` or `RayPool`, which is opened for the run.
         settings: The accuracy, deadlines and so on (default: by the options).
         accuracy: The promise about predicted rows, in place of the settings'.
         num_workers: The number of workers of a pool that is opened (default: 20).
         folder: Where results are written as they come (default: nowhere).
-        resume: Go on with the run that the folder holds.
+        resume: Go on with the run that the folder holds: what it computed is not computed again,
+            and what it predicted is predicted from that, or computed.
         about: What else the values depend on, such as a version of the function, as JSON takes it;
             a run with other values cannot be resumed.
         ids: An id of each row, a text or a whole number, which the result and its files carry.
@@ -131,13 +133,13 @@ def run_rows(
     table, parts = RowTable(len(x)), None
     if folder is not None:
         check_parts(Path(folder), resume)
-        parts = Parts(Path(folder), {"inputs": fingerprint(x)} | facts, table, names)
-    if stop_when is not None:  # what an earlier run predicted may be computed
-        table.move(table.all_in(PREDICTED), WAITING)
+        parts = Parts(Path(folder), {"inputs": fingerprint(x)} | facts, names)
+        for each in parts.read():
+            table.take(each)
     opening: Any = contextlib.nullcontext(pool)
     if not isinstance(pool, AbstractPool):
         further: Any = {"compiled": False, "hang_timeout": settings.hang_timeout}
-        opening = pool(RowFunction(function), num_workers or 20, **further)
+        opening = pool(function, num_workers or 20, **further)
     with opening as opened:
         state = RowState(settings, x, table, opened.report(), opened.worker_dtype)
         run = _Run(opened, x, state, parts, on_rows or (lambda *_: None))
@@ -174,13 +176,12 @@ class _Run:
         self._clock = pool.clock
         self._learned: list[Learned] = []
         self._learns: Callable[[], bool] = lambda: False
-        share = state.settings.learner_share
-        self._fit_seconds, self._learning_time = 0.5, TimeShare(pool.clock, share)
+        self._fit_seconds, self._learning_time = 0.5, TimeShare(pool.clock, _LEARNING)
         # BLAS's threads wait by spinning: as many as there are cores starve each other as soon as
         # anything else runs, and runs computed 1.2 to 1.7 times as many rows.
         self._blas = ThreadpoolController().select(user_api="blas")
         threads = max((each["num_threads"] for each in self._blas.info()), default=1)
-        self._blas_threads = max(int(share * threads), 1)
+        self._blas_threads = max(int(_LEARNING * threads), 1)
         self._batches: dict[int, Batch] = {}
         self._news: list[int] = []  # calls that may have ended
         self._changed = threading.Condition()
@@ -193,10 +194,9 @@ class _Run:
         look_at = shown = 0.0
         try:
             show(self._progress())
-            for computed in (True, False):
-                rows = state.table.all_in(COMPUTED if computed else PREDICTED)
-                if len(rows) and state.table.values is not None:
-                    self._on_rows(rows, state.table.values[rows], computed)
+            rows = state.table.all_in(COMPUTED)  # of an earlier run
+            if len(rows) and state.table.values is not None:
+                self._on_rows(rows, state.table.values[rows], True)
             while not state.over and stopped is None:
                 if (now := self._clock.now()) >= look_at or not self._batches:
                     while self._learned:
@@ -269,6 +269,8 @@ class _Run:
             late = self._batches.pop(number).age(0)[1]
             if batch.available[0]:
                 values: Any = batch.answer(0)
+                if values.dtype.kind != "f":
+                    values = values.astype(float)
                 usual = batch.times.under(_FROM_THE_FIRST).median(len(values))
                 self._handle(Answered(number, batch.workers[0], values, late, usual))
             else:
@@ -290,13 +292,13 @@ class _Run:
         for each in state.handle(event):
             if isinstance(each, Send):
                 change = functools.partial(self._note, each.call)
-                batch = self._pool.open(1, copies=1, on_change=change, refuse=lambda answer: None)
+                batch = self._pool.open(1, copies=1, on_change=change, refuse=_refuse)
                 self._batches[each.call] = batch
                 x = np.take(self._x, np.resize(each.rows, each.size), axis=0)
                 self._pool.send(batch, [0], [x], avoid=each.avoid)
             elif isinstance(each, Give):
                 if parts is not None:
-                    parts.add(each.rows.tolist())
+                    parts.add(state.table.arrays(each.rows))
                 if each.computed is not None and state.table.values is not None:
                     self._on_rows(each.rows, state.table.values[each.rows], each.computed)
             elif isinstance(each, Fence):
@@ -304,6 +306,14 @@ class _Run:
             else:  # the end of a process waits for this thread
                 work = functools.partial(self._learn, each.work)
                 self._learns = self._clock.start("nercc-learner", work)
+
+
+def _refuse(answer: Any) -> str | None:
+    """Return why a worker's answer is no array of numbers, if it is none."""
+    if not isinstance(answer, np.ndarray):
+        return f"the function gave a {type(answer).__name__}: an array (rows, ...) is needed"
+    numbers = answer.dtype.kind in "biuf"
+    return None if numbers else f"the function gave {answer.dtype}: real numbers are needed"
 
 
 def _result(
@@ -319,17 +329,14 @@ def _result(
     status = np.full(len(table.rows), "waiting", "U9")
     status[computed], status[predicted] = "computed", "predicted"
     status[[*table.reasons]] = "unknown"
-    speed, evidence = max(progress.rows_per_second, 1e-9), state.evidence
-    bars = state.settings.tolerance is not None and len(predicted) > 0
+    evidence = state.evidence
     summary = {
         "rows_done": len(computed) + len(predicted),
         "seconds": progress.seconds,
-        "seconds_if_all_were_computed": progress.seconds + len(predicted) / speed,
         "rows_per_second": progress.rows_per_second,
         "computed": len(computed),
         "not_finite": 0 if table.values is None else len(computed) - len(table.learnable),
         "predicted": len(predicted),
-        "largest_bar": float(table["score"][predicted].max()) if bars else None,
         "learned_from": None if evidence.fit is None else evidence.fit.pairs,
         "audited": len(evidence.audits.held),
         "audited_held": sum(evidence.audits.held),

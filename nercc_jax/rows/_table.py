@@ -1,6 +1,6 @@
 """The table of a run over rows: a row for each input, and the values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -12,8 +12,9 @@ NOBODY = -1
 ROW = np.dtype(
     [
         ("state", "u1"),
-        ("held", "i4"),  # calls that have it and are not given up, without copies
+        ("main", "i4"),  # the call that it was sent in last, without copies
         ("tries", "u1"),  # calls that had it, and gave no answer in time
+        ("raised", "?"),  # whether the function raised on it alone
         ("late", "?"),  # whether it came late,
         ("overdue", "?"),  # or a call that has it is late
         ("audit", "?"),  # whether it is computed whatever is known of it
@@ -108,17 +109,16 @@ class RowTable:
         for row in rows.tolist() if self.reasons else ():
             self.reasons.pop(row, None)
 
-    def rows_of(self, pieces: Sequence[int]) -> dict[str, np.ndarray]:
-        """Return what is known of some rows, as arrays by name; those taken back are not done."""
-        rows = np.unique(np.asarray(pieces, int))
+    def arrays(self, rows: Int[np.ndarray, " some"]) -> dict[str, np.ndarray]:
+        """Return what is known of some rows, by name; those taken back are not done."""
         assert self.values is not None
-        named = {name: self.rows[name][rows] for name in ("deviation", "score")}
         state = self.rows["state"][rows]
-        named |= {"exact": state == COMPUTED, "done": state >= PREDICTED}
-        return {"index": rows, "predictions": self.values[rows]} | named
+        named = {"index": rows, "predictions": self.values[rows], "exact": state == COMPUTED}
+        named |= {name: self.rows[name][rows] for name in ("deviation", "score")}
+        return named | {"done": state >= PREDICTED}
 
     def take(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take what `rows_of` returned in another process."""
-        state = np.where(arrays["exact"], COMPUTED, np.where(arrays["done"], PREDICTED, WAITING))
-        rows, values = arrays["index"], arrays["predictions"]
-        self.put(rows, values, arrays["deviation"], arrays["score"], state)
+        """Take what `arrays` returned in another process; rows that were predicted wait again."""
+        rows, exact = arrays["index"], arrays["exact"]
+        self.put(rows, arrays["predictions"], 0.0, 0.0, COMPUTED)
+        self.put(rows[~exact], np.nan, np.inf, np.inf, WAITING)

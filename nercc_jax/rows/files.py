@@ -7,7 +7,7 @@ whatever ends a run, the results written by then are there, and a later run goes
 import hashlib
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,7 @@ from ..codes.whole_files import JsonFormat, read_arrays, write_arrays
 
 _MANIFEST = "manifest.json"
 REMEDY = "restore it from a copy, or remove its folder and run again without --resume (resume)"
-# Earlier versions kept the learner, which is fitted again to the rows that are there.
-_FORMAT = JsonFormat(
-    "run", frozenset({"settings", "complete", "parts"}), frozenset({"learner"}), remedy=REMEDY
-)
+_FORMAT = JsonFormat("run", frozenset({"settings", "complete", "parts"}), remedy=REMEDY)
 _EVERY = 1.0  # seconds between two parts, at least
 
 
@@ -34,9 +31,8 @@ def check_parts(folder: Path, resume: bool) -> None:
             "with it, or remove the folder"
         )
     # All that a run has which was killed before its manifest.
-    ours = (".", "part-", "learner-")
     inside = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
-    if not found and not all(each.name.startswith(ours) for each in inside):
+    if not found and not all(each.name.startswith((".", "part-")) for each in inside):
         raise ValueError(f"{folder} exists, and holds no results of a run")
 
 
@@ -44,29 +40,25 @@ class Parts:
     """The folder of one run, with its parts and their manifest.
 
     It is made when something is written. `settings` are all that the run's numbers depend on, as
-    JSON takes it. The results are numbered pieces, such as rows or batches: `results.rows_of` gives
-    some as arrays by name, of which "index" has the numbers of their rows, and `results.take` takes
-    such arrays, of the parts that an earlier run has written. Each part has the ids of its rows, if
-    rows have ids.
+    JSON takes it. Each part has the ids of its rows, if rows have ids.
 
     Raises:
-        ValueError: The folder holds a run with other settings, or a file is damaged or missing.
+        ValueError: The folder holds a run with other settings.
     """
 
     def __init__(
         self,
         folder: Path,
         settings: dict[str, Any],
-        results: Any,
         ids: Shaped[np.ndarray, " rows"] | None = None,
     ):
-        self._folder, self._results, self._ids = folder, results, ids
+        self._folder, self._ids = folder, ids
         if ids is not None:
             settings = settings | {"ids": fingerprint(ids)}
         self._manifest: dict[str, Any] = {"settings": settings, "complete": False, "parts": []}
         if (folder / _MANIFEST).is_file():
-            earlier = _FORMAT.read(folder / _MANIFEST)
-            before = earlier["settings"]
+            self._manifest = _FORMAT.read(folder / _MANIFEST)
+            before = self._manifest["settings"]
             other = [
                 f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
                 for name in sorted(before.keys() | settings.keys())
@@ -77,18 +69,28 @@ class Parts:
                     f"{folder} holds another run, with which --resume cannot go on: "
                     f"{'; '.join(other)}"
                 )
-            self._manifest = earlier | {"complete": False}
-            for part in earlier["parts"]:
-                try:
-                    results.take(read_arrays(folder / part["file"], REMEDY))
-                except FileNotFoundError as error:
-                    raise ValueError(f"{folder / part['file']} is missing; {REMEDY}") from error
-        self._pending: list[int] = []
+        self._pending: list[dict[str, np.ndarray]] = []
         self._written = time.monotonic()
 
-    def add(self, pieces: Iterable[int]) -> None:
-        """Have pieces written that the results hold now; at most one part a second is written."""
-        self._pending.extend(pieces)
+    def read(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the arrays of the parts that an earlier run has written, in that order.
+
+        Raises:
+            ValueError: A file is damaged or missing.
+        """
+        for part in self._manifest["parts"]:
+            try:
+                yield read_arrays(self._folder / part["file"], REMEDY)
+            except FileNotFoundError as error:
+                raise ValueError(f"{self._folder / part['file']} is missing; {REMEDY}") from error
+
+    def add(self, arrays: dict[str, np.ndarray]) -> None:
+        """Have rows written, in the order in which they come; at most one part a second is.
+
+        Of the arrays, (rows, ...) each, "index" has the numbers of the rows, or "row" where indices
+        come again. A row that comes again counts as it came last.
+        """
+        self._pending.append(arrays)
         if time.monotonic() - self._written >= _EVERY:
             self.flush()
 
@@ -97,10 +99,15 @@ class Parts:
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._pending:
             name = f"part-{len(self._manifest['parts']):06d}.npz"
-            arrays = self._results.rows_of(self._pending)
+            together = {
+                each: np.concatenate([arrays[each] for arrays in self._pending])
+                for each in self._pending[0]
+            }
             if self._ids is not None:
-                arrays["id"] = self._ids[arrays["index"]]
-            write_arrays(self._folder / name, arrays)
+                together["id"] = self._ids[together["index"]]
+            rows = together.get("row", together["index"])
+            last = len(rows) - 1 - np.unique(rows[::-1], return_index=True)[1]
+            write_arrays(self._folder / name, {key: each[last] for key, each in together.items()})
             self._manifest["parts"].append({"file": name})
         self._manifest["complete"] = complete
         _FORMAT.write(self._folder / _MANIFEST, self._manifest)

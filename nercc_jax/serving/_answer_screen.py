@@ -9,13 +9,14 @@ Other answers that came in the same call to the same request wait as well, which
 one of the call is outvoted, they are computed again, too.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ..risk.votes import AnswerChecks, Verdict
+from ..risk.votes import AnswerChecks, HeldAnswer, Verdict
 from .adapt._predictor import Predictor
 from .core._request import Query
 from .core._requests import Timers
@@ -48,8 +49,9 @@ class AnswerScreen:
         self._fenced: frozenset[int] = frozenset()
         self._budget = _MOST * _SAVED
         self._due: Timers[Query] = Timers()
-        # Answers that nobody doubts, by their workers, with those of the same call that are.
+        # Answers that nobody doubts, by their calls, with those of the same call that are in doubt.
         self._others: dict[Query, tuple[int, Sequence[Query]]] = {}
+        self._calls = itertools.count()
         self._look_at = -math.inf if self._checks is not None else math.inf
         self._outcomes: list[tuple[Query, Verdict | None]] = []
 
@@ -74,38 +76,35 @@ class AnswerScreen:
         """Take a worker's answers to queries, and return the rows that go out as they are."""
         if self._checks is None or self._predictor is None:
             return range(len(queries))
-        out, new = [], []
-        for row, query in enumerate(queries):
-            if not (query.done or query.candidates):
-                new.append(row)
-            elif query.done:
-                out.append(row)
-            else:
-                query.candidates.setdefault(worker, np.array(values[row]))
-                verdict = self._checks.compare(query.candidates)
-                if verdict is not None:
-                    self._settle(query, verdict)
-                else:  # one that a further worker has will have another answer anyway
-                    copied = any(not group.mask.all() for group in query.groups[1:])
-                    self._hold(query, again=not copied)
-        if not new:
-            return out
-
-        self._budget = min(self._budget + _MOST * len(new), _MOST * _SAVED)
-        x = np.stack([x for row in new if (x := queries[row].x) is not None])
-        suspicious = self._checks.screen(worker, self._predictor.suspicious(x, values[new]))
-        doubted = [row for row, wrong in zip(new, suspicious.tolist(), strict=True) if wrong]
-        for row in doubted:
-            self._doubt(worker, queries[row], values[row])
-        held = [queries[row] for row in doubted if queries[row].candidates]
-        for row in new:
+        checks, call = self._checks, next(self._calls)
+        rows = [row for row, query in enumerate(queries) if not query.done]
+        new = [row for row in rows if not queries[row].candidates]
+        suspicious = np.zeros(len(queries), bool)
+        if new:
+            self._budget = min(self._budget + _MOST * len(new), _MOST * _SAVED)
+            x = np.stack([x for row in new if (x := queries[row].x) is not None])
+            suspicious[new] = self._predictor.suspicious(x, values[new])
+        candidates = [queries[row].candidates for row in rows]
+        given = checks.receive(call, worker, candidates, values[rows], suspicious[rows])
+        trusted, verdicts = [rows[place] for place in given[0]], given[1]
+        for place, verdict in verdicts.items():
+            self._settle(queries[rows[place]], verdict)
+        waiting = sorted({*rows} - {*trusted} - {rows[place] for place in verdicts})
+        for row in waiting:
             query = queries[row]
-            if row not in doubted and any(each.request is query.request for each in held):
-                query.candidates = {worker: np.array(values[row])}
-                self._others[query] = worker, held
-            elif row not in doubted:
+            if row in new:
+                self._doubt(query)
+            else:  # one that a further worker has will have another answer anyway
+                copied = any(not group.mask.all() for group in query.groups[1:])
+                self._hold(query, again=not copied)
+        held, out = [queries[row] for row in waiting if row in new], []
+        for row, query in enumerate(queries):
+            if row in trusted and any(each.request is query.request for each in held):
+                query.candidates[worker] = HeldAnswer(np.array(values[row]), call)
+                self._others[query] = call, held
+            elif row in trusted or query.done:
                 out.append(row)
-        return sorted(out)
+        return out
 
     def settle_due(self, now: float) -> None:
         """Settle the queries whose deadlines do not allow to wait; look who was replaced."""
@@ -118,39 +117,42 @@ class AnswerScreen:
     def give_up(self, query: Query) -> None:
         """Settle a query that no further worker will answer in time."""
         if self._checks is not None and not query.done and query.candidates:
-            verdict = self._checks.compare(query.candidates, last=True)
+            verdict = self._checks.settle(query.candidates, last=True)
             assert verdict is not None
             self._settle(query, verdict)
 
     def release(self) -> None:
         """Settle the queries that waited for others, which have their answers now."""
-        for query, (worker, doubted) in list(self._others.items()):
+        for query, (_, doubted) in list(self._others.items()):
             if query.done or len(query.candidates) > 1:  # somebody else has answered
                 del self._others[query]
             elif not any(each.request is query.request and not each.done for each in doubted):
                 del self._others[query]
-                verdict = Verdict(query.candidates[worker], (worker, -1))  # nobody doubts it
+                ((worker, candidate),) = query.candidates.items()
+                verdict = Verdict(candidate.value, (worker, -1))  # nobody doubts it
                 self._outcomes.append((query, verdict))
 
     def _settle(self, query: Query, verdict: Verdict) -> None:
         """Give a held query's answer out; where it was outvoted, doubt what waits for that."""
+        assert self._checks is not None
         self._setup.observe("check_agreed" if verdict.agreed else "check_open", 1)
         self._outcomes.append((query, verdict))
         self._due.drop(query)
-        for other, (worker, doubted) in list(self._others.items()) if verdict.agreed else ():
-            if query in doubted and worker not in verdict.givers:
+        outvoted, self._checks.outvoted = self._checks.outvoted, set()
+        for other, (call, _) in list(self._others.items()):
+            if call in outvoted:
                 del self._others[other]
                 if not other.done and len(other.candidates) == 1:
-                    self._doubt(worker, other, other.candidates[worker])
+                    self._doubt(other)
 
-    def _doubt(self, worker: int, query: Query, value: np.ndarray) -> None:
-        """Hold an answer back; give it out as it is where the budget does not allow that."""
+    def _doubt(self, query: Query) -> None:
+        """Hold back a query's only answer; give it out as it is where the budget is spent."""
         if self._budget < 1:
-            self._settle(query, Verdict(value, (worker, worker)))
+            ((worker, candidate),) = query.candidates.items()
+            self._settle(query, Verdict(candidate.value, (worker, worker)))
             return
         self._budget -= 1
         self._setup.observe("check_again", 1)
-        query.candidates = {worker: np.array(value)}
         self._hold(query, again=True)
 
     def _hold(self, query: Query, *, again: bool) -> None:

@@ -106,7 +106,7 @@ class _OwnSettings(BaseModel):
     """Faults to inject for trials, as a TOML table: {straggler_rate = 0.05, straggler_delay_s =
     0.5}. Seconds: service_delay_s, of every call, and straggler_delay_s (1). Shares of the calls:
     straggler_rate, death_rate, wrong_rate (1). straggler_score, a module:function, scores
-    rows, and the calls with the largest are delayed; a share straggler_leaning (1) of them.
+    rows, and the calls with the largest are delayed.
     wrong_workers, {swap = [1]}, swap rows. fault_seed is the seed (0)."""
 
 
@@ -202,7 +202,7 @@ class ServerSettings(BaseSettings):
     "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or this machine)."
     runtime_env: Annotated[dict[str, Any], Table] = {}
     """Ray's runtime environment, as a TOML table, such as {working_dir = '.'}, a folder sent to its
-    nodes (default: that of a module:function that is not installed)."""
+    nodes."""
     token_file: Path | None = _setting(None, examples=["tokens"])
     """File of bearer tokens, one a line, of which clients send one (default: none is needed).
     Health needs none."""

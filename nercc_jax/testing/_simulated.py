@@ -14,7 +14,7 @@ from ..inference.models import Model
 from ..pools import AbstractPool, Faults
 from ..pools.backend import OnOutcome, WorkerBackend, WorkerDied
 from ..pools.clock import BEAT, AbstractClock, AbstractTurns
-from ..pools.worker import Program, Worker, weights_checksum
+from ..pools.worker import Program, Worker
 
 
 class SimulatedClock(AbstractClock):
@@ -116,8 +116,7 @@ class SimulatedPool(AbstractPool):
         model: As for `DevicePool`, on NumPy arrays; it is called at the moment of an answer.
         seconds: Returns the seconds that an answer to a batch of so many data points takes.
         clock: Of this pool, and of all else that lives by it (default: a new one).
-        faults: Faults to inject, and how much longer an answer takes. Origins of episodes are times
-            of the clock.
+        faults: Faults to inject, and how much longer an answer takes. Their times are the clock's.
         start_seconds: Seconds that a worker's further lives take to begin.
 
     Example:
@@ -142,7 +141,6 @@ class SimulatedPool(AbstractPool):
     ):
         models = (model,) if callable(model) else tuple(model)
         clock = clock or SimulatedClock()
-        self._weights = weights_checksum(models)
         self._begin(
             _SimulatedBackend(models, seconds, clock, faults, start_seconds),
             num_workers,

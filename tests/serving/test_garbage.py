@@ -7,7 +7,7 @@ import pytest
 from traffic import SERVICE, SHAPE, Traffic
 
 from nercc_jax import Replication, Uncoded
-from nercc_jax.pools import Batch, garbage
+from nercc_jax.pools import Batch
 from nercc_jax.pools.batch import Task
 from nercc_jax.serving import BatchingPolicy
 from nercc_jax.serving.core._group import Group
@@ -41,22 +41,3 @@ def test_what_is_over_goes_without_a_look_for_garbage(code, untyped):
         gc.enable()
     traffic.batcher.close()
     traffic.pool.close()
-
-
-def looked_at(one):
-    """Return whether collections look at an object."""
-    return any(each is one for each in gc.get_objects())
-
-
-@pytest.mark.parametrize("long", [True, False])
-def test_what_survived_a_long_collection_is_left_out_of_later_ones(monkeypatch, long):
-    monkeypatch.setattr(garbage, "_LONG", 0.0 if long else 60.0)
-    with garbage.short_collections():
-        kept = [[]]
-        gc.collect(1)
-        assert looked_at(kept), "it was not a full one"
-        gc.collect()
-        assert looked_at(kept) == (not long)
-    gc.unfreeze()
-    gc.collect()
-    assert looked_at(kept), "nothing is left out any more"

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 from conftest import require
 from faces import ask, stub_of
-from in_process import http, real, serving
 from nercc_server import running
 
 httpx = require("httpx", "serve-test")
 
-from nercc_jax import Uncoded
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 pytestmark = pytest.mark.slow
@@ -206,27 +204,6 @@ def test_openmetrics_are_served_to_those_who_ask(server):
     answer = server.http.get("/metrics", headers=accept)
     assert answer.headers["content-type"].startswith("application/openmetrics-text")
     assert "nercc_requests" in {each.name for each in text_string_to_metric_families(answer.text)}
-
-
-def test_all_workers_have_their_weights(server):
-    found = server.http.get("/weights").json()
-    assert found.keys() == {*NAMES}
-    assert found["counted"] == {"0": True, "1": True}
-
-
-def test_weights_are_looked_up_once_for_all_that_ask(monkeypatch):
-    """Else strangers could keep the workers busy with it."""
-    model = real("digits", lambda x: 2 * x, Uncoded(1))
-    asked, look = [], model.pool.check_weights
-    monkeypatch.setattr(model.pool, "check_weights", lambda *args: asked.append(1) or look(*args))
-    with (
-        serving(model) as server,
-        http(server) as client,
-        concurrent.futures.ThreadPoolExecutor(20) as threads,
-    ):
-        found = list(threads.map(lambda _: client.get("/weights").json(), range(40)))
-    assert found == [{"digits": {"0": True, "1": True}}] * 40
-    assert len(asked) == 1
 
 
 def test_the_status_has_what_the_page_reads(server):

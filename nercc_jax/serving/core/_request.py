@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float, Int, PyTree, Shaped
 
+from ...risk.votes import HeldAnswers
+
 Source: TypeAlias = Literal["exact", "decoded", "predicted"]
 
 _LONGEST_MESSAGE = 500  # characters
@@ -221,7 +223,7 @@ class Query:
         self.groups: list[Any] = []  # of `Group`, which this file does not know
         self.done = self.reexecuted = False
         self.approximate: dict[Source, Answer] = {}
-        self.candidates: dict[int, np.ndarray] = {}
+        self.candidates: HeldAnswers = {}
         self.waiting = True
 
 

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from ...pools.garbage import collect_all
 from .._served_model import ServedModel
 from ..protocol._messages import InvalidInput, ModelNotFound, ServerNotReady, check_parameters
 from ..protocol._servable import model_key, name_and_version
@@ -212,7 +211,9 @@ class Models:
                         await self._closing[key]
                         del self._closing[key]
                 if not load:
-                    await in_background(collect_all)
+                    gc.unfreeze()  # what it leaves is freed, too
+                    await in_background(gc.collect)
+                    gc.freeze()
 
         await asyncio.shield(asyncio.ensure_future(to_its_end()))
 

@@ -16,10 +16,6 @@ from ..protocol._messages import AS_JSON, INTERNAL, KINDS, InvalidInput, ServerN
 from ._http import error_response, read_body
 from ._state import ServerState
 
-# Seconds after workers were asked for their weights at which they may be asked again: strangers
-# could keep them busy with it.
-_WEIGHTS_EVERY = 10.0
-
 ErrorResponse = create_model("ErrorResponse", error=str)  # for the description
 
 
@@ -149,16 +145,6 @@ def make_app(state: ServerState, registry: CollectorRegistry) -> fastapi.FastAPI
     @app.get("/status", include_in_schema=False)
     async def status() -> JSONResponse:
         content = await asyncio.to_thread(state.status)
-        return JSONResponse(content, headers={"cache-control": "no-store"})
-
-    checks: list[tuple[float, asyncio.Task[Any]]] = []  # the latest, for all that ask meanwhile
-
-    @app.get("/weights", include_in_schema=False)
-    async def weights() -> JSONResponse:
-        now = asyncio.get_running_loop().time()
-        if not checks or (checks[-1][1].done() and now >= checks[-1][0] + _WEIGHTS_EVERY):
-            checks[:] = [(now, asyncio.create_task(state.weights()))]
-        content = await asyncio.shield(checks[-1][1])
         return JSONResponse(content, headers={"cache-control": "no-store"})
 
     @app.get("/metrics", include_in_schema=False)

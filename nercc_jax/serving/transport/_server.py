@@ -6,6 +6,7 @@
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import math
 import signal
@@ -22,7 +23,6 @@ from prometheus_client.process_collector import ProcessCollector
 
 from ...codes import AbstractCode, NeRCC, Uncoded
 from ...inference.models import Model
-from ...pools.garbage import short_collections
 from .._metrics import Metrics
 from .._served_model import ServedModel
 from .._tracing import provider_from_environment
@@ -241,16 +241,18 @@ class Server:
         _LOG.info("listening", extra=address)
         await models.start_all(self._catch_signals)  # Ray handles them, too
         self._catch_signals()
-        with short_collections() if models.complete else contextlib.nullcontext():
-            if models.complete:
-                address["seconds"] = round(time.monotonic() - begin, 3)
-                _LOG.info("ready", extra={**address, "models": list(models.started)})
-            while not models.draining and not http.done():
-                # Something will end this process soon.
-                left = models.ends_at - time.monotonic()
-                if left < settings.drain_timeout_s + 2 * _LAST_ERRORS:
-                    self.stop()
-                await asyncio.sleep(TICK)
+        if models.complete:
+            # A full collection of garbage stops all threads, and looks at all that was compiled.
+            gc.collect()
+            gc.freeze()
+            address["seconds"] = round(time.monotonic() - begin, 3)
+            _LOG.info("ready", extra={**address, "models": list(models.started)})
+        while not models.draining and not http.done():
+            # Something will end this process soon.
+            left = models.ends_at - time.monotonic()
+            if left < settings.drain_timeout_s + 2 * _LAST_ERRORS:
+                self.stop()
+            await asyncio.sleep(TICK)
 
     async def _drain(self, http: asyncio.Task) -> None:
         """Be not ready, then accept nothing new, and fail what takes too long."""

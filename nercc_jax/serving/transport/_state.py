@@ -211,13 +211,6 @@ class ServerState:
             },
         }
 
-    async def weights(self) -> dict[str, dict[int, bool]]:
-        """Return whether each worker that answers has the weights that it was given, by model."""
-        pools = {name: model.pool for name, model in self.models.started.items()}
-        longest = 10.0  # seconds in which a worker must answer what its weights are
-        checks = (asyncio.to_thread(pool.check_weights, longest) for pool in pools.values())
-        return dict(zip(pools, await asyncio.gather(*checks), strict=True))
-
     def status(self) -> dict[str, Any]:
         about = self.metadata()
         started = self.models.started
