@@ -500,7 +500,7 @@ def test_ahead_of_time(on_mesh):
     scale = jax.tree_util.Partial(lambda w, x: jnp.tanh(x @ w), jnp.asarray(WEIGHTS))
     infer = coded_inference(scale, code, mesh=mesh_of() if on_mesh else None)
     shapes = jax.ShapeDtypeStruct(X.shape, X.dtype), jax.ShapeDtypeStruct(mask.shape, bool)
-    lowered = infer.lower(*shapes)
+    lowered = jax.jit(infer).lower(*shapes)
     assert "stablehlo" in lowered.as_text()
     compiled = lowered.compile()
     close(compiled(X, mask), wanted)

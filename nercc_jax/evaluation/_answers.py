@@ -20,6 +20,7 @@ from ..codes._decoding import decode_sets
 from ..codes._kept import encoder_of
 from ..codes._trees import (
     Form,
+    check_data,
     check_finite,
     check_floats,
     groups_of,
@@ -366,7 +367,7 @@ def cut_groups(x: PyTree, num_data: int) -> PyTree[Shaped[np.ndarray, "groups nu
     groups = points // num_data
     if groups == 0:
         raise ValueError(f"{points} data points fill no group of {num_data}")
-    check_floats("x", x, beside=True)
+    check_data(x)
     check_finite(x, 1)
     return groups_of(jax.tree.map(lambda leaf: leaf[: groups * num_data], x), num_data)
 

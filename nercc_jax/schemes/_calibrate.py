@@ -205,7 +205,7 @@ def _observe(
     sent, (vectors, form) = scheme.groups(x, prepared), join(y, 2)
     expect = eqx.filter_jit(scheme.expect)
     prior = expect(sent, prepared, encoder, form)
-    decode = eqx.Partial(Scheme.assess, scheme, sent, prepared, vectors, prior)
+    decode = eqx.Partial(Scheme.assess, scheme, prepared, vectors, prior)
     own = join(scheme.groups(own, prepared), 2)[0]
     return observe_errors(decode, own, form, masks), form
 

@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, encode_groups
-from ..codes._decoding import mask_mixed_groups
 from ..codes._grouped import GroupPoints, following_points
 from ..codes._kept import CachedMatrices
 from ..codes._trees import Form, groups_of, join, to_device
@@ -139,9 +138,7 @@ class Scheme(eqx.Module):
     >>> found.predictions.shape, found.deviation.shape
     ((12, 1), (12,))
 
-    Parts of the data that are not coded (integers, for example) must be the same for all data
-    points that are ordered together; a group in which they differ is not recovered. The surrogate
-    runs on all data points and coded data points, on the master.
+    The surrogate runs on all data points and coded data points, on the master.
 
     Attributes:
         code: A code for K data points on N workers.
@@ -325,7 +322,7 @@ class Scheme(eqx.Module):
         """
         sent, (vectors, form) = self.groups(x, prepared), join(y, 2)
         prior = self.expect(sent, prepared, known.encoder, form)
-        found, cheap = self.assess(sent, prepared, vectors, prior, available, known.decoders)
+        found, cheap = self.assess(prepared, vectors, prior, available, known.decoders)
         trust, points = [found.deviation, None], len(prepared.order)
         if self.error_probability is not None:
             trust[1] = self.error_probability(found.predictions, found.deviation, cheap)
@@ -355,7 +352,6 @@ class Scheme(eqx.Module):
 
     def assess(
         self,
-        sent: PyTree,
         prepared: PreparedInputs,
         y: Float[Array, "groups num_workers m"],
         prior: AbstractGroupPrior | None,
@@ -373,7 +369,6 @@ class Scheme(eqx.Module):
             # Neighbours have nothing to tell of data points that only their copies answer.
             alone = jnp.ones_like(surrogate.theta), jnp.full_like(surrogate.kappa, jnp.inf)
             surrogate = eqx.tree_at(lambda one: (one.theta, one.kappa), surrogate, alone)
-        available, given = mask_mixed_groups(sent, available, decoders)
 
         def of_group(points: GroupPoints, *group: Any) -> Decoded:
             one = jax.tree.map(lambda leaf: leaf[None], group)
@@ -381,7 +376,7 @@ class Scheme(eqx.Module):
             return jax.tree.map(lambda leaf: leaf[0], found)
 
         if prepared.points is None:
-            found = decode_with_deviation(self.code, surrogate, y, available, prior, given)
+            found = decode_with_deviation(self.code, surrogate, y, available, prior, decoders)
         else:
             found = jax.vmap(of_group)(prepared.points, y, available, prior)
         return found, None if prior is None else prior.condition(y, available).own
