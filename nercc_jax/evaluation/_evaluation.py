@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode
 from ..codes._checks import check_count
-from ..codes._trees import join, leaves_of
+from ..codes._trees import leaves_of
 from ..inference import cast_model
 from ..inference.models import Model, current_conditions
 from ..splines.arrays import native
@@ -186,16 +186,6 @@ class Evaluations(list[Evaluation]):
             records.append(record)
         return records
 
-    def to_pandas(self) -> Any:
-        """Return `records` as a pandas DataFrame.
-
-        Raises:
-            ImportError: There is no pandas.
-        """
-        import pandas  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
-
-        return pandas.DataFrame(self.records())
-
     def plot(self, metrics: Sequence[str] = ("mse", "rel_acc"), title: str = "") -> Any:
         """Return a matplotlib figure with a panel for each metric and a curve for each code.
 
@@ -250,7 +240,6 @@ def evaluate(
     num_sets: int = 20,
     labels: PyTree[Int[ArrayLike, "points ..."]] | None = None,
     further_models: Mapping[str, Sequence[Model]] | None = None,
-    channel: Callable[[PyTree, PRNGKeyArray], PyTree] | None = None,
     batch_size: int = 256,
     worker_dtype: DTypeLike | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
@@ -272,15 +261,13 @@ def evaluate(
         batch_size: The number of data points in a call of the model.
         further_models: For codes whose workers run other models in addition (`worker_models`):
             those others in order, by the code's name.
-        channel: A function (answers, key) of all workers' answers (groups, N, outputs...) on their
-            way to the decoder: noise, for example, or fewer bits.
         worker_dtype: The dtype that coded data points are answered in (`cast_model`).
         progress: A wrapper of the sequence of (law, set) pairs, for a progress bar.
 
     Returns:
         A list with an `Evaluation` for each law and code, which is printed as a table, and has
-        `records`, `to_pandas`, `plot(metrics, title)`, a figure, and `gain(code, rival)`, how much
-        lower a code's error is.
+        `records`, `plot(metrics, title)`, a figure, and `gain(code, rival)`, how much lower a
+        code's error is.
 
     Raises:
         ValueError: The codes differ in K or N, there are fewer than K data points, data points or
@@ -320,8 +307,6 @@ def evaluate(
         draw = jax.random.fold_in(jax.random.fold_in(key, place), index)
         available = stragglers[law].available(draw, first.code.num_workers)
         for name, answers in recorded.items():
-            if channel is not None:  # the mask takes the draw's key itself
-                answers = _send(channel, answers, jax.random.fold_in(draw, 1))
             found = _sums_of(answers, answers.decode(available), targets)
             sums.setdefault((name, law), []).append(found)
     rows, errors = [], {}
@@ -336,18 +321,6 @@ def evaluate(
 
 
 _sums_of = eqx.filter_jit(Answers.sums_of)
-
-
-@eqx.filter_jit
-def _send(
-    channel: Callable[[PyTree, PRNGKeyArray], PyTree], answers: Answers, key: PRNGKeyArray
-) -> Answers:
-    coded = answers.form.split(answers.coded)
-    received = channel(coded, key)
-    shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (received, coded)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"the channel made {shapes[0]} of answers {shapes[1]}")
-    return eqx.tree_at(lambda known: known.coded, answers, join(received, 2)[0])
 
 
 def _values(
