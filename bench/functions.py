@@ -9,7 +9,6 @@ needs its parquet file (`models/data.py` says where).
 
 import dataclasses
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -26,7 +25,7 @@ from workloads import Recorded, groups_of, in_batches
 from nercc_jax import AbstractCode, Berrut, NeRCC, Scheme, fit_surrogate
 from nercc_jax.codes import decode_groups
 from nercc_jax.inference import order_points
-from nercc_jax.schemes import cross_validate_error_bars
+from nercc_jax.schemes import calibrate_error_bars
 from nercc_jax.stragglers import AbstractStragglers, ContiguousStragglers, ExactStragglers
 from nercc_jax.surrogates import (
     AbstractSurrogate,
@@ -48,6 +47,7 @@ WIDE = 16
 # Inputs and outputs of simulators are filled up with zeros to one size, so that all share compiled
 # programs. Zeros change no distance, and no error by the outputs' spread.
 OUTPUTS = 40
+BARS = 10_000  # the first seed of rows that error bars are made of
 SWEEPS = 100  # the first seed of sweeps: of none that points were tried out on
 PUBLISHED, TUNED = "NeRCC, published", "NeRCC, tuned"
 FILLED = ("copies, else the mean", "copies, else the nearest", "copies, else a GP over the group")
@@ -190,7 +190,7 @@ class Bench:
             judging: [self._draw(judging, seed) for seed in range(number)]
             for judging, number in ((False, size.chosen), (True, size.judged))
         }
-        self._fitted: dict[tuple[bytes, bool], Learner] = {}
+        self._fitted: dict[tuple[int, bool], Learner] = {}
         # Rivals that fill lost copies have the kernel of the first draw, with a cheap model or not.
         helped = (False,) if self.cheap is None else (False, True)
         first = self._draws[False][0]
@@ -202,26 +202,22 @@ class Bench:
     def draws(self, judging: bool) -> list[Draw]:
         return self._draws[judging]
 
-    def fit(self, x: ArrayLike, y: ArrayLike, helped: bool = False) -> Learner:
-        """Fit a learner to past answers, with the help of a cheap model or without.
+    def learner(self, draw: Draw, helped: bool = False) -> Learner:
+        """Return the learner of a draw's past answers, with a cheap model's help or without.
 
         There is a width for each of a few inputs, or those that a cheap model asks for; the same
         for all schemes and cells.
         """
-        key = hashlib.sha256(np.asarray(x).tobytes()).digest(), helped
+        key = draw.seed, helped
         if key not in self._fitted:
             few = self.inputs(False, 0, 1).shape[1] <= WIDE
             known: Any = self.cheap if helped else CheapModel(self.case.features, None)  # pyright: ignore[reportArgumentType]
             widths = known.widths or ("each" if few else "one")
             self._fitted[key] = fit_learner(
-                x, y, capacity=self.size.history, features=known.features, prior=known.prior,
-                tuning=LearnerTuning(widths=widths),
+                draw.past, draw.past_outputs, capacity=self.size.history,
+                features=known.features, prior=known.prior, tuning=LearnerTuning(widths=widths),
             )  # fmt: skip
         return self._fitted[key]
-
-    def learner(self, draw: Draw, helped: bool = False) -> Learner:
-        """Return the learner of a draw's past answers."""
-        return self.fit(draw.past, draw.past_outputs, helped)
 
     def measure(
         self, cell: str, *, judging: bool, bars: Collection[str] = ()
@@ -367,13 +363,12 @@ class Bench:
             responded = masks[..., : scheme.code.num_workers]
             predictions, deviation = self.decode(scheme, draw, responded, ordered=ordered)
             bar = None
-            if name in bars:  # by past answers alone, each group by a learner of the others
-                past = np.asarray(draw.past)
-                order = order_points(past, NUM_DATA) if ordered else np.arange(len(past))
-                fit = functools.partial(self.fit, helped=name.endswith(WITH))
-                bar = cross_validate_error_bars(
-                    self.function, scheme, past[order], draw.past_outputs[order], {"law": law},
-                    fit, key=jax.random.key(draw.seed),
+            if name in bars:  # by as many rows again as the learner knows
+                more = self.inputs(False, BARS + draw.seed, len(draw.past))
+                order = order_points(more, NUM_DATA) if ordered else np.arange(len(more))
+                bar = calibrate_error_bars(
+                    self.function, scheme, more[order], {"law": law},
+                    key=jax.random.key(draw.seed),
                 )(deviation, COVERAGE)  # fmt: skip
             yield name, numbers_of(predictions, draw, bar)
 

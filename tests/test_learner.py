@@ -17,12 +17,10 @@ from scipy.stats import norm
 from nercc_jax import NeRCC, Scheme, Uncoded, coded_inference, save_code
 from nercc_jax.risk import calibrate_learner_bars
 from nercc_jax.rows import RowFunction, run_rows
-from nercc_jax.schemes import cross_validate_error_bars, fit_scheme
+from nercc_jax.schemes import fit_scheme
 from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Predictor
-from nercc_jax.stragglers import ExactStragglers
 from nercc_jax.surrogates import (
     Kernel,
-    Learner,
     LearnerTuning,
     fit_learner,
     init_learner,
@@ -564,27 +562,14 @@ def test_a_scheme_gives_nothing_out_by_a_learner_without_evidence():
 
 
 def test_held_out_inputs_leave_with_all_answers_to_them():
-    """In a scheme that is fitted, and where bars are cross-validated on groups."""
     tuning = LearnerTuning(shapes=("squared_exponential",), steps=10)
     factors = []
     for times in (1, 4):
         x = repeated(times)
         fitted = fit_scheme(x, smooth(x), NeRCC(1, 2), capacity=256, tuning=tuning)
-        bars, learner = fitted.bars, fitted.surrogate
-        assert bars is not None
-        assert isinstance(learner, Learner)
-        scheme = Scheme(NeRCC(4, 6, points="interleaved"), learner)
-
-        def fit(x, y, kernel=learner.kernel):
-            return init_learner(x, y, capacity=256, kernel=kernel)
-
-        cross = cross_validate_error_bars(
-            smooth_jnp, scheme, x[:40], smooth(x[:40]), {"two": ExactStragglers(2)}, fit,
-            key=jax.random.key(0), num_sets=4, folds=5,
-        )  # fmt: skip
-        factors.append([float(each.factor(0.5)) for each in (bars, cross)])
-    once, more = np.array(factors)
-    assert (more > 0.3 * once).all()
+        assert fitted.bars is not None
+        factors.append(float(fitted.bars.factor(0.5)))
+    assert factors[1] > 0.3 * factors[0]
 
 
 def test_rows_that_come_again_have_bars_that_hold():

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
+from ..codes._code import check_mask
 from ..codes._decoding import decode_sets
 from ..codes._kept import encoder_of
 from ..codes._trees import (
@@ -30,20 +31,14 @@ from ..codes._trees import (
 )
 from ..codes.workers import call_model, check_number_of_models
 from ..inference import cast_model
-from ..inference.models import (
-    AbstractCalibrated,
-    Conditions,
-    Model,
-    check_model,
-    current_conditions,
-)
+from ..inference.models import Model, check_model
 from ..splines.arrays import namespace, native
 from ._criteria import Criterion, agree_on_labels, labels_of, point_criterion, same_labels
 
 Run: TypeAlias = Callable[[PyTree], PyTree]  # a model for any number of data points: `batched`
 
 
-class Answers(AbstractCalibrated):
+class Answers(eqx.Module):
     """All workers' answers to groups of data points, and the served model's own predictions.
 
     Outputs of any shape, or pytrees of them, are joined to vectors. `error` and `disagreement`
@@ -58,14 +53,12 @@ class Answers(AbstractCalibrated):
         coded: The workers' answers.
         own: The model's outputs on the data points.
         form: The structure of the outputs.
-        conditions: The conditions in which `coded` was computed, where they are known.
     """
 
     code: AbstractCode
     coded: Float[Array, "groups num_workers m"]
     own: Float[Array, "groups num_data m"]
     form: Form = eqx.field(static=True)
-    conditions: Conditions = eqx.field(static=True)
 
     def __init__(
         self,
@@ -73,12 +66,10 @@ class Answers(AbstractCalibrated):
         coded: Float[Array, "groups num_workers m"],
         own: Float[Array, "groups num_data m"],
         form: Form | None = None,
-        conditions: Conditions = Conditions(),  # noqa: B008, it is frozen
     ):
         """Make a record; without a form, outputs are vectors."""
         self.code, self.coded, self.own = code, coded, own
         self.form = join(own, 2)[1] if form is None else form
-        self.conditions = conditions
 
     def decode(self, available: Bool[Array, " num_workers"]) -> Decoded:
         """Decode all groups from these workers' answers; predictions are vectors."""
@@ -166,7 +157,7 @@ class Answers(AbstractCalibrated):
 
     def below(
         self, *, max_disagreement: float | int | None = None, max_error: float | int | None = None
-    ) -> "StoppingRule":
+    ) -> Callable[[Bool[ArrayLike, " num_workers"]], bool]:
         """Return a function `enough(mask) -> bool` that tells a pool to stop waiting.
 
         More answers need not be better, so True may be followed by False. Where not even all
@@ -205,26 +196,14 @@ class Answers(AbstractCalibrated):
             # In whole data points: 10 of 200 are 5 %, whatever float32 makes of it.
             return round(disagreement * points) <= (max_disagreement or 0) * points + 1e-6
 
-        workers = self.code.num_workers
-        enough = StoppingRule(decide=decide, num_workers=workers, conditions=self.conditions)
-        enough(np.ones(workers, bool))
+        def enough(mask: Bool[ArrayLike, " num_workers"]) -> bool:
+            """Return whether the answers of the workers in the mask are enough."""
+            mask = np.asarray(check_mask(np.asarray(mask), (self.code.num_workers,)))
+            # Nobody answered: nothing is recovered, under any code.
+            return bool(mask.any()) and decide(mask.tobytes())
+
+        enough(np.ones(self.code.num_workers, bool))
         return enough
-
-
-class StoppingRule(AbstractCalibrated):
-    """A function of masks that `Answers.below` returns, with the conditions of its calibration."""
-
-    decide: Callable[[bytes], bool] = eqx.field(static=True)
-    num_workers: int = eqx.field(static=True)
-    conditions: Conditions = eqx.field(static=True)
-
-    def __call__(self, mask: np.ndarray) -> bool:
-        """Return whether the answers of the workers in the mask are enough."""
-        mask = np.asarray(mask)
-        if mask.dtype != bool or mask.shape != (self.num_workers,):
-            as_mask(mask, (self.num_workers,))  # says what is wrong with it
-        # Nobody answered: nothing is recovered, under any code.
-        return bool(mask.any()) and self.decide(mask.tobytes())
 
 
 @eqx.filter_jit
@@ -267,8 +246,7 @@ def record_answers(
     groups = cut_groups(x, code.num_data)
     run, *further = [batched(each, batch_size) for each in cast_model(models, worker_dtype)]
     own = None if worker_dtype is None else batched(models[0], batch_size)
-    recorder = Recorder(run, groups, batch_size, own, current_conditions(worker_dtype))
-    return recorder.of(code, further)
+    return Recorder(run, groups, batch_size, own).of(code, further)
 
 
 class Recorder:
@@ -287,19 +265,16 @@ class Recorder:
         groups: PyTree[Shaped[np.ndarray, "groups num_data ..."]],
         batch_size: int,
         own: Run | tuple[Float[np.ndarray, "groups num_data m"], Form] | None = None,
-        conditions: Conditions | None = None,
     ):
         """Start a record, on groups of data points, of the model (`batched`) that workers run.
 
         `own` is the model whose outputs on the data points count, where it is not `run`, or its
-        outputs, where they are known. `conditions` are those of `run`: those here and now unless
-        given.
+        outputs, where they are known.
 
         Raises:
             ValueError: The outputs on the data points are not finite floats.
         """
         self._run, self._groups, self._batch_size = run, groups, batch_size
-        self._conditions = conditions or current_conditions()
         self._shape = jax.tree.leaves(groups)[0].shape[:2]
         self._known: dict[bytes, np.ndarray] = {}
         if isinstance(own, tuple):
@@ -346,7 +321,7 @@ class Recorder:
             answers |= {(kind, name): known[name] for name in theirs}
         coded = np.stack([answers[each] for each in zip(kinds, names, strict=True)], axis=1)
         own = jnp.asarray(self.own)
-        return Answers(code, jnp.asarray(coded), own, self.form, self._conditions)
+        return Answers(code, jnp.asarray(coded), own, self.form)
 
 
 def cut_groups(x: PyTree, num_data: int) -> PyTree[Shaped[np.ndarray, "groups num_data ..."]]:

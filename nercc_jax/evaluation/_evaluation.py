@@ -15,7 +15,7 @@ from ..codes import AbstractCode
 from ..codes._checks import check_count
 from ..codes._trees import leaves_of
 from ..inference import cast_model
-from ..inference.models import Model, current_conditions
+from ..inference.models import Model
 from ..splines.arrays import native
 from ..stragglers import AbstractStragglers
 from ._answers import Answers, Recorder, batched, cut_groups
@@ -293,7 +293,7 @@ def evaluate(
 
     run = batched(cast_model(model, worker_dtype), batch_size)
     own = None if worker_dtype is None else batched(model, batch_size)
-    recorder = Recorder(run, groups, batch_size, own, current_conditions(worker_dtype))
+    recorder = Recorder(run, groups, batch_size, own)
     recorded = {}
     for name, code in codes.items():
         others = cast_model(tuple((further_models or {}).get(name, ())), worker_dtype)

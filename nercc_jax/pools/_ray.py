@@ -19,7 +19,6 @@ from jaxtyping import PyTree
 
 from ..codes._kept import x64_enabled
 from ..inference.models import (
-    UNKNOWN,
     Model,
     check_worker_dtype,
     current_conditions,
@@ -118,7 +117,7 @@ class RayPool(AbstractPool):
             leave_ray()
             raise
         platforms = {place.platform for place in self._backend.places.values()}
-        platform = platforms.pop() if len(platforms) == 1 else UNKNOWN
+        platform = platforms.pop() if len(platforms) == 1 else "several"
         self.conditions = current_conditions(worker_dtype, platform)
         self._logged, self._open = False, True
         self._move_at = time.monotonic() + 10.0  # when a worker may move next

@@ -312,7 +312,7 @@ def _objective(
     chosen = sampling.draw(code.num_data, training, key_groups)
     available, law = draw_sets(stragglers, key_sets, code.num_workers, sampling.sets_per_step)
     fresh = dataclasses.replace(trial, x=chosen, originals=None, available=available, law=law)
-    return fresh.objective_by_products(model, code)
+    return fresh.objective(model, code)
 
 
 def _descent_by_steps(
