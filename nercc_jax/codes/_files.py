@@ -22,7 +22,7 @@ from .whole_files import JsonFormat
 
 _FORMAT = JsonFormat("code", frozenset({"code", "numbers", "dtypes", "about"}), editable=True)
 # Numbers that codes got since: files without them mean the constructor's default.
-_LATER = {"exact", "ends", "degree"}
+_LATER = {"exact", "ends"}
 _KINDS = {
     kind.__name__: kind
     for kind in (

@@ -126,11 +126,11 @@ def coded_inference(
             if not isinstance(workers, Placed):
                 return _run(workers, code, x, masks, args, known, one)
             here = known if scheme else CachedMatrices(decoders=known.decoders)
-            inputs, shape = workers.inputs(x, masks, args, here, share=not scheme)
+            inputs = workers.inputs(x, masks, args, here)
             # The context's mesh must be that of the arrays, where the context is ours to set.
             ours = not any_tracer(workers, inputs)
             with jax.set_mesh(workers.mesh) if ours else contextlib.nullcontext():
-                return _run(workers, workers.coder, *inputs, one, shape)
+                return _run(workers, workers.coder, *inputs, one)
 
         if not scheme and not isinstance(workers, Placed):
             result: Any = infer_groups(workers, plain, x, masks, args, known, one=one)
@@ -152,15 +152,11 @@ def _run(
     args: tuple,
     known: CachedMatrices,
     one: bool,
-    shape: tuple[int, ...] | None = None,
 ) -> Any:
-    """Return the result of a scheme, or of a code on a mesh.
-
-    `shape` is the data points' on a mesh where x holds shares of their coordinates.
-    """
+    """Return the result of a scheme, or of a code on a mesh."""
     x, available = jax.tree.map(jnp.asarray, x), jnp.asarray(available)
     if isinstance(coder, AbstractCode):
-        result = workers.decode(workers.answer(x, args, shape), available, known.decoders)
+        result = workers.decode(workers.answer(x, args), available, known.decoders)
         return jax.tree.map(lambda leaf: leaf[0], result) if one else result
 
     code = coder.code

@@ -18,7 +18,7 @@ from ..evaluation._criteria import root_mean_square, safe_sqrt
 from ..splines.arrays import namespace, product, working_dtype
 
 Function: TypeAlias = Callable[[PyTree], PyTree]
-Shape: TypeAlias = Literal["squared_exponential", "matern32", "matern52"]
+Shape: TypeAlias = Literal["squared_exponential", "matern52"]
 
 
 class Kernel(eqx.Module):
@@ -29,7 +29,7 @@ class Kernel(eqx.Module):
     `fit_learner` tunes the widths, `linear` and `noise`.
 
     Attributes:
-        shape: "squared_exponential" (exp(-r^2/2)), "matern32" or "matern52".
+        shape: "squared_exponential" (exp(-r^2/2)) or "matern52".
         groups: Which of the widths each feature has.
         centre: What is subtracted from the features.
         unit: The distance in each feature that a width of 1 means.
@@ -162,8 +162,8 @@ def covariances(shape: Shape, square: Float[Any, "..."]) -> Float[Any, "..."]:
     if shape == "squared_exponential":
         return xp.exp(-square / 2)
     root = np.sqrt if xp is np else safe_sqrt  # in programs it has a derivative at 0
-    r = root((3 if shape == "matern32" else 5) * square)
-    return (1 + r if shape == "matern32" else 1 + r + r**2 / 3) * xp.exp(-r)
+    r = root(5 * square)
+    return (1 + r + r**2 / 3) * xp.exp(-r)
 
 
 class Projection(eqx.Module):

@@ -28,7 +28,7 @@ from ._factor import whiten
 from .kernel import Function, Kernel, Shape, check_shape, covariances
 from .learner import Learner, init_learner
 
-Widths: TypeAlias = Literal["auto", "one", "each", "kept"] | Sequence[int]
+Widths: TypeAlias = Literal["auto", "one", "each"] | Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,7 @@ class LearnerTuning:
         shapes: The kernels to choose from.
         widths: "one" width for all features, "each" its own, or for each feature the group whose
             width it shares. Features that share one have their own spreads as units, or all the
-            same unit, whichever is better. "kept" keeps the kernel's ratios of widths, for a
-            learner that was tuned before. "auto" is "each" for at most 32 features, else "one".
+            same unit, whichever is better. "auto" is "each" for at most 32 features, else "one".
         steps: Steps of gradient descent from the best of the grid; 0 leaves it at that.
         rows: The most pairs, evenly from the window, that a kernel is judged on. The time grows
             with their cube.
@@ -57,18 +56,14 @@ class LearnerTuning:
     def __post_init__(self):
         for shape in self.shapes:
             check_shape(shape)
-        if isinstance(self.widths, str) and self.widths not in ("auto", "one", "each", "kept"):
-            raise ValueError(
-                f"widths must be 'auto', 'one', 'each', 'kept' or groups, not {self.widths!r}"
-            )
+        if isinstance(self.widths, str) and self.widths not in ("auto", "one", "each"):
+            raise ValueError(f"widths must be 'auto', 'one', 'each' or groups, not {self.widths!r}")
         check_fields(self, "steps", least=0)
         check_fields(self, "rows", least=3)
 
     def groups(self, kernel: Kernel) -> Int[np.ndarray, " features"]:
         """Return the group of each feature; raise ValueError for groups that do not fit."""
         features, widths = len(kernel.centre), self.widths
-        if widths == "kept":
-            return np.asarray(kernel.groups)
         if widths == "auto":
             widths = "each" if features <= 32 else "one"
         if isinstance(widths, str):
@@ -151,10 +146,9 @@ def tune_learner(learner: Learner, tuning: LearnerTuning = LearnerTuning()) -> L
     # features that share a width); numbers of different kinds need it. Both are tried.
     units = [unit := kernel.unit.astype(np.float64), np.sqrt(mean_of_group(unit**2))[groups]]
     widths = np.log(kernel.widths.astype(np.float64))[kernel.groups]
-    line = float(kernel.linear) if tuning.widths == "kept" else max(float(kernel.linear), 0.1)
     # Logarithms of widths, noise, and the straight line's weight.
-    noise, line = math.log(kernel.noise), math.log(line) if line > 0 else -np.inf
-    first, found = np.append(mean_of_group(widths), [noise, line]), []
+    numbers = [math.log(kernel.noise), math.log(max(float(kernel.linear), 0.1))]
+    first, found = np.append(mean_of_group(widths), numbers), []
     for unit in units[: 1 if np.allclose(*units, rtol=1e-5) else 2]:
         z = (inputs - kernel.centre) / unit
         for shape in tuning.shapes:
@@ -247,8 +241,8 @@ def _left_out_loss(
     if shape == "squared_exponential":
         shape_slope = -shaped / 2
     else:
-        r = np.sqrt((3 if shape == "matern32" else 5) * square)
-        shape_slope = np.exp(-r) * (-3 / 2 if shape == "matern32" else -5 / 6 * (1 + r))
+        r = np.sqrt(5 * square)
+        shape_slope = -5 / 6 * (1 + r) * np.exp(-r)
     along, by_square = by_covariance @ z, by_covariance * shape_slope
     by_feature = -4 * (by_square.sum(axis=1) @ z**2 - np.sum(z * (by_square @ z), axis=0))
     by_feature -= 2 * linear * np.sum(z * along, axis=0)
