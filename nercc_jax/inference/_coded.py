@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Bool, PyTree, Shaped
+from jaxtyping import ArrayLike, Bool, PyTree, Shaped
 
 from ..codes import AbstractCode, encode_groups
 from ..codes._code import check_mask
@@ -29,11 +29,6 @@ from ..codes.workers import infer_groups, run_workers
 from ..splines.arrays import native
 from ._mesh import Placed, place
 from .models import Model, cast_model, check_conditions, check_model, current_conditions
-
-# What becomes of groups of data points at the workers: all their answers, (groups, N, ...). Beside
-# the groups it takes their encoders, (groups, N, K), or None for the code's. A scheme's `infer` has
-# it between its own two steps.
-Work: TypeAlias = Callable[[PyTree, Array | None], PyTree]
 
 
 def coded_inference(
@@ -159,15 +154,15 @@ def _run(
         result = workers.decode(workers.answer(x, args), available, known.decoders)
         return jax.tree.map(lambda leaf: leaf[0], result) if one else result
 
-    code = coder.code
-
-    def work(groups: PyTree, encoders: Array | None) -> PyTree:
-        if isinstance(workers, Placed):
-            return workers.of_workers(workers.answer(groups, args, encoders=encoders))
+    code, points = coder.code, points_of(x)
+    prepared = coder.prepare(points)
+    groups, encoders = coder.groups(points, prepared), coder.encoders(prepared)
+    if isinstance(workers, Placed):
+        y = workers.of_workers(workers.answer(groups, args, encoders))
+    else:
         coded = encode_groups(code, groups, known.encoder if encoders is None else encoders)
-        return run_workers(workers, code, coded, *args)
-
-    result = coder.infer(work, points_of(x), available, known)
+        y = run_workers(workers, code, coded, *args)
+    result = coder.decode(points, prepared, y, available, known)
     return result if one else result.map_points(lambda leaf: groups_of(leaf, code.num_data))
 
 

@@ -17,7 +17,6 @@ from ..codes._kept import CachedMatrices
 from ..codes._trees import Form, groups_of, join, to_device
 from ..codes.workers import call_model
 from ..inference import order_points
-from ..inference._coded import Work
 from ..inference.models import Model, check_model
 from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars
@@ -268,22 +267,6 @@ class Scheme(eqx.Module):
             beta = jnp.take_along_axis(alpha, holds, axis=1)
         points = GroupPoints(alpha, beta, exact=self.places_copies)
         return PreparedInputs(arranged.order, own, points)
-
-    def infer(
-        self,
-        work: Work,
-        x: PyTree[Shaped[Array, "points ..."]],
-        available: Bool[Array, "groups num_workers"],
-        known: CachedMatrices,
-    ) -> Decoded:
-        """Run the scheme on data points, as `coded_inference` does; a pure function.
-
-        Raises:
-            ValueError: The surrogate's outputs are not like the model's.
-        """
-        prepared = self.prepare(x)
-        y = work(self.groups(x, prepared), self.encoders(prepared))
-        return self.decode(x, prepared, y, available, known)
 
     def encode(
         self, x: PyTree[Shaped[Array, "points ..."]], encoder: ArrayLike | None
