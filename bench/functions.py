@@ -9,6 +9,7 @@ needs its parquet file (`models/data.py` says where).
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.interpolate
 from jaxtyping import Array, ArrayLike, Bool, Float
 from report import Report, environment, show
 from simulators import EMBEDDINGS, NAMES, SIMULATORS, Case, CheapModel, load
@@ -307,13 +309,11 @@ class Bench:
 
     def _rivals(self, cell: str, draw: Draw, masks: Masks) -> Iterator[tuple[str, Numbers]]:
         workers, _ = LAWS[cell]
-        following = Scheme(_nercc(workers, "interleaved"), follow="inputs")
         x, own = jnp.asarray(draw.x), draw.own
         found = {
             "BACC": self.decode_plain(_bacc(workers), draw, masks),
             PUBLISHED: self.decode_plain(self._codes[PUBLISHED], draw, masks),
             TUNED: self.decode_ordered(self._codes[TUNED], draw, masks),
-            "NeRCC, following points": self.decode(following, draw, masks, ordered=True)[0],
         }
         # The data points with an answered copy, if all have as many copies.
         held = np.argmax(np.asarray(_nercc(workers, "repeated").encoder_matrix()), axis=1)
@@ -473,55 +473,58 @@ def recall(predictions: Array, own: Array, others: Array) -> Array:
 # --- sweeps of one parameter
 
 
-def swept(x: jax.Array) -> jax.Array:
-    """Return the parameter that a sweep's points differ by."""
-    return x[:, :1]
-
-
 def sweep(bench: Bench) -> dict[str, Any]:
     """Return the RMSE of sweeps of the first parameter in 20 steps, draw by draw.
 
-    Sweeps have the code's points and others; which of those that follow is picked is chosen on as
-    many other sweeps. At the ends of a sweep what is lost has neighbours on one side only, so the
-    redundant workers may have points there: copies, between the last two, or a step beyond the
-    sweep; and the spline may end otherwise than a natural one.
+    Four of 24 calls are redundant, and two are lost: a code with fixed points, and SciPy's cubic
+    spline along the parameter through the rows that came. At the ends of a sweep what is lost has
+    neighbours on one side only, so the redundant calls are copies there, or rows between the last
+    two. The picked way is chosen on as many other sweeps.
     """
-
-    def scheme(points: Any, follow: Any = swept, **ends: Any) -> Scheme:
-        code = NeRCC(NUM_DATA, FIRST, points=points, lambda_dec=0.0, **ends)
-        return Scheme(code, follow=follow)
-
-    alpha = np.asarray(NeRCC(NUM_DATA, NUM_DATA, points="interleaved").alpha)
-    last, next_to_it = alpha[[0, -1]], alpha[[1, -2]]
-    schemes = {
-        "fixed points": scheme("interleaved", None),
-        "following points": scheme("interleaved"),
-    }
-    for name, ends in {
-        "the last two copied": (last, next_to_it),
-        "the last copied twice": (last, last),
-        "the last copied, and one halfway": (last, (last + next_to_it) / 2),
-    }.items():
-        points, name = (alpha, np.concatenate([alpha, *ends])), f"following points, {name}"
-        schemes |= {name: scheme(points), f"{name}; not a knot": scheme(points, ends="not-a-knot")}
-    inner = 0.9 * alpha / np.abs(alpha).max()  # a mean step of room at each end
-    points = inner, np.concatenate([inner, inner[[0, -1]], np.sign(inner[[0, -1]])])
-    schemes["following points, the last copied, and one beyond"] = scheme(points)
+    fixed = Scheme(NeRCC(NUM_DATA, FIRST, points="interleaved", lambda_dec=0.0))
+    ends = {
+        "the last two copied": ((0, 0), (1, 1)),
+        "the last copied twice": ((0, 0), (0, 0)),
+        "the last copied, and one halfway": ((0, 0), (0, 1)),
+    }  # each of two further calls at an end is halfway between these rows from it
     found: dict[bool, dict[str, list[float]]] = {False: {}, True: {}}
     for judging, of in found.items():
         for seed in range(SWEEPS, SWEEPS + bench.size.sweeps):
             x = bench.inputs(judging, seed, bench.size.groups * NUM_DATA)
-            value = np.sort(x[:, 0].reshape(-1, NUM_DATA), axis=1).ravel()
-            x = np.tile(x.mean(axis=0), (len(x), 1)).astype(np.float32)
-            x[:, 0] = value
-            own = bench.outputs(x)
-            draw = Draw(x[:0], own[:0], x, own, np.arange(len(x)), None, 2 * seed + judging)
+            value = np.sort(x[:, 0].reshape(-1, NUM_DATA), axis=1)
+            others = np.tile(x.mean(axis=0), (value.size, 1)).astype(np.float32)
+
+            def outputs(value: np.ndarray, others: np.ndarray = others) -> np.ndarray:
+                return np.asarray(
+                    bench.outputs(np.column_stack([value.ravel(), others[: value.size, 1:]]))
+                )
+
+            own = outputs(value)
+            x = np.column_stack([value.ravel(), others[:, 1:]]).astype(np.float32)
+            draw = Draw(
+                x[:0],
+                jnp.asarray(own[:0]),
+                x,
+                jnp.asarray(own),
+                np.arange(len(x)),
+                None,
+                2 * seed + judging,
+            )
             masks = draw.masks(next(iter(LAWS)), bench.size.sets)
-            grouped = own.reshape(-1, NUM_DATA, own.shape[-1])
-            spread = jnp.mean((grouped - jnp.mean(grouped, axis=1, keepdims=True)) ** 2)
-            for name, each in schemes.items():  # each sweep about its own mean
-                error = jnp.mean((bench.decode(each, draw, masks)[0] - own) ** 2)
-                of.setdefault(name, []).append(float(jnp.sqrt(error / spread)))
-    following = [name for name, each in schemes.items() if each.follow is not None]
-    picked = min(following, key=lambda name: np.mean(found[False][name]))
+            grouped = own.reshape(*value.shape, -1)
+            spread = np.mean((grouped - grouped.mean(axis=1, keepdims=True)) ** 2)
+            error = np.mean((np.asarray(bench.decode(fixed, draw, masks)[0]) - own) ** 2)
+            of.setdefault("fixed points", []).append(float(np.sqrt(error / spread)))
+            for name, pairs in ends.items():
+                pairs = [*pairs, *((-1 - a, -1 - b) for a, b in pairs)]
+                more = np.stack([(value[:, a] + value[:, b]) / 2 for a, b in pairs], axis=1)
+                sent, y = np.hstack([value, more]), outputs(more).reshape(*more.shape, -1)
+                y, squares = np.concatenate([grouped, y], axis=1), []
+                for mask, group in itertools.product(np.asarray(masks), range(len(value))):
+                    came, first = np.unique(sent[group, mask[group]], return_index=True)
+                    spline = scipy.interpolate.CubicSpline(came, y[group, mask[group]][first])
+                    squares.append(np.mean((spline(value[group]) - grouped[group]) ** 2))
+                error = float(np.sqrt(np.mean(squares) / spread))
+                of.setdefault(f"SciPy's spline, {name}", []).append(error)
+    picked = min(found[False], key=lambda name: np.mean(found[False][name]))
     return {"picked": picked, "rmse": found[True]}

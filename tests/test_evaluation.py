@@ -220,6 +220,7 @@ def test_gains_of_rows(x, key):
         ({"further_models": {"BACC": [model]}}, "run 1 model, but 2 came"),
         ({"further_models": {"ParM": [model]}}, r"further_models names \['ParM'\]; the codes are"),
         ({"model": lambda x: x * jnp.inf}, "own outputs must be finite"),
+        ({"channel": lambda answers, key: answers[:, :, :1]}, "the channel made"),
     ],
 )
 def test_errors(change, message, x, key, untyped):
@@ -227,6 +228,20 @@ def test_errors(change, message, x, key, untyped):
     positional = [given.pop(name) for name in ("model", "codes", "x", "stragglers")]
     with pytest.raises(ValueError, match=message):
         evaluate(*positional, **given)
+
+
+def test_a_channels_key_is_not_the_masks(x, key):
+    """It spoils whom its key makes stragglers: who really is one would not respond anyway."""
+    law = ExactStragglers(4)
+
+    def spoilt(answers, key):
+        return answers + jnp.where(law.available(key, 12), 0.0, 1.0)[:, None]
+
+    (row,) = evaluate(
+        model, {"copies": Replication(5, 12)}, x, {"4": law}, key=key, num_sets=60, channel=spoilt
+    )
+    assert row.mse.mean == pytest.approx(1 / 3, abs=0.1)
+    assert row.mse.half_width > 0, "each set has a key of its own"
 
 
 @pytest.mark.parametrize("values", [[1.0, 1.0, 0.2], [0.0, 0.0, 0.1], [0.5, 0.6, 0.4, 0.5]])

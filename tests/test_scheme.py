@@ -115,7 +115,7 @@ def test_copies_go_to_the_data_points_whose_label_the_student_doubts(order, shar
     np.testing.assert_allclose(assessed.predictions[order], expected, atol=1e-5)
     np.testing.assert_array_equal(assessed.deviation[order] == 0, np.ravel(known))
     plain = Scheme(CODE, scheme.surrogate)  # copies only where they are asked for
-    assert plain.prepare(jnp.asarray(x)).points is None
+    assert plain.prepare(jnp.asarray(x)).beta is None
 
 
 def test_copies_by_a_students_doubt_need_labels(untyped):

@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode
 from ..codes._checks import check_count
-from ..codes._trees import leaves_of
+from ..codes._trees import join, leaves_of
 from ..inference import cast_model
 from ..inference.models import Model
 from ..splines.arrays import native
@@ -240,6 +240,7 @@ def evaluate(
     num_sets: int = 20,
     labels: PyTree[Int[ArrayLike, "points ..."]] | None = None,
     further_models: Mapping[str, Sequence[Model]] | None = None,
+    channel: Callable[[PyTree, PRNGKeyArray], PyTree] | None = None,
     batch_size: int = 256,
     worker_dtype: DTypeLike | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
@@ -261,6 +262,8 @@ def evaluate(
         batch_size: The number of data points in a call of the model.
         further_models: For codes whose workers run other models in addition (`worker_models`):
             those others in order, by the code's name.
+        channel: A function (answers, key) of all workers' answers (groups, N, outputs...) on their
+            way to the decoder: noise, for example, or fewer bits.
         worker_dtype: The dtype that coded data points are answered in (`cast_model`).
         progress: A wrapper of the sequence of (law, set) pairs, for a progress bar.
 
@@ -307,6 +310,8 @@ def evaluate(
         draw = jax.random.fold_in(jax.random.fold_in(key, place), index)
         available = stragglers[law].available(draw, first.code.num_workers)
         for name, answers in recorded.items():
+            if channel is not None:  # the mask takes the draw's key itself
+                answers = _send(channel, answers, jax.random.fold_in(draw, 1))
             found = _sums_of(answers, answers.decode(available), targets)
             sums.setdefault((name, law), []).append(found)
     rows, errors = [], {}
@@ -321,6 +326,16 @@ def evaluate(
 
 
 _sums_of = eqx.filter_jit(Answers.sums_of)
+
+
+@eqx.filter_jit
+def _send(
+    channel: Callable[[PyTree, PRNGKeyArray], PyTree], answers: Answers, key: PRNGKeyArray
+) -> Answers:
+    received, form = join(channel(answers.form.split(answers.coded), key), 2)
+    if form.shapes != answers.form.shapes:
+        raise ValueError(f"the channel made {form.shapes} of answers {answers.form.shapes}")
+    return eqx.tree_at(lambda known: known.coded, answers, received)
 
 
 def _values(

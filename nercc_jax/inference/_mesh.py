@@ -62,8 +62,8 @@ class Placed:
     ) -> tuple[PyTree, Array, tuple, CachedMatrices]:
         """Return groups of data points, masks, arguments and known matrices on the mesh."""
         everywhere = NamedSharding(self.mesh, _REPLICATED)
-        x, available = jax.tree.map(lambda leaf: put(leaf, everywhere), (x, available))
-        return x, available, *_on_mesh((args, known), self.mesh)
+        x = jax.tree.map(lambda leaf: put(leaf, everywhere), x)
+        return x, put(available, everywhere), *_on_mesh((args, known), self.mesh)
 
     def answer(
         self,

@@ -155,7 +155,7 @@ def _scheme_steps(scheme: Scheme) -> tuple[Encode, Decode]:
 
     def decode(known: Any, values: PyTree, available: np.ndarray) -> Decoded:
         points, prepared = known
-        given = None if prepared.points is not None else known_matrices(code, available).decoders
+        given = None if prepared.beta is not None else known_matrices(code, available).decoders
         matrices = CachedMatrices(encoder, given)
         found = _decode(scheme, points, prepared, values, available, matrices)
         return jax.tree.map(np.asarray, found)

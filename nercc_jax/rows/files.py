@@ -14,14 +14,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from ..codes.whole_files import JsonFormat, read_arrays, write_arrays
+from ..codes.whole_files import read_arrays, read_json, write_arrays, write_json
 
 _MANIFEST = "manifest.json"
 REMEDY = "restore it from a copy, or remove its folder and run again without --resume (resume)"
-# Earlier versions kept the learner, which is fitted again to the rows that are there.
-_FORMAT = JsonFormat(
-    "run", frozenset({"settings", "complete", "parts"}), frozenset({"learner"}), remedy=REMEDY
-)
 _EVERY = 1.0  # seconds between two parts, at least
 
 
@@ -65,7 +61,8 @@ class Parts:
             settings = settings | {"ids": fingerprint(ids)}
         self._manifest: dict[str, Any] = {"settings": settings, "complete": False, "parts": []}
         if (folder / _MANIFEST).is_file():
-            earlier = _FORMAT.read(folder / _MANIFEST)
+            entries = {"settings", "complete", "parts"}
+            earlier = read_json(folder / _MANIFEST, "run", entries, REMEDY)
             before = earlier["settings"]
             other = [
                 f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
@@ -103,7 +100,7 @@ class Parts:
             write_arrays(self._folder / name, arrays)
             self._manifest["parts"].append({"file": name})
         self._manifest["complete"] = complete
-        _FORMAT.write(self._folder / _MANIFEST, self._manifest)
+        write_json(self._folder / _MANIFEST, "run", self._manifest)
         self._pending, self._written = [], time.monotonic()
 
     def remove(self) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, encode_groups
-from ..codes._grouped import GroupPoints, following_points
 from ..codes._kept import CachedMatrices
 from ..codes._trees import Form, groups_of, join, to_device
 from ..codes.workers import call_model
@@ -22,8 +21,7 @@ from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars
 from ..splines.arrays import native
 from ..surrogates import AbstractSurrogate
-from ..surrogates.interface import AbstractGroupPrior, check_like, outputs_of_groups
-from ..surrogates.kernel import features_of
+from ..surrogates.interface import AbstractGroupPrior, check_like
 from ..surrogates.surrogate import decode_with_deviation
 
 
@@ -116,12 +114,13 @@ class PreparedInputs(eqx.Module):
         order: The order of the data points in their groups.
         own: The surrogate's outputs on the data points as they came, where they are ordered or
             copied by them.
-        points: The regression points of each group; None where all have the code's.
+        beta: The workers' regression points in each group, all of them data points' own; None where
+            all groups have the code's.
     """
 
     order: Int[Array | np.ndarray, " points"]
     own: PyTree[Float[Array | np.ndarray, "points ..."]] | None = None
-    points: GroupPoints | None = None
+    beta: Float[Array, "groups num_workers"] | None = None
 
 
 class Scheme(eqx.Module):
@@ -149,9 +148,6 @@ class Scheme(eqx.Module):
             a batch. None keeps them as they come.
         buffer_size: Data points that are ordered together.
         bars: Trust in numbers (`calibrate_error_bars`).
-        follow: Regression points that are as far apart as each group's data points are: by their
-            "inputs", or by a function of a batch (features, or the one parameter that they differ
-            by). None keeps the code's.
         redundancy: "code" leaves the redundant workers to the code; "uncertain" gives them copies
             of those data points of each group that the surrogate is least certain of: by its
             deviation where it has one (a learner does), else by the probability of its label (a
@@ -171,7 +167,6 @@ class Scheme(eqx.Module):
     order: Literal["pixels", "surrogate"] | Callable[[PyTree], PyTree] | None = None
     buffer_size: int = eqx.field(static=True, default=1024)
     bars: ErrorBars | None = None
-    follow: Literal["inputs"] | Callable[[PyTree], PyTree] | None = None
     redundancy: Literal["code", "uncertain"] | None = eqx.field(static=True, default=None)
     straggler_share: float = eqx.field(static=True, default=0.1)
 
@@ -181,8 +176,6 @@ class Scheme(eqx.Module):
             raise ValueError(f"order must be 'pixels', 'surrogate' or a function: {self.order!r}")
         if self.order == "surrogate" and self.surrogate is None:
             raise ValueError("order by 'surrogate' needs a surrogate")
-        if isinstance(self.follow, str) and self.follow != "inputs":
-            raise ValueError(f"follow must be 'inputs' or a function, not {self.follow!r}")
         if self.redundancy not in (None, "code", "uncertain"):
             raise ValueError(f"redundancy must be 'code' or 'uncertain', not {self.redundancy!r}")
         if self.redundancy == "uncertain" and self.surrogate is None:
@@ -193,7 +186,7 @@ class Scheme(eqx.Module):
             )
         if self.places_copies and self.code.num_workers < self.code.num_data:
             raise ValueError(f"copies need as many workers as data points: {self.code}")
-        if (self.follow is not None or self.places_copies) and not self._has_points:
+        if self.places_copies and not self._has_points:
             raise ValueError(
                 f"{type(self.code).__name__} has no smoothing splines whose points could be moved: "
                 "NeRCC has"
@@ -243,30 +236,27 @@ class Scheme(eqx.Module):
         return order_points(x, self.code.num_data, features=features, buffer_size=self.buffer_size)
 
     def prepare(self, x: PyTree[Shaped[Array, "points ..."]]) -> PreparedInputs:
-        """Decide order, points and copies for data points (whole groups of K); a pure function."""
-        code, surrogate, own = self.code, self.surrogate, None
+        """Decide order and copies for data points (whole groups of K); a pure function."""
+        surrogate, own = self.surrogate, None
+        code: Any = self.code
         if surrogate is not None and (self.order == "surrogate" or self._doubts_labels):
             own = surrogate.outputs(x)  # once, for order, copies and decoding
         arranged = PreparedInputs(self.arrange(x, own), own)
-        if self.follow is None and not self.places_copies:
+        if not self.places_copies:
             return arranged
-        groups, points = self.groups(x, arranged), code
-        number = len(jax.tree.leaves(groups)[0])
-        alpha, beta = (jnp.tile(getattr(code, each), (number, 1)) for each in ("alpha", "beta"))
-        if self.follow is not None:
-            where = None if isinstance(self.follow, str) else self.follow
-            places = outputs_of_groups(lambda batch: features_of(where, batch), groups)
-            alpha, beta = jax.vmap(lambda each: following_points(code, each))(places)
-        if self.places_copies:
-            assert surrogate is not None
-            if self._doubts_labels:  # a wrong label counts as a squared error of 1
-                deviation = jnp.sqrt(self.groups(label_doubt(own), arranged))
-            else:
-                deviation = surrogate.prior_deviation(groups)
-            holds = copies_of_uncertain(deviation, code.num_workers, lost=self.straggler_share)
-            beta = jnp.take_along_axis(alpha, holds, axis=1)
-        points = GroupPoints(alpha, beta, exact=self.places_copies)
-        return PreparedInputs(arranged.order, own, points)
+        assert surrogate is not None
+        if self._doubts_labels:  # a wrong label counts as a squared error of 1
+            deviation = jnp.sqrt(self.groups(label_doubt(own), arranged))
+        else:
+            deviation = surrogate.prior_deviation(self.groups(x, arranged))
+        holds = copies_of_uncertain(deviation, code.num_workers, lost=self.straggler_share)
+        return PreparedInputs(arranged.order, own, code.alpha[holds])
+
+    def with_copies(self, beta: Float[Array, " num_workers"]) -> Any:
+        """Return the code of one group whose workers have copies; answers are not smoothed."""
+        places = lambda code: (code.beta, code.lambda_enc, code.lambda_dec)  # noqa: E731
+        none = jnp.zeros_like(places(self.code)[1])
+        return eqx.tree_at(places, self.code, (beta, none, none))
 
     def encode(
         self, x: PyTree[Shaped[Array, "points ..."]], encoder: ArrayLike | None
@@ -288,7 +278,9 @@ class Scheme(eqx.Module):
         self, prepared: PreparedInputs
     ) -> Float[Array, "groups num_workers num_data"] | None:
         """Return each group's encoder; None where all have the code's."""
-        return None if prepared.points is None else prepared.points.encoders(self.code)
+        if prepared.beta is None:
+            return None
+        return jax.vmap(lambda beta: self.with_copies(beta).encoder_matrix())(prepared.beta)
 
     def decode(
         self,
@@ -353,15 +345,15 @@ class Scheme(eqx.Module):
             alone = jnp.ones_like(surrogate.theta), jnp.full_like(surrogate.kappa, jnp.inf)
             surrogate = eqx.tree_at(lambda one: (one.theta, one.kappa), surrogate, alone)
 
-        def of_group(points: GroupPoints, *group: Any) -> Decoded:
+        def of_group(beta: Array, *group: Any) -> Decoded:
             one = jax.tree.map(lambda leaf: leaf[None], group)
-            found = decode_with_deviation(points.of(self.code), surrogate, *one)
+            found = decode_with_deviation(self.with_copies(beta), surrogate, *one)
             return jax.tree.map(lambda leaf: leaf[0], found)
 
-        if prepared.points is None:
+        if prepared.beta is None:
             found = decode_with_deviation(self.code, surrogate, y, available, prior, decoders)
         else:
-            found = jax.vmap(of_group)(prepared.points, y, available, prior)
+            found = jax.vmap(of_group)(prepared.beta, y, available, prior)
         return found, None if prior is None else prior.condition(y, available).own
 
     def groups(
