@@ -519,27 +519,6 @@ def test_large_entries_take_the_accurate_way():
         np.testing.assert_allclose(code.decode(y, np.ones(60, bool)), exact, atol=1e-5)
 
 
-def test_replace_keeps_what_is_not_named(untyped):
-    """By the constructor's names and checks; a code of another kind has other numbers."""
-    code = NeRCC(K, N, lambda_enc=1e-3, points="interleaved", exact=True)
-    other = code.replace(lambda_dec=0.5)
-    assert float(other.lambda_dec) == 0.5
-    for name in ("alpha", "beta", "lambda_enc", "gap_exponent", "end_penalty", "exact"):
-        np.testing.assert_array_equal(getattr(other, name), getattr(code, name))
-    moved = code.replace(beta=np.linspace(-1, 1, N))
-    np.testing.assert_array_equal(moved.alpha, code.alpha)
-    np.testing.assert_allclose(moved.beta, np.linspace(-1, 1, N), atol=1e-6)
-    assert Lagrange(3, 7, degree=2).replace(degree=3).degree == 3
-    assert Replication(2, 4).replace(num_workers=6).num_workers == 6
-    slope = jax.grad(lambda dec: code.replace(lambda_dec=dec, exact=False).decoder_penalty(
-        np.ones(N, bool)))(0.5)  # fmt: skip
-    assert slope == 1
-    with pytest.raises(ValueError, match=r"NeRCC has no lamda: it has num_data, .*alpha, beta"):
-        code.replace(lamda=1.0)
-    with pytest.raises(ValueError, match="lambda_dec must be 0 or positive, not -1"):
-        code.replace(lambda_dec=-1.0)
-
-
 @pytest.mark.parametrize("setting", ["disable_jit", "debug_nans", "debug_infs"])
 def test_settings_that_people_debug_with(setting):
     """A straggler's NaN is no fault, and what lowering chooses runs without jit, too."""

@@ -21,7 +21,6 @@ from nercc_jax import (
     pool_inference,
     reexecute,
 )
-from nercc_jax.evaluation import coverage
 from nercc_jax.risk import calibrate_learner_bars
 from nercc_jax.schemes import calibrate_error_bars
 from nercc_jax.surrogates import Kernel, LearnerTuning, Surrogate, fit_learner, init_learner
@@ -50,6 +49,12 @@ def points(seed, groups=GROUPS):
 def learner():
     x = points(10, 20)
     return fit_learner(x, model(x), capacity=128, tuning=TUNING)
+
+
+def coverage(decoded, own, bar):
+    """The share of errors within their bars, of what is not exact."""
+    error, bar = np.sqrt(np.mean((np.asarray(decoded) - own) ** 2, axis=1)), np.asarray(bar)
+    return np.mean(error[bar > 0] <= bar[bar > 0])
 
 
 def infer(scheme, **options):

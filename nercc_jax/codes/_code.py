@@ -6,9 +6,8 @@ A code is two matrices: the encoder E (N, K) and, for the workers that answered,
 
 import abc
 import functools
-import inspect
 import warnings
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -29,8 +28,6 @@ from ._trees import (
     join,
     to_device,
 )
-
-Code = TypeVar("Code", bound="AbstractCode")
 
 # A decoder's matrix, and what it recovers.
 MatrixOnHost: TypeAlias = tuple[
@@ -85,8 +82,8 @@ class AbstractCode(eqx.Module):
 
     All methods act on one group of K data points and can be differentiated, and batched with
     `jax.vmap`. Tunable numbers (regression points `alpha` and `beta`, where a code has them, and a
-    code's own) are leaves of the pytree. To jit, give the code as an argument, or jit its methods:
-    then its numbers are constants of the program.
+    code's own) are leaves of the pytree: `eqx.tree_at` returns a code with others. To jit, give the
+    code as an argument, or jit its methods: then its numbers are constants of the program.
 
     >>> import jax, jax.numpy as jnp
     >>> from nercc_jax import NeRCC
@@ -182,27 +179,6 @@ class AbstractCode(eqx.Module):
             ValueError: The code has none.
         """
         raise ValueError(f"{type(self).__name__} is no regression: it has no process variance")
-
-    def replace(self: Code, **numbers: Any) -> Code:
-        """Return the same code with other numbers: `code.replace(lambda_dec=1e-3)`.
-
-        All arguments of the constructor may be given, and `alpha` or `beta` by themselves. They are
-        checked as there; the result is differentiable in them.
-
-        Raises:
-            ValueError: The code does not have such a number; and as the constructor.
-        """
-        wanted = [name for name in inspect.signature(type(self)).parameters if name != "self"]
-        given = dict(numbers)
-        if "points" in wanted and "points" not in given:
-            given["points"] = (given.pop("alpha", self.alpha), given.pop("beta", self.beta))  # pyright: ignore
-        if unknown := given.keys() - set(wanted):
-            known = [*wanted, *(["alpha", "beta"] if "points" in wanted else [])]
-            raise ValueError(
-                f"{type(self).__name__} has no {', '.join(sorted(unknown))}: it has "
-                f"{', '.join(known)}"
-            )
-        return type(self)(**{n: given[n] if n in given else getattr(self, n) for n in wanted})
 
     @transformable
     def encode(
