@@ -35,7 +35,6 @@ from nercc_jax.surrogates import (
     Learner,
     LearnerTuning,
     fit_learner,
-    init_learner,
 )
 
 Masks = Bool[Any, "sets groups num_workers"]
@@ -383,7 +382,9 @@ def lost_copies(
     """Lost copies filled in by their groups' answers: the mean, the nearest, a Gaussian process."""
     x, own, answered = (np.asarray(each) for each in (x, own, answered))
     x, own = (each.reshape(-1, NUM_DATA, each.shape[-1]) for each in (x, own))
-    start = init_learner(x[0, :0], own[0, :0], capacity=NUM_DATA, features=features, kernel=kernel)
+    start = fit_learner(
+        x[0, :0], own[0, :0], capacity=NUM_DATA, features=features, kernel=kernel, tuning=None
+    )
     filled = np.empty((3, *answered.shape, own.shape[-1]), own.dtype)
     for place in np.ndindex(answered.shape[:2]):
         points, outputs, seen = x[place[1]], own[place[1]], answered[place]

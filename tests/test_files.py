@@ -14,7 +14,7 @@ import nercc_jax as nj
 from nercc_jax.codes.whole_files import NO_CHECKSUM, read_checked, write_checked
 from nercc_jax.pools import DevicePool
 from nercc_jax.rows import run_rows
-from nercc_jax.surrogates import init_learner, load_learner, save_learner
+from nercc_jax.surrogates import fit_learner, load_learner, save_learner
 
 K, N = 3, 7
 # No short decimal says these.
@@ -270,7 +270,7 @@ def a_code(folder):
 
 def a_learner(folder):
     path = folder / "learner.npz"
-    save_learner(path, init_learner(ROWS[:4].astype("float32"), np.sin(ROWS[:4], dtype="float32")))
+    save_learner(path, fit_learner(ROWS[:4].astype("float32"), np.sin(ROWS[:4], dtype="float32")))
     return path, lambda: load_learner(path)
 
 

@@ -3,6 +3,7 @@
 And what it claims: of copies of pairs, in any unit of outputs, and without any evidence.
 """
 
+import functools
 import subprocess
 import sys
 
@@ -23,7 +24,6 @@ from nercc_jax.surrogates import (
     Kernel,
     LearnerTuning,
     fit_learner,
-    init_learner,
     learner_card,
     load_learner,
     principal_components,
@@ -38,6 +38,7 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(120, 3))
 FEW = LearnerTuning(steps=2)
 EPS = {"float32": 1e-3, "float64": 1e-8}
+untuned = functools.partial(fit_learner, tuning=None)
 
 
 def model(x):
@@ -88,7 +89,7 @@ def test_it_is_the_posterior_of_the_last_that_were_observed(shape, dtype):
         shape, centre=x.mean(0), unit=x.std(0), widths=[1.0, 2.0], groups=[0, 1, 1],
         linear=0.3 if shape == "matern52" else 0.0, noise=1e-3,
     )  # fmt: skip
-    learner = init_learner(x[:B], model(x[:B]), capacity=CAPACITY, kernel=kernel)
+    learner = untuned(x[:B], model(x[:B]), capacity=CAPACITY, kernel=kernel)
     seen = list(range(B))
     for place in range(B, len(X) - B, B):  # more than the window holds
         here = np.arange(place, place + B)
@@ -116,7 +117,7 @@ def test_a_few_queries_have_the_same_means_and_the_deviation_given_the_nearest_p
     features = principal_components(X, 2) if projected else None
     z = np.asarray(features(jnp.asarray(X, jnp.float32))) if features is not None else X
     kernel = Kernel(shape, centre=z.mean(0), unit=z.std(0), widths=[1.5], linear=0.3, noise=1e-3)
-    learner = init_learner(x, y, capacity=CAPACITY, kernel=kernel, features=features)
+    learner = untuned(x, y, capacity=CAPACITY, kernel=kernel, features=features)
     mean, deviation = nearest_predictions(learner)(X[-B:].astype(np.float32))
     wanted, _ = exact(kernel, z[:30], y, z[-B:])
     np.testing.assert_allclose(mean, wanted, atol=1e-3)
@@ -128,19 +129,17 @@ def test_a_few_queries_have_the_same_means_and_the_deviation_given_the_nearest_p
 
 def test_a_prior_carries_what_it_can_and_features_are_what_tells():
     x = jnp.asarray(X, float)
-    learner = init_learner(x[:40], model(x[:40]), capacity=64, prior=rough, features=jnp.sin)
+    learner = untuned(x[:40], model(x[:40]), capacity=64, prior=rough, features=jnp.sin)
     mean, _ = learner.predict(x[40:50])
     kernel = learner.kernel
     wanted, _ = exact(kernel, jnp.sin(x[:40]), model(x[:40]) - rough(x[:40]), jnp.sin(x[40:50]))
     np.testing.assert_allclose(mean, wanted + rough(x[40:50]), atol=1e-3)
     # A few rows more, which are written into the factor.
     more = learner.update(x[40:43], model(x[40:43])).predict(x[50:60])[0]
-    anew = init_learner(
-        x[:43], model(x[:43]), capacity=64, prior=rough, features=jnp.sin, kernel=kernel
-    )
+    anew = untuned(x[:43], model(x[:43]), capacity=64, prior=rough, features=jnp.sin, kernel=kernel)
     np.testing.assert_allclose(more, anew.predict(x[50:60])[0], atol=1e-3)
     far = 1e4 * jnp.ones((1, 3))
-    alone = init_learner(x[:40], model(x[:40]), prior=rough, capacity=64).predict(far)[0]
+    alone = untuned(x[:40], model(x[:40]), prior=rough, capacity=64).predict(far)[0]
     rest = jnp.mean(model(x[:40]) - rough(x[:40]), axis=0)
     np.testing.assert_allclose(alone, rough(far) + rest, atol=1e-4)
 
@@ -148,11 +147,11 @@ def test_a_prior_carries_what_it_can_and_features_are_what_tells():
 def test_outputs_may_be_any_tree():
     x = jnp.asarray(X[:20], float)
     y = {"a": model(x), "b": jnp.sin(x[:, 0])}
-    learner = init_learner({"image": x, "id": jnp.arange(20)}, y, capacity=32)
+    learner = untuned({"image": x, "id": jnp.arange(20)}, y, capacity=32)
     mean, deviation = learner.predict({"image": x[:5] + 0.1, "id": jnp.arange(5)})
     assert mean["a"].shape == (5, 2)
     assert mean["b"].shape == deviation.shape == (5,)
-    both = init_learner(x, jnp.column_stack([model(x), jnp.sin(x[:, 0])]), capacity=32)
+    both = untuned(x, jnp.column_stack([model(x), jnp.sin(x[:, 0])]), capacity=32)
     joined, same = both.predict(x[:5] + 0.1)
     np.testing.assert_allclose(jnp.column_stack([mean["a"], mean["b"]]), joined, atol=1e-6)
     np.testing.assert_allclose(deviation, same, rtol=1e-5)
@@ -160,12 +159,12 @@ def test_outputs_may_be_any_tree():
 
 def test_it_knows_nothing_at_first():
     x = jnp.asarray(X[:10], float)
-    learner = init_learner(x[:0], model(x[:0]), capacity=32)
+    learner = untuned(x[:0], model(x[:0]), capacity=32)
     mean, deviation = learner.predict(x)
     np.testing.assert_array_equal(mean, 0)
     np.testing.assert_array_equal(deviation, np.inf)
     again = learner.update(x, model(x))
-    anew = init_learner(x, model(x), capacity=32, kernel=learner.kernel)
+    anew = untuned(x, model(x), capacity=32, kernel=learner.kernel)
     np.testing.assert_allclose(again.predict(x)[0], anew.predict(x)[0], atol=1e-5)
 
 
@@ -173,7 +172,7 @@ def test_pairs_that_hardly_differ_and_no_noise():
     """Float32 cannot factorise this; the answer stays finite and right."""
     x = jnp.tile(jnp.asarray(X[:4], jnp.float32), (8, 1)) + 3e-4 * jnp.arange(32)[:, None]
     kernel = Kernel("squared_exponential", centre=jnp.zeros(3), widths=[3.0], noise=1e-12)
-    learner = init_learner(x, model(x), capacity=32, kernel=kernel)
+    learner = untuned(x, model(x), capacity=32, kernel=kernel)
     assert learner.factor.jitter < 1e-12, "float64 can"
     again = learner.update(x[:B], model(x[:B]))
     for run in (learner.predict, again.predict):
@@ -189,7 +188,7 @@ def test_derivatives_are_those_of_the_posterior():
     """In float64, by finite differences; batches of gradients, and curvature."""
     with jax.enable_x64(True):
         x = jnp.asarray(X, jnp.float64)
-        learner = init_learner(x[:40], model(x[:40]), capacity=CAPACITY)
+        learner = untuned(x[:40], model(x[:40]), capacity=CAPACITY)
 
         def height(query):
             mean, deviation = learner.predict(query[None])
@@ -220,7 +219,7 @@ def test_replaced_rows_cost_no_accuracy():
         axis=1,
     )
     kernel = Kernel("squared_exponential", centre=np.zeros(4), widths=[4.0], noise=3e-5)
-    learner = init_learner(x[:128], y[:128], capacity=256, kernel=kernel)
+    learner = untuned(x[:128], y[:128], capacity=256, kernel=kernel)
     for end in range(144, 272, 16):
         new = slice(end - 16, end)
         learner = learner.update(x[new], y[new])
@@ -234,7 +233,7 @@ def test_replaced_rows_cost_no_accuracy():
 def test_pairs_that_come_and_go_leave_the_factor_that_a_new_one_is():
     """With repeated inputs among them; in the same float64, so that nothing but the way differs."""
     rng, x = np.random.default_rng(2), X.astype(np.float32)
-    learner = init_learner(x[:40], np.asarray(model(x[:40])), capacity=CAPACITY)
+    learner = untuned(x[:40], np.asarray(model(x[:40])), capacity=CAPACITY)
     appended, made = 0, learner.factor.replaced
     for _ in range(30):
         rows = rng.integers(0, len(x), B)
@@ -250,7 +249,7 @@ def test_pairs_that_come_and_go_leave_the_factor_that_a_new_one_is():
 def test_left_out_is_left_out():
     x = jnp.asarray(X[:12], float)
     y = model(x)
-    learner = init_learner(x, y, capacity=16)
+    learner = untuned(x, y, capacity=16)
     errors, deviation = learner.left_out()
     centred = y - y.mean(axis=0)  # the mean stays that of all
     for row in range(12):
@@ -272,7 +271,7 @@ def test_tuning_does_better_on_others_and_deviations_say_how_well():
     def wave(x):  # the last two coordinates tell nothing
         return jnp.stack([jnp.sin(4 * x[:, 0]), jnp.cos(3 * x[:, 1]), x[:, 0] * x[:, 1]], axis=1)
 
-    before = init_learner(x[:96], wave(x[:96]), capacity=96)
+    before = untuned(x[:96], wave(x[:96]), capacity=96)
     after = tune_learner(before, LearnerTuning(steps=40))
 
     def judge(learner):
@@ -332,7 +331,7 @@ def test_bars_are_of_pairs_that_the_kernel_was_not_tuned_on():
     with pytest.raises(ValueError, match="folds must be an integer from 2 on, not 1"):
         calibrate_learner_bars(learner, folds=1)
     with pytest.raises(ValueError, match="this learner's window is empty"):
-        calibrate_learner_bars(init_learner(x[:0], y[:0], capacity=32))
+        calibrate_learner_bars(untuned(x[:0], y[:0], capacity=32))
 
 
 def test_a_file_holds_it(tmp_path):
@@ -355,9 +354,9 @@ def test_a_file_holds_it(tmp_path):
 
 
 def test_a_kernel_is_tuned_on_three_pairs_at_least():
-    learner = init_learner(jnp.asarray(X[:4], float), model(X[:4]), capacity=8)
+    learner = untuned(jnp.asarray(X[:4], float), model(X[:4]), capacity=8)
     assert np.isfinite(tune_learner(learner, FEW).predict(X[4:5])[1])
-    few = init_learner(jnp.asarray(X[:2], float), model(X[:2]), capacity=8)
+    few = untuned(jnp.asarray(X[:2], float), model(X[:2]), capacity=8)
     with pytest.raises(ValueError, match="2 pairs tell nothing of a kernel: three at least"):
         tune_learner(few, FEW)
 
@@ -409,7 +408,7 @@ def test_copies_of_pairs_change_neither_errors_nor_deviations():
 
 @pytest.mark.parametrize("tuning", [None, QUICK])
 def test_bars_by_pairs_that_came_twice_cover_as_many(tuning):
-    learners = [init_learner(x, smooth(x), capacity=128) for x in (repeated(1), repeated(2))]
+    learners = [untuned(x, smooth(x), capacity=128) for x in (repeated(1), repeated(2))]
     covered = []
     for learner in learners:
         bars = calibrate_learner_bars(learner, tuning)
@@ -423,7 +422,7 @@ def test_bars_by_pairs_that_came_twice_cover_as_many(tuning):
 def test_what_comes_again_is_the_same_pair(jump):
     """In a batch, in the window, and where the ring comes round: one pair, and no older answer."""
     x, y = PAIRS[:8], smooth(PAIRS[:8])
-    learner = init_learner(x, y, capacity=12)
+    learner = untuned(x, y, capacity=12)
     again = learner.update(x + np.float32(jump), y)
     assert again.size == 8
     np.testing.assert_array_equal(again.window.counts, 2 * (np.arange(12) < 8))
@@ -465,7 +464,7 @@ def test_the_unit_of_outputs_changes_nothing(exponent, on_host):
     unit, y = 10.0**exponent, smooth(PAIRS)
     predict = traced(on_host)(lambda one: one.predict(AT))
     sizes = ((y * size).astype(np.float32) for size in (1.0, unit))
-    learners = [init_learner(PAIRS, each, capacity=64) for each in sizes]
+    learners = [untuned(PAIRS, each, capacity=64) for each in sizes]
     learners = [one.with_kernel(learners[0].kernel) for one in learners]
     (mean, deviation), (other, scaled) = map(predict, learners)
     # 1e-30 squared, and products with numbers below 1e-38, have no float32.
@@ -486,8 +485,8 @@ def errors_of_scaled(learner, unit):
 
 def test_outputs_of_very_different_size_have_the_deviation_of_the_largest():
     y = smooth(PAIRS) * np.array([1e-20, 1e10], np.float32)
-    mean, deviation = init_learner(PAIRS, y, capacity=64).predict(AT)
-    alone = init_learner(PAIRS, y[:, 1:], capacity=64).predict(AT)[1]
+    mean, deviation = untuned(PAIRS, y, capacity=64).predict(AT)
+    alone = untuned(PAIRS, y[:, 1:], capacity=64).predict(AT)[1]
     np.testing.assert_allclose(deviation, np.asarray(alone) / np.sqrt(2), rtol=1e-3)
     assert np.isfinite(np.asarray(mean)).all()
 
@@ -497,7 +496,7 @@ def test_decoded_deviations_do_not_leave_float32_either():
     code, found = NeRCC(4, 6), []
     mask = np.array([False, True, False, False, False, True])
     for unit in (1.0, 1e-25, 1e25):
-        learner = init_learner(PAIRS, smooth(PAIRS) * np.float32(unit), capacity=64)
+        learner = untuned(PAIRS, smooth(PAIRS) * np.float32(unit), capacity=64)
         function = lambda x, unit=unit: jnp.asarray(smooth_jnp(x) * unit)  # noqa: E731
         result = coded_inference(function, Scheme(code, learner), with_status=True)(AT[:4], mask)
         found.append(np.float64(result.deviation) / unit)
@@ -515,7 +514,7 @@ def smooth_jnp(x):
 def test_before_two_answers_differ_nothing_is_known_of_errors(answers, on_host):
     predict = traced(on_host)(lambda one: one.predict(AT))
     y = np.array(answers, np.float32).reshape(-1, 1)
-    learner = init_learner(PAIRS[: len(y)], y, capacity=64)
+    learner = untuned(PAIRS[: len(y)], y, capacity=64)
     mean, deviation = predict(learner)
     np.testing.assert_array_equal(deviation, np.inf)
     np.testing.assert_allclose(mean, answers[0] if answers else 0, rtol=1e-6)
@@ -527,12 +526,12 @@ def test_before_two_answers_differ_nothing_is_known_of_errors(answers, on_host):
 
 
 def test_a_scheme_gives_nothing_out_by_a_learner_without_evidence():
-    learner = init_learner(PAIRS[:3], 0 * smooth(PAIRS[:3]), capacity=16)
+    learner = untuned(PAIRS[:3], 0 * smooth(PAIRS[:3]), capacity=16)
     scheme, mask = Scheme(NeRCC(2, 2), learner), np.array([False, False])
     result = coded_inference(smooth_jnp, scheme, with_status=True)(AT[:2], mask)
     assert not result.recovered.any()
     np.testing.assert_array_equal(result.deviation, np.inf)
-    bars = calibrate_learner_bars(init_learner(PAIRS, smooth(PAIRS), capacity=64), None)
+    bars = calibrate_learner_bars(untuned(PAIRS, smooth(PAIRS), capacity=64), None)
     np.testing.assert_array_equal(bars(jnp.full(2, jnp.inf), 0.9), np.inf)
     with pytest.raises(ValueError, match="there is nothing to calibrate"):
         calibrate_learner_bars(learner, None)
@@ -637,7 +636,7 @@ def kernel(**numbers):
 
 def started(**change):
     given = {"x": jnp.ones((4, 3)), "y": jnp.ones((4, 2))} | change
-    return init_learner(given.pop("x"), given.pop("y"), **given)
+    return untuned(given.pop("x"), given.pop("y"), **given)
 
 
 @pytest.mark.parametrize(

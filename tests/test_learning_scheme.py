@@ -23,7 +23,7 @@ from nercc_jax import (
 )
 from nercc_jax.risk import calibrate_learner_bars
 from nercc_jax.schemes import calibrate_error_bars
-from nercc_jax.surrogates import Kernel, LearnerTuning, Surrogate, fit_learner, init_learner
+from nercc_jax.surrogates import Kernel, LearnerTuning, Surrogate, fit_learner
 
 K, N, GROUPS = 6, 9, 5
 TUNING = LearnerTuning(steps=20)
@@ -84,7 +84,7 @@ def test_decoding_is_the_posterior_of_window_and_group():
     """Coded data points are observations, too: by NumPy in float64, all in one system."""
     past, x = points(1, 4), points(2)
     kernel = Kernel("squared_exponential", centre=jnp.zeros(3), widths=[2.0], noise=1e-3)
-    learner = init_learner(past, model(past), capacity=32, kernel=kernel)
+    learner = fit_learner(past, model(past), capacity=32, kernel=kernel, tuning=None)
     code = NeRCC(K, N)
     assessed = infer(Scheme(code, learner, redundancy="code"))(x, MASKS)
     encoder = np.asarray(code.encoder_matrix(), np.float64)

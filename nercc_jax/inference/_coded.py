@@ -198,26 +198,21 @@ def as_groups(
 
     many = in_a_row
     if not in_a_row:
-        of_groups = available is not None and np.ndim(available) == 2
-        fits = {
-            False: all(shape[:1] == (num_data,) for shape in shapes) and not of_groups,
-            True: all(shape[1:2] == (num_data,) for shape in shapes),
-        }
-        found = [each for each in fits if fits[each] and grouped in (None, each)]
-        if len(found) != 1:
-            named = (f"{label} of shape {leaf.shape}" for label, leaf in leaves_of("x", x))
-            one, several = "(K, ...)", "(groups, K, ...)"
-            wanted = {None: f"{one} or {several}", True: several, False: one}
-            asked = wanted[True if of_groups else grouped]
-            remedy = (
-                f" may be one group of {num_data} or {shapes[0][0]} groups: say which with "
+        each = {False, True} if grouped is None else {grouped}
+        if np.ndim(available) == 2:
+            each.discard(False)
+        fits = [m for m in each if all(shape[m : m + 1] == (num_data,) for shape in shapes)]
+        if len(fits) != 1:
+            named = ", ".join(f"{name} of shape {leaf.shape}" for name, leaf in leaves_of("x", x))
+            wanted = " or ".join(("(K, ...)", "(groups, K, ...)")[m] for m in sorted(each))
+            raise ValueError(
+                f"{named} may be one group of {num_data} or {shapes[0][0]} groups: say which with "
                 "grouped=True or grouped=False, or give a mask per group, (groups, N)"
-                if found
-                else f": with this code and mask it must be {asked}, K = {num_data}"
-                + (", and one mask (N,)" if of_groups and grouped is False else "")
+                if fits
+                else f"{named}: with this code, mask and `grouped` it must be {wanted or 'another'}"
+                f", K = {num_data}"
             )
-            raise ValueError(", ".join(named) + remedy)
-        (many,) = found
+        (many,) = fits
     if not all(map(is_float, leaves)):
         check_data(x)  # says which
     if in_a_row and not (same and shapes[0] and shapes[0][0] and shapes[0][0] % num_data == 0):

@@ -29,7 +29,7 @@ from ..risk._error_probability import (
     observe_errors,
 )
 from ..stragglers import AbstractStragglers
-from ..surrogates import LearnerTuning, init_learner, tune_learner
+from ..surrogates import LearnerTuning, fit_learner
 from ..surrogates.kernel import Shape, first_kernel
 from ._scheme import Scheme
 
@@ -186,8 +186,7 @@ def fit_scheme(
     held = np.isin(first, np.unique(first)[3::4][:256])
     if tuning is None:
         tuning = LearnerTuning(rows=128)  # the time grows with the cube of that
-    learner = init_learner(x[~held], y[~held], capacity=capacity, kernel=SHAPE)
-    learner = tune_learner(learner, tuning)
+    learner = fit_learner(x[~held], y[~held], capacity=capacity, kernel=SHAPE, tuning=tuning)
     own = y[held].astype(np.float32)
     mean, deviation = learner.predict(x[held])
     with np.errstate(divide="ignore", invalid="ignore"):

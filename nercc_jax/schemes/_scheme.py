@@ -31,7 +31,6 @@ def reexecute(
     assessed: Decoded,
     *,
     limit: float = 0.0,
-    share: float = 1.0,
     tolerance: float | None = None,
     bars: ErrorBars | None = None,
     coverage: float = 0.9,
@@ -47,44 +46,37 @@ def reexecute(
         assessed: Their predictions.
         limit: The largest error probability that is left as it is (`ErrorProbability.limit`); 0
             leaves what is certain.
-        share: The largest share of the data points that the model may answer.
         tolerance: For functions instead of labels: the largest error bar that is left as it is, in
-            units of the outputs. The largest bars go first.
+            units of the outputs.
         bars: Calibrated error bars (`calibrate_error_bars`). Without, errors are taken as normally
             distributed.
         coverage: The share of errors that a bar covers.
 
     Raises:
-        ValueError: There is no error probability, the limit or the tolerance is negative, both or
-            bars without a tolerance are given, the share is outside [0, 1], the model is in
-            training mode, or x is not what was assessed.
+        ValueError: There is no error probability, the limit or the tolerance is negative, there are
+            bars without a tolerance, the model is in training mode, or x is not what was assessed.
     """
     check_model(model)
     lead = assessed.recovered.shape
     x = jax.tree.map(np.asarray, native(x, "x"))
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must be in [0, 1], not {share}")
     for leaf in jax.tree.leaves(x):
         if leaf.shape[: len(lead)] != lead:
             raise ValueError(f"x has shape {leaf.shape}; assessed are data points {lead}")
-    if tolerance is not None and (limit != 0 or not tolerance >= 0):
-        raise ValueError(f"tolerance must be 0 or positive, without a limit: {tolerance}, {limit}")
-    if tolerance is None and bars is not None:
-        raise ValueError("error bars go with a tolerance: give one")
-
-    score = assessed.error_probability
-    if tolerance is not None:
+    if tolerance is None:
+        if bars is not None:
+            raise ValueError("error bars go with a tolerance: give one")
+        score = assessed.error_probability
+        if score is None:
+            raise ValueError(
+                "there is no error probability: calibrate the scheme with "
+                "`calibrate_error_probability`, or give a tolerance"
+            )
+    else:
         score, limit = error_bars(jnp.asarray(assessed.deviation), bars, coverage), tolerance
         score = np.where(assessed.recovered, score, np.inf)
-    if score is None:
-        raise ValueError(
-            "there is no error probability: calibrate the scheme with `calibrate_error_probability`"
-        )
     if not limit >= 0:
-        raise ValueError(f"limit must be 0 or positive, not {limit}")
-    score = np.asarray(score).ravel()
-    order = np.argsort(-score, kind="stable")  # the most uncertain first
-    chosen = order[: int(np.sum(score > limit))][: int(share * score.size)]
+        raise ValueError(f"the limit or tolerance must be 0 or positive, not {limit}")
+    chosen = np.flatnonzero(np.asarray(score) > limit)
     if not len(chosen):
         return assessed
 

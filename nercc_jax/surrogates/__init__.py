@@ -3,7 +3,7 @@
 from ._learner_files import learner_card, load_learner, save_learner
 from .interface import AbstractSurrogate
 from .kernel import Kernel, Projection, principal_components
-from .learner import Learner, init_learner
+from .learner import Learner
 from .surrogate import Surrogate, fit_surrogate
 from .tuning import LearnerTuning, fit_learner, tune_learner
 
@@ -16,7 +16,6 @@ __all__ = [
     "Surrogate",
     "fit_learner",
     "fit_surrogate",
-    "init_learner",
     "learner_card",
     "load_learner",
     "principal_components",

@@ -23,10 +23,21 @@ import numpy as np
 from jaxtyping import ArrayLike, Float, Int, PyTree, Shaped
 
 from ..codes._checks import check_fields
+from ..codes._trees import check_floats, join
 from ..evaluation._criteria import root_mean_square
+from ..splines.arrays import native
 from ._factor import whiten
-from .kernel import Function, Kernel, Shape, check_shape, covariances
-from .learner import Learner, init_learner
+from .kernel import (
+    Function,
+    Kernel,
+    Shape,
+    check_shape,
+    covariances,
+    features_of,
+    first_kernel,
+    length_of,
+)
+from .learner import Learner
 
 Widths: TypeAlias = Literal["auto", "one", "each"] | Sequence[int]
 
@@ -81,9 +92,10 @@ def fit_learner(
     capacity: int = 1024,
     features: Function | None = None,
     prior: Function | None = None,
-    tuning: LearnerTuning = LearnerTuning(),
+    kernel: Kernel | Shape = "matern52",
+    tuning: LearnerTuning | None = LearnerTuning(),
 ) -> Learner:
-    """Make a learner of pairs (`init_learner`), with its kernel tuned on them (`tune_learner`).
+    """Make a learner of pairs, with its kernel tuned on them (`tune_learner`).
 
     >>> import jax.numpy as jnp
     >>> from nercc_jax.surrogates import fit_learner
@@ -94,20 +106,36 @@ def fit_learner(
     True
 
     Args:
-        x: Inputs.
-        y: Answers.
+        x: Inputs. There may be none (`x[:0]`) where nothing is tuned; then they give the shapes.
+        y: Answers. Pairs that are not finite are left out.
         capacity: The most pairs that the learner holds; then the oldest are replaced.
         features: A function of a batch, which JAX can trace, that returns what inputs are compared
             by. Default: their floats.
         prior: A function of a batch, which JAX can trace, that returns the mean before any answer.
             Default: none.
-        tuning: How the kernel is tuned.
+        kernel: A kernel to start from, or a shape. By shape, it is centred on the pairs, its units
+            are the features' spreads, and its one width is the square root of their number.
+        tuning: How the kernel is tuned; None leaves it as it is.
 
     Raises:
-        ValueError: As `init_learner` and `tune_learner`.
+        ValueError: The capacity is no positive integer, x and y have different lengths, outputs are
+            no floats, the prior has other outputs, or the kernel is for other features; and as
+            `tune_learner`.
     """
-    learner = init_learner(x, y, capacity=capacity, features=features, prior=prior)
-    return tune_learner(learner, tuning)
+    x, y = jax.tree.map(np.asarray, native((x, y)))
+    own = lambda leaf: leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype))  # noqa: E731
+    x, y = jax.tree.map(own, (x, y))
+    check_floats("y", y)
+    # There may be no pair.
+    blank = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:]), leaf.dtype), (x, y))
+    form, pairs = join(blank[1], 1)[1], length_of("y", y)
+    z = features_of(features, x if pairs else blank[0])[:pairs]
+    kernel = kernel if isinstance(kernel, Kernel) else first_kernel(kernel, z)
+    if kernel.centre.shape != z.shape[1:]:
+        raise ValueError(f"the kernel is for {len(kernel.centre)} features, not {z.shape[1]}")
+    empty = Learner(kernel, form, capacity=capacity, features=features, prior=prior)
+    learner = empty.update(x, y)
+    return learner if tuning is None else tune_learner(learner, tuning)
 
 
 def tune_learner(learner: Learner, tuning: LearnerTuning = LearnerTuning()) -> Learner:
