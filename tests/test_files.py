@@ -14,7 +14,6 @@ import nercc_jax as nj
 from nercc_jax.codes.whole_files import NO_CHECKSUM, read_checked, write_checked
 from nercc_jax.pools import DevicePool
 from nercc_jax.rows import run_rows
-from nercc_jax.surrogates import fit_learner, load_learner, save_learner
 
 K, N = 3, 7
 # No short decimal says these.
@@ -268,12 +267,6 @@ def a_code(folder):
     return path, lambda: nj.load_code(path)
 
 
-def a_learner(folder):
-    path = folder / "learner.npz"
-    save_learner(path, fit_learner(ROWS[:4].astype("float32"), np.sin(ROWS[:4], dtype="float32")))
-    return path, lambda: load_learner(path)
-
-
 def a_run(folder, name):
     options = {"num_workers": 2, "tolerance": 0.0, "folder": folder / "run", "resume": True}
     return folder / "run" / name, lambda: run_rows(np.sin, ROWS, DevicePool, **options)
@@ -281,7 +274,6 @@ def a_run(folder, name):
 
 DAMAGED = {
     "code": a_code,
-    "learner": a_learner,
     "manifest": lambda folder: a_run(folder, "manifest.json"),
     "part": lambda folder: a_run(folder, "part-000000.npz"),
 }

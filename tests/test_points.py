@@ -83,26 +83,6 @@ def test_few_repeats_and_few_points_between_take_turns():
     assert list(np.isin(beta[20:], alpha)[order]) == [True, False, True, False]
 
 
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize(("num_data", "num_workers"), SIZES)
-def test_systematic_points(num_data, num_workers, share):
-    alpha, beta = regression_points(num_data, num_workers, f"systematic:{share}")
-    alpha, beta = np.asarray(alpha), np.asarray(beta)
-    _, plain = (np.asarray(p) for p in regression_points(num_data, num_workers))
-    moved = beta != plain
-    assert set(beta[moved]) <= set(alpha)
-    assert np.isin(alpha, beta).sum() >= round(share * num_data)
-    assert moved.sum() <= round(share * num_data)
-    assert len(set(beta)) == num_workers
-    if share == 0:
-        np.testing.assert_array_equal(beta, plain)
-    if num_workers > num_data + 1:
-        assert set(plain[[0, -1]]) <= set(beta)
-    # What was moved was moved to the nearest place on the circle, half a gap at most.
-    turns = np.abs(np.arccos(beta.astype(float)) - np.arccos(plain.astype(float)))
-    assert turns.max() <= np.pi / max(num_workers - 1, 1) / 2 * 1.001 or num_workers == num_data
-
-
 def test_given_points_keep_their_order():
     given = (jnp.array([0.5, -0.5]), jnp.array([0.0, 0.0, 1.0]))
     alpha, beta = regression_points(2, 3, given)
@@ -130,8 +110,8 @@ def test_the_layouts_are_those_that_an_error_names():
         ((2, 3, "mixed:much"), "not 'mixed:much'"),
         ((2, 3, "uniform:0.5"), "not 'uniform:0.5'"),
         ((2, 3, "mixed:1.5"), "the share in 'mixed:1.5' must be between 0 and 1"),
-        ((2, 3, "systematic:nan"), "must be between 0 and 1"),
-        ((4, 3, "systematic:0.5"), "4 data points need at least 4 workers, not 3"),
+        ((2, 3, "mixed:nan"), "must be between 0 and 1"),
+        ((4, 3, "mixed:0.5"), "4 data points need at least 4 workers, not 3"),
         ((4, 3, "interleaved"), "4 data points need at least 4 workers, not 3"),
         ((4, 3, "repeated"), "a worker of its own"),
         ((2, 3, ([0.1], [0, 0, 1])), r"alpha must have shape \(2,\), not \(1,\)"),

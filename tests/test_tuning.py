@@ -104,7 +104,7 @@ def test_points_keep_their_order_their_twins_and_their_ends(alpha_shifts, beta_s
             assert (alpha != code.alpha).any()
 
 
-FREE_BETAS = {"interleaved": 3, "mixed:0.4": 2, "repeated": 0, "systematic:1": 1}
+FREE_BETAS = {"interleaved": 3, "mixed:0.4": 2, "repeated": 0}
 
 
 @pytest.mark.parametrize("layout", FREE_BETAS)
@@ -617,7 +617,7 @@ def test_a_lambda_too_large_to_descend_from_starts_where_none_does(lambda_):
 
 @pytest.mark.parametrize(
     ("layout", "exact"),
-    [("chebyshev", False), ("systematic:0.5", False), ("systematic:1", True), ("mixed:0.5", True)],
+    [("chebyshev", False), ("interleaved", True), ("mixed:0.5", True)],
 )
 def test_the_command_starts_exact_where_every_data_point_has_a_worker(layout, exact):
     from nercc_jax.cli._tune import start_code  # late, as matplotlib takes a second to import

@@ -1,6 +1,5 @@
 """Cheap models of the served one: fixed ones, and learners from past answers."""
 
-from ._learner_files import learner_card, load_learner, save_learner
 from .interface import AbstractSurrogate
 from .kernel import Kernel, Projection, principal_components
 from .learner import Learner
@@ -16,9 +15,6 @@ __all__ = [
     "Surrogate",
     "fit_learner",
     "fit_surrogate",
-    "learner_card",
-    "load_learner",
     "principal_components",
-    "save_learner",
     "tune_learner",
 ]
