@@ -219,7 +219,7 @@ class SizeAsAnArray(AbstractCode):
         ),
         (
             on_host(lambda matrix, known, mask: (matrix, known.astype(int))),
-            r"of bool\(3,\), not int64\(3,\)",
+            r"of bool\(3,\), not int64\(3,\), ndarray",
         ),
         (
             changed(encode=lambda self, x: Means.encode(self, x) + 0.01),

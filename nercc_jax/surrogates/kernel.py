@@ -197,17 +197,8 @@ def principal_components(
     floats = np.asarray(features_of(None, jax.tree.map(np.asarray, x)), np.float64)
     check_count("data points", len(floats), 2)
     centre = floats.mean(axis=0)
-    deviations = floats - centre
-    few = min(number, *floats.shape)
-    # By whichever of the two products is smaller.
-    if len(floats) <= floats.shape[1]:
-        values, vectors = np.linalg.eigh(deviations @ deviations.T)
-        vectors = deviations.T @ vectors[:, ::-1]
-        values = values[::-1]
-        kept = values[:few] > 1e-10 * values[0]
-        directions = vectors[:, :few][:, kept] / np.sqrt(values[:few][kept])
-    else:
-        directions = np.linalg.eigh(deviations.T @ deviations)[1][:, ::-1][:, :few]
+    _, sizes, directions = np.linalg.svd(floats - centre, full_matrices=False)
+    directions = directions[:number][sizes[:number] > 1e-5 * sizes[0]].T
     return Projection(centre.astype(np.float32), directions.astype(np.float32))
 
 

@@ -340,11 +340,11 @@ def _check_on_host(code: AbstractCode, cases: _Cases) -> None:
         key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         return np.asarray(leaf) if isinstance(leaf, jax.Array) and not key else leaf
 
-    def check(name: str, array: Any, like: np.ndarray, kind: str) -> None:
-        numpy = isinstance(array, np.ndarray)
-        made = f"{array.dtype}{array.shape}" if numpy else type(array).__name__
+    def check(name: str, array: Any, like: np.ndarray) -> None:
+        made = f"{getattr(array, 'dtype', '')}{np.shape(array)}, {type(array).__name__}"
+        kind = isinstance(array, np.ndarray) and array.dtype.kind == like.dtype.kind
         _require(
-            numpy and array.shape == like.shape and array.dtype.kind == kind,
+            kind and array.shape == like.shape,
             f"{name} must be a NumPy array, made without JAX, of {like.dtype}{like.shape}, "
             f"not {made}",
         )
@@ -354,15 +354,15 @@ def _check_on_host(code: AbstractCode, cases: _Cases) -> None:
         encoder = on_host.encoder_on_host()
         made = [on_host.decoder_on_host(mask) for mask in cases.masks]
     if encoder is not None:
-        check("encoder_on_host()", encoder, cases.encoder, "f")
+        check("encoder_on_host()", encoder, cases.encoder)
         cases.check_close("encoder_on_host()", encoder, cases.encoder)
     if all(each is None for each in made):
         return
     none = np.array([[each is None] for each in made])
     cases.check(f"{name} must return None for every straggler set or for none", none)
     for matrix, known in made:
-        check(f"{name}[0]", matrix, cases.decoders[0], "f")
-        check(f"{name}[1]", known, cases.recovered[0], "b")
+        check(f"{name}[0]", matrix, cases.decoders[0])
+        check(f"{name}[1]", known, cases.recovered[0])
     decoders, recovered = (np.stack(each) for each in zip(*made, strict=True))
     cases.check(f"{name}[1] must be recovered(available)", recovered != cases.recovered)
     cases.check_decoder(f"{name}[0]", decoders, recovered)
@@ -382,16 +382,15 @@ def _check_single_calls(code: AbstractCode, cases: _Cases) -> None:
     part = dataclasses.replace(cases, **{name: getattr(cases, name)[chosen] for name in names})
     jitted = _compiled.__wrapped__(decode)  # not kept for other codes
     for way, run in (("inside `jax.jit`", jitted), ("outside `jax.jit`", decode)):
-        calls = []
+        predictions, recovered = [], []
         for y, mask in zip(part.y, part.masks, strict=True):
-            decoded = run(code, {"first": y[:, 0], "others": y[:, 1:, None]}, mask)
-            first, others = (decoded.predictions[name] for name in ("first", "others"))
-            calls.append((np.column_stack([first, others[..., 0]]), decoded.recovered))
-        found = (np.stack(each) for each in zip(*calls, strict=True))
-        part.check_decoded(f"one group at a time, as a pytree, {way},", *found)
-        number = len(traces)
-        one = f"one compilation must serve every mask; try_decode was traced {number} times"
-        _require(number == 1 or run is decode, one)
+            decoded = run(code, {"first": y[:, :1], "others": y[:, 1:]}, mask)
+            predictions.append(np.hstack([*map(np.asarray, decoded.predictions.values())]))
+            recovered.append(np.asarray(decoded.recovered))
+        given = np.stack(predictions), np.stack(recovered)
+        part.check_decoded(f"one group at a time, as a pytree, {way},", *given)
+        one = f"one compilation must serve every mask; try_decode was traced {len(traces)} times"
+        _require(len(traces) == 1 or run is decode, one)
     try:
         code.decode(part.y[1], part.masks[1])
     except ValueError:

@@ -139,7 +139,9 @@ def _root_of_moments(
     t, prior, recorded = places.astype(np.float64) + 1, 2 * len(places), rows / np.sqrt(total)
     least, most = np.minimum.outer(t, t), np.maximum.outer(t, t)
     line = np.linalg.qr(np.stack([np.ones_like(t), t], axis=1))[0].T
-    bent = root_of(least**2 * (3 * most - least) / 6)
+    # Of second moments, which rounding may have left slightly negative.
+    values, vectors = np.linalg.eigh(least**2 * (3 * most - least) / 6)
+    bent = np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T
 
     def sizes(root: np.ndarray) -> tuple[float, float]:
         straight = np.sum((root @ line.T) ** 2)
@@ -207,9 +209,3 @@ def _triangle(
 ) -> Float[np.ndarray, "some places"]:
     """Return a triangle (K + N rows, or as many as came) with the second moments of all rows."""
     return np.asarray(np.linalg.qr(np.concatenate([rows, further]), mode="r"))
-
-
-def root_of(moments: Float[np.ndarray, "places places"]) -> Float[np.ndarray, "places places"]:
-    """Return a root of second moments, which rounding may have left slightly negative."""
-    values, vectors = np.linalg.eigh(moments)
-    return np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T
