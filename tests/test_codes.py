@@ -355,8 +355,8 @@ def test_berrut_is_scipys_floater_hormann_interpolator(dtype):
 
 
 def test_berrut_spline_smooths_as_nercc_does(dtype):
-    mask, options = np.arange(N) % 4 > 0, {"lambda_dec": 1e-2, "ends": "natural"}
-    code, nercc = BerrutSpline(K, N, **options), NeRCC(K, N, **options)
+    mask = np.arange(N) % 4 > 0
+    code, nercc = BerrutSpline(K, N, lambda_dec=1e-2, ends="natural"), NeRCC(K, N, lambda_dec=1e-2)
     np.testing.assert_array_equal(code.decoder_matrix(mask), nercc.decoder_matrix(mask))
     wanted, found = (
         each.decode(answers(code, 3), mask, return_uncertainty=True)[1] for each in (nercc, code)
