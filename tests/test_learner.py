@@ -204,29 +204,6 @@ def test_derivatives_are_those_of_the_posterior():
         np.testing.assert_allclose(curvature, difference / (2 * step), rtol=1e-4, atol=1e-6)
 
 
-def test_replaced_rows_cost_no_accuracy():
-    """Errors are those of exact solutions, after each update."""
-    rng = np.random.default_rng(0)
-    x = rng.uniform(-2, 2, (512, 4)).astype(np.float32)
-    y = np.stack(
-        [
-            np.exp(np.sin(x[:, 0]) + 0.7 * x[:, 1]) * np.cos(x[:, 2]),
-            np.sin(x[:, 0] * x[:, 3]),
-        ],
-        axis=1,
-    )
-    kernel = Kernel("squared_exponential", centre=np.zeros(4), widths=[4.0], noise=3e-5)
-    learner = untuned(x[:128], y[:128], capacity=256, kernel=kernel)
-    for end in range(144, 272, 16):
-        new = slice(end - 16, end)
-        learner = learner.update(x[new], y[new])
-        known = slice(max(end - 256, 0), end)
-        wanted, _ = exact(kernel, x[known], y[known], x[-200:])
-        found = learner.predict(x[-200:])[0]
-        errors = [np.sqrt(np.mean((each - y[-200:]) ** 2)) for each in (found, wanted)]
-        assert errors[0] < 1.1 * errors[1]
-
-
 def test_pairs_that_come_and_go_leave_the_factor_that_a_new_one_is():
     """With repeated inputs among them; in the same float64, so that nothing but the way differs."""
     rng, x = np.random.default_rng(2), X.astype(np.float32)

@@ -342,7 +342,8 @@ def test_waiting_until_the_forecast_is_good_enough(gate):
     """More answers are waited for where these would not do, and no more than that."""
     code = Replication(2, 4)
     calibration = np.random.default_rng(0).normal(size=(8, 1)).astype(np.float32)
-    enough = record_answers(itself, code, calibration).below(max_error=0.1)
+    forecast = record_answers(itself, code, calibration)
+    enough = lambda mask: forecast.error(mask) <= 0.1  # noqa: E731
     seen = []
 
     def seen_enough(mask):

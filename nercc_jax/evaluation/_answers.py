@@ -16,7 +16,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
-from ..codes._code import check_mask
 from ..codes._decoding import decode_sets
 from ..codes._kept import encoder_of
 from ..codes._trees import (
@@ -138,7 +137,10 @@ class Answers(eqx.Module):
     def error(self, available: Bool[ArrayLike, " num_workers"]) -> Float[Array, ""]:
         """Return sqrt(mean |u_k - f_k|^2), the `rmse` of `Evaluation`, in units of the outputs.
 
-        Data points that are not recovered are left out; NaN where none is.
+        It is infinite where a data point is not recovered. So a pool that has waited for enough may
+        be told by `lambda mask: answers.error(mask) <= limit`. More answers need not be better; and
+        the first set that looks good enough looks better than it is, the more so the fewer the data
+        points. The first call compiles.
 
         Raises:
             ValueError: The mask has another shape or dtype.
@@ -151,69 +153,21 @@ class Answers(eqx.Module):
         Data points that are not recovered count as wrong.
 
         Raises:
-            ValueError: The mask has another shape or dtype.
+            ValueError: The mask has another shape or dtype, or the outputs have no labels.
         """
+        if not self.form.has_labels:
+            raise ValueError("outputs with one number a row have no labels: ask for the error")
         return _expect(self, available)[1]
-
-    def below(
-        self, *, max_disagreement: float | int | None = None, max_error: float | int | None = None
-    ) -> Callable[[Bool[ArrayLike, " num_workers"]], bool]:
-        """Return a function `enough(mask) -> bool` that tells a pool to stop waiting.
-
-        More answers need not be better, so True may be followed by False. Where not even all
-        workers' answers reach the limit, it may never be True: look at `error(np.ones(N, bool))`
-        first. The first set that looks good enough looks better than it is, the more so the fewer
-        the data points. Any thread may call it; it remembers the last few thousand masks. A new
-        one is decoded on the device that holds the answers (`jax.device_put(answers, device)` moves
-        them), behind its other work: 0.6 ms for 25 groups of (20, 8) on two CPU cores. It is
-        compiled here, so no later call waits for that.
-
-        Args:
-            max_disagreement: The largest `disagreement`, in [0, 1).
-            max_error: The largest `error`, in units of the outputs, with no data point lost. Give
-                one of the two.
-
-        Raises:
-            ValueError: Not exactly one limit is given, it is out of range, or the outputs have no
-                labels. `enough` raises it for a mask of another shape or dtype.
-        """
-        if (max_disagreement is None) == (max_error is None):
-            given = "neither" if max_error is None else "both"
-            raise ValueError(f"give max_disagreement or max_error, not {given}")
-        if max_disagreement is not None and not self.form.has_labels:
-            raise ValueError("outputs with one number a row have no labels: give max_error")
-        if max_disagreement is not None and not 0 <= max_disagreement < 1:
-            raise ValueError(f"max_disagreement must be in [0, 1), not {max_disagreement}")
-        if max_error is not None and not max_error > 0:
-            raise ValueError(f"max_error must be positive, not {max_error}")
-        points = self.own.shape[0] * self.own.shape[1]
-
-        @functools.lru_cache(maxsize=4096)
-        def decide(mask: bytes) -> bool:
-            error, disagreement, lost = map(float, _expect(self, np.frombuffer(mask, bool)))
-            if max_error is not None:
-                return lost == 0 and error <= max_error
-            # In whole data points: 10 of 200 are 5 %, whatever float32 makes of it.
-            return round(disagreement * points) <= (max_disagreement or 0) * points + 1e-6
-
-        def enough(mask: Bool[ArrayLike, " num_workers"]) -> bool:
-            """Return whether the answers of the workers in the mask are enough."""
-            mask = np.asarray(check_mask(np.asarray(mask), (self.code.num_workers,)))
-            # Nobody answered: nothing is recovered, under any code.
-            return bool(mask.any()) and decide(mask.tobytes())
-
-        enough(np.ones(self.code.num_workers, bool))
-        return enough
 
 
 @eqx.filter_jit
-def _expect(answers: Answers, available: Bool[ArrayLike, " num_workers"]) -> tuple[Array, ...]:
-    """Return the error, the disagreement, and the share of data points that are lost."""
+def _expect(answers: Answers, available: Bool[ArrayLike, " num_workers"]) -> tuple[Array, Array]:
+    """Return the error, infinite where a data point is lost, and the disagreement."""
     decoded = answers.decode(as_mask(available, (answers.code.num_workers,)))
     sums = {metric: jnp.sum(each) for metric, each in answers.sums_of(decoded).items()}
-    count, total = sums["recovered"], answers.own.shape[0] * answers.own.shape[1]
-    error = jnp.sqrt(sums["squares"] / count)
-    return error, 1 - sums["rel_acc"] / total, 1 - count / total
+    total = answers.own.shape[0] * answers.own.shape[1]
+    error = jnp.where(jnp.all(decoded.recovered), jnp.sqrt(sums["squares"] / total), jnp.inf)
+    return error, 1 - sums["rel_acc"] / total
 
 
 def record_answers(
