@@ -48,7 +48,6 @@ def test_metrics_are_what_they_say(x, key):
         expected = {
             "mse": np.nanmean((decoded - own) ** 2),
             "rmse": np.sqrt(np.nanmean(squares)),
-            "mean_l2": np.nanmean(np.sqrt(squares)),
             "rel_acc": (~lost & (found == own.argmax(-1))).mean(),
             "accuracy": (~lost & (found == labels)).mean(),
             "lost": lost.mean(),
@@ -260,7 +259,7 @@ def test_shares_lie_within_their_bounds(values):
 
 def test_rows_are_a_table_and_a_picture():
     pytest.importorskip("matplotlib").use("Agg")
-    estimates = {name: Estimate(0.5, 0.7) for name in ("mse", "rmse", "mean_l2", "rel_acc", "lost")}
+    estimates = {name: Estimate(0.5, 0.7) for name in ("mse", "rmse", "rel_acc", "lost")}
     rows = Evaluations(
         Evaluation("a<b", law, **estimates, accuracy=None, num_data_points=8, num_sets=3)
         for law in ("0", "1")

@@ -40,7 +40,7 @@ class BerrutSpline(AbstractSplineCode):
     alpha: Float[Array, " num_data"]
     beta: Float[Array, " num_workers"]
     lambda_dec: Float[Array, ""]
-    ends: Ends = eqx.field(static=True)
+    ends: Ends = eqx.field(static=True)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,

@@ -192,21 +192,6 @@ def decode_groups(
     return Decoded(form.split(predictions), responded, recovered)
 
 
-@eqx.filter_jit
-def decode_sets(
-    code: Any,
-    y: Float[ArrayLike, "groups num_workers m"],
-    available: Bool[ArrayLike, "sets num_workers"],
-) -> Decoded:
-    """Decode the answers of all groups under each straggler set: leading axes (sets, groups).
-
-    Each set's matrix is made once. An answer that is not finite makes its worker a straggler in its
-    own group only, as everywhere; if there is one, or for a derivative, the groups get matrices of
-    their own.
-    """
-    return jax.vmap(lambda mask: decode_groups(code, y, mask[None]))(jnp.asarray(available))
-
-
 def decode_in_program(
     code: Any,
     y: PyTree,

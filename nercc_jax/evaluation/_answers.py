@@ -16,7 +16,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
-from ..codes._decoding import decode_sets
 from ..codes._kept import encoder_of
 from ..codes._trees import (
     Form,
@@ -74,9 +73,14 @@ class Answers(eqx.Module):
         """Decode all groups from these workers' answers; predictions are vectors."""
         return decode_groups(self.code, self.coded, available[None])
 
+    @eqx.filter_jit
     def decode_sets(self, available: Bool[Array, "sets num_workers"]) -> Decoded:
-        """Decode all groups under each straggler set; the axis of sets comes first."""
-        return decode_sets(self.code, self.coded, available)
+        """Decode all groups under each straggler set; the axis of sets comes first.
+
+        Each set's matrix is made once. If there is an answer that is not finite, or for a
+        derivative, the groups get matrices of their own.
+        """
+        return jax.vmap(self.decode)(jnp.asarray(available))
 
     def same_labels(
         self, decoded: Float[Array, "*lead groups num_data m"]
@@ -86,19 +90,17 @@ class Answers(eqx.Module):
         return agree_on_labels(decoded, own, self.form)
 
     def losses(
-        self, available: Bool[Array, "sets num_workers"], criterion: Criterion
+        self, sets: Bool[Array, "sets num_workers"] | Decoded, criterion: Criterion
     ) -> Float[Array, " sets"]:
         """Return the mean of a criterion over recovered data points, for each straggler set.
 
-        It is NaN for a set that loses all, and differentiable in code and answers.
+        The sets are masks, or what was decoded under them. It is NaN for a set that loses all, and
+        differentiable in code and answers.
 
         Raises:
             ValueError: The criterion is unknown.
         """
-        return self.losses_of(self.decode_sets(available), criterion)
-
-    def losses_of(self, decoded: Decoded, criterion: Criterion) -> Float[Array, " sets"]:
-        """Return `losses` of what was decoded, as by `decode_sets`."""
+        decoded = sets if isinstance(sets, Decoded) else self.decode_sets(sets)
         recovered = decoded.recovered
         # What is lost must not reach a gradient either.
         filled = jnp.where(recovered[..., None], decoded.predictions, 0)
@@ -114,16 +116,14 @@ class Answers(eqx.Module):
     ) -> dict[str, Float[Array, " groups"]]:
         """Return, for each group, the sums of its data points that the metrics are means of.
 
-        They are the number that is recovered, squared norms of errors, norms, and labels that are
-        the model's own (`rel_acc`) and the true ones (`accuracy`).
+        They are the number that is recovered, squared norms of errors, and labels that are the
+        model's own (`rel_acc`) and the true ones (`accuracy`).
         """
         recovered = decoded.recovered
         error = jnp.where(recovered[..., None], decoded.predictions - self.own, 0)
-        squares = jnp.sum(error**2, axis=-1)
         points = {
             "recovered": recovered,
-            "squares": squares,
-            "norms": jnp.sqrt(squares),
+            "squares": jnp.sum(error**2, axis=-1),
             "rel_acc": recovered & self.same_labels(decoded.predictions),
         }
         if labels is not None:

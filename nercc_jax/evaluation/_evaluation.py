@@ -22,7 +22,7 @@ from ._answers import Answers, Recorder, batched, cut_groups
 from .tables import text_table
 
 SHARES = ("rel_acc", "accuracy", "lost")  # metrics between 0 and 1
-_METRICS = ("mse", "rmse", "mean_l2", *SHARES)
+_METRICS = ("mse", "rmse", *SHARES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,6 @@ class Evaluation:
         stragglers: The name of the law.
         mse: Mean of (u - f)^2 over data points and outputs.
         rmse: Root of the mean squared L2 norm, sqrt(mean |u_k - f_k|^2).
-        mean_l2: Mean L2 norm, mean |u_k - f_k| (the literature calls both RMSE).
         rel_acc: Share of data points with argmax u_k = argmax f_k, along the last axis of outputs;
             of several labels, all.
         accuracy: The same against the true labels; None without labels.
@@ -118,7 +117,6 @@ class Evaluation:
     stragglers: str
     mse: Estimate
     rmse: Estimate
-    mean_l2: Estimate
     rel_acc: Estimate
     accuracy: Estimate | None
     lost: Estimate
@@ -348,7 +346,6 @@ def _values(
     return {
         "mse": squares / num_outputs,
         "rmse": _root(squares),
-        "mean_l2": _ratio(tables.pop("norms"), count),
         "lost": 1 - count / num_data,
         **{metric: table / num_data for metric, table in tables.items()},
     }

@@ -139,7 +139,7 @@ class Trial(eqx.Module):
         found = jnp.tensordot(*factors, ((2,), (1,)), precision=jax.lax.Precision.HIGHEST)
         each = jnp.broadcast_to(recovered[:, None], (*found.shape[:3:2], code.num_data))
         decoded = Decoded(jnp.moveaxis(found, 2, 1), self.available, each)
-        losses, counts = answers.losses_of(decoded, self.criterion), jnp.any(recovered, axis=1)
+        losses, counts = answers.losses(decoded, self.criterion), jnp.any(recovered, axis=1)
         total, count = (
             jax.ops.segment_sum(values, self.law, len(self.laws), indices_are_sorted=True)
             for values in (jnp.where(counts, losses, 0), counts.astype(losses.dtype))

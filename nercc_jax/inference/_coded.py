@@ -199,7 +199,7 @@ def as_groups(
     many = in_a_row
     if not in_a_row:
         each = {False, True} if grouped is None else {grouped}
-        if np.ndim(available) == 2:
+        if available is not None and np.ndim(available) == 2:
             each.discard(False)
         fits = [m for m in each if all(shape[m : m + 1] == (num_data,) for shape in shapes)]
         if len(fits) != 1:
