@@ -18,7 +18,7 @@ from ._learned_decoder import LearnedDecoder
 from ._nercc import NeRCC
 from ._parity import Parity
 from ._replication import Replication, Uncoded
-from .whole_files import read_json, write_json
+from .whole_files import read_entries, write_entries
 
 _ENTRIES = {"code", "numbers", "dtypes", "about"}
 # Numbers that codes got since: files without them mean the constructor's default.
@@ -69,7 +69,7 @@ def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | N
         "about": dict(about or {}),
     }
     json.dumps(content, allow_nan=False)  # which raises for what other programs cannot read
-    write_json(Path(path), "code", content)
+    write_entries(Path(path), "code", content)
 
 
 def load_code(path: str | Path) -> AbstractCode:
@@ -108,4 +108,4 @@ def code_card(path: str | Path) -> dict[str, Any]:
 
 def _read(path: str | Path) -> dict[str, Any]:
     remedy = "restore it from a copy, or write it again"
-    return read_json(Path(path), "code", _ENTRIES, remedy, editable=True)
+    return read_entries(Path(path), "code", _ENTRIES, remedy, editable=True)

@@ -89,7 +89,7 @@ def read_arrays(path: Path, remedy: str) -> dict[str, Shaped[np.ndarray, "..."]]
         raise ValueError(f"{path} is no .npz file: {remedy}") from error
 
 
-def write_json(path: Path, kind: str, content: Mapping[str, Any]) -> None:
+def write_entries(path: Path, kind: str, content: Mapping[str, Any]) -> None:
     """Write the entries of a kind of file ("code"), which says that it is one, with a checksum.
 
     Raises:
@@ -100,10 +100,10 @@ def write_json(path: Path, kind: str, content: Mapping[str, Any]) -> None:
     write_checked(path, (json.dumps(head | dict(content), indent=1) + "\n").encode())
 
 
-def read_json(
+def read_entries(
     path: Path, kind: str, entries: set[str], remedy: str, *, editable: bool = False
 ) -> dict[str, Any]:
-    """Return the entries that `write_json` wrote.
+    """Return the entries that `write_entries` wrote.
 
     Args:
         path: The file.

@@ -141,7 +141,9 @@ def cast_model(model: Model | Sequence[Model], dtype: DTypeLike | None) -> Any:
     cast = cast_floats(model, wanted)
     for name, module in modules_of(cast):
         leaves = jax.tree.leaves(module)  # the module itself if it is no pytree
-        if any(each is module or (_floats(each) and each.dtype != wanted) for each in leaves):
+        arrays = [each for each in leaves if isinstance(each, jax.Array | np.ndarray)]
+        cast_all = all(each.dtype == wanted for each in arrays if is_float(each))
+        if not cast_all or any(each is module for each in leaves):
             raise ValueError(
                 f"the arrays of {type(module).__name__}{f' at {name}' if name else ''} cannot be "
                 f"cast to {wanted}: they are within a function that was made of it, or it is no "
@@ -171,12 +173,6 @@ def check_worker_dtype(dtype: DTypeLike | None) -> str | None:
     return found.name
 
 
-def worker_dtype_of(model: Any) -> str | None:
-    """Return what a model, or the first of several, was cast to by `cast_model`."""
-    first = model if callable(model) else model[0]
-    return first.dtype if isinstance(first, CastModel) else None
-
-
 def cast_floats(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
     """Return the tree with its float arrays in `dtype`, on the host or device where they are.
 
@@ -192,13 +188,10 @@ def cast_floats(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
             return functools.partial(parts[0], *parts[1], **parts[2])
         if isinstance(leaf, types.MethodType):
             return types.MethodType(leaf.__func__, cast_floats(leaf.__self__, dtype))
-        return leaf.astype(wanted) if _floats(leaf) else leaf
+        floats = isinstance(leaf, jax.Array | np.ndarray) and is_float(leaf)
+        return leaf.astype(wanted) if floats else leaf
 
     return jax.tree.map(cast, tree)
-
-
-def _floats(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray) and is_float(leaf)
 
 
 class CalibrationWarning(UserWarning):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from ..codes.whole_files import read_arrays, read_json, write_arrays, write_json
+from ..codes.whole_files import read_arrays, read_entries, write_arrays, write_entries
 
 _MANIFEST = "manifest.json"
 REMEDY = "restore it from a copy, or remove its folder and run again without --resume (resume)"
@@ -62,7 +62,7 @@ class Parts:
         self._manifest: dict[str, Any] = {"settings": settings, "complete": False, "parts": []}
         if (folder / _MANIFEST).is_file():
             entries = {"settings", "complete", "parts"}
-            earlier = read_json(folder / _MANIFEST, "run", entries, REMEDY)
+            earlier = read_entries(folder / _MANIFEST, "run", entries, REMEDY)
             before = earlier["settings"]
             other = [
                 f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
@@ -100,7 +100,7 @@ class Parts:
             write_arrays(self._folder / name, arrays)
             self._manifest["parts"].append({"file": name})
         self._manifest["complete"] = complete
-        write_json(self._folder / _MANIFEST, "run", self._manifest)
+        write_entries(self._folder / _MANIFEST, "run", self._manifest)
         self._pending, self._written = [], time.monotonic()
 
     def remove(self) -> None:

@@ -130,7 +130,8 @@ def variance(
 def _(primals: Any, tangents: Any) -> Any:
     def by_rule(problem: Problem, *asked: Array) -> Array:
         forces = _forces(len(problem.weights), *asked)
-        return problem.mu * _moved(forces, solve(problem, forces))
+        x = solve(problem, forces)
+        return problem.mu * jnp.sum(forces.value * x.value + forces.slope * x.slope, axis=0)
 
     return variance(*primals), jax.jvp(by_rule, primals, tangents)[1]
 
@@ -139,18 +140,17 @@ def _variance(platform: str, problem: Problem, *asked: Array) -> tuple[Array]:
     if (rows := ROWS[platform]) is None:
         return (_filter.variance_in_turn(problem, *asked),)
     forces = _forces(len(problem.weights), *asked)
-    return (_moved(forces, dissect(problem, rows, forces).solve(forces)),)
+    x = dissect(problem, rows, forces).solve(forces)
+    return (jnp.sum(forces.value * x.value + forces.slope * x.slope, axis=0),)
 
 
 def _forces(knots: int, gap: Array, left: Array, right: Array) -> Columns:
-    """Return the coefficients of values and slopes as forces, a column for each of them."""
+    """Return the coefficients of values and slopes as forces, a column for each of them.
+
+    The variance is by how much forces move what they are the coefficients of.
+    """
     slot = jnp.arange(knots)[:, None]
     here, after = ((slot == each[None]).astype(left.dtype) for each in (gap, gap + 1))
     pairs = zip(left[:, None], right[:, None], strict=True)
     value, slope = (here * a + after * b for a, b in pairs)
     return Columns(value=value, slope=slope)
-
-
-def _moved(forces: Columns, x: Columns) -> Array:
-    """Return by how much forces move what they are the coefficients of: its variance."""
-    return jnp.sum(forces.value * x.value + forces.slope * x.slope, axis=0)

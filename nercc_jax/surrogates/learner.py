@@ -45,7 +45,6 @@ from .interface import (
 from .kernel import (
     Function,
     Kernel,
-    Projection,
     called,
     features_of,
     length_of,
@@ -225,11 +224,6 @@ class Learner(AbstractSurrogate):
     def size(self) -> Int[Any, ""]:
         """Return the number of pairs in the window, answers to the same input counted once."""
         return self.filled.sum()
-
-    @property
-    def is_on_host(self) -> bool:
-        """Return whether it predicts by NumPy alone: its features and prior are no programs."""
-        return self.prior is None and isinstance(self.features, Projection | None)
 
     def update(
         self: L,

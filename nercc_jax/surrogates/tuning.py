@@ -166,17 +166,16 @@ def tune_learner(learner: Learner, tuning: LearnerTuning = LearnerTuning()) -> L
     # add up to, predictions of a function that is known almost to rounding would be rounding.
     least_noise = float(learner.capacity * np.finfo(kernel.noise.dtype).eps)
 
-    def mean_of_group(each: Float[np.ndarray, " features"]) -> Float[np.ndarray, " widths"]:
-        return np.bincount(groups, each) / np.maximum(np.bincount(groups), 1)
-
+    sizes = np.maximum(np.bincount(groups), 1)
     # By the spread of each, a pixel at the edge that hardly ever varies counts as much as one in
     # the middle (64 pixels of digits, 138 pairs: error by spread .37, .30 with one unit for all
     # features that share a width); numbers of different kinds need it. Both are tried.
-    units = [unit := kernel.unit.astype(np.float64), np.sqrt(mean_of_group(unit**2))[groups]]
+    unit = kernel.unit.astype(np.float64)
+    units = [unit, np.sqrt(np.bincount(groups, unit**2) / sizes)[groups]]
     widths = np.log(kernel.widths.astype(np.float64))[kernel.groups]
     # Logarithms of widths, noise, and the straight line's weight.
     numbers = [math.log(kernel.noise), math.log(max(float(kernel.linear), 0.1))]
-    first, found = np.append(mean_of_group(widths), numbers), []
+    first, found = np.append(np.bincount(groups, widths) / sizes, numbers), []
     for unit in units[: 1 if np.allclose(*units, rtol=1e-5) else 2]:
         z = (inputs - kernel.centre) / unit
         for shape in tuning.shapes:

@@ -73,7 +73,15 @@ def learn_decoder(
     >>> code.decode(model(code.encode(x[:4])), jnp.arange(10) != 2).shape
     (4, 3)
     """
-    places = places_of(code)
+    both = [getattr(code, name, None) for name in ("beta", "alpha")]
+    if isinstance(code, Replication):
+        both = regression_points(code.num_data, code.num_workers, "repeated")[::-1]
+    if any(each is None for each in both):
+        raise ValueError(
+            f"{type(code).__name__} has no regression points alpha and beta, along which a decoder "
+            "is learned: take NeRCC, Berrut or Replication"
+        )
+    places = np.concatenate([np.asarray(each) for each in both])
     groups = num_groups if num_groups is not None else 8 * len(places)
     if groups < 1:
         raise ValueError(f"num_groups must be at least 1, not {num_groups}")
@@ -185,23 +193,6 @@ def _best_noise(
                 errors[law] += np.mean(wrong)
         heights.append(np.mean(np.log(errors + np.finfo(float).tiny)))
     return _NOISES[int(np.argmin(heights))]
-
-
-def places_of(code: AbstractCode) -> Float[np.ndarray, " places"]:
-    """Return beta and alpha.
-
-    Raises:
-        ValueError: The code has none.
-    """
-    points = [getattr(code, name, None) for name in ("beta", "alpha")]
-    if isinstance(code, Replication):
-        points = regression_points(code.num_data, code.num_workers, "repeated")[::-1]
-    if any(each is None for each in points):
-        raise ValueError(
-            f"{type(code).__name__} has no regression points alpha and beta, along which a decoder "
-            "is learned: take NeRCC, Berrut or Replication"
-        )
-    return np.concatenate([np.asarray(each) for each in points])
 
 
 def _triangle(
