@@ -47,7 +47,7 @@ from report import RESULTS, Report, environment, show
 
 from nercc_jax import NeRCC, coded_inference, nested_objective
 from nercc_jax.codes import AbstractCode, encode_groups
-from nercc_jax.surrogates import Learner, init_learner
+from nercc_jax.surrogates import Learner, fit_learner
 from nercc_models import repvgg_cifar, vit_small_cifar
 from nercc_models.lenet5 import INPUT_SHAPE, LeNet5
 from nercc_models.repvgg import CIFAR_SHAPE
@@ -381,7 +381,7 @@ def learner(report: Report, repeats: int = 100) -> None:
         random = np.random.default_rng(window + outputs)
         weights = random.normal(size=(features, outputs)) / 4
         x = random.normal(size=(window, features)).astype(np.float32)
-        known = init_learner(x, np.sin(x @ weights), capacity=window)
+        known = fit_learner(x, np.sin(x @ weights), capacity=window, tuning=None)
         new = random.normal(size=(number, features)).astype(np.float32)
         answers, queries = np.sin(new @ weights), new + 0.1
         calls: dict[str, Callable[[], Any]] = {

@@ -45,9 +45,8 @@ from nercc_jax.surrogates import (
     Learner,
     LearnerTuning,
     Surrogate,
-    init_learner,
+    fit_learner,
     principal_components,
-    tune_learner,
 )
 from nercc_jax.surrogates.interface import AbstractGroupPrior, SurrogatePredictions
 from nercc_jax.tuning import Descent, Sampling, learn_decoder
@@ -440,10 +439,10 @@ def learn(bench: Bench, logits: Network) -> dict[str, Learner]:
         names = np.asarray(groups)
         unit = np.sqrt([z[:, names == each].var(axis=0).mean() for each in names])
         kernel = Kernel(centre=z.mean(axis=0), unit=unit, widths=[float(np.sqrt(z.shape[1]))])
-        start = init_learner(
-            past, answers, capacity=1024, features=features, prior=prior, kernel=kernel
-        )
-        found[name] = tune_learner(start, LearnerTuning(widths=groups, rows=256))
+        found[name] = fit_learner(
+            past, answers, capacity=1024, features=features, prior=prior, kernel=kernel,
+            tuning=LearnerTuning(widths=groups, rows=256),
+        )  # fmt: skip
     return found
 
 

@@ -9,7 +9,7 @@ needs its parquet file (`models/data.py` says where).
 
 import dataclasses
 import functools
-import hashlib
+import itertools
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -18,6 +18,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.interpolate
 from jaxtyping import Array, ArrayLike, Bool, Float
 from report import Report, environment, show
 from simulators import EMBEDDINGS, NAMES, SIMULATORS, Case, CheapModel, load
@@ -26,7 +27,7 @@ from workloads import Recorded, groups_of, in_batches
 from nercc_jax import AbstractCode, Berrut, NeRCC, Scheme, fit_surrogate
 from nercc_jax.codes import decode_groups
 from nercc_jax.inference import order_points
-from nercc_jax.schemes import cross_validate_error_bars
+from nercc_jax.schemes import calibrate_error_bars
 from nercc_jax.stragglers import AbstractStragglers, ContiguousStragglers, ExactStragglers
 from nercc_jax.surrogates import (
     AbstractSurrogate,
@@ -34,7 +35,6 @@ from nercc_jax.surrogates import (
     Learner,
     LearnerTuning,
     fit_learner,
-    init_learner,
 )
 
 Masks = Bool[Any, "sets groups num_workers"]
@@ -48,6 +48,7 @@ WIDE = 16
 # Inputs and outputs of simulators are filled up with zeros to one size, so that all share compiled
 # programs. Zeros change no distance, and no error by the outputs' spread.
 OUTPUTS = 40
+BARS = 10_000  # the first seed of rows that error bars are made of
 SWEEPS = 100  # the first seed of sweeps: of none that points were tried out on
 PUBLISHED, TUNED = "NeRCC, published", "NeRCC, tuned"
 FILLED = ("copies, else the mean", "copies, else the nearest", "copies, else a GP over the group")
@@ -190,7 +191,7 @@ class Bench:
             judging: [self._draw(judging, seed) for seed in range(number)]
             for judging, number in ((False, size.chosen), (True, size.judged))
         }
-        self._fitted: dict[tuple[bytes, bool], Learner] = {}
+        self._fitted: dict[tuple[int, bool], Learner] = {}
         # Rivals that fill lost copies have the kernel of the first draw, with a cheap model or not.
         helped = (False,) if self.cheap is None else (False, True)
         first = self._draws[False][0]
@@ -202,26 +203,22 @@ class Bench:
     def draws(self, judging: bool) -> list[Draw]:
         return self._draws[judging]
 
-    def fit(self, x: ArrayLike, y: ArrayLike, helped: bool = False) -> Learner:
-        """Fit a learner to past answers, with the help of a cheap model or without.
+    def learner(self, draw: Draw, helped: bool = False) -> Learner:
+        """Return the learner of a draw's past answers, with a cheap model's help or without.
 
         There is a width for each of a few inputs, or those that a cheap model asks for; the same
         for all schemes and cells.
         """
-        key = hashlib.sha256(np.asarray(x).tobytes()).digest(), helped
+        key = draw.seed, helped
         if key not in self._fitted:
             few = self.inputs(False, 0, 1).shape[1] <= WIDE
             known: Any = self.cheap if helped else CheapModel(self.case.features, None)  # pyright: ignore[reportArgumentType]
             widths = known.widths or ("each" if few else "one")
             self._fitted[key] = fit_learner(
-                x, y, capacity=self.size.history, features=known.features, prior=known.prior,
-                tuning=LearnerTuning(widths=widths),
+                draw.past, draw.past_outputs, capacity=self.size.history,
+                features=known.features, prior=known.prior, tuning=LearnerTuning(widths=widths),
             )  # fmt: skip
         return self._fitted[key]
-
-    def learner(self, draw: Draw, helped: bool = False) -> Learner:
-        """Return the learner of a draw's past answers."""
-        return self.fit(draw.past, draw.past_outputs, helped)
 
     def measure(
         self, cell: str, *, judging: bool, bars: Collection[str] = ()
@@ -311,13 +308,11 @@ class Bench:
 
     def _rivals(self, cell: str, draw: Draw, masks: Masks) -> Iterator[tuple[str, Numbers]]:
         workers, _ = LAWS[cell]
-        following = Scheme(_nercc(workers, "interleaved"), follow="inputs")
         x, own = jnp.asarray(draw.x), draw.own
         found = {
             "BACC": self.decode_plain(_bacc(workers), draw, masks),
             PUBLISHED: self.decode_plain(self._codes[PUBLISHED], draw, masks),
             TUNED: self.decode_ordered(self._codes[TUNED], draw, masks),
-            "NeRCC, following points": self.decode(following, draw, masks, ordered=True)[0],
         }
         # The data points with an answered copy, if all have as many copies.
         held = np.argmax(np.asarray(_nercc(workers, "repeated").encoder_matrix()), axis=1)
@@ -367,13 +362,12 @@ class Bench:
             responded = masks[..., : scheme.code.num_workers]
             predictions, deviation = self.decode(scheme, draw, responded, ordered=ordered)
             bar = None
-            if name in bars:  # by past answers alone, each group by a learner of the others
-                past = np.asarray(draw.past)
-                order = order_points(past, NUM_DATA) if ordered else np.arange(len(past))
-                fit = functools.partial(self.fit, helped=name.endswith(WITH))
-                bar = cross_validate_error_bars(
-                    self.function, scheme, past[order], draw.past_outputs[order], {"law": law},
-                    fit, key=jax.random.key(draw.seed),
+            if name in bars:  # by as many rows again as the learner knows
+                more = self.inputs(False, BARS + draw.seed, len(draw.past))
+                order = order_points(more, NUM_DATA) if ordered else np.arange(len(more))
+                bar = calibrate_error_bars(
+                    self.function, scheme, more[order], {"law": law},
+                    key=jax.random.key(draw.seed),
                 )(deviation, COVERAGE)  # fmt: skip
             yield name, numbers_of(predictions, draw, bar)
 
@@ -388,7 +382,9 @@ def lost_copies(
     """Lost copies filled in by their groups' answers: the mean, the nearest, a Gaussian process."""
     x, own, answered = (np.asarray(each) for each in (x, own, answered))
     x, own = (each.reshape(-1, NUM_DATA, each.shape[-1]) for each in (x, own))
-    start = init_learner(x[0, :0], own[0, :0], capacity=NUM_DATA, features=features, kernel=kernel)
+    start = fit_learner(
+        x[0, :0], own[0, :0], capacity=NUM_DATA, features=features, kernel=kernel, tuning=None
+    )
     filled = np.empty((3, *answered.shape, own.shape[-1]), own.dtype)
     for place in np.ndindex(answered.shape[:2]):
         points, outputs, seen = x[place[1]], own[place[1]], answered[place]
@@ -478,55 +474,58 @@ def recall(predictions: Array, own: Array, others: Array) -> Array:
 # --- sweeps of one parameter
 
 
-def swept(x: jax.Array) -> jax.Array:
-    """Return the parameter that a sweep's points differ by."""
-    return x[:, :1]
-
-
 def sweep(bench: Bench) -> dict[str, Any]:
     """Return the RMSE of sweeps of the first parameter in 20 steps, draw by draw.
 
-    Sweeps have the code's points and others; which of those that follow is picked is chosen on as
-    many other sweeps. At the ends of a sweep what is lost has neighbours on one side only, so the
-    redundant workers may have points there: copies, between the last two, or a step beyond the
-    sweep; and the spline may end otherwise than a natural one.
+    Four of 24 calls are redundant, and two are lost: a code with fixed points, and SciPy's cubic
+    spline along the parameter through the rows that came. At the ends of a sweep what is lost has
+    neighbours on one side only, so the redundant calls are copies there, or rows between the last
+    two. The picked way is chosen on as many other sweeps.
     """
-
-    def scheme(points: Any, follow: Any = swept, **ends: Any) -> Scheme:
-        code = NeRCC(NUM_DATA, FIRST, points=points, lambda_dec=0.0, **ends)
-        return Scheme(code, follow=follow)
-
-    alpha = np.asarray(NeRCC(NUM_DATA, NUM_DATA, points="interleaved").alpha)
-    last, next_to_it = alpha[[0, -1]], alpha[[1, -2]]
-    schemes = {
-        "fixed points": scheme("interleaved", None),
-        "following points": scheme("interleaved"),
-    }
-    for name, ends in {
-        "the last two copied": (last, next_to_it),
-        "the last copied twice": (last, last),
-        "the last copied, and one halfway": (last, (last + next_to_it) / 2),
-    }.items():
-        points, name = (alpha, np.concatenate([alpha, *ends])), f"following points, {name}"
-        schemes |= {name: scheme(points), f"{name}; not a knot": scheme(points, ends="not-a-knot")}
-    inner = 0.9 * alpha / np.abs(alpha).max()  # a mean step of room at each end
-    points = inner, np.concatenate([inner, inner[[0, -1]], np.sign(inner[[0, -1]])])
-    schemes["following points, the last copied, and one beyond"] = scheme(points)
+    fixed = Scheme(NeRCC(NUM_DATA, FIRST, points="interleaved", lambda_dec=0.0))
+    ends = {
+        "the last two copied": ((0, 0), (1, 1)),
+        "the last copied twice": ((0, 0), (0, 0)),
+        "the last copied, and one halfway": ((0, 0), (0, 1)),
+    }  # each of two further calls at an end is halfway between these rows from it
     found: dict[bool, dict[str, list[float]]] = {False: {}, True: {}}
     for judging, of in found.items():
         for seed in range(SWEEPS, SWEEPS + bench.size.sweeps):
             x = bench.inputs(judging, seed, bench.size.groups * NUM_DATA)
-            value = np.sort(x[:, 0].reshape(-1, NUM_DATA), axis=1).ravel()
-            x = np.tile(x.mean(axis=0), (len(x), 1)).astype(np.float32)
-            x[:, 0] = value
-            own = bench.outputs(x)
-            draw = Draw(x[:0], own[:0], x, own, np.arange(len(x)), None, 2 * seed + judging)
+            value = np.sort(x[:, 0].reshape(-1, NUM_DATA), axis=1)
+            others = np.tile(x.mean(axis=0), (value.size, 1)).astype(np.float32)
+
+            def outputs(value: np.ndarray, others: np.ndarray = others) -> np.ndarray:
+                return np.asarray(
+                    bench.outputs(np.column_stack([value.ravel(), others[: value.size, 1:]]))
+                )
+
+            own = outputs(value)
+            x = np.column_stack([value.ravel(), others[:, 1:]]).astype(np.float32)
+            draw = Draw(
+                x[:0],
+                jnp.asarray(own[:0]),
+                x,
+                jnp.asarray(own),
+                np.arange(len(x)),
+                None,
+                2 * seed + judging,
+            )
             masks = draw.masks(next(iter(LAWS)), bench.size.sets)
-            grouped = own.reshape(-1, NUM_DATA, own.shape[-1])
-            spread = jnp.mean((grouped - jnp.mean(grouped, axis=1, keepdims=True)) ** 2)
-            for name, each in schemes.items():  # each sweep about its own mean
-                error = jnp.mean((bench.decode(each, draw, masks)[0] - own) ** 2)
-                of.setdefault(name, []).append(float(jnp.sqrt(error / spread)))
-    following = [name for name, each in schemes.items() if each.follow is not None]
-    picked = min(following, key=lambda name: np.mean(found[False][name]))
+            grouped = own.reshape(*value.shape, -1)
+            spread = np.mean((grouped - grouped.mean(axis=1, keepdims=True)) ** 2)
+            error = np.mean((np.asarray(bench.decode(fixed, draw, masks)[0]) - own) ** 2)
+            of.setdefault("fixed points", []).append(float(np.sqrt(error / spread)))
+            for name, pairs in ends.items():
+                pairs = [*pairs, *((-1 - a, -1 - b) for a, b in pairs)]
+                more = np.stack([(value[:, a] + value[:, b]) / 2 for a, b in pairs], axis=1)
+                sent, y = np.hstack([value, more]), outputs(more).reshape(*more.shape, -1)
+                y, squares = np.concatenate([grouped, y], axis=1), []
+                for mask, group in itertools.product(np.asarray(masks), range(len(value))):
+                    came, first = np.unique(sent[group, mask[group]], return_index=True)
+                    spline = scipy.interpolate.CubicSpline(came, y[group, mask[group]][first])
+                    squares.append(np.mean((spline(value[group]) - grouped[group]) ** 2))
+                error = float(np.sqrt(np.mean(squares) / spread))
+                of.setdefault(f"SciPy's spline, {name}", []).append(error)
+    picked = min(found[False], key=lambda name: np.mean(found[False][name]))
     return {"picked": picked, "rmse": found[True]}

@@ -230,7 +230,6 @@ def codes_of(data: Data) -> tuple[dict[str, AbstractCode], dict[str, Any]]:
         "BSCC": BerrutSpline(*shape),
         "BSCC tuned": bscc.code,
         "SBACC": Berrut(*shape, points="sbacc"),
-        **{f"FH, d = {d}": Berrut(*shape, degree=d) for d in (1, 2, 3)},
         "NeRCC learned": data.learn(ours.code),
         "BACC learned": data.learn(bacc),
         "LCC": Lagrange(*shape),

@@ -23,6 +23,7 @@ import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -456,7 +457,7 @@ def tuned_code(work: Work, num_workers: int, num_data: int) -> NeRCC:
     stragglers = {str(s): ExactStragglers(s) for s in range(1, most + 1)}
     model, x = load_model(str(work.model)), jnp.asarray(work.training())
     code = tune(model, start, x, stragglers, key=jax.random.key(0), points=True).code
-    code = code.replace(lambda_enc=0.0)
+    code = eqx.tree_at(lambda c: c.lambda_enc, code, jnp.zeros_like(code.lambda_enc))
     about = {"model": work.model, "outputs": "logits", "stragglers": list(stragglers)}
     save_code(path, code, about)
     return code

@@ -222,8 +222,9 @@ class Yardstick:
         """Return the objective for all pairs of `GRID`; answers do not depend on lambda_dec."""
         heights = []
         for enc in GRID:
-            coded = self.answers(code.replace(lambda_enc=float(enc)))
-            both = [code.replace(lambda_enc=float(enc), lambda_dec=float(dec)) for dec in GRID]
+            here = eqx.tree_at(lambda c: c.lambda_enc, code, jnp.asarray(enc, float))
+            coded = self.answers(here)
+            both = [eqx.tree_at(lambda c: c.lambda_dec, here, jnp.asarray(d, float)) for d in GRID]
             heights.append([self.objective(each, coded) for each in both])
         return np.array(heights)
 

@@ -33,7 +33,7 @@ from workloads import in_batches
 from nercc_jax.pools import DevicePool, Fault, Faults
 from nercc_jax.risk.votes import fit_answer_check
 from nercc_jax.rows import run_rows
-from nercc_jax.surrogates import LearnerTuning, init_learner, principal_components, tune_learner
+from nercc_jax.surrogates import LearnerTuning, fit_learner, principal_components, tune_learner
 from nercc_models import load_data, load_model, load_student
 
 PAST, JUDGED, WORKERS = 2000, 3000, 8
@@ -268,7 +268,9 @@ def online(work: Work, student: Any, x: np.ndarray, right: np.ndarray) -> dict[f
             features = None
             if flat.shape[1] > FEATURES:
                 features = principal_components(x[first], FEATURES)
-            learner = init_learner(x[first], right[first], capacity=1024, features=features)
+            learner = fit_learner(
+                x[first], right[first], capacity=1024, features=features, tuning=None
+            )
             learner = tune_learner(learner, LearnerTuning(widths="one", rows=FIRST, steps=0))
         elif learner is not None:
             mean, deviation = map(np.asarray, learner.predict(x[here]))

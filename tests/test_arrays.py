@@ -34,7 +34,7 @@ from nercc_jax.stragglers import (
     WaitFor,
     straggler_sets,
 )
-from nercc_jax.surrogates import init_learner
+from nercc_jax.surrogates import fit_learner
 
 CODE = NeRCC(4, 9)
 MASK = np.arange(9) != 5
@@ -72,11 +72,11 @@ DOORS = {
             jnp.tanh, {"n": CODE}, x, {"1": ExactStragglers(1)}, key=jax.random.key(0), num_sets=2
         )
     ],
-    "init_learner": lambda x, y: init_learner(x, y[:8], capacity=16).predict(X)[0],
+    "fit_learner": lambda x, y: fit_learner(x, y[:8], capacity=16, tuning=None).predict(X)[0],
     "learner.update": lambda x, y: (
-        init_learner(X, Y[:8], capacity=16).update(x + 1, y[:8]).factor.spread
+        fit_learner(X, Y[:8], capacity=16, tuning=None).update(x + 1, y[:8]).factor.spread
     ),
-    "learner.predict": lambda x, y: init_learner(X, Y[:8], capacity=16).predict(x)[0],
+    "learner.predict": lambda x, y: fit_learner(X, Y[:8], capacity=16, tuning=None).predict(x)[0],
     "pool_inference": lambda x, y: in_pool(x[:4]),
 }
 

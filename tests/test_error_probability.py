@@ -304,6 +304,5 @@ def test_no_label_is_promised_of_a_single_number(scheme):
 
 def test_no_forecast_of_labels_of_a_single_number():
     forecast = record_answers(single, NeRCC(2, 4), points(0, 2))
-    with pytest.raises(ValueError, match="give max_error"):
-        forecast.below(max_disagreement=0.1)
-    assert callable(forecast.below(max_error=10.0))
+    with pytest.raises(ValueError, match="ask for the error"):
+        forecast.disagreement(np.ones(4, bool))

@@ -223,7 +223,8 @@ def test_results_say_how_far_predictions_may_be_off(way):
     x = np.sort(rng.normal(size=(6, 4, 3)), axis=1).astype(np.float32)
     masks = np.arange(10) < np.array([10, 9, 8, 6, 4, 3])[:, None]
     mesh = jax.make_mesh((4,), ("workers",)) if way.endswith("mesh") else None
-    infer = coded_inference(lambda x: jnp.sin(2 * x), code, with_error=True, mesh=mesh)
+    scheme, model = Scheme(code), lambda x: jnp.sin(2 * x)
+    infer = coded_inference(model, scheme, with_status=True, grouped=True, mesh=mesh)
     run = jax.jit(infer) if way.startswith("jit") else infer
     with jax.set_mesh(mesh) if way == "jit on its mesh" else contextlib.nullcontext():
         found = run(x, masks)
@@ -244,11 +245,10 @@ def test_results_say_how_far_predictions_may_be_off(way):
 
 def test_codes_that_are_no_regression_have_no_deviation():
     x, mask = np.ones((4, 3), np.float32), np.arange(8) != 2
-    assert coded_inference(jnp.sin, Berrut(4, 8), with_error=True)(x, mask).deviation is None
+    with pytest.raises(ValueError, match="Berrut is no regression"):
+        coded_inference(jnp.sin, Scheme(Berrut(4, 8)))(x, mask)
     with pytest.raises(ValueError, match="must be a code or a scheme, not str"):
         coded_inference(jnp.sin, "NeRCC")
-    with pytest.raises(ValueError, match="deviations of its own: give with_status=True"):
-        coded_inference(jnp.sin, Scheme(NeRCC(4, 8)), with_error=True)
 
 
 def visits(call):

@@ -3,6 +3,7 @@
 And what it claims: of copies of pairs, in any unit of outputs, and without any evidence.
 """
 
+import functools
 import subprocess
 import sys
 
@@ -14,22 +15,16 @@ import pytest
 from scipy.spatial.distance import cdist
 from scipy.stats import norm
 
-from nercc_jax import NeRCC, Scheme, Uncoded, coded_inference, save_code
+from nercc_jax import NeRCC, Scheme, Uncoded, coded_inference
 from nercc_jax.risk import calibrate_learner_bars
 from nercc_jax.rows import run_rows
-from nercc_jax.schemes import cross_validate_error_bars, fit_scheme
+from nercc_jax.schemes import fit_scheme
 from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Predictor
-from nercc_jax.stragglers import ExactStragglers
 from nercc_jax.surrogates import (
     Kernel,
-    Learner,
     LearnerTuning,
     fit_learner,
-    init_learner,
-    learner_card,
-    load_learner,
     principal_components,
-    save_learner,
     tune_learner,
 )
 from nercc_jax.surrogates.nearest import nearest_predictions
@@ -40,6 +35,7 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(120, 3))
 FEW = LearnerTuning(steps=2)
 EPS = {"float32": 1e-3, "float64": 1e-8}
+untuned = functools.partial(fit_learner, tuning=None)
 
 
 def model(x):
@@ -57,7 +53,6 @@ def predict(learner, x):
 
 SHAPES = {
     "squared_exponential": lambda r: np.exp(-(r**2) / 2),
-    "matern32": lambda r: (1 + np.sqrt(3) * r) * np.exp(-np.sqrt(3) * r),
     "matern52": lambda r: (1 + np.sqrt(5) * r + 5 * r**2 / 3) * np.exp(-np.sqrt(5) * r),
 }
 
@@ -91,7 +86,7 @@ def test_it_is_the_posterior_of_the_last_that_were_observed(shape, dtype):
         shape, centre=x.mean(0), unit=x.std(0), widths=[1.0, 2.0], groups=[0, 1, 1],
         linear=0.3 if shape == "matern52" else 0.0, noise=1e-3,
     )  # fmt: skip
-    learner = init_learner(x[:B], model(x[:B]), capacity=CAPACITY, kernel=kernel)
+    learner = untuned(x[:B], model(x[:B]), capacity=CAPACITY, kernel=kernel)
     seen = list(range(B))
     for place in range(B, len(X) - B, B):  # more than the window holds
         here = np.arange(place, place + B)
@@ -119,7 +114,7 @@ def test_a_few_queries_have_the_same_means_and_the_deviation_given_the_nearest_p
     features = principal_components(X, 2) if projected else None
     z = np.asarray(features(jnp.asarray(X, jnp.float32))) if features is not None else X
     kernel = Kernel(shape, centre=z.mean(0), unit=z.std(0), widths=[1.5], linear=0.3, noise=1e-3)
-    learner = init_learner(x, y, capacity=CAPACITY, kernel=kernel, features=features)
+    learner = untuned(x, y, capacity=CAPACITY, kernel=kernel, features=features)
     mean, deviation = nearest_predictions(learner)(X[-B:].astype(np.float32))
     wanted, _ = exact(kernel, z[:30], y, z[-B:])
     np.testing.assert_allclose(mean, wanted, atol=1e-3)
@@ -131,19 +126,17 @@ def test_a_few_queries_have_the_same_means_and_the_deviation_given_the_nearest_p
 
 def test_a_prior_carries_what_it_can_and_features_are_what_tells():
     x = jnp.asarray(X, float)
-    learner = init_learner(x[:40], model(x[:40]), capacity=64, prior=rough, features=jnp.sin)
+    learner = untuned(x[:40], model(x[:40]), capacity=64, prior=rough, features=jnp.sin)
     mean, _ = learner.predict(x[40:50])
     kernel = learner.kernel
     wanted, _ = exact(kernel, jnp.sin(x[:40]), model(x[:40]) - rough(x[:40]), jnp.sin(x[40:50]))
     np.testing.assert_allclose(mean, wanted + rough(x[40:50]), atol=1e-3)
     # A few rows more, which are written into the factor.
     more = learner.update(x[40:43], model(x[40:43])).predict(x[50:60])[0]
-    anew = init_learner(
-        x[:43], model(x[:43]), capacity=64, prior=rough, features=jnp.sin, kernel=kernel
-    )
+    anew = untuned(x[:43], model(x[:43]), capacity=64, prior=rough, features=jnp.sin, kernel=kernel)
     np.testing.assert_allclose(more, anew.predict(x[50:60])[0], atol=1e-3)
     far = 1e4 * jnp.ones((1, 3))
-    alone = init_learner(x[:40], model(x[:40]), prior=rough, capacity=64).predict(far)[0]
+    alone = untuned(x[:40], model(x[:40]), prior=rough, capacity=64).predict(far)[0]
     rest = jnp.mean(model(x[:40]) - rough(x[:40]), axis=0)
     np.testing.assert_allclose(alone, rough(far) + rest, atol=1e-4)
 
@@ -151,11 +144,11 @@ def test_a_prior_carries_what_it_can_and_features_are_what_tells():
 def test_outputs_may_be_any_tree():
     x = jnp.asarray(X[:20], float)
     y = {"a": model(x), "b": jnp.sin(x[:, 0])}
-    learner = init_learner({"image": x, "id": jnp.arange(20)}, y, capacity=32)
+    learner = untuned({"image": x, "id": jnp.arange(20)}, y, capacity=32)
     mean, deviation = learner.predict({"image": x[:5] + 0.1, "id": jnp.arange(5)})
     assert mean["a"].shape == (5, 2)
     assert mean["b"].shape == deviation.shape == (5,)
-    both = init_learner(x, jnp.column_stack([model(x), jnp.sin(x[:, 0])]), capacity=32)
+    both = untuned(x, jnp.column_stack([model(x), jnp.sin(x[:, 0])]), capacity=32)
     joined, same = both.predict(x[:5] + 0.1)
     np.testing.assert_allclose(jnp.column_stack([mean["a"], mean["b"]]), joined, atol=1e-6)
     np.testing.assert_allclose(deviation, same, rtol=1e-5)
@@ -163,12 +156,12 @@ def test_outputs_may_be_any_tree():
 
 def test_it_knows_nothing_at_first():
     x = jnp.asarray(X[:10], float)
-    learner = init_learner(x[:0], model(x[:0]), capacity=32)
+    learner = untuned(x[:0], model(x[:0]), capacity=32)
     mean, deviation = learner.predict(x)
     np.testing.assert_array_equal(mean, 0)
     np.testing.assert_array_equal(deviation, np.inf)
     again = learner.update(x, model(x))
-    anew = init_learner(x, model(x), capacity=32, kernel=learner.kernel)
+    anew = untuned(x, model(x), capacity=32, kernel=learner.kernel)
     np.testing.assert_allclose(again.predict(x)[0], anew.predict(x)[0], atol=1e-5)
 
 
@@ -176,7 +169,7 @@ def test_pairs_that_hardly_differ_and_no_noise():
     """Float32 cannot factorise this; the answer stays finite and right."""
     x = jnp.tile(jnp.asarray(X[:4], jnp.float32), (8, 1)) + 3e-4 * jnp.arange(32)[:, None]
     kernel = Kernel("squared_exponential", centre=jnp.zeros(3), widths=[3.0], noise=1e-12)
-    learner = init_learner(x, model(x), capacity=32, kernel=kernel)
+    learner = untuned(x, model(x), capacity=32, kernel=kernel)
     assert learner.factor.jitter < 1e-12, "float64 can"
     again = learner.update(x[:B], model(x[:B]))
     for run in (learner.predict, again.predict):
@@ -192,7 +185,7 @@ def test_derivatives_are_those_of_the_posterior():
     """In float64, by finite differences; batches of gradients, and curvature."""
     with jax.enable_x64(True):
         x = jnp.asarray(X, jnp.float64)
-        learner = init_learner(x[:40], model(x[:40]), capacity=CAPACITY)
+        learner = untuned(x[:40], model(x[:40]), capacity=CAPACITY)
 
         def height(query):
             mean, deviation = learner.predict(query[None])
@@ -211,33 +204,10 @@ def test_derivatives_are_those_of_the_posterior():
         np.testing.assert_allclose(curvature, difference / (2 * step), rtol=1e-4, atol=1e-6)
 
 
-def test_replaced_rows_cost_no_accuracy():
-    """Errors are those of exact solutions, after each update."""
-    rng = np.random.default_rng(0)
-    x = rng.uniform(-2, 2, (512, 4)).astype(np.float32)
-    y = np.stack(
-        [
-            np.exp(np.sin(x[:, 0]) + 0.7 * x[:, 1]) * np.cos(x[:, 2]),
-            np.sin(x[:, 0] * x[:, 3]),
-        ],
-        axis=1,
-    )
-    kernel = Kernel("squared_exponential", centre=np.zeros(4), widths=[4.0], noise=3e-5)
-    learner = init_learner(x[:128], y[:128], capacity=256, kernel=kernel)
-    for end in range(144, 272, 16):
-        new = slice(end - 16, end)
-        learner = learner.update(x[new], y[new])
-        known = slice(max(end - 256, 0), end)
-        wanted, _ = exact(kernel, x[known], y[known], x[-200:])
-        found = learner.predict(x[-200:])[0]
-        errors = [np.sqrt(np.mean((each - y[-200:]) ** 2)) for each in (found, wanted)]
-        assert errors[0] < 1.1 * errors[1]
-
-
 def test_pairs_that_come_and_go_leave_the_factor_that_a_new_one_is():
     """With repeated inputs among them; in the same float64, so that nothing but the way differs."""
     rng, x = np.random.default_rng(2), X.astype(np.float32)
-    learner = init_learner(x[:40], np.asarray(model(x[:40])), capacity=CAPACITY)
+    learner = untuned(x[:40], np.asarray(model(x[:40])), capacity=CAPACITY)
     appended, made = 0, learner.factor.replaced
     for _ in range(30):
         rows = rng.integers(0, len(x), B)
@@ -253,7 +223,7 @@ def test_pairs_that_come_and_go_leave_the_factor_that_a_new_one_is():
 def test_left_out_is_left_out():
     x = jnp.asarray(X[:12], float)
     y = model(x)
-    learner = init_learner(x, y, capacity=16)
+    learner = untuned(x, y, capacity=16)
     errors, deviation = learner.left_out()
     centred = y - y.mean(axis=0)  # the mean stays that of all
     for row in range(12):
@@ -275,7 +245,7 @@ def test_tuning_does_better_on_others_and_deviations_say_how_well():
     def wave(x):  # the last two coordinates tell nothing
         return jnp.stack([jnp.sin(4 * x[:, 0]), jnp.cos(3 * x[:, 1]), x[:, 0] * x[:, 1]], axis=1)
 
-    before = init_learner(x[:96], wave(x[:96]), capacity=96)
+    before = untuned(x[:96], wave(x[:96]), capacity=96)
     after = tune_learner(before, LearnerTuning(steps=40))
 
     def judge(learner):
@@ -293,26 +263,6 @@ def test_tuning_does_better_on_others_and_deviations_say_how_well():
     assert wrong <= judge(before)[1]
     assert 0.3 < ratio < 1.5
     assert after.kernel.widths[2] > 2 * after.kernel.widths[0]
-
-
-def test_tuning_again_keeps_how_wide_widths_are_beside_each_other():
-    """By one width for all, what tells nothing counts as much as what tells all: error 0.2, not
-    0.02."""
-    rng = np.random.default_rng(5)
-    x = jnp.asarray(rng.uniform(-1, 1, size=(96 + 60, 6)), float)
-    y = jnp.sin(4 * x[:, :1])
-    start = init_learner(x[:96], y[:96], capacity=96)
-    learner = tune_learner(start, LearnerTuning(shapes=("squared_exponential",), steps=30))
-    errors = {}
-    for widths in ("kept", "one"):
-        again = tune_learner(learner, LearnerTuning(widths=widths, steps=0))
-        errors[widths] = float(jnp.sqrt(jnp.mean((again.predict(x[96:])[0] - y[96:]) ** 2)))
-        if widths == "kept":
-            ratios = again.kernel.widths / learner.kernel.widths
-            np.testing.assert_allclose(ratios, ratios[0], rtol=1e-5)
-    before = float(jnp.sqrt(jnp.mean((learner.predict(x[96:])[0] - y[96:]) ** 2)))
-    assert errors["kept"] < 1.1 * before
-    assert errors["one"] > 5 * before
 
 
 def test_features_of_one_width_have_one_unit_where_that_tells_more():
@@ -355,32 +305,23 @@ def test_bars_are_of_pairs_that_the_kernel_was_not_tuned_on():
     with pytest.raises(ValueError, match="folds must be an integer from 2 on, not 1"):
         calibrate_learner_bars(learner, folds=1)
     with pytest.raises(ValueError, match="this learner's window is empty"):
-        calibrate_learner_bars(init_learner(x[:0], y[:0], capacity=32))
+        calibrate_learner_bars(untuned(x[:0], y[:0], capacity=32))
 
 
 def test_a_file_holds_it(tmp_path):
     x = jnp.asarray(X[:20], float)
     learner = fit_learner(x, model(x), capacity=32, prior=rough, tuning=FEW)
-    path = tmp_path / "learner.npz"
-    save_learner(path, learner, {"of": "a test"})
-    assert learner_card(path) == {"of": "a test"}
-    loaded = load_learner(path, prior=rough)
+    path, like = tmp_path / "learner.eqx", untuned(x[:0], model(x[:0]), capacity=32, prior=rough)
+    eqx.tree_serialise_leaves(path, learner)
+    loaded = eqx.tree_deserialise_leaves(path, like)
     for mine, theirs in zip(learner.predict(x + 0.1), loaded.predict(x + 0.1), strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=1e-5)
-    with pytest.raises(ValueError, match="was made with `prior`: load it so"):
-        load_learner(path)
-    path.write_bytes(b"no such file")
-    with pytest.raises(ValueError, match="has no checksum: it is another file"):
-        load_learner(path)
-    save_code(path, NeRCC(3, 6))
-    with pytest.raises(ValueError, match=r"learner.npz is no .npz file: restore it from a copy"):
-        load_learner(path)
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_a_kernel_is_tuned_on_three_pairs_at_least():
-    learner = init_learner(jnp.asarray(X[:4], float), model(X[:4]), capacity=8)
+    learner = untuned(jnp.asarray(X[:4], float), model(X[:4]), capacity=8)
     assert np.isfinite(tune_learner(learner, FEW).predict(X[4:5])[1])
-    few = init_learner(jnp.asarray(X[:2], float), model(X[:2]), capacity=8)
+    few = untuned(jnp.asarray(X[:2], float), model(X[:2]), capacity=8)
     with pytest.raises(ValueError, match="2 pairs tell nothing of a kernel: three at least"):
         tune_learner(few, FEW)
 
@@ -432,7 +373,7 @@ def test_copies_of_pairs_change_neither_errors_nor_deviations():
 
 @pytest.mark.parametrize("tuning", [None, QUICK])
 def test_bars_by_pairs_that_came_twice_cover_as_many(tuning):
-    learners = [init_learner(x, smooth(x), capacity=128) for x in (repeated(1), repeated(2))]
+    learners = [untuned(x, smooth(x), capacity=128) for x in (repeated(1), repeated(2))]
     covered = []
     for learner in learners:
         bars = calibrate_learner_bars(learner, tuning)
@@ -446,7 +387,7 @@ def test_bars_by_pairs_that_came_twice_cover_as_many(tuning):
 def test_what_comes_again_is_the_same_pair(jump):
     """In a batch, in the window, and where the ring comes round: one pair, and no older answer."""
     x, y = PAIRS[:8], smooth(PAIRS[:8])
-    learner = init_learner(x, y, capacity=12)
+    learner = untuned(x, y, capacity=12)
     again = learner.update(x + np.float32(jump), y)
     assert again.size == 8
     np.testing.assert_array_equal(again.window.counts, 2 * (np.arange(12) < 8))
@@ -488,7 +429,7 @@ def test_the_unit_of_outputs_changes_nothing(exponent, on_host):
     unit, y = 10.0**exponent, smooth(PAIRS)
     predict = traced(on_host)(lambda one: one.predict(AT))
     sizes = ((y * size).astype(np.float32) for size in (1.0, unit))
-    learners = [init_learner(PAIRS, each, capacity=64) for each in sizes]
+    learners = [untuned(PAIRS, each, capacity=64) for each in sizes]
     learners = [one.with_kernel(learners[0].kernel) for one in learners]
     (mean, deviation), (other, scaled) = map(predict, learners)
     # 1e-30 squared, and products with numbers below 1e-38, have no float32.
@@ -509,8 +450,8 @@ def errors_of_scaled(learner, unit):
 
 def test_outputs_of_very_different_size_have_the_deviation_of_the_largest():
     y = smooth(PAIRS) * np.array([1e-20, 1e10], np.float32)
-    mean, deviation = init_learner(PAIRS, y, capacity=64).predict(AT)
-    alone = init_learner(PAIRS, y[:, 1:], capacity=64).predict(AT)[1]
+    mean, deviation = untuned(PAIRS, y, capacity=64).predict(AT)
+    alone = untuned(PAIRS, y[:, 1:], capacity=64).predict(AT)[1]
     np.testing.assert_allclose(deviation, np.asarray(alone) / np.sqrt(2), rtol=1e-3)
     assert np.isfinite(np.asarray(mean)).all()
 
@@ -520,7 +461,7 @@ def test_decoded_deviations_do_not_leave_float32_either():
     code, found = NeRCC(4, 6), []
     mask = np.array([False, True, False, False, False, True])
     for unit in (1.0, 1e-25, 1e25):
-        learner = init_learner(PAIRS, smooth(PAIRS) * np.float32(unit), capacity=64)
+        learner = untuned(PAIRS, smooth(PAIRS) * np.float32(unit), capacity=64)
         function = lambda x, unit=unit: jnp.asarray(smooth_jnp(x) * unit)  # noqa: E731
         result = coded_inference(function, Scheme(code, learner), with_status=True)(AT[:4], mask)
         found.append(np.float64(result.deviation) / unit)
@@ -538,7 +479,7 @@ def smooth_jnp(x):
 def test_before_two_answers_differ_nothing_is_known_of_errors(answers, on_host):
     predict = traced(on_host)(lambda one: one.predict(AT))
     y = np.array(answers, np.float32).reshape(-1, 1)
-    learner = init_learner(PAIRS[: len(y)], y, capacity=64)
+    learner = untuned(PAIRS[: len(y)], y, capacity=64)
     mean, deviation = predict(learner)
     np.testing.assert_array_equal(deviation, np.inf)
     np.testing.assert_allclose(mean, answers[0] if answers else 0, rtol=1e-6)
@@ -550,12 +491,12 @@ def test_before_two_answers_differ_nothing_is_known_of_errors(answers, on_host):
 
 
 def test_a_scheme_gives_nothing_out_by_a_learner_without_evidence():
-    learner = init_learner(PAIRS[:3], 0 * smooth(PAIRS[:3]), capacity=16)
+    learner = untuned(PAIRS[:3], 0 * smooth(PAIRS[:3]), capacity=16)
     scheme, mask = Scheme(NeRCC(2, 2), learner), np.array([False, False])
     result = coded_inference(smooth_jnp, scheme, with_status=True)(AT[:2], mask)
     assert not result.recovered.any()
     np.testing.assert_array_equal(result.deviation, np.inf)
-    bars = calibrate_learner_bars(init_learner(PAIRS, smooth(PAIRS), capacity=64), None)
+    bars = calibrate_learner_bars(untuned(PAIRS, smooth(PAIRS), capacity=64), None)
     np.testing.assert_array_equal(bars(jnp.full(2, jnp.inf), 0.9), np.inf)
     with pytest.raises(ValueError, match="there is nothing to calibrate"):
         calibrate_learner_bars(learner, None)
@@ -564,27 +505,14 @@ def test_a_scheme_gives_nothing_out_by_a_learner_without_evidence():
 
 
 def test_held_out_inputs_leave_with_all_answers_to_them():
-    """In a scheme that is fitted, and where bars are cross-validated on groups."""
     tuning = LearnerTuning(shapes=("squared_exponential",), steps=10)
     factors = []
     for times in (1, 4):
         x = repeated(times)
         fitted = fit_scheme(x, smooth(x), NeRCC(1, 2), capacity=256, tuning=tuning)
-        bars, learner = fitted.bars, fitted.surrogate
-        assert bars is not None
-        assert isinstance(learner, Learner)
-        scheme = Scheme(NeRCC(4, 6, points="interleaved"), learner)
-
-        def fit(x, y, kernel=learner.kernel):
-            return init_learner(x, y, capacity=256, kernel=kernel)
-
-        cross = cross_validate_error_bars(
-            smooth_jnp, scheme, x[:40], smooth(x[:40]), {"two": ExactStragglers(2)}, fit,
-            key=jax.random.key(0), num_sets=4, folds=5,
-        )  # fmt: skip
-        factors.append([float(each.factor(0.5)) for each in (bars, cross)])
-    once, more = np.array(factors)
-    assert (more > 0.3 * once).all()
+        assert fitted.bars is not None
+        factors.append(float(fitted.bars.factor(0.5)))
+    assert factors[1] > 0.3 * factors[0]
 
 
 def test_rows_that_come_again_have_bars_that_hold():
@@ -673,14 +601,14 @@ def kernel(**numbers):
 
 def started(**change):
     given = {"x": jnp.ones((4, 3)), "y": jnp.ones((4, 2))} | change
-    return init_learner(given.pop("x"), given.pop("y"), **given)
+    return untuned(given.pop("x"), given.pop("y"), **given)
 
 
 @pytest.mark.parametrize(
     ("make", "change", "message"),
     [
         (tuned, {"shapes": ("cubic",)}, "a kernel's shape must be one of"),
-        (tuned, {"widths": "all"}, "must be 'auto', 'one', 'each', 'kept' or groups, not 'all'"),
+        (tuned, {"widths": "all"}, "must be 'auto', 'one', 'each' or groups, not 'all'"),
         (tuned, {"rows": 2}, "rows must be an integer from 3 on"),
         (tuned, {"widths": (0, 1)}, "widths must group 3 features"),
         (kernel, {"widths": [1.0, -1.0]}, "widths must be positive and finite"),
@@ -692,7 +620,7 @@ def started(**change):
         (started, {"y": np.ones((3, 2))}, "x are 4 data points, y 3 answers"),
         (started, {"y": np.ones((4, 2), int)}, "y is int"),
         (started, {"x": np.ones((4, 3), int)}, "no float among the data points"),
-        (started, {"kernel": "linear"}, "shape must be one of squared_exponential, matern32"),
+        (started, {"kernel": "linear"}, "shape must be one of squared_exponential, matern52"),
         (started, {"kernel": Kernel(centre=np.zeros(2))}, "the kernel is for 2 features, not 3"),
         (started, {"prior": lambda x: x}, "the surrogate gives outputs"),
     ],

@@ -388,7 +388,7 @@ def test_of_workloads(page):
     assert workload(page, "rows on spot nodes") == [*figure]
     sweep = read("functions")["Lotka-Volterra"]["sweep"]
     errors = [f"{np.mean(sweep['rmse'][name]):.4f}" for name in (sweep["picked"], "fixed points")]
-    figure = f"error {errors[0]}", f"{errors[1]} fixed points"
+    figure = f"error {errors[0]}", f"{errors[1]} a code"
     assert workload(page, "a sweep of one parameter") == [*figure]
     found = [cell["ways"] for cell in read("ensembles")["cells"] if cell["law"] == "leaning"]
     held = [100 * np.mean([ways[w]["mean"]["held"] for ways in found]) for w in ("ours", "dropped")]

@@ -22,7 +22,7 @@ def rows():
 
     return [
         Evaluation(
-            code, law, estimate(MSE[code][i]), estimate(0.0), estimate(0.0),
+            code, law, estimate(MSE[code][i]), estimate(0.0),
             estimate(SHARES[code][i]), None, estimate(0.0), 8, 4,
         )
         for i, law in enumerate(LAWS)

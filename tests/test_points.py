@@ -1,14 +1,12 @@
-"""Regression points: the papers' formulas, the layouts' promises, and points of each group."""
+"""Regression points: the papers' formulas, and the layouts' promises."""
 
 import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from matrices import LAYOUTS
 
-from nercc_jax import Lagrange, NeRCC, Scheme, coded_inference
 from nercc_jax.codes import regression_points
 
 
@@ -85,83 +83,11 @@ def test_few_repeats_and_few_points_between_take_turns():
     assert list(np.isin(beta[20:], alpha)[order]) == [True, False, True, False]
 
 
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize(("num_data", "num_workers"), SIZES)
-def test_systematic_points(num_data, num_workers, share):
-    alpha, beta = regression_points(num_data, num_workers, f"systematic:{share}")
-    alpha, beta = np.asarray(alpha), np.asarray(beta)
-    _, plain = (np.asarray(p) for p in regression_points(num_data, num_workers))
-    moved = beta != plain
-    assert set(beta[moved]) <= set(alpha)
-    assert np.isin(alpha, beta).sum() >= round(share * num_data)
-    assert moved.sum() <= round(share * num_data)
-    assert len(set(beta)) == num_workers
-    if share == 0:
-        np.testing.assert_array_equal(beta, plain)
-    if num_workers > num_data + 1:
-        assert set(plain[[0, -1]]) <= set(beta)
-    # What was moved was moved to the nearest place on the circle, half a gap at most.
-    turns = np.abs(np.arccos(beta.astype(float)) - np.arccos(plain.astype(float)))
-    assert turns.max() <= np.pi / max(num_workers - 1, 1) / 2 * 1.001 or num_workers == num_data
-
-
 def test_given_points_keep_their_order():
     given = (jnp.array([0.5, -0.5]), jnp.array([0.0, 0.0, 1.0]))
     alpha, beta = regression_points(2, 3, given)
     np.testing.assert_array_equal(alpha, given[0])
     np.testing.assert_array_equal(beta, given[1])
-
-
-# -- Points of each group ------------------------------------------------------------------------
-
-
-def test_points_follow_the_distances():
-    code = NeRCC(5, 8, points="interleaved")
-    places = jnp.array([0.0, 1.0, 3.0, 3.0, 10.0])[:, None]
-
-    def following(code, places):
-        points = Scheme(code, follow="inputs").prepare(places).points
-        return points.alpha[0], points.beta[0]
-
-    alpha, beta = following(code, places)
-    first, last = float(code.alpha[0]), float(code.alpha[-1])
-    steps = np.array([7.0, 1e-3 * 2.5, 2.0, 1.0])  # from the least alpha on: the last data point's
-    share = np.concatenate([[0], np.cumsum(steps)]) / steps.sum()
-    np.testing.assert_allclose(alpha[::-1], last + (first - last) * share, atol=1e-5)
-    np.testing.assert_array_equal(beta[:5], alpha)  # to the last bit: answers stay exact
-    for new, old in zip(beta[5:], code.beta[5:], strict=True):
-        gap = int(np.sum(np.asarray(code.alpha) > float(old)))  # the data points before it
-        ratio = (old - code.alpha[gap]) / (code.alpha[gap - 1] - code.alpha[gap])
-        np.testing.assert_allclose(
-            new, alpha[gap] + ratio * (alpha[gap - 1] - alpha[gap]), atol=1e-5
-        )
-    everywhere = following(NeRCC(5, 9), jnp.ones((5, 2)))  # all the same: as far apart
-    np.testing.assert_allclose(np.diff(everywhere[0]), np.diff(everywhere[0])[0], rtol=1e-4)
-    assert everywhere[1][0] == 1, "what lies outside stays"
-    slope = jax.jacobian(lambda x: following(code, x)[0])(places + jnp.arange(5)[:, None])
-    assert np.isfinite(slope).all()
-    with pytest.raises(ValueError, match="Lagrange has no smoothing splines"):
-        Scheme(Lagrange(3, 5), follow="inputs")
-
-
-def test_a_sweep_of_one_parameter():
-    """20 points, 4 workers more, 2 stragglers: 0.002 of the spread; fixed points have 0.03."""
-
-    def sweep(x):
-        t = 3 * x[:, :1]
-        return jnp.concatenate([jnp.sin(t), jnp.exp(-t), t**2 / (1 + t)], axis=1)
-
-    rng = np.random.default_rng(0)
-    x = np.sort(rng.uniform(0, 1, size=(12, 20)), axis=1).reshape(-1, 1).astype("float32")
-    masks = rng.permuted(np.tile(np.arange(24) > 1, (12, 1)), axis=1)
-    code = NeRCC(20, 24, lambda_dec=0.0, points="interleaved")
-    own = np.asarray(sweep(jnp.asarray(x)))
-    found = {}
-    for name, follow in {"fixed": None, "inputs": "inputs", "given": lambda x: x}.items():
-        decoded = coded_inference(sweep, Scheme(code, follow=follow))(x, masks)
-        found[name] = np.sqrt(np.mean((decoded - own) ** 2) / np.mean((own - own.mean(0)) ** 2))
-    assert found["inputs"] == found["given"] <= 0.002
-    assert found["fixed"] > 0.02
 
 
 def test_the_layouts_are_those_that_an_error_names():
@@ -184,8 +110,8 @@ def test_the_layouts_are_those_that_an_error_names():
         ((2, 3, "mixed:much"), "not 'mixed:much'"),
         ((2, 3, "uniform:0.5"), "not 'uniform:0.5'"),
         ((2, 3, "mixed:1.5"), "the share in 'mixed:1.5' must be between 0 and 1"),
-        ((2, 3, "systematic:nan"), "must be between 0 and 1"),
-        ((4, 3, "systematic:0.5"), "4 data points need at least 4 workers, not 3"),
+        ((2, 3, "mixed:nan"), "must be between 0 and 1"),
+        ((4, 3, "mixed:0.5"), "4 data points need at least 4 workers, not 3"),
         ((4, 3, "interleaved"), "4 data points need at least 4 workers, not 3"),
         ((4, 3, "repeated"), "a worker of its own"),
         ((2, 3, ([0.1], [0, 0, 1])), r"alpha must have shape \(2,\), not \(1,\)"),

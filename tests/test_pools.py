@@ -29,7 +29,7 @@ from nercc_jax import (
     pool_inference,
 )
 from nercc_jax.evaluation import record_answers
-from nercc_jax.inference.models import Conditions
+from nercc_jax.inference.models import current_conditions
 from nercc_jax.pools import Fault, Faults, Overdue
 from nercc_jax.stragglers import TraceLatency
 from nercc_jax.testing import SimulatedPool
@@ -292,7 +292,7 @@ def test_processes_run_in_a_precision_of_their_own(cluster):
     model = eqx.filter_vmap(eqx.nn.MLP(6, 2, 8, 1, key=jax.random.key(0)))
     with RayPool(model, 1, example=x[:1], worker_dtype="bfloat16") as pool:
         predictions = pool_inference(pool, code)(x)
-        assert pool.conditions == Conditions("bfloat16", "cpu", "default")
+        assert pool.conditions == current_conditions("bfloat16", "cpu")
     expected = coded_inference(model, code, worker_dtype="bfloat16")(x, np.ones(7, bool))
     np.testing.assert_allclose(predictions, expected, atol=2e-2)
 
@@ -342,7 +342,8 @@ def test_waiting_until_the_forecast_is_good_enough(gate):
     """More answers are waited for where these would not do, and no more than that."""
     code = Replication(2, 4)
     calibration = np.random.default_rng(0).normal(size=(8, 1)).astype(np.float32)
-    enough = record_answers(itself, code, calibration).below(max_error=0.1)
+    forecast = record_answers(itself, code, calibration)
+    enough = lambda mask: forecast.error(mask) <= 0.1  # noqa: E731
     seen = []
 
     def seen_enough(mask):

@@ -44,7 +44,7 @@ from nercc_jax.rows.state import (
     Send,
     Tick,
 )
-from nercc_jax.surrogates import init_learner
+from nercc_jax.surrogates import fit_learner
 
 ROWS, WORKERS, BAD = 160, 5, {3, 77}
 X = np.random.default_rng(0).permutation(np.linspace(-1, 1, ROWS))[:, None]
@@ -292,11 +292,11 @@ def test_a_row_is_predicted_without_itself_and_as_far_off_as_its_neighbours_were
     """By learners each of which knows all pairs but one, as far as these have the same mean."""
     x = np.random.default_rng(1).uniform(-1, 1, (24, 2)).astype(np.float32)
     y = np.asarray(smooth(x), np.float32)
-    learner = init_learner(x, y, capacity=32, kernel="squared_exponential")
+    learner = fit_learner(x, y, capacity=32, kernel="squared_exponential", tuning=None)
     wanted, plain = np.zeros_like(y), np.zeros(24)
     for place in range(24):
         others = np.arange(24) != place
-        others = init_learner(x[others], y[others], capacity=32, kernel=learner.kernel)
+        others = fit_learner(x[others], y[others], capacity=32, kernel=learner.kernel, tuning=None)
         mean, deviation = others.predict(x[place : place + 1])
         wanted[place], plain[place] = np.asarray(mean)[0], float(deviation[0])
     ratios = np.sqrt(np.mean((wanted - y) ** 2, axis=1)) / plain

@@ -115,7 +115,7 @@ def test_copies_go_to_the_data_points_whose_label_the_student_doubts(order, shar
     np.testing.assert_allclose(assessed.predictions[order], expected, atol=1e-5)
     np.testing.assert_array_equal(assessed.deviation[order] == 0, np.ravel(known))
     plain = Scheme(CODE, scheme.surrogate)  # copies only where they are asked for
-    assert plain.prepare(jnp.asarray(x)).points is None
+    assert plain.prepare(jnp.asarray(x)).beta is None
 
 
 def test_copies_by_a_students_doubt_need_labels(untyped):
@@ -146,13 +146,6 @@ def test_what_is_uncertain_becomes_the_models_own(key):
     fixed = reexecute(model, x, assessed)
     np.testing.assert_allclose(fixed.predictions, own, atol=1e-5)
     np.testing.assert_array_equal(fixed.error_probability, np.zeros(len(x)))
-    few = reexecute(model, x, assessed, share=2 / len(x))
-    changed = np.flatnonzero(
-        np.asarray(few.error_probability) != np.asarray(assessed.error_probability)
-    )
-    assert set(changed) == set(
-        np.argsort(-np.asarray(assessed.error_probability), kind="stable")[:2]
-    )
     limit = float(np.sort(np.asarray(assessed.error_probability))[-3])
     limited = reexecute(model, x, assessed, limit=limit)
     assert (
@@ -211,8 +204,6 @@ def test_what_cannot_be_executed_again(untyped):
     with pytest.raises(ValueError, match="there is no error probability: calibrate"):
         reexecute(model, x, assessed)
     sound = dataclasses.replace(assessed, error_probability=jnp.ones(len(x)))
-    with pytest.raises(ValueError, match=r"share must be in \[0, 1\], not 1.5"):
-        reexecute(model, x, sound, share=1.5)
     with pytest.raises(ValueError, match="must be 0 or positive"):
         reexecute(model, x, sound, limit=float("nan"))
     with pytest.raises(

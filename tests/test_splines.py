@@ -777,23 +777,6 @@ def testcubics_come_back_from_four_and_where_little_is_smoothed(dtype):
         np.testing.assert_allclose(found.evaluate(at), cubic(at), atol=1e-4)
 
 
-def test_a_code_decodes_by_it(dtype):
-    code = nj.NeRCC(20, 24, points="interleaved", lambda_dec=0.0, ends="not-a-knot")
-    assert nj.NeRCC(20, 24, ends="not-a-knot").end_penalty == 0
-    assert nj.NeRCC(20, 24).end_penalty > 0
-    available = jnp.arange(24) != 1
-    y = jnp.asarray(np.exp(np.asarray(code.beta))[:, None])
-    wanted = np.exp(np.asarray(code.alpha))[:, None]
-    decoded = code.decode(y, available)
-    np.testing.assert_allclose(decoded, wanted, atol=1e-4)
-    np.testing.assert_allclose(
-        code.decoder_matrix(available) @ y, decoded, atol=10 * 2 * TOLERANCE[dtype]
-    )
-    natural = nj.NeRCC(20, 24, points="interleaved", lambda_dec=0.0)
-    error = np.abs(natural.decode(y, available) - wanted).max()
-    assert np.abs(decoded - wanted).max() < error / 2
-
-
 @pytest.mark.parametrize("price", [1e10, 1e20, 3e38, np.inf])
 def test_ends_of_any_price_are_flat(price, dtype):
     """The docstring names infinity; infinity times a penalty is NaN."""

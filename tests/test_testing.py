@@ -139,19 +139,19 @@ class SizeAsAnArray(AbstractCode):
         (lambda: TextInALeaf(K, N), r"the field \.kernel is 'cauchy', which `jax.jit` does not"),
         (
             changed(encoder_matrix=lambda self: Means.encoder_matrix(self).T),
-            r"encoder_matrix\(\) must have the shape \(5, 3\), not \(3, 5",
+            r"encoder_matrix\(\) must be float32 or float64\(5, 3\), not float32\(3, 5",
         ),
         (
             changed(encoder_matrix=lambda self: (self._near().T > 0.5).astype(jnp.int32)),
-            r"encoder_matrix\(\) must be float32 or float64, not int32",
+            r"encoder_matrix\(\) must be float32 or float64\(5, 3\), not int32",
         ),
         (
             decoder(lambda matrix, _: matrix.astype(jnp.bfloat16)),
-            r"decoder_matrix.* must be float32, not bfloat16",
+            r"decoder_matrix.* must be float32\(3, 5\), not bfloat16",
         ),
         (
             recovers(lambda _, mask: jnp.full((K, 1), jnp.any(mask))),
-            r"recovered\(.* must have the shape \(3,\), not \(3, 1",
+            r"recovered\(.* must be bool\(3,\), not bool\(3, 1",
         ),
         (
             decoder(lambda matrix, mask: matrix if mask.any() else jnp.zeros((K, N))),
@@ -167,27 +167,27 @@ class SizeAsAnArray(AbstractCode):
         ),
         (
             recovers(lambda _, mask: jnp.arange(K) < jnp.where(jnp.any(mask), K - 1, 0)),
-            r"with all workers; with all workers available it is broken at \[2\]",
+            r"with all workers; with workers \[0, 1, 2, 3, 4\] available it is broken at \[2\]",
         ),
         (
             recovers(lambda *_: jnp.ones(K, bool)),
-            r"with no worker; with no worker available it is broken at \[0 1 2\]",
+            r"with no worker; with workers \[\] available it is broken at \[0 1 2\]",
         ),
         (
             decoder(lambda matrix, mask: jnp.where(jnp.sum(mask) == 1, jnp.nan, matrix)),
-            "must be finite; with only worker 0 available it is broken",
+            r"must be finite; with workers \[0\] available it is broken",
         ),
         (
             changed(decoder_matrix=reads_stragglers),
-            "columns of unavailable.*only worker 0 available it is",
+            r"columns of unavailable.*with workers \[0\] available it is",
         ),
         (
             recovers(lambda _, mask: jnp.full(K, jnp.sum(mask) > 1)),
-            "not recovered must be zero.*only worker 0 available",
+            r"not recovered must be zero.*workers \[0\] available",
         ),
         (
             decoder(lambda matrix, mask: jnp.where(jnp.sum(mask) > 1, matrix, 0)),
-            "row of decoder_matrix.* is not zero; with only worker 0",
+            r"row of decoder_matrix.* is not zero; with workers \[0\] ",
         ),
         (scaled(of_product=1.01), r"decoder_map\(available\)\.apply\(y\) differs from what it"),
         (scaled(of_matrix=1.01), r"decoder_map\(available\)\.matrix differs from what it"),
@@ -205,7 +205,7 @@ class SizeAsAnArray(AbstractCode):
         ),
         (
             on_host(lambda matrix, known, mask: (matrix, known & (mask.sum() > 1))),
-            r"must be recovered\(available\); with only worker 0",
+            r"must be recovered\(available\); with workers \[0\] ",
         ),
         (  # a weight for stragglers that no comparison with a tolerance can see
             on_host(
@@ -215,11 +215,11 @@ class SizeAsAnArray(AbstractCode):
         ),
         (
             on_host(lambda matrix, known, mask: (matrix, known) if mask.all() else None),
-            "every straggler set or for none; with no worker",
+            r"every straggler set or for none; with workers \[\]",
         ),
         (
             on_host(lambda matrix, known, mask: (matrix, known.astype(int))),
-            r"of shape \(3,\) and of type bool, not int64\(3,\)",
+            r"of bool\(3,\), not int64\(3,\), ndarray",
         ),
         (
             changed(encode=lambda self, x: Means.encode(self, x) + 0.01),

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import re
 
 import equinox as eqx
 import jax
@@ -28,7 +29,7 @@ from nercc_jax import (
 )
 from nercc_jax.evaluation import record_answers
 from nercc_jax.inference import CalibrationWarning, cast_model
-from nercc_jax.inference.models import Conditions, current_conditions
+from nercc_jax.inference.models import current_conditions
 from nercc_jax.risk import Accuracy
 from nercc_jax.serving import CodedBatcher, Coder, calibrate_decoding
 
@@ -170,11 +171,7 @@ def test_models_run_in_it(way, dtype):
         assert exact > BOUND[dtype] / 300, "it ran in float32"
 
 
-def test_a_mesh_exchanges_the_narrow_numbers_and_weights_stay_where_they_lie():
-    run = infer(mesh=mesh())("bfloat16")
-    text = jax.jit(run).lower(jnp.asarray(X), jnp.asarray(MASK)).as_text()
-    exchanged = [line for line in text.splitlines() if "all_to_all" in line and "5x" not in line]
-    assert any("xbf16>" in line for line in exchanged)
+def test_weights_stay_where_they_lie():
     spread = jax.sharding.NamedSharding(mesh(), jax.sharding.PartitionSpec(None, "workers"))
     model = eqx.tree_at(lambda m: m.weights, linear(), jax.device_put(WEIGHTS, spread))
     assert cast_model(model, "bfloat16").func.weights.sharding.is_equivalent_to(spread, 2)
@@ -193,7 +190,7 @@ def test_what_a_function_closes_over_stays():
     np.testing.assert_allclose(coded, expected, atol=1e-6)
 
 
-def test_pytrees_and_integers_beside():
+def test_pytrees():
     seen = {}
 
     def model(batch, weights):
@@ -201,10 +198,10 @@ def test_pytrees_and_integers_beside():
         logits = batch["x"] @ weights
         return {"logits": logits, "mean": logits.mean(axis=1).astype(jnp.float16)}
 
-    x = {"x": X, "scale": np.full((2, K), 4, np.int32), "flag": np.ones((2, K), bool)}
+    x = {"x": X, "scale": np.full((2, K), 4, np.float32)}
     infer = coded_inference(model, CODE, worker_dtype="bfloat16")
     predictions = infer(x, MASK, jnp.asarray(WEIGHTS))
-    assert seen == {"x": jnp.bfloat16, "scale": jnp.int32, "flag": jnp.bool_}
+    assert seen == {"x": jnp.bfloat16, "scale": jnp.bfloat16}
     assert predictions["logits"].shape == (2, K, OUTPUTS)
     assert {leaf.dtype for leaf in jax.tree.leaves(predictions)} == {jnp.dtype("float32")}
 
@@ -261,7 +258,7 @@ def test_a_pool_keeps_its_makers_precision_of_products():
     with pool:
         pool_inference(pool, CODE)(X)
         assert seen == ["highest"]
-        assert pool.conditions.matmul_precision == "highest"
+        assert pool.conditions.endswith("precision highest")
 
 
 # Errors.
@@ -326,13 +323,11 @@ def doubts():
 
 
 def test_conditions_are_recorded(doubts):
-    assert doubts[None].conditions == Conditions("float32", "cpu", "default")
+    here = "float32 workers on platform cpu, matmul precision default"
+    assert doubts[None].conditions == current_conditions() == here
     assert doubts["bfloat16"].conditions == current_conditions("bfloat16")
-    assert doubts[None].conditions == current_conditions()
-    with jax.default_matmul_precision("highest"):
-        assert record_answers(small(), CODE, FEW).conditions.matmul_precision == "highest"
-    with jax.enable_x64(True):
-        assert current_conditions().dtype == "float64"
+    with jax.default_matmul_precision("highest"), jax.enable_x64(True):
+        assert re.match("float64 workers.*precision highest", current_conditions())
 
 
 def test_own_answers_stay_in_float32():
@@ -361,24 +356,18 @@ def test_a_scheme_with_anothers_doubt_says_so(doubts):
 
 
 def test_another_platform_says_so(doubts):
-    there = Conditions("float32", "tpu", "default")
+    there = doubts[None].conditions.replace("cpu", "tpu")
     elsewhere = dataclasses.replace(doubts[None], conditions=there)
     with pytest.warns(CalibrationWarning, match="platform tpu.*platform cpu"):
         coded_inference(small(), Scheme(REGRESSION, error_probability=elsewhere))
 
 
-def test_a_pool_with_anothers_doubt_or_forecast_says_so(doubts):
-    rule = record_answers(small(), CODE, FEW).below(max_disagreement=0.99)
-    cast = record_answers(small(), CODE, FEW, worker_dtype="bfloat16").below(max_disagreement=0.99)
+def test_a_pool_with_anothers_doubt_says_so(doubts):
     scheme = functools.partial(Scheme, REGRESSION, None)
     with DevicePool(small(), 2, worker_dtype="bfloat16") as pool:
         with pytest.warns(CalibrationWarning, match="ErrorProbability was"):
             pool_inference(pool, scheme(doubts[None]))
         pool_inference(pool, scheme(doubts["bfloat16"]))
-        infer = pool_inference(pool, CODE)
-        infer(X, cast)
-        with pytest.warns(CalibrationWarning, match="StoppingRule was"):
-            infer(X, rule)
 
 
 @pytest.mark.slow

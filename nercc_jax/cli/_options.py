@@ -92,7 +92,7 @@ class Options:
     "Random straggler sets for each number of stragglers."
 
     layout: str = "chebyshev"
-    "Start: chebyshev, interleaved, repeated, mixed:0.5 or systematic:0.5."
+    "Start: chebyshev, interleaved, repeated or mixed:0.5."
     points: Annotated[bool, "--points", "--lambdas-only"] = True
     "Tune the regression points, too, or the lambdas only."
     learn_decoder: Annotated[bool, "--learn-decoder", "--spline"] = False

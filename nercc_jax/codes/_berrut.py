@@ -1,4 +1,4 @@
-"""BACC: encoding and decoding by a rational interpolant, Berrut's or one of higher degree."""
+"""BACC: encoding and decoding by Berrut's rational interpolant."""
 
 from typing import Any
 
@@ -18,58 +18,45 @@ class Berrut(AbstractNumpyCode):
 
     Both layers are Berrut's first rational interpolant, with weights of alternating sign along the
     points in their order on the line. The decoder numbers the signs anew along the workers that
-    answered: with the original ones the interpolant has poles. With a higher `degree` both layers
-    blend polynomials of that degree through neighbouring points, whose error falls faster where
-    the path is smooth.
+    answered: with the original ones the interpolant has poles.
 
     Attributes:
         num_data: K.
         num_workers: N.
         alpha: Regression points of the data points; a leaf.
         beta: Regression points of the workers; a leaf.
-        degree: Of the blended polynomials; 0 is Berrut's interpolant. With that many answers or
-            fewer, they have the degree that the answers allow.
 
     Source: Jahani-Nezhad and Maddah-Ali 2022 (points "chebyshev"); ApproxIFER, AAAI 2022 (points
     "approxifer"); Borah and Harshan 2025, arXiv 2507.01330 (points "sbacc", without its DCT codes
-    against wrong answers); Floater and Hormann 2007, "Barycentric rational interpolation with no
-    poles and high rates of approximation", eq. 18 (`degree`), which BRI codes encode and decode
-    with (Qiu et al. 2025, arXiv 2509.09435).
+    against wrong answers).
     """
 
     num_data: int = eqx.field(static=True)
     num_workers: int = eqx.field(static=True)
     alpha: Float[Array, " num_data"]
     beta: Float[Array, " num_workers"]
-    degree: int = eqx.field(static=True)
 
-    def __init__(
-        self, num_data: int, num_workers: int, *, points: Points = "chebyshev", degree: int = 0
-    ):
+    def __init__(self, num_data: int, num_workers: int, *, points: Points = "chebyshev"):
         """Make a code with points by layout name or as (alpha, beta): see `regression_points`.
 
         Raises:
-            ValueError: As `regression_points`; `degree` is no integer from 0 to 7.
+            ValueError: As `regression_points`.
         """
         self.num_data, self.num_workers = check_counts(num_data=num_data, num_workers=num_workers)
-        if degree not in range(8):  # beyond, float32 rounds more away than is gained
-            raise ValueError(f"degree must be an integer from 0 to 7, not {degree!r}")
-        self.degree = int(degree)
         self.alpha, self.beta = regression_points(self.num_data, self.num_workers, points)
 
     def _encoder(self) -> Float[Any, "num_workers num_data"]:
         every = namespace(self.alpha).ones(self.num_data, bool)
-        return berrut_matrix(self.alpha, self.beta, every, self.degree)
+        return berrut_matrix(self.alpha, self.beta, every)
 
     def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
-        return berrut_matrix(self.beta, self.alpha, available, self.degree)
+        return berrut_matrix(self.beta, self.alpha, available)
 
 
 def berrut_matrix(
     points: Float[Any, " n"],
     at: Float[Any, " m"],
     available: Bool[Any, " n"],
-    degree: int = 0,
 ) -> Float[Any, "m n"]:
     """Return the matrix of the interpolant on the available points, read at others."""
     xp = namespace(points, at, available)
@@ -77,26 +64,6 @@ def berrut_matrix(
     counts = knots.weights > 0
     place = xp.cumsum(counts) - 1
     weights = (1 - 2 * (place % 2)).astype(points.dtype)
-    if degree:
-        # A knot's weight sums, over the runs of neighbours that contain it, the reciprocal product
-        # of its distances to the others of the run. Knots that count come first, at a usual
-        # distance, so that products of many remain numbers.
-        size = len(knots.t)
-        slots, number = xp.arange(size), xp.sum(counts)
-        t = knots.t[xp.argsort(xp.where(counts, slots, slots + size))]
-        t = t * (size / xp.maximum(xp.max(t) - xp.min(t), xp.finfo(t.dtype).tiny))
-        sizes = xp.ones_like(t)
-        for count in range(2, degree + 2):  # knots of a run
-            whole = slots + count <= number
-            others = [xp.roll(t, -place) for place in range(count)]
-            found = xp.zeros_like(t)
-            for first, own in enumerate(others):
-                product = xp.where(whole, 1.0, 0.0).astype(t.dtype)
-                for other in others[:first] + others[first + 1 :]:
-                    product = product / xp.where(whole, xp.abs(own - other), 1)
-                found = found + xp.roll(product, first)
-            sizes = xp.where(number >= count, found, sizes)
-        weights = weights * sizes[place]
     return knots.spread(barycentric_matrix(knots.t, xp.where(counts, weights, 0), at))
 
 

@@ -53,7 +53,7 @@ class BerrutSpline(AbstractSplineCode):
     ):
         """Make a code; arguments and errors are those of `NeRCC`."""
         self.num_data, self.num_workers = check_counts(num_data=num_data, num_workers=num_workers)
-        self.ends = check_ends(ends)
+        self.ends = check_ends(ends)  # pyright: ignore[reportIncompatibleVariableOverride]
         self.alpha, self.beta = regression_points(self.num_data, self.num_workers, points)
         self.lambda_dec = scalar_leaf(
             "lambda_dec", lambda_dec, self.alpha.dtype, least=0.0, most=np.inf

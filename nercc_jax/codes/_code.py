@@ -6,9 +6,8 @@ A code is two matrices: the encoder E (N, K) and, for the workers that answered,
 
 import abc
 import functools
-import inspect
 import warnings
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -21,7 +20,7 @@ from ..splines.arrays import native
 from ._decoding import Decoded, PlainMap, decode_groups, encode_groups
 from ._kept import known_matrices
 from ._trees import (
-    check_beside,
+    check_data,
     check_finite,
     check_floats,
     check_leading,
@@ -29,8 +28,6 @@ from ._trees import (
     join,
     to_device,
 )
-
-Code = TypeVar("Code", bound="AbstractCode")
 
 # A decoder's matrix, and what it recovers.
 MatrixOnHost: TypeAlias = tuple[
@@ -85,8 +82,8 @@ class AbstractCode(eqx.Module):
 
     All methods act on one group of K data points and can be differentiated, and batched with
     `jax.vmap`. Tunable numbers (regression points `alpha` and `beta`, where a code has them, and a
-    code's own) are leaves of the pytree. To jit, give the code as an argument, or jit its methods:
-    then its numbers are constants of the program.
+    code's own) are leaves of the pytree: `eqx.tree_at` returns a code with others. To jit, give the
+    code as an argument, or jit its methods: then its numbers are constants of the program.
 
     >>> import jax, jax.numpy as jnp
     >>> from nercc_jax import NeRCC
@@ -183,27 +180,6 @@ class AbstractCode(eqx.Module):
         """
         raise ValueError(f"{type(self).__name__} is no regression: it has no process variance")
 
-    def replace(self: Code, **numbers: Any) -> Code:
-        """Return the same code with other numbers: `code.replace(lambda_dec=1e-3)`.
-
-        All arguments of the constructor may be given, and `alpha` or `beta` by themselves. They are
-        checked as there; the result is differentiable in them.
-
-        Raises:
-            ValueError: The code does not have such a number; and as the constructor.
-        """
-        wanted = [name for name in inspect.signature(type(self)).parameters if name != "self"]
-        given = dict(numbers)
-        if "points" in wanted and "points" not in given:
-            given["points"] = (given.pop("alpha", self.alpha), given.pop("beta", self.beta))  # pyright: ignore
-        if unknown := given.keys() - set(wanted):
-            known = [*wanted, *(["alpha", "beta"] if "points" in wanted else [])]
-            raise ValueError(
-                f"{type(self).__name__} has no {', '.join(sorted(unknown))}: it has "
-                f"{', '.join(known)}"
-            )
-        return type(self)(**{n: given[n] if n in given else getattr(self, n) for n in wanted})
-
     @transformable
     def encode(
         self, x: PyTree[Shaped[ArrayLike, "num_data ..."]]
@@ -211,24 +187,20 @@ class AbstractCode(eqx.Module):
         """Return the coded data points E @ x, for x of any trailing shape, in x's dtype.
 
         Args:
-            x: K data points, or a pytree of such arrays, which is coded leaf by leaf. A leaf that
-                is no float (token ids, a flag) is not coded: it must be the same for all K data
-                points, and goes to all workers.
+            x: K data points, or a pytree of such arrays, which is coded leaf by leaf.
 
         Raises:
-            ValueError: x is not K data points, no leaf is a float, or, outside jit, one is not
-                finite (it would spoil every coded data point) or a leaf that is not coded differs.
+            ValueError: x is not K data points of floats, or, outside jit, one is not finite (it
+                would spoil every coded data point).
 
         Source: arXiv 2402.04377.
         """
         x = to_device(x, "x")
         check_leading("x", x, (self.num_data,), "data points")
-        check_floats("x", x, beside=True)
+        check_data(x)
         coded, finite = _encode(self, x, known_matrices(self).encoder)
-        if not isinstance(finite, Tracer):
-            check_beside("x", x, 1)
-            if not finite:
-                check_finite(x, 1)  # says which
+        if not isinstance(finite, Tracer) and not finite:
+            check_finite(x, 1)  # says which
         return coded
 
     @transformable
@@ -408,15 +380,6 @@ def deviations(
 ) -> Float[Array, "groups num_data"]:
     """Return the standard deviation of each group's predictions from these answers."""
     return deviation(*variances(code, y, responded))
-
-
-def with_deviation(code: AbstractCode, decoded: Decoded, y: PyTree) -> Decoded:
-    """Return groups' result with its deviation, where the code is a regression."""
-    try:
-        errors = deviations(code, join(y, 2)[0], decoded.responded)
-    except ValueError:
-        errors = None
-    return Decoded(decoded.predictions, decoded.responded, decoded.recovered, errors)
 
 
 def as_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:

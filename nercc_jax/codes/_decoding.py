@@ -32,7 +32,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 from ..splines._platforms import alike_in_shard_map
 from ..splines.arrays import native, where
 from ._kept import Matrices, kept_matrices
-from ._trees import any_tracer, is_float, join, same_within_group, to_device
+from ._trees import any_tracer, join, to_device
 
 # TPUs and GPUs would round the factors of a float32 product.
 FULL = jax.lax.Precision.HIGHEST
@@ -113,8 +113,6 @@ def encode_groups(
     """Return the coded data points of many groups, in x's dtype.
 
     `matrix` is the encoder's, if it is made, or one for each group; then there need be no code.
-    What is no float is taken to be the same for all data points of a group (see
-    `same_within_group`), and is repeated for each row of the matrix.
     """
     if explicit_mesh(code, x, matrix) is not None:
 
@@ -127,12 +125,8 @@ def encode_groups(
     with jax.named_scope("nercc.encode"):
         rows = jnp.asarray(code.encoder_matrix() if matrix is None else matrix)
         for number, leaf in enumerate(leaves):
-            shape = (leaf.shape[0], rows.shape[-2], *leaf.shape[2:])
-            if is_float(leaf):
-                coded = multiply(rows, leaf.reshape(*leaf.shape[:2], -1)).astype(leaf.dtype)
-                leaves[number] = coded.reshape(shape)
-            else:
-                leaves[number] = jnp.broadcast_to(leaf[:, :1], shape)
+            coded = multiply(rows, leaf.reshape(*leaf.shape[:2], -1)).astype(leaf.dtype)
+            leaves[number] = coded.reshape(leaf.shape[0], rows.shape[-2], *leaf.shape[2:])
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -196,21 +190,6 @@ def decode_groups(
     found = predictions, responded, recovered
     predictions, responded, recovered = to_device([each[0] for each in found] if one else found)
     return Decoded(form.split(predictions), responded, recovered)
-
-
-@eqx.filter_jit
-def decode_sets(
-    code: Any,
-    y: Float[ArrayLike, "groups num_workers m"],
-    available: Bool[ArrayLike, "sets num_workers"],
-) -> Decoded:
-    """Decode the answers of all groups under each straggler set: leading axes (sets, groups).
-
-    Each set's matrix is made once. An answer that is not finite makes its worker a straggler in its
-    own group only, as everywhere; if there is one, or for a derivative, the groups get matrices of
-    their own.
-    """
-    return jax.vmap(lambda mask: decode_groups(code, y, mask[None]))(jnp.asarray(available))
 
 
 def decode_in_program(
@@ -427,17 +406,6 @@ def _unless(sound: Bool[Array, ""], attempt: State, otherwise: Callable[[], Stat
     return jax.lax.while_loop(
         lambda state: ~state[1], lambda _: (otherwise(), done), (attempt, sound)
     )[0]
-
-
-def mask_mixed_groups(
-    x: PyTree[Shaped[Array, "groups num_data ..."]],
-    available: Bool[Array, "groups num_workers"],
-    given: Matrices | None,
-) -> tuple[Bool[Array, "groups num_workers"], Matrices | None]:
-    """Mask out groups in which parts that are not coded differ; return their matrices if given."""
-    if all(map(is_float, jax.tree.leaves(x))):
-        return available, given
-    return available & same_within_group(x, 2)[:, None], None
 
 
 def explicit_mesh(*trees: PyTree) -> Any:

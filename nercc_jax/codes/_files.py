@@ -18,11 +18,11 @@ from ._learned_decoder import LearnedDecoder
 from ._nercc import NeRCC
 from ._parity import Parity
 from ._replication import Replication, Uncoded
-from .whole_files import JsonFormat
+from .whole_files import read_entries, write_entries
 
-_FORMAT = JsonFormat("code", frozenset({"code", "numbers", "dtypes", "about"}), editable=True)
+_ENTRIES = {"code", "numbers", "dtypes", "about"}
 # Numbers that codes got since: files without them mean the constructor's default.
-_LATER = {"exact", "ends", "degree"}
+_LATER = {"exact", "ends"}
 _KINDS = {
     kind.__name__: kind
     for kind in (
@@ -69,7 +69,7 @@ def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | N
         "about": dict(about or {}),
     }
     json.dumps(content, allow_nan=False)  # which raises for what other programs cannot read
-    _FORMAT.write(Path(path), content)
+    write_entries(Path(path), "code", content)
 
 
 def load_code(path: str | Path) -> AbstractCode:
@@ -83,7 +83,7 @@ def load_code(path: str | Path) -> AbstractCode:
             read as it stands.
         OSError: As `open`.
     """
-    content = _FORMAT.read(Path(path))
+    content = _read(path)
     kind = _KINDS.get(str(content["code"]))
     if kind is None:
         raise ValueError(f"{path} holds a {content['code']!r}; known: {', '.join(_KINDS)}")
@@ -103,4 +103,9 @@ def load_code(path: str | Path) -> AbstractCode:
 
 def code_card(path: str | Path) -> dict[str, Any]:
     """Return what `save_code` was given as `about`."""
-    return _FORMAT.read(Path(path))["about"]
+    return _read(path)["about"]
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    remedy = "restore it from a copy, or write it again"
+    return read_entries(Path(path), "code", _ENTRIES, remedy, editable=True)

@@ -1,7 +1,7 @@
 """NeRCC: encoding and decoding by smoothing splines (arXiv 2402.04377)."""
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..splines import posterior_variance, process_variance, smoothing_matrix
-from ..splines._ends import Ends, check_ends
+from ..splines._ends import Ends
 from ..splines._host import smoothing_matrix_on_host, variances_on_host
 from ..splines._smoothing import smoothing_map
 from ..splines.arrays import namespace, where, working_dtype
@@ -28,7 +28,7 @@ class AbstractSplineCode(AbstractNumpyCode):
     alpha: eqx.AbstractVar[Float[Array, " num_data"]]
     beta: eqx.AbstractVar[Float[Array, " num_workers"]]
     lambda_dec: eqx.AbstractVar[Float[Array, ""]]
-    ends: eqx.AbstractVar[Ends]
+    ends: ClassVar[Ends] = "natural"
 
     @abc.abstractmethod
     def decoding_options(self, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
@@ -113,10 +113,6 @@ class NeRCC(AbstractSplineCode):
             answer itself, whatever lambda_dec smooths elsewhere. Otherwise that holds for
             lambda_dec = 0 only. It takes a `lambda_enc` of 0, or the worker has not run on the data
             point itself.
-        ends: "natural", or "not-a-knot": the decoding regression then ends with one cubic over its
-            first two gaps, and one over its last two, in place of no curvature. It is for smooth
-            curves with little smoothing: sweeps of a parameter had a tenth to six tenths less error
-            (docs/functions.md). Its `posterior_variance` is that of natural ends.
     """
 
     num_data: int = eqx.field(static=True)
@@ -128,7 +124,6 @@ class NeRCC(AbstractSplineCode):
     gap_exponent: Float[Array, ""]
     end_penalty: Float[Array, ""]
     exact: bool = eqx.field(static=True)
-    ends: Ends = eqx.field(static=True)
 
     def __init__(
         self,
@@ -141,7 +136,6 @@ class NeRCC(AbstractSplineCode):
         end_penalty: Float[ArrayLike, ""] | None = None,
         points: Points = "chebyshev",
         exact: bool = False,
-        ends: Ends = "natural",
     ):
         """Make a code with points by layout name or as (alpha, beta): see `regression_points`.
 
@@ -150,21 +144,19 @@ class NeRCC(AbstractSplineCode):
         radians, whichever is less (a lambda smooths over a length of about its fourth root);
         `gap_exponent` = 4, `end_penalty` = 3000. These were near the best on average for LeNet5,
         RepVGG and ViT at (N, K) from (20, 8) to (100, 60), none to N - K stragglers, logits and
-        softmax. With a `lambda_dec` of your own, the last two are 0 unless given; with `ends` that
-        are not natural, `end_penalty` is.
+        softmax. With a `lambda_dec` of your own, the last two are 0 unless given.
 
         Raises:
             ValueError: As `regression_points`; a lambda or `end_penalty` is negative, a number is
-                NaN or (other than a lambda) infinite or no scalar, or `ends` is unknown.
+                NaN or (other than a lambda) infinite or no scalar.
         """
         if not isinstance(exact, bool):
             raise ValueError(f"exact must be True or False, not {exact!r}")
         self.num_data, self.num_workers = check_counts(num_data=num_data, num_workers=num_workers)
-        self.exact, self.ends = exact, check_ends(ends)
+        self.exact = exact
         self.alpha, self.beta = regression_points(self.num_data, self.num_workers, points)
         dtype = self.alpha.dtype
         exponent, penalty = (4.0, 3000.0) if lambda_dec is None else (0.0, 0.0)
-        penalty = penalty if ends == "natural" else 0.0
         lambda_: Any = lambda_dec
         if lambda_dec is None:
             both: Any = self.alpha, self.beta

@@ -22,9 +22,7 @@ Layout: TypeAlias = Literal[
 ]
 Points: TypeAlias = str | tuple[ArrayLike | Sequence[float], ArrayLike | Sequence[float]]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
-# Families of layouts: a name with a share from 0 to 1, as in "mixed:0.5".
-FAMILIES: tuple[str, ...] = ("mixed", "systematic")
-_KNOWN = ", ".join([*LAYOUTS, *(f"{family}:SHARE" for family in FAMILIES)])
+_KNOWN = ", ".join([*LAYOUTS, "mixed:SHARE"])
 
 
 def regression_points(
@@ -42,8 +40,6 @@ def regression_points(
     - "mixed:0.5": Chebyshev alphas, each a beta once; of the further workers this share (0 to 1)
       repeat an alpha, and the others lie between, both spread evenly. "mixed:0" is "interleaved",
       "mixed:1" "repeated".
-    - "systematic:0.5": as "chebyshev", but for this share (0 to 1) of the alphas, spread evenly,
-      the beta that is nearest to each lies on it; -1 and 1 keep their workers if N > K + 1.
     - (alpha, beta): given, in any order; alphas distinct, all within [-1, 1].
 
     Raises:
@@ -135,7 +131,7 @@ def _layout(num_data: int, num_workers: int, name: str) -> tuple[np.ndarray, np.
     if name == "uniform":
         return (2 * k - 1) / num_data - 1, np.linspace(1, -1, num_workers)
 
-    # Layouts with workers on data points, a share of them.
+    # Layouts with a worker on each data point.
     family, _, text = {"interleaved": "mixed:0", "repeated": "mixed:1"}.get(name, name).partition(
         ":"
     )
@@ -143,7 +139,7 @@ def _layout(num_data: int, num_workers: int, name: str) -> tuple[np.ndarray, np.
         share = float(text)
     except ValueError:
         share = None
-    if family not in FAMILIES or share is None:
+    if family != "mixed" or share is None:
         raise ValueError(f"points must be one of {_KNOWN} (as in 'mixed:0.5'), not {name!r}")
     if not 0 <= share <= 1:
         raise ValueError(f"the share in {name!r} must be between 0 and 1")
@@ -152,14 +148,6 @@ def _layout(num_data: int, num_workers: int, name: str) -> tuple[np.ndarray, np.
             f"{name} points give a data point a worker of its own: "
             f"{num_data} data points need at least {num_data} workers, not {num_workers}"
         )
-    if family == "systematic":
-        # The points that are nearest to some of the alphas are moved onto them. No two alphas have
-        # the same nearest point where N >= K.
-        chosen = _spread(round(share * num_data), num_data)
-        nearest = ((2 * chosen + 1) * (num_workers - 1) + num_data) // (2 * num_data)
-        chebyshev[nearest] = alpha[chosen]
-        return alpha, chebyshev
-
     # Further workers repeat data points, or lie in the gaps between them.
     further = num_workers - num_data
     repeats = further if num_data == 1 else round(share * further)

@@ -76,17 +76,23 @@ def is_float(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
-def check_floats(name: str, tree: PyTree, *, beside: bool = False) -> None:
-    """Raise ValueError for leaves that are no floats; with `beside`, where none is a float."""
-    named = list(leaves_of(name, tree))
-    if beside and any(is_float(leaf) for _, leaf in named):
-        return
-    for label, leaf in named:
+def check_floats(name: str, tree: PyTree, hint: str = "") -> None:
+    """Raise ValueError, which may end with a hint, for leaves that are no floats."""
+    for label, leaf in leaves_of(name, tree):
         if not is_float(leaf):
-            hint = "; token ids and labels cannot be mixed: code their embeddings" if beside else ""
             raise ValueError(
                 f"{label} is {leaf.dtype}: codes work on floats, so convert it first{hint}"
             )
+
+
+def check_data(x: PyTree) -> None:
+    """Raise ValueError for data points of which a part is no float, and cannot be coded."""
+    check_floats(
+        "x",
+        x,
+        "; token ids and labels cannot be mixed: code their embeddings, and give what all data "
+        "points share to the model as a further argument",
+    )
 
 
 def check_leading(name: str, tree: PyTree, wanted: tuple[int, ...], what: str) -> None:
@@ -168,13 +174,9 @@ def groups_of(points: PyTree[Shaped[Array | np.ndarray, "points ..."]], num_data
 
 def finite_points(x: PyTree, axes: int) -> Bool[Any, "*lead"]:
     """Return which data points are finite in all their coordinates; by NumPy for its arrays."""
-    xp = np if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(x)) else jnp
-    finite = xp.ones(jax.tree.leaves(x)[0].shape[:axes], bool)
-    for leaf in jax.tree.leaves(x):
-        if is_float(leaf):
-            own = tuple(range(axes, leaf.ndim))  # there may be no data point
-            finite &= xp.all(xp.isfinite(leaf), axis=own)
-    return finite
+    vectors = join(x, axes)[0]
+    xp = namespace(vectors)
+    return xp.all(xp.isfinite(vectors), axis=-1)
 
 
 def check_finite(x: PyTree, axes: int) -> None:
@@ -187,30 +189,3 @@ def check_finite(x: PyTree, axes: int) -> None:
     if not finite.all():
         broken = np.argwhere(~finite) if axes > 1 else np.flatnonzero(~finite)
         raise ValueError(f"data points {broken.tolist()} are not finite: take them out")
-
-
-def same_within_group(x: PyTree, axes: int) -> Bool[Array, "*groups"]:
-    """Return whether parts that are not coded (integers, booleans) are the same within a group.
-
-    `axes` is the number of first axes, the last of them that of a group's data points.
-    """
-    lead = jax.tree.leaves(x)[0].shape[: axes - 1]
-    alike = jnp.ones(lead, bool)
-    for leaf in jax.tree.leaves(x):
-        if not is_float(leaf):
-            flat = leaf.reshape(*leaf.shape[:axes], -1)
-            alike &= jnp.all(flat == flat[..., :1, :], axis=(-2, -1))
-    return alike
-
-
-def check_beside(name: str, x: PyTree, axes: int) -> None:
-    """Raise ValueError where parts that are not coded differ within a group; not for tracers."""
-    for label, leaf in leaves_of(name, x):
-        if is_float(leaf) or isinstance(leaf, Tracer):
-            continue
-        if not np.all(same_within_group(np.asarray(leaf), axes)):
-            raise ValueError(
-                f"{label} is {leaf.dtype} and differs within a group: it cannot be mixed. It may "
-                "stand beside what is coded only if it is the same for all data points of a group; "
-                "else code what the model makes of it (embeddings), or serve it uncoded"
-            )

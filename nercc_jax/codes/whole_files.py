@@ -5,7 +5,6 @@ file in an entry, an .npz file in the archive's comment, a safetensors file in i
 hash is that of the file with zeros for the hash, so that it does not depend on itself.
 """
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -90,68 +89,49 @@ def read_arrays(path: Path, remedy: str) -> dict[str, Shaped[np.ndarray, "..."]]
         raise ValueError(f"{path} is no .npz file: {remedy}") from error
 
 
-@dataclasses.dataclass(frozen=True)
-class JsonFormat:
-    """A kind of JSON files, which say what they are.
+def write_entries(path: Path, kind: str, content: Mapping[str, Any]) -> None:
+    """Write the entries of a kind of file ("code"), which says that it is one, with a checksum.
 
-    Attributes:
-        kind: The kind of thing in a file, such as "code".
-        entries: The names of a file's entries.
-        optional: Further ones that may be missing.
+    Raises:
+        TypeError: An entry is no JSON.
+        OSError: As `open`.
+    """
+    head = {"format": f"nercc-jax {kind}", "version": 1, "checksum": NO_CHECKSUM}
+    write_checked(path, (json.dumps(head | dict(content), indent=1) + "\n").encode())
+
+
+def read_entries(
+    path: Path, kind: str, entries: set[str], remedy: str, *, editable: bool = False
+) -> dict[str, Any]:
+    """Return the entries that `write_entries` wrote.
+
+    Args:
+        path: The file.
+        kind: The kind of file.
+        entries: The names of its entries.
         remedy: The end of the message about a damaged file: the user's way out.
         editable: Whether people may edit such files. One without a checksum is then read, too.
-        version: The version of the format, which is the only one that is read.
+
+    Raises:
+        ValueError: The file, which is named, is damaged or no such file.
+        OSError: As `open`.
     """
-
-    kind: str
-    entries: frozenset[str]
-    optional: frozenset[str] = frozenset()
-    _: dataclasses.KW_ONLY
-    remedy: str = "restore it from a copy, or write it again"
-    editable: bool = False
-    version: int = 1
-
-    @property
-    def name(self) -> str:
-        """The entry "format" of a file."""
-        return f"nercc-jax {self.kind}"
-
-    def write(self, path: Path, content: Mapping[str, Any]) -> None:
-        """Write entries as a file; raise OSError as `open`, and TypeError for what is no JSON."""
-        head = {"format": self.name, "version": self.version, "checksum": NO_CHECKSUM}
-        write_checked(path, (json.dumps(head | dict(content), indent=1) + "\n").encode())
-
-    def read(self, path: Path) -> dict[str, Any]:
-        """Return the entries of a file.
-
-        Raises:
-            ValueError: The file, which is named, is damaged or no such file.
-            OSError: As `open`.
-        """
-        content, remedy = path.read_bytes(), self.remedy
-        if self.editable:
-            remedy += "; if you edited it, remove its entry 'checksum', and it is read as it stands"
-        if not self.editable or b'"checksum"' in content:
-            content = read_checked(path, remedy)
-        try:
-            found = json.loads(content)
-        except ValueError as error:  # UnicodeDecodeError is one, too
-            raise ValueError(
-                f"{path} is no JSON, so no file of a {self.kind}: {error}; {remedy}"
-            ) from error
-        if not isinstance(found, dict) or found.get("format") != self.name:
-            raise ValueError(
-                f"{path} does not say 'format': {self.name!r}: it is no file of a {self.kind}"
-            )
-        if found.get("version") != self.version:
-            raise ValueError(
-                f"{path} is of version {found.get('version')}; this nercc-jax reads {self.version}"
-            )
-        found = {each: found[each] for each in found.keys() - {"format", "version", "checksum"}}
-        if missing := self.entries - found.keys():
-            raise ValueError(f"{path} lacks {sorted(missing)}; {remedy}")
-        if unknown := found.keys() - self.entries - self.optional:
-            raise ValueError(
-                f"{path} has {sorted(unknown)}, which no file of a {self.kind} has; {remedy}"
-            )
-        return found
+    content = path.read_bytes()
+    if editable:
+        remedy += "; if you edited it, remove its entry 'checksum', and it is read as it stands"
+    if not editable or b'"checksum"' in content:
+        content = read_checked(path, remedy)
+    try:
+        found = json.loads(content)
+    except ValueError as error:  # UnicodeDecodeError is one, too
+        raise ValueError(f"{path} is no JSON, so no file of a {kind}: {error}; {remedy}") from error
+    name = f"nercc-jax {kind}"
+    if not isinstance(found, dict) or found.get("format") != name:
+        raise ValueError(f"{path} does not say 'format': {name!r}: it is no file of a {kind}")
+    if found.get("version") != 1:
+        raise ValueError(f"{path} is of version {found.get('version')}; this nercc-jax reads 1")
+    found = {each: found[each] for each in found.keys() - {"format", "version", "checksum"}}
+    if found.keys() != entries:
+        have = f"has the entries {sorted(found)}, and a file of a {kind} has {sorted(entries)}"
+        raise ValueError(f"{path} {have}; {remedy}")
+    return found

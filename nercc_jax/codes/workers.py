@@ -11,14 +11,8 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..splines.arrays import native
-from ._code import AbstractCode, with_deviation
-from ._decoding import (
-    Decoded,
-    decode_groups,
-    decode_in_program,
-    encode_groups,
-    mask_mixed_groups,
-)
+from ._code import AbstractCode
+from ._decoding import Decoded, decode_groups, decode_in_program, encode_groups
 from ._kept import CachedMatrices
 from ._trees import any_tracer, check_floats, is_float, leaves_of
 
@@ -211,7 +205,6 @@ def infer_groups(
     known: CachedMatrices,
     *,
     one: bool,
-    with_error: bool,
 ) -> Decoded:
     """Return predictions by models between the two matrices; part of a program that is traced.
 
@@ -219,15 +212,13 @@ def infer_groups(
     product was enough, and if not, the host decodes the answers. `one` group's result has no axis
     of groups.
     """
-    quick = known.decoders is not None and all(map(is_float, jax.tree.leaves(x)))
-    quick = quick and not any_tracer(model, code, x, available, args)
-    given = model, code, x, available, args, known, one, with_error
+    quick = known.decoders is not None and not any_tracer(model, code, x, available, args)
+    given = model, code, x, available, args, known, one
     result, sound, y = _infer(*given, quick)
     if quick and isinstance(sound, Tracer):  # of what the model closes over
         result, *_ = _infer(*given, False)
     elif quick and not sound:
         result = decode_groups(code, y, available)
-        result = with_deviation(code, result, y) if with_error else result
         result = jax.tree.map(lambda leaf: leaf[0], result) if one else result
     return result
 
@@ -241,14 +232,11 @@ def _infer(
     args: tuple,
     known: CachedMatrices,
     one: bool,
-    with_error: bool,
     quick: bool,
 ) -> tuple[Decoded, Any, PyTree]:
     """Return the result, whether it is sound, and the answers."""
     x = jax.tree.map(jnp.asarray, x)
     y = run_workers(model, code, encode_groups(code, x, known.encoder), *args)
     given = jnp.asarray(available), known.decoders
-    given = given if quick else mask_mixed_groups(x, *given)
     result, sound = decode_in_program(None if quick else code, y, *given)
-    result = with_deviation(code, result, y) if with_error else result
     return jax.tree.map(lambda leaf: leaf[0], result) if one else result, sound, y

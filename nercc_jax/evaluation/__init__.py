@@ -1,7 +1,6 @@
 """Recorded answers, codes side by side, the nested objective."""
 
 from ._answers import Answers, record_answers
-from ._criteria import coverage
 from ._evaluation import Estimate, Evaluation, Evaluations, evaluate
 from ._objective import nested_objective
 
@@ -10,7 +9,6 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "Evaluations",
-    "coverage",
     "evaluate",
     "nested_objective",
     "record_answers",

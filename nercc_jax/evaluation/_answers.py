@@ -16,10 +16,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
-from ..codes._decoding import decode_sets
 from ..codes._kept import encoder_of
 from ..codes._trees import (
     Form,
+    check_data,
     check_finite,
     check_floats,
     groups_of,
@@ -29,20 +29,14 @@ from ..codes._trees import (
 )
 from ..codes.workers import call_model, check_number_of_models
 from ..inference import cast_model
-from ..inference.models import (
-    AbstractCalibrated,
-    Conditions,
-    Model,
-    check_model,
-    current_conditions,
-)
+from ..inference.models import Model, check_model
 from ..splines.arrays import namespace, native
 from ._criteria import Criterion, agree_on_labels, labels_of, point_criterion, same_labels
 
 Run: TypeAlias = Callable[[PyTree], PyTree]  # a model for any number of data points: `batched`
 
 
-class Answers(AbstractCalibrated):
+class Answers(eqx.Module):
     """All workers' answers to groups of data points, and the served model's own predictions.
 
     Outputs of any shape, or pytrees of them, are joined to vectors. `error` and `disagreement`
@@ -57,14 +51,12 @@ class Answers(AbstractCalibrated):
         coded: The workers' answers.
         own: The model's outputs on the data points.
         form: The structure of the outputs.
-        conditions: The conditions in which `coded` was computed, where they are known.
     """
 
     code: AbstractCode
     coded: Float[Array, "groups num_workers m"]
     own: Float[Array, "groups num_data m"]
     form: Form = eqx.field(static=True)
-    conditions: Conditions = eqx.field(static=True)
 
     def __init__(
         self,
@@ -72,20 +64,23 @@ class Answers(AbstractCalibrated):
         coded: Float[Array, "groups num_workers m"],
         own: Float[Array, "groups num_data m"],
         form: Form | None = None,
-        conditions: Conditions = Conditions(),  # noqa: B008, it is frozen
     ):
         """Make a record; without a form, outputs are vectors."""
         self.code, self.coded, self.own = code, coded, own
         self.form = join(own, 2)[1] if form is None else form
-        self.conditions = conditions
 
     def decode(self, available: Bool[Array, " num_workers"]) -> Decoded:
         """Decode all groups from these workers' answers; predictions are vectors."""
         return decode_groups(self.code, self.coded, available[None])
 
+    @eqx.filter_jit
     def decode_sets(self, available: Bool[Array, "sets num_workers"]) -> Decoded:
-        """Decode all groups under each straggler set; the axis of sets comes first."""
-        return decode_sets(self.code, self.coded, available)
+        """Decode all groups under each straggler set; the axis of sets comes first.
+
+        Each set's matrix is made once. If there is an answer that is not finite, or for a
+        derivative, the groups get matrices of their own.
+        """
+        return jax.vmap(self.decode)(jnp.asarray(available))
 
     def same_labels(
         self, decoded: Float[Array, "*lead groups num_data m"]
@@ -95,19 +90,17 @@ class Answers(AbstractCalibrated):
         return agree_on_labels(decoded, own, self.form)
 
     def losses(
-        self, available: Bool[Array, "sets num_workers"], criterion: Criterion
+        self, sets: Bool[Array, "sets num_workers"] | Decoded, criterion: Criterion
     ) -> Float[Array, " sets"]:
         """Return the mean of a criterion over recovered data points, for each straggler set.
 
-        It is NaN for a set that loses all, and differentiable in code and answers.
+        The sets are masks, or what was decoded under them. It is NaN for a set that loses all, and
+        differentiable in code and answers.
 
         Raises:
             ValueError: The criterion is unknown.
         """
-        return self.losses_of(self.decode_sets(available), criterion)
-
-    def losses_of(self, decoded: Decoded, criterion: Criterion) -> Float[Array, " sets"]:
-        """Return `losses` of what was decoded, as by `decode_sets`."""
+        decoded = sets if isinstance(sets, Decoded) else self.decode_sets(sets)
         recovered = decoded.recovered
         # What is lost must not reach a gradient either.
         filled = jnp.where(recovered[..., None], decoded.predictions, 0)
@@ -123,16 +116,14 @@ class Answers(AbstractCalibrated):
     ) -> dict[str, Float[Array, " groups"]]:
         """Return, for each group, the sums of its data points that the metrics are means of.
 
-        They are the number that is recovered, squared norms of errors, norms, and labels that are
-        the model's own (`rel_acc`) and the true ones (`accuracy`).
+        They are the number that is recovered, squared norms of errors, and labels that are the
+        model's own (`rel_acc`) and the true ones (`accuracy`).
         """
         recovered = decoded.recovered
         error = jnp.where(recovered[..., None], decoded.predictions - self.own, 0)
-        squares = jnp.sum(error**2, axis=-1)
         points = {
             "recovered": recovered,
-            "squares": squares,
-            "norms": jnp.sqrt(squares),
+            "squares": jnp.sum(error**2, axis=-1),
             "rel_acc": recovered & self.same_labels(decoded.predictions),
         }
         if labels is not None:
@@ -146,7 +137,10 @@ class Answers(AbstractCalibrated):
     def error(self, available: Bool[ArrayLike, " num_workers"]) -> Float[Array, ""]:
         """Return sqrt(mean |u_k - f_k|^2), the `rmse` of `Evaluation`, in units of the outputs.
 
-        Data points that are not recovered are left out; NaN where none is.
+        It is infinite where a data point is not recovered. So a pool that has waited for enough may
+        be told by `lambda mask: answers.error(mask) <= limit`. More answers need not be better; and
+        the first set that looks good enough looks better than it is, the more so the fewer the data
+        points. The first call compiles.
 
         Raises:
             ValueError: The mask has another shape or dtype.
@@ -159,81 +153,21 @@ class Answers(AbstractCalibrated):
         Data points that are not recovered count as wrong.
 
         Raises:
-            ValueError: The mask has another shape or dtype.
+            ValueError: The mask has another shape or dtype, or the outputs have no labels.
         """
+        if not self.form.has_labels:
+            raise ValueError("outputs with one number a row have no labels: ask for the error")
         return _expect(self, available)[1]
-
-    def below(
-        self, *, max_disagreement: float | int | None = None, max_error: float | int | None = None
-    ) -> "StoppingRule":
-        """Return a function `enough(mask) -> bool` that tells a pool to stop waiting.
-
-        More answers need not be better, so True may be followed by False. Where not even all
-        workers' answers reach the limit, it may never be True: look at `error(np.ones(N, bool))`
-        first. The first set that looks good enough looks better than it is, the more so the fewer
-        the data points. Any thread may call it; it remembers the last few thousand masks. A new
-        one is decoded on the device that holds the answers (`jax.device_put(answers, device)` moves
-        them), behind its other work: 0.6 ms for 25 groups of (20, 8) on two CPU cores. It is
-        compiled here, so no later call waits for that.
-
-        Args:
-            max_disagreement: The largest `disagreement`, in [0, 1).
-            max_error: The largest `error`, in units of the outputs, with no data point lost. Give
-                one of the two.
-
-        Raises:
-            ValueError: Not exactly one limit is given, it is out of range, or the outputs have no
-                labels. `enough` raises it for a mask of another shape or dtype.
-        """
-        if (max_disagreement is None) == (max_error is None):
-            given = "neither" if max_error is None else "both"
-            raise ValueError(f"give max_disagreement or max_error, not {given}")
-        if max_disagreement is not None and not self.form.has_labels:
-            raise ValueError("outputs with one number a row have no labels: give max_error")
-        if max_disagreement is not None and not 0 <= max_disagreement < 1:
-            raise ValueError(f"max_disagreement must be in [0, 1), not {max_disagreement}")
-        if max_error is not None and not max_error > 0:
-            raise ValueError(f"max_error must be positive, not {max_error}")
-        points = self.own.shape[0] * self.own.shape[1]
-
-        @functools.lru_cache(maxsize=4096)
-        def decide(mask: bytes) -> bool:
-            error, disagreement, lost = map(float, _expect(self, np.frombuffer(mask, bool)))
-            if max_error is not None:
-                return lost == 0 and error <= max_error
-            # In whole data points: 10 of 200 are 5 %, whatever float32 makes of it.
-            return round(disagreement * points) <= (max_disagreement or 0) * points + 1e-6
-
-        workers = self.code.num_workers
-        enough = StoppingRule(decide=decide, num_workers=workers, conditions=self.conditions)
-        enough(np.ones(workers, bool))
-        return enough
-
-
-class StoppingRule(AbstractCalibrated):
-    """A function of masks that `Answers.below` returns, with the conditions of its calibration."""
-
-    decide: Callable[[bytes], bool] = eqx.field(static=True)
-    num_workers: int = eqx.field(static=True)
-    conditions: Conditions = eqx.field(static=True)
-
-    def __call__(self, mask: np.ndarray) -> bool:
-        """Return whether the answers of the workers in the mask are enough."""
-        mask = np.asarray(mask)
-        if mask.dtype != bool or mask.shape != (self.num_workers,):
-            as_mask(mask, (self.num_workers,))  # says what is wrong with it
-        # Nobody answered: nothing is recovered, under any code.
-        return bool(mask.any()) and self.decide(mask.tobytes())
 
 
 @eqx.filter_jit
-def _expect(answers: Answers, available: Bool[ArrayLike, " num_workers"]) -> tuple[Array, ...]:
-    """Return the error, the disagreement, and the share of data points that are lost."""
+def _expect(answers: Answers, available: Bool[ArrayLike, " num_workers"]) -> tuple[Array, Array]:
+    """Return the error, infinite where a data point is lost, and the disagreement."""
     decoded = answers.decode(as_mask(available, (answers.code.num_workers,)))
     sums = {metric: jnp.sum(each) for metric, each in answers.sums_of(decoded).items()}
-    count, total = sums["recovered"], answers.own.shape[0] * answers.own.shape[1]
-    error = jnp.sqrt(sums["squares"] / count)
-    return error, 1 - sums["rel_acc"] / total, 1 - count / total
+    total = answers.own.shape[0] * answers.own.shape[1]
+    error = jnp.where(jnp.all(decoded.recovered), jnp.sqrt(sums["squares"] / total), jnp.inf)
+    return error, 1 - sums["rel_acc"] / total
 
 
 def record_answers(
@@ -266,8 +200,7 @@ def record_answers(
     groups = cut_groups(x, code.num_data)
     run, *further = [batched(each, batch_size) for each in cast_model(models, worker_dtype)]
     own = None if worker_dtype is None else batched(models[0], batch_size)
-    recorder = Recorder(run, groups, batch_size, own, current_conditions(worker_dtype))
-    return recorder.of(code, further)
+    return Recorder(run, groups, batch_size, own).of(code, further)
 
 
 class Recorder:
@@ -286,19 +219,16 @@ class Recorder:
         groups: PyTree[Shaped[np.ndarray, "groups num_data ..."]],
         batch_size: int,
         own: Run | tuple[Float[np.ndarray, "groups num_data m"], Form] | None = None,
-        conditions: Conditions | None = None,
     ):
         """Start a record, on groups of data points, of the model (`batched`) that workers run.
 
         `own` is the model whose outputs on the data points count, where it is not `run`, or its
-        outputs, where they are known. `conditions` are those of `run`: those here and now unless
-        given.
+        outputs, where they are known.
 
         Raises:
             ValueError: The outputs on the data points are not finite floats.
         """
         self._run, self._groups, self._batch_size = run, groups, batch_size
-        self._conditions = conditions or current_conditions()
         self._shape = jax.tree.leaves(groups)[0].shape[:2]
         self._known: dict[bytes, np.ndarray] = {}
         if isinstance(own, tuple):
@@ -345,7 +275,7 @@ class Recorder:
             answers |= {(kind, name): known[name] for name in theirs}
         coded = np.stack([answers[each] for each in zip(kinds, names, strict=True)], axis=1)
         own = jnp.asarray(self.own)
-        return Answers(code, jnp.asarray(coded), own, self.form, self._conditions)
+        return Answers(code, jnp.asarray(coded), own, self.form)
 
 
 def cut_groups(x: PyTree, num_data: int) -> PyTree[Shaped[np.ndarray, "groups num_data ..."]]:
@@ -366,7 +296,7 @@ def cut_groups(x: PyTree, num_data: int) -> PyTree[Shaped[np.ndarray, "groups nu
     groups = points // num_data
     if groups == 0:
         raise ValueError(f"{points} data points fill no group of {num_data}")
-    check_floats("x", x, beside=True)
+    check_data(x)
     check_finite(x, 1)
     return groups_of(jax.tree.map(lambda leaf: leaf[: groups * num_data], x), num_data)
 

@@ -112,20 +112,3 @@ def row_errors(
     if (form.structure, form.shapes) != (other.structure, other.shapes):
         raise ValueError(f"decoded outputs have shapes {form.shapes}, the model's {other.shapes}")
     return root_mean_square(mine - theirs, axis=-1)
-
-
-def coverage(
-    decoded: PyTree[Float[ArrayLike, "points ..."]],
-    own: PyTree[Float[ArrayLike, "points ..."]],
-    bar: Float[ArrayLike, " points"],
-) -> Float[Array, ""]:
-    """Return the share of data points whose error is within its bar; exact ones (0) do not count.
-
-    NaN where all are exact.
-
-    Raises:
-        ValueError: Shapes differ.
-    """
-    bar = jnp.asarray(bar)
-    within, uncertain = row_errors(decoded, own) <= bar, bar > 0
-    return jnp.mean(within, where=uncertain)

@@ -15,14 +15,14 @@ from ..codes import AbstractCode
 from ..codes._checks import check_count
 from ..codes._trees import join, leaves_of
 from ..inference import cast_model
-from ..inference.models import Model, current_conditions
+from ..inference.models import Model
 from ..splines.arrays import native
 from ..stragglers import AbstractStragglers
 from ._answers import Answers, Recorder, batched, cut_groups
 from .tables import text_table
 
 SHARES = ("rel_acc", "accuracy", "lost")  # metrics between 0 and 1
-_METRICS = ("mse", "rmse", "mean_l2", *SHARES)
+_METRICS = ("mse", "rmse", *SHARES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,6 @@ class Evaluation:
         stragglers: The name of the law.
         mse: Mean of (u - f)^2 over data points and outputs.
         rmse: Root of the mean squared L2 norm, sqrt(mean |u_k - f_k|^2).
-        mean_l2: Mean L2 norm, mean |u_k - f_k| (the literature calls both RMSE).
         rel_acc: Share of data points with argmax u_k = argmax f_k, along the last axis of outputs;
             of several labels, all.
         accuracy: The same against the true labels; None without labels.
@@ -118,7 +117,6 @@ class Evaluation:
     stragglers: str
     mse: Estimate
     rmse: Estimate
-    mean_l2: Estimate
     rel_acc: Estimate
     accuracy: Estimate | None
     lost: Estimate
@@ -185,16 +183,6 @@ class Evaluations(list[Evaluation]):
             record |= {"num_data_points": row.num_data_points, "num_sets": row.num_sets}
             records.append(record)
         return records
-
-    def to_pandas(self) -> Any:
-        """Return `records` as a pandas DataFrame.
-
-        Raises:
-            ImportError: There is no pandas.
-        """
-        import pandas  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
-
-        return pandas.DataFrame(self.records())
 
     def plot(self, metrics: Sequence[str] = ("mse", "rel_acc"), title: str = "") -> Any:
         """Return a matplotlib figure with a panel for each metric and a curve for each code.
@@ -279,8 +267,8 @@ def evaluate(
 
     Returns:
         A list with an `Evaluation` for each law and code, which is printed as a table, and has
-        `records`, `to_pandas`, `plot(metrics, title)`, a figure, and `gain(code, rival)`, how much
-        lower a code's error is.
+        `records`, `plot(metrics, title)`, a figure, and `gain(code, rival)`, how much lower a
+        code's error is.
 
     Raises:
         ValueError: The codes differ in K or N, there are fewer than K data points, data points or
@@ -306,7 +294,7 @@ def evaluate(
 
     run = batched(cast_model(model, worker_dtype), batch_size)
     own = None if worker_dtype is None else batched(model, batch_size)
-    recorder = Recorder(run, groups, batch_size, own, current_conditions(worker_dtype))
+    recorder = Recorder(run, groups, batch_size, own)
     recorded = {}
     for name, code in codes.items():
         others = cast_model(tuple((further_models or {}).get(name, ())), worker_dtype)
@@ -342,12 +330,10 @@ _sums_of = eqx.filter_jit(Answers.sums_of)
 def _send(
     channel: Callable[[PyTree, PRNGKeyArray], PyTree], answers: Answers, key: PRNGKeyArray
 ) -> Answers:
-    coded = answers.form.split(answers.coded)
-    received = channel(coded, key)
-    shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (received, coded)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"the channel made {shapes[0]} of answers {shapes[1]}")
-    return eqx.tree_at(lambda known: known.coded, answers, join(received, 2)[0])
+    received, form = join(channel(answers.form.split(answers.coded), key), 2)
+    if form.shapes != answers.form.shapes:
+        raise ValueError(f"the channel made {form.shapes} of answers {answers.form.shapes}")
+    return eqx.tree_at(lambda known: known.coded, answers, received)
 
 
 def _values(
@@ -360,7 +346,6 @@ def _values(
     return {
         "mse": squares / num_outputs,
         "rmse": _root(squares),
-        "mean_l2": _ratio(tables.pop("norms"), count),
         "lost": 1 - count / num_data,
         **{metric: table / num_data for metric, table in tables.items()},
     }

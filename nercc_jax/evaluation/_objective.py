@@ -117,15 +117,19 @@ class Trial(eqx.Module):
         """Return the power mean over laws of a code's error relative to the starting code's.
 
         With r_l = errors / scales this is (mean_l r_l^power)^(1/power): 1 for the starting code,
-        and differentiable in the code.
+        and differentiable in the code. An answer that is not finite makes it NaN.
         """
-        return _judge(self, model, code)[1]
+        return self.errors(model, code)[1]
 
-    def objective_by_products(self, model: Model, code: AbstractCode) -> Float[Array, ""]:
-        """Return the objective by one product for each straggler set.
+    @eqx.filter_jit  # one program for errors and objectives: it takes seconds to compile
+    def errors(
+        self, model: Model, code: AbstractCode
+    ) -> tuple[Float[Array, " laws"], Float[Array, ""]]:
+        """Return the mean loss under each law, and `objective`.
 
-        So its gradient needs a matrix for each set, not for each set and group. An answer that is
-        not finite makes it NaN.
+        All groups are decoded by one product for each straggler set, so that a gradient needs a
+        matrix for each set, not for each set and group. Sets that recover nothing are left out; a
+        law with no other has NaN.
         """
         answers = nested_answers(model, code, self.x, self.originals)
         of_mask = jax.vmap(lambda mask: (code.decoder_matrix(mask), code.recovered(mask)))
@@ -133,18 +137,9 @@ class Trial(eqx.Module):
         # As one product of two matrices.
         factors = matrices.astype(answers.coded.dtype), answers.coded
         found = jnp.tensordot(*factors, ((2,), (1,)), precision=jax.lax.Precision.HIGHEST)
-        recovered = jnp.broadcast_to(recovered[:, None], (*found.shape[:3:2], code.num_data))
-        decoded = Decoded(jnp.moveaxis(found, 2, 1), self.available, recovered)
-        return self.by_law(code, answers.losses_of(decoded, self.criterion))[1]
-
-    def by_law(
-        self, code: AbstractCode, losses: Float[Array, " sets"]
-    ) -> tuple[Float[Array, " laws"], Float[Array, ""]]:
-        """Return the mean loss under each law, and `objective`.
-
-        Sets that recover nothing are left out; a law with no other has NaN.
-        """
-        counts = jnp.any(jax.vmap(code.recovered)(self.available), axis=1)
+        each = jnp.broadcast_to(recovered[:, None], (*found.shape[:3:2], code.num_data))
+        decoded = Decoded(jnp.moveaxis(found, 2, 1), self.available, each)
+        losses, counts = answers.losses(decoded, self.criterion), jnp.any(recovered, axis=1)
         total, count = (
             jax.ops.segment_sum(values, self.law, len(self.laws), indices_are_sorted=True)
             for values in (jnp.where(counts, losses, 0), counts.astype(losses.dtype))
@@ -155,14 +150,6 @@ class Trial(eqx.Module):
         relative = errors / jnp.maximum(self.scales, 1e-30)
         powers = jnp.where(counts, jnp.where(counts, relative, 1) ** self.power, 0)
         return errors, (jnp.sum(powers) / jnp.maximum(jnp.sum(counts), 1)) ** (1 / self.power)
-
-
-@eqx.filter_jit  # one program for errors and objectives: it takes seconds to compile
-def _judge(
-    trial: Trial, model: Model, code: AbstractCode
-) -> tuple[Float[Array, " laws"], Float[Array, ""]]:
-    answers = nested_answers(model, code, trial.x, trial.originals)
-    return trial.by_law(code, answers.losses(trial.available, trial.criterion))
 
 
 def make_trial(
@@ -196,7 +183,7 @@ def make_trial(
     available, law = draw_sets(stragglers, key, code.num_workers, num_sets)
     laws = tuple(stragglers)
     blank = Trial(x, originals, available, law, jnp.ones(len(laws)), laws, criterion, float(power))
-    scales, _ = _judge(blank, model, code)
+    scales, _ = blank.errors(model, code)
     if not jnp.all(jnp.isfinite(scales)):
         broken = {name: float(s) for name, s in zip(laws, scales, strict=True) if not s < jnp.inf}
         raise ValueError(

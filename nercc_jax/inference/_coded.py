@@ -1,9 +1,8 @@
 """Coded inference: encode, model, decode as one jitted program."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,17 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Bool, PyTree, Shaped
+from jaxtyping import ArrayLike, Bool, PyTree, Shaped
 
 from ..codes import AbstractCode, encode_groups
-from ..codes._code import check_mask, with_deviation
-from ..codes._decoding import in_auto_mode, mask_mixed_groups
+from ..codes._code import check_mask
+from ..codes._decoding import in_auto_mode
 from ..codes._kept import CachedMatrices, known_matrices
 from ..codes._trees import (
     any_tracer,
-    check_beside,
+    check_data,
     check_finite,
-    check_floats,
     groups_of,
     is_float,
     leaves_of,
@@ -32,23 +30,17 @@ from ..splines.arrays import native
 from ._mesh import Placed, place
 from .models import Model, cast_model, check_conditions, check_model, current_conditions
 
-# What becomes of groups of data points at the workers: all their answers, (groups, N, ...). Beside
-# the groups it takes their encoders, (groups, N, K), or None for the code's. A scheme's `infer` has
-# it between its own two steps.
-Work: TypeAlias = Callable[[PyTree, Array | None], PyTree]
-
 
 def coded_inference(
     model: Model | Sequence[Model],
     code: Any,
     *,
     with_status: bool = False,
-    with_error: bool = False,
     grouped: bool | None = None,
     mesh: Mesh | None = None,
     axis: str | None = None,
     worker_dtype: DTypeLike | None = None,
-) -> "CodedInference":
+) -> Callable[..., Any]:
     """Return one jitted function `(x, available, *args) -> predictions` for a model behind a code.
 
     >>> import jax.numpy as jnp
@@ -62,8 +54,7 @@ def coded_inference(
     available, a mask (N,) for all groups or one for each (groups, N). Predictions have x's axes;
     they are NaN where nothing can be recovered: in a group with a data point that is not finite, or
     where no worker is available. Data points and answers may be pytrees of arrays, each leaf with
-    these axes; a leaf of x that is no float is not coded, and must be the same for all data points
-    of a group.
+    these axes. What all data points share, such as a flag, is a further argument of the model.
 
     Behind a **scheme** (`nercc_jax.Scheme`), x is (points, ...), any number of whole groups in any
     order; masks are of groups as they are sent.
@@ -73,7 +64,7 @@ def coded_inference(
     host's CPU, and so is the decoder's for each mask that is given outside jit, unless a call has
     many: the last thousands are kept. Then the program is encode, model and one product, and the
     call waits for its result to see whether the product is enough. It composes with jit, grad,
-    vmap, with a mesh, too; `lower` compiles ahead of time.
+    vmap, with a mesh, too; `jax.jit(infer).lower(x, available)` compiles ahead of time.
 
     Args:
         model: Any callable on a batch. One that JAX cannot trace, since it works on NumPy arrays
@@ -84,10 +75,8 @@ def coded_inference(
             A code whose workers run further models takes all of them, (served, further...).
         code: A code or a scheme (`nercc_jax.Scheme`).
         with_status: Whether to return `Decoded`, with the workers that were used and the
-            predictions that were recovered; for a scheme with deviations and error probability.
-        with_error: Whether `Decoded` is returned with its `deviation`, how far each prediction may
-            be off, for the codes that are regressions (`AbstractCode.decode`). It takes a product
-            with all answers more, and on a mesh all answers on each device.
+            predictions that were recovered; for a scheme, which may be a code and nothing else,
+            with deviations, how far each prediction may be off, and error probability.
         grouped: Whether x has an axis of groups. Default: by its axes.
         mesh: Spread the coded data points over an axis of this mesh, any N on any number of
             devices; predictions come back on all of them. Arrays of the model and of the code are
@@ -104,99 +93,49 @@ def coded_inference(
 
     Raises:
         ValueError: Shapes or dtypes do not fit, before anything runs; the model is in training
-            mode, or cannot be cast; the mesh lacks the axis; `with_error` is asked of a scheme; or,
-            behind a scheme, outside jit, data points are not finite.
+            mode, or cannot be cast; the mesh lacks the axis; or, behind a scheme, outside jit, data
+            points are not finite.
     """
     check_model(model)
     workers: Any = cast_model(model, worker_dtype)
-    inner: Any = code
-    if not isinstance(code, AbstractCode):
-        if not isinstance(getattr(code, "code", None), AbstractCode):
+    scheme = not isinstance(code, AbstractCode)
+    plain: Any = code
+    if scheme:
+        plain = getattr(code, "code", None)
+        if not isinstance(plain, AbstractCode):
             raise ValueError(f"code must be a code or a scheme, not {type(code).__name__}")
-        if with_error:
-            raise ValueError("a scheme's result has deviations of its own: give with_status=True")
         platform = None if mesh is None else mesh.devices.flat[0].platform
         check_conditions(code, current_conditions(worker_dtype, platform))
-        inner = code.code
     if mesh is not None:
-        workers = place(workers, code, inner, mesh, axis)
-    return CodedInference(workers, code, grouped, with_status, with_error)
+        workers = place(workers, code, plain, mesh, axis)
 
-
-@dataclasses.dataclass(frozen=True, eq=False)  # by identity, as functions are, for `jax.jit`
-class CodedInference:
-    """A model behind a code or a scheme, as one function: see `coded_inference`, which makes it.
-
-    `workers` are the models, or models and code placed on a mesh.
-    """
-
-    workers: Any
-    code: Any
-    grouped: bool | None
-    with_status: bool
-    with_error: bool
-
-    def __call__(self, x: PyTree, available: ArrayLike, *args: Any) -> Any:
+    def infer(x: PyTree, available: ArrayLike, *args: Any) -> Any:
         """Return the predictions, or all that is known of them `with_status`."""
-        coder, workers = self.code, self.workers
-        scheme = not isinstance(coder, AbstractCode)
-        code = coder.code if scheme else coder
-        x, masks, grouped = as_groups(code, x, available, self.grouped, in_a_row=scheme)
+        x, masks, many = as_groups(plain, x, available, grouped, in_a_row=scheme)
         if scheme:
             check_finite(points_of(x), 1)
         args = native(args, "an argument of the model") if args else args
-        known = known_matrices(code, available)
-        one, with_error = not grouped, self.with_error
+        known, one = known_matrices(plain, available), not many
+
+        def run(x: PyTree, masks: ArrayLike, args: tuple) -> Any:
+            if not isinstance(workers, Placed):
+                return _run(workers, code, x, masks, args, known, one)
+            here = known if scheme else CachedMatrices(decoders=known.decoders)
+            inputs = workers.inputs(x, masks, args, here)
+            # The context's mesh must be that of the arrays, where the context is ours to set.
+            ours = not any_tracer(workers, inputs)
+            with jax.set_mesh(workers.mesh) if ours else contextlib.nullcontext():
+                return _run(workers, workers.coder, *inputs, one)
+
         if not scheme and not isinstance(workers, Placed):
-            result: Any = infer_groups(
-                workers, code, x, masks, args, known, one=one, with_error=with_error
-            )
+            result: Any = infer_groups(workers, plain, x, masks, args, known, one=one)
+        elif not any_tracer(x, masks, args):
+            result = run(x, masks, args)
         else:
+            result = in_auto_mode(run, (x, masks, args), PartitionSpec())
+        return result if with_status else result.predictions
 
-            def run(x: PyTree, masks: ArrayLike, args: tuple) -> Any:
-                if not isinstance(workers, Placed):
-                    return _run(workers, coder, x, masks, args, known, one, with_error)
-                here = known if scheme else CachedMatrices(decoders=known.decoders)
-                inputs, shape = workers.inputs(x, masks, args, here, share=not scheme)
-                # The context's mesh must be that of the arrays, where the context is ours to set.
-                ours = not any_tracer(workers, inputs)
-                with jax.set_mesh(workers.mesh) if ours else contextlib.nullcontext():
-                    return _run(workers, workers.coder, *inputs, one, with_error, shape)
-
-            if scheme or not any_tracer(x, masks, args):
-                result = run(x, masks, args)
-            else:
-                result = in_auto_mode(run, (x, masks, args), PartitionSpec())
-        if self.with_status or with_error:
-            return result
-        return result.predictions
-
-    def lower(self, x: PyTree, available: Any, *args: Any) -> Any:
-        """Return the program for these arguments, arrays or their `jax.ShapeDtypeStruct`, lowered.
-
-        The result is that of `equinox.filter_jit(...).lower`, with JAX's own as `lowered`, and
-        `compiled` once it is compiled. The model's arrays are arguments of the program, which
-        callers need not give, and so is the mask: one program serves every straggler set.
-
-        >>> import jax, jax.numpy as jnp
-        >>> from nercc_jax import NeRCC, coded_inference
-        >>> infer = coded_inference(lambda x: jnp.sin(x), NeRCC(4, 8))
-        >>> x, mask = jnp.ones((4, 3)), jnp.arange(8) != 3
-        >>> run = infer.lower(x, mask).compile()
-        >>> run(x, mask).shape
-        (4, 3)
-        """
-
-        def infer(workers: Any, *args: Any) -> Any:
-            return dataclasses.replace(self, workers=workers)(*args)
-
-        leaves, structure = jax.tree.flatten((x, available, *args))
-        for number, leaf in enumerate(leaves):
-            if isinstance(leaf, jax.ShapeDtypeStruct):  # Equinox would take it for a constant
-                leaves[number] = np.zeros(leaf.shape, leaf.dtype)
-        arguments = jax.tree.unflatten(structure, leaves)
-        program: Any = eqx.filter_jit(eqx.Partial(infer, self.workers))
-        return program.lower(*arguments)
+    return infer
 
 
 @eqx.filter_jit
@@ -208,29 +147,22 @@ def _run(
     args: tuple,
     known: CachedMatrices,
     one: bool,
-    with_error: bool,
-    shape: tuple[int, ...] | None = None,
 ) -> Any:
-    """Return the result of a scheme, or of a code on a mesh.
-
-    `shape` is the data points' on a mesh where x holds shares of their coordinates.
-    """
+    """Return the result of a scheme, or of a code on a mesh."""
     x, available = jax.tree.map(jnp.asarray, x), jnp.asarray(available)
     if isinstance(coder, AbstractCode):
-        y = workers.answer(x, args, shape)
-        result = workers.decode(y, *mask_mixed_groups(x, available, known.decoders))
-        result = with_deviation(coder, result, workers.of_workers(y)) if with_error else result
+        result = workers.decode(workers.answer(x, args), available, known.decoders)
         return jax.tree.map(lambda leaf: leaf[0], result) if one else result
 
-    code = coder.code
-
-    def work(groups: PyTree, encoders: Array | None) -> PyTree:
-        if isinstance(workers, Placed):
-            return workers.of_workers(workers.answer(groups, args, encoders=encoders))
+    code, points = coder.code, points_of(x)
+    prepared = coder.prepare(points)
+    groups, encoders = coder.groups(points, prepared), coder.encoders(prepared)
+    if isinstance(workers, Placed):
+        y = workers.of_workers(workers.answer(groups, args, encoders))
+    else:
         coded = encode_groups(code, groups, known.encoder if encoders is None else encoders)
-        return run_workers(workers, code, coded, *args)
-
-    result = coder.infer(work, points_of(x), available, known)
+        y = run_workers(workers, code, coded, *args)
+    result = coder.decode(points, prepared, y, available, known)
     return result if one else result.map_points(lambda leaf: groups_of(leaf, code.num_data))
 
 
@@ -254,8 +186,7 @@ def as_groups(
         in_a_row: Whether x without that axis is the data points of many groups, (points, ...).
 
     Raises:
-        ValueError: Shapes or dtypes do not fit, there is no group, or a part that is not coded
-            differs within a group.
+        ValueError: Shapes or dtypes do not fit, or there is no group.
     """
     num_data, num_workers = code.num_data, code.num_workers
     in_a_row = in_a_row and not grouped
@@ -267,29 +198,23 @@ def as_groups(
 
     many = in_a_row
     if not in_a_row:
-        of_groups = available is not None and np.ndim(available) == 2
-        fits = {
-            False: all(shape[:1] == (num_data,) for shape in shapes) and not of_groups,
-            True: all(shape[1:2] == (num_data,) for shape in shapes),
-        }
-        found = [each for each in fits if fits[each] and grouped in (None, each)]
-        if len(found) != 1:
-            named = (f"{label} of shape {leaf.shape}" for label, leaf in leaves_of("x", x))
-            one, several = "(K, ...)", "(groups, K, ...)"
-            wanted = {None: f"{one} or {several}", True: several, False: one}
-            asked = wanted[True if of_groups else grouped]
-            remedy = (
-                f" may be one group of {num_data} or {shapes[0][0]} groups: say which with "
+        each = {False, True} if grouped is None else {grouped}
+        if available is not None and np.ndim(available) == 2:
+            each.discard(False)
+        fits = [m for m in each if all(shape[m : m + 1] == (num_data,) for shape in shapes)]
+        if len(fits) != 1:
+            named = ", ".join(f"{name} of shape {leaf.shape}" for name, leaf in leaves_of("x", x))
+            wanted = " or ".join(("(K, ...)", "(groups, K, ...)")[m] for m in sorted(each))
+            raise ValueError(
+                f"{named} may be one group of {num_data} or {shapes[0][0]} groups: say which with "
                 "grouped=True or grouped=False, or give a mask per group, (groups, N)"
-                if found
-                else f": with this code and mask it must be {asked}, K = {num_data}"
-                + (", and one mask (N,)" if of_groups and grouped is False else "")
+                if fits
+                else f"{named}: with this code, mask and `grouped` it must be {wanted or 'another'}"
+                f", K = {num_data}"
             )
-            raise ValueError(", ".join(named) + remedy)
-        (many,) = found
-    floats = all(map(is_float, leaves))
-    if not floats:
-        check_floats("x", x, beside=True)
+        (many,) = fits
+    if not all(map(is_float, leaves)):
+        check_data(x)  # says which
     if in_a_row and not (same and shapes[0] and shapes[0][0] and shapes[0][0] % num_data == 0):
         raise ValueError(f"x of shape {summary} is no whole groups of {num_data} data points")
     if any(isinstance(size, int) and size == 0 for shape in shapes for size in shape):
@@ -301,8 +226,6 @@ def as_groups(
             leaves[number] = leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
     x = jax.tree.unflatten(structure, leaves)
     x = groups_of(x, num_data) if in_a_row else x if many else jax.tree.map(lambda a: a[None], x)
-    if not floats:
-        check_beside("x", x, 2)
     if available is None:
         return x, None, many
 

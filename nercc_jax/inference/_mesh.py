@@ -6,7 +6,6 @@ needs.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..codes._decoding import decode_vectors
 from ..codes._kept import CachedMatrices, Matrices, encoder_of
 from ..codes._trees import join
 from ..codes.workers import run_workers
-from .models import Model, cast_floats, worker_dtype_of
+from .models import Model
 
 _REPLICATED = PartitionSpec()
 
@@ -59,62 +58,37 @@ class Placed:
         return PartitionSpec(*(None,) * dimension, self.axis)
 
     def inputs(
-        self, x: PyTree, available: ArrayLike, args: tuple, known: CachedMatrices, *, share: bool
-    ) -> tuple[tuple[PyTree, Array, tuple, CachedMatrices], tuple[int, ...] | None]:
-        """Return groups of data points, masks, arguments and known matrices on the mesh.
-
-        Of d coordinates, all are K d numbers for each further device to receive, and then it
-        encodes for its own workers. Shares are K d / D for each of D devices, which encode their
-        share for all workers and exchange those: N d / D more. Where they may `share`, that is
-        less, and x is one array, x becomes vectors in shares, and the data points' shape is
-        returned, too.
-        """
-        # Of Explicit axes it would have to be said how what is made of x here lies.
-        x = jax.tree.map(lambda leaf: put(leaf, lies) if (lies := _automatic(leaf)) else leaf, x)
-        leaves, devices = jax.tree.leaves(x), self.mesh.shape[self.axis]
-        num_data, num_workers, shape = self.encoder.shape[1], len(set(self.worker)), None
-        if share and len(leaves) == 1 and num_data * (devices - 1) > num_workers:
-            shape = leaves[0].shape[2:]
-            x = jax.tree.map(lambda leaf: _padded(leaf.reshape(*leaf.shape[:2], -1), 2, devices), x)
-        by = NamedSharding(self.mesh, _REPLICATED if shape is None else self.by(2))
-        x = jax.tree.map(lambda leaf: put(leaf, by), x)
-        available = put(available, NamedSharding(self.mesh, _REPLICATED))
-        return (x, available, *_on_mesh((args, known), self.mesh)), shape
+        self, x: PyTree, available: ArrayLike, args: tuple, known: CachedMatrices
+    ) -> tuple[PyTree, Array, tuple, CachedMatrices]:
+        """Return groups of data points, masks, arguments and known matrices on the mesh."""
+        everywhere = NamedSharding(self.mesh, _REPLICATED)
+        x = jax.tree.map(lambda leaf: put(leaf, everywhere), x)
+        return x, put(available, everywhere), *_on_mesh((args, known), self.mesh)
 
     def answer(
         self,
         x: PyTree[Shaped[Array, "groups num_data ..."]],
         args: tuple,
-        shape: tuple[int, ...] | None = None,
         encoders: Float[Array, "groups num_workers num_data"] | None = None,
     ) -> PyTree[Float[Array, "groups slots ..."]]:
         """Return the answers of all slots, on their devices, to groups of data points.
 
-        x is replicated, and nothing moves; or it is vectors, a share of their coordinates on each
-        device, of data points of that `shape`. `encoders` are the groups' own.
+        Each device has all data points, and encodes for its own workers. `encoders` are the groups'
+        own.
         """
-        kinds, dtype = np.array(self.kinds), worker_dtype_of(self.model)
+        kinds = np.array(self.kinds)
         arrays, static = eqx.partition((self.model, args), eqx.is_array)
 
         def of_device(arrays, encoder, x):
             model, args = eqx.combine(arrays, static)
-            coded = cast_floats(encode_groups(None, x, encoder), dtype)  # before it is sent
-            if shape is not None:
-                (leaf,), structure = jax.tree.flatten(coded)
-                leaf = jax.lax.all_to_all(leaf, self.axis, split_axis=1, concat_axis=2, tiled=True)
-                leaf = leaf[..., : math.prod(shape)].reshape(*leaf.shape[:2], *shape)
-                coded = jax.tree.unflatten(structure, [leaf])
-            return run_workers(model, kinds, coded, *args)
+            return run_workers(model, kinds, encode_groups(None, x, encoder), *args)
 
-        if shape is None:
-            x = self.gather(x)
         encoder, by = self.encoder, self.by(0)
         if encoders is not None:
             encoder, by = encoders[:, np.array(self.worker)], self.by(1)
-        inputs = (by, _REPLICATED) if shape is None else (_REPLICATED, self.by(2))
-        mapped = self._on_each_device(of_device, (_REPLICATED, *inputs), self.by(1))
+        mapped = self._on_each_device(of_device, (_REPLICATED, by, _REPLICATED), self.by(1))
         try:
-            return mapped(arrays, encoder, x)
+            return mapped(arrays, encoder, self.gather(x))
         except NotImplementedError as error:
             if "Closing over" not in str(error):
                 raise

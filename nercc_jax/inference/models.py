@@ -141,7 +141,9 @@ def cast_model(model: Model | Sequence[Model], dtype: DTypeLike | None) -> Any:
     cast = cast_floats(model, wanted)
     for name, module in modules_of(cast):
         leaves = jax.tree.leaves(module)  # the module itself if it is no pytree
-        if any(each is module or (_floats(each) and each.dtype != wanted) for each in leaves):
+        arrays = [each for each in leaves if isinstance(each, jax.Array | np.ndarray)]
+        cast_all = all(each.dtype == wanted for each in arrays if is_float(each))
+        if not cast_all or any(each is module for each in leaves):
             raise ValueError(
                 f"the arrays of {type(module).__name__}{f' at {name}' if name else ''} cannot be "
                 f"cast to {wanted}: they are within a function that was made of it, or it is no "
@@ -171,12 +173,6 @@ def check_worker_dtype(dtype: DTypeLike | None) -> str | None:
     return found.name
 
 
-def worker_dtype_of(model: Any) -> str | None:
-    """Return what a model, or the first of several, was cast to by `cast_model`."""
-    first = model if callable(model) else model[0]
-    return first.dtype if isinstance(first, CastModel) else None
-
-
 def cast_floats(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
     """Return the tree with its float arrays in `dtype`, on the host or device where they are.
 
@@ -192,16 +188,10 @@ def cast_floats(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
             return functools.partial(parts[0], *parts[1], **parts[2])
         if isinstance(leaf, types.MethodType):
             return types.MethodType(leaf.__func__, cast_floats(leaf.__self__, dtype))
-        return leaf.astype(wanted) if _floats(leaf) else leaf
+        floats = isinstance(leaf, jax.Array | np.ndarray) and is_float(leaf)
+        return leaf.astype(wanted) if floats else leaf
 
     return jax.tree.map(cast, tree)
-
-
-def _floats(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray) and is_float(leaf)
-
-
-UNKNOWN = "unknown"
 
 
 class CalibrationWarning(UserWarning):
@@ -217,40 +207,29 @@ class CalibrationWarning(UserWarning):
     """
 
 
-@dataclasses.dataclass(frozen=True)
-class Conditions:
-    """At which precision workers answer, and on what: each "unknown" unless it was recorded.
+class AbstractCalibrated(eqx.Module):
+    """Something that was calibrated on answers.
 
-    `dtype` is the workers' (`worker_dtype`, else JAX's working precision; what a model makes of
-    that by itself is the model's), `platform` is JAX's name for the kind of device, and
-    `matmul_precision` is `jax.default_matmul_precision`'s, "default" if none is set.
+    `conditions` say at which precision workers answered, and on what (`current_conditions`); empty
+    where that is unknown.
     """
 
-    dtype: str = UNKNOWN
-    platform: str = UNKNOWN
-    matmul_precision: str = UNKNOWN
+    conditions: eqx.AbstractVar[str]
 
 
-class AbstractCalibrated(eqx.Module):
-    """Something that was calibrated on answers, under these conditions."""
+def current_conditions(worker_dtype: DTypeLike | None = None, platform: str | None = None) -> str:
+    """Return the conditions of workers that run here and now, in words.
 
-    conditions: eqx.AbstractVar[Conditions]
-
-
-def current_conditions(
-    worker_dtype: DTypeLike | None = None, platform: str | None = None
-) -> Conditions:
-    """Return the conditions of workers that run here and now.
-
-    They run on JAX's default device unless a platform is given.
+    They are the workers' dtype (else JAX's working precision; what a model makes of that by itself
+    is the model's), JAX's name for the kind of device (its default device's unless given), and
+    `jax.default_matmul_precision`.
     """
     working = "float64" if x64_enabled() else "float32"
     device: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     default = jax.default_backend() if device is None else getattr(device, "platform", device)
-    return Conditions(
-        check_worker_dtype(worker_dtype) or working,
-        platform or default,
-        matmul_precision() or "default",
+    return (
+        f"{check_worker_dtype(worker_dtype) or working} workers on platform {platform or default}, "
+        f"matmul precision {matmul_precision() or 'default'}"
     )
 
 
@@ -259,7 +238,7 @@ def matmul_precision() -> str | None:
     return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def check_conditions(tree: PyTree, used: Conditions) -> None:
+def check_conditions(tree: PyTree, used: str) -> None:
     """Warn of everything in a tree that was calibrated under other conditions."""
     found = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, AbstractCalibrated))
     for node in found:
@@ -267,19 +246,13 @@ def check_conditions(tree: PyTree, used: Conditions) -> None:
             warn_if_other(type(node).__name__, node.conditions, used)
 
 
-def warn_if_other(what: str, calibrated: Conditions, used: Conditions) -> None:
-    """Warn where anything differs that is known of both conditions: `CalibrationWarning`."""
-    pairs = zip(dataclasses.astuple(calibrated), dataclasses.astuple(used), strict=True)
-    if any(mine != theirs and UNKNOWN not in (mine, theirs) for mine, theirs in pairs):
-        said = [
-            f"{each.dtype} workers on platform {each.platform}, matmul precision "
-            f"{each.matmul_precision}"
-            for each in (calibrated, used)
-        ]
+def warn_if_other(what: str, calibrated: str, used: str) -> None:
+    """Warn where both conditions are known, and differ: `CalibrationWarning`."""
+    if calibrated and used and calibrated != used:
         warnings.warn(
-            f"{what} was calibrated on answers of {said[0]}, and is used with {said[1]}: what it "
+            f"{what} was calibrated on answers of {calibrated}, and is used with {used}: what it "
             "promises was not measured there. Calibrate again under the conditions of use "
-            "(worker_dtype of calibrate_error_probability, record_answers)",
+            "(worker_dtype of calibrate_error_probability)",
             CalibrationWarning,
             stacklevel=3,
         )

@@ -12,7 +12,7 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ..inference.models import UNKNOWN, Model, check_worker_dtype, current_conditions
+from ..inference.models import Model, check_worker_dtype, current_conditions
 from ._faults import Faults
 from ._pool import AbstractPool
 from .backend import OnOutcome, WorkerBackend, WorkerDied
@@ -82,7 +82,7 @@ class DevicePool(AbstractPool):
         models = as_models(model, worker_dtype)
         self.worker_dtype = check_worker_dtype(worker_dtype)
         platforms = {device.platform for device in devices[:num_workers]}
-        platform = platforms.pop() if len(platforms) == 1 else UNKNOWN
+        platform = platforms.pop() if len(platforms) == 1 else "several"
         self.conditions = current_conditions(worker_dtype, platform)
         programs = [Program(models, device, compiled) for device in devices[:num_workers]]
         warm_up(programs, len(models), example)

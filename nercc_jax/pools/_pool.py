@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, PyTree, Shaped
 
 from ..codes._checks import check_counts
-from ..inference.models import Conditions, cast_floats
+from ..inference.models import cast_floats
 from ._schedule import Schedule, SendTask, StartLife
 from .backend import PoolReport, WorkerBackend, WorkerDied
 from .batch import Batch, Refuse, Task, arrays_of, reason_of, refuse_odd
@@ -51,7 +51,7 @@ class AbstractPool(abc.ABC):
     num_workers: int
     clock: AbstractClock
     worker_dtype: str | None = None
-    conditions: Conditions = Conditions()
+    conditions: str = ""
     _head: Any = None  # of the cluster that the workers are part of (`ray_cluster.Head`)
 
     def _begin(

@@ -19,7 +19,6 @@ from jaxtyping import PyTree
 
 from ..codes._kept import x64_enabled
 from ..inference.models import (
-    UNKNOWN,
     Model,
     check_worker_dtype,
     current_conditions,
@@ -112,7 +111,7 @@ class RayPool(AbstractPool):
         )
         places = list(self._backend.places.values())
         platforms = {place.platform for place in places}
-        platform = platforms.pop() if len(platforms) == 1 else UNKNOWN
+        platform = platforms.pop() if len(platforms) == 1 else "several"
         self.conditions = current_conditions(worker_dtype, platform)
         held = sorted(collections.Counter(place.node for place in places).values(), reverse=True)
         _LOG.info("workers on %d node(s): %s", len(held), ", ".join(map(str, held)))

@@ -63,9 +63,8 @@ def pool_inference(
     call), its surrogate or learner, the place of its redundant workers, and its error probability,
     which is in `PoolResult.decoded`. `reexecute` replaces what is too uncertain.
 
-    The encoder and the decoder are compiled once, for every straggler set. An error probability or
-    a forecast that was calibrated under other `conditions` than the pool's causes a
-    `CalibrationWarning`.
+    The encoder and the decoder are compiled once, for every straggler set. What was calibrated
+    under other `conditions` than the pool's causes a `CalibrationWarning`.
 
     Args:
         pool: The workers.
@@ -101,7 +100,6 @@ def pool_inference(
         x, _, many = as_groups(plain, jax.tree.map(np.asarray, x), grouped=grouped)
         check_finite(x if many else jax.tree.map(lambda leaf: leaf[0], x), 2 if many else 1)
         coded, known = encode(x)
-        check_conditions(enough, pool.conditions)
         needed = None if enough is None or callable(enough) else operator.index(enough)
         with pool.dispatch(coded, kinds=kinds, needed=needed) as batch:
             answers = batch.wait(enough, deadline)
@@ -157,7 +155,7 @@ def _scheme_steps(scheme: Scheme) -> tuple[Encode, Decode]:
 
     def decode(known: Any, values: PyTree, available: np.ndarray) -> Decoded:
         points, prepared = known
-        given = None if prepared.points is not None else known_matrices(code, available).decoders
+        given = None if prepared.beta is not None else known_matrices(code, available).decoders
         matrices = CachedMatrices(encoder, given)
         found = _decode(scheme, points, prepared, values, available, matrices)
         return jax.tree.map(np.asarray, found)

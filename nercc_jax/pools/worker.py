@@ -27,11 +27,11 @@ from ..codes._trees import is_float
 from ..codes.workers import call_model
 from ..inference import cast_model
 from ..inference.models import (
+    CastModel,
     Model,
     cast_floats,
     check_model,
     matmul_precision,
-    worker_dtype_of,
 )
 from ._faults import InjectedError, StruckCall, WorkerFaults
 
@@ -100,7 +100,8 @@ class Program:
     """
 
     def __init__(self, models: tuple[Model, ...], device: Device, compiled: bool):
-        self._device, self._dtype = device, worker_dtype_of(models)
+        self._device, first = device, models[0]
+        self._dtype = first.dtype if isinstance(first, CastModel) else None
         self._x64, self._products = x64_enabled(), matmul_precision()
         self._calls = [_on_device(model, device) if compiled else model for model in models]
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from ..codes._checks import check_count
 from ..codes._trees import to_device
 from ..evaluation._criteria import root_mean_square
-from ..inference.models import AbstractCalibrated, Conditions
+from ..inference.models import AbstractCalibrated
 from ..surrogates import Kernel, Learner, LearnerTuning, tune_learner
 from ._accuracy import Accuracy, bar_factor, conformal_quantile
 
@@ -39,7 +39,7 @@ class ErrorBars(AbstractCalibrated):
     """
 
     factors: Float[Array, " levels"]
-    conditions: Conditions = eqx.field(static=True, default=Conditions())
+    conditions: str = eqx.field(static=True, default="")
 
     def __call__(
         self, deviation: Float[ArrayLike, "*points"], coverage: float = 0.9
@@ -113,7 +113,7 @@ def calibrate_learner_bars(
 
 def error_bars_from_ratios(
     ratios: Float[np.ndarray, "..."],
-    conditions: Conditions = Conditions(),  # noqa: B008, it is frozen
+    conditions: str = "",
 ) -> ErrorBars:
     """Return the error bars for ratios of error to deviation; NaN ratios do not count.
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ..codes._trees import Form, to_device
 from ..evaluation._criteria import agree_on_labels, root_mean_square
-from ..inference.models import AbstractCalibrated, Conditions
+from ..inference.models import AbstractCalibrated
 from ..splines.arrays import namespace
 from ._accuracy import risk_cap, upper_bound
 from ._features import label_features
@@ -57,7 +57,7 @@ class ErrorProbability(AbstractCalibrated):
     bounds: Float[Array | np.ndarray, " levels"]
     shares: Float[Array | np.ndarray, " levels"]
     form: Form | None = eqx.field(static=True, default=None)
-    conditions: Conditions = eqx.field(static=True, default=Conditions())
+    conditions: str = eqx.field(static=True, default="")
 
     def __call__(
         self,
@@ -104,11 +104,11 @@ class ErrorProbability(AbstractCalibrated):
 
     @classmethod
     def from_json(
-        cls, numbers: Mapping[str, list[float]], conditions: Conditions | None = None
+        cls, numbers: Mapping[str, list[float]], conditions: str = ""
     ) -> "ErrorProbability":
         """Return what `to_json` wrote; raise TypeError for other names."""
         arrays: Any = {name: jnp.asarray(each, float) for name, each in numbers.items()}
-        return cls(**arrays, conditions=conditions or Conditions())
+        return cls(**arrays, conditions=conditions)
 
     def limit(self, max_disagreement: float) -> float:
         """Return the largest probability at which a prediction may be given out.
@@ -202,7 +202,7 @@ def observe_errors(
 
 
 def error_probability_of_sets(
-    seen: ObservedErrors, form: Form, conditions: Conditions
+    seen: ObservedErrors, form: Form, conditions: str
 ) -> ErrorProbability:
     """Calibrate an error probability on errors under straggler sets."""
     sets, groups, num_data = seen.wrong.shape
@@ -323,7 +323,7 @@ def fit_error_probability(
     falling: Sequence[int] = (1, 2),
     failure: float | None = None,
     form: Form | None = None,
-    conditions: Conditions = Conditions(),  # noqa: B008, it is frozen
+    conditions: str = "",
 ) -> ErrorProbability:
     """Fit an error probability to observed errors.
 

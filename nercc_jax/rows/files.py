@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from ..codes.whole_files import JsonFormat, read_arrays, write_arrays
+from ..codes.whole_files import read_arrays, read_entries, write_arrays, write_entries
 
 _MANIFEST = "manifest.json"
 REMEDY = "restore it from a copy, or remove its folder and run again without --resume (resume)"
-_FORMAT = JsonFormat("run", frozenset({"settings", "complete", "parts"}), remedy=REMEDY)
 _EVERY = 1.0  # seconds between two parts, at least
 
 
@@ -57,7 +56,8 @@ class Parts:
             settings = settings | {"ids": fingerprint(ids)}
         self._manifest: dict[str, Any] = {"settings": settings, "complete": False, "parts": []}
         if (folder / _MANIFEST).is_file():
-            self._manifest = _FORMAT.read(folder / _MANIFEST)
+            entries = {"settings", "complete", "parts"}
+            self._manifest = read_entries(folder / _MANIFEST, "run", entries, REMEDY)
             before = self._manifest["settings"]
             other = [
                 f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
@@ -110,7 +110,7 @@ class Parts:
             write_arrays(self._folder / name, {key: each[last] for key, each in together.items()})
             self._manifest["parts"].append({"file": name})
         self._manifest["complete"] = complete
-        _FORMAT.write(self._folder / _MANIFEST, self._manifest)
+        write_entries(self._folder / _MANIFEST, "run", self._manifest)
         self._pending, self._written = [], time.monotonic()
 
     def remove(self) -> None:

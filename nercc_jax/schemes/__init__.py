@@ -3,7 +3,6 @@
 from ._calibrate import (
     calibrate_error_bars,
     calibrate_error_probability,
-    cross_validate_error_bars,
     fit_scheme,
 )
 from ._scheme import Scheme, reexecute
@@ -12,7 +11,6 @@ __all__ = [
     "Scheme",
     "calibrate_error_bars",
     "calibrate_error_probability",
-    "cross_validate_error_bars",
     "fit_scheme",
     "reexecute",
 ]

@@ -1,7 +1,7 @@
 """Calibration of error probabilities and error bars; schemes made of past answers."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import equinox as eqx
 import jax
@@ -29,8 +29,8 @@ from ..risk._error_probability import (
     observe_errors,
 )
 from ..stragglers import AbstractStragglers
-from ..surrogates import AbstractSurrogate, LearnerTuning, init_learner, tune_learner
-from ..surrogates.kernel import Shape, features_of, first_kernel, length_of
+from ..surrogates import LearnerTuning, fit_learner
+from ..surrogates.kernel import Shape, first_kernel
 from ._scheme import Scheme
 
 SHAPE: Shape = "squared_exponential"  # to start from
@@ -90,7 +90,7 @@ def calibrate_error_bars(
 ) -> ErrorBars:
     """Measure, on unlabelled data points, errors of decoded outputs in units of their deviations.
 
-    For a learner, `calibrate_learner_bars` and `cross_validate_error_bars` need no further data.
+    For a learner alone, `calibrate_learner_bars` needs no further data.
 
     Args:
         model: As for `calibrate_error_probability`, and so are all further ones.
@@ -111,63 +111,6 @@ def calibrate_error_bars(
     return error_bars_from_ratios(np.asarray(seen.ratio), current_conditions(worker_dtype))
 
 
-def cross_validate_error_bars(
-    model: Models,
-    scheme: Scheme,
-    x: PyTree[Shaped[ArrayLike, "pairs ..."]],
-    y: PyTree[Float[ArrayLike, "pairs ..."]],
-    stragglers: Mapping[str, AbstractStragglers],
-    fit: Callable[[PyTree, PyTree], AbstractSurrogate],
-    *,
-    key: PRNGKeyArray,
-    num_sets: int = 20,
-    folds: int = 10,
-) -> ErrorBars:
-    """Calibrate the error bars of a scheme with a learner on the pairs that taught it.
-
-    Decoding with a group's own answers, and copies of uncertain data points, change the ratios of
-    errors to deviations that `calibrate_learner_bars` measures. So the pairs are cut into groups of
-    K, and these into folds. For each fold `fit(x, y)` makes a learner of all pairs of other inputs,
-    and the scheme with that learner decodes the fold's groups. The model runs on the groups' coded
-    data points: N - K queries a group or more, none where they are copies.
-
-    Args:
-        model: The served model, or one for each kind of worker, the served one first.
-        scheme: A scheme with a learner.
-        x: Inputs of the pairs, in the order in which the scheme will send them.
-        y: Answers of the pairs.
-        stragglers: Named laws that straggler sets are drawn from.
-        fit: Makes a learner of pairs.
-        key: Random key of the draws.
-        num_sets: Straggler sets for each law.
-        folds: The number of folds, 2 or more.
-
-    Raises:
-        ValueError: As `calibrate_error_bars`; and there are fewer than two groups or folds.
-    """
-    sets, size, (x, y) = (stragglers, key, num_sets), scheme.code.num_data, to_device((x, y))
-    groups = len(jax.tree.leaves(cut_groups(x, size))[0])
-    folds = min(check_count("folds", folds, 2), groups)
-    if folds < 2:
-        raise ValueError(
-            f"one group of {size} cannot be calibrated on others: give two groups at least"
-        )
-    z, ratios = np.asarray(features_of(None, x)), []
-    same = first_kernel(SHAPE, z).same(z, z)
-    for part in np.array_split(np.arange(groups), folds):
-        held = np.concatenate([np.arange(size) + size * group for group in part])
-        others = np.setdiff1d(np.arange(length_of("y", y)), held)
-        others = others[~same[np.ix_(others, held)].any(axis=1)]
-        fitted = fit(*jax.tree.map(lambda leaf: leaf[others], (x, y)))  # noqa: B023
-        if scheme.surrogate is not None:
-            numbers = scheme.surrogate.theta, scheme.surrogate.kappa
-            fitted = eqx.tree_at(lambda one: (one.theta, one.kappa), fitted, numbers)
-        fold = eqx.tree_at(lambda one: one.surrogate, scheme, fitted, is_leaf=lambda n: n is None)
-        rows, own = jax.tree.map(lambda leaf: leaf[held], (x, y))  # noqa: B023
-        ratios.append(np.ravel(_observe(model, fold, rows, sets, 256, None, own=own)[0].ratio))
-    return error_bars_from_ratios(np.concatenate(ratios), current_conditions(None))
-
-
 def _observe(
     model: Models,
     scheme: Scheme | AbstractCode,
@@ -176,13 +119,11 @@ def _observe(
     batch_size: int,
     worker_dtype: DTypeLike | None,
     *,
-    own: PyTree = None,
     labels: bool = False,
 ) -> tuple[ObservedErrors, Form]:
     """Run a scheme once, and return its predictions' errors under each set and the outputs' form.
 
-    The `sets` are so many of each law. `own` are the model's outputs on x, if they are known. Where
-    `labels` count, outputs that have none are refused.
+    The `sets` are so many of each law. Where `labels` count, outputs that have none are refused.
     """
     stragglers, key, num_sets = sets
     if not stragglers:
@@ -191,7 +132,7 @@ def _observe(
     masks, _ = draw_sets(stragglers, key, scheme.code.num_workers, num_sets)
     served = model if callable(model) else model[0]
     x = to_device(points_of(cut_groups(x, scheme.code.num_data)))
-    own = batched(served, batch_size)(x) if own is None else own
+    own = batched(served, batch_size)(x)
     if labels:
         check_labels(join(own, 1)[1])
 
@@ -205,7 +146,7 @@ def _observe(
     sent, (vectors, form) = scheme.groups(x, prepared), join(y, 2)
     expect = eqx.filter_jit(scheme.expect)
     prior = expect(sent, prepared, encoder, form)
-    decode = eqx.Partial(Scheme.assess, scheme, sent, prepared, vectors, prior)
+    decode = eqx.Partial(Scheme.assess, scheme, prepared, vectors, prior)
     own = join(scheme.groups(own, prepared), 2)[0]
     return observe_errors(decode, own, form, masks), form
 
@@ -245,8 +186,7 @@ def fit_scheme(
     held = np.isin(first, np.unique(first)[3::4][:256])
     if tuning is None:
         tuning = LearnerTuning(rows=128)  # the time grows with the cube of that
-    learner = init_learner(x[~held], y[~held], capacity=capacity, kernel=SHAPE)
-    learner = tune_learner(learner, tuning)
+    learner = fit_learner(x[~held], y[~held], capacity=capacity, kernel=SHAPE, tuning=tuning)
     own = y[held].astype(np.float32)
     mean, deviation = learner.predict(x[held])
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -12,20 +12,16 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, encode_groups
-from ..codes._decoding import mask_mixed_groups
-from ..codes._grouped import GroupPoints, following_points
 from ..codes._kept import CachedMatrices
 from ..codes._trees import Form, groups_of, join, to_device
 from ..codes.workers import call_model
 from ..inference import order_points
-from ..inference._coded import Work
 from ..inference.models import Model, check_model
 from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars
 from ..splines.arrays import native
 from ..surrogates import AbstractSurrogate
-from ..surrogates.interface import AbstractGroupPrior, check_like, outputs_of_groups
-from ..surrogates.kernel import features_of
+from ..surrogates.interface import AbstractGroupPrior, check_like
 from ..surrogates.surrogate import decode_with_deviation
 
 
@@ -35,7 +31,6 @@ def reexecute(
     assessed: Decoded,
     *,
     limit: float = 0.0,
-    share: float = 1.0,
     tolerance: float | None = None,
     bars: ErrorBars | None = None,
     coverage: float = 0.9,
@@ -51,44 +46,37 @@ def reexecute(
         assessed: Their predictions.
         limit: The largest error probability that is left as it is (`ErrorProbability.limit`); 0
             leaves what is certain.
-        share: The largest share of the data points that the model may answer.
         tolerance: For functions instead of labels: the largest error bar that is left as it is, in
-            units of the outputs. The largest bars go first.
+            units of the outputs.
         bars: Calibrated error bars (`calibrate_error_bars`). Without, errors are taken as normally
             distributed.
         coverage: The share of errors that a bar covers.
 
     Raises:
-        ValueError: There is no error probability, the limit or the tolerance is negative, both or
-            bars without a tolerance are given, the share is outside [0, 1], the model is in
-            training mode, or x is not what was assessed.
+        ValueError: There is no error probability, the limit or the tolerance is negative, there are
+            bars without a tolerance, the model is in training mode, or x is not what was assessed.
     """
     check_model(model)
     lead = assessed.recovered.shape
     x = jax.tree.map(np.asarray, native(x, "x"))
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must be in [0, 1], not {share}")
     for leaf in jax.tree.leaves(x):
         if leaf.shape[: len(lead)] != lead:
             raise ValueError(f"x has shape {leaf.shape}; assessed are data points {lead}")
-    if tolerance is not None and (limit != 0 or not tolerance >= 0):
-        raise ValueError(f"tolerance must be 0 or positive, without a limit: {tolerance}, {limit}")
-    if tolerance is None and bars is not None:
-        raise ValueError("error bars go with a tolerance: give one")
-
-    score = assessed.error_probability
-    if tolerance is not None:
+    if tolerance is None:
+        if bars is not None:
+            raise ValueError("error bars go with a tolerance: give one")
+        score = assessed.error_probability
+        if score is None:
+            raise ValueError(
+                "there is no error probability: calibrate the scheme with "
+                "`calibrate_error_probability`, or give a tolerance"
+            )
+    else:
         score, limit = error_bars(jnp.asarray(assessed.deviation), bars, coverage), tolerance
         score = np.where(assessed.recovered, score, np.inf)
-    if score is None:
-        raise ValueError(
-            "there is no error probability: calibrate the scheme with `calibrate_error_probability`"
-        )
     if not limit >= 0:
-        raise ValueError(f"limit must be 0 or positive, not {limit}")
-    score = np.asarray(score).ravel()
-    order = np.argsort(-score, kind="stable")  # the most uncertain first
-    chosen = order[: int(np.sum(score > limit))][: int(share * score.size)]
+        raise ValueError(f"the limit or tolerance must be 0 or positive, not {limit}")
+    chosen = np.flatnonzero(np.asarray(score) > limit)
     if not len(chosen):
         return assessed
 
@@ -118,12 +106,13 @@ class PreparedInputs(eqx.Module):
         order: The order of the data points in their groups.
         own: The surrogate's outputs on the data points as they came, where they are ordered or
             copied by them.
-        points: The regression points of each group; None where all have the code's.
+        beta: The workers' regression points in each group, all of them data points' own; None where
+            all groups have the code's.
     """
 
     order: Int[Array | np.ndarray, " points"]
     own: PyTree[Float[Array | np.ndarray, "points ..."]] | None = None
-    points: GroupPoints | None = None
+    beta: Float[Array, "groups num_workers"] | None = None
 
 
 class Scheme(eqx.Module):
@@ -139,9 +128,7 @@ class Scheme(eqx.Module):
     >>> found.predictions.shape, found.deviation.shape
     ((12, 1), (12,))
 
-    Parts of the data that are not coded (integers, for example) must be the same for all data
-    points that are ordered together; a group in which they differ is not recovered. The surrogate
-    runs on all data points and coded data points, on the master.
+    The surrogate runs on all data points and coded data points, on the master.
 
     Attributes:
         code: A code for K data points on N workers.
@@ -153,9 +140,6 @@ class Scheme(eqx.Module):
             a batch. None keeps them as they come.
         buffer_size: Data points that are ordered together.
         bars: Trust in numbers (`calibrate_error_bars`).
-        follow: Regression points that are as far apart as each group's data points are: by their
-            "inputs", or by a function of a batch (features, or the one parameter that they differ
-            by). None keeps the code's.
         redundancy: "code" leaves the redundant workers to the code; "uncertain" gives them copies
             of those data points of each group that the surrogate is least certain of: by its
             deviation where it has one (a learner does), else by the probability of its label (a
@@ -175,7 +159,6 @@ class Scheme(eqx.Module):
     order: Literal["pixels", "surrogate"] | Callable[[PyTree], PyTree] | None = None
     buffer_size: int = eqx.field(static=True, default=1024)
     bars: ErrorBars | None = None
-    follow: Literal["inputs"] | Callable[[PyTree], PyTree] | None = None
     redundancy: Literal["code", "uncertain"] | None = eqx.field(static=True, default=None)
     straggler_share: float = eqx.field(static=True, default=0.1)
 
@@ -185,8 +168,6 @@ class Scheme(eqx.Module):
             raise ValueError(f"order must be 'pixels', 'surrogate' or a function: {self.order!r}")
         if self.order == "surrogate" and self.surrogate is None:
             raise ValueError("order by 'surrogate' needs a surrogate")
-        if isinstance(self.follow, str) and self.follow != "inputs":
-            raise ValueError(f"follow must be 'inputs' or a function, not {self.follow!r}")
         if self.redundancy not in (None, "code", "uncertain"):
             raise ValueError(f"redundancy must be 'code' or 'uncertain', not {self.redundancy!r}")
         if self.redundancy == "uncertain" and self.surrogate is None:
@@ -197,7 +178,7 @@ class Scheme(eqx.Module):
             )
         if self.places_copies and self.code.num_workers < self.code.num_data:
             raise ValueError(f"copies need as many workers as data points: {self.code}")
-        if (self.follow is not None or self.places_copies) and not self._has_points:
+        if self.places_copies and not self._has_points:
             raise ValueError(
                 f"{type(self.code).__name__} has no smoothing splines whose points could be moved: "
                 "NeRCC has"
@@ -247,46 +228,27 @@ class Scheme(eqx.Module):
         return order_points(x, self.code.num_data, features=features, buffer_size=self.buffer_size)
 
     def prepare(self, x: PyTree[Shaped[Array, "points ..."]]) -> PreparedInputs:
-        """Decide order, points and copies for data points (whole groups of K); a pure function."""
-        code, surrogate, own = self.code, self.surrogate, None
+        """Decide order and copies for data points (whole groups of K); a pure function."""
+        surrogate, own = self.surrogate, None
+        code: Any = self.code
         if surrogate is not None and (self.order == "surrogate" or self._doubts_labels):
             own = surrogate.outputs(x)  # once, for order, copies and decoding
         arranged = PreparedInputs(self.arrange(x, own), own)
-        if self.follow is None and not self.places_copies:
+        if not self.places_copies:
             return arranged
-        groups, points = self.groups(x, arranged), code
-        number = len(jax.tree.leaves(groups)[0])
-        alpha, beta = (jnp.tile(getattr(code, each), (number, 1)) for each in ("alpha", "beta"))
-        if self.follow is not None:
-            where = None if isinstance(self.follow, str) else self.follow
-            places = outputs_of_groups(lambda batch: features_of(where, batch), groups)
-            alpha, beta = jax.vmap(lambda each: following_points(code, each))(places)
-        if self.places_copies:
-            assert surrogate is not None
-            if self._doubts_labels:  # a wrong label counts as a squared error of 1
-                deviation = jnp.sqrt(self.groups(label_doubt(own), arranged))
-            else:
-                deviation = surrogate.prior_deviation(groups)
-            holds = copies_of_uncertain(deviation, code.num_workers, lost=self.straggler_share)
-            beta = jnp.take_along_axis(alpha, holds, axis=1)
-        points = GroupPoints(alpha, beta, exact=self.places_copies)
-        return PreparedInputs(arranged.order, own, points)
+        assert surrogate is not None
+        if self._doubts_labels:  # a wrong label counts as a squared error of 1
+            deviation = jnp.sqrt(self.groups(label_doubt(own), arranged))
+        else:
+            deviation = surrogate.prior_deviation(self.groups(x, arranged))
+        holds = copies_of_uncertain(deviation, code.num_workers, lost=self.straggler_share)
+        return PreparedInputs(arranged.order, own, code.alpha[holds])
 
-    def infer(
-        self,
-        work: Work,
-        x: PyTree[Shaped[Array, "points ..."]],
-        available: Bool[Array, "groups num_workers"],
-        known: CachedMatrices,
-    ) -> Decoded:
-        """Run the scheme on data points, as `coded_inference` does; a pure function.
-
-        Raises:
-            ValueError: The surrogate's outputs are not like the model's.
-        """
-        prepared = self.prepare(x)
-        y = work(self.groups(x, prepared), self.encoders(prepared))
-        return self.decode(x, prepared, y, available, known)
+    def with_copies(self, beta: Float[Array, " num_workers"]) -> Any:
+        """Return the code of one group whose workers have copies; answers are not smoothed."""
+        places = lambda code: (code.beta, code.lambda_enc, code.lambda_dec)  # noqa: E731
+        none = jnp.zeros_like(places(self.code)[1])
+        return eqx.tree_at(places, self.code, (beta, none, none))
 
     def encode(
         self, x: PyTree[Shaped[Array, "points ..."]], encoder: ArrayLike | None
@@ -308,7 +270,9 @@ class Scheme(eqx.Module):
         self, prepared: PreparedInputs
     ) -> Float[Array, "groups num_workers num_data"] | None:
         """Return each group's encoder; None where all have the code's."""
-        return None if prepared.points is None else prepared.points.encoders(self.code)
+        if prepared.beta is None:
+            return None
+        return jax.vmap(lambda beta: self.with_copies(beta).encoder_matrix())(prepared.beta)
 
     def decode(
         self,
@@ -325,7 +289,7 @@ class Scheme(eqx.Module):
         """
         sent, (vectors, form) = self.groups(x, prepared), join(y, 2)
         prior = self.expect(sent, prepared, known.encoder, form)
-        found, cheap = self.assess(sent, prepared, vectors, prior, available, known.decoders)
+        found, cheap = self.assess(prepared, vectors, prior, available, known.decoders)
         trust, points = [found.deviation, None], len(prepared.order)
         if self.error_probability is not None:
             trust[1] = self.error_probability(found.predictions, found.deviation, cheap)
@@ -355,7 +319,6 @@ class Scheme(eqx.Module):
 
     def assess(
         self,
-        sent: PyTree,
         prepared: PreparedInputs,
         y: Float[Array, "groups num_workers m"],
         prior: AbstractGroupPrior | None,
@@ -373,17 +336,16 @@ class Scheme(eqx.Module):
             # Neighbours have nothing to tell of data points that only their copies answer.
             alone = jnp.ones_like(surrogate.theta), jnp.full_like(surrogate.kappa, jnp.inf)
             surrogate = eqx.tree_at(lambda one: (one.theta, one.kappa), surrogate, alone)
-        available, given = mask_mixed_groups(sent, available, decoders)
 
-        def of_group(points: GroupPoints, *group: Any) -> Decoded:
+        def of_group(beta: Array, *group: Any) -> Decoded:
             one = jax.tree.map(lambda leaf: leaf[None], group)
-            found = decode_with_deviation(points.of(self.code), surrogate, *one)
+            found = decode_with_deviation(self.with_copies(beta), surrogate, *one)
             return jax.tree.map(lambda leaf: leaf[0], found)
 
-        if prepared.points is None:
-            found = decode_with_deviation(self.code, surrogate, y, available, prior, given)
+        if prepared.beta is None:
+            found = decode_with_deviation(self.code, surrogate, y, available, prior, decoders)
         else:
-            found = jax.vmap(of_group)(prepared.points, y, available, prior)
+            found = jax.vmap(of_group)(prepared.beta, y, available, prior)
         return found, None if prior is None else prior.condition(y, available).own
 
     def groups(

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from ._problem import Columns, Problem, root
 
@@ -125,32 +125,6 @@ class Dissection(NamedTuple):
             shear = _alternating(shear + left, shear + right)
         along = shear[..., : number - 1], bend[..., : number - 1], *found[..., :number]
         return Columns(*(each.T for each in along))
-
-    def variance(
-        self, gap: Int[Array, " k"], left: Float[Array, "2 k"], right: Float[Array, "2 k"]
-    ) -> Float[Array, " k"]:
-        """Return the variance of left . s_i + right . s_{i+1}: see `_filter.variance_in_turn`.
-
-        For the coefficients c of all knots it is |R'^-1 c|^2. On each level only one knot that is
-        eliminated has coefficients, and passes some on to its neighbours.
-        """
-        total = jnp.zeros_like(left[0])
-        *between, last, first = self.levels
-        for level in between:
-            here = gap % 2 == 1  # the knot is this gap's left one
-            own = jnp.where(here, left, right)
-            gap = gap // 2
-            mean, stiff, factor, others, *_ = level
-            mean, factor, others = (each[..., gap] for each in (mean, factor, others))
-            level = Level(mean, stiff[gap], factor, others, None, None)
-            forced, passed = level.force(own[:, None])
-            total += jnp.sum(forced[:, 0] ** 2, axis=0)
-            left = jnp.where(here, 0, left) + passed[:2, 0]
-            right = jnp.where(here, right, 0) + passed[2:, 0]
-        forced, passed = last.force(right[..., None])
-        total += jnp.sum(forced[..., 0] ** 2, axis=0)
-        forced, _ = first.force(left[..., None] + passed)
-        return total + jnp.sum(forced[..., 0] ** 2, axis=0)
 
 
 def dissect(problem: Problem, most: int, b: Columns) -> Dissection:

@@ -119,8 +119,8 @@ def variance(
 ) -> Float[Array, " k"]:
     """Return mu times the variance of left . s_i + right . s_{i+1} for these gaps i.
 
-    s are values and slopes of the knots, and observations have the variance 1 / weight. It is made
-    of sums of squares; the derivative takes a column of `solve` for each of the k.
+    s are values and slopes of the knots, and observations have the variance 1 / weight. The
+    derivative, and an accelerator, take a column of `solve` for each of the k.
     """
     found = by_platform(_variance, (), (problem, gap, left, right), [(gap.shape, left.dtype)])
     return problem.mu * found[0]
@@ -128,14 +128,10 @@ def variance(
 
 @variance.defjvp
 def _(primals: Any, tangents: Any) -> Any:
-    def by_rule(problem: Problem, gap: Array, left: Array, right: Array) -> Array:
-        slot = jnp.arange(len(problem.weights))[:, None]
-        here, after = ((slot == each[None]).astype(left.dtype) for each in (gap, gap + 1))
-        value, slope = (
-            here * a + after * b for a, b in zip(left[:, None], right[:, None], strict=True)
-        )
-        x = solve(problem, Columns(value=value, slope=slope))
-        return problem.mu * jnp.sum(value * x.value + slope * x.slope, axis=0)
+    def by_rule(problem: Problem, *asked: Array) -> Array:
+        forces = _forces(len(problem.weights), *asked)
+        x = solve(problem, forces)
+        return problem.mu * jnp.sum(forces.value * x.value + forces.slope * x.slope, axis=0)
 
     return variance(*primals), jax.jvp(by_rule, primals, tangents)[1]
 
@@ -143,4 +139,18 @@ def _(primals: Any, tangents: Any) -> Any:
 def _variance(platform: str, problem: Problem, *asked: Array) -> tuple[Array]:
     if (rows := ROWS[platform]) is None:
         return (_filter.variance_in_turn(problem, *asked),)
-    return (dissect(problem, rows, Columns()).variance(*asked),)
+    forces = _forces(len(problem.weights), *asked)
+    x = dissect(problem, rows, forces).solve(forces)
+    return (jnp.sum(forces.value * x.value + forces.slope * x.slope, axis=0),)
+
+
+def _forces(knots: int, gap: Array, left: Array, right: Array) -> Columns:
+    """Return the coefficients of values and slopes as forces, a column for each of them.
+
+    The variance is by how much forces move what they are the coefficients of.
+    """
+    slot = jnp.arange(knots)[:, None]
+    here, after = ((slot == each[None]).astype(left.dtype) for each in (gap, gap + 1))
+    pairs = zip(left[:, None], right[:, None], strict=True)
+    value, slope = (here * a + after * b for a, b in pairs)
+    return Columns(value=value, slope=slope)

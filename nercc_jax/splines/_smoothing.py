@@ -389,8 +389,7 @@ def cross_validated(found: Fit, y: Float[Array, "n m"]) -> Fit:
     gap, later = jnp.maximum(slot - 1, 0), (slot > 0).astype(y.dtype)
     left, right = (jnp.stack([each, jnp.zeros_like(each)]) for each in (1 - later, later))
 
-    def with_lambda(log_lambda: Float[Array, ""]) -> Fit:
-        return Fit(knots, jnp.exp(log_lambda), found.end_weights, found.ends)
+    with_lambda = lambda z: Fit(knots, jnp.exp(z), found.end_weights, found.ends)  # noqa: E731
 
     def score(log_lambda: Float[Array, ""]) -> Float[Array, ""]:
         problem = with_lambda(log_lambda).problem

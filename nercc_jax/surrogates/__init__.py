@@ -1,9 +1,8 @@
 """Cheap models of the served one: fixed ones, and learners from past answers."""
 
-from ._learner_files import learner_card, load_learner, save_learner
 from .interface import AbstractSurrogate
 from .kernel import Kernel, Projection, principal_components
-from .learner import Learner, init_learner
+from .learner import Learner
 from .surrogate import Surrogate, fit_surrogate
 from .tuning import LearnerTuning, fit_learner, tune_learner
 
@@ -16,10 +15,6 @@ __all__ = [
     "Surrogate",
     "fit_learner",
     "fit_surrogate",
-    "init_learner",
-    "learner_card",
-    "load_learner",
     "principal_components",
-    "save_learner",
     "tune_learner",
 ]

@@ -18,7 +18,7 @@ from ..evaluation._criteria import root_mean_square, safe_sqrt
 from ..splines.arrays import namespace, product, working_dtype
 
 Function: TypeAlias = Callable[[PyTree], PyTree]
-Shape: TypeAlias = Literal["squared_exponential", "matern32", "matern52"]
+Shape: TypeAlias = Literal["squared_exponential", "matern52"]
 
 
 class Kernel(eqx.Module):
@@ -29,7 +29,7 @@ class Kernel(eqx.Module):
     `fit_learner` tunes the widths, `linear` and `noise`.
 
     Attributes:
-        shape: "squared_exponential" (exp(-r^2/2)), "matern32" or "matern52".
+        shape: "squared_exponential" (exp(-r^2/2)) or "matern52".
         groups: Which of the widths each feature has.
         centre: What is subtracted from the features.
         unit: The distance in each feature that a width of 1 means.
@@ -162,8 +162,8 @@ def covariances(shape: Shape, square: Float[Any, "..."]) -> Float[Any, "..."]:
     if shape == "squared_exponential":
         return xp.exp(-square / 2)
     root = np.sqrt if xp is np else safe_sqrt  # in programs it has a derivative at 0
-    r = root((3 if shape == "matern32" else 5) * square)
-    return (1 + r if shape == "matern32" else 1 + r + r**2 / 3) * xp.exp(-r)
+    r = root(5 * square)
+    return (1 + r + r**2 / 3) * xp.exp(-r)
 
 
 class Projection(eqx.Module):
@@ -197,17 +197,8 @@ def principal_components(
     floats = np.asarray(features_of(None, jax.tree.map(np.asarray, x)), np.float64)
     check_count("data points", len(floats), 2)
     centre = floats.mean(axis=0)
-    deviations = floats - centre
-    few = min(number, *floats.shape)
-    # By whichever of the two products is smaller.
-    if len(floats) <= floats.shape[1]:
-        values, vectors = np.linalg.eigh(deviations @ deviations.T)
-        vectors = deviations.T @ vectors[:, ::-1]
-        values = values[::-1]
-        kept = values[:few] > 1e-10 * values[0]
-        directions = vectors[:, :few][:, kept] / np.sqrt(values[:few][kept])
-    else:
-        directions = np.linalg.eigh(deviations.T @ deviations)[1][:, ::-1][:, :few]
+    _, sizes, directions = np.linalg.svd(floats - centre, full_matrices=False)
+    directions = directions[:number][sizes[:number] > 1e-5 * sizes[0]].T
     return Projection(centre.astype(np.float32), directions.astype(np.float32))
 
 

@@ -31,7 +31,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes._checks import check_count
-from ..codes._trees import Form, any_tracer, check_floats, finite_points, is_float, join
+from ..codes._trees import Form, any_tracer, finite_points, is_float, join
 from ..evaluation._criteria import root_mean_square, safe_sqrt
 from ..splines.arrays import namespace, native, product
 from ._factor import replace_rows, whiten
@@ -45,11 +45,8 @@ from .interface import (
 from .kernel import (
     Function,
     Kernel,
-    Projection,
-    Shape,
     called,
     features_of,
-    first_kernel,
     length_of,
 )
 
@@ -144,9 +141,9 @@ class Learner(AbstractSurrogate):
     vmapped and differentiated, and so may a scheme with a learner.
 
     >>> import numpy as np
-    >>> from nercc_jax.surrogates import init_learner
+    >>> from nercc_jax.surrogates import fit_learner
     >>> x = np.linspace(-1, 1, 20)[:, None]
-    >>> learner = init_learner(x, np.sin(3 * x), capacity=64)
+    >>> learner = fit_learner(x, np.sin(3 * x), capacity=64)
     >>> learner = learner.update(x + 0.05, np.sin(3 * (x + 0.05)))
     >>> mean, deviation = learner.predict(np.array([[0.33]]))
     >>> mean.shape, deviation.shape
@@ -186,7 +183,7 @@ class Learner(AbstractSurrogate):
         features: Function | None = None,
         prior: Function | None = None,
     ):
-        """Make an empty learner; `init_learner` finds kernel and form from the first pairs.
+        """Make an empty learner; `fit_learner` finds kernel and form from the first pairs.
 
         Raises:
             ValueError: The capacity is no positive integer.
@@ -227,11 +224,6 @@ class Learner(AbstractSurrogate):
     def size(self) -> Int[Any, ""]:
         """Return the number of pairs in the window, answers to the same input counted once."""
         return self.filled.sum()
-
-    @property
-    def is_on_host(self) -> bool:
-        """Return whether it predicts by NumPy alone: its features and prior are no programs."""
-        return self.prior is None and isinstance(self.features, Projection | None)
 
     def update(
         self: L,
@@ -556,44 +548,3 @@ def learn_pairs(
         scatter=scatter[source].astype(window.scatter.dtype),
     )
     return learned, source, (added > 0)[source]
-
-
-def init_learner(
-    x: PyTree[Shaped[ArrayLike, "pairs ..."]],
-    y: PyTree[Float[ArrayLike, "pairs ..."]],
-    *,
-    capacity: int = 1024,
-    features: Function | None = None,
-    prior: Function | None = None,
-    kernel: Kernel | Shape = "matern52",
-) -> Learner:
-    """Make a learner of these pairs, with a kernel that is not tuned; `fit_learner` tunes it, too.
-
-    Args:
-        x: Inputs. There may be none (`x[:0]`); then they give the shapes.
-        y: Answers. Pairs that are not finite are left out.
-        capacity: The most pairs that the learner holds; then the oldest are replaced.
-        features: A function of a batch, which JAX can trace, that returns what inputs are compared
-            by. Default: their floats.
-        prior: A function of a batch, which JAX can trace, that returns the mean before any answer.
-            Default: none.
-        kernel: A kernel, or a shape. By shape, it is centred on the pairs, its units are the
-            features' spreads, and its one width is the square root of their number.
-
-    Raises:
-        ValueError: The capacity is no positive integer, x and y have different lengths, outputs are
-            no floats, the prior has other outputs, or the kernel is for other features.
-    """
-    x, y = jax.tree.map(np.asarray, native((x, y)))
-    own = lambda leaf: leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype))  # noqa: E731
-    x, y = jax.tree.map(own, (x, y))
-    check_floats("y", y)
-    # There may be no pair.
-    blank = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:]), leaf.dtype), (x, y))
-    form, pairs = join(blank[1], 1)[1], length_of("y", y)
-    z = features_of(features, x if pairs else blank[0])[:pairs]
-    kernel = kernel if isinstance(kernel, Kernel) else first_kernel(kernel, z)
-    if kernel.centre.shape != z.shape[1:]:
-        raise ValueError(f"the kernel is for {len(kernel.centre)} features, not {z.shape[1]}")
-    empty = Learner(kernel, form, capacity=capacity, features=features, prior=prior)
-    return empty.update(x, y)

@@ -23,12 +23,23 @@ import numpy as np
 from jaxtyping import ArrayLike, Float, Int, PyTree, Shaped
 
 from ..codes._checks import check_fields
+from ..codes._trees import check_floats, join
 from ..evaluation._criteria import root_mean_square
+from ..splines.arrays import native
 from ._factor import whiten
-from .kernel import Function, Kernel, Shape, check_shape, covariances
-from .learner import Learner, init_learner
+from .kernel import (
+    Function,
+    Kernel,
+    Shape,
+    check_shape,
+    covariances,
+    features_of,
+    first_kernel,
+    length_of,
+)
+from .learner import Learner
 
-Widths: TypeAlias = Literal["auto", "one", "each", "kept"] | Sequence[int]
+Widths: TypeAlias = Literal["auto", "one", "each"] | Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +50,7 @@ class LearnerTuning:
         shapes: The kernels to choose from.
         widths: "one" width for all features, "each" its own, or for each feature the group whose
             width it shares. Features that share one have their own spreads as units, or all the
-            same unit, whichever is better. "kept" keeps the kernel's ratios of widths, for a
-            learner that was tuned before. "auto" is "each" for at most 32 features, else "one".
+            same unit, whichever is better. "auto" is "each" for at most 32 features, else "one".
         steps: Steps of gradient descent from the best of the grid; 0 leaves it at that.
         rows: The most pairs, evenly from the window, that a kernel is judged on. The time grows
             with their cube.
@@ -57,18 +67,14 @@ class LearnerTuning:
     def __post_init__(self):
         for shape in self.shapes:
             check_shape(shape)
-        if isinstance(self.widths, str) and self.widths not in ("auto", "one", "each", "kept"):
-            raise ValueError(
-                f"widths must be 'auto', 'one', 'each', 'kept' or groups, not {self.widths!r}"
-            )
+        if isinstance(self.widths, str) and self.widths not in ("auto", "one", "each"):
+            raise ValueError(f"widths must be 'auto', 'one', 'each' or groups, not {self.widths!r}")
         check_fields(self, "steps", least=0)
         check_fields(self, "rows", least=3)
 
     def groups(self, kernel: Kernel) -> Int[np.ndarray, " features"]:
         """Return the group of each feature; raise ValueError for groups that do not fit."""
         features, widths = len(kernel.centre), self.widths
-        if widths == "kept":
-            return np.asarray(kernel.groups)
         if widths == "auto":
             widths = "each" if features <= 32 else "one"
         if isinstance(widths, str):
@@ -86,9 +92,10 @@ def fit_learner(
     capacity: int = 1024,
     features: Function | None = None,
     prior: Function | None = None,
-    tuning: LearnerTuning = LearnerTuning(),
+    kernel: Kernel | Shape = "matern52",
+    tuning: LearnerTuning | None = LearnerTuning(),
 ) -> Learner:
-    """Make a learner of pairs (`init_learner`), with its kernel tuned on them (`tune_learner`).
+    """Make a learner of pairs, with its kernel tuned on them (`tune_learner`).
 
     >>> import jax.numpy as jnp
     >>> from nercc_jax.surrogates import fit_learner
@@ -99,20 +106,36 @@ def fit_learner(
     True
 
     Args:
-        x: Inputs.
-        y: Answers.
+        x: Inputs. There may be none (`x[:0]`) where nothing is tuned; then they give the shapes.
+        y: Answers. Pairs that are not finite are left out.
         capacity: The most pairs that the learner holds; then the oldest are replaced.
         features: A function of a batch, which JAX can trace, that returns what inputs are compared
             by. Default: their floats.
         prior: A function of a batch, which JAX can trace, that returns the mean before any answer.
             Default: none.
-        tuning: How the kernel is tuned.
+        kernel: A kernel to start from, or a shape. By shape, it is centred on the pairs, its units
+            are the features' spreads, and its one width is the square root of their number.
+        tuning: How the kernel is tuned; None leaves it as it is.
 
     Raises:
-        ValueError: As `init_learner` and `tune_learner`.
+        ValueError: The capacity is no positive integer, x and y have different lengths, outputs are
+            no floats, the prior has other outputs, or the kernel is for other features; and as
+            `tune_learner`.
     """
-    learner = init_learner(x, y, capacity=capacity, features=features, prior=prior)
-    return tune_learner(learner, tuning)
+    x, y = jax.tree.map(np.asarray, native((x, y)))
+    own = lambda leaf: leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype))  # noqa: E731
+    x, y = jax.tree.map(own, (x, y))
+    check_floats("y", y)
+    # There may be no pair.
+    blank = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:]), leaf.dtype), (x, y))
+    form, pairs = join(blank[1], 1)[1], length_of("y", y)
+    z = features_of(features, x if pairs else blank[0])[:pairs]
+    kernel = kernel if isinstance(kernel, Kernel) else first_kernel(kernel, z)
+    if kernel.centre.shape != z.shape[1:]:
+        raise ValueError(f"the kernel is for {len(kernel.centre)} features, not {z.shape[1]}")
+    empty = Learner(kernel, form, capacity=capacity, features=features, prior=prior)
+    learner = empty.update(x, y)
+    return learner if tuning is None else tune_learner(learner, tuning)
 
 
 def tune_learner(learner: Learner, tuning: LearnerTuning = LearnerTuning()) -> Learner:
@@ -143,18 +166,16 @@ def tune_learner(learner: Learner, tuning: LearnerTuning = LearnerTuning()) -> L
     # add up to, predictions of a function that is known almost to rounding would be rounding.
     least_noise = float(learner.capacity * np.finfo(kernel.noise.dtype).eps)
 
-    def mean_of_group(each: Float[np.ndarray, " features"]) -> Float[np.ndarray, " widths"]:
-        return np.bincount(groups, each) / np.maximum(np.bincount(groups), 1)
-
+    sizes = np.maximum(np.bincount(groups), 1)
     # By the spread of each, a pixel at the edge that hardly ever varies counts as much as one in
     # the middle (64 pixels of digits, 138 pairs: error by spread .37, .30 with one unit for all
     # features that share a width); numbers of different kinds need it. Both are tried.
-    units = [unit := kernel.unit.astype(np.float64), np.sqrt(mean_of_group(unit**2))[groups]]
+    unit = kernel.unit.astype(np.float64)
+    units = [unit, np.sqrt(np.bincount(groups, unit**2) / sizes)[groups]]
     widths = np.log(kernel.widths.astype(np.float64))[kernel.groups]
-    line = float(kernel.linear) if tuning.widths == "kept" else max(float(kernel.linear), 0.1)
     # Logarithms of widths, noise, and the straight line's weight.
-    noise, line = math.log(kernel.noise), math.log(line) if line > 0 else -np.inf
-    first, found = np.append(mean_of_group(widths), [noise, line]), []
+    numbers = [math.log(kernel.noise), math.log(max(float(kernel.linear), 0.1))]
+    first, found = np.append(np.bincount(groups, widths) / sizes, numbers), []
     for unit in units[: 1 if np.allclose(*units, rtol=1e-5) else 2]:
         z = (inputs - kernel.centre) / unit
         for shape in tuning.shapes:
@@ -247,8 +268,8 @@ def _left_out_loss(
     if shape == "squared_exponential":
         shape_slope = -shaped / 2
     else:
-        r = np.sqrt((3 if shape == "matern32" else 5) * square)
-        shape_slope = np.exp(-r) * (-3 / 2 if shape == "matern32" else -5 / 6 * (1 + r))
+        r = np.sqrt(5 * square)
+        shape_slope = -5 / 6 * (1 + r) * np.exp(-r)
     along, by_square = by_covariance @ z, by_covariance * shape_slope
     by_feature = -4 * (by_square.sum(axis=1) @ z**2 - np.sum(z * (by_square @ z), axis=0))
     by_feature -= 2 * linear * np.sum(z * along, axis=0)

@@ -73,7 +73,15 @@ def learn_decoder(
     >>> code.decode(model(code.encode(x[:4])), jnp.arange(10) != 2).shape
     (4, 3)
     """
-    places = places_of(code)
+    both = [getattr(code, name, None) for name in ("beta", "alpha")]
+    if isinstance(code, Replication):
+        both = regression_points(code.num_data, code.num_workers, "repeated")[::-1]
+    if any(each is None for each in both):
+        raise ValueError(
+            f"{type(code).__name__} has no regression points alpha and beta, along which a decoder "
+            "is learned: take NeRCC, Berrut or Replication"
+        )
+    places = np.concatenate([np.asarray(each) for each in both])
     groups = num_groups if num_groups is not None else 8 * len(places)
     if groups < 1:
         raise ValueError(f"num_groups must be at least 1, not {num_groups}")
@@ -139,7 +147,9 @@ def _root_of_moments(
     t, prior, recorded = places.astype(np.float64) + 1, 2 * len(places), rows / np.sqrt(total)
     least, most = np.minimum.outer(t, t), np.maximum.outer(t, t)
     line = np.linalg.qr(np.stack([np.ones_like(t), t], axis=1))[0].T
-    bent = root_of(least**2 * (3 * most - least) / 6)
+    # Of second moments, which rounding may have left slightly negative.
+    values, vectors = np.linalg.eigh(least**2 * (3 * most - least) / 6)
+    bent = np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T
 
     def sizes(root: np.ndarray) -> tuple[float, float]:
         straight = np.sum((root @ line.T) ** 2)
@@ -185,31 +195,8 @@ def _best_noise(
     return _NOISES[int(np.argmin(heights))]
 
 
-def places_of(code: AbstractCode) -> Float[np.ndarray, " places"]:
-    """Return beta and alpha.
-
-    Raises:
-        ValueError: The code has none.
-    """
-    points = [getattr(code, name, None) for name in ("beta", "alpha")]
-    if isinstance(code, Replication):
-        points = regression_points(code.num_data, code.num_workers, "repeated")[::-1]
-    if any(each is None for each in points):
-        raise ValueError(
-            f"{type(code).__name__} has no regression points alpha and beta, along which a decoder "
-            "is learned: take NeRCC, Berrut or Replication"
-        )
-    return np.concatenate([np.asarray(each) for each in points])
-
-
 def _triangle(
     rows: Float[np.ndarray, "rows places"], further: Float[np.ndarray, "further places"]
 ) -> Float[np.ndarray, "some places"]:
     """Return a triangle (K + N rows, or as many as came) with the second moments of all rows."""
     return np.asarray(np.linalg.qr(np.concatenate([rows, further]), mode="r"))
-
-
-def root_of(moments: Float[np.ndarray, "places places"]) -> Float[np.ndarray, "places places"]:
-    """Return a root of second moments, which rounding may have left slightly negative."""
-    values, vectors = np.linalg.eigh(moments)
-    return np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T

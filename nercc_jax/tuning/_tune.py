@@ -18,8 +18,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shape
 
 from ..codes import AbstractCode
 from ..codes._checks import check_fields, check_not_negative, check_positive
-from ..codes._trees import Form, groups_of, join, to_device
-from ..evaluation._criteria import Criterion, point_criterion
+from ..codes._trees import groups_of, join, to_device
+from ..evaluation._criteria import Criterion
 from ..evaluation._objective import Trial, draw_sets, make_trial
 from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers
@@ -194,8 +194,9 @@ def tune(
         model, first, held, stragglers, key=key_held, num_sets=sampling.held_out_sets,
         criterion=criterion, power=power,
     )  # fmt: skip
-    own, form = join(trial.originals, 2)
-    errs = trial.scales > rounding_error(criterion, form, own)
+    # An error below this share of the outputs' variance is rounding, to which nothing is relative.
+    own = join(trial.originals, 2)[0]
+    errs = trial.scales > 1e-9 * jnp.var(own, axis=(0, 1)).mean()
     if not errs.any():
         raise ValueError("there is nothing to gain: the starting code makes no error")
     trial = eqx.tree_at(lambda t: t.scales, trial, jnp.where(errs, trial.scales, jnp.inf))
@@ -282,20 +283,6 @@ def _on_data_points(code: Code) -> Code:
     return eqx.tree_at(lambda c: c.beta, code, jnp.asarray(moved))
 
 
-@eqx.filter_jit
-def rounding_error(
-    criterion: Criterion, form: Form, own: Float[Array, "groups num_data m"]
-) -> Float[Array, ""]:
-    """Return the error below which there is rounding alone, to which nothing can be relative.
-
-    It is this share of what the mean output for every data point would cost.
-    """
-    own = own.reshape(-1, own.shape[-1])
-    mean = jnp.broadcast_to(jnp.mean(own, axis=0), own.shape)
-    cost = jax.vmap(point_criterion(criterion))(form.split(mean), form.split(own))
-    return 1e-9 * jnp.mean(cost)
-
-
 def _objective(
     sampling: Sampling,
     stragglers: Mapping[str, AbstractStragglers],
@@ -312,7 +299,7 @@ def _objective(
     chosen = sampling.draw(code.num_data, training, key_groups)
     available, law = draw_sets(stragglers, key_sets, code.num_workers, sampling.sets_per_step)
     fresh = dataclasses.replace(trial, x=chosen, originals=None, available=available, law=law)
-    return fresh.objective_by_products(model, code)
+    return fresh.objective(model, code)
 
 
 def _descent_by_steps(

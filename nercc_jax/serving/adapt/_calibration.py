@@ -14,7 +14,7 @@ from ...codes import Decoded
 from ...codes._trees import join
 from ...risk import ErrorProbability
 from ...risk._answer_check import AnswerCheck
-from ...surrogates import AbstractSurrogate, Learner
+from ...surrogates import AbstractSurrogate, Learner, Projection
 from ...surrogates.nearest import nearest_predictions
 from ..core._group import repeat_rows
 
@@ -40,9 +40,10 @@ def outputs_on_host(
         nearest: Whether a learner on the host predicts from few pairs (`nearest_predictions`).
         most_outputs: The most outputs for that: it solves for each of them at every update.
     """
-    if isinstance(surrogate, Learner) and surrogate.is_on_host:
-        few = nearest and surrogate.form.size <= most_outputs
-        predict = nearest_predictions(surrogate) if few else surrogate.predict
+    own = surrogate if isinstance(surrogate, Learner) else None
+    if own is not None and own.prior is None and isinstance(own.features, Projection | None):
+        few = nearest and own.form.size <= most_outputs
+        predict = nearest_predictions(own) if few else own.predict
 
         def on_host(x: Shaped[np.ndarray, "queries ..."]) -> tuple[Any, Any]:
             mean, deviation = predict(x)

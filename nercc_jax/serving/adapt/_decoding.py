@@ -23,7 +23,7 @@ from ...codes.workers import run_workers
 from ...evaluation._answers import batched, cut_groups
 from ...evaluation._criteria import agree_on_labels, root_mean_square
 from ...inference import cast_model
-from ...inference.models import Conditions, Model, current_conditions
+from ...inference.models import Model, current_conditions
 from ...risk import Accuracy, Comparison, ErrorProbability, Risk
 from ...risk._accuracy import error_ratios
 from ...risk._error_bars import ErrorScale, fit_error_scale
@@ -69,7 +69,7 @@ class DecodingScores:
 
     accuracy: Accuracy
     calibrated: Mapping[int, Score] = dataclasses.field(default_factory=dict)
-    conditions: Conditions = Conditions()  # noqa: RUF009, it is frozen
+    conditions: str = ""
     learned: Score | None = None
 
     def of(self, queries: int) -> Score | None:

@@ -36,7 +36,7 @@ from ...surrogates import (
     Learner,
     LearnerTuning,
     Surrogate,
-    init_learner,
+    fit_learner,
     principal_components,
     tune_learner,
 )
@@ -287,9 +287,10 @@ class Predictor:
             features = self._features
             if features is None and x[0].size > _FEATURES:
                 features = principal_components(x, _FEATURES)
-            learner = init_learner(
-                x, own, features=features, capacity=self._capacity, kernel="squared_exponential"
-            )
+            learner = fit_learner(
+                x, own, features=features, capacity=self._capacity,
+                kernel="squared_exponential", tuning=None,
+            )  # fmt: skip
             # A width for each feature is found by descent. With one for all, 31 and 0 % of the
             # answers of an elliptic equation, with 10 parameters, were within a tenth of their
             # spread, and now 99 %. Where all have one anyway, it is from a grid: on LeNet5's

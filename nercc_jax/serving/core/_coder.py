@@ -217,7 +217,7 @@ def few_encoders(
             lambda_ = np.asarray(code.lambda_enc)
             matrix = smoothing_matrix_on_host(*points, lambda_, available=present)
         else:
-            matrix = berrut_matrix(*points, present, getattr(code, "degree", 0))
+            matrix = berrut_matrix(*points, present)
         matrices.append(matrix[:, order[:few]].astype(points[0].dtype))
     return matrices
 
