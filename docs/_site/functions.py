@@ -33,9 +33,7 @@ def draws(function: str, cell: str, system: str, number: str = "rmse") -> Sequen
     return measured["systems"].get(name, {}).get(number, [])
 
 
-def errors(
-    cell: str, systems: Sequence[str], intervals: bool = True
-) -> Iterator[dict[str, str]]:
+def errors(cell: str, systems: Sequence[str], intervals: bool = True) -> Iterator[dict[str, str]]:
     """Yield the errors of systems by function, with intervals or not; the least stands out."""
     found = {(s, f): mean_and_half_width(draws(f, cell, s)) for s in systems for f in RESULTS}
     least = {f: np.nanmin([found[s, f][0] for s in systems]) for f in RESULTS}

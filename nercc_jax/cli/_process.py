@@ -52,7 +52,7 @@ def compile_plainly() -> None:
 
 
 def join_ray_of(address: str | None, runtime_env: Mapping[str, Any] | None) -> None:
-    """Make this process part of the Ray that options name; raise ConnectionError if there is none."""
+    """Make this process part of the Ray that options name, or raise ConnectionError."""
     from ..pools.ray_cluster import join_ray
 
     join_ray(address, dict(runtime_env or {}))
