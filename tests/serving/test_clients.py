@@ -129,7 +129,6 @@ REASONS = [
     ("options", "status", "words"),
     [
         *REASONS,
-        ({"model": "slow", "timeout": 50_000}, 504, "within 0.05 s"),
         ({"parameters": {"nercc_deadline_ms": -50.5}}, 400, "must be a positive number"),
     ],
 )

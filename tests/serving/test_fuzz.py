@@ -103,7 +103,9 @@ values = st.one_of(numbers, integers, st.none(), st.booleans(), words)
 row_values = st.floats(-(2.0**126), 2.0**126, width=32)
 rows = st.lists(row_values, min_size=4, max_size=4)
 parameters = st.dictionaries(
-    st.sampled_from(["nercc_exact", "timeout", "binary_data_output", "binary_data_size", "x"]),
+    st.sampled_from(
+        ["nercc_exact", "nercc_deadline_ms", "binary_data_output", "binary_data_size", "x"]
+    ),
     values,
     max_size=3,
 )
@@ -136,7 +138,7 @@ requests = st.fixed_dictionaries(
         "outputs": st.lists(st.fixed_dictionaries({"name": words}), max_size=3),
     },
 )
-# 504: a timeout of microseconds.
+# 504: a deadline of milliseconds.
 FINE = {200, 400, 429, 504}
 
 
@@ -188,7 +190,9 @@ def test_bodies_of_bytes(server, content, encoding, kind):
     one | st.lists(nearly_right(), max_size=2),
     st.none() | st.lists(binary(20) | st.just(bytes(16)), max_size=2),
     st.lists(st.sampled_from(["output", "exact", "nothing"]), max_size=2),
-    st.dictionaries(words | st.just("timeout"), st.booleans() | st.integers(-5, 5), max_size=2),
+    st.dictionaries(
+        words | st.just("nercc_deadline_ms"), st.booleans() | st.integers(-5, 5), max_size=2
+    ),
 )
 def test_requests_by_grpc(stub, model, inputs, raw, outputs, parameters):
     request = message(model, {}, parameters=parameters, outputs=outputs)

@@ -162,7 +162,7 @@ class Request:
         self.arrived, self.deadline = arrived, deadline
         self.exact_only, self.own = exact, own
         self.sent, self.queued = np.inf, False
-        self.queries = [Query(self, place, row) for place, row in enumerate(x)]
+        self.queries = [Query(self, place, x[place, ...]) for place in range(size)]
         self.left = size
         predicted, reexecuted, suspicious = np.zeros((3, size), bool)
         counts, expected = np.zeros((2, size), int), np.zeros((2, size))
