@@ -45,7 +45,6 @@ if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
     from .settings import ServerSettings as ServerSettings
     from .transport._server import Server as Server
     from .transport._server import make_server as make_server
-    from .transport._server import serve as serve
 
 # Imported when they are first used: a server's settings need no JAX, so that errors in them are
 # reported at once.
@@ -61,7 +60,7 @@ _WHERE = {
     "core._request": "DeadlineExceeded InferenceFailed QueueFull Reply ServerClosing",
     "core._requests": "Health",
     "protocol._servable": "Servable make_servable",
-    "transport._server": "Server make_server serve",
+    "transport._server": "Server make_server",
 }
 _FILE_OF = {name: file for file, names in _WHERE.items() for name in names.split()}
 __all__ = [*_FILE_OF]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -109,7 +109,7 @@ class ServedModel:
                     hang_timeout=settings.hang_timeout_s,
                 )
                 undo.callback(self.pool.close)
-            self.meter = metrics.add(servable.key, self.pool, code)
+            self.meter = metrics.add(servable.key, self.pool)
             with log_phase("compiling", servable.name):
                 self._batcher = CodedBatcher(
                     self.pool,
@@ -202,7 +202,7 @@ class ServedModel:
         """Return the model's part of the server's status."""
         batcher, coder, pool = self._batcher, self._coder, self.pool
         health, report, policy = batcher.health(), pool.report(), batcher.policy
-        adapted, counted = batcher.status(), self.meter.status(coder.num_workers)
+        adapted, counted = batcher.status(), self.meter.status()
         audited = adapted["audited"]
         missed = "disagreement" if policy.tolerance is None else "beyond_bar"
         if policy.tolerance is not None:

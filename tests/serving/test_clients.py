@@ -246,8 +246,3 @@ def test_answers_say_what_they_rest_on(server):
     assert counted["reexecutions"] >= reexecuted
     assert server.count("queries_total", model="rack", answer="decoded") == before + decoded
     assert min(counted["stragglers"], counted["groups"]) > 0
-    lookups = (
-        server.count("decoder_lookups_total", model="rack", result=r) for r in ("hit", "miss")
-    )
-    assert all(lookups), "one rack straggles: its straggler set comes again"
-    assert sum(server.status("rack")["responded"]["counts"]) > 0

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 from conftest import require
 from faces import ask, stub_of
-from in_process import http, real, serving
 from nercc_server import running
 
 httpx = require("httpx", "serve-test")
 
-from nercc_jax import Uncoded
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 pytestmark = pytest.mark.slow
@@ -102,12 +100,8 @@ def test_health_metadata_and_a_model_made_from_weights(server, stub, version):
     assert about["outputs"][0] == {"name": "output", "datatype": "FP32", "shape": [-1, 5]}
     assert server.http.get(f"{path}/ready").json() == {"name": name, "ready": True}
     assert about["parameters"] == {
-        "nercc_max_queries": 1024,
-        "nercc_deadline_ms": 10_000,
-        "nercc_max_deadline_ms": 3_600_000,
         "nercc_coded": False,
         "nercc_uncoded": "it is served by Uncoded",
-        "nercc_outputs": "values",
     }
     asked = {"name": name, "version": version}
     assert list(stub.ModelMetadata(messages.ModelMetadataRequest(**asked)).versions) == ["1"]
@@ -199,36 +193,6 @@ def test_the_dashboard_asks_for_metrics_that_there_are(server):
     assert asked <= {name for name, _ in server.metrics()}
 
 
-def test_openmetrics_are_served_to_those_who_ask(server):
-    from prometheus_client.openmetrics.parser import text_string_to_metric_families
-
-    accept = {"accept": "application/openmetrics-text; version=1.0.0"}
-    answer = server.http.get("/metrics", headers=accept)
-    assert answer.headers["content-type"].startswith("application/openmetrics-text")
-    assert "nercc_requests" in {each.name for each in text_string_to_metric_families(answer.text)}
-
-
-def test_all_workers_have_their_weights(server):
-    found = server.http.get("/weights").json()
-    assert found.keys() == {*NAMES}
-    assert found["counted"] == {"0": True, "1": True}
-
-
-def test_weights_are_looked_up_once_for_all_that_ask(monkeypatch):
-    """Else strangers could keep the workers busy with it."""
-    model = real("digits", lambda x: 2 * x, Uncoded(1))
-    asked, look = [], model.pool.check_weights
-    monkeypatch.setattr(model.pool, "check_weights", lambda *args: asked.append(1) or look(*args))
-    with (
-        serving(model) as server,
-        http(server) as client,
-        concurrent.futures.ThreadPoolExecutor(20) as threads,
-    ):
-        found = list(threads.map(lambda _: client.get("/weights").json(), range(40)))
-    assert found == [{"digits": {"0": True, "1": True}}] * 40
-    assert len(asked) == 1
-
-
 def test_the_status_has_what_the_page_reads(server):
     """Whatever the page takes out of an object by name."""
     answer = server.http.get("/status")
@@ -238,7 +202,7 @@ def test_the_status_has_what_the_page_reads(server):
     assert [model["name"] for model in status["models"]] == NAMES
     page = (ROOT / "nercc_jax/serving/status.html").read_text()
     of_values = {"expected_beyond_bar", "audited_beyond_bar"}  # of models with a tolerance
-    parts = "totals", "queue", "pool", "code", "fidelity", "latency", "responded"
+    parts = "totals", "queue", "pool", "code", "fidelity", "latency"
     read = re.findall(rf"\b({'|'.join(parts)})\.(\w+)", page)
     assert len(read) > 8
     for model in status["models"]:

@@ -140,7 +140,7 @@ def forget(value):
 def test_what_is_unknown_is_not_shown_as_nothing(shown):
     model, show = shown
     bounds = model["latency"]["bounds_ms"]
-    for part in ("code", "workers", "queue", "totals", "latency", "responded", "fidelity"):
+    for part in ("code", "workers", "queue", "totals", "latency", "fidelity"):
         model[part] = forget(model[part])
     model["latency"]["bounds_ms"] = bounds
     page = show()

@@ -266,8 +266,7 @@ class Predictor:
                 self.learn(*map(np.stack, zip(*pairs, strict=True)))
             finally:
                 settled = self._calibrated is not None and self._count >= _SETTLED
-                seconds = self._time.spend(begin, _LATER if settled else _SHARE)
-                self._setup.observe("learn_seconds", seconds)
+                self._time.spend(begin, _LATER if settled else _SHARE)
         return math.inf
 
     def learn(self, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]) -> None:

@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -112,12 +112,12 @@ class GrpcServer:
         if name == "ModelInfer":
             size = asked.ByteSize()
             headers = functools.partial(dict, context.invocation_metadata() or ())
-            with state.watch(asked.model_name, headers) as trace, state.hold() as add:
+            with state.watch(asked.model_name, headers) as span, state.hold() as add:
                 add(size)
                 model = models.find(asked.model_name, asked.model_version)
                 add(int(model.servable.growth * size))
                 slow = 0 if asked.raw_input_contents else size
-                answer = await state.answer(model, lambda: read_message(asked), slow, trace)
+                answer = await state.answer(model, lambda: read_message(asked), slow, span)
                 return write_message(answer)
         if name == "RepositoryIndex":
             found: dict[str, Any] = {"models": models.index(asked.ready)}
@@ -148,7 +148,7 @@ class GrpcServer:
 
 
 class _HealthService(health_pb2_grpc.HealthServicer):
-    """gRPC's own health service (grpc.health.v1), for its probes and load balancers."""
+    """gRPC's own health service (grpc.health.v1), for probes."""
 
     def __init__(self, state: ServerState):
         self._models = state.models
@@ -161,20 +161,6 @@ class _HealthService(health_pb2_grpc.HealthServicer):
             error = ModelNotFound(request.service)
             await context.abort(KINDS[ModelNotFound].grpc, message_of(error))
         return HealthCheckResponse(status=status)
-
-    async def Watch(
-        self, request: HealthCheckRequest, context: Any
-    ) -> AsyncIterator[HealthCheckResponse]:
-        """Yield every change, and end when the server does, so that no client keeps it alive."""
-        last = None
-        while last is None or not self._models.draining:
-            status = self._status(request.service)
-            if status != last:
-                yield HealthCheckResponse(status=status)
-                last = status
-            await asyncio.sleep(0.2)
-        if last == HealthCheckResponse.SERVING:
-            yield HealthCheckResponse(status=HealthCheckResponse.NOT_SERVING)
 
     def _status(self, service: str) -> Any:
         """Return the status of a model, or of the server by its own names."""

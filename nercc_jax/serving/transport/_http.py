@@ -129,7 +129,7 @@ class InferenceEndpoint:
         state, length = self._state, headers.get(_JSON_LENGTH)
         length = None if length is None else length.decode("latin-1")
         encoding = headers.get(b"content-encoding", b"identity").decode("latin-1")
-        with state.watch(name, lambda: Headers(scope=scope)) as trace, state.hold() as add:
+        with state.watch(name, lambda: Headers(scope=scope)) as span, state.hold() as add:
             model = state.models.find(name, version)
             if encoding.lower() != "identity":
                 raise UnsupportedEncoding(
@@ -139,7 +139,7 @@ class InferenceEndpoint:
             body = await read_body(receive, add)
             size = json_size(len(body), length, _MOST_JSON)
             add(int(model.servable.growth * len(body)))
-            answer = state.answer(model, lambda: read_request(body, length), size, trace)
+            answer = state.answer(model, lambda: read_request(body, length), size, span)
             content, about = write_response(await self._while_connected(receive, answer))
         about["content-length"] = str(len(content))
         lines = [(key.encode(), value.encode()) for key, value in about.items()]

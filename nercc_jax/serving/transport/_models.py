@@ -32,16 +32,11 @@ class Models:
         draining: whether the server accepts nothing new any more.
     """
 
-    def __init__(
-        self,
-        settings: ServerSettings,
-        starts: Mapping[str, Callable[[], ServedModel]],
-    ):
+    def __init__(self, settings: ServerSettings, starts: Mapping[str, Callable[[], ServedModel]]):
         self.starts, self.names = starts, [*starts]
         self.started: dict[str, ServedModel] = {}
         self.complete, self.draining = not starts, False
         self._settings = settings
-        self._open: dict[str, ServedModel] = {}  # not closed yet
         self._closing: dict[str, asyncio.Future[Any]] = {}
         self._turn = asyncio.Lock()  # one is loaded or unloaded at a time
 
@@ -77,13 +72,7 @@ class Models:
     @property
     def ends_at(self) -> float:
         """The monotonic time at which something will end this process; infinite for nothing."""
-        return min((model.ends_at for model in self._open.values()), default=math.inf)
-
-    @property
-    def in_flight(self) -> dict[str, int]:
-        """The numbers of requests without a reply, where there are any."""
-        found = {key: model.in_flight for key, model in self._open.items()}
-        return {key: number for key, number in found.items() if number}
+        return min((model.ends_at for model in self.started.values()), default=math.inf)
 
     # Names and versions.
 
@@ -91,8 +80,7 @@ class Models:
     def versions(self) -> dict[str, list[str]]:
         """The versions of each model that are started or will be, by name, the latest last."""
         found: dict[str, list[str]] = {}
-        for key in self.names:
-            name, version = name_and_version(key)
+        for name, version in map(name_and_version, self.names):
             found.setdefault(name, []).append(version)
         return {name: sorted(each, key=int) for name, each in found.items()}
 
@@ -124,30 +112,26 @@ class Models:
         """Return all models with their states, by Triton's extension; or only those ready."""
         index = []
         for key in self.starts:
-            name, version = name_and_version(key)
-            state, reason = "READY", ""
-            if key not in self.names:
-                state, reason = "UNAVAILABLE", "unloaded"
-            elif (trouble := self.trouble(name, version)) is not None:
-                starting = key not in self.started and not self.draining
-                state, reason = "LOADING" if starting else "UNAVAILABLE", trouble
+            (name, version), state, why = name_and_version(key), "READY", "unloaded"
+            why = self.trouble(name, version) if key in self.names else why
+            if why is not None:
+                starting = key in self.names and key not in self.started and not self.draining
+                state = "LOADING" if starting else "UNAVAILABLE"
             if state == "READY" or not ready:
-                entry = {"name": name, "version": version, "state": state, "reason": reason}
+                entry = {"name": name, "version": version, "state": state, "reason": why or ""}
                 index.append(entry)
         return index
 
     # Starts and ends.
 
     def _start(self, key: str) -> None:
-        self._open[key] = self.started[key] = self.starts[key]()
+        self.started[key] = self.starts[key]()
         if self.draining:  # the others may have been closed by now
-            self._close(key)
+            self._close(key, self.started[key])
 
-    def _close(self, key: str, drain: float = 0.0) -> None:
-        model = self._open.pop(key, None)
-        if model is not None:
-            model.close(drain)
-            _LOG.info("model is closed", extra={"model": key})
+    def _close(self, key: str, model: ServedModel, drain: float = 0.0) -> None:
+        model.close(drain)
+        _LOG.info("model is closed", extra={"model": key})
 
     async def start_all(self, meanwhile: Callable[[], None]) -> None:
         """Start the models one by one, until they have started or the server drains.
@@ -171,8 +155,9 @@ class Models:
 
         A model that hangs may never be, so that nobody may have to wait for them.
         """
-        for key in list(self._open):
-            self._closing[key] = in_background(functools.partial(self._close, key))
+        for key, model in list(self.started.items()):
+            if key not in self._closing:
+                self._closing[key] = in_background(functools.partial(self._close, key, model))
         return dict(self._closing)
 
     async def control(self, name: str, parameters: Mapping[str, Any], *, load: bool) -> None:
@@ -186,8 +171,9 @@ class Models:
             ServerNotReady: where the server starts or drains.
             InvalidInput: where a model does not start.
         """
-        verb, known = ("load", set()) if load else ("unload", {"unload_dependents"})
-        check_parameters(f"{verb}ing a model", parameters, known)
+        verb = "load" if load else "unload"
+        # Triton's clients always say whether to unload dependents, which there are none of.
+        check_parameters(f"to {verb} a model", parameters, {"unload_dependents"})
         if self._settings.model_control != "explicit":
             raise NotImplementedError(
                 f"clients may {verb} models only with --model-control explicit"
@@ -205,10 +191,10 @@ class Models:
                         await self._load(key)
                     elif not load and key in self.started:
                         self.names.remove(key)
-                        del self.started[key]
                         drain = self._settings.drain_timeout_s
-                        close = functools.partial(self._close, key, drain)
-                        self._closing[key] = in_background(close)
+                        model = functools.partial(self._close, key, self.started.pop(key), drain)
+                        self._closing[key] = in_background(model)
+                        del model  # or it would hold what is to be freed
                         await self._closing[key]
                         del self._closing[key]
                 if not load:
@@ -227,7 +213,6 @@ class Models:
             why = error if own else "see the server's log"
             raise InvalidInput(f"{key} does not load: {why}") from error
         gc.freeze()  # as when the server starts
-        _LOG.info("model is loaded", extra={"model": key})
 
 
 def in_background(work: Callable[[], Any]) -> asyncio.Future[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import fastapi
 import orjson
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from prometheus_client import CollectorRegistry, exposition
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from pydantic import create_model
 from starlette.exceptions import HTTPException
 
@@ -15,10 +15,6 @@ from ..core._request import shorten
 from ..protocol._messages import AS_JSON, INTERNAL, KINDS, InvalidInput, ServerNotReady
 from ._http import error_response, read_body
 from ._state import ServerState
-
-# Seconds after workers were asked for their weights at which they may be asked again: strangers
-# could keep them busy with it.
-_WEIGHTS_EVERY = 10.0
 
 ErrorResponse = create_model("ErrorResponse", error=str)  # for the description
 
@@ -151,21 +147,10 @@ def make_app(state: ServerState, registry: CollectorRegistry) -> fastapi.FastAPI
         content = await asyncio.to_thread(state.status)
         return JSONResponse(content, headers={"cache-control": "no-store"})
 
-    checks: list[tuple[float, asyncio.Task[Any]]] = []  # the latest, for all that ask meanwhile
-
-    @app.get("/weights", include_in_schema=False)
-    async def weights() -> JSONResponse:
-        now = asyncio.get_running_loop().time()
-        if not checks or (checks[-1][1].done() and now >= checks[-1][0] + _WEIGHTS_EVERY):
-            checks[:] = [(now, asyncio.create_task(state.weights()))]
-        content = await asyncio.shield(checks[-1][1])
-        return JSONResponse(content, headers={"cache-control": "no-store"})
-
     @app.get("/metrics", include_in_schema=False)
-    async def metrics(request: fastapi.Request) -> Response:
-        write, content_type = exposition.choose_encoder(request.headers.get("accept", ""))
-        content = await asyncio.to_thread(write, registry)
-        return Response(content, headers={"content-type": content_type})
+    async def metrics() -> Response:
+        content = await asyncio.to_thread(generate_latest, registry)
+        return Response(content, headers={"content-type": CONTENT_TYPE_LATEST})
 
     # Errors.
 

@@ -1,7 +1,4 @@
-"""The server's life: it listens by HTTP and gRPC, starts its models, and drains at a signal.
-
-`serve` and `make_server` do from Python what `nercc serve` does.
-"""
+"""The server's life: it listens by HTTP and gRPC, starts its models, and drains at a signal."""
 
 import asyncio
 import contextlib
@@ -272,7 +269,8 @@ class Server:
             ends.append(asyncio.create_task(self._grpc.stop()))
         await wait(self.settings.drain_timeout_s)
         if not ended():
-            self.lost = self.state.models.in_flight
+            running = self.state.models.started
+            self.lost = {key: number for key in running if (number := running[key].in_flight)}
             if self.lost:
                 _LOG.warning("requests are lost: draining took too long", extra={"lost": self.lost})
             self.state.models.close_all()
@@ -309,7 +307,7 @@ def make_server(
 ) -> Server:
     """Return a server of one model, which does not listen yet.
 
-    `serve` runs it; as a context manager it serves from a thread:
+    `run` serves until SIGTERM; as a context manager it serves from a thread:
 
         >>> import json
         >>> import urllib.request
@@ -357,21 +355,3 @@ def make_server(
         ServedModel, model, code, settings, Metrics(registry), predictor=predictor
     )
     return Server({model.key: start}, server_settings, registry)
-
-
-def serve(
-    model: Model | Servable,
-    code: AbstractCode | None = None,
-    shape: Sequence[int] | None = None,
-    **options: Any,
-) -> None:
-    """Serve a model behind a code until SIGTERM or SIGINT, as `nercc serve` does.
-
-    Arguments are those of `make_server`.
-
-    Raises:
-        OSError: where a port is taken.
-        ValueError: as `make_server`.
-        RuntimeError: where the workers do not start.
-    """
-    make_server(model, code, shape, **options).run()

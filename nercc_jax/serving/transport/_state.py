@@ -10,9 +10,8 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from .._policy import MAX_DEADLINE_S
 from .._served_model import ServedModel
-from .._tracing import RequestSpans, RequestTrace
+from .._tracing import RequestSpans, describe_reply
 from ..core._request import DeadlineExceeded, InferenceFailed
 from ..protocol._messages import (
     InferenceRequest,
@@ -108,26 +107,22 @@ class ServerState:
             self.bytes_held -= own
 
     @contextlib.contextmanager
-    def watch(
-        self, name: str, headers: Callable[[], Mapping[str, str]]
-    ) -> Iterator[RequestTrace | None]:
-        """Trace the request of this block, and count it if it is refused."""
-        trace, outcome = self._spans.start(name, headers), "ok"
+    def watch(self, name: str, headers: Callable[[], Mapping[str, str]]) -> Iterator[Any]:
+        """Trace the request of this block by the span it gets, and count it if it is refused."""
+        span, outcome, why = self._spans.start(name, headers), "ok", None
         try:
-            yield trace
+            yield span
         except BaseException as error:  # a client that goes away cancels its call
-            outcome = outcome_of(error)
+            outcome, why = outcome_of(error), error
             # What a model's batcher does not see is counted here.
             if outcome in ("invalid", "overloaded") and name in self.models.versions:
                 model = self.models.started.get(self.models.key_of(name))
                 if model is not None:  # it may still be starting
                     model.count(f"request_{outcome}")
-            if trace is not None:
-                trace.error = str(error) or type(error).__name__
             raise
         finally:
-            if trace is not None:
-                self._spans.end(trace, outcome)
+            if span is not None:
+                self._spans.end(span, outcome, why)
 
     # Inference.
 
@@ -136,7 +131,7 @@ class ServerState:
         model: ServedModel,
         read: Callable[[], InferenceRequest],
         size: int,
-        trace: RequestTrace | None,
+        span: Any,
     ) -> Response:
         """Read a request and answer it.
 
@@ -155,8 +150,9 @@ class ServerState:
             start = time.monotonic()
             try:
                 request = read()
-                if trace is not None:
-                    trace.id = request.id = request.id or uuid.uuid4().hex
+                if span is not None:
+                    request.id = request.id or uuid.uuid4().hex
+                    describe_reply(span, request.id)
                 most = model.settings.max_queue_size
                 queries, options = question_of(request, model.servable, most)
             finally:
@@ -179,8 +175,8 @@ class ServerState:
             _LOG.warning("inference failed", extra=about)
             error.public += f": the server's log says why, by id {request.id}"
             raise
-        if trace is not None:
-            trace.reply = reply
+        if span is not None:
+            describe_reply(span, request.id or "", reply)
         return response_of(reply, request, model.servable)
 
     # What the server says about itself.
@@ -193,9 +189,7 @@ class ServerState:
     def _model_metadata(self, name: str, version: str) -> dict[str, Any]:
         """Return a model's metadata. Raises as `Models.find` does."""
         model = self.models.find(name, version)
-        coded: dict[str, Any] = {"nercc_coded": model.uncoded is None}
-        if model.uncoded is not None:
-            coded["nercc_uncoded"] = model.uncoded
+        why = model.uncoded
         return {
             "name": name,
             "versions": self.models.versions[name],
@@ -203,20 +197,10 @@ class ServerState:
             "inputs": [each.about for each in model.servable.inputs.parts],
             "outputs": [each.about for each in (*model.servable.outputs.parts, *ADDED)],
             "parameters": {
-                "nercc_max_queries": model.settings.max_queue_size,
-                "nercc_deadline_ms": 1e3 * model.settings.deadline_s,
-                "nercc_max_deadline_ms": 1e3 * MAX_DEADLINE_S,
-                "nercc_outputs": model.outputs()["read_as"],
-                **coded,
+                "nercc_coded": why is None,
+                **({} if why is None else {"nercc_uncoded": why}),
             },
         }
-
-    async def weights(self) -> dict[str, dict[int, bool]]:
-        """Return whether each worker that answers has the weights that it was given, by model."""
-        pools = {name: model.pool for name, model in self.models.started.items()}
-        longest = 10.0  # seconds in which a worker must answer what its weights are
-        checks = (asyncio.to_thread(pool.check_weights, longest) for pool in pools.values())
-        return dict(zip(pools, await asyncio.gather(*checks), strict=True))
 
     def status(self) -> dict[str, Any]:
         about = self.metadata()
