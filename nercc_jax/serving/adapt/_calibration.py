@@ -1,8 +1,9 @@
 """A surrogate's outputs on the host, and its calibration: which answers may be given out."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -11,11 +12,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from ...codes import Decoded
-from ...codes._trees import join
+from ...codes._trees import Form, join
 from ...risk import ErrorProbability
-from ...risk._answer_check import AnswerCheck
+from ...risk._accuracy import bar_factor
+from ...risk._answer_check import AnswerCheck, fit_answer_check
+from ...risk._error_probability import fit_error_probability
 from ...surrogates import AbstractSurrogate, Learner
 from ...surrogates.nearest import nearest_predictions
+from .._policy import BatchingPolicy
 from ..core._group import repeat_rows
 
 # Returns the answers to queries as vectors, and their deviations, 1 where there are none.
@@ -73,13 +77,27 @@ def _outputs(surrogate: AbstractSurrogate, x: Shaped[Any, "queries ..."]) -> tup
     return join(mean, 1)[0], deviation
 
 
+class ValidationBatch(NamedTuple):
+    """A surrogate's answers to some queries, compared with the model's own, which may be large.
+
+    `mean` and `spread` are the answers that the check expects, and `own` the model's; empty where
+    they are not checked.
+    """
+
+    features: Float[np.ndarray, "queries features"]
+    deviation: Float[np.ndarray, " queries"]
+    error: Float[np.ndarray, " queries"]
+    wrong: Bool[np.ndarray, " queries"]
+    mean: Float[np.ndarray, "checked m"]
+    spread: Float[np.ndarray, " checked"]
+    own: Float[np.ndarray, "checked m"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Calibration:
     """The calibration of a surrogate; immutable, so that one thread may make it for others.
 
     Attributes:
-        outputs: the surrogate's outputs.
-        expected: the outputs by which the model's own answers are checked; None where they are not.
         error_probability: the probability of a wrong label; None where labels do not matter.
         factor: what deviations are multiplied by to get error bounds.
         limit: the largest probability of a wrong label with which an answer is given out.
@@ -89,8 +107,6 @@ class Calibration:
         check: the check of the model's own answers; None where they are not checked.
     """
 
-    outputs: HostOutputs
-    expected: HostOutputs | None
     error_probability: ErrorProbability | None
     factor: float
     limit: float
@@ -118,10 +134,29 @@ class Calibration:
             sure &= probability <= self.limit
         return Decoded(values, np.zeros(0, bool), sure, bound, probability)
 
-    def suspicious(
-        self, x: Shaped[np.ndarray, "queries ..."], own: Float[np.ndarray, "queries m"]
-    ) -> Bool[np.ndarray, " queries"]:
-        """Return which of the model's own answers look wrong; none where there is no check."""
-        if self.check is None or self.expected is None:
-            return np.zeros(len(x), bool)
-        return self.check.suspicious(*self.expected(x), own)
+
+def calibrate(
+    batches: Sequence[ValidationBatch], policy: BatchingPolicy, form: Form | None
+) -> Calibration:
+    """Return the calibration that these validation batches give, for the policy's promise."""
+    parts = map(np.concatenate, zip(*batches, strict=True))
+    features, deviation, error, wrong, mean, spread, own = parts
+    accuracy, tolerance = policy.accuracy, policy.tolerance
+    # It has to be right for those that are given out, not for all.
+    factor = bar_factor(deviation[:, None], error[:, None], accuracy, len(error))
+    error_probability, limit, share, check = None, 1.0, 1.0, None
+    if accuracy.max_disagreement is not None:
+        error_probability = fit_error_probability(
+            features[:, None], wrong[:, None], failure=0.25, form=form
+        )
+        error_probability = jax.tree.map(np.asarray, error_probability)
+        limit = error_probability.limit(accuracy.max_disagreement)
+        share = 1 - error_probability.share(limit)
+    if tolerance is not None:
+        share *= float(np.mean(factor * deviation <= tolerance))
+    if policy.check_answers is not None:
+        labels = accuracy.max_disagreement is not None and (form is None or form.is_vector)
+        check = fit_answer_check(mean, spread, own, policy.check_answers, labels=labels)
+    most = math.inf if tolerance is None else tolerance
+    disagreement = float(np.mean(wrong))
+    return Calibration(error_probability, factor, limit, most, share, disagreement, check)

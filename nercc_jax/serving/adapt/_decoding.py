@@ -185,27 +185,10 @@ class DecodingEvidence:
 
     def status(self) -> dict[str, Any]:
         """Return what stragglers showed of decoded answers, before a score is learned, too."""
-        found = self._risk.status()
+        found = self._risk.status() | {"hint": self._risk.hint}
         if not (self.scores.calibrated or self.scores.learned is not None):
             found |= {"compared": self._number, "needed": max(found["needed"], FIRST)}
         return found
-
-    def hints(self) -> list[str]:
-        """Return why nothing is decoded, and whether stragglers are harder than others."""
-        found, risk = [], self._risk
-        if not self.scores.accuracy.promises:
-            return []
-        if risk.waits:
-            evidence = self.status()
-            why = "decoded answers went wrong more often than promised: "
-            compared = f"{why if risk.drifts else ''}{evidence['compared']}"
-            if evidence["compared"] < evidence["needed"]:
-                compared += f" of {evidence['needed']} stragglers' answers were compared with "
-                found.append(compared + "decoded ones; nothing is decoded")
-            else:
-                compared += " stragglers' answers were compared with decoded ones, of which "
-                found.append(compared + "none is sure enough; nothing is decoded")
-        return found if risk.hint is None else [*found, risk.hint]
 
 
 def _without_margin(features: np.ndarray) -> np.ndarray:

@@ -11,13 +11,11 @@ changed, and everything that was calibrated is discarded.
 """
 
 import collections
-import dataclasses
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
@@ -27,9 +25,7 @@ from ...evaluation._criteria import agree_on_labels, row_errors
 from ...inference.models import Model
 from ...pools.clock import TimeShare
 from ...risk import Risk, RiskMonitor
-from ...risk._accuracy import bar_factor, error_ratios
-from ...risk._answer_check import fit_answer_check
-from ...risk._error_probability import fit_error_probability
+from ...risk._accuracy import error_ratios
 from ...risk._features import label_features
 from ...surrogates import (
     AbstractSurrogate,
@@ -42,7 +38,7 @@ from ...surrogates import (
 )
 from ..core._group import repeat_rows
 from ..core._setup import Setup
-from ._calibration import Calibration, outputs_on_host
+from ._calibration import Calibration, HostOutputs, ValidationBatch, calibrate, outputs_on_host
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,22 +53,6 @@ _SETTLED = 1024  # validation answers after which little is left to learn
 # number grows until the next calibration.
 _VALIDATION, LEAST, _MORE = 2048, 128, 0.25
 _FEATURES = 64  # principal components, where queries have more numbers
-
-
-class ValidationBatch(NamedTuple):
-    """A surrogate's answers to some queries, compared with the model's own, which may be large.
-
-    `mean` and `spread` are the answers that the check expects, and `own` the model's; empty where
-    they are not checked.
-    """
-
-    features: Float[np.ndarray, "queries features"]
-    deviation: Float[np.ndarray, " queries"]
-    error: Float[np.ndarray, " queries"]
-    wrong: Bool[np.ndarray, " queries"]
-    mean: Float[np.ndarray, "checked m"]
-    spread: Float[np.ndarray, " checked"]
-    own: Float[np.ndarray, "checked m"]
 
 
 class Predictor:
@@ -105,16 +85,14 @@ class Predictor:
         self,
         surrogate: Model | AbstractSurrogate | None = None,
         *,
-        features: Callable[[Any], Any] | None = None,
         capacity: int = 1024,
     ):
         """Create a predictor for one batcher.
 
         Args:
             surrogate: a cheap model with the served model's outputs (a student), or a learner; by
-                default a learner that is made from the first 256 answers.
-            features: the features of queries by which such a learner measures similarity; by
-                default their 64 principal components.
+                default a learner that is made from the first 256 answers, whose features are the
+                queries' numbers, or 64 principal components where there are more.
             capacity: the number of latest answers that such a learner keeps, 256 or more.
 
         Raises:
@@ -123,11 +101,12 @@ class Predictor:
         check_count("capacity", capacity, FIRST)
         if surrogate is not None and not isinstance(surrogate, AbstractSurrogate):
             surrogate = Surrogate(surrogate)
-        self._surrogate, self._features, self._capacity = surrogate, features, capacity
+        self._surrogate, self._capacity = surrogate, capacity
         self._inbox: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque(
             maxlen=_WAITING
         )
         self._setup: Setup | None = None  # until it is attached
+        self._expected: HostOutputs | None = None  # by which the model's own answers are checked
         # The learning thread's: pairs that a learner is made of, validation batches, and the number
         # of validation answers, now and when to calibrate again.
         self._first: list[tuple[np.ndarray, np.ndarray]] = []
@@ -205,31 +184,15 @@ class Predictor:
             "drifts": self._drifts,
             "disagreement": None if calibrated is None else calibrated.disagreement,
             "stragglers": self._risk.status(),
+            "hint": self._risk.hint,
         }
-
-    def hints(self) -> list[str]:
-        """Return why it answers nothing, if so, and whether stragglers are harder."""
-        status = self.status()
-        known, needed, evidence = status["known"], status["needed"], status["stragglers"]
-        harder = [] if self._risk.hint is None else [self._risk.hint]
-        if self.state == "drifted":
-            why = "predictions went wrong more often than promised"
-            return [f"{why}: {known} of {needed} answers are known since; nothing is predicted"]
-        if self.state == "learning":
-            return [f"still learning: {known} of {needed} answers; nothing is predicted"]
-        if evidence["compared"] < evidence["needed"]:
-            compared = f"{evidence['compared']} of {evidence['needed']} stragglers' answers"
-            return [f"{compared} were compared with predictions; nothing is predicted", *harder]
-        if self.share == 0:
-            return ["the surrogate is sure of no query: nothing is predicted", *harder]
-        return harder
 
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Decoded | None:
         """Return its answers to some queries; None while it is not calibrated."""
         calibrated = self._calibrated
         if calibrated is None or self._discarded:
             return None
-        return calibrated.assess(*calibrated.outputs(x))
+        return calibrated.assess(*self._outputs(x))
 
     @property
     def checks_answers(self) -> bool:
@@ -240,8 +203,10 @@ class Predictor:
         self, x: Shaped[np.ndarray, "queries ..."], own: Shaped[np.ndarray, "queries ..."]
     ) -> Bool[np.ndarray, " queries"]:
         """Return which of the model's own answers look wrong; none while it is not calibrated."""
-        calibrated, own = self._calibrated, own.reshape(len(own), -1)
-        return np.zeros(len(x), bool) if calibrated is None else calibrated.suspicious(x, own)
+        calibrated = self._calibrated
+        if calibrated is None or calibrated.check is None or self._expected is None:
+            return np.zeros(len(x), bool)
+        return calibrated.check.suspicious(*self._expected(x), own.reshape(len(own), -1))
 
     def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
         """Take the model's own answer to a query, and return at once."""
@@ -283,9 +248,7 @@ class Predictor:
             if len(self._first) < FIRST:
                 return
             x, own = map(np.stack, zip(*self._first, strict=True))
-            features = self._features
-            if features is None and x[0].size > _FEATURES:
-                features = principal_components(x, _FEATURES)
+            features = principal_components(x, _FEATURES) if x[0].size > _FEATURES else None
             learner = init_learner(
                 x, own, features=features, capacity=self._capacity, kernel="squared_exponential"
             )
@@ -306,14 +269,10 @@ class Predictor:
         """Go by this surrogate from now on, with the calibration that there is."""
         assert self._setup is not None
         policy = self._setup.policy
-        self._surrogate, self._expected = surrogate, None
-        self._sizes = sorted({policy.max_batch_size, BATCH})
+        self._surrogate, self._sizes = surrogate, sorted({policy.max_batch_size, BATCH})
         self._outputs = outputs_on_host(surrogate, self._sizes)
         if policy.check_answers is not None:
             self._expected = outputs_on_host(surrogate, policy.batch_sizes, nearest=True)
-        if self._calibrated is not None:
-            parts = {"outputs": self._outputs, "expected": self._expected}
-            self._calibrated = dataclasses.replace(self._calibrated, **parts)
 
     def _restart(self) -> None:
         """Discard the calibration after a drift, until there is a new one."""
@@ -327,7 +286,7 @@ class Predictor:
         """Compare the surrogate's answers with the model's own, and calibrate now and then."""
         assert self._setup is not None
         policy, form = self._setup.policy, self._setup.coder.form
-        accuracy, check_rate = policy.accuracy, policy.check_answers
+        accuracy = policy.accuracy
         values, deviation = self._outputs(x)
         features = np.asarray(label_features(values, deviation, values, form))
         wrong = ~np.asarray(agree_on_labels(values, own, form))
@@ -355,41 +314,12 @@ class Predictor:
         if self._count < self._due:
             return
         self._due = self._count + _MORE * min(self._count, _VALIDATION)
-
-        parts = map(np.concatenate, zip(*self._validation, strict=True))
-        answers = own
-        features, deviation, error, wrong, mean, spread, own = parts
-        wanted, tolerance = accuracy.max_disagreement, accuracy.tolerance
-        # It has to be right for those that are given out, not for all.
-        factor = bar_factor(deviation[:, None], error[:, None], accuracy, len(error))
-        error_probability, limit, share, check = None, 1.0, 1.0, None
-        if wanted is not None:
-            error_probability = fit_error_probability(
-                features[:, None], wrong[:, None], failure=0.25, form=form
-            )
-            error_probability = jax.tree.map(np.asarray, error_probability)
-            limit = error_probability.limit(wanted)
-            share = 1 - error_probability.share(limit)
-        if tolerance is not None:
-            share *= float(np.mean(factor * deviation <= tolerance))
-        if check_rate is not None:
-            labels = wanted is not None and (form is None or form.is_vector)
-            check = fit_answer_check(mean, spread, own, check_rate, labels=labels)
-        made = Calibration(
-            self._outputs,
-            self._expected,
-            error_probability,
-            factor,
-            limit,
-            math.inf if tolerance is None else tolerance,
-            share,
-            float(np.mean(wrong)),
-            check,
-        )
+        made = calibrate(self._validation, policy, form)
         if self._calibrated is None:
             # Compile what the deciding thread calls.
             for size in self._sizes:
-                made.assess(*made.outputs(repeat_rows(x[:size], size)))
-            for size in policy.batch_sizes:
-                made.suspicious(repeat_rows(x[:size], size), repeat_rows(answers[:size], size))
+                made.assess(*self._outputs(repeat_rows(x[:size], size)))
+            for size in policy.batch_sizes if made.check is not None else ():
+                rows = repeat_rows(x[:size], size), repeat_rows(own[:size], size)
+                made.check.suspicious(*self._expected(rows[0]), rows[1])
         self._calibrated = made
