@@ -33,8 +33,6 @@ from .core.decide import GiveOut, LateEvidence, Place
 _LOG = logging.getLogger(__name__)
 
 _PAUSE = 1.0  # seconds before the learning thread goes on after a failure
-# The share of approximate answers whose queries nobody has as they came that is computed, too.
-_AUDITED = 0.02
 
 
 class Approximations:
@@ -86,14 +84,13 @@ class Approximations:
         # Whether approximate answers may be given out at all, by what the outputs are.
         self._allowed = policy.outputs != "values" or policy.tolerance is not None
         self._setting = DispatchSetting.of_policy(policy)
-        if coder.systematic and coder.can_decode and not self._allowed:
+        if coder.can_decode and not self._allowed:
             # What mixes queries is of no use where nothing may be decoded.
             self._setting = self._setting._replace(redundancy="none")
         if predictor is not None:
             predictor.attach(setup, self.turns.wake)
         self._most, self._left = most, size
         self._kept: dict[Group, int] = {}
-        self._random = np.random.default_rng(0)
         if coder.can_decode:
             zeros, everyone = setup.answers.zeros(coder.num_workers), np.ones(coder.num_workers)
             self._decoded(zeros[:, None], everyone > 0, coder.num_data)
@@ -199,19 +196,14 @@ class Approximations:
 
     def give(self, group: Group, given: GiveOut) -> tuple[Query, Answer]:
         """Return an answer that is given out, as the caller sees it, which is to be compared."""
-        (cell, _), source = given
+        source = given.source
         query, tolerance = group.query(given.place), self.setup.policy.tolerance
         answer, risk = query.approximate[source], self._of(source).risk
         disagreement, error = map(float, risk.expected(answer.disagreement, answer.error))
         if answer.error > 0:
             answer.widened = error / answer.error
         answer.given = True
-        # A query that nobody has as it came is computed for comparison alone, now and then.
-        if np.isnan(group.sent_at[group.layout.own[cell]]).all():
-            del query.approximate[source]
-            answer.given = self._random.random() < _AUDITED and self._ask_again(answer)
-        if answer.given:
-            risk.give()
+        risk.give()
         self.setup.observe("expected_disagreement", disagreement)
         if tolerance is not None:
             self.setup.observe("expected_error", error / tolerance)
@@ -281,9 +273,9 @@ class Approximations:
         own, batch = group.layout.own, group.batch
         if group.answers:
             # All but the approximate answers that were given out goes.
-            for (cell, _), query in group.compared():
+            for _, query in group.compared():
                 given = [each for each in query.approximate.values() if each.given]
-                query.approximate = {each.source: each for each in given if len(own[cell])}
+                query.approximate = {each.source: each for each in given}
                 for each in query.approximate.values():  # and the arrays that they are parts of
                     each.value = np.array(each.value)
                     each.x = None if each.x is None else each.x.copy()

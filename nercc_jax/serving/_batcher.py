@@ -54,9 +54,9 @@ _MARGIN = 1e-4
 class CodedBatcher:
     """Serves single queries, and requests of several, by one code on one pool.
 
-    A query of a systematic code (`Coder`) goes out as it came and is answered exactly, unless its
-    worker straggles; then it is decoded from what its group's other workers answered, or, where
-    that is not good enough, sent again. With any other code a group is sent when it is full.
+    A query goes out as it came and is answered exactly, unless its worker straggles; then it is
+    decoded from what its group's other workers answered, or, where that is not good enough, sent
+    again.
 
     Use it as a context manager, or `close` it. The pool is the caller's, who must not give it to
     another batcher, and must keep it open until the batcher is closed.
@@ -227,8 +227,8 @@ class CodedBatcher:
             _LOG.exception("the batcher ends")
             self._requests.fail_all(error)
             self._turns.close()
-        due = self._dispatcher.due, self._timers.next, self._requests.deadlines.next
-        return min(*due, self._screen.next_due)
+        due = self._timers.next, self._requests.deadlines.next, self._screen.next_due
+        return min(due)
 
     def _turn(self) -> None:
         clock, requests = self._setup.clock, self._requests
@@ -306,7 +306,7 @@ class CodedBatcher:
 
     def _dispatch(self, now: float) -> None:
         dispatcher, policy = self._dispatcher, self.policy
-        for group in dispatcher.dispatch(now, at_once=self._requests.monitor.closing):
+        for group in dispatcher.dispatch(now):
             due = group.began + policy.batch_wait_timeout_s
             if group is not dispatcher.filling:
                 due = float(np.fmin.reduce(group.sent_at, initial=math.inf))
@@ -374,7 +374,7 @@ class CodedBatcher:
         while any(group.open_queries()):
             view, before = group.view(looked), len(looked)
             evidence = self._approximations.evidence(len(group.cells))
-            for action in decide(view, now, evidence, policy, setup.enough):
+            for action in decide(view, now, evidence, policy):
                 match action:
                     case Predict(places):
                         self._approximations.predict(group, places)

@@ -101,8 +101,7 @@ class Dispatcher:
     """Forms groups and sends them to the pool. It sends nothing new that would only wait there.
 
     Attributes:
-        due: When to dispatch again although nothing happens.
-        filling: The group of a systematic code that has room for more queries.
+        filling: The group that has room for more queries.
         groups: All groups that are not closed.
     """
 
@@ -125,7 +124,6 @@ class Dispatcher:
             self._ordering = QueryOrdering(setup.coder, shape, policy.max_batch_size, setup.clock)
         self._random = np.random.default_rng(0)
         self._times: AnswerTimes | None = None  # the pool's, by the rule that holds
-        self.due = math.inf
         self.filling: Group | None = None
         self.groups: set[Group] = set()
 
@@ -135,30 +133,19 @@ class Dispatcher:
         size = self._setup.policy.max_batch_size
         return math.inf if self._times is None else self._times.median(size)
 
-    def dispatch(self, now: float, *, at_once: bool) -> list[Group]:
+    def dispatch(self, now: float) -> list[Group]:
         """Send what waits while workers are idle, then the coded data points of full groups.
 
-        If `at_once`, groups do not wait to fill up. Returns the coded groups of which something was
-        sent.
+        Returns the coded groups of which something was sent.
         """
-        setup, coder = self._setup, self._setup.coder
-        sent: list[Group] = []
-        self.due = math.inf
-        while setup.pool.idle and (lane := self._queue.next_lane(hold_coded=self.due < math.inf)):
-            if lane is not self._queue.coded:
-                workers = self._queue.workers_for(lane, setup.pool.idle)
-                self._send_alone(self._pop(lane, self._size(len(lane), workers), now), now)
-            elif coder.systematic:
+        setup, sent = self._setup, []
+        while setup.pool.idle and (lane := self._queue.next_lane()):
+            if lane is self._queue.coded:
                 sent += self._send_own(lane, now)
             else:
-                full = len(lane) >= coder.num_data
-                if not full:
-                    since = next(iter(lane)).request.arrived
-                    self.due = since + setup.policy.batch_wait_timeout_s
-                if full or now >= self.due or at_once:
-                    self.due = math.inf
-                    sent += self._send_mixed(lane, now)
-        groups = list(dict.fromkeys(sent))
+                workers = self._queue.workers_for(lane, setup.pool.idle)
+                self._send_alone(self._pop(lane, self._size(len(lane), workers), now), now)
+        groups: list[Group] = list(dict.fromkeys(sent))
         for group in groups:
             if group is not self.filling:
                 self.complete(group, now)
@@ -206,9 +193,8 @@ class Dispatcher:
 
     def _extras(self, group: Group) -> Int[np.ndarray, " points"]:
         """Return the coded data points to send beyond the queries themselves."""
-        pool, coder, points = self._setup.pool, self._setup.coder, group.layout.extras
-        # A code that mixes queries sends all of them.
-        most = int(min(pool.spare, len(points))) if coder.systematic else len(points)
+        pool, points = self._setup.pool, group.layout.extras
+        most = int(min(pool.spare, len(points)))
         redundancy = self._approximations.setting.redundancy
         if redundancy != "uncertain" or not most:
             return points[: most * (redundancy == "always")]
@@ -246,20 +232,6 @@ class Dispatcher:
                 self.filling = None
         return sent
 
-    def _send_mixed(self, lane: Lane, now: float) -> list[Group]:
-        """Form a group of a code that mixes its queries, of as many rows as wait, and return it."""
-        num_data, number = self._setup.coder.num_data, len(lane)
-        most = self._setup.policy.max_batch_size
-        rows, columns = power_of_two(min(number // num_data, most)), min(number, num_data)
-        cells = self._assign(self._pop(lane, rows * columns, now), [rows] * columns, 0)
-        if columns == 1:
-            self._send_alone(cells[0], now)  # all coded data points would be the query
-            return []
-        group = self._new_group(self._setup.coder, now)
-        for queries in cells:
-            group.add(queries)
-        return [group]
-
     def _send_alone(
         self, queries: list[Query], now: float, avoid: Iterable[int] = (), **options: Any
     ) -> None:
@@ -280,7 +252,7 @@ class Dispatcher:
         group = Group(coder, kind, now, trial=self._random.random() < picking.PICKING.tried)
         group.batch = setup.pool.open(
             coder.num_workers,
-            needed=coder.num_data if coder.systematic else setup.enough,
+            needed=coder.num_data,
             copies=setup.policy.copies if group.alone else 1,
             at_once=at_once,
             on_change=lambda _: self._post(group),

@@ -60,8 +60,8 @@ class BatchingPolicy:
     """Maximum queries in one worker call, a power of two. Batches are powers of two, for which
     everything is compiled in advance; few idle workers and a long queue make large ones."""
     batch_wait_timeout_s: float = _option(0.01, ge=0, le=MAX_DEADLINE_S)
-    """Seconds until a group that is not full is sent without waiting for more queries. With a
-    systematic code only its redundancy waits."""
+    """Seconds until the redundancy of a group that is not full is sent. Queries themselves wait for
+    no others."""
     max_queue_size: int = _option(1024, ge=1, le=10**6)
     "Maximum queries that wait to be sent; more are refused."
     deadline_s: float = _option(10.0, gt=0, le=MAX_DEADLINE_S)
@@ -78,8 +78,8 @@ class BatchingPolicy:
     """Maximum share of wrong labels among the answers that are not the model's own, by a bound that
     fails with a probability of 0.25; no single one may be wrong with more than five times that
     share, or a half. Answers that are too uncertain wait for more workers, and are sent again if
-    none are left. 1, and in Python None: decode as soon as half of the redundancy is in, or, for
-    codes that mix all queries, 85 % of N. Default of a server: 0.05."""
+    none are left. 1, and in Python None: decode as soon as half of the redundancy is in. Default of
+    a server: 0.05."""
     tolerance: float | None = _option(None, gt=0, lt=float("inf"), example=0.01)
     """Largest error bar of an answer that is not the model's own, in units of the outputs (root
     mean square over a row's outputs). Outputs are `values` then; without it, all answers to values

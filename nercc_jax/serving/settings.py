@@ -147,7 +147,7 @@ class _OwnSettings(BaseModel):
     "K: queries coded together."
     num_workers: int = _setting(8, ge=1, le=10_000)
     "N: coded data points of K queries."
-    points: Literal["interleaved", "repeated", "chebyshev", "uniform"] = "interleaved"
+    points: Literal["interleaved", "repeated"] = "interleaved"
     "Layout of the regression points."
     code: Path | None = _setting(None, examples=["code.json"])
     "File of a code that `nercc tune` wrote, instead of the settings above."

@@ -78,9 +78,6 @@ class Doubles(ServedModel):
     def status(self):
         return {"name": "digits"}
 
-    def outputs(self):
-        return {"read_as": "scores", "why": "as set"}
-
     def close(self, drain):
         self.closed = True
 

@@ -70,30 +70,6 @@ def test_answers_are_the_models_own_and_in_order(name):
             assert (reply.expected_disagreement == 0).all()
 
 
-@pytest.mark.parametrize("code", [NeRCC(4, 8), Berrut(4, 7)], ids=["NeRCC", "BACC"])
-def test_full_groups_are_what_the_code_makes_of_them(code):
-    """All coded data points mix queries: the reply is the code's own encode and decode."""
-    sim = Simulated(code)
-    reply = sim.answer(x := queries(4))
-    responded = int(reply.responded[0])
-
-    def by_hand(order):
-        """The code sees queries at the alphas where the batcher puts them, by its own order."""
-        placed = np.empty_like(x)
-        placed[list(order)] = x
-        return np.asarray(code.decode(model(np.asarray(code.encode(placed))), mask))[list(order)]
-
-    mask = np.arange(code.num_workers) < responded  # of the same time, in turn
-    assert not reply.exact.any()
-    assert (reply.asked == code.num_workers).all()
-    found = map(by_hand, itertools.permutations(range(4)))
-    assert min(np.abs(each - reply.values).max() for each in found) < 1e-4
-    # One by itself needs no code: it goes to one worker, and is exact.
-    single = sim.answer(x[:1])
-    assert single.exact.all()
-    np.testing.assert_allclose(single.values, model(x[:1]), atol=1e-6)
-
-
 def decoded_by_hand(x, missing):
     """What decoding `missing` from all others gives, by the code's own methods.
 
@@ -218,24 +194,6 @@ def test_what_cannot_be_decoded_is_sent_again(code, number, more):
     x = queries(number)
     sim.hold(x[0], calls=code.num_workers // number)
     assert sim.answer(x).exact.all()
-
-
-def test_alike_queries_are_coded_together():
-    """Of two kinds that come four by four, groups of one kind are decoded well, mixed ones badly.
-
-    As they come, a group has one query of each four.
-    """
-    kinds = np.repeat([[2.0], [-2.0]], 6, axis=1).astype(np.float32)
-    x = np.tile(np.repeat(kinds, 4, axis=0), (2, 1)) + 1e-2 * queries(16)
-    code = NeRCC(4, 8)
-    sim = Simulated(code, workers=8, warm=False, max_batch_size=4)
-    reply = sim.answer(x)
-    assert not reply.exact.any()
-    assert sim.observed["order_seconds"] == 1
-    as_they_come = x.reshape(4, 4, -1).swapaxes(0, 1)
-    coded = model(np.stack([np.asarray(code.encode(each)) for each in as_they_come]))
-    mixed = [np.asarray(code.decode(each, np.ones(8, bool))) for each in coded]
-    assert np.abs(reply.values - model(x)).max() < 0.05 < np.abs(mixed - model(as_they_come)).max()
 
 
 def test_without_hedging_a_straggler_is_waited_for():
@@ -464,7 +422,7 @@ def test_the_path_is_the_shortest_there_is_and_compiled_beforehand():
 
 
 @pytest.mark.parametrize(
-    "code", [INTERLEAVED, NeRCC(5, 7), Berrut(4, 7)], ids=["interleaved", "Chebyshev", "BACC"]
+    "code", [INTERLEAVED, Berrut(5, 7, points="interleaved")], ids=["interleaved", "BACC"]
 )
 def test_rows_of_groups_lie_along_the_curve(code):
     """Numbers in a row increase or decrease with the alphas that they stand at."""

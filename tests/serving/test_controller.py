@@ -10,7 +10,7 @@ import pytest
 from batching import INTERLEAVED
 from traffic import OUT, SERVICE, SHAPE, KnowsAll, Traffic, labels_right, model
 
-from nercc_jax import Berrut, Replication, Uncoded
+from nercc_jax import Replication, Uncoded
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.pools.times import Call
 from nercc_jax.serving import BatchingPolicy, Coder
@@ -225,8 +225,6 @@ def test_hedging_that_is_picked_has_no_trigger_that_jumps_to_a_stragglers_time()
     assert np.quantile([seconds for seconds, *_ in replies], 0.995) < 5 * SERVICE
 
 
-def test_arguments():
-    with pytest.raises(ValueError, match="sends queries as they came"):
-        Traffic(None, BatchingPolicy(max_calls=1.1), code=Berrut(3, 5))
+def test_without_a_budget_nothing_is_picked():
     traffic = Traffic(None, BatchingPolicy(), code=Uncoded(1))
     assert traffic.batcher.status()["policy"] is None

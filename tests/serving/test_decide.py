@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from batching import EXTRAS, INTERLEAVED, OWN
 
-from nercc_jax import NeRCC, Uncoded
+from nercc_jax import Uncoded
 from nercc_jax.pools import Overdue
 from nercc_jax.risk import Accuracy, Risk
 from nercc_jax.serving import BatchingPolicy, Coder
@@ -28,8 +28,7 @@ from nercc_jax.stragglers import picking
 
 NOW, LIMIT = 100.0, 1.0
 SOON = NOW - LIMIT / 2  # when what is in time was sent: it is late half a limit from now
-CODER, MIXED, ALONE = Coder(INTERLEAVED), Coder(NeRCC(4, 8)), Coder(Uncoded(1))
-ENOUGH = 6
+CODER, ALONE = Coder(INTERLEAVED), Coder(Uncoded(1))
 KNOWN = Risk(Accuracy(max_disagreement=0.1), needs_evidence=False)
 UNKNOWN = Risk(Accuracy(max_disagreement=0.1), needs_evidence=True)
 ANY = Risk(Accuracy(), needs_evidence=False)
@@ -47,7 +46,6 @@ def of(late=(0,), failed=(), open=(0,), extras=EXTRAS, estimates=(), copied=Fals
 
     All others are, and the redundancy in `extras`, which is in time if it is not answered.
     """
-    coder = more.pop("coder", CODER)
     sent_at, answered = np.full(8, SOON), np.zeros(8, bool)
     answered[[OWN[each] for each in range(4) if each not in open]] = True
     answered[[*extras]] = True
@@ -55,10 +53,8 @@ def of(late=(0,), failed=(), open=(0,), extras=EXTRAS, estimates=(), copied=Fals
     failed_points = np.isin(np.arange(8), [OWN[each] for each in failed])
     queries = tuple(QueryView((each, 0), copied, tuple(estimates)) for each in open)
     own = tuple(np.array([point]) for point in OWN)
-    if coder is MIXED:
-        own = (np.array([], int),) * 4
     parts = sent_at, answered, failed_points, queries
-    return GroupView(coder, own, *parts, LIMIT, median=0.8, **more)
+    return GroupView(CODER, own, *parts, LIMIT, median=0.8, **more)
 
 
 def alone(failed):
@@ -167,12 +163,6 @@ TABLE = {
         PROMISE,
         AGAIN,
     ),
-    "a code that mixes all queries waits for enough answers": (
-        of(late=(), open=(0, 1, 2, 3), extras=EXTRAS, coder=MIXED),
-        known(ANY),
-        NOTHING,
-        [THEN],
-    ),
     "without hedging, stragglers are waited for": (
         of(looked=SOURCES),
         known(),
@@ -206,4 +196,4 @@ TABLE = {
 @pytest.mark.parametrize("sentence", TABLE)
 def test_decisions(sentence):
     group, evidence, policy, expected = TABLE[sentence]
-    assert decide(group, NOW, evidence, policy, ENOUGH) == expected
+    assert decide(group, NOW, evidence, policy) == expected

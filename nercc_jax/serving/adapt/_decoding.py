@@ -114,13 +114,6 @@ class DecodingScores:
         assert accuracy.tolerance is not None
         return accuracy.tolerance
 
-    def resent(self, queries: int) -> float:
-        """Return the share of the calibration's queries that would be sent again."""
-        score = self.of(queries)
-        if isinstance(score, ErrorProbability):
-            return score.share(max(self.limit(queries), 0.0))
-        return 1.0 if score is None else 1 - score.share
-
 
 class DecodingEvidence:
     """The scores of decoded answers, and what stragglers have shown of these.

@@ -104,11 +104,9 @@ class QueryQueue:
         lane = self.exact if request.exact_only else self.coded
         lane.update(dict.fromkeys(request.queries))
 
-    def next_lane(self, *, hold_coded: bool = False) -> Lane | None:
-        """Return the lane to serve next, or None; without queries to be coded if these are held."""
+    def next_lane(self) -> Lane | None:
+        """Return the lane to serve next; None where nothing waits."""
         lanes = [lane for lane in (self.exact, self.coded) if lane]
-        if hold_coded:
-            lanes = [self.exact] if self.exact else []
         return min(lanes, key=lambda lane: next(iter(lane)).request.arrived, default=None)
 
     def workers_for(self, lane: Lane, workers: int) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ...pools import AbstractPool, Overdue
-from ...pools.batch import Refuse, answers_to_wait_for
+from ...pools.batch import Refuse
 from ...pools.clock import AbstractClock
 from .._policy import BatchingPolicy, Observe, read_outputs
 from ._coder import Coder
@@ -67,7 +67,6 @@ class Setup:
         answers: The same of an answer.
         refuse: Returns why a worker's answer is not valid.
         observe: Takes a measurement.
-        enough: The answers of a full group that suffice for decoding where no error is estimated.
     """
 
     pool: AbstractPool
@@ -77,14 +76,13 @@ class Setup:
     answers: BatchSpec
     refuse: Refuse
     observe: Observe
-    enough: int = 1
 
     @property
     def clock(self) -> AbstractClock:
         return self.pool.clock
 
     def checked(self, *, predicts: bool) -> "Setup":
-        """Return the setup with its outputs as they are read, and with `enough`.
+        """Return the setup with its outputs as they are read.
 
         `predicts` says that there is a surrogate.
 
@@ -104,13 +102,6 @@ class Setup:
         read, _ = read_outputs(policy.outputs, *limits, shapes)
         if self.answers.dtype != CODED:  # nothing approximate
             read = policy.outputs or "values"
-        exact_only = read == "values" and policy.tolerance is None
-        if exact_only and coder.can_decode and not coder.systematic:
-            raise ValueError(
-                "outputs are values without a tolerance, so that all answers are exact, and a code "
-                "that mixes all queries would send each of them twice: give a tolerance, outputs = "
-                "'logits' if they are scores of labels, interleaved points, or no code"
-            )
         policy = dataclasses.replace(policy, outputs=read)
         for wanted, name, why in (
             (policy.redundancy == "uncertain", "redundancy 'uncertain'", "what is uncertain"),
@@ -125,16 +116,7 @@ class Setup:
                 f"a tolerance needs error bars, and {type(coder.code).__name__} has none: give a "
                 "predictor (`--surrogate`), or NeRCC with K of 2 or more"
             )
-        num_data, num_workers = coder.num_data, coder.num_workers
-        enough = answers_to_wait_for(num_data, num_workers)
-        if coder.systematic:
-            enough = num_workers - (num_workers - num_data) // 2
-        if policy.max_calls is not None and not coder.systematic:
-            raise ValueError(
-                "max_calls needs a code that sends queries as they came (interleaved or repeated "
-                "points, replication, uncoded): of another one all is sent, or nothing"
-            )
-        return dataclasses.replace(self, policy=policy, enough=enough)
+        return dataclasses.replace(self, policy=policy)
 
 
 Redundancy = Literal["none", "uncertain", "always"]

@@ -134,7 +134,7 @@ Action: TypeAlias = Predict | Decode | GiveOut | Copy | Fail | Wait
 
 
 def decide(
-    group: GroupView, now: float, evidence: LateEvidence, policy: BatchingPolicy, enough: int
+    group: GroupView, now: float, evidence: LateEvidence, policy: BatchingPolicy
 ) -> list[Action]:
     """Decide what becomes of a group's queries.
 
@@ -145,7 +145,6 @@ def decide(
         now: the time.
         evidence: what is known.
         policy: the policy.
-        enough: the answers of a full group that suffice for decoding where no error is estimated.
 
     Returns:
         What to do now, `Predict` or `Decode` alone, or `Wait` last.
@@ -163,8 +162,8 @@ def decide(
         ends = np.append(ends, outstanding + longest)
         hedges &= group.trial or now - float(np.min(outstanding, initial=now)) >= longest
     wait = Wait(float(np.min(ends[ends > now], initial=math.inf)))
-    if group.coder.systematic and not late.any():
-        return [wait]  # each query has a worker of its own that is in time
+    if not late.any():
+        return [wait]
     lost = [each for each in group.queries if not (sent & ~late)[group.own[each.place[0]]].any()]
     if not lost:
         return [wait]
@@ -173,7 +172,7 @@ def decide(
     # Approximate answers, the cheapest first.
     given: list[Action] = []
     left: list[QueryView] = []
-    predicts = evidence.approximates and evidence.predicts and late.any()
+    predicts = evidence.approximates and evidence.predicts
     if predicts and "predicted" not in group.looked:
         return [Predict([each.place for each in lost])]
     for query in lost:
@@ -187,7 +186,7 @@ def decide(
         else:
             left.append(query)
     undecoded = left and evidence.approximates and "decoded" not in group.looked
-    if undecoded and _decodes(group, evidence, policy, enough, last):
+    if undecoded and _decodes(group, evidence, policy, last):
         return [Decode([each.place for each in left])]
     if not last:
         return [*given, wait]
@@ -203,25 +202,15 @@ def decide(
     return [*given, *copies, wait]
 
 
-def _decodes(
-    group: GroupView, evidence: LateEvidence, policy: BatchingPolicy, enough: int, last: bool
-) -> bool:
+def _decodes(group: GroupView, evidence: LateEvidence, policy: BatchingPolicy, last: bool) -> bool:
     """Return whether decoding now may give answers, or evidence on them."""
     coder, answers = group.coder, int(group.answered.sum())
     if not answers or not coder.can_decode:
-        return False
-    if not (coder.systematic or answers >= enough or last):
         return False
     accuracy: Accuracy = policy.accuracy
     if accuracy.promises:
         risk = evidence.risk["decoded"]
         return coder.ranks(accuracy) and (evidence.limit > 0 or not risk.waits or last)
-    # Nothing is promised: the number of answers decides.
-    least = min(coder.num_data, enough)
-    if coder.systematic:
-        cells = len(group.own)
-        least = max(cells - 2, 1)
-        if cells < coder.num_data:
-            sent = int((~np.isnan(group.sent_at)).sum())
-            enough = cells + (sent - cells) // 2
-    return answers >= enough or (last and answers >= least)
+    # Nothing is promised: half of the redundancy suffices, and less where no more can come.
+    cells, sent = len(group.own), int((~np.isnan(group.sent_at)).sum())
+    return answers >= (max(cells - 2, 1) if last else sent - (sent - cells) // 2)
