@@ -177,8 +177,7 @@ class CodedBatcher:
 
     def health(self) -> Health:
         """Return whether it is alive, and would answer a query now."""
-        setup, monitor = self._setup, self._requests.monitor
-        return monitor.health(setup.pool, setup.coder, self._dispatcher.answer_time)
+        return self._requests.monitor.health(self._setup.pool, self._dispatcher.answer_time)
 
     def status(self) -> dict[str, Any]:
         """Return what has been learned and measured so far.

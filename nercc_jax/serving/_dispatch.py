@@ -1,6 +1,6 @@
 """Dispatch: queries leave the queue for idle workers, alone or in groups.
 
-Within a group, similar queries get neighbouring places (`QueryOrdering`).
+Within a group, similar queries get neighbouring places (`assign`).
 """
 
 import functools
@@ -9,14 +9,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
 from ..codes import Uncoded
-from ..inference import order_points
 from ..inference.order import random_projection
-from ..pools.clock import WALL, AbstractClock, TimeShare
+from ..pools.clock import TimeShare
 from ..pools.times import AnswerTimes, power_of_two
 from ..stragglers import picking
 from ._approximate import Approximations
@@ -26,75 +24,60 @@ from .core._request import Query
 from .core._requests import Lane, QueryQueue
 from .core._setup import Setup
 
-# Queries of a path, at least (fewer have only one), and at most: 256 take 1.3 ms.
-_FEWEST, _LONGEST = 3, 256
+# Queries of a path, at least (fewer have only one), and at most: 64 take half a millisecond.
+_FEWEST, _LONGEST = 3, 64
 # The share of the deciding thread's time that ordering may take. Beside models that keep all cores
 # busy it takes ten times as long as alone: with requests of 16 queries without end, throughput was
 # a fifth less for it.
 _OF_THE_TIME = 0.1
 
 
-class QueryOrdering:
-    """Assigns queries to places of groups along a short path through them.
+def assign(
+    coder: Coder, queries: Sequence[Query], sizes: Sequence[int], place: int
+) -> list[list[Query]]:
+    """Distribute queries over cells of these sizes, and return the queries of each cell.
 
-    Distances are those of random projections (`random_projection`): queries are compared as they
-    come, without a model. `time` is the share of it that ordering may take.
+    A row of a group is a stretch of a short path through the queries, with these at the alphas in
+    order. The first cell has this place in its group; after a group's last place the next group's
+    first follows.
     """
-
-    def __init__(self, coder: Coder, shape: Sequence[int], rows: int, clock: AbstractClock = WALL):
-        """Compile programs for a few numbers of queries, the most those of a group of `rows` rows.
-
-        Other numbers are filled up.
-        """
-        self._coder, self.time = coder, TimeShare(clock, _OF_THE_TIME)
-        most = min(coder.num_data * rows, _LONGEST)
-        self._sizes = sorted({max(most >> shift, _FEWEST) for shift in (0, 3, 6)})
-        for size in self._sizes:
-            self.path([np.zeros(tuple(shape), np.float32)] * size)
-
-    def assign(
-        self, queries: Sequence[Query], sizes: Sequence[int], place: int
-    ) -> list[list[Query]]:
-        """Distribute queries over cells of these sizes, and return the queries of each cell.
-
-        A row of a group is a stretch of the path, with its queries at the alphas in order. The
-        first cell has this place in its group; after a group's last place the next group's first
-        follows.
-        """
-        order = iter(self.path([query.x for query in queries if query.x is not None]))
-        cells: list[list[Query]] = [[] for _ in sizes]
-        begin = 0
-        while begin < len(sizes):
-            number = min(self._coder.num_data - place, len(sizes) - begin)
-            along = begin + self._coder.path_order(place, number)
-            for row in range(max(sizes[begin : begin + number])):
-                for cell in along.tolist():
-                    if row < sizes[cell]:
-                        cells[cell].append(queries[next(order)])
-            begin, place = begin + number, 0
-        return cells
-
-    def path(self, x: Sequence[np.ndarray]) -> list[int]:
-        """Return an order in which neighbours are similar, in stretches of bounded length."""
-        found: list[int] = []
-        for begin in range(0, len(x), self._sizes[-1]):
-            part = x[begin : begin + self._sizes[-1]]
-            order = np.arange(len(part))
-            if len(part) >= _FEWEST:
-                # What is not finite comes last in the path: the filling, and queries whose
-                # projection overflows, in any order.
-                features = [random_projection(each[None])[0] for each in part]
-                size = next(size for size in self._sizes if size >= len(part))
-                filled = np.full((size, *features[0].shape), np.nan, np.float32)
-                filled[: len(part)] = features
-                order = np.asarray(_path_through(filled))
-            found += (begin + order[order < len(part)]).tolist()
-        return found
+    order = iter(short_path([query.x for query in queries if query.x is not None]))
+    cells: list[list[Query]] = [[] for _ in sizes]
+    begin = 0
+    while begin < len(sizes):
+        number = min(coder.num_data - place, len(sizes) - begin)
+        along = begin + coder.path_order(place, number)
+        for row in range(max(sizes[begin : begin + number])):
+            for cell in along.tolist():
+                if row < sizes[cell]:
+                    cells[cell].append(queries[next(order)])
+        begin, place = begin + number, 0
+    return cells
 
 
-@jax.jit
-def _path_through(rows: Float[Array, "rows features"]) -> Int[Array, " rows"]:
-    return order_points(rows, 1, features=rows, buffer_size=len(rows))
+def short_path(x: Sequence[np.ndarray]) -> list[int]:
+    """Return an order in which neighbours are similar, in stretches of bounded length.
+
+    From a query far from all others it goes on to the nearest that is left. Distances are those of
+    random projections: queries are compared as they come, without a model.
+    """
+    found: list[int] = []
+    for begin in range(0, len(x), _LONGEST):
+        part = np.stack(x[begin : begin + _LONGEST])
+        path = [*range(len(part))]
+        if len(part) >= _FEWEST:
+            with np.errstate(over="ignore", invalid="ignore"):
+                rows = np.asarray(random_projection(part), np.float64)
+                squares = np.sum(rows**2, axis=1)
+                distance = squares[:, None] + squares - 2 * rows @ rows.T
+            # Queries whose projection overflows are as far as can be.
+            distance = np.nan_to_num(distance, nan=1e300, posinf=1e300)
+            path = [int(np.argmax(distance.sum(axis=1)))]
+            while len(path) < len(part):
+                distance[:, path[-1]] = np.inf
+                path.append(int(np.argmin(distance[path[-1]])))
+        found += [begin + each for each in path]
+    return found
 
 
 class Dispatcher:
@@ -112,16 +95,10 @@ class Dispatcher:
         approximations: Approximations,
         post: Callable[[Group], Any],
     ):
-        """Create a dispatcher, and compile the ordering of queries, where that is of use.
-
-        `post` is called when an answer to a group may have come.
-        """
+        """Create a dispatcher; `post` is called when an answer to a group may have come."""
         self._setup, self._queue, self._post = setup, queue, post
         self._approximations = approximations
-        policy, self._ordering = setup.policy, None
-        if setup.coder.needs_order:
-            shape = setup.queries.shape
-            self._ordering = QueryOrdering(setup.coder, shape, policy.max_batch_size, setup.clock)
+        self._ordering = TimeShare(setup.clock, _OF_THE_TIME)
         self._random = np.random.default_rng(0)
         self._times: AnswerTimes | None = None  # the pool's, by the rule that holds
         self.filling: Group | None = None
@@ -285,11 +262,11 @@ class Dispatcher:
 
     def _assign(self, queries: list[Query], sizes: list[int], place: int) -> list[list[Query]]:
         """Distribute queries over cells of these sizes, for a group's places from `place` on."""
-        ordering, rest, begin = self._ordering, iter(queries), self._setup.clock.now()
-        if ordering is None or begin < ordering.time.next:
+        coder, rest, begin = self._setup.coder, iter(queries), self._setup.clock.now()
+        if not coder.needs_order or begin < self._ordering.next:
             return [list(itertools.islice(rest, size)) for size in sizes]
-        assigned = ordering.assign(queries, sizes, place)
-        self._setup.observe("order_seconds", ordering.time.spend(begin))
+        assigned = assign(coder, queries, sizes, place)
+        self._setup.observe("order_seconds", self._ordering.spend(begin))
         return assigned
 
     def _pop(self, lane: Lane, number: int, now: float) -> list[Query]:

@@ -154,11 +154,11 @@ def test_only_what_is_expected_to_be_right_is_decoded(outputs, limit, decoded):
 
 
 def of_two_kinds(even, odd):
-    """16 queries, much alike: the even ones with about this margin, the odd ones with the other."""
+    """8 queries, much alike: the even ones with about this margin, the odd ones with the other."""
     some = queries(400, seed=7)
     first, second = np.sort(model(some), axis=1)[:, :-3:-1].T
-    noise = 1e-3 * np.random.default_rng(8).normal(size=(16, *SHAPE))
-    kinds = some[[np.argmin(np.abs(first - second - margin)) for margin in (even, odd)] * 8]
+    noise = 1e-3 * np.random.default_rng(8).normal(size=(8, *SHAPE))
+    kinds = some[[np.argmin(np.abs(first - second - margin)) for margin in (even, odd)] * 4]
     return (kinds + noise).astype(np.float32)
 
 
@@ -167,11 +167,11 @@ def test_each_query_is_judged_by_itself():
     x = of_two_kinds(2.0, 0.0)
     policy = {"max_disagreement": 0.1, "max_batch_size": 2}
     sim = Simulated(
-        INTERLEAVED, workers=8, straggler_threshold=THRESHOLD, decoding=by_margin, **policy
+        INTERLEAVED, workers=4, straggler_threshold=THRESHOLD, decoding=by_margin, **policy
     )
     sim.hold(x[2], calls=1)
     reply = sim.answer(x)
-    assert reply.exact[np.arange(16) != 2].all()
+    assert reply.exact[np.arange(8) != 2].all()
     assert not reply.exact[2], "what is sure is not sent again"
     assert 0 < reply.expected_disagreement[2] < 0.5
     (again,) = np.flatnonzero(reply.reexecuted)
@@ -399,26 +399,18 @@ def requested(x):
     return Request(np.asarray(x, np.float32), np.zeros((len(x), 2)), 0.0, 1.0, False).queries
 
 
-def arranger(code=INTERLEAVED, shape=(3,), rows=4):
-    return _dispatch.QueryOrdering(Coder(code), shape, rows)
-
-
-def test_the_path_is_the_shortest_there_is_and_compiled_beforehand():
-    """Of points on a line it is their own order, this way or that; of more than a group's, by
-    stretches."""
-    ready = arranger(rows=2)
-    programs = _dispatch._path_through._cache_size()
+def test_the_path_is_the_shortest_there_is_of_points_on_a_line():
+    """It is their own order, this way or that; of more than 64, by stretches."""
     for number in range(1, 9):
         x = np.random.default_rng(number).permutation(number)[:, None] * np.ones((1, 3))
-        order = ready.path(list(x.astype(np.float32)))
+        order = _dispatch.short_path(list(x.astype(np.float32)))
         assert sorted(order) == list(range(number))
         assert (np.abs(np.diff(x[order, 0])) == 1).all()
-    order = ready.path(list(np.random.default_rng(2).normal(size=(20, 3)).astype(np.float32)))
-    for first in (0, 8, 16):
-        stretch = order[first : first + 8]
+    order = _dispatch.short_path(list(np.random.default_rng(2).normal(size=(150, 3))))
+    for first in (0, 64, 128):
+        stretch = order[first : first + 64]
         assert sorted(stretch) == list(range(first, first + len(stretch)))
-    assert _dispatch._path_through._cache_size() == programs
-    assert ready.assign([], [], 0) == []
+    assert _dispatch.assign(Coder(INTERLEAVED), [], [], 0) == []
 
 
 @pytest.mark.parametrize(
@@ -429,9 +421,8 @@ def test_rows_of_groups_lie_along_the_curve(code):
     coder = Coder(code)
     count = 4 * code.num_data
     x = np.random.default_rng(0).permutation(count)
-    dealt = _dispatch.QueryOrdering(coder, (2,), 4).assign(
-        requested(x[:, None] * np.ones((1, 2))), [4] * code.num_data, 0
-    )
+    asked = requested(x[:, None] * np.ones((1, 2)))
+    dealt = _dispatch.assign(coder, asked, [4] * code.num_data, 0)
     assert [len(cell) for cell in dealt] == [4] * code.num_data
     values = np.array([[query.x[0] for query in cell] for cell in dealt])
     assert sorted(values.ravel()) == list(range(count))
@@ -441,25 +432,24 @@ def test_rows_of_groups_lie_along_the_curve(code):
 
 
 def test_queries_whose_projection_overflows_are_dealt_like_others():
-    """They come last in the path, among what fills it up; none is lost, and none is there twice."""
-    ready = arranger(shape=(300,))
+    """None is lost, and none is there twice."""
     for number in (3, 5, 9, 16):
         x = np.random.default_rng(number).normal(size=(number, 300))
         x[::2] = 3e38
-        cells = ready.assign(requested(x), [1] * number, 0)
+        cells = _dispatch.assign(Coder(INTERLEAVED), requested(x), [1] * number, 0)
         assert sorted(query.place for (query,) in cells) == list(range(number))
 
 
 @pytest.mark.parametrize(("share", "again"), [(1e-3, False), (1.0, True)])
 def test_ordering_takes_no_more_than_its_share_of_the_time(share, again, monkeypatch):
     """What comes soon after an ordering that took long goes out as it comes."""
-    assign = _dispatch.QueryOrdering.assign
+    assign = _dispatch.assign
 
     def slow(*args):
         time.sleep(0.05)
         return assign(*args)
 
-    monkeypatch.setattr(_dispatch.QueryOrdering, "assign", slow)
+    monkeypatch.setattr(_dispatch, "assign", slow)
     monkeypatch.setattr(_dispatch, "_OF_THE_TIME", share)
     with serving(INTERLEAVED, workers=8) as batcher:
         for _ in range(2):

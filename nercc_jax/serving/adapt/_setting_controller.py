@@ -156,10 +156,12 @@ class SettingController:
         chosen = picking.choose(candidates, current, self._setup.policy.max_calls or math.inf)
         if chosen == current:
             return
-        self._reason = "; before, ".join(
-            f"{_words(each)}: p99.9 of {forecasts[each].tail:.2f} medians at "
-            f"{forecasts[each].calls:.2f} calls a query"
-            for each in (chosen, current)
+        found, before = forecasts[chosen], forecasts[current]
+        self._reason = (
+            f"late after {chosen.overdue.factor:g} medians, {chosen.overdue.copies} copies at once"
+            f"{'' if chosen.hedges else ' of hung calls only'}, redundancy {chosen.redundancy}: "
+            f"p99.9 of {found.tail:.2f} medians at {found.calls:.2f} calls a query, and before of "
+            f"{before.tail:.2f} at {before.calls:.2f}"
         )
         self.setting, self._measured = chosen, _Measured(self._setup.clock.now())
         self._setup.observe("policy_change", 1)
@@ -216,16 +218,3 @@ class SettingController:
         self._factors[redundancy, self.setting.hedges] = factors
         if redundancy == "always" and given + again >= PICKING.measured_late:
             self._decoded = given / (given + again)
-
-
-def _words(setting: DispatchSetting) -> str:
-    overdue = setting.overdue
-    redundancy = {
-        "none": "no redundancy",
-        "uncertain": "redundancy where the surrogate is uncertain",
-        "always": "all redundancy",
-    }
-    times = "" if overdue.factor == 1 else f"{overdue.factor:g} times "
-    copies = f", {overdue.copies} copies at once" if overdue.copies > 1 else ""
-    copies = copies if setting.hedges else ", no copies (as slow as their queries)"
-    return f"late after {times}the median{copies}, {redundancy[setting.redundancy]}"

@@ -15,7 +15,6 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from ...pools import AbstractPool
 from ...pools.clock import AbstractClock
 from .._policy import Observe
-from ._coder import Coder
 from ._request import (
     Answer,
     DeadlineExceeded,
@@ -184,15 +183,11 @@ class HealthMonitor:
             self._probed_at = now
         return due
 
-    def health(self, pool: AbstractPool, coder: Coder, answer_time: float) -> Health:
+    def health(self, pool: AbstractPool, answer_time: float) -> Health:
         """Return whether a query would be answered now.
-
-        A group takes as many workers as the code needs answers, if the pool has a worker for each
-        coded data point; otherwise one worker computes several of them.
 
         Args:
             pool: The workers.
-            coder: The code.
             answer_time: Seconds that an answer usually takes; infinite for unknown.
         """
         now, live, trouble = self._clock.now(), True, None
@@ -215,13 +210,8 @@ class HealthMonitor:
             trouble = pool.alarm
         else:  # only now: a pool that is stuck may not report
             report = pool.report()
-            ready = report.num_workers - report.starting
-            least = coder.num_data if report.num_workers >= coder.num_workers else 1
-            if ready == 0:
+            if report.starting == report.num_workers:
                 trouble = f"none of {report.num_workers} workers is ready"
-            elif ready < least:
-                few = f"{ready} of {report.num_workers} workers are ready"
-                trouble = f"{few}, and a group needs answers of {least}"
         return Health(live, trouble is None, trouble)
 
 
