@@ -18,8 +18,8 @@ from ._options import Options
 from ._process import keep_programs, leave, leave_accelerators, ray_joiner
 
 _NEEDED = (
-    *("fastapi", "grpc", "grpc_health", "httptools", "orjson", "prometheus_client"),
-    *("pydantic_settings", "pythonjsonlogger", "uvicorn"),
+    *("grpc", "grpc_health", "httptools", "orjson", "prometheus_client", "pydantic_settings"),
+    *("pythonjsonlogger", "starlette", "uvicorn"),
 )
 # A newcomer's options, which come first, in the panel without a title of its own.
 _FIRST = ("scheme", "num_data", "num_workers", "pool", "workers", "http_port")

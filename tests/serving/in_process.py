@@ -16,7 +16,7 @@ from conftest import require
 from nercc_server import ENDS, patience
 
 grpc, httpx = require("grpc", "serve-test"), require("httpx", "serve-test")
-require("fastapi", "serve")
+require("starlette", "serve")
 
 from prometheus_client import CollectorRegistry
 

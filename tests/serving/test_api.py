@@ -16,7 +16,7 @@ from conftest import require
 from nercc_server import Server
 from pages import blocks
 
-require("fastapi", "serve")
+require("starlette", "serve")
 
 from nercc_jax import Berrut
 from nercc_jax.serving import ModelSettings, Predictor, ServerSettings, make_servable, make_server

@@ -12,7 +12,7 @@ from nercc_server import ENDS, running
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
-require("fastapi", "serve")
+require("starlette", "serve")
 require("tritonclient", "serve-test")
 
 pytestmark = pytest.mark.slow

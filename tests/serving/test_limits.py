@@ -14,7 +14,7 @@ from faces import FACES, ask, post
 from in_process import Doubles, becomes, body, connect, is_cut_off, read_answer, real, serving
 from nercc_server import ENDS
 
-require("fastapi", "serve")
+require("starlette", "serve")
 
 from nercc_jax import Uncoded
 from nercc_jax.serving import ModelSettings

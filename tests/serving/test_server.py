@@ -3,7 +3,6 @@
 # ruff: noqa: E402 (`require` comes before what needs it)
 
 import concurrent.futures
-import json
 import re
 from pathlib import Path
 
@@ -111,14 +110,10 @@ def test_health_metadata_and_a_model_made_from_weights(server, stub, version):
         np.testing.assert_array_equal(found["output"], [MATRIX[0] + 2 * MATRIX[3]])
 
 
-def test_the_page_and_the_description(server):
+def test_the_page(server):
     page = server.http.get("/")
     assert page.headers["content-type"].startswith("text/html")
     assert page.text == (ROOT / "nercc_jax/serving/status.html").read_text()
-    schema = server.http.get("/openapi.json").json()
-    known = {f"#/components/schemas/{name}" for name in schema["components"]["schemas"]}
-    assert set(re.findall(r'"\$ref": "([^"]+)"', json.dumps(schema))) <= known
-    assert "/v2/models/{model_name}/infer" in schema["paths"]
 
 
 # Metrics and status.

@@ -18,7 +18,7 @@ from conftest import require
 from nercc_server import ENDS, MODELS, command, environment
 
 require("pydantic_settings", "serve")
-require("fastapi", "serve")
+require("starlette", "serve")
 
 from nercc_jax import NeRCC, save_code
 from nercc_jax.cli import _serve, _serving_models
@@ -518,8 +518,8 @@ def test_settings_can_be_checked_only():
 def test_missing_extras_are_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused(
-        "fastapi, grpc, grpc_health, httptools, orjson, prometheus_client, pydantic_settings, "
-        "pythonjsonlogger, uvicorn: pip install"
+        "grpc, grpc_health, httptools, orjson, prometheus_client, pydantic_settings, "
+        "pythonjsonlogger, starlette, uvicorn: pip install"
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import require
 
 grpc = require("grpc", "serve-test")
-require("fastapi", "serve")
+require("starlette", "serve")
 
 from faces import Stub, ask, message
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse

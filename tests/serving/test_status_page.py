@@ -12,7 +12,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    require("fastapi", "serve")
+    require("starlette", "serve")
     from nercc_server import Server
 
     command = "--model own:double --input-shape 4 --workers 8"

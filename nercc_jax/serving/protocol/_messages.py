@@ -24,7 +24,6 @@ from pydantic import (
     StrictInt,
     TypeAdapter,
     ValidationError,
-    WithJsonSchema,
 )
 from starlette.requests import ClientDisconnect
 
@@ -144,7 +143,7 @@ class RequestInput:
     shape: Annotated[list[int], Field(max_length=_AXES, fail_fast=True)]
     datatype: str
     parameters: Parameters | None = None
-    data: Annotated[Any, WithJsonSchema({"type": "array", "items": {}})] = None
+    data: Any = None
 
 
 @dataclasses.dataclass(slots=True)

@@ -1,7 +1,7 @@
 """Inference by HTTP, and the limits of every body.
 
-It stands in front of FastAPI, whose routing and layers take as long as everything that is done
-here.
+It stands in front of the application, whose routing and layers take as long as everything that is
+done here.
 """
 
 import asyncio
@@ -113,9 +113,6 @@ class InferenceEndpoint:
         except Exception:
             await JSONResponse({"error": INTERNAL}, 500)(scope, receive, send_and_close)
             raise  # for the server around it to log
-        if scope["method"] == "HEAD":
-            # The application has none of its own; whoever sends the response leaves out the body.
-            scope = {**scope, "method": "GET"}
         await app(scope, receive_within_limits, send_and_close)
 
     async def _infer(

@@ -86,7 +86,7 @@ class Server:
         registry = registry or CollectorRegistry()
         with contextlib.suppress(ValueError):  # it is there already, if a server had the registry
             ProcessCollector(registry=registry)
-        # Inference goes past FastAPI's own layers.
+        # Inference goes past the application's own layers.
         app = InferenceEndpoint(make_app(self.state, registry), self.state)
         self._http = uvicorn.Server(
             uvicorn.Config(
