@@ -15,7 +15,6 @@ from conftest import bench_modules, require
 from nercc_jax.risk import RiskMonitor
 
 from nercc_jax.risk import _accuracy, _evidence  # isort: skip
-from nercc_jax.serving.adapt import _decoding
 
 HERE = Path(__file__).parents[1]
 # Names and sizes with digits that are no figures.
@@ -199,7 +198,6 @@ def test_settings_that_pages_name():
     bound = inspect.signature(_accuracy.within_bound)
     assert bound.parameters["failure"].default == 0.25
     assert (_evidence._ROWS, _evidence._RECENT, _evidence._BARS) == (1024, 100, 20)
-    assert _decoding.FIRST == 32
     assert inspect.signature(RiskMonitor.__init__).parameters["false_alarms"].default == 1 / 50_000
     require("pydantic_settings", "serve")
     from nercc_jax.serving import ModelSettings

@@ -21,7 +21,7 @@ from ..inference.models import warn_if_other
 from ..risk import Comparison, Risk
 from ..risk._accuracy import error_ratios
 from ._policy import MAX_DEADLINE_S
-from .adapt._decoding import DecodingEvidence, DecodingScores
+from .adapt._decoding import DecodingScores
 from .adapt._predictor import Predictor
 from .adapt._setting_controller import SettingController
 from .core._coder import DecodedGroup
@@ -43,7 +43,8 @@ class Approximations:
     Attributes:
         setup: The batcher's parts; its `observe` passes the choice of settings.
         turns: The thread that learns, not started yet.
-        decoding: The evidence on decoded answers.
+        scores: The scores of decoded answers.
+        decoding: What stragglers showed of these.
         predictor: The surrogate, ready or not; None where there is none.
     """
 
@@ -80,7 +81,11 @@ class Approximations:
             self._controller = SettingController(setup, predictor, self.turns.wake)
             setup = dataclasses.replace(setup, observe=self._controller.observe)
         self.setup, self.predictor, self._submit = setup, predictor, submit
-        self.decoding = DecodingEvidence(dataclasses.replace(scores, accuracy=wanted), coder.form)
+        self.scores = dataclasses.replace(scores, accuracy=wanted)
+        self._score_of = {few: self.scores.of(few) for few in range(1, coder.num_data + 1)}
+        needs = wanted.promises and not scores.calibrated
+        # What stragglers showed of decoded answers.
+        self.decoding = Risk(wanted, needs_evidence=needs)
         # Whether approximate answers may be given out at all, by what the outputs are.
         self._allowed = policy.outputs != "values" or policy.tolerance is not None
         self._setting = DispatchSetting.of_policy(policy)
@@ -97,8 +102,7 @@ class Approximations:
 
     def _turn(self) -> float:
         """Learn, on the thread that does, and return when to do so again."""
-        due, steps = math.inf, [self.decoding.learn]
-        steps += [] if self.predictor is None else [self.predictor.turn]
+        due, steps = math.inf, [] if self.predictor is None else [self.predictor.turn]
         steps += [] if self._controller is None else [self._controller.turn]
         for step in steps:
             try:
@@ -117,8 +121,8 @@ class Approximations:
 
     def evidence(self, queries: int) -> LateEvidence:
         """Return what is known by now, for a group with this number of queries."""
-        limit, predictor = self.decoding.limit(queries), self.predictor
-        risk: dict[Source, Risk] = {"decoded": self.decoding.risk}
+        limit, predictor = self._limit(queries), self.predictor
+        risk: dict[Source, Risk] = {"decoded": self.decoding}
         predicts = False
         if predictor is not None:
             risk["predicted"] = predictor.risk
@@ -157,7 +161,7 @@ class Approximations:
 
         A code may have lost a query, and a sum of large answers may overflow.
         """
-        setup, decoding, number = self.setup, self.decoding, len(group.cells)
+        setup, number = self.setup, len(group.cells)
         begin, accuracy = setup.clock.now(), setup.policy.accuracy
         known = [(point, each) for point, each in enumerate(group.answers) if each is not None]
         some = known[0][1]
@@ -168,7 +172,7 @@ class Approximations:
         setup.observe("decode_seconds", setup.clock.now() - begin)
         basis = int((~np.isnan(group.sent_at)).sum()), int(group.mask.sum())
         setup.observe("workers_responded", basis[1])
-        limit, epoch = decoding.limit(number), decoding.risk.epoch
+        limit, epoch = self._limit(number), self.decoding.epoch
         for cell, row in places:
             query, value = group.query((cell, row)), found.predictions[row, cell, ...]
             query.approximate.pop("decoded", None)
@@ -181,7 +185,6 @@ class Approximations:
                 *basis,
                 disagreement=known if labels else math.nan,
                 error=math.nan if labels else known,
-                features=found.features[row, cell].copy(),
                 x=query.x,
                 epoch=epoch,
                 within=known <= limit if accuracy.promises else math.isnan(known),
@@ -190,15 +193,15 @@ class Approximations:
     def _decoded(self, values: np.ndarray, mask: np.ndarray, queries: int) -> DecodedGroup:
         policy = self.setup.policy
         promises = policy.accuracy.promises
-        score = self.decoding.scores.of(queries) if promises else None
+        score = self._score_of[queries] if promises else None
         width = policy.max_batch_size
-        return self.setup.coder.decode(values, mask, width, score, features=promises)
+        return self.setup.coder.decode(values, mask, width, score)
 
     def give(self, group: Group, given: GiveOut) -> tuple[Query, Answer]:
         """Return an answer that is given out, as the caller sees it, which is to be compared."""
         source = given.source
         query, tolerance = group.query(given.place), self.setup.policy.tolerance
-        answer, risk = query.approximate[source], self._of(source).risk
+        answer, risk = query.approximate[source], self._risk_of(source)
         disagreement, error = map(float, risk.expected(answer.disagreement, answer.error))
         if answer.error > 0:
             answer.widened = error / answer.error
@@ -226,12 +229,19 @@ class Approximations:
         if x is not None and own is not None and self.predictor is not None:
             self.predictor.add_answer(x, own)
 
-    def _of(self, source: Source) -> DecodingEvidence | Predictor:
+    def _risk_of(self, source: Source) -> Risk:
         """Return what is known of answers of a source."""
         if source == "decoded":
             return self.decoding
         assert self.predictor is not None
-        return self.predictor
+        return self.predictor.risk
+
+    def _limit(self, queries: int) -> float:
+        """Return the largest score within the calibration, for a group of this size.
+
+        What has had a drift is compared without being given out, and without a limit.
+        """
+        return -1.0 if self.decoding.drifts else self.scores.limit(queries)
 
     def audit(self, given: Answer, own: np.ndarray | None) -> bool:
         """Compare an answer with the model's own, which came late, or is None and will never come.
@@ -242,16 +252,14 @@ class Approximations:
         Returns:
             Whether it was right.
         """
-        labels, source = self.setup.policy.tolerance is None, self._of(given.source)
+        labels, risk = self.setup.policy.tolerance is None, self._risk_of(given.source)
         wrong, excess, value = labels, math.inf, given.value.ravel()
         if own is not None:
             form = self.setup.coder.form
             wrong = labels and not bool(agree_on_labels(value, own.ravel(), form))
             error = root_mean_square(value - own.ravel())
             excess = float(error_ratios(error, np.asarray(given.error)))
-            if given.features is not None and self.decoding.add(given, wrong, float(error)):
-                self.turns.wake()
-        drifted = source.risk.add(
+        drifted = risk.add(
             Comparison(given.disagreement, given.error, wrong, excess),
             given=given.given,
             epoch=given.epoch,
@@ -259,7 +267,8 @@ class Approximations:
             widened=given.widened,
         )
         if drifted:
-            source.discard()
+            if given.source == "predicted" and self.predictor is not None:
+                self.predictor.discard()
             self.setup.observe("drift", 1)
             what = f"{given.source} answers went wrong more often than promised: see the status"
             _LOG.warning(what)
@@ -325,11 +334,12 @@ class Approximations:
         """Return what has been learned and measured so far."""
         controller, predictor = self._controller, self.predictor
         promises = self.setup.policy.accuracy.promises
+        decoding = self.decoding.status() | {"hint": self.decoding.hint}
         return {
             "policy": None if controller is None else controller.status(),
             "predictor": None if predictor is None else predictor.status(),
-            "decoding": self.decoding.status() if promises else None,
-            "audited": list(self.decoding.risk.shown),
+            "decoding": decoding if promises else None,
+            "audited": list(self.decoding.shown),
         }
 
     def hints(self) -> list[str]:
