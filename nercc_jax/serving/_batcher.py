@@ -34,7 +34,6 @@ from .core._request import (
     Query,
     Reply,
     Request,
-    ScaleMonitor,
     ServerClosing,
     Source,
 )
@@ -111,7 +110,6 @@ class CodedBatcher:
         self._approximations, self._setup = known, known.setup
         setup = known.setup
         self.policy, clock = setup.policy, setup.clock
-        self._scales = ScaleMonitor() if coder.num_data > 1 else None
         self._inbox: collections.deque[Request | Group] = collections.deque()
         self._turns = clock.turns("nercc-batcher", self._run)
         self._queue = QueryQueue(self.policy.max_queue_size)
@@ -156,8 +154,6 @@ class CodedBatcher:
                 f"a deadline is a positive number of seconds, {MAX_DEADLINE_S:g} at most, not "
                 f"{deadline:g}"
             )
-        # Queries of another scale travel alone, as those that must be answered exactly.
-        exact = exact or (self._scales is not None and self._scales.is_odd(x))
         values, now = setup.answers.zeros(len(x)), setup.clock.now()
         request = Request(x, values, now, deadline, exact)
         self._requests.accept(request)

@@ -21,7 +21,7 @@ from ._approximate import Approximations
 from .core._coder import Coder
 from .core._group import Group, repeat_rows
 from .core._request import Query
-from .core._requests import Lane, QueryQueue
+from .core._requests import QueryQueue
 from .core._setup import Setup
 
 # Queries of a path, at least (fewer have only one), and at most: 64 take half a millisecond.
@@ -30,6 +30,7 @@ _FEWEST, _LONGEST = 3, 64
 # busy it takes ten times as long as alone: with requests of 16 queries without end, throughput was
 # a fifth less for it.
 _OF_THE_TIME = 0.1
+_ODD = 100.0  # the factor of scales beyond which queries are not coded together
 
 
 def assign(
@@ -115,13 +116,9 @@ class Dispatcher:
 
         Returns the coded groups of which something was sent.
         """
-        setup, sent = self._setup, []
-        while setup.pool.idle and (lane := self._queue.next_lane()):
-            if lane is self._queue.coded:
-                sent += self._send_own(lane, now)
-            else:
-                workers = self._queue.workers_for(lane, setup.pool.idle)
-                self._send_alone(self._pop(lane, self._size(len(lane), workers), now), now)
+        sent: list[Group] = []
+        while self._setup.pool.idle and self._queue.queries:
+            sent += self._send_own(now)
         groups: list[Group] = list(dict.fromkeys(sent))
         for group in groups:
             if group is not self.filling:
@@ -150,12 +147,17 @@ class Dispatcher:
         coder, observe, clock = self._setup.coder, self._setup.observe, self._setup.clock
         group.layout = coder.layout(len(group.cells))
         observe("group_fill", len(group.cells) / coder.num_data)
+        rows, cells = group.rows, [cell.x for cell in group.cells if cell.x is not None]
+        if len(cells) > 1:  # in a sum of queries, much larger ones leave little of the others
+            flat = (x.reshape(len(x), -1) for x in cells)
+            scales = [np.maximum(each.max(axis=1), -each.min(axis=1)) for each in flat]
+            scale = np.stack([repeat_rows(each, rows) for each in scales], axis=1)
+            group.spoiled = bool((scale.max(axis=1) > _ODD * scale.min(axis=1)).any())
         # Redundancy for one query is not worth slowing down others.
-        points = self._extras(group)
-        if len(points) and any(group.open_queries()):
-            begin, rows = clock.now(), group.rows
-            x = [repeat_rows(cell.x, rows) for cell in group.cells if cell.x is not None]
-            coded = coder.encode(np.stack(x, axis=1), points)
+        if not group.spoiled and len(points := self._extras(group)):
+            begin = clock.now()
+            x = np.stack([repeat_rows(x, rows) for x in cells], axis=1)
+            coded = coder.encode(x, points)
             observe("encode_seconds", clock.now() - begin)
             self._send(group, points, coded, now)
         for cell in group.cells:  # which may be large: nothing more will be encoded
@@ -171,11 +173,13 @@ class Dispatcher:
     def _extras(self, group: Group) -> Int[np.ndarray, " points"]:
         """Return the coded data points to send beyond the queries themselves."""
         pool, points = self._setup.pool, group.layout.extras
+        waiting = [each for each, query in group.open_queries() if not query.request.exact_only]
+        if not waiting or not len(points):
+            return points[:0]
         most = int(min(pool.spare, len(points)))
         redundancy = self._approximations.setting.redundancy
         if redundancy != "uncertain" or not most:
             return points[: most * (redundancy == "always")]
-        waiting = [place for place, _ in group.open_queries()]
         self._approximations.predict(group, waiting)
         doubt = np.zeros(len(group.cells))
         for place in waiting:
@@ -189,16 +193,16 @@ class Dispatcher:
         worth = np.where(places < 0, doubt.max(), doubt[places])
         return points[np.argsort(-worth, kind="stable")[: min(np.count_nonzero(worth), most)]]
 
-    def _send_own(self, lane: Lane, now: float) -> list[Group]:
+    def _send_own(self, now: float) -> list[Group]:
         """Send queries as they came, each to its own worker, and return their groups."""
         coder, pool = self._setup.coder, self._setup.pool
-        sizes, sent, left = [], [], len(lane)
-        idle, spare = self._queue.workers_for(lane, pool.idle), pool.spare
+        sizes, sent, left = [], [], len(self._queue.queries)
+        idle, spare = pool.idle, pool.spare
         while left and idle:
             sizes.append(self._size(left, min(idle, spare - len(sizes))))
             left, idle = left - sizes[-1], idle - 1
         place = 0 if self.filling is None else len(self.filling.cells)
-        for queries in self._assign(self._pop(lane, sum(sizes), now), sizes, place):
+        for queries in self._assign(self._pop(sum(sizes), now), sizes, place):
             if self.filling is None:
                 self.filling = self._new_group(coder, now)
             group = self.filling
@@ -269,8 +273,8 @@ class Dispatcher:
         self._setup.observe("order_seconds", self._ordering.spend(begin))
         return assigned
 
-    def _pop(self, lane: Lane, number: int, now: float) -> list[Query]:
-        queries = self._queue.pop(lane, number)
+    def _pop(self, number: int, now: float) -> list[Query]:
+        queries = self._queue.pop(number)
         for request in {query.request for query in queries}:
             if math.isinf(request.sent):
                 request.sent = now

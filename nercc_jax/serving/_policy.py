@@ -142,32 +142,22 @@ class BatchingPolicy:
         return tuple(1 << power for power in range(self.max_batch_size.bit_length()))
 
 
-def read_outputs(
-    stated: Outputs | None,
-    tolerance: float | None,
-    max_disagreement: float | None,
-    shapes: Sequence[tuple[int, ...]],
-) -> tuple[Outputs, str]:
-    """Return how a model's outputs, of these shapes a row, are read, and why.
+def read_outputs(asked: Any, shapes: Sequence[tuple[int, ...]], *, floats: bool = True) -> Outputs:
+    """Return how a model's outputs, of these shapes a row, are read, by a policy or settings.
 
     Raises:
         ValueError: where a label is asked of a single number.
     """
     single = any(shape[-1:] in ((), (1,)) for shape in shapes)
-    if stated in ("logits", "probabilities") and single:
+    if asked.outputs in ("logits", "probabilities") and single:
         raise ValueError(
-            f"outputs = {stated!r}, but an output has one number a row, whose largest is always "
-            "itself: say outputs = 'values'"
+            f"outputs = {asked.outputs!r}, but an output has one number a row, whose largest is "
+            "always itself: say outputs = 'values'"
         )
-    if stated is not None:
-        return stated, "as set"
-    if single:
-        return "values", "an output has one number a row"
-    if tolerance is not None:
-        return "values", "a tolerance is set"
-    if max_disagreement is not None:
-        return "logits", "a max_disagreement is set"
-    return "values", "nothing says that they are scores of labels"
+    if asked.outputs is not None:
+        return asked.outputs
+    labels = asked.max_disagreement is not None and asked.tolerance is None
+    return "logits" if labels and floats and not single else "values"
 
 
 BatchingPolicy.__doc__ = f"{BatchingPolicy.__doc__}\n    Attributes:\n" + "".join(

@@ -66,12 +66,8 @@ class ServedModel:
             RuntimeError: where the workers do not start.
         """
         begin, tensors = time.monotonic(), servable.outputs
-        shapes = [part.shape for part in tensors.parts]
-        limits = settings.tolerance, settings.max_disagreement
-        outputs, self._why_read = read_outputs(settings.outputs, *limits, shapes)
-        if tensors.uncodable is not None and settings.outputs is None:
-            outputs, self._why_read = "values", "they are no floats"
-        policy = settings.policy(outputs)
+        shapes, floats = [part.shape for part in tensors.parts], tensors.uncodable is None
+        policy = settings.policy(read_outputs(settings, shapes, floats=floats))
         if code.num_data == 1:
             self.uncoded = servable.uncodable or f"it is served by {type(code).__name__}"
         elif servable.uncodable is not None:
@@ -209,7 +205,7 @@ class ServedModel:
                 "num_data": coder.num_data,
                 "num_workers": coder.num_workers,
             },
-            "outputs": {"read_as": "values" if values else "scores", "why": self._why_read},
+            "outputs": "values" if values else "scores",
             "policy": adapted["policy"],
             "predictor": adapted["predictor"],
             "checks": adapted["checks"],

@@ -41,7 +41,9 @@ SURE, DECODED, UNSURE, DOUBTED = (
 FIRST = (0, 0)
 
 
-def of(late=(0,), failed=(), open=(0,), extras=EXTRAS, estimates=(), copied=False, **more):
+def of(
+    late=(0,), failed=(), open=(0,), extras=EXTRAS, estimates=(), copied=False, exact=False, **more
+):
     """A full group whose queries in `open` are not answered: in time, or late, or failed.
 
     All others are, and the redundancy in `extras`, which is in time if it is not answered.
@@ -51,7 +53,7 @@ def of(late=(0,), failed=(), open=(0,), extras=EXTRAS, estimates=(), copied=Fals
     answered[[*extras]] = True
     sent_at[[OWN[each] for each in late]] = 0.0
     failed_points = np.isin(np.arange(8), [OWN[each] for each in failed])
-    queries = tuple(QueryView((each, 0), copied, tuple(estimates)) for each in open)
+    queries = tuple(QueryView((each, 0), copied, exact, tuple(estimates)) for each in open)
     own = tuple(np.array([point]) for point in OWN)
     parts = sent_at, answered, failed_points, queries
     return GroupView(CODER, own, *parts, LIMIT, median=0.8, **more)
@@ -125,7 +127,7 @@ TABLE = {
     "but once only": (of(looked=SOURCES, copied=True), known(), PROMISE, [NEVER]),
     "each query is judged by itself": (
         of(late=(0, 1), open=(0, 1), looked=SOURCES)._replace(
-            queries=(QueryView(FIRST, False, (DECODED,)), QueryView((1, 0), False, (DOUBTED,)))
+            queries=(QueryView(FIRST, answers=(DECODED,)), QueryView((1, 0), answers=(DOUBTED,)))
         ),
         known(),
         PROMISE,
@@ -149,6 +151,12 @@ TABLE = {
         known(approximates=False),
         BatchingPolicy(outputs="values"),
         AGAIN,
+    ),
+    "an exact query in a group waits for no others": (
+        of(late=(0,), open=(0, 1), exact=True, estimates=[SURE, DECODED], looked=SOURCES),
+        known(predicts=True),
+        PROMISE,
+        [Copy([FIRST], 1), THEN],
     ),
     "without a promise the number of answers decides": (
         of(extras=EXTRAS[:3]),

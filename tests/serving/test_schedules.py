@@ -219,7 +219,7 @@ class Schedule:
             assert now <= request.arrived + request.deadline + LATE, "forgotten at its deadline"
         # The queue.
         lanes = batcher._queue
-        stand = [*lanes.exact, *lanes.coded]
+        stand = [*lanes.queries]
         waiting = [query for query in stand if query.waiting]
         assert lanes.waiting == len(waiting), "the queue's count is wrong"
         assert not any(query.done for query in waiting)

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ...pools import AbstractPool
 from ...pools.clock import AbstractClock
@@ -29,7 +29,6 @@ from ._request import (
 _LOG = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-Lane: TypeAlias = collections.OrderedDict[Query, None]
 
 # Seconds without a turn after which a thread counts as stuck, ...
 STUCK = 5.0
@@ -78,16 +77,14 @@ class Timers(Generic[Item]):
 
 
 class QueryQueue:
-    """The bounded queue of queries that no worker has had: a lane for those to be coded, and exact.
+    """The bounded queue of queries that no worker has had: who came first goes first.
 
-    Who came first goes first. Exact queries travel alone and others in groups, hence the lanes.
     `waiting` and `reserve` may be used by any thread, all else only by the deciding one.
     """
 
     def __init__(self, capacity: int):
         """Create an empty queue, in which so many queries may wait."""
-        self.exact: Lane = collections.OrderedDict()
-        self.coded: Lane = collections.OrderedDict()
+        self.queries: collections.OrderedDict[Query, None] = collections.OrderedDict()
         self.capacity, self.waiting = capacity, 0
         self.popped: list[Query] = []  # in the present step of the thread
         self._lock = threading.Lock()
@@ -100,21 +97,10 @@ class QueryQueue:
         return reserved
 
     def add(self, request: Request) -> None:
-        lane = self.exact if request.exact_only else self.coded
-        lane.update(dict.fromkeys(request.queries))
+        self.queries.update(dict.fromkeys(request.queries))
 
-    def next_lane(self) -> Lane | None:
-        """Return the lane to serve next; None where nothing waits."""
-        lanes = [lane for lane in (self.exact, self.coded) if lane]
-        return min(lanes, key=lambda lane: next(iter(lane)).request.arrived, default=None)
-
-    def workers_for(self, lane: Lane, workers: int) -> int:
-        """Return how many of these workers a lane may use, in proportion to its length."""
-        own, total = len(lane), len(self.exact) + len(self.coded)
-        return max(workers * own // total, 1) if own < total else workers
-
-    def pop(self, lane: Lane, number: int) -> list[Query]:
-        queries = [lane.popitem(last=False)[0] for _ in range(number)]
+    def pop(self, number: int) -> list[Query]:
+        queries = [self.queries.popitem(last=False)[0] for _ in range(number)]
         self.popped += queries
         for query in queries:
             query.waiting = False
@@ -127,8 +113,7 @@ class QueryQueue:
         query.done = True
         if query.waiting:
             query.waiting = False
-            self.exact.pop(query, None)
-            self.coded.pop(query, None)
+            self.queries.pop(query, None)
             with self._lock:
                 self.waiting -= 1
 

@@ -98,10 +98,7 @@ class Setup:
         if predicts and {*dtypes} != {CODED}:
             raise ValueError(f"only float32 can be predicted, not {[str(each) for each in dtypes]}")
         shapes = [self.answers.shape] if coder.form is None else coder.form.shapes
-        limits = policy.tolerance, policy.max_disagreement
-        read, _ = read_outputs(policy.outputs, *limits, shapes)
-        if self.answers.dtype != CODED:  # nothing approximate
-            read = policy.outputs or "values"
+        read = read_outputs(policy, shapes, floats=self.answers.dtype == CODED)
         policy = dataclasses.replace(policy, outputs=read)
         for wanted, name, why in (
             (policy.redundancy == "uncertain", "redundancy 'uncertain'", "what is uncertain"),

@@ -31,10 +31,18 @@ Place: TypeAlias = tuple[int, int]  # of a query: its cell in the group, and its
 
 
 class QueryView(NamedTuple):
-    """A query that somebody waits for, whether it was sent again, and its approximate answers."""
+    """A query that somebody waits for.
+
+    Attributes:
+        place: its place in the group.
+        copied: whether it was sent again.
+        exact: whether only the model's own answer will do.
+        answers: its approximate answers.
+    """
 
     place: Place
     copied: bool = False
+    exact: bool = False
     answers: tuple[Answer, ...] = ()
 
 
@@ -168,15 +176,25 @@ def decide(
     if not lost:
         return [wait]
     last = not in_time.any()
+    failed = ~sent | (group.failed & ~group.answered)
 
-    # Approximate answers, the cheapest first.
+    def again(queries: list[QueryView]) -> list[Action]:
+        places = [
+            each.place
+            for each in queries
+            if not each.copied and (hedges or failed[group.own[each.place[0]]].all())
+        ]
+        return [Copy(places, evidence.setting.overdue.copies)] if places else []
+
+    # Approximate answers, the cheapest first. What is exact waits for no others.
+    exact = [each for each in lost if each.exact or not evidence.approximates]
+    lost = [each for each in lost if each not in exact]
     given: list[Action] = []
     left: list[QueryView] = []
-    predicts = evidence.approximates and evidence.predicts
-    if predicts and "predicted" not in group.looked:
+    if lost and evidence.predicts and "predicted" not in group.looked:
         return [Predict([each.place for each in lost])]
     for query in lost:
-        for answer in query.answers if evidence.approximates else ():
+        for answer in query.answers:
             if answer.source == "predicted" and not (answer.within and evidence.predicts):
                 continue  # or it has drifted since
             risk = evidence.risk[answer.source]
@@ -185,21 +203,9 @@ def decide(
                 break
         else:
             left.append(query)
-    undecoded = left and evidence.approximates and "decoded" not in group.looked
-    if undecoded and _decodes(group, evidence, policy, last):
+    if left and "decoded" not in group.looked and _decodes(group, evidence, policy, last):
         return [Decode([each.place for each in left])]
-    if not last:
-        return [*given, wait]
-
-    # No further answer can be waited for.
-    failed = ~sent | (group.failed & ~group.answered)
-    again = [
-        each.place
-        for each in left
-        if not each.copied and (hedges or failed[group.own[each.place[0]]].all())
-    ]
-    copies: list[Action] = [Copy(again, evidence.setting.overdue.copies)] if again else []
-    return [*given, *copies, wait]
+    return [*given, *again(exact + left if last else exact), wait]
 
 
 def _decodes(group: GroupView, evidence: LateEvidence, policy: BatchingPolicy, last: bool) -> bool:
