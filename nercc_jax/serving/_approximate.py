@@ -76,16 +76,16 @@ class Approximations:
         if scores.calibrated:
             warn_if_other("the error estimate", scores.conditions, setup.pool.conditions)
         self.turns = setup.clock.turns("nercc-learning", self._turn)
-        self._controller = None
-        if policy.max_calls is not None:
-            self._controller = SettingController(setup, predictor, self.turns.wake)
-            setup = dataclasses.replace(setup, observe=self._controller.observe)
-        self.setup, self.predictor, self._submit = setup, predictor, submit
         self.scores = dataclasses.replace(scores, accuracy=wanted)
         self._score_of = {few: self.scores.of(few) for few in range(1, coder.num_data + 1)}
         needs = wanted.promises and not scores.calibrated
         # What stragglers showed of decoded answers.
         self.decoding = Risk(wanted, needs_evidence=needs)
+        self._controller = None
+        if policy.max_calls is not None:
+            self._controller = SettingController(setup, predictor, self.decoding, self.turns.wake)
+            setup = dataclasses.replace(setup, observe=self._controller.observe)
+        self.setup, self.predictor, self._submit = setup, predictor, submit
         # Whether approximate answers may be given out at all, by what the outputs are.
         self._allowed = policy.outputs != "values" or policy.tolerance is not None
         self._setting = DispatchSetting.of_policy(policy)

@@ -38,7 +38,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from ._policy import MAX_DEADLINE_S, BatchingPolicy, Outputs, texts_of
+from ._policy import MAX_DEADLINE_S, BatchingPolicy, Outputs, model_key, texts_of
 
 DAY_S = 86_400.0
 _setting: Any = Field  # so that a type checker sees that each setting has a default
@@ -209,11 +209,8 @@ class ModelSettings(_AllSettings):
 
     @property
     def key(self) -> str:
-        """The name and the version, by which the server keeps its models: see `model_key`.
-
-        Written out, since settings are read before JAX is imported.
-        """
-        return self.served_name if self.version == 1 else f"{self.served_name}/{self.version}"
+        """The name and the version, by which the server keeps its models."""
+        return model_key(self.served_name, str(self.version))
 
     @property
     def served_name(self) -> str:

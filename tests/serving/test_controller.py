@@ -13,6 +13,7 @@ from traffic import OUT, SERVICE, SHAPE, KnowsAll, Traffic, labels_right, model
 from nercc_jax import Replication, Uncoded
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.pools.times import Call
+from nercc_jax.risk import Accuracy, Comparison, Risk
 from nercc_jax.serving import BatchingPolicy, Coder
 from nercc_jax.serving.adapt._setting_controller import SettingController
 from nercc_jax.serving.core._setup import BatchSpec, Setup
@@ -45,7 +46,8 @@ class Looks:
         self.replies, self.random = [], np.random.default_rng(0)
         shapes = BatchSpec(SHAPE), BatchSpec(OUT)
         setup = Setup(self.pool, code, policy, *shapes, lambda answer: None, self.hear)
-        self.controller = SettingController(setup, predictor, lambda: None)
+        self.decoding = Risk(Accuracy(max_disagreement=0.1), needs_evidence=False)
+        self.controller = SettingController(setup, predictor, self.decoding, lambda: None)
 
     def hear(self, what, number):
         self.replies.append(what)
@@ -151,9 +153,9 @@ def test_what_costs_more_than_was_foreseen_is_given_up():
 def test_what_is_decoded_shows_when_it_is_tried():
     looks = Looks(2.2, code=Coder(INTERLEAVED))
     assert looks.look(0.05).redundancy == "always"
-    replies = looks.look(0.05, times=3.6, query_decoded=2, reexecution=48)
-    assert replies.redundancy == "none"
-    assert looks.controller._decoded < 0.1
+    for _ in range(100):  # nothing that is decoded is right
+        looks.decoding.add(Comparison(0.01, 0.0, wrong=True, excess=0.0), given=False)
+    assert looks.look(0.05, times=3.6).redundancy == "none"
 
 
 def test_traffic_is_served_by_what_is_picked():

@@ -16,6 +16,37 @@ from ._coder import Coder
 CODED = np.dtype(np.float32)
 
 
+# By kind of dtype, the kinds that may be given for it.
+_KINDS = {"f": "f", "i": "iu", "u": "iu", "b": "b"}
+
+
+def fit_rows(
+    x: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, wanted: str, name: str = ""
+) -> Shaped[np.ndarray, "batch ..."]:
+    """Return rows of queries in a dtype, (B, *shape); errors say what is `wanted`, and the `name`.
+
+    Raises ValueError where they have another shape or kind, or do not fit into the dtype.
+    """
+    if x.ndim != len(shape) + 1 or x.shape[1:] != shape or not len(x):
+        raise ValueError(f"the model takes {wanted}, not of shape {list(x.shape)}")
+    if x.dtype.kind not in _KINDS[dtype.kind]:
+        raise ValueError(f"the model takes {wanted}, not {x.dtype}")
+    with np.errstate(over="ignore"):  # too large a number is inf
+        fitting = np.ascontiguousarray(x, dtype)
+    if dtype.kind == "f":
+        good, wrong = np.isfinite(fitting), f"are not finite in {dtype}"
+    elif x.dtype == dtype:
+        return fitting
+    else:
+        limits = np.iinfo(dtype)
+        good = (x >= limits.min) & (x <= limits.max)
+        wrong = f"have numbers beyond {dtype}"
+    if not good.all():
+        bad = np.flatnonzero(~good.reshape(len(x), -1).all(axis=1)).tolist()
+        raise ValueError(f"{name}queries {bad} {wrong}")
+    return fitting
+
+
 @dataclasses.dataclass(frozen=True)
 class BatchSpec:
     """The shape and dtype of the rows of a batch: queries, or answers."""
@@ -27,32 +58,10 @@ class BatchSpec:
         return np.zeros((number, *self.shape), self.dtype)
 
     def check(self, x: np.ndarray) -> Shaped[np.ndarray, "batch ..."]:
-        """Return queries as workers receive them.
-
-        Raises ValueError where they are not rows of this shape and kind, or not finite.
-        """
-        x = np.asarray(x)
-        if x.ndim != len(self.shape) + 1 or x.shape[1:] != self.shape or not len(x):
-            raise ValueError(
-                f"queries must come as an array of shape (B, {', '.join(map(str, self.shape))}) "
-                f"with B of 1 or more, not {x.shape}"
-            )
-        if self.dtype != CODED:
-            if x.dtype != self.dtype:
-                raise ValueError(f"queries are {x.dtype}, but the model takes {self.dtype}")
-            return np.ascontiguousarray(x)
-        if not np.issubdtype(x.dtype, np.floating):
-            raise ValueError(f"queries are {x.dtype}: codes work on floats, so convert them first")
-        if x.dtype != self.dtype:  # workers compute in float32, where too large a number is inf
-            with np.errstate(over="ignore"):
-                x = x.astype(self.dtype)
-        x = np.ascontiguousarray(x)
-        if not np.isfinite(x).all():
-            finite = np.isfinite(x.reshape(len(x), -1)).all(axis=1)
-            raise ValueError(
-                f"queries {np.flatnonzero(~finite).tolist()} are not finite in float32"
-            )
-        return x
+        """Return queries as workers receive them. Raises ValueError as `fit_rows` does."""
+        shape = ", ".join(map(str, self.shape))
+        wanted = f"queries of shape (B, {shape}) with B of 1 or more, {self.dtype}"
+        return fit_rows(np.asarray(x), self.shape, self.dtype, wanted)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,9 @@ from ...codes._trees import Form
 from ...codes.workers import call_model
 from ...inference.models import Model, check_model
 from ...pools.batch import reason_of
+from .._policy import model_key
 from ..core._request import fill_up
+from ..core._setup import fit_rows
 
 FLOAT = "FP32"
 # By the protocol's datatype, the dtype on the wire.
@@ -36,8 +38,6 @@ DTYPES: Mapping[str, np.dtype] = {
        for unsigned in (False, True) for size in (1, 2, 4, 8)},
     FLOAT: np.dtype("<f4"),
 }  # fmt: skip
-# By kind of dtype, the kinds that may be given for it.
-_KINDS = {"f": "f", "i": "iu", "u": "iu", "b": "b"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,30 +74,8 @@ class Tensor:
             raise ValueError(f"the model takes {self}, not of shape {list(shape)}")
 
     def fit(self, x: np.ndarray) -> np.ndarray:
-        """Return queries (B, *shape) in the model's dtype.
-
-        Raises ValueError where they have another shape or kind, or do not fit into the dtype.
-        """
-        self.check_shape(x.shape)
-        if x.dtype.kind not in _KINDS[self.dtype.kind]:
-            raise ValueError(f"the model takes {self}, not {x.dtype}")
-        with np.errstate(over="ignore"):
-            fitting = np.ascontiguousarray(x, self.dtype)
-        if self.dtype.kind == "f":
-            good = np.isfinite(fitting)
-            wrong = f"are not finite in {self.dtype}"
-        elif x.dtype == self.dtype:
-            return fitting
-        else:
-            limits = np.iinfo(self.dtype)
-            good = (x >= limits.min) & (x <= limits.max)
-            wrong = f"have numbers beyond {self.dtype}"
-            if self.sent != self.dtype:
-                wrong += ", in which JAX computes unless JAX_ENABLE_X64 is set"
-        if not good.all():
-            bad = np.flatnonzero(~good.reshape(len(x), -1).all(axis=1)).tolist()
-            raise ValueError(f"{self.name!r}: queries {bad} {wrong}")
-        return fitting
+        """Return queries (B, *shape) in the model's dtype. Raises ValueError as `fit_rows` does."""
+        return fit_rows(x, self.shape, self.dtype, str(self), f"{self.name!r}: ")
 
     def __str__(self) -> str:
         return f"{self.name!r}, {self.datatype}, of shape {[-1, *self.shape]}"
@@ -229,17 +207,6 @@ ADDED = (
 
 # The shape of a query, or shapes by name where the model takes a dict of arrays.
 Shapes = Sequence[int] | Mapping[str, Sequence[int]]
-
-
-def model_key(name: str, version: str) -> str:
-    """Return the key of a model's version: the name alone for version 1. Names have no slash."""
-    return name if version == "1" else f"{name}/{version}"
-
-
-def name_and_version(key: str) -> tuple[str, str]:
-    """Return the name and the version that `model_key` made a key of."""
-    name, _, version = key.partition("/")
-    return name, version or "1"
 
 
 @dataclasses.dataclass(frozen=True)

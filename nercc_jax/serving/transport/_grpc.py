@@ -179,10 +179,7 @@ def read_message(message: messages.ModelInferRequest) -> InferenceRequest:
     """
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
-        raise InvalidInput(
-            f"the number of inputs ({len(message.inputs)}) does not match the expected number of "
-            f"raw input contents ({len(raw)}) for model {message.model_name!r}."
-        )
+        raise InvalidInput(f"{len(message.inputs)} inputs have {len(raw)} raw contents")
 
     def parameters_of(given: Mapping[str, Any]) -> Any:
         """Return parameters without what gRPC wraps them in."""
@@ -195,10 +192,7 @@ def read_message(message: messages.ModelInferRequest) -> InferenceRequest:
     inputs, outputs = [], []
     for place, each in enumerate(message.inputs):
         if raw and each.HasField("contents"):
-            raise InvalidInput(
-                "contents field must not be specified when using raw_input_contents for input "
-                f"{each.name!r} for model {message.model_name!r}"
-            )
+            raise InvalidInput(f"input {each.name!r} has both contents and raw contents")
         field = _CONTENTS.get(each.datatype.upper())
         typed = [] if raw or field is None else getattr(each.contents, field)
         made = RequestInput(

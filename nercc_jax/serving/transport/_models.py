@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from ...pools.garbage import collect_all
+from .._policy import model_key, name_and_version
 from .._served_model import ServedModel
 from ..protocol._messages import InvalidInput, ModelNotFound, ServerNotReady, check_parameters
-from ..protocol._servable import model_key, name_and_version
 from ..settings import ServerSettings
 
 _LOG = logging.getLogger(__name__)

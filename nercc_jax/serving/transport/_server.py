@@ -253,22 +253,21 @@ class Server:
         """Be not ready, then accept nothing new, and fail what takes too long."""
         ends: list[asyncio.Future[Any]] = []
 
-        def ended() -> bool:
-            return bool(ends) and all(face.done() for face in ends)
-
-        async def wait(seconds: float) -> None:
+        async def wait(seconds: float) -> bool:
             """Wait until all faces have ended, but no longer, and not if told to end at once."""
             end = time.monotonic() + seconds
-            while not ended() and not self._at_once and time.monotonic() < end:
+            while not (ends and all(face.done() for face in ends)):
+                if self._at_once or time.monotonic() >= end:
+                    return False
                 await asyncio.sleep(TICK)
+            return True
 
         await wait(self.settings.drain_delay_s)
         self._http.should_exit = True
         ends.append(http)
         if self._grpc is not None:
             ends.append(asyncio.create_task(self._grpc.stop()))
-        await wait(self.settings.drain_timeout_s)
-        if not ended():
+        if not await wait(self.settings.drain_timeout_s):
             running = self.state.models.started
             self.lost = {key: number for key in running if (number := running[key].in_flight)}
             if self.lost:
