@@ -8,8 +8,9 @@ The way of a request through eight files, and of its reply back:
 4. `_batcher.py`: `CodedBatcher.submit` checks it, and posts it to the one thread that decides.
 5. `core/_requests.py`: `OpenRequests.accept` takes it, `enqueue` puts its queries into the queue
    and keeps its deadline.
-6. `_dispatch.py`: while workers are idle, `Dispatcher.dispatch` puts queries into a `Group`
-   (`core/_group.py`), and sends it to the pool, which owns calls, copies and overdue times.
+6. `_dispatch.py`: while workers are idle, `Dispatcher.dispatch` sends queries as they came, as
+   parts of a `Group` (`core/_group.py`), and a full group's coded data points, to the pool, which
+   owns calls, copies and overdue times.
 7. `_batcher.py` again: `CodedBatcher._receive` takes answers from the pool; the model's own go out
    at once, unless they look wrong (`_answer_screen.py`). `decide` (`core/decide.py`) says what
    becomes of late queries, and `CodedBatcher._decide` does it.

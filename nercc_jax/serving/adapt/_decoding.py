@@ -61,7 +61,7 @@ class DecodingScores:
         unknown = 20.0  # where two answers give no roughness
         if self.accuracy.tolerance is None:
             none, weights = np.zeros(1, np.float32), np.array([0, -2, 2, 2, unknown], np.float32)
-            return ErrorProbability(weights, none, none, none, none, none)
+            return ErrorProbability(weights, *[none] * 5)
         width = math.log(statistics.NormalDist().inv_cdf((1 + self.accuracy.coverage) / 2))
         return ErrorScale(np.array([width, 0, 1, 1, unknown], np.float32))
 

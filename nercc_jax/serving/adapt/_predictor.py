@@ -319,7 +319,8 @@ class Predictor:
             # Compile what the deciding thread calls.
             for size in self._sizes:
                 made.assess(*self._outputs(repeat_rows(x[:size], size)))
-            for size in policy.batch_sizes if made.check is not None else ():
-                rows = repeat_rows(x[:size], size), repeat_rows(own[:size], size)
-                made.check.suspicious(*self._expected(rows[0]), rows[1])
+            for size in policy.batch_sizes:
+                if made.check is not None and self._expected is not None:
+                    expected = self._expected(repeat_rows(x[:size], size))
+                    made.check.suspicious(*expected, repeat_rows(own[:size], size))
         self._calibrated = made

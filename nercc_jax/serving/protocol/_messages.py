@@ -275,15 +275,14 @@ def question_of(
     if not {*names} <= {*known} or len({*names}) < len(names):
         raise InvalidInput(f"{servable.name} has outputs {known}, each once, not {names}")
 
-    deadline, longest = parameters.get("nercc_deadline_ms"), 1e3 * MAX_DEADLINE_S
-    if deadline is not None:
-        number = isinstance(deadline, int | float) and not isinstance(deadline, bool)
-        if not number or not 0 < deadline <= longest:
+    asked, longest, deadline = parameters.get("nercc_deadline_ms"), 1e3 * MAX_DEADLINE_S, None
+    if asked is not None:
+        if isinstance(asked, bool | str) or not 0 < asked <= longest:
             raise InvalidInput(
                 f"parameter nercc_deadline_ms must be a positive number up to {longest:.0f}, an "
-                f"hour, not {deadline!r}"
+                f"hour, not {asked!r}"
             )
-        deadline /= 1e3
+        deadline = asked / 1e3
     options = {"deadline": deadline, "exact": _boolean(parameters, "nercc_exact", False)}
 
     inputs = servable.inputs
