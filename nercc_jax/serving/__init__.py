@@ -2,7 +2,7 @@
 
 The way of a request through eight files, and of its reply back:
 
-1. `transport/_http.py` or `transport/_grpc.py` receives it, counts its bytes, finds the model.
+1. `transport/_rest.py` or `transport/_grpc.py` receives it, counts its bytes, finds the model.
 2. `transport/_state.py`: `ServerState.answer` reads and checks it (`protocol/_messages.py`).
 3. `_served_model.py`: `ServedModel.infer` preprocesses, makes rows of tensors, awaits the reply.
 4. `_batcher.py`: `CodedBatcher.submit` checks it, and posts it to the one thread that decides.

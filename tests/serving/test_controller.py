@@ -100,12 +100,6 @@ def test_without_hedging_there_are_no_copies_to_foresee():
     assert Looks(1.4, code=Coder(Uncoded(1)), copies=1).look(0.05).redundancy == "none"
 
 
-def test_where_p999_cannot_be_helped_p99_is():
-    # Of two copies both straggle too often.
-    setting = Looks(1.4, code=Coder(Uncoded(1)), copies=2).look(0.06)
-    assert setting.overdue.factor < 2
-
-
 def test_when_nothing_is_known_any_more_it_hedges_again():
     predictor = Sure()
     looks = Looks(1.4, predictor)
@@ -212,19 +206,6 @@ def test_copies_are_tried_again():
     traffic.send(1000)
     tail = np.quantile([seconds for seconds, *_ in traffic.send(1000)], 0.99)
     assert tail < 7 * SERVICE, "11 without copies"
-
-
-@pytest.mark.slow
-def test_hedging_that_is_picked_has_no_trigger_that_jumps_to_a_stragglers_time():
-    """A percentile of few calls is now below the stragglers' times, and now one of them."""
-    policy = BatchingPolicy(straggler_threshold=1.35, copies=3, max_calls=1.1)
-    traffic = Traffic(None, policy, share=0.05, rate=130, num_workers=28)
-    usual = traffic.seconds
-    traffic.pool_seconds = lambda size: usual(size) * traffic.random.lognormal(0.0, 0.2)
-    traffic.send(2000)
-    before, replies = traffic.calls(), traffic.send(4000)
-    assert (traffic.calls() - before) / 4000 < 1.12
-    assert np.quantile([seconds for seconds, *_ in replies], 0.995) < 5 * SERVICE
 
 
 def test_without_a_budget_nothing_is_picked():

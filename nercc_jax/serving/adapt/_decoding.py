@@ -9,7 +9,7 @@ import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -60,8 +60,10 @@ class DecodingScores:
             return self.calibrated[queries]
         unknown = 20.0  # where two answers give no roughness
         if self.accuracy.tolerance is None:
-            none, weights = np.zeros(1, np.float32), np.array([0, -2, 2, 2, unknown], np.float32)
-            return ErrorProbability(weights, *[none] * 5)
+            names = ("knots", "shifts", "levels", "bounds", "shares")
+            none: Any = dict.fromkeys(names, np.zeros(1, np.float32))
+            weights = np.array([0, -2, 2, 2, unknown], np.float32)
+            return ErrorProbability(weights=weights, **none)
         width = math.log(statistics.NormalDist().inv_cdf((1 + self.accuracy.coverage) / 2))
         return ErrorScale(np.array([width, 0, 1, 1, unknown], np.float32))
 

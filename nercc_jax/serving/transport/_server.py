@@ -27,10 +27,8 @@ from ..adapt._predictor import Predictor
 from ..protocol._servable import Servable, make_servable
 from ..settings import ModelSettings, ServerSettings
 from ._grpc import GrpcServer
-from ._http import InferenceEndpoint
-from ._models import TICK, in_background
-from ._rest import make_app
-from ._state import ServerState
+from ._rest import InferenceEndpoint, make_app
+from ._state import TICK, ServerState, in_background
 
 try:  # it takes less time for each request; there is none for Windows
     from uvloop import new_event_loop
