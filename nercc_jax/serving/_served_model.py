@@ -137,7 +137,7 @@ class ServedModel:
             begin = time.monotonic()
             try:
                 async with asyncio.timeout(deadline):
-                    queries = await self._preprocessing.run(queries)
+                    queries = await asyncio.to_thread(self._preprocessing, queries)
             except TimeoutError as error:
                 self.count("request_deadline")
                 raise DeadlineExceeded(f"not preprocessed within {deadline:g} s") from error
@@ -225,8 +225,6 @@ class ServedModel:
     def close(self, drain: float) -> None:
         """Answer what was accepted for up to `drain` seconds; then end the workers."""
         self._batcher.close(drain)
-        if self._preprocessing is not None:
-            self._preprocessing.close()
         self.pool.close()
         self.meter.close()
 

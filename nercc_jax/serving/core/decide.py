@@ -36,13 +36,13 @@ class QueryView(NamedTuple):
     Attributes:
         place: its place in the group.
         copied: whether it was sent again.
-        exact: whether only the model's own answer will do.
+        exact_only: whether only the model's own answer will do.
         answers: its approximate answers.
     """
 
     place: Place
     copied: bool = False
-    exact: bool = False
+    exact_only: bool = False
     answers: tuple[Answer, ...] = ()
 
 
@@ -187,7 +187,7 @@ def decide(
         return [Copy(places, evidence.setting.overdue.copies)] if places else []
 
     # Approximate answers, the cheapest first. What is exact waits for no others.
-    exact = [each for each in lost if each.exact or not evidence.approximates]
+    exact = [each for each in lost if each.exact_only or not evidence.approximates]
     lost = [each for each in lost if each not in exact]
     given: list[Action] = []
     left: list[QueryView] = []

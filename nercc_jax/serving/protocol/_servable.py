@@ -6,13 +6,10 @@ batcher, and unpacked in front of the model, in its own program. A model of one 
 that.
 """
 
-import asyncio
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -390,8 +387,6 @@ class Preprocessing:
         assert servable.preprocess is not None
         self._inputs, self._queries = servable.inputs, servable.queries
         self._sizes, self._function = sizes, jax.jit(servable.preprocess)
-        threads = min(os.cpu_count() or 1, 4)  # a compiled function leaves Python's lock
-        self._executor = concurrent.futures.ThreadPoolExecutor(threads, "nercc-preprocess")
         for size in sizes:
             zeros = {p.name: np.zeros((size, *p.shape), p.dtype) for p in self._inputs.parts}
             with contextlib.suppress(ValueError):  # what it makes of zeros may not be finite
@@ -412,9 +407,3 @@ class Preprocessing:
                 found = self._function(piece[INPUT] if self._inputs.alone else piece)
             pieces.append(jax.tree.map(lambda y, few=few: np.asarray(y, np.float32)[:few], found))
         return self._queries.pack(jax.tree.map(lambda *parts: np.concatenate(parts), *pieces))
-
-    async def run(self, given: Any) -> Float[np.ndarray, "batch ..."]:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self, given)
-
-    def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
