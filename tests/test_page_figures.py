@@ -161,7 +161,6 @@ FIGURES = {
             "10 % were allowed (5 % of decoded ones)",
             "a false one in 50,000 answers", "(Clopper and Pearson 1934)",
             "The latest 1,024 count, and the latest 100", "20 for a tolerance",
-            "from the first 32 stragglers",
             "the 5 % are those with the largest", "A query takes 50 ms if nothing is slow",
             "one in 50,000 answers in the mean",
             "a day of 1,000 answers has one with a probability of at most 2 %",

@@ -10,7 +10,8 @@ The rules, each with a row in `tests/serving/test_decide.py`:
   worker, once; to several at once where the setting says so.
 - Where copies are as slow as what they copy, only queries whose calls have failed are sent again,
   those that may hang, and a few for trial.
-- A query that is alone at its worker, and exact, fails once no worker has an answer.
+- What must be exact waits for none of the group's answers: it goes to another worker at once.
+- A query that is alone at its worker fails once no worker has an answer.
 """
 
 import math
