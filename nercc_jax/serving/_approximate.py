@@ -43,8 +43,7 @@ class Approximations:
     Attributes:
         setup: The batcher's parts; its `observe` passes the choice of settings.
         turns: The thread that learns, not started yet.
-        scores: The scores of decoded answers.
-        decoding: What stragglers showed of these.
+        decoding: What stragglers showed of decoded answers.
         predictor: The surrogate, ready or not; None where there is none.
     """
 
@@ -76,10 +75,10 @@ class Approximations:
         if scores.calibrated:
             warn_if_other("the error estimate", scores.conditions, setup.pool.conditions)
         self.turns = setup.clock.turns("nercc-learning", self._turn)
-        self.scores = dataclasses.replace(scores, accuracy=wanted)
-        self._score_of = {few: self.scores.of(few) for few in range(1, coder.num_data + 1)}
+        scores, counts = dataclasses.replace(scores, accuracy=wanted), range(coder.num_data + 1)
+        # By the queries of a group: the score of decoded answers, and the calibration's limit.
+        self._scores = {few: (scores.of(few), scores.limit(few)) for few in counts}
         needs = wanted.promises and not scores.calibrated
-        # What stragglers showed of decoded answers.
         self.decoding = Risk(wanted, needs_evidence=needs)
         self._controller = None
         if policy.max_calls is not None:
@@ -193,7 +192,7 @@ class Approximations:
     def _decoded(self, values: np.ndarray, mask: np.ndarray, queries: int) -> DecodedGroup:
         policy = self.setup.policy
         promises = policy.accuracy.promises
-        score = self._score_of[queries] if promises else None
+        score = self._scores[queries][0] if promises else None
         width = policy.max_batch_size
         return self.setup.coder.decode(values, mask, width, score)
 
@@ -241,7 +240,7 @@ class Approximations:
 
         What has had a drift is compared without being given out, and without a limit.
         """
-        return -1.0 if self.decoding.drifts else self.scores.limit(queries)
+        return -1.0 if self.decoding.drifts else self._scores[queries][1]
 
     def audit(self, given: Answer, own: np.ndarray | None) -> bool:
         """Compare an answer with the model's own, which came late, or is None and will never come.
