@@ -15,5 +15,5 @@ def options_of(command: str) -> set[str]:
     from nercc_jax import cli
 
     if command == "serve":
-        require("fastapi", "serve")
+        require("starlette", "serve")
     return {flag for each in cli.options_of(command) for flag in each.flags} | {"--help"}

@@ -157,7 +157,7 @@ def test_help_imports_no_jax(command):
 @pytest.mark.parametrize("arguments", [["--help"], ["--http-port", "70000"]])
 def test_a_servers_settings_need_no_jax(arguments):
     """What is wrong with them is reported within a second."""
-    require("fastapi", "serve")
+    require("starlette", "serve")
     code, output, loaded = run(["serve", *arguments])
     assert code == (0 if arguments == ["--help"] else 2), output
     assert "SIGTERM" in output or "--http-port: input should be" in output
@@ -167,7 +167,7 @@ def test_a_servers_settings_need_no_jax(arguments):
 @pytest.mark.parametrize("command", ["demo", "run", "tune", "plan", "distill", "serve"])
 def test_an_unknown_model_is_refused_before_jax_is_imported(command):
     if command == "serve":
-        require("fastapi", "serve")
+        require("starlette", "serve")
     code, output, loaded = run([command, "--model", "lenet6"])
     assert code == 2
     assert "There is no model 'lenet6'" in output
@@ -190,7 +190,7 @@ def test_what_type_checkers_see_is_what_there_is(package):
     places = {(place, name) for place, names in package._WHERE.items() for name in names.split()}
     assert imported == places
     if package is nercc_jax.serving:
-        require("fastapi", "serve")
+        require("starlette", "serve")
     for place, name in places:
         module = importlib.import_module(f".{place}", package.__name__)
         assert getattr(package, name) is getattr(module, name)

@@ -17,8 +17,8 @@ from ._command import Option, fail
 from ._process import join_ray_of, keep_programs, leave, leave_accelerators
 
 _NEEDED = (
-    *("fastapi", "grpc", "grpc_health", "httptools", "orjson", "prometheus_client"),
-    *("pydantic_settings", "pythonjsonlogger", "uvicorn"),
+    *("grpc", "grpc_health", "httptools", "orjson", "prometheus_client", "pydantic_settings"),
+    *("pythonjsonlogger", "starlette", "uvicorn"),
 )
 # A newcomer's options, which come first, in the panel without a title of its own.
 _FIRST = ("scheme", "num_data", "num_workers", "pool", "workers", "http_port")

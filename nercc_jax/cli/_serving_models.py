@@ -157,5 +157,4 @@ def code_of(settings: ModelSettings) -> AbstractCode:
     tuned = _CODES / f"{settings.model}-{n}-{k}-{returned}.json"
     if points == "interleaved" and tuned.exists():
         return load_code(tuned)
-    own = points in ("interleaved", "repeated")
-    return NeRCC(k, n, points=points, lambda_dec=0.0 if own else None)
+    return NeRCC(k, n, points=points, lambda_dec=0.0)

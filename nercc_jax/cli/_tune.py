@@ -22,7 +22,8 @@ def tune_code(options: Options) -> None:
     """Tune a code for a model by gradient descent through encoder, model and decoder.
 
     No labels are needed. The errors before and after are printed, on other data points, and the
-    tuned code is written, for `nercc demo --code`, `nercc run --code` and `nercc serve --code`.
+    tuned code is written, for `nercc demo --code` and `nercc run --code`, and of the layouts
+    `interleaved` and `repeated` for `nercc serve --code`.
     """
     size, outputs = (options.num_data, options.num_workers), options.outputs
     num_data, num_workers = size

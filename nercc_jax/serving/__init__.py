@@ -2,14 +2,15 @@
 
 The way of a request through eight files, and of its reply back:
 
-1. `transport/_http.py` or `transport/_grpc.py` receives it, counts its bytes, finds the model.
+1. `transport/_rest.py` or `transport/_grpc.py` receives it, counts its bytes, finds the model.
 2. `transport/_state.py`: `ServerState.answer` reads and checks it (`protocol/_messages.py`).
 3. `_served_model.py`: `ServedModel.infer` preprocesses, makes rows of tensors, awaits the reply.
 4. `_batcher.py`: `CodedBatcher.submit` checks it, and posts it to the one thread that decides.
 5. `core/_requests.py`: `OpenRequests.accept` takes it, `enqueue` puts its queries into the queue
    and keeps its deadline.
-6. `_dispatch.py`: while workers are idle, `Dispatcher.dispatch` puts queries into a `Group`
-   (`core/_group.py`), and sends it to the pool, which owns calls, copies and overdue times.
+6. `_dispatch.py`: while workers are idle, `Dispatcher.dispatch` sends queries as they came, as
+   parts of a `Group` (`core/_group.py`), and a full group's coded data points, to the pool, which
+   owns calls, copies and overdue times.
 7. `_batcher.py` again: `CodedBatcher._receive` takes answers from the pool; the model's own go out
    at once, unless they look wrong (`_answer_screen.py`). `decide` (`core/decide.py`) says what
    becomes of late queries, and `CodedBatcher._decide` does it.
@@ -28,7 +29,6 @@ if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
     from ._metrics import Metrics as Metrics
     from ._policy import BatchingPolicy as BatchingPolicy
     from ._served_model import ServedModel as ServedModel
-    from .adapt._decoding import Compared as Compared
     from .adapt._decoding import DecodingScores as DecodingScores
     from .adapt._decoding import calibrate_decoding as calibrate_decoding
     from .adapt._predictor import Predictor as Predictor
@@ -45,7 +45,6 @@ if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
     from .settings import ServerSettings as ServerSettings
     from .transport._server import Server as Server
     from .transport._server import make_server as make_server
-    from .transport._server import serve as serve
 
 # Imported when they are first used: a server's settings need no JAX, so that errors in them are
 # reported at once.
@@ -55,13 +54,13 @@ _WHERE = {
     "_served_model": "ServedModel",
     "settings": "ModelSettings ServerSettings",
     "_metrics": "Metrics",
-    "adapt._decoding": "Compared DecodingScores calibrate_decoding",
+    "adapt._decoding": "DecodingScores calibrate_decoding",
     "adapt._predictor": "Predictor",
     "core._coder": "Coder",
     "core._request": "DeadlineExceeded InferenceFailed QueueFull Reply ServerClosing",
     "core._requests": "Health",
     "protocol._servable": "Servable make_servable",
-    "transport._server": "Server make_server serve",
+    "transport._server": "Server make_server",
 }
 _FILE_OF = {name: file for file, names in _WHERE.items() for name in names.split()}
 __all__ = [*_FILE_OF]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -21,7 +21,7 @@ from ..inference.models import warn_if_other
 from ..risk import Comparison, Risk
 from ..risk._accuracy import error_ratios
 from ._policy import MAX_DEADLINE_S
-from .adapt._decoding import DecodingEvidence, DecodingScores
+from .adapt._decoding import DecodingScores
 from .adapt._predictor import Predictor
 from .adapt._setting_controller import SettingController
 from .core._coder import DecodedGroup
@@ -33,8 +33,6 @@ from .core.decide import GiveOut, LateEvidence, Place
 _LOG = logging.getLogger(__name__)
 
 _PAUSE = 1.0  # seconds before the learning thread goes on after a failure
-# The share of approximate answers whose queries nobody has as they came that is computed, too.
-_AUDITED = 0.02
 
 
 class Approximations:
@@ -45,7 +43,7 @@ class Approximations:
     Attributes:
         setup: The batcher's parts; its `observe` passes the choice of settings.
         turns: The thread that learns, not started yet.
-        decoding: The evidence on decoded answers.
+        decoding: What stragglers showed of decoded answers.
         predictor: The surrogate, ready or not; None where there is none.
     """
 
@@ -77,31 +75,33 @@ class Approximations:
         if scores.calibrated:
             warn_if_other("the error estimate", scores.conditions, setup.pool.conditions)
         self.turns = setup.clock.turns("nercc-learning", self._turn)
+        scores, counts = dataclasses.replace(scores, accuracy=wanted), range(coder.num_data + 1)
+        # By the queries of a group: the score of decoded answers, and the calibration's limit.
+        self._scores = {few: (scores.of(few), scores.limit(few)) for few in counts}
+        needs = wanted.promises and not scores.calibrated
+        self.decoding = Risk(wanted, needs_evidence=needs)
         self._controller = None
         if policy.max_calls is not None:
-            self._controller = SettingController(setup, predictor, self.turns.wake)
+            self._controller = SettingController(setup, predictor, self.decoding, self.turns.wake)
             setup = dataclasses.replace(setup, observe=self._controller.observe)
         self.setup, self.predictor, self._submit = setup, predictor, submit
-        self.decoding = DecodingEvidence(dataclasses.replace(scores, accuracy=wanted), coder.form)
         # Whether approximate answers may be given out at all, by what the outputs are.
         self._allowed = policy.outputs != "values" or policy.tolerance is not None
         self._setting = DispatchSetting.of_policy(policy)
-        if coder.systematic and coder.can_decode and not self._allowed:
+        if coder.can_decode and not self._allowed:
             # What mixes queries is of no use where nothing may be decoded.
             self._setting = self._setting._replace(redundancy="none")
         if predictor is not None:
             predictor.attach(setup, self.turns.wake)
         self._most, self._left = most, size
         self._kept: dict[Group, int] = {}
-        self._random = np.random.default_rng(0)
         if coder.can_decode:
             zeros, everyone = setup.answers.zeros(coder.num_workers), np.ones(coder.num_workers)
             self._decoded(zeros[:, None], everyone > 0, coder.num_data)
 
     def _turn(self) -> float:
         """Learn, on the thread that does, and return when to do so again."""
-        due, steps = math.inf, [self.decoding.learn]
-        steps += [] if self.predictor is None else [self.predictor.turn]
+        due, steps = math.inf, [] if self.predictor is None else [self.predictor.turn]
         steps += [] if self._controller is None else [self._controller.turn]
         for step in steps:
             try:
@@ -120,8 +120,8 @@ class Approximations:
 
     def evidence(self, queries: int) -> LateEvidence:
         """Return what is known by now, for a group with this number of queries."""
-        limit, predictor = self.decoding.limit(queries), self.predictor
-        risk: dict[Source, Risk] = {"decoded": self.decoding.risk}
+        limit, predictor = self._limit(queries), self.predictor
+        risk: dict[Source, Risk] = {"decoded": self.decoding}
         predicts = False
         if predictor is not None:
             risk["predicted"] = predictor.risk
@@ -160,7 +160,7 @@ class Approximations:
 
         A code may have lost a query, and a sum of large answers may overflow.
         """
-        setup, decoding, number = self.setup, self.decoding, len(group.cells)
+        setup, number = self.setup, len(group.cells)
         begin, accuracy = setup.clock.now(), setup.policy.accuracy
         known = [(point, each) for point, each in enumerate(group.answers) if each is not None]
         some = known[0][1]
@@ -171,7 +171,7 @@ class Approximations:
         setup.observe("decode_seconds", setup.clock.now() - begin)
         basis = int((~np.isnan(group.sent_at)).sum()), int(group.mask.sum())
         setup.observe("workers_responded", basis[1])
-        limit, epoch = decoding.limit(number), decoding.risk.epoch
+        limit, epoch = self._limit(number), self.decoding.epoch
         for cell, row in places:
             query, value = group.query((cell, row)), found.predictions[row, cell, ...]
             query.approximate.pop("decoded", None)
@@ -184,7 +184,6 @@ class Approximations:
                 *basis,
                 disagreement=known if labels else math.nan,
                 error=math.nan if labels else known,
-                features=found.features[row, cell].copy(),
                 x=query.x,
                 epoch=epoch,
                 within=known <= limit if accuracy.promises else math.isnan(known),
@@ -193,25 +192,20 @@ class Approximations:
     def _decoded(self, values: np.ndarray, mask: np.ndarray, queries: int) -> DecodedGroup:
         policy = self.setup.policy
         promises = policy.accuracy.promises
-        score = self.decoding.scores.of(queries) if promises else None
+        score = self._scores[queries][0] if promises else None
         width = policy.max_batch_size
-        return self.setup.coder.decode(values, mask, width, score, features=promises)
+        return self.setup.coder.decode(values, mask, width, score)
 
     def give(self, group: Group, given: GiveOut) -> tuple[Query, Answer]:
         """Return an answer that is given out, as the caller sees it, which is to be compared."""
-        (cell, _), source = given
+        source = given.source
         query, tolerance = group.query(given.place), self.setup.policy.tolerance
-        answer, risk = query.approximate[source], self._of(source).risk
+        answer, risk = query.approximate[source], self._risk_of(source)
         disagreement, error = map(float, risk.expected(answer.disagreement, answer.error))
         if answer.error > 0:
             answer.widened = error / answer.error
         answer.given = True
-        # A query that nobody has as it came is computed for comparison alone, now and then.
-        if np.isnan(group.sent_at[group.layout.own[cell]]).all():
-            del query.approximate[source]
-            answer.given = self._random.random() < _AUDITED and self._ask_again(answer)
-        if answer.given:
-            risk.give()
+        risk.give()
         self.setup.observe("expected_disagreement", disagreement)
         if tolerance is not None:
             self.setup.observe("expected_error", error / tolerance)
@@ -234,12 +228,19 @@ class Approximations:
         if x is not None and own is not None and self.predictor is not None:
             self.predictor.add_answer(x, own)
 
-    def _of(self, source: Source) -> DecodingEvidence | Predictor:
+    def _risk_of(self, source: Source) -> Risk:
         """Return what is known of answers of a source."""
         if source == "decoded":
             return self.decoding
         assert self.predictor is not None
-        return self.predictor
+        return self.predictor.risk
+
+    def _limit(self, queries: int) -> float:
+        """Return the largest score within the calibration, for a group of this size.
+
+        What has had a drift is compared without being given out, and without a limit.
+        """
+        return -1.0 if self.decoding.drifts else self._scores[queries][1]
 
     def audit(self, given: Answer, own: np.ndarray | None) -> bool:
         """Compare an answer with the model's own, which came late, or is None and will never come.
@@ -250,16 +251,14 @@ class Approximations:
         Returns:
             Whether it was right.
         """
-        labels, source = self.setup.policy.tolerance is None, self._of(given.source)
+        labels, risk = self.setup.policy.tolerance is None, self._risk_of(given.source)
         wrong, excess, value = labels, math.inf, given.value.ravel()
         if own is not None:
             form = self.setup.coder.form
             wrong = labels and not bool(agree_on_labels(value, own.ravel(), form))
             error = root_mean_square(value - own.ravel())
             excess = float(error_ratios(error, np.asarray(given.error)))
-            if given.features is not None and self.decoding.add(given, wrong, float(error)):
-                self.turns.wake()
-        drifted = source.risk.add(
+        drifted = risk.add(
             Comparison(given.disagreement, given.error, wrong, excess),
             given=given.given,
             epoch=given.epoch,
@@ -267,7 +266,8 @@ class Approximations:
             widened=given.widened,
         )
         if drifted:
-            source.discard()
+            if given.source == "predicted" and self.predictor is not None:
+                self.predictor.discard()
             self.setup.observe("drift", 1)
             what = f"{given.source} answers went wrong more often than promised: see the status"
             _LOG.warning(what)
@@ -281,9 +281,9 @@ class Approximations:
         own, batch = group.layout.own, group.batch
         if group.answers:
             # All but the approximate answers that were given out goes.
-            for (cell, _), query in group.compared():
+            for _, query in group.compared():
                 given = [each for each in query.approximate.values() if each.given]
-                query.approximate = {each.source: each for each in given if len(own[cell])}
+                query.approximate = {each.source: each for each in given}
                 for each in query.approximate.values():  # and the arrays that they are parts of
                     each.value = np.array(each.value)
                     each.x = None if each.x is None else each.x.copy()
@@ -333,22 +333,36 @@ class Approximations:
         """Return what has been learned and measured so far."""
         controller, predictor = self._controller, self.predictor
         promises = self.setup.policy.accuracy.promises
+        decoding = self.decoding.status() | {"hint": self.decoding.hint}
         return {
             "policy": None if controller is None else controller.status(),
             "predictor": None if predictor is None else predictor.status(),
-            "decoding": self.decoding.status() if promises else None,
-            "audited": list(self.decoding.risk.shown),
+            "decoding": decoding if promises else None,
+            "audited": list(self.decoding.shown),
         }
 
     def hints(self) -> list[str]:
-        """Return why nothing is decoded or predicted."""
-        can_decode, predictor = self.setup.coder.can_decode, self.predictor
-        found = []
-        if not self._allowed and (can_decode or predictor is not None):
-            found.append(
+        """Return why nothing is decoded or predicted, and whether stragglers are harder."""
+        can_decode, found, status = self.setup.coder.can_decode, [], self.status()
+        if not self._allowed:
+            why = (
                 "outputs are values without a tolerance: all answers are exact; set a tolerance, "
                 "or outputs = 'logits' if they are scores of labels"
             )
-        elif can_decode:
-            found += self.decoding.hints()
-        return found if predictor is None else found + predictor.hints()
+            return [why] if can_decode or self.predictor is not None else []
+        for what, source in (("decoded", "decoding" * can_decode), ("predicted", "predictor")):
+            if (about := status.get(source)) is None:
+                continue
+            evidence, why = about.get("stragglers", about), None
+            compared = f"{evidence['compared']} of {evidence['needed']} stragglers' answers"
+            if about.get("state", "answering") != "answering":
+                why = f"{about['known']} of {about['needed']} answers are known"
+            elif evidence["compared"] < evidence["needed"]:
+                why = f"{compared} were compared with {what} ones"
+            elif not about.get("share", evidence["admitted"]):
+                why = "no answer is sure enough"
+            drifted = f"{what} answers went wrong more often than promised: "
+            if why is not None:
+                found.append(f"{drifted * bool(about['drifts'])}{why}; nothing is {what}")
+            found += [] if about["hint"] is None else [about["hint"]]
+        return found

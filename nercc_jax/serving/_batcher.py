@@ -34,7 +34,6 @@ from .core._request import (
     Query,
     Reply,
     Request,
-    ScaleMonitor,
     ServerClosing,
     Source,
 )
@@ -54,9 +53,9 @@ _MARGIN = 1e-4
 class CodedBatcher:
     """Serves single queries, and requests of several, by one code on one pool.
 
-    A query of a systematic code (`Coder`) goes out as it came and is answered exactly, unless its
-    worker straggles; then it is decoded from what its group's other workers answered, or, where
-    that is not good enough, sent again. With any other code a group is sent when it is full.
+    A query goes out as it came and is answered exactly, unless its worker straggles; then it is
+    decoded from what its group's other workers answered, or, where that is not good enough, sent
+    again.
 
     Use it as a context manager, or `close` it. The pool is the caller's, who must not give it to
     another batcher, and must keep it open until the batcher is closed.
@@ -111,7 +110,6 @@ class CodedBatcher:
         self._approximations, self._setup = known, known.setup
         setup = known.setup
         self.policy, clock = setup.policy, setup.clock
-        self._scales = ScaleMonitor() if coder.num_data > 1 else None
         self._inbox: collections.deque[Request | Group] = collections.deque()
         self._turns = clock.turns("nercc-batcher", self._run)
         self._queue = QueryQueue(self.policy.max_queue_size)
@@ -156,8 +154,6 @@ class CodedBatcher:
                 f"a deadline is a positive number of seconds, {MAX_DEADLINE_S:g} at most, not "
                 f"{deadline:g}"
             )
-        # Queries of another scale travel alone, as those that must be answered exactly.
-        exact = exact or (self._scales is not None and self._scales.is_odd(x))
         values, now = setup.answers.zeros(len(x)), setup.clock.now()
         request = Request(x, values, now, deadline, exact)
         self._requests.accept(request)
@@ -177,8 +173,7 @@ class CodedBatcher:
 
     def health(self) -> Health:
         """Return whether it is alive, and would answer a query now."""
-        setup, monitor = self._setup, self._requests.monitor
-        return monitor.health(setup.pool, setup.coder, self._dispatcher.answer_time)
+        return self._requests.monitor.health(self._setup.pool, self._dispatcher.answer_time)
 
     def status(self) -> dict[str, Any]:
         """Return what has been learned and measured so far.
@@ -227,8 +222,8 @@ class CodedBatcher:
             _LOG.exception("the batcher ends")
             self._requests.fail_all(error)
             self._turns.close()
-        due = self._dispatcher.due, self._timers.next, self._requests.deadlines.next
-        return min(*due, self._screen.next_due)
+        due = self._timers.next, self._requests.deadlines.next, self._screen.next_due
+        return min(due)
 
     def _turn(self) -> None:
         clock, requests = self._setup.clock, self._requests
@@ -306,7 +301,7 @@ class CodedBatcher:
 
     def _dispatch(self, now: float) -> None:
         dispatcher, policy = self._dispatcher, self.policy
-        for group in dispatcher.dispatch(now, at_once=self._requests.monitor.closing):
+        for group in dispatcher.dispatch(now):
             due = group.began + policy.batch_wait_timeout_s
             if group is not dispatcher.filling:
                 due = float(np.fmin.reduce(group.sent_at, initial=math.inf))
@@ -374,7 +369,7 @@ class CodedBatcher:
         while any(group.open_queries()):
             view, before = group.view(looked), len(looked)
             evidence = self._approximations.evidence(len(group.cells))
-            for action in decide(view, now, evidence, policy, setup.enough):
+            for action in decide(view, now, evidence, policy):
                 match action:
                     case Predict(places):
                         self._approximations.predict(group, places)

@@ -1,6 +1,6 @@
 """Dispatch: queries leave the queue for idle workers, alone or in groups.
 
-Within a group, similar queries get neighbouring places (`QueryOrdering`).
+Within a group, similar queries get neighbouring places (`assign`).
 """
 
 import functools
@@ -9,100 +9,83 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
 from ..codes import Uncoded
-from ..inference import order_points
 from ..inference.order import random_projection
-from ..pools.clock import WALL, AbstractClock, TimeShare
+from ..pools.clock import TimeShare
 from ..pools.times import AnswerTimes, power_of_two
 from ..stragglers import picking
 from ._approximate import Approximations
 from .core._coder import Coder
 from .core._group import Group, repeat_rows
 from .core._request import Query
-from .core._requests import Lane, QueryQueue
+from .core._requests import QueryQueue
 from .core._setup import Setup
 
-# Queries of a path, at least (fewer have only one), and at most: 256 take 1.3 ms.
-_FEWEST, _LONGEST = 3, 256
+# Queries of a path, at least (fewer have only one), and at most: 64 take half a millisecond.
+_FEWEST, _LONGEST = 3, 64
 # The share of the deciding thread's time that ordering may take. Beside models that keep all cores
 # busy it takes ten times as long as alone: with requests of 16 queries without end, throughput was
 # a fifth less for it.
 _OF_THE_TIME = 0.1
+_ODD = 100.0  # the factor of scales beyond which queries are not coded together
 
 
-class QueryOrdering:
-    """Assigns queries to places of groups along a short path through them.
+def assign(
+    coder: Coder, queries: Sequence[Query], sizes: Sequence[int], place: int
+) -> list[list[Query]]:
+    """Distribute queries over cells of these sizes, and return the queries of each cell.
 
-    Distances are those of random projections (`random_projection`): queries are compared as they
-    come, without a model. `time` is the share of it that ordering may take.
+    A row of a group is a stretch of a short path through the queries, with these at the alphas in
+    order. The first cell has this place in its group; after a group's last place the next group's
+    first follows.
     """
-
-    def __init__(self, coder: Coder, shape: Sequence[int], rows: int, clock: AbstractClock = WALL):
-        """Compile programs for a few numbers of queries, the most those of a group of `rows` rows.
-
-        Other numbers are filled up.
-        """
-        self._coder, self.time = coder, TimeShare(clock, _OF_THE_TIME)
-        most = min(coder.num_data * rows, _LONGEST)
-        self._sizes = sorted({max(most >> shift, _FEWEST) for shift in (0, 3, 6)})
-        for size in self._sizes:
-            self.path([np.zeros(tuple(shape), np.float32)] * size)
-
-    def assign(
-        self, queries: Sequence[Query], sizes: Sequence[int], place: int
-    ) -> list[list[Query]]:
-        """Distribute queries over cells of these sizes, and return the queries of each cell.
-
-        A row of a group is a stretch of the path, with its queries at the alphas in order. The
-        first cell has this place in its group; after a group's last place the next group's first
-        follows.
-        """
-        order = iter(self.path([query.x for query in queries if query.x is not None]))
-        cells: list[list[Query]] = [[] for _ in sizes]
-        begin = 0
-        while begin < len(sizes):
-            number = min(self._coder.num_data - place, len(sizes) - begin)
-            along = begin + self._coder.path_order(place, number)
-            for row in range(max(sizes[begin : begin + number])):
-                for cell in along.tolist():
-                    if row < sizes[cell]:
-                        cells[cell].append(queries[next(order)])
-            begin, place = begin + number, 0
-        return cells
-
-    def path(self, x: Sequence[np.ndarray]) -> list[int]:
-        """Return an order in which neighbours are similar, in stretches of bounded length."""
-        found: list[int] = []
-        for begin in range(0, len(x), self._sizes[-1]):
-            part = x[begin : begin + self._sizes[-1]]
-            order = np.arange(len(part))
-            if len(part) >= _FEWEST:
-                # What is not finite comes last in the path: the filling, and queries whose
-                # projection overflows, in any order.
-                features = [random_projection(each[None])[0] for each in part]
-                size = next(size for size in self._sizes if size >= len(part))
-                filled = np.full((size, *features[0].shape), np.nan, np.float32)
-                filled[: len(part)] = features
-                order = np.asarray(_path_through(filled))
-            found += (begin + order[order < len(part)]).tolist()
-        return found
+    order = iter(short_path([query.x for query in queries if query.x is not None]))
+    cells: list[list[Query]] = [[] for _ in sizes]
+    begin = 0
+    while begin < len(sizes):
+        number = min(coder.num_data - place, len(sizes) - begin)
+        along = begin + coder.path_order(place, number)
+        for row in range(max(sizes[begin : begin + number])):
+            for cell in along.tolist():
+                if row < sizes[cell]:
+                    cells[cell].append(queries[next(order)])
+        begin, place = begin + number, 0
+    return cells
 
 
-@jax.jit
-def _path_through(rows: Float[Array, "rows features"]) -> Int[Array, " rows"]:
-    return order_points(rows, 1, features=rows, buffer_size=len(rows))
+def short_path(x: Sequence[np.ndarray]) -> list[int]:
+    """Return an order in which neighbours are similar, in stretches of bounded length.
+
+    From a query far from all others it goes on to the nearest that is left. Distances are those of
+    random projections: queries are compared as they come, without a model.
+    """
+    found: list[int] = []
+    for begin in range(0, len(x), _LONGEST):
+        part = np.stack(x[begin : begin + _LONGEST])
+        path = [*range(len(part))]
+        if len(part) >= _FEWEST:
+            with np.errstate(over="ignore", invalid="ignore"):
+                rows = np.asarray(random_projection(part), np.float64)
+                squares = np.sum(rows**2, axis=1)
+                distance = squares[:, None] + squares - 2 * rows @ rows.T
+            # Queries whose projection overflows are as far as can be.
+            distance = np.nan_to_num(distance, nan=1e300, posinf=1e300)
+            path = [int(np.argmax(distance.sum(axis=1)))]
+            while len(path) < len(part):
+                distance[:, path[-1]] = np.inf
+                path.append(int(np.argmin(distance[path[-1]])))
+        found += [begin + each for each in path]
+    return found
 
 
 class Dispatcher:
     """Forms groups and sends them to the pool. It sends nothing new that would only wait there.
 
     Attributes:
-        due: When to dispatch again although nothing happens.
-        filling: The group of a systematic code that has room for more queries.
+        filling: The group that has room for more queries.
         groups: All groups that are not closed.
     """
 
@@ -113,19 +96,12 @@ class Dispatcher:
         approximations: Approximations,
         post: Callable[[Group], Any],
     ):
-        """Create a dispatcher, and compile the ordering of queries, where that is of use.
-
-        `post` is called when an answer to a group may have come.
-        """
+        """Create a dispatcher; `post` is called when an answer to a group may have come."""
         self._setup, self._queue, self._post = setup, queue, post
         self._approximations = approximations
-        policy, self._ordering = setup.policy, None
-        if setup.coder.needs_order:
-            shape = setup.queries.shape
-            self._ordering = QueryOrdering(setup.coder, shape, policy.max_batch_size, setup.clock)
+        self._ordering = TimeShare(setup.clock, _OF_THE_TIME)
         self._random = np.random.default_rng(0)
         self._times: AnswerTimes | None = None  # the pool's, by the rule that holds
-        self.due = math.inf
         self.filling: Group | None = None
         self.groups: set[Group] = set()
 
@@ -135,30 +111,15 @@ class Dispatcher:
         size = self._setup.policy.max_batch_size
         return math.inf if self._times is None else self._times.median(size)
 
-    def dispatch(self, now: float, *, at_once: bool) -> list[Group]:
+    def dispatch(self, now: float) -> list[Group]:
         """Send what waits while workers are idle, then the coded data points of full groups.
 
-        If `at_once`, groups do not wait to fill up. Returns the coded groups of which something was
-        sent.
+        Returns the coded groups of which something was sent.
         """
-        setup, coder = self._setup, self._setup.coder
         sent: list[Group] = []
-        self.due = math.inf
-        while setup.pool.idle and (lane := self._queue.next_lane(hold_coded=self.due < math.inf)):
-            if lane is not self._queue.coded:
-                workers = self._queue.workers_for(lane, setup.pool.idle)
-                self._send_alone(self._pop(lane, self._size(len(lane), workers), now), now)
-            elif coder.systematic:
-                sent += self._send_own(lane, now)
-            else:
-                full = len(lane) >= coder.num_data
-                if not full:
-                    since = next(iter(lane)).request.arrived
-                    self.due = since + setup.policy.batch_wait_timeout_s
-                if full or now >= self.due or at_once:
-                    self.due = math.inf
-                    sent += self._send_mixed(lane, now)
-        groups = list(dict.fromkeys(sent))
+        while self._setup.pool.idle and self._queue.queries:
+            sent += self._send_own(now)
+        groups: list[Group] = list(dict.fromkeys(sent))
         for group in groups:
             if group is not self.filling:
                 self.complete(group, now)
@@ -186,12 +147,17 @@ class Dispatcher:
         coder, observe, clock = self._setup.coder, self._setup.observe, self._setup.clock
         group.layout = coder.layout(len(group.cells))
         observe("group_fill", len(group.cells) / coder.num_data)
+        rows, cells = group.rows, [cell.x for cell in group.cells if cell.x is not None]
+        if len(cells) > 1:  # in a sum of queries, much larger ones leave little of the others
+            flat = (x.reshape(len(x), -1) for x in cells)
+            scales = [np.maximum(each.max(axis=1), -each.min(axis=1)) for each in flat]
+            scale = np.stack([repeat_rows(each, rows) for each in scales], axis=1)
+            group.spoiled = bool((scale.max(axis=1) > _ODD * scale.min(axis=1)).any())
         # Redundancy for one query is not worth slowing down others.
-        points = self._extras(group)
-        if len(points) and any(group.open_queries()):
-            begin, rows = clock.now(), group.rows
-            x = [repeat_rows(cell.x, rows) for cell in group.cells if cell.x is not None]
-            coded = coder.encode(np.stack(x, axis=1), points)
+        if not group.spoiled and len(points := self._extras(group)):
+            begin = clock.now()
+            x = np.stack([repeat_rows(x, rows) for x in cells], axis=1)
+            coded = coder.encode(x, points)
             observe("encode_seconds", clock.now() - begin)
             self._send(group, points, coded, now)
         for cell in group.cells:  # which may be large: nothing more will be encoded
@@ -206,13 +172,14 @@ class Dispatcher:
 
     def _extras(self, group: Group) -> Int[np.ndarray, " points"]:
         """Return the coded data points to send beyond the queries themselves."""
-        pool, coder, points = self._setup.pool, self._setup.coder, group.layout.extras
-        # A code that mixes queries sends all of them.
-        most = int(min(pool.spare, len(points))) if coder.systematic else len(points)
+        pool, points = self._setup.pool, group.layout.extras
+        waiting = [each for each, query in group.open_queries() if not query.request.exact_only]
+        if not waiting or not len(points):
+            return points[:0]
+        most = int(min(pool.spare, len(points)))
         redundancy = self._approximations.setting.redundancy
         if redundancy != "uncertain" or not most:
             return points[: most * (redundancy == "always")]
-        waiting = [place for place, _ in group.open_queries()]
         self._approximations.predict(group, waiting)
         doubt = np.zeros(len(group.cells))
         for place in waiting:
@@ -226,16 +193,16 @@ class Dispatcher:
         worth = np.where(places < 0, doubt.max(), doubt[places])
         return points[np.argsort(-worth, kind="stable")[: min(np.count_nonzero(worth), most)]]
 
-    def _send_own(self, lane: Lane, now: float) -> list[Group]:
+    def _send_own(self, now: float) -> list[Group]:
         """Send queries as they came, each to its own worker, and return their groups."""
         coder, pool = self._setup.coder, self._setup.pool
-        sizes, sent, left = [], [], len(lane)
-        idle, spare = self._queue.workers_for(lane, pool.idle), pool.spare
+        sizes, sent, left = [], [], len(self._queue.queries)
+        idle, spare = pool.idle, pool.spare
         while left and idle:
             sizes.append(self._size(left, min(idle, spare - len(sizes))))
             left, idle = left - sizes[-1], idle - 1
         place = 0 if self.filling is None else len(self.filling.cells)
-        for queries in self._assign(self._pop(lane, sum(sizes), now), sizes, place):
+        for queries in self._assign(self._pop(sum(sizes), now), sizes, place):
             if self.filling is None:
                 self.filling = self._new_group(coder, now)
             group = self.filling
@@ -245,20 +212,6 @@ class Dispatcher:
             if len(group.cells) == coder.num_data:
                 self.filling = None
         return sent
-
-    def _send_mixed(self, lane: Lane, now: float) -> list[Group]:
-        """Form a group of a code that mixes its queries, of as many rows as wait, and return it."""
-        num_data, number = self._setup.coder.num_data, len(lane)
-        most = self._setup.policy.max_batch_size
-        rows, columns = power_of_two(min(number // num_data, most)), min(number, num_data)
-        cells = self._assign(self._pop(lane, rows * columns, now), [rows] * columns, 0)
-        if columns == 1:
-            self._send_alone(cells[0], now)  # all coded data points would be the query
-            return []
-        group = self._new_group(self._setup.coder, now)
-        for queries in cells:
-            group.add(queries)
-        return [group]
 
     def _send_alone(
         self, queries: list[Query], now: float, avoid: Iterable[int] = (), **options: Any
@@ -280,7 +233,7 @@ class Dispatcher:
         group = Group(coder, kind, now, trial=self._random.random() < picking.PICKING.tried)
         group.batch = setup.pool.open(
             coder.num_workers,
-            needed=coder.num_data if coder.systematic else setup.enough,
+            needed=coder.num_data,
             copies=setup.policy.copies if group.alone else 1,
             at_once=at_once,
             on_change=lambda _: self._post(group),
@@ -313,15 +266,15 @@ class Dispatcher:
 
     def _assign(self, queries: list[Query], sizes: list[int], place: int) -> list[list[Query]]:
         """Distribute queries over cells of these sizes, for a group's places from `place` on."""
-        ordering, rest, begin = self._ordering, iter(queries), self._setup.clock.now()
-        if ordering is None or begin < ordering.time.next:
+        coder, rest, begin = self._setup.coder, iter(queries), self._setup.clock.now()
+        if not coder.needs_order or begin < self._ordering.next:
             return [list(itertools.islice(rest, size)) for size in sizes]
-        assigned = ordering.assign(queries, sizes, place)
-        self._setup.observe("order_seconds", ordering.time.spend(begin))
+        assigned = assign(coder, queries, sizes, place)
+        self._setup.observe("order_seconds", self._ordering.spend(begin))
         return assigned
 
-    def _pop(self, lane: Lane, number: int, now: float) -> list[Query]:
-        queries = self._queue.pop(lane, number)
+    def _pop(self, number: int, now: float) -> list[Query]:
+        queries = self._queue.pop(number)
         for request in {query.request for query in queries}:
             if math.isinf(request.sent):
                 request.sent = now

@@ -13,8 +13,6 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from ..codes import AbstractCode
-from ..codes._kept import kept_matrices
 from ..pools import AbstractPool
 from ..pools.backend import WorkerState
 
@@ -46,7 +44,6 @@ _TABLE = (
     ("request_seconds", "request_ok", "Seconds from arrival to answer.", _SECONDS),
     ("queue_seconds", "queue_seconds", "Seconds from arrival until sent to a worker.", _SECONDS),
     ("compute_seconds", "compute_seconds", "Seconds from sent until answered.", _SECONDS),
-    ("learn_seconds", "learn_seconds", "Seconds of a learning step, on its own thread.", _SECONDS),
     ("order_seconds", "order_seconds", "Seconds to order the queries of a batch.", _SHORT),
     ("encode_seconds", "encode_seconds", "Seconds to encode a group.", _SHORT),
     ("decode_seconds", "decode_seconds", "Seconds to decode a group.", _SHORT),
@@ -82,18 +79,13 @@ class Meter:
     """The measurements of one model.
 
     Attributes:
-        served: The model's pool and code; None once it is closed.
+        pool: The model's pool; None once it is closed.
         waiting: Returns the number of queries that wait to be sent.
     """
 
-    def __init__(
-        self,
-        pool: AbstractPool,
-        code: AbstractCode,
-        counts: Mapping[str, Sequence[Counter | Histogram]],
-    ):
+    def __init__(self, pool: AbstractPool, counts: Mapping[str, Sequence[Counter | Histogram]]):
         """Count by measure, in one metric or two."""
-        self.served: tuple[AbstractPool, AbstractCode] | None = pool, code
+        self.pool: AbstractPool | None = pool
         self.waiting: Callable[[], float] = lambda: 0
         self._counts = counts
         self._lock = threading.Lock()
@@ -119,17 +111,16 @@ class Meter:
 
     def close(self) -> None:
         """Let the workers and the queue go; what was counted stays."""
-        self.served, self.waiting = None, lambda: 0
+        self.pool, self.waiting = None, lambda: 0
 
-    def status(self, num_workers: int) -> dict[str, Any]:
-        """Return what the status page shows of it, for a code with this number of workers."""
+    def status(self) -> dict[str, Any]:
+        """Return what the status page shows of it."""
         with self._lock:
             recent, now = list(self._recent), time.monotonic()
         answers = {answer: int(self.read(f"query_{answer}")["total"]) for answer in ANSWERS}
         requests = {outcome: int(self.read(f"request_{outcome}")["total"]) for outcome in OUTCOMES}
         approximate, queries = answers["decoded"] + answers["predicted"], sum(answers.values())
-        expected, responded = self.read("expected_disagreement"), self.read("workers_responded")
-        few = [responded[f"{number}.0"] for number in range(1, min(num_workers, 32) + 1)]
+        expected = self.read("expected_disagreement")
         seconds = np.array([value for at, value in recent if now - at <= _RECENT])
         bins, _ = np.histogram(seconds, bins=(0, *_SECONDS, np.inf))
         shares = {"p50_ms": 0.5, "p99_ms": 0.99, "p999_ms": 0.999}
@@ -152,7 +143,6 @@ class Meter:
                 "number": len(seconds),
                 "seconds": _RECENT if len(recent) < _MOST else now - recent[0][0],
             },
-            "responded": {"counts": np.diff([0, 0, *few]).tolist()},
             "fidelity": {
                 "decoded_share": approximate / queries if queries else None,
                 "expected_disagreement": (
@@ -171,48 +161,38 @@ class Metrics(Collector):
         for name, measure, text, edges in _TABLE:
             label, _ = _LABELS.get(measure, ("", ()))
             about = f"nercc_{name}", text, ["model", label] if label else ["model"]
-            made = Histogram(*about, buckets=edges, registry=None) if edges else None
-            self._metrics.append((measure, made or Counter(*about, registry=None)))
+            made = Histogram(*about, buckets=edges, registry=registry) if edges else None
+            self._metrics.append((measure, made or Counter(*about, registry=registry)))
         registry.register(self)
 
-    def add(self, model: str, pool: AbstractPool, code: AbstractCode) -> Meter:
+    def add(self, model: str, pool: AbstractPool) -> Meter:
         """Return the meter of a model, which goes on where an earlier one of that name ended."""
         counts = collections.defaultdict[str, list[Counter | Histogram]](list)
         for measure, metric in self._metrics:
             _, values = _LABELS.get(measure, ("", ()))
             for labels in [(model, value) for value in values] or [(model,)]:
                 counts["".join((measure, *labels[1:]))].append(metric.labels(*labels))
-        self.meters[model] = Meter(pool, code, counts)
+        self.meters[model] = Meter(pool, counts)
         return self.meters[model]
 
     def collect(self) -> Iterator[Metric]:
-        def family(kind: Any, name: str, text: str, label: str = "") -> Any:
-            return kind(f"nercc_{name}", text, labels=["model", label] if label else ["model"])
+        """Yield what is not counted here: queues, and what pools report."""
+
+        def family(kind: Any, name: str, text: str, *label: str) -> Any:
+            return kind(f"nercc_{name}", text, labels=["model", *label])
 
         meters = dict(self.meters)  # models come and go
-        for _, metric in self._metrics:
-            for found in metric.collect():
-                found.samples = [s for s in found.samples if not s.name.endswith("_created")]
-                yield found
         waiting = family(GaugeMetricFamily, "queue_queries", "Queries that wait to be sent.")
         workers = family(GaugeMetricFamily, "workers", "Workers by state.", "state")
-        text = "Decoder matrices that were cached (hit) or computed (miss)."
-        lookups = family(CounterMetricFamily, "decoder_lookups", text, "result")
-        reports = {}
+        reports = {model: each.pool.report() for model, each in meters.items() if each.pool}
         for model, meter in meters.items():
             waiting.add_metric([model], meter.waiting())
-            if meter.served is not None:
-                pool, code = meter.served
-                report = reports[model] = pool.report()
-                for state in get_args(WorkerState):
-                    number = sum(worker.state == state for worker in report.workers)
-                    workers.add_metric([model, state], number)
-                if (kept := kept_matrices(code)) is not None:
-                    lookups.add_metric([model, "hit"], kept.lookups.hits)
-                    lookups.add_metric([model, "miss"], kept.lookups.misses)
-        yield from (waiting, workers, lookups)
+        for model, state in itertools.product(reports, get_args(WorkerState)):
+            number = sum(worker.state == state for worker in reports[model].workers)
+            workers.add_metric([model, state], number)
+        yield from (waiting, workers)
         for name, text, fields in _OF_POOLS:
-            found = family(CounterMetricFamily, name, text, "" if "" in fields else "result")
+            found = family(CounterMetricFamily, name, text, *(() if "" in fields else ("result",)))
             for model, value in itertools.product(reports, fields):
                 found.add_metric([model, value], getattr(reports[model], fields[value]))
             yield found

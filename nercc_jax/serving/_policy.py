@@ -60,8 +60,8 @@ class BatchingPolicy:
     """Maximum queries in one worker call, a power of two. Batches are powers of two, for which
     everything is compiled in advance; few idle workers and a long queue make large ones."""
     batch_wait_timeout_s: float = _option(0.01, ge=0, le=MAX_DEADLINE_S)
-    """Seconds until a group that is not full is sent without waiting for more queries. With a
-    systematic code only its redundancy waits."""
+    """Seconds until the redundancy of a group that is not full is sent. Queries themselves wait for
+    no others."""
     max_queue_size: int = _option(1024, ge=1, le=10**6)
     "Maximum queries that wait to be sent; more are refused."
     deadline_s: float = _option(10.0, gt=0, le=MAX_DEADLINE_S)
@@ -78,8 +78,8 @@ class BatchingPolicy:
     """Maximum share of wrong labels among the answers that are not the model's own, by a bound that
     fails with a probability of 0.25; no single one may be wrong with more than five times that
     share, or a half. Answers that are too uncertain wait for more workers, and are sent again if
-    none are left. 1, and in Python None: decode as soon as half of the redundancy is in, or, for
-    codes that mix all queries, 85 % of N. Default of a server: 0.05."""
+    none are left. 1, and in Python None: decode as soon as half of the redundancy is in. Default of
+    a server: 0.05."""
     tolerance: float | None = _option(None, gt=0, lt=float("inf"), example=0.01)
     """Largest error bar of an answer that is not the model's own, in units of the outputs (root
     mean square over a row's outputs). Outputs are `values` then; without it, all answers to values
@@ -142,32 +142,33 @@ class BatchingPolicy:
         return tuple(1 << power for power in range(self.max_batch_size.bit_length()))
 
 
-def read_outputs(
-    stated: Outputs | None,
-    tolerance: float | None,
-    max_disagreement: float | None,
-    shapes: Sequence[tuple[int, ...]],
-) -> tuple[Outputs, str]:
-    """Return how a model's outputs, of these shapes a row, are read, and why.
+def model_key(name: str, version: str) -> str:
+    """Return the key of a model's version: the name alone for version 1. Names have no slash."""
+    return name if version == "1" else f"{name}/{version}"
+
+
+def name_and_version(key: str) -> tuple[str, str]:
+    """Return the name and the version that `model_key` made a key of."""
+    name, _, version = key.partition("/")
+    return name, version or "1"
+
+
+def read_outputs(asked: Any, shapes: Sequence[tuple[int, ...]], *, floats: bool = True) -> Outputs:
+    """Return how a model's outputs, of these shapes a row, are read, by a policy or settings.
 
     Raises:
         ValueError: where a label is asked of a single number.
     """
     single = any(shape[-1:] in ((), (1,)) for shape in shapes)
-    if stated in ("logits", "probabilities") and single:
+    if asked.outputs in ("logits", "probabilities") and single:
         raise ValueError(
-            f"outputs = {stated!r}, but an output has one number a row, whose largest is always "
-            "itself: say outputs = 'values'"
+            f"outputs = {asked.outputs!r}, but an output has one number a row, whose largest is "
+            "always itself: say outputs = 'values'"
         )
-    if stated is not None:
-        return stated, "as set"
-    if single:
-        return "values", "an output has one number a row"
-    if tolerance is not None:
-        return "values", "a tolerance is set"
-    if max_disagreement is not None:
-        return "logits", "a max_disagreement is set"
-    return "values", "nothing says that they are scores of labels"
+    if asked.outputs is not None:
+        return asked.outputs
+    labels = asked.max_disagreement is not None and asked.tolerance is None
+    return "logits" if labels and floats and not single else "values"
 
 
 BatchingPolicy.__doc__ = f"{BatchingPolicy.__doc__}\n    Attributes:\n" + "".join(

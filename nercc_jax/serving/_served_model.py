@@ -28,8 +28,8 @@ from .settings import ModelSettings
 
 _LOG = logging.getLogger(__name__)
 
-# The share of resent queries above which a code is of no use.
-_MOST_RESENT = 0.9
+# What the log says of a model's status when it has started.
+_AT_START = ("code", "outputs", "pool")
 # Seconds beyond a deadline in which the batcher itself may report that it has passed, and why.
 _GRACE = 0.25
 # Seconds that are left of a deadline after preprocessing, at least: the batcher takes no less.
@@ -62,17 +62,12 @@ class ServedModel:
         The predictor is as for `CodedBatcher`.
 
         Raises:
-            ValueError: for a code where nothing can be coded (`Servable.uncodable`), or where
-                calibration shows that it cannot keep `max_disagreement` or `tolerance`.
+            ValueError: for a code where nothing can be coded (`Servable.uncodable`).
             RuntimeError: where the workers do not start.
         """
         begin, tensors = time.monotonic(), servable.outputs
-        shapes = [part.shape for part in tensors.parts]
-        limits = settings.tolerance, settings.max_disagreement
-        outputs, self._why_read = read_outputs(settings.outputs, *limits, shapes)
-        if tensors.uncodable is not None and settings.outputs is None:
-            outputs, self._why_read = "values", "they are no floats"
-        policy = settings.policy(outputs)
+        shapes, floats = [part.shape for part in tensors.parts], tensors.uncodable is None
+        policy = settings.policy(read_outputs(settings, shapes, floats=floats))
         if code.num_data == 1:
             self.uncoded = servable.uncodable or f"it is served by {type(code).__name__}"
         elif servable.uncodable is not None:
@@ -86,16 +81,6 @@ class ServedModel:
                 dtype, model = settings.worker_dtype, servable.model
                 accuracy, x = policy.accuracy, x() if callable(x) else x
                 decoding = calibrate_decoding(self._coder, model, x, accuracy, worker_dtype=dtype)
-            again = decoding.resent(code.num_data) if decoding.calibrated else 0.0
-            if not self._coder.systematic and accuracy.promises and again > _MOST_RESENT:
-                asked = f"max_disagreement {accuracy.max_disagreement}"
-                if accuracy.tolerance is not None:
-                    asked = f"tolerance {accuracy.tolerance}"
-                raise ValueError(
-                    f"{asked}: with this code and calibration data {100 * again:.0f} % of the "
-                    "queries would be sent twice; allow more, use interleaved points, or a tuned "
-                    "code (`nercc tune`)"
-                )
         with contextlib.ExitStack() as undo:  # where the batcher does not start
             with log_phase("starting workers", servable.name):
                 inputs, sizes = servable.queries, policy.batch_sizes
@@ -109,7 +94,7 @@ class ServedModel:
                     hang_timeout=settings.hang_timeout_s,
                 )
                 undo.callback(self.pool.close)
-            self.meter = metrics.add(servable.key, self.pool, code)
+            self.meter = metrics.add(servable.key, self.pool)
             with log_phase("compiling", servable.name):
                 self._batcher = CodedBatcher(
                     self.pool,
@@ -127,18 +112,9 @@ class ServedModel:
                 self._preprocessing = Preprocessing(servable, sizes) if prepares else None
             undo.pop_all()
         self.meter.waiting = lambda: self._batcher.waiting
-        about = {
-            "model": servable.name,
-            "code": type(code).__name__,
-            "num_data": code.num_data,
-            "num_workers": code.num_workers,
-            "uncoded": self.uncoded,
-            "outputs": self.outputs(),
-            "pool": settings.pool,
-            "workers": self.pool.num_workers,
-            "seconds": round(time.monotonic() - begin, 3),
-        }
-        _LOG.info("model is ready", extra=about)
+        about = {name: status for name, status in self.status().items() if name in _AT_START}
+        about |= {"uncoded": self.uncoded, "seconds": round(time.monotonic() - begin, 3)}
+        _LOG.info("model is ready", extra={"model": servable.name, **about})
 
     async def infer(
         self,
@@ -161,7 +137,7 @@ class ServedModel:
             begin = time.monotonic()
             try:
                 async with asyncio.timeout(deadline):
-                    queries = await self._preprocessing.run(queries)
+                    queries = await asyncio.to_thread(self._preprocessing, queries)
             except TimeoutError as error:
                 self.count("request_deadline")
                 raise DeadlineExceeded(f"not preprocessed within {deadline:g} s") from error
@@ -189,11 +165,6 @@ class ServedModel:
         """The number of requests without a reply."""
         return self._batcher.in_flight
 
-    def outputs(self) -> dict[str, str]:
-        """Return how outputs are read, as scores or as values, and why."""
-        values = self._batcher.policy.outputs == "values"
-        return {"read_as": "values" if values else "scores", "why": self._why_read}
-
     def health(self) -> Health:
         """Return whether it is alive, and would answer a query now."""
         return self._batcher.health()
@@ -202,7 +173,7 @@ class ServedModel:
         """Return the model's part of the server's status."""
         batcher, coder, pool = self._batcher, self._coder, self.pool
         health, report, policy = batcher.health(), pool.report(), batcher.policy
-        adapted, counted = batcher.status(), self.meter.status(coder.num_workers)
+        adapted, counted = batcher.status(), self.meter.status()
         audited = adapted["audited"]
         missed = "disagreement" if policy.tolerance is None else "beyond_bar"
         if policy.tolerance is not None:
@@ -216,16 +187,15 @@ class ServedModel:
         # Why things are not as they should be, and why nothing is coded or decoded.
         few = f"{pool.num_workers} workers for {coder.num_workers} coded data points of a group"
         saturated = "the pool is saturated: queries wait for a worker, none is spare for codes"
-        overdue = all(worker.state == "overdue" for worker in report.workers)
         errors = f"the pool had {report.internal_errors} errors of its own: see the log"
         hints = (
             (health.trouble is not None, health.trouble),
-            (overdue, f"all {pool.num_workers} workers are overdue"),
             (report.internal_errors, errors),
             (batcher.waiting and not pool.idle, saturated),
             (self.servable.uncodable, f"nothing is coded: {self.servable.uncodable}"),
             (pool.num_workers < coder.num_workers, few),
         )
+        values = policy.outputs == "values"
         return {
             "name": self.servable.key,
             "health": dataclasses.asdict(health),
@@ -235,7 +205,7 @@ class ServedModel:
                 "num_data": coder.num_data,
                 "num_workers": coder.num_workers,
             },
-            "outputs": self.outputs(),
+            "outputs": "values" if values else "scores",
             "policy": adapted["policy"],
             "predictor": adapted["predictor"],
             "checks": adapted["checks"],
@@ -255,8 +225,6 @@ class ServedModel:
     def close(self, drain: float) -> None:
         """Answer what was accepted for up to `drain` seconds; then end the workers."""
         self._batcher.close(drain)
-        if self._preprocessing is not None:
-            self._preprocessing.close()
         self.pool.close()
         self.meter.close()
 

@@ -1,6 +1,5 @@
 """A span of OpenTelemetry for each request, made where requests come in."""
 
-import dataclasses
 import importlib
 import logging
 import os
@@ -13,19 +12,8 @@ from .core._request import Reply
 _LOG = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass
-class RequestTrace:
-    """A request that has a `span`."""
-
-    model: str
-    span: Any
-    id: str = ""
-    error: str | None = None
-    reply: Reply | None = None
-
-
 class RequestSpans:
-    """Starts a span for each request, and ends it with what is known. It never fails a request."""
+    """Starts and ends a span for each request. It never fails a request."""
 
     def __init__(self, provider: Any = None):
         """Make spans by a provider of OpenTelemetry's SDK; none without it."""
@@ -36,32 +24,35 @@ class RequestSpans:
             self._tracer, self._api = provider.get_tracer("nercc_jax"), trace
             self._extract = propagate.extract
 
-    def start(self, model: str, headers: Callable[[], Mapping[str, str]]) -> RequestTrace | None:
-        """Start a span, within the one that `headers()` name; None where it is not sampled."""
+    def start(self, model: str, headers: Callable[[], Mapping[str, str]]) -> Any:
+        """Return a span within the one that `headers()` name; None where it is not sampled."""
         if self._tracer is None:
             return None
         try:
             about = {"kind": self._api.SpanKind.SERVER, "start_time": time.time_ns()}
             span = self._tracer.start_span(f"infer {model}", self._extract(headers()), **about)
-        except Exception:
+        except Exception:  # of a sampler, say
             _LOG.exception("a request is not traced")
             return None
-        return RequestTrace(model, span) if span.is_recording() else None
+        span.set_attribute("nercc.model", model)
+        return span if span.is_recording() else None
 
-    def end(self, trace: RequestTrace, outcome: str) -> None:
-        """End a request's span."""
-        fields: dict[str, Any] = {"id": trace.id, "model": trace.model, "outcome": outcome}
-        try:
-            if (reply := trace.reply) is not None:
-                fields |= {"queue_ms": round(1e3 * reply.queued, 3), "answers": reply.sources()}
-                fields |= {"asked": reply.asked.tolist(), "responded": reply.responded.tolist()}
-            fields |= {} if trace.error is None else {"error": trace.error}
-            trace.span.set_attributes({f"nercc.{name}": each for name, each in fields.items()})
-            if trace.error is not None:
-                trace.span.set_status(self._api.StatusCode.ERROR, trace.error)
-            trace.span.end()
-        except Exception:
-            _LOG.exception("a request is not reported")
+    def end(self, span: Any, outcome: str, error: BaseException | None = None) -> None:
+        span.set_attribute("nercc.outcome", outcome)
+        if error is not None:
+            why = str(error) or type(error).__name__
+            span.set_attribute("nercc.error", why)
+            span.set_status(self._api.StatusCode.ERROR, why)
+        span.end()
+
+
+def describe_reply(span: Any, id: str, reply: Reply | None = None) -> None:
+    """Add what is known of a request's reply to its span."""
+    found: dict[str, Any] = {"id": id}
+    if reply is not None:
+        found |= {"queue_ms": round(1e3 * reply.queued, 3), "answers": reply.sources()}
+        found |= {"asked": reply.asked.tolist(), "responded": reply.responded.tolist()}
+    span.set_attributes({f"nercc.{name}": each for name, each in found.items()})
 
 
 def provider_from_environment() -> Any:

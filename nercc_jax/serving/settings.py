@@ -13,14 +13,23 @@ from them. Fields of `BatchingPolicy` are a model's settings, too, and described
 """
 
 import dataclasses
+import json
 import os
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -29,11 +38,68 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from ._policy import MAX_DEADLINE_S, BatchingPolicy, Outputs, texts_of
-from ._settings_text import Datatypes, Faults, PortOrNone, Shapes, Table, to_toml
+from ._policy import MAX_DEADLINE_S, BatchingPolicy, Outputs, model_key, texts_of
 
 DAY_S = 86_400.0
 _setting: Any = Field  # so that a type checker sees that each setting has a default
+
+# Settings as text, from a flag or a variable, where a file has tables and lists.
+
+
+def _read_text(value: Any) -> Any:
+    """Return a list or a table that may be written as in TOML, with or without its brackets.
+
+    That is 28, 28, 1 or num_gpus = 0.5.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]  # pydantic's reading of a variable whose text is one number
+    if not isinstance(value, str):
+        return value
+    text, pair = value.strip(), "{}" if "=" in value else "[]"
+    try:
+        text = text if text.startswith(tuple("{[")) else text.join(pair)
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(
+            f"28, 28, 1 or a table as in TOML is needed, {{num_gpus = 0.5}}, not {value!r}"
+        ) from error
+
+
+def _read_shape(value: Any) -> Any:
+    """Return the shape of one input, or of several by name: image = [28, 28, 1], meta = [4]."""
+    value = _read_text(value)
+    if isinstance(value, Mapping):
+        return {name: _read_shape(each) for name, each in value.items()}
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not all(type(n) is int and n > 0 for n in value):
+        raise ValueError(f"positive numbers are needed, 28, 28, 1, not {value!r}")
+    return tuple(value)
+
+
+def _read_faults(value: Any) -> Any:
+    """Return a table of faults, which is checked where there are any."""
+    table = _read_text(value)
+    if not table or not isinstance(table, Mapping):
+        return table
+    from ..pools.options import check_faults  # late: it takes JAX
+
+    return check_faults(table)
+
+
+Shapes: TypeAlias = Annotated[
+    tuple[int, ...] | dict[str, tuple[int, ...]] | None, BeforeValidator(_read_shape)
+]
+Datatypes: TypeAlias = Annotated[
+    str | dict[str, str] | None,
+    BeforeValidator(lambda value: _read_text(value) if "=" in str(value) else value),
+]
+Table = BeforeValidator(_read_text)
+Faults = BeforeValidator(_read_faults)
+# TOML has no null, and the environment has only strings.
+PortOrNone: TypeAlias = Annotated[
+    int | None, BeforeValidator(lambda value: None if value == "none" else value)
+]
 
 
 class _OwnSettings(BaseModel):
@@ -62,10 +128,10 @@ class _OwnSettings(BaseModel):
     weights: Path | None = _setting(None, examples=["weights.npz"])
     "Weights passed to module:name, which makes the model: a path, or hf:."
     input_shape: Shapes = _setting(None, examples=[[28, 28, 1]])
-    """Shape of one query without the batch axis, 28,28,1; of several inputs by name,
-    image=28,28,1,meta=4 (default: that of the inputs)."""
+    """Shape of one query without the batch axis, 28,28,1; of several inputs a TOML table,
+    {image = [28, 28, 1], meta = [4]} (default: that of the inputs)."""
     input_datatype: Datatypes = _setting(None, examples=["INT64"])
-    """Datatype of the inputs, INT64, or by name, ids=INT64,mask=BOOL (default: FP32). Others than
+    """Datatype of the inputs, INT64, or a TOML table, {ids = 'INT64'} (default: FP32). Others than
     FP32 are served uncoded, unless preprocess makes floats of them."""
     preprocess: str | None = _setting(None, examples=["images:prepare"])
     """Function module:function that turns a batch of inputs, such as bytes of images, into the
@@ -81,7 +147,7 @@ class _OwnSettings(BaseModel):
     "K: queries coded together."
     num_workers: int = _setting(8, ge=1, le=10_000)
     "N: coded data points of K queries."
-    points: Literal["interleaved", "repeated", "chebyshev", "uniform"] = "interleaved"
+    points: Literal["interleaved", "repeated"] = "interleaved"
     "Layout of the regression points."
     code: Path | None = _setting(None, examples=["code.json"])
     "File of a code that `nercc tune` wrote, instead of the settings above."
@@ -143,11 +209,8 @@ class ModelSettings(_AllSettings):
 
     @property
     def key(self) -> str:
-        """The name and the version, by which the server keeps its models: see `model_key`.
-
-        Written out, since settings are read before JAX is imported.
-        """
-        return self.served_name if self.version == 1 else f"{self.served_name}/{self.version}"
+        """The name and the version, by which the server keeps its models."""
+        return model_key(self.served_name, str(self.version))
 
     @property
     def served_name(self) -> str:
@@ -239,8 +302,7 @@ class ServerSettings(BaseSettings):
         """
         if self.token_file is None:
             return frozenset()
-        lines = _read(self.token_file).splitlines()
-        found = frozenset(filter(None, map(bytes.strip, lines)))
+        found = frozenset(filter(None, map(bytes.strip, _content(self.token_file).splitlines())))
         if not found:
             raise ValueError(f"{self.token_file} has no token")
         return found
@@ -251,15 +313,12 @@ class ServerSettings(BaseSettings):
         Raises:
             ValueError: where the file is missing, or has no key.
         """
-        if self.tls_certificate is None:
-            return None
-        found = _read(self.tls_certificate)
-        for needed in (b"PRIVATE KEY", b"CERTIFICATE"):
-            if needed + b"-----" not in found:
-                raise ValueError(
-                    f"{self.tls_certificate} has no {needed.decode()}: one file has the key, the "
-                    "certificate and its chain (cat tls.key tls.crt > tls.pem)"
-                )
+        found = None if self.tls_certificate is None else _content(self.tls_certificate)
+        if found is not None and not (b"PRIVATE KEY-----" in found and b"CERTIFICATE--" in found):
+            raise ValueError(
+                f"{self.tls_certificate} needs the key, the certificate and its chain "
+                "(cat tls.key tls.crt > tls.pem)"
+            )
         return found
 
     @classmethod
@@ -304,7 +363,7 @@ for _kind, _described in (
         _kind.model_fields[_name].description = _text
 
 
-def _read(file: Path) -> bytes:
+def _content(file: Path) -> bytes:
     """Return a file's content. Raises ValueError where there is none."""
     try:
         return file.read_bytes()
@@ -378,3 +437,14 @@ def as_toml(server: ServerSettings, models: Sequence[ModelSettings]) -> str:
         head + "\n".join(f"{k} = {to_toml(v)}" for k, v in values.items() if v is not None)
         for head, values in tables
     )
+
+
+def to_toml(value: Any) -> str:
+    """Return a value as TOML has it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {to_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(to_toml, value)) + "]"
+    if isinstance(value, str | Path):
+        return json.dumps(str(value), ensure_ascii=False)
+    return str(value).lower()  # numbers, infinity and booleans

@@ -26,7 +26,6 @@ class Picking:
         at_once: Copies of a straggler's query that go out together, at most.
         every: Queries between two decisions.
         measured: Requests that a measurement needs.
-        measured_late: Stragglers' queries that a measurement needs.
         p999: Quantiles between which latencies are averaged: p99.9 by itself jumps where one query
             in a thousand straggles twice.
         p99: The same for p99.
@@ -58,7 +57,6 @@ class Picking:
     at_once: int = 2
     every: int = 500
     measured: int = 1000
-    measured_late: int = 20
     p999: tuple[float, float] = (0.998, 0.9998)
     p99: tuple[float, float] = (0.99, 0.999)
     same: float = 0.03

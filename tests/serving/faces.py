@@ -13,7 +13,7 @@ import numpy as np
 from conftest import require
 
 httpx, grpc = require("httpx", "serve-test"), require("grpc", "serve-test")
-require("fastapi", "serve")
+require("starlette", "serve")
 
 from google.protobuf.message_factory import GetMessageClass
 

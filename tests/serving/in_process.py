@@ -16,7 +16,7 @@ from conftest import require
 from nercc_server import ENDS, patience
 
 grpc, httpx = require("grpc", "serve-test"), require("httpx", "serve-test")
-require("fastapi", "serve")
+require("starlette", "serve")
 
 from prometheus_client import CollectorRegistry
 
@@ -77,9 +77,6 @@ class Doubles(ServedModel):
 
     def status(self):
         return {"name": "digits"}
-
-    def outputs(self):
-        return {"read_as": "scores", "why": "as set"}
 
     def close(self, drain):
         self.closed = True

@@ -16,7 +16,7 @@ from conftest import require
 from nercc_server import Server
 from pages import blocks
 
-require("fastapi", "serve")
+require("starlette", "serve")
 
 from nercc_jax import Berrut
 from nercc_jax.serving import ModelSettings, Predictor, ServerSettings, make_servable, make_server
@@ -32,6 +32,9 @@ def test_examples_run(example):
     assert runner.failures == 0, "".join(report)
 
 
+BACC = Berrut(2, 3, points="interleaved")
+
+
 def started(server):
     """Returns the server's only model, started."""
     (start,) = server.starts.values()
@@ -40,7 +43,7 @@ def started(server):
 
 def test_a_code_has_as_many_workers_as_it_needs():
     settings = ModelSettings(deadline_s=5, outputs="logits")
-    model = started(make_server(jnp.tanh, Berrut(2, 3), (3,), settings=settings))
+    model = started(make_server(jnp.tanh, BACC, (3,), settings=settings))
     try:
         assert model.pool.num_workers == 3
         assert (model.uncoded, model.settings.deadline_s) == (None, 5)
@@ -71,7 +74,7 @@ def test_a_start_that_fails_says_so():
     with pytest.raises(ValueError, match="no weights"):
         make_server(fails, None, (3,))
     free_port = ServerSettings(http_port=0, grpc_port=None)
-    server = make_server(jnp.tanh, Berrut(2, 3), (3,), server_settings=free_port)
+    server = make_server(jnp.tanh, BACC, (3,), server_settings=free_port)
     server.starts["model"] = lambda: fails(None)
     with pytest.raises(RuntimeError, match="no weights"), server:
         raise AssertionError("it is not ready")

@@ -12,7 +12,7 @@ from conftest import require
 
 resource = pytest.importorskip("resource")
 httpx = require("httpx", "serve-test")
-require("fastapi", "serve")
+require("starlette", "serve")
 
 import psutil
 from attack import ask, attacking, bodies, post

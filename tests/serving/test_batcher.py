@@ -70,30 +70,6 @@ def test_answers_are_the_models_own_and_in_order(name):
             assert (reply.expected_disagreement == 0).all()
 
 
-@pytest.mark.parametrize("code", [NeRCC(4, 8), Berrut(4, 7)], ids=["NeRCC", "BACC"])
-def test_full_groups_are_what_the_code_makes_of_them(code):
-    """All coded data points mix queries: the reply is the code's own encode and decode."""
-    sim = Simulated(code)
-    reply = sim.answer(x := queries(4))
-    responded = int(reply.responded[0])
-
-    def by_hand(order):
-        """The code sees queries at the alphas where the batcher puts them, by its own order."""
-        placed = np.empty_like(x)
-        placed[list(order)] = x
-        return np.asarray(code.decode(model(np.asarray(code.encode(placed))), mask))[list(order)]
-
-    mask = np.arange(code.num_workers) < responded  # of the same time, in turn
-    assert not reply.exact.any()
-    assert (reply.asked == code.num_workers).all()
-    found = map(by_hand, itertools.permutations(range(4)))
-    assert min(np.abs(each - reply.values).max() for each in found) < 1e-4
-    # One by itself needs no code: it goes to one worker, and is exact.
-    single = sim.answer(x[:1])
-    assert single.exact.all()
-    np.testing.assert_allclose(single.values, model(x[:1]), atol=1e-6)
-
-
 def decoded_by_hand(x, missing):
     """What decoding `missing` from all others gives, by the code's own methods.
 
@@ -136,15 +112,14 @@ def test_a_straggler_is_decoded_from_the_others(number):
 def test_queries_of_another_scale_are_coded_with_none(factor):
     """Before, they were part of the group, of which little else was left."""
     sim = Simulated(INTERLEAVED, straggler_threshold=THRESHOLD)
-    x = queries(3)
-    sim.hold(x[1])
-    odd = sim.submit(factor * queries(1, seed=7))
-    reply = sim.answer(x)
-    assert reply.exact.tolist() == [True, False, True]
-    assert reply.asked[1] == 2 * 3  # and not of four queries
-    assert sim.result(odd).exact.all()
+    x = queries(4)
+    sim.hold(x[1], calls=1)
+    assert sim.answer(x).exact.tolist() == [True, False, True, True]
+    sim.hold(x[1], calls=1)
     x[0] *= factor
-    assert sim.answer(x).exact.all(), "one of a request is enough"
+    reply = sim.answer(x)
+    assert reply.exact.all()
+    assert reply.asked[1] == 1
 
 
 @pytest.mark.parametrize(
@@ -178,11 +153,11 @@ def test_only_what_is_expected_to_be_right_is_decoded(outputs, limit, decoded):
 
 
 def of_two_kinds(even, odd):
-    """16 queries, much alike: the even ones with about this margin, the odd ones with the other."""
+    """8 queries, much alike: the even ones with about this margin, the odd ones with the other."""
     some = queries(400, seed=7)
     first, second = np.sort(model(some), axis=1)[:, :-3:-1].T
-    noise = 1e-3 * np.random.default_rng(8).normal(size=(16, *SHAPE))
-    kinds = some[[np.argmin(np.abs(first - second - margin)) for margin in (even, odd)] * 8]
+    noise = 1e-3 * np.random.default_rng(8).normal(size=(8, *SHAPE))
+    kinds = some[[np.argmin(np.abs(first - second - margin)) for margin in (even, odd)] * 4]
     return (kinds + noise).astype(np.float32)
 
 
@@ -191,11 +166,11 @@ def test_each_query_is_judged_by_itself():
     x = of_two_kinds(2.0, 0.0)
     policy = {"max_disagreement": 0.1, "max_batch_size": 2}
     sim = Simulated(
-        INTERLEAVED, workers=8, straggler_threshold=THRESHOLD, decoding=by_margin, **policy
+        INTERLEAVED, workers=4, straggler_threshold=THRESHOLD, decoding=by_margin, **policy
     )
     sim.hold(x[2], calls=1)
     reply = sim.answer(x)
-    assert reply.exact[np.arange(16) != 2].all()
+    assert reply.exact[np.arange(8) != 2].all()
     assert not reply.exact[2], "what is sure is not sent again"
     assert 0 < reply.expected_disagreement[2] < 0.5
     (again,) = np.flatnonzero(reply.reexecuted)
@@ -218,24 +193,6 @@ def test_what_cannot_be_decoded_is_sent_again(code, number, more):
     x = queries(number)
     sim.hold(x[0], calls=code.num_workers // number)
     assert sim.answer(x).exact.all()
-
-
-def test_alike_queries_are_coded_together():
-    """Of two kinds that come four by four, groups of one kind are decoded well, mixed ones badly.
-
-    As they come, a group has one query of each four.
-    """
-    kinds = np.repeat([[2.0], [-2.0]], 6, axis=1).astype(np.float32)
-    x = np.tile(np.repeat(kinds, 4, axis=0), (2, 1)) + 1e-2 * queries(16)
-    code = NeRCC(4, 8)
-    sim = Simulated(code, workers=8, warm=False, max_batch_size=4)
-    reply = sim.answer(x)
-    assert not reply.exact.any()
-    assert sim.observed["order_seconds"] == 1
-    as_they_come = x.reshape(4, 4, -1).swapaxes(0, 1)
-    coded = model(np.stack([np.asarray(code.encode(each)) for each in as_they_come]))
-    mixed = [np.asarray(code.decode(each, np.ones(8, bool))) for each in coded]
-    assert np.abs(reply.values - model(x)).max() < 0.05 < np.abs(mixed - model(as_they_come)).max()
 
 
 def test_without_hedging_a_straggler_is_waited_for():
@@ -441,39 +398,30 @@ def requested(x):
     return Request(np.asarray(x, np.float32), np.zeros((len(x), 2)), 0.0, 1.0, False).queries
 
 
-def arranger(code=INTERLEAVED, shape=(3,), rows=4):
-    return _dispatch.QueryOrdering(Coder(code), shape, rows)
-
-
-def test_the_path_is_the_shortest_there_is_and_compiled_beforehand():
-    """Of points on a line it is their own order, this way or that; of more than a group's, by
-    stretches."""
-    ready = arranger(rows=2)
-    programs = _dispatch._path_through._cache_size()
+def test_the_path_is_the_shortest_there_is_of_points_on_a_line():
+    """It is their own order, this way or that; of more than 64, by stretches."""
     for number in range(1, 9):
         x = np.random.default_rng(number).permutation(number)[:, None] * np.ones((1, 3))
-        order = ready.path(list(x.astype(np.float32)))
+        order = _dispatch.short_path(list(x.astype(np.float32)))
         assert sorted(order) == list(range(number))
         assert (np.abs(np.diff(x[order, 0])) == 1).all()
-    order = ready.path(list(np.random.default_rng(2).normal(size=(20, 3)).astype(np.float32)))
-    for first in (0, 8, 16):
-        stretch = order[first : first + 8]
+    order = _dispatch.short_path(list(np.random.default_rng(2).normal(size=(150, 3))))
+    for first in (0, 64, 128):
+        stretch = order[first : first + 64]
         assert sorted(stretch) == list(range(first, first + len(stretch)))
-    assert _dispatch._path_through._cache_size() == programs
-    assert ready.assign([], [], 0) == []
+    assert _dispatch.assign(Coder(INTERLEAVED), [], [], 0) == []
 
 
 @pytest.mark.parametrize(
-    "code", [INTERLEAVED, NeRCC(5, 7), Berrut(4, 7)], ids=["interleaved", "Chebyshev", "BACC"]
+    "code", [INTERLEAVED, Berrut(5, 7, points="interleaved")], ids=["interleaved", "BACC"]
 )
 def test_rows_of_groups_lie_along_the_curve(code):
     """Numbers in a row increase or decrease with the alphas that they stand at."""
     coder = Coder(code)
     count = 4 * code.num_data
     x = np.random.default_rng(0).permutation(count)
-    dealt = _dispatch.QueryOrdering(coder, (2,), 4).assign(
-        requested(x[:, None] * np.ones((1, 2))), [4] * code.num_data, 0
-    )
+    asked = requested(x[:, None] * np.ones((1, 2)))
+    dealt = _dispatch.assign(coder, asked, [4] * code.num_data, 0)
     assert [len(cell) for cell in dealt] == [4] * code.num_data
     values = np.array([[query.x[0] for query in cell] for cell in dealt])
     assert sorted(values.ravel()) == list(range(count))
@@ -483,25 +431,24 @@ def test_rows_of_groups_lie_along_the_curve(code):
 
 
 def test_queries_whose_projection_overflows_are_dealt_like_others():
-    """They come last in the path, among what fills it up; none is lost, and none is there twice."""
-    ready = arranger(shape=(300,))
+    """None is lost, and none is there twice."""
     for number in (3, 5, 9, 16):
         x = np.random.default_rng(number).normal(size=(number, 300))
         x[::2] = 3e38
-        cells = ready.assign(requested(x), [1] * number, 0)
+        cells = _dispatch.assign(Coder(INTERLEAVED), requested(x), [1] * number, 0)
         assert sorted(query.place for (query,) in cells) == list(range(number))
 
 
 @pytest.mark.parametrize(("share", "again"), [(1e-3, False), (1.0, True)])
 def test_ordering_takes_no_more_than_its_share_of_the_time(share, again, monkeypatch):
     """What comes soon after an ordering that took long goes out as it comes."""
-    assign = _dispatch.QueryOrdering.assign
+    assign = _dispatch.assign
 
     def slow(*args):
         time.sleep(0.05)
         return assign(*args)
 
-    monkeypatch.setattr(_dispatch.QueryOrdering, "assign", slow)
+    monkeypatch.setattr(_dispatch, "assign", slow)
     monkeypatch.setattr(_dispatch, "_OF_THE_TIME", share)
     with serving(INTERLEAVED, workers=8) as batcher:
         for _ in range(2):

@@ -62,7 +62,7 @@ def shaky(x):
 
 @pytest.fixture
 def server(tmp_path):
-    require("fastapi", "serve")
+    require("starlette", "serve")
     from nercc_server import Server
 
     (tmp_path / "chaos.py").write_text(MODEL)
@@ -332,7 +332,7 @@ class Load(Chaos):
 
 
 def test_trouble_under_full_load(tmp_path):
-    require("fastapi", "serve")
+    require("starlette", "serve")
     require("ray", "ray")
     from nercc_server import Server
 

@@ -12,7 +12,7 @@ from nercc_server import ENDS, running
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
-require("fastapi", "serve")
+require("starlette", "serve")
 require("tritonclient", "serve-test")
 
 pytestmark = pytest.mark.slow
@@ -115,22 +115,15 @@ def test_triton_learns_what_there_is(triton):
     assert (about["inputs"][0]["name"], shape) == ("input", [-1, 4])
 
 
-REASONS = [
-    ({"name": "images"}, 400, "takes one input 'input'"),
-    ({"x": np.full((2, 4), np.nan)}, 400, "queries [0, 1] are not finite"),
-    ({"model": "nothing"}, 404, "nothing"),
-    ({"model": "slow", "parameters": {"nercc_deadline_ms": 50}}, 504, "within 0.05 s"),
-    ({"parameters": {"nercc_exact": "yes"}}, 400, "must be a boolean"),
-    ({"x": np.zeros((101, 4)), "model": "slow"}, 413, "holds 100"),
-]
-
-
 @pytest.mark.parametrize(
     ("options", "status", "words"),
     [
-        *REASONS,
-        ({"model": "slow", "timeout": 50_000}, 504, "within 0.05 s"),
-        ({"parameters": {"nercc_deadline_ms": -50.5}}, 400, "must be a positive number"),
+        ({"name": "images"}, 400, "takes one input 'input'"),
+        ({"x": np.full((2, 4), np.nan)}, 400, "queries [0, 1] are not finite"),
+        ({"model": "nothing"}, 404, "nothing"),
+        ({"model": "slow", "parameters": {"nercc_deadline_ms": 50}}, 504, "within 0.05 s"),
+        ({"parameters": {"nercc_exact": "yes"}}, 400, "must be a boolean"),
+        ({"x": np.zeros((101, 4)), "model": "slow"}, 413, "holds 100"),
     ],
 )
 def test_triton_gets_the_reason(triton, options, status, words):
@@ -208,19 +201,6 @@ def test_kserve_learns_what_is_ready(kserve):
         assert kserve.ask(*call) is True
 
 
-@pytest.mark.parametrize(("options", "status", "words"), REASONS)
-def test_kserve_gets_the_reason(kserve, options, status, words):
-    given = {"x": numbers(2)} | options
-    with pytest.raises((httpx.HTTPStatusError, grpc.RpcError)) as error:
-        kserve(**given)
-    if kserve.face == "rest":
-        assert error.value.response.status_code == status
-        assert words in error.value.response.json()["error"]
-    else:
-        assert error.value.code().name == CODES[status]
-        assert words in error.value.details()
-
-
 # What a coded server adds.
 
 
@@ -247,8 +227,3 @@ def test_answers_say_what_they_rest_on(server):
     assert counted["reexecutions"] >= reexecuted
     assert server.count("queries_total", model="rack", answer="decoded") == before + decoded
     assert min(counted["stragglers"], counted["groups"]) > 0
-    lookups = (
-        server.count("decoder_lookups_total", model="rack", result=r) for r in ("hit", "miss")
-    )
-    assert all(lookups), "one rack straggles: its straggler set comes again"
-    assert sum(server.status("rack")["responded"]["counts"]) > 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from batching import EXTRAS, INTERLEAVED, OWN
 
-from nercc_jax import NeRCC, Uncoded
+from nercc_jax import Uncoded
 from nercc_jax.pools import Overdue
 from nercc_jax.risk import Accuracy, Risk
 from nercc_jax.serving import BatchingPolicy, Coder
@@ -28,8 +28,7 @@ from nercc_jax.stragglers import picking
 
 NOW, LIMIT = 100.0, 1.0
 SOON = NOW - LIMIT / 2  # when what is in time was sent: it is late half a limit from now
-CODER, MIXED, ALONE = Coder(INTERLEAVED), Coder(NeRCC(4, 8)), Coder(Uncoded(1))
-ENOUGH = 6
+CODER, ALONE = Coder(INTERLEAVED), Coder(Uncoded(1))
 KNOWN = Risk(Accuracy(max_disagreement=0.1), needs_evidence=False)
 UNKNOWN = Risk(Accuracy(max_disagreement=0.1), needs_evidence=True)
 ANY = Risk(Accuracy(), needs_evidence=False)
@@ -42,23 +41,22 @@ SURE, DECODED, UNSURE, DOUBTED = (
 FIRST = (0, 0)
 
 
-def of(late=(0,), failed=(), open=(0,), extras=EXTRAS, estimates=(), copied=False, **more):
+def of(
+    late=(0,), failed=(), open=(0,), extras=EXTRAS, estimates=(), copied=False, exact=False, **more
+):
     """A full group whose queries in `open` are not answered: in time, or late, or failed.
 
     All others are, and the redundancy in `extras`, which is in time if it is not answered.
     """
-    coder = more.pop("coder", CODER)
     sent_at, answered = np.full(8, SOON), np.zeros(8, bool)
     answered[[OWN[each] for each in range(4) if each not in open]] = True
     answered[[*extras]] = True
     sent_at[[OWN[each] for each in late]] = 0.0
     failed_points = np.isin(np.arange(8), [OWN[each] for each in failed])
-    queries = tuple(QueryView((each, 0), copied, tuple(estimates)) for each in open)
+    queries = tuple(QueryView((each, 0), copied, exact, tuple(estimates)) for each in open)
     own = tuple(np.array([point]) for point in OWN)
-    if coder is MIXED:
-        own = (np.array([], int),) * 4
     parts = sent_at, answered, failed_points, queries
-    return GroupView(coder, own, *parts, LIMIT, median=0.8, **more)
+    return GroupView(CODER, own, *parts, LIMIT, median=0.8, **more)
 
 
 def alone(failed):
@@ -129,7 +127,7 @@ TABLE = {
     "but once only": (of(looked=SOURCES, copied=True), known(), PROMISE, [NEVER]),
     "each query is judged by itself": (
         of(late=(0, 1), open=(0, 1), looked=SOURCES)._replace(
-            queries=(QueryView(FIRST, False, (DECODED,)), QueryView((1, 0), False, (DOUBTED,)))
+            queries=(QueryView(FIRST, answers=(DECODED,)), QueryView((1, 0), answers=(DOUBTED,)))
         ),
         known(),
         PROMISE,
@@ -154,6 +152,12 @@ TABLE = {
         BatchingPolicy(outputs="values"),
         AGAIN,
     ),
+    "an exact query in a group waits for no others": (
+        of(late=(0,), open=(0, 1), exact=True, estimates=[SURE, DECODED], looked=SOURCES),
+        known(predicts=True),
+        PROMISE,
+        [Copy([FIRST], 1), THEN],
+    ),
     "without a promise the number of answers decides": (
         of(extras=EXTRAS[:3]),
         known(ANY),
@@ -166,12 +170,6 @@ TABLE = {
         known(),
         PROMISE,
         AGAIN,
-    ),
-    "a code that mixes all queries waits for enough answers": (
-        of(late=(), open=(0, 1, 2, 3), extras=EXTRAS, coder=MIXED),
-        known(ANY),
-        NOTHING,
-        [THEN],
     ),
     "without hedging, stragglers are waited for": (
         of(looked=SOURCES),
@@ -206,4 +204,4 @@ TABLE = {
 @pytest.mark.parametrize("sentence", TABLE)
 def test_decisions(sentence):
     group, evidence, policy, expected = TABLE[sentence]
-    assert decide(group, NOW, evidence, policy, ENOUGH) == expected
+    assert decide(group, NOW, evidence, policy) == expected

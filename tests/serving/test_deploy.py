@@ -31,7 +31,7 @@ def bare(monkeypatch):
     for name in [name for name in os.environ if name.startswith("NERCC_")]:
         if name != "NERCC_REQUIRE_EXTRAS":
             monkeypatch.delenv(name)
-    require("fastapi", "serve")
+    require("starlette", "serve")
     require("pydantic_settings", "serve")
 
 

@@ -21,14 +21,12 @@ FINE = Health(True, True)
     ("workers", "starting", "alarm", "ready", "message"),
     [
         (8, 0, None, True, None),
-        (8, 4, None, True, None),
-        (8, 5, None, False, "3 of 8 workers are ready, and a group needs answers of 4"),
+        (8, 7, None, True, None),
         (8, 8, None, False, "none of 8 workers is ready"),
-        (3, 2, None, True, None),  # each runs several coded data points
         (8, 0, "the head is gone", False, "the head is gone"),
     ],
 )
-def test_it_is_ready_while_a_group_can_be_answered(
+def test_it_is_ready_while_a_query_can_be_answered(
     workers, starting, alarm, ready, message, untyped
 ):
     pool = types.SimpleNamespace(
@@ -38,8 +36,7 @@ def test_it_is_ready_while_a_group_can_be_answered(
         alarm=alarm,
         report=lambda: types.SimpleNamespace(num_workers=workers, starting=starting),
     )
-    coder = types.SimpleNamespace(num_data=4, num_workers=8)
-    health = HealthMonitor(WALL).health(pool, coder, math.inf)
+    health = HealthMonitor(WALL).health(pool, math.inf)
     assert health == Health(True, ready, message)
 
 

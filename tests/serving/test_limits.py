@@ -14,7 +14,7 @@ from faces import FACES, ask, post
 from in_process import Doubles, becomes, body, connect, is_cut_off, read_answer, real, serving
 from nercc_server import ENDS
 
-require("fastapi", "serve")
+require("starlette", "serve")
 
 from nercc_jax import Uncoded
 from nercc_jax.serving import ModelSettings
@@ -131,7 +131,7 @@ def test_a_batcher_that_is_held_up_is_not_waited_for(monkeypatch):
         monkeypatch.context() as patched,
     ):
         patched.setattr(model._batcher, "_dispatch", hold)
-        late = {"parameters": {"timeout": 300_000}}
+        late = {"parameters": {"nercc_deadline_ms": 300}}
         asked = [clients.submit(ask, face, server, "digits", ONE, **late) for face in FACES]
         for each in asked:
             assert each.result(ENDS).is_(504)

@@ -13,7 +13,7 @@ from conftest import require
 
 httpx = require("httpx", "serve-test")
 grpc = require("grpc", "serve-test")
-require("fastapi", "serve")
+require("starlette", "serve")
 
 from faces import ask
 

@@ -18,7 +18,7 @@ import triton_calls
 from conftest import require
 
 grpc, httpx = require("grpc", "serve-test"), require("httpx", "serve-test")
-require("fastapi", "serve")
+require("starlette", "serve")
 
 from attack import post
 from faces import FACES, Stub, ask

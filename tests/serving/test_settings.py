@@ -18,7 +18,7 @@ from conftest import require
 from nercc_server import ENDS, MODELS, command, environment
 
 require("pydantic_settings", "serve")
-require("fastapi", "serve")
+require("starlette", "serve")
 
 from nercc_jax import NeRCC, save_code
 from nercc_jax.cli import _serve, _serving_models
@@ -370,19 +370,18 @@ OWN = ("--model", "own:double", "--input-shape", "4")
         (("--config", "nothing.toml"), "there is no configuration file nothing.toml"),
         (("--http-port", "70000"), "--http-port: input should be less than or equal to 65535"),
         (("--max-batch-size", "3"), "max_batch_size must be a power of two, not 3"),
-        (("--input-shape", "4,x"), "--input-shape: positive numbers with commas are needed"),
-        (("--input-shape", "0"), "--input-shape: positive numbers with commas are needed"),
-        (("--input-shape", "a=4,b=x"), "--input-shape: positive numbers with commas are needed"),
+        (("--input-shape", "4,x"), "--input-shape: 28, 28, 1 or a table as in TOML is needed"),
+        (("--input-shape", "0"), "--input-shape: positive numbers are needed"),
+        (("--input-shape", "a=[4],b='x'"), "--input-shape: 28, 28, 1 or a table"),
+        ((*OWN, "--input-datatype", "BYTES"), "input 'input' cannot be BYTES: there are BOOL"),
         (
-            ("--input-shape", "4,b=4"),
-            "--input-shape: all inputs are named, or none is, not '4,b=4'",
+            (*OWN, "--input-datatype", "ids='INT64'"),
+            "inputs ['input'] have shapes, but ['ids'] have",
         ),
-        ((*OWN, "--input-datatype", "BYTES"), "input 'input' cannot be BYTES: JAX, which runs mod"),
-        ((*OWN, "--input-datatype", "ids=INT64"), "inputs ['input'] have shapes, but ['ids'] have"),
         ((*OWN, "--input-datatype", "INT64", "--scheme", "nercc"), "cannot have nercc"),
         ((*OWN, "--input-datatype", "INT8", "--code", "code.json"), "cannot have code.json"),
-        (("--actor-options", "{x"), "--actor-options: a table as in TOML is needed"),
-        (("--faults", "straggler_rate"), "--faults: a table as in TOML is needed"),
+        (("--actor-options", "{x"), "--actor-options: 28, 28, 1 or a table as in TOML"),
+        (("--faults", "straggler_rate"), "--faults: 28, 28, 1 or a table as in TOML"),
         (("--faults", "straggle_rate = 1"), "--faults: there is no fault 'straggle_rate', only"),
         (
             (*OWN, "--faults", "straggler_score='a'"),
@@ -409,7 +408,7 @@ OWN = ("--model", "own:double", "--input-shape", "4")
         ((*OWN, "--code", "words.txt"), "words.txt"),
         ((*OWN, "--num-data", "8", "--num-workers", "4"), "need at least 8 workers, not 4"),
         (("--tls-certificate", "nowhere"), "nowhere cannot be read: No such"),
-        (("--tls-certificate", "blank"), "blank has no PRIVATE KEY: one file has the key"),
+        (("--tls-certificate", "blank"), "blank needs the key, the certificate and its chain"),
         (("--token-file", "nowhere"), "nowhere cannot be read: No such file or directory"),
         (("--token-file", "blank"), "blank has no token"),
     ],
@@ -432,8 +431,8 @@ def test_what_is_wrong_is_reported_in_one_sentence(given, message, monkeypatch):
     ("text", "table", "expected"),
     [
         ("28,28,1", [28, 28, 1], (28, 28, 1)),
-        ("a=28, 28,b=4", {"a": [28, 28], "b": [4]}, {"a": (28, 28), "b": (4,)}),
-        ("age=,meta=4", {"age": [], "meta": [4]}, {"age": (), "meta": (4,)}),
+        ("a=[28, 28],b=[4]", {"a": [28, 28], "b": [4]}, {"a": (28, 28), "b": (4,)}),
+        ("{age = [], meta = [4]}", {"age": [], "meta": [4]}, {"age": (), "meta": (4,)}),
         ("64", [64], (64,)),
     ],
 )
@@ -446,7 +445,7 @@ def test_shapes_by_name(text, table, expected, monkeypatch):
 
 
 def test_datatypes_by_name():
-    given = ModelSettings(input_datatype="ids=INT64,mask=BOOL").input_datatype
+    given = ModelSettings(input_datatype="ids='INT64',mask='BOOL'").input_datatype
     assert given == {"ids": "INT64", "mask": "BOOL"}
 
 
@@ -519,8 +518,8 @@ def test_settings_can_be_checked_only():
 def test_missing_extras_are_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused(
-        "fastapi, grpc, grpc_health, httptools, orjson, prometheus_client, pydantic_settings, "
-        "pythonjsonlogger, uvicorn: pip install"
+        "grpc, grpc_health, httptools, orjson, prometheus_client, pydantic_settings, "
+        "pythonjsonlogger, starlette, uvicorn: pip install"
     )
 
 

@@ -14,49 +14,95 @@ import collections
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from ...codes import Decoded
 from ...codes._checks import check_count
+from ...codes._trees import Form, join
 from ...evaluation._criteria import agree_on_labels, row_errors
 from ...inference.models import Model
 from ...pools.clock import TimeShare
-from ...risk import Risk, RiskMonitor
+from ...risk import ErrorProbability, Risk, RiskMonitor
 from ...risk._accuracy import bar_factor, error_ratios
-from ...risk._answer_check import fit_answer_check
+from ...risk._answer_check import AnswerCheck, fit_answer_check
 from ...risk._error_probability import fit_error_probability
 from ...risk._features import label_features
 from ...surrogates import (
     AbstractSurrogate,
     Learner,
     LearnerTuning,
+    Projection,
     Surrogate,
     fit_learner,
     principal_components,
     tune_learner,
 )
+from ...surrogates.nearest import nearest_predictions
+from .._policy import BatchingPolicy
 from ..core._group import repeat_rows
 from ..core._setup import Setup
-from ._calibration import Calibration, outputs_on_host
 
-_LOG = logging.getLogger(__name__)
+# Returns the answers to queries as vectors, and their deviations, 1 where there are none.
+HostOutputs: TypeAlias = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
-_WAITING = 512  # answers that wait to be learned from; later ones replace the earliest
-# The share of the time that learning may take, since programs of JAX keep all cores of a CPU busy,
-# at first and where it has settled, and the longest pause that follows from it, in seconds.
-_SHARE, _LATER, _LONGEST = 0.05, 0.01, 1.0
-# Answers that a learner takes at once, and that it starts from.
-BATCH, FIRST = 32, 256
-_SETTLED = 1024  # validation answers after which little is left to learn
-# Validation answers that calibration looks at, at most and at least, and the share by which their
-# number grows until the next calibration.
-_VALIDATION, LEAST, _MORE = 2048, 128, 0.25
-_FEATURES = 64  # principal components, where queries have more numbers
+
+def outputs_on_host(
+    surrogate: AbstractSurrogate,
+    sizes: Sequence[int],
+    *,
+    nearest: bool = False,
+    most_outputs: int = 256,
+) -> HostOutputs:
+    """Return a function that returns a surrogate's outputs on the host.
+
+    A learner that predicts by NumPy does so. Of others a program is compiled for each of some
+    numbers of queries, up to which queries are repeated.
+
+    Args:
+        surrogate: The surrogate.
+        sizes: These numbers, in ascending order.
+        nearest: Whether a learner on the host predicts from few pairs (`nearest_predictions`).
+        most_outputs: The most outputs for that: it solves for each of them at every update.
+    """
+    own = surrogate if isinstance(surrogate, Learner) else None
+    if own is not None and own.prior is None and isinstance(own.features, Projection | None):
+        few = nearest and own.form.size <= most_outputs
+        predict = nearest_predictions(own) if few else own.predict
+
+        def on_host(x: Shaped[np.ndarray, "queries ..."]) -> tuple[Any, Any]:
+            mean, deviation = predict(x)
+            return join(mean, 1)[0], deviation
+
+        return on_host
+    arrays, rest = eqx.partition(surrogate, eqx.is_array)
+    on_device = eqx.combine(jax.tree.map(jnp.asarray, arrays), rest)
+
+    def compiled(x: Shaped[np.ndarray, "queries ..."]) -> tuple[np.ndarray, np.ndarray]:
+        found = []
+        for begin in range(0, len(x), sizes[-1]):
+            part = x[begin : begin + sizes[-1]]
+            rows = repeat_rows(part, next(size for size in sizes if size >= len(part)))
+            found.append([np.asarray(each)[: len(part)] for each in _outputs(on_device, rows)])
+        values, deviation = map(np.concatenate, zip(*found, strict=True))
+        return values, deviation
+
+    return compiled
+
+
+@eqx.filter_jit
+def _outputs(surrogate: AbstractSurrogate, x: Shaped[Any, "queries ..."]) -> tuple[Any, Any]:
+    if isinstance(surrogate, Learner):
+        mean, deviation = surrogate.predict(x)
+    else:
+        mean, deviation = surrogate.outputs(x), jnp.ones(len(x))
+    return join(mean, 1)[0], deviation
 
 
 class ValidationBatch(NamedTuple):
@@ -73,6 +119,90 @@ class ValidationBatch(NamedTuple):
     mean: Float[np.ndarray, "checked m"]
     spread: Float[np.ndarray, " checked"]
     own: Float[np.ndarray, "checked m"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """The calibration of a surrogate; immutable, so that one thread may make it for others.
+
+    Attributes:
+        error_probability: the probability of a wrong label; None where labels do not matter.
+        factor: what deviations are multiplied by to get error bounds.
+        limit: the largest probability of a wrong label with which an answer is given out.
+        tolerance: the largest error bound with which an answer is given out.
+        share: the share of queries that are certain enough, by validation.
+        disagreement: the share of all labels that were wrong in validation.
+        check: the check of the model's own answers; None where they are not checked.
+    """
+
+    error_probability: ErrorProbability | None
+    factor: float
+    limit: float
+    tolerance: float
+    share: float
+    disagreement: float
+    check: AnswerCheck | None = None
+
+    def assess(
+        self, values: Float[np.ndarray, "queries m"], deviation: Float[np.ndarray, " queries"]
+    ) -> Decoded:
+        """Return the surrogate's answers with what calibration says of them.
+
+        `recovered` are those that may be given out. The error probability is that of another label,
+        NaN where labels do not matter; the deviation is the error bound, in units of the outputs,
+        which covers the error of a share `coverage` of the answers.
+        """
+        # Infinite where a deviation is, whatever the factor.
+        finite = np.isfinite(deviation)
+        bound = np.where(finite, self.factor * np.where(finite, deviation, 0), np.inf)
+        probability = np.full(len(values), np.nan)
+        sure = (bound <= self.tolerance) & np.isfinite(values).all(axis=1)
+        if self.error_probability is not None:
+            probability = self.error_probability(values, deviation, values)
+            sure &= probability <= self.limit
+        return Decoded(values, np.zeros(0, bool), sure, bound, probability)
+
+
+def calibrate(
+    batches: Sequence[ValidationBatch], policy: BatchingPolicy, form: Form | None
+) -> Calibration:
+    """Return the calibration that these validation batches give, for the policy's promise."""
+    parts = map(np.concatenate, zip(*batches, strict=True))
+    features, deviation, error, wrong, mean, spread, own = parts
+    accuracy, tolerance = policy.accuracy, policy.tolerance
+    # It has to be right for those that are given out, not for all.
+    factor = bar_factor(deviation[:, None], error[:, None], accuracy, len(error))
+    error_probability, limit, share, check = None, 1.0, 1.0, None
+    if accuracy.max_disagreement is not None:
+        error_probability = fit_error_probability(
+            features[:, None], wrong[:, None], failure=0.25, form=form
+        )
+        error_probability = jax.tree.map(np.asarray, error_probability)
+        limit = error_probability.limit(accuracy.max_disagreement)
+        share = 1 - error_probability.share(limit)
+    if tolerance is not None:
+        share *= float(np.mean(factor * deviation <= tolerance))
+    if policy.check_answers is not None:
+        labels = accuracy.max_disagreement is not None and (form is None or form.is_vector)
+        check = fit_answer_check(mean, spread, own, policy.check_answers, labels=labels)
+    most = math.inf if tolerance is None else tolerance
+    disagreement = float(np.mean(wrong))
+    return Calibration(error_probability, factor, limit, most, share, disagreement, check)
+
+
+_LOG = logging.getLogger(__name__)
+
+_WAITING = 512  # answers that wait to be learned from; later ones replace the earliest
+# The share of the time that learning may take, since programs of JAX keep all cores of a CPU busy,
+# at first and where it has settled, and the longest pause that follows from it, in seconds.
+_SHARE, _LATER, _LONGEST = 0.05, 0.01, 1.0
+# Answers that a learner takes at once, and that it starts from.
+BATCH, FIRST = 32, 256
+_SETTLED = 1024  # validation answers after which little is left to learn
+# Validation answers that calibration looks at, at most and at least, and the share by which their
+# number grows until the next calibration.
+_VALIDATION, LEAST, _MORE = 2048, 128, 0.25
+_FEATURES = 64  # principal components, where queries have more numbers
 
 
 class Predictor:
@@ -105,16 +235,14 @@ class Predictor:
         self,
         surrogate: Model | AbstractSurrogate | None = None,
         *,
-        features: Callable[[Any], Any] | None = None,
         capacity: int = 1024,
     ):
         """Create a predictor for one batcher.
 
         Args:
             surrogate: a cheap model with the served model's outputs (a student), or a learner; by
-                default a learner that is made from the first 256 answers.
-            features: the features of queries by which such a learner measures similarity; by
-                default their 64 principal components.
+                default a learner that is made from the first 256 answers, whose features are the
+                queries' numbers, or 64 principal components where there are more.
             capacity: the number of latest answers that such a learner keeps, 256 or more.
 
         Raises:
@@ -123,11 +251,12 @@ class Predictor:
         check_count("capacity", capacity, FIRST)
         if surrogate is not None and not isinstance(surrogate, AbstractSurrogate):
             surrogate = Surrogate(surrogate)
-        self._surrogate, self._features, self._capacity = surrogate, features, capacity
+        self._surrogate, self._capacity = surrogate, capacity
         self._inbox: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque(
             maxlen=_WAITING
         )
         self._setup: Setup | None = None  # until it is attached
+        self._expected: HostOutputs | None = None  # by which the model's own answers are checked
         # The learning thread's: pairs that a learner is made of, validation batches, and the number
         # of validation answers, now and when to calibrate again.
         self._first: list[tuple[np.ndarray, np.ndarray]] = []
@@ -205,31 +334,15 @@ class Predictor:
             "drifts": self._drifts,
             "disagreement": None if calibrated is None else calibrated.disagreement,
             "stragglers": self._risk.status(),
+            "hint": self._risk.hint,
         }
-
-    def hints(self) -> list[str]:
-        """Return why it answers nothing, if so, and whether stragglers are harder."""
-        status = self.status()
-        known, needed, evidence = status["known"], status["needed"], status["stragglers"]
-        harder = [] if self._risk.hint is None else [self._risk.hint]
-        if self.state == "drifted":
-            why = "predictions went wrong more often than promised"
-            return [f"{why}: {known} of {needed} answers are known since; nothing is predicted"]
-        if self.state == "learning":
-            return [f"still learning: {known} of {needed} answers; nothing is predicted"]
-        if evidence["compared"] < evidence["needed"]:
-            compared = f"{evidence['compared']} of {evidence['needed']} stragglers' answers"
-            return [f"{compared} were compared with predictions; nothing is predicted", *harder]
-        if self.share == 0:
-            return ["the surrogate is sure of no query: nothing is predicted", *harder]
-        return harder
 
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Decoded | None:
         """Return its answers to some queries; None while it is not calibrated."""
         calibrated = self._calibrated
         if calibrated is None or self._discarded:
             return None
-        return calibrated.assess(*calibrated.outputs(x))
+        return calibrated.assess(*self._outputs(x))
 
     @property
     def checks_answers(self) -> bool:
@@ -240,8 +353,10 @@ class Predictor:
         self, x: Shaped[np.ndarray, "queries ..."], own: Shaped[np.ndarray, "queries ..."]
     ) -> Bool[np.ndarray, " queries"]:
         """Return which of the model's own answers look wrong; none while it is not calibrated."""
-        calibrated, own = self._calibrated, own.reshape(len(own), -1)
-        return np.zeros(len(x), bool) if calibrated is None else calibrated.suspicious(x, own)
+        calibrated = self._calibrated
+        if calibrated is None or calibrated.check is None or self._expected is None:
+            return np.zeros(len(x), bool)
+        return calibrated.check.suspicious(*self._expected(x), own.reshape(len(own), -1))
 
     def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
         """Take the model's own answer to a query, and return at once."""
@@ -266,8 +381,7 @@ class Predictor:
                 self.learn(*map(np.stack, zip(*pairs, strict=True)))
             finally:
                 settled = self._calibrated is not None and self._count >= _SETTLED
-                seconds = self._time.spend(begin, _LATER if settled else _SHARE)
-                self._setup.observe("learn_seconds", seconds)
+                self._time.spend(begin, _LATER if settled else _SHARE)
         return math.inf
 
     def learn(self, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]) -> None:
@@ -284,9 +398,7 @@ class Predictor:
             if len(self._first) < FIRST:
                 return
             x, own = map(np.stack, zip(*self._first, strict=True))
-            features = self._features
-            if features is None and x[0].size > _FEATURES:
-                features = principal_components(x, _FEATURES)
+            features = principal_components(x, _FEATURES) if x[0].size > _FEATURES else None
             learner = fit_learner(
                 x, own, features=features, capacity=self._capacity,
                 kernel="squared_exponential", tuning=None,
@@ -308,14 +420,10 @@ class Predictor:
         """Go by this surrogate from now on, with the calibration that there is."""
         assert self._setup is not None
         policy = self._setup.policy
-        self._surrogate, self._expected = surrogate, None
-        self._sizes = sorted({policy.max_batch_size, BATCH})
+        self._surrogate, self._sizes = surrogate, sorted({policy.max_batch_size, BATCH})
         self._outputs = outputs_on_host(surrogate, self._sizes)
         if policy.check_answers is not None:
             self._expected = outputs_on_host(surrogate, policy.batch_sizes, nearest=True)
-        if self._calibrated is not None:
-            parts = {"outputs": self._outputs, "expected": self._expected}
-            self._calibrated = dataclasses.replace(self._calibrated, **parts)
 
     def _restart(self) -> None:
         """Discard the calibration after a drift, until there is a new one."""
@@ -329,7 +437,7 @@ class Predictor:
         """Compare the surrogate's answers with the model's own, and calibrate now and then."""
         assert self._setup is not None
         policy, form = self._setup.policy, self._setup.coder.form
-        accuracy, check_rate = policy.accuracy, policy.check_answers
+        accuracy = policy.accuracy
         values, deviation = self._outputs(x)
         features = np.asarray(label_features(values, deviation, values, form))
         wrong = ~np.asarray(agree_on_labels(values, own, form))
@@ -357,41 +465,13 @@ class Predictor:
         if self._count < self._due:
             return
         self._due = self._count + _MORE * min(self._count, _VALIDATION)
-
-        parts = map(np.concatenate, zip(*self._validation, strict=True))
-        answers = own
-        features, deviation, error, wrong, mean, spread, own = parts
-        wanted, tolerance = accuracy.max_disagreement, accuracy.tolerance
-        # It has to be right for those that are given out, not for all.
-        factor = bar_factor(deviation[:, None], error[:, None], accuracy, len(error))
-        error_probability, limit, share, check = None, 1.0, 1.0, None
-        if wanted is not None:
-            error_probability = fit_error_probability(
-                features[:, None], wrong[:, None], failure=0.25, form=form
-            )
-            error_probability = jax.tree.map(np.asarray, error_probability)
-            limit = error_probability.limit(wanted)
-            share = 1 - error_probability.share(limit)
-        if tolerance is not None:
-            share *= float(np.mean(factor * deviation <= tolerance))
-        if check_rate is not None:
-            labels = wanted is not None and (form is None or form.is_vector)
-            check = fit_answer_check(mean, spread, own, check_rate, labels=labels)
-        made = Calibration(
-            self._outputs,
-            self._expected,
-            error_probability,
-            factor,
-            limit,
-            math.inf if tolerance is None else tolerance,
-            share,
-            float(np.mean(wrong)),
-            check,
-        )
+        made = calibrate(self._validation, policy, form)
         if self._calibrated is None:
             # Compile what the deciding thread calls.
             for size in self._sizes:
-                made.assess(*made.outputs(repeat_rows(x[:size], size)))
+                made.assess(*self._outputs(repeat_rows(x[:size], size)))
             for size in policy.batch_sizes:
-                made.suspicious(repeat_rows(x[:size], size), repeat_rows(answers[:size], size))
+                if made.check is not None and self._expected is not None:
+                    expected = self._expected(repeat_rows(x[:size], size))
+                    made.check.suspicious(*expected, repeat_rows(own[:size], size))
         self._calibrated = made

@@ -4,7 +4,6 @@ It chooses as `stragglers.picking` does, by a replay of the pool's calls. Queuei
 there, so forecasts are corrected by what is measured.
 """
 
-import collections
 import dataclasses
 import logging
 import math
@@ -16,6 +15,7 @@ import numpy as np
 from ...pools import Overdue
 from ...pools.clock import TimeShare
 from ...pools.times import Call
+from ...risk import Risk
 from ...stragglers import picking, simulate
 from ..core._setup import DispatchSetting, Redundancy, Setup
 from ._predictor import Predictor
@@ -32,13 +32,13 @@ class _Measured:
         since: When that was.
         seconds: Of requests.
         waits: For copies, in limits of the setting.
-        counts: Of queries by how they were answered, and of second calls.
+        queries: The number of queries that were answered.
     """
 
     since: float
     seconds: list[float] = dataclasses.field(default_factory=list)
     waits: list[float] = dataclasses.field(default_factory=list)
-    counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    queries: int = 0
 
 
 class SettingController:
@@ -55,15 +55,22 @@ class SettingController:
         setting: the setting that holds; immutable, and replaced as a whole.
     """
 
-    def __init__(self, setup: Setup, predictor: Predictor | None, wake: Callable[[], Any]):
-        """Start with the policy's rule; `wake` has `turn` called soon, on the learning thread."""
-        self._setup, self._predictor, self._wake = setup, predictor, wake
+    def __init__(
+        self,
+        setup: Setup,
+        predictor: Predictor | None,
+        decoding: Risk,
+        wake: Callable[[], Any],
+    ):
+        """Start with the policy's rule; `wake` has `turn` called soon, on the learning thread.
+
+        `decoding` has what stragglers showed of decoded answers.
+        """
+        self._setup, self._predictor, self._decoding, self._wake = setup, predictor, decoding, wake
         self.setting, self._reason = self._candidates()[0], "nothing is known yet"
         self._trials = picking.CopyTrials()
         # Of tails, and of calls, by redundancy and whether it is hedged.
         self._factors: dict[tuple[Redundancy, bool], tuple[float, float]] = {}
-        # The share of stragglers' queries that redundancy answers, until it was tried.
-        self._decoded = 1.0
         self._queries, self._due = 0, PICKING.every
         self._time = TimeShare(setup.clock, PICKING.time_share)
         self._measured = _Measured(setup.clock.now())
@@ -76,12 +83,11 @@ class SettingController:
             measured.seconds.append(number)
         elif what == "hedge_limits":
             measured.waits.append(number)
-        elif what == "reexecution" or what.startswith("query_"):
-            measured.counts[what] += int(number)
-            if what != "reexecution":
-                before, self._queries = self._queries, self._queries + int(number)
-                if before < self._due <= self._queries:  # once: a turn that waits comes back
-                    self._wake()
+        elif what.startswith("query_"):
+            measured.queries += int(number)
+            before, self._queries = self._queries, self._queries + int(number)
+            if before < self._due <= self._queries:  # once: a turn that waits comes back
+                self._wake()
 
     def status(self) -> dict[str, Any]:
         setting = self.setting
@@ -156,10 +162,12 @@ class SettingController:
         chosen = picking.choose(candidates, current, self._setup.policy.max_calls or math.inf)
         if chosen == current:
             return
-        self._reason = "; before, ".join(
-            f"{_words(each)}: p99.9 of {forecasts[each].tail:.2f} medians at "
-            f"{forecasts[each].calls:.2f} calls a query"
-            for each in (chosen, current)
+        found, before = forecasts[chosen], forecasts[current]
+        self._reason = (
+            f"late after {chosen.overdue.factor:g} medians, {chosen.overdue.copies} copies at once"
+            f"{'' if chosen.hedges else ' of hung calls only'}, redundancy {chosen.redundancy}: "
+            f"p99.9 of {found.tail:.2f} medians at {found.calls:.2f} calls a query, and before of "
+            f"{before.tail:.2f} at {before.calls:.2f}"
         )
         self.setting, self._measured = chosen, _Measured(self._setup.clock.now())
         self._setup.observe("policy_change", 1)
@@ -190,13 +198,12 @@ class SettingController:
         """Return the share of stragglers' queries that are predicted or decoded."""
         predicted = 0.0 if self._predictor is None else self._predictor.share
         decodes = setting.redundancy == "always" and self._setup.coder.can_decode
-        return max(predicted, self._decoded) if decodes else predicted
+        return max(predicted, self._decoding.share) if decodes else predicted
 
     def _learn_factors(self, forecast: picking.TailForecast, calls: Sequence[Call]) -> None:
         """Correct forecasts by what was measured since the present setting holds."""
         for each, (tail, cost) in self._factors.items():
             self._factors[each] = 1 + (tail - 1) * PICKING.decay, 1 + (cost - 1) * PICKING.decay
-        self._decoded = 1 + (self._decoded - 1) * PICKING.decay
         measured = self._measured
         if len(measured.seconds) < PICKING.measured:
             return
@@ -205,27 +212,8 @@ class SettingController:
         median = float(ordered[len(ordered) // 2])
         tail = picking.mean_between(ordered, PICKING.p99) / median / forecast.p99
         sent = [call.size for call in calls if call.sent >= measured.since]
-        again = measured.counts["reexecution"]
-        given = measured.counts["query_decoded"] + measured.counts["query_predicted"]
-        queries = measured.counts.total() - again
         # Where more calls were sent than the pool keeps, their number is unknown.
-        known = queries and len(sent) < len(calls)
-        cost = sum(sent) / queries / forecast.calls if known else 1.0
-        redundancy = self.setting.redundancy
+        known = measured.queries and len(sent) < len(calls)
+        cost = sum(sent) / measured.queries / forecast.calls if known else 1.0
         factors = min(max(tail, 1.0), PICKING.worst), min(max(cost, 1.0), PICKING.worst)
-        self._factors[redundancy, self.setting.hedges] = factors
-        if redundancy == "always" and given + again >= PICKING.measured_late:
-            self._decoded = given / (given + again)
-
-
-def _words(setting: DispatchSetting) -> str:
-    overdue = setting.overdue
-    redundancy = {
-        "none": "no redundancy",
-        "uncertain": "redundancy where the surrogate is uncertain",
-        "always": "all redundancy",
-    }
-    times = "" if overdue.factor == 1 else f"{overdue.factor:g} times "
-    copies = f", {overdue.copies} copies at once" if overdue.copies > 1 else ""
-    copies = copies if setting.hedges else ", no copies (as slow as their queries)"
-    return f"late after {times}the median{copies}, {redundancy[setting.redundancy]}"
+        self._factors[self.setting.redundancy, self.setting.hedges] = factors

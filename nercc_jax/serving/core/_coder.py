@@ -1,8 +1,9 @@
 """A code made ready for a stream of queries that come one by one, not always K at a time.
 
-A coded data point whose encoder row is one-hot is a query itself. It can be sent the moment the
-query arrives, and its answer is exact; the others wait until their group is complete. Interleaved
-and repeated codes have such a row for every query, the published layouts have none.
+A coded data point whose encoder row is one-hot is a query itself. It is sent the moment the query
+arrives, and its answer is exact; the others wait until their group is complete. Interleaved and
+repeated codes have such a row for every query. The published layouts have none, and are no codes
+for a server: all their answers would be approximate.
 
 A group that is complete with fewer than K queries gets a smaller code on the same workers' points:
 an encoder through some of the alphas, and the same decoder, read there. That keeps more than
@@ -78,8 +79,7 @@ class Coder:
     Attributes:
         code: the code.
         order: by query, the index of the alpha at which it stands.
-        systematic: whether each query has coded data points of its own.
-        first: by query, those coded data points, which are sent when it arrives.
+        first: by query, a coded data point that is the query itself, which is sent at once.
         can_decode: whether a query can be decoded when none of its own points is answered.
         has_deviation: whether a decoded prediction has a posterior deviation. Without one, its
             margin alone ranks it, and it has no error bar.
@@ -90,7 +90,11 @@ class Coder:
     def __init__(
         self, code: AbstractCode, models: Sequence[int] = (0,), *, form: Form | None = None
     ):
-        """Prepare a code; `models` are the pool's for its `worker_models`, the served one first."""
+        """Prepare a code; `models` are the pool's for its `worker_models`, the served one first.
+
+        Raises:
+            ValueError: for a code that mixes queries in all its coded data points.
+        """
         self.code, self.form = code, form
         self.num_data, self.num_workers = code.num_data, code.num_workers
         self.kinds = [models[kind] for kind in code.worker_models]
@@ -99,20 +103,21 @@ class Coder:
         matrices = few_encoders(code, self.order)
         whole = _place_of(matrices[-1])
         own = [np.flatnonzero(whole == place) for place in range(self.num_data)]
-        self.systematic = all(len(points) for points in own)
-        self.first = [points[: int(self.systematic)] for points in own]
+        if not all(len(points) for points in own):
+            raise ValueError(
+                f"{type(code).__name__} mixes all queries, so that no answer is exact: use "
+                "interleaved or repeated points (`nercc tune --layout interleaved`)"
+            )
+        self.first = [points[:1] for points in own]
         without = np.ones(self.num_workers, bool)
         without[own[0]] = False
         self.can_decode = bool(np.asarray(code.recovered(jnp.asarray(without)))[self.order[0]])
         self.has_deviation = self.can_decode and isinstance(code, NeRCC | LearnedDecoder)
         self._layouts: list[Layout] = []
         for queries, matrix in enumerate(matrices, 1):
-            # In a code that has to mix queries, a row that happens to be one-hot is of no use.
-            place_of = _place_of(matrix) if self.systematic else np.full(len(matrix), -1)
+            place_of, redundancy = _place_of(matrix), self.num_workers - self.num_data
             extras = _by_use(code, self.order[:queries], np.concatenate(self.first[:queries]))
-            if self.systematic:
-                redundancy = self.num_workers - self.num_data
-                extras = extras[: -(-redundancy * queries // self.num_data)]
+            extras = extras[: -(-redundancy * queries // self.num_data)]
             own = tuple(np.flatnonzero(place_of == place) for place in range(queries))
             self._layouts.append(Layout(matrix, place_of, own, extras))
 

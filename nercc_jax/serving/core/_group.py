@@ -43,6 +43,7 @@ class Group:
         mask: Those that are answered.
         counted: Those that were counted as late.
         answers: The answers; empty once the group is kept.
+        spoiled: Whether its queries differ too much in scale to be decoded from each other.
     """
 
     batch: Batch
@@ -55,6 +56,7 @@ class Group:
         self.cells: list[Cell] = []
         self.layout = coder.layout(coder.num_data)
         self.mask, self.counted = np.zeros((2, coder.num_workers), bool)
+        self.spoiled = False
         self.sent_at = np.full(coder.num_workers, np.nan)
         self.answers: list[np.ndarray | None] = [None] * coder.num_workers
 
@@ -107,7 +109,8 @@ class Group:
             sources: tuple[Source, ...] = ("predicted", "decoded")
             known = [query.approximate.get(each) for each in sources[: 1 + ("decoded" in looked)]]
             found = tuple(each for each in known if each is not None)
-            queries.append(QueryView(place, query.reexecuted, found))
+            exact = query.request.exact_only or self.spoiled
+            queries.append(QueryView(place, query.reexecuted, exact, found))
         failed = np.zeros_like(self.mask)
         for point in np.flatnonzero(~np.isnan(self.sent_at) & ~self.mask).tolist():
             failed[point] = self.batch.lost(point) if self.alone else self.batch.abandoned(point)

@@ -1,10 +1,7 @@
 """Requests to a batcher, the replies to them, and the errors that replace a reply."""
 
-import collections
 import concurrent.futures
 import dataclasses
-import math
-import statistics
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
@@ -17,9 +14,6 @@ from ...risk.votes import HeldAnswers
 Source: TypeAlias = Literal["exact", "decoded", "predicted"]
 
 _LONGEST_MESSAGE = 500  # characters
-# Scales of queries that are remembered, after how many the median is computed, and the factor
-# beyond which a query is odd.
-_SCALES, _FEWEST_SCALES, _ODD = 127, 16, 100.0
 
 
 class QueueFull(RuntimeError):
@@ -105,7 +99,6 @@ class Answer:
         disagreement: the probability that the label differs from the model's own.
         error: the error bar.
         suspicious: whether it is the model's own, looked wrong, and nobody confirmed it.
-        features: of a decoded answer, its features.
         x: of an approximate answer, which is compared with the model's own, the query's data point.
         epoch: of the evidence (`Risk.epoch`) when it was made.
         within: whether it is within the limit of a calibration.
@@ -121,7 +114,6 @@ class Answer:
     disagreement: float = 0.0
     error: float = 0.0
     suspicious: bool = False
-    features: np.ndarray | None = None
     x: np.ndarray | None = None
     epoch: int = 0
     within: bool = False
@@ -164,7 +156,7 @@ class Request:
         self.arrived, self.deadline = arrived, deadline
         self.exact_only, self.own = exact, own
         self.sent, self.queued = np.inf, False
-        self.queries = [Query(self, place, row) for place, row in enumerate(x)]
+        self.queries = [Query(self, place, x[place, ...]) for place in range(size)]
         self.left = size
         predicted, reexecuted, suspicious = np.zeros((3, size), bool)
         counts, expected = np.zeros((2, size), int), np.zeros((2, size))
@@ -245,31 +237,3 @@ def shorten(text: str) -> str:
     if len(text) <= _LONGEST_MESSAGE:
         return text
     return f"{text[:_LONGEST_MESSAGE]}... ({len(text)} characters)"
-
-
-class ScaleMonitor:
-    """Tells queries of quite another scale than most: coded with others, they would spoil them.
-
-    A coded data point is a sum of queries, in which much larger ones leave little of the others.
-    """
-
-    def __init__(self):
-        self._scales: collections.deque[float] = collections.deque(maxlen=_SCALES)
-        self._range = 0.0, math.inf
-        self._new = 0  # scales since the range was computed
-
-    def is_odd(self, x: Shaped[np.ndarray, "batch ..."]) -> bool:
-        """Return whether some of these queries are so, and remember their scales."""
-        if len(x) == 1:  # most often: Python's numbers are quicker
-            scales = [max(float(x.max()), -float(x.min()))]
-        else:
-            flat = x.reshape(len(x), -1)
-            scales = np.maximum(flat.max(axis=1), -flat.min(axis=1)).tolist()
-        self._scales.extend(scales)
-        self._new += len(scales)
-        if self._new >= _FEWEST_SCALES:
-            self._new = 0
-            usual = statistics.median(tuple(self._scales))
-            self._range = (usual / _ODD, usual * _ODD) if usual > 0 else (0.0, math.inf)
-        least, most = self._range
-        return not (least <= min(scales) and max(scales) <= most)

@@ -10,12 +10,11 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ...pools import AbstractPool
 from ...pools.clock import AbstractClock
 from .._policy import Observe
-from ._coder import Coder
 from ._request import (
     Answer,
     DeadlineExceeded,
@@ -30,7 +29,6 @@ from ._request import (
 _LOG = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-Lane: TypeAlias = collections.OrderedDict[Query, None]
 
 # Seconds without a turn after which a thread counts as stuck, ...
 STUCK = 5.0
@@ -79,16 +77,14 @@ class Timers(Generic[Item]):
 
 
 class QueryQueue:
-    """The bounded queue of queries that no worker has had: a lane for those to be coded, and exact.
+    """The bounded queue of queries that no worker has had: who came first goes first.
 
-    Who came first goes first. Exact queries travel alone and others in groups, hence the lanes.
     `waiting` and `reserve` may be used by any thread, all else only by the deciding one.
     """
 
     def __init__(self, capacity: int):
         """Create an empty queue, in which so many queries may wait."""
-        self.exact: Lane = collections.OrderedDict()
-        self.coded: Lane = collections.OrderedDict()
+        self.queries: collections.OrderedDict[Query, None] = collections.OrderedDict()
         self.capacity, self.waiting = capacity, 0
         self.popped: list[Query] = []  # in the present step of the thread
         self._lock = threading.Lock()
@@ -101,23 +97,10 @@ class QueryQueue:
         return reserved
 
     def add(self, request: Request) -> None:
-        lane = self.exact if request.exact_only else self.coded
-        lane.update(dict.fromkeys(request.queries))
+        self.queries.update(dict.fromkeys(request.queries))
 
-    def next_lane(self, *, hold_coded: bool = False) -> Lane | None:
-        """Return the lane to serve next, or None; without queries to be coded if these are held."""
-        lanes = [lane for lane in (self.exact, self.coded) if lane]
-        if hold_coded:
-            lanes = [self.exact] if self.exact else []
-        return min(lanes, key=lambda lane: next(iter(lane)).request.arrived, default=None)
-
-    def workers_for(self, lane: Lane, workers: int) -> int:
-        """Return how many of these workers a lane may use, in proportion to its length."""
-        own, total = len(lane), len(self.exact) + len(self.coded)
-        return max(workers * own // total, 1) if own < total else workers
-
-    def pop(self, lane: Lane, number: int) -> list[Query]:
-        queries = [lane.popitem(last=False)[0] for _ in range(number)]
+    def pop(self, number: int) -> list[Query]:
+        queries = [self.queries.popitem(last=False)[0] for _ in range(number)]
         self.popped += queries
         for query in queries:
             query.waiting = False
@@ -130,8 +113,7 @@ class QueryQueue:
         query.done = True
         if query.waiting:
             query.waiting = False
-            self.exact.pop(query, None)
-            self.coded.pop(query, None)
+            self.queries.pop(query, None)
             with self._lock:
                 self.waiting -= 1
 
@@ -186,15 +168,11 @@ class HealthMonitor:
             self._probed_at = now
         return due
 
-    def health(self, pool: AbstractPool, coder: Coder, answer_time: float) -> Health:
+    def health(self, pool: AbstractPool, answer_time: float) -> Health:
         """Return whether a query would be answered now.
-
-        A group takes as many workers as the code needs answers, if the pool has a worker for each
-        coded data point; otherwise one worker computes several of them.
 
         Args:
             pool: The workers.
-            coder: The code.
             answer_time: Seconds that an answer usually takes; infinite for unknown.
         """
         now, live, trouble = self._clock.now(), True, None
@@ -217,13 +195,8 @@ class HealthMonitor:
             trouble = pool.alarm
         else:  # only now: a pool that is stuck may not report
             report = pool.report()
-            ready = report.num_workers - report.starting
-            least = coder.num_data if report.num_workers >= coder.num_workers else 1
-            if ready == 0:
+            if report.starting == report.num_workers:
                 trouble = f"none of {report.num_workers} workers is ready"
-            elif ready < least:
-                few = f"{ready} of {report.num_workers} workers are ready"
-                trouble = f"{few}, and a group needs answers of {least}"
         return Health(live, trouble is None, trouble)
 
 

@@ -7,13 +7,44 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ...pools import AbstractPool, Overdue
-from ...pools.batch import Refuse, answers_to_wait_for
+from ...pools.batch import Refuse
 from ...pools.clock import AbstractClock
 from .._policy import BatchingPolicy, Observe, read_outputs
 from ._coder import Coder
 
 # The only dtype that can be coded.
 CODED = np.dtype(np.float32)
+
+
+# By kind of dtype, the kinds that may be given for it.
+_KINDS = {"f": "f", "i": "iu", "u": "iu", "b": "b"}
+
+
+def fit_rows(
+    x: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, wanted: str, name: str = ""
+) -> Shaped[np.ndarray, "batch ..."]:
+    """Return rows of queries in a dtype, (B, *shape); errors say what is `wanted`, and the `name`.
+
+    Raises ValueError where they have another shape or kind, or do not fit into the dtype.
+    """
+    if x.ndim != len(shape) + 1 or x.shape[1:] != shape or not len(x):
+        raise ValueError(f"the model takes {wanted}, not of shape {list(x.shape)}")
+    if x.dtype.kind not in _KINDS[dtype.kind]:
+        raise ValueError(f"the model takes {wanted}, not {x.dtype}")
+    with np.errstate(over="ignore"):  # too large a number is inf
+        fitting = np.ascontiguousarray(x, dtype)
+    if dtype.kind == "f":
+        good, wrong = np.isfinite(fitting), f"are not finite in {dtype}"
+    elif x.dtype == dtype:
+        return fitting
+    else:
+        limits = np.iinfo(dtype)
+        good = (x >= limits.min) & (x <= limits.max)
+        wrong = f"have numbers beyond {dtype}"
+    if not good.all():
+        bad = np.flatnonzero(~good.reshape(len(x), -1).all(axis=1)).tolist()
+        raise ValueError(f"{name}queries {bad} {wrong}")
+    return fitting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,32 +58,10 @@ class BatchSpec:
         return np.zeros((number, *self.shape), self.dtype)
 
     def check(self, x: np.ndarray) -> Shaped[np.ndarray, "batch ..."]:
-        """Return queries as workers receive them.
-
-        Raises ValueError where they are not rows of this shape and kind, or not finite.
-        """
-        x = np.asarray(x)
-        if x.ndim != len(self.shape) + 1 or x.shape[1:] != self.shape or not len(x):
-            raise ValueError(
-                f"queries must come as an array of shape (B, {', '.join(map(str, self.shape))}) "
-                f"with B of 1 or more, not {x.shape}"
-            )
-        if self.dtype != CODED:
-            if x.dtype != self.dtype:
-                raise ValueError(f"queries are {x.dtype}, but the model takes {self.dtype}")
-            return np.ascontiguousarray(x)
-        if not np.issubdtype(x.dtype, np.floating):
-            raise ValueError(f"queries are {x.dtype}: codes work on floats, so convert them first")
-        if x.dtype != self.dtype:  # workers compute in float32, where too large a number is inf
-            with np.errstate(over="ignore"):
-                x = x.astype(self.dtype)
-        x = np.ascontiguousarray(x)
-        if not np.isfinite(x).all():
-            finite = np.isfinite(x.reshape(len(x), -1)).all(axis=1)
-            raise ValueError(
-                f"queries {np.flatnonzero(~finite).tolist()} are not finite in float32"
-            )
-        return x
+        """Return queries as workers receive them. Raises ValueError as `fit_rows` does."""
+        shape = ", ".join(map(str, self.shape))
+        wanted = f"queries of shape (B, {shape}) with B of 1 or more, {self.dtype}"
+        return fit_rows(np.asarray(x), self.shape, self.dtype, wanted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +76,6 @@ class Setup:
         answers: The same of an answer.
         refuse: Returns why a worker's answer is not valid.
         observe: Takes a measurement.
-        enough: The answers of a full group that suffice for decoding where no error is estimated.
     """
 
     pool: AbstractPool
@@ -77,14 +85,13 @@ class Setup:
     answers: BatchSpec
     refuse: Refuse
     observe: Observe
-    enough: int = 1
 
     @property
     def clock(self) -> AbstractClock:
         return self.pool.clock
 
     def checked(self, *, predicts: bool) -> "Setup":
-        """Return the setup with its outputs as they are read, and with `enough`.
+        """Return the setup with its outputs as they are read.
 
         `predicts` says that there is a surrogate.
 
@@ -100,17 +107,7 @@ class Setup:
         if predicts and {*dtypes} != {CODED}:
             raise ValueError(f"only float32 can be predicted, not {[str(each) for each in dtypes]}")
         shapes = [self.answers.shape] if coder.form is None else coder.form.shapes
-        limits = policy.tolerance, policy.max_disagreement
-        read, _ = read_outputs(policy.outputs, *limits, shapes)
-        if self.answers.dtype != CODED:  # nothing approximate
-            read = policy.outputs or "values"
-        exact_only = read == "values" and policy.tolerance is None
-        if exact_only and coder.can_decode and not coder.systematic:
-            raise ValueError(
-                "outputs are values without a tolerance, so that all answers are exact, and a code "
-                "that mixes all queries would send each of them twice: give a tolerance, outputs = "
-                "'logits' if they are scores of labels, interleaved points, or no code"
-            )
+        read = read_outputs(policy, shapes, floats=self.answers.dtype == CODED)
         policy = dataclasses.replace(policy, outputs=read)
         for wanted, name, why in (
             (policy.redundancy == "uncertain", "redundancy 'uncertain'", "what is uncertain"),
@@ -125,16 +122,7 @@ class Setup:
                 f"a tolerance needs error bars, and {type(coder.code).__name__} has none: give a "
                 "predictor (`--surrogate`), or NeRCC with K of 2 or more"
             )
-        num_data, num_workers = coder.num_data, coder.num_workers
-        enough = answers_to_wait_for(num_data, num_workers)
-        if coder.systematic:
-            enough = num_workers - (num_workers - num_data) // 2
-        if policy.max_calls is not None and not coder.systematic:
-            raise ValueError(
-                "max_calls needs a code that sends queries as they came (interleaved or repeated "
-                "points, replication, uncoded): of another one all is sent, or nothing"
-            )
-        return dataclasses.replace(self, policy=policy, enough=enough)
+        return dataclasses.replace(self, policy=policy)
 
 
 Redundancy = Literal["none", "uncertain", "always"]

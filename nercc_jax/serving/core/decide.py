@@ -10,7 +10,8 @@ The rules, each with a row in `tests/serving/test_decide.py`:
   worker, once; to several at once where the setting says so.
 - Where copies are as slow as what they copy, only queries whose calls have failed are sent again,
   those that may hang, and a few for trial.
-- A query that is alone at its worker, and exact, fails once no worker has an answer.
+- What must be exact waits for none of the group's answers: it goes to another worker at once.
+- A query that is alone at its worker fails once no worker has an answer.
 """
 
 import math
@@ -31,10 +32,18 @@ Place: TypeAlias = tuple[int, int]  # of a query: its cell in the group, and its
 
 
 class QueryView(NamedTuple):
-    """A query that somebody waits for, whether it was sent again, and its approximate answers."""
+    """A query that somebody waits for.
+
+    Attributes:
+        place: its place in the group.
+        copied: whether it was sent again.
+        exact_only: whether only the model's own answer will do.
+        answers: its approximate answers.
+    """
 
     place: Place
     copied: bool = False
+    exact_only: bool = False
     answers: tuple[Answer, ...] = ()
 
 
@@ -134,7 +143,7 @@ Action: TypeAlias = Predict | Decode | GiveOut | Copy | Fail | Wait
 
 
 def decide(
-    group: GroupView, now: float, evidence: LateEvidence, policy: BatchingPolicy, enough: int
+    group: GroupView, now: float, evidence: LateEvidence, policy: BatchingPolicy
 ) -> list[Action]:
     """Decide what becomes of a group's queries.
 
@@ -145,7 +154,6 @@ def decide(
         now: the time.
         evidence: what is known.
         policy: the policy.
-        enough: the answers of a full group that suffice for decoding where no error is estimated.
 
     Returns:
         What to do now, `Predict` or `Decode` alone, or `Wait` last.
@@ -163,21 +171,31 @@ def decide(
         ends = np.append(ends, outstanding + longest)
         hedges &= group.trial or now - float(np.min(outstanding, initial=now)) >= longest
     wait = Wait(float(np.min(ends[ends > now], initial=math.inf)))
-    if group.coder.systematic and not late.any():
-        return [wait]  # each query has a worker of its own that is in time
+    if not late.any():
+        return [wait]
     lost = [each for each in group.queries if not (sent & ~late)[group.own[each.place[0]]].any()]
     if not lost:
         return [wait]
     last = not in_time.any()
+    failed = ~sent | (group.failed & ~group.answered)
 
-    # Approximate answers, the cheapest first.
+    def again(queries: list[QueryView]) -> list[Action]:
+        places = [
+            each.place
+            for each in queries
+            if not each.copied and (hedges or failed[group.own[each.place[0]]].all())
+        ]
+        return [Copy(places, evidence.setting.overdue.copies)] if places else []
+
+    # Approximate answers, the cheapest first. What is exact waits for no others.
+    exact = [each for each in lost if each.exact_only or not evidence.approximates]
+    lost = [each for each in lost if each not in exact]
     given: list[Action] = []
     left: list[QueryView] = []
-    predicts = evidence.approximates and evidence.predicts and late.any()
-    if predicts and "predicted" not in group.looked:
+    if lost and evidence.predicts and "predicted" not in group.looked:
         return [Predict([each.place for each in lost])]
     for query in lost:
-        for answer in query.answers if evidence.approximates else ():
+        for answer in query.answers:
             if answer.source == "predicted" and not (answer.within and evidence.predicts):
                 continue  # or it has drifted since
             risk = evidence.risk[answer.source]
@@ -186,42 +204,20 @@ def decide(
                 break
         else:
             left.append(query)
-    undecoded = left and evidence.approximates and "decoded" not in group.looked
-    if undecoded and _decodes(group, evidence, policy, enough, last):
+    if left and "decoded" not in group.looked and _decodes(group, evidence, policy, last):
         return [Decode([each.place for each in left])]
-    if not last:
-        return [*given, wait]
-
-    # No further answer can be waited for.
-    failed = ~sent | (group.failed & ~group.answered)
-    again = [
-        each.place
-        for each in left
-        if not each.copied and (hedges or failed[group.own[each.place[0]]].all())
-    ]
-    copies: list[Action] = [Copy(again, evidence.setting.overdue.copies)] if again else []
-    return [*given, *copies, wait]
+    return [*given, *again(exact + left if last else exact), wait]
 
 
-def _decodes(
-    group: GroupView, evidence: LateEvidence, policy: BatchingPolicy, enough: int, last: bool
-) -> bool:
+def _decodes(group: GroupView, evidence: LateEvidence, policy: BatchingPolicy, last: bool) -> bool:
     """Return whether decoding now may give answers, or evidence on them."""
     coder, answers = group.coder, int(group.answered.sum())
     if not answers or not coder.can_decode:
-        return False
-    if not (coder.systematic or answers >= enough or last):
         return False
     accuracy: Accuracy = policy.accuracy
     if accuracy.promises:
         risk = evidence.risk["decoded"]
         return coder.ranks(accuracy) and (evidence.limit > 0 or not risk.waits or last)
-    # Nothing is promised: the number of answers decides.
-    least = min(coder.num_data, enough)
-    if coder.systematic:
-        cells = len(group.own)
-        least = max(cells - 2, 1)
-        if cells < coder.num_data:
-            sent = int((~np.isnan(group.sent_at)).sum())
-            enough = cells + (sent - cells) // 2
-    return answers >= enough or (last and answers >= least)
+    # Nothing is promised: half of the redundancy suffices, and less where no more can come.
+    cells, sent = len(group.own), int((~np.isnan(group.sent_at)).sum())
+    return answers >= (max(cells - 2, 1) if last else sent - (sent - cells) // 2)

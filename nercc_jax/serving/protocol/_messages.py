@@ -24,7 +24,6 @@ from pydantic import (
     StrictInt,
     TypeAdapter,
     ValidationError,
-    WithJsonSchema,
 )
 from starlette.requests import ClientDisconnect
 
@@ -37,7 +36,7 @@ UNKNOWN = -1.0
 
 # Parameters that mean something, of a request, its inputs and its outputs. KServe's clients send
 # those of binary data by gRPC, too.
-_OF_REQUESTS = frozenset(("nercc_exact", "nercc_deadline_ms", "timeout", "binary_data_output"))
+_OF_REQUESTS = frozenset(("nercc_exact", "nercc_deadline_ms", "binary_data_output"))
 _OF_INPUTS, _OF_OUTPUTS = frozenset(("binary_data_size",)), frozenset(("binary_data",))
 # By kind of dtype: the Python types that JSON may have for it, and their name.
 _TYPES: Mapping[str, tuple[set[type], str]] = {
@@ -144,7 +143,7 @@ class RequestInput:
     shape: Annotated[list[int], Field(max_length=_AXES, fail_fast=True)]
     datatype: str
     parameters: Parameters | None = None
-    data: Annotated[Any, WithJsonSchema({"type": "array", "items": {}})] = None
+    data: Any = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -256,8 +255,7 @@ def question_of(
     """Check a request, and return its queries and the other arguments of `ServedModel.infer`.
 
     Queries are an array (B, *shape), or arrays by name where the model takes a dict of arrays. The
-    arguments are the parameters `nercc_exact` (a boolean), and the deadline: `nercc_deadline_ms`,
-    or Triton's `timeout` in microseconds (0 means the default).
+    arguments are the parameters `nercc_exact` (a boolean), and the deadline, `nercc_deadline_ms`.
 
     Raises:
         InvalidInput: for unknown outputs and parameters, values of another kind, and anything but
@@ -277,21 +275,14 @@ def question_of(
     if not {*names} <= {*known} or len({*names}) < len(names):
         raise InvalidInput(f"{servable.name} has outputs {known}, each once, not {names}")
 
-    deadline = None
-    for name, unit in (("timeout", 1e6), ("nercc_deadline_ms", 1e3)):
-        value, longest = parameters.get(name), unit * MAX_DEADLINE_S
-        if name not in parameters or (name == "timeout" and value == 0):
-            continue
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not 0 < value <= longest
-        ):
+    asked, longest, deadline = parameters.get("nercc_deadline_ms"), 1e3 * MAX_DEADLINE_S, None
+    if asked is not None:
+        if isinstance(asked, bool | str) or not 0 < asked <= longest:
             raise InvalidInput(
-                f"parameter {name} must be a positive number up to {longest:.0f}, an hour, not "
-                f"{value!r}"
+                f"parameter nercc_deadline_ms must be a positive number up to {longest:.0f}, an "
+                f"hour, not {asked!r}"
             )
-        deadline = value / unit
+        deadline = asked / 1e3
     options = {"deadline": deadline, "exact": _boolean(parameters, "nercc_exact", False)}
 
     inputs = servable.inputs
@@ -354,13 +345,8 @@ def _read_tensor(given: RequestInput, wanted: Tensor) -> np.ndarray:
 
 
 def check_parameters(where: str, given: Mapping[str, Any] | None, known: Set[str]) -> None:
-    """Raise InvalidInput for parameters that would be ignored, such as Triton's classification.
-
-    Triton's clients send some of their own, of which nothing is lost: `triton_...`.
-    """
-    if unknown := [
-        name for name in given or () if name not in known and not name.startswith("triton_")
-    ]:
+    """Raise InvalidInput for parameters that would be ignored, such as Triton's classification."""
+    if unknown := [name for name in given or () if name not in known]:
         raise InvalidInput(f"{where} has no parameters {unknown}, only {sorted(known)}")
 
 

@@ -6,27 +6,26 @@ batcher, and unpacked in front of the model, in its own program. A model of one 
 that.
 """
 
-import asyncio
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from ...codes._trees import Form
 from ...codes.workers import call_model
 from ...inference.models import Model, check_model
 from ...pools.batch import reason_of
+from .._policy import model_key
 from ..core._request import fill_up
+from ..core._setup import fit_rows
 
 FLOAT = "FP32"
 # By the protocol's datatype, the dtype on the wire.
@@ -36,16 +35,6 @@ DTYPES: Mapping[str, np.dtype] = {
        for unsigned in (False, True) for size in (1, 2, 4, 8)},
     FLOAT: np.dtype("<f4"),
 }  # fmt: skip
-_HINTS = {
-    "BYTES": "JAX, which runs models here, has no strings: take token ids (INT32 or INT64) instead",
-    **dict.fromkeys(
-        ("FP16", "FP64", "BF16"),
-        "floats come and go as FP32; workers may compute in others (worker_dtype)",
-    ),
-}
-_BYTES = np.dtype(np.uint8)
-# By kind of dtype, the kinds that may be given for it.
-_KINDS = {"f": "f", "i": "iu", "u": "iu", "b": "b"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +47,8 @@ class Tensor:
 
     def __post_init__(self):
         if self.datatype not in DTYPES:
-            hint = _HINTS.get(self.datatype, f"there are {', '.join(DTYPES)}")
-            raise ValueError(f"{self.name!r} cannot be {self.datatype}: {hint}")
+            known = ", ".join(DTYPES)
+            raise ValueError(f"{self.name!r} cannot be {self.datatype}: there are {known}")
 
     @property
     def sent(self) -> np.dtype:
@@ -82,30 +71,8 @@ class Tensor:
             raise ValueError(f"the model takes {self}, not of shape {list(shape)}")
 
     def fit(self, x: np.ndarray) -> np.ndarray:
-        """Return queries (B, *shape) in the model's dtype.
-
-        Raises ValueError where they have another shape or kind, or do not fit into the dtype.
-        """
-        self.check_shape(x.shape)
-        if x.dtype.kind not in _KINDS[self.dtype.kind]:
-            raise ValueError(f"the model takes {self}, not {x.dtype}")
-        with np.errstate(over="ignore"):
-            fitting = np.ascontiguousarray(x, self.dtype)
-        if self.dtype.kind == "f":
-            good = np.isfinite(fitting)
-            wrong = f"are not finite in {self.dtype}"
-        elif x.dtype == self.dtype:
-            return fitting
-        else:
-            limits = np.iinfo(self.dtype)
-            good = (x >= limits.min) & (x <= limits.max)
-            wrong = f"have numbers beyond {self.dtype}"
-            if self.sent != self.dtype:
-                wrong += ", in which JAX computes unless JAX_ENABLE_X64 is set"
-        if not good.all():
-            bad = np.flatnonzero(~good.reshape(len(x), -1).all(axis=1)).tolist()
-            raise ValueError(f"{self.name!r}: queries {bad} {wrong}")
-        return fitting
+        """Return queries (B, *shape) in the model's dtype. Raises ValueError as `fit_rows` does."""
+        return fit_rows(x, self.shape, self.dtype, str(self), f"{self.name!r}: ")
 
     def __str__(self) -> str:
         return f"{self.name!r}, {self.datatype}, of shape {[-1, *self.shape]}"
@@ -115,8 +82,8 @@ class Tensor:
 class Tensors:
     """The tensors of a query or an answer; `alone` if the model has one array instead of a dict.
 
-    A row is the tensor itself where there is one, (d,) float32 where all are floats, and otherwise
-    the bytes of all, which are never coded.
+    A row is the tensor itself where there is one; otherwise all have the same dtype, and a row has
+    shape (d,), all numbers of all tensors.
     """
 
     parts: tuple[Tensor, ...]
@@ -126,19 +93,15 @@ class Tensors:
     def names(self) -> list[str]:
         return [part.name for part in self.parts]
 
-    @functools.cached_property
+    @property
     def dtype(self) -> np.dtype:
-        kinds = {part.dtype for part in self.parts}
-        return kinds.pop() if len(self.parts) == 1 or kinds == {DTYPES[FLOAT]} else _BYTES
+        return self.parts[0].dtype
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
-        return self.parts[0].shape if len(self.parts) == 1 else (sum(self._widths),)
-
-    @functools.cached_property
-    def _widths(self) -> list[int]:
-        size = 1 if self.dtype == _BYTES else self.dtype.itemsize
-        return [math.prod(p.shape) * p.dtype.itemsize // size for p in self.parts]
+        if len(self.parts) == 1:
+            return self.parts[0].shape
+        return (sum(math.prod(part.shape) for part in self.parts),)
 
     @functools.cached_property
     def form(self) -> Form | None:
@@ -167,8 +130,6 @@ class Tensors:
         if len(columns) == 1:
             return columns[self.parts[0].name]
         flat = [column.reshape(len(column), -1) for column in columns.values()]
-        if self.dtype == _BYTES:
-            flat = [column.view(np.uint8) for column in flat]
         return np.concatenate(flat, axis=1)
 
     def fit(self, given: Any) -> dict[str, np.ndarray]:
@@ -200,45 +161,16 @@ class Tensors:
                 return f"the model's output {name!r} is not finite"
         return None
 
-    def named(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        arrays = self._split(rows, lambda column, to: np.ascontiguousarray(column).view(to))
-        return dict(zip(self.names, arrays, strict=True))
-
-    def split(self, rows: Array) -> PyTree[Array]:
-        """Return rows as the model takes them; to be compiled."""
-
-        def bitcast(column: Array, dtype: np.dtype) -> Array:
-            if dtype.kind == "b":
-                return column != 0
-            if dtype.itemsize > 1:
-                column = column.reshape(len(column), -1, dtype.itemsize)
-            return jax.lax.bitcast_convert_type(column, dtype)
-
-        arrays = dict(zip(self.names, self._split(rows, bitcast), strict=True))
-        return arrays[self.names[0]] if self.alone else arrays
-
-    def join(self, answer: PyTree[Array]) -> Array:
-        """Return the model's answer as rows; to be compiled."""
-        leaves = jax.tree.leaves(answer)
-        if len(leaves) == 1:
-            return leaves[0]
-        if self.dtype == _BYTES:
-            dtypes = (np.uint8 if p.dtype.kind == "b" else p.dtype for p in self.parts)
-            leaves = [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
-            leaves = [jax.lax.bitcast_convert_type(leaf, np.uint8) for leaf in leaves]
-        return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=-1)
-
-    def _split(self, rows: Any, of_bytes: Callable[[Any, np.dtype], Any]) -> Iterator[Any]:
+    def named(self, rows: Any) -> dict[str, Any]:
+        """Return arrays by name, of NumPy's or JAX's rows."""
         if len(self.parts) == 1:
-            yield rows
-            return
-        begin = 0
-        for part, width in zip(self.parts, self._widths, strict=True):
-            column = rows[:, begin : begin + width]
-            if self.dtype == _BYTES:
-                column = of_bytes(column, part.dtype)
-            yield column.reshape(len(rows), *part.shape)
-            begin += width
+            return {self.parts[0].name: rows}
+        found, begin = {}, 0
+        for part in self.parts:
+            end = begin + math.prod(part.shape)
+            found[part.name] = rows[:, begin:end].reshape(len(rows), *part.shape)
+            begin = end
+        return found
 
     def __str__(self) -> str:
         return f"{'one input' if self.alone else 'inputs'} {'; '.join(map(str, self.parts))}"
@@ -247,17 +179,18 @@ class Tensors:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowModel:
-    """A model of named tensors as a model of rows, which workers run.
-
-    Floats among bytes are float32 whatever `worker_dtype` is; the weights follow it.
-    """
+    """A model of named tensors as a model of rows, which workers run."""
 
     func: Any
     inputs: Tensors = dataclasses.field(metadata={"static": True})
     outputs: Tensors = dataclasses.field(metadata={"static": True})
 
     def __call__(self, rows: Shaped[Array, "batch ..."]) -> Shaped[Array, "batch ..."]:
-        return self.outputs.join(self.func(self.inputs.split(rows)))
+        given = self.inputs.named(rows)
+        leaves = jax.tree.leaves(self.func(given[INPUT] if self.inputs.alone else given))
+        if len(leaves) == 1:
+            return leaves[0]
+        return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=-1)
 
 
 # The name of a model's only input.
@@ -271,17 +204,6 @@ ADDED = (
 
 # The shape of a query, or shapes by name where the model takes a dict of arrays.
 Shapes = Sequence[int] | Mapping[str, Sequence[int]]
-
-
-def model_key(name: str, version: str) -> str:
-    """Return the key of a model's version: the name alone for version 1. Names have no slash."""
-    return name if version == "1" else f"{name}/{version}"
-
-
-def name_and_version(key: str) -> tuple[str, str]:
-    """Return the name and the version that `model_key` made a key of."""
-    name, _, version = key.partition("/")
-    return name, version or "1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,6 +241,10 @@ class Servable:
                 raise ValueError(f"an output cannot be called {name!r}: the server's is")
         if len(set(names)) < len(names):
             raise ValueError(f"{self.name}: outputs must have different names, not {names}")
+        for parts in (self.queries.parts, self.outputs.parts):
+            if len({part.dtype for part in parts}) > 1:
+                some = "; ".join(map(str, parts))
+                raise ValueError(f"{self.name}: {some} have several datatypes: cast them to one")
 
     def on_rows(self, model: Model) -> Model:
         """Return another model with the same inputs and outputs, as a model on rows."""
@@ -461,8 +387,6 @@ class Preprocessing:
         assert servable.preprocess is not None
         self._inputs, self._queries = servable.inputs, servable.queries
         self._sizes, self._function = sizes, jax.jit(servable.preprocess)
-        threads = min(os.cpu_count() or 1, 4)  # a compiled function leaves Python's lock
-        self._executor = concurrent.futures.ThreadPoolExecutor(threads, "nercc-preprocess")
         for size in sizes:
             zeros = {p.name: np.zeros((size, *p.shape), p.dtype) for p in self._inputs.parts}
             with contextlib.suppress(ValueError):  # what it makes of zeros may not be finite
@@ -483,9 +407,3 @@ class Preprocessing:
                 found = self._function(piece[INPUT] if self._inputs.alone else piece)
             pieces.append(jax.tree.map(lambda y, few=few: np.asarray(y, np.float32)[:few], found))
         return self._queries.pack(jax.tree.map(lambda *parts: np.concatenate(parts), *pieces))
-
-    async def run(self, given: Any) -> Float[np.ndarray, "batch ..."]:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self, given)
-
-    def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)

@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -112,12 +112,12 @@ class GrpcServer:
         if name == "ModelInfer":
             size = asked.ByteSize()
             headers = functools.partial(dict, context.invocation_metadata() or ())
-            with state.watch(asked.model_name, headers) as trace, state.hold() as add:
+            with state.watch(asked.model_name, headers) as span, state.hold() as add:
                 add(size)
                 model = models.find(asked.model_name, asked.model_version)
                 add(int(model.servable.growth * size))
                 slow = 0 if asked.raw_input_contents else size
-                answer = await state.answer(model, lambda: read_message(asked), slow, trace)
+                answer = await state.answer(model, lambda: read_message(asked), slow, span)
                 return write_message(answer)
         if name == "RepositoryIndex":
             found: dict[str, Any] = {"models": models.index(asked.ready)}
@@ -148,7 +148,7 @@ class GrpcServer:
 
 
 class _HealthService(health_pb2_grpc.HealthServicer):
-    """gRPC's own health service (grpc.health.v1), for its probes and load balancers."""
+    """gRPC's own health service (grpc.health.v1), for probes."""
 
     def __init__(self, state: ServerState):
         self._models = state.models
@@ -161,20 +161,6 @@ class _HealthService(health_pb2_grpc.HealthServicer):
             error = ModelNotFound(request.service)
             await context.abort(KINDS[ModelNotFound].grpc, message_of(error))
         return HealthCheckResponse(status=status)
-
-    async def Watch(
-        self, request: HealthCheckRequest, context: Any
-    ) -> AsyncIterator[HealthCheckResponse]:
-        """Yield every change, and end when the server does, so that no client keeps it alive."""
-        last = None
-        while last is None or not self._models.draining:
-            status = self._status(request.service)
-            if status != last:
-                yield HealthCheckResponse(status=status)
-                last = status
-            await asyncio.sleep(0.2)
-        if last == HealthCheckResponse.SERVING:
-            yield HealthCheckResponse(status=HealthCheckResponse.NOT_SERVING)
 
     def _status(self, service: str) -> Any:
         """Return the status of a model, or of the server by its own names."""
@@ -193,10 +179,7 @@ def read_message(message: messages.ModelInferRequest) -> InferenceRequest:
     """
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
-        raise InvalidInput(
-            f"the number of inputs ({len(message.inputs)}) does not match the expected number of "
-            f"raw input contents ({len(raw)}) for model {message.model_name!r}."
-        )
+        raise InvalidInput(f"{len(message.inputs)} inputs have {len(raw)} raw contents")
 
     def parameters_of(given: Mapping[str, Any]) -> Any:
         """Return parameters without what gRPC wraps them in."""
@@ -209,10 +192,7 @@ def read_message(message: messages.ModelInferRequest) -> InferenceRequest:
     inputs, outputs = [], []
     for place, each in enumerate(message.inputs):
         if raw and each.HasField("contents"):
-            raise InvalidInput(
-                "contents field must not be specified when using raw_input_contents for input "
-                f"{each.name!r} for model {message.model_name!r}"
-            )
+            raise InvalidInput(f"input {each.name!r} has both contents and raw contents")
         field = _CONTENTS.get(each.datatype.upper())
         typed = [] if raw or field is None else getattr(each.contents, field)
         made = RequestInput(

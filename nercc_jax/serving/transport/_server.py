@@ -1,7 +1,4 @@
-"""The server's life: it listens by HTTP and gRPC, starts its models, and drains at a signal.
-
-`serve` and `make_server` do from Python what `nercc serve` does.
-"""
+"""The server's life: it listens by HTTP and gRPC, starts its models, and drains at a signal."""
 
 import asyncio
 import contextlib
@@ -30,10 +27,8 @@ from ..adapt._predictor import Predictor
 from ..protocol._servable import Servable, make_servable
 from ..settings import ModelSettings, ServerSettings
 from ._grpc import GrpcServer
-from ._http import InferenceEndpoint
-from ._models import TICK, in_background
-from ._rest import make_app
-from ._state import ServerState
+from ._rest import InferenceEndpoint, make_app
+from ._state import TICK, ServerState, in_background
 
 try:  # it takes less time for each request; there is none for Windows
     from uvloop import new_event_loop
@@ -89,7 +84,7 @@ class Server:
         registry = registry or CollectorRegistry()
         with contextlib.suppress(ValueError):  # it is there already, if a server had the registry
             ProcessCollector(registry=registry)
-        # Inference goes past FastAPI's own layers.
+        # Inference goes past the application's own layers.
         app = InferenceEndpoint(make_app(self.state, registry), self.state)
         self._http = uvicorn.Server(
             uvicorn.Config(
@@ -258,23 +253,23 @@ class Server:
         """Be not ready, then accept nothing new, and fail what takes too long."""
         ends: list[asyncio.Future[Any]] = []
 
-        def ended() -> bool:
-            return bool(ends) and all(face.done() for face in ends)
-
-        async def wait(seconds: float) -> None:
+        async def wait(seconds: float) -> bool:
             """Wait until all faces have ended, but no longer, and not if told to end at once."""
             end = time.monotonic() + seconds
-            while not ended() and not self._at_once and time.monotonic() < end:
+            while not (ends and all(face.done() for face in ends)):
+                if self._at_once or time.monotonic() >= end:
+                    return False
                 await asyncio.sleep(TICK)
+            return True
 
         await wait(self.settings.drain_delay_s)
         self._http.should_exit = True
         ends.append(http)
         if self._grpc is not None:
             ends.append(asyncio.create_task(self._grpc.stop()))
-        await wait(self.settings.drain_timeout_s)
-        if not ended():
-            self.lost = self.state.models.in_flight
+        if not await wait(self.settings.drain_timeout_s):
+            running = self.state.models.started
+            self.lost = {key: number for key in running if (number := running[key].in_flight)}
             if self.lost:
                 _LOG.warning("requests are lost: draining took too long", extra={"lost": self.lost})
             self.state.models.close_all()
@@ -311,7 +306,7 @@ def make_server(
 ) -> Server:
     """Return a server of one model, which does not listen yet.
 
-    `serve` runs it; as a context manager it serves from a thread:
+    `run` serves until SIGTERM; as a context manager it serves from a thread:
 
         >>> import json
         >>> import urllib.request
@@ -359,21 +354,3 @@ def make_server(
         ServedModel, model, code, settings, Metrics(registry), predictor=predictor
     )
     return Server({model.key: start}, server_settings, registry)
-
-
-def serve(
-    model: Model | Servable,
-    code: AbstractCode | None = None,
-    shape: Sequence[int] | None = None,
-    **options: Any,
-) -> None:
-    """Serve a model behind a code until SIGTERM or SIGINT, as `nercc serve` does.
-
-    Arguments are those of `make_server`.
-
-    Raises:
-        OSError: where a port is taken.
-        ValueError: as `make_server`.
-        RuntimeError: where the workers do not start.
-    """
-    make_server(model, code, shape, **options).run()
