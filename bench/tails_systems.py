@@ -45,7 +45,7 @@ from nercc_jax import (
 from nercc_jax.pools import AbstractPool, Overdue
 from nercc_jax.pools.times import AnswerTimes
 from nercc_jax.serving import BatchingPolicy, Predictor, Reply
-from nercc_jax.stragglers.simulate import Hedge
+from nercc_jax.stragglers import Hedge
 from nercc_jax.testing import SimulatedPool
 from nercc_models import load_model, load_parity_model
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import bench_modules, require
 
-from nercc_jax.stragglers.simulate import Hedge
+from nercc_jax.stragglers import Hedge
 from nercc_jax.surrogates import Kernel
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 

@@ -17,6 +17,7 @@ from nercc_jax.planning import Candidate, Plan
 from nercc_jax.stragglers import (
     AbstractLatency,
     ExponentialLatency,
+    Hedge,
     LogNormalLatency,
     ParetoLatency,
     TraceLatency,
@@ -24,7 +25,6 @@ from nercc_jax.stragglers import (
     straggler_sets,
 )
 from nercc_jax.stragglers.groups import Latencies, Waiting, own_workers
-from nercc_jax.stragglers.simulate import Hedge
 from nercc_jax.surrogates import Surrogate
 from nercc_models import find_points
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from nercc_jax.pools import Fault, Faults, Overdue
-from nercc_jax.stragglers import TraceLatency
+from nercc_jax.stragglers import Hedge, TraceLatency
 from nercc_jax.stragglers.groups import Latencies
-from nercc_jax.stragglers.simulate import Hedge
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 POINTS = np.arange(5.0)[:, None, None]

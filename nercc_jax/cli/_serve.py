@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ._command import Option, fail
+from ._options import Options
 from ._process import join_ray_of, keep_programs, leave, leave_accelerators
 
 _NEEDED = (
@@ -88,6 +89,8 @@ def serve_models(given: Mapping[str, Any]) -> None:
     chosen = [ModelSettings(**of_all).over(each) for each in settings.resolved()]
     if print_config:
         return print(as_toml(settings, chosen))
+    for each in chosen:
+        Options(str(each.model), pool=each.pool)  # names what is wrong before JAX is imported
     if check:
         from ._serving_models import load_parts
 

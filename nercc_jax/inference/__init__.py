@@ -2,13 +2,14 @@
 
 from ._coded import coded_inference
 from ._robust import robust_decode
-from .models import CalibrationWarning, cast_model
+from .models import CalibrationWarning, cast_model, current_conditions
 from .order import order_points
 
 __all__ = [
     "CalibrationWarning",
     "cast_model",
     "coded_inference",
+    "current_conditions",
     "order_points",
     "robust_decode",
 ]

@@ -223,6 +223,11 @@ def current_conditions(worker_dtype: DTypeLike | None = None, platform: str | No
     They are the workers' dtype (else JAX's working precision; what a model makes of that by itself
     is the model's), JAX's name for the kind of device (its default device's unless given), and
     `jax.default_matmul_precision`.
+
+    Example:
+        >>> from nercc_jax.inference import current_conditions
+        >>> current_conditions("bfloat16", "tpu")
+        'bfloat16 workers on platform tpu, matmul precision default'
     """
     working = "float64" if x64_enabled() else "float32"
     device: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]

@@ -12,7 +12,8 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ..inference.models import Model, check_worker_dtype, current_conditions
+from ..inference import current_conditions
+from ..inference.models import Model, check_worker_dtype
 from ._faults import Faults
 from ._pool import AbstractPool
 from .backend import OnOutcome, WorkerBackend, WorkerDied

@@ -18,12 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from ..codes._kept import x64_enabled
-from ..inference.models import (
-    Model,
-    check_worker_dtype,
-    current_conditions,
-    matmul_precision,
-)
+from ..inference import current_conditions
+from ..inference.models import Model, check_worker_dtype, matmul_precision
 from ._faults import Faults
 from ._payload import EncodedInputs, pack
 from ._pool import AbstractPool

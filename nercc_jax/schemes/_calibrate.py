@@ -17,8 +17,8 @@ from ..codes.workers import run_workers
 from ..evaluation._answers import batched, cut_groups, in_parts
 from ..evaluation._criteria import root_mean_square
 from ..evaluation._objective import draw_sets
-from ..inference import cast_model
-from ..inference.models import Model, current_conditions
+from ..inference import cast_model, current_conditions
+from ..inference.models import Model
 from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars_from_ratios
 from ..risk._error_probability import (

@@ -18,21 +18,24 @@ if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
     from ._laws import WaitUntil as WaitUntil
     from ._laws import latency_law as latency_law
     from ._laws import straggler_sets as straggler_sets
+    from .simulate import Hedge as Hedge
 
 # Imported when they are first used: the simulator of hedging runs without JAX.
 _WHERE = {
     "_laws": "AbstractLatency AbstractStragglers ContiguousStragglers ExactStragglers "
     "ExponentialLatency IndependentStragglers LogNormalLatency ParetoLatency RowLatency "
-    "TraceLatency WaitFor WaitUntil latency_law straggler_sets"
+    "TraceLatency WaitFor WaitUntil latency_law straggler_sets",
+    "simulate": "Hedge",
 }
-__all__ = [*_WHERE["_laws"].split()]  # pyright: ignore[reportUnsupportedDunderAll]
+_PLACES = {name: place for place, names in _WHERE.items() for name in names.split()}
+__all__ = [*_PLACES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found = getattr(importlib.import_module("._laws", __name__), name)
+    globals()[name] = found = getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
     return found
 
 

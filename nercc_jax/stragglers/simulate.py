@@ -39,6 +39,12 @@ class Hedge:
             in the unit of the latencies.
         at_once: Copies that go out together.
         hedges: False for no copies at all: what is late is predicted, or takes its time.
+
+    Example:
+        >>> from nercc_jax.stragglers import Hedge
+        >>> own, copies = np.array([1.0, 9.0]), np.array([1.0, 1.0])
+        >>> Hedge(limit=2.0).outcome(own[None], copies[None]).seconds
+        array([1., 3.])
     """
 
     limit: float

@@ -21,8 +21,8 @@ from jaxtyping import ArrayLike, Float
 from ...codes.workers import run_workers
 from ...evaluation._answers import batched, cut_groups
 from ...evaluation._criteria import agree_on_labels, root_mean_square
-from ...inference import cast_model
-from ...inference.models import Model, current_conditions
+from ...inference import cast_model, current_conditions
+from ...inference.models import Model
 from ...risk import Accuracy, ErrorProbability
 from ...risk._error_bars import ErrorScale, fit_error_scale
 from ...risk._error_probability import fit_error_probability
