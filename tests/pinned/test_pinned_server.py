@@ -10,7 +10,7 @@ from pinned_values import TABLES
 
 httpx = require("httpx", "serve-test")
 require("grpc", "serve-test")
-require("fastapi", "serve")
+require("starlette", "serve")
 
 from serving.faces import by_grpc, by_python, by_rest
 from serving.nercc_server import patience
