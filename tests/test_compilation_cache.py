@@ -83,11 +83,9 @@ def test_another_folder_can_be_chosen_later(tmp_path):
     assert len(list((tmp_path / "chosen").glob("*-cache"))) >= 3
 
 
-def test_commands_run_without_a_folder(tmp_path, monkeypatch, caplog):
+def test_commands_run_without_a_folder(monkeypatch):
     def fail():
         raise PermissionError("read-only")
 
     monkeypatch.setattr("nercc_jax.cli._process.enable_compilation_cache", fail)
-    with caplog.at_level("INFO"):
-        keep_programs()
-    assert caplog.messages == ["compiled programs are not kept"]
+    keep_programs()
