@@ -22,7 +22,7 @@ from nercc_jax.pools.ray_cluster import join_ray
 
 def test_a_folder_that_is_not_there_is_refused():
     require("ray", "ray")
-    with pytest.raises(ValueError, match="py_modules entry must be .*; got /nowhere"):
+    with pytest.raises(ValueError, match=r"py_modules entry must be .*; got /nowhere"):
         join_ray_of(None, {"py_modules": ["/nowhere"]})
 
 
