@@ -99,13 +99,12 @@ def test_workers_lie_apart_and_nothing_is_lost(cluster):
         answers.go_on()
         soon(lambda: by_node(pool) == sorted(fewer), STARTS)
         answers.go_on()
-        # A node is added, and another lost: workers start there.
+        # A node is added, and another lost: its workers start wherever Ray puts them.
         new = cluster.add_node(num_cpus=CPUS, num_gpus=2, node_ip_address="127.0.0.9")
         answers.go_on()
         strike(frozen, signal.SIGKILL)
         answers.go_on()
-        soon(lambda: new.node_id in pool.nodes(), STARTS)
-        soon(lambda: by_node(pool)[-1] < WORKERS, STARTS)
+        soon(lambda: not {None, frozen.node_id} & {*pool.nodes()}, STARTS)
 
     def memory_fraction(batch):
         return batch + np.float32(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import invoke
+from conftest import require
 
 from nercc_jax import (
     DevicePool,
@@ -364,7 +365,8 @@ def test_a_code_with_further_models_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_ray_workers_that_die_on_trial(ray_pool, tmp_path):
+def test_ray_workers_that_die_on_trial(tmp_path):
+    require("ray", "ray")
     path = tmp_path / "result.npz"
     options = "--num-data 2 --num-workers 4 --workers 2 --max-inputs 40 --groups 2 --pool ray"
     options += " --faults death_rate=0.02"
