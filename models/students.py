@@ -307,6 +307,8 @@ def plan_within(budget: float, input_shape: Sequence[int], output_shape: Sequenc
         raise ValueError(
             f"a student may do {budget:,.0f} multiplications, and the smallest does {cost:,}: the "
             "model is too cheap to be worth a student"
+            + ", or JAX cannot trace it and count them"
+            * (not budget)
         )
     return smallest
 

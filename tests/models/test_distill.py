@@ -127,6 +127,8 @@ def test_a_budget_of_next_to_nothing_gives_a_linear_student_or_none():
     for shape in ((50,), (32, 32, 1)):
         with pytest.raises(ValueError, match=r"may do 100 multiplications, and the smallest does"):
             plan_within(100, shape, (3,))
+    with pytest.raises(ValueError, match="or JAX cannot trace it"):
+        plan_within(0, (50,), (3,))
 
 
 # -- What the model is asked -----------------------------------------------------------------------
