@@ -13,7 +13,6 @@ import pytest
 from conftest import require
 
 from nercc_jax import RayPool
-from nercc_jax.cli._process import join_ray_of
 from nercc_jax.pools._payload import pack
 from nercc_jax.pools.ray_cluster import join_ray
 
@@ -23,7 +22,7 @@ from nercc_jax.pools.ray_cluster import join_ray
 def test_a_folder_that_is_not_there_is_refused():
     require("ray", "ray")
     with pytest.raises(ValueError, match=r"py_modules entry must be .*; got /nowhere"):
-        join_ray_of(None, {"py_modules": ["/nowhere"]})
+        join_ray(None, {"py_modules": ["/nowhere"]})
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])

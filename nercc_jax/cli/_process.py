@@ -5,7 +5,6 @@ import importlib.metadata
 import os
 import sys
 import threading
-from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ..compilation import enable_compilation_cache
@@ -49,13 +48,6 @@ def compile_plainly() -> None:
     version = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
     if version < (0, 11) and flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=false".strip()
-
-
-def join_ray_of(address: str | None, runtime_env: Mapping[str, Any] | None) -> None:
-    """Make this process part of the Ray that options name, or raise ConnectionError."""
-    from ..pools.ray_cluster import join_ray
-
-    join_ray(address, dict(runtime_env or {}))
 
 
 def leave_accelerators() -> None:

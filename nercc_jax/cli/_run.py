@@ -19,13 +19,14 @@ from ..codes import NeRCC
 from ..pools import AbstractPool
 from ..pools.batch import answers_to_wait_for
 from ..pools.options import open_pool
+from ..pools.ray_cluster import join_ray
 from ..risk import EnsembleEstimate
 from ..rows import GroupResult, RowProgress, RowResult, RowSettings, run_groups, run_rows
 from ..rows.files import check_parts, fingerprint
 from ._command import fail, of_option
 from ._options import Options, refuse
 from ._output import progress_bar, show, write_json
-from ._process import join_ray_of, leave_accelerators
+from ._process import leave_accelerators
 from ._workload import callable_of, faults_of, find_workload, load_plain_code
 
 
@@ -114,7 +115,7 @@ def pool_opener(options: Options, console: Console) -> Callable[..., AbstractPoo
         if options.pool == "ray":
             logging.basicConfig(format="%(message)s")
             logging.getLogger("nercc_jax.pools").setLevel(logging.INFO)  # which Ray was joined
-            join_ray_of(options.address, options.runtime_env)
+            join_ray(options.address, options.runtime_env)
         try:
             with console.status(f"starting {words} ..."):
                 pool = open_pool(model, num_workers, asked, **others | further)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ._command import Option, fail
 from ._options import Options
-from ._process import join_ray_of, keep_programs, leave, leave_accelerators
+from ._process import keep_programs, leave, leave_accelerators
 
 _NEEDED = (
     *("grpc", "grpc_health", "httptools", "orjson", "prometheus_client", "pydantic_settings"),
@@ -109,11 +109,12 @@ def serve_models(given: Mapping[str, Any]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     from prometheus_client import CollectorRegistry
 
+    from ..pools.ray_cluster import join_ray
     from ..serving import Server
     from ._serving_models import StartFailed, starts_of
 
     registry, moment = CollectorRegistry(), 0.25
-    join = functools.cache(lambda: join_ray_of(settings.address, settings.runtime_env))
+    join = functools.cache(lambda: join_ray(settings.address, settings.runtime_env))
     server = Server(starts_of(chosen, registry, join), settings, registry)
 
     def watch() -> None:

@@ -13,9 +13,8 @@ A row is in one state at a time:
 | WAITING, AGAIN, SENT | the run ends, and it is not | FAILED |
 
 Only the call that a row was sent in last takes it out of SENT where it fails: others were given up,
-or are copies. Rows that are known
-well enough stay WAITING, and are left out of the queue. Once the run is over, answers change no
-row: they judge the error bars of what was not waited for.
+or are copies. Rows that are known well enough stay WAITING, and are left out of the queue. Once the
+run is over, answers change no row: they judge the error bars of what was not waited for.
 
 Workers are kept busy, row after row: no row waits for others. Once a learner has been fitted to
 what came, rows that it knows well enough need not be computed, and those that it knows least go

@@ -49,6 +49,20 @@ from .._policy import BatchingPolicy
 from ..core._group import repeat_rows
 from ..core._setup import Setup
 
+_LOG = logging.getLogger(__name__)
+
+_WAITING = 512  # answers that wait to be learned from; later ones replace the earliest
+# The share of the time that learning may take, since programs of JAX keep all cores of a CPU busy,
+# at first and where it has settled, and the longest pause that follows from it, in seconds.
+_SHARE, _LATER, _LONGEST = 0.05, 0.01, 1.0
+# Answers that a learner takes at once, and that it starts from.
+BATCH, FIRST = 32, 256
+_SETTLED = 1024  # validation answers after which little is left to learn
+# Validation answers that calibration looks at, at most and at least, and the share by which their
+# number grows until the next calibration.
+_VALIDATION, LEAST, _MORE = 2048, 128, 0.25
+_FEATURES = 64  # principal components, where queries have more numbers
+
 # Returns the answers to queries as vectors, and their deviations, 1 where there are none.
 HostOutputs: TypeAlias = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -188,21 +202,6 @@ def calibrate(
     most = math.inf if tolerance is None else tolerance
     disagreement = float(np.mean(wrong))
     return Calibration(error_probability, factor, limit, most, share, disagreement, check)
-
-
-_LOG = logging.getLogger(__name__)
-
-_WAITING = 512  # answers that wait to be learned from; later ones replace the earliest
-# The share of the time that learning may take, since programs of JAX keep all cores of a CPU busy,
-# at first and where it has settled, and the longest pause that follows from it, in seconds.
-_SHARE, _LATER, _LONGEST = 0.05, 0.01, 1.0
-# Answers that a learner takes at once, and that it starts from.
-BATCH, FIRST = 32, 256
-_SETTLED = 1024  # validation answers after which little is left to learn
-# Validation answers that calibration looks at, at most and at least, and the share by which their
-# number grows until the next calibration.
-_VALIDATION, LEAST, _MORE = 2048, 128, 0.25
-_FEATURES = 64  # principal components, where queries have more numbers
 
 
 class Predictor:
