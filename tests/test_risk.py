@@ -15,7 +15,7 @@ import scipy.stats
 from nercc_jax.risk import Accuracy, Comparison, Risk, RiskMonitor
 from nercc_jax.risk._error_bars import error_bars_from_ratios
 from nercc_jax.risk._monitor import WorkerMonitor
-from nercc_jax.serving import DecodingScores
+from nercc_jax.serving import Compared, DecodingScores
 
 LABELS, VALUES, POOL = Accuracy(max_disagreement=0.1), Accuracy(tolerance=1.0), 8
 
@@ -406,8 +406,8 @@ STREAMS = (exchangeable, drifting, dependent, repeated, adversarial)
 def play(stream, seed, accuracy):
     """What was given out, and whether it missed the promise, of a stream of stragglers."""
     random, last = np.random.default_rng(seed), np.zeros(3)
-    score, risk = DecodingScores(accuracy).of(4), Risk(accuracy, needs_evidence=True)
-    missed = []
+    scores, risk = DecodingScores(accuracy), Risk(accuracy, needs_evidence=True)
+    compared, due, missed = [], 32, []
     for place in range(LENGTH):
         last, sign = stream(random, place, last)
         margin, rough, variance = last
@@ -415,7 +415,8 @@ def play(stream, seed, accuracy):
         odds = -1.2 + sign * (rough + variance - 1.3 * margin)
         wrong = bool(random.random() < 1 / (1 + math.exp(-odds)))
         error = 0.3 * math.exp(sign * (rough + variance)) * abs(random.normal())
-        value = float(score.of_features(features))
+        score = scores.of(4)
+        value = math.nan if score is None else float(score.of_features(features))
         probability, bar = value, math.nan
         if accuracy.tolerance is not None:
             probability, bar = math.nan, value
@@ -427,6 +428,11 @@ def play(stream, seed, accuracy):
             missed.append(wrong if accuracy.tolerance is None else excess > widened)
         row = Comparison(probability, bar, wrong and accuracy.tolerance is None, excess)
         risk.add(row, given=given, widened=widened)
+        compared.append(Compared(features, wrong, error))
+        if len(compared) >= due:
+            due += max(due // 2, 32)
+            scores, shown = scores.learn(compared, None)
+            risk.replace(shown)
     return missed
 
 

@@ -21,7 +21,7 @@ from ..inference.models import warn_if_other
 from ..risk import Comparison, Risk
 from ..risk._accuracy import error_ratios
 from ._policy import MAX_DEADLINE_S
-from .adapt._decoding import DecodingScores
+from .adapt._decoding import DecodingEvidence, DecodingScores
 from .adapt._predictor import Predictor
 from .adapt._setting_controller import SettingController
 from .core._coder import DecodedGroup
@@ -43,7 +43,7 @@ class Approximations:
     Attributes:
         setup: The batcher's parts; its `observe` passes the choice of settings.
         turns: The thread that learns, not started yet.
-        decoding: What stragglers showed of decoded answers.
+        decoding: The evidence on decoded answers.
         predictor: The surrogate, ready or not; None where there is none.
     """
 
@@ -75,14 +75,12 @@ class Approximations:
         if scores.calibrated:
             warn_if_other("the error estimate", scores.conditions, setup.pool.conditions)
         self.turns = setup.clock.turns("nercc-learning", self._turn)
-        scores, counts = dataclasses.replace(scores, accuracy=wanted), range(coder.num_data + 1)
-        # By the queries of a group: the score of decoded answers, and the calibration's limit.
-        self._scores = {few: (scores.of(few), scores.limit(few)) for few in counts}
-        needs = wanted.promises and not scores.calibrated
-        self.decoding = Risk(wanted, needs_evidence=needs)
+        self.decoding = DecodingEvidence(dataclasses.replace(scores, accuracy=wanted), coder.form)
         self._controller = None
         if policy.max_calls is not None:
-            self._controller = SettingController(setup, predictor, self.decoding, self.turns.wake)
+            self._controller = SettingController(
+                setup, predictor, self.decoding.risk, self.turns.wake
+            )
             setup = dataclasses.replace(setup, observe=self._controller.observe)
         self.setup, self.predictor, self._submit = setup, predictor, submit
         # Whether approximate answers may be given out at all, by what the outputs are.
@@ -101,7 +99,8 @@ class Approximations:
 
     def _turn(self) -> float:
         """Learn, on the thread that does, and return when to do so again."""
-        due, steps = math.inf, [] if self.predictor is None else [self.predictor.turn]
+        due, steps = math.inf, [self.decoding.learn]
+        steps += [] if self.predictor is None else [self.predictor.turn]
         steps += [] if self._controller is None else [self._controller.turn]
         for step in steps:
             try:
@@ -120,8 +119,8 @@ class Approximations:
 
     def evidence(self, queries: int) -> LateEvidence:
         """Return what is known by now, for a group with this number of queries."""
-        limit, predictor = self._limit(queries), self.predictor
-        risk: dict[Source, Risk] = {"decoded": self.decoding}
+        limit, predictor = self.decoding.limit(queries), self.predictor
+        risk: dict[Source, Risk] = {"decoded": self.decoding.risk}
         predicts = False
         if predictor is not None:
             risk["predicted"] = predictor.risk
@@ -160,7 +159,7 @@ class Approximations:
 
         A code may have lost a query, and a sum of large answers may overflow.
         """
-        setup, number = self.setup, len(group.cells)
+        setup, decoding, number = self.setup, self.decoding, len(group.cells)
         begin, accuracy = setup.clock.now(), setup.policy.accuracy
         known = [(point, each) for point, each in enumerate(group.answers) if each is not None]
         some = known[0][1]
@@ -171,7 +170,7 @@ class Approximations:
         setup.observe("decode_seconds", setup.clock.now() - begin)
         basis = int((~np.isnan(group.sent_at)).sum()), int(group.mask.sum())
         setup.observe("workers_responded", basis[1])
-        limit, epoch = self._limit(number), self.decoding.epoch
+        limit, epoch = decoding.limit(number), decoding.risk.epoch
         for cell, row in places:
             query, value = group.query((cell, row)), found.predictions[row, cell, ...]
             query.approximate.pop("decoded", None)
@@ -184,6 +183,7 @@ class Approximations:
                 *basis,
                 disagreement=known if labels else math.nan,
                 error=math.nan if labels else known,
+                features=found.features[row, cell].copy(),
                 x=query.x,
                 epoch=epoch,
                 within=known <= limit if accuracy.promises else math.isnan(known),
@@ -192,15 +192,15 @@ class Approximations:
     def _decoded(self, values: np.ndarray, mask: np.ndarray, queries: int) -> DecodedGroup:
         policy = self.setup.policy
         promises = policy.accuracy.promises
-        score = self._scores[queries][0] if promises else None
+        score = self.decoding.scores.of(queries) if promises else None
         width = policy.max_batch_size
-        return self.setup.coder.decode(values, mask, width, score)
+        return self.setup.coder.decode(values, mask, width, score, features=promises)
 
     def give(self, group: Group, given: GiveOut) -> tuple[Query, Answer]:
         """Return an answer that is given out, as the caller sees it, which is to be compared."""
         source = given.source
         query, tolerance = group.query(given.place), self.setup.policy.tolerance
-        answer, risk = query.approximate[source], self._risk_of(source)
+        answer, risk = query.approximate[source], self._of(source).risk
         disagreement, error = map(float, risk.expected(answer.disagreement, answer.error))
         if answer.error > 0:
             answer.widened = error / answer.error
@@ -228,19 +228,12 @@ class Approximations:
         if x is not None and own is not None and self.predictor is not None:
             self.predictor.add_answer(x, own)
 
-    def _risk_of(self, source: Source) -> Risk:
+    def _of(self, source: Source) -> DecodingEvidence | Predictor:
         """Return what is known of answers of a source."""
         if source == "decoded":
             return self.decoding
         assert self.predictor is not None
-        return self.predictor.risk
-
-    def _limit(self, queries: int) -> float:
-        """Return the largest score within the calibration, for a group of this size.
-
-        What has had a drift is compared without being given out, and without a limit.
-        """
-        return -1.0 if self.decoding.drifts else self._scores[queries][1]
+        return self.predictor
 
     def audit(self, given: Answer, own: np.ndarray | None) -> bool:
         """Compare an answer with the model's own, which came late, or is None and will never come.
@@ -251,14 +244,16 @@ class Approximations:
         Returns:
             Whether it was right.
         """
-        labels, risk = self.setup.policy.tolerance is None, self._risk_of(given.source)
+        labels, source = self.setup.policy.tolerance is None, self._of(given.source)
         wrong, excess, value = labels, math.inf, given.value.ravel()
         if own is not None:
             form = self.setup.coder.form
             wrong = labels and not bool(agree_on_labels(value, own.ravel(), form))
             error = root_mean_square(value - own.ravel())
             excess = float(error_ratios(error, np.asarray(given.error)))
-        drifted = risk.add(
+            if given.features is not None and self.decoding.add(given, wrong, float(error)):
+                self.turns.wake()
+        drifted = source.risk.add(
             Comparison(given.disagreement, given.error, wrong, excess),
             given=given.given,
             epoch=given.epoch,
@@ -266,8 +261,7 @@ class Approximations:
             widened=given.widened,
         )
         if drifted:
-            if given.source == "predicted" and self.predictor is not None:
-                self.predictor.discard()
+            source.discard()
             self.setup.observe("drift", 1)
             what = f"{given.source} answers went wrong more often than promised: see the status"
             _LOG.warning(what)
@@ -333,12 +327,11 @@ class Approximations:
         """Return what has been learned and measured so far."""
         controller, predictor = self._controller, self.predictor
         promises = self.setup.policy.accuracy.promises
-        decoding = self.decoding.status() | {"hint": self.decoding.hint}
         return {
             "policy": None if controller is None else controller.status(),
             "predictor": None if predictor is None else predictor.status(),
-            "decoding": decoding if promises else None,
-            "audited": list(self.decoding.shown),
+            "decoding": self.decoding.status() if promises else None,
+            "audited": list(self.decoding.risk.shown),
         }
 
     def hints(self) -> list[str]:

@@ -11,7 +11,7 @@ from scipy.interpolate import make_interp_spline
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
 from nercc_jax.codes import BerrutSpline
 from nercc_jax.risk import Accuracy, ErrorProbability
-from nercc_jax.serving import Coder, DecodingScores, calibrate_decoding
+from nercc_jax.serving import Coder, Compared, DecodingScores, calibrate_decoding
 
 # By name: whether a query can be decoded from others',
 # its error has a probability, and it gains from an order.
@@ -269,21 +269,29 @@ def test_a_code_without_deviations_goes_by_margins():
     assert wrong[sure].mean() <= 0.3 < wrong[~sure].mean()
 
 
-def test_without_a_calibration_the_posterior_ranks_answers_and_a_few_groups_calibrate_nothing():
+def test_scores_are_learned_from_compared_answers_and_a_few_groups_say_nothing():
     coder = Coder(INTERLEAVED)
     answers, own = answered(coder, x := rows(1000, 4, 4))
     mask = missing(*coder.first[1])
     given = np.where(mask[:, None, None], answers, 0)
     for accuracy in (LABELS, Accuracy(tolerance=0.5)):
-        scores = DecodingScores(accuracy)
-        assert scores.limit(4) == -1, "no calibration has no limit"
-        found = coder.decode(given, mask, len(x), scores.of(4))
-        order = np.argsort(found.score[:, 1])
+        nothing = DecodingScores(accuracy)
+        assert (nothing.limit(4), nothing.of(4)) == (-1, None)
+        found = coder.decode(given, mask, len(x), features=True)
+        assert np.isnan(found.score).all()
+        wrong = found.predictions[:, 1].argmax(-1) != own[:, 1].argmax(-1)
+        error = np.sqrt(np.mean((found.predictions[:, 1] - own[:, 1]) ** 2, axis=-1))
+        every = zip(found.features[:500, 1], wrong[:500].tolist(), error.tolist(), strict=False)
+        compared = [Compared(*each) for each in every]
+        learned, shown = nothing.learn(compared, None)
+        assert learned.limit(4) == -1, "no calibration has a limit"
+        assert learned.of(4) is not None
+        score = coder.decode(given, mask, len(x), learned.of(4)).score[500:, 1]
+        assert len(shown) == 250, "those that it has not learned from"
         if accuracy is LABELS:
-            wrong = found.predictions[:, 1].argmax(-1) != own[:, 1].argmax(-1)
-            assert wrong[order[:500]].mean() < 0.6 * wrong[order[500:]].mean()
+            order = np.argsort(score)
+            assert wrong[500:][order[:250]].mean() < 0.6 * wrong[500:][order[250:]].mean()
         else:
-            error = np.sqrt(np.mean((found.predictions[:, 1] - own[:, 1]) ** 2, axis=-1))
-            assert error[order[:500]].mean() < error[order[500:]].mean()
+            assert np.mean(error[500:] <= score) > 0.85, "bars of nine tenths"
     short = calibrate_decoding(coder, tanh, rows(60, 3), LABELS)
     assert (short.limit(4), short.limit(2)) == (-1, -1)

@@ -162,12 +162,12 @@ def test_nothing_is_decoded_after_a_drift_until_new_stragglers_were_compared():
     assert any(not reply.exact.all() for _, reply, _ in traffic.send(150))
     learned = traffic.batcher._approximations
     while not traffic.observed["drift"]:
-        learned.decoding.give()
-        kept = {"epoch": learned.decoding.epoch, "given": True}
+        learned.decoding.risk.give()
+        kept = {"epoch": learned.decoding.risk.epoch, "given": True}
         label = np.eye(3, dtype=np.float32)[0]
         given = Answer(label, "decoded", 8, 7, disagreement=0.01, **kept)
         learned.audit(given, np.eye(3, dtype=np.float32)[1])
-    risk = learned.decoding
+    risk = learned.decoding.risk
     assert not risk.admits(given.disagreement, given.error)
     status = traffic.batcher.status()["decoding"]
     assert (status["drifts"], status["compared"], status["admitted"]) == (1, 0, 0)
@@ -231,10 +231,10 @@ def test_without_a_tolerance_all_answers_to_values_are_exact(name):
 @pytest.mark.parametrize(("name", "predicts"), [("revenue", False), ("predict", True)])
 def test_bars_hold_and_none_is_beyond_the_tolerance(name, predicts):
     """Of a coverage of 0.95, so that nine of ten hold of some hundred, too."""
-    tolerance, queries = (0.1, 4000) if predicts else (0.7, 6000)
+    tolerance = 0.1 if predicts else 0.7
     policy = BatchingPolicy(straggler_threshold=1.4, tolerance=tolerance, coverage=0.95)
     traffic = traffic_of(name, policy, Predictor() if predicts else None)
-    errors, bars, predicted = approximate(traffic.send(queries))
+    errors, bars, predicted = approximate(traffic.send(4000))
     assert len(errors) > 40
     assert predicted == predicts
     assert bars.max() <= tolerance

@@ -1,15 +1,15 @@
 """Scores of decoded answers: how wrong a query may be that is decoded from the others' answers.
 
 A calibration on unlabelled data points gives them before anything is served. Without one, they are
-the posterior's own, by which stragglers show what is right.
+learned from stragglers whose decoded answers were compared with the model's own.
 """
 
+import collections
 import dataclasses
 import logging
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -18,21 +18,41 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, Float
 
+from ...codes._trees import Form
 from ...codes.workers import run_workers
 from ...evaluation._answers import batched, cut_groups
 from ...evaluation._criteria import agree_on_labels, root_mean_square
 from ...inference import cast_model, current_conditions
 from ...inference.models import Model
-from ...risk import Accuracy, ErrorProbability
+from ...risk import Accuracy, Comparison, ErrorProbability, Risk
+from ...risk._accuracy import error_ratios
 from ...risk._error_bars import ErrorScale, fit_error_scale
 from ...risk._error_probability import fit_error_probability
 from ..core._coder import Coder
+from ..core._request import Answer
 
 _LOG = logging.getLogger(__name__)
 
 Score: TypeAlias = ErrorProbability | ErrorScale
 
 _MARGIN = 1  # the feature that is a label's; values have none
+# Comparisons of decoded answers from which a score is learned where there is no calibration, at
+# least, and those that are kept.
+FIRST, _COMPARED = 32, 1024
+
+
+class Compared(NamedTuple):
+    """A straggler's decoded answer that was compared with the model's own.
+
+    Attributes:
+        features: its features (`decoding_features`).
+        wrong: whether its label is wrong.
+        error: its root mean square error.
+    """
+
+    features: Float[np.ndarray, " features"]
+    wrong: bool
+    error: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,46 +62,130 @@ class DecodingScores:
     Attributes:
         accuracy: The promise that they were calibrated for.
         calibrated: Calibrated scores; empty where there is no calibration.
+        learned: The score that was learned from stragglers where there is no calibration; None
+            before that.
         conditions: The conditions of the calibration.
     """
 
     accuracy: Accuracy
     calibrated: Mapping[int, Score] = dataclasses.field(default_factory=dict)
     conditions: str = ""
+    learned: Score | None = None
 
-    def of(self, queries: int) -> Score:
-        """Return the score for groups of this size.
+    def of(self, queries: int) -> Score | None:
+        """Return the score for groups of this size; None where there is none."""
+        return self.calibrated.get(queries, self.learned)
 
-        Without a calibration it is what the spline itself says: the odds of a wrong label are the
-        squared ratio of deviation and margin, and error bars are those of a normal distribution.
-        Stragglers have to show (`Risk`) up to which score answers are right.
+    def learn(
+        self, compared: Sequence[Compared], form: Form | None
+    ) -> tuple["DecodingScores", list[Comparison]]:
+        """Learn a score from every other of the stragglers' decoded answers that were compared.
+
+        Returns:
+            Scores with that one, and the comparisons of the others, from which it has not learned.
         """
-        if queries in self.calibrated:
-            return self.calibrated[queries]
-        unknown = 20.0  # where two answers give no roughness
+        features, wrong, error = map(np.stack, zip(*compared, strict=True))
+        found, others, nan = features[1::2], len(features[1::2]), math.nan
         if self.accuracy.tolerance is None:
-            names = ("knots", "shifts", "levels", "bounds", "shares")
-            none: Any = dict.fromkeys(names, np.zeros(1, np.float32))
-            weights = np.array([0, -2, 2, 2, unknown], np.float32)
-            return ErrorProbability(weights=weights, **none)
-        width = math.log(statistics.NormalDist().inv_cdf((1 + self.accuracy.coverage) / 2))
-        return ErrorScale(np.array([width, 0, 1, 1, unknown], np.float32))
+            score = fit_error_probability(
+                features[::2, None], wrong[::2, None], falling=(_MARGIN,), form=form
+            )
+            score = jax.tree.map(np.asarray, score)
+            rows = score.of_features(found).tolist(), [nan] * others, wrong[1::2].tolist()
+            rows = *rows, [math.inf] * others
+        else:
+            # It judges its bars by the others itself.
+            usable, looks = np.ones((len(error), 1), bool), _without_margin(features)[:, None]
+            score = fit_error_scale(looks, error[:, None], usable, self.accuracy, len(error))
+            bars = score.of_features(found)
+            ratios = error_ratios(error[1::2], bars).tolist()
+            rows = [nan] * others, bars.tolist(), [False] * others, ratios
+        shown = [Comparison(*each) for each in zip(*rows, strict=True)]
+        return dataclasses.replace(self, learned=score), shown
 
     def limit(self, queries: int) -> float:
-        """Return the largest score within the calibration's limit.
-
-        It is infinite where nothing is promised, and negative where there is no limit.
-        """
-        score, accuracy = self.calibrated.get(queries), self.accuracy
-        if not accuracy.promises:
-            return math.inf
-        if score is None:
-            return -1.0
+        """Return the largest score within the calibration's limit; negative where there is none."""
+        score, accuracy = self.of(queries), self.accuracy
+        if score is None or score is self.learned:
+            return -1.0  # what stragglers have shown is for `Risk` to say
         if isinstance(score, ErrorProbability):
             limit = score.limit(accuracy.max_disagreement or 0.0)
             return limit if limit > 0 else -1.0
         assert accuracy.tolerance is not None
         return accuracy.tolerance
+
+
+class DecodingEvidence:
+    """The scores of decoded answers, and what stragglers have shown of these.
+
+    The deciding thread adds comparisons, and the learning one learns scores from them where there
+    is no calibration.
+
+    Attributes:
+        scores: The scores.
+    """
+
+    def __init__(self, scores: DecodingScores, form: Form | None):
+        """Start with scores, and without comparisons; `form` are the parts that have a label."""
+        self.scores, self._form, accuracy = scores, form, scores.accuracy
+        needs = accuracy.promises and not scores.calibrated
+        self._risk = Risk(accuracy, needs_evidence=needs)
+        self._compared: collections.deque[Compared] = collections.deque(maxlen=_COMPARED)
+        # Where nothing is promised no score decides, and answers have no features.
+        self._number, self._due = 0, FIRST if needs else math.inf
+        self._learned: tuple[DecodingScores, list[Comparison]] | None = None
+
+    @property
+    def risk(self) -> Risk:
+        """The evidence, by the latest scores, for the deciding thread."""
+        new, self._learned = self._learned, None
+        if new is not None:  # with comparisons that it has not learned from
+            self.scores, shown = new
+            self._risk.replace(shown)
+        return self._risk
+
+    def limit(self, queries: int) -> float:
+        """Return the largest score within a calibration, for a group with this number of queries.
+
+        It is infinite where nothing is promised, and negative where there is none. What has had a
+        drift is compared without being given out.
+        """
+        if not self.scores.accuracy.promises:
+            return math.inf
+        return self.scores.limit(queries) if self.risk.drifts == 0 else -1.0
+
+    def add(self, answer: Answer, wrong: bool, error: float) -> bool:
+        """Take a comparison with the model's own; return whether there are enough to learn from."""
+        assert answer.features is not None
+        self._compared.append(Compared(answer.features, wrong, error))
+        self._number += 1
+        return self._number >= self._due
+
+    def discard(self) -> None:
+        """Learn from later comparisons only, after a drift."""
+        self._compared.clear()
+        self._number, self._learned = 0, None
+        self._due = FIRST if self._due < math.inf else self._due
+
+    def learn(self) -> float:
+        """Learn scores if there are enough comparisons; on the learning thread."""
+        if self._number >= self._due:
+            drifts, compared = self._risk.drifts, list(self._compared)
+            self._due = self._number + max(self._number // 2, FIRST)
+            learned = self.scores.learn(compared, self._form)
+            self._learned = learned if drifts == self._risk.drifts else None
+        return math.inf
+
+    def status(self) -> dict[str, Any]:
+        """Return what stragglers showed of decoded answers, before a score is learned, too."""
+        found: dict[str, Any] = self._risk.status() | {"hint": self._risk.hint}
+        if not (self.scores.calibrated or self.scores.learned is not None):
+            found |= {"compared": self._number, "needed": max(found["needed"], FIRST)}
+        return found
+
+
+def _without_margin(features: np.ndarray) -> np.ndarray:
+    return np.where(np.arange(features.shape[-1]) == _MARGIN, 0, features)
 
 
 def calibrate_decoding(
@@ -188,6 +292,6 @@ def calibrate_decoding(
             )
             scores[queries] = jax.tree.map(np.asarray, score)
         else:
-            features = np.where(np.arange(features.shape[-1]) == _MARGIN, 0, features)
+            features = _without_margin(features)
             scores[queries] = fit_error_scale(features, missed, informative, accuracy, len(points))
     return DecodingScores(accuracy, scores, current_conditions(worker_dtype))

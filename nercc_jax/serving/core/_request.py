@@ -99,6 +99,7 @@ class Answer:
         disagreement: the probability that the label differs from the model's own.
         error: the error bar.
         suspicious: whether it is the model's own, looked wrong, and nobody confirmed it.
+        features: of a decoded answer, its features.
         x: of an approximate answer, which is compared with the model's own, the query's data point.
         epoch: of the evidence (`Risk.epoch`) when it was made.
         within: whether it is within the limit of a calibration.
@@ -114,6 +115,7 @@ class Answer:
     disagreement: float = 0.0
     error: float = 0.0
     suspicious: bool = False
+    features: np.ndarray | None = None
     x: np.ndarray | None = None
     epoch: int = 0
     within: bool = False
