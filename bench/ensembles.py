@@ -219,9 +219,14 @@ def summary(draws: list[dict[str, Any]]) -> dict[str, Any]:
         for way, each in of.items():
             value, low, high = each.T
             some = true[: len(value)]
+            held = (low <= some + 1e-12) & (some <= high + 1e-12)
+            unsure = high - low > 1e-12
             found["ways"].setdefault(way, {})[statistic] = {
                 "draws": len(value),
-                "held": float(np.mean((low <= some + 1e-12) & (some <= high + 1e-12))),
+                "held": float(np.mean(held)),
+                # Draws whose answer was not known exactly, and how many of their intervals held.
+                "unsure": int(unsure.sum()),
+                "held_unsure": int(np.sum(held & unsure)),
                 "width": np.quantile((high - low) / unit, [0.5, 0.1, 0.9]).tolist(),
                 "error": float(np.sqrt(np.mean((value - some) ** 2)) / unit),
                 "bias": float(np.mean(value - some) / unit),
