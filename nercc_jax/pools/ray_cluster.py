@@ -172,12 +172,17 @@ def _connect(address: str | None, runtime_env: dict[str, Any]) -> None:
         options["include_dashboard"] = False
 
     def start() -> None:
-        try:
-            ray.init(address, runtime_env=runtime_env or None, **options)
-        except Exception as error:
-            return started.set_exception(error)
-        started.set_result(None)
-        threading.Event().wait()
+        for tries_left in (1, 0):
+            try:
+                ray.init(address, runtime_env=runtime_env or None, **options)
+            except Exception as error:
+                # A Ray of our own has 30 s to start, which a busy machine may miss once.
+                if tries_left and "Timed out waiting for file" in str(error):
+                    _LOG.warning("Ray did not start in its time, and is started again: %s", error)
+                    continue
+                return started.set_exception(error)
+            started.set_result(None)
+            threading.Event().wait()
 
     with warnings.catch_warnings():
         # Of os.fork, which Ray follows by exec at once: no thread of JAX is missed.
