@@ -53,7 +53,7 @@ class Report:
         """Write the results; the file is whole at any time."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = self.path.with_suffix(".partial")
-        whole.write_text(json.dumps(content, indent=2) + "\n")
+        whole.write_text(as_json(content) + "\n")
         whole.replace(self.path)
 
     def add(self, **news: Any) -> None:
@@ -61,6 +61,20 @@ class Report:
         results = self.read()
         parts = results.get("parts", {}) | news.get("parts", {})
         self.write(results | news | {"parts": parts})
+
+
+def as_json(value: Any, depth: int = 3) -> str:
+    """Return JSON with six digits of each number, and a line for each item of the outer levels."""
+    if isinstance(value, Mapping):
+        start, end = "{}"
+        items = [f"{json.dumps(key)}:{as_json(value[key], depth - 1)}" for key in value]
+    elif isinstance(value, list | tuple):
+        start, end = "[]"
+        items = [as_json(each, depth - 1) for each in value]
+    else:
+        return json.dumps(float(f"{value:.6g}") if isinstance(value, float) else value)
+    gap = "\n" if depth > 0 and items else ""
+    return start + gap + f",{gap}".join(items) + gap + end
 
 
 def show(rows: Iterable[Mapping[str, Any]]) -> None:
