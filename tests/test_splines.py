@@ -128,6 +128,23 @@ def test_limits(dtype):
             np.testing.assert_allclose(fit[:, column], expected, atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("place", [np.nan, np.inf])
+def test_points_that_are_not_finite_do_not_count(place):
+    t, y = np.array([0.0, place, 1.0, 3.0], np.float32), np.array([1.0, 9.0, 2.0, 4.0], np.float32)
+    at = np.array([0.5, 2.0], np.float32)
+    few = smoothing_spline(t, y, 0.01, available=np.isfinite(t)).evaluate(at)
+    np.testing.assert_array_equal(smoothing_spline(t, y, 0.01).evaluate(at), few)
+    assert not np.any(smoothing_matrix(t, at, 0.01)[:, 1])
+
+
+@pytest.mark.parametrize("lambda_", [-1e-6, np.nan])
+def test_a_lambda_that_is_none_makes_everything_nan(lambda_):
+    """A negative one was taken for 0."""
+    t, y = np.arange(3.0), np.array([1.0, 2.0, 4.0])
+    assert np.isnan(smoothing_spline(t, y, lambda_).values).all()
+    assert np.isnan(smoothing_matrix(t, t, lambda_)).all()
+
+
 @pytest.mark.parametrize("lambda_", [0.0, 1e-4, 1e2, np.inf])
 def test_few_observations(lambda_, dtype):
     t, y = jnp.asarray(chebyshev(6).astype(dtype)), jnp.arange(6.0)[:, None]

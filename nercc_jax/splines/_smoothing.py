@@ -71,12 +71,13 @@ def smoothing_spline(
 
     Args:
         t: The points, in any order. Coincident ones act as one knot with the mean of their
-            observations and the sum of their weights.
+            observations and the sum of their weights. Those that are not finite do not count.
         y: The observations, of any trailing shape. Unavailable ones are never read, NaN included.
         lambda_: From 0 (interpolation) to infinity (the straight line of least squares), in units
-            of t^3. None chooses it by generalised cross-validation, for natural ends: the spline's
-            `lambda_` is the choice, which is differentiable. It is for noise that differs from one
-            observation to the next, not for decoding, where a tuned lambda has less error.
+            of t^3; a negative one makes everything NaN. None chooses it by generalised
+            cross-validation, for natural ends: the spline's `lambda_` is the choice, which is
+            differentiable. It is for noise that differs from one observation to the next, not for
+            decoding, where a tuned lambda has less error.
         weights: Non-negative; 1 unless given.
         available: Which observations count; all unless given.
         end_weights: Non-negative, in units of 1/t: the penalty of the slopes at the smallest and
@@ -283,6 +284,7 @@ class Fit(eqx.Module):
         total = jnp.sum(knots.weights)
         # `clip` has a derivative that shares what lies on a bound, in a dozen operations more.
         bounded = where(lambda_ < low, low, where(lambda_ > high, high, lambda_))
+        bounded = where(lambda_ >= 0, bounded, jnp.nan)
         mu = bounded * where(total > 0, total, 1)
         before, after = end_weights
         slope_weights = mu * (where(slot == first, before, 0) + where(slot == last, after, 0))
