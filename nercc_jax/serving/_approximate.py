@@ -331,31 +331,4 @@ class Approximations:
             "policy": None if controller is None else controller.status(),
             "predictor": None if predictor is None else predictor.status(),
             "decoding": self.decoding.status() if promises else None,
-            "audited": list(self.decoding.risk.shown),
         }
-
-    def hints(self) -> list[str]:
-        """Return why nothing is decoded or predicted, and whether stragglers are harder."""
-        can_decode, found, status = self.setup.coder.can_decode, [], self.status()
-        if not self._allowed:
-            why = (
-                "outputs are values without a tolerance: all answers are exact; set a tolerance, "
-                "or outputs = 'logits' if they are scores of labels"
-            )
-            return [why] if can_decode or self.predictor is not None else []
-        for what, source in (("decoded", "decoding" * can_decode), ("predicted", "predictor")):
-            if (about := status.get(source)) is None:
-                continue
-            evidence, why = about.get("stragglers", about), None
-            compared = f"{evidence['compared']} of {evidence['needed']} stragglers' answers"
-            if about.get("state", "answering") != "answering":
-                why = f"{about['known']} of {about['needed']} answers are known"
-            elif evidence["compared"] < evidence["needed"]:
-                why = f"{compared} were compared with {what} ones"
-            elif not about.get("share", evidence["admitted"]):
-                why = "no answer is sure enough"
-            drifted = f"{what} answers went wrong more often than promised: "
-            if why is not None:
-                found.append(f"{drifted * bool(about['drifts'])}{why}; nothing is {what}")
-            found += [] if about["hint"] is None else [about["hint"]]
-        return found

@@ -120,6 +120,7 @@ class Meter:
         answers = {answer: int(self.read(f"query_{answer}")["total"]) for answer in ANSWERS}
         requests = {outcome: int(self.read(f"request_{outcome}")["total"]) for outcome in OUTCOMES}
         approximate, queries = answers["decoded"] + answers["predicted"], sum(answers.values())
+        right, wrong = (int(self.read(f"audit_{label}")["total"]) for label in ("same", "other"))
         expected = self.read("expected_disagreement")
         seconds = np.array([value for at, value in recent if now - at <= _RECENT])
         bins, _ = np.histogram(seconds, bins=(0, *_SECONDS, np.inf))
@@ -148,6 +149,8 @@ class Meter:
                 "expected_disagreement": (
                     expected["sum"] / expected["count"] if expected["count"] else None
                 ),
+                "audited": right + wrong,
+                "audited_wrong": wrong / (right + wrong) if right + wrong else None,
             },
         }
 

@@ -178,7 +178,7 @@ class DecodingEvidence:
 
     def status(self) -> dict[str, Any]:
         """Return what stragglers showed of decoded answers, before a score is learned, too."""
-        found: dict[str, Any] = self._risk.status() | {"hint": self._risk.hint}
+        found = self._risk.status()
         if not (self.scores.calibrated or self.scores.learned is not None):
             found |= {"compared": self._number, "needed": max(found["needed"], FIRST)}
         return found

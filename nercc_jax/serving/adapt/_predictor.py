@@ -145,7 +145,6 @@ class Calibration:
         limit: the largest probability of a wrong label with which an answer is given out.
         tolerance: the largest error bound with which an answer is given out.
         share: the share of queries that are certain enough, by validation.
-        disagreement: the share of all labels that were wrong in validation.
         check: the check of the model's own answers; None where they are not checked.
     """
 
@@ -154,7 +153,6 @@ class Calibration:
     limit: float
     tolerance: float
     share: float
-    disagreement: float
     check: AnswerCheck | None = None
 
     def assess(
@@ -200,8 +198,7 @@ def calibrate(
         labels = accuracy.max_disagreement is not None and (form is None or form.is_vector)
         check = fit_answer_check(mean, spread, own, policy.check_answers, labels=labels)
     most = math.inf if tolerance is None else tolerance
-    disagreement = float(np.mean(wrong))
-    return Calibration(error_probability, factor, limit, most, share, disagreement, check)
+    return Calibration(error_probability, factor, limit, most, share, check)
 
 
 class Predictor:
@@ -331,9 +328,7 @@ class Predictor:
             "needed": needed,
             "share": self.share,
             "drifts": self._drifts,
-            "disagreement": None if calibrated is None else calibrated.disagreement,
             "stragglers": self._risk.status(),
-            "hint": self._risk.hint,
         }
 
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Decoded | None:
@@ -412,8 +407,6 @@ class Predictor:
                 tuning = LearnerTuning(widths="one", rows=FIRST, steps=0)
             self._first = []
             self._use(tune_learner(learner, tuning))
-        calibrated = self._calibrated
-        self._risk.usual = None if calibrated is None else calibrated.disagreement
 
     def _use(self, surrogate: AbstractSurrogate) -> None:
         """Go by this surrogate from now on, with the calibration that there is."""
