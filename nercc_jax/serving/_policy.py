@@ -142,17 +142,6 @@ class BatchingPolicy:
         return tuple(1 << power for power in range(self.max_batch_size.bit_length()))
 
 
-def model_key(name: str, version: str) -> str:
-    """Return the key of a model's version: the name alone for version 1. Names have no slash."""
-    return name if version == "1" else f"{name}/{version}"
-
-
-def name_and_version(key: str) -> tuple[str, str]:
-    """Return the name and the version that `model_key` made a key of."""
-    name, _, version = key.partition("/")
-    return name, version or "1"
-
-
 def read_outputs(asked: Any, shapes: Sequence[tuple[int, ...]], *, floats: bool = True) -> Outputs:
     """Return how a model's outputs, of these shapes a row, are read, by a policy or settings.
 

@@ -94,7 +94,7 @@ class ServedModel:
                     hang_timeout=settings.hang_timeout_s,
                 )
                 undo.callback(self.pool.close)
-            self.meter = metrics.add(servable.key, self.pool)
+            self.meter = metrics.add(servable.name, self.pool)
             with log_phase("compiling", servable.name):
                 self._batcher = CodedBatcher(
                     self.pool,
@@ -191,7 +191,7 @@ class ServedModel:
             (coder.can_decode and values and policy.tolerance is None, exact),
         )
         return {
-            "name": self.servable.key,
+            "name": self.servable.name,
             "health": dataclasses.asdict(batcher.health()),
             "hints": [hint for holds, hint in hints if holds],
             "code": {

@@ -38,7 +38,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from ._policy import MAX_DEADLINE_S, BatchingPolicy, Outputs, model_key, texts_of
+from ._policy import MAX_DEADLINE_S, BatchingPolicy, Outputs, texts_of
 
 DAY_S = 86_400.0
 _setting: Any = Field  # so that a type checker sees that each setting has a default
@@ -123,8 +123,7 @@ class _OwnSettings(BaseModel):
     name: str | None = _setting(None, examples=["classifier"])
     "Name that clients use (default: that of the model, with a dot for a colon)."
     version: int = _setting(1, ge=1)
-    """Version of the model; a name may have several, each with settings of its own. Requests
-    without a version get the latest."""
+    "Version of the model, which its metadata and answers name."
     weights: Path | None = _setting(None, examples=["weights.npz"])
     "Weights passed to module:name, which makes the model: a path, or hf:."
     input_shape: Shapes = _setting(None, examples=[[28, 28, 1]])
@@ -206,11 +205,6 @@ class ModelSettings(_AllSettings):
     def _check(self) -> "ModelSettings":
         self.policy()
         return self
-
-    @property
-    def key(self) -> str:
-        """The name and the version, by which the server keeps its models."""
-        return model_key(self.served_name, str(self.version))
 
     @property
     def served_name(self) -> str:
@@ -341,17 +335,16 @@ class ServerSettings(BaseSettings):
         """Return every model's settings, with defaults filled in.
 
         Raises:
-            ValueError: where there is no model, one is not named, or two have the same name and
-                version.
+            ValueError: where there is no model, one is not named, or two have the same name.
         """
         models = [model.over(self.defaults) for model in self.models]
         if not models:
             raise ValueError("there is no model to serve: --model, NERCC_MODELS or [[models]]")
         if any(model.model is None for model in models):
             raise ValueError("each of the models needs `model`: a shipped one, or module:function")
-        names = [model.key for model in models]
+        names = [model.served_name for model in models]
         if len(set(names)) < len(names):
-            raise ValueError(f"models must have different names (`name`) or versions, not {names}")
+            raise ValueError(f"models must have different names (`name`), not {names}")
         return models
 
 

@@ -23,7 +23,6 @@ from ...codes._trees import Form
 from ...codes.workers import call_model
 from ...inference.models import Model, check_model
 from ...pools.batch import reason_of
-from .._policy import model_key
 from ..core._request import fill_up
 from ..core._setup import fit_rows
 
@@ -250,11 +249,6 @@ class Servable:
         """Return another model with the same inputs and outputs, as a model on rows."""
         alone = self.queries.alone and self.outputs.alone
         return model if alone else RowModel(model, self.queries, self.outputs)
-
-    @property
-    def key(self) -> str:
-        """The name and the version, by which the server keeps its models."""
-        return model_key(self.name, self.version)
 
     @property
     def queries(self) -> Tensors:

@@ -224,7 +224,7 @@ def make_app(state: ServerState, registry: CollectorRegistry) -> Starlette:
         return endpoint
 
     async def list_models(request: Request) -> Response:
-        return JSONResponse({"models": list(models.versions)})
+        return JSONResponse({"models": models.names})
 
     async def infer(request: Request) -> Response:
         raise NotImplementedError  # `InferenceEndpoint` answers it
