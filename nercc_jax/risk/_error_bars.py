@@ -180,20 +180,3 @@ def fit_error_scale(
     weights[0] += np.log(factor)  # nothing is within the tolerance of infinity
     share = np.mean((factor * bars <= accuracy.tolerance).any(axis=1))
     return ErrorScale(weights.astype(np.float32), float(share))
-
-
-def error_bars(
-    deviation: Float[Array, "*points"], bars: ErrorBars | None, coverage: float
-) -> Float[Array, "*points"]:
-    """Return bars that cover a share of errors: calibrated ones, or a normal distribution's.
-
-    Raises:
-        ValueError: The coverage is outside (0, 1).
-    """
-    if bars is not None:
-        return bars(deviation, coverage)
-    if not 0 < coverage < 1:
-        raise ValueError(f"coverage must be a share between 0 and 1, not {coverage}")
-    from scipy.special import ndtri  # late: a fifth of a worker's import time
-
-    return deviation * float(ndtri((1 + coverage) / 2))
