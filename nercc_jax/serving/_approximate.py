@@ -251,7 +251,8 @@ class Approximations:
             wrong = labels and not bool(agree_on_labels(value, own.ravel(), form))
             error = root_mean_square(value - own.ravel())
             excess = float(error_ratios(error, np.asarray(given.error)))
-            if given.features is not None and self.decoding.add(given, wrong, float(error)):
+            missed = wrong if labels else float(error)
+            if given.features is not None and self.decoding.add(given.features, missed):
                 self.turns.wake()
         drifted = source.risk.add(
             Comparison(given.disagreement, given.error, wrong, excess),

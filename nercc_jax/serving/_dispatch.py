@@ -270,7 +270,7 @@ class Dispatcher:
         if not coder.needs_order or begin < self._ordering.next:
             return [list(itertools.islice(rest, size)) for size in sizes]
         assigned = assign(coder, queries, sizes, place)
-        self._setup.observe("order_seconds", self._ordering.spend(begin))
+        self._ordering.spend(begin)
         return assigned
 
     def _pop(self, number: int, now: float) -> list[Query]:
