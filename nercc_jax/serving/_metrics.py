@@ -95,9 +95,10 @@ class Meter:
                 metric.inc(1 if what.startswith(("request_", "audit_")) else number)
 
     def read(self, what: str) -> dict[str, float]:
-        """Return a counter's "total", or a histogram's "count", "sum" and cumulated buckets."""
-        (family,) = self._counts[what][0].collect()
-        return {s.labels.get("le", s.name.rpartition("_")[2]): s.value for s in family.samples}
+        """Return a counter's "total", and a histogram's "count", "sum" and cumulated buckets."""
+        families = [family for metric in self._counts[what] for family in metric.collect()]
+        samples = [sample for family in families for sample in family.samples]
+        return {s.labels.get("le", s.name.rpartition("_")[2]): s.value for s in samples}
 
     def close(self) -> None:
         """Let the workers and the queue go; what was counted stays."""

@@ -55,13 +55,13 @@ def answers(settings, path):
     """Whether GET path is answered by a server of these settings, without a model."""
     from prometheus_client import CollectorRegistry
 
-    from nercc_jax.serving.transport._rest import make_app
+    from nercc_jax.serving.transport._rest import RestApp
     from nercc_jax.serving.transport._state import ServerState
 
     httpx = require("httpx", "serve")
 
     async def get():
-        transport = httpx.ASGITransport(make_app(ServerState({}, settings), CollectorRegistry()))
+        transport = httpx.ASGITransport(RestApp(ServerState({}, settings), CollectorRegistry()))
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
             return await client.get(path)
 

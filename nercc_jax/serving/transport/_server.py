@@ -27,7 +27,7 @@ from ..adapt._predictor import Predictor
 from ..protocol._servable import Servable, make_servable
 from ..settings import ModelSettings, ServerSettings
 from ._grpc import GrpcServer
-from ._rest import InferenceEndpoint, make_app
+from ._rest import RestApp
 from ._state import TICK, ServerState, in_background
 
 try:  # it takes less time for each request; there is none for Windows
@@ -84,11 +84,9 @@ class Server:
         registry = registry or CollectorRegistry()
         with contextlib.suppress(ValueError):  # it is there already, if a server had the registry
             ProcessCollector(registry=registry)
-        # Inference goes past the application's own layers.
-        app = InferenceEndpoint(make_app(self.state, registry), self.state)
         self._http = uvicorn.Server(
             uvicorn.Config(
-                app,
+                RestApp(self.state, registry),
                 host=self.settings.host,
                 port=self.settings.http_port,
                 http="httptools",
