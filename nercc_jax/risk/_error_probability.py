@@ -267,10 +267,11 @@ def fit_error_probability(
     probability[sure] = 0
     wrong_from = np.min(np.where(wrong, probability, np.inf), axis=1)
     curve = _curve(probability.min(axis=1), wrong_from, int(sure.sum()), owners, points, failure)
-    parts = (weights, knots, shifts, *curve)
-    arrays: Any = [to_device(np.asarray(each, float)) for each in parts]
+    names = ("weights", "knots", "shifts", "levels", "bounds", "shares")
+    parts = zip(names, (weights, knots, shifts, *curve), strict=True)
+    arrays: Any = to_device({name: np.asarray(each, float) for name, each in parts})
     vectors = form is None or form.is_vector
-    return ErrorProbability(*arrays, form=None if vectors else form, conditions=conditions)
+    return ErrorProbability(**arrays, form=None if vectors else form, conditions=conditions)
 
 
 # The constants were measured on a synthetic classifier, NeRCC (4, 7) with Chebyshev and repeated

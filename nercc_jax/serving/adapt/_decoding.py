@@ -184,7 +184,8 @@ class DecodingEvidence:
         if self._number >= self._due:
             drifts, compared = self._risk.drifts, list(self._compared)
             self._due = self._number + max(self._number // 2, FIRST)
-            learned = self.scores.learn(*map(np.stack, zip(*compared, strict=True)), self._form)
+            features, missed = map(np.stack, zip(*compared, strict=True))
+            learned = self.scores.learn(features, missed, self._form)
             self._learned = learned if drifts == self._risk.drifts else None
         return math.inf
 
