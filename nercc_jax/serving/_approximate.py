@@ -18,15 +18,15 @@ import numpy as np
 
 from ..evaluation._criteria import agree_on_labels, root_mean_square
 from ..inference.models import warn_if_other
-from ..risk import Comparison, Risk
+from ..risk import Comparison
 from ..risk._accuracy import error_ratios
 from ._policy import MAX_DEADLINE_S
 from .adapt._decoding import DecodingEvidence, DecodingScores
 from .adapt._predictor import Predictor
 from .adapt._setting_controller import SettingController
 from .core._coder import DecodedGroup
-from .core._group import Group, repeat_rows
-from .core._request import Answer, Query, Request, Source
+from .core._group import Group
+from .core._request import Answer, Query, Request, Source, repeat_rows
 from .core._setup import DispatchSetting, Setup
 from .core.decide import GiveOut, LateEvidence, Place
 
@@ -89,8 +89,10 @@ class Approximations:
         if coder.can_decode and not self._allowed:
             # What mixes queries is of no use where nothing may be decoded.
             self._setting = self._setting._replace(redundancy="none")
+        self._sources: dict[Source, DecodingEvidence | Predictor] = {"decoded": self.decoding}
         if predictor is not None:
             predictor.attach(setup, self.turns.wake)
+            self._sources["predicted"] = predictor
         self._most, self._left = most, size
         self._kept: dict[Group, int] = {}
         if coder.can_decode:
@@ -120,11 +122,8 @@ class Approximations:
     def evidence(self, queries: int) -> LateEvidence:
         """Return what is known by now, for a group with this number of queries."""
         limit, predictor = self.decoding.limit(queries), self.predictor
-        risk: dict[Source, Risk] = {"decoded": self.decoding.risk}
-        predicts = False
-        if predictor is not None:
-            risk["predicted"] = predictor.risk
-            predicts = self._allowed and predictor.state == "answering"
+        risk: dict[Source, Risk] = {source: each.risk for source, each in self._sources.items()}
+        predicts = predictor is not None and self._allowed and predictor.state == "answering"
         return LateEvidence(self.setting, self._allowed, predicts, limit, risk)
 
     def predict(self, group: Group, places: Sequence[Place]) -> None:
@@ -200,7 +199,7 @@ class Approximations:
         """Return an answer that is given out, as the caller sees it, which is to be compared."""
         source = given.source
         query, tolerance = group.query(given.place), self.setup.policy.tolerance
-        answer, risk = query.approximate[source], self._of(source).risk
+        answer, risk = query.approximate[source], self._sources[source].risk
         disagreement, error = map(float, risk.expected(answer.disagreement, answer.error))
         if answer.error > 0:
             answer.widened = error / answer.error
@@ -228,13 +227,6 @@ class Approximations:
         if x is not None and own is not None and self.predictor is not None:
             self.predictor.add_answer(x, own)
 
-    def _of(self, source: Source) -> DecodingEvidence | Predictor:
-        """Return what is known of answers of a source."""
-        if source == "decoded":
-            return self.decoding
-        assert self.predictor is not None
-        return self.predictor
-
     def audit(self, given: Answer, own: np.ndarray | None) -> bool:
         """Compare an answer with the model's own, which came late, or is None and will never come.
 
@@ -244,7 +236,7 @@ class Approximations:
         Returns:
             Whether it was right.
         """
-        labels, source = self.setup.policy.tolerance is None, self._of(given.source)
+        labels, source = self.setup.policy.tolerance is None, self._sources[given.source]
         wrong, excess, value = labels, math.inf, given.value.ravel()
         if own is not None:
             form = self.setup.coder.form

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Shaped
 from ...codes import Decoded
 from ...codes._checks import check_count
 from ...codes._trees import Form, join
+from ...evaluation._answers import in_parts
 from ...evaluation._criteria import agree_on_labels, row_errors
 from ...inference.models import Model
 from ...pools.clock import TimeShare
@@ -46,7 +47,7 @@ from ...surrogates import (
 )
 from ...surrogates.nearest import nearest_predictions
 from .._policy import BatchingPolicy
-from ..core._group import repeat_rows
+from ..core._request import repeat_rows
 from ..core._setup import Setup
 
 _LOG = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def outputs_on_host(
     """Return a function that returns a surrogate's outputs on the host.
 
     A learner that predicts by NumPy does so. Of others a program is compiled for each of some
-    numbers of queries, up to which queries are repeated.
+    numbers of queries, which are filled up to the next.
 
     Args:
         surrogate: The surrogate.
@@ -99,13 +100,8 @@ def outputs_on_host(
     on_device = eqx.combine(jax.tree.map(jnp.asarray, arrays), rest)
 
     def compiled(x: Shaped[np.ndarray, "queries ..."]) -> tuple[np.ndarray, np.ndarray]:
-        found = []
-        for begin in range(0, len(x), sizes[-1]):
-            part = x[begin : begin + sizes[-1]]
-            rows = repeat_rows(part, next(size for size in sizes if size >= len(part)))
-            found.append([np.asarray(each)[: len(part)] for each in _outputs(on_device, rows)])
-        values, deviation = map(np.concatenate, zip(*found, strict=True))
-        return values, deviation
+        at_once = next((size for size in sizes if size >= len(x)), sizes[-1])
+        return in_parts(lambda rows: jax.device_get(_outputs(on_device, rows)), x, at_once)
 
     return compiled
 
