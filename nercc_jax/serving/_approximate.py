@@ -18,7 +18,7 @@ import numpy as np
 
 from ..evaluation._criteria import agree_on_labels, root_mean_square
 from ..inference.models import warn_if_other
-from ..risk import Comparison
+from ..risk import Comparison, Risk
 from ..risk._accuracy import error_ratios
 from ._policy import MAX_DEADLINE_S
 from .adapt._decoding import DecodingEvidence, DecodingScores

@@ -9,17 +9,16 @@ model = "lenet5-digits"
 
 The two models below are the only description of every setting, with the text below it: the flags of
 `nercc serve`, the environment, the file, `--print-config` and `docs/deploy/server.toml` are made
-from them. Fields of `BatchingPolicy` are a model's settings, too, and described there.
+from them. A model's settings include those of `BatchingPolicy`.
 """
 
-import dataclasses
 import json
 import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -27,7 +26,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    create_model,
     model_validator,
 )
 from pydantic_settings import (
@@ -38,7 +36,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from ._policy import MAX_DEADLINE_S, BatchingPolicy, Outputs, texts_of
+from ._policy import MAX_DEADLINE_S, BatchingPolicy, Outputs
 
 DAY_S = 86_400.0
 _setting: Any = Field  # so that a type checker sees that each setting has a default
@@ -105,7 +103,7 @@ PortOrNone: TypeAlias = Annotated[
 class _OwnSettings(BaseModel):
     """The settings of a model that are not the policy's: its code, and the workers that run it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
     # By the first setting of each panel of `nercc serve --help`, its title.
     panels: ClassVar[dict[str, str]] = {
         "model": "Model",
@@ -175,36 +173,11 @@ class _OwnSettings(BaseModel):
     wrong_workers, {swap = [1]}, swap rows. fault_seed is the seed (0)."""
 
 
-if TYPE_CHECKING:
-
-    class _AllSettings(_OwnSettings, BatchingPolicy):  # pyright: ignore[reportGeneralTypeIssues]
-        def __init__(self, **settings: Any): ...
-
-else:  # each option of the policy is described once, by the policy
-
-    def _field(option: dataclasses.Field) -> Any:
-        """Return an option of the policy as a setting."""
-        about = {"bounds": {}, "example": None} | dict(option.metadata)
-        examples = None if about["example"] is None else [about["example"]]
-        return option.type, _setting(option.default, examples=examples, **about["bounds"])
-
-    _AllSettings = create_model(
-        "_AllSettings",
-        __base__=_OwnSettings,
-        **{each.name: _field(each) for each in dataclasses.fields(BatchingPolicy)},
-    )
-
-
-class ModelSettings(_AllSettings):
+class ModelSettings(BatchingPolicy, _OwnSettings):
     """The settings of one model: what it is, how it is coded, which workers run it, its policy.
 
     A setting that is not set has the value of the server's `defaults`, or the default here.
     """
-
-    @model_validator(mode="after")
-    def _check(self) -> "ModelSettings":
-        self.policy()
-        return self
 
     @property
     def served_name(self) -> str:
@@ -217,7 +190,7 @@ class ModelSettings(_AllSettings):
         Raises:
             ValueError: for values out of range, and for limits that do not fit the outputs.
         """
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(BatchingPolicy)}
+        fields = {name: getattr(self, name) for name in BatchingPolicy.model_fields}
         fields["outputs"] = outputs = outputs or self.outputs
         if self.max_disagreement is None and outputs in ("logits", "probabilities"):
             fields["max_disagreement"] = 0.05
@@ -239,7 +212,10 @@ class ServerSettings(BaseSettings):
     """The settings of a server, and those of its models."""
 
     model_config = SettingsConfigDict(
-        env_prefix="NERCC_", env_nested_delimiter="__", extra="forbid"
+        env_prefix="NERCC_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        use_attribute_docstrings=True,
     )
     panels: ClassVar[dict[str, str]] = {
         "host": "Addresses and Ray",
@@ -348,12 +324,9 @@ class ServerSettings(BaseSettings):
         return models
 
 
-for _kind, _described in (
-    (ModelSettings, texts_of(_OwnSettings) | texts_of(BatchingPolicy)),
-    (ServerSettings, texts_of(ServerSettings)),
-):
-    for _name, _text in _described.items():
-        _kind.model_fields[_name].description = _text
+for _kind in (ModelSettings, ServerSettings):
+    for _field in _kind.model_fields.values():  # in one line
+        _field.description = " ".join(str(_field.description).split())
 
 
 def _content(file: Path) -> bytes:

@@ -297,7 +297,7 @@ def test_bad_deadlines(deadline, untyped):
     ],
 )
 def test_bad_policies(name, value, untyped):
-    with pytest.raises(ValueError, match=f"{name} .*{value}"):
+    with pytest.raises(ValueError, match=rf"(?s){name}.*{value}"):
         BatchingPolicy(**{name: value})
 
 
