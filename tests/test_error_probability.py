@@ -18,7 +18,7 @@ from nercc_jax import (
     coded_inference,
 )
 from nercc_jax.evaluation import record_answers
-from nercc_jax.risk import ErrorProbability, logistic_regression
+from nercc_jax.risk import logistic_regression
 from nercc_jax.risk._error_probability import fit_error_probability
 from nercc_jax.surrogates import Surrogate
 
@@ -55,22 +55,6 @@ def seen(scheme, x):
         wrong = (labels != own) | ~np.asarray(result.recovered)
         found.append((result.error_probability, result.deviation == 0, wrong))
     return [np.asarray(each) for each in zip(*found, strict=True)]
-
-
-@pytest.mark.parametrize(("allowed", "limit"), [(0.0, 0.0), (0.03, 0.1), (0.0625, 0.2), (0.5, 0.2)])
-def test_the_limit_is_the_largest_level_whose_bound_is_within_the_allowance(allowed, limit):
-    bounds = jnp.array([0.0, 0.0292, 0.0625, 0.57])
-    none, levels = jnp.zeros(2), jnp.array([0.0, 0.1, 0.2, 0.3])
-    found = ErrorProbability(none, none, none, levels, bounds, levels)
-    assert found.limit(allowed) == pytest.approx(limit)
-
-
-def test_no_answer_may_be_wrong_with_five_times_the_allowance():
-    none, levels = jnp.zeros(2), jnp.array([0.0, 0.2, 0.9])
-    sure = ErrorProbability(none, none, none, levels, jnp.zeros(3), jnp.array([0.9, 0.5, 0.1]))
-    assert [sure.limit(share) for share in (0.0, 0.01, 0.1, 0.3, 0.6)] == pytest.approx(
-        [0.0, 0.05, 0.5, 0.5, 0.6]
-    )
 
 
 @pytest.mark.parametrize(

@@ -140,13 +140,6 @@ def test_first_calls_go_to_the_target_that_is_slow_less_often():
     assert traffic.hedged.status()["weights"][1] > 1 / 8
 
 
-def test_where_steering_is_off_all_targets_get_as_many():
-    draw, asked = random.Random(0), []
-    traffic = Traffic(lambda target, _: asked.append(target) or draw.random() < 0.1, steer=False)
-    sent(traffic, 1000)
-    assert asked.count("a") == pytest.approx(asked.count("b"), rel=0.1)
-
-
 def test_a_target_that_hangs_or_fails_is_left():
     async def main(broken):
         async def call(target):

@@ -193,7 +193,7 @@ def test_bars_cover_what_they_say_and_a_tolerance_is_kept(learner, key):
     assert np.all(np.asarray(bars(assessed.deviation, 0.9999)[assessed.deviation > 0]) == np.inf)
     bar = np.asarray(bars(assessed.deviation, 0.9))
     tolerance = float(np.median(bar[bar > 0]))
-    fixed = reexecute(model, x, assessed, tolerance=tolerance, bars=bars)
+    fixed = reexecute(model, x, assessed, score=bars(assessed.deviation), limit=tolerance)
     again = bar > tolerance
     assert 0 < again.sum() < np.sum(bar > 0)
     np.testing.assert_allclose(fixed.predictions[again], own[again], atol=1e-5)
@@ -202,8 +202,6 @@ def test_bars_cover_what_they_say_and_a_tolerance_is_kept(learner, key):
     assert np.mean(error[bar > 0] <= tolerance) > 0.85
     with pytest.raises(ValueError, match="coverage must be a share between 0 and 1, not 1"):
         bars(assessed.deviation, 1.0)
-    with pytest.raises(ValueError, match="error bars go with a tolerance"):
-        reexecute(model, x, assessed, bars=bars)
 
 
 def test_bars_of_a_mixture_cover_what_they_say(learner, key):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import bench_modules, require
+from conftest import require
 from schedulers import SOON, next_call
 
 from nercc_jax import DevicePool, RayPool
@@ -102,53 +102,6 @@ def test_workers_of_ray_are_wrong_as_threads_are():
     options = {"faults": SWAP, "compiled": False}
     model = lambda x: np.asarray(x) @ WEIGHTS  # noqa: E731 (by value: actors need not import it)
     check_same(DevicePool(model, 2, **options), RayPool(model, 2, address="local", **options))
-
-
-# -- Models that lie, of the bench -----------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def lies():
-    with bench_modules(lies="wrong_answers") as found:
-        yield found.lies
-
-
-@pytest.mark.parametrize(("bits", "allowed"), [("exponent", range(23, 31)), ("any", range(32))])
-def test_one_bit_of_one_element_is_flipped(bits, allowed, lies):
-    found = set()
-    x = np.random.default_rng(3).normal(size=(7, 2)).astype(np.float32)
-    random = np.random.default_rng(4)
-    for _ in range(400):
-        words = lies.flip_bit(x, bits, random).view(np.uint32) ^ x.view(np.uint32)
-        (word,) = words[words > 0].tolist()
-        assert word.bit_count() == 1
-        found.add(word.bit_length() - 1)
-    assert found == set(allowed)
-
-
-def test_a_flipped_activation_is_another_in_each_call(lies):
-    """Of the row's doubled numbers, their sum, or one output; in jitted functions, too."""
-    x = np.linspace(1, 2, 12, dtype=np.float32).reshape(3, 4)
-
-    @jax.jit
-    def model(x):
-        doubled = jax.jit(lambda x: 2 * x)(x)
-        return doubled.sum(axis=1, keepdims=True) + jnp.zeros((3, 4))
-
-    flipped, sizes = lies.flip_activation(model, "exponent", (4,)), set()
-    for _ in range(40):
-        changed = ~np.isclose(flipped(x), model(x), atol=1e-5)
-        sizes.add(int(changed.sum()))
-        assert changed.any(axis=1).sum() <= 1, "a bit of one row"
-    assert {1, 4} <= sizes <= {0, 1, 4}
-
-
-def test_parameters_that_are_not_the_models(lies):
-    w = jnp.asarray(np.random.default_rng(0).normal(size=(40, 40)), jnp.float32)
-    noise = np.asarray(lies.stale(Linear(w), 0.5, (1,)).w) - w
-    assert np.std(noise) == pytest.approx(0.5 * np.sqrt(np.mean(np.square(w))), rel=0.1)
-    changed = np.asarray(lies.flip_weight(Linear(w), (1,)).w) != w
-    assert changed.sum() == 1
 
 
 # -- The check of an answer: right ones that look wrong, and wrong ones that do --------------------

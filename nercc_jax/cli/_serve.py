@@ -18,7 +18,7 @@ from ._options import Options
 from ._process import keep_programs, leave, leave_accelerators
 
 _NEEDED = (
-    *("grpc", "grpc_health", "httptools", "orjson", "prometheus_client", "pydantic_settings"),
+    *("grpc", "httptools", "orjson", "prometheus_client", "pydantic_settings"),
     *("pythonjsonlogger", "starlette", "uvicorn"),
 )
 # A newcomer's options, which come first, in the panel without a title of its own.

@@ -59,7 +59,7 @@ def starts_of(
         except RuntimeError as error:
             raise StartFailed(f"the workers of {name} did not start: {error}") from error
 
-    return {each.key: functools.partial(start, each, code_of(each)) for each in chosen}
+    return {each.served_name: functools.partial(start, each, code_of(each)) for each in chosen}
 
 
 def load_parts(

@@ -1,22 +1,105 @@
-"""Hedged calls: the event loop's thread sends and cancels, and another thread decides."""
+"""Hedged calls: the event loop's thread sends and cancels, and another thread decides.
+
+What recorded calls speak for, when to send a second call and which targets to send fewer, is for
+`next_choice` to say.
+"""
 
 import asyncio
+import dataclasses
 import functools
 import logging
 import math
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
+from jaxtyping import Float
 
 from ..stragglers import picking, simulate
-from ._decide import Choice, TimedCall, next_choice
 
 _LOG = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+
+
+@dataclasses.dataclass
+class TimedCall:
+    """A call to a target, a request's first one or a copy, and how it ended after some seconds."""
+
+    target: int
+    sent: float
+    first: bool
+    seconds: float = math.nan
+    end: Literal["", "answered", "failed", "cancelled"] = ""
+
+
+class Choice(NamedTuple):
+    """The policy, with its limit in medians; the median in seconds; and the targets' weights."""
+
+    hedge: simulate.Hedge
+    median: float
+    weights: Sequence[float]
+
+
+def next_choice(
+    calls: Sequence[TimedCall],
+    raced: Float[np.ndarray, " requests"],
+    choice: Choice,
+    trials: picking.CopyTrials,
+    *,
+    copies: int,
+    budget: float,
+) -> Choice:
+    """Return the next choice, or the present one where too little is known.
+
+    Args:
+        calls: The latest calls.
+        raced: Seconds of requests that were hedged since the present choice was made.
+        choice: The present choice.
+        trials: What earlier copies have shown; `raced` is added.
+        copies: Copies of a request, at most.
+        budget: Mean calls a request.
+    """
+    first = [call for call in calls if call.first and call.end != "failed"]
+    rows = np.array([(call.sent, call.seconds, call.target) for call in first]).reshape(-1, 3)
+    answered = np.array([call.end == "answered" for call in first], bool)
+    rows[:, 1] = simulate.completed(rows[:, 1], answered, np.random.default_rng(0))
+    recorded = [(sent, seconds, 1, int(target)) for sent, seconds, target in rows.tolist()]
+    replay = simulate.RecordedCalls.replay(recorded, copies, len(choice.weights), seed=0)
+    if replay is None:
+        return choice
+
+    hedge, candidates = choice.hedge, []
+    if hedge.limit < math.inf:
+        own, ended = picking.hedged_times(replay, picking.Play(hedge), raced=True)
+        trials.add(raced / replay.median, apart=ended, alike=own, decay=picking.PICKING.decay)
+        replay, useless = trials.applied(replay, hedge.limit)
+        candidates = [dataclasses.replace(hedge, hedges=hedges) for hedges in (True, not useless)]
+    for at_once in range(1, min(picking.PICKING.at_once, copies) + 1):
+        late = min(0.9 * (budget - 1) / at_once, 1)  # which spends nine tenths of the budget
+        limits = [*picking.PICKING.thresholds, float(np.quantile(replay.own, 1 - late))]
+        candidates += [simulate.Hedge(limit, at_once) for limit in limits]
+    forecasts = {each: picking.forecast(replay, picking.Play(each)) for each in candidates}
+    for each, found in forecasts.items():
+        # Beyond the budget copies are not sent, which leaves requests as slow as they are.
+        if found.calls > budget:
+            refused = 1 - (budget - 1) / (found.calls - 1)
+            left = replay.as_slow(np.full(len(replay.own), refused))
+            forecasts[each] = picking.forecast(left, picking.Play(each))._replace(calls=budget)
+    hedge = picking.choose(forecasts, hedge, budget)
+
+    # A target that is slow, or fails, more often than the others gets fewer and fewer first calls.
+    number, slow = np.zeros((2, len(choice.weights)))
+    for call in calls[-picking.PICKING.recent :]:
+        late = call.end == "failed" or call.seconds > picking.PICKING.slow * replay.median
+        number[call.target] += late or call.end == "answered"
+        slow[call.target] += late
+    of_others = (slow.sum() - slow) / np.maximum(number.sum() - number, 1)
+    worse = picking.beyond_chance(slow, of_others, number) > 0
+    weights = np.array(choice.weights) * np.where(worse, 0.5, 2)
+    return Choice(hedge, replay.median, weights.clip(picking.PICKING.least_weight, 1).tolist())
 
 
 class hedge(Generic[Answer]):
@@ -27,7 +110,9 @@ class hedge(Generic[Answer]):
     calls are replayed with each limit, and the one with the shortest tail within the budget is
     picked, again and again. Where a copy is as slow as what it copies (the query itself is slow,
     or something behind all targets), nearly none are sent, but for one late request in ten, which
-    shows when copies help again. Nothing is hedged before 20 requests were answered.
+    shows when copies help again. Nothing is hedged before 20 requests were answered. A target that
+    is slow, or fails, more often than others gets fewer and fewer first calls, 3 % of another's at
+    least.
 
         >>> import asyncio
         >>> from nercc_jax import hedge
@@ -60,7 +145,6 @@ class hedge(Generic[Answer]):
         targets: Sequence[Any] | None = None,
         *,
         budget: float = 1.1,
-        steer: bool = True,
         name: str = "hedge",
     ):
         """Hedge a call.
@@ -71,9 +155,6 @@ class hedge(Generic[Answer]):
                 second call goes to another one than the first. None for a call that is balanced
                 behind it, such as a deployment's handle.
             budget: Mean calls a request, at most (default: 1.1). Up to ten copies can be saved up.
-            steer: Whether a target that is slow, or fails, more often than others gets fewer and
-                fewer first calls, 3 % of another's at least; otherwise all get as many (default:
-                true). Turn it off where the others could not carry its load.
             name: Prefix of the metrics' names.
 
         Raises:
@@ -87,7 +168,6 @@ class hedge(Generic[Answer]):
         self._call, self._budget, self._name = call, budget, name
         self.counts = dict.fromkeys(("requests", "calls", "hedges", "won"), 0)
         number = len(self._targets)
-        self._steer = steer and number > 1
         self._copies = 1 if number == 2 else 2
         self._choice = Choice(simulate.Hedge(math.inf), math.inf, [1.0] * number)
         self._flying, self._credit = [0] * number, [0.0] * number
@@ -201,8 +281,6 @@ class hedge(Generic[Answer]):
                 self._choice = future.result()
             except Exception:  # the choice stays; the next decision may do better
                 _LOG.exception("deciding when to hedge failed")
-            if not self._steer:
-                self._choice = self._choice._replace(weights=[1.0] * len(self._targets))
 
         loop.run_in_executor(None, run).add_done_callback(decided)
 

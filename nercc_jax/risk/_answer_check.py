@@ -130,15 +130,11 @@ class AnswerCheck:
         return self.clear * (mean.shape[1] * np.maximum(deviation, _LEAST) ** 2)
 
     def suspicious(
-        self,
-        mean: _Vectors,
-        deviation: _Numbers,
-        answers: _Vectors,
-        clear: _Numbers | None = None,
+        self, mean: _Vectors, deviation: _Numbers, answers: _Vectors
     ) -> Bool[np.ndarray, " queries"]:
-        """Return which answers look wrong; `clear` is `clear_squares`, others as for `features`."""
+        """Return which answers look wrong; arguments as for `features`."""
         with np.errstate(all="ignore"):
-            clear = self.clear_squares(mean, deviation) if clear is None else clear
+            clear = self.clear_squares(mean, deviation)
             found = ~(_square(answers - mean) <= clear)  # NaN is wrong
             if found.any():
                 scores = self.scores(mean[found], deviation[found], answers[found])

@@ -136,11 +136,9 @@ class ErrorScale:
 
     Attributes:
         weights: The weights of the features (`decoding_features`).
-        share: The share of the calibration's samples whose bars are within the tolerance.
     """
 
     weights: Float[np.ndarray, " features"]
-    share: float = 0.0
 
     def of_features(self, features: Float[np.ndarray, "*points features"]) -> Any:
         """Return the error bars."""
@@ -178,22 +176,4 @@ def fit_error_scale(
     judged, missed = (x[np.isfinite(judged).any(axis=1)] for x in (judged, error))
     factor = bar_factor(judged, missed, accuracy, points * len(judged) // len(bars))
     weights[0] += np.log(factor)  # nothing is within the tolerance of infinity
-    share = np.mean((factor * bars <= accuracy.tolerance).any(axis=1))
-    return ErrorScale(weights.astype(np.float32), float(share))
-
-
-def error_bars(
-    deviation: Float[Array, "*points"], bars: ErrorBars | None, coverage: float
-) -> Float[Array, "*points"]:
-    """Return bars that cover a share of errors: calibrated ones, or a normal distribution's.
-
-    Raises:
-        ValueError: The coverage is outside (0, 1).
-    """
-    if bars is not None:
-        return bars(deviation, coverage)
-    if not 0 < coverage < 1:
-        raise ValueError(f"coverage must be a share between 0 and 1, not {coverage}")
-    from scipy.special import ndtri  # late: a fifth of a worker's import time
-
-    return deviation * float(ndtri((1 + coverage) / 2))
+    return ErrorScale(weights.astype(np.float32))

@@ -13,23 +13,18 @@ One calibration serves predictions of schemes, a server's decoded queries, and a
 answers: they differ in their features (`label_features`, `decoding_features`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ..codes._trees import Form, to_device
-from ..evaluation._criteria import agree_on_labels, root_mean_square
 from ..inference.models import AbstractCalibrated
 from ..splines.arrays import namespace
 from ._accuracy import risk_cap, upper_bound
 from ._features import label_features
-
-NUMBERS = ("weights", "knots", "shifts", "levels", "bounds", "shares")
 
 
 class ErrorProbability(AbstractCalibrated):
@@ -98,18 +93,6 @@ class ErrorProbability(AbstractCalibrated):
         logit = logit + xp.interp(logit, knots, shifts)
         return xp.exp(-xp.logaddexp(0, -logit))
 
-    def to_json(self) -> dict[str, list[float]]:
-        """Return the numbers by name for JSON, which has no infinity; they are for vectors."""
-        return {name: np.nan_to_num(getattr(self, name)).tolist() for name in NUMBERS}
-
-    @classmethod
-    def from_json(
-        cls, numbers: Mapping[str, list[float]], conditions: str = ""
-    ) -> "ErrorProbability":
-        """Return what `to_json` wrote; raise TypeError for other names."""
-        arrays: Any = {name: jnp.asarray(each, float) for name, each in numbers.items()}
-        return cls(**arrays, conditions=conditions)
-
     def limit(self, max_disagreement: float) -> float:
         """Return the largest probability at which a prediction may be given out.
 
@@ -142,102 +125,6 @@ class ErrorProbability(AbstractCalibrated):
             raise ValueError(f"a limit of error probabilities must be 0 or positive, not {limit}")
         place = np.searchsorted(np.asarray(self.levels), limit, side="right") - 1
         return float(np.asarray(self.shares)[place])
-
-
-def check_labels(form: Form) -> None:
-    """Raise ValueError for outputs without labels: a single number is its own largest."""
-    if not form.has_labels:
-        raise ValueError(
-            f"outputs of shapes {list(form.shapes)} have one number a row, which is no label: "
-            "calibrate_error_bars and a tolerance are for values"
-        )
-
-
-class ObservedErrors(eqx.Module):
-    """The errors of predictions under straggler sets, and the features that rank them.
-
-    Attributes:
-        features: `label_features`.
-        sure: Whether the prediction is an answer to the data point itself.
-        wrong: Whether its label differs from the model's own, or it is lost.
-        ratio: Its error over its deviation; NaN where it is exact, lost, or has no deviation.
-    """
-
-    features: Float[Array, "*sets groups num_data features"]
-    sure: Bool[Array, "*sets groups num_data"]
-    wrong: Bool[Array, "*sets groups num_data"]
-    ratio: Float[Array, "*sets groups num_data"]
-
-
-@eqx.filter_jit
-def observe_errors(
-    decode: Any,
-    own: Float[Array, "groups num_data m"],
-    form: Form,
-    masks: Bool[Array, "sets num_workers"],
-) -> ObservedErrors:
-    """Return each data point's error, and features, under each straggler set.
-
-    Args:
-        decode: Returns predictions as vectors with their deviations, and a surrogate's outputs or
-            None, for the workers that answered in each group (`Scheme.assess`).
-        own: The model's own outputs as vectors.
-        form: Their structure.
-        masks: The straggler sets, for all groups.
-    """
-
-    def of_set(mask: Array) -> ObservedErrors:
-        decoded, cheap = decode(jnp.broadcast_to(mask, (len(own), len(mask))))
-        deviation = decoded.deviation
-        features = label_features(
-            decoded.predictions, deviation, cheap, None if form.is_vector else form
-        )
-        wrong = ~agree_on_labels(decoded.predictions, own, form) | ~decoded.recovered
-        error = root_mean_square(decoded.predictions - own, axis=-1)
-        counts = (deviation > 0) & jnp.isfinite(deviation) & decoded.recovered
-        ratio = jnp.where(counts, error / jnp.where(counts, deviation, 1), jnp.nan)
-        return ObservedErrors(features, deviation == 0, wrong, ratio)
-
-    return jax.lax.map(of_set, masks)
-
-
-def error_probability_of_sets(
-    seen: ObservedErrors, form: Form, conditions: str
-) -> ErrorProbability:
-    """Calibrate an error probability on errors under straggler sets."""
-    sets, groups, num_data = seen.wrong.shape
-    owner = np.indices(seen.wrong.shape).reshape(3, -1)
-    return fit_error_probability(
-        np.asarray(seen.features).reshape(sets * groups * num_data, 1, -1),
-        np.asarray(seen.wrong).reshape(-1, 1),
-        sure=np.asarray(seen.sure).ravel(),
-        owners=(owner[1], owner[0]),
-        points=groups * num_data,
-        form=form,
-        conditions=conditions,
-    )
-
-
-def error_probability_of_predictions(
-    predictions: Float[ArrayLike, "points m"],
-    deviation: Float[ArrayLike, " points"],
-    own: Float[ArrayLike, "points m"],
-    form: Form | None = None,
-) -> ErrorProbability:
-    """Calibrate an error probability of a surrogate's predictions by themselves.
-
-    The result is called with the predictions as `cheap`, too.
-
-    Args:
-        predictions: The surrogate's outputs on data points whose answers are known.
-        deviation: Their standard deviations.
-        own: The model's answers.
-        form: The structure of the outputs, where they are not vectors.
-    """
-    predictions, deviation, own = map(np.asarray, (predictions, deviation, own))
-    features = label_features(predictions, deviation, predictions, form)
-    wrong = ~agree_on_labels(predictions, own, form)
-    return fit_error_probability(features[:, None], wrong[:, None], sure=deviation == 0, form=form)
 
 
 def logistic_regression(
@@ -380,7 +267,8 @@ def fit_error_probability(
     probability[sure] = 0
     wrong_from = np.min(np.where(wrong, probability, np.inf), axis=1)
     curve = _curve(probability.min(axis=1), wrong_from, int(sure.sum()), owners, points, failure)
-    parts = zip(NUMBERS, (weights, knots, shifts, *curve), strict=True)
+    names = ("weights", "knots", "shifts", "levels", "bounds", "shares")
+    parts = zip(names, (weights, knots, shifts, *curve), strict=True)
     arrays: Any = to_device({name: np.asarray(each, float) for name, each in parts})
     vectors = form is None or form.is_vector
     return ErrorProbability(**arrays, form=None if vectors else form, conditions=conditions)

@@ -33,7 +33,6 @@ _RECENT, _FADING = 100, 8
 # Answers that may be given out before any was compared; later, as many more as were compared.
 _UNSEEN = 32
 _BARS = 20  # rows, at least, by which the error bars of others are known
-_SHOWN = 1000  # the latest answers given out whose disagreement is shown
 
 Number: TypeAlias = float | np.ndarray
 
@@ -86,8 +85,6 @@ class Risk:
         epoch: How often the evidence began again.
         drifts: How often more of the answers were wrong than promised.
         unknown: The number of answers given out whose rows never got an answer of the model's own.
-        shown: Whether the latest answers given out were wrong.
-        usual: The share of all rows' approximate labels that are wrong, where a calibration knows.
 
     Example:
         >>> from nercc_jax.risk import Accuracy, Comparison, Risk
@@ -116,9 +113,7 @@ class Risk:
             suffices = within_bound(0, np.arange(2 * _ROWS), self._share)  # if all are right
             self.needed = max(int(np.searchsorted(suffices, True)), self.needed)
         self._rows: collections.deque[Comparison] = collections.deque(maxlen=_ROWS)
-        self.shown: collections.deque[bool] = collections.deque(maxlen=_SHOWN)
         self.epoch = self.drifts = self.unknown = 0
-        self.usual: float | None = None
         self._pending = 0
         self._known: _Limits | None = None  # until there is new evidence
 
@@ -184,16 +179,13 @@ class Risk:
         if given:
             self._pending -= 1
             self.unknown += unknown
-        excess = row.excess / widened
-        if given:
-            beyond = self._tolerance is not None and excess > 1
-            self.shown.append(bool(row.wrong or beyond))
         if epoch is not None and epoch != self.epoch:
             return False
         if not math.isnan(row.bound if self._share is None else row.probability):
             self._rows.append(row)
             self._known = None
-        if given and self._monitor.add([bool(self._accuracy.missed(row.wrong, excess))]):
+        missed = self._accuracy.missed(row.wrong, row.excess / widened)
+        if given and self._monitor.add([bool(missed)]):
             self.drifts += 1
             self.restart()
             return True
@@ -236,25 +228,14 @@ class Risk:
         """The errors of the straggling rows that have a bound, over their bounds."""
         return np.array([row.excess for row in self._rows if not math.isnan(row.bound)])
 
-    @property
-    def hint(self) -> str | None:
-        """A sentence that straggling rows are harder than others, if they are beyond chance."""
-        (missed, expected), number = self._hardness(), len(self._rows)
-        if missed <= expected + 3 * math.sqrt(max(expected, 1.0)):
-            return None
-        what = "error bars are too short" if self._share is None else "labels would be wrong"
-        shares = f"{100 * missed / number:.0f} % of their {what}, {100 * expected / number:.0f} %"
-        return f"queries that straggle are harder than others: {shares} were expected"
-
     def status(self) -> dict[str, Any]:
         """Return the evidence for a server's status."""
-        rows, (missed, expected) = list(self._rows), self._hardness()
+        rows = list(self._rows)
         shares = bool(rows) and self._share is not None
         return {
             "compared": len(rows),
             "needed": self.needed if self._needs_evidence else 0,
             "disagreement": sum(row.wrong for row in rows) / len(rows) if shares else None,
-            "harder": missed / expected if expected > 0 else None,
             "admitted": self.share,
             "given": self._monitor.number,
             "given_wrong": self._monitor.wrong,
@@ -262,20 +243,6 @@ class Risk:
             "unknown": self.unknown,
             "drifts": self.drifts,
         }
-
-    def _hardness(self) -> tuple[float, float]:
-        """Return how many approximate answers to straggling rows missed, and how many should have.
-
-        A label misses where it is wrong, an error where it is beyond its bound. What should have
-        missed is the share of all rows: more than that means that straggling rows are harder than
-        others. Where that share is not known, it is what their probabilities let expect.
-        """
-        rows = list(self._rows)
-        if self._share is None:
-            missed = sum(row.excess > 1 for row in rows)
-            return float(missed), float((1 - self._accuracy.coverage) * len(rows))
-        wrong, expected = sum(row.wrong for row in rows), sum(row.probability for row in rows)
-        return float(wrong), float(expected if self.usual is None else self.usual * len(rows))
 
     @property
     def _limits(self) -> _Limits:

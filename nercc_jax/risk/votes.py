@@ -197,15 +197,6 @@ class AnswerChecks:
             "max_fenced": self._most,
         }
 
-    def hints(self) -> list[str]:
-        """Return which workers answer wrongly, and what is done about it."""
-        status, most = self.status(), f"no more than {self._most} may be fenced"
-        found = [f"worker {worker} is fenced: {why}" for worker, why in status["fenced"].items()]
-        return found + [
-            f"worker {worker} answers wrongly, but {most}: {why}"
-            for worker, why in status["not_fenced"].items()
-        ]
-
     def agree(self, one: np.ndarray, other: np.ndarray) -> bool:
         """Return whether two answers are the same but for rounding.
 

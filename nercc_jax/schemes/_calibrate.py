@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import ArrayLike, Float, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode
 from ..codes._checks import check_count
@@ -15,19 +17,14 @@ from ..codes._kept import encoder_of
 from ..codes._trees import Form, join, points_of, to_device
 from ..codes.workers import run_workers
 from ..evaluation._answers import batched, cut_groups, in_parts
-from ..evaluation._criteria import root_mean_square
+from ..evaluation._criteria import agree_on_labels, root_mean_square
 from ..evaluation._objective import draw_sets
 from ..inference import cast_model, current_conditions
 from ..inference.models import Model
 from ..risk import ErrorBars, ErrorProbability
 from ..risk._error_bars import error_bars_from_ratios
-from ..risk._error_probability import (
-    ObservedErrors,
-    check_labels,
-    error_probability_of_predictions,
-    error_probability_of_sets,
-    observe_errors,
-)
+from ..risk._error_probability import fit_error_probability
+from ..risk._features import label_features
 from ..stragglers import AbstractStragglers
 from ..surrogates import LearnerTuning, fit_learner
 from ..surrogates.kernel import Shape, first_kernel
@@ -74,7 +71,17 @@ def calibrate_error_probability(
     """
     sets = stragglers, key, num_sets
     seen, form = _observe(model, scheme, x, sets, batch_size, worker_dtype, labels=True)
-    return error_probability_of_sets(seen, form, current_conditions(worker_dtype))
+    features, sure, wrong, _ = (np.asarray(each) for each in seen)
+    owner = np.indices(wrong.shape).reshape(3, -1)
+    return fit_error_probability(
+        features.reshape(wrong.size, 1, -1),
+        wrong.reshape(-1, 1),
+        sure=sure.ravel(),
+        owners=(owner[1], owner[0]),
+        points=wrong[0].size,
+        form=form,
+        conditions=current_conditions(worker_dtype),
+    )
 
 
 def calibrate_error_bars(
@@ -107,8 +114,8 @@ def calibrate_error_bars(
         ValueError: As `calibrate_error_probability`, or every prediction is exact.
     """
     sets = stragglers, key, num_sets
-    seen, _ = _observe(model, scheme, x, sets, batch_size, worker_dtype)
-    return error_bars_from_ratios(np.asarray(seen.ratio), current_conditions(worker_dtype))
+    (*_, ratios), _ = _observe(model, scheme, x, sets, batch_size, worker_dtype)
+    return error_bars_from_ratios(np.asarray(ratios), current_conditions(worker_dtype))
 
 
 def _observe(
@@ -120,10 +127,10 @@ def _observe(
     worker_dtype: DTypeLike | None,
     *,
     labels: bool = False,
-) -> tuple[ObservedErrors, Form]:
-    """Run a scheme once, and return its predictions' errors under each set and the outputs' form.
+) -> tuple[tuple[Array, ...], Form]:
+    """Run a scheme once; return its errors under sets of each law, and the outputs' form.
 
-    The `sets` are so many of each law. Where `labels` count, outputs that have none are refused.
+    The errors are those of `_errors_of_sets`. Where `labels` count, outputs without are refused.
     """
     stragglers, key, num_sets = sets
     if not stragglers:
@@ -133,8 +140,11 @@ def _observe(
     served = model if callable(model) else model[0]
     x = to_device(points_of(cut_groups(x, scheme.code.num_data)))
     own = batched(served, batch_size)(x)
-    if labels:
-        check_labels(join(own, 1)[1])
+    if labels and not (form := join(own, 1)[1]).has_labels:
+        raise ValueError(
+            f"outputs of shapes {list(form.shapes)} have one number a row, which is no label: "
+            "calibrate_error_bars and a tolerance are for values"
+        )
 
     # The programs are the model's, whatever is sent, and one that decodes.
     encoder = encoder_of(scheme.code)
@@ -148,7 +158,34 @@ def _observe(
     prior = expect(sent, prepared, encoder, form)
     decode = eqx.Partial(Scheme.assess, scheme, prepared, vectors, prior)
     own = join(scheme.groups(own, prepared), 2)[0]
-    return observe_errors(decode, own, form, masks), form
+    return _errors_of_sets(decode, own, form, masks), form
+
+
+@eqx.filter_jit
+def _errors_of_sets(
+    decode: Any,
+    own: Float[Array, "groups num_data m"],
+    form: Form,
+    masks: Bool[Array, "sets num_workers"],
+) -> tuple[Array, Array, Array, Array]:
+    """Return, by straggler set, group and data point, the errors of what `decode` returns.
+
+    These are the features that rank them (`label_features`); whether a prediction is an answer to
+    the data point itself; whether its label differs from the model's `own`, or it is lost; and its
+    error over its deviation, NaN where it is exact, lost, or has no deviation.
+    """
+
+    def of_set(mask: Array) -> tuple[Array, Array, Array, Array]:
+        decoded, cheap = decode(jnp.broadcast_to(mask, (len(own), len(mask))))
+        deviation, of_parts = decoded.deviation, None if form.is_vector else form
+        features = label_features(decoded.predictions, deviation, cheap, of_parts)
+        wrong = ~agree_on_labels(decoded.predictions, own, form) | ~decoded.recovered
+        error = root_mean_square(decoded.predictions - own, axis=-1)
+        counts = (deviation > 0) & jnp.isfinite(deviation) & decoded.recovered
+        ratio = jnp.where(counts, error / jnp.where(counts, deviation, 1), jnp.nan)
+        return features, deviation == 0, wrong, ratio
+
+    return jax.lax.map(of_set, masks)
 
 
 def fit_scheme(
@@ -194,7 +231,10 @@ def fit_scheme(
     bars: ErrorBars = error_bars_from_ratios(np.where(np.isfinite(deviation), ratios, np.nan))
     error_probability = None
     if labels:
-        error_probability = error_probability_of_predictions(mean, deviation, own)
+        features = label_features(mean, deviation, mean, None)  # of a surrogate by itself
+        wrong = ~np.asarray(agree_on_labels(mean, own))
+        sure = deviation == 0
+        error_probability = fit_error_probability(features[:, None], wrong[:, None], sure=sure)
     return Scheme(
         code,
         surrogate=learner.update(x[held], y[held]),

@@ -18,7 +18,6 @@ from ..codes.workers import call_model
 from ..inference import order_points
 from ..inference.models import Model, check_model
 from ..risk import ErrorBars, ErrorProbability
-from ..risk._error_bars import error_bars
 from ..splines.arrays import native
 from ..surrogates import AbstractSurrogate
 from ..surrogates.interface import AbstractGroupPrior, check_like
@@ -31,9 +30,7 @@ def reexecute(
     assessed: Decoded,
     *,
     limit: float = 0.0,
-    tolerance: float | None = None,
-    bars: ErrorBars | None = None,
-    coverage: float = 0.9,
+    score: Float[ArrayLike, "*points"] | None = None,
 ) -> Decoded:
     """Replace uncertain predictions by the model's own answers.
 
@@ -44,17 +41,14 @@ def reexecute(
         model: The served model, a function of a batch.
         x: The data points that were assessed.
         assessed: Their predictions.
-        limit: The largest error probability that is left as it is (`ErrorProbability.limit`); 0
-            leaves what is certain.
-        tolerance: For functions instead of labels: the largest error bar that is left as it is, in
-            units of the outputs.
-        bars: Calibrated error bars (`calibrate_error_bars`). Without, errors are taken as normally
-            distributed.
-        coverage: The share of errors that a bar covers.
+        limit: The largest score that is left as it is (`ErrorProbability.limit`, or a tolerance);
+            0 leaves what is certain.
+        score: How uncertain each prediction is, such as its error bar (`ErrorBars`); default: its
+            error probability. What was not recovered is replaced in any case.
 
     Raises:
-        ValueError: There is no error probability, the limit or the tolerance is negative, there are
-            bars without a tolerance, the model is in training mode, or x is not what was assessed.
+        ValueError: There is no score, the limit is negative, the model is in training mode, or x is
+            not what was assessed.
     """
     check_model(model)
     lead = assessed.recovered.shape
@@ -62,21 +56,17 @@ def reexecute(
     for leaf in jax.tree.leaves(x):
         if leaf.shape[: len(lead)] != lead:
             raise ValueError(f"x has shape {leaf.shape}; assessed are data points {lead}")
-    if tolerance is None:
-        if bars is not None:
-            raise ValueError("error bars go with a tolerance: give one")
-        score = assessed.error_probability
-        if score is None:
-            raise ValueError(
-                "there is no error probability: calibrate the scheme with "
-                "`calibrate_error_probability`, or give a tolerance"
-            )
-    else:
-        score, limit = error_bars(jnp.asarray(assessed.deviation), bars, coverage), tolerance
-        score = np.where(assessed.recovered, score, np.inf)
+    known = assessed.error_probability if score is None else score
+    if known is None:
+        raise ValueError(
+            "there is no error probability: calibrate the scheme with "
+            "`calibrate_error_probability`, or give a score"
+        )
     if not limit >= 0:
-        raise ValueError(f"the limit or tolerance must be 0 or positive, not {limit}")
-    chosen = np.flatnonzero(np.asarray(score) > limit)
+        raise ValueError(f"the limit must be 0 or positive, not {limit}")
+    if score is not None:
+        known = np.where(assessed.recovered, known, np.inf)
+    chosen = np.flatnonzero(~(np.asarray(known) <= limit))  # NaN is uncertain
     if not len(chosen):
         return assessed
 

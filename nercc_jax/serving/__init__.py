@@ -29,7 +29,6 @@ if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
     from ._metrics import Metrics as Metrics
     from ._policy import BatchingPolicy as BatchingPolicy
     from ._served_model import ServedModel as ServedModel
-    from .adapt._decoding import Compared as Compared
     from .adapt._decoding import DecodingScores as DecodingScores
     from .adapt._decoding import calibrate_decoding as calibrate_decoding
     from .adapt._predictor import Predictor as Predictor
@@ -55,7 +54,7 @@ _WHERE = {
     "_served_model": "ServedModel",
     "settings": "ModelSettings ServerSettings",
     "_metrics": "Metrics",
-    "adapt._decoding": "Compared DecodingScores calibrate_decoding",
+    "adapt._decoding": "DecodingScores calibrate_decoding",
     "adapt._predictor": "Predictor",
     "core._coder": "Coder",
     "core._request": "DeadlineExceeded InferenceFailed QueueFull Reply ServerClosing",

@@ -166,7 +166,3 @@ class AnswerScreen:
         if self._checks is None or self._predictor is None:
             return None
         return {"ready": self._predictor.checks_answers} | self._checks.status()
-
-    def hints(self) -> list[str]:
-        """Return which workers answer wrongly."""
-        return [] if self._checks is None else self._checks.hints()

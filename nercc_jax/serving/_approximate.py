@@ -25,8 +25,8 @@ from .adapt._decoding import DecodingEvidence, DecodingScores
 from .adapt._predictor import Predictor
 from .adapt._setting_controller import SettingController
 from .core._coder import DecodedGroup
-from .core._group import Group, repeat_rows
-from .core._request import Answer, Query, Request, Source
+from .core._group import Group
+from .core._request import Answer, Query, Request, Source, repeat_rows
 from .core._setup import DispatchSetting, Setup
 from .core.decide import GiveOut, LateEvidence, Place
 
@@ -89,8 +89,10 @@ class Approximations:
         if coder.can_decode and not self._allowed:
             # What mixes queries is of no use where nothing may be decoded.
             self._setting = self._setting._replace(redundancy="none")
+        self._sources: dict[Source, DecodingEvidence | Predictor] = {"decoded": self.decoding}
         if predictor is not None:
             predictor.attach(setup, self.turns.wake)
+            self._sources["predicted"] = predictor
         self._most, self._left = most, size
         self._kept: dict[Group, int] = {}
         if coder.can_decode:
@@ -120,11 +122,8 @@ class Approximations:
     def evidence(self, queries: int) -> LateEvidence:
         """Return what is known by now, for a group with this number of queries."""
         limit, predictor = self.decoding.limit(queries), self.predictor
-        risk: dict[Source, Risk] = {"decoded": self.decoding.risk}
-        predicts = False
-        if predictor is not None:
-            risk["predicted"] = predictor.risk
-            predicts = self._allowed and predictor.state == "answering"
+        risk: dict[Source, Risk] = {source: each.risk for source, each in self._sources.items()}
+        predicts = predictor is not None and self._allowed and predictor.state == "answering"
         return LateEvidence(self.setting, self._allowed, predicts, limit, risk)
 
     def predict(self, group: Group, places: Sequence[Place]) -> None:
@@ -200,7 +199,7 @@ class Approximations:
         """Return an answer that is given out, as the caller sees it, which is to be compared."""
         source = given.source
         query, tolerance = group.query(given.place), self.setup.policy.tolerance
-        answer, risk = query.approximate[source], self._of(source).risk
+        answer, risk = query.approximate[source], self._sources[source].risk
         disagreement, error = map(float, risk.expected(answer.disagreement, answer.error))
         if answer.error > 0:
             answer.widened = error / answer.error
@@ -228,13 +227,6 @@ class Approximations:
         if x is not None and own is not None and self.predictor is not None:
             self.predictor.add_answer(x, own)
 
-    def _of(self, source: Source) -> DecodingEvidence | Predictor:
-        """Return what is known of answers of a source."""
-        if source == "decoded":
-            return self.decoding
-        assert self.predictor is not None
-        return self.predictor
-
     def audit(self, given: Answer, own: np.ndarray | None) -> bool:
         """Compare an answer with the model's own, which came late, or is None and will never come.
 
@@ -244,14 +236,15 @@ class Approximations:
         Returns:
             Whether it was right.
         """
-        labels, source = self.setup.policy.tolerance is None, self._of(given.source)
+        labels, source = self.setup.policy.tolerance is None, self._sources[given.source]
         wrong, excess, value = labels, math.inf, given.value.ravel()
         if own is not None:
             form = self.setup.coder.form
             wrong = labels and not bool(agree_on_labels(value, own.ravel(), form))
             error = root_mean_square(value - own.ravel())
             excess = float(error_ratios(error, np.asarray(given.error)))
-            if given.features is not None and self.decoding.add(given, wrong, float(error)):
+            missed = wrong if labels else float(error)
+            if given.features is not None and self.decoding.add(given.features, missed):
                 self.turns.wake()
         drifted = source.risk.add(
             Comparison(given.disagreement, given.error, wrong, excess),
@@ -331,31 +324,4 @@ class Approximations:
             "policy": None if controller is None else controller.status(),
             "predictor": None if predictor is None else predictor.status(),
             "decoding": self.decoding.status() if promises else None,
-            "audited": list(self.decoding.risk.shown),
         }
-
-    def hints(self) -> list[str]:
-        """Return why nothing is decoded or predicted, and whether stragglers are harder."""
-        can_decode, found, status = self.setup.coder.can_decode, [], self.status()
-        if not self._allowed:
-            why = (
-                "outputs are values without a tolerance: all answers are exact; set a tolerance, "
-                "or outputs = 'logits' if they are scores of labels"
-            )
-            return [why] if can_decode or self.predictor is not None else []
-        for what, source in (("decoded", "decoding" * can_decode), ("predicted", "predictor")):
-            if (about := status.get(source)) is None:
-                continue
-            evidence, why = about.get("stragglers", about), None
-            compared = f"{evidence['compared']} of {evidence['needed']} stragglers' answers"
-            if about.get("state", "answering") != "answering":
-                why = f"{about['known']} of {about['needed']} answers are known"
-            elif evidence["compared"] < evidence["needed"]:
-                why = f"{compared} were compared with {what} ones"
-            elif not about.get("share", evidence["admitted"]):
-                why = "no answer is sure enough"
-            drifted = f"{what} answers went wrong more often than promised: "
-            if why is not None:
-                found.append(f"{drifted * bool(about['drifts'])}{why}; nothing is {what}")
-            found += [] if about["hint"] is None else [about["hint"]]
-        return found

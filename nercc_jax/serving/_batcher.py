@@ -181,14 +181,9 @@ class CodedBatcher:
         Returns:
             By name, None for what there is not: "policy", the setting picked under `max_calls`, and
             why; "predictor"; "checks" of the model's own answers; "decoding", what stragglers
-            showed of decoded answers; "audited", whether the latest decoded answers that were
-            compared had wrong labels, or errors beyond their bars.
+            showed of decoded answers.
         """
         return self._approximations.status() | {"checks": self._screen.status()}
-
-    def hints(self) -> list[str]:
-        """Return why nothing is decoded or predicted, and which workers answer wrongly."""
-        return self._approximations.hints() + self._screen.hints()
 
     def close(self, drain: float = 0.0) -> None:
         """Accept no more requests, answer for up to `drain` seconds, and fail the rest.

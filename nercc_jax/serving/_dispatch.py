@@ -3,7 +3,6 @@
 Within a group, similar queries get neighbouring places (`assign`).
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -19,8 +18,8 @@ from ..pools.times import AnswerTimes, power_of_two
 from ..stragglers import picking
 from ._approximate import Approximations
 from .core._coder import Coder
-from .core._group import Group, repeat_rows
-from .core._request import Query
+from .core._group import Group
+from .core._request import Query, repeat_rows
 from .core._requests import QueryQueue
 from .core._setup import Setup
 
@@ -101,6 +100,7 @@ class Dispatcher:
         self._approximations = approximations
         self._ordering = TimeShare(setup.clock, _OF_THE_TIME)
         self._random = np.random.default_rng(0)
+        self._alone = Coder(Uncoded(1), (setup.coder.kinds[0],))  # of queries sent again
         self._times: AnswerTimes | None = None  # the pool's, by the rule that holds
         self.filling: Group | None = None
         self.groups: set[Group] = set()
@@ -137,8 +137,10 @@ class Dispatcher:
             idle = min(self._setup.pool.idle, self._setup.pool.spare)
             same = same[: self._size(len(same), idle)]
             left = [query for query in left if query not in same]
-            copies = {} if avoid else {"kind": "copy", "at_once": workers}
-            self._send_alone(same, now, avoid, **copies)
+            copies = ("alone", 1) if avoid else ("copy", workers)
+            group = self._new_group(self._alone, now, *copies)
+            self._send(group, np.arange(1), [group.add(same)], now, avoid)
+            group.cells[0].x = None
 
     def complete(self, group: Group, now: float) -> None:
         """Close a group for further queries, and send its coded data points if they are of use."""
@@ -202,7 +204,18 @@ class Dispatcher:
             sizes.append(self._size(left, min(idle, spare - len(sizes))))
             left, idle = left - sizes[-1], idle - 1
         place = 0 if self.filling is None else len(self.filling.cells)
-        for queries in self._assign(self._pop(sum(sizes), now), sizes, place):
+        queries = self._queue.pop(sum(sizes))
+        for request in {query.request for query in queries}:
+            if math.isinf(request.sent):
+                request.sent = now
+                self._setup.observe("queue_seconds", now - request.arrived)
+        rest, begin = iter(queries), self._setup.clock.now()
+        if coder.needs_order and begin >= self._ordering.next:
+            cells = assign(coder, queries, sizes, place)
+            self._ordering.spend(begin)
+        else:
+            cells = [list(itertools.islice(rest, size)) for size in sizes]
+        for queries in cells:
             if self.filling is None:
                 self.filling = self._new_group(coder, now)
             group = self.filling
@@ -212,15 +225,6 @@ class Dispatcher:
             if len(group.cells) == coder.num_data:
                 self.filling = None
         return sent
-
-    def _send_alone(
-        self, queries: list[Query], now: float, avoid: Iterable[int] = (), **options: Any
-    ) -> None:
-        """Send a batch to one worker, but not to some, hedged: the answers are exact."""
-        options = {"kind": "alone"} | options
-        group = self._new_group(_coder_of_one(self._setup.coder.kinds[0]), now, **options)
-        self._send(group, np.arange(1), [group.add(queries)], now, avoid)
-        group.cells[0].x = None
 
     def _new_group(
         self,
@@ -263,26 +267,3 @@ class Dispatcher:
         """Return the size of a batch if workers that slow down no other share what waits."""
         share = math.ceil(waiting / max(min(workers, self._setup.pool.spare), 1))
         return power_of_two(min(share, self._setup.policy.max_batch_size))
-
-    def _assign(self, queries: list[Query], sizes: list[int], place: int) -> list[list[Query]]:
-        """Distribute queries over cells of these sizes, for a group's places from `place` on."""
-        coder, rest, begin = self._setup.coder, iter(queries), self._setup.clock.now()
-        if not coder.needs_order or begin < self._ordering.next:
-            return [list(itertools.islice(rest, size)) for size in sizes]
-        assigned = assign(coder, queries, sizes, place)
-        self._setup.observe("order_seconds", self._ordering.spend(begin))
-        return assigned
-
-    def _pop(self, number: int, now: float) -> list[Query]:
-        queries = self._queue.pop(number)
-        for request in {query.request for query in queries}:
-            if math.isinf(request.sent):
-                request.sent = now
-                self._setup.observe("queue_seconds", now - request.arrived)
-        return queries
-
-
-@functools.cache
-def _coder_of_one(model: int) -> Coder:
-    """Return the coder of a query that is sent alone: the same for all dispatchers."""
-    return Coder(Uncoded(1), (model,))

@@ -3,8 +3,6 @@
 import collections
 import itertools
 import math
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
@@ -19,8 +17,6 @@ from ..pools.backend import WorkerState
 OUTCOMES = ("ok", "deadline", "failed", "cancelled")
 OUTCOMES += ("invalid", "overloaded", "queue_full", "draining")
 ANSWERS = ("exact", "decoded", "predicted", "reexecuted")
-_RECENT = 60.0  # seconds that the status page's latencies cover, ...
-_MOST = 50_000  # ... unless there are more requests than this
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _SHORT = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1)
@@ -44,7 +40,6 @@ _TABLE = (
     ("request_seconds", "request_ok", "Seconds from arrival to answer.", _SECONDS),
     ("queue_seconds", "queue_seconds", "Seconds from arrival until sent to a worker.", _SECONDS),
     ("compute_seconds", "compute_seconds", "Seconds from sent until answered.", _SECONDS),
-    ("order_seconds", "order_seconds", "Seconds to order the queries of a batch.", _SHORT),
     ("encode_seconds", "encode_seconds", "Seconds to encode a group.", _SHORT),
     ("decode_seconds", "decode_seconds", "Seconds to decode a group.", _SHORT),
     ("predict_seconds", "predict_seconds", "Seconds to predict a group's queries.", _SHORT),
@@ -88,8 +83,6 @@ class Meter:
         self.pool: AbstractPool | None = pool
         self.waiting: Callable[[], float] = lambda: 0
         self._counts = counts
-        self._lock = threading.Lock()
-        self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=_MOST)
 
     def observe(self, what: str, number: int | float) -> None:
         """Take a measurement, from any thread. NaN is for what is not known."""
@@ -100,14 +93,12 @@ class Meter:
                 metric.observe(number)
             else:  # the number that comes with a request or an audit is no count
                 metric.inc(1 if what.startswith(("request_", "audit_")) else number)
-        if what == "request_ok":
-            with self._lock:
-                self._recent.append((time.monotonic(), number))
 
     def read(self, what: str) -> dict[str, float]:
-        """Return a counter's "total", or a histogram's "count", "sum" and cumulated buckets."""
-        (family,) = self._counts[what][0].collect()
-        return {s.labels.get("le", s.name.rpartition("_")[2]): s.value for s in family.samples}
+        """Return a counter's "total", and a histogram's "count", "sum" and cumulated buckets."""
+        families = [family for metric in self._counts[what] for family in metric.collect()]
+        samples = [sample for family in families for sample in family.samples]
+        return {s.labels.get("le", s.name.rpartition("_")[2]): s.value for s in samples}
 
     def close(self) -> None:
         """Let the workers and the queue go; what was counted stays."""
@@ -115,14 +106,14 @@ class Meter:
 
     def status(self) -> dict[str, Any]:
         """Return what the status page shows of it."""
-        with self._lock:
-            recent, now = list(self._recent), time.monotonic()
         answers = {answer: int(self.read(f"query_{answer}")["total"]) for answer in ANSWERS}
         requests = {outcome: int(self.read(f"request_{outcome}")["total"]) for outcome in OUTCOMES}
         approximate, queries = answers["decoded"] + answers["predicted"], sum(answers.values())
+        right, wrong = (int(self.read(f"audit_{label}")["total"]) for label in ("same", "other"))
         expected = self.read("expected_disagreement")
-        seconds = np.array([value for at, value in recent if now - at <= _RECENT])
-        bins, _ = np.histogram(seconds, bins=(0, *_SECONDS, np.inf))
+        seconds = self.read("request_ok")
+        number, bounds = int(seconds["count"]), [1000 * bound for bound in _SECONDS]
+        below = [0, *(int(seconds[str(bound)]) for bound in _SECONDS), number]
         shares = {"p50_ms": 0.5, "p99_ms": 0.99, "p999_ms": 0.999}
         return {
             "totals": {
@@ -134,20 +125,23 @@ class Meter:
                 "reexecutions": int(self.read("reexecution")["total"]),
             },
             "latency": {
-                "bounds_ms": [1000 * bound for bound in _SECONDS],
-                "counts": bins.tolist(),
+                "bounds_ms": bounds,
+                "counts": np.diff(below).tolist(),
                 **{
-                    name: 1000 * float(np.quantile(seconds, share)) if len(seconds) else None
+                    name: float(np.interp(share * number, below, [0, *bounds, bounds[-1]]))
+                    if number
+                    else None
                     for name, share in shares.items()
                 },
-                "number": len(seconds),
-                "seconds": _RECENT if len(recent) < _MOST else now - recent[0][0],
+                "number": number,
             },
             "fidelity": {
                 "decoded_share": approximate / queries if queries else None,
                 "expected_disagreement": (
                     expected["sum"] / expected["count"] if expected["count"] else None
                 ),
+                "audited": right + wrong,
+                "audited_wrong": wrong / (right + wrong) if right + wrong else None,
             },
         }
 

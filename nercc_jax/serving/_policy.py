@@ -1,15 +1,12 @@
 """The batching policy: how groups are formed, how long they wait, and what is given out.
 
-It needs none of the extra `serve`, and no JAX: `ModelSettings` has its fields, bounds and texts.
+It needs no JAX, so that errors in settings are reported at once.
 """
 
-import ast
-import dataclasses
-import inspect
-import itertools
-import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
     from ..risk import Accuracy
@@ -21,88 +18,68 @@ Outputs: TypeAlias = Literal["logits", "probabilities", "values"]
 # Receives measurements, from any thread: their names are in the table of `_metrics.py`.
 Observe: TypeAlias = Callable[[str, float], Any]
 
-_BOUNDS = {
-    "ge": (operator.ge, "at least"),
-    "gt": (operator.gt, "more than"),
-    "le": (operator.le, "at most"),
-    "lt": (operator.lt, "less than"),
-}
+_setting: Any = Field  # so that a type checker sees that each setting has a default
 
 
-def texts_of(settings: type) -> dict[str, str]:
-    """Return the text below each field of a class, in one line, by the field's name."""
-    (found,) = ast.parse(inspect.getsource(settings)).body
-    assert isinstance(found, ast.ClassDef)
-    return {
-        ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
-        for field, text in itertools.pairwise(found.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
-
-
-def _option(default: Any, *, example: Any = None, **bounds: int | float) -> Any:
-    """Return a field, with bounds as pydantic names them.
-
-    The `example` is shown in the reference where the default is None.
-    """
-    return dataclasses.field(default=default, metadata={"example": example, "bounds": bounds})
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchingPolicy:
+class BatchingPolicy(BaseModel):
     """Batching, waiting, redundancy, and the quality of answers.
+
+    `ModelSettings` has these settings, too.
 
     Raises:
         ValueError: for values out of range.
     """
 
-    max_batch_size: int = _option(16, ge=1, le=2**16)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    max_batch_size: int = _setting(16, ge=1, le=2**16)
     """Maximum queries in one worker call, a power of two. Batches are powers of two, for which
     everything is compiled in advance; few idle workers and a long queue make large ones."""
-    batch_wait_timeout_s: float = _option(0.01, ge=0, le=MAX_DEADLINE_S)
+    batch_wait_timeout_s: float = _setting(0.01, ge=0, le=MAX_DEADLINE_S)
     """Seconds until the redundancy of a group that is not full is sent. Queries themselves wait for
     no others."""
-    max_queue_size: int = _option(1024, ge=1, le=10**6)
+    max_queue_size: int = _setting(1024, ge=1, le=10**6)
     "Maximum queries that wait to be sent; more are refused."
-    deadline_s: float = _option(10.0, gt=0, le=MAX_DEADLINE_S)
+    deadline_s: float = _setting(10.0, gt=0, le=MAX_DEADLINE_S)
     "Default deadline of a request, in seconds; at most an hour."
-    straggler_threshold: float = _option(1.5, gt=0)
+    straggler_threshold: float = _setting(1.5, gt=0)
     """Straggler threshold, as a multiple of the median answer time. Queries of stragglers are
     predicted, decoded, or sent again."""
-    outputs: Outputs | None = _option(None, example="values")  # noqa: RUF009, it is a field
+    outputs: Outputs | None = _setting(None, examples=["values"])
     """Outputs of the model: `logits`, `probabilities` or `values`. The largest logit has the label;
     probabilities are the softmax of a classifier's logits; values are numbers without labels, of
     which only a `tolerance` lets approximate answers out. Default: `values`; for shipped models,
     and where a `max_disagreement` is set, `logits`."""
-    max_disagreement: float | None = _option(None, ge=0, le=1, example=0.05)
+    max_disagreement: float | None = _setting(None, ge=0, le=1, examples=[0.05])
     """Maximum share of wrong labels among the answers that are not the model's own, by a bound that
     fails with a probability of 0.25; no single one may be wrong with more than five times that
     share, or a half. Answers that are too uncertain wait for more workers, and are sent again if
     none are left. 1, and in Python None: decode as soon as half of the redundancy is in. Default of
     a server: 0.05."""
-    tolerance: float | None = _option(None, gt=0, lt=float("inf"), example=0.01)
+    tolerance: float | None = _setting(None, gt=0, lt=float("inf"), examples=[0.01])
     """Largest error bar of an answer that is not the model's own, in units of the outputs (root
     mean square over a row's outputs). Outputs are `values` then; without it, all answers to values
     are exact."""
-    coverage: float = _option(0.9, gt=0, lt=1)
+    coverage: float = _setting(0.9, gt=0, lt=1)
     "Share of the errors of approximate answers to values that their error bars cover."
     redundancy: Literal["always", "uncertain"] = "always"
     """Redundancy to send while workers are free: `always` all that the code has; `uncertain` only
     for queries that the surrogate could not answer, the most uncertain first, and none before it is
     calibrated."""
-    max_calls: float | None = _option(None, ge=1, lt=float("inf"), example=1.1)
+    max_calls: float | None = _setting(None, ge=1, lt=float("inf"), examples=[1.1])
     """Mean calls a query that may be spent. If set, straggler threshold, copies at once and
     redundancy are picked again and again by the measured tail latency, within this budget and up to
     the copies and the redundancy set here."""
-    check_answers: float | None = _option(None, gt=0, lt=1, example=0.01)
+    check_answers: float | None = _setting(None, gt=0, lt=1, examples=[0.01])
     """Share of the model's right answers that may look wrong to the surrogate and are computed
     again by another worker, before they are given out; workers found wrong are fenced, a quarter of
     all at most: no traffic. Needs a surrogate. Not checked by default."""
-    copies: int = _option(2, ge=1, le=10_000)
+    copies: int = _setting(2, ge=1, le=10_000)
     """Maximum workers that compute the same query at a time, if the first straggles and the query
     must be answered exactly or cannot be decoded (hedging). 1 waits for stragglers."""
 
-    def __post_init__(self):
+    @model_validator(mode="after")
+    def _check_together(self) -> "BatchingPolicy":
         if self.tolerance is not None and self.outputs not in (None, "values"):
             raise ValueError(
                 f"a tolerance is for outputs = 'values', not {self.outputs!r}, which "
@@ -114,16 +91,9 @@ class BatchingPolicy:
                 f"max_disagreement {self.max_disagreement} is for outputs with labels, and these "
                 "are values: give a tolerance, or nothing for exact answers only"
             )
-        for each in dataclasses.fields(self):
-            value = getattr(self, each.name)
-            for bound, limit in each.metadata.get("bounds", {}).items():
-                holds, words = _BOUNDS[bound]
-                if value is not None and not holds(value, limit):  # NaN never holds
-                    raise ValueError(f"{each.name} must be {words} {limit:g}, not {value}")
         if self.max_batch_size & (self.max_batch_size - 1):
             raise ValueError(f"max_batch_size must be a power of two, not {self.max_batch_size}")
-        if self.redundancy not in ("always", "uncertain"):
-            raise ValueError(f"redundancy must be 'always' or 'uncertain', not {self.redundancy!r}")
+        return self
 
     @property
     def accuracy(self) -> "Accuracy":
@@ -142,17 +112,6 @@ class BatchingPolicy:
         return tuple(1 << power for power in range(self.max_batch_size.bit_length()))
 
 
-def model_key(name: str, version: str) -> str:
-    """Return the key of a model's version: the name alone for version 1. Names have no slash."""
-    return name if version == "1" else f"{name}/{version}"
-
-
-def name_and_version(key: str) -> tuple[str, str]:
-    """Return the name and the version that `model_key` made a key of."""
-    name, _, version = key.partition("/")
-    return name, version or "1"
-
-
 def read_outputs(asked: Any, shapes: Sequence[tuple[int, ...]], *, floats: bool = True) -> Outputs:
     """Return how a model's outputs, of these shapes a row, are read, by a policy or settings.
 
@@ -169,8 +128,3 @@ def read_outputs(asked: Any, shapes: Sequence[tuple[int, ...]], *, floats: bool 
         return asked.outputs
     labels = asked.max_disagreement is not None and asked.tolerance is None
     return "logits" if labels and floats and not single else "values"
-
-
-BatchingPolicy.__doc__ = f"{BatchingPolicy.__doc__}\n    Attributes:\n" + "".join(
-    f"        {name}: {text}\n" for name, text in texts_of(BatchingPolicy).items()
-)

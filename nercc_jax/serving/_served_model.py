@@ -94,7 +94,7 @@ class ServedModel:
                     hang_timeout=settings.hang_timeout_s,
                 )
                 undo.callback(self.pool.close)
-            self.meter = metrics.add(servable.key, self.pool)
+            self.meter = metrics.add(servable.name, self.pool)
             with log_phase("compiling", servable.name):
                 self._batcher = CodedBatcher(
                     self.pool,
@@ -172,34 +172,28 @@ class ServedModel:
     def status(self) -> dict[str, Any]:
         """Return the model's part of the server's status."""
         batcher, coder, pool = self._batcher, self._coder, self.pool
-        health, report, policy = batcher.health(), pool.report(), batcher.policy
+        report, policy = pool.report(), batcher.policy
         adapted, counted = batcher.status(), self.meter.status()
-        audited = adapted["audited"]
-        missed = "disagreement" if policy.tolerance is None else "beyond_bar"
+        counted["totals"]["deaths"] = report.deaths
+        counted["fidelity"]["stragglers"] = adapted["decoding"]
+        values = policy.outputs == "values"
         if policy.tolerance is not None:
             counted["fidelity"]["expected_beyond_bar"] = 1 - policy.coverage
-        counted["totals"]["deaths"] = report.deaths
-        counted["fidelity"] |= {
-            "audited": len(audited),
-            f"audited_{missed}": sum(audited) / len(audited) if audited else None,
-            "stragglers": adapted["decoding"],
-        }
-        # Why things are not as they should be, and why nothing is coded or decoded.
+        # Why nothing is coded or decoded.
+        exact = "outputs are values without a tolerance: all answers are exact; set a tolerance, "
+        exact += "or outputs = 'logits' if they are scores of labels"
         few = f"{pool.num_workers} workers for {coder.num_workers} coded data points of a group"
         saturated = "the pool is saturated: queries wait for a worker, none is spare for codes"
-        errors = f"the pool had {report.internal_errors} errors of its own: see the log"
         hints = (
-            (health.trouble is not None, health.trouble),
-            (report.internal_errors, errors),
             (batcher.waiting and not pool.idle, saturated),
             (self.servable.uncodable, f"nothing is coded: {self.servable.uncodable}"),
             (pool.num_workers < coder.num_workers, few),
+            (coder.can_decode and values and policy.tolerance is None, exact),
         )
-        values = policy.outputs == "values"
         return {
-            "name": self.servable.key,
-            "health": dataclasses.asdict(health),
-            "hints": [hint for holds, hint in hints if holds] + batcher.hints(),
+            "name": self.servable.name,
+            "health": dataclasses.asdict(batcher.health()),
+            "hints": [hint for holds, hint in hints if holds],
             "code": {
                 "name": type(coder.code).__name__,
                 "num_data": coder.num_data,

@@ -9,17 +9,16 @@ model = "lenet5-digits"
 
 The two models below are the only description of every setting, with the text below it: the flags of
 `nercc serve`, the environment, the file, `--print-config` and `docs/deploy/server.toml` are made
-from them. Fields of `BatchingPolicy` are a model's settings, too, and described there.
+from them. A model's settings include those of `BatchingPolicy`.
 """
 
-import dataclasses
 import json
 import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -27,7 +26,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    create_model,
     model_validator,
 )
 from pydantic_settings import (
@@ -38,7 +36,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from ._policy import MAX_DEADLINE_S, BatchingPolicy, Outputs, model_key, texts_of
+from ._policy import MAX_DEADLINE_S, BatchingPolicy, Outputs
 
 DAY_S = 86_400.0
 _setting: Any = Field  # so that a type checker sees that each setting has a default
@@ -105,7 +103,7 @@ PortOrNone: TypeAlias = Annotated[
 class _OwnSettings(BaseModel):
     """The settings of a model that are not the policy's: its code, and the workers that run it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
     # By the first setting of each panel of `nercc serve --help`, its title.
     panels: ClassVar[dict[str, str]] = {
         "model": "Model",
@@ -123,8 +121,7 @@ class _OwnSettings(BaseModel):
     name: str | None = _setting(None, examples=["classifier"])
     "Name that clients use (default: that of the model, with a dot for a colon)."
     version: int = _setting(1, ge=1)
-    """Version of the model; a name may have several, each with settings of its own. Requests
-    without a version get the latest."""
+    "Version of the model, which its metadata and answers name."
     weights: Path | None = _setting(None, examples=["weights.npz"])
     "Weights passed to module:name, which makes the model: a path, or hf:."
     input_shape: Shapes = _setting(None, examples=[[28, 28, 1]])
@@ -176,41 +173,11 @@ class _OwnSettings(BaseModel):
     wrong_workers, {swap = [1]}, swap rows. fault_seed is the seed (0)."""
 
 
-if TYPE_CHECKING:
-
-    class _AllSettings(_OwnSettings, BatchingPolicy):  # pyright: ignore[reportGeneralTypeIssues]
-        def __init__(self, **settings: Any): ...
-
-else:  # each option of the policy is described once, by the policy
-
-    def _field(option: dataclasses.Field) -> Any:
-        """Return an option of the policy as a setting."""
-        about = {"bounds": {}, "example": None} | dict(option.metadata)
-        examples = None if about["example"] is None else [about["example"]]
-        return option.type, _setting(option.default, examples=examples, **about["bounds"])
-
-    _AllSettings = create_model(
-        "_AllSettings",
-        __base__=_OwnSettings,
-        **{each.name: _field(each) for each in dataclasses.fields(BatchingPolicy)},
-    )
-
-
-class ModelSettings(_AllSettings):
+class ModelSettings(BatchingPolicy, _OwnSettings):
     """The settings of one model: what it is, how it is coded, which workers run it, its policy.
 
     A setting that is not set has the value of the server's `defaults`, or the default here.
     """
-
-    @model_validator(mode="after")
-    def _check(self) -> "ModelSettings":
-        self.policy()
-        return self
-
-    @property
-    def key(self) -> str:
-        """The name and the version, by which the server keeps its models."""
-        return model_key(self.served_name, str(self.version))
 
     @property
     def served_name(self) -> str:
@@ -223,7 +190,7 @@ class ModelSettings(_AllSettings):
         Raises:
             ValueError: for values out of range, and for limits that do not fit the outputs.
         """
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(BatchingPolicy)}
+        fields = {name: getattr(self, name) for name in BatchingPolicy.model_fields}
         fields["outputs"] = outputs = outputs or self.outputs
         if self.max_disagreement is None and outputs in ("logits", "probabilities"):
             fields["max_disagreement"] = 0.05
@@ -245,7 +212,10 @@ class ServerSettings(BaseSettings):
     """The settings of a server, and those of its models."""
 
     model_config = SettingsConfigDict(
-        env_prefix="NERCC_", env_nested_delimiter="__", extra="forbid"
+        env_prefix="NERCC_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        use_attribute_docstrings=True,
     )
     panels: ClassVar[dict[str, str]] = {
         "host": "Addresses and Ray",
@@ -341,26 +311,22 @@ class ServerSettings(BaseSettings):
         """Return every model's settings, with defaults filled in.
 
         Raises:
-            ValueError: where there is no model, one is not named, or two have the same name and
-                version.
+            ValueError: where there is no model, one is not named, or two have the same name.
         """
         models = [model.over(self.defaults) for model in self.models]
         if not models:
             raise ValueError("there is no model to serve: --model, NERCC_MODELS or [[models]]")
         if any(model.model is None for model in models):
             raise ValueError("each of the models needs `model`: a shipped one, or module:function")
-        names = [model.key for model in models]
+        names = [model.served_name for model in models]
         if len(set(names)) < len(names):
-            raise ValueError(f"models must have different names (`name`) or versions, not {names}")
+            raise ValueError(f"models must have different names (`name`), not {names}")
         return models
 
 
-for _kind, _described in (
-    (ModelSettings, texts_of(_OwnSettings) | texts_of(BatchingPolicy)),
-    (ServerSettings, texts_of(ServerSettings)),
-):
-    for _name, _text in _described.items():
-        _kind.model_fields[_name].description = _text
+for _kind in (ModelSettings, ServerSettings):
+    for _field in _kind.model_fields.values():  # in one line
+        _field.description = " ".join(str(_field.description).split())
 
 
 def _content(file: Path) -> bytes:

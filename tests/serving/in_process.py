@@ -120,7 +120,7 @@ def listening(
 @contextlib.contextmanager
 def serving(*models: ServedModel, **options: Any) -> Iterator[Server]:
     """One that is ready."""
-    starts = {model.servable.key: lambda model=model: model for model in models}
+    starts = {model.servable.name: lambda model=model: model for model in models}
     with listening(starts, **options) as server:
         grpc_is_off = options.get("grpc_port") is None
         becomes(lambda: server.state.models.complete and (grpc_is_off or server.grpc_port))

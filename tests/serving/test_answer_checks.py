@@ -60,10 +60,6 @@ def fenced(traffic):
     return sorted(map(int, traffic.batcher.status()["checks"]["fenced"]))
 
 
-def worker_hints(traffic):
-    return [hint for hint in traffic.batcher.hints() if hint.startswith("worker")]
-
-
 def states(traffic):
     return [worker.state for worker in traffic.pool.report().workers]
 
@@ -78,7 +74,6 @@ def test_without_faults_nobody_is_fenced_and_hardly_a_call_is_made_twice():
     assert traffic.observed["check_again"] - before[1] < 0.03 * 1000
     assert not any(reply.suspicious.any() for _, reply, _ in replies)
     assert fenced(traffic) == []
-    assert worker_hints(traffic) == []
     assert traffic.observed["check_wrong"] == 0
     # As fast as the service, but for what is computed twice.
     assert np.quantile([seconds for seconds, *_ in replies], 0.9) < 0.12
@@ -98,9 +93,8 @@ def test_swapped_answers_are_fenced_and_no_wrong_label_goes_out(calls):
     sent = [call.worker for call in traffic.pool.calls()][-300:]
     assert labels_right(traffic.send(700)) == 1
     assert not {2, 5} & {*sent}
-    first, second = worker_hints(traffic)
-    assert "worker 2 is fenced" in first
-    assert "answers were not those of two other workers" in second
+    reasons = traffic.batcher.status()["checks"]["fenced"].values()
+    assert all("answers were not those of two other workers" in reason for reason in reasons)
 
 
 def test_a_fenced_worker_that_is_replaced_is_released():
@@ -118,8 +112,7 @@ def test_no_more_are_fenced_than_the_policy_allows_and_the_status_says_so(caplog
     traffic.send(300)
     status = traffic.batcher.status()["checks"]
     assert len(status["fenced"]) == status["max_fenced"] == 2
-    (left,) = status["not_fenced"]
-    assert f"worker {left} answers wrongly, but no more than 2 may be" in str(worker_hints(traffic))
+    assert len(status["not_fenced"]) == 1
     assert sum("no more may be fenced" in record.message for record in caplog.records) == 1
     # Its answers are computed again, one and all; two that swap rows alike confirm each other.
     assert labels_right(traffic.send(200)) >= 0.99

@@ -1,9 +1,8 @@
-"""A server from Python: the examples run, and a model needs no more than its code and shape."""
+"""A server from Python: a model needs no more than its code and shape."""
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
 import asyncio
-import doctest
 import shlex
 import subprocess
 import sys
@@ -19,18 +18,7 @@ from pages import blocks
 require("starlette", "serve")
 
 from nercc_jax import Berrut
-from nercc_jax.serving import ModelSettings, Predictor, ServerSettings, make_servable, make_server
-
-
-@pytest.mark.parametrize("example", [make_server, Predictor])
-def test_examples_run(example):
-    (test,) = doctest.DocTestFinder(recurse=False).find(example, "example")
-    assert test.examples
-    report = []
-    runner = doctest.DocTestRunner()
-    runner.run(test, out=report.append)
-    assert runner.failures == 0, "".join(report)
-
+from nercc_jax.serving import ModelSettings, ServerSettings, make_servable, make_server
 
 BACC = Berrut(2, 3, points="interleaved")
 

@@ -19,7 +19,6 @@ from batching import (
     WEIGHTS,
     Simulated,
     by_margin,
-    count,
     model,
     queries,
     serving,
@@ -100,7 +99,6 @@ def test_a_straggler_is_decoded_from_the_others(number):
     assert np.abs(decoded_by_hand(x, 1) - reply.values[1]).max(axis=1).min() < 1e-4
     assert (reply.asked[1], reply.responded[1]) == (2 * number, 2 * number - 1)
     sim.run(2 * HELD)
-    assert len(sim.batcher.status()["audited"]) == 1
     assert (
         sim.observed["audit_same"] + sim.observed["audit_other"]
         == sim.observed["query_decoded"]
@@ -193,15 +191,6 @@ def test_what_cannot_be_decoded_is_sent_again(code, number, more):
     x = queries(number)
     sim.hold(x[0], calls=code.num_workers // number)
     assert sim.answer(x).exact.all()
-
-
-def test_without_hedging_a_straggler_is_waited_for():
-    sim = Simulated(Uncoded(1), copies=1, straggler_threshold=3.0)
-    sim.hold(x := queries(1))
-    begin = sim.clock.now()
-    assert sim.answer(x).exact.all()
-    assert sim.clock.now() - begin >= HELD
-    assert sim.order(x) == [0]
 
 
 def test_exact_queries_are_hedged_and_never_decoded():
@@ -308,7 +297,7 @@ def test_bad_deadlines(deadline, untyped):
     ],
 )
 def test_bad_policies(name, value, untyped):
-    with pytest.raises(ValueError, match=f"{name} .*{value}"):
+    with pytest.raises(ValueError, match=rf"(?s){name}.*{value}"):
         BatchingPolicy(**{name: value})
 
 
@@ -439,13 +428,13 @@ def test_queries_whose_projection_overflows_are_dealt_like_others():
         assert sorted(query.place for (query,) in cells) == list(range(number))
 
 
-@pytest.mark.parametrize(("share", "again"), [(1e-3, False), (1.0, True)])
-def test_ordering_takes_no_more_than_its_share_of_the_time(share, again, monkeypatch):
+@pytest.mark.parametrize(("share", "ordered"), [(1e-3, 1), (1.0, 2)])
+def test_ordering_takes_no_more_than_its_share_of_the_time(share, ordered, monkeypatch):
     """What comes soon after an ordering that took long goes out as it comes."""
-    assign = _dispatch.assign
+    assign, calls = _dispatch.assign, []
 
     def slow(*args):
-        time.sleep(0.05)
+        calls.append(time.sleep(0.05))
         return assign(*args)
 
     monkeypatch.setattr(_dispatch, "assign", slow)
@@ -454,4 +443,4 @@ def test_ordering_takes_no_more_than_its_share_of_the_time(share, again, monkeyp
         for _ in range(2):
             batcher.submit(queries(8)).result(LONG)
             settled(batcher)
-        assert (count(batcher, "order_seconds") > 1) == again
+    assert (len(calls) > 1) == (ordered > 1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import triton_calls
 from conftest import require
-from faces import CODES, ask
+from faces import ask
 from nercc_server import ENDS, running
 
 httpx = require("httpx", "serve-test")
@@ -115,32 +115,6 @@ def test_triton_learns_what_there_is(triton):
     assert (about["inputs"][0]["name"], shape) == ("input", [-1, 4])
 
 
-@pytest.mark.parametrize(
-    ("options", "status", "words"),
-    [
-        ({"name": "images"}, 400, "takes one input 'input'"),
-        ({"x": np.full((2, 4), np.nan)}, 400, "queries [0, 1] are not finite"),
-        ({"model": "nothing"}, 404, "nothing"),
-        ({"model": "slow", "parameters": {"nercc_deadline_ms": 50}}, 504, "within 0.05 s"),
-        ({"parameters": {"nercc_exact": "yes"}}, 400, "must be a boolean"),
-        ({"x": np.zeros((101, 4)), "model": "slow"}, 413, "holds 100"),
-    ],
-)
-def test_triton_gets_the_reason(triton, options, status, words):
-    given = {"model": "double", "x": numbers(2)} | options
-    answer = triton(triton_calls.infer, given.pop("model"), np.float32(given.pop("x")), **given)
-    code = str(status) if triton.face == "http" else f"StatusCode.{CODES[status]}"
-    assert (answer["status"], words in answer["message"]) == (code, True)
-
-
-def test_triton_may_ask_for_exact_answers(triton, server):
-    """Of a model that otherwise decodes: not one is, whatever straggles."""
-    x = numbers(40)
-    answer = triton(triton_calls.infer, "rack", x, parameters={"nercc_exact": True})
-    assert answer["outputs"]["exact"].all()
-    np.testing.assert_array_equal(answer["outputs"]["output"], 2 * x[:, :3])
-
-
 # kserve's.
 
 
@@ -194,11 +168,6 @@ def test_kserve_gets_right_answers_and_the_outputs_it_asks_for(kserve, binary):
     assert len({answer.id for answer in answers}) == 2, "it needs none"
     assert [output.name for output in answers[0].outputs] == ["exact", "output"]
     np.testing.assert_array_equal(answers[0].outputs[1].as_numpy(), 2 * numbers(3)[:, :3])
-
-
-def test_kserve_learns_what_is_ready(kserve):
-    for call in (["is_server_live"], ["is_server_ready"], ["is_model_ready", "double"]):
-        assert kserve.ask(*call) is True
 
 
 # What a coded server adds.

@@ -11,7 +11,7 @@ from scipy.interpolate import make_interp_spline
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
 from nercc_jax.codes import BerrutSpline
 from nercc_jax.risk import Accuracy, ErrorProbability
-from nercc_jax.serving import Coder, Compared, DecodingScores, calibrate_decoding
+from nercc_jax.serving import Coder, DecodingScores, calibrate_decoding
 
 # By name: whether a query can be decoded from others',
 # its error has a probability, and it gains from an order.
@@ -281,9 +281,8 @@ def test_scores_are_learned_from_compared_answers_and_a_few_groups_say_nothing()
         assert np.isnan(found.score).all()
         wrong = found.predictions[:, 1].argmax(-1) != own[:, 1].argmax(-1)
         error = np.sqrt(np.mean((found.predictions[:, 1] - own[:, 1]) ** 2, axis=-1))
-        every = zip(found.features[:500, 1], wrong[:500].tolist(), error.tolist(), strict=False)
-        compared = [Compared(*each) for each in every]
-        learned, shown = nothing.learn(compared, None)
+        missed = wrong if accuracy is LABELS else error
+        learned, shown = nothing.learn(found.features[:500, 1], missed[:500], None)
         assert learned.limit(4) == -1, "no calibration has a limit"
         assert learned.of(4) is not None
         score = coder.decode(given, mask, len(x), learned.of(4)).score[500:, 1]

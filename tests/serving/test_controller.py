@@ -10,7 +10,7 @@ import pytest
 from batching import INTERLEAVED
 from traffic import OUT, SERVICE, SHAPE, KnowsAll, Traffic, labels_right, model
 
-from nercc_jax import Replication, Uncoded
+from nercc_jax import Replication
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.pools.times import Call
 from nercc_jax.risk import Accuracy, Comparison, Risk
@@ -94,10 +94,6 @@ def test_what_may_be_spent_buys_the_shortest_tail(most, known, redundancy, caplo
     assert "p99.9 of" in looks.controller.status()["reason"]
     assert [each.message[:20] for each in caplog.records] == ["policy: late after 1"]
     assert looks.look(0.05) == setting, "nothing has changed"
-
-
-def test_without_hedging_there_are_no_copies_to_foresee():
-    assert Looks(1.4, code=Coder(Uncoded(1)), copies=1).look(0.05).redundancy == "none"
 
 
 def test_when_nothing_is_known_any_more_it_hedges_again():
@@ -206,8 +202,3 @@ def test_copies_are_tried_again():
     traffic.send(1000)
     tail = np.quantile([seconds for seconds, *_ in traffic.send(1000)], 0.99)
     assert tail < 7 * SERVICE, "11 without copies"
-
-
-def test_without_a_budget_nothing_is_picked():
-    traffic = Traffic(None, BatchingPolicy(), code=Uncoded(1))
-    assert traffic.batcher.status()["policy"] is None

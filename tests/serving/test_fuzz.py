@@ -16,8 +16,6 @@ require("starlette", "serve")
 
 from faces import CODES, ask, message, stub_of
 
-from nercc_jax.serving.transport import open_inference_pb2 as messages
-
 pytestmark = pytest.mark.slow
 
 CONFIG = """
@@ -180,15 +178,6 @@ def test_requests_by_grpc(stub, model, inputs, raw, outputs, parameters):
     code = call.code().name
     assert code in [CODES[status] for status in (200, 400, 404, 504)], (call.details(), request)
     assert call.details() or call.result().model_name == "double"
-
-
-def test_bytes_that_are_no_message(server, stub):
-    with grpc.insecure_channel(server.grpc) as channel:
-        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-        with pytest.raises(grpc.RpcError) as error:
-            call(b"\xff" * 50, timeout=ENDS)
-    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert stub.ServerReady(messages.ServerReadyRequest()).ready
 
 
 def test_it_goes_on(server):

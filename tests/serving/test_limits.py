@@ -146,13 +146,6 @@ def test_a_batcher_that_is_held_up_is_not_waited_for(monkeypatch):
         assert totals["queries"]["exact"] == 1, "a late request is not answered"
 
 
-@pytest.fixture(scope="module")
-def listens():
-    model = Doubles()
-    with serving(model) as server:
-        yield server, model
-
-
 def test_numbers_that_take_long_to_read_cost_their_own_deadline():
     """They are read one request at a time, in JSON and in gRPC's typed contents; bytes are not."""
     model = Doubles()

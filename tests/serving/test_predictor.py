@@ -7,7 +7,6 @@ from traffic import SERVICE, SHAPE, WEIGHTS, KnowsAll, Traffic, labels_right, mo
 
 from nercc_jax import Replication
 from nercc_jax.pools import Fault, Faults
-from nercc_jax.risk import Comparison
 from nercc_jax.serving import BatchingPolicy, Predictor
 from nercc_jax.serving.core.decide import Answer
 from nercc_jax.stragglers import TraceLatency
@@ -42,24 +41,6 @@ def test_stragglers_are_answered_as_soon_as_they_are_noticed():
         assert reply.expected_error[0] > 0
     # Exact ones are the model's own, whatever is known.
     assert not any(reply.predicted[0] for _, reply, _ in traffic.send(60, exact=True))
-
-
-def test_hints_say_why_nothing_is_predicted():
-    predictor = Predictor()
-    traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1))
-    hints = traffic.batcher.hints
-    assert "0 of 384 answers are known; nothing is predicted" in hints()
-    traffic.send(500)
-    compared = predictor.risk.status()["compared"]
-    (hint,) = hints()
-    assert f"{compared} of 14 stragglers' answers were compared" in hint
-    for _ in range(40):
-        predictor.risk.add(Comparison(0.01, 0.0, False, 0.0), given=False)
-    assert hints() == []
-    for _ in range(20):
-        predictor.risk.add(Comparison(0.4, 0.0, True, 0.0), given=False)
-    (harder,) = hints()
-    assert "harder than others" in harder
 
 
 def test_when_the_world_changes_nothing_is_predicted_until_it_is_known_anew():
@@ -200,7 +181,6 @@ def test_queries_that_are_slow_because_they_are_hard_keep_the_promise(delay):
     assert evidence["compared"] > 40
     assert evidence["pending"] == evidence["unknown"] == 0
     assert evidence["disagreement"] > predictor.status()["disagreement"]
-    assert "harder than others" in predictor.risk.hint
 
 
 def test_answers_wake_a_learner_that_has_to_wait_once_and_not_one_by_one():

@@ -48,7 +48,6 @@ def test_without_a_promise_decoded_answers_are_compared_and_nothing_is_learned_f
     traffic = Traffic(None, BatchingPolicy(straggler_threshold=1.4), INTERLEAVED, **options)
     traffic.send(600)  # which fails at an internal error
     assert traffic.observed["audit_same"] + traffic.observed["audit_other"] > 40
-    assert traffic.batcher.hints() == []
 
 
 @pytest.mark.parametrize("tolerance", [0.05, 0.5])
@@ -171,7 +170,6 @@ def test_nothing_is_decoded_after_a_drift_until_new_stragglers_were_compared():
     assert not risk.admits(given.disagreement, given.error)
     status = traffic.batcher.status()["decoding"]
     assert (status["drifts"], status["compared"], status["admitted"]) == (1, 0, 0)
-    assert "went wrong more often than promised" in traffic.batcher.hints()[0]
     # What would be decoded is compared, until there is enough evidence.
     replies = traffic.send(300)
     first = next(place for place, (_, reply, _) in enumerate(replies) if not reply.exact.all())
@@ -218,9 +216,6 @@ def test_without_a_tolerance_all_answers_to_values_are_exact(name):
     replies = traffic.send(400)
     assert all(reply.exact.all() for _, reply, _ in replies)
     assert sum(reply.reexecuted.sum() for _, reply, _ in replies) > 20
-    (hint,) = traffic.batcher.hints()
-    assert "values" in hint
-    assert "all answers are exact" in hint
     # Redundancy of a code that may decode nothing is not sent either.
     calls = traffic.calls()
     traffic.share = 0.0
@@ -254,8 +249,6 @@ def test_outputs_are_values_unless_something_says_that_they_are_scores_of_labels
     traffic = Traffic(None, policy, INTERLEAVED, stated=False, share=0.15, **busy)
     replies = traffic.send(400)
     assert all(reply.exact.all() for _, reply, _ in replies) == exact
-    hints = [hint for hint in traffic.batcher.hints() if "outputs = 'logits'" in hint]
-    assert len(hints) == exact
 
 
 @pytest.mark.parametrize(
@@ -266,7 +259,7 @@ def test_outputs_are_values_unless_something_says_that_they_are_scores_of_labels
         ({"max_disagreement": 0.1, "outputs": "values"}, OUT, INTERLEAVED, "these are values"),
         ({"tolerance": 0.1, "max_disagreement": 0.1}, OUT, INTERLEAVED, "these are values"),
         ({"tolerance": 0.1, "outputs": "logits"}, OUT, INTERLEAVED, "a tolerance is for"),
-        ({"coverage": 1.0, "tolerance": 0.1}, OUT, INTERLEAVED, "coverage must be"),
+        ({"coverage": 1.0, "tolerance": 0.1}, OUT, INTERLEAVED, "(?s)coverage.*less than 1"),
         ({"tolerance": 0.1}, OUT, Uncoded(1), "a tolerance needs error bars"),
         ({"tolerance": 0.1}, OUT, Berrut(4, 8, points="interleaved"), "Berrut has none"),
     ],

@@ -1,8 +1,7 @@
-"""Versions, loading and unloading, the index, tokens and TLS: by curl and Triton's clients, too."""
+"""Loading and unloading, the index, tokens and TLS: by curl and Triton's clients, too."""
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -22,10 +21,7 @@ require("starlette", "serve")
 
 from attack import post
 from faces import FACES, Stub, ask
-from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
-from grpc_health.v1.health_pb2_grpc import HealthStub
 from in_process import (
-    SERVABLE,
     Doubles,
     becomes,
     body,
@@ -39,16 +35,8 @@ from in_process import (
 from nercc_server import ENDS, running
 
 from nercc_jax import Uncoded
-from nercc_jax.serving import Health, ModelSettings, ServerSettings
+from nercc_jax.serving import Health
 from nercc_jax.serving.transport import open_inference_pb2 as messages
-
-
-class Version(Doubles):
-    """A model whose version can be told from its replies."""
-
-    def __init__(self, version):
-        Doubles.__init__(self)
-        self.servable = dataclasses.replace(SERVABLE, version=version)
 
 
 @pytest.fixture
@@ -58,16 +46,13 @@ def started():
 
 @pytest.fixture
 def server(started):
-    def start(version):
-        def run():
-            if len(started) > 4:
-                raise ValueError("no more of it")
-            started.append(Version(version))
-            return started[-1]
+    def start():
+        if len(started) > 2:
+            raise ValueError("no more of it")
+        started.append(Doubles())
+        return started[-1]
 
-        return run
-
-    starts = {"digits": start("1"), "digits/10": start("10"), "digits/2": start("2")}
+    starts = {"digits": start, "others": start}
     with listening(starts, grpc_port=0, model_control="explicit") as server:
         becomes(lambda: server.state.models.complete and server.grpc_port)
         yield server
@@ -82,40 +67,27 @@ def client(server):
 ONE = {"input": [[1.0, 2, 3, 4]]}
 
 
-def test_each_version_answers_and_the_latest_by_default(client, server):
-    for asked, found in (("", "10"), ("1", "1"), ("2", "2"), ("10", "10"), ("3", None)):
-        for face in FACES:
-            answer = ask(face, server, "digits", ONE, version=asked)
-            if found is None:
-                assert (answer.is_(404), "version 3" in answer.error) == (True, True)
-            else:
-                assert answer.version == found
-        path = "/v2/models/digits" + (f"/versions/{asked}" if asked else "")
-        if found is not None:
-            assert client.get(path).json()["versions"] == ["1", "2", "10"]
-            assert client.get(f"{path}/ready").status_code == 200
-
-
-def states(client):
-    index = client.post("/v2/repository/index").json()
-    assert {each["name"] for each in index} == {"digits"}
-    return {each["version"]: each["state"] for each in index}
-
-
 def test_what_is_unloaded_is_gone_until_it_is_loaded(client, started):
-    assert states(client) == dict.fromkeys(("1", "2", "10"), "READY")
-    assert client.post("/v2/repository/models/digits/unload").status_code == 200
-    assert all(model.closed for model in started)
-    assert states(client) == dict.fromkeys(("1", "2", "10"), "UNAVAILABLE")
-    assert client.post("/v2/repository/index", json={"ready": True}).json() == []
+    def states():
+        index = client.post("/v2/repository/index").json()
+        return {each["name"]: each["state"] for each in index}
+
+    def do(what):
+        return client.post(f"/v2/repository/models/digits/{what}", json={})
+
+    assert states() == {"digits": "READY", "others": "READY"}
+    assert do("unload").status_code == 200
+    assert [model.closed for model in started] == [True, False]
+    assert states() == {"digits": "UNAVAILABLE", "others": "READY"}
     assert client.post("/v2/models/digits/infer", content=body()).status_code == 404
     assert client.get("/v2/health/ready").status_code == 200  # of what is to be served, all is
-    # Two are loaded again, and the third start fails.
-    answer = client.post("/v2/repository/models/digits/load", json={})
+    assert do("load").status_code == 200
+    assert client.post("/v2/models/digits/infer", content=body()).status_code == 200
+    # It is unloaded again, and then its start fails.
+    assert do("unload").status_code == 200
+    answer = do("load")
     assert (answer.status_code, "no more of it" in answer.json()["error"]) == (400, True)
-    assert states(client) == {"1": "READY", "10": "READY", "2": "UNAVAILABLE"}
-    answer = client.post("/v2/models/digits/infer", content=body()).json()
-    assert (answer["model_version"], len(started)) == ("10", 5)
+    assert states() == {"digits": "UNAVAILABLE", "others": "READY"}
 
 
 def test_what_is_unloaded_is_freed():
@@ -184,12 +156,10 @@ input_shape = [4]
 num_data = 2
 num_workers = 4
 max_batch_size = 1
-name = "twice"
 [[models]]
-model = "own:double"
-[[models]]
-model = "own:from_weights"
+name = "weighs"
 version = 2
+model = "own:from_weights"
 weights = "matrix.npy"
 """
 
@@ -201,8 +171,8 @@ def run(*command):
 
 
 @pytest.mark.slow
-def test_versions_of_a_coded_model_by_tritons_clients_and_curl(tmp_path):
-    """Weights are read again when a model is loaded again."""
+def test_a_coded_model_is_loaded_by_tritons_clients_and_curl(tmp_path):
+    """Weights are read again when a model is loaded again; its version is as it is set."""
     require("tritonclient", "serve-test")
     matrix = tmp_path / "matrix.npy"
     np.save(matrix, 3 * np.eye(4, 3, dtype=np.float32))
@@ -210,33 +180,25 @@ def test_versions_of_a_coded_model_by_tritons_clients_and_curl(tmp_path):
         running(tmp_path, config=CONFIG) as server,
         triton_calls.in_a_process(ENDS) as elsewhere,
     ):
-        first, second = [[2, 4, 6]], [[3, 6, 9]]
         x, ports = np.float32([[1, 2, 3, 4]]), (server.http_port, server.grpc_port)
         for face, port in zip(("http", "grpc"), ports, strict=True):
             there = face, f"localhost:{port}"
-            elsewhere(triton_calls.ask, *there, "unload_model", "twice")
-            gone = elsewhere(triton_calls.infer, *there, "twice", x)
+            elsewhere(triton_calls.ask, *there, "unload_model", "weighs")
+            gone = elsewhere(triton_calls.infer, *there, "weighs", x)
             assert "does not exist" in gone["message"]
-            elsewhere(triton_calls.ask, *there, "load_model", "twice")
-            for version, expected in (("", second), ("1", first), ("2", second)):
-                assert elsewhere(triton_calls.ask, *there, "is_model_ready", "twice", version)
-                found = elsewhere(triton_calls.infer, *there, "twice", x, model_version=version)
-                assert found["outputs"]["output"].tolist() == expected
-        assert server.count("requests_total", model="twice/2", outcome="ok") > 0
+            elsewhere(triton_calls.ask, *there, "load_model", "weighs")
+            for version in ("", "2"):
+                assert elsewhere(triton_calls.ask, *there, "is_model_ready", "weighs", version)
+                found = elsewhere(triton_calls.infer, *there, "weighs", x, model_version=version)
+                assert found["outputs"]["output"].tolist() == [[3, 6, 9]]
         if shutil.which("curl") is not None:
             np.save(matrix, 5 * np.eye(4, 3, dtype=np.float32))
             curl = ("curl", "-sS", "--fail-with-body", "--noproxy", "*")
             for action in ("unload", "load"):
-                run(*curl, "-X", "POST", f"{server.url}/v2/repository/models/twice/{action}")
-            for version, factor in (("1", 2), ("2", 5)):
-                url = f"{server.url}/v2/models/twice/versions/{version}/infer"
-                answer = json.loads(run(*curl, "-d", body().decode(), url))
-                assert answer["outputs"][0]["data"] == [factor, 2 * factor, 3 * factor]
-
-
-def test_all_versions_that_are_listed_are_served():
-    models = [ModelSettings(model="a:b", name="x", version=number) for number in (1, 2, 3)]
-    assert [each.key for each in ServerSettings(models=models).resolved()] == ["x", "x/2", "x/3"]
+                run(*curl, "-X", "POST", f"{server.url}/v2/repository/models/weighs/{action}")
+            url = f"{server.url}/v2/models/weighs/versions/2/infer"
+            answer = json.loads(run(*curl, "-d", body().decode(), url))
+            assert answer["outputs"][0]["data"] == [5, 10, 15]
 
 
 # Tokens, TLS, and the index.
@@ -314,8 +276,6 @@ def test_grpc_needs_one_too(guarded):
         given = [("authorization", f"Bearer {TOKEN}")]
         assert stub.ServerMetadata(asked, metadata=given, timeout=ENDS).name == "nercc_jax"
         assert stub.ServerReady(messages.ServerReadyRequest(), timeout=ENDS).ready
-        health = HealthStub(there).Check(HealthCheckRequest(), timeout=ENDS)
-        assert health.status == HealthCheckResponse.SERVING
 
 
 def test_tls_and_tokens_by_tritons_clients_and_curl(files):
@@ -369,7 +329,7 @@ def test_the_index_has_all_models_and_their_states():
         becomes(lambda: server.state.models.started)
         assert client.post(url).json() == [
             ready("digits") | {"state": "UNAVAILABLE", "reason": "it is busy"},
-            ready("later") | {"state": "LOADING", "reason": "It is being started."},
+            ready("later") | {"version": "", "state": "LOADING", "reason": "It is being started."},
         ]
         assert client.post(url, json={"ready": True}).json() == []
         wrong = client.post(url, content=b'{"ready": 7}')

@@ -197,34 +197,6 @@ def test_a_setting_by_file_environment_and_flag(name, given, monkeypatch):
         assert [getattr(model, name) for model in chosen] == [expected] * len(models)
 
 
-# By the first value beyond a bound, the settings that have it.
-BEYOND = {
-    65536: "http_port grpc_port",
-    10**6 + 1: "max_queue_size",
-    2**40 + 1: "max_body_bytes max_bytes_in_flight",
-    3601.0: "drain_delay_s drain_timeout_s batch_wait_timeout_s deadline_s",
-    86401.0: "hang_timeout_s",
-    65537: "max_batch_size",
-    10_001: "num_data num_workers workers copies",
-    2: "max_disagreement",
-    math.inf: "drain_delay_s deadline_s hang_timeout_s",
-    0: "max_body_bytes max_bytes_in_flight hang_timeout_s deadline_s version num_data num_workers "
-    "workers",
-    -1: "http_port grpc_port drain_delay_s drain_timeout_s",
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for value, names in BEYOND.items() for name in names.split()]
-)
-def test_numbers_have_bounds(name, value):
-    path = write({name: value}) if name in SERVER else write(defaults={name: value})
-    where = name if name in SERVER else f"defaults.{name}"
-    limit = rf" {value - 1:.0f}(\.0)?" if 2 < value < math.inf else ""
-    with pytest.raises(ValueError, match=rf"^{where}: input should be .*{limit}, not {value}$"):
-        read_settings(path)
-
-
 def test_sources_are_put_together_setting_by_setting(monkeypatch):
     path = write({"host": "0.0.0.0"}, {"num_data": 2, "num_workers": 5, "copies": 4}, ONE)
     monkeypatch.setenv("NERCC_DEFAULTS__NUM_WORKERS", "6")
@@ -273,23 +245,6 @@ def test_grpc_can_be_left_out(monkeypatch):
 def test_variables_of_others_are_left_alone(name, value, monkeypatch):
     monkeypatch.setenv(name, value)
     assert read_settings(None).model_dump() == ServerSettings().model_dump()
-
-
-@pytest.mark.parametrize(
-    ("given", "served"),
-    [
-        ({"model": "lenet5-digits"}, "lenet5-digits"),
-        ({"model": "package.own:double"}, "package.own.double"),
-        ({"model": "own:double", "name": "mine"}, "mine"),
-    ],
-)
-def test_a_models_name_is_as_its_documentation_says(given, served):
-    settings = ModelSettings(**given, input_shape=(4,))
-    assert settings.served_name == served
-    about = str(ModelSettings.model_fields["name"].description)
-    assert "default: that of the model, with a dot for a colon" in about
-    if given["model"] == "own:double":
-        assert _serving_models.load_parts(settings)[0].name == served
 
 
 # The command.
@@ -444,11 +399,6 @@ def test_shapes_by_name(text, table, expected, monkeypatch):
     assert read_settings(None).defaults.input_shape == expected
 
 
-def test_datatypes_by_name():
-    given = ModelSettings(input_datatype="ids='INT64',mask='BOOL'").input_datatype
-    assert given == {"ids": "INT64", "mask": "BOOL"}
-
-
 @pytest.mark.parametrize(
     ("given", "code"),
     [
@@ -518,7 +468,7 @@ def test_settings_can_be_checked_only():
 def test_missing_extras_are_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused(
-        "grpc, grpc_health, httptools, orjson, prometheus_client, pydantic_settings, "
+        "grpc, httptools, orjson, prometheus_client, pydantic_settings, "
         "pythonjsonlogger, starlette, uvicorn: pip install"
     )
 
@@ -527,23 +477,3 @@ def test_a_missing_ray_is_named_with_its_extra(monkeypatch):
     real = _serve.importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == "ray" else real(n))
     refused("pip install '.[ray]'", *OWN, "--pool", "ray")
-
-
-@pytest.mark.parametrize("settings", [ModelSettings, ServerSettings])
-def test_help_says_what_each_setting_is_and_what_it_is_unless_set(settings):
-    found = invoke("serve", "--help", env={"COLUMNS": "600"})
-    assert found.exit_code == 0
-    assert "SIGTERM" in found.output
-    lines = found.output.splitlines()
-    assert {f"{title}:" for title in settings.panels.values()} <= {*lines}
-    for name, field in settings.model_fields.items():
-        if name in ("model", "models", "defaults"):
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        found = [line for line in lines if line.startswith((f"  {flag}  ", f"  {flag}, --no-"))]
-        text = found[0].partition(" [")[0].split("  ")[-1].strip()
-        assert field.description.startswith(text)
-        assert len(text) > 10
-        default = flag if field.default is True else field.default
-        shown = f"default: {default}]" in found[0] or f"{default} (default)" in found[0]
-        assert shown or default in (None, {}, [])

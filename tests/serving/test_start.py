@@ -15,8 +15,6 @@ grpc = require("grpc", "serve-test")
 require("starlette", "serve")
 
 from faces import Stub, ask, message
-from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
-from grpc_health.v1.health_pb2_grpc import HealthStub
 from in_process import Doubles, becomes, channel, http, listening, serving
 from nercc_server import ENDS
 
@@ -67,25 +65,6 @@ def test_it_says_that_it_starts():
         assert ask("json", server, "digits", ONE).is_(200)
         assert client.get("/status").json()["server"]["state"] == "serving"
     assert start.model.closed
-
-
-def test_grpcs_own_health_service_tells_whether_it_serves():
-    start = Starts()
-    with listening({"digits": start}, grpc_port=0) as server, channel(server) as there:
-        stub = HealthStub(there)
-
-        def check(status):
-            for name in ("", "digits", "inference.GRPCInferenceService"):
-                asked = HealthCheckRequest(service=name)
-                assert stub.Check(asked, timeout=ENDS).status == status
-
-        check(HealthCheckResponse.NOT_SERVING)
-        with pytest.raises(grpc.RpcError) as error:
-            stub.Check(HealthCheckRequest(service="nothing"), timeout=ENDS)
-        assert error.value.code() == grpc.StatusCode.NOT_FOUND
-        start.may.set()
-        becomes(lambda: server.state.models.complete)
-        check(HealthCheckResponse.SERVING)
 
 
 def test_a_model_answers_while_another_starts():

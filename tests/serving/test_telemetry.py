@@ -95,15 +95,6 @@ def test_what_was_not_answered_is_an_error_of_its_span(server, spans):
     assert "nercc.answers" not in root.attributes
 
 
-def test_a_request_belongs_to_the_trace_of_who_asked(server, spans):
-    for name in ("json", "raw"):
-        assert send(server, "decodes", name, face=name, traceparent=TRACEPARENT)
-        root = span_of(spans, name)
-        assert f"{root.context.trace_id:032x}" == TRACE
-        assert f"{root.parent.span_id:016x}" == PARENT
-        assert (root.name, root.attributes["nercc.outcome"]) == ("infer decodes", "ok")
-
-
 @pytest.mark.parametrize(("model", "answer"), [("decodes", "decoded"), ("repeats", "reexecuted")])
 def test_they_say_what_a_straggler_did(server, spans, model, answer):
     for number in range(60):

@@ -1,7 +1,6 @@
 """A stream of queries before workers on paper, some of which straggle."""
 
 import collections
-import dataclasses
 
 import numpy as np
 
@@ -70,7 +69,7 @@ class Traffic:
         unless the policy says what they are or they are not to be stated.
         """
         if stated and policy.outputs is None and policy.tolerance is None:
-            policy = dataclasses.replace(policy, outputs="logits")
+            policy = policy.model_copy(update={"outputs": "logits"})
         self.random, self.clock = np.random.default_rng(1), SimulatedClock()
         self.model, self.share, self.rate = model, share, rate
         self.pool_seconds, self.settle = self.seconds, 20 * SERVICE

@@ -9,14 +9,14 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import ArrayLike, Float
+from jaxtyping import ArrayLike, Bool, Float, Shaped
 
 from ...codes._trees import Form
 from ...codes.workers import run_workers
@@ -29,7 +29,6 @@ from ...risk._accuracy import error_ratios
 from ...risk._error_bars import ErrorScale, fit_error_scale
 from ...risk._error_probability import fit_error_probability
 from ..core._coder import Coder
-from ..core._request import Answer
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,18 +40,34 @@ _MARGIN = 1  # the feature that is a label's; values have none
 FIRST, _COMPARED = 32, 1024
 
 
-class Compared(NamedTuple):
-    """A straggler's decoded answer that was compared with the model's own.
+def fit_score(
+    accuracy: Accuracy,
+    features: Float[np.ndarray, "samples looks features"],
+    missed: Shaped[np.ndarray, "samples looks"],
+    usable: Bool[np.ndarray, "samples looks"],
+    points: int,
+    form: Form | None,
+    owners: Sequence[np.ndarray] = (),
+) -> Score:
+    """Fit the score of a promise to decoded answers whose model's own answers are known.
 
-    Attributes:
-        features: its features (`decoding_features`).
-        wrong: whether its label is wrong.
-        error: its root mean square error.
+    Args:
+        accuracy: The promise.
+        features: The features of each sample at each look (`decoding_features`).
+        missed: Whether its label is wrong; for values its root mean square error.
+        usable: Whether the features say anything.
+        points: The number of different data points among the samples.
+        form: The parts of an answer that have a label of their own.
+        owners: As for `fit_error_probability`.
     """
-
-    features: Float[np.ndarray, " features"]
-    wrong: bool
-    error: float
+    if accuracy.tolerance is not None:
+        features = np.where(np.arange(features.shape[-1]) == _MARGIN, 0, features)
+        return fit_error_scale(features, missed, usable, accuracy, points)
+    score = fit_error_probability(
+        features, missed, usable=usable, owners=owners, points=points, falling=(_MARGIN,),
+        failure=0.25, form=form,
+    )  # fmt: skip
+    return jax.tree.map(np.asarray, score)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,30 +92,28 @@ class DecodingScores:
         return self.calibrated.get(queries, self.learned)
 
     def learn(
-        self, compared: Sequence[Compared], form: Form | None
+        self,
+        features: Float[np.ndarray, "compared features"],
+        missed: Shaped[np.ndarray, " compared"],
+        form: Form | None,
     ) -> tuple["DecodingScores", list[Comparison]]:
-        """Learn a score from every other of the stragglers' decoded answers that were compared.
+        """Learn a score from stragglers' decoded answers that were compared (`fit_score`).
 
         Returns:
-            Scores with that one, and the comparisons of the others, from which it has not learned.
+            Scores with that one, and comparisons of every other answer, from which it has not
+            learned; error bars judge themselves by these.
         """
-        features, wrong, error = map(np.stack, zip(*compared, strict=True))
-        found, others, nan = features[1::2], len(features[1::2]), math.nan
-        if self.accuracy.tolerance is None:
-            score = fit_error_probability(
-                features[::2, None], wrong[::2, None], falling=(_MARGIN,), form=form
-            )
-            score = jax.tree.map(np.asarray, score)
-            rows = score.of_features(found).tolist(), [nan] * others, wrong[1::2].tolist()
-            rows = *rows, [math.inf] * others
+        labels, nan = self.accuracy.tolerance is None, math.nan
+        own = slice(None, None, 2 if labels else 1)
+        known, usable = missed[own, None], np.ones((len(missed[own]), 1), bool)
+        score = fit_score(self.accuracy, features[own, None], known, usable, len(known), form)
+        found, rest = score.of_features(features[1::2]), missed[1::2]
+        if labels:
+            pairs = zip(found.tolist(), rest.tolist(), strict=True)
+            shown = [Comparison(each, nan, wrong, math.inf) for each, wrong in pairs]
         else:
-            # It judges its bars by the others itself.
-            usable, looks = np.ones((len(error), 1), bool), _without_margin(features)[:, None]
-            score = fit_error_scale(looks, error[:, None], usable, self.accuracy, len(error))
-            bars = score.of_features(found)
-            ratios = error_ratios(error[1::2], bars).tolist()
-            rows = [nan] * others, bars.tolist(), [False] * others, ratios
-        shown = [Comparison(*each) for each in zip(*rows, strict=True)]
+            pairs = zip(found.tolist(), error_ratios(rest, found).tolist(), strict=True)
+            shown = [Comparison(nan, bar, False, ratio) for bar, ratio in pairs]
         return dataclasses.replace(self, learned=score), shown
 
     def limit(self, queries: int) -> float:
@@ -130,7 +143,7 @@ class DecodingEvidence:
         self.scores, self._form, accuracy = scores, form, scores.accuracy
         needs = accuracy.promises and not scores.calibrated
         self._risk = Risk(accuracy, needs_evidence=needs)
-        self._compared: collections.deque[Compared] = collections.deque(maxlen=_COMPARED)
+        self._compared: collections.deque[Any] = collections.deque(maxlen=_COMPARED)
         # Where nothing is promised no score decides, and answers have no features.
         self._number, self._due = 0, FIRST if needs else math.inf
         self._learned: tuple[DecodingScores, list[Comparison]] | None = None
@@ -154,10 +167,9 @@ class DecodingEvidence:
             return math.inf
         return self.scores.limit(queries) if self.risk.drifts == 0 else -1.0
 
-    def add(self, answer: Answer, wrong: bool, error: float) -> bool:
+    def add(self, features: Float[np.ndarray, " features"], missed: bool | float) -> bool:
         """Take a comparison with the model's own; return whether there are enough to learn from."""
-        assert answer.features is not None
-        self._compared.append(Compared(answer.features, wrong, error))
+        self._compared.append((features, missed))
         self._number += 1
         return self._number >= self._due
 
@@ -172,20 +184,17 @@ class DecodingEvidence:
         if self._number >= self._due:
             drifts, compared = self._risk.drifts, list(self._compared)
             self._due = self._number + max(self._number // 2, FIRST)
-            learned = self.scores.learn(compared, self._form)
+            features, missed = map(np.stack, zip(*compared, strict=True))
+            learned = self.scores.learn(features, missed, self._form)
             self._learned = learned if drifts == self._risk.drifts else None
         return math.inf
 
     def status(self) -> dict[str, Any]:
         """Return what stragglers showed of decoded answers, before a score is learned, too."""
-        found: dict[str, Any] = self._risk.status() | {"hint": self._risk.hint}
+        found = self._risk.status()
         if not (self.scores.calibrated or self.scores.learned is not None):
             found |= {"compared": self._number, "needed": max(found["needed"], FIRST)}
         return found
-
-
-def _without_margin(features: np.ndarray) -> np.ndarray:
-    return np.where(np.arange(features.shape[-1]) == _MARGIN, 0, features)
 
 
 def calibrate_decoding(
@@ -279,19 +288,8 @@ def calibrate_decoding(
             seen.append([part.reshape(-1, *part.shape[2:]) for part in stacked])
             owners.append(np.repeat(np.arange(len(groups)), len(lost)))
         features, informative, missed = map(np.concatenate, zip(*seen, strict=True))
-        if accuracy.tolerance is None:
-            score = fit_error_probability(
-                features,
-                missed,
-                usable=informative,
-                owners=[np.concatenate(owners)],
-                points=len(points),
-                falling=(_MARGIN,),
-                failure=0.25,
-                form=coder.form,
-            )
-            scores[queries] = jax.tree.map(np.asarray, score)
-        else:
-            features = _without_margin(features)
-            scores[queries] = fit_error_scale(features, missed, informative, accuracy, len(points))
+        scores[queries] = fit_score(
+            accuracy, features, missed, informative, len(points), coder.form,
+            [np.concatenate(owners)],
+        )  # fmt: skip
     return DecodingScores(accuracy, scores, current_conditions(worker_dtype))

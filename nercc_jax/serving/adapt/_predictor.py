@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Shaped
 from ...codes import Decoded
 from ...codes._checks import check_count
 from ...codes._trees import Form, join
+from ...evaluation._answers import in_parts
 from ...evaluation._criteria import agree_on_labels, row_errors
 from ...inference.models import Model
 from ...pools.clock import TimeShare
@@ -46,7 +47,7 @@ from ...surrogates import (
 )
 from ...surrogates.nearest import nearest_predictions
 from .._policy import BatchingPolicy
-from ..core._group import repeat_rows
+from ..core._request import repeat_rows
 from ..core._setup import Setup
 
 _LOG = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def outputs_on_host(
     """Return a function that returns a surrogate's outputs on the host.
 
     A learner that predicts by NumPy does so. Of others a program is compiled for each of some
-    numbers of queries, up to which queries are repeated.
+    numbers of queries, which are filled up to the next.
 
     Args:
         surrogate: The surrogate.
@@ -99,13 +100,8 @@ def outputs_on_host(
     on_device = eqx.combine(jax.tree.map(jnp.asarray, arrays), rest)
 
     def compiled(x: Shaped[np.ndarray, "queries ..."]) -> tuple[np.ndarray, np.ndarray]:
-        found = []
-        for begin in range(0, len(x), sizes[-1]):
-            part = x[begin : begin + sizes[-1]]
-            rows = repeat_rows(part, next(size for size in sizes if size >= len(part)))
-            found.append([np.asarray(each)[: len(part)] for each in _outputs(on_device, rows)])
-        values, deviation = map(np.concatenate, zip(*found, strict=True))
-        return values, deviation
+        at_once = next((size for size in sizes if size >= len(x)), sizes[-1])
+        return in_parts(lambda rows: jax.device_get(_outputs(on_device, rows)), x, at_once)
 
     return compiled
 
@@ -145,7 +141,6 @@ class Calibration:
         limit: the largest probability of a wrong label with which an answer is given out.
         tolerance: the largest error bound with which an answer is given out.
         share: the share of queries that are certain enough, by validation.
-        disagreement: the share of all labels that were wrong in validation.
         check: the check of the model's own answers; None where they are not checked.
     """
 
@@ -154,7 +149,6 @@ class Calibration:
     limit: float
     tolerance: float
     share: float
-    disagreement: float
     check: AnswerCheck | None = None
 
     def assess(
@@ -200,8 +194,37 @@ def calibrate(
         labels = accuracy.max_disagreement is not None and (form is None or form.is_vector)
         check = fit_answer_check(mean, spread, own, policy.check_answers, labels=labels)
     most = math.inf if tolerance is None else tolerance
-    disagreement = float(np.mean(wrong))
-    return Calibration(error_probability, factor, limit, most, share, disagreement, check)
+    return Calibration(error_probability, factor, limit, most, share, check)
+
+
+class _Functions(NamedTuple):
+    """A surrogate's functions on the host: its answers, and those that answers are checked by."""
+
+    outputs: HostOutputs
+    expected: HostOutputs | None
+
+
+@dataclasses.dataclass
+class _Learning:
+    """The learning thread's own state, which a drift resets but for `time`.
+
+    Attributes:
+        time: When it may go on.
+        monitor: The test of what would be given out.
+        first: Pairs that a learner is made of.
+        validation: The latest validation batches.
+        count: The number of validation answers.
+        due: Their number at the next calibration.
+    """
+
+    time: TimeShare
+    monitor: RiskMonitor
+    first: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+    validation: collections.deque[ValidationBatch] = dataclasses.field(
+        default_factory=lambda: collections.deque(maxlen=_VALIDATION // BATCH)
+    )
+    count: int = 0
+    due: float = LEAST
 
 
 class Predictor:
@@ -255,16 +278,8 @@ class Predictor:
             maxlen=_WAITING
         )
         self._setup: Setup | None = None  # until it is attached
-        self._expected: HostOutputs | None = None  # by which the model's own answers are checked
-        # The learning thread's: pairs that a learner is made of, validation batches, and the number
-        # of validation answers, now and when to calibrate again.
-        self._first: list[tuple[np.ndarray, np.ndarray]] = []
-        self._validation: collections.deque[ValidationBatch] = collections.deque(
-            maxlen=_VALIDATION // BATCH
-        )
-        self._count, self._due, self._learns = 0, float(LEAST), surrogate is None
-        # The calibration, replaced as a whole by that thread; and whether the deciding thread has
-        # discarded it.
+        # The calibration, replaced as a whole by the learning thread; and whether the deciding
+        # thread has discarded it.
         self._calibrated: Calibration | None = None
         self._discarded, self._drifts = False, 0
 
@@ -285,10 +300,10 @@ class Predictor:
         self._setup, self._wake = setup, wake
         if self._surrogate is not None:
             self._use(self._surrogate)
-        self._monitor = RiskMonitor(policy.accuracy.promised)
+        time = TimeShare(setup.clock, _SHARE, longest=_LONGEST)
+        self._learning = _Learning(time, RiskMonitor(policy.accuracy.promised))
         self._risk = Risk(policy.accuracy, needs_evidence=True)
         self._followed = 0  # the drifts of calibration that the risk knows
-        self._time = TimeShare(setup.clock, _SHARE, longest=_LONGEST)
 
     @property
     def state(self) -> Literal["learning", "answering", "drifted"]:
@@ -317,23 +332,13 @@ class Predictor:
         return self._risk
 
     def status(self) -> dict[str, Any]:
-        """Return the predictor's part of a server's status.
-
-        Of the answers that the first calibration needs, "known" ones have been used.
-        """
-        calibrated = self._calibrated
-        needed = LEAST + FIRST * self._learns
-        first = len(self._first) if self._surrogate is None else FIRST * self._learns
-        known = needed if calibrated is not None else min(self._count + first, needed)
+        """Return the predictor's part of a server's status."""
         return {
             "state": self.state,
-            "known": known,
-            "needed": needed,
+            "validated": self._learning.count,
             "share": self.share,
             "drifts": self._drifts,
-            "disagreement": None if calibrated is None else calibrated.disagreement,
             "stragglers": self._risk.status(),
-            "hint": self._risk.hint,
         }
 
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Decoded | None:
@@ -341,7 +346,7 @@ class Predictor:
         calibrated = self._calibrated
         if calibrated is None or self._discarded:
             return None
-        return calibrated.assess(*self._outputs(x))
+        return calibrated.assess(*self._functions.outputs(x))
 
     @property
     def checks_answers(self) -> bool:
@@ -353,9 +358,10 @@ class Predictor:
     ) -> Bool[np.ndarray, " queries"]:
         """Return which of the model's own answers look wrong; none while it is not calibrated."""
         calibrated = self._calibrated
-        if calibrated is None or calibrated.check is None or self._expected is None:
+        if calibrated is None or calibrated.check is None:
             return np.zeros(len(x), bool)
-        return calibrated.check.suspicious(*self._expected(x), own.reshape(len(own), -1))
+        assert self._functions.expected is not None
+        return calibrated.check.suspicious(*self._functions.expected(x), own.reshape(len(own), -1))
 
     def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
         """Take the model's own answer to a query, and return at once."""
@@ -371,16 +377,17 @@ class Predictor:
     def turn(self) -> float:
         """Learn from what has come, and return when to be called again; on a thread of its own."""
         assert self._setup is not None
+        time = self._learning.time
         while len(self._inbox) >= BATCH:
             begin = self._setup.clock.now()
-            if begin < self._time.next:
-                return self._time.next
+            if begin < time.next:
+                return time.next
             pairs = [self._inbox.popleft() for _ in range(BATCH)]
             try:
                 self.learn(*map(np.stack, zip(*pairs, strict=True)))
             finally:
-                settled = self._calibrated is not None and self._count >= _SETTLED
-                self._time.spend(begin, _LATER if settled else _SHARE)
+                settled = self._calibrated is not None and self._learning.count >= _SETTLED
+                time.spend(begin, _LATER if settled else _SHARE)
         return math.inf
 
     def learn(self, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]) -> None:
@@ -393,10 +400,10 @@ class Predictor:
             if isinstance(self._surrogate, Learner):
                 self._use(self._surrogate.update(x, own))
         else:
-            self._first += zip(x, own, strict=True)
-            if len(self._first) < FIRST:
+            self._learning.first += zip(x, own, strict=True)
+            if len(self._learning.first) < FIRST:
                 return
-            x, own = map(np.stack, zip(*self._first, strict=True))
+            x, own = map(np.stack, zip(*self._learning.first, strict=True))
             features = principal_components(x, _FEATURES) if x[0].size > _FEATURES else None
             learner = fit_learner(
                 x, own, features=features, capacity=self._capacity,
@@ -410,44 +417,43 @@ class Predictor:
             groups = tuning.groups(learner.kernel)
             if len(groups) > 1 and not groups.any():
                 tuning = LearnerTuning(widths="one", rows=FIRST, steps=0)
-            self._first = []
+            self._learning.first = []
             self._use(tune_learner(learner, tuning))
-        calibrated = self._calibrated
-        self._risk.usual = None if calibrated is None else calibrated.disagreement
 
     def _use(self, surrogate: AbstractSurrogate) -> None:
         """Go by this surrogate from now on, with the calibration that there is."""
         assert self._setup is not None
         policy = self._setup.policy
-        self._surrogate, self._sizes = surrogate, sorted({policy.max_batch_size, BATCH})
-        self._outputs = outputs_on_host(surrogate, self._sizes)
+        self._surrogate, expected = surrogate, None
         if policy.check_answers is not None:
-            self._expected = outputs_on_host(surrogate, policy.batch_sizes, nearest=True)
+            expected = outputs_on_host(surrogate, policy.batch_sizes, nearest=True)
+        sizes = sorted({policy.max_batch_size, BATCH})
+        self._functions = _Functions(outputs_on_host(surrogate, sizes), expected)
 
     def _restart(self) -> None:
         """Discard the calibration after a drift, until there is a new one."""
         self._calibrated = None
         self._drifts += 1
-        self._validation.clear()
-        self._monitor.clear()
-        self._count, self._due = 0, float(LEAST)
+        self._learning = _Learning(
+            self._learning.time, RiskMonitor(self._learning.monitor.promised)
+        )
 
     def _validate(self, x: np.ndarray, own: np.ndarray) -> None:
         """Compare the surrogate's answers with the model's own, and calibrate now and then."""
         assert self._setup is not None
         policy, form = self._setup.policy, self._setup.coder.form
-        accuracy = policy.accuracy
-        values, deviation = self._outputs(x)
+        accuracy, (outputs, expect) = policy.accuracy, self._functions
+        values, deviation = outputs(x)
         features = np.asarray(label_features(values, deviation, values, form))
         wrong = ~np.asarray(agree_on_labels(values, own, form))
         error = np.asarray(row_errors(values, own))
         checked: tuple[np.ndarray, ...] = own[:0], own[:0, 0], own[:0]
-        if self._expected is not None:
-            checked = *self._expected(x), own
+        if expect is not None:
+            checked = *expect(x), own
         if self._calibrated is not None:
             found = self._calibrated.assess(values, deviation)
             excess = error_ratios(error, np.asarray(found.deviation))
-            if self._monitor.add(accuracy.missed(wrong, excess)[found.recovered].tolist()):
+            if self._learning.monitor.add(accuracy.missed(wrong, excess)[found.recovered].tolist()):
                 self._restart()
                 self._setup.observe("drift", 1)
                 _LOG.warning(
@@ -459,18 +465,19 @@ class Predictor:
         if isinstance(self._surrogate, Learner):
             new &= ~self._surrogate.knows(x)
         fields = (features, deviation, error, wrong, *checked)
-        self._validation.append(ValidationBatch(*(each[new[: len(each)]] for each in fields)))
-        self._count += int(new.sum())
-        if self._count < self._due:
+        learning = self._learning
+        learning.validation.append(ValidationBatch(*(each[new[: len(each)]] for each in fields)))
+        learning.count += int(new.sum())
+        if learning.count < learning.due:
             return
-        self._due = self._count + _MORE * min(self._count, _VALIDATION)
-        made = calibrate(self._validation, policy, form)
+        learning.due = learning.count + _MORE * min(learning.count, _VALIDATION)
+        made = calibrate(learning.validation, policy, form)
         if self._calibrated is None:
             # Compile what the deciding thread calls.
-            for size in self._sizes:
-                made.assess(*self._outputs(repeat_rows(x[:size], size)))
+            for size in {policy.max_batch_size, BATCH}:
+                made.assess(*outputs(repeat_rows(x[:size], size)))
             for size in policy.batch_sizes:
-                if made.check is not None and self._expected is not None:
-                    expected = self._expected(repeat_rows(x[:size], size))
+                if made.check is not None and expect is not None:
+                    expected = expect(repeat_rows(x[:size], size))
                     made.check.suspicious(*expected, repeat_rows(own[:size], size))
         self._calibrated = made

@@ -28,7 +28,7 @@ from ...codes.host import encode_on_host
 from ...risk import Accuracy, ErrorProbability
 from ...risk._features import decoding_features
 from ...splines._host import smoothing_matrix_on_host
-from ._request import fill_up
+from ._request import repeat_rows
 
 # The rows of a spline are one-hot up to rounding.
 _ROUNDING = 1e-5
@@ -149,14 +149,14 @@ class Coder:
     ) -> DecodedGroup:
         """Decode, in the queries' order, answers that are zero where there is none.
 
-        All rows share the workers, so they are further coordinates of one group. They are filled up
-        with zeros to `width` rows, so that one compiled program serves any number up to it. Each
+        All rows share the workers, so they are further coordinates of one group. They are
+        repeated up to `width` rows, so that one compiled program serves any number up to it. Each
         query's score is its probability of a wrong label, or its error bar: 1 or infinite where
         nothing is known, and NaN without a score. With one, or where they are asked for, it has
         features.
         """
         _, rows, *out = values.shape
-        flat = fill_up(values, width, axis=1).reshape(1, self.num_workers, -1)
+        flat = repeat_rows(values, width, axis=1).reshape(1, self.num_workers, -1)
         decoded = decode_groups(self.code, flat, np.asarray(mask)[None])
         predictions = np.asarray(decoded.predictions).reshape(self.num_data, width, *out)
         predictions = np.swapaxes(predictions, 0, 1)[:rows, self.order]

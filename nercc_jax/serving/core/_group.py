@@ -5,7 +5,6 @@ from collections.abc import Container, Iterator
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Shaped
 
 from ...pools import Batch
 from ._coder import Coder
@@ -128,8 +127,3 @@ class Group:
             self.trial,
             looked,
         )
-
-
-def repeat_rows(x: Shaped[np.ndarray, "few ..."], number: int) -> Shaped[np.ndarray, "number ..."]:
-    """Return x with its rows repeated in turn up to this number."""
-    return x if len(x) == number else x[np.arange(number) % len(x)]

@@ -221,12 +221,10 @@ class Query:
         self.waiting = True
 
 
-def fill_up(x: Shaped[np.ndarray, "..."], size: int, axis: int = 0) -> Shaped[np.ndarray, "..."]:
-    """Return x with zeros behind it, up to a size: so few programs are compiled."""
-    if x.shape[axis] == size:
-        return x
-    more = (*x.shape[:axis], size - x.shape[axis], *x.shape[axis + 1 :])
-    return np.concatenate([x, np.zeros(more, x.dtype)], axis)
+def repeat_rows(x: Shaped[np.ndarray, "..."], number: int, axis: int = 0) -> Any:
+    """Return x with its rows repeated in turn up to this number: so few programs are compiled."""
+    few = x.shape[axis]
+    return x if few == number else np.take(x, np.arange(number) % few, axis)
 
 
 def message_of(error: BaseException) -> str:

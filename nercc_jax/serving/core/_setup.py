@@ -108,7 +108,7 @@ class Setup:
             raise ValueError(f"only float32 can be predicted, not {[str(each) for each in dtypes]}")
         shapes = [self.answers.shape] if coder.form is None else coder.form.shapes
         read = read_outputs(policy, shapes, floats=self.answers.dtype == CODED)
-        policy = dataclasses.replace(policy, outputs=read)
+        policy = BatchingPolicy.model_validate(policy.model_dump() | {"outputs": read})
         for wanted, name, why in (
             (policy.redundancy == "uncertain", "redundancy 'uncertain'", "what is uncertain"),
             (policy.check_answers is not None, "check_answers", "what answers should be"),

@@ -21,10 +21,9 @@ from jaxtyping import Array, Float, Shaped
 
 from ...codes._trees import Form
 from ...codes.workers import call_model
+from ...evaluation._answers import in_parts
 from ...inference.models import Model, check_model
 from ...pools.batch import reason_of
-from .._policy import model_key
-from ..core._request import fill_up
 from ..core._setup import fit_rows
 
 FLOAT = "FP32"
@@ -252,11 +251,6 @@ class Servable:
         return model if alone else RowModel(model, self.queries, self.outputs)
 
     @property
-    def key(self) -> str:
-        """The name and the version, by which the server keeps its models."""
-        return model_key(self.name, self.version)
-
-    @property
     def queries(self) -> Tensors:
         """The tensors that the model takes, of which rows are made."""
         return self.inputs if self.prepared is None else self.prepared
@@ -397,13 +391,13 @@ class Preprocessing:
 
         Raises ValueError for inputs that do not fit, or whose preprocessing is not finite.
         """
-        columns, pieces = self._inputs.fit(given), []
+        columns = self._inputs.fit(given)
         number = len(columns[self._inputs.names[0]])
-        for begin in range(0, number, self._sizes[-1]):
-            few = min(self._sizes[-1], number - begin)
-            size = next(size for size in self._sizes if size >= few)
-            piece = {name: fill_up(x[begin : begin + few], size) for name, x in columns.items()}
+
+        def run(piece: Any) -> Any:
             with jax.default_device(jax.local_devices(backend="cpu")[0]):
                 found = self._function(piece[INPUT] if self._inputs.alone else piece)
-            pieces.append(jax.tree.map(lambda y, few=few: np.asarray(y, np.float32)[:few], found))
-        return self._queries.pack(jax.tree.map(lambda *parts: np.concatenate(parts), *pieces))
+            return jax.tree.map(lambda y: np.asarray(y, np.float32), found)
+
+        at_once = next((size for size in self._sizes if size >= number), self._sizes[-1])
+        return self._queries.pack(in_parts(run, columns, at_once))

@@ -1,4 +1,4 @@
-"""The gRPC server: the Open Inference Protocol, Triton's repository, and gRPC's health service.
+"""The gRPC server: the Open Inference Protocol and Triton's repository.
 
 Messages are those of `open_inference.proto`.
 """
@@ -15,8 +15,6 @@ import grpc
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
-from grpc_health.v1 import health_pb2_grpc
-from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from ..core._request import ServerClosing, message_of
 from ..protocol._messages import (
@@ -24,7 +22,6 @@ from ..protocol._messages import (
     KINDS,
     InferenceRequest,
     InvalidInput,
-    ModelNotFound,
     RequestInput,
     RequestOutput,
     Response,
@@ -81,7 +78,6 @@ class GrpcServer:
         }
         generic = grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers)
         self.server.add_generic_rpc_handlers((generic,))
-        health_pb2_grpc.add_HealthServicer_to_server(_HealthService(state), self.server)
 
     async def _guarded(
         self, method: Any, given: bytes, context: grpc.aio.ServicerContext
@@ -145,31 +141,6 @@ class GrpcServer:
         await asyncio.sleep(self.quiet_s / 5)
         self._refuses.set()
         await stopping
-
-
-class _HealthService(health_pb2_grpc.HealthServicer):
-    """gRPC's own health service (grpc.health.v1), for probes."""
-
-    def __init__(self, state: ServerState):
-        self._models = state.models
-
-    async def Check(
-        self, request: HealthCheckRequest, context: grpc.aio.ServicerContext
-    ) -> HealthCheckResponse:
-        status = self._status(request.service)
-        if status == HealthCheckResponse.SERVICE_UNKNOWN:
-            error = ModelNotFound(request.service)
-            await context.abort(KINDS[ModelNotFound].grpc, message_of(error))
-        return HealthCheckResponse(status=status)
-
-    def _status(self, service: str) -> Any:
-        """Return the status of a model, or of the server by its own names."""
-        try:
-            own = service in ("", _SERVICE.full_name)
-            ready = self._models.ready if own else self._models.trouble(service) is None
-        except ModelNotFound:
-            return HealthCheckResponse.SERVICE_UNKNOWN
-        return HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
 
 
 def read_message(message: messages.ModelInferRequest) -> InferenceRequest:

@@ -1,25 +1,18 @@
-"""REST: inference, the limits of every body, and the application behind them.
-
-Inference stands in front of the application, whose routing and layers take as long as everything
-that is done here.
-"""
+"""REST: a table of paths, the limits of every body, and inference."""
 
 import asyncio
 import contextlib
 import importlib.resources
 import re
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import orjson
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from starlette.applications import Starlette
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from ..core._request import message_of, shorten
 from ..protocol._messages import (
@@ -35,7 +28,23 @@ from ..protocol._messages import (
 )
 from ._state import ServerState
 
-_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+_MODEL = "/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?"
+# Methods and paths, with what they ask for; what the server says has the name of gRPC's method.
+_PATHS = [
+    ("POST", re.compile(f"{_MODEL}/infer"), "infer"),
+    ("GET", re.compile("/v2/health/live"), "ServerLive"),
+    ("GET", re.compile("/v2/health/ready"), "ServerReady"),
+    ("GET", re.compile(f"{_MODEL}/ready"), "ModelReady"),
+    ("GET", re.compile(_MODEL), "ModelMetadata"),
+    ("GET", re.compile("/v2/models"), "models"),
+    ("GET", re.compile("/v2"), "ServerMetadata"),
+    ("GET", re.compile("/"), "page"),
+    ("GET", re.compile("/status"), "status"),
+    ("GET", re.compile("/metrics"), "metrics"),
+    ("POST", re.compile("/v2/repository/index"), "index"),
+    ("POST", re.compile("/v2/repository/models/(?P<name>[^/]+)/load"), "load"),
+    ("POST", re.compile("/v2/repository/models/(?P<name>[^/]+)/unload"), "unload"),
+]
 # Paths that need no token: probes have none, and the status page sends that of its own address.
 _OPEN = frozenset(("/", "/v2/health/live", "/v2/health/ready"))
 _RETRY = {"retry-after": "1"}
@@ -46,8 +55,8 @@ _JSON_LENGTH = b"inference-header-content-length"
 _MOST_JSON = 2**20  # bytes of a request's JSON, without binary tensors
 
 
-class InferenceEndpoint:
-    """ASGI middleware that answers inference requests, and bounds the bodies of all others.
+class RestApp:
+    """The ASGI application of a server.
 
     Whoever asks for a body gets `TooLarge` instead, by the header or as soon as too much has come.
     Where an answer is given before a large body has come, the rest is received and dropped, slowly,
@@ -63,13 +72,12 @@ class InferenceEndpoint:
     # that most answers come sooner than.
     watch_after_s = 0.02
 
-    def __init__(self, app: ASGIApp, state: ServerState):
-        self._app, self._state, self._dropping = app, state, asyncio.Lock()
+    def __init__(self, state: ServerState, registry: CollectorRegistry):
+        self._state, self._registry, self._dropping = state, registry, asyncio.Lock()
+        page = importlib.resources.files("nercc_jax.serving").joinpath("status.html")
+        self._page = page.read_text()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         headers, settings = dict(scope["headers"]), self._state.settings
         announced = int(headers.get(b"content-length", b"0"))
         chunked = b"transfer-encoding" in headers
@@ -105,23 +113,74 @@ class InferenceEndpoint:
                     message = {"type": "http.response.body"}
             await send(message)
 
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        found = _PATH.fullmatch(path) if scope["method"] == "POST" else None
-        app = self._app
         try:
-            if path not in _OPEN:
-                self._state.check_token(headers.get(b"authorization", b""))
-            if found is not None:
-                name, version = found.groups("")
-                app = await self._infer(name, version, scope, headers, receive_within_limits)
+            response = await self._answer(scope, headers, receive_within_limits)
         except ClientDisconnect:
-            app = Response(status_code=499)  # nginx's, for a client that went away
+            response = Response(status_code=499)  # nginx's, for a client that went away
         except tuple(KINDS) as error:
-            app = error_response(error)
+            status = KINDS[type(error)].http
+            response = JSONResponse({"error": message_of(error)}, status, _HEADERS.get(status))
         except Exception:
             await JSONResponse({"error": INTERNAL}, 500)(scope, receive, send_and_close)
             raise  # for the server around it to log
-        await app(scope, receive_within_limits, send_and_close)
+        await response(scope, receive_within_limits, send_and_close)
+
+    async def _answer(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> Any:
+        """Return the response to a request; raises errors of the protocol."""
+        state, path = self._state, scope["path"].removeprefix(scope.get("root_path", ""))
+        if path not in _OPEN:
+            state.check_token(headers.get(b"authorization", b""))
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        fitting = {
+            known: (found.groupdict(""), what)
+            for known, pattern, what in _PATHS
+            if (found := pattern.fullmatch(path)) is not None
+        }
+        if method not in fitting:
+            why = "Method Not Allowed" if fitting else "Not Found"
+            error = {"error": shorten(f"{scope['method']} {path}: {why}")}
+            allowed = {"allow": ", ".join(fitting)} if fitting else None
+            return JSONResponse(error, 405 if fitting else 404, allowed)
+
+        models, (named, what) = state.models, fitting[method]
+        name, version = named.get("name", ""), named.get("version", "")
+        match what:
+            case "infer":
+                return await self._infer(name, version, scope, headers, receive)
+            case "page":
+                return HTMLResponse(self._page)
+            case "status":  # other threads put it together, because it takes milliseconds
+                content = await asyncio.to_thread(state.status)
+                return JSONResponse(content, headers={"cache-control": "no-store"})
+            case "metrics":
+                content = await asyncio.to_thread(generate_latest, self._registry)
+                return Response(content, headers={"content-type": CONTENT_TYPE_LATEST})
+            case "models":
+                return JSONResponse({"models": models.names})
+            case "index":
+                return JSONResponse(models.index(await self._field(receive, "ready", False)))
+            case "load" | "unload":
+                parameters = await self._field(receive, "parameters", {})
+                await models.control(name, parameters, load=what == "load")
+                return Response()
+        said = state.says[what](name, version)
+        reason = said.pop("reason", "")
+        if said.get("ready") is False:
+            raise ServerNotReady(reason)
+        return JSONResponse(said)
+
+    async def _field(self, receive: Receive, name: str, default: Any) -> Any:
+        """Return a field of a small body, which may be empty; it is of the default's type."""
+        with self._state.hold() as add:
+            body = await read_body(receive, add)
+            try:
+                content = orjson.loads(body or b"{}")
+            except orjson.JSONDecodeError as error:
+                raise InvalidInput(f"the body is not JSON: {error}") from error
+        found = content.get(name, default) if isinstance(content, dict) else None
+        if not isinstance(found, kind := type(default)):
+            raise InvalidInput(f"the body is an object; {name} is a {kind.__name__}, not {found!r}")
+        return found
 
     async def _infer(
         self,
@@ -130,7 +189,7 @@ class InferenceEndpoint:
         scope: Scope,
         headers: dict[bytes, bytes],
         receive: Receive,
-    ) -> ASGIApp:
+    ) -> Response:
         state, length = self._state, headers.get(_JSON_LENGTH)
         length = None if length is None else length.decode("latin-1")
         encoding = headers.get(b"content-encoding", b"identity").decode("latin-1")
@@ -146,14 +205,7 @@ class InferenceEndpoint:
             add(int(model.servable.growth * len(body)))
             answer = state.answer(model, lambda: read_request(body, length), size, span)
             content, about = write_response(await self._while_connected(receive, answer))
-        about["content-length"] = str(len(content))
-        lines = [(key.encode(), value.encode()) for key, value in about.items()]
-
-        async def respond(scope: Scope, receive: Receive, send: Send) -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": lines})
-            await send({"type": "http.response.body", "body": content})
-
-        return respond
+        return Response(content, headers=about)
 
     async def _while_connected(self, receive: Receive, answer: Coroutine[Any, Any, Any]) -> Any:
         """Await the answer; raise ClientDisconnect once the client has gone away."""
@@ -199,106 +251,3 @@ async def read_body(receive: Receive, add: Callable[[int], None]) -> bytearray:
         add(len(part))
         body += part
     return body
-
-
-def error_response(error: Exception) -> Response:
-    status = KINDS[type(error)].http
-    return JSONResponse({"error": message_of(error)}, status, _HEADERS.get(status))
-
-
-def make_app(state: ServerState, registry: CollectorRegistry) -> Starlette:
-    """Return the ASGI application that an `InferenceEndpoint` stands before."""
-    models = state.models
-
-    def said(method: str) -> Callable[[Request], Awaitable[Response]]:
-        """Return the endpoint of what the server says, by the name of gRPC's method."""
-
-        async def endpoint(request: Request) -> Response:
-            path = request.path_params
-            found = state.says[method](path.get("name", ""), path.get("version", ""))
-            reason = found.pop("reason", "")
-            if found.get("ready") is False:
-                raise ServerNotReady(reason)
-            return JSONResponse(found)
-
-        return endpoint
-
-    async def list_models(request: Request) -> Response:
-        return JSONResponse({"models": list(models.versions)})
-
-    async def infer(request: Request) -> Response:
-        raise NotImplementedError  # `InferenceEndpoint` answers it
-
-    # The model repository.
-
-    async def field_of(request: Request, name: str, kind: type, default: Any) -> Any:
-        """Return a field of a small body, which may be empty."""
-        with state.hold() as add:
-            body = await read_body(request.receive, add)
-            try:
-                content = orjson.loads(body or b"{}")
-            except orjson.JSONDecodeError as error:
-                raise InvalidInput(f"the body is not JSON: {error}") from error
-        found = content.get(name, default) if isinstance(content, dict) else None
-        if not isinstance(found, kind):
-            raise InvalidInput(f"the body is an object; {name} is a {kind.__name__}, not {found!r}")
-        return found
-
-    async def index(request: Request) -> Response:
-        return JSONResponse(models.index(await field_of(request, "ready", bool, False)))
-
-    async def load(request: Request, load: bool = True) -> Response:
-        parameters = await field_of(request, "parameters", dict, {})
-        await models.control(request.path_params["name"], parameters, load=load)
-        return Response()
-
-    async def unload(request: Request) -> Response:
-        return await load(request, load=False)
-
-    # Pages, which other threads put together, because it takes milliseconds.
-
-    page = importlib.resources.files("nercc_jax.serving").joinpath("status.html").read_text()
-
-    async def show_page(request: Request) -> Response:
-        return HTMLResponse(page)
-
-    async def status(request: Request) -> Response:
-        content = await asyncio.to_thread(state.status)
-        return JSONResponse(content, headers={"cache-control": "no-store"})
-
-    async def metrics(request: Request) -> Response:
-        content = await asyncio.to_thread(generate_latest, registry)
-        return Response(content, headers={"content-type": CONTENT_TYPE_LATEST})
-
-    # Errors.
-
-    async def known(request: Request, error: Exception) -> Response:
-        return error_response(error)
-
-    async def no_such_path(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        message = shorten(f"{request.method} {request.url.path}: {error.detail}")
-        return JSONResponse({"error": message}, error.status_code, error.headers)
-
-    async def unexpected(request: Request, error: Exception) -> Response:
-        return JSONResponse({"error": INTERNAL}, 500)  # and the server raises it, to be logged
-
-    routes = [
-        Route("/", show_page),
-        Route("/status", status),
-        Route("/metrics", metrics),
-        Route("/v2", said("ServerMetadata")),
-        Route("/v2/health/live", said("ServerLive")),
-        Route("/v2/health/ready", said("ServerReady")),
-        Route("/v2/models", list_models),
-        Route("/v2/repository/index", index, methods=["POST"]),
-        Route("/v2/repository/models/{name}/load", load, methods=["POST"]),
-        Route("/v2/repository/models/{name}/unload", unload, methods=["POST"]),
-    ]
-    for where in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
-        routes.append(Route(where, said("ModelMetadata")))
-        routes.append(Route(f"{where}/ready", said("ModelReady")))
-        routes.append(Route(f"{where}/infer", infer, methods=["POST"]))
-    handlers: dict[Any, Any] = dict.fromkeys(KINDS, known)
-    handlers |= {HTTPException: no_such_path, Exception: unexpected}
-    return Starlette(routes=routes, exception_handlers=handlers)

@@ -27,7 +27,7 @@ from ..adapt._predictor import Predictor
 from ..protocol._servable import Servable, make_servable
 from ..settings import ModelSettings, ServerSettings
 from ._grpc import GrpcServer
-from ._rest import InferenceEndpoint, make_app
+from ._rest import RestApp
 from ._state import TICK, ServerState, in_background
 
 try:  # it takes less time for each request; there is none for Windows
@@ -52,7 +52,7 @@ class Server:
 
     Attributes:
         settings: the server's settings.
-        starts: by each model's key (`Servable.key`), the function that starts it.
+        starts: by each model's name, the function that starts it.
         state: its models, and what they were asked.
         http_port: the port of REST; 0 before it listens.
         grpc_port: the port of gRPC; 0 before it listens.
@@ -69,7 +69,7 @@ class Server:
     ):
         """Create a server that does not listen yet.
 
-        By each model's key (`Servable.key`), a function starts it, which may take minutes. Requests
+        By each model's name, a function starts it, which may take minutes. Requests
         are `spans` by a provider of OpenTelemetry's SDK, which is shut down at the end; by default
         as OpenTelemetry's variables say.
 
@@ -84,11 +84,9 @@ class Server:
         registry = registry or CollectorRegistry()
         with contextlib.suppress(ValueError):  # it is there already, if a server had the registry
             ProcessCollector(registry=registry)
-        # Inference goes past the application's own layers.
-        app = InferenceEndpoint(make_app(self.state, registry), self.state)
         self._http = uvicorn.Server(
             uvicorn.Config(
-                app,
+                RestApp(self.state, registry),
                 host=self.settings.host,
                 port=self.settings.http_port,
                 http="httptools",
@@ -353,4 +351,4 @@ def make_server(
     start = functools.partial(
         ServedModel, model, code, settings, Metrics(registry), predictor=predictor
     )
-    return Server({model.key: start}, server_settings, registry)
+    return Server({model.name: start}, server_settings, registry)

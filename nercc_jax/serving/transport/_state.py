@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from .._policy import model_key, name_and_version
 from .._served_model import ServedModel
 from .._tracing import RequestSpans, describe_reply
 from ..core._request import DeadlineExceeded, InferenceFailed
@@ -43,12 +42,12 @@ TICK = 0.02
 
 
 class Models:
-    """The models of a server, by key (`Servable.key`), for the event loop's thread.
+    """The models of a server, by name, for the event loop's thread.
 
     Attributes:
-        starts: by key, a function that starts the model, which may take minutes.
+        starts: by name, a function that starts the model, which may take minutes.
         started: those that answer.
-        names: the keys of all that are started or will be.
+        names: the names of all that are started or will be.
         complete: whether the server's start is over.
         draining: whether the server accepts nothing new any more.
     """
@@ -82,12 +81,12 @@ class Models:
 
     def trouble(self, name: str, version: str = "") -> str | None:
         """Return why a model would not answer now; None if it would. Raises ModelNotFound."""
-        key = self.key_of(name, version)
+        self._check(name, version)
         if self.draining:
             return "It is draining."
-        if key not in self.started:
+        if name not in self.started:
             return "It is being started."
-        health = self.started[key].health()
+        health = self.started[name].health()
         return None if health.ready else health.trouble or "It is not ready."
 
     @property
@@ -95,48 +94,30 @@ class Models:
         """The monotonic time at which something will end this process; infinite for nothing."""
         return min((model.ends_at for model in self.started.values()), default=math.inf)
 
-    # Names and versions.
+    # Names.
 
-    @property
-    def versions(self) -> dict[str, list[str]]:
-        """The versions of each model that are started or will be, by name, the latest last."""
-        found: dict[str, list[str]] = {}
-        for name, version in map(name_and_version, self.names):
-            found.setdefault(name, []).append(version)
-        return {name: sorted(each, key=int) for name, each in found.items()}
-
-    def key_of(self, name: str, version: str = "") -> str:
-        """Return the key of a model's version, by default of the latest that is started.
-
-        Raises ModelNotFound where there is no such model, nor will be.
-        """
-        key = model_key(name, version or "1")
-        if key in self.names and (version or len(self.names) == 1):
-            return key
-        versions = self.versions.get(name)
-        if versions is None or version:
-            raise ModelNotFound(f"{name}, version {version}" if versions else name)
-        keys = [model_key(name, each) for each in versions]
-        return next((key for key in reversed(keys) if key in self.started), keys[-1])
+    def _check(self, name: str, version: str) -> None:
+        """Raise ModelNotFound where there is no such model or version, nor will be."""
+        if name not in self.names:
+            raise ModelNotFound(name)
+        if version and name in self.started and version != self.started[name].servable.version:
+            raise ModelNotFound(f"{name}, version {version}")
 
     def find(self, name: str, version: str = "") -> ServedModel:
-        """Return a model's version, by default the latest that is started.
-
-        Raises ModelNotFound, and ServerNotReady while it is started.
-        """
-        key = self.key_of(name, version)
-        if key not in self.started:
-            raise ServerNotReady(f"{key} is being started: come again later.")
-        return self.started[key]
+        """Return a model. Raises ModelNotFound, and ServerNotReady while it is started."""
+        self._check(name, version)
+        if name not in self.started:
+            raise ServerNotReady(f"{name} is being started: come again later.")
+        return self.started[name]
 
     def index(self, ready: bool = False) -> list[dict[str, str]]:
         """Return all models with their states, by Triton's extension; or only those ready."""
         index = []
-        for key in self.starts:
-            (name, version), state, why = name_and_version(key), "READY", "unloaded"
-            why = self.trouble(name, version) if key in self.names else why
+        for name in self.starts:
+            state, why = "READY", self.trouble(name) if name in self.names else "unloaded"
+            version = self.started[name].servable.version if name in self.started else ""
             if why is not None:
-                starting = key in self.names and key not in self.started and not self.draining
+                starting = name in self.names and not version and not self.draining
                 state = "LOADING" if starting else "UNAVAILABLE"
             if state == "READY" or not ready:
                 entry = {"name": name, "version": version, "state": state, "reason": why or ""}
@@ -182,7 +163,7 @@ class Models:
         return dict(self._closing)
 
     async def control(self, name: str, parameters: Mapping[str, Any], *, load: bool) -> None:
-        """Start all versions of a model; or answer what they accepted, and end them.
+        """Start a model; or answer what it accepted, and end it.
 
         That is done to its end, although the client may go away. The parameters are a client's.
 
@@ -199,26 +180,23 @@ class Models:
             raise NotImplementedError(
                 f"clients may {verb} models only with --model-control explicit"
             )
-        keys = [key for key in self.starts if name_and_version(key)[0] == name]
-        if not keys:
+        if name not in self.starts:
             raise ModelNotFound(name)
         if self.draining or not self.complete:
             raise ServerNotReady(f"It is {self.phase}.")
 
         async def to_its_end() -> None:
             async with self._turn:
-                for key in keys:
-                    if load and key not in self.names:
-                        await self._load(key)
-                    elif not load and key in self.started:
-                        self.names.remove(key)
-                        drain = self._settings.drain_timeout_s
-                        model = functools.partial(self._close, key, self.started.pop(key), drain)
-                        self._closing[key] = in_background(model)
-                        del model  # or it would hold what is to be freed
-                        await self._closing[key]
-                        del self._closing[key]
-                if not load:
+                if load and name not in self.names:
+                    await self._load(name)
+                elif not load and name in self.started:
+                    self.names.remove(name)
+                    drain = self._settings.drain_timeout_s
+                    model = functools.partial(self._close, name, self.started.pop(name), drain)
+                    self._closing[name] = in_background(model)
+                    del model  # or it would hold what is to be freed
+                    await self._closing[name]
+                    del self._closing[name]
                     gc.unfreeze()  # what it leaves is freed, too
                     await in_background(gc.collect)
                     gc.freeze()
@@ -347,10 +325,9 @@ class ServerState:
         except BaseException as error:  # a client that goes away cancels its call
             outcome, why = outcome_of(error), error
             # What a model's batcher does not see is counted here.
-            if outcome in ("invalid", "overloaded") and name in self.models.versions:
-                model = self.models.started.get(self.models.key_of(name))
-                if model is not None:  # it may still be starting
-                    model.count(f"request_{outcome}")
+            model = self.models.started.get(name)
+            if outcome in ("invalid", "overloaded") and model is not None:
+                model.count(f"request_{outcome}")
             raise
         finally:
             if span is not None:
@@ -424,7 +401,7 @@ class ServerState:
         why = model.uncoded
         return {
             "name": name,
-            "versions": self.models.versions[name],
+            "versions": [model.servable.version],
             "platform": "nercc_jax",
             "inputs": [each.about for each in model.servable.inputs.parts],
             "outputs": [each.about for each in (*model.servable.outputs.parts, *ADDED)],
