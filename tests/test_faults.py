@@ -14,7 +14,7 @@ from nercc_jax.stragglers import (
     TraceLatency,
     WaitFor,
 )
-from nercc_jax.stragglers.groups import Latencies
+from nercc_jax.stragglers.draws import Latencies
 
 
 def strikes(fault, calls=2000, seed=0, worker=0, life=0):

@@ -11,7 +11,7 @@ import pytest
 
 from nercc_jax.pools import Fault, Faults, Overdue
 from nercc_jax.stragglers import Hedge, TraceLatency
-from nercc_jax.stragglers.groups import Latencies
+from nercc_jax.stragglers.draws import Latencies
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 POINTS = np.arange(5.0)[:, None, None]

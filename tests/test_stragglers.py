@@ -62,26 +62,6 @@ def test_latency_laws(law, reference, key):
     assert scipy.stats.kstest(sample, reference.cdf).pvalue > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("law", "hard", "others"),
-    [
-        (room.RowLatency.independent, 0.05, 0.05),
-        (room.RowLatency.leaning_to, 0.025 + 0.025 / 0.12, 0.025),
-        (room.RowLatency.extreme, 1.0, 0.0),
-    ],
-)
-def test_rows_straggle_by_their_scores(law, hard, others, key):
-    """Shares against the definition, and delays of those rows alone."""
-    law = law(room.TraceLatency([1.0]), room.TraceLatency([10.0]), 0.05)
-    scores = jax.random.normal(key, (20_000,))
-    late = np.asarray(law.sample(key, scores)) > 5
-    order = np.argsort(-np.asarray(scores))
-    number = round(law.hardest * len(order)) if law.leaning else len(order) // 2
-    assert late[order[:number]].mean() == pytest.approx(hard, abs=0.02)
-    assert late[order[number:]].mean() == pytest.approx(others, abs=0.01)
-    assert late.mean() == pytest.approx(0.05, abs=0.01)
-
-
 def test_traces(tmp_path, key):
     path = tmp_path / "trace.txt"
     path.write_text("# seconds\n0.1\n0.2\n0.7\n")
@@ -106,15 +86,8 @@ def test_rules(key):
     mask, waited = room.WaitFor(room.ExponentialLatency(1.0), 3).outcome(latencies)
     np.testing.assert_array_equal(mask, [True, True, False, True])
     np.testing.assert_allclose(waited, 0.3)
-    rule = room.WaitUntil(room.ExponentialLatency(1.0), 0.25)
-    mask, waited = rule.outcome(latencies)
-    np.testing.assert_array_equal(mask, [False, True, False, True])
-    np.testing.assert_allclose(waited, 0.25)
-    np.testing.assert_allclose(rule.outcome(latencies / 10)[1], 0.09, rtol=1e-5)
     masks = draws(room.WaitFor(room.ParetoLatency(1.0, 1.1), 7), key)
     np.testing.assert_array_equal(masks.sum(axis=1), 7)
-    share = draws(room.WaitUntil(room.ExponentialLatency(1.0), 1.0), key).mean()
-    np.testing.assert_allclose(share, 1 - np.exp(-1), atol=0.01)
 
 
 def test_the_same_key_gives_the_same_set(key):
@@ -166,7 +139,6 @@ def test_a_law_that_cannot_be_listed_is_drawn(key):
     for law in (
         nj.IndependentStragglers(0.3),
         room.WaitFor(room.ExponentialLatency(1.0), 5),
-        room.WaitUntil(room.ExponentialLatency(1.0), 1.0),
     ):
         assert law.every_set(3, 10**9) is None
     masks = room.straggler_sets(nj.IndependentStragglers(0.3), key, 12, DRAWS)
@@ -196,15 +168,6 @@ def test_sets_of_more_stragglers_than_workers():
         (lambda key: room.ExponentialLatency(1.0, shift=-1.0), "shift must be 0 or positive"),
         (lambda key: room.LogNormalLatency(1.0, np.nan), "sigma must be positive"),
         (lambda key: room.ParetoLatency(1.0, -2.0), "shape must be positive"),
-        (lambda key: room.RowLatency.independent(None, None, 1.5), r"rate must be in \[0, 1\]"),
-        (
-            lambda key: room.RowLatency.leaning_to(None, None, 0.5, leaning=0.9, hardest=0.1),
-            "the hardest 0.1 of the rows are too few",
-        ),
-        (
-            lambda key: room.WaitUntil(room.ExponentialLatency(1.0), 0.0),
-            "deadline must be positive",
-        ),
     ],
 )
 def test_errors(build, message, key, untyped):

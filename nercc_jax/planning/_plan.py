@@ -20,6 +20,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from ..codes import AbstractCode, NeRCC, Replication, decode_groups, regression_points
 from ..codes._checks import check_counts, check_not_negative
+from ..codes._kept import encoder_of
 from ..evaluation import Estimate
 from ..evaluation._answers import Recorder, batched, cut_groups
 from ..evaluation.tables import text_table
@@ -27,7 +28,7 @@ from ..inference import order_points
 from ..inference.models import Model, check_model
 from ..schemes import Scheme
 from ..stragglers import AbstractLatency, simulate
-from ..stragglers.groups import Latencies, Waiting, own_workers
+from ..stragglers.draws import Latencies
 from ..surrogates import Surrogate
 
 DRAWS = 20_000  # groups of queries whose times are drawn for a p99
@@ -391,22 +392,25 @@ class _Half:
                 if late < fastest or number == waits[-1]:
                     yield self.measured(dataclasses.replace(row, min_wait=late - asked["overhead"]))
 
-    def _drawn(self, row: Candidate) -> tuple[Float[np.ndarray, " draws"], Waiting, Any]:
-        """Return when the last of all groups ends, by which rule, and what is lost until then."""
-        own, shape = own_workers(row.code), (DRAWS, self._asked["num_queries"] // row.num_data)
+    def _drawn(self, row: Candidate) -> tuple[Float[np.ndarray, " draws"], Any, Any]:
+        """Return when the last of all groups ends, workers on data points, and what is lost."""
+        # A row of a spline's encoder is a data point's to rounding.
+        points = np.eye(row.num_data)[:, None]
+        own = np.abs(encoder_of(row.code) - points).max(axis=-1) < 1e-5
+        shape = DRAWS, self._asked["num_queries"] // row.num_data
         if row.system == DOUBTED:  # all queries are one group, and groups differ in their copies
             cheap = jnp.asarray(self._cheap)[: len(self.x) // row.num_data * row.num_data]
             scheme = row.scheme(lambda _: cheap)
             own = np.swapaxes(np.asarray(scheme.encoders(scheme.prepare(cheap))) > 0.5, 1, 2)
             own = np.repeat(own, -(-DRAWS // len(own)), axis=0)[:, None]
             shape = own.shape[:2]
-        rule = Waiting(self._latencies.law, own, row.wait_for, row.min_wait)
-        _, end, there = rule.draw(self._latencies, 1, shape)
-        return end.max(axis=1) + self._asked["overhead"], rule, there > end[..., None]
+        drawn = self._latencies.draw(1, (*shape, own.shape[-1]))
+        _, end, there = simulate.wait_for(row.wait_for, drawn, own, row.min_wait)
+        return end.max(axis=1) + self._asked["overhead"], own, there > end[..., None]
 
     def measured(self, row: Candidate) -> Candidate:
         """Return a row with its times and its disagreement, on groups in its order."""
-        times, rule, lost = self._drawn(row)
+        times, own, lost = self._drawn(row)
         if row.points is None:  # copies are exact, or lost
             return row.seen(times, lost if row.wait_for < row.num_workers else None)
         row = dataclasses.replace(row, held_out=self.sets > 4)
@@ -416,7 +420,8 @@ class _Half:
             return row.seen(times, lost.reshape(len(off), -1, row.num_data) & off)
         code, coded = row.code, self._recorded(row.num_data, row.order)
         answers, labels = np.asarray(coded.of(code).coded), np.argmax(coded.own, axis=-1)
-        draws = rule.draw(self._latencies, self.sets, (len(labels), self.sets))
+        drawn = self._latencies.draw(self.sets, (len(labels), self.sets, row.num_workers))
+        draws = simulate.wait_for(row.wait_for, drawn, own, row.min_wait)
         lost, size = draws[2] > draws[1][..., None], 512  # groups that are decoded at a time
         wrong, rows = np.zeros(lost.shape, bool), np.argwhere(lost.any(axis=-1))
         for start in range(0, len(rows), size):

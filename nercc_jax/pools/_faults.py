@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..stragglers import AbstractLatency, TraceLatency
-from ..stragglers._laws import draws_alike
+from ..stragglers.draws import draws_alike
 
 FaultKind: TypeAlias = Literal["delay", "error", "nan", "hang", "death", "swap"]
 
