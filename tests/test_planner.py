@@ -23,7 +23,7 @@ from nercc_jax.stragglers import (
     TraceLatency,
     latency_law,
 )
-from nercc_jax.stragglers.draws import Latencies
+from nercc_jax.stragglers.draws import draw_latencies
 from nercc_jax.stragglers.simulate import wait_for
 from nercc_jax.surrogates import Surrogate
 from nercc_models import find_points
@@ -207,8 +207,7 @@ def test_replication_that_loses_tells_how_many(exact):
 @pytest.mark.parametrize(("copies", "at_once"), [(1, 1), (2, 1), (3, 1), (3, 2), (4, 2)])
 def test_hedging_is_as_the_formula_has_it(key, copies, at_once):
     """Exponential: P(T > t) by the copies that are out."""
-    latencies = Latencies(ExponentialLatency(1.0), key)
-    drawn = latencies.draw(0, (copies, 200_000))
+    drawn = draw_latencies(ExponentialLatency(1.0), key, (copies, 200_000))
     there, sent, _ = Hedge(0.5, at_once).outcome(drawn[:1], drawn[1:])
     times = [0.5 * -(-number // at_once) for number in range(copies)]  # when each copy goes out
     for t in (0.3, 0.8, 1.7):
@@ -220,8 +219,8 @@ def test_hedging_is_as_the_formula_has_it(key, copies, at_once):
 
 def test_waiting_for_a_number_is_an_order_statistic(key):
     """Chebyshev points have no answers of their own: Beta law of uniform order statistics."""
-    latencies = Latencies(TraceLatency(jnp.linspace(0, 1, 4001)), key)
-    own, drawn = np.zeros((4, 6), bool), latencies.draw(0, (50_000, 6))
+    law, own = TraceLatency(jnp.linspace(0, 1, 4001)), np.zeros((4, 6), bool)
+    drawn = draw_latencies(law, key, (50_000, 6))
     mask, end, first = wait_for(4, drawn, own)
     assert np.all(mask.sum(axis=1) >= 4)
     assert np.isinf(first).all()
@@ -252,7 +251,7 @@ class RackLatency(AbstractLatency):
 
 def test_a_law_may_slow_workers_together(key):
     """Four in one rack: all wait, or none does."""
-    together, apart = (Latencies(RackLatency(size), key).draw(1, (20_000, 4)) for size in (4, 1))
+    together, apart = (draw_latencies(RackLatency(size), key, (20_000, 4)) for size in (4, 1))
     for drawn, often in ((together, 0.05), (apart, 1 - 0.95**4)):
         assert np.isclose(np.mean(drawn), 0.05 + 0.45 * 0.05, rtol=0.05)
         assert abs(np.mean(drawn.max(axis=-1) > 0.4) - often) < 4 * np.sqrt(often / 20_000)

@@ -28,7 +28,7 @@ from ..inference import order_points
 from ..inference.models import Model, check_model
 from ..schemes import Scheme
 from ..stragglers import AbstractLatency, simulate
-from ..stragglers.draws import Latencies
+from ..stragglers.draws import draw_latencies
 from ..surrogates import Surrogate
 
 DRAWS = 20_000  # groups of queries whose times are drawn for a p99
@@ -302,17 +302,22 @@ def plan(
     asked |= {"max_extra_work": float(max_extra_work), "max_disagreement": float(max_disagreement)}
 
     of_latencies, of_data = jax.random.split(key, 2)
-    latencies, x = Latencies(latency, of_latencies), np.asarray(x)
+    x = np.asarray(x)
+
+    def latencies(stream: int, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+        return draw_latencies(latency, jax.random.fold_in(of_latencies, stream), shape)
+
     order = np.asarray(jax.random.permutation(of_data, len(x)))
     screening, held_out = (
         _Half(model, x[np.sort(part)], surrogate, asked, latencies, sets)
         for sets, part in ((4, order[: len(x) // 2]), (48, order[len(x) // 2 :]))
     )
     found: list[Candidate] = []
+    usual = latencies(0, (DRAWS, 16))
     hedges = itertools.product(((2, 1), (3, 1), (3, 2)), (0.5, 0.75, 0.9, 0.95, 0.99))
     for (copies, at_once), share in [((1, 1), 1.0), *hedges]:
-        after = latencies.quantile(share)
-        drawn = latencies.draw(copies, (copies, DRAWS, num_queries))
+        after = float(np.quantile(usual, share))
+        drawn = latencies(copies, (copies, DRAWS, num_queries))
         there, sent, _ = simulate.Hedge(after, at_once).outcome(drawn[:1], drawn[1:])
         row = Candidate("uncoded", num_queries, num_queries, num_queries, hedge_copies=at_once)
         if copies > 1:
@@ -351,7 +356,7 @@ class _Half:
         x: Float[np.ndarray, "points ..."],
         surrogate: Callable[[Array], Array] | None,
         asked: Mapping[str, Any],
-        latencies: Latencies,
+        latencies: Callable[[int, tuple[int, ...]], Float[np.ndarray, "..."]],
         sets: int,
     ):
         size, groups = 256, cut_groups(x, 1)  # data points in a call of the model
@@ -404,7 +409,7 @@ class _Half:
             own = np.swapaxes(np.asarray(scheme.encoders(scheme.prepare(cheap))) > 0.5, 1, 2)
             own = np.repeat(own, -(-DRAWS // len(own)), axis=0)[:, None]
             shape = own.shape[:2]
-        drawn = self._latencies.draw(1, (*shape, own.shape[-1]))
+        drawn = self._latencies(1, (*shape, own.shape[-1]))
         _, end, there = simulate.wait_for(row.wait_for, drawn, own, row.min_wait)
         return end.max(axis=1) + self._asked["overhead"], own, there > end[..., None]
 
@@ -420,7 +425,7 @@ class _Half:
             return row.seen(times, lost.reshape(len(off), -1, row.num_data) & off)
         code, coded = row.code, self._recorded(row.num_data, row.order)
         answers, labels = np.asarray(coded.of(code).coded), np.argmax(coded.own, axis=-1)
-        drawn = self._latencies.draw(self.sets, (len(labels), self.sets, row.num_workers))
+        drawn = self._latencies(self.sets, (len(labels), self.sets, row.num_workers))
         draws = simulate.wait_for(row.wait_for, drawn, own, row.min_wait)
         lost, size = draws[2] > draws[1][..., None], 512  # groups that are decoded at a time
         wrong, rows = np.zeros(lost.shape, bool), np.argwhere(lost.any(axis=-1))
