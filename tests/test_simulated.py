@@ -57,27 +57,6 @@ def test_what_is_late_is_replaced_and_what_waits_finds_a_worker():
         assert (report.seconds, report.wasted_seconds) == (15.0, 10.0)
 
 
-def test_a_copy_is_sent_when_a_rule_says_so():
-    """Twenty answers of a second each; then one takes a minute: its copy goes out after two."""
-    faults = Faults([delay(59.0, workers=[0], calls=[4])])
-    with paper(5, faults=faults, overdue=Overdue(0.5, 2.0, least=20)) as pool:
-        for _ in range(4):
-            pool.dispatch(POINTS).wait(deadline=10.0)
-        assert pool.dispatch(POINTS).wait(deadline=100.0).waited == 3.0
-        assert pool.report().copies == 1
-
-
-def test_racks_are_slow_by_the_clock():
-    rack = delay(1.0, when=lambda now: now % 1000 < 500)
-    with paper(1, faults=Faults([rack])) as pool:
-        seen = []
-        for _ in range(600):
-            begin = pool.clock.now()
-            took = pool.dispatch(POINTS[:1]).wait(deadline=10.0).waited
-            seen.append((took > 1.5) == (begin % 1000 < 500))
-        assert all(seen)
-
-
 STRIKES = st.lists(
     st.tuples(
         st.sampled_from(["delay", "error", "nan", "hang", "death"]), st.sampled_from([0.1, 0.4])

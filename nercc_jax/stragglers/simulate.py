@@ -79,13 +79,6 @@ class Hedge:
             seconds = np.where(sent, np.minimum(seconds, when + copy), seconds)
         return Outcome(np.where(late & known, self.limit, seconds), calls, late)
 
-    def first_copy(
-        self, copies: Float[np.ndarray, "copies *queries"]
-    ) -> Float[np.ndarray, "*queries"]:
-        """Return the seconds from a query's limit to the first answer of its copies."""
-        never = np.full((1, *copies.shape[1:]), np.inf)
-        return self.outcome(never, copies).seconds - self.limit
-
 
 def wait_for(
     number: int,
