@@ -3,7 +3,7 @@
 `dependent`: every cell is `CodedBatcher` as it is shipped, before simulated workers, with LeNet5:
 single queries in a Poisson stream, each of MNIST's 5,000 test images once, or digits in turn; and
 with RepVGG and its student on CIFAR-10, and Lotka-Volterra's equations. Which images are slow
-depends on the model's own margin (`RowLatency`), and a copy of a slow one is slow, too. The results
+depends on the model's own margin (`SlowRows`), and a copy of a slow one is slow, too. The results
 go into the file under `--name`, so that two versions can stand next to each other.
 
 `dependent_server`: the same on the real server: a process, clients of HTTP, real time. `nercc
@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from report import Report, environment, show
+from simulators import SlowRows
 from streams import Lookup, Work, play, slow_rows, works
 
 from nercc_jax import NeRCC, Uncoded
@@ -43,14 +44,13 @@ from nercc_jax.serving import (
     Reply,
     calibrate_decoding,
 )
-from nercc_jax.stragglers import RowLatency, TraceLatency
+from nercc_jax.stragglers import TraceLatency
 from nercc_jax.testing import SimulatedPool
 from nercc_models import load_model
 
 WORKERS, SERVICE = 28, 0.05
 # Workers that are slow for 3 s, three copies of each slow image, leave room for no more.
 RATES = {0.5: 130.0, 3.0: 40.0}  # queries a second, by the seconds of slowness
-NOTHING, HALF = TraceLatency([0.0]), TraceLatency([0.5])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Case:
     images are inverted.
     """
 
-    law: RowLatency | None = None
+    law: SlowRows | None = None
     delay: float = 0.5
     allowed: float = 0.1
     kind: str = "learn"
@@ -77,25 +77,28 @@ class Case:
         return 0.05 if self.kind in ("learn", "student") else 0.1
 
 
-_extreme, _leaning = RowLatency.extreme, RowLatency.leaning_to
+def _extreme(rate: float) -> SlowRows:
+    return SlowRows(rate, leaning=1.0, hardest=rate)
+
+
+def _leaning(rate: float, hardest: float = 0.12) -> SlowRows:
+    return SlowRows(rate, leaning=0.5, hardest=hardest)
+
+
 _function = functools.partial(Case, kind="function", work="lotka-volterra")
 _student = functools.partial(Case, kind="student", work="repvgg")
 _decoded = functools.partial(Case, allowed=0.05, kind="decode")
 _inverted = functools.partial(Case, allowed=0.05, kind="decode inverted")
 CASES: dict[str, Case] = {
-    "smallest 5 % of margins, 0.5 s": Case(_extreme(NOTHING, HALF, 0.05)),
-    "smallest 5 % of margins, 3 s": Case(_extreme(NOTHING, TraceLatency([3.0]), 0.05), 3.0),
-    "half from the hardest 12 %, 0.5 s": Case(_leaning(NOTHING, HALF, 0.05)),
+    "smallest 5 % of margins, 0.5 s": Case(_extreme(0.05)),
+    "smallest 5 % of margins, 3 s": Case(_extreme(0.05), 3.0),
+    "half from the hardest 12 %, 0.5 s": Case(_leaning(0.05)),
     "random 5 %, 0.5 s": Case(),
-    "Lotka-Volterra, largest 10 % of peaks, 0.5 s": _function(_extreme(NOTHING, HALF, 0.1)),
-    "Lotka-Volterra, half from the largest 20 %, 0.5 s": _function(
-        _leaning(NOTHING, HALF, 0.1, hardest=0.2)
-    ),
+    "Lotka-Volterra, largest 10 % of peaks, 0.5 s": _function(_extreme(0.1)),
+    "Lotka-Volterra, half from the largest 20 %, 0.5 s": _function(_leaning(0.1, hardest=0.2)),
     "Lotka-Volterra, random 10 %, 0.5 s": _function(),
-    "RepVGG with student, smallest 5 % of margins, 0.5 s": _student(_extreme(NOTHING, HALF, 0.05)),
-    "RepVGG with student, half from the hardest 12 %, 0.5 s": _student(
-        _leaning(NOTHING, HALF, 0.05)
-    ),
+    "RepVGG with student, smallest 5 % of margins, 0.5 s": _student(_extreme(0.05)),
+    "RepVGG with student, half from the hardest 12 %, 0.5 s": _student(_leaning(0.05)),
     "RepVGG with student, random 5 %, 0.5 s": _student(),
     "digits, random 10 %, decoded": _decoded(work="digits"),
     "digits, random 10 %, inverted in the second half": _inverted(work="digits"),

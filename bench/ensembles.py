@@ -2,7 +2,7 @@
 
 An ensemble of 1,000 rows runs on 50 simulated workers. A row takes 4 s, a tenth of the rows longer,
 by 32 s in the mean, exponentially distributed: independently of the row, half of them from the 12 %
-with the largest values, or exactly the largest values (`RowLatency`). A copy of a late row is as
+with the largest values, or exactly the largest values (`SlowRows`). A copy of a late row is as
 late. One call in 100 kills its worker. After 60 s the run ends, when 300 to 500 rows have come.
 Asked for are the mean of a quantity of interest, its 0.9 quantile, and the probability that it
 exceeds its 95 % point, each with a 90 % interval. The quantity is the largest absolute output

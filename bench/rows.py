@@ -19,7 +19,7 @@ row's outputs are off together.
 
 `late_rows`: each row sleeps for 4 s on 200 workers. A tenth of the rows takes longer, by 32 s in
 the mean, exponentially distributed: independently of the row, half of them from the 12 % with the
-largest peaks, or exactly the largest peaks (`RowLatency`). Where lateness is the row's, a copy is
+largest peaks, or exactly the largest peaks (`SlowRows`). Where lateness is the row's, a copy is
 late, too; where it is independent, a copy is late as often as any call. Compared are four ways to
 get the mean peak and the share of peaks above their 95 % point:
 
@@ -44,23 +44,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from report import Report, environment, show
-from simulators import EXPENSIVE, rows_of
+from simulators import EXPENSIVE, SlowRows, rows_of
 
 from nercc_jax.compilation import enable_compilation_cache
 from nercc_jax.pools import DevicePool
 from nercc_jax.risk import calibrate_learner_bars
 from nercc_jax.rows import run_rows
-from nercc_jax.stragglers import ExponentialLatency, RowLatency, TraceLatency
+from nercc_jax.stragglers import ExponentialLatency
 from nercc_jax.surrogates import LearnerTuning, fit_learner
 from nercc_jax.testing import SimulatedPool
 
 TOLERANCE, COVERAGE = 0.1, 0.9
 RATE, DELAY = 0.1, 32.0  # of late rows
-NONE, LATE = TraceLatency([0.0]), ExponentialLatency(DELAY)
+LATE = ExponentialLatency(DELAY)
 ROW_LAWS = {
-    "independent": RowLatency.independent(NONE, LATE, RATE),
-    "leaning": RowLatency.leaning_to(NONE, LATE, RATE),
-    "extreme": RowLatency.extreme(NONE, LATE, RATE),
+    "independent": SlowRows(RATE),
+    "leaning": SlowRows(RATE, leaning=0.5, hardest=0.12),
+    "extreme": SlowRows(RATE, leaning=1.0, hardest=RATE),
 }
 
 

@@ -30,6 +30,27 @@ STEPS = 60  # that the diabetes network is trained for
 
 
 @dataclasses.dataclass(frozen=True)
+class SlowRows:
+    """A law of which rows are slow: a share `rate` of all, by a score (cost, norm, margin).
+
+    A share `leaning` of them comes from the `hardest` share of rows, those with the largest scores;
+    the others come from all rows alike.
+    """
+
+    rate: float
+    leaning: float = 0.0
+    hardest: float = 1.0
+
+    def straggles(self, key: Array, scores: Array) -> Array:
+        """Draw which rows are slow; the hardest are those among these rows."""
+        rank = jnp.argsort(jnp.argsort(-scores))
+        others = self.rate * (1 - self.leaning)
+        hard = min(others + self.rate * self.leaning / self.hardest, 1.0)
+        few = jnp.round(self.hardest * len(scores))
+        return jax.random.uniform(key, scores.shape) < jnp.where(rank < few, hard, others)
+
+
+@dataclasses.dataclass(frozen=True)
 class CheapModel:
     """A cheap model of a function: a coarse solver of the same, or a network's student.
 

@@ -14,7 +14,7 @@ from nercc_jax.stragglers import (
     TraceLatency,
     WaitFor,
 )
-from nercc_jax.stragglers.groups import Latencies
+from nercc_jax.stragglers.draws import draw_latencies
 
 
 def strikes(fault, calls=2000, seed=0, worker=0, life=0):
@@ -67,7 +67,7 @@ def test_a_law_that_differs_between_workers_is_refused_with_a_way_out(law):
 def test_a_law_for_other_numbers_of_workers_is_refused():
     law = WorkerLatency(jax.numpy.arange(1.0, 4.0))
     with pytest.raises(ValueError, match="must take any number of workers"):
-        Latencies(law, jax.random.key(0))
+        draw_latencies(law, jax.random.key(0), (9, 16))
 
 
 def test_delays_differ_by_worker_life_and_fault():

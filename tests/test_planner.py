@@ -11,7 +11,7 @@ import pytest
 from commands import invoke
 from scipy import stats
 
-from nercc_jax import NeRCC, Replication, coded_inference, plan
+from nercc_jax import coded_inference, plan
 from nercc_jax.inference import order_points
 from nercc_jax.planning import Candidate, Plan
 from nercc_jax.stragglers import (
@@ -22,9 +22,9 @@ from nercc_jax.stragglers import (
     ParetoLatency,
     TraceLatency,
     latency_law,
-    straggler_sets,
 )
-from nercc_jax.stragglers.groups import Latencies, Waiting, own_workers
+from nercc_jax.stragglers.draws import draw_latencies
+from nercc_jax.stragglers.simulate import wait_for
 from nercc_jax.surrogates import Surrogate
 from nercc_models import find_points
 
@@ -207,8 +207,7 @@ def test_replication_that_loses_tells_how_many(exact):
 @pytest.mark.parametrize(("copies", "at_once"), [(1, 1), (2, 1), (3, 1), (3, 2), (4, 2)])
 def test_hedging_is_as_the_formula_has_it(key, copies, at_once):
     """Exponential: P(T > t) by the copies that are out."""
-    latencies = Latencies(ExponentialLatency(1.0), key)
-    drawn = latencies.draw(0, (copies, 200_000))
+    drawn = draw_latencies(ExponentialLatency(1.0), key, (copies, 200_000))
     there, sent, _ = Hedge(0.5, at_once).outcome(drawn[:1], drawn[1:])
     times = [0.5 * -(-number // at_once) for number in range(copies)]  # when each copy goes out
     for t in (0.3, 0.8, 1.7):
@@ -220,37 +219,23 @@ def test_hedging_is_as_the_formula_has_it(key, copies, at_once):
 
 def test_waiting_for_a_number_is_an_order_statistic(key):
     """Chebyshev points have no answers of their own: Beta law of uniform order statistics."""
-    latencies = Latencies(TraceLatency(jnp.linspace(0, 1, 4001)), key)
-    own = np.zeros((4, 6), bool)
-    rule = Waiting(latencies.law, own, 4, 0.0)
-    mask, end, first = rule.draw(latencies, 0, (50_000,))
+    law, own = TraceLatency(jnp.linspace(0, 1, 4001)), np.zeros((4, 6), bool)
+    drawn = draw_latencies(law, key, (50_000, 6))
+    mask, end, first = wait_for(4, drawn, own)
     assert np.all(mask.sum(axis=1) >= 4)
     assert np.isinf(first).all()
     for q in (0.1, 0.5, 0.99):
         assert np.quantile(end, q) == pytest.approx(stats.beta(4, 3).ppf(q), abs=0.01)
-    patient = Waiting(latencies.law, own, 4, 0.7)
-    assert np.mean(patient.draw(latencies, 0, (50_000,))[1] <= 0.7) == pytest.approx(
-        stats.beta(4, 3).cdf(0.7), abs=0.01
-    )
+    patient = wait_for(4, drawn, own, 0.7)[1]
+    assert np.mean(patient <= 0.7) == pytest.approx(stats.beta(4, 3).cdf(0.7), abs=0.01)
 
 
-def test_a_group_ends_when_every_data_point_has_an_answer_of_its_own(dtype):
-    code = Replication(2, 4)
-    rule = Waiting(TAIL, own_workers(code), 4, 9.0)
-    mask, end, own = rule.outcome(jnp.asarray([0.3, 0.9, 2.0, 0.4]))
-    np.testing.assert_allclose(end, 0.4)
-    np.testing.assert_allclose(own, [0.3, 0.4])
-    assert mask.tolist() == [True, False, False, True]
-
-
-def test_a_rule_draws_what_it_decodes_from(key):
-    code = NeRCC(4, 6, points="interleaved")
-    rule = Waiting(TAIL, own_workers(code), 5, 0.05)
-    masks = straggler_sets(rule, key, 6, 4000)
-    expected = rule.draw(Latencies(TAIL, key), 0, (20_000,))[0]
-    np.testing.assert_allclose(masks.mean(axis=0), expected.mean(axis=0), atol=0.02)
-    with pytest.raises(ValueError, match="for 6 workers, not 7"):
-        rule.available(key, 7)
+def test_a_group_ends_when_every_data_point_has_an_answer_of_its_own():
+    """Workers 0 and 2 run on the first data point, 1 and 3 on the second."""
+    copies = np.array([[True, False, True, False], [False, True, False, True]])
+    mask, end, own = wait_for(4, np.array([[0.3, 0.9, 2.0, 0.4]]), copies, 9.0)
+    assert (end.tolist(), own.tolist()) == ([0.4], [[0.3, 0.4]])
+    assert mask.tolist() == [[True, False, False, True]]
 
 
 class RackLatency(AbstractLatency):
@@ -266,7 +251,7 @@ class RackLatency(AbstractLatency):
 
 def test_a_law_may_slow_workers_together(key):
     """Four in one rack: all wait, or none does."""
-    together, apart = (Latencies(RackLatency(size), key).draw(1, (20_000, 4)) for size in (4, 1))
+    together, apart = (draw_latencies(RackLatency(size), key, (20_000, 4)) for size in (4, 1))
     for drawn, often in ((together, 0.05), (apart, 1 - 0.95**4)):
         assert np.isclose(np.mean(drawn), 0.05 + 0.45 * 0.05, rtol=0.05)
         assert abs(np.mean(drawn.max(axis=-1) > 0.4) - often) < 4 * np.sqrt(often / 20_000)
@@ -274,13 +259,6 @@ def test_a_law_may_slow_workers_together(key):
     plans = [_plan(key, latency=RackLatency(size), max_disagreement=0.05) for size in (1, 6)]
     p99 = [min(r.p99 for r in each.candidates if r.points) for each in plans]
     assert p99[0] < 0.4 < p99[1]
-
-
-def test_own_workers():
-    assert not own_workers(NeRCC(4, 6)).any()
-    own = own_workers(NeRCC(4, 6, points="interleaved"))
-    np.testing.assert_array_equal(own, np.eye(4, 6, dtype=bool))
-    assert own_workers(NeRCC(4, 6, points="repeated")).sum(axis=0).tolist() == [1] * 6
 
 
 # Errors.

@@ -94,59 +94,26 @@ def picky(batch):
 X = np.random.default_rng(2).uniform(-1, 1, (60, 2))
 
 
-@pytest.mark.parametrize("opened", [True, False])
-def test_each_row_has_a_status_and_an_unknown_one_its_reason(opened):
+def test_progress_counts_what_has_and_what_will_have_no_value():
     odd, seen = X[:, 0] > 0.9, []
     options = {"tolerance": 0.0, "rows_per_call": 4, "on_progress": seen.append}
-    if opened:
-        with DevicePool(picky, 3, compiled=False) as pool:
-            result = run_rows(picky, X, pool, **options)
-            assert pool.report() == result.report
-    else:
-        result = run_rows(picky, X, DevicePool, num_workers=3, **options)
-    assert result.status.tolist() == np.where(odd, "unknown", "computed").tolist()
-    np.testing.assert_array_equal(result.values[~odd], np.cumsum(X[~odd], axis=1))
-    assert np.isnan(result.values[odd]).all()
-    assert list(result.reasons) == np.flatnonzero(odd).tolist()
-    assert set(result.reasons.values()) == {"ArithmeticError: there is no solution here"}
+    with DevicePool(picky, 3, compiled=False) as pool:
+        result = run_rows(picky, X, pool, **options)
+        assert pool.report() == result.report
     assert (seen[0].done, seen[0].waiting) == (0, 60)
     assert (seen[-1].computed, seen[-1].unknown, seen[-1].waiting) == (60 - odd.sum(), odd.sum(), 0)
+    assert list(result.reasons) == np.flatnonzero(odd).tolist()
+    assert np.isnan(result.values[odd]).all()
     assert result.summary["rows_done"] == 60 - odd.sum()
-    assert result.stopped is None
 
 
-def test_a_folder_is_resumed_and_only_by_the_same_run(tmp_path):
-    calls = []
-
-    def counted(batch):
-        calls.append(len(batch))
-        return 2 * batch
-
-    def interrupt(progress):
-        if progress.done:
-            raise KeyboardInterrupt
-
-    options = {"tolerance": 0.0, "num_workers": 2, "folder": tmp_path / "rows", "rows_per_call": 1}
-    rows = np.arange(300.0)[:, None]
-    first = run_rows(counted, rows, DevicePool, **options, about={"v": 1}, on_progress=interrupt)
-    assert first.stopped == "interrupted"
-    assert set(first.status.tolist()) == {"computed", "waiting"}
-    done = int(np.sum(first.status == "computed"))
-    with pytest.raises(ValueError, match="has the parts of an earlier run"):
-        run_rows(counted, rows, DevicePool, **options, about={"v": 1})
-    calls.clear()
-    for other, about, message in (
-        (rows + 1, {"v": 1}, "inputs was"),
-        (rows, {"v": 2}, "v was 1 and is 2"),
-        (rows, {}, "v was 1 and is None"),
-    ):
+def test_a_folder_is_resumed_by_the_same_run_only(tmp_path):
+    """The pinned runs have the rest: what was done is not computed again."""
+    options = {"tolerance": 0.0, "num_workers": 2, "folder": tmp_path / "rows"}
+    run_rows(np.negative, X, DevicePool, **options, about={"v": 1})
+    for about, message in (({"v": 2}, "v was 1 and is 2"), ({}, "v was 1 and is None")):
         with pytest.raises(ValueError, match=message):
-            run_rows(counted, other, DevicePool, **options, about=about, resume=True)
-    assert not calls
-    second = run_rows(counted, rows, DevicePool, **options, about={"v": 1}, resume=True)
-    assert set(second.status.tolist()) == {"computed"}
-    np.testing.assert_array_equal(second.values, 2 * rows)
-    assert sum(calls) == 300 - done, "what was done is not computed again"
+            run_rows(pytest.fail, X, DevicePool, **options, about=about, resume=True)
 
 
 def test_a_run_ends_by_itself_before_its_pool_ends_the_process():

@@ -6,7 +6,6 @@ once where it cannot.
 
 import math
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -521,10 +520,3 @@ def test_a_thread_that_fails_before_it_is_ready_says_why():
     faults = Faults([Fault("delay", latency=Unreadable())])
     with pytest.raises(RuntimeError, match="could not start: its thread ended: OSError: there is"):
         DevicePool(lambda batch: batch, 1, compiled=False, faults=faults)
-
-
-def test_a_pool_tells_how_it_is():
-    with DevicePool(lambda batch: batch, 1, compiled=False) as pool:
-        assert pool.trouble is None
-        assert time.monotonic() - pool.heartbeat < SOON
-    assert pool.trouble == "this pool is closed"

@@ -20,6 +20,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from ..codes import AbstractCode, NeRCC, Replication, decode_groups, regression_points
 from ..codes._checks import check_counts, check_not_negative
+from ..codes._kept import encoder_of
 from ..evaluation import Estimate
 from ..evaluation._answers import Recorder, batched, cut_groups
 from ..evaluation.tables import text_table
@@ -27,7 +28,7 @@ from ..inference import order_points
 from ..inference.models import Model, check_model
 from ..schemes import Scheme
 from ..stragglers import AbstractLatency, simulate
-from ..stragglers.groups import Latencies, Waiting, own_workers
+from ..stragglers.draws import draw_latencies
 from ..surrogates import Surrogate
 
 DRAWS = 20_000  # groups of queries whose times are drawn for a p99
@@ -301,17 +302,22 @@ def plan(
     asked |= {"max_extra_work": float(max_extra_work), "max_disagreement": float(max_disagreement)}
 
     of_latencies, of_data = jax.random.split(key, 2)
-    latencies, x = Latencies(latency, of_latencies), np.asarray(x)
+    x = np.asarray(x)
+
+    def latencies(stream: int, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+        return draw_latencies(latency, jax.random.fold_in(of_latencies, stream), shape)
+
     order = np.asarray(jax.random.permutation(of_data, len(x)))
     screening, held_out = (
         _Half(model, x[np.sort(part)], surrogate, asked, latencies, sets)
         for sets, part in ((4, order[: len(x) // 2]), (48, order[len(x) // 2 :]))
     )
     found: list[Candidate] = []
+    usual = latencies(0, (DRAWS, 16))
     hedges = itertools.product(((2, 1), (3, 1), (3, 2)), (0.5, 0.75, 0.9, 0.95, 0.99))
     for (copies, at_once), share in [((1, 1), 1.0), *hedges]:
-        after = latencies.quantile(share)
-        drawn = latencies.draw(copies, (copies, DRAWS, num_queries))
+        after = float(np.quantile(usual, share))
+        drawn = latencies(copies, (copies, DRAWS, num_queries))
         there, sent, _ = simulate.Hedge(after, at_once).outcome(drawn[:1], drawn[1:])
         row = Candidate("uncoded", num_queries, num_queries, num_queries, hedge_copies=at_once)
         if copies > 1:
@@ -350,7 +356,7 @@ class _Half:
         x: Float[np.ndarray, "points ..."],
         surrogate: Callable[[Array], Array] | None,
         asked: Mapping[str, Any],
-        latencies: Latencies,
+        latencies: Callable[[int, tuple[int, ...]], Float[np.ndarray, "..."]],
         sets: int,
     ):
         size, groups = 256, cut_groups(x, 1)  # data points in a call of the model
@@ -391,22 +397,25 @@ class _Half:
                 if late < fastest or number == waits[-1]:
                     yield self.measured(dataclasses.replace(row, min_wait=late - asked["overhead"]))
 
-    def _drawn(self, row: Candidate) -> tuple[Float[np.ndarray, " draws"], Waiting, Any]:
-        """Return when the last of all groups ends, by which rule, and what is lost until then."""
-        own, shape = own_workers(row.code), (DRAWS, self._asked["num_queries"] // row.num_data)
+    def _drawn(self, row: Candidate) -> tuple[Float[np.ndarray, " draws"], Any, Any]:
+        """Return when the last of all groups ends, workers on data points, and what is lost."""
+        # A row of a spline's encoder is a data point's to rounding.
+        points = np.eye(row.num_data)[:, None]
+        own = np.abs(encoder_of(row.code) - points).max(axis=-1) < 1e-5
+        shape = DRAWS, self._asked["num_queries"] // row.num_data
         if row.system == DOUBTED:  # all queries are one group, and groups differ in their copies
             cheap = jnp.asarray(self._cheap)[: len(self.x) // row.num_data * row.num_data]
             scheme = row.scheme(lambda _: cheap)
             own = np.swapaxes(np.asarray(scheme.encoders(scheme.prepare(cheap))) > 0.5, 1, 2)
             own = np.repeat(own, -(-DRAWS // len(own)), axis=0)[:, None]
             shape = own.shape[:2]
-        rule = Waiting(self._latencies.law, own, row.wait_for, row.min_wait)
-        _, end, there = rule.draw(self._latencies, 1, shape)
-        return end.max(axis=1) + self._asked["overhead"], rule, there > end[..., None]
+        drawn = self._latencies(1, (*shape, own.shape[-1]))
+        _, end, there = simulate.wait_for(row.wait_for, drawn, own, row.min_wait)
+        return end.max(axis=1) + self._asked["overhead"], own, there > end[..., None]
 
     def measured(self, row: Candidate) -> Candidate:
         """Return a row with its times and its disagreement, on groups in its order."""
-        times, rule, lost = self._drawn(row)
+        times, own, lost = self._drawn(row)
         if row.points is None:  # copies are exact, or lost
             return row.seen(times, lost if row.wait_for < row.num_workers else None)
         row = dataclasses.replace(row, held_out=self.sets > 4)
@@ -416,7 +425,8 @@ class _Half:
             return row.seen(times, lost.reshape(len(off), -1, row.num_data) & off)
         code, coded = row.code, self._recorded(row.num_data, row.order)
         answers, labels = np.asarray(coded.of(code).coded), np.argmax(coded.own, axis=-1)
-        draws = rule.draw(self._latencies, self.sets, (len(labels), self.sets))
+        drawn = self._latencies(self.sets, (len(labels), self.sets, row.num_workers))
+        draws = simulate.wait_for(row.wait_for, drawn, own, row.min_wait)
         lost, size = draws[2] > draws[1][..., None], 512  # groups that are decoded at a time
         wrong, rows = np.zeros(lost.shape, bool), np.argwhere(lost.any(axis=-1))
         for start in range(0, len(rows), size):

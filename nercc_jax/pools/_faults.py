@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..stragglers import AbstractLatency, TraceLatency
-from ..stragglers._laws import draws_alike
+from ..stragglers.draws import draws_alike
 
 FaultKind: TypeAlias = Literal["delay", "error", "nan", "hang", "death", "swap"]
 
@@ -183,29 +183,24 @@ class WorkerFaults:
         for number, fault in self._mine.items():
             # Drawn first, and always: what else is set must not shift the later draws.
             drawn = self._random.random() < fault.probability
-            if self._strikes(number, fault, call, batch) and drawn:
-                if number in self._delays:
-                    seconds += float(self._delays[number][call % _DRAWS])
-                elif callable(fault.latency):
-                    seconds += 0.0 if batch is None else float(fault.latency(batch))
-                else:
-                    kinds.add(fault.kind)
+            if fault.score is not None:
+                if batch is None:
+                    continue
+                scores, least = np.ravel(np.asarray(fault.score(batch), float)), fault.least_score
+                if fault.hardest is not None:
+                    seen = self._seen[number]
+                    seen.extend(scores.tolist())
+                    if len(seen) < _FEWEST:
+                        continue
+                    least = np.nextafter(np.quantile(seen, 1 - fault.hardest), np.inf)
+                drawn &= not np.max(scores) < least
+            drawn &= fault.calls is None or call in fault.calls
+            if not drawn or not (fault.when is None or fault.when(self._time())):
+                continue
+            if number in self._delays:
+                seconds += float(self._delays[number][call % _DRAWS])
+            elif callable(fault.latency):
+                seconds += 0.0 if batch is None else float(fault.latency(batch))
+            else:
+                kinds.add(fault.kind)
         return StruckCall(seconds, kinds)
-
-    def _strikes(self, number: int, fault: Fault, call: int, batch: PyTree | None) -> bool:
-        """Return whether a fault strikes a call, by its number, its rows' scores and the time."""
-        if fault.score is not None:
-            if batch is None:
-                return False
-            scores, least = np.ravel(np.asarray(fault.score(batch), float)), fault.least_score
-            if fault.hardest is not None:
-                seen = self._seen[number]
-                seen.extend(scores.tolist())
-                if len(seen) < _FEWEST:
-                    return False
-                least = np.nextafter(np.quantile(seen, 1 - fault.hardest), np.inf)
-            if np.max(scores) < least:
-                return False
-        if fault.calls is not None and call not in fault.calls:
-            return False
-        return fault.when is None or bool(fault.when(self._time()))

@@ -2,15 +2,20 @@
 
 Ray's object store is memory that all processes of a machine map: what is read from it is not
 copied, and on a CPU JAX uses it in place. So weights exist once on a machine, whatever holds them:
-modules, closures, bound methods.
+modules, closures, bound methods. Code is imported from where a worker runs, which may be of another
+version: a worker that has other code is refused before it answers.
 """
 
 import dataclasses
+import hashlib
 import inspect
 import io
 import pickle
+import platform
+import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -18,8 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-
-from .worker import check_versions, code_versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +42,25 @@ class EncodedInputs:
         Raises RuntimeError if its code is not that which was packed.
         """
         value = pickle.loads(self.pickled, buffers=self.arrays)
-        check_versions(self.code)
+        here = code_versions(self.code)
+        other = [name for name in here if here[name] != self.code[name]]
+        if other:
+            raise RuntimeError(
+                f"a worker on {platform.node()} has other code than the pool: {', '.join(other)}. "
+                "Install the same version there, or send it along: runtime_env={'working_dir': "
+                "FOLDER} of RayPool, or `nercc`'s --runtime-env"
+            )
         return value
+
+
+def code_versions(modules: Iterable[str]) -> dict[str, str]:
+    """Return a checksum of the source file of each module that is imported from one."""
+    found = {}
+    for name in sorted(modules):
+        path = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+        if path.suffix == ".py" and path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return found
 
 
 def pack(value: Any) -> EncodedInputs:

@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -35,11 +35,6 @@ class PoolResult:
 
     decoded: Decoded
     answers: BatchAnswers
-
-
-# Coded data points, worker by worker, and what `Decode` has to know of them.
-Encode: TypeAlias = Callable[[PyTree], tuple[PyTree, Any]]
-Decode: TypeAlias = Callable[[Any, PyTree, np.ndarray], Decoded]
 
 
 @no_mesh()
@@ -89,7 +84,7 @@ def pool_inference(
     """
     scheme = off_meshes(code) if isinstance(code, Scheme) else None
     plain: AbstractCode = off_meshes(code) if scheme is None else scheme.code
-    encode, decode = _code_steps(plain) if scheme is None else _scheme_steps(scheme)
+    encoder = encoder_of(plain)
     if scheme is not None:
         check_conditions((scheme.error_probability, scheme.bars), pool.conditions)
     kinds = plain.worker_models.tolist()
@@ -99,7 +94,11 @@ def pool_inference(
         deadline = check_deadline(deadline)
         x, _, many = as_groups(plain, jax.tree.map(np.asarray, x), grouped=grouped)
         check_finite(x if many else jax.tree.map(lambda leaf: leaf[0], x), 2 if many else 1)
-        coded, known = encode(x)
+        points, prepared = points_of(x), None
+        if scheme is None:  # on the host, uncompiled
+            coded = jax.tree.map(lambda leaf: encode_on_host(encoder, leaf), x)
+        else:
+            prepared, coded = _encode(scheme, points, encoder)
         needed = None if enough is None or callable(enough) else operator.index(enough)
         with pool.dispatch(coded, kinds=kinds, needed=needed) as batch:
             answers = batch.wait(enough, deadline)
@@ -113,7 +112,18 @@ def pool_inference(
                 raise RuntimeError(f"no worker answered, and none will: {seen}")
             raise TimeoutError(f"no worker answered within {deadline} s: {seen}")
 
-        found = decode(known, answers.values, answers.available)
+        # The scheme is an argument: one that has learned more compiles nothing.
+        values, available = answers.values, answers.available
+        if scheme is None:
+            y = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), values)
+            found = decode_groups(plain, y, available[None])
+        else:
+            assert prepared is not None
+            # Where each group has points of its own, no decoder is kept.
+            given = known_matrices(plain, available).decoders if prepared.beta is None else None
+            matrices = CachedMatrices(encoder, given)
+            found = _decode(scheme, points, prepared, values, available, matrices)
+        found = jax.tree.map(np.asarray, found)
         if not np.any(found.recovered):
             raise TimeoutError(
                 f"no prediction can be recovered from the {answers.available.sum()} of "
@@ -124,43 +134,6 @@ def pool_inference(
         return PoolResult(found, answers) if with_status else found.predictions
 
     return infer
-
-
-def _code_steps(code: AbstractCode) -> tuple[Encode, Decode]:
-    """Return encoding and decoding by a code alone, of groups (groups, K, ...): uncompiled."""
-    encoder = encoder_of(code)
-
-    def encode(x: PyTree) -> tuple[PyTree, None]:
-        return jax.tree.map(lambda leaf: encode_on_host(encoder, leaf), x), None
-
-    def decode(known: None, values: PyTree, available: np.ndarray) -> Decoded:
-        y = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), values)
-        return jax.tree.map(np.asarray, decode_groups(code, y, np.asarray(available)[None]))
-
-    return encode, decode
-
-
-def _scheme_steps(scheme: Scheme) -> tuple[Encode, Decode]:
-    """Return encoding and decoding by a scheme, of groups (groups, K, ...).
-
-    The scheme is an argument of both programs: one that has learned more compiles nothing.
-    """
-    code = scheme.code
-    encoder = encoder_of(code)
-
-    def encode(x: PyTree[Shaped[np.ndarray, "groups num_data ..."]]) -> tuple[PyTree, Any]:
-        points = points_of(x)
-        prepared, coded = _encode(scheme, points, encoder)
-        return coded, (points, prepared)
-
-    def decode(known: Any, values: PyTree, available: np.ndarray) -> Decoded:
-        points, prepared = known
-        given = None if prepared.beta is not None else known_matrices(code, available).decoders
-        matrices = CachedMatrices(encoder, given)
-        found = _decode(scheme, points, prepared, values, available, matrices)
-        return jax.tree.map(np.asarray, found)
-
-    return encode, decode
 
 
 @eqx.filter_jit

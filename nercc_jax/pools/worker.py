@@ -1,18 +1,9 @@
-"""The code that runs at a worker, in whichever thread or process it lives, and checksums of it.
-
-A worker in another process gets its weights from the pool, but it imports code from where it runs,
-which may be of another version: one that has other code is refused before it answers.
-The workers of a `DevicePool` share the pool's own objects.
-"""
+"""The code that runs at a worker, in whichever thread or process it lives."""
 
 import contextlib
 import functools
-import hashlib
-import platform
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -34,29 +25,6 @@ from ..inference.models import (
     matmul_precision,
 )
 from ._faults import InjectedError, StruckCall, WorkerFaults
-
-
-def code_versions(modules: Iterable[str]) -> dict[str, str]:
-    """Return a checksum of the source file of each module that is imported from one."""
-    found = {}
-    for name in sorted(modules):
-        path = Path(getattr(sys.modules.get(name), "__file__", None) or "")
-        if path.suffix == ".py" and path.is_file():
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return found
-
-
-def check_versions(wanted: Mapping[str, str]) -> None:
-    """Raise RuntimeError if a module's source has another checksum here than where the pool is."""
-    here = code_versions(wanted)
-    other = [name for name in here if here[name] != wanted[name]]
-    if other:
-        raise RuntimeError(
-            f"a worker on {platform.node()} has other code than the pool: {', '.join(other)}. "
-            "Install the same version there, or send it along: runtime_env={'working_dir': FOLDER} "
-            "of RayPool, or `nercc`'s --runtime-env"
-        )
-
 
 Device: TypeAlias = Any  # `jax.Device`, which pyright does not take for a type
 

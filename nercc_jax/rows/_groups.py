@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 
 from ..codes import AbstractCode
 from ..codes._checks import check_count
-from ..pools import AbstractPool, PoolReport, PoolResult, pool_inference
+from ..pools import AbstractPool, PoolReport, pool_inference
 from ..pools.backend import pool_counts
 from ..pools.batch import Enough, check_deadline
 from ._interface import RowProgress, summary_text
@@ -120,28 +120,25 @@ def run_groups(
     places = np.arange(number * size) % count  # the last batch is filled from the start
     total = count if batches is None else len(places)
     workers, names = code.num_workers, ids_of_rows(ids, count)
-    recovered, ended = np.zeros(total, bool), np.zeros(total, bool)
-    responded, predictions = np.zeros((total, workers), bool), np.zeros((total, 0), np.float32)
+    row, ended = np.arange(total), np.zeros(total, bool)
+    table: dict[str, np.ndarray] = {"row": row, "index": places[:total], "batch": row // size}
+    table |= {"recovered": np.zeros(total, bool), "responded": np.zeros((total, workers), bool)}
 
-    def take(arrays: Mapping[str, np.ndarray]) -> None:
-        nonlocal predictions
-        own, y = arrays["row"], arrays["predictions"]
-        if not predictions.shape[1]:  # whose width is known by now
-            predictions = np.full((total, y.shape[1]), np.nan, np.float32)
-        predictions[own], recovered[own], ended[own] = y, arrays["recovered"], True
-        responded[own] = arrays["responded"]
-
-    def arrays_of(own: np.ndarray) -> dict[str, np.ndarray]:
-        found = {"row": own, "index": places[own], "batch": own // size}
-        found |= {"recovered": recovered[own], "responded": responded[own]}
-        return found | {"predictions": predictions[own]}
+    def take(own: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+        if "predictions" not in table:  # whose width is known by now
+            width = arrays["predictions"].shape[1]
+            table["predictions"] = np.full((total, width), np.nan, np.float32)
+        for name in ("recovered", "responded", "predictions"):
+            table[name][own] = arrays[name]
+        ended[own] = True
 
     facts, parts = {"rows": total, "points": count, "groups": groups} | dict(about or {}), None
     if folder is not None:
         check_parts(Path(folder), resume)
         parts = Parts(Path(folder), facts, names)
         for each in parts.read():
-            take(each)
+            take(each["row"], each)
+    recovered, reasons = table["recovered"], dict[int, str]()
     left = [each for each in range(number) if not recovered[each * size :][:size].all()]
     done = batches_done = missing = 0  # data points, batches, and answers that did not come in time
     seconds = 0.0  # when the last batch ended
@@ -151,41 +148,34 @@ def run_groups(
         alive, lost = report.num_workers - report.starting, int(np.sum(ended)) - known
         return RowProgress(total, known, 0, lost, alive, seconds, done / max(seconds, 1e-9))
 
-    reasons: dict[int, str] = {}
     infer, stopped = pool_inference(pool, code, with_status=True, grouped=True), None
     on_progress(progress())
     try:
         for number in left:
+            own = row[number * size :][:size]  # a batch's filling beyond the rows is cut
             made = np.asarray(prepare(x[places[number * size :][:size]]))
-            made = made.reshape(groups, num_data, *made.shape[1:])
-            own, trouble = np.arange(total)[number * size :][:size], ""
             try:
-                found: PoolResult = infer(made, enough, deadline)
+                found = infer(made.reshape(groups, num_data, *made.shape[1:]), enough, deadline)
             except (TimeoutError, RuntimeError) as error:  # nothing to decode, or recovered
                 trouble, missing = str(error), missing + workers
             else:
                 decoded, available = found.decoded, found.answers.available
                 missing += workers - int(available.sum())
-                # A batch's filling beyond the rows is cut.
-                mask, many = np.asarray(decoded.recovered).reshape(-1), len(own)
+                mask = np.asarray(decoded.recovered).reshape(-1)
                 by_row = np.repeat(decoded.responded, num_data, axis=0) & mask[:, None]
-                y = np.asarray(decoded.predictions).reshape(size, -1)[:many]
-                given = {"row": own, "predictions": y, "recovered": mask[:many]}
-                take(given | {"responded": by_row[:many]})
+                given = {"recovered": mask, "responded": by_row}
+                given["predictions"] = np.asarray(decoded.predictions).reshape(size, -1)
+                take(own, {name: each[: len(own)] for name, each in given.items()})
                 trouble = (
                     f"{size - mask.sum()} of {size} data points cannot be recovered from the "
                     f"{available.sum()} answers that were in"
                 )
                 if parts is not None:  # others are lost, and tried again by a later run
-                    parts.add(arrays_of(own))
+                    parts.add({name: each[own] for name, each in table.items()})
             ended[own] = True
-            lost = own[~recovered[own]].tolist()
-            reasons |= dict.fromkeys(lost, trouble)
-            done, batches_done, seconds = (
-                done + len(own),
-                batches_done + 1,
-                pool.clock.now() - begin,
-            )
+            reasons |= dict.fromkeys(own[~recovered[own]].tolist(), trouble)
+            done, batches_done = done + len(own), batches_done + 1
+            seconds = pool.clock.now() - begin
             on_progress(progress())
             if (stopped := pool.ending) is not None:
                 break
@@ -206,7 +196,8 @@ def run_groups(
         "stragglers_per_batch": missing / max(batches_done, 1),
         "lost": int(np.sum(ended & ~recovered)),
     }
-    arrays = arrays_of(np.flatnonzero(ended))
+    table.setdefault("predictions", np.zeros((total, 0), np.float32))
+    arrays = {name: each[ended] for name, each in table.items()}
     names = None if names is None else names[arrays["index"]]
     summary = facts | counts | pool_counts(report)
     return GroupResult(arrays, reasons, summary, report, stopped, names)

@@ -214,11 +214,6 @@ class _Run:
             show(self._progress())
         except KeyboardInterrupt:
             stopped = "interrupted"
-        except RuntimeError:
-            if self._parts is not None and len(state.table.open) == len(self._x):
-                self._parts.remove()
-                self._parts = None
-            raise
         finally:
             if stopped is None and state.over:
                 # For what workers still compute; what no worker has is dropped.
@@ -231,7 +226,7 @@ class _Run:
                         self._take_ended(end)
             for batch in self._batches.values():
                 batch.forget()
-            if self._parts is not None:
+            if self._parts is not None and len(state.table.open) < len(self._x):
                 self._parts.flush(complete=not len(state.table.open))
         return stopped
 

@@ -5,7 +5,6 @@ whatever ends a run, the results written by then are there, and a later run goes
 """
 
 import hashlib
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,10 +111,6 @@ class Parts:
         self._manifest["complete"] = complete
         write_entries(self._folder / _MANIFEST, "run", self._manifest)
         self._pending, self._written = [], time.monotonic()
-
-    def remove(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def fingerprint(content: Path | np.ndarray | None) -> str | None:

@@ -12,10 +12,8 @@ if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
     from ._laws import IndependentStragglers as IndependentStragglers
     from ._laws import LogNormalLatency as LogNormalLatency
     from ._laws import ParetoLatency as ParetoLatency
-    from ._laws import RowLatency as RowLatency
     from ._laws import TraceLatency as TraceLatency
     from ._laws import WaitFor as WaitFor
-    from ._laws import WaitUntil as WaitUntil
     from ._laws import latency_law as latency_law
     from ._laws import straggler_sets as straggler_sets
     from .simulate import Hedge as Hedge
@@ -23,8 +21,8 @@ if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
 # Imported when they are first used: the simulator of hedging runs without JAX.
 _WHERE = {
     "_laws": "AbstractLatency AbstractStragglers ContiguousStragglers ExactStragglers "
-    "ExponentialLatency IndependentStragglers LogNormalLatency ParetoLatency RowLatency "
-    "TraceLatency WaitFor WaitUntil latency_law straggler_sets",
+    "ExponentialLatency IndependentStragglers LogNormalLatency ParetoLatency "
+    "TraceLatency WaitFor latency_law straggler_sets",
     "simulate": "Hedge",
 }
 _PLACES = {name: place for place, names in _WHERE.items() for name in names.split()}

@@ -114,23 +114,6 @@ class AbstractLatency(eqx.Module):
         """
 
 
-def draws_alike(law: AbstractLatency) -> bool:
-    """Return whether a law's draws are independent of their place, for every shape.
-
-    Draws in rows are then those in a line with the same key, whichever of the functions in
-    `jax.random` draws them. Rows of a prime number of workers are cut by racks of any size, and
-    there are enough of them that a rare event is among them.
-    """
-    rows, workers = 256, 257
-    try:
-        line = np.asarray(law.sample(jax.random.key(0), (rows * workers,)))
-        drawn = np.asarray(law.sample(jax.random.key(0), (rows, workers)))
-    except (TypeError, ValueError):
-        return False
-    alike = drawn.shape == (rows, workers) and line.shape == (rows * workers,)
-    return alike and np.allclose(line, drawn.ravel(), rtol=1e-4, equal_nan=True)
-
-
 class ExponentialLatency(AbstractLatency):
     """`shift` + an exponential of mean `scale`, in seconds: a base time and a memoryless delay."""
 
@@ -250,116 +233,14 @@ def latency_law(text: str) -> AbstractLatency:
     )
 
 
-class RowLatency(eqx.Module):
-    """A law of the time that a row takes, where slow rows differ from others by a score.
-
-    A share `rate` of all rows straggles and takes a draw of `delay` more than a draw of `base`. A
-    share `leaning` of these stragglers comes from the `hardest` share of rows, those with the
-    largest scores (cost, stiffness, norm, negative margin); the others come from all rows alike.
-    `RowLatency.independent`, `.leaning_to` and `.extreme` name three cases.
-
-    Args:
-        base: The latency of every row.
-        delay: The latency that a straggling row has in addition.
-        rate: The share of rows that straggle, in the mean.
-        leaning: The share of stragglers that come from the hardest rows: 0 for independence.
-        hardest: The share of rows that count as hardest.
-
-    Raises:
-        ValueError: A share is outside [0, 1], or the hardest rows are too few for their stragglers.
-
-    Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from nercc_jax.stragglers import RowLatency, TraceLatency
-        >>> law = RowLatency.extreme(TraceLatency([0.1]), TraceLatency([1.0]), rate=0.25)
-        >>> law.straggles(jax.random.key(0), jnp.array([3.0, 1.0, 9.0, 2.0])).tolist()
-        [False, False, True, False]
-    """
-
-    base: AbstractLatency
-    delay: AbstractLatency
-    rate: float = eqx.field(converter=float, static=True)
-    leaning: float = eqx.field(converter=float, static=True, default=0.0)
-    hardest: float = eqx.field(converter=float, static=True, default=1.0)
-
-    def __check_init__(self):
-        for name in ("rate", "leaning", "hardest"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
-        others = self.rate * (1 - self.leaning)
-        if self.rate * self.leaning > self.hardest * (1 - others) + 1e-9:  # rounding
-            raise ValueError(
-                f"the hardest {self.hardest:g} of the rows are too few for a share "
-                f"{self.leaning:g} of the stragglers, which are {self.rate:g} of all rows"
-            )
-
-    @classmethod
-    def independent(
-        cls, base: AbstractLatency, delay: AbstractLatency, rate: float
-    ) -> "RowLatency":
-        """Return the law under which every row straggles alike."""
-        return cls(base, delay, rate)
-
-    @classmethod
-    def leaning_to(
-        cls,
-        base: AbstractLatency,
-        delay: AbstractLatency,
-        rate: float,
-        *,
-        leaning: float = 0.5,
-        hardest: float = 0.12,
-    ) -> "RowLatency":
-        """Return the law under which a share of the stragglers comes from the hardest rows."""
-        return cls(base, delay, rate, leaning, hardest)
-
-    @classmethod
-    def extreme(cls, base: AbstractLatency, delay: AbstractLatency, rate: float) -> "RowLatency":
-        """Return the law under which the hardest rows straggle, and no others."""
-        return cls(base, delay, rate, 1.0, rate)
-
-    def probabilities(self) -> tuple[float, float]:
-        """Return the probability of straggling of the hardest rows, and of all others."""
-        others = self.rate * (1 - self.leaning)
-        if self.leaning == 0 or self.rate == 0:
-            return others, others
-        return min(others + self.rate * self.leaning / self.hardest, 1.0), others
-
-    def straggles(self, key: PRNGKeyArray, scores: Float[Array, " rows"]) -> Bool[Array, " rows"]:
-        """Draw which rows straggle, given their scores; the hardest are those among these rows."""
-        number = jnp.round(self.hardest * scores.shape[0])
-        rank = jnp.argsort(jnp.argsort(-scores))
-        hard, other = self.probabilities()
-        probability = jnp.where(rank < number, hard, other)
-        return jax.random.uniform(key, scores.shape) < probability
-
-    def sample(self, key: PRNGKeyArray, scores: Float[Array, " rows"]) -> Float[Array, " rows"]:
-        """Draw each row's latency in seconds, given their scores."""
-        of_base, of_delay, of_rows = jax.random.split(key, 3)
-        late = self.straggles(of_rows, scores)
-        delay = self.delay.sample(of_delay, scores.shape)
-        return self.base.sample(of_base, scores.shape) + jnp.where(late, delay, 0)
-
-
-class AbstractWaiting(AbstractStragglers):
-    """A rule of waiting: which answers are there, of those that a law of latency draws."""
-
-    latency: eqx.AbstractVar[AbstractLatency]
-
-    @abc.abstractmethod
-    def outcome(self, latencies: Float[Array, " num_workers"]) -> tuple[Any, ...]:
-        """Return the mask of answers, and the seconds waited, given all workers' latencies."""
-
-    def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
-        return self.outcome(self.latency.sample(key, (num_workers,)))[0]
-
-
-class WaitFor(AbstractWaiting):
-    """The rule "decode when `number` workers have answered"."""
+class WaitFor(AbstractStragglers):
+    """The rule "decode when `number` workers have answered", by a law of latency."""
 
     latency: AbstractLatency
     number: int = eqx.field(converter=_number, static=True)
+
+    def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
+        return self.outcome(self.latency.sample(key, (num_workers,)))[0]
 
     def outcome(
         self, latencies: Float[Array, " num_workers"]
@@ -369,23 +250,6 @@ class WaitFor(AbstractWaiting):
         rank = jnp.argsort(jnp.argsort(latencies))
         mask = rank < self.number
         return mask, jnp.max(jnp.where(mask, latencies, 0))
-
-
-class WaitUntil(AbstractWaiting):
-    """The rule "decode after `deadline` seconds, or as soon as all workers have answered"."""
-
-    latency: AbstractLatency
-    deadline: float
-
-    def __check_init__(self):
-        if not self.deadline > 0:  # infinite: until all have answered
-            raise ValueError(f"deadline must be positive, not {self.deadline}")
-
-    def outcome(
-        self, latencies: Float[Array, " num_workers"]
-    ) -> tuple[Bool[Array, " num_workers"], Float[Array, ""]]:
-        """Return the mask of the answers within the deadline, and the seconds waited."""
-        return latencies <= self.deadline, jnp.minimum(self.deadline, jnp.max(latencies))
 
 
 def straggler_sets(

@@ -140,9 +140,11 @@ def hedged_times(
     copies = calls.copies[play.extra :]
     late = play.hedge.outcome(first, copies[:0], doubled=play.doubled).late
     hedged = late & ~np.asarray(play.known)
-    copied = dataclasses.replace(play.hedge, hedges=True).first_copy(copies[:, hedged])
+    # From the limit to the first answer of the copies, as if the query's own never came.
+    never, policy = np.full((1, hedged.sum()), np.inf), dataclasses.replace(play.hedge, hedges=True)
+    first_copy = policy.outcome(never, copies[:, hedged]).seconds - policy.limit
     own = calls.own[hedged]
-    return own, np.minimum(own, play.hedge.limit + copied) if raced else copied
+    return own, np.minimum(own, policy.limit + first_copy) if raced else first_copy
 
 
 def mean_between(ordered: Float[np.ndarray, " queries"], quantiles: tuple[float, float]) -> float:

@@ -1,11 +1,11 @@
 """The simulator: latencies of calls and a policy give times, calls, and who answered.
 
 It runs on NumPy arrays of any number of queries at once: a million take a second. A policy says
-what is sent when, given what has come by then: `Hedge` sends further copies of single queries.
-Latencies come from calls that were recorded (`RecordedCalls`) or, in `groups`, are drawn from a
-law; groups of coded data points end there. Each call finds a worker that is free: queueing is left
-out, and what the master does itself takes no time. `testing.SimulatedPool` runs the real scheduler
-instead, with queues, one query after the other.
+what is sent when, given what has come by then: `Hedge` sends further copies of single queries,
+`wait_for` ends groups of coded data points. Latencies come from calls that were recorded
+(`RecordedCalls`), or are drawn from a law (`draws`). Each call finds a worker that is free:
+queueing is left out, and what the master does itself takes no time. `testing.SimulatedPool` runs
+the real scheduler instead, with queues, one query after the other.
 """
 
 import dataclasses
@@ -79,12 +79,32 @@ class Hedge:
             seconds = np.where(sent, np.minimum(seconds, when + copy), seconds)
         return Outcome(np.where(late & known, self.limit, seconds), calls, late)
 
-    def first_copy(
-        self, copies: Float[np.ndarray, "copies *queries"]
-    ) -> Float[np.ndarray, "*queries"]:
-        """Return the seconds from a query's limit to the first answer of its copies."""
-        never = np.full((1, *copies.shape[1:]), np.inf)
-        return self.outcome(never, copies).seconds - self.limit
+
+def wait_for(
+    number: int,
+    latencies: Float[np.ndarray, "*groups num_workers"],
+    own: Bool[np.ndarray, "... num_data num_workers"],
+    min_wait: float = 0.0,
+) -> tuple[
+    Bool[np.ndarray, "*groups num_workers"],
+    Float[np.ndarray, "*groups"],
+    Float[np.ndarray, "*groups num_data"],
+]:
+    """Decode groups when `number` workers have answered, but not before `min_wait` seconds.
+
+    A group ends sooner if all its workers have answered, or each data point has an answer of its
+    own: `own[k, n]` says that worker n runs on data point k as it came. Groups may have workers of
+    their own.
+
+    Returns:
+        The mask of answers; the time of the end; and each data point's own time, that of its own
+        answer, infinite where no worker runs on it.
+    """
+    arrivals = np.sort(latencies, axis=-1)
+    first = np.where(own, latencies[..., None, :], np.inf).min(axis=-1)
+    enough = np.maximum(arrivals[..., number - 1], min_wait)
+    end = np.minimum(np.minimum(enough, arrivals[..., -1]), first.max(axis=-1))
+    return latencies <= end[..., None], end, first
 
 
 class RecordedCalls(NamedTuple):

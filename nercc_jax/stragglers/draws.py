@@ -1,0 +1,43 @@
+"""Draws of a law of latency on the host, and whether they depend on their place."""
+
+import jax
+import numpy as np
+from jaxtyping import Float, PRNGKeyArray
+
+from ._laws import AbstractLatency
+
+
+def draw_latencies(
+    law: AbstractLatency, key: PRNGKeyArray, shape: tuple[int, ...]
+) -> Float[np.ndarray, "..."]:
+    """Return latencies in seconds; the last axis is workers, which a law may slow together.
+
+    Raises:
+        ValueError: The law draws a negative or infinite latency, or not for so many workers.
+    """
+    try:
+        drawn = np.asarray(law.sample(key, shape)).reshape(shape)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{law} does not draw latencies {shape}: its last axis must take any number of workers"
+        ) from error
+    if not np.all(np.isfinite(drawn) & (drawn >= 0)):
+        raise ValueError(f"latencies must be finite, in seconds, 0 or more; {law} draws others")
+    return drawn
+
+
+def draws_alike(law: AbstractLatency) -> bool:
+    """Return whether a law's draws are independent of their place, for every shape.
+
+    Draws in rows are then those in a line with the same key, whichever of the functions in
+    `jax.random` draws them. Rows of a prime number of workers are cut by racks of any size, and
+    there are enough of them that a rare event is among them.
+    """
+    rows, workers = 256, 257
+    try:
+        line = np.asarray(law.sample(jax.random.key(0), (rows * workers,)))
+        drawn = np.asarray(law.sample(jax.random.key(0), (rows, workers)))
+    except (TypeError, ValueError):
+        return False
+    alike = drawn.shape == (rows, workers) and line.shape == (rows * workers,)
+    return alike and np.allclose(line, drawn.ravel(), rtol=1e-4, equal_nan=True)
