@@ -7,7 +7,6 @@ import pytest
 from conftest import require
 
 from nercc_jax.evaluation import Estimate, Evaluation, Evaluations
-from nercc_jax.tuning import TuningStep
 
 LAWS = ("0", "2", "4")
 MSE = {"NeRCC": (0.1, 0.2, 0.4), "BACC": (0.2, 0.3, 0.5), "LCC": (3.0, 1e5, 1e7)}
