@@ -274,7 +274,9 @@ def test_many_groups_judge_workers_together():
     y = np.stack([honest(code, "float32") for _ in range(30)], axis=1)
     y += random.normal(size=y.shape) * 0.1
     y[[4, 19]] += 0.5 * np.sign(random.normal(size=y[[4, 19]].shape))
-    got, suspected = robust_decode(code, y.astype("float32"), mask(32), max_adversaries=4)
+    got, suspected = robust_decode(
+        code, y.astype("float32"), mask(32), max_adversaries=4, threshold=3.0
+    )
     assert np.flatnonzero(suspected).tolist() == [4, 19]
     assert got.predictions.shape == (8, 30, 4)
 

@@ -88,5 +88,5 @@ def tune_code(options: Options) -> None:
     what = f"{title}, data that it was not tuned on"
     compared = compare(console, options, network, codes, held, laws, what)
     write_json(console, options.numbers, about, compared.records())
-    results["tuned code"] = options.output.resolve()
+    results["tuned code"] = str(options.output.resolve())
     show(console, *(f"{name}: {value}" for name, value in results.items()))

@@ -54,8 +54,9 @@ class transformable(functools.partial):
         return hash((self.func, id(self.args[0])))
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, transformable) and self.func is other.func
-        return same and self.args[0] is other.args[0]
+        if not isinstance(other, transformable):
+            return False
+        return self.func is other.func and self.args[0] is other.args[0]
 
 
 jax.tree_util.register_pytree_node(

@@ -26,6 +26,7 @@ def robust_decode(
     *,
     max_adversaries: int | Int[Array, ""],
     method: RobustMethod = "reject",
+    threshold: Float[ArrayLike, ""] | None = None,
     rate_constant: Float[ArrayLike, ""] = 4e-6,
 ) -> tuple[Decoded, Bool[Array, "*groups num_workers"]]:
     """Decode one group where up to `max_adversaries` of the workers may answer anything.
@@ -44,12 +45,13 @@ def robust_decode(
         max_adversaries: The most workers that may lie, a minority of N; an array to have one
             compilation for any number, which is then not checked.
         method: "reject" leaves out the answers that fit their neighbours least
-            (`find_adversaries`), those 4 + 6 / sqrt(m) times worse than the median one for m
-            outputs, and decodes the others as the code does: without adversaries it is the plain
-            decoding unless an honest answer is found guilty. "smooth" uses all answers,
+            (`find_adversaries`), and decodes the others as the code does: without adversaries it is
+            the plain decoding unless an honest answer is found guilty. "smooth" uses all answers,
             with a large lambda_dec, `rate_constant` (A / n)^(8/5) for A = `max_adversaries` and n
             answers (the code's own, where that is larger): the paper's decoder, in which lies are
             averaged with their neighbours, and so is the path.
+        threshold: How many times worse than the median answer one must fit to be left out by
+            "reject". Default: 4 + 6 / sqrt(m) for m outputs.
         rate_constant: The constant of "smooth".
 
     Returns:
@@ -85,6 +87,7 @@ def robust_decode(
         available,
         jnp.asarray(max_adversaries),
         method,
+        None if threshold is None else jnp.asarray(threshold),
         jnp.asarray(rate_constant),
     )
 
@@ -96,6 +99,7 @@ def _robust_decode(
     available: ArrayLike,
     max_adversaries: Int[Array, ""],
     method: RobustMethod,
+    threshold: Array | None,
     rate_constant: Array,
 ) -> tuple[Decoded, Array]:
     flat, form = join(to_device(checked_answers(code, y)), 1)
@@ -120,9 +124,10 @@ def _robust_decode(
         number = jnp.maximum(jnp.sum(answered), 1)
         distinct = gather_knots(code.beta, answered.astype(code.beta.dtype)).number / number
         length = 0.5 * jnp.pi / number * distinct**3
-        # What honest misfits scatter by, in units of the median one: more with few outputs to take
-        # the norm of. Measured as above, for 10 outputs and for 250.
-        threshold = 4 + 6 / max(flat.shape[1], 1) ** 0.5
+        if threshold is None:
+            # What honest misfits scatter by, in units of the median one: more with few outputs to
+            # take the norm of. Measured as above, for 10 outputs and for 250.
+            threshold = jnp.asarray(4 + 6 / max(flat.shape[1], 1) ** 0.5)
         dtype = working_dtype(flat.dtype, code.beta.dtype)
         responded = answered & ~find_adversaries(
             jax.lax.stop_gradient(code.beta),
