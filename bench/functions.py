@@ -390,7 +390,7 @@ def lost_copies(
         points, outputs, seen = x[place[1]], own[place[1]], answered[place]
         square = np.sum((points[:, None] - points) ** 2, axis=-1)
         nearest = outputs[np.argmin(np.where(seen, square, np.inf), axis=1)]
-        process = start.update(points, outputs, seen).predict(points)[0]
+        process = start.update(points[seen], outputs[seen]).predict(points)[0]
         mean = outputs.mean(axis=0, where=seen[:, None])
         for way, summary in enumerate((mean, nearest, process)):
             filled[way, *place] = np.where(seen[:, None], outputs, summary)

@@ -258,16 +258,6 @@ def test_nercc_is_the_textbooks_whatever_its_numbers(points, numbers, exact, mas
         np.testing.assert_allclose(found, decoder @ y, atol=1e-7 * size)
 
 
-def test_infinite_smoothing_decodes_by_the_straight_line_of_least_squares():
-    code = NeRCC(4, 10, lambda_dec=np.inf)
-    y = np.random.default_rng(0).normal(size=(10, 2)).astype(np.float32)
-    available = np.arange(10) != 3
-    alpha, beta = np.asarray(code.alpha, float), np.asarray(code.beta, float)
-    line = np.polyfit(beta[available], y[available], 1)
-    found = code.decode(y, available)
-    np.testing.assert_allclose(found, np.outer(alpha, line[0]) + line[1], atol=1e-6)
-
-
 @pytest.mark.parametrize("name", [name for name in SPLINES if name.startswith("nercc")])
 def test_the_uncertainty_is_what_paths_of_the_process_show(name):
     """Decoding errors over many drawn paths whose second derivative is white noise."""

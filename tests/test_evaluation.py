@@ -64,40 +64,22 @@ def test_further_models_are_given_by_the_codes_name(x, key):
     """A linear model is its own parity model: exact, except where two of a group are missing."""
     codes = {"ParM": Parity(4, 6), "copies": Replication(4, 6)}
     linear = lambda x: x @ WEIGHTS  # noqa: E731
-    one, two = (
-        evaluate(
-            linear,
-            codes,
-            x,
-            {"law": ExactStragglers(count)},
-            key=key,
-            further_models={"ParM": [linear]},
-            batch_size=7,
-        )[0]
-        for count in (1, 2)
-    )
+
+    def first(count, further):
+        laws, models = {"law": ExactStragglers(count)}, {"ParM": [further]}
+        return evaluate(linear, codes, x, laws, key=key, further_models=models, batch_size=7)[0]
+
+    one, two, off = first(1, linear), first(2, linear), first(1, lambda x: linear(x) + 1)
     assert one.code == two.code == "ParM"
     assert one.lost.mean == 0
     assert one.rel_acc.mean == 1
     assert one.mse.mean < 1e-10
     assert 0 < two.lost.mean < 1 / 2
     np.testing.assert_allclose(two.rel_acc.mean, 1 - two.lost.mean, rtol=1e-6)
-    (off,) = evaluate(
-        linear,
-        {"ParM": codes["ParM"]},
-        x,
-        {"law": ExactStragglers(1)},
-        key=key,
-        further_models={"ParM": [lambda x: linear(x) + 1]},
-    )
-    np.testing.assert_allclose(off.mse.mean, one_missing_share(key), rtol=1e-4)
-
-
-def one_missing_share(key):
-    """The mean share of data points that 20 sets of one straggler leave to a parity worker."""
+    # By the share of data points that 20 sets of one straggler leave to a parity worker.
     keys = [jax.random.fold_in(jax.random.fold_in(key, 0), index) for index in range(20)]
     masks = np.stack([ExactStragglers(1).available(key, 6) for key in keys])
-    return (~masks[:, :4]).mean()
+    np.testing.assert_allclose(off.mse.mean, (~masks[:, :4]).mean(), rtol=1e-4)
 
 
 def test_all_lost_is_reported(x, key):

@@ -160,22 +160,6 @@ def test_broken_rows_come_last_in_a_program_and_are_refused_elsewhere(broken, un
         order_points(rows, 4)
 
 
-def test_many_equal_rows():
-    """Each is as near as the next: no row is waited for by all others."""
-    rows = np.random.default_rng(8).permutation(np.repeat(np.eye(2, dtype=np.float32), 200, axis=0))
-    steps = np.diff(rows[np.asarray(find(rows))], axis=0)
-    assert np.count_nonzero(np.any(steps != 0, axis=1)) == 1
-
-
-def test_rows_of_which_each_waits_for_the_next():
-    """Gaps that grow: only one pair at a time is mutually nearest."""
-    places = np.cumsum(1.01 ** np.arange(400))
-    rows = np.random.default_rng(9).permutation(np.outer(places, [3.0, 4.0]).astype(np.float32))
-    order = find(rows)
-    assert is_permutation(order, 400)
-    assert length(rows, order) < 1.02 * 5 * (places[-1] - places[0])
-
-
 @pytest.mark.parametrize("number", [3, 100, 205])
 def test_buffers_are_searched_each_by_itself(number):
     """However many there are at a time, with a rest or without."""

@@ -171,12 +171,6 @@ def test_points_an_ulp_apart_are_one(dtype):
     np.testing.assert_allclose(fit, [0, 1, 3, 0, 3], atol=1e-5)
 
 
-def test_trailing_shapes(dtype):
-    t, y = jnp.asarray(chebyshev(7).astype(dtype)), jnp.arange(42.0).reshape(7, 3, 2)
-    spline = smoothing_spline(t, y, 1e-3)
-    assert spline.evaluate(jnp.zeros(4)).shape == (4, 3, 2)
-
-
 def test_large_n_stays_accurate(dtype):
     n = 20_000
     t = np.linspace(-1, 1, n).astype(dtype)

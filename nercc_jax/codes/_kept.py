@@ -66,11 +66,6 @@ class KeptMatrices:
         # It is safe among threads, and counts.
         self._made = functools.lru_cache(max(self.most_bytes // size, 1))(self._make)
 
-    @property
-    def lookups(self) -> Any:
-        """Return counts of decoders that were there (`hits`) and that had to be made (`misses`)."""
-        return self._made.cache_info()
-
     @functools.cached_property
     def on_host(self) -> bool:
         """True for a code that has its decoder's matrices by NumPy."""

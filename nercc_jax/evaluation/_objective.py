@@ -111,13 +111,12 @@ class Trial(eqx.Module):
     scales: Float[Array, " laws"]
     laws: tuple[str, ...] = eqx.field(static=True)
     criterion: Criterion = eqx.field(static=True)
-    power: float = eqx.field(static=True)
 
     def objective(self, model: Model, code: AbstractCode) -> Float[Array, ""]:
-        """Return the power mean over laws of a code's error relative to the starting code's.
+        """Return the mean over laws of a code's error relative to the starting code's.
 
-        With r_l = errors / scales this is (mean_l r_l^power)^(1/power): 1 for the starting code,
-        and differentiable in the code. An answer that is not finite makes it NaN.
+        It is 1 for the starting code, and differentiable in the code. An answer that is not finite
+        makes it NaN.
         """
         return self.errors(model, code)[1]
 
@@ -148,8 +147,7 @@ class Trial(eqx.Module):
         counts = (count > 0) & jnp.isfinite(self.scales)
         # Where the starting code makes no error at all, there is nothing to be relative to.
         relative = errors / jnp.maximum(self.scales, 1e-30)
-        powers = jnp.where(counts, jnp.where(counts, relative, 1) ** self.power, 0)
-        return errors, (jnp.sum(powers) / jnp.maximum(jnp.sum(counts), 1)) ** (1 / self.power)
+        return errors, jnp.sum(jnp.where(counts, relative, 0)) / jnp.maximum(jnp.sum(counts), 1)
 
 
 def make_trial(
@@ -161,28 +159,24 @@ def make_trial(
     key: PRNGKeyArray,
     num_sets: int = 32,
     criterion: Criterion = "mse",
-    power: float = 1.0,
 ) -> Trial:
     """Draw what the nested objective averages over, and weigh laws by a starting code's errors.
 
     An error counts relative to that of `code` under the same law: with more stragglers errors are a
-    hundred times larger, and the plain mean would see nothing else. The mean over laws has a power
-    of 1 or more: the higher it is, the more the law that gains least counts. `num_sets` straggler
-    sets are drawn for each law; all of a law's sets if they are fewer.
+    hundred times larger, and the plain mean would see nothing else. `num_sets` straggler sets are
+    drawn for each law; all of a law's sets if they are fewer.
 
     Raises:
         ValueError: There is no law, or an error of `code` is not finite.
     """
     if not stragglers:
         raise ValueError("there are no laws of stragglers")
-    if not power >= 1:
-        raise ValueError(f"power must be 1 or more, not {power}")
     check_model(model)
     x = to_device(x)
     originals = eqx.filter_jit(_own_predictions)(model, x)
     available, law = draw_sets(stragglers, key, code.num_workers, num_sets)
     laws = tuple(stragglers)
-    blank = Trial(x, originals, available, law, jnp.ones(len(laws)), laws, criterion, float(power))
+    blank = Trial(x, originals, available, law, jnp.ones(len(laws)), laws, criterion)
     scales, _ = blank.errors(model, code)
     if not jnp.all(jnp.isfinite(scales)):
         broken = {name: float(s) for name, s in zip(laws, scales, strict=True) if not s < jnp.inf}

@@ -229,20 +229,13 @@ def _on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
     leaves, structure = jax.tree.flatten(tree)
     for number, leaf in enumerate(leaves):
         if isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer):
-            lies: Any = _automatic(leaf)
-            if lies is None or tuple(lies.mesh.devices.flat) != tuple(mesh.devices.flat):
-                lies = NamedSharding(mesh, _REPLICATED)
-            leaves[number] = put(leaf, lies)
+            lies: Any = getattr(leaf, "sharding", None)
+            own: Any = getattr(lies, "mesh", None)
+            there = isinstance(own, Mesh) and tuple(own.devices.flat) == tuple(mesh.devices.flat)
+            # With automatic axes.
+            own, spec = (own, lies.spec) if there else (mesh, _REPLICATED)
+            leaves[number] = put(leaf, NamedSharding(Mesh(own.devices, own.axis_names), spec))
     return jax.tree.unflatten(structure, leaves)
-
-
-def _automatic(leaf: Any) -> NamedSharding | None:
-    """Return an array's sharding on its mesh, with automatic axes; None if it lies on none."""
-    here = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
-    sharding = leaf.sharding if here else None
-    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
-        return None
-    return NamedSharding(Mesh(sharding.mesh.devices, sharding.mesh.axis_names), sharding.spec)
 
 
 def _padded(array: Any, axis: int, devices: int) -> Any:

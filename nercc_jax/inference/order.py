@@ -110,10 +110,7 @@ def random_projection(x: PyTree, size: int = 128) -> Float[Array | np.ndarray, "
     if number <= size:
         return flat
     with np.errstate(over="ignore", invalid="ignore"):
-        if xp is np:
-            signed = flat * _known_signs(number, flat.dtype)
-        else:
-            signed = flat * jax.random.rademacher(jax.random.key(0), (number,), flat.dtype)
+        signed = flat * _signs(number, flat.dtype)
         if number % size:  # `np.pad` would take longer than all the rest
             filling = xp.zeros((len(flat), -number % size), flat.dtype)
             signed = xp.concatenate([signed, filling], axis=1)
@@ -121,8 +118,9 @@ def random_projection(x: PyTree, size: int = 128) -> Float[Array | np.ndarray, "
 
 
 @functools.lru_cache
-def _known_signs(number: int, dtype: Any) -> Float[np.ndarray, " number"]:
-    return np.asarray(jax.random.rademacher(jax.random.key(0), (number,), dtype))
+def _signs(number: int, dtype: Any) -> Float[np.ndarray, " number"]:
+    with jax.ensure_compile_time_eval():
+        return np.asarray(jax.random.rademacher(jax.random.key(0), (number,), dtype))
 
 
 @eqx.filter_jit

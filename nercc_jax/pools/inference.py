@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, PyTree, Shaped
 from ..codes import AbstractCode, Decoded, decode_groups
 from ..codes._kept import CachedMatrices, encoder_of, known_matrices
 from ..codes._trees import check_finite, groups_of, points_of, to_device
-from ..codes.host import encode_on_host
+from ..codes.workers import encode_on_host
 from ..inference._coded import as_groups
 from ..inference.models import check_conditions
 from ..schemes import Scheme

@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
-from ..codes._trees import Form
+from ..codes._trees import Form, groups_of, points_of
 from ..inference.models import Model
 
 
@@ -121,6 +121,4 @@ def outputs_of_groups(
     model: Model, groups: PyTree[Shaped[Any, "groups size ..."]]
 ) -> PyTree[Float[Any, "groups size ..."]]:
     """Return the outputs of a model of batches on groups of data points."""
-    shape = jax.tree.leaves(groups)[0].shape[:2]
-    flat = model(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups))
-    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), flat)
+    return groups_of(model(points_of(groups)), jax.tree.leaves(groups)[0].shape[1])

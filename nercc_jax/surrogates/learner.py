@@ -229,25 +229,23 @@ class Learner(AbstractSurrogate):
         self: L,
         x: PyTree[Shaped[Any, "pairs ..."]],
         y: PyTree[Float[Any, "pairs ..."]],
-        observed: Bool[Any, " pairs"] | None = None,
     ) -> L:
         """Return the learner that knows these pairs, too, in place of its oldest ones.
 
-        Coded data points with their answers are pairs like any other.
+        Coded data points with their answers are pairs like any other. Pairs that are not finite are
+        left out.
 
         Args:
             x: Inputs.
             y: Answers.
-            observed: Which pairs to learn from. Those that are not, or are not finite, are left
-                out, whatever their values.
 
         Raises:
             ValueError: x and y are not like what it holds, or a program is traced.
         """
-        if any_tracer(self, x, y, observed):
+        if any_tracer(self, x, y):
             raise ValueError("a learner learns outside of programs: call update outside of jax.jit")
-        one, (x, y, observed) = self._in_place((x, y, observed))
-        window, source, fresh = learn_pairs(one.window, one.kernel, *one._pairs(x, y, observed))
+        one, (x, y) = self._in_place((x, y))
+        window, source, fresh = learn_pairs(one.window, one.kernel, *one._pairs(x, y))
         learned = eqx.tree_at(lambda learner: learner.window, one, window)
         if not fresh.any():
             return self
@@ -459,7 +457,7 @@ class Learner(AbstractSurrogate):
         return np.where(np.eye(len(counts), dtype=bool), own, covariance)
 
     def _pairs(
-        self, x: PyTree, y: PyTree, observed: Bool[Any, " pairs"] | None
+        self, x: PyTree, y: PyTree
     ) -> tuple[Float[Any, "pairs features"], Float[Any, "pairs m"], Bool[Any, " pairs"]]:
         """Return features and residuals, and which pairs are known; the others hold zeros."""
         check_like(self.form, join(y, 1)[1])
@@ -467,9 +465,8 @@ class Learner(AbstractSurrogate):
         if length_of("x", x) != pairs:
             raise ValueError(f"x are {length_of('x', x)} data points, y {pairs} answers")
         known = finite_points(x, 1) & finite_points(y, 1)
-        known = known if observed is None else known & observed
 
-        def clean(leaf: Any) -> Any:  # values that are not observed may be anything
+        def clean(leaf: Any) -> Any:
             mask = known.reshape(-1, *[1] * (leaf.ndim - 1))
             return np.where(mask, leaf, np.zeros_like(leaf)) if is_float(leaf) else leaf
 

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..codes import AbstractCode, Replication, regression_points
-from ..codes._learned_decoder import LearnedDecoder, Regression
+from ..codes import AbstractCode, LearnedDecoder, Replication, regression_points
+from ..codes._learned_decoder import Regression
 from ..codes._trees import to_device
 from ..evaluation._answers import Recorder, batched, cut_groups
 from ..inference.models import Model

@@ -101,11 +101,6 @@ class Tuned(Generic[Code]):
     seconds: float
 
     @property
-    def path(self) -> tuple[TuningStep, ...]:
-        """Return the steps from the start that the code is from."""
-        return tuple(step for step in self.history if step.start == self.start)
-
-    @property
     def rejected(self) -> int:
         """Return the number of rejected steps."""
         return sum(step.rejected for step in self.history)
@@ -121,7 +116,6 @@ def tune(
     points: bool = True,
     optimizer: optax.GradientTransformation | Literal["adam", "lbfgs"] = "adam",
     criterion: Criterion = "mse",
-    power: float = 1.0,
     sampling: Sampling = Sampling(),  # noqa: B008
     descent: Descent = Descent(),
     on_step: Callable[[TuningStep, Code], None] = lambda step, code: None,
@@ -155,7 +149,6 @@ def tune(
             "lbfgs", which descends on one draw of four times the groups and twice the sets of a
             step, the more precisely: start it from what another has found.
         criterion: As in `nested_objective`.
-        power: As in `make_trial`; the higher, the more equal are the gains under all laws.
         sampling: What a step draws, and what is held out.
         descent: Length, speed and judgements; its learning rate is for the logarithms of the
             lambdas.
@@ -192,7 +185,7 @@ def tune(
     key_held, key_steps = jax.random.split(jax.random.fold_in(key, 1))
     trial = make_trial(
         model, first, held, stragglers, key=key_held, num_sets=sampling.held_out_sets,
-        criterion=criterion, power=power,
+        criterion=criterion,
     )  # fmt: skip
     # An error below this share of the outputs' variance is rounding, to which nothing is relative.
     own = join(trial.originals, 2)[0]

@@ -24,7 +24,7 @@ from ...codes import AbstractCode, Berrut, BerrutSpline, LearnedDecoder, NeRCC, 
 from ...codes._berrut import berrut_matrix
 from ...codes._kept import encoder_of, kept_matrices
 from ...codes._trees import Form
-from ...codes.host import encode_on_host
+from ...codes.workers import encode_on_host
 from ...risk import Accuracy, ErrorProbability
 from ...risk._features import decoding_features
 from ...splines._host import smoothing_matrix_on_host
