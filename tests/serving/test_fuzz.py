@@ -16,6 +16,8 @@ require("starlette", "serve")
 
 from faces import CODES, ask, message, stub_of
 
+from nercc_jax.serving.transport import open_inference_pb2 as messages
+
 pytestmark = pytest.mark.slow
 
 CONFIG = """
@@ -188,3 +190,12 @@ def test_it_goes_on(server):
     assert {worker["state"] for worker in status["workers"]} == {"idle"}
     assert status["totals"]["queries"]["exact"] > 20
     assert status["totals"]["deaths"] == status["totals"]["errors"]["failed"] == 0
+
+
+def test_bytes_that_are_no_message(server, stub):
+    with grpc.insecure_channel(server.grpc) as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        with pytest.raises(grpc.RpcError) as error:
+            call(b"\xff" * 50, timeout=ENDS)
+    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert stub.ServerReady(messages.ServerReadyRequest()).ready

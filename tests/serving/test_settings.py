@@ -477,3 +477,31 @@ def test_a_missing_ray_is_named_with_its_extra(monkeypatch):
     real = _serve.importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == "ray" else real(n))
     refused("pip install '.[ray]'", *OWN, "--pool", "ray")
+
+
+# By the first value beyond a bound, the settings that have it.
+BEYOND = {
+    65536: "http_port grpc_port",
+    10**6 + 1: "max_queue_size",
+    2**40 + 1: "max_body_bytes max_bytes_in_flight",
+    3601.0: "drain_delay_s drain_timeout_s batch_wait_timeout_s deadline_s",
+    86401.0: "hang_timeout_s",
+    65537: "max_batch_size",
+    10_001: "num_data num_workers workers copies",
+    2: "max_disagreement",
+    math.inf: "drain_delay_s deadline_s hang_timeout_s",
+    0: "max_body_bytes max_bytes_in_flight hang_timeout_s deadline_s version num_data num_workers "
+    "workers",
+    -1: "http_port grpc_port drain_delay_s drain_timeout_s",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for value, names in BEYOND.items() for name in names.split()]
+)
+def test_numbers_have_bounds(name, value):
+    path = write({name: value}) if name in SERVER else write(defaults={name: value})
+    where = name if name in SERVER else f"defaults.{name}"
+    limit = rf" {value - 1:.0f}(\.0)?" if 2 < value < math.inf else ""
+    with pytest.raises(ValueError, match=rf"^{where}: input should be .*{limit}, not {value}$"):
+        read_settings(path)

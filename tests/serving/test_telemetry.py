@@ -178,3 +178,12 @@ def test_spans_reach_a_collector(bare):
     named = {each.key: each.value.string_value for each in found.resource.attributes}
     assert named["service.name"] == "nercc_jax"
     assert [span.name for span in found.scope_spans[0].spans] == ["infer digits"]
+
+
+def test_a_request_belongs_to_the_trace_of_who_asked(server, spans):
+    for name in ("json", "raw"):
+        assert send(server, "decodes", name, face=name, traceparent=TRACEPARENT)
+        root = span_of(spans, name)
+        assert f"{root.context.trace_id:032x}" == TRACE
+        assert f"{root.parent.span_id:016x}" == PARENT
+        assert (root.name, root.attributes["nercc.outcome"]) == ("infer decodes", "ok")
