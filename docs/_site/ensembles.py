@@ -55,6 +55,21 @@ def by_function() -> Iterator[dict[str, str]]:
         yield row
 
 
+def unsure() -> str:
+    """Return how often our intervals held where the statistic was not known exactly."""
+    shares, held = [], []
+    for statistic in STATISTICS:
+        found = [cell["ways"]["ours"][statistic] for cell in cells()]
+        number = sum(each["unsure"] for each in found)
+        shares.append(100 * number / sum(each["draws"] for each in found))
+        held.append(100 * sum(each["held_unsure"] for each in found) / number)
+    each, those = (" / ".join(f"{share:.0f}" for share in some) for some in (shares, held))
+    return (
+        f"The statistic was not known exactly in {each} % of the draws (mean / quantile / "
+        f"probability), and {those} % of the intervals held in those."
+    )
+
+
 def draws() -> str:
     """Return how many draws there were."""
     numbers = sorted({cell["draws"] for cell in cells()})

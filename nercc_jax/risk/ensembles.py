@@ -110,7 +110,6 @@ def average(
     coverage: float,
     *,
     step: bool = False,
-    draws: int = 128,
 ) -> EnsembleEstimate:
     """Return the weighted mean of `g` over all rows, with an interval.
 
@@ -121,7 +120,6 @@ def average(
         weights: Of the rows, from 0 on (default: all the same).
         coverage: The probability with which the interval holds.
         step: Whether `g` is 0 or 1.
-        draws: Errors of a kind that open rows' values are drawn by, at most.
 
     Raises:
         ValueError: If weights or coverage do not fit.
@@ -145,7 +143,7 @@ def average(
     judged = rows.judged & rows.random
     judged &= rows.deviation <= rows.deviation[prompt if len(prompt) else late].max()
     of_kind = [np.flatnonzero(each) for each in (judged, rows.judged & rows.late)]
-    z = (rows.values - rows.predictions) / np.maximum(rows.deviation, 1e-300)
+    z, draws = (rows.values - rows.predictions) / np.maximum(rows.deviation, 1e-300), 128
     errors = [z[np.random.default_rng(0).permutation(each)[:draws]] for each in of_kind]
     if len(errors[0]) < 2:
         note = "fewer than two rows that were drawn at random have come"
