@@ -7,6 +7,7 @@ import pytest
 from conftest import require
 
 from nercc_jax.evaluation import Estimate, Evaluation, Evaluations
+from nercc_jax.tuning import TuningStep
 
 LAWS = ("0", "2", "4")
 MSE = {"NeRCC": (0.1, 0.2, 0.4), "BACC": (0.2, 0.3, 0.5), "LCC": (3.0, 1e5, 1e7)}
@@ -134,3 +135,18 @@ def test_pictures_are_one_column_of_panels_with_seven_curves_at_most():
     plain = [(look["marker"], look.get("linestyle"), look.get("markerfacecolor")) for look in looks]
     assert len({*plain}) == len(together)
     plt.close(figure)
+
+
+def test_a_tuning_run_is_a_picture(tmp_path):
+    """Also one that keeps a lambda of zero, which a logarithmic axis has no place for."""
+    require("matplotlib", "demo")
+    from nercc_jax.evaluation.pictures import tuning_figure
+
+    numbers = {"lambda_enc": 0.0, "lambda_dec": 1e-6, "gap_exponent": 4.0}
+    history = [TuningStep(0, step, 1.0, 0.9, False, numbers) for step in range(3)]
+    figure = tuning_figure(history, "exact")
+    shown = [[text.get_text() for text in axis.texts] for axis in figure.axes]
+    assert [sorted(names) for names in shown] == [
+        ["held out", "own groups"], ["gap_exponent", "lambda_dec"],
+    ]  # fmt: skip
+    figure.savefig(tmp_path / "tune.png")

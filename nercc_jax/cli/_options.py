@@ -326,8 +326,8 @@ COMMANDS = {
     "tune": Command(
         "_tune:tune_code",
         "model inputs outputs num_data num_workers layout steps output",
-        f"{_COMPARED} points learn_decoder criterion numbers",
-        {"output": Path("nercc-tuned.json")},
+        f"{_COMPARED} points learn_decoder criterion plot numbers",
+        {"output": Path("nercc-tuned.json"), "plot": Path("nercc-tune.png")},
     ),
     "serve": Command("_serve:serve_models"),
 }

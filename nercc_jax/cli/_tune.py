@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, save_code
 from ..codes._points import coincident
+from ..evaluation import pictures
 from ..tuning import Descent, learn_decoder, tune
 from ._command import of_option
 from ._comparison import compare, points_for, straggler_laws
@@ -74,6 +75,8 @@ def tune_code(options: Options) -> None:
         "tuned": f"{taken} steps in {tuned.seconds:.0f} s: {numbers}",
         "objective": f"{tuned.objective:.4f} of the untuned code's, on held-out groups",
     }
+    picture = pictures.tuning_figure(tuned.path, title)
+    picture.savefig(options.plot, dpi=130)
     codes: dict[str, AbstractCode] = {"untuned": start, "tuned": code}
     if options.learn_decoder:
         with console.status("learning the decoder ..."):
@@ -88,5 +91,5 @@ def tune_code(options: Options) -> None:
     what = f"{title}, data that it was not tuned on"
     compared = compare(console, options, network, codes, held, laws, what)
     write_json(console, options.numbers, about, compared.records())
-    results["tuned code"] = str(options.output.resolve())
+    results |= {"tuned code": options.output.resolve(), "picture": options.plot.resolve()}
     show(console, *(f"{name}: {value}" for name, value in results.items()))

@@ -217,6 +217,35 @@ def costs_figure(rows: Sequence[Any], title: str, into: Any) -> None:
     panel(into.subplots(), curves, "calls of the model a query", "labels kept, %", title)
 
 
+def tuning_figure(history: Sequence[Any], title: str) -> "Figure":
+    """Return a picture of a tuning run: its objective, and its numbers, at each step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((WIDTH, 7.4), layout="constrained")
+    first, second = figure.subplots(2, 1)
+    looks = {
+        "own groups": {"color": LIGHT},
+        "held out": {"color": BLUE, "marker": "o"},
+        "lambda_enc": {"color": GREEN},
+        "lambda_dec": {"color": RED, "linestyle": "--"},
+        "gap_exponent": {"color": PINK, "linestyle": ":"},
+    }
+    curves = {}
+    for name, look in looks.items():
+        values = {"own groups": "objective", "held out": "held_out"}.get(name)
+        known = [
+            (each.step, getattr(each, values) if values else each.parameters[name])
+            for each in history
+            if not values or getattr(each, values) is not None
+        ]
+        curves[name] = Curve(*np.array(known, float).reshape(-1, 2).T[:2], look=look)
+    heights = {name: curves.pop(name) for name in ("own groups", "held out")}
+    panel(first, heights, "step", "objective / the untuned code's", title)
+    first.axhline(1, color=GREY, lw=0.8, ls="--")
+    panel(second, curves, "step", "numbers (lambda_dec: all answer)", scale="log")
+    return figure
+
+
 def plan_figure(plan: Any, title: str, alike: float) -> "Figure":
     """Return the disagreement of a plan's candidates against their extra work.
 
