@@ -152,7 +152,7 @@ def run_setting(
                     "evaluations": tuned.evaluations,
                     "differentiated": tuned.differentiated,
                     "counted": tuned.evaluations + BACKWARD * tuned.differentiated,
-                    "steps": len(tuned.history) - 1,
+                    "steps": len(tuned.path) - 1,
                 }
             )
             report.log(f"{setting.name}: {kind}, seed {seed}: {runs[kind][-1]['objective']:.4f}")

@@ -165,9 +165,10 @@ def tuned(folder):
 
 
 @pytest.mark.slow
-def test_tune_compares_and_writes_a_code(tuned, folder):
+def test_tune_compares_draws_and_writes_a_code(tuned, folder):
     for word in ("untuned", "tuned", "learned", "BACC", "MSE", "RelAcc", "lambda_dec", "8 steps"):
         assert word in tuned
+    assert (folder / "nercc-tune.png").read_bytes().startswith(b"\x89PNG")
     card = code_card(folder / "nercc-tuned.json")
     assert (card["model"], card["data"]) == (MODEL, "example_inputs() of their_model")
     code = load_code(folder / "nercc-tuned.json")

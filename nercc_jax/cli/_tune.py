@@ -75,8 +75,7 @@ def tune_code(options: Options) -> None:
         "tuned": f"{taken} steps in {tuned.seconds:.0f} s: {numbers}",
         "objective": f"{tuned.objective:.4f} of the untuned code's, on held-out groups",
     }
-    path = [step for step in tuned.history if step.start == tuned.start]
-    picture = pictures.tuning_figure(path, title)
+    picture = pictures.tuning_figure(tuned.path, title)
     picture.savefig(options.plot, dpi=130)
     codes: dict[str, AbstractCode] = {"untuned": start, "tuned": code}
     if options.learn_decoder:

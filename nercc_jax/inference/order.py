@@ -110,7 +110,10 @@ def random_projection(x: PyTree, size: int = 128) -> Float[Array | np.ndarray, "
     if number <= size:
         return flat
     with np.errstate(over="ignore", invalid="ignore"):
-        signed = flat * _signs(number, flat.dtype)
+        if xp is np:
+            signed = flat * _known_signs(number, flat.dtype)
+        else:
+            signed = flat * jax.random.rademacher(jax.random.key(0), (number,), flat.dtype)
         if number % size:  # `np.pad` would take longer than all the rest
             filling = xp.zeros((len(flat), -number % size), flat.dtype)
             signed = xp.concatenate([signed, filling], axis=1)
@@ -118,9 +121,8 @@ def random_projection(x: PyTree, size: int = 128) -> Float[Array | np.ndarray, "
 
 
 @functools.lru_cache
-def _signs(number: int, dtype: Any) -> Float[np.ndarray, " number"]:
-    with jax.ensure_compile_time_eval():
-        return np.asarray(jax.random.rademacher(jax.random.key(0), (number,), dtype))
+def _known_signs(number: int, dtype: Any) -> Float[np.ndarray, " number"]:
+    return np.asarray(jax.random.rademacher(jax.random.key(0), (number,), dtype))
 
 
 @eqx.filter_jit

@@ -101,6 +101,11 @@ class Tuned(Generic[Code]):
     seconds: float
 
     @property
+    def path(self) -> tuple[TuningStep, ...]:
+        """Return the steps from the start that the code is from."""
+        return tuple(step for step in self.history if step.start == self.start)
+
+    @property
     def rejected(self) -> int:
         """Return the number of rejected steps."""
         return sum(step.rejected for step in self.history)
