@@ -102,6 +102,18 @@ def on_host(change):
     )
 
 
+class Kernel:
+    """Compares by identity."""
+
+
+class StaticObject(Means):
+    kernel: Kernel = eqx.field(static=True)
+
+    def __init__(self, num_data, num_workers):
+        Means.__init__(self, num_data, num_workers)
+        self.kernel = Kernel()
+
+
 class TextInALeaf(Means):
     kernel: str
 
@@ -123,6 +135,7 @@ class SizeAsAnArray(AbstractCode):
     ("build", "message"),
     [
         (lambda: SizeAsAnArray(jnp.array(K), N), "num_data must be a positive Python integer"),
+        (lambda: StaticObject(K, N), "static fields must compare equal in a copy of the code"),
         (lambda: TextInALeaf(K, N), r"the field \.kernel is 'cauchy', which `jax.jit` does not"),
         (
             changed(encoder_matrix=lambda self: Means.encoder_matrix(self).T),

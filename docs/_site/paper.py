@@ -379,9 +379,9 @@ def over_each() -> str:
         name = rival.replace("rival", "the better BACC")
         below = [sum(cell[kind] < cell[rival] for cell in CELLS) for kind in ("tuned", "untuned")]
         lines.append(
-            f"- Over {name}, NeRCC's mean gain in RMSE is {gain(CELLS, 'tuned', rival):.0f} % tuned, "
-            f"{gain(CELLS, 'untuned', rival):.0f} % untuned; its error is below in {below[0]} and "
-            f"{below[1]} of {len(CELLS)} cells."
+            f"- Over {name}, NeRCC's mean gain in RMSE is {gain(CELLS, 'tuned', rival):.0f} % "
+            f"tuned, {gain(CELLS, 'untuned', rival):.0f} % untuned; its error is below in "
+            f"{below[0]} and {below[1]} of {len(CELLS)} cells."
         )
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ from ..inference import order_points
 from ..inference.models import Model, check_model
 from ..schemes import Scheme
 from ..stragglers import AbstractLatency, simulate
-from ..stragglers.draws import draw_latencies
+from ..stragglers.draws import draw_latencies, draws_alike
 from ..surrogates import Surrogate
 
 DRAWS = 20_000  # groups of queries whose times are drawn for a p99
@@ -304,8 +304,15 @@ def plan(
     of_latencies, of_data = jax.random.split(key, 2)
     x = np.asarray(x)
 
+    alike = draws_alike(latency)
+
+    @functools.cache  # many candidates are of one shape
     def latencies(stream: int, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
-        return draw_latencies(latency, jax.random.fold_in(of_latencies, stream), shape)
+        key, number = jax.random.fold_in(of_latencies, stream), math.prod(shape)
+        if not alike:
+            return draw_latencies(latency, key, shape)
+        size = 1 << (number - 1).bit_length()  # few programs are compiled
+        return draw_latencies(latency, key, (size,))[:number].reshape(shape)
 
     order = np.asarray(jax.random.permutation(of_data, len(x)))
     screening, held_out = (

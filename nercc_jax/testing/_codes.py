@@ -5,6 +5,7 @@ together, and what tracing alone can find is found before anything is compiled. 
 name the straggler set in which they fail.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -139,6 +140,15 @@ def _check_pytree(code: AbstractCode) -> None:
             isinstance(size, int) and not isinstance(size, bool) and size > 0,
             f"{name} must be a positive Python integer in a static field, not {size!r}",
         )
+    try:
+        same = jax.tree.structure(copy.deepcopy(code)) == jax.tree.structure(code)
+    except ValueError:  # of arrays, whose comparison has many results
+        same = False
+    _require(
+        same,
+        "static fields must compare equal in a copy of the code, or `jax.jit` compiles each copy "
+        "again; make arrays ordinary fields, and give objects an `__eq__`",
+    )
     models = np.asarray(code.worker_models)
     numbered = np.array_equal(np.union1d(models, 0), np.arange(models.max() + 1))
     _require(
