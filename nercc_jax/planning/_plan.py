@@ -16,7 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
 
 from ..codes import AbstractCode, NeRCC, Replication, decode_groups, regression_points
 from ..codes._checks import check_counts, check_not_negative
@@ -28,7 +28,7 @@ from ..inference import order_points
 from ..inference.models import Model, check_model
 from ..schemes import Scheme
 from ..stragglers import AbstractLatency, simulate
-from ..stragglers.draws import draw_latencies, draws_alike
+from ..stragglers.draws import latency_draws
 from ..surrogates import Surrogate
 
 DRAWS = 20_000  # groups of queries whose times are drawn for a p99
@@ -302,18 +302,7 @@ def plan(
     asked |= {"max_extra_work": float(max_extra_work), "max_disagreement": float(max_disagreement)}
 
     of_latencies, of_data = jax.random.split(key, 2)
-    x = np.asarray(x)
-
-    alike = draws_alike(latency)
-
-    @functools.cache  # many candidates are of one shape
-    def latencies(stream: int, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
-        key, number = jax.random.fold_in(of_latencies, stream), math.prod(shape)
-        if not alike:
-            return draw_latencies(latency, key, shape)
-        size = 1 << (number - 1).bit_length()  # few programs are compiled
-        return draw_latencies(latency, key, (size,))[:number].reshape(shape)
-
+    latencies, x = latency_draws(latency, of_latencies), np.asarray(x)
     order = np.asarray(jax.random.permutation(of_data, len(x)))
     screening, held_out = (
         _Half(model, x[np.sort(part)], surrogate, asked, latencies, sets)
@@ -439,22 +428,14 @@ class _Half:
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             group, index = np.resize(part, (size, 2)).T
-            given = (answers[group], draws[0][group, index], labels[group])
-            off = np.asarray(_wrong_labels(code, *map(jnp.asarray, given)))
-            wrong[tuple(part.T)] = off[: len(part)]
+            given, mask = jnp.asarray(answers[group]), jnp.asarray(draws[0][group, index])
+            decoded = _decode(code, given, mask)
+            off = np.argmax(decoded.predictions, axis=-1) != labels[group]
+            wrong[tuple(part.T)] = (off | ~np.asarray(decoded.recovered))[: len(part)]
         return row.seen(times, wrong & lost)
 
 
-@eqx.filter_jit
-def _wrong_labels(
-    code: AbstractCode,
-    answers: Float[Array, "groups num_workers outputs"],
-    mask: Bool[Array, "groups num_workers"],
-    labels: Int[Array, "groups num_data"],
-) -> Bool[Array, "groups num_data"]:
-    """Return which labels differ or are lost."""
-    decoded = decode_groups(code, answers, mask)
-    return (jnp.argmax(decoded.predictions, axis=-1) != labels) | ~decoded.recovered
+_decode = eqx.filter_jit(decode_groups)
 
 
 def _ms(seconds: float) -> str:

@@ -1,5 +1,9 @@
 """Draws of a law of latency on the host, and whether they depend on their place."""
 
+import functools
+import math
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
@@ -23,6 +27,27 @@ def draw_latencies(
         ) from error
     if not np.all(np.isfinite(drawn) & (drawn >= 0)):
         raise ValueError(f"latencies must be finite, in seconds, 0 or more; {law} draws others")
+    return drawn
+
+
+def latency_draws(
+    law: AbstractLatency, key: PRNGKeyArray
+) -> Callable[[int, tuple[int, ...]], Float[np.ndarray, "..."]]:
+    """Return a function of a stream's number and a shape, whose draws are always the same.
+
+    Each shape is drawn once. Where a law's draws are alike, they are cut from lines of few lengths,
+    for which few programs are compiled.
+    """
+    alike = draws_alike(law)
+
+    @functools.cache
+    def drawn(stream: int, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+        own, number = jax.random.fold_in(key, stream), math.prod(shape)
+        if not alike:
+            return draw_latencies(law, own, shape)
+        line = draw_latencies(law, own, (1 << (number - 1).bit_length(),))
+        return line[:number].reshape(shape)
+
     return drawn
 
 
