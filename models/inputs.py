@@ -113,10 +113,11 @@ def _read_table(path: Path, columns: Sequence[str] | None, id_column: str | None
     places = [place for place in range(len(cells)) if names[place : place + 1] != [id_column]]
     if columns is not None:
         places = [names.index(name) for name in columns]
-    for place in places:
+    inputs = [cells[place] for place in places]
+    for number, place in enumerate(places):
         if cells[place].dtype.kind == "U":
-            numbers, texts = [], cells[place].tolist()
-            for row, text in enumerate(texts):
+            numbers = []
+            for row, text in enumerate(cells[place].tolist()):
                 try:
                     numbers.append(float(text))
                 except ValueError:
@@ -125,8 +126,8 @@ def _read_table(path: Path, columns: Sequence[str] | None, id_column: str | None
                         f"column {name} has {text!r} in row {row}, and inputs are numbers: name "
                         "the columns of inputs, and the one of ids"
                     ) from None
-            cells[place] = np.array(numbers)
-    x = np.column_stack([cells[place] for place in places] or [np.zeros(0)])
+            inputs[number] = np.array(numbers)
+    x = np.column_stack(inputs or [np.zeros(0)])
     if id_column is None:
         return x, None
     named = cells[names.index(id_column)]

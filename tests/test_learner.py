@@ -562,9 +562,9 @@ policy, predictor = BatchingPolicy(max_disagreement=0.1, check_answers=0.01), Pr
 pool = SimulatedPool(np.tanh, 3, seconds=lambda size: 0.05)
 with CodedBatcher(pool, Coder(Uncoded(1)), (2,), (2,), policy=policy, predictor=predictor):
     compiled.clear()  # a server compiles before it answers
+    random = np.random.default_rng(0)
     while predictor.state == "learning":
-        draw = np.random.default_rng(predictor.status()["known"]).uniform(-1, 1, (32, 2))
-        draw = draw.astype(np.float32)
+        draw = random.uniform(-1, 1, (32, 2)).astype(np.float32)
         predictor.learn(draw, np.stack([np.sin(3 * draw[:, 0]), draw[:, 1] ** 2], axis=1))
     predictor.predict(draw)
 print(len(compiled))
