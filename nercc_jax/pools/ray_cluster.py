@@ -172,13 +172,14 @@ def _connect(address: str | None, runtime_env: dict[str, Any]) -> None:
         options["include_dashboard"] = False
 
     def start() -> None:
-        for tries_left in (1, 0):
+        for again in (address in (None, "local"), False):
             try:
                 ray.init(address, runtime_env=runtime_env or None, **options)
             except Exception as error:
-                # A Ray of our own has 30 s to start, which a busy machine may miss once.
-                if tries_left and "Timed out waiting for file" in str(error):
-                    _LOG.warning("Ray did not start in its time, and is started again: %s", error)
+                # Each process of a Ray of our own has 30 s to start: a busy machine may miss one.
+                if again and not isinstance(error, ValueError):
+                    _LOG.warning("Ray did not start, and is started again: %s", error)
+                    ray.shutdown()
                     continue
                 return started.set_exception(error)
             started.set_result(None)
