@@ -110,7 +110,16 @@ def fold_stem(model: HybridViT) -> HybridViT:
 
 
 def hybrid_vit_cifar(*, num_classes: int = 10, deploy: bool = False, rngs: nnx.Rngs) -> HybridViT:
-    """Make a model for 32x32 images: three convolutions, then four blocks on 8x8 tokens."""
+    """Make a model for 32x32 images: three convolutions, then four blocks on 8x8 tokens.
+
+    ```python
+    from flax import nnx
+    from nercc_models import HybridViT, fold_stem, hybrid_vit_cifar
+
+    model: HybridViT = hybrid_vit_cifar(rngs=nnx.Rngs(0))  # train it, then
+    deployed = fold_stem(model)
+    ```
+    """
     return HybridViT(
         image_size=32,
         stem_widths=(32, 64, 128),

@@ -187,6 +187,17 @@ def load_student(name: str, *, weights_dir: str | Path = WEIGHTS_DIR) -> Student
 
     Raises:
         ValueError: There is none; the message lists what exists.
+
+    ```python
+    from nercc_models import list_models, list_students, load_data, load_model, load_student
+    from nercc_models import model_card, multiplications, score_student, student_card
+
+    print(list_models(), list_students(), model_card("lenet5-digits"))
+    model, student = load_model("lenet5-digits"), load_student("lenet5-digits")
+    x = model.preprocess(load_data("digits", "test").images[:100])
+    print(score_student(model, student, x), student_card("lenet5-digits"))
+    print(multiplications(student, model.input_shape), "of", multiplications(model, x.shape[1:]))
+    ```
     """
     _check_student(name, weights_dir)
     return load_student_file(Path(weights_dir) / f"{student_name(name)}.safetensors")

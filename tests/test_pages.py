@@ -25,7 +25,6 @@ EXTRA = {
     "docs/devices.md": ("ray", "ray"),
     "docs/hedging.md": ("ray.serve", "serve-test"),
     "docs/run.md": ("ray.data", "ray-data"),
-    "docs/stiff.md": ("diffrax", "dev"),
     "docs/tuning.md": ("sklearn", "demo"),
 }
 NEEDS_SERVER = "import tritonclient"

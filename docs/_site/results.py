@@ -50,12 +50,10 @@ def measured(environment: Mapping[str, Any], rooms: str) -> str:
     # Of results from before commits were noted, it is the last one before that day and hour.
     dirty = {None: " or soon after", True: " with changes", False: ""}[environment["dirty"]]
     line = (
-        f"Measured at {environment['commit'][:9]}{dirty}, {environment['date'][:10]}, on "
-        f"{environment['cpu']}, {environment['cores']} cores (versions: in the JSON)."
+        f"Measured at {environment['commit'][:9]}{dirty}, {environment['date'][:10]}, "
+        f"{environment['cpu']}, {environment['cores']} cores"
     )
-    if not changed:
-        return f"{line} The code that was measured ({rooms}) has not changed since."
-    return f"{line} **Changed since, and not measured again: {', '.join(changed)}.**"
+    return f"{line}. **Changed since: {', '.join(changed)}.**" if changed else f"{line}; unchanged."
 
 
 def picture(
@@ -113,10 +111,14 @@ def percent(mean: float, half: float, digits: int = 1) -> str:
     return f"{text} [{100 * low:.{digits}f},\u00a0{100 * high:.{digits}f}]" if half > 0 else text
 
 
-def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return a table of these rows in Markdown; where a row lacks a column, its cell is empty."""
+def table(rows: Iterable[Mapping[str, Any]], without: Sequence[str] = ()) -> str:
+    """Return a table of these rows in Markdown; where a row lacks a column, its cell is empty.
+
+    Columns that begin with one of the words `without` are left to the page of every figure.
+    """
     rows = [{column: _cell(value) for column, value in row.items()} for row in rows]
     columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns = [column for column in columns if not column.startswith(tuple(without))]
     lines = [[column or "&nbsp;" for column in columns], ["---"] * len(columns)]
     lines += [[row.get(column, "") for column in columns] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -10,15 +10,15 @@ from .results import load
 Cell = Mapping[str, Any]
 
 
-def saved() -> Iterator[dict[str, str]]:
-    """Yield the times of `run_rows` and of an executor, by function and by which rows are slow."""
-    for law, function, cells in _grouped(load("rows")["cells"], "law", "function"):
+def saved(law: str) -> Iterator[dict[str, str]]:
+    """Yield the times of `run_rows` and of an executor, by function, of one law of slow rows."""
+    some = [cell for cell in load("rows")["cells"] if cell["law"] == law]
+    for function, cells in _grouped(some, "function"):
         slow = [cell for cell in cells if cell["slow_predicted"]]
         held = sum(cell["slow_predicted"] * cell["slow_coverage"] for cell in slow)
         number = sum(cell["slow_predicted"] for cell in slow)
         yield {
             "function": function,
-            "slow": law,
             "executor": _range([cell["executor_s"] for cell in cells], _seconds),
             "tolerance 0": _range([cell["tolerance_0_s"] for cell in cells], _seconds),
             "tolerance 10 %": _range([cell["seconds"] for cell in cells], _seconds),

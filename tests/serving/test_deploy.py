@@ -269,21 +269,12 @@ def served(tmp_path_factory):
 @pytest.mark.slow
 def test_readme_examples_run(served):
     """Against the same REST interface, wherever it runs."""
-    require("tritonclient", "serve-test")
-
-    def output(*command):
-        options = {"check": True, "capture_output": True, "text": True, "timeout": SOON}
-        return subprocess.run(command, **options).stdout
-
     for curl in [block for block in blocks(README, r"bash[^\n]*") if "curl" in block]:
         script = curl.replace("localhost:8000", served.address)
         script = script.replace("python ", f"{sys.executable} ")
-        assert '"logits"' in output("bash", "-euo", "pipefail", "-c", script)
-    (example,) = blocks(README, r"python[^\n]*")
-    assert "localhost:8000" in example
-    lines = output(sys.executable, "-c", example.replace("localhost:8000", served.address))
-    assert len(lines.splitlines()) == 3
-    assert "True" in lines.splitlines()[1]
+        options = {"check": True, "capture_output": True, "text": True, "timeout": SOON}
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], **options)
+        assert '"logits"' in done.stdout
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
-import json
 from pathlib import Path
 
 import jax
@@ -118,13 +117,3 @@ def test_what_is_not_finite_once_prepared_is_refused():
     )
     with pytest.raises(ValueError, match=r"queries \[1\] are not finite"):
         Preprocessing(servable, (1, 2))(np.uint8([[1, 2], [0, 1]]))
-
-
-def test_the_guide_has_the_figures_that_were_measured():
-    tables = json.loads((ROOT / "bench/results/serving_requests.json").read_text())["tables"]
-    page = " ".join((ROOT / "docs/preprocessing.md").read_text().split())
-    for kind in ("REST", "gRPC"):
-        floats, in_bytes = (np.array(cell["rates"]) for cell in tables[f"bytes, {kind}"])
-        words = f"{np.median(in_bytes):.0f} requests a second with bytes and "
-        words += f"{np.median(floats):.0f} with floats by {kind} "
-        assert words + f"({np.median(in_bytes / floats):.2f} in the median of rounds)" in page
