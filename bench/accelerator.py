@@ -15,10 +15,6 @@ Without `--platform`, the programs run on JAX's default device: medians and quar
 calls, coded inference in turn with the bare model on as many images as there are coded ones.
 `--update` adds to results/accelerator.json, by device, or to results/compiled-PLATFORM.json.
 
-`learner`: one `update` with 32 pairs and one `predict` for 32 queries, together and by themselves,
-for windows and numbers of outputs that users have, in addition to making the factor again, and
-`predict` in a compiled program. Nothing may be compiled while they take turns. LAPACK runs on one
-thread, as under `nercc`, unless OPENBLAS_NUM_THREADS says otherwise.
 """
 
 import dataclasses
@@ -42,12 +38,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental.topologies import get_topology_desc
-from measure import CompileCounter, Contender, affordable, interleaved, warmed
-from report import RESULTS, Report, environment, show
+from measure import Contender, affordable, interleaved, warmed
+from report import RESULTS, Report, environment
 
 from nercc_jax import NeRCC, coded_inference, nested_objective
 from nercc_jax.codes import AbstractCode, encode_groups
-from nercc_jax.surrogates import Learner, fit_learner
 from nercc_models import repvgg_cifar, vit_small_cifar
 from nercc_models.lenet5 import INPUT_SHAPE, LeNet5
 from nercc_models.repvgg import CIFAR_SHAPE
@@ -357,53 +352,3 @@ def run(
     failed = {name: words for name, found in results.items() if (words := found.get("faults"))}
     print("\n".join(f"{name}: {'; '.join(words)}" for name, words in failed.items()))
     return 1 if failed or not results else 0
-
-
-# --- a learner
-
-
-@eqx.filter_jit
-def _predict(learner: Learner, x: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    return learner.predict(x)
-
-
-def learner(report: Report, repeats: int = 100) -> None:
-    """Time a learner's calls on windows that are full.
-
-    Options:
-        repeats: Of each call.
-    """
-    counter, rows, number, features = CompileCounter(), [], 32, 16
-    cases = ((512, 10), (1024, 10), (1024, 1000), (2048, 10), (4096, 10))  # window, outputs
-    if report.quick:
-        cases, repeats = ((256, 10),), 5
-    for window, outputs in cases:
-        random = np.random.default_rng(window + outputs)
-        weights = random.normal(size=(features, outputs)) / 4
-        x = random.normal(size=(window, features)).astype(np.float32)
-        known = fit_learner(x, np.sin(x @ weights), capacity=window, tuning=None)
-        new = random.normal(size=(number, features)).astype(np.float32)
-        answers, queries = np.sin(new @ weights), new + 0.1
-        calls: dict[str, Callable[[], Any]] = {
-            "update": lambda: known.update(new, answers),  # noqa: B023
-            "predict": lambda: known.predict(queries),  # noqa: B023
-            "update and predict": lambda: known.update(new, answers).predict(queries),  # noqa: B023
-            "factor anew": lambda: known.refactorized(),  # noqa: B023
-            "predict in a program": lambda: _predict(known, queries),  # noqa: B023
-        }
-        contenders = {
-            name: Contender(lambda call=call: jax.block_until_ready(call()))
-            for name, call in calls.items()
-        }
-        for each in contenders.values():
-            each.call()
-        before = counter.compilations
-        timings = interleaved(contenders, repeats)
-        after, compiled = known.update(new, answers), counter.compilations - before
-        error = np.abs(after.predict(queries)[0] - after.refactorized().predict(queries)[0]).max()
-        about = {"window": window, "outputs": outputs, "queries": number}
-        about |= {"compiled_again": compiled, "error": float(error)}
-        rows.append(about | {name: timing.summary() for name, timing in timings.items()})
-        show([about | {name: 1e3 * timing.median for name, timing in timings.items()}])
-    threads = {"lapack_threads": os.environ["OPENBLAS_NUM_THREADS"]}
-    report.write({"environment": environment() | threads, "rows": rows})

@@ -1,4 +1,4 @@
-"""Ray: a node of a cluster is killed, and what a call of a pool costs.
+"""Ray: a node of a cluster is killed, another one frozen.
 
 `cluster`: single images come as a stream, latency counted from the scheduled arrival; a row is a
 stretch of it. A head that does no work and three nodes are raylets of this machine, an address
@@ -7,30 +7,22 @@ in which all processes of a node are killed (SIGKILL), after that, from the mome
 another one's stop (SIGSTOP), and when they go on. The result is put beside others in the file, by
 label.
 
-`ray_calls`: a `RayPool`'s calls against Ray's own futures of as many actors with the same function,
-turn by turn in one process, with small inputs and large images. All answers of a batch are waited
-for, so that both do the same calls.
 """
 
 import asyncio
 import contextlib
-import functools
 import signal
-import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import psutil
-import ray
 from load import Rest
 from ray.cluster_utils import Cluster
 from report import Report, environment, show
 from servers import nercc_serve, running, url_of
-
-from nercc_jax import RayPool
 
 MODEL = "lenet5-digits"
 TIMEOUT = 30.0  # of a client
@@ -147,75 +139,3 @@ def run(report: Report, label: str = "first", seconds: float = 15.0, rate: float
         now("it goes on")
     about = {"rate": rate, "seconds": seconds, "environment": environment("ray", "nercc-jax")}
     report.write(report.read() | {label: about | {"rows": rows}})
-
-
-# --- a pool's calls
-
-
-def answer(batch: Any) -> Any:
-    """Next to no work, and a small answer."""
-    return batch.reshape(len(batch), -1)[:, :8] * 2.0
-
-
-def seconds_of(function: Callable[[], Any], seconds: float) -> list[float]:
-    """Return the seconds of each call, for this long."""
-    found, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        begin = time.perf_counter()
-        function()
-        found.append(time.perf_counter() - begin)
-    return found
-
-
-def calls(report: Report, workers: int = 20, seconds: float = 3.0, rounds: int = 3) -> None:
-    """Time a pool's calls and Ray's own futures.
-
-    Options:
-        workers: Actors of each.
-        seconds: Of a measurement.
-        rounds: Turns of both.
-    """
-    warnings.simplefilter("ignore")
-    if report.quick:
-        workers, seconds, rounds = 2, 0.5, 1
-    rows: list[dict[str, Any]] = []
-    with RayPool(answer, workers, compiled=False, address="local") as pool:
-
-        @ray.remote(num_cpus=0)
-        class Actor:
-            def run(self, batch: np.ndarray) -> np.ndarray:
-                return answer(batch)
-
-        actors: list[Any] = [Actor.remote() for _ in range(workers)]
-
-        def bare(points: np.ndarray) -> None:
-            """Call actors as Ray's users do: arguments as they are, answers by futures."""
-            pairs = zip(actors, points, strict=True)
-            futures = [actor.run.remote(x).future() for actor, x in pairs]
-            np.stack([future.result() for future in futures])
-
-        def pooled(points: np.ndarray) -> None:
-            with pool.dispatch(points) as batch:
-                batch.wait()
-
-        for name, shape in {"small": (8,), "image": (224, 224, 3)}.items():
-            points = np.random.default_rng(0).normal(size=(workers, 1, *shape))
-            points, times = points.astype(np.float32), {}
-            for turn in range(rounds + 1):  # the first is to warm up
-                for way in (bare, pooled):
-                    found = seconds_of(functools.partial(way, points), seconds)
-                    times.setdefault(way.__name__, []).extend(found if turn else [])
-            each = {way: 1e6 * statistics.median(of) / workers for way, of in times.items()}
-            rate = {way: workers * len(of) / sum(of) for way, of in times.items()}
-            rows.append(
-                {
-                    "inputs": name,
-                    "futures_us": each["bare"],
-                    "pool_us": each["pooled"],
-                    "own_us": each["pooled"] - each["bare"],
-                    "futures_calls_per_s": rate["bare"],
-                    "pool_calls_per_s": rate["pooled"],
-                }
-            )
-    show(rows)
-    report.write({"workers": workers, "environment": environment("ray"), "rows": rows})

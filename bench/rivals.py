@@ -1,4 +1,4 @@
-"""NeRCC beside its strongest rivals, and its decoder beside regressions by other kernels.
+"""NeRCC beside its strongest rivals.
 
 `rivals`: LeNet5's probabilities at (N, K) = (100, 20), on held-out test images: the RMSE and the
 labels kept (RelAcc) of BACC, BSCC (Berrut's encoding, spline decoding: arXiv 2601.10616) and NeRCC,
@@ -7,30 +7,24 @@ NeRCC's encoders with learned decoders, on images unlike those that they were le
 95 % interval is a bootstrap over tuning seeds, straggler sets and groups of images. Gains are
 paired: both codes meet the same of each.
 
-`kernels`: a smoothing spline is the regression by one kernel of the path (arXiv 2608.28910 asks for
-others). Here the answers are decoded by Matern's of smoothness 1/2, 3/2 and 5/2 and by the
-Gaussian, each with the length and the noise that are best on training images, one choice for all
-numbers of stragglers; beside the tuned spline and the learned decoder, by the codes of `paper`.
 """
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import paper
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 from report import Report, environment, show
-from workloads import OUTPUTS, PAPER, Setting, coded_answers, groups_of, own_answers
+from workloads import Setting, coded_answers, groups_of, own_answers
 
-from nercc_jax import AbstractCode, Berrut, NeRCC, evaluate, load_code
-from nercc_jax.codes import BerrutSpline, LearnedDecoder
-from nercc_jax.evaluation import Answers, record_answers
+from nercc_jax import AbstractCode, Berrut, NeRCC
+from nercc_jax.codes import BerrutSpline
+from nercc_jax.evaluation import Answers
 from nercc_jax.stragglers import straggler_sets
 from nercc_jax.tuning import learn_decoder
 
@@ -159,83 +153,3 @@ def run(report: Report) -> None:
     report.write(content)
     show({"S": law, "code": name, **row["rmse"]}
          for law, rows in laws.items() for name, row in rows.items())  # fmt: skip
-
-
-# --- other kernels
-
-KERNELS = {
-    "Matern 1/2": lambda d: np.exp(-d),
-    "Matern 3/2": lambda d: (1 + np.sqrt(3) * d) * np.exp(-np.sqrt(3) * d),
-    "Matern 5/2": lambda d: (1 + np.sqrt(5) * d + 5 / 3 * d**2) * np.exp(-np.sqrt(5) * d),
-    "Gaussian": lambda d: np.exp(-(d**2) / 2),
-}
-LENGTHS = tuple(np.geomspace(0.0125, 3.2, 9))  # data points lie from -1 to 1
-DEVIATIONS = (1e-8, 1e-5, 1e-3, 1e-2)  # of the noise, by the variance
-NAMES = ("lenet5-mnist:100:20", "repvgg-cifar10:60:20", "vit-cifar10:20:8", "vit-cifar10:60:20")
-SPLINE = "cubic spline"
-
-
-def decoder_by_kernel(code: NeRCC, kernel: str, length: float, noise: float) -> LearnedDecoder:
-    """Return a code's encoder with the regression by a kernel of its points."""
-    places = np.concatenate([np.asarray(code.beta), np.asarray(code.alpha)]).astype(np.float64)
-    moments = KERNELS[kernel](np.abs(places[:, None] - places) / length)
-    moments += noise * np.diag(np.arange(len(places)) < code.num_workers)
-    values, vectors = np.linalg.eigh(moments)  # rounding may have left some slightly negative
-    root = np.linalg.qr(np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T, mode="r")
-    encoder = code.encoder_matrix()
-    return LearnedDecoder(encoder, np.asarray(root, encoder.dtype))
-
-
-def best_of(
-    answers: Answers, code: NeRCC, kernel: str, masks: Sequence[Bool[Array, "sets num_workers"]]
-) -> tuple[float, float]:
-    """Return the length and the noise with the least geometric mean of the laws' errors."""
-    ends = np.cumsum([len(sets) for sets in masks])[:-1]
-
-    def height(pair: tuple[float, float]) -> float:
-        tried = eqx.tree_at(lambda each: each.code, answers, decoder_by_kernel(code, kernel, *pair))
-        losses = np.split(np.asarray(_losses(tried, jnp.concatenate(masks))), ends)
-        return float(np.mean([np.log(each.mean()) for each in losses]))
-
-    return min(((a, b) for a in LENGTHS for b in DEVIATIONS), key=height)
-
-
-@eqx.filter_jit
-def _losses(answers: Answers, masks: Bool[Array, "sets num_workers"]) -> Float[Array, " sets"]:
-    return answers.losses(masks, "mse")
-
-
-def kernels(report: Report, only: tuple[str, ...] = NAMES) -> None:
-    """Measure the gains of all kernels over the tuned spline, paired, and what was chosen.
-
-    Options:
-        only: Parts to run.
-    """
-    size, parts = paper.Size(points=1000), {}
-    if report.quick:
-        size = paper.Size(points=240, sets=4, cells=3)
-    for setting, outputs in itertools.product(PAPER, OUTPUTS):
-        if setting.name not in only:
-            continue
-        data = paper.Data.load(setting, size, outputs, report.data_dir)
-        tuned, learned = (load_code(paper.code_file(data, kind)) for kind in ("tuned", "learned"))
-        assert isinstance(tuned, NeRCC)
-        few = data.train[: max(200, 10 * setting.num_data)]
-        answers = record_answers(data.network, tuned, few)
-        masks = [
-            jnp.asarray(straggler_sets(law, jax.random.key(5), setting.num_workers, 10))
-            for law in data.laws.values()
-        ]
-        codes: dict[str, AbstractCode] = {SPLINE: tuned, "learned": learned}
-        chosen = {kernel: best_of(answers, tuned, kernel, masks) for kernel in KERNELS}
-        codes |= {kernel: decoder_by_kernel(tuned, kernel, *chosen[kernel]) for kernel in KERNELS}
-        rows = evaluate(
-            data.network, codes, data.test, data.laws, key=jax.random.key(1), num_sets=size.sets
-        )
-        found = paper.gains(rows, [name for name in codes if name != SPLINE], SPLINE)
-        part = {"chosen": {name: {"length": a, "noise": b} for name, (a, b) in chosen.items()}}
-        parts.setdefault(setting.name, {})[outputs] = part | {"gains": found}
-        report.log(f"{setting.name} {outputs}")
-        show({"decoder": name, **each["mean"]} for name, each in found.items())
-        jax.clear_caches()
-    report.write({"environment": environment(), "size": vars(size), "parts": parts})

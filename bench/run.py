@@ -20,7 +20,6 @@ BENCHES = {
     "convergence": ("rates:convergence", "slopes of the error in N, against the proven bounds"),
     "independent": ("rates:independent", "the same where workers straggle independently"),
     "rivals": ("rivals", "BACC, BSCC and NeRCC with intervals of everything"),
-    "kernels": ("rivals:kernels", "other kernels than the spline's"),
     "tuning": ("tuning", "gradient tuning against a grid of both lambdas"),
     "beyond": ("beyond", "order, layout, student and learner on images"),
     "functions": ("functions", "smooth functions: learners, copies, codes"),
@@ -41,13 +40,10 @@ BENCHES = {
     "error_probability": ("decoding", "whether a server's error probabilities keep their limits"),
     "hedging": ("hedging", "hedged HTTP calls against none, a fixed limit, and two at once"),
     "adversaries": ("adversaries", "workers that lie"),
-    "liars": ("adversaries:liars", "their worst answers, found by gradient ascent"),
     "wrong_answers": ("wrong_answers", "checks of answers, and of the workers that give them"),
     "coding": ("coding", "coding beside the bare product, SciPy and csaps, and first calls"),
     "accelerator": ("accelerator", "programs timed on a device, or counted for one not there"),
-    "learner": ("accelerator:learner", "a learner's update and predict"),
     "cluster": ("cluster", "a node of a Ray cluster is killed, or frozen"),
-    "ray_calls": ("cluster:calls", "a pool's call against Ray's own futures"),
 }
 
 

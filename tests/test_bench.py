@@ -20,7 +20,6 @@ with bench_modules(run="run") as found:
 FOLDER = Path(RUN.__file__).parent
 # These take seconds, with no data but scikit-learn's and no server.
 QUICK = {
-    "learner": (),
     "coding": (),
     "independent": (),
     "rows": ("--rows", "60", "--laws", "constant"),

@@ -4,13 +4,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 
 from .looks import system_look
-from .results import WIDTH, load, percent, plus_minus
+from .results import WIDTH, load, percent
 
-RESULTS, WORST = load("adversaries"), load("liars")
-PARTS, RATE = RESULTS["parts"], RESULTS["rate"]
+PARTS = load("adversaries")["parts"]
 ATTACKS = {
     "noise": "noise",
     "flip": "sign flip",
@@ -19,9 +17,6 @@ ATTACKS = {
 }
 PLAIN, REJECT, TOGETHER = "NeRCC", "NeRCC, reject", "NeRCC, reject, groups together"
 MEDIAN = "replication, median"
-_METHODS = {"smooth": "smooth", "reject": "reject", "plain": "NeRCC"}
-_EXPONENTS = sorted({p["exponent"] for p in RATE["points"]})
-WORKERS = sorted({p["num_workers"] for p in RATE["points"]})
 Row = Mapping[str, Any]
 
 
@@ -78,18 +73,6 @@ def gains() -> Iterator[dict[str, str]]:
             }
 
 
-def worst(error: str, *counts: int) -> Iterator[dict[str, str]]:
-    """Yield the errors of the worst lies that were found, by function and place of the liars."""
-    found: dict[tuple[str, int, str], dict[str, str]] = {}
-    for r in WORST["rows"]:
-        if r["error"] == error and r["liars"] in counts:
-            cells = found.setdefault((r["function"], r["liars"], r["place"]), {})
-            name = f"{r['method']}, {r['answers']}"
-            cells[name] = plus_minus(r["mean"], r["half_width"], ".2g")
-    for (function, count, place), cells in found.items():
-        yield {"function": function, "liars": f"{count}, {place}", **cells}
-
-
 def _cell(row: Row) -> str:
     mse, off = row["mse"], row["disagreement"]
     labels = percent(off["mean"], off["half_width"], 2)
@@ -129,65 +112,3 @@ def caught(part: Row) -> Iterator[dict[str, str]]:
                 f"A = {a}": f"{100 * r['caught']['mean']:.0f}, {r['falsely']['mean']:.2f}"
                 for a, r in some.items()
             }
-
-
-def _curve(method: str, exponent: float) -> list[Row]:
-    return [p for p in RATE["points"] if (p["method"], p["exponent"]) == (method, exponent)]
-
-
-def _slope(points: list[Row], errors: Any) -> tuple[float, float]:
-    """Return the slope of log errors against log N, and its standard error."""
-    numbers = np.log([p["num_workers"] for p in points])
-    (fitted, _), spread = np.polyfit(numbers, np.log(errors), 1, cov=True)
-    return fitted, spread[0, 0] ** 0.5
-
-
-def rates() -> Iterator[dict[str, Any]]:
-    """Yield the slopes of each method, and of the bounds."""
-    for a in _EXPONENTS:
-        smooth = _curve("smooth", a)
-        shares = np.array([p["adversaries"] / p["num_workers"] for p in smooth])
-        proven, floor, of_sup = (f"{_slope(smooth, shares**power)[0]:.2f}" for power in (1.2, 4, 3))
-        mse, sup = (
-            {
-                words: plus_minus(*_slope(points, [p["largest"][kind] for p in points]), ".2f")
-                for method, words in _METHODS.items()
-                for points in [_curve(method, a)]
-            }
-            for kind in ("mse", "sup")
-        )
-        yield {"a": a, "proven": proven, "floor": floor, **mse, "floor of sup": of_sup} | {
-            f"sup: {words}": text for words, text in sup.items()
-        }
-
-
-def rate_setting() -> str:
-    """Return the sizes, and the constant of smoothing."""
-    return (
-        f"K = {RATE['num_data']}, N from {WORKERS[0]} to {WORKERS[-1]}, {RATE['placements']} "
-        f"placements; smooth has c = {RATE['constant']:.2g}, the best of a grid at the middle N "
-        "and a = 0.5."
-    )
-
-
-def rate_picture() -> Any:
-    """Return the errors against N, for each exponent of the number of liars."""
-    figure, panels = plt.subplots(
-        1, len(_EXPONENTS), figsize=(WIDTH, 2.6), layout="constrained", sharey=True
-    )
-    looks = {"smooth": "NeRCC, smooth", "reject": "NeRCC, reject", "plain": "NeRCC"}
-    for panel, a in zip(panels, _EXPONENTS, strict=True):
-        for method, words in _METHODS.items():
-            points = _curve(method, a)
-            panel.plot(
-                [p["num_workers"] for p in points], [p["mse"]["mean"] for p in points],
-                markersize=3, label=words, **system_look(looks[method]),
-            )  # fmt: skip
-        smooth = _curve("smooth", a)
-        share = np.array([p["adversaries"] / p["num_workers"] for p in smooth]) ** 1.2
-        bound = share / share[0] * smooth[0]["mse"]["mean"]
-        panel.plot([p["num_workers"] for p in smooth], bound, "k:", label="N^(6(a-1)/5)")
-        panel.set(xscale="log", yscale="log", title=f"A = N^{a}", xlabel="workers")
-    panels[0].set_ylabel("MSE")
-    panels[0].legend(fontsize=7)
-    return figure

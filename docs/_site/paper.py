@@ -364,14 +364,6 @@ def unlike() -> Iterator[dict[str, str]]:
             yield {"images": name, "S": s} | {code: f"{rmse:.3f}" for code, rmse in codes.items()}
 
 
-def kernels() -> Iterator[dict[str, str]]:
-    """Yield what other kernels than the spline's save of the RMSE, in per cent."""
-    for name, part in load("kernels")["parts"].items():
-        for outputs, found in part.items():
-            gains = {kernel: saved(of["mean"]) for kernel, of in found["gains"].items()}
-            yield {"": where(PARTS[name]), "outputs": outputs} | gains
-
-
 def over_each() -> str:
     """Return NeRCC's mean gain over each rival, as a list."""
     lines = []
