@@ -1,7 +1,6 @@
 """A served model: the model with its workers, its code and its batcher, and its status."""
 
 import asyncio
-import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -17,6 +16,7 @@ from ..pools.options import open_pool
 from ._batcher import CodedBatcher
 from ._metrics import Metrics
 from ._policy import read_outputs
+from ._status import status_of
 from .adapt._decoding import calibrate_decoding
 from .adapt._predictor import Predictor
 from .core._coder import Coder
@@ -146,7 +146,14 @@ class ServedModel:
         elif isinstance(queries, Mapping) or inputs.parts[0].datatype != FLOAT:
             queries = inputs.pack(queries)
         future = self._batcher.submit(queries, deadline=deadline, exact=exact)
-        reply = await _result(future, deadline)
+        try:  # the batcher itself should end it sooner, and say why
+            async with asyncio.timeout(deadline + _GRACE):
+                reply = await asyncio.wrap_future(future)
+        except TimeoutError as error:
+            if isinstance(error, DeadlineExceeded):
+                raise
+            late = f"not answered within {deadline:g} s: the batcher is busy"
+            raise DeadlineExceeded(late) from error
         if outputs.alone:
             return reply
         return dataclasses.replace(reply, values=outputs.named(reply.values))
@@ -171,50 +178,9 @@ class ServedModel:
 
     def status(self) -> dict[str, Any]:
         """Return the model's part of the server's status."""
-        batcher, coder, pool = self._batcher, self._coder, self.pool
-        report, policy = pool.report(), batcher.policy
-        adapted, counted = batcher.status(), self.meter.status()
-        counted["totals"]["deaths"] = report.deaths
-        counted["fidelity"]["stragglers"] = adapted["decoding"]
-        values = policy.outputs == "values"
-        if policy.tolerance is not None:
-            counted["fidelity"]["expected_beyond_bar"] = 1 - policy.coverage
-        # Why nothing is coded or decoded.
-        exact = "outputs are values without a tolerance: all answers are exact; set a tolerance, "
-        exact += "or outputs = 'logits' if they are scores of labels"
-        few = f"{pool.num_workers} workers for {coder.num_workers} coded data points of a group"
-        saturated = "the pool is saturated: queries wait for a worker, none is spare for codes"
-        hints = (
-            (batcher.waiting and not pool.idle, saturated),
-            (self.servable.uncodable, f"nothing is coded: {self.servable.uncodable}"),
-            (pool.num_workers < coder.num_workers, few),
-            (coder.can_decode and values and policy.tolerance is None, exact),
+        return status_of(
+            self.servable, self._coder, self.settings, self._batcher, self.pool, self.meter
         )
-        return {
-            "name": self.servable.name,
-            "health": dataclasses.asdict(batcher.health()),
-            "hints": [hint for holds, hint in hints if holds],
-            "code": {
-                "name": type(coder.code).__name__,
-                "num_data": coder.num_data,
-                "num_workers": coder.num_workers,
-            },
-            "outputs": "values" if values else "scores",
-            "policy": adapted["policy"],
-            "predictor": adapted["predictor"],
-            "checks": adapted["checks"],
-            "pool": {"kind": self.settings.pool, "num_workers": pool.num_workers},
-            "workers": [
-                {"state": worker.state, "deaths": worker.deaths, "busy_s": worker.busy_seconds}
-                for worker in report.workers
-            ],
-            "queue": {
-                "waiting": batcher.waiting,
-                "max": policy.max_queue_size,
-                "in_flight": batcher.in_flight,
-            },
-            **counted,
-        }
 
     def close(self, drain: float) -> None:
         """Answer what was accepted for up to `drain` seconds; then end the workers."""
@@ -231,37 +197,3 @@ def log_phase(what: str, model: str) -> Iterator[None]:
     yield
     seconds = round(time.monotonic() - begin, 3)
     _LOG.info("%s: done", what, extra={"model": model, "seconds": seconds})
-
-
-async def _result(future: concurrent.futures.Future[Reply], deadline: float) -> Reply:
-    """Await a future as `asyncio.wrap_future` does, at half its price.
-
-    That is a twentieth of a small request's. The event loop itself reports that the deadline has
-    passed where the batcher should have, and has not.
-    """
-    loop = asyncio.get_running_loop()
-    done = loop.create_future()
-
-    def wake() -> None:
-        if not done.done():
-            done.set_result(None)
-
-    def notify(_: Any) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(wake)
-
-    def expire() -> None:
-        late = DeadlineExceeded(f"not answered within {deadline:g} s: the batcher is busy")
-        with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was, just now
-            future.set_exception(late)
-
-    timer = loop.call_later(deadline + _GRACE, expire)
-    future.add_done_callback(notify)
-    try:
-        await done
-    except asyncio.CancelledError:
-        future.cancel()
-        raise
-    finally:
-        timer.cancel()
-    return future.result()

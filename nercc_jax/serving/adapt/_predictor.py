@@ -197,19 +197,12 @@ def calibrate(
     return Calibration(error_probability, factor, limit, most, share, check)
 
 
-class _Functions(NamedTuple):
-    """A surrogate's functions on the host: its answers, and those that answers are checked by."""
-
-    outputs: HostOutputs
-    expected: HostOutputs | None
-
-
 @dataclasses.dataclass
 class _Learning:
-    """The learning thread's own state, which a drift resets but for `time`.
+    """The learning thread's own state; a new one begins after each drift.
 
     Attributes:
-        time: When it may go on.
+        drifts: The number of drifts before it.
         monitor: The test of what would be given out.
         first: Pairs that a learner is made of.
         validation: The latest validation batches.
@@ -217,7 +210,7 @@ class _Learning:
         due: Their number at the next calibration.
     """
 
-    time: TimeShare
+    drifts: int
     monitor: RiskMonitor
     first: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
     validation: collections.deque[ValidationBatch] = dataclasses.field(
@@ -278,10 +271,9 @@ class Predictor:
             maxlen=_WAITING
         )
         self._setup: Setup | None = None  # until it is attached
-        # The calibration, replaced as a whole by the learning thread; and whether the deciding
-        # thread has discarded it.
+        # The calibration, replaced as a whole by the learning thread; after a drift there is none.
         self._calibrated: Calibration | None = None
-        self._discarded, self._drifts = False, 0
+        self._drifts = 0
 
     def attach(self, setup: Setup, wake: Callable[[], Any]) -> None:
         """Attach the predictor to its batcher, whose learning thread calls `turn` after a `wake`.
@@ -300,25 +292,23 @@ class Predictor:
         self._setup, self._wake = setup, wake
         if self._surrogate is not None:
             self._use(self._surrogate)
-        time = TimeShare(setup.clock, _SHARE, longest=_LONGEST)
-        self._learning = _Learning(time, RiskMonitor(policy.accuracy.promised))
+        self._time = TimeShare(setup.clock, _SHARE, longest=_LONGEST)
+        self._learning = _Learning(0, RiskMonitor(policy.accuracy.promised))
         self._risk = Risk(policy.accuracy, needs_evidence=True)
         self._followed = 0  # the drifts of calibration that the risk knows
 
     @property
     def state(self) -> Literal["learning", "answering", "drifted"]:
         """The state: it answers, it still learns, or drift has reset it."""
-        if self._calibrated is not None and not self._discarded:
+        if self._calibrated is not None:
             return "answering"
-        return "drifted" if self._discarded or self._drifts else "learning"
+        return "drifted" if self._drifts else "learning"
 
     @property
     def share(self) -> float:
         """The share of stragglers' queries that it would answer."""
         calibrated = self._calibrated
-        if calibrated is None or self.state != "answering":
-            return 0.0
-        return min(calibrated.share, self._risk.share)
+        return 0.0 if calibrated is None else min(calibrated.share, self._risk.share)
 
     @property
     def risk(self) -> Risk:
@@ -344,9 +334,7 @@ class Predictor:
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Decoded | None:
         """Return its answers to some queries; None while it is not calibrated."""
         calibrated = self._calibrated
-        if calibrated is None or self._discarded:
-            return None
-        return calibrated.assess(*self._functions.outputs(x))
+        return None if calibrated is None else calibrated.assess(*self._outputs(x))
 
     @property
     def checks_answers(self) -> bool:
@@ -360,8 +348,7 @@ class Predictor:
         calibrated = self._calibrated
         if calibrated is None or calibrated.check is None:
             return np.zeros(len(x), bool)
-        assert self._functions.expected is not None
-        return calibrated.check.suspicious(*self._functions.expected(x), own.reshape(len(own), -1))
+        return calibrated.check.suspicious(*self._expected(x), own.reshape(len(own), -1))
 
     def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
         """Take the model's own answer to a query, and return at once."""
@@ -371,13 +358,14 @@ class Predictor:
 
     def discard(self) -> None:
         """Give nothing out until the surrogate is calibrated again: too many were wrong."""
-        self._discarded = True
+        self._calibrated = None
+        self._drifts += 1
         self._wake()
 
     def turn(self) -> float:
         """Learn from what has come, and return when to be called again; on a thread of its own."""
         assert self._setup is not None
-        time = self._learning.time
+        time = self._time
         while len(self._inbox) >= BATCH:
             begin = self._setup.clock.now()
             if begin < time.next:
@@ -392,9 +380,9 @@ class Predictor:
 
     def learn(self, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]) -> None:
         """Validate, calibrate and train the surrogate; of the first pairs, make a learner."""
-        if self._discarded:
-            self._restart()
-            self._discarded = False
+        if self._learning.drifts != self._drifts:
+            self._calibrated = None  # if it was made meanwhile
+            self._learning = _Learning(self._drifts, RiskMonitor(self._learning.monitor.promised))
         if self._surrogate is not None:
             self._validate(x, own)
             if isinstance(self._surrogate, Learner):
@@ -423,49 +411,37 @@ class Predictor:
     def _use(self, surrogate: AbstractSurrogate) -> None:
         """Go by this surrogate from now on, with the calibration that there is."""
         assert self._setup is not None
-        policy = self._setup.policy
-        self._surrogate, expected = surrogate, None
+        policy, self._surrogate = self._setup.policy, surrogate
         if policy.check_answers is not None:
-            expected = outputs_on_host(surrogate, policy.batch_sizes, nearest=True)
-        sizes = sorted({policy.max_batch_size, BATCH})
-        self._functions = _Functions(outputs_on_host(surrogate, sizes), expected)
-
-    def _restart(self) -> None:
-        """Discard the calibration after a drift, until there is a new one."""
-        self._calibrated = None
-        self._drifts += 1
-        self._learning = _Learning(
-            self._learning.time, RiskMonitor(self._learning.monitor.promised)
-        )
+            self._expected = outputs_on_host(surrogate, policy.batch_sizes, nearest=True)
+        self._outputs = outputs_on_host(surrogate, sorted({policy.max_batch_size, BATCH}))
 
     def _validate(self, x: np.ndarray, own: np.ndarray) -> None:
         """Compare the surrogate's answers with the model's own, and calibrate now and then."""
         assert self._setup is not None
-        policy, form = self._setup.policy, self._setup.coder.form
-        accuracy, (outputs, expect) = policy.accuracy, self._functions
-        values, deviation = outputs(x)
+        policy, form, learning = self._setup.policy, self._setup.coder.form, self._learning
+        values, deviation = self._outputs(x)
         features = np.asarray(label_features(values, deviation, values, form))
         wrong = ~np.asarray(agree_on_labels(values, own, form))
-        error = np.asarray(row_errors(values, own))
-        checked: tuple[np.ndarray, ...] = own[:0], own[:0, 0], own[:0]
-        if expect is not None:
-            checked = *expect(x), own
-        if self._calibrated is not None:
-            found = self._calibrated.assess(values, deviation)
+        error, checks = np.asarray(row_errors(values, own)), policy.check_answers is not None
+        checked = (*self._expected(x), own) if checks else (own[:0], own[:0, 0], own[:0])
+        if (known := self._calibrated) is not None:
+            found = known.assess(values, deviation)
             excess = error_ratios(error, np.asarray(found.deviation))
-            if self._learning.monitor.add(accuracy.missed(wrong, excess)[found.recovered].tolist()):
-                self._restart()
+            missed = policy.accuracy.missed(wrong, excess)
+            if learning.monitor.add(missed[found.recovered].tolist()):
+                self.discard()
                 self._setup.observe("drift", 1)
                 _LOG.warning(
                     "predictions went wrong more often than promised: they are not given out"
                 )
+                return
         # Queries that come again are predicted better than new ones, whose bars they would shorten.
         # Where nothing is known of errors yet, there is nothing to calibrate.
         new = np.isfinite(deviation)
         if isinstance(self._surrogate, Learner):
             new &= ~self._surrogate.knows(x)
         fields = (features, deviation, error, wrong, *checked)
-        learning = self._learning
         learning.validation.append(ValidationBatch(*(each[new[: len(each)]] for each in fields)))
         learning.count += int(new.sum())
         if learning.count < learning.due:
@@ -475,9 +451,10 @@ class Predictor:
         if self._calibrated is None:
             # Compile what the deciding thread calls.
             for size in {policy.max_batch_size, BATCH}:
-                made.assess(*outputs(repeat_rows(x[:size], size)))
+                made.assess(*self._outputs(repeat_rows(x[:size], size)))
             for size in policy.batch_sizes:
-                if made.check is not None and expect is not None:
-                    expected = expect(repeat_rows(x[:size], size))
+                if made.check is not None:
+                    expected = self._expected(repeat_rows(x[:size], size))
                     made.check.suspicious(*expected, repeat_rows(own[:size], size))
-        self._calibrated = made
+        if learning.drifts == self._drifts:
+            self._calibrated = made

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import functools
 import gc
@@ -218,24 +219,20 @@ class Models:
 
 def in_background(work: Callable[[], Any]) -> asyncio.Future[Any]:
     """Begin work in a thread that a process does not wait for when it ends."""
-    loop = asyncio.get_running_loop()
-    ended = loop.create_future()
-
-    def settle(result: Any, error: BaseException | None) -> None:
-        if not ended.done():
-            ended.set_result(result) if error is None else ended.set_exception(error)
+    ended: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    ended.set_running_or_notify_cancel()  # whoever stops waiting does not cancel it
 
     def run() -> None:
-        result, error = None, None
         try:
             result = work()
-        except BaseException as raised:
-            error = raised
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, result, error)
+        except BaseException as error:
+            ended.set_exception(error)
+        else:
+            ended.set_result(result)
 
+    future = asyncio.wrap_future(ended)
     threading.Thread(target=run, name="nercc-background", daemon=True).start()
-    return ended
+    return future
 
 
 # Bytes of JSON, or of a message, that take a millisecond or more to read.
@@ -290,7 +287,7 @@ class ServerState:
         kind, _, token = authorization.strip().partition(b" ")
         known = [hmac.compare_digest(token.strip(), each) for each in self._tokens]
         if self._tokens and not (kind.lower() == b"bearer" and any(known)):
-            raise Unauthenticated
+            raise Unauthenticated("a token is needed: Authorization: Bearer TOKEN")
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[Callable[[int], None]]:
