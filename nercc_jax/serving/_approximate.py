@@ -324,13 +324,14 @@ class Approximations:
     def _ask_again(self, given: Answer) -> bool:
         """Have the model answer, for comparison, where workers are free; return whether."""
         setup = self.setup
-        if given.x is None or given.repeated or not setup.pool.idle:
+        if given.x is None or not setup.pool.idle:
             return False
         zeros, now = setup.answers.zeros(1), setup.clock.now()
         request = Request(given.x[None], zeros, now, MAX_DEADLINE_S, True, own="audit")
         request.queries[0].approximate[given.source] = given
-        given.repeated = self._submit(request)
-        return given.repeated
+        if asked := self._submit(request):
+            given.x = None
+        return asked
 
     def status(self) -> dict[str, Any]:
         """Return what has been learned and measured so far."""

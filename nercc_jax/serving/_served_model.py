@@ -1,11 +1,12 @@
 """A served model: the model with its workers, its code and its batcher, and its status."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,6 @@ from .settings import ModelSettings
 
 _LOG = logging.getLogger(__name__)
 
-# What the log says of a model's status when it has started.
-_AT_START = ("code", "outputs", "pool")
 # Seconds beyond a deadline in which the batcher itself may report that it has passed, and why.
 _GRACE = 0.25
 # Seconds that are left of a deadline after preprocessing, at least: the batcher takes no less.
@@ -74,47 +73,49 @@ class ServedModel:
             raise ValueError(f"{type(code).__name__} for {servable.name}: {servable.uncodable}")
         self.servable, self.settings = servable, settings
         self._coder = Coder(code, form=tensors.form)
-        x, decoding = servable.calibration, None
+        x, decoding, about = servable.calibration, None, {"model": servable.name}
         exact_only = policy.outputs == "values" and policy.tolerance is None
         if x is not None and self._coder.can_decode and not exact_only:
-            with log_phase("calibrating", servable.name):
-                dtype, model = settings.worker_dtype, servable.model
-                accuracy, x = policy.accuracy, x() if callable(x) else x
-                decoding = calibrate_decoding(self._coder, model, x, accuracy, worker_dtype=dtype)
-        with contextlib.ExitStack() as undo:  # where the batcher does not start
-            with log_phase("starting workers", servable.name):
-                inputs, sizes = servable.queries, policy.batch_sizes
-                self.pool = open_pool(
-                    servable.model,
-                    settings.num_workers,
-                    settings,
-                    num_data=code.num_data,
-                    example=[np.zeros((size, *inputs.shape), inputs.dtype) for size in sizes],
-                    overdue=DispatchSetting.of_policy(policy).overdue,
-                    hang_timeout=settings.hang_timeout_s,
-                )
-                undo.callback(self.pool.close)
-            self.meter = metrics.add(servable.name, self.pool)
-            with log_phase("compiling", servable.name):
-                self._batcher = CodedBatcher(
-                    self.pool,
-                    self._coder,
-                    servable.queries.shape,
-                    tensors.shape,
-                    dtypes=(servable.queries.dtype, tensors.dtype),
-                    policy=policy,
-                    decoding=decoding,
-                    predictor=predictor,
-                    refuse=tensors.refuse,
-                    observe=self.meter.observe,
-                )
-                prepares = servable.preprocess is not None
-                self._preprocessing = Preprocessing(servable, sizes) if prepares else None
-            undo.pop_all()
+            _LOG.info("calibrating", extra=about)
+            dtype, accuracy, x = settings.worker_dtype, policy.accuracy, x() if callable(x) else x
+            decoding = calibrate_decoding(
+                self._coder, servable.model, x, accuracy, worker_dtype=dtype
+            )
+        _LOG.info("starting workers", extra=about)
+        inputs, sizes = servable.queries, policy.batch_sizes
+        self.pool = open_pool(
+            servable.model,
+            settings.num_workers,
+            settings,
+            num_data=code.num_data,
+            example=[np.zeros((size, *inputs.shape), inputs.dtype) for size in sizes],
+            overdue=DispatchSetting.of_policy(policy).overdue,
+            hang_timeout=settings.hang_timeout_s,
+        )
+        _LOG.info("compiling", extra=about)
+        self.meter = metrics.add(servable.name, self.pool)
+        try:
+            self._batcher = CodedBatcher(
+                self.pool,
+                self._coder,
+                inputs.shape,
+                tensors.shape,
+                dtypes=(inputs.dtype, tensors.dtype),
+                policy=policy,
+                decoding=decoding,
+                predictor=predictor,
+                refuse=tensors.refuse,
+                observe=self.meter.observe,
+            )
+            prepares = servable.preprocess is not None
+            self._preprocessing = Preprocessing(servable, sizes) if prepares else None
+        except BaseException:
+            self.pool.close()
+            raise
         self.meter.waiting = lambda: self._batcher.waiting
-        about = {name: status for name, status in self.status().items() if name in _AT_START}
+        about |= {name: self.status()[name] for name in ("code", "outputs", "pool")}
         about |= {"uncoded": self.uncoded, "seconds": round(time.monotonic() - begin, 3)}
-        _LOG.info("model is ready", extra={"model": servable.name, **about})
+        _LOG.info("model is ready", extra=about)
 
     async def infer(
         self,
@@ -146,14 +147,17 @@ class ServedModel:
         elif isinstance(queries, Mapping) or inputs.parts[0].datatype != FLOAT:
             queries = inputs.pack(queries)
         future = self._batcher.submit(queries, deadline=deadline, exact=exact)
+        answer = asyncio.wrap_future(future)
         try:  # the batcher itself should end it sooner, and say why
-            async with asyncio.timeout(deadline + _GRACE):
-                reply = await asyncio.wrap_future(future)
-        except TimeoutError as error:
-            if isinstance(error, DeadlineExceeded):
-                raise
-            late = f"not answered within {deadline:g} s: the batcher is busy"
-            raise DeadlineExceeded(late) from error
+            done, _ = await asyncio.wait([answer], timeout=deadline + _GRACE)
+            if not done:
+                late = f"not answered within {deadline:g} s: the batcher is busy"
+                with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was, just now
+                    future.set_exception(DeadlineExceeded(late))
+            reply = await answer
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
         if outputs.alone:
             return reply
         return dataclasses.replace(reply, values=outputs.named(reply.values))
@@ -187,13 +191,3 @@ class ServedModel:
         self._batcher.close(drain)
         self.pool.close()
         self.meter.close()
-
-
-@contextlib.contextmanager
-def log_phase(what: str, model: str) -> Iterator[None]:
-    """Log a long phase of a start when it begins, and its seconds when it ends."""
-    begin = time.monotonic()
-    _LOG.info(what, extra={"model": model})
-    yield
-    seconds = round(time.monotonic() - begin, 3)
-    _LOG.info("%s: done", what, extra={"model": model, "seconds": seconds})

@@ -35,7 +35,8 @@ def calibrated(coder, accuracy):
 @pytest.mark.parametrize("sure", [True, False])
 def test_uncertain_redundancy_sends_coded_points_only_where_the_surrogate_doubts(sure):
     policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, redundancy="uncertain")
-    traffic = Traffic(knows(sure), policy, INTERLEAVED, share=0.0)
+    decoding = lambda coder: calibrated(coder, policy.accuracy)  # noqa: E731
+    traffic = Traffic(knows(sure), policy, INTERLEAVED, share=0.0, decoding=decoding)
     sent_as = traffic.send(100)
     assert all(reply.exact.all() for _, reply, _ in sent_as)
     # The code has as many coded points as queries. Of a group of one, none is ever sent.

@@ -203,6 +203,7 @@ class _Learning:
 
     Attributes:
         drifts: The number of drifts before it.
+        time: When it may go on.
         monitor: The test of what would be given out.
         first: Pairs that a learner is made of.
         validation: The latest validation batches.
@@ -211,6 +212,7 @@ class _Learning:
     """
 
     drifts: int
+    time: TimeShare
     monitor: RiskMonitor
     first: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
     validation: collections.deque[ValidationBatch] = dataclasses.field(
@@ -292,8 +294,8 @@ class Predictor:
         self._setup, self._wake = setup, wake
         if self._surrogate is not None:
             self._use(self._surrogate)
-        self._time = TimeShare(setup.clock, _SHARE, longest=_LONGEST)
-        self._learning = _Learning(0, RiskMonitor(policy.accuracy.promised))
+        time = TimeShare(setup.clock, _SHARE, longest=_LONGEST)
+        self._learning = _Learning(0, time, RiskMonitor(policy.accuracy.promised))
         self._risk = Risk(policy.accuracy, needs_evidence=True)
         self._followed = 0  # the drifts of calibration that the risk knows
 
@@ -365,7 +367,7 @@ class Predictor:
     def turn(self) -> float:
         """Learn from what has come, and return when to be called again; on a thread of its own."""
         assert self._setup is not None
-        time = self._time
+        time = self._learning.time
         while len(self._inbox) >= BATCH:
             begin = self._setup.clock.now()
             if begin < time.next:
@@ -382,7 +384,8 @@ class Predictor:
         """Validate, calibrate and train the surrogate; of the first pairs, make a learner."""
         if self._learning.drifts != self._drifts:
             self._calibrated = None  # if it was made meanwhile
-            self._learning = _Learning(self._drifts, RiskMonitor(self._learning.monitor.promised))
+            monitor = RiskMonitor(self._learning.monitor.promised)
+            self._learning = _Learning(self._drifts, self._learning.time, monitor)
         if self._surrogate is not None:
             self._validate(x, own)
             if isinstance(self._surrogate, Learner):

@@ -99,11 +99,11 @@ class Answer:
         disagreement: the probability that the label differs from the model's own.
         error: the error bar.
         suspicious: whether it is the model's own, looked wrong, and nobody confirmed it.
-        x: of an approximate answer, which is compared with the model's own, the query's data point.
+        x: of an approximate answer, which is compared with the model's own, the query's data point;
+            None once the model was asked again, because the first call failed.
         epoch: of the evidence (`Risk.epoch`) when it was made.
         within: whether it is within the limit of a calibration.
         given: whether it was given out, and counts for what was promised.
-        repeated: whether the model was asked again because the first call failed.
         widened: the factor of the error bar with which it was given out.
     """
 
@@ -118,7 +118,6 @@ class Answer:
     epoch: int = 0
     within: bool = False
     given: bool = False
-    repeated: bool = False
     widened: float = 1.0
 
 
