@@ -142,7 +142,7 @@ FIGURES = {
         serving_sentences,
         (
             "The table has 5 % stragglers", "stretches of 100 queries", "requests of 16 queries",
-            "(0.05): a bound", "fails with a probability of 0.25", "0 decodes none, 1 all",
+            "(0.05) is a bound", "fails with a probability of 0.25", "0 decodes none, 1 all",
             "at K = 4, N = 8",
         ),
     ),

@@ -4,7 +4,6 @@ JSON and the binary extension are read and written here, gRPC's messages in `tra
 What a request asks for is checked by `question_of` alone, whoever has read it.
 """
 
-import asyncio
 import dataclasses
 import itertools
 import math
@@ -25,7 +24,6 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
-from starlette.requests import ClientDisconnect
 
 from .._policy import MAX_DEADLINE_S
 from ..core._request import DeadlineExceeded, InferenceFailed, QueueFull, Reply, ServerClosing
@@ -106,14 +104,6 @@ KINDS: Mapping[type[Exception], ErrorKind] = {
     ServerNotReady: ErrorKind(503, grpc.StatusCode.UNAVAILABLE, "not_ready"),
     DeadlineExceeded: ErrorKind(504, grpc.StatusCode.DEADLINE_EXCEEDED, "deadline"),
 }
-
-
-def outcome_of(error: BaseException) -> str:
-    """Return the outcome, in metrics and the log, of a request that an error ends."""
-    if isinstance(error, ClientDisconnect | asyncio.CancelledError):
-        return "cancelled"
-    kind = KINDS.get(type(error))  # pyright: ignore[reportArgumentType]
-    return "failed" if kind is None else kind.outcome
 
 
 # The message of all other errors.
