@@ -24,7 +24,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from ...codes import Decoded
-from ...codes._checks import check_count
 from ...codes._trees import Form, join
 from ...evaluation._answers import in_parts
 from ...evaluation._criteria import agree_on_labels, row_errors
@@ -56,8 +55,8 @@ _WAITING = 512  # answers that wait to be learned from; later ones replace the e
 # The share of the time that learning may take, since programs of JAX keep all cores of a CPU busy,
 # at first and where it has settled, and the longest pause that follows from it, in seconds.
 _SHARE, _LATER, _LONGEST = 0.05, 0.01, 1.0
-# Answers that a learner takes at once, and that it starts from.
-BATCH, FIRST = 32, 256
+# Answers that a learner takes at once, that it starts from, and that it keeps.
+BATCH, FIRST, CAPACITY = 32, 256, 1024
 _SETTLED = 1024  # validation answers after which little is left to learn
 # Validation answers that calibration looks at, at most and at least, and the share by which their
 # number grows until the next calibration.
@@ -248,27 +247,21 @@ class Predictor:
         >>> batcher.close()
     """
 
-    def __init__(
-        self,
-        surrogate: Model | AbstractSurrogate | None = None,
-        *,
-        capacity: int = 1024,
-    ):
+    def __init__(self, surrogate: Model | AbstractSurrogate | None = None):
         """Create a predictor for one batcher.
 
         Args:
             surrogate: a cheap model with the served model's outputs (a student), or a learner; by
-                default a learner that is made from the first 256 answers, whose features are the
-                queries' numbers, or 64 principal components where there are more.
-            capacity: the number of latest answers that such a learner keeps, 256 or more.
+                default a learner that is made from the first 256 answers and keeps the latest
+                1,024, whose features are the queries' numbers, or 64 principal components where
+                there are more.
 
         Raises:
-            ValueError: for a surrogate that is not callable, or a smaller capacity.
+            ValueError: for a surrogate that is not callable.
         """
-        check_count("capacity", capacity, FIRST)
         if surrogate is not None and not isinstance(surrogate, AbstractSurrogate):
             surrogate = Surrogate(surrogate)
-        self._surrogate, self._capacity = surrogate, capacity
+        self._surrogate = surrogate
         self._inbox: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque(
             maxlen=_WAITING
         )
@@ -397,8 +390,8 @@ class Predictor:
             x, own = map(np.stack, zip(*self._learning.first, strict=True))
             features = principal_components(x, _FEATURES) if x[0].size > _FEATURES else None
             learner = fit_learner(
-                x, own, features=features, capacity=self._capacity,
-                kernel="squared_exponential", tuning=None,
+                x, own, features=features, capacity=CAPACITY, kernel="squared_exponential",
+                tuning=None,
             )  # fmt: skip
             # A width for each feature is found by descent. With one for all, 31 and 0 % of the
             # answers of an elliptic equation, with 10 parameters, were within a tenth of their
