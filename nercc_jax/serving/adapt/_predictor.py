@@ -55,8 +55,8 @@ _WAITING = 512  # answers that wait to be learned from; later ones replace the e
 # The share of the time that learning may take, since programs of JAX keep all cores of a CPU busy,
 # at first and where it has settled, and the longest pause that follows from it, in seconds.
 _SHARE, _LATER, _LONGEST = 0.05, 0.01, 1.0
-# Answers that a learner takes at once, that it starts from, and that it keeps.
-BATCH, FIRST, CAPACITY = 32, 256, 1024
+# Answers that a learner takes at once, and that it starts from; it keeps four times as many.
+BATCH, FIRST = 32, 256
 _SETTLED = 1024  # validation answers after which little is left to learn
 # Validation answers that calibration looks at, at most and at least, and the share by which their
 # number grows until the next calibration.
@@ -390,7 +390,7 @@ class Predictor:
             x, own = map(np.stack, zip(*self._learning.first, strict=True))
             features = principal_components(x, _FEATURES) if x[0].size > _FEATURES else None
             learner = fit_learner(
-                x, own, features=features, capacity=CAPACITY, kernel="squared_exponential",
+                x, own, features=features, capacity=4 * FIRST, kernel="squared_exponential",
                 tuning=None,
             )  # fmt: skip
             # A width for each feature is found by descent. With one for all, 31 and 0 % of the
