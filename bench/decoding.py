@@ -1,11 +1,10 @@
-"""Measure whether a server's error probability keeps its limits, and the worth of ordering.
+"""Measure whether a server's error probability keeps its limits.
 
 With the server's own parts, but without workers: LeNet5 on MNIST; decoding is calibrated on
 training images, and test images are decoded in groups under straggler sets. In each, the worker of
 one query straggles, and up to three others. A query is looked at before the last two answers come,
 before the last one, and with all that come, and is answered once its error probability is below
-the limit. Only queries whose own worker straggles count. Queries are arranged along a short path
-through those of eight groups, as the server does. Some minutes.
+the limit. Only queries whose own worker straggles count. Some minutes.
 """
 
 import time
@@ -16,39 +15,12 @@ from report import Report, environment, show
 from workloads import Network, groups_of, in_batches, own_answers
 
 from nercc_jax import NeRCC
-from nercc_jax.inference import order_points
 from nercc_jax.risk import Accuracy, ErrorProbability
 from nercc_jax.serving import Coder, calibrate_decoding
 
 MODEL, OUTPUTS, ROWS = "lenet5-mnist", "logits", 8
 LIMITS = (0.05, 0.02, 0.01, 0.005, 0.002)
-# K, N, queries in a group, and whether they are arranged.
-CASES = (
-    (4, 8, 4, False),
-    (4, 8, 4, True),
-    (4, 8, 2, False),
-    (8, 20, 8, False),
-    (8, 20, 4, False),
-)
-
-
-def arranged(coder: Coder, x: np.ndarray, few: int) -> tuple[np.ndarray, list[float]]:
-    """Return queries as the groups of `ROWS` rows that a server makes, and seconds for each.
-
-    A row is a stretch of the path, with its queries at the alphas in order.
-    """
-    along, parts = coder.path_order(0, few), groups_of(x, ROWS * few)
-    groups, seconds = [], []
-    flat = parts.reshape(*parts.shape[:2], -1)
-    order_points(flat[0], 1, features=flat[0], buffer_size=len(flat[0]))  # compiles
-    for part, features in zip(parts, flat, strict=True):
-        begin = time.perf_counter()
-        path = np.asarray(order_points(features, 1, features=features, buffer_size=len(part)))
-        seconds.append(time.perf_counter() - begin)
-        stretches = np.empty((ROWS, few), int)
-        stretches[:, along] = path.reshape(ROWS, few)
-        groups.append(part[stretches])
-    return np.concatenate(groups), seconds
+CASES = ((4, 8, 4), (4, 8, 2), (8, 20, 8), (8, 20, 4))  # K, N, queries in a group
 
 
 def assess(
@@ -105,24 +77,20 @@ def run(report: Report) -> None:
     train, _ = network.images("train", report.data_dir, calibration)
     x, _ = network.images("test", report.data_dir, test, 1)
     known, rows, seconds = {}, [], {}
-    for num_data, num_workers, few, ordering in cases:
+    for num_data, num_workers, few in cases:
         if (num_data, num_workers) not in known:
             coder = Coder(NeRCC(num_data, num_workers, points="interleaved", lambda_dec=0.0))
             accuracy = Accuracy(max_disagreement=max(LIMITS))
             decoding = calibrate_decoding(coder, network, train, accuracy)
             known[num_data, num_workers] = coder, decoding
         coder, decoding = known[num_data, num_workers]
-        groups, estimate = groups_of(x, few), decoding.of(few)
+        groups, estimate = groups_of(x, few), decoding.calibrated[few]
         assert isinstance(estimate, ErrorProbability)  # logits, so labels are judged
-        if ordering:
-            groups, spent = arranged(coder, x, few)
-            seconds |= {"arrange": float(np.median(spent)), "arrange_most": max(spent)}
-            values = np.ones((num_workers, ROWS, 10), np.float32)
-            mask = np.ones(num_workers, bool)
-            seconds["decode"] = timed(lambda: coder.decode(values, mask, ROWS))  # noqa: B023
-            seconds["assess"] = timed(lambda: coder.decode(values, mask, ROWS, estimate))  # noqa: B023
+        values = np.ones((num_workers, ROWS, 10), np.float32)
+        mask = np.ones(num_workers, bool)
+        seconds["decode"] = timed(lambda: coder.decode(values, mask, ROWS))  # noqa: B023
+        seconds["assess"] = timed(lambda: coder.decode(values, mask, ROWS, estimate))  # noqa: B023
         about = {"num_data": num_data, "num_workers": num_workers, "queries": few}
-        about |= {"arranged": ordering}
         rows.append(about | assess(coder, estimate, network, groups, sets))
         report.log(about)
         show(rows[-1]["limits"])

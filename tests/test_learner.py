@@ -520,7 +520,7 @@ def test_rows_that_come_again_have_bars_that_hold():
 def test_queries_that_come_again_calibrate_no_server():
     """Nine in ten are old ones, predicted by their own answers: the bars are those of new ones."""
     random, batches = np.random.default_rng(5), 0
-    predictor, policy = Predictor(capacity=512), BatchingPolicy(tolerance=0.5, coverage=0.9)
+    predictor, policy = Predictor(), BatchingPolicy(tolerance=0.5, coverage=0.9)
     pool = SimulatedPool(smooth, 1, seconds=lambda size: 0.05)
     with CodedBatcher(pool, Coder(Uncoded(1)), (2,), (2,), policy=policy, predictor=predictor):
         while predictor.state == "learning":

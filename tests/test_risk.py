@@ -13,9 +13,9 @@ import pytest
 import scipy.stats
 
 from nercc_jax.risk import Accuracy, Comparison, Risk, RiskMonitor
-from nercc_jax.risk._error_bars import error_bars_from_ratios
+from nercc_jax.risk._error_bars import error_bars_from_ratios, fit_error_scale
+from nercc_jax.risk._error_probability import fit_error_probability
 from nercc_jax.risk._monitor import WorkerMonitor
-from nercc_jax.serving import DecodingScores
 
 LABELS, VALUES, POOL = Accuracy(max_disagreement=0.1), Accuracy(tolerance=1.0), 8
 
@@ -388,10 +388,30 @@ def adversarial(random, place, last):
 STREAMS = (exchangeable, drifting, dependent, repeated, adversarial)
 
 
+def refitted(accuracy, features, known):
+    """A score of these answers, and comparisons of those that it has not learned from."""
+    bars = accuracy.tolerance is not None
+    some = slice(None, None, 1 if bars else 2)
+    parts = features[some, None], known[some, None], np.ones((len(known[some]), 1), bool)
+    if bars:
+        score = fit_error_scale(*parts, accuracy, len(known))
+    else:
+        fitted = {"usable": parts[2], "falling": (1,), "failure": 0.25}
+        score = fit_error_probability(*parts[:2], **fitted)
+    shown = []
+    for found, missed in zip(
+        np.asarray(score.of_features(features[1::2])), known[1::2], strict=True
+    ):
+        probability, bar = (math.nan, float(found)) if bars else (float(found), math.nan)
+        excess = float(missed) / bar if bars else math.inf
+        shown.append(Comparison(probability, bar, bool(missed) and not bars, excess))
+    return score, shown
+
+
 def play(stream, seed, accuracy):
     """What was given out, and whether it missed the promise, of a stream of stragglers."""
     random, last = np.random.default_rng(seed), np.zeros(3)
-    scores, risk = DecodingScores(accuracy), Risk(accuracy, needs_evidence=True)
+    score, risk = None, Risk(accuracy, needs_evidence=True)
     compared, due, missed = [], 32, []
     for place in range(LENGTH):
         last, sign = stream(random, place, last)
@@ -400,7 +420,6 @@ def play(stream, seed, accuracy):
         odds = -1.2 + sign * (rough + variance - 1.3 * margin)
         wrong = bool(random.random() < 1 / (1 + math.exp(-odds)))
         error = 0.3 * math.exp(sign * (rough + variance)) * abs(random.normal())
-        score = scores.of(4)
         value = math.nan if score is None else float(score.of_features(features))
         probability, bar = value, math.nan
         if accuracy.tolerance is not None:
@@ -417,7 +436,7 @@ def play(stream, seed, accuracy):
         if len(compared) >= due:
             due += max(due // 2, 32)
             features, known = map(np.stack, zip(*compared, strict=True))
-            scores, shown = scores.learn(features, known, None)
+            score, shown = refitted(accuracy, features, known)
             risk.replace(shown)
     return missed
 

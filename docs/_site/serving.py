@@ -179,32 +179,26 @@ def requests() -> Iterator[dict[str, str]]:
             }
 
 
-def _groups() -> dict[tuple[int, int, bool], Row]:
-    return {(row["num_data"], row["queries"], row["arranged"]): row for row in OFFLINE["rows"]}
+def _groups() -> dict[tuple[int, int], Row]:
+    rows = OFFLINE["rows"]  # once, a server arranged queries, too
+    return {(r["num_data"], r["queries"]): r for r in rows if not r.get("arranged")}
 
 
 def full_groups() -> Iterator[dict[str, str]]:
     """Yield what of full groups was wrong and sent again, by what was asked for."""
-    came, arranged = (_groups()[4, 4, order] for order in (False, True))
-    yield {
-        "asked for": "all decoded",
-        "in any order: wrong": _share(came["all_wrong"]),
-        "sent again": "",
-        "arranged: wrong": _share(arranged["all_wrong"]),
-    }
-    for one, two in zip(came["limits"], arranged["limits"], strict=True):
+    row = _groups()[4, 4]
+    yield {"asked for": "all decoded", "wrong": _share(row["all_wrong"]), "sent again": ""}
+    for each in row["limits"]:
         yield {
-            "asked for": f"{100 * one['asked']:g} %",
-            "in any order: wrong": _share(one["wrong"]),
-            "sent again": _share(one["again"]),
-            "arranged: wrong": _share(two["wrong"]),
-            "arranged: sent again": _share(two["again"]),
+            "asked for": f"{100 * each['asked']:g} %",
+            "wrong": _share(each["wrong"]),
+            "sent again": _share(each["again"]),
         }
 
 
 def other_groups() -> Iterator[dict[str, str]]:
     """Yield the same of groups that are not full, and of another size."""
-    for (k, few, _), row in _groups().items():
+    for (k, few), row in _groups().items():
         if (k, few) != (4, 4):
             limits = {
                 f"{100 * each['asked']:g} %": (

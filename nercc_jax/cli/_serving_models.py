@@ -1,6 +1,7 @@
 """From settings to served models: shipped models, your own, and their codes."""
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import nercc_models
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, Uncoded, load_code
 from ..serving import ModelSettings, Predictor, Servable, ServedModel, make_servable
 from ..serving._metrics import Metrics
-from ..serving._served_model import log_phase
 from ..serving.protocol._servable import FLOAT
 from ._command import of_option
 from ._options import HUB, Options, Returned
@@ -23,6 +23,7 @@ from ._workload import callable_of, faults_of, load_plain_code, model_of, surrog
 # Codes tuned for shipped models by `nercc tune --layout interleaved`.
 _CODES = Path(__file__).parent / "codes"
 UNCODED = Uncoded(1)
+_LOG = logging.getLogger(__name__)
 
 
 class StartFailed(RuntimeError):
@@ -47,10 +48,10 @@ def starts_of(
     def start(settings: ModelSettings, code: AbstractCode) -> ServedModel:
         name = settings.served_name
         if settings.pool == "ray":
-            with log_phase("joining Ray", name):
-                join()
-        with log_phase("loading", name):
-            servable, code, predictor = load_parts(settings, code)
+            _LOG.info("joining Ray", extra={"model": name})
+            join()
+        _LOG.info("loading", extra={"model": name})
+        servable, code, predictor = load_parts(settings, code)
         if ":" not in str(settings.model) and settings.outputs is settings.tolerance is None:
             settings = settings.model_copy(update={"outputs": "logits"})  # they are classifiers
         settings = settings.model_copy(update={"faults": faults_of(settings.faults)})

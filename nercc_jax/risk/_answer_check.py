@@ -2,8 +2,7 @@
 
 A logistic regression weighs how far the answer is from the prediction, how far the prediction
 prefers another label, by how much the answer's label leads, how far the answer is from other right
-ones whatever its query was, and the products of any two of these. For labels, it also weighs the
-angle between answer and prediction as seen from the mean answer. Before, predictions are corrected
+ones whatever its query was, and the products of any two of these. Before, predictions are corrected
 by a linear regression of right answers on them. The logistic one learns from right answers and from
 wrong ones that are made of these: the answers of other queries, and right ones with noise. Of
 either, those with another label count, where labels matter.
@@ -34,7 +33,6 @@ _SHRINK = 1e-3  # of a covariance to a multiple of the identity
 _LEAST = 1e-12
 _CLEAR = 0.002  # of wrong answers, the share that is cleared by their small residuals
 _RIDGE = 0.01  # of the correction, in rows, for each output
-_NEAR = 0.05  # the share of right answers that are nearer to a reference than is told apart
 # Of each kind of wrong answers, how many times they are drawn, and of how many right ones; and the
 # sizes of the noise, in units of the answers' standard deviation. With `_RIDGE` and the features
 # these were confirmed on 5,000 of RepVGG's training images.
@@ -59,8 +57,6 @@ class AnswerCheck:
         typical: Maps differences from it to uncorrelated ones.
         references: Right answers, mapped so.
         squares: The squares of their lengths.
-        near: The square of the distance to these below which no answer is more typical: it may be
-            one of them.
         weights: The regression's weights of the products of features.
         far: The features of distances beyond which all looks wrong: the largest ones that it has
             learned from, or less.
@@ -77,7 +73,6 @@ class AnswerCheck:
     references: Float[np.ndarray, "m references"]
     squares: Float[np.ndarray, " references"]
     labels: bool
-    near: float = 0.0
     weights: Float[np.ndarray, "features features"] | None = None
     far: Float[np.ndarray, "3"] | float = np.inf
     clear: float = 0.0
@@ -96,26 +91,20 @@ class AnswerCheck:
         deviation = np.maximum(deviation, _LEAST)
         mean = _mapped(mean, self.slope) + self.offset  # as right answers are, by the regression
         ratios = (answers - mean) / deviation[:, None]
-        found = np.ones((len(answers), 9 if self.labels else 5), np.float32)
+        found = np.ones((len(answers), 8 if self.labels else 5), np.float32)
         found[:, 1] = _square(ratios)
         found[:, 2] = _square(_mapped(ratios, self.residual))
         own = _mapped(answers - self.centre, self.typical)
-        found[:, 3] = np.maximum(self._distance(own), self.near)
+        nearest = (self.squares - 2 * own @ self.references).min(axis=1)
+        found[:, 3] = np.maximum(nearest + _square(own), 0)
         found[:, 4] = deviation**2 * answers.shape[1]
         found[:, 1:5] = 0.5 * np.log(found[:, 1:5] / answers.shape[1] + _LEAST)
         if self.labels:
             lead = lead_of(answers[None], np.stack([mean, answers]))
             preference, margin = np.arcsinh(lead / deviation)
             found[:, 5], found[:, 6] = np.minimum(preference, 0), np.maximum(preference, 0)
-            expected = _mapped(mean - self.centre, self.typical)
-            lengths = np.sqrt(_square(own) * _square(expected))
-            found[:, 7], found[:, 8] = margin, np.vecdot(own, expected) / (lengths + _LEAST)
+            found[:, 7] = margin
         return found
-
-    def _distance(self, mapped: _Vectors) -> _Numbers:
-        """Return the squares of the distances of mapped answers to the nearest reference."""
-        nearest = (self.squares - 2 * mapped @ self.references).min(axis=1)
-        return np.maximum(nearest + _square(mapped), 0)
 
     def scores(self, mean: _Vectors, deviation: _Numbers, answers: _Vectors) -> _Numbers:
         """Return how wrong answers look; arguments as for `features`."""
@@ -174,15 +163,12 @@ def fit_answer_check(
     expected = _mapped(early[0], slope) + offset
     residual = _whitening((early[2] - expected) / np.maximum(early[1], _LEAST)[:, None])
     number = min(_REFERENCES, half // 2)
-    mapped = _mapped(early[2] - centre, typical)
-    references = mapped[:number]
+    references = _mapped(early[2][:number] - centre, typical)
     squares = (references**2).sum(axis=1)
     references = np.ascontiguousarray(references.T)
     check = AnswerCheck(slope, offset, residual, centre, typical, references, squares, labels)
     # A reference is at no distance from itself.
     others = mean[number:half], deviation[number:half], answers[number:half]
-    near = float(np.quantile(check._distance(mapped[number:]), _NEAR))
-    check = dataclasses.replace(check, near=near)
     made = _wrong(*others, labels, random)
     right, wrong = check.features(*others), check.features(*made)
     features = np.concatenate([right, wrong])

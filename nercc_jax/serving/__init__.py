@@ -18,7 +18,9 @@ The way of a request through eight files, and of its reply back:
    `response_of` makes the response of it, which the transport writes.
 
 Whatever approximate was given out is compared with the model's own answer, however late
-(`_approximate.py`). One thread learns from that (`adapt/`); `decide` gets it as `LateEvidence`.
+(`_approximate.py`). Scores of decoded answers are calibrated before a model is ready
+(`adapt/_decoding.py`); one thread learns a surrogate and picks settings meanwhile (the rest of
+`adapt/`). `decide` gets what is known as `LateEvidence`.
 """
 
 import importlib

@@ -4,8 +4,8 @@ They stand at their queries (`Query.approximate`), by source. Each is compared w
 answer, however late that comes, whether it was given out or not. What becomes of them is for
 `core/decide.py` to say.
 
-The deciding thread calls these methods, so each returns at once. One other thread learns: which
-decoded answers are right, the surrogate, and the setting. What it hands over is immutable.
+The deciding thread calls these methods, so each returns at once. One other thread learns: the
+surrogate, and the setting. What it hands over is immutable.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from ..inference.models import warn_if_other
 from ..risk import Comparison, Risk
 from ..risk._accuracy import error_ratios
 from ._policy import MAX_DEADLINE_S
-from .adapt._decoding import DecodingEvidence, DecodingScores
+from .adapt._decoding import DecodingScores
 from .adapt._predictor import Predictor
 from .adapt._setting_controller import SettingController
 from .core._coder import DecodedGroup
@@ -33,17 +33,19 @@ from .core.decide import GiveOut, LateEvidence, Place
 _LOG = logging.getLogger(__name__)
 
 _PAUSE = 1.0  # seconds before the learning thread goes on after a failure
+# Bytes that are kept for late answers in all, and that a group takes beside its arrays.
+_KEPT, _GROUP = 1 << 26, 1 << 14
 
 
 class Approximations:
     """Two sources of approximate answers, and the choice of settings.
 
-    The groups, and their memory, that are kept for late answers are bounded.
+    The memory of groups that are kept for late answers is bounded.
 
     Attributes:
         setup: The batcher's parts; its `observe` passes the choice of settings.
         turns: The thread that learns, not started yet.
-        decoding: The evidence on decoded answers.
+        decoded: The evidence of stragglers on decoded answers.
         predictor: The surrogate, ready or not; None where there is none.
     """
 
@@ -53,11 +55,8 @@ class Approximations:
         scores: DecodingScores,
         predictor: Predictor | None,
         submit: Callable[[Request], bool],
-        *,
-        most: int = 4096,
-        size: int = 1 << 26,
     ):
-        """Compile the decoder; keep at most `most` groups and `size` bytes.
+        """Compile the decoder.
 
         `submit` takes requests of the server's own, unless queries wait, and returns whether.
 
@@ -75,38 +74,34 @@ class Approximations:
         if scores.calibrated:
             warn_if_other("the error estimate", scores.conditions, setup.pool.conditions)
         self.turns = setup.clock.turns("nercc-learning", self._turn)
-        self.decoding = DecodingEvidence(dataclasses.replace(scores, accuracy=wanted), coder.form)
+        uncalibrated = wanted.promises and not scores.calibrated
+        self.decoded = Risk(wanted, needs_evidence=uncalibrated)
         self._controller = None
         if policy.max_calls is not None:
-            self._controller = SettingController(
-                setup, predictor, self.decoding.risk, self.turns.wake
-            )
+            self._controller = SettingController(setup, predictor, self.decoded, self.turns.wake)
             setup = dataclasses.replace(setup, observe=self._controller.observe)
         self.setup, self.predictor, self._submit = setup, predictor, submit
+        self._scores = dataclasses.replace(scores, accuracy=wanted)
         # Whether approximate answers may be given out at all, by what the outputs are.
         self._allowed = policy.outputs != "values" or policy.tolerance is not None
         self._setting = DispatchSetting.of_policy(policy)
-        if coder.can_decode and not self._allowed:
+        if coder.can_decode and not self._decodes:
             # What mixes queries is of no use where nothing may be decoded.
             self._setting = self._setting._replace(redundancy="none")
-        self._sources: dict[Source, DecodingEvidence | Predictor] = {"decoded": self.decoding}
         if predictor is not None:
             predictor.attach(setup, self.turns.wake)
-            self._sources["predicted"] = predictor
-        self._most, self._left = most, size
         self._kept: dict[Group, int] = {}
+        self._left = _KEPT
         if coder.can_decode:
             zeros, everyone = setup.answers.zeros(coder.num_workers), np.ones(coder.num_workers)
-            self._decoded(zeros[:, None], everyone > 0, coder.num_data)
+            self._decode(zeros[:, None], everyone > 0, coder.num_data)
 
     def _turn(self) -> float:
         """Learn, on the thread that does, and return when to do so again."""
-        due, steps = math.inf, [self.decoding.learn]
-        steps += [] if self.predictor is None else [self.predictor.turn]
-        steps += [] if self._controller is None else [self._controller.turn]
-        for step in steps:
+        due = math.inf
+        for learner in (self.predictor, self._controller):
             try:
-                due = min(due, step())
+                due = due if learner is None else min(due, learner.turn())
             except Exception:
                 # Earlier results stay; what comes may do better.
                 _LOG.exception("learning from the traffic failed")
@@ -115,15 +110,39 @@ class Approximations:
         return due
 
     @property
+    def _decodes(self) -> bool:
+        """True if decoded answers may be given out: nothing is promised, or it was calibrated."""
+        promises = self.setup.policy.accuracy.promises
+        return self._allowed and (not promises or bool(self._scores.calibrated))
+
+    @property
     def setting(self) -> DispatchSetting:
         """The setting that holds now."""
         return self._setting if self._controller is None else self._controller.setting
 
+    def _risk(self, source: Source) -> Risk:
+        if source == "predicted":
+            assert self.predictor is not None
+            return self.predictor.risk
+        return self.decoded
+
+    def _limit(self, queries: int) -> float | None:
+        """Return the limit of decoded answers' scores, as `LateEvidence` has it."""
+        if not self._scores.accuracy.promises:
+            return math.inf
+        if queries not in self._scores.calibrated:
+            return None
+        # What has had a drift is compared without being given out.
+        return self._scores.limit(queries) if self.decoded.drifts == 0 else -1.0
+
     def evidence(self, queries: int) -> LateEvidence:
         """Return what is known by now, for a group with this number of queries."""
-        limit, predictor = self.decoding.limit(queries), self.predictor
-        risk: dict[Source, Risk] = {source: each.risk for source, each in self._sources.items()}
+        predictor = self.predictor
+        risk: dict[Source, Risk] = {"decoded": self.decoded}
+        if predictor is not None:
+            risk["predicted"] = predictor.risk
         predicts = predictor is not None and self._allowed and predictor.state == "answering"
+        limit = self._limit(queries)
         return LateEvidence(self.setting, self._allowed, predicts, limit, risk)
 
     def predict(self, group: Group, places: Sequence[Place]) -> None:
@@ -158,48 +177,47 @@ class Approximations:
 
         A code may have lost a query, and a sum of large answers may overflow.
         """
-        setup, decoding, number = self.setup, self.decoding, len(group.cells)
+        setup, number = self.setup, len(group.cells)
         begin, accuracy = setup.clock.now(), setup.policy.accuracy
         known = [(point, each) for point, each in enumerate(group.answers) if each is not None]
         some = known[0][1]
         values = np.zeros((len(group.answers), group.rows, *some.shape[1:]), some.dtype)
         for point, answer in known:
             values[point] = repeat_rows(answer, group.rows)
-        found = self._decoded(values, group.mask, number)
+        found = self._decode(values, group.mask, number)
         setup.observe("decode_seconds", setup.clock.now() - begin)
         basis = int((~np.isnan(group.sent_at)).sum()), int(group.mask.sum())
         setup.observe("workers_responded", basis[1])
-        limit, epoch = decoding.limit(number), decoding.risk.epoch
+        limit, labels = self._limit(number), accuracy.tolerance is None
+        assert limit is not None
         for cell, row in places:
             query, value = group.query((cell, row)), found.predictions[row, cell, ...]
             query.approximate.pop("decoded", None)
             if not found.recovered[cell] or not np.isfinite(value).all():
                 continue
-            known, labels = float(found.score[row, cell]), accuracy.tolerance is None
+            known = float(found.score[row, cell])
             query.approximate["decoded"] = Answer(
                 value,
                 "decoded",
                 *basis,
                 disagreement=known if labels else math.nan,
                 error=math.nan if labels else known,
-                features=found.features[row, cell].copy(),
                 x=query.x,
-                epoch=epoch,
+                epoch=self.decoded.epoch,
                 within=known <= limit if accuracy.promises else math.isnan(known),
             )
 
-    def _decoded(self, values: np.ndarray, mask: np.ndarray, queries: int) -> DecodedGroup:
-        policy = self.setup.policy
-        promises = policy.accuracy.promises
-        score = self.decoding.scores.of(queries) if promises else None
-        width = policy.max_batch_size
-        return self.setup.coder.decode(values, mask, width, score, features=promises)
+    def _decode(self, values: np.ndarray, mask: np.ndarray, queries: int) -> DecodedGroup:
+        setup, score = self.setup, self._scores.calibrated.get(queries)
+        if not setup.policy.accuracy.promises:
+            score = None
+        return setup.coder.decode(values, mask, setup.policy.max_batch_size, score)
 
     def give(self, group: Group, given: GiveOut) -> tuple[Query, Answer]:
         """Return an answer that is given out, as the caller sees it, which is to be compared."""
         source = given.source
         query, tolerance = group.query(given.place), self.setup.policy.tolerance
-        answer, risk = query.approximate[source], self._sources[source].risk
+        answer, risk = query.approximate[source], self._risk(source)
         disagreement, error = map(float, risk.expected(answer.disagreement, answer.error))
         if answer.error > 0:
             answer.widened = error / answer.error
@@ -236,17 +254,14 @@ class Approximations:
         Returns:
             Whether it was right.
         """
-        labels, source = self.setup.policy.tolerance is None, self._sources[given.source]
+        labels, risk = self.setup.policy.tolerance is None, self._risk(given.source)
         wrong, excess, value = labels, math.inf, given.value.ravel()
         if own is not None:
             form = self.setup.coder.form
             wrong = labels and not bool(agree_on_labels(value, own.ravel(), form))
             error = root_mean_square(value - own.ravel())
             excess = float(error_ratios(error, np.asarray(given.error)))
-            missed = wrong if labels else float(error)
-            if given.features is not None and self.decoding.add(given.features, missed):
-                self.turns.wake()
-        drifted = source.risk.add(
+        drifted = risk.add(
             Comparison(given.disagreement, given.error, wrong, excess),
             given=given.given,
             epoch=given.epoch,
@@ -254,7 +269,8 @@ class Approximations:
             widened=given.widened,
         )
         if drifted:
-            source.discard()
+            if given.source == "predicted" and self.predictor is not None:
+                self.predictor.discard()
             self.setup.observe("drift", 1)
             what = f"{given.source} answers went wrong more often than promised: see the status"
             _LOG.warning(what)
@@ -282,9 +298,9 @@ class Approximations:
             kept = [each for _, query in group.compared() for each in query.approximate.values()]
             arrays = [each for one in kept for each in (one.value, one.x) if each is not None]
             arrays += [query.request.reply.values for _, query in group.compared()]
-            self._kept[group] = size = sum(each.nbytes for each in arrays)
+            self._kept[group] = size = _GROUP + sum(each.nbytes for each in arrays)
             self._left -= size
-            while len(self._kept) > self._most or (self._left < 0 and self._kept):
+            while self._left < 0 and self._kept:
                 over.append(oldest := next(iter(self._kept)))
                 self.discard(oldest)
                 forgotten += [query for _, query in oldest.compared()]
@@ -308,20 +324,21 @@ class Approximations:
     def _ask_again(self, given: Answer) -> bool:
         """Have the model answer, for comparison, where workers are free; return whether."""
         setup = self.setup
-        if given.x is None or given.repeated or not setup.pool.idle:
+        if given.x is None or not setup.pool.idle:
             return False
         zeros, now = setup.answers.zeros(1), setup.clock.now()
         request = Request(given.x[None], zeros, now, MAX_DEADLINE_S, True, own="audit")
         request.queries[0].approximate[given.source] = given
-        given.repeated = self._submit(request)
-        return given.repeated
+        if asked := self._submit(request):
+            given.x = None
+        return asked
 
     def status(self) -> dict[str, Any]:
         """Return what has been learned and measured so far."""
         controller, predictor = self._controller, self.predictor
-        promises = self.setup.policy.accuracy.promises
+        shown = self._decodes and self.setup.policy.accuracy.promises
         return {
             "policy": None if controller is None else controller.status(),
             "predictor": None if predictor is None else predictor.status(),
-            "decoding": self.decoding.status() if promises else None,
+            "decoding": self.decoded.status() if shown else None,
         }

@@ -37,7 +37,7 @@ from .core._request import (
     ServerClosing,
     Source,
 )
-from .core._requests import Health, OpenRequests, QueryQueue, Timers
+from .core._requests import Health, OpenRequests, Timers
 from .core._setup import BatchSpec, Setup
 from .core.decide import Copy, Decode, Fail, GiveOut, Place, Predict, Wait, decide
 
@@ -91,8 +91,8 @@ class CodedBatcher:
             outputs: the shape of an answer.
             dtypes: of queries and answers; dtypes other than float32 cannot be coded.
             policy: the batching policy.
-            decoding: scores of decoded answers (`calibrate_decoding`). Without them, stragglers
-                have to show first which decoded answers may be given out.
+            decoding: scores of decoded answers (`calibrate_decoding`). Without them, only a policy
+                that promises nothing gives decoded answers out.
             predictor: answers queries independently of their groups.
             refuse: tells which answers of workers are not valid.
             observe: called with every measurement, `observe(what, number)`; it must be quick.
@@ -112,10 +112,10 @@ class CodedBatcher:
         self.policy, clock = setup.policy, setup.clock
         self._inbox: collections.deque[Request | Group] = collections.deque()
         self._turns = clock.turns("nercc-batcher", self._run)
-        self._queue = QueryQueue(self.policy.max_queue_size)
-        self._requests = OpenRequests(self._queue, setup.observe, clock, self._post)
+        size = self.policy.max_queue_size
+        self._requests = OpenRequests(size, setup.observe, clock, self._post)
         self._screen = AnswerScreen(setup, predictor)
-        self._dispatcher = Dispatcher(setup, self._queue, known, self._post)
+        self._dispatcher = Dispatcher(setup, self._requests, known, self._post)
         self._timers: Timers[Group] = Timers()  # when to decide on a group again
         known.turns.start()
         pool.on_idle(lambda: self._turns.wake() if self.waiting else None)
@@ -164,7 +164,7 @@ class CodedBatcher:
     @property
     def waiting(self) -> int:
         """The number of queries that wait to be sent."""
-        return self._queue.waiting
+        return self._requests.waiting
 
     @property
     def in_flight(self) -> int:
@@ -217,8 +217,7 @@ class CodedBatcher:
             _LOG.exception("the batcher ends")
             self._requests.fail_all(error)
             self._turns.close()
-        due = self._timers.next, self._requests.deadlines.next, self._screen.next_due
-        return min(due)
+        return min(self._timers.next, self._requests.deadlines.next, self._screen.next_due)
 
     def _turn(self) -> None:
         clock, requests = self._setup.clock, self._requests
@@ -239,13 +238,13 @@ class CodedBatcher:
         Those are `concerned`, a group or a request, and the queries that the step took out of the
         queue.
         """
-        self._queue.popped = []
+        self._requests.taken = []
         try:
             step(*args)
         except Exception as error:
             _LOG.exception("the batcher's step %s failed", step.__name__)
             self._setup.observe("internal_error", 1)
-            failed = {query.request for query in self._queue.popped}
+            failed = {query.request for query in self._requests.taken}
             if isinstance(concerned, Group):
                 failed |= {query.request for _, query in concerned.open_queries()}
                 self._approximations.discard(concerned)

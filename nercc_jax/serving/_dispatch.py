@@ -1,7 +1,4 @@
-"""Dispatch: queries leave the queue for idle workers, alone or in groups.
-
-Within a group, similar queries get neighbouring places (`assign`).
-"""
+"""Dispatch: queries leave the queue for idle workers, alone or in groups."""
 
 import itertools
 import math
@@ -12,72 +9,16 @@ import numpy as np
 from jaxtyping import Int
 
 from ..codes import Uncoded
-from ..inference.order import random_projection
-from ..pools.clock import TimeShare
 from ..pools.times import AnswerTimes, power_of_two
 from ..stragglers import picking
 from ._approximate import Approximations
 from .core._coder import Coder
 from .core._group import Group
 from .core._request import Query, repeat_rows
-from .core._requests import QueryQueue
+from .core._requests import OpenRequests
 from .core._setup import Setup
 
-# Queries of a path, at least (fewer have only one), and at most: 64 take half a millisecond.
-_FEWEST, _LONGEST = 3, 64
-# The share of the deciding thread's time that ordering may take. Beside models that keep all cores
-# busy it takes ten times as long as alone: with requests of 16 queries without end, throughput was
-# a fifth less for it.
-_OF_THE_TIME = 0.1
 _ODD = 100.0  # the factor of scales beyond which queries are not coded together
-
-
-def assign(
-    coder: Coder, queries: Sequence[Query], sizes: Sequence[int], place: int
-) -> list[list[Query]]:
-    """Distribute queries over cells of these sizes, and return the queries of each cell.
-
-    A row of a group is a stretch of a short path through the queries, with these at the alphas in
-    order. The first cell has this place in its group; after a group's last place the next group's
-    first follows.
-    """
-    order = iter(short_path([query.x for query in queries if query.x is not None]))
-    cells: list[list[Query]] = [[] for _ in sizes]
-    begin = 0
-    while begin < len(sizes):
-        number = min(coder.num_data - place, len(sizes) - begin)
-        along = begin + coder.path_order(place, number)
-        for row in range(max(sizes[begin : begin + number])):
-            for cell in along.tolist():
-                if row < sizes[cell]:
-                    cells[cell].append(queries[next(order)])
-        begin, place = begin + number, 0
-    return cells
-
-
-def short_path(x: Sequence[np.ndarray]) -> list[int]:
-    """Return an order in which neighbours are similar, in stretches of bounded length.
-
-    From a query far from all others it goes on to the nearest that is left. Distances are those of
-    random projections: queries are compared as they come, without a model.
-    """
-    found: list[int] = []
-    for begin in range(0, len(x), _LONGEST):
-        part = np.stack(x[begin : begin + _LONGEST])
-        path = [*range(len(part))]
-        if len(part) >= _FEWEST:
-            with np.errstate(over="ignore", invalid="ignore"):
-                rows = np.asarray(random_projection(part), np.float64)
-                squares = np.sum(rows**2, axis=1)
-                distance = squares[:, None] + squares - 2 * rows @ rows.T
-            # Queries whose projection overflows are as far as can be.
-            distance = np.nan_to_num(distance, nan=1e300, posinf=1e300)
-            path = [int(np.argmax(distance.sum(axis=1)))]
-            while len(path) < len(part):
-                distance[:, path[-1]] = np.inf
-                path.append(int(np.argmin(distance[path[-1]])))
-        found += [begin + each for each in path]
-    return found
 
 
 class Dispatcher:
@@ -91,14 +32,13 @@ class Dispatcher:
     def __init__(
         self,
         setup: Setup,
-        queue: QueryQueue,
+        requests: OpenRequests,
         approximations: Approximations,
         post: Callable[[Group], Any],
     ):
         """Create a dispatcher; `post` is called when an answer to a group may have come."""
-        self._setup, self._queue, self._post = setup, queue, post
+        self._setup, self._requests, self._post = setup, requests, post
         self._approximations = approximations
-        self._ordering = TimeShare(setup.clock, _OF_THE_TIME)
         self._random = np.random.default_rng(0)
         self._alone = Coder(Uncoded(1), (setup.coder.kinds[0],))  # of queries sent again
         self._times: AnswerTimes | None = None  # the pool's, by the rule that holds
@@ -114,16 +54,35 @@ class Dispatcher:
     def dispatch(self, now: float) -> list[Group]:
         """Send what waits while workers are idle, then the coded data points of full groups.
 
-        Returns the coded groups of which something was sent.
+        Each batch of queries goes to a worker of its own, as it came. Returns the coded groups of
+        which something was sent.
         """
-        sent: list[Group] = []
-        while self._setup.pool.idle and self._queue.queries:
-            sent += self._send_own(now)
-        groups: list[Group] = list(dict.fromkeys(sent))
-        for group in groups:
+        setup, requests, coder = self._setup, self._requests, self._setup.coder
+        sent: dict[Group, None] = {}
+        while setup.pool.idle and requests.queue:
+            sizes, left, idle, spare = [], len(requests.queue), setup.pool.idle, setup.pool.spare
+            while left and idle:
+                sizes.append(self._size(left, min(idle, spare - len(sizes))))
+                left, idle = left - sizes[-1], idle - 1
+            queries = requests.take(sum(sizes))
+            for request in {query.request for query in queries}:
+                if math.isinf(request.sent):
+                    request.sent = now
+                    setup.observe("queue_seconds", now - request.arrived)
+            rest = iter(queries)
+            for size in sizes:
+                if self.filling is None:
+                    self.filling = self._new_group(coder, now)
+                group = self.filling
+                sent[group] = None
+                own, x = coder.first[len(group.cells)], group.add([*itertools.islice(rest, size)])
+                self._send(group, own, [x] * len(own), now)
+                if len(group.cells) == coder.num_data:
+                    self.filling = None
+        for group in sent:
             if group is not self.filling:
                 self.complete(group, now)
-        return groups
+        return [*sent]
 
     def copy(self, queries: Sequence[Query], workers: int, now: float) -> None:
         """Send queries once more, each to this number of workers that have not answered it.
@@ -183,48 +142,11 @@ class Dispatcher:
         if redundancy != "uncertain" or not most:
             return points[: most * (redundancy == "always")]
         self._approximations.predict(group, waiting)
-        doubt = np.zeros(len(group.cells))
-        for place in waiting:
-            known = group.query(place).approximate.get("predicted")
-            if known is not None and not known.within:
-                worth = known.disagreement
-                worth = known.error**2 if math.isnan(worth) else worth
-                doubt[place[0]] = max(doubt[place[0]], worth, 1e-9)
-        # A point that mixes queries serves all of them.
-        places = group.layout.place_of[points]
-        worth = np.where(places < 0, doubt.max(), doubt[places])
-        return points[np.argsort(-worth, kind="stable")[: min(np.count_nonzero(worth), most)]]
-
-    def _send_own(self, now: float) -> list[Group]:
-        """Send queries as they came, each to its own worker, and return their groups."""
-        coder, pool = self._setup.coder, self._setup.pool
-        sizes, sent, left = [], [], len(self._queue.queries)
-        idle, spare = pool.idle, pool.spare
-        while left and idle:
-            sizes.append(self._size(left, min(idle, spare - len(sizes))))
-            left, idle = left - sizes[-1], idle - 1
-        place = 0 if self.filling is None else len(self.filling.cells)
-        queries = self._queue.pop(sum(sizes))
-        for request in {query.request for query in queries}:
-            if math.isinf(request.sent):
-                request.sent = now
-                self._setup.observe("queue_seconds", now - request.arrived)
-        rest, begin = iter(queries), self._setup.clock.now()
-        if coder.needs_order and begin >= self._ordering.next:
-            cells = assign(coder, queries, sizes, place)
-            self._ordering.spend(begin)
-        else:
-            cells = [list(itertools.islice(rest, size)) for size in sizes]
-        for queries in cells:
-            if self.filling is None:
-                self.filling = self._new_group(coder, now)
-            group = self.filling
-            sent.append(group)
-            own, x = coder.first[len(group.cells)], group.add(queries)
-            self._send(group, own, [x] * len(own), now)
-            if len(group.cells) == coder.num_data:
-                self.filling = None
-        return sent
+        known = ((place, group.query(place).approximate.get("predicted")) for place in waiting)
+        doubted = {cell for (cell, _), each in known if each is not None and not each.within}
+        if doubted:
+            doubted.add(-1)  # a point that mixes queries serves all of them
+        return points[np.isin(group.layout.place_of[points], [*doubted])][:most]
 
     def _new_group(
         self,

@@ -4,9 +4,8 @@ import collections
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import get_args
 
-import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -18,7 +17,7 @@ OUTCOMES = ("ok", "deadline", "failed", "cancelled")
 OUTCOMES += ("invalid", "overloaded", "queue_full", "draining")
 ANSWERS = ("exact", "decoded", "predicted", "reexecuted")
 
-_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _SHORT = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1)
 _SHARES = (1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _TENTHS = tuple(place / 10 for place in range(1, 11))
@@ -33,21 +32,17 @@ _TABLE = (
     ("stragglers", "straggler", "Coded data points that were not waited for.", ()),
     ("reexecutions", "reexecution", "Queries sent a second time.", ()),
     ("drifts", "drift", "Times that predictions were wrong more often than promised.", ()),
-    ("policy_changes", "policy_change", "Times that another setting was picked.", ()),
     ("fenced_workers", "worker_fenced", "Times that a worker was fenced.", ()),
-    ("released_workers", "worker_released", "Fenced workers that were released.", ()),
     ("internal_errors", "internal_error", "Failures of the server, see its log.", ()),
-    ("request_seconds", "request_ok", "Seconds from arrival to answer.", _SECONDS),
-    ("queue_seconds", "queue_seconds", "Seconds from arrival until sent to a worker.", _SECONDS),
-    ("compute_seconds", "compute_seconds", "Seconds from sent until answered.", _SECONDS),
+    ("request_seconds", "request_ok", "Seconds from arrival to answer.", SECONDS),
+    ("queue_seconds", "queue_seconds", "Seconds from arrival until sent to a worker.", SECONDS),
+    ("compute_seconds", "compute_seconds", "Seconds from sent until answered.", SECONDS),
     ("encode_seconds", "encode_seconds", "Seconds to encode a group.", _SHORT),
     ("decode_seconds", "decode_seconds", "Seconds to decode a group.", _SHORT),
     ("predict_seconds", "predict_seconds", "Seconds to predict a group's queries.", _SHORT),
     ("group_fill", "group_fill", "Share of a group's places that queries took.", _TENTHS),
     ("batch_size", "batch_size", "Queries in one worker call.", (1, 2, 4, 8, 16, 32, 64, 128)),
     ("workers_responded", "workers_responded", "Answers of a decoded group.", range(1, 33)),
-    ("hedge_limits", "hedge_limits", "Seconds of late queries' copies, over the limit of lateness; "
-     "over 1, copies are as slow as what they copy.", (0.25, 0.5, 1, 2, 5, 10, 20)),
     ("expected_disagreement", "expected_disagreement", "Probabilities that approximate labels are "
      "not the model's own.", _SHARES),
     ("expected_error", "expected_error", "Error bars of values, over the tolerance.", _TENTHS),
@@ -104,47 +99,6 @@ class Meter:
         """Let the workers and the queue go; what was counted stays."""
         self.pool, self.waiting = None, lambda: 0
 
-    def status(self) -> dict[str, Any]:
-        """Return what the status page shows of it."""
-        answers = {answer: int(self.read(f"query_{answer}")["total"]) for answer in ANSWERS}
-        requests = {outcome: int(self.read(f"request_{outcome}")["total"]) for outcome in OUTCOMES}
-        approximate, queries = answers["decoded"] + answers["predicted"], sum(answers.values())
-        right, wrong = (int(self.read(f"audit_{label}")["total"]) for label in ("same", "other"))
-        expected = self.read("expected_disagreement")
-        seconds = self.read("request_ok")
-        number, bounds = int(seconds["count"]), [1000 * bound for bound in _SECONDS]
-        below = [0, *(int(seconds[str(bound)]) for bound in _SECONDS), number]
-        shares = {"p50_ms": 0.5, "p99_ms": 0.99, "p999_ms": 0.999}
-        return {
-            "totals": {
-                "requests": sum(requests.values()),
-                "queries": answers,
-                "errors": {name: count for name, count in requests.items() if name != "ok"},
-                "groups": int(self.read("group_fill")["count"]),
-                "stragglers": int(self.read("straggler")["total"]),
-                "reexecutions": int(self.read("reexecution")["total"]),
-            },
-            "latency": {
-                "bounds_ms": bounds,
-                "counts": np.diff(below).tolist(),
-                **{
-                    name: float(np.interp(share * number, below, [0, *bounds, bounds[-1]]))
-                    if number
-                    else None
-                    for name, share in shares.items()
-                },
-                "number": number,
-            },
-            "fidelity": {
-                "decoded_share": approximate / queries if queries else None,
-                "expected_disagreement": (
-                    expected["sum"] / expected["count"] if expected["count"] else None
-                ),
-                "audited": right + wrong,
-                "audited_wrong": wrong / (right + wrong) if right + wrong else None,
-            },
-        }
-
 
 class Metrics(Collector):
     """The metrics of all models of a server, in a registry."""
@@ -153,8 +107,8 @@ class Metrics(Collector):
         self.meters: dict[str, Meter] = {}  # by model
         self._metrics: list[tuple[str, Counter | Histogram]] = []  # with their measures
         for name, measure, text, edges in _TABLE:
-            label, _ = _LABELS.get(measure, ("", ()))
-            about = f"nercc_{name}", text, ["model", label] if label else ["model"]
+            labels = ["model", _LABELS[measure][0]] if measure in _LABELS else ["model"]
+            about = f"nercc_{name}", text, labels
             made = Histogram(*about, buckets=edges, registry=registry) if edges else None
             self._metrics.append((measure, made or Counter(*about, registry=registry)))
         registry.register(self)
@@ -163,30 +117,27 @@ class Metrics(Collector):
         """Return the meter of a model, which goes on where an earlier one of that name ended."""
         counts = collections.defaultdict[str, list[Counter | Histogram]](list)
         for measure, metric in self._metrics:
-            _, values = _LABELS.get(measure, ("", ()))
-            for labels in [(model, value) for value in values] or [(model,)]:
-                counts["".join((measure, *labels[1:]))].append(metric.labels(*labels))
+            for value in _LABELS[measure][1] if measure in _LABELS else ("",):
+                counts[measure + value].append(metric.labels(model, *[value] * bool(value)))
         self.meters[model] = Meter(pool, counts)
         return self.meters[model]
 
     def collect(self) -> Iterator[Metric]:
         """Yield what is not counted here: queues, and what pools report."""
-
-        def family(kind: Any, name: str, text: str, *label: str) -> Any:
-            return kind(f"nercc_{name}", text, labels=["model", *label])
-
         meters = dict(self.meters)  # models come and go
-        waiting = family(GaugeMetricFamily, "queue_queries", "Queries that wait to be sent.")
-        workers = family(GaugeMetricFamily, "workers", "Workers by state.", "state")
         reports = {model: each.pool.report() for model, each in meters.items() if each.pool}
+        queue = "nercc_queue_queries", "Queries that wait to be sent."
+        waiting = GaugeMetricFamily(*queue, labels=["model"])
         for model, meter in meters.items():
             waiting.add_metric([model], meter.waiting())
+        workers = GaugeMetricFamily("nercc_workers", "Workers by state.", labels=["model", "state"])
         for model, state in itertools.product(reports, get_args(WorkerState)):
             number = sum(worker.state == state for worker in reports[model].workers)
             workers.add_metric([model, state], number)
         yield from (waiting, workers)
         for name, text, fields in _OF_POOLS:
-            found = family(CounterMetricFamily, name, text, *(() if "" in fields else ("result",)))
+            labels = ["model"] if "" in fields else ["model", "result"]
+            found = CounterMetricFamily(f"nercc_{name}", text, labels=labels)
             for model, value in itertools.product(reports, fields):
                 found.add_metric([model, value], getattr(reports[model], fields[value]))
             yield found

@@ -64,8 +64,7 @@ class BatchingPolicy(BaseModel):
     "Share of the errors of approximate answers to values that their error bars cover."
     redundancy: Literal["always", "uncertain"] = "always"
     """Redundancy to send while workers are free: `always` all that the code has; `uncertain` only
-    for queries that the surrogate could not answer, the most uncertain first, and none before it is
-    calibrated."""
+    for queries that the surrogate could not answer, and none before it is calibrated."""
     max_calls: float | None = _setting(None, ge=1, lt=float("inf"), examples=[1.1])
     """Mean calls a query that may be spent. If set, straggler threshold, copies at once and
     redundancy are picked again and again by the measured tail latency, within this budget and up to

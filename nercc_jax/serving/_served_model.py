@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..pools.options import open_pool
 from ._batcher import CodedBatcher
 from ._metrics import Metrics
 from ._policy import read_outputs
+from ._status import status_of
 from .adapt._decoding import calibrate_decoding
 from .adapt._predictor import Predictor
 from .core._coder import Coder
@@ -28,8 +29,6 @@ from .settings import ModelSettings
 
 _LOG = logging.getLogger(__name__)
 
-# What the log says of a model's status when it has started.
-_AT_START = ("code", "outputs", "pool")
 # Seconds beyond a deadline in which the batcher itself may report that it has passed, and why.
 _GRACE = 0.25
 # Seconds that are left of a deadline after preprocessing, at least: the batcher takes no less.
@@ -74,47 +73,49 @@ class ServedModel:
             raise ValueError(f"{type(code).__name__} for {servable.name}: {servable.uncodable}")
         self.servable, self.settings = servable, settings
         self._coder = Coder(code, form=tensors.form)
-        x, decoding = servable.calibration, None
+        x, decoding, about = servable.calibration, None, {"model": servable.name}
         exact_only = policy.outputs == "values" and policy.tolerance is None
         if x is not None and self._coder.can_decode and not exact_only:
-            with log_phase("calibrating", servable.name):
-                dtype, model = settings.worker_dtype, servable.model
-                accuracy, x = policy.accuracy, x() if callable(x) else x
-                decoding = calibrate_decoding(self._coder, model, x, accuracy, worker_dtype=dtype)
-        with contextlib.ExitStack() as undo:  # where the batcher does not start
-            with log_phase("starting workers", servable.name):
-                inputs, sizes = servable.queries, policy.batch_sizes
-                self.pool = open_pool(
-                    servable.model,
-                    settings.num_workers,
-                    settings,
-                    num_data=code.num_data,
-                    example=[np.zeros((size, *inputs.shape), inputs.dtype) for size in sizes],
-                    overdue=DispatchSetting.of_policy(policy).overdue,
-                    hang_timeout=settings.hang_timeout_s,
-                )
-                undo.callback(self.pool.close)
-            self.meter = metrics.add(servable.name, self.pool)
-            with log_phase("compiling", servable.name):
-                self._batcher = CodedBatcher(
-                    self.pool,
-                    self._coder,
-                    servable.queries.shape,
-                    tensors.shape,
-                    dtypes=(servable.queries.dtype, tensors.dtype),
-                    policy=policy,
-                    decoding=decoding,
-                    predictor=predictor,
-                    refuse=tensors.refuse,
-                    observe=self.meter.observe,
-                )
-                prepares = servable.preprocess is not None
-                self._preprocessing = Preprocessing(servable, sizes) if prepares else None
-            undo.pop_all()
+            _LOG.info("calibrating", extra=about)
+            dtype, accuracy, x = settings.worker_dtype, policy.accuracy, x() if callable(x) else x
+            decoding = calibrate_decoding(
+                self._coder, servable.model, x, accuracy, worker_dtype=dtype
+            )
+        _LOG.info("starting workers", extra=about)
+        inputs, sizes = servable.queries, policy.batch_sizes
+        self.pool = open_pool(
+            servable.model,
+            settings.num_workers,
+            settings,
+            num_data=code.num_data,
+            example=[np.zeros((size, *inputs.shape), inputs.dtype) for size in sizes],
+            overdue=DispatchSetting.of_policy(policy).overdue,
+            hang_timeout=settings.hang_timeout_s,
+        )
+        _LOG.info("compiling", extra=about)
+        self.meter = metrics.add(servable.name, self.pool)
+        try:
+            self._batcher = CodedBatcher(
+                self.pool,
+                self._coder,
+                inputs.shape,
+                tensors.shape,
+                dtypes=(inputs.dtype, tensors.dtype),
+                policy=policy,
+                decoding=decoding,
+                predictor=predictor,
+                refuse=tensors.refuse,
+                observe=self.meter.observe,
+            )
+            prepares = servable.preprocess is not None
+            self._preprocessing = Preprocessing(servable, sizes) if prepares else None
+        except BaseException:
+            self.pool.close()
+            raise
         self.meter.waiting = lambda: self._batcher.waiting
-        about = {name: status for name, status in self.status().items() if name in _AT_START}
+        about |= {name: self.status()[name] for name in ("code", "outputs", "pool")}
         about |= {"uncoded": self.uncoded, "seconds": round(time.monotonic() - begin, 3)}
-        _LOG.info("model is ready", extra={"model": servable.name, **about})
+        _LOG.info("model is ready", extra=about)
 
     async def infer(
         self,
@@ -146,7 +147,17 @@ class ServedModel:
         elif isinstance(queries, Mapping) or inputs.parts[0].datatype != FLOAT:
             queries = inputs.pack(queries)
         future = self._batcher.submit(queries, deadline=deadline, exact=exact)
-        reply = await _result(future, deadline)
+        answer = asyncio.wrap_future(future)
+        try:  # the batcher itself should end it sooner, and say why
+            done, _ = await asyncio.wait([answer], timeout=deadline + _GRACE)
+            if not done:
+                late = f"not answered within {deadline:g} s: the batcher is busy"
+                with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was, just now
+                    future.set_exception(DeadlineExceeded(late))
+            reply = await answer
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
         if outputs.alone:
             return reply
         return dataclasses.replace(reply, values=outputs.named(reply.values))
@@ -171,97 +182,12 @@ class ServedModel:
 
     def status(self) -> dict[str, Any]:
         """Return the model's part of the server's status."""
-        batcher, coder, pool = self._batcher, self._coder, self.pool
-        report, policy = pool.report(), batcher.policy
-        adapted, counted = batcher.status(), self.meter.status()
-        counted["totals"]["deaths"] = report.deaths
-        counted["fidelity"]["stragglers"] = adapted["decoding"]
-        values = policy.outputs == "values"
-        if policy.tolerance is not None:
-            counted["fidelity"]["expected_beyond_bar"] = 1 - policy.coverage
-        # Why nothing is coded or decoded.
-        exact = "outputs are values without a tolerance: all answers are exact; set a tolerance, "
-        exact += "or outputs = 'logits' if they are scores of labels"
-        few = f"{pool.num_workers} workers for {coder.num_workers} coded data points of a group"
-        saturated = "the pool is saturated: queries wait for a worker, none is spare for codes"
-        hints = (
-            (batcher.waiting and not pool.idle, saturated),
-            (self.servable.uncodable, f"nothing is coded: {self.servable.uncodable}"),
-            (pool.num_workers < coder.num_workers, few),
-            (coder.can_decode and values and policy.tolerance is None, exact),
+        return status_of(
+            self.servable, self._coder, self.settings, self._batcher, self.pool, self.meter
         )
-        return {
-            "name": self.servable.name,
-            "health": dataclasses.asdict(batcher.health()),
-            "hints": [hint for holds, hint in hints if holds],
-            "code": {
-                "name": type(coder.code).__name__,
-                "num_data": coder.num_data,
-                "num_workers": coder.num_workers,
-            },
-            "outputs": "values" if values else "scores",
-            "policy": adapted["policy"],
-            "predictor": adapted["predictor"],
-            "checks": adapted["checks"],
-            "pool": {"kind": self.settings.pool, "num_workers": pool.num_workers},
-            "workers": [
-                {"state": worker.state, "deaths": worker.deaths, "busy_s": worker.busy_seconds}
-                for worker in report.workers
-            ],
-            "queue": {
-                "waiting": batcher.waiting,
-                "max": policy.max_queue_size,
-                "in_flight": batcher.in_flight,
-            },
-            **counted,
-        }
 
     def close(self, drain: float) -> None:
         """Answer what was accepted for up to `drain` seconds; then end the workers."""
         self._batcher.close(drain)
         self.pool.close()
         self.meter.close()
-
-
-@contextlib.contextmanager
-def log_phase(what: str, model: str) -> Iterator[None]:
-    """Log a long phase of a start when it begins, and its seconds when it ends."""
-    begin = time.monotonic()
-    _LOG.info(what, extra={"model": model})
-    yield
-    seconds = round(time.monotonic() - begin, 3)
-    _LOG.info("%s: done", what, extra={"model": model, "seconds": seconds})
-
-
-async def _result(future: concurrent.futures.Future[Reply], deadline: float) -> Reply:
-    """Await a future as `asyncio.wrap_future` does, at half its price.
-
-    That is a twentieth of a small request's. The event loop itself reports that the deadline has
-    passed where the batcher should have, and has not.
-    """
-    loop = asyncio.get_running_loop()
-    done = loop.create_future()
-
-    def wake() -> None:
-        if not done.done():
-            done.set_result(None)
-
-    def notify(_: Any) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(wake)
-
-    def expire() -> None:
-        late = DeadlineExceeded(f"not answered within {deadline:g} s: the batcher is busy")
-        with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was, just now
-            future.set_exception(late)
-
-    timer = loop.call_later(deadline + _GRACE, expire)
-    future.add_done_callback(notify)
-    try:
-        await done
-    except asyncio.CancelledError:
-        future.cancel()
-        raise
-    finally:
-        timer.cancel()
-    return future.result()

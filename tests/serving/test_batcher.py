@@ -1,7 +1,6 @@
 """The batcher before simulated workers: which queries go where, when, and what comes back."""
 
 import itertools
-import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +9,6 @@ from batching import (
     EXTRAS,
     HELD,
     INTERLEAVED,
-    LONG,
     OUT,
     OWN,
     SERVICE,
@@ -21,11 +19,9 @@ from batching import (
     by_margin,
     model,
     queries,
-    serving,
-    settled,
 )
 
-from nercc_jax import Berrut, DevicePool, NeRCC, Replication, Uncoded
+from nercc_jax import DevicePool, NeRCC, Replication, Uncoded
 from nercc_jax.pools import Fault
 from nercc_jax.risk import Accuracy
 from nercc_jax.serving import (
@@ -39,9 +35,6 @@ from nercc_jax.serving import (
     ServerClosing,
     calibrate_decoding,
 )
-
-from nercc_jax.serving import _dispatch  # isort: skip
-from nercc_jax.serving.core._request import Request
 
 SYSTEMATIC = {
     "interleaved": INTERLEAVED,
@@ -378,69 +371,3 @@ def test_closing_answers_what_was_accepted_or_says_that_it_was_too_late(drain):
             assert "shut down before" in str(errors[-1])
         with pytest.raises(ServerClosing, match="no more requests"):
             batcher.submit(x)
-
-
-# Queries that go out together are put beside their like.
-
-
-def requested(x):
-    return Request(np.asarray(x, np.float32), np.zeros((len(x), 2)), 0.0, 1.0, False).queries
-
-
-def test_the_path_is_the_shortest_there_is_of_points_on_a_line():
-    """It is their own order, this way or that; of more than 64, by stretches."""
-    for number in range(1, 9):
-        x = np.random.default_rng(number).permutation(number)[:, None] * np.ones((1, 3))
-        order = _dispatch.short_path(list(x.astype(np.float32)))
-        assert sorted(order) == list(range(number))
-        assert (np.abs(np.diff(x[order, 0])) == 1).all()
-    order = _dispatch.short_path(list(np.random.default_rng(2).normal(size=(150, 3))))
-    for first in (0, 64, 128):
-        stretch = order[first : first + 64]
-        assert sorted(stretch) == list(range(first, first + len(stretch)))
-    assert _dispatch.assign(Coder(INTERLEAVED), [], [], 0) == []
-
-
-@pytest.mark.parametrize(
-    "code", [INTERLEAVED, Berrut(5, 7, points="interleaved")], ids=["interleaved", "BACC"]
-)
-def test_rows_of_groups_lie_along_the_curve(code):
-    """Numbers in a row increase or decrease with the alphas that they stand at."""
-    coder = Coder(code)
-    count = 4 * code.num_data
-    x = np.random.default_rng(0).permutation(count)
-    asked = requested(x[:, None] * np.ones((1, 2)))
-    dealt = _dispatch.assign(coder, asked, [4] * code.num_data, 0)
-    assert [len(cell) for cell in dealt] == [4] * code.num_data
-    values = np.array([[query.x[0] for query in cell] for cell in dealt])
-    assert sorted(values.ravel()) == list(range(count))
-    alpha = np.asarray(code.alpha)[coder.order]
-    for row in values.T:
-        assert set(np.diff(row[np.argsort(alpha)])) in ({1.0}, {-1.0})
-
-
-def test_queries_whose_projection_overflows_are_dealt_like_others():
-    """None is lost, and none is there twice."""
-    for number in (3, 5, 9, 16):
-        x = np.random.default_rng(number).normal(size=(number, 300))
-        x[::2] = 3e38
-        cells = _dispatch.assign(Coder(INTERLEAVED), requested(x), [1] * number, 0)
-        assert sorted(query.place for (query,) in cells) == list(range(number))
-
-
-@pytest.mark.parametrize(("share", "ordered"), [(1e-3, 1), (1.0, 2)])
-def test_ordering_takes_no_more_than_its_share_of_the_time(share, ordered, monkeypatch):
-    """What comes soon after an ordering that took long goes out as it comes."""
-    assign, calls = _dispatch.assign, []
-
-    def slow(*args):
-        calls.append(time.sleep(0.05))
-        return assign(*args)
-
-    monkeypatch.setattr(_dispatch, "assign", slow)
-    monkeypatch.setattr(_dispatch, "_OF_THE_TIME", share)
-    with serving(INTERLEAVED, workers=8) as batcher:
-        for _ in range(2):
-            batcher.submit(queries(8)).result(LONG)
-            settled(batcher)
-    assert (len(calls) > 1) == (ordered > 1)

@@ -11,22 +11,21 @@ from scipy.interpolate import make_interp_spline
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
 from nercc_jax.codes import BerrutSpline
 from nercc_jax.risk import Accuracy, ErrorProbability
-from nercc_jax.serving import Coder, DecodingScores, calibrate_decoding
+from nercc_jax.serving import Coder, calibrate_decoding
 
-# By name: whether a query can be decoded from others',
-# its error has a probability, and it gains from an order.
+# By name: whether a query can be decoded from others', and its error has a probability.
 FLAGS = {
     "interleaved": (
         NeRCC(4, 8, points="interleaved", lambda_dec=0.0),
-        "decodes doubts order",
+        "decodes doubts",
     ),
     "interleaved, few more": (
         NeRCC(5, 7, points="interleaved", lambda_dec=0.0),
-        "decodes doubts order",
+        "decodes doubts",
     ),
-    "repeated": (NeRCC(4, 8, points="repeated", lambda_dec=0.0), "decodes doubts order"),
-    "BACC": (Berrut(4, 8, points="interleaved"), "decodes order"),
-    "BSCC": (BerrutSpline(4, 8, points="interleaved"), "decodes order"),
+    "repeated": (NeRCC(4, 8, points="repeated", lambda_dec=0.0), "decodes doubts"),
+    "BACC": (Berrut(4, 8, points="interleaved"), "decodes"),
+    "BSCC": (BerrutSpline(4, 8, points="interleaved"), "decodes"),
     "LCC": (Lagrange(3, 7), "decodes"),
     "replication": (Replication(3, 7), ""),
     "uncoded": (Uncoded(3), ""),
@@ -52,7 +51,6 @@ def test_layouts(name):
     coder, flags = coder_of(name), FLAGS[name][1].split()
     assert coder.can_decode == ("decodes" in flags)
     assert coder.has_deviation == ("doubts" in flags)
-    assert coder.needs_order == ("order" in flags)
     x = np.random.default_rng(0).normal(size=(2, coder.num_data, 5)).astype(np.float32)
     for queries in range(1, coder.num_data + 1):
         layout = coder.layout(queries)
@@ -221,7 +219,7 @@ def test_no_more_is_wrong_than_was_asked_for(known, queries):
     own = own.argmax(-1)
     random, redundancy = np.random.default_rng(5), queries
     sent = np.array([*OWN[:queries], *EXTRAS[:queries]])
-    doubt = decoding.of(queries)
+    doubt = decoding.calibrated.get(queries)
     limits = {share: doubt.limit(share) for share in (0.3, 0.1, 0.03)}
     wrong, sent_out = ({share: [] for share in limits} for _ in range(2))
     doubts, errors = [], []
@@ -262,35 +260,15 @@ def test_a_code_without_deviations_goes_by_margins():
     answers, own = answered(coder, x := rows(400, 4, 4))
     mask = missing(*coder.first[1])
     given = np.where(mask[:, None, None], answers, 0)
-    predictions, *_, seen = coder.decode(given, mask, len(x), decoding.of(4))
+    predictions, *_, seen = coder.decode(given, mask, len(x), decoding.calibrated.get(4))
     sure = seen[:, 1] <= decoding.limit(4)
     wrong = predictions[:, 1].argmax(-1) != own[:, 1].argmax(-1)
     assert sure.sum() > 40
     assert wrong[sure].mean() <= 0.3 < wrong[~sure].mean()
 
 
-def test_scores_are_learned_from_compared_answers_and_a_few_groups_say_nothing():
+def test_a_few_groups_say_nothing():
     coder = Coder(INTERLEAVED)
-    answers, own = answered(coder, x := rows(1000, 4, 4))
-    mask = missing(*coder.first[1])
-    given = np.where(mask[:, None, None], answers, 0)
-    for accuracy in (LABELS, Accuracy(tolerance=0.5)):
-        nothing = DecodingScores(accuracy)
-        assert (nothing.limit(4), nothing.of(4)) == (-1, None)
-        found = coder.decode(given, mask, len(x), features=True)
-        assert np.isnan(found.score).all()
-        wrong = found.predictions[:, 1].argmax(-1) != own[:, 1].argmax(-1)
-        error = np.sqrt(np.mean((found.predictions[:, 1] - own[:, 1]) ** 2, axis=-1))
-        missed = wrong if accuracy is LABELS else error
-        learned, shown = nothing.learn(found.features[:500, 1], missed[:500], None)
-        assert learned.limit(4) == -1, "no calibration has a limit"
-        assert learned.of(4) is not None
-        score = coder.decode(given, mask, len(x), learned.of(4)).score[500:, 1]
-        assert len(shown) == 250, "those that it has not learned from"
-        if accuracy is LABELS:
-            order = np.argsort(score)
-            assert wrong[500:][order[:250]].mean() < 0.6 * wrong[500:][order[250:]].mean()
-        else:
-            assert np.mean(error[500:] <= score) > 0.85, "bars of nine tenths"
     short = calibrate_decoding(coder, tanh, rows(60, 3), LABELS)
+    assert not short.calibrated
     assert (short.limit(4), short.limit(2)) == (-1, -1)

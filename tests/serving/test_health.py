@@ -53,7 +53,7 @@ def test_a_step_that_fails_is_reported_at_once_and_the_next_works(step, monkeypa
 
         def fails(*args, **options):
             result = whole(*args, **options) if step == "dispatch" else None
-            if batcher._queue.popped and left[0]:
+            if batcher._requests.taken and left[0]:
                 left[0] -= 1
                 raise RuntimeError("a bug of ours")
             return result if step == "dispatch" else whole(*args, **options)

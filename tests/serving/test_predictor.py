@@ -44,7 +44,7 @@ def test_stragglers_are_answered_as_soon_as_they_are_noticed():
 
 
 def test_when_the_world_changes_nothing_is_predicted_until_it_is_known_anew():
-    predictor = Predictor(capacity=256)  # forgets quickly
+    predictor = Predictor()
     traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1))
     traffic.send(900)
     assert predictor.share > 0.5
@@ -205,8 +205,6 @@ def test_arguments():
     for alone in ({"tolerance": 0.1}, {"redundancy": "uncertain"}):
         with pytest.raises(ValueError, match="predictor"):
             Traffic(None, BatchingPolicy(**alone))
-    with pytest.raises(ValueError, match="capacity"):
-        Predictor(capacity=100)
 
 
 def test_principal_components_are_those_of_the_covariance():

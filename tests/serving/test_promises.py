@@ -35,7 +35,8 @@ def calibrated(coder, accuracy):
 @pytest.mark.parametrize("sure", [True, False])
 def test_uncertain_redundancy_sends_coded_points_only_where_the_surrogate_doubts(sure):
     policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, redundancy="uncertain")
-    traffic = Traffic(knows(sure), policy, INTERLEAVED, share=0.0)
+    decoding = lambda coder: calibrated(coder, policy.accuracy)  # noqa: E731
+    traffic = Traffic(knows(sure), policy, INTERLEAVED, share=0.0, decoding=decoding)
     sent_as = traffic.send(100)
     assert all(reply.exact.all() for _, reply, _ in sent_as)
     # The code has as many coded points as queries. Of a group of one, none is ever sent.
@@ -161,12 +162,12 @@ def test_nothing_is_decoded_after_a_drift_until_new_stragglers_were_compared():
     assert any(not reply.exact.all() for _, reply, _ in traffic.send(150))
     learned = traffic.batcher._approximations
     while not traffic.observed["drift"]:
-        learned.decoding.risk.give()
-        kept = {"epoch": learned.decoding.risk.epoch, "given": True}
+        learned.decoded.give()
+        kept = {"epoch": learned.decoded.epoch, "given": True}
         label = np.eye(3, dtype=np.float32)[0]
         given = Answer(label, "decoded", 8, 7, disagreement=0.01, **kept)
         learned.audit(given, np.eye(3, dtype=np.float32)[1])
-    risk = learned.decoding.risk
+    risk = learned.decoded
     assert not risk.admits(given.disagreement, given.error)
     status = traffic.batcher.status()["decoding"]
     assert (status["drifts"], status["compared"], status["admitted"]) == (1, 0, 0)
@@ -228,14 +229,21 @@ def test_bars_hold_and_none_is_beyond_the_tolerance(name, predicts):
     """Of a coverage of 0.95, so that nine of ten hold of some hundred, too."""
     tolerance = 0.1 if predicts else 0.7
     policy = BatchingPolicy(straggler_threshold=1.4, tolerance=tolerance, coverage=0.95)
-    traffic = traffic_of(name, policy, Predictor() if predicts else None)
-    errors, bars, predicted = approximate(traffic.send(4000))
+
+    def revenue_scores(coder):
+        x = np.random.default_rng(3).normal(size=(2000, *SHAPE)).astype(np.float32)
+        own = lambda x: (jnp.tanh(x @ HIDDEN / 2) @ LAST)[:, 0].astype(jnp.float32)  # noqa: E731
+        return calibrate_decoding(coder, own, x, policy.accuracy)
+
+    known = {"predictor": Predictor()} if predicts else {"decoding": revenue_scores}
+    served = traffic_of(name, policy, **known)
+    errors, bars, predicted = approximate(served.send(4000))
     assert len(errors) > 40
     assert predicted == predicts
     assert bars.max() <= tolerance
     assert np.mean(errors <= bars) >= 0.9
-    status = traffic.batcher.status()["decoding"]
-    assert status["drifts"] == 0
+    if not predicts:
+        assert served.batcher.status()["decoding"]["drifts"] == 0
 
 
 @pytest.mark.parametrize(

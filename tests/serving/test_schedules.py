@@ -218,8 +218,8 @@ class Schedule:
         for request in batcher._requests:
             assert now <= request.arrived + request.deadline + LATE, "forgotten at its deadline"
         # The queue.
-        lanes = batcher._queue
-        stand = [*lanes.queries]
+        lanes = batcher._requests
+        stand = [*lanes.queue]
         waiting = [query for query in stand if query.waiting]
         assert lanes.waiting == len(waiting), "the queue's count is wrong"
         assert not any(query.done for query in waiting)

@@ -135,5 +135,5 @@ def test_a_label_of_any_output_that_differs_is_a_disagreement():
         coder = Coder(NeRCC(2, 4, points="interleaved"), form=form)
         accuracy = Accuracy(max_disagreement=0.05)
         decoding = calibrate_decoding(coder, servable.model, x, accuracy)
-        expected.append(decoding.of(2).share(max(decoding.limit(2), 0.0)))
+        expected.append(decoding.calibrated[2].share(max(decoding.limit(2), 0.0)))
     assert expected[0] > 0.5 > 0.1 > expected[1]

@@ -24,7 +24,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from ...codes import Decoded
-from ...codes._checks import check_count
 from ...codes._trees import Form, join
 from ...evaluation._answers import in_parts
 from ...evaluation._criteria import agree_on_labels, row_errors
@@ -56,7 +55,7 @@ _WAITING = 512  # answers that wait to be learned from; later ones replace the e
 # The share of the time that learning may take, since programs of JAX keep all cores of a CPU busy,
 # at first and where it has settled, and the longest pause that follows from it, in seconds.
 _SHARE, _LATER, _LONGEST = 0.05, 0.01, 1.0
-# Answers that a learner takes at once, and that it starts from.
+# Answers that a learner takes at once, and that it starts from; it keeps four times as many.
 BATCH, FIRST = 32, 256
 _SETTLED = 1024  # validation answers after which little is left to learn
 # Validation answers that calibration looks at, at most and at least, and the share by which their
@@ -197,18 +196,12 @@ def calibrate(
     return Calibration(error_probability, factor, limit, most, share, check)
 
 
-class _Functions(NamedTuple):
-    """A surrogate's functions on the host: its answers, and those that answers are checked by."""
-
-    outputs: HostOutputs
-    expected: HostOutputs | None
-
-
 @dataclasses.dataclass
 class _Learning:
-    """The learning thread's own state, which a drift resets but for `time`.
+    """The learning thread's own state; a new one begins after each drift.
 
     Attributes:
+        drifts: The number of drifts before it.
         time: When it may go on.
         monitor: The test of what would be given out.
         first: Pairs that a learner is made of.
@@ -217,6 +210,7 @@ class _Learning:
         due: Their number at the next calibration.
     """
 
+    drifts: int
     time: TimeShare
     monitor: RiskMonitor
     first: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
@@ -253,35 +247,28 @@ class Predictor:
         >>> batcher.close()
     """
 
-    def __init__(
-        self,
-        surrogate: Model | AbstractSurrogate | None = None,
-        *,
-        capacity: int = 1024,
-    ):
+    def __init__(self, surrogate: Model | AbstractSurrogate | None = None):
         """Create a predictor for one batcher.
 
         Args:
             surrogate: a cheap model with the served model's outputs (a student), or a learner; by
-                default a learner that is made from the first 256 answers, whose features are the
-                queries' numbers, or 64 principal components where there are more.
-            capacity: the number of latest answers that such a learner keeps, 256 or more.
+                default a learner that is made from the first 256 answers and keeps the latest
+                1,024, whose features are the queries' numbers, or 64 principal components where
+                there are more.
 
         Raises:
-            ValueError: for a surrogate that is not callable, or a smaller capacity.
+            ValueError: for a surrogate that is not callable.
         """
-        check_count("capacity", capacity, FIRST)
         if surrogate is not None and not isinstance(surrogate, AbstractSurrogate):
             surrogate = Surrogate(surrogate)
-        self._surrogate, self._capacity = surrogate, capacity
+        self._surrogate = surrogate
         self._inbox: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque(
             maxlen=_WAITING
         )
         self._setup: Setup | None = None  # until it is attached
-        # The calibration, replaced as a whole by the learning thread; and whether the deciding
-        # thread has discarded it.
+        # The calibration, replaced as a whole by the learning thread; after a drift there is none.
         self._calibrated: Calibration | None = None
-        self._discarded, self._drifts = False, 0
+        self._drifts = 0
 
     def attach(self, setup: Setup, wake: Callable[[], Any]) -> None:
         """Attach the predictor to its batcher, whose learning thread calls `turn` after a `wake`.
@@ -301,24 +288,22 @@ class Predictor:
         if self._surrogate is not None:
             self._use(self._surrogate)
         time = TimeShare(setup.clock, _SHARE, longest=_LONGEST)
-        self._learning = _Learning(time, RiskMonitor(policy.accuracy.promised))
+        self._learning = _Learning(0, time, RiskMonitor(policy.accuracy.promised))
         self._risk = Risk(policy.accuracy, needs_evidence=True)
         self._followed = 0  # the drifts of calibration that the risk knows
 
     @property
     def state(self) -> Literal["learning", "answering", "drifted"]:
         """The state: it answers, it still learns, or drift has reset it."""
-        if self._calibrated is not None and not self._discarded:
+        if self._calibrated is not None:
             return "answering"
-        return "drifted" if self._discarded or self._drifts else "learning"
+        return "drifted" if self._drifts else "learning"
 
     @property
     def share(self) -> float:
         """The share of stragglers' queries that it would answer."""
         calibrated = self._calibrated
-        if calibrated is None or self.state != "answering":
-            return 0.0
-        return min(calibrated.share, self._risk.share)
+        return 0.0 if calibrated is None else min(calibrated.share, self._risk.share)
 
     @property
     def risk(self) -> Risk:
@@ -344,9 +329,7 @@ class Predictor:
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Decoded | None:
         """Return its answers to some queries; None while it is not calibrated."""
         calibrated = self._calibrated
-        if calibrated is None or self._discarded:
-            return None
-        return calibrated.assess(*self._functions.outputs(x))
+        return None if calibrated is None else calibrated.assess(*self._outputs(x))
 
     @property
     def checks_answers(self) -> bool:
@@ -360,8 +343,7 @@ class Predictor:
         calibrated = self._calibrated
         if calibrated is None or calibrated.check is None:
             return np.zeros(len(x), bool)
-        assert self._functions.expected is not None
-        return calibrated.check.suspicious(*self._functions.expected(x), own.reshape(len(own), -1))
+        return calibrated.check.suspicious(*self._expected(x), own.reshape(len(own), -1))
 
     def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
         """Take the model's own answer to a query, and return at once."""
@@ -371,7 +353,8 @@ class Predictor:
 
     def discard(self) -> None:
         """Give nothing out until the surrogate is calibrated again: too many were wrong."""
-        self._discarded = True
+        self._calibrated = None
+        self._drifts += 1
         self._wake()
 
     def turn(self) -> float:
@@ -392,9 +375,10 @@ class Predictor:
 
     def learn(self, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]) -> None:
         """Validate, calibrate and train the surrogate; of the first pairs, make a learner."""
-        if self._discarded:
-            self._restart()
-            self._discarded = False
+        if self._learning.drifts != self._drifts:
+            self._calibrated = None  # if it was made meanwhile
+            monitor = RiskMonitor(self._learning.monitor.promised)
+            self._learning = _Learning(self._drifts, self._learning.time, monitor)
         if self._surrogate is not None:
             self._validate(x, own)
             if isinstance(self._surrogate, Learner):
@@ -406,8 +390,8 @@ class Predictor:
             x, own = map(np.stack, zip(*self._learning.first, strict=True))
             features = principal_components(x, _FEATURES) if x[0].size > _FEATURES else None
             learner = fit_learner(
-                x, own, features=features, capacity=self._capacity,
-                kernel="squared_exponential", tuning=None,
+                x, own, features=features, capacity=4 * FIRST, kernel="squared_exponential",
+                tuning=None,
             )  # fmt: skip
             # A width for each feature is found by descent. With one for all, 31 and 0 % of the
             # answers of an elliptic equation, with 10 parameters, were within a tenth of their
@@ -423,49 +407,37 @@ class Predictor:
     def _use(self, surrogate: AbstractSurrogate) -> None:
         """Go by this surrogate from now on, with the calibration that there is."""
         assert self._setup is not None
-        policy = self._setup.policy
-        self._surrogate, expected = surrogate, None
+        policy, self._surrogate = self._setup.policy, surrogate
         if policy.check_answers is not None:
-            expected = outputs_on_host(surrogate, policy.batch_sizes, nearest=True)
-        sizes = sorted({policy.max_batch_size, BATCH})
-        self._functions = _Functions(outputs_on_host(surrogate, sizes), expected)
-
-    def _restart(self) -> None:
-        """Discard the calibration after a drift, until there is a new one."""
-        self._calibrated = None
-        self._drifts += 1
-        self._learning = _Learning(
-            self._learning.time, RiskMonitor(self._learning.monitor.promised)
-        )
+            self._expected = outputs_on_host(surrogate, policy.batch_sizes, nearest=True)
+        self._outputs = outputs_on_host(surrogate, sorted({policy.max_batch_size, BATCH}))
 
     def _validate(self, x: np.ndarray, own: np.ndarray) -> None:
         """Compare the surrogate's answers with the model's own, and calibrate now and then."""
         assert self._setup is not None
-        policy, form = self._setup.policy, self._setup.coder.form
-        accuracy, (outputs, expect) = policy.accuracy, self._functions
-        values, deviation = outputs(x)
+        policy, form, learning = self._setup.policy, self._setup.coder.form, self._learning
+        values, deviation = self._outputs(x)
         features = np.asarray(label_features(values, deviation, values, form))
         wrong = ~np.asarray(agree_on_labels(values, own, form))
-        error = np.asarray(row_errors(values, own))
-        checked: tuple[np.ndarray, ...] = own[:0], own[:0, 0], own[:0]
-        if expect is not None:
-            checked = *expect(x), own
-        if self._calibrated is not None:
-            found = self._calibrated.assess(values, deviation)
+        error, checks = np.asarray(row_errors(values, own)), policy.check_answers is not None
+        checked = (*self._expected(x), own) if checks else (own[:0], own[:0, 0], own[:0])
+        if (known := self._calibrated) is not None:
+            found = known.assess(values, deviation)
             excess = error_ratios(error, np.asarray(found.deviation))
-            if self._learning.monitor.add(accuracy.missed(wrong, excess)[found.recovered].tolist()):
-                self._restart()
+            missed = policy.accuracy.missed(wrong, excess)
+            if learning.monitor.add(missed[found.recovered].tolist()):
+                self.discard()
                 self._setup.observe("drift", 1)
                 _LOG.warning(
                     "predictions went wrong more often than promised: they are not given out"
                 )
+                return
         # Queries that come again are predicted better than new ones, whose bars they would shorten.
         # Where nothing is known of errors yet, there is nothing to calibrate.
         new = np.isfinite(deviation)
         if isinstance(self._surrogate, Learner):
             new &= ~self._surrogate.knows(x)
         fields = (features, deviation, error, wrong, *checked)
-        learning = self._learning
         learning.validation.append(ValidationBatch(*(each[new[: len(each)]] for each in fields)))
         learning.count += int(new.sum())
         if learning.count < learning.due:
@@ -475,9 +447,10 @@ class Predictor:
         if self._calibrated is None:
             # Compile what the deciding thread calls.
             for size in {policy.max_batch_size, BATCH}:
-                made.assess(*outputs(repeat_rows(x[:size], size)))
+                made.assess(*self._outputs(repeat_rows(x[:size], size)))
             for size in policy.batch_sizes:
-                if made.check is not None and expect is not None:
-                    expected = expect(repeat_rows(x[:size], size))
+                if made.check is not None:
+                    expected = self._expected(repeat_rows(x[:size], size))
                     made.check.suspicious(*expected, repeat_rows(own[:size], size))
-        self._calibrated = made
+        if learning.drifts == self._drifts:
+            self._calibrated = made

@@ -121,11 +121,6 @@ class Coder:
             own = tuple(np.flatnonzero(place_of == place) for place in range(queries))
             self._layouts.append(Layout(matrix, place_of, own, extras))
 
-    @property
-    def needs_order(self) -> bool:
-        """True if decoding gains when queries at neighbouring alphas are similar."""
-        return self.can_decode and isinstance(self.code, _ON_A_LINE)
-
     def layout(self, queries: int) -> Layout:
         """Return the coding of this number of queries."""
         return self._layouts[queries - 1]
@@ -193,13 +188,6 @@ class Coder:
         assert kept is not None  # as the code is known
         variance, root = kept.by_numpy("variances_on_host", np.frombuffer(responded, bool))
         return variance, root.astype(np.float32)
-
-    def path_order(self, first: int, number: int) -> Int[np.ndarray, " number"]:
-        """Return a group's `number` queries from the `first` on, sorted by their alphas."""
-        places = self.order[first : first + number]
-        if isinstance(self.code, _ON_A_LINE):
-            places = np.asarray(self.code.alpha)[places]
-        return np.argsort(places)
 
 
 def few_encoders(

@@ -99,12 +99,11 @@ class Answer:
         disagreement: the probability that the label differs from the model's own.
         error: the error bar.
         suspicious: whether it is the model's own, looked wrong, and nobody confirmed it.
-        features: of a decoded answer, its features.
-        x: of an approximate answer, which is compared with the model's own, the query's data point.
+        x: of an approximate answer, which is compared with the model's own, the query's data point;
+            None once the model was asked again, because the first call failed.
         epoch: of the evidence (`Risk.epoch`) when it was made.
         within: whether it is within the limit of a calibration.
         given: whether it was given out, and counts for what was promised.
-        repeated: whether the model was asked again because the first call failed.
         widened: the factor of the error bar with which it was given out.
     """
 
@@ -115,12 +114,10 @@ class Answer:
     disagreement: float = 0.0
     error: float = 0.0
     suspicious: bool = False
-    features: np.ndarray | None = None
     x: np.ndarray | None = None
     epoch: int = 0
     within: bool = False
     given: bool = False
-    repeated: bool = False
     widened: float = 1.0
 
 
@@ -200,7 +197,7 @@ class Query:
         x: the data point; None once the request is over.
         groups: the groups that the query is part of, until it is over: a copy is in one of its own.
         done: whether nobody waits for it any more.
-        waiting: whether it stands in the queue.
+        waiting: whether no worker has had it.
         reexecuted: whether it was sent a second time.
         approximate: answers that are to be compared with the model's own, by their sources.
         candidates: the model's answers that are held back to be compared, by their workers.

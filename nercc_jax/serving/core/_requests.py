@@ -35,6 +35,7 @@ STUCK = 5.0
 # ... and without an answer while queries wait after which a batcher is not ready. Models that take
 # long have this many answer times instead.
 _SILENT, _ANSWER_TIMES = 3.0, 5
+_STALE = 256  # entries of timers that are kept beside twice the items
 # Failed queries in a row after which the batcher sends a probe, and the seconds between probes.
 _SUSPICIOUS, _PROBE_EVERY = 3, 1.0
 
@@ -42,11 +43,10 @@ _SUSPICIOUS, _PROBE_EVERY = 3, 1.0
 class Timers(Generic[Item]):
     """Items in the order of the times at which they are due; each has one."""
 
-    def __init__(self, stale: int = 256):
-        """Create no timers; besides twice the items, `stale` entries are kept at most."""
+    def __init__(self):
         self._heap: list[tuple[float, int, Item]] = []
         self._due: dict[Item, tuple[float, int]] = {}
-        self._numbers, self._stale = itertools.count(), stale
+        self._numbers = itertools.count()
 
     @property
     def next(self) -> float:
@@ -62,60 +62,18 @@ class Timers(Generic[Item]):
 
     def drop(self, item: Item) -> None:
         self._due.pop(item, None)
-        if len(self._heap) > 2 * len(self._due) + self._stale:
+        if len(self._heap) > 2 * len(self._due) + _STALE:
             self._heap = [each for each in self._heap if self._due.get(each[2]) == each[:2]]
             heapq.heapify(self._heap)
         while self._heap and self._due.get(self._heap[0][2]) != self._heap[0][:2]:
             heapq.heappop(self._heap)
 
-    def pop_due(self, now: float = math.inf) -> Iterator[Item]:
+    def pop_due(self, now: float) -> Iterator[Item]:
         """Yield the items whose time has come, in order."""
         while self._heap and self._heap[0][0] <= now:
             item = self._heap[0][2]
             self.drop(item)
             yield item
-
-
-class QueryQueue:
-    """The bounded queue of queries that no worker has had: who came first goes first.
-
-    `waiting` and `reserve` may be used by any thread, all else only by the deciding one.
-    """
-
-    def __init__(self, capacity: int):
-        """Create an empty queue, in which so many queries may wait."""
-        self.queries: collections.OrderedDict[Query, None] = collections.OrderedDict()
-        self.capacity, self.waiting = capacity, 0
-        self.popped: list[Query] = []  # in the present step of the thread
-        self._lock = threading.Lock()
-
-    def reserve(self, number: int) -> bool:
-        """Reserve room for a number of queries, and return whether there is any."""
-        with self._lock:
-            reserved = self.waiting + number <= self.capacity
-            self.waiting += number * reserved
-        return reserved
-
-    def add(self, request: Request) -> None:
-        self.queries.update(dict.fromkeys(request.queries))
-
-    def pop(self, number: int) -> list[Query]:
-        queries = [self.queries.popitem(last=False)[0] for _ in range(number)]
-        self.popped += queries
-        for query in queries:
-            query.waiting = False
-        with self._lock:
-            self.waiting -= number
-        return queries
-
-    def discard(self, query: Query) -> None:
-        """Mark a query as over, wherever it stands."""
-        query.done = True
-        if query.waiting:
-            query.waiting = False
-            self.queries.pop(query, None)
-            with self._lock:
-                self.waiting -= 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +100,8 @@ class HealthMonitor:
         self._last_turn = clock.now()
         # Since when somebody waits and nobody was answered; infinite if nobody waits.
         self._silent_since = math.inf
-        self.failed_in_a_row = 0
         self._probed_at = 0.0
+        self.failed_in_a_row = 0
         self.probe_error: str | None = None
         self.broken: str | None = None
         self.closing = False
@@ -151,10 +109,8 @@ class HealthMonitor:
     def report_turn(self, open_requests: bool) -> float:
         """Record a turn of the batcher's thread, and return the time."""
         now = self._last_turn = self._clock.now()
-        if not open_requests:
-            self._silent_since = math.inf
-        elif math.isinf(self._silent_since):
-            self._silent_since = now
+        since = min(self._silent_since, now)
+        self._silent_since = since if open_requests else math.inf
         return now
 
     def report_answer(self, now: float) -> None:
@@ -164,8 +120,7 @@ class HealthMonitor:
         """Return whether to send a probe now; if so, the next one is due a second later."""
         suspicious = self.failed_in_a_row >= _SUSPICIOUS or self.probe_error is not None
         due = suspicious and now >= self._probed_at + _PROBE_EVERY
-        if due:
-            self._probed_at = now
+        self._probed_at = now if due else self._probed_at
         return due
 
     def health(self, pool: AbstractPool, answer_time: float) -> Health:
@@ -201,22 +156,31 @@ class HealthMonitor:
 
 
 class OpenRequests:
-    """Accepts requests, resolves their futures, and keeps their deadlines.
+    """Requests without a reply: the queue of their queries, their deadlines, and their ends.
 
-    `accept`, `drain` and `len` may be used by any thread, all else only by the deciding one. `look`
-    is called with each group in which a query ended elsewhere. The `monitor` knows whether requests
-    are taken, and answered.
+    `accept`, `drain`, `waiting` and `len` may be used by any thread, all else only by the deciding
+    one.
+
+    Attributes:
+        queue: the queries that no worker has had: who came first goes first.
+        waiting: their number, with those of requests that are not enqueued yet.
+        taken: the queries that left it in the present step of the thread.
+        deadlines: when requests fail.
+        monitor: knows whether requests are taken, and answered.
     """
 
     def __init__(
-        self, queue: QueryQueue, observe: Observe, clock: AbstractClock, look: Callable[[Any], Any]
+        self, capacity: int, observe: Observe, clock: AbstractClock, look: Callable[[Any], Any]
     ):
-        self._queue, self._observe, self._clock, self._look = queue, observe, clock, look
-        self._settled = threading.Condition()
-        self._open: set[Request] = set()
+        """Hold no requests; `look` is called with each group in which a query ended elsewhere."""
+        self.queue: collections.OrderedDict[Query, None] = collections.OrderedDict()
+        self.waiting, self._capacity = 0, capacity
+        self.taken: list[Query] = []
         self.deadlines: Timers[Request] = Timers()
         self.monitor = HealthMonitor(clock)
-        self._probe: Request | None = None  # the server's own request, which is not counted
+        self._observe, self._clock, self._look = observe, clock, look
+        self._settled = threading.Condition()
+        self._open: set[Request] = set()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -240,12 +204,13 @@ class OpenRequests:
             if self.monitor.closing:
                 self._observe("request_draining", 0.0)
                 raise ServerClosing("no more requests are taken: the server is shutting down")
-            if not self._queue.reserve(number):
+            if self.waiting + number > self._capacity:
                 self._observe("request_queue_full", 0.0)
                 raise QueueFull(
-                    f"{self._queue.waiting} queries wait and {number} more came; the queue holds "
-                    f"{self._queue.capacity}: come again later, or with fewer at once"
+                    f"{self.waiting} queries wait and {number} more came; the queue holds "
+                    f"{self._capacity}: come again later, or with fewer at once"
                 )
+            self.waiting += number
             self._open.add(request)
 
     def accept_own(self, request: Request) -> bool:
@@ -253,13 +218,12 @@ class OpenRequests:
 
         There is one probe at a time. An audit is not accepted where queries wait.
         """
-        audits = request.own == "audit"
         with self._settled:
-            barred = self._queue.waiting > 0 if audits else self._probe in self._open
-            full = barred or not self._queue.reserve(len(request.queries))
-            if self.monitor.closing or full:
+            audits, number = request.own == "audit", len(request.queries)
+            barred = self.waiting > 0 if audits else any(r.own == "probe" for r in self._open)
+            if barred or self.monitor.closing or self.waiting + number > self._capacity:
                 return False
-            self._probe = self._probe if audits else request
+            self.waiting += number
             self._open.add(request)
         self.enqueue(request)
         return True
@@ -268,8 +232,18 @@ class OpenRequests:
         """Put an accepted request into the queue, once, and keep its deadline."""
         if not request.queued:
             request.queued = True
-            self._queue.add(request)
+            self.queue.update(dict.fromkeys(request.queries))
             self.deadlines.set(request, request.arrived + request.deadline)
+
+    def take(self, number: int) -> list[Query]:
+        """Take this number of queries out of the queue."""
+        queries = [self.queue.popitem(last=False)[0] for _ in range(number)]
+        self.taken += queries
+        for query in queries:
+            query.waiting = False
+        with self._settled:
+            self.waiting -= number
+        return queries
 
     def answer(self, queries: Sequence[Query], answer: Answer, now: float) -> None:
         """Give out answers, one row each, to those queries that somebody waits for."""
@@ -283,18 +257,17 @@ class OpenRequests:
         for request, own in rows.items():
             self.monitor.report_answer(now)
             given = [queries[row] for row in own]
-            if request.own is None:
-                again = sum(query.reexecuted for query in given) * (answer.source == "exact")
-                for source, number in ((answer.source, len(given) - again), ("reexecuted", again)):
-                    if number:
-                        self._observe(f"query_{source}", number)
             request.answer(given, answer, own)
+            counted = self._observe if request.own is None else lambda what, number: None
+            again = sum(query.reexecuted for query in given) * (answer.source == "exact")
+            for source, number in ((answer.source, len(given) - again), ("reexecuted", again)):
+                if number:
+                    counted(f"query_{source}", number)
             if request.left:
                 continue
             seconds, queued = self._clock.now() - request.arrived, request.sent - request.arrived
-            if request.own is None:
-                self._observe("request_ok", seconds)
-                self._observe("compute_seconds", seconds - queued)
+            counted("request_ok", seconds)
+            counted("compute_seconds", seconds - queued)
             self._end(request)
             reply = dataclasses.replace(request.reply, queued=queued, seconds=seconds)
             _resolve(request.future.set_result, reply)
@@ -308,9 +281,8 @@ class OpenRequests:
             _LOG.info("a query of the server's own got no answer", extra={"why": str(error)})
             self.monitor.probe_error = message_of(error)
         elif request.own is None:
-            late = isinstance(error, DeadlineExceeded)
-            what = "request_deadline" if late else "request_failed"
-            self._observe(what, self._clock.now() - request.arrived)
+            what = "deadline" if isinstance(error, DeadlineExceeded) else "failed"
+            self._observe(f"request_{what}", self._clock.now() - request.arrived)
             self.monitor.failed_in_a_row += 1
         _resolve(request.future.set_exception, error)
 
@@ -343,11 +315,16 @@ class OpenRequests:
                 self._observe(what, number)
 
     def _leave(self, query: Query, *, look: bool) -> None:
-        """End a query, which forgets its groups.
+        """End a query, wherever it stands; it forgets its groups.
 
         It must not hold them in a reference cycle: a collection of garbage stops all threads.
         """
-        self._queue.discard(query)
+        query.done = True
+        if query.waiting:
+            query.waiting = False
+            self.queue.pop(query, None)
+            with self._settled:
+                self.waiting -= 1
         groups, query.groups = query.groups, []
         for group in groups if look else ():
             self._look(group)

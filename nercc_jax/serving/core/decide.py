@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ...risk import Accuracy, Risk
+from ...risk import Risk
 from ...stragglers import picking
 from .._policy import BatchingPolicy
 from ._coder import Coder
@@ -90,14 +90,15 @@ class LateEvidence(NamedTuple):
         approximates: whether the outputs allow approximate answers.
         predicts: whether a surrogate may answer.
         limit: the largest score within the calibration of decoded answers, for a group of the
-            present size; infinite where nothing is promised, negative where there is none.
+            present size; infinite where nothing is promised, negative where nothing is good enough,
+            None where a promise was not calibrated for such groups.
         risk: what stragglers showed of approximate answers, by source.
     """
 
     setting: DispatchSetting
     approximates: bool = False
     predicts: bool = False
-    limit: float = -1.0
+    limit: float | None = None
     risk: Mapping[Source, Risk] = {}
 
 
@@ -211,13 +212,11 @@ def decide(
 
 def _decodes(group: GroupView, evidence: LateEvidence, policy: BatchingPolicy, last: bool) -> bool:
     """Return whether decoding now may give answers, or evidence on them."""
-    coder, answers = group.coder, int(group.answered.sum())
-    if not answers or not coder.can_decode:
+    answers = int(group.answered.sum())
+    if not answers or not group.coder.can_decode or evidence.limit is None:
         return False
-    accuracy: Accuracy = policy.accuracy
-    if accuracy.promises:
-        risk = evidence.risk["decoded"]
-        return coder.ranks(accuracy) and (evidence.limit > 0 or not risk.waits or last)
+    if policy.accuracy.promises:
+        return evidence.limit > 0 or not evidence.risk["decoded"].waits or last
     # Nothing is promised: half of the redundancy suffices, and less where no more can come.
     cells, sent = len(group.own), int((~np.isnan(group.sent_at)).sum())
     return answers >= (max(cells - 2, 1) if last else sent - (sent - cells) // 2)

@@ -4,7 +4,6 @@ JSON and the binary extension are read and written here, gRPC's messages in `tra
 What a request asks for is checked by `question_of` alone, whoever has read it.
 """
 
-import asyncio
 import dataclasses
 import itertools
 import math
@@ -25,7 +24,6 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
-from starlette.requests import ClientDisconnect
 
 from .._policy import MAX_DEADLINE_S
 from ..core._request import DeadlineExceeded, InferenceFailed, QueueFull, Reply, ServerClosing
@@ -38,6 +36,7 @@ UNKNOWN = -1.0
 # those of binary data by gRPC, too.
 _OF_REQUESTS = frozenset(("nercc_exact", "nercc_deadline_ms", "binary_data_output"))
 _OF_INPUTS, _OF_OUTPUTS = frozenset(("binary_data_size",)), frozenset(("binary_data",))
+_BOOLEANS = frozenset(("nercc_exact", "binary_data_output", "binary_data"))
 # By kind of dtype: the Python types that JSON may have for it, and their name.
 _TYPES: Mapping[str, tuple[set[type], str]] = {
     "f": ({int, float}, "numbers"),
@@ -55,9 +54,6 @@ class InvalidInput(ValueError):
 
 class Unauthenticated(Exception):
     """A request without a token that the server knows."""
-
-    def __init__(self):
-        Exception.__init__(self, "a token is needed: Authorization: Bearer TOKEN")
 
 
 class ModelNotFound(Exception):
@@ -108,14 +104,6 @@ KINDS: Mapping[type[Exception], ErrorKind] = {
     ServerNotReady: ErrorKind(503, grpc.StatusCode.UNAVAILABLE, "not_ready"),
     DeadlineExceeded: ErrorKind(504, grpc.StatusCode.DEADLINE_EXCEEDED, "deadline"),
 }
-
-
-def outcome_of(error: BaseException) -> str:
-    """Return the outcome, in metrics and the log, of a request that an error ends."""
-    if isinstance(error, ClientDisconnect | asyncio.CancelledError):
-        return "cancelled"
-    kind = KINDS.get(type(error))  # pyright: ignore[reportArgumentType]
-    return "failed" if kind is None else kind.outcome
 
 
 # The message of all other errors.
@@ -262,28 +250,26 @@ def question_of(
             tensors of the names, types and shapes in the metadata.
         TooLarge: for more queries than `most`, for which there would never be room.
     """
-    parameters = request.parameters or {}
-    check_parameters("a request", parameters, _OF_REQUESTS)
+    asked = request.parameters or {}
+    check_parameters("a request", asked, _OF_REQUESTS)
     for each in request.inputs:
         check_parameters(f"input {each.name!r}", each.parameters, _OF_INPUTS)
-    _boolean(parameters, "binary_data_output", False)
     for each in request.outputs or ():
         check_parameters(f"output {each.name!r}", each.parameters, _OF_OUTPUTS)
-        _boolean(each.parameters or {}, "binary_data", False)
     names = [each.name for each in request.outputs or ()]
     known = [each.name for each in (*servable.outputs.parts, *ADDED)]
     if not {*names} <= {*known} or len({*names}) < len(names):
         raise InvalidInput(f"{servable.name} has outputs {known}, each once, not {names}")
-
-    asked, longest, deadline = parameters.get("nercc_deadline_ms"), 1e3 * MAX_DEADLINE_S, None
-    if asked is not None:
-        if isinstance(asked, bool | str) or not 0 < asked <= longest:
-            raise InvalidInput(
-                f"parameter nercc_deadline_ms must be a positive number up to {longest:.0f}, an "
-                f"hour, not {asked!r}"
-            )
-        deadline = asked / 1e3
-    options = {"deadline": deadline, "exact": _boolean(parameters, "nercc_exact", False)}
+    milliseconds, longest = asked.get("nercc_deadline_ms"), 1e3 * MAX_DEADLINE_S
+    if milliseconds is not None and (
+        isinstance(milliseconds, bool | str) or not 0 < milliseconds <= longest
+    ):
+        raise InvalidInput(
+            f"parameter nercc_deadline_ms must be a positive number up to {longest:.0f}, an hour, "
+            f"not {milliseconds!r}"
+        )
+    deadline = None if milliseconds is None else milliseconds / 1e3
+    options = {"deadline": deadline, "exact": asked.get("nercc_exact", False)}
 
     inputs = servable.inputs
     try:
@@ -345,17 +331,16 @@ def _read_tensor(given: RequestInput, wanted: Tensor) -> np.ndarray:
 
 
 def check_parameters(where: str, given: Mapping[str, Any] | None, known: Set[str]) -> None:
-    """Raise InvalidInput for parameters that would be ignored, such as Triton's classification."""
+    """Raise InvalidInput for parameters of a wrong type, or that would be ignored.
+
+    Triton's classification is one of these.
+    """
     if unknown := [name for name in given or () if name not in known]:
         raise InvalidInput(f"{where} has no parameters {unknown}, only {sorted(known)}")
-
-
-def _boolean(parameters: Mapping[str, Any], name: str, default: bool) -> bool:
-    """Return a boolean parameter. Raises InvalidInput where it is something else."""
-    value = parameters.get(name, default)
-    if not isinstance(value, bool):
-        raise InvalidInput(f"parameter {name} must be a boolean, not {value!r}")
-    return value
+    for name in known & _BOOLEANS:
+        value = (given or {}).get(name, False)
+        if not isinstance(value, bool):
+            raise InvalidInput(f"parameter {name} must be a boolean, not {value!r}")
 
 
 def response_of(reply: Reply, request: InferenceRequest, servable: Servable) -> Response:
@@ -386,12 +371,10 @@ def response_of(reply: Reply, request: InferenceRequest, servable: Servable) -> 
     outputs["expected_error"] = "FP32", np.array(error, np.float32)
     # An output that does not say so is binary if the request says that all are.
     every = (request.parameters or {}).get("binary_data_output", False)
-    binary = frozenset(outputs) if every else frozenset()
-    if request.outputs:
-        outputs = {each.name: outputs[each.name] for each in request.outputs}
-        flags = {each.name: (each.parameters or {}).get("binary_data", every)
-                 for each in request.outputs}  # fmt: skip
-        binary = frozenset(name for name, flag in flags.items() if flag)
+    wanted = {each.name: each.parameters or {} for each in request.outputs or ()}
+    wanted = wanted or {name: {} for name in outputs}
+    outputs = {name: outputs[name] for name in wanted}
+    binary = frozenset(name for name, about in wanted.items() if about.get("binary_data", every))
     return Response(request.id or uuid.uuid4().hex, servable, parameters, outputs, binary)
 
 

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import functools
 import gc
@@ -17,10 +18,13 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+from starlette.requests import ClientDisconnect
+
 from .._served_model import ServedModel
 from .._tracing import RequestSpans, describe_reply
 from ..core._request import DeadlineExceeded, InferenceFailed
 from ..protocol._messages import (
+    KINDS,
     InferenceRequest,
     InvalidInput,
     ModelNotFound,
@@ -29,7 +33,6 @@ from ..protocol._messages import (
     ServerNotReady,
     Unauthenticated,
     check_parameters,
-    outcome_of,
     question_of,
     response_of,
 )
@@ -188,7 +191,16 @@ class Models:
         async def to_its_end() -> None:
             async with self._turn:
                 if load and name not in self.names:
-                    await self._load(name)
+                    self.names.append(name)
+                    try:
+                        await in_background(functools.partial(self._start, name))
+                    except Exception as error:
+                        self.names.remove(name)
+                        _LOG.exception("not loaded", extra={"model": name})
+                        own = isinstance(error, ValueError)  # the server's own words
+                        why = error if own else "see the server's log"
+                        raise InvalidInput(f"{name} does not load: {why}") from error
+                    gc.freeze()  # as when the server starts
                 elif not load and name in self.started:
                     self.names.remove(name)
                     drain = self._settings.drain_timeout_s
@@ -203,39 +215,23 @@ class Models:
 
         await asyncio.shield(asyncio.ensure_future(to_its_end()))
 
-    async def _load(self, key: str) -> None:
-        self.names.append(key)
-        try:
-            await in_background(functools.partial(self._start, key))
-        except Exception as error:
-            self.names.remove(key)
-            _LOG.exception("not loaded", extra={"model": key})
-            own = isinstance(error, ValueError)  # the server's own words
-            why = error if own else "see the server's log"
-            raise InvalidInput(f"{key} does not load: {why}") from error
-        gc.freeze()  # as when the server starts
-
 
 def in_background(work: Callable[[], Any]) -> asyncio.Future[Any]:
     """Begin work in a thread that a process does not wait for when it ends."""
-    loop = asyncio.get_running_loop()
-    ended = loop.create_future()
-
-    def settle(result: Any, error: BaseException | None) -> None:
-        if not ended.done():
-            ended.set_result(result) if error is None else ended.set_exception(error)
+    ended: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    ended.set_running_or_notify_cancel()  # whoever stops waiting does not cancel it
 
     def run() -> None:
-        result, error = None, None
         try:
             result = work()
-        except BaseException as raised:
-            error = raised
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, result, error)
+        except BaseException as error:
+            ended.set_exception(error)
+        else:
+            ended.set_result(result)
 
+    future = asyncio.wrap_future(ended)
     threading.Thread(target=run, name="nercc-background", daemon=True).start()
-    return ended
+    return future
 
 
 # Bytes of JSON, or of a message, that take a millisecond or more to read.
@@ -290,7 +286,7 @@ class ServerState:
         kind, _, token = authorization.strip().partition(b" ")
         known = [hmac.compare_digest(token.strip(), each) for each in self._tokens]
         if self._tokens and not (kind.lower() == b"bearer" and any(known)):
-            raise Unauthenticated
+            raise Unauthenticated("a token is needed: Authorization: Bearer TOKEN")
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[Callable[[int], None]]:
@@ -323,7 +319,10 @@ class ServerState:
         try:
             yield span
         except BaseException as error:  # a client that goes away cancels its call
-            outcome, why = outcome_of(error), error
+            gone = isinstance(error, ClientDisconnect | asyncio.CancelledError)
+            kind = KINDS.get(type(error))  # pyright: ignore[reportArgumentType]
+            outcome, why = "failed" if kind is None else kind.outcome, error
+            outcome = "cancelled" if gone else outcome
             # What a model's batcher does not see is counted here.
             model = self.models.started.get(name)
             if outcome in ("invalid", "overloaded") and model is not None:
