@@ -1,48 +1,31 @@
 """The latest estimate of all rows, and the evidence on how far estimates are off.
 
-Error bars are calibrated on audits: rows that were drawn at random and computed after they had been
-predicted. What may be given out is decided as on a server (`Risk`): by the audits, and by
-the rows that came late. A new learner's errors are not those of the learner before it: so it is
-compared with all audits and late rows that have come, those that it has learned left out one at a
-time, and evidence on the earlier one is dropped. Error bars are a quantile of these errors over
-their deviations: the audits', and late rows', too, for those that are late or like them.
+Error bars are calibrated on audits: rows that were drawn at random, and computed however late they
+are. Each is compared with a prediction made without its own value: with that from before it came,
+and with each later learner's, from which it is left out. Error bars are a quantile of these errors
+over their deviations, and labels are given out as far as the errors show (`Risk`). Rows that are
+late may be harder than others, so their bars go by other rows that came late, too.
 """
 
+import collections
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from ..evaluation._criteria import row_errors
-from ..risk import Comparison, Risk
+from ..risk import Comparison, EnsembleEstimate, Risk
 from ..risk._accuracy import conformal_quantile, error_ratios
 from ..risk._answer_check import AnswerCheck
 from ._interface import RowSettings
-from ._learner import CAPACITY, FEW, FittedLearner, Lateness, Learned, learn, like_late
-from ._table import COMPUTED, PREDICTED, RowTable
+from ._learner import CAPACITY, FEW, FittedLearner, Learned, learn
+from ._table import COMPUTED, FAILED, PREDICTED, WAITING, RowTable
 
 FIRST = 96  # rows of the first fit
 NEWS = 32  # rows that are learned together between two fits
-# Where the least certain rows are computed, late rows' bars are a quantile of audits' and late
-# rows' errors together, unless more than this multiple of the errors that may be beyond them are.
-# Late rows alone make bars too long, since one that is left out leaves a larger gap than there is
-# around those that wait (96 to 99 % of Lotka-Volterra's slow rows were covered). Where all rows are
-# computed, nothing but time decides which have come. Then errors nearby say too little of gaps.
-_HARDER = 2.0
-
-
-class _Errors(NamedTuple):
-    """Evidence on one kind of rows, audits or late ones.
-
-    Errors in `risk` are compared with deviations, and `held` says which bars covered the error (of
-    labels, which were right of those that were sure enough).
-    """
-
-    risk: Risk
-    held: list[bool]
+_LATE = 20  # late rows, at least, by which others' bars are known
 
 
 class Evidence:
@@ -52,6 +35,14 @@ class Evidence:
         settings: The accuracy at which a row is known well enough, among others.
         x: The inputs of all rows.
         table: All that is known of each row.
+
+    Attributes:
+        fit: The learner.
+        mean: Its predictions of all rows.
+        due: Computed rows at which a learner is fitted to all; 0: some that it knows were taken
+            back.
+        held: Counts of audits and late rows that had an error bar when they came, and of bars that
+            covered the error. Of labels, those count that were sure enough, and right.
     """
 
     def __init__(self, settings: RowSettings, x: Shaped[np.ndarray, "rows ..."], table: RowTable):
@@ -60,10 +51,9 @@ class Evidence:
         self.mean: Float[np.ndarray, "rows outputs"] | None = None
         self._check: AnswerCheck | None = None
         self._distrusted = False  # whether wrong values calibrate the check in the making
-        # Computed rows at which a learner is fitted to all; 0: some that it knows were taken back.
         self.due = FIRST
-        self.audits = _Errors(Risk(settings.accuracy, needs_evidence=False), [])
-        self.late = _Errors(Risk(settings.accuracy, needs_evidence=True), [])
+        names = ("audited", "audited_held", "came_late", "came_late_held")
+        self.held = collections.Counter(dict.fromkeys(names, 0))
 
     @functools.cached_property
     def _features(self) -> Float[np.ndarray, "rows inputs"]:
@@ -82,7 +72,8 @@ class Evidence:
         """Learn all again without these rows, if any was learned."""
         if self._table["learned"][rows].any():
             self.due = 0
-        self._table["learned"][rows] = self._table["estimated"][rows] = False
+        for name in ("learned", "estimated", "judges"):
+            self._table[name][rows] = False
 
     def task(self, *, hurry: bool = False) -> Callable[[], Learned | None] | None:
         """Return the work to learn from computed rows; None where there are too few new ones.
@@ -90,13 +81,14 @@ class Evidence:
         In a `hurry`, a first fit does with as few as there may be.
         """
         table, fit, learned = self._table, self.fit, self._table["learned"]
-        computed, others, late, y = table.learnable, table.open, table.late, table.vectors
-        unchecked = computed[:0] if self._settings.check_answers is None else table.unchecked
-        new = computed[~learned[computed]]
-        pairs = new[:0]
-        full = fit is not None and fit.pairs >= CAPACITY and self.due > 0
+        computed, others, y = table.learnable, table.open, table.vectors
+        judges = table["audit"][computed] | table.late[computed]
+        if self._settings.check_answers is not None:
+            judges |= ~table["checked"][computed]
+        new, pairs = computed[~learned[computed]], computed[:0]
         if len(computed) < FIRST // 4:
             return None
+        full = fit is not None and fit.pairs >= CAPACITY and self.due > 0
         if (len(computed) >= self.due and not full) or (hurry and fit is None):
             # Where nothing is to be predicted, and a check is waited for, a small learner will do.
             count = min(len(computed), FEW - 1 if hurry and not len(others) else CAPACITY)
@@ -113,15 +105,15 @@ class Evidence:
         elif fit is not None and len(new) >= NEWS:
             pairs = new[-CAPACITY:]
             learned[pairs] = True
-        elif fit is None or not len(unchecked):
+        elif fit is None or not hurry:
             return None
         self._distrusted = False
-        known = np.union1d(computed[table["audit"][computed] | late[computed]], unchecked)
+        known = computed[judges]
         rows = np.concatenate([others, known])
+        x = self._features
         return functools.partial(
-            learn, fit, self._features[pairs], y[pairs], rows=rows, features=self._features[rows],
-            known_y=y[known], lateness=self._lateness(), settings=self._settings,
-        )  # fmt: skip
+            learn, fit, x[pairs], y[pairs], rows, x[rows], y[known], settings=self._settings
+        )
 
     def take(self, learned: Learned) -> bool:
         """Take a new estimate, and compare it again with all that has come.
@@ -135,36 +127,55 @@ class Evidence:
         if self.mean is None:
             self.mean = np.zeros((len(table.rows), learned.mean.shape[1]), np.float32)
         self.mean[rows], table["estimated"][rows] = learned.mean, True
-        for name, column in learned.columns.items():
-            table[name][rows] = column
-        computed = table.learnable
-        late = table["late"][computed]
-        audits = table["audit"][computed] & ~late
-        for errors, kind in ((self.audits, computed[audits]), (self.late, computed[late])):
-            kind = kind[table["estimated"][kind] & self.tells(kind)]
-            if len(kind) >= max(errors.risk.needed, 1):  # else the evidence before is better
-                errors.risk.replace(self._compared(kind, table.vectors[kind].astype(np.float32)))
+        table["expected"][rows], table["plain"][rows] = learned.expected, learned.plain
+        judges = np.intersect1d(rows, table.learnable)
+        judges = judges[table["audit"][judges] | table["late"][judges]]
+        self._judge(judges, table.vectors[judges].astype(np.float32))
         return checks
 
-    def notice_late(self) -> None:
-        """Find the open rows that are like rows which have been late since an estimate was begun.
+    def _judge(
+        self, rows: Int[np.ndarray, " some"], y: Float[np.ndarray, "some outputs"]
+    ) -> Float[np.ndarray, " some"]:
+        """Compare rows' own values with what was predicted without them; return the errors."""
+        assert self.mean is not None
+        table, mean, deviation = self._table, self.mean[rows], self._table["expected"][rows]
+        errors = row_errors(mean, y)
+        table["excess"][rows] = error_ratios(errors, deviation)
+        table["wrong"][rows] = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
+        table["judges"][rows] = (deviation > 0) & np.isfinite(deviation)
+        return errors
 
-        A run must not end by bars of quick rows because the next estimate is still in the making.
+    def compare(
+        self,
+        rows: Int[np.ndarray, " some"],
+        y: Float[np.ndarray, "some outputs"],
+        late: bool,
+        over: bool = False,
+    ) -> None:
+        """Compare rows that have come with what was predicted of them, where that counts.
+
+        Once the run is `over`, they judge the bars of rows that were not waited for, each once, and
+        change nothing else.
         """
-        table, rows = self._table, self._table.open
-        rows = rows[table["estimated"][rows] & ~table["like_late"][rows]]
-        if self.mean is not None and len(rows) and table.late.any():
-            found = like_late(self._features[rows], self.mean[rows], self._lateness())
-            table["like_late"][rows] = found
-
-    def _lateness(self) -> Lateness:
-        """Return inputs, and outputs, of rows of which it is known whether they are late."""
-        table, late = self._table, self._table.late
-        computed = table.learnable
-        rows = np.union1d(computed, np.flatnonzero(late))
-        rows = np.random.default_rng(len(rows)).permutation(rows)[:CAPACITY]
-        known = rows[np.isin(rows, computed)]
-        return (self._features[rows], late[rows]), (table.vectors[known], late[known])
+        table, labels = self._table, self._settings.tolerance is None
+        counts = np.isfinite(y).all(axis=1) & table["estimated"][rows]
+        if over:
+            state = table["state"][rows]
+            known = state == PREDICTED if labels else np.isfinite(table["score"][rows])
+            counts &= known & (state < COMPUTED) & ~table["late"][rows]
+            table["late"][rows[counts]] = True
+        else:
+            counts &= table["audit"][rows] | late
+        if self.mean is None or not counts.any():
+            return
+        rows = rows[counts]
+        score = table["score"][rows] if over else self.score(rows, late)
+        errors = self._judge(rows, y[counts].astype(np.float32))
+        barred = (score <= self.limit) | over if labels else np.isfinite(score)
+        held = ~table["wrong"][rows] if labels else errors <= score
+        name = "came_late" if late else "audited"
+        self.held[name] += int(np.count_nonzero(barred))
+        self.held[f"{name}_held"] += int(np.count_nonzero(held & barred))
 
     def look_wrong(
         self, rows: Int[np.ndarray, " some"], values: Float[np.ndarray, "some outputs"]
@@ -184,18 +195,34 @@ class Evidence:
     ) -> Float[np.ndarray, " some"]:
         """Return the rows' error bars or error probabilities; infinite where nothing is known.
 
-        Late rows, and those like them, may be harder than others. So their bars are those of other
-        rows that came late, and infinite before there are enough.
+        Bars of late rows are the larger ones of those by audits and by other rows that came late,
+        and infinite before there are enough.
         """
-        score, straggles = np.full(len(rows), np.inf), self._table["like_late"][rows] | late
-        known = self._table["estimated"][rows]
-        for errors, kind in ((self.audits, known & ~straggles), (self.late, known & straggles)):
-            if kind.any() and not (errors.risk.waits and not errors.risk.enough):
-                if self._settings.tolerance is not None:
-                    score[kind] = self._factor(errors) * self._table["expected"][rows[kind]]
-                    continue
+        table, score = self._table, np.full(len(rows), np.inf)
+        known, late = table["estimated"][rows], np.broadcast_to(late, len(rows))
+        judges = table["judges"] & (table["state"] == COMPUTED)
+        audits, came_late = (np.flatnonzero(judges & table[each]) for each in ("audit", "late"))
+        if self._settings.max_disagreement is None:
+            usual, harder = (
+                float(conformal_quantile(table["excess"][each], self._settings.coverage))
+                for each in (audits, came_late)
+            )
+            harder = max(usual, harder) if len(came_late) >= _LATE else np.inf
+            factor = np.where(late, harder, usual)
+            known = known & np.isfinite(factor)
+            score[known] = factor[known] * table["expected"][rows[known]]
+            return score
+        for kind, by, slow in ((known & ~late, audits, False), (known & late, came_late, True)):
+            if not kind.any():
+                continue
+            risk = Risk(self._settings.accuracy, needs_evidence=slow)
+            facts = self._probability(by).tolist(), table["wrong"][by].tolist()
+            risk.replace(
+                Comparison(each, 0.0, wrong, 0.0) for each, wrong in zip(*facts, strict=True)
+            )
+            if risk.enough or not risk.waits:
                 probability = self._probability(rows[kind])
-                admitted = errors.risk.admits(probability, np.nan) | (probability > self.limit)
+                admitted = risk.admits(probability, np.nan) | (probability > self.limit)
                 score[kind] = np.where(admitted, probability, np.inf)
         return score
 
@@ -208,16 +235,6 @@ class Evidence:
         assert self.fit.probability is not None
         return self.fit.probability.limit(self._settings.max_disagreement)
 
-    def _factor(self, errors: _Errors) -> float:
-        """Return the factor by which deviations of one kind of rows become error bars."""
-        coverage, own = self._settings.coverage, errors.risk.excesses
-        both = own if errors is self.audits else np.append(own, self.audits.risk.excesses)
-        factor = conformal_quantile(both, coverage)
-        selects = self._settings.compute == "needed"
-        if not selects or np.sum(own > factor) > _HARDER * (1 - coverage) * len(own):
-            factor = max(conformal_quantile(own, coverage), factor)
-        return factor
-
     def _probability(self, rows: Int[np.ndarray, " known"]) -> Float[np.ndarray, " known"]:
         """Return the probabilities that labels are wrong, by the calibration."""
         assert self.fit is not None
@@ -225,80 +242,59 @@ class Evidence:
         assert self.mean is not None
         return self.fit.probability(self.mean[rows], self._table["expected"][rows], self.mean[rows])
 
-    def _compared(
-        self, rows: Int[np.ndarray, " some"], y: Float[np.ndarray, "some outputs"]
-    ) -> list[Comparison]:
-        """Compare predictions with the rows' own values: errors are in units of deviations."""
-        assert self.mean is not None
-        mean, deviation = self.mean[rows], self._table["expected"][rows]
-        probability = np.full(len(rows), np.nan)
-        if self._settings.tolerance is None:
-            probability = self._probability(rows)
-        known = np.where((deviation > 0) & np.isfinite(deviation), deviation, np.nan)
-        differs = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
-        ratios = error_ratios(row_errors(mean, y), known)
-        facts = (each.tolist() for each in (probability, known, differs, ratios))
-        return [Comparison(*each) for each in zip(*facts, strict=True)]
-
-    def compare(
-        self,
-        rows: Int[np.ndarray, " some"],
-        y: Float[np.ndarray, "some outputs"],
-        late: bool,
-        over: bool = False,
-    ) -> None:
-        """Compare rows that have come with what was predicted of them, where that counts.
-
-        Once the run is `over`, they judge the bars of rows that were not waited for, each once, and
-        change nothing else.
-        """
-        table, errors = self._table, self.late if late else self.audits
-        labels = self._settings.tolerance is None
-        counts = np.isfinite(y).all(axis=1) & table["estimated"][rows]
-        if over:
-            state = table["state"][rows]
-            known = state == PREDICTED if labels else np.isfinite(table["score"][rows])
-            counts &= known & (state < COMPUTED) & ~table["late"][rows]
-            table["late"][rows[counts]] = True
-        else:
-            counts &= table["audit"][rows] | late
-        if self.mean is None or not counts.any():
-            return
-        rows, y = rows[counts], y[counts].astype(np.float32)
-        if not over:
-            judges = self.tells(rows)
-            rows, y = rows[judges], y[judges]
-        score = table["score"][rows] if over else self.score(rows, late)
-        sure = score <= self.limit
-        wrong = np.argmax(self.mean[rows], axis=1) != np.argmax(y, axis=1)
-        held = row_errors(self.mean[rows], y) <= score
-        judged = sure | over if labels else np.isfinite(score)
-        errors.held.extend((~wrong if labels else held)[judged].tolist())
-        factor = 1.0 if labels else self._factor(errors)
-        given = [] if over else zip(sure.tolist(), self._compared(rows, y), strict=True)
-        for admitted, each in given:
-            if admitted:
-                errors.risk.give()
-            errors.risk.add(each, given=admitted, widened=factor)
-
-    def tells(self, rows: Int[np.ndarray, " some"]) -> Bool[np.ndarray, " some"]:
-        """Return which rows' errors count: predicted by a learner with no answer to the input."""
-        assert self.fit is not None
-        tells = self._table["left_out"][rows]
-        tells[~tells] = ~self.fit.learner.knows(self._features[rows[~tells]])
-        return tells
-
-    def order(
-        self, rows: Int[np.ndarray, " some"], adds: Float[np.ndarray, " some"] | None = None
+    def choose(
+        self, computed: int, predict: bool, estimate: EnsembleEstimate | None
     ) -> Int[np.ndarray, " some"]:
-        """Return these rows in the order in which to compute them: the least certain come first.
+        """Return the waiting rows that are to be computed, in that order: the least certain first.
 
-        Those come before that add most to a statistic's interval, if the run is for one. Among them
-        are the audits, one in four, in their own order, which is random.
+        One in four is an audit, in an order of its own, which is random. If the run is for a
+        statistic, the rows come first that add most to its interval, known or not, and as many are
+        drawn at random as are needed for one in four.
+
+        Args:
+            computed: The rows that the run has had computed, which is the seed.
+            predict: Whether rows that are known well enough are left out.
+            estimate: Of the statistic that the run is for.
         """
-        audited = self._table["audit"][rows]
-        audits, others = np.random.default_rng(0).permutation(rows[audited]), rows[~audited]
-        added = np.zeros(len(others)) if adds is None else adds[~audited]
-        others = others[np.lexsort((-self._table["expected"][others], -added))]
-        places = np.concatenate([4.0 * np.arange(len(audits)), np.arange(len(others)) * 4 / 3 + 1])
-        return np.concatenate([audits, others])[np.argsort(places, kind="stable")].astype(int)
+        table, rows = self._table, self._table.all_in(WAITING)
+        audit, added = table["audit"], np.zeros(len(rows))
+        table["known"][:] = False
+        if self.fit is not None and predict:
+            table["known"][rows] = self.score(rows) <= self.limit
+        if estimate is not None and estimate.uncertainty is not None:
+            added = estimate.uncertainty[rows]
+            if (few := np.count_nonzero(audit[rows])) < NEWS // 4:
+                drawn = np.random.default_rng(computed).permutation(rows)[: NEWS // 4 - few]
+                audit[drawn] = True
+        wanted = ~table["known"][rows] | (added > 0) | audit[rows]
+        rows, added = rows[wanted], added[wanted]
+        drawn, added = np.random.default_rng(0).permutation(rows[audit[rows]]), added[~audit[rows]]
+        others = rows[~audit[rows]]
+        others = others[np.lexsort((-table["expected"][others], -added))]
+        places = np.concatenate([4.0 * np.arange(len(drawn)), np.arange(len(others)) * 4 / 3 + 1])
+        return np.concatenate([drawn, others])[np.argsort(places, kind="stable")].astype(int)
+
+    def predict(
+        self, rows: Int[np.ndarray, " open"]
+    ) -> tuple[Bool[np.ndarray, " open"], Float[np.ndarray, " open"]]:
+        """Give the open rows of a run that ends their predictions; those too uncertain have FAILED.
+
+        Returns:
+            Which rows are known well enough, and their error bars or error probabilities. Rows with
+            too large a bar have a prediction all the same.
+        """
+        table, failed = self._table, self._table["state"][rows] == FAILED
+        score = self.score(rows, table.late[rows] | (table["tries"][rows] > 0))
+        good = np.zeros(len(rows), bool)
+        if self.fit is not None:
+            good = (score <= self.limit) & ~(failed & table["raised"][rows])
+        table["state"][rows[~good]] = FAILED
+        given = good | (np.isfinite(score) & ~failed)
+        if given.any():
+            few, values = rows[given], table.values
+            assert self.mean is not None
+            assert values is not None
+            predicted = self.mean[few].reshape(-1, *values.shape[1:]).astype(values.dtype)
+            state = np.where(good[given], PREDICTED, FAILED)
+            table.put(few, predicted, score[given], state, table["expected"][few])
+        return good, score

@@ -1,4 +1,4 @@
-"""Learning from computed rows: pure functions that return estimates of all other rows.
+"""Learning from computed rows: a pure function that returns estimates of all other rows.
 
 A learner is fitted to computed rows on a thread of its own, so that nothing waits for it. Between
 two fits it learns the rows that have come since, which takes a hundredth of the time. Everything
@@ -6,10 +6,10 @@ here is NumPy's: nothing is compiled, and nothing but its arguments is read.
 """
 
 import logging
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int
 
 from ..codes import NeRCC
 from ..evaluation._criteria import root_mean_square
@@ -30,9 +30,6 @@ _JUDGED = 256
 _CHUNK = 1024  # rows that are predicted together
 _NEIGHBOURS = 8  # computed rows that a row is compared with
 
-# Inputs of rows, and outputs of rows, each with which of them are late.
-Lateness: TypeAlias = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-
 
 class FittedLearner(NamedTuple):
     """A learner of computed rows, with the probability that its labels are wrong.
@@ -51,15 +48,17 @@ class Learned(NamedTuple):
     Attributes:
         fit: The learner.
         rows: The task's rows.
-        mean: Predictions, as vectors.
-        columns: What is known of them, by the names of `ROW`.
+        mean: Predictions, as vectors, each made without the row's own value.
+        expected: How far they may be off, by errors nearby.
+        plain: The same by the learner's own deviation.
         check: The check of computed values, if there is one and enough is known.
     """
 
     fit: FittedLearner
     rows: Int[np.ndarray, " rows"]
     mean: Float[np.ndarray, "rows outputs"]
-    columns: dict[str, Shaped[np.ndarray, " rows"]]
+    expected: Float[np.ndarray, " rows"]
+    plain: Float[np.ndarray, " rows"]
     check: AnswerCheck | None
 
 
@@ -70,7 +69,6 @@ def learn(
     rows: Int[np.ndarray, " rows"],
     features: Float[np.ndarray, "rows inputs"],
     known_y: Float[np.ndarray, "known outputs"],
-    lateness: Lateness,
     settings: RowSettings,
 ) -> Learned | None:
     """Learn computed rows, and predict others; return None where nothing could be learned.
@@ -88,7 +86,6 @@ def learn(
             predicted without its own value.
         features: Their inputs.
         known_y: The values of the known ones.
-        lateness: Rows of which it is known whether they are late.
         settings: The run's.
     """
     if fit is None:
@@ -124,15 +121,20 @@ def learn(
     paired = pair >= 0
     mean[paired] = (residuals + errors)[pair[paired]]
     plain[paired] = deviations[pair[paired]]
-    left_out = np.zeros(len(features), bool)
-    left_out[known] = True
 
-    expected = plain
+    expected = plain.copy()
     if settings.compute == "needed" and fit.probability is None:
         off = np.stack([root_mean_square(errors, axis=1), scatter])
         ratios = np.sqrt(2) * root_mean_square(off, axis=0) / deviations
-        unit = np.asarray(kernel.unit * kernel.widths[kernel.groups])
-        expected = plain * root_mean_square(ratios[_nearest(features, inputs, unit, pair)], axis=1)
+        places = inputs / (unit := np.asarray(kernel.unit * kernel.widths[kernel.groups]))
+        squares = np.sum(places**2, axis=1)
+        for place in range(0, len(features), _CHUNK):
+            part = slice(place, place + _CHUNK)
+            distance = squares - 2 * (features[part] / unit) @ places.T
+            own = np.flatnonzero(paired[part])
+            distance[own, pair[part][own]] = np.inf
+            nearest = np.argpartition(distance, _NEIGHBOURS - 1, axis=1)[:, :_NEIGHBOURS]
+            expected[part] *= root_mean_square(ratios[nearest], axis=1)
 
     # A check goes by the learner's own deviations: a wrong value makes those of its neighbours
     # large. A quarter of the right ones that may look wrong are those with the largest residuals,
@@ -144,40 +146,4 @@ def learn(
         labels = settings.tolerance is None
         check = fit_answer_check(*facts, settings.check_answers, labels=labels, blatant=0.25)
         check = None if check.limit == np.inf else check
-    late = like_late(features, mean, lateness) & ~left_out
-    columns = {"expected": expected, "plain": plain, "left_out": left_out, "like_late": late}
-    return Learned(fit, rows, mean, columns, check)
-
-
-def like_late(
-    inputs: Float[np.ndarray, "rows inputs"],
-    outputs: Float[np.ndarray, "rows outputs"],
-    lateness: Lateness,
-) -> Bool[np.ndarray, " rows"]:
-    """Return which rows have a late one among their nearest neighbours, by input or by output."""
-    found = np.zeros(len(inputs), bool)
-    for places, (known, late) in zip((inputs, outputs), lateness, strict=True):
-        if late.any() and len(late) >= _NEIGHBOURS:
-            spread = known.std(axis=0)
-            found |= late[_nearest(places, known, np.where(spread > 0, spread, 1))].any(axis=1)
-    return found
-
-
-def _nearest(
-    places: Float[np.ndarray, "rows coordinates"],
-    others: Float[np.ndarray, "others coordinates"],
-    unit: Float[np.ndarray, " coordinates"],
-    own: Int[np.ndarray, " rows"] | None = None,
-) -> Int[np.ndarray, "rows neighbours"]:
-    """Return the nearest of the others to each row, without its own, if one is given from 0 on."""
-    others = others / unit
-    squares = np.sum(others**2, axis=1)
-    found = np.empty((len(places), _NEIGHBOURS), int)
-    for place in range(0, len(places), _CHUNK):
-        part = slice(place, place + _CHUNK)
-        distance = squares - 2 * (places[part] / unit) @ others.T
-        if own is not None:
-            paired = np.flatnonzero(own[part] >= 0)
-            distance[paired, own[part][paired]] = np.inf
-        found[part] = np.argpartition(distance, _NEIGHBOURS - 1, axis=1)[:, :_NEIGHBOURS]
-    return found
+    return Learned(fit, rows, mean, expected, plain, check)

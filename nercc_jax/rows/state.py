@@ -31,10 +31,9 @@ from jaxtyping import Float, Int, Shaped
 
 from ..pools import PoolReport
 from ..risk import EnsembleEstimate
-from ..risk.ensembles import RowEvidence
 from ._checks import RowChecks
 from ._evidence import NEWS, Evidence
-from ._interface import ATTEMPTS, RowProgress, RowSettings
+from ._interface import ATTEMPTS, RowSettings
 from ._learner import Learned
 from ._queue import RowQueue
 from ._table import AGAIN, COMPUTED, FAILED, PREDICTED, SENT, WAITING, RowTable
@@ -185,14 +184,12 @@ class RowState:
     ):
         self.settings, self.table, self.seen = settings, table, Tick(0.0, report)
         self.calls: dict[int, Send] = {}
-        self.evidence = Evidence(settings, x, table)
-        self.checks: RowChecks | None = None
+        self.evidence, self.checks = Evidence(settings, x, table), None
         if settings.check_answers is not None:
             self.checks = RowChecks(table, report.num_workers, settings, worker_dtype)
-        self.computed, self.looked_at = 0, -1
-        self.offered = -len(table.all_in(COMPUTED))  # an earlier run's are news
+        self.computed, self.offered = 0, -len(table.all_in(COMPUTED))  # an earlier run's are news
+        self.looked_at, self.over = -1, False
         self.estimated: Estimated | None = None
-        self.over = False
         self.todo: list[Instruction] = []
         self._input_bytes = x[0].nbytes
         self._sent = 0  # calls
@@ -228,29 +225,27 @@ class RowState:
             self.estimated = event
             if event.short and not self.over:
                 self._end("since the statistic was known well enough")
-            elif not self.over and self.evidence.fit is not None:
-                self._refill()
-        elif not self.over:
-            checked = self.evidence.take(event)
+        elif not self.over and self.evidence.take(event) and self.checks is not None:
+            # Values from before there was a check are taken back where they look wrong.
+            rows = np.flatnonzero((table["state"] == COMPUTED) & ~table["checked"])
+            rows = rows[table["estimated"][rows]]
+            wrong, _ = self.evidence.look_wrong(rows, table.vectors[rows])
+            table["checked"][rows[~wrong]] = True
+            self._take_back(self.checks.doubt(rows[wrong]))
+        if self.over:
+            return self.todo
+        if isinstance(event, Estimated | Learned) and self.evidence.fit is not None:
             self._refill()
-            if checked and self.checks is not None:
-                # Values from before there was a check are taken back where they look wrong.
-                rows = table.unchecked[table["estimated"][table.unchecked]]
-                wrong, _ = self.evidence.look_wrong(rows, table.vectors[rows])
-                table["checked"][rows[~wrong]] = True
-                self._take_back(self.checks.doubt(rows[wrong]))
-        if not self.over:
-            report, out = self.seen.report, sum(not call.given_up for call in self.calls.values())
-            # Two for each worker, so that none waits for the next; one where calls are about to
-            # grow. And one for each that is idle, since it may be a new one.
-            ahead = 2 if self.queue.timed else 1
-            room = max(ahead * (report.num_workers - report.starting) - out, self._idle)
-            for _ in range(room):
-                rows = self.queue.take(lambda rows: table["state"][rows] <= AGAIN)
-                if not len(rows):
-                    break
-                table["state"][rows], table["main"][rows] = SENT, self._sent
-                self._send(rows)
+        report, out = self.seen.report, sum(not call.given_up for call in self.calls.values())
+        # Two for each worker, so that none waits for the next; one where calls are about to grow.
+        # And one for each that is idle, since it may be a new one.
+        ahead = 2 if self.queue.timed else 1
+        for _ in range(max(ahead * (report.num_workers - report.starting) - out, self._idle)):
+            rows = self.queue.take(lambda rows: table["state"][rows] <= AGAIN)
+            if not len(rows):
+                break
+            table["state"][rows], table["main"][rows] = SENT, self._sent
+            self._send(rows)
         return self.todo
 
     def _send(self, rows: Int[np.ndarray, " few"], copy: bool = False) -> None:
@@ -266,31 +261,34 @@ class RowState:
     def _take(self, event: Answered, call: Send) -> None:
         """Take a worker's values, or let them judge error bars where the run is over."""
         table, rows, values = self.table, call.rows, event.values[: len(call.rows)]
+        vectors = values.reshape(len(rows), -1)
         if self.over:
-            self.evidence.compare(rows, values.reshape(len(rows), -1), late=True, over=True)
+            self.evidence.compare(rows, vectors, late=True, over=True)
             return
         if table.values is not None and values.shape[1:] != table.values.shape[1:]:
             shapes = f"a row came as {values.shape[1:]}, others as {table.values.shape[1:]}"
             self._fail(call, shapes, raised=True)
             return
-        if self.settings.max_disagreement is not None and values[0].size < 2:
+        if self.settings.max_disagreement is not None and vectors.shape[1] < 2:
             raise ValueError(
                 "max_disagreement is for labels, the largest of several outputs; this function "
                 "gives one number: give a tolerance"
             )
-        fresh = table["state"][rows] != COMPUTED
-        rows, values = rows[fresh], values[fresh]
+        given = table["state"][rows] != COMPUTED
+        rows, values, vectors = rows[given], values[given], vectors[given]
         if self.checks is not None and len(rows):
-            looks = self.evidence.look_wrong(rows, values.reshape(len(rows), -1))
+            looks = self.evidence.look_wrong(rows, vectors)
             given, values = self.checks.take(event.call, event.worker, rows, values, *looks)
-            table.move(rows[~given], AGAIN)
+            table["state"][rows[~given]] = AGAIN
+            for row in rows[~given].tolist():  # that were given up
+                table.reasons.pop(row, None)
             self.queue.send_again(rows[~given])
-            rows, values = rows[given], values[given]
+            rows, values, vectors = rows[given], values[given], vectors[given]
         if len(rows):
             late = event.late or call.given_up or call.copy  # a copy is that of a late call
             table["late"][rows] = late
             self.evidence.compare(rows, values.reshape(len(rows), -1), late)
-            table.put(rows, values, 0.0, 0.0, COMPUTED)
+            table.put(rows, values, 0.0, COMPUTED)
             self.computed += len(rows)
             self.todo.append(Give(rows, computed=True))
             self.queue.observe(call.size, event.usual, self._input_bytes + values[0].nbytes)
@@ -320,7 +318,7 @@ class RowState:
 
     def _look(self, tick: Tick) -> None:
         """Give up calls after their deadline, learn, end when all is done, or copy late calls."""
-        overdue, limit = self.table["overdue"], self.settings.deadline
+        overdue, limit, settings = self.table["overdue"], self.settings.deadline, self.settings
         for call in self.calls.values():
             overdue[call.rows] = False
         for number, (age, late) in tick.ages.items():
@@ -335,35 +333,34 @@ class RowState:
         # Learn what came, if that takes no longer than to compute the rows that wait, at the speed
         # so far, and calls that last as long again as they have lasted. The speed of the first
         # second, while calls still grow, is not that of what follows.
-        until_end = (self.settings.job_deadline or math.inf) - tick.now
+        until_end = (settings.job_deadline or math.inf) - tick.now
         hurry = until_end < 3 * tick.fit_seconds
         news = self.computed - self.offered >= NEWS or (hurry and self.evidence.fit is None)
-        needed = self.settings.tolerance != 0 or self.checks is not None
-        if needed and news and not tick.learning and self.table.values is not None:
-            speed = max(self.computed / max(tick.now, 1e-9), 1e-9)
+        needed = self.table.values is not None and (settings.tolerance != 0 or self.checks)
+        if needed and news and not tick.learning:
             oldest = max((call.age for call in self.calls.values()), default=0.0)
-            longer = max(len(self.queue.waiting) / speed, oldest) > min(tick.fit_seconds, until_end)
+            left = len(self.queue.waiting) * tick.now / max(self.computed, 1)
             known = self.queue.timed or tick.now >= 1.0 or self.offered < 0
-            if (known and longer) or self.queue.spent:
+            if self.queue.spent or (known and max(left, oldest) > min(tick.fit_seconds, until_end)):
                 self._learn(hurry)
 
         if until_end <= 0:
-            self._end("before the job's deadline")
-        elif self._finished():
-            self._end("before the job's last call")
-        else:
-            # Late calls go once more, to workers that would be idle. Copies may be as slow as what
-            # they copy. So before other rows go only those of a run for a statistic whose interval
-            # comes from late rows, on a quarter of the workers.
-            late_first = self.estimated is not None and self.estimated.estimate.from_late > 0.5
-            first = max(tick.report.num_workers // 4, 1) if late_first else 0
-            first -= sum(call.copy and not call.given_up for call in self.calls.values())
-            for call in sorted(self.calls.values(), key=lambda call: -call.age):
-                rows = call.rows[self.table["state"][call.rows] < PREDICTED]
-                once = call.late and not (call.copy or call.given_up or call.copied)
-                if once and len(rows) and (first > 0 or (self.queue.empty and self._idle > 0)):
-                    call.copied, first = True, first - 1
-                    self._send(rows, copy=True)
+            return self._end("before the job's deadline")
+        if self.queue.empty and self._finished():
+            return self._end("before the job's last call")
+        # Late calls go once more, to workers that would be idle. Copies may be as slow as what they
+        # copy. So before other rows go only those of a run for a statistic whose interval comes
+        # from late rows, on a quarter of the workers.
+        late_first = self.estimated is not None and self.estimated.estimate.from_late > 0.5
+        first = max(tick.report.num_workers // 4, 1) if late_first else 0
+        first -= sum(call.copy and not call.given_up for call in self.calls.values())
+        for call in sorted(self.calls.values(), key=lambda call: -call.age):
+            rows = call.rows[self.table["state"][call.rows] < PREDICTED]
+            once = call.late and not (call.copy or call.given_up or call.copied)
+            if once and len(rows) and (first > 0 or (self.queue.empty and self._idle > 0)):
+                call.copied, first = True, first - 1
+                self._send(rows, copy=True)
+        return None
 
     def _learn(self, hurry: bool) -> None:
         """Have the learner learn all that came, if there is enough of it."""
@@ -385,137 +382,61 @@ class RowState:
     def _take_back(self, rows: Int[np.ndarray, " few"]) -> None:
         """Treat rows in doubt as if they had no values, until other workers have computed them."""
         if len(rows):
-            self.table.put(rows, np.nan, np.inf, np.inf, AGAIN)
+            self.table.put(rows, np.nan, np.inf, AGAIN)
             self.evidence.forget(rows)
             self.queue.send_again(rows)
             self.todo.append(Give(rows, computed=None))
 
     def _refill(self) -> None:
-        """Let those rows wait to be sent that are not known well enough, the least certain first.
-
-        If the run is for a statistic, the rows come first that add most to its interval, known or
-        not. Every fourth is drawn at random, so that the errors of ever more predictions are known.
-        """
-        table, evidence, adds = self.table, self.evidence, None
-        rows = table.all_in(WAITING)
-        table["known"][:] = False
-        if evidence.fit is not None and (self.settings.compute == "needed" or self.queue.empty):
-            table["known"][rows] = evidence.score(rows) <= evidence.limit
-        wanted = ~table["known"][rows]
-        if self.estimated is not None and self.estimated.estimate.uncertainty is not None:
-            adds = self.estimated.estimate.uncertainty[rows]
-            if (few := np.count_nonzero(table["audit"][rows])) < NEWS // 4:
-                drawn = np.random.default_rng(self.computed).permutation(rows)[: NEWS // 4 - few]
-                table["audit"][drawn] = True
-            wanted |= adds > 0
-        wanted |= table["audit"][rows]
-        self.queue.waiting = evidence.order(rows[wanted], None if adds is None else adds[wanted])
+        """Let those rows wait to be sent that are not known well enough."""
+        predict = self.settings.compute == "needed" or self.queue.empty
+        estimate = None if self.estimated is None else self.estimated.estimate
+        self.queue.waiting = self.evidence.choose(self.computed, predict, estimate)
 
     def _finished(self) -> bool:
-        """Return whether no row is to be waited for, and all values have been looked at."""
-        if not self._settled():
-            return False
-        evidence, table, spent = self.evidence, self.table, self.queue.spent
-        if self.seen.learning and spent and len(table.open):
-            return False  # nothing else can be known of these
-        if self.checks is not None and table.values is not None:
-            outdated = not evidence.due and len(table.open) > 0
-            news = self.looked_at != self.computed and (len(table.unchecked) > 0 or outdated)
-            if news and not self.seen.learning:
-                self.looked_at = self.computed
-                self._learn(hurry=True)
-            if self.seen.learning:
-                return False
-        evidence.notice_late()
-        return self._settled()
+        """Return whether no row is to be waited for, now that none may be sent.
 
-    def _settled(self) -> bool:
-        """Return whether all rows are done or known, as things are; send the doubtful ones."""
-        if not self.queue.empty:
-            return False
-        evidence, table, spent = self.evidence, self.table, self.queue.spent
-        # Known well enough before, and now not: an audit has shown that bars were too short.
+        Rows wait to be sent if they were known well enough before, and are not now, since an audit
+        has shown that bars were too short.
+        """
+        evidence, table, queue = self.evidence, self.table, self.queue
         self._refill()
-        if self.estimated is not None and not (spent or len(self.queue.waiting)):
+        if self.estimated is not None and not (queue.spent or len(queue.waiting)):
             rows = table.all_in(WAITING)  # not yet short enough: more are drawn
-            self.queue.waiting = np.random.default_rng(self.computed).permutation(rows)[:NEWS]
-            table["audit"][self.queue.waiting], table["known"][self.queue.waiting] = True, False
+            queue.waiting = np.random.default_rng(self.computed).permutation(rows)[:NEWS]
+            table["audit"][queue.waiting], table["known"][queue.waiting] = True, False
         rows = table.all_in(SENT)
-        if not self.queue.empty or not len(rows):
-            return self.queue.empty
-        if self.estimated is not None or evidence.fit is None:
+        if not queue.empty or (len(rows) and (self.estimated is not None or evidence.fit is None)):
             return False
         # A call that is not late has its answer soon, which is better than a prediction; and audits
         # are computed, however late they are.
         late = [call.rows for call in self.calls.values() if call.late]
         good = np.isin(rows, np.concatenate([[], *late]))
-        good &= evidence.score(rows, late=True) <= evidence.limit
-        return bool((good & ~(table["audit"][rows] & (self.settings.compute == "needed"))).all())
+        good &= evidence.score(rows, late=True) <= evidence.limit if len(rows) else True
+        good &= ~(table["audit"][rows] & (self.settings.compute == "needed"))
+        if not good.all():
+            return False
+        if self.seen.learning:  # of rows that may not be computed, nothing else can be known
+            return self.checks is None and not (queue.spent and len(table.open))
+        # Values that came before there was a check are looked at, once, and what was learned from
+        # rows that were taken back is learned again.
+        unchecked = (table["state"] == COMPUTED) & ~table["checked"]
+        if self.checks is not None and table.values is not None and self.looked_at != self.computed:
+            self.looked_at = self.computed
+            if unchecked.any() or (not evidence.due and len(table.open)):
+                self._learn(hurry=True)
+        return not self.seen.learning
 
     def _end(self, why: str) -> None:
         """End the run: predict rows that are known well enough, and say why others are not."""
-        self.over, evidence, table = True, self.evidence, self.table
-        evidence.notice_late()
+        self.over, table = True, self.table
         rows = table.open
-        score = evidence.score(rows, table.late[rows] | (table["tries"][rows] > 0))
-        failed = table["state"][rows] == FAILED
-        good = np.zeros(len(rows), bool)
-        if evidence.fit is not None:
-            good = (score <= evidence.limit) & ~(failed & table["raised"][rows])
-        left = ~good & ~failed
-        table["state"][rows[left]] = FAILED
-        # A prediction with too large a bar is there all the same.
-        given = good | (left & np.isfinite(score))
-        if given.any():
-            few, values = rows[given], table.values
-            assert evidence.mean is not None
-            assert values is not None
-            predicted = evidence.mean[few].reshape(-1, *values.shape[1:]).astype(values.dtype)
-            state = np.where(good[given], PREDICTED, FAILED)
-            table.put(few, predicted, table["expected"][few], score[given], state)
-        for row, bar in zip(rows[left].tolist(), score[left], strict=True):
+        good, score = self.evidence.predict(rows)
+        for row, bar in zip(rows[~good].tolist(), score[~good].tolist(), strict=True):
             reason = f"not computed {why}"
             if self.checks is not None and self.checks.doubts(row):
                 reason = "its answers differ, or one looked wrong"
             barred = f"; its error bar is {bar:.3g}" if np.isfinite(bar) else ""
-            table.reasons[row] = reason + barred
+            table.reasons.setdefault(row, reason + barred)
         if good.any():
             self.todo.append(Give(rows[good], computed=False))
-
-    def progress(self) -> RowProgress:
-        """Return the numbers of rows that are computed, predicted and so on."""
-        state, report = self.table["state"], self.seen.report
-        known = np.count_nonzero(self.table["known"] & (state < PREDICTED))
-        return RowProgress(
-            rows=len(state),
-            computed=int(np.count_nonzero(state == COMPUTED)),
-            predicted=int(np.count_nonzero(state == PREDICTED) + known),
-            unknown=len(self.table.reasons),
-            workers=report.num_workers - report.starting,
-            seconds=self.seen.now,
-            rows_per_second=self.computed / max(self.seen.now, 1e-9),
-        )
-
-    def row_evidence(self) -> RowEvidence | None:
-        """Return all that is known of rows' values, for statistics; None if none is finite."""
-        table, mean = self.table, self.evidence.mean
-        if table.values is None or not len(table.learnable):
-            return None
-        computed, audit = table["state"] == COMPUTED, table["audit"].copy()
-        late = table.late | ((table["tries"] > 0) & ~computed)
-        values, deviation = table.values, table["expected"].copy()
-        judged = computed & (audit | late)
-        if computed.all():  # nothing is predicted, and nothing need be copied
-            return RowEvidence(values, values, deviation, computed, late, audit, judged)
-        # A row without a prediction has the mean of all, which is off by their spread.
-        known = values[table.learnable]
-        predictions = np.broadcast_to(known.mean(axis=0), values.shape).copy()
-        estimated = table["estimated"] & np.isfinite(deviation)
-        deviation[~estimated] = np.sqrt(np.mean((known - known.mean(axis=0)) ** 2))
-        if mean is not None:
-            predictions[estimated] = mean[estimated].reshape(-1, *known.shape[1:])
-            judged &= estimated
-            judged[judged] = self.evidence.tells(np.flatnonzero(judged))
-        own = computed.reshape(-1, *[1] * (known.ndim - 1))
-        values = np.where(own, values, predictions)
-        return RowEvidence(values, predictions, deviation, computed, late, audit, judged)
