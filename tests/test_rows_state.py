@@ -308,11 +308,11 @@ def test_calls_grow_to_a_quarter_of_a_second_or_16_mib_and_leave_no_worker_idle(
 ):
     """A law of the calls' time, and two workers: each takes the next call when it is free."""
     count, times, sizes, free = 20_000, AnswerTimes(Overdue(least=1)), [], [0.0, 0.0]
-    done = np.zeros(count, bool)
-    rows = a_state(np.zeros((count, 1)), 2, tolerance=0.0).queue
-    while len(taken := rows.take(lambda some: ~done[some])):
+    state = a_state(np.zeros((count, 1)), 2, tolerance=0.0)
+    rows, done = state.queue, state.table.rows["state"]
+    while len(taken := rows.take()):
         assert not done[taken].any()
-        done[taken] = True
+        done[taken] = COMPUTED
         seconds = transport + each * len(taken)
         free[free.index(min(free))] += seconds
         times.add(len(taken), seconds)

@@ -16,12 +16,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from ..evaluation._criteria import row_errors
-from ..risk import Comparison, EnsembleEstimate, Risk
+from ..risk import Comparison, Risk
 from ..risk._accuracy import conformal_quantile, error_ratios
 from ..risk._answer_check import AnswerCheck
 from ._interface import RowSettings
 from ._learner import CAPACITY, FEW, FittedLearner, Learned, learn
-from ._table import COMPUTED, FAILED, PREDICTED, WAITING, RowTable
+from ._table import COMPUTED, FAILED, PREDICTED, RowTable
 
 FIRST = 96  # rows of the first fit
 NEWS = 32  # rows that are learned together between two fits
@@ -241,38 +241,6 @@ class Evidence:
         assert self.fit.probability is not None
         assert self.mean is not None
         return self.fit.probability(self.mean[rows], self._table["expected"][rows], self.mean[rows])
-
-    def choose(
-        self, computed: int, predict: bool, estimate: EnsembleEstimate | None
-    ) -> Int[np.ndarray, " some"]:
-        """Return the waiting rows that are to be computed, in that order: the least certain first.
-
-        One in four is an audit, in an order of its own, which is random. If the run is for a
-        statistic, the rows come first that add most to its interval, known or not, and as many are
-        drawn at random as are needed for one in four.
-
-        Args:
-            computed: The rows that the run has had computed, which is the seed.
-            predict: Whether rows that are known well enough are left out.
-            estimate: Of the statistic that the run is for.
-        """
-        table, rows = self._table, self._table.all_in(WAITING)
-        audit, added = table["audit"], np.zeros(len(rows))
-        table["known"][:] = False
-        if self.fit is not None and predict:
-            table["known"][rows] = self.score(rows) <= self.limit
-        if estimate is not None and estimate.uncertainty is not None:
-            added = estimate.uncertainty[rows]
-            if (few := np.count_nonzero(audit[rows])) < NEWS // 4:
-                drawn = np.random.default_rng(computed).permutation(rows)[: NEWS // 4 - few]
-                audit[drawn] = True
-        wanted = ~table["known"][rows] | (added > 0) | audit[rows]
-        rows, added = rows[wanted], added[wanted]
-        drawn, added = np.random.default_rng(0).permutation(rows[audit[rows]]), added[~audit[rows]]
-        others = rows[~audit[rows]]
-        others = others[np.lexsort((-table["expected"][others], -added))]
-        places = np.concatenate([4.0 * np.arange(len(drawn)), np.arange(len(others)) * 4 / 3 + 1])
-        return np.concatenate([drawn, others])[np.argsort(places, kind="stable")].astype(int)
 
     def predict(
         self, rows: Int[np.ndarray, " open"]

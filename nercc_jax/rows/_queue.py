@@ -2,18 +2,21 @@
 
 import collections
 import math
-from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from ..pools.times import power_of_two
+from ..risk import EnsembleEstimate
+from ._evidence import Evidence
 from ._interface import RowSettings
+from ._table import AGAIN, WAITING, RowTable
 
 _TIMED = 4  # calls of a size, whose median decides about the next size
 # Seconds of a call, at most. From the first number on larger calls must make each row quicker by a
 # tenth: rows wait for the slowest of their call, and it cannot be told which of them that is.
 _ENOUGH, _LONG, _QUICKER = 0.05, 0.25, 1.1
+_DRAWN = 8  # rows that are drawn at random for a statistic, and wait
 _BYTES = 1 << 24  # of a call's inputs and outputs, from which on larger ones are no quicker
 
 
@@ -24,8 +27,14 @@ class RowQueue:
     as that pays, and shrink at the end, so that all workers end at about the same time.
     """
 
-    def __init__(self, rows: Int[np.ndarray, " rows"], num_workers: int, settings: RowSettings):
-        self.waiting = rows
+    def __init__(
+        self,
+        table: RowTable,
+        order: Int[np.ndarray, " rows"],
+        num_workers: int,
+        settings: RowSettings,
+    ):
+        self.waiting, self._table = order[table["state"][order] == WAITING], table
         self._again: collections.deque[Int[np.ndarray, " few"]] = collections.deque()  # by call
         self._num_workers, self._settings = num_workers, settings
         self._random = np.random.default_rng(settings.seed)
@@ -58,12 +67,10 @@ class RowQueue:
         rows, size = self._random.permutation(rows), min(most or self._call_size, self._call_size)
         self._again.extend(rows[place : place + size] for place in range(0, len(rows), size))
 
-    def take(
-        self, may_go: Callable[[Int[np.ndarray, " few"]], Bool[np.ndarray, " few"]]
-    ) -> Int[np.ndarray, " few"]:
-        """Take the rows of the next call, of those that `may_go`; none if none is left.
+    def take(self) -> Int[np.ndarray, " few"]:
+        """Take the rows of the next call; none if none is left.
 
-        Others have been sent or answered meanwhile.
+        Some of those that were to be sent have been sent or answered meanwhile.
         """
         while not self.empty:
             if self._again:
@@ -73,10 +80,37 @@ class RowQueue:
                 size = min(self._call_size, math.inf if most is None else most - self._sent)
                 rows, self.waiting = np.split(self.waiting, [int(size)])
                 self._sent += len(rows)
-            rows = rows[may_go(rows)]
+            rows = rows[self._table["state"][rows] <= AGAIN]
             if len(rows):
                 return rows
         return np.zeros(0, int)
+
+    def refill(
+        self, evidence: Evidence, estimate: EnsembleEstimate | None, compute_all: bool, seed: int
+    ) -> None:
+        """Let those rows wait that are not known well enough, the least certain first.
+
+        One in four is an audit, in an order of its own, which is random. If the run is for a
+        statistic, of which there is an `estimate`, the rows come first that add most to its
+        interval, known or not, and as many are drawn at random as are needed for one in four.
+        """
+        table, rows = self._table, self._table.all_in(WAITING)
+        audit, added = table["audit"], np.zeros(len(rows))
+        table["known"][:] = False
+        if evidence.fit is not None and (self.empty or not compute_all):
+            table["known"][rows] = evidence.score(rows) <= evidence.limit
+        if estimate is not None and estimate.uncertainty is not None:
+            added = estimate.uncertainty[rows]
+            more = max(_DRAWN - np.count_nonzero(audit[rows]), 0)
+            audit[np.random.default_rng(seed).permutation(rows)[:more]] = True
+        wanted = ~table["known"][rows] | (added > 0) | audit[rows]
+        rows, added = rows[wanted], added[wanted]
+        drawn = np.random.default_rng(0).permutation(rows[audit[rows]])
+        others, added = rows[~audit[rows]], added[~audit[rows]]
+        others = others[np.lexsort((-table["expected"][others], -added))]
+        places = np.concatenate([4.0 * np.arange(len(drawn)), np.arange(len(others)) * 4 / 3 + 1])
+        waiting = np.concatenate([drawn, others])[np.argsort(places, kind="stable")]
+        self.waiting = waiting.astype(int)
 
     @property
     def _call_size(self) -> int:

@@ -199,8 +199,7 @@ class RowState:
         # of the others, all of them at random, judge the learner's error bars.
         self._first = min(max(len(order) // 10, 100), 256)
         table["audit"][np.append(order[: self._first], order[self._first :: 20])] = True
-        waiting = order[table["state"][order] == WAITING]
-        self.queue = RowQueue(waiting, report.num_workers, settings)
+        self.queue = RowQueue(table, order, report.num_workers, settings)
 
     def handle(self, event: Event) -> list[Instruction]:
         """Take an event, and return what is to be done, in that order.
@@ -241,8 +240,7 @@ class RowState:
         # And one for each that is idle, since it may be a new one.
         ahead = 2 if self.queue.timed else 1
         for _ in range(max(ahead * (report.num_workers - report.starting) - out, self._idle)):
-            rows = self.queue.take(lambda rows: table["state"][rows] <= AGAIN)
-            if not len(rows):
+            if not len(rows := self.queue.take()):
                 break
             table["state"][rows], table["main"][rows] = SENT, self._sent
             self._send(rows)
@@ -389,9 +387,9 @@ class RowState:
 
     def _refill(self) -> None:
         """Let those rows wait to be sent that are not known well enough."""
-        predict = self.settings.compute == "needed" or self.queue.empty
         estimate = None if self.estimated is None else self.estimated.estimate
-        self.queue.waiting = self.evidence.choose(self.computed, predict, estimate)
+        compute_all = self.settings.compute == "all"
+        self.queue.refill(self.evidence, estimate, compute_all, self.computed)
 
     def _finished(self) -> bool:
         """Return whether no row is to be waited for, now that none may be sent.
