@@ -188,6 +188,15 @@ class Evidence:
             found[known] = self._check.suspicious(*expected, values[known])
         return found, known
 
+    def look_back(self) -> Int[np.ndarray, " some"]:
+        """Return computed rows whose values look wrong, of those that were not looked at."""
+        table = self._table
+        unchecked = (table["state"] == COMPUTED) & ~table["checked"] & table["estimated"]
+        rows = np.flatnonzero(unchecked)
+        wrong, _ = self.look_wrong(rows, table.vectors[rows])
+        table["checked"][rows[~wrong]] = True
+        return rows[wrong]
+
     # Decisions.
 
     def score(

@@ -85,9 +85,7 @@ class RowQueue:
                 return rows
         return np.zeros(0, int)
 
-    def refill(
-        self, evidence: Evidence, estimate: EnsembleEstimate | None, compute_all: bool, seed: int
-    ) -> None:
+    def refill(self, evidence: Evidence, estimate: EnsembleEstimate | None, seed: int) -> None:
         """Let those rows wait that are not known well enough, the least certain first.
 
         One in four is an audit, in an order of its own, which is random. If the run is for a
@@ -97,7 +95,7 @@ class RowQueue:
         table, rows = self._table, self._table.all_in(WAITING)
         audit, added = table["audit"], np.zeros(len(rows))
         table["known"][:] = False
-        if evidence.fit is not None and (self.empty or not compute_all):
+        if evidence.fit is not None and (self.empty or self._settings.compute == "needed"):
             table["known"][rows] = evidence.score(rows) <= evidence.limit
         if estimate is not None and estimate.uncertainty is not None:
             added = estimate.uncertainty[rows]

@@ -364,7 +364,6 @@ def _result(
         facts | summary,
         report,
         stopped,
-        None if fit is None else fit.learner,
         ids,
         _row_evidence(state) if len(learnable) else None,
     )
