@@ -24,7 +24,7 @@ from nercc_jax.pools import Overdue, PoolReport
 from nercc_jax.pools.backend import WorkerReport
 from nercc_jax.pools.times import AnswerTimes
 from nercc_jax.rows import RowSettings
-from nercc_jax.rows._learner import FittedLearner, learn  # what the learner's thread does
+from nercc_jax.rows._evidence import FittedLearner, learn  # what the learner's thread does
 from nercc_jax.rows.files import Parts
 from nercc_jax.rows.state import (
     AGAIN,

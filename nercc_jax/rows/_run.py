@@ -21,8 +21,8 @@ from ..pools.backend import pool_counts
 from ..pools.clock import TimeShare
 from ..risk import Accuracy, EnsembleEstimate
 from ..risk.ensembles import RowEvidence
+from ._evidence import Learned
 from ._interface import RowProgress, RowResult, RowSettings
-from ._learner import Learned
 from ._table import COMPUTED, PREDICTED, RowTable
 from .files import Parts, check_parts, fingerprint, ids_of_rows
 from .state import (

@@ -32,9 +32,8 @@ from jaxtyping import Float, Int, Shaped
 from ..pools import PoolReport
 from ..risk import EnsembleEstimate
 from ._checks import RowChecks
-from ._evidence import NEWS, Evidence
+from ._evidence import NEWS, Evidence, Learned
 from ._interface import ATTEMPTS, RowSettings
-from ._learner import Learned
 from ._queue import RowQueue
 from ._table import AGAIN, COMPUTED, FAILED, PREDICTED, SENT, WAITING, RowTable
 
