@@ -213,7 +213,7 @@ class RowState:
             if isinstance(event, Answered):
                 self._take(event, call)
             elif not self.over:
-                fail(self.table, self.queue, call, event.why, event.raised)
+                fail_call(self.table, self.queue, call, event.why, event.raised)
         elif isinstance(event, Tick):
             self.seen, self._idle = event, event.report.idle
             if not self.over:
@@ -258,7 +258,7 @@ class RowState:
             return self.evidence.compare(rows, vectors, late=True, over=True)
         if table.values is not None and values.shape[1:] != table.values.shape[1:]:
             why = f"a row came as {values.shape[1:]}, others as {table.values.shape[1:]}"
-            return fail(table, self.queue, call, why, raised=True)
+            return fail_call(table, self.queue, call, why, raised=True)
         check_labels(self.settings, vectors)
         given = table["state"][rows] != COMPUTED
         rows, values, vectors = rows[given], values[given], vectors[given]
@@ -289,7 +289,9 @@ class RowState:
             call.age, call.late = age, late
             if age > limit and not call.given_up:
                 call.given_up = True  # an answer that still comes is welcome
-                fail(self.table, self.queue, call, f"no answer within {limit:g} s", raised=False)
+                fail_call(
+                    self.table, self.queue, call, f"no answer within {limit:g} s", raised=False
+                )
             overdue[call.rows] |= late or call.given_up
         self._review()
 
@@ -411,7 +413,7 @@ def check_labels(settings: RowSettings, values: Float[np.ndarray, "rows outputs"
         )
 
 
-def fail(table: RowTable, queue: RowQueue, call: Send, why: str, raised: bool) -> None:
+def fail_call(table: RowTable, queue: RowQueue, call: Send, why: str, raised: bool) -> None:
     """Sort out the rows of a call that has no answer, or one that cannot be used.
 
     A row on which the function raises, or that hangs, must not take those with it that share its
