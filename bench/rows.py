@@ -247,7 +247,7 @@ def needed(x: np.ndarray, y: np.ndarray, tolerance: float, seed: int) -> dict[st
     with SimulatedPool(function, 4, seconds=lambda size: 0.02 * size) as pool:
         result = run_rows(
             function, x, pool, rows_per_call=1, deadline=1e6, tolerance=tolerance,
-            coverage=COVERAGE, seed=seed, learner_share=1.0,
+            coverage=COVERAGE, seed=seed,
         )  # fmt: skip
     computed, predicted = result.status == "computed", result.status == "predicted"
     assert result.values is not None

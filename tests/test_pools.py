@@ -244,7 +244,7 @@ def _refuse():
 @pytest.fixture
 def started_once(monkeypatch):
     """A pool gives up at a worker's first start that fails: `test_scheduler` has the others."""
-    monkeypatch.setattr("nercc_jax.pools._pool._STARTS", 1)
+    monkeypatch.setattr("nercc_jax.pools._runner._STARTS", 1)
 
 
 def test_workers_that_do_not_start(make, started_once):

@@ -195,7 +195,7 @@ def test_a_head_that_dies_takes_nothing_with_it(cluster, tmp_path):
     assert "does not answer: workers go on, none is replaced" in text
     assert "stopped before Ray ends this process" in text
     written = json.loads(parts.read_text())["parts"]
-    rows = np.concatenate([np.load(parts.parent / part["file"])["row"] for part in written])
+    rows = np.concatenate([np.load(parts.parent / part["file"])["index"] for part in written])
     done = len(rows)
     assert len(np.unique(rows)) == done
     assert 0 < done < 400

@@ -1,5 +1,6 @@
 """What goes to workers in other processes, without a Ray."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -23,6 +24,29 @@ def test_a_folder_that_is_not_there_is_refused():
     require("ray", "ray")
     with pytest.raises(ValueError, match=r"py_modules entry must be .*; got /nowhere"):
         join_ray(None, {"py_modules": ["/nowhere"]})
+
+
+REFUSED = """
+import ray, time
+from nercc_jax.pools.ray_cluster import join_ray
+try:
+    join_ray(None, {"py_modules": ["/nowhere"]})
+except ValueError:
+    join_ray("local")
+time.sleep(8)
+assert ray.nodes()
+"""
+
+
+@pytest.mark.slow
+def test_a_ray_that_was_refused_does_not_end_the_process_later():
+    """The first Ray's processes had ended, and Ray ended ours after a minute, here 3 s."""
+    require("ray", "ray")
+    variables = os.environ | {"RAY_gcs_rpc_server_reconnect_timeout_s": "3"}
+    script = [sys.executable, "-c", REFUSED]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fork
+        subprocess.run(script, check=True, timeout=120, env=variables)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])

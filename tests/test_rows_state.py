@@ -24,7 +24,7 @@ from nercc_jax.pools import Overdue, PoolReport
 from nercc_jax.pools.backend import WorkerReport
 from nercc_jax.pools.times import AnswerTimes
 from nercc_jax.rows import RowSettings
-from nercc_jax.rows._learner import FittedLearner, learn  # what the learner's thread does
+from nercc_jax.rows._evidence import FittedLearner, learn  # what the learner's thread does
 from nercc_jax.rows.files import Parts
 from nercc_jax.rows.state import (
     AGAIN,
@@ -62,15 +62,12 @@ def report(idle=0, workers=WORKERS):
     return PoolReport(**numbers, **zeros, **further, workers=reports)
 
 
-def estimates(rows, mean, deviation, *, left_out=0, late=()):
-    """Return predictions of rows, the last few of which are known ones."""
+def estimates(rows, mean, deviation):
+    """Return predictions of rows."""
     rows, mean = np.asarray(rows), np.asarray(mean, np.float32)
     deviation = np.broadcast_to(np.asarray(deviation, float), len(rows)).copy()
-    known = np.arange(len(rows)) >= len(rows) - left_out
-    like = np.isin(rows, np.asarray(late, int))
-    learner: Any = mock.Mock(knows=lambda x: np.zeros(len(x), bool))  # no answers to any input
-    columns = {"expected": deviation, "plain": deviation, "left_out": known, "like_late": like}
-    return Learned(FittedLearner(learner, None, 200), rows, mean, columns, None)
+    learner: Any = mock.Mock()
+    return Learned(FittedLearner(learner, None, 200), rows, mean, deviation, deviation, None)
 
 
 class Run(RuleBasedStateMachine):
@@ -121,7 +118,7 @@ class Run(RuleBasedStateMachine):
             else:
                 assert isinstance(each, Learn)
                 assert self.task is None, "one at a time"
-                self.task = each.work.keywords
+                self.task = each.work
 
     @rule(idle=st.integers(0, 2), aged=st.sampled_from([0.0, 0.01, 9.0]), late=st.booleans(),
           passed=st.sampled_from([0.05, 3.0]))  # fmt: skip
@@ -152,16 +149,10 @@ class Run(RuleBasedStateMachine):
         self.handle(Failed(call, "its node was taken", raised=False))
 
     @precondition(lambda self: self.task is not None)
-    @rule(off=st.sampled_from([1e-3, 0.5]), late=st.booleans())
-    def learn(self, off, late):
-        task, self.task = self.task, None
-        rows = task["rows"]
-        some = rows[:3] if late else ()
-        off = np.where(rows % 2, off, -off)[:, None]
-        known = len(task["known_y"])
-        self.handle(
-            estimates(rows, function(rows) + off, 0.05, left_out=known, late=some)
-        )  # fmt: skip
+    @rule(off=st.sampled_from([1e-3, 0.5]))
+    def learn(self, off):
+        rows, self.task = self.task.args[3], None
+        self.handle(estimates(rows, function(rows) + np.where(rows % 2, off, -off)[:, None], 0.05))
 
     @invariant()
     def every_row_is_somewhere(self):
@@ -184,7 +175,7 @@ class Run(RuleBasedStateMachine):
                     others = sorted({*range(WORKERS)} - call.avoid - self.fenced)
                     self.give_answer(call, others[step % len(others)])
             if self.task is not None:
-                self.learn(1e-3, late=False)
+                self.learn(1e-3)
             self.tick(idle=1, aged=0.0, late=False, passed=0.05)
             self.every_row_is_somewhere()
         assert self.state.over
@@ -214,54 +205,30 @@ def come(state, rows, values, late):
     """Have rows computed, and compare them with what was predicted."""
     state.table.rows["late"][rows] = late
     state.evidence.compare(rows, values, late)
-    state.table.put(rows, values, 0.0, 0.0, COMPUTED)
+    state.table.put(rows, values, 0.0, COMPUTED)
 
 
-@pytest.mark.parametrize(
-    ("harder", "compute", "with_audits"),
-    [(1.0, "needed", True), (4.0, "needed", False), (1.5, "all", False)],
-)
-def test_bars_of_late_rows_go_by_late_rows_alone_where_these_are_much_harder_or_all_are_computed(
-    harder, compute, with_audits
+@pytest.mark.parametrize("harder", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("compute", ["needed", "all"])
+def test_bars_go_by_audits_and_those_of_late_rows_by_late_rows_where_these_are_harder(
+    harder, compute
 ):
-    """By quantiles that are counted by hand. Bars of other rows go by the audits."""
+    """By quantiles that are counted by hand. Late audits count as both."""
     random, nothing = np.random.default_rng(1), np.zeros((400, 1))
     state = a_state(np.linspace(0, 1, 400)[:, None], tolerance=10.0, compute=compute)
     state.table.rows["audit"] = np.arange(400) % 2 == 0
-    state.table.put(np.array([399]), nothing[:1], 0.0, 0.0, COMPUTED)
+    state.table.put(np.array([399]), nothing[:1], 0.0, COMPUTED)
     state.handle(estimates(np.arange(400), nothing, 0.1))
     usual, error = random.uniform(0, 0.1, (100, 1)), random.uniform(0, 0.1 * harder, (40, 1))
+    rest, score = np.arange(300, 399), state.evidence.score
     come(state, np.arange(0, 200, 2), usual, late=False)
-    come(state, np.arange(201, 241), error, late=True)
-    both, alone = (np.sort(each, axis=None) for each in (np.append(usual, error), error))
-    assert with_audits or alone[36] > both[126]
-    rest = np.arange(300, 399)
-    wanted = both[126] if with_audits else alone[36]  # the 127th of 140, the 37th of 40
-    score = state.evidence.score
-    np.testing.assert_allclose(score(rest, late=True), wanted, rtol=1e-4)
-    np.testing.assert_allclose(score(rest), np.sort(usual[:, 0])[90], rtol=1e-4)
-
-
-def test_a_run_does_not_end_by_bars_of_quick_rows_where_rows_nearby_came_late():
-    """However old the latest estimate is, which knew of no late row."""
-    x = np.linspace(0, 1, 200)[:, None]
-    state = a_state(x, tolerance=0.5)
-    known = np.arange(0, 200, 2)
-    state.table.rows["audit"] = np.isin(np.arange(200), known)
-    state.table.put(known[:1], x[:1], 0.0, 0.0, COMPUTED)
-    state.handle(estimates(np.arange(200), x, 0.1))
-    for call in state.calls.values():  # which the estimate has sent
-        state.table.rows["state"][call.rows] = WAITING
-    state.calls.clear()
-    for late, error in ((False, 0.01), (True, 2.0)):
-        rows = known[(known > 150) == late]
-        come(state, rows, x[rows] + error, late)
-    state.queue.waiting = np.zeros(0, int)
-    sent = state.handle(Tick(1.0, report(WORKERS), {}, learning=True, fit_seconds=9.0))
-    assert not state.over
-    # Of the eight computed rows nearest to these, one or more came late.
-    rows = [row for each in sent if isinstance(each, Send) for row in each.rows.tolist()]
-    assert {*rows, *state.queue.waiting.tolist()} == {*range(145, 200, 2)}
+    come(state, np.arange(201, 219), error[:18], late=True)
+    assert np.isinf(score(rest, late=True)).all(), "there are too few late rows"
+    come(state, np.arange(219, 241), error[18:], late=True)
+    audits = np.sort(np.append(usual, error[1::2]))  # half of the late ones
+    np.testing.assert_allclose(score(rest), audits[108], rtol=1e-4)  # the 109th of 120
+    late = max(np.sort(error, axis=None)[36], audits[108])  # the 37th of 40
+    np.testing.assert_allclose(score(rest, late=True), late, rtol=1e-4)
 
 
 def test_answers_after_the_end_judge_bars_and_change_nothing():
@@ -270,14 +237,15 @@ def test_answers_after_the_end_judge_bars_and_change_nothing():
     state.handle(Tick(0.1, report(WORKERS), {}, learning=False, fit_seconds=0.1))
     ((call, _),) = state.calls.items()
     bars = np.array([1.0, 0.5, 0.1, np.inf, 0.0])
-    state.table.put(np.arange(5), np.zeros((5, 2)), 1.0, bars, PREDICTED)
+    state.table.put(np.arange(5), np.zeros((5, 2)), bars, PREDICTED, np.ones(5))
     state.table.rows["state"][[1, 3, 4]] = FAILED, FAILED, COMPUTED
     state.evidence.mean, state.table.rows["estimated"] = np.zeros((5, 2), np.float32), True
     state.over = True
     order = state.calls[call].rows
     values = np.tile([0.4, -0.4], (5, 1))[order]
     assert state.handle(Answered(call, 0, values, late=True, usual=0.1)) == []
-    assert sorted(state.evidence.late.held) == [False, True, True]
+    held = state.evidence.held
+    assert (held["came_late"], held["came_late_held"], held["audited"]) == (3, 2, 0)
     assert not state.table.values.any()
 
 
@@ -308,22 +276,18 @@ def test_a_row_is_predicted_without_itself_and_as_far_off_as_its_neighbours_were
 
     late, new = np.array([3, 7, 20]), x[:1] + 1
     features = np.concatenate([new, x[late], new])  # the first is not known
-    nobody = x[:0], np.zeros(0, bool)
     found = learn(
         FittedLearner(learner, None, 24), x[:0], y[:0], rows=np.arange(5), features=features,
-        known_y=np.asarray(smooth(features[1:]), np.float32), lateness=(nobody, nobody),
-        settings=RowSettings(tolerance=0.1),
+        known_y=np.asarray(smooth(features[1:]), np.float32), settings=RowSettings(tolerance=0.1),
     )  # fmt: skip
-    plain_of, expected_of = found.columns["plain"], found.columns["expected"]
-    assert found.columns["left_out"].tolist() == [False, True, True, True, True]
     np.testing.assert_allclose(found.mean[1:4], wanted[late], atol=0.05)
-    np.testing.assert_allclose(plain_of[1:4], plain[late], rtol=0.2)
+    np.testing.assert_allclose(found.plain[1:4], plain[late], rtol=0.2)
     scales = [*(expected(x[place], place) for place in late), expected(new[0])]
-    np.testing.assert_allclose((expected_of / plain_of)[1:], scales, rtol=0.3)
+    np.testing.assert_allclose((found.expected / found.plain)[1:], scales, rtol=0.3)
     mean, deviation = learner.predict(new)
     for place in (0, 4):
         np.testing.assert_allclose(found.mean[place], mean[0], atol=1e-2, err_msg="not a pair")
-        np.testing.assert_allclose(plain_of[place], deviation[0], rtol=0.02)
+        np.testing.assert_allclose(found.plain[place], deviation[0], rtol=0.02)
 
 
 # How large calls are.
@@ -344,11 +308,11 @@ def test_calls_grow_to_a_quarter_of_a_second_or_16_mib_and_leave_no_worker_idle(
 ):
     """A law of the calls' time, and two workers: each takes the next call when it is free."""
     count, times, sizes, free = 20_000, AnswerTimes(Overdue(least=1)), [], [0.0, 0.0]
-    done = np.zeros(count, bool)
-    rows = a_state(np.zeros((count, 1)), 2, tolerance=0.0).queue
-    while len(taken := rows.take(lambda some: ~done[some])):
+    state = a_state(np.zeros((count, 1)), 2, tolerance=0.0)
+    rows, done = state.queue, state.table.rows["state"]
+    while len(taken := rows.take()):
         assert not done[taken].any()
-        done[taken] = True
+        done[taken] = COMPUTED
         seconds = transport + each * len(taken)
         free[free.index(min(free))] += seconds
         times.add(len(taken), seconds)
@@ -403,19 +367,19 @@ def test_in_a_stream_of_calls_liars_are_accused_and_no_row_is_wrong_in_the_end(l
         looks = wrong | (random.random(len(some)) < 0.01), random.random(len(some)) < 0.7
         done, found = checks.take(next(CALLS), worker, some, given, *looks)
         if done.any():
-            table.put(some[done], found[done], 0.0, 0.0, COMPUTED)
+            table.put(some[done], found[done], 0.0, COMPUTED)
         back, _ = checks.review(report(workers=8))
         if len(back):
-            table.put(back, np.nan, np.inf, np.inf, AGAIN)
+            table.put(back, np.nan, np.inf, AGAIN)
         values += found[done].tolist()
         again = np.concatenate([some[~done], back])
         waiting += [again[place : place + size] for place in range(0, len(again), size)]
         if not waiting:  # values of which nothing was known are looked at in the end
-            rest = table.unchecked
+            rest = np.flatnonzero((table["state"] == COMPUTED) & ~table["checked"])
             off = np.abs(table.values[rest, 0] - right[rest, 0]) > 0.1
             table["checked"][rest[~off]] = True
             back = checks.doubt(rest[off])
-            table.put(back, np.nan, np.inf, np.inf, AGAIN)
+            table.put(back, np.nan, np.inf, AGAIN)
             waiting += [back] * (len(back) > 0)
     assert np.sum(np.abs(table.values - right) > 1e-9) <= (1 if lies != (0.0,) else 0)
     accused = {*checks.counts()["fenced"]} | {*checks.counts()["not_fenced"]}
@@ -480,7 +444,7 @@ def test_what_was_taken_back_after_it_was_written_is_not_taken_for_a_value(tmp_p
     parts = Parts(tmp_path / "run", {})
 
     def write(rows, value, kind):
-        state.put(np.array(rows), np.full((len(rows), 1), value), 0.0, 0.0, kind)
+        state.put(np.array(rows), np.full((len(rows), 1), value), 0.0, kind)
         parts.add(state.arrays(np.array(rows)))
         parts.flush()
 

@@ -206,7 +206,7 @@ def quick_fit(monkeypatch):
         quick = LearnerTuning(rows=32, steps=2)
         return fit_scheme(x, y, code, capacity=QUICK_WINDOW, labels=labels, tuning=quick)
 
-    monkeypatch.setattr("nercc_jax.rows._learner.fit_scheme", fit)
+    monkeypatch.setattr("nercc_jax.rows._evidence.fit_scheme", fit)
 
 
 def errors_of(result):
@@ -386,7 +386,7 @@ def test_learning_takes_half_of_the_cores(monkeypatch):
         thread.join()
 
     before = {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
-    monkeypatch.setattr("nercc_jax.rows._learner.fit_scheme", fit)
+    monkeypatch.setattr("nercc_jax.rows._evidence.fit_scheme", fit)
     limit(4)
     try:
         options = {"rows_per_call": 1, "tolerance": 0.1}

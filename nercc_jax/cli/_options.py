@@ -84,7 +84,7 @@ class Options:
     groups: CountOrNone = None
     "Groups of K in a batch (default: 1); row by row, rows in a call (default: by time)."
     batches: CountOrNone = None
-    "Batches to run, going over the data again and again (default: once over it)."
+    "Batches to run at most (default: all)."
 
     max_stragglers: int | None = None
     "Largest number of stragglers; all from 0 on are compared (default: N - K)."

@@ -1,33 +1,25 @@
 """The interface of all pools: coded data points go out, answers and a mask come back.
 
-It carries out on a backend what a `Schedule` decides.
+A `Runner` carries out on a backend what a `Schedule` decides.
 """
 
 import abc
-import contextlib
-import logging
 import math
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, PyTree, Shaped
 
-from ..codes._checks import check_counts
 from ..inference.models import cast_floats
-from ._schedule import Schedule, SendTask, StartLife
-from .backend import PoolReport, WorkerBackend, WorkerDied
-from .batch import Batch, Refuse, Task, arrays_of, reason_of, refuse_odd
-from .clock import WALL, AbstractClock, Watcher
+from ._runner import CLOSED, Runner
+from ._schedule import Schedule, report_of
+from .backend import PoolReport, WorkerBackend
+from .batch import Batch, Refuse, Task, arrays_of, refuse_odd
+from .clock import AbstractClock
 from .times import Call, Overdue
-
-_LOG = logging.getLogger(__name__)
-
-_STARTS = 3  # failed starts of a worker after which a new pool gives up
-_CLOSED = "this pool is closed"
 
 
 class AbstractPool(abc.ABC):
@@ -52,20 +44,13 @@ class AbstractPool(abc.ABC):
     clock: AbstractClock
     worker_dtype: str | None = None
     conditions: str = ""
+    _runner: Runner
+    _schedule: Schedule
+    _num_models: int
     _head: Any = None  # of the cluster that the workers are part of (`ray_cluster.Head`)
 
     def _begin(
-        self,
-        backend: WorkerBackend,
-        num_workers: int,
-        num_models: int,
-        *,
-        overdue: Overdue | None = None,
-        max_attempts: int = 3,
-        hang_timeout: float = 60.0,
-        start_timeout: float = 120.0,
-        min_workers: int | None = None,
-        clock: AbstractClock = WALL,
+        self, backend: WorkerBackend, num_workers: int, num_models: int, **rules: Any
     ) -> None:
         """Start the workers, and wait until enough of them are ready.
 
@@ -73,74 +58,17 @@ class AbstractPool(abc.ABC):
             backend: The workers, which it ends if they do not start.
             num_workers: Their number.
             num_models: The number of models of each.
-            overdue: As for `DevicePool`, and so are `max_attempts` and `hang_timeout`.
-            max_attempts: See `overdue`.
-            hang_timeout: See `overdue`.
-            start_timeout: Seconds until enough workers must be ready.
-            min_workers: How many are enough (default: all).
-            clock: The clock that the pool lives by.
+            **rules: As for `DevicePool`: `overdue`, `max_attempts`, `hang_timeout`, and
+                `start_timeout`; how many workers are enough, `min_workers` (default: all); and the
+                `clock` that the pool lives by (default: the computer's).
 
         Raises:
             ValueError: If a number does not fit.
             RuntimeError: If too few workers start.
         """
-        num_workers, max_attempts = check_counts(num_workers=num_workers, max_attempts=max_attempts)
-        if not hang_timeout > 0 or not start_timeout > 0:
-            raise ValueError(
-                f"hang_timeout {hang_timeout} s and start_timeout {start_timeout} s must be "
-                "positive"
-            )
-        least = num_workers if min_workers is None else min_workers
-        if not 1 <= least <= num_workers:
-            raise ValueError(
-                f"min_workers is from 1 to {num_workers}, the number of workers, not {least}"
-            )
-        self.num_workers, self.clock = num_workers, clock
-        self._num_models, self._backend = num_models, backend
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)  # notified of workers that start or do not
-        self._trouble: str | None = None
-        self._errors = 0  # of steps that are not the pool's own
-        self._idle_callback: Callable[[], Any] | None = None
-        rules = overdue or Overdue(), max_attempts, hang_timeout, start_timeout
-        self._schedule = Schedule(num_workers, backend.spare_capacity, *rules)
-        ended = "the pool's watcher ended, so nobody would replace workers that hang"
-        self._watcher = Watcher(
-            "nercc-scheduler", self._look, end=lambda: self._break(ended), clock=clock
-        )
-        with self._event() as state:
-            for worker in range(num_workers):
-                state.start(worker, clock.now())
-        if (reason := self._wait_for_workers(least)) is not None:
-            AbstractPool.close(self)
-            raise RuntimeError(reason)
-        with self._lock:  # sorted, so that a seed means the same in each run
-            state.available = dict.fromkeys(sorted(state.available))
-
-    def _wait_for_workers(self, least: int) -> str | None:
-        """Wait until enough workers are ready; return why they are not, if they cannot be."""
-        state, begin = self._schedule, self.clock.now()
-        end, warn_at = begin + state.start_timeout, begin + 10.0
-        while True:
-            now = self.clock.now()
-            with self._lock:
-                ready = sum(slot.ready for slot in state.slots)
-                if ready >= least:
-                    return None
-                started = f"{ready} of {self.num_workers} workers started"
-                failed = max(slot.failed_starts for slot in state.slots) >= _STARTS
-                if failed or self._trouble:
-                    return f"{started}; {self._trouble or state.start_trouble}"
-                if now < min(warn_at, end):
-                    self.clock.wait(self._changed, min(warn_at, end) - now)
-                    continue
-            missing = self._backend.missing()  # without the lock: it takes its time
-            if now >= end:
-                late = f"the others had not after {state.start_timeout} s"
-                return f"{started}; {missing or state.start_trouble or late}"
-            warn_at = now + 10.0
-            if missing is not None:
-                _LOG.warning("%d of %d workers are ready: %s", ready, self.num_workers, missing)
+        self._runner = Runner(backend, num_workers, **rules)
+        self.clock, self._schedule = self._runner.clock, self._runner.schedule
+        self.num_workers, self._num_models = len(self._schedule.slots), num_models
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -215,7 +143,7 @@ class AbstractPool(abc.ABC):
                 (default: answers that are not finite floats).
         """
         times = self._schedule.times.under(overdue)
-        return Batch(self, num_points, needed, copies, at_once, times, on_change, refuse)
+        return Batch(self._runner, num_points, needed, copies, at_once, times, on_change, refuse)
 
     def send(
         self,
@@ -244,12 +172,12 @@ class AbstractPool(abc.ABC):
         tasks = []
         for point, kind, value in zip(points, kinds, values, strict=True):
             size, given = len(arrays_of(value)[0]), self.clock.now()
-            value = self._backend.prepare(cast_floats(value, self.worker_dtype))
+            value = self._runner.backend.prepare(cast_floats(value, self.worker_dtype))
             tasks.append(Task(batch, point, kind, value, size, given, frozenset(avoid)))
-        with self._event() as state:
-            if self._trouble is not None:
-                error = ValueError if self._trouble == _CLOSED else RuntimeError
-                raise error(f"{self._trouble}: make a new one")
+        with self._runner.event() as state:
+            if self.trouble is not None:
+                error = ValueError if self.trouble == CLOSED else RuntimeError
+                raise error(f"{self.trouble}: make a new one")
             if any(not 0 <= kind < self._num_models for kind in kinds):
                 raise ValueError(
                     f"the workers of this pool run {self._num_models} model(s), but "
@@ -260,20 +188,18 @@ class AbstractPool(abc.ABC):
 
     def forget(self, batch: Batch) -> None:
         """Drop what a batch has not sent, and ignore answers that still come: `Batch.forget`."""
-        with self._lock:
-            batch.end()
-            self._schedule.forget(batch)
+        self._runner.forget(batch)
 
     def fence(self, workers: Iterable[int]) -> None:
         """Send these workers nothing, until the next call."""
-        with self._event() as state:
+        with self._runner.event() as state:
             state.fence(frozenset(workers), self.clock.now())
 
     def report(self) -> PoolReport:
         """Return counts of what the pool has seen so far, and the state of its workers."""
-        with self._lock:
-            errors = self._errors + self._watcher.errors
-            return self._schedule.report(self.clock.now(), errors)
+        with self._runner.lock:
+            errors = self._runner.errors + self._runner.watcher.errors
+            return report_of(self._schedule, self.clock.now(), errors)
 
     def calls(self) -> list[Call]:
         """Return the latest 4,096 calls that were answered, or given up as hanging.
@@ -281,7 +207,7 @@ class AbstractPool(abc.ABC):
         Each is of `size` data points, was sent at `sent` by the pool's clock, in seconds, to
         `worker`, and took `seconds`; if the worker hung, as long as it was given.
         """
-        with self._lock:
+        with self._runner.lock:
             return list(self._schedule.calls)
 
     @property
@@ -291,7 +217,7 @@ class AbstractPool(abc.ABC):
         The pool is closed, or one of its own threads failed. All that was open has then failed, and
         what is sent is refused. Workers that die, hang or do not start are replaced instead.
         """
-        return self._trouble
+        return self._runner.trouble
 
     @property
     def alarm(self) -> str | None:
@@ -312,7 +238,7 @@ class AbstractPool(abc.ABC):
     @property
     def heartbeat(self) -> float:
         """The monotonic time at which the pool last looked after its workers: once a second."""
-        return self._watcher.heartbeat
+        return self._runner.watcher.heartbeat
 
     @property
     def idle(self) -> int:
@@ -333,107 +259,14 @@ class AbstractPool(abc.ABC):
 
         It is called from one of the pool's threads, as `on_change` is, and must be as quick.
         """
-        self._idle_callback = callback
+        self._runner.on_idle = callback
 
     def close(self) -> None:
         """End the workers. Whoever still waits gets the answers that are in."""
-        with self._lock:
-            if self._trouble == _CLOSED:
-                return
-            self._trouble = _CLOSED
-            for batch in list(self._schedule.batches):
-                self._schedule.give_up(batch, "the pool was closed")
-        self._watcher.close()
-        self._backend.close()
+        self._runner.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
-
-    # Events, and what follows from them.
-
-    @contextlib.contextmanager
-    def _event(self) -> Iterator[Schedule]:
-        """Hold the lock for a change of the state; then carry out what follows, without it.
-
-        Lives begin under the lock, so that none begins once the pool is closed.
-        """
-        with self._lock:
-            state = self._schedule
-            yield state
-            for start in [each for each in state.todo if isinstance(each, StartLife)]:
-                what = f"starting worker {start.worker}"
-                error = self._run(what, self._backend.start, *start, self._on_outcome)
-                if error is not None:
-                    state.handle(start.worker, error, self.clock.now())
-            todo, state.todo = state.todo, []
-            earlier, state.earlier = state.earlier, False
-            self._changed.notify_all()
-        for each in todo:
-            if isinstance(each, SendTask):
-                what = f"sending to worker {each.worker}"
-                error = self._run(what, self._backend.send, *each)
-                if error is not None:
-                    died = WorkerDied(f"it cannot be reached: {reason_of(error)}")
-                    self._on_outcome(each.worker, each.life, died)
-        if earlier:
-            self._watcher.wake()
-        for each in todo:
-            if isinstance(each, Batch):
-                self._notify(each)
-
-    def _on_outcome(self, worker: int, life: int, outcome: Any) -> None:
-        """Handle that a worker is ready, has answered, failed or died."""
-
-        def handle() -> None:
-            nonlocal free
-            with self._event() as state:
-                if self._trouble is None and life == state.slots[worker].life:  # not over
-                    state.handle(worker, outcome, self.clock.now())
-                    free = state.idle > 0
-
-        free, what = False, f"handling an outcome of worker {worker}"
-        error = self._run(what, handle)
-        if error is not None:  # the records may be wrong, which nothing else would notice
-            self._break(f"{what} failed: {reason_of(error)}")
-        elif free and self._idle_callback is not None:
-            self._run("on_idle", self._idle_callback)
-
-    def _look(self) -> float:
-        with self._event() as state:
-            if self._trouble is not None:
-                return math.inf
-            state.due = -math.inf  # until it has looked, the watcher need not be woken
-            state.tick(self.clock.now())
-            return state.due
-
-    def _break(self, reason: str) -> None:
-        """Fail all that is open at once: nothing more can be answered."""
-        with self._lock:
-            if self._trouble is not None:
-                return
-            self._trouble = f"this pool is broken: {reason}"
-            batches = list(self._schedule.batches)
-            for batch in batches:
-                self._run("giving up a batch", self._schedule.give_up, batch, self._trouble)
-            self._changed.notify_all()
-        for batch in batches:
-            self._notify(batch)
-
-    def _notify(self, batch: Batch) -> None:
-        on_change = batch.on_change  # None once the batch is forgotten
-        if on_change is not None:
-            self._run(f"on_change of a batch of {batch.num_points}", on_change, batch)
-
-    def _run(self, what: str, step: Callable[..., Any], *arguments: Any) -> Exception | None:
-        """Run a step that may fail; log and count the exception that it raised, and return it."""
-        try:
-            step(*arguments)
-        except Exception as error:
-            with self._lock:
-                self._errors += 1
-            _LOG.exception("%s failed", what)
-            return error
-        return None

@@ -312,27 +312,28 @@ class Schedule:
         if at < self.due:
             self.due, self.earlier = at, True
 
-    def report(self, now: float, internal_errors: int) -> PoolReport:
-        """Return counts of what has happened so far, and the state of the workers."""
-        workers = []
-        for slot in self.slots:
-            state: WorkerState = "starting"
-            if slot.ready and slot.fenced:
-                state = "fenced"
-            elif slot.ready:
-                working = "overdue" if slot.overdue else "busy"
-                state = "idle" if slot.task is None else working
-            busy = 0.0 if slot.task is None else now - slot.since
-            workers.append(WorkerReport(state, busy, slot.deaths, slot.failed_starts))
-        counted = ("sent", "answered", "late", "errors", "deaths", "hung", "copies")
-        return PoolReport(
-            num_workers=len(workers),
-            idle=self.idle,
-            busy=sum(slot.task is not None for slot in self.slots),
-            starting=sum(not slot.ready for slot in self.slots),
-            **{name: self.counts[name] for name in counted},
-            internal_errors=internal_errors,
-            seconds=self.seconds,
-            wasted_seconds=self.wasted,
-            workers=tuple(workers),
-        )
+
+def report_of(state: Schedule, now: float, internal_errors: int) -> PoolReport:
+    """Return counts of what has happened so far, and the state of the workers."""
+    workers = []
+    for slot in state.slots:
+        now_is: WorkerState = "starting"
+        if slot.ready and slot.fenced:
+            now_is = "fenced"
+        elif slot.ready:
+            working = "overdue" if slot.overdue else "busy"
+            now_is = "idle" if slot.task is None else working
+        busy = 0.0 if slot.task is None else now - slot.since
+        workers.append(WorkerReport(now_is, busy, slot.deaths, slot.failed_starts))
+    counted = ("sent", "answered", "late", "errors", "deaths", "hung", "copies")
+    return PoolReport(
+        num_workers=len(workers),
+        idle=state.idle,
+        busy=sum(slot.task is not None for slot in state.slots),
+        starting=sum(not slot.ready for slot in state.slots),
+        **{name: state.counts[name] for name in counted},
+        internal_errors=internal_errors,
+        seconds=state.seconds,
+        wasted_seconds=state.wasted,
+        workers=tuple(workers),
+    )

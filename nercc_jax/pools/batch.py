@@ -127,7 +127,7 @@ class Batch:
 
     def __init__(
         self,
-        pool: Any,
+        runner: Any,
         num_points: int,
         needed: int | None,
         copies: int,
@@ -136,7 +136,7 @@ class Batch:
         on_change: Callable[["Batch"], None] | None,
         refuse: Refuse,
     ):
-        """Open a batch at a pool, whose lock, clock and `forget` it uses."""
+        """Open a batch at a pool's `Runner`."""
         needed = num_points if needed is None else needed
         if not 1 <= needed <= num_points:
             raise ValueError(f"a batch of {num_points} needs 1 to as many answers, not {needed}")
@@ -155,8 +155,8 @@ class Batch:
         self.available = np.zeros(num_points, bool)
         self.workers: dict[int, int] = {}  # the worker that answered, by coded data point
         self.failures: list[Failure] = []
-        self._pool, self.clock = pool, pool.clock
-        self._changed = threading.Condition(pool._lock)
+        self._runner, self.clock = runner, runner.clock
+        self._changed = threading.Condition(runner.lock)
         self._values: list[PyTree | None] = [None] * num_points
         self._seconds = np.full(num_points, np.nan)
         self._form: Any = None  # of an answer, but for the number of data points
@@ -208,7 +208,7 @@ class Batch:
 
     def forget(self) -> None:
         """Drop what has not been sent, and ignore answers that still come. Idempotent."""
-        self._pool.forget(self)
+        self._runner.forget(self)
 
     def suffice(self) -> None:
         """Send nothing more; answers that are on their way are still collected."""

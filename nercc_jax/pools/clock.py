@@ -1,13 +1,14 @@
 """The clock that pools and servers live by, and tasks that it repeats, supervised and paced."""
 
 import abc
+import contextlib
 import logging
 import math
 import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 _LOG = logging.getLogger(__name__)
 
@@ -21,20 +22,18 @@ _PAUSE, _LONGEST = 0.1, 10.0
 _LAST_TURN = 5.0  # seconds for which closing waits for a turn under way
 
 
-class AbstractTurns(abc.ABC):
-    """A task that is repeated: when it is woken, and when its last turn said it is due next."""
+class Turns(NamedTuple):
+    """A task that is repeated: when it is woken, and when its last turn said it is due next.
 
-    @abc.abstractmethod
-    def start(self) -> None:
-        """Make the first turn due."""
+    Attributes:
+        start: Makes the first turn due.
+        wake: Makes a turn due now. May be called from any thread.
+        close: Takes no more turns, and waits for one under way: for some seconds at most, if given.
+    """
 
-    @abc.abstractmethod
-    def wake(self) -> None:
-        """Make a turn due now. May be called from any thread."""
-
-    @abc.abstractmethod
-    def close(self, seconds: float | None = None) -> None:
-        """Take no more turns, and wait for one under way: for `seconds` at most, if given."""
+    start: Callable[[], Any]
+    wake: Callable[[], Any]
+    close: Callable[..., Any]
 
 
 class AbstractClock(abc.ABC):
@@ -45,7 +44,7 @@ class AbstractClock(abc.ABC):
         """Return monotonic seconds."""
 
     @abc.abstractmethod
-    def turns(self, name: str, turn: Callable[[], float]) -> AbstractTurns:
+    def turns(self, name: str, turn: Callable[[], float]) -> Turns:
         """Return a task that calls `turn` again and again.
 
         Args:
@@ -77,8 +76,35 @@ class WallClock(AbstractClock):
     def now(self) -> float:
         return time.monotonic()
 
-    def turns(self, name: str, turn: Callable[[], float]) -> AbstractTurns:
-        return _Thread(name, turn)
+    def turns(self, name: str, turn: Callable[[], float]) -> Turns:
+        # A queue is cheaper to wake than a `threading.Event`.
+        wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        woken = closed = False
+
+        def run() -> None:
+            nonlocal woken
+            while not closed:
+                due = turn()
+                with contextlib.suppress(queue.Empty):
+                    wakes.get(timeout=min(max(due - time.monotonic(), _SHORTEST), BEAT))
+                    # Whoever still sees it set came before the turn that follows.
+                    woken = False
+
+        def wake() -> None:
+            nonlocal woken
+            if not woken:
+                woken = True
+                wakes.put(None)
+
+        def close(seconds: float | None = None) -> None:
+            nonlocal closed
+            closed = True
+            wakes.put(None)
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(seconds)
+
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        return Turns(thread.start, wake, close)
 
     def start(self, name: str, work: Callable[[], Any]) -> Callable[[], bool]:
         # No daemon: a process must not end in the middle of LAPACK's work.
@@ -88,40 +114,6 @@ class WallClock(AbstractClock):
 
     def wait(self, condition: threading.Condition, seconds: float) -> None:
         condition.wait(min(seconds, LONGEST_SLEEP))
-
-
-class _Thread(AbstractTurns):
-    """A thread that sleeps at a queue, which is cheaper to wake than a `threading.Event`."""
-
-    def __init__(self, name: str, turn: Callable[[], float]):
-        self._turn = turn
-        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._woken = self._closed = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def wake(self) -> None:
-        if not self._woken:
-            self._woken = True
-            self._wakes.put(None)
-
-    def close(self, seconds: float | None = None) -> None:
-        self._closed = True
-        self._wakes.put(None)
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(seconds)
-
-    def _run(self) -> None:
-        while not self._closed:
-            due = self._turn()
-            try:
-                self._wakes.get(timeout=min(max(due - time.monotonic(), _SHORTEST), BEAT))
-            except queue.Empty:
-                continue
-            # Whoever still sees it set came before the turn that follows.
-            self._woken = False
 
 
 WALL = WallClock()

@@ -176,10 +176,12 @@ def _connect(address: str | None, runtime_env: dict[str, Any]) -> None:
             try:
                 ray.init(address, runtime_env=runtime_env or None, **options)
             except Exception as error:
+                # What has started is left: its processes end with this thread, and Ray would end
+                # this process a minute later.
+                ray.shutdown()
                 # Each process of a Ray of our own has 30 s to start: a busy machine may miss one.
                 if again and not isinstance(error, ValueError):
                     _LOG.warning("Ray did not start, and is started again: %s", error)
-                    ray.shutdown()
                     continue
                 return started.set_exception(error)
             started.set_result(None)

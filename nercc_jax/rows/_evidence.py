@@ -1,48 +1,166 @@
 """The latest estimate of all rows, and the evidence on how far estimates are off.
 
-Error bars are calibrated on audits: rows that were drawn at random and computed after they had been
-predicted. What may be given out is decided as on a server (`Risk`): by the audits, and by
-the rows that came late. A new learner's errors are not those of the learner before it: so it is
-compared with all audits and late rows that have come, those that it has learned left out one at a
-time, and evidence on the earlier one is dropped. Error bars are a quantile of these errors over
-their deviations: the audits', and late rows', too, for those that are late or like them.
+Error bars are calibrated on audits: rows that were drawn at random, and computed however late they
+are. Each is compared with a prediction made without its own value: with that from before it came,
+and with each later learner's, from which it is left out. Error bars are a quantile of these errors
+over their deviations, and labels are given out as far as the errors show (`Risk`). Rows that are
+late may be harder than others, so their bars go by other rows that came late, too.
+
+A learner is fitted to computed rows on a thread of its own (`learn`), so that nothing waits for it.
+Between two fits it learns the rows that have come since, which takes a hundredth of the time. That
+is NumPy's work: nothing is compiled, and nothing but its arguments is read.
 """
 
 import functools
+import logging
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from ..evaluation._criteria import row_errors
-from ..risk import Comparison, Risk
+from ..codes import NeRCC
+from ..evaluation._criteria import root_mean_square, row_errors
+from ..risk import Comparison, ErrorProbability, Risk
 from ..risk._accuracy import conformal_quantile, error_ratios
-from ..risk._answer_check import AnswerCheck
+from ..risk._answer_check import AnswerCheck, fit_answer_check
+from ..schemes import fit_scheme
+from ..schemes._calibrate import SHAPE
+from ..surrogates import Learner, LearnerTuning
 from ._interface import RowSettings
-from ._learner import CAPACITY, FEW, FittedLearner, Lateness, Learned, learn, like_late
-from ._table import COMPUTED, PREDICTED, RowTable
+from ._table import COMPUTED, FAILED, PREDICTED, RowTable
+
+_LOG = logging.getLogger(__name__)
 
 FIRST = 96  # rows of the first fit
 NEWS = 32  # rows that are learned together between two fits
-# Where the least certain rows are computed, late rows' bars are a quantile of audits' and late
-# rows' errors together, unless more than this multiple of the errors that may be beyond them are.
-# Late rows alone make bars too long, since one that is left out leaves a larger gap than there is
-# around those that wait (96 to 99 % of Lotka-Volterra's slow rows were covered). Where all rows are
-# computed, nothing but time decides which have come. Then errors nearby say too little of gaps.
-_HARDER = 2.0
+_LATE = 20  # late rows, at least, by which others' bars are known
+CAPACITY = 1024  # rows that the learner holds at most
+FEW = 512  # rows up to which a smaller learner is fitted, in a third of the time
+# Rows that a larger one's kernel is judged on. By 128, which takes a third of the time, 246 and 250
+# of the 250 largest rows of Lotka-Volterra had to be computed, by these 176 and 170 (two draws).
+_JUDGED = 256
+_CHUNK = 1024  # rows that are predicted together
+_NEIGHBOURS = 8  # computed rows that a row is compared with
 
 
-class _Errors(NamedTuple):
-    """Evidence on one kind of rows, audits or late ones.
+class FittedLearner(NamedTuple):
+    """A learner of computed rows, with the probability that its labels are wrong.
 
-    Errors in `risk` are compared with deviations, and `held` says which bars covered the error (of
-    labels, which were right of those that were sure enough).
+    `pairs` is the number of rows that it was fitted to.
     """
 
-    risk: Risk
-    held: list[bool]
+    learner: Learner
+    probability: ErrorProbability | None
+    pairs: int
+
+
+class Learned(NamedTuple):
+    """The outcome of a task: predictions of its rows, and how far they may be off.
+
+    Attributes:
+        fit: The learner.
+        rows: The task's rows.
+        mean: Predictions, as vectors, each made without the row's own value.
+        expected: How far they may be off, by errors nearby.
+        plain: The same by the learner's own deviation.
+        check: The check of computed values, if there is one and enough is known.
+    """
+
+    fit: FittedLearner
+    rows: Int[np.ndarray, " rows"]
+    mean: Float[np.ndarray, "rows outputs"]
+    expected: Float[np.ndarray, " rows"]
+    plain: Float[np.ndarray, " rows"]
+    check: AnswerCheck | None
+
+
+def learn(
+    fit: FittedLearner | None,
+    x: Float[np.ndarray, "pairs inputs"],
+    y: Float[np.ndarray, "pairs outputs"],
+    rows: Int[np.ndarray, " rows"],
+    features: Float[np.ndarray, "rows inputs"],
+    known_y: Float[np.ndarray, "known outputs"],
+    settings: RowSettings,
+) -> Learned | None:
+    """Learn computed rows, and predict others; return None where nothing could be learned.
+
+    A learner's own deviation depends on where pairs are, and not on their values, so that errors
+    may be several of it where the function varies most. So it is multiplied by the root mean square
+    ratio of error to deviation of the nearest pairs; but not where all rows are computed, or where
+    outputs are labels, whose error probabilities are calibrated for the learner's own deviations.
+
+    Args:
+        fit: The learner that learns the pairs; None for a new one.
+        x: Inputs of the pairs.
+        y: Their values.
+        rows: Rows that are predicted: those without a value, and then known ones, each of which is
+            predicted without its own value.
+        features: Their inputs.
+        known_y: The values of the known ones.
+        settings: The run's.
+    """
+    if fit is None:
+        capacity, tuning = CAPACITY, LearnerTuning(rows=_JUDGED)
+        if len(x) < FEW:
+            capacity, tuning = FEW, LearnerTuning(shapes=(SHAPE,), steps=40, rows=64)
+        options: Any = {"capacity": capacity, "labels": settings.tolerance is None}
+        try:
+            # A scheme has a code, by which nothing goes here: rows are sent as they are.
+            scheme: Any = fit_scheme(x, y, NeRCC(1, 2), tuning=tuning, **options)
+        except ValueError as error:  # a function that is constant, for example
+            _LOG.warning("nothing could be learned from %d rows: %s", len(x), error)
+            return None
+        fit = FittedLearner(scheme.surrogate, scheme.error_probability, len(x))
+    elif len(x):
+        fit = fit._replace(learner=fit.learner.update(x, y))
+    learner, kernel = fit.learner, fit.learner.kernel
+    mean = np.zeros((len(features), learner.form.size), np.float32)
+    plain = np.zeros(len(features))
+    for place in range(0, len(features), _CHUNK):
+        part = slice(place, place + _CHUNK)
+        mean[part], plain[part] = learner.predict(features[part])
+
+    # Pairs, each predicted from the others; known rows that are pairs, by that.
+    window, known = learner.window, slice(len(features) - len(known_y), None)
+    inputs, residuals, scatter, errors, deviations = (
+        each[learner.filled]
+        for each in (window.inputs, window.residuals, window.scatter, *learner.left_out())
+    )
+    same = kernel.same(features[known], inputs)
+    pair = np.full(len(features), -1)
+    pair[known] = np.where(same.any(axis=1), same.argmax(axis=1), -1)
+    paired = pair >= 0
+    mean[paired] = (residuals + errors)[pair[paired]]
+    plain[paired] = deviations[pair[paired]]
+
+    expected = plain.copy()
+    if settings.compute == "needed" and fit.probability is None:
+        off = np.stack([root_mean_square(errors, axis=1), scatter])
+        ratios = np.sqrt(2) * root_mean_square(off, axis=0) / deviations
+        places = inputs / (unit := np.asarray(kernel.unit * kernel.widths[kernel.groups]))
+        squares = np.sum(places**2, axis=1)
+        for place in range(0, len(features), _CHUNK):
+            part = slice(place, place + _CHUNK)
+            distance = squares - 2 * (features[part] / unit) @ places.T
+            own = np.flatnonzero(paired[part])
+            distance[own, pair[part][own]] = np.inf
+            nearest = np.argpartition(distance, _NEIGHBOURS - 1, axis=1)[:, :_NEIGHBOURS]
+            expected[part] *= root_mean_square(ratios[nearest], axis=1)
+
+    # A check goes by the learner's own deviations: a wrong value makes those of its neighbours
+    # large. A quarter of the right ones that may look wrong are those with the largest residuals,
+    # since it may have learned that a few wrong ones are right.
+    check, finite = None, np.flatnonzero(np.isfinite(known_y).all(axis=1))
+    if settings.check_answers is not None and len(finite) > 1:
+        some = np.random.default_rng(0).permutation(finite)[: 2 * CAPACITY]
+        facts = mean[known][some], plain[known][some], known_y[some].astype(np.float32)
+        labels = settings.tolerance is None
+        check = fit_answer_check(*facts, settings.check_answers, labels=labels, blatant=0.25)
+        check = None if check.limit == np.inf else check
+    return Learned(fit, rows, mean, expected, plain, check)
 
 
 class Evidence:
@@ -52,6 +170,14 @@ class Evidence:
         settings: The accuracy at which a row is known well enough, among others.
         x: The inputs of all rows.
         table: All that is known of each row.
+
+    Attributes:
+        fit: The learner.
+        mean: Its predictions of all rows.
+        due: Computed rows at which a learner is fitted to all; 0: some that it knows were taken
+            back.
+        held: Counts of audits and late rows that had an error bar when they came, and of bars that
+            covered the error. Of labels, those count that were sure enough, and right.
     """
 
     def __init__(self, settings: RowSettings, x: Shaped[np.ndarray, "rows ..."], table: RowTable):
@@ -60,10 +186,9 @@ class Evidence:
         self.mean: Float[np.ndarray, "rows outputs"] | None = None
         self._check: AnswerCheck | None = None
         self._distrusted = False  # whether wrong values calibrate the check in the making
-        # Computed rows at which a learner is fitted to all; 0: some that it knows were taken back.
         self.due = FIRST
-        self.audits = _Errors(Risk(settings.accuracy, needs_evidence=False), [])
-        self.late = _Errors(Risk(settings.accuracy, needs_evidence=True), [])
+        names = ["audited", "audited_held", "came_late", "came_late_held"]
+        self.held: dict[str, int] = dict.fromkeys(names, 0)
 
     @functools.cached_property
     def _features(self) -> Float[np.ndarray, "rows inputs"]:
@@ -82,7 +207,8 @@ class Evidence:
         """Learn all again without these rows, if any was learned."""
         if self._table["learned"][rows].any():
             self.due = 0
-        self._table["learned"][rows] = self._table["estimated"][rows] = False
+        for name in ("learned", "estimated", "judges"):
+            self._table[name][rows] = False
 
     def task(self, *, hurry: bool = False) -> Callable[[], Learned | None] | None:
         """Return the work to learn from computed rows; None where there are too few new ones.
@@ -90,13 +216,14 @@ class Evidence:
         In a `hurry`, a first fit does with as few as there may be.
         """
         table, fit, learned = self._table, self.fit, self._table["learned"]
-        computed, others, late, y = table.learnable, table.open, table.late, table.vectors
-        unchecked = computed[:0] if self._settings.check_answers is None else table.unchecked
-        new = computed[~learned[computed]]
-        pairs = new[:0]
-        full = fit is not None and fit.pairs >= CAPACITY and self.due > 0
+        computed, others, y = table.learnable, table.open, table.vectors
+        judges = table["audit"][computed] | table.late[computed]
+        if self._settings.check_answers is not None:
+            judges |= ~table["checked"][computed]
+        new, pairs = computed[~learned[computed]], computed[:0]
         if len(computed) < FIRST // 4:
             return None
+        full = fit is not None and fit.pairs >= CAPACITY and self.due > 0
         if (len(computed) >= self.due and not full) or (hurry and fit is None):
             # Where nothing is to be predicted, and a check is waited for, a small learner will do.
             count = min(len(computed), FEW - 1 if hurry and not len(others) else CAPACITY)
@@ -113,15 +240,15 @@ class Evidence:
         elif fit is not None and len(new) >= NEWS:
             pairs = new[-CAPACITY:]
             learned[pairs] = True
-        elif fit is None or not len(unchecked):
+        elif fit is None or not hurry:
             return None
         self._distrusted = False
-        known = np.union1d(computed[table["audit"][computed] | late[computed]], unchecked)
+        known = computed[judges]
         rows = np.concatenate([others, known])
+        x = self._features
         return functools.partial(
-            learn, fit, self._features[pairs], y[pairs], rows=rows, features=self._features[rows],
-            known_y=y[known], lateness=self._lateness(), settings=self._settings,
-        )  # fmt: skip
+            learn, fit, x[pairs], y[pairs], rows, x[rows], y[known], settings=self._settings
+        )
 
     def take(self, learned: Learned) -> bool:
         """Take a new estimate, and compare it again with all that has come.
@@ -135,110 +262,23 @@ class Evidence:
         if self.mean is None:
             self.mean = np.zeros((len(table.rows), learned.mean.shape[1]), np.float32)
         self.mean[rows], table["estimated"][rows] = learned.mean, True
-        for name, column in learned.columns.items():
-            table[name][rows] = column
-        computed = table.learnable
-        late = table["late"][computed]
-        audits = table["audit"][computed] & ~late
-        for errors, kind in ((self.audits, computed[audits]), (self.late, computed[late])):
-            kind = kind[table["estimated"][kind] & self.tells(kind)]
-            if len(kind) >= max(errors.risk.needed, 1):  # else the evidence before is better
-                errors.risk.replace(self._compared(kind, table.vectors[kind].astype(np.float32)))
+        table["expected"][rows], table["plain"][rows] = learned.expected, learned.plain
+        judges = np.intersect1d(rows, table.learnable)
+        judges = judges[table["audit"][judges] | table["late"][judges]]
+        self._judge(judges, table.vectors[judges].astype(np.float32))
         return checks
 
-    def notice_late(self) -> None:
-        """Find the open rows that are like rows which have been late since an estimate was begun.
-
-        A run must not end by bars of quick rows because the next estimate is still in the making.
-        """
-        table, rows = self._table, self._table.open
-        rows = rows[table["estimated"][rows] & ~table["like_late"][rows]]
-        if self.mean is not None and len(rows) and table.late.any():
-            found = like_late(self._features[rows], self.mean[rows], self._lateness())
-            table["like_late"][rows] = found
-
-    def _lateness(self) -> Lateness:
-        """Return inputs, and outputs, of rows of which it is known whether they are late."""
-        table, late = self._table, self._table.late
-        computed = table.learnable
-        rows = np.union1d(computed, np.flatnonzero(late))
-        rows = np.random.default_rng(len(rows)).permutation(rows)[:CAPACITY]
-        known = rows[np.isin(rows, computed)]
-        return (self._features[rows], late[rows]), (table.vectors[known], late[known])
-
-    def look_wrong(
-        self, rows: Int[np.ndarray, " some"], values: Float[np.ndarray, "some outputs"]
-    ) -> tuple[Bool[np.ndarray, " some"], Bool[np.ndarray, " some"]]:
-        """Return which values of rows look wrong, and of which that can be told."""
-        found, known = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
-        if self._check is not None and self.mean is not None:
-            known = self._table["estimated"][rows]
-            expected = self.mean[rows[known]], self._table["plain"][rows[known]]
-            found[known] = self._check.suspicious(*expected, values[known])
-        return found, known
-
-    # Decisions.
-
-    def score(
-        self, rows: Int[np.ndarray, " some"], late: Bool[np.ndarray, " some"] | bool = False
-    ) -> Float[np.ndarray, " some"]:
-        """Return the rows' error bars or error probabilities; infinite where nothing is known.
-
-        Late rows, and those like them, may be harder than others. So their bars are those of other
-        rows that came late, and infinite before there are enough.
-        """
-        score, straggles = np.full(len(rows), np.inf), self._table["like_late"][rows] | late
-        known = self._table["estimated"][rows]
-        for errors, kind in ((self.audits, known & ~straggles), (self.late, known & straggles)):
-            if kind.any() and not (errors.risk.waits and not errors.risk.enough):
-                if self._settings.tolerance is not None:
-                    score[kind] = self._factor(errors) * self._table["expected"][rows[kind]]
-                    continue
-                probability = self._probability(rows[kind])
-                admitted = errors.risk.admits(probability, np.nan) | (probability > self.limit)
-                score[kind] = np.where(admitted, probability, np.inf)
-        return score
-
-    @property
-    def limit(self) -> float:
-        """The largest score of a row that is known well enough."""
-        if self._settings.max_disagreement is None:
-            return self._settings.tolerance or -math.inf  # 0 computes all
-        assert self.fit is not None
-        assert self.fit.probability is not None
-        return self.fit.probability.limit(self._settings.max_disagreement)
-
-    def _factor(self, errors: _Errors) -> float:
-        """Return the factor by which deviations of one kind of rows become error bars."""
-        coverage, own = self._settings.coverage, errors.risk.excesses
-        both = own if errors is self.audits else np.append(own, self.audits.risk.excesses)
-        factor = conformal_quantile(both, coverage)
-        selects = self._settings.compute == "needed"
-        if not selects or np.sum(own > factor) > _HARDER * (1 - coverage) * len(own):
-            factor = max(conformal_quantile(own, coverage), factor)
-        return factor
-
-    def _probability(self, rows: Int[np.ndarray, " known"]) -> Float[np.ndarray, " known"]:
-        """Return the probabilities that labels are wrong, by the calibration."""
-        assert self.fit is not None
-        assert self.fit.probability is not None
-        assert self.mean is not None
-        return self.fit.probability(self.mean[rows], self._table["expected"][rows], self.mean[rows])
-
-    def _compared(
+    def _judge(
         self, rows: Int[np.ndarray, " some"], y: Float[np.ndarray, "some outputs"]
-    ) -> list[Comparison]:
-        """Compare predictions with the rows' own values: errors are in units of deviations."""
+    ) -> Float[np.ndarray, " some"]:
+        """Compare rows' own values with what was predicted without them; return the errors."""
         assert self.mean is not None
-        mean, deviation = self.mean[rows], self._table["expected"][rows]
-        probability = np.full(len(rows), np.nan)
-        if self._settings.tolerance is None:
-            probability = self._probability(rows)
-        known = np.where((deviation > 0) & np.isfinite(deviation), deviation, np.nan)
-        differs = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
-        ratios = error_ratios(row_errors(mean, y), known)
-        facts = (each.tolist() for each in (probability, known, differs, ratios))
-        return [Comparison(*each) for each in zip(*facts, strict=True)]
+        table, mean, deviation = self._table, self.mean[rows], self._table["expected"][rows]
+        errors = row_errors(mean, y)
+        table["excess"][rows] = error_ratios(errors, deviation)
+        table["wrong"][rows] = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
+        table["judges"][rows] = (deviation > 0) & np.isfinite(deviation)
+        return errors
 
     def compare(
         self,
@@ -252,8 +292,7 @@ class Evidence:
         Once the run is `over`, they judge the bars of rows that were not waited for, each once, and
         change nothing else.
         """
-        table, errors = self._table, self.late if late else self.audits
-        labels = self._settings.tolerance is None
+        table, labels = self._table, self._settings.tolerance is None
         counts = np.isfinite(y).all(axis=1) & table["estimated"][rows]
         if over:
             state = table["state"][rows]
@@ -264,41 +303,110 @@ class Evidence:
             counts &= table["audit"][rows] | late
         if self.mean is None or not counts.any():
             return
-        rows, y = rows[counts], y[counts].astype(np.float32)
-        if not over:
-            judges = self.tells(rows)
-            rows, y = rows[judges], y[judges]
+        rows = rows[counts]
         score = table["score"][rows] if over else self.score(rows, late)
-        sure = score <= self.limit
-        wrong = np.argmax(self.mean[rows], axis=1) != np.argmax(y, axis=1)
-        held = row_errors(self.mean[rows], y) <= score
-        judged = sure | over if labels else np.isfinite(score)
-        errors.held.extend((~wrong if labels else held)[judged].tolist())
-        factor = 1.0 if labels else self._factor(errors)
-        given = [] if over else zip(sure.tolist(), self._compared(rows, y), strict=True)
-        for admitted, each in given:
-            if admitted:
-                errors.risk.give()
-            errors.risk.add(each, given=admitted, widened=factor)
+        errors = self._judge(rows, y[counts].astype(np.float32))
+        barred = (score <= self.limit) | over if labels else np.isfinite(score)
+        held = ~table["wrong"][rows] if labels else errors <= score
+        name = "came_late" if late else "audited"
+        self.held[name] += int(np.count_nonzero(barred))
+        self.held[f"{name}_held"] += int(np.count_nonzero(held & barred))
 
-    def tells(self, rows: Int[np.ndarray, " some"]) -> Bool[np.ndarray, " some"]:
-        """Return which rows' errors count: predicted by a learner with no answer to the input."""
-        assert self.fit is not None
-        tells = self._table["left_out"][rows]
-        tells[~tells] = ~self.fit.learner.knows(self._features[rows[~tells]])
-        return tells
+    def look_wrong(
+        self, rows: Int[np.ndarray, " some"], values: Float[np.ndarray, "some outputs"]
+    ) -> tuple[Bool[np.ndarray, " some"], Bool[np.ndarray, " some"]]:
+        """Return which values of rows look wrong, and of which that can be told."""
+        found, known = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
+        if self._check is not None and self.mean is not None:
+            known = self._table["estimated"][rows]
+            expected = self.mean[rows[known]], self._table["plain"][rows[known]]
+            found[known] = self._check.suspicious(*expected, values[known])
+        return found, known
 
-    def order(
-        self, rows: Int[np.ndarray, " some"], adds: Float[np.ndarray, " some"] | None = None
-    ) -> Int[np.ndarray, " some"]:
-        """Return these rows in the order in which to compute them: the least certain come first.
+    def look_back(self) -> Int[np.ndarray, " some"]:
+        """Return computed rows whose values look wrong, of those that were not looked at."""
+        table = self._table
+        unchecked = (table["state"] == COMPUTED) & ~table["checked"] & table["estimated"]
+        rows = np.flatnonzero(unchecked)
+        wrong, _ = self.look_wrong(rows, table.vectors[rows])
+        table["checked"][rows[~wrong]] = True
+        return rows[wrong]
 
-        Those come before that add most to a statistic's interval, if the run is for one. Among them
-        are the audits, one in four, in their own order, which is random.
+    # Decisions.
+
+    def score(
+        self, rows: Int[np.ndarray, " some"], late: Bool[np.ndarray, " some"] | bool = False
+    ) -> Float[np.ndarray, " some"]:
+        """Return the rows' error bars or error probabilities; infinite where nothing is known.
+
+        Bars of late rows are the larger ones of those by audits and by other rows that came late,
+        and infinite before there are enough.
         """
-        audited = self._table["audit"][rows]
-        audits, others = np.random.default_rng(0).permutation(rows[audited]), rows[~audited]
-        added = np.zeros(len(others)) if adds is None else adds[~audited]
-        others = others[np.lexsort((-self._table["expected"][others], -added))]
-        places = np.concatenate([4.0 * np.arange(len(audits)), np.arange(len(others)) * 4 / 3 + 1])
-        return np.concatenate([audits, others])[np.argsort(places, kind="stable")].astype(int)
+        table, score = self._table, np.full(len(rows), np.inf)
+        known, late = table["estimated"][rows], np.broadcast_to(late, len(rows))
+        judges = table["judges"] & (table["state"] == COMPUTED)
+        audits, came_late = (np.flatnonzero(judges & table[each]) for each in ("audit", "late"))
+        if self._settings.max_disagreement is None:
+            usual, harder = (
+                float(conformal_quantile(table["excess"][each], self._settings.coverage))
+                for each in (audits, came_late)
+            )
+            harder = max(usual, harder) if len(came_late) >= _LATE else np.inf
+            factor = np.where(late, harder, usual)
+            known = known & np.isfinite(factor)
+            score[known] = factor[known] * table["expected"][rows[known]]
+            return score
+        for kind, by, slow in ((known & ~late, audits, False), (known & late, came_late, True)):
+            if not kind.any():
+                continue
+            risk = Risk(self._settings.accuracy, needs_evidence=slow)
+            facts = self._probability(by).tolist(), table["wrong"][by].tolist()
+            risk.replace(
+                Comparison(each, 0.0, wrong, 0.0) for each, wrong in zip(*facts, strict=True)
+            )
+            if risk.enough or not risk.waits:
+                probability = self._probability(rows[kind])
+                admitted = risk.admits(probability, np.nan) | (probability > self.limit)
+                score[kind] = np.where(admitted, probability, np.inf)
+        return score
+
+    @property
+    def limit(self) -> float:
+        """The largest score of a row that is known well enough."""
+        if self._settings.max_disagreement is None:
+            return self._settings.tolerance or -math.inf  # 0 computes all
+        assert self.fit is not None
+        assert self.fit.probability is not None
+        return self.fit.probability.limit(self._settings.max_disagreement)
+
+    def _probability(self, rows: Int[np.ndarray, " known"]) -> Float[np.ndarray, " known"]:
+        """Return the probabilities that labels are wrong, by the calibration."""
+        assert self.fit is not None
+        assert self.fit.probability is not None
+        assert self.mean is not None
+        return self.fit.probability(self.mean[rows], self._table["expected"][rows], self.mean[rows])
+
+    def predict(
+        self, rows: Int[np.ndarray, " open"]
+    ) -> tuple[Bool[np.ndarray, " open"], Float[np.ndarray, " open"]]:
+        """Give the open rows of a run that ends their predictions; those too uncertain have FAILED.
+
+        Returns:
+            Which rows are known well enough, and their error bars or error probabilities. Rows with
+            too large a bar have a prediction all the same.
+        """
+        table, failed = self._table, self._table["state"][rows] == FAILED
+        score = self.score(rows, table.late[rows] | (table["tries"][rows] > 0))
+        good = np.zeros(len(rows), bool)
+        if self.fit is not None:
+            good = (score <= self.limit) & ~(failed & table["raised"][rows])
+        table["state"][rows[~good]] = FAILED
+        given = good | (np.isfinite(score) & ~failed)
+        if given.any():
+            few, values = rows[given], table.values
+            assert self.mean is not None
+            assert values is not None
+            predicted = self.mean[few].reshape(-1, *values.shape[1:]).astype(values.dtype)
+            state = np.where(good[given], PREDICTED, FAILED)
+            table.put(few, predicted, score[given], state, table["expected"][few])
+        return good, score

@@ -23,9 +23,9 @@ class GroupResult:
     """The result of coded inference on many data points, in the order of the batches.
 
     Attributes:
-        arrays: By name: `index`, the data point's place; its `batch`; `recovered`; `responded`, the
-            workers whose answers its prediction rests on, (rows, N); and `predictions`, the decoded
-            outputs as a vector, NaN where the data point is lost. Only rows whose batch has ended.
+        arrays: By name, for rows whose batch has ended: `index`, the data point's place; its
+            `batch`; `recovered`; `responded`, the workers whose answers its prediction rests on,
+            (rows, N); and `predictions`, the decoded outputs as a vector, NaN where it is lost.
         reasons: Why data points are lost, by row.
         summary: The settings and counts of the run, by name.
         report: Of the pool.
@@ -87,7 +87,7 @@ def run_groups(
         enough: When to decode, as in `pool_inference`.
         deadline: Seconds for each batch.
         groups: Groups in a batch, at most as many as the data points fill.
-        batches: Batches to run, over the data again and again (default: once over them).
+        batches: Batches to run at most (default: all).
         prepare: Called with the data points of a batch, as the model takes them.
         folder: Where results are written as they come (default: nowhere).
         resume: Go on with the run that the folder holds.
@@ -113,66 +113,65 @@ def run_groups(
         (10, 3)
     """
     deadline = check_deadline(deadline)
-    count, num_data, begin = len(x), code.num_data, pool.clock.now()
-    groups = min(check_count("groups", groups), math.ceil(count / num_data))
-    size = groups * num_data
-    number = math.ceil(count / size) if batches is None else check_count("batches", batches)
-    places = np.arange(number * size) % count  # the last batch is filled from the start
-    total = count if batches is None else len(places)
-    workers, names = code.num_workers, ids_of_rows(ids, count)
-    row, ended = np.arange(total), np.zeros(total, bool)
-    table: dict[str, np.ndarray] = {"row": row, "index": places[:total], "batch": row // size}
-    table |= {"recovered": np.zeros(total, bool), "responded": np.zeros((total, workers), bool)}
+    num_data, workers, begin = code.num_data, code.num_workers, pool.clock.now()
+    groups = min(check_count("groups", groups), math.ceil(len(x) / num_data))
+    size, names = groups * num_data, ids_of_rows(ids, len(x))
+    most = math.inf if batches is None else check_count("batches", batches)
+    total = int(min(most * size, len(x)))
+    facts, parts = {"rows": total, "groups": groups} | dict(about or {}), None
+    index = np.arange(total)
+    table = {"index": index, "batch": index // size, "recovered": np.zeros(total, bool)}
+    table |= {"responded": np.zeros((total, workers), bool), "predictions": np.zeros((total, 0))}
+    recovered, came, reasons = table["recovered"], np.zeros(total, bool), dict[int, str]()
 
-    def take(own: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
-        if "predictions" not in table:  # whose width is known by now
-            width = arrays["predictions"].shape[1]
-            table["predictions"] = np.full((total, width), np.nan, np.float32)
+    def take(arrays: Mapping[str, np.ndarray]) -> None:
+        own, predictions = arrays["index"], arrays["predictions"]
+        if not came.any():  # their width is known by now
+            wide = (total, predictions.shape[1])
+            table["predictions"] = np.full(wide, np.nan, np.float32)
         for name in ("recovered", "responded", "predictions"):
             table[name][own] = arrays[name]
-        ended[own] = True
+        came[own] = True
 
-    facts, parts = {"rows": total, "points": count, "groups": groups} | dict(about or {}), None
     if folder is not None:
         check_parts(Path(folder), resume)
         parts = Parts(Path(folder), facts, names)
         for each in parts.read():
-            take(each["row"], each)
-    recovered, reasons = table["recovered"], dict[int, str]()
-    left = [each for each in range(number) if not recovered[each * size :][:size].all()]
+            take(each)
     done = batches_done = missing = 0  # data points, batches, and answers that did not come in time
     seconds = 0.0  # when the last batch ended
 
     def progress() -> RowProgress:
         known, report = int(np.sum(recovered)), pool.report()
-        alive, lost = report.num_workers - report.starting, int(np.sum(ended)) - known
+        alive, lost = report.num_workers - report.starting, int(np.sum(came)) - known
         return RowProgress(total, known, 0, lost, alive, seconds, done / max(seconds, 1e-9))
 
     infer, stopped = pool_inference(pool, code, with_status=True, grouped=True), None
     on_progress(progress())
     try:
-        for number in left:
-            own = row[number * size :][:size]  # a batch's filling beyond the rows is cut
-            made = np.asarray(prepare(x[places[number * size :][:size]]))
+        for own in np.split(index, range(size, total, size)):
+            if recovered[own].all():  # by an earlier run
+                continue
+            filled = np.arange(own[0], own[0] + size) % len(x)  # the last batch, from the start
+            made = np.asarray(prepare(x[filled]))
             try:
                 found = infer(made.reshape(groups, num_data, *made.shape[1:]), enough, deadline)
             except (TimeoutError, RuntimeError) as error:  # nothing to decode, or recovered
-                trouble, missing = str(error), missing + workers
+                trouble, missing, came[own] = str(error), missing + workers, True
             else:
                 decoded, available = found.decoded, found.answers.available
                 missing += workers - int(available.sum())
                 mask = np.asarray(decoded.recovered).reshape(-1)
                 by_row = np.repeat(decoded.responded, num_data, axis=0) & mask[:, None]
-                given = {"recovered": mask, "responded": by_row}
+                given = {"index": own, "recovered": mask, "responded": by_row}
                 given["predictions"] = np.asarray(decoded.predictions).reshape(size, -1)
-                take(own, {name: each[: len(own)] for name, each in given.items()})
+                take({name: each[: len(own)] for name, each in given.items()})
                 trouble = (
                     f"{size - mask.sum()} of {size} data points cannot be recovered from the "
                     f"{available.sum()} answers that were in"
                 )
                 if parts is not None:  # others are lost, and tried again by a later run
                     parts.add({name: each[own] for name, each in table.items()})
-            ended[own] = True
             reasons |= dict.fromkeys(own[~recovered[own]].tolist(), trouble)
             done, batches_done = done + len(own), batches_done + 1
             seconds = pool.clock.now() - begin
@@ -194,10 +193,8 @@ def run_groups(
         "rows_per_second": progress().rows_per_second,
         "workers": workers,
         "stragglers_per_batch": missing / max(batches_done, 1),
-        "lost": int(np.sum(ended & ~recovered)),
+        "lost": int(np.sum(came & ~recovered)),
     }
-    table.setdefault("predictions", np.zeros((total, 0), np.float32))
-    arrays = {name: each[ended] for name, each in table.items()}
-    names = None if names is None else names[arrays["index"]]
-    summary = facts | counts | pool_counts(report)
-    return GroupResult(arrays, reasons, summary, report, stopped, names)
+    arrays = {name: each[came] for name, each in table.items()}
+    names, summary = None if names is None else names[index[came]], facts | counts
+    return GroupResult(arrays, reasons, summary | pool_counts(report), report, stopped, names)

@@ -11,7 +11,6 @@ from ..evaluation.tables import text_table
 from ..pools import PoolReport
 from ..risk import Accuracy, EnsembleEstimate
 from ..risk.ensembles import RowEvidence, RowStatistic, Weights, average, quantile
-from ..surrogates import Learner
 
 Compute: TypeAlias = Literal["needed", "all"]
 
@@ -177,7 +176,6 @@ class RowResult:
         summary: The settings and counts of the run, by name.
         report: Of the pool.
         stopped: Why the run ended early, if it did.
-        learner: The learner that rows were predicted by, if there was one.
         ids: The rows' ids, if they have any.
         evidence: Predictions and errors of rows, which the statistics rest on.
     """
@@ -190,7 +188,6 @@ class RowResult:
     summary: dict[str, Any]
     report: PoolReport
     stopped: str | None
-    learner: Learner | None
     ids: Shaped[np.ndarray, " rows"] | None = None
     evidence: RowEvidence | None = None
 

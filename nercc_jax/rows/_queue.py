@@ -2,45 +2,51 @@
 
 import collections
 import math
-from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from ..pools.times import power_of_two
+from ..risk import EnsembleEstimate
+from ._evidence import Evidence
 from ._interface import RowSettings
+from ._table import AGAIN, WAITING, RowTable
 
-# Seconds of a call: that smaller ones balance workers no better than, that larger ones must make
-# each row quicker by a tenth from (rows wait for the slowest of their call, and it cannot be told
-# which of them that is), and at most.
-_SHORT, _ENOUGH, _LONG, _QUICKER = 0.02, 0.05, 0.25, 1.1
-_CALLS = 2  # calls that are left for each worker, so that all end at about the same time
 _TIMED = 4  # calls of a size, whose median decides about the next size
+# Seconds of a call, at most. From the first number on larger calls must make each row quicker by a
+# tenth: rows wait for the slowest of their call, and it cannot be told which of them that is.
+_ENOUGH, _LONG, _QUICKER = 0.05, 0.25, 1.1
+_DRAWN = 8  # rows that are drawn at random for a statistic, and wait
 _BYTES = 1 << 24  # of a call's inputs and outputs, from which on larger ones are no quicker
 
 
 class RowQueue:
     """Rows in the order in which they are sent, and the size of calls.
 
-    Rows that are sent again come first, then those that are `waiting`. Rows are sent that `may_go`
-    then; others have been sent or answered meanwhile. Calls grow twofold as long as that pays.
+    Rows that are sent again come first, then those that are `waiting`. Calls grow twofold as long
+    as that pays, and shrink at the end, so that all workers end at about the same time.
     """
 
-    def __init__(self, rows: Int[np.ndarray, " rows"], num_workers: int, settings: RowSettings):
-        self.waiting = rows
+    def __init__(
+        self,
+        table: RowTable,
+        order: Int[np.ndarray, " rows"],
+        num_workers: int,
+        settings: RowSettings,
+    ):
+        self.waiting, self._table = order[table["state"][order] == WAITING], table
         self._again: collections.deque[Int[np.ndarray, " few"]] = collections.deque()  # by call
         self._num_workers, self._settings = num_workers, settings
         self._random = np.random.default_rng(settings.seed)
-        self._size, self._least = settings.rows_per_call or 1, 1  # rows of a call
+        self._size = settings.rows_per_call or 1
         self._before = 0.0  # seconds of a call of half that size; 0 where that is not known
-        self._grows, self._timed = settings.rows_per_call is None, 0
+        self._grows, self._timed = True, 0 if settings.rows_per_call is None else _TIMED
         self._sent = 0  # rows that waited, and were sent
 
     @property
     def spent(self) -> bool:
         """True if as many rows were sent as may be."""
-        most = self._settings.max_calls
-        return most is not None and self._sent >= most
+        return self._settings.max_calls is not None and self._sent >= self._settings.max_calls
 
     @property
     def empty(self) -> bool:
@@ -50,7 +56,7 @@ class RowQueue:
     @property
     def timed(self) -> bool:
         """True if enough calls of the size that they have now were timed."""
-        return self._settings.rows_per_call is not None or self._timed >= _TIMED
+        return self._timed >= _TIMED
 
     def send_again(self, rows: Int[np.ndarray, " some"], most: int | None = None) -> None:
         """Send rows again that had no answer, or one that looks wrong, `most` in a call.
@@ -61,10 +67,11 @@ class RowQueue:
         rows, size = self._random.permutation(rows), min(most or self._call_size, self._call_size)
         self._again.extend(rows[place : place + size] for place in range(0, len(rows), size))
 
-    def take(
-        self, may_go: Callable[[Int[np.ndarray, " few"]], Bool[np.ndarray, " few"]]
-    ) -> Int[np.ndarray, " few"]:
-        """Take the rows of the next call, of those that `may_go`; none if none is left."""
+    def take(self) -> Int[np.ndarray, " few"]:
+        """Take the rows of the next call; none if none is left.
+
+        Some of those that were to be sent have been sent or answered meanwhile.
+        """
         while not self.empty:
             if self._again:
                 rows = self._again.popleft()
@@ -73,18 +80,42 @@ class RowQueue:
                 size = min(self._call_size, math.inf if most is None else most - self._sent)
                 rows, self.waiting = np.split(self.waiting, [int(size)])
                 self._sent += len(rows)
-            rows = rows[may_go(rows)]
+            rows = rows[self._table["state"][rows] <= AGAIN]
             if len(rows):
                 return rows
         return np.zeros(0, int)
+
+    def refill(self, evidence: Evidence, estimate: EnsembleEstimate | None, seed: int) -> None:
+        """Let those rows wait that are not known well enough, the least certain first.
+
+        One in four is an audit, in an order of its own, which is random. If the run is for a
+        statistic, of which there is an `estimate`, the rows come first that add most to its
+        interval, known or not, and as many are drawn at random as are needed for one in four.
+        """
+        table, rows = self._table, self._table.all_in(WAITING)
+        audit, added = table["audit"], np.zeros(len(rows))
+        table["known"][:] = False
+        if evidence.fit is not None and (self.empty or self._settings.compute == "needed"):
+            table["known"][rows] = evidence.score(rows) <= evidence.limit
+        if estimate is not None and estimate.uncertainty is not None:
+            added = estimate.uncertainty[rows]
+            more = max(_DRAWN - np.count_nonzero(audit[rows]), 0)
+            audit[np.random.default_rng(seed).permutation(rows)[:more]] = True
+        wanted = ~table["known"][rows] | (added > 0) | audit[rows]
+        rows, added = rows[wanted], added[wanted]
+        drawn = np.random.default_rng(0).permutation(rows[audit[rows]])
+        others, added = rows[~audit[rows]], added[~audit[rows]]
+        others = others[np.lexsort((-table["expected"][others], -added))]
+        places = np.concatenate([4.0 * np.arange(len(drawn)), np.arange(len(others)) * 4 / 3 + 1])
+        waiting = np.concatenate([drawn, others])[np.argsort(places, kind="stable")]
+        self.waiting = waiting.astype(int)
 
     @property
     def _call_size(self) -> int:
         """The rows of the next call: a power of two, unless it is set."""
         if self._settings.rows_per_call is not None:
             return self._size
-        share = power_of_two(len(self.waiting) / (_CALLS * self._num_workers))
-        return min(self._size, max(share, self._least))
+        return min(self._size, power_of_two(len(self.waiting) / (2 * self._num_workers)))
 
     def observe(self, size: int, usual: float, row_bytes: int) -> None:
         """Fit the size of calls to the time that they take, transport and all.
@@ -92,18 +123,16 @@ class RowQueue:
         A call of so many rows was answered, with inputs and outputs of `row_bytes` a row; calls of
         that size take `usual` seconds.
         """
-        if self._settings.rows_per_call is not None or not math.isfinite(usual):
+        if self._settings.rows_per_call is not None or size != self._size or math.isinf(usual):
             return
-        self._least = power_of_two(size * _SHORT / usual)
-        self._timed += size == self._size
-        if size != self._size or not self.timed:
+        self._timed += 1
+        if not self.timed:
             return
         before = self._before
         no_quicker = before >= _ENOUGH and 2 * before < _QUICKER * usual
+        # As much longer as this size took than the one before, twice.
+        following = usual + 2 * max(usual - before, 0) if before else 2 * usual
         if no_quicker or (usual > 2 * _LONG and size > 1):
             self._size, self._before, self._grows, self._timed = size // 2, 0.0, False, 0
-        elif self._grows and 2 * size * row_bytes <= _BYTES:
-            # As much longer as this size took than the one before, twice.
-            following = usual + 2 * max(usual - before, 0) if before else 2 * usual
-            if following <= _LONG:
-                self._size, self._before, self._timed = 2 * size, usual, 0
+        elif self._grows and 2 * size * row_bytes <= _BYTES and following <= _LONG:
+            self._size, self._before, self._timed = 2 * size, usual, 0

@@ -20,8 +20,9 @@ from ..pools import AbstractPool, Batch, Overdue
 from ..pools.backend import pool_counts
 from ..pools.clock import TimeShare
 from ..risk import Accuracy, EnsembleEstimate
+from ..risk.ensembles import RowEvidence
+from ._evidence import Learned
 from ._interface import RowProgress, RowResult, RowSettings
-from ._learner import Learned
 from ._table import COMPUTED, PREDICTED, RowTable
 from .files import Parts, check_parts, fingerprint, ids_of_rows
 from .state import (
@@ -238,7 +239,7 @@ class _Run:
             self._time.spend(begin)
             if self.stop_when is not None:
                 self._handle(Estimated(self.estimate, bool(self.stop_when(self.estimate))))
-        return dataclasses.replace(self._state.progress(), estimate=self.estimate)
+        return _progress_of(self._state, self.estimate)
 
     def _learn(self, work: Callable[[], Learned | None]) -> None:
         """Do a piece of the learner's work, on a thread of its own."""
@@ -311,6 +312,22 @@ def _refuse(answer: Any) -> str | None:
     return None if numbers else f"the function gave {answer.dtype}: real numbers are needed"
 
 
+def _progress_of(state: RowState, estimate: EnsembleEstimate | None = None) -> RowProgress:
+    """Return the numbers of rows that are computed, predicted and so on."""
+    states, report = state.table["state"], state.seen.report
+    known = np.count_nonzero(state.table["known"] & (states < PREDICTED))
+    return RowProgress(
+        rows=len(states),
+        computed=int(np.count_nonzero(states == COMPUTED)),
+        predicted=int(np.count_nonzero(states == PREDICTED) + known),
+        unknown=len(state.table.reasons),
+        workers=report.num_workers - report.starting,
+        seconds=state.seen.now,
+        rows_per_second=state.computed / max(state.seen.now, 1e-9),
+        estimate=estimate,
+    )
+
+
 def _result(
     state: RowState,
     pool: AbstractPool,
@@ -319,24 +336,21 @@ def _result(
     ids: Shaped[np.ndarray, " rows"] | None,
 ) -> RowResult:
     """Return what a run has, in the order of the inputs."""
-    table, progress, report = state.table, state.progress(), pool.report()
+    table, progress, report = state.table, _progress_of(state), pool.report()
     computed, predicted = table.all_in(COMPUTED), table.all_in(PREDICTED)
     status = np.full(len(table.rows), "waiting", "U9")
     status[computed], status[predicted] = "computed", "predicted"
     status[[*table.reasons]] = "unknown"
-    evidence = state.evidence
+    fit, learnable = state.evidence.fit, computed if table.values is None else table.learnable
     summary = {
         "rows_done": len(computed) + len(predicted),
         "seconds": progress.seconds,
         "rows_per_second": progress.rows_per_second,
         "computed": len(computed),
-        "not_finite": 0 if table.values is None else len(computed) - len(table.learnable),
+        "not_finite": len(computed) - len(learnable),
         "predicted": len(predicted),
-        "learned_from": None if evidence.fit is None else evidence.fit.pairs,
-        "audited": len(evidence.audits.held),
-        "audited_held": sum(evidence.audits.held),
-        "came_late": len(evidence.late.held),
-        "came_late_held": sum(evidence.late.held),
+        "learned_from": None if fit is None else fit.pairs,
+        **state.evidence.held,
         **pool_counts(report),
         "unknown": len(table.reasons),
         **({} if state.checks is None else state.checks.counts()),
@@ -350,7 +364,28 @@ def _result(
         facts | summary,
         report,
         stopped,
-        None if evidence.fit is None else evidence.fit.learner,
         ids,
-        state.row_evidence(),
+        _row_evidence(state) if len(learnable) else None,
     )
+
+
+def _row_evidence(state: RowState) -> RowEvidence:
+    """Return all that is known of rows' values, for statistics."""
+    table, mean, values = state.table, state.evidence.mean, state.table.values
+    assert values is not None
+    computed, audit = table["state"] == COMPUTED, table["audit"].copy()
+    late = table.late | ((table["tries"] > 0) & ~computed)
+    deviation, judged = table["expected"].copy(), computed & (audit | late)
+    if computed.all():  # nothing is predicted, and nothing need be copied
+        return RowEvidence(values, values, deviation, computed, late, audit, judged)
+    # A row without a prediction has the mean of all, which is off by their spread.
+    known = values[table.learnable]
+    predictions = np.broadcast_to(known.mean(axis=0), values.shape).copy()
+    estimated = table["estimated"] & np.isfinite(deviation)
+    deviation[~estimated] = np.sqrt(np.mean((known - known.mean(axis=0)) ** 2))
+    if mean is not None:
+        predictions[estimated] = mean[estimated].reshape(-1, *known.shape[1:])
+        judged = computed & table["judges"]
+    own = computed.reshape(-1, *[1] * (known.ndim - 1))
+    values = np.where(own, values, predictions)
+    return RowEvidence(values, predictions, deviation, computed, late, audit, judged)

@@ -23,12 +23,13 @@ ROW = np.dtype(
         ("givers", "i4", (2,)),  # the workers that gave its value, and in which call (`RowChecks`)
         ("call", "i4"),
         ("checked", "?"),
+        ("learned", "?"),  # whether the learner has been given it
         ("estimated", "?"),  # whether the learner has predicted it, and how far that may be off:
         ("expected", "f8"),  # by errors nearby,
-        ("plain", "f8"),  # and by the learner's own deviation (`Evidence`)
-        ("left_out", "?"),  # whether it was predicted without its own value
-        ("like_late", "?"),  # whether its neighbours came late
-        ("learned", "?"),  # whether the learner has been given it
+        ("plain", "f8"),  # and by the learner's own deviation
+        ("judges", "?"),  # whether its own value was compared with that prediction,
+        ("excess", "f8"),  # the error in units of what was expected,
+        ("wrong", "?"),  # and whether the labels differ
         ("known", "?"),  # whether it need not be computed, as things are
     ]
 )
@@ -82,29 +83,20 @@ class RowTable:
         computed = self.all_in(COMPUTED)
         return computed[np.isfinite(self.vectors[computed]).all(axis=1)]
 
-    @property
-    def unchecked(self) -> Int[np.ndarray, " some"]:
-        """The computed rows whose values have not been looked at."""
-        return np.flatnonzero((self.rows["state"] == COMPUTED) & ~self.rows["checked"])
-
     def put(
         self,
         rows: Int[np.ndarray, " few"],
         values: float | Float[np.ndarray, "few ..."],
-        deviation: float | Float[np.ndarray, " few"],
         score: float | Float[np.ndarray, " few"],
         state: int | Shaped[np.ndarray, " few"],
+        deviation: float | Float[np.ndarray, " few"] | None = None,
     ) -> None:
-        """Give rows their values, and take them to a state."""
+        """Give rows their values, and take them to a state; `deviation` is the score by default."""
         if self.values is None:
             assert isinstance(values, np.ndarray)
             self.values = np.full((len(self.rows), *values.shape[1:]), np.nan, values.dtype)
-        self.values[rows] = values
-        self.rows["deviation"][rows], self.rows["score"][rows] = deviation, score
-        self.move(rows, state)
-
-    def move(self, rows: Int[np.ndarray, " few"], state: int | Shaped[np.ndarray, " few"]) -> None:
-        """Take rows to a state, whatever theirs was."""
+        self.values[rows], self.rows["score"][rows] = values, score
+        self.rows["deviation"][rows] = score if deviation is None else deviation
         self.rows["state"][rows], self.rows["known"][rows] = state, False
         for row in rows.tolist() if self.reasons else ():
             self.reasons.pop(row, None)
@@ -120,5 +112,5 @@ class RowTable:
     def take(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take what `arrays` returned in another process; rows that were predicted wait again."""
         rows, exact = arrays["index"], arrays["exact"]
-        self.put(rows, arrays["predictions"], 0.0, 0.0, COMPUTED)
-        self.put(rows[~exact], np.nan, np.inf, np.inf, WAITING)
+        self.put(rows, arrays["predictions"], 0.0, COMPUTED)
+        self.put(rows[~exact], np.nan, np.inf, WAITING)

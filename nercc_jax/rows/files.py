@@ -86,8 +86,8 @@ class Parts:
     def add(self, arrays: dict[str, np.ndarray]) -> None:
         """Have rows written, in the order in which they come; at most one part a second is.
 
-        Of the arrays, (rows, ...) each, "index" has the numbers of the rows, or "row" where indices
-        come again. A row that comes again counts as it came last.
+        Of the arrays, (rows, ...) each, "index" has the numbers of the rows. A row that comes again
+        counts as it came last.
         """
         self._pending.append(arrays)
         if time.monotonic() - self._written >= _EVERY:
@@ -104,7 +104,7 @@ class Parts:
             }
             if self._ids is not None:
                 together["id"] = self._ids[together["index"]]
-            rows = together.get("row", together["index"])
+            rows = together["index"]
             last = len(rows) - 1 - np.unique(rows[::-1], return_index=True)[1]
             write_arrays(self._folder / name, {key: each[last] for key, each in together.items()})
             self._manifest["parts"].append({"file": name})

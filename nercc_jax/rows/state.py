@@ -31,11 +31,9 @@ from jaxtyping import Float, Int, Shaped
 
 from ..pools import PoolReport
 from ..risk import EnsembleEstimate
-from ..risk.ensembles import RowEvidence
 from ._checks import RowChecks
-from ._evidence import NEWS, Evidence
-from ._interface import ATTEMPTS, RowProgress, RowSettings
-from ._learner import Learned
+from ._evidence import NEWS, Evidence, Learned
+from ._interface import ATTEMPTS, RowSettings
 from ._queue import RowQueue
 from ._table import AGAIN, COMPUTED, FAILED, PREDICTED, SENT, WAITING, RowTable
 
@@ -121,6 +119,11 @@ class Send:
     age: float = 0.0
     late: bool = False
 
+    @property
+    def goes_again(self) -> bool:
+        """True if it is late, and its rows were sent in no other call."""
+        return self.late and not (self.copy or self.given_up or self.copied)
+
 
 class Give(NamedTuple):
     """Have rows written, and give their values to the caller.
@@ -164,12 +167,8 @@ class RowState:
         queue: What is sent next.
         seen: The last look.
         computed: The number of rows that this run has had computed.
-        offered: That number when the learner was last offered what came; negative before, where
-            an earlier run had rows computed.
-        looked_at: That number when all that was unchecked was last looked at.
         estimated: The latest estimate of the statistic, if the run goes on until it is known.
         over: Whether the run has ended.
-        todo: What is to be done.
 
     Raises:
         ValueError: If answers are to be checked, and there are too few workers.
@@ -185,25 +184,20 @@ class RowState:
     ):
         self.settings, self.table, self.seen = settings, table, Tick(0.0, report)
         self.calls: dict[int, Send] = {}
-        self.evidence = Evidence(settings, x, table)
-        self.checks: RowChecks | None = None
+        self.evidence, self.checks = Evidence(settings, x, table), None
         if settings.check_answers is not None:
             self.checks = RowChecks(table, report.num_workers, settings, worker_dtype)
-        self.computed, self.looked_at = 0, -1
-        self.offered = -len(table.all_in(COMPUTED))  # an earlier run's are news
-        self.estimated: Estimated | None = None
-        self.over = False
-        self.todo: list[Instruction] = []
-        self._input_bytes = x[0].nbytes
-        self._sent = 0  # calls
-        self._idle = 0  # workers, by the last look and what was sent since
+        self.computed, self.over = 0, False
+        # That number when the learner was last offered what came (an earlier run's rows are news),
+        # and when values that were unchecked were last looked at.
+        self._offered, self._looked_at = -len(table.all_in(COMPUTED)), -1
+        self.estimated: EnsembleEstimate | None = None
+        self._todo: list[Instruction] = []
+        self._row_bytes, self._sent, self._idle = x[0].nbytes, 0, 0  # of calls, and idle workers
         order = np.random.default_rng(settings.seed).permutation(len(x))
-        # Rows that are computed before anything is learned: a tenth, within limits. These and some
-        # of the others, all of them at random, judge the learner's error bars.
-        self._first = min(max(len(order) // 10, 100), 256)
-        table["audit"][np.append(order[: self._first], order[self._first :: 20])] = True
-        waiting = order[table["state"][order] == WAITING]
-        self.queue = RowQueue(waiting, report.num_workers, settings)
+        # The first rows and some of the others, all at random, judge the learner's error bars.
+        table["audit"][order[: first_rows(len(x))]] = table["audit"][order[::20]] = True
+        self.queue = RowQueue(table, order, report.num_workers, settings)
 
     def handle(self, event: Event) -> list[Instruction]:
         """Take an event, and return what is to be done, in that order.
@@ -212,46 +206,39 @@ class RowState:
             RuntimeError: If the function raises on all of the first rows.
             ValueError: If it gives what the accuracy does not fit.
         """
-        self.todo, table = [], self.table
+        self._todo, table = [], self.table
         if isinstance(event, Answered | Failed):
             call = self.calls.pop(event.call)
             table["overdue"][call.rows] = False
             if isinstance(event, Answered):
                 self._take(event, call)
             elif not self.over:
-                self._fail(call, event.why, event.raised)
+                fail_call(self.table, self.queue, call, event.why, event.raised)
         elif isinstance(event, Tick):
             self.seen, self._idle = event, event.report.idle
             if not self.over:
                 self._look(event)
         elif isinstance(event, Estimated):
-            self.estimated = event
+            self.estimated = event.estimate
             if event.short and not self.over:
                 self._end("since the statistic was known well enough")
-            elif not self.over and self.evidence.fit is not None:
-                self._refill()
-        elif not self.over:
-            checked = self.evidence.take(event)
-            self._refill()
-            if checked and self.checks is not None:
-                # Values from before there was a check are taken back where they look wrong.
-                rows = table.unchecked[table["estimated"][table.unchecked]]
-                wrong, _ = self.evidence.look_wrong(rows, table.vectors[rows])
-                table["checked"][rows[~wrong]] = True
-                self._take_back(self.checks.doubt(rows[wrong]))
-        if not self.over:
-            report, out = self.seen.report, sum(not call.given_up for call in self.calls.values())
-            # Two for each worker, so that none waits for the next; one where calls are about to
-            # grow. And one for each that is idle, since it may be a new one.
-            ahead = 2 if self.queue.timed else 1
-            room = max(ahead * (report.num_workers - report.starting) - out, self._idle)
-            for _ in range(room):
-                rows = self.queue.take(lambda rows: table["state"][rows] <= AGAIN)
-                if not len(rows):
-                    break
-                table["state"][rows], table["main"][rows] = SENT, self._sent
-                self._send(rows)
-        return self.todo
+        elif not self.over and self.evidence.take(event) and self.checks is not None:
+            # Values from before there was a check are taken back where they look wrong.
+            self._take_back(self.checks.doubt(self.evidence.look_back()))
+        if self.over:
+            return self._todo
+        if isinstance(event, Estimated | Learned) and self.evidence.fit is not None:
+            self.queue.refill(self.evidence, self.estimated, self.computed)
+        report, out = self.seen.report, sum(not call.given_up for call in self.calls.values())
+        # Two for each worker, so that none waits for the next; one where calls are about to grow.
+        # And one for each that is idle, since it may be a new one.
+        ahead = 2 if self.queue.timed else 1
+        for _ in range(max(ahead * (report.num_workers - report.starting) - out, self._idle)):
+            if not len(rows := self.queue.take()):
+                break
+            table["state"][rows], table["main"][rows] = SENT, self._sent
+            self._send(rows)
+        return self._todo
 
     def _send(self, rows: Int[np.ndarray, " few"], copy: bool = False) -> None:
         """Send rows to a worker, which gets some of them twice where that makes fewer shapes."""
@@ -259,125 +246,100 @@ class RowState:
         size = min(size, self.settings.rows_per_call or size)
         avoid = frozenset() if self.checks is None else self.checks.avoid(rows)
         self.calls[self._sent] = Send(self._sent, rows, size, avoid, copy)
-        self.todo.append(self.calls[self._sent])
+        self._todo.append(self.calls[self._sent])
         self._sent += 1
         self._idle = max(self._idle - 1, 0)
 
     def _take(self, event: Answered, call: Send) -> None:
         """Take a worker's values, or let them judge error bars where the run is over."""
         table, rows, values = self.table, call.rows, event.values[: len(call.rows)]
+        vectors = values.reshape(len(rows), -1)
         if self.over:
-            self.evidence.compare(rows, values.reshape(len(rows), -1), late=True, over=True)
-            return
+            return self.evidence.compare(rows, vectors, late=True, over=True)
         if table.values is not None and values.shape[1:] != table.values.shape[1:]:
-            shapes = f"a row came as {values.shape[1:]}, others as {table.values.shape[1:]}"
-            self._fail(call, shapes, raised=True)
-            return
-        if self.settings.max_disagreement is not None and values[0].size < 2:
-            raise ValueError(
-                "max_disagreement is for labels, the largest of several outputs; this function "
-                "gives one number: give a tolerance"
-            )
-        fresh = table["state"][rows] != COMPUTED
-        rows, values = rows[fresh], values[fresh]
+            why = f"a row came as {values.shape[1:]}, others as {table.values.shape[1:]}"
+            return fail_call(table, self.queue, call, why, raised=True)
+        check_labels(self.settings, vectors)
+        given = table["state"][rows] != COMPUTED
+        rows, values, vectors = rows[given], values[given], vectors[given]
         if self.checks is not None and len(rows):
-            looks = self.evidence.look_wrong(rows, values.reshape(len(rows), -1))
+            looks = self.evidence.look_wrong(rows, vectors)
             given, values = self.checks.take(event.call, event.worker, rows, values, *looks)
-            table.move(rows[~given], AGAIN)
+            table["state"][rows[~given]] = AGAIN
+            for row in rows[~given].tolist():  # that were given up
+                table.reasons.pop(row, None)
             self.queue.send_again(rows[~given])
-            rows, values = rows[given], values[given]
+            rows, values, vectors = rows[given], values[given], vectors[given]
         if len(rows):
             late = event.late or call.given_up or call.copy  # a copy is that of a late call
             table["late"][rows] = late
             self.evidence.compare(rows, values.reshape(len(rows), -1), late)
-            table.put(rows, values, 0.0, 0.0, COMPUTED)
+            table.put(rows, values, 0.0, COMPUTED)
             self.computed += len(rows)
-            self.todo.append(Give(rows, computed=True))
-            self.queue.observe(call.size, event.usual, self._input_bytes + values[0].nbytes)
-        self._review()
-
-    def _fail(self, call: Send, why: str, raised: bool) -> None:
-        """Sort out the rows of a call that has no answer, or one that cannot be used.
-
-        A row on which the function raises, or that hangs, must not take those with it that share
-        its calls: they go again in smaller ones, and the last attempt is each row's own.
-        """
-        table, reasons = self.table, self.table.reasons
-        rows = call.rows
-        rows = rows[(table["state"][rows] == SENT) & (table["main"][rows] == call.call)]
-        alone = raised and len(call.rows) == 1
-        table["tries"][rows] += not raised
-        lost = alone | (table["tries"][rows] >= ATTEMPTS)
-        table["state"][rows] = np.where(lost, FAILED, AGAIN)
-        last = table["tries"][rows] == ATTEMPTS - 1
-        self.queue.send_again(rows[~lost & last], 1)
-        self.queue.send_again(rows[~lost & ~last], max(len(call.rows) // 8, 1))
-        reasons |= dict.fromkeys(rows[lost].tolist(), why)
-        table["raised"][rows] = alone
-        if raised and table.values is None and len(reasons) >= min(self._first, len(table.rows)):
-            first = f"all of the first {len(reasons)} rows"
-            raise RuntimeError(f"the function raises on {first}: {why}")
+            self._todo.append(Give(rows, computed=True))
+            self.queue.observe(call.size, event.usual, self._row_bytes + values[0].nbytes)
+        return self._review()
 
     def _look(self, tick: Tick) -> None:
         """Give up calls after their deadline, learn, end when all is done, or copy late calls."""
-        overdue, limit = self.table["overdue"], self.settings.deadline
-        for call in self.calls.values():
-            overdue[call.rows] = False
+        overdue, limit, settings = self.table["overdue"], self.settings.deadline, self.settings
+        overdue[:] = False
         for number, (age, late) in tick.ages.items():
             call = self.calls[number]
             call.age, call.late = age, late
             if age > limit and not call.given_up:
                 call.given_up = True  # an answer that still comes is welcome
-                self._fail(call, f"no answer within {limit:g} s", raised=False)
+                fail_call(
+                    self.table, self.queue, call, f"no answer within {limit:g} s", raised=False
+                )
             overdue[call.rows] |= late or call.given_up
         self._review()
 
         # Learn what came, if that takes no longer than to compute the rows that wait, at the speed
         # so far, and calls that last as long again as they have lasted. The speed of the first
         # second, while calls still grow, is not that of what follows.
-        until_end = (self.settings.job_deadline or math.inf) - tick.now
+        until_end = (settings.job_deadline or math.inf) - tick.now
         hurry = until_end < 3 * tick.fit_seconds
-        news = self.computed - self.offered >= NEWS or (hurry and self.evidence.fit is None)
-        needed = self.settings.tolerance != 0 or self.checks is not None
-        if needed and news and not tick.learning and self.table.values is not None:
-            speed = max(self.computed / max(tick.now, 1e-9), 1e-9)
+        news = self.computed - self._offered >= NEWS or (hurry and self.evidence.fit is None)
+        needed = self.table.values is not None and (settings.tolerance != 0 or self.checks)
+        if needed and news and not tick.learning:
             oldest = max((call.age for call in self.calls.values()), default=0.0)
-            longer = max(len(self.queue.waiting) / speed, oldest) > min(tick.fit_seconds, until_end)
-            known = self.queue.timed or tick.now >= 1.0 or self.offered < 0
-            if (known and longer) or self.queue.spent:
+            left = len(self.queue.waiting) * tick.now / max(self.computed, 1)
+            known = self.queue.timed or tick.now >= 1.0 or self._offered < 0
+            if self.queue.spent or (known and max(left, oldest) > min(tick.fit_seconds, until_end)):
                 self._learn(hurry)
 
         if until_end <= 0:
-            self._end("before the job's deadline")
-        elif self._finished():
-            self._end("before the job's last call")
-        else:
-            # Late calls go once more, to workers that would be idle. Copies may be as slow as what
-            # they copy. So before other rows go only those of a run for a statistic whose interval
-            # comes from late rows, on a quarter of the workers.
-            late_first = self.estimated is not None and self.estimated.estimate.from_late > 0.5
-            first = max(tick.report.num_workers // 4, 1) if late_first else 0
-            first -= sum(call.copy and not call.given_up for call in self.calls.values())
-            for call in sorted(self.calls.values(), key=lambda call: -call.age):
-                rows = call.rows[self.table["state"][call.rows] < PREDICTED]
-                once = call.late and not (call.copy or call.given_up or call.copied)
-                if once and len(rows) and (first > 0 or (self.queue.empty and self._idle > 0)):
-                    call.copied, first = True, first - 1
-                    self._send(rows, copy=True)
+            return self._end("before the job's deadline")
+        if self.queue.empty and self._finished():
+            return self._end("before the job's last call")
+        # Late calls go once more, to workers that would be idle. Copies may be as slow as what they
+        # copy. So before other rows go only those of a run for a statistic whose interval comes
+        # from late rows, on a quarter of the workers.
+        late_first = self.estimated is not None and self.estimated.from_late > 0.5
+        first = max(tick.report.num_workers // 4, 1) if late_first else 0
+        first -= sum(call.copy and not call.given_up for call in self.calls.values())
+        for call in sorted(self.calls.values(), key=lambda call: -call.age):
+            rows = call.rows[self.table["state"][call.rows] < PREDICTED]
+            may = first > 0 or (self.queue.empty and self._idle > 0)
+            if may and call.goes_again and len(rows):
+                call.copied, first = True, first - 1
+                self._send(rows, copy=True)
+        return None
 
     def _learn(self, hurry: bool) -> None:
         """Have the learner learn all that came, if there is enough of it."""
-        self.offered = self.computed
+        self._offered = self.computed
         if (work := self.evidence.task(hurry=hurry)) is not None:
             self.seen = self.seen._replace(learning=True)
-            self.todo.append(Learn(work))
+            self._todo.append(Learn(work))
 
     def _review(self) -> None:
         """Have workers fenced that answer wrongly, and take back what is in doubt by now."""
         if self.checks is not None:
             fenced, (rows, accused) = self.checks.fenced, self.checks.review(self.seen.report)
             if self.checks.fenced != fenced:
-                self.todo.append(Fence(self.checks.fenced))
+                self._todo.append(Fence(self.checks.fenced))
             if accused:
                 self.evidence.distrust()
             self._take_back(rows)
@@ -385,137 +347,96 @@ class RowState:
     def _take_back(self, rows: Int[np.ndarray, " few"]) -> None:
         """Treat rows in doubt as if they had no values, until other workers have computed them."""
         if len(rows):
-            self.table.put(rows, np.nan, np.inf, np.inf, AGAIN)
+            self.table.put(rows, np.nan, np.inf, AGAIN)
             self.evidence.forget(rows)
             self.queue.send_again(rows)
-            self.todo.append(Give(rows, computed=None))
-
-    def _refill(self) -> None:
-        """Let those rows wait to be sent that are not known well enough, the least certain first.
-
-        If the run is for a statistic, the rows come first that add most to its interval, known or
-        not. Every fourth is drawn at random, so that the errors of ever more predictions are known.
-        """
-        table, evidence, adds = self.table, self.evidence, None
-        rows = table.all_in(WAITING)
-        table["known"][:] = False
-        if evidence.fit is not None and (self.settings.compute == "needed" or self.queue.empty):
-            table["known"][rows] = evidence.score(rows) <= evidence.limit
-        wanted = ~table["known"][rows]
-        if self.estimated is not None and self.estimated.estimate.uncertainty is not None:
-            adds = self.estimated.estimate.uncertainty[rows]
-            if (few := np.count_nonzero(table["audit"][rows])) < NEWS // 4:
-                drawn = np.random.default_rng(self.computed).permutation(rows)[: NEWS // 4 - few]
-                table["audit"][drawn] = True
-            wanted |= adds > 0
-        wanted |= table["audit"][rows]
-        self.queue.waiting = evidence.order(rows[wanted], None if adds is None else adds[wanted])
+            self._todo.append(Give(rows, computed=None))
 
     def _finished(self) -> bool:
-        """Return whether no row is to be waited for, and all values have been looked at."""
-        if not self._settled():
-            return False
-        evidence, table, spent = self.evidence, self.table, self.queue.spent
-        if self.seen.learning and spent and len(table.open):
-            return False  # nothing else can be known of these
-        if self.checks is not None and table.values is not None:
-            outdated = not evidence.due and len(table.open) > 0
-            news = self.looked_at != self.computed and (len(table.unchecked) > 0 or outdated)
-            if news and not self.seen.learning:
-                self.looked_at = self.computed
-                self._learn(hurry=True)
-            if self.seen.learning:
-                return False
-        evidence.notice_late()
-        return self._settled()
+        """Return whether no row is to be waited for, now that none may be sent.
 
-    def _settled(self) -> bool:
-        """Return whether all rows are done or known, as things are; send the doubtful ones."""
-        if not self.queue.empty:
-            return False
-        evidence, table, spent = self.evidence, self.table, self.queue.spent
-        # Known well enough before, and now not: an audit has shown that bars were too short.
-        self._refill()
-        if self.estimated is not None and not (spent or len(self.queue.waiting)):
+        Rows wait to be sent if they were known well enough before, and are not now, since an audit
+        has shown that bars were too short.
+        """
+        evidence, table, queue = self.evidence, self.table, self.queue
+        self.queue.refill(self.evidence, self.estimated, self.computed)
+        if self.estimated is not None and not (queue.spent or len(queue.waiting)):
             rows = table.all_in(WAITING)  # not yet short enough: more are drawn
-            self.queue.waiting = np.random.default_rng(self.computed).permutation(rows)[:NEWS]
-            table["audit"][self.queue.waiting], table["known"][self.queue.waiting] = True, False
+            queue.waiting = np.random.default_rng(self.computed).permutation(rows)[:NEWS]
+            table["audit"][queue.waiting], table["known"][queue.waiting] = True, False
         rows = table.all_in(SENT)
-        if not self.queue.empty or not len(rows):
-            return self.queue.empty
-        if self.estimated is not None or evidence.fit is None:
+        if not queue.empty or (len(rows) and (self.estimated is not None or evidence.fit is None)):
             return False
         # A call that is not late has its answer soon, which is better than a prediction; and audits
         # are computed, however late they are.
         late = [call.rows for call in self.calls.values() if call.late]
         good = np.isin(rows, np.concatenate([[], *late]))
-        good &= evidence.score(rows, late=True) <= evidence.limit
-        return bool((good & ~(table["audit"][rows] & (self.settings.compute == "needed"))).all())
+        good &= evidence.score(rows, late=True) <= evidence.limit if len(rows) else True
+        good &= ~(table["audit"][rows] & (self.settings.compute == "needed"))
+        if not good.all():
+            return False
+        if self.seen.learning:  # of rows that may not be computed, nothing else can be known
+            return self.checks is None and not (queue.spent and len(table.open))
+        # Values that came before there was a check are looked at, once, and what was learned from
+        # rows that were taken back is learned again.
+        unchecked = (table["state"] == COMPUTED) & ~table["checked"]
+        if (
+            self.checks is not None
+            and table.values is not None
+            and self._looked_at != self.computed
+        ):
+            self._looked_at = self.computed
+            if unchecked.any() or (not evidence.due and len(table.open)):
+                self._learn(hurry=True)
+        return not self.seen.learning
 
     def _end(self, why: str) -> None:
         """End the run: predict rows that are known well enough, and say why others are not."""
-        self.over, evidence, table = True, self.evidence, self.table
-        evidence.notice_late()
-        rows = table.open
-        score = evidence.score(rows, table.late[rows] | (table["tries"][rows] > 0))
-        failed = table["state"][rows] == FAILED
-        good = np.zeros(len(rows), bool)
-        if evidence.fit is not None:
-            good = (score <= evidence.limit) & ~(failed & table["raised"][rows])
-        left = ~good & ~failed
-        table["state"][rows[left]] = FAILED
-        # A prediction with too large a bar is there all the same.
-        given = good | (left & np.isfinite(score))
-        if given.any():
-            few, values = rows[given], table.values
-            assert evidence.mean is not None
-            assert values is not None
-            predicted = evidence.mean[few].reshape(-1, *values.shape[1:]).astype(values.dtype)
-            state = np.where(good[given], PREDICTED, FAILED)
-            table.put(few, predicted, table["expected"][few], score[given], state)
-        for row, bar in zip(rows[left].tolist(), score[left], strict=True):
+        self.over, rows = True, self.table.open
+        good, score = self.evidence.predict(rows)
+        for row, bar in zip(rows[~good].tolist(), score[~good].tolist(), strict=True):
             reason = f"not computed {why}"
             if self.checks is not None and self.checks.doubts(row):
                 reason = "its answers differ, or one looked wrong"
             barred = f"; its error bar is {bar:.3g}" if np.isfinite(bar) else ""
-            table.reasons[row] = reason + barred
+            self.table.reasons.setdefault(row, reason + barred)
         if good.any():
-            self.todo.append(Give(rows[good], computed=False))
+            self._todo.append(Give(rows[good], computed=False))
 
-    def progress(self) -> RowProgress:
-        """Return the numbers of rows that are computed, predicted and so on."""
-        state, report = self.table["state"], self.seen.report
-        known = np.count_nonzero(self.table["known"] & (state < PREDICTED))
-        return RowProgress(
-            rows=len(state),
-            computed=int(np.count_nonzero(state == COMPUTED)),
-            predicted=int(np.count_nonzero(state == PREDICTED) + known),
-            unknown=len(self.table.reasons),
-            workers=report.num_workers - report.starting,
-            seconds=self.seen.now,
-            rows_per_second=self.computed / max(self.seen.now, 1e-9),
+
+def check_labels(settings: RowSettings, values: Float[np.ndarray, "rows outputs"]) -> None:
+    """Raise ValueError where labels are asked for, and a function gives none."""
+    if settings.max_disagreement is not None and values.shape[1] < 2:
+        raise ValueError(
+            "max_disagreement is for labels, the largest of several outputs; this function gives "
+            "one number: give a tolerance"
         )
 
-    def row_evidence(self) -> RowEvidence | None:
-        """Return all that is known of rows' values, for statistics; None if none is finite."""
-        table, mean = self.table, self.evidence.mean
-        if table.values is None or not len(table.learnable):
-            return None
-        computed, audit = table["state"] == COMPUTED, table["audit"].copy()
-        late = table.late | ((table["tries"] > 0) & ~computed)
-        values, deviation = table.values, table["expected"].copy()
-        judged = computed & (audit | late)
-        if computed.all():  # nothing is predicted, and nothing need be copied
-            return RowEvidence(values, values, deviation, computed, late, audit, judged)
-        # A row without a prediction has the mean of all, which is off by their spread.
-        known = values[table.learnable]
-        predictions = np.broadcast_to(known.mean(axis=0), values.shape).copy()
-        estimated = table["estimated"] & np.isfinite(deviation)
-        deviation[~estimated] = np.sqrt(np.mean((known - known.mean(axis=0)) ** 2))
-        if mean is not None:
-            predictions[estimated] = mean[estimated].reshape(-1, *known.shape[1:])
-            judged &= estimated
-            judged[judged] = self.evidence.tells(np.flatnonzero(judged))
-        own = computed.reshape(-1, *[1] * (known.ndim - 1))
-        values = np.where(own, values, predictions)
-        return RowEvidence(values, predictions, deviation, computed, late, audit, judged)
+
+def fail_call(table: RowTable, queue: RowQueue, call: Send, why: str, raised: bool) -> None:
+    """Sort out the rows of a call that has no answer, or one that cannot be used.
+
+    A row on which the function raises, or that hangs, must not take those with it that share its
+    calls: they go again in smaller ones, and the last attempt is each row's own.
+
+    Raises:
+        RuntimeError: If the function raises on all of the first rows.
+    """
+    rows, reasons = call.rows, table.reasons
+    rows = rows[(table["state"][rows] == SENT) & (table["main"][rows] == call.call)]
+    alone = raised and len(call.rows) == 1
+    table["tries"][rows] += not raised
+    lost = alone | (table["tries"][rows] >= ATTEMPTS)
+    table["state"][rows] = np.where(lost, FAILED, AGAIN)
+    last = table["tries"][rows] == ATTEMPTS - 1
+    queue.send_again(rows[~lost & last], 1)
+    queue.send_again(rows[~lost & ~last], max(len(call.rows) // 8, 1))
+    reasons |= dict.fromkeys(rows[lost].tolist(), why)
+    table["raised"][rows] = alone
+    if raised and table.values is None and len(reasons) >= first_rows(len(table.rows)):
+        raise RuntimeError(f"the function raises on all of the first {len(reasons)} rows: {why}")
+
+
+def first_rows(number: int) -> int:
+    """Return how many of so many rows are computed before anything is learned, within limits."""
+    return min(max(number // 10, 100), 256, number)

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from ..inference.models import Model
 from ..pools import AbstractPool, Faults
 from ..pools.backend import OnOutcome, WorkerBackend, WorkerDied
-from ..pools.clock import BEAT, AbstractClock, AbstractTurns
+from ..pools.clock import BEAT, AbstractClock, Turns
 from ..pools.worker import Program, Worker
 
 
@@ -59,8 +59,27 @@ class SimulatedClock(AbstractClock):
             self.step()
         self._now = max(self._now, until)
 
-    def turns(self, name: str, turn: Callable[[], float]) -> AbstractTurns:
-        return _Turns(self, turn)
+    def turns(self, name: str, turn: Callable[[], float]) -> Turns:
+        planned, closed = math.inf, False
+
+        def plan(due: float) -> None:
+            """Plan the next turn, unless it is planned for that time or earlier."""
+            nonlocal planned
+            if due < planned:
+                planned = due
+                self.at(due, lambda: take(due))
+
+        def take(due: float) -> None:
+            nonlocal planned
+            if due == planned and not closed:
+                planned = math.inf
+                plan(min(turn(), self._now + BEAT))
+
+        def close(seconds: float | None = None) -> None:
+            nonlocal closed
+            closed = True
+
+        return Turns(lambda: plan(self._now), lambda: plan(self._now), close)
 
     def start(self, name: str, work: Callable[[], Any]) -> Callable[[], bool]:
         """Do the work at once: it takes no simulated time."""
@@ -76,33 +95,6 @@ class SimulatedClock(AbstractClock):
             self._now = end
         else:
             raise RuntimeError("nothing is planned any more, and a wait for it has no end")
-
-
-class _Turns(AbstractTurns):
-    def __init__(self, clock: SimulatedClock, turn: Callable[[], float]):
-        self._clock, self._turn = clock, turn
-        self._due = math.inf
-        self._closed = False
-
-    def start(self) -> None:
-        self.wake()
-
-    def wake(self) -> None:
-        self._plan(self._clock.now())
-
-    def close(self, seconds: float | None = None) -> None:
-        self._closed = True
-
-    def _plan(self, due: float) -> None:
-        """Plan the next turn, unless it is planned for that time or earlier."""
-        if due < self._due:
-            self._due = due
-            self._clock.at(due, lambda: self._take(due))
-
-    def _take(self, due: float) -> None:
-        if due == self._due and not self._closed:
-            self._due = math.inf
-            self._plan(min(self._turn(), self._clock.now() + BEAT))
 
 
 class SimulatedPool(AbstractPool):
