@@ -187,13 +187,12 @@ def test_demo_takes_a_tuned_code_and_weights(tuned, folder):
 
 
 @pytest.mark.slow
-def test_plan_writes_a_plan_and_a_picture(folder):
+def test_plan_writes_a_plan(folder):
     arguments = "--latency stragglers:0.05:0.08:10 --queries 4 --max-workers 5 --budget 0.25"
     arguments += " --max-inputs 96 --max-disagreement 0.2 --layouts interleaved --output a/b"
     reported = run("plan", "--model", MODEL, *arguments.split())
     for word in ("uncoded", "hedged", "NeRCC interleaved", "recommended:", "*"):
         assert word in reported
-    assert (folder / "a/b/plan.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((folder / "a/b/plan.json").read_text())
     assert written["latency"] == "stragglers:0.05:0.08:10"
     assert written["recommended"] in written["candidates"]
