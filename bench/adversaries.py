@@ -47,7 +47,7 @@ SETTINGS: dict[Setting, Outputs] = {
 }
 STRENGTHS = (0.125, 0.25, 1.0)
 ATTACKS = ("noise", "flip", "worst", "coalition")
-RATE_CONSTANT = jnp.asarray(4e-6)  # of "smooth" for the networks, near the best of a grid
+RATE_CONSTANT = 4e-6  # of "smooth" for the networks, near the best of a grid
 TOLD_WITHOUT = 10  # how many adversaries the decoder allows for where there are none
 EXPONENTS = (0.3, 0.4, 0.5, 0.6)
 RATE_DATA = 64
@@ -78,31 +78,47 @@ def decoder(code: AbstractCode) -> np.ndarray:
 
 
 @eqx.filter_jit
-def _decode_each(code, y, most, method, constant):
+def _decode_each(code, y, most):
     """Decode each group for itself; one compilation for any number of adversaries."""
 
     def decode(answers):
-        found, suspected = robust_decode(
-            code, answers, jnp.ones(code.num_workers, bool), max_adversaries=most, method=method,
-            rate_constant=constant,
-        )  # fmt: skip
+        everyone = jnp.ones(code.num_workers, bool)
+        found, suspected = robust_decode(code, answers, everyone, max_adversaries=most)
         return found.predictions, suspected
 
     return jax.vmap(decode)(y)
 
 
-def robust(code: NeRCC, method: Any, together: bool = False) -> Method:
+def smoothed(code: NeRCC, most: int, constant: float = RATE_CONSTANT) -> NeRCC:
+    """Return the code with the published lambda_dec, if that is larger, for so many adversaries.
+
+    Source: Moradi, Akbarinodehi and Maddah-Ali, arXiv 2502.08058.
+    """
+    lambda_ = constant * (most / code.num_workers) ** (8 / 5)
+    return eqx.tree_at(lambda c: c.lambda_dec, code, jnp.maximum(code.lambda_dec, lambda_))
+
+
+def smooth(code: NeRCC) -> Method:
+    """Return the published decoder, which averages lies with their neighbours."""
+
+    def decode(y: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+        nobody = np.zeros(y.shape[:2], bool)
+        return decoder(smoothed(code, most)) @ y, nobody
+
+    return Method(code, decoder(code), decode)
+
+
+def robust(code: NeRCC, together: bool = False) -> Method:
     """Return robust decoding, of each group for itself or of all groups together."""
 
     def decode(y: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray | None]:
         if together:
             found, suspected = robust_decode(
-                code, np.moveaxis(y, 0, 1), np.ones(code.num_workers, bool),
-                max_adversaries=most, method=method,
-            )  # fmt: skip
+                code, np.moveaxis(y, 0, 1), np.ones(code.num_workers, bool), max_adversaries=most
+            )
             suspected = np.broadcast_to(suspected, y.shape[:2])
             return np.moveaxis(np.asarray(found.predictions), 1, 0), suspected
-        found = _decode_each(code, y, jnp.asarray(most), method, RATE_CONSTANT)
+        found = _decode_each(code, y, jnp.asarray(most))
         return np.asarray(found[0]), np.asarray(found[1])
 
     return Method(code, decoder(code), decode)
@@ -148,10 +164,10 @@ def methods(setting: Setting) -> dict[str, Method]:
     nercc, bacc = NeRCC(*setting.shape), Berrut(*setting.shape)
     return {
         "NeRCC": plain(nercc),
-        "NeRCC, reject": robust(nercc, "reject"),
-        "NeRCC, reject, groups together": robust(nercc, "reject", together=True),
-        "NeRCC, smooth": robust(nercc, "smooth"),
-        "repeated NeRCC, reject": robust(NeRCC(*setting.shape, points="repeated"), "reject"),
+        "NeRCC, reject": robust(nercc),
+        "NeRCC, reject, groups together": robust(nercc, together=True),
+        "NeRCC, smooth": smooth(nercc),
+        "repeated NeRCC, reject": robust(NeRCC(*setting.shape, points="repeated")),
         "replication, median": medians_of_copies(Replication(*setting.shape)),
         "BACC": plain(bacc),
         "BACC, median of 5 neighbours": plain(bacc, 5),
@@ -311,11 +327,11 @@ def rate_errors(
     starts = np.linspace(0, num_workers - count, 20).round().astype(int)
     for each, start in zip(lying, starts, strict=True):
         each[start : start + count] = 1.0
-    if method == "plain":
-        predictions, _ = plain(code).decode(lying, count)
+    if method == "reject":
+        predictions = np.asarray(_decode_each(code, lying, jnp.asarray(count))[0])
     else:
-        most, constant_ = jnp.asarray(count), jnp.asarray(constant)
-        predictions = np.asarray(_decode_each(code, lying, most, method, constant_)[0])
+        used = smoothed(code, count, constant) if method == "smooth" else code
+        predictions, _ = plain(used).decode(lying, count)
     squares = (predictions - own) ** 2
     return {"mse": squares.mean(axis=(1, 2)), "sup": squares.max(axis=(1, 2))}
 
@@ -397,11 +413,12 @@ def worst(
     def of_group(answers: Array, own: Array, liars: Array, start: Array) -> Array:
         def error(lies: Array) -> tuple[Array, Array]:
             y = jnp.where(liars[:, None], lies, answers)
-            if method == "plain":
-                predictions = code.decoder_matrix(everyone) @ y
-            else:
-                found, _ = robust_decode(code, y, everyone, max_adversaries=most, method=method)
+            if method == "reject":
+                found, _ = robust_decode(code, y, everyone, max_adversaries=most)
                 predictions = found.predictions
+            else:
+                used = smoothed(code, most) if method == "smooth" else code
+                predictions = used.decoder_matrix(everyone) @ y
             off, other = predictions - own, predictions.argmax(axis=1) != own.argmax(axis=1)
             found = jnp.stack([jnp.mean(off**2), jnp.max(jnp.abs(off)), jnp.mean(other)])
             return found[goal], found
