@@ -89,7 +89,7 @@ def _decode_each(code, y, most):
     return jax.vmap(decode)(y)
 
 
-def smoothed(code: NeRCC, most: int, constant: float = RATE_CONSTANT) -> NeRCC:
+def smoothed(code: NeRCC, most: Any, constant: float = RATE_CONSTANT) -> NeRCC:
     """Return the code with the published lambda_dec, if that is larger, for so many adversaries.
 
     Source: Moradi, Akbarinodehi and Maddah-Ali, arXiv 2502.08058.

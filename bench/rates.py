@@ -372,7 +372,7 @@ def independent_sets(share: float, workers: int, count: int) -> Bool[np.ndarray,
     return np.asarray(draw(jax.random.split(key, count)))
 
 
-def answers_of(subject: Subject, code: AbstractCode | None = None) -> np.ndarray:
+def answers_of(subject: Subject, code: Any = None) -> np.ndarray:
     """Return all workers' answers, or without a code the function's own."""
     encoder = np.eye(NUM_DATA) if code is None else code.encoder_on_host()
     coded = np.einsum("nk,gk...->gn...", encoder, subject.x)
@@ -381,7 +381,7 @@ def answers_of(subject: Subject, code: AbstractCode | None = None) -> np.ndarray
 
 
 def decoding_errors(
-    code: AbstractCode,
+    code: Any,
     masks: np.ndarray,
     answers: Mapping[str, np.ndarray],
     exact: Mapping[str, np.ndarray],

@@ -74,7 +74,7 @@ def test_the_file_says_what_it_is(tmp_path):
     assert (content["numbers"]["num_data"], content["numbers"]["num_workers"]) == (K, N)
     assert np.float32(content["numbers"]["lambda_dec"]) == np.float32(ODD["lambda_dec"])
     assert set(content["dtypes"]) == {"alpha", "beta", *ODD}
-    assert content["about"] == about
+    assert content["about"] == nj.codes.code_card(path) == about
     nj.save_code(str(path), CODES["uncoded"]())
     assert json.loads(path.read_text())["about"] == {}
     assert isinstance(nj.load_code(str(path)), nj.Uncoded), "written over"

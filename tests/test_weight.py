@@ -12,9 +12,9 @@ from test_architecture import FILES, ROOMS, imports, name_of, room_of
 
 # Rule 1 ends at 60 names past the faces; rule 2 at 1,200 functions of 21 lines, 10 a public name.
 MOST = {
-    "names imported past a room's face": 150,
-    "functions": 1403,
-    "functions in a thousand lines": 47.4,
+    "names imported past a room's face": 147,
+    "functions": 1363,
+    "functions in a thousand lines": 46.9,
     "functions and classes a public name": 12.8,
     "results: classes of predictions and what is known of them": 8,
     "numeric module constants": 133,

@@ -4,7 +4,7 @@ from ._berrut import Berrut
 from ._berrut_spline import BerrutSpline
 from ._code import AbstractCode, as_mask
 from ._decoding import Decoded, decode_groups, encode_groups
-from ._files import load_code, save_code
+from ._files import code_card, load_code, save_code
 from ._lagrange import Lagrange
 from ._learned_decoder import LearnedDecoder
 from ._nercc import NeRCC
@@ -24,6 +24,7 @@ __all__ = [
     "Replication",
     "Uncoded",
     "as_mask",
+    "code_card",
     "decode_groups",
     "encode_groups",
     "load_code",

@@ -18,8 +18,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..splines.arrays import native
 from ._decoding import Decoded, PlainMap, decode_groups, encode_groups
-from ._kept import known_matrices
-from ._trees import (
+from .kept import known_matrices
+from .trees import (
     check_data,
     check_finite,
     check_floats,

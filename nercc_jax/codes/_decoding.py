@@ -31,8 +31,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..splines._platforms import alike_in_shard_map
 from ..splines.arrays import native, where
-from ._kept import Matrices, kept_matrices
-from ._trees import any_tracer, join, to_device
+from .kept import Matrices, kept_matrices
+from .trees import any_tracer, join, to_device
 
 # TPUs and GPUs would round the factors of a float32 product.
 FULL = jax.lax.Precision.HIGHEST

@@ -40,7 +40,7 @@ def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | N
     Args:
         path: The file.
         code: The code.
-        about: JSON values of the caller's choice that are kept in the file's entry "about", such as
+        about: JSON values of the caller's choice that are kept in the file (`code_card`), such as
             what it was tuned on.
 
     Raises:
@@ -83,8 +83,7 @@ def load_code(path: str | Path) -> AbstractCode:
             read as it stands.
         OSError: As `open`.
     """
-    remedy = "restore it from a copy, or write it again"
-    content = read_entries(Path(path), "code", _ENTRIES, remedy, editable=True)
+    content = _read(path)
     kind = _KINDS.get(str(content["code"]))
     if kind is None:
         raise ValueError(f"{path} holds a {content['code']!r}; known: {', '.join(_KINDS)}")
@@ -100,3 +99,13 @@ def load_code(path: str | Path) -> AbstractCode:
         return kind(**numbers)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no sound {content['code']}: {error}") from error
+
+
+def code_card(path: str | Path) -> dict[str, Any]:
+    """Return what `save_code` was given as `about`."""
+    return _read(path)["about"]
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    remedy = "restore it from a copy, or write it again"
+    return read_entries(Path(path), "code", _ENTRIES, remedy, editable=True)

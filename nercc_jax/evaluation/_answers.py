@@ -16,8 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, decode_groups, encode_groups
-from ..codes._kept import encoder_of
-from ..codes._trees import (
+from ..codes.kept import encoder_of
+from ..codes.trees import (
     Form,
     check_data,
     check_finite,
@@ -31,7 +31,7 @@ from ..codes.workers import call_model, check_number_of_models
 from ..inference import cast_model
 from ..inference.models import Model, check_model
 from ..splines.arrays import namespace, native
-from ._criteria import Criterion, agree_on_labels, labels_of, point_criterion, same_labels
+from .criteria import Criterion, agree_on_labels, labels_of, point_criterion, same_labels
 
 Run: TypeAlias = Callable[[PyTree], PyTree]  # a model for any number of data points: `batched`
 

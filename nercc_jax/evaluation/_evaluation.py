@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode
-from ..codes._checks import check_count
-from ..codes._trees import join, leaves_of
+from ..codes.checks import check_count
+from ..codes.trees import join, leaves_of
 from ..inference import cast_model
 from ..inference.models import Model
 from ..splines.arrays import native

@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 from ..codes import AbstractCode, Decoded, NeRCC, as_mask
 from ..codes._code import checked_answers
 from ..codes._decoding import decode_vectors, multiply
-from ..codes._trees import join, to_device
+from ..codes.trees import join, to_device
 from ..splines import smoothing_matrix
 from ..splines._knots import gather_knots
 from ..splines.arrays import native, working_dtype

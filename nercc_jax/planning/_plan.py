@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from ..codes import AbstractCode, NeRCC, Replication, decode_groups, regression_points
-from ..codes._checks import check_counts, check_not_negative
-from ..codes._kept import encoder_of
+from ..codes.checks import check_counts, check_not_negative
+from ..codes.kept import encoder_of
 from ..evaluation import Estimate
 from ..evaluation._answers import batched, coded_outputs, cut_groups, own_outputs
 from ..evaluation.tables import text_table

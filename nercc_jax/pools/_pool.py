@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree, Shaped
 
-from ..codes._checks import check_counts
+from ..codes.checks import check_counts
 from ..inference.models import cast_floats
 from ._schedule import Schedule, SendTask, StartLife
 from .backend import PoolReport, WorkerBackend, WorkerDied

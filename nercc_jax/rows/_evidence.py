@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from ..evaluation._criteria import row_errors
+from ..evaluation.criteria import row_errors
 from ..risk import Comparison, Risk
 from ..risk._accuracy import conformal_quantile, error_ratios
 from ..risk._answer_check import AnswerCheck

@@ -11,8 +11,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from ..codes._checks import check_count
-from ..evaluation._criteria import agree_on_labels, root_mean_square
+from ..codes.checks import check_count
+from ..evaluation.criteria import agree_on_labels, root_mean_square
 from ..risk import ErrorProbability
 from ..risk._answer_check import AnswerCheck, fit_answer_check
 from ..risk._error_probability import fit_error_probability

@@ -12,12 +12,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode
-from ..codes._kept import encoder_of
-from ..codes._trees import Form, join, points_of, to_device
+from ..codes.kept import encoder_of
+from ..codes.trees import Form, join, points_of, to_device
 from ..codes.workers import run_workers
 from ..evaluation._answers import batched, cut_groups, in_parts
-from ..evaluation._criteria import agree_on_labels, root_mean_square
 from ..evaluation._objective import draw_sets
+from ..evaluation.criteria import agree_on_labels, root_mean_square
 from ..inference import cast_model, current_conditions
 from ..inference.models import Model
 from ..risk import ErrorBars, ErrorProbability

@@ -17,10 +17,10 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode
-from ..codes._checks import check_fields, check_not_negative, check_positive
-from ..codes._trees import groups_of, join, to_device
-from ..evaluation._criteria import Criterion
+from ..codes.checks import check_fields, check_not_negative, check_positive
+from ..codes.trees import groups_of, join, to_device
 from ..evaluation._objective import Trial, draw_sets, make_trial
+from ..evaluation.criteria import Criterion
 from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers
 from ._parameters import Code, Parameters, Rebuild, parametrize

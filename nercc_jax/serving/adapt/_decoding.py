@@ -18,10 +18,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, Bool, Float, Shaped
 
-from ...codes._trees import Form
+from ...codes.trees import Form
 from ...codes.workers import run_workers
 from ...evaluation._answers import batched, cut_groups
-from ...evaluation._criteria import agree_on_labels, root_mean_square
+from ...evaluation.criteria import agree_on_labels, root_mean_square
 from ...inference import cast_model, current_conditions
 from ...inference.models import Model
 from ...risk import Accuracy, Comparison, ErrorProbability, Risk

@@ -18,7 +18,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._trees import any_tracer
+from .trees import any_tracer
 
 
 class Matrices(NamedTuple):
