@@ -12,7 +12,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, decode_groups, encode_groups
@@ -28,7 +27,6 @@ from ..codes.trees import (
     points_of,
 )
 from ..codes.workers import call_model, check_number_of_models
-from ..inference import cast_model
 from ..inference.models import Model, check_model
 from ..splines.arrays import namespace, native
 from .criteria import Criterion, agree_on_labels, labels_of, point_criterion, same_labels
@@ -137,7 +135,6 @@ def record_answers(
     x: PyTree[Shaped[ArrayLike, "points ..."]],
     *,
     batch_size: int = 256,
-    worker_dtype: DTypeLike | None = None,
 ) -> Answers:
     """Run a model on data points and on their coded data points, once for all straggler sets.
 
@@ -148,23 +145,17 @@ def record_answers(
         x: Unlabelled data points, in the order in which they are cut into groups of K; a remainder
             is left out.
         batch_size: The number of data points in a call of the model.
-        worker_dtype: The dtype that coded data points are answered in (`cast_model`). The model's
-            own outputs stay as they are.
 
     Raises:
         ValueError: x fills no group or is not finite floats, the model's outputs on it are not
-            finite, the models are not those that the code's workers run, or `worker_dtype` is no
-            float.
+            finite, or the models are not those that the code's workers run.
     """
     models = (model,) if callable(model) else tuple(model)
     check_number_of_models(code.worker_models, len(models))
     groups = cut_groups(x, code.num_data)
-    runs = [batched(each, batch_size) for each in cast_model(models, worker_dtype)]
-    own, form = own_outputs(
-        runs[0] if worker_dtype is None else batched(models[0], batch_size), groups
-    )
-    known = own if worker_dtype is None else None
-    coded = coded_outputs(runs, code, groups, batch_size, known)
+    runs = [batched(each, batch_size) for each in models]
+    own, form = own_outputs(runs[0], groups)
+    coded = coded_outputs(runs, code, groups, batch_size, own)
     return Answers(code, jnp.asarray(coded), jnp.asarray(own), form)
 
 
