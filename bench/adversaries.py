@@ -36,7 +36,7 @@ SETTINGS: dict[Setting, Outputs] = {
 }
 STRENGTHS = (0.125, 0.25, 1.0)
 ATTACKS = ("noise", "flip", "worst", "coalition")
-RATE_CONSTANT = jnp.asarray(4e-6)  # of "smooth" for the networks, near the best of a grid
+RATE_CONSTANT = 4e-6  # of "smooth" for the networks, near the best of a grid
 TOLD_WITHOUT = 10  # how many adversaries the decoder allows for where there are none
 
 
@@ -63,31 +63,47 @@ def decoder(code: AbstractCode) -> np.ndarray:
 
 
 @eqx.filter_jit
-def _decode_each(code, y, most, method, constant):
+def _decode_each(code, y, most):
     """Decode each group for itself; one compilation for any number of adversaries."""
 
     def decode(answers):
-        found, suspected = robust_decode(
-            code, answers, jnp.ones(code.num_workers, bool), max_adversaries=most, method=method,
-            rate_constant=constant,
-        )  # fmt: skip
+        everyone = jnp.ones(code.num_workers, bool)
+        found, suspected = robust_decode(code, answers, everyone, max_adversaries=most)
         return found.predictions, suspected
 
     return jax.vmap(decode)(y)
 
 
-def robust(code: NeRCC, method: Any, together: bool = False) -> Method:
+def smoothed(code: NeRCC, most: Any, constant: float = RATE_CONSTANT) -> NeRCC:
+    """Return the code with the published lambda_dec, if that is larger, for so many adversaries.
+
+    Source: Moradi, Akbarinodehi and Maddah-Ali, arXiv 2502.08058.
+    """
+    lambda_ = constant * (most / code.num_workers) ** (8 / 5)
+    return eqx.tree_at(lambda c: c.lambda_dec, code, jnp.maximum(code.lambda_dec, lambda_))
+
+
+def smooth(code: NeRCC) -> Method:
+    """Return the published decoder, which averages lies with their neighbours."""
+
+    def decode(y: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+        nobody = np.zeros(y.shape[:2], bool)
+        return decoder(smoothed(code, most)) @ y, nobody
+
+    return Method(code, decoder(code), decode)
+
+
+def robust(code: NeRCC, together: bool = False) -> Method:
     """Return robust decoding, of each group for itself or of all groups together."""
 
     def decode(y: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray | None]:
         if together:
             found, suspected = robust_decode(
-                code, np.moveaxis(y, 0, 1), np.ones(code.num_workers, bool),
-                max_adversaries=most, method=method,
-            )  # fmt: skip
+                code, np.moveaxis(y, 0, 1), np.ones(code.num_workers, bool), max_adversaries=most
+            )
             suspected = np.broadcast_to(suspected, y.shape[:2])
             return np.moveaxis(np.asarray(found.predictions), 1, 0), suspected
-        found = _decode_each(code, y, jnp.asarray(most), method, RATE_CONSTANT)
+        found = _decode_each(code, y, jnp.asarray(most))
         return np.asarray(found[0]), np.asarray(found[1])
 
     return Method(code, decoder(code), decode)
@@ -133,10 +149,10 @@ def methods(setting: Setting) -> dict[str, Method]:
     nercc, bacc = NeRCC(*setting.shape), Berrut(*setting.shape)
     return {
         "NeRCC": plain(nercc),
-        "NeRCC, reject": robust(nercc, "reject"),
-        "NeRCC, reject, groups together": robust(nercc, "reject", together=True),
-        "NeRCC, smooth": robust(nercc, "smooth"),
-        "repeated NeRCC, reject": robust(NeRCC(*setting.shape, points="repeated"), "reject"),
+        "NeRCC, reject": robust(nercc),
+        "NeRCC, reject, groups together": robust(nercc, together=True),
+        "NeRCC, smooth": smooth(nercc),
+        "repeated NeRCC, reject": robust(NeRCC(*setting.shape, points="repeated")),
         "replication, median": medians_of_copies(Replication(*setting.shape)),
         "BACC": plain(bacc),
         "BACC, median of 5 neighbours": plain(bacc, 5),

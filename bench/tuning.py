@@ -133,7 +133,8 @@ def run_setting(
         }
     report.log(f"{setting.name}: grids")
     plain = GRID.size**2 * len(groups) * setting.num_workers
-    steps = affordable_steps(setting, len(train), size["steps"], SHARE * plain)
+    fits = lambda steps: evaluations(setting, len(train), steps) <= SHARE * plain  # noqa: E731
+    steps = max(filter(fits, range(1, size["steps"] + 1)), default=1)
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for kind in KINDS:
         for seed in range(size["seeds"]):
@@ -149,9 +150,7 @@ def run_setting(
                 {
                     **spent,
                     "objective": yardstick.objective(tuned.code),
-                    "evaluations": tuned.evaluations,
-                    "differentiated": tuned.differentiated,
-                    "counted": tuned.evaluations + BACKWARD * tuned.differentiated,
+                    "counted": evaluations(setting, len(train), len(tuned.path) - 1),
                     "steps": len(tuned.path) - 1,
                 }
             )
@@ -172,20 +171,16 @@ def run_setting(
     }
 
 
-def affordable_steps(setting: Setting, images: int, most: int, budget: float) -> int:
-    """Return the most steps of `tune` whose evaluations stay within a budget.
+def evaluations(setting: Setting, images: int, steps: int) -> int:
+    """Return the data points and coded data points that the model of `tune` runs on.
 
-    What `tune` counted is checked in the results; this is its count foretold.
+    Those that it is differentiated on count `BACKWARD` times in addition.
     """
     k, n = setting.shape
     held = min(max(round(0.25 * (images // k)), 1), images // k - 1)
     groups = min(Sampling().groups_per_step, (images - held * k) // k)
-
-    def counted(steps: int) -> int:
-        looks = -(-steps // 10) + 1
-        return held * (k + (looks + 1) * n) + steps * groups * (k + (1 + BACKWARD) * n)
-
-    return max((steps for steps in range(1, most + 1) if counted(steps) <= budget), default=1)
+    looks = -(-steps // 10) + 1
+    return held * (k + (looks + 1) * n) + steps * groups * (k + (1 + BACKWARD) * n)
 
 
 def run_digits(report: Report, seeds: int, descent: Descent) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""Recorded answers under straggler sets, the objective, and when they are enough: by NumPy."""
+"""Recorded answers under straggler sets, and the objective: by NumPy."""
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 
 import equinox as eqx
 import jax
@@ -122,14 +121,6 @@ def test_they_tell_what_a_plain_loop_does(name, served, dtype):
         if criterion != "disagreement" and served is model:
             found = errors_of_sets(models(code), code, groups, MASKS, criterion=criterion)
             np.testing.assert_allclose(found, np.nan_to_num(expected), **close)
-    squares = np.sum((wanted - own) ** 2, axis=-1)
-    wrong = lost | (np.nan_to_num(wanted).argmax(-1) != own.argmax(-1))
-    for place, mask in enumerate(MASKS):
-        error = np.inf if lost[place].any() else np.sqrt(squares[place].mean())
-        np.testing.assert_allclose(known.error(mask), error, **close)
-        np.testing.assert_allclose(known.disagreement(mask), wrong[place].mean(), atol=1e-6)
-    many = jax.jit(jax.vmap(known.disagreement))(MASKS)
-    np.testing.assert_allclose(many, wrong.mean(axis=(1, 2)), atol=1e-6)
 
 
 # -- The objective: the mean over sets, and its gradients ------------------------------------------
@@ -226,54 +217,6 @@ def test_errors_of_the_objective(change, message, untyped):
         eqx.filter_eval_shape(nested_objective, model, code, x, masks, **given)
 
 
-# -- When they are enough --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def lowered():
-    """What JAX makes programs of while the test runs."""
-    programs = []
-
-    def listen(event, duration, **about):
-        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
-            programs.append(about.get("fun_name"))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield programs
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def test_one_compilation_serves_every_mask(lowered):
-    known = record_answers(model, Berrut(K, 7), data())
-    every = (np.arange(1, 2**7)[:, None] >> np.arange(7)) % 2 == 1
-    known.error(every[0])
-    lowered.clear()
-    assert len({float(known.error(mask)) for mask in every}) > 2
-    known.disagreement(every[6])
-    assert not lowered
-
-
-def test_the_error_is_infinite_where_a_data_point_is_lost():
-    """Copies make no error, but lose data points: no limit may take that for enough."""
-    code, lossy = CODES["copies"](), MASKS[2]
-    known = record_answers(model, code, data())
-    assert not np.asarray(code.recovered(lossy)).all()
-    assert known.error(MASKS[0]) < 1e-6
-    assert known.error(lossy) == known.error(MASKS[-1]) == np.inf
-
-
-def test_threads_and_devices():
-    known = record_answers(model, CODES["nercc"](), data())
-    enough = lambda mask: bool(known.disagreement(mask) <= 0.2)  # noqa: E731
-    masks = np.random.default_rng(1).uniform(size=(8, N)) < 0.6
-    with ThreadPoolExecutor(8) as threads:
-        verdicts = list(threads.map(enough, masks))
-    assert verdicts == [enough(mask) for mask in masks]
-    device = jax.devices()[3]
-    there = jax.device_put(known, device)
-    assert there.error(MASKS[1]).devices() == {device}
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -290,11 +233,3 @@ def test_errors_of_making(change, message, untyped):
     given = {"model": model, "code": CODES["nercc"](), "x": data(), **change}
     with pytest.raises(ValueError, match=message):
         record_answers(**given)
-
-
-@pytest.mark.parametrize("mask", [np.ones(5, bool), np.ones((2, N), bool), np.ones(N), np.True_])
-def test_errors_of_masks(mask, untyped):
-    known = record_answers(model, Berrut(K, N), data())
-    for ask in (known.error, known.disagreement):
-        with pytest.raises(ValueError, match=r"boolean mask of shape \(6,\)"):
-            ask(mask)

@@ -17,7 +17,6 @@ from nercc_jax import (
     calibrate_error_probability,
     coded_inference,
 )
-from nercc_jax.evaluation import record_answers
 from nercc_jax.risk import logistic_regression
 from nercc_jax.risk._error_probability import fit_error_probability
 from nercc_jax.surrogates import Surrogate
@@ -284,9 +283,3 @@ def test_no_label_is_promised_of_a_single_number(scheme):
     laws = {"1": ExactStragglers(1)}
     with pytest.raises(ValueError, match="which is no label"):
         calibrate_error_probability(single, scheme, x, laws, key=jax.random.key(0), num_sets=1)
-
-
-def test_no_forecast_of_labels_of_a_single_number():
-    forecast = record_answers(single, NeRCC(2, 4), points(0, 2))
-    with pytest.raises(ValueError, match="ask for the error"):
-        forecast.disagreement(np.ones(4, bool))

@@ -18,7 +18,6 @@ from scipy.stats import norm
 from nercc_jax import NeRCC, Scheme, Uncoded, coded_inference
 from nercc_jax.risk import calibrate_learner_bars
 from nercc_jax.rows import run_rows
-from nercc_jax.schemes import fit_scheme
 from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, Predictor
 from nercc_jax.surrogates import (
     Kernel,
@@ -489,19 +488,6 @@ def test_a_scheme_gives_nothing_out_by_a_learner_without_evidence():
     np.testing.assert_array_equal(bars(jnp.full(2, jnp.inf), 0.9), np.inf)
     with pytest.raises(ValueError, match="there is nothing to calibrate"):
         calibrate_learner_bars(learner, None)
-    with pytest.raises(ValueError, match="there is nothing to calibrate"):
-        fit_scheme(PAIRS, 0 * smooth(PAIRS), NeRCC(1, 2), capacity=64)
-
-
-def test_held_out_inputs_leave_with_all_answers_to_them():
-    tuning = LearnerTuning(shapes=("squared_exponential",), steps=10)
-    factors = []
-    for times in (1, 4):
-        x = repeated(times)
-        fitted = fit_scheme(x, smooth(x), NeRCC(1, 2), capacity=256, tuning=tuning)
-        assert fitted.bars is not None
-        factors.append(float(fitted.bars.factor(0.5)))
-    assert factors[1] > 0.3 * factors[0]
 
 
 def test_rows_that_come_again_have_bars_that_hold():

@@ -12,7 +12,7 @@ from commands import invoke
 from conftest import require
 
 from nercc_jax import load_code
-from nercc_jax.codes import LearnedDecoder, code_card
+from nercc_jax.codes import LearnedDecoder
 from nercc_models import find_model, find_points, load_data, load_model
 
 MODEL = "their_model:model"
@@ -169,7 +169,7 @@ def test_tune_compares_draws_and_writes_a_code(tuned, folder):
     for word in ("untuned", "tuned", "learned", "BACC", "MSE", "RelAcc", "lambda_dec", "8 steps"):
         assert word in tuned
     assert (folder / "nercc-tune.png").read_bytes().startswith(b"\x89PNG")
-    card = code_card(folder / "nercc-tuned.json")
+    card = json.loads((folder / "nercc-tuned.json").read_text())["about"]
     assert (card["model"], card["data"]) == (MODEL, "example_inputs() of their_model")
     code = load_code(folder / "nercc-tuned.json")
     assert isinstance(code, LearnedDecoder)
@@ -187,13 +187,12 @@ def test_demo_takes_a_tuned_code_and_weights(tuned, folder):
 
 
 @pytest.mark.slow
-def test_plan_writes_a_plan_and_a_picture(folder):
+def test_plan_writes_a_plan(folder):
     arguments = "--latency stragglers:0.05:0.08:10 --queries 4 --max-workers 5 --budget 0.25"
     arguments += " --max-inputs 96 --max-disagreement 0.2 --layouts interleaved --output a/b"
     reported = run("plan", "--model", MODEL, *arguments.split())
     for word in ("uncoded", "hedged", "NeRCC interleaved", "recommended:", "*"):
         assert word in reported
-    assert (folder / "a/b/plan.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((folder / "a/b/plan.json").read_text())
     assert written["latency"] == "stragglers:0.05:0.08:10"
     assert written["recommended"] in written["candidates"]

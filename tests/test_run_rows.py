@@ -22,7 +22,7 @@ from nercc_jax.pools import Fault, Faults
 from nercc_jax.pools.backend import WorkerDied
 from nercc_jax.risk import Accuracy
 from nercc_jax.rows import RowSettings, run_rows
-from nercc_jax.schemes import fit_scheme
+from nercc_jax.rows._evidence import fit_pairs
 from nercc_jax.stragglers import TraceLatency
 from nercc_jax.surrogates import LearnerTuning
 from nercc_jax.testing import SimulatedPool
@@ -202,11 +202,10 @@ QUICK_WINDOW = 64
 def quick_fit(monkeypatch):
     """Learners that are fitted in a moment."""
 
-    def fit(x, y, code, *, capacity, labels, tuning=None):
-        quick = LearnerTuning(rows=32, steps=2)
-        return fit_scheme(x, y, code, capacity=QUICK_WINDOW, labels=labels, tuning=quick)
+    def fit(x, y, capacity, tuning, *, labels):
+        return fit_pairs(x, y, QUICK_WINDOW, LearnerTuning(rows=32, steps=2), labels=labels)
 
-    monkeypatch.setattr("nercc_jax.rows._evidence.fit_scheme", fit)
+    monkeypatch.setattr("nercc_jax.rows._evidence.fit_pairs", fit)
 
 
 def errors_of(result):
@@ -376,7 +375,7 @@ def test_learning_takes_half_of_the_cores(monkeypatch):
         time.sleep(0.005 * len(rows))
         return smooth(rows)
 
-    def fit(x, y, code, **_):
+    def fit(x, y, *_, **__):
         seen.extend(each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas")
         raise ValueError("nothing is learned here")
 
@@ -386,7 +385,7 @@ def test_learning_takes_half_of_the_cores(monkeypatch):
         thread.join()
 
     before = {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
-    monkeypatch.setattr("nercc_jax.rows._evidence.fit_scheme", fit)
+    monkeypatch.setattr("nercc_jax.rows._evidence.fit_pairs", fit)
     limit(4)
     try:
         options = {"rows_per_call": 1, "tolerance": 0.1}

@@ -41,23 +41,6 @@ class Scaled(eqx.Module):
         return self.of_product * self.decoder @ y
 
 
-class OnHost(Means):
-    """Has both matrices by NumPy, too."""
-
-    def _near_on_host(self):
-        data, workers = (np.linspace(0, 1, n) for n in (self.num_data, self.num_workers))
-        return 1 / (1 + ((data[:, None] - workers) / self.width) ** 2)
-
-    def encoder_on_host(self):
-        near = self._near_on_host().T
-        return near / near.sum(axis=1, keepdims=True)
-
-    def decoder_on_host(self, available):
-        near = np.where(available, self._near_on_host(), 0)
-        matrix = near / np.maximum(near.sum(axis=1, keepdims=True), 1e-9)
-        return matrix, np.full(self.num_data, available.any())
-
-
 def adds_all_answers(self, y, available):
     """Stragglers' answers are multiplied by zero, but 0 * NaN is NaN."""
     decoded = Means.try_decode(self, y, available)
@@ -92,14 +75,6 @@ def recovers(found):
 
 def scaled(**factors):
     return changed(decoder_map=lambda self, mask: Scaled(self.decoder_matrix(mask), **factors))
-
-
-def on_host(change):
-    """Return a code whose decoder by NumPy is changed: `change(matrix, recovered, mask)`."""
-    return changed(
-        OnHost,
-        decoder_on_host=lambda self, mask: change(*OnHost.decoder_on_host(self, mask), mask),
-    )
 
 
 class Kernel:
@@ -192,36 +167,6 @@ class SizeAsAnArray(AbstractCode):
         (scaled(of_product=1.01), r"decoder_map\(available\)\.apply\(y\) differs from what it"),
         (scaled(of_matrix=1.01), r"decoder_map\(available\)\.matrix differs from what it"),
         (
-            changed(OnHost, encoder_on_host=lambda self: 1.01 * OnHost.encoder_on_host(self)),
-            r"encoder_on_host\(\) differs from what it must be: the",
-        ),
-        (
-            changed(OnHost, encoder_on_host=lambda self: jnp.asarray(OnHost.encoder_on_host(self))),
-            r"encoder_on_host\(\) must be a NumPy array, made without JAX",
-        ),
-        (
-            on_host(lambda matrix, known, mask: ((1.01 if mask.sum() == 2 else 1) * matrix, known)),
-            r"decoder_on_host.*\[0\] differs from what it must be",
-        ),
-        (
-            on_host(lambda matrix, known, mask: (matrix, known & (mask.sum() > 1))),
-            r"must be recovered\(available\); with workers \[0\] ",
-        ),
-        (  # a weight for stragglers that no comparison with a tolerance can see
-            on_host(
-                lambda matrix, known, mask: (np.where(known[:, None] & ~mask, 1e-9, matrix), known)
-            ),
-            r"columns of unavailable workers must be zero in .*_on_host",
-        ),
-        (
-            on_host(lambda matrix, known, mask: (matrix, known) if mask.all() else None),
-            r"every straggler set or for none; with workers \[\]",
-        ),
-        (
-            on_host(lambda matrix, known, mask: (matrix, known.astype(int))),
-            r"of bool\(3,\), not int64\(3,\), ndarray",
-        ),
-        (
             changed(encode=lambda self, x: Means.encode(self, x) + 0.01),
             r"encode\(x\) must be encoder_matrix\(\) @ x; inside",
         ),
@@ -243,10 +188,6 @@ class SizeAsAnArray(AbstractCode):
 def test_a_broken_code_is_refused(build, message, untyped):
     with pytest.raises(AssertionError, match=message):
         check_code(build())
-
-
-def test_matrices_on_the_host_are_accepted(untyped):
-    check_code(OnHost(K, N))
 
 
 def test_a_class_is_not_a_code(untyped):

@@ -148,7 +148,7 @@ def test_evaluation_and_the_objective():
             getattr(tree, metric).mean, getattr(plain, metric).mean, rtol=1e-4
         )
     forecast = record_answers(heads, CODE, points(one))
-    np.testing.assert_allclose(forecast.error(MASK) ** 2 / 8, nested_objective(
+    np.testing.assert_allclose(forecast.losses(jnp.asarray(MASK[None]), "mse")[0], nested_objective(
         heads, CODE, one, MASK[None]), rtol=1e-4)  # fmt: skip
     # A data point keeps its labels if it keeps them all: along the last axis of every head.
     own = heads(jax.tree.map(jnp.asarray, points(one)))

@@ -353,9 +353,6 @@ def test_every_step_is_reported_and_counted(runs):
     assert [step.step for step in steps] == list(range(13))
     assert [step.step for step in steps if step.held_out is not None] == [0, 4, 8, 12]
     assert [step.objective is None for step in steps] == 12 * [False] + [True]
-    # Two groups a step; five held out, judged before the first step and at four looks.
-    assert moved.differentiated == 12 * 2 * N
-    assert moved.evaluations == 12 * 2 * (N + K) + 5 * (K + 5 * N)
 
 
 def test_all_steps_share_one_compilation(runs):
@@ -415,7 +412,6 @@ def test_any_optimizer_and_lbfgs_lower_the_error_from_the_same_start(start, unty
     assert better.objective < by_sgd.objective
     values = [step.objective for step in better.history if step.objective is not None]
     assert values == sorted(values, reverse=True), "one draw, on which each step goes down"
-    assert better.differentiated >= len(values) * 2 * 4 * N, "each look of the line search counts"
     with pytest.raises(ValueError, match="there is no code to start from"):
         nj.tune(model, (), DATA, LAWS, **options)
     with pytest.raises(ValueError, match="optimizer must be 'adam', 'lbfgs' or an optax transf"):

@@ -21,13 +21,13 @@ from nercc_jax import (
     ExactStragglers,
     NeRCC,
     Parity,
+    Replication,
     Scheme,
     calibrate_error_probability,
     coded_inference,
     evaluate,
     pool_inference,
 )
-from nercc_jax.evaluation import record_answers
 from nercc_jax.inference import CalibrationWarning, cast_model
 from nercc_jax.inference.models import current_conditions
 from nercc_jax.risk import Accuracy
@@ -269,7 +269,7 @@ def test_no_other_dtype(dtype, untyped):
     for use in (
         lambda: coded_inference(closed, CODE, worker_dtype=dtype),
         lambda: DevicePool(closed, 1, worker_dtype=dtype),
-        lambda: record_answers(closed, CODE, X[0], worker_dtype=dtype),
+        lambda: evaluate(closed, {"": CODE}, X[0], LAWS, key=None, worker_dtype=dtype),
     ):
         with pytest.raises(ValueError, match="worker_dtype must be a floating dtype of at most 32"):
             use()
@@ -330,17 +330,14 @@ def test_conditions_are_recorded(doubts):
         assert re.match("float64 workers.*precision highest", current_conditions())
 
 
-def test_own_answers_stay_in_float32():
-    plain, cast = (
-        record_answers(small(), CODE, FEW, worker_dtype=dtype) for dtype in (None, "bfloat16")
+def test_workers_own_places_are_answered_in_it_and_the_models_own_outputs_are_not():
+    options = {"key": jax.random.key(1), "num_sets": 2}
+    exact, cast = (
+        evaluate(small(), {"": Replication(K, N)}, FEW, LAWS, worker_dtype=dtype, **options)[0]
+        for dtype in (None, "bfloat16")
     )
-    np.testing.assert_array_equal(plain.own, cast.own)
-    assert 0 < np.abs(plain.coded - cast.coded).max() < 2e-2
-    rows = evaluate(
-        small(), {"BACC": CODE}, FEW, LAWS, key=jax.random.key(1), num_sets=2,
-        worker_dtype="bfloat16",
-    )  # fmt: skip
-    assert rows[0].rel_acc.mean > 0.5
+    assert exact.rmse.mean == 0 < cast.rmse.mean < 2e-2
+    assert cast.rel_acc.mean > 0.5
 
 
 def test_a_scheme_with_anothers_doubt_says_so(doubts):

@@ -9,6 +9,7 @@ from nercc_jax.evaluation.pictures import (
     LIGHT,
     LOOKS,
     LOSSY,
+    MIXED,
     OLIVE,
     OPEN,
     PURPLE,
@@ -20,6 +21,9 @@ from nercc_jax.evaluation.pictures import (
 
 LOOKS |= {
     # The method, and what is added to it.
+    "scheme": (WINE, "*"),
+    "scheme, uncertain again": (WINE, "X"),
+    "known, else hedged": (WINE, "*", MIXED),
     "coded": (BLUE, "o"),
     "NeRCC (8, 4)": (BLUE, "h"),
     "NeRCC, published": (SKY, "o", OPEN),
@@ -37,6 +41,10 @@ LOOKS |= {
     "repeated": (PURPLE, "o"),
     "BACC, median": (BROWN, "d"),
     # Copies, and copies on suspicion.
+    "replication, else surrogate": (GREY, "+", LOSSY),
+    "copies by the student's doubt": (TEAL, "x", LOSSY),
+    "copies of the uncertain": (TEAL, "x", LOSSY),
+    "hedg": (OLIVE, "^", MIXED),
     "two copies": (GREY, "x", LOSSY),
     "copies, else the nearest": (GREY, "x", LOSSY),
     "copies, else a GP": (GREY, "^", LOSSY),

@@ -1,7 +1,6 @@
 """`nercc demo`: coded inference under stragglers, on real data, next to copies and a student."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -92,8 +91,7 @@ def demo(options: Options) -> None:
     panels = {"mse": (f"MSE of {options.outputs}", True)}
     if options.outputs != "values":
         panels["rel_acc"] = ("labels kept (RelAcc)", False)
-    above = functools.partial(pictures.costs_figure, kept, straggle) if kept else None
-    pictures.straggler_figure(rows, panels, what, above).savefig(options.plot, dpi=130)
+    pictures.straggler_figure(rows, panels, what).savefig(options.plot, dpi=130)
     show(console, f"picture: {options.plot.resolve()}")
     records = [row._asdict() | {"kept": dataclasses.asdict(row.kept)} for row in kept]
     about = {"model": options.model, "data": data.source, "outputs": options.outputs}

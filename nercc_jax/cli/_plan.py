@@ -7,8 +7,7 @@ import jax
 from rich.console import Console
 
 from ..codes import regression_points
-from ..evaluation import pictures
-from ..planning import ALIKE, plan
+from ..planning import plan
 from ..stragglers import latency_law
 from ._command import of_option
 from ._options import Options
@@ -55,10 +54,8 @@ def plan_service(options: Options) -> None:
             overhead=options.overhead_s,
             **asked,
         )
-    file, picture = options.output / "plan.json", options.output / "plan.png"
+    file = options.output / "plan.json"
     about = {name: getattr(options, name) for name in ("model", "outputs", "latency", "surrogate")}
     about |= {"data": f"{data.source}, {split}", "seed": options.seed}
     write_json(console, file, about | dataclasses.asdict(found))
-    title = f"{options.model}, {options.latency}, {options.queries} queries"
-    pictures.plan_figure(found, title, ALIKE).savefig(picture, dpi=130)
-    show(console, found, f"picture: {picture.resolve()}")
+    show(console, found)

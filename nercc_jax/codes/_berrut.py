@@ -8,9 +8,9 @@ from jaxtyping import Array, Bool, Float
 
 from ..splines._knots import gather_knots
 from ..splines.arrays import namespace
-from ._checks import check_counts
 from ._code import AbstractNumpyCode
 from ._points import Points, regression_points
+from .checks import check_counts
 
 
 class Berrut(AbstractNumpyCode):

@@ -9,10 +9,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from ..splines._ends import Ends, check_ends
 from ..splines.arrays import namespace
 from ._berrut import berrut_matrix
-from ._checks import check_counts
 from ._nercc import AbstractSplineCode
 from ._points import Points, regression_points
-from ._trees import scalar_leaf
+from .checks import check_counts
+from .trees import scalar_leaf
 
 
 class BerrutSpline(AbstractSplineCode):

@@ -7,7 +7,7 @@ A code is two matrices: the encoder E (N, K) and, for the workers that answered,
 import abc
 import functools
 import warnings
-from typing import Any, TypeAlias
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -18,8 +18,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..splines.arrays import native
 from ._decoding import Decoded, PlainMap, decode_groups, encode_groups
-from ._kept import known_matrices
-from ._trees import (
+from .kept import known_matrices
+from .trees import (
     check_data,
     check_finite,
     check_floats,
@@ -28,11 +28,6 @@ from ._trees import (
     join,
     to_device,
 )
-
-# A decoder's matrix, and what it recovers.
-MatrixOnHost: TypeAlias = tuple[
-    Float[np.ndarray, "num_data num_workers"], Bool[np.ndarray, " num_data"]
-]
 
 
 class transformable(functools.partial):
@@ -89,6 +84,7 @@ class AbstractCode(eqx.Module):
 
     num_data: eqx.AbstractVar[int]
     num_workers: eqx.AbstractVar[int]
+    has_host_matrices: ClassVar[bool] = False
 
     @property
     def worker_models(self) -> Int[np.ndarray, " num_workers"]:
@@ -126,21 +122,6 @@ class AbstractCode(eqx.Module):
         has a better way than its matrix overrides it, and makes both in one go.
         """
         return PlainMap(self.decoder_matrix(available))
-
-    def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"] | None:
-        """Return E by NumPy, or None for a code that has no such way.
-
-        It is called on a code whose leaves are NumPy's arrays. Where a code is known before a
-        program runs, as in every eager call, its matrices are then made without compilation.
-        """
-        return None
-
-    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost | None:
-        """Return D and `recovered` by NumPy, or None: as `encoder_on_host`.
-
-        D is float64, for full accuracy of the product with it.
-        """
-        return None
 
     def posterior_variance(
         self, available: Bool[ArrayLike, " num_workers"]
@@ -267,6 +248,8 @@ class AbstractNumpyCode(AbstractCode):
     What is recovered are the rows of the decoder's matrix that are not zero.
     """
 
+    has_host_matrices = True
+
     @abc.abstractmethod
     def _encoder(self) -> Float[Any, "num_workers num_data"]:
         """Return E."""
@@ -295,11 +278,14 @@ class AbstractNumpyCode(AbstractCode):
         return jnp.any(jnp.asarray(self._decoder(available)) != 0, axis=1)
 
     def encoder_on_host(self) -> Float[np.ndarray, "num_workers num_data"]:
+        """Return E by NumPy, in float64 as far as the regression has it."""
         return jax.tree.map(np.asarray, self)._encoder()
 
-    def decoder_on_host(self, available: Bool[np.ndarray, " num_workers"]) -> MatrixOnHost:
-        matrix = jax.tree.map(np.asarray, self)._decoder(available)
-        return matrix, np.any(matrix != 0, axis=1)
+    def decoder_on_host(
+        self, available: Bool[np.ndarray, " num_workers"]
+    ) -> Float[np.ndarray, "num_data num_workers"]:
+        """Return D by NumPy, in float64 for full accuracy of the product with it."""
+        return jax.tree.map(np.asarray, self)._decoder(available)
 
 
 @eqx.filter_jit

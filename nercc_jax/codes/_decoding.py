@@ -31,8 +31,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..splines._platforms import alike_in_shard_map
 from ..splines.arrays import native, where
-from ._kept import Matrices, kept_matrices
-from ._trees import any_tracer, join, to_device
+from .kept import Matrices, kept_matrices
+from .trees import any_tracer, join, to_device
 
 # TPUs and GPUs would round the factors of a float32 product.
 FULL = jax.lax.Precision.HIGHEST
@@ -172,7 +172,7 @@ def decode_groups(
     # The host cannot where a code has no matrices by NumPy, or answers lie on several hosts. Of
     # more sets than are kept a program makes the matrices faster.
     here = (leaf.is_fully_addressable for leaf in jax.tree.leaves(y) if isinstance(leaf, Array))
-    if given is None or kept is None or not kept.on_host or not all(here):
+    if given is None or kept is None or not all(here):
         return _decode(code, to_device(y), to_device(masks), None, one=one)[0]
     vectors, form = join(jax.tree.map(np.asarray, to_device(y)), 1 if one else 2)
     vectors, masks = (vectors[None], masks[None]) if one else (vectors, masks)
@@ -183,7 +183,8 @@ def decode_groups(
     for group, mask in enumerate(responded):
         if (name := mask.tobytes()) not in exact:
             exact[name] = kept.by_numpy("decoder_on_host", mask)
-        decoder, recovered[group] = exact[name]
+        decoder = exact[name]
+        recovered[group] = np.any(decoder != 0, axis=1)
         with np.errstate(over="ignore"):  # it becomes infinite, as in a program
             predictions[group] = decoder[:, mask] @ vectors[group, mask].astype(np.float64)
     predictions[~recovered] = np.nan

@@ -9,9 +9,9 @@ from jaxtyping import Array, Bool, Float
 from ..splines._knots import gather_knots
 from ..splines.arrays import namespace, product
 from ._berrut import barycentric_matrix
-from ._checks import check_count, check_counts
 from ._code import AbstractNumpyCode
 from ._points import Points, regression_points
+from .checks import check_count, check_counts
 
 
 class Lagrange(AbstractNumpyCode):

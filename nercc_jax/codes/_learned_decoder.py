@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from ..splines._platforms import alike_in_shard_map
 from ..splines.arrays import namespace, product, working_dtype
 from ._code import AbstractNumpyCode, as_mask
-from ._trees import any_tracer, check_floats
+from .trees import any_tracer, check_floats
 
 # Mean squared noise that answers are taken to have, of their mean square. In float32 the
 # regression's condition is then that of a thousand, whatever was recorded.

@@ -13,10 +13,10 @@ from ..splines._ends import Ends
 from ..splines._host import smoothing_matrix_on_host, variances_on_host
 from ..splines._smoothing import smoothing_map
 from ..splines.arrays import namespace, where, working_dtype
-from ._checks import check_counts
 from ._code import AbstractNumpyCode, as_mask, check_mask
 from ._points import Points, coincident, mean_gap, regression_points
-from ._trees import any_tracer, scalar_leaf
+from .checks import check_counts
+from .trees import any_tracer, scalar_leaf
 
 
 class AbstractSplineCode(AbstractNumpyCode):

@@ -14,8 +14,8 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ..splines.arrays import namespace, where
-from ._checks import check_counts
-from ._trees import to_device
+from .checks import check_counts
+from .trees import to_device
 
 Layout: TypeAlias = Literal[
     "chebyshev", "approxifer", "sbacc", "uniform", "interleaved", "repeated"

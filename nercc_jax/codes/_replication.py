@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..splines.arrays import namespace
-from ._checks import check_count, check_counts
 from ._code import AbstractNumpyCode
 from ._points import copies
+from .checks import check_count, check_counts
 
 
 class AbstractCopies(AbstractNumpyCode):

@@ -13,8 +13,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 from ..splines.arrays import native
 from ._code import AbstractCode
 from ._decoding import Decoded, decode_groups, decode_in_program, encode_groups
-from ._kept import CachedMatrices
-from ._trees import any_tracer, check_floats, is_float, leaves_of
+from .kept import CachedMatrices
+from .trees import any_tracer, check_floats, is_float, leaves_of
 
 # Raised by JAX where a function does not take tracers.
 _UNTRACEABLE = (

@@ -12,12 +12,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, as_mask, decode_groups, encode_groups
-from ..codes._kept import encoder_of
-from ..codes._trees import (
+from ..codes import AbstractCode, Decoded, decode_groups, encode_groups
+from ..codes.kept import encoder_of
+from ..codes.trees import (
     Form,
     check_data,
     check_finite,
@@ -28,10 +27,9 @@ from ..codes._trees import (
     points_of,
 )
 from ..codes.workers import call_model, check_number_of_models
-from ..inference import cast_model
 from ..inference.models import Model, check_model
 from ..splines.arrays import namespace, native
-from ._criteria import Criterion, agree_on_labels, labels_of, point_criterion, same_labels
+from .criteria import Criterion, agree_on_labels, labels_of, point_criterion, same_labels
 
 Run: TypeAlias = Callable[[PyTree], PyTree]  # a model for any number of data points: `batched`
 
@@ -39,12 +37,8 @@ Run: TypeAlias = Callable[[PyTree], PyTree]  # a model for any number of data po
 class Answers(eqx.Module):
     """All workers' answers to groups of data points, and the served model's own predictions.
 
-    Outputs of any shape, or pytrees of them, are joined to vectors. `error` and `disagreement`
-    decode under a mask, by one compilation for all masks. They forecast what batches like the
-    recorded data points will have, if workers straggle whatever the data; they know nothing of the
-    batch at hand. A disagreement p seen on n data points is known to sqrt(p (1 - p) / n) at best,
-    less well where those of a group go wrong together. A model does better on data that it was
-    trained on, so record others.
+    Outputs of any shape, or pytrees of them, are joined to vectors. A model does better on data
+    that it was trained on, so record others.
 
     Attributes:
         code: The code.
@@ -134,41 +128,6 @@ class Answers(eqx.Module):
             metric: jnp.sum(value, axis=1, dtype=error.dtype) for metric, value in points.items()
         }
 
-    def error(self, available: Bool[ArrayLike, " num_workers"]) -> Float[Array, ""]:
-        """Return sqrt(mean |u_k - f_k|^2), the `rmse` of `Evaluation`, in units of the outputs.
-
-        It is infinite where a data point is not recovered. So a pool that has waited for enough may
-        be told by `lambda mask: answers.error(mask) <= limit`. More answers need not be better; and
-        the first set that looks good enough looks better than it is, the more so the fewer the data
-        points. The first call compiles.
-
-        Raises:
-            ValueError: The mask has another shape or dtype.
-        """
-        return _expect(self, available)[0]
-
-    def disagreement(self, available: Bool[ArrayLike, " num_workers"]) -> Float[Array, ""]:
-        """Return the share of data points whose label is not the model's own: 1 - `rel_acc`.
-
-        Data points that are not recovered count as wrong.
-
-        Raises:
-            ValueError: The mask has another shape or dtype, or the outputs have no labels.
-        """
-        if not self.form.has_labels:
-            raise ValueError("outputs with one number a row have no labels: ask for the error")
-        return _expect(self, available)[1]
-
-
-@eqx.filter_jit
-def _expect(answers: Answers, available: Bool[ArrayLike, " num_workers"]) -> tuple[Array, Array]:
-    """Return the error, infinite where a data point is lost, and the disagreement."""
-    decoded = answers.decode(as_mask(available, (answers.code.num_workers,)))
-    sums = {metric: jnp.sum(each) for metric, each in answers.sums_of(decoded).items()}
-    total = answers.own.shape[0] * answers.own.shape[1]
-    error = jnp.where(jnp.all(decoded.recovered), jnp.sqrt(sums["squares"] / total), jnp.inf)
-    return error, 1 - sums["rel_acc"] / total
-
 
 def record_answers(
     model: Model | Sequence[Model],
@@ -176,7 +135,6 @@ def record_answers(
     x: PyTree[Shaped[ArrayLike, "points ..."]],
     *,
     batch_size: int = 256,
-    worker_dtype: DTypeLike | None = None,
 ) -> Answers:
     """Run a model on data points and on their coded data points, once for all straggler sets.
 
@@ -187,95 +145,80 @@ def record_answers(
         x: Unlabelled data points, in the order in which they are cut into groups of K; a remainder
             is left out.
         batch_size: The number of data points in a call of the model.
-        worker_dtype: The dtype that coded data points are answered in (`cast_model`). The model's
-            own outputs stay as they are.
 
     Raises:
         ValueError: x fills no group or is not finite floats, the model's outputs on it are not
-            finite, the models are not those that the code's workers run, or `worker_dtype` is no
-            float.
+            finite, or the models are not those that the code's workers run.
     """
     models = (model,) if callable(model) else tuple(model)
     check_number_of_models(code.worker_models, len(models))
     groups = cut_groups(x, code.num_data)
-    run, *further = [batched(each, batch_size) for each in cast_model(models, worker_dtype)]
-    own = None if worker_dtype is None else batched(models[0], batch_size)
-    return Recorder(run, groups, batch_size, own).of(code, further)
+    runs = [batched(each, batch_size) for each in models]
+    own, form = own_outputs(runs[0], groups)
+    coded = coded_outputs(runs, code, groups, batch_size, own)
+    return Answers(code, jnp.asarray(coded), jnp.asarray(own), form)
 
 
-class Recorder:
-    """A model's answers to the coded data points of many codes on the same groups.
+def own_outputs(
+    run: Run, groups: PyTree[Shaped[np.ndarray, "groups num_data ..."]]
+) -> tuple[Float[np.ndarray, "groups num_data m"], Form]:
+    """Return a model's outputs on groups of data points as vectors, and their structure.
 
-    Each answer is computed once.
-
-    Attributes:
-        own: The model's outputs on the data points, (groups, K, m).
-        form: The structure of the outputs.
+    Raises:
+        ValueError: They are not finite floats.
     """
+    outputs = run(points_of(groups))
+    check_floats("the model's answer", outputs)
+    flat, form = join(outputs, 1)
+    finite = np.isfinite(flat).all(axis=-1)
+    if not finite.all():
+        raise ValueError(
+            "the model's own outputs must be finite; they are not for data points "
+            f"{np.flatnonzero(~finite)[:10].tolist()}"
+        )
+    return np.asarray(flat).reshape(*jax.tree.leaves(groups)[0].shape[:2], -1), form
 
-    def __init__(
-        self,
-        run: Run,
-        groups: PyTree[Shaped[np.ndarray, "groups num_data ..."]],
-        batch_size: int,
-        own: Run | tuple[Float[np.ndarray, "groups num_data m"], Form] | None = None,
-    ):
-        """Start a record, on groups of data points, of the model (`batched`) that workers run.
 
-        `own` is the model whose outputs on the data points count, where it is not `run`, or its
-        outputs, where they are known.
+def coded_outputs(
+    runs: Sequence[Run],
+    code: AbstractCode,
+    groups: PyTree[Shaped[np.ndarray, "groups num_data ..."]],
+    batch_size: int,
+    own: Float[np.ndarray, "groups num_data m"] | None = None,
+) -> Float[np.ndarray, "groups num_workers m"]:
+    """Return all workers' answers to groups of data points, as vectors.
 
-        Raises:
-            ValueError: The outputs on the data points are not finite floats.
-        """
-        self._run, self._groups, self._batch_size = run, groups, batch_size
-        self._shape = jax.tree.leaves(groups)[0].shape[:2]
-        self._known: dict[bytes, np.ndarray] = {}
-        if isinstance(own, tuple):
-            self.own, self.form = own
-        else:
-            outputs = (own or run)(points_of(groups))
-            check_floats("the model's answer", outputs)
-            flat, self.form = join(outputs, 1)
-            finite = np.isfinite(flat).all(axis=-1)
-            if not finite.all():
-                raise ValueError(
-                    "the model's own outputs must be finite; they are not for data points "
-                    f"{np.flatnonzero(~finite)[:10].tolist()}"
-                )
-            self.own = np.asarray(flat).reshape(*self._shape, -1)
-        if not callable(own):
-            names = map(_row_name, np.eye(self._shape[1]))
-            self._known = {name: self.own[:, place] for place, name in enumerate(names)}
+    Args:
+        runs: The models that the code's workers run, the served one first.
+        code: The code.
+        groups: The data points.
+        batch_size: The most data points in a call of a model.
+        own: The served model's outputs on them, which are the answers of workers that it runs on
+            data points themselves.
 
-    def of(self, code: AbstractCode, further: Sequence[Run] = ()) -> Answers:
-        """Return all workers' answers with a code, and its `further` models (`batched`).
+    Raises:
+        ValueError: The number of models is not the code's.
+    """
+    rows, kinds = np.asarray(encoder_of(code)), code.worker_models
+    check_number_of_models(kinds, len(runs))
+    copies = np.abs(rows[:, None] - np.eye(code.num_data)).max(axis=2) < 1e-6
+    copies &= (kinds[:, None] == 0) & (own is not None)
+    workers, data_points = np.nonzero(copies)
+    places, parts = [workers], [] if own is None else [own[:, data_points]]
+    for kind, run in enumerate(runs):
+        asked = np.flatnonzero((kinds == kind) & ~copies.any(axis=1))
 
-        Raises:
-            ValueError: The number of models is not the code's.
-        """
-        rows, kinds = encoder_of(code), code.worker_models
-        check_number_of_models(kinds, 1 + len(further))
-        names = [_row_name(row) for row in rows]
-        answers = {}
-        for kind, run in enumerate((self._run, *further)):
-            known = self._known if kind == 0 else {}
-            theirs = {n: r for n, r, k in zip(names, rows, kinds, strict=True) if k == kind}
-            if new := {name: row for name, row in theirs.items() if name not in known}:
-                matrix = np.stack(list(new.values()))
+        def ask(x: PyTree, run: Run = run, matrix: np.ndarray = rows[asked]) -> np.ndarray:
+            """Return a model's outputs on some groups' coded data points."""
+            flat = np.asarray(join(run(points_of(_combine(matrix, x))), 1)[0])
+            return flat.reshape(-1, len(matrix), flat.shape[-1])
 
-                def ask(x: PyTree, run: Run = run, matrix: np.ndarray = matrix) -> np.ndarray:
-                    """Return a model's outputs for the new combinations of some groups."""
-                    flat = np.asarray(join(run(points_of(_combine(matrix, x))), 1)[0])
-                    return flat.reshape(-1, len(matrix), flat.shape[-1])
-
-                at_once = min(max(self._batch_size // len(matrix), 1), self._shape[0])
-                found = in_parts(ask, self._groups, at_once)
-                known |= {name: found[:, place] for place, name in enumerate(new)}
-            answers |= {(kind, name): known[name] for name in theirs}
-        coded = np.stack([answers[each] for each in zip(kinds, names, strict=True)], axis=1)
-        own = jnp.asarray(self.own)
-        return Answers(code, jnp.asarray(coded), own, self.form)
+        if asked.size:
+            number = len(jax.tree.leaves(groups)[0])
+            at_once = min(max(batch_size // asked.size, 1), number)
+            places.append(asked)
+            parts.append(in_parts(ask, groups, at_once))
+    return np.concatenate(parts, axis=1)[:, np.argsort(np.concatenate(places))]
 
 
 def cut_groups(x: PyTree, num_data: int) -> PyTree[Shaped[np.ndarray, "groups num_data ..."]]:
@@ -331,11 +274,6 @@ def in_parts(
         here = np.minimum(np.arange(place, place + at_once), number - 1)
         parts.append(run(jax.tree.map(lambda leaf: leaf[here], rows)))  # noqa: B023
     return jax.tree.map(lambda *each: namespace(*each).concatenate(each)[:number], *parts)
-
-
-def _row_name(row: np.ndarray) -> bytes:
-    """Equal for rows of encoders that are the same to a millionth."""
-    return (np.round(np.asarray(row, np.float32), 6) + 0.0).tobytes()  # -0.0 becomes 0.0
 
 
 _combine = jax.jit(lambda rows, x: encode_groups(None, x, rows))

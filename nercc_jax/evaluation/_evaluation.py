@@ -12,13 +12,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode
-from ..codes._checks import check_count
-from ..codes._trees import join, leaves_of
+from ..codes.checks import check_count
+from ..codes.trees import join, leaves_of
 from ..inference import cast_model
 from ..inference.models import Model
 from ..splines.arrays import native
 from ..stragglers import AbstractStragglers
-from ._answers import Answers, Recorder, batched, cut_groups
+from ._answers import Answers, batched, coded_outputs, cut_groups, own_outputs
 from .tables import text_table
 
 SHARES = ("rel_acc", "accuracy", "lost")  # metrics between 0 and 1
@@ -293,12 +293,13 @@ def evaluate(
     )
 
     run = batched(cast_model(model, worker_dtype), batch_size)
-    own = None if worker_dtype is None else batched(model, batch_size)
-    recorder = Recorder(run, groups, batch_size, own)
-    recorded = {}
+    own, form = own_outputs(run if worker_dtype is None else batched(model, batch_size), groups)
+    known, recorded = own if worker_dtype is None else None, {}
     for name, code in codes.items():
         others = cast_model(tuple((further_models or {}).get(name, ())), worker_dtype)
-        recorded[name] = recorder.of(code, [batched(each, batch_size) for each in others])
+        runs = [run, *(batched(each, batch_size) for each in others)]
+        coded = coded_outputs(runs, code, groups, batch_size, known)
+        recorded[name] = Answers(code, jnp.asarray(coded), jnp.asarray(own), form)
     first = next(iter(recorded.values()))
     groups, num_data, num_outputs = first.own.shape
     pairs = [(law, index) for law in stragglers for index in range(num_sets)]

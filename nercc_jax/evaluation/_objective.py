@@ -13,12 +13,12 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, encode_groups
-from ..codes._trees import check_leading, groups_of, join, points_of, to_device
+from ..codes.trees import check_leading, groups_of, join, points_of, to_device
 from ..codes.workers import call_model, run_workers
 from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers, straggler_sets
 from ._answers import Answers
-from ._criteria import Criterion
+from .criteria import Criterion
 
 
 def nested_objective(

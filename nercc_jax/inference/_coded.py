@@ -15,8 +15,8 @@ from jaxtyping import ArrayLike, Bool, PyTree, Shaped
 from ..codes import AbstractCode, encode_groups
 from ..codes._code import check_mask
 from ..codes._decoding import in_auto_mode
-from ..codes._kept import CachedMatrices, known_matrices
-from ..codes._trees import (
+from ..codes.kept import CachedMatrices, known_matrices
+from ..codes.trees import (
     any_tracer,
     check_data,
     check_finite,

@@ -19,8 +19,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, encode_groups
 from ..codes._decoding import decode_vectors
-from ..codes._kept import CachedMatrices, Matrices, encoder_of
-from ..codes._trees import join
+from ..codes.kept import CachedMatrices, Matrices, encoder_of
+from ..codes.trees import join
 from ..codes.workers import run_workers
 from .models import Model
 

@@ -1,6 +1,4 @@
-"""Decoding when some workers lie: answers that do not fit are found out, or smoothed over."""
-
-from typing import Literal, TypeAlias, get_args
+"""Decoding when some workers lie: answers that do not fit are found out, and left out."""
 
 import equinox as eqx
 import jax
@@ -11,12 +9,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 from ..codes import AbstractCode, Decoded, NeRCC, as_mask
 from ..codes._code import checked_answers
 from ..codes._decoding import decode_vectors, multiply
-from ..codes._trees import join, to_device
+from ..codes.trees import join, to_device
 from ..splines import smoothing_matrix
 from ..splines._knots import gather_knots
 from ..splines.arrays import native, working_dtype
-
-RobustMethod: TypeAlias = Literal["reject", "smooth"]
 
 
 def robust_decode(
@@ -25,18 +21,21 @@ def robust_decode(
     available: Bool[ArrayLike, " num_workers"],
     *,
     max_adversaries: int | Int[Array, ""],
-    method: RobustMethod = "reject",
     threshold: Float[ArrayLike, ""] | None = None,
-    rate_constant: Float[ArrayLike, ""] = 4e-6,
 ) -> tuple[Decoded, Bool[Array, "*groups num_workers"]]:
     """Decode one group where up to `max_adversaries` of the workers may answer anything.
 
-    "reject" (docs/adversaries.md) errs less by far where the path is rough, as for images in any
-    order; "smooth" has the proven rate. Groups that the same workers answered judge them better
-    together: put them into a trailing axis, y (N, groups, ...), for predictions (K, groups, ...).
-    Else `jax.vmap` over groups. There is one compilation for every mask; predictions are
-    differentiable in y. An answer that is not finite makes its worker a straggler, as in
-    `try_decode`, whose status is returned.
+    The answers that fit their neighbours least are left out (`find_adversaries`), and the others
+    are decoded as the code does: without adversaries it is the plain decoding unless an honest
+    answer is found guilty. The published decoder averages lies with their neighbours instead: it is
+    the code with a lambda_dec of 4e-6 (A / n)^(8/5) or its own, if that is larger, for A lies among
+    n answers. That has a proven rate, and errs more by far where the path is rough, as for images
+    in any order (docs/adversaries.md).
+
+    Groups that the same workers answered judge them better together: put them into a trailing axis,
+    y (N, groups, ...), for predictions (K, groups, ...). Else `jax.vmap` over groups. There is one
+    compilation for every mask; predictions are differentiable in y. An answer that is not finite
+    makes its worker a straggler, as in `try_decode`, whose status is returned.
 
     Args:
         code: A regression code.
@@ -44,23 +43,16 @@ def robust_decode(
         available: Which workers answered.
         max_adversaries: The most workers that may lie, a minority of N; an array to have one
             compilation for any number, which is then not checked.
-        method: "reject" leaves out the answers that fit their neighbours least
-            (`find_adversaries`), and decodes the others as the code does: without adversaries it is
-            the plain decoding unless an honest answer is found guilty. "smooth" uses all answers,
-            with a large lambda_dec, `rate_constant` (A / n)^(8/5) for A = `max_adversaries` and n
-            answers (the code's own, where that is larger): the paper's decoder, in which lies are
-            averaged with their neighbours, and so is the path.
-        threshold: How many times worse than the median answer one must fit to be left out by
-            "reject". Default: 4 + 6 / sqrt(m) for m outputs.
-        rate_constant: The constant of "smooth".
+        threshold: How many times worse than the median answer one must fit to be left out.
+            Default: 4 + 6 / sqrt(m) for m outputs.
 
     Returns:
         Predictions, whose `responded` are the workers whose answers were used; and the suspected
         workers, whose finite answers came in time and were left out.
 
     Raises:
-        ValueError: The code is no regression, `max_adversaries` is negative or no minority of N, or
-            the method is unknown; and as `try_decode`.
+        ValueError: The code is no regression, or `max_adversaries` is negative or no minority of
+            N; and as `try_decode`.
 
     Source: Moradi, Akbarinodehi and Maddah-Ali, arXiv 2502.08058: the rate of lambda_dec, from
     lambda^(3/4) = A^2 / (n^2 lambda^(1/2)), where smoothing and lies add as much to the squared
@@ -78,17 +70,12 @@ def robust_decode(
                 f"max_adversaries must be an integer from 0 to {most}, a minority of the workers, "
                 f"not {max_adversaries!r}"
             )
-    if method not in get_args(RobustMethod):
-        known = ", ".join(get_args(RobustMethod))
-        raise ValueError(f"method must be one of {known}, not {method!r}")
     return _robust_decode(
         code,
         native(y, "y"),
         available,
         jnp.asarray(max_adversaries),
-        method,
         None if threshold is None else jnp.asarray(threshold),
-        jnp.asarray(rate_constant),
     )
 
 
@@ -98,49 +85,37 @@ def _robust_decode(
     y: PyTree,
     available: ArrayLike,
     max_adversaries: Int[Array, ""],
-    method: RobustMethod,
     threshold: Array | None,
-    rate_constant: Array,
 ) -> tuple[Decoded, Array]:
     flat, form = join(to_device(checked_answers(code, y)), 1)
     answered = as_mask(available, (code.num_workers,)) & jnp.all(jnp.isfinite(flat), axis=1)
     flat = jnp.where(answered[:, None], flat, 0)
 
-    if method == "smooth":
-        responded, recovered = answered, code.recovered(answered)
-        share = max_adversaries / jnp.maximum(jnp.sum(responded), 1)
-        lambda_ = jnp.maximum(code.decoder_penalty(responded), rate_constant * share ** (8 / 5))
-        options = code.decoding_options(responded)
-        # No answer is so sure that it outweighs all others when any may be a lie.
-        options |= {"lambda_": lambda_, "weights": jnp.ones_like(code.beta)}
-        matrix = smoothing_matrix(code.beta, code.alpha, **options)
-        predictions = jnp.where(recovered[:, None], multiply(matrix, flat), jnp.nan)
-    else:
-        # Answers are judged by a spline that smooths over half of the workers' gap, pi / n radians
-        # for n Chebyshev points. Measured on LeNet5's logits and RepVGG's probabilities at
-        # (100, 20): a wider one takes the path's own bends for noise and lets lies pass, a narrower
-        # one finds honest answers guilty beside liars. Where points repeat, copies should vote and
-        # not neighbours: it narrows with the third power of the share of distinct points.
-        number = jnp.maximum(jnp.sum(answered), 1)
-        distinct = gather_knots(code.beta, answered.astype(code.beta.dtype)).number / number
-        length = 0.5 * jnp.pi / number * distinct**3
-        if threshold is None:
-            # What honest misfits scatter by, in units of the median one: more with few outputs to
-            # take the norm of. Measured as above, for 10 outputs and for 250.
-            threshold = jnp.asarray(4 + 6 / max(flat.shape[1], 1) ** 0.5)
-        dtype = working_dtype(flat.dtype, code.beta.dtype)
-        responded = answered & ~find_adversaries(
-            jax.lax.stop_gradient(code.beta),
-            jax.lax.stop_gradient(flat.astype(dtype)),
-            answered,
-            length**4,
-            max_adversaries=max_adversaries,
-            threshold=threshold,
-        )
-        clean = jnp.where(responded[:, None], flat, 0)
-        decoded = decode_vectors(code, clean[None], responded[None])
-        predictions, recovered = decoded.predictions[0], decoded.recovered[0]
-    return Decoded(form.split(predictions), responded, recovered), answered & ~responded
+    # Answers are judged by a spline that smooths over half of the workers' gap, pi / n radians
+    # for n Chebyshev points. Measured on LeNet5's logits and RepVGG's probabilities at
+    # (100, 20): a wider one takes the path's own bends for noise and lets lies pass, a narrower
+    # one finds honest answers guilty beside liars. Where points repeat, copies should vote and
+    # not neighbours: it narrows with the third power of the share of distinct points.
+    number = jnp.maximum(jnp.sum(answered), 1)
+    distinct = gather_knots(code.beta, answered.astype(code.beta.dtype)).number / number
+    length = 0.5 * jnp.pi / number * distinct**3
+    if threshold is None:
+        # What honest misfits scatter by, in units of the median one: more with few outputs to
+        # take the norm of. Measured as above, for 10 outputs and for 250.
+        threshold = jnp.asarray(4 + 6 / max(flat.shape[1], 1) ** 0.5)
+    dtype = working_dtype(flat.dtype, code.beta.dtype)
+    responded = answered & ~find_adversaries(
+        jax.lax.stop_gradient(code.beta),
+        jax.lax.stop_gradient(flat.astype(dtype)),
+        answered,
+        length**4,
+        max_adversaries=max_adversaries,
+        threshold=threshold,
+    )
+    clean = jnp.where(responded[:, None], flat, 0)
+    decoded = decode_vectors(code, clean[None], responded[None])
+    predictions = form.split(decoded.predictions[0])
+    return Decoded(predictions, responded, decoded.recovered[0]), answered & ~responded
 
 
 @jax.jit

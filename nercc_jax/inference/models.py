@@ -19,8 +19,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from ..codes._kept import x64_enabled
-from ..codes._trees import is_float
+from ..codes.kept import x64_enabled
+from ..codes.trees import is_float
 
 Model: TypeAlias = Callable[..., Array]
 

@@ -14,8 +14,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..codes._checks import check_count
-from ..codes._trees import is_float, join, leaves_of, to_device
+from ..codes.checks import check_count
+from ..codes.trees import is_float, join, leaves_of, to_device
 from ..splines.arrays import namespace, native, working_dtype
 
 Features: TypeAlias = Callable[[PyTree], PyTree] | PyTree[Float[ArrayLike, "points ..."]]

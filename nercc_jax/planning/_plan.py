@@ -16,13 +16,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from ..codes import AbstractCode, NeRCC, Replication, decode_groups, regression_points
-from ..codes._checks import check_counts, check_not_negative
-from ..codes._kept import encoder_of
+from ..codes.checks import check_counts, check_not_negative
+from ..codes.kept import encoder_of
 from ..evaluation import Estimate
-from ..evaluation._answers import Recorder, batched, cut_groups
+from ..evaluation._answers import batched, coded_outputs, cut_groups, own_outputs
 from ..evaluation.tables import text_table
 from ..inference import order_points
 from ..inference.models import Model, check_model
@@ -357,20 +357,24 @@ class _Half:
     ):
         size, groups = 256, cut_groups(x, 1)  # data points in a call of the model
         run = batched(model, size)
-        recorder, self.x = Recorder(run, groups, size), groups[:, 0]
-        self._own = recorder.own[:, 0]
+        own, self.x = own_outputs(run, groups)[0], groups[:, 0]
+        self._own = own[:, 0]
         if surrogate is not None:
             self._cheap = np.asarray(batched(surrogate, size)(self.x))
         self._latencies, self._asked, self.sets = latencies, asked, sets
 
         @functools.cache
-        def recorded(num_data: int, order: str | None) -> Recorder:
-            """Return the record of groups of so many data points, in this order."""
+        def recorded(
+            points: str, num_data: int, num_workers: int, order: str | None
+        ) -> tuple[Float[np.ndarray, "groups num_workers m"], Int[np.ndarray, "groups num_data"]]:
+            """Return a layout's answers to groups of data points in this order, and own labels."""
             places, by = np.arange(len(self.x)), {"buffer_size": asked["buffer_size"]}
             if order is not None:
                 places = np.asarray(order_points(jnp.asarray(self.x), num_data, **by))
             places = places[: len(places) // num_data * num_data].reshape(-1, num_data)
-            return Recorder(run, self.x[places], size, (self._own[places], recorder.form))
+            code, own = NeRCC(num_data, num_workers, points=points), self._own[places]
+            answers = coded_outputs([run], code, self.x[places], size, own)
+            return answers, np.argmax(own, axis=-1)
 
         self._recorded = recorded
 
@@ -419,8 +423,8 @@ class _Half:
             off = np.argmax(self._cheap, axis=-1) != np.argmax(self._own, axis=-1)
             off = off[: len(off) // row.num_data * row.num_data].reshape(-1, 1, row.num_data)
             return row.seen(times, lost.reshape(len(off), -1, row.num_data) & off)
-        code, coded = row.code, self._recorded(row.num_data, row.order)
-        answers, labels = np.asarray(coded.of(code).coded), np.argmax(coded.own, axis=-1)
+        layout = row.points, row.num_data, row.num_workers, row.order
+        code, (answers, labels) = row.code, self._recorded(*layout)
         drawn = self._latencies(self.sets, (len(labels), self.sets, row.num_workers))
         draws = simulate.wait_for(row.wait_for, drawn, own, row.min_wait)
         lost, size = draws[2] > draws[1][..., None], 512  # groups that are decoded at a time

@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ..codes._kept import x64_enabled
-from ..codes._trees import is_float
+from ..codes.kept import x64_enabled
+from ..codes.trees import is_float
 from ..codes.workers import call_model
 from ..inference import cast_model
 from ..inference.models import (

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..codes._checks import check_count
-from ..codes._trees import to_device
-from ..evaluation._criteria import root_mean_square
+from ..codes.checks import check_count
+from ..codes.trees import to_device
+from ..evaluation.criteria import root_mean_square
 from ..inference.models import AbstractCalibrated
 from ..surrogates import Kernel, Learner, LearnerTuning, tune_learner
 from ._accuracy import Accuracy, bar_factor, conformal_quantile

@@ -20,7 +20,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ..codes._trees import Form, to_device
+from ..codes.trees import Form, to_device
 from ..inference.models import AbstractCalibrated
 from ..splines.arrays import namespace
 from ._accuracy import risk_cap, upper_bound

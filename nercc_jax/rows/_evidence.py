@@ -15,19 +15,20 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from ..codes import NeRCC
-from ..evaluation._criteria import root_mean_square, row_errors
+from ..codes.checks import check_count
+from ..evaluation.criteria import agree_on_labels, root_mean_square, row_errors
 from ..risk import Comparison, ErrorProbability, Risk
 from ..risk._accuracy import conformal_quantile, error_ratios
 from ..risk._answer_check import AnswerCheck, fit_answer_check
-from ..schemes import fit_scheme
-from ..schemes._calibrate import SHAPE
-from ..surrogates import Learner, LearnerTuning
+from ..risk._error_probability import fit_error_probability
+from ..risk._features import label_features
+from ..surrogates import Learner, LearnerTuning, fit_learner
+from ..surrogates.kernel import Shape, first_kernel
 from ._interface import RowSettings
 from ._table import COMPUTED, FAILED, PREDICTED, RowTable
 
@@ -36,6 +37,7 @@ _LOG = logging.getLogger(__name__)
 FIRST = 96  # rows of the first fit
 NEWS = 32  # rows that are learned together between two fits
 _LATE = 20  # late rows, at least, by which others' bars are known
+SHAPE: Shape = "squared_exponential"  # of the kernel that tuning starts from
 CAPACITY = 1024  # rows that the learner holds at most
 FEW = 512  # rows up to which a smaller learner is fitted, in a third of the time
 # Rows that a larger one's kernel is judged on. By 128, which takes a third of the time, 246 and 250
@@ -76,6 +78,38 @@ class Learned(NamedTuple):
     check: AnswerCheck | None
 
 
+def fit_pairs(
+    x: Float[np.ndarray, "pairs inputs"],
+    y: Float[np.ndarray, "pairs outputs"],
+    capacity: int,
+    tuning: LearnerTuning,
+    *,
+    labels: bool,
+) -> FittedLearner:
+    """Fit a learner to three quarters of the pairs, and calibrate its labels on the others.
+
+    Every fourth input is held out, with all answers to it, 256 at most. Afterwards the learner
+    learns these pairs, too.
+
+    Raises:
+        ValueError: There are fewer than 16 pairs, or the function is constant.
+    """
+    check_count("pairs", len(x), 16)
+    first = np.argmax(first_kernel(SHAPE, x).same(x, x), axis=1)
+    held = np.isin(first, np.unique(first)[3::4][:256])
+    learner = fit_learner(x[~held], y[~held], capacity=capacity, kernel=SHAPE, tuning=tuning)
+    mean, deviation = learner.predict(x[held])
+    if not np.isfinite(deviation).any():
+        raise ValueError("the function is constant, so nothing says how far others may be off")
+    probability = None
+    if labels:
+        features = label_features(mean, deviation, mean, None)  # of a surrogate by itself
+        wrong = ~np.asarray(agree_on_labels(mean, y[held].astype(np.float32)))
+        sure = deviation == 0
+        probability = fit_error_probability(features[:, None], wrong[:, None], sure=sure)
+    return FittedLearner(learner.update(x[held], y[held]), probability, len(x))
+
+
 def learn(
     fit: FittedLearner | None,
     x: Float[np.ndarray, "pairs inputs"],
@@ -106,14 +140,11 @@ def learn(
         capacity, tuning = CAPACITY, LearnerTuning(rows=_JUDGED)
         if len(x) < FEW:
             capacity, tuning = FEW, LearnerTuning(shapes=(SHAPE,), steps=40, rows=64)
-        options: Any = {"capacity": capacity, "labels": settings.tolerance is None}
         try:
-            # A scheme has a code, by which nothing goes here: rows are sent as they are.
-            scheme: Any = fit_scheme(x, y, NeRCC(1, 2), tuning=tuning, **options)
+            fit = fit_pairs(x, y, capacity, tuning, labels=settings.tolerance is None)
         except ValueError as error:  # a function that is constant, for example
             _LOG.warning("nothing could be learned from %d rows: %s", len(x), error)
             return None
-        fit = FittedLearner(scheme.surrogate, scheme.error_probability, len(x))
     elif len(x):
         fit = fit._replace(learner=fit.learner.update(x, y))
     learner, kernel = fit.learner, fit.learner.kernel

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ..codes import AbstractCode
-from ..codes._checks import check_count
+from ..codes.checks import check_count
 from ..pools import AbstractPool, PoolReport, pool_inference
 from ..pools.backend import pool_counts
 from ..pools.batch import Enough, check_deadline

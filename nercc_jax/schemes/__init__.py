@@ -1,16 +1,11 @@
 """Schemes: a code with an order of the data, a surrogate, and a measure of trust."""
 
-from ._calibrate import (
-    calibrate_error_bars,
-    calibrate_error_probability,
-    fit_scheme,
-)
+from ._calibrate import calibrate_error_bars, calibrate_error_probability
 from ._scheme import Scheme, reexecute
 
 __all__ = [
     "Scheme",
     "calibrate_error_bars",
     "calibrate_error_probability",
-    "fit_scheme",
     "reexecute",
 ]

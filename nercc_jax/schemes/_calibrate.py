@@ -1,4 +1,4 @@
-"""Calibration of error probabilities and error bars; schemes made of past answers."""
+"""Calibration of error probabilities and error bars."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode
-from ..codes._checks import check_count
-from ..codes._kept import encoder_of
-from ..codes._trees import Form, join, points_of, to_device
+from ..codes.kept import encoder_of
+from ..codes.trees import Form, join, points_of, to_device
 from ..codes.workers import run_workers
 from ..evaluation._answers import batched, cut_groups, in_parts
-from ..evaluation._criteria import agree_on_labels, root_mean_square
 from ..evaluation._objective import draw_sets
+from ..evaluation.criteria import agree_on_labels, root_mean_square
 from ..inference import cast_model, current_conditions
 from ..inference.models import Model
 from ..risk import ErrorBars, ErrorProbability
@@ -26,11 +25,8 @@ from ..risk._error_bars import error_bars_from_ratios
 from ..risk._error_probability import fit_error_probability
 from ..risk._features import label_features
 from ..stragglers import AbstractStragglers
-from ..surrogates import LearnerTuning, fit_learner
-from ..surrogates.kernel import Shape, first_kernel
 from ._scheme import Scheme
 
-SHAPE: Shape = "squared_exponential"  # to start from
 Models = Model | Sequence[Model]
 
 
@@ -186,59 +182,3 @@ def _errors_of_sets(
         return features, deviation == 0, wrong, ratio
 
     return jax.lax.map(of_set, masks)
-
-
-def fit_scheme(
-    x: Float[np.ndarray, "pairs features"],
-    y: Float[np.ndarray, "pairs outputs"],
-    code: AbstractCode,
-    *,
-    capacity: int = 1024,
-    labels: bool = False,
-    tuning: LearnerTuning | None = None,
-) -> Scheme:
-    """Fit a learner to three quarters of the pairs, and calibrate it on the others.
-
-    Every fourth input is held out, with all answers to it, 256 at most, so nothing should change
-    along the pairs' order.
-    Afterwards the learner learns the held-out pairs, too. Redundant workers get copies of uncertain
-    data points.
-
-    Args:
-        x: Inputs.
-        y: The function's outputs.
-        code: The code of the scheme.
-        capacity: The most pairs that the learner holds.
-        labels: Whether the largest output is a label, so that the scheme needs an error
-            probability.
-        tuning: How the kernel is tuned (`tune_learner`). Default: on 128 pairs, with one width for
-            all features where there are more than 32.
-
-    Raises:
-        ValueError: There are fewer than 16 pairs, or the function is constant, so that nothing can
-            be calibrated.
-    """
-    check_count("pairs", len(x), 16)
-    first = np.argmax(first_kernel(SHAPE, x).same(x, x), axis=1)
-    held = np.isin(first, np.unique(first)[3::4][:256])
-    if tuning is None:
-        tuning = LearnerTuning(rows=128)  # the time grows with the cube of that
-    learner = fit_learner(x[~held], y[~held], capacity=capacity, kernel=SHAPE, tuning=tuning)
-    own = y[held].astype(np.float32)
-    mean, deviation = learner.predict(x[held])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = root_mean_square(mean - own, axis=1) / deviation
-    bars: ErrorBars = error_bars_from_ratios(np.where(np.isfinite(deviation), ratios, np.nan))
-    error_probability = None
-    if labels:
-        features = label_features(mean, deviation, mean, None)  # of a surrogate by itself
-        wrong = ~np.asarray(agree_on_labels(mean, own))
-        sure = deviation == 0
-        error_probability = fit_error_probability(features[:, None], wrong[:, None], sure=sure)
-    return Scheme(
-        code,
-        surrogate=learner.update(x[held], y[held]),
-        bars=bars,
-        error_probability=error_probability,
-        redundancy="uncertain",
-    )

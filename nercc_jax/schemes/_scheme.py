@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, encode_groups
-from ..codes._kept import CachedMatrices
-from ..codes._trees import Form, groups_of, join, to_device
+from ..codes.kept import CachedMatrices
+from ..codes.trees import Form, groups_of, join, to_device
 from ..codes.workers import call_model
 from ..inference import order_points
 from ..inference.models import Model, check_model

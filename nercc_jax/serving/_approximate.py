@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation._criteria import agree_on_labels, root_mean_square
+from ..evaluation.criteria import agree_on_labels, root_mean_square
 from ..inference.models import warn_if_other
 from ..risk import Comparison, Risk
 from ..risk._accuracy import error_ratios

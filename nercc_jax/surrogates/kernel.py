@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes._checks import check_count
-from ..codes._trees import is_float, join, leaves_of
-from ..evaluation._criteria import root_mean_square, safe_sqrt
+from ..codes.checks import check_count
+from ..codes.trees import is_float, join, leaves_of
+from ..evaluation.criteria import root_mean_square, safe_sqrt
 from ..splines.arrays import namespace, product, working_dtype
 
 Function: TypeAlias = Callable[[PyTree], PyTree]

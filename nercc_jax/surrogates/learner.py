@@ -30,9 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes._checks import check_count
-from ..codes._trees import Form, any_tracer, finite_points, is_float, join
-from ..evaluation._criteria import root_mean_square, safe_sqrt
+from ..codes.checks import check_count
+from ..codes.trees import Form, any_tracer, finite_points, is_float, join
+from ..evaluation.criteria import root_mean_square, safe_sqrt
 from ..splines.arrays import namespace, native, product
 from ._factor import replace_rows, whiten
 from .interface import (

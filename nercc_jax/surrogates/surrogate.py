@@ -23,8 +23,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shape
 from ..codes import AbstractCode, Decoded, encode_groups
 from ..codes._code import deviation, deviations, variances
 from ..codes._decoding import decode_vectors
-from ..codes._kept import Matrices, encoder_of
-from ..codes._trees import join, scalar_leaf
+from ..codes.kept import Matrices, encoder_of
+from ..codes.trees import join, scalar_leaf
 from ..evaluation import Answers, record_answers
 from ..evaluation._answers import cut_groups, in_parts
 from ..evaluation._objective import draw_sets

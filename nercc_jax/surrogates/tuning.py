@@ -22,9 +22,9 @@ import jax
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int, PyTree, Shaped
 
-from ..codes._checks import check_fields
-from ..codes._trees import check_floats, join
-from ..evaluation._criteria import root_mean_square
+from ..codes.checks import check_fields
+from ..codes.trees import check_floats, join
+from ..evaluation.criteria import root_mean_square
 from ..splines.arrays import native
 from ._factor import whiten
 from .kernel import (

@@ -40,10 +40,6 @@ def check_code(code: AbstractCode, *, tolerance: float | None = None) -> None:
       available, none without any, and only data points whose row of the decoder is not zero.
     - Where a code has its own `decoder_map`, its `matrix` agrees with `decoder_matrix`, and its
       `apply` with the product.
-    - Where a code has `encoder_on_host` or `decoder_on_host`, they return NumPy arrays when all the
-      code's arrays are NumPy's, for every straggler set or for none. The matrices agree with those
-      of `encoder_matrix` and `decoder_matrix`, have zeros in the same places, and `recovered` is
-      the same.
     - `encode` and `try_decode` agree with the products of the matrices in NumPy's float64.
       Predictions are finite where `recovered` is true, with one worker left, too, and NaN
       elsewhere.
@@ -98,7 +94,6 @@ def check_code(code: AbstractCode, *, tolerance: float | None = None) -> None:
     cases.check_decoder("decoder_matrix(available)", decoders, recovered)
     cases.check_close("decoder_map(available).matrix", map_matrices, decoders)
     cases.check_close("decoder_map(available).apply(y)", applied, decoders, y, recovered)
-    _check_on_host(code, cases)
     for way, each in (("inside `jax.jit`", coded), ("outside", code.encode(x))):
         cases.check_close(f"encode(x) must be encoder_matrix() @ x; {way} it", each, encoder, x)
 
@@ -331,42 +326,6 @@ class _Cases:
         lost = ~np.isnan(predictions).all(axis=2) & ~recovered
         self.check(f"{name} predictions must be NaN where recovered(available) is false", lost)
         self.check_close(f"{name} a prediction", predictions, self.decoders, self.y, recovered)
-
-
-def _check_on_host(code: AbstractCode, cases: _Cases) -> None:
-    """Check the matrices that a code makes by NumPy, if it does."""
-
-    def as_numpy(leaf: Any) -> Any:  # but for random keys and Python numbers
-        key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return np.asarray(leaf) if isinstance(leaf, jax.Array) and not key else leaf
-
-    def check(name: str, array: Any, like: np.ndarray) -> None:
-        made = f"{getattr(array, 'dtype', '')}{np.shape(array)}, {type(array).__name__}"
-        kind = isinstance(array, np.ndarray) and array.dtype.kind == like.dtype.kind
-        _require(
-            kind and array.shape == like.shape,
-            f"{name} must be a NumPy array, made without JAX, of {like.dtype}{like.shape}, "
-            f"not {made}",
-        )
-
-    on_host, name = jax.tree.map(as_numpy, code), "decoder_on_host(available)"
-    with np.errstate(all="ignore"):  # as where they are made for decoding
-        encoder = on_host.encoder_on_host()
-        made = [on_host.decoder_on_host(mask) for mask in cases.masks]
-    if encoder is not None:
-        check("encoder_on_host()", encoder, cases.encoder)
-        cases.check_close("encoder_on_host()", encoder, cases.encoder)
-    if all(each is None for each in made):
-        return
-    none = np.array([[each is None] for each in made])
-    cases.check(f"{name} must return None for every straggler set or for none", none)
-    for matrix, known in made:
-        check(f"{name}[0]", matrix, cases.decoders[0])
-        check(f"{name}[1]", known, cases.recovered[0])
-    decoders, recovered = (np.stack(each) for each in zip(*made, strict=True))
-    cases.check(f"{name}[1] must be recovered(available)", recovered != cases.recovered)
-    cases.check_decoder(f"{name}[0]", decoders, recovered)
-    cases.check_close(f"{name}[0]", decoders, cases.decoders)
 
 
 def _check_single_calls(code: AbstractCode, cases: _Cases) -> None:

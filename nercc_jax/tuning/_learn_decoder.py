@@ -9,8 +9,8 @@ from jaxtyping import ArrayLike, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode, LearnedDecoder, Replication, regression_points
 from ..codes._learned_decoder import Regression
-from ..codes._trees import to_device
-from ..evaluation._answers import Recorder, batched, cut_groups
+from ..codes.trees import to_device
+from ..evaluation._answers import batched, coded_outputs, cut_groups, own_outputs
 from ..inference.models import Model
 from ..stragglers import ExactStragglers, straggler_sets
 
@@ -88,8 +88,7 @@ def learn_decoder(
     cut_groups(x, code.num_data)  # whose checks these are
     x = jax.tree.map(np.asarray, x)
     run = batched(model, batch_size)
-    recorder = Recorder(run, jax.tree.map(lambda leaf: leaf[None], x), batch_size)
-    outputs, form = recorder.own[0], recorder.form
+    outputs = own_outputs(run, jax.tree.map(lambda leaf: leaf[None], x))[0][0]
     own = outputs.astype(np.float64)
     # Groups are permutations of all data points, each cut in groups.
     seeds = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
@@ -113,8 +112,7 @@ def learn_decoder(
     for done in range(0, groups, at_once):
         some = drawn[done : done + at_once]
         here = jax.tree.map(lambda leaf: leaf[some], x)  # noqa: B023
-        answers = Recorder(run, here, batch_size, (outputs[some], form)).of(code)
-        coded = np.asarray(answers.coded, np.float64)
+        coded = coded_outputs([run], code, here, batch_size, outputs[some]).astype(np.float64)
         if not np.isfinite(coded).all():
             raise ValueError(
                 "the model's answers to coded data points must be finite; they are not for "

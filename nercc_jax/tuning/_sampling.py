@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree, Shaped
 
-from ..codes._checks import check_fields
+from ..codes.checks import check_fields
 from ..evaluation._answers import cut_groups
 from ..splines.arrays import native
 

@@ -17,10 +17,10 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode
-from ..codes._checks import check_fields, check_not_negative, check_positive
-from ..codes._trees import groups_of, join, to_device
-from ..evaluation._criteria import Criterion
+from ..codes.checks import check_fields, check_not_negative, check_positive
+from ..codes.trees import groups_of, join, to_device
 from ..evaluation._objective import Trial, draw_sets, make_trial
+from ..evaluation.criteria import Criterion
 from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers
 from ._parameters import Code, Parameters, Rebuild, parametrize
@@ -86,8 +86,6 @@ class Tuned(Generic[Code]):
             falls to zero ends all progress, too: compare with more steps.)
         history: The entries of all steps, start after start.
         start: The number of the start that the code is from.
-        evaluations: Data points and coded data points that the model ran on.
-        differentiated: Those of them that its gradient ran on, too.
         seconds: The time it took.
     """
 
@@ -96,8 +94,6 @@ class Tuned(Generic[Code]):
     converged: bool
     history: tuple[TuningStep, ...]
     start: int
-    evaluations: int
-    differentiated: int
     seconds: float
 
     @property
@@ -184,7 +180,7 @@ def tune(
     parametrized = [parametrize(each, points=points) for each in starts]
     if len({jax.tree.structure(each) for each in parametrized}) != 1:
         raise ValueError("several starts must be codes of one kind, with the same K and N")
-    k, n = first.num_data, first.num_workers
+    k = first.num_data
     training, held = split_points(x, k, sampling, jax.random.fold_in(key, 0))
     training, held = to_device(training), groups_of(held, k)
     key_held, key_steps = jax.random.split(jax.random.fold_in(key, 1))
@@ -235,10 +231,9 @@ def tune(
             kinds = {n: "shifts" if n.endswith("_shifts") else "numbers" for n in free}
             chosen = optax.partition(adams, kinds)
         descend = _descent_by_steps(objective, chosen, descent)
-    asked = 0
     for start, (parameters, rebuild) in enumerate(parametrized):
         arguments = rebuild, model, training, trial
-        asked += descend(parameters, arguments, key_steps, functools.partial(visit, start))
+        descend(parameters, arguments, key_steps, functools.partial(visit, start))
     taken = [each for each in history if each.objective is not None]
     if rejected := sum(each.rejected for each in taken):
         warnings.warn(
@@ -252,16 +247,12 @@ def tune(
     seen = np.nan_to_num([height for start, height in judged if start == winner], nan=np.inf)
     before = np.min(seen[: len(seen) - max(len(seen) // 4, 1)], initial=np.inf)
     converged = np.isfinite(before) and before - np.min(seen) <= descent.tolerance * before
-    held_groups, points_left = (len(jax.tree.leaves(tree)[0]) for tree in (held, training))
-    count = asked * min(sampling.groups_per_step, points_left // k)
     return Tuned(
         code=best,
         objective=lowest,
         converged=bool(converged),
         history=tuple(history),
         start=winner,
-        evaluations=held_groups * (k + (len(judged) + 1) * n) + count * (k + n),
-        differentiated=count * n,
         seconds=time.perf_counter() - begun,
     )
 
@@ -304,11 +295,11 @@ def _descent_by_steps(
     objective: Callable[..., Float[Array, ""]],
     optimizer: optax.GradientTransformation,
     descent: Descent,
-) -> Callable[..., int]:
+) -> Callable[..., None]:
     """Return a descent by steps whose objective is drawn anew in each; all starts share a program.
 
     It calls `note` with the parameters, the number and the objective of each step, and whether it
-    is rejected, and returns the number of evaluations of the objective.
+    is rejected.
     """
     # A step whose objective or gradient is not finite changes nothing.
     optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=descent.steps)
@@ -327,7 +318,7 @@ def _descent_by_steps(
 
     def descend(
         parameters: Parameters, arguments: tuple, key: PRNGKeyArray, note: Callable[..., None]
-    ) -> int:
+    ) -> None:
         state = optimizer.init(parameters)
         for number in range(descent.steps):
             value, sound, after, state = step(
@@ -336,14 +327,13 @@ def _descent_by_steps(
             note(parameters, number, float(value), not sound)
             parameters = after
         note(parameters, descent.steps, None, False)
-        return descent.steps
 
     return descend
 
 
 def _descent_by_lbfgs(
     objective: Callable[..., Float[Array, ""]], descent: Descent
-) -> Callable[..., int]:
+) -> Callable[..., None]:
     """Return a descent on one draw by SciPy's L-BFGS-B: see `_descent_by_steps`.
 
     Its line search is on the host, and compiles once. (That of `optax.lbfgs` takes two minutes.)
@@ -352,7 +342,7 @@ def _descent_by_lbfgs(
 
     def descend(
         parameters: Parameters, arguments: tuple, key: PRNGKeyArray, note: Callable[..., None]
-    ) -> int:
+    ) -> None:
         import scipy.optimize  # which JAX needs, and so is there
 
         flat, unravel = ravel_pytree(parameters)
@@ -379,6 +369,5 @@ def _descent_by_lbfgs(
         )  # fmt: skip
         if found.nit < descent.steps:  # it found no way down
             note(unravel(jnp.asarray(found.x, flat.dtype)), found.nit + 1, None, False)
-        return found.nfev
 
     return descend

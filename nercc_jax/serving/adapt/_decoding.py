@@ -16,7 +16,7 @@ from jaxtyping import ArrayLike, Float
 
 from ...codes.workers import run_workers
 from ...evaluation._answers import batched, cut_groups
-from ...evaluation._criteria import agree_on_labels, root_mean_square
+from ...evaluation.criteria import agree_on_labels, root_mean_square
 from ...inference import cast_model, current_conditions
 from ...inference.models import Model
 from ...risk import Accuracy, ErrorProbability

@@ -24,9 +24,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from ...codes import Decoded
-from ...codes._trees import Form, join
+from ...codes.trees import Form, join
 from ...evaluation._answers import in_parts
-from ...evaluation._criteria import agree_on_labels, row_errors
+from ...evaluation.criteria import agree_on_labels, row_errors
 from ...inference.models import Model
 from ...pools.clock import TimeShare
 from ...risk import ErrorProbability, Risk, RiskMonitor

@@ -22,8 +22,8 @@ from jaxtyping import ArrayLike, Bool, Float, Int, Shaped
 
 from ...codes import AbstractCode, Berrut, BerrutSpline, LearnedDecoder, NeRCC, decode_groups
 from ...codes._berrut import berrut_matrix
-from ...codes._kept import encoder_of, kept_matrices
-from ...codes._trees import Form
+from ...codes.kept import encoder_of, kept_matrices
+from ...codes.trees import Form
 from ...codes.workers import encode_on_host
 from ...risk import Accuracy, ErrorProbability
 from ...risk._features import decoding_features

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from ...codes._trees import Form
+from ...codes.trees import Form
 from ...codes.workers import call_model
 from ...evaluation._answers import in_parts
 from ...inference.models import Model, check_model

@@ -33,6 +33,7 @@ def leaves_of(name: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
 
 
 def any_tracer(*trees: PyTree) -> bool:
+    """Return whether a leaf is one of JAX's tracers."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 
@@ -73,6 +74,7 @@ def scalar_leaf(
 
 
 def is_float(leaf: Any) -> bool:
+    """Return whether an array is of a floating dtype, bfloat16 included."""
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 

@@ -3,8 +3,8 @@
 They depend on the code and on who answered, never on data. So where a code is known before a
 program runs, its matrices are made beforehand and are arguments of the program: the regression's
 loops over knots would be a thousand launches on a GPU in each call, the model's twenty. They are
-made on the host by NumPy, which compiles nothing, wherever the code lies, for codes that say how
-(`AbstractCode.decoder_on_host`). The matrices of others are part of each program.
+made on the host by NumPy, which compiles nothing, wherever the code lies, for the codes of this
+package (`AbstractNumpyCode`). The matrices of others are part of each program.
 """
 
 import functools
@@ -18,7 +18,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._trees import any_tracer
+from .trees import any_tracer
 
 
 class Matrices(NamedTuple):
@@ -67,15 +67,9 @@ class KeptMatrices:
         self._made = functools.lru_cache(max(self.most_bytes // size, 1))(self._make)
 
     @functools.cached_property
-    def on_host(self) -> bool:
-        """True for a code that has its decoder's matrices by NumPy."""
-        return self.by_numpy("decoder_on_host", np.ones(self._code.num_workers, bool)) is not None
-
-    @functools.cached_property
-    def encoder(self) -> Float[np.ndarray, "num_workers num_data"] | None:
-        """The encoder's matrix, or None for a code that has none by NumPy."""
-        made = self.by_numpy("encoder_on_host")
-        return None if made is None else made.astype(self._dtype)
+    def encoder(self) -> Float[np.ndarray, "num_workers num_data"]:
+        """The encoder's matrix."""
+        return self.by_numpy("encoder_on_host").astype(self._dtype)
 
     def by_numpy(self, method: str, *args: Any) -> Any:
         """Return what a method of the code with NumPy's arrays says, in float64.
@@ -89,10 +83,10 @@ class KeptMatrices:
     def decoders(self, available: ArrayLike, most: int = few_sets) -> Matrices | None:
         """Return the matrices for a mask, or for one of each group: once if they are all the same.
 
-        Returns None if there are more than `most` different ones, if they are traced or no masks of
-        the code's workers, or if the code has none by NumPy.
+        Returns None if there are more than `most` different ones, or if they are traced or no masks
+        of the code's workers.
         """
-        if isinstance(available, Tracer) or not self.on_host:
+        if isinstance(available, Tracer):
             return None
         masks = np.atleast_2d(np.asarray(available))
         if masks.dtype != bool or masks.shape[1:] != (self._code.num_workers,):
@@ -106,8 +100,8 @@ class KeptMatrices:
         return Matrices(*map(np.concatenate, zip(*(found[name] for name in names), strict=True)))
 
     def _make(self, mask: bytes) -> Matrices:
-        exact, recovered = self.by_numpy("decoder_on_host", np.frombuffer(mask, bool))
-        return Matrices(exact[None].astype(self._dtype), recovered[None])
+        exact = self.by_numpy("decoder_on_host", np.frombuffer(mask, bool))[None]
+        return Matrices(exact.astype(self._dtype), np.any(exact != 0, axis=2))
 
 
 def known_matrices(code: Any, available: ArrayLike | None = None) -> CachedMatrices:
@@ -125,11 +119,11 @@ def encoder_of(code: Any) -> Any:
 
 
 def kept_matrices(code: Any) -> KeptMatrices | None:
-    """Return a code's matrices, or None while JAX traces the code.
+    """Return a code's matrices, or None where they are part of its program.
 
-    Then they are part of its program.
+    That is while JAX traces the code, and for codes without matrices by NumPy.
     """
-    if any_tracer(code):
+    if not code.has_host_matrices or any_tracer(code):
         return None
     place = id(code), x64_enabled()
     found = _KEPT.get(place)

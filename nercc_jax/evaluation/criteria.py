@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..codes._trees import Form, join
+from ..codes.trees import Form, join
 from ..splines.arrays import constant, namespace, native, working_dtype
 
 CriterionName: TypeAlias = Literal["mse", "cross_entropy", "disagreement"]
