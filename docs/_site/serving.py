@@ -218,16 +218,3 @@ def _middle(ratios: np.ndarray) -> str:
     """Return the median in bold, with the range."""
     ends = f"[{ratios.min():.2f},\u00a0{ratios.max():.2f}]"
     return f"{strong(f'{np.median(ratios):.2f}')} {ends}"
-
-
-def bytes_and_floats() -> Iterator[dict[str, str]]:
-    """Yield the coded server's requests a second with images as bytes, and as floats."""
-    tables = load("serving_requests")["tables"]
-    for kind in ("REST", "gRPC"):
-        floats, in_bytes = (np.array(cell["rates"]) for cell in tables[f"bytes, {kind}"])
-        yield {
-            "by": kind,
-            "bytes, requests a second": f"{np.median(in_bytes):.0f}",
-            "floats": f"{np.median(floats):.0f}",
-            "bytes / floats, median of rounds": f"{np.median(in_bytes / floats):.2f}",
-        }
