@@ -69,6 +69,10 @@ def test_by_workers_and_rates():
 def test_errors(untyped):
     with pytest.raises(ValueError, match=r"a fault is one of .*'swap'.*, not 'lie'"):
         Fault("lie")
+    with pytest.raises(ValueError, match="wrong answers are a 'swap' of rows, not 'death'"):
+        Faults.from_rates(wrong_workers={"death": [0]})
+    with pytest.raises(ValueError, match="whole numbers"):
+        Faults.from_rates(wrong_workers={"swap": [1.5]})
 
 
 def check_same(*pools):

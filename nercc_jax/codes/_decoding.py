@@ -182,9 +182,9 @@ def decode_groups(
     recovered, exact = np.empty(predictions.shape[:2], bool), {}
     for group, mask in enumerate(responded):
         if (name := mask.tobytes()) not in exact:
-            exact[name] = kept.by_numpy("decoder_on_host", mask)
-        decoder = exact[name]
-        recovered[group] = np.any(decoder != 0, axis=1)
+            made = kept.by_numpy("decoder_on_host", mask)
+            exact[name] = made, np.any(made != 0, axis=1)
+        decoder, recovered[group] = exact[name]
         with np.errstate(over="ignore"):  # it becomes infinite, as in a program
             predictions[group] = decoder[:, mask] @ vectors[group, mask].astype(np.float64)
     predictions[~recovered] = np.nan

@@ -125,12 +125,13 @@ class Faults:
             straggler_score: Maps a batch to one score a row. Then calls do not straggle at random,
                 but those with the largest scores.
             death_rate: Share of calls in which the worker dies.
-            wrong_workers: The workers that answer wrongly, by kind of fault, such as "swap".
+            wrong_workers: The workers that answer wrongly, by kind of fault, which is "swap".
             wrong_rate: Share of these workers' calls that are answered wrongly.
             seed: Of the random numbers.
 
         Raises:
-            ValueError: If a share is outside [0, 1], or seconds are negative or not finite.
+            ValueError: If a share is outside [0, 1], seconds are negative or not finite, or a kind
+                gives no wrong answers.
         """
         faults = []
         if service_delay:
@@ -143,6 +144,10 @@ class Faults:
         if death_rate:
             faults.append(Fault("death", death_rate))
         for kind, workers in (wrong_workers or {}).items():
+            if kind != "swap":
+                raise ValueError(f"wrong answers are a 'swap' of rows, not {kind!r}")
+            if not all(type(worker) is int for worker in workers):
+                raise ValueError(f"wrong workers are whole numbers, [1, 2], not {workers}")
             faults.append(Fault(kind, wrong_rate, workers=tuple(workers)))
         return cls(faults, seed)
 
