@@ -1,6 +1,6 @@
 """The paper's experiments on this machine: NeRCC beside every rival, each at its best.
 
-About three hours on two cores; `--only lenet5-mnist:100:20` runs one part, whose results replace
+Half a working day on two cores; `--only lenet5-mnist:100:20` runs one part, whose results replace
 those in the file. Tuned codes go to results/codes. `--figure FOLDER` puts picture, numbers and
 tuned codes into a folder of one's own, on probabilities and without noise and seeds. Needs MNIST
 and CIFAR-10 (`models/data.py` says where).
