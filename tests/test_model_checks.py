@@ -225,6 +225,13 @@ def test_flax_layers_in_training_mode_are_found(build, layer, wrap):
         check_model(wrap(build()))
 
 
+@pytest.mark.parametrize("model", [None, 3, [], [jnp.tanh, None]])
+def test_what_is_no_model_is_refused_before_any_work(model, untyped):
+    for use in (lambda: coded_inference(model, NeRCC(2, 4)), lambda: DevicePool(model, 2)):
+        with pytest.raises(ValueError, match="a model is a callable on a batch, or several are"):
+            use()
+
+
 def test_the_model_may_be_the_layer_itself_or_any_of_several():
     with pytest.raises(ValueError, match=r"its BatchNorm answers.*model.eval"):
         check_model(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))

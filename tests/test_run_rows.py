@@ -134,6 +134,22 @@ def test_rows_that_are_no_finite_numbers_are_refused(untyped):
     for rows in (np.array(["a"]), np.array([[1.0], [np.nan]]), 1.0, np.zeros((0, 2))):
         with pytest.raises(ValueError, match=r"rows are finite numbers \(rows, ...\), not"):
             run_rows(picky, rows, DevicePool, tolerance=0.0)
+    with pytest.raises(ValueError, match=r"float64 of shape \(2, 1\), with nan in row 1"):
+        run_rows(picky, np.array([[1.0], [np.nan]]), DevicePool, tolerance=0.0)
+
+
+def test_a_computed_row_keeps_all_digits_whatever_the_type_of_earlier_rows():
+    def mixed(rows):  # float32 for the first rows, float64 for others, whole numbers for some
+        kind = np.float32 if rows[0, 0] < 200 else int if rows[0, 0] < 300 else np.float64
+        return (rows / 3 if kind is np.float64 else rows).astype(kind)
+
+    rows = np.arange(400.0)[:, None]
+    result = run_rows(mixed, rows, DevicePool, num_workers=2, tolerance=0.0, rows_per_call=1)
+    np.testing.assert_array_equal(result.values, np.where(rows < 300, rows, rows / 3))
+    with pytest.raises(RuntimeError, match=r"int64 beyond 2\^53, which no float64 holds exactly"):
+        run_rows(lambda x: (x + 2**60).astype(int), rows, DevicePool, num_workers=2, tolerance=0.0)
+    with pytest.raises(RuntimeError, match=r"an array of shape \(\) in a list"):
+        run_rows(lambda x: x.tolist(), rows, DevicePool, num_workers=2, tolerance=0.0)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +166,9 @@ def test_rows_that_are_no_finite_numbers_are_refused(untyped):
         ({"tolerance": 1.0, "max_fenced": 1.0}, r"max_fenced must be in \[0, 1\), not 1"),
         ({"tolerance": 1.0, "rows_per_call": 0}, "rows_per_call must be positive"),
         ({"tolerance": 1.0, "deadline": 0.0}, "deadline must be a positive number"),
+        ({"tolerance": 1.0, "deadline": None}, "deadline must be a positive number.*not None"),
+        ({"tolerance": "1.0"}, "tolerance must be 0 or positive, not '1.0'"),
+        ({"accuracy": 0.1}, "accuracy is an Accuracy.*, not 0.1"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused_before_a_pool_is_opened(options, message, untyped):

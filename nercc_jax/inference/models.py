@@ -33,9 +33,12 @@ def check_model(model: Model | Sequence[Model]) -> None:
     methods, what JAX's transformations make); not in closures.
 
     Raises:
-        ValueError: A layer is in training mode; the message names it, and says how to put the model
-            into evaluation mode.
+        ValueError: What came is no callable on a batch, nor several; or a layer is in training
+            mode. The message names it, and says how to put the model into evaluation mode.
     """
+    models = model if isinstance(model, Sequence) and not callable(model) else (model,)
+    if not models or not all(map(callable, models)):
+        raise ValueError(f"a model is a callable on a batch, or several are, not {model!r}")
     defaults = {"p": 1.0, "rate": 0.0, "dropout_rate": 0.0}
     for name, layer in modules_of(model):
         rates = {field: getattr(layer, field, default) for field, default in defaults.items()}

@@ -344,7 +344,9 @@ class Batch:
                 return "the answer holds no array"
             for leaf in leaves:
                 if leaf.ndim < 1 or leaf.shape[0] != size:
-                    return f"{size} data points came back as an array of shape {leaf.shape}"
+                    inside = "" if leaf is outcome else f" in a {type(outcome).__name__}"
+                    came = f"an array of shape {leaf.shape}{inside}"
+                    return f"{size} data points came back as {came}"
             structure = _ARRAY if leaves[0] is outcome else jax.tree.structure(outcome)
             form = structure, [leaf.shape[1:] for leaf in leaves]
             if self._form is not None and self._form != form:

@@ -126,10 +126,8 @@ def as_models(
 
     Raises ValueError if there is none, one is in training mode, or one cannot be cast.
     """
-    models = (model,) if callable(model) else tuple(model)
-    if not models or not all(callable(model) for model in models):
-        raise ValueError(f"workers need a model, a callable on a batch, or several: got {model!r}")
     check_model(model)
+    models = (model,) if callable(model) else tuple(model)
     return cast_model(models, worker_dtype)
 
 

@@ -86,7 +86,12 @@ class RowSettings:
         }
         for name, (wanted, fits) in rules.items():
             value = getattr(self, name)
-            if value is not None and not fits(value):
+            try:
+                # None stands for the default where that is none.
+                fitting = getattr(type(self), name) is None if value is None else fits(value)
+            except TypeError:  # it is no number
+                fitting = False
+            if not fitting:
                 raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
     @property

@@ -115,12 +115,18 @@ def run_rows(
         ((200, 2), {'computed'})
     """
     x = np.asarray(rows)
-    if x.ndim < 1 or not x.size or x.dtype.kind not in "biuf" or not np.isfinite(x).all():
-        raise ValueError(f"rows are finite numbers (rows, ...), not {x.dtype} of shape {x.shape}")
+    numbers = x.ndim > 0 and x.size and x.dtype.kind in "biuf"
+    odd = np.argwhere(~np.isfinite(x)) if numbers else []
+    if not numbers or len(odd):
+        where = f", with {x[tuple(odd[0])]} in row {odd[0][0]}" if numbers else ""
+        kind = f"{x.dtype} of shape {x.shape}"
+        raise ValueError(f"rows are finite numbers (rows, ...), not {kind}{where}")
     if stop_when is not None and statistic is None:
         raise ValueError("stop_when needs the statistic whose estimates it judges")
     names = ids_of_rows(ids, len(x))
     if accuracy is not None:
+        if not isinstance(accuracy, Accuracy):
+            raise ValueError(f"accuracy is an Accuracy(tolerance=...), not {accuracy!r}")
         options |= dataclasses.asdict(accuracy)
     if settings is None:
         settings = RowSettings(**options)
@@ -308,8 +314,12 @@ def _refuse(answer: Any) -> str | None:
     """Return why a worker's answer is no array of numbers, if it is none."""
     if not isinstance(answer, np.ndarray):
         return f"the function gave a {type(answer).__name__}: an array (rows, ...) is needed"
-    numbers = answer.dtype.kind in "biuf"
-    return None if numbers else f"the function gave {answer.dtype}: real numbers are needed"
+    if answer.dtype.kind not in "biuf":
+        return f"the function gave {answer.dtype}: real numbers are needed"
+    whole = answer.dtype.kind in "iu" and answer.size > 0
+    if whole and max(abs(int(answer.min())), abs(int(answer.max()))) > 2**53:
+        return f"the function gave {answer.dtype} beyond 2^53, which no float64 holds exactly"
+    return None
 
 
 def _progress_of(state: RowState, estimate: EnsembleEstimate | None = None) -> RowProgress:

@@ -95,6 +95,9 @@ class RowTable:
         if self.values is None:
             assert isinstance(values, np.ndarray)
             self.values = np.full((len(self.rows), *values.shape[1:]), np.nan, values.dtype)
+        # What comes in a wider dtype than the first rows keeps all its digits.
+        if (wider := np.result_type(self.values, values)) != self.values.dtype:
+            self.values = self.values.astype(wider)
         self.values[rows], self.rows["score"][rows] = values, score
         self.rows["deviation"][rows] = score if deviation is None else deviation
         self.rows["state"][rows], self.rows["known"][rows] = state, False
