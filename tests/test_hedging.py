@@ -293,3 +293,5 @@ def test_arguments():
         hedge(wait, budget=0.5)
     with pytest.raises(ValueError, match="there is no target"):
         hedge(wait, [])
+    with pytest.raises(ValueError, match=r"call is an async callable.*, not \['a', 'b'\]"):
+        hedge(["a", "b"])

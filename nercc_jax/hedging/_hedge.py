@@ -158,8 +158,10 @@ class hedge(Generic[Answer]):
             name: Prefix of the metrics' names.
 
         Raises:
-            ValueError: For a budget below 1, or an empty list of targets.
+            ValueError: For a budget below 1, an empty list of targets, or what cannot be called.
         """
+        if not callable(call):
+            raise ValueError(f"call is an async callable (target, ...), not {call!r}")
         if not 1 <= budget < math.inf:
             raise ValueError(f"budget is the mean calls a request, 1 or more, not {budget}")
         if targets is not None and not targets:
