@@ -62,8 +62,8 @@ def coded_inference(
     One compilation serves every straggler set; groups with sets of their own take another one, and
     more than a few different sets in a call a third. The encoder's matrix is made once, on the
     host's CPU, and so is the decoder's for each mask that is given outside jit, unless a call has
-    many: the last thousands are kept. Then the program is encode, model and one product, and the
-    call waits for its result to see whether the product is enough. It composes with jit, grad,
+    many: the last thousands are kept. Then the programs are encode and model, and one product, and
+    the call waits for its result to see whether the product is enough. It composes with jit, grad,
     vmap, with a mesh, too; `jax.jit(infer).lower(x, available)` compiles ahead of time.
 
     Args:
