@@ -105,7 +105,8 @@ def coded_inference(
         if not isinstance(plain, AbstractCode):
             raise ValueError(f"code must be a code or a scheme, not {type(code).__name__}")
         platform = None if mesh is None else mesh.devices.flat[0].platform
-        check_conditions(code, current_conditions(worker_dtype, platform))
+        conditions = current_conditions(worker_dtype, platform)
+        check_conditions(conditions, code.error_probability, code.bars)
     if mesh is not None:
         workers = place(workers, code, plain, mesh, axis)
 
