@@ -119,9 +119,9 @@ class Trial(eqx.Module):
         """Return the mean loss under each law, and the mean of these by the starting code's.
 
         The latter, the objective, is 1 for the starting code, and differentiable in the code; an
-        answer that is not finite makes it NaN. All groups are decoded by one product for each straggler set, so that a gradient needs a
-        matrix for each set, not for each set and group. Sets that recover nothing are left out; a
-        law with no other has NaN.
+        answer that is not finite makes it NaN. All groups are decoded by one product for each
+        straggler set, so that a gradient needs a matrix for each set, not for each set and group.
+        Sets that recover nothing are left out; a law with no other has NaN.
         """
         answers = nested_answers(model, code, self.x, self.originals)
         of_mask = jax.vmap(lambda mask: (code.decoder_matrix(mask), code.recovered(mask)))

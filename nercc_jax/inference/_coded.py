@@ -194,9 +194,6 @@ def as_groups(
     leaves, structure = jax.tree.flatten(native(x, "x"))
     leaves = [leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for leaf in leaves]
     x, shapes = jax.tree.unflatten(structure, leaves), [leaf.shape for leaf in leaves]
-    same = len({shape[:1] for shape in shapes}) == 1
-    summary = ", ".join(map(str, shapes))
-
     many = in_a_row
     if not in_a_row:
         each = {False, True} if grouped is None else {grouped}
@@ -216,12 +213,13 @@ def as_groups(
         (many,) = fits
     if not all(map(is_float, leaves)):
         check_data(x)  # says which
-    if in_a_row and not (same and shapes[0] and shapes[0][0] and shapes[0][0] % num_data == 0):
-        raise ValueError(f"x of shape {summary} is no whole groups of {num_data} data points")
-    if any(isinstance(size, int) and size == 0 for shape in shapes for size in shape):
-        raise ValueError(f"x holds no group of {num_data} data points: {summary}")
-    if many and not same:
-        raise ValueError(f"the parts of x are of different numbers of groups: {summary}")
+    empty = any(isinstance(size, int) and size == 0 for shape in shapes for size in shape)
+    same = not many or len({shape[:1] for shape in shapes}) == 1
+    if empty or not same or (in_a_row and (not shapes[0] or shapes[0][0] % num_data)):
+        given = ", ".join(map(str, shapes))
+        raise ValueError(
+            f"x of shape {given} is no whole groups of {num_data} data points, as many in each part"
+        )
     for number, leaf in enumerate(leaves):
         if not isinstance(leaf, jax.Array):  # in JAX's working precision
             leaves[number] = leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
