@@ -6,57 +6,14 @@ curves differ in markers and line styles, too, and the legend is beside the pane
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:  # which takes a second to import, and only pictures need it
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH, FONT = 6.2, 11  # inches, and points: ten pixels where a picture is 390 wide
-
-
-class Curve(NamedTuple):
-    """A line or a point of a panel, with intervals where `low` and `high` are given."""
-
-    x: Any
-    y: Any
-    look: Mapping[str, Any]
-    low: Any = None
-    high: Any = None
-
-
-def panel(
-    axis: "Axes",
-    curves: Mapping[str, Curve],
-    xlabel: str,
-    ylabel: str,
-    title: str = "",
-    scale: str = "linear",
-) -> None:
-    """Draw curves by name, with their intervals, and a legend of those that are there.
-
-    What is NaN is left out, and on a logarithmic scale what is not positive.
-    """
-    for name, curve in curves.items():
-        x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
-        y = np.where(y > 0, y, np.nan) if scale == "log" else y
-        if np.isnan(y).all():
-            continue
-        low, high = (y if end is None else np.asarray(end, float) for end in curve[3:])
-        bars = np.nan_to_num(np.maximum([y - low, high - y], 0))
-        axis.errorbar(x, y, bars, capsize=2, lw=1.4, ms=6, label=name, **curve.look)
-    axis.set_yscale(scale)
-    axis.set_xlabel(xlabel, fontsize=FONT)
-    axis.set_ylabel(ylabel, fontsize=FONT)
-    axis.set_title(title, fontsize=FONT)
-    axis.tick_params(labelsize=FONT)
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.margins(x=0.04)
-    if axis.get_legend_handles_labels()[1]:
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=FONT)
 
 
 def straggler_figure(
@@ -86,18 +43,31 @@ def straggler_figure(
     at = np.array(numbers) if numbered else np.arange(len(laws), dtype=float)
     apart = np.diff(np.sort(at)).min() if len(at) > 1 else 1.0
     for (metric, codes), axis in zip(drawn, places, strict=True):
-        (label, is_error), curves = panels[metric], {}
+        (label, is_error), tops = panels[metric], []
         for shift, code in enumerate(codes):
             found = [getattr(row, metric) for row in rows if row.code == code]
-            mean = np.array([each.mean for each in found])
+            mean = np.array([each.mean for each in found], float)
             low, high = np.array([each.interval(share=not is_error) for each in found]).T
             low = np.maximum(low, 0.1 * mean) if is_error else low
+            y = np.where(mean > 0, mean, np.nan) if is_error else mean
+            tops.append(np.nanmax([0, *mean]))
+            if np.isnan(y).all():
+                continue
+            bars = np.nan_to_num(np.maximum([y - low, high - y], 0))
             # Side by side: intervals would hide each other.
             x = at + 0.4 * apart * ((shift + 0.5) / len(codes) - 0.5)
             own = {"color": f"C{shift}", "marker": "osD^vP*"[shift]} if look is None else look(code)
-            curves[code] = Curve(x, mean, own, low, high)
-        panel(axis, curves, "stragglers", label, scale="log" if is_error else "linear")
-        tops = [np.nanmax([0, *curve.y]) for curve in curves.values()]
+            axis.errorbar(x, y, bars, capsize=2, lw=1.4, ms=6, label=code, **own)
+        axis.set_yscale("log" if is_error else "linear")
+        axis.set_xlabel("stragglers", fontsize=FONT)
+        axis.set_ylabel(label, fontsize=FONT)
+        axis.tick_params(labelsize=FONT)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.04)
+        shown = axis.get_legend_handles_labels()[1]
+        if shown:
+            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=FONT)
         if is_error and any(tops):
             most = 100 * float(np.median([top for top in tops if top > 0]))
             axis.set_ylim(top=2 * min(max(tops), most))
@@ -106,7 +76,7 @@ def straggler_figure(
             axis.xaxis.set_major_locator(whole)  # no half stragglers
         else:
             axis.set_xticks(at, laws, rotation=20 if sum(map(len, laws)) > 40 else 0)
-        if without := [code for code in codes if code not in axis.get_legend_handles_labels()[1]]:
+        if without := [code for code in codes if code not in shown]:
             lost = f"no errors, or all lost: {', '.join(without)}"
             axis.set_title(lost, fontsize=FONT - 1, loc="left", color="#555555")
     return figure
