@@ -52,11 +52,8 @@ class KeptMatrices:
     many_sets = 4096
 
     def __init__(self, code: Any):
-        # A copy: what keeps the code itself alive would keep its own entry alive. Random keys stay.
-        arrays, rest = eqx.partition(
-            code,
-            lambda leaf: eqx.is_array(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key),
-        )
+        # A copy: what keeps the code itself alive would keep its own entry alive.
+        arrays, rest = eqx.partition(code, eqx.is_array)
         self._code = eqx.combine(jax.tree.map(np.asarray, arrays), rest)
         # That of the code's numbers, or JAX's default.
         floats = [a.dtype for a in jax.tree.leaves(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
