@@ -22,6 +22,8 @@ class Berrut(AbstractPointsCode):
     against wrong answers).
     """
 
+    __init__ = AbstractPointsCode.__init__
+
     def _encoder(self) -> Float[Any, "num_workers num_data"]:
         every = namespace(self.alpha).ones(self.num_data, bool)
         return berrut_matrix(self.alpha, self.beta, every)

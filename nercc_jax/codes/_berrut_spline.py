@@ -10,7 +10,7 @@ from ..splines._ends import Ends, check_ends
 from ..splines.arrays import namespace
 from ._berrut import berrut_matrix
 from ._nercc import AbstractSplineCode
-from ._points import Points
+from ._points import AbstractPointsCode, Points
 from .trees import scalar_leaf
 
 
@@ -47,7 +47,7 @@ class BerrutSpline(AbstractSplineCode):
         ends: Ends = "not-a-knot",
     ):
         """Make a code; arguments and errors are those of `NeRCC`."""
-        super().__init__(num_data, num_workers, points=points)
+        AbstractPointsCode.__init__(self, num_data, num_workers, points=points)
         self.ends = check_ends(ends)  # pyright: ignore[reportIncompatibleVariableOverride]
         self.lambda_dec = scalar_leaf(
             "lambda_dec", lambda_dec, self.alpha.dtype, least=0.0, most=np.inf

@@ -35,7 +35,7 @@ class Lagrange(AbstractPointsCode):
         Raises:
             ValueError: As `regression_points`; or the degree's threshold exceeds N.
         """
-        super().__init__(num_data, num_workers, points=points)
+        AbstractPointsCode.__init__(self, num_data, num_workers, points=points)
         self.degree = check_count("degree", degree)
         if self.threshold > self.num_workers:
             raise ValueError(

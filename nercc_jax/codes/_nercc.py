@@ -141,7 +141,7 @@ class NeRCC(AbstractSplineCode):
         """
         if not isinstance(exact, bool):
             raise ValueError(f"exact must be True or False, not {exact!r}")
-        super().__init__(num_data, num_workers, points=points)
+        AbstractPointsCode.__init__(self, num_data, num_workers, points=points)
         self.exact = exact
         dtype = self.alpha.dtype
         exponent, penalty = (4.0, 3000.0) if lambda_dec is None else (0.0, 0.0)

@@ -200,7 +200,7 @@ def infer_groups(
     model: Callable[..., Any] | Sequence[Callable[..., Any]],
     code: AbstractCode,
     x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
-    available: Bool[ArrayLike, "groups num_workers"],
+    available: Bool[Array | np.ndarray, "groups num_workers"],
     args: tuple,
     known: CachedMatrices,
     *,
