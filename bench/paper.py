@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import rates
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 from report import RESULTS, Report, environment, show
 from workloads import GRID, NUMBERS, OUTPUTS, PAPER, PARM, Network, Outputs, Setting, Yardstick
 from workloads import groups_of as in_groups
@@ -152,15 +152,15 @@ def run_outputs(data: Data, report: Report, *, further: bool) -> tuple[Evaluatio
     """Return the rows of all codes for one kind of output, and all that is found of it."""
     codes, tuning = codes_of(data)
     report.log("evaluating")
-    setting, further_models = data.setting, {}
+    setting, workers = data.setting, {}
     parities = setting.num_workers - setting.num_data
     if setting.num_data % parities == 0:
         parity = Parity(*setting.shape)
         if (setting.model, parity.k, data.outputs) in list_parity_models():
             codes["ParM"] = parity
             trained = load_parity_model(setting.model, parity.k, data.outputs)
-            further_models["ParM"] = (trained,)
-    rows = data.evaluate(codes, further_models=further_models)
+            workers["ParM"] = (data.network, trained)
+    rows = data.evaluate(codes, workers=workers)
     ours = [name for name in codes if name.startswith("NeRCC")]
     # Tuned codes may be exact where nobody straggles: then there is no share to save.
     tuned = {row.stragglers: row.mse.mean for row in rows if row.code == "BACC tuned"}
@@ -264,20 +264,18 @@ def with_seeds(data: Data, codes: Mapping[str, AbstractCode]) -> dict[str, list[
     }
 
 
-class Bfloat16(eqx.Module):
-    """Answers sent in half the bits."""
+def in_half_the_bits(network: Any, x: Array) -> Array:
+    """Return a network's answers as they are when they are sent in bfloat16."""
+    answers = network(x)
+    return answers.astype(jnp.bfloat16).astype(answers.dtype)
 
-    def __call__(self, answers: Array, key: PRNGKeyArray) -> Array:
-        return answers.astype(jnp.bfloat16).astype(answers.dtype)
 
-
-class Noise(eqx.Module):
-    """Answers with Gaussian noise of deviation `sigma`."""
-
-    sigma: Array
-
-    def __call__(self, answers: Array, key: PRNGKeyArray) -> Array:
-        return answers + self.sigma * jax.random.normal(key, answers.shape, answers.dtype)
+def noisy(network: Any, sigma: Array, x: Array) -> Array:
+    """Return a network's answers with Gaussian noise of deviation `sigma`, drawn by the batch."""
+    answers = network(x)
+    drawn_by = jax.lax.bitcast_convert_type(jnp.sum(x, dtype=jnp.float32), jnp.uint32)
+    key = jax.random.fold_in(jax.random.key(5), drawn_by)
+    return answers + sigma * jax.random.normal(key, answers.shape, answers.dtype)
 
 
 def with_noise(data: Data, codes: Mapping[str, AbstractCode]) -> dict[str, dict[str, Any]]:
@@ -299,11 +297,14 @@ def with_noise(data: Data, codes: Mapping[str, AbstractCode]) -> dict[str, dict[
 
     summary = {}
     for noise in NOISES:
-        channel = Bfloat16() if noise == "bfloat16" else Noise(jnp.asarray(float(noise) * scale))
+        worker = jax.tree_util.Partial(in_half_the_bits, network)
+        if noise != "bfloat16":
+            worker = jax.tree_util.Partial(noisy, network, jnp.asarray(float(noise) * scale))
         candidates = {power: scaled(10.0**power) for power in range(-1, 6)}
+        named = {str(power): code for power, code in candidates.items()}
         tried = evaluate(
-            network, {str(power): code for power, code in candidates.items()}, few, some,
-            key=jax.random.key(3), num_sets=5, channel=channel,
+            network, named, few, some, key=jax.random.key(3), num_sets=5,
+            workers=dict.fromkeys(named, worker),
         )  # fmt: skip
         heights = {
             power: np.mean([np.log(row.mse.mean) for row in tried if row.code == str(power)])
@@ -312,9 +313,10 @@ def with_noise(data: Data, codes: Mapping[str, AbstractCode]) -> dict[str, dict[
         chosen = min(heights, key=lambda power: heights[power])
         ours, zero = "NeRCC, lambda_dec for this noise", "NeRCC, lambda_dec = 0"
         compared = {ours: candidates[chosen], zero: scaled(0.0), "NeRCC tuned": tuned}
+        compared |= {name: codes[name] for name in BACC}
         rows = evaluate(
-            network, compared | {name: codes[name] for name in BACC}, data.test, some,
-            key=jax.random.key(1), num_sets=data.size.sets, channel=channel,
+            network, compared, data.test, some, key=jax.random.key(1), num_sets=data.size.sets,
+            workers=dict.fromkeys(compared, worker),
         )  # fmt: skip
         summary[noise] = {
             "lambda_factor": 10.0**chosen,

@@ -145,13 +145,16 @@ def run_setting(
                     key=jax.random.key(seed), points=kind == "points", descent=Descent(steps),
                 )
             )  # fmt: skip
-            spent = clock.look()
+            spent, steps = (
+                clock.look(),
+                sum(each.start == tuned.start for each in tuned.history) - 1,
+            )
             runs[kind].append(
                 {
                     **spent,
                     "objective": yardstick.objective(tuned.code),
-                    "counted": evaluations(setting, len(train), len(tuned.path) - 1),
-                    "steps": len(tuned.path) - 1,
+                    "counted": evaluations(setting, len(train), steps),
+                    "steps": steps,
                 }
             )
             report.log(f"{setting.name}: {kind}, seed {seed}: {runs[kind][-1]['objective']:.4f}")

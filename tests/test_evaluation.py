@@ -60,14 +60,14 @@ def test_metrics_are_what_they_say(x, key):
     assert lost["NeRCC"] == lost["BACC"] == 0
 
 
-def test_further_models_are_given_by_the_codes_name(x, key):
+def test_the_workers_models_are_given_by_the_codes_name(x, key):
     """A linear model is its own parity model: exact, except where two of a group are missing."""
     codes = {"ParM": Parity(4, 6), "copies": Replication(4, 6)}
     linear = lambda x: x @ WEIGHTS  # noqa: E731
 
     def first(count, further):
-        laws, models = {"law": ExactStragglers(count)}, {"ParM": [further]}
-        return evaluate(linear, codes, x, laws, key=key, further_models=models, batch_size=7)[0]
+        laws, models = {"law": ExactStragglers(count)}, {"ParM": [linear, further]}
+        return evaluate(linear, codes, x, laws, key=key, workers=models, batch_size=7)[0]
 
     one, two, off = first(1, linear), first(2, linear), first(1, lambda x: linear(x) + 1)
     assert one.code == two.code == "ParM"
@@ -198,10 +198,10 @@ def test_gains_of_rows(x, key):
         ({"num_sets": 0}, "num_sets must be a positive integer, not 0"),
         ({"labels": np.zeros(7)}, r"labels have shape \(7,\)"),
         ({"codes": {"p": Parity(4, 6)}}, "run 2 models, but 1 came"),
-        ({"further_models": {"BACC": [model]}}, "run 1 model, but 2 came"),
-        ({"further_models": {"ParM": [model]}}, r"further_models names \['ParM'\]; the codes are"),
+        ({"workers": {"BACC": [model, model]}}, "run 1 model, but 2 came"),
+        ({"workers": {"ParM": [model]}}, r"workers names \['ParM'\]; the codes are"),
         ({"model": lambda x: x * jnp.inf}, "own outputs must be finite"),
-        ({"channel": lambda answers, key: answers[:, :, :1]}, "the channel made"),
+        ({"workers": {"NeRCC": lambda x: model(x)[:, :1]}}, "the workers' answers"),
     ],
 )
 def test_errors(change, message, x, key, untyped):
@@ -209,20 +209,6 @@ def test_errors(change, message, x, key, untyped):
     positional = [given.pop(name) for name in ("model", "codes", "x", "stragglers")]
     with pytest.raises(ValueError, match=message):
         evaluate(*positional, **given)
-
-
-def test_a_channels_key_is_not_the_masks(x, key):
-    """It spoils whom its key makes stragglers: who really is one would not respond anyway."""
-    law = ExactStragglers(4)
-
-    def spoilt(answers, key):
-        return answers + jnp.where(law.available(key, 12), 0.0, 1.0)[:, None]
-
-    (row,) = evaluate(
-        model, {"copies": Replication(5, 12)}, x, {"4": law}, key=key, num_sets=60, channel=spoilt
-    )
-    assert row.mse.mean == pytest.approx(1 / 3, abs=0.1)
-    assert row.mse.half_width > 0, "each set has a key of its own"
 
 
 @pytest.mark.parametrize("values", [[1.0, 1.0, 0.2], [0.0, 0.0, 0.1], [0.5, 0.6, 0.4, 0.5]])

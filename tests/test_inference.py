@@ -193,7 +193,7 @@ def test_a_data_point_of_any_shape(masks):
         (np.ones((K, K, 2)), np.ones(N, bool), "may be one group of 4 or 4 groups"),
         (np.ones((2, K, 5)), np.ones((3, N), bool), r"boolean mask of shape \(2, 10\)"),
         (np.ones((2, K, 5)), np.ones((2, N)), "boolean mask"),
-        (np.ones((0, K, 5)), np.ones(N, bool), "holds no group of 4 data points"),
+        (np.ones((0, K, 5)), np.ones(N, bool), "no whole groups of 4 data points"),
         (np.ones((2, K, 5), np.uint8), np.ones(N, bool), "x is uint8: codes work on floats"),
     ],
 )

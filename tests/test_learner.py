@@ -596,7 +596,7 @@ def started(**change):
         (started, {"y": np.ones((4, 2), int)}, "y is int"),
         (started, {"x": np.ones((4, 3), int)}, "no float among the data points"),
         (started, {"kernel": "linear"}, "shape must be one of squared_exponential, matern52"),
-        (started, {"kernel": Kernel(centre=np.zeros(2))}, "the kernel is for 2 features, not 3"),
+        (started, {"kernel": Kernel(centre=np.zeros(2))}, "x have 3 features; the learner knows 2"),
         (started, {"prior": lambda x: x}, "the surrogate gives outputs"),
     ],
 )

@@ -220,7 +220,7 @@ def test_one_compilation_for_one_shape():
 def test_a_projection_keeps_distances(number, dtype):
     random = np.random.default_rng(11)
     points = (random.normal(size=(60, number)) * np.linspace(0, 2, number)).astype(dtype)
-    features = random_projection(points, 64)
+    features = random_projection(jnp.asarray(points), 64)
     assert features.shape == (60, 64)
     assert features.dtype == dtype
     first, second = np.triu_indices(60, 1)
@@ -228,22 +228,14 @@ def test_a_projection_keeps_distances(number, dtype):
     assert np.mean(ratio) == pytest.approx(1, abs=0.05)
     assert np.std(ratio) < 1.3 * np.sqrt(2 / 64)
     # All of them are one matrix, each number in one sum with the sign + or -.
-    matrix = np.asarray(random_projection(np.eye(number, dtype=dtype), 64))
+    matrix = np.asarray(random_projection(jnp.eye(number, dtype=dtype), 64))
     np.testing.assert_array_equal(np.abs(matrix).sum(axis=1), 1)
     np.testing.assert_allclose(features, points @ matrix, atol=1e-4)
     assert -0.1 < matrix.sum() / number < 0.1
 
 
-@pytest.mark.parametrize("shape", [(7,), (8, 8), (3, 40), (8, 8, 3)])
-def test_the_hosts_projection_is_the_same(shape):
-    points = np.random.default_rng(0).normal(size=(3, *shape)).astype(np.float32)
-    found = random_projection(points, 64)
-    assert isinstance(found, np.ndarray)
-    np.testing.assert_allclose(found, random_projection(jnp.asarray(points), 64), atol=1e-5)
-
-
 def test_few_numbers_are_their_own_projection():
-    images = np.arange(40, dtype=np.uint8).reshape(2, 5, 4)
+    images = jnp.arange(40, dtype=np.uint8).reshape(2, 5, 4)
     np.testing.assert_array_equal(random_projection(images, 20), images.reshape(2, -1))
     assert random_projection(images, 20).dtype == "float32"
 
@@ -287,7 +279,6 @@ ROWS = np.ones((8, 3), np.float32)
         (lambda: order_points(ROWS[:0], 4), r"x has shape \(0, 3\): there are no data points"),
         (lambda: order_points(ROWS, 4, features=ROWS[:5]), r"they must be \(8, \.\.\.\)"),
         (lambda: order_points(ROWS, 4, features=jnp.sum), r"features have shape \(\)"),
-        (lambda: random_projection(ROWS, 0), "size must be a positive integer, not 0"),
     ],
 )
 def test_errors(call, message, untyped):

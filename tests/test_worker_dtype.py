@@ -269,7 +269,6 @@ def test_no_other_dtype(dtype, untyped):
     for use in (
         lambda: coded_inference(closed, CODE, worker_dtype=dtype),
         lambda: DevicePool(closed, 1, worker_dtype=dtype),
-        lambda: evaluate(closed, {"": CODE}, X[0], LAWS, key=None, worker_dtype=dtype),
     ):
         with pytest.raises(ValueError, match="worker_dtype must be a floating dtype of at most 32"):
             use()
@@ -331,11 +330,12 @@ def test_conditions_are_recorded(doubts):
 
 
 def test_workers_own_places_are_answered_in_it_and_the_models_own_outputs_are_not():
-    options = {"key": jax.random.key(1), "num_sets": 2}
-    exact, cast = (
-        evaluate(small(), {"": Replication(K, N)}, FEW, LAWS, worker_dtype=dtype, **options)[0]
-        for dtype in (None, "bfloat16")
-    )
+    copies, model = Replication(K, N), small()
+    workers = {"cast": cast_model(model, "bfloat16")}
+    exact, cast = evaluate(
+        model, {"": copies, "cast": copies}, FEW, LAWS, key=jax.random.key(1), num_sets=2,
+        workers=workers,
+    )  # fmt: skip
     assert exact.rmse.mean == 0 < cast.rmse.mean < 2e-2
     assert cast.rel_acc.mean > 0.5
 

@@ -1,25 +1,36 @@
-"""How the pages draw the systems that they compare with codes."""
+"""How the pages draw the systems that they compare; each looks the same everywhere."""
 
-from nercc_jax.evaluation.pictures import (
-    BLUE,
-    BROWN,
-    GREEN,
-    GREY,
-    INDIGO,
-    LIGHT,
-    LOOKS,
-    LOSSY,
-    MIXED,
-    OLIVE,
-    OPEN,
-    PURPLE,
-    SKY,
-    TEAL,
-    WINE,
-    system_look,
-)
+from typing import Any
 
-LOOKS |= {
+# Okabe and Ito's colours, and of Tol's muted ones where those are spent: colour-blind readers tell
+# apart what stands in one picture. What loses predictions is dashed.
+BLUE, SKY, PINK, WINE, PURPLE = "#0072b2", "#56b4e9", "#cc79a7", "#882255", "#aa4499"
+RED, BROWN, ORANGE, OLIVE = "#d55e00", "#a05000", "#e69f00", "#999933"
+GREEN, TEAL, INDIGO = "#009e73", "#44aa99", "#332288"
+GREY, LIGHT, BLACK = "#555555", "#999999", "#000000"
+OPEN, LOSSY = {"markerfacecolor": "white"}, {"linestyle": "--"}
+DOTS, MIXED = {"linestyle": ":"}, {"linestyle": "-."}
+
+# The look of each system: a colour, a marker, and further properties.
+LOOKS: dict[str, tuple[Any, ...]] = {
+    "NeRCC": (BLUE, "o"),
+    "NeRCC published": (SKY, "o", OPEN | MIXED),
+    "NeRCC tuned": (PINK, "D"),
+    "tuned": (PINK, "D"),
+    "NeRCC learned": (WINE, "*"),
+    "learned": (WINE, "*"),
+    "BACC": (RED, "s", DOTS),
+    "BACC tuned": (BROWN, "s", OPEN | DOTS),
+    "BACC learned": (RED, "d", DOTS),
+    "SBACC": (ORANGE, "^", OPEN | MIXED),
+    "ApproxIFER": (ORANGE, "v", MIXED),
+    "BSCC": (OLIVE, "h", MIXED),
+    "BSCC tuned": (OLIVE, "h", OPEN | MIXED),
+    "LCC": (GREEN, "^", DOTS),
+    "ParM": (BLACK, "P", LOSSY),
+    "ParM, k = 4": (BLACK, "p", LOSSY),
+    "replication": (GREY, "x", LOSSY),
+    "uncoded": (LIGHT, ".", DOTS),
     # The method, and what is added to it.
     "scheme": (WINE, "*"),
     "scheme, uncertain again": (WINE, "X"),
@@ -60,4 +71,13 @@ LOOKS |= {
     "Ray Serve": (INDIGO, "h"),
 }
 
-__all__ = ["system_look"]
+
+def system_look(system: str) -> dict[str, Any]:
+    """Return how a system is drawn: matplotlib's `color` and `marker`, and properties of its line.
+
+    The longest known name that the system's name begins with decides: "ParM, k = 2" looks as "ParM"
+    does. An unknown system is a black dot.
+    """
+    known = [name for name in LOOKS if system.startswith(name)]
+    color, marker, *further = LOOKS[max(known, key=len)] if known else (BLACK, ".")
+    return {"color": color, "marker": marker} | dict(*further)

@@ -9,6 +9,7 @@ from nercc_jax.evaluation import Estimate, Evaluation
 from nercc_jax.evaluation.pictures import straggler_figure
 from nercc_models import list_parity_models, parity_card
 
+from .looks import system_look
 from .results import load, percent, plus_minus, strong
 
 PAPER, MODERN = load("paper"), load("rivals")
@@ -194,7 +195,7 @@ def curves() -> Any:
     shown = ("NeRCC learned", "NeRCC tuned", "NeRCC published", "BACC", "replication")
     rows = [row for row in by_pair(FIRST["logits"]["rows"]).values() if row.code in shown]
     panels = {"mse": ("MSE of logits", True), "rel_acc": ("labels kept (RelAcc)", False)}
-    return straggler_figure(rows, panels, where(FIRST))
+    return straggler_figure(rows, panels, where(FIRST), system_look)
 
 
 def modern(metric: str, unit: float = 100) -> Iterator[dict[str, str]]:

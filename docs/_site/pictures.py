@@ -14,9 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nercc_jax import NeRCC
-from nercc_jax.evaluation.pictures import CODED, DATA, FONT, FOUND, LOST, WIDTH
+from nercc_jax.evaluation.pictures import FONT, WIDTH
 from nercc_jax.splines import smoothing_spline
 
+# Of one batch: data points, coded ones, those that are lost, and what is decoded.
+DATA, CODED, LOST, FOUND = "#0072b2", "#009e73", "#d55e00", "#cc79a7"
 CURVE = "#999999"
 _ALONG = np.linspace(-1, 1, 400)
 

@@ -9,7 +9,6 @@ from rich.console import Console
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, save_code
 from ..codes._points import coincident
-from ..evaluation import pictures
 from ..tuning import Descent, learn_decoder, tune
 from ._command import of_option
 from ._comparison import compare, points_for, straggler_laws
@@ -75,8 +74,6 @@ def tune_code(options: Options) -> None:
         "tuned": f"{taken} steps in {tuned.seconds:.0f} s: {numbers}",
         "objective": f"{tuned.objective:.4f} of the untuned code's, on held-out groups",
     }
-    picture = pictures.tuning_figure(tuned.path, title)
-    picture.savefig(options.plot, dpi=130)
     codes: dict[str, AbstractCode] = {"untuned": start, "tuned": code}
     if options.learn_decoder:
         with console.status("learning the decoder ..."):
@@ -90,6 +87,7 @@ def tune_code(options: Options) -> None:
         codes["replication"] = Replication(*size)
     what = f"{title}, data that it was not tuned on"
     compared = compare(console, options, network, codes, held, laws, what)
+    compared.plot(title=what).savefig(options.plot, dpi=130)
     write_json(console, options.numbers, about, compared.records())
     results |= {"tuned code": options.output.resolve(), "picture": options.plot.resolve()}
     show(console, *(f"{name}: {value}" for name, value in results.items()))

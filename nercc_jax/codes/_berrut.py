@@ -2,48 +2,27 @@
 
 from typing import Any
 
-import equinox as eqx
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from ..splines._knots import gather_knots
 from ..splines.arrays import namespace
-from ._code import AbstractNumpyCode
-from ._points import Points, regression_points
-from .checks import check_counts
+from ._points import AbstractPointsCode
 
 
-class Berrut(AbstractNumpyCode):
+class Berrut(AbstractPointsCode):
     """Berrut approximated coded computing (BACC).
 
     Both layers are Berrut's first rational interpolant, with weights of alternating sign along the
     points in their order on the line. The decoder numbers the signs anew along the workers that
     answered: with the original ones the interpolant has poles.
 
-    Attributes:
-        num_data: K.
-        num_workers: N.
-        alpha: Regression points of the data points; a leaf.
-        beta: Regression points of the workers; a leaf.
-
     Source: Jahani-Nezhad and Maddah-Ali 2022 (points "chebyshev"); ApproxIFER, AAAI 2022 (points
     "approxifer"); Borah and Harshan 2025, arXiv 2507.01330 (points "sbacc", without its DCT codes
     against wrong answers).
     """
 
-    num_data: int = eqx.field(static=True)
-    num_workers: int = eqx.field(static=True)
-    alpha: Float[Array, " num_data"]
-    beta: Float[Array, " num_workers"]
-
-    def __init__(self, num_data: int, num_workers: int, *, points: Points = "chebyshev"):
-        """Make a code with points by layout name or as (alpha, beta): see `regression_points`.
-
-        Raises:
-            ValueError: As `regression_points`.
-        """
-        self.num_data, self.num_workers = check_counts(num_data=num_data, num_workers=num_workers)
-        self.alpha, self.beta = regression_points(self.num_data, self.num_workers, points)
+    __init__ = AbstractPointsCode.__init__
 
     def _encoder(self) -> Float[Any, "num_workers num_data"]:
         every = namespace(self.alpha).ones(self.num_data, bool)

@@ -10,8 +10,7 @@ from ..splines._ends import Ends, check_ends
 from ..splines.arrays import namespace
 from ._berrut import berrut_matrix
 from ._nercc import AbstractSplineCode
-from ._points import Points, regression_points
-from .checks import check_counts
+from ._points import AbstractPointsCode, Points
 from .trees import scalar_leaf
 
 
@@ -35,10 +34,6 @@ class BerrutSpline(AbstractSplineCode):
     True
     """
 
-    num_data: int = eqx.field(static=True)
-    num_workers: int = eqx.field(static=True)
-    alpha: Float[Array, " num_data"]
-    beta: Float[Array, " num_workers"]
     lambda_dec: Float[Array, ""]
     ends: Ends = eqx.field(static=True)
 
@@ -52,9 +47,8 @@ class BerrutSpline(AbstractSplineCode):
         ends: Ends = "not-a-knot",
     ):
         """Make a code; arguments and errors are those of `NeRCC`."""
-        self.num_data, self.num_workers = check_counts(num_data=num_data, num_workers=num_workers)
+        AbstractPointsCode.__init__(self, num_data, num_workers, points=points)
         self.ends = check_ends(ends)  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.alpha, self.beta = regression_points(self.num_data, self.num_workers, points)
         self.lambda_dec = scalar_leaf(
             "lambda_dec", lambda_dec, self.alpha.dtype, least=0.0, most=np.inf
         )

@@ -151,7 +151,8 @@ def decode_groups(
         given: The decoder's matrices for these workers, where they are made already.
         one: Whether y is one group, (N, ...), with its mask (N,), and so are the predictions.
     """
-    y = native(y, "y")
+    if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(y)):
+        y = native(y, "y")
     if any_tracer(code, y, available, given):
         return decode_in_program(code, y, available, given, one=one)[0]
     config: Any = jax.config
@@ -173,7 +174,7 @@ def decode_groups(
     # more sets than are kept a program makes the matrices faster.
     here = (leaf.is_fully_addressable for leaf in jax.tree.leaves(y) if isinstance(leaf, Array))
     if given is None or kept is None or not all(here):
-        return _decode(code, to_device(y), to_device(masks), None, one=one)[0]
+        return compiled_decode(code, to_device(y), to_device(masks), one=one)
     vectors, form = join(jax.tree.map(np.asarray, to_device(y)), 1 if one else 2)
     vectors, masks = (vectors[None], masks[None]) if one else (vectors, masks)
     responded = masks & np.isfinite(vectors).all(axis=-1)
@@ -234,7 +235,12 @@ def decode_in_program(
         return jax.tree.map(lambda leaf: leaf[0], made) if one else made, sound
 
 
-_decode = eqx.filter_jit(decode_in_program)
+@eqx.filter_jit
+def compiled_decode(*arguments: Any, one: bool) -> Decoded:
+    """Decode by a program of its own; arguments are those of `decode_in_program`."""
+    return decode_in_program(*arguments, one=one)[0]
+
+
 _multiply = jax.jit(
     lambda *args, one: decode_in_program(None, *args, one=one), static_argnames="one"
 )

@@ -4,17 +4,16 @@ from typing import Any
 
 import equinox as eqx
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from ..splines._knots import gather_knots
 from ..splines.arrays import namespace, product
 from ._berrut import barycentric_matrix
-from ._code import AbstractNumpyCode
-from ._points import Points, regression_points
-from .checks import check_count, check_counts
+from ._points import AbstractPointsCode, Points
+from .checks import check_count
 
 
-class Lagrange(AbstractNumpyCode):
+class Lagrange(AbstractPointsCode):
     """Lagrange coded computing (LCC): exact for a polynomial model, hopeless for a network.
 
     The encoder is the polynomial of degree K - 1 through the data points. For a model that is a
@@ -26,11 +25,7 @@ class Lagrange(AbstractNumpyCode):
     Source: Yu et al. 2019, "Lagrange Coded Computing".
     """
 
-    num_data: int = eqx.field(static=True)
-    num_workers: int = eqx.field(static=True)
     degree: int = eqx.field(static=True)
-    alpha: Float[Array, " num_data"]
-    beta: Float[Array, " num_workers"]
 
     def __init__(
         self, num_data: int, num_workers: int, *, degree: int = 1, points: Points = "chebyshev"
@@ -40,9 +35,8 @@ class Lagrange(AbstractNumpyCode):
         Raises:
             ValueError: As `regression_points`; or the degree's threshold exceeds N.
         """
-        self.num_data, self.num_workers = check_counts(num_data=num_data, num_workers=num_workers)
+        AbstractPointsCode.__init__(self, num_data, num_workers, points=points)
         self.degree = check_count("degree", degree)
-        self.alpha, self.beta = regression_points(self.num_data, self.num_workers, points)
         if self.threshold > self.num_workers:
             raise ValueError(
                 f"degree {degree} does not fit: (num_data - 1) * degree + 1 answers are needed, "

@@ -13,20 +13,17 @@ from ..splines._ends import Ends
 from ..splines._host import smoothing_matrix_on_host, variances_on_host
 from ..splines._smoothing import smoothing_map
 from ..splines.arrays import namespace, where, working_dtype
-from ._code import AbstractNumpyCode, as_mask, check_mask
-from ._points import Points, coincident, mean_gap, regression_points
-from .checks import check_counts
+from ._code import as_mask, check_mask
+from ._points import AbstractPointsCode, Points, coincident, mean_gap
 from .trees import any_tracer, scalar_leaf
 
 
-class AbstractSplineCode(AbstractNumpyCode):
+class AbstractSplineCode(AbstractPointsCode):
     """A code whose decoder is a smoothing spline through the answers at beta, read at alpha.
 
     Variances are those of a spline with natural ends.
     """
 
-    alpha: eqx.AbstractVar[Float[Array, " num_data"]]
-    beta: eqx.AbstractVar[Float[Array, " num_workers"]]
     lambda_dec: eqx.AbstractVar[Float[Array, ""]]
     ends: ClassVar[Ends] = "natural"
 
@@ -97,10 +94,6 @@ class NeRCC(AbstractSplineCode):
     whose slope few answers determine.
 
     Attributes:
-        num_data: K.
-        num_workers: N.
-        alpha: Regression points of the data points; a leaf.
-        beta: Regression points of the workers; a leaf.
         lambda_enc: The encoder's smoothing; a leaf.
         lambda_dec: The decoder's smoothing when all workers answer; a leaf.
         gap_exponent: The decoder's lambda grows with this power of the mean gap between the
@@ -115,10 +108,6 @@ class NeRCC(AbstractSplineCode):
             point itself.
     """
 
-    num_data: int = eqx.field(static=True)
-    num_workers: int = eqx.field(static=True)
-    alpha: Float[Array, " num_data"]
-    beta: Float[Array, " num_workers"]
     lambda_enc: Float[Array, ""]
     lambda_dec: Float[Array, ""]
     gap_exponent: Float[Array, ""]
@@ -152,9 +141,8 @@ class NeRCC(AbstractSplineCode):
         """
         if not isinstance(exact, bool):
             raise ValueError(f"exact must be True or False, not {exact!r}")
-        self.num_data, self.num_workers = check_counts(num_data=num_data, num_workers=num_workers)
+        AbstractPointsCode.__init__(self, num_data, num_workers, points=points)
         self.exact = exact
-        self.alpha, self.beta = regression_points(self.num_data, self.num_workers, points)
         dtype = self.alpha.dtype
         exponent, penalty = (4.0, 3000.0) if lambda_dec is None else (0.0, 0.0)
         lambda_: Any = lambda_dec

@@ -7,6 +7,7 @@ coincide do so to the last bit.
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ..splines.arrays import namespace, where
+from ._code import AbstractNumpyCode
 from .checks import check_counts
 from .trees import to_device
 
@@ -65,6 +67,31 @@ def regression_points(
         if np.any(gap <= 4 * jnp.finfo(alpha.dtype).eps):
             raise ValueError(f"alphas must be distinct, but two of {alpha} coincide")
     return alpha, beta
+
+
+class AbstractPointsCode(AbstractNumpyCode):
+    """A code with regression points on a line.
+
+    Attributes:
+        num_data: K.
+        num_workers: N.
+        alpha: Regression points of the data points; a leaf.
+        beta: Regression points of the workers; a leaf.
+    """
+
+    num_data: int = eqx.field(static=True)
+    num_workers: int = eqx.field(static=True)
+    alpha: Float[Array, " num_data"]
+    beta: Float[Array, " num_workers"]
+
+    def __init__(self, num_data: int, num_workers: int, *, points: Points = "chebyshev"):
+        """Make a code with points by layout name or as (alpha, beta): see `regression_points`.
+
+        Raises:
+            ValueError: As `regression_points`.
+        """
+        self.alpha, self.beta = regression_points(num_data, num_workers, points)
+        self.num_data, self.num_workers = len(self.alpha), len(self.beta)
 
 
 def copies(num_data: int, num_workers: int) -> Int[np.ndarray, " num_workers"]:

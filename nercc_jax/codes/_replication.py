@@ -19,6 +19,9 @@ class AbstractCopies(AbstractNumpyCode):
     The first copy that answers is taken.
     """
 
+    num_data: int = eqx.field(static=True)
+    num_workers: int = eqx.field(static=True)
+
     def _encoder(self) -> Float[Any, "num_workers num_data"]:
         return np.eye(self.num_data)[copies(self.num_data, self.num_workers)]
 
@@ -47,9 +50,6 @@ class Replication(AbstractCopies):
     `regression_points` has the same placement.
     """
 
-    num_data: int = eqx.field(static=True)
-    num_workers: int = eqx.field(static=True)
-
     def __init__(self, num_data: int, num_workers: int):
         """Make a code; raise ValueError for fewer workers than data points."""
         self.num_data, self.num_workers = check_counts(num_data=num_data, num_workers=num_workers)
@@ -58,9 +58,6 @@ class Replication(AbstractCopies):
 
 class Uncoded(AbstractCopies):
     """One worker a data point and nothing else: whatever straggles is lost."""
-
-    num_data: int = eqx.field(static=True)
-    num_workers: int = eqx.field(static=True)
 
     def __init__(self, num_data: int, num_workers: int | None = None):
         """Make a code; raise ValueError for a number of workers other than that of data points."""

@@ -52,11 +52,8 @@ class KeptMatrices:
     many_sets = 4096
 
     def __init__(self, code: Any):
-        # A copy: what keeps the code itself alive would keep its own entry alive. Random keys stay.
-        arrays, rest = eqx.partition(
-            code,
-            lambda leaf: eqx.is_array(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key),
-        )
+        # A copy: what keeps the code itself alive would keep its own entry alive.
+        arrays, rest = eqx.partition(code, eqx.is_array)
         self._code = eqx.combine(jax.tree.map(np.asarray, arrays), rest)
         # That of the code's numbers, or JAX's default.
         floats = [a.dtype for a in jax.tree.leaves(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
@@ -125,7 +122,8 @@ def kept_matrices(code: Any) -> KeptMatrices | None:
     """
     if not code.has_host_matrices or any_tracer(code):
         return None
-    place = id(code), x64_enabled()
+    config: Any = jax.config
+    place = id(code), bool(config.jax_enable_x64)
     found = _KEPT.get(place)
     if found is None:
         # Codes are kept by which object they are: two with the same numbers are not worth a search.

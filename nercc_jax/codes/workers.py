@@ -12,9 +12,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..splines.arrays import native
 from ._code import AbstractCode
-from ._decoding import Decoded, decode_groups, decode_in_program, encode_groups
+from ._decoding import Decoded, compiled_decode, decode_groups, encode_groups
 from .kept import CachedMatrices
-from .trees import any_tracer, check_floats, is_float, leaves_of
+from .trees import check_floats, is_float, leaves_of
 
 # Raised by JAX where a function does not take tracers.
 _UNTRACEABLE = (
@@ -200,46 +200,27 @@ def infer_groups(
     model: Callable[..., Any] | Sequence[Callable[..., Any]],
     code: AbstractCode,
     x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
-    available: Bool[ArrayLike, "groups num_workers"],
+    available: Bool[Array | np.ndarray, "groups num_workers"],
     args: tuple,
     known: CachedMatrices,
     *,
     one: bool,
 ) -> Decoded:
-    """Return predictions by models between the two matrices; part of a program that is traced.
+    """Return predictions by models between the two matrices; of `one` group, without its axis.
 
-    Where all is known but the answers, the program holds no regression: it tells whether one
-    product was enough, and if not, the host decodes the answers. `one` group's result has no axis
-    of groups.
+    Where the decoder is not known a program makes it, of many straggler sets all at once.
     """
-    quick = known.decoders is not None and not any_tracer(model, code, x, available, args)
-    given = model, code, x, available, args, known, one
-    result, sound, y = _infer(*given, quick)
-    if quick and isinstance(sound, Tracer):  # of what the model closes over
-        result, *_ = _infer(*given, False)
-    elif quick and not sound:
-        result = decode_groups(code, y, available)
-        result = jax.tree.map(lambda leaf: leaf[0], result) if one else result
-    return result
+    y = _answers(model, code, x, args, known.encoder, one)
+    decode = compiled_decode if known.decoders is None else decode_groups
+    return decode(code, y, available[0] if one else available, known.decoders, one=one)
 
 
 @eqx.filter_jit
-def _infer(
-    model: Any,
-    code: AbstractCode,
-    x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
-    available: Bool[ArrayLike, "groups num_workers"],
-    args: tuple,
-    known: CachedMatrices,
-    one: bool,
-    quick: bool,
-) -> tuple[Decoded, Any, PyTree]:
-    """Return the result, whether it is sound, and the answers."""
-    x = jax.tree.map(jnp.asarray, x)
-    y = run_workers(model, code, encode_groups(code, x, known.encoder), *args)
-    given = jnp.asarray(available), known.decoders
-    result, sound = decode_in_program(None if quick else code, y, *given)
-    return jax.tree.map(lambda leaf: leaf[0], result) if one else result, sound, y
+def _answers(
+    model: Any, code: AbstractCode, x: PyTree, args: tuple, encoder: ArrayLike | None, one: bool
+) -> PyTree[Float[Array, "..."]]:
+    y = run_workers(model, code, encode_groups(code, jax.tree.map(jnp.asarray, x), encoder), *args)
+    return jax.tree.map(lambda leaf: leaf[0], y) if one else y
 
 
 def encode_on_host(

@@ -8,13 +8,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode
 from ..codes.checks import check_count
-from ..codes.trees import join, leaves_of
-from ..inference import cast_model
+from ..codes.trees import leaves_of
 from ..inference.models import Model
 from ..splines.arrays import native
 from ..stragglers import AbstractStragglers
@@ -237,10 +235,8 @@ def evaluate(
     key: PRNGKeyArray,
     num_sets: int = 20,
     labels: PyTree[Int[ArrayLike, "points ..."]] | None = None,
-    further_models: Mapping[str, Sequence[Model]] | None = None,
-    channel: Callable[[PyTree, PRNGKeyArray], PyTree] | None = None,
+    workers: Mapping[str, Model | Sequence[Model]] | None = None,
     batch_size: int = 256,
-    worker_dtype: DTypeLike | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Evaluations:
     """Evaluate codes by name under laws of stragglers by name.
@@ -258,11 +254,9 @@ def evaluate(
         num_sets: Straggler sets for each law.
         labels: The true labels, with a part for each part of the outputs.
         batch_size: The number of data points in a call of the model.
-        further_models: For codes whose workers run other models in addition (`worker_models`):
-            those others in order, by the code's name.
-        channel: A function (answers, key) of all workers' answers (groups, N, outputs...) on their
-            way to the decoder: noise, for example, or fewer bits.
-        worker_dtype: The dtype that coded data points are answered in (`cast_model`).
+        workers: What workers run where it is not the model alone, by the code's name: all models of
+            a code whose workers run several (`worker_models`), the served one first; or the model
+            in fewer bits (`cast_model`), or with noise on its answers.
         progress: A wrapper of the sequence of (law, set) pairs, for a progress bar.
 
     Returns:
@@ -272,16 +266,16 @@ def evaluate(
 
     Raises:
         ValueError: The codes differ in K or N, there are fewer than K data points, data points or
-            outputs are not finite floats, shapes do not agree, the model is in training mode, or
-            the further models are not those that the codes' workers run.
+            outputs are not finite floats, shapes do not agree, a model is in training mode, or
+            there are more models, or fewer, than a code's workers run.
     """
     sizes = {name: (code.num_data, code.num_workers) for name, code in codes.items()}
     if not sizes:
         raise ValueError("there are no codes to evaluate")
     if len(set(sizes.values())) != 1:
         raise ValueError(f"codes to compare must have the same (num_data, num_workers): {sizes}")
-    if unknown := (further_models or {}).keys() - codes.keys():
-        raise ValueError(f"further_models names {sorted(unknown)}; the codes are {list(codes)}")
+    if unknown := (workers or {}).keys() - codes.keys():
+        raise ValueError(f"workers names {sorted(unknown)}; the codes are {list(codes)}")
     num_sets = check_count("num_sets", num_sets)
     groups = cut_groups(x, next(iter(codes.values())).num_data)
     points, used = len(jax.tree.leaves(x)[0]), np.prod(jax.tree.leaves(groups)[0].shape[:2])
@@ -292,13 +286,18 @@ def evaluate(
         lambda leaf: jnp.asarray(np.asarray(leaf)[:used]), native(labels, "labels")
     )
 
-    run = batched(cast_model(model, worker_dtype), batch_size)
-    own, form = own_outputs(run if worker_dtype is None else batched(model, batch_size), groups)
-    known, recorded = own if worker_dtype is None else None, {}
+    recorded, run = {}, batched(model, batch_size)
+    own, form = own_outputs(run, groups)
     for name, code in codes.items():
-        others = cast_model(tuple((further_models or {}).get(name, ())), worker_dtype)
-        runs = [run, *(batched(each, batch_size) for each in others)]
+        theirs: Any = (workers or {}).get(name, model)
+        theirs = (theirs,) if callable(theirs) else theirs
+        runs = [run if each is model else batched(each, batch_size) for each in theirs]
+        known = own if runs[:1] == [run] else None
         coded = coded_outputs(runs, code, groups, batch_size, known)
+        if coded.shape[2] != (size := own.shape[2]):
+            raise ValueError(
+                f"the workers' answers ({name}) hold {coded.shape[2]}, not {size} numbers"
+            )
         recorded[name] = Answers(code, jnp.asarray(coded), jnp.asarray(own), form)
     first = next(iter(recorded.values()))
     groups, num_data, num_outputs = first.own.shape
@@ -309,8 +308,6 @@ def evaluate(
         draw = jax.random.fold_in(jax.random.fold_in(key, place), index)
         available = stragglers[law].available(draw, first.code.num_workers)
         for name, answers in recorded.items():
-            if channel is not None:  # the mask takes the draw's key itself
-                answers = _send(channel, answers, jax.random.fold_in(draw, 1))
             found = _sums_of(answers, answers.decode(available), targets)
             sums.setdefault((name, law), []).append(found)
     rows, errors = [], {}
@@ -325,16 +322,6 @@ def evaluate(
 
 
 _sums_of = eqx.filter_jit(Answers.sums_of)
-
-
-@eqx.filter_jit
-def _send(
-    channel: Callable[[PyTree, PRNGKeyArray], PyTree], answers: Answers, key: PRNGKeyArray
-) -> Answers:
-    received, form = join(channel(answers.form.split(answers.coded), key), 2)
-    if form.shapes != answers.form.shapes:
-        raise ValueError(f"the channel made {form.shapes} of answers {answers.form.shapes}")
-    return eqx.tree_at(lambda known: known.coded, answers, received)
 
 
 def _values(

@@ -112,23 +112,16 @@ class Trial(eqx.Module):
     laws: tuple[str, ...] = eqx.field(static=True)
     criterion: Criterion = eqx.field(static=True)
 
-    def objective(self, model: Model, code: AbstractCode) -> Float[Array, ""]:
-        """Return the mean over laws of a code's error relative to the starting code's.
-
-        It is 1 for the starting code, and differentiable in the code. An answer that is not finite
-        makes it NaN.
-        """
-        return self.errors(model, code)[1]
-
     @eqx.filter_jit  # one program for errors and objectives: it takes seconds to compile
     def errors(
         self, model: Model, code: AbstractCode
     ) -> tuple[Float[Array, " laws"], Float[Array, ""]]:
-        """Return the mean loss under each law, and `objective`.
+        """Return the mean loss under each law, and the mean of these by the starting code's.
 
-        All groups are decoded by one product for each straggler set, so that a gradient needs a
-        matrix for each set, not for each set and group. Sets that recover nothing are left out; a
-        law with no other has NaN.
+        The latter, the objective, is 1 for the starting code, and differentiable in the code; an
+        answer that is not finite makes it NaN. All groups are decoded by one product for each
+        straggler set, so that a gradient needs a matrix for each set, not for each set and group.
+        Sets that recover nothing are left out; a law with no other has NaN.
         """
         answers = nested_answers(model, code, self.x, self.originals)
         of_mask = jax.vmap(lambda mask: (code.decoder_matrix(mask), code.recovered(mask)))

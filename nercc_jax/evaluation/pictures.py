@@ -1,116 +1,33 @@
-"""Pictures of evaluations and tuning runs; each system has the same colour and marker everywhere.
+"""Pictures of evaluations.
 
 Each is one column of panels, to be read on a telephone (390 pixels wide) and in black and white:
 curves differ in markers and line styles, too, and the legend is beside the panel.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:  # which takes a second to import, and only pictures need it
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, and of Tol's muted ones where those are spent: colour-blind readers tell
-# apart what stands in one picture. What loses predictions is dashed.
-BLUE, SKY, PINK, WINE, PURPLE = "#0072b2", "#56b4e9", "#cc79a7", "#882255", "#aa4499"
-RED, BROWN, ORANGE, OLIVE = "#d55e00", "#a05000", "#e69f00", "#999933"
-GREEN, TEAL, INDIGO = "#009e73", "#44aa99", "#332288"
-GREY, LIGHT, BLACK = "#555555", "#999999", "#000000"
-OPEN, LOSSY = {"markerfacecolor": "white"}, {"linestyle": "--"}
-DOTS, MIXED = {"linestyle": ":"}, {"linestyle": "-."}
 WIDTH, FONT = 6.2, 11  # inches, and points: ten pixels where a picture is 390 wide
-
-# Of one batch: data points, coded ones, those that are lost, and what is decoded.
-DATA, CODED, LOST, FOUND = BLUE, GREEN, RED, PINK
-
-# The look of each system: a colour, a marker, and further properties. Pages add their own.
-LOOKS: dict[str, tuple[Any, ...]] = {
-    "NeRCC": (BLUE, "o"),
-    "NeRCC published": (SKY, "o", OPEN | MIXED),
-    "NeRCC tuned": (PINK, "D"),
-    "tuned": (PINK, "D"),
-    "NeRCC learned": (WINE, "*"),
-    "learned": (WINE, "*"),
-    "BACC": (RED, "s", DOTS),
-    "BACC tuned": (BROWN, "s", OPEN | DOTS),
-    "BACC learned": (RED, "d", DOTS),
-    "SBACC": (ORANGE, "^", OPEN | MIXED),
-    "ApproxIFER": (ORANGE, "v", MIXED),
-    "BSCC": (OLIVE, "h", MIXED),
-    "BSCC tuned": (OLIVE, "h", OPEN | MIXED),
-    "LCC": (GREEN, "^", DOTS),
-    "ParM": (BLACK, "P", LOSSY),
-    "ParM, k = 4": (BLACK, "p", LOSSY),
-    "replication": (GREY, "x", LOSSY),
-    "uncoded": (LIGHT, ".", DOTS),
-}
-
-
-def system_look(system: str) -> dict[str, Any]:
-    """Return how a system is drawn: matplotlib's `color` and `marker`, and properties of its line.
-
-    The longest known name that the system's name begins with decides: "ParM, k = 2" looks as "ParM"
-    does. An unknown system is a black dot.
-    """
-    known = [name for name in LOOKS if system.startswith(name)]
-    color, marker, *further = LOOKS[max(known, key=len)] if known else (BLACK, ".")
-    return {"color": color, "marker": marker} | dict(*further)
-
-
-class Curve(NamedTuple):
-    """A line or a point of a panel, with intervals where `low` and `high` are given."""
-
-    x: Any
-    y: Any
-    look: Mapping[str, Any]
-    low: Any = None
-    high: Any = None
-
-
-def panel(
-    axis: "Axes",
-    curves: Mapping[str, Curve],
-    xlabel: str,
-    ylabel: str,
-    title: str = "",
-    scale: str = "linear",
-) -> None:
-    """Draw curves by name, with their intervals, and a legend of those that are there.
-
-    What is NaN is left out, and on a logarithmic scale what is not positive.
-    """
-    for name, curve in curves.items():
-        x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
-        y = np.where(y > 0, y, np.nan) if scale == "log" else y
-        if np.isnan(y).all():
-            continue
-        low, high = (y if end is None else np.asarray(end, float) for end in curve[3:])
-        bars = np.nan_to_num(np.maximum([y - low, high - y], 0))
-        axis.errorbar(x, y, bars, capsize=2, lw=1.4, ms=6, label=name, **curve.look)
-    axis.set_yscale(scale)
-    axis.set_xlabel(xlabel, fontsize=FONT)
-    axis.set_ylabel(ylabel, fontsize=FONT)
-    axis.set_title(title, fontsize=FONT)
-    axis.tick_params(labelsize=FONT)
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.margins(x=0.04)
-    if axis.get_legend_handles_labels()[1]:
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=FONT)
 
 
 def straggler_figure(
-    rows: Sequence[Any], panels: Mapping[str, tuple[str, bool]], title: str
+    rows: Sequence[Any],
+    panels: Mapping[str, tuple[str, bool]],
+    title: str,
+    look: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> "Figure":
     """Return a figure with a panel for each metric, with intervals, and for every seven codes.
 
     A metric has its label, and whether it is an error, on a logarithmic axis: a code without any is
     named in the title, and one that explodes leaves the panel by its upper edge. Any other is a
-    share, whose intervals end at 0 and 1. Laws whose names are no numbers stand side by side.
+    share, whose intervals end at 0 and 1. Laws whose names are no numbers stand side by side. A
+    code's `look` are matplotlib's properties of its line.
     """
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
@@ -126,17 +43,31 @@ def straggler_figure(
     at = np.array(numbers) if numbered else np.arange(len(laws), dtype=float)
     apart = np.diff(np.sort(at)).min() if len(at) > 1 else 1.0
     for (metric, codes), axis in zip(drawn, places, strict=True):
-        (label, is_error), curves = panels[metric], {}
+        (label, is_error), tops = panels[metric], []
         for shift, code in enumerate(codes):
             found = [getattr(row, metric) for row in rows if row.code == code]
-            mean = np.array([each.mean for each in found])
+            mean = np.array([each.mean for each in found], float)
             low, high = np.array([each.interval(share=not is_error) for each in found]).T
             low = np.maximum(low, 0.1 * mean) if is_error else low
+            y = np.where(mean > 0, mean, np.nan) if is_error else mean
+            tops.append(np.nanmax([0, *mean]))
+            if np.isnan(y).all():
+                continue
+            bars = np.nan_to_num(np.maximum([y - low, high - y], 0))
             # Side by side: intervals would hide each other.
             x = at + 0.4 * apart * ((shift + 0.5) / len(codes) - 0.5)
-            curves[code] = Curve(x, mean, system_look(code), low, high)
-        panel(axis, curves, "stragglers", label, scale="log" if is_error else "linear")
-        tops = [np.nanmax([0, *curve.y]) for curve in curves.values()]
+            own = {"color": f"C{shift}", "marker": "osD^vP*"[shift]} if look is None else look(code)
+            axis.errorbar(x, y, bars, capsize=2, lw=1.4, ms=6, label=code, **own)
+        axis.set_yscale("log" if is_error else "linear")
+        axis.set_xlabel("stragglers", fontsize=FONT)
+        axis.set_ylabel(label, fontsize=FONT)
+        axis.tick_params(labelsize=FONT)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.04)
+        shown = axis.get_legend_handles_labels()[1]
+        if shown:
+            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=FONT)
         if is_error and any(tops):
             most = 100 * float(np.median([top for top in tops if top > 0]))
             axis.set_ylim(top=2 * min(max(tops), most))
@@ -145,37 +76,7 @@ def straggler_figure(
             axis.xaxis.set_major_locator(whole)  # no half stragglers
         else:
             axis.set_xticks(at, laws, rotation=20 if sum(map(len, laws)) > 40 else 0)
-        if without := [code for code in codes if code not in axis.get_legend_handles_labels()[1]]:
+        if without := [code for code in codes if code not in shown]:
             lost = f"no errors, or all lost: {', '.join(without)}"
-            axis.set_title(lost, fontsize=FONT - 1, loc="left", color=GREY)
-    return figure
-
-
-def tuning_figure(history: Sequence[Any], title: str) -> "Figure":
-    """Return a picture of a tuning run: its objective, and its numbers, at each step."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((WIDTH, 7.4), layout="constrained")
-    first, second = figure.subplots(2, 1)
-    steps = [each.step for each in history]
-
-    def curve(values: Sequence[float | None], **look: Any) -> Curve:
-        known = [(x, y) for x, y in zip(steps, values, strict=True) if y is not None]
-        return Curve(*zip(*known, strict=True), look=look) if known else Curve([], [], look)
-
-    heights = {
-        "own groups": curve([each.objective for each in history], color=LIGHT),
-        "held out": curve([each.held_out for each in history], color=BLUE, marker="o"),
-    }
-    panel(first, heights, "step", "objective / the untuned code's", title)
-    first.axhline(1, color=GREY, lw=0.8, ls="--")
-    numbers = {
-        name: curve([each.parameters.get(name) for each in history], color=color, linestyle=style)
-        for name, color, style in (
-            ("lambda_enc", GREEN, "-"),
-            ("lambda_dec", RED, "--"),
-            ("gap_exponent", PINK, ":"),
-        )
-    }
-    panel(second, numbers, "step", "numbers (lambda_dec: all answer)", scale="log")
+            axis.set_title(lost, fontsize=FONT - 1, loc="left", color="#555555")
     return figure

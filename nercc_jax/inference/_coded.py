@@ -62,8 +62,8 @@ def coded_inference(
     One compilation serves every straggler set; groups with sets of their own take another one, and
     more than a few different sets in a call a third. The encoder's matrix is made once, on the
     host's CPU, and so is the decoder's for each mask that is given outside jit, unless a call has
-    many: the last thousands are kept. Then the program is encode, model and one product, and the
-    call waits for its result to see whether the product is enough. It composes with jit, grad,
+    many: the last thousands are kept. Then the programs are encode and model, and one product, and
+    the call waits for its result to see whether the product is enough. It composes with jit, grad,
     vmap, with a mesh, too; `jax.jit(infer).lower(x, available)` compiles ahead of time.
 
     Args:
@@ -105,7 +105,8 @@ def coded_inference(
         if not isinstance(plain, AbstractCode):
             raise ValueError(f"code must be a code or a scheme, not {type(code).__name__}")
         platform = None if mesh is None else mesh.devices.flat[0].platform
-        check_conditions(code, current_conditions(worker_dtype, platform))
+        conditions = current_conditions(worker_dtype, platform)
+        check_conditions(conditions, code.error_probability, code.bars)
     if mesh is not None:
         workers = place(workers, code, plain, mesh, axis)
 
@@ -193,9 +194,6 @@ def as_groups(
     leaves, structure = jax.tree.flatten(native(x, "x"))
     leaves = [leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for leaf in leaves]
     x, shapes = jax.tree.unflatten(structure, leaves), [leaf.shape for leaf in leaves]
-    same = len({shape[:1] for shape in shapes}) == 1
-    summary = ", ".join(map(str, shapes))
-
     many = in_a_row
     if not in_a_row:
         each = {False, True} if grouped is None else {grouped}
@@ -215,12 +213,13 @@ def as_groups(
         (many,) = fits
     if not all(map(is_float, leaves)):
         check_data(x)  # says which
-    if in_a_row and not (same and shapes[0] and shapes[0][0] and shapes[0][0] % num_data == 0):
-        raise ValueError(f"x of shape {summary} is no whole groups of {num_data} data points")
-    if any(isinstance(size, int) and size == 0 for shape in shapes for size in shape):
-        raise ValueError(f"x holds no group of {num_data} data points: {summary}")
-    if many and not same:
-        raise ValueError(f"the parts of x are of different numbers of groups: {summary}")
+    empty = any(isinstance(size, int) and size == 0 for shape in shapes for size in shape)
+    same = not many or len({shape[:1] for shape in shapes}) == 1
+    if empty or not same or (in_a_row and (not shapes[0] or shapes[0][0] % num_data)):
+        given = ", ".join(map(str, shapes))
+        raise ValueError(
+            f"x of shape {given} is no whole groups of {num_data} data points, as many in each part"
+        )
     for number, leaf in enumerate(leaves):
         if not isinstance(leaf, jax.Array):  # in JAX's working precision
             leaves[number] = leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)

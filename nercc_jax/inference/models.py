@@ -210,16 +210,6 @@ class CalibrationWarning(UserWarning):
     """
 
 
-class AbstractCalibrated(eqx.Module):
-    """Something that was calibrated on answers.
-
-    `conditions` say at which precision workers answered, and on what (`current_conditions`); empty
-    where that is unknown.
-    """
-
-    conditions: eqx.AbstractVar[str]
-
-
 def current_conditions(worker_dtype: DTypeLike | None = None, platform: str | None = None) -> str:
     """Return the conditions of workers that run here and now, in words.
 
@@ -246,21 +236,17 @@ def matmul_precision() -> str | None:
     return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def check_conditions(tree: PyTree, used: str) -> None:
-    """Warn of everything in a tree that was calibrated under other conditions."""
-    found = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, AbstractCalibrated))
-    for node in found:
-        if isinstance(node, AbstractCalibrated):
-            warn_if_other(type(node).__name__, node.conditions, used)
+def check_conditions(used: str, *calibrated: Any) -> None:
+    """Warn of what was calibrated under other `conditions`: `CalibrationWarning`.
 
-
-def warn_if_other(what: str, calibrated: str, used: str) -> None:
-    """Warn where both conditions are known, and differ: `CalibrationWarning`."""
-    if calibrated and used and calibrated != used:
-        warnings.warn(
-            f"{what} was calibrated on answers of {calibrated}, and is used with {used}: what it "
-            "promises was not measured there. Calibrate again under the conditions of use "
-            "(worker_dtype of calibrate_error_probability)",
-            CalibrationWarning,
-            stacklevel=3,
-        )
+    They are empty where they are unknown. What is None was not calibrated.
+    """
+    for each in calibrated:
+        if each is not None and used and each.conditions not in ("", used):
+            warnings.warn(
+                f"{type(each).__name__} was calibrated on answers of {each.conditions}, and is "
+                f"used with {used}: what it promises was not measured there. Calibrate again under "
+                "the conditions of use (worker_dtype of calibrate_error_probability)",
+                CalibrationWarning,
+                stacklevel=3,
+            )

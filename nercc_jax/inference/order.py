@@ -3,9 +3,8 @@
 The splines run through the data points in their order, so the order decides how rough they are.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -16,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from ..codes.checks import check_count
 from ..codes.trees import is_float, join, leaves_of, to_device
-from ..splines.arrays import namespace, native, working_dtype
+from ..splines.arrays import native, working_dtype
 
 Features: TypeAlias = Callable[[PyTree], PyTree] | PyTree[Float[ArrayLike, "points ..."]]
 
@@ -91,38 +90,25 @@ def order_points(
     return jax.device_put(np.asarray(order)) if elsewhere else order
 
 
-def random_projection(x: PyTree, size: int = 128) -> Float[Array | np.ndarray, "points features"]:
+def random_projection(x: PyTree, size: int = 128) -> Float[Array, "points features"]:
     """Return features without a model: sums of x's numbers with random signs.
 
     Every `size`-th number is in the same sum. Distances are kept in the mean over signs, up to
-    about sqrt(2 / size) of themselves each. It takes one pass over x, (points, ...), by NumPy for
-    its arrays, and the signs are always the same; x with no more than `size` numbers for each data
-    point is its own projection.
+    about sqrt(2 / size) of themselves each. The signs are always the same; x with no more than
+    `size` numbers for each data point is its own projection.
 
     Source: the count sketch (Charikar, Chen and Farach-Colton 2002), with regular buckets.
     """
-    size = check_count("size", size)
     leaves = jax.tree.leaves(x)
     # Token ids beside say nothing by their size; bytes of an image by themselves do.
     leaves = [leaf for leaf in leaves if is_float(leaf)] or leaves
     flat, _ = join([leaf.astype(working_dtype(leaf.dtype)) for leaf in leaves], 1)
-    number, xp = flat.shape[1], namespace(flat)
+    points, number = flat.shape
     if number <= size:
         return flat
-    with np.errstate(over="ignore", invalid="ignore"):
-        if xp is np:
-            signed = flat * _known_signs(number, flat.dtype)
-        else:
-            signed = flat * jax.random.rademacher(jax.random.key(0), (number,), flat.dtype)
-        if number % size:  # `np.pad` would take longer than all the rest
-            filling = xp.zeros((len(flat), -number % size), flat.dtype)
-            signed = xp.concatenate([signed, filling], axis=1)
-        return xp.sum(signed.reshape(len(flat), -1, size), axis=1)
-
-
-@functools.lru_cache
-def _known_signs(number: int, dtype: Any) -> Float[np.ndarray, " number"]:
-    return np.asarray(jax.random.rademacher(jax.random.key(0), (number,), dtype))
+    signed = flat * jax.random.rademacher(jax.random.key(0), (number,), flat.dtype)
+    signed = jnp.pad(signed, ((0, 0), (0, -number % size)))
+    return jnp.sum(signed.reshape(points, -1, size), axis=1)
 
 
 @eqx.filter_jit

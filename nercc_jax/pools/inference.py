@@ -86,7 +86,7 @@ def pool_inference(
     plain: AbstractCode = off_meshes(code) if scheme is None else scheme.code
     encoder = encoder_of(plain)
     if scheme is not None:
-        check_conditions((scheme.error_probability, scheme.bars), pool.conditions)
+        check_conditions(pool.conditions, scheme.error_probability, scheme.bars)
     kinds = plain.worker_models.tolist()
 
     @no_mesh()

@@ -19,14 +19,13 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from ..codes.checks import check_count
 from ..codes.trees import to_device
 from ..evaluation.criteria import root_mean_square
-from ..inference.models import AbstractCalibrated
 from ..surrogates import Kernel, Learner, LearnerTuning, tune_learner
 from ._accuracy import Accuracy, bar_factor, conformal_quantile
 
 _LEVELS = 1000  # of coverage that are kept
 
 
-class ErrorBars(AbstractCalibrated):
+class ErrorBars(eqx.Module):
     """Factors by which deviations become error bars with a stated coverage.
 
     `calibrate_error_bars` and `calibrate_learner_bars` make them. Called with deviations and a

@@ -21,13 +21,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ..codes.trees import Form, to_device
-from ..inference.models import AbstractCalibrated
 from ..splines.arrays import namespace
 from ._accuracy import risk_cap, upper_bound
 from ._features import label_features
 
 
-class ErrorProbability(AbstractCalibrated):
+class ErrorProbability(eqx.Module):
     """A calibrated probability that a label differs from the model's own.
 
     `calibrate_error_probability` makes one.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.criteria import agree_on_labels, root_mean_square
-from ..inference.models import warn_if_other
+from ..inference.models import check_conditions
 from ..risk import Comparison, Risk
 from ..risk._accuracy import error_ratios
 from ._policy import MAX_DEADLINE_S
@@ -72,7 +72,7 @@ class Approximations:
                 f"{known.coverage}, the policy has {wanted.tolerance} and {wanted.coverage}"
             )
         if scores.calibrated:
-            warn_if_other("the error estimate", scores.conditions, setup.pool.conditions)
+            check_conditions(setup.pool.conditions, scores)
         self.turns = setup.clock.turns("nercc-learning", self._turn)
         uncalibrated = wanted.promises and not scores.calibrated
         self.decoded = Risk(wanted, needs_evidence=uncalibrated)

@@ -35,22 +35,19 @@ def smoothing_matrix_on_host(
     at: Float[np.ndarray, " k"],
     lambda_: Float[np.ndarray, ""] | np.floating | float,
     *,
-    weights: Float[np.ndarray, " n"] | None = None,
-    available: Bool[np.ndarray, " n"] | None = None,
-    end_weights: Float[np.ndarray, "2"] | None = None,
     ends: Ends = "natural",
+    **options: Any,
 ) -> Float[np.ndarray, "k n"]:
     """Return `smoothing_matrix` of NumPy's arrays, in float64.
 
     It takes 0.2 ms for 20 points and 8 predictions, 0.3 ms for 100 and 20. Arguments as for
     `smoothing_spline`; coincidence of points is judged at the precision of t.
     """
-    knots, seen = _observed(t, weights, available)
+    knots, seen, system = _fitted(t, lambda_, **options)
     on_knots = np.zeros((len(at), len(knots.t)))
     if len(seen) == 1:
         on_knots[:, seen] = 1
-    elif len(seen) > 1:
-        system = _System(knots, seen, lambda_, end_weights)
+    elif system is not None:
         coefficients = system.at(at)[0]
         if ends == "natural" or len(seen) < 4:
             # Predictions are coefficients of values and slopes: a solution of the transpose each.
@@ -79,21 +76,17 @@ def variances_on_host(
     t: Float[np.ndarray, " n"],
     at: Float[np.ndarray, " k"],
     lambda_: Float[np.ndarray, ""] | np.floating | float,
-    *,
-    weights: Float[np.ndarray, " n"] | None = None,
-    available: Bool[np.ndarray, " n"] | None = None,
-    end_weights: Float[np.ndarray, "2"] | None = None,
+    **options: Any,
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "n n"]]:
     """Return `posterior_variance`, and the matrix S for which `process_variance` is |S y|^2.
 
     With several coordinates it is their mean. S is zero where it is infinite. Arguments as for
     `smoothing_matrix_on_host`.
     """
-    knots, seen = _observed(t, weights, available)
+    knots, seen, system = _fitted(t, lambda_, **options)
     root = np.zeros((len(t), len(knots.t)))
-    if len(seen) < 2:
+    if system is None:
         return np.full(len(at), np.inf), knots.spread(root)
-    system = _System(knots, seen, lambda_, end_weights)
     coefficients, between = system.at(at)
     covariances = system.solve(system.forces[:, None] * coefficients)
     variance = np.sum(coefficients * covariances, axis=0) + between**3 / 3
@@ -113,15 +106,20 @@ def variances_on_host(
     return variance, knots.spread(root)
 
 
-def _observed(
+def _fitted(
     t: Float[np.ndarray, " n"],
-    weights: Float[np.ndarray, " n"] | None,
-    available: Bool[np.ndarray, " n"] | None,
-) -> tuple[Knots, Int[np.ndarray, " seen"]]:
-    """Return the knots, and the places of those with a weight."""
+    lambda_: Any,
+    *,
+    weights: Float[np.ndarray, " n"] | None = None,
+    available: Bool[np.ndarray, " n"] | None = None,
+    end_weights: Float[np.ndarray, "2"] | None = None,
+) -> "tuple[Knots, Int[np.ndarray, ' seen'], _System | None]":
+    """Return the knots, the places of those with a weight, and their system if they are several."""
     weights = np.ones(len(t)) if weights is None else np.asarray(weights, np.float64)
     knots = gather_knots(t, weights if available is None else np.where(available, weights, 0))
-    return knots, np.flatnonzero(knots.weights > 0)
+    seen = np.flatnonzero(knots.weights > 0)
+    several = len(seen) > 1
+    return knots, seen, _System(knots, seen, lambda_, end_weights) if several else None
 
 
 class _System:

@@ -104,21 +104,15 @@ class Kernel(eqx.Module):
             a = a.astype(np.float64)
         return (a - self.centre) / (self.unit * self.widths[self.groups])
 
-    def same(
-        self, a: Float[Any, "p features"], b: Float[Any, "q features"], tolerance: float = 1e-5
-    ) -> Bool[Any, "p q"]:
-        """Return which inputs differ by no more than rounding.
+    def same(self, a: Float[Any, "p features"], b: Float[Any, "q features"]) -> Bool[Any, "p q"]:
+        """Return which inputs differ by no more than rounding: by 1e-5 of the kernel's widths.
+
+        Rounding of float32 moves inputs by less, and a kernel that takes them apart would judge
+        itself on copies of its own pairs.
 
         Distances by products of matrices, as in covariances, are no exact 0 in float32. So inputs
         are compared coordinate by coordinate, or where they have more than eight along eight
         directions.
-
-        Args:
-            a: Features.
-            b: Other features.
-            tolerance: Inputs nearer than this, in widths of the kernel, are the same input.
-                Rounding of float32 moves inputs by less than the default, and a kernel that takes
-                them apart would judge itself on copies of its own pairs.
         """
         a, b = self.scaled(a), self.scaled(b)
         features = a.shape[1]
@@ -129,7 +123,7 @@ class Kernel(eqx.Module):
         xp = namespace(a, b)
         alike = xp.ones((len(a), len(b)), bool)
         for one, other in zip(a.T, b.T, strict=True):
-            alike &= xp.abs(one[:, None] - other) <= tolerance
+            alike &= xp.abs(one[:, None] - other) <= 1e-5
         return alike
 
 

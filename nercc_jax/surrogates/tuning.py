@@ -131,8 +131,6 @@ def fit_learner(
     form, pairs = join(blank[1], 1)[1], length_of("y", y)
     z = features_of(features, x if pairs else blank[0])[:pairs]
     kernel = kernel if isinstance(kernel, Kernel) else first_kernel(kernel, z)
-    if kernel.centre.shape != z.shape[1:]:
-        raise ValueError(f"the kernel is for {len(kernel.centre)} features, not {z.shape[1]}")
     empty = Learner(kernel, form, capacity=capacity, features=features, prior=prior)
     learner = empty.update(x, y)
     return learner if tuning is None else tune_learner(learner, tuning)

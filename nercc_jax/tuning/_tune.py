@@ -58,7 +58,7 @@ class Descent:
 
 @dataclasses.dataclass(frozen=True)
 class TuningStep:
-    """One step: its number, the objective on the groups it drew, and the lambdas it started from.
+    """One step: its number, and the objective on the groups it drew.
 
     `start` is the number of the start whose descent it belongs to.
     `held_out` is the objective on the held-out groups, in those steps that looked; the last entry
@@ -71,7 +71,6 @@ class TuningStep:
     objective: float | None
     held_out: float | None
     rejected: bool
-    parameters: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +94,6 @@ class Tuned(Generic[Code]):
     history: tuple[TuningStep, ...]
     start: int
     seconds: float
-
-    @property
-    def path(self) -> tuple[TuningStep, ...]:
-        """Return the steps from the start that the code is from."""
-        return tuple(step for step in self.history if step.start == self.start)
 
     @property
     def rejected(self) -> int:
@@ -205,12 +199,10 @@ def tune(
         nonlocal best, lowest, winner
         here, held_out = parametrized[start][1](parameters), None
         if step % descent.check_every == 0 or objective is None:
-            held_out = float(trial.objective(model, here))
+            held_out = float(trial.errors(model, here)[1])
             if held_out < lowest:
                 best, lowest, winner = here, held_out, start
-        leaves = ((field.name, getattr(here, field.name)) for field in dataclasses.fields(here))
-        scalars = {name: float(v) for name, v in leaves if eqx.is_array(v) and v.ndim == 0}
-        history.append(TuningStep(start, step, objective, held_out, rejected, scalars))
+        history.append(TuningStep(start, step, objective, held_out, rejected))
         on_step(history[-1], here)
 
     if optimizer == "lbfgs":
@@ -288,7 +280,7 @@ def _objective(
     chosen = sampling.draw(code.num_data, training, key_groups)
     available, law = draw_sets(stragglers, key_sets, code.num_workers, sampling.sets_per_step)
     fresh = dataclasses.replace(trial, x=chosen, originals=None, available=available, law=law)
-    return fresh.objective(model, code)
+    return fresh.errors(model, code)[1]
 
 
 def _descent_by_steps(
