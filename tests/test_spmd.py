@@ -37,7 +37,8 @@ def assert_same(got, expected, tolerance=1e-5):
     np.testing.assert_allclose(got.predictions, expected.predictions, atol=tolerance)
 
 
-# Decoding of two coordinates: of 8 devices some have none, and some no worker, or one of two.
+# Encoding: replicated data points on 1 and 3 devices, shares of coordinates on 8. Decoding of six
+# groups: by coordinate on 8 devices, by group on fewer. Of 8 some have no worker, or one of two.
 @pytest.mark.parametrize(
     ("devices", "num_data", "num_workers", "precision"),
     [
@@ -84,7 +85,7 @@ def test_it_equals_the_unsharded(devices, num_data, num_workers, precision):
 
 @pytest.mark.parametrize("devices", [3, 8])
 def test_each_kind_of_worker_is_spread_by_itself(devices):
-    """Images in, images out: five by three, of nine groups and of one."""
+    """Images in, images out: five by three and as many groups as eight devices have, and one."""
     code = Parity(4, 6)
     models = (lambda b: jnp.sin(b) * b, lambda b: jnp.cos(b))
     x = np.random.default_rng(1).normal(size=(9, 4, 5, 3)).astype(np.float32)

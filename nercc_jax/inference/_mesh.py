@@ -118,33 +118,45 @@ class Placed:
         """Return predictions of groups, on all devices, from the answers of all slots.
 
         Decoding is shared as well: gathering all N answers on each device and decoding them
-        everywhere moves N m numbers to each, exchanging coordinates and gathering predictions
+        everywhere moves N m numbers to each, exchanging shares and gathering predictions
         (N + K) m / D + K m. Eight CPU devices on two cores, N = 20, K = 8, in ms, gathered / by
-        coordinate: 1 group of 10 coordinates 2.1 / 2.7; 64 of 10 7.6 / 7.4; 64 of 1,000 144 / 25; 1
-        of 150,528 158 / 23. Each device makes the matrices of traced masks for itself: one device
-        would take as long while others wait, and then have to send them. (Those of known masks are
-        made once, on the host: `given`.)
+        coordinate / by group: 1 group of 10 coordinates 2.1 / 2.7 / 3.0; 64 of 10 7.6 / 7.4 / 4.1;
+        64 of 1,000 144 / 25 / 10; 1 of 150,528 158 / 23 / 190. By group, the decoder's matrices are
+        shared too, and it needs a group a device. By coordinate there are fewer groups than
+        devices, and each device makes the matrices of traced masks for itself: one device would
+        take as long while others wait, and then have to send them. (Those of known masks are made
+        once, on the host: `given`.)
         """
         arrays, static = eqx.partition(self.coder, eqx.is_array)
         first = np.unique(self.worker, return_index=True)[1]
         flat, form = join(y, 2)
-        (_, _, size), devices = flat.shape, self.mesh.shape[self.axis]
+        (groups, _, size), devices = flat.shape, self.mesh.shape[self.axis]
+        by_group = groups >= devices
+        shared = 0 if by_group else 2
 
         def of_device(arrays, flat, available, given):
-            # What is broken in one coordinate is so in all: no device sees those of the others.
-            finite = jnp.all(jnp.isfinite(flat), axis=-1)
-            flat = jnp.where(finite[..., None], flat, jnp.nan)
-            flat = jax.lax.all_to_all(flat, self.axis, split_axis=2, concat_axis=1, tiled=True)
+            if not by_group:
+                # What is broken in one coordinate is so in all: no device sees those of the others.
+                finite = jnp.all(jnp.isfinite(flat), axis=-1)
+                flat = jnp.where(finite[..., None], flat, jnp.nan)
+            flat = jax.lax.all_to_all(flat, self.axis, split_axis=shared, concat_axis=1, tiled=True)
             code = eqx.combine(arrays, static)
             decoded = decode_vectors(code, flat[:, first], available, given)
             return decoded.predictions, decoded.responded, decoded.recovered
 
-        flat = jnp.pad(flat, ((0, 0), (0, 0), (0, -size % devices)), mode="edge")
-        inputs = (_REPLICATED, self.by(1), _REPLICATED, _REPLICATED)
-        outputs = (self.by(2), _REPLICATED, _REPLICATED)
+        of_groups = of_given = _REPLICATED
+        flat = _padded(flat, shared, devices)
+        if by_group:
+            of_groups, available = self.by(0), _padded(available, 0, devices)
+            if given is not None and len(given.recovered) > 1:
+                of_given = self.by(0)
+                given = jax.tree.map(lambda leaf: _padded(leaf, 0, devices), given)
+        inputs = (_REPLICATED, self.by(1), of_groups, of_given)
+        outputs = (self.by(shared), of_groups, of_groups)
         decode = self._on_each_device(of_device, inputs, outputs)
         predictions, responded, recovered = self.gather(decode(arrays, flat, available, given))
-        return Decoded(form.split(predictions[..., :size]), responded, recovered)
+        predictions = form.split(predictions[:groups, :, :size])
+        return Decoded(predictions, responded[:groups], recovered[:groups])
 
     def _on_each_device(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
         """Manual over the workers' axis; other axes of the mesh remain the compiler's."""
@@ -224,3 +236,12 @@ def _on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
             own, spec = (own, lies.spec) if there else (mesh, _REPLICATED)
             leaves[number] = put(leaf, NamedSharding(Mesh(own.devices, own.axis_names), spec))
     return jax.tree.unflatten(structure, leaves)
+
+
+def _padded(array: Any, axis: int, devices: int) -> Any:
+    """Repeat the last entry along the axis until devices have equal shares."""
+    missing = -array.shape[axis] % devices
+    if not missing:
+        return array
+    numpy = jnp if isinstance(array, jax.Array) else np
+    return numpy.pad(array, [(0, missing * (i == axis)) for i in range(array.ndim)], mode="edge")
