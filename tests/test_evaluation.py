@@ -82,6 +82,19 @@ def test_the_workers_models_are_given_by_the_codes_name(x, key):
     np.testing.assert_allclose(off.mse.mean, (~masks[:, :4]).mean(), rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "single", [lambda y: y[:, :1], lambda y: y[:, 0], lambda y: {"a": y[:, 0]}]
+)
+def test_a_single_number_has_no_label_that_could_be_kept(single, x, key):
+    rows = evaluate(lambda x: single(model(x)), CODES, x, LAWS, key=key, num_sets=2)
+    assert all(np.isnan(row.rel_acc.mean) for row in rows)
+    assert rows[0].mse.mean > 0
+    assert "rel_acc" not in str(rows)
+    rows.plot()
+    with pytest.raises(ValueError, match="labels need outputs with a score for each class"):
+        evaluate(lambda x: single(model(x)), CODES, x, LAWS, key=key, labels=np.zeros(33, int))
+
+
 def test_all_lost_is_reported(x, key):
     (row,) = evaluate(
         model, {"n": NeRCC(5, 12)}, x, {"all": ExactStragglers(12)}, key=key, num_sets=2
@@ -192,7 +205,9 @@ def test_gains_of_rows(x, key):
     ("change", "message"),
     [
         ({"codes": {"a": NeRCC(5, 12), "b": NeRCC(4, 12)}}, r"same \(num_data, num_workers\)"),
-        ({"codes": {}}, "there are no codes"),
+        ({"codes": {}}, "codes are one or more by name"),
+        ({"codes": NeRCC(4, 8)}, "codes are one or more by name.*not NeRCC"),
+        ({"stragglers": {}}, "stragglers are one or more by name"),
         ({"x": np.ones((4, 3), np.float32)}, "4 data points fill no group of 5"),
         ({"x": np.full((5, 3), np.nan, np.float32)}, "are not finite: take them out"),
         ({"num_sets": 0}, "num_sets must be a positive integer, not 0"),

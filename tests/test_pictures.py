@@ -89,7 +89,7 @@ def test_a_table_is_printed():
     assert lines[0].split() == ["S", *dict.fromkeys(row.code for row in found)]
     assert sum("-" in line.split() for line in lines[1:]) > 0
     assert "-" in found.table("accuracy")
-    assert str(Evaluations()) == "mse\nS\n\nrel_acc\nS"
+    assert str(Evaluations()) == "mse\nS"
 
 
 @pytest.fixture

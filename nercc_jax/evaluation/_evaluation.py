@@ -103,7 +103,7 @@ class Evaluation:
         mse: Mean of (u - f)^2 over data points and outputs.
         rmse: Root of the mean squared L2 norm, sqrt(mean |u_k - f_k|^2).
         rel_acc: Share of data points with argmax u_k = argmax f_k, along the last axis of outputs;
-            of several labels, all.
+            of several labels, all. NaN where an output is a single number.
         accuracy: The same against the true labels; None without labels.
         lost: Share of data points that were not recovered. They count as wrong in `rel_acc` and
             `accuracy`, and are left out of the three errors.
@@ -222,8 +222,9 @@ class Evaluations(list[Evaluation]):
         return text_table(lines, left=0)
 
     def __str__(self) -> str:
-        """Return the tables of MSE and of labels kept."""
-        return "\n\n".join(f"{metric}\n{self.table(metric)}" for metric in ("mse", "rel_acc"))
+        """Return the tables of MSE and of labels kept, where outputs have labels."""
+        metrics = ["mse"] + ["rel_acc"] * any(np.isfinite(row.rel_acc.mean) for row in self)
+        return "\n\n".join(f"{metric}\n{self.table(metric)}" for metric in metrics)
 
 
 def evaluate(
@@ -269,9 +270,10 @@ def evaluate(
             outputs are not finite floats, shapes do not agree, a model is in training mode, or
             there are more models, or fewer, than a code's workers run.
     """
+    for name, named in {"codes": codes, "stragglers": stragglers}.items():
+        if not isinstance(named, Mapping) or not named:
+            raise ValueError(f"{name} are one or more by name, {{'name': ...}}, not {named!r}")
     sizes = {name: (code.num_data, code.num_workers) for name, code in codes.items()}
-    if not sizes:
-        raise ValueError("there are no codes to evaluate")
     if len(set(sizes.values())) != 1:
         raise ValueError(f"codes to compare must have the same (num_data, num_workers): {sizes}")
     if unknown := (workers or {}).keys() - codes.keys():
@@ -301,6 +303,9 @@ def evaluate(
         recorded[name] = Answers(code, jnp.asarray(coded), jnp.asarray(own), form)
     first = next(iter(recorded.values()))
     groups, num_data, num_outputs = first.own.shape
+    classes = all(shape and shape[-1] > 1 for shape in form.shapes)  # not a single number
+    if labels is not None and not classes:
+        raise ValueError("labels need outputs with a score for each class, not a single number")
     pairs = [(law, index) for law in stragglers for index in range(num_sets)]
     sums: dict[tuple[str, str], list[dict[str, Array]]] = {}
     for law, index in progress(pairs):
@@ -314,6 +319,8 @@ def evaluate(
     for law in stragglers:
         for name in recorded:
             table = _values(sums[name, law], num_data, num_outputs)
+            if not classes:
+                table["rel_acc"] = np.full_like(table["rel_acc"], np.nan)
             estimates: Any = {metric: Estimate.over(each) for metric, each in table.items()}
             estimates = {"accuracy": None, "num_sets": num_sets} | estimates
             rows.append(Evaluation(name, law, num_data_points=groups * num_data, **estimates))
