@@ -165,36 +165,6 @@ def test_one_compilation_serves_every_mask_and_every_number(key):
     assert len(set(values)) == 4
 
 
-@pytest.mark.slow
-def test_gradients_in_every_number_are_finite_differences():
-    """At points inside (-1, 1), where the angle has a derivative; some masks lose the ends."""
-    with jax.enable_x64(True):
-        points = ([0.85, 0.3, -0.2, -0.7], [0.97, 0.8, 0.35, 0.05, -0.4, -0.93])
-        numbers = {"lambda_enc": 2e-3, "lambda_dec": 1e-4, "gap_exponent": 1.5, "end_penalty": 3.0}
-        code, x = NeRCC(K, N, **numbers, points=points), jnp.asarray(grouped("float64"))
-        numbers = {name: getattr(code, name) for name in (*numbers, "alpha", "beta")}
-
-        def error(numbers):
-            moved = eqx.tree_at(lambda c: [getattr(c, n) for n in numbers], code,
-                                list(numbers.values()))  # fmt: skip
-            return nested_objective(model, moved, x, jnp.asarray(MASKS))
-
-        value_and_gradient, forward = jax.jit(jax.value_and_grad(error)), jax.jacfwd(error)(numbers)
-        _, reverse = value_and_gradient(numbers)
-        for name, value in numbers.items():
-            np.testing.assert_allclose(forward[name], reverse[name], rtol=1e-8, atol=1e-14)
-            size = np.abs(reverse[name]).max()
-            assert size > 0, name
-            for i in np.ndindex(value.shape):
-                step = 3e-5 * float(jnp.abs(value[i])) if value.ndim == 0 else 3e-6
-                up, down = (
-                    float(value_and_gradient({**numbers, name: value.at[i].add(s)})[0])
-                    for s in (step, -step)
-                )
-                slope = (up - down) / (2 * step)
-                np.testing.assert_allclose(reverse[name][i], slope, atol=2e-6 * size, err_msg=name)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

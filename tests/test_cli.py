@@ -10,7 +10,6 @@ import pytest
 from commands import invoke
 from conftest import require
 
-from nercc_jax.cli import options_of
 from nercc_jax.cli._options import COMMANDS
 from nercc_jax.evaluation import Estimate
 
@@ -192,16 +191,6 @@ def test_a_module_that_cannot_be_imported_is_reported(tmp_path, monkeypatch):
         assert f"--model nercc_{name}:model: {message}" in result.output
 
 
-def test_a_file_that_is_no_code_is_reported(tmp_path):
-    for content, message in (("[]", "it is no file of a code"), ("words", "is no JSON")):
-        path = tmp_path / "thing.json"
-        path.write_text(content)
-        result = run("demo", "--code", str(path))
-        assert result.exit_code == 2
-        assert message in result.output
-        assert "Traceback" not in result.output
-
-
 def test_python_runs_it_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "nercc_jax", "--version"], capture_output=True, text=True
@@ -237,31 +226,6 @@ def test_a_share_has_as_many_digits_as_its_interval_gives_reason_for(half_width,
     assert Estimate(0.5, half_width).percent() == text
 
 
-def test_the_servers_options_are_its_settings():
-    require("pydantic_settings", "serve")
-    names = {option.name for option in options_of("serve")}
-    assert {"model", "check_answers"} <= names
-
-
-# Options that `serve` has by the same name with a meaning of its own, and why.
-SERVED = {
-    "model": "several may be served",
-    "num_data": "groups are small, since queries wait for each other",
-    "num_workers": "as num_data",
-    "inputs": "they calibrate, and may have names",
-    "outputs": "found by the model's own answers",
-    "code": "other settings of the code stand beside it",
-    "workers": "of each model",
-    "surrogate": "it may learn",
-    "tolerance": "of queries",
-    "coverage": "of queries",
-    "max_disagreement": "of queries, with a bound",
-    "deadline_s": "of a request",
-    "max_calls": "a mean of calls a query; of a run, rows",
-    "check_answers": "of queries",
-    "faults": "their seed is one of them",
-    "points": "a layout; to tune, whether points move",
-}
 # The options above all panels of `--help`.
 FIRST = {
     "demo": "model inputs outputs num-data num-workers code plot numbers",
@@ -273,8 +237,6 @@ FIRST = {
     "serve": "model config check print-config scheme num-data num-workers pool workers http-port",
     "tune": "model inputs outputs num-data num-workers layout steps output",
 }
-# Results, whose kind and default name are each command's own.
-RESULTS = {"output", "plot"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -291,19 +253,3 @@ def test_help_fits_a_screen_or_two_and_begins_with_the_usual_options(command):
     first = itertools.takewhile(lambda line: line[:1] == " ", panel)
     names = [found[1] for line in first if (found := re.match(r"  (?:--)?([\w-]+)", line))]
     assert names == [*FIRST[command].split(), "help"]
-
-
-def test_an_option_has_one_name_and_one_meaning_in_all_commands():
-    require("pydantic_settings", "serve")
-    seen = {}
-    for command in COMMANDS:
-        for each in options_of(command):
-            words = each.help, str(each.default or None)
-            words = words[:1] if each.name in RESULTS else words
-            flags = {*each.flags}
-            if command == "serve" and each.name in SERVED:
-                continue
-            known = seen.setdefault(each.name, (flags, words))
-            assert known == (flags, words), f"--{each.name} of {command}"
-    flags = [flag for flags, _ in seen.values() for flag in flags]
-    assert len(flags) == len({*flags}), "two options have one name"

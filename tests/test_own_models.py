@@ -1,21 +1,14 @@
 """A model of one's own in every command, by what `nercc new-model` writes."""
 
-import json
 import os
-import subprocess
 import sys
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import invoke
-from conftest import require
 
-from nercc_jax import load_code
-from nercc_jax.codes import LearnedDecoder
-from nercc_models import find_model, find_points, load_data, load_model
+from nercc_models import find_points, load_data, load_model
 
-MODEL = "their_model:model"
 PARTS = """
 import numpy as np
 
@@ -97,18 +90,6 @@ def test_inputs_may_be_a_data_set_by_name(folder):
     np.testing.assert_array_equal(shipped.shuffled("test", 5, 0), named.shuffled("test", 5, 0))
 
 
-def test_outputs_are_as_asked(folder):
-    x = jnp.eye(3)
-    logits, shares = (
-        find_model("own_parts:model", outputs=outputs)(x) for outputs in ("logits", "probabilities")
-    )
-    np.testing.assert_allclose(
-        shares, np.exp(logits) / np.exp(logits).sum(1, keepdims=True), rtol=1e-5
-    )
-    np.save("w.npy", 3.0)
-    np.testing.assert_array_equal(find_model("own_parts:load", folder / "w.npy")(x), 3 * x)
-
-
 @pytest.mark.parametrize("outputs", ["logits", "probabilities", "values"])
 def test_one_number_a_row_has_no_label(folder, outputs):
     (folder / "one.py").write_text("def model(x):\n    return x[:, :1]\n")
@@ -148,72 +129,3 @@ def test_commands_run_what_jax_cannot_trace_but_tune_says_why_not(folder):
 
 
 # -- The template in every command: one test after the other, on what the last one wrote. ----------
-
-
-@pytest.mark.slow
-def test_the_template_says_what_it_recognises_and_writes_weights(folder):
-    done = subprocess.run([sys.executable, "their_model.py"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[0]) > 95
-    assert (folder / "their_model.safetensors").exists()
-
-
-@pytest.fixture(scope="module")
-def tuned(folder):
-    small = "--num-data 4 --num-workers 8 --max-stragglers 2 --max-inputs 120 --sets 3 --steps 8"
-    return run("tune", "--model", MODEL, "--learn-decoder", *small.split())
-
-
-@pytest.mark.slow
-def test_tune_compares_draws_and_writes_a_code(tuned, folder):
-    for word in ("untuned", "tuned", "learned", "BACC", "MSE", "RelAcc", "lambda_dec", "8 steps"):
-        assert word in tuned
-    assert (folder / "nercc-tune.png").read_bytes().startswith(b"\x89PNG")
-    card = json.loads((folder / "nercc-tuned.json").read_text())["about"]
-    assert (card["model"], card["data"]) == (MODEL, "example_inputs() of their_model")
-    code = load_code(folder / "nercc-tuned.json")
-    assert isinstance(code, LearnedDecoder)
-    assert (code.num_data, code.num_workers) == (4, 8)
-
-
-@pytest.mark.slow
-def test_demo_takes_a_tuned_code_and_weights(tuned, folder):
-    small = "--weights their_model.safetensors --max-stragglers 1 --sets 2 --max-inputs 80"
-    options = ("--code", "nercc-tuned.json", "--plot", "demo.png", *small.split())
-    reported = run("demo", "--model", "their_model:load", *options)
-    assert "tuned" in reported
-    assert "K=4, N=8" in reported
-    assert "RelAcc" in reported
-
-
-@pytest.mark.slow
-def test_plan_writes_a_plan(folder):
-    arguments = "--latency stragglers:0.05:0.08:10 --queries 4 --max-workers 5 --budget 0.25"
-    arguments += " --max-inputs 96 --max-disagreement 0.2 --layouts interleaved --output a/b"
-    reported = run("plan", "--model", MODEL, *arguments.split())
-    for word in ("uncoded", "hedged", "NeRCC interleaved", "recommended:", "*"):
-        assert word in reported
-    written = json.loads((folder / "a/b/plan.json").read_text())
-    assert written["latency"] == "stragglers:0.05:0.08:10"
-    assert written["recommended"] in written["candidates"]
-
-
-@pytest.mark.slow
-def test_run_decodes_batches_or_computes_rows(folder):
-    small = "--num-data 2 --num-workers 4 --max-inputs 40 --groups 4"
-    run("run", "--model", MODEL, *small.split(), "--output", "batches.npz")
-    with np.load("batches.npz") as found:
-        assert found["predictions"].shape == (40, 10)
-        assert found["recovered"].all()
-    run("run", "--model", MODEL, "--max-inputs", "40", "--tolerance", "0", "--output", "rows.npz")
-    with np.load("rows.npz") as found:
-        assert found["exact"].all()
-
-
-@pytest.mark.slow
-def test_distill_and_serve_take_it(folder):
-    small = "--answers 200 --epochs 1 --output s.safetensors"
-    assert f"agrees with {MODEL} on" in run("distill", "--model", MODEL, *small.split())
-    require("pydantic_settings", "serve")
-    reported = run("serve", "--check", "--model", MODEL, "--surrogate", "s.safetensors")
-    assert "their_model.model can be served" in reported

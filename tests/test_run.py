@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import invoke
-from conftest import require
 
 from nercc_jax import (
     DevicePool,
@@ -69,20 +68,6 @@ def failing_on(*numbers):
         return np.asarray(exact(batch))
 
     return model
-
-
-@pytest.mark.parametrize(
-    "lost", [dict.fromkeys((2, 3), "this one"), {3: "1 of 2 data points cannot be recovered"}]
-)
-def test_what_cannot_be_recovered_is_reported_and_the_rest_is_kept(lost):
-    pool = DevicePool(failing_on(*lost), 4, compiled=False)
-    found, y = grouped(Replication(2, 4), 6, pool)
-    recovered = ~np.isin(np.arange(6), list(lost))
-    np.testing.assert_array_equal(found.arrays["recovered"], recovered)
-    np.testing.assert_array_equal(found.arrays["predictions"][recovered], y[recovered])
-    assert found.reasons.keys() == lost.keys()
-    for row, reason in lost.items():
-        assert reason in found.reasons[row]
 
 
 @pytest.mark.parametrize("enough", [6, lambda mask: mask.sum() >= 6])
@@ -351,15 +336,3 @@ def test_a_code_with_further_models_is_refused(tmp_path):
     result = run("--code", str(tmp_path / "code.json"))
     assert result.exit_code == 2
     assert "Parity has workers that run other models" in result.output
-
-
-@pytest.mark.slow
-def test_ray_workers_that_die_on_trial(tmp_path):
-    require("ray", "ray")
-    path = tmp_path / "result.npz"
-    options = "--num-data 2 --num-workers 4 --workers 2 --max-inputs 40 --groups 2 --pool ray"
-    options += " --faults death_rate=0.02"
-    result = run(*options.split(), "--output", str(path))
-    assert result.exit_code == 0, result.output
-    assert "2 workers (ray)" in result.output
-    assert load(path)["recovered"].all()

@@ -284,13 +284,6 @@ def test_a_coded_run_carries_ids_too(folder):
             assert [row["id"] for row in csv.DictReader(file)] == NAMED["name"][:count]
 
 
-def test_a_coded_run_takes_outputs_of_any_shape(folder):
-    code = ["--num-data", "2", "--num-workers", "4", "--outputs", "values"]
-    result = run("table", *code, "--output", "y.npz")
-    assert result.exit_code == 0, result.output
-    assert load("y.npz")["predictions"].shape == (50, 6)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -461,15 +461,6 @@ def test_books_that_fail_while_a_worker_responds_break_the_pool(
     assert pool.report().internal_errors == 1, "nobody is listened to any more"
 
 
-def test_who_is_lost_by_hanging_is_reported_at_once(backend, open_scheduler):
-    pool = open_scheduler(1, hang_timeout=0.05, max_attempts=1)
-    changed = threading.Event()
-    batch = pool.open(1, copies=1, on_change=lambda batch: changed.set())
-    pool.send(batch, [0], [np.zeros((1, 1))])
-    assert changed.wait(SOON)
-    assert batch.lost(0)
-
-
 def test_the_heart_beats_while_there_is_nothing_to_do(backend, open_scheduler, monkeypatch):
     monkeypatch.setattr("nercc_jax.pools.clock.BEAT", 0.01)
     pool = open_scheduler(1)

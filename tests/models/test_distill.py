@@ -22,12 +22,9 @@ from nercc_models.distillation import (
     make_inputs,
     score_student,
 )
-from nercc_models.repvgg import RepVGG
 from nercc_models.students import (
     SHARE,
-    ConvStudent,
     Perceptron,
-    Plan,
     as_student,
     list_students,
     load_student,
@@ -60,12 +57,6 @@ def points(key, count=400, size=6):
 
 
 # -- Multiplications -------------------------------------------------------------------------------
-
-
-def test_lenet5s_multiplications_by_hand():
-    model = load_model("lenet5-digits")
-    convolutions = 28 * 28 * 6 * 25 + 10 * 10 * 16 * 25 * 6
-    assert multiplications(model, (32, 32, 1)) == convolutions + 400 * 120 + 120 * 84 + 84 * 10
 
 
 def test_multiplications_of_groups_loops_and_branches():
@@ -203,52 +194,6 @@ def test_a_student_that_can_be_equal_becomes_equal(key, dtype, form):
     after = jax.tree.leaves(eqx.filter(student, eqx.is_array))
     for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(old, new, err_msg="the student that was given has changed")
-
-
-@pytest.mark.slow
-def test_mixing_pays_on_sums(key):
-    """A model with a kink between two clusters, which only sums reach."""
-    rng = np.random.default_rng(0)
-    x = np.sign(rng.normal(size=(300, 1))) + 0.05 * rng.normal(size=(300, 1))
-    x = x.astype(np.float32)
-    errors = [
-        distill(
-            lambda x: jnp.abs(x),
-            Perceptron((1,), 1, widths=(16, 16), rngs=nnx.Rngs(0)),
-            x,
-            epochs=20,
-            num_queries=2000,
-            mixed=mixed,
-        ).history[-1]["mixed_relative_mse"]
-        for mixed in (0.0, 0.5)
-    ]
-    assert errors[1] < 0.2 * errors[0]
-
-
-@pytest.mark.slow
-def test_batch_statistics_are_learnt_and_folded(key):
-    """A RepVGG student: what it does in inference follows the data, and ships in one branch."""
-    plan = Plan("repvgg", (8, 8, 3), (4,), (8, 8), (1,))
-    images = 3 + 2 * np.asarray(jax.random.normal(key, (120, 8, 8, 3)))
-    student = plan.build(nnx.Rngs(1))
-    assert isinstance(student, RepVGG)
-    found = distill(
-        lambda x: jnp.stack([x.mean((1, 2, 3)), x[:, :4].mean((1, 2, 3))] * 2, axis=1),
-        student,
-        images,
-        epochs=6,
-        num_queries=600,
-        batch_size=30,
-    )
-    mean = found.student.stem.bn3x3.mean[...]
-    assert np.any(np.abs(mean) > 0.1)
-    trained = found.student(images)
-    deployed = as_student(plan, "mine", plan.deployed(found.student))
-    np.testing.assert_allclose(deployed(images), trained, atol=1e-3)
-    assert deployed.num_parameters < sum(
-        leaf.size for leaf in jax.tree.leaves(nnx.state(found.student, nnx.Param))
-    )
-    assert found.history[-1]["relative_mse"] < 0.5 * found.history[0]["relative_mse"]
 
 
 def test_the_score_is_what_it_says(key):
@@ -398,11 +343,3 @@ def test_errors_are_one_sentence(run, options, message):
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
-
-
-def test_images_at_far_edges_are_left_out_and_small_ones_pooled():
-    student = ConvStudent((9, 8, 1), 2, pool=2, widths=(3,), rngs=nnx.Rngs(0))
-    image = jnp.ones((1, 9, 8, 1))
-    np.testing.assert_array_equal(student(image), student(image.at[:, 8].set(5.0)))
-    checks = (-1.0) ** jnp.indices((9, 8)).sum(axis=0)[None, :, :, None]
-    np.testing.assert_allclose(student(image + checks), student(image), atol=1e-6)

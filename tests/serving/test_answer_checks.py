@@ -107,6 +107,7 @@ def test_a_fenced_worker_that_is_replaced_is_released():
     assert "fenced" not in states(traffic)
 
 
+@pytest.mark.slow
 def test_no_more_are_fenced_than_the_policy_allows_and_the_status_says_so(caplog):
     traffic = served(Fault("swap", workers=(1, 4, 6)))
     traffic.send(300)

@@ -5,10 +5,8 @@ import numpy as np
 import pytest
 from traffic import SERVICE, SHAPE, WEIGHTS, KnowsAll, Traffic, labels_right, model
 
-from nercc_jax import Replication
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.serving import BatchingPolicy, Predictor
-from nercc_jax.serving.core.decide import Answer
 from nercc_jax.stragglers import TraceLatency
 from nercc_jax.surrogates import principal_components
 
@@ -77,18 +75,6 @@ def test_a_student_answers_once_it_has_shown_that_it_is_right(student, answers):
     assert (predictor.share > 0.9) == answers
 
 
-def test_functions_are_answered_within_a_tolerance():
-    predictor = Predictor()
-    traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, tolerance=0.05))
-    traffic.send(900)
-    replies = [each for each in traffic.send(400) if each[1].predicted[0]]
-    errors = [np.sqrt(np.mean((reply.values[0] - own) ** 2)) for _, reply, own in replies]
-    assert len(replies) > 10
-    assert np.mean(np.array(errors) <= 0.05) >= 0.9
-    assert all(reply.expected_error[0] <= 0.05 for _, reply, _ in replies)
-    assert all(np.isnan(reply.expected_disagreement[0]) for _, reply, _ in replies)
-
-
 def test_parameters_that_tell_less_than_others_do_not_hide_what_is_known():
     x = np.random.default_rng(0).uniform(-1, 1, (512, 8)).astype(np.float32)
     y = np.sin(x @ (2.0 / 2.0 ** np.arange(8)))[:, None].astype(np.float32)
@@ -99,13 +85,6 @@ def test_parameters_that_tell_less_than_others_do_not_hide_what_is_known():
     found = predictor.predict(x)
     assert found is not None
     assert np.mean(found.recovered) > 0.9
-
-
-def test_what_is_doubted_goes_out_twice_from_the_start_and_all_else_once():
-    policy = BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1, redundancy="uncertain")
-    traffic = Traffic(KnowsAll(), policy, code=Replication(1, 2), share=0.0)
-    traffic.send(200)
-    assert 270 < traffic.calls() < 330
 
 
 def test_late_answers_audit_what_was_given_to_the_same_query():
@@ -132,24 +111,6 @@ def test_what_hangs_is_computed_elsewhere_to_be_compared():
     traffic.clock.run(traffic.clock.now() + 100)
     assert len(traffic.audited) == predicted
     assert np.max(traffic.audited) < 2e-3
-
-
-def test_what_was_given_out_and_was_wrong_stops_it_at_once():
-    predictor = Predictor()
-    traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.05))
-    traffic.send(450)
-    assert predictor.state == "answering"
-    learned = traffic.batcher._approximations
-    # Those that straggle may be unlike the others: exams do not see them.
-    x = np.ones((1, *SHAPE), np.float32)
-    for _ in range(20):
-        kept = {"x": x[0], "epoch": predictor.risk.epoch, "given": True}
-        given = Answer(model(x)[0], "predicted", 1, 0, disagreement=0.01, **kept)
-        learned.audit(given, turned(x)[0])
-    assert not learned.audit(given, None), "it will never come"
-    assert predictor.state == "drifted"
-    assert predictor.predict(x) is None
-    assert not learned.predictor.risk.admits(given.disagreement, given.error)
 
 
 def by_difficulty(slow, delay):

@@ -163,12 +163,6 @@ def test_bodies_come_in_many_ways(server, given):
     assert answer.headers["content-type"] == "application/json"
 
 
-@pytest.mark.parametrize("number", [1e-46, 1.7e38, -0.0, 2**53 + 1, 2**64 - 1, -(2**63)])
-def test_numbers_are_rounded_to_float32(server, number):
-    answer = ask("json", server, "double", {"input": [[number] * 4]})
-    assert answer.outputs["output"].tolist() == [[2 * np.float32(number)] * 3]
-
-
 def pictures(number, seed=0):
     rng = np.random.default_rng(seed)
     image, meta = rng.normal(size=(number, 2, 3)), rng.normal(size=(number, 4))
@@ -661,11 +655,6 @@ def test_metadata_say_what_goes_in_and_out_and_what_is_coded(server):
         assert found["nercc_uncoded"] == "input 'ids' is INT64, and codes mix floats (FP32) only"
         hints = {each["name"]: each.get("hints") for each in client.get("/status").json()["models"]}
         assert any("nothing is coded: input 'input' is INT8" in hint for hint in hints["count"])
-
-
-def test_a_code_for_integers_is_refused_before_workers_start():
-    with pytest.raises(ValueError, match="NeRCC for tokens: input 'input' is INT64"):
-        real("tokens", lambda x: x, NeRCC(2, 4), datatype="INT64")
 
 
 def test_a_model_that_is_closed_refuses_and_counts_it():

@@ -473,12 +473,6 @@ def test_missing_extras_are_named(monkeypatch):
     )
 
 
-def test_a_missing_ray_is_named_with_its_extra(monkeypatch):
-    real = _serve.importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == "ray" else real(n))
-    refused("pip install '.[ray]'", *OWN, "--pool", "ray")
-
-
 # By the first value beyond a bound, the settings that have it.
 BEYOND = {
     65536: "http_port grpc_port",
