@@ -100,8 +100,11 @@ def test_faults_by_their_rates():
     assert 0.2 < np.mean([seconds > 1 for seconds, _ in drawn]) < 0.3
     assert 0.1 < np.mean([kinds == {"death"} for _, kinds in drawn]) < 0.15
     assert Faults.from_rates(seed=5) == Faults([], 5), "nothing is asked for"
-    with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], not 1.5"):
-        Faults.from_rates(death_rate=1.5)
+    faults = Faults.from_rates(wrong_workers={"swap": [1]}, wrong_rate=0.25, seed=1)
+    assert not any(next_call(faults.at(0, 0))[1] for _ in range(100))
+    worker = faults.at(1, 0)
+    struck = np.mean([next_call(worker)[1] == {"swap"} for _ in range(2000)])
+    assert struck == pytest.approx(0.25, abs=0.04)
 
 
 def test_faults_by_scores_that_workers_have_seen():
@@ -149,7 +152,10 @@ def test_a_rack_is_slow_together():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Fault("late"), "a fault is one of"),
+        (lambda: Fault("late"), "a fault is one of .*'swap'.*, not 'late'"),
+        (lambda: Faults.from_rates(wrong_workers={"death": [0]}), "a 'swap' of rows, not 'death'"),
+        (lambda: Faults.from_rates(wrong_workers={"swap": [1.5]}), "whole numbers"),
+        (lambda: Faults.from_rates(death_rate=1.5), r"probability must be in \[0, 1\], not 1.5"),
         (lambda: Fault("nan", probability=1.5), r"in \[0, 1\]"),
         (lambda: Fault("delay"), "needs a latency law"),
         (lambda: Fault("nan", latency=ExponentialLatency(1.0)), "nothing else takes one"),
@@ -204,23 +210,6 @@ def test_a_swapped_single_row_is_the_previous_calls():
     given = answers(Fault("swap"), calls=CALLS[:, :1])
     assert close(given[0], RIGHT[0, :1]), "there was none before"
     assert all(map(close, given[1:], RIGHT[:-1, :1]))
-
-
-def test_by_workers_and_rates():
-    faults = Faults.from_rates(wrong_workers={"swap": [1]}, wrong_rate=0.25, seed=1)
-    assert not any(next_call(faults.at(0, 0))[1] for _ in range(100))
-    worker = faults.at(1, 0)
-    struck = np.mean([next_call(worker)[1] == {"swap"} for _ in range(2000)])
-    assert struck == pytest.approx(0.25, abs=0.04)
-
-
-def test_errors(untyped):
-    with pytest.raises(ValueError, match=r"a fault is one of .*'swap'.*, not 'lie'"):
-        Fault("lie")
-    with pytest.raises(ValueError, match="wrong answers are a 'swap' of rows, not 'death'"):
-        Faults.from_rates(wrong_workers={"death": [0]})
-    with pytest.raises(ValueError, match="whole numbers"):
-        Faults.from_rates(wrong_workers={"swap": [1.5]})
 
 
 def check_same(*pools):
@@ -337,20 +326,6 @@ def test_as_many_right_answers_look_wrong_as_is_stated(rate, labels):
     assert np.mean(found) == pytest.approx(rate, abs=0.35 * rate)
 
 
-def test_the_largest_residuals_look_wrong_whatever_the_regression_says():
-    random, shares = np.random.default_rng(4), []
-    for _ in range(6):
-        check = fit_answer_check(*predicted(random, 1000), 0.04, labels=False, blatant=0.25)
-        check = dataclasses.replace(check, weights=np.zeros_like(check.weights))  # all is right
-        mean, deviation, right = predicted(random)
-        wrong = check.suspicious(mean, deviation, right)
-        shares.append(np.mean(wrong))
-        ratios = np.mean((right - mean) ** 2, axis=1) / deviation**2
-        assert np.median(ratios[wrong]) > np.quantile(ratios, 0.97)
-        assert np.mean(check.suspicious(*swapped(mean, deviation, right))) > 0.9
-    assert np.mean(shares) == pytest.approx(0.01, abs=0.003)
-
-
 def test_it_finds_the_same_in_other_units():
     random = np.random.default_rng(7)
     known, fresh = predicted(random, 1000), predicted(random)
@@ -362,17 +337,6 @@ def test_it_finds_the_same_in_other_units():
         found.append(np.mean(check.suspicious(mean, deviation, right + unit * noise)))
     assert 0.1 < found[1] < 0.9
     np.testing.assert_allclose(found, found[1], atol=0.01)
-
-
-def test_answers_that_are_near_in_units_of_the_deviation_never_look_wrong():
-    random = np.random.default_rng(6)
-    check = fit_answer_check(*predicted(random, 1000), 0.01, labels=False)
-    check = dataclasses.replace(check, limit=-np.inf)  # all others do
-    mean, deviation, right = predicted(random)
-    wrong = check.suspicious(mean, deviation, right)
-    ratios = np.mean((right - mean) ** 2, axis=1) / deviation**2
-    assert np.sum(~wrong) > 100
-    assert ratios[~wrong].max() < 1.001 * ratios[wrong].min()
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 300])

@@ -177,19 +177,6 @@ def test_hedging_is_as_the_formula_has_it(key, copies, at_once):
     assert np.mean(sent) == pytest.approx(1 + sum(late), abs=5e-3)
 
 
-def test_waiting_for_a_number_is_an_order_statistic(key):
-    """Chebyshev points have no answers of their own: Beta law of uniform order statistics."""
-    law, own = TraceLatency(jnp.linspace(0, 1, 4001)), np.zeros((4, 6), bool)
-    drawn = draw_latencies(law, key, (50_000, 6))
-    mask, end, first = wait_for(4, drawn, own)
-    assert np.all(mask.sum(axis=1) >= 4)
-    assert np.isinf(first).all()
-    for q in (0.1, 0.5, 0.99):
-        assert np.quantile(end, q) == pytest.approx(stats.beta(4, 3).ppf(q), abs=0.01)
-    patient = wait_for(4, drawn, own, 0.7)[1]
-    assert np.mean(patient <= 0.7) == pytest.approx(stats.beta(4, 3).cdf(0.7), abs=0.01)
-
-
 def test_a_group_ends_when_every_data_point_has_an_answer_of_its_own():
     """Workers 0 and 2 run on the first data point, 1 and 3 on the second."""
     copies = np.array([[True, False, True, False], [False, True, False, True]])

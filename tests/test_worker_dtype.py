@@ -20,7 +20,6 @@ from nercc_jax import (
     DevicePool,
     ExactStragglers,
     NeRCC,
-    Parity,
     Replication,
     Scheme,
     calibrate_error_probability,
@@ -169,13 +168,6 @@ def test_models_run_in_it(way, dtype):
     if dtype != "float32":
         exact = np.abs(np.asarray(predictions) - by_hand(X, np.float32, **about)).max()
         assert exact > BOUND[dtype] / 300, "it ran in float32"
-
-
-def test_several_models():
-    models = (linear(), Linear(jnp.asarray(2 * WEIGHTS), jnp.arange(OUTPUTS)))
-    predictions = infer(models, Parity(2, 3), grouped=True)("bfloat16")(X[:, :2], np.ones(3, bool))
-    expected = np.tanh(rounded(X[:, :2], BFLOAT16) @ rounded(WEIGHTS, BFLOAT16))
-    np.testing.assert_allclose(predictions, expected, atol=1e-2)
 
 
 def test_gradients_are_those_of_float32_but_for_rounding():

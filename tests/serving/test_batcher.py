@@ -22,14 +22,12 @@ from batching import (
 )
 
 from nercc_jax import DevicePool, NeRCC, Replication, Uncoded
-from nercc_jax.pools import Fault
 from nercc_jax.risk import Accuracy
 from nercc_jax.serving import (
     BatchingPolicy,
     CodedBatcher,
     Coder,
     DeadlineExceeded,
-    Health,
     InferenceFailed,
     QueueFull,
     ServerClosing,
@@ -175,26 +173,6 @@ def test_each_query_is_judged_by_itself():
                for batch in sim.answered), "both were in one batch"  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("code", "number", "more"),
-    [(Uncoded(1), 1, {"max_disagreement": 0.1}), (Replication(2, 4), 2, {})],
-)
-def test_what_cannot_be_decoded_is_sent_again(code, number, more):
-    sim = Simulated(code, straggler_threshold=THRESHOLD, **more)
-    x = queries(number)
-    sim.hold(x[0], calls=code.num_workers // number)
-    assert sim.answer(x).exact.all()
-
-
-def test_exact_queries_are_hedged_and_never_decoded():
-    sim = Simulated(INTERLEAVED, straggler_threshold=3.0)
-    x = queries(4)
-    sim.hold(x[0], calls=1)
-    reply = sim.answer(x, exact=True)
-    assert reply.exact.all()
-    np.testing.assert_allclose(reply.values, model(x), atol=1e-6)
-
-
 # Whose turn it is.
 
 
@@ -338,21 +316,6 @@ def test_a_model_that_fails_says_why():
     with pytest.raises(InferenceFailed, match="no such thing"):
         sim.answer(bad, exact=True)
     assert sim.answer(queries(1)).exact.all()
-
-
-def test_all_workers_gone_and_back():
-    """While all die of what they get requests fail, and say why; then all are answered again."""
-    dying = [1.0]
-    death = Fault("death", score=lambda batch: np.full(len(batch), dying[-1]), least_score=1.0)
-    sim = Simulated(INTERLEAVED, faults=[death], workers=2, warm=False)
-    for future in [sim.submit(each[None]) for each in queries(12)]:
-        with pytest.raises(InferenceFailed, match="died on purpose"):
-            sim.result(future)
-    dying.append(0.0)
-    sim.run(HELD)
-    for each in queries(12):
-        np.testing.assert_allclose(sim.answer(each[None]).values[0], model(each), atol=1e-6)
-    assert sim.batcher.health() == Health(True, True)
 
 
 @pytest.mark.parametrize("drain", [30.0, 0.0])

@@ -11,7 +11,6 @@ import statistics
 import threading
 
 import numpy as np
-import psutil
 import pytest
 from attack import ask as ask_often
 from attack import attacking, bodies
@@ -212,6 +211,7 @@ ATTACKS = {
 
 
 def memory(server):
+    psutil = require("psutil", "bench")
     process = psutil.Process(server.process.pid)
     return sum(each.memory_info().rss for each in (process, *process.children(recursive=True)))
 
