@@ -194,16 +194,6 @@ def test_lost_copies_by_hand(bench):
 # -- Balancers: which worker's queue a query joins, and when copies go out ------------------------
 
 
-class _InTurn:
-    """A rule that names workers in a given order."""
-
-    def __init__(self, *workers):
-        self._workers = iter(workers)
-
-    def pick(self, workers, barred, now):
-        return next(self._workers)
-
-
 def _ends(bench, rule, arrivals, seconds, num_workers=1, limit=1e9):
     """Return when each query is answered, and the calls that were sent."""
     times = iter(seconds)
@@ -223,20 +213,6 @@ def _ends(bench, rule, arrivals, seconds, num_workers=1, limit=1e9):
             clock.at(when, lambda number=number: send(number))
         clock.run(until=1e4)
         return ends, pool.report().sent
-
-
-def test_the_first_answer_counts_and_a_copy_that_waits_is_cancelled(bench):
-    """After 20 answers of 1 s, copies go out after 2 s: one wins, one is never sent."""
-    warm = [10.0 * number for number in range(20)]
-    # Query 20 takes 9 s at worker 0; its copy 1 s at worker 1, from 202 s on. Query 21 waits
-    # behind it at worker 0, query 22 is at worker 1 until 216.5 s. Query 21's copy would wait
-    # for that, and is dropped when worker 0 has answered at 210 s.
-    rule = _InTurn(*[0] * 20, 0, 1, 0, 1, 1, 0)
-    arrivals = [*warm, 200.0, 206.0, 206.5]
-    seconds = [1.0] * 20 + [9.0, 1.0, 10.0, 1.0, 1.0, 1.0]
-    ends, sent = _ends(bench, rule, arrivals, seconds, 2, limit=2.0)
-    assert ends[20:] == [203.0, 210.0, 211.0]
-    assert sent == 20 + 2 + 1 + 2
 
 
 @pytest.mark.parametrize("number", [1, 5])

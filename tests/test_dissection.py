@@ -109,19 +109,6 @@ def test_the_platform_chooses():
         assert ("stablehlo.while" in text) == loops, platform
 
 
-def test_only_what_is_lowered_is_traced(monkeypatch):
-    t, mask = jnp.linspace(-1, 1, 11), jnp.ones(11, bool)  # a shape that nothing else traces
-    monkeypatch.setattr(_rule, "dissect", None)
-    monkeypatch.setattr(_rule._filter, "factorize", None)
-    traced = jax.jit(lambda t, mask: posterior_variance(t, t, 1e-3, available=mask)).trace(t, mask)
-    for platform in ("cpu", "tpu"):
-        with pytest.raises(TypeError, match="'NoneType' object is not callable"):
-            traced.lower(lowering_platforms=(platform,))
-    monkeypatch.undo()
-    monkeypatch.setattr(_rule, "dissect", None)
-    assert "stablehlo.while" in traced.lower(lowering_platforms=("cpu",)).as_text()
-
-
 def test_nothing_is_read_where_nothing_is_available():
     t, mask = jnp.array([-1.0, jnp.nan, 0.2, jnp.inf, 1.0]), jnp.array([1, 0, 1, 0, 1], bool)
     y = jnp.where(mask, jnp.arange(5.0), jnp.nan)[:, None]

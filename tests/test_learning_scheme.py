@@ -37,10 +37,6 @@ def model(x):
     return jnp.sin(x @ jnp.asarray(_WEIGHTS[0], x.dtype))
 
 
-def rough(x):
-    return 0.7 * model(x)
-
-
 def points(seed, groups=GROUPS):
     return np.random.default_rng(seed).normal(size=(groups * K, 3)).astype("float32")
 
