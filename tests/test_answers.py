@@ -3,7 +3,6 @@
 import itertools
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -147,22 +146,6 @@ def test_the_objective_is_the_mean_over_the_sets_that_recover_anything(dtype, ke
     both = [lambda x: model(x, np), lambda x: parity_model(x, np)]
     expected = np.mean((decoded_by_hand(code, both, x.astype(float), masks) - own) ** 2)
     np.testing.assert_allclose(objective(model, code, x, every), expected, rtol=tolerance)
-
-
-def test_one_compilation_serves_every_mask_and_every_number(key):
-    traces, values = [], []
-
-    def counting(batch):
-        traces.append(1)
-        return model(batch)
-
-    compiled, x = eqx.filter_jit(nested_objective), grouped()
-    for i, layout in enumerate(("chebyshev", "approxifer", "uniform", "interleaved")):
-        masks = jax.random.bernoulli(jax.random.fold_in(key, i), 0.7, (5, N))
-        code = NeRCC(K, N, lambda_enc=1e-3 * i, lambda_dec=1e-3 * i, points=layout)
-        values.append(float(compiled(counting, code, x, masks)))
-    assert len(traces) == 2, "the model on data points and on coded data points, once each"
-    assert len(set(values)) == 4
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from nercc_jax.stragglers import (
     TraceLatency,
     WaitFor,
 )
+from nercc_jax.stragglers.draws import draw_latencies
 from nercc_jax.testing import SimulatedPool
 
 
@@ -67,6 +68,12 @@ def test_a_law_that_differs_between_workers_is_refused_with_a_way_out(law):
     with pytest.raises(ValueError, match=r'own, Fault\("delay", workers=\[0\], latency=...\)'):
         Fault("delay", latency=law)
     assert WaitFor(law, 2).latency is law
+
+
+def test_a_law_for_other_numbers_of_workers_is_refused():
+    law = WorkerLatency(jax.numpy.arange(1.0, 4.0))
+    with pytest.raises(ValueError, match="must take any number of workers"):
+        draw_latencies(law, jax.random.key(0), (9, 16))
 
 
 def test_delays_differ_by_worker_life_and_fault():

@@ -232,7 +232,7 @@ NAMES = ("COMPILATION_CACHE_DIR", "PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 def in_a_process(tmp_path, *parts, **environment):
     """Return the lines that a fresh process prints, with its cache folder in `tmp_path`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    done = subprocess.in_a_process(
+    done = subprocess.run(
         [sys.executable, "-c", "\n".join(["seen = []", *parts])],
         env=kept | {"XDG_CACHE_HOME": str(tmp_path / "cache")} | environment,
         cwd=tmp_path,

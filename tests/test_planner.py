@@ -256,30 +256,6 @@ def test_laws_by_name(tmp_path, key):
             latency_law(wrong)
 
 
-def test_the_next_best_system_is_one_that_keeps_to_what_was_asked_for():
-    """Others are faster: of the same system, with too many workers or too many wrong labels."""
-    asked = {"num_queries": 4, "max_workers": 8, "max_extra_work": 1.0, "max_disagreement": 0.1}
-
-    def made(system, seconds, num_workers=4, **options):
-        return Candidate(system, 4, num_workers, 4, 0.0, **options).seen(np.full(1, seconds))
-
-    best = made("replication", 0.1, num_workers=8)
-    others = [
-        made("replication", 0.12),
-        made("too much work", 0.11, num_workers=16),
-        made("too wrong", 0.11, exact=False, most_disagreement=0.2),
-        made("hedged", 0.3),
-        made("uncoded", 0.5),
-    ]
-    for rows, reason in (
-        ([best, *others], "system within the budget, hedged (4, 4), takes 300 ms"),
-        ([best, *others[1:3]], "nothing else keeps to the budget"),
-    ):
-        found = Plan.of(rows, asked, {})
-        assert found.recommended == best
-        assert reason in found.reason
-
-
 def test_a_plan_says_how_it_is_carried_out():
     def words(*numbers, **options):
         row = Candidate("a system", *numbers, **options)

@@ -28,7 +28,6 @@ from nercc_jax import (
     pool_inference,
     save_code,
 )
-from nercc_jax.pools import Fault, Faults
 from nercc_jax.rows import run_groups
 from nercc_models import load_data, load_inputs, load_model
 
@@ -77,15 +76,6 @@ def failing_on(*numbers):
         return np.asarray(exact(batch))
 
     return model
-
-
-@pytest.mark.parametrize("enough", [6, lambda mask: mask.sum() >= 6])
-def test_a_batch_is_decoded_at_the_deadline(enough):
-    faults = Faults([Fault("hang", workers=[0])])
-    pool = DevicePool(linear, 6, faults=faults, example=np.zeros((1, 1), np.float32))
-    found, _ = grouped(NeRCC(2, 6), 2, pool, enough=enough, deadline=3.0)
-    assert found.arrays["recovered"].all()
-    assert found.summary["stragglers_per_batch"] == 1
 
 
 def test_groups_go_over_the_data_carry_ids_and_are_resumed_by_the_same_run_only(tmp_path, untyped):
@@ -383,22 +373,12 @@ def some_nan(x):
     return y
 
 
-def picky(x):
-    if (x[:, 0] > 0.9).any():
-        raise ArithmeticError("there is no solution here")
-    return swing(x)
-
-
 def broken(x):
     return {"y": x}
 
 
 def traced(x):
     return x[:, :1] * np.array([1.0, -1.0])
-
-
-def table(x):
-    return x[:, :, None] * np.array([1.0, -1.0])
 '''
 
 
@@ -443,24 +423,6 @@ def test_rows_are_what_the_function_gives_to_the_bit(folder, function):
     summary = json.loads((folder / "y.summary.json").read_text())
     assert (summary["rows_done"], summary["computed"], summary["predicted"]) == (50, 50, 0)
     assert summary["learned_from"] is None
-
-
-def test_rows_on_which_the_function_raises_are_reported_and_no_others_are_lost(folder):
-    result = run_own("picky", *TOLERANT, "--groups", "4", "--output", "y.npz")
-    odd = np.load("x.npy")[:, 0] > 0.9
-    assert result.exit_code == 3
-    assert f"{odd.sum()} rows are unknown" in result.output
-    assert f"row {np.argmax(odd)}: ArithmeticError: there is no solution here" in result.output
-    rows = load("y.npz")
-    np.testing.assert_array_equal(rows["exact"], ~odd)
-    assert np.isnan(rows["predictions"][odd]).all()
-    assert np.isinf(rows["deviation"][odd]).all()
-    again = run_own("swing", *TOLERANT, "--output", "y.npz", "--resume")
-    assert again.exit_code == 2
-    assert "model was 'nercc_own_rows:picky' and is 'nercc_own_rows:swing'" in again.output
-    again = run_own("picky", *TOLERANT, "--output", "y.npz", "--resume")
-    assert again.exit_code == 3  # once more, and only those
-    assert f"{50 - odd.sum()} rows are done already" in again.output
 
 
 def test_a_function_that_gives_no_array_ends_the_run_in_words(folder):

@@ -160,6 +160,37 @@ def test_the_end_of_an_earlier_life_costs_the_next_one_nothing(backend, open_sch
     assert batch.available.all()
 
 
+def open_hasty_scheduler(open_scheduler, backend):
+    """Two workers, whose tasks are overdue after a few milliseconds."""
+    pool = open_scheduler(2, overdue=Overdue(0.5, 1.0, least=4))
+    for _ in range(2):
+        with dispatch(pool, 2):
+            backend.answer(0)
+            backend.answer(1)
+    return pool
+
+
+def test_a_copy_is_hoped_for_though_its_overdue_original_fails(backend, open_scheduler):
+    pool = open_hasty_scheduler(open_scheduler, backend)
+    batch, send = pool.open(2, needed=1, copies=2), backend.send
+
+    def send_in_time(*task):
+        send(*task)
+        if len(backend.sent) == 2:
+            # The copy is not overdue, however slow the machine is.
+            batch.times = batch.times.under(Overdue(least=10**6))
+
+    backend.send = send_in_time
+    pool.send(batch, [0], [np.zeros((1, 1))])
+    original, *_ = backend.sent  # its copy may be on its way already
+    soon(lambda: len(backend.sent) == 2)
+    pool.send(batch, [1], [np.ones((1, 1))])
+    backend.answer(original, OSError("lost"))
+    assert backend.points == {1 - original: 0}, "one is needed, and one is on its way"
+    backend.answer(1 - original)
+    assert batch.available.tolist() == [True, False]
+
+
 def test_a_task_is_overdue_by_the_times_of_its_size(backend, open_scheduler):
     pool = open_scheduler(3, overdue=Overdue(0.5, 1.0, least=4))
     for _ in range(4):

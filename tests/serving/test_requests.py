@@ -657,6 +657,11 @@ def test_metadata_say_what_goes_in_and_out_and_what_is_coded(server):
         assert any("nothing is coded: input 'input' is INT8" in hint for hint in hints["count"])
 
 
+def test_a_code_for_integers_is_refused_before_workers_start():
+    with pytest.raises(ValueError, match="NeRCC for tokens: input 'input' is INT64"):
+        real("tokens", lambda x: x, NeRCC(2, 4), datatype="INT64")
+
+
 def test_a_model_that_is_closed_refuses_and_counts_it():
     registry = CollectorRegistry()
     model = real("digits", double, Uncoded(1), metrics=Metrics(registry))
