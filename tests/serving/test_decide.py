@@ -335,6 +335,7 @@ def slow_queries():
     return traffic, lambda: limits.append(np.inf)
 
 
+@pytest.mark.slow
 def test_queries_that_are_slow_themselves_are_not_copied_unless_a_worker_hangs():
     traffic, _ = slow_queries()
     assert not traffic.batcher._approximations.setting.hedges

@@ -230,8 +230,8 @@ def test_others_hardly_notice(attacked, attack):
     ask_often(attacked.http_port, HONEST, CLIENTS, SECONDS)
     found, before = {False: [], True: []}, memory(attacked)
     for _ in range(LOOKS):
-        for attacked, p99 in found.items():
-            context = ATTACKS[attack] if attacked else lambda _: contextlib.nullcontext()
+        for under_attack, p99 in found.items():
+            context = ATTACKS[attack] if under_attack else lambda _: contextlib.nullcontext()
             with context(attacked.http_port):
                 times = ask_often(attacked.http_port, HONEST, CLIENTS, SECONDS)
                 p99.append(sorted(times)[int(0.99 * len(times))])
