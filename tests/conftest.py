@@ -32,11 +32,11 @@ type_checks.install()
 # The longest files with slow tests, to begin with: what is begun last, one worker ends alone. Those
 # that wait for processes and those that compile take turns, for two workers to have one of each.
 LONGEST = (
-    *("test_answer_checks.py", "test_codes.py", "test_shutdown.py", "test_predictor.py"),
-    *("test_schedules.py", "test_ray_cluster.py", "test_programs.py", "test_attack.py"),
-    *("test_dissection.py", "test_learning_scheme.py", "test_run_command.py", "test_pools.py"),
+    *("test_predictor.py", "test_codes.py", "test_start.py"),
+    *("test_schedules.py", "test_ray_cluster.py", "test_programs.py", "test_limits.py"),
+    *("test_dissection.py", "test_learning_scheme.py", "test_run.py", "test_pools.py"),
     *("test_batcher.py", "test_deploy.py", "test_splines.py", "test_ray_data.py"),
-    *("test_tuning.py", "test_chaos.py", "test_own_models.py"),
+    *("test_tuning.py", "test_chaos.py", "test_cli.py"),
     *("test_planner.py", "test_ray_pools.py"),
 )
 FIRST = {name: place for place, name in enumerate(LONGEST)}

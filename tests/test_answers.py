@@ -3,7 +3,6 @@
 import itertools
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -147,52 +146,6 @@ def test_the_objective_is_the_mean_over_the_sets_that_recover_anything(dtype, ke
     both = [lambda x: model(x, np), lambda x: parity_model(x, np)]
     expected = np.mean((decoded_by_hand(code, both, x.astype(float), masks) - own) ** 2)
     np.testing.assert_allclose(objective(model, code, x, every), expected, rtol=tolerance)
-
-
-def test_one_compilation_serves_every_mask_and_every_number(key):
-    traces, values = [], []
-
-    def counting(batch):
-        traces.append(1)
-        return model(batch)
-
-    compiled, x = eqx.filter_jit(nested_objective), grouped()
-    for i, layout in enumerate(("chebyshev", "approxifer", "uniform", "interleaved")):
-        masks = jax.random.bernoulli(jax.random.fold_in(key, i), 0.7, (5, N))
-        code = NeRCC(K, N, lambda_enc=1e-3 * i, lambda_dec=1e-3 * i, points=layout)
-        values.append(float(compiled(counting, code, x, masks)))
-    assert len(traces) == 2, "the model on data points and on coded data points, once each"
-    assert len(set(values)) == 4
-
-
-@pytest.mark.slow
-def test_gradients_in_every_number_are_finite_differences():
-    """At points inside (-1, 1), where the angle has a derivative; some masks lose the ends."""
-    with jax.enable_x64(True):
-        points = ([0.85, 0.3, -0.2, -0.7], [0.97, 0.8, 0.35, 0.05, -0.4, -0.93])
-        numbers = {"lambda_enc": 2e-3, "lambda_dec": 1e-4, "gap_exponent": 1.5, "end_penalty": 3.0}
-        code, x = NeRCC(K, N, **numbers, points=points), jnp.asarray(grouped("float64"))
-        numbers = {name: getattr(code, name) for name in (*numbers, "alpha", "beta")}
-
-        def error(numbers):
-            moved = eqx.tree_at(lambda c: [getattr(c, n) for n in numbers], code,
-                                list(numbers.values()))  # fmt: skip
-            return nested_objective(model, moved, x, jnp.asarray(MASKS))
-
-        value_and_gradient, forward = jax.jit(jax.value_and_grad(error)), jax.jacfwd(error)(numbers)
-        _, reverse = value_and_gradient(numbers)
-        for name, value in numbers.items():
-            np.testing.assert_allclose(forward[name], reverse[name], rtol=1e-8, atol=1e-14)
-            size = np.abs(reverse[name]).max()
-            assert size > 0, name
-            for i in np.ndindex(value.shape):
-                step = 3e-5 * float(jnp.abs(value[i])) if value.ndim == 0 else 3e-6
-                up, down = (
-                    float(value_and_gradient({**numbers, name: value.at[i].add(s)})[0])
-                    for s in (step, -step)
-                )
-                slope = (up - down) / (2 * step)
-                np.testing.assert_allclose(reverse[name][i], slope, atol=2e-6 * size, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -110,20 +110,6 @@ def test_slopes_and_their_standard_error_against_polyfit(bench):
     assert bench.rates.fit_slope(points[:2]) is None
 
 
-@pytest.mark.parametrize(("exponent", "confirmed"), [(-3.4, True), (-2.5, False)])
-def test_a_bound_is_confirmed_where_the_error_falls_as_fast(bench, exponent, confirmed):
-    rates = bench.rates
-    points = [
-        {"num_workers": n, "stragglers": 3, "mean": 5.0 * n**exponent, "half_width": 0.0}
-        for n in (20, 100, 500, 2000)
-    ]
-    curve = rates.curve_of("NeRCC", rates.FIXED_LAW, 0.0, points, 0.0)
-    (bound,) = curve["bounds"]
-    assert bound["slope"] == pytest.approx(-3)
-    assert bound["confirmed"] is confirmed
-    assert rates.curve_of("NeRCC", rates.FIXED_LAW, 0.0, points, 1e9)["bounds"] == []
-
-
 def test_the_slope_of_a_power_law_and_its_interval(bench):
     """The interval is as wide as that of slopes of data drawn anew."""
     rng = np.random.default_rng(0)
@@ -159,21 +145,6 @@ def test_errors_on_the_host_are_those_of_decoding(bench):
                 decoded = np.stack([plain.decode(each, mask) for each in y])
                 wanted = np.mean((decoded - exact) ** 2, axis=(1, 2))
                 np.testing.assert_allclose(errors, wanted, rtol=1e-6, err_msg=name)
-
-
-def test_gains_are_paired(bench):
-    """Half of a rival's error on every set and group is a gain of a half, to rounding."""
-    squared = np.random.default_rng(0).lognormal(0, 1, (1, 6, 9))
-    scores = {
-        "rival": (4 * squared, np.ones((1, 6, 9))),
-        "NeRCC tuned": (squared, np.full((1, 6, 9), 0.5)),
-    }
-    found = bench.rivals.summary_of(scores, 50)
-    gain, spread = found["rival"]["gain"], found["rival"]["rmse"]
-    assert [gain["mean"], gain["low"]] == pytest.approx([0.5, 0.5])
-    assert spread["mean"] == pytest.approx(2 * np.sqrt(squared.mean()))
-    assert spread["low"] < spread["mean"] < spread["high"]
-    assert found["NeRCC tuned"]["rel_acc"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
 
 
 # -- Coding: figures against stored ones -----------------------------------------------------------
@@ -220,31 +191,7 @@ def test_lost_copies_by_hand(bench):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
-def test_recall_by_hand(bench):
-    others = np.random.default_rng(0).normal(size=(200, 4)).astype("float32")
-    own = others[:20] + 0.01
-
-    def nearest(points):
-        return np.argsort(((points[:, None] - others) ** 2).sum(-1), axis=1)[:, :10]
-
-    for shift in (0, 0.3):
-        both = zip(nearest(own), nearest(own + shift), strict=True)
-        wanted = np.mean([len(set(a) & set(b)) / 10 for a, b in both])
-        found = bench.functions.recall(jnp.asarray(own + shift)[None], own, jnp.asarray(others))
-        np.testing.assert_allclose(found, wanted, atol=1e-6)
-
-
 # -- Balancers: which worker's queue a query joins, and when copies go out ------------------------
-
-
-class _InTurn:
-    """A rule that names workers in a given order."""
-
-    def __init__(self, *workers):
-        self._workers = iter(workers)
-
-    def pick(self, workers, barred, now):
-        return next(self._workers)
 
 
 def _ends(bench, rule, arrivals, seconds, num_workers=1, limit=1e9):
@@ -268,29 +215,6 @@ def _ends(bench, rule, arrivals, seconds, num_workers=1, limit=1e9):
         return ends, pool.report().sent
 
 
-def test_a_worker_computes_its_queue_in_order_of_arrival(bench):
-    """Worker 0 has queries 0, 1 and 3 while worker 1 is idle after query 2."""
-    rule = _InTurn(0, 0, 1, 0)
-    ends, sent = _ends(bench, rule, [0.0, 1.0, 1.5, 2.0], [5.0, 1.0, 2.0, 3.0], 2)
-    # In the order in which calls begin: query 0, 2 (1 s), 1 (2 s), 3 (3 s).
-    assert ends == [5.0, 7.0, 2.5, 10.0]
-    assert sent == 4
-
-
-def test_the_first_answer_counts_and_a_copy_that_waits_is_cancelled(bench):
-    """After 20 answers of 1 s, copies go out after 2 s: one wins, one is never sent."""
-    warm = [10.0 * number for number in range(20)]
-    # Query 20 takes 9 s at worker 0; its copy 1 s at worker 1, from 202 s on. Query 21 waits
-    # behind it at worker 0, query 22 is at worker 1 until 216.5 s. Query 21's copy would wait
-    # for that, and is dropped when worker 0 has answered at 210 s.
-    rule = _InTurn(*[0] * 20, 0, 1, 0, 1, 1, 0)
-    arrivals = [*warm, 200.0, 206.0, 206.5]
-    seconds = [1.0] * 20 + [9.0, 1.0, 10.0, 1.0, 1.0, 1.0]
-    ends, sent = _ends(bench, rule, arrivals, seconds, 2, limit=2.0)
-    assert ends[20:] == [203.0, 210.0, 211.0]
-    assert sent == 20 + 2 + 1 + 2
-
-
 @pytest.mark.parametrize("number", [1, 5])
 def test_rules_choose_as_they_say(bench, number):
     """With one worker, all rules are one queue (Lindley's recursion); with five, they are not."""
@@ -310,29 +234,6 @@ def test_rules_choose_as_they_say(bench, number):
         best, two, blind, prequal = (float(np.mean(ends - arrivals)) for ends in found)
         assert best < two < blind
         assert prequal < blind
-
-
-def test_prequal_prefers_the_fast_among_workers_that_are_not_hot(bench):
-    """The slow one is avoided, and so is the fast one once its queue is long."""
-    workers = [bench.tails_systems.Worker() for _ in range(3)]
-    for worker, latency in zip(workers, (5.0, 1.0, 2.0), strict=True):
-        worker.remember(0.0, 0, latency)
-    rule = bench.tails_systems.Prequal(probes=3, quantile=0.0, size=3)
-    assert rule.pick(workers, (), 0.0) == 1
-    workers[1].queue.extend([None] * 4)
-    assert rule.pick(workers, (), 0.5) == 2
-    assert rule.pick(workers, (2,), 0.5) == 0
-    assert workers[0].latency(6.0) == 0.0, "that is long ago"
-
-
-def test_seeds_are_summed_up(bench):
-    cells = {
-        str(seed): {"p99_ms": p99, "calls": 1.0 + seed, "queries": 10, "predicted": 0.1}
-        for seed, p99 in enumerate((3.0, 1.0, 2.0))
-    }
-    whole = bench.tails.over_seeds(cells)
-    assert (whole["p99_ms"], whole["calls"], whole["queries"]) == ([2.0, 1.0, 3.0], 2.0, 30)
-    assert whole["predicted"] == pytest.approx(0.1)
 
 
 # -- The accelerator benchmark: counts of a program's text, verdicts, and timing -------------------
@@ -398,45 +299,3 @@ def program(entry, rest=ADD):
 )
 def test_counts(accelerator, entry, rest, counts):
     assert accelerator.count(program(entry, rest)) == accelerator.Counts(*counts)
-
-
-def test_text_without_a_program_is_refused(accelerator):
-    with pytest.raises(ValueError, match="no ENTRY"):
-        accelerator.count("HloModule nothing\n")
-
-
-PRODUCT = "%2 = stablehlo.dot_general %0, %1, contracting_dims = [1] x [0]"
-FULL = PRODUCT + ", precision = [HIGHEST, HIGHEST] : (tensor<2x2xf32>) -> tensor<2x2xf32>"
-HALF = PRODUCT + ", precision = [DEFAULT, DEFAULT] : (tensor<2x2xf32>) -> tensor<2x2xf32>"
-HOST = '%h = f32[4] custom-call(%x), custom_call_target="xla_ffi_python_cpu_callback"'
-
-
-@pytest.mark.parametrize(
-    ("counts", "platform", "lowered", "hlo", "words"),
-    [
-        ((25, 0, 0, 1), "cuda", FULL, "", []),
-        ((26, 0, 0, 1), "cuda", FULL, "", ["launches 26 > 25"]),
-        ((26, 0, 0, 1), "tpu", FULL, "", []),
-        ((1, 0, 1, 2), "tpu", FULL, "", ["loops 1 > 0", "loops that depend on data 2 > 1"]),
-        ((1, 0, 0, 0), "tpu", HALF, "", ["products below full precision 1 > 0"]),
-        ((1, 0, 0, 0), "tpu", "tensor<4xf64>", "", ["float64"]),
-        ((1, 0, 0, 0), "tpu", "", HOST, ["callbacks to the host"]),
-    ],
-)
-def test_verdicts(accelerator, counts, platform, lowered, hlo, words):
-    made = accelerator.Program(print, (), launches=25, open_loops=1)
-    assert accelerator.faults(accelerator.Counts(*counts), made, platform, lowered, hlo) == words
-
-
-def test_a_program_is_compiled_and_timed(accelerator):
-    made = {"bare, N": accelerator.inference("LeNet5", 1)["bare, N"]}
-    (row,) = accelerator.time_all({"case": ("LeNet5 (20, 8)", 1, made)}).values()
-    (part,) = row["parts"].values()
-    low, high = part["quartiles_s"]
-    assert 0 < low <= part["median_s"] <= high
-    lowered, compiled, _ = accelerator.compile_for(made["bare, N"])
-    assert accelerator.count(compiled.as_text()).launches > 0
-    assert (
-        len(accelerator.faults(accelerator.Counts(), made["bare, N"], "tpu", lowered.as_text(), ""))
-        == 1
-    )

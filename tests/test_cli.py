@@ -1,6 +1,7 @@
 """The command as a person meets it."""
 
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -10,9 +11,9 @@ import pytest
 from commands import invoke
 from conftest import require
 
-from nercc_jax.cli import options_of
 from nercc_jax.cli._options import COMMANDS
 from nercc_jax.evaluation import Estimate
+from nercc_models import find_points, load_data, load_model
 
 
 def run(*arguments):
@@ -61,7 +62,12 @@ def test_models_lists_what_is_shipped(arguments):
         assert word in result.output
 
 
-# By command, what is wrong with its options; a and x.npy are there.
+MODULES = {
+    "a": "def model(x):\n    return x\n",
+    "broken": "def model(x:",
+    "raises": "raise KeyError('weights')",
+}
+# By command, what is wrong with its options; these modules, x.npy and few.npy are there.
 ROWS = "--model a:model --inputs x.npy --tolerance 1"
 WRONG = {
     "demo": {
@@ -75,6 +81,8 @@ WRONG = {
         "--outputs logit": "--outputs: 'logit' is not one of logits, ",
         "--num-data eight": "--num-data: a whole number is needed, not 'eight'",
         "--num-data 0": "--num-data: it must be at least 1, not 0",
+        "--model broken:model": "--model broken:model: SyntaxError: ",
+        "--model raises:model": "--model raises:model: KeyError: 'weights'",
         "--max-input 3": "unrecognized arguments: --max-input 3",
     },
     "demos": {"": "there is no command 'demos', but demo, distill"},
@@ -82,6 +90,14 @@ WRONG = {
         "--mixed 3": "--mixed: it must be at most 1, not 3",
         "--learning-rate inf": "--learning-rate: it must be above 0, not inf",
         "--share 0": "--share: it must be above 0, not 0",
+        "--share 0.0001": "too cheap to be worth a student",
+        "--output s.npz": "must end in .safetensors",
+        "--output none/s.safetensors": "none is no folder",
+        "--epochs 0": "--epochs: it must be at least 1, not 0",
+        "--answers 0": "--answers: it must be at least 1, not 0",
+        "--model a:model": "needs data points: use --inputs",
+        "--model a:model --inputs few.npy": "has 4 inputs: needs five or more",
+        "--inputs x.npy": "does not run on a batch of shape (1, 3)",
     },
     "plan": {
         "--max-workers 0": "--max-workers: it must be at least 1, not 0",
@@ -163,15 +179,17 @@ def test_errors_are_one_sentence_and_leave_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "a", raising=False)
-    (tmp_path / "a.py").write_text("def model(x):\n    return x\n")
+    for name, text in MODULES.items():
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text(text)
     np.save("x.npy", np.ones((9, 3)))
+    np.save("few.npy", np.ones((4, 3)))
     result = run(command, *arguments.split())
     assert result.exit_code == 2, result.output
     assert WRONG[command][arguments] in result.output
     assert not re.search("Traceback|Value error|unable to parse", result.output)
     left = {path.name for path in tmp_path.iterdir() if not path.is_dir() or any(path.iterdir())}
-    assert left <= {"a.py", "x.npy", "__pycache__"}
+    assert left <= {"x.npy", "few.npy", "__pycache__", *(f"{name}.py" for name in MODULES)}
 
 
 @pytest.mark.parametrize("command", [("demo", "--plot"), ("tune", "--output")])
@@ -180,26 +198,6 @@ def test_what_cannot_be_written_is_reported_first(command, tmp_path, monkeypatch
     result = run(*command, str(tmp_path / "result"))
     assert result.exit_code == 2
     assert f"{tmp_path} may not be written to" in result.output.replace("\n", "")
-
-
-def test_a_module_that_cannot_be_imported_is_reported(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "nercc_broken.py").write_text("def model(x:")
-    (tmp_path / "nercc_raises.py").write_text("raise KeyError('weights')")
-    for name, message in (("broken", "SyntaxError: "), ("raises", "KeyError: 'weights'")):
-        result = run("demo", "--model", f"nercc_{name}:model")
-        assert result.exit_code == 2
-        assert f"--model nercc_{name}:model: {message}" in result.output
-
-
-def test_a_file_that_is_no_code_is_reported(tmp_path):
-    for content, message in (("[]", "it is no file of a code"), ("words", "is no JSON")):
-        path = tmp_path / "thing.json"
-        path.write_text(content)
-        result = run("demo", "--code", str(path))
-        assert result.exit_code == 2
-        assert message in result.output
-        assert "Traceback" not in result.output
 
 
 def test_python_runs_it_as_a_module():
@@ -237,31 +235,6 @@ def test_a_share_has_as_many_digits_as_its_interval_gives_reason_for(half_width,
     assert Estimate(0.5, half_width).percent() == text
 
 
-def test_the_servers_options_are_its_settings():
-    require("pydantic_settings", "serve")
-    names = {option.name for option in options_of("serve")}
-    assert {"model", "check_answers"} <= names
-
-
-# Options that `serve` has by the same name with a meaning of its own, and why.
-SERVED = {
-    "model": "several may be served",
-    "num_data": "groups are small, since queries wait for each other",
-    "num_workers": "as num_data",
-    "inputs": "they calibrate, and may have names",
-    "outputs": "found by the model's own answers",
-    "code": "other settings of the code stand beside it",
-    "workers": "of each model",
-    "surrogate": "it may learn",
-    "tolerance": "of queries",
-    "coverage": "of queries",
-    "max_disagreement": "of queries, with a bound",
-    "deadline_s": "of a request",
-    "max_calls": "a mean of calls a query; of a run, rows",
-    "check_answers": "of queries",
-    "faults": "their seed is one of them",
-    "points": "a layout; to tune, whether points move",
-}
 # The options above all panels of `--help`.
 FIRST = {
     "demo": "model inputs outputs num-data num-workers code plot numbers",
@@ -273,8 +246,6 @@ FIRST = {
     "serve": "model config check print-config scheme num-data num-workers pool workers http-port",
     "tune": "model inputs outputs num-data num-workers layout steps output",
 }
-# Results, whose kind and default name are each command's own.
-RESULTS = {"output", "plot"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -293,17 +264,123 @@ def test_help_fits_a_screen_or_two_and_begins_with_the_usual_options(command):
     assert names == [*FIRST[command].split(), "help"]
 
 
-def test_an_option_has_one_name_and_one_meaning_in_all_commands():
-    require("pydantic_settings", "serve")
-    seen = {}
-    for command in COMMANDS:
-        for each in options_of(command):
-            words = each.help, str(each.default or None)
-            words = words[:1] if each.name in RESULTS else words
-            flags = {*each.flags}
-            if command == "serve" and each.name in SERVED:
-                continue
-            known = seen.setdefault(each.name, (flags, words))
-            assert known == (flags, words), f"--{each.name} of {command}"
-    flags = [flag for flags, _ in seen.values() for flag in flags]
-    assert len(flags) == len({*flags}), "two options have one name"
+# -- A model of one's own in every command, by what `nercc new-model` writes -----------------------
+
+
+PARTS = """
+import numpy as np
+
+def model(batch):
+    return batch @ np.eye(3, 2, dtype="float32")
+
+def by_hand(batch):
+    return np.asarray(batch)
+
+def picky(batch):
+    if (np.asarray(batch) > 5).any():
+        raise ArithmeticError("no solution here")
+    return np.asarray(batch)
+
+def holes(batch):  # it has nothing of some mixtures
+    rows = np.asarray(batch, "float32")
+    return np.where(abs(rows[:, :1] - rows[:, :1].round()) > 0.3, np.nan, rows)
+
+def load(path):
+    return lambda batch: batch * np.load(path)
+
+def example_inputs():
+    return np.arange(30.0).reshape(10, 3)
+"""
+
+
+def succeeds(*arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a user works: a model as `nercc new-model` writes it, and a module by hand."""
+    before, path = os.getcwd(), tmp_path_factory.mktemp("own")
+    os.chdir(path)
+    (path / "own_parts.py").write_text(PARTS)
+    assert "nercc demo --model their_model:model" in succeeds("new-model", "their_model.py")
+    yield path
+    os.chdir(before)
+    sys.path[:] = [each for each in sys.path if each != str(path)]
+
+
+def test_what_is_there_is_not_written_over(folder):
+    for name, message in (("their_model.py", "is left as it is"), ("my-model.py", "of a module")):
+        result = invoke("new-model", name)
+        assert result.exit_code == 2
+        assert message in result.output
+
+
+def test_inputs_are_parted_alike_for_all_commands(folder):
+    data = find_points("own_parts:model")
+    train, test = data.shuffled("train", 100, 1), data.shuffled("test", 100, 2)
+    assert (train.shape, test.shape) == ((8, 3), (2, 3))
+    np.testing.assert_array_equal(np.sort([*train[:, 0], *test[:, 0]]), 3 * np.arange(10))
+    np.testing.assert_array_equal(np.sort(data.shuffled("test", 9, 3), 0), np.sort(test, 0))
+    np.testing.assert_array_equal(data.split("all").x, np.arange(30).reshape(10, 3))
+    np.save("x.npy", np.ones((7, 3)))
+    assert find_points("own_parts:model", inputs="x.npy").shuffled("train", 9, 0).shape == (6, 3)
+    with pytest.raises(ValueError, match="only the splits train and test, not 'all'"):
+        data.shuffled("all", 9, 0)
+
+
+def test_inputs_may_be_a_data_set_by_name(folder):
+    (folder / "pixels.py").write_text("def model(x):\n    return x.reshape(len(x), -1)[:, 18:28]\n")
+    small = ("--num-data", "2", "--num-workers", "4", "--max-inputs", "9", "--output", "d.npz")
+    report = succeeds("run", "--model", "pixels:model", "--inputs", "digits", *small)
+    assert "9 data points of 'test'" in report
+    with np.load("d.npz") as found:
+        assert found["label"].tolist() == load_data("digits", "test", limit=9).labels.tolist()
+    rows = find_points("pixels:model", inputs="digits").shuffled("train", 5, 0)
+    assert rows.shape == (5, 8, 8, 1)
+    assert rows.dtype == np.float32
+    result = invoke("run", "--model", "pixels:model", "--inputs", "digit")
+    assert "--inputs digit: there is no such file, and no such data set" in result.output
+    own = load_model("lenet5-digits")
+    shipped, named = (find_points("lenet5-digits", own, each) for each in (None, "digits"))
+    np.testing.assert_array_equal(shipped.shuffled("test", 5, 0), named.shuffled("test", 5, 0))
+
+
+@pytest.mark.parametrize("outputs", ["logits", "probabilities", "values"])
+def test_one_number_a_row_has_no_label(folder, outputs):
+    (folder / "one.py").write_text("def model(x):\n    return x[:, :1]\n")
+    np.save("x.npy", np.ones((9, 3), np.float32))
+    code = ("--num-data", "2", "--num-workers", "4", "--output", f"one-{outputs}.npz")
+    result = invoke("run", "--model", "one:model", "--inputs", "x.npy", "--outputs", outputs, *code)
+    assert result.exit_code == (0 if outputs == "values" else 2)
+    assert ("say --outputs values" in result.output) == (outputs != "values")
+
+
+def test_what_a_function_raises_on_the_host_is_one_line(folder):
+    options = ["--num-data", "2", "--num-workers", "4", "--sets", "2", "--outputs", "values"]
+    result = invoke("demo", "--model", "own_parts:picky", *options)
+    assert result.exit_code == 1
+    assert result.output == "error: the model failed: ArithmeticError: no solution here\n"
+
+
+def test_the_demo_goes_on_where_some_mixtures_have_no_answer(folder):
+    code = ("--num-data", "2", "--num-workers", "4", "--sets", "2", "--max-stragglers", "1")
+    report = succeeds("demo", "--model", "own_parts:holes", *code, "--outputs", "values")
+    assert "no NeRCC learned: the model's answers to coded data points must be" in report
+    assert "MSE of decoded values" in report
+
+
+@pytest.mark.slow
+def test_commands_run_what_jax_cannot_trace_but_tune_says_why_not(folder):
+    code = ("--num-data", "2", "--num-workers", "4")
+    report = succeeds("demo", "--model", "own_parts:by_hand", *code, "--plot", "by-hand.png")
+    assert "RelAcc" in report
+    assert (folder / "by-hand.png").exists()
+    succeeds("run", "--model", "own_parts:by_hand", *code, "--output", "by-hand.npz")
+    tune = ("tune", "--model", "own_parts:by_hand", *code, "--steps", "1")
+    result = invoke(*tune)
+    assert result.exit_code == 2
+    assert "error: JAX cannot trace the model" in result.output
+    assert "Traceback" not in result.output

@@ -1,6 +1,7 @@
 """Fits as accelerators make them, on a CPU: the suite of `test_splines`, and against the filter."""
 
 import contextlib
+import re
 from typing import Any
 
 import jax
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import test_splines as suite
 
-from nercc_jax import NeRCC
+from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded, coded_inference
 
 from nercc_jax.splines import _rule  # isort: skip
+from nercc_jax.evaluation import nested_objective
+from nercc_jax.inference import robust_decode
 from nercc_jax.splines import (
     posterior_variance,
     process_variance,
@@ -78,6 +81,7 @@ def test_both_ways_give_the_same(n, rows):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=4e-6 * scale)
 
 
+@pytest.mark.slow
 def test_both_ways_have_the_same_ends_and_gradients():
     rng = np.random.default_rng(6)
     t, ends = np.sort(rng.uniform(-1, 1, 6)), np.array([0.3, 2.0])
@@ -103,31 +107,6 @@ def test_the_platform_chooses():
     for platform, loops in (("cpu", True), ("tpu", False), ("cuda", False)):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert ("stablehlo.while" in text) == loops, platform
-
-
-def test_one_export_has_each_platforms_way():
-    code, mask = NeRCC(3, 6), jnp.arange(6) != 2
-    matrix = jax.jit(lambda mask: code.decoder_matrix(mask))
-    exported = jax.export.export(matrix, platforms=("cpu", "tpu", "cuda"))(mask)
-    np.testing.assert_allclose(exported.call(mask), code.decoder_matrix(mask), atol=1e-6)
-    sizes = [
-        len(jax.export.export(matrix, platforms=[each])(mask).mlir_module())
-        for each in ("cpu", "tpu")
-    ]
-    assert len(exported.mlir_module()) > sum(sizes)
-
-
-def test_only_what_is_lowered_is_traced(monkeypatch):
-    t, mask = jnp.linspace(-1, 1, 11), jnp.ones(11, bool)  # a shape that nothing else traces
-    monkeypatch.setattr(_rule, "dissect", None)
-    monkeypatch.setattr(_rule._filter, "factorize", None)
-    traced = jax.jit(lambda t, mask: posterior_variance(t, t, 1e-3, available=mask)).trace(t, mask)
-    for platform in ("cpu", "tpu"):
-        with pytest.raises(TypeError, match="'NoneType' object is not callable"):
-            traced.lower(lowering_platforms=(platform,))
-    monkeypatch.undo()
-    monkeypatch.setattr(_rule, "dissect", None)
-    assert "stablehlo.while" in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
 def test_nothing_is_read_where_nothing_is_available():
@@ -171,3 +150,78 @@ class TestSuite:
     @pytest.mark.parametrize("lambda_", [0.0, 1e2])
     def test_gradients_are_finite_in_float32(self, lambda_):
         suite.test_gradients_are_finite_in_float32("repeated", lambda_)
+
+
+# -- What accelerators would do to the numbers, read from programs that are sent to them -----------
+
+
+T, AT, Y = jnp.linspace(-1, 1, 9), jnp.linspace(-1, 1, 4), jnp.ones((9, 3))
+CODES = {
+    "nercc": NeRCC(4, 9),
+    "nercc-exact": NeRCC(4, 9, points="interleaved", exact=True),
+    "berrut": Berrut(4, 9),
+    "lagrange": Lagrange(4, 9, degree=2),
+    "parity": Parity(4, 6),
+    "replication": Replication(4, 9),
+    "uncoded": Uncoded(4),
+}
+
+
+def decoding(code):
+    y, mask = jnp.ones((code.num_workers, 3)), jnp.ones(code.num_workers, bool)
+    return lambda code, y, mask: code.try_decode(y, mask), (code, y, mask)
+
+
+def objective(code):
+    """Its gradient has those of encoding and of decoding, in the code and in the answers."""
+    x, masks = jnp.ones((2, 4, 3)), jnp.ones((3, code.num_workers), bool)
+
+    def error(code):
+        return nested_objective(jnp.sin, code, x, masks)
+
+    return jax.grad(error, allow_int=True), (code,)
+
+
+PROGRAMS = {
+    "values": (lambda t, y: smoothing_spline(t, y, 1e-3).evaluate(AT), (T, Y)),
+    "matrix": (lambda t: smoothing_matrix(t, AT, 1e-3), (T,)),
+    "posterior variance": (lambda t: posterior_variance(t, AT, 1e-3), (T,)),
+    "process variance": (lambda t, y: process_variance(t, y, 1e-3), (T, Y)),
+    "variances": (
+        lambda y: CODES["nercc"].decode(y, jnp.ones(9, bool), return_uncertainty=True),
+        (Y,),
+    ),
+    "robust": (
+        lambda y: robust_decode(CODES["nercc"], y, np.ones(9, bool), max_adversaries=1),
+        (Y,),
+    ),
+    "inference": (
+        lambda x: coded_inference(jnp.sin, CODES["nercc"])(x, np.ones(9, bool)),
+        (jnp.ones((4, 3)),),
+    ),
+    "objective's gradient": objective(CODES["nercc"]),
+    **{
+        f"encode, {name}": (lambda x, c=c: c.encode(x), (jnp.ones((4, 3)),))
+        for name, c in CODES.items()
+    },
+    **{f"decode, {name}": decoding(code) for name, code in CODES.items()},
+}
+
+
+def lowered(program, arguments, platform="tpu"):
+    return jax.jit(program).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_products_are_at_full_precision(name, platform):
+    program, arguments = PROGRAMS[name]
+    text = lowered(program, arguments, platform)
+    products = [
+        line for line in text.splitlines() if re.search(r"stablehlo\.dot(_general)?\b", line)
+    ]
+    rounded = [line for line in products if "[HIGHEST, HIGHEST]" not in line]
+    assert not rounded
+    assert "convolution" not in text
+    assert "f64" not in text
+    assert "callback" not in text

@@ -1,11 +1,19 @@
-"""Docstrings and names that a stranger understands: what a linter does not see."""
+"""Docstrings and names that a stranger understands, and examples that run."""
 
 import ast
+import doctest
+import importlib
+import inspect
 import io
+import pkgutil
 import re
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+from pages import blocks
+from test_architecture import ROOMS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("nercc_jax", "models", "bench")
@@ -85,3 +93,36 @@ def test_words_that_are_gone_stay_gone():
         tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
         words = {token.string for token in tokens if token.type == tokenize.NAME}
         assert not words & GONE, label(path)
+
+
+# -- Every example in a docstring runs, and prints what it says ------------------------------------
+
+
+# What needs an extra is imported by its own tests.
+WITH_EXTRAS = {"serving", "cli"}
+
+
+def examples():
+    for room in sorted({*ROOMS} - WITH_EXTRAS):
+        package = importlib.import_module(f"nercc_jax.{room}")
+        for found in pkgutil.iter_modules(package.__path__, f"nercc_jax.{room}."):
+            module = importlib.import_module(found.name)
+            for example in doctest.DocTestFinder(exclude_empty=True).find(module, found.name):
+                if example.examples or "```python" in (example.docstring or ""):
+                    yield pytest.param(example, id=example.name.removeprefix("nercc_jax."))
+
+
+@pytest.mark.parametrize("example", [*examples()])
+def test_it_runs(example):
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    report = []
+    runner.run(example, out=report.append)
+    assert runner.failures == 0, "".join(report)
+    text = inspect.cleandoc(example.docstring)
+    for block in blocks(text, "python"):
+        exec(compile(block, example.name, "exec"), {})
+
+
+def test_what_people_start_with_has_examples():
+    found = {param.id.rpartition(".")[2] for param in examples()}
+    assert found >= {"AbstractCode", "coded_inference", "Scheme", "parametrize"}

@@ -163,33 +163,6 @@ def test_a_resumed_run_estimates_by_what_the_folder_has(tmp_path):
         assert high - low < 0.06
 
 
-def test_late_rows_are_sent_again_first_where_the_interval_comes_from_them():
-    """A late call's copy is quick here, so that the interval gets short before the original."""
-    begun, sent = set(), []
-
-    def stuck(batch):
-        slow = 0.0
-        for row in batch:
-            first_time = row.tobytes() not in begun
-            begun.add(row.tobytes())
-            sent.append((row.tobytes(), first_time))
-            slow = max(slow, 1e3 if first_time and function(row[None])[0, 0] > 1.5 else 0.0)
-        return np.array([slow])
-
-    x = rows()
-    result, seconds = run(
-        x,
-        slow=stuck,
-        model=rough,
-        statistic=lambda result: result.mean(first),
-        stop_when=lambda estimate: estimate.width < 0.04,
-        job_deadline=200.0,
-    )
-    assert seconds < 200
-    assert result.mean(first).width < 0.04
-    assert sum(not first_time for _, first_time in sent)
-
-
 def test_rows_are_chosen_for_the_statistic():
     """Those near the threshold are computed, though all are known well enough for the tolerance."""
 

@@ -2,12 +2,17 @@
 
 import dataclasses
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from schedulers import next_call
+from conftest import require
+from schedulers import SOON, next_call
 
+from nercc_jax import DevicePool, RayPool
 from nercc_jax.pools import Fault, Faults
+from nercc_jax.risk.votes import fit_answer_check
 from nercc_jax.stragglers import (
     AbstractLatency,
     ExponentialLatency,
@@ -15,6 +20,7 @@ from nercc_jax.stragglers import (
     WaitFor,
 )
 from nercc_jax.stragglers.draws import draw_latencies
+from nercc_jax.testing import SimulatedPool
 
 
 def strikes(fault, calls=2000, seed=0, worker=0, life=0):
@@ -101,8 +107,11 @@ def test_faults_by_their_rates():
     assert 0.2 < np.mean([seconds > 1 for seconds, _ in drawn]) < 0.3
     assert 0.1 < np.mean([kinds == {"death"} for _, kinds in drawn]) < 0.15
     assert Faults.from_rates(seed=5) == Faults([], 5), "nothing is asked for"
-    with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], not 1.5"):
-        Faults.from_rates(death_rate=1.5)
+    faults = Faults.from_rates(wrong_workers={"swap": [1]}, wrong_rate=0.25, seed=1)
+    assert not any(next_call(faults.at(0, 0))[1] for _ in range(100))
+    worker = faults.at(1, 0)
+    struck = np.mean([next_call(worker)[1] == {"swap"} for _ in range(2000)])
+    assert struck == pytest.approx(0.25, abs=0.04)
 
 
 def test_faults_by_scores_that_workers_have_seen():
@@ -150,7 +159,10 @@ def test_a_rack_is_slow_together():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Fault("late"), "a fault is one of"),
+        (lambda: Fault("late"), "a fault is one of .*'swap'.*, not 'late'"),
+        (lambda: Faults.from_rates(wrong_workers={"death": [0]}), "a 'swap' of rows, not 'death'"),
+        (lambda: Faults.from_rates(wrong_workers={"swap": [1.5]}), "whole numbers"),
+        (lambda: Faults.from_rates(death_rate=1.5), r"probability must be in \[0, 1\], not 1.5"),
         (lambda: Fault("nan", probability=1.5), r"in \[0, 1\]"),
         (lambda: Fault("delay"), "needs a latency law"),
         (lambda: Fault("nan", latency=ExponentialLatency(1.0)), "nothing else takes one"),
@@ -159,3 +171,186 @@ def test_a_rack_is_slow_together():
 def test_errors_in_faults(make, message, untyped):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# -- Workers that answer wrongly, and what notices it ----------------------------------------------
+
+
+WEIGHTS = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+CALLS = np.random.default_rng(1).normal(size=(6, 5, 4)).astype(np.float32)
+RIGHT = CALLS @ WEIGHTS
+
+
+class Linear(eqx.Module):
+    """Its answers are known by hand."""
+
+    w: jax.Array
+
+    def __call__(self, x):
+        return x @ self.w
+
+
+MODEL = Linear(jnp.asarray(WEIGHTS))
+
+
+def answers(*faults, calls=CALLS):
+    """The answers to calls, one after the other."""
+    found = []
+    with DevicePool(MODEL, 1, example=calls[0], faults=Faults(faults)) as pool:
+        for call in calls:
+            with pool.dispatch(call[None]) as batch:
+                found.append(batch.wait(deadline=SOON).values[0])
+    return found
+
+
+def close(one, other):
+    return np.allclose(one, other, atol=1e-5)
+
+
+def test_swapped_rows_are_all_there_and_none_is_in_its_place():
+    for given, right in zip(answers(Fault("swap")), RIGHT, strict=True):
+        assert not any(map(close, given, right))
+        np.testing.assert_allclose(np.sort(given, axis=0), np.sort(right, axis=0), atol=1e-5)
+
+
+def test_a_swapped_single_row_is_the_previous_calls():
+    given = answers(Fault("swap"), calls=CALLS[:, :1])
+    assert close(given[0], RIGHT[0, :1]), "there was none before"
+    assert all(map(close, given[1:], RIGHT[:-1, :1]))
+
+
+def check_same(*pools):
+    """Each pool gives the same answers of two workers, the first of which swaps rows."""
+    found = []
+    for pool in pools:
+        with pool, pool.dispatch(CALLS[:1].repeat(2, axis=0)) as batch:
+            values = batch.wait(deadline=SOON).values
+            order = sorted((worker, point) for point, worker in batch.workers.items())
+            found.append([values[point] for _, point in order])
+    np.testing.assert_allclose(*found, atol=1e-5)
+    assert not close(found[0][0], RIGHT[0])
+    assert close(found[0][1], RIGHT[0])
+
+
+SWAP = Faults([Fault("swap", workers=(0,))], seed=5)
+
+
+def test_simulated_workers_are_wrong_as_others_are():
+    check_same(
+        DevicePool(MODEL, 2, example=CALLS[0], faults=SWAP),
+        SimulatedPool(MODEL, 2, seconds=lambda size: 1.0, faults=SWAP),
+    )
+
+
+@pytest.mark.slow
+def test_workers_of_ray_are_wrong_as_threads_are():
+    require("ray", "ray")
+    options = {"faults": SWAP, "compiled": False}
+    model = lambda x: np.asarray(x) @ WEIGHTS  # noqa: E731 (by value: actors need not import it)
+    check_same(DevicePool(model, 2, **options), RayPool(model, 2, address="local", **options))
+
+
+# -- The check of an answer: right ones that look wrong, and wrong ones that do --------------------
+
+ROWS, OUTPUTS = 4000, 5
+
+
+def predicted(random, rows=ROWS, error=0.4, outputs=OUTPUTS):
+    """Right answers, and a surrogate's predictions of them whose deviations are known."""
+    right = random.normal(size=(rows, outputs)) * np.linspace(1, 2, outputs)
+    deviation = error * random.uniform(0.5, 1.5, rows)
+    mean = right + deviation[:, None] * random.normal(size=right.shape)
+    return tuple(each.astype(np.float32) for each in (mean, deviation, right))
+
+
+def unknown(random, rows=ROWS):
+    """The same without a surrogate that knows anything."""
+    mean, deviation, right = predicted(random, rows)
+    return np.zeros_like(mean), np.full_like(deviation, 1.5), right
+
+
+def placed(random, rows=ROWS, turn=0.0):
+    """On a circle, at four places: no prediction, size or correlation tells those between them."""
+    angle = (random.integers(4, size=rows) + turn) * np.pi / 2
+    answers = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    answers += 0.05 * random.normal(size=answers.shape)
+    return np.zeros((rows, 2), np.float32), np.full(rows, 0.7, np.float32), np.float32(answers)
+
+
+def swapped(mean, deviation, right):
+    """Answers of other queries that have another label."""
+    other = np.roll(right, 1, axis=0)
+    differs = other.argmax(axis=1) != right.argmax(axis=1)
+    return mean[differs], deviation[differs], other[differs]
+
+
+def beyond(size):
+    """Answers far beyond all that the check was fitted to."""
+
+    def change(mean, deviation, right):
+        right = right.copy()
+        right[np.arange(len(right)), np.arange(len(right)) % OUTPUTS] = size
+        return mean, deviation, right
+
+    return change
+
+
+def as_it_is(*answers):
+    return answers
+
+
+# What is known, what is judged and how its answers are changed; the least and largest share found.
+CASES = {
+    "other queries'": (lambda r, n=ROWS: predicted(r, n, 0.2), None, swapped, 0.99, 1),
+    "all off": (predicted, None, lambda m, d, y: (m, d, y + 5), 0.99, 1),
+    "between those that there are": (placed, lambda r: placed(r, turn=0.5), as_it_is, 0.99, 1),
+    "at those that there are": (placed, None, as_it_is, 0.005, 0.03),
+    "right ones of the unknown": (unknown, None, as_it_is, 0.01, 0.03),
+    "eightfold ones of the unknown": (unknown, None, lambda m, d, y: (m, d, 8 * y), 0.9, 1),
+    **{f"of size {n:g}": (predicted, None, beyond(n), 1, 1) for n in (30, 1e3, 1e19, 1e38)},
+    "no numbers": (predicted, None, beyond(np.nan), 1, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_answers_look_wrong(case):
+    known, judged, change, least, most = CASES[case]
+    random = np.random.default_rng(1)
+    check = fit_answer_check(
+        *known(random, 1000), 0.02, labels=change is swapped or case.startswith("of size")
+    )
+    found = np.mean(check.suspicious(*change(*(judged or known)(random))))
+    assert least <= found <= most
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("rate", [0.01, 0.05])
+def test_as_many_right_answers_look_wrong_as_is_stated(rate, labels):
+    random, found = np.random.default_rng(0), []
+    for seed in range(6):
+        check = fit_answer_check(*predicted(random, 600), rate, labels=labels, seed=seed)
+        found.append(np.mean(check.suspicious(*predicted(random))))
+    assert np.mean(found) == pytest.approx(rate, abs=0.35 * rate)
+
+
+def test_it_finds_the_same_in_other_units():
+    random = np.random.default_rng(7)
+    known, fresh = predicted(random, 1000), predicted(random)
+    noise = random.normal(size=fresh[2].shape).astype(np.float32)
+    found = []
+    for unit in map(np.float32, (0.01, 1, 100)):
+        check = fit_answer_check(*(unit * each for each in known), 0.02, labels=False)
+        mean, deviation, right = (unit * each for each in fresh)
+        found.append(np.mean(check.suspicious(mean, deviation, right + unit * noise)))
+    assert 0.1 < found[1] < 0.9
+    np.testing.assert_allclose(found, found[1], atol=0.01)
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 300])
+def test_any_number_of_outputs(outputs):
+    data = predicted(np.random.default_rng(4), 400, 0.01, outputs)
+    check = fit_answer_check(*data, 0.02, labels=outputs > 2)
+    assert np.mean(check.suspicious(*data)) <= 0.05
+    assert np.mean(check.suspicious(*data[:2], np.roll(data[2], 1, axis=0))) > 0.8
+    few = fit_answer_check(*(each[:60] for each in data), 0.01, labels=outputs > 2)
+    assert not few.suspicious(*data).any(), "too few answers accuse nothing"

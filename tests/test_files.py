@@ -171,13 +171,6 @@ def test_another_file(content, message, tmp_path):
             read(path)
 
 
-def test_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        nj.load_code(tmp_path / "nothing.json")
-    with pytest.raises(FileNotFoundError):
-        nj.save_code(tmp_path / "no" / "folder.json", CODES["berrut"]())
-
-
 class Mine(nj.AbstractCode):
     """Someone's own code; `renamed` calls itself as one of ours does."""
 

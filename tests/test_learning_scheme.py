@@ -37,10 +37,6 @@ def model(x):
     return jnp.sin(x @ jnp.asarray(_WEIGHTS[0], x.dtype))
 
 
-def rough(x):
-    return 0.7 * model(x)
-
-
 def points(seed, groups=GROUPS):
     return np.random.default_rng(seed).normal(size=(groups * K, 3)).astype("float32")
 
@@ -158,22 +154,6 @@ def test_what_straggles_reaches_nothing(learner):
 
     # A broken answer that is not known to be late makes its worker a straggler.
     np.testing.assert_allclose(decoded(x, w, jnp.nan, everyone), clean, atol=1e-5)
-
-
-def test_the_best_of_several_is_found(learner, key):
-    x, options = points(6, 10), {"key": key, "criterion": "mse", "num_sets": 10}
-    student = Surrogate(rough)
-    found = fit_surrogate(model, [rough, learner], CODE, x, LAWS, **options)
-    alone = fit_surrogate(model, rough, CODE, x, LAWS, **options)
-    assert type(found) is type(learner)
-
-    def error(surrogate, seed):
-        here = points(seed, 10)
-        masks = np.random.default_rng(seed).permuted(np.tile(np.arange(N) > 2, (10, 1)), axis=1)
-        decoded = coded_inference(model, Scheme(CODE, surrogate, redundancy="code"))(here, masks)
-        return float(relative_rmse(decoded, model(jnp.asarray(here))))
-
-    assert error(found, 7) < 0.5 * min(error(alone, 7), error(student, 7))
 
 
 def test_bars_cover_what_they_say_and_a_tolerance_is_kept(learner, key):

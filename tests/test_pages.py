@@ -67,10 +67,6 @@ def test_the_blocks_run(page, tmp_path, request):
     assert all(0 <= float(error) < 1.5 for error in errors), done.stdout
 
 
-def test_there_are_pages_to_run():
-    assert {"README.md", "docs/own-models.md", "docs/serve.md"} <= {*RUN}
-
-
 def test_the_blocks_of_extending_run_as_one(capsys):
     """Among them `check_code` of its own code."""
     names: dict = {}

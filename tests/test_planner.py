@@ -73,46 +73,6 @@ def exact():
 # What is recommended.
 
 
-def test_without_a_tail_nothing_is_done():
-    latency = TraceLatency(jnp.asarray(0.05 + np.linspace(0, 0.001, 50)))
-    found = _plan(jax.random.key(0), latency, count=96, layouts=("interleaved",))
-    assert found.recommended.system == "uncoded"
-    assert found.recommended.extra_work == 0
-    assert "nothing is faster" in found.reason
-    screened = [row for row in found.candidates if not row.held_out]
-    assert screened
-    assert not any(row.feasible(found.asked) for row in screened), (
-        "they were measured on what they were chosen by"
-    )
-
-
-def test_with_a_heavy_tail_and_a_tight_budget_a_code_is_best(coded):
-    best = coded.recommended
-    assert best.points is not None
-    assert best.system.startswith("NeRCC")
-    assert best.held_out
-    assert best.extra_work <= 0.5
-    assert best.most_disagreement <= 0.02
-    others = [row.p99 for row in coded.candidates if row.exact and row.feasible(coded.asked)]
-    assert best.p99 < 0.7 * min(others)
-
-
-@pytest.mark.slow
-def test_where_nothing_may_differ_only_exact_systems_are_left(exact):
-    allowed = [row for row in exact.candidates if row.feasible(exact.asked)]
-    assert {row.system for row in allowed} == {"uncoded", "hedged", "replication"}
-    assert exact.recommended.exact
-    assert exact.recommended.p99 < next(r.p99 for r in allowed if r.system == "uncoded")
-
-
-@pytest.mark.slow
-def test_without_any_budget_nothing_is_sent_twice(key):
-    found = _plan(key, max_extra_work=0.0, overhead=2.0)
-    assert 2.05 < found.recommended.p50 < found.recommended.p99 < 2.53
-    assert found.recommended.system == "uncoded"
-    assert "nothing else keeps to the budget" in found.reason
-
-
 @pytest.mark.slow
 def test_everything_recommended_is_feasible_and_everything_faster_is_not(coded, exact):
     for found in (coded, exact):
@@ -217,19 +177,6 @@ def test_hedging_is_as_the_formula_has_it(key, copies, at_once):
     assert np.mean(sent) == pytest.approx(1 + sum(late), abs=5e-3)
 
 
-def test_waiting_for_a_number_is_an_order_statistic(key):
-    """Chebyshev points have no answers of their own: Beta law of uniform order statistics."""
-    law, own = TraceLatency(jnp.linspace(0, 1, 4001)), np.zeros((4, 6), bool)
-    drawn = draw_latencies(law, key, (50_000, 6))
-    mask, end, first = wait_for(4, drawn, own)
-    assert np.all(mask.sum(axis=1) >= 4)
-    assert np.isinf(first).all()
-    for q in (0.1, 0.5, 0.99):
-        assert np.quantile(end, q) == pytest.approx(stats.beta(4, 3).ppf(q), abs=0.01)
-    patient = wait_for(4, drawn, own, 0.7)[1]
-    assert np.mean(patient <= 0.7) == pytest.approx(stats.beta(4, 3).cdf(0.7), abs=0.01)
-
-
 def test_a_group_ends_when_every_data_point_has_an_answer_of_its_own():
     """Workers 0 and 2 run on the first data point, 1 and 3 on the second."""
     copies = np.array([[True, False, True, False], [False, True, False, True]])
@@ -249,6 +196,7 @@ class RackLatency(AbstractLatency):
         return 0.05 + 0.45 * jnp.repeat(racks, self.size, axis=-1)[..., :workers]
 
 
+@pytest.mark.slow
 def test_a_law_may_slow_workers_together(key):
     """Four in one rack: all wait, or none does."""
     together, apart = (draw_latencies(RackLatency(size), key, (20_000, 4)) for size in (4, 1))
@@ -306,30 +254,6 @@ def test_laws_by_name(tmp_path, key):
     for wrong in ("lognormal:1", "normal:1:2", "trace", "pareto:a:b", "lognormal"):
         with pytest.raises(ValueError, match="a law of latency is lognormal:MEDIAN:SIGMA"):
             latency_law(wrong)
-
-
-def test_the_next_best_system_is_one_that_keeps_to_what_was_asked_for():
-    """Others are faster: of the same system, with too many workers or too many wrong labels."""
-    asked = {"num_queries": 4, "max_workers": 8, "max_extra_work": 1.0, "max_disagreement": 0.1}
-
-    def made(system, seconds, num_workers=4, **options):
-        return Candidate(system, 4, num_workers, 4, 0.0, **options).seen(np.full(1, seconds))
-
-    best = made("replication", 0.1, num_workers=8)
-    others = [
-        made("replication", 0.12),
-        made("too much work", 0.11, num_workers=16),
-        made("too wrong", 0.11, exact=False, most_disagreement=0.2),
-        made("hedged", 0.3),
-        made("uncoded", 0.5),
-    ]
-    for rows, reason in (
-        ([best, *others], "system within the budget, hedged (4, 4), takes 300 ms"),
-        ([best, *others[1:3]], "nothing else keeps to the budget"),
-    ):
-        found = Plan.of(rows, asked, {})
-        assert found.recommended == best
-        assert reason in found.reason
 
 
 def test_a_plan_says_how_it_is_carried_out():

@@ -2,9 +2,7 @@
 
 import contextlib
 import logging
-import os
 import re
-import signal
 import sys
 import threading
 import warnings
@@ -211,36 +209,6 @@ def test_a_delayed_answer_is_late_and_never_anothers(make):
             np.testing.assert_array_equal(batch.wait(deadline=SOON).values, 2 * points(2, 9))
 
 
-@pytest.mark.slow
-def test_killed_processes_are_replaced_one_after_the_other(cluster):
-    with RayPool(itself, 2, example=points(1)[0]) as pool:
-        for worker in range(2):
-            os.kill(pool.processes()[worker], signal.SIGKILL)
-            with pool.dispatch(points(9, worker)) as batch:
-                np.testing.assert_array_equal(
-                    batch.wait(deadline=SOON).values, 2 * points(9, worker)
-                )
-            # Noticed though it may have had nothing in hand.
-            soon(lambda worker=worker: pool.report().deaths_by_worker[worker] == 1)
-        soon(lambda: pool.report().idle == 2)
-        assert pool.report().deaths == 2
-        assert None not in pool.processes()
-
-
-class Unloadable:
-    """A model that cannot be read where it should run."""
-
-    def __call__(self, batch):
-        return batch
-
-    def __reduce__(self):
-        return _refuse, ()
-
-
-def _refuse():
-    raise OSError("weights are not here")
-
-
 @pytest.fixture
 def started_once(monkeypatch):
     """A pool gives up at a worker's first start that fails: `test_scheduler` has the others."""
@@ -258,12 +226,6 @@ def test_workers_that_do_not_start(make, started_once):
         RuntimeError, match=r"does not run on a batch of shape \(1, 3\): cannot mult"
     ):
         make(broken, 1, example=points(1)[0])
-
-
-@pytest.mark.slow
-def test_actors_that_do_not_start(cluster, started_once):
-    with pytest.raises(RuntimeError, match=r"could not start: .*weights are not here"):
-        RayPool(Unloadable(), 1, example=points(1)[0])
 
 
 @pytest.mark.slow

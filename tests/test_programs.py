@@ -29,7 +29,6 @@ from nercc_jax import (
 )
 from nercc_jax.codes import BerrutSpline, decode_groups
 from nercc_jax.evaluation import Answers
-from nercc_jax.surrogates import Surrogate
 
 GROUPS, FEATURES, OUTPUTS = 8, 3, 4
 CODES = {
@@ -192,15 +191,6 @@ def test_vmap_makes_more_groups_of_one_program():
     assert each <= groups
 
 
-def test_answers_of_one_group_under_many_masks():
-    code, y, masks, *_ = case("replication")
-    found = jax.jit(jax.vmap(lambda mask: code.try_decode(y[1], mask).predictions, out_axes=1))
-    exact = np.stack([matrices.decoder_matrix(code, mask) for mask in masks], axis=1)
-    wanted = np.where(exact.any(axis=2)[..., None], exact @ y[1].astype(float), np.nan)
-    assert np.isnan(wanted).any()
-    close(found(masks), wanted)
-
-
 def test_codes_of_which_each_has_a_group():
     codes = [NeRCC(4, 8, lambda_dec=each) for each in (1e-3, 1e-1)]
     leaves = [eqx.filter(code, eqx.is_array) for code in codes]
@@ -329,17 +319,6 @@ def test_inference_in_whatever_is_traced(way):
         "code": lambda: eqx.filter_jit(lambda code: coded_inference(model, code)(x, mask))(code),
     }
     close(ways[way](), wanted[0])
-
-
-@pytest.mark.parametrize("wide", [False, True])
-def test_precision_is_the_callers(wide):
-    with jax.enable_x64(wide):
-        code, mask = NeRCC(4, 8), np.arange(8) != 1
-        x = X[0].astype(float) if wide else X[0]
-        got = coded_inference(jnp.sin, code)(x, mask)
-        assert got.dtype == (np.float64 if wide else np.float32)
-        wanted = np.sin(matrices.encoder_matrix(code) @ x)
-        close(got, matrices.decoder_matrix(code, mask) @ wanted, 1e-10 if wide else 1e-5)
 
 
 def test_matrices_that_are_kept_belong_to_a_codes_numbers_and_to_who_responded():
@@ -492,23 +471,6 @@ def test_exports(name, untyped):
     close(exported.call(X[:1], masks[:1]), wanted[:1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("on_mesh", [False, True])
-def test_ahead_of_time(on_mesh):
-    code, mask, _, wanted = whole("nercc")
-    scale = jax.tree_util.Partial(lambda w, x: jnp.tanh(x @ w), jnp.asarray(WEIGHTS))
-    infer = coded_inference(scale, code, mesh=mesh_of() if on_mesh else None)
-    shapes = jax.ShapeDtypeStruct(X.shape, X.dtype), jax.ShapeDtypeStruct(mask.shape, bool)
-    lowered = jax.jit(infer).lower(*shapes)
-    assert "stablehlo" in lowered.as_text()
-    compiled = lowered.compile()
-    close(compiled(X, mask), wanted)
-    other = ~np.eye(8, dtype=bool)[4]
-    close(compiled(X, other), infer(X, other))
-    with pytest.raises(TypeError):
-        compiled(X[:2], mask)
-
-
 def test_programs_are_small_and_a_profile_names_their_steps():
     """Compiling takes as long as they have lines: 1,429 and 2,500 by JAX 0.10.2."""
     code, mask, *_ = whole("nercc")
@@ -525,60 +487,9 @@ def test_programs_are_small_and_a_profile_names_their_steps():
 
 # -- Gradients of inference -----------------------------------------------------------------------
 
-INFERENCE = {
-    "code": lambda mesh: lambda model, code: coded_inference(model, code, mesh=mesh),
-    "scheme": lambda mesh: (
-        lambda model, code: coded_inference(
-            model, Scheme(code, Surrogate(lambda x: 0.5 * x[:, :2])), grouped=True, mesh=mesh
-        )
-    ),
-}
-
 
 def net(x, w):
     return jnp.tanh(x @ w)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("way", "sharded"), [("code", True), ("scheme", False)])
-def test_gradients_of_inference_are_those_by_hand(way, sharded):
-    """In model, code and data points, over masks, jitted and outside."""
-    code, make = NeRCC(4, 8, lambda_dec=1e-3), INFERENCE[way](mesh_of() if sharded else None)
-    x, w = jnp.asarray(X[:2]), jnp.asarray(WEIGHTS[:, :2])
-    masks = np.array([np.arange(8) != 7, np.arange(8) != 0])
-
-    @eqx.filter_jit
-    @eqx.filter_grad
-    def by_hand(args, mask):
-        code, x, w = args
-
-        def of_group(x):
-            y = net(code.encode(x), w)
-            if way == "code":
-                return code.decode(y, mask)
-            cheap = 0.5 * code.encode(x)[:, :2]
-            return 0.5 * x[:, :2] + code.decode(y - cheap, mask)
-
-        return jnp.sum(jnp.sin(jax.vmap(of_group)(x)))
-
-    def loss(code, x, w, mask):
-        return jnp.sum(jnp.sin(make(net, code)(x, mask, w)))
-
-    first, second = (by_hand((code, x, w), mask) for mask in masks)
-
-    @eqx.filter_jit
-    @eqx.filter_grad
-    def over_masks(args):
-        return jnp.sum(jax.vmap(lambda mask: loss(*args, mask))(jnp.asarray(masks)))
-
-    wanted = jax.tree.leaves(jax.tree.map(jnp.add, first, second))
-    for mine, theirs in zip(jax.tree.leaves(over_masks((code, x, w))), wanted, strict=True):
-        close(mine, theirs, 1e-4)
-    close(jax.grad(lambda w: loss(code, x, w, masks[0]))(w), first[2], 1e-4)
-    if way == "code":
-        with_dec = lambda dec: eqx.tree_at(lambda c: c.lambda_dec, code, dec)  # noqa: E731
-        tuned = jax.grad(lambda dec: loss(with_dec(dec), x, w, masks[0]))
-        close(tuned(code.lambda_dec), first[0].lambda_dec, 1e-3)
 
 
 @pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -68,10 +68,8 @@ def test_every_row_has_its_value_and_its_other_columns(data):
     assert progress[-1].computed == 120
     assert found.select_columns(["value"]).limit(5).count() == 5  # further steps, as of any dataset
 
-
-def test_one_column_keeps_its_shape(data):
     def middle(x):
-        assert x.shape[1:] == (2, 2)
+        assert x.shape[1:] == (2, 2), "one column keeps its shape"
         return x.mean(axis=(1, 2))
 
     rows = read(map_rows(dataset(data), middle, "image", tolerance=0.0, num_workers=2))

@@ -231,24 +231,6 @@ def test_bars_go_by_audits_and_those_of_late_rows_by_late_rows_where_these_are_h
     np.testing.assert_allclose(score(rest, late=True), late, rtol=1e-4)
 
 
-def test_answers_after_the_end_judge_bars_and_change_nothing():
-    """Two hold, one does not; a row without a bar does not count, nor one that was computed."""
-    state = a_state(X[:5], tolerance=1.0, rows_per_call=5, job_deadline=1.0)
-    state.handle(Tick(0.1, report(WORKERS), {}, learning=False, fit_seconds=0.1))
-    ((call, _),) = state.calls.items()
-    bars = np.array([1.0, 0.5, 0.1, np.inf, 0.0])
-    state.table.put(np.arange(5), np.zeros((5, 2)), bars, PREDICTED, np.ones(5))
-    state.table.rows["state"][[1, 3, 4]] = FAILED, FAILED, COMPUTED
-    state.evidence.mean, state.table.rows["estimated"] = np.zeros((5, 2), np.float32), True
-    state.over = True
-    order = state.calls[call].rows
-    values = np.tile([0.4, -0.4], (5, 1))[order]
-    assert state.handle(Answered(call, 0, values, late=True, usual=0.1)) == []
-    held = state.evidence.held
-    assert (held["came_late"], held["came_late_held"], held["audited"]) == (3, 2, 0)
-    assert not state.table.values.any()
-
-
 # What is learned.
 
 

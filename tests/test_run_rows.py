@@ -12,7 +12,6 @@ import time
 
 import numpy as np
 import pytest
-from conftest import require
 from schedulers import ScriptedBackend, ScriptedPool, soon
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -71,17 +70,6 @@ def test_settings_come_as_one_object_by_name_or_both():
         run_rows(np.negative, x, DevicePool, tolerence=1.0)
 
 
-def test_ids_come_back_with_the_rows(tmp_path):
-    x, options = np.ones((4, 2)), {"num_workers": 2, "tolerance": 0.0, "folder": tmp_path / "run"}
-    result = run_rows(np.negative, x, DevicePool, ids=["a", "b", "c", "d"], **options)
-    assert result.ids is not None
-    assert result.columns()["id"].tolist() == result.ids.tolist() == ["a", "b", "c", "d"]
-    with pytest.raises(ValueError, match="ids was"):
-        run_rows(np.negative, x, DevicePool, ids=[1, 2, 3, 4], resume=True, **options)
-    with pytest.raises(ValueError, match="each of 4 rows, not <U"):
-        run_rows(np.negative, x, DevicePool, ids=["a", 1, 2], **options)
-
-
 # From Python.
 
 
@@ -107,15 +95,6 @@ def test_progress_counts_what_has_and_what_will_have_no_value():
     assert result.summary["rows_done"] == 60 - odd.sum()
 
 
-def test_a_folder_is_resumed_by_the_same_run_only(tmp_path):
-    """The pinned runs have the rest: what was done is not computed again."""
-    options = {"tolerance": 0.0, "num_workers": 2, "folder": tmp_path / "rows"}
-    run_rows(np.negative, X, DevicePool, **options, about={"v": 1})
-    for about, message in (({"v": 2}, "v was 1 and is 2"), ({}, "v was 1 and is None")):
-        with pytest.raises(ValueError, match=message):
-            run_rows(pytest.fail, X, DevicePool, **options, about=about, resume=True)
-
-
 def test_a_run_ends_by_itself_before_its_pool_ends_the_process():
     class Ending(DevicePool):
         """Its cluster's head is gone, say."""
@@ -128,14 +107,6 @@ def test_a_run_ends_by_itself_before_its_pool_ends_the_process():
     result = run_rows(np.negative, rows, Ending, num_workers=2, tolerance=0.0)
     assert "stopped before Ray ends this process" in result.stopped
     assert set(result.status.tolist()) == {"computed", "waiting"}
-
-
-def test_rows_that_are_no_finite_numbers_are_refused(untyped):
-    for rows in (np.array(["a"]), np.array([[1.0], [np.nan]]), 1.0, np.zeros((0, 2))):
-        with pytest.raises(ValueError, match=r"rows are finite numbers \(rows, ...\), not"):
-            run_rows(picky, rows, DevicePool, tolerance=0.0)
-    with pytest.raises(ValueError, match=r"float64 of shape \(2, 1\), with nan in row 1"):
-        run_rows(picky, np.array([[1.0], [np.nan]]), DevicePool, tolerance=0.0)
 
 
 def test_a_computed_row_keeps_all_digits_whatever_the_type_of_earlier_rows():
@@ -172,8 +143,14 @@ def test_a_computed_row_keeps_all_digits_whatever_the_type_of_earlier_rows():
     ],
 )
 def test_numbers_that_do_not_fit_are_refused_before_a_pool_is_opened(options, message, untyped):
+    refuse = lambda *_, **__: pytest.fail("opened")  # noqa: E731
     with pytest.raises(ValueError, match=message):
-        run_rows(picky, X, lambda *arguments, **others: pytest.fail("opened"), **options)
+        run_rows(picky, X, refuse, **options)
+    for rows in (np.array(["a"]), np.array([[1.0], [np.nan]]), 1.0, np.zeros((0, 2))):
+        with pytest.raises(ValueError, match=r"rows are finite numbers \(rows, ...\), not"):
+            run_rows(picky, rows, refuse, tolerance=0.0)
+    with pytest.raises(ValueError, match=r"float64 of shape \(2, 1\), with nan in row 1"):
+        run_rows(picky, np.array([[1.0], [np.nan]]), refuse, tolerance=0.0)
 
 
 def test_defaults_are_the_same_in_python_and_at_the_command_line():
@@ -467,25 +444,6 @@ def test_rows_come_as_soon_as_they_have_values_and_resumed_ones_first(tmp_path):
         assert computed
 
 
-def test_a_result_is_a_table():
-    pandas = require("pandas", "docs")
-
-    def sometimes(batch):
-        if (batch == 3).any():
-            raise OSError("no such file")
-        return np.stack([batch[:, 0], 2 * batch[:, 0]], axis=1)
-
-    rows = np.arange(6.0)[:, None]
-    with DevicePool(sometimes, 2, compiled=False) as pool:
-        result = run_rows(sometimes, rows, pool, tolerance=0.0, rows_per_call=1)
-    table = pandas.DataFrame(result.columns())
-    assert table["status"].tolist() == ["computed"] * 3 + ["unknown"] + ["computed"] * 2
-    assert "no such file" in table["reason"][3]
-    assert (table.drop(index=3)["output_1"] == 2 * np.delete(rows[:, 0], 3)).all()
-    assert np.isnan(table["output_0"][3])
-    assert "bar" in table
-
-
 # Answers that are checked by other workers'.
 
 
@@ -508,33 +466,6 @@ def test_rows_of_wrong_workers_are_computed_by_others(quick_fit):
     assert "1" in result.summary["fenced"]
     # A quarter may be fenced, so both may be.
     assert set(result.summary["fenced"]) | set(result.summary["not_fenced"]) <= {"1", "5"}
-
-
-@pytest.mark.parametrize("looks_wrong", [0, 1])
-def test_what_came_in_one_call_with_an_outvoted_answer_is_computed_by_others(
-    monkeypatch, looks_wrong
-):
-    """One call of one worker is wrong, and one of its two rows looks so."""
-    pair = np.random.default_rng(0).permutation(600)[400:402]  # rows that are sent together
-    struck = []
-
-    def wrong_once(rows):
-        if np.array_equal(rows, ROWS[pair]) and not struck:
-            struck.append(True)
-            return smooth(rows) + 1
-        return smooth(rows)
-
-    def look_wrong(self, rows, values):
-        off = np.abs(values - smooth(ROWS[rows])).max(axis=1) > 0.1
-        return off & (rows == pair[looks_wrong]), np.ones(len(rows), bool)
-
-    monkeypatch.setattr("nercc_jax.rows._evidence.Evidence.look_wrong", look_wrong)
-    monkeypatch.setattr("nercc_jax.rows._evidence.Evidence.task", lambda *_, **__: None)
-    result = run_checked(function=wrong_once, rows_per_call=2, seed=0)
-    assert struck
-    np.testing.assert_allclose(result.values, smooth(ROWS), rtol=1e-12)
-    assert result.summary["fenced"] == result.summary["not_fenced"] == {}, "two are too few"
-    assert result.summary["checked"] == 600
 
 
 def test_right_answers_are_trusted_at_the_price_of_few_calls(quick_fit):

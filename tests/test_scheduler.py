@@ -160,23 +160,6 @@ def test_the_end_of_an_earlier_life_costs_the_next_one_nothing(backend, open_sch
     assert batch.available.all()
 
 
-def test_an_idle_worker_that_dies_and_restarts_gets_one_task(backend, open_scheduler):
-    """It is in the list of idle ones once, and not while it is away."""
-    pool = open_scheduler(2)
-    backend.refuse = {0}
-    backend.on_outcome(0, 0, WorkerDied("killed"))
-    assert pool.idle == 1
-    batch = dispatch(pool, 4)
-    assert set(backend.sent) == {1}
-    backend.refuse = ()
-    soon(lambda: set(backend.sent) == {0, 1})
-    assert pool.idle == 0
-    for worker in (0, 1, 0, 1):
-        backend.answer(worker)
-    assert batch.available.all()
-    assert pool.idle == 2
-
-
 def open_hasty_scheduler(open_scheduler, backend):
     """Two workers, whose tasks are overdue after a few milliseconds."""
     pool = open_scheduler(2, overdue=Overdue(0.5, 1.0, least=4))
@@ -185,20 +168,6 @@ def open_hasty_scheduler(open_scheduler, backend):
             backend.answer(0)
             backend.answer(1)
     return pool
-
-
-def test_what_a_copy_may_bring_is_hoped_for_once(backend, open_scheduler):
-    """The overdue original answers before its copy: that leaves nothing to hope for."""
-    pool = open_hasty_scheduler(open_scheduler, backend)
-    batch = pool.open(2, copies=2)
-    pool.send(batch, [0], [np.zeros((1, 1))])
-    original, *_ = backend.sent  # its copy may be on its way already
-    soon(lambda: len(backend.sent) == 2)
-    pool.send(batch, [1], [np.ones((1, 1))])
-    backend.answer(original)
-    assert backend.points == {original: 1, 1 - original: 0}, "two are needed, one is in"
-    backend.answer(original)
-    assert batch.available.all()
 
 
 def test_a_copy_is_hoped_for_though_its_overdue_original_fails(backend, open_scheduler):
@@ -459,15 +428,6 @@ def test_books_that_fail_while_a_worker_responds_break_the_pool(
     assert pool.report().internal_errors == 1
     backend.answer(1)
     assert pool.report().internal_errors == 1, "nobody is listened to any more"
-
-
-def test_who_is_lost_by_hanging_is_reported_at_once(backend, open_scheduler):
-    pool = open_scheduler(1, hang_timeout=0.05, max_attempts=1)
-    changed = threading.Event()
-    batch = pool.open(1, copies=1, on_change=lambda batch: changed.set())
-    pool.send(batch, [0], [np.zeros((1, 1))])
-    assert changed.wait(SOON)
-    assert batch.lost(0)
 
 
 def test_the_heart_beats_while_there_is_nothing_to_do(backend, open_scheduler, monkeypatch):

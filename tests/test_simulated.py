@@ -38,25 +38,6 @@ def test_time_goes_on_while_somebody_waits_and_only_then():
         np.testing.assert_array_equal(got.values, 2 * POINTS)
 
 
-def test_a_deadline_is_the_clocks():
-    with paper(seconds=lambda size: 500.0 * size, hang_timeout=1e9) as pool:
-        assert not pool.dispatch(POINTS).wait(deadline=300.0).available.any()
-        assert pool.clock.now() == 300
-        assert pool.dispatch(POINTS).wait(deadline=1e3).available.all()
-
-
-def test_what_is_late_is_replaced_and_what_waits_finds_a_worker():
-    """Worker 0 never answers again; its point is answered by another, after the hang time."""
-    faults = Faults([Fault("hang", workers=[0], calls=[1])])
-    with paper(2, faults=faults, hang_timeout=10.0) as pool:
-        got = pool.dispatch(POINTS).wait(deadline=100.0)
-        assert got.available.all()
-        assert got.waited == 12.0
-        report = pool.report()
-        assert (report.hung, report.deaths, report.sent) == (1, 1, 6)
-        assert (report.seconds, report.wasted_seconds) == (15.0, 10.0)
-
-
 STRIKES = st.lists(
     st.tuples(
         st.sampled_from(["delay", "error", "nan", "hang", "death"]), st.sampled_from([0.1, 0.4])

@@ -172,27 +172,6 @@ def test_two_processes(tmp_path):
         assert f"process {rank}: 8 devices, the same predictions" in output
 
 
-def test_pmap_has_a_group_on_each_device():
-    """As the mapped functions have it, and so have their gradients; a broken answer is left out."""
-    code, devices = NeRCC(4, 10), jax.devices()[:4]
-    infer = coded_inference(model, code)
-    x = np.random.default_rng(0).normal(size=(4, 4, 5)).astype(np.float32)
-    masks = np.arange(10) != np.arange(4)[:, None]
-
-    def error(x, mask):
-        return jnp.sum((infer(x, mask) - model(x)) ** 2)
-
-    for function in (infer, jax.grad(error)):
-        expected = np.stack([function(*each) for each in zip(x, masks, strict=True)])
-        found = jax.pmap(function, devices=devices)(x, masks)
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-    y = np.array([model(code.encode(group)) for group in x])
-    y[0, 5] = np.nan
-    expected = np.stack([code.try_decode(*each).predictions for each in zip(y, masks, strict=True)])
-    found = jax.pmap(code.decode, devices=devices)(y, masks)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
 def test_a_module_with_weights_on_an_explicit_mesh():
     """As a pytree; what `jax.vmap` closes over cannot be passed to the devices."""
     mesh = jax.make_mesh((4,), ("workers",), axis_types=(jax.sharding.AxisType.Explicit,))

@@ -175,16 +175,6 @@ def test_a_tail_is_that_of_calls_played_again():
     assert (late.tail, late.calls) == (pytest.approx(11.0), 1.0)
 
 
-def test_copies_that_go_out_together_come_as_the_quickest_of_them():
-    own, copies = np.ones(10_000), np.full((3, 10_000), 11.0)
-    own[:30], copies[1] = 11.0, 1.0
-    replay = RecordedCalls(own, copies, np.full(10_000, 0.5), 0.05)
-    found = [foresee(replay, "none", 0.0, at_once=number, extra=0) for number in (1, 2, 3)]
-    assert [each.tail for each in found] == pytest.approx([3.0 + 1.0, 1.5 + 1.0, 1.5 + 1.0])
-    again = [(each.calls - 1) * 10_000 / 30 for each in found]
-    assert again == pytest.approx([2, 2, 3]), "the third goes out only if two were not enough"
-
-
 def test_copies_are_other_workers_calls_of_the_same_time():
     calls = [Call(float(i), 0.1 if i % 4 else 1.0, 1, i % 4) for i in range(400)]
     calls += [Call(i + 0.5, 0.4, 8, i % 4) for i in range(40)]  # larger ones take longer

@@ -94,13 +94,5 @@ def test_the_house_grows_no_heavier(weight, count):
     )
 
 
-def test_a_count_sees_what_it_counts():
-    """Else a ratchet would hold whatever happens."""
-    source = "_LEAST, MOST = 3, 4.5\nNAME = 'a'\nON = True\nRATE: float = 1 / 3\nmany = 7\n"
-    assert constants(ast.parse(source)) == 3
-    source = "class A:\n    values: int\n    exact: int\nclass B:\n    values: int\n"
-    assert [is_result(node) for node in ast.parse(source).body] == [True, False]
-
-
 if __name__ == "__main__":
     print(weigh())

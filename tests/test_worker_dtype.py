@@ -20,7 +20,6 @@ from nercc_jax import (
     DevicePool,
     ExactStragglers,
     NeRCC,
-    Parity,
     Replication,
     Scheme,
     calibrate_error_probability,
@@ -171,41 +170,6 @@ def test_models_run_in_it(way, dtype):
         assert exact > BOUND[dtype] / 300, "it ran in float32"
 
 
-def test_weights_stay_where_they_lie():
-    spread = jax.sharding.NamedSharding(mesh(), jax.sharding.PartitionSpec(None, "workers"))
-    model = eqx.tree_at(lambda m: m.weights, linear(), jax.device_put(WEIGHTS, spread))
-    assert cast_model(model, "bfloat16").func.weights.sharding.is_equivalent_to(spread, 2)
-
-
-def test_several_models():
-    models = (linear(), Linear(jnp.asarray(2 * WEIGHTS), jnp.arange(OUTPUTS)))
-    predictions = infer(models, Parity(2, 3), grouped=True)("bfloat16")(X[:, :2], np.ones(3, bool))
-    expected = np.tanh(rounded(X[:, :2], BFLOAT16) @ rounded(WEIGHTS, BFLOAT16))
-    np.testing.assert_allclose(predictions, expected, atol=1e-2)
-
-
-def test_what_a_function_closes_over_stays():
-    coded = cast_model(closed, "bfloat16")(X[0])
-    expected = np.tanh(rounded(X[0], BFLOAT16) @ WEIGHTS)
-    np.testing.assert_allclose(coded, expected, atol=1e-6)
-
-
-def test_pytrees():
-    seen = {}
-
-    def model(batch, weights):
-        seen.update({name: leaf.dtype for name, leaf in batch.items()})
-        logits = batch["x"] @ weights
-        return {"logits": logits, "mean": logits.mean(axis=1).astype(jnp.float16)}
-
-    x = {"x": X, "scale": np.full((2, K), 4, np.float32)}
-    infer = coded_inference(model, CODE, worker_dtype="bfloat16")
-    predictions = infer(x, MASK, jnp.asarray(WEIGHTS))
-    assert seen == {"x": jnp.bfloat16, "scale": jnp.bfloat16}
-    assert predictions["logits"].shape == (2, K, OUTPUTS)
-    assert {leaf.dtype for leaf in jax.tree.leaves(predictions)} == {jnp.dtype("float32")}
-
-
 def test_gradients_are_those_of_float32_but_for_rounding():
     def loss(model, x, dtype):
         return jnp.mean(coded_inference(model, CODE, worker_dtype=dtype)(x, MASK)[..., :20] ** 2)
@@ -239,11 +203,6 @@ def test_a_pool_of_threads():
     with DevicePool(linear(), 2, example=X[:, 0], worker_dtype="bfloat16") as pool:
         predictions = pool_inference(pool, CODE)(X)
     np.testing.assert_allclose(predictions, coded.decoded.predictions, atol=3e-2)
-
-
-def test_a_pool_of_a_model_that_answers_in_bfloat16():
-    with DevicePool(lambda x: x.astype(jnp.bfloat16), 2) as pool:
-        assert pool_inference(pool, CODE)(X).dtype == np.float32
 
 
 def test_a_pool_keeps_its_makers_precision_of_products():
@@ -340,31 +299,30 @@ def test_workers_own_places_are_answered_in_it_and_the_models_own_outputs_are_no
     assert cast.rel_acc.mean > 0.5
 
 
-def test_a_scheme_with_anothers_doubt_says_so(doubts):
-    scheme = Scheme(REGRESSION, error_probability=doubts[None])
-    coded_inference(small(), scheme)
-    message = "ErrorProbability was calibrated on .* float32 workers .* used with bfloat16 workers"
-    with pytest.warns(CalibrationWarning, match=message):
-        coded_inference(small(), scheme, worker_dtype="bfloat16")
-    right = Scheme(REGRESSION, error_probability=doubts["bfloat16"])
-    coded_inference(small(), right, worker_dtype="bfloat16")
-    with pytest.warns(CalibrationWarning, match="Calibrate again"):
-        coded_inference(small(), right)
-
-
-def test_another_platform_says_so(doubts):
-    there = doubts[None].conditions.replace("cpu", "tpu")
-    elsewhere = dataclasses.replace(doubts[None], conditions=there)
-    with pytest.warns(CalibrationWarning, match="platform tpu.*platform cpu"):
-        coded_inference(small(), Scheme(REGRESSION, error_probability=elsewhere))
-
-
-def test_a_pool_with_anothers_doubt_says_so(doubts):
-    scheme = functools.partial(Scheme, REGRESSION, None)
-    with DevicePool(small(), 2, worker_dtype="bfloat16") as pool:
-        with pytest.warns(CalibrationWarning, match="ErrorProbability was"):
-            pool_inference(pool, scheme(doubts[None]))
-        pool_inference(pool, scheme(doubts["bfloat16"]))
+@pytest.mark.parametrize(
+    ("change", "dtype", "message"),
+    [
+        ({}, "bfloat16", "ErrorProbability was calibrated on .* float32 workers .* bfloat16 wor"),
+        ({"of": "bfloat16"}, None, "Calibrate again"),
+        ({"platform": "tpu"}, None, "platform tpu.*platform cpu"),
+        ({}, None, None),
+        ({"of": "bfloat16"}, "bfloat16", None),
+    ],
+)
+def test_a_scheme_with_anothers_doubt_says_so(doubts, change, dtype, message):
+    """On devices, and on a pool."""
+    doubt = doubts[change.get("of")]
+    there = doubt.conditions.replace("cpu", change.get("platform", "cpu"))
+    scheme = Scheme(REGRESSION, None, dataclasses.replace(doubt, conditions=there))
+    with DevicePool(small(), 2, worker_dtype=dtype) as pool:
+        for use in (
+            lambda: coded_inference(small(), scheme, worker_dtype=dtype),
+            lambda: pool_inference(pool, scheme),
+        ):
+            with contextlib.ExitStack() as said:
+                if message is not None:
+                    said.enter_context(pytest.warns(CalibrationWarning, match=message))
+                use()
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from nercc_models.hybrid import HybridViT, fold_stem, hybrid_vit_cifar
 from nercc_models.lenet5 import LeNet5
 from nercc_models.repvgg import RepVGG, reparameterize, repvgg, repvgg_cifar
 from nercc_models.vit import (
-    Block,
     ViT,
     vit_base_patch16_224,
     vit_small_cifar,
@@ -52,7 +51,10 @@ def images_of(*shape, dtype="float32"):
     ("build", "training", "deploy"),
     [
         *(
-            (lambda size=size, **options: repvgg(size, **options), training, deploy)
+            pytest.param(
+                *(lambda size=size, **options: repvgg(size, **options), training, deploy),
+                marks=[pytest.mark.slow] if size > "a0" else (),
+            )
             for size, training, deploy in (
                 ("a0", 9_108_968, 8_309_384),
                 ("a1", 14_092_264, 12_789_864),
@@ -144,20 +146,6 @@ def test_convolution_and_its_gradients_are_those_of_lax(edge, stride, batch):
 # Vision Transformers.
 
 
-@pytest.mark.parametrize(("channels", "pooling"), [(3, "token"), (1, "mean")])
-def test_logits_under_jit_and_vmap(channels, pooling):
-    model = randomized(small_vit(pooling=pooling, channels=channels))
-    images = images_of(4, 12, 12, channels)
-    logits = model(images)
-    assert logits.shape == (4, 5)
-    assert (model.class_token is None) == (pooling == "mean")
-    graphdef, state = nnx.split(model)
-    jitted = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))
-    np.testing.assert_allclose(jitted(state, images), logits, rtol=1e-4, atol=1e-5)
-    one_by_one = jax.vmap(lambda image: model(image[None])[0])(images)
-    np.testing.assert_allclose(one_by_one, logits, rtol=1e-4, atol=1e-5)
-
-
 def test_stochastic_depth_acts_only_with_a_key():
     model, still = (randomized(small_vit(stochastic_depth=rate)) for rate in (0.5, 0.0))
     images = images_of(64, 12, 12, 3)
@@ -166,38 +154,6 @@ def test_stochastic_depth_acts_only_with_a_key():
     assert jnp.array_equal(dropped, model(images, key=jax.random.key(0)))
     assert not jnp.array_equal(dropped, model(images, key=jax.random.key(1)))
     assert jnp.array_equal(still(images, key=jax.random.key(0)), plain)
-
-
-def test_stochastic_depth_leaves_the_mean_of_a_branch():
-    block = randomized(small_vit(depth=2, stochastic_depth=0.5)).blocks[1]
-    tokens = images_of(1, 9, 24)
-    branch = block.attention(block.norm1(tokens)) + tokens
-    block.mlp.fc2.kernel[...] = jnp.zeros((96, 24))
-    block.mlp.fc2.bias[...] = jnp.zeros(24)
-    repeated = jnp.broadcast_to(tokens, (4000, 9, 24))
-    mean = block(repeated, jax.random.key(5)).mean(axis=0)
-    # Standard error of the mean of a branch that is 0 or doubled: |branch| / sqrt(4000).
-    error = jnp.abs(mean - branch[0]) / (jnp.abs(branch - tokens)[0] / jnp.sqrt(4000.0))
-    assert float(error.max()) < 4.0
-
-
-def test_a_training_call_of_the_hybrid_keeps_a_share_of_the_tokens(monkeypatch):
-    shapes, call = [], Block.__call__
-
-    def spy(block, tokens, *args):
-        shapes.append(tokens.shape)
-        return call(block, tokens, *args)
-
-    monkeypatch.setattr(Block, "__call__", spy)
-    model, images = randomized(hybrid_vit_cifar(rngs=nnx.Rngs(0))), images_of(2, 32, 32, 3)
-    assert model.vit.position_embedding.shape == (1, 64, 128)
-    first, again, other = (model(images, key=jax.random.key(seed)) for seed in (0, 0, 1))
-    whole = model(images)
-    assert shapes == 12 * [(2, 32, 128)] + 4 * [(2, 64, 128)]
-    np.testing.assert_array_equal(first, again)
-    assert not np.allclose(first, other)
-    model.kept_tokens = 1.0
-    np.testing.assert_array_equal(model(images, key=jax.random.key(0)), whole)
 
 
 @pytest.mark.parametrize("pooling", ["token", "mean"])
@@ -214,15 +170,6 @@ def test_sine_positions_depend_on_row_and_column_alone(pooling):
         expected = np.concatenate([np.sin(angles), np.cos(angles)])
         np.testing.assert_allclose(half, expected, rtol=0, atol=1e-6)
     assert len(np.unique(table.reshape(9, 24), axis=0)) == 9
-
-
-@pytest.mark.parametrize("positions", ["normal", "sincos"])
-def test_parameters_are_float32_even_in_double_precision(positions):
-    with jax.enable_x64(True):
-        model = small_vit(positions=positions)
-        assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
-        logits = model(images_of(2, 12, 12, 3, dtype="float64"))
-    assert logits.dtype == jnp.float64
 
 
 # Errors quote what came.

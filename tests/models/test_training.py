@@ -51,10 +51,6 @@ def short_recipe():
     )
 
 
-def arrays(trained):
-    return {name: np.asarray(a) for name, a in named_arrays(nnx.state(trained.model)).items()}
-
-
 def run_of_a_model(digits, **options):
     numbers = {"learning_rate": options.pop("learning_rate", 3e-3)}
     trained = train(dataclasses.replace(short_recipe(), **numbers), *digits, **options)
@@ -62,9 +58,7 @@ def run_of_a_model(digits, **options):
 
 
 def run_of_a_parity_model(digits, **options):
-    numbers = {"epochs": 2, "batch_size": 32}
-    numbers["learning_rate"] = options.pop("learning_rate", 3e-3)
-    recipe = ParityRecipe("lenet5-digits", 2, "logits", **numbers)
+    recipe = parity_recipe(learning_rate=options.pop("learning_rate", 3e-3))
     trained = train_parity(recipe, load_model("lenet5-digits"), digits[0], **options)
     return trained, trained.model.network.state
 
@@ -113,33 +107,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(digits, tmp_path, run, sto
         run(digits, **options, learning_rate=0.5)
 
 
-def test_a_finished_run_is_returned_without_a_step(digits, tmp_path):
-    recipe = dataclasses.replace(short_recipe(), epochs=1)
-    first = train(recipe, *digits, checkpoint_dir=tmp_path)
-    steps = []
-    again = train(
-        recipe, *digits, checkpoint_dir=tmp_path, on_step=lambda step, total: steps.append(step)
-    )
-    assert steps == [STEPS_PER_EPOCH]
-    assert again.score == first.score
-    assert again.history == first.history
-
-
-@pytest.mark.slow
-def test_a_run_may_start_from_the_weights_of_another(digits, tmp_path):
-    recipe = dataclasses.replace(short_recipe(), epochs=1)
-    first = train(recipe, *digits, checkpoint_dir=tmp_path)
-    still = dataclasses.replace(recipe, learning_rate=0.0, seed=1)
-    second = train(still, *digits, start_from=tmp_path)
-    for name, array in arrays(first).items():
-        np.testing.assert_array_equal(arrays(second)[name], array, err_msg=name)
-    with pytest.raises(ValueError, match="no checkpoint folder"):
-        train(recipe, *digits, start_from=tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no checkpoint in"):
-        train(recipe, *digits, start_from=tmp_path / "empty")
-
-
 def test_a_batch_larger_than_the_data_and_an_unknown_recipe_are_refused(digits):
     with pytest.raises(ValueError, match=r"Unknown recipe 'lenet'.*lenet5-digits"):
         find_recipe("lenet")
@@ -172,50 +139,56 @@ def test_weight_decay_leaves_biases_alone(optimizer):
     np.testing.assert_array_equal(updates["bias"], 0)
 
 
-def images_and_targets(batch=6):
+def images_and_targets(batch):
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.uniform(1, 2, (batch, 8, 8, 3)), jnp.float32)
     return images, jax.nn.one_hot(jnp.arange(batch), batch)
 
 
-def test_no_augmentation_changes_nothing():
-    images, targets = images_and_targets()
-    got = augment(jax.random.key(0), images, targets, Augmentation())
-    np.testing.assert_array_equal(got[0], images)
-    np.testing.assert_array_equal(got[1], targets)
-
-
-def test_a_crop_is_a_window_of_the_padded_image():
-    images, targets = images_and_targets()
-    cropped, _ = augment(jax.random.key(1), images, targets, Augmentation(padding=2))
+def windows(images, changed):
+    """Each is a crop of its padded image."""
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    for image, source in zip(np.asarray(cropped), padded, strict=True):
-        windows = [source[i : i + 8, j : j + 8] for i in range(5) for j in range(5)]
-        assert any(np.array_equal(image, window) for window in windows)
-    assert not np.array_equal(cropped, images)
+    for image, source in zip(changed, padded, strict=True):
+        crops = [source[i : i + 8, j : j + 8] for i in range(5) for j in range(5)]
+        assert any(np.array_equal(image, crop) for crop in crops)
 
 
-def test_a_flip_mirrors_some_images_and_leaves_the_others():
-    images, targets = images_and_targets(32)
-    flipped, _ = augment(jax.random.key(2), images, targets, Augmentation(flip=True))
-    mirrored = np.all(np.asarray(flipped) == np.asarray(images[:, :, ::-1]), axis=(1, 2, 3))
-    same = np.all(np.asarray(flipped) == np.asarray(images), axis=(1, 2, 3))
+def mirrors(images, changed):
+    """Some are mirrored, and the others are as they were."""
+    mirrored = np.all(changed == images[:, :, ::-1], axis=(1, 2, 3))
+    same = np.all(changed == images, axis=(1, 2, 3))
     assert np.all(mirrored | same)
     assert mirrored.any()
     assert same.any()
 
 
-def test_cutout_hides_at_most_its_square():
-    images, targets = images_and_targets(32)
-    cut, _ = augment(jax.random.key(3), images, targets, Augmentation(cutout=4))
-    hidden = np.asarray(cut == 0).all(axis=-1)
-    assert np.all(np.asarray(cut)[~hidden] == np.asarray(images)[~hidden])
+def holes(images, changed):
+    """At most a square of each is hidden."""
+    hidden = (changed == 0).all(axis=-1)
+    assert np.all(changed[~hidden] == images[~hidden])
     assert 1 <= hidden.sum(axis=(1, 2)).max() <= 16
     assert hidden.any(axis=(1, 2)).all()
 
 
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        (Augmentation(), np.testing.assert_array_equal),
+        (Augmentation(padding=2), windows),
+        (Augmentation(flip=True), mirrors),
+        (Augmentation(cutout=4), holes),
+    ],
+)
+def test_an_augmentation_does_what_it_says_and_no_more(change, check):
+    images, targets = images_and_targets(32)
+    changed, same = augment(jax.random.key(3), images, targets, change)
+    check(np.asarray(images), np.asarray(changed))
+    np.testing.assert_array_equal(same, targets)
+    assert np.array_equal(changed, images) == (change == Augmentation())
+
+
 def test_mixup_mixes_labels_in_the_same_share():
-    images, targets = images_and_targets()
+    images, targets = images_and_targets(6)
     mixed, shares = augment(jax.random.key(4), images, targets, Augmentation(mixup=1.0))
     np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-6)
     expected = np.einsum("bk,khwc->bhwc", np.asarray(shares), np.asarray(images))
@@ -282,15 +255,10 @@ def base():
     return load_model("lenet5-digits")
 
 
-def short_recipe_parity(**changes):
+def parity_recipe(outputs="logits", **changes):
     """40 steps."""
     numbers = {"epochs": 2, "batch_size": 32, "learning_rate": 3e-3, **changes}
-    return ParityRecipe("lenet5-digits", 2, "logits", **numbers)
-
-
-def arrays_parity(trained):
-    state = trained.model.network.state
-    return {name: np.asarray(array) for name, array in named_arrays(state).items()}
+    return ParityRecipe("lenet5-digits", 2, outputs, **numbers)
 
 
 @pytest.mark.parametrize("outputs", ["logits", "probabilities"])
@@ -325,27 +293,27 @@ def test_the_score_is_what_it_says(base, digits, k, outputs):
 @pytest.mark.slow
 @pytest.mark.parametrize("outputs", ["logits", "probabilities"])
 def test_training_improves_on_the_base_model_and_repeats(base, digits, outputs):
-    recipe = dataclasses.replace(short_recipe_parity(), outputs=outputs)
     train_data, test_data = digits
     known = base_outputs(base, test_data, outputs)
     before = score_parity(ParityModel(base, 2, outputs), test_data, known)
-    trained, again = (train_parity(recipe, base, train_data) for _ in "12")
+    trained, again = (train_parity(parity_recipe(outputs), base, train_data) for _ in "12")
     after = score_parity(trained.model, test_data, known)
     assert after.mse < 0.9 * before.mse
     assert after.agreement > before.agreement
     assert trained.train_images + trained.held_out_images == len(train_data)
     assert trained.history[1]["held_out_loss"] < trained.history[0]["held_out_loss"]
-    for name, array in arrays_parity(trained).items():
-        np.testing.assert_array_equal(arrays_parity(again)[name], array, err_msg=name)
-    assert any(np.any(a != named_arrays(base.state)[n]) for n, a in arrays_parity(trained).items())
+    ours, theirs = (named_arrays(each.model.network.state) for each in (trained, again))
+    for name, array in ours.items():
+        np.testing.assert_array_equal(theirs[name], array, err_msg=name)
+    assert any(np.any(array != named_arrays(base.state)[name]) for name, array in ours.items())
 
 
 def test_what_cannot_be_trained_is_refused(base, digits):
     with pytest.raises(ValueError, match="the sum of 2 or more inputs, not 1"):
         ParityRecipe("lenet5-digits", 1, "logits")
     with pytest.raises(ValueError, match=r"A batch of 32 times 2 is more than the 57 training"):
-        train_parity(short_recipe_parity(), base, digits[0].take(slice(60)))
+        train_parity(parity_recipe(), base, digits[0].take(slice(60)))
     with pytest.raises(ValueError, match=r"held_out=0\.0 of 60 images are 0: they make no tuple"):
-        train_parity(short_recipe_parity(held_out=0.0), base, digits[0].take(slice(60)))
+        train_parity(parity_recipe(held_out=0.0), base, digits[0].take(slice(60)))
     with pytest.raises(ValueError, match="1 images make no tuple of 2"):
         score_parity(ParityModel(base, 2, "logits"), digits[1].take(slice(1)), np.zeros((1, 10)))

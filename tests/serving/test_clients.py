@@ -1,7 +1,4 @@
-"""The protocol's clients: Triton's and kserve's, each by REST and by gRPC, of coded models."""
-
-import asyncio
-import sys
+"""Triton's clients, by REST and by gRPC, and what a coded server adds to answers."""
 
 import numpy as np
 import pytest
@@ -73,12 +70,9 @@ def triton(request, server, elsewhere):
     return call
 
 
-# Triton's.
-
-
 @pytest.mark.parametrize("algorithm", [None, "gzip", "deflate"])
 @pytest.mark.parametrize("binary", [True, False])
-def test_triton_gets_right_answers(triton, algorithm, binary):
+def test_triton_gets_right_answers_and_the_outputs_it_asks_for(triton, algorithm, binary):
     """Compressed by gRPC; by HTTP a proxy would have to decompress requests."""
     options = {"request_id": "mine"}
     way = "response_compression_algorithm" if triton.face == "http" else "compression_algorithm"
@@ -91,11 +85,7 @@ def test_triton_gets_right_answers(triton, algorithm, binary):
         assert answer["outputs"]["output"].dtype == np.float32
         assert answer["outputs"]["exact"].tolist() == [True] * count
         assert answer["outputs"]["expected_error"].tolist() == [0.0] * count
-
-
-@pytest.mark.parametrize("raw", [True, False])
-def test_triton_gets_the_outputs_it_asks_for(triton, raw):
-    asked = {"exact": not raw, "output": raw}
+    asked = {"exact": not binary, "output": binary}
     answers = [triton(triton_calls.infer, "double", numbers(3), outputs=asked) for _ in "12"]
     assert len({answer["id"] for answer in answers}) == 2, "it needs none"
     assert list(answers[0]["outputs"]) == ["exact", "output"]
@@ -113,64 +103,6 @@ def test_triton_learns_what_there_is(triton):
     assert (about["name"], about["versions"]) == ("double", ["1"])
     shape = [int(length) for length in about["inputs"][0]["shape"]]  # strings by gRPC's JSON
     assert (about["inputs"][0]["name"], shape) == ("input", [-1, 4])
-
-
-# kserve's.
-
-
-@pytest.fixture(scope="module")
-def library():
-    """The package: importing it takes a second, and reads the command line of the process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", sys.argv[:1])
-        return require("kserve", "serve-test")
-
-
-@pytest.fixture(params=["rest", "grpc"])
-def kserve(request, server, library):
-    """Asks by kserve's client; also for its method's name. `outputs` are arguments of requests'."""
-
-    async def ask(method, *arguments):
-        if request.param == "rest":
-            client = library.InferenceRESTClient(library.RESTConfig(protocol="v2", timeout=ENDS))
-            arguments = (server.url, *arguments)
-        else:
-            client = library.InferenceGRPCClient(server.grpc, timeout=ENDS)
-        async with client:
-            more = {}
-            if (method, request.param) == ("infer", "rest"):
-                more["model_name"] = arguments[1].model_name
-            return await getattr(client, method)(*arguments, **more)
-
-    def infer(x, model="double", *, binary=True, name="input", outputs=None, **more):
-        tensor = library.InferInput(name, list(x.shape), "FP32")
-        tensor.set_data_from_numpy(np.float32(x), binary_data=binary)
-        if outputs is not None:
-            requested = library.protocol.infer_type.RequestedOutput
-            more["request_outputs"] = [requested(*each) for each in outputs]
-        return asyncio.run(ask("infer", library.InferRequest(model, [tensor], **more)))
-
-    infer.face, infer.ask = request.param, lambda *call: asyncio.run(ask(*call))
-    return infer
-
-
-@pytest.mark.parametrize("binary", [True, False])
-def test_kserve_gets_right_answers_and_the_outputs_it_asks_for(kserve, binary):
-    for count in (1, 50):
-        x = numbers(count)
-        answer = kserve(x, binary=binary, request_id="mine")
-        assert (answer.id, answer.model_name) == ("mine", "double")
-        found = {output.name: output.as_numpy() for output in answer.outputs}
-        np.testing.assert_array_equal(found["output"], 2 * x[:, :3])
-        assert found["exact"].tolist() == [True] * count
-    asked = [(name, {"binary_data": binary}) for name in ("exact", "output")]
-    answers = [kserve(numbers(3), outputs=asked) for _ in "12"]
-    assert len({answer.id for answer in answers}) == 2, "it needs none"
-    assert [output.name for output in answers[0].outputs] == ["exact", "output"]
-    np.testing.assert_array_equal(answers[0].outputs[1].as_numpy(), 2 * numbers(3)[:, :3])
-
-
-# What a coded server adds.
 
 
 def test_answers_say_what_they_rest_on(server):

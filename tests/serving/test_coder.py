@@ -120,23 +120,6 @@ def test_a_short_groups_encoder_is_a_spline_through_its_queries(queries):
     np.testing.assert_allclose(coder.layout(queries).matrix, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["interleaved", "BACC", "repeated", "replication"])
-def test_decoding_is_the_codes_own(name):
-    coder = coder_of(name)
-    random = np.random.default_rng(1)
-    values = random.normal(size=(coder.num_workers, 3, 2)).astype(np.float32)
-    for stragglers in (0, 1, 2):
-        mask = np.ones(coder.num_workers, bool)
-        mask[random.choice(coder.num_workers, stragglers, replace=False)] = False
-        predictions, recovered, *_ = coder.decode(np.where(mask[:, None, None], values, 0), mask, 4)
-        assert predictions.shape == (3, coder.num_data, 2)
-        wanted = coder.code.try_decode(jnp.asarray(values), jnp.asarray(mask))
-        assert (recovered == np.asarray(wanted.recovered)[coder.order]).all()
-        np.testing.assert_allclose(
-            predictions.swapaxes(0, 1), np.asarray(wanted.predictions)[coder.order], atol=2e-4
-        )
-
-
 @pytest.mark.parametrize("name", ["interleaved", "interleaved, few more"])
 def test_doubts_are_of_each_rows_own_margin_and_deviation(name):
     """Against the code's own deviations: variance and roughness with the same weight are those."""
@@ -160,21 +143,6 @@ def test_doubts_are_of_each_rows_own_margin_and_deviation(name):
         second, first = np.sort(wanted[clear], axis=1)[:, -2:].T
         logit = 0.3 - 0.7 * np.log(first - second) + 0.5 * np.log(deviation[clear])
         np.testing.assert_allclose(doubt[row, clear], 1 / (1 + np.exp(-logit)), rtol=1e-2)
-
-
-def test_what_nothing_tells_is_doubted():
-    """Two answers lie on a line, however the path bends; one tells nothing at all."""
-    coder = coder_of("interleaved")
-    values = np.random.default_rng(0).normal(size=(8, 1, 3)).astype(np.float32)
-
-    def doubt(responded, weights):
-        mask = np.isin(np.arange(8), responded)
-        weighed = weighing(weights)
-        return coder.decode(values, mask, 4, weighed).score
-
-    assert (doubt([4], [0.0] * 5) == 1).all()
-    np.testing.assert_allclose(doubt([0, 3], [0, 0, 0, 0, 3]), 1 / (1 + np.exp(-3)), rtol=1e-6)
-    np.testing.assert_allclose(doubt([0, 3, 5], [0, 0, 0, 0, 3]), 0.5)
 
 
 # What is expected of decoded answers.

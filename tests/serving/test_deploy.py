@@ -124,17 +124,10 @@ def instructions():
     return [tuple(line.split(maxsplit=1)) for line in joined.splitlines()]
 
 
-def last_stage():
-    stages = [number for number, (word, _) in enumerate(instructions()) if word == "FROM"]
-    return dict(instructions()[stages[-1] :]), instructions()[: stages[-1]]
-
-
 def image_environment():
-    final, _ = last_stage()
+    stages = [number for number, (word, _) in enumerate(instructions()) if word == "FROM"]
+    final = dict(instructions()[stages[-1] :])
     return dict(each.split("=", 1) for each in shlex.split(final["ENV"]))
-
-
-# KServe
 
 
 def read(kind, data):
@@ -165,39 +158,34 @@ def read(kind, data):
 
 
 def test_inference_service_serves_what_the_container_does():
-    from kubernetes.utils import parse_quantity
-
-    service = read("V1beta1InferenceService", yaml_of("inference-service.yaml"))
-    assert service.api_version == "serving.kserve.io/v1beta1"
-    assert service.kind == "InferenceService"
-    predictor = service.spec.predictor
-    (container,) = predictor.containers
-    assert container.name == "kserve-container"
-    given = {each.name: each.value for each in container.env}
+    service = yaml_of("inference-service.yaml")
+    read("V1beta1InferenceService", service)
+    assert service["apiVersion"] == "serving.kserve.io/v1beta1"
+    assert service["kind"] == "InferenceService"
+    predictor = service["spec"]["predictor"]
+    (container,) = predictor["containers"]
+    assert container["name"] == "kserve-container"
+    given = {each["name"]: each["value"] for each in container["env"]}
     assert given.pop("PROTOCOL") == "v2"
     assert all(name.startswith("NERCC_") for name in given)
-    settings = settings_of(container.args, image_environment() | given)
+    settings = settings_of(container["args"], image_environment() | given)
     assert [each.model for each in settings.resolved()] == ["lenet5-digits"]
-    ports = {each.name: each.container_port for each in container.ports}
-    assert ports == {"http": settings.http_port, "grpc": settings.grpc_port}
-    assert container.ports[0].name == "http"  # the one that KServe's service and probes take
+    ports = [(each["name"], each["containerPort"]) for each in container["ports"]]
+    # The first is the one that KServe's service and probes take.
+    assert ports == [("http", settings.http_port), ("grpc", settings.grpc_port)]
     assert settings.drain_delay_s > 0
-    grace = predictor.termination_grace_period_seconds
+    grace = predictor["terminationGracePeriodSeconds"]
     assert grace > settings.drain_delay_s + settings.drain_timeout_s
     image = re.search(r"-t (\S+) ", (DEPLOY / "Containerfile").read_text())
     assert image
-    assert container.image == image[1]
-    assert container.image.split(":")[1] == nercc_jax.__version__
-    assert container.security_context.run_as_non_root
-    requests, limits = container.resources.requests, container.resources.limits
-    assert parse_quantity(requests["cpu"]) >= 1
-    assert parse_quantity(requests["memory"]) <= parse_quantity(limits["memory"])
+    assert container["image"] == image[1] == f"nercc-jax:{nercc_jax.__version__}"
+    assert container["securityContext"]["runAsNonRoot"]
     # It is probed and scraped where there is an answer.
-    notes = service.metadata.annotations
+    notes = service["metadata"]["annotations"]
     assert notes["prometheus.io/scrape"] == "true"
     metrics = notes["prometheus.io/path"]
-    probes = [container.startup_probe, container.liveness_probe, container.readiness_probe]
-    asked = [(each.http_get.port, each.http_get.path) for each in probes]
+    probes = [container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "liveness", "readiness")]
+    asked = [(each["port"], each["path"]) for each in probes]
     paths = ["/v2/health/live", "/v2/health/live", "/v2/health/ready", metrics]
     asked.append((int(notes["prometheus.io/port"]), metrics))
     assert asked == [(settings.http_port, path) for path in paths]

@@ -4,16 +4,23 @@ nobody."""
 # ruff: noqa: E402 (`require` comes before what needs it)
 
 import concurrent.futures
+import contextlib
+import json
+import socket
+import statistics
 import threading
 
 import numpy as np
 import pytest
+from attack import ask as ask_often
+from attack import attacking, bodies
 from attack import post as as_bytes
 from conftest import require
 from faces import FACES, ask, post
 from in_process import Doubles, becomes, body, connect, is_cut_off, read_answer, real, serving
-from nercc_server import ENDS
+from nercc_server import ENDS, Server
 
+httpx = require("httpx", "serve-test")
 require("starlette", "serve")
 
 from nercc_jax import Uncoded
@@ -155,3 +162,103 @@ def test_numbers_that_take_long_to_read_cost_their_own_deadline():
         for face in FACES:
             assert ask(face, server, "digits", x, parameters=parameters).is_(200)
             assert (model.asked[-1][1]["deadline"] < 60) == (face in ("json", "typed"))
+
+
+# -- Whoever sends what is refused, or holds connections, costs the others next to nothing ---------
+
+
+SHAPE = (28, 28)
+PATH = "/v2/models/own.wide/infer"
+LOOKS, SECONDS = 5, 1.5  # with an attack, and as many without
+CLIENTS, ATTACKERS, IDLE = 4, 60, 2100
+IN_FLIGHT = 2**29  # what requests may hold (`max_bytes_in_flight`)
+
+_TENSOR = {"name": "input", "datatype": "FP32", "shape": [1, *SHAPE], "data": [0.5] * 28 * 28}
+HONEST = as_bytes(PATH, json.dumps({"inputs": [_TENSOR]}).encode())
+LARGE = bodies(SHAPE, 7_900_000)["numbers"]
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory):
+    """One that may open more files than it is started with, as most systems have it."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] < 2 * IDLE:
+        pytest.skip(f"{limits[1]} files may be open")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
+    try:
+        folder = tmp_path_factory.mktemp("attack")
+        found = Server(folder, "--model", "own:wide", "--input-shape", "28,28")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    yield found
+    found.kill()
+
+
+@contextlib.contextmanager
+def idle(port):
+    with contextlib.ExitStack() as stack:
+        for _ in range(IDLE):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), 60))
+        yield
+
+
+ATTACKS = {
+    "8 MB": lambda port: attacking(port, as_bytes(PATH, LARGE), ATTACKERS),
+    "8 MB in chunks": lambda port: attacking(port, as_bytes(PATH, LARGE, chunked=True), ATTACKERS),
+    "idle connections": idle,
+}
+
+
+def memory(server):
+    psutil = require("psutil", "bench")
+    process = psutil.Process(server.process.pid)
+    return sum(each.memory_info().rss for each in (process, *process.children(recursive=True)))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_large_json_is_refused_while_others_are_answered(attacked, chunked):
+    with attacking(attacked.http_port, as_bytes(PATH, LARGE, chunked), ATTACKERS) as statuses:
+        assert ask_often(attacked.http_port, HONEST, CLIENTS, 0.5)
+        assert statuses.get(timeout=60) == 413
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_others_hardly_notice(attacked, attack):
+    """By the median over looks in turn, which other processes that come and go change alike."""
+    ask_often(attacked.http_port, HONEST, CLIENTS, SECONDS)
+    found, before = {False: [], True: []}, memory(attacked)
+    for _ in range(LOOKS):
+        for under_attack, p99 in found.items():
+            context = ATTACKS[attack] if under_attack else lambda _: contextlib.nullcontext()
+            with context(attacked.http_port):
+                times = ask_often(attacked.http_port, HONEST, CLIENTS, SECONDS)
+                p99.append(sorted(times)[int(0.99 * len(times))])
+                for probe in ("live", "ready"):
+                    url = f"{attacked.url}/v2/health/{probe}"
+                    assert httpx.get(url, trust_env=False, timeout=10).status_code == 200
+                assert memory(attacked) < before + IN_FLIGHT
+    without, under = map(statistics.median, found.values())
+    print(f"{attack}: p99 {1e3 * under:.1f} ms, without {1e3 * without:.1f} ms")
+    assert under < 3 * without
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", bodies(SHAPE))
+def test_all_are_answered_while_json_is_parsed_that_is_no_request(attacked, kind):
+    shares, port = [], attacked.http_port
+    for _ in range(3):  # which other processes that come and go change alike
+        times = ask_often(port, HONEST, CLIENTS, SECONDS)
+        with attacking(port, as_bytes(PATH, bodies(SHAPE)[kind]), ATTACKERS) as statuses:
+            shares.append(len(ask_often(port, HONEST, CLIENTS, SECONDS)) / len(times))
+            assert statuses.get(timeout=60) == 400
+    assert statistics.median(shares) > 1 / 3
+
+
+@pytest.mark.slow
+def test_it_ends_among_attackers(attacked):
+    """The last test of this server."""
+    with ATTACKS["8 MB"](attacked.http_port), idle(attacked.http_port):
+        attacked.signal()
+        assert attacked.wait() == 0

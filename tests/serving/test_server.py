@@ -2,15 +2,15 @@
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
-import concurrent.futures
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import require
 from faces import ask, stub_of
-from nercc_server import running
+from nercc_server import Server, running
 
 httpx = require("httpx", "serve-test")
 
@@ -65,17 +65,6 @@ def server(tmp_path_factory):
 def stub(server):
     with stub_of(server) as stub:
         yield stub
-
-
-def test_many_clients_at_once_get_each_their_own_answer(server):
-    def one(number):
-        count = 1 + number % 5
-        x = np.random.default_rng(number).normal(size=(count, 4)).astype(np.float32)
-        answer = ask(("json", "raw")[number % 2], server, "double", {"input": x})
-        np.testing.assert_array_equal(answer.outputs["output"], 2 * x[:, :3])
-
-    with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        list(threads.map(one, range(200)))
 
 
 # What the server says of itself.
@@ -219,15 +208,6 @@ def test_the_log_is_json_without_lines_of_requests_but_for_failures(server):
     assert line["time"]
 
 
-def test_a_server_without_grpc_ends_when_it_is_told_to(tmp_path):
-    config = CONFIG.split("[[models]]")[0] + '[[models]]\nmodel = "own:double"\n'
-    with running(tmp_path, config=config, NERCC_GRPC_PORT="none") as server:
-        assert server.grpc_port is None
-        assert ask("json", server, "own.double", ONE).is_(200)
-    with pytest.raises(httpx.TransportError):
-        httpx.get(f"{server.url}/v2", trust_env=False)
-
-
 def test_the_compiled_messages_are_those_of_the_protocols_file(tmp_path):
     protoc = require("grpc_tools.protoc", "serve-test")
     folder = ROOT / "nercc_jax/serving/transport"
@@ -235,3 +215,113 @@ def test_the_compiled_messages_are_those_of_the_protocols_file(tmp_path):
     options = [f"-I{folder}", f"--descriptor_set_out={made}", "open_inference.proto"]
     assert protoc.main(["protoc", *options]) == 0
     assert made.read_bytes() == (folder / "open_inference.binpb").read_bytes()
+
+
+# -- The status page in a browser: numbers move, workers are shown, a lost server is shown ---------
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def shown_server(tmp_path_factory):
+    command = "--model own:double --input-shape 4 --workers 8"
+    folder = tmp_path_factory.mktemp("page")
+    server = Server(
+        folder, *command.split(), "--faults", "straggler_rate=0.1, straggler_delay_s=0.2"
+    )
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def page():
+    require("playwright", "serve-test")
+    from playwright.sync_api import sync_playwright
+
+    path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if path is None:
+        # CI installs it; see .ci/run.
+        require("no_such_browser", "serve-test: and Chromium, apt-get install chromium")
+    with sync_playwright() as driver:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = driver.chromium.launch(executable_path=path, args=options)
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.trouble = []
+        page.on("pageerror", lambda error: page.trouble.append(str(error)))
+        yield page
+        browser.close()
+
+
+def test_numbers_move(shown_server, page):
+    page.goto(shown_server.url)
+    page.wait_for_selector("html[data-state=serving]")
+    model = page.locator('[data-model="own.double"]')
+    assert model.locator("[data-worker]").count() == 8
+
+    def number(field):
+        return float(model.locator(f'[data-field="{field}"]').get_attribute("data-value") or "nan")
+
+    before = number("queries")
+    for step in range(60):
+        x = {"input": [[step / 60, 0.1, 0.2, 0.3]] * 2}
+        assert ask("json", shown_server, "own.double", x).is_(200)
+    page.wait_for_function(
+        'before => Number(document.querySelector(\'[data-model="own.double"] '
+        "[data-field=queries]').dataset.value) >= before + 120",
+        arg=before,
+    )
+    assert number("rate") > 0
+    assert number("p99") > 0
+    assert page.locator("#state").inner_text() == "serving"
+    # Something is drawn: bars of the latency histogram with height.
+    bars = model.locator(".latency svg rect").evaluate_all(
+        "all => all.map(b => b.height.baseVal.value)"
+    )
+    assert max(bars) > 50
+    assert page.trouble == []
+
+
+@pytest.fixture
+def shown(shown_server, page):
+    """Shows what a server would tell whose model's status is what a test makes of it."""
+    status = shown_server.http.get("/status").json()
+    (model,) = status["models"]
+
+    def show():
+        page.route("**/status", lambda route: route.fulfill(json=status))
+        page.goto(shown_server.url)
+        page.wait_for_selector("[data-model]")
+        return page
+
+    yield model, show
+    page.unroute("**/status")
+    assert page.trouble == []
+
+
+def set_workers(model, *states):
+    for number, worker in enumerate(model["workers"]):
+        worker["state"] = states[number % len(states)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: set_workers(model, "overdue"),
+        lambda model: set_workers(model, "starting", "overdue"),
+        lambda model: model["health"].update(ready=False, trouble="no answer for 4 s"),
+        lambda model: model.update(health=None),
+    ],
+)
+def test_it_is_not_green_unless_somebody_would_answer(shown, change):
+    model, show = shown
+    change(model)
+    page = show()
+    page.wait_for_selector("html[data-state=troubled]")
+    assert page.locator("#state").inner_text() in ("no worker answers", "not ready")
+
+
+def test_a_lost_server_is_reported(shown_server, page):
+    shown_server.kill()
+    page.wait_for_selector("html[data-state=lost]")
+    assert page.locator("#state").inner_text().startswith("no connection since")

@@ -211,19 +211,6 @@ def test_sources_are_put_together_setting_by_setting(monkeypatch):
     assert read_settings(path).resolved()[0].num_data == usual
 
 
-@pytest.mark.parametrize(("given", "limit"), [(0.25, 0.25), (1.0, None), (None, 0.05)])
-def test_any_disagreement_may_be_allowed(given, limit):
-    """1 is a share like any other, and the last one: then answers are decoded whatever they are."""
-    accuracy = ModelSettings(max_disagreement=given, outputs="logits").policy().accuracy
-    assert accuracy.max_disagreement == limit
-    values = ModelSettings(max_disagreement=given)
-    if given is None:
-        assert values.policy("values").max_disagreement is None
-    else:
-        with pytest.raises(ValueError, match="these are values"):
-            values.policy("values")
-
-
 def test_grpc_can_be_left_out(monkeypatch):
     assert read_settings(write({"grpc_port": "none"})).grpc_port is None
     monkeypatch.setenv("NERCC_GRPC_PORT", "none")
@@ -295,14 +282,6 @@ OWN = ("--model", "own:double", "--input-shape", "4")
         ("[defaults]\nnum_dat = 3", "defaults.num_dat: there is no such setting"),
         ("[defaults]\nmax_batch_size = 3", "max_batch_size must be a power of two, not 3"),
         ("[defaults]\ndeadline_s = nan", "deadline_s: input should be less than or equal to 3600"),
-        (
-            "[defaults]\nmax_queue_size = 0",
-            "max_queue_size: input should be greater than",
-        ),
-        (
-            "[defaults]\nmax_disagreement = -0.5",
-            "max_disagreement: input should be greater",
-        ),
         ("[defaults]\nfaults = {death_rate = 2}", "defaults.faults: death_rate is a share, from 0"),
         ('[defaults]\nscheme = "lcc"', "scheme: input should be 'nercc', 'berrut'"),
         ('[[models]]\nname = "a"', "each of the models needs `model`"),
@@ -338,10 +317,7 @@ OWN = ("--model", "own:double", "--input-shape", "4")
         (("--actor-options", "{x"), "--actor-options: 28, 28, 1 or a table as in TOML"),
         (("--faults", "straggler_rate"), "--faults: 28, 28, 1 or a table as in TOML"),
         (("--faults", "straggle_rate = 1"), "--faults: there is no fault 'straggle_rate', only"),
-        (
-            (*OWN, "--faults", "straggler_score='a'"),
-            "straggler_score a: one of your own is",
-        ),
+        ((*OWN, "--faults", "straggler_score='a'"), "straggler_score a: one of your own is"),
         (("--grpc-port", "any"), "--grpc-port: input should be a valid integer"),
         (("--model", "nothing"), "no model 'nothing'"),
         (("--model", "own:"), "named module:function, not 'own:'"),
@@ -350,10 +326,7 @@ OWN = ("--model", "own:double", "--input-shape", "4")
         (("--model", "own:double"), "say the shape of one query with --input-shape"),
         (("--model", "own:constant", "--input-shape", "4"), "is a int, not a callable"),
         (("--model", "own:double", "--input-shape", "5"), "own.double does not run on a batch"),
-        (
-            ("--model", "own:twice", "--input-shape", "4"),
-            "'output' was ShapeDtypeStruct",
-        ),
+        (("--model", "own:twice", "--input-shape", "4"), "'output' was ShapeDtypeStruct"),
         ((*OWN, "--weights", "nothing.npy"), "there are no weights at nothing.npy"),
         ((*OWN, "--inputs", "nothing.npy"), "--inputs nothing.npy: there is no such file"),
         ((*OWN, "--inputs", "words.txt"), "words.txt: a file ends in .npy, .npz, .csv, .parquet"),
@@ -471,12 +444,6 @@ def test_missing_extras_are_named(monkeypatch):
         "grpc, httptools, orjson, prometheus_client, pydantic_settings, "
         "pythonjsonlogger, starlette, uvicorn: pip install"
     )
-
-
-def test_a_missing_ray_is_named_with_its_extra(monkeypatch):
-    real = _serve.importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == "ray" else real(n))
-    refused("pip install '.[ray]'", *OWN, "--pool", "ray")
 
 
 # By the first value beyond a bound, the settings that have it.
