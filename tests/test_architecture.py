@@ -124,3 +124,77 @@ def test_packages_of_the_server_know_only_what_is_below_them(package, below):
     for path in (HOUSE / "serving" / package).glob("*.py"):
         parts = {module.split(".")[1] for module, _ in imports(path) if module[:8] == "serving."}
         assert parts <= below | {package}, path
+
+
+def test_few_names_at_the_top():
+    names = [name for _, name in IMPORTS[""] if name]
+    assert 15 <= len(names) <= 26
+    assert len(set(names)) == len(names)
+
+
+def test_no_file_is_long():
+    lines = {name_of(path): len(path.read_text().splitlines()) for path in FILES}
+    assert not {name: number for name, number in lines.items() if number > 700}
+
+
+# Where latencies are drawn or combined, and chances are bounded, outside the rooms for it.
+LATENCIES = {
+    "pools._faults": "injects delays into real workers; the scheduler runs the policy",
+}
+BOUNDS = {
+    "planning._plan": "if none of n labels is wrong, at most -log(1 %) / n are",
+}
+OF_LATENCY = {"arrivals", "copies", "drawn", "latencies", "latency", "replay", "seconds"}
+COMBINED = {"cumsum", "maximum", "minimum", "partition"}  # of arrays: how times make a time
+OF_BINOMIAL = {"bdtr", "bdtri", "bdtrik", "betainc", "betaincinv", "binom", "binomtest", "btdtri"}
+
+
+def named(node: ast.AST) -> set[str]:
+    """Return the names and attributes below a node."""
+    found = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+    found |= {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
+    return found | {each.name for each in ast.walk(node) if isinstance(each, ast.alias)}
+
+
+def computes_latency(node: ast.AST) -> bool:
+    """Return whether a law is drawn from, or latencies are combined by an array function."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return False
+    combined = node.func.attr in COMBINED and bool(OF_LATENCY & set().union(*map(named, node.args)))
+    return node.func.attr == "sample" or combined
+
+
+def bounds_chance(node: ast.AST) -> bool:
+    """Return whether it is a binomial bound, a conformal quantile or a step of an e-detector."""
+    match node:
+        case ast.ImportFrom() | ast.Import():
+            return bool(named(node) & OF_BINOMIAL)
+        case ast.Attribute(attr=name):
+            return name in OF_BINOMIAL
+        # ceil((n + 1) * coverage), the place of a conformal quantile.
+        case ast.Call(func=ast.Attribute(attr="ceil"), args=[ast.BinOp(left=ast.BinOp() as more)]):
+            return isinstance(more.op, ast.Add) and ast.unparse(more.right) == "1"
+        # -log(chance) / n, the bound where none was seen.
+        case ast.BinOp(left=ast.UnaryOp(operand=ast.Call() as call), op=ast.Div()):
+            return "log" in named(call.func)
+        case ast.Assign(targets=[target], value=value):  # sums = (sums + 1) * ...
+            return f"({ast.unparse(target)} + 1) * " in ast.unparse(value)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("computes", "rooms", "exceptions"),
+    [
+        (computes_latency, {"stragglers", "testing"}, LATENCIES),
+        (bounds_chance, {"risk"}, BOUNDS),
+    ],
+)
+def test_one_room_computes_it(computes, rooms, exceptions):
+    """Others call the simulator, and the estimate of risk. An exception has a reason."""
+    found = {
+        name_of(path)
+        for path in FILES
+        if any(computes(node) for node in ast.walk(ast.parse(path.read_text())))
+    }
+    assert {room_of(name) for name in found} & rooms, "it sees what it looks for"
+    assert {name for name in found if room_of(name) not in rooms} == set(exceptions)

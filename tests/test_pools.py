@@ -472,11 +472,14 @@ def test_a_delay_without_an_end_is_no_error():
 
 
 def test_errors_in_a_pools_numbers(untyped):
-    with pytest.raises(ValueError, match="num_workers must be a positive integer, not 0"):
-        DevicePool(itself, 0)
+    for number in (0, 2.5):
+        with pytest.raises(
+            ValueError, match=f"num_workers must be a positive integer, not {number}"
+        ):
+            DevicePool(itself, number)
     with pytest.raises(ValueError, match="must be positive"):
         DevicePool(itself, 1, hang_timeout=0.0)
-    with pytest.raises(ValueError, match="need a model"):
+    with pytest.raises(ValueError, match="a model is a callable on a batch"):
         DevicePool([], 1)
     with pytest.raises(ValueError, match="a quantile in"):
         Overdue(1.5)

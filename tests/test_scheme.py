@@ -124,6 +124,9 @@ def test_copies_by_a_students_doubt_need_labels(untyped):
         values.prepare(jnp.asarray(points(4)))
     with pytest.raises(ValueError, match="need a surrogate: a learner or a student"):
         Scheme(CODE, redundancy="uncertain")
+    for parts in ((None,), (CODE, 3)):
+        with pytest.raises(ValueError, match="a scheme has a code and a surrogate"):
+            Scheme(*parts)
     with pytest.raises(ValueError, match="straggler_share must be a share between 0 and 1, not 1"):
         Scheme(CODE, Surrogate(rough), redundancy="uncertain", straggler_share=1.0)
 

@@ -12,6 +12,7 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from ..codes.checks import check_count
 from ..inference import current_conditions
 from ..inference.models import Model, check_worker_dtype
 from ._faults import Faults
@@ -80,6 +81,7 @@ class DevicePool(AbstractPool):
         start_timeout: float = 120.0,
     ):
         devices = list(jax.local_devices() if devices is None else devices)
+        num_workers = check_count("num_workers", num_workers)
         models = as_models(model, worker_dtype)
         self.worker_dtype = check_worker_dtype(worker_dtype)
         platforms = {device.platform for device in devices[:num_workers]}

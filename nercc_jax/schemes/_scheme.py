@@ -153,6 +153,10 @@ class Scheme(eqx.Module):
     straggler_share: float = eqx.field(static=True, default=0.1)
 
     def __check_init__(self):
+        surrogates = (AbstractSurrogate, type(None))
+        if not (isinstance(self.code, AbstractCode) and isinstance(self.surrogate, surrogates)):
+            given = f"{self.code!r} and {self.surrogate!r}"
+            raise ValueError(f"a scheme has a code and a surrogate, if it has one, not {given}")
         named = isinstance(self.order, str)
         if named and self.order not in ("pixels", "surrogate"):
             raise ValueError(f"order must be 'pixels', 'surrogate' or a function: {self.order!r}")

@@ -32,7 +32,7 @@ from in_process import (
     real,
     serving,
 )
-from nercc_server import ENDS
+from nercc_server import ENDS, running
 
 from nercc_jax import Uncoded
 from nercc_jax.serving import Health
@@ -153,6 +153,52 @@ def run(*command):
     ended = subprocess.run(command, capture_output=True, text=True, timeout=ENDS, check=False)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
+
+
+CONFIG = """
+model_control = "explicit"
+[defaults]
+input_shape = [4]
+num_data = 2
+num_workers = 4
+max_batch_size = 1
+[[models]]
+name = "weighs"
+version = 2
+model = "own:from_weights"
+weights = "matrix.npy"
+"""
+
+
+@pytest.mark.slow
+def test_a_coded_model_is_loaded_by_tritons_clients_and_curl(tmp_path):
+    """Weights are read again when a model is loaded again; its version is as it is set."""
+    require("tritonclient", "serve-test")
+    matrix = tmp_path / "matrix.npy"
+    np.save(matrix, 3 * np.eye(4, 3, dtype=np.float32))
+    with (
+        running(tmp_path, config=CONFIG) as server,
+        triton_calls.in_a_process(ENDS) as elsewhere,
+    ):
+        x, ports = np.float32([[1, 2, 3, 4]]), (server.http_port, server.grpc_port)
+        for face, port in zip(("http", "grpc"), ports, strict=True):
+            there = face, f"localhost:{port}"
+            elsewhere(triton_calls.ask, *there, "unload_model", "weighs")
+            gone = elsewhere(triton_calls.infer, *there, "weighs", x)
+            assert "does not exist" in gone["message"]
+            elsewhere(triton_calls.ask, *there, "load_model", "weighs")
+            for version in ("", "2"):
+                assert elsewhere(triton_calls.ask, *there, "is_model_ready", "weighs", version)
+                found = elsewhere(triton_calls.infer, *there, "weighs", x, model_version=version)
+                assert found["outputs"]["output"].tolist() == [[3, 6, 9]]
+        if shutil.which("curl") is not None:
+            np.save(matrix, 5 * np.eye(4, 3, dtype=np.float32))
+            curl = ("curl", "-sS", "--fail-with-body", "--noproxy", "*")
+            for action in ("unload", "load"):
+                run(*curl, "-X", "POST", f"{server.url}/v2/repository/models/weighs/{action}")
+            url = f"{server.url}/v2/models/weighs/versions/2/infer"
+            answer = json.loads(run(*curl, "-d", body().decode(), url))
+            assert answer["outputs"][0]["data"] == [5, 10, 15]
 
 
 # Tokens, TLS, and the index.
