@@ -285,7 +285,7 @@ def test_it_imports_no_jax():
     assert done.stdout.strip() == "False"
 
 
-def test_arguments():
+def test_arguments(untyped):
     async def wait():
         pass
 
