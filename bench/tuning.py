@@ -145,16 +145,14 @@ def run_setting(
                     key=jax.random.key(seed), points=kind == "points", descent=Descent(steps),
                 )
             )  # fmt: skip
-            spent, steps = (
-                clock.look(),
-                sum(each.start == tuned.start for each in tuned.history) - 1,
-            )
+            spent = clock.look()
+            taken = sum(each.start == tuned.start for each in tuned.history) - 1
             runs[kind].append(
                 {
                     **spent,
                     "objective": yardstick.objective(tuned.code),
-                    "counted": evaluations(setting, len(train), steps),
-                    "steps": steps,
+                    "counted": evaluations(setting, len(train), taken),
+                    "steps": taken,
                 }
             )
             report.log(f"{setting.name}: {kind}, seed {seed}: {runs[kind][-1]['objective']:.4f}")

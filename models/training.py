@@ -234,7 +234,7 @@ def run_epochs(
         if done % steps_per_epoch == 0:
             means = [float(value) / steps_per_epoch for value in state.totals]
             entry = {"epoch": done // steps_per_epoch, **report(state, means)}
-            entry["seconds"] = round(time.monotonic() - began, 1)
+            entry["seconds"] = round(time.monotonic() - began, 3)
             history.append(entry)
             on_epoch(entry)
             state = state._replace(totals=jnp.zeros_like(state.totals))

@@ -348,7 +348,10 @@ def test_every_step_is_reported_and_counted(runs):
     moved, _, _, reported = runs
     steps = [step for step, _ in reported]
     assert list(moved.history) == steps
-    assert all(np.isfinite(float(code.lambda_dec)) for _, code in reported)
+    best = min((step.held_out, n) for n, step in enumerate(steps) if step.held_out is not None)[1]
+    started_from = jax.tree.leaves(reported[best][1])
+    assert all(map(np.array_equal, started_from, jax.tree.leaves(moved.code)))
+    assert len({float(code.lambda_dec) for _, code in reported}) == len(steps)
     assert [step.step for step in steps] == list(range(13))
     assert [step.step for step in steps if step.held_out is not None] == [0, 4, 8, 12]
     assert [step.objective is None for step in steps] == 12 * [False] + [True]

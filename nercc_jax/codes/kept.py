@@ -122,8 +122,7 @@ def kept_matrices(code: Any) -> KeptMatrices | None:
     """
     if not code.has_host_matrices or any_tracer(code):
         return None
-    config: Any = jax.config
-    place = id(code), bool(config.jax_enable_x64)
+    place = id(code), x64_enabled()
     found = _KEPT.get(place)
     if found is None:
         # Codes are kept by which object they are: two with the same numbers are not worth a search.

@@ -254,10 +254,10 @@ def evaluate(
         key: Random key of the straggler sets.
         num_sets: Straggler sets for each law.
         labels: The true labels, with a part for each part of the outputs.
-        batch_size: The number of data points in a call of the model.
         workers: What workers run where it is not the model alone, by the code's name: all models of
             a code whose workers run several (`worker_models`), the served one first; or the model
             in fewer bits (`cast_model`), or with noise on its answers.
+        batch_size: The number of data points in a call of the model.
         progress: A wrapper of the sequence of (law, set) pairs, for a progress bar.
 
     Returns:
@@ -267,8 +267,9 @@ def evaluate(
 
     Raises:
         ValueError: The codes differ in K or N, there are fewer than K data points, data points or
-            outputs are not finite floats, shapes do not agree, a model is in training mode, or
-            there are more models, or fewer, than a code's workers run.
+            outputs are not finite floats, shapes do not agree, a model is in training mode, there
+            are more models, or fewer, than a code's workers run, or there are labels of outputs
+            that are single numbers.
     """
     for name, named in {"codes": codes, "stragglers": stragglers}.items():
         if not isinstance(named, Mapping) or not named:
@@ -290,6 +291,9 @@ def evaluate(
 
     recorded, run = {}, batched(model, batch_size)
     own, form = own_outputs(run, groups)
+    classes = all(shape and shape[-1] > 1 for shape in form.shapes)  # not a single number
+    if labels is not None and not classes:
+        raise ValueError("labels need outputs with a score for each class, not a single number")
     for name, code in codes.items():
         theirs: Any = (workers or {}).get(name, model)
         theirs = (theirs,) if callable(theirs) else theirs
@@ -303,9 +307,6 @@ def evaluate(
         recorded[name] = Answers(code, jnp.asarray(coded), jnp.asarray(own), form)
     first = next(iter(recorded.values()))
     groups, num_data, num_outputs = first.own.shape
-    classes = all(shape and shape[-1] > 1 for shape in form.shapes)  # not a single number
-    if labels is not None and not classes:
-        raise ValueError("labels need outputs with a score for each class, not a single number")
     pairs = [(law, index) for law in stragglers for index in range(num_sets)]
     sums: dict[tuple[str, str], list[dict[str, Array]]] = {}
     for law, index in progress(pairs):
