@@ -1,7 +1,7 @@
 """Pictures of evaluations.
 
 Each is one column of panels, to be read on a telephone (390 pixels wide) and in black and white:
-curves differ in markers and line styles, too, and the legend is beside the panel.
+curves differ in markers, too, and the legend is beside the panel.
 """
 
 import re
