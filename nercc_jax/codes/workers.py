@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
 from ..splines.arrays import native
 from ._code import AbstractCode
-from ._decoding import Decoded, compiled_decode, decode_groups, encode_groups
-from .kept import CachedMatrices
+from ._decoding import encode_groups
 from .trees import check_floats, is_float, leaves_of
 
 # Raised by JAX where a function does not take tracers.
@@ -196,30 +195,18 @@ def run_workers(
     return jax.tree.map(lambda leaf: leaf[:, np.argsort(order)], together)
 
 
-def infer_groups(
+@eqx.filter_jit
+def answer_groups(
     model: Callable[..., Any] | Sequence[Callable[..., Any]],
     code: AbstractCode,
     x: PyTree[Shaped[ArrayLike, "groups num_data ..."]],
-    available: Bool[Array | np.ndarray, "groups num_workers"],
     args: tuple,
-    known: CachedMatrices,
-    *,
+    encoder: Float[ArrayLike, "num_workers num_data"] | None,
     one: bool,
-) -> Decoded:
-    """Return predictions by models between the two matrices; of `one` group, without its axis.
-
-    Where the decoder is not known a program makes it, of many straggler sets all at once.
-    """
-    y = _answers(model, code, x, args, known.encoder, one)
-    decode = compiled_decode if known.decoders is None else decode_groups
-    return decode(code, y, available[0] if one else available, known.decoders, one=one)
-
-
-@eqx.filter_jit
-def _answers(
-    model: Any, code: AbstractCode, x: PyTree, args: tuple, encoder: ArrayLike | None, one: bool
 ) -> PyTree[Float[Array, "..."]]:
-    y = run_workers(model, code, encode_groups(code, jax.tree.map(jnp.asarray, x), encoder), *args)
+    """Return all workers' answers for uncoded groups; of `one` group, without its axis."""
+    coded = encode_groups(code, jax.tree.map(jnp.asarray, x), encoder)
+    y = run_workers(model, code, coded, *args)
     return jax.tree.map(lambda leaf: leaf[0], y) if one else y
 
 

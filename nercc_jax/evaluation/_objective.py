@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, encode_groups
-from ..codes.trees import check_leading, groups_of, join, points_of, to_device
+from ..codes.trees import groups_of, join, points_of, to_device
 from ..codes.workers import call_model, run_workers
+from ..inference._coded import as_groups
 from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers, straggler_sets
 from ._answers import Answers
@@ -75,11 +76,7 @@ def nested_answers(
 
     `originals` are the model's own predictions of x, where they are known.
     """
-    x = to_device(x)
-    groups = jax.tree.leaves(x)[0].shape[:1]
-    if groups in [(), (0,)]:
-        raise ValueError(f"x must be (groups, {code.num_data}, ...), with one group at least")
-    check_leading("x", x, (*groups, code.num_data), "groups and their data points")
+    x = to_device(as_groups(code, x, grouped=True)[0])
     answers = run_workers(model, code, encode_groups(code, x))
     if originals is None:
         originals = _own_predictions(model, x)

@@ -12,9 +12,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, Bool, PyTree, Shaped
 
-from ..codes import AbstractCode, encode_groups
+from ..codes import AbstractCode, decode_groups, encode_groups
 from ..codes._code import check_mask
-from ..codes._decoding import in_auto_mode
+from ..codes._decoding import compiled_decode, in_auto_mode
 from ..codes.kept import CachedMatrices, known_matrices
 from ..codes.trees import (
     any_tracer,
@@ -25,7 +25,7 @@ from ..codes.trees import (
     leaves_of,
     points_of,
 )
-from ..codes.workers import infer_groups, run_workers
+from ..codes.workers import answer_groups, run_workers
 from ..splines.arrays import native
 from ._mesh import Placed, place
 from .models import Model, cast_model, check_conditions, check_model, current_conditions
@@ -129,7 +129,11 @@ def coded_inference(
                 return _run(workers, workers.coder, *inputs, one)
 
         if not scheme and not isinstance(workers, Placed):
-            result: Any = infer_groups(workers, plain, x, masks, args, known, one=one)
+            y = answer_groups(workers, plain, x, args, known.encoder, one)
+            # A program makes the decoders of many straggler sets all at once.
+            decode = compiled_decode if known.decoders is None else decode_groups
+            mask = masks[0] if one else masks
+            result: Any = decode(plain, y, mask, known.decoders, one=one)
         elif not any_tracer(x, masks, args):
             result = run(x, masks, args)
         else:
