@@ -151,9 +151,9 @@ def test_the_objective_is_the_mean_over_the_sets_that_recover_anything(dtype, ke
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": np.zeros((2, K + 1, 2))}, r"x has shape \(2, 5, 2\); its first 2 axes must be"),
-        ({"x": np.zeros((0, K, 2))}, "x must be"),
-        ({"x": np.zeros(K)}, "its first 2 axes must be"),
+        ({"x": np.zeros((2, K + 1, 2))}, r"x of shape \(2, 5, 2\): .* must be \(groups, K"),
+        ({"x": np.zeros((0, K, 2))}, "is no whole groups of 4"),
+        ({"x": np.zeros(K)}, r"must be \(groups, K"),
         ({"available": MASKS[0]}, r"available must be masks \(sets, 6\), not bool\(6,\)"),
         ({"available": MASKS[:, :-1]}, r"not bool\(5, 5\)"),
         ({"available": MASKS.astype(float)}, r"not float\d\d"),
