@@ -263,6 +263,25 @@ def test_tuning_does_better_on_others_and_deviations_say_how_well():
     assert after.kernel.widths[2] > 2 * after.kernel.widths[0]
 
 
+@pytest.mark.parametrize("function", [np.sin, np.tanh, np.sign, lambda x: x], ids=str)
+def test_far_from_all_pairs_outputs_are_off_by_their_spread(function):
+    """A factor that left-out errors ask for made deviations there up to 20 times too small."""
+    x, at = (np.random.default_rng(seed).normal(size=(200, 3)) for seed in (0, 1))
+    answer = lambda x: np.stack([function(x[:, 0]), function(x[:, 0] - x[:, 1])], axis=1)  # noqa: E731
+    learner = fit_learner(x, answer(x), capacity=200)
+    errors, deviation = learner.left_out()
+    ratio = np.mean(errors**2, axis=1) / deviation**2
+    assert 0.98 < np.mean(ratio) < 1.02
+
+    def held(reach):
+        mean, deviation = learner.predict(reach * at)
+        error = np.sqrt(np.mean((mean - answer(reach * at)) ** 2, axis=1))
+        return np.mean(error <= 1.64 * deviation)
+
+    assert held(1) > 0.85
+    assert held(5) > 0.5  # 0.16 to 0.36 by a factor alone
+
+
 def test_features_of_one_width_have_one_unit_where_that_tells_more():
     tuning = LearnerTuning(shapes=("squared_exponential",), widths="one", steps=2)
     rng = np.random.default_rng(4)

@@ -45,7 +45,7 @@ def nearest_predictions(
     # The square of z's length has the 1 in it, too.
     constant = 0.5 - np.vecdot(pairs, pairs) / 2
     pairs = np.column_stack([pairs, constant, np.ones_like(constant)]).T.copy()
-    noise, unit = 1 + kernel.noise, np.asarray(learner.deviation_of(np.ones((), np.float32)))
+    noise, deviation_of = 1 + kernel.noise, jax.device_get(learner).deviation_of
 
     def predict(x: Shaped[np.ndarray, "queries ..."]) -> tuple[np.ndarray, np.ndarray]:
         x = np.asarray(x.reshape(len(x), -1), np.float32)
@@ -60,6 +60,7 @@ def nearest_predictions(
         half *= -2
         covariance = covariances(kernel.shape, np.maximum(half, 0, out=half))
         nearest = np.minimum(covariance.max(axis=1), 1)
-        return covariance @ weights + z @ line, unit * np.sqrt(noise - nearest * nearest / noise)
+        variance = noise - nearest * nearest / noise
+        return covariance @ weights + z @ line, deviation_of(variance)
 
     return predict

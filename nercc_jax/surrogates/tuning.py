@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -37,7 +37,7 @@ from .kernel import (
     first_kernel,
     length_of,
 )
-from .learner import Learner
+from .learner import DeviationScale, Learner
 
 Widths: TypeAlias = Literal["auto", "one", "each"] | Sequence[int]
 
@@ -141,7 +141,7 @@ def tune_learner(learner: Learner, tuning: LearnerTuning = LearnerTuning()) -> L
 
     Each pair is predicted by the others. The grid's widths are relative to those of the learner's
     kernel. Its `scale` becomes the one with which squared errors are, in the mean, what deviations
-    say. The choice is made on the host, so this does not run inside jit.
+    say (`DeviationScale`). The choice is made on the host, so this does not run inside jit.
 
     Raises:
         ValueError: The widths do not fit the features, or there are fewer than three pairs.
@@ -179,13 +179,26 @@ def tune_learner(learner: Learner, tuning: LearnerTuning = LearnerTuning()) -> L
         for shape in tuning.shapes:
             loss = functools.partial(_left_out_loss, known, shape, z, groups, least_noise)
             best = _descend(loss, first, tuning.steps)
-            value, _, scale = loss(best, slope=False)
+            value, _, *errors = loss(best, slope=False)
             numbers = {"widths": np.exp(best[:-2]), "linear": np.exp(best[-1]), "groups": groups}
             noise = np.exp(best[-2]) + least_noise
             tuned = Kernel(shape, centre=kernel.centre, unit=unit, noise=noise, **numbers)
-            found.append((value, tuned, scale))
-    _, kernel, scale = min(found, key=lambda each: each[0])
-    return learner.with_kernel(kernel, scale)
+            found.append((value, tuned, *errors))
+    _, kernel, squares, variance = min(found, key=lambda each: each[0])
+    lengths = np.mean(np.sum(kernel.scaled(inputs) ** 2, axis=1))
+    typical = float(1 + kernel.linear * lengths + kernel.noise)
+    # The exponent by halving: the mean ratio grows with it.
+    ratios, rest = squares / variance * typical, np.minimum(variance / typical, 1)
+    exponent, most = 0.0, 8.0 if 0 < np.mean(ratios) < 1 else 0.0
+    while most - exponent > 1e-3:
+        middle = (exponent + most) / 2
+        enough = np.mean(ratios / rest**middle) > 1
+        exponent, most = (exponent, middle) if enough else (middle, most)
+    scale = math.sqrt(max(np.mean(ratios), 1) / typical)
+    own = kernel.centre.dtype
+    return learner.with_kernel(
+        kernel, DeviationScale(*(np.asarray(each, own) for each in (scale, typical, exponent)))
+    )
 
 
 class _Pairs(NamedTuple):
@@ -210,12 +223,12 @@ def _left_out_loss(
     least_noise: float,
     free: Float[np.ndarray, " free"],
     slope: bool = True,
-) -> tuple[float, Float[np.ndarray, " free"], float]:
-    """Return the loss of leaving pairs out, its slopes, and the scale that the errors ask for.
+) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the loss of leaving pairs out, its slopes, and pairs' square errors and variances.
 
     It is minus the log predictive density but for constants, with the best process variance, and
-    infinite where there is none. The free numbers are logarithms of widths, noise and line. The
-    scale is in units of the residuals' spread.
+    infinite where there is none. The free numbers are logarithms of widths, noise and line. Errors
+    are in units of the residuals' spread, variances in those of the process.
     """
     rows = len(inputs)
     z = inputs / np.exp(free[:-2])[groups]
@@ -230,7 +243,7 @@ def _left_out_loss(
     whitening, _ = whiten(covariance, np.float64(noise) / known.counts.max())
     inverse = whitening.T @ whitening
     precision = np.diagonal(inverse)
-    none = np.inf, np.zeros_like(free), 1.0
+    none = np.inf, np.zeros_like(free), np.zeros(rows), np.ones(rows)
     if not (np.isfinite(precision).all() and (precision > 0).all()):
         return none
 
@@ -250,9 +263,9 @@ def _left_out_loss(
     if not np.isfinite(value):
         return none
     spread = np.sum(known.residuals**2) / rows / known.outputs + np.mean(known.squares)
-    scale = math.sqrt(np.mean(ratios) / spread) if spread > 0 else 0.0
+    relative = squares / (spread or 1.0)
     if not slope:
-        return value, free, scale or 1.0
+        return value, free, relative, variance
 
     # errors = -P r / p and variance = 1 / p + ..., with P = A^-1 and p its diagonal.
     by_errors = 2 * errors / (known.outputs * total * variance[:, None])
@@ -273,11 +286,11 @@ def _left_out_loss(
     by_feature -= 2 * linear * np.sum(z * along, axis=0)
     by_widths = np.bincount(groups, by_feature, minlength=len(unlike)) + 2 * price * unlike
     rest = [by_noise * math.exp(free[-2]), float(np.sum(z * along)) * linear]
-    return value, np.append(by_widths, rest), scale or 1.0
+    return value, np.append(by_widths, rest), relative, variance
 
 
 def _descend(
-    loss: Callable[..., tuple[float, np.ndarray, float]],
+    loss: Callable[..., tuple[float, np.ndarray, Any, Any]],
     first: Float[np.ndarray, " free"],
     steps: int,
 ) -> Float[np.ndarray, " free"]:
@@ -295,7 +308,7 @@ def _descend(
     best, value = grid[int(np.argmin(values))], min(values)
     here, mean, square = best, np.zeros_like(best), np.zeros_like(best)
     for step in range(steps if np.isfinite(value) else 0):
-        found, slopes, _ = loss(here)
+        found, slopes, *_ = loss(here)
         if found < value:
             best, value = here, found
         if not np.isfinite(slopes).all() or not np.isfinite(found):
