@@ -23,11 +23,15 @@ def leaves_of(name: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
     """Return every leaf with its name: "x" for an array, "x['image']" in a dict.
 
     Raises:
-        ValueError: The tree has no leaves.
+        ValueError: The tree has no leaves, or is a list of numbers.
     """
     found = jax.tree_util.tree_flatten_with_path(tree)[0]
     if not found:
         raise ValueError(f"{name} holds no array: {tree!r}")
+    if isinstance(tree, list) and not any(
+        hasattr(leaf, "shape") and leaf.ndim for _, leaf in found
+    ):
+        raise ValueError(f"{name} is a list of numbers: give one array, np.asarray({name})")
     for path, leaf in found:
         yield name + jax.tree_util.keystr(path), leaf
 
