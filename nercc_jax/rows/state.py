@@ -396,7 +396,7 @@ class RowState:
         good, score = self.evidence.predict(rows)
         for row, bar in zip(rows[~good].tolist(), score[~good].tolist(), strict=True):
             reason = f"not computed {why}"
-            if self.checks is not None and self.checks.doubts(row):
+            if self.checks is not None and row in self.checks.answers:
                 reason = "its answers differ, or one looked wrong"
             barred = f"; its error bar is {bar:.3g}" if np.isfinite(bar) else ""
             self.table.reasons.setdefault(row, reason + barred)
