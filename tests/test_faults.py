@@ -107,7 +107,7 @@ def test_faults_by_their_rates():
     assert 0.2 < np.mean([seconds > 1 for seconds, _ in drawn]) < 0.3
     assert 0.1 < np.mean([kinds == {"death"} for _, kinds in drawn]) < 0.15
     assert Faults.from_rates(seed=5) == Faults([], 5), "nothing is asked for"
-    faults = Faults.from_rates(wrong_workers={"swap": [1]}, wrong_rate=0.25, seed=1)
+    faults = Faults.from_rates(wrong_workers=[1], wrong_rate=0.25, seed=1)
     assert not any(next_call(faults.at(0, 0))[1] for _ in range(100))
     worker = faults.at(1, 0)
     struck = np.mean([next_call(worker)[1] == {"swap"} for _ in range(2000)])
@@ -160,8 +160,8 @@ def test_a_rack_is_slow_together():
     ("make", "message"),
     [
         (lambda: Fault("late"), "a fault is one of .*'swap'.*, not 'late'"),
-        (lambda: Faults.from_rates(wrong_workers={"death": [0]}), "a 'swap' of rows, not 'death'"),
-        (lambda: Faults.from_rates(wrong_workers={"swap": [1.5]}), "whole numbers"),
+        (lambda: Faults.from_rates(wrong_workers={"death": [0]}), "whole numbers, .* not .'death'"),
+        (lambda: Faults.from_rates(wrong_workers=[1.5]), "whole numbers"),
         (lambda: Faults.from_rates(death_rate=1.5), r"probability must be in \[0, 1\], not 1.5"),
         (lambda: Fault("nan", probability=1.5), r"in \[0, 1\]"),
         (lambda: Fault("delay"), "needs a latency law"),

@@ -434,7 +434,7 @@ def test_what_was_taken_back_after_it_was_written_is_not_taken_for_a_value(tmp_p
     write([0, 1], np.nan, AGAIN)
     write([0], 2.0, COMPUTED)
     resumed = RowTable(3)
-    for each in Parts(tmp_path / "run", {}).read():
+    for each in Parts(tmp_path / "run", {}, resume=True).read():
         resumed.take(each)
     assert resumed.rows["state"].tolist() == [COMPUTED, WAITING, COMPUTED]
     np.testing.assert_array_equal(resumed.values, [[2.0], [np.nan], [1.0]])

@@ -17,7 +17,6 @@ from rich.progress import TaskID
 
 from ..codes import NeRCC
 from ..pools import AbstractPool
-from ..pools.batch import answers_to_wait_for
 from ..pools.options import open_pool
 from ..pools.ray_cluster import join_ray
 from ..risk import EnsembleEstimate
@@ -194,7 +193,8 @@ def _by_group(
         source = data.split(split)
     x = source.x[: options.max_inputs]
     ids = None if source.ids is None else source.ids[: len(x)]
-    enough = options.wait_for or answers_to_wait_for(code.num_data, num_workers)
+    # By default 85 % of N, and at least K.
+    enough = options.wait_for or min(max(num_workers * 85 // 100, code.num_data), num_workers)
     described = f"{type(code).__name__} with K={code.num_data}, N={num_workers}"
     about = {
         "model": options.model,

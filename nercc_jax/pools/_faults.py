@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -72,6 +72,9 @@ class Fault:
             raise ValueError(f"a fault is one of {get_args(FaultKind)}, not {self.kind!r}")
         if not 0 <= self.probability <= 1:
             raise ValueError(f"probability must be in [0, 1], not {self.probability}")
+        some = () if self.workers is None else self.workers
+        if not all(isinstance(worker, int | np.integer) for worker in some):
+            raise ValueError(f"workers are whole numbers, [1, 2], not {self.workers}")
         if (self.kind == "delay") != (self.latency is not None):
             raise ValueError('a "delay" needs a latency law, and nothing else takes one')
         if isinstance(self.latency, AbstractLatency) and not draws_alike(self.latency):
@@ -112,7 +115,7 @@ class Faults:
         straggler_delay: float = 1.0,
         straggler_score: Callable[[Any], Any] | None = None,
         death_rate: float = 0.0,
-        wrong_workers: Mapping[Any, Sequence[int]] | None = None,
+        wrong_workers: Sequence[int] = (),
         wrong_rate: float = 1.0,
         seed: int = 0,
     ) -> "Faults":
@@ -125,13 +128,13 @@ class Faults:
             straggler_score: Maps a batch to one score a row. Then calls do not straggle at random,
                 but those with the largest scores.
             death_rate: Share of calls in which the worker dies.
-            wrong_workers: The workers that answer wrongly, by kind of fault, which is "swap".
+            wrong_workers: The workers that answer wrongly: with rows in another order ("swap").
             wrong_rate: Share of these workers' calls that are answered wrongly.
             seed: Of the random numbers.
 
         Raises:
-            ValueError: If a share is outside [0, 1], seconds are negative or not finite, or a kind
-                gives no wrong answers.
+            ValueError: If a share is outside [0, 1], seconds are negative or not finite, or wrong
+                workers are no whole numbers.
         """
         faults = []
         if service_delay:
@@ -143,12 +146,8 @@ class Faults:
             faults.append(Fault("delay", probability, latency=delay, **by_score))
         if death_rate:
             faults.append(Fault("death", death_rate))
-        for kind, workers in (wrong_workers or {}).items():
-            if kind != "swap":
-                raise ValueError(f"wrong answers are a 'swap' of rows, not {kind!r}")
-            if not all(type(worker) is int for worker in workers):
-                raise ValueError(f"wrong workers are whole numbers, [1, 2], not {workers}")
-            faults.append(Fault(kind, wrong_rate, workers=tuple(workers)))
+        if wrong_workers:
+            faults.append(Fault("swap", wrong_rate, workers=tuple(wrong_workers)))
         return cls(faults, seed)
 
     def at(self, worker: int, life: int, time: Callable[[], float] = time.time) -> "WorkerFaults":

@@ -186,10 +186,6 @@ class AbstractPool(abc.ABC):
                 )
             state.add(batch, tasks, self.clock.now())
 
-    def forget(self, batch: Batch) -> None:
-        """Drop what a batch has not sent, and ignore answers that still come: `Batch.forget`."""
-        self._runner.forget(batch)
-
     def fence(self, workers: Iterable[int]) -> None:
         """Send these workers nothing, until the next call."""
         with self._runner.event() as state:

@@ -112,11 +112,6 @@ class RayPool(AbstractPool):
         held = sorted(collections.Counter(place.node for place in places).values(), reverse=True)
         _LOG.info("workers on %d node(s): %s", len(held), ", ".join(map(str, held)))
 
-    def processes(self) -> list[int | None]:
-        """Return the process id of each worker, on whatever machine; None while it is replaced."""
-        places = map(self._backend.places.get, range(self.num_workers))
-        return [place and place.process for place in places]
-
     def nodes(self) -> list[str | None]:
         """Return the node of each worker, by Ray's id; None while it is replaced."""
         places = map(self._backend.places.get, range(self.num_workers))
@@ -153,9 +148,8 @@ def worker_options(options: Mapping[str, Any], num_workers: int) -> dict[str, An
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """The place of a worker: its process, JAX's platform there, and Ray's node."""
+    """The place of a worker: JAX's platform there, and Ray's node."""
 
-    process: int
     platform: str
     node: str
 
@@ -182,7 +176,7 @@ class Actor:
         gc.collect()
         gc.freeze()  # a full collection would stop all threads, and look at all that was compiled
         node = ray.get_runtime_context().get_node_id()
-        return Placement(os.getpid(), jax.default_backend(), node)
+        return Placement(jax.default_backend(), node)
 
     def run(self, kind: int, batch: PyTree) -> PyTree:
         with self._program.at_home():

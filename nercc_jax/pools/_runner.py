@@ -102,12 +102,6 @@ class Runner:
             if missing is not None:
                 _LOG.warning("%d of %d workers are ready: %s", ready, len(state.slots), missing)
 
-    def forget(self, batch: Batch) -> None:
-        """Drop what a batch has not sent, and ignore answers that still come."""
-        with self.lock:
-            batch.end()
-            self.schedule.forget(batch)
-
     def close(self) -> None:
         """End the workers. Whoever still waits gets the answers that are in."""
         with self.lock:

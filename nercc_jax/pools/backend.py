@@ -111,13 +111,12 @@ class PoolReport:
         """The deaths of each worker."""
         return tuple(worker.deaths for worker in self.workers)
 
-
-def pool_counts(report: PoolReport) -> dict[str, Any]:
-    """Return what a pool has met, by the names of a summary file."""
-    return {
-        "late_answers": report.late,
-        "errors": report.errors,
-        "deaths": report.deaths,
-        "deaths_by_worker": [int(deaths) for deaths in report.deaths_by_worker],
-        "hung": report.hung,
-    }
+    def summary(self) -> dict[str, Any]:
+        """Return what the pool has met, by the names of a run's summary."""
+        return {
+            "late_answers": self.late,
+            "errors": self.errors,
+            "deaths": self.deaths,
+            "deaths_by_worker": list(self.deaths_by_worker),
+            "hung": self.hung,
+        }

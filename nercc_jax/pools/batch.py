@@ -208,7 +208,11 @@ class Batch:
 
     def forget(self) -> None:
         """Drop what has not been sent, and ignore answers that still come. Idempotent."""
-        self._runner.forget(self)
+        with self._changed:
+            # Without references that make a cycle it is freed without Python's garbage collector,
+            # which stops all threads: for a tenth of a second in a busy server.
+            self.open, self.on_change, self.tasks = False, None, {}
+            self._runner.schedule.forget(self)
 
     def suffice(self) -> None:
         """Send nothing more; answers that are on their way are still collected."""
@@ -300,15 +304,6 @@ class Batch:
         self.waiting += tasks
         self._unsettled += len(tasks)
 
-    def end(self) -> None:
-        """Close the batch, and drop all references that make a cycle with it.
-
-        It is then freed without Python's garbage collector, which stops all threads: for a tenth of
-        a second in a busy server.
-        """
-        self.open, self.on_change = False, None
-        self.tasks = {}
-
     def count_pending(self, task: Task, change: int, wanted: int | None = None) -> None:
         """Change the number of workers that have a task in time, and how many should."""
         before, task.on_time = task.pending, task.on_time + change
@@ -368,11 +363,6 @@ def refuse_odd(answer: PyTree[np.ndarray]) -> str | None:
         if not np.isfinite(leaf).all():
             return "the answer is not finite"
     return None
-
-
-def answers_to_wait_for(num_data: int, num_workers: int) -> int:
-    """Return the default number of answers at which the rest is decoded: 85 % of N, at least K."""
-    return min(max(num_workers * 85 // 100, num_data), num_workers)
 
 
 def check_deadline(seconds: float) -> float:

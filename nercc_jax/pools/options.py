@@ -72,7 +72,8 @@ def open_pool(
         RuntimeError: The workers do not start.
     """
     rates = dict(asked.faults or {})
-    seed = rates.pop("fault_seed", seed)
+    seed, wrong = rates.pop("fault_seed", seed), rates.pop("wrong_workers", {})
+    rates["wrong_workers"] = wrong.get("swap", ())
     rates = {name.removesuffix("_s"): each for name, each in rates.items()}
     options |= {"faults": Faults.from_rates(**rates, seed=seed), "worker_dtype": asked.worker_dtype}
     count = asked.workers or num_workers

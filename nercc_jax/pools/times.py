@@ -1,6 +1,7 @@
 """Service times of a pool's calls, and when a call counts as overdue."""
 
 import collections
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -82,18 +83,18 @@ class AnswerTimes:
     than a larger batch, and no longer than a smaller one scaled in proportion. Not thread-safe.
     """
 
-    def __init__(self, overdue: Overdue | None = None, shared: "AnswerTimes | None" = None):
-        """Judge the times of another one by this rule (default: its own times, none so far)."""
+    def __init__(self, overdue: Overdue | None = None):
+        """Start without times."""
         self.overdue = overdue or Overdue()
-        times: dict[int, collections.deque[float]] = {}
-        seen: collections.Counter[int] = collections.Counter()
-        ordered: dict[int, list[float]] = {}  # as they were when last looked at
-        known = (times, seen, ordered) if shared is None else shared._known
-        self._known = self._times, self._seen, self._ordered = known
+        self._times: dict[int, collections.deque[float]] = {}
+        self._seen: collections.Counter[int] = collections.Counter()
+        self._ordered: dict[int, list[float]] = {}  # as they were when last looked at
 
     def under(self, overdue: Overdue | None) -> "AnswerTimes":
         """Return the same service times, those to come as well, judged by another rule."""
-        return self if overdue is None else AnswerTimes(overdue, self)
+        same = copy.copy(self)  # which holds the same records
+        same.overdue = overdue or self.overdue
+        return same
 
     def add(self, size: int, seconds: float) -> bool:
         """Record how long an answer to `size` data points took; return whether limits are new."""

@@ -28,6 +28,7 @@ class RowChecks:
 
     Attributes:
         fenced: The workers that are to get nothing.
+        answers: The answers to each row in doubt: they differ, or one looked wrong.
         suspicious: The number of answers that were in doubt.
     """
 
@@ -51,16 +52,12 @@ class RowChecks:
         self._table, self._num_workers = table, num_workers
         self.fenced: frozenset[int] = frozenset()
         self._accused: frozenset[int] = frozenset()
-        self._answers: dict[int, HeldAnswers] = {}  # to rows in doubt
+        self.answers: dict[int, HeldAnswers] = {}
         self.suspicious = 0
-
-    def doubts(self, row: int) -> bool:
-        """Return whether a row has answers that differ, or one that looked wrong."""
-        return row in self._answers
 
     def avoid(self, rows: Int[np.ndarray, " some"]) -> frozenset[int]:
         """Return the workers that have given answers to rows in doubt, if others are left."""
-        found = {worker for row in rows.tolist() for worker in self._answers.get(row, ())}
+        found = {worker for row in rows.tolist() for worker in self.answers.get(row, ())}
         return frozenset(found if len(found | self.fenced) < self._num_workers else ())
 
     def take(
@@ -82,7 +79,7 @@ class RowChecks:
         given, values, table = np.zeros(len(rows), bool), values.copy(), self._table
         if worker in self.fenced:  # its calls were sent before it was
             return given, values
-        candidates = [self._answers.pop(row, None) or {} for row in rows.tolist()]
+        candidates = [self.answers.pop(row, None) or {} for row in rows.tolist()]
         new = [not each for each in candidates]
         trusted, verdicts = self._votes.receive(call, worker, candidates, values, looks_wrong)
         for place, verdict in verdicts.items():
@@ -95,7 +92,7 @@ class RowChecks:
         table["givers"][rows[trusted]], table["call"][rows[trusted]] = worker, call
         table["checked"][rows[trusted]] |= known[trusted]
         for place in np.flatnonzero(~given).tolist():
-            self._answers[int(rows[place])] = candidates[place]
+            self.answers[int(rows[place])] = candidates[place]
             self.suspicious += new[place]
         return given, values
 
@@ -114,11 +111,11 @@ class RowChecks:
         if table.values is None:
             return rows, False
         if new:
-            for row, given in list(self._answers.items()):
+            for row, given in list(self.answers.items()):
                 kept = {worker: given[worker] for worker in given if worker not in accused}
-                self._answers[row] = kept
+                self.answers[row] = kept
                 if given and not kept:
-                    del self._answers[row]  # as if nobody had computed it
+                    del self.answers[row]  # as if nobody had computed it
             wrong = np.isin(table["givers"], list(accused))
             rows = np.flatnonzero((table["state"] == COMPUTED) & wrong.all(axis=1))
             self.suspicious += len(rows)
@@ -140,7 +137,7 @@ class RowChecks:
         for row in rows.tolist():
             worker, value = int(table["givers"][row, 0]), table.values[row].copy()
             one = {worker: HeldAnswer(value, int(table["call"][row]))}
-            self._answers[row] = {} if worker == NOBODY else one
+            self.answers[row] = {} if worker == NOBODY else one
         table["givers"][rows] = table["call"][rows] = NOBODY
         table["checked"][rows] = False
         self.suspicious += len(rows)

@@ -12,10 +12,9 @@ from jaxtyping import Shaped
 from ..codes import AbstractCode
 from ..codes.checks import check_count
 from ..pools import AbstractPool, PoolReport, pool_inference
-from ..pools.backend import pool_counts
-from ..pools.batch import Enough, check_deadline
+from ..pools.batch import Enough
 from ._interface import RowProgress, summary_text
-from .files import Parts, check_parts, ids_of_rows
+from .files import Parts, ids_of_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +111,6 @@ def run_groups(
         >>> result.arrays["predictions"].shape
         (10, 3)
     """
-    deadline = check_deadline(deadline)
     num_data, workers, begin = code.num_data, code.num_workers, pool.clock.now()
     groups = min(check_count("groups", groups), math.ceil(len(x) / num_data))
     size, names = groups * num_data, ids_of_rows(ids, len(x))
@@ -134,8 +132,7 @@ def run_groups(
         came[own] = True
 
     if folder is not None:
-        check_parts(Path(folder), resume)
-        parts = Parts(Path(folder), facts, names)
+        parts = Parts(folder, facts, names, resume=resume)
         for each in parts.read():
             take(each)
     done = batches_done = missing = 0  # data points, batches, and answers that did not come in time
@@ -197,4 +194,4 @@ def run_groups(
     }
     arrays = {name: each[came] for name, each in table.items()}
     names, summary = None if names is None else names[index[came]], facts | counts
-    return GroupResult(arrays, reasons, summary | pool_counts(report), report, stopped, names)
+    return GroupResult(arrays, reasons, summary | report.summary(), report, stopped, names)

@@ -17,14 +17,13 @@ from jaxtyping import Shaped
 from threadpoolctl import ThreadpoolController
 
 from ..pools import AbstractPool, Batch, Overdue
-from ..pools.backend import pool_counts
 from ..pools.clock import TimeShare
 from ..risk import Accuracy, EnsembleEstimate
 from ..risk.ensembles import RowEvidence
 from ._evidence import Learned
 from ._interface import RowProgress, RowResult, RowSettings
 from ._table import COMPUTED, PREDICTED, RowTable
-from .files import Parts, check_parts, fingerprint, ids_of_rows
+from .files import Parts, fingerprint, ids_of_rows
 from .state import (
     Answered,
     Estimated,
@@ -139,8 +138,7 @@ def run_rows(
     facts = {"rows": len(x)} | {name: getattr(settings, name) for name in kept} | dict(about or {})
     table, parts = RowTable(len(x)), None
     if folder is not None:
-        check_parts(Path(folder), resume)
-        parts = Parts(Path(folder), {"inputs": fingerprint(x)} | facts, names)
+        parts = Parts(folder, {"inputs": fingerprint(x)} | facts, names, resume=resume)
         for each in parts.read():
             table.take(each)
     opening: Any = contextlib.nullcontext(pool)
@@ -361,7 +359,7 @@ def _result(
         "predicted": len(predicted),
         "learned_from": None if fit is None else fit.pairs,
         **state.evidence.held,
-        **pool_counts(report),
+        **report.summary(),
         "unknown": len(table.reasons),
         **({} if state.checks is None else state.checks.counts()),
     }

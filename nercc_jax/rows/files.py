@@ -41,16 +41,19 @@ class Parts:
     JSON takes it. Each part has the ids of its rows, if rows have ids.
 
     Raises:
-        ValueError: The folder holds a run with other settings.
+        ValueError: The folder holds a run with other settings, or as `check_parts`.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | str,
         settings: dict[str, Any],
         ids: Shaped[np.ndarray, " rows"] | None = None,
+        *,
+        resume: bool = False,
     ):
-        self._folder, self._ids = folder, ids
+        self._folder, self._ids = (folder := Path(folder)), ids
+        check_parts(folder, resume)
         if ids is not None:
             settings = settings | {"ids": fingerprint(ids)}
         self._manifest: dict[str, Any] = {"settings": settings, "complete": False, "parts": []}

@@ -119,11 +119,6 @@ class Send:
     age: float = 0.0
     late: bool = False
 
-    @property
-    def goes_again(self) -> bool:
-        """True if it is late, and its rows were sent in no other call."""
-        return self.late and not (self.copy or self.given_up or self.copied)
-
 
 class Give(NamedTuple):
     """Have rows written, and give their values to the caller.
@@ -259,7 +254,11 @@ class RowState:
         if table.values is not None and values.shape[1:] != table.values.shape[1:]:
             why = f"a row came as {values.shape[1:]}, others as {table.values.shape[1:]}"
             return fail_call(table, self.queue, call, why, raised=True)
-        check_labels(self.settings, vectors)
+        if self.settings.max_disagreement is not None and vectors.shape[1] < 2:
+            raise ValueError(
+                "max_disagreement is for labels, the largest of several outputs; this function "
+                "gives one number: give a tolerance"
+            )
         given = table["state"][rows] != COMPUTED
         rows, values, vectors = rows[given], values[given], vectors[given]
         if self.checks is not None and len(rows):
@@ -322,7 +321,8 @@ class RowState:
         for call in sorted(self.calls.values(), key=lambda call: -call.age):
             rows = call.rows[self.table["state"][call.rows] < PREDICTED]
             may = first > 0 or (self.queue.empty and self._idle > 0)
-            if may and call.goes_again and len(rows):
+            elsewhere = call.copy or call.given_up or call.copied  # its rows are in another call
+            if may and call.late and not elsewhere and len(rows):
                 call.copied, first = True, first - 1
                 self._send(rows, copy=True)
         return None
@@ -396,21 +396,12 @@ class RowState:
         good, score = self.evidence.predict(rows)
         for row, bar in zip(rows[~good].tolist(), score[~good].tolist(), strict=True):
             reason = f"not computed {why}"
-            if self.checks is not None and self.checks.doubts(row):
+            if self.checks is not None and row in self.checks.answers:
                 reason = "its answers differ, or one looked wrong"
             barred = f"; its error bar is {bar:.3g}" if np.isfinite(bar) else ""
             self.table.reasons.setdefault(row, reason + barred)
         if good.any():
             self._todo.append(Give(rows[good], computed=False))
-
-
-def check_labels(settings: RowSettings, values: Float[np.ndarray, "rows outputs"]) -> None:
-    """Raise ValueError where labels are asked for, and a function gives none."""
-    if settings.max_disagreement is not None and values.shape[1] < 2:
-        raise ValueError(
-            "max_disagreement is for labels, the largest of several outputs; this function gives "
-            "one number: give a tolerance"
-        )
 
 
 def fail_call(table: RowTable, queue: RowQueue, call: Send, why: str, raised: bool) -> None:
