@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 from ..codes import AbstractCode
 from ..codes.checks import check_count
 from ..pools import AbstractPool, PoolReport, pool_inference
-from ..pools.batch import Enough
+from ..pools.batch import Enough, check_deadline
 from ._interface import RowProgress, summary_text
 from .files import Parts, ids_of_rows
 
@@ -111,6 +111,7 @@ def run_groups(
         >>> result.arrays["predictions"].shape
         (10, 3)
     """
+    deadline = check_deadline(deadline)
     num_data, workers, begin = code.num_data, code.num_workers, pool.clock.now()
     groups = min(check_count("groups", groups), math.ceil(len(x) / num_data))
     size, names = groups * num_data, ids_of_rows(ids, len(x))
