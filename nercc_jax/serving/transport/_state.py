@@ -74,12 +74,12 @@ class Models:
     def check_live(self) -> None:
         """Raise ServerNotReady where only a restart would help."""
         for key, model in list(self.started.items()):
-            if not (health := model.health()).live:
+            if not (health := model.batcher.health()).live:
                 raise ServerNotReady(f"{key}: {health.trouble}")
 
     @property
     def ready(self) -> bool:
-        healthy = (model.health().ready for model in list(self.started.values()))
+        healthy = (model.batcher.health().ready for model in list(self.started.values()))
         return self.phase == "serving" and all(healthy)
 
     def trouble(self, name: str, version: str = "") -> str | None:
@@ -89,13 +89,13 @@ class Models:
             return "It is draining."
         if name not in self.started:
             return "It is being started."
-        health = self.started[name].health()
+        health = self.started[name].batcher.health()
         return None if health.ready else health.trouble or "It is not ready."
 
     @property
     def ends_at(self) -> float:
         """The monotonic time at which something will end this process; infinite for nothing."""
-        return min((model.ends_at for model in self.started.values()), default=math.inf)
+        return min((model.pool.ends_at for model in self.started.values()), default=math.inf)
 
     # Names.
 
@@ -326,7 +326,7 @@ class ServerState:
             # What a model's batcher does not see is counted here.
             model = self.models.started.get(name)
             if outcome in ("invalid", "overloaded") and model is not None:
-                model.count(f"request_{outcome}")
+                model.meter.observe(f"request_{outcome}", 0.0)
             raise
         finally:
             if span is not None:
@@ -370,7 +370,7 @@ class ServerState:
             deadline, elapsed = options["deadline"], time.monotonic() - begin
             deadline = model.settings.deadline_s if deadline is None else deadline
             if elapsed >= deadline:
-                model.count("request_deadline")
+                model.meter.observe("request_deadline", 0.0)
                 raise DeadlineExceeded(f"its {deadline:g} s had passed before it was read")
             options["deadline"] = deadline - elapsed
         try:
