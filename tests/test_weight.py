@@ -13,10 +13,10 @@ from test_architecture import FILES, ROOMS, imports, name_of, room_of
 # Rule 1 ends at 60 names past the faces; rule 2 at 1,200 functions of 21 lines, 10 a public name.
 MOST = {
     "names imported past a room's face": 143,
-    "functions": 1317,
+    "functions": 1313,
     "functions in a thousand lines": 46.3,
-    "functions and classes a public name": 12.4,
-    "results: classes of predictions and what is known of them": 8,
+    "functions and classes a public name": 12.3,
+    "results: classes of predictions and what is known of them": 7,
     "numeric module constants": 129,
 }
 PREDICTIONS = {"answers", "decoded", "mean", "prediction", "predictions", "value", "values"}

@@ -21,6 +21,7 @@ from .adapt._decoding import calibrate_decoding
 from .adapt._predictor import Predictor
 from .core._coder import Coder
 from .core._request import DeadlineExceeded, Reply
+from .core._requests import Health
 from .core._setup import DispatchSetting
 from .protocol._servable import FLOAT, Preprocessing, Servable
 from .settings import ModelSettings
@@ -41,8 +42,7 @@ class ServedModel:
         settings: the model's settings.
         uncoded: the reason why nothing is coded; None if queries are coded.
         pool: the workers.
-        meter: the metrics. What is refused before it reaches the batcher is counted by others.
-        batcher: answers rows of queries, and knows whether it would.
+        meter: the metrics.
     """
 
     uncoded: str | None = None
@@ -64,7 +64,7 @@ class ServedModel:
             RuntimeError: where the workers do not start.
         """
         begin, tensors = time.monotonic(), servable.outputs
-        shapes, floats = [part.shape for part in tensors.parts], tensors.uncodable is None
+        shapes, floats = [part.shape for part in tensors.parts], tensors.parts[0].datatype == FLOAT
         policy = settings.policy(read_outputs(settings, shapes, floats=floats))
         if code.num_data == 1:
             self.uncoded = servable.uncodable or f"it is served by {type(code).__name__}"
@@ -94,7 +94,7 @@ class ServedModel:
         _LOG.info("compiling", extra=about)
         self.meter = metrics.add(servable.name, self.pool)
         try:
-            self.batcher = CodedBatcher(
+            self._batcher = CodedBatcher(
                 self.pool,
                 self._coder,
                 inputs.shape,
@@ -111,7 +111,7 @@ class ServedModel:
         except BaseException:
             self.pool.close()
             raise
-        self.meter.waiting = lambda: self.batcher.waiting
+        self.meter.waiting = lambda: self._batcher.waiting
         about |= {name: self.status()[name] for name in ("code", "outputs", "pool")}
         about |= {"uncoded": self.uncoded, "seconds": round(time.monotonic() - begin, 3)}
         _LOG.info("model is ready", extra=about)
@@ -132,7 +132,7 @@ class ServedModel:
             A reply whose values are an array or a dict of arrays, as the model returns.
         """
         inputs, outputs = self.servable.inputs, self.servable.outputs
-        deadline = self.batcher.policy.deadline_s if deadline is None else deadline
+        deadline = self._batcher.policy.deadline_s if deadline is None else deadline
         if self._preprocessing is not None:
             begin = time.monotonic()
             try:
@@ -145,7 +145,7 @@ class ServedModel:
         # One array of floats is checked by the batcher itself.
         elif isinstance(queries, Mapping) or inputs.parts[0].datatype != FLOAT:
             queries = inputs.pack(queries)
-        future = self.batcher.submit(queries, deadline=deadline, exact=exact)
+        future = self._batcher.submit(queries, deadline=deadline, exact=exact)
         answer = asyncio.wrap_future(future)
         try:  # the batcher itself should end it sooner, and say why
             done, _ = await asyncio.wait([answer], timeout=deadline + _GRACE)
@@ -161,9 +161,18 @@ class ServedModel:
             return reply
         return dataclasses.replace(reply, values=outputs.named(reply.values))
 
+    @property
+    def in_flight(self) -> int:
+        """The number of requests without a reply."""
+        return self._batcher.in_flight
+
+    def health(self) -> Health:
+        """Return whether it is alive, and would answer a query now."""
+        return self._batcher.health()
+
     def status(self) -> dict[str, Any]:
         """Return the model's part of the server's status, as JSON has it."""
-        servable, coder, batcher = self.servable, self._coder, self.batcher
+        servable, coder, batcher = self.servable, self._coder, self._batcher
         pool, meter = self.pool, self.meter
         learned, policy, report = batcher.status(), batcher.policy, pool.report()
         values = policy.outputs == "values"
@@ -244,6 +253,6 @@ class ServedModel:
 
     def close(self, drain: float) -> None:
         """Answer what was accepted for up to `drain` seconds; then end the workers."""
-        self.batcher.close(drain)
+        self._batcher.close(drain)
         self.pool.close()
         self.meter.close()

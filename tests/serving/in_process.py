@@ -52,7 +52,7 @@ class Doubles(ServedModel):
         self.cancelled = 0
         self.refused: list[str] = []
         self.closed = False
-        self.batcher = self.pool = self.meter = self  # pyright: ignore
+        self.pool = self.meter = self  # pyright: ignore
 
     def health(self):
         return self.is_well

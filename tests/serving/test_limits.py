@@ -137,7 +137,7 @@ def test_a_batcher_that_is_held_up_is_not_waited_for(monkeypatch):
         concurrent.futures.ThreadPoolExecutor() as clients,
         monkeypatch.context() as patched,
     ):
-        patched.setattr(model.batcher, "_dispatch", hold)
+        patched.setattr(model._batcher, "_dispatch", hold)
         late = {"parameters": {"nercc_deadline_ms": 300}}
         asked = [clients.submit(ask, face, server, "digits", ONE, **late) for face in FACES]
         for each in asked:

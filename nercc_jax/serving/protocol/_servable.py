@@ -109,15 +109,7 @@ class Tensors:
             return None
         structure = jax.tree.structure((0,) * len(self.parts))
         shapes = tuple(part.shape for part in self.parts)
-        return Form(structure, shapes, ("float32",) * len(self.parts))
-
-    @property
-    def uncodable(self) -> str | None:
-        """The reason why it cannot be coded; None if it can."""
-        for part in self.parts:
-            if part.datatype != FLOAT:
-                return f"{part.name!r} is {part.datatype}, and codes mix floats ({FLOAT}) only"
-        return None
+        return Form(structure, shapes, tuple(part.dtype.name for part in self.parts))
 
     def pack(self, given: Any) -> np.ndarray:
         """Return rows of queries from arrays (B, *shape) by name, or from one array.
@@ -162,14 +154,8 @@ class Tensors:
 
     def named(self, rows: Any) -> dict[str, Any]:
         """Return arrays by name, of NumPy's or JAX's rows."""
-        if len(self.parts) == 1:
-            return {self.parts[0].name: rows}
-        found, begin = {}, 0
-        for part in self.parts:
-            end = begin + math.prod(part.shape)
-            found[part.name] = rows[:, begin:end].reshape(len(rows), *part.shape)
-            begin = end
-        return found
+        parts = (rows,) if self.form is None else self.form.split(rows)
+        return dict(zip(self.names, parts, strict=True))
 
     def __str__(self) -> str:
         return f"{'one input' if self.alone else 'inputs'} {'; '.join(map(str, self.parts))}"
@@ -267,8 +253,10 @@ class Servable:
     def uncodable(self) -> str | None:
         """The reason why no code can be used; None if one can."""
         for what, tensors in (("input", self.queries), ("output", self.outputs)):
-            if tensors.uncodable is not None:
-                return f"{what} {tensors.uncodable}"
+            for part in tensors.parts:
+                if part.datatype != FLOAT:
+                    kind = f"{what} {part.name!r} is {part.datatype}"
+                    return f"{kind}, and codes mix floats ({FLOAT}) only"
         return None
 
 

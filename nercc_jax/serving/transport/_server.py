@@ -267,9 +267,7 @@ class Server:
             ends.append(asyncio.create_task(self._grpc.stop()))
         if not await wait(self.settings.drain_timeout_s):
             running = self.state.models.started
-            self.lost = {
-                key: number for key in running if (number := running[key].batcher.in_flight)
-            }
+            self.lost = {key: number for key in running if (number := running[key].in_flight)}
             if self.lost:
                 _LOG.warning("requests are lost: draining took too long", extra={"lost": self.lost})
             self.state.models.close_all()

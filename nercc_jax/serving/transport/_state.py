@@ -74,12 +74,12 @@ class Models:
     def check_live(self) -> None:
         """Raise ServerNotReady where only a restart would help."""
         for key, model in list(self.started.items()):
-            if not (health := model.batcher.health()).live:
+            if not (health := model.health()).live:
                 raise ServerNotReady(f"{key}: {health.trouble}")
 
     @property
     def ready(self) -> bool:
-        healthy = (model.batcher.health().ready for model in list(self.started.values()))
+        healthy = (model.health().ready for model in list(self.started.values()))
         return self.phase == "serving" and all(healthy)
 
     def trouble(self, name: str, version: str = "") -> str | None:
@@ -89,7 +89,7 @@ class Models:
             return "It is draining."
         if name not in self.started:
             return "It is being started."
-        health = self.started[name].batcher.health()
+        health = self.started[name].health()
         return None if health.ready else health.trouble or "It is not ready."
 
     @property
