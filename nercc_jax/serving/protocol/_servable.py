@@ -109,7 +109,7 @@ class Tensors:
             return None
         structure = jax.tree.structure((0,) * len(self.parts))
         shapes = tuple(part.shape for part in self.parts)
-        return Form(structure, shapes, tuple(part.dtype.name for part in self.parts))
+        return Form(structure, shapes, ("float32",) * len(self.parts))
 
     def pack(self, given: Any) -> np.ndarray:
         """Return rows of queries from arrays (B, *shape) by name, or from one array.
@@ -154,8 +154,14 @@ class Tensors:
 
     def named(self, rows: Any) -> dict[str, Any]:
         """Return arrays by name, of NumPy's or JAX's rows."""
-        parts = (rows,) if self.form is None else self.form.split(rows)
-        return dict(zip(self.names, parts, strict=True))
+        if len(self.parts) == 1:
+            return {self.parts[0].name: rows}
+        found, begin = {}, 0
+        for part in self.parts:
+            end = begin + math.prod(part.shape)
+            found[part.name] = rows[:, begin:end].reshape(len(rows), *part.shape)
+            begin = end
+        return found
 
     def __str__(self) -> str:
         return f"{'one input' if self.alone else 'inputs'} {'; '.join(map(str, self.parts))}"
