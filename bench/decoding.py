@@ -41,9 +41,9 @@ def assess(
         for number in (responded - 2, responded - 1, responded):
             mask = np.isin(workers, others[: max(number, 1)])
             given = np.where(mask[:, None, None], answers, 0)
-            found = coder.decode(given, mask, len(groups), estimate)
-            assert found.score is not None
-            looks.append((found.score[:, :few], found.predictions[:, :few].argmax(-1) != own))
+            found = coder.decode(given, mask, len(groups))
+            score = coder.score(given, found, estimate)
+            looks.append((score[:, :few], found.predictions[:, :few].argmax(-1) != own))
         missing = [place for place in range(few) if not mask[layout.own[place]].any()]
         seen.append([score[:, missing].ravel() for score, _ in looks])
         differ.append([wrong[:, missing].ravel() for _, wrong in looks])
@@ -89,7 +89,8 @@ def run(report: Report) -> None:
         values = np.ones((num_workers, ROWS, 10), np.float32)
         mask = np.ones(num_workers, bool)
         seconds["decode"] = timed(lambda: coder.decode(values, mask, ROWS))  # noqa: B023
-        seconds["assess"] = timed(lambda: coder.decode(values, mask, ROWS, estimate))  # noqa: B023
+        decoded = coder.decode(values, mask, ROWS)
+        seconds["score"] = timed(lambda: coder.score(values, decoded, estimate))  # noqa: B023
         about = {"num_data": num_data, "num_workers": num_workers, "queries": few}
         rows.append(about | assess(coder, estimate, network, groups, sets))
         report.log(about)

@@ -24,11 +24,10 @@ from ._policy import MAX_DEADLINE_S
 from .adapt._decoding import DecodingScores
 from .adapt._predictor import Predictor
 from .adapt._setting_controller import SettingController
-from .core._coder import DecodedGroup
-from .core._group import Group
+from .core._group import Group, Place
 from .core._request import Answer, Query, Request, Source, repeat_rows
 from .core._setup import DispatchSetting, Setup
-from .core.decide import GiveOut, LateEvidence, Place
+from .core.decide import GiveOut, LateEvidence
 
 _LOG = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ class Approximations:
         self._left = _KEPT
         if coder.can_decode:
             zeros, everyone = setup.answers.zeros(coder.num_workers), np.ones(coder.num_workers)
-            self._decode(zeros[:, None], everyone > 0, coder.num_data)
+            coder.decode(zeros[:, None], everyone > 0, policy.max_batch_size)
 
     def _turn(self) -> float:
         """Learn, on the thread that does, and return when to do so again."""
@@ -184,7 +183,10 @@ class Approximations:
         values = np.zeros((len(group.answers), group.rows, *some.shape[1:]), some.dtype)
         for point, answer in known:
             values[point] = repeat_rows(answer, group.rows)
-        found = self._decode(values, group.mask, number)
+        found = setup.coder.decode(values, group.mask, setup.policy.max_batch_size)
+        scores, score = np.full((group.rows, number), np.nan), self._scores.calibrated.get(number)
+        if score is not None and accuracy.promises:
+            scores = setup.coder.score(values, found, score)
         setup.observe("decode_seconds", setup.clock.now() - begin)
         basis = int((~np.isnan(group.sent_at)).sum()), int(group.mask.sum())
         setup.observe("workers_responded", basis[1])
@@ -195,7 +197,7 @@ class Approximations:
             query.approximate.pop("decoded", None)
             if not found.recovered[cell] or not np.isfinite(value).all():
                 continue
-            known = float(found.score[row, cell])
+            known = float(scores[row, cell])
             query.approximate["decoded"] = Answer(
                 value,
                 "decoded",
@@ -206,12 +208,6 @@ class Approximations:
                 epoch=self.decoded.epoch,
                 within=known <= limit if accuracy.promises else math.isnan(known),
             )
-
-    def _decode(self, values: np.ndarray, mask: np.ndarray, queries: int) -> DecodedGroup:
-        setup, score = self.setup, self._scores.calibrated.get(queries)
-        if not setup.policy.accuracy.promises:
-            score = None
-        return setup.coder.decode(values, mask, setup.policy.max_batch_size, score)
 
     def give(self, group: Group, given: GiveOut) -> tuple[Query, Answer]:
         """Return an answer that is given out, as the caller sees it, which is to be compared."""

@@ -26,7 +26,7 @@ from ._policy import MAX_DEADLINE_S, BatchingPolicy, Observe
 from .adapt._decoding import DecodingScores
 from .adapt._predictor import Predictor
 from .core._coder import Coder
-from .core._group import Group
+from .core._group import Group, Place
 from .core._request import (
     Answer,
     DeadlineExceeded,
@@ -39,7 +39,7 @@ from .core._request import (
 )
 from .core._requests import Health, OpenRequests, Timers
 from .core._setup import BatchSpec, Setup
-from .core.decide import Copy, Decode, Fail, GiveOut, Place, Predict, Wait, decide
+from .core.decide import Copy, Decode, Fail, GiveOut, Predict, Wait, decide
 
 _LOG = logging.getLogger(__name__)
 
@@ -361,9 +361,8 @@ class CodedBatcher:
             dispatcher.complete(group, now)
         looked: set[Source] = set()
         while any(group.open_queries()):
-            view, before = group.view(looked), len(looked)
-            evidence = self._approximations.evidence(len(group.cells))
-            for action in decide(view, now, evidence, policy):
+            before, evidence = len(looked), self._approximations.evidence(len(group.cells))
+            for action in decide(group, now, evidence, policy, looked):
                 match action:
                     case Predict(places):
                         self._approximations.predict(group, places)
@@ -381,7 +380,7 @@ class CodedBatcher:
                     case Wait(until):
                         self._look_at(group, until, now)
             if len(looked) == before:
-                late = view.late(now) & (not group.alone)
+                late = group.late(now) & (not group.alone)
                 setup.observe("straggler", int((late & ~group.counted).sum()))
                 group.counted |= late
                 break

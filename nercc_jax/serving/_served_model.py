@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,8 @@ from jaxtyping import Shaped
 from ..codes import AbstractCode
 from ..pools.options import open_pool
 from ._batcher import CodedBatcher
-from ._metrics import Metrics
+from ._metrics import ANSWERS, OUTCOMES, SECONDS, Metrics
 from ._policy import read_outputs
-from ._status import status_of
 from .adapt._decoding import calibrate_decoding
 from .adapt._predictor import Predictor
 from .core._coder import Coder
@@ -65,7 +64,7 @@ class ServedModel:
             RuntimeError: where the workers do not start.
         """
         begin, tensors = time.monotonic(), servable.outputs
-        shapes, floats = [part.shape for part in tensors.parts], tensors.uncodable is None
+        shapes, floats = [part.shape for part in tensors.parts], tensors.parts[0].datatype == FLOAT
         policy = settings.policy(read_outputs(settings, shapes, floats=floats))
         if code.num_data == 1:
             self.uncoded = servable.uncodable or f"it is served by {type(code).__name__}"
@@ -140,7 +139,7 @@ class ServedModel:
                 async with asyncio.timeout(deadline):
                     queries = await asyncio.to_thread(self._preprocessing, queries)
             except TimeoutError as error:
-                self.count("request_deadline")
+                self.meter.observe("request_deadline", 0.0)
                 raise DeadlineExceeded(f"not preprocessed within {deadline:g} s") from error
             deadline = max(deadline - (time.monotonic() - begin), _LEAST)
         # One array of floats is checked by the batcher itself.
@@ -162,15 +161,6 @@ class ServedModel:
             return reply
         return dataclasses.replace(reply, values=outputs.named(reply.values))
 
-    def count(self, refusal: str) -> None:
-        """Count a request that was refused before it reached the batcher, by that measure."""
-        self.meter.observe(refusal, 0.0)
-
-    @property
-    def ends_at(self) -> float:
-        """The monotonic time at which something will end this process; infinite for nothing."""
-        return self.pool.ends_at
-
     @property
     def in_flight(self) -> int:
         """The number of requests without a reply."""
@@ -181,10 +171,85 @@ class ServedModel:
         return self._batcher.health()
 
     def status(self) -> dict[str, Any]:
-        """Return the model's part of the server's status."""
-        return status_of(
-            self.servable, self._coder, self.settings, self._batcher, self.pool, self.meter
+        """Return the model's part of the server's status, as JSON has it."""
+        servable, coder, batcher = self.servable, self._coder, self._batcher
+        pool, meter = self.pool, self.meter
+        learned, policy, report = batcher.status(), batcher.policy, pool.report()
+        values = policy.outputs == "values"
+
+        def totals(prefix: str, names: Sequence[str]) -> dict[str, int]:
+            return {name: int(meter.read(f"{prefix}{name}")["total"]) for name in names}
+
+        answers, requests = totals("query_", ANSWERS), totals("request_", OUTCOMES)
+        right, wrong = totals("audit_", ("same", "other")).values()
+        approximate, queries = answers["decoded"] + answers["predicted"], sum(answers.values())
+        expected = meter.read("expected_disagreement")
+        fidelity = {
+            "decoded_share": approximate / queries if queries else None,
+            "expected_disagreement": expected["sum"] / expected["count"]
+            if expected["count"]
+            else None,
+            "audited": right + wrong,
+            "audited_wrong": wrong / (right + wrong) if right + wrong else None,
+            "stragglers": learned["decoding"],
+        }
+        if policy.tolerance is not None:
+            fidelity["expected_beyond_bar"] = 1 - policy.coverage
+
+        seconds = meter.read("request_ok")
+        number, bounds = int(seconds["count"]), [1000 * bound for bound in SECONDS]
+        below, edges = [0, *(int(seconds[str(bound)]) for bound in SECONDS), number], [0, *bounds]
+        latency = {"bounds_ms": bounds, "counts": np.diff(below).tolist(), "number": number}
+        for name, share in (("p50_ms", 0.5), ("p99_ms", 0.99), ("p999_ms", 0.999)):
+            place = float(np.interp(share * number, below, [*edges, bounds[-1]]))
+            latency[name] = place if number else None
+
+        # Why nothing is coded or decoded.
+        exact = (
+            "outputs are values without a tolerance: all answers are exact; set a tolerance, or "
         )
+        exact += "outputs = 'logits' if they are scores of labels"
+        few = f"{pool.num_workers} workers for {coder.num_workers} coded data points of a group"
+        saturated = "the pool is saturated: queries wait for a worker, none is spare for codes"
+        uncalibrated = "nothing is decoded: give `inputs` to calibrate on, or max_disagreement = 1"
+        promised = coder.can_decode and policy.accuracy.promises
+        hints = (
+            (batcher.waiting and not pool.idle, saturated),
+            (servable.uncodable, f"nothing is coded: {servable.uncodable}"),
+            (pool.num_workers < coder.num_workers, few),
+            (coder.can_decode and values and policy.tolerance is None, exact),
+            (promised and learned["decoding"] is None, uncalibrated),
+        )
+        code = {"num_data": coder.num_data, "num_workers": coder.num_workers}
+        return {
+            "name": servable.name,
+            "health": dataclasses.asdict(batcher.health()),
+            "hints": [hint for holds, hint in hints if holds],
+            "code": {"name": type(coder.code).__name__, **code},
+            "outputs": "values" if values else "scores",
+            **{name: learned[name] for name in ("policy", "predictor", "checks")},
+            "pool": {"kind": self.settings.pool, "num_workers": pool.num_workers},
+            "workers": [
+                {"state": worker.state, "deaths": worker.deaths, "busy_s": worker.busy_seconds}
+                for worker in report.workers
+            ],
+            "queue": {
+                "waiting": batcher.waiting,
+                "max": policy.max_queue_size,
+                "in_flight": batcher.in_flight,
+            },
+            "totals": {
+                "requests": sum(requests.values()),
+                "queries": answers,
+                "errors": {name: count for name, count in requests.items() if name != "ok"},
+                "groups": int(meter.read("group_fill")["count"]),
+                "stragglers": int(meter.read("straggler")["total"]),
+                "reexecutions": int(meter.read("reexecution")["total"]),
+                "deaths": report.deaths,
+            },
+            "latency": latency,
+            "fidelity": fidelity,
+        }
 
     def close(self, drain: float) -> None:
         """Answer what was accepted for up to `drain` seconds; then end the workers."""

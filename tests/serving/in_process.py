@@ -52,6 +52,7 @@ class Doubles(ServedModel):
         self.cancelled = 0
         self.refused: list[str] = []
         self.closed = False
+        self.pool = self.meter = self  # pyright: ignore
 
     def health(self):
         return self.is_well
@@ -72,7 +73,7 @@ class Doubles(ServedModel):
         options = (ones > 0, ones < 1, ones < 1, ones < 1, ones, ones, zeros, zeros)
         return Reply(2 * queries, *options, queued=0.0, seconds=0.0)
 
-    def count(self, refusal):
+    def observe(self, refusal, number):
         self.refused.append(refusal)
 
     def status(self):

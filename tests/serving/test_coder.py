@@ -132,8 +132,9 @@ def test_doubts_are_of_each_rows_own_margin_and_deviation(name):
     values[~mask] = np.nan
     weighed = weighing([0.3, -0.7, 0.5, 0.5, 0])
     with np.errstate(invalid="ignore"):
-        found, recovered, *_, doubt = coder.decode(values, mask, 4, weighed)
-    assert recovered.all()
+        decoded = coder.decode(values, mask, 4)
+        found, doubt = decoded.predictions, coder.score(values, decoded, weighed)
+    assert decoded.recovered.all()
     for row in range(3):
         wanted, deviation = coder.code.decode(values[:, row], mask, return_uncertainty=True)
         wanted, deviation = np.asarray(wanted)[coder.order], np.asarray(deviation)[coder.order]
@@ -199,8 +200,9 @@ def test_no_more_is_wrong_than_was_asked_for(known, queries):
         for number in (responded - 2, responded - 1, responded):
             mask = np.isin(np.arange(8), others[: max(number, 1)])
             given = np.where(mask[:, None, None], answers, 0)
-            predictions, *_, seen = coder.decode(given, mask, len(x), doubt)
-            differ = predictions[:, place].argmax(-1) != own[:, place]
+            decoded = coder.decode(given, mask, len(x))
+            seen = coder.score(given, decoded, doubt)
+            differ = decoded.predictions[:, place].argmax(-1) != own[:, place]
             for share, limit in limits.items():
                 now = open_[share] & (seen[:, place] <= limit)
                 wrong[share] += (differ & now).astype(float).tolist()
@@ -228,9 +230,10 @@ def test_a_code_without_deviations_goes_by_margins():
     answers, own = answered(coder, x := rows(400, 4, 4))
     mask = missing(*coder.first[1])
     given = np.where(mask[:, None, None], answers, 0)
-    predictions, *_, seen = coder.decode(given, mask, len(x), decoding.calibrated.get(4))
+    decoded = coder.decode(given, mask, len(x))
+    seen = coder.score(given, decoded, decoding.calibrated[4])
     sure = seen[:, 1] <= decoding.limit(4)
-    wrong = predictions[:, 1].argmax(-1) != own[:, 1].argmax(-1)
+    wrong = decoded.predictions[:, 1].argmax(-1) != own[:, 1].argmax(-1)
     assert sure.sum() > 40
     assert wrong[sure].mean() <= 0.3 < wrong[~sure].mean()
 

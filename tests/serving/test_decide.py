@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,18 +17,17 @@ from nercc_jax.pools.times import Call
 from nercc_jax.risk import Accuracy, Comparison, Risk
 from nercc_jax.serving import BatchingPolicy, Coder
 from nercc_jax.serving.adapt._setting_controller import SettingController
+from nercc_jax.serving.core._group import Group
+from nercc_jax.serving.core._request import Answer, Request
 from nercc_jax.serving.core._setup import BatchSpec, Setup
 from nercc_jax.serving.core.decide import (
-    Answer,
     Copy,
     Decode,
     DispatchSetting,
     Fail,
     GiveOut,
-    GroupView,
     LateEvidence,
     Predict,
-    QueryView,
     Wait,
     decide,
 )
@@ -49,27 +49,51 @@ SURE, DECODED, UNSURE, DOUBTED = (
 FIRST = (0, 0)
 
 
+def group_of(coder, kind, queries, failed, **more):
+    """A group of one query in each cell; these coded data points fail."""
+    group = Group(coder, kind, 0.0, trial=more.pop("trial", False))
+    group.layout = coder.layout(len(queries))
+    for query in queries:
+        group.add([query])
+    times = SimpleNamespace(limit=lambda rows: LIMIT, median=lambda rows: 0.8)
+    fails = failed.__contains__
+    group.batch = SimpleNamespace(times=times, lost=fails, abandoned=fails)  # pyright: ignore
+    group.sent_at[:] = more.pop("sent", SOON)
+    return group
+
+
+def query_of(exact=False, estimates=(), **state):
+    (query,) = Request(np.zeros((1, *SHAPE), np.float32), np.zeros(1), 0.0, 1.0, exact).queries
+    query.approximate = {answer.source: answer for answer in estimates}
+    for name, each in state.items():
+        setattr(query, name, each)
+    return query
+
+
 def of(
-    late=(0,), failed=(), open=(0,), extras=EXTRAS, estimates=(), copied=False, exact=False, **more
-):
+    late=(0,), failed=(), open=(0,), extras=EXTRAS, estimates=(), copied=False, exact=False,
+    looked=(), **more,
+):  # fmt: skip
     """A full group whose queries in `open` are not answered: in time, or late, or failed.
 
-    All others are, and the redundancy in `extras`, which is in time if it is not answered.
+    All others are, and the redundancy in `extras`, which is in time if it is not answered. With it
+    come the sources that were asked. Estimates are those of all queries, or of each.
     """
-    sent_at, answered = np.full(8, SOON), np.zeros(8, bool)
-    answered[[OWN[each] for each in range(4) if each not in open]] = True
-    answered[[*extras]] = True
-    sent_at[[OWN[each] for each in late]] = 0.0
-    failed_points = np.isin(np.arange(8), [OWN[each] for each in failed])
-    queries = tuple(QueryView((each, 0), copied, exact, tuple(estimates)) for each in open)
-    own = tuple(np.array([point]) for point in OWN)
-    parts = sent_at, answered, failed_points, queries
-    return GroupView(CODER, own, *parts, LIMIT, median=0.8, **more)
+    of_each = estimates if isinstance(estimates, dict) else dict.fromkeys(range(4), estimates)
+    queries = [
+        query_of(exact, of_each[each], reexecuted=copied, done=each not in open)
+        for each in range(4)
+    ]
+    group = group_of(CODER, "coded", queries, [OWN[each] for each in failed], **more)
+    group.mask[[OWN[each] for each in range(4) if each not in open]] = True
+    group.mask[[*extras]] = True
+    if "sent" not in more:
+        group.sent_at[[OWN[each] for each in late]] = 0.0
+    return group, looked
 
 
 def alone(failed):
-    each = np.array([SOON]), np.zeros(1, bool), np.array([failed])
-    return GroupView(ALONE, (np.array([0]),), *each, (QueryView(FIRST),), LIMIT, 0.8, alone=True)
+    return group_of(ALONE, "alone", [query_of()], [0] * failed), ()
 
 
 def known(risk=KNOWN, limit=0.1, copies=1, hedges=True, **more):
@@ -134,8 +158,11 @@ TABLE = {
     "what has no answer is sent again all the same": (of(looked=SOURCES), known(), PROMISE, AGAIN),
     "but once only": (of(looked=SOURCES, copied=True), known(), PROMISE, [NEVER]),
     "each query is judged by itself": (
-        of(late=(0, 1), open=(0, 1), looked=SOURCES)._replace(
-            queries=(QueryView(FIRST, answers=(DECODED,)), QueryView((1, 0), answers=(DOUBTED,)))
+        of(
+            late=(0, 1),
+            open=(0, 1),
+            estimates={0: [DECODED], 1: [DOUBTED], 2: (), 3: ()},
+            looked=SOURCES,
         ),
         known(),
         PROMISE,
@@ -192,13 +219,13 @@ TABLE = {
         AGAIN,
     ),
     "where copies are as slow as what they copy, none is sent": (
-        of(looked=SOURCES)._replace(sent_at=np.full(8, NOW - 2 * LIMIT)),
+        of(looked=SOURCES, sent=NOW - 2 * LIMIT),
         known(hedges=False),
         PROMISE,
         [Wait(NOW - 2 * LIMIT + LEAST)],
     ),
     "except for a trial": (
-        of(looked=SOURCES, trial=True)._replace(sent_at=np.full(8, NOW - 2 * LIMIT)),
+        of(looked=SOURCES, trial=True, sent=NOW - 2 * LIMIT),
         known(hedges=False),
         PROMISE,
         [Copy([FIRST], 1), Wait(NOW - 2 * LIMIT + LEAST)],
@@ -211,8 +238,8 @@ TABLE = {
 
 @pytest.mark.parametrize("sentence", TABLE)
 def test_decisions(sentence):
-    group, evidence, policy, expected = TABLE[sentence]
-    assert decide(group, NOW, evidence, policy) == expected
+    (group, looked), evidence, policy, expected = TABLE[sentence]
+    assert decide(group, NOW, evidence, policy, looked) == expected
 
 
 # -- Settings that are picked by the tail ----------------------------------------------------------

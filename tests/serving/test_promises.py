@@ -22,8 +22,7 @@ from nercc_jax.serving import (
     calibrate_decoding,
 )
 from nercc_jax.serving.core._group import Group
-from nercc_jax.serving.core._request import Query, Request
-from nercc_jax.serving.core.decide import Answer
+from nercc_jax.serving.core._request import Answer, Query, Request
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
 

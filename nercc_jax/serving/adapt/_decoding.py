@@ -5,7 +5,6 @@ A calibration on unlabelled data points gives them before anything is served.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -20,11 +19,9 @@ from ...evaluation.criteria import agree_on_labels, root_mean_square
 from ...inference import cast_model, current_conditions
 from ...inference.models import Model
 from ...risk import Accuracy, ErrorProbability
-from ...risk._error_bars import ErrorScale, fit_error_scale
+from ...risk._error_bars import fit_error_scale
 from ...risk._error_probability import fit_error_probability
-from ..core._coder import Coder
-
-Score: TypeAlias = ErrorProbability | ErrorScale
+from ..core._coder import Coder, Score
 
 _MARGIN = 1  # the feature that is a label's; values have none
 
@@ -133,14 +130,15 @@ def calibrate_decoding(
             lost = random.permutation(lost)[:places]
             parts = []
             for mask in looks:
-                found = coder.decode(answers, mask, len(groups), features=True)
+                found = coder.decode(answers, mask, len(groups))
+                features, informative = coder.features(answers, found)
                 predictions = found.predictions[:, lost]
                 missed = (
                     ~agree_on_labels(predictions, originals[:, lost], coder.form)
                     if accuracy.tolerance is None
                     else root_mean_square(predictions - originals[:, lost], axis=2)
                 )
-                parts.append((found.features[:, lost], found.informative[:, lost], missed))
+                parts.append((features[:, lost], informative[:, lost], missed))
             # (looks, groups, places, ...) becomes (groups and places, looks, ...).
             stacked = [np.moveaxis(np.stack(part), 0, 2) for part in zip(*parts, strict=True)]
             seen.append([part.reshape(-1, *part.shape[2:]) for part in stacked])

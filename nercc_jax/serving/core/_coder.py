@@ -14,21 +14,32 @@ one's own worker missing, 0.0 % of labels changed, against 0.4 and 12 %.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Int, Shaped
 
-from ...codes import AbstractCode, Berrut, BerrutSpline, LearnedDecoder, NeRCC, decode_groups
+from ...codes import (
+    AbstractCode,
+    Berrut,
+    BerrutSpline,
+    Decoded,
+    LearnedDecoder,
+    NeRCC,
+    decode_groups,
+)
 from ...codes._berrut import berrut_matrix
 from ...codes.kept import encoder_of, kept_matrices
 from ...codes.trees import Form
 from ...codes.workers import encode_on_host
 from ...risk import Accuracy, ErrorProbability
+from ...risk._error_bars import ErrorScale
 from ...risk._features import decoding_features
 from ...splines._host import smoothing_matrix_on_host
 from ._request import repeat_rows
+
+Score: TypeAlias = ErrorProbability | ErrorScale
 
 # The rows of a spline are one-hot up to rounding.
 _ROUNDING = 1e-5
@@ -55,19 +66,6 @@ class Layout:
     place_of: Int[np.ndarray, " num_workers"]
     own: tuple[Int[np.ndarray, " _"], ...]  # each of its own length
     extras: Int[np.ndarray, " extras"]
-
-
-class DecodedGroup(NamedTuple):
-    """Decoded predictions with the features of their score, and the score; NaN without one.
-
-    `informative` masks the predictions whose features say anything.
-    """
-
-    predictions: Shaped[np.ndarray, "rows num_data ..."]
-    recovered: Bool[np.ndarray, " num_data"]
-    features: Float[np.ndarray, "rows num_data features"]
-    informative: Bool[np.ndarray, "rows num_data"]
-    score: Float[np.ndarray, "rows num_data"]
 
 
 class Coder:
@@ -138,31 +136,33 @@ class Coder:
         values: Float[np.ndarray, "num_workers rows ..."],
         mask: Bool[np.ndarray, " num_workers"],
         width: int,
-        score: Any = None,
-        *,
-        features: bool = False,
-    ) -> DecodedGroup:
+    ) -> Decoded:
         """Decode, in the queries' order, answers that are zero where there is none.
 
         All rows share the workers, so they are further coordinates of one group. They are
-        repeated up to `width` rows, so that one compiled program serves any number up to it. Each
-        query's score is its probability of a wrong label, or its error bar: 1 or infinite where
-        nothing is known, and NaN without a score. With one, or where they are asked for, it has
-        features.
+        repeated up to `width` rows, so that one compiled program serves any number up to it.
+
+        Returns:
+            Predictions (rows, num_data, ...), with what all rows have in common.
         """
         _, rows, *out = values.shape
         flat = repeat_rows(values, width, axis=1).reshape(1, self.num_workers, -1)
         decoded = decode_groups(self.code, flat, np.asarray(mask)[None])
         predictions = np.asarray(decoded.predictions).reshape(self.num_data, width, *out)
         predictions = np.swapaxes(predictions, 0, 1)[:rows, self.order]
-        recovered, shape = np.asarray(decoded.recovered)[0, self.order], predictions.shape[:2]
-        scores = np.full(shape, np.nan)
-        if score is None and not features:
-            none = np.zeros((*shape, 0), np.float32), np.zeros(shape, bool)
-            return DecodedGroup(predictions, recovered, *none, scores)
-        roughness, variance = np.ones(rows), np.ones(self.num_data)
+        recovered = np.asarray(decoded.recovered)[0, self.order]
+        return Decoded(predictions, np.asarray(decoded.responded)[0], recovered)
+
+    def features(
+        self, values: Float[np.ndarray, "num_workers rows ..."], decoded: Decoded
+    ) -> tuple[Float[np.ndarray, "rows num_data 5"], Bool[np.ndarray, "rows num_data"]]:
+        """Return the features that rank what `decode` made of these values.
+
+        A mask has the predictions for which they say anything.
+        """
+        predictions, responded = decoded.predictions, decoded.responded
+        roughness, variance = np.ones(len(predictions)), np.ones(self.num_data)
         if self.has_deviation:
-            responded = np.asarray(decoded.responded)[0]
             variance, root = self._variances(responded.tobytes())
             flat = values.reshape(*values.shape[:2], -1)
             # What all answers have in common is taken off, since the product's rounding is its
@@ -170,12 +170,22 @@ class Coder:
             flat = np.where(responded[:, None, None], flat - flat[np.argmax(responded)], 0)
             varies = np.tensordot(root, flat, 1).astype(np.float64)
             roughness = np.mean(varies**2, axis=2).sum(axis=0)
-        outputs = predictions.reshape(*shape, -1)
-        found, informative = decoding_features(outputs, roughness, variance[self.order], self.form)
-        if score is not None:
-            unknown = 1 if isinstance(score, ErrorProbability) else np.inf
-            scores = np.where(informative, score.of_features(found), unknown)
-        return DecodedGroup(predictions, recovered, found, informative, scores)
+        outputs = predictions.reshape(*predictions.shape[:2], -1)
+        return decoding_features(outputs, roughness, variance[self.order], self.form)
+
+    def score(
+        self,
+        values: Float[np.ndarray, "num_workers rows ..."],
+        decoded: Decoded,
+        score: Score,
+    ) -> Float[np.ndarray, "rows num_data"]:
+        """Return the probability of a wrong label, or the error bar, of each prediction.
+
+        It is 1 or infinite where nothing is known.
+        """
+        features, informative = self.features(values, decoded)
+        unknown = 1 if isinstance(score, ErrorProbability) else np.inf
+        return np.where(informative, score.of_features(features), unknown)
 
     def ranks(self, accuracy: Accuracy) -> bool:
         """Return whether something says which decoded answers are good enough for a promise."""

@@ -1,15 +1,17 @@
 """Groups: queries that are coded together, and the state of their coded data points."""
 
 import dataclasses
-from collections.abc import Container, Iterator
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, TypeAlias
 
 import numpy as np
+from jaxtyping import Bool
 
 from ...pools import Batch
 from ._coder import Coder
-from ._request import Query, Source
-from .decide import GroupView, Place, QueryView
+from ._request import Query
+
+Place: TypeAlias = tuple[int, int]  # of a query: its cell in the group, and its row there
 
 
 @dataclasses.dataclass
@@ -98,32 +100,15 @@ class Group:
         """Yield the queries with approximate answers that are still to be compared."""
         return (each for each in self.queries() if each[1].approximate)
 
-    def view(self, looked: Container[Source]) -> GroupView:
-        """Return a snapshot, in a turn in which these sources were asked.
-
-        Decoded answers of earlier turns are left out: further answers may have come since.
-        """
-        queries = []
-        for place, query in self.open_queries():
-            sources: tuple[Source, ...] = ("predicted", "decoded")
-            known = [query.approximate.get(each) for each in sources[: 1 + ("decoded" in looked)]]
-            found = tuple(each for each in known if each is not None)
-            exact = query.request.exact_only or self.spoiled
-            queries.append(QueryView(place, query.reexecuted, exact, found))
-        failed = np.zeros_like(self.mask)
-        for point in np.flatnonzero(~np.isnan(self.sent_at) & ~self.mask).tolist():
+    @property
+    def failed(self) -> Bool[np.ndarray, " points"]:
+        """The coded data points that were sent and will have no answer, as things are."""
+        failed = ~np.isnan(self.sent_at) & ~self.mask
+        for point in np.flatnonzero(failed).tolist():
             failed[point] = self.batch.lost(point) if self.alone else self.batch.abandoned(point)
-        times, rows = self.batch.times, self.rows
-        return GroupView(
-            self.coder,
-            self.layout.own[: len(self.cells)],
-            self.sent_at,
-            self.mask,
-            failed,
-            tuple(queries),
-            times.limit(rows),
-            times.median(rows),
-            self.alone,
-            self.trial,
-            looked,
-        )
+        return failed
+
+    def late(self, now: float) -> Bool[np.ndarray, " points"]:
+        """Return the coded data points that are not waited for any more."""
+        overdue = now - self.sent_at >= self.batch.times.limit(self.rows)  # NaN was not sent
+        return (overdue & ~self.mask) | self.failed

@@ -19,67 +19,13 @@ from collections.abc import Container, Mapping
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
 from ...risk import Risk
 from ...stragglers import picking
 from .._policy import BatchingPolicy
-from ._coder import Coder
-from ._request import Answer, Source
+from ._group import Group, Place
+from ._request import Query, Source
 from ._setup import DispatchSetting
-
-Place: TypeAlias = tuple[int, int]  # of a query: its cell in the group, and its row there
-
-
-class QueryView(NamedTuple):
-    """A query that somebody waits for.
-
-    Attributes:
-        place: its place in the group.
-        copied: whether it was sent again.
-        exact_only: whether only the model's own answer will do.
-        answers: its approximate answers.
-    """
-
-    place: Place
-    copied: bool = False
-    exact_only: bool = False
-    answers: tuple[Answer, ...] = ()
-
-
-class GroupView(NamedTuple):
-    """A snapshot of a group.
-
-    Attributes:
-        coder: its code.
-        own: by cell, the coded data points that are the query itself.
-        sent_at: by coded data point, when it was sent; NaN where it was not.
-        answered: the coded data points with an answer.
-        failed: those that will have none, as things are.
-        queries: the queries that somebody waits for.
-        limit: seconds after which a call is late, by the pool's rule.
-        median: median seconds of a call.
-        alone: it is a batch for one worker, uncoded.
-        trial: its late queries are sent again to see how slow copies are.
-        looked: the sources that have been asked in this turn.
-    """
-
-    coder: Coder
-    own: tuple[Int[np.ndarray, " _"], ...]
-    sent_at: Float[np.ndarray, " points"]
-    answered: Bool[np.ndarray, " points"]
-    failed: Bool[np.ndarray, " points"]
-    queries: tuple[QueryView, ...]
-    limit: float
-    median: float
-    alone: bool = False
-    trial: bool = False
-    looked: Container[Source] = frozenset()
-
-    def late(self, now: float) -> Bool[np.ndarray, " points"]:
-        """Return the coded data points that are not waited for any more."""
-        outstanding = ~np.isnan(self.sent_at) & ~self.answered
-        return outstanding & ((now - self.sent_at >= self.limit) | self.failed)
 
 
 class LateEvidence(NamedTuple):
@@ -144,79 +90,90 @@ Action: TypeAlias = Predict | Decode | GiveOut | Copy | Fail | Wait
 
 
 def decide(
-    group: GroupView, now: float, evidence: LateEvidence, policy: BatchingPolicy
+    group: Group,
+    now: float,
+    evidence: LateEvidence,
+    policy: BatchingPolicy,
+    looked: Container[Source] = (),
 ) -> list[Action]:
     """Decide what becomes of a group's queries.
 
     After `Predict` and `Decode` it is asked again, with the estimates that they gave.
 
     Args:
-        group: the group.
+        group: the group, which is read and not changed.
         now: the time.
         evidence: what is known.
         policy: the policy.
+        looked: the sources that have been asked in this turn.
 
     Returns:
         What to do now, `Predict` or `Decode` alone, or `Wait` last.
     """
-    places = [query.place for query in group.queries]
+    queries = [*group.open_queries()]
     if group.alone:
-        return [Fail(places)] if group.failed[0] and places else [Wait(math.inf)]
+        failed = queries and group.failed[0]
+        return [Fail([place for place, _ in queries])] if failed else [Wait(math.inf)]
+    times, rows, own = group.batch.times, group.rows, group.layout.own
     sent, late = ~np.isnan(group.sent_at), group.late(now)
-    in_time = sent & ~group.answered & ~late
-    ends = group.sent_at[in_time] + group.limit
+    in_time = sent & ~group.mask & ~late
+    ends = group.sent_at[in_time] + times.limit(rows)
     hedges = policy.copies > 1
     if not evidence.setting.hedges:
-        outstanding = group.sent_at[sent & ~group.answered]
-        longest = picking.PICKING.hung * group.median
+        outstanding = group.sent_at[sent & ~group.mask]
+        longest = picking.PICKING.hung * times.median(rows)
         ends = np.append(ends, outstanding + longest)
         hedges &= group.trial or now - float(np.min(outstanding, initial=now)) >= longest
     wait = Wait(float(np.min(ends[ends > now], initial=math.inf)))
     if not late.any():
         return [wait]
-    lost = [each for each in group.queries if not (sent & ~late)[group.own[each.place[0]]].any()]
+    lost = [each for each in queries if not (sent & ~late)[own[each[0][0]]].any()]
     if not lost:
         return [wait]
     last = not in_time.any()
-    failed = ~sent | (group.failed & ~group.answered)
+    failed = ~sent | group.failed
 
-    def again(queries: list[QueryView]) -> list[Action]:
+    def again(queries: list[tuple[Place, Query]]) -> list[Action]:
         places = [
-            each.place
-            for each in queries
-            if not each.copied and (hedges or failed[group.own[each.place[0]]].all())
+            place
+            for place, query in queries
+            if not query.reexecuted and (hedges or failed[own[place[0]]].all())
         ]
         return [Copy(places, evidence.setting.overdue.copies)] if places else []
 
     # Approximate answers, the cheapest first. What is exact waits for no others.
-    exact = [each for each in lost if each.exact_only or not evidence.approximates]
+    approximates = evidence.approximates and not group.spoiled
+    exact = [each for each in lost if each[1].request.exact_only or not approximates]
     lost = [each for each in lost if each not in exact]
     given: list[Action] = []
-    left: list[QueryView] = []
-    if lost and evidence.predicts and "predicted" not in group.looked:
-        return [Predict([each.place for each in lost])]
-    for query in lost:
-        for answer in query.answers:
-            if answer.source == "predicted" and not (answer.within and evidence.predicts):
-                continue  # or it has drifted since
+    left: list[tuple[Place, Query]] = []
+    if lost and evidence.predicts and "predicted" not in looked:
+        return [Predict([place for place, _ in lost])]
+    # What was predicted may have drifted since, and what was decoded earlier be outdated.
+    usable = {"predicted": evidence.predicts, "decoded": "decoded" in looked}
+    for place, query in lost:
+        known = [query.approximate.get(source) for source in ("predicted", "decoded")]
+        for answer in (each for each in known if each is not None and usable[each.source]):
+            if answer.source == "predicted" and not answer.within:
+                continue
             risk = evidence.risk[answer.source]
             if risk.admits(answer.disagreement, answer.error, calibrated=answer.within):
-                given.append(GiveOut(query.place, answer.source))
+                given.append(GiveOut(place, answer.source))
                 break
         else:
-            left.append(query)
-    if left and "decoded" not in group.looked and _decodes(group, evidence, policy, last):
-        return [Decode([each.place for each in left])]
+            left.append((place, query))
+    if left and "decoded" not in looked and _decodes(group, evidence, policy, last):
+        return [Decode([place for place, _ in left])]
     return [*given, *again(exact + left if last else exact), wait]
 
 
-def _decodes(group: GroupView, evidence: LateEvidence, policy: BatchingPolicy, last: bool) -> bool:
+def _decodes(group: Group, evidence: LateEvidence, policy: BatchingPolicy, last: bool) -> bool:
     """Return whether decoding now may give answers, or evidence on them."""
-    answers = int(group.answered.sum())
+    answers = int(group.mask.sum())
     if not answers or not group.coder.can_decode or evidence.limit is None:
         return False
     if policy.accuracy.promises:
         return evidence.limit > 0 or not evidence.risk["decoded"].waits or last
     # Nothing is promised: half of the redundancy suffices, and less where no more can come.
-    cells, sent = len(group.own), int((~np.isnan(group.sent_at)).sum())
+    cells, sent = len(group.cells), int((~np.isnan(group.sent_at)).sum())
     return answers >= (max(cells - 2, 1) if last else sent - (sent - cells) // 2)

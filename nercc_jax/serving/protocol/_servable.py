@@ -111,14 +111,6 @@ class Tensors:
         shapes = tuple(part.shape for part in self.parts)
         return Form(structure, shapes, ("float32",) * len(self.parts))
 
-    @property
-    def uncodable(self) -> str | None:
-        """The reason why it cannot be coded; None if it can."""
-        for part in self.parts:
-            if part.datatype != FLOAT:
-                return f"{part.name!r} is {part.datatype}, and codes mix floats ({FLOAT}) only"
-        return None
-
     def pack(self, given: Any) -> np.ndarray:
         """Return rows of queries from arrays (B, *shape) by name, or from one array.
 
@@ -267,8 +259,10 @@ class Servable:
     def uncodable(self) -> str | None:
         """The reason why no code can be used; None if one can."""
         for what, tensors in (("input", self.queries), ("output", self.outputs)):
-            if tensors.uncodable is not None:
-                return f"{what} {tensors.uncodable}"
+            for part in tensors.parts:
+                if part.datatype != FLOAT:
+                    kind = f"{what} {part.name!r} is {part.datatype}"
+                    return f"{kind}, and codes mix floats ({FLOAT}) only"
         return None
 
 

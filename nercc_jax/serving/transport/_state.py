@@ -95,7 +95,7 @@ class Models:
     @property
     def ends_at(self) -> float:
         """The monotonic time at which something will end this process; infinite for nothing."""
-        return min((model.ends_at for model in self.started.values()), default=math.inf)
+        return min((model.pool.ends_at for model in self.started.values()), default=math.inf)
 
     # Names.
 
@@ -326,7 +326,7 @@ class ServerState:
             # What a model's batcher does not see is counted here.
             model = self.models.started.get(name)
             if outcome in ("invalid", "overloaded") and model is not None:
-                model.count(f"request_{outcome}")
+                model.meter.observe(f"request_{outcome}", 0.0)
             raise
         finally:
             if span is not None:
@@ -370,7 +370,7 @@ class ServerState:
             deadline, elapsed = options["deadline"], time.monotonic() - begin
             deadline = model.settings.deadline_s if deadline is None else deadline
             if elapsed >= deadline:
-                model.count("request_deadline")
+                model.meter.observe("request_deadline", 0.0)
                 raise DeadlineExceeded(f"its {deadline:g} s had passed before it was read")
             options["deadline"] = deadline - elapsed
         try:
