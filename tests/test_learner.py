@@ -263,7 +263,9 @@ def test_tuning_does_better_on_others_and_deviations_say_how_well():
     assert after.kernel.widths[2] > 2 * after.kernel.widths[0]
 
 
-@pytest.mark.parametrize("function", [np.sin, np.tanh, np.sign, lambda x: x], ids=str)
+@pytest.mark.parametrize(
+    "function", [np.sin, np.tanh, np.sign, np.positive], ids=["sine", "tanh", "sign", "line"]
+)
 def test_far_from_all_pairs_outputs_are_off_by_their_spread(function):
     """A factor that left-out errors ask for made deviations there up to 20 times too small."""
     x, at = (np.random.default_rng(seed).normal(size=(200, 3)) for seed in (0, 1))
