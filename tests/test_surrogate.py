@@ -205,7 +205,7 @@ def test_a_surrogate_that_is_the_model_leaves_no_error(key):
     ("change", "message"),
     [
         ({"criterion": "labels"}, "criterion must be 'disagreement' or 'mse', not 'labels'"),
-        ({"stragglers": {}}, "there are no stragglers"),
+        ({"stragglers": {}}, "stragglers are laws by name"),
         ({"code": Berrut(K, N)}, "Berrut is no regression"),
         (
             {"cheap_model": lambda x: model(x)[:, :2]},

@@ -218,14 +218,15 @@ LAWS = {"0": nj.ExactStragglers(0), "2": nj.ExactStragglers(2)}
 @pytest.mark.parametrize(
     ("model", "x", "laws", "message"),
     [
-        (jnp.tanh, np.zeros((20, 2)), {}, "there are no laws of stragglers"),
+        (jnp.tanh, np.zeros((20, 2)), {}, "stragglers are laws by name"),
+        (jnp.tanh, np.zeros((20, 2)), [nj.ExactStragglers(1)], "stragglers are laws by name"),
         (jnp.tanh, np.zeros((5, 2)), LAWS, "x has 5 data points: tuning needs two groups of 3"),
         (jnp.tanh, np.full((20, 2), np.nan), LAWS, r"data points \[0, .*\] are not finite"),
         (jnp.tanh, np.zeros((20, 2), int), LAWS, "x is int.*: codes work on floats"),
         (nnx.Dropout(0.5, rngs=nnx.Rngs(0)), np.zeros((20, 2)), LAWS, "mode: its Dropout"),
     ],
 )
-def test_tuning_errors(model, x, laws, message, key):
+def test_tuning_errors(model, x, laws, message, key, untyped):
     with pytest.raises(ValueError, match=message):
         nj.tune(model, nj.NeRCC(K, N), x, laws, key=key)
 

@@ -159,12 +159,10 @@ def make_trial(
     Raises:
         ValueError: There is no law, or an error of `code` is not finite.
     """
-    if not stragglers:
-        raise ValueError("there are no laws of stragglers")
     check_model(model)
+    available, law = draw_sets(stragglers, key, code.num_workers, num_sets)
     x = to_device(x)
     originals = eqx.filter_jit(_own_predictions)(model, x)
-    available, law = draw_sets(stragglers, key, code.num_workers, num_sets)
     laws = tuple(stragglers)
     blank = Trial(x, originals, available, law, jnp.ones(len(laws)), laws, criterion)
     scales, _ = blank.errors(model, code)
@@ -183,7 +181,13 @@ def draw_sets(
     num_workers: int,
     at_most: int,
 ) -> tuple[Bool[Array, "sets num_workers"], Int[Array, " sets"]]:
-    """Straggler sets of every law (all, if no more than `at_most`) and the number of their law."""
+    """Return straggler sets of every law (all, if no more than `at_most`), and which law's each is.
+
+    Raises:
+        ValueError: The laws do not come by name, or there is none.
+    """
+    if not isinstance(stragglers, Mapping) or not stragglers:
+        raise ValueError(f"stragglers are laws by name, {{'name': ...}}, not {stragglers!r}")
     masks = [
         straggler_sets(law, jax.random.fold_in(key, place), num_workers, at_most)
         for place, law in enumerate(stragglers.values())

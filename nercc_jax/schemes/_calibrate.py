@@ -129,8 +129,6 @@ def _observe(
     The errors are those of `_errors_of_sets`. Where `labels` count, outputs without are refused.
     """
     stragglers, key, num_sets = sets
-    if not stragglers:
-        raise ValueError("there are no stragglers to calibrate under: give laws by their names")
     scheme = scheme if isinstance(scheme, Scheme) else Scheme(scheme)
     masks, _ = draw_sets(stragglers, key, scheme.code.num_workers, num_sets)
     served = model if callable(model) else model[0]

@@ -200,15 +200,13 @@ def fit_surrogate(
     """
     if criterion not in ("disagreement", "mse"):
         raise ValueError(f"criterion must be 'disagreement' or 'mse', not {criterion!r}")
-    if not stragglers:
-        raise ValueError("there are no stragglers to fit the surrogate to")
+    masks, _ = draw_sets(stragglers, key, code.num_workers, num_sets)
     several = isinstance(cheap_model, Sequence)
     candidates = [
         each if isinstance(each, AbstractSurrogate) else Surrogate(each)
         for each in (cheap_model if several else [cheap_model])
     ]
     own = record_answers(model, code, x, batch_size=batch_size)
-    masks, _ = draw_sets(stragglers, key, code.num_workers, num_sets)
     # Kappa goes by the reciprocal of a typical variance: the mean of the sets' largest finite ones.
     variance = np.asarray(jax.jit(jax.vmap(code.posterior_variance))(masks))
     typical = float(np.mean(np.max(np.where(np.isfinite(variance), variance, 0), axis=1))) or 1.0
