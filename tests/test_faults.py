@@ -162,6 +162,7 @@ def test_a_rack_is_slow_together():
         (lambda: Fault("late"), "a fault is one of .*'swap'.*, not 'late'"),
         (lambda: Faults.from_rates(wrong_workers={"death": [0]}), "whole numbers, .* not .'death'"),
         (lambda: Faults.from_rates(wrong_workers=[1.5]), "whole numbers"),
+        (lambda: Faults.from_rates(wrong_workers=[True]), "whole numbers"),
         (lambda: Faults.from_rates(death_rate=1.5), r"probability must be in \[0, 1\], not 1.5"),
         (lambda: Fault("nan", probability=1.5), r"in \[0, 1\]"),
         (lambda: Fault("delay"), "needs a latency law"),

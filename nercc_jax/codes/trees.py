@@ -28,9 +28,7 @@ def leaves_of(name: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
     found = jax.tree_util.tree_flatten_with_path(tree)[0]
     if not found:
         raise ValueError(f"{name} holds no array: {tree!r}")
-    if isinstance(tree, list) and not any(
-        hasattr(leaf, "shape") and leaf.ndim for _, leaf in found
-    ):
+    if isinstance(tree, list) and not any(np.ndim(leaf) for _, leaf in found):
         raise ValueError(f"{name} is a list of numbers: give one array, np.asarray({name})")
     for path, leaf in found:
         yield name + jax.tree_util.keystr(path), leaf

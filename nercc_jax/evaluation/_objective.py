@@ -157,7 +157,7 @@ def make_trial(
     drawn for each law; all of a law's sets if they are fewer.
 
     Raises:
-        ValueError: There is no law, or an error of `code` is not finite.
+        ValueError: The laws do not come by name, or an error of `code` is not finite.
     """
     check_model(model)
     available, law = draw_sets(stragglers, key, code.num_workers, num_sets)

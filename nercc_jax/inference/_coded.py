@@ -198,6 +198,7 @@ def as_groups(
     leaves, structure = jax.tree.flatten(native(x, "x"))
     leaves = [leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for leaf in leaves]
     x, shapes = jax.tree.unflatten(structure, leaves), [leaf.shape for leaf in leaves]
+    given = lambda: ", ".join(f"{at} of shape {a.shape}" for at, a in leaves_of("x", x))  # noqa: E731
     many = in_a_row
     if not in_a_row:
         each = {False, True} if grouped is None else {grouped}
@@ -205,14 +206,13 @@ def as_groups(
             each.discard(False)
         fits = [m for m in each if all(shape[m : m + 1] == (num_data,) for shape in shapes)]
         if len(fits) != 1:
-            named = ", ".join(f"{name} of shape {leaf.shape}" for name, leaf in leaves_of("x", x))
             wanted = " or ".join(("(K, ...)", "(groups, K, ...)")[m] for m in sorted(each))
             raise ValueError(
-                f"{named} may be one group of {num_data} or {shapes[0][0]} groups: say which with "
-                "grouped=True or grouped=False, or give a mask per group, (groups, N)"
+                f"{given()} may be one group of {num_data} or {shapes[0][0]} groups: say which "
+                "with grouped=True or grouped=False, or give a mask per group, (groups, N)"
                 if fits
-                else f"{named}: with this code, mask and `grouped` it must be {wanted or 'another'}"
-                f", K = {num_data}"
+                else f"{given()}: with this code, mask and `grouped` it must be "
+                f"{wanted or 'another'}, K = {num_data}"
             )
         (many,) = fits
     if not all(map(is_float, leaves)):
@@ -220,9 +220,8 @@ def as_groups(
     empty = any(isinstance(size, int) and size == 0 for shape in shapes for size in shape)
     same = not many or len({shape[:1] for shape in shapes}) == 1
     if empty or not same or (in_a_row and (not shapes[0] or shapes[0][0] % num_data)):
-        given = ", ".join(map(str, shapes))
         raise ValueError(
-            f"x of shape {given} is no whole groups of {num_data} data points, as many in each part"
+            f"{given()} is no whole groups of {num_data} data points, as many in each part"
         )
     for number, leaf in enumerate(leaves):
         if not isinstance(leaf, jax.Array):  # in JAX's working precision

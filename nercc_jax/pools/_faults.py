@@ -73,7 +73,7 @@ class Fault:
         if not 0 <= self.probability <= 1:
             raise ValueError(f"probability must be in [0, 1], not {self.probability}")
         some = () if self.workers is None else self.workers
-        if not all(isinstance(worker, int | np.integer) for worker in some):
+        if not all(isinstance(w, int | np.integer) and not isinstance(w, bool) for w in some):
             raise ValueError(f"workers are whole numbers, [1, 2], not {self.workers}")
         if (self.kind == "delay") != (self.latency is not None):
             raise ValueError('a "delay" needs a latency law, and nothing else takes one')
