@@ -223,6 +223,14 @@ def test_rows_that_are_known_well_enough_are_not_computed(quick_fit):
     assert held / audited > 0.6
 
 
+def test_few_rows_of_a_function_that_swings_often_are_computed():
+    """No width of the kernel's grid was narrow enough to see the swings: 584 were computed."""
+    x = np.random.default_rng(0).uniform(0, 10, (1500, 1))
+    result, sent = run_timed(usual, x, function=lambda rows: np.sin(rows**2), tolerance=0.07)
+    assert len(sent) < 400
+    assert np.mean(np.abs(result.values - np.sin(x**2)) <= 0.07) > 0.95
+
+
 @pytest.mark.parametrize("options", [{"tolerance": 0.1, "compute": "all"}, {"tolerance": 1e-9}])
 def test_all_rows_are_computed_where_that_is_asked_or_nothing_is_known(quick_fit, options):
     result, _ = run_timed(usual, **options)

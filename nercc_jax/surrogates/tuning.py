@@ -299,7 +299,9 @@ def _descend(
     (The import of SciPy's optimizers takes longer than a first fit.)
     """
     grid = [first]  # as it is, too: what was tuned before is not lost
-    for width in (0.25, 0.5, 1.0, 2.0, 4.0):
+    # From a width of 0.25 a descent does not reach that of an output that swings often in an input:
+    # by 180 pairs of sin(x^2) up to x = 10, errors were 0.45, and are 0.0001.
+    for width in (0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0):
         for noise in (1e-6, 1e-4, 1e-2):
             grid.append(first.copy())
             grid[-1][:-2] += math.log(width)
