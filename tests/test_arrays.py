@@ -35,6 +35,7 @@ from nercc_jax.stragglers import (
     straggler_sets,
 )
 from nercc_jax.surrogates import fit_learner
+from nercc_jax.tuning import Descent, Sampling
 
 CODE = NeRCC(4, 9)
 MASK = np.arange(9) != 5
@@ -131,6 +132,8 @@ def static_numbers(module):
         lambda k, n: ExactStragglers(k),
         lambda k, n: ContiguousStragglers(k),
         lambda k, n: WaitFor(ExponentialLatency(1.0), k),
+        lambda k, n: Descent(steps=k, check_every=n),
+        lambda k, n: Sampling(groups_per_step=k),
     ],
 )
 def test_modules_take_numpys_integers_without_a_warning(build, untyped):
@@ -156,5 +159,3 @@ def test_a_pool_takes_numpys_integers(untyped):
     with DevicePool(np.tanh, np.int64(2), max_attempts=np.int64(2), compiled=False) as pool:
         batch = pool.dispatch(np.zeros((3, 1, 2), np.float32), needed=np.int64(3))
         assert batch.wait(np.int64(3)).available.all()
-    with pytest.raises(ValueError, match="num_workers must be a positive integer, not True"):
-        DevicePool(np.tanh, True, compiled=False)

@@ -100,10 +100,24 @@ def test_both_ways_have_the_same_ends_and_gradients():
                 np.testing.assert_allclose(b, a, rtol=1e-6, atol=1e-9 * np.max(np.abs(a)))
 
 
-def test_the_platform_chooses():
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_platform_chooses(gradient):
     """A program for a TPU or a GPU has no loop over knots, one for a CPU has."""
     code = NeRCC(3, 6)
-    traced = jax.jit(lambda mask: code.decoder_matrix(mask)).trace(jnp.ones(6, bool))
+
+    def run(mask, lambda_):
+        return smoothing_matrix(
+            code.beta,
+            code.alpha,
+            lambda_,
+            available=mask,
+            ends="not-a-knot" if gradient else "natural",
+        )
+
+    def slope(mask, lambda_):
+        return jax.grad(lambda lambda_: jnp.sum(run(mask, lambda_)))(lambda_)
+
+    traced = jax.jit(slope if gradient else run).trace(jnp.ones(6, bool), 0.1)
     for platform, loops in (("cpu", True), ("tpu", False), ("cuda", False)):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert ("stablehlo.while" in text) == loops, platform

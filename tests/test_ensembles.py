@@ -217,5 +217,3 @@ def test_arguments_that_do_not_fit_are_refused():
         result.mean(first, coverage=1.0)
     with pytest.raises(ValueError, match="for each of 400 rows"):
         result.mean(first, weights=np.ones(3))
-    with pytest.raises(ValueError, match="stop_when needs the statistic"):
-        run(x, stop_when=lambda estimate: True)

@@ -201,31 +201,6 @@ def test_gains_of_rows(x, key):
             rows.gain(*names)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"codes": {"a": NeRCC(5, 12), "b": NeRCC(4, 12)}}, r"same \(num_data, num_workers\)"),
-        ({"codes": {}}, "codes are one or more by name"),
-        ({"codes": NeRCC(4, 8)}, "codes are one or more by name.*not NeRCC"),
-        ({"stragglers": {}}, "stragglers are one or more by name"),
-        ({"x": np.ones((4, 3), np.float32)}, "4 data points fill no group of 5"),
-        ({"x": np.full((5, 3), np.nan, np.float32)}, "are not finite: take them out"),
-        ({"num_sets": 0}, "num_sets must be a positive integer, not 0"),
-        ({"labels": np.zeros(7)}, r"labels have shape \(7,\)"),
-        ({"codes": {"p": Parity(4, 6)}}, "run 2 models, but 1 came"),
-        ({"workers": {"BACC": [model, model]}}, "run 1 model, but 2 came"),
-        ({"workers": {"ParM": [model]}}, r"workers names \['ParM'\]; the codes are"),
-        ({"model": lambda x: x * jnp.inf}, "own outputs must be finite"),
-        ({"workers": {"NeRCC": lambda x: model(x)[:, :1]}}, "the workers' answers"),
-    ],
-)
-def test_errors(change, message, x, key, untyped):
-    given = {"model": model, "codes": CODES, "x": x, "stragglers": LAWS, "key": key, **change}
-    positional = [given.pop(name) for name in ("model", "codes", "x", "stragglers")]
-    with pytest.raises(ValueError, match=message):
-        evaluate(*positional, **given)
-
-
 @pytest.mark.parametrize("values", [[1.0, 1.0, 0.2], [0.0, 0.0, 0.1], [0.5, 0.6, 0.4, 0.5]])
 def test_shares_lie_within_their_bounds(values):
     """Wilson's interval by its formula, for n trials whose half width is z sqrt(p q / n)."""

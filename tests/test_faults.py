@@ -156,24 +156,6 @@ def test_a_rack_is_slow_together():
     assert 0.3 < slow[:, 0].mean() < 0.7
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Fault("late"), "a fault is one of .*'swap'.*, not 'late'"),
-        (lambda: Faults.from_rates(wrong_workers={"death": [0]}), "whole numbers, .* not .'death'"),
-        (lambda: Faults.from_rates(wrong_workers=[1.5]), "whole numbers"),
-        (lambda: Faults.from_rates(wrong_workers=[True]), "whole numbers"),
-        (lambda: Faults.from_rates(death_rate=1.5), r"probability must be in \[0, 1\], not 1.5"),
-        (lambda: Fault("nan", probability=1.5), r"in \[0, 1\]"),
-        (lambda: Fault("delay"), "needs a latency law"),
-        (lambda: Fault("nan", latency=ExponentialLatency(1.0)), "nothing else takes one"),
-    ],
-)
-def test_errors_in_faults(make, message, untyped):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
 # -- Workers that answer wrongly, and what notices it ----------------------------------------------
 
 

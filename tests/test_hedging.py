@@ -283,15 +283,3 @@ def test_it_imports_no_jax():
     code = "import sys; from nercc_jax import hedge; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-def test_arguments(untyped):
-    async def wait():
-        pass
-
-    with pytest.raises(ValueError, match=r"1 or more, not 0\.5"):
-        hedge(wait, budget=0.5)
-    with pytest.raises(ValueError, match="there is no target"):
-        hedge(wait, [])
-    with pytest.raises(ValueError, match=r"call is an async callable.*, not \['a', 'b'\]"):
-        hedge(["a", "b"])

@@ -14,10 +14,8 @@ import pytest
 import nercc_jax
 from nercc_jax import (
     AbstractCode,
-    Berrut,
     NeRCC,
     Parity,
-    Replication,
     Scheme,
     Uncoded,
     coded_inference,
@@ -38,20 +36,6 @@ def x():
 @pytest.fixture
 def masks():
     return np.random.default_rng(1).uniform(size=(6, N)) < 0.7
-
-
-@pytest.mark.parametrize("code", [NeRCC(K, N), Berrut(K, N), Replication(K, N)], ids=type)
-def test_it_is_encode_model_decode(code, dtype, masks):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, K, 3)).astype(dtype))
-    infer = coded_inference(model, code)
-    grouped = infer(x, masks)
-    assert grouped.shape == (6, K, 2)
-    for group, mask, predictions in zip(x, masks, grouped, strict=True):
-        expected = code.try_decode(model(code.encode(group)), mask).predictions
-        np.testing.assert_allclose(predictions, expected, atol=1e-5)
-        np.testing.assert_allclose(infer(group, mask), expected, atol=1e-5)
-    shared = infer(x, masks[0])
-    np.testing.assert_allclose(shared[0], grouped[0], atol=1e-6)
 
 
 def test_status(x, masks):
@@ -163,59 +147,6 @@ def test_a_linear_model_is_its_own_parity_model_and_both_get_gradients(x):
     )
 
 
-@pytest.mark.parametrize(
-    ("models", "code", "message"),
-    [
-        (model, Parity(K, 6), "run 2 models, but 1 came: give the served model and 1 further"),
-        ([model] * 3, Parity(K, 6), "run 2 models, but 3 came"),
-        ((model, model), NeRCC(K, N), "run 1 model, but 2 came: give the served model alone"),
-        ((model, lambda b: b), Parity(K, 6), r"differ in shape, served model first: \[\(2,\)"),
-    ],
-)
-def test_the_number_of_models_is_the_codes(models, code, message, untyped):
-    with pytest.raises(ValueError, match=message):
-        coded_inference(models, code)(
-            np.ones((2, K, 3), np.float32), np.ones(code.num_workers, bool)
-        )
-
-
-def test_a_data_point_of_any_shape(masks):
-    images = jnp.ones((6, K, 5, 4, 1))
-    predictions = coded_inference(lambda b: b.mean(axis=(1, 2, 3)), NeRCC(K, N))(images, masks)
-    np.testing.assert_allclose(predictions, np.ones((6, K)), rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("x", "mask", "message"),
-    [
-        (np.ones((3, 5)), np.ones(N, bool), r"\(K, \.\.\.\) or \(groups, K, \.\.\.\), K = 4"),
-        (np.ones((K, 5)), np.ones((2, N), bool), r"must be \(groups, K, \.\.\.\), K = 4"),
-        (np.ones((K, K, 2)), np.ones(N, bool), "may be one group of 4 or 4 groups"),
-        (np.ones((2, K, 5)), np.ones((3, N), bool), r"boolean mask of shape \(2, 10\)"),
-        (np.ones((2, K, 5)), np.ones((2, N)), "boolean mask"),
-        (np.ones((0, K, 5)), np.ones(N, bool), "no whole groups of 4 data points"),
-        (np.ones((2, K, 5), np.uint8), np.ones(N, bool), "x is uint8: codes work on floats"),
-    ],
-)
-def test_input_errors(x, mask, message, untyped):
-    with pytest.raises(ValueError, match=message):
-        coded_inference(model, NeRCC(K, N))(x, mask)
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (lambda b: b.sum(), r"for input \(20, 3\), the model's answer was \(\)"),
-        (lambda b: b[:7], r"a batch of 20 to arrays of as many answers"),
-        (lambda b: {"logits": b[:7]}, r"answer\['logits'\] was \(7, 3\)"),
-        (lambda b: b.argmax(axis=1), "answer is int32: codes work on floats"),
-    ],
-)
-def test_model_errors(bad, message, untyped):
-    with pytest.raises(ValueError, match=message):
-        coded_inference(bad, NeRCC(K, N))(np.ones((2, K, 3), np.float32), np.ones(N, bool))
-
-
 @pytest.mark.parametrize("way", ["eager", "jit", "mesh", "jit on its mesh"])
 def test_results_say_how_far_predictions_may_be_off(way):
     """`recovered` does not: many stragglers leave predictions that are determined and wrong."""
@@ -241,14 +172,6 @@ def test_results_say_how_far_predictions_may_be_off(way):
         y = np.sin(2 * np.asarray(code.encode(x[2])))
         _, wanted = code.decode(y, masks[2], return_uncertainty=True)
         np.testing.assert_allclose(found.deviation[2], wanted, rtol=1e-4)
-
-
-def test_codes_that_are_no_regression_have_no_deviation():
-    x, mask = np.ones((4, 3), np.float32), np.arange(8) != 2
-    with pytest.raises(ValueError, match="Berrut is no regression"):
-        coded_inference(jnp.sin, Scheme(Berrut(4, 8)))(x, mask)
-    with pytest.raises(ValueError, match="must be a code or a scheme, not str"):
-        coded_inference(jnp.sin, "NeRCC")
 
 
 def visits(call):

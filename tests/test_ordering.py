@@ -149,15 +149,13 @@ def test_transforms(dtype):
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
-def test_broken_rows_come_last_in_a_program_and_are_refused_elsewhere(broken, untyped):
+def test_broken_rows_come_last_in_a_program(broken):
     """So that as few groups are lost as can be."""
     rows = np.random.default_rng(7).normal(size=(12, 3)).astype(np.float32)
     rows[[2, 5], 1] = broken
     for order in (find(rows), jax.jit(lambda rows: order_points(rows, K))(rows)):
         assert is_permutation(order, 12)
         assert set(np.asarray(order)[-2:].tolist()) == {2, 5}
-    with pytest.raises(ValueError, match=r"data points are not finite: 2, 5; take them out"):
-        order_points(rows, 4)
 
 
 @pytest.mark.parametrize("number", [3, 100, 205])
@@ -265,22 +263,3 @@ def test_ordering_lowers_the_error():
     within, across = (error(order_points(x, 8, buffer_size=size)) for size in (8, 96))
     assert within < error(np.arange(96)) / 2
     assert across < within / 10
-
-
-ROWS = np.ones((8, 3), np.float32)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: order_points(ROWS, 0), "num_data must be a positive integer, not 0"),
-        (lambda: order_points(ROWS, 4, buffer_size=3), "a buffer of 3 .* must be 4 or more"),
-        (lambda: order_points(ROWS, 4, buffer_size=8.0), "buffer_size must be a positive integer"),
-        (lambda: order_points(ROWS[:0], 4), r"x has shape \(0, 3\): there are no data points"),
-        (lambda: order_points(ROWS, 4, features=ROWS[:5]), r"they must be \(8, \.\.\.\)"),
-        (lambda: order_points(ROWS, 4, features=jnp.sum), r"features have shape \(\)"),
-    ],
-)
-def test_errors(call, message, untyped):
-    with pytest.raises(ValueError, match=message):
-        call()

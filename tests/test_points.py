@@ -96,30 +96,3 @@ def test_the_layouts_are_those_that_an_error_names():
     named = re.findall(r"[\w:]+", str(error.value).partition("one of ")[2])
     assert tuple(named[: len(LAYOUTS)]) == LAYOUTS
     assert named[len(LAYOUTS)] == "mixed:SHARE"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0, 3), "num_data must be a positive integer, not 0"),
-        ((2.0, 3), "num_data must be a positive integer"),
-        ((2, True), "num_workers must be a positive integer"),
-        ((2, 3, "chebychev"), "points must be one of chebyshev, .*not 'chebychev'"),
-        ((2, 3, 7), "a pair"),
-        ((2, 3, "mixed"), r"mixed:SHARE.*\(as in 'mixed:0.5'\), not 'mixed'"),
-        ((2, 3, "mixed:much"), "not 'mixed:much'"),
-        ((2, 3, "uniform:0.5"), "not 'uniform:0.5'"),
-        ((2, 3, "mixed:1.5"), "the share in 'mixed:1.5' must be between 0 and 1"),
-        ((2, 3, "mixed:nan"), "must be between 0 and 1"),
-        ((4, 3, "mixed:0.5"), "4 data points need at least 4 workers, not 3"),
-        ((4, 3, "interleaved"), "4 data points need at least 4 workers, not 3"),
-        ((4, 3, "repeated"), "a worker of its own"),
-        ((2, 3, ([0.1], [0, 0, 1])), r"alpha must have shape \(2,\), not \(1,\)"),
-        ((2, 3, ([0.1, 0.1], [0, 0, 1])), "alphas must be distinct"),
-        ((2, 3, ([0.1, 1.5], [0, 0, 1])), r"alpha must lie in \[-1, 1\]"),
-        ((2, 3, ([0.1, 0.2], [0, np.nan, 1])), r"beta must lie in \[-1, 1\]"),
-    ],
-)
-def test_errors(arguments, message, untyped):
-    with pytest.raises(ValueError, match=message):
-        regression_points(*arguments)

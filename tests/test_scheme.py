@@ -1,6 +1,5 @@
 """Order, code, surrogate and doubt together, and the model where there is doubt."""
 
-import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -118,19 +117,6 @@ def test_copies_go_to_the_data_points_whose_label_the_student_doubts(order, shar
     assert plain.prepare(jnp.asarray(x)).beta is None
 
 
-def test_copies_by_a_students_doubt_need_labels(untyped):
-    values = Scheme(CODE, Surrogate(lambda x: model(x)[:, :1]), redundancy="uncertain")
-    with pytest.raises(ValueError, match="copies of uncertain values need a learner"):
-        values.prepare(jnp.asarray(points(4)))
-    with pytest.raises(ValueError, match="need a surrogate: a learner or a student"):
-        Scheme(CODE, redundancy="uncertain")
-    for parts in ((None,), (CODE, 3)):
-        with pytest.raises(ValueError, match="a scheme has a code and a surrogate"):
-            Scheme(*parts)
-    with pytest.raises(ValueError, match="straggler_share must be a share between 0 and 1, not 1"):
-        Scheme(CODE, Surrogate(rough), redundancy="uncertain", straggler_share=1.0)
-
-
 def test_what_is_uncertain_becomes_the_models_own(key):
     scheme = Scheme(CODE, order="pixels")
     data = points(2, 60)
@@ -173,45 +159,3 @@ def test_without_any_answer_all_is_executed_again(key):
     assert fixed.recovered.all()
     own = np.asarray(model(jnp.asarray(x)))
     np.testing.assert_allclose(np.asarray(fixed.predictions)[lost], own[lost], atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("x", "available", "message"),
-    [
-        (points(0)[:5], MASKS[0], r"x of shape \(5, 2, 3\) is no whole groups of 4"),
-        (points(0)[:0], MASKS[0], "is no whole groups"),
-        (points(0).astype(int), MASKS[0], "codes work on floats"),
-        (points(0), MASKS[:2], r"available must be a boolean mask of shape \(6, 7\)"),
-        (points(0), MASKS[0].astype(float), "available must be a boolean mask"),
-        (np.where(np.arange(24)[:, None, None] == 5, np.nan, points(0)), MASKS[0], r"points \[5\]"),
-    ],
-)
-def test_input_errors(x, available, message, untyped):
-    with pytest.raises(ValueError, match=message):
-        decode_with_deviation(model, Scheme(CODE))(x, available)
-
-
-def test_models_and_schemes_that_do_not_fit(untyped):
-    other = Scheme(CODE, Surrogate(lambda x: x))
-    with pytest.raises(ValueError, match=r"the surrogate gives outputs \(2, 3\), the model \(3,\)"):
-        decode_with_deviation(model, other)(points(0), MASKS)
-    with pytest.raises(ValueError, match="order by 'surrogate' needs a surrogate"):
-        Scheme(CODE, order="surrogate")
-    with pytest.raises(ValueError, match="order must be 'pixels', 'surrogate' or a function"):
-        Scheme(CODE, order="labels")  # pyright: ignore[reportArgumentType]
-
-
-def test_what_cannot_be_executed_again(untyped):
-    x = points(0)
-    assessed = decode_with_deviation(model, Scheme(CODE))(x, MASKS)
-    with pytest.raises(ValueError, match="there is no error probability: calibrate"):
-        reexecute(model, x, assessed)
-    sound = dataclasses.replace(assessed, error_probability=jnp.ones(len(x)))
-    with pytest.raises(ValueError, match="must be 0 or positive"):
-        reexecute(model, x, sound, limit=float("nan"))
-    with pytest.raises(
-        ValueError, match=r"x has shape \(4, 2, 3\); assessed are data points \(24,\)"
-    ):
-        reexecute(model, x[:4], sound)
-    with pytest.raises(ValueError, match="own outputs are not finite"):
-        reexecute(lambda x: jnp.full((len(x), OUTPUTS), jnp.nan), x, sound)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nercc_jax import Berrut, ExactStragglers, NeRCC, fit_surrogate
+from nercc_jax import ExactStragglers, NeRCC, fit_surrogate
 from nercc_jax.surrogates import Surrogate
 from nercc_jax.surrogates.interface import AbstractGroupPrior
 from nercc_jax.surrogates.surrogate import decode_with_deviation
@@ -199,42 +199,3 @@ def test_a_surrogate_that_is_the_model_leaves_no_error(key):
     found = fit_surrogate(model, model, CODES["chebyshev"](), points(1), LAWS, key=key)
     disagreement, _ = disagreement_and_mse(CODES["chebyshev"](), found, points(2), key)
     assert disagreement == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"criterion": "labels"}, "criterion must be 'disagreement' or 'mse', not 'labels'"),
-        ({"stragglers": {}}, "stragglers are laws by name"),
-        ({"code": Berrut(K, N)}, "Berrut is no regression"),
-        (
-            {"cheap_model": lambda x: model(x)[:, :2]},
-            r"the surrogate gives outputs \(2,\), the model \(3,\)",
-        ),
-        ({"x": np.full((8, 5), np.nan, "float32")}, "are not finite: take them out"),
-        ({"x": points(0)[:3]}, "3 data points fill no group of 4"),
-    ],
-)
-def test_input_errors(change, message, key, untyped):
-    arguments = {
-        "cheap_model": rough,
-        "code": NeRCC(K, N),
-        "x": points(0),
-        "stragglers": LAWS,
-    } | change
-    with pytest.raises(ValueError, match=message):
-        fit_surrogate(model, key=key, num_sets=2, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("numbers", "message"),
-    [
-        ({"theta": -0.1}, "theta must be 0 or positive, not -0.1"),
-        ({"kappa": np.nan}, "kappa must be 0 or positive, not nan"),
-        ({"kappa": np.ones(2)}, r"kappa must be a scalar, not an array of shape \(2,\)"),
-        ({"model": 3}, "a surrogate is a callable on a batch, not int"),
-    ],
-)
-def test_constructor_errors(numbers, message, untyped):
-    with pytest.raises(ValueError, match=message):
-        Surrogate(**({"model": rough} | numbers))

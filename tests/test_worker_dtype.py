@@ -223,16 +223,6 @@ def test_a_pool_keeps_its_makers_precision_of_products():
 # Errors.
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float64", "complex64", "bf16", bool, float], ids=str)
-def test_no_other_dtype(dtype, untyped):
-    for use in (
-        lambda: coded_inference(closed, CODE, worker_dtype=dtype),
-        lambda: DevicePool(closed, 1, worker_dtype=dtype),
-    ):
-        with pytest.raises(ValueError, match="worker_dtype must be a floating dtype of at most 32"):
-            use()
-
-
 @pytest.mark.parametrize("wrap", [jax.vmap, jax.jit], ids=["vmap", "jit"])
 def test_a_module_within_a_function_is_reported(wrap):
     module = eqx.nn.Linear(5, 3, key=jax.random.key(0))
