@@ -18,7 +18,7 @@ from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded, nes
 from nercc_jax.codes import BerrutSpline, LearnedDecoder
 from nercc_jax.tuning import learn_decoder
 
-# All layouts that the error at an unknown one names: `test_points.py` compares them.
+# All layouts that the error at an unknown one names: `test_codes.py` compares them.
 LAYOUTS = ("chebyshev", "approxifer", "sbacc", "uniform", "interleaved", "repeated")
 
 # For lambda = 0, and for answers that a code keeps as they are. Normal equations square both, and

@@ -89,14 +89,11 @@ def test_few_groups_leave_about_the_spline(groups):
     assert (errors(few) < 1.7 * errors(code)).all()
 
 
-def test_the_draw_depends_on_the_key_alone(learned):
+def test_the_draw_depends_on_the_key_alone_however_much_is_held_at_a_time(learned, monkeypatch):
     again = learn_decoder(model, NeRCC(K, N), X[:600], key=KEY, batch_size=50)
     np.testing.assert_allclose(again.root, learned.root, atol=2e-6)
     other = learn_decoder(model, NeRCC(K, N), X[:600], key=jax.random.key(8))
     assert np.abs(other.root - learned.root).max() > 1e-3
-
-
-def test_outputs_are_held_a_part_at_a_time(monkeypatch, learned):
     monkeypatch.setattr("nercc_jax.tuning._learn_decoder._AT_ONCE", (K + N) * 12 * 7)
     again = learn_decoder(model, NeRCC(K, N), X[:600], key=KEY)
     np.testing.assert_allclose(np.abs(again.root), np.abs(learned.root), atol=2e-6)

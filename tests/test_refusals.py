@@ -163,10 +163,7 @@ DOORS = {
         ({"points": ([0.1, 0.2], [0, np.nan, 1])}, r"beta must lie in \[-1, 1\]"),
     ]),
     "smoothing_spline": (partial(smoothing_spline, t=T, y=Y, lambda_=0.1), [
-        (
-            {"lambda_": None, "ends": "not-a-knot"},
-            "chooses one for natural ends: give a lambda_",
-        ),
+        ({"lambda_": None, "ends": "not-a-knot"}, "chooses one for natural ends: give a lambda_"),
         ({"ends": "clamped"}, "ends must be one of natural, not-a-knot, not 'clamped'"),
         ({"t": jnp.zeros((2, 2))}, "points must be a float vector"),
         ({"t": jnp.zeros(0)}, "points must be a float vector"),
@@ -208,10 +205,8 @@ DOORS = {
         ({"code": Parity(4, 6)}, "run 2 models, but 1 came: give the served model and 1 further"),
         ({"code": Parity(4, 6), "model": [model] * 3}, "run 2 models, but 3 came"),
         ({"model": (model, model)}, "run 1 model, but 2 came: give the served model alone"),
-        (
-            {"code": Parity(4, 6), "model": (model, lambda b: b)},
-            r"differ in shape, served model first: \[\(3,\)",
-        ),
+        ({"code": Parity(4, 6), "model": (model, lambda b: b)},
+         r"differ in shape, served model first: \[\(3,\)"),
         ({"x": X[:3]}, r"\(K, \.\.\.\) or \(groups, K, \.\.\.\), K = 4"),
         ({"mask": SETS}, r"must be \(groups, K, \.\.\.\), K = 4"),
         ({"x": np.ones((4, 4, 5))}, "may be one group of 4 or 4 groups"),
@@ -232,10 +227,8 @@ DOORS = {
         ({"order": "labels"}, "order must be 'pixels', 'surrogate' or a function"),
         ({"surrogate": 3}, "a scheme has a code and a surrogate"),
         (lambda: Scheme(None), "a scheme has a code and a surrogate"),
-        (
-            {"surrogate": Surrogate(model), "redundancy": "uncertain", "straggler_share": 1.0},
-            "straggler_share must be a share between 0 and 1, not 1",
-        ),
+        ({"surrogate": Surrogate(model), "redundancy": "uncertain", "straggler_share": 1.0},
+         "straggler_share must be a share between 0 and 1, not 1"),
         (
             lambda: Scheme(
                 CODE, Surrogate(lambda x: model(x)[:, :1]), redundancy="uncertain"
@@ -250,10 +243,8 @@ DOORS = {
         ({"x": X[:8], "mask": SETS}, r"available must be a boolean mask of shape \(2, 6\)"),
         ({"mask": np.ones(6)}, "available must be a boolean mask"),
         ({"x": NOT_FINITE}, r"points \[5\]"),
-        (
-            {"code": Scheme(CODE, Surrogate(lambda x: x))},
-            r"the surrogate gives outputs \(5,\), the model \(3,\)",
-        ),
+        ({"code": Scheme(CODE, Surrogate(lambda x: x))},
+         r"the surrogate gives outputs \(5,\), the model \(3,\)"),
     ]),
     "reexecute": (executed_again, [
         ({"probability": None}, "there is no error probability: calibrate"),
@@ -295,10 +286,7 @@ DOORS = {
             ({"available": SETS[0]}, r"available must be masks \(sets, 6\), not bool\(6,\)"),
             ({"available": SETS[:, :-1]}, r"not bool\(3, 5\)"),
             ({"available": SETS.astype(float)}, r"not float\d\d"),
-            (
-                {"criterion": "mae"},
-                "mse, cross_entropy, disagreement or a function, not 'mae'",
-            ),
+            ({"criterion": "mae"}, "mse, cross_entropy, disagreement or a function, not 'mae'"),
             ({"criterion": None}, "criterion must be one of .* or a function, not None"),
             ({"code": Parity(4, 6)}, "the workers of this code run 2 models, but 1 came"),
         ],
@@ -311,10 +299,8 @@ DOORS = {
         ({"x": X.astype(int)}, "x is int.*: codes work on floats"),
         ({"model": nnx.Dropout(0.5, rngs=nnx.Rngs(0))}, "mode: its Dropout"),
         ({"model": broken_in_between}, "finite answers on coded data points"),
-        (
-            {"stragglers": LAWS | {"nobody": ExactStragglers(N)}},
-            "'nobody'.*leave out laws under which nobody answers",
-        ),
+        ({"stragglers": LAWS | {"nobody": ExactStragglers(N)}},
+         "'nobody'.*leave out laws under which nobody answers"),
         (
             {
                 "code": NeRCC(K, N, points="repeated", lambda_dec=0.0, exact=True),
@@ -344,24 +330,18 @@ DOORS = {
         ({"code": Replication(4, 6)}, "has nothing to tune$"),
         ({"code": Berrut(4, 6), "points": False}, "Berrut has nothing to tune except its points"),
         ({"code": Lagrange(4, 6), "points": False}, "Lagrange has nothing to tune except its poin"),
-        (
-            {"code": LearnedDecoder(np.ones((3, 2)), np.eye(5))},
-            "nothing to tune: tune the code before",
-        ),
+        ({"code": LearnedDecoder(np.ones((3, 2)), np.eye(5))},
+         "nothing to tune: tune the code before"),
     ]),
     "learn_decoder": (partial(learn_decoder, model=model, code=CODE, x=X, key=KEY), [
         ({"code": Uncoded(3)}, "Uncoded has no regression points"),
-        (
-            {"order": lambda x: np.zeros(len(x))},
-            "order must return a permutation of 60 data points",
-        ),
+        ({"order": lambda x: np.zeros(len(x))},
+         "order must return a permutation of 60 data points"),
         ({"x": X[:3]}, "3 data points fill no group"),
         ({"num_groups": 0}, "num_groups must be"),
         ({"model": infinite}, "own outputs must be finite"),
-        (
-            {"model": jnp.log, "x": np.abs(X) + 1e-3},
-            r"answers to coded data points must be finite; they are not for workers \[",
-        ),
+        ({"model": jnp.log, "x": np.abs(X) + 1e-3},
+         r"answers to coded data points must be finite; they are not for workers \["),
     ]),
     "fit_surrogate": (
         partial(
@@ -371,10 +351,8 @@ DOORS = {
             ({"criterion": "labels"}, "criterion must be 'disagreement' or 'mse', not 'labels'"),
             ({"stragglers": {}}, "stragglers are laws by name"),
             ({"code": Berrut(4, 6)}, "Berrut is no regression"),
-            (
-                {"cheap_model": lambda x: model(x)[:, :2]},
-                r"the surrogate gives outputs \(2,\), the model \(3,\)",
-            ),
+            ({"cheap_model": lambda x: model(x)[:, :2]},
+             r"the surrogate gives outputs \(2,\), the model \(3,\)"),
             ({"x": NOT_FINITE}, "are not finite: take them out"),
             ({"x": X[:3]}, "3 data points fill no group of 4"),
         ],
@@ -395,10 +373,8 @@ DOORS = {
             ({"x": NOT_FINITE}, "are not finite: take them out"),
             ({"x": X[:3]}, "3 data points fill no group of 4"),
             ({"model": lambda x: model(x)[:, :1], "num_sets": 1}, "which is no label"),
-            (
-                {"model": lambda x: model(x)[:, :1], "scheme": Scheme(CODE), "num_sets": 1},
-                "which is no label",
-            ),
+            ({"model": lambda x: model(x)[:, :1], "scheme": Scheme(CODE), "num_sets": 1},
+             "which is no label"),
         ],
     ),
     "fit_learner": (learner, [
@@ -490,24 +466,16 @@ DOORS = {
             )
             for end in (0.0, np.nan, -np.inf)
         ),
-        (
-            {"use": lambda pool: pool.send(pool.open(2), [2], np.ones((1, 1, 3)))},
-            "point 2 of 2 is not there",
-        ),
-        (
-            {"use": lambda pool: pool.send(pool.open(2), [1, 1], np.ones((2, 1, 3)))},
-            "has been sent already",
-        ),
-        (
-            {"use": lambda pool: pool_inference(pool, CODE)(X[:4], deadline=np.nan)},
-            "a positive number of seconds, not nan",
-        ),
+        ({"use": lambda pool: pool.send(pool.open(2), [2], np.ones((1, 1, 3)))},
+         "point 2 of 2 is not there"),
+        ({"use": lambda pool: pool.send(pool.open(2), [1, 1], np.ones((2, 1, 3)))},
+         "has been sent already"),
+        ({"use": lambda pool: pool_inference(pool, CODE)(X[:4], deadline=np.nan)},
+         "a positive number of seconds, not nan"),
         ({"use": lambda pool: pool_inference(pool, CODE)(X[:3])}, r"x of shape \(3, 5\)"),
         ({"use": lambda pool: pool_inference(pool, CODE)(X[:4].astype(int))}, "x is int64"),
-        (
-            {"use": lambda pool: pool_inference(pool, CODE)(NOT_FINITE[4:8])},
-            r"data points \[1\] are not finite",
-        ),
+        ({"use": lambda pool: pool_inference(pool, CODE)(NOT_FINITE[4:8])},
+         r"data points \[1\] are not finite"),
     ]),
     "Fault": (partial(Fault, "nan"), [
         ({"probability": 1.5}, r"in \[0, 1\]"),
@@ -541,10 +509,8 @@ DOORS = {
             ({"tolerance": 1.0, "rows": bad}, r"rows are finite numbers \(rows, ...\), not")
             for bad in (np.array(["a"]), 1.0, np.zeros((0, 2)))
         ),
-        (
-            {"tolerance": 1.0, "rows": np.array([[1.0], [np.nan]])},
-            r"float64 of shape \(2, 1\), with nan in row 1",
-        ),
+        ({"tolerance": 1.0, "rows": np.array([[1.0], [np.nan]])},
+         r"float64 of shape \(2, 1\), with nan in row 1"),
     ]),
     **{
         f"worker_dtype, {name}": (use, [

@@ -293,28 +293,22 @@ def test_one_seed_gives_one_code_to_the_last_bit(runs, start):
     assert not np.array_equal(other.code.beta, again.code.beta)
 
 
-def test_a_code_is_tuned_from_workers_on_the_data_points(key):
+def test_a_code_begins_with_workers_on_its_data_points_and_starts_as_they_are(key):
     seen = []
     code, few = nj.NeRCC(K, N), {"sampling": SAMPLING, "descent": Descent(steps=3)}
-    options = few | {"key": key, "on_step": lambda step, code: seen.append(np.asarray(code.beta))}
-    nj.tune(model, code, DATA, LAWS, **options)
+    few |= {"key": key, "on_step": lambda step, code: seen.append(np.asarray(code.beta))}
+    nj.tune(model, code, DATA, LAWS, **few)
     assert np.sum(np.abs(seen[0] - code.beta) > 1e-3) == K
     assert set(np.asarray(code.alpha)) <= set(seen[0])
-    nj.tune(model, code, DATA, LAWS, points=False, **options)
+    nj.tune(model, code, DATA, LAWS, points=False, **few)
     np.testing.assert_array_equal(seen[4], code.beta)
-
-
-def test_several_starts_begin_as_they_are_and_the_best_counts(key):
-    seen = []
-    code, few = nj.NeRCC(K, N), {"sampling": SAMPLING, "descent": Descent(steps=3)}
+    # Of several starts the best counts.
     starts = (code, nj.NeRCC(K, N, points="interleaved"))
-    tuned = nj.tune(
-        model, starts, DATA, LAWS, key=key, on_step=lambda step, code: seen.append(code), **few
-    )
-    for place, start in zip((0, 4), starts, strict=True):
-        np.testing.assert_allclose(seen[place].beta, start.beta, atol=1e-6)
+    tuned = nj.tune(model, starts, DATA, LAWS, **few)
+    for place, start in zip((8, 12), starts, strict=True):
+        np.testing.assert_allclose(seen[place], start.beta, atol=1e-6)
     assert [step.step for step in tuned.history] == [0, 1, 2, 3, 0, 1, 2, 3]
-    assert tuned.objective <= nj.tune(model, starts[:1], DATA, LAWS, key=key, **few).objective
+    assert tuned.objective <= nj.tune(model, starts[:1], DATA, LAWS, **few).objective
 
 
 def test_any_optimizer_and_lbfgs_lower_the_error_from_the_same_start(start, untyped):
