@@ -45,7 +45,7 @@ FIRST = {name: place for place, name in enumerate(LONGEST)}
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Where numbers are the subject, both precisions run by default; elsewhere one case, a slow one.
-NUMERICS = {"test_codes.py", "test_points.py", "test_splines.py"}
+NUMERICS = {"test_codes.py", "test_splines.py"}
 
 # Compiling is most of the time. Four programs (decoding, its two gradients, one of them vmapped)
 # took XLA 23.8 s of CPU time, 16.1 s without its fusion emitters, and 9.2 s without most of LLVM's

@@ -18,7 +18,7 @@ from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded, nes
 from nercc_jax.codes import BerrutSpline, LearnedDecoder
 from nercc_jax.tuning import learn_decoder
 
-# All layouts that the error at an unknown one names: `test_points.py` compares them.
+# All layouts that the error at an unknown one names: `test_codes.py` compares them.
 LAYOUTS = ("chebyshev", "approxifer", "sbacc", "uniform", "interleaved", "repeated")
 
 # For lambda = 0, and for answers that a code keeps as they are. Normal equations square both, and
@@ -84,7 +84,9 @@ def decoder_matrix(code, available) -> np.ndarray:
         if responded.size:
             beta, mu = _float64(code.beta)[responded], float(code.lambda_dec) * responded.size
             natural = code.ends == "natural"
-            spline = spline_matrix(beta, code.alpha, mu) if natural else _cubic(beta, code.alpha)
+            spline = (
+                spline_matrix(beta, code.alpha, mu) if natural else cubic_matrix(beta, code.alpha)
+            )
             matrix[:, responded] = spline
     elif isinstance(code, Lagrange):
         # Of more than the threshold, that many spread evenly along the line.
@@ -156,7 +158,7 @@ def _spline_matrix(t, at, mu, ends, weights) -> np.ndarray:
         return np.array(values, float)
 
 
-def _cubic(t, at) -> np.ndarray:
+def cubic_matrix(t, at) -> np.ndarray:
     """The interpolating cubic spline with not-a-knot ends, by SciPy; straight on beyond them."""
     at, order = _float64(at), np.argsort(t)
     if len(t) < 4:

@@ -88,25 +88,6 @@ def _evaluate(t, h, g, gamma, a):
     return (u * g[i + 1] + v * g[i]) / h[i] - u * v / 6 * bend
 
 
-def spline_with_end_prices(t, y, lambda_, end_weights, at, *, available=None) -> list:
-    """u(at) for the minimiser of
-
-        1/n sum |u(t_i) - y_i|^2 + lambda (int u''^2 + a u'(first)^2 + b u'(last)^2),
-
-    with (a, b) the end weights.
-    """
-    t, y, w = merge(t, y, available)
-    at, lambda_ = exactly(at), exactly([lambda_])[0]
-    if len(t) == 1:
-        return [y[0] for _ in at]
-    curve = TruncatedPowers(t)
-    rows = np.array([curve.row(0, knot) for knot in t])
-    weighted = rows * (np.array(w) / sum(w))[:, None]
-    left = weighted.T @ rows + lambda_ * curve.penalty(exactly(end_weights))
-    coefficients = eliminate(left, weighted.T @ np.array(y)[:, None])[:, 0]
-    return [curve.value(place, coefficients) for place in at]
-
-
 def eliminate(left, right):
     """Gauss's elimination for a positive definite matrix; of arrays of mpmath numbers."""
     rows, n = np.concatenate([left, right], axis=1), len(left)

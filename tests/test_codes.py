@@ -1,6 +1,7 @@
 """One contract for every code, and what each code promises beyond it."""
 
 import itertools
+import re
 import warnings
 
 import equinox as eqx
@@ -13,10 +14,9 @@ import matrices
 import numpy as np
 import oracle
 import pytest
-import scipy.interpolate
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded, coded_inference
-from nercc_jax.codes import BerrutSpline, decode_groups
+from nercc_jax.codes import BerrutSpline, decode_groups, regression_points
 from nercc_jax.testing import check_code
 
 K, N = 4, 11
@@ -41,28 +41,14 @@ CODES = {
     "one-for-one": lambda: NeRCC(1, 1),
     "moving-averages": lambda: extending.MovingAverages(K, N),
 }
-SPLINES = [name for name in CODES if name.startswith(("nercc", "berrut"))]
 EPS = {"float32": 1e-5, "float64": 1e-11}
 # Their programs are those of "nercc", of other sizes or numbers; their matrices are compared.
 ALIKE = ("nercc-few-workers", "nercc-published", "nercc-ends")
 
 
 # Other sizes and points make other programs of the same source: in float64 one of each class, and
-# of the ways that NeRCC's matrices are made, tells as much. What follows from the matrices, or asks
-# who responded, does so in either precision.
-WIDE = (
-    *("nercc", "nercc-interleaved", "berrut", "berrut-spline"),
-    *("lagrange-quadratic", "parity", "replication"),
-)
-IN_FLOAT32 = [(name, "float32") for name in CODES]
-in_both_precisions = pytest.mark.parametrize(
-    ("code", "dtype"), IN_FLOAT32 + [(name, "float64") for name in WIDE], indirect=True
-)
-
-
-@pytest.fixture
-def code(request, dtype):
-    return CODES[request.param]()
+# of the ways that NeRCC's matrices are made, tells as much.
+WIDE = ("nercc", "nercc-interleaved", "berrut", "lagrange-quadratic", "parity", "replication")
 
 
 def data(code, *shape, seed=0):
@@ -87,14 +73,13 @@ def all_but_one(code):
 
 
 @pytest.mark.parametrize(
-    ("code", "dtype"),
-    # Two programs less, of other sizes or another matrix: those matrices are compared below.
-    [each for each in IN_FLOAT32 if each[0] not in ALIKE]
-    + [(name, "float64") for name in WIDE if name != "berrut-spline"],
-    indirect=True,
+    ("name", "dtype"),
+    [(name, "float32") for name in CODES if name not in ALIKE]
+    + [(name, "float64") for name in WIDE],
+    indirect=["dtype"],
 )
-def test_contract(code):
-    check_code(code)
+def test_contract(name, dtype):
+    check_code(CODES[name]())
 
 
 @pytest.mark.parametrize(
@@ -116,41 +101,36 @@ def test_contract_where_a_program_promotes_no_dtypes_and_no_ranks(name):
                 np.testing.assert_allclose(predictions, np.tanh(x), atol=1e-4)
 
 
-decoder_in_program = eqx.filter_jit(lambda code, mask: code.decoder_matrix(jnp.asarray(mask)))
-encoder_in_program = eqx.filter_jit(lambda code: code.encoder_matrix())
+@pytest.mark.parametrize("shape", [(3,), (), (2, 3, 1)], ids=str)
+@pytest.mark.parametrize("name", CODES)
+def test_encode_and_decode_are_the_matrices(name, shape, dtype):
+    """On the host, where code and mask are known; that programs do so, too, is in the contract.
 
-
-def check_against_matrices(code, shape, dtype):
+    Answers of low precision are decoded in float32.
+    """
+    code = CODES[name]()
     x, y = data(code, *shape), answers(code, *shape)
     coded, encoder = code.encode(x), matrices.encoder_matrix(code)
     assert coded.shape == (code.num_workers, *shape)
     expected = np.tensordot(encoder, np.asarray(x, float), 1)
     np.testing.assert_allclose(coded, expected, atol=EPS[dtype])
-    for matrix in (code.encoder_matrix(), encoder_in_program(code)):
-        np.testing.assert_allclose(matrix, encoder, atol=EPS[dtype])
+    np.testing.assert_allclose(code.encoder_matrix(), encoder, atol=EPS[dtype])
+    half = y.astype(jnp.bfloat16)
     for mask in (everyone(code), all_but_one(code), np.arange(code.num_workers) == 1):
         decoder = matrices.decoder_matrix(code, mask)
         kept = decoder.any(axis=1)
         decoded = code.try_decode(y, mask)
-        assert decoded.predictions.shape == (code.num_data, *shape)
         assert coded.dtype == decoded.predictions.dtype == dtype
         np.testing.assert_array_equal(decoded.recovered, kept)
-        expected = np.tensordot(decoder, np.asarray(y, float), 1)[kept]
-        np.testing.assert_allclose(decoded.predictions[kept], expected, atol=10 * EPS[dtype])
-        # On the host where code and mask are known, else in a program.
-        for matrix in (code.decoder_matrix(mask), decoder_in_program(code, mask)):
-            np.testing.assert_allclose(matrix, decoder, atol=10 * EPS[dtype])
-
-
-@in_both_precisions
-def test_encode_and_decode_are_the_matrices(code, dtype):
-    check_against_matrices(code, (3,), dtype)
-
-
-@pytest.mark.parametrize("shape", [(), (2, 3, 1)])
-@pytest.mark.parametrize("name", ["nercc", "parity"])
-def test_data_points_have_any_shape(name, shape):
-    check_against_matrices(CODES[name](), shape, "float32")
+        np.testing.assert_allclose(code.decoder_matrix(mask), decoder, atol=10 * EPS[dtype])
+        for given, found, atol in (
+            (y, decoded.predictions, 10 * EPS[dtype]),
+            (half, code.try_decode(half, mask).predictions, 1e-4),
+        ):
+            assert found.shape == (code.num_data, *shape)
+            expected = np.tensordot(decoder, np.asarray(given, float), 1)[kept]
+            np.testing.assert_allclose(found[kept], expected, atol=atol)
+        assert found.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -165,16 +145,6 @@ def test_a_broken_answer_is_a_warning(name, bad):
         code.decode(y, np.zeros(code.num_workers, bool))
     with pytest.raises(ValueError, match="with values that are not finite; wait for more"):
         code.decode(jnp.full_like(y, bad), everyone(code))
-
-
-@pytest.mark.parametrize("name", ["nercc", "parity"])
-def test_low_precision_answers_are_decoded_in_float32(name, dtype):
-    code = CODES[name]()
-    y = answers(code, 2).astype(jnp.bfloat16)
-    decoded = code.decode(y, everyone(code))
-    assert decoded.dtype == jnp.float32
-    expected = code.decoder_matrix(everyone(code)) @ y.astype(float)
-    np.testing.assert_allclose(decoded, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CODES)
@@ -258,7 +228,7 @@ def test_nercc_is_the_textbooks_whatever_its_numbers(points, numbers, exact, mas
         np.testing.assert_allclose(found, decoder @ y, atol=1e-7 * size)
 
 
-@pytest.mark.parametrize("name", [name for name in SPLINES if name.startswith("nercc")])
+@pytest.mark.parametrize("name", [name for name in CODES if name.startswith("nercc")])
 def test_the_uncertainty_is_what_paths_of_the_process_show(name):
     """Decoding errors over many drawn paths whose second derivative is white noise."""
     with jax.enable_x64(True):
@@ -324,26 +294,6 @@ def test_repeated_points_are_copied_as_replication_does():
     np.testing.assert_array_equal(nercc.encoder_matrix().round(5), copies.encoder_matrix())
 
 
-def test_berrut_is_scipys_floater_hormann_interpolator(dtype):
-    code = Berrut(K, N)
-    order, y = np.argsort(code.beta), answers(code, 2)
-    random = np.random.default_rng(0)
-    for count in (N, 14, 2, 1):
-        mask = np.isin(np.arange(N), random.permutation(N)[:count])
-        used = order[mask[order]]
-        nodes, values = (np.asarray(each, np.float64)[used] for each in (code.beta, y))
-        theirs = np.repeat(values, K, axis=0)
-        if count > 1:
-            theirs = scipy.interpolate.FloaterHormannInterpolator(nodes, values, d=0)(
-                np.asarray(code.alpha, np.float64)
-            )
-        atol = 10 * EPS[dtype] * (1 + np.abs(theirs).max())
-        np.testing.assert_allclose(code.decode(y, mask), theirs, atol=atol)
-        host = jax.tree.map(np.asarray, code)
-        on_host = host.decoder_on_host(mask) @ np.where(mask[:, None], y, 0)
-        np.testing.assert_allclose(on_host, theirs, atol=atol)
-
-
 def test_berrut_spline_smooths_as_nercc_does(dtype):
     mask = np.arange(N) % 4 > 0
     code, nercc = BerrutSpline(K, N, lambda_dec=1e-2, ends="natural"), NeRCC(K, N, lambda_dec=1e-2)
@@ -402,25 +352,8 @@ def test_penalty_defaults(dtype):
 # -- Lagrange, replication, uncoded ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("degree", [1, 2, 3])
-def test_lagrange_is_exact_for_polynomials_from_any_threshold_answers(degree, dtype):
-    code = Lagrange(K, N, degree=degree)
-    assert code.threshold == (K - 1) * degree + 1
-    x = data(code, 2)
-    y = code.encode(x) ** degree - code.encode(x)
-    rng = np.random.default_rng(0)
-    for extra in range(N - code.threshold + 1):
-        mask = np.isin(np.arange(N), rng.permutation(N)[: code.threshold + extra])
-        decoded = code.decode(y, mask)
-        size = np.abs(code.decoder_matrix(mask)).sum(1).max() * np.abs(y).max()
-        np.testing.assert_allclose(decoded, x**degree - x, atol=10 * EPS[dtype] * size)
-    too_few = np.arange(N) < code.threshold - 1
-    assert not code.try_decode(y, too_few).recovered.any()
-    with pytest.raises(ValueError, match="no prediction can be recovered"):
-        code.decode(y, too_few)
-
-
-def test_lagrange_counts_coincident_workers_once():
+def test_lagrange_counts_coincident_workers_once_and_needs_its_threshold():
+    assert [Lagrange(K, N, degree=degree).threshold for degree in (1, 2, 3)] == [4, 7, 10]
     code = Lagrange(3, 6, points="repeated")
     mask = np.array([True, True, False, True, True, False])
     assert not code.recovered(mask).any()
@@ -432,64 +365,35 @@ def test_lagrange_of_many_points_stays_finite():
     assert np.isfinite(code.decoder_matrix(np.arange(310) % 2 == 0)).all()
 
 
-@pytest.mark.parametrize(("num_data", "num_workers"), [(4, 6), (6, 8), (4, 5), (3, 6)])
-def test_parity_is_the_subtraction_that_is_left(num_data, num_workers, dtype):
-    """Against a plain account: for every mask, what each group can still tell."""
-    code = Parity(num_data, num_workers)
-    groups = num_workers - num_data
-    assert code.k == num_data // groups
-    np.testing.assert_array_equal(code.worker_models, [0] * num_data + [1] * groups)
-    x, y = np.asarray(data(code, 2)), np.asarray(answers(code, 2))
-    for worker, coded in enumerate(np.asarray(code.encode(x))):
-        mine = [worker] if worker < num_data else range(worker - num_data, num_data, groups)
-        np.testing.assert_allclose(coded, sum(x[i] for i in mine), atol=EPS[dtype])
-    masks = np.array(list(itertools.product([False, True], repeat=num_workers)))
+SMALL = {
+    **{
+        f"parity-{k}-{n}": lambda k=k, n=n: Parity(k, n)
+        for k, n in ((4, 6), (6, 8), (4, 5), (3, 6))
+    },
+    "lagrange": lambda: Lagrange(3, 6),
+    "lagrange-quadratic": lambda: Lagrange(3, 6, degree=2),
+    "berrut": lambda: Berrut(3, 6),
+    "replication": lambda: Replication(3, 5),
+    "uncoded": lambda: Uncoded(3),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_straggler_set_is_the_textbooks(name, dtype):
+    """What is left to tell is told: interpolated, subtracted or copied; all else is NaN."""
+    code = SMALL[name]()
+    masks = np.array(list(itertools.product([False, True], repeat=code.num_workers)))
+    x, y = data(code, 2), answers(code, 2)
+    coded = matrices.encoder_matrix(code) @ np.asarray(x, float)
+    np.testing.assert_allclose(code.encode(x), coded, atol=EPS[dtype])
     decoded = jax.jit(jax.vmap(code.try_decode, in_axes=(None, 0)))(y, masks)
-    for mask, got, recovered in zip(masks, decoded.predictions, decoded.recovered, strict=True):
-        for i in range(num_data):
-            others = [j for j in range(i % groups, num_data, groups) if j != i]
-            parity = num_data + i % groups
-            if mask[i]:
-                np.testing.assert_array_equal(got[i], y[i])
-            elif mask[parity] and all(mask[j] for j in others):
-                expected = y[parity] - sum(y[j] for j in others)
-                np.testing.assert_allclose(got[i], expected, atol=10 * EPS[dtype])
-            else:
-                assert np.isnan(got[i]).all()
-                assert not recovered[i]
-                continue
-            assert recovered[i]
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: NeRCC(4, 8, lambda_enc=-1.0), "lambda_enc must be 0 or positive, not -1"),
-        (lambda: NeRCC(4, 8, lambda_dec=np.nan), "lambda_dec must be 0 or positive, not nan"),
-        (lambda: NeRCC(4, 8, lambda_dec=np.ones(2)), r"lambda_dec must be a scalar.*\(2,\)"),
-        (lambda: NeRCC(4, 8, gap_exponent=np.inf), "gap_exponent must be a number.*finite.*inf"),
-        (lambda: NeRCC(4, 8, gap_exponent=np.nan), "gap_exponent must be a number"),
-        (lambda: NeRCC(4, 8, gap_exponent=np.ones(2)), "gap_exponent must be a scalar"),
-        (lambda: NeRCC(4, 8, end_penalty=-1.0), "end_penalty must be 0 or positive and finite"),
-        (lambda: NeRCC(4, 8, end_penalty=np.inf), "end_penalty must be 0 or positive and finite"),
-        (lambda: NeRCC(4, 8, end_penalty=np.nan), "end_penalty must be 0 or positive and finite"),
-        (lambda: NeRCC(4, 8, end_penalty=np.ones(1)), r"end_penalty must be a scalar.*\(1,\)"),
-        (lambda: NeRCC(4, 8, exact=1), "exact must be True or False, not 1"),
-        (lambda: NeRCC(0, 8), "num_data must be a positive integer"),
-        (lambda: BerrutSpline(4, 8, lambda_dec=-1.0), "lambda_dec must be 0 or positive, not -1"),
-        (lambda: BerrutSpline(4, 8, ends="free"), "ends must be one of natural, not-a-knot"),
-        (lambda: Lagrange(4, 8, degree=3), "degree 3 does not fit.* 8 workers"),
-        (lambda: Lagrange(4, 8, degree=0), "degree must be a positive integer, not 0"),
-        (lambda: Replication(4, 3), "need at least 4 workers, not 3"),
-        (lambda: Parity(4, 4), "4 workers for 4 data points leave 0 for parities"),
-        (lambda: Parity(5, 7), "leave 2 for parities.* num_data a multiple of them"),
-        (lambda: Parity(0, 2), "num_data must be a positive integer"),
-        (lambda: Uncoded(4, 5), "4 data points take 4 workers, not 5"),
-    ],
-)
-def test_constructor_errors(build, message, untyped):
-    with pytest.raises(ValueError, match=message):
-        build()
+    for mask, found, recovered in zip(masks, decoded.predictions, decoded.recovered, strict=True):
+        decoder = matrices.decoder_matrix(code, mask)
+        kept = decoder.any(axis=1)
+        np.testing.assert_array_equal(recovered, kept)
+        wanted = np.where(kept[:, None], decoder @ np.asarray(y, float), np.nan)
+        size = max(1, np.abs(decoder).sum(axis=1).max())
+        np.testing.assert_allclose(found, wanted, atol=10 * EPS[dtype] * size)
 
 
 def test_large_entries_take_the_accurate_way():
@@ -524,3 +428,86 @@ def test_settings_that_people_debug_with(setting):
         np.testing.assert_allclose(groups.predictions, 1, atol=1e-6)
         slope = jax.grad(lambda code: jnp.sum(code.decode(clean, mask) ** 2))(code).lambda_dec
         assert np.isfinite(slope)
+
+
+# -- Regression points: the papers' formulas, and the layouts' promises ----------------------------
+
+
+def test_the_papers_points(dtype):
+    alpha, beta = regression_points(8, 20)
+    k, n = np.arange(1, 9), np.arange(1, 21)
+    assert alpha.dtype == beta.dtype == dtype
+    np.testing.assert_allclose(alpha, np.cos((2 * k - 1) * np.pi / 16), atol=1e-7)
+    np.testing.assert_allclose(beta, np.cos((n - 1) * np.pi / 19), atol=1e-7)
+    _, beta = regression_points(10, 12, "approxifer")
+    np.testing.assert_allclose(beta, np.cos(np.arange(12) * np.pi / 12), atol=1e-7)
+    alpha, beta = regression_points(10, 12, "sbacc")
+    np.testing.assert_allclose(beta, np.cos((2 * np.arange(12) + 1) * np.pi / 24), atol=1e-7)
+
+
+@pytest.mark.parametrize("name", matrices.LAYOUTS)
+@pytest.mark.parametrize(
+    ("num_data", "num_workers"), [(1, 1), (1, 5), (2, 3), (8, 9), (8, 20), (20, 100)]
+)
+def test_every_layout_is_sound(name, num_data, num_workers):
+    alpha, beta = (np.asarray(p) for p in regression_points(num_data, num_workers, name))
+    assert alpha.shape == (num_data,)
+    assert beta.shape == (num_workers,)
+    assert len(set(alpha)) == num_data
+    assert np.abs(np.concatenate([alpha, beta])).max() <= 1
+
+
+SIZES = [(1, 1), (1, 5), (2, 2), (3, 4), (8, 9), (20, 24), (20, 30), (20, 60)]
+SHARES = [0.0, 0.2, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(("num_data", "num_workers"), SIZES)
+def test_mixed_points(num_data, num_workers, share):
+    alpha, beta = regression_points(num_data, num_workers, f"mixed:{share}")
+    alpha, beta = np.asarray(alpha), np.asarray(beta)
+    np.testing.assert_array_equal(alpha, regression_points(num_data, num_workers)[0])
+    further = num_workers - num_data
+    repeats = further if num_data == 1 else round(share * further)
+    own = beta[:, None] == alpha
+    counts = own.sum(axis=0)
+    assert counts.sum() == num_data + repeats
+    assert counts.min() >= 1
+    assert counts.max() - counts.min() <= 1
+    between = beta[~own.any(axis=1)]
+    assert len(set(between)) == between.size == further - repeats
+    if between.size:
+        gaps = np.bincount(np.searchsorted(np.sort(alpha), between), minlength=num_data)
+        assert gaps[0] == 0, "none beyond the alphas"
+        assert gaps[1:].max() - gaps[1:].min() <= 1
+
+
+@pytest.mark.parametrize(("num_data", "num_workers"), SIZES)
+def test_mixtures_end_at_the_plain_layouts(num_data, num_workers):
+    for share, name in ((0, "interleaved"), (1, "repeated")):
+        _, mixed = regression_points(num_data, num_workers, f"mixed:{share}")
+        np.testing.assert_array_equal(mixed, regression_points(num_data, num_workers, name)[1])
+
+
+def test_few_repeats_and_few_points_between_take_turns():
+    """Four further workers for 20 data points: each in a quarter of the line of its own."""
+    alpha, beta = regression_points(20, 24, "mixed:0.5")
+    angles = np.arccos(np.asarray(beta[20:], float)) / np.pi
+    assert sorted(np.floor(4 * angles)) == [0, 1, 2, 3]
+    order = np.argsort(angles)
+    assert list(np.isin(beta[20:], alpha)[order]) == [True, False, True, False]
+
+
+def test_given_points_keep_their_order():
+    given = (jnp.array([0.5, -0.5]), jnp.array([0.0, 0.0, 1.0]))
+    alpha, beta = regression_points(2, 3, given)
+    np.testing.assert_array_equal(alpha, given[0])
+    np.testing.assert_array_equal(beta, given[1])
+
+
+def test_the_layouts_are_those_that_an_error_names():
+    with pytest.raises(ValueError, match="points must be one of") as error:
+        regression_points(2, 3, "chebychev")
+    named = re.findall(r"[\w:]+", str(error.value).partition("one of ")[2])
+    assert tuple(named[: len(matrices.LAYOUTS)]) == matrices.LAYOUTS
+    assert named[len(matrices.LAYOUTS)] == "mixed:SHARE"

@@ -100,10 +100,24 @@ def test_both_ways_have_the_same_ends_and_gradients():
                 np.testing.assert_allclose(b, a, rtol=1e-6, atol=1e-9 * np.max(np.abs(a)))
 
 
-def test_the_platform_chooses():
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_platform_chooses(gradient):
     """A program for a TPU or a GPU has no loop over knots, one for a CPU has."""
     code = NeRCC(3, 6)
-    traced = jax.jit(lambda mask: code.decoder_matrix(mask)).trace(jnp.ones(6, bool))
+
+    def run(mask, lambda_):
+        return smoothing_matrix(
+            code.beta,
+            code.alpha,
+            lambda_,
+            available=mask,
+            ends="not-a-knot" if gradient else "natural",
+        )
+
+    def slope(mask, lambda_):
+        return jax.grad(lambda lambda_: jnp.sum(run(mask, lambda_)))(lambda_)
+
+    traced = jax.jit(slope if gradient else run).trace(jnp.ones(6, bool), 0.1)
     for platform, loops in (("cpu", True), ("tpu", False), ("cuda", False)):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert ("stablehlo.while" in text) == loops, platform
@@ -118,38 +132,33 @@ def test_nothing_is_read_where_nothing_is_available():
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
 
 
+SUITE = [
+    # Few knots are compared with the filter's above, and very many follow.
+    *((suite.test_decoding_is_accurate, 20, kind, "float32") for kind in KINDS),
+    *((suite.test_decoding_is_accurate, 20, kind, "float64") for kind in ("random", "repeated")),
+    (suite.test_limits, "float32"),
+    *((suite.test_few_observations, lambda_, "float32") for lambda_ in (0.0, np.inf)),
+    (suite.test_large_n_stays_accurate, "float32"),
+    *(
+        (suite.test_a_price_on_end_slopes_is_accurate, 9, ends, "float32")
+        for ends in suite.END_WEIGHTS
+    ),
+    *((suite.test_gradients_are_finite_in_float32, "repeated", lambda_) for lambda_ in (0.0, 1e2)),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("as_on_accelerators")
 class TestSuite:
     """What the filter's fits promise."""
 
-    # Few knots are compared with the filter's above, and very many follow.
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_decoding_is_accurate(self, kind):
-        suite.test_decoding_is_accurate(20, kind, "float32")
-
-    @pytest.mark.parametrize("kind", ["random", "repeated"])
-    def test_decoding_is_accurate_in_float64(self, kind):
-        with jax.enable_x64(True):
-            suite.test_decoding_is_accurate(20, kind, "float64")
-
-    def test_limits(self):
-        suite.test_limits("float32")
-
-    @pytest.mark.parametrize("lambda_", [0.0, np.inf])
-    def test_few_observations(self, lambda_):
-        suite.test_few_observations(lambda_, "float32")
-
-    def test_large_n_stays_accurate(self):
-        suite.test_large_n_stays_accurate("float32")
-
-    @pytest.mark.parametrize("end_weights", suite.END_WEIGHTS)
-    def test_a_price_on_end_slopes_is_accurate(self, end_weights):
-        suite.test_a_price_on_end_slopes_is_accurate(9, end_weights, "float32")
-
-    @pytest.mark.parametrize("lambda_", [0.0, 1e2])
-    def test_gradients_are_finite_in_float32(self, lambda_):
-        suite.test_gradients_are_finite_in_float32("repeated", lambda_)
+    @pytest.mark.parametrize(
+        "promise", SUITE, ids=[" ".join(map(str, (f.__name__[5:], *rest))) for f, *rest in SUITE]
+    )
+    def test_it_is_kept(self, promise):
+        test, *arguments = promise
+        with jax.enable_x64("float64" in arguments):
+            test(*arguments)
 
 
 # -- What accelerators would do to the numbers, read from programs that are sent to them -----------

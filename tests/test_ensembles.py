@@ -201,21 +201,15 @@ def test_the_unit_of_the_outputs_does_not_matter(unit):
 
 
 def test_arguments_that_do_not_fit_are_refused():
-    x = rows()
-    result, _ = run(x)
-    with pytest.raises(ValueError, match="rows have 2 outputs: give an `f`"):
-        result.mean()
-    with pytest.raises(ValueError, match="`f` maps 400 rows to a number each"):
-        result.mean(lambda y: y)
-    with pytest.raises(ValueError, match=r"not to \(\)"):
-        result.mean(lambda y: 1.0)
-    with pytest.raises(ValueError, match="not finite"):
-        result.mean(lambda y: np.where(y[:, 0] > 0, 1.0, np.nan))
-    with pytest.raises(ValueError, match=r"a share between 0 and 1, not 1\.5"):
-        result.quantile(1.5, first)
-    with pytest.raises(ValueError, match="coverage"):
-        result.mean(first, coverage=1.0)
-    with pytest.raises(ValueError, match="for each of 400 rows"):
-        result.mean(first, weights=np.ones(3))
-    with pytest.raises(ValueError, match="stop_when needs the statistic"):
-        run(x, stop_when=lambda estimate: True)
+    result, _ = run(rows())
+    for ask, message in (
+        (lambda: result.mean(), "rows have 2 outputs: give an `f`"),
+        (lambda: result.mean(lambda y: y), "`f` maps 400 rows to a number each"),
+        (lambda: result.mean(lambda y: 1.0), r"not to \(\)"),
+        (lambda: result.mean(lambda y: np.where(y[:, 0] > 0, 1.0, np.nan)), "not finite"),
+        (lambda: result.quantile(1.5, first), r"a share between 0 and 1, not 1\.5"),
+        (lambda: result.mean(first, coverage=1.0), "coverage"),
+        (lambda: result.mean(first, weights=np.ones(3)), "for each of 400 rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask()

@@ -1,22 +1,33 @@
 """Evaluation against a plain NumPy account of the same definitions."""
 
+import dataclasses
+import importlib
+import itertools
+from pathlib import Path
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
-from matrices import decoded_by_hand
+from conftest import require
+from matrices import decoded_by_hand, errors_of_sets
 
 from nercc_jax import (
     Berrut,
     ExactStragglers,
     IndependentStragglers,
+    Lagrange,
     NeRCC,
     Parity,
     Replication,
     evaluate,
+    nested_objective,
 )
-from nercc_jax.evaluation import Estimate, Evaluation, Evaluations
+from nercc_jax.evaluation import Estimate, Evaluation, Evaluations, record_answers
+from nercc_jax.stragglers import straggler_sets
 
 WEIGHTS = np.random.default_rng(5).normal(size=(3, 4)).astype("float32")
 CODES = {"NeRCC": NeRCC(5, 12), "BACC": Berrut(5, 12), "copies": Replication(5, 12)}
@@ -201,31 +212,6 @@ def test_gains_of_rows(x, key):
             rows.gain(*names)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"codes": {"a": NeRCC(5, 12), "b": NeRCC(4, 12)}}, r"same \(num_data, num_workers\)"),
-        ({"codes": {}}, "codes are one or more by name"),
-        ({"codes": NeRCC(4, 8)}, "codes are one or more by name.*not NeRCC"),
-        ({"stragglers": {}}, "stragglers are one or more by name"),
-        ({"x": np.ones((4, 3), np.float32)}, "4 data points fill no group of 5"),
-        ({"x": np.full((5, 3), np.nan, np.float32)}, "are not finite: take them out"),
-        ({"num_sets": 0}, "num_sets must be a positive integer, not 0"),
-        ({"labels": np.zeros(7)}, r"labels have shape \(7,\)"),
-        ({"codes": {"p": Parity(4, 6)}}, "run 2 models, but 1 came"),
-        ({"workers": {"BACC": [model, model]}}, "run 1 model, but 2 came"),
-        ({"workers": {"ParM": [model]}}, r"workers names \['ParM'\]; the codes are"),
-        ({"model": lambda x: x * jnp.inf}, "own outputs must be finite"),
-        ({"workers": {"NeRCC": lambda x: model(x)[:, :1]}}, "the workers' answers"),
-    ],
-)
-def test_errors(change, message, x, key, untyped):
-    given = {"model": model, "codes": CODES, "x": x, "stragglers": LAWS, "key": key, **change}
-    positional = [given.pop(name) for name in ("model", "codes", "x", "stragglers")]
-    with pytest.raises(ValueError, match=message):
-        evaluate(*positional, **given)
-
-
 @pytest.mark.parametrize("values", [[1.0, 1.0, 0.2], [0.0, 0.0, 0.1], [0.5, 0.6, 0.4, 0.5]])
 def test_shares_lie_within_their_bounds(values):
     """Wilson's interval by its formula, for n trials whose half width is z sqrt(p q / n)."""
@@ -278,3 +264,239 @@ def test_intervals_of_few_groups_cover_about_what_they_say():
             low, high = getattr(found, name).interval(share=name == "rel_acc")
             covered[name] += low <= getattr(truth, name).mean <= high
     assert min(covered.values()) >= 0.85 * 60, covered
+
+
+# -- Recorded answers under straggler sets, and the objective: by NumPy ----------------------------
+
+
+K, N, GROUPS = 4, 6, 5
+RECORDED = {
+    "nercc": lambda: NeRCC(
+        K, N, lambda_enc=1e-4, lambda_dec=1e-6, gap_exponent=2.0, end_penalty=5.0
+    ),
+    "berrut": lambda: Berrut(K, N),
+    "lagrange": lambda: Lagrange(K, N),
+    "copies": lambda: Replication(K, N),
+    "parity": lambda: Parity(K, N),
+}
+FIRST = np.array([[0.4, -1.1, 0.7, 0.3], [-0.8, 0.5, 0.9, -0.6], [0.5, 0.2, -0.3, 0.8]])
+SECOND = np.array([[1.2, 0.3, -0.7], [0.2, -1.4, 0.5], [-0.3, 0.8, 1.1], [0.6, 0.4, -0.9]])
+MASKS = np.array(
+    [
+        [1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 1, 1],
+        [0, 0, 0, 0, 0, 0],
+    ],
+    bool,
+)  # fmt: skip
+
+
+def logits(x, xp=jnp):
+    return xp.tanh(x @ FIRST.astype(x.dtype)) @ SECOND.astype(x.dtype)
+
+
+def broken_at_mixtures(x, xp=jnp):
+    """NaN on some coded data points; data points themselves are of length 1."""
+    return xp.where(xp.sum(x**2, axis=1, keepdims=True) < 0.5, xp.nan, logits(x, xp))
+
+
+def parity_model(x, xp=jnp):
+    return 1.1 * logits(x, xp) + 0.2
+
+
+def models(code, served=logits):
+    return (served, parity_model) if code.worker_models.max() else served
+
+
+def unit_points(dtype="float32", points=22):
+    """Five groups, and two data points that fill none."""
+    x = np.random.default_rng(0).normal(size=(points, 3))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(dtype)
+
+
+def by_hand(code, x, served=logits):
+    """Predictions under each of the sets, and the model's own."""
+    groups = x[: GROUPS * K].reshape(GROUPS, K, 3).astype(float)
+    both = [lambda x, one=one: one(x, np) for one in (served, parity_model)]
+    return decoded_by_hand(code, both, groups, MASKS), served(groups.reshape(-1, 3), np).reshape(
+        GROUPS, K, 3
+    )
+
+
+def divergence(decoded, own):
+    p, q = scipy.special.softmax(own, -1), scipy.special.softmax(decoded, -1)
+    return scipy.special.rel_entr(p, q).sum(-1)
+
+
+CRITERIA = {
+    "mse": lambda decoded, own: ((decoded - own) ** 2).mean(-1),
+    "cross_entropy": divergence,
+    "disagreement": lambda decoded, own: 1.0 * (decoded.argmax(-1) != own.argmax(-1)),
+    lambda decoded, own: jnp.max(jnp.abs(decoded - own)): (
+        lambda decoded, own: np.abs(decoded - own).max(-1)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "served"), [*((name, logits) for name in RECORDED), ("nercc", broken_at_mixtures)]
+)
+def test_they_tell_what_a_plain_loop_does(name, served, dtype):
+    code, x = RECORDED[name](), unit_points(dtype)
+    known = record_answers(models(code, served), code, x, batch_size=7)
+    assert known.coded.shape == (GROUPS, N, 3), "a remainder is left out"
+    assert known.coded.dtype == known.own.dtype == dtype
+    wanted, own = by_hand(code, x, served)
+    tolerance = {"float32": 2e-5, "float64": 1e-11}[dtype]
+    close = {"rtol": tolerance, "atol": tolerance}
+    np.testing.assert_allclose(known.own, own, **close)
+    if served is broken_at_mixtures:
+        broken = ~np.isfinite(known.coded).all(axis=2)
+        assert broken.any()
+        assert not broken.all(axis=1).any()
+    lost = np.isnan(wanted).all(axis=-1)
+    sets = known.decode_sets(jnp.asarray(MASKS))
+    np.testing.assert_array_equal(sets.recovered, ~lost)
+    np.testing.assert_allclose(sets.predictions, wanted, **close)
+    groups = x[: GROUPS * K].reshape(GROUPS, K, 3)
+    for criterion, loss in CRITERIA.items():
+        losses = np.where(lost, np.nan, loss(np.nan_to_num(wanted), own))
+        count = (~lost).sum(axis=(1, 2))
+        expected = np.nansum(losses, axis=(1, 2)) / np.where(count, count, np.nan)
+        found = known.losses(jnp.asarray(MASKS), criterion)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, expected, **close)
+        if criterion != "disagreement" and served is logits:
+            found = errors_of_sets(models(code), code, groups, MASKS, criterion=criterion)
+            np.testing.assert_allclose(found, np.nan_to_num(expected), **close)
+
+
+# -- The objective: the mean over sets, and its gradients ------------------------------------------
+
+objective = eqx.filter_jit(nested_objective)
+
+
+def grouped(dtype="float32"):
+    return unit_points(dtype)[: GROUPS * K].reshape(GROUPS, K, 3)
+
+
+def test_the_objective_is_the_mean_over_the_sets_that_recover_anything(dtype, key):
+    """So over all sets it is the expectation."""
+    code, x = RECORDED["nercc"](), grouped(dtype)
+    predictions, own = by_hand(code, unit_points(dtype))
+    plain = [np.nanmean((each - own) ** 2) for each in predictions[:-1]]
+    tolerance = {"float32": 2e-5, "float64": 1e-10}[dtype]
+    np.testing.assert_allclose(objective(logits, code, x, MASKS), np.mean(plain), rtol=tolerance)
+    assert float(objective(logits, code, x, np.zeros_like(MASKS))) == 0
+    every = straggler_sets(ExactStragglers(2), key, N, 100)
+    gone = itertools.combinations(range(N), 2)
+    masks = np.stack([~np.isin(np.arange(N), each) for each in gone])
+    assert {row.tobytes() for row in np.asarray(every)} == {row.tobytes() for row in masks}
+    both = [lambda x: logits(x, np), lambda x: parity_model(x, np)]
+    expected = np.mean((decoded_by_hand(code, both, x.astype(float), masks) - own) ** 2)
+    np.testing.assert_allclose(objective(logits, code, x, every), expected, rtol=tolerance)
+
+
+# -- Pictures: no bars beyond 0 and 1, no names of curves that are not there -----------------------
+
+
+COUNTS = ("0", "2", "4")
+MSE = {"NeRCC": (0.1, 0.2, 0.4), "BACC": (0.2, 0.3, 0.5), "LCC": (3.0, 1e5, 1e7)}
+MSE |= {"replication": (0.0, 0.0, 0.0)}
+SHARES = {"NeRCC": (1.0, 0.99, 0.8), "BACC": (1.0, 0.98, 0.79), "LCC": (0.9, 0.5, 0.02)}
+SHARES |= {"replication": (1.0, 0.995, 0.81)}
+
+
+def drawn_rows():
+    def estimate(mean):
+        return Estimate(mean, 0.1 * mean + 0.05)
+
+    return [
+        Evaluation(
+            code, law, estimate(MSE[code][i]), estimate(0.0),
+            estimate(SHARES[code][i]), None, estimate(0.0), 8, 4,
+        )
+        for i, law in enumerate(COUNTS)
+        for code in MSE
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def draw():
+    require("matplotlib", "demo")
+    require("rich", "demo")
+    import matplotlib.pyplot as plt
+
+    def curves(metric):
+        return Evaluations(drawn_rows()).plot([metric]).axes[0]
+
+    yield curves
+    plt.close("all")
+
+
+def legend(axis):
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def test_intervals_of_shares_stay_within_0_and_1(draw):
+    axis = draw("rel_acc")
+    ends = np.concatenate([path.vertices[:, 1] for c in axis.collections for path in c.get_paths()])
+    assert len(ends) == 2 * len(COUNTS) * len(SHARES)
+    assert ends.min() >= 0
+    assert ends.max() <= 1
+    assert legend(axis) == [*SHARES]
+
+
+def test_only_curves_that_are_there_are_named_and_one_that_explodes_hides_no_other(draw):
+    axis = draw("mse")
+    assert legend(axis) == ["NeRCC", "BACC", "LCC"]
+    assert "replication" in axis.get_title(loc="left")
+    assert 0.5 < axis.get_ylim()[1] < 1e5
+
+
+def test_a_table_is_printed():
+    """A row for each law, a column for each code; a cell that was not evaluated has a dash."""
+    found = Evaluations(drawn_rows()[:1] + drawn_rows()[4:6])
+    errors, shares = str(found).split("\n\n")
+    assert errors.startswith("mse\n")
+    assert shares.startswith("rel_acc\n")
+    lines = errors.splitlines()[1:]
+    assert len(lines) == 1 + len({row.stragglers for row in found})
+    assert lines[0].split() == ["S", *dict.fromkeys(row.code for row in found)]
+    assert sum("-" in line.split() for line in lines[1:]) > 0
+    assert "-" in found.table("accuracy")
+    assert str(Evaluations()) == "mse\nS"
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """How the pages draw systems."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs"))
+    return importlib.import_module("_site.looks")
+
+
+def test_a_system_looks_the_same_under_all_its_names(looks):
+    assert looks.system_look("BACC (12, 8)") == looks.system_look("BACC")
+    two, four = (looks.system_look(f"ParM, k = {k}") for k in (2, 4))
+    assert two == looks.system_look("ParM") != four
+    assert looks.system_look("no system of ours")["color"] == "#000000"
+    changed = looks.system_look("LCC")
+    changed["color"] = "red"
+    assert looks.system_look("LCC")["color"] != "red"
+    together = "NeRCC published", "NeRCC tuned", "NeRCC learned", "BACC", "replication"
+    each = [looks.system_look(code) for code in together]
+    plain = [(look["marker"], look.get("linestyle"), look.get("markerfacecolor")) for look in each]
+    assert len({*plain}) == len(together)
+
+
+def test_pictures_are_one_column_of_panels_with_seven_curves_at_most(draw):
+    """To be read on a telephone: names in ten pixels, and curves that differ without colours."""
+    row, codes = drawn_rows()[0], [f"code {number}" for number in range(9)]
+    laws = "2 of 20", "heavy tail", "inf"  # any names
+    many = [dataclasses.replace(row, code=c, stragglers=law) for c in codes for law in laws]
+    figure = Evaluations(many).plot()
+    assert [len(legend(axis)) for axis in figure.axes] == [7, 2, 7, 2]
+    for axis in figure.axes:
+        assert [text.get_text() for text in axis.get_xticklabels()] == list(laws)
+    legends = [axis.get_legend().get_texts() for axis in figure.axes]
+    letters = [text.get_fontsize() for texts in legends for text in texts]
+    assert min(letters) / 72 * 390 / figure.get_size_inches()[0] > 9.5

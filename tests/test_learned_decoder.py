@@ -9,11 +9,11 @@ import matrices
 import numpy as np
 import pytest
 
-from nercc_jax import Berrut, NeRCC, Replication, Uncoded, coded_inference
+from nercc_jax import Berrut, NeRCC, Replication, coded_inference
 from nercc_jax.codes import LearnedDecoder
 from nercc_jax.evaluation import record_answers
 from nercc_jax.inference import order_points
-from nercc_jax.tuning import learn_decoder, parametrize
+from nercc_jax.tuning import learn_decoder
 
 K, N, OUTPUTS = 6, 15, 5
 WEIGHTS = np.random.default_rng(4).normal(size=(12, OUTPUTS)).astype("float32")
@@ -89,14 +89,11 @@ def test_few_groups_leave_about_the_spline(groups):
     assert (errors(few) < 1.7 * errors(code)).all()
 
 
-def test_the_draw_depends_on_the_key_alone(learned):
+def test_the_draw_depends_on_the_key_alone_however_much_is_held_at_a_time(learned, monkeypatch):
     again = learn_decoder(model, NeRCC(K, N), X[:600], key=KEY, batch_size=50)
     np.testing.assert_allclose(again.root, learned.root, atol=2e-6)
     other = learn_decoder(model, NeRCC(K, N), X[:600], key=jax.random.key(8))
     assert np.abs(other.root - learned.root).max() > 1e-3
-
-
-def test_outputs_are_held_a_part_at_a_time(monkeypatch, learned):
     monkeypatch.setattr("nercc_jax.tuning._learn_decoder._AT_ONCE", (K + N) * 12 * 7)
     again = learn_decoder(model, NeRCC(K, N), X[:600], key=KEY)
     np.testing.assert_allclose(np.abs(again.root), np.abs(learned.root), atol=2e-6)
@@ -180,38 +177,3 @@ def test_a_decoder_learned_in_the_order_that_is_served_errs_less(code):
         assert np.isfinite(answers.decode_sets(masks).predictions).all(), "lost copies, too"
         losses.append(float(jnp.mean(answers.losses(masks, "mse"))))
     assert losses[1] < 0.8 * losses[0]
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: learn_decoder(model, Uncoded(3), X, key=KEY), "Uncoded has no regression points"),
-        (
-            lambda: learn_decoder(model, NeRCC(K, N), X, key=KEY, order=lambda x: np.zeros(len(x))),
-            "order must return a permutation of 1200 data points",
-        ),
-        (lambda: learn_decoder(model, NeRCC(K, N), X[:5], key=KEY), "5 data points fill no group"),
-        (lambda: learn_decoder(model, NeRCC(K, N), X, key=KEY, num_groups=0), "num_groups must be"),
-        (
-            lambda: learn_decoder(
-                lambda x: jnp.where(x[:, :1] > 0.9, jnp.nan, x), NeRCC(K, N), np.eye(12), key=KEY
-            ),
-            "own outputs must be finite",
-        ),
-        (
-            lambda: learn_decoder(jnp.log, NeRCC(K, N), np.abs(X) + 1e-3, key=KEY),
-            r"answers to coded data points must be finite; they are not for workers \[",
-        ),
-        (
-            lambda: parametrize(LearnedDecoder(np.ones((3, 2)), np.eye(5))),
-            "nothing to tune: tune the code before",
-        ),
-        (lambda: LearnedDecoder(np.ones(3), np.eye(3)), r"encoder must be \(num_workers"),
-        (lambda: LearnedDecoder(np.ones((3, 2)), np.eye(4)), r"root must be of shape \(5, 5\), no"),
-        (lambda: LearnedDecoder(np.ones((3, 2)), np.full((5, 5), np.nan)), "root must be finite"),
-        (lambda: LearnedDecoder(np.ones((3, 2), int), np.eye(5)), "encoder is int"),
-    ],
-)
-def test_bad_input_is_refused(call, message, untyped):
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -232,11 +232,6 @@ def test_a_pool_carries_it_out(learner):
         np.testing.assert_allclose(few.decoded.deviation.ravel(), expected.deviation, atol=1e-2)
 
 
-def test_what_does_not_fit(learner, untyped):
-    with pytest.raises(ValueError, match="the surrogate gives outputs"):
-        coded_inference(lambda x: x, Scheme(CODE, learner))(points(0), MASKS)
-
-
 def test_doubt_is_of_the_scheme_as_it_runs(learner, key):
     """With its order and copies: who is sure under each straggler, the doubt has counted."""
     x, scheme = points(29, 4), Scheme(CODE, learner, order="pixels")

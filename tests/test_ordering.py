@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from nercc_jax import NeRCC, Replication, Scheme, Uncoded, coded_inference
+from nercc_jax import NeRCC, coded_inference
 from nercc_jax.inference import order_points
 from nercc_jax.inference.order import random_projection
 
@@ -149,15 +149,13 @@ def test_transforms(dtype):
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
-def test_broken_rows_come_last_in_a_program_and_are_refused_elsewhere(broken, untyped):
+def test_broken_rows_come_last_in_a_program(broken):
     """So that as few groups are lost as can be."""
     rows = np.random.default_rng(7).normal(size=(12, 3)).astype(np.float32)
     rows[[2, 5], 1] = broken
     for order in (find(rows), jax.jit(lambda rows: order_points(rows, K))(rows)):
         assert is_permutation(order, 12)
         assert set(np.asarray(order)[-2:].tolist()) == {2, 5}
-    with pytest.raises(ValueError, match=r"data points are not finite: 2, 5; take them out"):
-        order_points(rows, 4)
 
 
 @pytest.mark.parametrize("number", [3, 100, 205])
@@ -240,18 +238,6 @@ def test_few_numbers_are_their_own_projection():
     assert random_projection(images, 20).dtype == "float32"
 
 
-@pytest.mark.parametrize("buffer_size", [K, 8, 1024])
-@pytest.mark.parametrize("code", [Uncoded(K), Replication(K, 8)], ids=type)
-def test_every_prediction_comes_back_to_its_own_data_point(code, buffer_size, x):
-    """Where answers are exact, the order must not show, by hand or by a scheme."""
-    everyone, own = np.ones(code.num_workers, bool), model(x)
-    order = np.asarray(order_points(x, K, buffer_size=buffer_size))
-    groups = coded_inference(model, code)(x[order].reshape(6, K, 3), everyone)
-    np.testing.assert_allclose(groups.reshape(24, 2)[np.argsort(order)], own, atol=1e-6)
-    scheme = Scheme(code, order="pixels", buffer_size=buffer_size)
-    np.testing.assert_allclose(coded_inference(model, scheme)(x, everyone), own, atol=1e-6)
-
-
 def test_ordering_lowers_the_error():
     random = np.random.default_rng(14)
     curve = np.stack([np.cos(np.linspace(0, 5, 96)), np.linspace(-1, 1, 96)], axis=1)
@@ -265,22 +251,3 @@ def test_ordering_lowers_the_error():
     within, across = (error(order_points(x, 8, buffer_size=size)) for size in (8, 96))
     assert within < error(np.arange(96)) / 2
     assert across < within / 10
-
-
-ROWS = np.ones((8, 3), np.float32)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: order_points(ROWS, 0), "num_data must be a positive integer, not 0"),
-        (lambda: order_points(ROWS, 4, buffer_size=3), "a buffer of 3 .* must be 4 or more"),
-        (lambda: order_points(ROWS, 4, buffer_size=8.0), "buffer_size must be a positive integer"),
-        (lambda: order_points(ROWS[:0], 4), r"x has shape \(0, 3\): there are no data points"),
-        (lambda: order_points(ROWS, 4, features=ROWS[:5]), r"they must be \(8, \.\.\.\)"),
-        (lambda: order_points(ROWS, 4, features=jnp.sum), r"features have shape \(\)"),
-    ],
-)
-def test_errors(call, message, untyped):
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -28,26 +28,24 @@ from nercc_models.cards import DATA_TERMS
 from nercc_models.names import TRAINED
 from nercc_models.recipes import RECIPES
 
-
-def test_importing_needs_only_the_core():
-    """Neither models nor plots nor SciPy's interpolation are loaded by `import nercc_jax`."""
-    code = "import sys, nercc_jax; print(*sorted({m.split('.')[0] for m in sys.modules}))"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    optional = {
-        "matplotlib",
-        "rich",
-        "sklearn",
-        "datasets",
-        "torch",
-        "ray",
-        "nercc_models",
-    }
-    assert not optional & set(loaded.stdout.split())
-
-
 ROOT = Path(__file__).parents[1]
+# What is imported, and what that must not load.
+UNLOADED = {
+    "import nercc_jax": {
+        *("matplotlib", "rich", "sklearn", "datasets", "torch", "ray", "nercc_models"),
+    },
+    "from nercc_jax import hedge": {"jax"},
+    "from nercc_jax.compilation import enable_compilation_cache as on; on('cache')": {"jax"},
+    "import nercc_jax; nercc_jax.testing.check_code": {"pytest", "hypothesis"},
+}
+
+
+@pytest.mark.parametrize("code", UNLOADED)
+def test_importing_needs_only_what_it_is_for(code, tmp_path):
+    code = f"{code}; import sys; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert not UNLOADED[code.partition("; import sys;")[0]] & set(done.stdout.split())
 
 
 def test_the_version_is_reported_by_all():
@@ -259,10 +257,6 @@ def test_a_second_process_compiles_nothing(parts, tmp_path):
     assert again == folder
     assert int(more_misses) == 0
     assert int(more_hits) == int(hits) + int(misses)
-
-
-def test_importing_it_imports_no_jax(tmp_path):
-    assert in_a_process(tmp_path, ENABLE, "import sys; print('jax' in sys.modules)")[1] == "False"
 
 
 def test_processes_started_later_have_it(tmp_path):

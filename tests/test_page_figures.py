@@ -6,11 +6,13 @@ results, and looked for; what is left of its text must hold no digit.
 
 import functools
 import inspect
+import itertools
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,24 +200,19 @@ def dependent():
 
 def codes():
     """NeRCC against BACC, BSCC, ParM and copies."""
-    cells: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for part in read("paper")["parts"].values():
-        for outputs in ("probabilities", "logits"):
-            errors: dict[str, dict[str, float]] = {}
-            for row in part[outputs]["rows"]:
-                errors.setdefault(row["stragglers"], {})[row["code"]] = row["mse"]["mean"]
-            cells.setdefault((part["setting"]["model"], outputs), []).extend(errors.values())
-    each = [errors for some in cells.values() for errors in some]
+    cells = paper_cells()
+    each = [*itertools.chain(*cells)]
 
     def gains(some, kind, *rivals):
-        pairs = [(e[f"NeRCC {kind}"], min(e[name] for name in rivals)) for e in some]
+        errors = [{code: row["mse"]["mean"] for code, row in cell.items()} for cell in some]
+        pairs = [(e[f"NeRCC {kind}"], min(e[name] for name in rivals)) for e in errors]
         # An exact rival, as BACC with tuned points where nobody straggles, leaves nothing to gain.
         return np.array([100 * (1 - np.sqrt(a / b)) for a, b in pairs if b > 1e-9])
 
     bacc = "BACC", "ApproxIFER"
     ends, below = {}, {}
     for kind in ("learned", "tuned", "published"):
-        ends[kind] = span([gains(some, kind, *bacc).mean() for some in cells.values()], ".0f")
+        ends[kind] = span([gains(some, kind, *bacc).mean() for some in cells], ".0f")
         below[kind] = np.sum(gains(each, kind, *bacc) > 0)
     learned, tuned = (gains(each, kind, "BACC tuned").mean() for kind in ("learned", "tuned"))
     assert below["learned"] == len(each)
@@ -258,18 +255,27 @@ def codes():
     yield "docs/concepts.md", f"{words}, and {wrong}"
 
 
+def paper_cells():
+    """Return the rows by code of each cell of the paper's comparison, by model and outputs."""
+    cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for name, part in read("paper")["parts"].items():
+        for outputs in ("probabilities", "logits"):
+            for row in part[outputs]["rows"]:
+                cell = cells.setdefault((part["setting"]["model"], outputs), {})
+                cell.setdefault(f"{name} {row['stragglers']}", {})[row["code"]] = row
+    return [[*some.values()] for some in cells.values()]
+
+
 def compared_with_learned(rival):
     """Return in which cells a code keeps clearly more labels, or fewer; and has a lower error."""
     won, lower = [], []
-    for part in read("paper")["parts"].values():
-        for outputs in ("probabilities", "logits"):
-            rows = {(r["code"], r["stragglers"]): r for r in part[outputs]["rows"]}
-            for law in [law for code, law in rows if code == rival]:
-                other, ours = (rows[code, law] for code in (rival, "NeRCC learned"))
-                gap = other["rel_acc"]["mean"] - ours["rel_acc"]["mean"]
-                both = np.hypot(*(each["rel_acc"]["half_width"] for each in (other, ours)))
-                won.append(np.sign(gap) * (abs(gap) > both))
-                lower.append(other["mse"]["mean"] < ours["mse"]["mean"])
+    for cell in itertools.chain(*paper_cells()):
+        if rival in cell:
+            other, ours = (cell[code] for code in (rival, "NeRCC learned"))
+            gap = other["rel_acc"]["mean"] - ours["rel_acc"]["mean"]
+            both = np.hypot(*(each["rel_acc"]["half_width"] for each in (other, ours)))
+            won.append(np.sign(gap) * (abs(gap) > both))
+            lower.append(other["mse"]["mean"] < ours["mse"]["mean"])
     return won, sum(lower)
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import extending
 import numpy as np
 import pytest
-from commands import invoke
+from commands import invoke, options_of
 from conftest import require
-from pages import blocks, options_of
+from pages import blocks
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {"docs/cluster.md", "docs/deploy/README.md", "docs/extending.md"}
@@ -94,6 +94,7 @@ def commands():
 
 
 def test_commands_have_the_options_that_they_are_given():
+    require("starlette", "serve")
     found = sorted(commands())
     assert {page for page, _ in found} >= {"docs/serve.md", "docs/quickstart.md", "docs/which.md"}
     for page, command in found:
@@ -107,6 +108,7 @@ CLUSTER = FOUND["docs/cluster.md"].read_text()
 
 def test_the_page_of_clusters_names_what_there_is():
     """Options of Ray's commands, and of ours that are submitted to it; files; measured tables."""
+    require("starlette", "serve")
     lines = "".join(blocks(CLUSTER, "bash")).splitlines()
     known = require("ray.scripts.scripts", "ray").cli.commands
     for words in (shlex.split(line, comments=True) for line in lines):

@@ -209,31 +209,6 @@ def test_a_law_may_slow_workers_together(key):
     assert p99[0] < 0.4 < p99[1]
 
 
-# Errors.
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"max_workers": 3}, "need 4 workers at least, not 3"),
-        ({"max_workers": 6.5}, "max_workers must be a positive integer, not 6.5"),
-        ({"max_extra_work": -0.1}, "max_extra_work must be 0 or positive, and finite, not -0.1"),
-        ({"max_extra_work": float("nan")}, "max_extra_work must be 0 or positive, and finite"),
-        ({"max_disagreement": 1.5}, r"max_disagreement must be in \[0, 1\], not 1.5"),
-        ({"overhead": -1.0}, "overhead must be 0 or positive, and finite, not -1.0"),
-        ({"buffer_size": 0}, "buffer_size must be a positive integer, not 0"),
-        ({"count": 7}, "fills no group of 4 in both halves"),
-        ({"num_data": (3,)}, r"num_data must be divisors of the 4 queries, not \[3\]"),
-        ({"layouts": ("none",)}, "points must be one of"),
-    ],
-)
-def test_what_does_not_fit_is_reported(key, untyped, changes, message):
-    changes = {"num_data": (4,), "count": 64, "max_workers": 6} | changes
-    x = _data(changes.pop("count"))
-    with pytest.raises(ValueError, match=message):
-        plan(_model, x, TAIL, key=key, num_queries=QUERIES, **changes)
-
-
 # The command.
 
 

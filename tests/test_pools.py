@@ -418,40 +418,6 @@ def test_many_threads_at_one_pool():
         assert pool.report().errors > 0
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda pool: pool.dispatch(np.ones(3)),
-            r"\(num_points, batch, ...\), not of shape \(3,\)",
-        ),
-        (lambda pool: pool.dispatch(np.ones((0, 1))), "not of shape"),
-        (lambda pool: pool.dispatch(points(2), needed=3), "a batch of 2 needs 1 to as many"),
-        (lambda pool: pool.dispatch(points(2), copies=0), "1 copy or more, not 0"),
-        (lambda pool: pool.dispatch(points(2)).wait(3), "wait for 1 to 2 answers, not 3"),
-        (lambda pool: pool.dispatch(points(2)).wait(deadline=0.0), "a positive number of seconds"),
-        (lambda pool: pool.dispatch(points(2)).wait(deadline=np.nan), "of seconds, not nan"),
-        (lambda pool: pool.dispatch(points(2)).wait(deadline=-np.inf), "of seconds, not -inf"),
-        (lambda pool: pool.dispatch(points(2), kinds=[0, 1]), r"run 1 model\(s\), but 2 are asked"),
-        (lambda pool: pool.send(pool.open(2), [2], points(1)), "point 2 of 2 is not there"),
-        (lambda pool: pool.send(pool.open(2), [1, 1], points(2)), "has been sent already"),
-        (
-            lambda pool: pool_inference(pool, NeRCC(2, 4))(np.ones((2, 1)), deadline=np.nan),
-            "a positive number of seconds, not nan",
-        ),
-        (lambda pool: pool_inference(pool, NeRCC(2, 4))(np.ones((3, 1))), r"x of shape \(3, 1\)"),
-        (lambda pool: pool_inference(pool, NeRCC(2, 4))(np.ones((2, 1), int)), "x is int64"),
-        (
-            lambda pool: pool_inference(pool, NeRCC(2, 4))(np.array([[1.0], [np.nan]])),
-            r"data points \[1\] are not finite",
-        ),
-    ],
-)
-def test_errors_come_before_anything_is_sent(call, message, untyped):
-    with DevicePool(itself, 1, compiled=False) as pool, pytest.raises(ValueError, match=message):
-        call(pool)
-
-
 def test_a_wait_without_an_end(gate, monkeypatch):
     """Threads refuse to sleep for centuries, so what is that long is slept in pieces."""
     monkeypatch.setattr("nercc_jax.pools.clock.LONGEST_SLEEP", 0.01)
@@ -469,23 +435,6 @@ def test_a_delay_without_an_end_is_no_error():
     faults = Faults([Fault("delay", latency=TraceLatency(jax.numpy.array([1e30])))])
     with DevicePool(itself, 1, compiled=False, faults=faults) as pool:
         assert not pool.dispatch(points(1)).wait(deadline=0.2).failures
-
-
-def test_errors_in_a_pools_numbers(untyped):
-    for number in (0, 2.5):
-        with pytest.raises(
-            ValueError, match=f"num_workers must be a positive integer, not {number}"
-        ):
-            DevicePool(itself, number)
-    with pytest.raises(ValueError, match="must be positive"):
-        DevicePool(itself, 1, hang_timeout=0.0)
-    with pytest.raises(ValueError, match="a model is a callable on a batch"):
-        DevicePool([], 1)
-    with pytest.raises(ValueError, match="a quantile in"):
-        Overdue(1.5)
-    for floor in (-0.001, np.nan, np.inf):
-        with pytest.raises(ValueError, match="floor is a number of seconds from 0 on"):
-            Overdue(floor=floor)
 
 
 def test_noise_is_not_lateness():

@@ -8,7 +8,6 @@ compared, as on a server without a calibration.
 import math
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ import scipy.stats
 from scipy.special import expit
 
 from nercc_jax import (
-    Berrut,
     ExactStragglers,
     NeRCC,
     Scheme,
@@ -695,21 +693,6 @@ def test_the_regression_where_all_are_alike(all_wrong):
     np.testing.assert_array_equal(logistic_regression(features[:0], np.zeros(0, bool)), [0, 0])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"stragglers": {}}, "stragglers are laws by name"),
-        ({"scheme": Berrut(K, N)}, "Berrut is no regression"),
-        ({"x": np.full((8, 5), np.inf, "float32")}, "are not finite: take them out"),
-        ({"x": points(0, 1)[:3]}, "3 data points fill no group of 4"),
-    ],
-)
-def test_input_errors(change, message, key, untyped):
-    arguments = {"scheme": NeRCC(K, N), "x": points(0, 3), "stragglers": LAWS} | change
-    with pytest.raises(ValueError, match=message):
-        calibrate_error_probability(model, key=key, num_sets=2, **arguments)
-
-
 def test_wrong_use(key, untyped):
     error_probability = calibrate_error_probability(
         model, NeRCC(K, N), points(0, 10), LAWS, key=key, num_sets=2
@@ -721,18 +704,3 @@ def test_wrong_use(key, untyped):
         error_probability.limit(1.5)
     with pytest.raises(ValueError, match="must be 0 or positive, not nan"):
         error_probability.share(float("nan"))
-
-
-# -- Outputs with one number a row ----------------------------------------------------------------
-
-
-def single(x):
-    return jnp.tanh(x[:, :1])
-
-
-@pytest.mark.parametrize("scheme", [NeRCC(2, 4), Scheme(NeRCC(2, 4))])
-def test_no_label_is_promised_of_a_single_number(scheme):
-    x = points(0, 2)
-    laws = {"1": ExactStragglers(1)}
-    with pytest.raises(ValueError, match="which is no label"):
-        calibrate_error_probability(single, scheme, x, laws, key=jax.random.key(0), num_sets=1)

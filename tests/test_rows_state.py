@@ -390,35 +390,33 @@ def test_a_row_in_doubt_has_the_value_that_two_workers_give():
     assert checks.avoid(np.arange(5, 9)) == set(), "somebody must compute them"
 
 
-def test_outputs_that_hardly_differ_between_rows_are_not_taken_for_the_same():
-    """Temperatures of 300 K; rounding is no difference."""
-    checks, values = checks_of(5), 300 + np.random.default_rng(0).normal(scale=0.1, size=(10, 2))
-    for row in range(9):
-        answers(checks, row % 3, [row], values[[row]], ALL)
-        assert answers(checks, 3, [row], values[[row]] * (1 + 1e-6))[0].all()
-    answers(checks, 0, [9], values[[2]], ALL)
-    assert not answers(checks, 1, [9], values[[9]])[0].any()
-    given, found = answers(checks, 2, [9], values[[9]])
-    assert given.all()
-    np.testing.assert_array_equal(found, values[[9]])
+# Temperatures of 300 K: rounding is no difference, and 0.1 K is one.
+WARM, ELSEWHERE = [300.0, 300.1], [300.1, 300.0]
 
 
 @pytest.mark.parametrize(
     ("num_workers", "values", "taken"),
     [
-        (4, [np.nan, np.nan], np.nan),
-        (8, [1.0, 2.0, 3.0, 3.0], 3.0),
-        (3, [0.0, 1.0, 2.0], 0.0),  # nobody is left
+        (4, [[np.nan, 1.0], [np.nan, 1.0]], [np.nan, 1.0]),
+        (8, [[each, 1.0] for each in (1.0, 2.0, 3.0, 3.0)], [3.0, 1.0]),
+        (3, [[each, 1.0] for each in (0.0, 1.0, 2.0)], [0.0, 1.0]),  # nobody is left
+        (5, [WARM, np.multiply(WARM, 1 + 1e-6)], WARM),
+        (5, [ELSEWHERE, WARM, WARM], WARM),
     ],
+    ids=["no numbers", "two of four", "all differ", "rounding", "hardly another's"],
 )
 def test_the_first_value_that_two_gave_is_taken_or_one_where_all_workers_differ(
     num_workers, values, taken
 ):
     checks = checks_of(num_workers)
+    for row in range(1, 9):  # it has seen by how much rows differ
+        others = 300 + np.random.default_rng(row).normal(scale=0.1, size=2)
+        for worker in range(2 * (num_workers == 5)):
+            answers(checks, worker, [row], [others], ALL)
     for worker, value in enumerate(values):
-        given, found = answers(checks, worker, [0], [[value, 1.0]], ALL)
+        given, found = answers(checks, worker, [0], [value], ALL)
         assert given.any() == (worker == len(values) - 1)
-    np.testing.assert_array_equal(found, [[taken, 1.0]])
+    np.testing.assert_allclose(found, [taken], rtol=1e-6)
 
 
 def test_what_was_taken_back_after_it_was_written_is_not_taken_for_a_value(tmp_path):

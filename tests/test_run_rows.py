@@ -123,36 +123,6 @@ def test_a_computed_row_keeps_all_digits_whatever_the_type_of_earlier_rows():
         run_rows(lambda x: x.tolist(), rows, DevicePool, num_workers=2, tolerance=0.0)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "tolerance is needed"),
-        ({"tolerance": 1.0, "max_disagreement": 0.1}, "not both"),
-        ({"tolerance": -1.0}, "tolerance must be 0 or positive"),
-        ({"tolerance": 1.0, "compute": "some"}, "compute must be 'needed' or 'all', not 'some'"),
-        ({"tolerance": 1.0, "job_deadline": -1.0}, "job_deadline must be a positive number"),
-        ({"tolerance": 1.0, "grace": -1.0}, "grace must be a number of seconds from 0 on"),
-        ({"tolerance": 1.0, "max_calls": 0}, "max_calls must be positive"),
-        ({"tolerance": 1.0, "check_answers": 1.0}, "check_answers must be between 0 and 1, not 1"),
-        ({"tolerance": 1.0, "max_fenced": 1.0}, r"max_fenced must be in \[0, 1\), not 1"),
-        ({"tolerance": 1.0, "rows_per_call": 0}, "rows_per_call must be positive"),
-        ({"tolerance": 1.0, "deadline": 0.0}, "deadline must be a positive number"),
-        ({"tolerance": 1.0, "deadline": None}, "deadline must be a positive number.*not None"),
-        ({"tolerance": "1.0"}, "tolerance must be 0 or positive, not '1.0'"),
-        ({"accuracy": 0.1}, "accuracy is an Accuracy.*, not 0.1"),
-    ],
-)
-def test_numbers_that_do_not_fit_are_refused_before_a_pool_is_opened(options, message, untyped):
-    refuse = lambda *_, **__: pytest.fail("opened")  # noqa: E731
-    with pytest.raises(ValueError, match=message):
-        run_rows(picky, X, refuse, **options)
-    for rows in (np.array(["a"]), np.array([[1.0], [np.nan]]), 1.0, np.zeros((0, 2))):
-        with pytest.raises(ValueError, match=r"rows are finite numbers \(rows, ...\), not"):
-            run_rows(picky, rows, refuse, tolerance=0.0)
-    with pytest.raises(ValueError, match=r"float64 of shape \(2, 1\), with nan in row 1"):
-        run_rows(picky, np.array([[1.0], [np.nan]]), refuse, tolerance=0.0)
-
-
 def test_defaults_are_the_same_in_python_and_at_the_command_line():
     options = dataclasses.fields(Options)
     command = {option.name.removesuffix("_s"): option.default for option in options}

@@ -127,21 +127,50 @@ def test_what_would_slow_down_others_is_reported(backend, open_scheduler, monkey
     backend.answer_all()
 
 
-def test_a_dead_workers_task_goes_on_and_its_old_life_is_ignored(backend, open_scheduler):
+def unreachable(backend):
+    """Have the next call fail on its way."""
+    send = backend.send
+
+    def fail(*task):
+        backend.send = send
+        raise ConnectionError("no route to host")
+
+    backend.send = fail
+
+
+# What a worker does, before it has a call or with it; why the call failed, deaths and errors.
+WRONG = {
+    "it fails": (None, OSError("lost"), "OSError: lost", 0, 0),
+    "it dies": (None, WorkerDied("killed"), "killed", 1, 0),
+    # The watcher's thread died of such an answer, and its task was lost for good: text is a pytree.
+    "its answer cannot be read": (None, "not an array", "the answer cannot be read", 0, 0),
+    "it cannot be reached": (
+        unreachable, None, "it cannot be reached: ConnectionError: no route to host", 1, 1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_goes_wrong_at_a_worker_costs_no_answer(backend, open_scheduler, case):
+    """Nor does what is heard of a life that is over."""
+    before, outcome, reason, deaths, errors = WRONG[case]
     pool = open_scheduler(2)
-    batch = dispatch(pool, 2)
-    (worker, (life, point)), *_ = backend.sent.items()
-    backend.answer(worker, WorkerDied("killed"))
-    backend.on_outcome(worker, life, np.full((1, 1), 99.0))  # a ghost
-    backend.on_outcome(worker, life, WorkerDied("killed"))
-    assert batch.failures[0].reason == "killed"
-    for _ in range(2):
-        backend.answer(next(iter(backend.sent)))
-    answers = batch.wait()
-    assert answers.values[point, 0, 0] == point
+    if before is not None:
+        before(backend)
+    batch = dispatch(pool, 1)
+    worker = batch.failures[0].worker if batch.failures else next(iter(backend.sent))
+    if outcome is not None:
+        backend.answer(worker, outcome)
+    assert reason in batch.failures[0].reason
+    if deaths:
+        for ghost in (np.full((1, 1), 99.0), WorkerDied("killed")):
+            backend.on_outcome(worker, 0, ghost)
+    backend.answer(1 - worker)
+    assert batch.answer(0)[0, 0] == 0
+    assert pool.trouble is None
     report = pool.report()
-    assert (report.deaths, report.deaths_by_worker[worker]) == (1, 1)
-    assert backend.lives[worker] == 2
+    assert (report.deaths, report.deaths_by_worker[worker]) == (deaths, deaths)
+    assert (report.internal_errors, backend.lives[worker]) == (errors, 1 + deaths)
 
 
 def test_the_end_of_an_earlier_life_costs_the_next_one_nothing(backend, open_scheduler):
@@ -334,38 +363,6 @@ def test_a_worker_that_never_gets_ready_is_started_again(backend, open_scheduler
     assert pool.report().workers[0].failed_starts >= 2
     del backend._begin
     soon(lambda: backend.answer_all() or batch.available.all())
-
-
-def test_a_worker_that_cannot_be_sent_to_is_dead(backend, open_scheduler):
-    pool, send = open_scheduler(2), backend.send
-    spoilt = []
-
-    def fail_once(worker, *task):
-        if not spoilt:
-            spoilt.append(worker)
-            raise ConnectionError("no route to host")
-        send(worker, *task)
-
-    backend.send = fail_once
-    batch = dispatch(pool, 1)
-    assert batch.failures[0].worker == spoilt[0]
-    assert batch.failures[0].reason == "it cannot be reached: ConnectionError: no route to host"
-    backend.answer(1 - spoilt[0])
-    assert batch.available.all()
-    report = pool.report()
-    assert (report.deaths_by_worker[spoilt[0]], report.internal_errors) == (1, 1)
-
-
-def test_an_answer_that_cannot_be_read_is_that_workers_error(backend, open_scheduler):
-    """Text is a pytree; the worker's thread died of it, and its task was lost for good."""
-    pool = open_scheduler(2)
-    batch = dispatch(pool, 1)
-    (worker,) = backend.sent
-    backend.answer(worker, "not an array")
-    assert "the answer cannot be read" in batch.failures[0].reason
-    assert pool.trouble is None
-    backend.answer(1 - worker)
-    assert batch.available.all()
 
 
 def test_a_turn_of_the_watcher_that_fails_is_not_its_last(

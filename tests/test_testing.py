@@ -3,9 +3,6 @@
 `test_codes.py` calls it for the library's own codes, `test_pages.py` for the documentation's.
 """
 
-import subprocess
-import sys
-
 import equinox as eqx
 import extending
 import jax
@@ -200,9 +197,3 @@ def test_the_tolerance_is_the_callers(untyped):
     with pytest.raises(AssertionError, match=r"relative error is 0\.0.*, over 0\.0001"):
         check_code(coarse)
     check_code(coarse, tolerance=1e-2)
-
-
-def test_it_needs_no_test_framework():
-    code = "import sys, nercc_jax; nercc_jax.testing.check_code; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"pytest", "hypothesis"} & {*done.stdout.split()}

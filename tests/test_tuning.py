@@ -12,7 +12,6 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from flax import nnx
 from matrices import LAYOUTS, decoder_matrix, encoder_matrix
 
 import nercc_jax as nj
@@ -59,6 +58,9 @@ def test_parameters_start_at_the_code(layout, dtype):
     for name in ("alpha", "beta"):
         assert getattr(again, name).dtype == dtype
         np.testing.assert_allclose(getattr(again, name), getattr(code, name), atol=1e-6)
+    for step in (-30, 30):  # as long as a step may be, no lambda becomes negative, or zero
+        moved = rebuild(free | {name: free[name] + step for name in free if name[:3] == "log"})
+        assert min(moved.lambda_enc, moved.lambda_dec, moved.end_penalty) > 0
     fixed, rebuild = parametrize(code, points=False)
     np.testing.assert_array_equal(rebuild(fixed).beta, code.beta)
     assert fixed.keys() == {n for n in free if not n.endswith("_shifts")}
@@ -95,15 +97,18 @@ def test_points_keep_their_order_their_twins_and_their_ends(alpha_shifts, beta_s
         more = free | {"beta_shifts": free["beta_shifts"].at[2:].set(1.0)}
         np.testing.assert_array_equal(rebuild(more).beta, rebuild(free).beta)
         alpha, beta = np.asarray(moved.alpha), np.asarray(moved.beta)
-        np.testing.assert_array_equal(np.argsort(alpha), np.argsort(POINTS[0]))
-        assert (np.diff(np.sort(alpha)) > 0).all()
+        # Gaps of angles before and after a point grow and shrink by the exponential of its shift.
+        order, gone = np.argsort(-POINTS[0]), np.append(alpha_shifts, 0)
+        gaps = np.diff(np.concatenate([[0], np.arccos(POINTS[0])[order], [np.pi]]))
+        gaps *= np.exp(np.diff(gone, prepend=0))
+        angles = np.pi * np.cumsum(gaps)[:-1] / gaps.sum()
+        np.testing.assert_allclose(alpha[order], np.cos(angles), atol=1e-12)
+        assert (np.diff(alpha[order]) < 0).all()
         assert beta[1] == 1
         np.testing.assert_allclose(beta[4], -1, atol=1e-12)
         assert beta[0] == beta[3], "twins"
         assert beta[5] == alpha[2], "it follows"
         assert -1 < beta[2] < beta[0] < 1
-        if any(alpha_shifts):
-            assert (alpha != code.alpha).any()
 
 
 FREE_BETAS = {"interleaved": 3, "mixed:0.4": 2, "repeated": 0}
@@ -155,36 +160,6 @@ def test_slopes_where_points_coincide():
                 np.testing.assert_allclose(difference, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_one_point_moves_alone_to_first_order():
-    """Among even gaps g a shift s moves a point's angle by g s, and no other's."""
-    with jax.enable_x64(True):
-        code = nj.NeRCC(K, N)
-        free, rebuild = parametrize(code, points=True)
-        moves = jax.jacfwd(lambda s: rebuild(free | {"beta_shifts": s}).beta)(free["beta_shifts"])
-        gap = np.pi / (N - 1)
-        expected = np.zeros((N, N))  # the ends do not move
-        expected[1:-1, : N - 2] = np.diag(-gap * np.sin(gap * np.arange(1, N - 1)))
-        np.testing.assert_allclose(moves, expected, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("code", "points"),
-    [
-        (lambda: nj.Replication(K, N), True),
-        (lambda: nj.Uncoded(K), True),
-        (lambda: nj.Parity(6, 7), True),
-        (lambda: nj.Replication(K, N), False),
-        (lambda: nj.Berrut(K, N), False),
-        (lambda: nj.Lagrange(K, N), False),
-    ],
-)
-def test_nothing_to_tune(code, points):
-    with pytest.raises(ValueError, match=f"{type(code()).__name__} has nothing to tune"):
-        parametrize(code(), points=points)
-    if hasattr(code(), "beta"):
-        assert parametrize(code(), points=True)[0].keys() == {"alpha_shifts", "beta_shifts"}
-
-
 def own_code(**metadata):
     """A code with one number, as someone declares it."""
 
@@ -210,54 +185,9 @@ def test_a_code_of_ones_own_that_declares_nothing_is_told_how():
         parametrize(own_code(tune="linear"))
 
 
-# -- Errors ----------------------------------------------------------------------------------------
-
-LAWS = {"0": nj.ExactStragglers(0), "2": nj.ExactStragglers(2)}
-
-
-@pytest.mark.parametrize(
-    ("model", "x", "laws", "message"),
-    [
-        (jnp.tanh, np.zeros((20, 2)), {}, "stragglers are laws by name"),
-        (jnp.tanh, np.zeros((20, 2)), [nj.ExactStragglers(1)], "stragglers are laws by name"),
-        (jnp.tanh, np.zeros((5, 2)), LAWS, "x has 5 data points: tuning needs two groups of 3"),
-        (jnp.tanh, np.full((20, 2), np.nan), LAWS, r"data points \[0, .*\] are not finite"),
-        (jnp.tanh, np.zeros((20, 2), int), LAWS, "x is int.*: codes work on floats"),
-        (nnx.Dropout(0.5, rngs=nnx.Rngs(0)), np.zeros((20, 2)), LAWS, "mode: its Dropout"),
-    ],
-)
-def test_tuning_errors(model, x, laws, message, key, untyped):
-    with pytest.raises(ValueError, match=message):
-        nj.tune(model, nj.NeRCC(K, N), x, laws, key=key)
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: Descent(steps=0), "steps must be a positive integer, not 0"),
-        (lambda: Descent(learning_rate=-1.0), "learning_rate must be positive"),
-        (lambda: Descent(learning_rate=np.nan), "positive and finite, not nan"),
-        (lambda: Descent(tolerance=-0.1), "tolerance must be 0 or positive, and finite, not -0.1"),
-        (lambda: Descent(check_every=0), "check_every must be a positive integer"),
-        (lambda: Sampling(groups_per_step=1.5), "groups_per_step must be a positive integer"),
-        (lambda: Sampling(sets_per_step=0), "sets_per_step must be a positive integer"),
-        (lambda: Sampling(held_out_sets=True), "held_out_sets must be a positive integer"),
-        (lambda: Sampling(held_out_share=1.0), "held_out_share must be between 0 and 1"),
-    ],
-)
-def test_numbers_out_of_range(build, message, untyped):
-    with pytest.raises(ValueError, match=message):
-        build()
-
-
-def test_numpys_numbers_are_pythons(untyped):
-    descent, sampling = Descent(steps=np.int64(3)), Sampling(groups_per_step=np.int32(2))
-    assert type(descent.steps) is type(sampling.groups_per_step) is int
-    assert descent == Descent(steps=3)
-
-
 # -- Trials ----------------------------------------------------------------------------------------
 
+LAWS = {"0": nj.ExactStragglers(0), "2": nj.ExactStragglers(2)}
 WEIGHTS = np.random.default_rng(0).normal(size=(2, 3)).astype("float32")
 DATA = np.random.default_rng(1).normal(size=(60, 2)).astype("float32")
 
@@ -290,19 +220,6 @@ def test_the_objective_is_the_mean_of_relative_errors(start):
     for code in (start, other, cell):
         expected = np.mean(plain(code) / plain(start))
         assert float(trial.errors(model, code)[1]) == pytest.approx(expected, rel=1e-4)
-
-
-def test_what_cannot_be_compared_is_refused(start, key):
-    groups = DATA[:12].reshape(4, K, 2)
-
-    def broken(x):
-        return jnp.where(jnp.abs(x[:, :1]) > 0.5, jnp.nan, model(x))
-
-    with pytest.raises(ValueError, match="finite answers on coded data points"):
-        make_trial(broken, start, groups, LAWS, key=key, num_sets=5)
-    laws = {"all": nj.ExactStragglers(0), "nobody": nj.ExactStragglers(N)}
-    with pytest.raises(ValueError, match=r"'nobody'.*leave out laws under which nobody answers"):
-        make_trial(model, start, groups, laws, key=key, num_sets=5)
 
 
 # -- Tuning ----------------------------------------------------------------------------------------
@@ -376,30 +293,22 @@ def test_one_seed_gives_one_code_to_the_last_bit(runs, start):
     assert not np.array_equal(other.code.beta, again.code.beta)
 
 
-def test_a_code_is_tuned_from_workers_on_the_data_points(key):
+def test_a_code_begins_with_workers_on_its_data_points_and_starts_as_they_are(key):
     seen = []
     code, few = nj.NeRCC(K, N), {"sampling": SAMPLING, "descent": Descent(steps=3)}
-    options = few | {"key": key, "on_step": lambda step, code: seen.append(np.asarray(code.beta))}
-    nj.tune(model, code, DATA, LAWS, **options)
+    few |= {"key": key, "on_step": lambda step, code: seen.append(np.asarray(code.beta))}
+    nj.tune(model, code, DATA, LAWS, **few)
     assert np.sum(np.abs(seen[0] - code.beta) > 1e-3) == K
     assert set(np.asarray(code.alpha)) <= set(seen[0])
-    nj.tune(model, code, DATA, LAWS, points=False, **options)
+    nj.tune(model, code, DATA, LAWS, points=False, **few)
     np.testing.assert_array_equal(seen[4], code.beta)
-
-
-def test_several_starts_begin_as_they_are_and_the_best_counts(key):
-    seen = []
-    code, few = nj.NeRCC(K, N), {"sampling": SAMPLING, "descent": Descent(steps=3)}
+    # Of several starts the best counts.
     starts = (code, nj.NeRCC(K, N, points="interleaved"))
-    tuned = nj.tune(
-        model, starts, DATA, LAWS, key=key, on_step=lambda step, code: seen.append(code), **few
-    )
-    for place, start in zip((0, 4), starts, strict=True):
-        np.testing.assert_allclose(seen[place].beta, start.beta, atol=1e-6)
+    tuned = nj.tune(model, starts, DATA, LAWS, **few)
+    for place, start in zip((8, 12), starts, strict=True):
+        np.testing.assert_allclose(seen[place], start.beta, atol=1e-6)
     assert [step.step for step in tuned.history] == [0, 1, 2, 3, 0, 1, 2, 3]
-    assert tuned.objective <= nj.tune(model, starts[:1], DATA, LAWS, key=key, **few).objective
-    with pytest.raises(ValueError, match="several starts must be codes of one kind, with the same"):
-        nj.tune(model, (code, nj.NeRCC(K, N + 1)), DATA, LAWS, key=key)
+    assert tuned.objective <= nj.tune(model, starts[:1], DATA, LAWS, **few).objective
 
 
 def test_any_optimizer_and_lbfgs_lower_the_error_from_the_same_start(start, untyped):
@@ -415,10 +324,6 @@ def test_any_optimizer_and_lbfgs_lower_the_error_from_the_same_start(start, unty
     assert better.objective < by_sgd.objective
     values = [step.objective for step in better.history if step.objective is not None]
     assert values == sorted(values, reverse=True), "one draw, on which each step goes down"
-    with pytest.raises(ValueError, match="there is no code to start from"):
-        nj.tune(model, (), DATA, LAWS, **options)
-    with pytest.raises(ValueError, match="optimizer must be 'adam', 'lbfgs' or an optax transf"):
-        nj.tune(model, start, DATA, LAWS, optimizer="newton", **options)
 
 
 def test_convergence_is_judged_on_the_held_out_groups(start):
@@ -434,8 +339,6 @@ def test_laws_without_an_error_are_left_out(key):
     few = {"key": key, "sampling": SAMPLING, "descent": Descent(steps=3)}
     tuned = nj.tune(model, code, DATA, LAWS, **few)
     assert tuned.history[0].held_out == pytest.approx(1, abs=1e-3)
-    with pytest.raises(ValueError, match="nothing to gain: the starting code makes no error"):
-        nj.tune(model, code, DATA, {"0": LAWS["0"]}, **few)
 
 
 def test_steps_that_are_not_finite_change_nothing_and_are_reported():
@@ -466,37 +369,6 @@ def test_steps_that_are_not_finite_change_nothing_and_are_reported():
 
 
 @pytest.mark.slow
-def test_an_exact_code_stays_exact_and_glued_through_tuning(key):
-    code = nj.NeRCC(K, N, points="mixed:0.4", exact=True)
-    laws = {"2": LAWS["2"]}
-    tuned = nj.tune(model, code, DATA, laws, key=key, points=True, **OPTIONS).code
-    assert np.abs(np.asarray(tuned.alpha - code.alpha)).max() > 1e-3
-    same = np.asarray(code.beta)[:, None] == np.asarray(code.alpha)
-    np.testing.assert_array_equal(np.asarray(tuned.beta)[:, None] == np.asarray(tuned.alpha), same)
-    assert float(tuned.lambda_enc) == 0
-    assert float(tuned.lambda_dec) != float(code.lambda_dec)
-    mask = np.arange(N) != 1
-    answered = (same & mask[:, None]).any(axis=0)
-    decoded = tuned.decode(model(tuned.encode(DATA[:K])), mask)
-    np.testing.assert_allclose(decoded[answered], model(DATA[:K])[answered], atol=1e-4)
-
-
-@pytest.mark.parametrize(("number", "share"), [(6, 0.25), (21, 0.25), (23, 0.9)])
-def test_groups_stay_together(number, share, key):
-    x = np.arange(number, dtype="float32")
-    sampling = Sampling(held_out_share=share, grouped=True)
-    training, held = split_points(x, K, sampling, key)
-    groups = np.concatenate([training, held]).reshape(-1, K)
-    np.testing.assert_array_equal(groups[:, 1:], groups[:, :1] + [[1, 2]])
-    assert sorted(groups[:, 0]) == list(range(0, number // K * K, K))
-    drawn = sampling.draw(K, jnp.asarray(training), key)
-    np.testing.assert_array_equal(drawn[:, 1:], drawn[:, :1] + jnp.array([[1, 2]]))
-    assert set(np.asarray(drawn)[:, 0]) <= set(np.reshape(training, (-1, K))[:, 0])
-    alone = split_points(x, K, Sampling(held_out_share=share), key)
-    assert sorted(np.concatenate(alone)) == list(x)
-
-
-@pytest.mark.slow
 def test_tuning_by_groups_never_mixes_them(key):
     """All points of a group share a whole number; a mixture of groups shows and breaks the model.
 
@@ -517,36 +389,6 @@ def test_tuning_by_groups_never_mixes_them(key):
         nj.tune(fragile, nj.Berrut(K, N), x, LAWS, **options)
 
 
-# -- A loop of one's own ---------------------------------------------------------------------------
-
-
-def test_a_plain_loop_lowers_the_objective_and_keeps_lambdas_positive():
-    """optax over `parametrize`, with steps that take a lambda itself far below zero."""
-    groups = jnp.asarray(DATA[:24].reshape(8, K, 2))
-    masks = jnp.asarray(np.array([[1] * N, [1, 1, 0, 1, 0, 1], [0, 1, 1, 1, 1, 0]], bool))
-    start = nj.NeRCC(K, N, lambda_enc=1e-3, lambda_dec=1e-2, end_penalty=10.0)
-
-    def objective(code):
-        return nj.nested_objective(model, code, groups, masks)
-
-    free, rebuild = parametrize(start)
-    assert not any(name.endswith("_shifts") for name in free)
-    optimizer = optax.adam(1.0)
-
-    @jax.jit
-    def step(free, state):
-        slopes = jax.grad(lambda free: objective(rebuild(free)))(free)
-        updates, state = optimizer.update(slopes, state)
-        return optax.apply_updates(free, updates), state
-
-    state, seen = optimizer.init(free), []
-    for _ in range(25):
-        free, state = step(free, state)
-        seen.append(rebuild(free))
-    for name in ("lambda_enc", "lambda_dec", "end_penalty"):
-        values = np.array([float(getattr(code, name)) for code in seen])
-        assert (values > 0).all()
-        # A step of Adam's is 1 of a logarithm, and would be 1 of the lambda itself.
-        assert np.abs(np.log(values / float(getattr(start, name)))).max() > 1
-    before, after = (float(objective(code)) for code in (start, seen[-1]))
-    assert after < 0.9 * before
+@pytest.mark.parametrize("code", [nj.Berrut(K, N), nj.Lagrange(K, N)], ids=["berrut", "lagrange"])
+def test_of_codes_without_numbers_points_are_tuned(code):
+    assert parametrize(code, points=True)[0].keys() == {"alpha_shifts", "beta_shifts"}

@@ -41,9 +41,9 @@ class NotAKnot(NamedTuple):
     """The kinks of a not-a-knot spline, and the forces that make its ends of natural ones.
 
     `kinks` selects the two knots where nothing is to jump. `values` and `slopes` are the forces on
-    each knot's value and slope that make E, over mu. Jumps are scaled by the shorter gap beside the
-    knot, or one of rounding's size might drown the other, and by the range of the knots. With fewer
-    than four knots (not `enough`) the spline stays natural.
+    each knot's value and slope that make E, over mu. Jumps are scaled by the shorter gap between
+    the knot and its observed neighbours, or one of rounding's size might drown the other, and by
+    the range of the knots. With fewer than four knots (not `enough`) the spline stays natural.
     """
 
     kinks: Float[Any, "n 2"]
@@ -70,20 +70,16 @@ class NotAKnot(NamedTuple):
         return where(self.enough, c, 0)
 
 
-def not_a_knot(
-    knots: Knots, end_weights: Float[Any, " n"], gaps: Float[Any, "2 1"] | None = None
-) -> NotAKnot:
-    """Return what makes these ends; `end_weights` are the penalties of slopes, over mu.
-
-    `gaps` are the shorter gaps beside the kinks, where `knots` are not all that there are.
-    """
+def not_a_knot(knots: Knots, end_weights: Float[Any, " n"]) -> NotAKnot:
+    """Return what makes these ends; `end_weights` are the penalties of slopes, over mu."""
     t, dtype = knots.t[:, None], knots.t.dtype
     xp = namespace(t)
-    # The first two knots that are observed, and the last two, as far as there are.
+    # The first three knots that are observed, and the last three, as far as there are.
     seen, place = xp.cumsum(knots.weights > 0), xp.arange(len(t))[:, None]
-    ranks = seen[-1] * np.array([0, 0, 1, 1]) + np.array([1, 2, -1, 0])
+    ranks = seen[-1] * np.array([0, 0, 0, 1, 1, 1]) + np.array([1, 2, 3, -2, -1, 0])
     outermost = xp.minimum(xp.sum(seen[:, None] < ranks[None], axis=0), len(t) - 1)
-    first, second, before, last = xp.moveaxis((place == outermost[None]).astype(dtype), 1, 0)
+    each = (place == outermost[None]).astype(dtype)
+    first, second, _, _, before, last = xp.moveaxis(each, 1, 0)
     apart, both = last - first, last + first
     span = xp.sum(apart * knots.t)
     half = where(span > 0, span / 2, 1)
@@ -92,10 +88,9 @@ def not_a_knot(
     values = xp.stack([xp.zeros_like(apart), -6 / half**3 * apart], axis=1)
     slopes = xp.stack([2 * bends * apart, 3 * (bends + 1 / half**2) * both], axis=1)
     kinks = xp.stack([second, before], axis=1)
-    if gaps is None:
-        beside = t[1:] - t[:-1]
-        after, behind = (xp.sum(beside * each, axis=0) for each in (kinks[:-1], kinks[1:]))
-        gaps = where(after < behind, after, behind)[:, None]
+    ends = xp.reshape(xp.sum(each * t, axis=0), (2, 3))
+    behind, after = ends[:, 1] - ends[:, 0], ends[:, 2] - ends[:, 1]
+    gaps = where(after < behind, after, behind)[:, None]
     return NotAKnot(kinks, values, slopes, gaps * half**2, knots.number >= 4)
 
 

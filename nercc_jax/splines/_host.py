@@ -56,9 +56,7 @@ def smoothing_matrix_on_host(
         else:
             place = np.arange(len(seen))
             knots_seen = Knots(system.t, system.weights, place, np.ones(len(place)), place)
-            gaps, kinks = np.diff(knots.t.astype(np.float64)), seen[[1, -2]]
-            shorter = np.minimum(gaps[kinks], gaps[kinks - 1])[:, None]
-            forced = not_a_knot(knots_seen, system.ends, shorter)
+            forced = not_a_knot(knots_seen, system.ends)
             forces = np.zeros((len(system.forces), 2))
             forces[::4], forces[1::4] = forced.values, forced.slopes
             fits = system.fitted(), system.solve(system.forces[:, None] * forces)
