@@ -1,14 +1,13 @@
 """A batcher whose workers answer when the test says so."""
 
 import contextlib
-import threading
 import time
 
 import jax.numpy as jnp
 import numpy as np
 from traffic import Traffic
 
-from nercc_jax import DevicePool, NeRCC
+from nercc_jax import DevicePool, NeRCC, Uncoded
 from nercc_jax.pools import Fault, Faults
 from nercc_jax.risk import Accuracy, ErrorProbability
 from nercc_jax.serving import BatchingPolicy, CodedBatcher, Coder, DecodingScores
@@ -51,17 +50,6 @@ def queries(number, seed=1):
     x = np.random.default_rng(seed).normal(size=(number, *SHAPE)).astype(np.float32)
     x[:, 0] = np.linspace(-1, 1, number) if number > 1 else 0.5
     return x
-
-
-class Held:
-    """A model that answers nobody until it is released."""
-
-    def __init__(self):
-        self.release = threading.Event()
-
-    def __call__(self, batch):
-        assert self.release.wait(LONG)
-        return model(batch)
 
 
 class Simulated(Traffic):
@@ -129,38 +117,16 @@ class Simulated(Traffic):
 
 
 @contextlib.contextmanager
-def serving(
-    code, run=model, *, workers=12, faults=None, warm=True, decoding=None, predictor=None, **policy
-):
-    """A batcher on a pool of threads; warm: it knows how long answers take."""
-    seen = []
-    usual = {"max_batch_size": 1, "batch_wait_timeout_s": 0.02, "deadline_s": LONG}
-    usual["outputs"] = "logits"
-    policy = usual | policy
-    with DevicePool(run, workers, compiled=False, faults=faults) as pool:
-        coder = Coder(code)
-        with CodedBatcher(
-            pool,
-            coder,
-            SHAPE,
-            OUT,
-            policy=BatchingPolicy(**policy),
-            decoding=decoding and decoding(coder),
-            predictor=predictor,
-            observe=lambda what, number: seen.append((what, number)),
-        ) as batcher:
-            batcher.test_coder, batcher.test_seen = coder, seen  # pyright: ignore
-            if warm:  # medians of a millisecond or so, by which stragglers are known
-                for each in queries(24, seed=99):
-                    batcher.submit(each[None]).result(LONG)
-                settled(batcher)
-            seen.clear()
-            yield batcher
-
-
-def settled(batcher):
-    """Waits until nothing is left of what was submitted."""
-    until(lambda: not (batcher._dispatcher.groups or batcher.waiting or batcher.in_flight))
+def serving(predictor=None, observe=None, **policy):
+    """A batcher of threads, before threads."""
+    usual = {"max_batch_size": 1, "deadline_s": LONG, "outputs": "logits"}
+    policy = BatchingPolicy(**usual | policy)
+    options = {"policy": policy, "predictor": predictor, "observe": observe}
+    with (
+        DevicePool(model, 12, compiled=False) as pool,
+        CodedBatcher(pool, Coder(Uncoded(1)), SHAPE, OUT, **options) as batcher,
+    ):
+        yield batcher
 
 
 def until(true, seconds=LONG):
@@ -168,7 +134,3 @@ def until(true, seconds=LONG):
     while not true():
         assert time.monotonic() < end, "it never came to be so"
         time.sleep(0.01)
-
-
-def count(batcher, what):
-    return sum(1 for each, _ in batcher.test_seen if each == what)

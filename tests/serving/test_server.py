@@ -1,7 +1,5 @@
 """`nercc serve` from outside: what it says of itself, metrics, the status, the log."""
 
-# ruff: noqa: E402 (`require` comes before what needs it)
-
 import re
 import shutil
 from pathlib import Path
@@ -9,30 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import require
-from faces import ask, stub_of
+from faces import ask
 from nercc_server import Server, running
 
-httpx = require("httpx", "serve-test")
-
-from nercc_jax.serving.transport import open_inference_pb2 as messages
+require("httpx", "serve-test")
 
 pytestmark = pytest.mark.slow
 
 CONFIG = """
+model_control = "explicit"
 [defaults]
 scheme = "uncoded"
 input_shape = [4]
 workers = 2
 max_batch_size = 2
 [[models]]
-model = "own:double"
-name = "double"
-[[models]]
 model = "own:moody"
 name = "moody"
-[[models]]
-model = "own:from_weights"
-weights = "weights.npy"
 [[models]]
 model = "own:double"
 name = "slow"
@@ -43,60 +34,44 @@ name = "counted"
 [[models]]
 model = "own:double"
 name = "untouched"
+[[models]]
+model = "own:from_weights"
+name = "weighs"
+weights = "weights.npy"
+version = 2
+scheme = "nercc"
+num_data = 2
+num_workers = 4
 """
-NAMES = ["double", "moody", "own.from_weights", "slow", "counted", "untouched"]
-MATRIX = np.arange(20, dtype=np.float32).reshape(4, 5)
+NAMES = ["moody", "slow", "counted", "untouched", "weighs"]
 ROOT = Path(__file__).parents[2]
-EXTENSIONS = ["model_repository"]
 OUTCOMES = ("ok", "deadline", "failed", "cancelled")
 OUTCOMES += ("invalid", "overloaded", "queue_full", "draining")
 ONE = {"input": [[1.0, 2, 3, 4]]}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
-    np.save(folder / "weights.npy", MATRIX)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    np.save(folder / "weights.npy", 3 * np.eye(4, 5, dtype=np.float32))
     with running(folder, config=CONFIG) as server:
         yield server
 
 
-@pytest.fixture(scope="module")
-def stub(server):
-    with stub_of(server) as stub:
-        yield stub
-
-
-# What the server says of itself.
-
-
-@pytest.mark.parametrize("version", ["", "1"])
-def test_health_metadata_and_a_model_made_from_weights(server, stub, version):
-    assert server.http.get("/v2/health/live").json() == {"live": True}
-    assert server.http.get("/v2/health/ready").json() == {"ready": True}
-    assert server.http.get("/v2/models").json() == {"models": NAMES}
-    about = server.http.get("/v2").json()
-    assert about["name"] == "nercc_jax"
-    assert about["extensions"] == ["binary_tensor_data", *EXTENSIONS]
-    by_grpc = stub.ServerMetadata(messages.ServerMetadataRequest())
-    assert (by_grpc.name, by_grpc.version) == ("nercc_jax", about["version"])
-    name = "own.from_weights"
-    path = f"/v2/models/{name}" + (f"/versions/{version}" if version else "")
-    about = server.http.get(path).json()
-    assert (about["name"], about["versions"]) == (name, ["1"])
-    assert about["inputs"] == [{"name": "input", "datatype": "FP32", "shape": [-1, 4]}]
-    assert about["outputs"][0] == {"name": "output", "datatype": "FP32", "shape": [-1, 5]}
-    assert server.http.get(f"{path}/ready").json() == {"name": name, "ready": True}
-    assert about["parameters"] == {
-        "nercc_coded": False,
-        "nercc_uncoded": "it is served by Uncoded",
-    }
-    asked = {"name": name, "version": version}
-    assert list(stub.ModelMetadata(messages.ModelMetadataRequest(**asked)).versions) == ["1"]
-    assert stub.ModelReady(messages.ModelReadyRequest(**asked)).ready
-    for face in ("json", "raw"):
-        found = ask(face, server, name, {"input": [[1.0, 0, 0, 2]]}, version=version).outputs
-        np.testing.assert_array_equal(found["output"], [MATRIX[0] + 2 * MATRIX[3]])
+def test_weights_are_read_again_and_a_version_is_as_it_is_set(server, folder):
+    path = "/v2/repository/models/weighs"
+    for factor in (3, 5):
+        for version in ("", "2"):
+            found = ask("raw", server, "weighs", ONE, version=version).outputs["output"]
+            assert found.tolist() == [[factor, 2 * factor, 3 * factor, 4 * factor, 0]]
+        np.save(folder / "weights.npy", 5 * np.eye(4, 5, dtype=np.float32))
+        assert server.http.post(f"{path}/unload").is_success
+        assert ask("json", server, "weighs", ONE).is_(404)
+        assert server.http.post(f"{path}/load").is_success
 
 
 # Metrics and status.
@@ -197,8 +172,8 @@ def test_the_status_has_what_the_page_reads(server):
 
 
 def test_the_log_is_json_without_lines_of_requests_but_for_failures(server):
-    assert ask("json", server, "double", ONE, id="right").is_(200)
-    assert ask("raw", server, "double", {"input": [[1.0] * 7]}, id="wrong").is_(400)
+    assert ask("json", server, "counted", ONE, id="right").is_(200)
+    assert ask("raw", server, "counted", {"input": [[1.0] * 7]}, id="wrong").is_(400)
     ask("json", server, "moody", {"input": [[-1.0] * 4]}, id="moody 7")
     lines = server.log()
     assert not [line for line in lines if line.get("id") in ("right", "wrong")]

@@ -17,13 +17,11 @@ from conftest import require
 grpc, httpx = require("grpc", "serve-test"), require("httpx", "serve-test")
 require("starlette", "serve")
 
-from faces import CODES, FACES, Stub, ask, message, stub_of
-from in_process import Doubles, becomes, channel, http, listening, serving
+from faces import CODES, FACES, ask, message, stub_of
+from in_process import ONE, Doubles, becomes, http, listening, serving
 from nercc_server import ENDS, STARTS, Server, command, environment, patience
 
 from nercc_jax.serving.transport import open_inference_pb2 as messages
-
-ONE = {"input": [[1.0, 2, 3, 4]]}
 
 
 class Starts:
@@ -43,9 +41,9 @@ def test_it_says_that_it_starts():
     with (
         listening({"digits": start}, grpc_port=0) as server,
         http(server) as client,
-        channel(server) as there,
+        stub_of(server) as stub,
     ):
-        stub, asked = Stub(there), messages.ModelReadyRequest(name="digits")
+        asked = messages.ModelReadyRequest(name="digits")
         assert client.get("/v2/health/live").json() == {"live": True}
         assert stub.ServerLive(messages.ServerLiveRequest(), timeout=ENDS).live
         assert not stub.ServerReady(messages.ServerReadyRequest()).ready
@@ -115,7 +113,7 @@ CALLS = 400  # more than the server takes in a moment
 @pytest.mark.parametrize("signals", [1, 2])
 def test_calls_that_nobody_has_taken_yet_end_as_unavailable(signals):
     """Also those that are sent again at once, and where the server ends at once."""
-    request = message("digits", {"input": [[1.0] * 4]})
+    request = message("digits", ONE)
     codes, stopped = collections.Counter(), threading.Event()
     some, left = threading.Event(), threading.Semaphore(0)
 
@@ -134,7 +132,7 @@ def test_calls_that_nobody_has_taken_yet_end_as_unavailable(signals):
 
     with contextlib.ExitStack() as later:  # a channel that is closed cancels its calls
         with serving(Doubles(signals == 1), grpc_port=0, drain_timeout_s=ENDS) as server:
-            stub = Stub(later.enter_context(channel(server)))
+            stub = later.enter_context(stub_of(server))
             for _ in range(CALLS):
                 send(stub)
             assert signals == 2 or some.wait(ENDS)
@@ -150,9 +148,8 @@ def test_calls_that_nobody_has_taken_yet_end_as_unavailable(signals):
 def test_a_call_by_grpc_has_as_long_as_draining_takes():
     """Longer than what the server keeps for last errors."""
     model = Doubles(at_once=False)
-    with serving(model, grpc_port=0, drain_timeout_s=60.0) as server, channel(server) as there:
-        request = message("digits", {"input": [[1.0, 2, 3, 4]]})
-        future = Stub(there).ModelInfer.future(request, timeout=ENDS)
+    with serving(model, grpc_port=0, drain_timeout_s=60.0) as server, stub_of(server) as stub:
+        future = stub.ModelInfer.future(message("digits", ONE), timeout=ENDS)
         becomes(lambda: model.asked)
         server.stop()
         timer = threading.Timer(3.5, model.may_answer.set)
