@@ -8,7 +8,7 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from batching import (
+from traffic import (
     EXTRAS,
     HELD,
     INTERLEAVED,
@@ -128,6 +128,7 @@ def test_queries_of_another_scale_are_coded_with_none(factor):
         (lambda x: jnp.tanh(20 * x @ WEIGHTS), 0.01, False),  # ... or it is known to be too large
         (lambda x: jnp.asarray(x) @ WEIGHTS + jnp.array([9.0, 0, 0]), 0.05, True),
     ],
+    ids=["unknown", "wrong", "right"],
 )
 def test_only_what_is_expected_to_be_right_is_decoded(outputs, limit, decoded):
     def decoding(coder):
@@ -243,12 +244,12 @@ def test_redundancy_slows_nobody_down(workers, spare, calls, monkeypatch):
 @pytest.mark.parametrize(
     ("x", "deadline", "what"),
     [
-        (np.zeros((0, 6), np.float32), None, "B of 1 or more"),
-        (np.zeros((2, 5), np.float32), None, r"shape \(B, 6\)"),
-        (np.zeros(6, np.float32), None, r"shape \(B, 6\)"),
-        (np.zeros((2, 6), int), None, "int64"),
-        (np.array([[0.0] * 6, [np.nan] * 6]), None, r"queries \[1\] are not finite"),
-        (np.full((1, 6), 1e39), None, r"queries \[0\] are not finite in float32"),
+        (np.zeros((0, 4), np.float32), None, "B of 1 or more"),
+        (np.zeros((2, 5), np.float32), None, r"shape \(B, 4\)"),
+        (np.zeros(4, np.float32), None, r"shape \(B, 4\)"),
+        (np.zeros((2, 4), int), None, "int64"),
+        (np.array([[0.0] * 4, [np.nan] * 4]), None, r"queries \[1\] are not finite"),
+        (np.full((1, 4), 1e39), None, r"queries \[0\] are not finite in float32"),
         *(
             (queries(1), deadline, "positive number of seconds")
             for deadline in (0, -1, np.nan, np.inf, 3601.0)
@@ -308,8 +309,10 @@ def test_a_model_that_fails_says_why():
 
 @pytest.mark.parametrize("drain", [30.0, 0.0])
 def test_closing_answers_what_was_accepted_or_says_that_it_was_too_late(drain):
+    seen = []
+    observe = lambda what, number: seen.append(what)  # noqa: E731
     with DevicePool(model, 2, compiled=False) as pool:
-        batcher = CodedBatcher(pool, Coder(INTERLEAVED), SHAPE, OUT)
+        batcher = CodedBatcher(pool, Coder(INTERLEAVED), SHAPE, OUT, observe=observe)
         x = queries(1000)
         futures = [batcher.submit(each[None]) for each in x]
         batcher.close(drain)
@@ -322,6 +325,7 @@ def test_closing_answers_what_was_accepted_or_says_that_it_was_too_late(drain):
             assert "shut down before" in str(errors[-1])
         with pytest.raises(ServerClosing, match="no more requests"):
             batcher.submit(x)
+        assert seen.count("request_draining") == 1
 
 
 # -- A failure within the batcher is reported at once, and its health is the truth -----------------

@@ -4,10 +4,8 @@ import asyncio
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
-import types
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,6 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "docs" / "deploy"
 README = (DEPLOY / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SOON = 120.0  # seconds: bounds on hanging, not on speed
 
 
 @pytest.fixture(autouse=True)
@@ -239,49 +236,3 @@ def test_the_proxy_reaches_the_server_and_takes_as_much():
     for face in ("proxy", "grpc"):
         assert f"{face}_read_timeout 3600s;" in text
     assert "location /inference.GRPCInferenceService/ {" in text
-
-
-# A server.
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """`nercc serve` with the model of the examples: its address."""
-    from nercc_server import running
-
-    usual = "--http-port 0 --grpc-port none --workers 2 --scheme uncoded"
-    with running(tmp_path_factory.mktemp("deploy"), *usual.split()) as server:
-        yield types.SimpleNamespace(address=server.http.base_url.netloc.decode())
-
-
-@pytest.mark.slow
-def test_readme_examples_run(served):
-    """Against the same REST interface, wherever it runs."""
-    for curl in [block for block in blocks(README, r"bash[^\n]*") if "curl" in block]:
-        script = curl.replace("localhost:8000", served.address)
-        script = script.replace("python ", f"{sys.executable} ")
-        options = {"check": True, "capture_output": True, "text": True, "timeout": SOON}
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], **options)
-        assert '"logits"' in done.stdout
-
-
-@pytest.mark.slow
-def test_readme_names_metrics_that_there_are(served):
-    from prometheus_client.parser import text_string_to_metric_families
-
-    text = require("httpx", "serve").get(f"http://{served.address}/metrics").text
-    families = list(text_string_to_metric_families(text))
-    found = {sample.name: set() for family in families for sample in family.samples}
-    found |= {family.name: set() for family in families if family.type == "histogram"}
-    for sample in (sample for family in families for sample in family.samples):
-        found[sample.name] |= sample.labels.items()
-    table = README.split("## What to watch")[1].split("## ")[0]
-    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| `")]
-    assert len(rows) >= 6
-    for metrics, meaning in rows:
-        labels = set()
-        for name, label in re.findall(r"`(\w+)(?:\{(\w+)\})?`", metrics):
-            assert name in found
-            labels |= {value for key, value in found[name] if key == label}
-            assert not label or labels, f"{name} has no label {label}"
-        assert set(re.findall(r"`(\w+)`", meaning)) <= labels

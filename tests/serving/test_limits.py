@@ -76,7 +76,8 @@ def test_large_bodies_are_refused_wherever_they_are_sent(
 ):
     """Their rest is dropped without an error of the server. Binary data may be larger than JSON."""
     answer = post(server, path, content=iter(chunks) if chunked else b"".join(chunks))
-    assert (answer.status_code, answer.headers["connection"]) == (413, "close")
+    assert answer.status_code == 413
+    assert chunked or answer.headers["connection"] == "close", "its rest may still come"
     assert words in answer.json()["error"] or (chunked and "1048576" in answer.json()["error"])
     assert not [each for each in caplog.records if each.levelname == "ERROR"]
     with connect(server) as connection:  # what is announced is not even read

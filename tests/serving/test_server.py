@@ -2,13 +2,16 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import require
 from faces import ask
-from nercc_server import Server, running
+from nercc_server import ENDS, Server, running
+from pages import blocks
 
 require("httpx", "serve-test")
 
@@ -42,9 +45,13 @@ version = 2
 scheme = "nercc"
 num_data = 2
 num_workers = 4
+[[models]]
+model = "lenet5-digits"
+input_shape = [32, 32, 1]
 """
-NAMES = ["moody", "slow", "counted", "untouched", "weighs"]
+NAMES = ["moody", "slow", "counted", "untouched", "weighs", "lenet5-digits"]
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "docs/deploy/README.md").read_text()
 OUTCOMES = ("ok", "deadline", "failed", "cancelled")
 OUTCOMES += ("invalid", "overloaded", "queue_full", "draining")
 ONE = {"input": [[1.0, 2, 3, 4]]}
@@ -146,13 +153,43 @@ def test_the_dashboard_asks_for_metrics_that_there_are(server):
     assert asked <= {name for name, _ in server.metrics()}
 
 
+def test_readme_examples_run(server):
+    """Against the same REST interface, wherever it runs."""
+    for curl in [block for block in blocks(README, r"bash[^\n]*") if "curl" in block]:
+        script = curl.replace("localhost:8000", f"127.0.0.1:{server.http_port}")
+        script = script.replace("python ", f"{sys.executable} ")
+        options = {"check": True, "capture_output": True, "text": True, "timeout": ENDS}
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], **options)
+        assert '"logits"' in done.stdout
+
+
+def test_readme_names_metrics_that_there_are(server):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families = list(text_string_to_metric_families(server.http.get("/metrics").text))
+    found = {sample.name: set() for family in families for sample in family.samples}
+    found |= {family.name: set() for family in families if family.type == "histogram"}
+    for sample in (sample for family in families for sample in family.samples):
+        found[sample.name] |= sample.labels.items()
+    table = README.split("## What to watch")[1].split("## ")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| `")]
+    assert len(rows) >= 6
+    for metrics, meaning in rows:
+        labels = set()
+        for name, label in re.findall(r"`(\w+)(?:\{(\w+)\})?`", metrics):
+            assert name in found
+            labels |= {value for key, value in found[name] if key == label}
+            assert not label or labels, f"{name} has no label {label}"
+        assert set(re.findall(r"`(\w+)`", meaning)) <= labels
+
+
 def test_the_status_has_what_the_page_reads(server):
     """Whatever the page takes out of an object by name."""
     answer = server.http.get("/status")
     assert answer.headers["cache-control"] == "no-store"
     status = answer.json()
     assert status["server"]["state"] == "serving"
-    assert [model["name"] for model in status["models"]] == NAMES
+    assert sorted(model["name"] for model in status["models"]) == sorted(NAMES)
     page = (ROOT / "nercc_jax/serving/status.html").read_text()
     of_values = {"expected_beyond_bar"}  # of models with a tolerance
     parts = "totals", "queue", "pool", "code", "fidelity", "latency"
@@ -287,6 +324,7 @@ def set_workers(model, *states):
         lambda model: model["health"].update(ready=False, trouble="no answer for 4 s"),
         lambda model: model.update(health=None),
     ],
+    ids=["all overdue", "some starting", "not ready", "being started"],
 )
 def test_it_is_not_green_unless_somebody_would_answer(shown, change):
     model, show = shown
