@@ -33,11 +33,9 @@ from nercc_jax.risk import Accuracy
 from nercc_jax.serving import (
     CodedBatcher,
     Coder,
-    DeadlineExceeded,
     Health,
     InferenceFailed,
     Predictor,
-    QueueFull,
     ServerClosing,
     _batcher,
     calibrate_decoding,
@@ -261,52 +259,6 @@ def test_bad_queries_and_deadlines_are_refused(x, deadline, what, untyped):
         Simulated(Uncoded(1), warm=False).submit(x, deadline=deadline)
 
 
-def test_a_full_queue_refuses_at_once_and_then_takes_again():
-    sim = Simulated(Uncoded(1), workers=1, max_queue_size=4, copies=1)
-    x = queries(9)
-    futures = [sim.submit(x[:1])]
-    sim.run()
-    futures.append(sim.submit(x[1:5]))
-    with pytest.raises(QueueFull, match="4 queries wait and 1 more came; the queue holds 4"):
-        sim.submit(x[5:6])
-    for future in futures:
-        sim.result(future)
-    sim.answer(x[6:9])
-    assert sim.observed["request_queue_full"] == 1
-
-
-def test_deadlines_and_who_goes_away_leave_nothing_behind():
-    sim = Simulated(Uncoded(1), workers=1, copies=1)
-    x = queries(8)
-    sim.hold(x[0])
-    first = sim.submit(x[:1])
-    sim.run()
-    late, gone = sim.submit(x[1:4], deadline=0.1), sim.submit(x[4:6])
-    assert gone.cancel()
-    sim.run(0.11)
-    assert (sim.batcher.waiting, sim.batcher.in_flight) == (0, 1)
-    with pytest.raises(DeadlineExceeded, match=r"within 0\.1 s: \d queries wait, 0 of 1"):
-        late.result(0)
-    sim.result(first)
-    sim.answer(x[6:])
-    assert set(sim.order(x)) == {0, 6, 7}, "nothing of the others was sent"
-    assert sim.observed["request_cancelled"] == 1
-
-
-def test_a_model_that_fails_says_why():
-    def fails(batch):
-        if (batch[:, 0] > 1.5).any():
-            raise RuntimeError("no such thing")
-        return model(batch)
-
-    sim = Simulated(INTERLEAVED, run=fails)
-    bad = queries(1)
-    bad[0, 0] = 2.0
-    with pytest.raises(InferenceFailed, match="no such thing"):
-        sim.answer(bad, exact=True)
-    assert sim.answer(queries(1)).exact.all()
-
-
 @pytest.mark.parametrize("drain", [30.0, 0.0])
 def test_closing_answers_what_was_accepted_or_says_that_it_was_too_late(drain):
     seen = []
@@ -427,7 +379,7 @@ def test_who_answers_nobody_is_not_ready_until_it_does():
     assert sim.batcher.health() == FINE
     broken[0] = True
     for each in queries(4):
-        with pytest.raises(InferenceFailed):
+        with pytest.raises(InferenceFailed, match="out of order"):
             sim.answer(each[None], exact=True)
     sim.run(2.0)
     health = sim.batcher.health()

@@ -1,6 +1,5 @@
 """What docs/deploy shows is valid, agrees with the server, and runs where it can run here."""
 
-import asyncio
 import os
 import re
 import shlex
@@ -45,23 +44,6 @@ def settings_of(arguments, environment):
     result = invoke("serve", *arguments, "--print-config", env=environment)
     assert result.exit_code == 0, result.output
     return ServerSettings(**tomllib.loads(result.output))
-
-
-def answers(settings, path):
-    """Whether GET path is answered by a server of these settings, without a model."""
-    from prometheus_client import CollectorRegistry
-
-    from nercc_jax.serving.transport._rest import RestApp
-    from nercc_jax.serving.transport._state import ServerState
-
-    httpx = require("httpx", "serve")
-
-    async def get():
-        transport = httpx.ASGITransport(RestApp(ServerState({}, settings), CollectorRegistry()))
-        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-            return await client.get(path)
-
-    return asyncio.run(get()).status_code == 200
 
 
 # server.toml
@@ -186,8 +168,6 @@ def test_inference_service_serves_what_the_container_does():
     paths = ["/v2/health/live", "/v2/health/live", "/v2/health/ready", metrics]
     asked.append((int(notes["prometheus.io/port"]), metrics))
     assert asked == [(settings.http_port, path) for path in paths]
-    for path in paths:
-        assert answers(settings, path)
     assert yaml_of("prometheus.yml")["scrape_configs"][0]["metrics_path"] == metrics
 
 
