@@ -35,7 +35,7 @@ LONGEST = (
     *("test_predictor.py", "test_codes.py", "test_start.py"),
     *("test_schedules.py", "test_ray_cluster.py", "test_programs.py", "test_limits.py"),
     *("test_dissection.py", "test_learning_scheme.py", "test_run.py", "test_pools.py"),
-    *("test_batcher.py", "test_deploy.py", "test_splines.py", "test_ray_data.py"),
+    *("test_batcher.py", "test_server.py", "test_splines.py", "test_ray_data.py"),
     *("test_tuning.py", "test_chaos.py", "test_cli.py"),
     *("test_planner.py", "test_ray_pools.py"),
 )

@@ -253,13 +253,9 @@ def test_a_run_goes_on_where_it_ended(tmp_path, monkeypatch, small):
     path.unlink()
     assert run(*SMALL, "--resume", "--output", str(path)).exit_code == 1
     assert not path.exists()
-    for options, message in (
-        (SMALL, "has the parts of an earlier run: give --resume"),
-        ((*SMALL[:-1], "1", "--resume"), "groups was 2 and is 1"),
-    ):
-        refused = run(*options, "--output", str(path))
-        assert refused.exit_code == 2
-        assert message in refused.output
+    refused = run(*SMALL, "--output", str(path))
+    assert refused.exit_code == 2
+    assert "has the parts of an earlier run: give --resume" in refused.output
     result = run(*SMALL, "--resume", "--output", str(path))
     assert result.exit_code == 0, result.output
     assert "16 rows are done already" in result.output
@@ -269,51 +265,6 @@ def test_a_run_goes_on_where_it_ended(tmp_path, monkeypatch, small):
     for name in ("index", "batch", "label", "recovered"):
         np.testing.assert_array_equal(rows[name], whole[name])
     assert {each.name for each in tmp_path.iterdir()} == {"result.npz", "result.summary.json"}
-
-
-WEIGHED = """
-import numpy as np
-
-
-def make(path):
-    weights = np.load(path)
-    return lambda batch: batch @ weights
-"""
-
-
-def test_a_run_does_not_go_on_with_another_code(tmp_path):
-    """Nor with the same file, should another code have been written to it meanwhile."""
-    code, output = tmp_path / "code.json", tmp_path / "results"
-    options = ["--code", str(code), "--max-inputs", "8", "--output", str(output)]
-    save_code(code, NeRCC(2, 4))
-    assert run(*options).exit_code == 0
-    manifest = json.loads((output / "manifest.json").read_text())
-    assert manifest["complete"]
-    parts = [load(output / part["file"])["index"] for part in manifest["parts"]]
-    np.testing.assert_array_equal(np.concatenate(parts), np.arange(8))
-    again = run(*options, "--resume")  # there is nothing left to do
-    assert (again.exit_code, "8 rows are done already" in again.output) == (0, True)
-    save_code(code, NeRCC(2, 4, lambda_dec=0.5))
-    again = run(*options, "--resume")
-    assert again.exit_code == 2
-    assert "holds another run, with which --resume cannot go on: code was" in again.output
-
-
-def test_a_run_does_not_go_on_with_other_weights(tmp_path, monkeypatch):
-    (tmp_path / "nercc_weighed.py").write_text(WEIGHED)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "nercc_weighed", raising=False)
-    np.save("x.npy", np.ones((4, 3), np.float32))
-    np.save("w.npy", np.ones((3, 2), np.float32))
-    options = ["--model", "nercc_weighed:make", "--inputs", "x.npy", "--weights", "w.npy"]
-    for output, more in (("coded", SMALL[:4]), ("rows", ["--tolerance", "0"])):
-        np.save("w.npy", np.ones((3, 2), np.float32))
-        assert run(*options, *more, "--output", output).exit_code == 0
-        assert run(*options, *more, "--output", output, "--resume").exit_code == 0
-        np.save("w.npy", np.full((3, 2), 2, np.float32))
-        again = run(*options, *more, "--output", output, "--resume")
-        assert again.exit_code == 2
-        assert "with which --resume cannot go on: weights was" in again.output
 
 
 def test_a_code_with_further_models_is_refused(tmp_path):
@@ -379,6 +330,19 @@ def broken(x):
 
 def traced(x):
     return x[:, :1] * np.array([1.0, -1.0])
+
+
+def weighed(path):
+    weights = np.load(path)
+    return lambda x: x @ weights
+
+
+def first(y):
+    return y[:, 0]
+
+
+def largest(y):
+    return y.max(axis=1)
 '''
 
 
@@ -440,10 +404,9 @@ def test_inputs_come_as_arrays_or_tables(tmp_path):
 
     x = np.random.default_rng(1).normal(size=(7, 2))
     np.savez(tmp_path / "x.npz", x)
-    np.savetxt(tmp_path / "x.csv", x, delimiter=",", fmt="%.17g", header="a,b", comments="")
-    np.savetxt(tmp_path / "plain.csv", x, delimiter=",", fmt="%.17g")
+    np.savetxt(tmp_path / "x.csv", x, delimiter=",", fmt="%.17g")
     parquet.write_table(pyarrow.table({"a": x[:, 0], "b": x[:, 1]}), tmp_path / "x.parquet")
-    for name in ("x.npz", "x.csv", "plain.csv", "x.parquet"):
+    for name in ("x.npz", "x.csv", "x.parquet"):
         np.testing.assert_array_equal(load_inputs(tmp_path / name)[0], x)
     np.save(tmp_path / "x.npy", x.astype(np.float32))
     assert load_inputs(tmp_path / "x.npy")[0].dtype == np.float32
@@ -496,23 +459,17 @@ def test_tables_name_their_inputs_and_ids(folder, suffix):
 
 
 @pytest.mark.parametrize("output", ["y.npz", "y.csv", "y.parquet", "y"])
-def test_results_have_all_outputs_and_the_ids_and_a_run_with_others_is_not_resumed(folder, output):
+def test_results_have_all_outputs_and_the_ids(folder, output):
     """A table has a column for each output."""
     require("pyarrow", "data")
-    path, table = str(named_table("csv")), ["--columns", "a,b,n", "--id-column"]
-    result = run_own("boxes", *TOLERANT, *table, "name", "--output", output, inputs=path)
+    path, table = str(named_table("csv")), ["--columns", "a,b,n", "--id-column", "name"]
+    result = run_own("boxes", *TOLERANT, *table, "--output", output, inputs=path)
     assert result.exit_code == 0, result.output
     wanted = own("boxes", np.array([NAMED[name] for name in "abn"], float).T).reshape(3, 12)
     names = [f"output_{place}" for place in range(12)]
     further = ["deviation", "bar", "exact", "status", "reason"]
-    if output == "y":
-        found = load(Path(output) / "part-000000.npz")
-        table[-1:] = ["--id-column", "n", "--output", output, "--resume"]
-        again = run_own("boxes", *TOLERANT, *table, inputs=path)
-        assert again.exit_code == 2
-        assert "ids was" in again.output
-    elif output == "y.npz":
-        found = load(output)
+    if output in ("y", "y.npz"):
+        found = load(Path(output) / "part-000000.npz" if output == "y" else output)
     else:
         if output == "y.csv":
             with open(output) as file:
@@ -527,6 +484,51 @@ def test_results_have_all_outputs_and_the_ids_and_a_run_with_others_is_not_resum
         found = {"id": np.array([row["id"] for row in rows]), "predictions": np.array(values)}
     assert found["id"].tolist() == NAMED["name"]
     np.testing.assert_array_equal(found["predictions"].reshape(3, 12), wanted)
+
+
+WEIGHED = "--model nercc_own_rows:weighed --inputs x.npy --weights w.npy"
+ROWS_BY_NAME = "--model nercc_own_rows:boxes --inputs table.csv --columns a,b,n --id-column name"
+# By what changes: a run, and what makes it another: a file, or further options.
+OTHERS = {
+    "code": (
+        "--code code.json --max-inputs 8",
+        lambda: save_code("code.json", NeRCC(2, 4, lambda_dec=0.5)),
+    ),
+    "groups": (" ".join(SMALL), "--groups 1"),
+    "weights": (
+        f"{WEIGHED} --num-data 2 --num-workers 4",
+        lambda: np.save("w.npy", np.full((3, 2), 2, np.float32)),
+    ),
+    "weights of rows": (
+        f"{WEIGHED} --tolerance 0",
+        lambda: np.save("w.npy", np.full((3, 2), 2, np.float32)),
+    ),
+    "ids": (f"{ROWS_BY_NAME} {' '.join(TOLERANT)}", "--id-column n"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_run_goes_on_as_it_was_and_not_as_another(folder, what):
+    """Nor with the same file, should another code or weights have been written to it meanwhile."""
+    asked, change = OTHERS[what]
+    named_table("csv")
+    save_code("code.json", NeRCC(2, 4))
+    np.save("w.npy", np.ones((3, 2), np.float32))
+    options = [*asked.split(), "--output", "results"]
+    assert run(*options).exit_code == 0
+    assert json.loads(Path("results/manifest.json").read_text())["complete"]
+    index = np.sort(parts_of(Path("results"))["index"])
+    np.testing.assert_array_equal(index, np.arange(len(index)))
+    again = run(*options, "--resume")  # there is nothing left to do
+    assert (again.exit_code, f"{len(index)} rows are done already" in again.output) == (0, True)
+    if callable(change):
+        change()
+    else:
+        options += change.split()
+    again = run(*options, "--resume")
+    assert again.exit_code == 2
+    changed = f"holds another run, with which --resume cannot go on: {what.split()[0]} was"
+    assert changed in again.output
 
 
 def test_a_coded_run_carries_ids_too(folder):
@@ -645,39 +647,32 @@ def test_a_run_with_stragglers_and_deaths_that_is_killed_and_goes_on(folder):
 
 
 @pytest.mark.parametrize(
-    "asked", ["mean@own_rows:first", "quantile:0.5@own_rows:first", "above:0.2@own_rows:largest"]
+    ("asked", "wanted"),
+    [
+        ("mean@nercc_own_rows:first", lambda y: y[:, 0].mean()),
+        (
+            "quantile:0.5@nercc_own_rows:first",
+            lambda y: np.quantile(y[:, 0], 0.5, method="inverted_cdf"),
+        ),
+        ("above:0.2@nercc_own_rows:largest", lambda y: np.mean(y.max(axis=1) > 0.2)),
+    ],
+    ids=["mean", "quantile", "above"],
 )
-def test_a_statistic_of_all_rows_is_printed_and_written(tmp_path, monkeypatch, asked):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own_rows.py").write_text(
-        "import numpy as np\n"
-        "def function(x):\n    return np.stack([x[:, 0] ** 2, np.sin(x[:, 1])], axis=1)\n"
-        "def first(y):\n    return y[:, 0]\n"
-        "def largest(y):\n    return y.max(axis=1)\n"
-    )
-    x = np.random.default_rng(0).uniform(0, 1, (300, 2))
-    np.save("x.npy", x)
-    y = np.stack([x[:, 0] ** 2, np.sin(x[:, 1])], axis=1)
-    command = ["run", "--model", "own_rows:function", "--inputs", "x.npy", "--num-workers", "2"]
-    command += ["--tolerance", "0", "--output", "rows.npz"]
-    found = invoke(*command, "--statistic", asked)
+def test_a_statistic_of_all_rows_is_printed_and_written(folder, asked, wanted):
+    exact = ("--num-workers", "2", "--tolerance", "0", "--output", "rows.npz", "--statistic")
+    found = run_own("swing", *exact, asked)
     assert found.exit_code == 0, found.output
-    (statistic,) = [json.loads(Path("rows.summary.json").read_text())["statistic"]]
-    wanted = {
-        "mean@own_rows:first": y[:, 0].mean(),
-        "quantile:0.5@own_rows:first": np.quantile(y[:, 0], 0.5, method="inverted_cdf"),
-        "above:0.2@own_rows:largest": np.mean(y.max(axis=1) > 0.2),
-    }
+    statistic = json.loads(Path("rows.summary.json").read_text())["statistic"]
     assert statistic["name"] == asked
-    assert statistic["value"] == pytest.approx(wanted[asked], rel=1e-6)
+    assert statistic["value"] == pytest.approx(wanted(own("swing")), rel=1e-6)
     assert statistic["interval"] == [statistic["value"], statistic["value"]]
     assert f"{statistic['value']:.6g}, 90 % in" in found.output
     for wrong, why in (
         ("median", "mean, quantile:Q or above:VALUE"),
-        ("mean", "--statistic mean@module:function: rows have 2 outputs"),
-        ("mean@own_rows:nothing", "--statistic own_rows:nothing"),
+        ("mean", "--statistic mean@module:function: rows have 20 outputs"),
+        ("mean@nercc_own_rows:nothing", "--statistic nercc_own_rows:nothing"),
     ):
         shutil.rmtree("rows.npz.parts", ignore_errors=True)
-        refused = invoke(*command, "--statistic", wrong)
+        refused = run_own("swing", *exact, wrong)
         assert refused.exit_code == 2
         assert why in " ".join(refused.output.split())

@@ -191,39 +191,30 @@ def tiny(count: int = 7) -> Data:
     return Data(images, np.arange(count, dtype=np.int32), ("a", "b"), "tiny")
 
 
-@pytest.mark.parametrize(("split", "count"), [("train", 1347), ("test", 450)])
-def test_digits_are_what_scikit_learn_has(split, count):
-    data = load_data("digits", split)
-    assert data.images.shape == (count, 8, 8, 1)
-    assert data.images.dtype == np.uint8
-    assert data.images.max() == 16
-    assert data.labels.dtype == np.int32
-    assert data.classes == tuple("0123456789")
-    # Stratified: each of the ten classes has its share, to within one image in fifty.
-    shares = np.bincount(data.labels) / count
-    whole = np.bincount(np.concatenate([load_data("digits", s).labels for s in ("train", "test")]))
-    np.testing.assert_allclose(shares, whole / whole.sum(), atol=0.02)
-
-
-def test_digits_splits_are_disjoint_complete_and_depend_on_the_seed():
+def test_digits_are_what_scikit_learn_has_in_two_splits_by_a_seed():
     from sklearn.datasets import load_digits
 
     def rows(data):
         return {image.tobytes() for image in data.images}
 
-    train, test = load_data("digits", "train"), load_data("digits", "test")
+    train, test = splits = load_data("digits", "train"), load_data("digits", "test")
+    whole = np.bincount(np.concatenate([data.labels for data in splits]))
+    for data, count in zip(splits, (1347, 450), strict=True):
+        assert data.images.shape == (count, 8, 8, 1)
+        assert (data.images.dtype, data.labels.dtype) == (np.uint8, np.int32)
+        assert data.images.max() == 16
+        assert data.classes == tuple("0123456789")
+        # Stratified: each of the ten classes has its share, to within one image in fifty.
+        shares = np.bincount(data.labels) / count
+        np.testing.assert_allclose(shares, whole / whole.sum(), atol=0.02)
     everything = load_digits().images.astype(np.uint8)[..., None]
     assert rows(train) | rows(test) == {image.tobytes() for image in everything}
     assert not rows(train) & rows(test)
     np.testing.assert_array_equal(test.images, load_data("digits", "test").images)
     assert not np.array_equal(test.labels, load_data("digits", "test", seed=1).labels)
-
-
-def test_size_and_limit():
-    data = load_data("digits", size=(16, 12), limit=5)
-    assert data.images.shape == (5, 16, 12, 1)
-    assert data.images.dtype == np.uint8
-    assert data.images.max() <= 16
+    sized = load_data("digits", size=(16, 12), limit=5)
+    assert (sized.images.shape, sized.images.dtype) == ((5, 16, 12, 1), np.uint8)
+    assert sized.images.max() <= 16
 
 
 def test_shuffling_depends_on_the_seed_alone_and_keeps_images_with_labels():

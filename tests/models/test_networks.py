@@ -3,6 +3,8 @@
 That they compute what timm computes is `test_pretrained.py`'s business.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from nercc_models import load_model
 from nercc_models.convolution import convolve
 from nercc_models.hybrid import HybridViT, fold_stem, hybrid_vit_cifar
 from nercc_models.lenet5 import LeNet5
@@ -175,49 +178,49 @@ def test_sine_positions_depend_on_row_and_column_alone(pooling):
 # Errors quote what came.
 
 STEM = {"stem_widths": (8,), "stem_strides": (2,), "rngs": nnx.Rngs(0)}
+SMALL_HYBRID = STEM | {"image_size": 8, "width": 8, "depth": 1, "num_heads": 1}
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        *(
-            (lambda options=options: small_vit(**options), message)
-            for options, message in (
-                ({"image_size": 13}, "image_size=13 is no positive multiple of patch_size=4"),
-                ({"patch_size": 0}, "no positive multiple of patch_size=0"),
-                ({"num_heads": 5}, "width=24 is no positive multiple of num_heads=5"),
-                ({"pooling": "max"}, r'pooling=\'max\'; it is "token" or "mean"'),
-                ({"positions": "cos"}, r'positions=\'cos\'; it is "normal" or "sincos"'),
-                ({"positions": "sincos", "width": 27}, "needs a multiple of 4"),
-                ({"stochastic_depth": 1.0}, "stochastic_depth=1.0 lies outside"),
-            )
-        ),
-        *(
-            (lambda shape=shape: small_vit()(jnp.zeros(shape)), r"\(B, 12, 12, 3\); got shape")
-            for shape in ((2, 3, 12, 12), (2, 16, 16, 3), (2, 12, 12, 1))
-        ),
-        (lambda: repvgg("a9", rngs=nnx.Rngs(0)), "Unknown RepVGG 'a9'. Known: a0, a1"),
-        (
-            lambda: RepVGG((8, 16), (1,), rngs=nnx.Rngs(0)),
-            "got 2 widths, 5 strides and 1 stages",
-        ),
-        (
-            lambda: repvgg_cifar(rngs=nnx.Rngs(0))(jnp.zeros((2, 32, 32, 1))),
-            r"\(B, H, W, 3\); got shape \(2, 32, 32, 1\)",
-        ),
-        (lambda: HybridViT(**STEM, kept_tokens=0), r"kept_tokens=0 is no share in \(0, 1\]"),
-        (
-            lambda: HybridViT(**STEM | {"stem_widths": (8, 8)}),
-            "got 2 widths and 1 strides",
-        ),
-        (
-            lambda: HybridViT(**STEM, image_size=8, width=8, depth=1, num_heads=1)(
-                jnp.zeros((1, 16, 16, 3))
-            ),
-            r"\(B, 8, 8, 3\); got shape \(1, 16, 16, 3\)",
-        ),
-    ],
-)
-def test_impossible_sizes_and_images_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+def lenet5():
+    return load_model("lenet5-digits")
+
+
+# By the message: a model, its options, and the shape of images where it can be made.
+IMPOSSIBLE = {
+    "image_size=13 is no positive multiple of patch_size=4": (small_vit, {"image_size": 13}),
+    "no positive multiple of patch_size=0": (small_vit, {"patch_size": 0}),
+    "width=24 is no positive multiple of num_heads=5": (small_vit, {"num_heads": 5}),
+    """pooling='max'; it is "token" or "mean\"""": (small_vit, {"pooling": "max"}),
+    """positions='cos'; it is "normal" or "sincos\"""": (small_vit, {"positions": "cos"}),
+    "needs a multiple of 4": (small_vit, {"positions": "sincos", "width": 27}),
+    "stochastic_depth=1.0 lies outside": (small_vit, {"stochastic_depth": 1.0}),
+    "(B, 12, 12, 3); got shape (2, 3, 12, 12)": (small_vit, {}, (2, 3, 12, 12)),
+    "(B, 12, 12, 3); got shape (2, 16, 16, 3)": (small_vit, {}, (2, 16, 16, 3)),
+    "(B, 12, 12, 3); got shape (2, 12, 12, 1)": (small_vit, {}, (2, 12, 12, 1)),
+    "(B, 32, 32, 1); got shape (2, 28, 28, 1)": (lenet5, {}, (2, 28, 28, 1)),
+    "Unknown RepVGG 'a9'. Known: a0, a1": (repvgg, {"size": "a9", "rngs": nnx.Rngs(0)}),
+    "got 2 widths, 5 strides and 1 stages": (
+        RepVGG,
+        {"widths": (8, 16), "blocks": (1,), "rngs": nnx.Rngs(0)},
+    ),
+    "(B, H, W, 3); got shape (2, 32, 32, 1)": (
+        repvgg_cifar,
+        {"rngs": nnx.Rngs(0)},
+        (2, 32, 32, 1),
+    ),
+    "kept_tokens=0 is no share in (0, 1]": (HybridViT, STEM | {"kept_tokens": 0}),
+    "got 2 widths and 1 strides": (HybridViT, STEM | {"stem_widths": (8, 8)}),
+    "(B, 8, 8, 3); got shape (1, 16, 16, 3)": (HybridViT, SMALL_HYBRID, (1, 16, 16, 3)),
+}
+
+
+@pytest.mark.parametrize("message", IMPOSSIBLE)
+def test_impossible_sizes_and_images_are_refused(message):
+    make, options, *shapes = IMPOSSIBLE[message]
+
+    def run():
+        model = make(**options)
+        return [model(jnp.zeros(shape)) for shape in shapes]
+
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run()

@@ -210,27 +210,19 @@ def test_preprocessing_is_timms(name, size):
     assert (levels > 0.01).mean() < 0.01
 
 
-@pytest.mark.parametrize("name", [name for name in PRETRAINED_NAMES if name != "lenet5"])
-def test_every_name_is_one_of_timms(name):
-    timm = require("timm", "torch")
-    config = timm.get_pretrained_cfg(name)
-    preprocessing = preprocessing_of(name)
-    assert config.input_size == (3, preprocessing.size, preprocessing.size)
-    assert (config.mean, config.std) == (preprocessing.mean, preprocessing.std)
-    assert (config.crop_pct, config.crop_mode) == (preprocessing.crop, "center")
-    assert (
-        config.interpolation
-        == {"linear": "bilinear", "cubic": "bicubic"}[preprocessing.interpolation]
-    )
-
-
 FEW = "repvgg_a2", "vit_small_patch16_224"  # the others are the same classes in other sizes
-OTHERS = [name for name in PRETRAINED_NAMES if name not in ("lenet5", *COMPUTED, *FEW)]
+OTHERS = [name for name in PRETRAINED_NAMES if name not in ("lenet5", *FEW)]
 
 
 @pytest.mark.parametrize("name", [*FEW, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
-def test_the_other_sizes_have_timms_arrays(name):
+def test_every_size_has_timms_preprocessing_and_arrays(name):
     torch, timm = require("torch", "torch"), require("timm", "torch")
+    config, preprocessing = timm.get_pretrained_cfg(name), preprocessing_of(name)
+    assert config.input_size == (3, preprocessing.size, preprocessing.size)
+    assert (config.mean, config.std) == (preprocessing.mean, preprocessing.std)
+    assert (config.crop_pct, config.crop_mode) == (preprocessing.crop, "center")
+    interpolation = {"linear": "bilinear", "cubic": "bicubic"}[preprocessing.interpolation]
+    assert config.interpolation == interpolation
     with torch.device("meta"):  # shapes without numbers: repvgg_b3 has 123 million
         module = timm.create_model(name)
     entry = _ENTRIES[name]

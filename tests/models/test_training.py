@@ -292,19 +292,17 @@ def test_the_score_is_what_it_says(base, digits, k, outputs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("outputs", ["logits", "probabilities"])
-def test_training_improves_on_the_base_model_and_repeats(base, digits, outputs):
+def test_training_improves_on_the_base_model(base, digits, outputs):
     train_data, test_data = digits
     known = base_outputs(base, test_data, outputs)
     before = score_parity(ParityModel(base, 2, outputs), test_data, known)
-    trained, again = (train_parity(parity_recipe(outputs), base, train_data) for _ in "12")
+    trained = train_parity(parity_recipe(outputs), base, train_data)
     after = score_parity(trained.model, test_data, known)
     assert after.mse < 0.9 * before.mse
     assert after.agreement > before.agreement
     assert trained.train_images + trained.held_out_images == len(train_data)
     assert trained.history[1]["held_out_loss"] < trained.history[0]["held_out_loss"]
-    ours, theirs = (named_arrays(each.model.network.state) for each in (trained, again))
-    for name, array in ours.items():
-        np.testing.assert_array_equal(theirs[name], array, err_msg=name)
+    ours = named_arrays(trained.model.network.state)
     assert any(np.any(array != named_arrays(base.state)[name]) for name, array in ours.items())
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 from conftest import require
+from faces import content
 from nercc_server import ENDS, patience
 
-grpc, httpx = require("grpc", "serve-test"), require("httpx", "serve-test")
+httpx = require("httpx", "serve-test")
 require("starlette", "serve")
 
 from prometheus_client import CollectorRegistry
@@ -33,6 +34,9 @@ from nercc_jax.serving import (
 from nercc_jax.serving.settings import read_settings
 
 SERVABLE = make_servable("digits", lambda x: 2 * x, (4,))
+# A query of it, and the whole body.
+ONE = {"input": [[1.0, 2, 3, 4]]}
+BODY = content("digits", ONE)[0]
 
 
 class Doubles(ServedModel):
@@ -110,7 +114,8 @@ def listening(
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        becomes(lambda: server.http_port or not thread.is_alive())
+        by = ("http_port", "grpc_port")[: 1 if server.settings.grpc_port is None else 2]
+        becomes(lambda: all(getattr(server, port) for port in by) or not thread.is_alive())
         yield server
     finally:
         server.stop()
@@ -123,8 +128,7 @@ def serving(*models: ServedModel, **options: Any) -> Iterator[Server]:
     """One that is ready."""
     starts = {model.servable.name: lambda model=model: model for model in models}
     with listening(starts, **options) as server:
-        grpc_is_off = options.get("grpc_port") is None
-        becomes(lambda: server.state.models.complete and (grpc_is_off or server.grpc_port))
+        becomes(lambda: server.state.models.complete)
         yield server
 
 
@@ -142,19 +146,6 @@ def connect(server: Server) -> socket.socket:
 def http(server: Server) -> httpx.Client:
     url = f"http://127.0.0.1:{server.http_port}"
     return httpx.Client(base_url=url, timeout=ENDS, trust_env=False)
-
-
-@contextlib.contextmanager
-def channel(server: Server) -> Iterator[grpc.Channel]:
-    """To its gRPC, once it listens there."""
-    becomes(lambda: server.grpc_port)
-    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
-        yield channel
-
-
-def body(data: Any = (1, 2, 3, 4), **more: Any) -> bytes:
-    tensor = {"name": "input", "datatype": "FP32", "shape": [1, 4], "data": data}
-    return json.dumps({"inputs": [tensor], **more}).encode()
 
 
 def read_answer(connection: socket.socket) -> tuple[int, dict[str, str], Any]:

@@ -191,6 +191,7 @@ def test_several_inputs_become_several_arrays_of_floats():
         (lambda x: x.sum().astype(float), "to floats"),
         (lambda x: x @ jnp.ones((3, 3)), "does not run on"),
     ],
+    ids=["no floats", "no batch", "no fit"],
 )
 def test_functions_that_are_no_preprocessing(function, message):
     with pytest.raises(ValueError, match=message):

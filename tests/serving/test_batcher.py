@@ -3,13 +3,12 @@
 import itertools
 import math
 import threading
-import time
 import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from batching import (
+from traffic import (
     EXTRAS,
     HELD,
     INTERLEAVED,
@@ -20,14 +19,11 @@ from batching import (
     SHAPE,
     THRESHOLD,
     WEIGHTS,
-    Held,
     Simulated,
     by_margin,
-    count,
     model,
     queries,
     serving,
-    settled,
     until,
 )
 
@@ -35,15 +31,13 @@ from nercc_jax import DevicePool, NeRCC, Replication, Uncoded
 from nercc_jax.pools.clock import WALL
 from nercc_jax.risk import Accuracy
 from nercc_jax.serving import (
-    BatchingPolicy,
     CodedBatcher,
     Coder,
-    DeadlineExceeded,
     Health,
     InferenceFailed,
     Predictor,
-    QueueFull,
     ServerClosing,
+    _batcher,
     calibrate_decoding,
 )
 from nercc_jax.serving.core._requests import HealthMonitor
@@ -132,6 +126,7 @@ def test_queries_of_another_scale_are_coded_with_none(factor):
         (lambda x: jnp.tanh(20 * x @ WEIGHTS), 0.01, False),  # ... or it is known to be too large
         (lambda x: jnp.asarray(x) @ WEIGHTS + jnp.array([9.0, 0, 0]), 0.05, True),
     ],
+    ids=["unknown", "wrong", "right"],
 )
 def test_only_what_is_expected_to_be_right_is_decoded(outputs, limit, decoded):
     def decoding(coder):
@@ -245,97 +240,31 @@ def test_redundancy_slows_nobody_down(workers, spare, calls, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("x", "what"),
+    ("x", "deadline", "what"),
     [
-        (np.zeros((0, 6), np.float32), "B of 1 or more"),
-        (np.zeros((2, 5), np.float32), r"shape \(B, 6\)"),
-        (np.zeros(6, np.float32), r"shape \(B, 6\)"),
-        (np.zeros((2, 6), int), "int64"),
-        (np.array([[0.0] * 6, [np.nan] * 6]), r"queries \[1\] are not finite"),
-        (np.full((1, 6), 1e39), r"queries \[0\] are not finite in float32"),
+        (np.zeros((0, 4), np.float32), None, "B of 1 or more"),
+        (np.zeros((2, 5), np.float32), None, r"shape \(B, 4\)"),
+        (np.zeros(4, np.float32), None, r"shape \(B, 4\)"),
+        (np.zeros((2, 4), int), None, "int64"),
+        (np.array([[0.0] * 4, [np.nan] * 4]), None, r"queries \[1\] are not finite"),
+        (np.full((1, 4), 1e39), None, r"queries \[0\] are not finite in float32"),
+        *(
+            (queries(1), deadline, "positive number of seconds")
+            for deadline in (0, -1, np.nan, np.inf, 3601.0)
+        ),
     ],
 )
-def test_bad_queries(x, what, untyped):
+def test_bad_queries_and_deadlines_are_refused(x, deadline, what, untyped):
     with pytest.raises(ValueError, match=what):
-        Simulated(Uncoded(1), warm=False).submit(x)
-
-
-@pytest.mark.parametrize("deadline", [0, -1, np.nan, np.inf, 3601.0])
-def test_bad_deadlines(deadline, untyped):
-    with pytest.raises(ValueError, match="positive number of seconds"):
-        Simulated(Uncoded(1), warm=False).submit(queries(1), deadline=deadline)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("max_batch_size", 3),
-        ("max_queue_size", 0),
-        ("copies", 0),
-        ("deadline_s", 0),
-        ("deadline_s", 9e11),
-        ("straggler_threshold", np.nan),
-        ("batch_wait_timeout_s", -1),
-        ("max_disagreement", 1.5),
-        ("max_disagreement", float("nan")),
-        *(("check_answers", 1.0), ("tolerance", 0.0), ("max_calls", 0.9)),
-    ],
-)
-def test_bad_policies(name, value, untyped):
-    with pytest.raises(ValueError, match=rf"(?s){name}.*{value}"):
-        BatchingPolicy(**{name: value})
-
-
-def test_a_full_queue_refuses_at_once_and_then_takes_again():
-    sim = Simulated(Uncoded(1), workers=1, max_queue_size=4, copies=1)
-    x = queries(9)
-    futures = [sim.submit(x[:1])]
-    sim.run()
-    futures.append(sim.submit(x[1:5]))
-    with pytest.raises(QueueFull, match="4 queries wait and 1 more came; the queue holds 4"):
-        sim.submit(x[5:6])
-    for future in futures:
-        sim.result(future)
-    sim.answer(x[6:9])
-    assert sim.observed["request_queue_full"] == 1
-
-
-def test_deadlines_and_who_goes_away_leave_nothing_behind():
-    sim = Simulated(Uncoded(1), workers=1, copies=1)
-    x = queries(8)
-    sim.hold(x[0])
-    first = sim.submit(x[:1])
-    sim.run()
-    late, gone = sim.submit(x[1:4], deadline=0.1), sim.submit(x[4:6])
-    assert gone.cancel()
-    sim.run(0.11)
-    assert (sim.batcher.waiting, sim.batcher.in_flight) == (0, 1)
-    with pytest.raises(DeadlineExceeded, match=r"within 0\.1 s: \d queries wait, 0 of 1"):
-        late.result(0)
-    sim.result(first)
-    sim.answer(x[6:])
-    assert set(sim.order(x)) == {0, 6, 7}, "nothing of the others was sent"
-    assert sim.observed["request_cancelled"] == 1
-
-
-def test_a_model_that_fails_says_why():
-    def fails(batch):
-        if (batch[:, 0] > 1.5).any():
-            raise RuntimeError("no such thing")
-        return model(batch)
-
-    sim = Simulated(INTERLEAVED, run=fails)
-    bad = queries(1)
-    bad[0, 0] = 2.0
-    with pytest.raises(InferenceFailed, match="no such thing"):
-        sim.answer(bad, exact=True)
-    assert sim.answer(queries(1)).exact.all()
+        Simulated(Uncoded(1), warm=False).submit(x, deadline=deadline)
 
 
 @pytest.mark.parametrize("drain", [30.0, 0.0])
 def test_closing_answers_what_was_accepted_or_says_that_it_was_too_late(drain):
+    seen = []
+    observe = lambda what, number: seen.append(what)  # noqa: E731
     with DevicePool(model, 2, compiled=False) as pool:
-        batcher = CodedBatcher(pool, Coder(INTERLEAVED), SHAPE, OUT)
+        batcher = CodedBatcher(pool, Coder(INTERLEAVED), SHAPE, OUT, observe=observe)
         x = queries(1000)
         futures = [batcher.submit(each[None]) for each in x]
         batcher.close(drain)
@@ -348,6 +277,7 @@ def test_closing_answers_what_was_accepted_or_says_that_it_was_too_late(drain):
             assert "shut down before" in str(errors[-1])
         with pytest.raises(ServerClosing, match="no more requests"):
             batcher.submit(x)
+        assert seen.count("request_draining") == 1
 
 
 # -- A failure within the batcher is reported at once, and its health is the truth -----------------
@@ -379,134 +309,110 @@ def test_it_is_ready_while_a_query_can_be_answered(
     assert health == Health(True, ready, message)
 
 
-def becomes(batcher, live, ready):
-    """Waits until health is that; returns what troubles it."""
-    until(lambda: (batcher.health().live, batcher.health().ready) == (live, ready), 5.0)
-    return batcher.health().trouble
-
-
-@pytest.mark.parametrize("step", ["dispatch", "complete"])
+@pytest.mark.parametrize("step", ["dispatch", "complete", "decide"])
 def test_a_step_that_fails_is_reported_at_once_and_the_next_works(step, monkeypatch):
-    with serving(INTERLEAVED, straggler_threshold=1e6) as batcher:  # nobody straggles
-        whole, left = getattr(batcher._dispatcher, step), [1]
+    sim = Simulated(INTERLEAVED, straggler_threshold=1e6)  # nobody straggles
+    sim.faultless = False
+    sim.hold(queries(4)[0], calls=int(step == "decide"))  # so that something is to be decided
+    batcher, left = sim.batcher, [1]
+    owner = _batcher if step == "decide" else batcher._dispatcher
+    whole = getattr(owner, step)
 
-        def fails(*args, **options):
-            result = whole(*args, **options) if step == "dispatch" else None
-            if batcher._requests.taken and left[0]:
-                left[0] -= 1
-                raise RuntimeError("a bug of ours")
-            return result if step == "dispatch" else whole(*args, **options)
+    def fails(*args, **options):
+        result = whole(*args, **options) if step == "dispatch" else None
+        if left and (step == "decide" or batcher._requests.taken):
+            left.pop()
+            raise RuntimeError("a bug of ours")
+        return result if step == "dispatch" else whole(*args, **options)
 
-        monkeypatch.setattr(batcher._dispatcher, step, fails)
-        with pytest.raises(InferenceFailed, match="internal error: a bug of ours"):
-            batcher.submit(queries(4)).result(5.0)
-        assert count(batcher, "internal_error") == count(batcher, "request_failed") == 1
-        np.testing.assert_allclose(
-            batcher.submit(queries(4)).result(LONG).values, model(queries(4)), atol=1e-6
-        )
-        settled(batcher)
-        assert batcher.health() == FINE
-
-
-def test_a_group_that_cannot_be_decided_is_reported_at_once(monkeypatch):
-    def fails(*_):
-        raise RuntimeError("a bug of ours")
-
-    held = Held()
-    with serving(INTERLEAVED, held, warm=False) as batcher:
-        with monkeypatch.context() as patched:
-            patched.setattr("nercc_jax.serving._batcher.decide", fails)
-            future = batcher.submit(queries(3))
-            with pytest.raises(InferenceFailed, match="a bug of ours"):
-                future.result(5.0)
-        held.release.set()
-        assert batcher.submit(queries(3)).result(LONG).exact.all()
+    monkeypatch.setattr(owner, step, fails)
+    with pytest.raises(InferenceFailed, match="internal error: a bug of ours"):
+        sim.answer(queries(4))
+    assert sim.observed["internal_error"] == sim.observed["request_failed"] == 1
+    np.testing.assert_allclose(sim.answer(queries(4)).values, model(queries(4)), atol=1e-6)
+    assert batcher.health() == FINE
 
 
 def test_a_thread_that_dies_fails_what_is_open_and_what_comes(monkeypatch):
-    held = Held()
-    with serving(Uncoded(1), held, warm=False) as batcher:
-        future = batcher.submit(queries(2))
+    sim = Simulated(Uncoded(1), warm=False)
+    sim.faultless = False
+    sim.hold(queries(2)[0])
+    future = sim.submit(queries(2))
+    sim.run()
 
-        def dies(now):
-            raise SystemExit("no memory, say")
+    def dies(now):
+        raise SystemExit("no memory, say")
 
-        monkeypatch.setattr(batcher, "_handle_due", dies)
-        with pytest.raises(InferenceFailed, match="the batcher has failed: no memory, say"):
-            future.result(5.0)
-        with pytest.raises(InferenceFailed, match="has failed"):
-            batcher.submit(queries(1))
-        assert batcher.health() == Health(False, False, "the batcher has failed: no memory, say")
-        assert count(batcher, "internal_error") == 1
-        held.release.set()
+    monkeypatch.setattr(sim.batcher, "_handle_due", dies)
+    sim.submit(queries(1))
+    sim.run()
+    with pytest.raises(InferenceFailed, match="the batcher has failed: no memory, say"):
+        future.result(0)
+    with pytest.raises(InferenceFailed, match="has failed"):
+        sim.submit(queries(1))
+    assert sim.batcher.health() == Health(False, False, "the batcher has failed: no memory, say")
+    assert sim.observed["internal_error"] == 1
 
 
 def test_a_stuck_thread_is_not_alive(monkeypatch):
     monkeypatch.setattr("nercc_jax.serving.core._requests.STUCK", 0.2)
     monkeypatch.setattr("nercc_jax.pools.clock.BEAT", 0.05)
     release = threading.Event()
-    with serving(Uncoded(1), warm=False) as batcher:
-        becomes(batcher, True, True)
+    with serving() as batcher:
+        until(lambda: batcher.health() == FINE)
         monkeypatch.setattr(batcher, "_handle_due", lambda now: release.wait(LONG))
-        assert "is stuck" in becomes(batcher, False, False)
+        until(lambda: not batcher.health().live and not batcher.health().ready)
+        assert "is stuck" in str(batcher.health().trouble)
         release.set()
-        becomes(batcher, True, True)
+        until(lambda: batcher.health() == FINE)
 
 
 def test_who_answers_nobody_is_not_ready_until_it_does():
-    broken = threading.Event()
+    broken = [False]
 
     def sometimes(batch):
-        if broken.is_set():
+        if broken[0]:
             raise RuntimeError("out of order")
         return model(batch)
 
-    with serving(INTERLEAVED, sometimes) as batcher:
-        assert batcher.health() == FINE
-        broken.set()
-        for each in queries(4):
-            with pytest.raises(InferenceFailed):
-                batcher.submit(each[None], exact=True).result(LONG)
-        assert "3 workers failed" in becomes(batcher, True, False)
-        failed = count(batcher, "request_failed")
-        broken.clear()
-        becomes(batcher, True, True)  # nobody asks but itself
-        assert count(batcher, "request_failed") == failed == 4
-        assert count(batcher, "request_ok") == 0, "questions of its own are not counted"
+    sim = Simulated(INTERLEAVED, run=sometimes)
+    assert sim.batcher.health() == FINE
+    broken[0] = True
+    for each in queries(4):
+        with pytest.raises(InferenceFailed, match="out of order"):
+            sim.answer(each[None], exact=True)
+    sim.run(2.0)
+    health = sim.batcher.health()
+    assert (health.live, health.ready) == (True, False)
+    assert "3 workers failed" in health.trouble
+    broken[0] = False
+    sim.run(2.0)  # nobody asks but itself
+    assert sim.batcher.health() == FINE
+    assert sim.observed["request_failed"] == 4
+    assert sim.observed["request_ok"] == 0, "questions of its own are not counted"
 
 
 # Learning goes on beside.
 
 
-LEARNS = {"code": Uncoded(1), "warm": False, "max_disagreement": 0.1, "predictor": None}
+@pytest.mark.parametrize("learns", ["slowly", "fails"])
+def test_nobody_waits_for_learning_and_no_request_fails_for_it(learns, monkeypatch):
+    learning, release, seen = threading.Event(), threading.Event(), []
 
-
-def test_nobody_waits_for_learning(monkeypatch):
-    learning, release = threading.Event(), threading.Event()
-
-    def slow(self, x, own):
+    def learn(self, x, own):
         learning.set()
+        if learns == "fails":
+            raise RuntimeError("a bug of ours")
         assert release.wait(LONG)
 
-    monkeypatch.setattr(Predictor, "learn", slow)
-    with serving(**LEARNS | {"predictor": Predictor()}) as batcher:
-        while not learning.is_set():
-            batcher.submit(queries(4)).result(LONG)
+    monkeypatch.setattr(Predictor, "learn", learn)
+    observe = lambda what, number: seen.append(what)  # noqa: E731
+    with serving(Predictor(), observe, max_disagreement=0.1) as batcher:
+        until(lambda: batcher.submit(queries(4)).result(LONG) and learning.is_set())
         for _ in range(20):
-            batcher.submit(queries(4)).result(LONG)
+            assert batcher.submit(queries(4)).result(LONG).exact.all()
+        if learns == "fails":
+            until(lambda: "internal_error" in seen)
+            assert batcher.health() == FINE
         assert not release.is_set()
         release.set()
-
-
-def test_learning_that_fails_is_counted_and_nothing_else(monkeypatch):
-    def fails(self, x, own):
-        raise RuntimeError("a bug of ours")
-
-    monkeypatch.setattr(Predictor, "learn", fails)
-    with serving(**LEARNS | {"predictor": Predictor()}) as batcher:
-        end = time.monotonic() + LONG
-        while not count(batcher, "internal_error"):
-            assert time.monotonic() < end
-            batcher.submit(queries(4)).result(LONG)
-        assert batcher.submit(queries(4)).result(LONG).exact.all()
-        assert batcher.health() == FINE

@@ -5,8 +5,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from batching import EXTRAS, INTERLEAVED, OWN
-from scipy.interpolate import make_interp_spline
+from traffic import EXTRAS, INTERLEAVED, OWN
 
 from nercc_jax import Berrut, Lagrange, NeRCC, Parity, Replication, Uncoded
 from nercc_jax.codes import BerrutSpline
@@ -69,55 +68,6 @@ def test_layouts(name):
         assert len(set(first) | set(layout.extras)) == len(first) + len(layout.extras)
         share = (coder.num_workers - coder.num_data) * queries / coder.num_data
         assert len(layout.extras) == np.ceil(share)
-
-
-@pytest.mark.parametrize("code", [NeRCC(4, 8), Berrut(3, 5)])
-def test_codes_that_mix_all_queries_are_refused(code):
-    with pytest.raises(ValueError, match="mixes all queries"):
-        Coder(code)
-
-
-@pytest.mark.parametrize(
-    ("code", "extras"),
-    [
-        ("interleaved", [[5], [5, 7], [5, 7, 4], [5, 7, 4, 6]]),
-        # For each query two fifths of one, rounded up: as many as would do for all of them.
-        ("interleaved, few more", [[5], [5], [5, 1], [5, 1], [5, 6]]),
-    ],
-)
-def test_extras_are_those_nearest_to_the_queries(code, extras):
-    """By hand, on the half circle, whose angles are even.
-
-    (5, 7): alphas, and betas 0 to 4, at 18, 54, 90, 126 and 162 degrees, beta 5 at 72 and 6 at 144.
-    Queries come to 90, 18, 162, 126, 54.
-    """
-    coder = coder_of(code)
-    found = [coder.layout(queries).extras.tolist() for queries in range(1, coder.num_data + 1)]
-    assert found == extras
-
-
-@pytest.mark.parametrize("queries", [2, 3, 4])
-def test_a_short_groups_encoder_is_a_spline_through_its_queries(queries):
-    """Against SciPy's natural cubic spline through the same alphas, read at the workers' points."""
-    code = CODES["interleaved"]
-    coder = Coder(code)
-    alpha = np.asarray(code.alpha, np.float64)[coder.order[:queries]]
-    order = np.argsort(alpha)
-    beta = np.asarray(code.beta, np.float64)
-    basis = np.eye(queries)[order]
-    if queries == 2:  # a straight line
-        slope = (basis[1] - basis[0]) / np.diff(alpha[order])
-        wanted = basis[0] + np.outer(beta - alpha[order][0], slope)
-    else:
-        spline = make_interp_spline(alpha[order], basis, k=3, bc_type="natural")
-        wanted = spline(beta)
-        for end, side in (
-            (alpha[order][0], beta < alpha.min()),
-            (alpha[order][-1], beta > alpha.max()),
-        ):
-            line = spline(end) + np.outer(beta - end, spline(end, 1))
-            wanted[side] = line[side]
-    np.testing.assert_allclose(coder.layout(queries).matrix, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["interleaved", "interleaved, few more"])

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from batching import EXTRAS, INTERLEAVED, OWN
-from traffic import OUT, SERVICE, SHAPE, KnowsAll, Traffic, model
+from traffic import EXTRAS, INTERLEAVED, OUT, OWN, SERVICE, SHAPE, KnowsAll, Traffic, model
 
 from nercc_jax import Replication, Uncoded
 from nercc_jax.pools import Fault, Faults, Overdue
@@ -49,16 +48,16 @@ SURE, DECODED, UNSURE, DOUBTED = (
 FIRST = (0, 0)
 
 
-def group_of(coder, kind, queries, failed, **more):
+def group_of(coder, kind, queries, failed, trial, sent):
     """A group of one query in each cell; these coded data points fail."""
-    group = Group(coder, kind, 0.0, trial=more.pop("trial", False))
+    group = Group(coder, kind, 0.0, trial=trial)
     group.layout = coder.layout(len(queries))
     for query in queries:
         group.add([query])
     times = SimpleNamespace(limit=lambda rows: LIMIT, median=lambda rows: 0.8)
     fails = failed.__contains__
     group.batch = SimpleNamespace(times=times, lost=fails, abandoned=fails)  # pyright: ignore
-    group.sent_at[:] = more.pop("sent", SOON)
+    group.sent_at[:] = sent or SOON
     return group
 
 
@@ -70,175 +69,117 @@ def query_of(exact=False, estimates=(), **state):
     return query
 
 
-def of(
-    late=(0,), failed=(), open=(0,), extras=EXTRAS, estimates=(), copied=False, exact=False,
-    looked=(), **more,
-):  # fmt: skip
-    """A full group whose queries in `open` are not answered: in time, or late, or failed.
+PROMISE, NOTHING = BatchingPolicy(max_disagreement=0.1), BatchingPolicy()
+WAITS = BatchingPolicy(copies=1, max_disagreement=0.1)
+PREDICTED, SOURCES, SOME = frozenset({"predicted"}), frozenset(BOTH), EXTRAS[:2]
 
-    All others are, and the redundancy in `extras`, which is in time if it is not answered. With it
-    come the sources that were asked. Estimates are those of all queries, or of each.
+
+def becomes(
+    *expected, policy=PROMISE, risk=KNOWN, limit=0.1, copies=1, hedges=True, predicts=False,
+    approximates=True, late=(0,), failed=(), open=(0,), extras=EXTRAS, estimates=(), copied=False,
+    exact=False, looked=(), alone=False, trial=False, sent=None,
+):  # fmt: skip
+    """What is decided on a full group, what was looked at, what is known, and the policy.
+
+    Its queries in `open` are not answered: in time, or late, or failed. All others are, and the
+    redundancy in `extras`, which is in time if it is not answered. Estimates are those of all
+    queries, or of each, and `looked` the sources that were asked. Or a query is alone in its group.
     """
+    setting = DispatchSetting(Overdue(copies=copies), "always", hedges)
+    risks = {"decoded": risk, "predicted": risk}
+    evidence = LateEvidence(setting, approximates, predicts, limit, risks)
+    if alone:
+        group = group_of(ALONE, "alone", [query_of()], failed, trial, sent)
+        return group, looked, evidence, policy, [*expected]
     of_each = estimates if isinstance(estimates, dict) else dict.fromkeys(range(4), estimates)
     queries = [
         query_of(exact, of_each[each], reexecuted=copied, done=each not in open)
         for each in range(4)
     ]
-    group = group_of(CODER, "coded", queries, [OWN[each] for each in failed], **more)
+    group = group_of(CODER, "coded", queries, [OWN[each] for each in failed], trial, sent)
     group.mask[[OWN[each] for each in range(4) if each not in open]] = True
     group.mask[[*extras]] = True
-    if "sent" not in more:
+    if sent is None:
         group.sent_at[[OWN[each] for each in late]] = 0.0
-    return group, looked
+    return group, looked, evidence, policy, [*expected]
 
 
-def alone(failed):
-    return group_of(ALONE, "alone", [query_of()], [0] * failed), ()
-
-
-def known(risk=KNOWN, limit=0.1, copies=1, hedges=True, **more):
-    setting = DispatchSetting(Overdue(copies=copies), "always", hedges)
-    risks = {"decoded": risk, "predicted": risk}
-    return LateEvidence(setting, **{"approximates": True, "limit": limit, "risk": risks} | more)
-
-
-PROMISE, NOTHING = BatchingPolicy(max_disagreement=0.1), BatchingPolicy()
-SOURCES, SOME = frozenset({"predicted", "decoded"}), EXTRAS[:2]
 THEN = Wait(SOON + LIMIT)  # when what is in time would be late
 NEVER = Wait(math.inf)
-AGAIN = [Copy([FIRST], 1), NEVER]
-LEAST = picking.PICKING.hung * 0.8  # seconds after which a worker may hang
+AGAIN = Copy([FIRST], 1), NEVER
+# All sources were asked, and the query goes out again if it may.
+ASKED = {"looked": SOURCES}
+LONG_AGO = NOW - 2 * LIMIT
+HUNG = Wait(LONG_AGO + picking.PICKING.hung * 0.8)  # when a worker may hang
 
 TABLE = {
-    "while its own worker is in time, a query waits": (of(late=()), known(), PROMISE, [THEN]),
-    "what is late is predicted first": (of(), known(predicts=True), PROMISE, [Predict([FIRST])]),
-    "without a surrogate it is decoded": (of(), known(), PROMISE, [Decode([FIRST])]),
-    "and where the surrogate is not sure": (
-        of(estimates=[UNSURE], looked=frozenset({"predicted"})),
-        known(predicts=True),
-        PROMISE,
-        [Decode([FIRST])],
+    "while its own worker is in time, a query waits": becomes(THEN, late=()),
+    "what is late is predicted first": becomes(Predict([FIRST]), predicts=True),
+    "without a surrogate it is decoded": becomes(Decode([FIRST])),
+    "and where the surrogate is not sure": becomes(
+        Decode([FIRST]), predicts=True, estimates=[UNSURE], looked=PREDICTED
     ),
-    "a prediction that is sure is given out": (
-        of(estimates=[SURE], looked=frozenset({"predicted"})),
-        known(predicts=True),
-        PROMISE,
-        [GiveOut(FIRST, "predicted"), NEVER],
+    "a prediction that is sure is given out": becomes(
+        GiveOut(FIRST, "predicted"), NEVER, predicts=True, estimates=[SURE], looked=PREDICTED
     ),
-    "but not once the surrogate has drifted": (
-        of(estimates=[SURE], looked=SOURCES),
-        known(),
-        PROMISE,
-        AGAIN,
+    "but not once the surrogate has drifted": becomes(*AGAIN, estimates=[SURE], **ASKED),
+    "a decoded answer that is good enough is given out": becomes(
+        GiveOut(FIRST, "decoded"), NEVER, estimates=[DECODED], **ASKED
     ),
-    "a decoded answer that is good enough is given out": (
-        of(estimates=[DECODED], looked=SOURCES),
-        known(),
-        PROMISE,
-        [GiveOut(FIRST, "decoded"), NEVER],
+    "else it waits for further answers": becomes(THEN, estimates=[DOUBTED], extras=SOME, **ASKED),
+    "and is sent again if none can come": becomes(*AGAIN, estimates=[DOUBTED], **ASKED),
+    "to several workers at once if the setting says so": becomes(
+        Copy([FIRST], 2), NEVER, copies=2, **ASKED
     ),
-    "else it waits for further answers": (
-        of(estimates=[DOUBTED], looked=SOURCES, extras=SOME),
-        known(),
-        PROMISE,
-        [THEN],
+    "what has no answer is sent again all the same": becomes(*AGAIN, **ASKED),
+    "but once only": becomes(NEVER, copied=True, **ASKED),
+    "each query is judged by itself": becomes(
+        *(GiveOut(FIRST, "decoded"), Copy([(1, 0)], 1), NEVER),
+        late=(0, 1),
+        open=(0, 1),
+        estimates={0: [DECODED], 1: [DOUBTED], 2: (), 3: ()},
+        **ASKED,
     ),
-    "and is sent again if none can come": (
-        of(estimates=[DOUBTED], looked=SOURCES),
-        known(),
-        PROMISE,
-        AGAIN,
+    "nothing is given out before stragglers have shown that it is right": becomes(
+        *AGAIN, risk=UNKNOWN, estimates=[SURE, DECODED], **ASKED
     ),
-    "to several workers at once if the setting says so": (
-        of(looked=SOURCES),
-        known(copies=2),
-        PROMISE,
-        [Copy([FIRST], 2), NEVER],
+    "but decoded for comparison, when no further answer can come": becomes(
+        Decode([FIRST]), risk=UNKNOWN, limit=-1.0
     ),
-    "what has no answer is sent again all the same": (of(looked=SOURCES), known(), PROMISE, AGAIN),
-    "but once only": (of(looked=SOURCES, copied=True), known(), PROMISE, [NEVER]),
-    "each query is judged by itself": (
-        of(
-            late=(0, 1),
-            open=(0, 1),
-            estimates={0: [DECODED], 1: [DOUBTED], 2: (), 3: ()},
-            looked=SOURCES,
-        ),
-        known(),
-        PROMISE,
-        [GiveOut(FIRST, "decoded"), Copy([(1, 0)], 1), NEVER],
+    "and not before": becomes(THEN, risk=UNKNOWN, limit=-1.0, extras=SOME),
+    "all answers are exact where outputs are values without a tolerance": becomes(
+        *AGAIN, approximates=False, policy=BatchingPolicy(outputs="values")
     ),
-    "nothing is given out before stragglers have shown that it is right": (
-        of(estimates=[SURE, DECODED], looked=SOURCES),
-        known(UNKNOWN),
-        PROMISE,
-        AGAIN,
+    "an exact query in a group waits for no others": becomes(
+        *(Copy([FIRST], 1), THEN),
+        open=(0, 1),
+        exact=True,
+        predicts=True,
+        estimates=[SURE, DECODED],
+        **ASKED,
     ),
-    "but decoded for comparison, when no further answer can come": (
-        of(),
-        known(UNKNOWN, limit=-1.0),
-        PROMISE,
-        [Decode([FIRST])],
+    "without a promise the number of answers decides": becomes(
+        Decode([FIRST]), risk=ANY, policy=NOTHING, extras=EXTRAS[:3]
     ),
-    "and not before": (of(extras=SOME), known(UNKNOWN, limit=-1.0), PROMISE, [THEN]),
-    "all answers are exact where outputs are values without a tolerance": (
-        of(),
-        known(approximates=False),
-        BatchingPolicy(outputs="values"),
-        AGAIN,
+    "and fewer wait": becomes(THEN, risk=ANY, policy=NOTHING, extras=SOME),
+    "what failed is decoded or sent again at once": becomes(*AGAIN, late=(), failed=(0,), **ASKED),
+    "without hedging, stragglers are waited for": becomes(NEVER, policy=WAITS, **ASKED),
+    "but not what has failed": becomes(*AGAIN, late=(), failed=(0,), policy=WAITS, **ASKED),
+    "where copies are as slow as what they copy, none is sent": becomes(
+        HUNG, hedges=False, sent=LONG_AGO, **ASKED
     ),
-    "an exact query in a group waits for no others": (
-        of(late=(0,), open=(0, 1), exact=True, estimates=[SURE, DECODED], looked=SOURCES),
-        known(predicts=True),
-        PROMISE,
-        [Copy([FIRST], 1), THEN],
+    "except for a trial": becomes(
+        *(Copy([FIRST], 1), HUNG), hedges=False, sent=LONG_AGO, trial=True, **ASKED
     ),
-    "without a promise the number of answers decides": (
-        of(extras=EXTRAS[:3]),
-        known(ANY),
-        NOTHING,
-        [Decode([FIRST])],
-    ),
-    "and fewer wait": (of(extras=SOME), known(ANY), NOTHING, [THEN]),
-    "what failed is decoded or sent again at once": (
-        of(late=(), failed=(0,), looked=SOURCES),
-        known(),
-        PROMISE,
-        AGAIN,
-    ),
-    "without hedging, stragglers are waited for": (
-        of(looked=SOURCES),
-        known(),
-        BatchingPolicy(copies=1, max_disagreement=0.1),
-        [NEVER],
-    ),
-    "but not what has failed": (
-        of(late=(), failed=(0,), looked=SOURCES),
-        known(),
-        BatchingPolicy(copies=1, max_disagreement=0.1),
-        AGAIN,
-    ),
-    "where copies are as slow as what they copy, none is sent": (
-        of(looked=SOURCES, sent=NOW - 2 * LIMIT),
-        known(hedges=False),
-        PROMISE,
-        [Wait(NOW - 2 * LIMIT + LEAST)],
-    ),
-    "except for a trial": (
-        of(looked=SOURCES, trial=True, sent=NOW - 2 * LIMIT),
-        known(hedges=False),
-        PROMISE,
-        [Copy([FIRST], 1), Wait(NOW - 2 * LIMIT + LEAST)],
-    ),
-    "and of what may hang": (of(looked=SOURCES), known(hedges=False), PROMISE, AGAIN),
-    "an exact query waits for its worker": (alone(False), known(), PROMISE, [NEVER]),
-    "and fails once no worker has an answer": (alone(True), known(), PROMISE, [Fail([FIRST])]),
+    "and of what may hang": becomes(*AGAIN, hedges=False, **ASKED),
+    "an exact query waits for its worker": becomes(NEVER, alone=True),
+    "and fails once no worker has an answer": becomes(Fail([FIRST]), alone=True, failed=(0,)),
 }
 
 
 @pytest.mark.parametrize("sentence", TABLE)
 def test_decisions(sentence):
-    (group, looked), evidence, policy, expected = TABLE[sentence]
+    group, looked, evidence, policy, expected = TABLE[sentence]
     assert decide(group, NOW, evidence, policy, looked) == expected
 
 

@@ -3,47 +3,49 @@
 # ruff: noqa: E402 (`require` comes before what needs it)
 
 import json
+import logging
 
 import numpy as np
 import pytest
 from conftest import require
 from hypothesis import given
 from hypothesis import strategies as st
-from nercc_server import ENDS, Server
+from nercc_server import ENDS
 
 grpc = require("grpc", "serve-test")
 require("starlette", "serve")
 
 from faces import CODES, ask, message, stub_of
+from in_process import ONE, http, real, serving
 
+from nercc_jax import Uncoded
 from nercc_jax.serving.transport import open_inference_pb2 as messages
 
 pytestmark = pytest.mark.slow
 
-CONFIG = """
-max_body_bytes = 1000000
-[defaults]
-scheme = "uncoded"
-input_shape = [4]
-workers = 2
-[[models]]
-model = "own:double"
-name = "double"
-"""
+
+@pytest.fixture(scope="module")
+def model():
+    return real("double", lambda x: 2 * x[:, :3], Uncoded(1), max_batch_size=16)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"), config=CONFIG)
-    try:
+def server(model):
+    """Uvicorn warns of what is no HTTP. An error in its log is a request that we failed at."""
+    errors = []
+    log = logging.Handler(logging.ERROR)
+    log.emit = errors.append
+    logging.getLogger().addHandler(log)
+    with serving(model, grpc_port=0, max_body_bytes=1_000_000) as server:
         yield server
-        server.signal()
-        assert server.wait() == 0
-        # Uvicorn warns of what is no HTTP. An error would be a request that we failed at.
-        errors = [line for line in server.log() if line["level"] == "ERROR"]
-        assert not errors, errors
-    finally:
-        server.kill()
+    logging.getLogger().removeHandler(log)
+    assert not errors, errors
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with http(server) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +130,13 @@ def check(answer, asked=None):
 
 
 @given(requests)
-def test_requests_in_json(server, asked):
-    answer = server.http.post("/v2/models/double/infer", content=json.dumps(asked).encode())
+def test_requests_in_json(client, asked):
+    answer = client.post("/v2/models/double/infer", content=json.dumps(asked).encode())
     check(answer, asked)
 
 
 @given(requests, binary(40), st.sampled_from([0, 0, 0, -1, 1, 10**6, None]))
-def test_requests_in_binary(server, asked, raw, shift):
+def test_requests_in_binary(client, asked, raw, shift):
     for tensor in asked["inputs"]:
         data = tensor.pop("data")
         if isinstance(data, list) and np.shape(data) == (1, 4):
@@ -143,7 +145,7 @@ def test_requests_in_binary(server, asked, raw, shift):
     head = json.dumps(asked).encode()
     length = "much" if shift is None else str(len(head) + shift)
     message = {"inference-header-content-length": length}
-    answer = server.http.post("/v2/models/double/infer", content=head + raw, headers=message)
+    answer = client.post("/v2/models/double/infer", content=head + raw, headers=message)
     assert answer.status_code in FINE, answer.text
 
 
@@ -152,9 +154,9 @@ def test_requests_in_binary(server, asked, raw, shift):
     st.sampled_from(["", "gzip", "deflate", "identity", "br", "gzip, gzip"]),
     st.sampled_from(["application/json", "text/plain", "multipart/form-data", "x"]),
 )
-def test_bodies_of_bytes(server, content, encoding, kind):
+def test_bodies_of_bytes(client, content, encoding, kind):
     message = {"content-encoding": encoding, "content-type": kind}
-    answer = server.http.post("/v2/models/double/infer", content=content, headers=message)
+    answer = client.post("/v2/models/double/infer", content=content, headers=message)
     assert answer.status_code in (400, 415), answer.text
 
 
@@ -182,10 +184,9 @@ def test_requests_by_grpc(stub, model, inputs, raw, outputs, parameters):
     assert call.details() or call.result().model_name == "double"
 
 
-def test_it_goes_on(server):
-    answer = ask("json", server, "double", {"input": [[1.0, 2, 3, 4]]})
-    assert answer.outputs["output"].tolist() == [[2, 4, 6]]
-    status = server.status("double")
+def test_it_goes_on(server, model):
+    assert ask("json", server, "double", ONE).outputs["output"].tolist() == [[2, 4, 6]]
+    status = model.status()
     assert status["queue"]["in_flight"] == status["queue"]["waiting"] == 0
     assert {worker["state"] for worker in status["workers"]} == {"idle"}
     assert status["totals"]["queries"]["exact"] > 20
@@ -193,7 +194,7 @@ def test_it_goes_on(server):
 
 
 def test_bytes_that_are_no_message(server, stub):
-    with grpc.insecure_channel(server.grpc) as channel:
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
         call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         with pytest.raises(grpc.RpcError) as error:
             call(b"\xff" * 50, timeout=ENDS)

@@ -5,6 +5,7 @@ nobody."""
 
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import socket
 import statistics
@@ -17,7 +18,7 @@ from attack import attacking, bodies
 from attack import post as as_bytes
 from conftest import require
 from faces import FACES, ask, post
-from in_process import Doubles, becomes, body, connect, is_cut_off, read_answer, real, serving
+from in_process import BODY, ONE, Doubles, becomes, connect, is_cut_off, read_answer, real, serving
 from nercc_server import ENDS, Server
 
 httpx = require("httpx", "serve-test")
@@ -27,14 +28,14 @@ from nercc_jax import Uncoded
 from nercc_jax.serving import ModelSettings
 from nercc_jax.serving.transport._state import ServerState
 
-INFER, ONE = "/v2/models/digits/infer", {"input": [[1.0, 2, 3, 4]]}
+INFER, BODY_LIMIT = "/v2/models/digits/infer", 2_000_000
 
 
 @pytest.fixture(scope="module")
 def server():
     model = Doubles()
     model.settings = ModelSettings(model="digits", max_queue_size=100_000)
-    with serving(model, max_body_bytes=2_000_000) as server:
+    with serving(model, max_body_bytes=BODY_LIMIT) as server:
         yield server
 
 
@@ -58,27 +59,31 @@ def test_a_refused_body_may_come_to_its_end_but_no_further(server, size):
     is_fine(server)
 
 
-def test_large_json_is_refused_in_favour_of_binary(server):
-    large = body() + b" " * 2**20
-    for given in (
-        {"content": large},
-        {"content": iter([b" " * 2**19] * 3)},
-    ):
-        answer = post(server, INFER, **given)
-        assert answer.status_code == 413
-        assert "at most 1048576 are taken: send tensors as binary data" in answer.json()["error"]
+@pytest.mark.parametrize(
+    ("path", "chunks", "words"),
+    [
+        (INFER, [b"x" * (BODY_LIMIT + 1)], f"at most {BODY_LIMIT} are taken"),
+        (INFER, [BODY, b" " * 2**20], "at most 1048576 are taken: send tensors as binary data"),
+        (INFER, [b" " * 2**19] * 3, "at most 1048576 are taken: send tensors as binary data"),
+        ("/v2/repository/index", [b" " * 1_500_000], "at most 1048576 are taken"),
+        ("/v2/repository/models/digits/load", [b" " * 1_500_000], "at most 1048576 are taken"),
+    ],
+    ids=itertools.count(),
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_large_bodies_are_refused_wherever_they_are_sent(
+    server, caplog, path, chunks, words, chunked
+):
+    """Their rest is dropped without an error of the server. Binary data may be larger than JSON."""
+    answer = post(server, path, content=iter(chunks) if chunked else b"".join(chunks))
+    assert answer.status_code == 413
+    assert chunked or answer.headers["connection"] == "close", "its rest may still come"
+    assert words in answer.json()["error"] or (chunked and "1048576" in answer.json()["error"])
+    assert not [each for each in caplog.records if each.levelname == "ERROR"]
     with connect(server) as connection:  # what is announced is not even read
-        connection.sendall(as_bytes(INFER, b"", length=2**20 + 1))
+        connection.sendall(as_bytes(path, b"", length=2**20 + 1))
         assert read_answer(connection)[0] == 413
     assert ask("binary", server, "digits", {"input": np.ones((70_000, 4), "<f4")}).is_(200)
-
-
-def test_a_large_body_is_refused_wherever_it_is_sent(server, caplog):
-    """Its rest is dropped without an error of the server."""
-    for path in ("/v2/repository/index", "/v2/repository/models/digits/load"):
-        answer = post(server, path, content=b" " * 1_500_000)
-        assert (answer.status_code, answer.headers["connection"]) == (413, "close")
-    assert not [each for each in caplog.records if each.levelname == "ERROR"]
 
 
 # All together.
@@ -90,7 +95,7 @@ def test_connections_have_a_limit(monkeypatch):
     monkeypatch.setattr(ServerState, "max_connections", 2)
     with serving(Doubles()) as server:
         with connect(server), connect(server) as second:
-            second.sendall(as_bytes(INFER, body()))
+            second.sendall(as_bytes(INFER, BODY))
             assert second.recv(1000).startswith(b"HTTP/1.1 503")
         becomes(lambda: not server._http.server_state.connections)
         is_fine(server)
@@ -110,8 +115,8 @@ def test_bytes_in_flight_have_a_limit():
             assert model.refused == ["request_overloaded"] * 2
             # What waits for its answer counts, too.
             with connect(server) as waits:
-                waits.sendall(as_bytes(INFER, body()))
-                becomes(lambda: state.bytes_held == 900 + len(body()))
+                waits.sendall(as_bytes(INFER, BODY))
+                becomes(lambda: state.bytes_held == 900 + len(BODY))
                 assert len(model.asked) == 1
                 model.may_answer.set()
                 assert read_answer(waits)[0] == 200

@@ -5,10 +5,9 @@ import gc
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from batching import INTERLEAVED
-from traffic import OUT, SERVICE, SHAPE, WEIGHTS, KnowsAll, Traffic, model
+from traffic import INTERLEAVED, OUT, SERVICE, SHAPE, WEIGHTS, KnowsAll, Traffic, model
 
-from nercc_jax import Berrut, Replication, Uncoded
+from nercc_jax import Berrut, NeRCC, Replication, Uncoded
 from nercc_jax.pools import Batch
 from nercc_jax.pools.batch import Task
 from nercc_jax.risk import Accuracy
@@ -31,10 +30,14 @@ def knows(sure):
     return KnowsAll(lambda x: [sure] * len(x))
 
 
-def calibrated(coder, accuracy):
+def calibrated(coder, accuracy, name="model"):
     """Scores of the code's decoded answers on this model."""
-    x = np.random.default_rng(3).normal(size=(400, *SHAPE)).astype(np.float32)
-    return calibrate_decoding(coder, lambda x: jnp.tanh(jnp.asarray(x) @ WEIGHTS), x, accuracy)
+    size, function = {
+        "model": (400, lambda x: jnp.tanh(x @ WEIGHTS)),
+        "revenue": (2000, lambda x: (jnp.tanh(x @ HIDDEN / 2) @ LAST)[:, 0].astype(jnp.float32)),
+    }[name]
+    x = np.random.default_rng(3).normal(size=(size, *SHAPE)).astype(np.float32)
+    return calibrate_decoding(coder, lambda x: function(jnp.asarray(x)), x, accuracy)
 
 
 @pytest.mark.parametrize("sure", [True, False])
@@ -54,27 +57,6 @@ def test_without_a_promise_decoded_answers_are_compared_and_nothing_is_learned_f
     traffic = Traffic(None, BatchingPolicy(straggler_threshold=1.4), INTERLEAVED, **options)
     traffic.send(600)  # which fails at an internal error
     assert traffic.observed["audit_same"] + traffic.observed["audit_other"] > 40
-
-
-@pytest.mark.parametrize("tolerance", [0.05, 0.5])
-def test_a_tolerance_is_kept_by_decoding_within_it_or_asking_again(tolerance):
-    """Where a surrogate is never sure, and decoding mostly is far off."""
-    policy = BatchingPolicy(straggler_threshold=1.4, tolerance=tolerance)
-    traffic = Traffic(
-        knows(False),
-        policy,
-        INTERLEAVED,
-        share=0.15,
-        decoding=lambda coder: calibrated(coder, policy.accuracy),
-    )
-    sent_as = traffic.send(600)
-    assert sum(reply.reexecuted.sum() for _, reply, _ in sent_as) > 20
-    decoded = [(reply, own) for _, reply, own in sent_as if not reply.exact[0]]
-    assert (len(decoded) > 10) == (tolerance == 0.5)
-    assert all(reply.expected_error[0] <= tolerance for reply, _ in decoded)
-    errors = [np.sqrt(np.mean((reply.values - own) ** 2)) for reply, own in decoded]
-    bars = [reply.expected_error[0] for reply, _ in decoded]
-    assert np.sum(np.array(errors) > bars) <= 0.1 * len(decoded)
 
 
 def test_a_slow_model_is_well_for_as_long_as_its_answers_take():
@@ -196,7 +178,7 @@ def revenue(x):
     return predict(x)[:, 0]
 
 
-FUNCTIONS = {"revenue": (revenue, ()), "predict": (predict, (2,))}
+FUNCTIONS = {"revenue": (revenue, ()), "predict": (predict, (2,)), "model": (model, OUT)}
 
 
 def approximate(replies):
@@ -216,25 +198,33 @@ def traffic_of(name, policy, predictor=None, **options):
     return made
 
 
-@pytest.mark.parametrize(("name", "predicts"), [("revenue", False), ("predict", True)])
-def test_bars_hold_and_none_is_beyond_the_tolerance(name, predicts):
-    """Of a coverage of 0.95, so that nine of ten hold of some hundred, too."""
-    tolerance = 0.1 if predicts else 0.7
+@pytest.mark.parametrize(
+    ("name", "tolerance", "known", "number"),
+    [
+        ("revenue", 0.7, "decoding", 1500),
+        ("predict", 0.1, "learner", 1500),
+        # A surrogate that is never sure, and decoding that is mostly far off.
+        ("model", 0.05, "decoding", 600),
+        ("model", 0.5, "decoding", 600),
+    ],
+)
+def test_a_tolerance_is_kept_by_answers_within_it_or_asking_again(name, tolerance, known, number):
+    """Bars hold of a coverage of 0.95, so that nine of ten hold of some hundred, too."""
     policy = BatchingPolicy(straggler_threshold=1.4, tolerance=tolerance, coverage=0.95)
-
-    def revenue_scores(coder):
-        x = np.random.default_rng(3).normal(size=(2000, *SHAPE)).astype(np.float32)
-        own = lambda x: (jnp.tanh(x @ HIDDEN / 2) @ LAST)[:, 0].astype(jnp.float32)  # noqa: E731
-        return calibrate_decoding(coder, own, x, policy.accuracy)
-
-    known = {"predictor": Predictor()} if predicts else {"decoding": revenue_scores}
-    served = traffic_of(name, policy, **known)
-    errors, bars, predicted = approximate(served.send(1500))
-    assert len(errors) > 40
-    assert predicted == predicts
-    assert bars.max() <= tolerance
-    assert np.mean(errors <= bars) >= 0.9
-    if not predicts:
+    options = {"predictor": Predictor()}
+    if known == "decoding":
+        options = {"decoding": lambda coder: calibrated(coder, policy.accuracy, name)}
+        options |= {"predictor": knows(False), "rate": 150} if name == "model" else {}
+    served = traffic_of(name, policy, **options)
+    replies = served.send(number)
+    errors, bars, predicted = approximate(replies)
+    assert (len(errors) > 10) == (tolerance != 0.05)
+    assert predicted == (known == "learner")
+    assert (bars <= tolerance).all()
+    assert np.sum(errors > bars) <= 0.1 * len(errors)
+    if name == "model":
+        assert sum(reply.reexecuted.sum() for _, reply, _ in replies) > 20
+    elif known == "decoding":
         assert served.batcher.status()["decoding"]["drifts"] == 0
 
 
@@ -274,17 +264,23 @@ def test_outputs_are_values_unless_something_says_that_they_are_scores_of_labels
         ({"tolerance": 0.1, "max_disagreement": 0.1}, OUT, INTERLEAVED, "these are values"),
         ({"tolerance": 0.1, "outputs": "logits"}, OUT, INTERLEAVED, "a tolerance is for"),
         ({"coverage": 1.0, "tolerance": 0.1}, OUT, INTERLEAVED, "(?s)coverage.*less than 1"),
-        ({"tolerance": 0.1}, OUT, Uncoded(1), "a tolerance needs error bars"),
+        ({"tolerance": 0.1}, OUT, Uncoded(1), "a tolerance needs error bars.*predictor"),
         ({"tolerance": 0.1}, OUT, Berrut(4, 8, points="interleaved"), "Berrut has none"),
+        ({"redundancy": "uncertain"}, OUT, Uncoded(1), "redundancy 'uncertain' needs a predictor"),
+        ({"check_answers": 0.01}, OUT, Uncoded(1), "check_answers needs a predictor"),
+        ({}, OUT, NeRCC(4, 8), "mixes all queries"),
+        ({}, OUT, Berrut(3, 5), "mixes all queries"),
+        ({"outputs": "logits"}, OUT, Predictor(), "max_disagreement, or with a tolerance"),
     ],
 )
-def test_limits_that_do_not_fit_the_outputs_are_refused(policy, out, code, why):
+def test_policies_that_do_not_fit_the_rest_are_refused(policy, out, code, why):
     pool = SimulatedPool(model, 8, seconds=lambda size: 0.05)
     # Scores for another tolerance than any of these.
-    decoding = DecodingScores(Accuracy(tolerance=0.1)) if "calibrated" in why else None
-    parts = pool, Coder(code), SHAPE, out
+    options = {"decoding": DecodingScores(Accuracy(tolerance=0.1)) if "calibrated" in why else None}
+    if isinstance(code, Predictor):
+        options["predictor"], code = code, Uncoded(1)
     with pytest.raises(ValueError, match=why):
-        CodedBatcher(*parts, policy=BatchingPolicy(**policy), decoding=decoding)
+        CodedBatcher(pool, Coder(code), SHAPE, out, policy=BatchingPolicy(**policy), **options)
 
 
 # -- What is over goes by itself: to look for garbage stops all threads ----------------------------

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 (`require` comes before what needs it)
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -20,19 +21,9 @@ grpc, httpx = require("grpc", "serve-test"), require("httpx", "serve-test")
 require("starlette", "serve")
 
 from attack import post
-from faces import FACES, Stub, ask
-from in_process import (
-    Doubles,
-    becomes,
-    body,
-    channel,
-    connect,
-    http,
-    listening,
-    real,
-    serving,
-)
-from nercc_server import ENDS, running
+from faces import FACES, ask, stub_of
+from in_process import BODY, ONE, Doubles, becomes, connect, http, listening, real, serving
+from nercc_server import ENDS
 
 from nercc_jax import Uncoded
 from nercc_jax.serving import Health
@@ -54,7 +45,7 @@ def server(started):
 
     starts = {"digits": start, "others": start}
     with listening(starts, grpc_port=0, model_control="explicit") as server:
-        becomes(lambda: server.state.models.complete and server.grpc_port)
+        becomes(lambda: server.state.models.complete)
         yield server
 
 
@@ -62,9 +53,6 @@ def server(started):
 def client(server):
     with http(server) as client:
         yield client
-
-
-ONE = {"input": [[1.0, 2, 3, 4]]}
 
 
 def test_what_is_unloaded_is_gone_until_it_is_loaded(client, started):
@@ -79,10 +67,10 @@ def test_what_is_unloaded_is_gone_until_it_is_loaded(client, started):
     assert do("unload").status_code == 200
     assert [model.closed for model in started] == [True, False]
     assert states() == {"digits": "UNAVAILABLE", "others": "READY"}
-    assert client.post("/v2/models/digits/infer", content=body()).status_code == 404
+    assert client.post("/v2/models/digits/infer", content=BODY).status_code == 404
     assert client.get("/v2/health/ready").status_code == 200  # of what is to be served, all is
     assert do("load").status_code == 200
-    assert client.post("/v2/models/digits/infer", content=body()).status_code == 200
+    assert client.post("/v2/models/digits/infer", content=BODY).status_code == 200
     # It is unloaded again, and then its start fails.
     assert do("unload").status_code == 200
     answer = do("load")
@@ -155,52 +143,6 @@ def run(*command):
     return ended.stdout
 
 
-CONFIG = """
-model_control = "explicit"
-[defaults]
-input_shape = [4]
-num_data = 2
-num_workers = 4
-max_batch_size = 1
-[[models]]
-name = "weighs"
-version = 2
-model = "own:from_weights"
-weights = "matrix.npy"
-"""
-
-
-@pytest.mark.slow
-def test_a_coded_model_is_loaded_by_tritons_clients_and_curl(tmp_path):
-    """Weights are read again when a model is loaded again; its version is as it is set."""
-    require("tritonclient", "serve-test")
-    matrix = tmp_path / "matrix.npy"
-    np.save(matrix, 3 * np.eye(4, 3, dtype=np.float32))
-    with (
-        running(tmp_path, config=CONFIG) as server,
-        triton_calls.in_a_process(ENDS) as elsewhere,
-    ):
-        x, ports = np.float32([[1, 2, 3, 4]]), (server.http_port, server.grpc_port)
-        for face, port in zip(("http", "grpc"), ports, strict=True):
-            there = face, f"localhost:{port}"
-            elsewhere(triton_calls.ask, *there, "unload_model", "weighs")
-            gone = elsewhere(triton_calls.infer, *there, "weighs", x)
-            assert "does not exist" in gone["message"]
-            elsewhere(triton_calls.ask, *there, "load_model", "weighs")
-            for version in ("", "2"):
-                assert elsewhere(triton_calls.ask, *there, "is_model_ready", "weighs", version)
-                found = elsewhere(triton_calls.infer, *there, "weighs", x, model_version=version)
-                assert found["outputs"]["output"].tolist() == [[3, 6, 9]]
-        if shutil.which("curl") is not None:
-            np.save(matrix, 5 * np.eye(4, 3, dtype=np.float32))
-            curl = ("curl", "-sS", "--fail-with-body", "--noproxy", "*")
-            for action in ("unload", "load"):
-                run(*curl, "-X", "POST", f"{server.url}/v2/repository/models/weighs/{action}")
-            url = f"{server.url}/v2/models/weighs/versions/2/infer"
-            answer = json.loads(run(*curl, "-d", body().decode(), url))
-            assert answer["outputs"][0]["data"] == [5, 10, 15]
-
-
 # Tokens, TLS, and the index.
 
 TOKEN = "a token"
@@ -243,7 +185,7 @@ def guarded(files):
 )
 def test_whoever_has_no_token_is_reported_so(guarded, method, path, given):
     headers = {} if given is None else {"Authorization": given}
-    answer = guarded[1].request(method, path, headers=headers, content=body())
+    answer = guarded[1].request(method, path, headers=headers, content=BODY)
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
     if method != "HEAD":
         assert answer.json() == {"error": "a token is needed: Authorization: Bearer TOKEN"}
@@ -253,7 +195,7 @@ def test_whoever_has_no_token_is_reported_so(guarded, method, path, given):
 def test_inference_is_for_whoever_has_one(guarded, face):
     for given, status in (("Bearer other", 401), ("bearer another", 200), (f"Bearer {TOKEN}", 200)):
         headers = {"Authorization": given}
-        answer = ask(face, guarded[0], "digits", {"input": [[1.0, 2, 3, 4]]}, headers=headers)
+        answer = ask(face, guarded[0], "digits", ONE, headers=headers)
         assert answer.is_(status)
         assert status == 401 or answer.outputs["output"].tolist() == [[2, 4, 6, 8]]
     assert guarded[1].get("/metrics", headers=headers).status_code == 200
@@ -262,8 +204,8 @@ def test_inference_is_for_whoever_has_one(guarded, face):
 def test_probes_need_no_token_and_grpc_needs_one_too(guarded):
     for path in ("/", "/v2/health/live", "/v2/health/ready"):
         assert guarded[1].get(path).status_code == 200
-    with channel(guarded[0]) as there:
-        stub, asked = Stub(there), messages.ServerMetadataRequest()
+    with stub_of(guarded[0]) as stub:
+        asked = messages.ServerMetadataRequest()
         for given in ([], [("authorization", "Bearer other")]):
             with pytest.raises(grpc.RpcError, match="a token is needed") as error:
                 stub.ServerMetadata(asked, metadata=given, timeout=ENDS)
@@ -273,37 +215,85 @@ def test_probes_need_no_token_and_grpc_needs_one_too(guarded):
         assert stub.ServerReady(messages.ServerReadyRequest(), timeout=ENDS).ready
 
 
-def test_tls_and_tokens_by_tritons_clients_and_curl(files):
+@pytest.fixture(scope="module")
+def secure(files):
+    """Clients speak TLS to it, with a token, and may load its model."""
+    tokens, _, both = map(str, files)
+    options = {"tls_certificate": both, "token_file": tokens, "model_control": "explicit"}
+    with serving(Doubles(), grpc_port=0, **options) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
     require("tritonclient", "serve-test")
-    tokens, certificate, both = map(str, files)
-    secure = {"tls_certificate": both, "token_file": tokens}
-    with serving(Doubles(), grpc_port=0, **secure) as server:
-        x, headers = np.float32([[1, 2, 3, 4]]), {"authorization": f"Bearer {TOKEN}"}
-        ways = {"http": {"ssl_options": {"ca_certs": certificate}}}
-        ways["grpc"] = {"root_certificates": certificate}
-        with triton_calls.in_a_process(ENDS) as elsewhere:
-            for face, options in ways.items():
-                port = server.http_port if face == "http" else server.grpc_port
-                there, client = (face, f"localhost:{port}"), {"client": {"ssl": True} | options}
-                given = {**client, "headers": headers}
-                found = elsewhere(triton_calls.infer, *there, "digits", x, **given)
-                assert found["outputs"]["output"].tolist() == [[2, 4, 6, 8]]
-                index = elsewhere(triton_calls.ask, *there, "get_model_repository_index", **given)
-                index = index if face == "http" else index["models"]
-                assert index[0] | {"reason": ""} == ready("digits")
-                refused = elsewhere(triton_calls.infer, *there, "digits", x, **client)
-                assert "a token is needed" in refused["message"]
-        url = f"https://localhost:{server.http_port}"
-        if shutil.which("curl") is not None:
-            trusted = ("curl", "-sS", "--noproxy", "*", "--cacert", certificate)
-            assert json.loads(run(*trusted, f"{url}/v2/health/live")) == {"live": True}
-            authorized = (*trusted, "-H", f"Authorization: Bearer {TOKEN}")
-            index = run(*authorized, "-d", '{"ready": true}', f"{url}/v2/repository/index")
-            assert json.loads(index) == [ready("digits")]
-            answer = run(*authorized, "-d", body().decode(), f"{url}{INFER}")
-            assert json.loads(answer)["outputs"][0]["data"] == [2, 4, 6, 8]
-        with pytest.raises(httpx.HTTPError):
-            httpx.get(f"http://localhost:{server.http_port}/v2/health/live", trust_env=False)
+    with triton_calls.in_a_process(ENDS) as call:
+        yield call
+
+
+@pytest.mark.parametrize("face", ["http", "grpc"])
+def test_tritons_clients_are_served(secure, files, elsewhere, face):
+    """In JSON and binary, compressed by gRPC; by HTTP a proxy would have to decompress requests."""
+    trust = {"http": {"ssl_options": {"ca_certs": str(files[1])}}}
+    trust["grpc"] = {"root_certificates": str(files[1])}
+    there = face, f"localhost:{secure.http_port if face == 'http' else secure.grpc_port}"
+    client = {"client": {"ssl": True} | trust[face]}
+    given = client | {"headers": {"authorization": f"Bearer {TOKEN}"}}
+
+    def say(method, *arguments):
+        return elsewhere(triton_calls.ask, *there, method, *arguments, **given)
+
+    def infer(x, **options):
+        return elsewhere(triton_calls.infer, *there, "digits", x, **given, **options)
+
+    for told in (("is_server_live",), ("is_server_ready",), ("is_model_ready", "digits", "1")):
+        assert say(*told) is True
+    assert say("get_server_metadata")["name"] == "nercc_jax"
+    about = say("get_model_metadata", "digits", "1")
+    shape = [int(length) for length in about["inputs"][0]["shape"]]  # strings by gRPC's JSON
+    assert (about["versions"], about["inputs"][0]["name"], shape) == (["1"], "input", [-1, 4])
+    index = say("get_model_repository_index")
+    assert (index if face == "http" else index["models"])[0] | {"reason": ""} == ready("digits")
+
+    way = "response_compression_algorithm" if face == "http" else "compression_algorithm"
+    for binary, algorithm in itertools.product((True, False), (None, "gzip", "deflate")):
+        x = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+        found = infer(x, binary=binary, request_id="mine", **{way: algorithm})
+        assert (found["id"], found["version"]) == ("mine", "1")
+        np.testing.assert_array_equal(found["outputs"]["output"], 2 * x)
+        assert found["outputs"]["output"].dtype == np.float32
+        assert found["outputs"]["exact"].tolist() == [True] * 50
+        assert found["outputs"]["expected_error"].tolist() == [0.0] * 50
+        asked = {"exact": not binary, "output": binary}
+        answers = [infer(x[:3], outputs=asked) for _ in "12"]
+        assert len({answer["id"] for answer in answers}) == 2, "it needs none"
+        assert list(answers[0]["outputs"]) == ["exact", "output"]
+        np.testing.assert_array_equal(answers[0]["outputs"]["output"], 2 * x[:3])
+        if face == "http":
+            assert answers[0]["in_json"] == [name for name, binary in asked.items() if not binary]
+
+    say("unload_model", "digits")
+    assert "does not exist" in infer(x)["message"]
+    say("load_model", "digits")
+    assert infer(x, model_version="1")["outputs"]["output"].shape == (50, 4)
+    refused = elsewhere(triton_calls.infer, *there, "digits", x, **client)
+    assert "a token is needed" in refused["message"]
+
+
+def test_curl_is_served_by_tls_and_nobody_without(secure, files):
+    if shutil.which("curl") is not None:
+        url = f"https://localhost:{secure.http_port}"
+        trusted = ("curl", "-sS", "--fail-with-body", "--noproxy", "*", "--cacert", str(files[1]))
+        assert json.loads(run(*trusted, f"{url}/v2/health/live")) == {"live": True}
+        authorized = (*trusted, "-H", f"Authorization: Bearer {TOKEN}")
+        for action in ("unload", "load"):
+            run(*authorized, "-X", "POST", f"{url}/v2/repository/models/digits/{action}")
+        index = run(*authorized, "-d", '{"ready": true}', f"{url}/v2/repository/index")
+        assert json.loads(index) == [ready("digits")]
+        answer = run(*authorized, "-d", BODY.decode(), f"{url}{INFER}")
+        assert json.loads(answer)["outputs"][0]["data"] == [2, 4, 6, 8]
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"http://localhost:{secure.http_port}/v2/health/live", trust_env=False)
 
 
 def ready(name):

@@ -14,8 +14,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from batching import INTERLEAVED, OUT, SHAPE, by_margin, model
-from traffic import KnowsAll
+from traffic import INTERLEAVED, OUT, SHAPE, KnowsAll, by_margin, model
 
 from nercc_jax import Berrut, Replication, Uncoded
 from nercc_jax.pools import Fault, Faults, Overdue

@@ -1,38 +1,32 @@
 """`nercc serve` from outside: what it says of itself, metrics, the status, the log."""
 
-# ruff: noqa: E402 (`require` comes before what needs it)
-
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import require
-from faces import ask, stub_of
-from nercc_server import Server, running
+from faces import ask
+from nercc_server import ENDS, Server, running
+from pages import blocks
 
-httpx = require("httpx", "serve-test")
-
-from nercc_jax.serving.transport import open_inference_pb2 as messages
+require("httpx", "serve-test")
 
 pytestmark = pytest.mark.slow
 
 CONFIG = """
+model_control = "explicit"
 [defaults]
 scheme = "uncoded"
 input_shape = [4]
 workers = 2
 max_batch_size = 2
 [[models]]
-model = "own:double"
-name = "double"
-[[models]]
 model = "own:moody"
 name = "moody"
-[[models]]
-model = "own:from_weights"
-weights = "weights.npy"
 [[models]]
 model = "own:double"
 name = "slow"
@@ -43,60 +37,48 @@ name = "counted"
 [[models]]
 model = "own:double"
 name = "untouched"
+[[models]]
+model = "own:from_weights"
+name = "weighs"
+weights = "weights.npy"
+version = 2
+scheme = "nercc"
+num_data = 2
+num_workers = 4
+[[models]]
+model = "lenet5-digits"
+input_shape = [32, 32, 1]
 """
-NAMES = ["double", "moody", "own.from_weights", "slow", "counted", "untouched"]
-MATRIX = np.arange(20, dtype=np.float32).reshape(4, 5)
+NAMES = ["moody", "slow", "counted", "untouched", "weighs", "lenet5-digits"]
 ROOT = Path(__file__).parents[2]
-EXTENSIONS = ["model_repository"]
+README = (ROOT / "docs/deploy/README.md").read_text()
 OUTCOMES = ("ok", "deadline", "failed", "cancelled")
 OUTCOMES += ("invalid", "overloaded", "queue_full", "draining")
 ONE = {"input": [[1.0, 2, 3, 4]]}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
-    np.save(folder / "weights.npy", MATRIX)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    np.save(folder / "weights.npy", 3 * np.eye(4, 5, dtype=np.float32))
     with running(folder, config=CONFIG) as server:
         yield server
 
 
-@pytest.fixture(scope="module")
-def stub(server):
-    with stub_of(server) as stub:
-        yield stub
-
-
-# What the server says of itself.
-
-
-@pytest.mark.parametrize("version", ["", "1"])
-def test_health_metadata_and_a_model_made_from_weights(server, stub, version):
-    assert server.http.get("/v2/health/live").json() == {"live": True}
-    assert server.http.get("/v2/health/ready").json() == {"ready": True}
-    assert server.http.get("/v2/models").json() == {"models": NAMES}
-    about = server.http.get("/v2").json()
-    assert about["name"] == "nercc_jax"
-    assert about["extensions"] == ["binary_tensor_data", *EXTENSIONS]
-    by_grpc = stub.ServerMetadata(messages.ServerMetadataRequest())
-    assert (by_grpc.name, by_grpc.version) == ("nercc_jax", about["version"])
-    name = "own.from_weights"
-    path = f"/v2/models/{name}" + (f"/versions/{version}" if version else "")
-    about = server.http.get(path).json()
-    assert (about["name"], about["versions"]) == (name, ["1"])
-    assert about["inputs"] == [{"name": "input", "datatype": "FP32", "shape": [-1, 4]}]
-    assert about["outputs"][0] == {"name": "output", "datatype": "FP32", "shape": [-1, 5]}
-    assert server.http.get(f"{path}/ready").json() == {"name": name, "ready": True}
-    assert about["parameters"] == {
-        "nercc_coded": False,
-        "nercc_uncoded": "it is served by Uncoded",
-    }
-    asked = {"name": name, "version": version}
-    assert list(stub.ModelMetadata(messages.ModelMetadataRequest(**asked)).versions) == ["1"]
-    assert stub.ModelReady(messages.ModelReadyRequest(**asked)).ready
-    for face in ("json", "raw"):
-        found = ask(face, server, name, {"input": [[1.0, 0, 0, 2]]}, version=version).outputs
-        np.testing.assert_array_equal(found["output"], [MATRIX[0] + 2 * MATRIX[3]])
+def test_weights_are_read_again_and_a_version_is_as_it_is_set(server, folder):
+    path = "/v2/repository/models/weighs"
+    for factor in (3, 5):
+        for version in ("", "2"):
+            found = ask("raw", server, "weighs", ONE, version=version).outputs["output"]
+            assert found.tolist() == [[factor, 2 * factor, 3 * factor, 4 * factor, 0]]
+        np.save(folder / "weights.npy", 5 * np.eye(4, 5, dtype=np.float32))
+        assert server.http.post(f"{path}/unload").is_success
+        assert ask("json", server, "weighs", ONE).is_(404)
+        assert server.http.post(f"{path}/load").is_success
 
 
 # Metrics and status.
@@ -171,13 +153,43 @@ def test_the_dashboard_asks_for_metrics_that_there_are(server):
     assert asked <= {name for name, _ in server.metrics()}
 
 
+def test_readme_examples_run(server):
+    """Against the same REST interface, wherever it runs."""
+    for curl in [block for block in blocks(README, r"bash[^\n]*") if "curl" in block]:
+        script = curl.replace("localhost:8000", f"127.0.0.1:{server.http_port}")
+        script = script.replace("python ", f"{sys.executable} ")
+        options = {"check": True, "capture_output": True, "text": True, "timeout": ENDS}
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], **options)
+        assert '"logits"' in done.stdout
+
+
+def test_readme_names_metrics_that_there_are(server):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families = list(text_string_to_metric_families(server.http.get("/metrics").text))
+    found = {sample.name: set() for family in families for sample in family.samples}
+    found |= {family.name: set() for family in families if family.type == "histogram"}
+    for sample in (sample for family in families for sample in family.samples):
+        found[sample.name] |= sample.labels.items()
+    table = README.split("## What to watch")[1].split("## ")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| `")]
+    assert len(rows) >= 6
+    for metrics, meaning in rows:
+        labels = set()
+        for name, label in re.findall(r"`(\w+)(?:\{(\w+)\})?`", metrics):
+            assert name in found
+            labels |= {value for key, value in found[name] if key == label}
+            assert not label or labels, f"{name} has no label {label}"
+        assert set(re.findall(r"`(\w+)`", meaning)) <= labels
+
+
 def test_the_status_has_what_the_page_reads(server):
     """Whatever the page takes out of an object by name."""
     answer = server.http.get("/status")
     assert answer.headers["cache-control"] == "no-store"
     status = answer.json()
     assert status["server"]["state"] == "serving"
-    assert [model["name"] for model in status["models"]] == NAMES
+    assert sorted(model["name"] for model in status["models"]) == sorted(NAMES)
     page = (ROOT / "nercc_jax/serving/status.html").read_text()
     of_values = {"expected_beyond_bar"}  # of models with a tolerance
     parts = "totals", "queue", "pool", "code", "fidelity", "latency"
@@ -197,8 +209,8 @@ def test_the_status_has_what_the_page_reads(server):
 
 
 def test_the_log_is_json_without_lines_of_requests_but_for_failures(server):
-    assert ask("json", server, "double", ONE, id="right").is_(200)
-    assert ask("raw", server, "double", {"input": [[1.0] * 7]}, id="wrong").is_(400)
+    assert ask("json", server, "counted", ONE, id="right").is_(200)
+    assert ask("raw", server, "counted", {"input": [[1.0] * 7]}, id="wrong").is_(400)
     ask("json", server, "moody", {"input": [[-1.0] * 4]}, id="moody 7")
     lines = server.log()
     assert not [line for line in lines if line.get("id") in ("right", "wrong")]
@@ -312,6 +324,7 @@ def set_workers(model, *states):
         lambda model: model["health"].update(ready=False, trouble="no answer for 4 s"),
         lambda model: model.update(health=None),
     ],
+    ids=["all overdue", "some starting", "not ready", "being started"],
 )
 def test_it_is_not_green_unless_somebody_would_answer(shown, change):
     model, show = shown

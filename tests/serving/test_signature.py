@@ -1,5 +1,6 @@
 """Models of several tensors, and of such that cannot be coded: rows of them, names, what fits."""
 
+import itertools
 import re
 
 import jax
@@ -107,6 +108,7 @@ def test_outputs_are_called_as_the_model_calls_them():
         (lambda x: x["a"], {}, "does not run on a batch of one input 'input', FP32, of"),
         (lambda x: x, {"calibration": np.zeros((5, 4))}, "calibration data do not fit: the model"),
     ],
+    ids=itertools.count(),
 )  # fmt: skip
 def test_models_that_cannot_be_served_get_the_reason(model, reported, message):
     with pytest.raises(ValueError, match=re.escape(message)):
