@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 import threading
 import types
 
@@ -37,7 +38,6 @@ from nercc_jax.serving import (
     InferenceFailed,
     Predictor,
     ServerClosing,
-    _batcher,
     calibrate_decoding,
 )
 from nercc_jax.serving.core._requests import HealthMonitor
@@ -315,7 +315,7 @@ def test_a_step_that_fails_is_reported_at_once_and_the_next_works(step, monkeypa
     sim.faultless = False
     sim.hold(queries(4)[0], calls=int(step == "decide"))  # so that something is to be decided
     batcher, left = sim.batcher, [1]
-    owner = _batcher if step == "decide" else batcher._dispatcher
+    owner = sys.modules[CodedBatcher.__module__] if step == "decide" else batcher._dispatcher
     whole = getattr(owner, step)
 
     def fails(*args, **options):
