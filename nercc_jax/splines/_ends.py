@@ -81,14 +81,14 @@ def not_a_knot(knots: Knots, end_weights: Float[Any, " n"]) -> NotAKnot:
     each = (place == outermost[None]).astype(dtype)
     first, second, _, _, before, last = xp.moveaxis(each, 1, 0)
     apart, both = last - first, last + first
-    span = xp.sum(apart * knots.t)
+    ends = xp.reshape(xp.sum(each * t, axis=0), (2, 3))
+    span = ends[1, 2] - ends[0, 0]
     half = where(span > 0, span / 2, 1)
     # The derivatives of s^2 and s^3 at s = -1 and 1, for s = (t - middle) / half.
     bends = 1 / half**2 + end_weights / half
     values = xp.stack([xp.zeros_like(apart), -6 / half**3 * apart], axis=1)
     slopes = xp.stack([2 * bends * apart, 3 * (bends + 1 / half**2) * both], axis=1)
     kinks = xp.stack([second, before], axis=1)
-    ends = xp.reshape(xp.sum(each * t, axis=0), (2, 3))
     behind, after = ends[:, 1] - ends[:, 0], ends[:, 2] - ends[:, 1]
     gaps = where(after < behind, after, behind)[:, None]
     return NotAKnot(kinks, values, slopes, gaps * half**2, knots.number >= 4)
