@@ -168,19 +168,22 @@ def pictures(number, seed=0):
 
 
 @pytest.mark.parametrize("face", FACES)
-def test_several_inputs_and_outputs_exact_and_decoded(server, face):
+def test_several_inputs_and_outputs_exact_and_decoded(server, models, face):
+    """Each answer says what it rests on: outputs, parameters, metrics and status agree."""
     x = pictures(3)
     found = ask(face, server, "heads", x, parameters={"nercc_exact": True}).outputs
     assert found["exact"].all()
     for name, each in heads(x).items():
         np.testing.assert_allclose(found[name], each, rtol=1e-5)
-    decoded, before = 0, counted("queries", "heads", answer="decoded")
+    decoded = reexecuted = 0
+    before, earlier = counted("queries", "heads", answer="decoded"), models["heads"].status()
     for seed in range(100):
         x = pictures(2, seed)
         answer = ask(face, server, "heads", x)
         found, parameters = answer.outputs, answer.parameters
         np.testing.assert_allclose(found["twice"], 2 * found["small"], rtol=1e-4, atol=1e-4)
         assert found["total"].shape == (2, 2)
+        assert np.isfinite(found["total"]).all()
         exact, doubt = found["exact"], found["expected_disagreement"]
         np.testing.assert_allclose(found["total"][exact], heads(x)["total"][exact], rtol=1e-5)
         assert (doubt[exact] == 0).all()
@@ -189,9 +192,14 @@ def test_several_inputs_and_outputs_exact_and_decoded(server, face):
         assert parameters["nercc_approximate"] == (~exact).sum()
         assert parameters["nercc_workers_responded"] <= parameters["nercc_workers_asked"]
         decoded += parameters["nercc_approximate"]
+        reexecuted += parameters["nercc_reexecuted"]
         if decoded:
             break
     assert 0 < decoded == counted("queries", "heads", answer="decoded") - before
+    totals, earlier = models["heads"].status()["totals"], earlier["totals"]
+    assert totals["queries"]["decoded"] - earlier["queries"]["decoded"] == decoded
+    assert totals["reexecutions"] - earlier["reexecutions"] >= reexecuted
+    assert min(totals["stragglers"], totals["groups"]) > 0
 
 
 @pytest.mark.parametrize("face", FACES)

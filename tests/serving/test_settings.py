@@ -5,6 +5,8 @@
 import json
 import math
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from commands import invoke
 from conftest import require
-from nercc_server import MODELS
+from nercc_server import ENDS, MODELS, command, environment
 
 require("pydantic_settings", "serve")
 require("starlette", "serve")
@@ -386,12 +388,25 @@ def test_what_cannot_be_coded_is_served_uncoded_unless_it_was_asked_for(given, c
     assert type(_serving_models.load_parts(settings)[1]).__name__ == code
 
 
-def test_a_server_that_cannot_listen_is_reported_in_one_sentence(monkeypatch):
-    def run(server):
-        raise server.settings.cannot_listen(8000)
-
-    monkeypatch.setattr("nercc_jax.serving.transport._server.Server.run", run)
-    refused("cannot listen on 127.0.0.1:8000: is the port taken?", *OWN, "--workers", "1")
+def test_a_port_that_is_taken_is_reported_in_one_sentence():
+    """Before anything is loaded; after the log. test_start.py has both ports."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = subprocess.run(
+            command(*OWN, "--scheme", "uncoded", "--workers", "1"),
+            env=environment(NERCC_HTTP_PORT=str(port), NERCC_GRPC_PORT="0"),
+            capture_output=True,
+            text=True,
+            timeout=ENDS,
+        )
+    assert result.returncode == 2
+    *lines, last = result.stderr.strip().splitlines()
+    assert last == f"error: cannot listen on 127.0.0.1:{port}: is the port taken?"
+    assert "Traceback" not in result.stderr
+    assert "loading" not in result.stderr
+    assert all(json.loads(line)["level"] for line in lines)
 
 
 @pytest.mark.parametrize("given", [{}, {"grpc_port": None}, {"grpc_port": 0}, SERVER])
