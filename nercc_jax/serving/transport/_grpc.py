@@ -54,8 +54,9 @@ class GrpcServer:
     stops accepting, and the calls that were held are refused as UNAVAILABLE.
     """
 
-    # Seconds without a call after which gRPC stops accepting, and after which it does anyway.
-    quiet_s, most_s = 0.05, 1.0
+    # Seconds without a call after which gRPC stops accepting (under load, calls that have been sent
+    # take more than 0.1 s to arrive), and seconds after which it stops accepting in any case.
+    quiet_s, most_s = 0.2, 1.0
 
     def __init__(self, state: ServerState):
         self._state = state
