@@ -13,9 +13,9 @@ from ._points import AbstractPointsCode
 class Berrut(AbstractPointsCode):
     """Berrut approximated coded computing (BACC).
 
-    Both layers are Berrut's first rational interpolant, with weights of alternating sign along the
-    points in their order on the line. The decoder numbers the signs anew along the workers that
-    answered: with the original ones the interpolant has poles.
+    Both layers are Berrut's first rational interpolant, with weights whose signs alternate along
+    the points in their order on the line. The decoder assigns the signs again along the workers
+    that answered: with the signs of all workers the interpolant would have poles.
 
     Source: Jahani-Nezhad and Maddah-Ali 2022 (points "chebyshev"); ApproxIFER, AAAI 2022 (points
     "approxifer"); Borah and Harshan 2025, arXiv 2507.01330 (points "sbacc", without its DCT codes
@@ -37,7 +37,7 @@ def berrut_matrix(
     at: Float[Any, " m"],
     available: Bool[Any, " n"],
 ) -> Float[Any, "m n"]:
-    """Return the matrix of the interpolant on the available points, read at others."""
+    """Return the matrix of the interpolant through the available points, evaluated at others."""
     xp = namespace(points, at, available)
     knots = gather_knots(points, available.astype(points.dtype))
     counts = knots.weights > 0
@@ -53,8 +53,8 @@ def barycentric_matrix(
 ) -> Float[Any, "k n"]:
     """Return the matrix of the interpolant with entries w_i / (t - t_i), each row over its sum.
 
-    Nodes of weight zero take no part; the others must be distinct. Both sides of the fraction are
-    multiplied by the distance to the nearest node, so that value and derivative stay right where a
+    Nodes of weight zero are left out; the others must be distinct. Numerator and denominator are
+    multiplied by the distance to the nearest node, so that value and derivative are right where a
     point coincides with a node. With no node the matrix is zero.
 
     Source: Berrut and Trefethen 2004, SIAM Review 46(3), eq. 4.2.

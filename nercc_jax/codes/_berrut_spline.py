@@ -15,13 +15,13 @@ from .trees import scalar_leaf
 
 
 class BerrutSpline(AbstractSplineCode):
-    """Basis-spline assisted coded computing (BSCC): the encoder of `Berrut`, a spline to decode.
+    """Basis-spline assisted coded computing (BSCC): `Berrut`'s encoder, decoding by a spline.
 
-    Predictions are samples at alpha of the cubic spline through the answers at beta, which smooths
-    with a positive `lambda_dec`; as published it interpolates. Beyond the outermost answers it is a
-    straight line, where a polynomial in the B-spline basis would go on as a cubic. `ends` are
-    "not-a-knot", those of an interpolating B-spline without further conditions, or "natural".
-    Variances are those of natural ends.
+    Predictions are the values at alpha of the cubic spline through the answers at beta. As
+    published it interpolates; with a positive `lambda_dec` it smooths. Beyond the outermost answers
+    it is a straight line, where a B-spline would continue as a cubic. `ends` are "not-a-knot", as
+    for an interpolating B-spline without further conditions, or "natural". Variances are those of
+    natural ends.
 
     Source: Borah, Harshan and Lalitha 2026, "Basis-Spline Assisted Coded Computing: Strategies and
     Error Bounds", arXiv 2601.10616.

@@ -31,11 +31,11 @@ from .trees import (
 
 
 class transformable(functools.partial):
-    """A method that JAX's transformations take when it is bound to a code.
+    """A method that can be passed to JAX's transformations once it is bound to a code.
 
-    Bound it is a pytree, as Equinox's methods are, and has a hash: `jax.jit(code.decode)` looks a
-    function up by hash and equality. Those of Equinox's methods compare arrays by JAX, which is an
-    error within a trace, and arrays have no hash. Here a code counts by which object it is.
+    A bound method is a pytree, as Equinox's methods are, and hashable: `jax.jit(code.decode)` looks
+    its argument up by hash and equality. Equinox's methods compare arrays with JAX, which fails
+    within a trace, and arrays have no hash. Here, two codes are equal if they are the same object.
     """
 
     def __get__(self, code: Any, _: type | None = None) -> Any:
@@ -78,8 +78,8 @@ class AbstractCode(eqx.Module):
     >>> jax.jit(lambda code, y, mask: code.decode(y, mask))(code, y, mask).shape
     (4, 3)
 
-    A code of one's own has the two sizes and three methods: `encoder_matrix`, `decoder_matrix` and
-    `recovered`. The mask is traced, so shapes may not depend on it.
+    To write a code of your own, define the two sizes and three methods: `encoder_matrix`,
+    `decoder_matrix` and `recovered`. The mask is traced, so no shape may depend on it.
     """
 
     num_data: eqx.AbstractVar[int]
@@ -88,10 +88,10 @@ class AbstractCode(eqx.Module):
 
     @property
     def worker_models(self) -> Int[np.ndarray, " num_workers"]:
-        """Return the model that each worker runs; unless a code overrides it, the served one.
+        """Return the number of the model that each worker runs.
 
-        0 is the served model, and 1, 2, ... (without gaps) are further ones that the code needs.
-        Static: it depends on the code's numbers, never on data.
+        0 is the served model, the default for all workers; 1, 2, ... (without gaps) are further
+        models that the code needs. Static: it depends on the code's numbers, never on data.
         """
         return np.zeros(self.num_workers, int)
 
@@ -113,24 +113,24 @@ class AbstractCode(eqx.Module):
 
     @abc.abstractmethod
     def recovered(self, available: Bool[ArrayLike, " num_workers"]) -> Bool[Array, " num_data"]:
-        """Return which data points' predictions these workers' answers determine."""
+        """Return for which data points the available workers' answers determine a prediction."""
 
     def decoder_map(self, available: Bool[ArrayLike, " num_workers"]) -> Any:
-        """Return D with the most accurate way to apply it to finite answers.
+        """Return D and the most accurate way to apply it to finite answers.
 
-        Decoding uses that way where the product with D might lose digits. A code whose regression
-        has a better way than its matrix overrides it, and makes both in one go.
+        Decoding applies it that way where the product with D might lose digits. A code overrides
+        this method if its regression can be solved more accurately than by a product with D.
         """
         return PlainMap(self.decoder_matrix(available))
 
     def posterior_variance(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, " num_data"]:
-        """Return the variance of each prediction given these workers' answers, whatever they are.
+        """Return the variance of each prediction given which workers answered.
 
-        It is in units of the process's variance (`process_variance`): 0 where a prediction is an
-        answer itself, infinite where the answers do not determine it. A code that is a regression
-        has it, and copies have it.
+        It does not depend on the answers, and its unit is the process's variance
+        (`process_variance`): 0 where a prediction is an answer itself, infinite where the answers
+        do not determine it. Codes that are regressions have it, and so has `Replication`.
 
         Raises:
             ValueError: The code has none.
@@ -140,10 +140,10 @@ class AbstractCode(eqx.Module):
     def process_variance(
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
     ) -> Float[Array, ""]:
-        """Return the roughness of the path by finite answers y, over all outputs.
+        """Return the roughness of the curve through finite answers y, over all outputs.
 
-        It is the unit of `posterior_variance`, in squared outputs; infinite where the answers are
-        too few.
+        It is the unit of `posterior_variance`, in squared outputs; infinite if there are too few
+        answers.
 
         Raises:
             ValueError: The code has none.
@@ -183,10 +183,10 @@ class AbstractCode(eqx.Module):
     ) -> Any:
         """Return the predictions of all K data points from the available workers' answers y.
 
-        An unavailable worker's value reaches neither the result nor a gradient. An available one
-        that is not finite makes its worker a straggler; outside jit a RuntimeWarning says which.
-        Predictions that cannot be recovered are NaN. Decoding takes one product with the matrix; a
-        value that is not finite, in an unavailable worker's place, too, costs a second pass.
+        An unavailable worker's value reaches neither the result nor a gradient. An available
+        worker whose answer is not finite counts as a straggler; outside jit a RuntimeWarning names
+        it. Predictions that cannot be recovered are NaN. Decoding takes one product with the
+        matrix, and a second pass if any value is not finite, even an unavailable worker's.
 
         Args:
             y: The answers of N workers, or a pytree of arrays (a dict of heads), of which
@@ -196,14 +196,14 @@ class AbstractCode(eqx.Module):
                 prediction (K,), in units of the outputs and the same for all of them. The spline is
                 the posterior mean of a Gaussian process, whose variance is `posterior_variance`
                 times `process_variance`. It is 0 where a prediction is an answer itself, and
-                infinite where the answers are too few. It is a mean over data of how far the path
-                may be off; `calibrate_error_probability` turns it into the probability that a label
-                is wrong.
+                infinite if there are too few answers. It says how far predictions are off on
+                average over data; `calibrate_error_probability` turns it into the probability that
+                a label is wrong.
 
         Raises:
             ValueError: Shapes or dtypes do not agree; outside jit, no prediction can be recovered
-                (inside jit use `try_decode` for the status); or uncertainty is asked of a code that
-                is no regression.
+                (inside jit use `try_decode` for the status); or `return_uncertainty` is set for a
+                code without a posterior variance.
         """
         decoded = self.try_decode(y, available)
         if not isinstance(decoded.responded, Tracer):
@@ -242,10 +242,10 @@ class AbstractCode(eqx.Module):
 
 
 class AbstractNumpyCode(AbstractCode):
-    """A code whose matrices NumPy makes where they are known, and a program makes else.
+    """A code whose matrices are computed by NumPy where its numbers are known, else in a program.
 
-    One function serves both: it takes its operations from `namespace(...)` of the arrays that came.
-    What is recovered are the rows of the decoder's matrix that are not zero.
+    One function serves both: it takes its operations from `namespace(...)` of its arguments.
+    The data points that are recovered are those whose row of the decoder's matrix is not zero.
     """
 
     has_host_matrices = True
@@ -266,8 +266,7 @@ class AbstractNumpyCode(AbstractCode):
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, "num_data num_workers"]:
         available = check_mask(available, (self.num_workers,))
-        # Outside a program the regression's loops would be compiled in each call: 1.4 s for
-        # (20, 8).
+        # Outside a program, each call would compile the regression's loops: 1.4 s for (20, 8).
         known = known_matrices(self, available).decoders
         if known is not None:
             return jax.device_put(np.asarray(known.decoder[0]))
@@ -294,7 +293,7 @@ def _encode(
 ) -> tuple[PyTree, Bool[Array, ""]]:
     """Return the coded data points of one group, and whether they are finite.
 
-    What is not finite shows in every row of the product.
+    A value that is not finite shows in every row of the product, so one row is looked at.
     """
     coded = encode_groups(code, jax.tree.map(lambda leaf: leaf[None], x), matrix)
     coded = jax.tree.map(lambda leaf: leaf[0], coded)
@@ -305,7 +304,7 @@ def checked_answers(code: AbstractCode, y: PyTree) -> PyTree[Float[Any, "num_wor
     """Return one group's answers as arrays.
 
     Raises:
-        ValueError: They are not one for each worker, or no floats.
+        ValueError: There is not one answer for each worker, or answers are not floats.
     """
     y = native(y, "y")
     y = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), y)
@@ -324,9 +323,9 @@ def variances(
 ]:
     """Return the posterior variance of groups, and their process variance, for `deviation`.
 
-    The latter is in units of the square of the group's largest answer, which comes with it: squares
-    of 1e19 are infinite in float32, and those of 1e-23 are zero. What workers say that did not
-    respond is ignored.
+    The process variance is in units of the square of the group's largest answer, which is returned
+    with it: squares of 1e19 are infinite in float32, and those of 1e-23 are zero. Answers of
+    workers that did not respond are ignored.
     """
     y = jnp.where(responded[..., None], y, 0)
     largest = jnp.max(jnp.abs(y), axis=(1, 2), keepdims=True, initial=0)
@@ -342,7 +341,7 @@ def deviation(
 ) -> Float[Array, "..."]:
     """Return the standard deviation of predictions from what `variances` returns.
 
-    What is known (0) stays 0 however much the process varies, which may be unknown (infinite).
+    Where the share is 0 the deviation is 0, also if the process variance is unknown (infinite).
     """
     known, (variance, unit) = share == 0, process
     return jnp.where(known, 0, unit * jnp.sqrt(jnp.where(known, 1, share) * variance))
@@ -363,10 +362,10 @@ def as_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, "..."]:
 
 
 def check_mask(available: ArrayLike, shape: tuple[int, ...]) -> Bool[Array | np.ndarray, "..."]:
-    """Return the mask, which stays NumPy's if it is none of JAX's.
+    """Return the mask as an array: JAX's if it was one, else NumPy's.
 
     Raises:
-        ValueError: It is no mask of this shape.
+        ValueError: It is not a boolean mask of this shape.
     """
     mask = available if isinstance(available, jax.Array) else np.asarray(available)
     if mask.dtype != bool or mask.shape != shape:

@@ -1,21 +1,21 @@
-"""Both matrices of a code at work on trees of arrays, of one group or many.
+"""Encoding and decoding of trees of arrays with a code's two matrices, for one group or many.
 
-Nearly always every value that came back is finite, the decoder well conditioned and everything
-recovered; then decoding is one product. So that is tried, and what it shows decides: a broken
-value leaves its mark in every row of the product (0 * NaN is NaN), so one row shows all of them.
+Nearly always every answer is finite, the decoder is well conditioned and everything is recovered;
+then decoding is one product. So the product is computed first, and checked: a value that is not
+finite spoils every row of the product (0 * NaN is NaN), so looking at one row is enough.
 
-Where code, answers and masks are at hand, outside of any trace, the matrices are kept, or made on
-the host, and one program multiplies and says whether that is sound. If not, the host decodes, in
-float64, which loses no digit of float32. So a first decode compiles in a fraction of a second, and
-a broken answer compiles no regression. In a program the careful way is part of it.
+Outside of any trace, where code, answers and masks are known, the matrices are cached or made on
+the host, and one program multiplies and says whether the product is sound. If it is not, the host
+decodes in float64, which loses no digit of float32. So a first decode compiles in a fraction of a
+second, and a broken answer compiles no regression. In a program, both ways are part of it.
 
-The derivative is the plain product's: the decoder's matrix for the workers that responded times
-their answers, zeros for all others. So a straggler's value reaches no gradient, and no branch or
-loop is ever differentiated.
+The derivative is that of the plain product: the decoder's matrix for the workers that responded
+times their answers, zeros for all others. So a straggler's value reaches no gradient, and no branch
+or loop is ever differentiated.
 
-On a mesh with Explicit axes, the default of `jax.make_mesh`, every operation says how its result is
-sharded. Coding leaves that to the compiler, in the Auto mode, and says it of its results only: axes
-of groups and of coordinates stay as they were, that of workers or data points is on all devices.
+On a mesh with Explicit axes, the default of `jax.make_mesh`, every operation must say how its
+result is sharded. Coding runs in Auto mode, where the compiler decides, and only its results have a
+sharding: axes of groups and coordinates keep theirs, the axis of workers or data points has none.
 """
 
 from collections.abc import Callable
@@ -40,21 +40,21 @@ State = TypeVar("State", bound=PyTree)
 
 
 class Decoded(eqx.Module):
-    """Predictions, and what they rest on. With groups, every field has a leading axis.
+    """Predictions, and how they were obtained. With groups, every field has a leading axis.
 
     `recovered` says that answers determine a prediction, not that it is near the model's own: the
-    more workers straggle, the farther it may be off. It is NaN where `recovered` is false.
-    `responded` are the workers whose answers were used: available, and finite in every coordinate.
-    What `coded_inference` returns is in the order in which data points came, but for `responded`,
-    which has a row for each group as it was sent.
+    more workers straggle, the larger the error. A prediction is NaN where `recovered` is false.
+    `responded` marks the workers whose answers were used: available, and finite in every
+    coordinate. `coded_inference` returns all fields in the order of the data points, except
+    `responded`, which has a row for each group as it was sent.
 
     Attributes:
         predictions: Predictions of data points.
         responded: The workers that were used.
         recovered: Whether answers, or a surrogate, determine a prediction.
         deviation: The standard deviation of each prediction, in units of the outputs: 0 where it is
-            an answer itself, infinite where nothing is known; None where it was not asked for, or
-            the code has none.
+            an answer itself, infinite where nothing is known; None if it was not requested or the
+            code has none.
         error_probability: The probability that the label differs from the model's own, 1 where
             nothing is recovered; None without a calibrated `ErrorProbability`.
     """
@@ -66,17 +66,17 @@ class Decoded(eqx.Module):
     error_probability: Float[Any, "..."] | None = None
 
     def map_points(self, change: Callable[[Any], Any]) -> "Decoded":
-        """Return it with all arrays of data points changed; `responded` stays."""
+        """Return a copy with `change` applied to all arrays of data points; `responded` stays."""
         parts = self.predictions, self.recovered, self.deviation, self.error_probability
         predictions, recovered, *trust = jax.tree.map(change, parts)
         return Decoded(predictions, self.responded, recovered, *trust)
 
 
 class PlainMap(eqx.Module):
-    """The linear map from answers to predictions for one straggler set, by its matrix alone.
+    """The linear map from answers to predictions for one straggler set, as its matrix.
 
-    What `AbstractCode.decoder_map` returns has a `matrix`, and `apply`: its product with finite
-    answers by the most accurate way there is, with the product's derivative.
+    Every map that `AbstractCode.decoder_map` returns has a `matrix` and a method `apply`, which
+    multiplies it by finite answers in the most accurate way, with the product's derivative.
     """
 
     matrix: Float[Array, "num_data num_workers"]
@@ -99,7 +99,7 @@ def multiply(
         # Without the barrier XLA may read a matrix that lies in memory by columns, which its CPU
         # product does at half the speed (60 x 20 by 20 x 3,072, and 8 x 20 by 20 x 150,528).
         return jnp.matmul(jax.lax.optimization_barrier(matrix), x[0], precision=FULL)[None]
-    # Left to itself, XLA makes one product of it, and moves the data for that: 1.9 ms against 0.3
+    # By default XLA makes one product of these, and moves the data for it: 1.9 ms instead of 0.3
     # for 8 x 20 by 64 x 20 x 1,000 on two CPU cores.
     each = jnp.broadcast_to(matrix, (x.shape[0], *matrix.shape))
     return jax.lax.dot_general(each, x, (((2,), (1,)), ((0,), (0,))), precision=FULL)
@@ -112,7 +112,7 @@ def encode_groups(
 ) -> PyTree[Shaped[Array, "groups num_workers ..."]]:
     """Return the coded data points of many groups, in x's dtype.
 
-    `matrix` is the encoder's, if it is made, or one for each group; then there need be no code.
+    `matrix` is the encoder's matrix, if it is known, or one for each group; `code` is then unused.
     """
     if explicit_mesh(code, x, matrix) is not None:
 
@@ -140,15 +140,15 @@ def decode_groups(
 ) -> Decoded:
     """Decode many groups, each with its own workers.
 
-    Answers may be a pytree of arrays, whose predictions come in the same form. In a program
-    (`jax.jit`) this is part of it; outside, as little as possible is compiled.
+    Answers may be a pytree of arrays; predictions then have the same structure. Within `jax.jit`
+    all of it is part of the program; outside, as little as possible is compiled.
 
     Args:
         code: The code.
-        y: The answers of all groups. An unavailable worker's may hold anything, and one that is not
-            finite makes its worker a straggler in its own group.
+        y: The answers of all groups. An unavailable worker's answer may hold anything; an available
+            worker whose answer is not finite counts as a straggler in its own group.
         available: The workers of each group that answered, or one mask for all groups.
-        given: The decoder's matrices for these workers, where they are made already.
+        given: The decoder's matrices for these workers, where they are known already.
         one: Whether y is one group, (N, ...), with its mask (N,), and so are the predictions.
     """
     if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(y)):
@@ -170,8 +170,8 @@ def decode_groups(
     if decoded is not None and sound:
         return decoded
 
-    # The host cannot where a code has no matrices by NumPy, or answers lie on several hosts. Of
-    # more sets than are kept a program makes the matrices faster.
+    # The host cannot decode if the code has no matrices by NumPy, or answers lie on several hosts.
+    # For more straggler sets than are cached, a program makes the matrices faster.
     here = (leaf.is_fully_addressable for leaf in jax.tree.leaves(y) if isinstance(leaf, Array))
     if given is None or kept is None or not all(here):
         return compiled_decode(code, to_device(y), to_device(masks), one=one)
@@ -202,10 +202,10 @@ def decode_in_program(
     *,
     one: bool = False,
 ) -> tuple[Decoded, Bool[Array, ""]]:
-    """Decode as part of a program: by whichever way the answers need, which is sound.
+    """Decode as part of a program; return the predictions and whether they are sound.
 
-    Without a code it is the product with the given matrices, and whether that is sound. Answers are
-    joined to vectors here, and predictions split. Arguments are those of `decode_groups`.
+    With a code they are always sound. Without one, they are the product with the given matrices.
+    Answers are joined to vectors here, and predictions split. Arguments: see `decode_groups`.
     """
     y, available = jax.tree.map(jnp.asarray, y), jnp.asarray(available)
     if explicit_mesh(code, y, available, given) is not None:
@@ -237,7 +237,7 @@ def decode_in_program(
 
 @eqx.filter_jit
 def compiled_decode(*arguments: Any, one: bool) -> Decoded:
-    """Decode by a program of its own; arguments are those of `decode_in_program`."""
+    """Decode in a program of its own; arguments are those of `decode_in_program`."""
     return decode_in_program(*arguments, one=one)[0]
 
 
@@ -253,8 +253,8 @@ def multiplied(
 ) -> tuple[Decoded, Bool[Array, ""]]:
     """Decode by the product with these matrices; return also whether that is sound.
 
-    It is where all answers behind it are finite, the matrices lose no digits, and everything is
-    recovered.
+    It is sound if all answers in it are finite, the matrices lose no digits, and every data point
+    is recovered.
     """
     matrices, recovered = jnp.asarray(given.decoder), jnp.asarray(given.recovered)
     predictions = multiply(matrices, y)
@@ -268,9 +268,9 @@ def multiplied(
 def is_steady(matrices: Float[Array, "*sets num_data num_workers"]) -> Bool[Array, ""]:
     """Return whether the product with these matrices loses no digits.
 
-    Above a sum of 32 of a row's magnitudes it loses some that the regression itself keeps. Two
-    close workers then carry the spline over a wide gap: their entries are large and of opposite
-    sign. 32 roundings of a unit are 2e-6 in float32.
+    If the magnitudes of a row sum to more than 32, the product loses digits that the regression
+    itself keeps: two close workers then determine the spline in a wide gap, and their entries are
+    large and of opposite sign. 32 roundings of a unit are 2e-6 in float32.
     """
     return jnp.max(jnp.sum(jnp.abs(matrices), axis=-1), initial=0) <= 32
 
@@ -283,11 +283,11 @@ def decode_vectors(
 ) -> Decoded:
     """Decode the answers of many groups in a program, each with its own workers.
 
-    With one mask for all groups there is one matrix. An answer that is not finite makes its worker
-    a straggler in its own group only.
+    With one mask for all groups there is one matrix. A worker whose answer is not finite counts as
+    a straggler in that group only.
 
-    `given` are the matrices of these workers where they are made already. A derivative makes them
-    again, since it is the code's too; so does an answer that is not finite, for those that are.
+    `given` are the matrices for these workers where they are known already. They are computed again
+    for a derivative, which is also with respect to the code, and where an answer is not finite.
     """
     return _decoded(*alike_in_shard_map((code, y, available, given)))
 
@@ -304,9 +304,9 @@ def _decoded(code: Any, y: Array, available: Array, given: Matrices | None) -> A
         attempt, sound = multiplied(y, available, given)
         return _unless(sound, attempt, lambda: _carefully(own, y, available, seldom=True))
 
-    # `jax.vmap` gives it more groups. Else what one group needs, once more, would be done for each,
-    # and selected: 64 groups of (100, 20) and 1,000 coordinates took 80 ms on two CPU cores, and 8
-    # by `decode_groups`.
+    # `jax.vmap` gives it more groups. By default both ways would be computed for every group, and
+    # one selected: 64 groups of (100, 20) and 1,000 coordinates took 80 ms on two CPU cores, and 8
+    # ms by `decode_groups`.
     merged = jax.custom_batching.custom_vmap(decode)
 
     @merged.def_vmap
@@ -338,7 +338,7 @@ def _decoded(code: Any, y: Array, available: Array, given: Matrices | None) -> A
 
 @_decoded.def_jvp
 def _(primals: Any, tangents: Any) -> Any:
-    # By what has a tangent only: that of a code takes half of the program.
+    # Differentiate only what has a tangent: a code's derivative is half of the program.
     (*values, available, _), changes = primals, tangents[:2]
     moves = jax.tree.map(lambda change: change is not None, changes, is_leaf=lambda t: t is None)
     moving, still = eqx.partition(tuple(values), moves)
@@ -353,10 +353,10 @@ def _(primals: Any, tangents: Any) -> Any:
 def _carefully(code: Any, y: Array, available: Array, *, seldom: bool = False) -> Decoded:
     """Decode answers of which some may be broken, or whose matrix would lose digits.
 
-    `seldom` is for a branch that few calls take, and that is not differentiated. There, groups come
-    one by one: each call gets the memory of all branches. With all at once that was 74 MiB instead
-    of 6 for 64 groups of (100, 20) and 1,000 coordinates, and every call took 11.0 ms instead of
-    9.0 on two CPU cores.
+    `seldom` is for a branch that few calls take and that is not differentiated. It decodes group by
+    group, since every call allocates the memory of all branches: all groups at once needed 74 MiB
+    instead of 6 for 64 groups of (100, 20) and 1,000 coordinates, and every call took 11.0 ms
+    instead of 9.0 on two CPU cores.
     """
 
     def of_group(group: tuple[Any, ...]) -> Array:
@@ -374,7 +374,7 @@ def _carefully(code: Any, y: Array, available: Array, *, seldom: bool = False) -
 
         if not seldom:
             return accurately(clean)
-        # An accelerator's host would wait for the condition longer than the accurate way takes.
+        # On an accelerator, waiting for the condition takes longer than the accurate way itself.
         return jax.lax.platform_dependent(clean, cpu=as_needed, default=accurately)
 
     responded = available & jnp.all(jnp.isfinite(y), axis=-1)
@@ -389,7 +389,7 @@ def _carefully(code: Any, y: Array, available: Array, *, seldom: bool = False) -
     return Decoded(predictions, responded, recovered)
 
 
-@eqx.filter_jit  # so that a program that needs it twice has it once
+@eqx.filter_jit  # so that a program that needs it twice holds it once
 def _fitted(code: Any, responded: Bool[Array, "sets num_workers"]) -> tuple[Any, Array]:
     """Return the decoder's map of each set, and what it recovers."""
 
@@ -402,12 +402,12 @@ def _fitted(code: Any, responded: Bool[Array, "sets num_workers"]) -> tuple[Any,
 
 
 def _unless(sound: Bool[Array, ""], attempt: State, otherwise: Callable[[], State]) -> State:
-    """Return what was attempted, or, where that is not sound, what is made otherwise.
+    """Return the attempt if it is sound, else the result of `otherwise`.
 
-    As `jax.lax.cond`, but a loop of no or one turn: XLA passes a loop's buffers on, and copies a
-    branch's (150,528 coordinates from 20 workers on two CPU cores: 1.2 ms against 2.9 ms, of which
-    the product is 0.7 ms). And under `jax.vmap` a `cond` always does both. For the same reason the
-    attempt is made before the loop, and not in a first turn of it.
+    This is `jax.lax.cond` as a loop of zero or one turns: XLA reuses a loop's buffers, and copies
+    those of a branch (150,528 coordinates from 20 workers on two CPU cores: 1.2 ms instead of 2.9,
+    of which the product takes 0.7). Also, under `jax.vmap` a `cond` always computes both branches.
+    To avoid copies, the attempt is made before the loop, and not in its first turn.
     """
     done = jnp.ones_like(sound)
     return jax.lax.while_loop(
@@ -421,13 +421,13 @@ def explicit_mesh(*trees: PyTree) -> Any:
         here = isinstance(leaf, jax.Array)
         if here and (mesh := jax.typeof(leaf).sharding.mesh).explicit_axes:
             return mesh
-    # An argument of a program may lie nowhere yet.
+    # An argument of a program may have no sharding yet.
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if mesh.explicit_axes and any_tracer(trees) else None
 
 
 def axes_on_mesh(leaf: Any) -> tuple[Any, ...]:
-    """Return by which Explicit axes of a mesh each dimension of an array is sharded."""
+    """Return the Explicit axes of a mesh along which each dimension of an array is sharded."""
     if isinstance(leaf, jax.Array) and (lies := jax.typeof(leaf).sharding).mesh.explicit_axes:
         return tuple(lies.spec)
     return (None,) * leaf.ndim

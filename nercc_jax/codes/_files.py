@@ -1,4 +1,4 @@
-"""Codes to and from files: JSON that says what it is, with every number to the last bit."""
+"""Files of codes: JSON with the kind of code and every number to the last bit."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from ._replication import Replication, Uncoded
 from .whole_files import read_entries, write_entries
 
 _ENTRIES = {"code", "numbers", "dtypes", "about"}
-# Numbers that codes got since: files without them mean the constructor's default.
+# Numbers that codes got later: a file without them means the constructor's default.
 _LATER = {"exact", "ends"}
 _KINDS = {
     kind.__name__: kind
@@ -44,9 +44,9 @@ def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | N
             what it was tuned on.
 
     Raises:
-        ValueError: The code is none of this package's, or its numbers are not finite.
-        TypeError: `about` is no JSON.
-        OSError: As `open`; the file is then as before.
+        ValueError: The code is not one of this package's, or its numbers are not finite.
+        TypeError: `about` is not JSON.
+        OSError: As `open`; the file is then unchanged.
     """
     kind = type(code).__name__
     if _KINDS.get(kind) is not type(code):
@@ -58,7 +58,7 @@ def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | N
     arrays = {name: np.asarray(leaf) for name, leaf in leaves.items() if eqx.is_array(leaf)}
     if broken := [name for name, value in arrays.items() if not np.isfinite(value).all()]:
         raise ValueError(f"{', '.join(broken)} of this code are not finite")
-    # The shortest decimals that give these numbers back, in half the room of float64's.
+    # The shortest decimals that give these numbers back: half as long as those of float64.
     numbers = leaves | {
         name: each.astype(str).astype(float).tolist() for name, each in arrays.items()
     }
@@ -68,7 +68,7 @@ def save_code(path: str | Path, code: AbstractCode, about: Mapping[str, Any] | N
         "dtypes": {name: str(value.dtype) for name, value in arrays.items()},
         "about": dict(about or {}),
     }
-    json.dumps(content, allow_nan=False)  # which raises for what other programs cannot read
+    json.dumps(content, allow_nan=False)  # raises for NaN, which other programs cannot read
     write_entries(Path(path), "code", content)
 
 
@@ -78,9 +78,9 @@ def load_code(path: str | Path) -> AbstractCode:
     A code of float64 numbers loses digits where JAX's x64 is off.
 
     Raises:
-        ValueError: The file, which is named, is damaged, is no such file, of a later version, or
-            its numbers make no code. A file without a checksum, such as one that you wrote, is
-            read as it stands.
+        ValueError: The named file is damaged, not a file of a code, of a later version, or its
+            numbers do not make a code. A file without a checksum, such as one that you wrote, is
+            read without a check.
         OSError: As `open`.
     """
     content = _read(path)
@@ -102,7 +102,7 @@ def load_code(path: str | Path) -> AbstractCode:
 
 
 def code_card(path: str | Path) -> dict[str, Any]:
-    """Return what `save_code` was given as `about`."""
+    """Return the JSON values that `save_code` was given as `about`."""
     return _read(path)["about"]
 
 

@@ -14,13 +14,13 @@ from .checks import check_count
 
 
 class Lagrange(AbstractPointsCode):
-    """Lagrange coded computing (LCC): exact for a polynomial model, hopeless for a network.
+    """Lagrange coded computing (LCC): exact for a polynomial model, useless for a network.
 
     The encoder is the polynomial of degree K - 1 through the data points. For a model that is a
-    polynomial of degree `degree`, the answers lie on one of degree (K - 1) * degree, and any
-    `threshold` = (K - 1) * degree + 1 of them decode it exactly; with fewer, nothing is recovered.
-    Of more, the decoder takes `threshold` spread evenly over those that answered, which is the best
-    conditioned choice.
+    polynomial of degree `degree`, the answers lie on a polynomial of degree (K - 1) * degree, and
+    any `threshold` = (K - 1) * degree + 1 of them decode it exactly; with fewer, nothing is
+    recovered. Of more answers the decoder takes `threshold` that are spread evenly over the workers
+    that answered, which is the best conditioned choice.
 
     Source: Yu et al. 2019, "Lagrange Coded Computing".
     """
@@ -45,7 +45,7 @@ class Lagrange(AbstractPointsCode):
 
     @property
     def threshold(self) -> int:
-        """Return the number of answers that decoding takes."""
+        """Return the number of answers that decoding needs and uses."""
         return (self.num_data - 1) * self.degree + 1
 
     def _encoder(self) -> Float[Any, "num_workers num_data"]:
@@ -57,7 +57,7 @@ class Lagrange(AbstractPointsCode):
         xp, number = namespace(knots.t), knots.number
         rank = (step * (number - 1) + (self.threshold - 1) // 2) // max(self.threshold - 1, 1)
         chosen = xp.searchsorted(xp.cumsum(knots.weights > 0), rank + 1)
-        # Where too few answered, any distinct nodes will do.
+        # If too few answered, the result is discarded below: any distinct nodes serve.
         chosen = xp.where(number >= self.threshold, chosen, step)
         nodes = knots.t[chosen]
         matrix = barycentric_matrix(nodes, _lagrange_weights(nodes), self.alpha)

@@ -1,4 +1,4 @@
-"""The best linear decoder by recorded answers, for any encoder."""
+"""The linear decoder with the least squared error on recorded answers, for any encoder."""
 
 from typing import Any
 
@@ -12,20 +12,20 @@ from ..splines.arrays import namespace, product, working_dtype
 from ._code import AbstractNumpyCode, as_mask
 from .trees import any_tracer, check_floats
 
-# Mean squared noise that answers are taken to have, of their mean square. In float32 the
-# regression's condition is then that of a thousand, whatever was recorded.
+# The noise that answers are assumed to have: mean squared, relative to their mean square. It bounds
+# the condition of the regression in float32 by a thousand, whatever was recorded.
 _NOISE = 1e-6
 
 
 class LearnedDecoder(AbstractNumpyCode):
-    """An encoder with the linear decoder that recorded answers are best decoded by.
+    """An encoder with the linear decoder that is best for recorded answers.
 
-    The spline knows of a path only that it is smooth. Here the second moments of the workers'
-    answers and of the model's outputs at the data points are known, over data points and outputs:
-    a prediction is the best linear unbiased one from whichever workers answered, which is
-    regression by a kernel of the path that was learned. Of all matrices that keep constants none
-    has a smaller mean squared error on what the moments are of, under any straggler set. One answer
-    gives a constant.
+    A spline assumes only that the curve through the answers is smooth. Here the second moments of
+    the workers' answers and of the model's outputs at the data points were measured, over data
+    points and outputs. A prediction is the best linear unbiased one from whichever workers
+    answered: a regression whose kernel is learned. On the recorded data no matrix that reproduces
+    constants has a smaller mean squared error, whichever workers straggle. One answer gives a
+    constant.
 
     `nercc_jax.tuning.learn_decoder` makes it; files hold it (`save_code`).
 
@@ -48,8 +48,8 @@ class LearnedDecoder(AbstractNumpyCode):
         """Make a code of an encoder and a root of second moments.
 
         Raises:
-            ValueError: `encoder` is no matrix, `root` is not of shape (N + K, N + K), or one is not
-                finite floats.
+            ValueError: `encoder` is not a matrix, `root` is not of shape (N + K, N + K), or one of
+                them does not hold finite floats.
         """
         encoder, root = jnp.asarray(encoder), jnp.asarray(root)
         if encoder.ndim != 2 or 0 in encoder.shape:
@@ -86,19 +86,19 @@ class LearnedDecoder(AbstractNumpyCode):
     def posterior_variance(
         self, available: Bool[ArrayLike, " num_workers"]
     ) -> Float[Array, " num_data"]:
-        """Return the mean squared error to expect of each prediction, by `process_variance`.
+        """Return the expected squared error of each prediction in units of `process_variance`.
 
-        That is of groups as the recorded ones, over the square of the largest recorded moment.
+        It holds for groups like the recorded ones; the unit is the square of the largest moment.
         """
         return Regression(self.root, as_mask(available, (self.num_workers,))).variance
 
     def process_variance(
         self, y: Float[Array, "num_workers m"], available: Bool[Array, " num_workers"]
     ) -> Float[Array, ""]:
-        """Return how much these answers vary along the path, in squared outputs.
+        """Return how much these answers vary along the curve, in squared outputs.
 
-        For a group like those that were recorded it is about the square of their largest moment,
-        and more for one whose path is rougher; infinite with one answer.
+        For a group like the recorded ones it is about the square of their largest moment, and more
+        for one whose curve is rougher; infinite with one answer.
         """
         whitening = Regression(self.root, available).whitening
         known = jnp.where(available[:, None], y, 0)
@@ -109,7 +109,7 @@ class LearnedDecoder(AbstractNumpyCode):
     def variances_on_host(
         self, available: Bool[np.ndarray, " num_workers"]
     ) -> tuple[Float[np.ndarray, " num_data"], Float[np.ndarray, "num_workers num_workers"]]:
-        """As that of `NeRCC`."""
+        """Return the variances as `NeRCC.variances_on_host` does."""
         regression = Regression(self.root, available)
         return regression.variance, regression.whitening
 
@@ -117,16 +117,16 @@ class LearnedDecoder(AbstractNumpyCode):
 class Regression:
     """The regression of the data points' outputs on some workers' answers, one after the other.
 
-    Answers are known to a small noise. Each one, made independent of those before, corrects the
-    predictions of all others (Potter's square-root form of the Kalman filter): the moments, whose
-    small eigenvalues are lost in float32, are never formed. There are no LAPACK calls: two at a
-    time in one program, both batched, wait for each other for ever on a machine of two cores.
+    Answers are assumed to have a small noise. Each one, made independent of the earlier ones,
+    corrects the predictions of all others (Potter's square-root form of the Kalman filter). The
+    moments are never formed, since float32 would lose their small eigenvalues. LAPACK is not
+    called: two batched calls at a time in one program deadlock on a machine of two cores.
 
     Attributes:
         matrix: The decoder's matrix, (K, N).
         variance: The expected squared errors of predictions, over the square of the largest moment.
-        whitening: S: for one output |S y|^2 is how much the answers y vary. What all answers have
-            in common counts for nothing.
+        whitening: S: for one output |S y|^2 is how much the answers y vary. A constant that all
+            answers share does not count.
 
     Source: Bierman 1977, "Factorization Methods for Discrete Sequential Estimation", section II.3.
     """
@@ -136,11 +136,11 @@ class Regression:
         xp = namespace(root, available)
         root = root.astype(np.float64) if xp is np else root
         number = available.shape[0]
-        # In units of the largest moment, whose square float32 might not hold.
+        # In units of the largest moment, whose square may overflow float32.
         largest = xp.max(xp.abs(root))
         root = root / xp.where(largest > 0, largest, 1)
         noise = xp.sqrt(_NOISE * xp.mean(xp.sum(root[:, :number] ** 2, axis=0)))
-        # Where no answer was ever other than 0, none tells anything.
+        # If all recorded answers were 0, no answer is informative.
         noise = xp.where(noise > 0, noise, 1)
         known = available.astype(root.dtype)
         state = (root[:number], xp.zeros((root.shape[1], number), root.dtype))
@@ -166,7 +166,7 @@ class Regression:
         free = predictions[number:]
         left = xp.concatenate([left, root[number:]])[:, number:]
 
-        # What all answers have in common counts as what it weighs in each, made independent.
+        # The constant that all answers share is estimated from them, made independent.
         common = xp.sum(whites, axis=1)
         weight = xp.sum(common**2)
         shown = xp.where(weight > 0, weight, 1)

@@ -29,13 +29,13 @@ class AbstractSplineCode(AbstractPointsCode):
 
     @abc.abstractmethod
     def decoding_options(self, available: Bool[Any, " num_workers"]) -> dict[str, Any]:
-        """Return the decoding regression's arguments but for points, data and ends."""
+        """Return the decoding regression's arguments except points, data and ends."""
 
     def _decoder(self, available: Bool[Any, " num_workers"]) -> Float[Any, "num_data num_workers"]:
         points: Any = self.beta, self.alpha
         if namespace(*points, available) is not np:
             return self.decoder_map(available).matrix
-        # Equinox takes as long to bind a method as the host for a tenth of a matrix.
+        # Binding a method in Equinox takes a tenth of the time that the matrix takes.
         options = type(self).decoding_options(self, available)
         return smoothing_matrix_on_host(*points, **options, ends=self.ends)
 
@@ -65,7 +65,7 @@ class AbstractSplineCode(AbstractPointsCode):
     ) -> tuple[Float[np.ndarray, " num_data"], Float[np.ndarray, "num_workers num_workers"]]:
         """Return `posterior_variance`, and S: for one output `process_variance` is |S y|^2.
 
-        Where that is infinite S is zero. It is called on a code whose leaves are NumPy's arrays.
+        Where `process_variance` is infinite, S is zero. The code's leaves must be NumPy arrays.
         """
         points: Any = self.beta, self.alpha
         options = self.decoding_options(available)
@@ -73,10 +73,10 @@ class AbstractSplineCode(AbstractPointsCode):
         return np.where(self._kept(options), 0, variance), root
 
     def _kept(self, options: dict[str, Any]) -> Bool[Any, " num_data"]:
-        """Return which data points' predictions are answers of workers at their own places."""
+        """Return for which data points the prediction is an answer of a worker at its point."""
         available = options["available"]
         xp = namespace(self.beta, available)
-        # With weights such answers are exact, whatever the others are smoothed by.
+        # With weights such answers are exact, however much the others are smoothed.
         kept = (self.lambda_dec == 0) | ("weights" in options)
         return kept & coincident(self.alpha, xp.where(available, self.beta, xp.inf))
 
@@ -99,13 +99,13 @@ class NeRCC(AbstractSplineCode):
         gap_exponent: The decoder's lambda grows with this power of the mean gap between the
             answers; a leaf.
         end_penalty: lambda_dec weighs, in addition to the integral, end_penalty (1 - t^2) u'(t)^2
-            at the two outermost answers t: nothing at -1 and 1, and more the farther the line must
-            go; a leaf.
-        exact: Whether an answer at a data point's own place (interleaved and repeated points)
-            weighs 1 over the rounding in the decoding regression, so that this prediction is the
-            answer itself, whatever lambda_dec smooths elsewhere. Otherwise that holds for
-            lambda_dec = 0 only. It takes a `lambda_enc` of 0, or the worker has not run on the data
-            point itself.
+            at the two outermost answers t: nothing at -1 and 1, and more the longer the straight
+            line beyond t is; a leaf.
+        exact: Whether an answer at a data point's own point (interleaved and repeated points) has
+            the weight 1 / eps in the decoding regression, so that this prediction is the answer
+            itself, however much lambda_dec smooths elsewhere. Otherwise that holds for
+            lambda_dec = 0 only. It needs a `lambda_enc` of 0, since otherwise the worker has not
+            run on the data point itself.
     """
 
     lambda_enc: Float[Array, ""]
@@ -128,12 +128,12 @@ class NeRCC(AbstractSplineCode):
     ):
         """Make a code with points by layout name or as (alpha, beta): see `regression_points`.
 
-        Without tuning, `lambda_enc` = 0 (workers see the data points' own curve); `lambda_dec` is
-        the fourth power of a tenth of the workers' mean gap or a 28th of the data points', in
-        radians, whichever is less (a lambda smooths over a length of about its fourth root);
-        `gap_exponent` = 4, `end_penalty` = 3000. These were near the best on average for LeNet5,
-        RepVGG and ViT at (N, K) from (20, 8) to (100, 60), none to N - K stragglers, logits and
-        softmax. With a `lambda_dec` of your own, the last two are 0 unless given.
+        By default, `lambda_enc` = 0 (the encoder interpolates); `lambda_dec` is the fourth power of
+        a tenth of the workers' mean gap or of a 28th of the data points', in radians, whichever is
+        smaller (a lambda smooths over a length of about its fourth root); `gap_exponent` = 4 and
+        `end_penalty` = 3000. These were near the best on average for LeNet5, RepVGG and ViT at
+        (N, K) from (20, 8) to (100, 60), 0 to N - K stragglers, logits and softmax. If you give
+        `lambda_dec`, the last two are 0 unless given.
 
         Raises:
             ValueError: As `regression_points`; a lambda or `end_penalty` is negative, a number is

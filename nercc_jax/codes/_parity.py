@@ -12,15 +12,15 @@ from .checks import check_counts
 
 
 class Parity(AbstractNumpyCode):
-    """Parity models (ParM): what one missing worker of a group left open is a subtraction.
+    """Parity models (ParM): the answer of one missing worker of a group is a subtraction.
 
     The first K workers run the served model on a data point each. With G = N - K, parity worker
     K + g protects the group of the k = K / G data points g, g + G, g + 2G, ...: it gets their sum,
     and runs the *parity model*, trained to map a sum of k inputs to the sum of the served model's k
     outputs (`worker_models` is 0 for the first K workers, 1 for the others). A data point whose own
-    worker answered is exact. Otherwise, if the group's parity worker and all its other members
-    answered, it is the parity worker's answer minus theirs: as good as the parity model. It is lost
-    else.
+    worker answered is exact. Otherwise, if the group's parity worker and all its other workers
+    answered, its prediction is the parity worker's answer minus theirs, with the error of the
+    parity model. Otherwise the data point is lost.
 
     A linear model is its own parity model, and exact. Source: Kosaian, Rashmi and Venkataraman,
     SOSP 2019.

@@ -1,7 +1,7 @@
-"""Regression points: where on [-1, 1] data points (alpha) and workers (beta) lie.
+"""Regression points: the positions of data points (alpha) and workers (beta) on [-1, 1].
 
 All points are computed in float64 with NumPy and rounded once, so that an alpha and a beta that
-coincide do so to the last bit.
+coincide are equal to the last bit.
 """
 
 from collections.abc import Sequence
@@ -30,19 +30,20 @@ _KNOWN = ", ".join([*LAYOUTS, "mixed:SHARE"])
 def regression_points(
     num_data: int, num_workers: int, points: Points = "chebyshev"
 ) -> tuple[Float[Array, " num_data"], Float[Array, " num_workers"]]:
-    """Return the points (alpha, beta) of a layout by name, or given ones after a check.
+    """Return the points (alpha, beta) of the layout with this name, or check given ones.
 
     - "chebyshev": alpha_k = cos((2k-1) pi / 2K), beta_n = cos((n-1) pi / (N-1)) (arXiv 2402.04377).
     - "approxifer": the same alpha, beta_n = cos((n-1) pi / N) (ApproxIFER, AAAI 2022).
     - "sbacc": the same alpha, beta_n = cos((2n-1) pi / 2N) (SBACC, arXiv 2507.01330).
     - "uniform": alpha_k = (2k-1)/K - 1, beta evenly from 1 to -1.
-    - "interleaved": Chebyshev alphas, each of them a beta, too, the further workers spread evenly
-      over the gaps between them: under interpolation an answered data point is exact.
-    - "repeated": Chebyshev alphas, each a beta once or more: replication's placement.
-    - "mixed:0.5": Chebyshev alphas, each a beta once; of the further workers this share (0 to 1)
-      repeat an alpha, and the others lie between, both spread evenly. "mixed:0" is "interleaved",
-      "mixed:1" "repeated".
-    - (alpha, beta): given, in any order; alphas distinct, all within [-1, 1].
+    - "interleaved": Chebyshev alphas, each of which is also a beta; the other workers are spread
+      evenly over the gaps. Under interpolation, a data point whose worker answered is exact.
+    - "repeated": Chebyshev alphas, each of which is a beta once or more, as replication places
+      copies.
+    - "mixed:0.5": Chebyshev alphas, each of which is also a beta; of the other workers this share
+      (0 to 1) repeat an alpha, and the rest lie in the gaps, both spread evenly. "mixed:0" is
+      "interleaved", and "mixed:1" is "repeated".
+    - (alpha, beta): your own points in any order, within [-1, 1]; alphas must be distinct.
 
     Raises:
         ValueError: The name is unknown, a share is out of range, a layout cannot serve these
@@ -95,9 +96,9 @@ class AbstractPointsCode(AbstractNumpyCode):
 
 
 def copies(num_data: int, num_workers: int) -> Int[np.ndarray, " num_workers"]:
-    """Return which data point each worker holds a copy of: all once, then all again, ...
+    """Return the data point of which each worker holds a copy: all once, then all again, ...
 
-    The last, incomplete round is spread evenly. For K dividing N, worker n has data point n mod K.
+    The last, incomplete round is spread evenly. If K divides N, worker n has data point n mod K.
 
     Raises:
         ValueError: There are fewer workers than data points.
@@ -113,30 +114,30 @@ def copies(num_data: int, num_workers: int) -> Int[np.ndarray, " num_workers"]:
 
 
 def coincident(points: Float[Any, " n"], others: Float[Any, " k"]) -> Bool[Any, " n"]:
-    """Return which points lie at one of the others, to a few roundings, as `gather_knots` does."""
+    """Return which points equal one of the others up to a few roundings, as `gather_knots` does."""
     xp = namespace(points, others)
     tolerance = 4 * np.finfo(points.dtype).eps
     return xp.min(xp.abs(points[:, None] - others[None]), axis=1) <= tolerance
 
 
 def mean_gap(points: Float[Any, " n"], available: Bool[Any, "*sets n"]) -> Float[Any, "*sets"]:
-    """Return the mean gap, in radians, that a point on the unit circle falls into.
+    """Return the mean length, in radians, of the gap that contains a random point of the circle.
 
-    Each set of available points t has its own. They are seen at the angles +-arccos(t), where
-    Chebyshev points are evenly spaced; of gaps g with the sum 2 pi, that mean is sum g^2 / 2 pi.
-    The gap over an end of [-1, 1] is twice the distance of the outermost point to it. With no point
+    A point t lies on the unit circle at the angles +-arccos(t), where Chebyshev points are evenly
+    spaced. For gaps g with the sum 2 pi the mean is sum g^2 / 2 pi, one for each set of available
+    points. The gap over an end of [-1, 1] is twice the angle of the outermost point. With no point
     it is the whole circle.
 
-    Differentiable in the points, but for those at -1 or 1, whose derivative is taken as zero: the
-    angle has none there.
+    Differentiable in the points, except at -1 and 1, where the angle has no derivative and zero is
+    returned instead.
     """
     xp = namespace(points, available)
     inside = xp.abs(points) < 1
     angles = where(inside, xp.arccos(where(inside, points, 0)), where(points > 0, 0, np.pi))
     angles, place = angles.astype(points.dtype), np.arange(points.shape[0])
     here, there = angles[:, None], angles[None]
-    # Each with each, not sorted: on an accelerator, and in its derivative, that is one kernel. Over
-    # the end of the interval a square counts twice, for which nothing follows the last point.
+    # All pairs instead of a sort: on an accelerator, and in the derivative, that is one kernel. No
+    # point follows the last one; its gap over the interval's end counts as two squares.
     later = (there > here) | ((there == here) & (place[None] > place[:, None]))
     follows = available[..., None, :] & later.reshape(*(1,) * (available.ndim - 1), *later.shape)
     steps = xp.min(where(follows, there - here, 2**0.5 * (np.pi - here)), axis=-1)
@@ -182,7 +183,7 @@ def _layout(num_data: int, num_workers: int, name: str) -> tuple[np.ndarray, np.
         again = copies(num_data, num_data + repeats)[num_data:]
         gaps = _spread(further - repeats, num_data - 1)
     else:
-        # They take turns along the line: each kind spread by itself might put one beside another.
+        # Repeats and gaps alternate along the line: spread separately, two might lie side by side.
         turns = (np.arange(further + 1) * repeats + further // 2) // max(further, 1)
         repeat = np.diff(turns) > 0
         again, gaps = _spread(further, num_data)[repeat], _spread(further, num_data - 1)[~repeat]

@@ -1,4 +1,4 @@
-"""Copies, or nothing: what engineers do today."""
+"""Replication, and no code at all: the usual alternatives to coding."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ from .checks import check_count, check_counts
 
 
 class AbstractCopies(AbstractNumpyCode):
-    """A code whose workers run on data points themselves: each answer is one's prediction.
+    """A code whose workers compute copies of data points: each answer is a prediction.
 
-    The first copy that answers is taken.
+    Of several copies that answered, the one of the lowest worker is taken.
     """
 
     num_data: int = eqx.field(static=True)
@@ -43,10 +43,10 @@ class AbstractCopies(AbstractNumpyCode):
 
 
 class Replication(AbstractCopies):
-    """Each worker computes a copy of one data point; the first copy that answers is taken.
+    """Replication: each worker computes a copy of one data point.
 
-    The copies are dealt in rounds, the last one spread evenly: for K dividing N, worker n gets data
-    point n mod K. A data point none of whose workers answers is lost. The "repeated" layout of
+    The copies are dealt in rounds, the last one spread evenly: if K divides N, worker n gets data
+    point n mod K. If none of its workers answers, a data point is lost. The "repeated" layout of
     `regression_points` has the same placement.
     """
 
@@ -57,7 +57,7 @@ class Replication(AbstractCopies):
 
 
 class Uncoded(AbstractCopies):
-    """One worker a data point and nothing else: whatever straggles is lost."""
+    """No code: one worker for each data point, which is lost if its worker straggles."""
 
     def __init__(self, num_data: int, num_workers: int | None = None):
         """Make a code; raise ValueError for a number of workers other than that of data points."""

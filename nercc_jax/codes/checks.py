@@ -1,4 +1,4 @@
-"""What arguments that are numbers may be."""
+"""Checks of arguments that are numbers."""
 
 import operator
 from typing import Any
@@ -10,7 +10,7 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     """Return the value as Python's integer, from NumPy's or JAX's as well.
 
     Raises:
-        ValueError: It is no integer (a bool is none), or less than `least`.
+        ValueError: It is not an integer (a bool is not one), or less than `least`.
     """
     try:
         count = operator.index(value)

@@ -1,10 +1,10 @@
-"""Matrices that are made once: a code's encoder, and its decoder for each straggler set.
+"""A cache of matrices: a code's encoder, and its decoder for each straggler set.
 
-They depend on the code and on who answered, never on data. So where a code is known before a
-program runs, its matrices are made beforehand and are arguments of the program: the regression's
-loops over knots would be a thousand launches on a GPU in each call, the model's twenty. They are
-made on the host by NumPy, which compiles nothing, wherever the code lies, for the codes of this
-package (`AbstractNumpyCode`). The matrices of others are part of each program.
+Matrices depend on the code and on which workers answered, never on data. So if a code is known
+before a program runs, its matrices are made beforehand and passed as arguments: the regression's
+loops over knots would take a thousand launches on a GPU in each call, where the model takes twenty.
+For the codes of this package (`AbstractNumpyCode`), NumPy makes them on the host and compiles
+nothing, on whatever device the code lies. For other codes they are part of each program.
 """
 
 import functools
@@ -29,7 +29,7 @@ class Matrices(NamedTuple):
 
 
 class CachedMatrices(eqx.Module):
-    """A code's matrices that are there before a program runs; None where the program makes them."""
+    """A code's matrices that are known before a program runs; None if the program makes them."""
 
     encoder: Float[ArrayLike, "num_workers num_data"] | None = None
     decoders: Matrices | None = None
@@ -39,12 +39,12 @@ class KeptMatrices:
     """One code's matrices by NumPy; threads may share it.
 
     Attributes:
-        most_bytes: The size of the decoders that are kept: 4,096 of (100, 20), 340 of (100, 240).
+        most_bytes: The size of the cache: 4,096 decoders of (100, 20), or 340 of (100, 240).
         few_sets: A call of coded inference with more straggler sets than this makes its matrices
-            itself, all at once: one by one on the host they would take longer (0.3 ms each), and
-            few come again.
-        many_sets: So many matrices take about as long on the host as the compilation of a program
-            that makes them, which decodes then.
+            within its program, all at once: one by one on the host they would take longer (0.3 ms
+            each), and few are needed again.
+        many_sets: With more sets than this, decoding compiles a program that makes the matrices:
+            making this many on the host takes about as long as compiling it.
     """
 
     most_bytes = 1 << 25
@@ -52,15 +52,15 @@ class KeptMatrices:
     many_sets = 4096
 
     def __init__(self, code: Any):
-        # A copy: what keeps the code itself alive would keep its own entry alive.
+        # A copy: a reference to the code itself would keep the code, and so this entry, alive.
         arrays, rest = eqx.partition(code, eqx.is_array)
         self._code = eqx.combine(jax.tree.map(np.asarray, arrays), rest)
-        # That of the code's numbers, or JAX's default.
+        # The dtype of the code's numbers, or JAX's default.
         floats = [a.dtype for a in jax.tree.leaves(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
         default = jax.dtypes.canonicalize_dtype(float)
         self._dtype = np.dtype(jnp.result_type(*floats) if floats else default)
         size = self._code.num_data * self._code.num_workers * self._dtype.itemsize
-        # It is safe among threads, and counts.
+        # Safe to use from several threads, and it counts hits.
         self._made = functools.lru_cache(max(self.most_bytes // size, 1))(self._make)
 
     @functools.cached_property
@@ -69,19 +69,19 @@ class KeptMatrices:
         return self.by_numpy("encoder_on_host").astype(self._dtype)
 
     def by_numpy(self, method: str, *args: Any) -> Any:
-        """Return what a method of the code with NumPy's arrays says, in float64.
+        """Return the result of a method of the code with its numbers as NumPy arrays, in float64.
 
-        Those are `encoder_on_host`, `decoder_on_host` and, of a code that has it,
-        `variances_on_host`. The method is not bound, which takes 0.1 ms.
+        Methods are `encoder_on_host`, `decoder_on_host` and, if the code has it,
+        `variances_on_host`. They are called unbound, since binding takes 0.1 ms.
         """
         with np.errstate(all="ignore"):  # infinite lambdas are valid
             return getattr(type(self._code), method)(self._code, *args)
 
     def decoders(self, available: ArrayLike, most: int = few_sets) -> Matrices | None:
-        """Return the matrices for a mask, or for one of each group: once if they are all the same.
+        """Return the matrices for one mask, or for one mask a group: only one if all are the same.
 
-        Returns None if there are more than `most` different ones, or if they are traced or no masks
-        of the code's workers.
+        Returns None if there are more than `most` different masks, or if they are traced or not
+        masks of the code's workers.
         """
         if isinstance(available, Tracer):
             return None
@@ -102,30 +102,30 @@ class KeptMatrices:
 
 
 def known_matrices(code: Any, available: ArrayLike | None = None) -> CachedMatrices:
-    """Return the encoder's matrix, and the decoder's for masks if given, where a code is known."""
+    """Return the encoder's matrix, and the decoder's for given masks, if the code is known."""
     if (kept := kept_matrices(code)) is None:
         return CachedMatrices()
     return CachedMatrices(kept.encoder, None if available is None else kept.decoders(available))
 
 
 def encoder_of(code: Any) -> Any:
-    """Return the encoder's matrix: NumPy's where the code is known, else part of the program."""
+    """Return the encoder's matrix: by NumPy if the code is known, else as part of the program."""
     known = known_matrices(code).encoder
     made = code.encoder_matrix() if known is None else known
     return made if any_tracer(made) else np.asarray(made)
 
 
 def kept_matrices(code: Any) -> KeptMatrices | None:
-    """Return a code's matrices, or None where they are part of its program.
+    """Return a code's cached matrices, or None if they are part of a program.
 
-    That is while JAX traces the code, and for codes without matrices by NumPy.
+    They are if JAX traces the code, and for codes without matrices by NumPy.
     """
     if not code.has_host_matrices or any_tracer(code):
         return None
     place = id(code), x64_enabled()
     found = _KEPT.get(place)
     if found is None:
-        # Codes are kept by which object they are: two with the same numbers are not worth a search.
+        # The key is the object: two codes with the same numbers are too rare to search for.
         weakref.finalize(code, _KEPT.pop, place, None).atexit = False
         found = _KEPT.setdefault(place, KeptMatrices(code))
     return found

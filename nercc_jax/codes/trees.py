@@ -44,7 +44,7 @@ def to_device(
 ) -> PyTree[Shaped[Array, "..."]]:
     """Return the leaves as JAX's arrays.
 
-    Of NumPy's arrays `jnp.asarray` makes them by a program that is compiled for each shape.
+    NumPy arrays are put on the device: `jnp.asarray` would compile a program for each shape.
 
     Raises:
         ValueError: As `native`.
@@ -62,7 +62,7 @@ def scalar_leaf(
     """Return a number of a code as a leaf.
 
     Raises:
-        ValueError: It is no scalar, or (outside a trace) not from `least` to `most`.
+        ValueError: It is not a scalar, or (outside a trace) not from `least` to `most`.
     """
     known = not isinstance(value, jax.Array)
     value = to_device(np.asarray(value, dtype)) if known else jnp.asarray(value, dtype)
@@ -81,7 +81,7 @@ def is_float(leaf: Any) -> bool:
 
 
 def check_floats(name: str, tree: PyTree, hint: str = "") -> None:
-    """Raise ValueError, which may end with a hint, for leaves that are no floats."""
+    """Raise ValueError, which may end with a hint, if a leaf is not of floats."""
     for label, leaf in leaves_of(name, tree):
         if not is_float(leaf):
             raise ValueError(
@@ -90,7 +90,7 @@ def check_floats(name: str, tree: PyTree, hint: str = "") -> None:
 
 
 def check_data(x: PyTree) -> None:
-    """Raise ValueError for data points of which a part is no float, and cannot be coded."""
+    """Raise ValueError if a part of the data points is not of floats, and cannot be coded."""
     check_floats(
         "x",
         x,
@@ -100,7 +100,7 @@ def check_data(x: PyTree) -> None:
 
 
 def check_leading(name: str, tree: PyTree, wanted: tuple[int, ...], what: str) -> None:
-    """Raise ValueError where a leaf's first axes are not the wanted ones."""
+    """Raise ValueError if a leaf's first axes do not have the wanted sizes."""
     for label, leaf in leaves_of(name, tree):
         if leaf.shape[: len(wanted)] != wanted:
             axes = "first axis" if len(wanted) == 1 else f"first {len(wanted)} axes"

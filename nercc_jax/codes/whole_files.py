@@ -1,8 +1,8 @@
-"""Files that are there whole or not at all, and whose damage is noticed.
+"""Files that are written whole or not at all, with a checksum that reveals damage.
 
-Every file carries the SHA-256 of its own bytes, wherever its format has room for a text: a JSON
+Every file contains the SHA-256 of its own bytes, where its format has room for a text: a JSON
 file in an entry, an .npz file in the archive's comment, a safetensors file in its metadata. The
-hash is that of the file with zeros for the hash, so that it does not depend on itself.
+hash is computed with zeros in its place, so that it does not depend on itself.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ _CHECKSUM = re.compile(rb"nercc-sha256:([0-9a-f]{64})")
 
 
 def write_checked(path: Path, content: bytes) -> None:
-    """Put content on disk in place of what was there, with its checksum for `NO_CHECKSUM`.
+    """Replace the file's content, in which the checksum replaces `NO_CHECKSUM`.
 
-    Of two processes that write the same file, one is the last. The file is as before on failure.
+    If two processes write the same file, one of them wins. On failure the file is unchanged.
 
     Args:
         path: The file.
@@ -90,10 +90,10 @@ def read_arrays(path: Path, remedy: str) -> dict[str, Shaped[np.ndarray, "..."]]
 
 
 def write_entries(path: Path, kind: str, content: Mapping[str, Any]) -> None:
-    """Write the entries of a kind of file ("code"), which says that it is one, with a checksum.
+    """Write a file's entries as JSON with the kind of file ("code"), a version and a checksum.
 
     Raises:
-        TypeError: An entry is no JSON.
+        TypeError: An entry is not JSON.
         OSError: As `open`.
     """
     head = {"format": f"nercc-jax {kind}", "version": 1, "checksum": NO_CHECKSUM}
@@ -110,10 +110,10 @@ def read_entries(
         kind: The kind of file.
         entries: The names of its entries.
         remedy: The end of the message about a damaged file: the user's way out.
-        editable: Whether people may edit such files. One without a checksum is then read, too.
+        editable: Whether people may edit such files. A file without a checksum is then read, too.
 
     Raises:
-        ValueError: The file, which is named, is damaged or no such file.
+        ValueError: The named file is damaged or not of this kind.
         OSError: As `open`.
     """
     content = path.read_bytes()

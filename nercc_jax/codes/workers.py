@@ -1,4 +1,4 @@
-"""The workers' models at work, between the two matrices of a code."""
+"""The workers' part: running models on coded data points."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,9 +25,9 @@ _UNTRACEABLE = (
 
 
 class NoDerivative(TypeError, ValueError):
-    """A derivative is asked of a model that runs on the host.
+    """The error of differentiating a model that runs on the host.
 
-    JAX raises TypeErrors for such models; commands print the ValueErrors in a line.
+    It is a TypeError, as JAX raises, and a ValueError, which commands print in one line.
     """
 
 
@@ -35,9 +35,9 @@ def call_model(model: Callable[..., Any], batch: PyTree, *args: Any, rows: bool 
     """Return `model(batch, *args)`.
 
     A model that JAX cannot trace, since it works on NumPy arrays or looks at values, is called on
-    the host whenever the program runs. It is called once more when the program is traced, on one
-    data point of zeros (or ones), for the shapes of its outputs. A list that it returns is an array
-    of rows. It has no derivative.
+    the host whenever the program runs. It is also called once while the program is traced, on one
+    data point of zeros (or ones), for the shapes of its outputs. A list that it returns is taken
+    for an array of rows. It has no derivative.
 
     Args:
         model: The model.
@@ -47,9 +47,9 @@ def call_model(model: Callable[..., Any], batch: PyTree, *args: Any, rows: bool 
 
     Raises:
         ValueError: The model takes one data point instead of a batch (from the model's own error),
-            JAX cannot trace it and it raises at zeros and ones, or there are other `rows`; else
-            what the model raises.
-        NoDerivative: A derivative is taken of a model that JAX cannot trace.
+            JAX cannot trace it and it raises at zeros and ones, or `rows` is set and the answers
+            are refused. Any other error of the model is passed on.
+        NoDerivative: A model that JAX cannot trace is differentiated.
     """
 
     def traces(x: PyTree) -> bool:
@@ -64,7 +64,7 @@ def call_model(model: Callable[..., Any], batch: PyTree, *args: Any, rows: bool 
     except _UNTRACEABLE:
         y = _call_on_host(model, batch, args)
     except Exception as error:
-        # What fails on the batch while running only says nothing of shapes.
+        # An error that does not occur while tracing is not about shapes.
         if not traces(batch) and traces(jax.tree.map(lambda leaf: leaf[0], batch)):
             raise ValueError(
                 "the model takes one data point, not a batch of them: give jax.vmap(model)"
@@ -95,12 +95,12 @@ def _call_on_host(model: Callable[..., Any], batch: PyTree, args: tuple) -> Any:
         answer = jax.tree.map(np.asarray, native(answer, "the model's answer"))
         return jax.tree.map(lambda y: y.astype(jax.dtypes.canonicalize_dtype(y.dtype)), answer)
 
-    # The form of its answers: those to one data point of zeros; of ones, if it raises at zeros.
+    # The answers to one data point of zeros have their form; to ones, if it raises at zeros.
     known = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, Tracer) else leaf, arrays
     )
     example, raised = None, None
-    with jax.ensure_compile_time_eval():  # what the model does with JAX is no part of the program
+    with jax.ensure_compile_time_eval():  # the model's own JAX calls are not part of the program
         for number in (0, 1):
             one = jax.tree.map(lambda x: np.full((1, *x.shape[1:]), number, x.dtype), batch)  # noqa: B023
             try:
@@ -119,7 +119,7 @@ def _call_on_host(model: Callable[..., Any], batch: PyTree, args: tuple) -> Any:
     )
 
     def answer(arrays: PyTree, batch: PyTree) -> PyTree:
-        # Whole numbers by JSON are integers.
+        # A model that answers by JSON may return integers for floats that are whole.
         cast = lambda leaf, form: leaf.astype(form.dtype, casting="same_kind")  # noqa: E731
         return jax.tree.map(cast, call(arrays, batch), answers)
 
@@ -138,7 +138,7 @@ def _call_on_host(model: Callable[..., Any], batch: PyTree, args: tuple) -> Any:
 
 
 def check_number_of_models(kinds: Int[np.ndarray, " slots"], number: int) -> None:
-    """Raise ValueError where another number of models came than workers run."""
+    """Raise ValueError if the number of models is not the one that the code's workers run."""
     needed = int(kinds.max()) + 1
     if number != needed:
         wanted = "alone" if needed == 1 else f"and {needed - 1} further, in this order"
@@ -158,16 +158,16 @@ def run_workers(
 
     Args:
         model: A function `model(batch, *args)`, (B, ...) to (B, ...), of floats, which is called
-            once; both may be pytrees of such arrays. For a code whose workers run several
-            (`worker_models`), a sequence of such, the served model first; each is called once, on
-            the coded data points of all its workers.
-        code: The code; or the number of the model that runs in each place of work.
+            once; batch and answers may be pytrees of arrays. For a code whose workers run several
+            models (`worker_models`), a sequence of functions, the served model first; each is
+            called once, on the coded data points of all its workers.
+        code: The code; or the number of each worker's model.
         coded: Coded data points.
         *args: Further arguments of the models.
 
     Raises:
-        ValueError: The number of models is not the code's, one returns another first axis or no
-            floats, or their answers differ in shape.
+        ValueError: The number of models is not the code's, the first axis of answers is not the
+            batch's, or answers are not floats or differ in shape between models.
     """
     kinds = code if isinstance(code, np.ndarray) else code.worker_models
     models = (model,) if callable(model) else tuple(model)
@@ -204,7 +204,7 @@ def answer_groups(
     encoder: Float[ArrayLike, "num_workers num_data"] | None,
     one: bool,
 ) -> PyTree[Float[Array, "..."]]:
-    """Return all workers' answers for uncoded groups; of `one` group, without its axis."""
+    """Return all workers' answers for groups of data points; for `one` group without its axis."""
     coded = encode_groups(code, jax.tree.map(jnp.asarray, x), encoder)
     y = run_workers(model, code, coded, *args)
     return jax.tree.map(lambda leaf: leaf[0], y) if one else y
@@ -216,7 +216,7 @@ def encode_on_host(
 ) -> Shaped[np.ndarray, "num_workers groups ..."]:
     """Return coded data points, worker by worker; each group may have an encoder of its own.
 
-    Integers and booleans only pass through rows that are one data point.
+    Integers and booleans pass only through rows that copy one data point.
     """
     groups, num_data, *shape = x.shape
     num_workers = encoder.shape[-2]

@@ -1,28 +1,28 @@
 """Least squares of a smoothing spline without loops, by nested dissection.
 
-The problem is that of `_filter`. Instead of one knot after the other, every second one is
-eliminated at once, each given its two neighbours; what is left joins every second knot to the next,
-and is eliminated in the same way, until the two outermost are left. An accelerator runs each of
-these log2(n) levels as a few kernels, where the filter takes a few for each knot.
+The problem is that of `_filter`. Instead of one knot after the other, every second knot is
+eliminated at once, given its two neighbours. The rest couples every second knot to the next one and
+is eliminated in the same way, until only the two outermost knots are left. An accelerator runs each
+of these log2(n) levels as a few kernels, where the filter takes a few for each knot.
 
 The penalty of the gaps i to j and j to k is, for s = (g, v) at a knot,
 
     penalty of one gap i to k  +  |M (s_j - H (s_i, s_k) - missed)|^2,
 
 where H is the cubic through s_i and s_k at knot j, M depends on the gaps only, and `missed` is by
-how much H misses the data: a Markov process's bridge. So the penalty of what is left is known in
-closed form on every level, and rows hold only what observations add to it. Passing on the penalty's
-rows, instead, would drown the observations in their rounding where the penalty is large: 0.2 for
-the straight line at n = 100 in float32.
+how much H misses the data (the bridge of a Markov process). So the penalty of the knots that are
+left is known in closed form on every level, and rows hold only what observations add to it. If the
+penalty's rows were passed on, their rounding would hide the observations where the penalty is
+large: an error of 0.2 for the straight line at n = 100 in float32.
 
-Where M is the larger, d = s_j - H (s_i, s_k) - missed is eliminated, in which M's rows have nothing
-to pass on; and where the observations are, s_j itself, in which theirs have not. Either way d is
-known with the digits that the multipliers of the two gaps need: they are those of one gap i to k,
-and in addition M's forces times d.
+If M is larger than the observations' rows, d = s_j - H (s_i, s_k) - missed is eliminated, in which
+M's rows pass on nothing; otherwise s_j itself, in which the observations' rows pass on nothing.
+Either way d has the digits that the multipliers of the two gaps need: these are the multipliers of
+one gap i to k plus M's forces times d.
 
-A knot of weight zero changes nothing. So whatever is available, all points are knots, in one order,
-and knots are filled up to 2^levels + 1. Arrays have knots or gaps on their last axis, where a TPU
-has its lanes.
+A knot of weight zero changes nothing. So all points are knots in one order, available or not, and
+knots are filled up to 2^levels + 1. Arrays have knots or gaps on their last axis, which a TPU lays
+out along its lanes.
 
 Source: George 1973, "Nested dissection of a regular finite element mesh"; Wecker and Ansley 1983,
 JASA 78 (the process); Bierman 1977, as there.
@@ -59,7 +59,7 @@ class Level(NamedTuple):
         return jnp.where(self.stiff, self.mean, 0)
 
     def force(self, force: Float[Array, "2 m knots"]) -> tuple[Matrices, Matrices]:
-        """Return own'^-1 of forces, and what of them is left to the neighbours."""
+        """Return own'^-1 of forces, and the forces that this leaves on the neighbours."""
         first = force[0] / self.own[0, 0]
         here = jnp.stack([first, (force[1] - self.own[0, 1] * first) / self.own[1, 1]])
         left = _product(jnp.swapaxes(self.base(), 0, 1), force)
@@ -68,7 +68,7 @@ class Level(NamedTuple):
     def solved(
         self, around: Float[Array, "others m knots"] | None, forced: Matrices | None
     ) -> tuple[Matrices, Matrices]:
-        """Return s_j and d by the neighbours' values and slopes, None where there are none."""
+        """Return s_j and d, given the neighbours' values and slopes (None without neighbours)."""
         right: Any = forced if self.right is None else self.right
         if self.right is not None and forced is not None:
             right = self.right + forced
@@ -85,14 +85,14 @@ class Level(NamedTuple):
 
 
 class Dissection(NamedTuple):
-    """The levels of one spline's problem, the last two those of its last and of its first knot."""
+    """The levels of one spline's problem; the last two are those of its last and first knot."""
 
     problem: Problem
     gaps: tuple[Float[Array, " gaps"], ...]  # of each level
     levels: tuple[Level, ...]
 
     def solve(self, b: Columns) -> Columns:
-        """Return x of `_rule.solve`, by the forces in b; data are those of `dissect`."""
+        """Return x of `_rule.solve` for the forces in b, and the data that `dissect` had."""
         number, *between = len(self.problem.weights), *self.levels[:-2]
         forced: list[Any] = [None] * len(self.levels)
         if b.value is not None:
@@ -130,7 +130,7 @@ class Dissection(NamedTuple):
 def dissect(problem: Problem, most: int, b: Columns) -> Dissection:
     """Return the factor, with the data in b on its right-hand sides.
 
-    At most `most` rows join two knots before a QR makes four of them.
+    If more than `most` rows couple two knots, a QR reduces them to four.
     """
     gaps, weights, slope_weights, mu = problem
     number = len(weights)
@@ -184,8 +184,7 @@ def dissect(problem: Problem, most: int, b: Columns) -> Dissection:
         right = jnp.concatenate([jnp.zeros_like(missed), jnp.zeros_like(missed), right])
     last, rest, right = _condition(precision, line, missed, of_last, of_first, right)
 
-    # The first. What too few observations leave open is set to zero: with one the slope, with none
-    # all.
+    # The first knot. With one observation its slope is open, with none its value, too: set to zero.
     known = _triangle(rest if right is None else jnp.concatenate([rest, right], axis=1), 2)[0]
     observed = jnp.sum(weights > 0)
     is_open = _diagonal(jnp.stack([observed < 1, observed < 2])[:, None].astype(own.dtype)) > 0
@@ -207,9 +206,9 @@ def _condition(
 
     Returns the level, and the rows for the others alone with their right-hand sides.
     """
-    # The result is the same in whichever way s_j is written. By its distance from the prior's mean
-    # it is not rounded as the penalty is, which matters where that is stiff; and by itself not as
-    # the observations are, where these are the larger.
+    # Both ways to write s_j have the same result, but not the same rounding. As the distance from
+    # the prior's mean it escapes the rounding of a stiff penalty, and as itself the rounding of
+    # observations that are larger than the penalty.
     stiff = jnp.sum(of_knot[:, 0] ** 2, axis=0) < precision[0, 0] ** 2
     base = jnp.where(stiff, mean, 0)
     prior = [precision, -_product(precision, mean - base)]
@@ -232,7 +231,7 @@ def _bridge(
     mu: Float[Array, ""],
     data: Float[Array, "2 m gaps"] | None,
 ) -> tuple[Float[Array, "2 2 knots"], Float[Array, "2 4 knots"], Missed, Missed]:
-    """Return M, H and by how much H misses the data of both gaps, and these data as one gap's.
+    """Return M, H, by how much H misses the data of both gaps, and these data as one gap's.
 
     M, a triangle, is the root of the curvature of the two gaps' penalty at the knot, and H the
     cubic through the neighbours' values and slopes.

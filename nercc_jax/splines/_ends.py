@@ -1,17 +1,18 @@
-"""Ends of a spline: natural ones, or "not-a-knot" with one cubic over the last two gaps.
+"""Ends of a spline: natural, or "not-a-knot" with one cubic over the last two gaps.
 
-A natural spline has no curvature at its ends, so near them its error is the second power of the
-gaps, where inside it is the fourth. E = T - s_T, for T = t^2 and t^3 and their natural fits s_T, is
-zero at all observations that are interpolated, and curved at the ends: with two numbers c,
+A natural spline has no curvature at its ends, so near them its error is of the second order in the
+gaps; inside it is of the fourth. For T = t^2 and t^3 with their natural fits s_T, E = T - s_T is
+zero at all observations that are interpolated, and curved at the ends. With two numbers c,
 
     u = s_y + E c
 
 is the spline whose third derivative does not jump at the second and at the last but one knot ("not
-a knot"). It reproduces cubics, unless lambda smooths over several gaps: then it is natural.
+a knot"). It reproduces cubics. Where lambda smooths over several gaps it approaches the natural
+spline.
 
-Nothing is a difference of large numbers. Forces at the ends make E: what s_T minimises, by parts,
-leaves T'' and T''' there. And at a knot the third derivative of a fit s jumps by w (y - s) / mu: u
-meets its observations at the second knot and at the last but one.
+No large numbers are subtracted. E is the fit to forces at the ends: integrating by parts what s_T
+minimises leaves T'' and T''' there. At a knot the third derivative of a fit s jumps by
+w (y - s) / mu, so u meets its observations at the second knot and at the last but one.
 
 Source: de Boor 1978, "A Practical Guide to Splines", chapter IV.
 """
@@ -26,7 +27,7 @@ from .arrays import namespace, where
 
 Ends: TypeAlias = Literal["natural", "not-a-knot"]
 
-# Of a jump that tells anything, times the gap, on knots from -1 to 1: that of t^2 is about 3.
+# The least jump, times the gap, that is informative, on knots from -1 to 1; that of t^2 is about 3.
 _LEAST = 0.05
 
 
@@ -38,12 +39,13 @@ def check_ends(ends: Ends) -> Ends:
 
 
 class NotAKnot(NamedTuple):
-    """The kinks of a not-a-knot spline, and the forces that make its ends of natural ones.
+    """The kinks of a not-a-knot spline, and the forces that turn natural ends into its ends.
 
-    `kinks` selects the two knots where nothing is to jump. `values` and `slopes` are the forces on
-    each knot's value and slope that make E, over mu. Jumps are scaled by the shorter gap between
-    the knot and its observed neighbours, or one of rounding's size might drown the other, and by
-    the range of the knots. With fewer than four knots (not `enough`) the spline stays natural.
+    `kinks` selects the two knots where the third derivative must not jump. `values` and `slopes`
+    are the forces on each knot's value and slope whose fit is E, over mu. Jumps are scaled by the
+    range of the knots, and by the shorter gap between the knot and its observed neighbours, so that
+    a gap as small as rounding does not hide the other jump. With fewer than four knots (not
+    `enough`) the spline stays natural.
     """
 
     kinks: Float[Any, "n 2"]
@@ -55,8 +57,9 @@ class NotAKnot(NamedTuple):
     def share(self, powers: Float[Any, "2 2"], jumps: Float[Any, "2 m"]) -> Float[Any, "2 m"]:
         """Return c, from the jumps of the third derivatives of T's fits and of the others.
 
-        By normal equations, c goes towards 0 where little is known, as where much is smoothed. Of
-        the first step's bias, 0.0003 of c where nothing is smoothed, the third leaves the cube.
+        The normal equations are regularised: c goes to 0 where jumps are not informative, as with
+        much smoothing. The bias of one step is 0.0003 of c without smoothing; that of three steps
+        is its cube.
         """
         summary, wanted = self.scale * powers, self.scale * jumps
         xp = namespace(summary, wanted)
@@ -71,10 +74,10 @@ class NotAKnot(NamedTuple):
 
 
 def not_a_knot(knots: Knots, end_weights: Float[Any, " n"]) -> NotAKnot:
-    """Return what makes these ends; `end_weights` are the penalties of slopes, over mu."""
+    """Return the kinks and forces of these knots; `end_weights` penalise slopes, over mu."""
     t, dtype = knots.t[:, None], knots.t.dtype
     xp = namespace(t)
-    # The first three knots that are observed, and the last three, as far as there are.
+    # The first three knots that are observed, and the last three, if there are so many.
     seen, place = xp.cumsum(knots.weights > 0), xp.arange(len(t))[:, None]
     ranks = seen[-1] * np.array([0, 0, 0, 1, 1, 1]) + np.array([1, 2, 3, -2, -1, 0])
     outermost = xp.minimum(xp.sum(seen[:, None] < ranks[None], axis=0), len(t) - 1)

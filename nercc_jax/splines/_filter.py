@@ -1,21 +1,21 @@
 """Least squares of a smoothing spline in O(n), by a square-root information filter.
 
-The spline is held by its value g_i and slope v_i at each knot. In these unknowns the penalty of a
+The unknowns are the spline's value g_i and slope v_i at each knot. In these the penalty of a
 natural cubic spline is a sum over gaps h_i (the cubic Hermite form of the integral of u''^2),
 
     mu (v_{i+1} - v_i)^2 / h_i  +  12 mu (g_{i+1} - g_i - h_i (v_i + v_{i+1}) / 2)^2 / h_i^3,
 
 and a penalty of a knot's slope adds v_i^2. So the fit is a least-squares problem M s = r whose rows
-join neighbours only: a shear row and a bend row for each gap, a value row (the weight of the
+couple neighbours only: a shear row and a bend row for each gap, a value row (the weight of the
 observation) and a slope row for each knot. `factorize` runs the QR decomposition of those rows
 along the knots, two unknowns at a time, by Givens rotations; `solve_in_turn` applies R, Q and their
 transposes.
 
-Why this form: it takes only first differences. The classical forms (Reinsch; I + mu Q R^-1 Q')
-take second differences of values, and a rounding error eps there acts like a term eps / h^2: in
-float32 they are off by 6e-4 at n = 100 on Chebyshev knots, and by 0.2 at n = 300 (sin 5t, lambda =
-1e-2). Here rotations mix rows of any scale without loss, a knot of weight zero adds nothing, and mu
-may go from the interpolating to the straight-line limit.
+This form needs first differences only. The classical forms (Reinsch; I + mu Q R^-1 Q') take second
+differences of values, where a rounding error eps acts like a term eps / h^2: in float32 their error
+is 6e-4 at n = 100 on Chebyshev knots, and 0.2 at n = 300 (sin 5t, lambda = 1e-2). Here rotations
+mix rows of any scale without loss, a knot of weight zero adds nothing, and mu may be anything from
+the interpolating to the straight-line limit.
 
 Source: Bierman 1977, "Factorization Methods for Discrete Sequential Estimation" (the filter);
 Wecker and Ansley 1983, JASA 78 (smoothing splines as state-space models).
@@ -61,7 +61,7 @@ def factorize(problem: Problem, beside: Any = None, start: Any = (), given: Any 
     halves, zero = shears * problem.gaps / 2, jnp.zeros_like(problem.mu)
 
     def step(carry, gap):
-        # `top` and `low` are the triangle of what knots up to i say about (g_i, v_i).
+        # `top` and `low` are the triangle that knots up to i leave for (g_i, v_i).
         (top_g, top_v, low_v), other = carry
         (shear, half, bend, root_weight, root_slope), more = gap
         # Unknowns in the order g_i, v_i, g_{i+1}, v_{i+1}.
@@ -72,8 +72,8 @@ def factorize(problem: Problem, beside: Any = None, start: Any = (), given: Any 
         r4, top, rest = _eliminate(top, (root_weight, zero))
         r5, low, _ = _eliminate(low, rest)
         r6, low, _ = _eliminate(low, (root_slope,))
-        # Two arrays, since each that a loop fills is a kernel to compile; and not one, of which a
-        # pass that needs only the rows would read all.
+        # Two arrays: each array that a loop fills is a kernel to compile, and from a single one, a
+        # pass that needs only the rows would read everything.
         rotations = jnp.stack([*r0, *r1, *r2, *r3, *r4, *r5, *r6])
         turns = rotations, jnp.stack([*value_row, *slope_row, zero])
         found = ()
@@ -84,7 +84,7 @@ def factorize(problem: Problem, beside: Any = None, start: Any = (), given: Any 
     carry = (root_weights[0], zero, root_slopes[0]), start
     own = (shears, halves, bends, root_weights[1:], root_slopes[1:])
     (last, other), (turns, found) = jax.lax.scan(step, carry, (own, given))
-    # What too few observations leave open is set to zero: the slope with one, the value with none.
+    # Too few observations leave the slope (one) or also the value (none) open: it is set to zero.
     observed = jnp.sum(problem.weights > 0)
     last = jnp.stack([where(observed < 1, 1, last[0]), last[1], where(observed < 2, 1, last[2])])
     return Rotated(*turns, last), other, found
@@ -105,13 +105,13 @@ def solve_in_turn(
         parts += [shears[:, None] * b.shear, bend]
     if forced:
         parts += [b.value[:-1], b.slope[:-1]]
-    # One array, since each that a loop reads or fills is a kernel more.
+    # One array, since each array that a loop reads or fills is another kernel.
     given = jnp.stack(parts, axis=1)
     none = jnp.zeros_like(given[0, :2])
 
     def unpacked(turns):
-        # Each number as wide as the columns, by one broadcast: one for each product would be most
-        # of the loop's operations.
+        # One broadcast of each number to all columns: one for each product would be most of the
+        # loop's operations.
         rotations, rows = (
             jnp.unstack(jnp.broadcast_to(each[:, None], (len(each), none.shape[1])))
             for each in turns
@@ -127,7 +127,7 @@ def solve_in_turn(
             turn, top = _rotate(r1, given[1], top)
             turn, low = _rotate(r2, turn, low)
             top, low = _rotate(r3, top, low)
-            # The rows of the knot that comes in are zero: to rotate them in only scales.
+            # The next knot's rows are zero: rotating them in only scales.
             top, rest = r4[0] * top, -r4[1] * top
             low, first = _rotate(r5, low, rest)
             carried += [top, r6[0] * low]
@@ -205,8 +205,8 @@ def variance_in_turn(
 
     Observations have the variance 1 / weight. The triangular factor R is the root of the
     posterior's precision, so its solution of R s = z for unit noise z has the posterior's
-    covariance. From the last knot backwards that is the recursion s_i = F_i s_{i+1} + noise of
-    covariance V_i. All are sums of squares: nothing cancels.
+    covariance. From the last knot backwards this is the recursion s_i = F_i s_{i+1} + noise of
+    covariance V_i. All terms are sums of squares, so nothing cancels.
     """
     factor = factorize(problem)[0]
     zero = jnp.zeros_like(problem.gaps)
@@ -259,8 +259,8 @@ def _eliminate(p: Row, q: Row) -> tuple[Row, Row, Row]:
 def _product(a: Float[Array, "*n i j"], b: Float[Array, "*n j k"]) -> Float[Array, "*n i k"]:
     """Return the product of small matrices, as sums: a matrix unit may round their entries.
 
-    It goes term by term: under three vmaps a sum along an axis would be of seven, of which jaxlib
-    0.10's code for CPUs dies (a segmentation fault in its YNNPACK).
+    The sums are written term by term: under three vmaps a sum along an axis would have seven axes,
+    on which jaxlib 0.10 crashes for CPUs (a segmentation fault in its YNNPACK).
     """
     terms = [a[..., :, j, None] * b[..., j, None, :] for j in range(a.shape[-1])]
     return functools.reduce(jnp.add, terms)

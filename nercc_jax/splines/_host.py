@@ -2,8 +2,8 @@
 
 Nothing is compiled.
 
-Beside the values g_j and slopes v_j at the knots, the third derivative f_i and the mean second
-derivative b_i of each gap h_i are unknowns. In these the spline is the solution of a banded system,
+Unknowns are the values g_j and slopes v_j at the knots and, of each gap h_i, the third derivative
+f_i and the mean second derivative b_i. In these the spline is the solution of a banded system,
 
     g_{i+1} - g_i - h_i (v_i + v_{i+1}) / 2 - h_i^3 f_i / 12 = 0,      v_{i+1} - v_i - h_i b_i = 0,
     w_j g_j + mu (f_{j-1} - f_j) = w_j y_j,
@@ -11,8 +11,9 @@ derivative b_i of each gap h_i are unknowns. In these the spline is the solution
 
 the last two being the derivatives of the penalised squares by g_j and v_j, with the penalty
 mu (h b^2 + h^3 f^2 / 12) of a gap and mu e_j v_j^2 of a slope. Unlike the equations in g and v
-alone it is well conditioned for every mu from zero on: against 60 digits, with up to 60 points of
-which 60 % are missing, Gaussian elimination with row exchanges is off by 2e-15 at most.
+alone it is well conditioned for every mu from zero on: compared with 60 digits, with up to 60
+points of which 60 % are missing, Gaussian elimination with row exchanges has errors of at most
+2e-15.
 
 With unit forces on the right, on the unknowns g and v, the solution is a column of the posterior's
 covariance over tau^2. The penalised squares over mu, by which `process_variance` estimates tau^2,
@@ -78,8 +79,8 @@ def variances_on_host(
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "n n"]]:
     """Return `posterior_variance`, and the matrix S for which `process_variance` is |S y|^2.
 
-    With several coordinates it is their mean. S is zero where it is infinite. Arguments as for
-    `smoothing_matrix_on_host`.
+    With several coordinates, `process_variance` is the mean of |S y|^2 over them. Where it is
+    infinite, S is zero. Arguments as for `smoothing_matrix_on_host`.
     """
     knots, seen, system = _fitted(t, lambda_, **options)
     root = np.zeros((len(t), len(knots.t)))
@@ -112,7 +113,7 @@ def _fitted(
     available: Bool[np.ndarray, " n"] | None = None,
     end_weights: Float[np.ndarray, "2"] | None = None,
 ) -> "tuple[Knots, Int[np.ndarray, ' seen'], _System | None]":
-    """Return the knots, the places of those with a weight, and their system if they are several."""
+    """Return the knots, the places of those with a weight, and their system if there are two."""
     weights = np.ones(len(t)) if weights is None else np.asarray(weights, np.float64)
     knots = gather_knots(t, weights if available is None else np.where(available, weights, 0))
     seen = np.flatnonzero(knots.weights > 0)
@@ -142,10 +143,10 @@ class _System:
         self.t = t = knots.t[seen].astype(np.float64)
         self.weights = weights = knots.weights[seen]
         h, span = np.diff(t), t[-1] - t[0]
-        # Beyond it the fit is the straight line, to rounding.
+        # For a larger lambda the fit is the straight line, to rounding.
         most = (1 + span**3) / np.finfo(np.float64).eps
         self.mu = mu = float(min(float(lambda_), most) * weights.sum())
-        size = 4 * len(t) - 2  # unknowns g, v, f, b for each knot, but the last, which has no gap
+        size = 4 * len(t) - 2  # g, v, f, b for each knot; the last one has no gap, so no f and b
         band = np.zeros((3 * self.width + 1, size))
 
         def put(rows: np.ndarray, columns: np.ndarray, values: np.ndarray | float) -> None:
@@ -158,7 +159,7 @@ class _System:
         put(gap + 4, shear, mu * scale[1:])
         put(gap, shear, -mu * scale[:-1])
         self.ends = ends = np.zeros(len(t))
-        if end_weights is not None:  # infinity is a price, too
+        if end_weights is not None:  # which may be infinite
             ends[[0, -1]] = np.minimum(end_weights, np.finfo(np.float64).max)
         steady = 1 / np.maximum(1, ends)
         put(knot + 1, knot + 1, ends * steady)
@@ -198,9 +199,9 @@ class _System:
     def at(
         self, at: Float[np.ndarray, " k"]
     ) -> tuple[Float[np.ndarray, "size k"], Float[np.ndarray, " k"]]:
-        """Return the predictions' coefficients of the unknowns.
+        """Return the predictions' coefficients of the unknowns, and a length.
 
-        And with values and slopes of all knots known: the cubic root of thrice the variance left.
+        A third of the length's cube is the variance that values and slopes of all knots leave.
         """
         at = np.asarray(at, np.float64)
         left = gap_of(self.t, at)

@@ -1,11 +1,10 @@
-"""From regression points with a mask to distinct, increasing knots, at a fixed shape.
+"""Distinct, increasing knots, at a fixed shape, from regression points with a mask.
 
-Points come in any order, may coincide, and some carry no weight in this call. `gather_knots` sorts
-them and lets coincident ones act as one knot: the mean of their observations, the sum of their
-weights. A knot whose points carry no weight stays in its place, where it changes nothing. So the
-order of the knots does not depend on what is available, one compiled program serves every mask, and
-for many masks of the same points it is made once. Everything is differentiable in the points,
-weights and observations.
+Points may be in any order and may coincide, and some have no weight in a call. `gather_knots` sorts
+them and makes one knot of coincident ones, with the mean of their observations and the sum of their
+weights. A knot whose points have no weight keeps its place and changes nothing. So the order of the
+knots does not depend on the mask: one compiled program serves every mask, and many masks of the
+same points share it. Everything is differentiable in the points, weights and observations.
 """
 
 from typing import Any, NamedTuple
@@ -21,18 +20,18 @@ from .arrays import constant, namespace, product, taken, where
 # Chebyshev point differ by an ulp, and a gap that is all rounding has no slope.
 _COINCIDENT_ULPS = 4
 
-# Up to this number of pairs, each is compared with each: one kernel of an accelerator, where a
-# search or a scatter takes several, and for a CPU two loops less to compile.
+# Up to this number of pairs, all are compared: one kernel on an accelerator, where a search or a
+# scatter takes several, and two loops less to compile for a CPU.
 COMPARED_WITH_ALL = 1 << 14
 
 
 class Knots(NamedTuple):
-    """Distinct increasing knots and how they came from the points; n slots, at least two.
+    """Distinct increasing knots and their points; n slots, at least two.
 
     `knot[p]` is the knot of point p, and `share[p]` its part of that knot's weight (0 for points
-    that do not count). `shown[i]` is the knot whose observation knot i repeats: itself, or if it
-    has none the last one before it that has, or else the first that has. Slots beyond the last knot
-    have weight zero.
+    without weight). `shown[i]` is the knot whose observation knot i repeats: its own if it has
+    one, else that of the last knot before it that has one, else that of the first that has one.
+    Slots beyond the last knot have weight zero.
     """
 
     t: Float[Any, " n"]
@@ -50,7 +49,7 @@ class Knots(NamedTuple):
         return product(shares.astype(y.dtype), y)
 
     def spread(self, matrix: Float[Any, "k n"]) -> Float[Any, "k points"]:
-        """Return the matrix on points, whose product with y is that of `matrix` with y's means."""
+        """Return the matrix on points: its product with y is `matrix` times the knots' means."""
         return taken(matrix, self.knot, axis=1) * self.share[None]
 
     @property
@@ -85,7 +84,7 @@ def gather_knots(points: Float[Any, " points"], weights: Float[Any, " points"]) 
     slots = max(size, 2)
     slot = xp.arange(slots)
 
-    # What depends on the points only: the knot of each point, and whether it is its first.
+    # The part that depends on the points only: each point's knot, and whether it opens that knot.
     held = xp.isfinite(points)
     fixed = constant(where(held, points, np.inf))
     span = xp.max(where(held, xp.abs(fixed), 0))
@@ -111,11 +110,11 @@ def gather_knots(points: Float[Any, " points"], weights: Float[Any, " points"]) 
     last = taken(first, xp.maximum(number - 1, 0))
     first = where(slot < number, first, last + (slot - number + 1).astype(first.dtype))
 
-    # What depends on the weights, too.
+    # The part that depends on the weights, too.
     weights = where(held, weights, 0)
     total = _by_knot(weights, knot, slots)
     share = weights / taken(where(total > 0, total, 1), knot)
-    # A knot lies where its points lie; written around the first, which is exact when they coincide.
+    # A knot lies at the mean of its points, relative to the first: exact when they coincide.
     beside = share * where(weights > 0, points - taken(first, knot), 0)
     t = first + _by_knot(beside, knot, slots)
 
@@ -143,7 +142,7 @@ def _by_knot(values: Any, knot: Any, slots: int) -> Any:
 
 
 def gap_of(t: Float[Any, " n"], at: Float[Any, " k"]) -> Int[Any, " k"]:
-    """Return the gap between knots that each point lies in, or beyond the ends is nearest to."""
+    """Return the gap between knots in which each point lies; beyond the ends, the nearest gap."""
     xp = namespace(t, at)
     if t.shape[0] * at.shape[0] <= COMPARED_WITH_ALL:
         upto = xp.sum(t[None] <= at[:, None], axis=1)

@@ -1,14 +1,14 @@
-"""Functions whose algorithm is chosen when a program is lowered, by the platform it is lowered for.
+"""Functions whose algorithm depends on the platform for which a program is lowered.
 
-A CPU compiles and runs a loop fastest. An accelerator launches kernels in each turn of a loop, and
-wants to do many steps at once. Which one a program needs is known when it is lowered: a
-process that has only CPUs may export for a TPU. `jax.lax.platform_dependent` would do, but traces
-all its branches, and that of a spline takes as long as the rest of decoding. So `by_platform` is a
+A CPU compiles and runs a loop fastest. An accelerator launches kernels in each turn of a loop, so
+there it is faster to do many steps at once. Only lowering decides which platform a program is for:
+a process that has only CPUs may export for a TPU. `jax.lax.platform_dependent` traces all its
+branches, and tracing a spline's takes as long as the rest of decoding. So `by_platform` is a
 primitive: JAX sees one operation, whose function is traced when it is lowered. A batch of the
-operation is the same operation under one `jax.vmap` more. It has no derivative.
+operation is the same operation under one more `jax.vmap`. It has no derivative.
 
-Inside `jax.shard_map` the operation varies over all axes that any of its arguments varies over. Its
-function never sees the mesh.
+Inside `jax.shard_map` the operation varies over all axes over which any of its arguments varies.
+Its function never sees the mesh.
 """
 
 import functools
@@ -29,7 +29,7 @@ Shape = tuple[tuple[Any, ...], Any]  # an array's, with its dtype
 
 
 class _Call(NamedTuple):
-    """A function, its options, and the axes of its leaves that each `jax.vmap` goes along."""
+    """A function, its options, and the batch axes of its leaves for each `jax.vmap`."""
 
     function: Callable[..., tuple[Array, ...]]
     options: tuple[Any, ...]
@@ -55,9 +55,9 @@ def by_platform(
     Args:
         function: A pure function that returns arrays of these shapes and dtypes. It is traced when
             the program is lowered, so it must be hashable, and close over no array.
-        options: Its further arguments that are hashable.
+        options: Its hashable arguments.
         arguments: Its arguments that are pytrees of arrays.
-        shapes: The shapes and dtypes of what it returns.
+        shapes: The shapes and dtypes of its results.
     """
     x64 = bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
     leaves, structure = jax.tree.flatten(jax.lax.stop_gradient(arguments))
@@ -70,9 +70,9 @@ def _bind(call: _Call, arguments: Sequence[Any], shapes: Sequence[Shape]) -> lis
 
 
 def alike_in_shard_map(tree: Tree) -> Tree:
-    """Return the tree, its arrays varying over all of the manual axes that any of them varies over.
+    """Return the tree with every array varying over all manual axes over which any of them varies.
 
-    What a loop carries must do so, for example, where `jax.shard_map` checks it.
+    Inside `jax.shard_map`, the arrays that a loop carries must do so, for example.
     """
     varies: dict[int, frozenset[str]] = {}
     for array in filter(eqx.is_array, jax.tree.leaves(tree)):
@@ -90,7 +90,7 @@ def alike_in_shard_map(tree: Tree) -> Tree:
 
 
 def unsharded(*arrays: Any) -> tuple[Any, ...]:
-    """Return the arrays without the Explicit axes of a mesh that they are sharded over."""
+    """Return the arrays resharded so that no Explicit axis of a mesh shards them."""
     return tuple(
         jax.sharding.reshard(array, PartitionSpec(*(None for _ in array.shape)))
         if any(axis is not None for axis in jax.typeof(array).sharding.spec)
@@ -112,7 +112,7 @@ def _(*arguments: Any, call: _Call, shapes: tuple[Shape, ...]) -> list[Any]:
 
 @_primitive.def_impl
 def _(*arguments: Any, **parameters: Any) -> list[Array]:
-    with jax.disable_jit(False):  # what is chosen by lowering has no other way to run
+    with jax.disable_jit(False):  # only lowering chooses the algorithm
         return jax.jit(lambda *given: _primitive.bind(*given, **parameters))(*arguments)
 
 
@@ -130,7 +130,7 @@ batching.primitive_batchers[_primitive] = _batch
 
 @functools.lru_cache(maxsize=256)
 def _traced_once(call: _Call, platform: str) -> Callable[..., tuple[Array, ...]]:
-    """Return the function, which is not traced again for the next program that needs it."""
+    """Return the function for a platform, traced once for all programs that use it."""
 
     def flat(*leaves: Array) -> tuple[Array, ...]:
         arguments = jax.tree.unflatten(call.structure, leaves)
@@ -146,7 +146,7 @@ def _lower(ctx: Any, *values: Any, platform: str, call: _Call, shapes: tuple[Sha
     plain = [ShapedArray(each.shape, each.dtype) for each in ctx.avals_in]
     function = mlir.lower_fun(_traced_once(call, platform))
     no_mesh = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
-    # What the user's own program may not promote (strict dtypes, ranks) is not this function's.
+    # The user's own rules of promotion (strict dtypes, ranks) do not apply to this function.
     promotion = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
     with no_mesh, jax.enable_x64(call.x64), promotion[0], promotion[1]:
         return function(ctx.replace(avals_in=plain), *values)

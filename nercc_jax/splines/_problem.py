@@ -18,9 +18,10 @@ from .arrays import where
 
 
 class Problem(NamedTuple):
-    """The gaps between knots, the weights of their observations and of their slopes' squares, mu.
+    """The numbers that determine K.
 
-    Its leaves are all that K consists of.
+    They are the gaps between knots, the weights of the knots' observations and of their slopes'
+    squares, and mu.
     """
 
     gaps: Float[Array, " gaps"]
@@ -34,9 +35,10 @@ class Problem(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Columns of x or of b, in parts; of b, a part may be None for zeros.
+    """Columns of x or of b, in parts.
 
-    Of x: multipliers of shear and bend, values, slopes. Of b: a for both, f for both.
+    The parts of x are the multipliers of shear and bend, values and slopes; those of b are a for
+    shear and bend, and f for values and slopes, each of which may be None for zeros.
     """
 
     shear: Float[Array, "gaps m"] | Any = None

@@ -1,11 +1,11 @@
-"""The solution of a smoothing spline's problem, with one derivative rule for all that it makes.
+"""The solution of a smoothing spline's problem, with one derivative rule.
 
-K x = b of `_problem` is symmetric, so dx = K^-1 (db - dK x) by the same factor is all. The
-factor is never differentiated; `jax.lax.custom_linear_solve` knows that the solution is its own
-transpose, and any order works.
+K x = b of `_problem` is symmetric, so dx = K^-1 (db - dK x), by the same factor, is all that
+derivatives need. The factor is never differentiated. `jax.lax.custom_linear_solve` is told that the
+solve is its own transpose, and derivatives of any order work.
 
-`ROWS` say how: a CPU eliminates one knot after the other (`_filter`), accelerators many
-at once (`_dissection`).
+`ROWS` selects the algorithm by platform: a CPU eliminates one knot after the other (`_filter`),
+accelerators many at once (`_dissection`).
 """
 
 from functools import partial
@@ -22,12 +22,12 @@ from ._platforms import alike_in_shard_map, by_platform
 from ._problem import Columns, Problem, system_times
 from .arrays import product
 
-# By platform, how many rows may join two knots that are eliminated in parallel before a QR makes
-# four of them; None eliminates one knot after the other. More rows are fewer kernels, which is what
-# an H100 pays for: it decodes 64 groups of (20, 8) with 110 launches, with 4 rows with some 120. A
-# TPU pays for the work, too. By XLA's estimate a v5e takes, with 4, 8, 12 and 16 rows, 2.11, 1.98,
-# 1.89 and 1.83 million cycles for one group of (100, 20), and 1.84, 1.89, 2.33 and 3.21 for 64
-# groups of (20, 8).
+# By platform, the number of rows that may couple two knots that are eliminated in parallel before a
+# QR reduces them to four; None eliminates one knot after the other. More rows are fewer kernels. An
+# H100's time is that of launches: it decodes 64 groups of (20, 8) with 110, and with 4 rows with
+# some 120. On a TPU the work counts, too: by XLA's estimate a v5e takes, with 4, 8, 12 and 16 rows,
+# 2.11, 1.98, 1.89 and 1.83 million cycles for one group of (100, 20), and 1.84, 1.89, 2.33 and 3.21
+# for 64 groups of (20, 8).
 ROWS: dict[str, int | None] = {"cpu": None, "tpu": 12, "other": 16}
 
 
@@ -100,8 +100,8 @@ def _solved(
     else:
         x = dissect(problem, rows, b).solve(b)
         if b.shear is None:
-            # As K is symmetric, forces make the shears that unit data say by their solutions. That
-            # keeps digits where slopes are as heavy as gaps are stiff.
+            # As K is symmetric, the shears that forces cause follow from the solutions for unit
+            # data. This keeps digits where slopes are as heavy as gaps are stiff.
             unit = Columns(shear=jnp.eye(len(problem.gaps), dtype=problem.gaps.dtype))
             made = dissect(problem, rows, unit).solve(unit)
             shear = product(made.value.T, b.value) + product(made.slope.T, b.slope)
@@ -145,9 +145,9 @@ def _variance(platform: str, problem: Problem, *asked: Array) -> tuple[Array]:
 
 
 def _forces(knots: int, gap: Array, left: Array, right: Array) -> Columns:
-    """Return the coefficients of values and slopes as forces, a column for each of them.
+    """Return the coefficients of values and slopes as forces, a column for each combination.
 
-    The variance is by how much forces move what they are the coefficients of.
+    The variance of a combination is by how much its forces move it.
     """
     slot = jnp.arange(knots)[:, None]
     here, after = ((slot == each[None]).astype(left.dtype) for each in (gap, gap + 1))

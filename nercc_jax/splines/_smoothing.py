@@ -1,8 +1,8 @@
-"""Smoothing splines as linear operators, and as posterior means: all faces of a fit.
+"""Smoothing splines: fits, their linear operators, and their posterior variances.
 
-The spline is E[u | y] for y_i = u(t_i) + noise of variance sigma^2 / w_i and the prior under which
-u''(t) is white noise of variance tau^2, with sigma^2 / tau^2 = mu, and with nothing known of u's
-straight line. So the same least-squares problem has the posterior's variance, too.
+The spline is E[u | y] for y_i = u(t_i) + noise of variance sigma^2 / w_i and a prior under which
+u''(t) is white noise of variance tau^2, with sigma^2 / tau^2 = mu, and u's straight line is
+unknown. So the same least-squares problem has the posterior's variance, too.
 
 Source: Wahba 1978, JRSS B 40, "Improper priors, spline smoothing and the problem of guarding
 against model errors in regression"; Wecker and Ansley 1983, JASA 78.
@@ -27,7 +27,7 @@ from .arrays import jitted, product, taken, where
 class SmoothingSpline(eqx.Module):
     """A fitted cubic spline: its value and slope at each knot, and the lambda it was fitted with.
 
-    Knots beyond the last that carried an observation only continue the straight line.
+    Knots beyond the last one with an observation only continue the straight line.
     """
 
     knots: Float[Array, " n"]
@@ -65,32 +65,32 @@ def smoothing_spline(
     observations, in O(n) operations per coordinate.
 
     It is differentiable in t, y, lambda and all weights; one compilation serves every mask; batch
-    with `jax.vmap`. With one observation the fit is a constant. With none it is zero; callers must
-    know that case. On a CPU, and with not-a-knot ends, knots are eliminated one after the other,
-    elsewhere in parallel, without a loop: the same to rounding.
+    with `jax.vmap`. With one observation the fit is a constant. With none it is zero, so callers
+    must detect that case. On a CPU knots are eliminated one after the other; on accelerators in
+    parallel, without a loop. Both results are the same up to rounding.
 
     Args:
         t: The points, in any order. Coincident ones act as one knot with the mean of their
-            observations and the sum of their weights. Those that are not finite do not count.
+            observations and the sum of their weights. Points that are not finite are left out.
         y: The observations, of any trailing shape. Unavailable ones are never read, NaN included.
         lambda_: From 0 (interpolation) to infinity (the straight line of least squares), in units
             of t^3; a negative one makes everything NaN. None chooses it by generalised
             cross-validation, for natural ends: the spline's `lambda_` is the choice, which is
-            differentiable. It is for noise that differs from one observation to the next, not for
-            decoding, where a tuned lambda has less error.
-        weights: Non-negative; 1 unless given.
-        available: Which observations count; all unless given.
+            differentiable. Cross-validation is for independent noise, not for decoding, where a
+            tuned lambda has less error.
+        weights: Non-negative; 1 by default.
+        available: Which observations count; all by default.
         end_weights: Non-negative, in units of 1/t: the penalty of the slopes at the smallest and
-            the largest available point, with which the spline goes on as a straight line beyond
-            them. A natural spline (0) becomes one that ends flat (infinity).
-        ends: "natural", or "not-a-knot", whose first two gaps have one cubic, and its last two:
-            near the ends of a smooth curve an error of the fourth power of the gaps, where a
-            natural spline's is of the second. Of fewer than four distinct observations it is
-            natural.
+            the largest available point, with which the spline continues as a straight line. From 0
+            (a natural spline) to infinity (a spline with flat ends).
+        ends: "natural"; or "not-a-knot": one cubic over the first two gaps, and one over the last
+            two. Near the ends of a smooth curve the error is then of the fourth order in the gaps,
+            where a natural spline's is of the second. With fewer than four distinct observations
+            the spline is natural.
 
     Raises:
-        ValueError: Where shapes do not agree, for unknown `ends`, and where a lambda is to be
-            chosen for ends that are not natural.
+        ValueError: Shapes do not agree, `ends` are unknown, or a lambda is to be chosen for ends
+            that are not natural.
 
     Source: arXiv 2402.04377, eqs. of the encoding and decoding regression; Green and Silverman
     1994, section 2.3.
@@ -134,7 +134,7 @@ def smoothing_matrix(
 
     It is `smoothing_spline(t, y, ...).evaluate(at)` written as `matrix @ y`, for many coordinates
     with the same points. Columns of unavailable observations are zero. Rows sum to one, unless
-    nothing is available: then the matrix is zero. Arguments, errors and source as there.
+    nothing is available: then the matrix is zero. See `smoothing_spline` for arguments and errors.
     """
     options = {"weights": weights, "available": available, "end_weights": end_weights, "ends": ends}
     return smoothing_map(t, at, lambda_, **options).matrix
@@ -143,9 +143,9 @@ def smoothing_matrix(
 class LinearMap(eqx.Module):
     """The map from observations to the fitted spline's values at k points, in two forms.
 
-    `matrix` is the plain one. Where its entries are large and of opposite sign, its product with
-    observations loses digits, which `apply` keeps: it adds to the observation of the knot on the
-    left of each point what the differences of neighbouring observations make.
+    `matrix` is its matrix. Where entries are large and of opposite sign, the product with
+    observations loses digits. `apply` keeps them: it adds `differences` times the differences of
+    neighbouring observations to the observation of the knot on the left of each point.
     """
 
     matrix: Float[Array, "k n"]
@@ -166,16 +166,16 @@ def smoothing_map(
 ) -> LinearMap:
     """Return `smoothing_matrix` with a way to apply it that loses no digits, from the same fit.
 
-    With natural ends, forces that are a prediction's coefficients of values and slopes make the
-    multipliers that are, with the other sign, its responses to the differences of neighbouring
-    observations; otherwise each difference by itself is fitted.
+    With natural ends, take a prediction's coefficients of values and slopes as forces. The
+    multipliers of their fit, with the other sign, are the prediction's responses to the differences
+    of neighbouring observations. With other ends each difference is fitted by itself.
     """
     with jax.named_scope("nercc.fit"):
         found = fit(t, lambda_, **options)
         knots, slot = found.knots, jnp.arange(len(found.knots.t))[:, None]
         places = jnp.asarray(at, knots.t.dtype)
         gap = gap_of(knots.t, places)
-        # As products with what is needed anyway: the derivative of `taken` would be a scatter.
+        # As products with arrays that are needed anyway: the derivative of `taken` is a scatter.
         left, right = ((slot == each[None]).astype(places.dtype) for each in (gap, gap + 1))
         before, after = (jnp.sum(each * knots.t[:, None], axis=0) for each in (left, right))
         basis = [each[None] for each in hermite_basis(before, after, places)[1]]
@@ -186,8 +186,7 @@ def smoothing_map(
         else:
             shifts, bent = found.shifts(-jnp.eye(len(knots.t) - 1, dtype=places.dtype))
             differences = product(values.T, shifts) + product(slopes.T, bent)
-        # By differences the response to a constant is exact: it has none of the solution's
-        # rounding.
+        # By differences the response to a constant is exact, without the solution's rounding.
         matrix = knots.spread(by_observation(values.T, differences, knots.shown))
         differences += left[:-1].T * basis[2].T
         return LinearMap(matrix, differences, gap, knots)
@@ -205,10 +204,11 @@ def posterior_variance(
 ) -> Float[Array, " k"]:
     """Return the posterior variance of u at the points `at`, over tau^2 (in units of t^3).
 
-    It is what `smoothing_spline` with the same arguments leaves open: 0 (to rounding) at points
-    that it interpolates, growing with the third power of the distance to the next observations. It
-    does not depend on what was observed. It is infinite with fewer than two observed points, which
-    do not determine the straight line. Differentiable in the arguments as `smoothing_matrix` is.
+    It is the uncertainty of `smoothing_spline` with the same arguments: 0 (up to rounding) at
+    points that it interpolates, growing with the third power of the distance to the next
+    observations. It does not depend on the observations' values. It is infinite with fewer than two
+    observed points, which do not determine a straight line. Differentiable in the arguments as
+    `smoothing_matrix` is.
 
     Raises:
         ValueError: Shapes do not agree.
@@ -220,8 +220,8 @@ def posterior_variance(
     before, after = taken(knots, gap), taken(knots, gap + 1)
     inside, basis = hermite_basis(before, after, places)
     known = variance(found.problem, gap, jnp.stack(basis[:2]), jnp.stack(basis[2:]))
-    # Between two knots of known value and slope, integrated white noise still varies this much, and
-    # beyond the outermost with the distance.
+    # Given value and slope at two knots, integrated white noise has this variance between them, and
+    # beyond the outermost knot one that grows with the distance.
     between = (after - before) * inside * (1 - inside)
     beyond = jnp.maximum(jnp.maximum(knots[0] - places, places - knots[-1]), 0)
     return where(number > 1, known + (between**3 + beyond**3) / 3, jnp.inf)
@@ -239,12 +239,11 @@ def process_variance(
 ) -> Float[Array, ""]:
     """Return the estimate of tau^2 from these observations, over all coordinates of y.
 
-    tau^2 is the roughness of the path. This is the restricted maximum likelihood estimate, the
+    tau^2 is the roughness of the curve. This is the restricted maximum likelihood estimate: the
     minimum of the penalised least squares over mu, with one degree of freedom in each coordinate
-    for each distinct observed point beyond the two that a straight line takes. Differences among
-    coincident observations are left out. It is infinite with two distinct points or fewer.
-    Arguments as for `smoothing_spline`; answers far from another make tau^2, like any scale,
-    uncertain when they are few.
+    for each distinct observed point beyond the two that determine a straight line. Differences
+    among coincident observations are left out. It is infinite with two distinct points or fewer,
+    and uncertain with few. Arguments as for `smoothing_spline`.
     """
     found = fit(t, lambda_, weights=weights, available=available, end_weights=end_weights)
     knots, means = found.knots, found.knots.average(found.observations(y))
@@ -257,9 +256,9 @@ def process_variance(
 
 
 class Fit(eqx.Module):
-    """The spline regression at its points, before it has seen observations; `fit` makes one.
+    """The spline regression at its points, without observations; `fit` makes one.
 
-    `ends` is how the fitted spline ends; variances are those of natural ends.
+    `ends` are those of the fitted spline; variances are those of natural ends.
     """
 
     knots: Knots
@@ -275,20 +274,20 @@ class Fit(eqx.Module):
         first, last = knots.shown[0], knots.shown[-1]
         observed = (knots.weights[1:] > 0) & (slot[1:] > first)
         apart = knots.t[1:] - taken(knots.t, knots.shown[:-1])
-        # Outside these bounds the fit is, to rounding, the interpolating spline and the straight
-        # line.
+        # Outside these bounds the fit equals, up to rounding, the interpolating spline or the
+        # straight line.
         eps = jnp.finfo(knots.t.dtype).eps
         shortest = jnp.min(where(observed, apart, 1))
         span = jnp.sum(where(observed, apart, 0))
         low, high = jax.lax.stop_gradient((eps**2 * shortest**3, (1 + span**3) / eps))
         total = jnp.sum(knots.weights)
-        # `clip` has a derivative that shares what lies on a bound, in a dozen operations more.
+        # `clip` would take a dozen more operations, and halves the derivative on a bound.
         bounded = where(lambda_ < low, low, where(lambda_ > high, high, lambda_))
         bounded = where(lambda_ >= 0, bounded, jnp.nan)
         mu = bounded * where(total > 0, total, 1)
         before, after = end_weights
         slope_weights = mu * (where(slot == first, before, 0) + where(slot == last, after, 0))
-        # At this price a slope is zero, to rounding, and its square is still a number.
+        # With this penalty a slope is zero, up to rounding, and its square is still finite.
         most = jnp.finfo(knots.t.dtype).max ** 0.75
         slope_weights = where(slope_weights > most, most, slope_weights)
         self.problem = Problem(steps(knots.t), knots.weights, slope_weights, mu)
@@ -308,10 +307,10 @@ class Fit(eqx.Module):
         return where(share[:, None] > 0, y, 0).astype(share.dtype)
 
     def shifts(self, columns: Float[Array, "gaps m"]) -> tuple[Float[Array, "knots m"], ...]:
-        """Return values less observations, and slopes, by what each observation is below the last.
+        """Return values minus observations, and slopes, given the differences of observations.
 
-        These are the problem's unknowns, so that data enter as the differences of neighbours, which
-        are exact: a slope that carries the spline over a wide gap is not made of rounded values.
+        `columns` hold each observation minus the next. Such differences are exact, so a slope that
+        determines the spline in a wide gap does not consist of rounded values.
         """
         if self.ends == "natural":
             made = solve(self.problem, Columns(shear=columns))
@@ -372,22 +371,22 @@ def cross_validated(found: Fit, y: Float[Array, "n m"]) -> Fit:
 
         sum_i w_i |y_i - u(t_i)|^2 / (1 - trace A / n)^2,
 
-    where A maps observations to fitted values. It is looked for among 33 values of log lambda, five
-    times, each time between the best one's neighbours. At first only those count from which the
-    score rises on both sides, and the straight line: of two observations that lie close together
-    and agree by chance, the score would take all noise for a signal, and interpolate. The
-    derivative is that of a root of the slope, to any order, and zero where the best is the first or
-    the last. It takes O(n^2) memory.
+    where A maps observations to fitted values. The search has five rounds of 33 values of log
+    lambda, each between the neighbours of the best value so far. The first round considers only
+    local minima and the straight line: if two observations lie close together and agree by chance,
+    the score is also small at interpolation, which takes all noise for a signal. The derivative is
+    that of a root of the slope, to any order, and zero where the best value is the first or the
+    last. It needs O(n^2) memory.
 
     Source: Craven and Wahba 1979, Numerische Mathematik 31; with weights: Green and Silverman 1994,
     section 3.5.3.
     """
     knots, slot = found.knots, jnp.arange(len(found.knots.t))
     means, count = knots.average(y), jnp.sum(knots.share > 0).astype(y.dtype)
-    # Coincident observations differ from their knot's whatever lambda is.
+    # Coincident observations differ from their knot's, whatever the lambda.
     by_point = knots.share * taken(knots.weights, knots.knot)
     apart = jnp.sum(by_point[:, None] * (y - taken(means, knots.knot)) ** 2)
-    # Each knot's value is that of its gap's right end, the first one's of its left end.
+    # Each knot's value is that at its gap's right end; the first knot's, that at its left end.
     gap, later = jnp.maximum(slot - 1, 0), (slot > 0).astype(y.dtype)
     left, right = (jnp.stack([each, jnp.zeros_like(each)]) for each in (1 - later, later))
 
@@ -399,7 +398,7 @@ def cross_validated(found: Fit, y: Float[Array, "n m"]) -> Fit:
         squares = apart + jnp.sum(knots.weights[:, None] * shifts**2)
         trace = jnp.sum(knots.weights * variance(problem, gap, left, right)) / problem.mu
         free = 1 - trace / jnp.maximum(count, 1)
-        sure = free > 1e3 * jnp.finfo(y.dtype).eps  # below, it is all rounding
+        sure = free > 1e3 * jnp.finfo(y.dtype).eps  # below this it is only rounding
         return where(sure, squares / where(sure, free, 1) ** 2, jnp.inf)
 
     observed = knots.weights > 0

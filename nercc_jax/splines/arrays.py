@@ -1,8 +1,8 @@
-"""NumPy or jax.numpy, by the arrays that came: one function for the host and for programs.
+"""NumPy or jax.numpy, by a function's arguments: one function for the host and for programs.
 
-What is known before a program runs is computed on the host, where nothing is compiled; what is
-traced becomes part of the program. Functions that begin with `xp = namespace(...)` are for both.
-`native` is the door that all arrays of users pass.
+Values that are known before a program runs are computed on the host, where nothing is compiled;
+traced ones become part of the program. Functions that begin with `xp = namespace(...)` are for
+both. All arrays of users pass through `native`.
 """
 
 import functools
@@ -21,12 +21,12 @@ def native(tree: PyTree, name: str = "an argument") -> PyTree:
     """Return the tree with NumPy's arrays in the machine's byte order.
 
     JAX 0.10 looks compiled programs up by shape and kind of number, and reads the bytes of a
-    big-endian array (FITS, netCDF) as if they were the machine's. Leaves that are no arrays stay as
-    they are, and so do JAX's arrays.
+    big-endian array (FITS, netCDF) in the machine's order. JAX's arrays, and leaves that are not
+    arrays, are returned unchanged.
 
     Raises:
-        ValueError: An array has masked values, or holds objects, text, times, or numbers that JAX
-            has no type for.
+        ValueError: An array has masked values, or holds objects, text, times, or numbers of a type
+            that JAX does not have.
     """
     leaves, structure = jax.tree.flatten(tree)
     for number, leaf in enumerate(leaves):
@@ -50,13 +50,13 @@ def native(tree: PyTree, name: str = "an argument") -> PyTree:
 
 
 def working_dtype(*dtypes: Any) -> Any:
-    """Return the dtype that holds them all, float32 at least, under strict promotion, too."""
+    """Return the dtype to which all promote, float32 at least, also under strict promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
 def jitted(function: Function, **options: Any) -> Function:
-    """Return `jax.jit(function, **options)`, which is `__wrapped__`, behind `native`."""
+    """Return `jax.jit(function, **options)` on `native` arguments; `__wrapped__` is the former."""
     compiled: Any = jax.jit(function, **options)
 
     @functools.wraps(compiled)
@@ -79,7 +79,7 @@ def constant(value: Any) -> Any:
 def where(condition: Any, yes: Any, no: Any) -> Any:
     """Return `yes` where the condition holds, else `no`.
 
-    `jnp.where` would be a function of the program for each shape, which takes time to compile.
+    `jnp.where` would add a function to the program for each shape, which takes time to compile.
     """
     if namespace(condition, yes, no) is np:
         return np.where(condition, yes, no)
@@ -88,7 +88,7 @@ def where(condition: Any, yes: Any, no: Any) -> Any:
 
     def full(value: Any, dtype: Any) -> Any:
         if jnp.ndim(value) == 0 and not isinstance(value, jax.Array):
-            # No operation of its own, which `jax_debug_nans` would look at.
+            # Without an operation of its own, whose result `jax_debug_nans` would check.
             return np.broadcast_to(np.asarray(value, dtype), shape)
         value = jnp.asarray(value, dtype)
         return value if value.shape == shape else jnp.broadcast_to(value, shape)
@@ -97,9 +97,9 @@ def where(condition: Any, yes: Any, no: Any) -> Any:
 
 
 def taken(array: Any, index: Any, axis: int = 0) -> Any:
-    """Return the entries at indices along an axis that are in range, none of them negative.
+    """Return the entries at these indices along an axis; they must be in range and not negative.
 
-    `array[index]` would have three operations more, which take time to compile.
+    `array[index]` would have three more operations, which take time to compile.
     """
     place = (slice(None),) * axis + (index,)
     if namespace(array, index) is np:
@@ -109,7 +109,7 @@ def taken(array: Any, index: Any, axis: int = 0) -> Any:
 
 
 def product(a: Any, b: Any) -> Any:
-    """Return a @ b at full precision: TPUs and GPUs would round the factors."""
+    """Return a @ b at full precision: by default, TPUs and GPUs round the factors."""
     if namespace(a, b) is np:
         return a @ b
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
