@@ -1,4 +1,4 @@
-"""Encode, model, decode: on one device, on a mesh, among liars; and orders of data points."""
+"""Coded inference on one device, on a mesh, with adversaries; and orders of data points."""
 
 from ._coded import coded_inference
 from ._robust import robust_decode

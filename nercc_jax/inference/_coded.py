@@ -54,47 +54,49 @@ def coded_inference(
     available, a mask (N,) for all groups or one for each (groups, N). Predictions have x's axes;
     they are NaN where nothing can be recovered: in a group with a data point that is not finite, or
     where no worker is available. Data points and answers may be pytrees of arrays, each leaf with
-    these axes. What all data points share, such as a flag, is a further argument of the model.
+    these axes. Values that all data points share, such as a flag, are further arguments of the
+    model.
 
-    Behind a **scheme** (`nercc_jax.Scheme`), x is (points, ...), any number of whole groups in any
-    order; masks are of groups as they are sent.
+    With a **scheme** (`nercc_jax.Scheme`), x is (points, ...), any number of whole groups in any
+    order; masks are those of the groups as they are sent.
 
-    One compilation serves every straggler set; groups with sets of their own take another one, and
+    One compilation serves every straggler set. Groups with different sets need a second one, and
     more than a few different sets in a call a third. The encoder's matrix is made once, on the
     host's CPU, and so is the decoder's for each mask that is given outside jit, unless a call has
-    many: the last thousands are kept. Then the programs are encode and model, and one product, and
-    the call waits for its result to see whether the product is enough. It composes with jit, grad,
-    vmap, with a mesh, too; `jax.jit(infer).lower(x, available)` compiles ahead of time.
+    many; thousands of the latest are cached. Then two programs run, encoder with model, and one
+    product, and the call waits for the product to check that it is accurate. The function composes
+    with jit, grad and vmap, also on a mesh; `jax.jit(infer).lower(x, available)` compiles ahead of
+    time.
 
     Args:
         model: Any callable on a batch. One that JAX cannot trace, since it works on NumPy arrays
             or looks at values, runs on the host (`jax.pure_callback`) and has no derivative; it is
-            called once more, on one data point of zeros, for the shape of its output. If it is a
+            also called once on one data point of zeros, for the shape of its output. If it is a
             pytree (an Equinox or NNX module, a `jax.tree_util.Partial`), its arrays are arguments
             of the program, not constants in it. `args` are passed on to it: `model(batch, *args)`.
-            A code whose workers run further models takes all of them, (served, further...).
+            If a code's workers run several models, give all of them, (served, further...).
         code: A code or a scheme (`nercc_jax.Scheme`).
         with_status: Whether to return `Decoded`, with the workers that were used and the
-            predictions that were recovered; for a scheme, which may be a code and nothing else,
-            with deviations, how far each prediction may be off, and error probability.
-        grouped: Whether x has an axis of groups. Default: by its axes.
+            predictions that were recovered; for a scheme, also with each prediction's deviation and
+            error probability.
+        grouped: Whether x has an axis of groups. Default: as its shape says.
         mesh: Spread the coded data points over an axis of this mesh, any N on any number of
-            devices; predictions come back on all of them. Arrays of the model and of the code are
-            placed once, here: those that lie on just this mesh's devices keep their sharding,
-            others are replicated; `args` are placed likewise, on each call. Several processes
-            (`jax.distributed`) all call with the same x and mask.
-        axis: The name of that axis, of Explicit or Auto type. Default: `workers`, or the only one
-            there is.
-        worker_dtype: A dtype such as "bfloat16" or "float16" that workers run in: coded data points
-            are cast to it, and so are `args` and, once, here, the arrays of the model, as far as
-            `cast_model` reaches them; answers are decoded in float32. It costs some RelAcc, which
-            `evaluate` measures. Encoder, decoder and a scheme's parts stay as they are; what is
+            devices; all devices hold the predictions. Arrays of the model and of the code are
+            placed once, here: those that lie on exactly this mesh's devices keep their sharding,
+            others are replicated; `args` are placed likewise, in each call. All processes
+            (`jax.distributed`) must call with the same x and mask.
+        axis: The name of that axis, of Explicit or Auto type. Default: `workers`, or the only
+            axis.
+        worker_dtype: The dtype of the workers, such as "bfloat16" or "float16": coded data points
+            and `args` are cast to it in each call, the arrays of the model once, here, as far as
+            `cast_model` reaches them; answers are decoded in float32. It changes some labels, as
+            `evaluate` measures. Encoder, decoder and a scheme's parts are not cast. A part that was
             calibrated at another precision, or on another platform, warns (`CalibrationWarning`).
 
     Raises:
-        ValueError: Shapes or dtypes do not fit, before anything runs; the model is in training
-            mode, or cannot be cast; the mesh lacks the axis; or, behind a scheme, outside jit, data
-            points are not finite.
+        ValueError: Shapes or dtypes do not fit (before anything runs); the model is in training
+            mode, or cannot be cast; the mesh lacks the axis; or, with a scheme and outside jit,
+            data points are not finite.
     """
     check_model(model)
     workers: Any = cast_model(model, worker_dtype)
@@ -111,7 +113,7 @@ def coded_inference(
         workers = place(workers, code, plain, mesh, axis)
 
     def infer(x: PyTree, available: ArrayLike, *args: Any) -> Any:
-        """Return the predictions, or all that is known of them `with_status`."""
+        """Return the predictions, or with `with_status` their `Decoded`."""
         x, masks, many = as_groups(plain, x, available, grouped, in_a_row=scheme)
         if scheme:
             check_finite(points_of(x), 1)
@@ -123,14 +125,14 @@ def coded_inference(
                 return _run(workers, code, x, masks, args, known, one)
             here = known if scheme else CachedMatrices(decoders=known.decoders)
             inputs = workers.inputs(x, masks, args, here)
-            # The context's mesh must be that of the arrays, where the context is ours to set.
+            # The context's mesh must be that of the arrays, unless a caller's trace has set one.
             ours = not any_tracer(workers, inputs)
             with jax.set_mesh(workers.mesh) if ours else contextlib.nullcontext():
                 return _run(workers, workers.coder, *inputs, one)
 
         if not scheme and not isinstance(workers, Placed):
             y = answer_groups(workers, plain, x, args, known.encoder, one)
-            # A program makes the decoders of many straggler sets all at once.
+            # A program makes the decoders of many straggler sets at once.
             decode = compiled_decode if known.decoders is None else decode_groups
             mask = masks[0] if one else masks
             result: Any = decode(plain, y, mask, known.decoders, one=one)
@@ -179,16 +181,16 @@ def as_groups(
     *,
     in_a_row: bool = False,
 ) -> tuple[PyTree, Any, bool]:
-    """Return data points as groups (groups, K, ...), a mask for each, and whether they came so.
+    """Return data points as groups (groups, K, ...), a mask for each, and whether x had groups.
 
-    What is not on a device stays where it is.
+    Arrays that are not on a device stay on the host.
 
     Args:
         code: The code.
         x: A pytree of arrays (K, ...) or (groups, K, ...).
-        available: A mask (N,) for all groups, or one for each. None where there is none yet.
-        grouped: Whether x has the axis of groups. Default: by the axes, of x or of the masks.
-        in_a_row: Whether x without that axis is the data points of many groups, (points, ...).
+        available: A mask (N,) for all groups, or one for each; None if there is none yet.
+        grouped: Whether x has the axis of groups. Default: as the shapes of x or masks say.
+        in_a_row: Whether x without that axis holds the data points of many groups, (points, ...).
 
     Raises:
         ValueError: Shapes or dtypes do not fit, or there is no group.

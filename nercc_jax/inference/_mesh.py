@@ -1,8 +1,7 @@
 """The workers of coded inference as one SPMD program over a mesh of devices.
 
-Workers are the places of work on one axis of the mesh. Devices take equally many: with N = 20
-on 8 devices each has 3 slots, and the slots left over repeat workers, whose second answer nobody
-needs.
+Workers are slots along one axis of the mesh. Every device has the same number of slots: with N = 20
+on 8 devices each has 3, and the slots left over repeat workers, whose second answers are unused.
 """
 
 import dataclasses
@@ -32,17 +31,17 @@ _REPLICATED = PartitionSpec()
 class Placed:
     """Models and a code whose arrays lie on a mesh; `place` makes one.
 
-    No Equinox module: those warn of fields like `jax.vmap(model)`.
+    It is not an Equinox module, since those warn of fields like `jax.vmap(model)`.
 
     Attributes:
         model: The models.
         coder: The code, or a scheme with its code.
-        encoder: The encoder's matrix, a row a slot.
+        encoder: The encoder's matrix, with a row for each slot.
         mesh: The mesh, with automatic axes: models need not know that they are sharded.
-        axis: The axis that workers are spread over.
+        axis: The axis over which workers are spread.
         worker: The worker of each slot of all devices, device after device.
-        kinds: The model of each slot of one device, the same on all: an SPMD program runs the same
-            models everywhere, so the workers of each kind are spread over all devices.
+        kinds: The model of each slot of a device, the same on all devices: an SPMD program runs the
+            same models everywhere, so the workers of each kind are spread over all devices.
     """
 
     model: Any
@@ -54,7 +53,7 @@ class Placed:
     kinds: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def by(self, dimension: int) -> PartitionSpec:
-        """Return the sharding of arrays with this dimension spread over the workers' axis."""
+        """Return the sharding of arrays whose given dimension is spread over the workers' axis."""
         return PartitionSpec(*(None,) * dimension, self.axis)
 
     def inputs(
@@ -73,8 +72,8 @@ class Placed:
     ) -> PyTree[Float[Array, "groups slots ..."]]:
         """Return the answers of all slots, on their devices, to groups of data points.
 
-        Each device has all data points, and encodes for its own workers. `encoders` are the groups'
-        own.
+        Each device has all data points, and encodes for its own workers. `encoders` are matrices
+        for the groups, if they differ.
         """
         kinds = np.array(self.kinds)
         arrays, static = eqx.partition((self.model, args), eqx.is_array)
@@ -117,15 +116,15 @@ class Placed:
     ) -> Decoded:
         """Return predictions of groups, on all devices, from the answers of all slots.
 
-        Decoding is shared as well: gathering all N answers on each device and decoding them
-        everywhere moves N m numbers to each, exchanging shares and gathering predictions
-        (N + K) m / D + K m. Eight CPU devices on two cores, N = 20, K = 8, in ms, gathered / by
-        coordinate / by group: 1 group of 10 coordinates 2.1 / 2.7 / 3.0; 64 of 10 7.6 / 7.4 / 4.1;
-        64 of 1,000 144 / 25 / 10; 1 of 150,528 158 / 23 / 190. By group, the decoder's matrices are
-        shared too, and it needs a group a device. By coordinate there are fewer groups than
-        devices, and each device makes the matrices of traced masks for itself: one device would
-        take as long while others wait, and then have to send them. (Those of known masks are made
-        once, on the host: `given`.)
+        D devices share the decoding. To gather all N answers on each device and decode them there
+        would move N m numbers to each; to exchange shares and gather predictions moves
+        (N + K) m / D + K m. On eight CPU devices on two cores, N = 20, K = 8, in ms, gathered /
+        shared by coordinate / shared by group: 1 group of 10 coordinates 2.1 / 2.7 / 3.0; 64 of 10
+        7.6 / 7.4 / 4.1; 64 of 1,000 144 / 25 / 10; 1 of 150,528 158 / 23 / 190. Sharing by group
+        shares the decoder's matrices, too, and needs a group for each device. With fewer groups
+        decoding is shared by coordinate, and each device makes the matrices of traced masks for
+        itself: if one device made them, the others would wait as long, and then receive them.
+        (The matrices of known masks are made once, on the host: `given`.)
         """
         arrays, static = eqx.partition(self.coder, eqx.is_array)
         first = np.unique(self.worker, return_index=True)[1]
@@ -136,7 +135,8 @@ class Placed:
 
         def of_device(arrays, flat, available, given):
             if not by_group:
-                # What is broken in one coordinate is so in all: no device sees those of the others.
+                # A value that is not finite spoils its answer's other coordinates, which lie on
+                # other devices.
                 finite = jnp.all(jnp.isfinite(flat), axis=-1)
                 flat = jnp.where(finite[..., None], flat, jnp.nan)
             flat = jax.lax.all_to_all(flat, self.axis, split_axis=shared, concat_axis=1, tiled=True)
@@ -159,15 +159,15 @@ class Placed:
         return Decoded(predictions, responded[:groups], recovered[:groups])
 
     def _on_each_device(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
-        """Manual over the workers' axis; other axes of the mesh remain the compiler's."""
+        """Return it mapped over the workers' axis; the compiler keeps the mesh's other axes."""
         return jax.shard_map(
             function,
             mesh=self.mesh,
             in_specs=inputs,
             out_specs=outputs,
             axis_names={self.axis},
-            # The check refuses what models and decoders may hold: scans that start from constants,
-            # `eqx.error_if`.
+            # The check refuses scans that start from constants and `eqx.error_if`, which models and
+            # decoders may contain.
             check_vma=False,
         )
 
@@ -181,8 +181,8 @@ def place(
 ) -> Placed:
     """Put the arrays of models and of a code or scheme on the mesh, to spread workers over an axis.
 
-    Arrays that lie on exactly its devices keep their sharding; others are replicated. Without an
-    `axis` it is the one named `workers`, or the only one.
+    Arrays that lie on exactly the mesh's devices keep their sharding; others are replicated. By
+    default the axis is the one named `workers`, or the only one.
 
     Raises:
         ValueError: The mesh has no such axis.
@@ -196,7 +196,7 @@ def place(
         )
     mesh = Mesh(mesh.devices, mesh.axis_names)  # with automatic axes, of whatever type they were
 
-    # Workers in order, those of each kind by themselves; slots left over repeat the first ones.
+    # Workers in order, kind by kind; slots left over repeat the first workers.
     models, devices = code.worker_models, mesh.shape[axis]
     of_device, kinds = [], []
     for kind in range(int(models.max()) + 1):
@@ -211,7 +211,7 @@ def place(
 
 
 def put(value: ArrayLike, sharding: Sharding) -> Array:
-    """Return the array on devices of all processes, which all call this with the same value."""
+    """Return the array on the devices of all processes; all must call this with the same value."""
     if isinstance(value, Tracer):
         return value
     everywhere = isinstance(value, jax.Array) and not value.is_fully_addressable

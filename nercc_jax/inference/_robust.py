@@ -1,4 +1,4 @@
-"""Decoding when some workers lie: answers that do not fit are found out, and left out."""
+"""Decoding with adversaries: answers that do not fit the others are detected and left out."""
 
 import equinox as eqx
 import jax
@@ -25,25 +25,25 @@ def robust_decode(
 ) -> tuple[Decoded, Bool[Array, "*groups num_workers"]]:
     """Decode one group where up to `max_adversaries` of the workers may answer anything.
 
-    The answers that fit their neighbours least are left out (`find_adversaries`), and the others
-    are decoded as the code does: without adversaries it is the plain decoding unless an honest
-    answer is found guilty. The published decoder averages lies with their neighbours instead: it is
-    the code with a lambda_dec of 4e-6 (A / n)^(8/5) or its own, if that is larger, for A lies among
-    n answers. That has a proven rate, and errs more by far where the path is rough, as for images
-    in any order (docs/adversaries.md).
+    The answers that fit their neighbours least are left out (`find_adversaries`), and the code
+    decodes the others: without adversaries the result is that of plain decoding, unless an honest
+    answer is suspected. The published decoder averages lies with their neighbours instead: it is
+    the code with a lambda_dec of 4e-6 (A / n)^(8/5), or its own if that is larger, for A lies among
+    n answers. Its rate is proven, but its error is far larger where the curve is rough, as for
+    images in any order (docs/adversaries.md).
 
-    Groups that the same workers answered judge them better together: put them into a trailing axis,
-    y (N, groups, ...), for predictions (K, groups, ...). Else `jax.vmap` over groups. There is one
-    compilation for every mask; predictions are differentiable in y. An answer that is not finite
-    makes its worker a straggler, as in `try_decode`, whose status is returned.
+    Workers are judged better by several groups that they answered: put groups into a trailing axis,
+    y (N, groups, ...), for predictions (K, groups, ...). Otherwise use `jax.vmap` over groups. One
+    compilation serves every mask; predictions are differentiable in y. A worker whose answer is not
+    finite counts as a straggler, as in `try_decode`, whose status is returned.
 
     Args:
         code: A regression code.
         y: The answers of N workers, or a pytree of arrays, judged together.
         available: Which workers answered.
-        max_adversaries: The most workers that may lie, a minority of N; an array to have one
-            compilation for any number, which is then not checked.
-        threshold: How many times worse than the median answer one must fit to be left out.
+        max_adversaries: The most workers that may lie, a minority of N. If it is an array, one
+            compilation serves any number, and it is not checked.
+        threshold: An answer is left out if its misfit exceeds the median misfit by this factor.
             Default: 4 + 6 / sqrt(m) for m outputs.
 
     Returns:
@@ -51,12 +51,12 @@ def robust_decode(
         workers, whose finite answers came in time and were left out.
 
     Raises:
-        ValueError: The code is no regression, or `max_adversaries` is negative or no minority of
+        ValueError: The code is not NeRCC, or `max_adversaries` is negative or not a minority of
             N; and as `try_decode`.
 
     Source: Moradi, Akbarinodehi and Maddah-Ali, arXiv 2502.08058: the rate of lambda_dec, from
-    lambda^(3/4) = A^2 / (n^2 lambda^(1/2)), where smoothing and lies add as much to the squared
-    error; then it falls as (A / n)^(6/5).
+    lambda^(3/4) = A^2 / (n^2 lambda^(1/2)), where smoothing and lies add equally to the squared
+    error, which then falls as (A / n)^(6/5).
     """
     if not isinstance(code, NeRCC):
         raise ValueError(
@@ -92,16 +92,16 @@ def _robust_decode(
     flat = jnp.where(answered[:, None], flat, 0)
 
     # Answers are judged by a spline that smooths over half of the workers' gap, pi / n radians
-    # for n Chebyshev points. Measured on LeNet5's logits and RepVGG's probabilities at
-    # (100, 20): a wider one takes the path's own bends for noise and lets lies pass, a narrower
-    # one finds honest answers guilty beside liars. Where points repeat, copies should vote and
-    # not neighbours: it narrows with the third power of the share of distinct points.
+    # for n Chebyshev points. On LeNet5's logits and RepVGG's probabilities at (100, 20), a
+    # wider one takes the curve's own bends for noise and lets lies pass, and a narrower one
+    # suspects honest answers next to lies. Where points repeat, copies should vote instead of
+    # neighbours: the width falls with the third power of the share of distinct points.
     number = jnp.maximum(jnp.sum(answered), 1)
     distinct = gather_knots(code.beta, answered.astype(code.beta.dtype)).number / number
     length = 0.5 * jnp.pi / number * distinct**3
     if threshold is None:
-        # What honest misfits scatter by, in units of the median one: more with few outputs to
-        # take the norm of. Measured as above, for 10 outputs and for 250.
+        # The scatter of honest misfits, in units of the median one: it is larger for norms of
+        # few outputs. Measured on the same models, for 10 outputs and for 250.
         threshold = jnp.asarray(4 + 6 / max(flat.shape[1], 1) ** 0.5)
     dtype = working_dtype(flat.dtype, code.beta.dtype)
     responded = answered & ~find_adversaries(
@@ -132,22 +132,23 @@ def find_adversaries(
 
     The misfit of an observation is its distance from the spline through all others, in units of its
     expected size: |y_i - g_i| / sqrt(1 - S_ii) with the fit g = S y, the norm over all m
-    coordinates; for one that is left out it is |y_j - g_j| / sqrt(1 + V_jj), with V_jj sigma^2 the
-    posterior variance of g_j. (For the process that the spline is the posterior mean of, all have
-    the same law.)
+    coordinates. For one that is left out it is |y_j - g_j| / sqrt(1 + V_jj), with V_jj sigma^2 the
+    posterior variance of g_j. (For the process whose posterior mean is the spline, all misfits have
+    the same distribution.)
 
-    First A = `max_adversaries` of them are left out, in two ways, of which the one counts whose fit
-    of the others has less energy (their penalised squares):
+    First A = `max_adversaries` observations are left out, in two ways. The way is chosen whose fit
+    of the remaining ones has less energy (penalised squares):
 
-    - The worst is left out, A times, so that no lie is left to hide others, to make honest
-      neighbours look bad, or to make large misfits usual.
+    - The worst is left out, A times, so that no lie is left that could hide others, make honest
+      neighbours look bad, or make large misfits usual.
     - Those are left out that are farthest from the A-th nearest answer among their 2A neighbours on
-      the line: an honest one has A honest neighbours there at least, and a liar fewer than A that
-      lie as it does. So it finds neighbours who agree on one lie, which the first way may believe.
+      the line. An honest answer has at least A honest neighbours there, and a liar fewer than A
+      that tell the same lie. So this way finds neighbours that agree on a lie, which the first way
+      may believe.
 
-    Then they come back, the least bad first, as long as they are within `threshold` times the
-    median of those that stayed. Never are so many left out that they are half of the available, or
-    leave fewer than four.
+    Then they are taken back, the least bad first, as long as their misfit is within `threshold`
+    times the median of the others. Fewer than half of the available ones are left out, and at least
+    four are kept.
     """
     fit = smoothing_matrix(points, points, lambda_, available=available)
     covariance = jnp.where(available[:, None], fit, 0)
@@ -155,8 +156,8 @@ def find_adversaries(
     number = jnp.sum(available)
     most = jnp.minimum((number - 1) // 2, number - 4)
 
-    # Misfits below this part of the largest number accuse nobody: copies differ by rounding, and
-    # where copies fix the spline nearly all misfits are nearly zero, so that any would stand out.
+    # Misfits below this share of the largest number raise no suspicion: copies differ by rounding,
+    # and where copies determine the spline nearly all misfits are nearly zero.
     negligible = 1e-3
 
     # Each answer's distance from the A-th nearest among its 2A neighbours on the line.
@@ -215,8 +216,8 @@ def _in_units(
     y: Float[Array, "n m"], kept: Bool[Array, " n"]
 ) -> tuple[Float[Array, "n m"], Float[Array, ""]]:
     """Return the kept answers in units of their largest number, zeros for others, and that unit."""
-    # Squares of a lie's 1e30 would overflow, and hide who it was. Not divided by the largest number
-    # there is: its reciprocal, which XLA multiplies with, is zero.
+    # The square of a lie of 1e30 would overflow, and hide which worker lied. The unit is less than
+    # the largest float: XLA multiplies with its reciprocal, which would be zero.
     largest = jnp.max(jnp.abs(y), where=kept[:, None], initial=0)
     unit = jnp.where(largest > 0, jnp.minimum(largest, jnp.finfo(y.dtype).max / 8), 1)
     return jnp.where(kept[:, None], y, 0) / unit, unit

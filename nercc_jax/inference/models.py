@@ -1,7 +1,7 @@
-"""Models: callables on a batch, in which mode, at which precision and on what they run.
+"""Models: callables on a batch; checks of their mode, precision and platform.
 
-How often a label is wrong depends on how the workers round: what was calibrated on float32 answers
-promises too much of bfloat16 ones, and a GPU or TPU rounds the products of a float32 model, too.
+How often a label is wrong depends on how the workers round: a calibration on float32 answers
+promises too much for bfloat16 ones, and GPUs and TPUs round the products of a float32 model, too.
 """
 
 import dataclasses
@@ -26,15 +26,15 @@ Model: TypeAlias = Callable[..., Array]
 
 
 def check_model(model: Model | Sequence[Model]) -> None:
-    """Refuse a model, or several, that holds an Equinox or Flax NNX layer in training mode.
+    """Refuse a model, or several, with an Equinox or Flax NNX layer in training mode.
 
     Dropout would draw at random, and batch norm would mix the data points of a batch. Layers are
-    looked for in modules, what those hold, and the functions around them (partial ones, bound
-    methods, what JAX's transformations make); not in closures.
+    searched in modules, their fields, and the functions around them (partial functions, bound
+    methods, the results of JAX's transformations); not in closures.
 
     Raises:
-        ValueError: What came is no callable on a batch, nor several; or a layer is in training
-            mode. The message names it, and says how to put the model into evaluation mode.
+        ValueError: The argument is not a callable or several, or a layer is in training mode. The
+            message names it, and says how to put the model into evaluation mode.
     """
     models = model if isinstance(model, Sequence) and not callable(model) else (model,)
     if not models or not all(map(callable, models)):
@@ -61,16 +61,16 @@ def check_model(model: Model | Sequence[Model]) -> None:
 def modules_of(
     node: Any, name: str = "", seen: dict[int, Any] | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """Yield all modules that a model holds, with their names in it; where, see `check_model`.
+    """Yield all modules in a model with their names; `check_model` says where they are searched.
 
-    Of a node of a model by this `name`; `seen` are nodes by their id.
+    `node` is the part of the model with this `name`; `seen` holds visited nodes by their id.
     """
     seen = {} if seen is None else seen
     if id(node) in seen:
         return
     seen[id(node)] = node  # alive, so that no other gets its id
     children: dict[str, Any] = {}
-    # Whoever has a module of Flax has imported it, which takes most of a second.
+    # A model with a module of Flax has imported it; importing it here would take most of a second.
     nnx = sys.modules.get("flax.nnx")
     if isinstance(node, eqx.Module) or (nnx is not None and isinstance(node, nnx.Module)):
         yield name, node
@@ -94,7 +94,7 @@ def modules_of(
 class CastModel:
     """A model whose float arrays are cast already; `cast_model` makes one.
 
-    No Equinox module: those warn of fields like `jax.vmap(model)`.
+    It is not an Equinox module, since those warn of fields like `jax.vmap(model)`.
     """
 
     func: Any
@@ -108,19 +108,19 @@ class CastModel:
 def cast_model(model: Model | Sequence[Model], dtype: DTypeLike | None) -> Any:
     """Return the model, or each of several, as workers run it in `dtype`.
 
-    It casts a batch's floats to `dtype`, and the answers to float32, in which they are decoded.
-    Parts that are no floats stay. The model's own float arrays are cast, too, or JAX would promote
-    all products with them to float32: those of Equinox and Flax NNX modules, of other pytrees, of
-    `functools.partial` and bound methods of such, once, here; those in further arguments,
-    `model(batch, *args)`, in each call. **Out of reach** are arrays that a function closes over
-    (give them as arguments, or a module) and those of classes that are no pytree; and a layer with
-    a dtype of its own (`nnx.Linear(dtype=jnp.float32)`) computes in that. There the inputs are
-    rounded, and nothing is gained. Casts are differentiable.
+    The returned model casts a batch's floats to `dtype`, and answers to float32, in which they are
+    decoded. Other dtypes are not cast. The model's own float arrays are cast, too, since JAX would
+    promote all products with them to float32: once, here, those of Equinox and Flax NNX modules, of
+    other pytrees, and of `functools.partial` and bound methods of these; in each call, those in
+    further arguments, `model(batch, *args)`. **Not cast** are arrays that a function closes over
+    (give them as arguments, or give a module) and arrays of classes that are not pytrees; and a
+    layer with a dtype of its own (`nnx.Linear(dtype=jnp.float32)`) computes in that. There the
+    inputs are rounded, and nothing is gained. Casts are differentiable.
 
     The cost is one rounding of inputs, weights and every layer's result: 2^-9 of the value in
-    bfloat16, 2^-12 in float16, where a number larger than 65,504 is infinite, and so makes a
-    straggler of its worker. The gain is half the bytes to send and to keep, and on accelerators
-    faster products; CPUs are slower. `evaluate` measures the cost in labels.
+    bfloat16, 2^-12 in float16, where a number above 65,504 is infinite, and its worker counts as a
+    straggler. The gain is half the bytes to send and to store, and faster products on accelerators;
+    CPUs are slower. `evaluate` measures the cost in labels.
 
     >>> import equinox as eqx, jax, jax.numpy as jnp
     >>> linear = eqx.nn.Linear(2, 3, key=jax.random.key(0))
@@ -156,10 +156,10 @@ def cast_model(model: Model | Sequence[Model], dtype: DTypeLike | None) -> Any:
 
 
 def check_worker_dtype(dtype: DTypeLike | None) -> str | None:
-    """Return the name of a dtype that workers may run in, None for None.
+    """Return the name of a dtype in which workers may run, None for None.
 
     Raises:
-        ValueError: It is any other.
+        ValueError: Workers cannot run in this dtype.
     """
     if dtype is None:
         return None
@@ -179,7 +179,7 @@ def check_worker_dtype(dtype: DTypeLike | None) -> str | None:
 def cast_floats(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
     """Return the tree with its float arrays in `dtype`, on the host or device where they are.
 
-    `functools.partial` and bound methods in it are made again of what they hold.
+    This includes the arrays in `functools.partial` and bound methods.
     """
     if dtype is None:
         return tree
@@ -198,7 +198,7 @@ def cast_floats(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
 
 
 class CalibrationWarning(UserWarning):
-    """A calibrated object is used under other conditions than it was calibrated under.
+    """The warning that a calibrated object is used under other conditions than it was fitted for.
 
     ```python
     import warnings
@@ -211,10 +211,10 @@ class CalibrationWarning(UserWarning):
 
 
 def current_conditions(worker_dtype: DTypeLike | None = None, platform: str | None = None) -> str:
-    """Return the conditions of workers that run here and now, in words.
+    """Return the conditions under which workers run in this process, in words.
 
-    They are the workers' dtype (else JAX's working precision; what a model makes of that by itself
-    is the model's), JAX's name for the kind of device (its default device's unless given), and
+    They are the workers' dtype (by default JAX's working precision; casts within a model are not
+    seen), JAX's name for the platform (by default that of the default device), and
     `jax.default_matmul_precision`.
 
     Example:
@@ -237,9 +237,9 @@ def matmul_precision() -> str | None:
 
 
 def check_conditions(used: str, *calibrated: Any) -> None:
-    """Warn of what was calibrated under other `conditions`: `CalibrationWarning`.
+    """Warn (`CalibrationWarning`) of objects that were calibrated under other conditions.
 
-    They are empty where they are unknown. What is None was not calibrated.
+    Unknown conditions are empty and match all. None stands for a missing object.
     """
     for each in calibrated:
         if each is not None and used and each.conditions not in ("", used):

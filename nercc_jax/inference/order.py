@@ -1,4 +1,4 @@
-"""Orders of data points: short paths through them, so that a code's neighbours are alike.
+"""Orders of data points: short paths through them, so that neighbours in a code are similar.
 
 The splines run through the data points in their order, so the order decides how rough they are.
 """
@@ -31,31 +31,30 @@ def order_points(
 
     Within each buffer of consecutive data points a short path is found and cut into groups:
     `x[order].reshape(-1, K, ...)`. The larger the buffer, the more similar are the data points of a
-    group; a buffer of K orders within the groups as they came. Points that are near in features
-    should have similar predictions: the model's own outputs would be best, and pixels do for a
-    shallow model only. One compilation serves all x of one shape, if `features` is one and the same
-    function.
+    group; a buffer of K keeps groups and orders each. Points that are near in features should have
+    similar predictions: the model's own outputs would be best, and pixels are good only for a
+    shallow model. One compilation serves all x of one shape if `features` is the same function.
 
-    The length of a path is the sum of Euclidean distances between neighbours; it is open, and equal
-    rows are neighbours. It starts at the row farthest from the mean and goes on to the nearest row
-    not yet visited; then 2-opt reverses stretches of it, beginning at the longest steps, until each
-    step has been tried, or 2n were. It takes O(n^2) time and memory on the host's CPU: 1,024 rows
-    of 128 features about 20 ms on two cores. Inside jit, the search is part of the program, which
-    suits no accelerator, and data points that are not finite come last in their buffer.
+    The length of a path is the sum of Euclidean distances between neighbours; the path is open, and
+    equal rows are neighbours. It starts at the row farthest from the mean and continues to the
+    nearest row not yet visited. Then 2-opt reverses stretches of it, starting at the longest steps,
+    until each step has been tried, or 2n trials were made. It takes O(n^2) time and memory on the
+    host's CPU: about 20 ms for 1,024 rows of 128 features on two cores. Inside jit, the search is
+    part of the program, which is slow on accelerators, and data points that are not finite come
+    last in their buffer.
 
     Args:
         x: Data points, or a pytree of such arrays.
         num_data: K.
-        features: What distances are taken of: an array (points, ...), or a function of x that makes
-            one, and is jitted as models are (first layers, a small student). Default:
+        features: The vectors whose distances count: an array (points, ...), or a function of x that
+            returns one and is jitted as models are (first layers, a small student). Default:
             `random_projection` of x.
-        buffer_size: Data points in a buffer, of which the multiple of K below counts. The last
-            buffer is as short as it must be; data points that fill no group are the end of its
-            path.
+        buffer_size: Data points in a buffer, rounded down to a multiple of K. The last buffer may
+            be shorter; data points that fill no group are the end of its path.
 
     Raises:
-        ValueError: Counts are out of range, a buffer holds no group, features are not one row for
-            each data point, or, outside jit, features are not finite.
+        ValueError: Counts are out of range, a buffer holds no group, features do not have one row
+            for each data point, or, outside jit, features are not finite.
 
     Source: nearest neighbour and 2-opt are those of the travelling salesman (Croes 1958).
     """
@@ -93,14 +92,14 @@ def order_points(
 def random_projection(x: PyTree, size: int = 128) -> Float[Array, "points features"]:
     """Return features without a model: sums of x's numbers with random signs.
 
-    Every `size`-th number is in the same sum. Distances are kept in the mean over signs, up to
-    about sqrt(2 / size) of themselves each. The signs are always the same; x with no more than
-    `size` numbers for each data point is its own projection.
+    Every `size`-th number is in the same sum. Squared distances are kept in the mean over signs,
+    each with a relative deviation of about sqrt(2 / size). The signs are always the same; x with no
+    more than `size` numbers for each data point is its own projection.
 
     Source: the count sketch (Charikar, Chen and Farach-Colton 2002), with regular buckets.
     """
     leaves = jax.tree.leaves(x)
-    # Token ids beside say nothing by their size; bytes of an image by themselves do.
+    # The size of token ids means nothing; that of an image's bytes does, if there are no floats.
     leaves = [leaf for leaf in leaves if is_float(leaf)] or leaves
     flat, _ = join([leaf.astype(working_dtype(leaf.dtype)) for leaf in leaves], 1)
     points, number = flat.shape
@@ -140,8 +139,8 @@ def _search(
     largest = jnp.max(jnp.abs(rows), axis=(1, 2), keepdims=True, initial=0)
     rows = rows / jnp.where(largest > 0, largest, 1)  # sums and squares must not overflow
     rows = jnp.where(finite[..., None], rows - jnp.mean(rows, axis=1, keepdims=True), 0)
-    # Small buffers are searched together. A loop over several ends when the last of them is done,
-    # and keeps what the others had.
+    # Small buffers are searched together. A loop over several ends when the last one is done, and
+    # keeps the results of the others.
     together = min(1024 // rows.shape[1], len(rows))
     order = jax.lax.map(_path, rows, batch_size=together if together > 1 else None)
     broken = jnp.take_along_axis(~finite, order, axis=1)
@@ -150,7 +149,7 @@ def _search(
 
 
 def _path(rows: Float[Array, "n d"]) -> Int[Array, " n"]:
-    """Start far from the mean, go on to the nearest row, and improve the path by 2-opt."""
+    """Return a path that visits the nearest row each time, improved by 2-opt."""
     n = len(rows)
     gram = jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
     square = jnp.diagonal(gram)
@@ -164,12 +163,12 @@ def _path(rows: Float[Array, "n d"]) -> Int[Array, " n"]:
     start = _place_of_least(-jnp.sum(rows**2, axis=1)), jnp.zeros_like(distances[0])
     order = jax.lax.scan(go_on, start, length=n)[1]
 
-    # 2-opt: reverse stretches of the path while that makes it shorter. The path is closed by a row
-    # at distance 0 from all, before its first and after its last row, so that its ends are no
-    # exception. Step e leads from place e to e + 1. Reversing places i+1..j replaces the steps i
-    # and j by those between p_i and p_j, and p_(i+1) and p_(j+1). One trial takes the longest step
-    # i that is `untried`, new or not yet looked at, with its best partner j. Shorter steps have
-    # less to give, so the path is good long before the last trial.
+    # 2-opt: reverse stretches of the path while that makes it shorter. A row at distance 0 from all
+    # stands before the first and after the last row, so that ends are not an exception. Step e
+    # leads from place e to e + 1. Reversing places i+1..j replaces the steps i and j by those
+    # between p_i and p_j, and p_(i+1) and p_(j+1). One trial takes the longest step i that is
+    # `untried`, that is, new or not yet looked at, with its best partner j. Shorter steps can save
+    # less, so the path is good long before the last trial.
     distances = jnp.pad(distances, ((0, 1), (0, 1)))
     path = jnp.pad(order, 1, constant_values=n)
     place, step = jnp.arange(n + 2), jnp.arange(n + 1)
