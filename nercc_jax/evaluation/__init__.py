@@ -1,4 +1,4 @@
-"""Recorded answers, codes side by side, the nested objective."""
+"""Recorded answers, the comparison of codes, and the nested objective."""
 
 from ._answers import Answers, record_answers
 from ._evaluation import Estimate, Evaluation, Evaluations, evaluate

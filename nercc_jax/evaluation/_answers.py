@@ -1,7 +1,6 @@
 """Recorded answers of all workers, with the model's own predictions.
 
-Answers do not depend on who straggles, so one record serves every straggler set: decode it under
-masks, and compare.
+Answers do not depend on which workers straggle, so one record serves every straggler set.
 """
 
 import functools
@@ -37,8 +36,8 @@ Run: TypeAlias = Callable[[PyTree], PyTree]  # a model for any number of data po
 class Answers(eqx.Module):
     """All workers' answers to groups of data points, and the served model's own predictions.
 
-    Outputs of any shape, or pytrees of them, are joined to vectors. A model does better on data
-    that it was trained on, so record others.
+    Outputs of any shape, or pytrees of them, are joined to vectors. Record other data than the
+    model was trained on, where it does better.
 
     Attributes:
         code: The code.
@@ -71,8 +70,8 @@ class Answers(eqx.Module):
     def decode_sets(self, available: Bool[Array, "sets num_workers"]) -> Decoded:
         """Decode all groups under each straggler set; the axis of sets comes first.
 
-        Each set's matrix is made once. If there is an answer that is not finite, or for a
-        derivative, the groups get matrices of their own.
+        Each set has one matrix. Only if an answer is not finite, and for derivatives, each group
+        has its own.
         """
         return jax.vmap(self.decode)(jnp.asarray(available))
 
@@ -88,15 +87,15 @@ class Answers(eqx.Module):
     ) -> Float[Array, " sets"]:
         """Return the mean of a criterion over recovered data points, for each straggler set.
 
-        The sets are masks, or what was decoded under them. It is NaN for a set that loses all, and
-        differentiable in code and answers.
+        The sets are masks, or the result of decoding under them. The mean is NaN for a set that
+        recovers nothing, and differentiable in code and answers.
 
         Raises:
             ValueError: The criterion is unknown.
         """
         decoded = sets if isinstance(sets, Decoded) else self.decode_sets(sets)
         recovered = decoded.recovered
-        # What is lost must not reach a gradient either.
+        # A lost prediction, NaN, must not reach a gradient either.
         filled = jnp.where(recovered[..., None], decoded.predictions, 0)
         own = self.own.astype(filled.dtype)
         of_points = jax.vmap(jax.vmap(point_criterion(criterion)))
@@ -108,10 +107,10 @@ class Answers(eqx.Module):
     def sums_of(
         self, decoded: Decoded, labels: PyTree[Int[Array, "points ..."]] | None = None
     ) -> dict[str, Float[Array, " groups"]]:
-        """Return, for each group, the sums of its data points that the metrics are means of.
+        """Return, for each group, the sums over its data points from which metrics are computed.
 
-        They are the number that is recovered, squared norms of errors, and labels that are the
-        model's own (`rel_acc`) and the true ones (`accuracy`).
+        They are the number of recovered data points, the squared norms of errors, and the numbers
+        of labels that equal the model's own (`rel_acc`) and the true ones (`accuracy`).
         """
         recovered = decoded.recovered
         error = jnp.where(recovered[..., None], decoded.predictions - self.own, 0)
@@ -140,7 +139,8 @@ def record_answers(
 
     Args:
         model: A function of a batch, (B, ...) to (B, outputs...), which is compiled. For a code
-            whose workers run several (`worker_models`), a sequence of such, the served model first.
+            whose workers run several models (`worker_models`), a sequence of functions, the served
+            model first.
         code: The code.
         x: Unlabelled data points, in the order in which they are cut into groups of K; a remainder
             is left out.
@@ -193,8 +193,8 @@ def coded_outputs(
         code: The code.
         groups: The data points.
         batch_size: The most data points in a call of a model.
-        own: The served model's outputs on them, which are the answers of workers that it runs on
-            data points themselves.
+        own: The served model's outputs on the data points. They are used as the answers of workers
+            that run the served model on a data point itself.
 
     Raises:
         ValueError: The number of models is not the code's.
@@ -247,8 +247,8 @@ def cut_groups(x: PyTree, num_data: int) -> PyTree[Shaped[np.ndarray, "groups nu
 def batched(model: Model, batch_size: int) -> Run:
     """Return the model for any number of data points, in batches of one shape: one compilation.
 
-    Fewer data points than that are filled up to a power of two. Raises ValueError if the model is
-    in training mode.
+    Fewer data points than a batch are filled up to a power of two. Raises ValueError if the model
+    is in training mode.
     """
     check_model(model)
     compiled = eqx.filter_jit(functools.partial(call_model, rows=True))
@@ -265,9 +265,9 @@ def batched(model: Model, batch_size: int) -> Run:
 def in_parts(
     run: Callable[[PyTree], PyTree], rows: PyTree[Shaped[Any, "rows ..."]], at_once: int
 ) -> PyTree:
-    """Return what a function makes of rows, so many at once.
+    """Return a function's results for all rows, from calls with `at_once` rows.
 
-    The last part is filled up with copies of the last row: one shape is one compilation.
+    The last call is filled up with copies of the last row, since each shape is a compilation.
     """
     number, parts = len(jax.tree.leaves(rows)[0]), []
     for place in range(0, number, at_once):

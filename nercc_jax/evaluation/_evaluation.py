@@ -1,4 +1,4 @@
-"""Codes side by side: the same data points, the same stragglers, the same metrics."""
+"""The comparison of codes on the same data points, stragglers and metrics."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,9 +27,9 @@ _METRICS = ("mse", "rmse", *SHARES)
 class Estimate:
     """A mean and the half width of its 95 % interval (Student's t).
 
-    With few groups of skewed errors the interval is a little short: of 150 draws of 10 groups and
-    10 straggler sets, 93 % held the true MSE, 91 % the true RMSE, and 93 % the true share by
-    `interval(share=True)` (90 % by the half width alone).
+    With few groups of skewed errors the interval is a little short: in 150 draws of 10 groups and
+    10 straggler sets, the interval contained the true MSE in 93 %, the true RMSE in 91 %, and the
+    true share in 93 % by `interval(share=True)` (in 90 % by the half width alone).
 
     The half width is NaN for a single straggler set, which has no spread.
     """
@@ -39,10 +39,10 @@ class Estimate:
 
     @classmethod
     def over(cls, values: Sequence[float] | Float[np.ndarray, "sets *groups"]) -> "Estimate":
-        """Return the estimate for one value of each straggler set, or of each set and group.
+        """Return the estimate from one value for each straggler set, or for each set and group.
 
-        Sets and groups are both drawn at random, and every group meets every set: the variance is
-        that of two crossed factors, with Satterthwaite's degrees of freedom (Searle, Casella and
+        Sets and groups are both drawn at random, and every group meets every set. So the variance
+        is that of two crossed factors, with Satterthwaite's degrees of freedom (Searle, Casella and
         McCulloch, Variance Components, 1992, section 4.3).
         """
         table = np.asarray(values, float)
@@ -54,7 +54,7 @@ class Estimate:
 
         of_sets, of_groups = table.mean(axis=1) - mean, table.mean(axis=0) - mean
         rest = table - mean - of_sets[:, None] - of_groups
-        freedom = np.maximum(np.array(table.shape) - 1, 1)  # 1 of a single group, which adds 0
+        freedom = np.maximum(np.array(table.shape) - 1, 1)  # a single group, with 1, adds 0
         squares = np.array([np.sum(of_sets**2), np.sum(of_groups**2)]) / freedom / table.shape
         common = np.sum(rest**2) / freedom.prod() / table.size  # a part of both
         variance = max(squares.sum() - common, squares.max())
@@ -94,8 +94,8 @@ class Estimate:
 class Evaluation:
     """The metrics of one code under one law of stragglers.
 
-    u_k are the decoded and f_k the model's own outputs (m numbers each) of the K data points of a
-    group, over all groups and straggler sets, as intervals are (of a single group, over sets only).
+    u_k are the decoded and f_k the model's own outputs (m numbers each) for the K data points of a
+    group. Means and intervals are over all groups and straggler sets (with one group, over sets).
 
     Attributes:
         code: The name of the code.
@@ -103,8 +103,8 @@ class Evaluation:
         mse: Mean of (u - f)^2 over data points and outputs.
         rmse: Root of the mean squared L2 norm, sqrt(mean |u_k - f_k|^2).
         rel_acc: Share of data points with argmax u_k = argmax f_k, along the last axis of outputs;
-            of several labels, all. NaN where an output is a single number.
-        accuracy: The same against the true labels; None without labels.
+            if there are several labels, with all equal. NaN where an output is a single number.
+        accuracy: The same for the true labels; None without labels.
         lost: Share of data points that were not recovered. They count as wrong in `rel_acc` and
             `accuracy`, and are left out of the three errors.
         num_data_points: The number of data points.
@@ -123,33 +123,33 @@ class Evaluation:
 
 
 class Evaluations(list[Evaluation]):
-    """The result of `evaluate`: a list of rows, which is a table and a picture, too."""
+    """The result of `evaluate`: a list of rows that can be printed as a table and plotted."""
 
     def __init__(
         self,
         rows: Iterable[Evaluation] = (),
         errors: Mapping[tuple[str, str], Float[np.ndarray, "sets groups"]] | None = None,
     ):
-        """Make a result of rows, and the values that each code's MSE under each law is mean of."""
+        """Make a result of rows, and the values whose mean is each code's MSE under each law."""
         super().__init__(rows)
         self._errors = errors or {}
 
     def gain(
         self, code: str, rival: str | Sequence[str], stragglers: str | None = None
     ) -> Estimate:
-        """Return the share of a rival's RMSE that a code saves, with its interval.
+        """Return by which share a code's RMSE is below a rival's, with its interval.
 
-        It is paired: both met the same straggler sets and groups.
+        The comparison is paired: both met the same straggler sets and groups.
 
         Args:
             code: The code's name.
-            rival: The rival's name, or several, of which the one with the lowest error counts under
-                each law.
+            rival: The rival's name, or several: under each law the one with the lowest error is
+                taken.
             stragglers: A law's name. Default: the mean of the gains under all laws.
 
         Raises:
-            ValueError: A name is unknown, or there is no share: a rival is exact, or recovers
-                nothing.
+            ValueError: A name is unknown, or the share is undefined: the rival is exact, or
+                recovers nothing.
         """
         rivals = [rival] if isinstance(rival, str) else list(rival)
         laws = list(dict.fromkeys(law for _, law in self._errors))
@@ -185,7 +185,7 @@ class Evaluations(list[Evaluation]):
     def plot(self, metrics: Sequence[str] = ("mse", "rel_acc"), title: str = "") -> Any:
         """Return a matplotlib figure with a panel for each metric and a curve for each code.
 
-        Laws that are named by numbers of stragglers have these places, others stand side by side.
+        Laws whose names are numbers of stragglers are placed at them, others side by side.
 
         Raises:
             ImportError: There is no matplotlib (the extra `demo`).
@@ -198,8 +198,8 @@ class Evaluations(list[Evaluation]):
     def table(self, metric: str, codes: Sequence[str] | None = None) -> str:
         """Return a metric as a table with a row for each law, and a column for each code.
 
-        Shares are in %, with the ends of their intervals. The best of a row has a star; a code that
-        lost predictions cannot win on an error that leaves them out.
+        Shares are in %, with the ends of their intervals. A star marks the best code of a row; for
+        errors, which leave lost predictions out, only codes that lost none are considered.
 
         Args:
             metric: The name of a field of `Evaluation`.
@@ -254,22 +254,22 @@ def evaluate(
         key: Random key of the straggler sets.
         num_sets: Straggler sets for each law.
         labels: The true labels, with a part for each part of the outputs.
-        workers: What workers run where it is not the model alone, by the code's name: all models of
-            a code whose workers run several (`worker_models`), the served one first; or the model
-            in fewer bits (`cast_model`), or with noise on its answers.
+        workers: By the code's name, the models that its workers run, if these are not the model
+            alone: all models of a code whose workers run several (`worker_models`), the served one
+            first; or the model in fewer bits (`cast_model`), or with noise on its answers.
         batch_size: The number of data points in a call of the model.
         progress: A wrapper of the sequence of (law, set) pairs, for a progress bar.
 
     Returns:
-        A list with an `Evaluation` for each law and code, which is printed as a table, and has
-        `records`, `plot(metrics, title)`, a figure, and `gain(code, rival)`, how much lower a
-        code's error is.
+        A list with an `Evaluation` for each law and code. It is printed as a table, and has
+        `records`, `plot(metrics, title)`, which returns a figure, and `gain(code, rival)`, the
+        share by which a code's error is lower.
 
     Raises:
         ValueError: The codes differ in K or N, there are fewer than K data points, data points or
-            outputs are not finite floats, shapes do not agree, a model is in training mode, there
-            are more models, or fewer, than a code's workers run, or there are labels of outputs
-            that are single numbers.
+            outputs are not finite floats, shapes do not agree, a model is in training mode, the
+            number of models is not the one that a code's workers run, or labels are given for
+            outputs that are single numbers.
     """
     for name, named in {"codes": codes, "stragglers": stragglers}.items():
         if not isinstance(named, Mapping) or not named:
@@ -335,7 +335,7 @@ _sums_of = eqx.filter_jit(Answers.sums_of)
 def _values(
     sums: Sequence[Mapping[str, Float[Array, " groups"]]], num_data: int, num_outputs: int
 ) -> dict[str, Float[np.ndarray, "sets groups"]]:
-    """Return the values of each metric, whose mean is the metric, and which vary as it does."""
+    """Return values whose mean is the metric, and whose spread is the metric's, for each metric."""
     tables = {name: np.array([each[name] for each in sums], float) for name in sums[0]}
     count = tables.pop("recovered")
     squares = _ratio(tables.pop("squares"), count)
@@ -348,7 +348,7 @@ def _values(
 
 
 def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Return values whose mean is the sums' ratio, and which vary as it does (delta method)."""
+    """Return values whose mean is the ratio of the sums, with its spread (delta method)."""
     if not count.any():
         return np.full(total.shape, np.nan)  # there is nothing to compare
     mean = total.sum() / count.sum()
@@ -356,6 +356,6 @@ def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 def _root(values: np.ndarray) -> np.ndarray:
-    """Return values whose mean is the root of these values' mean, and which vary as it does."""
+    """Return values whose mean is the root of these values' mean, with its spread."""
     root = np.sqrt(values.mean())
     return root + (values - root**2) / (2 * root) if root else values

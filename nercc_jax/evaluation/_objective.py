@@ -1,7 +1,7 @@
-"""The nested objective: how far decoded predictions are from the model's own.
+"""The nested objective: the mean error of decoded predictions relative to the model's own.
 
-A trial is the objective of codes on the same groups and straggler sets, where no law of stragglers
-is drowned by another.
+A trial is the objective of codes on the same groups and straggler sets. In it, all laws of
+stragglers have similar weight.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,27 +36,27 @@ def nested_objective(
 
         e(F) = 1/(groups K) sum criterion(u_dec(alpha_k), f(x_k)).
 
-    With all sets of a law the result is the expectation over them, with sampled ones its estimate.
+    With all sets of a law the result is the expectation over them; with sampled ones, an estimate.
     This is a pure function, differentiable in the code's leaves, in x and in the model; jit it. All
     groups meet every set, so the model runs on groups * N coded data points only. Answers are
-    decoded as by `decode_groups`: one that is not finite makes its worker a straggler in its group.
-    Lost predictions are left out, and so are sets that lose all, whatever is answered.
+    decoded as by `decode_groups`: a worker whose answer is not finite counts as a straggler in that
+    group. Lost predictions are left out, and so are sets under which the code recovers nothing.
 
     Args:
-        model: A function of a batch; for a code whose workers run several, a sequence of such, the
-            served model first.
+        model: A function of a batch; for a code whose workers run several models, a sequence of
+            functions, the served model first.
         code: The code.
         x: Data points in groups.
         available: Straggler sets, one mask a row.
         criterion: A criterion of one data point: "mse", the mean over outputs of the squared
             difference; "cross_entropy", the Kullback-Leibler divergence between the softmax of
-            both, for logits; "disagreement", whether the label is another, which has no slope; or a
-            function (decoded, original) -> scalar of predictions as the model gives them.
+            both, for logits; "disagreement", 1 if the label differs, which has no gradient; or a
+            function (decoded, original) -> scalar of predictions in the form of the model's.
 
     Raises:
         ValueError: Shapes do not fit, or the criterion is unknown.
 
-    Source: arXiv 2402.04377, the objective that lambda_enc and lambda_dec are tuned on.
+    Source: arXiv 2402.04377, the objective on which lambda_enc and lambda_dec are tuned.
     """
     available = jnp.asarray(available)
     if available.ndim != 2 or available.shape[1] != code.num_workers or available.dtype != bool:
@@ -72,9 +72,9 @@ def nested_objective(
 def nested_answers(
     model: Model | Sequence[Model], code: AbstractCode, x: PyTree, originals: PyTree | None
 ) -> Answers:
-    """Return groups' answers as a function of all that makes them; raise as `nested_objective`.
+    """Return groups' answers, differentiable in all arguments; raise as `nested_objective`.
 
-    `originals` are the model's own predictions of x, where they are known.
+    `originals` are the model's own predictions of x, if they are known.
     """
     x = to_device(as_groups(code, x, grouped=True)[0])
     answers = run_workers(model, code, encode_groups(code, x))
@@ -113,12 +113,13 @@ class Trial(eqx.Module):
     def errors(
         self, model: Model, code: AbstractCode
     ) -> tuple[Float[Array, " laws"], Float[Array, ""]]:
-        """Return the mean loss under each law, and the mean of these by the starting code's.
+        """Return the mean loss under each law, and the objective.
 
-        The latter, the objective, is 1 for the starting code, and differentiable in the code; an
-        answer that is not finite makes it NaN. All groups are decoded by one product for each
-        straggler set, so that a gradient needs a matrix for each set, not for each set and group.
-        Sets that recover nothing are left out; a law with no other has NaN.
+        The objective is the mean over laws of the loss divided by the starting code's: 1 for that
+        code, and differentiable in the code. An answer that is not finite makes it NaN. All groups
+        are decoded by one product for each straggler set, so a gradient needs a matrix for each
+        set, not for each set and group. Sets that recover nothing are left out; a law that has only
+        such sets has NaN.
         """
         answers = nested_answers(model, code, self.x, self.originals)
         of_mask = jax.vmap(lambda mask: (code.decoder_matrix(mask), code.recovered(mask)))
@@ -135,7 +136,7 @@ class Trial(eqx.Module):
         )
         errors = jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
         counts = (count > 0) & jnp.isfinite(self.scales)
-        # Where the starting code makes no error at all, there is nothing to be relative to.
+        # A starting code without any error gives no unit.
         relative = errors / jnp.maximum(self.scales, 1e-30)
         return errors, jnp.sum(jnp.where(counts, relative, 0)) / jnp.maximum(jnp.sum(counts), 1)
 
@@ -150,14 +151,14 @@ def make_trial(
     num_sets: int = 32,
     criterion: Criterion = "mse",
 ) -> Trial:
-    """Draw what the nested objective averages over, and weigh laws by a starting code's errors.
+    """Draw the straggler sets of a nested objective, and weigh laws by a starting code's errors.
 
     An error counts relative to that of `code` under the same law: with more stragglers errors are a
-    hundred times larger, and the plain mean would see nothing else. `num_sets` straggler sets are
-    drawn for each law; all of a law's sets if they are fewer.
+    hundred times larger, and would dominate the plain mean. `num_sets` straggler sets are drawn for
+    each law, or all of a law's sets if there are fewer.
 
     Raises:
-        ValueError: The laws do not come by name, or an error of `code` is not finite.
+        ValueError: `stragglers` is not a mapping by name, or an error of `code` is not finite.
     """
     check_model(model)
     available, law = draw_sets(stragglers, key, code.num_workers, num_sets)
@@ -181,10 +182,10 @@ def draw_sets(
     num_workers: int,
     at_most: int,
 ) -> tuple[Bool[Array, "sets num_workers"], Int[Array, " sets"]]:
-    """Return straggler sets of every law (all, if no more than `at_most`), and which law's each is.
+    """Return straggler sets of every law (all, if at most `at_most`), and the law of each set.
 
     Raises:
-        ValueError: The laws do not come by name, or there is none.
+        ValueError: `stragglers` is not a mapping by name, or empty.
     """
     if not isinstance(stragglers, Mapping) or not stragglers:
         raise ValueError(f"stragglers are laws by name, {{'name': ...}}, not {stragglers!r}")

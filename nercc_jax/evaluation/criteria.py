@@ -1,4 +1,4 @@
-"""Criteria of a decoded prediction against the model's own, and metrics of decoded functions."""
+"""Criteria that compare a decoded prediction with the model's own, and metrics."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
@@ -17,8 +17,8 @@ Criterion: TypeAlias = CriterionName | Callable[[PyTree, PyTree], Float[Array, "
 def point_criterion(criterion: Criterion) -> Callable[[PyTree, PyTree], Float[Array, ""]]:
     """Return a criterion of one data point, (decoded, original) -> scalar.
 
-    For predictions with several parts (pytrees, heads) the named ones take the mean; "disagreement"
-    is of any part.
+    For predictions with several parts (pytrees, heads) the named criteria take the mean over them;
+    "disagreement" is 1 if any part has another label.
 
     Raises:
         ValueError: The name is unknown.
@@ -34,7 +34,7 @@ def point_criterion(criterion: Criterion) -> Callable[[PyTree, PyTree], Float[Ar
             dtype = working_dtype(*(leaf.dtype for leaf in jax.tree.leaves(decoded)))
             return (~same_labels(labels_of(decoded, 0), labels_of(original, 0), 0)).astype(dtype)
         pairs = [*zip(jax.tree.leaves(decoded), jax.tree.leaves(original), strict=True)]
-        if criterion == "mse":  # over all outputs alike, in whatever leaf they are
+        if criterion == "mse":  # the mean over all outputs of all leaves
             squares = [jnp.sum((mine - theirs) ** 2) for mine, theirs in pairs]
             return jnp.sum(jnp.stack(squares)) / sum(theirs.size for _, theirs in pairs)
         parts = []
@@ -90,7 +90,7 @@ def root_mean_square(
 ) -> Float[Any, "..."]:
     """Return the root of the mean square; 0 for none.
 
-    Numbers are scaled before they are squared: squares of 1e20 or 1e-23 are no float32.
+    Numbers are scaled before they are squared: float32 cannot hold squares of 1e20 or 1e-23.
     """
     xp = namespace(x)
     where = xp.ones((), bool) if where is None else where

@@ -1,7 +1,7 @@
 """Pictures of evaluations.
 
-Each is one column of panels, to be read on a telephone (390 pixels wide) and in black and white:
-curves differ in markers, too, and the legend is beside the panel.
+Each is one column of panels that can be read on a telephone (390 pixels wide) and in black and
+white: curves also differ in markers, and the legend is next to the panel.
 """
 
 import re
@@ -24,10 +24,10 @@ def straggler_figure(
 ) -> "Figure":
     """Return a figure with a panel for each metric, with intervals, and for every seven codes.
 
-    A metric has its label, and whether it is an error, on a logarithmic axis: a code without any is
-    named in the title, and one that explodes leaves the panel by its upper edge. Any other is a
-    share, whose intervals end at 0 and 1. Laws whose names are no numbers stand side by side. A
-    code's `look` are matplotlib's properties of its line.
+    `panels` gives a metric's label, and whether it is an error. Errors have a logarithmic axis: a
+    code without errors is named in the title, and a very large error leaves the panel at its upper
+    edge. Other metrics are shares, whose intervals end at 0 and 1. Laws whose names are not numbers
+    are placed side by side. A code's `look` are matplotlib's properties of its line.
     """
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator

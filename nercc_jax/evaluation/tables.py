@@ -1,10 +1,10 @@
-"""Tables of text, as results print themselves."""
+"""Tables as text, in which results are printed."""
 
 from collections.abc import Iterable, Sequence
 
 
 def text_table(rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Return rows of texts in columns: the first `left` at the left, the others at the right."""
+    """Return rows as columns of text: the first `left` aligned left, the others right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -1,4 +1,4 @@
-"""Gradient descent through the nested objective, and decoders that are learned."""
+"""Gradient descent through the nested objective, and learned decoders."""
 
 from ._learn_decoder import learn_decoder
 from ._parameters import parametrize

@@ -16,7 +16,7 @@ from ..stragglers import ExactStragglers, straggler_sets
 
 # Data points (points, ...) to a permutation of them.
 Order: TypeAlias = Callable[[Any], Int[Any, " points"]]
-# Noise of answers, of their mean square, of which the best is taken on groups that were left out.
+# Candidates for the noise of answers, relative to their mean square: cross-validation chooses one.
 _NOISES = (0.0, 1e-5, 1e-4, 1e-3)
 _AT_ONCE = 1 << 22  # numbers of coded data points, or of outputs, that are held at a time
 
@@ -31,21 +31,21 @@ def learn_decoder(
     num_groups: int | None = None,
     batch_size: int = 256,
 ) -> LearnedDecoder:
-    """Run the model on coded data points, and return the code with the decoder that fits them best.
+    """Run the model on coded data points, and return the code with the decoder that fits best.
 
-    Data points are drawn into groups at random, each as often as any other; the model answers all
-    N coded data points of each group. From the second moments of what came follows the linear
-    decoder with the least mean squared error for every straggler set (`LearnedDecoder`). Where
-    there are few groups the moments of a cubic spline through the code's points, as large as what
-    was recorded, make up for it: they count as 2 (N + K) outputs. Answers count as noisy, by as
-    much as predicts best what is left out in turn: the difference of two workers that hardly ever
-    answered otherwise would be trusted too much.
+    Data points are drawn into groups at random, each equally often; the model answers all N coded
+    data points of each group. The second moments of the answers and of the model's own outputs give
+    the linear decoder with the least mean squared error for every straggler set (`LearnedDecoder`).
+    The moments of a cubic spline through the code's points, scaled to the recorded ones, are added
+    with the weight of 2 (N + K) outputs, which helps if there are few groups. Answers are assumed
+    to be noisy, by the amount with which folds predict a left-out fold best. Without noise, the
+    decoder would rely on small differences of two workers that nearly always gave the same answer.
 
     The encoder stays as it is: `tune` it before. An order of the data points, a surrogate or a
-    worker's dtype change the answers' moments, so learn with what will be served. Copies can be
-    decoded, too (`Replication`, or "repeated" points): what all copies lost is then predicted from
-    the other data points, which is worth most where these are ordered. The mean is over
-    outputs as they are: large outputs count for more.
+    worker's dtype change the answers' moments, so learn with those that will be served. The decoder
+    can be learned for copies, too (`Replication`, or "repeated" points): a data point whose copies
+    are all lost is then predicted from the other data points, which helps most if these are
+    ordered. The mean is over unscaled outputs, so large outputs count more.
 
     Args:
         model: A function of a batch, (B, ...) to (B, outputs...), which is compiled.
@@ -55,14 +55,14 @@ def learn_decoder(
         order: Returns a permutation of data points (points, ...), which are then cut into groups in
             that order: `Scheme.arrange`, or `lambda x: order_points(x, K, buffer_size=K)` for an
             order within the group. Default: groups at random.
-        num_groups: How many groups; 8 (N + K) unless given. Fewer cost less and decode worse: on
-            LeNet5 (100, 20) the mean RMSE was 45 % below the tuned spline's by 960 groups, 42 % by
-            200, 26 % by 20, and 14 % above it by 5.
+        num_groups: The number of groups; 8 (N + K) by default. Fewer cost less and decode worse: on
+            LeNet5 (100, 20) the mean RMSE was 45 % below the tuned spline's with 960 groups, 42 %
+            with 200, 26 % with 20, and 14 % above it with 5.
         batch_size: The number of data points in a call of the model.
 
     Raises:
-        ValueError: The code has no points, x fills no group or is not finite, `order`
-            returns no permutation, the model is in training mode, or one of its outputs is not
+        ValueError: The code has no points, x fills no group or is not finite, `order` does not
+            return a permutation, the model is in training mode, or one of its outputs is not
             finite.
 
     >>> import jax, jax.numpy as jnp
@@ -90,7 +90,7 @@ def learn_decoder(
     run = batched(model, batch_size)
     outputs = own_outputs(run, jax.tree.map(lambda leaf: leaf[None], x))[0][0]
     own = outputs.astype(np.float64)
-    # Groups are permutations of all data points, each cut in groups.
+    # Each permutation of all data points is cut into groups.
     seeds = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
     points = len(own)
     whole, drawn = points // code.num_data, []
@@ -105,7 +105,7 @@ def learn_decoder(
             chosen = chosen[found]
         drawn.append(chosen.reshape(-1, code.num_data))
     drawn = np.concatenate(drawn)[:groups]
-    # Outputs are held some groups at a time; of each fold of the groups a triangle is kept.
+    # Only some groups' outputs are in memory at a time; each fold of groups is kept as a triangle.
     largest = max(own.shape[1], sum(leaf[0].size for leaf in jax.tree.leaves(x)))
     at_once = max(1, _AT_ONCE // (len(places) * largest))
     folds = [np.zeros((0, len(places)))] * 4
@@ -135,17 +135,17 @@ def _root_of_moments(
     total: float,
     noise: float,
 ) -> Float[np.ndarray, "places places"]:
-    """Return a root of the moments of recorded outputs, as many as `total`, and of a smooth path.
+    """Return a root of the moments of `total` recorded outputs and of a smooth curve.
 
-    `rows` are a root of the recorded ones. The path counts as two outputs for each place. It is the
-    one of which a cubic spline is the regression; its straight line and the rest have the sizes
-    that they have in the recorded moments' root. The noise is that of answers, of their mean
-    square.
+    `rows` are a root of the recorded moments. The curve counts as two outputs for each place. Its
+    covariance is that for which a cubic spline is the regression; its straight line and the rest
+    are scaled to their sizes in the recorded moments. The noise of answers is relative to their
+    mean square.
     """
     t, prior, recorded = places.astype(np.float64) + 1, 2 * len(places), rows / np.sqrt(total)
     least, most = np.minimum.outer(t, t), np.maximum.outer(t, t)
     line = np.linalg.qr(np.stack([np.ones_like(t), t], axis=1))[0].T
-    # Of second moments, which rounding may have left slightly negative.
+    # Rounding may make eigenvalues slightly negative.
     values, vectors = np.linalg.eigh(least**2 * (3 * most - least) / 6)
     bent = np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T
 
@@ -167,10 +167,10 @@ def _best_noise(
     total: float,
     key: PRNGKeyArray,
 ) -> float:
-    """Return the noise of answers with which most folds predict one that was left out.
+    """Return the noise of answers with which the other folds predict a left-out fold best.
 
-    It is the one with the least geometric mean, over numbers of stragglers (none, half of what the
-    code allows, all of it), of the error.
+    It has the least geometric mean of the error over numbers of stragglers: none, half of N - K,
+    and N - K.
     """
     if not all(len(fold) for fold in folds):
         return _NOISES[0]
@@ -196,5 +196,5 @@ def _best_noise(
 def _triangle(
     rows: Float[np.ndarray, "rows places"], further: Float[np.ndarray, "further places"]
 ) -> Float[np.ndarray, "some places"]:
-    """Return a triangle (K + N rows, or as many as came) with the second moments of all rows."""
+    """Return a triangle, of at most K + N rows, with the second moments of all rows."""
     return np.asarray(np.linalg.qr(np.concatenate([rows, further]), mode="r"))

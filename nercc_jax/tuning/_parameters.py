@@ -45,7 +45,7 @@ def parametrize(code: Code, *, points: bool = False) -> "tuple[Parameters, Rebui
       have no effect, so that all layouts of a code have parameters of one shape, and one program.
 
     If you write your own gradient descent, optimise these parameters, not the code's leaves. Then
-    no step can make a lambda negative, where its gradient is zero and it would stay for ever.
+    no step can make a lambda negative; there its gradient is zero, and it would stay negative.
 
     ```python
     import jax
@@ -143,11 +143,11 @@ class Rebuild(eqx.Module, Generic[Code]):
 
 
 class _Chain(eqx.Module):
-    """The function from shifts to the points of one kind, of which some do not move.
+    """The function from shifts to the points of one kind, some of which do not move.
 
-    The gaps between 0, the angles of the moving points, and pi fill [0, pi]. `gaps` has those that
-    are not zero first, which shifts stretch; `slot` says which of them each gap is, in order of
-    the angle, and `moves` which shifts have one on either side.
+    The gaps between 0, the angles of the moving points, and pi fill [0, pi]. `gaps` starts with
+    those that are not zero, which shifts stretch. In order of the angle, `slot` has the index in
+    `gaps` of each gap, and `moves` whether a shift has a gap on both sides.
     """
 
     gaps: Float[Array, " n_and_1"]

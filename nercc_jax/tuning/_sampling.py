@@ -1,4 +1,4 @@
-"""Data points of a descent: those held out, and the groups that each step draws."""
+"""The data points of a descent: the held-out part, and the groups that each step draws."""
 
 import dataclasses
 
@@ -17,12 +17,12 @@ class Sampling:
     """The data points that each step draws, and those that are held out to judge.
 
     Attributes:
-        groups_per_step: Groups of K data points; fewer where there are not as many.
-        sets_per_step: Straggler sets of each law, each of which meets all groups. A law with no
-            more sets gives all of them.
-        held_out_share: The share of the data points, in whole groups drawn at random, that judges
-            and is not trained on.
-        held_out_sets: The straggler sets of each law that judge.
+        groups_per_step: The number of groups of K data points; fewer if there are not so many.
+        sets_per_step: The number of straggler sets of each law, each of which meets all groups; all
+            sets of a law that has no more.
+        held_out_share: The share of the data points, in whole groups drawn at random, on which
+            codes are judged and not trained.
+        held_out_sets: The number of straggler sets of each law under which codes are judged.
         grouped: Whether every K data points in the order given are a group that stays together: for
             data points whose order matters (a short path through them). A remainder is left out.
 
@@ -45,7 +45,7 @@ class Sampling:
         self, num_data: int, x: PyTree, key: PRNGKeyArray
     ) -> PyTree[Shaped[Array, "groups num_data ..."]]:
         """Return a step's groups of data points (points, ...)."""
-        key_points, key_groups, _ = jax.random.split(key, 3)  # three: recorded results rest on it
+        key_points, key_groups, _ = jax.random.split(key, 3)  # three, as for recorded results
         points = len(jax.tree.leaves(x)[0])
         groups = min(self.groups_per_step, points // num_data)
         if self.grouped:
@@ -66,7 +66,7 @@ def split_points(
 ) -> tuple[PyTree[Shaped[np.ndarray, "points ..."]], PyTree[Shaped[np.ndarray, "held ..."]]]:
     """Return data points to train on, and whole groups of K held out at random.
 
-    With `grouped`, the groups are those that came.
+    With `grouped`, consecutive data points stay together as groups.
 
     Raises:
         ValueError: There are fewer than two groups, or data points are not finite floats.

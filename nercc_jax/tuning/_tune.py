@@ -34,11 +34,12 @@ class Descent:
     Attributes:
         steps: The most gradient steps.
         learning_rate: The highest learning rate of Adam; it falls to zero along a cosine.
-        points_rate: The regression points' learning rate, by `learning_rate`: a shift of 0.1 moves
-            a point by a tenth of a gap, where a logarithm of 0.1 changes a lambda by a tenth.
+        points_rate: The regression points' learning rate, relative to `learning_rate`: a shift of
+            0.1 moves a point by a tenth of a gap, where a logarithm of 0.1 changes a lambda by a
+            tenth.
         check_every: Steps between judgements on the held-out part; the last step is judged, too.
-        tolerance: The descent has converged if the best judgement of its last quarter is lower than
-            that before by this share at most.
+        tolerance: The descent has converged if the best judgement of its last quarter is at most
+            this share below the best one before.
 
     Raises:
         ValueError: A number is out of range.
@@ -60,10 +61,9 @@ class Descent:
 class TuningStep:
     """One step: its number, and the objective on the groups it drew.
 
-    `start` is the number of the start whose descent it belongs to.
-    `held_out` is the objective on the held-out groups, in those steps that looked; the last entry
-    only looks. A `rejected` step had an objective or a gradient that was not finite, and changed
-    nothing.
+    `start` is the number of the start of its descent. `held_out` is the objective on the held-out
+    groups, in steps that judged it; the last entry only judges. A `rejected` step had an objective
+    or a gradient that was not finite, and changed nothing.
     """
 
     start: int
@@ -81,11 +81,11 @@ class Tuned(Generic[Code]):
         code: The code.
         objective: Its objective relative to the starting code's, which is 1.
         converged: Whether the best judgement on the held-out groups in the last quarter of its
-            descent was lower than that before by `Descent.tolerance` at most. (A learning rate that
-            falls to zero ends all progress, too: compare with more steps.)
+            descent was at most `Descent.tolerance` below the best one before. (A learning rate that
+            falls to zero also ends all progress: compare with more steps.)
         history: The entries of all steps, start after start.
-        start: The number of the start that the code is from.
-        seconds: The time it took.
+        start: The number of the start of the descent that found the code.
+        seconds: The time that tuning took.
     """
 
     code: Code
@@ -119,35 +119,36 @@ def tune(
 
     One code is tuned for all laws together, on its error under each relative to the starting code's
     (`make_trial`). The tuned numbers are `lambda_enc`, `lambda_dec` and `end_penalty`, as
-    logarithms, and `gap_exponent`; with `points`, the regression points, too, in their order.
-    Another kind of code is tuned in what it has of these, and a code of your own in the fields that
-    it declares by `eqx.field(metadata={"tune": "log"})`, for positive numbers, or "plain". A step
-    whose objective or gradient is not finite is rejected; a RuntimeWarning counts them. The result
-    depends on `key` alone.
+    logarithms, and `gap_exponent`; with `points`, also the regression points, whose order stays.
+    Codes with only some of these numbers are tuned in those, and a code of your own in the fields
+    that it declares by `eqx.field(metadata={"tune": "log"})`, for positive numbers, or "plain". A
+    step whose objective or gradient is not finite is rejected; a RuntimeWarning counts them. The
+    same `key` gives the same result.
 
-    The objective has many local minima, and which one a descent ends in depends on where the points
-    start. With `points`, the worker that is nearest to each data point is first moved to its place;
-    a sequence of codes starts from their own points. Each start costs a descent, and all of them
-    one compilation. Laws under which the first code makes no error (all answers of an `exact` code)
-    are left out.
+    The objective has many local minima, and the start of the points decides in which one a descent
+    ends. With `points`, the worker nearest to each data point is first moved onto its point; if you
+    give a sequence of codes, each starts from its own points. Every start costs a descent, and all
+    of them share one compilation. Laws under which the first code makes no error (such as no
+    stragglers for an `exact` code) are left out.
 
     Args:
         model: A differentiable function of a batch, (B, ...) to (B, outputs...).
-        code: The code to tune; or a sequence of starts, of the same K and N, where errors are
+        code: The code to tune; or a sequence of starts with the same K and N, where errors are
             relative to the first.
-        x: Unlabelled data points. Some are held out and judge the code; each step draws its groups
-            of K from the others (`Sampling`).
+        x: Unlabelled data points. On some, which are held out, the code is judged; each step draws
+            its groups of K from the others (`Sampling`).
         stragglers: Laws by name.
         key: Random key.
-        points: Whether the regression points are tuned. False tunes what the paper does.
-        optimizer: "adam" (as `descent` says); any optax transformation, for all parameters; or
-            "lbfgs", which descends on one draw of four times the groups and twice the sets of a
-            step, the more precisely: start it from what another has found.
+        points: Whether the regression points are tuned. With False, only the lambdas are, as in the
+            paper, and `end_penalty` and `gap_exponent`.
+        optimizer: "adam" (with the rates of `descent`); any optax transformation, for all
+            parameters; or "lbfgs", which descends more precisely on one draw of four times the
+            groups and twice the sets of a step: start it from a code that another has found.
         criterion: As in `nested_objective`.
-        sampling: What a step draws, and what is held out.
+        sampling: The groups and sets that a step draws, and the held-out part.
         descent: Length, speed and judgements; its learning rate is for the logarithms of the
             lambdas.
-        on_step: Called with each entry of the history, and the code that it started from.
+        on_step: Called with each entry of the history, and the code before that step.
 
     Returns:
         The code with the best held-out objective, the starting ones included.
@@ -155,7 +156,7 @@ def tune(
     Raises:
         ValueError: There are too few data points, they are not finite, numbers are out of range,
             the model is in training mode, starts differ in more than their numbers, or the code has
-            nothing to tune or to gain; and as `make_trial`.
+            nothing to tune or makes no error; and as `make_trial`.
 
     Source: arXiv 2402.04377, which tunes the lambdas on this objective.
     """
@@ -182,7 +183,7 @@ def tune(
         model, first, held, stragglers, key=key_held, num_sets=sampling.held_out_sets,
         criterion=criterion,
     )  # fmt: skip
-    # An error below this share of the outputs' variance is rounding, to which nothing is relative.
+    # An error below this share of the outputs' variance is rounding, and gives no unit.
     own = join(trial.originals, 2)[0]
     errs = trial.scales > 1e-9 * jnp.var(own, axis=(0, 1)).mean()
     if not errs.any():
@@ -195,7 +196,7 @@ def tune(
     def visit(
         start: int, parameters: Parameters, step: int, objective: float | None, rejected: bool
     ) -> None:
-        """Note a step, and judge the code that it started from if it is time to."""
+        """Record a step, and judge the code before it in every `check_every`-th step."""
         nonlocal best, lowest, winner
         here, held_out = parametrized[start][1](parameters), None
         if step % descent.check_every == 0 or objective is None:
@@ -234,7 +235,7 @@ def tune(
             RuntimeWarning,
             stacklevel=2,
         )
-    # Whether the last quarter of the judgements brought hardly anything.
+    # Whether the last quarter of the judgements improved the objective only a little.
     judged = [(each.start, each.held_out) for each in history if each.held_out is not None]
     seen = np.nan_to_num([height for start, height in judged if start == winner], nan=np.inf)
     before = np.min(seen[: len(seen) - max(len(seen) // 4, 1)], initial=np.inf)
@@ -250,7 +251,7 @@ def tune(
 
 
 def _on_data_points(code: Code) -> Code:
-    """Return a code with a worker on each data point's place, where it has points and workers."""
+    """Return a code with a worker on each data point, if it has points and enough workers."""
     alpha, beta = (getattr(code, name, None) for name in ("alpha", "beta"))
     if alpha is None or beta is None or code.num_workers < code.num_data:
         return code
@@ -288,10 +289,10 @@ def _descent_by_steps(
     optimizer: optax.GradientTransformation,
     descent: Descent,
 ) -> Callable[..., None]:
-    """Return a descent by steps whose objective is drawn anew in each; all starts share a program.
+    """Return a descent that draws each step's objective; all starts share a program.
 
-    It calls `note` with the parameters, the number and the objective of each step, and whether it
-    is rejected.
+    It calls `note` with the parameters, the number and the objective of each step, and whether the
+    step is rejected.
     """
     # A step whose objective or gradient is not finite changes nothing.
     optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=descent.steps)
@@ -302,7 +303,7 @@ def _descent_by_steps(
     ) -> tuple[Float[Array, ""], Bool[Array, ""], Parameters, Any]:
         drawn = jax.random.fold_in(key, number)
         value, slopes = jax.value_and_grad(objective)(parameters, *arguments, drawn)
-        # A broken objective must not move anything, whatever its gradient says.
+        # If the objective is not finite, no parameter may move, whatever its gradient.
         slopes = jax.tree.map(lambda slope: jnp.where(jnp.isfinite(value), slope, jnp.nan), slopes)
         finite = [jnp.all(jnp.isfinite(slope)) for slope in jax.tree.leaves(slopes)]
         updates, state = optimizer.update(slopes, state, parameters)
@@ -335,7 +336,7 @@ def _descent_by_lbfgs(
     def descend(
         parameters: Parameters, arguments: tuple, key: PRNGKeyArray, note: Callable[..., None]
     ) -> None:
-        import scipy.optimize  # which JAX needs, and so is there
+        import scipy.optimize  # installed with JAX
 
         flat, unravel = ravel_pytree(parameters)
         start, taken = np.asarray(flat, np.float64), itertools.count(1)
@@ -345,7 +346,7 @@ def _descent_by_lbfgs(
             value, slopes = value_and_grad(here, *arguments, key)
             slopes = np.asarray(ravel_pytree(slopes)[0], np.float64)
             sound = np.isfinite(float(value)) and np.isfinite(slopes).all()
-            # The line search turns back from what is not finite.
+            # The line search turns back from a value that is not finite.
             return (float(value), slopes) if sound else (np.finfo(float).max, np.zeros_like(slopes))
 
         def after(intermediate_result: Any) -> None:
