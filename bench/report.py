@@ -1,13 +1,16 @@
 """Reports: JSON with commit, rooms' hashes, machine and versions, and Markdown tables."""
 
+import ast
 import datetime
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import subprocess
 import time
+import tokenize
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,12 +97,29 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def code_of(source: str) -> str:
+    """Return a Python source without docstrings, comments and empty lines."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            first = node.body[0]
+            lines[first.lineno - 1 : first.end_lineno] = [""] * (
+                first.end_lineno - first.lineno + 1
+            )
+    return "\n".join(filter(None, map(str.rstrip, lines)))
+
+
 def room_hashes(root: Path = ROOT) -> dict[str, str]:
-    """Return a hash of the sources of each room of `nercc_jax`, by which pages see their age."""
+    """Return a hash of the code of each room of `nercc_jax`, by which pages see their age."""
     hashes = {}
     for room in sorted(each for each in (root / "nercc_jax").iterdir() if each.is_dir()):
         files = sorted(room.rglob("*.py"))
-        text = "".join(f"{each.relative_to(root)}\n{each.read_text()}" for each in files)
+        text = "".join(f"{each.relative_to(root)}\n{code_of(each.read_text())}" for each in files)
         if files:
             hashes[room.name] = hashlib.sha256(text.encode()).hexdigest()[:12]
     return hashes

@@ -15,8 +15,8 @@ from nercc_jax.stragglers import Hedge
 from nercc_jax.surrogates import Kernel
 from nercc_jax.testing import SimulatedClock, SimulatedPool
 
-with bench_modules(run="run") as found:
-    RUN = found.run
+with bench_modules(run="run", report="report") as found:
+    RUN, REPORT = found.run, found.report
 FOLDER = Path(RUN.__file__).parent
 # These take seconds, with no data but scikit-learn's and no server.
 QUICK = {
@@ -70,6 +70,11 @@ def test_a_small_version_runs_and_names_its_origin(name, tmp_path):
     started("run.py", name, "--quick", "--output", str(path), *QUICK[name])
     environment = json.loads(path.read_text())["environment"]
     assert {"commit", "dirty", "rooms", "date", "device", "versions"} <= environment.keys()
+
+
+def test_the_age_of_a_result_depends_on_code_alone():
+    source = '"""A room."""\n\nx = "#"  # a mark\n\n\ndef f():\n    """Return x."""\n    return x\n'
+    assert REPORT.code_of(source) == 'x = "#"\ndef f():\n    return x'
 
 
 def test_an_unknown_name_lists_all(capsys):
