@@ -104,13 +104,11 @@ def code_of(source: str) -> str:
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            first = node.body[0]
-            lines[first.lineno - 1 : first.end_lineno] = [""] * (
-                first.end_lineno - first.lineno + 1
-            )
+        holds = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if holds and ast.get_docstring(node, clean=False) is not None:
+            text = slice(node.body[0].lineno - 1, node.body[0].end_lineno)
+            lines[text] = [""] * len(lines[text])
     return "\n".join(filter(None, map(str.rstrip, lines)))
 
 
