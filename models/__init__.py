@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says it again
+if TYPE_CHECKING:  # all names, for readers and type checkers; the same as in `_WHERE`
     from .data import Data as Data
     from .data import list_data as list_data
     from .data import load_data as load_data

@@ -3,30 +3,30 @@
 Queries become coded data points by one smoothing-spline regression, workers run the model on
 those, and a second regression recovers all predictions from whichever workers answered.
 
-Here are the names that people start with. Everything else is public through its room:
+This package holds the names that people start with. All other public names are in its rooms:
 
-- `nercc_jax.splines`: smoothing splines as linear operators, and as posteriors.
-- `nercc_jax.codes`: two matrices each, regression points, files.
-- `nercc_jax.stragglers`: who answers in time; laws of latency and rules of waiting.
-- `nercc_jax.hedging`: a second call, of anything async, where it shortens the tail.
-- `nercc_jax.inference`: encode, model, decode; on a mesh, in part, in order, among liars.
-- `nercc_jax.evaluation`: recorded answers, codes side by side, the nested objective.
-- `nercc_jax.tuning`: gradient descent through all of it, and the search for a layout.
-- `nercc_jax.surrogates`: cheap models, and learners from past answers.
-- `nercc_jax.risk`: how likely a prediction is wrong, and error bars.
-- `nercc_jax.schemes`: a code with an order, a surrogate, and a measure of trust.
-- `nercc_jax.planning`: which code, how many workers, or nothing.
-- `nercc_jax.pools`: workers that answer when they answer.
+- `nercc_jax.splines`: smoothing splines as linear operators, and their posterior variances.
+- `nercc_jax.codes`: codes (two matrices each), regression points, and files.
+- `nercc_jax.stragglers`: laws of stragglers and latencies, and a simulator of rules of waiting.
+- `nercc_jax.hedging`: a second call of any async function where it shortens the tail.
+- `nercc_jax.inference`: coded inference, on a mesh and with adversaries; orders of data points.
+- `nercc_jax.evaluation`: recorded answers, the comparison of codes, the nested objective.
+- `nercc_jax.tuning`: gradient descent through the nested objective, and learned decoders.
+- `nercc_jax.surrogates`: cheap predictors: fixed students, and learners from past answers.
+- `nercc_jax.risk`: the probability that a prediction is wrong, and error bars.
+- `nercc_jax.schemes`: a code with an order, a surrogate, and calibrated risk.
+- `nercc_jax.planning`: which code and how many workers to use, or none.
+- `nercc_jax.pools`: pools of workers, some of which may straggle, die or hang.
 - `nercc_jax.rows`: a function over many rows, each computed or predicted.
-- `nercc_jax.serving`: a server.
-- `nercc_jax.testing`: the contract of codes, to check your own.
+- `nercc_jax.serving`: a server by REST and gRPC.
+- `nercc_jax.testing`: a check of your own code, and simulated pools and clocks.
 - `nercc_jax.compilation`: a cache of compiled programs on disk.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what there is, for readers and type checkers; `_WHERE` says it again
+if TYPE_CHECKING:  # all names, for readers and type checkers; the same as in `_WHERE`
     from .codes import AbstractCode as AbstractCode
     from .codes import Berrut as Berrut
     from .codes import Lagrange as Lagrange

@@ -1,4 +1,4 @@
-"""Checks for extensions, the contract that every code keeps, and simulated pools and clocks."""
+"""The contract of codes, to check your own, and simulated pools and clocks."""
 
 from ._codes import check_code
 from ._simulated import SimulatedClock, SimulatedPool

@@ -1,8 +1,8 @@
 """The contract of codes, as a function that needs no test framework.
 
-Compilation is nearly all of the time. All straggler sets therefore go through a handful of programs
-together, and what tracing alone can find is found before anything is compiled. Rules about values
-name the straggler set in which they fail.
+Nearly all of the time is compilation. So all straggler sets go through a few programs together, and
+tracing finds what it can before anything is compiled. Rules about values name the straggler set in
+which they fail.
 """
 
 import copy
@@ -33,15 +33,15 @@ def check_code(code: AbstractCode, *, tolerance: float | None = None) -> None:
     - Sizes are positive integers. The code is a pytree of arrays and numbers that can be an
       argument of `jax.jit`.
     - `encoder_matrix()` is (N, K), `decoder_matrix(available)` (K, N), and `recovered(available)` a
-      boolean (K,). Both matrices are float32 or both are float64. Masks may be traced, and what is
-      no mask of N workers raises a ValueError.
+      boolean (K,). Both matrices are float32 or both are float64. Masks may be traced, and anything
+      but a mask of N workers raises a ValueError.
     - The decoder is finite, with zeros in the columns of unavailable workers and in the rows of
       data points that are not recovered. `recovered` is honest: every data point with all workers
       available, none without any, and only data points whose row of the decoder is not zero.
-    - Where a code has its own `decoder_map`, its `matrix` agrees with `decoder_matrix`, and its
+    - If a code has its own `decoder_map`, its `matrix` agrees with `decoder_matrix`, and its
       `apply` with the product.
     - `encode` and `try_decode` agree with the products of the matrices in NumPy's float64.
-      Predictions are finite where `recovered` is true, with one worker left, too, and NaN
+      Predictions are finite where `recovered` is true, even with one worker left, and NaN
       elsewhere.
     - A straggler's value (NaN, infinity, 1e30) reaches neither a prediction nor a gradient. An
       available worker whose answer is not finite becomes a straggler.
@@ -55,12 +55,12 @@ def check_code(code: AbstractCode, *, tolerance: float | None = None) -> None:
 
     Args:
         code: The code to check.
-        tolerance: Largest error, relative to the sum of the magnitudes that a result is made of
+        tolerance: The largest error, relative to the sum of the magnitudes of a result's terms
           (default: 1e-4 for matrices in float32, 1e-10 in float64).
 
     Raises:
-        AssertionError: If a rule is broken. The message names the rule and what was seen.
-        ValueError: If `code` is no `AbstractCode`.
+        AssertionError: A rule is broken. The message names the rule and what was seen.
+        ValueError: `code` is not an `AbstractCode`.
 
     >>> from nercc_jax import Replication
     >>> from nercc_jax.testing import check_code
@@ -97,7 +97,7 @@ def check_code(code: AbstractCode, *, tolerance: float | None = None) -> None:
     for way, each in (("inside `jax.jit`", coded), ("outside", code.encode(x))):
         cases.check_close(f"encode(x) must be encoder_matrix() @ x; {way} it", each, encoder, x)
 
-    # Whatever stragglers answer, and whoever answers what is not finite.
+    # Whatever stragglers answer, and whichever worker's answer is not finite.
     decode = _compiled(_decode_groups)
     cases.check_decoded("under `jax.vmap`", *decode(code, y, masks))
     for value in (np.nan, np.inf, -np.inf, 1e30):
@@ -219,7 +219,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forward(code: AbstractCode, x: jax.Array, y: jax.Array, masks: jax.Array) -> tuple:
-    """Return the encoder, what is encoded, and for each set decoder, recovered and its map."""
+    """Return the encoder, the coded data points, and for each set decoder, recovered and map."""
 
     def one(y: jax.Array, mask: jax.Array) -> tuple:
         made = code.decoder_map(mask)
@@ -257,8 +257,8 @@ def _pull_back(
 class _Cases:
     """Straggler sets with answers, and the code's matrices in float64.
 
-    Answers of unavailable workers are 0. The tolerance is relative to the sum of magnitudes that a
-    result is made of, plus 1.
+    Answers of unavailable workers are 0. The tolerance is relative to 1 plus the sum of the
+    magnitudes of a result's terms.
     """
 
     masks: np.ndarray  # (sets, N)
@@ -286,9 +286,9 @@ class _Cases:
         vectors: np.ndarray | None = None,
         where: np.ndarray | None = None,
     ) -> None:
-        """Check arrays (sets, rows, outputs), in some rows of each set or in all; or one array.
+        """Check arrays (sets, rows, outputs), in all rows or `where` it holds; or one array.
 
-        They must be the matrices, or the products with vectors if there are some.
+        They must equal the matrices, or with `vectors` the products with these.
         """
         found, expected, scale = np.asarray(found, np.float64), matrices, np.abs(matrices).sum(-1)
         scale = scale[..., None]
@@ -310,7 +310,7 @@ class _Cases:
         )
 
     def check_decoder(self, name: str, decoders: np.ndarray, recovered: np.ndarray) -> None:
-        """Check that decoders are finite, zero just where they must be, and what they recover."""
+        """Check that decoders are finite, zero where they must be, and honest about `recovered`."""
         rows, zero = decoders.any(axis=2), f"must be zero in {name}"
         of_stragglers = decoders.any(axis=1) & ~self.masks
         self.check(f"{name} must be finite", ~np.isfinite(decoders).all(axis=2))
@@ -320,7 +320,7 @@ class _Cases:
         self.check(known, recovered & ~rows)
 
     def check_decoded(self, name: str, predictions: Any, recovered: Any) -> None:
-        """Check what is decoded from `y`, a row for each straggler set."""
+        """Check the predictions from `y`, a row for each straggler set."""
         predictions, recovered = np.asarray(predictions, np.float64), np.asarray(recovered)
         self.check(f"{name} `recovered` must be recovered(available)", recovered != self.recovered)
         lost = ~np.isnan(predictions).all(axis=2) & ~recovered

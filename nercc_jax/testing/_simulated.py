@@ -20,8 +20,8 @@ from ..pools.worker import Program, Worker
 class SimulatedClock(AbstractClock):
     """A clock that jumps from event to event, in one thread: an hour of traffic takes seconds.
 
-    Events of the same time happen in the order in which they were planned, so that a run is the
-    same each time, if what runs by the clock draws from seeds.
+    Events of the same time happen in the order in which they were planned. So a run can be
+    repeated exactly, if everything that runs by the clock draws from seeds.
 
     Example:
         >>> clock = SimulatedClock()
@@ -54,7 +54,7 @@ class SimulatedClock(AbstractClock):
         event()
 
     def run(self, until: float) -> None:
-        """Run all events up to a time, at which the clock then stands."""
+        """Run all events up to a time, and set the clock to it."""
         while self.next <= until:
             self.step()
         self._now = max(self._now, until)
@@ -100,16 +100,16 @@ class SimulatedClock(AbstractClock):
 class SimulatedPool(AbstractPool):
     """A pool of simulated workers, with the scheduler of all pools and a clock that jumps.
 
-    Everything happens in one thread, as time goes on: by `clock.run`, or by waiting for a batch.
-    The workers are ready at once. The `rules` are as for `DevicePool`: `overdue`, `max_attempts`,
-    `hang_timeout` and `start_timeout`.
+    Everything happens in one thread while the clock moves: by `clock.run`, or by waiting for a
+    batch. The workers are ready at once. The `rules` are as for `DevicePool`: `overdue`,
+    `max_attempts`, `hang_timeout` and `start_timeout`.
 
     Args:
         model: As for `DevicePool`, on NumPy arrays; it is called at the moment of an answer.
-        seconds: Returns the seconds that an answer to a batch of so many data points takes.
-        clock: Of this pool, and of all else that lives by it (default: a new one).
-        faults: Faults to inject, and how much longer an answer takes. Their times are the clock's.
-        start_seconds: Seconds that a worker's further lives take to begin.
+        seconds: Returns the seconds that a call takes, given its number of data points.
+        clock: The clock of this pool, which others may share (default: a new one).
+        faults: Faults to inject, and delays of answers. Their times are the clock's.
+        start_seconds: Seconds that a worker takes to start again after a death.
 
     Example:
         >>> import numpy as np
@@ -175,7 +175,7 @@ class _SimulatedBackend(WorkerBackend):
                 return WorkerDied("it died on purpose")
             try:
                 return simulated.answer(struck, kind, batch)
-            except Exception as error:  # as in every pool: that answer's trouble
+            except Exception as error:  # as in every pool, the error is the call's outcome
                 return error
 
         size = len(jax.tree.leaves(batch)[0])
