@@ -75,4 +75,9 @@ def draws() -> str:
     numbers = sorted({cell["draws"] for cell in cells()})
     few = sorted({cell["ways"]["process"]["mean"]["draws"] for cell in cells()})
     shown = (" to ".join(map(str, sorted({each[0], each[-1]}))) for each in (numbers, few))
-    return f"{next(shown)} draws of each ({next(shown)} of the process and of one run for all)"
+    return (
+        f"There are {next(shown)} draws of each case ({next(shown)} for a plain Gaussian process "
+        "and for one run for all statistics), with real functions and simulated time "
+        "(`bench/run.py ensembles`). [Other ways, function by "
+        "function](../bench/results/ensembles.md)."
+    )
