@@ -130,7 +130,7 @@ def tails():
     even, rack = "5 %, constant", "slow rack, lognormal 0.2"
     for law, name in (
         (even, "classifier, past answers"),
-        (rack, "the same, a rack is slow at a time"),
+        (rack, "the same, with slow racks"),
     ):
         (tail, *_), (other, *_) = row(f"lenet5/{law}", picked), row(f"any model/{law}", hedged)
         row_cells = f"p99.9 {tail} medians", f"{other} tuned hedging"
@@ -238,7 +238,8 @@ def codes():
     for path in ("README.md", "docs/which.md"):
         yield path, f"keeps more {parity}, and fewer in {won.count(-1)}"
     fewer = (
-        f"and fewer in {won.count(-1)}; its error, of what it does not lose, is lower in {lower}."
+        f"and fewer in {won.count(-1)}; its error on the data points that it does not lose is "
+        f"lower in {lower}."
     )
     yield "docs/results.md", f"{parity}, beyond both intervals, {fewer}"
     won, _ = compared_with_learned("replication")
@@ -327,7 +328,7 @@ def schemes():
     assert all(few)
     assert all(abs(share - 6.5) < 0.4 for share in student)
     yield "README.md", f"fewer wrong labels than plain copies in all {len(few)} cells. It has fewer"
-    yield "README.md", f"copies with the same student in {sum(below)} cell, beyond both intervals"
+    yield "README.md", f"with the same student in only {sum(below)} cell, beyond both intervals"
     yield "docs/beyond.md", f"at most half of replication's, in all {len(few)} cells"
     yield "docs/beyond.md", f"beyond both intervals in {sum(below)} of {len(few)} cells"
     yield "docs/beyond.md", "1,024 test images and 20 straggler sets a cell"
@@ -437,7 +438,7 @@ def functions():
     for sentence in (
         "a code is part of the picked system for one function of eight",
         f"After {history} past answers a *learner*",
-        f"{nearest} of the error of copies whose lost ones are answered by the nearest data point "
+        f"{nearest} of the error of copies whose lost rows get the nearest row's answer "
         f"({last[0]} on CIFAR-10)",
         f"{published} of published NeRCC's ({last[1]})",
         f"redundancy takes away {less} % of",
@@ -666,7 +667,7 @@ SETTINGS = {
         "2.5 µs a launch, and 10 µs for a predicate", "Values below 1 are noise",
     ),
     "docs/adversaries.md": (
-        "every output moved by 1/8, 1/4 or all", "lambda_dec = c (A / N)^(8/5), with c = 4e-6",
+        "every output is moved by 1/8, 1/4 or all", "lambda_dec = c (A / N)^(8/5), with c = 4e-6",
         "of a grid on 500 of these images",
     ),
     "docs/beyond.md": (
@@ -727,7 +728,7 @@ SETTINGS = {
     "docs/wrong-answers.md": ("three seeds, 3,000 answers each",),
     "docs/tails.md": (
         "*two at once* are within 1.1 calls a query", "lognormal (sigma 0.2)",
-        "after 1.2 median service times, has no limit", "Where 5 % straggle, at the usual load",
+        "after 1.2 median service times, has no limit", "where 5 % straggle, at the usual load",
         "stretches of 100 queries", "95th or 90th percentile (and 10 ms)",
         "10 % of the labels of queries whose worker straggles", "of all where 5 % straggle",
     ),
