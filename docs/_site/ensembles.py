@@ -65,8 +65,8 @@ def unsure() -> str:
         held.append(100 * sum(each["held_unsure"] for each in found) / number)
     each, those = (" / ".join(f"{share:.0f}" for share in some) for some in (shares, held))
     return (
-        f"The statistic was not known exactly in {each} % of the draws (mean / quantile / "
-        f"probability), and {those} % of the intervals held in those."
+        f"In {each} % of the draws (mean / quantile / probability) the statistic was not known "
+        f"exactly; of those draws' intervals {those} % held."
     )
 
 

@@ -143,7 +143,11 @@ def _own_hedging(cells: Mapping[str, Cell], budget: float) -> str:
 
 def _verdicts(cells: Mapping[str, Cell], budget: float, *, names: bool) -> Iterator[str]:
     def named(where: list[str]) -> str:
-        return f"for {'; '.join(where) or 'none'}." if names else f"in {len(where)}."
+        return (
+            f"for {'; '.join(where) or 'none'}."
+            if names
+            else f"in {len(where)} of the {len(pairs)} cells."
+        )
 
     pairs = [
         (f"{work} ({place})", ours, _best(exact, budget), exact["two at once"])
@@ -160,9 +164,9 @@ def _verdicts(cells: Mapping[str, Cell], budget: float, *, names: bool) -> Itera
     third = sum(tail(ours) <= tail(best) * 2 / 3 for _, ours, best, _ in pairs)
     yield (
         f"Within {budget:g} calls a query, ours has the shortest tail in {shortest} of "
-        f"{len(pairs)} cells, by a third or more in {third}. Of {len(several)} cells with several "
-        f"seeds, the gap exceeds the spread over seeds in {clear}. A rival's tail is shorter "
-        f"{named(longer)}{more}"
+        f"{len(pairs)} cells, by a third or more in {third}. A rival's tail is shorter "
+        f"{named(longer)}{more} Of {len(several)} cells with several seeds, the gap exceeds the "
+        f"spread over seeds in {clear}."
     )
     if budget == min(BUDGETS):
         twice = [name for name, ours, _, two in pairs if tail(two) < tail(ours)]
