@@ -22,7 +22,7 @@ def late_settings() -> str:
     """Return how many rows are late, by how much, and before how many workers."""
     found = load("late_rows")
     return (
-        f"{found['rows']:,} rows of {found['seconds']:g} s before {found['workers']} sleeping "
+        f"{found['rows']:,} rows of {found['seconds']:g} s on {found['workers']} sleeping "
         f"workers; a tenth takes {found['delay']:g} s more in the mean (`bench/run.py late_rows`). "
         f"{draws(late_groups().values())} draws of each; ± is half of the 95 % interval."
     )

@@ -12,9 +12,9 @@ WAYS = {
     "ours": "`run_rows`, for the statistic",
     "together": "one run for all of them",
     "random": "as many rows, drawn at random, all in time",
-    "came": "rows that came, taken for a random sample",
+    "came": "rows that arrived, taken as a random sample",
     "dropped": "late rows dropped",
-    "worst": "worst case of what did not come",
+    "worst": "worst case for rows that did not arrive",
     "process": "Gaussian process, plugged in",
 }
 

@@ -397,7 +397,7 @@ def with_noise() -> str:
     """Return how often lambda_dec > 0 helps where answers are noisy."""
     number, better = len(list(noise())), better_with_noise
     return (
-        f"Chosen for the noise, it saves something beyond the interval in {better(1)} of {number} "
-        f"cases, and costs something in {better(-1)}. With 0.3 rms it saves in "
-        f"{better(1, '0.3')} of {number // 4}."
+        "Chosen for the noise, lambda_dec > 0 saves something beyond the interval in "
+        f"{better(1)} of {number} cases, and costs something in {better(-1)}. With noise of 0.3 "
+        f"rms it saves in {better(1, '0.3')} of {number // 4}."
     )

@@ -33,10 +33,10 @@ _SYSTEMS = (
     "NeRCC (6, 4)", "NeRCC (8, 4)", "surrogate alone", *_BY_HAND, _PICKED, _MORE,
 )  # fmt: skip
 WORKS = {
-    "lenet5": "LeNet5 on MNIST, no student: it learns from the traffic",
+    "lenet5": "LeNet5 on MNIST, with a learner of the traffic",
     "repvgg": "RepVGG on CIFAR-10, with its student",
     "vit": "Vision Transformer on CIFAR-10, with its student",
-    "lotka-volterra": "Lotka-Volterra's equations, within 5 % of the outputs' spread; it learns",
+    "lotka-volterra": "Lotka-Volterra's equations within 5 % of the spread, with a learner",
 }
 
 
