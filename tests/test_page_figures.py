@@ -87,20 +87,21 @@ def servers():
     code, copies = "coded (8, 4)", "replication (2, 1)"
     late = read("serving")["straggle_s"] / read("serving")["service_s"]
     assert (rows[code]["straggler_rate"], late) == (0.05, 10)
-    yield "README.md", "with 5 % of the calls late by ten service times"
-    yield "README.md", f"the coded server's p99 is {p99[code]} ms instead of {p99['uncoded']}."
-    yield "README.md", f"at as many calls, have {p99[copies]} ms"
-    yield "README.md", f"hedging has {p99['hedged']} ms at half the calls"
+    both = f"p99 is {p99['uncoded']} ms without a code and {p99[code]} ms with one."
+    yield "README.md", f"with 5 % of the calls late by ten service times, {both}"
+    yield "README.md", f"take as many calls as the code and give {p99[copies]} ms"
+    yield "README.md", f"takes half the calls and gives {p99['hedged']} ms"
     ends = [rows[name]["intervals_ms"]["p99"] for name in (code, copies)]
     assert max(low for low, _ in ends) < min(high for _, high in ends)
     yield "docs/serving.md", "at as many calls; their intervals overlap"
     plain, ours = shares_of_bare()
-    cells = f"{plain:.2f} of a bare handler's requests", f"{ours:.2f} coded"
+    cells = f"{plain:.2f} of a bare handler's throughput", f"{ours:.2f} coded"
     yield "docs/which.md", named("few stragglers", "nothing", *cells)
     cells = f"p99 {p99[copies]} ms", f"{p99['uncoded']} ms uncoded, {p99[code]} ms coded"
     yield "docs/which.md", named("classifier, workers to spare", "two copies", *cells)
     calls = [f"{rows[name]['calls_per_query']:.2f}" for name in (copies, code)]
-    yield "docs/which.md", f"have {calls[0]} calls a query, the code (8, 4) {calls[1]}, where 5 %"
+    code = f"the code (8, 4) takes {calls[1]}, where 5 %"
+    yield "docs/which.md", f"take {calls[0]} calls a query, {code}"
 
 
 def tails():
@@ -114,10 +115,10 @@ def tails():
     ours = {place: tails for place, tails in found.items() if place[0] != "any model"}
     won = sum(tails[0] < min(found["any model", law]) for (_, law), tails in ours.items())
     kept = 100 * min(c["right"] for name, c in cells.items() if name.endswith("/picked, 1.1 calls"))
-    best = f"the shortest p99.9 in {won} of {len(ours)} simulated cells, at {kept:.1f} % of the"
-    yield "README.md", "within 1.1 calls a query, answering late queries with a surrogate and"
-    yield "README.md", f"{best} labels or more"
-    best = f"within 1.1 calls a query that has the shortest tail in {won} of {len(ours)} cells"
+    best = f"the shortest p99.9 in {won} of {len(ours)} simulated cells, and keeps {kept:.1f} % of"
+    yield "README.md", "at most 1.1 calls a query, a server that answers late queries with a"
+    yield "README.md", f"{best} the labels or more"
+    best = f"the shortest tail within 1.1 calls a query in {won} of {len(ours)} cells"
     yield "docs/which.md", best
 
     def row(place, system):
@@ -127,17 +128,20 @@ def tails():
 
     picked, hedged = "picked, 1.1 calls", "least loaded, hedged, 1.1 calls"
     even, rack = "5 %, constant", "slow rack, lognormal 0.2"
-    for law, name in ((even, "classifier, past answers"), (rack, "the same, racks slow together")):
+    for law, name in (
+        (even, "classifier, past answers"),
+        (rack, "the same, with slow racks"),
+    ):
         (tail, *_), (other, *_) = row(f"lenet5/{law}", picked), row(f"any model/{law}", hedged)
         row_cells = f"p99.9 {tail} medians", f"{other} tuned hedging"
         yield "docs/which.md", named(name, "", *row_cells)
-    tail, calls, right = row(f"lenet5/{even}", picked)
-    words = f"p99.9 is {tail} times the median service time at {calls} calls a query, {right} %"
+    _, calls, right = row(f"lenet5/{even}", picked)
+    words = f"For LeNet5 it takes {calls} calls a query, and {right} % of the labels are"
     yield "docs/which.md", words
     tail, calls, _ = row(f"any model/{even}", "two at once, 1.2 x median")
-    yield "docs/which.md", f"copies at once have {tail} at {calls} calls, exact"
+    yield "docs/which.md", f"two copies at once have {tail} medians at {calls} calls, and are exact"
     right = row(f"lenet5/{rack}", picked)[2]
-    yield "docs/which.md", f"lognormal service times (0.2), {right} % of the labels the model's own"
+    yield "docs/which.md", f"lognormal service times (sigma 0.2), {right} % of the labels are the"
     parity = [
         read("tails")["paper"][f"lenet5/5 %/{name}"] for name in ("ParM, k = 2", "NeRCC (6, 4)")
     ]
@@ -146,7 +150,7 @@ def tails():
     row_cells = f"p99.9 {kept[0]} medians, {right[0]} of labels", f"{kept[1]}, {right[1]} NeRCC"
     yield "docs/which.md", named("classifier, a parity model", "ParM", *row_cells)
     (calls,) = {f"{cell['calls']:.2f}" for cell in parity}
-    yield "docs/which.md", f"Both have {calls} calls a query"
+    yield "docs/which.md", f"Both take {calls} calls a query"
 
 
 def loads_of_tails():
@@ -189,7 +193,7 @@ def dependent():
         for cases in (by_query, [case for case in real if case not in by_query])
     )
     for sentence in (
-        "their number in a run of 5,000 queries",
+        "the number of approximate answers in a run of 5,000 queries",
         "{} for a share of 0.1, {} for 0.05, {} for 0.01".format(*needed),
         "with clients of HTTP: 4,000 queries a run",
         f"the smallest margins are slow, {shares} % of these are wrong",
@@ -216,13 +220,14 @@ def codes():
         below[kind] = np.sum(gains(each, kind, *bacc) > 0)
     learned, tuned = (gains(each, kind, "BACC tuned").mean() for kind in ("learned", "tuned"))
     assert below["learned"] == len(each)
-    yield "README.md", f"has less error than BACC in all {len(each)} cells"
+    yield "README.md", f"has a lower error than BACC, an earlier code, in all {len(each)} cells"
     yield "docs/which.md", f"below BACC's in all {len(each)} cells"
-    results = f"in all {len(each)} cells, by {ends['learned']} % of the RMSE on average; with a"
-    yield "docs/results.md", f"{results} tuned spline in {below['tuned']}, by {ends['tuned']} %."
+    results = f"in all {len(each)} cells, by {ends['learned']} % of the RMSE on average."
+    tuned_spline = f"has a lower error in {below['tuned']} cells, by {ends['tuned']} %."
+    yield "docs/results.md", f"{results} NeRCC with a tuned spline {tuned_spline}"
     yield "docs/results.md", f"two constant lambdas, gains {ends['published']} %."
     points = f"the spline gains {tuned:.0f} %, the learned decoder {learned:.0f} %"
-    yield "docs/results.md", f"Over BACC with tuned points {points}."
+    yield "docs/results.md", f"Over BACC with tuned points, {points}."
     none = read("rivals")["laws"]["0"]
     none = {code: f"{100 * row['gain']['mean']:.0f} %" for code, row in none.items()}
     falls = f"{none['BACC']} over BACC to {none['BSCC']} over BSCC and {none['BSCC tuned']} over"
@@ -231,16 +236,17 @@ def codes():
     won, lower = compared_with_learned("ParM")
     parity = f"in {won.count(1)} of its {len(won)} cells"
     for path in ("README.md", "docs/which.md"):
-        yield path, f"{parity}, and fewer in {won.count(-1)}"
+        yield path, f"keeps more {parity}, and fewer in {won.count(-1)}"
     fewer = (
-        f"and fewer in {won.count(-1)}; its error, of what it does not lose, is lower in {lower}."
+        f"and fewer in {won.count(-1)}; its error on the data points that it does not lose is "
+        f"lower in {lower}."
     )
     yield "docs/results.md", f"{parity}, beyond both intervals, {fewer}"
     won, _ = compared_with_learned("replication")
     both = f"beyond both intervals, and fewer in {won.count(-1)}"
     for path, of in (
-        ("README.md", "these"),
-        ("docs/which.md", "them"),
+        ("README.md", "these cells"),
+        ("docs/which.md", "these cells"),
         ("docs/results.md", f"the {len(won)} cells"),
     ):
         yield path, f"in {won.count(1)} of {of}, {both}"
@@ -252,7 +258,7 @@ def codes():
     assert lost["lost"]["mean"] == 0
     wrong = f"{100 * (1 - lost['rel_acc']['mean']):.0f} % of the labels are not the model's"
     words = "With 80 of 100 workers lost, every prediction of LeNet5 for 20 images is recovered"
-    yield "docs/concepts.md", f"{words}, and {wrong}"
+    yield "docs/concepts.md", f"{words}, but {wrong}"
 
 
 def paper_cells():
@@ -321,8 +327,8 @@ def schemes():
             below.append(gap > np.hypot(rescued["half_width"], ours["half_width"]))
     assert all(few)
     assert all(abs(share - 6.5) < 0.4 for share in student)
-    yield "README.md", f"than plain copies in all {len(few)} cells; than copies with the same"
-    yield "README.md", f"student in {sum(below)}, beyond both intervals"
+    yield "README.md", f"fewer wrong labels than plain copies in all {len(few)} cells. It has fewer"
+    yield "README.md", f"with the same student in only {sum(below)} cell, beyond both intervals"
     yield "docs/beyond.md", f"at most half of replication's, in all {len(few)} cells"
     yield "docs/beyond.md", f"beyond both intervals in {sum(below)} of {len(few)} cells"
     yield "docs/beyond.md", "1,024 test images and 20 straggler sets a cell"
@@ -341,7 +347,7 @@ def schemes():
     lose = f"plain copies lose {copies} % of the labels, NeRCC as published {published[0]:.1f} to"
     yield "docs/which.md", f"With 20 queries on 24 workers, 2 of them stragglers, {lose}"
     yield "docs/which.md", f"{published[-1]:.0f} %. With repeated points"
-    lose = f"it loses {few:.2f} % of LeNet5's labels and at most {max(others):.1f} % of RepVGG's"
+    lose = f"NeRCC loses {few:.2f} % of LeNet5's labels and at most {max(others):.1f} % of RepVGG's"
     yield "docs/which.md", lose
 
 
@@ -359,11 +365,14 @@ def copies_by_doubt():
             assert with_student < min(others) / 2
     found = span(ratios, ".2f")
     yield "docs/beyond.md", "4,000 test images, of which none trained the student"
-    leave = f"On CIFAR-10 these copies leave {found} times the wrong labels of copies with the same"
-    yield "docs/beyond.md", f"{leave} student in all {len(ratios)} cells"
+    leave = f"over all {len(ratios)} cells, these copies leave {found} times as many wrong labels"
+    yield "docs/beyond.md", f"On CIFAR-10, {leave} as copies with the same student"
     yield "docs/which.md", f"leave {found} times as many wrong labels on CIFAR-10"
     cells = f"{found} of the wrong labels", "copies with the student"
-    yield "docs/which.md", named("classifier, a student, groups", "copies by its doubt", *cells)
+    yield (
+        "docs/which.md",
+        named("classifier, a student, groups", "copies where it is unsure", *cells),
+    )
 
 
 def error_probabilities():
@@ -377,7 +386,7 @@ def error_probabilities():
     given = [row for _, row in rows if row.get("wrong_of_given")]
     assert all(row["wrong_of_given"][0] <= row["promised"] for row in given)
     silent = sum("given" in row for _, row in rows) - len(given)
-    yield "docs/which.md", f"of {len(rows)} cases it gave nothing out in {silent}, and kept its"
+    yield "docs/which.md", f"Of {len(rows)} cases it gave nothing out in {silent}, and kept its"
     other = len(rows) - len(given) - silent
     yield (
         "docs/which.md",
@@ -429,7 +438,7 @@ def functions():
     for sentence in (
         "a code is part of the picked system for one function of eight",
         f"After {history} past answers a *learner*",
-        f"{nearest} of the error of copies whose lost ones are answered by the nearest data point "
+        f"{nearest} of the error of copies whose lost rows get the nearest row's answer "
         f"({last[0]} on CIFAR-10)",
         f"{published} of published NeRCC's ({last[1]})",
         f"redundancy takes away {less} % of",
@@ -439,7 +448,7 @@ def functions():
         yield "docs/functions.md", sentence
     sweep = entries["Lotka-Volterra"]["sweep"]
     errors = [f"{np.mean(sweep['rmse'][name]):.4f}" for name in (sweep["picked"], "fixed points")]
-    cells = f"error {errors[0]}", f"{errors[1]} a code"
+    cells = f"error {errors[0]}", f"{errors[1]} with a code"
     yield "docs/which.md", named("a sweep of one parameter", "[SciPy's spline", *cells)
 
 
@@ -497,11 +506,11 @@ def ensembles():
     ours = span([held(law, "ours", each) for law in laws for each in statistics], ".0f")
     medians = [each["median"] for cell in cells for each in cell["computed"].values()]
     assert (read("ensembles")["rows"], read("ensembles")["coverage"]) == (1000, 0.9)
-    yield "docs/ensembles.md", f"Intervals of 90 % held in {ours} % of the cases"
+    yield "docs/ensembles.md", f"The 90 % intervals held in {ours} % of the cases"
     yield "docs/ensembles.md", f"{span(medians, '.0f')} of the rows were computed (medians)"
-    yield "docs/ensembles.md", "90 % intervals that had the true value of all 1,000 rows"
+    yield "docs/ensembles.md", "90 % intervals that contained the true value of all 1,000 rows"
     mean = [held("leaning", way, "mean") for way in ("ours", "dropped")]
-    cells = f"{mean[0]:.0f} % of intervals hold", f"{mean[1]:.0f} % late rows dropped"
+    cells = f"{mean[0]:.0f} % of intervals hold", f"{mean[1]:.0f} % if late rows are dropped"
     yield "docs/which.md", named("statistics of an ensemble", "[", *cells)
 
 
@@ -532,11 +541,8 @@ def liars():
         if path == "docs/which.md":
             cells = f"as many labels in {same} of {number} cells", "rejection"
             yield path, named("workers that may lie", "copies with a median", *cells)
-            yield (
-                path,
-                f"keeps as many labels in {same} of {number} cells, fewer in {fewer}, more in",
-            )
-            yield path, f"{more}. - **Edge**"
+            kept = f"in {same} of {number} cells, fewer in {fewer} and more in {more}."
+            yield path, f"keeps as many labels as copies with a median {kept}"
         else:
             assert fewer == 0
             kept = f"as many labels as copies with a median in {same} of {number} cells, and up to"
@@ -581,7 +587,7 @@ def models():
     sizes = "{:.2f} and {:.2f} million parameters".format(
         *(card["num_parameters"] / 1e6 for card in small)
     )
-    right = "{:.1f} and {:.1f} % of CIFAR-10's test images right".format(
+    right = "{:.1f} and {:.1f} % accuracy on CIFAR-10's test images".format(
         *(100 * card["score"]["accuracy"] for card in small)
     )
     for path in ("README.md", "docs/results.md"):
@@ -661,7 +667,7 @@ SETTINGS = {
         "2.5 µs a launch, and 10 µs for a predicate", "Values below 1 are noise",
     ),
     "docs/adversaries.md": (
-        "every output moved by 1/8, 1/4 or all", "lambda_dec = c (A / N)^(8/5), with c = 4e-6",
+        "every output is moved by 1/8, 1/4 or all", "lambda_dec = c (A / N)^(8/5), with c = 4e-6",
         "of a grid on 500 of these images",
     ),
     "docs/beyond.md": (
@@ -672,10 +678,10 @@ SETTINGS = {
     "docs/cluster.md": (
         "a worker has 0.5 CPUs", "| 0 | every", "| 1 | nothing", "| 2 | an option", "| 3 | a part",
         "| 130 | Ctrl-C |", ", 60 s | it is replaced", "by Ray after some 60 s",
-        "| 2 to 4 s; about 6 s |", "not back in 60 s", "and stops with 3.",
+        "| 2 to 4 s; about 6 s |", "not back in 60 s", "and stops with exit code 3.",
     ),
     "docs/ensembles.md": (
-        "over 3,000 simulations", "(default 0.9)", "in one call of 100",
+        "over 3,000 simulations", "(default 0.9)", "In one call of 100",
     ),
     "docs/functions.md": (
         "takes 1 s more", "within their 90 % bars", "recall@10", "One parameter in 20 steps",
@@ -696,15 +702,17 @@ SETTINGS = {
         "NeRCC has = 0", "a 13 x 13 grid",
     ),
     "docs/run.md": ("exit code 3", "of 90 % of the predicted rows"),
-    "docs/schemes.md": ("by 500 random features", "by their 64 pixels", "where 1 minus its"),
+    "docs/schemes.md": (
+        "by 500 random features", "by their 64 pixels", "goes where 1 minus the student's",
+    ),
     "docs/serve.md": (
         "at port 8001", "-1: not known yet",
-        "pick within 1.1 calls a query", "400 bad input", "413 too large",
+        "picks its settings within 1.1 calls a query", "400 bad input", "413 too large",
         "scores of labels | (0.05)", "in a share (0.9) of the cases", "429 the queue",
         "502 the model", "503 starting", "504 the deadline",
     ),
     "docs/serving.md": (
-        "The table has 5 % stragglers", "stretches of 100 queries", "requests of 16 queries",
+        "stretches of 100 queries", "requests of 16 queries",
         "(0.05) is a bound", "fails with a probability of 0.25", "0 decodes none, 1 all",
         "at K = 4, N = 8",
     ),
@@ -713,12 +721,14 @@ SETTINGS = {
         "sum to more than 32",
     ),
     "docs/which.md": (
-        "Here 1,347 digits are too few to promise 0.5 %", "a tolerance of 10 % of the spread",
+        "1,347 digits are too few to guarantee that at most 0.5 %",
+        "a tolerance of 10 % of the outputs' spread",
         "90 % intervals of a mean", "fails with a probability of 0.25",
     ),
     "docs/wrong-answers.md": ("three seeds, 3,000 answers each",),
     "docs/tails.md": (
-        "after 1.2 median service times, has no limit", "Where 5 % straggle, at the usual load",
+        "*two at once* are within 1.1 calls a query", "lognormal (sigma 0.2)",
+        "after 1.2 median service times, has no limit", "where 5 % straggle, at the usual load",
         "stretches of 100 queries", "95th or 90th percentile (and 10 ms)",
         "10 % of the labels of queries whose worker straggles", "of all where 5 % straggle",
     ),

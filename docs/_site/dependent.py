@@ -22,7 +22,7 @@ def late_settings() -> str:
     """Return how many rows are late, by how much, and before how many workers."""
     found = load("late_rows")
     return (
-        f"{found['rows']:,} rows of {found['seconds']:g} s before {found['workers']} sleeping "
+        f"{found['rows']:,} rows of {found['seconds']:g} s on {found['workers']} sleeping "
         f"workers; a tenth takes {found['delay']:g} s more in the mean (`bench/run.py late_rows`). "
         f"{draws(late_groups().values())} draws of each; ± is half of the 95 % interval."
     )
@@ -83,7 +83,10 @@ def beyond_allowance() -> str:
         for case, cells in load("dependent")["after"].items()
     }
     more = [f"{case} ({100 * wrong[case]:.1f} %)" for case in wrong if wrong[case] > allowed(case)]
-    return f"More was wrong than allowed in {len(more)} of {len(wrong)} cases: {'; '.join(more)}."
+    return (
+        f"More answers were wrong than allowed in {len(more)} of {len(wrong)} cases: "
+        f"{'; '.join(more)}."
+    )
 
 
 def allowed(case: str) -> float:
@@ -141,6 +144,14 @@ def monitor() -> Iterator[dict[str, str]]:
                 for times in ("1.5", "2", "4")
             },
         }
+
+
+def runs() -> str:
+    """Return how many runs there are, and which are newer than others."""
+    return (
+        f"Each row has {draws(load('dependent')['after'].values())} runs with seeds of their own. "
+        "MNIST's two decoded rows are of 2026-12-01."
+    )
 
 
 def draws(groups: Iterable[Sequence[Cell]]) -> str:

@@ -12,9 +12,9 @@ WAYS = {
     "ours": "`run_rows`, for the statistic",
     "together": "one run for all of them",
     "random": "as many rows, drawn at random, all in time",
-    "came": "rows that came, taken for a random sample",
+    "came": "rows that arrived, taken as a random sample",
     "dropped": "late rows dropped",
-    "worst": "worst case of what did not come",
+    "worst": "worst case for rows that did not arrive",
     "process": "Gaussian process, plugged in",
 }
 
@@ -65,8 +65,8 @@ def unsure() -> str:
         held.append(100 * sum(each["held_unsure"] for each in found) / number)
     each, those = (" / ".join(f"{share:.0f}" for share in some) for some in (shares, held))
     return (
-        f"The statistic was not known exactly in {each} % of the draws (mean / quantile / "
-        f"probability), and {those} % of the intervals held in those."
+        f"In {each} % of the draws (mean / quantile / probability) the statistic was not known "
+        f"exactly; of those draws' intervals {those} % held."
     )
 
 
@@ -75,4 +75,9 @@ def draws() -> str:
     numbers = sorted({cell["draws"] for cell in cells()})
     few = sorted({cell["ways"]["process"]["mean"]["draws"] for cell in cells()})
     shown = (" to ".join(map(str, sorted({each[0], each[-1]}))) for each in (numbers, few))
-    return f"{next(shown)} draws of each ({next(shown)} of the process and of one run for all)"
+    return (
+        f"There are {next(shown)} draws of each case ({next(shown)} for a plain Gaussian process "
+        "and for one run for all statistics), with real functions and simulated time "
+        "(`bench/run.py ensembles`). [Other ways, function by "
+        "function](../bench/results/ensembles.md)."
+    )

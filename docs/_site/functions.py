@@ -73,16 +73,23 @@ def setting() -> str:
     """Return the numbers of draws, past answers, groups and straggler sets, and two days."""
     size = next(iter(RESULTS.values()))["size"]
     numbers = [len(draws(f, cell, "picked")) for f in RESULTS for cell in RESULTS[f]["cells"]]
+    return (
+        f"{min(numbers)} to {max(numbers)} draws of {size['history']} past answers, "
+        f"{size['groups']} groups, {size['sets']} straggler sets for each group."
+    )
+
+
+def again() -> str:
+    """Return which learners were measured again."""
     cells = {f: RESULTS[f]["cells"][CELLS[0]] for f in RESULTS}
-    again = [
-        f"{f} {cell['environment']['date'][:10]}"
+    later = [
+        f"{f} on {cell['environment']['date'][:10]}"
         for f, cell in cells.items()
         if "environment" in cell
     ]
     return (
-        f"{min(numbers)} to {max(numbers)} draws of {size['history']} past answers, "
-        f"{size['groups']} groups, {size['sets']} straggler sets for each group. Learners at "
-        f"{CELLS[0]}, again, no figure off by 0.0002: {', '.join(again)}."
+        f"Learners at {CELLS[0]} were measured again for {', '.join(later)}; no figure changed by "
+        "0.0002."
     )
 
 

@@ -33,10 +33,10 @@ _SYSTEMS = (
     "NeRCC (6, 4)", "NeRCC (8, 4)", "surrogate alone", *_BY_HAND, _PICKED, _MORE,
 )  # fmt: skip
 WORKS = {
-    "lenet5": "LeNet5 on MNIST, no student: it learns from the traffic",
+    "lenet5": "LeNet5 on MNIST, with a learner of the traffic",
     "repvgg": "RepVGG on CIFAR-10, with its student",
     "vit": "Vision Transformer on CIFAR-10, with its student",
-    "lotka-volterra": "Lotka-Volterra's equations, within 5 % of the outputs' spread; it learns",
+    "lotka-volterra": "Lotka-Volterra's equations within 5 % of the spread, with a learner",
 }
 
 
@@ -97,12 +97,12 @@ def _shown(cell: Cell, key: str, *, stands_out: bool) -> str:
 
 def sentences(cells: Mapping[str, Cell], all_budgets: bool = False) -> Iterator[str]:
     """Yield who wins where within the least budget; with `all_budgets`, also within others."""
-    first, *rest = _verdicts(cells, BUDGETS[0])
+    first, *rest = _verdicts(cells, BUDGETS[0], names=all_budgets)
     yield first
     yield _own_hedging(cells, BUDGETS[0])
     if all_budgets:
         yield from rest
-        yield from _verdicts(cells, BUDGETS[1])
+        yield from _verdicts(cells, BUDGETS[1], names=True)
         yield _silent(cells, BUDGETS[0])
 
 
@@ -120,7 +120,8 @@ def _silent(cells: Mapping[str, Cell], budget: float) -> str:
         for work in OURS.values()
     )
     return (
-        f"Runs in which the surrogate was sure of nothing, and all was hedged: {', '.join(counts)}."
+        "Runs in which the surrogate answered nothing, and all late queries were hedged: "
+        f"{', '.join(counts)}."
     )
 
 
@@ -134,12 +135,20 @@ def _own_hedging(cells: Mapping[str, Cell], budget: float) -> str:
     place, (own, tuned) = max(pairs.items(), key=lambda each: tail(each[1][0]) / tail(each[1][1]))
     worse = sum(tail(own) > 1.05 * tail(tuned) for own, tuned in pairs.values())
     return (
-        f"Where nothing is known, `--max-calls {budget:g}` hedges worse than tuned hedging in "
-        f"{worse} of {len(pairs)} laws; at most {tail(own):.2f} against {tail(tuned):.2f}, {place}."
+        f"Without a surrogate, `--max-calls {budget:g}` hedges worse than tuned hedging in {worse} "
+        f"of {len(pairs)} laws: at worst p99.9 is {tail(own):.2f} instead of {tail(tuned):.2f} "
+        f"({place})."
     )
 
 
-def _verdicts(cells: Mapping[str, Cell], budget: float) -> Iterator[str]:
+def _verdicts(cells: Mapping[str, Cell], budget: float, *, names: bool) -> Iterator[str]:
+    def named(where: list[str]) -> str:
+        return (
+            f"for {'; '.join(where) or 'none'}."
+            if names
+            else f"in {len(where)} of the {len(pairs)} cells."
+        )
+
     pairs = [
         (f"{work} ({place})", ours, _best(exact, budget), exact["two at once"])
         for place in places(cells)
@@ -149,22 +158,19 @@ def _verdicts(cells: Mapping[str, Cell], budget: float) -> Iterator[str]:
     longer = [name for name, ours, best, _ in pairs if tail(ours) >= tail(best)]
     dearer = [name for name, ours, *_ in pairs if ours["calls"] > budget + _ROUNDING]
     shortest = len(pairs) - len({*longer, *dearer})
-    more = f" Ours sends more calls {_named(dearer)}" if dearer else ""
+    more = f" Ours sends more calls {named(dearer)}" if dearer else ""
     several = [(ours, best) for _, ours, best, _ in pairs if len(ours["seeds"]) > 1]
     clear = sum(ours["p999_ms"][2] < best["p999_ms"][1] for ours, best in several)
     third = sum(tail(ours) <= tail(best) * 2 / 3 for _, ours, best, _ in pairs)
     yield (
-        f"Within {budget:g} calls, ours is the shortest in {shortest} of "
-        f"{len(pairs)} cells, in {third} by a third or more; beyond the spread over seeds in "
-        f"{clear} of the {len(several)} with several. A rival is shorter {_named(longer)}{more}"
+        f"Within {budget:g} calls a query, ours has the shortest tail in {shortest} of "
+        f"{len(pairs)} cells, by a third or more in {third}. A rival's tail is shorter "
+        f"{named(longer)}{more} Of {len(several)} cells with several seeds, the gap exceeds the "
+        f"spread over seeds in {clear}."
     )
     if budget == min(BUDGETS):
         twice = [name for name, ours, _, two in pairs if tail(two) < tail(ours)]
-        yield f"Two copies at once, whatever they cost, are shorter {_named(twice)}"
-
-
-def _named(where: list[str]) -> str:
-    return f"for {'; '.join(where)}." if where else "nowhere."
+        yield f"Two copies at once, at any number of calls, have a shorter tail {named(twice)}"
 
 
 def longest(cells: Mapping[str, Cell]) -> str:
@@ -201,8 +207,8 @@ def described(cells: Mapping[str, Cell]) -> str:
     seeds = sorted({len(cell["seeds"]) for cell in cells.values()})
     judged = sorted({each["queries"] for c in cells.values() for each in c["seeds"].values()})
     return (
-        f"Medians over {' or '.join(map(str, seeds))} seeds of arrivals, service times and faults, "
-        f"{' or '.join(f'{number:,}' for number in judged)} judged queries each."
+        f"Figures are medians over {min(seeds)} to {max(seeds)} seeds of arrivals, service times "
+        f"and faults, with {' or '.join(f'{number:,}' for number in judged)} queries each."
     )
 
 
@@ -308,9 +314,9 @@ def setting(about: Mapping[str, Any], cells: Cells) -> str:
     judged = sorted({cell["queries"] for found in cells.values() for cell in found.values()})
     return (
         f"{load['workers']} workers; a call takes {1000 * load['base']:.0f} ms; single queries "
-        f"come as a Poisson stream of {load['rate']:.0f} a second "
+        f"arrive as a Poisson stream of {load['rate']:.0f} a second "
         f"({100 * load['rate'] * load['base'] / load['workers']:.0f} % of capacity); "
-        f"{' or '.join(f'{number:,}' for number in judged)} queries are judged after "
+        f"{' or '.join(f'{number:,}' for number in judged)} queries count, after "
         f"{about['warm_up']:,} to learn from."
     )
 
@@ -356,9 +362,10 @@ def agreement(found: Mapping[str, Mapping[str, Cell]]) -> str:
         for w in ("threads", "ray")
     )
     return (
-        f"Within 15 %: p99 in {close['p99_ms']} and p99.9 in {close['p999_ms']} of {len(ratios)}. "
-        f"p99.9 of what is *picked* is up to {threads:.2f} times the simulated one before threads, "
-        f"and {ray:.2f} before Ray actors."
+        "Real and simulated differ by at most 15 % in "
+        f"{close['p99_ms']} (p99) and {close['p999_ms']} (p99.9) of {len(ratios)} cells. "
+        f"The p99.9 of *picked* is up to {threads:.2f} times the simulated one with threads, "
+        f"and {ray:.2f} times with Ray actors."
     )
 
 
