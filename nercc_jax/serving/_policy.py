@@ -1,4 +1,4 @@
-"""The batching policy: how groups are formed, how long they wait, and what is given out.
+"""The batching policy: how groups are formed, how long they wait, and which answers are returned.
 
 It needs no JAX, so that errors in settings are reported at once.
 """
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 if TYPE_CHECKING:
     from ..risk import Accuracy
 
-# The longest deadline, in seconds: no wait is without a bound.
+# The longest deadline of a request, in seconds, so that every wait is bounded.
 MAX_DEADLINE_S = 3600.0
 
 Outputs: TypeAlias = Literal["logits", "probabilities", "values"]
@@ -107,15 +107,17 @@ class BatchingPolicy(BaseModel):
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """The sizes of batches that workers receive."""
+        """The sizes of the batches that workers receive: all powers of two up to the largest."""
         return tuple(1 << power for power in range(self.max_batch_size.bit_length()))
 
 
 def read_outputs(asked: Any, shapes: Sequence[tuple[int, ...]], *, floats: bool = True) -> Outputs:
-    """Return how a model's outputs, of these shapes a row, are read, by a policy or settings.
+    """Return how a model's outputs are interpreted, by the policy or settings `asked`.
+
+    `shapes` are the outputs' shapes, without the batch axis.
 
     Raises:
-        ValueError: where a label is asked of a single number.
+        ValueError: if an output with labels has a single number.
     """
     single = any(shape[-1:] in ((), (1,)) for shape in shapes)
     if asked.outputs in ("logits", "probabilities") and single:
