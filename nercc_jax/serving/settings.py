@@ -1,4 +1,4 @@
-"""The settings of a server: by flags, by the environment, by a TOML file, in this order.
+"""The settings of a server, from flags, the environment and a TOML file, in order of precedence.
 
 # server.toml                                     NERCC_HTTP_PORT=9000
 http_port = 8000                                  NERCC_DEFAULTS__POOL=ray
@@ -7,9 +7,9 @@ num_workers = 8
 [[models]]
 model = "lenet5-digits"
 
-The two models below are the only description of every setting, with the text below it: the flags of
-`nercc serve`, the environment, the file, `--print-config` and `docs/deploy/server.toml` are made
-from them. A model's settings include those of `BatchingPolicy`.
+The two models below, with the text below each field, are the only description of the settings: the
+flags of `nercc serve`, the variables, the file, `--print-config` and `docs/deploy/server.toml` are
+generated from them. A model's settings include those of `BatchingPolicy`.
 """
 
 import json
@@ -41,16 +41,16 @@ from ._policy import MAX_DEADLINE_S, BatchingPolicy, Outputs
 DAY_S = 86_400.0
 _setting: Any = Field  # so that a type checker sees that each setting has a default
 
-# Settings as text, from a flag or a variable, where a file has tables and lists.
+# Tables and lists of a file may also be text, from a flag or an environment variable.
 
 
 def _read_text(value: Any) -> Any:
-    """Return a list or a table that may be written as in TOML, with or without its brackets.
+    """Return a list or a table that may be TOML text, with or without its brackets.
 
-    That is 28, 28, 1 or num_gpus = 0.5.
+    Examples of such text are 28, 28, 1 and num_gpus = 0.5.
     """
     if isinstance(value, int) and not isinstance(value, bool):
-        return [value]  # pydantic's reading of a variable whose text is one number
+        return [value]  # pydantic has read a variable that is one number
     if not isinstance(value, str):
         return value
     text, pair = value.strip(), "{}" if "=" in value else "[]"
@@ -76,11 +76,11 @@ def _read_shape(value: Any) -> Any:
 
 
 def _read_faults(value: Any) -> Any:
-    """Return a table of faults, which is checked where there are any."""
+    """Return a table of faults, checked if it is not empty."""
     table = _read_text(value)
     if not table or not isinstance(table, Mapping):
         return table
-    from ..pools.options import check_faults  # late: it takes JAX
+    from ..pools.options import check_faults  # late, since it imports JAX
 
     return check_faults(table)
 
@@ -174,7 +174,7 @@ class _OwnSettings(BaseModel):
 
 
 class ModelSettings(BatchingPolicy, _OwnSettings):
-    """The settings of one model: what it is, how it is coded, which workers run it, its policy.
+    """The settings of one model: its name and tensors, its code, its workers, and its policy.
 
     A setting that is not set has the value of the server's `defaults`, or the default here.
     """
@@ -185,7 +185,7 @@ class ModelSettings(BatchingPolicy, _OwnSettings):
         return self.name or str(self.model).rpartition("/")[2].replace(":", ".")
 
     def policy(self, outputs: Outputs | None = None) -> BatchingPolicy:
-        """Return the batching policy of a model with these outputs (default: as they are set).
+        """Return the batching policy of a model with these outputs (default: the settings' own)."""
 
         Raises:
             ValueError: for values out of range, and for limits that do not fit the outputs.
@@ -199,7 +199,7 @@ class ModelSettings(BatchingPolicy, _OwnSettings):
     def over(self, defaults: "ModelSettings") -> "ModelSettings":
         """Return these settings, with `defaults` for those that are not set.
 
-        Limits of labels are no defaults of a model whose outputs are set as values.
+        The default limits for labels do not apply to a model whose outputs are set to values.
         """
         given, own = defaults.model_fields_set, self.model_fields_set
         if self.outputs == "values" or self.tolerance is not None:
@@ -265,10 +265,10 @@ class ServerSettings(BaseSettings):
         return self
 
     def tokens(self) -> frozenset[bytes]:
-        """Return the tokens that clients may send; none where none is needed.
+        """Return the tokens that clients may send; an empty set if none is needed.
 
         Raises:
-            ValueError: where the file is missing or empty.
+            ValueError: if the file is missing or empty.
         """
         if self.token_file is None:
             return frozenset()
@@ -281,7 +281,7 @@ class ServerSettings(BaseSettings):
         """Return the certificate's key, the certificate and its chain; None without TLS.
 
         Raises:
-            ValueError: where the file is missing, or has no key.
+            ValueError: if the file is missing, or has no key or no certificate.
         """
         found = None if self.tls_certificate is None else _content(self.tls_certificate)
         if found is not None and not (b"PRIVATE KEY-----" in found and b"CERTIFICATE--" in found):
@@ -311,7 +311,7 @@ class ServerSettings(BaseSettings):
         """Return every model's settings, with defaults filled in.
 
         Raises:
-            ValueError: where there is no model, one is not named, or two have the same name.
+            ValueError: if there is no model, one lacks `model`, or two have the same name.
         """
         models = [model.over(self.defaults) for model in self.models]
         if not models:
@@ -330,7 +330,7 @@ for _kind in (ModelSettings, ServerSettings):
 
 
 def _content(file: Path) -> bytes:
-    """Return a file's content. Raises ValueError where there is none."""
+    """Return a file's content. Raises ValueError if it cannot be read."""
     try:
         return file.read_bytes()
     except OSError as error:
@@ -348,8 +348,8 @@ def read_settings(file: Path | None, **flags: Any) -> ServerSettings:
     """
     if file is not None and not file.is_file():
         raise ValueError(f"there is no configuration file {file}")
-    # Variables with our prefix that are no settings: those of the tests, and those that Kubernetes
-    # gives to containers beside a service whose name begins so.
+    # Variables with our prefix that are not settings: those of the tests, and those that Kubernetes
+    # sets in containers for a service whose name begins with the prefix.
     tests = "NERCC_REQUIRE_EXTRAS", "NERCC_COMPILE_AS_USERS_DO"
     kubernetes = r"NERCC_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)"
     for name, value in os.environ.items():
@@ -380,7 +380,7 @@ def read_settings(file: Path | None, **flags: Any) -> ServerSettings:
 
 
 def _describe(error: ValidationError) -> str:
-    """Return in one line what is wrong with which settings."""
+    """Return a message of one line: each wrong setting, and what is wrong with it."""
     faults = []
     for fault in error.errors(include_url=False):
         where, what = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
@@ -398,7 +398,7 @@ def as_toml(server: ServerSettings, models: Sequence[ModelSettings]) -> str:
     if server.grpc_port is None:
         of_server["grpc_port"] = "none"
     tables = [("", of_server), *(("\n[[models]]\n", model.model_dump()) for model in models)]
-    # TOML has no null: what is not written is None.
+    # TOML has no null, so settings that are None are left out.
     return "\n".join(
         head + "\n".join(f"{k} = {to_toml(v)}" for k, v in values.items() if v is not None)
         for head, values in tables
@@ -406,7 +406,7 @@ def as_toml(server: ServerSettings, models: Sequence[ModelSettings]) -> str:
 
 
 def to_toml(value: Any) -> str:
-    """Return a value as TOML has it."""
+    """Return a value as TOML text."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(k)} = {to_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):

@@ -293,7 +293,7 @@ class Predictor:
 
     @property
     def state(self) -> Literal["learning", "answering", "drifted"]:
-        """The state: "answering" once calibrated; before that "learning", or "drifted" after a drift."""
+        """The state: "answering" if calibrated, else "drifted" after a drift, or "learning"."""
         if self._calibrated is not None:
             return "answering"
         return "drifted" if self._drifts else "learning"

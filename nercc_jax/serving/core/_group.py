@@ -71,7 +71,7 @@ class Group:
         return max((len(cell.queries) for cell in self.cells), default=1)
 
     def add(self, queries: list[Query]) -> np.ndarray:
-        """Add a cell, and return its data, uncopied if the queries are neighbours in one request."""
+        """Add a cell; return its data, uncopied if the queries are neighbours in one request."""
         request, begin = queries[0].request, queries[0].place
         places = [query.place for query in queries if query.request is request]
         if request.x is not None and places == [*range(begin, begin + len(queries))]:

@@ -1,4 +1,4 @@
-"""The requests without a reply: the queue of their queries, their deadlines and ends, and health."""
+"""The requests without a reply: the queue of their queries, their deadlines, and health."""
 
 import collections
 import concurrent.futures
@@ -54,7 +54,7 @@ class Timers(Generic[Item]):
         return self._heap[0][0] if self._heap else math.inf
 
     def set(self, item: Item, due: float) -> None:
-        """Set an item's due time, in place of its earlier one; an infinite time removes the item."""
+        """Set an item's due time, in place of an earlier one; an infinite one removes the item."""
         self.drop(item)
         if due < math.inf:
             self._due[item] = entry = due, next(self._numbers)
@@ -249,7 +249,7 @@ class OpenRequests:
         return queries
 
     def answer(self, queries: Sequence[Query], answer: Answer, now: float) -> None:
-        """Store answers, one a row, to those queries that are open, and reply to full requests."""
+        """Store answers, one a row, to those queries that are open; reply to complete requests."""
         rows: dict[Request, list[int]] = {}
         for row, query in enumerate(queries):
             if not query.done:

@@ -58,7 +58,7 @@ class BatchSpec:
         return np.zeros((number, *self.shape), self.dtype)
 
     def check(self, x: np.ndarray) -> Shaped[np.ndarray, "batch ..."]:
-        """Return queries in the dtype that workers receive. Raises ValueError as `fit_rows` does."""
+        """Return queries in the workers' dtype. Raises ValueError as `fit_rows` does."""
         shape = ", ".join(map(str, self.shape))
         wanted = f"queries of shape (B, {shape}) with B of 1 or more, {self.dtype}"
         return fit_rows(np.asarray(x), self.shape, self.dtype, wanted)

@@ -10,7 +10,7 @@ The rules, each with a row in `tests/serving/test_decide.py`:
   sent again, once: to one worker, or to several together if the setting says so.
 - If copies are as slow as their originals (`DispatchSetting.hedges` is False), only these queries
   are sent again: those whose calls have failed or may hang, and a few for trial.
-- A query that needs an exact answer does not wait for the group's answers: it is sent again at once.
+- A query that needs an exact answer does not wait for the others: it is sent again at once.
 - A query in a batch of its own, not coded, fails once no worker can answer it.
 """
 
