@@ -185,7 +185,7 @@ class ModelSettings(BatchingPolicy, _OwnSettings):
         return self.name or str(self.model).rpartition("/")[2].replace(":", ".")
 
     def policy(self, outputs: Outputs | None = None) -> BatchingPolicy:
-        """Return the batching policy of a model with these outputs (default: the settings' own)."""
+        """Return the batching policy of a model with these outputs (default: the settings' own).
 
         Raises:
             ValueError: for values out of range, and for limits that do not fit the outputs.

@@ -248,7 +248,7 @@ class Servable:
 
     @property
     def growth(self) -> float:
-        """The bytes of a preprocessed query, as a multiple of the input's; 0 without `preprocess`."""
+        """The bytes of a query after preprocessing, as a multiple of the input's; 0 without any."""
         if self.preprocess is None:
             return 0.0
         sent = sum(math.prod(each.shape) * each.sent.itemsize for each in self.inputs.parts)

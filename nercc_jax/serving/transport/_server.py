@@ -248,7 +248,7 @@ class Server:
             await asyncio.sleep(TICK)
 
     async def _drain(self, http: asyncio.Task) -> None:
-        """Be unready for `drain_delay_s`, then accept nothing new; fail requests that are too slow."""
+        """Stay unready for `drain_delay_s`; then accept no more, and fail slow requests."""
         ends: list[asyncio.Future[Any]] = []
 
         async def wait(seconds: float) -> bool:
