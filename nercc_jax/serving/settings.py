@@ -121,40 +121,40 @@ class _OwnSettings(BaseModel):
     name: str | None = _setting(None, examples=["classifier"])
     "Name that clients use (default: that of the model, with a dot for a colon)."
     version: int = _setting(1, ge=1)
-    "Version of the model, which its metadata and answers name."
+    "Version of the model, which its metadata and answers contain."
     weights: Path | None = _setting(None, examples=["weights.npz"])
-    "Weights passed to module:name, which makes the model: a path, or hf:."
+    "Weights passed to the function module:name, which returns the model: a path, or hf:."
     input_shape: Shapes = _setting(None, examples=[[28, 28, 1]])
-    """Shape of one query without the batch axis, 28,28,1; of several inputs a TOML table,
-    {image = [28, 28, 1], meta = [4]} (default: that of the inputs)."""
+    """Shape of one query without the batch axis, such as 28,28,1; for several inputs a TOML table,
+    {image = [28, 28, 1], meta = [4]} (default: the shape of --inputs)."""
     input_datatype: Datatypes = _setting(None, examples=["INT64"])
-    """Datatype of the inputs, INT64, or a TOML table, {ids = 'INT64'} (default: FP32). Others than
-    FP32 are served uncoded, unless preprocess makes floats of them."""
+    """Datatype of the inputs, such as INT64, or a TOML table, {ids = 'INT64'} (default: FP32).
+    Queries of other datatypes are not coded, unless preprocess turns them into floats."""
     preprocess: str | None = _setting(None, examples=["images:prepare"])
     """Function module:function that turns a batch of inputs, such as bytes of images, into the
-    floats that the model takes: it runs before queries are coded (default: none)."""
+    model's floats before queries are coded (default: none)."""
     inputs: Path | None = _setting(None, examples=["inputs.npy"])
     """File of unlabelled inputs to calibrate on: .npy of shape (points, *input_shape), or .npz by
     name (default: example_inputs() of the module, if it has that)."""
     scheme: Literal["nercc", "berrut", "berrut-spline", "replication", "uncoded"] | None = _setting(
         None, examples=["nercc"]
     )
-    "Code of the queries (default: nercc, or uncoded for what cannot be coded)."
+    "Code of the queries (default: nercc, or uncoded for models that cannot be coded)."
     num_data: int = _setting(4, ge=1, le=10_000)
-    "K: queries coded together."
+    "K: number of queries that are coded together."
     num_workers: int = _setting(8, ge=1, le=10_000)
-    "N: coded data points of K queries."
+    "N: number of coded data points of K queries."
     points: Literal["interleaved", "repeated"] = "interleaved"
     "Layout of the regression points."
     code: Path | None = _setting(None, examples=["code.json"])
-    "File of a code that `nercc tune` wrote, instead of the settings above."
+    "File of a code written by `nercc tune`, instead of the settings above (default: none)."
     pool: Literal["devices", "ray"] = "devices"
     "Kind of workers: threads on this process's devices, or Ray actors."
     workers: int | None = _setting(None, examples=[8], ge=1, le=10_000)
-    "Workers of each model (default: N)."
+    "Number of workers of each model (default: N)."
     actor_options: Annotated[dict[str, Any], Table] = {}
-    """Ray's options of its actors, as a TOML table: {num_cpus = 1, num_gpus = 0.5, resources =
-    {TPU = 4}} (default: 0.5 CPUs at most; where the cluster has GPUs, 1 or an equal share)."""
+    """Ray's options for actors, as a TOML table: {num_cpus = 1, num_gpus = 0.5, resources =
+    {TPU = 4}} (default: at most 0.5 CPUs; if the cluster has GPUs, 1 or an equal share)."""
     worker_dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(
         None, examples=["bfloat16"]
     )
@@ -162,15 +162,15 @@ class _OwnSettings(BaseModel):
     hang_timeout_s: float = _setting(60.0, gt=0, le=DAY_S)
     "Seconds after which a worker counts as hung and is replaced."
     surrogate: str | None = _setting(None, examples=["learn"])
-    """Surrogate that answers stragglers' queries where it is certain enough: `learn`, a learner
-    from the traffic; `student`, the shipped one; a file that `nercc distill` wrote;
-    module:function, with the model's outputs; or `none` (default: none)."""
+    """Surrogate that answers stragglers' queries if it is certain enough: `learn`, a learner from
+    the traffic; `student`, the shipped student; a file written by `nercc distill`; module:function,
+    with the model's outputs; or `none` (default: none)."""
     faults: Annotated[dict[str, Any], Faults] = {}
     """Faults to inject for trials, as a TOML table: {straggler_rate = 0.05, straggler_delay_s =
-    0.5}. Seconds: service_delay_s, of every call, and straggler_delay_s (1). Shares of the calls:
-    straggler_rate, death_rate, wrong_rate (1). straggler_score, a module:function, scores
-    rows, and the calls with the largest are delayed.
-    wrong_workers, {swap = [1]}, swap rows. fault_seed is the seed (0)."""
+    0.5}. Delays in seconds: service_delay_s of every call, straggler_delay_s (default: 1). Shares
+    of the calls: straggler_rate, death_rate, wrong_rate (default: 1). straggler_score is a
+    module:function that scores rows; calls with the largest scores straggle. wrong_workers,
+    {swap = [1]}, swap rows. fault_seed is the seed (default: 0)."""
 
 
 class ModelSettings(BatchingPolicy, _OwnSettings):
@@ -234,23 +234,23 @@ class ServerSettings(BaseSettings):
     address: str | None = _setting(None, examples=["auto"])
     "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or this machine)."
     runtime_env: Annotated[dict[str, Any], Table] = {}
-    """Ray's runtime environment, as a TOML table, such as {working_dir = '.'}, a folder sent to its
-    nodes."""
+    """Ray's runtime environment, as a TOML table: {working_dir = '.'} sends a folder to the nodes
+    (default: none)."""
     token_file: Path | None = _setting(None, examples=["tokens"])
-    """File of bearer tokens, one a line, of which clients send one (default: none is needed).
-    Health needs none."""
+    """File of bearer tokens, one a line; each request needs one of them (default: no tokens).
+    Health checks need none."""
     tls_certificate: Path | None = _setting(None, examples=["tls.pem"])
-    "PEM file of the certificate's key, the certificate and its chain: only TLS is spoken then."
+    "PEM file with the key, the certificate and its chain, which enables TLS (default: no TLS)."
     model_control: Literal["none", "explicit"] = "none"
-    "Who loads and unloads models: none, or explicit, clients by the model repository's API."
+    "Whether clients may load and unload models by the model repository's API: none or explicit."
     max_body_bytes: int = _setting(64 * 2**20, gt=0, le=2**40)
     "Maximum bytes of a request's body."
     max_bytes_in_flight: int = _setting(2**29, gt=0, le=2**40)
-    "Maximum bytes of all requests that are read or answered at a time."
+    "Maximum bytes of all requests in progress."
     drain_delay_s: float = _setting(0.0, ge=0, le=MAX_DEADLINE_S)
-    "Seconds after SIGTERM in which the server answers, but is not ready."
+    "Seconds after SIGTERM during which the server still accepts requests, but is not ready."
     drain_timeout_s: float = _setting(30.0, ge=0, le=MAX_DEADLINE_S)
-    "Seconds after that for answering what was accepted."
+    "Seconds after drain_delay_s to answer accepted requests."
 
     defaults: ModelSettings = ModelSettings()
     models: list[ModelSettings] = []
