@@ -121,8 +121,7 @@ def faults_of(asked: Mapping[str, Any] | None) -> dict[str, Any]:
 def load_plain_code(path: Path, option: str) -> AbstractCode:
     """Return a code from its file, for workers that all run the served model.
 
-    Raises a ValueError with the option's name if workers would run other models, or the file cannot
-    be read as a code.
+    Raises a ValueError with the option's name if it is no such code, or cannot be read.
     """
     with of_option(option):
         code = load_code(path)

@@ -384,8 +384,7 @@ class _Half:
 
         Each waits for all but 1, 2, 4, ... and N - K answers (copies also for all), and at least
         until the p99 of that time: this does not delay the p99, and most other answers have arrived
-        by then. If none is faster than `fastest`, the last is yielded, so that each system is
-        shown.
+        by then. If none is faster than `fastest`, the last is yielded, to show each system.
         """
         asked, k = self._asked, way.num_data
         budget = int(k * (1 + asked["max_extra_work"]) + 1e-9)

@@ -89,10 +89,7 @@ class Program:
             yield
 
     def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
-        """Return the outputs of model `kind` on the host, with floats in float32 or wider.
-
-        Call it inside `at_home` only.
-        """
+        """Return model `kind`'s outputs on the host, in float32 or wider; only inside `at_home`."""
         answer = self._calls[kind](cast_floats(batch, self._dtype))
         # Most answers are one array, for which a type test is faster than `jax.tree.map`.
         one = isinstance(answer, jax.Array)

@@ -112,9 +112,7 @@ class BatchingPolicy(BaseModel):
 
 
 def read_outputs(asked: Any, shapes: Sequence[tuple[int, ...]], *, floats: bool = True) -> Outputs:
-    """Return how a model's outputs are interpreted, by the policy or settings `asked`.
-
-    `shapes` are the outputs' shapes, without the batch axis.
+    """Return how outputs of these `shapes` a row are interpreted, by policy or settings `asked`.
 
     Raises:
         ValueError: if an output with labels has a single number.

@@ -56,11 +56,9 @@ def describe_reply(span: Any, id: str, reply: Reply | None = None) -> None:
 
 
 def provider_from_environment() -> Any:
-    """Return a provider of spans, configured by OpenTelemetry's environment variables.
+    """Return a provider of spans by OpenTelemetry's variables; None if they enable none.
 
-    It is None without an endpoint, or if tracing is switched off.
-
-    Raises ImportError if the exporter is not installed.
+    Raises ImportError if the exporter is missing.
     """
     get, otlp = os.environ.get, "OTEL_EXPORTER_OTLP_"
     endpoint = next(filter(get, (f"{otlp}TRACES_ENDPOINT", f"{otlp}ENDPOINT")), "")

@@ -218,8 +218,7 @@ class OpenRequests:
     def accept_own(self, request: Request) -> bool:
         """Accept and enqueue a request of the server's own; return whether it was accepted.
 
-        It is not counted. There is one probe at a time. An audit is accepted only if the queue is
-        empty.
+        It is not counted. There is one probe at a time. An audit needs an empty queue.
         """
         with self._settled:
             audits, number = request.own == "audit", len(request.queries)
