@@ -38,7 +38,7 @@ def main() -> None:
                     text = f"--{name.replace('_', '-')} {text[found.end() :]}"
             fail(text, 2)
         except RuntimeError as error:
-            if "CpuCallback error" not in str(error):  # JAX's, around what a model raised
+            if "CpuCallback error" not in str(error):  # JAX's, around a model's
                 raise
             from ..pools.batch import reason_of
 

@@ -33,7 +33,7 @@ def demo(options: Options) -> None:
 
     Each group of K data points is encoded as N coded data points, and each worker runs the model on
     one of them. S of the N workers straggle. All K predictions are recovered from the answers of
-    the other workers, and compared with what the model predicts without coding.
+    the other workers, and compared with the model's predictions without coding.
     """
     given, size = None, (options.num_data, options.num_workers)
     if options.code is not None:

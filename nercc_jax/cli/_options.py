@@ -278,7 +278,7 @@ class Command:
         """
         options = Options(**{**self.defaults, **given})
         if "plot" in self.defaults and importlib.util.find_spec("matplotlib") is None:
-            raise ModuleNotFoundError(name="matplotlib")  # it is imported after all work
+            raise ModuleNotFoundError(name="matplotlib")  # otherwise noticed only after the work
         taken = {*self.first.split(), *self.further.split()}
         for name in filter(taken.__contains__, ("output", "plot", "numbers", "file")):
             path, usual = getattr(options, name), self.defaults.get(name)

@@ -297,7 +297,7 @@ class hedge(Generic[Answer]):
         }
 
     def collect(self) -> Iterator[Any]:
-        """Yield the counts as metrics of Prometheus's client."""
+        """Yield the counts as metrics for Prometheus's Python client."""
         from prometheus_client.core import CounterMetricFamily
 
         for name, number in self.counts.items():

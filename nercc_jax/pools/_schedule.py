@@ -203,7 +203,7 @@ class Schedule:
                 self._handle_death(worker, late, now)
             elif task is None:
                 self.start(worker, now)
-            elif slot.since + self.hang_timeout <= now:  # as `Slot.due`, to the last digit
+            elif slot.since + self.hang_timeout <= now:  # rounded exactly as in `Slot.due`
                 self.calls.append(Call(slot.since, now - slot.since, task.size, worker))
                 self.counts["hung"] += 1
                 self.todo.append(task.batch)

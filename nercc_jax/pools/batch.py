@@ -17,7 +17,7 @@ from .times import AnswerTimes
 # When to stop waiting: at this many answers, or once a function of their mask returns True.
 Enough: TypeAlias = int | np.integer | Callable[[np.ndarray], bool]
 
-# Returns why an answer cannot be used; None where it can.
+# Returns why an answer cannot be used; None if it can.
 Refuse: TypeAlias = Callable[[PyTree[np.ndarray]], str | None]
 
 
@@ -77,7 +77,7 @@ def arrays_of(tree: PyTree) -> list[Any]:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Task:
-    """One coded data point to be computed: waiting, at one worker or more, or settled."""
+    """One coded data point to compute: waiting, in flight at one or more workers, or settled."""
 
     batch: "Batch"
     point: int
@@ -348,7 +348,7 @@ class Batch:
                 forms = [jax.tree.unflatten(*each) for each in (form, self._form)]
                 return f"each answer has shape {forms[0]}, others of this batch {forms[1]}"
             refused = self.refuse(outcome)
-        except Exception as error:  # no array at all, for example
+        except Exception as error:  # for example, it is not an array
             return f"the answer cannot be read: {reason_of(error)}"
         if refused is None:
             self._form = form  # later answers must have the same
@@ -366,7 +366,7 @@ def refuse_odd(answer: PyTree[np.ndarray]) -> str | None:
 
 
 def check_deadline(seconds: float) -> float:
-    """Return the seconds; raise ValueError if they are not positive, as NaN is not."""
+    """Return the seconds; raise ValueError if they are not positive, or NaN."""
     if not seconds > 0:
         raise ValueError(f"a deadline is a positive number of seconds, not {seconds}")
     return seconds

@@ -35,7 +35,7 @@ class Accuracy:
 
     @property
     def promised(self) -> float:
-        """The share of the answers given out that may have a wrong label or too short a bar."""
+        """The share of answers given out that may have a wrong label or an error beyond its bar."""
         outside = 0.0 if self.tolerance is None else 1 - self.coverage
         return min((self.max_disagreement or 0.0) + outside, 1.0)
 
@@ -137,13 +137,14 @@ def bar_factor(
 ) -> float:
     """Return the factor by which deviations become error bars of the promised coverage.
 
-    They have to be right for what is given out, not for all; a factor of infinity gives out none.
+    With a tolerance, the coverage holds for the rows that are given out; no row is given out if the
+    factor is infinite.
 
     Args:
-        deviation: Deviations, at each look at which a row may be given out; infinite for unknown.
-        error: Errors.
+        deviation: Deviations at each look at which a row may be given out; infinite if unknown.
+        error: Errors at each look.
         accuracy: The coverage, and the tolerance if there is one.
-        number: The number of different rows, where the same ones come several times.
+        number: The number of different rows, if rows occur several times.
     """
     ratios = error_ratios(error, deviation)
     factor = float(conformal_quantile(ratios[np.isfinite(deviation)], accuracy.coverage))

@@ -132,7 +132,7 @@ def logistic_regression(
     falling: Sequence[int] = (),
     count: float = 1.0,
 ) -> Float[np.ndarray, " features"]:
-    """Return the most likely weights of a logistic regression with a ridge.
+    """Return the weights of a logistic regression with a ridge.
 
     `expit(features @ weights)` is the probability of being wrong. Features are standardised and
     have a unit ridge, except the first, which is constant. Half a wrong and half a right sample are
@@ -285,7 +285,7 @@ SUREST = 1 - 1e-6  # the largest probability of an error
 def _correction(
     logit: Float[np.ndarray, " samples"], wrong: Bool[np.ndarray, " samples"], count: float
 ) -> tuple[Float[np.ndarray, " bins"], Float[np.ndarray, " bins"]]:
-    """Return knots and shifts that make log-odds right in each bin.
+    """Return knots and shifts that calibrate log-odds in each bin.
 
     The same number of wrong samples is expected in each bin; each sample counts as `count`. Bins
     with fewer errors than a bin below share their mean (isotonic regression), except for a slight

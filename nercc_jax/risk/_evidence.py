@@ -1,7 +1,7 @@
 """Evidence on straggling rows: which approximate answers may be given out for them.
 
 Rows may be slow because of their content, so evidence on all rows says little about straggling
-ones. Each straggling row with an approximate answer is compared with the model's own answer once
+ones. The approximate answer of each straggling row is compared with the model's own answer once
 that arrives, whether the approximate one was given out or not. The limit of scores is the largest
 one up to which no more answers were wrong than a finite-sample bound allows. Error bars are widened
 until no more of those given out are too short than the same bound allows. A `RiskMonitor` tests all

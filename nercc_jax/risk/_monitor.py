@@ -84,8 +84,8 @@ class RiskMonitor:
         if not 0 < false_alarms < 1:
             raise ValueError(f"false_alarms must be between 0 and 1, not {false_alarms}")
         self.promised, self._threshold = promised, 1 / false_alarms
-        # The mean of several bets is a bet: a single 2 would detect an error rate of 4 promises in
-        # twice the time.
+        # The mean of several bets is a bet. The bet 2.0 alone would take twice as long to detect an
+        # error rate of four times the promised one.
         self._ratios = [1.5, 2.0, 4.0, 10.0]
         self.clear()
 
@@ -99,7 +99,7 @@ class RiskMonitor:
 
         An alarm stays on until `clear`.
         """
-        share = min(max(self.promised, 1e-4), 1 - 1e-4)  # of less, each wrong answer is a drift
+        share = min(max(self.promised, 1e-4), 1 - 1e-4)  # below this, each wrong answer is a drift
         for loss in losses:
             wrong = int(loss)
             self.number, self.wrong = self.number + 1, self.wrong + wrong
@@ -178,6 +178,6 @@ class WorkerMonitor:
         return wrong > 0 and bool(sums.mean() >= self._threshold)
 
     def restart(self, worker: int) -> None:
-        """Begin a worker's test again, and forget its answers."""
+        """Restart a worker's test, without its earlier answers."""
         self._sums[worker] = self._stretches[:, :, worker] = 0
         self.number[worker] = self.wrong[worker] = 0

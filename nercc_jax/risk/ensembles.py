@@ -138,7 +138,7 @@ def average(
     if computed.all():
         return EnsembleEstimate(value, (value, value), coverage)
 
-    # Rows whose errors are known, in units of deviations, and the open ones that they stand for.
+    # Rows whose errors are known, in units of deviations, and the open rows that they represent.
     late, prompt = (np.flatnonzero(~computed & each) for each in (rows.late, ~rows.late))
     judged = rows.judged & rows.random
     judged &= rows.deviation <= rows.deviation[prompt if len(prompt) else late].max()
@@ -219,13 +219,13 @@ def quantile(rows: RowEvidence, q: float, weights: Weights, coverage: float) -> 
     # Eight places from each value to the next, since the quantile's row may not be computed yet.
     values, shares = np.unique(rows.values), {}
     places = np.interp(np.arange(8 * len(values) - 7) / 8, np.arange(len(values)), values)
-    # Without weights shares are whole rows. An open row that is the quantile counts half, at either
-    # end: below its value it does not, and from there on it does.
+    # Without weights, shares are multiples of a row. If an open row is the quantile, it counts half
+    # at both ends: it does not count below its value, and does from there on.
     row = 1 / len(rows.values) if weights is None else 0.0
     q = math.ceil(q / row - 1e-6) * row - row / 2 if row else q
 
     def first(end: Callable[[EnsembleEstimate], float], share: float) -> int:
-        """Return the first place at which an end of the share of rows is `share` or more."""
+        """Return the first place at which `end` of the share's estimate is at least `share`."""
         low, high = 0, len(places)
         while low < high:
             middle = (low + high) // 2

@@ -233,7 +233,7 @@ class RowResult:
         coverage: float = 0.9,
         weights: Weights = None,
     ) -> EnsembleEstimate:
-        """Return the share of all rows that meet a condition, with an interval; see `mean`.
+        """Return the share of all rows that satisfy a condition, with an interval; see `mean`.
 
         `condition` maps the numbers that `f` returns, (rows,), to booleans.
         """

@@ -134,7 +134,7 @@ def run_rows(
     if settings.rows_per_call is not None:
         most = min(settings.rows_per_call, len(x))
         settings = dataclasses.replace(settings, rows_per_call=most)
-    kept = {"tolerance", "max_disagreement", "coverage", "seed"}  # what values depend on
+    kept = {"tolerance", "max_disagreement", "coverage", "seed"}  # which values depend on
     facts = {"rows": len(x)} | {name: getattr(settings, name) for name in kept} | dict(about or {})
     table, parts = RowTable(len(x)), None
     if folder is not None:
@@ -199,7 +199,7 @@ class _Run:
         look_at = shown = 0.0
         try:
             show(self._progress())
-            rows = state.table.all_in(COMPUTED)  # of an earlier run
+            rows = state.table.all_in(COMPUTED)  # rows that an earlier run computed
             if len(rows) and state.table.values is not None:
                 self._on_rows(rows, state.table.values[rows], True)
             while not state.over and stopped is None:
@@ -207,7 +207,7 @@ class _Run:
                     while self._learned:
                         self._handle(self._learned.pop(0))
                     ages = {number: batch.age(0) for number, batch in self._batches.items()}
-                    # The learner leaves the cores to others for a while after its work.
+                    # The learner pauses after its work, to leave the cores to other threads.
                     learning = self._learns() or now < self._learning_time.next
                     seen = now - self._begin, self._pool.report(), ages, learning
                     self._handle(Tick(*seen, self._fit_seconds))

@@ -21,7 +21,7 @@ _EVERY = 1.0  # seconds between two parts, at least
 
 
 def check_parts(folder: Path, resume: bool) -> None:
-    """Raise ValueError if a folder has parts and a new run is wanted, or holds anything else."""
+    """Raise ValueError if a folder holds a run and `resume` is False, or holds other files."""
     found = (folder / _MANIFEST).is_file()
     if found and not resume:
         raise ValueError(

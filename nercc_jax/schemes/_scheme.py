@@ -48,8 +48,8 @@ def reexecute(
             1 and there is no score.
 
     Raises:
-        ValueError: There is no score, the limit is negative, the model is in training mode, or x is
-            not what was assessed.
+        ValueError: There is no score, the limit is negative, the model is in training mode, or x
+            does not have the shape of the assessed data points.
     """
     check_model(model)
     lead = assessed.recovered.shape
@@ -190,7 +190,7 @@ class Scheme(eqx.Module):
 
     @property
     def _has_points(self) -> bool:
-        """Return whether the code has points and lambdas, as NeRCC has."""
+        """Return whether the code has regression points and lambdas, like NeRCC."""
         names = {field.name for field in dataclasses.fields(self.code)}
         return {"alpha", "beta", "lambda_enc", "lambda_dec"} <= names
 
@@ -249,7 +249,7 @@ class Scheme(eqx.Module):
     def encode(
         self, x: PyTree[Shaped[Array, "points ..."]], encoder: ArrayLike | None
     ) -> tuple[PreparedInputs, PyTree[Shaped[Array, "groups num_workers ..."]]]:
-        """Return the decisions and the coded data points; a pure function.
+        """Return the decisions on a batch and its coded data points; a pure function.
 
         Args:
             x: Data points, whole groups of K.
@@ -352,7 +352,7 @@ class Scheme(eqx.Module):
 
 
 def label_doubt(outputs: PyTree[Float[Array, "points ..."]]) -> Float[Array, " points"]:
-    """Return 1 minus the probability of each data point's label, the least certain of several.
+    """Return 1 minus the probability of each data point's label; of several, the least certain one.
 
     Rows that are probabilities (none negative, with a sum of 1) are used unchanged, others as
     logits. If outputs are not finite, the result is 1.

@@ -101,10 +101,10 @@ PortOrNone: TypeAlias = Annotated[
 
 
 class _OwnSettings(BaseModel):
-    """The settings of a model that are not the policy's: its code, and the workers that run it."""
+    """The settings of a model besides its policy's: its tensors, its code and its workers."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    # By the first setting of each panel of `nercc serve --help`, its title.
+    # The titles of the panels of `nercc serve --help`, by their first settings.
     panels: ClassVar[dict[str, str]] = {
         "model": "Model",
         "scheme": "Code",

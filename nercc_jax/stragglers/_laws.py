@@ -115,7 +115,7 @@ class AbstractLatency(eqx.Module):
 
 
 class ExponentialLatency(AbstractLatency):
-    """`shift` + an exponential of mean `scale`, in seconds: a base time and a memoryless delay."""
+    """A base time `shift` plus an exponential delay of mean `scale`, in seconds."""
 
     scale: float
     shift: float = 0.0
@@ -130,7 +130,7 @@ class ExponentialLatency(AbstractLatency):
 
 
 class LogNormalLatency(AbstractLatency):
-    """exp of a normal law: `median` in seconds, `sigma` the deviation of the logarithm."""
+    """A log-normal law: `median` in seconds, `sigma` the standard deviation of the logarithm."""
 
     median: float
     sigma: float

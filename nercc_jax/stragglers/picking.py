@@ -142,7 +142,7 @@ def hedged_times(
     copies = calls.copies[play.extra :]
     late = play.hedge.outcome(first, copies[:0], doubled=play.doubled).late
     hedged = late & ~np.asarray(play.known)
-    # From the limit to the first answer of the copies, as if the query's own never came.
+    # The times from the limit to the first answer of a copy, as if the own call never answered.
     never, policy = np.full((1, hedged.sum()), np.inf), dataclasses.replace(play.hedge, hedges=True)
     first_copy = policy.outcome(never, copies[:, hedged]).seconds - policy.limit
     own = calls.own[hedged]
@@ -236,7 +236,7 @@ def choose(forecasts: Mapping[Setting, TailForecast], current: Setting, budget: 
 def _least(
     settings: list[Setting], number: Callable[[Setting], float], margin: float
 ) -> list[Setting]:
-    """Return the settings whose number exceeds the least by no more than this share."""
+    """Return the settings whose `number` exceeds the least one by at most the share `margin`."""
     numbers = [number(setting) for setting in settings]
     most = min(numbers) * (1 + margin)
     return [each for each, it in zip(settings, numbers, strict=True) if it <= most]

@@ -6,8 +6,8 @@ With the window's features H and residuals r = y - m(x) of its answers, the pred
     variance(x) = k(x, x) + noise - k(x, H) A^-1 k(H, x),
 
 the posterior of a Gaussian process, with prior mean m and mean residual c. `DeviationScale` turns
-the variance into the units of the outputs. The equations are solved once for each point, not for
-each output, of which there may be thousands.
+the variance into the units of the outputs. The equations are solved once for each point, not once
+for each output: a model may have thousands of outputs.
 
 Answers to the same input are one pair, with their mean, and the noise divided by their number.
 

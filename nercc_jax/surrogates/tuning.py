@@ -126,7 +126,7 @@ def fit_learner(
     own = lambda leaf: leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype))  # noqa: E731
     x, y = jax.tree.map(own, (x, y))
     check_floats("y", y)
-    # There may be no pair.
+    # A pair of zeros gives the shapes, since there may be no pairs.
     blank = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:]), leaf.dtype), (x, y))
     form, pairs = join(blank[1], 1)[1], length_of("y", y)
     z = features_of(features, x if pairs else blank[0])[:pairs]
@@ -137,7 +137,7 @@ def fit_learner(
 
 
 def tune_learner(learner: Learner, tuning: LearnerTuning = LearnerTuning()) -> Learner:
-    """Return the same learner with the kernel that has the best predictive density on its window.
+    """Return the learner with the kernel that has the best predictive density on its window.
 
     Each pair is predicted from the others. The grid's widths are relative to those of the learner's
     kernel. Its `scale` is fitted so that squared errors equal squared deviations in the mean

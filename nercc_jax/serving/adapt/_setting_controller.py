@@ -42,7 +42,7 @@ class _Measured:
 
 
 class SettingController:
-    """Picks the settings that a policy with `max_calls` leaves open, every 500 queries.
+    """The controller that picks the settings of a policy with `max_calls`, every 500 queries.
 
     The tail of each setting is forecast by a replay of the pool's latest calls. It is corrected by
     the measurements from when the same redundancy, with or without hedging, was last used. Among
@@ -176,7 +176,7 @@ class SettingController:
 
     @property
     def _extra_copies(self) -> int:
-        """The redundant calls of a query that are copies of it."""
+        """The number of redundant copies of each query: N - 1 if K = 1, else 0."""
         coder = self._setup.coder
         return coder.num_workers - 1 if coder.num_data == 1 else 0
 

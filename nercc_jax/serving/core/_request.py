@@ -17,15 +17,15 @@ _LONGEST_MESSAGE = 500  # characters
 
 
 class QueueFull(RuntimeError):
-    """The queue has no room for a request: the client should retry later."""
+    """The error of a request for which the queue has no room; the client should retry later."""
 
 
 class DeadlineExceeded(TimeoutError):
-    """The deadline of a request passed before all its queries were answered."""
+    """The error of a request whose deadline passed before all its queries were answered."""
 
 
 class InferenceFailed(RuntimeError):
-    """No worker could answer a query, and it could not be decoded.
+    """The error of a request with a query that no worker could answer, and that was not decoded.
 
     Attributes:
         public: the message for clients, without the model's own exception.
@@ -37,7 +37,7 @@ class InferenceFailed(RuntimeError):
 
 
 class ServerClosing(RuntimeError):
-    """The batcher accepts no more requests, or closed before it answered this one."""
+    """The error of a request that the batcher refuses, or cannot answer, because it closes."""
 
 
 @dataclasses.dataclass(frozen=True)

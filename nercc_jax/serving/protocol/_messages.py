@@ -57,29 +57,29 @@ class Unauthenticated(Exception):
 
 
 class ModelNotFound(Exception):
-    """There is no such model, or no such version of it."""
+    """The error of a request for an unknown model, or an unknown version of it."""
 
     def __init__(self, model: str):
         Exception.__init__(self, f"Model with name {model} does not exist.")
 
 
 class ServerNotReady(RuntimeError):
-    """The server or a model is not ready."""
+    """The error of a request to a server or a model that is not ready."""
 
     def __init__(self, reason: str = ""):
         RuntimeError.__init__(self, f"Server is not ready. {reason}".rstrip())
 
 
 class TooLarge(Exception):
-    """A body or a batch is larger than the server accepts."""
+    """The error of a body or a batch that is larger than the server accepts."""
 
 
 class UnsupportedEncoding(Exception):
-    """A body is compressed."""
+    """The error of a compressed body."""
 
 
 class Overloaded(RuntimeError):
-    """The requests in progress use all the memory they may: the client should retry later."""
+    """The error of a request beyond the memory for all requests; the client should retry later."""
 
 
 class ErrorKind(NamedTuple):
@@ -184,7 +184,7 @@ def json_size(size: int, json_length: str | None, limit: int = sys.maxsize) -> i
     """
     length = size
     if json_length is not None:
-        # Python refuses to read a number of thousands of digits.
+        # A short text, since Python refuses to read numbers with thousands of digits.
         short = json_length.isascii() and json_length.isdigit() and len(json_length) < 20
         if not short or int(json_length) > size:
             raise InvalidInput(
