@@ -171,7 +171,7 @@ class hedge(Generic[Answer]):
         number = len(self._targets)
         self._copies = 1 if number == 2 else 2
         self._choice = Choice(simulate.Hedge(math.inf), math.inf, [1.0] * number)
-        self._flying, self._credit = [0] * number, [0.0] * number
+        self._in_flight, self._credit = [0] * number, [0.0] * number
         self._tokens, self._random = 0.0, random.Random(0)
         self._tasks: set[asyncio.Task[Answer]] = set()  # event loops hold only weak references
         self._calls: deque[TimedCall] = deque(maxlen=picking.PICKING.kept)
@@ -233,9 +233,9 @@ class hedge(Generic[Answer]):
         weights, free = self._choice.weights, [*range(len(self._targets))]
         if len(free) > 1:
             free = [each for each in free if each not in used]
-        usual = sum(self._flying) / sum(weights)  # calls in flight, by weight
+        usual = sum(self._in_flight) / sum(weights)  # calls in flight, by weight
         shares = {
-            each: weights[each] * (1 + usual * weights[each]) / (1 + self._flying[each])
+            each: weights[each] * (1 + usual * weights[each]) / (1 + self._in_flight[each])
             for each in free
         }
         for each, share in shares.items():
@@ -250,10 +250,10 @@ class hedge(Generic[Answer]):
         call, task = TimedCall(target, loop.time(), first=not used), loop.create_task(run())
         self.counts["calls"] += 1
         self.counts["hedges"] += not call.first
-        self._flying[target] += 1
+        self._in_flight[target] += 1
 
         def ended(task: asyncio.Task[Answer]) -> None:
-            self._flying[target] -= 1
+            self._in_flight[target] -= 1
             self._tasks.discard(task)
             call.seconds = loop.time() - call.sent
             if task.cancelled():

@@ -36,7 +36,7 @@ from .state import (
     Tick,
 )
 
-_LOOKS = 0.05  # seconds between two ticks
+_TICK = 0.05  # seconds between two ticks
 _SHOWN = 0.1  # seconds between two reports of progress, at least
 _LEARNING = 0.5  # the share of the time, and of the cores, that learning may take
 _FROM_THE_FIRST = Overdue(least=1)  # gives a median service time from the first call on
@@ -211,7 +211,7 @@ class _Run:
                     learning = self._learns() or now < self._learning_time.next
                     seen = now - self._begin, self._pool.report(), ages, learning
                     self._handle(Tick(*seen, self._fit_seconds))
-                    look_at = now + _LOOKS
+                    look_at = now + _TICK
                 news = not state.over and self._take_ended(look_at)
                 if news and self._clock.now() >= shown + _SHOWN:
                     show(self._progress())
@@ -393,7 +393,7 @@ def _row_evidence(state: RowState) -> RowEvidence:
     deviation[~estimated] = np.sqrt(np.mean((known - known.mean(axis=0)) ** 2))
     if mean is not None:
         predictions[estimated] = mean[estimated].reshape(-1, *known.shape[1:])
-        judged = computed & table["judges"]
+        judged = computed & table["compared"]
     own = computed.reshape(-1, *[1] * (known.ndim - 1))
     values = np.where(own, values, predictions)
     return RowEvidence(values, predictions, deviation, computed, late, audit, judged)

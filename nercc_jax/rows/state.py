@@ -185,7 +185,7 @@ class RowState:
         self.computed, self.over = 0, False
         # The value of `computed` at the learner's last task (rows of an earlier run count as new),
         # and when values that came before there was a check were last checked.
-        self._offered, self._looked_at = -len(table.all_in(COMPUTED)), -1
+        self._learned_at, self._checked_at = -len(table.all_in(COMPUTED)), -1
         self.estimated: EnsembleEstimate | None = None
         self._todo: list[Instruction] = []
         self._row_bytes = x[0].nbytes  # of a row's inputs
@@ -207,13 +207,13 @@ class RowState:
             call = self.calls.pop(event.call)
             table["overdue"][call.rows] = False
             if isinstance(event, Answered):
-                self._take(event, call)
+                self._handle_answer(event, call)
             elif not self.over:
                 fail_call(self.table, self.queue, call, event.why, event.raised)
         elif isinstance(event, Tick):
             self.seen, self._idle = event, event.report.idle
             if not self.over:
-                self._look(event)
+                self._handle_tick(event)
         elif isinstance(event, Estimated):
             self.estimated = event.estimate
             if event.short and not self.over:
@@ -246,7 +246,7 @@ class RowState:
         self._sent += 1
         self._idle = max(self._idle - 1, 0)
 
-    def _take(self, event: Answered, call: Send) -> None:
+    def _handle_answer(self, event: Answered, call: Send) -> None:
         """Store a worker's values; after the run is over, only test error bars with them."""
         table, rows, values = self.table, call.rows, event.values[: len(call.rows)]
         vectors = values.reshape(len(rows), -1)
@@ -280,7 +280,7 @@ class RowState:
             self.queue.observe(call.size, event.usual, self._row_bytes + values[0].nbytes)
         return self._review()
 
-    def _look(self, tick: Tick) -> None:
+    def _handle_tick(self, tick: Tick) -> None:
         """Give up calls after their deadline, start the learner, end the run, copy late calls."""
         overdue, limit, settings = self.table["overdue"], self.settings.deadline, self.settings
         overdue[:] = False
@@ -300,12 +300,12 @@ class RowState:
         # second, while the call size still grows, the speed so far does not predict the rest.
         until_end = (settings.job_deadline or math.inf) - tick.now
         hurry = until_end < 3 * tick.fit_seconds
-        news = self.computed - self._offered >= NEWS or (hurry and self.evidence.fit is None)
+        news = self.computed - self._learned_at >= NEWS or (hurry and self.evidence.fit is None)
         needed = self.table.values is not None and (settings.tolerance != 0 or self.checks)
         if needed and news and not tick.learning:
             oldest = max((call.age for call in self.calls.values()), default=0.0)
             left = len(self.queue.waiting) * tick.now / max(self.computed, 1)
-            known = self.queue.timed or tick.now >= 1.0 or self._offered < 0
+            known = self.queue.timed or tick.now >= 1.0 or self._learned_at < 0
             if self.queue.spent or (known and max(left, oldest) > min(tick.fit_seconds, until_end)):
                 self._learn(hurry)
 
@@ -330,7 +330,7 @@ class RowState:
 
     def _learn(self, hurry: bool) -> None:
         """Start a learner's task on the computed rows, if there are enough new ones."""
-        self._offered = self.computed
+        self._learned_at = self.computed
         if (work := self.evidence.task(hurry=hurry)) is not None:
             self.seen = self.seen._replace(learning=True)
             self._todo.append(Learn(work))
@@ -384,9 +384,9 @@ class RowState:
         if (
             self.checks is not None
             and table.values is not None
-            and self._looked_at != self.computed
+            and self._checked_at != self.computed
         ):
-            self._looked_at = self.computed
+            self._checked_at = self.computed
             if unchecked.any() or (not evidence.due and len(table.open)):
                 self._learn(hurry=True)
         return not self.seen.learning
